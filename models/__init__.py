@@ -1,0 +1,1 @@
+"""What is learnt: networks, likelihoods, scores, calibration, and the artifact that holds them."""

@@ -1,0 +1,170 @@
+"""The manifest of an artifact, and where artifacts lie on disk. Needs no torch.
+
+An artifact is a zip file. Its manifest is the member `<archive>/extra/manifest.json`; its comment is the seal,
+`elbo-sha256:` and the SHA-256 of every byte before those 64 digits. `zipfile` and `hashlib` alone can read both.
+"""
+
+import hashlib
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from models.errors import ArtifactCorrupt, ArtifactForeign, ArtifactMissing, ArtifactTooNew
+
+FORMAT_VERSION = 1
+FILE_NAME = "model.pt"
+MEMBER = "extra/manifest.json"
+SEAL = b"elbo-sha256:"
+DIGEST_LENGTH = 64
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Feature(_Frozen):
+    """One column of the training data, in raw units: what is usual for it."""
+
+    name: str
+    unit: str | None
+    median: float
+    minimum: float
+    maximum: float
+
+
+class Data(_Frozen):
+    """Where the model's knowledge comes from: the source, its SHA-256, and how many rows went where."""
+
+    source: str
+    rows: int
+    fingerprint: str
+    fit: int
+    held_out: int
+    calibration: int
+
+
+class CalibrationSize(_Frozen):
+    """Rows behind the conformal p-values, and the smallest p-value that they can give: 1 / (rows + 1)."""
+
+    rows: int
+    floor: float
+
+
+class Golden(_Frozen):
+    """Inputs and the answers that the model gave to them when it was published; every load repeats them."""
+
+    inputs: dict[str, list[Any]]
+    outputs: dict[str, list[Any]]
+
+
+class Manifest(_Frozen):
+    """Everything about an artifact but its numbers."""
+
+    format_version: int
+    name: str
+    kind: str
+    created: str
+    shape: list[int]
+    features: list[Feature]
+    latents: int
+    parts: list[str]
+    pixel_range: tuple[float, float] | None
+    training: dict[str, Any]
+    data: Data
+    metrics: dict[str, float]
+    calibration: CalibrationSize
+    golden: Golden
+    versions: dict[str, str]
+    weights_sha256: str
+
+    @property
+    def width(self) -> int:
+        """D: the number of features of one row."""
+        return len(self.features)
+
+    @property
+    def is_image(self) -> bool:
+        """Whether a row can be shown as a picture."""
+        return self.pixel_range is not None
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the artifact at `path`, checked against the seal and the format version.
+
+    Raises ArtifactMissing, ArtifactForeign, ArtifactCorrupt or ArtifactTooNew.
+    """
+    check_seal(path)
+    with zipfile.ZipFile(path) as archive:
+        members = [member for member in archive.namelist() if member.partition("/")[2] == MEMBER]
+        if not members:
+            raise ArtifactForeign(f"{path} holds no {MEMBER}: it was not written by Elbo")
+        content = json.loads(archive.read(members[0]))
+    return _parse(content, path)
+
+
+def _parse(content: dict[str, Any], path: Path) -> Manifest:
+    version = content.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ArtifactTooNew(
+            f"{path} has format version {version}, this program reads up to {FORMAT_VERSION}: "
+            "upgrade Elbo, or train the model again with this version"
+        )
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ArtifactCorrupt(f"{path}: manifest field {place}: {first['msg']}; publish the model again") from error
+
+
+def check_seal(path: Path) -> None:
+    """Verify that every byte of the artifact is as it was when it was written."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ArtifactMissing(f"cannot read {path}: {error.strerror}; `elbo train` writes artifacts") from error
+    body, seal = content[:-DIGEST_LENGTH], content[-DIGEST_LENGTH:]
+    if hashlib.sha256(body).hexdigest().encode() == seal and body.endswith(SEAL):
+        return
+    if SEAL not in content and zipfile.is_zipfile(path):
+        raise ArtifactForeign(f"{path} is a zip file without Elbo's seal: expected one that `elbo train` wrote")
+    if not content.startswith(b"PK"):
+        raise ArtifactForeign(f"{path} is no zip file: expected an artifact that `elbo train` wrote")
+    raise ArtifactCorrupt(f"{path} is not as it was written (truncated or altered): copy it again, or train it again")
+
+
+def seal(content: bytes) -> bytes:
+    """`content`, a zip archive that ends in the comment SEAL and 64 placeholders, with its digest filled in."""
+    body = content[:-DIGEST_LENGTH]
+    return body + hashlib.sha256(body).hexdigest().encode()
+
+
+def names(root: Path) -> list[str]:
+    """The models under `root` which have at least one version, sorted."""
+    if not root.is_dir():
+        return []
+    return sorted(entry.name for entry in root.iterdir() if versions(root, entry.name))
+
+
+def versions(root: Path, name: str) -> list[int]:
+    """The published versions of `name`, ascending."""
+    folder = root / name
+    if name.startswith(".") or not folder.is_dir():
+        return []
+    found = (entry for entry in folder.iterdir() if entry.name.isascii() and entry.name.isdigit())
+    return sorted(int(entry.name) for entry in found if (entry / FILE_NAME).is_file())
+
+
+def resolve(root: Path, reference: str) -> Path:
+    """The file that `name` (its newest version) or `name@version` means. Raises ArtifactMissing."""
+    name, _, version = reference.partition("@")
+    present = versions(root, name)
+    if not present:
+        known = ", ".join(names(root)) or "none"
+        raise ArtifactMissing(f"no model {name!r} in {root} (there: {known}); train it with `elbo train`")
+    if version and version not in map(str, present):
+        raise ArtifactMissing(f"model {name!r} has no version {version!r} (there: {present})")
+    return root / name / (version or str(present[-1])) / FILE_NAME
