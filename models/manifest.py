@@ -6,6 +6,7 @@ An artifact is a zip file. Its manifest is the member `<archive>/extra/manifest.
 
 import hashlib
 import json
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ FILE_NAME = "model.pt"
 MEMBER = "extra/manifest.json"
 SEAL = b"elbo-sha256:"
 DIGEST_LENGTH = 64
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)  # a folder, a query value and a metric label
+VERSION = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
 
 
 class _Frozen(BaseModel):
@@ -152,9 +155,9 @@ def names(root: Path) -> list[str]:
 def versions(root: Path, name: str) -> list[int]:
     """The published versions of `name`, ascending."""
     folder = root / name
-    if name.startswith(".") or not folder.is_dir():
+    if not NAME.fullmatch(name) or not folder.is_dir():
         return []
-    found = (entry for entry in folder.iterdir() if entry.name.isascii() and entry.name.isdigit())
+    found = (entry for entry in folder.iterdir() if VERSION.fullmatch(entry.name))
     return sorted(int(entry.name) for entry in found if (entry / FILE_NAME).is_file())
 
 

@@ -1,0 +1,190 @@
+"""The artifact: one sealed TorchScript file, written atomically, trusted only after it has proved itself.
+
+Every call of `torch.jit` in the project is in this module, so that `torch.export` can take over behind the same
+contract when Python 3.14 ends TorchScript.
+"""
+
+import hashlib
+import io
+import os
+import shutil
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.errors import ArtifactCorrupt, ArtifactMismatch
+from models.manifest import DIGEST_LENGTH, FILE_NAME, MEMBER, SEAL, Golden, Manifest, read_manifest, seal, versions
+
+METHODS = ("encode", "decode", "draw", "score", "p_value", "severity", "threshold")  # besides forward
+GOLDEN_ALPHA = 0.05
+GOLDEN_TOLERANCE = 1e-3  # relative; other processors round differently, and T2 divides by small variances
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A model that is ready to answer: `module` has the methods of `models.pipeline.Pipeline`."""
+
+    manifest: Manifest
+    module: torch.jit.ScriptModule
+    path: Path
+    device: torch.device
+
+
+def script(model: nn.Module) -> torch.jit.ScriptModule:
+    """`model` compiled, with `forward` and METHODS as its methods."""
+    for method in METHODS:
+        torch.jit.export(getattr(type(model), method))
+    with _deprecations_silenced():
+        scripted: torch.jit.ScriptModule = torch.jit.script(model.eval())
+    return scripted
+
+
+def freeze(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+    """`module` with its weights folded in as constants, for inference only."""
+    with _deprecations_silenced():
+        frozen: torch.jit.ScriptModule = torch.jit.freeze(module.eval(), preserved_attrs=list(METHODS))
+    return frozen
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """SHA-256 over every parameter and buffer, in order of name: what the model has learnt, and nothing else."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def golden(module: torch.jit.ScriptModule, x: Tensor, noise: Tensor, choice: Tensor) -> Golden:
+    """What `module` answers now to rows x [B, D], noise [B, K] and choice [B], for every later load to repeat."""
+    outputs = _answers(module, x, noise, choice)
+    return Golden(
+        inputs={"x": x.tolist(), "noise": noise.tolist(), "choice": choice.tolist()},
+        outputs={name: output.tolist() for name, output in outputs.items()},
+    )
+
+
+def publish(module: torch.jit.ScriptModule, manifest: Manifest, root: Path) -> Path:
+    """Write `module` (scripted, not frozen) as the next version of `manifest.name` under `root`; returns the file.
+
+    The file is complete, synced and sealed before its folder gets its name, so a reader sees all of it or nothing.
+    Two publishers at once get two versions.
+    """
+    folder = root / manifest.name
+    folder.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder))
+    try:
+        staging.chmod(0o755)  # mkdtemp's 0700 would lock out a server that runs as another user
+        _write_synced(staging / FILE_NAME, _archive(module, manifest))
+        version = _claim_version(staging, folder, versions(root, manifest.name))
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)  # gone already if it was renamed
+    _sync_folder(folder)
+    return folder / str(version) / FILE_NAME
+
+
+def load(path: Path, device: str = "cpu") -> Artifact:
+    """The artifact at `path`, verified: its seal, its format version, its weights' hash, its golden answers.
+
+    Raises the errors of `models.errors.ArtifactError`.
+    """
+    manifest = read_manifest(path)
+    try:
+        with _deprecations_silenced():
+            module = torch.jit.load(str(path), map_location=device)  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ArtifactCorrupt(f"{path}: torch {torch.__version__} cannot load it: {reason}") from error
+    if weights_sha256(module) != manifest.weights_sha256:
+        raise ArtifactCorrupt(f"{path}: its weights are not those that its manifest names; publish the model again")
+    frozen = freeze(module)
+    _check_golden(frozen, manifest.golden, device, path)
+    return Artifact(manifest, frozen, path, torch.device(device))
+
+
+def _answers(module: torch.jit.ScriptModule, x: Tensor, noise: Tensor, choice: Tensor) -> dict[str, Tensor]:
+    with torch.inference_mode():
+        mean, std = module.encode(x)
+        score, parts, contribution, expected = module.score(x)
+        return {
+            "forward": module(x),
+            "encode.mean": mean,
+            "encode.std": std,
+            "decode": module.decode(mean),
+            "draw": module.draw(noise, choice),
+            "score": score,
+            "score.parts": parts,
+            "score.contribution": contribution,
+            "score.expected": expected,
+            "p_value": module.p_value(score),
+            "severity": module.severity(score, GOLDEN_ALPHA),
+            "threshold": module.threshold(GOLDEN_ALPHA),
+        }
+
+
+def _check_golden(module: torch.jit.ScriptModule, pairs: Golden, device: str, path: Path) -> None:
+    inputs = (torch.tensor(pairs.inputs[name], device=device) for name in ("x", "noise", "choice"))
+    for name, answer in _answers(module, *inputs).items():
+        expected = torch.tensor(pairs.outputs[name], device=device)
+        scale = float(expected.abs().max())
+        error = float((answer - expected).abs().max())
+        if not error <= GOLDEN_TOLERANCE * max(scale, 1e-3):  # written so that NaN fails too
+            raise ArtifactMismatch(
+                f"{path}: {name} differs from its golden answer by {error:.3g} (scale {scale:.3g}) on {device} with "
+                f"torch {torch.__version__}; do not serve it: train it again here, or use the versions in its manifest"
+            )
+
+
+def _archive(module: torch.jit.ScriptModule, manifest: Manifest) -> bytes:
+    """The file's bytes: TorchScript's own zip archive, the manifest as one more member, the seal as its comment."""
+    buffer = io.BytesIO()
+    with _deprecations_silenced():
+        torch.jit.save(module, buffer)
+    with zipfile.ZipFile(buffer, "a") as archive:
+        prefix = archive.namelist()[0].partition("/")[0]
+        archive.writestr(f"{prefix}/{MEMBER}", manifest.model_dump_json())
+        archive.comment = SEAL + b"0" * DIGEST_LENGTH
+    return seal(buffer.getvalue())
+
+
+def _claim_version(staging: Path, folder: Path, present: list[int]) -> int:
+    version = max(present, default=0) + 1
+    while True:
+        try:
+            staging.rename(folder / str(version))
+        except OSError:
+            if not (folder / str(version)).exists():
+                raise
+            version += 1  # another publisher was faster
+        else:
+            return version
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _deprecations_silenced() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is deprecated", category=DeprecationWarning)
+        yield

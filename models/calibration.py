@@ -1,0 +1,71 @@
+"""What a score means: split-conformal p-values, and how severe a row is beyond what they can say."""
+
+import torch
+from torch import Tensor, nn
+
+TAIL_SHARE = 0.1  # of the calibration scores which the tail beyond the largest is fitted on
+
+
+class Calibration(nn.Module):
+    """The sorted scores of n rows that trained nothing.
+
+    A p-value is (1 + how many calibration scores are at least as large) / (n + 1). For a row exchangeable with the
+    calibration rows P(p <= alpha) <= alpha, whatever the model (Vovk, Gammerman & Shafer, "Algorithmic learning in a
+    random world", 2005, prop. 2.4; Bates et al., "Testing for outliers with conformal p-values", 2023, eq. 2).
+    Its floor is 1 / (n + 1). Severity goes on beyond it, on an exponential tail fitted to the largest scores; it is an
+    extrapolation, not a p-value.
+
+    Args:
+        scores: [n], n >= 1, of calibration rows, in any order.
+    """
+
+    scores: Tensor
+    surprisal: Tensor
+    tail: Tensor
+
+    def __init__(self, scores: Tensor) -> None:
+        super().__init__()
+        ordered = scores.sort().values
+        n = ordered.shape[0]
+        exceeding = torch.arange(n, 0, -1, dtype=torch.float64)  # how many scores are >= this one
+        beyond = max(1, round(TAIL_SHARE * n))
+        mean_excess = (ordered[-beyond:] - ordered[-min(beyond + 1, n)]).mean()
+        self.register_buffer("scores", ordered)
+        self.register_buffer("surprisal", -(exceeding / (n + 1)).log().to(ordered.dtype))
+        self.register_buffer("tail", mean_excess.clamp(min=1e-6 * max(1.0, float(ordered[-1].abs()))))
+
+    def p_value(self, score: Tensor) -> Tensor:
+        """Scores [B] to p-values [B] in [1 / (n + 1), 1]."""
+        n = self.scores.shape[0]
+        at_least = n - torch.searchsorted(self.scores, score)  # [B]
+        return (at_least + 1).to(score.dtype) / (n + 1)
+
+    def threshold(self, alpha: float) -> Tensor:
+        """The score above which p <= alpha, a scalar; for alpha below the floor, where the fitted tail puts it."""
+        n = self.scores.shape[0]
+        allowed = int(alpha * (n + 1) + 1e-6) - 1  # calibration scores that may reach a row's while p <= alpha
+        if allowed >= 0:
+            return self.scores[n - 1 - min(allowed, n - 1)]
+        surprise = -torch.log(torch.tensor(alpha, dtype=torch.float64)).to(self.scores)
+        return self.scores[-1] + self.tail * (surprise - self.surprisal[-1])
+
+    def severity(self, score: Tensor, alpha: float) -> Tensor:
+        """Surprisal of scores [B] over that of the threshold at alpha, [B]: > 1 exactly where score > threshold."""
+        threshold = self.threshold(alpha)
+        ratio = self._surprisal_at(score) / self._surprisal_at(threshold.unsqueeze(0))  # [B]
+        above = ratio.clamp(min=1.0 + 1.2e-7)  # the next float32 after 1: rounding must not blur the verdict
+        return torch.where(score > threshold, above, ratio.clamp(max=1.0))
+
+    def _surprisal_at(self, score: Tensor) -> Tensor:
+        """-log P(a normal row scores higher), [B] to [B]: continuous, increasing, exact at the calibration scores."""
+        n = self.scores.shape[0]
+        upper = torch.searchsorted(self.scores, score, right=True)  # [B], how many scores are <= this one
+        left, right = (upper - 1).clamp(min=0), upper.clamp(max=n - 1)  # [B], the neighbours' places
+        gap = (self.scores[right] - self.scores[left]).clamp(min=1e-30)
+        within = (score - self.scores[left]) / gap  # [B], in [0, 1) between neighbours
+        between = self.surprisal[left] + within.clamp(0.0, 1.0) * (self.surprisal[right] - self.surprisal[left])
+        distance = (score - self.scores[right]) / self.tail  # [B], > 0 beyond the largest, < 0 below the smallest
+        outside = torch.where(
+            upper == 0, self.surprisal[0] * distance.clamp(max=0.0).exp(), self.surprisal[-1] + distance
+        )
+        return torch.where((upper == 0) | (upper == n), outside, between)

@@ -1,0 +1,64 @@
+"""p(x | z): what a decoder's output says about a row. One log-probability a row, in nats, summed over features."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+LOG_VARIANCE_RANGE = (-14.0, 14.0)  # exp(-14) is a millionth: a constant column must not make the density explode
+
+
+class Likelihood(nn.Module):
+    """The density of a row given the decoder's output."""
+
+    def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
+        """log p(x | z) for x and the decoder's output, both [B, D], to [B]."""
+        raise NotImplementedError
+
+    def mean(self, output: Tensor) -> Tensor:
+        """E[x | z] for the decoder's output, [B, D] to [B, D]."""
+        raise NotImplementedError
+
+
+class GaussianLikelihood(Likelihood):
+    """N(x; output, variance), the variance learnt with the network: one for all features, or one for each.
+
+    A fixed variance silently sets the weight of reconstruction against KL and, on small data, kills every latent.
+
+    Args:
+        variances: 1, or D for a variance a feature.
+    """
+
+    def __init__(self, variances: int = 1) -> None:
+        super().__init__()
+        self.log_variance = nn.Parameter(torch.zeros(variances))
+        self.low, self.high = LOG_VARIANCE_RANGE
+
+    def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
+        """x, output: [B, D] to [B]."""
+        log_variance = self.log_variance.clamp(self.low, self.high)  # [1] or [D]
+        squared = (x - output).square() * torch.exp(-log_variance)  # [B, D]
+        return -0.5 * (squared + log_variance + math.log(2.0 * math.pi)).sum(dim=1)  # [B]
+
+    def mean(self, output: Tensor) -> Tensor:
+        """E[x | z]: [B, D] to [B, D]."""
+        return output
+
+
+class BernoulliLikelihood(Likelihood):
+    """Bernoulli(x; sigmoid(output)) for x in [0, 1]; grey values count as probabilities of white.
+
+    Outside [0, 1] there is no such density: a value there is charged its excess as under a unit Gaussian, so that an
+    impossible row scores as strange.
+    """
+
+    def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
+        """x, output (logits): [B, D] to [B]."""
+        inside = x.clamp(0.0, 1.0)  # [B, D]
+        cross_entropy = functional.binary_cross_entropy_with_logits(output, inside, reduction="none")  # [B, D]
+        return -(cross_entropy + 0.5 * (x - inside).square()).sum(dim=1)  # [B]
+
+    def mean(self, output: Tensor) -> Tensor:
+        """E[x | z]: logits [B, D] to grey values [B, D]."""
+        return torch.sigmoid(output)

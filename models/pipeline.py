@@ -1,0 +1,66 @@
+"""The whole way of a row, raw units in and raw units out: scaling, core model, prior, calibration."""
+
+from torch import Tensor, nn
+
+from models.calibration import Calibration
+from models.core import Core
+from models.prior import Prior
+from models.scaling import Scaling
+
+
+class Pipeline(nn.Module):
+    """What an artifact holds; its methods are the artifact's methods. B rows, D features, K latents, float32.
+
+    Args:
+        scaling: raw units to model units.
+        core: PCA, Autoencoder or VAE, in model units.
+        prior: over the core's latents.
+        calibration: of the core's score.
+    """
+
+    def __init__(self, scaling: Scaling, core: Core, prior: Prior, calibration: Calibration) -> None:
+        super().__init__()
+        self.scaling = scaling
+        self.core: Core = core
+        self.prior = prior
+        self.calibration = calibration
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The reconstruction of x [B, D] through the posterior mean, [B, D]."""
+        return self.decode(self.encode(x)[0])
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior mean and standard deviation of x [B, D]: two of [B, K]."""
+        return self.core.encode(self.scaling(x))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """E[x | z], [B, K] to [B, D]."""
+        return self.scaling.inverse(self.core.decode(z))
+
+    def draw(self, noise: Tensor, choice: Tensor) -> Tensor:
+        """Latents [B, K] from the prior, out of standard normal noise [B, K] and uniform choice [B] in [0, 1)."""
+        latents: Tensor = self.prior(noise, choice)  # [B, K]
+        return latents
+
+    def score(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """How strange x [B, D] is.
+
+        Returns:
+            score [B], higher is stranger; its parts [B, P], which sum to it; contribution [B, D], each feature's squared
+            residual in model units; expected [B, D], the reconstruction in raw units.
+        """
+        u = self.scaling(x)  # [B, D]
+        score, parts, u_hat = self.core.score(u)
+        return score, parts, (u - u_hat).square(), self.scaling.inverse(u_hat)
+
+    def p_value(self, score: Tensor) -> Tensor:
+        """Conformal p-values of scores, [B] to [B]."""
+        return self.calibration.p_value(score)
+
+    def severity(self, score: Tensor, alpha: float) -> Tensor:
+        """Scores [B] to severity [B]: > 1 exactly where the row is anomalous at alpha."""
+        return self.calibration.severity(score, alpha)
+
+    def threshold(self, alpha: float) -> Tensor:
+        """The score above which a row is anomalous at alpha, a scalar."""
+        return self.calibration.threshold(alpha)

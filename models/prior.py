@@ -1,0 +1,38 @@
+"""The generative prior over latents: a mixture of Gaussians, of which N(0, I) is the simplest."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Prior(nn.Module):
+    """A mixture of M Gaussians over K latents.
+
+    Args:
+        weights: [M], positive, summing to 1.
+        means: [M, K].
+        factors: lower Cholesky factors of the covariances, [M, K, K].
+    """
+
+    cumulative: Tensor
+    means: Tensor
+    factors: Tensor
+
+    def __init__(self, weights: Tensor, means: Tensor, factors: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("cumulative", weights.cumsum(dim=0))
+        self.register_buffer("means", means)
+        self.register_buffer("factors", factors)
+
+    def forward(self, noise: Tensor, choice: Tensor) -> Tensor:
+        """Standard normal noise [B, K] and uniform choice [B] in [0, 1) to latents [B, K]."""
+        component = torch.searchsorted(self.cumulative[:-1].contiguous(), choice, right=True)  # [B]
+        latents = torch.zeros_like(noise)  # [B, K]
+        for index in range(self.means.shape[0]):
+            drawn = noise @ self.factors[index].T + self.means[index]  # [B, K]
+            latents = torch.where((component == index).unsqueeze(1), drawn, latents)
+        return latents
+
+
+def gaussian_prior(std: Tensor) -> Prior:
+    """N(0, diag(std^2)) over K latents, std [K]."""
+    return Prior(std.new_ones(1), torch.zeros_like(std).unsqueeze(0), torch.diag(std).unsqueeze(0))

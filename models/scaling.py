@@ -1,0 +1,42 @@
+"""Preprocessing: raw units to the units in which a model works, and back."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Scaling(nn.Module):
+    """The affine map `(x - shift) / scale`, a number a feature.
+
+    Args:
+        shift: [D], raw units.
+        scale: [D], raw units, positive.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, shift: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("shift", shift)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Raw [B, D] to model units [B, D]."""
+        return (x - self.shift) / self.scale
+
+    def inverse(self, u: Tensor) -> Tensor:
+        """Model units [B, D] to raw [B, D]."""
+        return u * self.scale + self.shift
+
+
+def standardise(x: Tensor) -> Scaling:
+    """Each column of x [N, D] to mean 0 and variance 1; a constant column is only centred, its scale staying 1."""
+    deviation = x.std(dim=0, correction=0)
+    negligible = deviation <= 1e-7 * x.abs().amax(dim=0)  # a constant, up to float32's rounding of it
+    return Scaling(x.mean(dim=0), torch.where(negligible, torch.ones_like(deviation), deviation))
+
+
+def to_unit_range(low: float, high: float, features: int) -> Scaling:
+    """The same map for each of D features: [low, high] to [0, 1]."""
+    span = high - low if high > low else 1.0
+    return Scaling(torch.full((features,), low), torch.full((features,), span))
