@@ -1,0 +1,1 @@
+"""From data to artifact: readers, objectives, the fit, calibration, evaluation."""
