@@ -38,11 +38,11 @@ class Artifact:
 
 
 def script(model: nn.Module) -> torch.jit.ScriptModule:
-    """`model` compiled, with `forward` and METHODS as its methods."""
+    """`model` compiled, with `forward` and METHODS as its methods. From here on it is for inference: no gradients."""
     for method in METHODS:
         torch.jit.export(getattr(type(model), method))
     with _deprecations_silenced():
-        scripted: torch.jit.ScriptModule = torch.jit.script(model.eval())
+        scripted: torch.jit.ScriptModule = torch.jit.script(model.eval().requires_grad_(False))
     return scripted
 
 
@@ -98,7 +98,7 @@ def load(path: Path, device: str = "cpu") -> Artifact:
     manifest = read_manifest(path)
     try:
         with _deprecations_silenced():
-            module = torch.jit.load(str(path), map_location=device)  # type: ignore[no-untyped-call]
+            module = torch.jit.load(str(path), map_location=device)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ArtifactCorrupt(f"{path}: torch {torch.__version__} cannot load it: {reason}") from error

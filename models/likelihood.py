@@ -27,12 +27,12 @@ class GaussianLikelihood(Likelihood):
     A fixed variance silently sets the weight of reconstruction against KL and, on small data, kills every latent.
 
     Args:
-        variances: 1, or D for a variance a feature.
+        variance: where learning starts, [1], or [D] for a variance a feature.
     """
 
-    def __init__(self, variances: int = 1) -> None:
+    def __init__(self, variance: Tensor) -> None:
         super().__init__()
-        self.log_variance = nn.Parameter(torch.zeros(variances))
+        self.log_variance = nn.Parameter(variance.log())
         self.low, self.high = LOG_VARIANCE_RANGE
 
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:

@@ -59,8 +59,8 @@ class CalibrationSize(_Frozen):
 class Golden(_Frozen):
     """Inputs and the answers that the model gave to them when it was published; every load repeats them."""
 
-    inputs: dict[str, list[Any]]
-    outputs: dict[str, list[Any]]
+    inputs: dict[str, Any]
+    outputs: dict[str, Any]
 
 
 class Manifest(_Frozen):

@@ -46,8 +46,8 @@ class Pipeline(nn.Module):
         """How strange x [B, D] is.
 
         Returns:
-            score [B], higher is stranger; its parts [B, P], which sum to it; contribution [B, D], each feature's squared
-            residual in model units; expected [B, D], the reconstruction in raw units.
+            score [B], higher is stranger; its parts [B, P], which sum to it; contribution [B, D], the squared residual
+            of each feature in model units; expected [B, D], the reconstruction in raw units.
         """
         u = self.scaling(x)  # [B, D]
         score, parts, u_hat = self.core.score(u)

@@ -36,7 +36,7 @@ def standardise(x: Tensor) -> Scaling:
     return Scaling(x.mean(dim=0), torch.where(negligible, torch.ones_like(deviation), deviation))
 
 
-def to_unit_range(low: float, high: float, features: int) -> Scaling:
-    """The same map for each of D features: [low, high] to [0, 1]."""
-    span = high - low if high > low else 1.0
-    return Scaling(torch.full((features,), low), torch.full((features,), span))
+def to_unit_range(low: Tensor, high: Tensor) -> Scaling:
+    """[low, high] of each feature, [D] each, to [0, 1]; where they are equal, to 0 with scale 1."""
+    span = high - low
+    return Scaling(low, torch.where(span > 0, span, torch.ones_like(span)))

@@ -1,0 +1,39 @@
+"""What a training run may choose, and the defaults. Imports no torch: the command line reads its defaults here."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from models.manifest import NAME
+
+Kind = Literal["pca", "ae", "vae"]
+KINDS: tuple[Kind, ...] = ("pca", "ae", "vae")
+
+
+class TrainConfig(BaseModel):
+    """One run. Written into the artifact's manifest, so that it can be repeated."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: Kind = Field(description="pca (exact, closed form), ae (autoencoder) or vae (variational autoencoder)")
+    name: str = Field(pattern=f"^{NAME.pattern}$", description="what the artifact is published and served as")
+    seed: int = Field(0, ge=0, lt=2**32, description="of the split, the initial weights, the shuffling and the noise")
+    latents: int | None = Field(
+        None,
+        ge=1,
+        description="dimension of the code; by default 16, or half of the features if fewer than 32",
+    )
+    hidden: tuple[int, ...] = Field((256, 128), description="hidden widths of the encoder; the decoder mirrors them")
+    epochs: int | None = Field(None, ge=1, description="by default as many as make about 3,000 steps, from 10 to 400")
+    batch_size: int = Field(128, ge=1, description="rows a step")
+    learning_rate: float = Field(1e-3, gt=0, description="the peak of the one-cycle schedule")
+    beta: float = Field(1.0, ge=0, description="weight of the KL term (vae)")
+    likelihood: Literal["gaussian", "bernoulli"] = Field(
+        "gaussian", description="p(x|z) (vae): gaussian with a learned variance, or bernoulli for values in [0, 1]"
+    )
+    scale: Literal["auto", "standardise", "range", "none"] = Field(
+        "auto",
+        description="preprocessing: mean 0 and variance 1 a feature, or the range to [0, 1]; auto takes the range for "
+        "images and for bernoulli, and standardises tables",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the networks train")

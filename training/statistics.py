@@ -1,0 +1,79 @@
+"""What surrounds a fitted core: its scaling, the whitening of an autoencoder's score, the prior, the calibration."""
+
+import torch
+from torch import Tensor
+
+from models.autoencoder import Autoencoder, Whitening
+from models.calibration import Calibration
+from models.core import Core
+from models.pca import PCA
+from models.prior import Prior, gaussian_prior
+from models.scaling import Scaling, standardise, to_unit_range
+from training.config import TrainConfig
+from training.errors import FitError
+
+WIDEST_WHITENING = 2048  # K + D up to which the joint covariance is full; above, its matrix would outweigh the networks
+MIXTURE_COMPONENTS = 10  # of an autoencoder's prior, when there are rows enough
+ROWS_A_COMPONENT = 50
+SMALLEST_DEVIATION = 1e-6  # of a whitened coordinate, in model units
+BATCH = 4096  # rows at a time: bounds memory
+
+
+def scaling_of(x: Tensor, config: TrainConfig, pixel_range: tuple[float, float] | None) -> Scaling:
+    """The preprocessing that `config.scale` asks for, for rows x [N, D]. Raises FitError where it cannot be."""
+    image, bernoulli = pixel_range is not None, config.model == "vae" and config.likelihood == "bernoulli"
+    how = config.scale if config.scale != "auto" else "range" if image or bernoulli else "standardise"
+    if bernoulli and how != "range":
+        raise FitError(f"the bernoulli likelihood needs values in [0, 1], --scale {how} does not give them: use range")
+    if how == "standardise":
+        return standardise(x)
+    if how == "none":
+        return Scaling(torch.zeros(x.shape[1]), torch.ones(x.shape[1]))
+    if pixel_range is not None:
+        return to_unit_range(*(torch.full((x.shape[1],), end) for end in pixel_range))
+    return to_unit_range(x.amin(dim=0), x.amax(dim=0))
+
+
+def whitening_of(core: Autoencoder, u: Tensor) -> Whitening:
+    """Whitening of (code, residual) on rows u [N, D] in model units which the networks did not see.
+
+    The covariance is shrunk as Ledoit & Wolf, "A well-conditioned estimator for large-dimensional covariance matrices",
+    2004: with few rows the plain one is singular.
+    """
+    from sklearn.covariance import ledoit_wolf
+
+    with torch.no_grad():
+        code = core.encode(u)[0]  # [N, K]
+        joint = torch.cat((code, u - core.decode(code)), dim=1).double()  # [N, K + D]
+    mean, deviation = joint.mean(dim=0), joint.std(dim=0, correction=0).clamp(min=SMALLEST_DEVIATION)  # [K + D] each
+    if joint.shape[1] > WIDEST_WHITENING:
+        return Whitening(mean.float(), (1.0 / deviation).float())
+    correlation = torch.from_numpy(ledoit_wolf(((joint - mean) / deviation).numpy(), assume_centered=True)[0])
+    factor = torch.linalg.cholesky(correlation)
+    inverse = torch.linalg.solve_triangular(factor, torch.diag(1.0 / deviation), upper=False)
+    return Whitening(mean.float(), inverse.float())
+
+
+def prior_of(core: Core, u: Tensor, latents: int, seed: int) -> Prior:
+    """The prior whose draws decode to rows like the fitted u [N, D]: pPCA's, N(0, I), or a mixture on an AE's codes."""
+    if isinstance(core, PCA):
+        return gaussian_prior((core.eigenvalues - core.noise_variance).clamp(min=0.0).sqrt())
+    if not isinstance(core, Autoencoder):
+        return gaussian_prior(torch.ones(latents))
+    from sklearn.mixture import GaussianMixture
+
+    with torch.no_grad():
+        codes = torch.cat([core.encode(rows)[0] for rows in u.split(BATCH)]).double().numpy()
+    components = min(MIXTURE_COMPONENTS, max(1, len(codes) // ROWS_A_COMPONENT))
+    spread = float(codes.var(axis=0).mean())
+    mixture = GaussianMixture(components, random_state=seed, reg_covar=1e-4 * spread + 1e-12, max_iter=300)
+    mixture.fit(codes)
+    parameters = mixture.weights_, mixture.means_, mixture.covariances_
+    weights, means, covariances = (torch.from_numpy(value).float() for value in parameters)
+    return Prior(weights, means, torch.linalg.cholesky(covariances))
+
+
+def calibration_of(core: Core, u: Tensor) -> Calibration:
+    """Calibration by the scores of rows u [N, D] in model units which trained nothing."""
+    with torch.no_grad():
+        return Calibration(torch.cat([core.score(rows)[0] for rows in u.split(BATCH)]))
