@@ -1,0 +1,8 @@
+"""`python -m training DATA ...` is `elbo train DATA ...`."""
+
+import sys
+
+from elbo import main
+
+if __name__ == "__main__":
+    main(["train", *sys.argv[1:]])
