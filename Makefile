@@ -1,0 +1,66 @@
+# What a developer does here, one target each. It needs Python 3.11 (or 3.12, 3.13), make and git; the rest it sets up itself.
+
+TORCH := torch==2.13.0
+# An index of PyTorch wheels, where another build is wanted than the one that pip finds by itself.
+TORCH_INDEX ?=
+VENV := .venv
+READY := $(VENV)/.ready
+PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
+SOURCES := elbo.py models training service tests $(wildcard benchmarks)
+
+supported = $(1) -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint types format lock upgrade image clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+run: $(READY) ## Train the demonstration models where they are missing, then serve on port 8000
+	@$(VENV)/bin/elbo demo
+	@exec $(VENV)/bin/elbo serve
+
+test: $(READY) ## Run every test
+	@$(VENV)/bin/python -m pytest
+
+lint: $(READY) ## Check style and the likely mistakes
+	@$(VENV)/bin/ruff check $(SOURCES)
+	@$(VENV)/bin/ruff format --check $(SOURCES)
+
+types: $(READY) ## Check the types
+	@$(VENV)/bin/mypy $(SOURCES)
+
+format: $(READY) ## Rewrite the sources in the house style
+	@$(VENV)/bin/ruff check --fix-only --quiet $(SOURCES)
+	@$(VENV)/bin/ruff format $(SOURCES)
+
+lock: $(READY) ## Write requirements/*.lock anew from pyproject.toml, keeping the versions that still fit
+	@$(call compile,dev,--all-extras)
+	@cp requirements/dev.lock requirements/train.lock && $(call compile,train,--extra train)
+	@cp requirements/dev.lock requirements/serve.lock && $(call compile,serve,)
+
+upgrade: UPGRADE := --upgrade
+upgrade: lock ## The same with the newest versions
+
+# Seeded with dev.lock, the smaller locks keep its versions and its hashes. Made from CPU wheels of torch: the CUDA ones
+# would list NVIDIA's libraries.
+compile = echo "locking requirements/$(1).lock" && $(VENV)/bin/pip-compile --quiet $(2) \
+	$(if $(filter dev,$(1)),$(UPGRADE)) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+	--output-file requirements/$(1).lock pyproject.toml
+
+image: ## Build the container image that trains and serves
+	@docker build --tag elbo .
+
+clean: ## Remove what the other targets made, except artifacts/
+	@rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The locked packages come first, so that torch finds its own dependencies installed, checked against their hashes.
+$(READY): pyproject.toml requirements/dev.lock
+	@python=; for p in python3.11 python3; do if $(call supported,$$p); then python=$$p; break; fi; done; \
+	if [ -z "$$python" ]; then echo "elbo needs Python 3.11, 3.12 or 3.13 with its venv module: install python3.11" >&2; exit 1; fi; \
+	echo "setting up $(VENV) with $$($$python --version)"; $$python -m venv $(VENV)
+	@echo "installing the locked packages"; $(PIP) install --require-hashes -r requirements/dev.lock
+	@echo "installing $(TORCH)"; $(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
