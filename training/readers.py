@@ -9,6 +9,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,10 +88,10 @@ def _read_digits() -> Raw:
 
 def _read_numpy(path: Path, _wanted: Sequence[str] | None) -> Raw:
     try:
-        content = np.load(path, allow_pickle=False)
-        if isinstance(content, np.ndarray):
-            return Raw(content)
-        with content:
+        with path.open("rb") as file:  # numpy leaves a file open that it opened itself and found damaged
+            content = np.load(file, allow_pickle=False)
+            if isinstance(content, np.ndarray):
+                return Raw(content)
             return _from_archive({key: content[key] for key in content.files}, path)
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError, NotImplementedError) as error:
         if "Object arrays" in str(error):
@@ -129,8 +130,10 @@ def _read_csv(path: Path, wanted: Sequence[str] | None) -> Raw:
         frame = pl.read_csv(path, infer_schema=False, glob=False)
     except pl.exceptions.PolarsError as error:
         _refuse_ragged(path, len(header))
-        raise DataError(f"{path} is no valid CSV ({str(error).splitlines()[0]}): write it again") from error
+        raise DataError(f"{path} is no valid CSV in UTF-8 ({str(error).splitlines()[0]}): write it again") from error
     frame = _without_blank_end(frame)
+    if frame.width != len(header):
+        raise DataError(f"{path}: expected the column names in its first line, got {frame.columns}: move them there")
     if any(column.null_count() for column in frame):
         _refuse_ragged(path, len(header))
     return _from_frame(frame, header, wanted, path, _number_from_text, first_line=2)
@@ -164,7 +167,7 @@ def _is_number(text: str) -> bool:
 
 def _refuse_ragged(path: Path, width: int) -> None:
     """Name the first line whose number of fields is not the header's."""
-    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file, suppress(csv.Error):
         rows = csv.reader(file)
         for row in rows:
             if row and len(row) != width:
@@ -213,8 +216,9 @@ def _number_from_typed(column: "pl.Series", name: str, place: Callable[[int], st
         raise DataError(f"column {name!r} expected numbers, got booleans: store 0 and 1")
     if not column.dtype.is_numeric() and column.dtype != pl.Null:
         row = int(column.is_not_null().arg_max() or 0)
+        value = column.slice(row, 1).to_list()[0]
         raise DataError(
-            f"column {name!r} expected numbers, got {column.dtype} ({column[row]!r} in {place(row)}): "
+            f"column {name!r} expected numbers, got {column.dtype} ({value!r} in {place(row)}): "
             "drop the column, or turn it into numbers"
         )
     return column.cast(pl.Float64).fill_null(float("nan")).to_numpy()
@@ -253,8 +257,9 @@ def _names_and_units(header: Sequence[str], path: Path) -> tuple[list[str], list
     names: list[str] = []
     units: list[str | None] = []
     for index, title in enumerate(header):
-        match = UNIT.fullmatch(title.strip())
-        name = match["name"] if match else title.strip()
+        line = " ".join(title.split())
+        match = UNIT.fullmatch(line)
+        name = match["name"] if match else line
         if not name:
             raise DataError(f"{path}: column {index + 1} has no name: name it (pandas: write with index=False)")
         if name in names:

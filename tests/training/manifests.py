@@ -1,0 +1,32 @@
+"""Manifests of models that need not exist."""
+
+import numpy as np
+
+from models.manifest import CalibrationSize, Data, Feature, Golden, Manifest
+from training.data import Table
+
+
+def manifest_of(table: Table) -> Manifest:
+    """What a model called m would say of itself had it been trained on `table`."""
+    medians, lows, highs = np.median(table.x, axis=0), table.x.min(axis=0), table.x.max(axis=0)
+    return Manifest(
+        format_version=1,
+        name="m",
+        kind="pca",
+        created="2026-01-02T03:04:05+00:00",
+        shape=list(table.shape),
+        features=[
+            Feature(name=name, unit=unit, median=median, minimum=low, maximum=high)
+            for name, unit, median, low, high in zip(table.names, table.units, medians, lows, highs, strict=True)
+        ],
+        latents=2,
+        parts=["t2", "q"],
+        pixel_range=table.pixel_range,
+        training={"model": "pca", "seed": 0},
+        data=Data(source=table.source, rows=10, fingerprint=table.fingerprint, fit=7, held_out=1, calibration=2),
+        metrics={"reconstruction_error": 0.25},
+        calibration=CalibrationSize(rows=2, floor=1 / 3),
+        golden=Golden(inputs={}, outputs={}),
+        versions={"elbo": "0.1.0"},
+        weights_sha256="0" * 64,
+    )
