@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +65,7 @@ def weights_sha256(module: nn.Module) -> str:
 
 def golden(module: torch.jit.ScriptModule, x: Tensor, noise: Tensor, choice: Tensor) -> Golden:
     """What `module` answers now to rows x [B, D], noise [B, K] and choice [B], for every later load to repeat."""
-    outputs = _answers(module, x, noise, choice)
+    outputs = answers(module, x, noise, choice)
     return Golden(
         inputs={"x": x.tolist(), "noise": noise.tolist(), "choice": choice.tolist()},
         outputs={name: output.tolist() for name, output in outputs.items()},
@@ -109,7 +110,8 @@ def load(path: Path, device: str = "cpu") -> Artifact:
     return Artifact(manifest, frozen, path, torch.device(device))
 
 
-def _answers(module: torch.jit.ScriptModule, x: Tensor, noise: Tensor, choice: Tensor) -> dict[str, Tensor]:
+def answers(module: Any, x: Tensor, noise: Tensor, choice: Tensor) -> dict[str, Tensor]:
+    """Every method's answer by name: `module` is a Pipeline, scripted or frozen or neither."""
     with torch.inference_mode():
         mean, std = module.encode(x)
         score, parts, contribution, expected = module.score(x)
@@ -131,7 +133,7 @@ def _answers(module: torch.jit.ScriptModule, x: Tensor, noise: Tensor, choice: T
 
 def _check_golden(module: torch.jit.ScriptModule, pairs: Golden, device: str, path: Path) -> None:
     inputs = (torch.tensor(pairs.inputs[name], device=device) for name in ("x", "noise", "choice"))
-    for name, answer in _answers(module, *inputs).items():
+    for name, answer in answers(module, *inputs).items():
         expected = torch.tensor(pairs.outputs[name], device=device)
         scale = float(expected.abs().max())
         error = float((answer - expected).abs().max())

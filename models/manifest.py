@@ -163,11 +163,11 @@ def versions(root: Path, name: str) -> list[int]:
 
 def resolve(root: Path, reference: str) -> Path:
     """The file that `name` (its newest version) or `name@version` means. Raises ArtifactMissing."""
-    name, _, version = reference.partition("@")
+    name, at, version = reference.partition("@")
     present = versions(root, name)
     if not present:
         known = ", ".join(names(root)) or "none"
         raise ArtifactMissing(f"no model {name!r} in {root} (there: {known}); train it with `elbo train`")
-    if version and version not in map(str, present):
+    if at and version not in map(str, present):
         raise ArtifactMissing(f"model {name!r} has no version {version!r} (there: {present})")
     return root / name / (version or str(present[-1])) / FILE_NAME

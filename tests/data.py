@@ -1,0 +1,20 @@
+"""Real data for tests: scikit-learn's digits always, more where ELBO_DATA (or ../shared/data) has it."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from tests.conftest import require
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = Path(os.environ.get("ELBO_DATA", ROOT.parent / "shared" / "data"))
+
+
+def mnist(part: str) -> npt.NDArray[np.float64]:
+    """The MNIST digits of `part` (train or test), [N, 784] in [0, 1]; skips the test where they are not."""
+    path = FOLDER / "mnist" / f"{part}.npz"
+    require(path.is_file(), f"no {path}: set ELBO_DATA to a folder with mnist/{part}.npz (x: uint8 [N, 28, 28])")
+    x = np.load(path)["x"]
+    return np.asarray(x.reshape(len(x), -1) / 255.0)

@@ -1,0 +1,83 @@
+"""Small untrained models of every kind, for tests of what all kinds must do."""
+
+import torch
+
+from models.autoencoder import Autoencoder, Whitening
+from models.calibration import Calibration
+from models.core import Core
+from models.likelihood import BernoulliLikelihood, GaussianLikelihood
+from models.manifest import FORMAT_VERSION, CalibrationSize, Data, Feature, Golden, Manifest
+from models.networks import mlp
+from models.pca import PCA
+from models.pipeline import Pipeline
+from models.prior import Prior, gaussian_prior
+from models.scaling import Scaling
+from models.vae import VAE
+
+B, D, K = 6, 5, 2
+CORES = ("pca", "ae", "ae-diagonal", "vae-gaussian", "vae-per-feature", "vae-bernoulli")
+
+
+def core(kind: str) -> Core:
+    """An untrained core of `kind`, one of CORES."""
+    joint = torch.randn(K + D)
+    match kind:
+        case "pca":
+            components = torch.linalg.qr(torch.randn(D, D))[0][:K]
+            return PCA(torch.randn(D), components, torch.tensor([3.0, 2.0]), torch.tensor(0.5))
+        case "ae":
+            return Autoencoder(mlp([D, 8, K]), mlp([K, 8, D]), Whitening(joint, torch.randn(K + D, K + D).tril()))
+        case "ae-diagonal":
+            return Autoencoder(mlp([D, 8, K]), mlp([K, 8, D]), Whitening(joint, torch.rand(K + D)))
+        case "vae-gaussian":
+            return _vae(GaussianLikelihood(torch.tensor([0.3])))
+        case "vae-per-feature":
+            return _vae(GaussianLikelihood(torch.rand(D) + 0.1))
+        case _:
+            return _vae(BernoulliLikelihood())
+
+
+def pipeline(kind: str, seed: int = 0) -> Pipeline:
+    """A whole pipeline around `core(kind)`, the same for the same seed."""
+    torch.manual_seed(seed)
+    weights, factors = torch.tensor([0.3, 0.7]), torch.randn(2, K, K).tril()
+    prior = Prior(weights, torch.randn(2, K), factors) if kind.startswith("ae") else gaussian_prior(torch.ones(K))
+    model = Pipeline(Scaling(torch.randn(D), torch.rand(D) + 0.5), core(kind), prior, Calibration(20 * torch.rand(50)))
+    return model.eval().requires_grad_(False)
+
+
+def batch(rows: int = B) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows [B, D], standard normal noise [B, K], uniform choice [B]."""
+    generator = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(rows, D, generator=generator),
+        torch.randn(rows, K, generator=generator),
+        torch.rand(rows, generator=generator),
+    )
+
+
+def manifest(name: str, weights_sha256: str, golden: Golden, format_version: int = FORMAT_VERSION) -> Manifest:
+    """A manifest that fits `pipeline`."""
+    features = [Feature(name=f"x{i}", unit=None, median=0.0, minimum=-3.0, maximum=3.0) for i in range(D)]
+    return Manifest(
+        format_version=format_version,
+        name=name,
+        kind="pca",
+        created="2026-01-01T00:00:00+00:00",
+        shape=[D],
+        features=features,
+        latents=K,
+        parts=["t2", "q"],
+        pixel_range=None,
+        training={},
+        data=Data(source="none", rows=0, fingerprint="", fit=0, held_out=0, calibration=0),
+        metrics={},
+        calibration=CalibrationSize(rows=50, floor=1 / 51),
+        golden=golden,
+        versions={},
+        weights_sha256=weights_sha256,
+    )
+
+
+def _vae(likelihood: GaussianLikelihood | BernoulliLikelihood) -> Core:
+    return VAE(mlp([D, 8, 2 * K]), mlp([K, 8, D]), likelihood)

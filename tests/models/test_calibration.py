@@ -1,0 +1,71 @@
+"""Conformal p-values against their definition and their guarantee; severity against the verdict that it must repeat."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import betabinom, expon
+
+from models.calibration import Calibration
+
+FRESH = 2_000
+
+
+def calibration(n: int, seed: int = 0) -> Calibration:
+    return Calibration(torch.from_numpy(np.random.RandomState(seed).standard_normal(n).astype(np.float32)))
+
+
+def test_p_value_counts_calibration_scores_at_least_as_large() -> None:
+    p = Calibration(torch.tensor([3.0, 1.0, 2.0, 2.0])).p_value(torch.tensor([0.0, 1.0, 2.0, 2.5, 3.0, 4.0]))
+    assert p.tolist() == pytest.approx([5 / 5, 5 / 5, 4 / 5, 2 / 5, 2 / 5, 1 / 5])
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.05, 0.01])
+@pytest.mark.parametrize("n", [199, 400, 1000])
+def test_false_alarms_lie_in_the_exact_band(alpha: float, n: int) -> None:
+    """The number of false alarms among fresh rows is beta-binomial: the calibration rows are a sample too."""
+    fresh = np.random.RandomState(n).exponential(size=FRESH).astype(np.float32)
+    scores = np.random.RandomState(n + 1).exponential(size=n).astype(np.float32)
+    alarms = int((Calibration(torch.from_numpy(scores)).p_value(torch.from_numpy(fresh)) <= np.float32(alpha)).sum())
+    allowed = int(alpha * (n + 1) + 1e-9)
+    low, high = betabinom(FRESH, allowed, n + 1 - allowed).interval(0.99)
+    assert low <= alarms <= high
+
+
+REACHABLE = [
+    (n, alpha) for n in (1, 5, 19, 99, 360) for alpha in (0.5, 0.29, 0.2, 0.1, 0.07, 0.05) if alpha >= 1 / (n + 1)
+]
+
+
+@pytest.mark.parametrize(("n", "alpha"), REACHABLE)
+def test_severity_exceeds_one_exactly_where_the_p_value_is_at_most_alpha(n: int, alpha: float) -> None:
+    model = calibration(n)
+    near = torch.cat([model.scores + shift for shift in (0.0, 1e-6, -1e-6, 0.1)])
+    scores = torch.cat([near, torch.linspace(-6, 6, 500)])
+    anomalous = model.p_value(scores) <= torch.tensor(alpha)
+    assert torch.equal(model.severity(scores, alpha) > 1.0, anomalous)
+    assert torch.equal(scores > model.threshold(alpha), anomalous)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 1e-4])
+def test_severity_never_falls_as_the_score_rises(alpha: float) -> None:
+    severity = calibration(99).severity(torch.linspace(-10, 30, 2000), alpha)
+    assert bool((severity.diff() >= 0).all())
+    assert float(severity[-1]) > 2 * float(severity[1000])  # and goes on beyond the largest calibration score
+
+
+def test_beyond_the_floor_an_exponential_tail_is_found_again() -> None:
+    """Exponential scores have exactly the tail that is assumed, so the extrapolated quantile is known."""
+    model = Calibration(torch.from_numpy(np.random.RandomState(0).exponential(size=20_000).astype(np.float32)))
+    assert float(model.threshold(1e-6)) == pytest.approx(expon.isf(1e-6), rel=0.1)
+
+
+def test_tied_and_constant_scores_still_judge() -> None:
+    model = Calibration(torch.full((50,), 2.0))
+    severity = model.severity(torch.tensor([1.0, 2.0, 2.5]), 0.05)
+    assert severity[1] <= 1.0 < severity[2]
+    assert bool(severity.isfinite().all())
+
+
+def test_non_negative_severity_for_rows_far_below_every_calibration_score() -> None:
+    severity = calibration(99).severity(torch.tensor([-1e30, -1e3, -3.0]), 0.05)
+    assert bool(((severity >= 0) & (severity < 1)).all())

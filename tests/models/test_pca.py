@@ -1,0 +1,123 @@
+"""PCA against scikit-learn, SciPy and the worked example of the text that the project starts from."""
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from scipy.linalg import subspace_angles
+from scipy.stats import multivariate_normal
+from sklearn.datasets import load_digits
+from sklearn.decomposition import PCA as Reference
+
+from models.pca import PCA
+from tests.data import mnist
+from training.errors import FitError
+from training.pca import fit_pca
+
+Array = npt.NDArray[np.float64]
+
+
+def digits() -> Array:
+    return np.asarray(load_digits().data / 16.0)
+
+
+def fitted(x: Array, latents: int) -> PCA:
+    return fit_pca(torch.from_numpy(x), latents)
+
+
+@pytest.mark.parametrize("latents", [1, 2, 16, 40, 60])
+def test_components_span_the_subspace_that_scikit_learn_finds(latents: int) -> None:
+    x = digits()
+    ours, reference = fitted(x, latents), Reference(latents, svd_solver="full").fit(x)
+    angles = subspace_angles(ours.components.numpy().T, reference.components_.T)
+    assert angles.max() < 1e-6
+    assert ours.eigenvalues.numpy() == pytest.approx(reference.explained_variance_, rel=1e-9)
+    assert float(ours.noise_variance) == pytest.approx(reference.noise_variance_, rel=1e-9)
+
+
+@pytest.mark.parametrize("latents", [1, 16, 40])
+def test_log_likelihood_is_the_closed_form(latents: int) -> None:
+    x = digits()
+    pca = fitted(x, latents)
+    weights = pca.components.T * (pca.eigenvalues - pca.noise_variance).sqrt()  # [D, K]
+    covariance = weights @ weights.T + pca.noise_variance * torch.eye(64, dtype=torch.float64)
+    closed_form = multivariate_normal(pca.mean.numpy(), covariance.numpy()).logpdf(x[:200])
+    ours = pca.log_likelihood(torch.from_numpy(x[:200])).numpy()
+    assert np.abs(ours - closed_form).max() < 1e-6
+    assert np.abs(ours - Reference(latents, svd_solver="full").fit(x).score_samples(x[:200])).max() < 1e-6
+
+
+def test_score_is_the_mahalanobis_distance_and_the_sum_of_its_parts() -> None:
+    x = digits()
+    pca = fitted(x, 10)
+    score, parts, x_hat = pca.score(torch.from_numpy(x))
+    weights = pca.components.T * (pca.eigenvalues - pca.noise_variance).sqrt()
+    precision = torch.linalg.inv(weights @ weights.T + pca.noise_variance * torch.eye(64, dtype=torch.float64))
+    centred = torch.from_numpy(x) - pca.mean
+    assert torch.allclose(score, ((centred @ precision) * centred).sum(dim=1), rtol=1e-9)
+    assert torch.allclose(parts.sum(dim=1), score)
+    assert np.allclose(x_hat.numpy(), (r := Reference(10, svd_solver="full").fit(x)).inverse_transform(r.transform(x)))
+
+
+def test_posterior_is_that_of_the_linear_gaussian_model() -> None:
+    x = digits()
+    pca = fitted(x, 5)
+    loading = pca.components.T  # scores z ~ N(0, L - s2), x = V' z + mean + noise
+    prior_precision = torch.diag(1.0 / (pca.eigenvalues - pca.noise_variance))
+    posterior = torch.linalg.inv(prior_precision + loading.T @ loading / pca.noise_variance)
+    std = pca.encode(torch.from_numpy(x[:1]))[1]
+    assert torch.allclose(std.squeeze(0), posterior.diagonal().sqrt(), rtol=1e-9)
+
+
+def test_the_worked_example_has_the_right_numbers() -> None:
+    """Three points in the plane: the seed text's example, with the eigenvalues that it should have had."""
+    x = np.array([[1.0, 2.0], [2.0, 3.0], [3.0, 5.0]])
+    pca = fitted(x, 1)
+    assert pca.mean.tolist() == pytest.approx([2.0, 10.0 / 3.0])
+    assert float(pca.eigenvalues[0]) == pytest.approx(3.3081, abs=5e-5)
+    assert float(pca.noise_variance) == pytest.approx(0.0252, abs=5e-5)  # the one discarded eigenvalue
+    assert float(pca.eigenvalues[0] * pca.noise_variance) == pytest.approx(1.0 * 7.0 / 3.0 - 1.5**2)  # determinant
+    sign = np.sign(float(pca.components[0, 0]))
+    assert sign * pca.components[0].numpy() == pytest.approx([0.5449, 0.8385], abs=5e-5)
+    scores = -sign * pca.encode(torch.from_numpy(x))[0].squeeze(1).numpy()
+    assert scores == pytest.approx([1.6629, 0.2795, -1.9424], abs=5e-5)
+
+
+def test_more_features_than_rows_give_the_same_as_scikit_learn() -> None:
+    x = np.random.RandomState(0).standard_normal((20, 50))
+    ours, reference = fitted(x, 5), Reference(5, svd_solver="full").fit(x)
+    assert subspace_angles(ours.components.numpy().T, reference.components_.T).max() < 1e-6
+    assert ours.eigenvalues.numpy() == pytest.approx(reference.explained_variance_)
+
+
+def test_mnist_error_is_the_published_one() -> None:
+    train, test = mnist("train"), mnist("test")
+    pca = fitted(train, 32)
+    x = torch.from_numpy(test)
+    error = float((x - pca.decode(pca.encode(x)[0])).square().mean())
+    assert error == pytest.approx(0.016828, abs=1e-6)
+    reference = Reference(32, svd_solver="covariance_eigh").fit(train)
+    assert subspace_angles(pca.components.numpy().T, reference.components_.T).max() < 1e-6
+
+
+@pytest.mark.parametrize("latents", [1, 2, 3])
+def test_data_without_noise_still_give_finite_scores(latents: int) -> None:
+    flat = np.random.RandomState(0).standard_normal((30, 1)) * np.ones((30, 3))  # one dimension, three columns
+    pca = fitted(flat, latents)
+    score, parts, _ = pca.score(torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64))
+    assert bool(parts.isfinite().all())
+    assert score[1] > 100 * score[0]
+
+
+def test_constant_columns_are_refused_only_when_all_are() -> None:
+    x = np.random.RandomState(0).standard_normal((30, 3))
+    x[:, 1] = 7.0
+    assert bool(fitted(x, 2).components.isfinite().all())
+    with pytest.raises(FitError, match="all 3 columns are constant"):
+        fitted(np.ones((30, 3)), 2)
+
+
+@pytest.mark.parametrize(("shape", "latents"), [((30, 3), 4), ((4, 9), 4)])
+def test_too_many_latents_are_refused_with_the_most_that_would_do(shape: tuple[int, int], latents: int) -> None:
+    with pytest.raises(FitError, match="--latents 3 or fewer"):
+        fitted(np.random.RandomState(0).standard_normal(shape), latents)

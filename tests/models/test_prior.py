@@ -1,0 +1,47 @@
+"""Priors by the moments of what they draw."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from models.prior import Prior, gaussian_prior
+
+N = 200_000
+
+
+def draw(prior: Prior, latents: int) -> Tensor:
+    random = np.random.RandomState(0)
+    noise = torch.from_numpy(random.standard_normal((N, latents)))
+    return prior(noise, torch.from_numpy(random.uniform(size=N)))  # type: ignore[no-any-return]
+
+
+def test_the_standard_normal_prior_is_its_noise() -> None:
+    noise = torch.randn(50, 3)
+    assert torch.equal(gaussian_prior(torch.ones(3))(noise, torch.rand(50)), noise)
+
+
+def test_a_gaussian_prior_scales_its_noise() -> None:
+    noise, std = torch.randn(50, 3), torch.tensor([0.5, 1.0, 4.0])
+    assert torch.allclose(gaussian_prior(std)(noise, torch.rand(50)), noise * std)
+
+
+def test_a_mixture_has_its_weights_means_and_covariances() -> None:
+    weights, means = (
+        torch.tensor([0.2, 0.5, 0.3]).double(),
+        torch.tensor([[-50.0, 0.0], [0.0, 0.0], [50.0, 9.0]]).double(),
+    )
+    factors = torch.tensor([[[1.0, 0.0], [0.5, 2.0]], [[0.1, 0.0], [0.0, 0.1]], [[3.0, 0.0], [-1.0, 0.5]]]).double()
+    latents = draw(Prior(weights, means, factors), 2)
+    nearest = (latents[:, :1] - means[:, 0]).abs().argmin(dim=1)
+    for index in range(3):
+        own = latents[nearest == index]
+        assert len(own) / N == pytest.approx(float(weights[index]), abs=0.005)
+        assert torch.allclose(own.mean(dim=0), means[index], atol=0.05)
+        assert torch.allclose(own.T.cov(), factors[index] @ factors[index].T, atol=0.1)
+
+
+def test_choice_at_the_edges_of_its_range_stays_in_the_mixture() -> None:
+    prior = Prior(torch.full((3,), 1 / 3), torch.arange(3.0).unsqueeze(1), torch.zeros(3, 1, 1))
+    latents = prior(torch.zeros(3, 1), torch.tensor([0.0, 0.5, 0.99999994]))
+    assert latents.squeeze(1).tolist() == [0.0, 1.0, 2.0]

@@ -1,0 +1,31 @@
+"""Scaling there and back."""
+
+import pytest
+import torch
+
+from models.scaling import standardise, to_unit_range
+
+
+def test_standardised_columns_have_mean_zero_and_variance_one() -> None:
+    x = torch.randn(1000, 3) * torch.tensor([1.0, 1e-3, 1e4]) + torch.tensor([0.0, 5.0, -7e4])
+    u = standardise(x)(x)
+    assert torch.allclose(u.mean(dim=0), torch.zeros(3), atol=1e-3)
+    assert torch.allclose(u.std(dim=0, correction=0), torch.ones(3), atol=1e-3)
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.1, -1e6])
+def test_a_constant_column_is_centred_and_not_blown_up(constant: float) -> None:
+    scaling = standardise(torch.full((1000, 1), constant))
+    assert float(scaling.scale) == 1.0
+    assert scaling(torch.tensor([[constant + 1.0]])).item() == pytest.approx(1.0, abs=0.1)
+
+
+def test_unit_range_maps_the_ends_to_zero_and_one() -> None:
+    scaling = to_unit_range(torch.tensor([0.0, -2.0, 3.0]), torch.tensor([255.0, 2.0, 3.0]))
+    assert scaling(torch.tensor([[0.0, -2.0, 3.0], [255.0, 2.0, 4.0]])).tolist() == [[0, 0, 0], [1, 1, 1]]
+
+
+def test_inverse_undoes() -> None:
+    x = torch.randn(100, 4) * 50 + 3
+    scaling = standardise(x)
+    assert torch.allclose(scaling.inverse(scaling(x)), x, atol=1e-4)

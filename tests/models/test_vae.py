@@ -1,0 +1,109 @@
+"""The VAE's terms against torch.distributions, and its bound against a likelihood that is known exactly."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, distributions
+from torch.nn import Linear
+
+from models.likelihood import BernoulliLikelihood, GaussianLikelihood
+from models.networks import mlp
+from models.vae import VAE, gaussian_kl
+from training.objectives import elbo_terms
+
+B, D, K = 40, 6, 3
+
+
+def test_kl_is_that_of_torch_distributions() -> None:
+    torch.manual_seed(0)
+    mean, log_variance = 3 * torch.randn(B, K, dtype=torch.float64), 2 * torch.randn(B, K, dtype=torch.float64)
+    posterior = distributions.Normal(mean, (0.5 * log_variance).exp())
+    exact = distributions.kl_divergence(posterior, distributions.Normal(torch.zeros(()), torch.ones(())))
+    assert torch.allclose(gaussian_kl(mean, log_variance), exact, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("variances", [1, D])
+def test_gaussian_likelihood_is_that_of_torch_distributions(variances: int) -> None:
+    torch.manual_seed(0)
+    x, output = torch.randn(B, D, dtype=torch.float64), torch.randn(B, D, dtype=torch.float64)
+    variance = torch.rand(variances, dtype=torch.float64) + 0.1
+    exact = distributions.Normal(output, variance.sqrt()).log_prob(x).sum(dim=1)
+    assert torch.allclose(GaussianLikelihood(variance).log_prob(x, output), exact, atol=1e-6, rtol=0)
+
+
+def test_bernoulli_likelihood_is_that_of_torch_distributions() -> None:
+    torch.manual_seed(0)
+    x, logits = torch.rand(B, D, dtype=torch.float64).round(), torch.randn(B, D, dtype=torch.float64)
+    exact = distributions.Bernoulli(logits=logits).log_prob(x).sum(dim=1)
+    assert torch.allclose(BernoulliLikelihood().log_prob(x, logits), exact, atol=1e-6, rtol=0)
+    assert torch.allclose(BernoulliLikelihood().mean(logits), distributions.Bernoulli(logits=logits).mean)
+
+
+def test_bernoulli_charges_values_outside_its_support() -> None:
+    output = torch.full((1, 1), 5.0)
+    inside, outside = (BernoulliLikelihood().log_prob(torch.tensor([[value]]), output) for value in (1.0, 4.0))
+    assert float(inside - outside) == pytest.approx(0.5 * 3.0**2)
+
+
+def test_encode_gives_mean_and_standard_deviation_of_the_posterior() -> None:
+    vae, x = VAE(mlp([D, 2 * K]), mlp([K, D]), GaussianLikelihood(torch.ones(1))), torch.randn(B, D)
+    raw = vae.encoder(x)
+    mean, std = vae.encode(x)
+    assert torch.equal(mean, raw[:, :K])
+    assert torch.allclose(std, (0.5 * raw[:, K:]).exp())
+
+
+def linear_vae(posterior_scale: float) -> tuple[VAE, Tensor, distributions.MultivariateNormal]:
+    """A linear VAE with the exact posterior, variance times `posterior_scale`; rows; their exact density."""
+    torch.manual_seed(1)
+    weights, offset, noise = torch.randn(D, K).double(), torch.randn(D).double(), 0.3
+    precision = torch.eye(K).double() + weights.T @ weights / noise
+    weights = weights @ torch.linalg.eigh(precision).eigenvectors  # rotate: the posterior covariance becomes diagonal
+    covariance = torch.linalg.inv(torch.eye(K).double() + weights.T @ weights / noise)
+    encoder, decoder = Linear(D, 2 * K).double(), Linear(K, D).double()
+    vae = VAE(encoder, decoder, GaussianLikelihood(torch.tensor([noise]).double()))
+    with torch.no_grad():
+        decoder.weight.copy_(weights)
+        decoder.bias.copy_(offset)
+        gain = covariance @ weights.T / noise  # [K, D]
+        encoder.weight.copy_(torch.cat((gain, torch.zeros(K, D).double())))
+        encoder.bias.copy_(torch.cat((-gain @ offset, (posterior_scale * covariance.diagonal()).log())))
+    marginal = distributions.MultivariateNormal(offset, weights @ weights.T + noise * torch.eye(D).double())
+    return vae, marginal.sample(torch.Size([B])), marginal
+
+
+def expected_elbo(vae: VAE, x: Tensor) -> float:
+    """The ELBO with its expectation exact: +-sqrt(K) e_i have the moments of N(0, I) that a quadratic needs."""
+    points = math.sqrt(K) * torch.cat((torch.eye(K), -torch.eye(K))).double()
+    return sum(float(elbo_terms(vae, x, point.expand(B, K))["elbo"].detach()) for point in points) / (2 * K)
+
+
+def test_elbo_of_the_exact_posterior_is_the_log_likelihood() -> None:
+    vae, x, marginal = linear_vae(posterior_scale=1.0)
+    assert expected_elbo(vae, x) == pytest.approx(float(marginal.log_prob(x).mean()), abs=1e-6)
+
+
+@pytest.mark.parametrize("posterior_scale", [0.2, 0.7, 1.5, 4.0])
+def test_elbo_of_another_posterior_falls_short_by_its_kl_from_the_exact_one(posterior_scale: float) -> None:
+    vae, x, marginal = linear_vae(posterior_scale)
+    gap = 0.5 * K * (posterior_scale - 1.0 - math.log(posterior_scale))
+    assert expected_elbo(vae, x) == pytest.approx(float(marginal.log_prob(x).mean()) - gap, abs=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, 4.0])
+def test_loss_weighs_kl_by_beta_and_the_reported_elbo_does_not(beta: float) -> None:
+    vae, x, _ = linear_vae(posterior_scale=1.0)
+    with torch.no_grad():
+        terms = elbo_terms(vae, x, torch.zeros(B, K).double(), beta)
+    assert float(terms["loss"]) == pytest.approx(float(beta * terms["kl"] - terms["reconstruction"]))
+    assert float(terms["elbo"]) == pytest.approx(float(terms["reconstruction"] - terms["kl"]))
+
+
+def test_score_is_the_negative_elbo_at_the_posterior_mean() -> None:
+    vae, x, _ = linear_vae(posterior_scale=1.0)
+    with torch.no_grad():
+        score, parts, _ = vae.score(x)
+        terms = elbo_terms(vae, x, torch.zeros(B, K).double())
+    assert float(score.mean()) == pytest.approx(-float(terms["elbo"]))
+    assert torch.allclose(parts.sum(dim=1), score)
