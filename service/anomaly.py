@@ -1,0 +1,140 @@
+"""Scores to verdicts: which rows are anomalous, how severely, and because of which features."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from service.codec.answer import plain
+from service.codec.rows import Reading
+
+Array = npt.NDArray[np.float32]
+OVERFLOW = "the row lies so far from the training data that the model's answer to it overflows float32"
+_LARGEST = np.finfo(np.float32).max
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What `operations.anomaly` gives for the readable rows: G rows, D features, P parts."""
+
+    score: Array  # [G]
+    p_value: Array  # [G]
+    severity: Array  # [G]
+    threshold: Array  # [G], all the same
+    parts: Array  # [G, P]
+    contribution: Array  # [G, D]
+    expected: Array  # [G, D]
+
+    @property
+    def judged(self) -> npt.NDArray[np.bool_]:
+        """[G]: rows about which the model can say something. Not one of them is NaN, and what is infinite saturates."""
+        numbers = np.column_stack((self.score, self.severity, self.parts, self.contribution))
+        return np.asarray(~np.isnan(numbers).any(axis=1) & np.isfinite(self.expected).all(axis=1))
+
+
+def benjamini_hochberg(p_value: Array, q: float) -> npt.NDArray[np.bool_]:
+    """Which of p-values [G] to reject so that at most a share q of them is false in the mean.
+
+    Benjamini & Hochberg, "Controlling the false discovery rate", 1995, eq. 1; valid on conformal p-values (Bates et
+    al., 2023, theorem 2).
+    """
+    ordered = np.sort(p_value.astype(np.float64))
+    bounds = q * np.arange(1, len(ordered) + 1) / len(ordered)
+    passing = np.flatnonzero(ordered <= bounds * (1 + 1e-6))  # p-values are fractions rounded to float32
+    if not len(passing):
+        return np.zeros(len(p_value), bool)
+    return np.asarray(p_value <= ordered[passing[-1]])
+
+
+def _anomalous(scores: Scores, judged: npt.NDArray[np.bool_], fdr: float | None) -> npt.NDArray[np.bool_]:
+    if fdr is None:
+        return np.asarray(scores.severity > 1)
+    anomalous = np.zeros(len(judged), bool)
+    if judged.any():
+        anomalous[judged] = benjamini_hochberg(scores.p_value[judged], fdr)
+    return anomalous
+
+
+def results(
+    reading: Reading, scores: Scores, fdr: float | None, explain: int, names: Sequence[str], parts: Sequence[str]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The answer's `results` and `errors`, each in the order of the request's rows.
+
+    Args:
+        reading: the rows that could be read, and the others.
+        scores: of those that could.
+        fdr: None, or the rate that decides instead of severity.
+        explain: how many features to name a row.
+        names: of the D features.
+        parts: names of the P parts.
+    """
+    judged = scores.judged
+    columns = zip(
+        reading.rows,
+        judged.tolist(),
+        _plain(scores.score),
+        plain(scores.p_value),
+        _plain(scores.severity),
+        _anomalous(scores, judged, fdr).tolist(),
+        _plain(scores.parts),
+        _features(reading.x, scores, explain, names),
+        strict=True,
+    )
+    found = [
+        {
+            "row": row,
+            "score": score,
+            "p_value": p_value,
+            "severity": severity,
+            "is_anomaly": is_anomaly,
+            "parts": dict(zip(parts, values, strict=True)),
+            "features": features,
+        }
+        for row, judgeable, score, p_value, severity, is_anomaly, values, features in columns
+        if judgeable
+    ]
+    return found, _errors(reading, judged)
+
+
+def table(reading: Reading, scores: Scores, rows: int) -> Array:
+    """Score, p-value and severity as [rows, 3], for application/x-npy; NaN in the rows that could not be judged."""
+    full = np.full((rows, 3), np.nan, np.float32)
+    judged = scores.judged
+    columns = np.column_stack((_saturated(scores.score), scores.p_value, _saturated(scores.severity)))
+    full[np.array(reading.rows)[judged]] = columns[judged]
+    return full
+
+
+def _errors(reading: Reading, judged: npt.NDArray[np.bool_]) -> list[dict[str, Any]]:
+    unread = [{"row": e.row, "detail": e.error.detail, "pointer": e.error.pointer} for e in reading.errors]
+    overflown = [{"row": reading.rows[index], "detail": OVERFLOW, "pointer": None} for index in np.flatnonzero(~judged)]
+    return sorted(unread + overflown, key=lambda error: error["row"])
+
+
+def _features(x: Array, scores: Scores, explain: int, names: Sequence[str]) -> list[list[dict[str, Any]]]:
+    """For each row its `explain` features of the largest contribution, largest first."""
+    count = min(explain, x.shape[1])
+    if count == 0:
+        return [[] for _ in x]
+    contribution = _saturated(scores.contribution)
+    top = np.sort(np.argpartition(-contribution, count - 1, axis=1)[:, :count], axis=1)
+    order = np.argsort(-np.take_along_axis(contribution, top, axis=1), axis=1, kind="stable")
+    top = np.take_along_axis(top, order, axis=1)  # [G, count]
+    columns = (plain(np.take_along_axis(array, top, axis=1)) for array in (x, scores.expected, contribution))
+    return [
+        [
+            {"name": names[index], "value": value, "expected": expected, "contribution": share}
+            for index, value, expected, share in zip(*row, strict=True)
+        ]
+        for row in zip(top.tolist(), *columns, strict=True)
+    ]
+
+
+def _saturated(array: Array) -> Array:
+    return np.clip(array, -_LARGEST, _LARGEST)
+
+
+def _plain(array: Array) -> Any:
+    return plain(_saturated(array))

@@ -1,0 +1,110 @@
+"""The ASGI application: the parts of the service put together, for any server that speaks ASGI."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from fastapi.staticfiles import StaticFiles
+from fastapi_offline import FastAPIOffline
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Match
+
+from service import middleware, routing
+from service.api import Service
+from service.catalogue import STATIC
+from service.engine import Engine
+from service.errors import from_http_exception, problem_response
+from service.repository import Repository, choose_device
+from service.settings import Settings
+from service.telemetry import Telemetry
+from service.tracing import trace_of
+
+DESCRIPTION = """Encode, decode, reconstruct, sample, interpolate and score anomalies with the models that are served.
+
+Errors are application/problem+json with a stable `code`. Bodies are JSON or, where a body is one array,
+application/x-npy with its options in the query; answers are JSON, application/x-npy or image/png, as Accept says."""
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application. `app.state.service` is its `Service`. Raises ElboError if the device is not there."""
+    telemetry = Telemetry()
+    device = choose_device(settings.device)
+    repository = Repository(settings.artifacts, device, settings.default_model, settings.keep_versions)
+
+    engine = Engine(settings.max_batch_rows, settings.queue_rows, settings.threads, telemetry.count_batch)
+    service = Service(settings, repository, engine, telemetry)
+    app = FastAPIOffline(
+        title="Elbo",
+        description=DESCRIPTION,
+        version="1",
+        lifespan=_lifespan(service),
+        redirect_slashes=False,
+        redoc_url=None,
+        static_url="/static/docs",
+        exception_handlers={HTTPException: _router_refused},
+    )
+    app.state.service = service
+    routing.register(app, service)
+    app.mount("/static", StaticFiles(directory=STATIC))
+    for layer, options in _layers(service):
+        app.add_middleware(layer, **options)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign] # FastAPI's documented way
+    return app
+
+
+def _layers(service: Service) -> list[tuple[Any, dict[str, Any]]]:
+    """The middleware, innermost first."""
+    return [
+        (middleware.BodyLimit, {"max_body_bytes": service.settings.max_body_bytes}),
+        (middleware.Problems, {}),
+        (middleware.ServerTiming, {}),
+        (middleware.Metering, {"telemetry": service.telemetry}),
+        (middleware.AccessLog, {}),
+        (middleware.Tracing, {}),
+    ]
+
+
+def _lifespan(service: Service) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        """Load and warm every model before the first request; finish every request before the end."""
+        await asyncio.to_thread(service.repository.refresh)
+        service.engine.start()
+        watcher = asyncio.create_task(service.repository.watch(service.settings.poll_seconds))
+        try:
+            yield
+        finally:
+            service.draining = True
+            watcher.cancel()
+            with suppress(asyncio.CancelledError):
+                await watcher
+            await service.engine.close()
+
+    return lifespan
+
+
+async def _router_refused(request: Request, error: Exception) -> Response:
+    """404 and 405 in our words; Allow tells every method of the path, not only those of one route."""
+    assert isinstance(error, HTTPException)
+    matching = (route for route in request.app.router.routes if route.matches(request.scope)[0] is not Match.NONE)
+    methods = sorted({method for route in matching for method in getattr(route, "methods", None) or ()})
+    problem = from_http_exception(error, request.method, request.url.path, methods)
+    return problem_response(problem, trace_of(request.scope).request_id)
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document, made once, with the bodies' schemas that no handler's signature shows."""
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        template = "#/components/schemas/{model}"
+        wanted = [(model, "validation") for model in routing.components()]
+        _, definitions = models_json_schema(wanted, ref_template=template)  # type: ignore[arg-type] # a literal
+        document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
+        app.openapi_schema = document
+    return app.openapi_schema

@@ -1,0 +1,177 @@
+"""The six endpoints: encode, decode, reconstruct, sample, interpolate, anomaly."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service import operations
+from service.anomaly import Scores, results, table
+from service.api import Call, Offer, Service, answer, aside, read, require_count, require_rows, run
+from service.codec import npy
+from service.codec.answer import ARRAY, PICTURE, plain
+from service.codec.rows import Reading
+from service.errors import InvalidField
+from service.latents import Noise, fresh_seed, interpolate
+from service.repository import Served
+from service.schemas import AnomalyBody, Body, DecodeBody, EncodeBody, End, InterpolateBody, ReconstructBody, SampleBody
+
+Array = npt.NDArray[np.float32]
+WIDEST_STRIP = 32  # steps: an interpolation's picture is one row of tiles up to here
+ROW_BYTES = 400  # of a verdict, roughly
+B = TypeVar("B", bound=Body)
+
+
+class Inference:
+    """The endpoints of one service."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self._noise = Noise()
+
+    async def encode(self, request: Request) -> Response:
+        """Rows to codes: the posterior mean, or a draw."""
+        call = await self._read_rows(request, EncodeBody, _arrays, "inputs")
+        mean, std = await run(self.service, call, operations.ENCODE, call.x)
+        if not call.body.sample:
+            return await answer(call, {"latents": mean, "std": std}, mean)
+        seed = _seed(call.body.seed)
+        latents = mean + std * self._noise.draw(seed, *mean.shape)[0]
+        return await answer(call, {"latents": latents, "std": std, "seed": seed}, latents)
+
+    async def decode(self, request: Request) -> Response:
+        """Codes to rows."""
+        call = await self._read_rows(request, DecodeBody, _pictures, "latents")
+        (outputs,) = await run(self.service, call, operations.DECODE, call.x)
+        return await answer(call, {"outputs": outputs}, outputs)
+
+    async def reconstruct(self, request: Request) -> Response:
+        """Rows through the code and back, and how much that changed them."""
+        call = await self._read_rows(request, ReconstructBody, _pictures, "inputs")
+        outputs, errors = await run(self.service, call, operations.RECONSTRUCT, call.x)
+        return await answer(call, {"outputs": outputs, "errors": errors}, outputs)
+
+    async def sample(self, request: Request) -> Response:
+        """New rows from the prior. The same seed gives the same bytes, alone or in company."""
+        call = await read(self.service, request, SampleBody, _pictures, None, self._prior_noise)
+        seed, normal, uniform = call.x
+        latents, outputs = await run(self.service, call, operations.SAMPLE, normal, uniform)
+        return await answer(call, {"latents": latents, "outputs": outputs, "seed": seed}, outputs)
+
+    async def interpolate(self, request: Request) -> Response:
+        """Rows along the way between two."""
+        call = await read(self.service, request, InterpolateBody, _pictures, None, self._ends)
+        start, end = await self._codes(call)
+        latents = interpolate(start, end, call.body.steps, call.body.method)
+        (outputs,) = await run(self.service, call, operations.DECODE, latents)
+        columns = len(outputs) if len(outputs) <= WIDEST_STRIP else None
+        return await answer(call, {"latents": latents, "outputs": outputs}, outputs, columns)
+
+    async def anomaly(self, request: Request) -> Response:
+        """Which rows are abnormal, how sure that is, and why."""
+        call = await read(self.service, request, AnomalyBody, _arrays, "inputs", self._judgeable)
+        reading, unknown, sent = call.x
+        body, manifest = call.body, call.served.manifest
+        scores = Scores(*await run(self.service, call, operations.anomaly(body.alpha), reading.x))
+        call.trace.rows = sent
+        if call.media_type == npy.MEDIA_TYPE:
+            return await answer(call, {}, table(reading, scores, sent))
+        names = call.served.rows.names
+        with call.trace.span("write"):
+            judge = partial(results, reading, scores, body.fdr, body.explain, names, manifest.parts)
+            found, errors = await aside(judge, ROW_BYTES * sent)
+        fields = {
+            "alpha": body.alpha,
+            "fdr": body.fdr,
+            "threshold": plain(scores.threshold)[0],
+            "calibration": {"rows": manifest.calibration.rows, "floor": manifest.calibration.floor},
+            "results": found,
+            "errors": errors,
+            "unknown_fields": unknown,
+        }
+        return await answer(call, fields, scores.expected)
+
+    async def _read_rows(self, request: Request, schema: type[B], offered: Offer, field: str) -> Call[B]:
+        """A request whose `field`, "inputs" or "latents", holds rows, every one of which must be right."""
+
+        def extract(served: Served, body: B, careful: bool) -> Array:
+            rows, pointer = getattr(body, field), f"/{field}"
+            form = served.latents if field == "latents" else served.rows
+            require_rows(self.service, rows, pointer)
+            if isinstance(rows, np.ndarray):
+                return form.read_array(rows, pointer)
+            return form.read(rows, pointer, careful)
+
+        return await read(self.service, request, schema, offered, field, extract)
+
+    def _prior_noise(self, served: Served, body: SampleBody, _: bool) -> tuple[int, Array, Array]:
+        require_count(self.service, "n", body.n)
+        seed = _seed(body.seed)
+        return seed, *self._noise.draw(seed, body.n, served.manifest.latents)
+
+    def _ends(self, served: Served, body: InterpolateBody, careful: bool) -> tuple["_Point", "_Point"]:
+        require_count(self.service, "steps", body.steps)
+        return _point(served, body.start, "/start", careful), _point(served, body.end, "/end", careful)
+
+    async def _codes(self, call: Call[InterpolateBody]) -> list[Array]:
+        """The codes [K] of both ends; those given as rows are encoded together."""
+        points: tuple[_Point, _Point] = call.x
+        rows = [point.values for point in points if not point.is_code]
+        codes = iter(())
+        if rows:
+            mean, _ = await run(self.service, call, operations.ENCODE, np.concatenate(rows))
+            codes = iter(mean)
+        return [point.values[0] if point.is_code else next(codes) for point in points]
+
+    def _judgeable(self, served: Served, body: AnomalyBody, careful: bool) -> tuple[Reading, int, int]:
+        """The rows that can be read, how many values had unknown names, and how many rows were sent."""
+        given = [name for name in ("inputs", "records") if getattr(body, name) is not None]
+        if len(given) != 1:
+            got = " and ".join(given) or "neither"
+            raise InvalidField(f"give either inputs or records, got {got}", expected="inputs or records", got=got)
+        rows = getattr(body, given[0])
+        require_rows(self.service, rows, f"/{given[0]}")
+        if body.records is not None:
+            reading, unknown = served.rows.read_records(rows, "/records", careful)
+            return reading, unknown, len(rows)
+        if isinstance(rows, np.ndarray):
+            return served.rows.read_array_each(rows, "/inputs"), 0, len(rows)
+        return served.rows.read_each(rows, "/inputs", careful), 0, len(rows)
+
+
+@dataclass(frozen=True)
+class _Point:
+    """One end of an interpolation: a row [1, D] or a code [1, K]."""
+
+    values: Array
+    is_code: bool
+
+
+def _point(served: Served, end: End, pointer: str, careful: bool) -> _Point:
+    if (end.input is None) == (end.latent is None):
+        got = "neither" if end.input is None else "both"
+        raise InvalidField(
+            f"{pointer[1:]} needs either input or latent, got {got}",
+            pointer=pointer,
+            expected="input or latent",
+            got=got,
+        )
+    if end.latent is not None:
+        return _Point(served.latents.read_one(end.latent, f"{pointer}/latent", careful), True)
+    return _Point(served.rows.read_one(end.input, f"{pointer}/input", careful), False)
+
+
+def _seed(asked: int | None) -> int:
+    return fresh_seed() if asked is None else asked
+
+
+def _arrays(_: Served) -> tuple[str, ...]:
+    return ARRAY
+
+
+def _pictures(served: Served) -> tuple[str, ...]:
+    return PICTURE if served.pictures else ARRAY

@@ -1,0 +1,66 @@
+"""What a model can be asked to compute: functions of tensors with rows first, which the engine may batch.
+
+B rows, D features, K latents, P parts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+Outputs = tuple[Tensor, ...]  # each [B, ...]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A function of a model's module and row tensors.
+
+    Args:
+        name: for metrics.
+        function: called with the module, then the rows, then `arguments`.
+        merges: whether requests may share a batch. A sum's last bit may depend on the batch's size, so what must be
+            exact to the bit does not.
+        arguments: numbers that a whole batch has in common.
+    """
+
+    name: str
+    function: Callable[..., Outputs]
+    merges: bool = True
+    arguments: tuple[float, ...] = ()
+
+
+def _encode(module: Any, x: Tensor) -> Outputs:
+    mean, std = module.encode(x)
+    return mean, std
+
+
+def _decode(module: Any, z: Tensor) -> Outputs:
+    return (module.decode(z),)
+
+
+def _reconstruct(module: Any, x: Tensor) -> Outputs:
+    x_hat = module(x)
+    return x_hat, (x_hat - x).square().mean(dim=1)
+
+
+def _sample(module: Any, noise: Tensor, choice: Tensor) -> Outputs:
+    z = module.draw(noise, choice)
+    return z, module.decode(z)
+
+
+def _anomaly(module: Any, x: Tensor, alpha: float) -> Outputs:
+    score, parts, contribution, expected = module.score(x)
+    threshold = module.threshold(alpha).expand_as(score)
+    return score, module.p_value(score), module.severity(score, alpha), threshold, parts, contribution, expected
+
+
+ENCODE = Operation("encode", _encode)  # x [B, D] -> mean [B, K], std [B, K]
+DECODE = Operation("decode", _decode)  # z [B, K] -> x_hat [B, D]
+RECONSTRUCT = Operation("reconstruct", _reconstruct)  # x [B, D] -> x_hat [B, D], mean squared error [B]
+SAMPLE = Operation("sample", _sample, merges=False)  # noise [B, K], choice [B] -> z [B, K], x_hat [B, D]
+
+
+def anomaly(alpha: float) -> Operation:
+    """x [B, D] -> score, p_value, severity, threshold, each [B]; parts [B, P]; contribution, expected, each [B, D]."""
+    return Operation("anomaly", _anomaly, arguments=(alpha,))

@@ -1,0 +1,160 @@
+"""Every endpoint, listed once: its path, its handler, and what the OpenAPI document says of it."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from service.api import Service
+from service.catalogue import Information
+from service.codec import npy, png
+from service.codec.body import JSON
+from service.errors import PROBLEM_JSON
+from service.examples import EXAMPLES
+from service.inference import Inference
+from service.schemas import (
+    AnomalyAnswer,
+    AnomalyBody,
+    Body,
+    DecodeAnswer,
+    DecodeBody,
+    EncodeAnswer,
+    EncodeBody,
+    Health,
+    InterpolateAnswer,
+    InterpolateBody,
+    ModelDetail,
+    ModelList,
+    Problem,
+    ReconstructAnswer,
+    ReconstructBody,
+    SampleAnswer,
+    SampleBody,
+)
+from service.tracing import trace_of
+
+Handler = Callable[[Request], Awaitable[Response]]
+CALL_ERRORS = (404, 406, 413, 415, 422, 429, 500, 503)
+BINARY = {"schema": {"type": "string", "format": "binary"}}
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One path and method. `array` and `picture`: whether npy comes in, and whether image/png goes out."""
+
+    path: str
+    handler: Handler
+    answer: type[BaseModel] | None
+    body: type[Body] | None = None
+    array: bool = False
+    picture: bool = False
+    errors: tuple[int, ...] = CALL_ERRORS
+    media_type: str = JSON
+
+    @property
+    def method(self) -> str:
+        """POST where there is a body."""
+        return "POST" if self.body else "GET"
+
+
+class DirectRoute(APIRoute):
+    """FastAPI's route for the OpenAPI document; the request goes to the handler itself.
+
+    FastAPI's own way solves dependencies and validates the answer anew on each request, none of which is used here.
+    """
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        super().__init__(path, endpoint, **options)
+        self.app = self._direct(endpoint)
+
+    def _direct(self, handler: Handler) -> ASGIApp:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            trace_of(scope).endpoint = self.path
+            response = await handler(Request(scope, receive, send))
+            await response(scope, receive, send)
+
+        return app
+
+
+def endpoints(service: Service) -> list[Endpoint]:
+    """All of them, the busiest first: the router tries one after the other."""
+    infer, inform = Inference(service), Information(service)
+    return [
+        Endpoint("/anomaly", infer.anomaly, AnomalyAnswer, AnomalyBody, array=True),
+        Endpoint("/reconstruct", infer.reconstruct, ReconstructAnswer, ReconstructBody, True, True),
+        Endpoint("/encode", infer.encode, EncodeAnswer, EncodeBody, array=True),
+        Endpoint("/decode", infer.decode, DecodeAnswer, DecodeBody, True, True),
+        Endpoint("/sample", infer.sample, SampleAnswer, SampleBody, picture=True),
+        Endpoint("/interpolate", infer.interpolate, InterpolateAnswer, InterpolateBody, picture=True),
+        Endpoint("/models", inform.models, ModelList, errors=()),
+        Endpoint("/models/{reference}", inform.model, ModelDetail, errors=(404, 503)),
+        Endpoint("/livez", inform.livez, Health, errors=()),
+        Endpoint("/readyz", inform.readyz, Health, errors=(503,)),
+        Endpoint("/metrics", inform.metrics, None, errors=(), media_type="text/plain"),
+        Endpoint("/", inform.page, None, errors=(), media_type="text/html"),
+    ]
+
+
+def register(app: FastAPI, service: Service) -> None:
+    """Give `app` every endpoint; GET ones answer HEAD too."""
+    app.router.route_class = DirectRoute
+    for endpoint in endpoints(service):
+        app.add_api_route(
+            endpoint.path,
+            endpoint.handler,
+            methods=[endpoint.method],
+            response_model=None,
+            responses=_responses(endpoint),
+            openapi_extra=_request(endpoint),
+            summary=(endpoint.handler.__doc__ or "").partition("\n")[0],
+            tags=["models" if endpoint.body else "service"],
+            name=endpoint.handler.__name__,
+            operation_id=endpoint.handler.__name__,
+        )
+        if endpoint.method == "GET":
+            app.add_api_route(endpoint.path, endpoint.handler, methods=["HEAD"], include_in_schema=False)
+
+
+def _responses(endpoint: Endpoint) -> dict[int | str, dict[str, Any]]:
+    answer: dict[str, Any] = {"description": "the answer", "content": {}}
+    if endpoint.answer:
+        answer["model"] = endpoint.answer
+    else:
+        answer["content"][endpoint.media_type] = {"schema": {"type": "string"}}
+    if endpoint.body:
+        answer["content"][npy.MEDIA_TYPE] = BINARY
+        answer["headers"] = {
+            "Elbo-Model": {"schema": {"type": "string"}, "description": "name@version of the model that answered"}
+        }
+    if endpoint.picture:
+        answer["content"][png.MEDIA_TYPE] = BINARY
+    problem = {"schema": {"$ref": "#/components/schemas/Problem"}}
+    refusals: dict[int | str, dict[str, Any]] = {
+        status: {"description": "a problem", "content": {PROBLEM_JSON: problem}} for status in endpoint.errors
+    }
+    return {200: answer, **refusals}
+
+
+def _request(endpoint: Endpoint) -> dict[str, Any] | None:
+    if endpoint.body is None:
+        return None
+    schema = {"$ref": f"#/components/schemas/{endpoint.body.__name__}"}
+    content: dict[str, Any] = {JSON: {"schema": schema, "examples": EXAMPLES[endpoint.body]}}
+    if endpoint.array:
+        content[npy.MEDIA_TYPE] = BINARY
+    model = {
+        "name": "model", "in": "query", "required": False, "schema": {"type": "string"},
+        "description": "`name` (its newest version) or `name@version`; without it the default model answers",
+    }  # fmt: skip
+    return {"requestBody": {"required": True, "content": content}, "parameters": [model]}
+
+
+def components() -> list[type[BaseModel]]:
+    """The schemas that the document names by reference, which FastAPI does not find by itself."""
+    return [Problem, *EXAMPLES]

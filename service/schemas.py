@@ -1,0 +1,259 @@
+"""The bodies and answers of the HTTP interface: what the OpenAPI document says, and what a request may hold.
+
+Arrays are `Any` to pydantic, which therefore never walks them; `service.codec` reads and writes them.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+
+from service.latents import SEEDS
+
+_NUMBERS = {"type": "array", "items": {"type": "number"}}
+_NESTED = {"type": "array", "items": {"type": "array", "items": {}}}
+_ROW = {"anyOf": [_NUMBERS, _NESTED], "description": "A flat list of D numbers, or nested lists of the model's shape"}
+
+Rows = Annotated[Any, WithJsonSchema({"type": "array", "minItems": 1, "items": _ROW})]
+Row = Annotated[Any, WithJsonSchema(_ROW)]
+Vectors = Annotated[Any, WithJsonSchema({"type": "array", "minItems": 1, "items": _NUMBERS})]
+Vector = Annotated[Any, WithJsonSchema(_NUMBERS)]
+Records = Annotated[
+    Any,
+    WithJsonSchema(
+        {"type": "array", "minItems": 1, "items": {"type": "object", "additionalProperties": {"type": "number"}}}
+    ),
+]
+Seed = Annotated[int, Field(ge=0, lt=SEEDS, description="whole number below 2^53: the same seed, the same numbers")]
+
+
+class Body(BaseModel):
+    """What a request says. Strict: a number in quotation marks is no number, and an unknown field is a typo."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class EncodeBody(Body):
+    """Rows to codes."""
+
+    inputs: Rows = Field(description="N rows in raw units")
+    sample: bool = Field(False, description="false: latents are the posterior mean; true: a draw from the posterior")
+    seed: Seed | None = Field(None, description="of the draw; without it one is chosen and told")
+
+
+class DecodeBody(Body):
+    """Codes to rows."""
+
+    latents: Vectors = Field(description="N vectors of K numbers")
+
+
+class ReconstructBody(Body):
+    """Rows through the code and back."""
+
+    inputs: Rows = Field(description="N rows in raw units")
+
+
+class SampleBody(Body):
+    """New rows from the model's prior."""
+
+    n: int = Field(1, ge=1, description="how many; at most ELBO_MAX_ROWS")
+    seed: Seed | None = Field(None, description="without it one is chosen and told")
+    temperature: float = Field(1.0, ge=0.0, le=100.0, description="scales the noise: 0 is each component's centre")
+
+
+class End(Body):
+    """One end of an interpolation: a row or a code."""
+
+    input: Row = Field(None, description="a row in raw units; its posterior mean is the end")
+    latent: Vector = Field(None, description="K numbers")
+
+
+class InterpolateBody(Body):
+    """Rows along the way between two."""
+
+    start: End
+    end: End
+    steps: int = Field(8, ge=2, description="how many points, both ends included; at most ELBO_MAX_ROWS")
+    method: Literal["linear", "slerp"] = Field(
+        "linear", description="a straight line, or along the great circle (straight where none is determined)"
+    )
+
+
+class AnomalyBody(Body):
+    """Rows to judge: either `inputs` or `records`."""
+
+    inputs: Rows = Field(None, description="N rows in raw units")
+    records: Records = Field(None, description="N objects: a number for each feature name; others are ignored")
+    alpha: float = Field(0.05, gt=0.0, lt=1.0, description="the share of normal rows that may be called anomalous")
+    fdr: float | None = Field(
+        None, gt=0.0, lt=1.0,
+        description="instead of alpha row by row: the share of the rows called anomalous that may be normal "
+        "(Benjamini-Hochberg over this request)",
+    )  # fmt: skip
+    explain: int = Field(3, ge=0, description="how many features to name a row, those that contribute most")
+
+
+class Answer(BaseModel):
+    """What every answer says."""
+
+    model: str = Field(description="name of the model that answered")
+    version: int = Field(description="its version")
+
+
+class EncodeAnswer(Answer):
+    """Codes."""
+
+    latents: Vectors = Field(description="[N, K]")
+    std: Vectors = Field(description="[N, K]: the posterior's standard deviation; zeros for an autoencoder")
+    seed: int | None = Field(None, description="of the draw, where `sample` was true")
+
+
+class DecodeAnswer(Answer):
+    """Rows."""
+
+    outputs: Vectors = Field(description="[N, D] in raw units")
+
+
+class ReconstructAnswer(DecodeAnswer):
+    """Rows, and how far they are from those sent."""
+
+    errors: Vector = Field(description="[N]: mean squared error of a row, in raw units squared")
+
+
+class InterpolateAnswer(DecodeAnswer):
+    """Rows and their codes."""
+
+    latents: Vectors = Field(description="[N, K]")
+
+
+class SampleAnswer(InterpolateAnswer):
+    """New rows, their codes, and the seed that gives them again."""
+
+    seed: int = Field(description="send it to get the same samples again")
+
+
+class FeatureReport(BaseModel):
+    """Why a row is strange: one feature's part in it."""
+
+    name: str
+    value: float = Field(description="what was sent, in raw units")
+    expected: float = Field(description="the model's reconstruction, in raw units")
+    contribution: float = Field(description="squared residual in the model's own units")
+
+
+class Result(BaseModel):
+    """The verdict on one row."""
+
+    row: int = Field(description="its place in the request, from 0")
+    score: float = Field(description="higher is stranger; what overflows float32 is given as its largest number")
+    p_value: float = Field(description="conformal: the share of normal rows at least as strange; never 0")
+    severity: float = Field(description="> 1 means anomalous at alpha, for every model")
+    is_anomaly: bool = Field(description="severity > 1, or what `fdr` decides over the request")
+    parts: dict[str, float] = Field(description="the score's parts by name; they sum to it")
+    features: list[FeatureReport] = Field(description="those that contribute most, the largest first")
+
+
+class RowProblem(BaseModel):
+    """A row that could not be judged; the others were."""
+
+    row: int = Field(description="its place in the request, from 0")
+    detail: str
+    pointer: str | None = Field(description="JSON pointer to the value at fault")
+
+
+class Calibration(BaseModel):
+    """What the p-values rest on."""
+
+    rows: int = Field(description="normal rows that trained nothing")
+    floor: float = Field(description="the smallest p-value they can give: 1 / (rows + 1)")
+
+
+class AnomalyAnswer(Answer):
+    """Verdicts."""
+
+    alpha: float
+    fdr: float | None
+    threshold: float = Field(description="the score above which a row is anomalous at alpha")
+    calibration: Calibration
+    results: list[Result]
+    errors: list[RowProblem] = Field(description="rows that could not be judged")
+    unknown_fields: int = Field(description="values in `records` whose name is no feature's")
+
+
+class Problem(BaseModel):
+    """An error (RFC 9457)."""
+
+    type: str = Field(description="urn:elbo:problem: and the code")
+    title: str
+    status: int
+    code: str = Field(description="stable: programs may rely on it")
+    detail: str = Field(description="one sentence for a person")
+    request_id: str = Field(description="look it up in the log")
+    pointer: str | None = Field(None, description="JSON pointer to the value at fault")
+    expected: str | None = None
+    got: str | None = None
+    hint: str | None = Field(None, description="what to do")
+
+
+class ModelSummary(BaseModel):
+    """One loaded version."""
+
+    name: str
+    version: int
+    kind: str = Field(description="pca, ae or vae")
+    created: str = Field(description="ISO 8601, UTC")
+    shape: list[int] = Field(description="of one row")
+    width: int = Field(description="D: numbers in one row")
+    latents: int = Field(description="K: numbers in one code")
+    parts: list[str] = Field(description="names of the score's parts")
+    pixel_range: tuple[float, float] | None = Field(description="raw values of black and of white, for images")
+    pictures: bool = Field(description="whether outputs can be asked for as image/png")
+    metrics: dict[str, float] = Field(description="on rows held out from training")
+    calibration: Calibration
+    device: str
+    load_seconds: float
+
+
+class FailedVersion(BaseModel):
+    """A version that lies in the folder and cannot be served."""
+
+    name: str
+    version: int
+    code: str
+    detail: str
+
+
+class ModelList(BaseModel):
+    """What is served, and what is not though it is there."""
+
+    default: str | None = Field(description="answers where no model is named")
+    models: list[ModelSummary] = Field(description="every loaded version, by name, newest first")
+    failed: list[FailedVersion]
+
+
+class FeatureInfo(BaseModel):
+    """One feature of a row, from the training rows, in raw units."""
+
+    name: str
+    unit: str | None
+    median: float
+    minimum: float
+    maximum: float
+
+
+class ModelDetail(ModelSummary):
+    """One version, whole."""
+
+    features: list[FeatureInfo]
+    training: dict[str, Any] = Field(description="the configuration of its training")
+    data: dict[str, Any] = Field(description="where its rows came from and how they were split")
+    versions: dict[str, str] = Field(description="of the software that made it")
+    weights_sha256: str
+
+
+class Health(BaseModel):
+    """A probe's answer."""
+
+    status: str
+
+
+BODIES: tuple[type[Body], ...] = (EncodeBody, DecodeBody, ReconstructBody, SampleBody, InterpolateBody, AnomalyBody)

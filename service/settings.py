@@ -1,0 +1,41 @@
+"""Every setting of the service, each listed once: its name, its default, its bounds and its meaning."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Read from the environment (prefix ELBO_) when it is instantiated, and never again."""
+
+    model_config = SettingsConfigDict(env_prefix="ELBO_", frozen=True, extra="forbid")
+
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 is every one of this machine")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    artifacts: Path = Field(Path("artifacts"), description="folder of artifacts, `<name>/<version>/model.pt`")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where models run; auto is cuda where there is one"
+    )
+    default_model: str = Field(
+        "vae", description="who answers without `?model=`; if it is not served, the first by name"
+    )
+    threads: int = Field(1, ge=1, le=256, description="torch's threads for one batch")
+    poll_seconds: float = Field(2.0, gt=0, le=3600, description="how often the folder is looked at for new versions")
+    keep_versions: int = Field(2, ge=1, le=100, description="newest versions of each model that stay loaded")
+    max_body_bytes: int = Field(64 * 2**20, ge=1024, description="largest request body")
+    max_rows: int = Field(10_000, ge=1, description="most rows in one request; also bounds `n` and `steps`")
+    max_batch_rows: int = Field(1024, ge=1, description="most rows that run through a model at once")
+    queue_rows: int = Field(40_000, ge=1, description="most rows that wait or run at once; beyond them: 429")
+    drain_seconds: float = Field(0.0, ge=0, le=600, description="after SIGTERM: serve on so long, then finish")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+    log_format: Literal["json", "text"] = Field("json", description="one JSON object a line, or text for a person")
+
+    @field_validator("queue_rows")
+    @classmethod
+    def _queue_holds_a_request(cls, value: int, others: ValidationInfo) -> int:
+        largest = others.data.get("max_rows", 1)
+        if value < largest:
+            raise ValueError(f"the queue must hold one request of ELBO_MAX_ROWS, {largest} rows")
+        return value
