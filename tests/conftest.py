@@ -1,6 +1,7 @@
 """What every test may use: the rule for things that a machine may lack."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -12,3 +13,17 @@ def require(condition: object, reason: str) -> None:
     if os.environ.get("CI"):
         pytest.fail(f"in CI nothing may be missing: {reason}")
     pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def demonstration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact folder with pca, ae and vae as `elbo demo` trains them: on the digits, with every default."""
+    from tests.training.reporters import Silent
+    from training.config import KINDS, TrainConfig
+    from training.data import read
+    from training.train import train
+
+    root = tmp_path_factory.mktemp("artifacts")
+    for kind in KINDS:
+        train(TrainConfig(model=kind, name=kind), read("digits"), root, Silent())
+    return root

@@ -1,0 +1,183 @@
+"""Whole runs: what is published is reproducible, alive, and calibrated."""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from scipy.stats import betabinom
+
+from models import artifact
+from models.errors import ElboError
+from models.manifest import read_manifest
+from tests.training.reporters import Silent
+from training.config import KINDS, Kind, TrainConfig
+from training.data import Table, read, split
+from training.train import train
+
+FRESH = 2_000
+
+
+def table(rows: int, seed: int = 0, width: int = 8) -> Table:
+    """Rows on a curved surface with noise around it: no kind of model fits them exactly."""
+    random = np.random.RandomState(seed)
+    hidden = random.standard_normal((rows, 2))
+    mixing = np.random.RandomState(7).standard_normal((2, width))
+    x = np.sin(hidden @ mixing) * 10 + 100 + random.standard_normal((rows, width))
+    names = [f"metric{i}" for i in range(width)]
+    return Table(x.astype(np.float32), (width,), names, ["ms"] * width, None, None, "made for this test", [])
+
+
+def run(root: Path, model: Kind, rows: Table, **options: object) -> Path:
+    settings = {"latents": 2, "hidden": (32,), "epochs": 20} | options
+    return train(TrainConfig(model=model, name=model, **settings), rows, root, Silent())
+
+
+def alarms(path: Path, x: npt.NDArray[np.float32], alpha: float) -> int:
+    with torch.inference_mode():
+        module = artifact.load(path).module
+        p = module.p_value(module.score(torch.from_numpy(x))[0]).numpy()
+    return int((p <= np.float32(alpha)).sum())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_false_alarms_on_fresh_rows_lie_in_the_exact_band(kind: Kind, tmp_path: Path) -> None:
+    path = run(tmp_path, kind, table(2_000))
+    fresh = table(FRESH, seed=1).x
+    n = read_manifest(path).calibration.rows
+    assert n == 400
+    for alpha in (0.1, 0.05, 0.01):
+        allowed = int(alpha * (n + 1))
+        low, high = betabinom(FRESH, allowed, n + 1 - allowed).interval(0.99)
+        assert low <= alarms(path, fresh, alpha) <= high, alpha
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_off_the_surface_raise_the_alarm(kind: Kind, tmp_path: Path) -> None:
+    path = run(tmp_path, kind, table(2_000), epochs=60)
+    broken = table(200, seed=1).x
+    broken[:, 3] += 40.0
+    assert alarms(path, broken, 0.05) > 190
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(kind: Kind, tmp_path: Path) -> None:
+    torch.manual_seed(1)  # the state of the world outside must not matter
+    first = read_manifest(run(tmp_path, kind, table(200), seed=3, epochs=3))
+    torch.manual_seed(2)
+    torch.set_num_threads(2)
+    second = read_manifest(run(tmp_path, kind, table(200), seed=3, epochs=3))
+    torch.set_num_threads(1)
+    other = read_manifest(run(tmp_path, kind, table(200), seed=4, epochs=3))
+    assert first.weights_sha256 == second.weights_sha256
+    assert first.metrics == second.metrics
+    assert first.golden == second.golden
+    assert first.weights_sha256 != other.weights_sha256
+
+
+def test_the_manifest_tells_where_the_model_comes_from(tmp_path: Path) -> None:
+    rows = table(200)
+    manifest = read_manifest(run(tmp_path, "vae", rows, seed=5))
+    fitted = rows.x[split(200, 5).fit]
+    assert (manifest.name, manifest.kind, manifest.shape, manifest.latents) == ("vae", "vae", [8], 2)
+    assert [feature.name for feature in manifest.features] == rows.names
+    assert {feature.unit for feature in manifest.features} == {"ms"}
+    assert [feature.median for feature in manifest.features] == pytest.approx(np.median(fitted, axis=0).tolist())
+    assert [feature.maximum for feature in manifest.features] == pytest.approx(fitted.max(axis=0).tolist())
+    assert (manifest.data.fit, manifest.data.held_out, manifest.data.calibration) == (140, 20, 40)
+    assert manifest.data.fingerprint == rows.fingerprint
+    assert manifest.calibration.floor == pytest.approx(1 / 41)
+    assert manifest.training["seed"] == 5
+    assert {"elbo", "torch", "python", "numpy"} <= manifest.versions.keys()
+
+
+def test_held_out_error_is_that_of_the_published_model(tmp_path: Path) -> None:
+    rows = table(200)
+    path = run(tmp_path, "ae", rows)
+    held_out = rows.x[split(200, 0).held_out]
+    with torch.inference_mode():
+        x_hat = artifact.load(path).module(torch.from_numpy(held_out)).numpy()
+    metrics = read_manifest(path).metrics
+    assert metrics["reconstruction_error"] == pytest.approx(float(((x_hat - held_out) ** 2).mean()), rel=1e-5)
+    mean = rows.x[split(200, 0).fit].mean(axis=0)
+    assert metrics["baseline_error"] == pytest.approx(float(((mean - held_out) ** 2).mean()), rel=1e-5)
+
+
+def test_the_demonstration_vae_is_alive_and_reconstructs(demonstration: Path) -> None:
+    metrics = read_manifest(demonstration / "vae" / "1" / "model.pt").metrics
+    assert metrics["active_latents"] >= 8
+    assert metrics["reconstruction_error"] <= 0.02
+    assert metrics["baseline_error"] == pytest.approx(0.074, abs=0.001)
+
+
+def test_activity_is_the_variance_of_the_posterior_mean(demonstration: Path) -> None:
+    digits = read("digits")
+    rows = torch.from_numpy(digits.x[split(len(digits.x), 0).held_out])
+    path = demonstration / "vae" / "1" / "model.pt"
+    with torch.inference_mode():
+        mean = artifact.load(path).module.encode(rows)[0].numpy()
+    assert int((mean.var(axis=0) > 0.01).sum()) == read_manifest(path).metrics["active_latents"]
+
+
+def test_samples_of_the_demonstration_models_look_like_digits(demonstration: Path) -> None:
+    """Decoded draws lie nearer to real digits than those lie to the mean digit, and are no copies of one another."""
+    digits = torch.from_numpy(read("digits").x)
+    random = np.random.RandomState(0)
+    noise = torch.from_numpy(random.standard_normal((200, 16)).astype(np.float32))
+    choice = torch.from_numpy(random.uniform(size=200).astype(np.float32))
+    for kind in KINDS:
+        module = artifact.load(demonstration / kind / "1" / "model.pt").module
+        with torch.inference_mode():
+            samples = module.decode(module.draw(noise, choice))
+        nearest = torch.cdist(samples, digits).amin(dim=1).mean()
+        assert float(nearest) < float(torch.cdist(digits.mean(dim=0, keepdim=True), digits).mean()), kind
+        assert float(samples.var(dim=0).sum()) > 0.5 * float(digits.var(dim=0).sum()), kind
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"latents": 9, "model": "pca"}, "--latents 8 or fewer"),
+        ({"latents": 140, "model": "vae"}, "need more rows to fit than 140"),
+        ({"learning_rate": 1e12, "model": "ae"}, "lower --learning-rate"),
+        ({"likelihood": "bernoulli", "scale": "none", "model": "vae"}, "use range"),
+    ],
+)
+def test_an_impossible_run_says_what_to_change(options: dict[str, object], message: str, tmp_path: Path) -> None:
+    options = {"latents": 2, "hidden": (32,), "epochs": 20, "name": "x"} | options
+    with pytest.raises(ElboError, match=message) as caught:
+        train(TrainConfig(**options), table(200), tmp_path, Silent())
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("flaw", ["constant", "collinear", "huge", "tiny"])
+def test_awkward_columns_still_give_a_model_that_judges(kind: Kind, flaw: str, tmp_path: Path) -> None:
+    rows = table(300)
+    match flaw:
+        case "constant":
+            rows.x[:, 0] = 5.0
+        case "collinear":
+            rows.x[:, 0] = 2 * rows.x[:, 1]
+        case "huge":
+            rows.x[:, 0] *= 1e12
+        case "tiny":
+            rows.x[:, 0] *= 1e-12
+    path = run(tmp_path, kind, rows)
+    with torch.inference_mode():
+        module = artifact.load(path).module
+        score = module.score(torch.from_numpy(rows.x))[0]
+    assert bool(score.isfinite().all())
+    assert 0 <= alarms(path, rows.x, 0.05) < 60
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
+def test_both_likelihoods_train_on_images(likelihood: str, tmp_path: Path) -> None:
+    path = run(
+        tmp_path, "vae", read("digits"), likelihood=likelihood, latents=8, hidden=(64,), epochs=60, learning_rate=5e-3
+    )
+    metrics = read_manifest(path).metrics
+    assert metrics["elbo"] == pytest.approx(metrics["reconstruction"] - metrics["kl"], abs=1e-3)
+    assert metrics["reconstruction_error"] < 0.7 * metrics["baseline_error"]
