@@ -183,11 +183,12 @@ def serve(
     An option wins over the environment variable ELBO_ and its name, such as ELBO_PORT.
     """
     options = {key: value for key, value in locals().items() if value is not None}
-    from service.server import serve
     from service.settings import Settings
 
     with _one_line(options):
         settings = Settings(**options)
+    from service.server import serve
+
     serve(settings)
 
 

@@ -143,7 +143,8 @@ def _checked(raw: Raw, names: Sequence[str], source: str) -> tuple[npt.NDArray[n
         raise DataError(f"{source}: {_first_bad(rows, x, names, raw.first_line)}")
     low, high = (bound.astype(np.float64) for bound in (rows.min(axis=0), rows.max(axis=0)))
     notes = list(raw.notes)
-    if constant := [name for name, same in zip(names, low == high, strict=True) if same]:
+    constant = [name for name, same in zip(names, low == high, strict=True) if same]
+    if constant and len(x) > 1:
         notes.append(f"{len(constant)} of {len(names)} features never change and teach nothing: {_some(constant)}")
     step = np.spacing(np.maximum(np.abs(low), np.abs(high)).astype(np.float32))
     if coarse := [name for name, few in zip(names, (low < high) & (high - low < DISTINCT * step), strict=True) if few]:

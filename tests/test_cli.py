@@ -1,0 +1,418 @@
+"""The command line: what a person types, what is printed, and how it ends."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import elbo
+from models.artifact import load
+from models.manifest import read_manifest
+from service.settings import Settings
+from tests.data import ROOT
+from training.config import KINDS, TrainConfig
+
+Run = subprocess.CompletedProcess[str]
+Rows = npt.NDArray[np.float64]
+COMMANDS = ("train", "demo", "inspect", "serve", "evaluate", "score")
+NAMES = ("cpu", "memory", "disk", "network", "errors")
+HEADER = "cpu [%],memory [GB],disk,network,errors"
+
+
+def command(*arguments: str, environment: dict[str, str] | None = None) -> Run:
+    return subprocess.run(
+        [sys.executable, "-m", "elbo", *arguments],
+        cwd=ROOT,
+        env={key: value for key, value in os.environ.items() if not key.startswith("ELBO_")} | (environment or {}),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def two_factor_rows(rows: int, seed: int) -> Rows:
+    """Five metrics that two hidden loads drive: the fifth is 10 plus the first load, give or take a little."""
+    random = np.random.RandomState(seed)
+    loads = random.standard_normal((rows, 2))
+    mixing = np.array([[2, 0, 1, 3, 1], [0, 5, 1, -2, 0]])
+    return np.asarray(loads @ mixing + 10 + 0.1 * random.standard_normal((rows, 5)))
+
+
+def write(path: Path, rows: Rows, header: str = HEADER) -> str:
+    np.savetxt(path, rows, delimiter=",", header=header, comments="", fmt="%.9g")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of artifacts in which a real run put hosts@1, PCA of 1,000 rows with two latents."""
+    folder = tmp_path_factory.mktemp("artifacts")
+    data = write(folder / "train.csv", two_factor_rows(1000, seed=0))
+    run = command(
+        "train", data, "--model", "pca", "--name", "hosts", "--latents", "2", "--seed", "3", "--artifacts", str(folder)
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == [
+        f"published hosts@1: {folder}/hosts/1/model.pt",
+        f"next: elbo inspect hosts --artifacts {folder}, or elbo serve --artifacts {folder}",
+    ]
+    assert run.stderr.startswith("training hosts (pca)\n")
+    assert run.stderr.splitlines()[-1].startswith("trained in ")
+    return folder
+
+
+@pytest.fixture
+def today(tmp_path: Path) -> tuple[str, Rows]:
+    """300 fresh rows; in rows 0 to 9 the fifth metric breaks away from its load. Labelled so, with a column of text."""
+    rows = two_factor_rows(300, seed=1)
+    rows[:10, 4] += 30
+    lines = [f"x{i},{','.join(f'{value:.9g}' for value in row)},{int(i < 10)}" for i, row in enumerate(rows)]
+    path = tmp_path / "today.csv"
+    path.write_text("\n".join([f"host,{HEADER},label", *lines]) + "\n")
+    return str(path), rows
+
+
+def in_process(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as end:
+        elbo.main(arguments)
+    printed = capsys.readouterr()
+    return int(end.value.code or 0), printed.out, printed.err
+
+
+# Help
+
+
+def test_help_answers_within_three_tenths_of_a_second() -> None:
+    def seconds() -> float:
+        began = time.perf_counter()
+        assert command("--help").returncode == 0
+        return time.perf_counter() - began
+
+    assert min(seconds() for _ in range(5)) < 0.3
+
+
+def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, elbo\n"
+        "try: elbo.main(['--help'])\n"
+        "except SystemExit: print({'torch', 'numpy', 'pydantic', 'polars', 'rich'} & set(sys.modules))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.endswith("set()\n")
+    for name in COMMANDS:
+        assert f"\n  {name} " in run.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_each_command_shows_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = in_process(capsys, name, "--help")
+    assert code == 0
+    assert f"elbo {name} " in out.partition("Example")[2]
+
+
+def test_help_of_train_shows_every_field_of_its_configuration_with_its_default(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, out, _ = in_process(capsys, "train", "--help")
+    words = " ".join(out.split())
+    for name, field in TrainConfig.model_fields.items():
+        assert f"--{name.replace('_', '-')} " in words
+        assert " ".join(str(field.description).split()) in words
+        if not field.is_required() and field.default is not None:
+            value = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+            assert f"{field.description} [default: {value}]" in words
+
+
+def test_help_of_serve_shows_every_setting_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = in_process(capsys, "serve", "--help")
+    words = " ".join(out.split())
+    for name, field in Settings.model_fields.items():
+        assert f"--{name} " in words or f"ELBO_{name.upper()} " in words
+        assert f"{' '.join(str(field.description).split())} [default: {field.default}]" in words
+
+
+def test_python_m_training_is_elbo_train() -> None:
+    run = subprocess.run([sys.executable, "-m", "training", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout == command("train", "--help").stdout
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        ("train gone.csv --model pca --name a", {}, "gone.csv does not exist: expected a file"),
+        ("train digits --model gan --name a", {}, "--model: input should be 'pca', 'ae' or 'vae', got 'gan'"),
+        ("train digits --model ae --name a --hidden 64,x", {}, "--hidden: input should be a valid integer"),
+        ("train digits --model ae --name a --learning-rate -1", {}, "--learning-rate: input should be greater than 0"),
+        ("train digits --model pca --name ../a", {}, "--name: string should match pattern"),
+        ("inspect nobody", {"ELBO_ARTIFACTS": "nowhere"}, "no model 'nobody' in nowhere (there: none); train it"),
+        ("inspect gone/model.pt", {}, "cannot read gone/model.pt"),
+        ("serve --port 99999", {}, "--port: input should be less than or equal to 65535, got 99999"),
+        ("serve", {"ELBO_PORT": "high"}, "ELBO_PORT: input should be a valid integer"),
+    ],
+)
+def test_what_is_asked_wrongly_is_told_in_one_line_and_exits_with_2(
+    arguments: str,
+    environment: dict[str, str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    code, out, err = in_process(capsys, *arguments.split())
+    assert (code, out) == (2, "")
+    assert err.startswith(f"elbo: error: {message}")
+    assert err.count("\n") == 1
+
+
+def test_one_row_is_refused_with_the_number_that_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write(tmp_path / "a.csv", np.ones((1, 5)))
+    code, _, err = in_process(capsys, "train", data, "--model", "pca", "--name", "a")
+    assert code == 2
+    assert err == "elbo: error: expected at least 10 rows to train, judge and calibrate on, got 1: add rows\n"
+
+
+def test_a_damaged_artifact_is_told_in_one_line_and_exits_with_1(root: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes((root / "hosts/1/model.pt").read_bytes()[:-1000])
+    run = command("inspect", str(path))
+    assert run.returncode == 1
+    assert run.stderr.startswith(f"elbo: error: {path} ")
+    assert run.stderr.count("\n") == 1
+
+
+def test_an_unknown_option_is_a_usage_error() -> None:
+    run = command("train", "digits", "--modle", "pca")
+    assert run.returncode == 2
+    assert "No such option: --modle" in run.stderr
+
+
+# The commands
+
+
+def test_inspect_tells_a_person_what_the_artifact_is(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = in_process(capsys, "inspect", "hosts", "--artifacts", str(root))
+    assert code == 0
+    facts = {line[:10].strip(): line[10:] for line in out.split("\n\n")[0].splitlines()}
+    size = (root / "hosts/1/model.pt").stat().st_size
+    assert facts["model"] == "hosts, principal component analysis"
+    assert facts["file"].startswith(f"{root}/hosts/1/model.pt, {size / 1e6:.2f} MB, written 20")
+    assert facts["seal"].startswith("intact")
+    assert facts["row"] == "5 features"
+    assert facts["code"] == "2 latents"
+    assert facts["split"] == "700 fit, 100 held out, 200 calibration"
+    assert "seed 3" in facts["training"]
+    assert facts["held out"].startswith("reconstruction_error 0.0")
+    assert facts["p-value"].startswith("at least 0.00498")  # 1 / 201
+    features = [line.split()[0] for line in out.split("\n\n")[1].splitlines()]
+    assert features == ["feature", *NAMES]
+    assert "cpu [%] " in out
+
+
+def test_inspect_prints_the_manifest_for_a_machine(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = root / "hosts/1/model.pt"
+    _, out, _ = in_process(capsys, "inspect", str(path), "--json")
+    assert json.loads(out) == json.loads(read_manifest(path).model_dump_json())
+
+
+def test_inspect_works_where_torch_is_not_installed(root: Path) -> None:
+    code = "import sys; sys.modules['torch'] = None; import elbo; elbo.main(['inspect', 'hosts@1'])"
+    environment = dict(os.environ) | {"ELBO_ARTIFACTS": str(root)}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("model     hosts")
+
+
+def scored(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:
+    code, out, _ = in_process(capsys, "score", *arguments)
+    assert code == 0
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_score_finds_the_broken_metric_and_says_what_was_expected(
+    root: Path, today: tuple[str, Rows], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, rows = today
+    answers = scored(capsys, "hosts", path, "--artifacts", str(root), "--alpha", "0.01")
+    assert [answer["row"] for answer in answers] == list(range(300))
+    for answer in answers:
+        assert answer["is_anomaly"] == (answer["severity"] > 1) == (answer["p_value"] <= 0.01)
+        assert sum(answer["parts"].values()) == pytest.approx(answer["score"], rel=1e-5)
+        assert len(answer["features"]) == 3
+        contributions = [feature["contribution"] for feature in answer["features"]]
+        assert contributions == sorted(contributions, reverse=True)
+    assert all(answer["is_anomaly"] for answer in answers[:10])
+    for row, answer in zip(rows, answers[:10], strict=False):
+        values = {feature["name"]: feature["value"] for feature in answer["features"]}
+        assert values == pytest.approx({name: row[NAMES.index(name)] for name in values}, rel=1e-6)
+        assert "errors" in values
+    assert sum(answer["is_anomaly"] for answer in answers[10:]) <= 15  # of 290; binomial(290, 0.01) passes 1 - 1e-7
+
+
+def test_score_names_as_many_features_as_asked_and_at_most_all(
+    root: Path, today: tuple[str, Rows], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for asked, given in ((0, 0), (1, 1), (99, 5)):
+        answers = scored(capsys, "hosts", today[0], "--artifacts", str(root), "--explain", str(asked))
+        assert {len(answer["features"]) for answer in answers} == {given}
+
+
+def test_score_writes_the_same_figures_as_csv(
+    root: Path, today: tuple[str, Rows], capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = scored(capsys, "hosts", today[0], "--artifacts", str(root))
+    _, out, _ = in_process(capsys, "score", "hosts", today[0], "--artifacts", str(root), "--format", "csv")
+    lines = list(csv.DictReader(out.splitlines()))
+    assert len(lines) == len(answers)
+    for line, answer in zip(lines, answers, strict=True):
+        for name in ("score", "p_value", "severity"):
+            assert float(line[name]) == pytest.approx(answer[name], rel=1e-6)
+        assert line["is_anomaly"] == str(int(answer["is_anomaly"]))
+        assert [line[f"feature_{k}"] for k in (1, 2, 3)] == [feature["name"] for feature in answer["features"]]
+        assert float(line["expected_2"]) == pytest.approx(answer["features"][1]["expected"], rel=1e-6)
+
+
+def test_rows_beyond_one_batch_are_scored_like_rows_alone(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = two_factor_rows(1030, seed=2)
+    long = scored(capsys, "hosts", write(tmp_path / "a.csv", rows), "--artifacts", str(root))
+    last = scored(capsys, "hosts", write(tmp_path / "b.csv", rows[-1:]), "--artifacts", str(root))
+    assert [answer["row"] for answer in long] == list(range(1030))
+    assert last[0]["score"] == pytest.approx(long[-1]["score"], rel=1e-4)
+
+
+def test_score_ends_quietly_when_its_reader_has_gone(root: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "a.csv", two_factor_rows(5000, seed=2))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "elbo", "score", "hosts", data, "--artifacts", str(root)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert json.loads(process.stdout.readline())["row"] == 0
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(timeout=60) == 1
+
+
+def test_evaluate_reports_what_the_scores_and_labels_imply(
+    root: Path, today: tuple[str, Rows], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, rows = today
+    _, out, _ = in_process(capsys, "evaluate", "hosts", path, "--json", "--artifacts", str(root))
+    report = json.loads(out)
+    answers = scored(capsys, "hosts", path, "--artifacts", str(root), "--explain", "5")
+    score, p_value = (np.array([answer[name] for answer in answers]) for name in ("score", "p_value"))
+    anomalous = np.arange(300) < 10
+    squares = [(f["value"] - f["expected"]) ** 2 for a in answers for f in a["features"]]
+    medians = [feature.median for feature in read_manifest(root / "hosts/1/model.pt").features]
+    wins = (score[anomalous, None] > score[~anomalous]).mean()  # Mann-Whitney: the AUROC, since no two scores are equal
+    assert (report["model"], report["source"], report["rows"]) == ("hosts@1", path, 300)
+    assert report["reconstruction_error"] == pytest.approx(np.mean(squares), rel=1e-3)
+    assert report["median_error"] == pytest.approx(np.square(rows - medians).mean(), rel=1e-5)
+    assert report["mean_score"] == pytest.approx(score.mean(), rel=1e-5)
+    assert report["alarm_rates"] == {
+        str(a): pytest.approx((p_value[~anomalous] <= a).mean()) for a in (0.1, 0.05, 0.01)
+    }
+    assert report["detection_rates"] == {"0.1": 1, "0.05": 1, "0.01": 1}
+    assert report["auroc"] == pytest.approx(wins)
+    assert report["seen"] is False
+
+
+def test_evaluate_tells_a_person_the_same(
+    root: Path, today: tuple[str, Rows], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out, _ = in_process(capsys, "evaluate", "hosts", today[0], "--artifacts", str(root))
+    lines = out.splitlines()
+    assert lines[0] == f"hosts@1 on {today[0]}: 300 rows"
+    assert [line[:21].strip() for line in lines[1:]] == [
+        "reconstruction error",
+        "predicting the median",
+        "mean score",
+        "false alarms",
+        "anomalies found",
+        "AUROC",
+        "average precision",
+    ]
+
+
+def test_evaluate_says_when_the_rows_are_those_of_the_training(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = in_process(capsys, "evaluate", "hosts", str(root / "train.csv"), "--artifacts", str(root))
+    assert out.splitlines()[0].endswith(": 1,000 rows, the ones that it was trained on")
+    assert "AUROC" not in out
+
+
+def test_rows_so_far_off_that_the_model_overflows_are_refused(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "a.csv", np.vstack([two_factor_rows(3, seed=0), np.full((1, 5), 3e38)]))
+    code, _, err = in_process(capsys, "score", "hosts", data, "--artifacts", str(root))
+    assert code == 2
+    assert err == f"elbo: error: {data}: row 3 overflows in the model: expected values near those it was trained on\n"
+
+
+def test_training_again_publishes_the_next_version_with_the_same_weights(root: Path) -> None:
+    first = load(root / "hosts/1/model.pt").manifest
+    arguments = ["--model", "pca", "--name", "hosts", "--latents", "2", "--seed", "3", "--artifacts", str(root)]
+    run = command("train", str(root / "train.csv"), *arguments)
+    assert run.stdout.startswith(f"published hosts@2: {root}/hosts/2/model.pt\n")
+    second = load(root / "hosts/2/model.pt").manifest
+    assert second.weights_sha256 == first.weights_sha256
+    assert second.metrics == first.metrics
+
+
+def test_demo_trains_only_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in KINDS[1:]:
+        (tmp_path / kind / "1").mkdir(parents=True)
+        (tmp_path / kind / "1" / "model.pt").touch()
+    first = command("demo", environment={"ELBO_ARTIFACTS": str(tmp_path)})
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == f"published {KINDS[0]}@1: {tmp_path}/{KINDS[0]}/1/model.pt\n"
+    manifest = load(tmp_path / KINDS[0] / "1" / "model.pt").manifest
+    assert manifest.training == TrainConfig(model=KINDS[0], name=KINDS[0]).model_dump(mode="json")
+    assert manifest.data.source == "digits"
+    again = in_process(capsys, "demo", "--artifacts", str(tmp_path))
+    assert again == (0, f"nothing to do: {tmp_path} has pca, ae, vae\n", "")
+
+
+@pytest.fixture
+def long_training(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    arguments = ["train", "digits", "--model", "ae", "--name", "a", "--epochs", "100000", "--artifacts", str(tmp_path)]
+    code = (  # heeds SIGINT even if the tests run as a shell's background job, which ignores it
+        f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nimport elbo; elbo.main({arguments})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_control_c_ends_with_one_line_and_publishes_nothing(
+    long_training: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    assert long_training.stderr is not None
+    while not long_training.stderr.readline().startswith("training a (ae)"):
+        pass
+    long_training.send_signal(signal.SIGINT)
+    _, rest = long_training.communicate(timeout=60)
+    assert rest == "elbo: interrupted\n"
+    assert long_training.returncode == 130
+    assert not list(tmp_path.rglob("*.pt"))
