@@ -1,0 +1,48 @@
+"""The command line run by tests, in its own process or in this one, and data for it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import elbo
+from tests.data import ROOT
+
+Run = subprocess.CompletedProcess[str]
+Rows = npt.NDArray[np.float64]
+HEADER = "cpu [%],memory [GB],disk,network,errors"
+
+
+def command(*arguments: str, environment: dict[str, str] | None = None) -> Run:
+    return subprocess.run(
+        [sys.executable, "-m", "elbo", *arguments],
+        cwd=ROOT,
+        env={key: value for key, value in os.environ.items() if not key.startswith("ELBO_")} | (environment or {}),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def two_factor_rows(rows: int, seed: int) -> Rows:
+    """Five metrics that two hidden loads drive: the fifth is 10 plus the first load, give or take a little."""
+    random = np.random.RandomState(seed)
+    loads = random.standard_normal((rows, 2))
+    mixing = np.array([[2, 0, 1, 3, 1], [0, 5, 1, -2, 0]])
+    return np.asarray(loads @ mixing + 10 + 0.1 * random.standard_normal((rows, 5)))
+
+
+def write(path: Path, rows: Rows, header: str = HEADER) -> str:
+    np.savetxt(path, rows, delimiter=",", header=header, comments="", fmt="%.9g")
+    return str(path)
+
+
+def in_process(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as end:
+        elbo.main(arguments)
+    printed = capsys.readouterr()
+    return int(end.value.code or 0), printed.out, printed.err
