@@ -5,7 +5,7 @@ TORCH := torch==2.13.0
 TORCH_INDEX ?=
 VENV := .venv
 READY := $(VENV)/.ready
-PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
+INSTALL := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check install --no-compile
 SOURCES := elbo.py models training service tests $(wildcard benchmarks)
 
 supported = $(1) -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null
@@ -60,7 +60,7 @@ $(READY): pyproject.toml requirements/dev.lock
 	@python=; for p in python3.11 python3; do if $(call supported,$$p); then python=$$p; break; fi; done; \
 	if [ -z "$$python" ]; then echo "elbo needs Python 3.11, 3.12 or 3.13 with its venv module: install python3.11" >&2; exit 1; fi; \
 	echo "setting up $(VENV) with $$($$python --version)"; $$python -m venv $(VENV)
-	@echo "installing the locked packages"; $(PIP) install --require-hashes -r requirements/dev.lock
-	@echo "installing $(TORCH)"; $(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
-	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@echo "installing the locked packages"; $(INSTALL) --require-hashes -r requirements/dev.lock
+	@echo "installing $(TORCH)"; $(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	@$(INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@

@@ -1,0 +1,136 @@
+"""The Dockerfile and docker-compose.yml keep the promises that need no container engine to check."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+APIS = sorted(name for name in SERVICES if name.startswith("api"))
+DOCKERFILE = (ROOT / "Dockerfile").read_text().replace("\\\n", "")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def instructions(stage: str) -> list[tuple[str, str]]:
+    """Give a stage's instructions, those of the stages that it is built from first."""
+    origin, body = re.findall(rf"^FROM (\S+) AS {stage}\n(.*?)(?=^FROM |\Z)", DOCKERFILE, re.MULTILINE | re.DOTALL)[0]
+    inherited = [] if ":" in origin else instructions(origin)
+    return inherited + re.findall(r"^([A-Z]+) (.*)$", body, re.MULTILINE)
+
+
+def last(stage: str, keyword: str) -> str:
+    return [argument for word, argument in instructions(stage) if word == keyword][-1]
+
+
+def check_compose(path: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(path)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_compose_file_obeys_the_compose_specification() -> None:
+    result = check_compose(ROOT / "docker-compose.yml")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_a_misspelt_key_would_break_the_compose_specification(tmp_path: Path) -> None:
+    wrong = tmp_path / "docker-compose.yml"
+    wrong.write_text((ROOT / "docker-compose.yml").read_text().replace("read_only:", "readonly:"))
+    result = check_compose(wrong)
+    assert result.returncode == 1
+    assert "readonly" in result.stdout
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_every_container_can_do_no_more_than_it_must(name: str) -> None:
+    service = SERVICES[name]
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["read_only"] is True
+    assert service["tmpfs"] == ["/tmp"]
+    assert service["init"] is True
+    assert "privileged" not in service
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_ports_are_published_on_the_loopback_address_alone(name: str) -> None:
+    for port in SERVICES[name].get("ports", []):
+        assert re.fullmatch(r"127\.0\.0\.1:\d+:8000", port)
+
+
+def test_no_two_services_publish_the_same_port() -> None:
+    ports = [port for service in SERVICES.values() for port in service.get("ports", [])]
+    assert sorted(port.split(":")[1] for port in ports) == ["8000", "8001"]
+
+
+@pytest.mark.parametrize("name", APIS)
+def test_the_service_waits_for_the_demonstration_models_and_reads_them_only(name: str) -> None:
+    assert SERVICES[name]["depends_on"] == {"train": {"condition": "service_completed_successfully"}}
+    assert SERVICES[name]["volumes"] == ["artifacts:/artifacts:ro"]
+    assert SERVICES["train"]["volumes"] == ["artifacts:/artifacts"]
+    assert SERVICES["train"]["command"] == ["demo"]
+    assert SERVICES["train"]["restart"] == "no"
+
+
+def test_the_gpu_service_is_asked_for_by_name_and_gets_cuda_wheels() -> None:
+    gpu = SERVICES["api-gpu"]
+    assert gpu["profiles"] == ["gpu"]
+    assert re.fullmatch(r"cu\d+", gpu["build"]["args"]["TORCH"])
+    assert gpu["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_every_service_is_built_from_a_stage_of_the_dockerfile(name: str) -> None:
+    target = SERVICES[name]["build"]["target"]
+    assert re.search(rf"^FROM \S+ AS {target}$", DOCKERFILE, re.MULTILINE)
+
+
+def test_the_default_image_is_the_one_that_trains_too() -> None:
+    assert re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.MULTILINE)[-1] == "train"
+
+
+@pytest.mark.parametrize("stage", ["serve", "train"])
+def test_an_image_runs_as_a_numeric_user_who_is_not_root(stage: str) -> None:
+    assert re.fullmatch(r"[1-9]\d{3,}:[1-9]\d{3,}", last(stage, "USER"))
+    assert instructions(stage)[-1][0] == "USER"
+
+
+@pytest.mark.parametrize("stage", ["serve", "train"])
+def test_an_image_starts_without_a_shell_so_that_signals_reach_python(stage: str) -> None:
+    assert [*json.loads(last(stage, "ENTRYPOINT")), *json.loads(last(stage, "CMD"))] == ["elbo", "serve"]
+
+
+@pytest.mark.parametrize("stage", ["serve", "train"])
+def test_an_image_is_healthy_when_readyz_says_so(stage: str) -> None:
+    command = json.loads(last(stage, "HEALTHCHECK").partition("CMD ")[2])
+    assert command[:2] == ["python", "-c"]
+    assert "'/readyz'" in command[2]
+    compile(command[2], "HEALTHCHECK", "exec")
+
+
+def test_the_serving_image_installs_only_what_serving_needs() -> None:
+    locks = [lock for _, argument in instructions("packages") for lock in re.findall(r"\w+\.lock", argument)]
+    assert set(locks) == {"serve.lock"}
+    assert "lock" not in "".join(argument for _, argument in instructions("serve"))
+
+
+def test_torch_is_pinned_to_one_version_everywhere() -> None:
+    pins = {
+        name: set(re.findall(r"\btorch==([\d.]+\d)", (ROOT / name).read_text()))
+        for name in ("pyproject.toml", "Makefile", "Dockerfile")
+    }
+    assert set(map(frozenset, pins.values())) == {frozenset({"2.13.0"})}, pins
+
+
+def test_whatever_the_wheel_is_built_from_reaches_the_image_build() -> None:
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    needed = {*PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"], "pyproject.toml", "requirements"}
+    needed |= {*PROJECT["project"]["license-files"], PROJECT["project"].get("readme", "README.md")}
+    assert needed == allowed

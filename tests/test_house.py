@@ -1,0 +1,165 @@
+"""The habits of the house that a machine can check: sizes, who imports whom, what is locked, what git may hold."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.conftest import require
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("models", "training", "service")
+SOURCES = [*sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")), ROOT / "elbo.py"]
+MAY_IMPORT = {
+    "models": {"models"},
+    "training": {"training", "models"},
+    "service": {"service", "models.artifact", "models.manifest", "models.errors"},  # the artifact contract alone
+}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+LOCKED = {
+    "serve": PROJECT["dependencies"],
+    "train": PROJECT["dependencies"] + EXTRAS["train"],
+    "dev": PROJECT["dependencies"] + EXTRAS["train"] + EXTRAS["dev"],
+}
+
+
+def name_of(path: object) -> str:
+    return str(path.relative_to(ROOT)) if isinstance(path, Path) else str(path)
+
+
+def imported(path: Path) -> Iterator[tuple[int, str]]:
+    """Give every import of a file as (line, dotted name); `from a import b` counts as a.b."""
+    package = ".".join(path.relative_to(ROOT).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            module = ".".join(filter(None, [base, node.module]))
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+
+
+def pins(lock: str) -> dict[str, str]:
+    text = (ROOT / "requirements" / f"{lock}.lock").read_text()
+    return {canonicalize_name(name): version for name, version in re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE)}
+
+
+def tracked() -> list[Path]:
+    result = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    require(result.returncode == 0, "this needs git and a checkout")
+    paths = (ROOT / name for name in result.stdout.split("\0") if name)
+    return [path for path in paths if path.is_file()]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_a_file_is_at_most_400_lines_long(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_a_function_is_at_most_40_lines_long(path: Path) -> None:
+    functions = (
+        n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)
+    )
+    sizes = {f"{node.name}, line {node.lineno}": (node.end_lineno or 0) - node.lineno + 1 for node in functions}
+    assert {name: size for name, size in sizes.items() if size > 40} == {}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_a_module_says_what_it_is_for(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.parent != ROOT], ids=name_of)
+def test_a_package_imports_only_what_it_may_know(path: Path) -> None:
+    command = {"elbo"} if path.name == "__main__.py" else set()  # python -m training is the command by another name
+    allowed = MAY_IMPORT[path.relative_to(ROOT).parts[0]] | command
+    ours = [(line, name) for line, name in imported(path) if name.split(".")[0] in {*PACKAGES, "elbo"}]
+    strangers = [(line, name) for line, name in ours if not any(f"{name}.".startswith(f"{a}.") for a in allowed)]
+    assert strangers == []
+
+
+def test_the_help_of_the_command_imports_no_heavy_library() -> None:
+    program = """
+import sys
+sys.argv = ["elbo", "--help"]
+import elbo
+try:
+    elbo.main()
+except SystemExit as stop:
+    assert not stop.code
+loaded = {"torch", "numpy", "sklearn", "polars", "fastapi", "pydantic", "rich"} & sys.modules.keys()
+print("loaded:", sorted(loaded))
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "train" in result.stdout
+    assert result.stdout.splitlines()[-1] == "loaded: []"
+
+
+@pytest.mark.parametrize("lock", LOCKED)
+def test_every_dependency_is_locked_at_a_version_that_it_allows(lock: str) -> None:
+    locked = pins(lock)
+    for requirement in map(Requirement, LOCKED[lock]):
+        name = canonicalize_name(requirement.name)
+        if name == "torch":  # installed in its own step: its wheel differs by accelerator
+            assert name not in locked
+        else:
+            assert name in locked, f"{requirement} is in no lock: run make lock"
+            assert locked[name] in requirement.specifier, f"{requirement} is locked at {locked[name]}: run make lock"
+
+
+@pytest.mark.parametrize("lock", LOCKED)
+def test_every_locked_package_has_a_hash_and_no_address(lock: str) -> None:
+    text = (ROOT / "requirements" / f"{lock}.lock").read_text()
+    entries = re.findall(r"^[\w.-]+==\S+ \\\n    --hash=sha256:[0-9a-f]{64}", text, re.MULTILINE)
+    assert len(entries) == len(pins(lock)) > 0
+    assert not re.search(r"://|^-|^ *--(?!hash)", text, re.MULTILINE)
+
+
+def test_the_smaller_locks_are_parts_of_the_larger() -> None:
+    assert pins("serve").items() <= pins("train").items() <= pins("dev").items()
+
+
+def test_the_locks_were_made_with_cpu_wheels_of_torch() -> None:
+    assert [name for name in pins("dev") if re.match("nvidia|cuda|triton", name)] == [], (
+        "run make lock with TORCH_INDEX"
+    )
+
+
+def test_git_holds_no_file_over_200_kilobytes() -> None:
+    assert [name_of(path) for path in tracked() if path.stat().st_size > 200_000] == []
+
+
+def test_git_holds_no_path_of_a_developers_machine() -> None:
+    pattern = re.compile(r"(?<![\w.~$}-])/(?:root|home|Users|work|tmp)/\w")
+    found = []
+    for path in tracked():
+        lines = path.read_text(errors="replace").splitlines()
+        found += [f"{name_of(path)}:{number}: {line}" for number, line in enumerate(lines, 1) if pattern.search(line)]
+    assert found == []
+
+
+def test_every_make_target_is_described_by_make_help() -> None:
+    declared = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[0].split()
+    result = subprocess.run(["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True)
+    require(result.returncode == 0, "this needs make")
+    assert re.findall(r"^make (\w+) +\S", result.stdout, re.MULTILINE) == declared
+
+
+def test_what_is_missing_fails_in_ci_and_skips_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="no accelerator"):
+        require(False, "no accelerator")
+    monkeypatch.delenv("CI")
+    with pytest.raises(pytest.skip.Exception, match="no accelerator"):
+        require(False, "no accelerator")
+    require(True, "nothing is missing")
