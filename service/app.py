@@ -61,6 +61,7 @@ def create_app(settings: Settings) -> FastAPI:
 def _layers(service: Service) -> list[tuple[Any, dict[str, Any]]]:
     """The middleware, innermost first."""
     return [
+        (middleware.HeadAsGet, {}),
         (middleware.BodyLimit, {"max_body_bytes": service.settings.max_body_bytes}),
         (middleware.Problems, {}),
         (middleware.ServerTiming, {}),
@@ -90,11 +91,12 @@ def _lifespan(service: Service) -> Callable[[FastAPI], AbstractAsyncContextManag
 
 
 async def _router_refused(request: Request, error: Exception) -> Response:
-    """404 and 405 in our words; Allow tells every method of the path, not only those of one route."""
+    """404 and 405 in our words."""
     assert isinstance(error, HTTPException)
     matching = (route for route in request.app.router.routes if route.matches(request.scope)[0] is not Match.NONE)
-    methods = sorted({method for route in matching for method in getattr(route, "methods", None) or ()})
-    problem = from_http_exception(error, request.method, request.url.path, methods)
+    methods = {method for route in matching for method in getattr(route, "methods", None) or ("GET",)}  # or a folder
+    allowed = sorted(methods | {"HEAD"} if "GET" in methods else methods)
+    problem = from_http_exception(error, request.method, request.url.path, allowed)
     return problem_response(problem, trace_of(request.scope).request_id)
 
 

@@ -31,8 +31,8 @@ class Information:
             for numbers in catalogue.models.values()
             for _, served in sorted(numbers.items(), reverse=True)
         ]
-        failed = [asdict(failure) for failure in catalogue.failures]
-        return _json({"default": catalogue.default, "models": found, "failed": failed})
+        failures = [asdict(failure) for failure in catalogue.failures]
+        return _json({"default": catalogue.default, "models": found, "failures": failures})
 
     async def model(self, request: Request) -> Response:
         """One version with its features, training and data."""

@@ -46,14 +46,6 @@ class Ran:
     computed: float
 
 
-@dataclass(frozen=True)
-class Lane:
-    """Requests that may share a batch."""
-
-    model: Model
-    operation: Operation
-
-
 @dataclass(eq=False)
 class Job:
     """A piece of a request, at most one batch large."""
@@ -66,6 +58,15 @@ class Job:
     def rows(self) -> int:
         """B, how many rows."""
         return len(self.inputs[0])
+
+
+@dataclass(eq=False)
+class Lane:
+    """Requests that may share a batch, in the order of their arrival."""
+
+    model: Model
+    operation: Operation
+    waiting: deque[Job] = field(default_factory=deque)
 
 
 Outcome = tuple[Job, Ran | BaseException]
@@ -88,7 +89,7 @@ class Engine:
         self._queue_rows = queue_rows
         self._threads = threads
         self._on_batch = on_batch
-        self._lanes: dict[Lane, deque[Job]] = {}
+        self._lanes: dict[tuple[int, Operation], Lane] = {}  # by the model's identity
         self._work = threading.Condition()
         self._closing = False
         self._seconds_per_row = 0.0  # lately
@@ -118,23 +119,22 @@ class Engine:
             raise self._overloaded(rows)
         self.pending_rows += rows
         try:
-            lane = Lane(model, operation)
             if rows <= self._max_batch_rows:
-                return await self._submit(lane, inputs)
+                return await self._submit(model, operation, inputs)
             pieces = []
             for start in range(0, rows, self._max_batch_rows):
                 piece = tuple(array[start : start + self._max_batch_rows] for array in inputs)
-                pieces.append(await self._submit(lane, piece))
+                pieces.append(await self._submit(model, operation, piece))
             return _joined(pieces)
         finally:
             self.pending_rows -= rows
 
-    def _submit(self, lane: Lane, inputs: tuple[Array, ...]) -> "asyncio.Future[Ran]":
+    def _submit(self, model: Model, operation: Operation, inputs: tuple[Array, ...]) -> "asyncio.Future[Ran]":
         job = Job(inputs, self._loop.create_future())
         with self._work:
             if self._closing:
                 raise NotReady("the server is shutting down")
-            self._lanes.setdefault(lane, deque()).append(job)
+            self._lanes.setdefault((id(model), operation), Lane(model, operation)).waiting.append(job)
             self._work.notify()
         return job.result
 
@@ -165,23 +165,23 @@ class Engine:
                     if self._closing:
                         return None
                     self._work.wait()
-                lane = min(self._lanes, key=lambda lane: self._lanes[lane][0].since)
-                jobs = self._fill(self._lanes[lane], lane.operation.merges)
-                if not self._lanes[lane]:
-                    del self._lanes[lane]
+                key, lane = min(self._lanes.items(), key=lambda item: item[1].waiting[0].since)
+                jobs = self._fill(lane)
+                if not lane.waiting:
+                    del self._lanes[key]
                 if jobs:
                     return lane, jobs
 
-    def _fill(self, waiting: deque[Job], merges: bool) -> list[Job]:
+    def _fill(self, lane: Lane) -> list[Job]:
         jobs: list[Job] = []
         rows = 0
-        while waiting and rows + waiting[0].rows <= self._max_batch_rows:
-            job = waiting.popleft()
+        while lane.waiting and rows + lane.waiting[0].rows <= self._max_batch_rows:
+            job = lane.waiting.popleft()
             if job.result.cancelled():
                 continue
             jobs.append(job)
             rows += job.rows
-            if not merges:
+            if not lane.operation.merges:
                 break
         return jobs
 

@@ -111,7 +111,8 @@ class Inference:
     def _prior_noise(self, served: Served, body: SampleBody, _: bool) -> tuple[int, Array, Array]:
         require_count(self.service, "n", body.n)
         seed = _seed(body.seed)
-        return seed, *self._noise.draw(seed, body.n, served.manifest.latents)
+        normal, uniform = self._noise.draw(seed, body.n, served.manifest.latents)
+        return seed, normal * np.float32(body.temperature), uniform
 
     def _ends(self, served: Served, body: InterpolateBody, careful: bool) -> tuple["_Point", "_Point"]:
         require_count(self.service, "steps", body.steps)

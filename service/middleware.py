@@ -181,3 +181,13 @@ class BodyLimit(HttpLayer):
             hint="send fewer rows at a time, or application/x-npy",
             headers={"Connection": "close"},  # or the server would have to read the rest
         )
+
+
+class HeadAsGet(HttpLayer):
+    """Answers HEAD wherever GET is answered; the server leaves the body out."""
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One HTTP request."""
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self.app(scope, receive, send)

@@ -156,8 +156,8 @@ class Repository:
         self._known = known
         failures = tuple(entry.failure for entry in known.values() if entry.failure)
         default = self._default if self._default in models else next(iter(models), None)
-        self._tell_changes(self.catalogue, models)
-        self.catalogue = Catalogue(models, failures, default)
+        before, self.catalogue = self.catalogue, Catalogue(models, failures, default)
+        _tell_changes(before, self.catalogue)
 
     def _newest(self, name: str, known: dict[tuple[str, int], _Known]) -> dict[int, Served]:
         """The newest versions of `name` that load, at most as many as are kept, ascending; notes each in `known`."""
@@ -194,13 +194,15 @@ class Repository:
         _warm(served)
         return served
 
-    def _tell_changes(self, before: Catalogue, models: Mapping[str, Mapping[int, Served]]) -> None:
-        old = {served for numbers in before.models.values() for served in numbers.values()}
-        new = {served for numbers in models.values() for served in numbers.values()}
-        for served in sorted(new - old, key=lambda served: (served.name, served.version)):
-            log.info("serving %s@%d, loaded in %.2f s", served.name, served.version, served.load_seconds)
-        for served in sorted(old - new, key=lambda served: (served.name, served.version)):
-            log.info("no longer serving %s@%d", served.name, served.version)
+
+def _tell_changes(before: Catalogue, after: Catalogue) -> None:
+    old, new = (
+        {served for numbers in moment.models.values() for served in numbers.values()} for moment in (before, after)
+    )
+    for served in sorted(new - old, key=lambda served: (served.name, served.version)):
+        log.info("serving %s@%d, loaded in %.2f s", served.name, served.version, served.load_seconds)
+    for served in sorted(old - new, key=lambda served: (served.name, served.version)):
+        log.info("no longer serving %s@%d", served.name, served.version)
 
 
 def _warm(served: Served) -> None:

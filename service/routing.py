@@ -102,7 +102,7 @@ def endpoints(service: Service) -> list[Endpoint]:
 
 
 def register(app: FastAPI, service: Service) -> None:
-    """Give `app` every endpoint; GET ones answer HEAD too."""
+    """Give `app` every endpoint."""
     app.router.route_class = DirectRoute
     for endpoint in endpoints(service):
         app.add_api_route(
@@ -117,8 +117,6 @@ def register(app: FastAPI, service: Service) -> None:
             name=endpoint.handler.__name__,
             operation_id=endpoint.handler.__name__,
         )
-        if endpoint.method == "GET":
-            app.add_api_route(endpoint.path, endpoint.handler, methods=["HEAD"], include_in_schema=False)
 
 
 def _responses(endpoint: Endpoint) -> dict[int | str, dict[str, Any]]:

@@ -227,7 +227,7 @@ class ModelList(BaseModel):
 
     default: str | None = Field(description="answers where no model is named")
     models: list[ModelSummary] = Field(description="every loaded version, by name, newest first")
-    failed: list[FailedVersion]
+    failures: list[FailedVersion]
 
 
 class FeatureInfo(BaseModel):

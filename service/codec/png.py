@@ -49,5 +49,5 @@ def _tiles(
     grey = ((rows - black) / (white - black)).clip(0.0, 1.0) * 255.0  # [N, D]
     height, width = shape[0], shape[1]
     images = grey.round().astype(np.uint8).reshape(len(rows), height, width, -1)
-    scale = max(1, min(math.ceil(TILE / max(height, width)), WIDEST // (columns * width)))
+    scale = max(1, min(math.ceil(TILE / max(height, width)), (WIDEST // columns - GAP) // width))
     return images.repeat(scale, axis=1).repeat(scale, axis=2)

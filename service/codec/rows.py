@@ -214,8 +214,10 @@ class RowFormat:
     def _refuse_single_row(self, rows: Any, pointer: str) -> None:
         """Raise if `rows` is itself one row: a mistake that deserves its own hint."""
         try:
-            self._leaves(rows, self.shape if _nested(rows, self.shape) else (self.width,), pointer)
+            values = self._leaves(rows, self.shape if _nested(rows, self.shape) else (self.width,), pointer)
         except InvalidRows:
+            return
+        if not all(type(value) in (int, float) for value in values):
             return
         raise InvalidRows(
             "expected a list of rows, got one row",

@@ -1,0 +1,66 @@
+"""Real models, trained in seconds, behind the real application."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from fastapi import FastAPI
+
+from models.artifact import Artifact, load
+from service.app import create_app
+from service.settings import Settings
+from tests.service.running import running
+from tests.training.reporters import Silent
+from training.config import KINDS, TrainConfig
+from training.data import Table, read
+from training.train import train
+
+HOST_NAMES = ["cpu", "memory/used", "disk~io", "load"]
+
+
+def host_table() -> Table:
+    """400 rows of four features, two of them correlated."""
+    rng = np.random.default_rng(5)
+    base = rng.normal(size=(400, 2))
+    x = np.column_stack((base[:, 0], 100 + 20 * base[:, 1], base[:, 0] + base[:, 1], 3 * rng.normal(size=400)))
+    return Table(x.astype(np.float32), (4,), HOST_NAMES, ["%", "MB", None, None], None, None, "made up", [])
+
+
+@pytest.fixture(scope="session")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with pca, ae and vae of the digits, hardly trained, and hosts: pca of a table."""
+    root = tmp_path_factory.mktemp("artifacts")
+    digits = read("digits")
+    for kind in KINDS:
+        train(TrainConfig(model=kind, name=kind, epochs=6, hidden=(48,)), digits, root, Silent())
+    train(TrainConfig(model="pca", name="hosts", latents=2), host_table(), root, Silent())
+    return root
+
+
+@pytest.fixture(scope="session")
+def digits() -> np.ndarray:
+    """The digits, float32 [1797, 64] in [0, 1]."""
+    return read("digits").x
+
+
+@pytest.fixture(scope="session")
+def vae(artifacts: Path) -> Artifact:
+    """The VAE, loaded apart from the service: what it answers is what the service must."""
+    torch.set_num_threads(1)
+    return load(artifacts / "vae" / "1" / "model.pt")
+
+
+@pytest.fixture(scope="session")
+def app(artifacts: Path) -> FastAPI:
+    """The application over the session's models."""
+    return create_app(Settings(artifacts=artifacts, max_rows=300, max_body_bytes=2**20))
+
+
+@pytest.fixture(scope="session")
+def client(app: FastAPI) -> Iterator[httpx.Client]:
+    """A client of the running application."""
+    with running(app) as client:
+        yield client

@@ -1,0 +1,31 @@
+"""An operation that waits: by it a test decides what the engine finds in its queue."""
+
+import asyncio
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+
+from service.engine import Engine, Model
+from service.operations import Operation
+
+
+class Gate:
+    """An operation that holds the engine until it is opened."""
+
+    def __init__(self) -> None:
+        self.entered = threading.Event()
+        self.open = threading.Event()
+        self.operation = Operation("gate", self._pass, merges=False)
+
+    def _pass(self, _: Any, x: torch.Tensor) -> tuple[torch.Tensor]:
+        self.entered.set()
+        assert self.open.wait(10)
+        return (x,)
+
+    async def hold(self, running: Engine, model: Model, x: np.ndarray) -> "asyncio.Task[Any]":
+        """Occupy the engine; the task ends when the gate opens."""
+        task = asyncio.create_task(running.run(model, self.operation, x))
+        await asyncio.to_thread(self.entered.wait, 10)
+        return task

@@ -1,0 +1,97 @@
+"""The .npy reader and writer, against numpy.save and numpy.load."""
+
+import contextlib
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.codec import npy
+from service.errors import InvalidNpy
+
+
+def saved(array: np.ndarray[Any, Any], **options: Any) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array(file, array, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", ">f4", "<f8", ">f8", "i1", "u1", "<i8", ">u4"])
+@pytest.mark.parametrize("version", [(1, 0), (2, 0)])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_what_numpy_saves_is_read_back(dtype: str, version: tuple[int, int], order: str) -> None:
+    array = np.array(np.arange(24).reshape(4, 3, 2), dtype=dtype, order=order)  # type: ignore[call-overload]
+    read = npy.loads(saved(array, version=version))
+    assert read.dtype == array.dtype
+    np.testing.assert_array_equal(read, array)
+
+
+def test_what_is_written_numpy_loads() -> None:
+    array = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
+    np.testing.assert_array_equal(np.load(io.BytesIO(npy.dumps(array)), allow_pickle=False), array)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.array([object()]), np.array(["a"]), np.array([b"a"]), np.array([True]), np.array([1j]),
+        np.zeros(2, [("a", "f4")]), np.array(["2020"], "M8[D]"), np.zeros((1, 2), np.longdouble),
+    ],
+    ids=lambda array: str(array.dtype),
+)  # fmt: skip
+def test_what_is_no_real_number_is_refused(array: np.ndarray[Any, Any]) -> None:
+    with pytest.raises(InvalidNpy):
+        npy.loads(saved(array, allow_pickle=True))
+
+
+def test_every_truncation_is_refused() -> None:
+    body = saved(np.ones((2, 3), np.float32))
+    for length in range(len(body)):
+        with pytest.raises(InvalidNpy):
+            npy.loads(body[:length])
+
+
+def test_bytes_after_the_array_are_refused() -> None:
+    with pytest.raises(InvalidNpy, match="24 bytes, but 25 follow"):
+        npy.loads(saved(np.ones((2, 3), np.float32)) + b"x")
+
+
+def header(text: str, length: int | None = None) -> bytes:
+    content = text.encode()
+    return b"\x93NUMPY\x02\x00" + (len(content) if length is None else length).to_bytes(4, "little") + content
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"{}", b"\x93NUMPY", b"\x93NUMPY\x09\x00" + b" " * 100, b"PK\x03\x04" + b"\0" * 100,
+        header("{'descr': '<f4', 'fortran_order': False, 'shape': (-1, 4)}"),
+        header("{'descr': '<f4', 'fortran_order': False, 'shape': (2,)}", length=2**31),
+        header("{'descr': '<f4', 'fortran_order': False, 'shape': (10**9, 10**9)}"),
+        header("{'descr': '<f4', 'fortran_order': False, 'shape': (999999999999, 999999999999)}"),
+        header("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}") + b"\x80\x04.",
+        header("{'descr': '<f4', 'fortran_order': False}"),
+        header("__import__('os').system('true')"),
+        header("(" * 300),
+        header("[" * 2000 + "]" * 2000),
+        header("{'descr': '<f4', 'fortran_order': False, 'shape': (1,)}" + " " * 10_000) + b"\0\0\0\0",
+        header("{'descr': '<f4', 'fortran_order': False, 'shape': (1L,)}") + b"\0\0\0\0\0",
+    ],
+    ids=range(16),
+)  # fmt: skip
+def test_hostile_headers_are_refused(body: bytes) -> None:
+    with pytest.raises(InvalidNpy):
+        npy.loads(body)
+
+
+@given(st.data())
+@settings(max_examples=300)
+def test_a_damaged_file_is_read_or_refused_and_never_anything_else(data: st.DataObject) -> None:
+    body = bytearray(saved(np.arange(6, dtype=np.float32).reshape(2, 3)))
+    for _ in range(data.draw(st.integers(1, 4))):
+        body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(InvalidNpy):
+        assert npy.loads(bytes(body)).dtype.kind in "fiu"

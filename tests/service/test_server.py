@@ -1,0 +1,320 @@
+"""`python -m service` as a process: start, signals, hot reload, clients that leave, stall or send too much."""
+
+import contextlib
+import json
+import os
+import queue
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ROW = [0.5] * 64
+
+
+class Process:
+    """A server process; every line of its log is kept."""
+
+    def __init__(self, artifacts: Path, **settings: Any) -> None:
+        options = {"ARTIFACTS": artifacts, "PORT": 0, "POLL_SECONDS": 0.1, **settings}
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("ELBO_")}
+        self.popen = subprocess.Popen(
+            [sys.executable, "-m", "service"],
+            cwd=ROOT,
+            env=inherited | {f"ELBO_{key}": str(value) for key, value in options.items()},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.lines: list[dict[str, Any]] = []
+        self._fresh: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+        self.port = int(self.wait_for("starting")["port"])
+        self.wait_for("Application startup complete.")
+
+    def _read(self) -> None:
+        assert self.popen.stdout is not None
+        for line in self.popen.stdout:
+            self._fresh.put(json.loads(line))
+        self._fresh.put(None)
+
+    def wait_for(self, message: str, **fields: Any) -> dict[str, Any]:
+        """The next log line with `message` in it and these fields."""
+        while True:
+            line = self._fresh.get(timeout=20)
+            assert line is not None, (self.lines, self.popen.stderr and self.popen.stderr.read())
+            self.lines.append(line)
+            if message in line["message"] and all(line.get(key) == value for key, value in fields.items()):
+                return line
+
+    def client(self) -> httpx.Client:
+        return httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=20)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=20)
+
+    def end(self, sig: int = signal.SIGTERM) -> int:
+        """Send `sig` and give the exit code."""
+        self.popen.send_signal(sig)
+        return self.popen.wait(20)
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Process]]:
+    processes: list[Process] = []
+
+    def begin(*arguments: Any, **settings: Any) -> Process:
+        processes.append(Process(*arguments, **settings))
+        return processes[-1]
+
+    yield begin
+    for process in processes:
+        process.popen.kill()
+        process.popen.wait()
+        for pipe in (process.popen.stdout, process.popen.stderr):
+            assert pipe is not None
+            pipe.close()
+
+
+@pytest.fixture(scope="module")
+def server(artifacts: Path) -> Iterator[Process]:
+    """A server shared by the tests that leave it as it was."""
+    process = Process(artifacts, MAX_BODY_BYTES=2**20)
+    yield process
+    assert process.end() == 0
+    assert process.popen.stderr is not None
+    assert process.popen.stderr.read() == ""
+    for pipe in (process.popen.stdout, process.popen.stderr):
+        assert pipe is not None
+        pipe.close()
+
+
+def head(path: str, *headers: str) -> bytes:
+    return "\r\n".join(
+        [f"POST {path} HTTP/1.1", "Host: elbo", "Content-Type: application/json", *headers, "", ""]
+    ).encode()
+
+
+def read_answer(connection: socket.socket) -> bytes:
+    answer = b""
+    with contextlib.suppress(ConnectionError):
+        while chunk := connection.recv(65536):
+            answer += chunk
+            if b"\r\n\r\n" in answer:
+                top, _, body = answer.partition(b"\r\n\r\n")
+                length = next(
+                    int(line[15:]) for line in top.lower().split(b"\r\n") if line.startswith(b"content-length:")
+                )
+                if len(body) >= length:
+                    break
+    return answer
+
+
+def test_on_sigterm_it_is_not_ready_serves_on_then_finishes_what_is_under_way(
+    start: Callable[..., Process], artifacts: Path
+) -> None:
+    process = start(artifacts, DRAIN_SECONDS=1)
+    body = json.dumps({"inputs": [ROW]}).encode()
+    with process.client() as client, process.connect() as slow:
+        slow.sendall(head("/encode", f"Content-Length: {len(body)}") + body[:10])
+        process.popen.send_signal(signal.SIGTERM)
+        process.wait_for("stopping")
+        assert client.get("/readyz").status_code == 503
+        with process.client() as newcomer:
+            assert newcomer.post("/encode", json={"inputs": [ROW]}).status_code == 200
+        process.wait_for("Shutting down")
+        with pytest.raises(ConnectionError):
+            process.connect()
+        slow.sendall(body[10:])
+        assert read_answer(slow).startswith(b"HTTP/1.1 200")
+    assert process.popen.wait(20) == 0
+
+
+def test_a_port_in_use_is_told_in_one_line(artifacts: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        environment = os.environ | {"ELBO_PORT": str(port), "ELBO_ARTIFACTS": str(artifacts)}
+        ended = subprocess.run(
+            [sys.executable, "-m", "service"], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+    assert ended.returncode == 1
+    assert ended.stderr.count("\n") == 1
+    assert f"cannot listen on 127.0.0.1 port {port}" in ended.stderr
+    assert "ELBO_PORT" in ended.stderr
+
+
+@pytest.mark.parametrize(("name", "value"), [("ELBO_PORT", "http"), ("ELBO_DEVICE", "tpu"), ("ELBO_QUEUE_ROWS", "5")])
+def test_a_bad_setting_is_told_in_one_line(name: str, value: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "service"], cwd=ROOT, env=os.environ | {name: value}, capture_output=True, text=True
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.count("\n") == 1
+    assert f"{name}={value}" in ended.stderr
+
+
+def test_a_model_is_served_as_soon_as_it_is_published_and_no_more_when_removed(
+    start: Callable[..., Process], artifacts: Path, tmp_path: Path
+) -> None:
+    process = start(tmp_path / "models")
+    with process.client() as client:
+        assert client.get("/readyz").status_code == 503
+        shutil.copytree(artifacts / "pca", tmp_path / "models" / "digits")
+        process.wait_for("serving digits@1")
+        assert client.get("/readyz").status_code == 200
+        assert client.post("/sample").json()["version"] == 1
+        (tmp_path / "models" / "digits" / "2").mkdir()
+        (tmp_path / "models" / "digits" / "2" / "model.pt").write_bytes(b"PK nonsense")
+        process.wait_for("digits@2 cannot be served")
+        assert client.post("/sample").json()["version"] == 1
+        assert client.get("/models").json()["failures"][0]["version"] == 2
+        shutil.copytree(artifacts / "pca" / "1", tmp_path / "models" / "digits" / "3")
+        process.wait_for("serving digits@3")
+        assert client.post("/sample").json()["version"] == 3
+        shutil.rmtree(tmp_path / "models" / "digits")
+        process.wait_for("no longer serving digits@3")
+        assert client.get("/readyz").status_code == 503
+
+
+def ask_until(stop: threading.Event, process: Process, statuses: list[int]) -> None:
+    with process.client() as client:
+        while not stop.is_set():
+            statuses.append(client.post("/reconstruct", json={"inputs": [ROW]}).status_code)
+
+
+def test_no_request_fails_while_versions_come_and_go_and_sigint_ends_it(
+    start: Callable[..., Process], artifacts: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(artifacts / "pca", tmp_path / "pca")
+    process = start(tmp_path)
+    statuses: list[int] = []
+    stop = threading.Event()
+    askers = [threading.Thread(target=ask_until, args=(stop, process, statuses)) for _ in range(3)]
+    for asker in askers:
+        asker.start()
+    for version in range(2, 6):
+        shutil.copytree(artifacts / "pca" / "1", tmp_path / "pca" / str(version))
+        process.wait_for(f"serving pca@{version}")
+        shutil.rmtree(tmp_path / "pca" / str(version - 1))
+        process.wait_for(f"no longer serving pca@{version - 1}")
+    stop.set()
+    for asker in askers:
+        asker.join()
+    assert len(statuses) > 20
+    assert set(statuses) == {200}
+    assert process.end(signal.SIGINT) == 0
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_fault_of_the_server(server: Process) -> None:
+    with server.connect() as connection:
+        connection.sendall(head("/encode", "Content-Length: 1000", "X-Request-Id: half") + b'{"inputs": [[')
+        time.sleep(0.05)
+    assert server.wait_for("request", request_id="half")["status"] == 499
+
+
+def test_clients_that_stall_cost_the_others_nothing(server: Process) -> None:
+    stalled = [server.connect() for _ in range(50)]
+    for connection in stalled:
+        connection.sendall(head("/encode", "Content-Length: 100000") + b'{"inputs"')
+    with server.client() as client:
+        started = time.perf_counter()
+        for _ in range(20):
+            assert client.post("/encode", json={"inputs": [ROW]}).status_code == 200
+        assert time.perf_counter() - started < 5
+    for connection in stalled:
+        connection.close()
+
+
+def test_a_body_that_is_declared_too_large_is_refused_before_it_is_sent(server: Process) -> None:
+    with server.connect() as connection:
+        connection.sendall(head("/encode", "Content-Length: 9999999999", "Expect: 100-continue"))
+        answer = read_answer(connection)
+    assert answer.startswith(b"HTTP/1.1 413")
+    assert b"body_too_large" in answer
+
+
+def test_an_endless_body_is_cut_off(server: Process) -> None:
+    with server.connect() as connection:
+        connection.sendall(head("/encode", "Transfer-Encoding: chunked"))
+        chunk = b"10000\r\n" + b" " * 2**16 + b"\r\n"
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 1000:
+                connection.sendall(chunk)
+                sent += 1
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            answer = connection.recv(65536)
+    assert sent < 1000
+    assert answer == b"" or answer.startswith(b"HTTP/1.1 413")
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"\x00" * 100, b"GET /\r\n\r\n", b"POST /encode HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\x00"]
+)
+def test_what_is_no_http_does_no_harm(server: Process, garbage: bytes) -> None:
+    with server.connect() as connection:
+        connection.sendall(garbage)
+        with contextlib.suppress(ConnectionError):
+            connection.recv(1000)
+    with server.client() as client:
+        assert client.get("/livez").status_code == 200
+
+
+def test_an_artifact_is_served_where_neither_its_classes_nor_training_exist(artifacts: Path, tmp_path: Path) -> None:
+    """Only the artifact contract of `models` is copied beside the service."""
+    shutil.copytree(ROOT / "service", tmp_path / "service", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "models").mkdir()
+    for name in ("__init__.py", "errors.py", "manifest.py", "artifact.py"):
+        shutil.copy(ROOT / "models" / name, tmp_path / "models")
+    code = (
+        "import asyncio, sys, numpy as np\n"
+        "from pathlib import Path\n"
+        "from service.repository import Repository\n"
+        f"repo = Repository(Path({str(artifacts)!r}), 'cpu', 'vae', 1)\n"
+        "repo.refresh()\n"
+        "print(sorted(repo.catalogue.models), [f.detail for f in repo.catalogue.failures])\n"
+        "assert not [name for name in sys.modules if name.startswith('training')]\n"
+        "assert sys.modules['models'].__file__.startswith(str(Path.cwd()))\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == "['ae', 'hosts', 'pca', 'vae'] []\n"
+
+
+def test_large_bodies_do_not_hold_up_small_ones(server: Process) -> None:
+    rows = np.random.default_rng(0).random((1500, 64)).round(4).tolist()
+    large = json.dumps({"inputs": rows}).encode()
+    stop = threading.Event()
+
+    def flood() -> None:
+        with server.client() as client:
+            while not stop.is_set():
+                client.post("/reconstruct", content=large, headers={"content-type": "application/json"})
+
+    flooder = threading.Thread(target=flood)
+    flooder.start()
+    with server.client() as client:
+        times = []
+        for _ in range(30):
+            started = time.perf_counter()
+            assert client.get("/livez").status_code == 200
+            times.append(time.perf_counter() - started)
+    stop.set()
+    flooder.join()
+    assert sorted(times)[15] < 0.25
