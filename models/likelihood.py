@@ -22,17 +22,19 @@ class Likelihood(nn.Module):
 
 
 class GaussianLikelihood(Likelihood):
-    """N(x; output, variance), the variance learnt with the network: one for all features, or one for each.
+    """N(x; output, variance), the variance learnt with the network or fixed, for all features or for each.
 
-    A fixed variance silently sets the weight of reconstruction against KL and, on small data, kills every latent.
+    A fixed variance sets the weight of reconstruction against KL: a latent lives where its eigenvalue exceeds beta
+    times the variance (Lucas et al. 2019, "Don't blame the ELBO!"). Set too high, every latent dies.
 
     Args:
-        variance: where learning starts, [1], or [D] for a variance a feature.
+        variance: [1], or [D] for a variance a feature: where learning starts, or what stays.
+        learn: whether it is learnt.
     """
 
-    def __init__(self, variance: Tensor) -> None:
+    def __init__(self, variance: Tensor, learn: bool = True) -> None:
         super().__init__()
-        self.log_variance = nn.Parameter(variance.log())
+        self.log_variance = nn.Parameter(variance.log(), requires_grad=learn)
         self.low, self.high = LOG_VARIANCE_RANGE
 
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
@@ -44,6 +46,32 @@ class GaussianLikelihood(Likelihood):
     def mean(self, output: Tensor) -> Tensor:
         """E[x | z]: [B, D] to [B, D]."""
         return output
+
+
+class OptimalGaussianLikelihood(GaussianLikelihood):
+    """N(x; output, variance) with the variance that fits best: while training, the batch's mean squared error.
+
+    Rybkin, Daniilidis & Levine 2021, "Simple and effective VAE training with calibrated decoders", eq. 6. Whoever
+    trains it calls `settle` at the end, with all rows; until then `log_variance` is not used in training.
+
+    Args:
+        variance: [1], in use before `settle`.
+    """
+
+    def __init__(self, variance: Tensor) -> None:
+        super().__init__(variance, learn=False)
+
+    def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
+        """x, output: [B, D] to [B]."""
+        best = (x - output).square().mean().log().reshape(1) if self.training else self.log_variance
+        log_variance = best.clamp(self.low, self.high)  # [1]
+        squared = (x - output).square() * torch.exp(-log_variance)  # [B, D]
+        return -0.5 * (squared + log_variance + math.log(2.0 * math.pi)).sum(dim=1)  # [B]
+
+    def settle(self, mean_squared_error: Tensor) -> None:
+        """Keep the variance that maximises the likelihood of all rows: their mean squared error, a scalar."""
+        with torch.no_grad():
+            self.log_variance.copy_(mean_squared_error.log().clamp(self.low, self.high).reshape(1))
 
 
 class BernoulliLikelihood(Likelihood):
