@@ -43,10 +43,8 @@ def log_weights(vae: VAE, x: Tensor, noise: Tensor) -> Tensor:
     z = mean + (0.5 * log_variance).exp() * noise  # [S, B, K]
     rows = x.expand(len(noise), *x.shape).flatten(0, 1)  # [S B, D]
     log_likelihood = vae.likelihood.log_prob(rows, vae.decoder(z.flatten(0, 1))).reshape(noise.shape[:2])  # [S, B]
-    prior_over_posterior = 0.5 * (noise.square() + log_variance - z.square()).sum(
-        dim=2
-    )  # [S, B], log p(z) - log q(z|x)
-    return log_likelihood + prior_over_posterior
+    log_prior_ratio = 0.5 * (noise.square() + log_variance - z.square()).sum(dim=2)  # [S, B]
+    return log_likelihood + log_prior_ratio
 
 
 def importance_weighted_terms(vae: VAE, x: Tensor, noise: Tensor) -> Terms:
