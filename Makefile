@@ -5,7 +5,7 @@ TORCH := torch==2.13.0
 TORCH_INDEX ?=
 VENV := .venv
 READY := $(VENV)/.ready
-INSTALL := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check install --no-compile
+INSTALL := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check install
 SOURCES := elbo.py models training service tests $(wildcard benchmarks)
 
 supported = $(1) -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null
