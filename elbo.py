@@ -84,6 +84,7 @@ Root = Annotated[
 Data = Annotated[str, typer.Argument(metavar="DATA", help='"digits", or a file: .npy, .npz, .csv or .parquet')]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="a name, a name@version, or the path of a model.pt")]
 Json = Annotated[bool, typer.Option("--json", help="for a machine")]
+Runs = Annotated[Path, typer.Option("--runs", envvar="ELBO_RUNS", help="folder where runs keep their state: <name>/")]
 DEFAULT_ROOT = Path("artifacts")
 
 
@@ -106,39 +107,53 @@ def train(
     likelihood: Annotated[str | None, typer.Option()] = None,
     scale: Annotated[str | None, typer.Option()] = None,
     device: Annotated[str | None, typer.Option()] = None,
+    variance: Annotated[str | None, typer.Option()] = None,
+    l2: Annotated[float | None, typer.Option()] = None,
+    patience: Annotated[int | None, typer.Option()] = None,
+    noise: Annotated[float | None, typer.Option()] = None,
+    masking: Annotated[float | None, typer.Option()] = None,
+    warm_up: Annotated[int | None, typer.Option()] = None,
+    free_bits: Annotated[float | None, typer.Option()] = None,
+    samples: Annotated[int | None, typer.Option()] = None,
     artifacts: Root = DEFAULT_ROOT,
+    runs: Runs = Path("runs"),
+    resume: Annotated[bool, typer.Option("--resume", help="continue the run of this name that was cut off")] = False,
+    checkpoint_seconds: Annotated[float, typer.Option(min=0, help="between two savings of the run's state")] = 30.0,
 ) -> None:
     """Train a model on DATA and publish it.
 
-    The artifact becomes the next version of the model called --name.
+    The artifact becomes the next version of the model called --name. A run that was killed continues with --resume and
+    the same options.
     """
     from training.config import TrainConfig
     from training.data import read
 
     options = {key: value for key, value in locals().items() if key in TrainConfig.model_fields and value is not None}
     if hidden is not None:
-        options["hidden"] = [width.strip() for width in hidden.split(",")]
+        options["hidden"] = [] if hidden == "none" else [width.strip() for width in hidden.split(",")]
     with _one_line(options):
         config = TrainConfig.model_validate(options)
-    _train(config, read(data), artifacts)
+    _train(config, read(data), artifacts, runs, resume, checkpoint_seconds)
     where = "" if artifacts == DEFAULT_ROOT else f" --artifacts {artifacts}"
     typer.echo(f"next: elbo inspect {name}{where}, or elbo serve{where}")
 
 
-def _train(config: "TrainConfig", table: "Table", root: Path) -> None:
+def _train(
+    config: "TrainConfig", table: "Table", root: Path, runs: Path, resume: bool = False, seconds: float = 30.0
+) -> None:
     from training.progress import reporter
     from training.train import train
 
     report = reporter()
     try:
-        path = train(config, table, root, report)
+        path = train(config, table, root, report, runs, resume, seconds)
     finally:
         report.close()
     typer.echo(f"published {config.name}@{path.parent.name}: {path}")
 
 
 @app.command(epilog="Example: elbo demo && elbo serve")
-def demo(artifacts: Root = DEFAULT_ROOT) -> None:
+def demo(artifacts: Root = DEFAULT_ROOT, runs: Runs = Path("runs")) -> None:
     """Train the demonstration models that are missing.
 
     They are pca, ae and vae, trained on the bundled digits with the defaults.
@@ -154,7 +169,7 @@ def demo(artifacts: Root = DEFAULT_ROOT) -> None:
 
     table = read("digits")
     for kind in missing:
-        _train(TrainConfig(model=kind, name=kind), table, artifacts)
+        _train(TrainConfig(model=kind, name=kind), table, artifacts, runs)
 
 
 @app.command(epilog="Examples: elbo inspect vae | elbo inspect vae@2 --json | elbo inspect artifacts/vae/2/model.pt")

@@ -51,11 +51,11 @@ class GaussianLikelihood(Likelihood):
 class OptimalGaussianLikelihood(GaussianLikelihood):
     """N(x; output, variance) with the variance that fits best: while training, the batch's mean squared error.
 
-    Rybkin, Daniilidis & Levine 2021, "Simple and effective VAE training with calibrated decoders", eq. 6. Whoever
-    trains it calls `settle` at the end, with all rows; until then `log_variance` is not used in training.
+    Rybkin, Daniilidis & Levine 2021, "Simple and effective VAE training with calibrated decoders", eq. 6. Between
+    batches it keeps the last one's; whoever trains it calls `settle` at the end, with the error of all rows.
 
     Args:
-        variance: [1], in use before `settle`.
+        variance: [1], in use before the first batch.
     """
 
     def __init__(self, variance: Tensor) -> None:
@@ -63,15 +63,16 @@ class OptimalGaussianLikelihood(GaussianLikelihood):
 
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
         """x, output: [B, D] to [B]."""
-        best = (x - output).square().mean().log().reshape(1) if self.training else self.log_variance
-        log_variance = best.clamp(self.low, self.high)  # [1]
-        squared = (x - output).square() * torch.exp(-log_variance)  # [B, D]
-        return -0.5 * (squared + log_variance + math.log(2.0 * math.pi)).sum(dim=1)  # [B]
+        squared = (x - output).square()  # [B, D]
+        best = squared.mean().log() if self.training else self.log_variance.squeeze(0)
+        best = best.clamp(self.low, self.high)
+        if self.training:
+            self.log_variance.copy_(best.detach().reshape(1))
+        return -0.5 * (squared * torch.exp(-best) + best + math.log(2.0 * math.pi)).sum(dim=1)  # [B]
 
     def settle(self, mean_squared_error: Tensor) -> None:
         """Keep the variance that maximises the likelihood of all rows: their mean squared error, a scalar."""
-        with torch.no_grad():
-            self.log_variance.copy_(mean_squared_error.log().clamp(self.low, self.high).reshape(1))
+        self.log_variance.copy_(mean_squared_error.log().clamp(self.low, self.high).reshape(1))
 
 
 class BernoulliLikelihood(Likelihood):

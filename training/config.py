@@ -23,13 +23,34 @@ class TrainConfig(BaseModel):
         ge=1,
         description="dimension of the code; by default 16, or half of the features if fewer than 32",
     )
-    hidden: tuple[int, ...] = Field((256, 128), description="hidden widths of the encoder; the decoder mirrors them")
+    hidden: tuple[int, ...] = Field(
+        (256, 128), description="hidden widths of the encoder, mirrored by the decoder; none makes both linear"
+    )
     epochs: int | None = Field(None, ge=1, description="by default as many as make about 3,000 steps, from 10 to 400")
     batch_size: int = Field(128, ge=1, description="rows a step")
     learning_rate: float = Field(1e-3, gt=0, description="the peak of the one-cycle schedule")
+    l2: float = Field(0.0, ge=0, description="weight of the sum of squared weights in the loss")
+    patience: int | None = Field(
+        None, ge=0, description="epochs without a better held-out loss before training stops; by default it never does"
+    )
+    noise: float = Field(
+        0.0,
+        ge=0,
+        description="denoising (ae): the highest standard deviation of noise on the inputs, in model units, drawn "
+        "log-uniformly a row from a twentieth of it",
+    )
+    masking: float = Field(0.0, ge=0, lt=1, description="denoising (ae): share of the inputs that are set to 0")
     beta: float = Field(1.0, ge=0, description="weight of the KL term (vae)")
+    warm_up: int = Field(0, ge=0, description="steps in which the weight of the KL term rises from 0 to beta (vae)")
+    free_bits: float = Field(0.0, ge=0, description="nats of KL a latent that cost nothing (vae)")
+    samples: int = Field(1, ge=1, description="draws a row; more than 1 makes the bound importance-weighted (vae)")
     likelihood: Literal["gaussian", "bernoulli"] = Field(
         "gaussian", description="p(x|z) (vae): gaussian with a learned variance, or bernoulli for values in [0, 1]"
+    )
+    variance: Literal["learned", "feature", "optimal"] | float = Field(
+        "learned",
+        description="of the gaussian likelihood (vae): learned, one a feature, optimal (the mean squared error), or "
+        "a number that stays",
     )
     scale: Literal["auto", "standardise", "range", "none"] = Field(
         "auto",
