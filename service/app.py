@@ -94,7 +94,8 @@ async def _router_refused(request: Request, error: Exception) -> Response:
     """404 and 405 in our words."""
     assert isinstance(error, HTTPException)
     matching = (route for route in request.app.router.routes if route.matches(request.scope)[0] is not Match.NONE)
-    methods = {method for route in matching for method in getattr(route, "methods", None) or ("GET",)}  # or a folder
+    methods = {method for route in matching for method in getattr(route, "methods", None) or ()}
+    methods = methods or {"GET"}  # the path is inside a mounted folder
     allowed = sorted(methods | {"HEAD"} if "GET" in methods else methods)
     problem = from_http_exception(error, request.method, request.url.path, allowed)
     return problem_response(problem, trace_of(request.scope).request_id)

@@ -33,6 +33,13 @@ class Server(uvicorn.Server):
         self._service = service
         self._stopping = False
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Load the models, then listen, then say so."""
+        await super().startup(sockets)
+        for listener in (sockets or []) if self.started else []:
+            host, port = listener.getsockname()[:2]
+            log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+
     def handle_exit(self, sig: int, _: FrameType | None) -> None:
         """The signals' handler. The second signal ends the wait, the third SIGINT the requests too."""
         drain = self._service.settings.drain_seconds
@@ -59,8 +66,7 @@ def serve(settings: Settings) -> None:
     )
     listener = _bind(settings.host, settings.port)
     with listener:
-        host, port = listener.getsockname()[:2]
-        log.info("starting", extra={"fields": {"host": host, "port": port, "artifacts": str(settings.artifacts)}})
+        log.info("loading the models in %s", settings.artifacts)
         Server(config, app.state.service).run([listener])
 
 

@@ -44,19 +44,26 @@ def read_fields(content_type: str, body: bytes, main: str | None) -> Fields:
 
 
 def _json_fields(body: bytes) -> Fields:
+    lenient = False
     try:
         document = orjson.loads(body)
-        # A search for one byte runs at memory speed: only "true" has an r, only "false" an f, numbers have neither.
-        careful = (b"r" in body or b"f" in body) and (b"true" in body or b"false" in body)
     except orjson.JSONDecodeError as error:
-        document = _with_non_finite(body, error)
-        careful = True
+        document, lenient = _with_non_finite(body, error), True
     if type(document) is not dict:
         got = describe(document)
         raise InvalidJson(f"expected a JSON object, got {got}", pointer="", expected="an object", got=got)
     if body.count(b'"') != 2 * _count_strings(document):
         _refuse_duplicates(body)
-    return Fields(document, careful)
+    return Fields(document, lenient or _hides_booleans(body, document))
+
+
+def _hides_booleans(body: bytes, document: dict[str, Any]) -> bool:
+    """Whether a boolean may stand deeper in `document` than as the value of a field."""
+    # A search for one byte runs at memory speed: of all that numbers consist of, only true has an r and false an f.
+    if b"r" not in body and b"f" not in body:
+        return False
+    plain = sum(type(value) is bool for value in document.values())
+    return body.count(b"true") + body.count(b"false") > plain
 
 
 def _with_non_finite(body: bytes, error: orjson.JSONDecodeError) -> Any:

@@ -166,7 +166,7 @@ class RowFormat:
         try:
             self._packer.pack_into(buffer, at * self._packer.size, *row)
         except _REFUSED:
-            values = self._leaves(row, self.shape, pointer) if _nested(row, self.shape) else self._flat(row, pointer)
+            values = self._values(row, pointer)
             try:
                 self._packer.pack_into(buffer, at * self._packer.size, *values)
             except _REFUSED:
@@ -176,28 +176,23 @@ class RowFormat:
         if careful and (bool in set(map(type, values)) or not all(map(math.isfinite, values))):
             raise self._first_bad(values, row, pointer, keys)
 
-    def _flat(self, row: Any, pointer: str) -> list[Any]:
-        if type(row) is list and len(row) == self.width:
-            return row
-        raise self._misshapen(pointer, describe(row))
+    def _form(self, row: Any) -> tuple[int, ...]:
+        nested = len(self.shape) > 1 and type(row) is list and bool(row) and type(row[0]) is list
+        return self.shape if nested else (self.width,)
 
-    def _leaves(self, row: Any, shape: tuple[int, ...], pointer: str) -> list[Any]:
-        """The values of nested lists, after checking that each list is as long as `shape` says."""
-        if type(row) is not list or len(row) != shape[0]:
-            raise self._misshapen(pointer, describe(row))
-        if len(shape) == 1:
-            return row
-        parts = (self._leaves(part, shape[1:], f"{pointer}/{i}") for i, part in enumerate(row))
-        return list(chain.from_iterable(parts))
+    def _values(self, row: Any, pointer: str) -> list[Any]:
+        """The D values of a flat or nested row, whatever they are. Raises InvalidRows."""
+        form = self._form(row)
+        values = _flattened(row, form)
+        if values is None:
+            place, misfit = _first_misfit(row, form, pointer)
+            got = describe(misfit)
+            raise InvalidRows(f"expected {self.expected}, got {got}", pointer=place, expected=self.expected, got=got)
+        return values
 
     def _first_bad(self, values: list[Any], row: Any, pointer: str, keys: Sequence[str]) -> InvalidRows:
         index = next(i for i, value in enumerate(values) if not _is_float32(value))
-        if keys:
-            place = escape(keys[index])
-        elif values is row:
-            place = str(index)
-        else:
-            place = "/".join(map(str, np.unravel_index(index, self.shape)))
+        place = escape(keys[index]) if keys else "/".join(map(str, np.unravel_index(index, self._form(row))))
         value = values[index]
         if type(value) in (int, float):
             return _no_float32(f"{pointer}/{place}", value)
@@ -208,16 +203,10 @@ class RowFormat:
             got=describe(value),
         )
 
-    def _misshapen(self, pointer: str, got: str) -> InvalidRows:
-        return InvalidRows(f"expected {self.expected}, got {got}", pointer=pointer, expected=self.expected, got=got)
-
     def _refuse_single_row(self, rows: Any, pointer: str) -> None:
         """Raise if `rows` is itself one row: a mistake that deserves its own hint."""
-        try:
-            values = self._leaves(rows, self.shape if _nested(rows, self.shape) else (self.width,), pointer)
-        except InvalidRows:
-            return
-        if not all(type(value) in (int, float) for value in values):
+        values = _flattened(rows, self._form(rows))
+        if values is None or not all(type(value) in (int, float) for value in values):
             return
         raise InvalidRows(
             "expected a list of rows, got one row",
@@ -259,8 +248,22 @@ def describe(value: Any) -> str:
     return text if len(text) <= 40 else text[:36] + "..."
 
 
-def _nested(row: Any, shape: tuple[int, ...]) -> bool:
-    return len(shape) > 1 and type(row) is list and bool(row) and type(row[0]) is list
+def _flattened(row: Any, shape: tuple[int, ...]) -> list[Any] | None:
+    """The values in nested lists, or None if a list is not as long as `shape` says."""
+    level = [row]
+    for size in shape:
+        if not all(type(part) is list and len(part) == size for part in level):
+            return None
+        level = list(chain.from_iterable(level))
+    return level
+
+
+def _first_misfit(row: Any, shape: tuple[int, ...], pointer: str) -> tuple[str, Any]:
+    """Where the first list that is not as `shape` says stands in `row`, and what stands there."""
+    if type(row) is not list or len(row) != shape[0]:
+        return pointer, row
+    index = next(i for i, part in enumerate(row) if _flattened(part, shape[1:]) is None)
+    return _first_misfit(row[index], shape[1:], f"{pointer}/{index}")
 
 
 def _is_float32(value: Any) -> bool:

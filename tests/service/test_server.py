@@ -40,8 +40,7 @@ class Process:
         self.lines: list[dict[str, Any]] = []
         self._fresh: queue.Queue[dict[str, Any] | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
-        self.port = int(self.wait_for("starting")["port"])
-        self.wait_for("Application startup complete.")
+        self.port = int(self.wait_for("listening on")["message"].rpartition(":")[2])
 
     def _read(self) -> None:
         assert self.popen.stdout is not None
@@ -133,7 +132,7 @@ def test_on_sigterm_it_is_not_ready_serves_on_then_finishes_what_is_under_way(
         assert client.get("/readyz").status_code == 503
         with process.client() as newcomer:
             assert newcomer.post("/encode", json={"inputs": [ROW]}).status_code == 200
-        process.wait_for("Shutting down")
+        process.wait_for("Waiting for connections to close")
         with pytest.raises(ConnectionError):
             process.connect()
         slow.sendall(body[10:])
