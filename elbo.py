@@ -99,7 +99,7 @@ def train(
     name: Annotated[str, typer.Option()],
     seed: Annotated[int | None, typer.Option()] = None,
     latents: Annotated[int | None, typer.Option()] = None,
-    hidden: Annotated[str | None, typer.Option(metavar="<int,int,...>")] = None,
+    hidden: Annotated[str | None, typer.Option(metavar="<int,int,...|none>")] = None,
     epochs: Annotated[int | None, typer.Option()] = None,
     batch_size: Annotated[int | None, typer.Option()] = None,
     learning_rate: Annotated[float | None, typer.Option()] = None,
@@ -125,17 +125,23 @@ def train(
     The artifact becomes the next version of the model called --name. A run that was killed continues with --resume and
     the same options.
     """
-    from training.config import TrainConfig
+    config = _config(locals())
     from training.data import read
 
-    options = {key: value for key, value in locals().items() if key in TrainConfig.model_fields and value is not None}
-    if hidden is not None:
-        options["hidden"] = [] if hidden == "none" else [width.strip() for width in hidden.split(",")]
-    with _one_line(options):
-        config = TrainConfig.model_validate(options)
     _train(config, read(data), artifacts, runs, resume, checkpoint_seconds)
     where = "" if artifacts == DEFAULT_ROOT else f" --artifacts {artifacts}"
     typer.echo(f"next: elbo inspect {name}{where}, or elbo serve{where}")
+
+
+def _config(arguments: dict[str, Any]) -> "TrainConfig":
+    from training.config import TrainConfig
+
+    options = {key: value for key, value in arguments.items() if key in TrainConfig.model_fields and value is not None}
+    if "hidden" in options:
+        widths = options["hidden"]
+        options["hidden"] = [] if widths == "none" else [width.strip() for width in widths.split(",")]
+    with _one_line(options):
+        return TrainConfig.model_validate(options)
 
 
 def _train(

@@ -51,8 +51,14 @@ def vae_metrics(vae: VAE, u: Tensor, seed: int) -> dict[str, float]:
             terms = elbo_terms(vae, rows, noise)
             for name in totals:
                 totals[name] += float(terms[name]) * len(rows) / (DRAWS * len(u))
-    means = torch.cat([vae.posterior(rows)[0] for rows in u.split(BATCH)])  # [N, K]
-    return totals | {"active_latents": float((means.var(dim=0, correction=0) > ACTIVE_VARIANCE).sum())}
+    return totals | {"active_latents": float(active_latents(vae, u))}
+
+
+def active_latents(vae: VAE, u: Tensor) -> int:
+    """How many latents carry information about rows u [N, D]: the variance of their posterior mean exceeds 0.01."""
+    with torch.no_grad():
+        means = torch.cat([vae.posterior(rows)[0] for rows in u.split(BATCH)])  # [N, K]
+    return int((means.var(dim=0, correction=0) > ACTIVE_VARIANCE).sum())
 
 
 def latents(core: Core, u: Tensor) -> int:

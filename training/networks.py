@@ -10,8 +10,10 @@ from models.autoencoder import Autoencoder, Whitening
 from models.likelihood import BernoulliLikelihood, GaussianLikelihood, Likelihood, OptimalGaussianLikelihood
 from models.networks import mlp
 from models.vae import VAE
+from training.collapse import forecast, latents_kept, verdict
 from training.config import TrainConfig
 from training.descent import Descent, Run
+from training.evaluate import active_latents
 from training.objectives import (
     Terms,
     corrupt,
@@ -66,9 +68,17 @@ def fit_vae(x: Tensor, held_out: Tensor, latents: int, config: TrainConfig, repo
         noise = torch.randn(len(rows), latents, generator=random).to(rows)  # [B, K]
         return _penalised(elbo_terms(model, rows, noise, warmth * config.beta, config.free_bits), model, config)
 
+    fixed = config.variance if isinstance(config.variance, float) else None
+    kept = latents_kept(x[:SPECTRUM_ROWS], latents, config.beta, fixed)
+    gaussian = config.likelihood == "gaussian"  # the theory is the Gaussian's
+    if gaussian:
+        report.note(forecast(kept, latents, config.beta))
     Descent(model, objective, x, held_out, config).run(report, run)
     if isinstance(likelihood, OptimalGaussianLikelihood):
         likelihood.settle(_squared_error(model, x, config.seed))
+    warning = verdict(active_latents(model, held_out), kept if gaussian else latents, latents)
+    if warning:
+        report.note(warning)
     return model
 
 

@@ -22,7 +22,7 @@ def fit_pca(x: Tensor, latents: int) -> PCA:
         )
     x = x.double()
     mean = x.mean(dim=0)  # [D]
-    eigenvalues, components = _spectrum(x - mean)  # [R], [R, D]
+    eigenvalues, components = spectrum(x - mean)  # [R], [R, D]
     if float(eigenvalues[0]) <= 0.0:
         raise FitError(f"all {features} columns are constant over {rows} rows: there is nothing to learn")
     kept, discarded = eigenvalues[:latents], eigenvalues[latents:]
@@ -31,7 +31,7 @@ def fit_pca(x: Tensor, latents: int) -> PCA:
     return PCA(mean, components[:latents], kept.clamp(min=noise), noise)
 
 
-def _spectrum(centred: Tensor) -> tuple[Tensor, Tensor]:
+def spectrum(centred: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, descending, and unit eigenvectors (rows) of the covariance of centred [N, D], float64."""
     rows, features = centred.shape
     if features <= rows:
