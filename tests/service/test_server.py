@@ -40,7 +40,11 @@ class Process:
         self.lines: list[dict[str, Any]] = []
         self._fresh: queue.Queue[dict[str, Any] | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
-        self.port = int(self.wait_for("listening on")["message"].rpartition(":")[2])
+        try:
+            self.port = int(self.wait_for("listening on")["message"].rpartition(":")[2])
+        except BaseException:
+            self.popen.kill()
+            raise
 
     def _read(self) -> None:
         assert self.popen.stdout is not None
