@@ -6,7 +6,6 @@ TORCH_INDEX ?=
 VENV := .venv
 READY := $(VENV)/.ready
 INSTALL := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check install
-SOURCES := elbo.py models training service tests $(wildcard benchmarks)
 
 supported = $(1) -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null
 
@@ -24,15 +23,15 @@ test: $(READY) ## Run every test
 	@$(VENV)/bin/python -m pytest
 
 lint: $(READY) ## Check style and the likely mistakes
-	@$(VENV)/bin/ruff check $(SOURCES)
-	@$(VENV)/bin/ruff format --check $(SOURCES)
+	@$(VENV)/bin/ruff check
+	@$(VENV)/bin/ruff format --check
 
 types: $(READY) ## Check the types
-	@$(VENV)/bin/mypy $(SOURCES)
+	@$(VENV)/bin/mypy
 
 format: $(READY) ## Rewrite the sources in the house style
-	@$(VENV)/bin/ruff check --fix-only --quiet $(SOURCES)
-	@$(VENV)/bin/ruff format $(SOURCES)
+	@$(VENV)/bin/ruff check --fix-only --quiet
+	@$(VENV)/bin/ruff format
 
 lock: $(READY) ## Write requirements/*.lock anew from pyproject.toml, keeping the versions that still fit
 	@$(call compile,dev,--all-extras)
@@ -53,7 +52,7 @@ image: ## Build the container image that trains and serves
 
 clean: ## Remove what the other targets made, except artifacts/
 	@rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The locked packages come first, so that torch finds its own dependencies installed, checked against their hashes.
 $(READY): pyproject.toml requirements/dev.lock
