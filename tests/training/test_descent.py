@@ -119,10 +119,9 @@ def test_a_loss_that_is_nan_from_the_start_is_an_error() -> None:
         descend(model, config(), lambda *_: {"loss": model.place.sum() * math.nan})
 
 
-@pytest.mark.parametrize("kind", ["ae", "vae"])
-def test_a_run_killed_again_and_again_ends_in_the_same_weights(kind: str, tmp_path: Path) -> None:
+def test_a_run_killed_again_and_again_ends_in_the_same_weights(tmp_path: Path) -> None:
     options = ["--epochs", "25", "--hidden", "32", "--latents", "4", "--warm-up", "50", "--seed", "3"]
-    command = [sys.executable, "-m", "elbo", "train", "digits", "--model", kind, "--name", "m", *options]
+    command = [sys.executable, "-m", "elbo", "train", "digits", "--model", "vae", "--name", "m", *options]
     command += ["--artifacts", str(tmp_path / "artifacts"), "--runs", str(tmp_path / "runs")]
     saved = tmp_path / "runs" / "m" / checkpoint.FILE_NAME
     for attempt in range(3):
