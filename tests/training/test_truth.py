@@ -24,11 +24,10 @@ from training.pca import fit_pca
 DIGITS = torch.from_numpy(load_digits().data / 16.0)  # [1797, 64]
 VALUES, VECTORS = torch.linalg.eigh(DIGITS.T.cov(correction=0))
 EIGENVALUES, TOP = VALUES.flip(0).clamp(min=0.0), VECTORS.flip(1).T  # largest first; TOP in rows
-# A linear model sees the mean and the covariance alone. These 128 rows have those of the digits.
+# A linear model sees the mean and the covariance alone. These 128 rows have those of the digits; the 48 of LEADING have
+# their 24 largest eigenvalues, each in an axis of its own.
 X = DIGITS.mean(dim=0) + math.sqrt(64) * torch.cat((TOP, -TOP)) * EIGENVALUES.sqrt().repeat(2).unsqueeze(1)
-LEADING = (
-    math.sqrt(24) * torch.cat((torch.eye(24), -torch.eye(24))).double() * EIGENVALUES[:24].sqrt()
-)  # in its own axes
+LEADING = math.sqrt(24) * torch.cat((torch.eye(24), -torch.eye(24))).double() * EIGENVALUES[:24].sqrt()
 
 
 def minimise(model: nn.Module, loss: Callable[[], Tensor], steps: int = 1000) -> float:
