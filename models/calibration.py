@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+ROUNDING = 1e-5  # relative: what batch size and processor may change in a score
 TAIL_SHARE = 0.1  # of the calibration scores which the tail beyond the largest is fitted on
 
 
@@ -12,8 +13,12 @@ class Calibration(nn.Module):
     A p-value is (1 + how many calibration scores are at least as large) / (n + 1). For a row exchangeable with the
     calibration rows P(p <= alpha) <= alpha, whatever the model (Vovk, Gammerman & Shafer, "Algorithmic learning in a
     random world", 2005, prop. 2.4; Bates et al., "Testing for outliers with conformal p-values", 2023, eq. 2).
-    Its floor is 1 / (n + 1). Severity goes on beyond it, on an exponential tail fitted to the largest scores; it is an
-    extrapolation, not a p-value.
+
+    Each calibration score counts as larger by what rounding may change in it, so that a row exactly as strange as a
+    calibration row has the same p-value alone and in a batch; this can only raise a p-value.
+
+    Their floor is 1 / (n + 1). Severity goes on beyond it, on an exponential tail fitted to the largest scores; it is
+    an extrapolation, not a p-value.
 
     Args:
         scores: [n], n >= 1, of calibration rows, in any order.
@@ -26,6 +31,7 @@ class Calibration(nn.Module):
     def __init__(self, scores: Tensor) -> None:
         super().__init__()
         ordered = scores.sort().values
+        ordered = ordered + ROUNDING * (ordered.abs() + ordered.abs().median())
         n = ordered.shape[0]
         exceeding = torch.arange(n, 0, -1, dtype=torch.float64)  # how many scores are >= this one
         beyond = max(1, round(TAIL_SHARE * n))

@@ -69,3 +69,15 @@ def test_tied_and_constant_scores_still_judge() -> None:
 def test_non_negative_severity_for_rows_far_below_every_calibration_score() -> None:
     severity = calibration(99).severity(torch.tensor([-1e30, -1e3, -3.0]), 0.05)
     assert bool(((severity >= 0) & (severity < 1)).all())
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("shift", [0.0, -3.0, 30.0])
+def test_a_row_as_strange_as_a_calibration_row_keeps_its_p_value_when_its_score_is_rounded(
+    scale: float, shift: float
+) -> None:
+    scores = scale * (torch.from_numpy(np.random.RandomState(0).permutation(300)).float() + 100 * shift)
+    model = Calibration(scores)
+    expected = 1.0 - (scores.argsort().argsort()) / 301  # the rank says how many are at least as large
+    for rounded in (scores, scores * (1 + 2e-6), scores * (1 - 2e-6)):
+        assert torch.allclose(model.p_value(rounded), expected, atol=1.5 / 301 * 1e-3)
