@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import ArtifactCorrupt, ArtifactMismatch
-from models.manifest import DIGEST_LENGTH, FILE_NAME, MEMBER, SEAL, Golden, Manifest, read_manifest, seal, versions
+from models.manifest import DIGEST_LENGTH, FILE_NAME, MEMBER, SEAL, Golden, Manifest, parse, read_sealed, seal, versions
 
 METHODS = ("encode", "decode", "draw", "score", "p_value", "severity", "threshold")  # besides forward
 GOLDEN_ALPHA = 0.05
@@ -96,10 +96,11 @@ def load(path: Path, device: str = "cpu") -> Artifact:
 
     Raises the errors of `models.errors.ArtifactError`.
     """
-    manifest = read_manifest(path)
+    content = read_sealed(path)  # once: what was checked is what is loaded, whatever happens to the file meanwhile
+    manifest = parse(content, path)
     try:
         with _deprecations_silenced():
-            module = torch.jit.load(str(path), map_location=device)
+            module = torch.jit.load(io.BytesIO(content), map_location=device)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ArtifactCorrupt(f"{path}: torch {torch.__version__} cannot load it: {reason}") from error

@@ -5,9 +5,11 @@ An artifact is a zip file. Its manifest is the member `<archive>/extra/manifest.
 """
 
 import hashlib
+import io
 import json
 import re
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -99,40 +101,59 @@ def read_manifest(path: Path) -> Manifest:
 
     Raises ArtifactMissing, ArtifactForeign, ArtifactCorrupt or ArtifactTooNew.
     """
-    check_seal(path)
-    with zipfile.ZipFile(path) as archive:
-        members = [member for member in archive.namelist() if member.partition("/")[2] == MEMBER]
-        if not members:
-            raise ArtifactForeign(f"{path} holds no {MEMBER}: it was not written by Elbo")
-        content = json.loads(archive.read(members[0]))
-    return _parse(content, path)
+    return parse(read_sealed(path), path)
 
 
-def _parse(content: dict[str, Any], path: Path) -> Manifest:
-    version = content.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise ArtifactTooNew(
-            f"{path} has format version {version}, this program reads up to {FORMAT_VERSION}: "
-            "upgrade Elbo, or train the model again with this version"
-        )
+def parse(content: bytes, path: Path) -> Manifest:
+    """The manifest in the bytes of an artifact, which `read_sealed` gave for `path`."""
+    fields = _fields(content)
+    if fields is None:
+        raise ArtifactForeign(f"{path} holds no {MEMBER}: it was not written by Elbo")
+    _refuse_newer(fields, path)
     try:
-        return Manifest.model_validate(content)
+        return Manifest.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise ArtifactCorrupt(f"{path}: manifest field {place}: {first['msg']}; publish the model again") from error
 
 
-def check_seal(path: Path) -> None:
-    """Verify that every byte of the artifact is as it was when it was written."""
+def _fields(content: bytes) -> dict[str, Any] | None:
+    """The manifest as it stands in the archive; None if there is none, or no archive."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            member = next(name for name in archive.namelist() if name.partition("/")[2] == MEMBER)
+            fields = json.loads(archive.read(member))
+    except (zipfile.BadZipFile, zlib.error, StopIteration, ValueError, NotImplementedError, EOFError):
+        return None
+    return fields if isinstance(fields, dict) else None
+
+
+def _refuse_newer(fields: dict[str, Any], path: Path) -> None:
+    version = fields.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ArtifactTooNew(
+            f"{path} has format version {version}, this program reads up to {FORMAT_VERSION}: "
+            "upgrade Elbo, or train the model again with this version"
+        )
+
+
+def read_sealed(path: Path) -> bytes:
+    """The bytes of the artifact at `path`, every one of which is as it was when it was written.
+
+    Raises ArtifactMissing, ArtifactForeign or ArtifactCorrupt.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise ArtifactMissing(f"cannot read {path}: {error.strerror}; `elbo train` writes artifacts") from error
     body, seal = content[:-DIGEST_LENGTH], content[-DIGEST_LENGTH:]
     if hashlib.sha256(body).hexdigest().encode() == seal and body.endswith(SEAL):
-        return
-    if SEAL not in content and zipfile.is_zipfile(path):
+        return content
+    _refuse_newer(
+        _fields(content) or {"format_version": FORMAT_VERSION}, path
+    )  # a later format may be sealed otherwise
+    if SEAL not in content and zipfile.is_zipfile(io.BytesIO(content)):
         raise ArtifactForeign(f"{path} is a zip file without Elbo's seal: expected one that `elbo train` wrote")
     if not content.startswith(b"PK"):
         raise ArtifactForeign(f"{path} is no zip file: expected an artifact that `elbo train` wrote")

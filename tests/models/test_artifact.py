@@ -145,6 +145,14 @@ def test_a_later_format_is_refused_and_says_so(tmp_path: Path) -> None:
         artifact.load(path)
 
 
+def test_a_later_format_is_named_as_such_though_its_seal_is_unknown(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/extra/manifest.json", json.dumps({"format_version": 2, "sealed": "in another way"}))
+    with pytest.raises(ArtifactTooNew, match=r"format version 2.*upgrade Elbo"):
+        artifact.load(path)
+
+
 def test_a_file_that_is_not_there_is_missing(tmp_path: Path) -> None:
     with pytest.raises(ArtifactMissing, match="elbo train"):
         artifact.load(tmp_path / "absent.pt")
