@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import re
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -23,6 +24,9 @@ MEMBER = "extra/manifest.json"
 SEAL = b"elbo-sha256:"
 DIGEST_LENGTH = 64
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)  # a folder, a query value and a metric label
+UNREADABLE = (  # what zipfile and json raise on damaged bytes
+    zipfile.BadZipFile, zlib.error, struct.error, StopIteration, EOFError, OSError, KeyError, RuntimeError, ValueError,
+)  # fmt: skip
 VERSION = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
 
 
@@ -124,7 +128,7 @@ def _fields(content: bytes) -> dict[str, Any] | None:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             member = next(name for name in archive.namelist() if name.partition("/")[2] == MEMBER)
             fields = json.loads(archive.read(member))
-    except (zipfile.BadZipFile, zlib.error, StopIteration, ValueError, NotImplementedError, EOFError):
+    except UNREADABLE:
         return None
     return fields if isinstance(fields, dict) else None
 
@@ -147,12 +151,11 @@ def read_sealed(path: Path) -> bytes:
         content = path.read_bytes()
     except OSError as error:
         raise ArtifactMissing(f"cannot read {path}: {error.strerror}; `elbo train` writes artifacts") from error
-    body, seal = content[:-DIGEST_LENGTH], content[-DIGEST_LENGTH:]
-    if hashlib.sha256(body).hexdigest().encode() == seal and body.endswith(SEAL):
+    body, digest = content[:-DIGEST_LENGTH], content[-DIGEST_LENGTH:]
+    if body.endswith(SEAL) and hashlib.sha256(body).hexdigest().encode() == digest:
         return content
-    _refuse_newer(
-        _fields(content) or {"format_version": FORMAT_VERSION}, path
-    )  # a later format may be sealed otherwise
+    if fields := _fields(content):
+        _refuse_newer(fields, path)  # a later format may be sealed in another way
     if SEAL not in content and zipfile.is_zipfile(io.BytesIO(content)):
         raise ArtifactForeign(f"{path} is a zip file without Elbo's seal: expected one that `elbo train` wrote")
     if not content.startswith(b"PK"):
