@@ -27,7 +27,7 @@ RUN pip --python /opt/elbo/bin/python install --no-cache-dir --no-deps --target 
 FROM base AS serve-packages
 RUN useradd --uid 10001 --no-create-home --home-dir /tmp elbo && install --directory --owner elbo --group elbo /artifacts
 COPY --from=packages /opt/elbo /opt/elbo
-ENV PYTHONPATH=/opt/source ELBO_HOST=0.0.0.0 ELBO_PORT=8000 ELBO_ARTIFACTS=/artifacts
+ENV PYTHONPATH=/opt/source ELBO_HOST=0.0.0.0 ELBO_PORT=8000 ELBO_ARTIFACTS=/artifacts ELBO_RUNS=/artifacts/.runs
 VOLUME /artifacts
 EXPOSE 8000
 # http.client rather than urllib: it heeds no proxy variable.

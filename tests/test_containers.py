@@ -134,3 +134,13 @@ def test_whatever_the_wheel_is_built_from_reaches_the_image_build() -> None:
     needed = {*PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"], "pyproject.toml", "requirements"}
     needed |= {*PROJECT["project"]["license-files"], PROJECT["project"].get("readme", "README.md")}
     assert needed == allowed
+
+
+@pytest.mark.parametrize("target", ["serve", "train"])
+def test_all_that_is_written_goes_into_the_volume(target: str) -> None:
+    """The root filesystem is read-only, so a path outside the volume would fail after minutes of training."""
+    variables = dict(
+        pair.split("=", 1) for keyword, line in instructions(target) if keyword == "ENV" for pair in line.split()
+    )
+    volume = last(target, "VOLUME")
+    assert {variables["ELBO_ARTIFACTS"], variables["ELBO_RUNS"].rpartition("/")[0]} == {volume}

@@ -1,6 +1,7 @@
 """A run's state on disk: written atomically while it trains, so that a killed run loses minutes and not days."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,5 +42,6 @@ def load(folder: Path, identity: str) -> dict[str, Any]:
 
 
 def remove(folder: Path) -> None:
-    """Forget the run: it has been published."""
-    (folder / FILE_NAME).unlink(missing_ok=True)
+    """Forget the run: it has been published, so a file that cannot be removed does no harm."""
+    with suppress(OSError):
+        (folder / FILE_NAME).unlink()

@@ -94,7 +94,7 @@ class Descent:
             if self._step % self._steps_an_epoch == 0:
                 self._end_epoch(report)
             if run and monotonic() - saved >= run.seconds:
-                checkpoint.save(run.folder, self._state(run.identity))
+                self._save(run, report)
                 saved = monotonic()
         if self._best is not None:
             self._model.load_state_dict(self._best)
@@ -157,6 +157,13 @@ class Descent:
         if self._best is None:
             raise FitError(f"{message}: lower --learning-rate")
         report.note(f"warning: {message}; the best model until then is kept. Lower --learning-rate")
+
+    def _save(self, run: Run, report: Reporter) -> None:
+        """A checkpoint; a full disk costs the checkpoint, not the run."""
+        try:
+            checkpoint.save(run.folder, self._state(run.identity))
+        except OSError as error:
+            report.note(f"warning: no checkpoint in {run.folder} ({error.strerror}): make room there, or set --runs")
 
     def _state(self, identity: str) -> dict[str, Any]:
         return {

@@ -169,6 +169,15 @@ def test_nothing_to_resume_is_said(tmp_path: Path) -> None:
         checkpoint.load(tmp_path, "any")
 
 
+def test_a_run_that_cannot_save_its_state_goes_on_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    report = Silent()
+    settings = config(epochs=1, hidden=(8,), batch_size=600)
+    path = train(settings, read("digits"), tmp_path / "artifacts", report, tmp_path / "runs", checkpoint_seconds=0)
+    assert path.is_file()
+    assert sum("no checkpoint in" in note for note in report.notes) == 3  # one a step
+
+
 def test_a_writer_killed_while_saving_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     program = (
         "import sys, torch; from pathlib import Path; from training import checkpoint\n"
