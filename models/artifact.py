@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.errors import ArtifactCorrupt, ArtifactMismatch
+from models.errors import ArtifactCorrupt, ArtifactMismatch, DeviceMissing
 from models.manifest import DIGEST_LENGTH, FILE_NAME, MEMBER, SEAL, Golden, Manifest, parse, read_sealed, seal, versions
 
 METHODS = ("encode", "decode", "draw", "score", "p_value", "severity", "threshold")  # besides forward
@@ -36,6 +36,14 @@ class Artifact:
     module: torch.jit.ScriptModule
     path: Path
     device: torch.device
+
+
+def choose_device(asked: str) -> str:
+    """What auto, cpu or cuda means here: cpu or cuda. Raises DeviceMissing if cuda is asked for and there is none."""
+    available = torch.cuda.is_available()
+    if asked == "cuda" and not available:
+        raise DeviceMissing("cuda was asked for, but torch sees no CUDA device here: use auto or cpu")
+    return "cuda" if available and asked != "cpu" else "cpu"
 
 
 def script(model: nn.Module) -> torch.jit.ScriptModule:

@@ -7,7 +7,8 @@ ElboError
 │   ├── ArtifactCorrupt     truncated or altered since it was sealed
 │   ├── ArtifactTooNew      written by a later format than this program reads
 │   └── ArtifactMismatch    intact, yet it does not reproduce its own golden answers here
-├── training.data.DataError and training.fit.FitError
+├── DeviceMissing
+├── training.readers.DataError and training.errors.FitError
 └── the HTTP errors of service.errors
 """
 
@@ -16,6 +17,12 @@ class ElboError(Exception):
     """Base of every error that Elbo raises on purpose. `str(error)` is one line: expected, got, what to do."""
 
     code = "elbo_error"
+
+
+class DeviceMissing(ElboError):
+    """The device that was asked for is not there."""
+
+    code = "device_missing"
 
 
 class ArtifactError(ElboError):

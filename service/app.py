@@ -15,12 +15,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match
 
+from models.artifact import choose_device
 from service import middleware, routing
 from service.api import Service
 from service.catalogue import STATIC
 from service.engine import Engine
 from service.errors import from_http_exception, problem_response
-from service.repository import Repository, choose_device
+from service.repository import Repository
 from service.settings import Settings
 from service.telemetry import Telemetry
 from service.tracing import trace_of

@@ -223,14 +223,6 @@ def _warm(served: Served) -> None:
         png.dumps(outputs.cpu().numpy(), manifest.shape, manifest.pixel_range)  # imports Pillow, which takes 0.2 s
 
 
-def choose_device(asked: str) -> str:
-    """What auto, cpu or cuda means here: cpu or cuda. Raises ElboError if cuda is asked for and there is none."""
-    available = torch.cuda.is_available()
-    if asked == "cuda" and not available:
-        raise ElboError("ELBO_DEVICE=cuda, but torch sees no CUDA device here: use auto or cpu")
-    return "cuda" if available and asked != "cpu" else "cpu"
-
-
 def describe(served: Served) -> dict[str, Any]:
     """What /models tells of a version: everything a client needs to know before it asks."""
     manifest = served.manifest

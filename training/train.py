@@ -90,7 +90,7 @@ def fit(config: TrainConfig, table: Table, rows: Split, report: Reporter, run: R
 
 def _core(config: TrainConfig, u: Tensor, held_out: Tensor, latents: int, report: Reporter, run: Run | None) -> Core:
     """The model that `config` asks for, fitted on rows u [N, D], float64, in model units; float32 on the CPU."""
-    device = _device(config.device)
+    device = artifact.choose_device(config.device)
     core: Core
     if config.model == "pca":
         report.start(f"{config.name} (pca)", 1)
@@ -100,13 +100,6 @@ def _core(config: TrainConfig, u: Tensor, held_out: Tensor, latents: int, report
     else:
         core = fit_vae(u.float().to(device), held_out.to(device), latents, config, report, run)
     return core.cpu().float().eval()
-
-
-def _device(asked: str) -> str:
-    available = torch.cuda.is_available()
-    if asked == "cuda" and not available:
-        raise FitError("device cuda was asked for, but torch sees no CUDA device here: use --device cpu or auto")
-    return "cuda" if available and asked != "cpu" else "cpu"
 
 
 def _golden(module: torch.jit.ScriptModule, x: npt.NDArray[np.float32], seed: int) -> Golden:

@@ -22,6 +22,7 @@ from models.errors import (
     ArtifactMismatch,
     ArtifactMissing,
     ArtifactTooNew,
+    DeviceMissing,
 )
 from models.manifest import FORMAT_VERSION, names, read_manifest, resolve, versions
 from tests.models.builders import CORES, batch, manifest, pipeline
@@ -234,3 +235,13 @@ def test_load_touches_no_random_stream_and_no_thread_setting(tmp_path: Path) -> 
     artifact.load(path)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert torch.get_num_threads() == threads
+
+
+def test_the_cpu_is_always_there_and_a_missing_gpu_is_said() -> None:
+    assert artifact.choose_device("cpu") == "cpu"
+    if torch.cuda.is_available():
+        assert artifact.choose_device("auto") == artifact.choose_device("cuda") == "cuda"
+        return
+    assert artifact.choose_device("auto") == "cpu"
+    with pytest.raises(DeviceMissing, match="no CUDA device here: use auto or cpu"):
+        artifact.choose_device("cuda")

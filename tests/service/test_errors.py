@@ -79,7 +79,8 @@ def test_an_unknown_model_is_told_which_are_served(client: httpx.Client, path: s
 
 
 def test_an_unknown_model_has_no_description(client: httpx.Client) -> None:
-    refused(client.get("/models/nobody"), 404, "model_not_found")
+    problem = refused(client.get("/models/nobody"), 404, "model_not_found")
+    assert problem["got"] == "nobody"
 
 
 @pytest.mark.parametrize(
@@ -112,13 +113,15 @@ def test_npy_is_no_body_where_no_field_is_an_array(client: httpx.Client, path: s
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("body", [b"{", b"[]", b'{"a": 1, "a": 2}', b"\xff"])
 def test_a_body_that_is_no_json_object_is_refused(client: httpx.Client, path: str, body: bytes) -> None:
-    refused(client.post(path, content=body, headers=JSON), 422, "invalid_json")
+    problem = refused(client.post(path, content=body, headers=JSON), 422, "invalid_json")
+    assert problem["expected"]
 
 
 @pytest.mark.parametrize("path", ["/encode", "/decode", "/reconstruct", "/anomaly"])
 def test_an_npy_body_that_is_cut_off_is_refused(client: httpx.Client, path: str) -> None:
     body = npy(np.zeros((2, 64), np.float32))[:-1]
-    refused(client.post(path, content=body, headers=NPY), 422, "invalid_npy")
+    problem = refused(client.post(path, content=body, headers=NPY), 422, "invalid_npy")
+    assert (problem["expected"], problem["got"]) == ("512 bytes", "511 bytes")
 
 
 @pytest.mark.parametrize(
@@ -232,7 +235,8 @@ def test_a_body_that_is_too_large_is_refused(client: httpx.Client) -> None:
 
 def test_a_body_without_a_length_is_refused_at_the_first_byte_too_many(client: httpx.Client) -> None:
     chunks = (b" " * 2**16 for _ in range(64))
-    refused(client.post("/encode", content=chunks, headers=JSON), 413, "body_too_large")
+    problem = refused(client.post("/encode", content=chunks, headers=JSON), 413, "body_too_large")
+    assert (problem["expected"], problem["got"]) == ("at most 1048576 bytes", "more")
 
 
 def test_latents_so_large_that_the_answer_overflows_are_the_callers_error(client: httpx.Client) -> None:

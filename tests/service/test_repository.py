@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from models.errors import ElboError
 from service.errors import ModelNotFound, NotReady
-from service.repository import Repository, choose_device
+from service.repository import Repository
 
 
 def publish(artifacts: Path, root: Path, name: str = "vae", version: int = 1) -> Path:
@@ -175,15 +174,3 @@ def test_strangers_in_the_folder_are_passed_over(artifacts: Path, tmp_path: Path
     repo.refresh()
     assert served(repo) == ["vae@1"]
     assert not repo.catalogue.failures
-
-
-def test_the_cpu_is_always_there_and_a_missing_gpu_is_said() -> None:
-    import torch
-
-    assert choose_device("cpu") == "cpu"
-    if torch.cuda.is_available():
-        assert choose_device("auto") == choose_device("cuda") == "cuda"
-        return
-    assert choose_device("auto") == "cpu"
-    with pytest.raises(ElboError, match="no CUDA device here: use auto or cpu"):
-        choose_device("cuda")

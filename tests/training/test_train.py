@@ -181,3 +181,48 @@ def test_both_likelihoods_train_on_images(likelihood: str, tmp_path: Path) -> No
     metrics = read_manifest(path).metrics
     assert metrics["elbo"] == pytest.approx(metrics["reconstruction"] - metrics["kl"], abs=1e-3)
     assert metrics["reconstruction_error"] < 0.7 * metrics["baseline_error"]
+
+
+@pytest.mark.parametrize(
+    ("model", "option"),
+    [
+        ("ae", {"noise": 0.5}),
+        ("ae", {"masking": 0.3}),
+        ("ae", {"l2": 0.01}),
+        ("ae", {"hidden": ()}),
+        ("vae", {"hidden": ()}),
+        ("vae", {"variance": "feature"}),
+        ("vae", {"variance": "optimal"}),
+        ("vae", {"variance": 0.5}),
+        ("vae", {"samples": 3}),
+        ("vae", {"free_bits": 0.5}),
+        ("vae", {"beta": 4.0}),
+        ("vae", {"warm_up": 50}),
+    ],
+)
+def test_every_option_reaches_the_weights_and_gives_an_artifact_that_loads(
+    model: Kind, option: dict[str, object], tmp_path: Path
+) -> None:
+    plain, chosen = (read_manifest(run(tmp_path, model, table(300), **extra)) for extra in ({}, option))
+    assert plain.weights_sha256 != chosen.weights_sha256
+    loaded = artifact.load(tmp_path / model / "2" / "model.pt")
+    with torch.inference_mode():
+        x_hat = loaded.module(torch.from_numpy(table(300).x))
+    assert bool(x_hat.isfinite().all())
+
+
+def test_the_optimal_variance_that_is_published_is_the_error_of_the_fitted_rows(tmp_path: Path) -> None:
+    rows = table(300)
+    path = run(tmp_path, "vae", rows, variance="optimal", epochs=40)
+    state = torch.jit.load(path).state_dict()
+    fitted = torch.from_numpy(rows.x[split(300, 0).fit])
+    module = artifact.load(path).module
+    with torch.inference_mode():
+        mean, std = module.encode(fitted)
+        random = torch.Generator().manual_seed(0)
+        errors = []
+        for _ in range(20):
+            x_hat = module.decode(mean + std * torch.randn(mean.shape, generator=random))
+            errors.append(((fitted - x_hat) / state["scaling.scale"]).square().mean())
+    published = float(state["core.likelihood.log_variance"].exp())
+    assert published == pytest.approx(float(torch.stack(errors).mean()), rel=0.05)
