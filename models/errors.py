@@ -8,7 +8,7 @@ ElboError
 │   ├── ArtifactTooNew      written by a later format than this program reads
 │   └── ArtifactMismatch    intact, yet it does not reproduce its own golden answers here
 ├── DeviceMissing
-├── training.readers.DataError and training.errors.FitError
+├── training.errors.DataError and training.errors.FitError
 └── the HTTP errors of service.errors
 """
 

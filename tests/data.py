@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tests.conftest import require
+from training.data import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path(os.environ.get("ELBO_DATA", ROOT.parent / "shared" / "data"))
@@ -18,3 +19,8 @@ def mnist(part: str) -> npt.NDArray[np.float64]:
     require(path.is_file(), f"no {path}: set ELBO_DATA to a folder with mnist/{part}.npz (x: uint8 [N, 28, 28])")
     x = np.load(path)["x"]
     return np.asarray(x.reshape(len(x), -1) / 255.0)
+
+
+def values(table: Table) -> npt.NDArray[np.float32]:
+    """All rows of `table`, [N, D]."""
+    return table.x.span(0, len(table.x))

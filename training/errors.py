@@ -1,6 +1,12 @@
-"""Errors of fitting; those of reading data are in `training.readers`."""
+"""Errors of reading data and of fitting."""
 
 from models.errors import ElboError
+
+
+class DataError(ElboError):
+    """The data cannot be learnt from as they are; the message names the place and says what to do."""
+
+    code = "data_error"
 
 
 class FitError(ElboError):

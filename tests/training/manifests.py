@@ -2,22 +2,26 @@
 
 import numpy as np
 
-from models.manifest import CalibrationSize, Data, Feature, Golden, Manifest
+from models.manifest import FORMAT_VERSION, CalibrationSize, Data, Feature, Golden, Manifest
+from tests.data import values
 from training.data import Table
 
 
 def manifest_of(table: Table) -> Manifest:
     """What a model called m would say of itself had it been trained on `table`."""
-    medians, lows, highs = np.median(table.x, axis=0), table.x.min(axis=0), table.x.max(axis=0)
+    x = values(table)
+    medians, lows, highs = np.nanmedian(x, axis=0), np.nanmin(x, axis=0), np.nanmax(x, axis=0)
     return Manifest(
-        format_version=1,
+        format_version=FORMAT_VERSION,
         name="m",
         kind="pca",
         created="2026-01-02T03:04:05+00:00",
         shape=list(table.shape),
         features=[
-            Feature(name=name, unit=unit, median=median, minimum=low, maximum=high)
-            for name, unit, median, low, high in zip(table.names, table.units, medians, lows, highs, strict=True)
+            Feature(name=name, unit=unit, median=median, minimum=low, maximum=high, missing=missing)
+            for name, unit, median, low, high, missing in zip(
+                table.names, table.units, medians, lows, highs, table.missing.tolist(), strict=True
+            )
         ],
         latents=2,
         parts=["t2", "q"],

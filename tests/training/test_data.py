@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from tests.data import ROOT
+from tests.data import ROOT, values
 from tests.training.manifests import manifest_of
 from training.data import DataError, Table, read, read_like
 
@@ -29,10 +29,10 @@ def written(path: Path, text: str) -> str:
 
 def test_digits_are_the_1797_images_of_scikit_learn_as_grey_values() -> None:
     table = read("digits")
-    assert table.x.shape == (1797, 64)
-    assert table.x.dtype == np.float32
-    assert (table.x.min(), table.x.max()) == (0, 1)
-    assert np.array_equal(table.x * 16, np.rint(table.x * 16))  # sixteenths: exact in float32
+    assert values(table).shape == (1797, 64)
+    assert values(table).dtype == np.float32
+    assert (values(table).min(), values(table).max()) == (0, 1)
+    assert np.array_equal(values(table) * 16, np.rint(values(table) * 16))  # sixteenths: exact in float32
     assert (table.shape, table.pixel_range) == ((8, 8), (0, 1))
     assert table.names[:2] == ["pixel[0,0]", "pixel[0,1]"]
     assert table.names[-1] == "pixel[7,7]"
@@ -44,7 +44,7 @@ def test_digits_are_the_1797_images_of_scikit_learn_as_grey_values() -> None:
 def test_a_matrix_of_floats_is_a_table_with_numbered_columns(tmp_path: Path) -> None:
     x = RANDOM.standard_normal((20, 3))
     table = read(saved(tmp_path / "a.npy", x))
-    assert np.array_equal(table.x, x.astype(np.float32))
+    assert np.array_equal(values(table), x.astype(np.float32))
     assert (table.shape, table.pixel_range, table.labels) == ((3,), None, None)
     assert table.names == ["x[0]", "x[1]", "x[2]"]
     assert table.units == [None] * 3
@@ -53,7 +53,7 @@ def test_a_matrix_of_floats_is_a_table_with_numbered_columns(tmp_path: Path) -> 
 @pytest.mark.parametrize("dtype", ["u1", "i2", "<i8", ">i4", "f2", ">f8"])
 def test_every_real_dtype_keeps_its_values(tmp_path: Path, dtype: str) -> None:
     x = np.arange(30).reshape(10, 3)
-    assert np.array_equal(read(saved(tmp_path / "a.npy", x.astype(dtype))).x, x)
+    assert np.array_equal(values(read(saved(tmp_path / "a.npy", x.astype(dtype)))), x)
 
 
 def test_a_matrix_of_bytes_is_no_image(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_bytes_in_three_dimensions_are_images_from_0_to_255(tmp_path: Path) -> N
     table = read(saved(tmp_path / "a.npy", x))
     assert (table.shape, table.pixel_range) == ((5, 4), (0, 255))
     assert table.names[-1] == "pixel[4,3]"
-    assert np.array_equal(table.x.reshape(12, 5, 4), x)
+    assert np.array_equal(values(table).reshape(12, 5, 4), x)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_an_archive_gives_its_rows_and_the_labels_beside_them(tmp_path: Path, ke
     arrays: dict[str, Any] = {key: x, "y": y}
     np.savez(tmp_path / "a.npz", **arrays)
     table = read(str(tmp_path / "a.npz"))
-    assert np.array_equal(table.x, x.astype(np.float32))
+    assert np.array_equal(values(table), x.astype(np.float32))
     assert table.labels is not None
     assert table.labels.dtype == np.int64
     assert np.array_equal(table.labels, y)
@@ -134,14 +134,14 @@ def test_csv_keeps_names_and_takes_units_out_of_brackets(tmp_path: Path, text: s
     table = read(written(tmp_path / "a.csv", text))
     assert table.names == ["load", "temperature", "fans"]
     assert table.units == ["%", "deg C", None]
-    assert table.x.tolist() == ROWS
+    assert values(table).tolist() == ROWS
     assert (table.shape, table.pixel_range, table.labels, table.notes) == ((3,), None, None, [])
 
 
 def test_csv_reads_numbers_to_the_nearest_float32(tmp_path: Path) -> None:
     texts = ["0.1", "-3.4e38", "16777217", "1e-45", "+5", ".5", "123456789012345678901234567890"]
     table = read(written(tmp_path / "a.csv", "a\n" + "\n".join(texts)))
-    assert table.x[:, 0].tolist() == [float(np.float32(text)) for text in texts]
+    assert values(table)[:, 0].tolist() == [float(np.float32(text)) for text in texts]
 
 
 @pytest.mark.parametrize("dtype", [pl.Float32, pl.Int64, pl.UInt8, pl.Decimal(10, 2)])
@@ -150,12 +150,12 @@ def test_parquet_reads_every_type_of_number(tmp_path: Path, dtype: pl.DataType) 
     frame.write_parquet(tmp_path / "a.parquet")
     table = read(str(tmp_path / "a.parquet"))
     assert (table.names, table.units) == (["a", "b"], ["ms", None])
-    assert table.x.tolist() == [[1, 4], [2, 5], [3, 6]]
+    assert values(table).tolist() == [[1, 4], [2, 5], [3, 6]]
 
 
 def test_a_constant_column_is_kept_and_said(tmp_path: Path) -> None:
     table = read(written(tmp_path / "a.csv", "a,b\n1,7\n2,7\n"))
-    assert table.x.tolist() == [[1, 7], [2, 7]]
+    assert values(table).tolist() == [[1, 7], [2, 7]]
     assert table.notes == ["1 of 2 features never change and teach nothing: b"]
 
 
@@ -187,7 +187,7 @@ def test_rows_for_a_model_find_their_columns_by_name(tmp_path: Path) -> None:
     table = model_rows(tmp_path, "host,b,time,a\nx,20,monday,10\ny,40,,30\n")
     assert table.names == ["a", "b"]
     assert table.units == ["s", None]
-    assert table.x.tolist() == [[10, 20], [30, 40]]
+    assert values(table).tolist() == [[10, 20], [30, 40]]
     assert table.labels is None
 
 
@@ -199,13 +199,13 @@ def test_rows_for_a_model_take_labels_from_a_column_that_is_no_feature(tmp_path:
 
 
 def test_one_row_or_equal_rows_are_enough_for_a_model_that_exists(tmp_path: Path) -> None:
-    assert model_rows(tmp_path, "a,b\n1,2\n").x.tolist() == [[1, 2]]
+    assert values(model_rows(tmp_path, "a,b\n1,2\n")).tolist() == [[1, 2]]
     assert model_rows(tmp_path, "a,b\n1,2\n1,2\n").notes == []
 
 
 def test_rows_for_an_image_model_may_come_flat(tmp_path: Path) -> None:
     digits = read("digits")
-    table = read_like(saved(tmp_path / "a.npy", digits.x), manifest_of(digits))
+    table = read_like(saved(tmp_path / "a.npy", values(digits)), manifest_of(digits))
     assert (table.shape, table.pixel_range) == ((8, 8), (0, 1))
     assert table.fingerprint == digits.fingerprint
 
