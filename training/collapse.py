@@ -13,7 +13,7 @@ def latents_kept(x: Tensor, latents: int, beta: float, variance: float | None) -
     section 4, with beta). A network that is not linear may do a little better; one that does much worse has collapsed.
     """
     features = x.shape[1]
-    eigenvalues = spectrum(x.double() - x.double().mean(dim=0))[0]  # [R], descending
+    eigenvalues = spectrum(x)  # [R], descending
     if variance is not None:
         return int((eigenvalues[:latents] > beta * variance).sum())
     for kept in range(min(latents, len(eigenvalues)), 0, -1):
