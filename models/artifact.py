@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from models.errors import ArtifactCorrupt, ArtifactMismatch, DeviceMissing
 from models.manifest import DIGEST_LENGTH, FILE_NAME, MEMBER, SEAL, Golden, Manifest, parse, read_sealed, seal, versions
 
-METHODS = ("encode", "decode", "draw", "score", "p_value", "severity", "threshold")  # besides forward
+METHODS = ("encode", "decode", "draw", "score", "log_weight", "p_value", "severity", "threshold")  # besides forward
 GOLDEN_ALPHA = 0.05
 GOLDEN_TOLERANCE = 1e-3  # relative; other processors round differently, and T2 divides by small variances
 
@@ -56,9 +57,10 @@ def script(model: nn.Module) -> torch.jit.ScriptModule:
 
 
 def freeze(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
-    """`module` with its weights folded in as constants, for inference only."""
+    """`module` with its weights folded in as constants, for inference only, with those of METHODS that it has."""
+    present = [method for method in METHODS if hasattr(module, method)]  # earlier artifacts have fewer
     with _deprecations_silenced():
-        frozen: torch.jit.ScriptModule = torch.jit.freeze(module.eval(), preserved_attrs=list(METHODS))
+        frozen: torch.jit.ScriptModule = torch.jit.freeze(module.eval(), preserved_attrs=present)
     return frozen
 
 
@@ -72,8 +74,12 @@ def weights_sha256(module: nn.Module) -> str:
 
 
 def golden(module: torch.jit.ScriptModule, x: Tensor, noise: Tensor, choice: Tensor) -> Golden:
-    """What `module` answers now to rows x [B, D], noise [B, K] and choice [B], for every later load to repeat."""
-    outputs = answers(module, x, noise, choice)
+    """What `module` answers now to rows x [B, D], noise [B, K] and choice [B], for every later load to repeat.
+
+    x may hold NaN where the model imputes: the manifest says null there. An answer that a model has not, as an
+    autoencoder has no log_weight, is left out.
+    """
+    outputs = {name: o for name, o in answers(module, x, noise, choice).items() if not bool(o.isnan().all())}
     return Golden(
         inputs={"x": x.tolist(), "noise": noise.tolist(), "choice": choice.tolist()},
         outputs={name: output.tolist() for name, output in outputs.items()},
@@ -104,6 +110,8 @@ def load(path: Path, device: str = "cpu") -> Artifact:
 
     Raises the errors of `models.errors.ArtifactError`.
     """
+    if device != "cpu":
+        torch.backends.cudnn.allow_tf32 = False  # cuDNN's convolutions would round to 1e-3, linear layers do not
     content = read_sealed(path)  # once: what was checked is what is loaded, whatever happens to the file meanwhile
     manifest = parse(content, path)
     try:
@@ -124,7 +132,8 @@ def answers(module: Any, x: Tensor, noise: Tensor, choice: Tensor) -> dict[str, 
     with torch.inference_mode():
         mean, std = module.encode(x)
         score, parts, contribution, expected = module.score(x)
-        return {
+        later = {"log_weight": module.log_weight(x, noise)} if hasattr(module, "log_weight") else {}
+        return later | {
             "forward": module(x),
             "encode.mean": mean,
             "encode.std": std,
@@ -141,9 +150,11 @@ def answers(module: Any, x: Tensor, noise: Tensor, choice: Tensor) -> dict[str, 
 
 
 def _check_golden(module: torch.jit.ScriptModule, pairs: Golden, device: str, path: Path) -> None:
-    inputs = (torch.tensor(pairs.inputs[name], device=device) for name in ("x", "noise", "choice"))
+    inputs = (_tensor(pairs.inputs[name], device) for name in ("x", "noise", "choice"))
     for name, answer in answers(module, *inputs).items():
-        expected = torch.tensor(pairs.outputs[name], device=device)
+        if name not in pairs.outputs:
+            continue  # log_weight, of an autoencoder or in an earlier artifact
+        expected = _tensor(pairs.outputs[name], device)
         scale = float(expected.abs().max())
         error = float((answer - expected).abs().max())
         if not error <= GOLDEN_TOLERANCE * max(scale, 1e-3):  # written so that NaN fails too
@@ -151,6 +162,11 @@ def _check_golden(module: torch.jit.ScriptModule, pairs: Golden, device: str, pa
                 f"{path}: {name} differs from its golden answer by {error:.3g} (scale {scale:.3g}) on {device} with "
                 f"torch {torch.__version__}; do not serve it: train it again here, or use the versions in its manifest"
             )
+
+
+def _tensor(values: Any, device: str) -> Tensor:
+    """Nested lists of numbers as float32; null is NaN."""
+    return torch.from_numpy(np.array(values, np.float32)).to(device)
 
 
 def _archive(module: torch.jit.ScriptModule, manifest: Manifest) -> bytes:

@@ -1,5 +1,7 @@
 """The autoencoder: compress, reconstruct, and judge a row by both its code and what the code cannot explain."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -67,3 +69,7 @@ class Autoencoder(Core):
         t2 = white[:, : code.shape[1]].sum(dim=1)  # [B]
         q = white[:, code.shape[1] :].sum(dim=1)  # [B]
         return t2 + q, torch.stack((t2, q), dim=1), x_hat
+
+    def log_weight(self, x: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG002 - every core has these two
+        """NaN [B]: it has no density."""
+        return torch.full_like(x[:, 0], math.nan)

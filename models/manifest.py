@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from models.errors import ArtifactCorrupt, ArtifactForeign, ArtifactMissing, ArtifactTooNew
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILE_NAME = "model.pt"
 MEMBER = "extra/manifest.json"
 SEAL = b"elbo-sha256:"
@@ -42,6 +42,7 @@ class Feature(_Frozen):
     median: float
     minimum: float
     maximum: float
+    missing: int = 0  # training rows that had no value there
 
 
 class Data(_Frozen):
@@ -60,6 +61,14 @@ class CalibrationSize(_Frozen):
 
     rows: int
     floor: float
+
+
+class Latent(_Frozen):
+    """What one latent carries, measured on held-out rows."""
+
+    kl: float | None  # nats, mean over the rows; None where the model charges none (PCA, autoencoder)
+    variance: float  # of the posterior mean, or of the code
+    active: bool
 
 
 class Golden(_Frozen):
@@ -88,6 +97,12 @@ class Manifest(_Frozen):
     golden: Golden
     versions: dict[str, str]
     weights_sha256: str
+    history: list[dict[str, float]] = []  # by epoch: epoch, step, every term of the loss, held_out_loss, seconds
+    latent_report: list[Latent] = []  # one a latent
+    spectrum: list[float] = []  # eigenvalues of the fitted rows in model units, descending, at most 256
+    total_variance: float = 0.0  # the sum of all eigenvalues, of which `spectrum` may hold the first only
+    log_scale: float = 0.0  # nats: log density in raw units = that in model units - log_scale
+    comparison: dict[str, dict[str, float]] = {}  # by kind: what other models reach on the same held-out rows
 
     @property
     def width(self) -> int:

@@ -1,17 +1,83 @@
-"""The networks that encoders and decoders are made of."""
+"""The networks that encoders and decoders are made of. B rows; a picture is H x W pixels of C colours."""
 
 from collections.abc import Sequence
 from itertools import pairwise
 
-from torch import nn
+from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "tanh": nn.Tanh}
 
 
-def mlp(sizes: Sequence[int]) -> nn.Sequential:
-    """A multilayer perceptron, [B, sizes[0]] to [B, sizes[-1]]: SiLU between its linear layers, none at its end.
+def mlp(sizes: Sequence[int], activation: str = "silu") -> nn.Sequential:
+    """A multilayer perceptron, [B, sizes[0]] to [B, sizes[-1]]: `activation` between linear layers, none at its end.
 
     With two sizes it is one linear map.
     """
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), nn.SiLU()]
+        layers += [nn.Linear(inputs, outputs), ACTIVATIONS[activation]()]
     return nn.Sequential(*layers[:-1])
+
+
+def conv_encoder(
+    shape: Sequence[int], channels: Sequence[int], outputs: int, activation: str = "silu"
+) -> nn.Sequential:
+    """Convolutions over the picture that a row is, [B, H * W * C] to [B, outputs].
+
+    Args:
+        shape: of one row, [H, W] or [H, W, C]: its colours come last.
+        channels: of each stage, which halves height and width, rounded up; none leaves one linear map.
+    """
+    colours, sizes = _colours(shape), _sizes(shape, len(channels))
+    layers: list[nn.Module] = [ToPicture(*sizes[0], colours)]  # [B, C, H, W]
+    for inputs, filters in pairwise([colours, *channels]):
+        layers += [nn.Conv2d(inputs, filters, 3, stride=2, padding=1), ACTIVATIONS[activation]()]  # [B, filters, h, w]
+    deepest, (height, width) = [colours, *channels][-1], sizes[-1]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(deepest * height * width, outputs))  # [B, outputs]
+
+
+def conv_decoder(
+    shape: Sequence[int], channels: Sequence[int], latents: int, activation: str = "silu"
+) -> nn.Sequential:
+    """`conv_encoder` backwards, [B, latents] to [B, H * W * C]: same shape and channels, no activation at its end."""
+    colours, sizes = _colours(shape), _sizes(shape, len(channels))
+    deepest, (height, width) = [colours, *channels][-1], sizes[-1]
+    layers: list[nn.Module] = [
+        nn.Linear(latents, deepest * height * width),  # [B, deepest * h * w]
+        nn.Unflatten(1, (deepest, height, width)),  # [B, deepest, h, w]
+    ]
+    stages = pairwise([*reversed(channels), colours])
+    for (inputs, filters), (height, width) in zip(stages, reversed(sizes[:-1]), strict=True):
+        even = (1 - height % 2, 1 - width % 2)  # doubling n gives 2 n - 1, and what is even lacks a line
+        transposed = nn.ConvTranspose2d(inputs, filters, 3, stride=2, padding=1, output_padding=even)
+        layers += [ACTIVATIONS[activation](), transposed]  # [B, filters, height, width]
+    return nn.Sequential(*layers, ToRow())  # [B, H * W * C]
+
+
+class ToPicture(nn.Module):
+    """Rows [B, H * W * C], colours last, to pictures [B, C, H, W]."""
+
+    def __init__(self, height: int, width: int, colours: int) -> None:
+        super().__init__()
+        self.height, self.width, self.colours = height, width, colours
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H * W * C] to [B, C, H, W]."""
+        return x.reshape(-1, self.height, self.width, self.colours).permute(0, 3, 1, 2)  # [B, C, H, W]
+
+
+class ToRow(nn.Module):
+    """Pictures [B, C, H, W] to rows [B, H * W * C], colours last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, H * W * C]."""
+        return x.permute(0, 2, 3, 1).flatten(1)  # [B, H * W * C]
+
+
+def _colours(shape: Sequence[int]) -> int:
+    return shape[2] if len(shape) == 3 else 1
+
+
+def _sizes(shape: Sequence[int], stages: int) -> list[tuple[int, int]]:
+    """Height and width before the first stage, and after each."""
+    return [(-(-shape[0] // 2**stage), -(-shape[1] // 2**stage)) for stage in range(stages + 1)]

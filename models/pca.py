@@ -59,6 +59,10 @@ class PCA(Core):
         q = (x - x_hat).square().sum(dim=1) / self.noise_variance  # [B]
         return t2 + q, torch.stack((t2, q), dim=1), x_hat
 
+    def log_weight(self, x: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG002 - its posterior is exact
+        """log p(x) of x [B, D], [B], whatever the noise: p(x, z) / q(z|x) is p(x) for every z."""
+        return self.log_likelihood(x)
+
     def log_likelihood(self, x: Tensor) -> Tensor:
         """log N(x; mean, C) in nats, [B, D] to [B]. Tipping & Bishop 1999, eq. 4."""
         features, latents = x.shape[1], self.eigenvalues.shape[0]

@@ -11,6 +11,8 @@ from models.scaling import Scaling
 class Pipeline(nn.Module):
     """What an artifact holds; its methods are the artifact's methods. B rows, D features, K latents, float32.
 
+    Where the scaling imputes, rows may hold NaN: a missing value is judged as the value in its place is.
+
     Args:
         scaling: raw units to model units.
         core: PCA, Autoencoder or VAE, in model units.
@@ -47,11 +49,19 @@ class Pipeline(nn.Module):
 
         Returns:
             score [B], higher is stranger; its parts [B, P], which sum to it; contribution [B, D], the squared residual
-            of each feature in model units; expected [B, D], the reconstruction in raw units.
+            of each feature in model units (of a missing value, that of the one in its place, which the score counts);
+            expected [B, D], the reconstruction in raw units.
         """
         u = self.scaling(x)  # [B, D]
         score, parts, u_hat = self.core.score(u)
         return score, parts, (u - u_hat).square(), self.scaling.inverse(u_hat)
+
+    def log_weight(self, x: Tensor, noise: Tensor) -> Tensor:
+        """log p(x, z) - log q(z|x) in nats, of the density in model units: x [B, D] and noise [B, K] to [B].
+
+        The mean over standard normal noise is the ELBO. NaN for an autoencoder, which has no density.
+        """
+        return self.core.log_weight(self.scaling(x), noise)
 
     def p_value(self, score: Tensor) -> Tensor:
         """Conformal p-values of scores, [B] to [B]."""

@@ -29,6 +29,25 @@ class Scaling(nn.Module):
         return u * self.scale + self.shift
 
 
+class ImputingScaling(Scaling):
+    """A scaling of rows that may have gaps: what is missing (NaN) counts as its feature's `fill`.
+
+    Args:
+        scaling: of whole rows.
+        fill: [D], raw units, such as the training median.
+    """
+
+    fill: Tensor
+
+    def __init__(self, scaling: Scaling, fill: Tensor) -> None:
+        super().__init__(scaling.shift, scaling.scale)
+        self.register_buffer("fill", fill)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Raw [B, D], NaN where missing, to model units [B, D]."""
+        return (torch.where(x.isnan(), self.fill, x) - self.shift) / self.scale
+
+
 def standardise(x: Tensor) -> Scaling:
     """Each column of x [N, D] to mean 0 and variance 1; a constant column is only centred, its scale staying 1."""
     deviation = x.std(dim=0, correction=0)

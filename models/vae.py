@@ -59,3 +59,10 @@ class VAE(Core):
         kl = gaussian_kl(mean, log_variance).sum(dim=1)  # [B]
         nll = -self.likelihood.log_prob(x, output)  # [B]
         return kl + nll, torch.stack((kl, nll), dim=1), self.likelihood.mean(output)
+
+    def log_weight(self, x: Tensor, noise: Tensor) -> Tensor:
+        """log p(x, z) - log q(z|x) [B] of x [B, D] at z = mean + std * noise, noise [B, K]."""
+        mean, log_variance = self.posterior(x)  # [B, K], [B, K]
+        z = mean + torch.exp(0.5 * log_variance) * noise  # [B, K]
+        log_likelihood: Tensor = self.likelihood.log_prob(x, self.decoder(z))  # [B]
+        return log_likelihood + 0.5 * (noise.square() + log_variance - z.square()).sum(dim=1)

@@ -1,5 +1,7 @@
 """Small untrained models of every kind, for tests of what all kinds must do."""
 
+from collections.abc import Sequence
+
 import torch
 
 from models.autoencoder import Autoencoder, Whitening
@@ -11,7 +13,7 @@ from models.networks import mlp
 from models.pca import PCA
 from models.pipeline import Pipeline
 from models.prior import Prior, gaussian_prior
-from models.scaling import Scaling
+from models.scaling import ImputingScaling, Scaling
 from models.vae import VAE
 
 B, D, K = 6, 5, 2
@@ -38,22 +40,24 @@ def core(kind: str) -> Core:
 
 
 def pipeline(kind: str, seed: int = 0) -> Pipeline:
-    """A whole pipeline around `core(kind)`, the same for the same seed."""
+    """A whole pipeline around `core(kind)`, the same for the same seed; one that fills gaps if it ends in -imputing."""
     torch.manual_seed(seed)
     weights, factors = torch.tensor([0.3, 0.7]), torch.randn(2, K, K).tril()
     prior = Prior(weights, torch.randn(2, K), factors) if kind.startswith("ae") else gaussian_prior(torch.ones(K))
-    model = Pipeline(Scaling(torch.randn(D), torch.rand(D) + 0.5), core(kind), prior, Calibration(20 * torch.rand(50)))
+    scaling = Scaling(torch.randn(D), torch.rand(D) + 0.5)
+    if kind.endswith("-imputing"):
+        scaling = ImputingScaling(scaling, torch.randn(D))
+    model = Pipeline(scaling, core(kind.removesuffix("-imputing")), prior, Calibration(20 * torch.rand(50)))
     return model.eval().requires_grad_(False)
 
 
-def batch(rows: int = B) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows [B, D], standard normal noise [B, K], uniform choice [B]."""
+def batch(rows: int = B, gaps: Sequence[tuple[int, int]] = ()) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows [B, D], with NaN at `gaps`, standard normal noise [B, K], uniform choice [B]."""
     generator = torch.Generator().manual_seed(1)
-    return (
-        torch.randn(rows, D, generator=generator),
-        torch.randn(rows, K, generator=generator),
-        torch.rand(rows, generator=generator),
-    )
+    x = torch.randn(rows, D, generator=generator)
+    for place in gaps:
+        x[place] = torch.nan
+    return x, torch.randn(rows, K, generator=generator), torch.rand(rows, generator=generator)
 
 
 def manifest(name: str, weights_sha256: str, golden: Golden, format_version: int = FORMAT_VERSION) -> Manifest:

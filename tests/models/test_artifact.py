@@ -25,21 +25,25 @@ from models.errors import (
     DeviceMissing,
 )
 from models.manifest import FORMAT_VERSION, names, read_manifest, resolve, versions
+from models.pipeline import Pipeline
+from models.scaling import ImputingScaling
 from tests.models.builders import CORES, batch, manifest, pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
+KINDS = (*CORES, "pca-imputing")
+GAPS = ((0, 1), (2, 0), (2, 4))
 
 
 def publish(root: Path, kind: str = "pca", name: str = "model", format_version: int = FORMAT_VERSION) -> Path:
     model = pipeline(kind)
     module = artifact.script(model)
-    pairs = artifact.golden(module, *batch())
+    pairs = artifact.golden(module, *batch(gaps=GAPS if kind == "pca-imputing" else ()))
     return artifact.publish(module, manifest(name, artifact.weights_sha256(model), pairs, format_version), root)
 
 
-@pytest.mark.parametrize("kind", CORES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_eager_scripted_and_frozen_agree(kind: str) -> None:
-    model, inputs = pipeline(kind), batch()
+    model, inputs = pipeline(kind), batch(gaps=GAPS if kind == "pca-imputing" else ())
     scripted = artifact.script(model)
     eager = artifact.answers(model, *inputs)
     for other in (scripted, artifact.freeze(scripted)):
@@ -47,15 +51,17 @@ def test_eager_scripted_and_frozen_agree(kind: str) -> None:
             answers = artifact.answers(other, *inputs)
         assert answers.keys() == eager.keys()
         for name in eager:
-            assert torch.allclose(answers[name], eager[name], rtol=1e-6, atol=1e-6), name
+            assert torch.allclose(answers[name], eager[name], rtol=1e-6, atol=1e-6, equal_nan=True), name
 
 
-@pytest.mark.parametrize("kind", CORES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_published_artifact_answers_as_the_model_did(kind: str, tmp_path: Path) -> None:
     path = publish(tmp_path, kind)
-    loaded, model, inputs = artifact.load(path), pipeline(kind), batch()
+    loaded, model = artifact.load(path), pipeline(kind)
+    inputs = batch(gaps=GAPS if kind == "pca-imputing" else ())
     answers, eager = artifact.answers(loaded.module, *inputs), artifact.answers(model, *inputs)
-    assert all(torch.allclose(answers[name], eager[name], rtol=1e-6, atol=1e-6) for name in eager)
+    for name in eager:
+        assert torch.allclose(answers[name], eager[name], rtol=1e-6, atol=1e-6, equal_nan=True), name
     assert loaded.manifest.weights_sha256 == artifact.weights_sha256(model)
 
 
@@ -149,8 +155,11 @@ def test_a_later_format_is_refused_and_says_so(tmp_path: Path) -> None:
 def test_a_later_format_is_named_as_such_though_its_seal_is_unknown(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/extra/manifest.json", json.dumps({"format_version": 2, "sealed": "in another way"}))
-    with pytest.raises(ArtifactTooNew, match=r"format version 2.*upgrade Elbo"):
+        archive.writestr(
+            "archive/extra/manifest.json",
+            json.dumps({"format_version": FORMAT_VERSION + 1, "sealed": "in another way"}),
+        )
+    with pytest.raises(ArtifactTooNew, match=f"format version {FORMAT_VERSION + 1}.*upgrade Elbo"):
         artifact.load(path)
 
 
@@ -209,7 +218,8 @@ for absent in ("models", "training", "service"):
 archive = zipfile.ZipFile(sys.argv[1])
 golden = json.loads(archive.read(next(n for n in archive.namelist() if n.endswith("extra/manifest.json"))))["golden"]
 module = torch.jit.load(sys.argv[1])
-x, noise, choice = (torch.tensor(golden["inputs"][name]) for name in ("x", "noise", "choice"))
+inputs = (golden["inputs"][name] for name in ("x", "noise", "choice"))
+x, noise, choice = (torch.tensor(json.loads(json.dumps(values).replace("null", "NaN"))) for values in inputs)
 mean, std = module.encode(x)
 score, parts, contribution, expected = module.score(x)
 answers = {"forward": module(x), "encode.mean": mean, "encode.std": std, "decode": module.decode(mean),
@@ -218,7 +228,7 @@ print(max(float((answer - torch.tensor(golden["outputs"][name])).abs().max()) fo
 """
 
 
-@pytest.mark.parametrize("kind", CORES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_it_answers_where_only_torch_is_installed(kind: str, tmp_path: Path) -> None:
     path = publish(tmp_path, kind)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -245,3 +255,38 @@ def test_the_cpu_is_always_there_and_a_missing_gpu_is_said() -> None:
     assert artifact.choose_device("auto") == "cpu"
     with pytest.raises(DeviceMissing, match="no CUDA device here: use auto or cpu"):
         artifact.choose_device("cuda")
+
+
+class Earlier(Pipeline):
+    """A pipeline as it was when an artifact had no log_weight."""
+
+    log_weight = None  # type: ignore[assignment]
+
+
+def test_an_artifact_from_before_log_weight_still_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pipeline("pca")
+    earlier = Earlier(model.scaling, model.core, model.prior, model.calibration)
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact, "METHODS", tuple(name for name in artifact.METHODS if name != "log_weight"))
+        module = artifact.script(earlier)
+    pairs = artifact.golden(module, *batch())
+    assert "log_weight" not in pairs.outputs
+    path = artifact.publish(module, manifest("model", artifact.weights_sha256(earlier), pairs), tmp_path)
+    loaded = artifact.load(path).module
+    assert torch.allclose(loaded(batch()[0]), model(batch()[0]), atol=1e-6)
+    assert not hasattr(loaded, "log_weight")
+
+
+@pytest.mark.parametrize(("kind", "told"), [("pca", True), ("vae-bernoulli", True), ("ae", False)])
+def test_golden_answers_tell_log_weights_where_there_is_a_density(kind: str, told: bool) -> None:
+    pairs = artifact.golden(artifact.script(pipeline(kind)), *batch())
+    assert ("log_weight" in pairs.outputs) is told
+
+
+def test_golden_rows_may_have_gaps_and_load_fills_them_again(tmp_path: Path) -> None:
+    loaded = artifact.load(publish(tmp_path, "pca-imputing"))
+    assert loaded.manifest.golden.inputs["x"][2][4] is None
+    scaling, rows = pipeline("pca-imputing").scaling, batch(gaps=GAPS)[0]
+    assert isinstance(scaling, ImputingScaling)
+    filled = torch.where(rows.isnan(), scaling.fill, rows)
+    assert torch.equal(loaded.module(rows), loaded.module(filled))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.scaling import standardise, to_unit_range
+from models.scaling import ImputingScaling, standardise, to_unit_range
 
 
 def test_standardised_columns_have_mean_zero_and_variance_one() -> None:
@@ -29,3 +29,19 @@ def test_inverse_undoes() -> None:
     x = torch.randn(100, 4) * 50 + 3
     scaling = standardise(x)
     assert torch.allclose(scaling.inverse(scaling(x)), x, atol=1e-4)
+
+
+def test_what_is_missing_counts_as_the_fill_of_its_feature() -> None:
+    rows, fill = torch.randn(50, 3) * 4 + 1, torch.tensor([7.0, -2.0, 0.5])
+    gaps = torch.rand(50, 3) < 0.3
+    filled = torch.where(gaps, fill, rows)
+    scaling = standardise(rows)
+    imputing = ImputingScaling(scaling, fill)
+    assert torch.equal(imputing(rows.masked_fill(gaps, torch.nan)), scaling(filled))
+    assert torch.equal(imputing(rows), scaling(rows))
+    assert torch.equal(imputing.inverse(rows), scaling.inverse(rows))
+
+
+def test_without_a_fill_what_is_missing_stays_missing() -> None:
+    u = standardise(torch.randn(9, 2))(torch.tensor([[torch.nan, 1.0]]))
+    assert u.isnan().tolist() == [[True, False]]

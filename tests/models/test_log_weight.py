@@ -1,0 +1,64 @@
+"""log p(x, z) - log q(z|x): against the training objective, SciPy's density, and the bounds that it makes."""
+
+import math
+
+import pytest
+import torch
+from scipy.stats import multivariate_normal
+
+from models.pca import PCA
+from models.vae import VAE
+from tests.models.builders import B, D, K, batch, core, pipeline
+from training.objectives import elbo_terms, importance_weighted_terms, log_weights
+
+VAES = ("vae-gaussian", "vae-per-feature", "vae-bernoulli")
+
+
+def vae(kind: str) -> VAE:
+    torch.manual_seed(3)
+    model = core(kind)
+    assert isinstance(model, VAE)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", VAES)
+def test_it_is_that_of_the_training_objective(kind: str) -> None:
+    model, (x, noise, _) = vae(kind), batch()
+    assert torch.allclose(model.log_weight(x, noise), log_weights(model, x, noise.unsqueeze(0))[0], atol=1e-5)
+
+
+def test_of_pca_it_is_the_log_density_whatever_the_noise() -> None:
+    model = core("pca")
+    assert isinstance(model, PCA)
+    x, noise, _ = batch()
+    weights = model.components.T * (model.eigenvalues - model.noise_variance).sqrt()  # [D, K]
+    covariance = weights @ weights.T + model.noise_variance * torch.eye(D)
+    exact = multivariate_normal(model.mean.numpy(), covariance.double().numpy()).logpdf(x.numpy())
+    for some in (noise, torch.zeros_like(noise), 5 * noise):
+        assert model.log_weight(x, some).numpy() == pytest.approx(exact, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ae", "ae-diagonal"])
+def test_an_autoencoder_has_none(kind: str) -> None:
+    x, noise, _ = batch()
+    answer = pipeline(kind).log_weight(x, noise)
+    assert answer.shape == (B,)
+    assert bool(answer.isnan().all())
+
+
+@pytest.mark.parametrize("kind", VAES)
+def test_its_mean_is_the_elbo_and_its_log_mean_exp_the_importance_weighted_bound(kind: str) -> None:
+    draws, model, x = 20_000, vae(kind), batch()[0]
+    noise = torch.randn(draws, B, K, generator=torch.Generator().manual_seed(0))
+    weights = torch.stack([model.log_weight(x, one) for one in noise[:500]])  # [S, B]
+    bound = importance_weighted_terms(model, x, noise[:500])["bound"]
+    assert float((weights.logsumexp(dim=0) - math.log(500)).mean()) == pytest.approx(float(bound), abs=1e-4)
+    repeated, flat = x.repeat(draws, 1), noise.flatten(0, 1)
+    many = model.log_weight(repeated, flat).double().reshape(draws, B).mean(dim=1)  # [S]
+    elbo = float(elbo_terms(model, repeated, flat)["elbo"])  # its KL in closed form
+    assert float(many.mean()) == pytest.approx(elbo, abs=5 * float(many.std()) / math.sqrt(draws))
+
+
+def test_a_pipeline_gives_it_for_raw_rows_in_model_units() -> None:
+    model, (x, noise, _) = pipeline("vae-gaussian"), batch()
+    assert torch.equal(model.log_weight(x, noise), model.core.log_weight(model.scaling(x), noise))

@@ -1,0 +1,167 @@
+"""The networks: the map that they are, computed by hand in numpy; their shapes; their compiled forms."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from models import artifact
+from models.calibration import Calibration
+from models.likelihood import BernoulliLikelihood
+from models.networks import conv_decoder, conv_encoder, mlp
+from models.pipeline import Pipeline
+from models.prior import gaussian_prior
+from models.scaling import Scaling
+from models.vae import VAE
+from tests.models.builders import manifest
+
+SHAPES = [(8, 8), (28, 28), (7, 9), (2, 2), (2, 5), (8, 8, 1), (6, 5, 3), (3, 3, 2), (9, 4, 4)]
+K = 3
+
+
+def filters(layer: nn.Module) -> tuple[np.ndarray, np.ndarray]:
+    assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
+    assert layer.bias is not None
+    return layer.weight.detach().numpy(), layer.bias.detach().numpy()
+
+
+def convolved(picture: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """A picture [H, W, C] under filters [F, C, 3, 3], stride 2, zeros around it: [h, w, F], pixel by pixel."""
+    height, width, _ = picture.shape
+    padded = np.pad(picture, ((1, 1), (1, 1), (0, 0)))
+    out = np.empty(((height + 1) // 2, (width + 1) // 2, len(weight)))
+    for i, j, f in np.ndindex(*out.shape):
+        patch = padded[2 * i : 2 * i + 3, 2 * j : 2 * j + 3]  # [3, 3, C]
+        out[i, j, f] = (patch * weight[f].transpose(1, 2, 0)).sum() + bias[f]
+    return out
+
+
+def spread(picture: np.ndarray, weight: np.ndarray, bias: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The transpose of `convolved`: each pixel of [h, w, F] lays its filter, of [F, C, 3, 3], on [height, width, C]."""
+    out = np.zeros((height + 2, width + 2, weight.shape[1]))
+    for i, j, f in np.ndindex(*picture.shape):
+        out[2 * i : 2 * i + 3, 2 * j : 2 * j + 3] += picture[i, j, f] * weight[f].transpose(1, 2, 0)
+    return np.asarray(out[1:-1, 1:-1] + bias)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("channels", [(), (4,)])
+def test_rows_in_and_rows_out_have_the_widths_asked_for(shape: tuple[int, ...], channels: tuple[int, ...]) -> None:
+    x = torch.randn(5, int(np.prod(shape)))
+    code = conv_encoder(shape, channels, K)(x)
+    assert code.shape == (5, K)
+    assert conv_decoder(shape, channels, K)(code).shape == x.shape
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (9, 7), (28, 28), (13, 10, 3)])
+def test_stages_halve_the_picture_rounding_up_and_the_decoder_retraces_them(shape: tuple[int, ...]) -> None:
+    stages, sizes = (4, 5, 6), []
+    x = torch.randn(2, int(np.prod(shape)))
+    for layer in conv_encoder(shape, stages, K):
+        x = layer(x)
+        if isinstance(layer, nn.Conv2d):
+            sizes.append(tuple(x.shape[2:]))
+    halves = [tuple(-(-side // 2**n) for side in shape[:2]) for n in (1, 2, 3)]
+    assert sizes == halves
+    x, sizes = torch.randn(2, K), []
+    for layer in conv_decoder(shape, stages, K):
+        x = layer(x)
+        if isinstance(layer, nn.ConvTranspose2d):
+            sizes.append(tuple(x.shape[2:]))
+    assert sizes == [halves[1], halves[0], tuple(shape[:2])]
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (6, 7, 3)])
+def test_the_encoder_is_the_convolution_of_the_picture_that_the_row_is(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    network, picture = conv_encoder(shape, (4,), K, "relu"), np.random.default_rng(0).normal(size=shape)
+    last = network[-1]
+    assert isinstance(last, nn.Linear)
+    hidden = np.maximum(convolved(picture.reshape(*shape[:2], -1), *filters(network[1])), 0).transpose(2, 0, 1)
+    expected = last.weight.detach().numpy() @ hidden.ravel() + last.bias.detach().numpy()
+    code = network(torch.from_numpy(picture.astype(np.float32).reshape(1, -1)))
+    np.testing.assert_allclose(code[0].detach(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (6, 7, 3)])
+def test_the_decoder_is_the_transposed_convolution_with_colours_last(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    network, code = conv_decoder(shape, (4,), K, "tanh"), torch.randn(1, K)
+    first = network[0]
+    assert isinstance(first, nn.Linear)
+    top = (first(code).detach().numpy()[0]).reshape(4, -(-shape[0] // 2), -(-shape[1] // 2)).transpose(1, 2, 0)
+    expected = spread(np.tanh(top), *filters(network[3]), shape[0], shape[1])
+    np.testing.assert_allclose(network(code)[0].detach(), expected.ravel(), atol=1e-5)
+
+
+def test_a_picture_moved_by_a_stride_moves_its_features_by_one() -> None:
+    torch.manual_seed(0)
+    features = conv_encoder((16, 16, 2), (4,), K)[:3]
+    picture = torch.zeros(16, 16, 2)
+    picture[4:8, 4:8] = torch.randn(4, 4, 2)
+    there = features(picture.reshape(1, -1))
+    moved = features(picture.roll((2, 4), (0, 1)).reshape(1, -1))
+    assert torch.allclose(there.roll((1, 2), (2, 3)), moved, atol=1e-6)
+    shuffled = features(picture.reshape(1, -1)[:, torch.randperm(512)])
+    assert not torch.allclose(there.sort().values, shuffled.sort().values, atol=1e-3)
+
+
+@pytest.mark.parametrize("activation", ["silu", "relu", "tanh"])
+def test_gradients_reach_every_weight(activation: str) -> None:
+    torch.manual_seed(0)
+    shape = (9, 6, 3)
+    for network in (
+        nn.Sequential(conv_encoder(shape, (4, 5), K, activation), conv_decoder(shape, (4, 5), K, activation)),
+        mlp([162, 8, 162], activation),
+    ):
+        network(torch.randn(4, 162)).square().sum().backward()
+        gradients = [parameter.grad for parameter in network.parameters()]
+        assert all(gradient is not None and bool(gradient.abs().sum() > 0) for gradient in gradients)
+
+
+@pytest.mark.parametrize(("activation", "function"), [("silu", nn.SiLU()), ("relu", torch.relu), ("tanh", torch.tanh)])
+def test_a_perceptron_has_its_activation_between_layers_and_none_at_its_end(activation: str, function: object) -> None:
+    torch.manual_seed(0)
+    network, x = mlp([4, 6, 2], activation), torch.randn(5, 4)
+    first, _, last = network
+    assert callable(function)
+    assert torch.equal(network(x), last(function(first(x))))
+
+
+def pipeline(shape: tuple[int, ...]) -> Pipeline:
+    torch.manual_seed(0)
+    features = int(np.prod(shape))
+    networks = conv_encoder(shape, (4, 6), 2 * K), conv_decoder(shape, (4, 6), K)
+    scaling = Scaling(torch.zeros(features), torch.ones(features))
+    core = VAE(*networks, BernoulliLikelihood())
+    return Pipeline(scaling, core, gaussian_prior(torch.ones(K)), Calibration(torch.rand(50))).eval()
+
+
+def inputs(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.rand(6, int(np.prod(shape))), torch.randn(6, K), torch.rand(6)
+
+
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def test_a_published_convolution_answers_on_every_device_as_it_did(device: str, tmp_path: Path) -> None:
+    shape = (7, 5, 3)
+    model, given = pipeline(shape), inputs(shape)
+    eager, module = artifact.answers(model, *given), artifact.script(model)
+    told = manifest("conv", artifact.weights_sha256(model), artifact.golden(module, *given))
+    loaded = artifact.load(artifact.publish(module, told, tmp_path), device).module
+    answers = artifact.answers(loaded, *(part.to(device) for part in given))
+    for name in eager:
+        assert torch.allclose(answers[name].cpu(), eager[name], rtol=1e-5, atol=1e-5), name
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (7, 5, 3)])
+def test_eager_scripted_and_frozen_convolutions_agree(shape: tuple[int, ...]) -> None:
+    model, given = pipeline(shape), inputs(shape)
+    scripted = artifact.script(model)
+    eager = artifact.answers(model, *given)
+    for other in (scripted, artifact.freeze(scripted)):
+        for _ in range(3):
+            answers = artifact.answers(other, *given)
+        for name in eager:
+            assert torch.allclose(answers[name], eager[name], rtol=1e-6, atol=1e-6), name
