@@ -67,8 +67,7 @@ def results(
         scores: of those that could.
         fdr: None, or the rate that decides instead of severity.
         explain: how many features to name a row.
-        names: of the D features.
-        parts: names of the P parts.
+        names, parts: the names of the D features and of the score's P parts.
     """
     judged = scores.judged
     columns = zip(
@@ -80,6 +79,7 @@ def results(
         _anomalous(scores, judged, fdr).tolist(),
         _plain(scores.parts),
         _features(reading.x, scores, explain, names),
+        _imputed(reading.x, names),
         strict=True,
     )
     found = [
@@ -91,8 +91,9 @@ def results(
             "is_anomaly": is_anomaly,
             "parts": dict(zip(parts, values, strict=True)),
             "features": features,
+            **imputed,
         }
-        for row, judgeable, score, p_value, severity, is_anomaly, values, features in columns
+        for row, judgeable, score, p_value, severity, is_anomaly, values, features, imputed in columns
         if judgeable
     ]
     return found, _errors(reading, judged)
@@ -130,6 +131,14 @@ def _features(x: Array, scores: Scores, explain: int, names: Sequence[str]) -> l
         ]
         for row in zip(top.tolist(), *columns, strict=True)
     ]
+
+
+def _imputed(x: Array, names: Sequence[str]) -> list[dict[str, list[str]]]:
+    """For each row of x [G, D] the field that names what was missing, where anything was."""
+    found: list[dict[str, list[str]]] = [{} for _ in x]
+    for row, column in np.argwhere(np.isnan(x)).tolist():
+        found[row].setdefault("imputed", []).append(names[column])
+    return found
 
 
 def _saturated(array: Array) -> Array:

@@ -37,11 +37,12 @@ class Inference:
         """Rows to codes: the posterior mean, or a draw."""
         call = await self._read_rows(request, EncodeBody, _arrays, "inputs")
         mean, std = await run(self.service, call, operations.ENCODE, call.x)
+        imputed = _imputed(call.served, call.x)
         if not call.body.sample:
-            return await answer(call, {"latents": mean, "std": std}, mean)
+            return await answer(call, {"latents": mean, "std": std, **imputed}, mean)
         seed = _seed(call.body.seed)
         latents = mean + std * self._noise.draw(seed, *mean.shape)[0]
-        return await answer(call, {"latents": latents, "std": std, "seed": seed}, latents)
+        return await answer(call, {"latents": latents, "std": std, "seed": seed, **imputed}, latents)
 
     async def decode(self, request: Request) -> Response:
         """Codes to rows."""
@@ -52,8 +53,9 @@ class Inference:
     async def reconstruct(self, request: Request) -> Response:
         """Rows through the code and back, and how much that changed them."""
         call = await self._read_rows(request, ReconstructBody, _pictures, "inputs")
-        outputs, errors = await run(self.service, call, operations.RECONSTRUCT, call.x)
-        return await answer(call, {"outputs": outputs, "errors": errors}, outputs)
+        outputs, errors = await run(self.service, call, operations.reconstruct(call.served.rows.gaps), call.x)
+        fields = {"outputs": outputs, "errors": errors, **_imputed(call.served, call.x)}
+        return await answer(call, fields, outputs)
 
     async def sample(self, request: Request) -> Response:
         """New rows from the prior. The same seed gives the same bytes, alone or in company."""
@@ -69,7 +71,8 @@ class Inference:
         latents = interpolate(start, end, call.body.steps, call.body.method)
         (outputs,) = await run(self.service, call, operations.DECODE, latents)
         columns = len(outputs) if len(outputs) <= WIDEST_STRIP else None
-        return await answer(call, {"latents": latents, "outputs": outputs}, outputs, columns)
+        imputed = _imputed(call.served, *(point.values for point in call.x if not point.is_code))
+        return await answer(call, {"latents": latents, "outputs": outputs, **imputed}, outputs, columns)
 
     async def anomaly(self, request: Request) -> Response:
         """Which rows are abnormal, how sure that is, and why."""
@@ -164,6 +167,12 @@ def _point(served: Served, end: End, pointer: str, careful: bool) -> _Point:
     if end.latent is not None:
         return _Point(served.latents.read_one(end.latent, f"{pointer}/latent", careful), True)
     return _Point(served.rows.read_one(end.input, f"{pointer}/input", careful), False)
+
+
+def _imputed(served: Served, *rows: Array) -> dict[str, int]:
+    """The field that says how many values of `rows`, each [N, D], were missing, where any was."""
+    count = sum(int(np.isnan(x).sum()) for x in rows) if served.rows.gaps else 0
+    return {"imputed": count} if count else {}
 
 
 def _seed(asked: int | None) -> int:

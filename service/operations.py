@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Outputs = tuple[Tensor, ...]  # each [B, ...]
@@ -44,6 +45,12 @@ def _reconstruct(module: Any, x: Tensor) -> Outputs:
     return x_hat, (x_hat - x).square().mean(dim=1)
 
 
+def _reconstruct_gaps(module: Any, x: Tensor) -> Outputs:
+    x_hat, there = module(x), ~x.isnan()  # [B, D], [B, D]
+    squares = torch.where(there, (x_hat - x).square(), 0.0)  # [B, D]
+    return x_hat, squares.sum(dim=1) / there.sum(dim=1)
+
+
 def _sample(module: Any, noise: Tensor, choice: Tensor) -> Outputs:
     z = module.draw(noise, choice)
     return z, module.decode(z)
@@ -57,10 +64,14 @@ def _anomaly(module: Any, x: Tensor, alpha: float) -> Outputs:
 
 ENCODE = Operation("encode", _encode)  # x [B, D] -> mean [B, K], std [B, K]
 DECODE = Operation("decode", _decode)  # z [B, K] -> x_hat [B, D]
-RECONSTRUCT = Operation("reconstruct", _reconstruct)  # x [B, D] -> x_hat [B, D], mean squared error [B]
 SAMPLE = Operation("sample", _sample, merges=False)  # noise [B, K], choice [B] -> z [B, K], x_hat [B, D]
 
 
 def anomaly(alpha: float) -> Operation:
     """x [B, D] -> score, p_value, severity, threshold, each [B]; parts [B, P]; contribution, expected, each [B, D]."""
     return Operation("anomaly", _anomaly, arguments=(alpha,))
+
+
+def reconstruct(gaps: bool) -> Operation:
+    """x [B, D] -> x_hat [B, D], mean squared error [B], with `gaps` of the values that are there."""
+    return Operation("reconstruct", _reconstruct_gaps if gaps else _reconstruct)

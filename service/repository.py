@@ -46,8 +46,9 @@ class Served:
     latents: RowFormat = field(init=False)
 
     def __post_init__(self) -> None:
-        features = [feature.name for feature in self.manifest.features]
-        object.__setattr__(self, "rows", RowFormat(self.manifest.shape, features))
+        features = self.manifest.features
+        names, optional = [feature.name for feature in features], [feature.missing > 0 for feature in features]
+        object.__setattr__(self, "rows", RowFormat(self.manifest.shape, names, optional))
         object.__setattr__(self, "latents", RowFormat([self.manifest.latents]))
 
     @property
@@ -214,7 +215,7 @@ def _warm(served: Served) -> None:
         for rows in WARM_ROWS * WARM_ROUNDS:
             x = torch.from_numpy(median.repeat(rows, axis=0)).to(served.device)
             z = [torch.from_numpy(array).to(served.device) for array in noise.draw(0, rows, manifest.latents)]
-            for operation in (operations.ENCODE, operations.RECONSTRUCT, operations.anomaly(0.05)):
+            for operation in (operations.ENCODE, operations.reconstruct(served.rows.gaps), operations.anomaly(0.05)):
                 operation.function(served.module, x, *operation.arguments)
             operations.SAMPLE.function(served.module, *z)
             (outputs,) = operations.DECODE.function(served.module, z[0])

@@ -10,19 +10,20 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from service.latents import SEEDS
 
 _NUMBERS = {"type": "array", "items": {"type": "number"}}
+_VALUES = {"type": "array", "items": {"type": ["number", "null"]}}
 _NESTED = {"type": "array", "items": {"type": "array", "items": {}}}
-_ROW = {"anyOf": [_NUMBERS, _NESTED], "description": "A flat list of D numbers, or nested lists of the model's shape"}
+_ROW = {
+    "anyOf": [_VALUES, _NESTED],
+    "description": "A flat list of D numbers, or nested lists of the model's shape; null where a value is missing, for "
+    "features that lacked some in training",
+}
+_RECORD = {"type": "object", "additionalProperties": {"type": ["number", "null"]}}
 
 Rows = Annotated[Any, WithJsonSchema({"type": "array", "minItems": 1, "items": _ROW})]
 Row = Annotated[Any, WithJsonSchema(_ROW)]
 Vectors = Annotated[Any, WithJsonSchema({"type": "array", "minItems": 1, "items": _NUMBERS})]
 Vector = Annotated[Any, WithJsonSchema(_NUMBERS)]
-Records = Annotated[
-    Any,
-    WithJsonSchema(
-        {"type": "array", "minItems": 1, "items": {"type": "object", "additionalProperties": {"type": "number"}}}
-    ),
-]
+Records = Annotated[Any, WithJsonSchema({"type": "array", "minItems": 1, "items": _RECORD})]
 Seed = Annotated[int, Field(ge=0, lt=SEEDS, description="whole number below 2^53: the same seed, the same numbers")]
 
 
@@ -82,7 +83,10 @@ class AnomalyBody(Body):
     """Rows to judge: either `inputs` or `records`."""
 
     inputs: Rows = Field(None, description="N rows in raw units")
-    records: Records = Field(None, description="N objects: a number for each feature name; others are ignored")
+    records: Records = Field(
+        None,
+        description="N objects: a number for each feature name, null or absent where it is missing; others are ignored",
+    )
     alpha: float = Field(0.05, gt=0.0, lt=1.0, description="the share of normal rows that may be called anomalous")
     fdr: float | None = Field(
         None, gt=0.0, lt=1.0,
@@ -90,6 +94,9 @@ class AnomalyBody(Body):
         "(Benjamini-Hochberg over this request)",
     )  # fmt: skip
     explain: int = Field(3, ge=0, description="how many features to name a row, those that contribute most")
+
+
+_IMPUTED = "how many values were missing in the rows sent, where any was: the training medians stood for them"
 
 
 class Answer(BaseModel):
@@ -105,6 +112,7 @@ class EncodeAnswer(Answer):
     latents: Vectors = Field(description="[N, K]")
     std: Vectors = Field(description="[N, K]: the posterior's standard deviation; zeros for an autoencoder")
     seed: int | None = Field(None, description="of the draw, where `sample` was true")
+    imputed: int | None = Field(None, description=_IMPUTED)
 
 
 class DecodeAnswer(Answer):
@@ -116,18 +124,21 @@ class DecodeAnswer(Answer):
 class ReconstructAnswer(DecodeAnswer):
     """Rows, and how far they are from those sent."""
 
-    errors: Vector = Field(description="[N]: mean squared error of a row, in raw units squared")
+    errors: Vector = Field(description="[N]: mean squared error of a row's present values, in raw units squared")
+    imputed: int | None = Field(None, description=_IMPUTED)
 
 
 class InterpolateAnswer(DecodeAnswer):
     """Rows and their codes."""
 
     latents: Vectors = Field(description="[N, K]")
+    imputed: int | None = Field(None, description=_IMPUTED)
 
 
-class SampleAnswer(InterpolateAnswer):
+class SampleAnswer(DecodeAnswer):
     """New rows, their codes, and the seed that gives them again."""
 
+    latents: Vectors = Field(description="[N, K]")
     seed: int = Field(description="send it to get the same samples again")
 
 
@@ -135,9 +146,11 @@ class FeatureReport(BaseModel):
     """Why a row is strange: one feature's part in it."""
 
     name: str
-    value: float = Field(description="what was sent, in raw units")
+    value: float | None = Field(description="what was sent, in raw units; null where it is missing")
     expected: float = Field(description="the model's reconstruction, in raw units")
-    contribution: float = Field(description="squared residual in the model's own units")
+    contribution: float = Field(
+        description="squared residual in the model's own units; of a missing value that of the median in its place"
+    )
 
 
 class Result(BaseModel):
@@ -150,6 +163,7 @@ class Result(BaseModel):
     is_anomaly: bool = Field(description="severity > 1, or what `fdr` decides over the request")
     parts: dict[str, float] = Field(description="the score's parts by name; they sum to it")
     features: list[FeatureReport] = Field(description="those that contribute most, the largest first")
+    imputed: list[str] | None = Field(None, description="the features whose value is missing, where any is")
 
 
 class RowProblem(BaseModel):
@@ -238,6 +252,7 @@ class FeatureInfo(BaseModel):
     median: float
     minimum: float
     maximum: float
+    missing: int = Field(description="training rows that lacked it; where there are none, it may not be missing")
 
 
 class ModelDetail(ModelSummary):

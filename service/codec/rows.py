@@ -3,6 +3,9 @@
 The fast path costs 15 ns a number: `struct` packs a row of Python floats straight into float32, refuses strings, null,
 lists, wrong counts and what overflows, and knows nothing of rows. Only when it refuses does a slow path look for why.
 It lets booleans (integers to Python) and NaN pass; callers say when the body may hold any, by `careful`.
+
+A missing value is null, in arrays NaN, and is read as NaN. Only features which lacked values in training may lack one,
+and no row may lack all.
 """
 
 import json
@@ -19,6 +22,7 @@ import numpy.typing as npt
 from service.errors import InvalidRows, escape
 
 Array = npt.NDArray[np.float32]
+GAPS = "a missing value is null (NaN in npy), for features of which GET /models/{name} says missing > 0"
 _REFUSED = (struct.error, TypeError, OverflowError)  # what packing a row raises
 
 
@@ -45,9 +49,10 @@ class RowFormat:
     Args:
         shape: of one row.
         names: of the D values, for `read_records`.
+        optional: whether each of the D values may be missing; by default none may.
     """
 
-    def __init__(self, shape: Sequence[int], names: Sequence[str] = ()) -> None:
+    def __init__(self, shape: Sequence[int], names: Sequence[str] = (), optional: Sequence[bool] = ()) -> None:
         self.shape = tuple(shape)
         self.width = math.prod(self.shape)
         self.names = tuple(names)
@@ -55,6 +60,9 @@ class RowFormat:
         if len(self.shape) > 1:
             self.expected += f", or lists nested {'x'.join(map(str, self.shape))}"
         self._names = frozenset(names)
+        self._optional = tuple(optional) or (False,) * self.width
+        self._required = [name for name, optional in zip(names, self._optional, strict=False) if not optional]
+        self.gaps = any(self._optional)  # whether a row may lack a value
         self._packer = struct.Struct(f"={self.width}f")
 
     def read(self, rows: Any, pointer: str, careful: bool) -> Array:
@@ -100,18 +108,19 @@ class RowFormat:
     def read_array(self, array: npt.NDArray[Any], pointer: str) -> Array:
         """An array of real numbers [N, D] or [N, *shape] as float32 [N, D]. Raises InvalidRows."""
         x = self._shaped(array, pointer)
-        bad = ~np.isfinite(x)
+        bad = self._bad(x)
         if bad.any():
-            raise self._not_finite(array, x, int(np.flatnonzero(bad.any(axis=1))[0]), pointer)
+            raise self._not_finite(array, bad, int(np.flatnonzero(bad.any(axis=1))[0]), pointer)
         return x
 
     def read_array_each(self, array: npt.NDArray[Any], pointer: str) -> Reading:
         """Like `read_array`, but a row that is not finite costs only itself."""
         x = self._shaped(array, pointer)
-        good = np.isfinite(x).all(axis=1)
+        bad = self._bad(x)
+        good = ~bad.any(axis=1)
         if good.all():
             return Reading(x, list(range(len(x))), [])
-        errors = [RowError(int(row), self._not_finite(array, x, int(row), pointer)) for row in np.flatnonzero(~good)]
+        errors = [RowError(int(row), self._not_finite(array, bad, int(row), pointer)) for row in np.flatnonzero(~good)]
         if len(errors) == len(x):
             raise errors[0].error
         return Reading(x[good], np.flatnonzero(good).tolist(), errors)
@@ -149,13 +158,15 @@ class RowFormat:
         try:
             return [record[name] for name in self.names]
         except KeyError:
-            missing = [name for name in self.names if name not in record]
+            missing = [name for name in self._required if name not in record]
+            if not missing:
+                return [record.get(name) for name in self.names]
             listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
             raise InvalidRows(
                 f"the record has no value for {listed}",
                 pointer=pointer,
-                expected=f"a number for each of {self.width} features",
-                got=f"{self.width - len(missing)} of them",
+                expected=f"a number for each of {len(self._required)} features",
+                got=f"{len(self._required) - len(missing)} of them",
                 hint="GET /models/{name} lists the features",
             ) from None
 
@@ -167,14 +178,24 @@ class RowFormat:
             self._packer.pack_into(buffer, at * self._packer.size, *row)
         except _REFUSED:
             values = self._values(row, pointer)
+            present = [value for value in values if value is not None] if self.gaps else values
+            if not present:
+                raise _empty(pointer) from None
             try:
-                self._packer.pack_into(buffer, at * self._packer.size, *values)
+                self._packer.pack_into(buffer, at * self._packer.size, *self._with_gaps(values))
             except _REFUSED:
                 raise self._first_bad(values, row, pointer, keys) from None
         else:
-            values = row
-        if careful and (bool in set(map(type, values)) or not all(map(math.isfinite, values))):
+            values = present = row
+        if careful and (bool in set(map(type, present)) or not all(map(math.isfinite, present))):
             raise self._first_bad(values, row, pointer, keys)
+
+    def _with_gaps(self, values: list[Any]) -> list[Any]:
+        """`values` with NaN for each null that may be there."""
+        if not self.gaps:
+            return values
+        pairs = zip(values, self._optional, strict=True)
+        return [math.nan if value is None and optional else value for value, optional in pairs]
 
     def _form(self, row: Any) -> tuple[int, ...]:
         nested = len(self.shape) > 1 and type(row) is list and bool(row) and type(row[0]) is list
@@ -191,17 +212,22 @@ class RowFormat:
         return values
 
     def _first_bad(self, values: list[Any], row: Any, pointer: str, keys: Sequence[str]) -> InvalidRows:
-        index = next(i for i, value in enumerate(values) if not _is_float32(value))
+        index = next(i for i, v in enumerate(values) if not (_is_float32(v) or (v is None and self._optional[i])))
         place = escape(keys[index]) if keys else "/".join(map(str, np.unravel_index(index, self._form(row))))
         value = values[index]
         if type(value) in (int, float):
-            return _no_float32(f"{pointer}/{place}", value)
+            return _no_float32(f"{pointer}/{place}", value, self._hint(value))
         return InvalidRows(
             f"expected a number, got {describe(value)}",
             pointer=f"{pointer}/{place}",
             expected="a finite number",
             got=describe(value),
+            hint=self._hint(value),
         )
+
+    def _hint(self, value: Any) -> str | None:
+        """What to do about `value` if it seems to stand for a missing one. Codes, which have no names, lack none."""
+        return GAPS if self.names and (value is None or value != value) else None
 
     def _refuse_single_row(self, rows: Any, pointer: str) -> None:
         """Raise if `rows` is itself one row: a mistake that deserves its own hint."""
@@ -231,11 +257,24 @@ class RowFormat:
             x = array.reshape(len(array), self.width).astype(np.float32, order="C", copy=False)
         return x if x.flags.writeable else x.copy()  # torch shares memory with writeable arrays only
 
-    def _not_finite(self, array: npt.NDArray[Any], x: Array, row: int, pointer: str) -> InvalidRows:
-        index = int(np.flatnonzero(~np.isfinite(x[row]))[0])
-        value = array.reshape(len(x), self.width)[row, index]
+    def _bad(self, x: Array) -> npt.NDArray[np.bool_]:
+        """Which values of rows x [N, D] are neither finite nor rightly missing: [N, D], whole rows that lack all."""
+        bad = ~np.isfinite(x)
+        if self.gaps and bad.any():
+            missing = np.isnan(x)
+            bad &= ~(missing & np.array(self._optional))
+            bad[missing.all(axis=1)] = True
+        return bad
+
+    def _not_finite(self, array: npt.NDArray[Any], bad: npt.NDArray[np.bool_], row: int, pointer: str) -> InvalidRows:
+        """Why row number `row` is refused, given which values are `bad` [N, D]."""
+        values = array.reshape(bad.shape)[row]
+        if self.gaps and np.isnan(values).all():
+            return _empty(f"{pointer}/{row}")
+        index = int(np.flatnonzero(bad[row])[0])
         place = "/".join(map(str, np.unravel_index(index, array.shape[1:])))
-        return _no_float32(f"{pointer}/{row}/{place}", float(value))
+        value = float(values[index])
+        return _no_float32(f"{pointer}/{row}/{place}", value, self._hint(value))
 
 
 def describe(value: Any) -> str:
@@ -276,10 +315,14 @@ def _is_float32(value: Any) -> bool:
     return math.isfinite(value)
 
 
-def _no_float32(pointer: str, value: float) -> InvalidRows:
+def _empty(pointer: str) -> InvalidRows:
+    return InvalidRows("every value of the row is missing", pointer=pointer, expected="at least one number", got="none")
+
+
+def _no_float32(pointer: str, value: float, hint: str | None) -> InvalidRows:
     if isinstance(value, int) or math.isfinite(value):
         got = f"{value:.3g}" if abs(value) < 1e308 else "a number beyond 1e308"
         return InvalidRows(
             f"{got} overflows float32", pointer=pointer, expected="a number within +-3.4028235e38", got=got
         )
-    return InvalidRows(f"{value} is no number", pointer=pointer, expected="a finite number", got=str(value))
+    return InvalidRows(f"{value} is no number", pointer=pointer, expected="a finite number", got=str(value), hint=hint)

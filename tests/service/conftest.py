@@ -12,10 +12,12 @@ from fastapi import FastAPI
 from models.artifact import Artifact, load
 from service.app import create_app
 from service.settings import Settings
+from tests.data import values
 from tests.service.running import running
 from tests.training.reporters import Silent
 from training.config import KINDS, TrainConfig
 from training.data import Table, read
+from training.rows import Rows
 from training.train import train
 
 HOST_NAMES = ["cpu", "memory/used", "disk~io", "load"]
@@ -26,7 +28,16 @@ def host_table() -> Table:
     rng = np.random.default_rng(5)
     base = rng.normal(size=(400, 2))
     x = np.column_stack((base[:, 0], 100 + 20 * base[:, 1], base[:, 0] + base[:, 1], 3 * rng.normal(size=400)))
-    return Table(x.astype(np.float32), (4,), HOST_NAMES, ["%", "MB", None, None], None, None, "made up", [])
+    return Table(
+        Rows(x.astype(np.float32)),
+        (4,),
+        HOST_NAMES,
+        ["%", "MB", None, None],
+        None,
+        None,
+        "made up",
+        missing=np.zeros(4, np.int64),
+    )
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +54,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def digits() -> np.ndarray:
     """The digits, float32 [1797, 64] in [0, 1]."""
-    return read("digits").x
+    return values(read("digits"))
 
 
 @pytest.fixture(scope="session")

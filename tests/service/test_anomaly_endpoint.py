@@ -87,7 +87,7 @@ def test_as_many_features_are_named_as_asked_and_there_are(client: httpx.Client,
 
 
 def test_records_score_like_the_same_rows(client: httpx.Client) -> None:
-    rows = host_table().x[:20]
+    rows = host_table().x.span(0, 20)
     records: list[dict[str, Any]] = [dict(zip(HOST_NAMES, map(float, row), strict=True)) for row in rows]
     backwards = [dict(reversed(record.items())) | {"host": "a", "time": 12} for record in records]
     by_row = post(client, {"inputs": rows.astype(float).tolist()}, params={"model": "hosts"})

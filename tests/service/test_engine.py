@@ -12,8 +12,10 @@ import torch
 from models.artifact import Artifact
 from service.engine import Engine
 from service.errors import NotReady, Overloaded
-from service.operations import ENCODE, RECONSTRUCT, SAMPLE, Operation
+from service.operations import ENCODE, SAMPLE, Operation, reconstruct
 from tests.service.gate import Gate
+
+RECONSTRUCT = reconstruct(gaps=False)
 
 Batches = list[tuple[str, int]]
 

@@ -1,0 +1,114 @@
+"""A model of colour pictures, made of convolutions, through the whole service."""
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.calibration import Calibration
+from models.likelihood import BernoulliLikelihood
+from models.networks import conv_decoder, conv_encoder
+from models.pipeline import Pipeline
+from models.prior import gaussian_prior
+from models.scaling import Scaling
+from models.vae import VAE
+from service.app import create_app
+from service.settings import Settings
+from tests.service.published import publish
+from tests.service.running import running
+
+SHAPE, K = (6, 5, 3), 4
+D = 6 * 5 * 3
+
+
+def pipeline() -> Pipeline:
+    torch.manual_seed(0)
+    networks = conv_encoder(SHAPE, (4, 6), 2 * K), conv_decoder(SHAPE, (4, 6), K)
+    scaling = Scaling(torch.zeros(D), torch.full((D,), 255.0))
+    model = Pipeline(
+        scaling, VAE(*networks, BernoulliLikelihood()), gaussian_prior(torch.ones(K)), Calibration(torch.rand(99))
+    )
+    return model.eval().requires_grad_(False)
+
+
+def pictures() -> np.ndarray:
+    """[7, 6, 5, 3] from 0 to 255, each channel of its own mean."""
+    bright = np.random.default_rng(0).random((7, *SHAPE)) * [250, 120, 30]
+    return bright.astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    root, x = tmp_path_factory.mktemp("artifacts"), torch.from_numpy(pictures().reshape(7, D))
+    names = [f"pixel[{','.join(map(str, index))}]" for index in np.ndindex(SHAPE)]
+    publish(root, "colours", pipeline(), x, names, SHAPE, (0.0, 255.0))
+    with running(create_app(Settings(artifacts=root))) as client:
+        yield client
+
+
+def post(client: httpx.Client, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    response = client.post(path, json=body)
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def test_nested_flat_and_npy_rows_mean_the_same_picture(client: httpx.Client) -> None:
+    x = pictures()
+    nested = post(client, "/encode", {"inputs": x.astype(float).tolist()})
+    assert post(client, "/encode", {"inputs": x.reshape(7, D).astype(float).tolist()}) == nested
+    file = io.BytesIO()
+    np.save(file, x)
+    response = client.post("/encode", content=file.getvalue(), headers={"content-type": "application/x-npy"})
+    assert response.json() == nested
+    mean, _ = pipeline().encode(torch.from_numpy(x.reshape(7, D)))
+    np.testing.assert_allclose(nested["latents"], mean, atol=1e-5)
+
+
+def test_a_wrong_value_is_found_by_line_column_and_colour(client: httpx.Client) -> None:
+    rows: list[Any] = pictures()[:2].astype(float).tolist()
+    rows[1][4][2][1] = None
+    assert client.post("/encode", json={"inputs": rows}).json()["pointer"] == "/inputs/1/4/2/1"
+
+
+def test_features_are_named_by_line_column_and_colour(client: httpx.Client) -> None:
+    x = pictures()[:1]
+    result = post(client, "/anomaly", {"inputs": x.astype(float).tolist(), "explain": D})["results"][0]
+    value = {feature["name"]: feature["value"] for feature in result["features"]}
+    assert value["pixel[4,2,1]"] == pytest.approx(float(x[0, 4, 2, 1]))
+
+
+def test_the_picture_shows_the_colours_of_the_outputs(client: httpx.Client) -> None:
+    body = {"inputs": pictures()[:1].astype(float).tolist()}
+    outputs = np.array(post(client, "/reconstruct", body)["outputs"]).reshape(SHAPE)
+    response = client.post("/reconstruct", json=body, headers={"accept": "image/png"})
+    image = Image.open(io.BytesIO(response.content))
+    assert image.mode == "RGB"
+    scale = image.size[1] // SHAPE[0]
+    shown = np.asarray(image)[scale // 2 :: scale, scale // 2 :: scale]
+    assert shown.shape == SHAPE
+    np.testing.assert_allclose(shown, outputs, atol=0.51)
+
+
+def test_samples_come_as_a_grid_in_colour(client: httpx.Client) -> None:
+    response = client.post("/sample?n=4", headers={"accept": "image/png"})
+    image = Image.open(io.BytesIO(response.content))
+    assert image.mode == "RGB"
+    tile = (image.size[0] + 2) // 2, (image.size[1] + 2) // 2
+    scale = (tile[1] - 2) // SHAPE[0]
+    assert tile == (SHAPE[1] * scale + 2, SHAPE[0] * scale + 2)
+    told = client.get("/models/colours").json()
+    assert (told["shape"], told["pictures"]) == ([6, 5, 3], True)
+
+
+def test_interpolation_and_decoding_answer_whole_pictures(client: httpx.Client) -> None:
+    x = pictures().astype(float).tolist()
+    answer = post(client, "/interpolate", {"start": {"input": x[0]}, "end": {"input": x[1]}, "steps": 3})
+    assert np.shape(answer["outputs"]) == (3, D)
+    decoded = post(client, "/decode", {"latents": answer["latents"]})["outputs"]
+    np.testing.assert_allclose(decoded, answer["outputs"], rtol=1e-5)
