@@ -1,39 +1,36 @@
-"""A published model applied to a table: how well it does on all rows, and what it says of each."""
+"""A published model applied to a whole table: how well it reconstructs, explains and ranks."""
 
-import csv
-import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import orjson
 import torch
+from torch import Tensor
 
 from models.artifact import Artifact
-from training.data import DataError, Table
+from training.data import Table
+from training.describe import against_pca
+from training.evaluate import (
+    ACTIVE_VARIANCE,
+    BOUND_BATCH,
+    BOUND_DRAWS,
+    BOUND_ROWS,
+    bits_per_dimension,
+    importance_weighted,
+)
+from training.progress import Patience
+from training.rows import Floats
+from training.score import batches, refuse_overflow
 
 ALPHAS = (0.1, 0.05, 0.01)
-BATCH = 1024  # rows that go through the model at once
-
-Floats = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Verdicts:
-    """What a model says of B rows at one alpha."""
-
-    score: Floats  # [B]
-    p_value: Floats  # [B]
-    severity: Floats  # [B], > 1 exactly where a row is anomalous
-    parts: Floats  # [B, P]
-    contribution: Floats  # [B, D]
-    expected: Floats  # [B, D], raw units
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a model does on a table. Errors are mean squared errors a feature, in raw units squared."""
+    """How a model does on a table. Errors are mean squared errors a value that is there, in raw units squared."""
 
     model: str  # name@version
     source: str
@@ -45,41 +42,118 @@ class Evaluation:
     detection_rates: dict[str, float] | None  # by alpha: the share of the rows labelled 1 that is flagged
     auroc: float | None
     average_precision: float | None
+    elbo: float | None  # nats a row, in model units; these five are None where the model has no density
+    log_likelihood: float | None  # importance-weighted by `draws`; exact for PCA
+    log_likelihood_se: float | None  # standard error over rows
+    bits_per_dimension: float | None  # raw units
+    draws: int | None
+    active_latents: int | None  # vae: latents that carry information about these rows
+    latents: int
+    held_out: dict[str, float]  # what the manifest says of the rows that were held out at training
+    comparison: dict[str, dict[str, float]]  # by kind: what others reached on those rows
     seen: bool  # whether these are the very rows that the model was trained, held out and calibrated on
 
 
-def evaluate(artifact: Artifact, table: Table) -> Evaluation:
-    """Judge `artifact` on `table`. Labels count if they are 0 (normal) and 1 (anomalous), both present."""
-    scores, errors = _scores_and_errors(artifact, table.x)
-    _refuse_overflow(scores, 0, table.source)
-    medians = np.array([feature.median for feature in artifact.manifest.features])
+class _Sums:
+    """What one pass over the rows adds up, in float64."""
+
+    def __init__(self, medians: npt.NDArray[np.float64], latents: int) -> None:
+        self.scores: list[Floats] = []
+        self._medians = medians  # [D]
+        self._values = self._squares = self._median_squares = 0.0
+        self._code, self._code_squares = np.zeros(latents), np.zeros(latents)  # [K], [K]
+
+    def add(self, rows: Floats, score: Floats, code: Floats, x_hat: Floats) -> None:
+        """Rows [B, D], their scores [B], codes [B, K] and reconstructions [B, D]."""
+        there = ~np.isnan(rows)
+        self.scores.append(score)
+        self._values += float(there.sum())
+        self._squares += float(np.square((rows - x_hat)[there], dtype=np.float64).sum())
+        self._median_squares += float(np.square((rows - self._medians)[there]).sum())
+        self._code += code.sum(axis=0, dtype=np.float64)
+        self._code_squares += np.square(code, dtype=np.float64).sum(axis=0)
+
+    def errors(self) -> tuple[float, float]:
+        """Mean squared errors a value: the model's, and that of predicting the medians."""
+        return self._squares / max(self._values, 1), self._median_squares / max(self._values, 1)
+
+    def active(self, rows: int) -> int:
+        """Latents whose posterior mean varies."""
+        return int((self._code_squares / rows - np.square(self._code / rows) > ACTIVE_VARIANCE).sum())
+
+
+def evaluate(artifact: Artifact, table: Table, draws: int = BOUND_DRAWS) -> Evaluation:
+    """Judge `artifact` on `table`. Labels count if they are 0 (normal) and 1 (anomalous), both present.
+
+    Args:
+        draws: of the importance-weighted bound, which is taken on at most BOUND_ROWS rows, spread over the table.
+    """
+    sums = _sums(artifact, table)
+    scores, (error, median_error) = np.concatenate(sums.scores), sums.errors()
     labels = table.labels if table.labels is not None and set(np.unique(table.labels)) == {0, 1} else None
     normal = np.ones(len(scores), bool) if labels is None else labels == 0
     flagged = {str(alpha): _flagged(artifact, scores, alpha) for alpha in ALPHAS}
     auroc, precision = (None, None) if labels is None else _ranking(labels, scores)
+    manifest = artifact.manifest
     return Evaluation(
-        model=f"{artifact.manifest.name}@{artifact.path.parent.name}",
+        model=f"{manifest.name}@{artifact.path.parent.name}",
         source=table.source,
         rows=len(table.x),
-        reconstruction_error=float(errors.mean()),
-        median_error=float(np.square(table.x - medians).mean()),
+        reconstruction_error=error,
+        median_error=median_error,
         mean_score=float(scores.mean(dtype=np.float64)),
         alarm_rates={alpha: float(rows[normal].mean()) for alpha, rows in flagged.items()},
         detection_rates=None if labels is None else {a: float(rows[~normal].mean()) for a, rows in flagged.items()},
         auroc=auroc,
         average_precision=precision,
-        seen=table.fingerprint == artifact.manifest.data.fingerprint,
+        **_density(artifact, table, draws),
+        active_latents=sums.active(len(scores)) if manifest.kind == "vae" else None,
+        latents=manifest.latents,
+        held_out=manifest.metrics,
+        comparison=manifest.comparison,
+        seen=table.fingerprint == manifest.data.fingerprint,
     )
 
 
-def _scores_and_errors(artifact: Artifact, x: Floats) -> tuple[Floats, npt.NDArray[np.float64]]:
-    """score [N] and the mean squared error of each row [N]."""
-    scores, errors = [], []
+def _sums(artifact: Artifact, table: Table) -> _Sums:
+    manifest = artifact.manifest
+    sums = _Sums(np.array([feature.median for feature in manifest.features]), manifest.latents)
+    progress = Patience(f"evaluating {table.source}", len(table.x))
     with torch.inference_mode():
-        for rows in torch.from_numpy(x).to(artifact.device).split(BATCH):
-            scores.append(artifact.module.score(rows)[0].cpu().numpy())
-            errors.append((rows - artifact.module(rows)).double().square().mean(dim=1).cpu().numpy())
-    return np.concatenate(scores), np.concatenate(errors)
+        for first, rows in batches(table):
+            x = torch.from_numpy(rows).to(artifact.device)
+            score = artifact.module.score(x)[0].cpu().numpy()
+            refuse_overflow(score, first, table.source)
+            code = artifact.module.encode(x)[0]
+            sums.add(rows, score, code.cpu().numpy(), artifact.module.decode(code).cpu().numpy())
+            progress.advance(len(rows))
+    return sums
+
+
+def _density(artifact: Artifact, table: Table, draws: int) -> dict[str, Any]:
+    """The fields of Evaluation that need a density. An older artifact cannot tell its own either."""
+    manifest = artifact.manifest
+    log_weight = getattr(artifact.module, "log_weight", None)
+    if log_weight is None or manifest.kind == "ae":
+        return dict.fromkeys(("elbo", "log_likelihood", "log_likelihood_se", "bits_per_dimension", "draws"))
+    draws = 1 if manifest.kind == "pca" else draws  # PCA's posterior is exact: every draw has the same weight
+    chosen = np.random.RandomState(0).permutation(len(table.x))[:BOUND_ROWS]
+    rows = torch.from_numpy(table.x.take(np.sort(chosen))).to(artifact.device)
+    progress = Patience(f"{draws} draws a row", draws * -(-len(rows) // BOUND_BATCH))
+
+    def counted(x: Tensor, noise: Tensor) -> Tensor:
+        progress.advance(1)
+        weight: Tensor = log_weight(x, noise)  # [B]
+        return weight
+
+    bound = importance_weighted(counted, rows, manifest.latents, draws)
+    return {
+        "elbo": bound.elbo,
+        "log_likelihood": bound.mean,
+        "log_likelihood_se": bound.standard_error,
+        "bits_per_dimension": bits_per_dimension(bound.mean, manifest.log_scale, manifest.width),
+        "draws": draws,
+    }
 
 
 def _flagged(artifact: Artifact, scores: Floats, alpha: float) -> npt.NDArray[np.bool_]:
@@ -95,114 +169,45 @@ def _ranking(labels: npt.NDArray[np.int64], scores: Floats) -> tuple[float, floa
     return float(roc_auc_score(labels, scores)), float(average_precision_score(labels, scores))
 
 
-def judge(artifact: Artifact, x: Floats, alpha: float) -> Verdicts:
-    """What `artifact` says of rows x [B, D] at `alpha`."""
-    with torch.inference_mode():
-        score, parts, contribution, expected = artifact.module.score(torch.from_numpy(x).to(artifact.device))
-        answers = (
-            score,
-            artifact.module.p_value(score),
-            artifact.module.severity(score, alpha),
-            parts,
-            contribution,
-            expected,
-        )
-    return Verdicts(*(answer.cpu().numpy() for answer in answers))
-
-
-def ndjson(artifact: Artifact, table: Table, alpha: float, explain: int) -> Iterator[str]:
-    """One JSON object a row, in batches of lines: the fields of an HTTP answer of /anomaly."""
-    for first, rows, verdicts, top in _batches(artifact, table, alpha, explain):
-        lines = [
-            orjson.dumps(
-                {
-                    "row": first + i,
-                    "score": verdicts.score[i],
-                    "p_value": verdicts.p_value[i],
-                    "severity": verdicts.severity[i],
-                    "is_anomaly": bool(verdicts.severity[i] > 1),
-                    "parts": dict(zip(artifact.manifest.parts, verdicts.parts[i], strict=True)),
-                    "features": [
-                        {
-                            "name": table.names[j],
-                            "value": rows[i, j],
-                            "expected": verdicts.expected[i, j],
-                            "contribution": verdicts.contribution[i, j],
-                        }
-                        for j in top[i]
-                    ],
-                },
-                option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE,
-            )
-            for i in range(len(rows))
-        ]
-        yield b"".join(lines).decode()
-
-
-def csv_lines(artifact: Artifact, table: Table, alpha: float, explain: int) -> Iterator[str]:
-    """A header, then one line a row, in batches: the features that contribute most in columns of their own."""
-    explained = range(1, min(explain, len(table.names)) + 1)
-    columns = [f"{column}_{k}" for k in explained for column in ("feature", "value", "expected", "contribution")]
-    yield _csv([["row", "score", "p_value", "severity", "is_anomaly", *columns]])
-    for first, rows, verdicts, top in _batches(artifact, table, alpha, explain):
-        yield _csv(
-            [
-                first + i,
-                verdicts.score[i],
-                verdicts.p_value[i],
-                verdicts.severity[i],
-                int(verdicts.severity[i] > 1),
-                *(
-                    cell
-                    for j in top[i]
-                    for cell in (table.names[j], rows[i, j], verdicts.expected[i, j], verdicts.contribution[i, j])
-                ),
-            ]
-            for i in range(len(rows))
-        )
-
-
-def _csv(lines: Sequence[Sequence[object]] | Iterator[Sequence[object]]) -> str:
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows([str(cell) for cell in line] for line in lines)
-    return buffer.getvalue()
-
-
-def _batches(
-    artifact: Artifact, table: Table, alpha: float, explain: int
-) -> Iterator[tuple[int, Floats, Verdicts, npt.NDArray[np.intp]]]:
-    """The first row's number, the rows, the verdicts, and the features [B, explain] that contribute most, per batch."""
-    for first in range(0, len(table.x), BATCH):
-        rows = table.x[first : first + BATCH]
-        verdicts = judge(artifact, rows, alpha)
-        _refuse_overflow(verdicts.score, first, table.source)
-        yield first, rows, verdicts, np.argsort(-verdicts.contribution, axis=1, kind="stable")[:, :explain]
-
-
-def _refuse_overflow(scores: Floats, first: int, source: str) -> None:
-    if not np.isfinite(scores).all():
-        row = first + int(np.argmin(np.isfinite(scores)))
-        raise DataError(f"{source}: row {row} overflows in the model: expected values near those it was trained on")
-
-
 def evaluation_text(evaluation: Evaluation) -> str:
     """`evaluation` in a few lines for a person."""
-    flagged = "flagged" if evaluation.detection_rates is None else "false alarms"
+    title = f"{evaluation.model} on {evaluation.source}: {evaluation.rows:,} rows"
+    lines = [*_quality(evaluation), *_density_lines(evaluation), *_alarms(evaluation)]
+    return "\n".join(
+        [title + (", the ones that it was trained on" if evaluation.seen else "")]
+        + [f"{label:<21}  {text}" for label, text in lines]
+    )
+
+
+def _quality(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
+    yield "reconstruction error", f"{evaluation.reconstruction_error:.6g}  (mean square a value, raw units)"
+    yield "predicting the median", f"{evaluation.median_error:.6g}"
+    if verdict := against_pca(evaluation.held_out):
+        yield "beats PCA", f"{verdict} (rows held out at training)"
+
+
+def _density_lines(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
+    if evaluation.log_likelihood is None or evaluation.draws is None:
+        return
+    how = "exact" if evaluation.draws == 1 else f"importance-weighted, {evaluation.draws} draws"
+    if evaluation.active_latents is not None:
+        yield "ELBO", f"{evaluation.elbo:.6g} nats a row"
+    spread = f"{evaluation.log_likelihood:.6g} ± {evaluation.log_likelihood_se:.2g}"
+    yield "log-likelihood", f"{spread} nats a row ({how})"
+    yield "bits per dimension", f"{evaluation.bits_per_dimension:.4g}"
+    if evaluation.active_latents is not None:
+        yield "active latents", f"{evaluation.active_latents} of {evaluation.latents}"
+
+
+def _alarms(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
+    yield "mean score", f"{evaluation.mean_score:.6g}"
     alarms = "  ".join(f"{rate:.4f} at {alpha}" for alpha, rate in evaluation.alarm_rates.items())
-    lines = [
-        f"{evaluation.model} on {evaluation.source}: {evaluation.rows:,} rows"
-        + (", the ones that it was trained on" if evaluation.seen else ""),
-        f"reconstruction error   {evaluation.reconstruction_error:.6g}  (mean square a feature, raw units)",
-        f"predicting the median  {evaluation.median_error:.6g}",
-        f"mean score             {evaluation.mean_score:.6g}",
-        f"{flagged:<21}  {alarms}",
-    ]
+    yield ("flagged" if evaluation.detection_rates is None else "false alarms"), alarms
     if evaluation.detection_rates is not None:
         found = "  ".join(f"{rate:.4f} at {alpha}" for alpha, rate in evaluation.detection_rates.items())
-        lines.append(f"anomalies found        {found}")
-        lines.append(f"AUROC                  {evaluation.auroc:.4f}")
-        lines.append(f"average precision      {evaluation.average_precision:.4f}")
-    return "\n".join(lines)
+        yield "anomalies found", found
+        yield "AUROC", f"{evaluation.auroc:.4f}"
+        yield "average precision", f"{evaluation.average_precision:.4f}"
 
 
 def evaluation_json(evaluation: Evaluation) -> str:

@@ -23,15 +23,38 @@ def _facts(manifest: Manifest, path: Path) -> Iterator[tuple[str, str]]:
     yield "file", f"{path}, {path.stat().st_size / 1e6:.2f} MB, written {manifest.created}"
     yield "seal", "intact: the SHA-256 of the file is the one that it was published with"
     yield "row", _row(manifest)
-    yield "code", f"{manifest.latents} latents"
+    told = manifest.latent_report and manifest.kind != "pca"  # whose latents all live
+    yield "code", f"{manifest.latents} latents" + (f", {latents_phrase(manifest)}" if told else "")
     yield "data", f"{data.source}: {data.rows:,} rows, SHA-256 {data.fingerprint[:12]}"
     yield "split", f"{data.fit:,} fit, {data.held_out:,} held out, {data.calibration:,} calibration"
     yield "training", _joined(manifest.training)
     for index, (name, value) in enumerate(manifest.metrics.items()):
         yield "" if index else "held out", f"{name} {value:.6g}"
+    if "kl" in manifest.metrics:
+        rate, distortion = manifest.metrics["kl"], -manifest.metrics["reconstruction"]
+        yield "ELBO", f"-(distortion {distortion:.4g} + rate {rate:.4g}) nats a row"
+    if verdict := against_pca(manifest.metrics):
+        yield "beats PCA", f"with as many latents: {verdict}"
     yield "score", f"{' + '.join(manifest.parts)}, calibrated on {calibration.rows:,} rows"
     yield "p-value", f"at least {calibration.floor:.3g}: below that alpha the tail is extrapolated"
     yield "versions", _joined(manifest.versions)
+
+
+def against_pca(metrics: dict[str, float]) -> str | None:
+    """Whether the model reconstructs held-out rows better than PCA with as many latents; None if nobody compared."""
+    error, rival = metrics.get("reconstruction_error"), metrics.get("pca_error")
+    if error is None or rival is None:
+        return None
+    return f"{'yes' if error < rival else 'NO'}, {error:.3g} against {rival:.3g}"
+
+
+def latents_phrase(manifest: Manifest) -> str:
+    """`14 of 16 active, each 0.52 to 2.31 nats`: what the latents carry."""
+    report = manifest.latent_report
+    active = [latent for latent in report if latent.active]
+    text = f"{len(active)} of {len(report)} active"
+    nats = [latent.kl for latent in active if latent.kl is not None]
+    return f"{text}, each {min(nats):.3g} to {max(nats):.3g} nats" if nats else text
 
 
 def _row(manifest: Manifest) -> str:

@@ -45,6 +45,22 @@ def loss_phrase(terms: Mapping[str, float]) -> str:
     return phrase(terms) + (" nats" if "elbo" in terms else "")
 
 
+class Muted:
+    """Says nothing: of processes that train together, one speaks."""
+
+    def start(self, title: str, total_steps: int) -> None:
+        """Nothing."""
+
+    def epoch(self, epoch: int, step: int, terms: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def note(self, message: str) -> None:
+        """Nothing."""
+
+    def done(self, summary: Mapping[str, float]) -> None:
+        """Nothing."""
+
+
 class Plain:
     """About LINES lines a run on standard error, each flushed."""
 
@@ -123,3 +139,28 @@ class Live:
         if self._display is not None:
             self._display.stop()
             self._display = None
+
+
+class Patience:
+    """A word on standard error now and then, for work that turns out to take long: nothing within the first seconds.
+
+    Args:
+        title: what is done.
+        total: of what `advance` counts.
+        seconds: before the first word and between two.
+    """
+
+    def __init__(self, title: str, total: int, seconds: float = 10.0) -> None:
+        self._title, self._total, self._seconds = title, total, seconds
+        self._done = 0
+        self._began = self._told = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        """`count` more are done."""
+        self._done += count
+        now = time.monotonic()
+        if now - self._told >= self._seconds and self._done < self._total:
+            self._told = now
+            left = (now - self._began) * (self._total - self._done) / self._done
+            share = 100 * self._done // self._total
+            print(f"{self._title}: {share} %, {left:.0f} s left", file=sys.stderr, flush=True)

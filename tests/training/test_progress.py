@@ -132,3 +132,18 @@ report.done({})
     first, last = through_pipe(code).stderr.splitlines()
     assert first == "training pca (pca)"
     assert re.fullmatch(r"trained in \d+\.\d s *", last)
+
+
+def test_long_work_says_how_far_it_is_and_short_work_nothing() -> None:
+    code = """
+import time
+from training.progress import Patience
+quick, slow = Patience("quick", 3), Patience("evaluating a.csv", 4, seconds=0.01)
+for _ in range(4):
+    time.sleep(0.02)
+    quick.advance(1)
+    slow.advance(1)
+"""
+    lines = through_pipe(code).stderr.splitlines()
+    assert [line.split(" %")[0] for line in lines] == [f"evaluating a.csv: {share}" for share in (25, 50, 75)]
+    assert all(re.fullmatch(r".* %, \d+ s left", line) for line in lines)
