@@ -23,6 +23,11 @@ def save(folder: Path, state: dict[str, Any]) -> None:
     partial.replace(folder / FILE_NAME)
 
 
+def exists(folder: Path) -> bool:
+    """Whether a run left its state in `folder`."""
+    return (folder / FILE_NAME).is_file()
+
+
 def load(folder: Path, identity: str) -> dict[str, Any]:
     """The state that was saved for the run `identity`. Nothing in the file is executed.
 
@@ -45,3 +50,5 @@ def remove(folder: Path) -> None:
     """Forget the run: it has been published, so a file that cannot be removed does no harm."""
     with suppress(OSError):
         (folder / FILE_NAME).unlink()
+    with suppress(OSError):
+        folder.rmdir()  # if nothing else is in it

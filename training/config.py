@@ -8,6 +8,7 @@ from models.manifest import NAME
 
 Kind = Literal["pca", "ae", "vae"]
 KINDS: tuple[Kind, ...] = ("pca", "ae", "vae")
+WIDTHS = {"mlp": (256, 128), "conv": (32, 64)}  # where --hidden is not given
 
 
 class TrainConfig(BaseModel):
@@ -15,7 +16,10 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: Kind = Field(description="pca (exact, closed form), ae (autoencoder) or vae (variational autoencoder)")
+    model: Literal["pca", "ae", "vae", "auto"] = Field(
+        description="pca (exact, closed form), ae (autoencoder), vae (variational autoencoder), or auto: all three, of "
+        "which the one is published that does best on held-out rows"
+    )
     name: str = Field(pattern=f"^{NAME.pattern}$", description="what the artifact is published and served as")
     seed: int = Field(0, ge=0, lt=2**32, description="of the split, the initial weights, the shuffling and the noise")
     latents: int | None = Field(
@@ -23,9 +27,15 @@ class TrainConfig(BaseModel):
         ge=1,
         description="dimension of the code; by default 16, or half of the features if fewer than 32",
     )
-    hidden: tuple[int, ...] = Field(
-        (256, 128), description="hidden widths of the encoder, mirrored by the decoder; none makes both linear"
+    network: Literal["mlp", "conv"] = Field(
+        "mlp", description="what encoder and decoder are: a multilayer perceptron, or convolutions (for images)"
     )
+    hidden: tuple[int, ...] | None = Field(
+        None,
+        description="hidden widths of the encoder (of conv: channels, each stage halving the picture), mirrored by the "
+        "decoder; none makes both linear; by default 256,128 for mlp and 32,64 for conv",
+    )
+    activation: Literal["silu", "relu", "tanh"] = Field("silu", description="between the layers")
     epochs: int | None = Field(None, ge=1, description="by default as many as make about 3,000 steps, from 10 to 400")
     batch_size: int = Field(128, ge=1, description="rows a step")
     learning_rate: float = Field(1e-3, gt=0, description="the peak of the one-cycle schedule")
@@ -41,11 +51,19 @@ class TrainConfig(BaseModel):
     )
     masking: float = Field(0.0, ge=0, lt=1, description="denoising (ae): share of the inputs that are set to 0")
     beta: float = Field(1.0, ge=0, description="weight of the KL term (vae)")
-    warm_up: int = Field(0, ge=0, description="steps in which the weight of the KL term rises from 0 to beta (vae)")
+    warm_up: int = Field(
+        0,
+        ge=0,
+        description="steps in which the weight of the KL term rises from 0 to beta; with more than 1 draw a row, steps "
+        "that make do with 1 (vae)",
+    )
     free_bits: float = Field(0.0, ge=0, description="nats of KL a latent that cost nothing (vae)")
     samples: int = Field(1, ge=1, description="draws a row; more than 1 makes the bound importance-weighted (vae)")
     likelihood: Literal["gaussian", "bernoulli"] = Field(
         "gaussian", description="p(x|z) (vae): gaussian with a learned variance, or bernoulli for values in [0, 1]"
+    )
+    binarise: bool = Field(
+        False, description="draw every value anew each time, 1 with itself as the probability, else 0 (bernoulli)"
     )
     variance: Literal["learned", "feature", "optimal"] | float = Field(
         "learned",
@@ -57,4 +75,19 @@ class TrainConfig(BaseModel):
         description="preprocessing: mean 0 and variance 1 a feature, or the range to [0, 1]; auto takes the range for "
         "images and for bernoulli, and standardises tables",
     )
+    drop: tuple[str, ...] = Field((), description="columns to leave out: text, dates, identifiers")
+    keep: tuple[str, ...] = Field((), description="columns to learn from though they look like identifiers")
+    size: tuple[int, int] | None = Field(
+        None,
+        description="of pictures in a folder, <height>x<width>: each is cut to that shape about its centre and resized",
+    )
+    precision: Literal["float32", "bf16"] = Field(
+        "float32", description="of the networks' products while they train: bf16 is faster on a GPU, to three digits"
+    )
+    compile: bool = Field(False, description="let torch.compile build the networks: slow to start, then faster")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the networks train")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Hidden widths of the encoder, chosen or by default."""
+        return WIDTHS[self.network] if self.hidden is None else self.hidden

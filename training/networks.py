@@ -2,20 +2,25 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from models.autoencoder import Autoencoder, Whitening
 from models.likelihood import BernoulliLikelihood, GaussianLikelihood, Likelihood, OptimalGaussianLikelihood
-from models.networks import mlp
 from models.vae import VAE
+from training.architecture import decoder_of, encoder_of
+from training.batches import Batches
 from training.collapse import forecast, latents_kept, verdict
 from training.config import TrainConfig
 from training.descent import Descent, Run
+from training.errors import FitError
 from training.evaluate import active_latents
 from training.objectives import (
     Terms,
+    binarise,
     corrupt,
     elbo_terms,
     importance_weighted_terms,
@@ -23,6 +28,7 @@ from training.objectives import (
     weight_penalty,
 )
 from training.pca import fit_pca
+from training.processes import Processes
 from training.progress import Reporter
 from training.streams import NOISE, stream
 
@@ -31,54 +37,113 @@ NOISE_SPAN = 20.0  # the highest level of a denoising autoencoder's noise over t
 BATCH = 4096  # rows at a time: bounds memory
 
 
-def fit_autoencoder(
-    x: Tensor, held_out: Tensor, latents: int, config: TrainConfig, report: Reporter, run: Run | None
-) -> Autoencoder:
-    """An autoencoder of x [N, D]; its whitening is still the identity, to be fitted on rows not seen here."""
-    features = x.shape[1]
+@dataclass(frozen=True)
+class Fit:
+    """What a fit works with and on.
+
+    Args:
+        shape: of one row; its product is D.
+        batches: the rows to fit, in model units, on the device.
+        sample: some of them [S, D], as many as memory bears.
+        held_out: rows [M, D] in model units, on the device, by which the best epoch is chosen.
+        run: where the run keeps its state, if it does.
+        processes: those that share it.
+    """
+
+    config: TrainConfig
+    shape: tuple[int, ...]
+    latents: int
+    batches: Batches
+    sample: Tensor
+    held_out: Tensor
+    report: Reporter
+    run: Run | None = None
+    processes: Processes = field(default_factory=Processes)
+
+    def descend(self, model: "Autoencoder | VAE", objective: "SquaredError | Bound") -> None:
+        """Train `model`."""
+        with _accelerated(model, self.config):
+            descent = Descent(model, objective, self.batches, self.held_out, self.config, self.processes)
+            descent.run(self.report, self.run)
+
+
+class SquaredError:
+    """The objective of an autoencoder, denoising if the configuration says so."""
+
+    def __init__(self, model: Autoencoder, config: TrainConfig) -> None:
+        self._model, self._config = model, config
+        self._level = (config.noise / NOISE_SPAN, config.noise)
+
+    def draw(self, rows: Tensor, random: torch.Generator) -> tuple[Tensor, ...]:
+        """The rows [B, D], and what the encoder shall see of them if that is something else."""
+        if self._config.noise > 0 or self._config.masking > 0:
+            return rows, corrupt(rows, self._level, self._config.masking, random)
+        return (rows,)
+
+    def terms(self, drawn: tuple[Tensor, ...], _warmth: float) -> Terms:
+        """The squared error."""
+        return _penalised(squared_error_terms(self._model, *drawn), self._model, self._config)
+
+
+class Bound:
+    """The objective of a VAE: the negative ELBO, or the importance-weighted bound for more than one draw a row."""
+
+    def __init__(self, vae: VAE, latents: int, config: TrainConfig) -> None:
+        self._vae, self._latents, self._config = vae, latents, config
+
+    def draw(self, rows: Tensor, random: torch.Generator) -> tuple[Tensor, ...]:
+        """The rows [B, D], binary if asked for, and normal noise [B, S, K]."""
+        if self._config.binarise:
+            rows = binarise(rows, random)
+        return rows, torch.randn(len(rows), self._config.samples, self._latents, generator=random).to(rows)
+
+    def terms(self, drawn: tuple[Tensor, ...], warmth: float) -> Terms:
+        """The bound."""
+        rows, noise = drawn
+        if self._config.samples > 1:
+            draws = noise if warmth >= 1.0 else noise[:, :1]
+            terms = importance_weighted_terms(self._vae, rows, draws.transpose(0, 1))
+        else:
+            terms = elbo_terms(self._vae, rows, noise[:, 0], warmth * self._config.beta, self._config.free_bits)
+        return _penalised(terms, self._vae, self._config)
+
+
+def fit_autoencoder(task: Fit) -> Autoencoder:
+    """An autoencoder; its whitening is still the identity, to be fitted on rows not seen here."""
+    config, width = task.config, task.sample.shape[1]
     with _seeded(config.seed):
+        encoder = encoder_of(config, task.shape, task.latents)
         model = Autoencoder(
-            mlp([features, *config.hidden, latents]),
-            mlp([latents, *reversed(config.hidden), features]),
-            Whitening(torch.zeros(latents + features), torch.ones(latents + features)),
+            encoder,
+            decoder_of(config, task.shape, task.latents),
+            Whitening(torch.zeros(task.latents + width), torch.ones(task.latents + width)),
         )
-    level = (config.noise / NOISE_SPAN, config.noise)
-
-    def objective(rows: Tensor, random: torch.Generator, _: float) -> Terms:
-        denoising = config.noise > 0 or config.masking > 0
-        corrupted = corrupt(rows, level, config.masking, random) if denoising else None
-        return _penalised(squared_error_terms(model, rows, corrupted), model, config)
-
-    Descent(model, objective, x, held_out, config).run(report, run)
+    task.descend(model, SquaredError(model, config))
     return model
 
 
-def fit_vae(x: Tensor, held_out: Tensor, latents: int, config: TrainConfig, report: Reporter, run: Run | None) -> VAE:
-    """A VAE of x [N, D]."""
-    features = x.shape[1]
-    likelihood = likelihood_of(config, x, latents)
+def fit_vae(task: Fit) -> VAE:
+    """A VAE. Raises FitError where several processes would not give what one does."""
+    config = task.config
+    if task.processes.count > 1 and (config.variance == "optimal" or config.free_bits > 0):
+        raise FitError(
+            "--variance optimal and --free-bits look at a whole batch: train in one process, or without them"
+        )
+    likelihood = likelihood_of(config, task.sample, task.latents)
     with _seeded(config.seed):
-        encoder, decoder = [features, *config.hidden, 2 * latents], [latents, *reversed(config.hidden), features]
-        model = VAE(mlp(encoder), mlp(decoder), likelihood)
-
-    def objective(rows: Tensor, random: torch.Generator, warmth: float) -> Terms:
-        if config.samples > 1:
-            noise = torch.randn(config.samples, len(rows), latents, generator=random).to(rows)  # [S, B, K]
-            return _penalised(importance_weighted_terms(model, rows, noise), model, config)
-        noise = torch.randn(len(rows), latents, generator=random).to(rows)  # [B, K]
-        return _penalised(elbo_terms(model, rows, noise, warmth * config.beta, config.free_bits), model, config)
-
+        encoder = encoder_of(config, task.shape, 2 * task.latents)
+        model = VAE(encoder, decoder_of(config, task.shape, task.latents), likelihood)
     fixed = config.variance if isinstance(config.variance, float) else None
-    kept = latents_kept(x[:SPECTRUM_ROWS], latents, config.beta, fixed)
+    kept = latents_kept(task.sample[:SPECTRUM_ROWS], task.latents, config.beta, fixed)
     gaussian = config.likelihood == "gaussian"  # the theory is the Gaussian's
     if gaussian:
-        report.note(forecast(kept, latents, config.beta))
-    Descent(model, objective, x, held_out, config).run(report, run)
+        task.report.note(forecast(kept, task.latents, config.beta))
+    task.descend(model, Bound(model, task.latents, config))
     if isinstance(likelihood, OptimalGaussianLikelihood):
-        likelihood.settle(_squared_error(model, x, config.seed))
-    warning = verdict(active_latents(model, held_out), kept if gaussian else latents, latents)
+        likelihood.settle(_squared_error(model, task.sample.to(task.held_out.device), config.seed))
+    warning = verdict(active_latents(model, task.held_out), kept if gaussian else task.latents, task.latents)
     if warning:
-        report.note(warning)
+        task.report.note(warning)
     return model
 
 
@@ -86,6 +151,8 @@ def likelihood_of(config: TrainConfig, x: Tensor, latents: int) -> Likelihood:
     """p(x | z) for rows x [N, D]."""
     if config.likelihood == "bernoulli":
         return BernoulliLikelihood()
+    if config.binarise:
+        raise FitError("--binarise makes every value 0 or 1: add --likelihood bernoulli")
     if isinstance(config.variance, float):
         return GaussianLikelihood(torch.tensor([config.variance]), learn=False)
     start = left_over(x, latents)  # [1]
@@ -120,6 +187,34 @@ def _penalised(terms: Terms, model: nn.Module, config: TrainConfig) -> Terms:
     if config.l2 > 0:
         terms["loss"] = terms["loss"] + config.l2 * weight_penalty(model)
     return terms
+
+
+class _Bf16(nn.Module):
+    """A network whose products are made in bfloat16; what goes in and comes out is float32."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs] to [B, outputs]."""
+        with torch.autocast(x.device.type, torch.bfloat16):
+            y: Tensor = self.network(x)
+        return y.float()
+
+
+@contextmanager
+def _accelerated(model: "Autoencoder | VAE", config: TrainConfig) -> Iterator[None]:
+    """The encoder and the decoder as the configuration wants them to train, and after that as they were."""
+    encoder, decoder = model.encoder, model.decoder
+    if config.precision == "bf16":
+        model.encoder, model.decoder = _Bf16(model.encoder), _Bf16(model.decoder)
+    if config.compile:
+        model.encoder, model.decoder = (cast(nn.Module, torch.compile(n)) for n in (model.encoder, model.decoder))
+    try:
+        yield
+    finally:
+        model.encoder, model.decoder = encoder, decoder
 
 
 @contextmanager

@@ -8,30 +8,42 @@ from models.calibration import Calibration
 from models.core import Core
 from models.pca import PCA
 from models.prior import Prior, gaussian_prior
-from models.scaling import Scaling, standardise, to_unit_range
+from models.scaling import ImputingScaling, Scaling
 from training.config import TrainConfig
 from training.errors import FitError
+from training.moments import Moments
 
 WIDEST_WHITENING = 2048  # K + D up to which the joint covariance is full; above, its matrix would outweigh the networks
 MIXTURE_COMPONENTS = 10  # of an autoencoder's prior, when there are rows enough
 ROWS_A_COMPONENT = 50
+NEGLIGIBLE = 1e-7  # of a column's largest value: a deviation below is float32's rounding of a constant
 SMALLEST_DEVIATION = 1e-6  # of a whitened coordinate, in model units
 BATCH = 4096  # rows at a time: bounds memory
 
 
-def scaling_of(x: Tensor, config: TrainConfig, pixel_range: tuple[float, float] | None) -> Scaling:
-    """The preprocessing that `config.scale` asks for, for rows x [N, D]. Raises FitError where it cannot be."""
+def scaling_of(
+    moments: Moments, config: TrainConfig, pixel_range: tuple[float, float] | None, fill: Tensor | None = None
+) -> Scaling:
+    """The preprocessing that `config.scale` asks for, for rows of these moments. Raises FitError where it cannot be.
+
+    Args:
+        fill: [D], raw units: what stands in for a missing value; None where none is missing.
+    """
     image, bernoulli = pixel_range is not None, config.model == "vae" and config.likelihood == "bernoulli"
     how = config.scale if config.scale != "auto" else "range" if image or bernoulli else "standardise"
     if bernoulli and how != "range":
         raise FitError(f"the bernoulli likelihood needs values in [0, 1], --scale {how} does not give them: use range")
+    shift, scale = torch.zeros_like(moments.mean), torch.ones_like(moments.mean)  # [D], [D]
     if how == "standardise":
-        return standardise(x)
-    if how == "none":
-        return Scaling(torch.zeros(x.shape[1]), torch.ones(x.shape[1]))
-    if pixel_range is not None:
-        return to_unit_range(*(torch.full((x.shape[1],), end) for end in pixel_range))
-    return to_unit_range(x.amin(dim=0), x.amax(dim=0))
+        shift, scale = moments.mean, (moments.variance * (moments.rows - 1) / moments.rows).sqrt()
+        largest = torch.maximum(moments.low.abs(), moments.high.abs())
+        scale = torch.where(scale <= NEGLIGIBLE * largest, 1.0, scale)
+    elif how == "range":
+        ends = pixel_range or (moments.low, moments.high)
+        low, high = (torch.as_tensor(end, dtype=torch.float64).expand_as(shift) for end in ends)
+        shift, scale = low, torch.where(high > low, high - low, 1.0)
+    scaling = Scaling(shift.float(), scale.float())
+    return scaling if fill is None else ImputingScaling(scaling, fill)
 
 
 def whitening_of(core: Autoencoder, u: Tensor) -> Whitening:

@@ -4,16 +4,17 @@ A run that starts again at step n draws what it would have drawn, and processes 
 with nothing to save and nothing to send. Streams are on the CPU, so that a seed means the same on every device.
 """
 
-import numpy as np
+import hashlib
+
 import torch
 
-ORDER, NOISE, VALIDATION = range(3)  # what a stream is for
+ORDER, NOISE, VALIDATION, SHUFFLE = range(4)  # what a stream is for
 
 
 def stream(seed: int, purpose: int, index: int = 0) -> torch.Generator:
     """The generator of `seed` for number `index` of `purpose`: an epoch's order, a step's noise."""
-    mixed = np.random.SeedSequence([seed, purpose, index]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(mixed) >> 1)  # manual_seed takes 63 bits
+    mixed = hashlib.blake2b(f"{seed} {purpose} {index}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(mixed, "big") >> 1)  # manual_seed takes 63 bits
 
 
 def order(seed: int, epoch: int, rows: int) -> torch.Tensor:

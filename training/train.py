@@ -1,36 +1,28 @@
 """One training run, from a table to a published artifact."""
 
 import hashlib
-import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from models import artifact
-from models.autoencoder import Autoencoder
-from models.core import Core
-from models.manifest import FORMAT_VERSION, CalibrationSize, Data, Feature, Golden, Manifest
+from models.manifest import Manifest
 from models.pipeline import Pipeline
 from training import checkpoint
-from training.config import TrainConfig
-from training.data import Split, Table, split
+from training.compare import Candidate, compare
+from training.config import KINDS, TrainConfig
+from training.data import Table, split
 from training.descent import Run
 from training.errors import FitError
-from training.evaluate import held_out_metrics
-from training.networks import fit_autoencoder, fit_vae
-from training.pca import fit_pca
-from training.progress import Reporter
-from training.statistics import calibration_of, prior_of, scaling_of, whitening_of
-
-DEFAULT_LATENTS = 16
-GOLDEN_ROWS = 3
+from training.evaluate import held_out_metrics, rival_metrics
+from training.fit import Preparation, fit, prepare
+from training.processes import Processes
+from training.progress import Muted, Reporter
+from training.publish import publish
+from training.record import Recorder
+from training.report import write_run
 
 
 def train(
@@ -41,6 +33,8 @@ def train(
     runs: Path | None = None,
     resume: bool = False,
     checkpoint_seconds: float = 30.0,
+    tensorboard: bool = False,
+    processes: Processes = Processes(),  # noqa: B008  # frozen
 ) -> Path:
     """Fit, judge, calibrate and publish; gives the path of the new artifact.
 
@@ -48,107 +42,91 @@ def train(
     and resumed on the way. Raises DataError and FitError.
 
     Args:
-        runs: where the run keeps its state while it trains, in a folder of its name; without it, it keeps none.
+        runs: where the run keeps its state while it trains, in a folder of its name, and its report when it is done, in
+            a folder of its version in that; without it, it keeps none.
         resume: continue from that state.
         checkpoint_seconds: between two savings of it.
+        tensorboard: write TensorBoard's files too.
+        processes: those that train together; each calls this alike.
     """
+    report = report if processes.first else Muted()
     for note in table.notes:
         report.note(note)
-    rows = split(len(table.x), config.seed)
-    run = Run(runs / config.name, _identity(config, table), resume, checkpoint_seconds) if runs else None
+    kinds = KINDS if config.model == "auto" else (config.model,)
+    configs = [config.model_copy(update={"model": kind}) for kind in kinds]
+    states = [_run(each, table, runs, len(kinds) > 1, checkpoint_seconds) for each in configs]
+    if resume:
+        states = _resumed(states)
     with _one_thread():
-        pipeline = fit(config, table, rows, report, run)
-        metrics = held_out_metrics(pipeline, torch.from_numpy(table.x), rows, config.seed)
-        module = artifact.script(pipeline)
-        golden = _golden(module, table.x[rows.held_out], config.seed)
-    path = artifact.publish(module, _manifest(config, table, rows, pipeline, metrics, golden), artifacts)
-    if run:
-        checkpoint.remove(run.folder)
-    report.done(metrics)
+        data = prepare(table, split(len(table.x), config.seed, table.x.width))
+        candidates = [
+            _candidate(each, data, report, state, tensorboard, processes)
+            for each, state in zip(configs, states, strict=True)
+        ]
+        path = _finished(candidates, states, data, artifacts, report) if processes.first else None
+        return processes.told(path)
+
+
+def _run(config: TrainConfig, table: Table, runs: Path | None, several: bool, seconds: float) -> Run | None:
+    """Where the run keeps its state: runs/<name>, or a folder in it for each of several kinds."""
+    if runs is None:
+        return None
+    folder = runs / config.name / config.model if several else runs / config.name
+    identity = f"{config.model_dump_json()} {table.fingerprint} {torch.__version__}"
+    return Run(folder, hashlib.sha256(identity.encode()).hexdigest(), seconds=seconds)
+
+
+def _resumed(states: Sequence[Run | None]) -> list[Run | None]:
+    """The runs, continuing those that have a state. Raises FitError if none has."""
+    if not any(state and checkpoint.exists(state.folder) for state in states):
+        folder = next((state.folder for state in states if state), "runs")
+        raise FitError(f"nothing to resume: there is no {folder}/{checkpoint.FILE_NAME}; train without --resume")
+    return [state and replace(state, resume=checkpoint.exists(state.folder)) for state in states]
+
+
+def _candidate(
+    config: TrainConfig, data: Preparation, report: Reporter, run: Run | None, tensorboard: bool, processes: Processes
+) -> Candidate:
+    """A model of one kind, fitted and judged."""
+    kept = run is not None and processes.first
+    recorder = Recorder(report, run.folder if run and kept else None, bool(run and run.resume), tensorboard and kept)
+    pipeline = fit(config, data, recorder, run, processes)
+    rival = data.pca(pipeline.scaling, pipeline.prior.means.shape[1])
+    centre = data.moments.mean.float()
+    metrics = held_out_metrics(pipeline, data.held_out, centre, None if config.model == "pca" else rival, config.seed)
+    others = {}
+    if rival is not None and config.model != "pca":
+        others["pca"] = rival_metrics(rival.float(), pipeline.scaling, data.held_out)
+    recorder.done(metrics)
+    return Candidate(config, pipeline, metrics, others, recorder)
+
+
+def _finished(
+    candidates: Sequence[Candidate], states: Sequence[Run | None], data: Preparation, artifacts: Path, report: Reporter
+) -> Path:
+    """Publish the best candidate, write its report, and forget the state of the run."""
+    chosen, comparison = compare(candidates, data, report)
+    path, manifest = publish(chosen, comparison, data, artifacts)
+    for candidate, state in zip(candidates, states, strict=True):
+        if state is None:
+            continue
+        checkpoint.remove(state.folder)
+        folder = (state.folder.parent if len(candidates) > 1 else state.folder) / path.parent.name
+        candidate.recorder.move(folder if candidate is chosen else folder / candidate.config.model)
+        if candidate is chosen:
+            notes = [*data.table.notes, *candidate.recorder.notes]
+            _report(folder, manifest, candidate.pipeline, data, notes, report)
     return path
 
 
-def _identity(config: TrainConfig, table: Table) -> str:
-    """What must be the same for a run to be continued."""
-    return hashlib.sha256(f"{config.model_dump_json()} {table.fingerprint} {torch.__version__}".encode()).hexdigest()
-
-
-def fit(config: TrainConfig, table: Table, rows: Split, report: Reporter, run: Run | None = None) -> Pipeline:
-    """The whole pipeline, on the CPU: networks from the fit rows, score from the held-out, p-values from the others."""
-    x = torch.from_numpy(table.x)
-    scaling = scaling_of(x[rows.fit], config, table.pixel_range)
-    latents = config.latents or min(DEFAULT_LATENTS, -(-table.x.shape[1] // 2))
-    if len(rows.fit) <= latents:
-        raise FitError(f"{latents} latents need more rows to fit than {len(rows.fit)}: add rows, or lower --latents")
-    core = _core(config, scaling(x[rows.fit].double()), scaling(x[rows.held_out]), latents, report, run)
-    if isinstance(core, Autoencoder):
-        core.whitening = whitening_of(core, scaling(x[rows.held_out]))
-    prior = prior_of(core, scaling(x[rows.fit]), latents, config.seed)
-    calibration = calibration_of(core, scaling(x[rows.calibration]))
-    return Pipeline(scaling, core, prior, calibration).eval()
-
-
-def _core(config: TrainConfig, u: Tensor, held_out: Tensor, latents: int, report: Reporter, run: Run | None) -> Core:
-    """The model that `config` asks for, fitted on rows u [N, D], float64, in model units; float32 on the CPU."""
-    device = artifact.choose_device(config.device)
-    core: Core
-    if config.model == "pca":
-        report.start(f"{config.name} (pca)", 1)
-        core = fit_pca(u.to(device), latents)
-    elif config.model == "ae":
-        core = fit_autoencoder(u.float().to(device), held_out.to(device), latents, config, report, run)
-    else:
-        core = fit_vae(u.float().to(device), held_out.to(device), latents, config, report, run)
-    return core.cpu().float().eval()
-
-
-def _golden(module: torch.jit.ScriptModule, x: npt.NDArray[np.float32], seed: int) -> Golden:
-    rows = torch.from_numpy(x[:GOLDEN_ROWS])
-    random = np.random.RandomState(seed)
-    latents = module.encode(rows)[0].shape[1]
-    noise = torch.from_numpy(random.standard_normal((len(rows), latents)).astype(np.float32))
-    choice = torch.from_numpy(random.uniform(size=len(rows)).astype(np.float32))
-    return artifact.golden(module, rows, noise, choice)
-
-
-def _manifest(
-    config: TrainConfig, table: Table, rows: Split, pipeline: Pipeline, metrics: dict[str, float], golden: Golden
-) -> Manifest:
-    fitted = table.x[rows.fit]
-    medians, lows, highs = np.median(fitted, axis=0), fitted.min(axis=0), fitted.max(axis=0)
-    return Manifest(
-        format_version=FORMAT_VERSION,
-        name=config.name,
-        kind=config.model,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        shape=list(table.shape),
-        features=[
-            Feature(name=name, unit=unit, median=float(median), minimum=float(low), maximum=float(high))
-            for name, unit, median, low, high in zip(table.names, table.units, medians, lows, highs, strict=True)
-        ],
-        latents=len(golden.outputs["draw"][0]),
-        parts=list(pipeline.core.parts),
-        pixel_range=table.pixel_range,
-        training=config.model_dump(),
-        data=Data(
-            source=table.source,
-            rows=len(table.x),
-            fingerprint=table.fingerprint,
-            fit=len(rows.fit),
-            held_out=len(rows.held_out),
-            calibration=len(rows.calibration),
-        ),
-        metrics=metrics,
-        calibration=CalibrationSize(rows=len(rows.calibration), floor=1.0 / (len(rows.calibration) + 1)),
-        golden=golden,
-        versions={
-            "elbo": version("elbo"),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
-        weights_sha256=artifact.weights_sha256(pipeline),
-    )
+def _report(
+    folder: Path, manifest: Manifest, pipeline: Pipeline, data: Preparation, notes: list[str], report: Reporter
+) -> None:
+    """The card and the pictures, in `folder`, whose name is the version."""
+    table, labels = data.table, data.table.labels
+    shown = None if labels is None else labels[data.rows.held_out]
+    version = int(folder.name)
+    write_run(folder, manifest, version, pipeline, data.held_out, shown, table.label_names, notes, report)
 
 
 @contextmanager

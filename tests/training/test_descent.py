@@ -5,9 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,15 @@ from torch import Tensor, nn
 from models.manifest import read_manifest
 from tests.data import ROOT
 from tests.training.reporters import Silent
+from tests.training.waiting import wait_until_newer
 from training import checkpoint
+from training.batches import Batches
 from training.config import TrainConfig
 from training.data import read
 from training.descent import Descent
 from training.errors import FitError
 from training.objectives import Terms
+from training.rows import Rows
 from training.streams import NOISE, ORDER, order, stream
 from training.train import train
 
@@ -36,14 +40,37 @@ class Quadratic(nn.Module):
         super().__init__()
         self.place = nn.Parameter(torch.tensor([5.0]))
 
-    def objective(self, rows: Tensor, _: torch.Generator, warmth: float) -> Terms:
+    def loss(self, rows: Tensor, warmth: float) -> Terms:
         distance = (rows - self.place).square().mean()
         return {"loss": distance, "warmth": torch.tensor(warmth)}
 
 
-def descend(model: Quadratic, settings: TrainConfig, objective: object = None, held_out: float = 0.0) -> Silent:
-    report, rows = Silent(), torch.zeros(100, 1)
-    Descent(model, objective or model.objective, rows, torch.full((10, 1), held_out), settings).run(report, None)  # type: ignore[arg-type]
+class Noiseless:
+    """An objective that draws nothing."""
+
+    def __init__(self, loss: Callable[[Tensor, float], Terms]) -> None:
+        self.loss = loss
+
+    def draw(self, rows: Tensor, _: torch.Generator) -> tuple[Tensor, ...]:
+        return (rows,)
+
+    def terms(self, drawn: tuple[Tensor, ...], warmth: float) -> Terms:
+        return self.loss(drawn[0], warmth)
+
+
+def batches(values: Tensor) -> Batches:
+    return Batches(Rows(values.numpy()), np.arange(len(values)), lambda rows: rows, 0, "cpu")
+
+
+def descend(
+    model: Quadratic,
+    settings: TrainConfig,
+    loss: Callable[[Tensor, float], Terms] | None = None,
+    held_out: float = 0.0,
+) -> Silent:
+    report = Silent()
+    objective = Noiseless(loss or model.loss)
+    Descent(model, objective, batches(torch.zeros(100, 1)), torch.full((10, 1), held_out), settings).run(report, None)
     return report
 
 
@@ -61,11 +88,11 @@ def test_streams_repeat_and_differ_by_seed_purpose_and_index() -> None:
 def test_terms_are_means_over_rows_with_a_short_last_batch_weighted_right() -> None:
     rows = torch.cat((torch.zeros(96, 1), torch.full((4, 1), 10.0)))
 
-    def objective(batch: Tensor, _: torch.Generator, __: float) -> Terms:
+    def loss(batch: Tensor, _: float) -> Terms:
         return {"loss": (model.place * 0).sum(), "mean": batch.mean()}
 
     model, report = Quadratic(), Silent()
-    Descent(model, objective, rows, rows, config(epochs=2)).run(report, None)
+    Descent(model, Noiseless(loss), batches(rows), rows, config(epochs=2)).run(report, None)
     assert [epoch["mean"] for epoch in report.epochs] == pytest.approx([0.4, 0.4])
 
 
@@ -99,13 +126,13 @@ def test_patience_stops_the_run_once_the_warm_up_is_over() -> None:
 def test_a_loss_that_becomes_nan_ends_the_run_with_the_best_model_and_says_where() -> None:
     model, calls = Quadratic(), 0
 
-    def objective(rows: Tensor, random: torch.Generator, warmth: float) -> Terms:
+    def loss(rows: Tensor, warmth: float) -> Terms:
         nonlocal calls
         calls += 1
-        terms = model.objective(rows, random, warmth)
-        return terms if calls <= 40 else {"loss": terms["loss"] * math.nan}
+        terms = model.loss(rows, warmth)
+        return terms if calls <= 40 else terms | {"loss": terms["loss"] * math.nan}
 
-    report = descend(model, config(epochs=20, learning_rate=0.1), objective)
+    report = descend(model, config(epochs=20, learning_rate=0.1), loss)
     assert len(report.epochs) == 5  # each has 7 steps and a validation
     assert "step 36, in epoch 6" in report.notes[0]
     assert math.isfinite(float(model.place.detach()))
@@ -140,17 +167,6 @@ def test_a_run_killed_again_and_again_ends_in_the_same_weights(tmp_path: Path) -
     assert resumed.metrics == read_manifest(whole).metrics
 
 
-def wait_until_newer(path: Path, than: int, process: subprocess.Popen[bytes]) -> None:
-    """Until `path` has been written a few more times."""
-    for _ in range(3):
-        deadline = time.monotonic() + 60
-        while not (path.exists() and path.stat().st_mtime_ns > than):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        than = path.stat().st_mtime_ns
-
-
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "m", {"identity": "another"})
     with pytest.raises(FitError, match="other data or options"):
@@ -175,7 +191,7 @@ def test_a_run_that_cannot_save_its_state_goes_on_and_says_so(tmp_path: Path) ->
     settings = config(epochs=1, hidden=(8,), batch_size=600)
     path = train(settings, read("digits"), tmp_path / "artifacts", report, tmp_path / "runs", checkpoint_seconds=0)
     assert path.is_file()
-    assert sum("no checkpoint in" in note for note in report.notes) == 3  # one a step
+    assert sum("no checkpoint in" in note for note in report.notes) == 4  # one a step, one at the end
 
 
 def test_a_writer_killed_while_saving_leaves_a_whole_checkpoint(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Whole runs: what is published is reproducible, alive, and calibrated."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ from scipy.stats import betabinom
 from models import artifact
 from models.errors import ElboError
 from models.manifest import read_manifest
+from tests.data import values
 from tests.training.reporters import Silent
 from training.config import KINDS, Kind, TrainConfig
 from training.data import Table, read, split
+from training.rows import Rows
 from training.train import train
 
 FRESH = 2_000
@@ -26,7 +29,16 @@ def table(rows: int, seed: int = 0, width: int = 8) -> Table:
     mixing = np.random.RandomState(7).standard_normal((2, width))
     x = np.sin(hidden @ mixing) * 10 + 100 + random.standard_normal((rows, width))
     names = [f"metric{i}" for i in range(width)]
-    return Table(x.astype(np.float32), (width,), names, ["ms"] * width, None, None, "made for this test", [])
+    return Table(
+        Rows(x.astype(np.float32)),
+        (width,),
+        names,
+        ["ms"] * width,
+        None,
+        None,
+        "made for this test",
+        missing=np.zeros(width, np.int64),
+    )
 
 
 def run(root: Path, model: Kind, rows: Table, **options: object) -> Path:
@@ -44,7 +56,7 @@ def alarms(path: Path, x: npt.NDArray[np.float32], alpha: float) -> int:
 @pytest.mark.parametrize("kind", KINDS)
 def test_false_alarms_on_fresh_rows_lie_in_the_exact_band(kind: Kind, tmp_path: Path) -> None:
     path = run(tmp_path, kind, table(2_000))
-    fresh = table(FRESH, seed=1).x
+    fresh = values(table(FRESH, seed=1))
     n = read_manifest(path).calibration.rows
     assert n == 400
     for alpha in (0.1, 0.05, 0.01):
@@ -56,7 +68,7 @@ def test_false_alarms_on_fresh_rows_lie_in_the_exact_band(kind: Kind, tmp_path: 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_off_the_surface_raise_the_alarm(kind: Kind, tmp_path: Path) -> None:
     path = run(tmp_path, kind, table(2_000), epochs=60)
-    broken = table(200, seed=1).x
+    broken = values(table(200, seed=1))
     broken[:, 3] += 40.0
     assert alarms(path, broken, 0.05) > 190
 
@@ -79,7 +91,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(kind: Kind
 def test_the_manifest_tells_where_the_model_comes_from(tmp_path: Path) -> None:
     rows = table(200)
     manifest = read_manifest(run(tmp_path, "vae", rows, seed=5))
-    fitted = rows.x[split(200, 5).fit]
+    fitted = rows.x.take(split(200, 5).fit)
     assert (manifest.name, manifest.kind, manifest.shape, manifest.latents) == ("vae", "vae", [8], 2)
     assert [feature.name for feature in manifest.features] == rows.names
     assert {feature.unit for feature in manifest.features} == {"ms"}
@@ -95,12 +107,12 @@ def test_the_manifest_tells_where_the_model_comes_from(tmp_path: Path) -> None:
 def test_held_out_error_is_that_of_the_published_model(tmp_path: Path) -> None:
     rows = table(200)
     path = run(tmp_path, "ae", rows)
-    held_out = rows.x[split(200, 0).held_out]
+    held_out = rows.x.take(split(200, 0).held_out)
     with torch.inference_mode():
         x_hat = artifact.load(path).module(torch.from_numpy(held_out)).numpy()
     metrics = read_manifest(path).metrics
     assert metrics["reconstruction_error"] == pytest.approx(float(((x_hat - held_out) ** 2).mean()), rel=1e-5)
-    mean = rows.x[split(200, 0).fit].mean(axis=0)
+    mean = rows.x.take(split(200, 0).fit).mean(axis=0)
     assert metrics["baseline_error"] == pytest.approx(float(((mean - held_out) ** 2).mean()), rel=1e-5)
 
 
@@ -113,7 +125,7 @@ def test_the_demonstration_vae_is_alive_and_reconstructs(demonstration: Path) ->
 
 def test_activity_is_the_variance_of_the_posterior_mean(demonstration: Path) -> None:
     digits = read("digits")
-    rows = torch.from_numpy(digits.x[split(len(digits.x), 0).held_out])
+    rows = torch.from_numpy(digits.x.take(split(len(digits.x), 0).held_out))
     path = demonstration / "vae" / "1" / "model.pt"
     with torch.inference_mode():
         mean = artifact.load(path).module.encode(rows)[0].numpy()
@@ -122,7 +134,7 @@ def test_activity_is_the_variance_of_the_posterior_mean(demonstration: Path) -> 
 
 def test_samples_of_the_demonstration_models_look_like_digits(demonstration: Path) -> None:
     """Decoded draws lie nearer to real digits than those lie to the mean digit, and are no copies of one another."""
-    digits = torch.from_numpy(read("digits").x)
+    digits = torch.from_numpy(values(read("digits")))
     random = np.random.RandomState(0)
     noise = torch.from_numpy(random.standard_normal((200, 16)).astype(np.float32))
     choice = torch.from_numpy(random.uniform(size=200).astype(np.float32))
@@ -156,21 +168,22 @@ def test_an_impossible_run_says_what_to_change(options: dict[str, object], messa
 @pytest.mark.parametrize("flaw", ["constant", "collinear", "huge", "tiny"])
 def test_awkward_columns_still_give_a_model_that_judges(kind: Kind, flaw: str, tmp_path: Path) -> None:
     rows = table(300)
+    x = values(rows)
     match flaw:
         case "constant":
-            rows.x[:, 0] = 5.0
+            x[:, 0] = 5.0
         case "collinear":
-            rows.x[:, 0] = 2 * rows.x[:, 1]
+            x[:, 0] = 2 * x[:, 1]
         case "huge":
-            rows.x[:, 0] *= 1e12
+            x[:, 0] *= 1e12
         case "tiny":
-            rows.x[:, 0] *= 1e-12
-    path = run(tmp_path, kind, rows)
+            x[:, 0] *= 1e-12
+    path = run(tmp_path, kind, replace(rows, x=Rows(x)))
     with torch.inference_mode():
         module = artifact.load(path).module
-        score = module.score(torch.from_numpy(rows.x))[0]
+        score = module.score(torch.from_numpy(x))[0]
     assert bool(score.isfinite().all())
-    assert 0 <= alarms(path, rows.x, 0.05) < 60
+    assert 0 <= alarms(path, x, 0.05) < 60
 
 
 @pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
@@ -207,7 +220,7 @@ def test_every_option_reaches_the_weights_and_gives_an_artifact_that_loads(
     assert plain.weights_sha256 != chosen.weights_sha256
     loaded = artifact.load(tmp_path / model / "2" / "model.pt")
     with torch.inference_mode():
-        x_hat = loaded.module(torch.from_numpy(table(300).x))
+        x_hat = loaded.module(torch.from_numpy(values(table(300))))
     assert bool(x_hat.isfinite().all())
 
 
@@ -215,7 +228,7 @@ def test_the_optimal_variance_that_is_published_is_the_error_of_the_fitted_rows(
     rows = table(300)
     path = run(tmp_path, "vae", rows, variance="optimal", epochs=40)
     state = torch.jit.load(path).state_dict()
-    fitted = torch.from_numpy(rows.x[split(300, 0).fit])
+    fitted = torch.from_numpy(rows.x.take(split(300, 0).fit))
     module = artifact.load(path).module
     with torch.inference_mode():
         mean, std = module.encode(fitted)

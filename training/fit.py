@@ -1,0 +1,158 @@
+"""From a table to a fitted pipeline: the statistics that every kind needs, the core, and what surrounds it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from models import artifact
+from models.autoencoder import Autoencoder
+from models.core import Core
+from models.pca import PCA
+from models.pipeline import Pipeline
+from models.scaling import Scaling
+from training.batches import Batches
+from training.config import TrainConfig
+from training.data import MOST_BYTES, MOST_ROWS, Split, Table
+from training.descent import Run
+from training.errors import FitError
+from training.moments import Moments, moments
+from training.networks import Fit, fit_autoencoder, fit_vae
+from training.pca import fit_pca, pca_of, spectrum_of
+from training.processes import Processes
+from training.progress import Reporter
+from training.rows import Floats, Rows, medians
+from training.statistics import calibration_of, prior_of, scaling_of, whitening_of
+
+DEFAULT_LATENTS = 16
+SPECTRUM = 256  # eigenvalues that are kept
+WIDEST_COVARIANCE = 4096  # features, up to which the covariance is made: beyond, its eigenvectors take hours
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What every kind of model needs of a table, read once.
+
+    Args:
+        fill: what stands in for a missing value, [D]: the medians of the fit rows; None where no value is missing.
+        moments: of the fit rows, raw units; without covariance above WIDEST_COVARIANCE features.
+        held_out: rows [M, D], raw units, NaN where a value is missing.
+        calibration: rows [C, D], likewise.
+        sample: of the fit rows, [S, D], likewise: all of them, or as many as memory bears.
+    """
+
+    table: Table
+    rows: Split
+    medians: Tensor
+    fill: Tensor | None
+    moments: Moments
+    held_out: Tensor
+    calibration: Tensor
+    sample: Tensor
+
+    @property
+    def latents(self) -> int:
+        """How many latents a model has unless it is told."""
+        return min(DEFAULT_LATENTS, -(-self.table.x.width // 2))
+
+    def filled(self, rows: Tensor) -> Tensor:
+        """Rows [B, D] without a missing value."""
+        return rows if self.fill is None else torch.where(rows.isnan(), self.fill, rows)
+
+    def pca(self, scaling: Scaling, latents: int) -> PCA | None:
+        """PCA of the fit rows in the model units of `scaling`; None where it cannot be."""
+        if self.moments.covariance is None or latents > min(self.table.x.width, self.moments.rows - 1):
+            return None
+        return pca_of(self.moments.scaled(scaling.shift, scaling.scale), latents)
+
+    def spectrum(self, scaling: Scaling) -> Tensor:
+        """The largest eigenvalues of the fit rows' covariance in the model units of `scaling`, descending, float64."""
+        if self.moments.covariance is None:
+            return torch.zeros(0, dtype=torch.float64)
+        return spectrum_of(self.moments.scaled(scaling.shift, scaling.scale))[:SPECTRUM]
+
+
+def prepare(table: Table, rows: Split) -> Preparation:
+    """Read the table: one pass for the moments, and the rows that must be at hand."""
+    x = table.x
+    middle = torch.from_numpy(medians(x, rows.fit))
+    fill = middle if table.missing.any() else None
+    largest = min(MOST_ROWS, max(1, MOST_BYTES // (4 * x.width)))
+    blocks = _fit_blocks(x, rows.fit, None if fill is None else fill.numpy())
+    return Preparation(
+        table=table,
+        rows=rows,
+        medians=middle,
+        fill=fill,
+        moments=moments(blocks, full=x.width <= WIDEST_COVARIANCE),
+        held_out=_taken(x, rows.held_out),
+        calibration=_taken(x, rows.calibration),
+        sample=_taken(x, rows.fit[:largest]),
+    )
+
+
+def _fit_blocks(x: Rows, fit: npt.NDArray[np.int64], fill: Floats | None) -> Iterator[Floats]:
+    """The fit rows in blocks, in the order of the table, nothing missing."""
+    chosen = np.sort(fit)
+    for start, block in x.blocks():
+        first, end = np.searchsorted(chosen, (start, start + len(block)))
+        rows = block[chosen[first:end] - start]
+        yield rows if fill is None else np.where(np.isnan(rows), fill, rows)
+
+
+def _taken(x: Rows, indices: npt.NDArray[np.int64]) -> Tensor:
+    """The rows at `indices`, in that order; read in the order in which they lie."""
+    order = np.argsort(indices)
+    rows = np.empty((len(indices), x.width), np.float32)
+    rows[order] = x.take(indices[order])
+    return torch.from_numpy(rows)
+
+
+def fit(
+    config: TrainConfig,
+    data: Preparation,
+    report: Reporter,
+    run: Run | None = None,
+    processes: Processes = Processes(),  # noqa: B008  # frozen
+) -> Pipeline:
+    """The whole pipeline, on the CPU: networks from the fit rows, score from the held-out, p-values from the others.
+
+    `config.model` is a kind, not auto. Raises FitError.
+    """
+    scaling = scaling_of(data.moments, config, data.table.pixel_range, data.fill)
+    latents = config.latents or data.latents
+    if len(data.rows.fit) <= latents:
+        have = len(data.rows.fit)
+        raise FitError(f"{latents} latents need more rows to fit than {have}: add rows, or lower --latents")
+    held_out, sample = scaling(data.held_out), scaling(data.sample)
+    core: Core
+    if config.model == "pca":
+        report.start(f"{config.name} (pca)", 1)
+        core = _pca(data, scaling, latents)
+    else:
+        device = artifact.choose_device(config.device)
+        batches = Batches(data.table.x, data.rows.fit, scaling, config.seed, device)
+        shape = tuple(data.table.shape)
+        task = Fit(config, shape, latents, batches, sample, held_out.to(device), report, run, processes)
+        core = fit_autoencoder(task) if config.model == "ae" else fit_vae(task)
+    core = core.cpu().float().eval()
+    if isinstance(core, Autoencoder):
+        core.whitening = whitening_of(core, held_out)
+    prior = prior_of(core, sample, latents, config.seed)
+    return Pipeline(scaling, core, prior, calibration_of(core, scaling(data.calibration))).eval()
+
+
+def _pca(data: Preparation, scaling: Scaling, latents: int) -> PCA:
+    """PCA from the covariance, or from the rows where they are wider than many. Raises FitError."""
+    width, rows = data.table.x.width, len(data.rows.fit)
+    if data.moments.covariance is not None:
+        return pca_of(data.moments.scaled(scaling.shift, scaling.scale), latents)
+    if rows > WIDEST_COVARIANCE or rows > len(data.sample):
+        raise FitError(
+            f"PCA of {rows:,} rows of {width:,} features would take hours: expected at most {WIDEST_COVARIANCE} "
+            "features or rows; make pictures smaller with --size, or train an autoencoder"
+        )
+    return fit_pca(scaling(data.sample).double(), latents)

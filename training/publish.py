@@ -1,0 +1,96 @@
+"""A fitted pipeline and all that is known about it, as an artifact."""
+
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from models import artifact
+from models.manifest import FORMAT_VERSION, CalibrationSize, Data, Feature, Golden, Manifest
+from training.compare import Candidate
+from training.evaluate import density_scale, latent_report
+from training.fit import Preparation
+
+GOLDEN_ROWS = 3
+
+
+def publish(
+    chosen: Candidate, comparison: dict[str, dict[str, float]], data: Preparation, artifacts: Path
+) -> tuple[Path, Manifest]:
+    """Write the model as the next version of its name under `artifacts`; gives the path of the file."""
+    module = artifact.script(chosen.pipeline)
+    golden = _golden(module, data.filled(data.held_out[:GOLDEN_ROWS]), chosen.config.seed)
+    manifest = _manifest(chosen, comparison, data, golden)
+    return artifact.publish(module, manifest, artifacts), manifest
+
+
+def _golden(module: torch.jit.ScriptModule, rows: torch.Tensor, seed: int) -> Golden:
+    random = np.random.RandomState(seed)
+    latents = module.encode(rows)[0].shape[1]
+    noise = torch.from_numpy(random.standard_normal((len(rows), latents)).astype(np.float32))
+    choice = torch.from_numpy(random.uniform(size=len(rows)).astype(np.float32))
+    return artifact.golden(module, rows, noise, choice)
+
+
+def _features(data: Preparation) -> list[Feature]:
+    columns = data.table.names, data.table.units, data.medians, data.moments.low, data.moments.high, data.table.missing
+    return [
+        Feature(
+            name=name, unit=unit, median=float(median), minimum=float(low), maximum=float(high), missing=int(missing)
+        )
+        for name, unit, median, low, high, missing in zip(*columns, strict=True)
+    ]
+
+
+def _data(data: Preparation) -> Data:
+    return Data(
+        source=data.table.source,
+        rows=len(data.table.x),
+        fingerprint=data.table.fingerprint,
+        fit=len(data.rows.fit),
+        held_out=len(data.rows.held_out),
+        calibration=len(data.rows.calibration),
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "elbo": version("elbo"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def _manifest(
+    chosen: Candidate, comparison: dict[str, dict[str, float]], data: Preparation, golden: Golden
+) -> Manifest:
+    table, pipeline, calibration = data.table, chosen.pipeline, len(data.rows.calibration)
+    scaled = data.moments.scaled(pipeline.scaling.shift, pipeline.scaling.scale)
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        name=chosen.config.name,
+        kind=chosen.config.model,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        shape=list(table.shape),
+        features=_features(data),
+        latents=len(golden.outputs["draw"][0]),
+        parts=list(pipeline.core.parts),
+        pixel_range=table.pixel_range,
+        training=chosen.config.model_dump(),
+        data=_data(data),
+        metrics=chosen.metrics,
+        comparison=comparison,
+        calibration=CalibrationSize(rows=calibration, floor=1.0 / (calibration + 1)),
+        golden=golden,
+        versions=_versions(),
+        weights_sha256=artifact.weights_sha256(pipeline),
+        history=chosen.recorder.history,
+        latent_report=latent_report(pipeline.core, pipeline.scaling(data.held_out)),
+        spectrum=data.spectrum(pipeline.scaling).tolist(),
+        total_variance=float(scaled.variance.sum()),
+        log_scale=density_scale(pipeline.core, pipeline.scaling),
+    )
