@@ -3,13 +3,16 @@
 Every import of the packages stands inside the command that needs it, so that `elbo --help` answers at once.
 """
 
+import csv
 import importlib
+import inspect as signatures
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand, TyperOption
@@ -48,15 +51,33 @@ class Format(StrEnum):
     csv = "csv"
 
 
-def described_by(module: str, name: str) -> type[TyperCommand]:
+def described_by(module: str, name: str, all_options: bool = False) -> type[TyperCommand]:
     """A command that shows the descriptions and defaults of a pydantic model's fields when it is asked for help.
 
     A field without an option is listed as the environment variable that sets it.
+
+    Args:
+        all_options: every field is an option; the command finds what was given, as text, in the context's `obj`.
     """
 
+    def fields_of() -> dict[str, "FieldInfo"]:
+        return dict(getattr(importlib.import_module(module), name).model_fields)
+
     class Described(TyperCommand):
+        def get_params(self, ctx: Any) -> list[Any]:
+            declared = super().get_params(ctx)
+            if not all_options:
+                return declared
+            data, *others = declared
+            return [data, *_options(fields_of()), *others]
+
+        def invoke(self, ctx: Any) -> Any:
+            if all_options:
+                ctx.obj = {key: ctx.params.pop(key) for key in fields_of()}
+            return super().invoke(ctx)
+
         def format_help(self, ctx: Any, formatter: Any) -> None:
-            fields = dict(getattr(importlib.import_module(module), name).model_fields)
+            fields = {} if all_options else fields_of()
             for option in self.params:
                 if isinstance(option, TyperOption) and (field := fields.pop(option.name, None)):
                     option.help, option.default = field.description, _default(field)
@@ -68,8 +89,53 @@ def described_by(module: str, name: str) -> type[TyperCommand]:
     return Described
 
 
+def _options(fields: "dict[str, FieldInfo]") -> list[Any]:
+    """An option for each field; its value stays text, or True, for pydantic to judge."""
+
+    def command() -> None:
+        """Stand for a command whose options typer makes."""
+
+    parameters = []
+    for name, field in fields.items():
+        flag = field.annotation is bool
+        option = typer.Option(
+            f"--{name.replace('_', '-')}",
+            help=field.description if _default(field) is None else _described(field),
+            metavar=None if flag else _metavar(field),
+        )
+        kind: Any = (
+            Annotated[bool if flag else str, option]
+            if field.is_required()
+            else Annotated[bool | None if flag else str | None, option]
+        )
+        default = signatures.Parameter.empty if field.is_required() else None
+        parameters.append(
+            signatures.Parameter(name, signatures.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
+        )
+    command.__signature__ = signatures.Signature(parameters)  # type: ignore[attr-defined]  # what inspect looks at first
+    maker = typer.Typer(add_completion=False)
+    maker.command()(command)
+    return [option for option in typer.main.get_command(maker).params if option.name in fields]
+
+
+def _metavar(field: "FieldInfo") -> str:
+    """What may stand behind the option: `<int>`, `<mlp|conv>`, `<str,str,...>`."""
+    words: list[str] = []
+    union = get_origin(field.annotation) in (Union, UnionType)
+    kinds: tuple[Any, ...] = get_args(field.annotation) if union else (field.annotation,)
+    for kind in kinds:
+        if get_origin(kind) is Literal:
+            words += get_args(kind)
+        elif get_origin(kind) is tuple:
+            first, *others = get_args(kind)
+            words.append(f"{first.__name__},..." if Ellipsis in others else f"{first.__name__}>x<{first.__name__}")
+        elif kind is not NoneType:
+            words.append(kind.__name__)
+    return f"<{'|'.join(words)}>"
+
+
 def _default(field: "FieldInfo") -> Any:
-    if field.is_required():
+    if field.is_required() or field.default is False or field.default == ():
         return None
     return ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
 
@@ -81,7 +147,9 @@ def _described(field: "FieldInfo") -> str:
 Root = Annotated[
     Path, typer.Option("--artifacts", envvar="ELBO_ARTIFACTS", help="folder of artifacts: <name>/<version>/model.pt")
 ]
-Data = Annotated[str, typer.Argument(metavar="DATA", help='"digits", or a file: .npy, .npz, .csv or .parquet')]
+Data = Annotated[
+    str, typer.Argument(metavar="DATA", help='"digits", a file (.npy, .npz, .csv, .parquet) or a folder of pictures')
+]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="a name, a name@version, or the path of a model.pt")]
 Json = Annotated[bool, typer.Option("--json", help="for a machine")]
 Runs = Annotated[Path, typer.Option("--runs", envvar="ELBO_RUNS", help="folder where runs keep their state: <name>/")]
@@ -89,73 +157,68 @@ DEFAULT_ROOT = Path("artifacts")
 
 
 @app.command(
-    cls=described_by("training.config", "TrainConfig"),
+    cls=described_by("training.config", "TrainConfig", all_options=True),
     epilog="Examples: elbo train digits --model vae --name vae | "
     "elbo train metrics.csv --model pca --name hosts --latents 8",
 )
 def train(
+    context: typer.Context,
     data: Data,
-    model: Annotated[str, typer.Option()],
-    name: Annotated[str, typer.Option()],
-    seed: Annotated[int | None, typer.Option()] = None,
-    latents: Annotated[int | None, typer.Option()] = None,
-    hidden: Annotated[str | None, typer.Option(metavar="<int,int,...|none>")] = None,
-    epochs: Annotated[int | None, typer.Option()] = None,
-    batch_size: Annotated[int | None, typer.Option()] = None,
-    learning_rate: Annotated[float | None, typer.Option()] = None,
-    beta: Annotated[float | None, typer.Option()] = None,
-    likelihood: Annotated[str | None, typer.Option()] = None,
-    scale: Annotated[str | None, typer.Option()] = None,
-    device: Annotated[str | None, typer.Option()] = None,
-    variance: Annotated[str | None, typer.Option()] = None,
-    l2: Annotated[float | None, typer.Option()] = None,
-    patience: Annotated[int | None, typer.Option()] = None,
-    noise: Annotated[float | None, typer.Option()] = None,
-    masking: Annotated[float | None, typer.Option()] = None,
-    warm_up: Annotated[int | None, typer.Option()] = None,
-    free_bits: Annotated[float | None, typer.Option()] = None,
-    samples: Annotated[int | None, typer.Option()] = None,
     artifacts: Root = DEFAULT_ROOT,
     runs: Runs = Path("runs"),
     resume: Annotated[bool, typer.Option("--resume", help="continue the run of this name that was cut off")] = False,
     checkpoint_seconds: Annotated[float, typer.Option(min=0, help="between two savings of the run's state")] = 30.0,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="write TensorBoard's files too")] = False,
 ) -> None:
     """Train a model on DATA and publish it.
 
     The artifact becomes the next version of the model called --name. A run that was killed continues with --resume and
     the same options.
     """
-    config = _config(locals())
+    config = _config(context.obj)
     from training.data import read
 
-    _train(config, read(data), artifacts, runs, resume, checkpoint_seconds)
+    table = read(data, config.drop, config.keep, config.size)
+    _train(config, table, artifacts, runs, resume, checkpoint_seconds, tensorboard)
     where = "" if artifacts == DEFAULT_ROOT else f" --artifacts {artifacts}"
-    typer.echo(f"next: elbo inspect {name}{where}, or elbo serve{where}")
+    typer.echo(f"next: elbo inspect {config.name}{where}, or elbo serve{where}")
 
 
 def _config(arguments: dict[str, Any]) -> "TrainConfig":
     from training.config import TrainConfig
 
-    options = {key: value for key, value in arguments.items() if key in TrainConfig.model_fields and value is not None}
-    if "hidden" in options:
-        widths = options["hidden"]
-        options["hidden"] = [] if widths == "none" else [width.strip() for width in widths.split(",")]
+    options = {key: value for key, value in arguments.items() if value is not None}
+    for key in {"hidden", "drop", "keep"} & options.keys():
+        listed = options[key]
+        options[key] = [] if listed == "none" else next(csv.reader([listed], skipinitialspace=True), [])
+    if "size" in options:
+        height, _, width = options["size"].partition("x")
+        options["size"] = [height, width or height]
     with _one_line(options):
         return TrainConfig.model_validate(options)
 
 
 def _train(
-    config: "TrainConfig", table: "Table", root: Path, runs: Path, resume: bool = False, seconds: float = 30.0
+    config: "TrainConfig",
+    table: "Table",
+    root: Path,
+    runs: Path,
+    resume: bool = False,
+    seconds: float = 30.0,
+    tensorboard: bool = False,
 ) -> None:
+    from training.processes import joined
     from training.progress import reporter
     from training.train import train
 
     report = reporter()
     try:
-        path = train(config, table, root, report, runs, resume, seconds)
+        with joined() as processes:
+            path = train(config, table, root, report, runs, resume, seconds, tensorboard, processes)
     finally:
         report.close()
-    typer.echo(f"published {config.name}@{path.parent.name}: {path}")
+    if processes.first:
+        typer.echo(f"published {config.name}@{path.parent.name}: {path}")
 
 
 @app.command(epilog="Example: elbo demo && elbo serve")
@@ -214,16 +277,22 @@ def serve(
 
 
 @app.command(epilog="Example: elbo evaluate vae digits")
-def evaluate(name: Name, data: Data, json: Json = False, artifacts: Root = DEFAULT_ROOT) -> None:
+def evaluate(
+    name: Name,
+    data: Data,
+    draws: Annotated[int, typer.Option(min=1, help="of the importance-weighted log-likelihood, a row")] = 100,
+    json: Json = False,
+    artifacts: Root = DEFAULT_ROOT,
+) -> None:
     """Judge a model on the rows of DATA.
 
-    Errors of reconstruction and rates of alarm; where labels (y or label) say 0 for normal and 1 for anomalous, also
-    how well the score ranks.
+    Errors of reconstruction, log-likelihood and rates of alarm; where labels (y or label) say 0 for normal and 1 for
+    anomalous, also how well the score ranks.
     """
     from training import apply
 
     artifact, table = _load(name, data, artifacts)
-    evaluation = apply.evaluate(artifact, table)
+    evaluation = apply.evaluate(artifact, table, draws)
     typer.echo(apply.evaluation_json(evaluation) if json else apply.evaluation_text(evaluation))
 
 
@@ -240,10 +309,10 @@ def score(
 
     Also whether it is an anomaly at alpha, and which features make it so. Rows count from 0.
     """
-    from training import apply
+    from training.score import csv_lines, ndjson
 
     artifact, table = _load(name, data, artifacts)
-    lines = apply.csv_lines if format_ is Format.csv else apply.ndjson
+    lines = csv_lines if format_ is Format.csv else ndjson
     for text in lines(artifact, table, alpha, explain):
         sys.stdout.write(text)
         sys.stdout.flush()  # here, and not at exit: a reader that has gone ends the command quietly

