@@ -5,15 +5,18 @@ TORCH := torch==2.13.0
 TORCH_INDEX ?=
 VENV := .venv
 READY := $(VENV)/.ready
+PEERS := .venv-peers
+PEER_PACKAGES := pythae==0.1.2 lightning==2.6.6
 INSTALL := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check install
+PEER_INSTALL := $(PEERS)/bin/python -m pip --quiet --disable-pip-version-check install
 
 supported = $(1) -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types format lock upgrade image clean
+.PHONY: help run test lint types format lock upgrade image bench-train clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: $(READY) ## Train the demonstration models where they are missing, then serve on port 8000
 	@$(VENV)/bin/elbo demo
@@ -50,8 +53,21 @@ compile = echo "locking requirements/$(1).lock" && $(VENV)/bin/pip-compile --qui
 image: ## Build the container image that trains and serves
 	@docker build --tag elbo .
 
+bench-train: $(READY) $(PEERS)/.ready ## Measure training against other libraries, as in benchmarks/*.md
+	@$(VENV)/bin/python benchmarks/pca_speed.py --large
+	@$(VENV)/bin/python benchmarks/training_speed.py
+	@$(VENV)/bin/python benchmarks/mnist_tables.py
+
+# An environment of their own: what they need shall not decide what Elbo gets.
+$(PEERS)/.ready: $(READY)
+	@$(VENV)/bin/python -m venv $(PEERS)
+	@echo "installing $(PEER_PACKAGES)"
+	@$(PEER_INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	@$(PEER_INSTALL) $(PEER_PACKAGES)
+	@touch $@
+
 clean: ## Remove what the other targets made, except artifacts/
-	@rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(PEERS) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The locked packages come first, so that torch finds its own dependencies installed, checked against their hashes.

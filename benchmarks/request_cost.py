@@ -22,6 +22,7 @@ from models.artifact import load
 from models.manifest import resolve
 from service.app import create_app
 from service.settings import Settings
+from training import rows as table_rows
 from training.config import TrainConfig
 from training.data import Table
 from training.progress import Plain
@@ -114,7 +115,10 @@ def main() -> None:
     torch.set_num_threads(1)
     x = np.random.RandomState(1).uniform(size=(500, FEATURES)).astype(np.float32)
     names = [f"x{index}" for index in range(FEATURES)]
-    table = Table(x, (FEATURES,), names, [None] * FEATURES, None, None, "uniform noise", [])
+    missing = np.zeros(FEATURES, np.int64)
+    table = Table(
+        table_rows.Rows(x), (FEATURES,), names, [None] * FEATURES, None, None, "uniform noise", missing=missing
+    )
     with tempfile.TemporaryDirectory() as folder:
         train(TrainConfig(model="vae", name="bench", epochs=1), table, Path(folder), Plain())
         asyncio.run(run(Path(folder), rounds))
