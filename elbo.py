@@ -188,7 +188,7 @@ def _config(arguments: dict[str, Any]) -> "TrainConfig":
     from training.config import TrainConfig
 
     options = {key: value for key, value in arguments.items() if value is not None}
-    for key in {"hidden", "drop", "keep"} & options.keys():
+    for key in {"hidden", "dense", "drop", "keep"} & options.keys():
         listed = options[key]
         options[key] = [] if listed == "none" else next(csv.reader([listed], skipinitialspace=True), [])
     if "size" in options:

@@ -40,10 +40,10 @@ RECIPES = {
     "reference": TrainConfig.model_validate(
         COMMON | {"hidden": (200, 200), "activation": "tanh", "epochs": 300, "batch_size": 256, "learning_rate": 3e-3}
     ),
-    "best": TrainConfig.model_validate(
+    "conv": TrainConfig.model_validate(
         COMMON
-        | {"network": "conv", "hidden": (16, 32), "batch_size": BATCH, "learning_rate": 3e-3}
-        | {"epochs": 44, "samples": 4, "warm_up": 38 * EPOCH}
+        | {"network": "conv", "hidden": (32, 64), "dense": (256,), "batch_size": BATCH, "learning_rate": 3e-3}
+        | {"epochs": 100, "samples": 4, "warm_up": 86 * EPOCH}
     ),
 }
 

@@ -20,30 +20,31 @@ def mlp(sizes: Sequence[int], activation: str = "silu") -> nn.Sequential:
 
 
 def conv_encoder(
-    shape: Sequence[int], channels: Sequence[int], outputs: int, activation: str = "silu"
+    shape: Sequence[int], channels: Sequence[int], outputs: int, activation: str = "silu", dense: Sequence[int] = ()
 ) -> nn.Sequential:
-    """Convolutions over the picture that a row is, [B, H * W * C] to [B, outputs].
+    """Convolutions over the picture that a row is, then a perceptron: [B, H * W * C] to [B, outputs].
 
     Args:
         shape: of one row, [H, W] or [H, W, C]: its colours come last.
-        channels: of each stage, which halves height and width, rounded up; none leaves one linear map.
+        channels: of each stage, which halves height and width, rounded up.
+        dense: hidden widths of the perceptron; with neither channels nor these it all is one linear map.
     """
     colours, sizes = _colours(shape), _sizes(shape, len(channels))
     layers: list[nn.Module] = [ToPicture(*sizes[0], colours)]  # [B, C, H, W]
     for inputs, filters in pairwise([colours, *channels]):
         layers += [nn.Conv2d(inputs, filters, 3, stride=2, padding=1), ACTIVATIONS[activation]()]  # [B, filters, h, w]
     deepest, (height, width) = [colours, *channels][-1], sizes[-1]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(deepest * height * width, outputs))  # [B, outputs]
+    return nn.Sequential(*layers, nn.Flatten(), *mlp([deepest * height * width, *dense, outputs], activation))
 
 
 def conv_decoder(
-    shape: Sequence[int], channels: Sequence[int], latents: int, activation: str = "silu"
+    shape: Sequence[int], channels: Sequence[int], latents: int, activation: str = "silu", dense: Sequence[int] = ()
 ) -> nn.Sequential:
-    """`conv_encoder` backwards, [B, latents] to [B, H * W * C]: same shape and channels, no activation at its end."""
+    """`conv_encoder` backwards, [B, latents] to [B, H * W * C], of the same arguments; no activation at its end."""
     colours, sizes = _colours(shape), _sizes(shape, len(channels))
     deepest, (height, width) = [colours, *channels][-1], sizes[-1]
     layers: list[nn.Module] = [
-        nn.Linear(latents, deepest * height * width),  # [B, deepest * h * w]
+        *mlp([latents, *reversed(dense), deepest * height * width], activation),  # [B, deepest * h * w]
         nn.Unflatten(1, (deepest, height, width)),  # [B, deepest, h, w]
     ]
     stages = pairwise([*reversed(channels), colours])

@@ -13,7 +13,7 @@ def encoder_of(config: TrainConfig, shape: tuple[int, ...], outputs: int) -> nn.
     """[B, D] to [B, outputs] for rows of `shape`, whose product is D. Raises FitError where conv does not fit them."""
     if config.network == "conv":
         _require_room(config, shape)
-        return conv_encoder(shape, config.widths, outputs, config.activation)
+        return conv_encoder(shape, config.widths, outputs, config.activation, config.dense)
     return mlp([math.prod(shape), *config.widths, outputs], config.activation)
 
 
@@ -21,7 +21,7 @@ def decoder_of(config: TrainConfig, shape: tuple[int, ...], latents: int) -> nn.
     """[B, latents] to [B, D] for rows of `shape`: the encoder mirrored. Raises FitError like it."""
     if config.network == "conv":
         _require_room(config, shape)
-        return conv_decoder(shape, config.widths, latents, config.activation)
+        return conv_decoder(shape, config.widths, latents, config.activation, config.dense)
     return mlp([latents, *reversed(config.widths), math.prod(shape)], config.activation)
 
 

@@ -35,6 +35,9 @@ class TrainConfig(BaseModel):
         description="hidden widths of the encoder (of conv: channels, each stage halving the picture), mirrored by the "
         "decoder; none makes both linear; by default 256,128 for mlp and 32,64 for conv",
     )
+    dense: tuple[int, ...] = Field(
+        (), description="hidden widths between the convolutions and the code, mirrored by the decoder (conv)"
+    )
     activation: Literal["silu", "relu", "tanh"] = Field("silu", description="between the layers")
     epochs: int | None = Field(None, ge=1, description="by default as many as make about 3,000 steps, from 10 to 400")
     batch_size: int = Field(128, ge=1, description="rows a step")

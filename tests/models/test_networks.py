@@ -48,11 +48,14 @@ def spread(picture: np.ndarray, weight: np.ndarray, bias: np.ndarray, height: in
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("channels", [(), (4,)])
-def test_rows_in_and_rows_out_have_the_widths_asked_for(shape: tuple[int, ...], channels: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("dense", [(), (9, 7)])
+def test_rows_in_and_rows_out_have_the_widths_asked_for(
+    shape: tuple[int, ...], channels: tuple[int, ...], dense: tuple[int, ...]
+) -> None:
     x = torch.randn(5, int(np.prod(shape)))
-    code = conv_encoder(shape, channels, K)(x)
+    code = conv_encoder(shape, channels, K, dense=dense)(x)
     assert code.shape == (5, K)
-    assert conv_decoder(shape, channels, K)(code).shape == x.shape
+    assert conv_decoder(shape, channels, K, dense=dense)(code).shape == x.shape
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (9, 7), (28, 28), (13, 10, 3)])

@@ -31,6 +31,15 @@ def test_conv_takes_its_default_channels_and_keeps_rows_flat(shape: tuple[int, .
     assert decoder(torch.randn(2, 3)).shape == x.shape
 
 
+def test_dense_layers_stand_between_convolutions_and_code_in_mirrored_order() -> None:
+    config = TrainConfig(model="ae", name="x", network="conv", hidden=(4,), dense=(9, 7))
+    encoder, decoder = encoder_of(config, (6, 6), 2), decoder_of(config, (6, 6), 2)
+    assert kinds(encoder)[-6:] == ["Flatten", "Linear", "SiLU", "Linear", "SiLU", "Linear"]
+    assert kinds(decoder)[:7] == ["Linear", "SiLU", "Linear", "SiLU", "Linear", "Unflatten", "SiLU"]
+    widths = [layer.out_features for layer in [*encoder, *decoder] if isinstance(layer, nn.Linear)]  # type: ignore[misc]
+    assert widths == [9, 7, 2, 7, 9, 36]
+
+
 @pytest.mark.parametrize("build", [encoder_of, decoder_of])
 @pytest.mark.parametrize(
     ("shape", "hidden", "words"),
