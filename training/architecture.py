@@ -9,7 +9,7 @@ from training.config import TrainConfig
 from training.errors import FitError
 
 
-def encoder_of(config: TrainConfig, shape: tuple[int, ...], outputs: int) -> nn.Module:
+def encoder_of(config: TrainConfig, shape: tuple[int, ...], outputs: int) -> nn.Sequential:
     """[B, D] to [B, outputs] for rows of `shape`, whose product is D. Raises FitError where conv does not fit them."""
     if config.network == "conv":
         _require_room(config, shape)
@@ -17,12 +17,26 @@ def encoder_of(config: TrainConfig, shape: tuple[int, ...], outputs: int) -> nn.
     return mlp([math.prod(shape), *config.widths, outputs], config.activation)
 
 
-def decoder_of(config: TrainConfig, shape: tuple[int, ...], latents: int) -> nn.Module:
-    """[B, latents] to [B, D] for rows of `shape`: the encoder mirrored. Raises FitError like it."""
+def decoder_of(config: TrainConfig, shape: tuple[int, ...], latents: int, unit: bool = False) -> nn.Sequential:
+    """[B, latents] to [B, D] for rows of `shape`: the encoder mirrored. Raises FitError like it.
+
+    Args:
+        unit: whether rows are pictures with values in [0, 1].
+    """
     if config.network == "conv":
         _require_room(config, shape)
-        return conv_decoder(shape, config.widths, latents, config.activation, config.dense)
-    return mlp([latents, *reversed(config.widths), math.prod(shape)], config.activation)
+        network = conv_decoder(shape, config.widths, latents, config.activation, config.dense)
+    else:
+        network = mlp([latents, *reversed(config.widths), math.prod(shape)], config.activation)
+    return network.append(nn.Sigmoid()) if _ends_in_sigmoid(config, unit) else network
+
+
+def _ends_in_sigmoid(config: TrainConfig, unit: bool) -> bool:
+    if config.model == "vae" and config.likelihood == "bernoulli":
+        return False  # that likelihood takes logits
+    if config.output == "auto":
+        return unit and bool(config.widths or config.dense)
+    return config.output == "sigmoid"
 
 
 def _require_room(config: TrainConfig, shape: tuple[int, ...]) -> None:

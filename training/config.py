@@ -39,6 +39,11 @@ class TrainConfig(BaseModel):
         (), description="hidden widths between the convolutions and the code, mirrored by the decoder (conv)"
     )
     activation: Literal["silu", "relu", "tanh"] = Field("silu", description="between the layers")
+    output: Literal["auto", "linear", "sigmoid"] = Field(
+        "auto",
+        description="what the decoder of an ae or a gaussian vae ends in: auto takes the sigmoid for pictures in "
+        "[0, 1], unless the networks are linear",
+    )
     epochs: int | None = Field(None, ge=1, description="by default as many as make about 3,000 steps, from 10 to 400")
     batch_size: int = Field(128, ge=1, description="rows a step")
     learning_rate: float = Field(1e-3, gt=0, description="the peak of the one-cycle schedule")

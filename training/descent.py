@@ -33,11 +33,15 @@ VALIDATION_ROWS = 2_048  # at a time
 class Objective(Protocol):
     """What is minimised, its randomness apart, so that processes can share what one drew."""
 
-    def draw(self, rows: Tensor, random: torch.Generator) -> tuple[Tensor, ...]:
-        """All that the loss of rows [B, D] needs, each with B as its first dimension: the rows, the noise."""
+    def draw(self, rows: Tensor, random: torch.Generator, warmth: float) -> tuple[Tensor, ...]:
+        """All that the loss of rows [B, D] needs, each with B as its first dimension: the rows, the noise.
+
+        Args:
+            warmth: how much of the warm-up is behind, from 0 to 1.
+        """
 
     def terms(self, drawn: tuple[Tensor, ...], warmth: float) -> Terms:
-        """The loss of what `draw` gave, or of some of its rows; `warmth` of the KL warm-up, from 0 to 1, is behind."""
+        """The loss of what `draw` gave, or of some of its rows."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,7 @@ class Descent:
 
     def _loss(self, rows: Tensor, random: torch.Generator, warmth: float, backward: bool = True) -> list[float]:
         """The loss of rows [B, D] and its terms, of which each process computes its share; gradients likewise."""
-        drawn = self._objective.draw(rows, random)
+        drawn = self._objective.draw(rows, random, warmth)
         share = self._processes.share(len(rows))
         weight = (share.stop - share.start) / len(rows)
         if self._processes.count > 1:

@@ -25,7 +25,7 @@ from training.pca import fit_pca, pca_of, spectrum_of
 from training.processes import Processes
 from training.progress import Reporter
 from training.rows import Floats, Rows, medians
-from training.statistics import calibration_of, prior_of, scaling_of, whitening_of
+from training.statistics import calibration_of, how_scaled, prior_of, scaling_of, whitening_of
 
 DEFAULT_LATENTS = 16
 SPECTRUM = 256  # eigenvalues that are kept
@@ -135,8 +135,9 @@ def fit(
     else:
         device = artifact.choose_device(config.device)
         batches = Batches(data.table.x, data.rows.fit, scaling, config.seed, device)
-        shape = tuple(data.table.shape)
-        task = Fit(config, shape, latents, batches, sample, held_out.to(device), report, run, processes)
+        shape, pictures = tuple(data.table.shape), data.table.pixel_range is not None
+        unit = pictures and how_scaled(config, pictures) == "range"
+        task = Fit(config, shape, unit, latents, batches, sample, held_out.to(device), report, run, processes)
         core = fit_autoencoder(task) if config.model == "ae" else fit_vae(task)
     core = core.cpu().float().eval()
     if isinstance(core, Autoencoder):

@@ -43,6 +43,7 @@ class Fit:
 
     Args:
         shape: of one row; its product is D.
+        unit: whether rows are pictures of which model units are [0, 1].
         batches: the rows to fit, in model units, on the device.
         sample: some of them [S, D], as many as memory bears.
         held_out: rows [M, D] in model units, on the device, by which the best epoch is chosen.
@@ -52,6 +53,7 @@ class Fit:
 
     config: TrainConfig
     shape: tuple[int, ...]
+    unit: bool
     latents: int
     batches: Batches
     sample: Tensor
@@ -74,7 +76,7 @@ class SquaredError:
         self._model, self._config = model, config
         self._level = (config.noise / NOISE_SPAN, config.noise)
 
-    def draw(self, rows: Tensor, random: torch.Generator) -> tuple[Tensor, ...]:
+    def draw(self, rows: Tensor, random: torch.Generator, _warmth: float) -> tuple[Tensor, ...]:
         """The rows [B, D], and what the encoder shall see of them if that is something else."""
         if self._config.noise > 0 or self._config.masking > 0:
             return rows, corrupt(rows, self._level, self._config.masking, random)
@@ -91,18 +93,18 @@ class Bound:
     def __init__(self, vae: VAE, latents: int, config: TrainConfig) -> None:
         self._vae, self._latents, self._config = vae, latents, config
 
-    def draw(self, rows: Tensor, random: torch.Generator) -> tuple[Tensor, ...]:
-        """The rows [B, D], binary if asked for, and normal noise [B, S, K]."""
+    def draw(self, rows: Tensor, random: torch.Generator, warmth: float) -> tuple[Tensor, ...]:
+        """The rows [B, D], binary if asked for, and normal noise [B, S, K]: S is 1 until the warm-up is behind."""
         if self._config.binarise:
             rows = binarise(rows, random)
-        return rows, torch.randn(len(rows), self._config.samples, self._latents, generator=random).to(rows)
+        draws = self._config.samples if warmth >= 1.0 else 1
+        return rows, torch.randn(len(rows), draws, self._latents, generator=random).to(rows)
 
     def terms(self, drawn: tuple[Tensor, ...], warmth: float) -> Terms:
         """The bound."""
         rows, noise = drawn
         if self._config.samples > 1:
-            draws = noise if warmth >= 1.0 else noise[:, :1]
-            terms = importance_weighted_terms(self._vae, rows, draws.transpose(0, 1))
+            terms = importance_weighted_terms(self._vae, rows, noise.transpose(0, 1))
         else:
             terms = elbo_terms(self._vae, rows, noise[:, 0], warmth * self._config.beta, self._config.free_bits)
         return _penalised(terms, self._vae, self._config)
@@ -115,7 +117,7 @@ def fit_autoencoder(task: Fit) -> Autoencoder:
         encoder = encoder_of(config, task.shape, task.latents)
         model = Autoencoder(
             encoder,
-            decoder_of(config, task.shape, task.latents),
+            decoder_of(config, task.shape, task.latents, task.unit),
             Whitening(torch.zeros(task.latents + width), torch.ones(task.latents + width)),
         )
     task.descend(model, SquaredError(model, config))
@@ -132,7 +134,7 @@ def fit_vae(task: Fit) -> VAE:
     likelihood = likelihood_of(config, task.sample, task.latents)
     with _seeded(config.seed):
         encoder = encoder_of(config, task.shape, 2 * task.latents)
-        model = VAE(encoder, decoder_of(config, task.shape, task.latents), likelihood)
+        model = VAE(encoder, decoder_of(config, task.shape, task.latents, task.unit), likelihood)
     fixed = config.variance if isinstance(config.variance, float) else None
     kept = latents_kept(task.sample[:SPECTRUM_ROWS], task.latents, config.beta, fixed)
     gaussian = config.likelihood == "gaussian"  # the theory is the Gaussian's

@@ -1,5 +1,7 @@
 """What surrounds a fitted core: its scaling, the whitening of an autoencoder's score, the prior, the calibration."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,14 @@ SMALLEST_DEVIATION = 1e-6  # of a whitened coordinate, in model units
 BATCH = 4096  # rows at a time: bounds memory
 
 
+def how_scaled(config: TrainConfig, pictures: bool) -> Literal["standardise", "range", "none"]:
+    """The preprocessing that `config.scale` asks for, auto resolved."""
+    if config.scale != "auto":
+        return config.scale
+    bernoulli = config.model == "vae" and config.likelihood == "bernoulli"
+    return "range" if pictures or bernoulli else "standardise"
+
+
 def scaling_of(
     moments: Moments, config: TrainConfig, pixel_range: tuple[float, float] | None, fill: Tensor | None = None
 ) -> Scaling:
@@ -29,10 +39,11 @@ def scaling_of(
     Args:
         fill: [D], raw units: what stands in for a missing value; None where none is missing.
     """
-    image, bernoulli = pixel_range is not None, config.model == "vae" and config.likelihood == "bernoulli"
-    how = config.scale if config.scale != "auto" else "range" if image or bernoulli else "standardise"
-    if bernoulli and how != "range":
+    how = how_scaled(config, pixel_range is not None)
+    if config.model == "vae" and config.likelihood == "bernoulli" and how != "range":
         raise FitError(f"the bernoulli likelihood needs values in [0, 1], --scale {how} does not give them: use range")
+    if config.output == "sigmoid" and how != "range":
+        raise FitError(f"--output sigmoid needs values in [0, 1], --scale {how} does not give them: use range")
     shift, scale = torch.zeros_like(moments.mean), torch.ones_like(moments.mean)  # [D], [D]
     if how == "standardise":
         shift, scale = moments.mean, (moments.variance * (moments.rows - 1) / moments.rows).sqrt()

@@ -36,8 +36,33 @@ def test_dense_layers_stand_between_convolutions_and_code_in_mirrored_order() ->
     encoder, decoder = encoder_of(config, (6, 6), 2), decoder_of(config, (6, 6), 2)
     assert kinds(encoder)[-6:] == ["Flatten", "Linear", "SiLU", "Linear", "SiLU", "Linear"]
     assert kinds(decoder)[:7] == ["Linear", "SiLU", "Linear", "SiLU", "Linear", "Unflatten", "SiLU"]
-    widths = [layer.out_features for layer in [*encoder, *decoder] if isinstance(layer, nn.Linear)]  # type: ignore[misc]
+    widths = [layer.out_features for layer in [*encoder, *decoder] if isinstance(layer, nn.Linear)]
     assert widths == [9, 7, 2, 7, 9, 36]
+
+
+@pytest.mark.parametrize("network", ["mlp", "conv"])
+def test_a_sigmoid_keeps_pictures_within_0_and_1(network: str) -> None:
+    config = TrainConfig.model_validate({"model": "ae", "name": "x", "network": network})
+    x = decoder_of(config, (6, 6), 2, unit=True)(100 * torch.randn(50, 2))
+    assert 0 <= x.min() < 0.1 < 0.9 < x.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "unit", "sigmoid"),
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"hidden": ()}, True, False),  # linear networks stay linear
+        ({"output": "linear"}, True, False),
+        ({"output": "sigmoid"}, False, True),
+        ({"model": "vae"}, True, True),
+        ({"model": "vae", "likelihood": "bernoulli"}, True, False),  # whose decoder gives logits
+        ({"model": "vae", "likelihood": "bernoulli", "output": "sigmoid"}, True, False),
+    ],
+)
+def test_decoders_end_in_a_sigmoid_where_it_fits(options: dict[str, object], unit: bool, sigmoid: bool) -> None:
+    config = TrainConfig.model_validate({"model": "ae", "name": "x", **options})
+    assert (kinds(decoder_of(config, (6, 6), 2, unit))[-1] == "Sigmoid") == sigmoid
 
 
 @pytest.mark.parametrize("build", [encoder_of, decoder_of])

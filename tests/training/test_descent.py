@@ -51,7 +51,7 @@ class Noiseless:
     def __init__(self, loss: Callable[[Tensor, float], Terms]) -> None:
         self.loss = loss
 
-    def draw(self, rows: Tensor, _: torch.Generator) -> tuple[Tensor, ...]:
+    def draw(self, rows: Tensor, _: torch.Generator, _warmth: float) -> tuple[Tensor, ...]:
         return (rows,)
 
     def terms(self, drawn: tuple[Tensor, ...], warmth: float) -> Terms:

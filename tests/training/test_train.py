@@ -154,6 +154,7 @@ def test_samples_of_the_demonstration_models_look_like_digits(demonstration: Pat
         ({"latents": 140, "model": "vae"}, "need more rows to fit than 140"),
         ({"learning_rate": 1e12, "model": "ae"}, "lower --learning-rate"),
         ({"likelihood": "bernoulli", "scale": "none", "model": "vae"}, "use range"),
+        ({"output": "sigmoid", "scale": "none", "model": "ae"}, "use range"),
     ],
 )
 def test_an_impossible_run_says_what_to_change(options: dict[str, object], message: str, tmp_path: Path) -> None:
