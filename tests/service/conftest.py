@@ -46,7 +46,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("artifacts")
     digits = read("digits")
     for kind in KINDS:
-        train(TrainConfig(model=kind, name=kind, epochs=6, hidden=(48,)), digits, root, Silent())
+        train(TrainConfig(model=kind, name=kind, epochs=15, hidden=(48,)), digits, root, Silent())
     train(TrainConfig(model="pca", name="hosts", latents=2), host_table(), root, Silent())
     return root
 
