@@ -1,4 +1,4 @@
-"""What ten epochs on MNIST reach (the third takes twenty): a VAE, an autoencoder and a denoising autoencoder, against PCA of as many latents.
+"""What a few epochs on MNIST reach: a VAE, an autoencoder and a denoising one, against PCA of as many latents.
 
 The 60,000 rows of the training file train: of them the last 2,000 choose the epoch (1,000) and calibrate (1,000), as
 every run of Elbo does with rows that do not fit; the 10,000 of the test file are looked at once, in the end. Where
