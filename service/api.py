@@ -1,32 +1,31 @@
 """The parts of the service that a request meets, and how each step of a request's way uses them."""
 
 import asyncio
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from time import perf_counter
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from starlette.requests import Request
-from starlette.responses import Response
 
 from service.codec import npy, png
 from service.codec.answer import choose, to_json
 from service.codec.body import JSON, read_fields
 from service.engine import Engine
 from service.errors import ClientGone, InvalidField, NotReady, TooManyRows
+from service.exchange import Answer, Exchange, Limits
 from service.operations import Operation
 from service.repository import Repository, Served
 from service.schemas import Body
 from service.settings import Settings
 from service.telemetry import Telemetry
-from service.tracing import Trace, trace_of
+from service.tracing import Trace
 from service.validation import merge, validate
 
 Array = npt.NDArray[np.float32]
-LARGE = 256 * 1024  # bytes: parsing or writing more than this, about 2 ms, must not hold up the event loop
-PATIENCE = 0.05  # seconds: a request that is answered faster is not worth watching its client for
+LARGE = 512 * 1024  # bytes: parsing or writing more than this, about 2 ms, must not hold up the event loop
 B = TypeVar("B", bound=Body)
 T = TypeVar("T")
 Offer = Callable[[Served], tuple[str, ...]]  # the formats in which a model can answer, the default first
@@ -40,6 +39,7 @@ class Service:
     repository: Repository
     engine: Engine
     telemetry: Telemetry
+    limits: Limits
     draining: bool = False
 
     def find(self, reference: str | None) -> Served:
@@ -53,11 +53,11 @@ class Service:
         self.find(None)
 
 
-@dataclass
+@dataclass(slots=True)
 class Call(Generic[B]):
     """One request, read: who answers, what is asked, in which format. `x` is what its rows were read as."""
 
-    request: Request
+    exchange: Exchange
     trace: Trace
     served: Served
     media_type: str
@@ -67,56 +67,81 @@ class Call(Generic[B]):
 
 async def read(
     service: Service,
-    request: Request,
+    exchange: Exchange,
     schema: type[B],
     offered: Offer,
     main: str | None,
     extract: Callable[[Served, B, bool], T],
 ) -> Call[B]:
-    """Read `request` to its end.
+    """Read a request to its end.
 
     Args:
         service: of the app.
         schema: what its fields must be.
         offered: the formats in which a model can answer it, the default first.
-        main: the field that an npy body is, if it can be one.
+        main: the field that holds its rows or codes, if it has one: an npy body is that field.
         extract: gives `x` from the model, the fields, and whether booleans or NaN may be among the numbers.
     """
-    trace = trace_of(request.scope)
-    served = service.find(request.query_params.get("model"))
+    trace, query = exchange.trace, exchange.query
+    served = service.find(query.get("model"))
     trace.model, trace.version = served.name, served.version
-    media_type = choose(request.headers.get("accept", "*/*"), offered(served))
-    content = await request.body()
+    media_type = choose(exchange.header(b"accept", "*/*"), offered(served))
+    content = await exchange.body()
 
     def parse() -> tuple[B, T]:
-        fields = read_fields(request.headers.get("content-type", ""), content, main)
-        body = validate(schema, merge(fields.values, request.query_params.multi_items()))
+        width = served.latents.width if main == "latents" else served.rows.width
+        fields = read_fields(exchange.header(b"content-type"), content, main, width)
+        body = validate(schema, merge(fields.values, query.multi_items()) if query else fields.values)
         return body, extract(served, body, fields.careful)
 
-    with trace.span("parse"):
-        body, x = await aside(parse, len(content))
-    return Call(request, trace, served, media_type, body, x)
+    started = perf_counter()
+    body, x = await aside(parse, len(content))
+    trace.add("parse", perf_counter() - started)
+    return Call(exchange, trace, served, media_type, body, x)
 
 
 async def run(service: Service, call: Call[Any], operation: Operation, *inputs: Array) -> tuple[Array, ...]:
     """`operation` on `inputs` by the model of `call`. Raises ClientGone if the client leaves meanwhile."""
-    with _Watch(call.request):
-        ran = await service.engine.run(call.served, operation, *inputs)
+    watch = _Watch(call.exchange)
+    try:
+        ran = await service.engine.run(
+            call.served, operation, *inputs, deadline=_deadline(service, call.exchange), late=watch.begin
+        )
+    except asyncio.CancelledError:
+        watch.explain()
+        raise
+    finally:
+        watch.end()
     call.trace.rows = len(inputs[0])
     call.trace.add("queue", ran.queued)
     call.trace.add("compute", ran.computed)
     return ran.outputs
 
 
-async def answer(call: Call[Any], fields: dict[str, Any], main: Array, columns: int | None = None) -> Response:
+def _deadline(service: Service, exchange: Exchange) -> float:
+    """When the client of `exchange` gives up, by `perf_counter`. Raises InvalidField."""
+    asked = exchange.headers.get(b"x-request-timeout")
+    if asked is None:
+        return exchange.trace.started + service.settings.request_timeout
+    try:
+        seconds = float(asked)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        got = asked.decode("latin-1")[:40]
+        raise InvalidField(f"X-Request-Timeout should be seconds, got {got}", expected="a number above 0", got=got)
+    return exchange.trace.started + seconds
+
+
+async def answer(call: Call[Any], fields: dict[str, Any], main: Array, columns: int | None = None) -> Answer:
     """The answer in the format that was asked for: `fields` as JSON, or `main` as npy or picture.
 
     columns: of the picture.
     """
     served = call.served
-    headers = {"Elbo-Model": f"{served.name}@{served.version}"}
+    headers = served.headers
     if isinstance(fields.get("seed"), int):
-        headers["Elbo-Seed"] = str(fields["seed"])
+        headers = (*headers, (b"elbo-seed", b"%d" % fields["seed"]))
 
     def write() -> bytes:
         if call.media_type == JSON:
@@ -126,9 +151,10 @@ async def answer(call: Call[Any], fields: dict[str, Any], main: Array, columns: 
         assert served.manifest.pixel_range is not None
         return png.dumps(main, served.manifest.shape, served.manifest.pixel_range, columns)
 
-    with call.trace.span("write"):
-        content = await aside(write, 10 * main.size)
-    return Response(content, 200, headers, call.media_type)
+    started = perf_counter()
+    content = await aside(write, 10 * main.size)
+    call.trace.add("write", perf_counter() - started)
+    return Answer(content, call.media_type.encode(), headers)
 
 
 def require_rows(service: Service, rows: Any, pointer: str) -> None:
@@ -158,35 +184,31 @@ async def aside(work: Callable[[], T], size: int) -> T:
 
 
 class _Watch:
-    """Cancels its block when the client leaves, which then raises ClientGone.
+    """Cancels the request's task when its client leaves. Begun for the few that wait long: the others never pay."""
 
-    Looks only after PATIENCE seconds: nearly every request is answered sooner, and never pays for it.
-    """
-
-    def __init__(self, request: Request) -> None:
-        self._request = request
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._task = asyncio.current_task()
         self._watcher: asyncio.Task[None] | None = None
         self._gone = False
 
-    def __enter__(self) -> Self:
-        task = asyncio.current_task()
-        assert task is not None
-        self._task = task
-        self._timer = asyncio.get_running_loop().call_later(PATIENCE, self._begin)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._timer.cancel()
-        if self._watcher:
-            self._watcher.cancel()
-        if self._gone and kind is asyncio.CancelledError and self._task.uncancel() == 0:
-            raise ClientGone("the client left before its answer was ready") from error
-
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Begin to watch."""
         self._watcher = asyncio.get_running_loop().create_task(self._wait())
 
+    def end(self) -> None:
+        """Look no more."""
+        if self._watcher:
+            self._watcher.cancel()
+
+    def explain(self) -> None:
+        """Raise ClientGone if it was this that cancelled the task."""
+        if self._gone and self._task and self._task.uncancel() == 0:
+            raise ClientGone("the client left before its answer was ready")
+
     async def _wait(self) -> None:
-        while (await self._request.receive())["type"] != "http.disconnect":
+        while (await self._exchange.receive())["type"] != "http.disconnect":
             pass
         self._gone = True
-        self._task.cancel()
+        if self._task:
+            self._task.cancel()

@@ -16,15 +16,17 @@ from starlette.responses import Response
 from starlette.routing import Match
 
 from models.artifact import choose_device
-from service import middleware, routing
+from service import routing
 from service.api import Service
 from service.catalogue import STATIC
+from service.edge import Edge
 from service.engine import Engine
-from service.errors import from_http_exception, problem_response
+from service.errors import from_http_exception
+from service.exchange import Limits
+from service.logs import AccessLog
 from service.repository import Repository
 from service.settings import Settings
 from service.telemetry import Telemetry
-from service.tracing import trace_of
 
 DESCRIPTION = """Encode, decode, reconstruct, sample, interpolate and score anomalies with the models that are served.
 
@@ -39,12 +41,14 @@ def create_app(settings: Settings) -> FastAPI:
     repository = Repository(settings.artifacts, device, settings.default_model, settings.keep_versions)
 
     engine = Engine(settings.max_batch_rows, settings.queue_rows, settings.threads, telemetry.count_batch)
-    service = Service(settings, repository, engine, telemetry)
+    access = AccessLog(settings.log_format, enabled=settings.log_level in ("debug", "info"))
+    limits = Limits(settings.max_body_bytes, settings.held_bytes, settings.request_timeout)
+    service = Service(settings, repository, engine, telemetry, limits)
     app = FastAPIOffline(
         title="Elbo",
         description=DESCRIPTION,
         version="1",
-        lifespan=_lifespan(service),
+        lifespan=_lifespan(service, access),
         redirect_slashes=False,
         redoc_url=None,
         static_url="/static/docs",
@@ -53,26 +57,12 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.service = service
     routing.register(app, service)
     app.mount("/static", StaticFiles(directory=STATIC))
-    for layer, options in _layers(service):
-        app.add_middleware(layer, **options)
+    app.add_middleware(Edge, direct=routing.direct(service), telemetry=telemetry, access=access, limits=service.limits)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign] # FastAPI's documented way
     return app
 
 
-def _layers(service: Service) -> list[tuple[Any, dict[str, Any]]]:
-    """The middleware, innermost first."""
-    return [
-        (middleware.HeadAsGet, {}),
-        (middleware.BodyLimit, {"max_body_bytes": service.settings.max_body_bytes}),
-        (middleware.Problems, {}),
-        (middleware.ServerTiming, {}),
-        (middleware.Metering, {"telemetry": service.telemetry}),
-        (middleware.AccessLog, {}),
-        (middleware.Tracing, {}),
-    ]
-
-
-def _lifespan(service: Service) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+def _lifespan(service: Service, access: AccessLog) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         """Load and warm every model before the first request; finish every request before the end."""
@@ -87,6 +77,7 @@ def _lifespan(service: Service) -> Callable[[FastAPI], AbstractAsyncContextManag
             with suppress(asyncio.CancelledError):
                 await watcher
             await service.engine.close()
+            await access.close()
 
     return lifespan
 
@@ -98,8 +89,7 @@ async def _router_refused(request: Request, error: Exception) -> Response:
     methods = {method for route in matching for method in getattr(route, "methods", None) or ()}
     methods = methods or {"GET"}  # the path is inside a mounted folder
     allowed = sorted(methods | {"HEAD"} if "GET" in methods else methods)
-    problem = from_http_exception(error, request.method, request.url.path, allowed)
-    return problem_response(problem, trace_of(request.scope).request_id)
+    raise from_http_exception(error, request.method, request.url.path, allowed)
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

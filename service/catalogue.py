@@ -52,7 +52,10 @@ class Information:
 
     async def metrics(self, _: Request) -> Response:
         """Metrics for Prometheus."""
-        text = self.service.telemetry.exposition(self.service.repository.catalogue, self.service.engine.pending_rows)
+        service = self.service
+        text = service.telemetry.exposition(
+            service.repository.catalogue, service.engine.pending_rows, service.limits.held
+        )
         return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def page(self, _: Request) -> Response:

@@ -1,28 +1,35 @@
-"""The inference engine: one thread that takes what waits as soon as it is free, and runs it in batches.
+"""The inference engine: what waits is taken as soon as the model is free, in batches.
 
 Requests for the same model version and operation share a batch; nobody waits for one to fill. The request that has
 waited longest goes first. A large request is run in pieces and goes to the back of the queue after each, so that it
-delays others by one batch at most. A request whose caller has left is dropped before it costs anything, and one that
-fails takes nobody with it.
+delays others by one batch at most. A request whose caller has left or whose deadline has passed is dropped before it
+costs anything, and one that fails takes nobody with it.
+
+A batch that is expected to be short runs in the event loop's own thread: to hand it to another thread and back costs
+more than a small model does. Longer ones, and those of which nothing is known yet, run in the inference thread.
 """
 
 import asyncio
 import math
-import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from service.errors import NotReady, Overloaded
+from service.errors import DeadlineExceeded, NotReady, Overloaded
 from service.operations import Operation
 
 Array = npt.NDArray[np.float32]
+SHORT = 0.002  # seconds for which a batch may hold up the event loop
+SWEEP = 0.01  # seconds between two looks for deadlines that have passed
+LATELY = 0.2  # weight of the last batch in what a batch is expected to take
 
 
 class Model(Protocol):
@@ -37,7 +44,7 @@ class Model(Protocol):
         """Where its rows must be."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Ran:
     """What came of a request: outputs, each [B, ...], the seconds it waited, and those of its batches."""
 
@@ -46,12 +53,19 @@ class Ran:
     computed: float
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Job:
-    """A piece of a request, at most one batch large."""
+    """A piece of a request, at most one batch large.
+
+    Args:
+        deadline: when its caller gives up, by `perf_counter`.
+        late: called once if it has waited longer than most do.
+    """
 
     inputs: tuple[Array, ...]
     result: "asyncio.Future[Ran]"
+    deadline: float
+    late: Callable[[], None] | None
     since: float = field(default_factory=perf_counter)
 
     @property
@@ -60,7 +74,7 @@ class Job:
         return len(self.inputs[0])
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Lane:
     """Requests that may share a batch, in the order of their arrival."""
 
@@ -70,6 +84,7 @@ class Lane:
 
 
 Outcome = tuple[Job, Ran | BaseException]
+Pace = dict[tuple[str, int], float]  # seconds of a batch by operation and, to a factor of two, rows
 
 
 class Engine:
@@ -79,7 +94,7 @@ class Engine:
         max_batch_rows: most rows that run at once.
         queue_rows: most rows that wait or run; beyond them `run` refuses.
         threads: torch's threads for one batch.
-        on_batch: told the operation and the rows of each batch, in the engine's thread.
+        on_batch: told the operation and the rows of each batch.
     """
 
     def __init__(
@@ -90,29 +105,43 @@ class Engine:
         self._threads = threads
         self._on_batch = on_batch
         self._lanes: dict[tuple[int, Operation], Lane] = {}  # by the model's identity
-        self._work = threading.Condition()
-        self._closing = False
+        self._paces: WeakKeyDictionary[Any, Pace] = WeakKeyDictionary()  # by module
+        self._running: list[Job] = []  # in the inference thread
+        self._stepping = self._sweeping = self._closing = False
+        self._idle: asyncio.Event
         self._seconds_per_row = 0.0  # lately
-        self._thread = threading.Thread(target=self._serve, name="inference", daemon=True)
         self.pending_rows = 0  # admitted and not yet answered
 
     def start(self) -> None:
-        """Start the thread. Call from the event loop that will call `run`."""
+        """Make ready. Call from the event loop that will call `run`."""
         self._loop = asyncio.get_running_loop()
-        self._thread.start()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        torch.set_num_threads(self._threads)
+        self._executor = ThreadPoolExecutor(1, "inference", torch.set_num_threads, (self._threads,))
 
     async def close(self) -> None:
-        """Finish what waits, refuse what comes, and end the thread."""
-        with self._work:
-            self._closing = True
-            self._work.notify()
-        await asyncio.to_thread(self._thread.join)
+        """Finish what waits, refuse what comes."""
+        self._closing = True
+        await self._idle.wait()
+        self._executor.shutdown()
 
-    async def run(self, model: Model, operation: Operation, *inputs: Array) -> Ran:
+    async def run(
+        self,
+        model: Model,
+        operation: Operation,
+        *inputs: Array,
+        deadline: float = math.inf,
+        late: Callable[[], None] | None = None,
+    ) -> Ran:
         """`operation` on `inputs`, each [B, ...] with the same B >= 1.
 
-        Raises Overloaded when the queue is full, NotReady when the engine is closing, and what the operation raises.
-        Cancelling the caller drops what has not yet begun.
+        Raises Overloaded when the queue is full, NotReady when the engine is closing, DeadlineExceeded, and what the
+        operation raises. Cancelling the caller drops what has not yet begun.
+
+        Args:
+            deadline: by `perf_counter`.
+            late: called once if the answer takes longer than SWEEP.
         """
         rows = len(inputs[0])
         if self.pending_rows + rows > self._queue_rows:
@@ -120,22 +149,37 @@ class Engine:
         self.pending_rows += rows
         try:
             if rows <= self._max_batch_rows:
-                return await self._submit(model, operation, inputs)
+                return await self._submit(model, operation, inputs, deadline, late)
             pieces = []
             for start in range(0, rows, self._max_batch_rows):
                 piece = tuple(array[start : start + self._max_batch_rows] for array in inputs)
-                pieces.append(await self._submit(model, operation, piece))
+                pieces.append(await self._submit(model, operation, piece, deadline, late))
+                late = None
             return _joined(pieces)
         finally:
             self.pending_rows -= rows
 
-    def _submit(self, model: Model, operation: Operation, inputs: tuple[Array, ...]) -> "asyncio.Future[Ran]":
-        job = Job(inputs, self._loop.create_future())
-        with self._work:
-            if self._closing:
-                raise NotReady("the server is shutting down")
-            self._lanes.setdefault((id(model), operation), Lane(model, operation)).waiting.append(job)
-            self._work.notify()
+    def _submit(
+        self,
+        model: Model,
+        operation: Operation,
+        inputs: tuple[Array, ...],
+        deadline: float,
+        late: Callable[[], None] | None,
+    ) -> "asyncio.Future[Ran]":
+        if self._closing:
+            raise NotReady("the server is shutting down")
+        job = Job(inputs, self._loop.create_future(), deadline, late)
+        key = (id(model), operation)
+        lane = self._lanes.get(key)
+        if lane is None:
+            lane = self._lanes[key] = Lane(model, operation)
+        lane.waiting.append(job)
+        self._idle.clear()
+        self._go_on()
+        if not self._sweeping:
+            self._sweeping = True
+            self._loop.call_later(SWEEP, self._sweep)
         return job.result
 
     def _overloaded(self, rows: int) -> Overloaded:
@@ -148,42 +192,99 @@ class Engine:
             headers={"Retry-After": str(wait)},
         )
 
-    # The thread's side
+    def _go_on(self) -> None:
+        """Take the next batch once everything that has arrived by now is in the queue."""
+        if not self._stepping and not self._running:
+            self._stepping = True
+            self._loop.call_soon(self._step)
 
-    def _serve(self) -> None:
-        torch.set_num_threads(self._threads)
-        while (taken := self._take()) is not None:
-            lane, jobs = taken
-            outcomes = self._run(lane, jobs)
-            self._loop.call_soon_threadsafe(_settle, outcomes)
+    def _step(self) -> None:
+        self._stepping = False
+        taken = self._take()
+        if taken is None:
+            self._idle.set()
+            return
+        lane, jobs = taken
+        if self._expected(lane, jobs) <= SHORT:
+            self._settle(lane, self._run(lane, jobs))
+            self._go_on()
+        else:
+            self._running = jobs
+            self._loop.run_in_executor(self._executor, self._run, lane, jobs).add_done_callback(
+                lambda done: self._finish(lane, done)
+            )
+
+    def _finish(self, lane: Lane, done: "asyncio.Future[list[Outcome]]") -> None:
+        self._running = []
+        try:
+            self._settle(lane, done.result())
+        finally:
+            self._go_on()
 
     def _take(self) -> tuple[Lane, list[Job]] | None:
         """The next batch: the lane whose first job has waited longest, as many of its jobs as fit, in their order."""
-        with self._work:
-            while True:
-                while not self._lanes:
-                    if self._closing:
-                        return None
-                    self._work.wait()
-                key, lane = min(self._lanes.items(), key=lambda item: item[1].waiting[0].since)
-                jobs = self._fill(lane)
-                if not lane.waiting:
-                    del self._lanes[key]
-                if jobs:
-                    return lane, jobs
+        while self._lanes:
+            key, lane = min(self._lanes.items(), key=lambda item: item[1].waiting[0].since)
+            jobs = self._fill(lane)
+            if not lane.waiting:
+                del self._lanes[key]
+            if jobs:
+                return lane, jobs
+        return None
 
     def _fill(self, lane: Lane) -> list[Job]:
         jobs: list[Job] = []
         rows = 0
         while lane.waiting and rows + lane.waiting[0].rows <= self._max_batch_rows:
             job = lane.waiting.popleft()
-            if job.result.cancelled():
+            if job.result.done():  # cancelled, or too late
                 continue
             jobs.append(job)
             rows += job.rows
             if not lane.operation.merges:
                 break
         return jobs
+
+    def _expected(self, lane: Lane, jobs: list[Job]) -> float:
+        """Seconds that the batch will take, judging by the last ones of its kind; infinity for the first."""
+        pace = self._paces.get(lane.model.module, {})
+        return pace.get(_kind(lane, sum(job.rows for job in jobs)), math.inf)
+
+    def _settle(self, lane: Lane, outcomes: list[Outcome]) -> None:
+        """Tell each job what came of it, and learn from how long the batch took."""
+        for job, outcome in outcomes:
+            if job.result.done():  # cancelled meanwhile, or too late
+                continue
+            if isinstance(outcome, Ran):
+                job.result.set_result(outcome)
+            else:
+                job.result.set_exception(outcome)
+        ran = [(job.rows, outcome.computed) for job, outcome in outcomes if isinstance(outcome, Ran)]
+        if len(ran) < len(outcomes):
+            return
+        rows, seconds = sum(rows for rows, _ in ran), ran[0][1]
+        self._on_batch(lane.operation.name, rows)
+        self._seconds_per_row += LATELY * (seconds / rows - self._seconds_per_row)
+        pace, kind = self._paces.setdefault(lane.model.module, {}), _kind(lane, rows)
+        pace[kind] = seconds + (1 - LATELY) * (pace.get(kind, seconds) - seconds)
+
+    def _sweep(self) -> None:
+        """Fail the jobs whose deadline has passed, and tell those that take long."""
+        now = perf_counter()
+        jobs = [job for lane in self._lanes.values() for job in lane.waiting] + self._running
+        for job in jobs:
+            if job.result.done():
+                continue
+            if job.deadline <= now:
+                job.result.set_exception(_too_late(now - job.since))
+            elif job.late and now - job.since > SWEEP:
+                job.late()
+                job.late = None
+        self._sweeping = bool(jobs)
+        if self._sweeping:
+            self._loop.call_later(SWEEP, self._sweep)
+
+    # In either thread
 
     def _run(self, lane: Lane, jobs: list[Job]) -> list[Outcome]:
         """The outcome of each job; if they fail together, each of them is tried by itself."""
@@ -195,14 +296,25 @@ class Engine:
                 return [(jobs[0], error)]
             return [outcome for job in jobs for outcome in self._run(lane, [job])]
         seconds = perf_counter() - started
-        rows = len(outputs[0])
-        self._seconds_per_row += 0.2 * (seconds / rows - self._seconds_per_row)
-        self._on_batch(lane.operation.name, rows)
-        ends = np.cumsum([job.rows for job in jobs]).tolist()
-        return [
-            (job, Ran(tuple(output[end - job.rows : end] for output in outputs), started - job.since, seconds))
-            for job, end in zip(jobs, ends, strict=True)
-        ]
+        outcomes: list[Outcome] = []
+        start = 0
+        for job in jobs:
+            end = start + job.rows
+            mine = tuple([output[start:end] for output in outputs])
+            outcomes.append((job, Ran(mine, started - job.since, seconds)))
+            start = end
+        return outcomes
+
+
+def _kind(lane: Lane, rows: int) -> tuple[str, int]:
+    return lane.operation.name, rows.bit_length()
+
+
+def _too_late(seconds: float) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        f"the answer was not ready after {seconds:.3g} s",
+        hint="send fewer rows, or allow more time with the header X-Request-Timeout (seconds)",
+    )
 
 
 def _compute(lane: Lane, inputs: list[tuple[Array, ...]]) -> tuple[Array, ...]:
@@ -216,13 +328,3 @@ def _compute(lane: Lane, inputs: list[tuple[Array, ...]]) -> tuple[Array, ...]:
 def _joined(pieces: list[Ran]) -> Ran:
     outputs = tuple(np.concatenate(column) for column in zip(*(piece.outputs for piece in pieces), strict=True))
     return Ran(outputs, sum(piece.queued for piece in pieces), sum(piece.computed for piece in pieces))
-
-
-def _settle(outcomes: list[Outcome]) -> None:
-    for job, outcome in outcomes:
-        if job.result.done():  # cancelled meanwhile
-            continue
-        if isinstance(outcome, Ran):
-            job.result.set_result(outcome)
-        else:
-            job.result.set_exception(outcome)

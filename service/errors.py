@@ -5,21 +5,21 @@ ElboError (models.errors)
     ├── NotFound, ModelNotFound             404
     ├── MethodNotAllowed                    405
     ├── NotAcceptable                       406
+    ├── BodyTooSlow                         408
     ├── BodyTooLarge, TooManyRows           413
     ├── UnsupportedMediaType                415
     ├── InvalidJson, InvalidNpy, InvalidField, InvalidRows, OverflowInModel   422
     ├── Overloaded                          429
     ├── ClientGone                          499, seen in the log and the metrics only
     ├── InternalError                       500
-    └── NotReady                            503
+    ├── NotReady                            503
+    └── DeadlineExceeded                    504
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import orjson
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
 
 from models.errors import ElboError
 
@@ -97,6 +97,12 @@ class NotAcceptable(ServiceError):
     status, code, title = 406, "not_acceptable", "No acceptable format"
 
 
+class BodyTooSlow(ServiceError):
+    """The body did not arrive in the time that ELBO_REQUEST_TIMEOUT allows."""
+
+    status, code, title = 408, "body_too_slow", "Body too slow"
+
+
 class BodyTooLarge(ServiceError):
     """The body is larger than ELBO_MAX_BODY_BYTES."""
 
@@ -167,11 +173,18 @@ class NotReady(ServiceError):
     status, code, title = 503, "not_ready", "Not ready"
 
 
+class DeadlineExceeded(ServiceError):
+    """The answer was not ready in the time that the X-Request-Timeout header or ELBO_REQUEST_TIMEOUT allows."""
+
+    status, code, title = 504, "deadline_exceeded", "Deadline exceeded"
+
+
 ERRORS: tuple[type[ServiceError], ...] = (
     NotFound,
     ModelNotFound,
     MethodNotAllowed,
     NotAcceptable,
+    BodyTooSlow,
     BodyTooLarge,
     TooManyRows,
     UnsupportedMediaType,
@@ -184,13 +197,8 @@ ERRORS: tuple[type[ServiceError], ...] = (
     ClientGone,
     InternalError,
     NotReady,
+    DeadlineExceeded,
 )
-
-
-def problem_response(error: ServiceError, request_id: str) -> Response:
-    """`error` as the answer to send."""
-    body = orjson.dumps(error.problem(request_id))
-    return Response(body, error.status, error.headers, PROBLEM_JSON)
 
 
 def from_http_exception(error: HTTPException, method: str, path: str, allowed: Sequence[str]) -> ServiceError:

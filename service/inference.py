@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 from functools import partial
+from time import perf_counter
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from starlette.requests import Request
-from starlette.responses import Response
 
 from service import operations
 from service.anomaly import Scores, results, table
@@ -16,6 +15,7 @@ from service.codec import npy
 from service.codec.answer import ARRAY, PICTURE, plain
 from service.codec.rows import Reading
 from service.errors import InvalidField
+from service.exchange import Answer, Exchange
 from service.latents import Noise, fresh_seed, interpolate
 from service.repository import Served
 from service.schemas import AnomalyBody, Body, DecodeBody, EncodeBody, End, InterpolateBody, ReconstructBody, SampleBody
@@ -33,9 +33,9 @@ class Inference:
         self.service = service
         self._noise = Noise()
 
-    async def encode(self, request: Request) -> Response:
+    async def encode(self, exchange: Exchange) -> Answer:
         """Rows to codes: the posterior mean, or a draw."""
-        call = await self._read_rows(request, EncodeBody, _arrays, "inputs")
+        call = await self._read_rows(exchange, EncodeBody, _arrays, "inputs")
         mean, std = await run(self.service, call, operations.ENCODE, call.x)
         imputed = _imputed(call.served, call.x)
         if not call.body.sample:
@@ -44,29 +44,29 @@ class Inference:
         latents = mean + std * self._noise.draw(seed, *mean.shape)[0]
         return await answer(call, {"latents": latents, "std": std, "seed": seed, **imputed}, latents)
 
-    async def decode(self, request: Request) -> Response:
+    async def decode(self, exchange: Exchange) -> Answer:
         """Codes to rows."""
-        call = await self._read_rows(request, DecodeBody, _pictures, "latents")
+        call = await self._read_rows(exchange, DecodeBody, _pictures, "latents")
         (outputs,) = await run(self.service, call, operations.DECODE, call.x)
         return await answer(call, {"outputs": outputs}, outputs)
 
-    async def reconstruct(self, request: Request) -> Response:
+    async def reconstruct(self, exchange: Exchange) -> Answer:
         """Rows through the code and back, and how much that changed them."""
-        call = await self._read_rows(request, ReconstructBody, _pictures, "inputs")
+        call = await self._read_rows(exchange, ReconstructBody, _pictures, "inputs")
         outputs, errors = await run(self.service, call, operations.reconstruct(call.served.rows.gaps), call.x)
         fields = {"outputs": outputs, "errors": errors, **_imputed(call.served, call.x)}
         return await answer(call, fields, outputs)
 
-    async def sample(self, request: Request) -> Response:
+    async def sample(self, exchange: Exchange) -> Answer:
         """New rows from the prior. The same seed gives the same bytes, alone or in company."""
-        call = await read(self.service, request, SampleBody, _pictures, None, self._prior_noise)
+        call = await read(self.service, exchange, SampleBody, _pictures, None, self._prior_noise)
         seed, normal, uniform = call.x
         latents, outputs = await run(self.service, call, operations.SAMPLE, normal, uniform)
         return await answer(call, {"latents": latents, "outputs": outputs, "seed": seed}, outputs)
 
-    async def interpolate(self, request: Request) -> Response:
+    async def interpolate(self, exchange: Exchange) -> Answer:
         """Rows along the way between two."""
-        call = await read(self.service, request, InterpolateBody, _pictures, None, self._ends)
+        call = await read(self.service, exchange, InterpolateBody, _pictures, None, self._ends)
         start, end = await self._codes(call)
         latents = interpolate(start, end, call.body.steps, call.body.method)
         (outputs,) = await run(self.service, call, operations.DECODE, latents)
@@ -74,9 +74,9 @@ class Inference:
         imputed = _imputed(call.served, *(point.values for point in call.x if not point.is_code))
         return await answer(call, {"latents": latents, "outputs": outputs, **imputed}, outputs, columns)
 
-    async def anomaly(self, request: Request) -> Response:
+    async def anomaly(self, exchange: Exchange) -> Answer:
         """Which rows are abnormal, how sure that is, and why."""
-        call = await read(self.service, request, AnomalyBody, _arrays, "inputs", self._judgeable)
+        call = await read(self.service, exchange, AnomalyBody, _arrays, "inputs", self._judgeable)
         reading, unknown, sent = call.x
         body, manifest = call.body, call.served.manifest
         scores = Scores(*await run(self.service, call, operations.anomaly(body.alpha), reading.x))
@@ -84,9 +84,10 @@ class Inference:
         if call.media_type == npy.MEDIA_TYPE:
             return await answer(call, {}, table(reading, scores, sent))
         names = call.served.rows.names
-        with call.trace.span("write"):
-            judge = partial(results, reading, scores, body.fdr, body.explain, names, manifest.parts)
-            found, errors = await aside(judge, ROW_BYTES * sent)
+        started = perf_counter()
+        judge = partial(results, reading, scores, body.fdr, body.explain, names, manifest.parts)
+        found, errors = await aside(judge, ROW_BYTES * sent)
+        call.trace.add("write", perf_counter() - started)
         fields = {
             "alpha": body.alpha,
             "fdr": body.fdr,
@@ -98,7 +99,7 @@ class Inference:
         }
         return await answer(call, fields, scores.expected)
 
-    async def _read_rows(self, request: Request, schema: type[B], offered: Offer, field: str) -> Call[B]:
+    async def _read_rows(self, exchange: Exchange, schema: type[B], offered: Offer, field: str) -> Call[B]:
         """A request whose `field`, "inputs" or "latents", holds rows, every one of which must be right."""
 
         def extract(served: Served, body: B, careful: bool) -> Array:
@@ -109,7 +110,7 @@ class Inference:
                 return form.read_array(rows, pointer)
             return form.read(rows, pointer, careful)
 
-        return await read(self.service, request, schema, offered, field, extract)
+        return await read(self.service, exchange, schema, offered, field, extract)
 
     def _prior_noise(self, served: Served, body: SampleBody, _: bool) -> tuple[int, Array, Array]:
         require_count(self.service, "n", body.n)

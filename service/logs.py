@@ -1,13 +1,102 @@
 """Log lines on standard output: one JSON object each, or text for a person."""
 
+import asyncio
 import logging
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
 import orjson
+from starlette.types import Scope
 
+from service.tracing import Trace
+
+ACCESS = "elbo.access"
+GATHER_SECONDS = 0.05  # in which lines of requests are gathered, to be written together
+MOST_LINES = 20_000  # that wait for a reader of standard output who does not read; more are counted, not kept
 LOGGERS = ("elbo", "uvicorn.error", "py.warnings")
+
+
+class AccessLog:
+    """A line for each request, gathered and written by another thread: no request waits for a slow reader.
+
+    Args:
+        form: "json" or "text".
+        enabled: whether anything is written.
+        write: takes whole lines, in that thread.
+    """
+
+    def __init__(self, form: str, enabled: bool, write: Callable[[bytes], object] | None = None) -> None:
+        self._as_text = form == "text"
+        self._enabled = enabled
+        self._write = write or _to_standard_output
+        self._lines: list[bytes] = []
+        self._lost = 0
+        self._writer: asyncio.Task[None] | None = None
+
+    def tell(self, scope: Scope, trace: Trace) -> None:
+        """Note that a request has been answered."""
+        if not self._enabled:
+            return
+        if len(self._lines) >= MOST_LINES:
+            self._lost += 1
+            return
+        self._lines.append(self._line("request", _told(scope, trace)))
+        if self._writer is None:
+            self._writer = asyncio.get_running_loop().create_task(self._write_all())
+
+    async def close(self) -> None:
+        """Write what has been gathered."""
+        if self._writer:
+            await self._writer
+
+    async def _write_all(self) -> None:
+        while self._lines:
+            await asyncio.sleep(GATHER_SECONDS)
+            if self._lost:
+                self._lines.append(self._line("lines of requests were lost: nobody read them", {"lost": self._lost}))
+                self._lost = 0
+            lines, self._lines = self._lines, []
+            await asyncio.to_thread(self._write, b"".join(lines))
+        self._writer = None
+
+    def _line(self, message: str, fields: dict[str, Any]) -> bytes:
+        if self._as_text:
+            now = datetime.now(UTC).isoformat(sep=" ", timespec="milliseconds")
+            return f"{now} INFO    {message} {_pairs(fields)}\n".encode()
+        head = {"ts": _now(), "level": "info", "logger": ACCESS, "message": message}
+        return orjson.dumps(head | fields, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def _told(scope: Scope, trace: Trace) -> dict[str, Any]:
+    client = scope.get("client")
+    fields = {
+        "request_id": trace.request_id,
+        "method": scope["method"],
+        "path": scope["path"],
+        "status": trace.status,
+        "client": client[0] if client else None,
+        "ms": round(trace.elapsed * 1e3, 3),
+    }
+    if trace.model:
+        fields |= {"model": trace.model, "version": trace.version, "rows": trace.rows}
+        for name, seconds in trace.spans.items():
+            fields[f"{name}_ms"] = round(seconds * 1e3, 3)
+    return fields
+
+
+def _to_standard_output(lines: bytes) -> None:
+    sys.stdout.buffer.write(lines)
+    sys.stdout.buffer.flush()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _pairs(fields: dict[str, Any]) -> str:
+    return " ".join([f"{key}={value}" for key, value in fields.items()])
 
 
 class JsonFormatter(logging.Formatter):
@@ -36,7 +125,7 @@ class TextFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         """The line without its traceback."""
         fields = getattr(record, "fields", {})
-        return " ".join([super().formatMessage(record), *(f"{key}={value}" for key, value in fields.items())])
+        return f"{super().formatMessage(record)} {_pairs(fields)}".rstrip()
 
 
 def configure(level: str, form: str) -> None:

@@ -42,12 +42,14 @@ class Served:
     version: int
     artifact: Artifact
     load_seconds: float
+    headers: tuple[tuple[bytes, bytes], ...] = field(init=False)  # of every answer that it gives
     rows: RowFormat = field(init=False)
     latents: RowFormat = field(init=False)
 
     def __post_init__(self) -> None:
         features = self.manifest.features
         names, optional = [feature.name for feature in features], [feature.missing > 0 for feature in features]
+        object.__setattr__(self, "headers", ((b"elbo-model", f"{self.name}@{self.version}".encode()),))
         object.__setattr__(self, "rows", RowFormat(self.manifest.shape, names, optional))
         object.__setattr__(self, "latents", RowFormat([self.manifest.latents]))
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from inspect import getdoc
 from typing import Any
 
 from fastapi import FastAPI
@@ -17,6 +18,7 @@ from service.codec import npy, png
 from service.codec.body import JSON
 from service.errors import PROBLEM_JSON
 from service.examples import EXAMPLES
+from service.exchange import exchange_of
 from service.inference import Inference
 from service.schemas import (
     AnomalyAnswer,
@@ -37,10 +39,9 @@ from service.schemas import (
     SampleAnswer,
     SampleBody,
 )
-from service.tracing import trace_of
 
-Handler = Callable[[Request], Awaitable[Response]]
-CALL_ERRORS = (404, 406, 413, 415, 422, 429, 500, 503)
+Handler = Callable[[Any], Awaitable[Any]]
+CALL_ERRORS = (404, 406, 408, 413, 415, 422, 429, 500, 503, 504)
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
@@ -70,14 +71,18 @@ class DirectRoute(APIRoute):
     """
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
-        super().__init__(path, endpoint, **options)
+        super().__init__(path, _without_parameters, **options)
         self.app = self._direct(endpoint)
 
     def _direct(self, handler: Handler) -> ASGIApp:
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            trace_of(scope).endpoint = self.path
-            response = await handler(Request(scope, receive, send))
-            await response(scope, receive, send)
+            exchange = exchange_of(scope)
+            exchange.trace.endpoint = self.path
+            if "POST" in (self.methods or ()):  # the edge answers these, unless the app is mounted elsewhere
+                await exchange.answer(await handler(exchange))
+            else:
+                response: Response = await handler(Request(scope, receive, send))
+                await response(scope, receive, send)
 
         return app
 
@@ -101,6 +106,15 @@ def endpoints(service: Service) -> list[Endpoint]:
     ]
 
 
+async def _without_parameters() -> None:
+    """What FastAPI is shown instead of a handler: it would read the handler's parameter as a query's."""
+
+
+def direct(service: Service) -> dict[str, Handler]:
+    """The handlers of the endpoints that compute, by path."""
+    return {endpoint.path: endpoint.handler for endpoint in endpoints(service) if endpoint.body}
+
+
 def register(app: FastAPI, service: Service) -> None:
     """Give `app` every endpoint."""
     app.router.route_class = DirectRoute
@@ -113,6 +127,7 @@ def register(app: FastAPI, service: Service) -> None:
             responses=_responses(endpoint),
             openapi_extra=_request(endpoint),
             summary=(endpoint.handler.__doc__ or "").partition("\n")[0],
+            description=getdoc(endpoint.handler),
             tags=["models" if endpoint.body else "service"],
             name=endpoint.handler.__name__,
             operation_id=endpoint.handler.__name__,

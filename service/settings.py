@@ -28,9 +28,23 @@ class Settings(BaseSettings):
     max_rows: int = Field(10_000, ge=1, description="most rows in one request; also bounds `n` and `steps`")
     max_batch_rows: int = Field(1024, ge=1, description="most rows that run through a model at once")
     queue_rows: int = Field(40_000, ge=1, description="most rows that wait or run at once; beyond them: 429")
+    held_bytes: int = Field(
+        256 * 2**20, ge=1024, description="most bytes of bodies that are held at once; beyond them: 429"
+    )
+    request_timeout: float = Field(
+        30.0, gt=0, le=3600, description="seconds for an answer to be ready; the header X-Request-Timeout overrides it"
+    )
     drain_seconds: float = Field(0.0, ge=0, le=600, description="after SIGTERM: serve on so long, then finish")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
     log_format: Literal["json", "text"] = Field("json", description="one JSON object a line, or text for a person")
+
+    @field_validator("held_bytes")
+    @classmethod
+    def _held_bytes_hold_a_body(cls, value: int, others: ValidationInfo) -> int:
+        largest = others.data.get("max_body_bytes", 1)
+        if value < largest:
+            raise ValueError(f"there must be room for one body of ELBO_MAX_BODY_BYTES, {largest} bytes")
+        return value
 
     @field_validator("queue_rows")
     @classmethod

@@ -1,13 +1,7 @@
 """What is known of one request while it is under way: for its log line, its metrics and its Server-Timing."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
-
-from starlette.types import Scope
-
-_KEY = "elbo.trace"
 
 
 @dataclass(slots=True)
@@ -21,16 +15,8 @@ class Trace:
     version: int = 0
     rows: int = 0
     status: int = 0
+    problem: str = ""  # the code of the error that it got instead of an answer
     spans: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def span(self, name: str) -> Iterator[None]:
-        """Adds the time that the block takes to the span `name`."""
-        started = perf_counter()
-        try:
-            yield
-        finally:
-            self.add(name, perf_counter() - started)
 
     def add(self, name: str, seconds: float) -> None:
         """Adds to the span `name`."""
@@ -40,16 +26,3 @@ class Trace:
     def elapsed(self) -> float:
         """Since the request's head was read."""
         return perf_counter() - self.started
-
-
-def begin(scope: Scope, request_id: str) -> Trace:
-    """A new trace, kept in `scope`."""
-    trace: Trace = Trace(request_id)
-    scope[_KEY] = trace
-    return trace
-
-
-def trace_of(scope: Scope) -> Trace:
-    """The trace of the request that `scope` belongs to."""
-    trace: Trace = scope[_KEY]
-    return trace

@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from service.codec import npy
+from service.codec import fast, npy
 from service.codec.rows import describe
 from service.errors import InvalidJson, UnsupportedMediaType
 
@@ -22,8 +22,10 @@ class Fields:
     careful: bool = False
 
 
-def read_fields(content_type: str, body: bytes, main: str | None) -> Fields:
+def read_fields(content_type: str, body: bytes, main: str | None, width: int = 0) -> Fields:
     """The fields of `body`; an npy body is the field `main`. An empty body has none.
+
+    JSON rows of `width` numbers in the field `main` are read as an array.
 
     Raises UnsupportedMediaType, InvalidJson, InvalidNpy.
     """
@@ -31,7 +33,8 @@ def read_fields(content_type: str, body: bytes, main: str | None) -> Fields:
     if not body:
         return Fields({})
     if media_type in ("", JSON) or media_type.endswith("+json"):
-        return _json_fields(body)
+        fields = fast.read(body, main, width) if main else None
+        return _json_fields(body) if fields is None else Fields(fields)
     if media_type == npy.MEDIA_TYPE and main is not None:
         return Fields({main: npy.loads(body)})
     accepted = JSON if main is None else f"{JSON} or {npy.MEDIA_TYPE}"

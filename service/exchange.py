@@ -1,0 +1,183 @@
+"""One HTTP request under way: what it asks, and the answer that it gets."""
+
+import asyncio
+import secrets
+from dataclasses import dataclass
+from functools import cached_property
+
+import orjson
+from starlette.datastructures import QueryParams
+from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive, Scope, Send
+
+from service.errors import PROBLEM_JSON, BodyTooLarge, BodyTooSlow, Overloaded, ServiceError
+from service.tracing import Trace
+
+LONGEST_REQUEST_ID = 128
+_KEY = "elbo.exchange"
+_NO_QUERY = QueryParams()
+Header = tuple[bytes, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What is sent back. `headers` besides those that every answer has: its length, its request id, its timing."""
+
+    content: bytes
+    media_type: bytes
+    headers: tuple[Header, ...] = ()
+    status: int = 200
+
+
+@dataclass(slots=True)
+class Limits:
+    """What the bodies of all requests share.
+
+    Args:
+        max_body_bytes: largest body.
+        held_bytes: most bytes that are held for all requests that are under way.
+        seconds: in which a body must arrive.
+    """
+
+    max_body_bytes: int
+    held_bytes: int
+    seconds: float
+    held: int = 0  # now
+
+    def hold(self, size: int) -> None:
+        """Make room for `size` bytes more. Raises Overloaded."""
+        if self.held + size > self.held_bytes:
+            raise Overloaded(
+                f"the requests under way hold {self.held} bytes, {size} more do not fit",
+                expected=f"at most {self.held_bytes} bytes at once",
+                got=f"{self.held + size} bytes",
+                hint="try again in 1 s",
+                headers={"Retry-After": "1"},
+            )
+        self.held += size
+
+
+class Exchange:
+    """A request and its answer. `started` is true from the moment when the answer's head has been sent.
+
+    Args:
+        scope, receive, send: of ASGI.
+        limits: for its body, which stays held until `release`.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, limits: Limits) -> None:
+        self.scope = scope
+        self.headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))  # the first of a name counts
+        self.trace = Trace(_request_id(self.headers.get(b"x-request-id", b"")))
+        self.started = False
+        self._receive = receive
+        self._send = send
+        self._limits = limits
+        self._read = 0
+        scope[_KEY] = self
+
+    def header(self, name: bytes, default: str = "") -> str:
+        """The first header called `name`, in lower case."""
+        value = self.headers.get(name)
+        return default if value is None else value.decode("latin-1")
+
+    @cached_property
+    def query(self) -> QueryParams:
+        """The query, decoded."""
+        return QueryParams(self.scope["query_string"]) if self.scope["query_string"] else _NO_QUERY
+
+    async def body(self) -> bytes:
+        """The whole body.
+
+        Raises BodyTooLarge, BodyTooSlow, Overloaded, and ClientDisconnect if the client leaves before its end.
+        """
+        length = self.headers.get(b"content-length", b"")
+        if length.isdigit() and int(length) > self._limits.max_body_bytes:
+            raise self._too_large(f"{int(length)} bytes")
+        message = await self.receive()
+        if message["type"] == "http.request" and not message.get("more_body"):
+            return bytes(message.get("body", b""))
+        try:
+            async with asyncio.timeout(self._limits.seconds):
+                return await self._rest(message)
+        except TimeoutError:
+            raise BodyTooSlow(
+                f"the body had not arrived after {self._limits.seconds:g} s", headers={"Connection": "close"}
+            ) from None
+
+    async def _rest(self, message: Message) -> bytes:
+        parts = []
+        while message["type"] == "http.request":
+            parts.append(message.get("body", b""))
+            if not message.get("more_body"):
+                return b"".join(parts)
+            message = await self.receive()
+        raise ClientDisconnect
+
+    async def receive(self) -> Message:
+        """ASGI's `receive`. Raises BodyTooLarge at the first byte too many, Overloaded if others hold too much."""
+        message = await self._receive()
+        size = len(message.get("body", b""))
+        self._limits.hold(size)
+        self._read += size
+        if self._read > self._limits.max_body_bytes:
+            raise self._too_large("more")
+        return message
+
+    def release(self) -> None:
+        """The body is needed no more."""
+        self._limits.held -= self._read
+        self._read = 0
+
+    async def send(self, message: Message) -> None:
+        """ASGI's `send`, for answers that are not an `Answer`; adds the headers that every answer has."""
+        if message["type"] == "http.response.start":
+            self.started = True
+            self.trace.status = message["status"]
+            message = {**message, "headers": [*message["headers"], *self._own_headers()]}
+        await self._send(message)
+
+    async def answer(self, answer: Answer) -> None:
+        """Send `answer` and be done."""
+        self.started = True
+        self.trace.status = answer.status
+        length = b"%d" % len(answer.content)
+        fixed = ((b"content-type", answer.media_type), (b"content-length", length))
+        headers = [*fixed, *answer.headers, *self._own_headers()]
+        await self._send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": answer.content})
+
+    async def refuse(self, error: ServiceError) -> None:
+        """Answer with `error`."""
+        headers = tuple((name.lower().encode(), value.encode("latin-1")) for name, value in error.headers.items())
+        content = orjson.dumps(error.problem(self.trace.request_id))
+        await self.answer(Answer(content, PROBLEM_JSON.encode(), headers, error.status))
+
+    def _own_headers(self) -> tuple[Header, Header]:
+        """The request id, and where the time went: the Server-Timing header, in milliseconds."""
+        spans = self.trace.spans.items()
+        timing = "".join([f"{name};dur={seconds * 1e3:.3f}, " for name, seconds in spans])
+        timing += f"total;dur={self.trace.elapsed * 1e3:.3f}"
+        return (b"x-request-id", self.trace.request_id.encode()), (b"server-timing", timing.encode())
+
+    def _too_large(self, got: str) -> BodyTooLarge:
+        return BodyTooLarge(
+            f"the body may have {self._limits.max_body_bytes} bytes, got {got}",
+            expected=f"at most {self._limits.max_body_bytes} bytes",
+            got=got,
+            hint="send fewer rows at a time, or application/x-npy",
+            headers={"Connection": "close"},  # or the server would have to read the rest
+        )
+
+
+def exchange_of(scope: Scope) -> Exchange:
+    """The exchange that `scope` belongs to."""
+    exchange: Exchange = scope[_KEY]
+    return exchange
+
+
+def _request_id(asked: bytes) -> str:
+    """The client's, if it is printable and short, or a new one."""
+    if 0 < len(asked) <= LONGEST_REQUEST_ID and asked.isascii() and (text := asked.decode()).isprintable():
+        return text
+    return secrets.token_hex(8)
