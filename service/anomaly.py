@@ -1,17 +1,19 @@
 """Scores to verdicts: which rows are anomalous, how severely, and because of which features."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from service.codec.answer import plain
 from service.codec.rows import Reading
 
 Array = npt.NDArray[np.float32]
 OVERFLOW = "the row lies so far from the training data that the model's answer to it overflows float32"
+SORTED_WHOLE = 64  # features: of more, the largest are parted from the others before they are sorted
 _LARGEST = np.finfo(np.float32).max
 
 
@@ -27,9 +29,18 @@ class Scores:
     contribution: Array  # [G, D]
     expected: Array  # [G, D]
 
-    @property
+    @cached_property
+    def ordinary(self) -> bool:
+        """Whether all of it is finite, as it nearly always is: a sum is cheaper than a look at each number."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            arrays = (self.score, self.severity, self.parts, self.contribution, self.expected)
+            return math.isfinite(sum(float(array.sum()) for array in arrays))
+
+    @cached_property
     def judged(self) -> npt.NDArray[np.bool_]:
         """[G]: rows about which the model can say something. Not one of them is NaN, and what is infinite saturates."""
+        if self.ordinary:
+            return np.ones(len(self.score), bool)
         numbers = np.column_stack((self.score, self.severity, self.parts, self.contribution))
         return np.asarray(~np.isnan(numbers).any(axis=1) & np.isfinite(self.expected).all(axis=1))
 
@@ -60,7 +71,7 @@ def _anomalous(scores: Scores, judged: npt.NDArray[np.bool_], fdr: float | None)
 def results(
     reading: Reading, scores: Scores, fdr: float | None, explain: int, names: Sequence[str], parts: Sequence[str]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The answer's `results` and `errors`, each in the order of the request's rows.
+    """The answer's `results` and `errors`, each in the order of the request's rows, with numbers as float32.
 
     Args:
         reading: the rows that could be read, and the others.
@@ -73,11 +84,11 @@ def results(
     columns = zip(
         reading.rows,
         judged.tolist(),
-        _plain(scores.score),
-        plain(scores.p_value),
-        _plain(scores.severity),
+        _saturated(scores.score, scores),
+        scores.p_value,
+        _saturated(scores.severity, scores),
         _anomalous(scores, judged, fdr).tolist(),
-        _plain(scores.parts),
+        _saturated(scores.parts, scores),
         _features(reading.x, scores, explain, names),
         _imputed(reading.x, names),
         strict=True,
@@ -103,7 +114,7 @@ def table(reading: Reading, scores: Scores, rows: int) -> Array:
     """Score, p-value and severity as [rows, 3], for application/x-npy; NaN in the rows that could not be judged."""
     full = np.full((rows, 3), np.nan, np.float32)
     judged = scores.judged
-    columns = np.column_stack((_saturated(scores.score), scores.p_value, _saturated(scores.severity)))
+    columns = np.column_stack((_saturated(scores.score, scores), scores.p_value, _saturated(scores.severity, scores)))
     full[np.array(reading.rows)[judged]] = columns[judged]
     return full
 
@@ -114,36 +125,35 @@ def _errors(reading: Reading, judged: npt.NDArray[np.bool_]) -> list[dict[str, A
     return sorted(unread + overflown, key=lambda error: error["row"])
 
 
-def _features(x: Array, scores: Scores, explain: int, names: Sequence[str]) -> list[list[dict[str, Any]]]:
+def _features(x: Array, scores: Scores, explain: int, names: Sequence[str]) -> Iterable[list[dict[str, Any]]]:
     """For each row its `explain` features of the largest contribution, largest first."""
-    count = min(explain, x.shape[1])
-    if count == 0:
-        return [[] for _ in x]
-    contribution = _saturated(scores.contribution)
-    top = np.sort(np.argpartition(-contribution, count - 1, axis=1)[:, :count], axis=1)
-    order = np.argsort(-np.take_along_axis(contribution, top, axis=1), axis=1, kind="stable")
-    top = np.take_along_axis(top, order, axis=1)  # [G, count]
-    columns = (plain(np.take_along_axis(array, top, axis=1)) for array in (x, scores.expected, contribution))
-    return [
-        [
-            {"name": names[index], "value": value, "expected": expected, "contribution": share}
-            for index, value, expected, share in zip(*row, strict=True)
+    contribution = _saturated(scores.contribution, scores)
+    for value, expected, share, top in zip(
+        x, scores.expected, contribution, _largest(contribution, explain), strict=True
+    ):
+        yield [
+            {"name": names[index], "value": a, "expected": b, "contribution": c}
+            for index, a, b, c in zip(top.tolist(), value[top], expected[top], share[top], strict=True)
         ]
-        for row in zip(top.tolist(), *columns, strict=True)
-    ]
+
+
+def _largest(array: Array, count: int) -> npt.NDArray[np.intp]:
+    """In each row of [G, D] the places of the `count` largest values, largest first; of equals the first."""
+    if count < array.shape[1] and array.shape[1] > SORTED_WHOLE:
+        places = np.sort(np.argpartition(-array, max(count - 1, 0), axis=1)[:, :count], axis=1)
+        order = np.argsort(-np.take_along_axis(array, places, axis=1), axis=1, kind="stable")
+        return np.take_along_axis(places, order, axis=1)
+    return np.argsort(-array, axis=1, kind="stable")[:, :count]
 
 
 def _imputed(x: Array, names: Sequence[str]) -> list[dict[str, list[str]]]:
     """For each row of x [G, D] the field that names what was missing, where anything was."""
     found: list[dict[str, list[str]]] = [{} for _ in x]
-    for row, column in np.argwhere(np.isnan(x)).tolist():
-        found[row].setdefault("imputed", []).append(names[column])
+    if np.isnan(x).any():
+        for row, column in np.argwhere(np.isnan(x)).tolist():
+            found[row].setdefault("imputed", []).append(names[column])
     return found
 
 
-def _saturated(array: Array) -> Array:
-    return np.clip(array, -_LARGEST, _LARGEST)
-
-
-def _plain(array: Array) -> Any:
-    return plain(_saturated(array))
+def _saturated(array: Array, scores: Scores) -> Array:
+    return array if scores.ordinary else np.clip(array, -_LARGEST, _LARGEST)

@@ -12,7 +12,7 @@ from service import operations
 from service.anomaly import Scores, results, table
 from service.api import Call, Offer, Service, answer, aside, read, require_count, require_rows, run
 from service.codec import npy
-from service.codec.answer import ARRAY, PICTURE, plain
+from service.codec.answer import ARRAY, PICTURE
 from service.codec.rows import Reading
 from service.errors import InvalidField
 from service.exchange import Answer, Exchange
@@ -91,7 +91,7 @@ class Inference:
         fields = {
             "alpha": body.alpha,
             "fdr": body.fdr,
-            "threshold": plain(scores.threshold)[0],
+            "threshold": scores.threshold[0],
             "calibration": {"rows": manifest.calibration.rows, "floor": manifest.calibration.floor},
             "results": found,
             "errors": errors,

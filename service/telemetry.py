@@ -102,7 +102,7 @@ class Telemetry(Collector):
         yield _histogram("elbo_batch_rows", "Rows in one batch", ("operation",), self._batches.items())
         rows, size = self._pending
         yield GaugeMetricFamily("elbo_pending_rows", "Rows admitted and not yet answered", rows)
-        yield GaugeMetricFamily("elbo_pending_bytes", "Bytes of bodies and rows that are held for requests", size)
+        yield GaugeMetricFamily("elbo_pending_bytes", "Bytes of bodies that are held for requests", size)
         yield from _of_models(self._catalogue)
 
     def exposition(self, catalogue: Catalogue, pending_rows: int, pending_bytes: int) -> bytes:

@@ -64,8 +64,3 @@ def require_finite(name: str, array: np.ndarray[Any, np.dtype[np.float32]]) -> N
         expected="values whose answer fits float32",
         hint="GET /models/{name} lists each feature's usual range",
     )
-
-
-def plain(array: np.ndarray[Any, np.dtype[np.float32]]) -> Any:
-    """`array` as nested lists of the shortest decimals that mean the same float32, as `to_json` writes them."""
-    return orjson.loads(orjson.dumps(np.ascontiguousarray(array), option=orjson.OPT_SERIALIZE_NUMPY))

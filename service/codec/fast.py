@@ -15,7 +15,7 @@ _REFUSED = (ValueError, TypeError, KeyError, AttributeError, RuntimeError)
 
 
 def read(body: bytes, main: str, width: int) -> dict[str, Any] | None:
-    """The fields of `body`, `main` as float64 [N, width]; None unless the rest is numbers and booleans, each key once."""
+    """The fields of `body`, `main` as float64 [N, width]; None if they are not plainly numbers and booleans."""
     try:
         return _read(body, main, width)
     except _REFUSED:
@@ -24,7 +24,7 @@ def read(body: bytes, main: str, width: int) -> dict[str, Any] | None:
 
 def _read(body: bytes, main: str, width: int) -> dict[str, Any] | None:
     document: Any = _parser().parse(body)
-    keys = list(document.keys())
+    keys = set(document.keys())
     rows = document[main]
     for row in rows:
         if len(row) != width:

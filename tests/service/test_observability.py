@@ -1,9 +1,10 @@
 """What the service tells of its own work: ids, timings, log lines, metrics."""
 
+import asyncio
 import json
 import logging
 import re
-import time
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from service import logs
 from service.app import create_app
 from service.settings import Settings
+from service.tracing import Trace
 from tests.service.running import running
 
 ROW = [0.5] * 64
@@ -57,23 +59,63 @@ def test_server_timing_tells_where_the_time_went(client: httpx.Client) -> None:
 
 
 def test_a_request_leaves_one_line_with_what_one_needs_to_know(
-    client: httpx.Client, caplog: pytest.LogCaptureFixture
+    artifacts: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with caplog.at_level(logging.INFO, "elbo.access"):
+    with running(create_app(Settings(artifacts=artifacts))) as client:
         client.post("/encode?model=ae", json={"inputs": [ROW] * 3}, headers={"x-request-id": "r1"})
         client.post("/encode", json={}, headers={"x-request-id": "r2"})
         client.get("/nope", headers={"x-request-id": "r3"})
-        deadline = time.monotonic() + 10  # a line is written once its answer has gone
-        while len([r for r in caplog.records if r.name == "elbo.access"]) < 3 and time.monotonic() < deadline:
-            time.sleep(0.01)
-    lines = {r.fields["request_id"]: r.fields for r in caplog.records if r.name == "elbo.access"}  # type: ignore[attr-defined]
+    found = [json.loads(line) for line in capfd.readouterr().out.splitlines() if line.startswith("{")]
+    lines = {line["request_id"]: line for line in found if line.get("path") != "/livez"}
     assert set(lines) == {"r1", "r2", "r3"}
     good = lines["r1"]
+    assert (good["level"], good["logger"], good["message"]) == ("info", "elbo.access", "request")
     assert (good["method"], good["path"], good["status"]) == ("POST", "/encode", 200)
     assert (good["model"], good["version"], good["rows"], good["client"]) == ("ae", 1, 3, "127.0.0.1")
     assert good["ms"] >= good["compute_ms"] > 0
     assert (lines["r2"]["status"], lines["r2"]["rows"]) == (422, 0)
     assert lines["r3"]["status"] == 404
+
+
+SCOPE = {"method": "GET", "path": "/a", "client": None}
+
+
+def test_a_reader_that_does_not_read_holds_up_no_request_and_the_lost_lines_are_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logs, "MOST_LINES", 5)
+    reads = threading.Event()
+    written: list[dict[str, Any]] = []
+
+    def write(lines: bytes) -> None:
+        reads.wait(20)
+        written.extend(map(json.loads, lines.splitlines()))
+
+    async def scenario() -> None:
+        access = logs.AccessLog("json", True, write)
+        access.tell(SCOPE, Trace("first"))
+        await asyncio.sleep(2 * logs.GATHER_SECONDS)  # its line is being written, which lasts
+        for number in range(12):
+            access.tell(SCOPE, Trace(str(number)))
+        reads.set()
+        await access.close()
+
+    asyncio.run(scenario())
+    assert [line["request_id"] for line in written if "request_id" in line] == ["first", "0", "1", "2", "3", "4"]
+    assert [line["lost"] for line in written if "lost" in line] == [7]
+
+
+def test_a_request_can_be_told_as_text_or_not_at_all() -> None:
+    written: list[bytes] = []
+
+    async def scenario() -> None:
+        for form, enabled in (("text", True), ("text", False)):
+            access = logs.AccessLog(form, enabled, written.append)
+            access.tell(SCOPE, Trace("r"))
+            await access.close()
+
+    asyncio.run(scenario())
+    assert re.fullmatch(rb"\S+ \S+ INFO +request request_id=r method=GET path=/a .*\n", b"".join(written))
 
 
 def record(**fields: Any) -> logging.LogRecord:
@@ -112,16 +154,19 @@ def test_requests_rows_and_times_are_counted(client: httpx.Client) -> None:
     client.post("/reconstruct?model=nobody", json={"inputs": [ROW]})
     client.get("/some/where")
     after = metrics(client)
-    labels = {"endpoint": "/reconstruct", "model": "pca"}
+    labels = {"endpoint": "/reconstruct", "model": "pca", "version": "1"}
+    nobody = {"model": "", "version": ""}
     assert rise(before, after, "elbo_requests_total", **labels, status="200") == 1
     assert rise(before, after, "elbo_requests_total", **labels, status="422") == 1
-    assert rise(before, after, "elbo_requests_total", endpoint="/reconstruct", model="", status="404") == 1
-    assert rise(before, after, "elbo_requests_total", endpoint="other", model="", status="404") == 1
+    assert rise(before, after, "elbo_requests_total", endpoint="/reconstruct", **nobody, status="404") == 1
+    assert rise(before, after, "elbo_requests_total", endpoint="other", **nobody, status="404") == 1
     assert rise(before, after, "elbo_rows_total", **labels) == 5
-    assert rise(before, after, "elbo_request_seconds_count", **labels) == 2
-    assert rise(before, after, "elbo_queue_seconds_count", **labels) == 1
-    assert rise(before, after, "elbo_compute_seconds_count", **labels) == 1
-    assert 0 < rise(before, after, "elbo_compute_seconds_sum", **labels) < 1
+    assert rise(before, after, "elbo_problems_total", **labels, code="invalid_rows") == 1
+    assert rise(before, after, "elbo_request_seconds_count", **labels, outcome="ok") == 1
+    assert rise(before, after, "elbo_request_seconds_count", **labels, outcome="refused") == 1
+    assert rise(before, after, "elbo_queue_seconds_count", **labels, outcome="ok") == 1
+    assert rise(before, after, "elbo_compute_seconds_count", **labels, outcome="ok") == 1
+    assert 0 < rise(before, after, "elbo_compute_seconds_sum", **labels, outcome="ok") < 1
     assert rise(before, after, "elbo_batch_rows_count", operation="reconstruct") == 1
     assert rise(before, after, "elbo_batch_rows_sum", operation="reconstruct") == 5
 

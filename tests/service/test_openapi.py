@@ -71,7 +71,7 @@ def test_what_get_answers_is_as_the_document_says(client: httpx.Client, document
 @pytest.mark.parametrize("path", POSTS)
 def test_problems_are_as_the_document_says(client: httpx.Client, document: dict[str, Any], path: str) -> None:
     responses = document["paths"][path]["post"]["responses"]
-    assert set(responses) == {"200", "404", "406", "413", "415", "422", "429", "500", "503"}
+    assert set(responses) == {"200", "404", "406", "408", "413", "415", "422", "429", "500", "503", "504"}
     problem = client.post(path, json={"nonsense": 1}).json()
     validate(document, problem, responses["422"]["content"]["application/problem+json"]["schema"])
 
