@@ -78,8 +78,13 @@ def outcome_of(client: "subprocess.Popen[str]") -> dict[str, Any]:
 
 
 def capacity(port: int, request: Request, size: int, connections: int, seconds: float) -> float:
-    """Right answers a second to a closed loop of the client that also makes the open loop, so that it costs as much."""
+    """Right answers a second to a closed loop of the client that also makes the open loop, so that it costs as much.
+
+    Raises RuntimeError when there is none.
+    """
     outcome = _client(port, request, size, seconds, None, connections)
+    if not outcome["good"]:
+        raise RuntimeError(f"no right answer in {seconds:g} s to {connections} connections")
     return float(outcome["good"] / outcome["seconds"])
 
 

@@ -13,7 +13,7 @@ import sys
 from collections import Counter, deque
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import httptools
 import numpy as np
@@ -46,8 +46,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """It is free."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's does not inherit from it
         self._parser = httptools.HttpResponseParser(self)
 
     def send(self, due: float) -> None:
