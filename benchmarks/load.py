@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from benchmarks.data import ROOT
@@ -70,8 +69,10 @@ def arriving(port: int, request: Request, size: int, rate: float, seconds: float
 
 def outcome_of(client: "subprocess.Popen[str]") -> dict[str, Any]:
     """What the client says at its end; see `benchmarks.load_client.Client`. Raises RuntimeError when it fails."""
-    said, _ = client.communicate()
-    if client.returncode:
+    assert client.stdout
+    with client.stdout:
+        said = client.stdout.read()
+    if client.wait():
         raise RuntimeError(f"the load generator ended with {client.returncode}")
     outcome: dict[str, Any] = json.loads(said)
     return outcome
@@ -112,12 +113,13 @@ def _client(
 def _start(
     port: int, request: Request, size: int, seconds: float, rate: float | None, connections: int
 ) -> "subprocess.Popen[str]":
-    folder = Path(tempfile.mkdtemp(prefix="load-"))
-    (folder / "request").write_bytes(request.raw(port))
     plan = {
-        "port": port, "request": str(folder / "request"), "size": size, "seconds": seconds, "rate": rate,
+        "port": port, "request": request.raw(port).decode("latin-1"), "size": size, "seconds": seconds, "rate": rate,
         "connections": connections,
     }  # fmt: skip
-    (folder / "plan").write_text(json.dumps(plan))
-    command = [sys.executable, "-m", "benchmarks.load_client", str(folder / "plan")]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "benchmarks.load_client"]
+    client = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert client.stdin
+    with client.stdin:
+        client.stdin.write(json.dumps(plan))
+    return client

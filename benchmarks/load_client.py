@@ -1,6 +1,6 @@
 """A load generator for what wrk cannot: a constant arrival rate. One process, one request sent again and again.
 
-`python -m benchmarks.load_client PLAN`, PLAN being a file of JSON that `benchmarks.load` writes, prints a line of JSON.
+`python -m benchmarks.load_client` reads a plan in JSON from `benchmarks.load`, and prints a line of JSON at its end.
 With a rate, requests are due at even intervals whatever the server does, and the time of an answer counts from the
 moment at which its request was due, so that a server that stalls is charged with everybody whom it kept waiting.
 Without a rate, each connection sends the next request when it has its answer, as wrk does.
@@ -11,7 +11,6 @@ import json
 import resource
 import sys
 from collections import Counter, deque
-from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
 
@@ -97,7 +96,7 @@ class Client:
 
     def __init__(self, plan: dict[str, Any]) -> None:
         self.plan = plan
-        self.request = Path(plan["request"]).read_bytes()
+        self.request = plan["request"].encode("latin-1")
         self.tally = Tally()
         self._free: list[Connection] = []
         self._waiting: deque[float] = deque()  # due, and no connection is free
@@ -196,7 +195,7 @@ def main() -> None:
     """Carry out the plan."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-    client = Client(json.loads(Path(sys.argv[1]).read_text()))
+    client = Client(json.load(sys.stdin))
     print(json.dumps(uvloop.run(client.run())))
 
 

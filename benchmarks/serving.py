@@ -67,7 +67,7 @@ def compete(people: Mapping[str, Contestant], stage: Stage, options: argparse.Na
             except RuntimeError as error:
                 results.failures[name] = str(error)
         for rows in stage.rows:
-            results.limits.setdefault(rows, []).append(in_process(stage, rows, min(1.0, options.seconds)))
+            results.limits.setdefault(rows, []).append(in_process(stage, rows, options.seconds / 5))
     return results
 
 

@@ -38,9 +38,9 @@ class Vae(MLModel):  # type: ignore[misc]
 
 
 def main() -> None:
-    """Write its configuration, and become it."""
+    """Write its configuration beside the folder of artifacts, and become it."""
     os.environ["PEER_MODEL"] = sys.argv[1]
-    folder = Path(tempfile.mkdtemp(prefix="mlserver-"))
+    folder = Path(tempfile.mkdtemp(prefix="mlserver-", dir=Path(sys.argv[1]).parents[3]))
     server = {
         "host": "127.0.0.1", "http_port": int(sys.argv[2]), "grpc_port": free_port(), "metrics_port": free_port(),
         "parallel_workers": 0, "debug": False, "load_models_at_startup": True,
