@@ -59,6 +59,8 @@ def closed(port: int, request: Request, size: int, connections: int, seconds: fl
     if WRK and outcome["bytes"] < 0.95 * size * (outcome["answers"] - wrong):
         wrong = outcome["answers"]  # wrk counts bytes, not bodies: on average they are too short to be right
     good = outcome["answers"] - wrong
+    if good < tried:
+        print(f"{request.path}, {connections} connections: {outcome}", file=sys.stderr)
     return Sample(good / outcome["seconds"], outcome["p50"], outcome["p99"], good / tried)
 
 
