@@ -9,11 +9,21 @@ PEERS := .venv-peers
 PEER_PACKAGES := pythae==0.1.2 lightning==2.6.6
 INSTALL := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check install
 PEER_INSTALL := $(PEERS)/bin/python -m pip --quiet --disable-pip-version-check install
+# Model servers to compare with, an environment each: they disagree about their libraries. MLServer wants a FastAPI below
+# 0.116, PyTriton a NumPy below 2. BentoML 1.4.40 asks for a later certifi than there is. All work with the torch above.
+SERVERS := litserve bentoml ray mlserver triton
+PACKAGE_litserve := litserve==0.2.19
+PACKAGE_bentoml := bentoml==1.4.39
+PACKAGE_ray := ray[serve]==2.60.0
+PACKAGE_mlserver := mlserver==1.7.1
+PACKAGE_triton := nvidia-pytriton==0.7.0
+# Triton embeds the Python of its environment, and needs one with a shared library, as Debian's.
+PYTHON_triton := /usr/bin/python3.11
 
 supported = $(1) -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types format lock upgrade image bench-train clean
+.PHONY: help run test lint types format lock upgrade image bench-train bench-serve clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +68,17 @@ bench-train: $(READY) $(PEERS)/.ready ## Measure training against other librarie
 	@$(VENV)/bin/python benchmarks/training_speed.py
 	@$(VENV)/bin/python benchmarks/mnist_tables.py
 
+bench-serve: $(READY) $(SERVERS:%=$(PEERS)-%/.ready) ## Measure serving against other model servers; OPTIONS='--quick' is faster
+	@$(VENV)/bin/python benchmarks/serving.py $(OPTIONS)
+
+# A server that cannot be installed is left out, and the benchmark says so.
+$(PEERS)-%/.ready: $(READY)
+	@rm -rf $(@D)
+	@echo "installing $(PACKAGE_$*)"
+	@$(or $(PYTHON_$*),$(VENV)/bin/python) -m venv $(@D) && install="$(@D)/bin/python -m pip --quiet --disable-pip-version-check install" \
+		&& $$install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH) && $$install $(TORCH) '$(PACKAGE_$*)' \
+		&& touch $@ || echo "$(PACKAGE_$*) cannot be installed here" >&2
+
 # An environment of their own: what they need shall not decide what Elbo gets.
 $(PEERS)/.ready: $(READY)
 	@$(VENV)/bin/python -m venv $(PEERS)
@@ -67,7 +88,7 @@ $(PEERS)/.ready: $(READY)
 	@touch $@
 
 clean: ## Remove what the other targets made, except artifacts/
-	@rm -rf $(VENV) $(PEERS) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(PEERS) $(PEERS)-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The locked packages come first, so that torch finds its own dependencies installed, checked against their hashes.
