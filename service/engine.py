@@ -13,28 +13,22 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from service.backends import Array, Backend
 from service.errors import NotReady, Overloaded
 from service.operations import Operation
-
-Array = npt.NDArray[np.float32]
 
 
 class Model(Protocol):
     """What the engine needs of a model. Two requests share a batch only if theirs is the same object."""
 
     @property
-    def module(self) -> Any:
-        """What operations are called with."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where its rows must be."""
+    def backend(self) -> Backend:
+        """What its operations run on."""
 
 
 @dataclass
@@ -206,11 +200,8 @@ class Engine:
 
 
 def _compute(lane: Lane, inputs: list[tuple[Array, ...]]) -> tuple[Array, ...]:
-    columns = inputs[0] if len(inputs) == 1 else [np.concatenate(column) for column in zip(*inputs, strict=True)]
-    with torch.inference_mode():
-        tensors = [torch.from_numpy(column).to(lane.model.device) for column in columns]
-        outputs = lane.operation.function(lane.model.module, *tensors, *lane.operation.arguments)
-        return tuple(output.contiguous().cpu().numpy() for output in outputs)
+    columns = inputs[0] if len(inputs) == 1 else tuple(np.concatenate(column) for column in zip(*inputs, strict=True))
+    return lane.model.backend.run(lane.operation, columns)
 
 
 def _joined(pieces: list[Ran]) -> Ran:
