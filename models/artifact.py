@@ -6,12 +6,13 @@ contract when Python 3.14 ends TorchScript.
 
 import hashlib
 import io
+import json
 import os
 import shutil
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,21 +23,55 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import ArtifactCorrupt, ArtifactMismatch, DeviceMissing
-from models.manifest import DIGEST_LENGTH, FILE_NAME, MEMBER, SEAL, Golden, Manifest, parse, read_sealed, seal, versions
+from models.manifest import (
+    DIGEST_LENGTH,
+    FILE_NAME,
+    MEMBER,
+    SEAL,
+    UNREADABLE,
+    Golden,
+    Manifest,
+    parse,
+    read_sealed,
+    seal,
+    versions,
+)
 
 METHODS = ("encode", "decode", "draw", "score", "log_weight", "p_value", "severity", "threshold")  # besides forward
+TWIN_METHODS = ("encode", "decode", "score")  # what an ONNX twin computes; a reconstruction is a code, decoded
+TWIN_MEMBER, TWIN_WEIGHTS_MEMBER = "extra/twin/{}.onnx", "extra/twin/{}.json"
 GOLDEN_ALPHA = 0.05
 GOLDEN_TOLERANCE = 1e-3  # relative; other processors round differently, and T2 divides by small variances
 
 
 @dataclass(frozen=True)
+class Graph:
+    """A method in ONNX, and the names of the module's weights that it takes from there."""
+
+    onnx: bytes
+    weights: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Twin:
+    """The same model in ONNX: the graph of each of TWIN_METHODS, and the module's weights by name."""
+
+    graphs: Mapping[str, Graph]
+    weights: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
 class Artifact:
-    """A model that is ready to answer: `module` has the methods of `models.pipeline.Pipeline`."""
+    """A model that is ready to answer: `module` has the methods of `models.pipeline.Pipeline`.
+
+    Whether its `twin` says the same is for whoever runs it to find out: see `discrepancy`.
+    """
 
     manifest: Manifest
     module: torch.jit.ScriptModule
     path: Path
     device: torch.device
+    twin: Twin | None = None
 
 
 def choose_device(asked: str) -> str:
@@ -86,8 +121,12 @@ def golden(module: torch.jit.ScriptModule, x: Tensor, noise: Tensor, choice: Ten
     )
 
 
-def publish(module: torch.jit.ScriptModule, manifest: Manifest, root: Path) -> Path:
+def publish(
+    module: torch.jit.ScriptModule, manifest: Manifest, root: Path, twin: Mapping[str, Graph] | None = None
+) -> Path:
     """Write `module` (scripted, not frozen) as the next version of `manifest.name` under `root`; returns the file.
+
+    `twin` is a graph for each of TWIN_METHODS, if there is one.
 
     The file is complete, synced and sealed before its folder gets its name, so a reader sees all of it or nothing.
     Two publishers at once get two versions.
@@ -97,7 +136,7 @@ def publish(module: torch.jit.ScriptModule, manifest: Manifest, root: Path) -> P
     staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder))
     try:
         staging.chmod(0o755)  # mkdtemp's 0700 would lock out a server that runs as another user
-        _write_synced(staging / FILE_NAME, _archive(module, manifest))
+        _write_synced(staging / FILE_NAME, _archive(module, manifest, twin or {}))
         version = _claim_version(staging, folder, versions(root, manifest.name))
     finally:
         shutil.rmtree(staging, ignore_errors=True)  # gone already if it was renamed
@@ -122,9 +161,14 @@ def load(path: Path, device: str = "cpu") -> Artifact:
         raise ArtifactCorrupt(f"{path}: torch {torch.__version__} cannot load it: {reason}") from error
     if weights_sha256(module) != manifest.weights_sha256:
         raise ArtifactCorrupt(f"{path}: its weights are not those that its manifest names; publish the model again")
+    weights = module.state_dict()
     frozen = freeze(module)
-    _check_golden(frozen, manifest.golden, device, path)
-    return Artifact(manifest, frozen, path, torch.device(device))
+    if found := discrepancy(frozen, manifest.golden, device, GOLDEN_TOLERANCE):
+        raise ArtifactMismatch(
+            f"{path}: {found} on {device} with torch {torch.__version__}; "
+            "do not serve it: train it again here, or use the versions in its manifest"
+        )
+    return Artifact(manifest, frozen, path, torch.device(device), _twin(content, weights, path))
 
 
 def answers(module: Any, x: Tensor, noise: Tensor, choice: Tensor) -> dict[str, Tensor]:
@@ -149,19 +193,24 @@ def answers(module: Any, x: Tensor, noise: Tensor, choice: Tensor) -> dict[str, 
         }
 
 
-def _check_golden(module: torch.jit.ScriptModule, pairs: Golden, device: str, path: Path) -> None:
+def discrepancy(
+    module: Any, pairs: Golden, device: str, tolerance: float, only: Collection[str] | None = None
+) -> str | None:
+    """What of `module`'s answers differs from the golden ones, and by how much; None if nothing does.
+
+    tolerance: relative to the largest number in an answer.
+    only: the names of the answers that count; all if None.
+    """
     inputs = (_tensor(pairs.inputs[name], device) for name in ("x", "noise", "choice"))
     for name, answer in answers(module, *inputs).items():
-        if name not in pairs.outputs:
-            continue  # log_weight, of an autoencoder or in an earlier artifact
+        if name not in pairs.outputs or (only is not None and name not in only):
+            continue  # no log_weight has an autoencoder, nor an earlier artifact
         expected = _tensor(pairs.outputs[name], device)
         scale = float(expected.abs().max())
         error = float((answer - expected).abs().max())
-        if not error <= GOLDEN_TOLERANCE * max(scale, 1e-3):  # written so that NaN fails too
-            raise ArtifactMismatch(
-                f"{path}: {name} differs from its golden answer by {error:.3g} (scale {scale:.3g}) on {device} with "
-                f"torch {torch.__version__}; do not serve it: train it again here, or use the versions in its manifest"
-            )
+        if not error <= tolerance * max(scale, 1e-3):  # written so that NaN fails too
+            return f"{name} differs from its golden answer by {error:.3g} (scale {scale:.3g})"
+    return None
 
 
 def _tensor(values: Any, device: str) -> Tensor:
@@ -169,14 +218,36 @@ def _tensor(values: Any, device: str) -> Tensor:
     return torch.from_numpy(np.array(values, np.float32)).to(device)
 
 
-def _archive(module: torch.jit.ScriptModule, manifest: Manifest) -> bytes:
-    """The file's bytes: TorchScript's own zip archive, the manifest as one more member, the seal as its comment."""
+def _twin(content: bytes, weights: Mapping[str, Tensor], path: Path) -> Twin | None:
+    """The twin in the bytes of the artifact at `path`, if one was published with it."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = {name.partition("/")[2]: name for name in archive.namelist()}
+        if TWIN_MEMBER.format(TWIN_METHODS[0]) not in members:
+            return None
+        try:
+            graphs = {
+                method: Graph(
+                    archive.read(members[TWIN_MEMBER.format(method)]),
+                    tuple(json.loads(archive.read(members[TWIN_WEIGHTS_MEMBER.format(method)]))),
+                )
+                for method in TWIN_METHODS
+            }
+        except UNREADABLE as error:
+            raise ArtifactCorrupt(f"{path}: its ONNX twin is not whole ({error}); publish the model again") from error
+    return Twin(graphs, weights)
+
+
+def _archive(module: torch.jit.ScriptModule, manifest: Manifest, twin: Mapping[str, Graph]) -> bytes:
+    """The file's bytes: TorchScript's own zip archive, manifest and twin as more members, the seal as its comment."""
     buffer = io.BytesIO()
     with _deprecations_silenced():
         torch.jit.save(module, buffer)
     with zipfile.ZipFile(buffer, "a") as archive:
         prefix = archive.namelist()[0].partition("/")[0]
         archive.writestr(f"{prefix}/{MEMBER}", manifest.model_dump_json())
+        for method, graph in twin.items():
+            archive.writestr(f"{prefix}/{TWIN_MEMBER.format(method)}", graph.onnx)
+            archive.writestr(f"{prefix}/{TWIN_WEIGHTS_MEMBER.format(method)}", json.dumps(graph.weights))
         archive.comment = SEAL + b"0" * DIGEST_LENGTH
     return seal(buffer.getvalue())
 

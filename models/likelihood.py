@@ -85,7 +85,7 @@ class BernoulliLikelihood(Likelihood):
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
         """x, output (logits): [B, D] to [B]."""
         inside = x.clamp(0.0, 1.0)  # [B, D]
-        cross_entropy = functional.binary_cross_entropy_with_logits(output, inside, reduction="none")  # [B, D]
+        cross_entropy = (1.0 - inside) * output + functional.softplus(-output)  # [B, D], exact for any logit
         return -(cross_entropy + 0.5 * (x - inside).square()).sum(dim=1)  # [B]
 
     def mean(self, output: Tensor) -> Tensor:

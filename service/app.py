@@ -38,7 +38,8 @@ def create_app(settings: Settings) -> FastAPI:
     """The application. `app.state.service` is its `Service`. Raises ElboError if the device is not there."""
     telemetry = Telemetry()
     device = choose_device(settings.device)
-    repository = Repository(settings.artifacts, device, settings.default_model, settings.keep_versions)
+    where, backend = (settings.artifacts, device), (settings.backend, settings.threads)
+    repository = Repository(*where, settings.default_model, settings.keep_versions, *backend)
 
     engine = Engine(settings.max_batch_rows, settings.queue_rows, settings.threads, telemetry.count_batch)
     access = AccessLog(settings.log_format, enabled=settings.log_level in ("debug", "info"))

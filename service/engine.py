@@ -16,17 +16,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from service.backends import Array, Backend
 from service.errors import DeadlineExceeded, NotReady, Overloaded
 from service.operations import Operation
 
-Array = npt.NDArray[np.float32]
 SHORT = 0.002  # seconds for which a batch may hold up the event loop
 SWEEP = 0.01  # seconds between two looks for deadlines that have passed
 LATELY = 0.2  # weight of the last batch in what a batch is expected to take
@@ -36,12 +35,8 @@ class Model(Protocol):
     """What the engine needs of a model. Two requests share a batch only if theirs is the same object."""
 
     @property
-    def module(self) -> Any:
-        """What operations are called with."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where its rows must be."""
+    def backend(self) -> Backend:
+        """What its operations run on."""
 
 
 @dataclass(slots=True)
@@ -105,7 +100,7 @@ class Engine:
         self._threads = threads
         self._on_batch = on_batch
         self._lanes: dict[tuple[int, Operation], Lane] = {}  # by the model's identity
-        self._paces: WeakKeyDictionary[Any, Pace] = WeakKeyDictionary()  # by module
+        self._paces: WeakKeyDictionary[Backend, Pace] = WeakKeyDictionary()
         self._running: list[Job] = []  # in the inference thread
         self._stepping = self._sweeping = self._closing = False
         self._idle: asyncio.Event
@@ -247,7 +242,7 @@ class Engine:
 
     def _expected(self, lane: Lane, jobs: list[Job]) -> float:
         """Seconds that the batch will take, judging by the last ones of its kind; infinity for the first."""
-        pace = self._paces.get(lane.model.module, {})
+        pace = self._paces.get(lane.model.backend, {})
         return pace.get(_kind(lane, sum(job.rows for job in jobs)), math.inf)
 
     def _settle(self, lane: Lane, outcomes: list[Outcome]) -> None:
@@ -265,7 +260,7 @@ class Engine:
         rows, seconds = sum(rows for rows, _ in ran), ran[0][1]
         self._on_batch(lane.operation.name, rows)
         self._seconds_per_row += LATELY * (seconds / rows - self._seconds_per_row)
-        pace, kind = self._paces.setdefault(lane.model.module, {}), _kind(lane, rows)
+        pace, kind = self._paces.setdefault(lane.model.backend, {}), _kind(lane, rows)
         pace[kind] = seconds + (1 - LATELY) * (pace.get(kind, seconds) - seconds)
 
     def _sweep(self) -> None:
@@ -318,11 +313,8 @@ def _too_late(seconds: float) -> DeadlineExceeded:
 
 
 def _compute(lane: Lane, inputs: list[tuple[Array, ...]]) -> tuple[Array, ...]:
-    columns = inputs[0] if len(inputs) == 1 else [np.concatenate(column) for column in zip(*inputs, strict=True)]
-    with torch.inference_mode():
-        tensors = [torch.from_numpy(column).to(lane.model.device) for column in columns]
-        outputs = lane.operation.function(lane.model.module, *tensors, *lane.operation.arguments)
-        return tuple(output.contiguous().cpu().numpy() for output in outputs)
+    columns = inputs[0] if len(inputs) == 1 else tuple(np.concatenate(column) for column in zip(*inputs, strict=True))
+    return lane.model.backend.run(lane.operation, columns)
 
 
 def _joined(pieces: list[Ran]) -> Ran:

@@ -16,19 +16,18 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-import torch
 
-from models.artifact import Artifact, load
+from models.artifact import load
 from models.errors import ElboError
 from models.manifest import FILE_NAME, Manifest, names, versions
 from service import operations
+from service.backends import WARM_ROUNDS, Backend, choose
 from service.codec import png
 from service.codec.rows import RowFormat
 from service.errors import ModelNotFound, NotReady
 from service.latents import Noise
 
 log = logging.getLogger("elbo.repository")
-WARM_ROUNDS = 3  # TorchScript re-optimises on its second and third call: 1.4 ms, 5.3 ms, then 60 us
 WARM_ROWS = (1, 16)
 
 Signature = tuple[int, int, int]  # of a file: inode, size, time of its last change
@@ -40,7 +39,8 @@ class Served:
 
     name: str
     version: int
-    artifact: Artifact
+    manifest: Manifest
+    backend: Backend
     load_seconds: float
     headers: tuple[tuple[bytes, bytes], ...] = field(init=False)  # of every answer that it gives
     rows: RowFormat = field(init=False)
@@ -52,21 +52,6 @@ class Served:
         object.__setattr__(self, "headers", ((b"elbo-model", f"{self.name}@{self.version}".encode()),))
         object.__setattr__(self, "rows", RowFormat(self.manifest.shape, names, optional))
         object.__setattr__(self, "latents", RowFormat([self.manifest.latents]))
-
-    @property
-    def manifest(self) -> Manifest:
-        """What the artifact says of itself."""
-        return self.artifact.manifest
-
-    @property
-    def module(self) -> torch.jit.ScriptModule:
-        """The frozen network, with the methods of the artifact contract."""
-        return self.artifact.module
-
-    @property
-    def device(self) -> torch.device:
-        """Where it runs."""
-        return self.artifact.device
 
     @cached_property
     def pictures(self) -> bool:
@@ -129,13 +114,19 @@ class Repository:
         device: "cpu" or "cuda".
         default: name of the model that answers when none is named, if it is served.
         keep_versions: newest versions of each model that stay loaded.
+        backend: "auto", "torchscript" or "onnx", see `service.backends.choose`.
+        threads: for one batch.
     """
 
-    def __init__(self, root: Path, device: str, default: str, keep_versions: int) -> None:
+    def __init__(
+        self, root: Path, device: str, default: str, keep_versions: int, backend: str = "auto", threads: int = 1
+    ) -> None:
         self._root = root
         self._device = device
         self._default = default
         self._keep = keep_versions
+        self._backend = backend
+        self._threads = threads
         self._known: dict[tuple[str, int], _Known] = {}
         self.catalogue = Catalogue()
 
@@ -193,7 +184,8 @@ class Repository:
     def _load(self, name: str, version: int, path: Path) -> Served:
         started = perf_counter()
         artifact = load(path, self._device)
-        served = Served(name, version, artifact, perf_counter() - started)
+        backend = choose(artifact, self._backend, self._threads)
+        served = Served(name, version, artifact.manifest, backend, perf_counter() - started)
         _warm(served)
         return served
 
@@ -203,7 +195,8 @@ def _tell_changes(before: Catalogue, after: Catalogue) -> None:
         {served for numbers in moment.models.values() for served in numbers.values()} for moment in (before, after)
     )
     for served in sorted(new - old, key=lambda served: (served.name, served.version)):
-        log.info("serving %s@%d, loaded in %.2f s", served.name, served.version, served.load_seconds)
+        told = served.name, served.version, served.backend.name, served.backend.reason, served.load_seconds
+        log.info("serving %s@%d with %s (%s), loaded in %.2f s", *told)
     for served in sorted(old - new, key=lambda served: (served.name, served.version)):
         log.info("no longer serving %s@%d", served.name, served.version)
 
@@ -212,18 +205,16 @@ def _warm(served: Served) -> None:
     """Run every operation often enough that the first request meets optimised code."""
     manifest = served.manifest
     median = np.array([[feature.median for feature in manifest.features]], np.float32)
-    noise = Noise()
-    with torch.inference_mode():
-        for rows in WARM_ROWS * WARM_ROUNDS:
-            x = torch.from_numpy(median.repeat(rows, axis=0)).to(served.device)
-            z = [torch.from_numpy(array).to(served.device) for array in noise.draw(0, rows, manifest.latents)]
-            for operation in (operations.ENCODE, operations.reconstruct(served.rows.gaps), operations.anomaly(0.05)):
-                operation.function(served.module, x, *operation.arguments)
-            operations.SAMPLE.function(served.module, *z)
-            (outputs,) = operations.DECODE.function(served.module, z[0])
+    noise, run = Noise(), served.backend.run
+    for rows in WARM_ROWS * WARM_ROUNDS:
+        x, z = median.repeat(rows, axis=0), noise.draw(0, rows, manifest.latents)
+        for operation in (operations.ENCODE, operations.reconstruct(served.rows.gaps), operations.anomaly(0.05)):
+            run(operation, (x,))
+        run(operations.SAMPLE, z)
+        (outputs,) = run(operations.DECODE, z[:1])
     if served.pictures:
         assert manifest.pixel_range is not None
-        png.dumps(outputs.cpu().numpy(), manifest.shape, manifest.pixel_range)  # imports Pillow, which takes 0.2 s
+        png.dumps(outputs, manifest.shape, manifest.pixel_range)  # imports Pillow, which takes 0.2 s
 
 
 def describe(served: Served) -> dict[str, Any]:
@@ -242,6 +233,7 @@ def describe(served: Served) -> dict[str, Any]:
         "pictures": served.pictures,
         "metrics": manifest.metrics,
         "calibration": manifest.calibration.model_dump(),
-        "device": str(served.device),
+        "device": str(served.backend.device),
+        "backend": {"name": served.backend.name, "reason": served.backend.reason},
         "load_seconds": round(served.load_seconds, 3),
     }

@@ -208,6 +208,13 @@ class Problem(BaseModel):
     hint: str | None = Field(None, description="what to do")
 
 
+class BackendChoice(BaseModel):
+    """What computes the answers."""
+
+    name: Literal["torchscript", "onnx"]
+    reason: str = Field(description="why this one")
+
+
 class ModelSummary(BaseModel):
     """One loaded version."""
 
@@ -224,6 +231,7 @@ class ModelSummary(BaseModel):
     metrics: dict[str, float] = Field(description="on rows held out from training")
     calibration: Calibration
     device: str
+    backend: BackendChoice
     load_seconds: float
 
 

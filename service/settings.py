@@ -18,10 +18,14 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where models run; auto is cuda where there is one"
     )
+    backend: Literal["auto", "torchscript", "onnx"] = Field(
+        "auto",
+        description="what computes on a CPU; auto is the ONNX twin where it agrees with TorchScript and is faster",
+    )
     default_model: str = Field(
         "vae", description="who answers without `?model=`; if it is not served, the first by name"
     )
-    threads: int = Field(1, ge=1, le=256, description="torch's threads for one batch")
+    threads: int = Field(1, ge=1, le=256, description="threads for one batch")
     poll_seconds: float = Field(2.0, gt=0, le=3600, description="how often the folder is looked at for new versions")
     keep_versions: int = Field(2, ge=1, le=100, description="newest versions of each model that stay loaded")
     max_body_bytes: int = Field(64 * 2**20, ge=1024, description="largest request body")

@@ -10,21 +10,34 @@ import torch
 
 from models import artifact
 from models.manifest import FORMAT_VERSION, CalibrationSize, Data, Feature, Golden, Manifest
+from models.pipeline import Pipeline
 from training.compare import Candidate
 from training.evaluate import density_scale, latent_report
 from training.fit import Preparation
+from training.progress import Reporter
+from training.twin import export
 
 GOLDEN_ROWS = 3
 
 
 def publish(
-    chosen: Candidate, comparison: dict[str, dict[str, float]], data: Preparation, artifacts: Path
+    chosen: Candidate, comparison: dict[str, dict[str, float]], data: Preparation, artifacts: Path, report: Reporter
 ) -> tuple[Path, Manifest]:
     """Write the model as the next version of its name under `artifacts`; gives the path of the file."""
     module = artifact.script(chosen.pipeline)
-    golden = _golden(module, data.filled(data.held_out[:GOLDEN_ROWS]), chosen.config.seed)
-    manifest = _manifest(chosen, comparison, data, golden)
-    return artifact.publish(module, manifest, artifacts), manifest
+    rows = data.filled(data.held_out[:GOLDEN_ROWS])
+    manifest = _manifest(chosen, comparison, data, _golden(module, rows, chosen.config.seed))
+    twin = _twin(chosen.pipeline, rows, report)
+    return artifact.publish(module, manifest, artifacts, twin), manifest
+
+
+def _twin(pipeline: Pipeline, rows: torch.Tensor, report: Reporter) -> dict[str, artifact.Graph] | None:
+    try:
+        return export(pipeline, rows, pipeline.encode(rows)[0])
+    except Exception as error:  # noqa: BLE001 - whatever the exporter raises, TorchScript serves without it
+        reason = " ".join(str(error).split())[:200]
+        report.note(f"note: published without an ONNX twin, so a CPU serves it more slowly ({reason})")
+        return None
 
 
 def _golden(module: torch.jit.ScriptModule, rows: torch.Tensor, seed: int) -> Golden:

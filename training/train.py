@@ -106,7 +106,7 @@ def _finished(
 ) -> Path:
     """Publish the best candidate, write its report, and forget the state of the run."""
     chosen, comparison = compare(candidates, data, report)
-    path, manifest = publish(chosen, comparison, data, artifacts)
+    path, manifest = publish(chosen, comparison, data, artifacts, report)
     for candidate, state in zip(candidates, states, strict=True):
         if state is None:
             continue

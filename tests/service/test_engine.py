@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from models.artifact import Artifact
+from service.backends import Backend, choose
 from service.engine import Engine
 from service.errors import NotReady, Overloaded
 from service.operations import ENCODE, SAMPLE, Operation, reconstruct
@@ -18,6 +20,19 @@ from tests.service.gate import Gate
 RECONSTRUCT = reconstruct(gaps=False)
 
 Batches = list[tuple[str, int]]
+
+
+@dataclass(frozen=True)
+class Lone:
+    """A model outside a repository."""
+
+    backend: Backend
+
+
+@pytest.fixture(scope="module")
+def vae(vae: Artifact) -> Lone:
+    """The VAE of the session, as the engine wants it."""
+    return Lone(choose(vae, "torchscript", 1))
 
 
 @asynccontextmanager
@@ -41,13 +56,13 @@ def run(scenario: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(scenario())  # type: ignore[arg-type]
 
 
-def alone(model: Artifact, x: np.ndarray) -> np.ndarray:
+def alone(model: Lone, x: np.ndarray) -> np.ndarray:
     with torch.inference_mode():
-        answer: np.ndarray = model.module(torch.from_numpy(x)).numpy()
+        answer: np.ndarray = model.backend.module(torch.from_numpy(x)).numpy()
     return answer
 
 
-def test_an_answer_is_the_modules_own(vae: Artifact) -> None:
+def test_an_answer_is_the_modules_own(vae: Lone) -> None:
     async def scenario() -> None:
         async with engine() as running:
             ran = await running.run(vae, RECONSTRUCT, rows(5))
@@ -59,7 +74,7 @@ def test_an_answer_is_the_modules_own(vae: Artifact) -> None:
     run(scenario)
 
 
-def test_what_waits_for_the_same_operation_shares_a_batch_and_each_gets_its_own(vae: Artifact) -> None:
+def test_what_waits_for_the_same_operation_shares_a_batch_and_each_gets_its_own(vae: Lone) -> None:
     batches: Batches = []
 
     async def scenario() -> None:
@@ -80,7 +95,7 @@ def test_what_waits_for_the_same_operation_shares_a_batch_and_each_gets_its_own(
     run(scenario)
 
 
-def test_batches_keep_to_their_size_and_to_the_order_of_arrival(vae: Artifact) -> None:
+def test_batches_keep_to_their_size_and_to_the_order_of_arrival(vae: Lone) -> None:
     batches: Batches = []
 
     async def scenario() -> None:
@@ -103,7 +118,7 @@ def test_batches_keep_to_their_size_and_to_the_order_of_arrival(vae: Artifact) -
     run(scenario)
 
 
-def test_a_large_request_runs_in_pieces_between_which_others_have_their_turn(vae: Artifact) -> None:
+def test_a_large_request_runs_in_pieces_between_which_others_have_their_turn(vae: Lone) -> None:
     batches: Batches = []
 
     async def scenario() -> None:
@@ -122,7 +137,7 @@ def test_a_large_request_runs_in_pieces_between_which_others_have_their_turn(vae
     run(scenario)
 
 
-def test_samples_never_share_a_batch(vae: Artifact) -> None:
+def test_samples_never_share_a_batch(vae: Lone) -> None:
     batches: Batches = []
 
     async def scenario() -> None:
@@ -142,7 +157,7 @@ def test_samples_never_share_a_batch(vae: Artifact) -> None:
     run(scenario)
 
 
-def test_only_the_culprit_hears_of_its_failure(vae: Artifact) -> None:
+def test_only_the_culprit_hears_of_its_failure(vae: Lone) -> None:
     def picky(module: Any, x: torch.Tensor) -> tuple[torch.Tensor]:
         if (x > 5).any():
             raise RuntimeError("too large")
@@ -169,7 +184,7 @@ def test_only_the_culprit_hears_of_its_failure(vae: Artifact) -> None:
     run(scenario)
 
 
-def test_a_request_whose_caller_has_left_is_never_computed(vae: Artifact) -> None:
+def test_a_request_whose_caller_has_left_is_never_computed(vae: Lone) -> None:
     batches: Batches = []
 
     async def scenario() -> None:
@@ -192,7 +207,7 @@ def test_a_request_whose_caller_has_left_is_never_computed(vae: Artifact) -> Non
     run(scenario)
 
 
-def test_a_full_queue_refuses_and_says_when_to_come_back(vae: Artifact) -> None:
+def test_a_full_queue_refuses_and_says_when_to_come_back(vae: Lone) -> None:
     async def scenario() -> None:
         async with engine(queue_rows=10) as running:
             gate = Gate()
@@ -210,7 +225,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(vae: Artifact) -> None:
     run(scenario)
 
 
-def test_closing_finishes_what_waits_and_refuses_what_comes(vae: Artifact) -> None:
+def test_closing_finishes_what_waits_and_refuses_what_comes(vae: Lone) -> None:
     async def scenario() -> None:
         async with engine() as running:
             gate = Gate()
@@ -229,7 +244,7 @@ def test_closing_finishes_what_waits_and_refuses_what_comes(vae: Artifact) -> No
     run(scenario)
 
 
-def test_a_storm_of_leavers_costs_nobody_else_an_answer(vae: Artifact) -> None:
+def test_a_storm_of_leavers_costs_nobody_else_an_answer(vae: Lone) -> None:
     async def scenario() -> None:
         rng = np.random.default_rng(1)
         async with engine(max_batch_rows=16, queue_rows=100_000) as running:
