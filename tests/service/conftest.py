@@ -67,7 +67,9 @@ def vae(artifacts: Path) -> Artifact:
 @pytest.fixture(scope="session")
 def app(artifacts: Path) -> FastAPI:
     """The application over the session's models."""
-    return create_app(Settings(artifacts=artifacts, max_rows=300, max_body_bytes=2**20, log_level="warning", backend="torchscript"))
+    return create_app(
+        Settings(artifacts=artifacts, max_rows=300, max_body_bytes=2**20, log_level="warning", backend="torchscript")
+    )
 
 
 @pytest.fixture(scope="session")
