@@ -181,13 +181,20 @@ def test_a_model_is_served_as_soon_as_it_is_published_and_no_more_when_removed(
         (tmp_path / "models" / "digits" / "2" / "model.pt").write_bytes(b"PK nonsense")
         process.wait_for("digits@2 cannot be served")
         assert client.post("/sample").json()["version"] == 1
-        assert client.get("/models").json()["failures"][0]["version"] == 2
+        wait_until(lambda: [failure["version"] for failure in client.get("/models").json()["failures"]] == [2])
         shutil.copytree(artifacts / "pca" / "1", tmp_path / "models" / "digits" / "3")
         process.wait_for("serving digits@3")
         assert client.post("/sample").json()["version"] == 3
         shutil.rmtree(tmp_path / "models" / "digits")
         process.wait_for("no longer serving digits@3")
         assert client.get("/readyz").status_code == 503
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def ask_until(stop: threading.Event, process: Process, statuses: list[int]) -> None:
