@@ -32,7 +32,7 @@ def _read(body: bytes, main: str, width: int) -> dict[str, Any] | None:
     count = len(rows)
     # Rows of the right length can still hold lists, which simdjson would flatten: then there are more brackets. A key
     # that stands twice, or a text, brings more quotation marks.
-    if not count or body.count(b"[") != count + 1 or body.count(b'"') != 2 * len(keys):
+    if not count * width or body.count(b"[") != count + 1 or body.count(b'"') != 2 * len(keys):
         return None
     fields = {key: document[key] for key in keys if key != main}
     if not all(type(value) in (int, float, bool) for value in fields.values()):
