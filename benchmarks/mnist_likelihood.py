@@ -38,7 +38,7 @@ EPOCH = -(-(60_000 - 2 * HELD_OUT) // BATCH)  # steps
 COMMON = {"model": "vae", "name": "mnist", "latents": 50, "likelihood": "bernoulli", "binarise": True}
 RECIPES = {
     "reference": TrainConfig.model_validate(
-        COMMON | {"hidden": (200, 200), "activation": "tanh", "epochs": 300, "batch_size": 128, "learning_rate": 1e-3}
+        COMMON | {"hidden": (200, 200), "activation": "tanh", "epochs": 300, "batch_size": 128, "learning_rate": 2e-3}
     ),
     "conv": TrainConfig.model_validate(
         COMMON
