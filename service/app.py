@@ -32,7 +32,8 @@ from service.telemetry import Telemetry
 DESCRIPTION = """Encode, decode, reconstruct, sample, interpolate and score anomalies with the models that are served.
 
 Errors are application/problem+json with a stable `code`. Bodies are JSON or, where a body is one array,
-application/x-npy with its options in the query; answers are JSON, application/x-npy or image/png, as Accept says."""
+application/x-npy or application/x-safetensors with its options in the query; answers are JSON, either of these two, or
+image/png, as Accept says."""
 
 
 def create_app(settings: Settings, counts: Counts | None = None) -> FastAPI:
@@ -42,12 +43,11 @@ def create_app(settings: Settings, counts: Counts | None = None) -> FastAPI:
     """
     telemetry = Telemetry(counts or Counts())
     device = choose_device(settings.device)
-    where, backend = (settings.artifacts, device), (settings.backend, settings.threads)
-    repository = Repository(*where, settings.default_model, settings.keep_versions, *backend)
-
-    engine = Engine(
-        settings.max_batch_rows, settings.queue_rows, settings.threads, telemetry.count_batch, telemetry.pending_rows
-    )
+    largest = settings.max_batch_rows, settings.max_batch_bytes
+    how = settings.backend, settings.threads, settings.precision
+    repository = Repository(settings.artifacts, device, settings.default_model, settings.keep_versions, *how, *largest)
+    counted = telemetry.count_batch, telemetry.pending_rows
+    engine = Engine(*largest, settings.queue_rows, settings.threads, *counted)
     access = AccessLog(settings.log_format, enabled=settings.log_level in ("debug", "info"))
     limits = Limits(settings.max_body_bytes, settings.held_bytes, settings.request_timeout, telemetry.pending_bytes)
     service = Service(settings, repository, engine, telemetry, limits)

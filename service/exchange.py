@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from service.counts import Level
+from service.drain import Drain
 from service.errors import PROBLEM_JSON, BodyTooLarge, BodyTooSlow, Overloaded, ServiceError
 from service.tracing import Trace
 
@@ -45,6 +46,7 @@ class Limits:
     held_bytes: int
     seconds: float
     level: Level = field(default_factory=lambda: [0.0])
+    drain: Drain = field(default_factory=Drain)
 
     @property
     def held(self) -> int:
@@ -54,18 +56,22 @@ class Limits:
     def hold(self, size: int) -> None:
         """Make room for `size` bytes more. Raises Overloaded."""
         if self.held + size > self.held_bytes:
+            wait = self.drain.seconds(size)
             raise Overloaded(
                 f"the requests under way hold {self.held} bytes, {size} more do not fit",
                 expected=f"at most {self.held_bytes} bytes at once",
                 got=f"{self.held + size} bytes",
-                hint="try again in 1 s",
-                headers={"Retry-After": "1"},
+                hint=f"try again in {wait} s",
+                headers={"Retry-After": str(wait)},
             )
+        if not self.level[0]:
+            self.drain.began()
         self.level[0] += size
 
     def release(self, size: int) -> None:
         """`size` bytes are needed no more."""
         self.level[0] -= size
+        self.drain.left(size, self.level[0])
 
 
 class Exchange:

@@ -99,11 +99,15 @@ def _of_models(catalogue: Catalogue) -> Iterator[Metric]:
     info = GaugeMetricFamily(
         "elbo_model_info", "1 for each version that is loaded", labels=("model", "version", "kind")
     )
-    seconds = GaugeMetricFamily("elbo_model_load_seconds", "To load, verify and warm", labels=("model", "version"))
+    which = ("model", "version")
+    load = GaugeMetricFamily("elbo_model_load_seconds", "To load, verify and choose the backend", labels=which)
+    warm = GaugeMetricFamily("elbo_model_warm_seconds", "To run every operation at every size of batch", labels=which)
     for served in loaded:
         info.add_metric((served.name, str(served.version), served.manifest.kind), 1)
-        seconds.add_metric((served.name, str(served.version)), served.load_seconds)
+        load.add_metric((served.name, str(served.version)), served.load_seconds)
+        warm.add_metric((served.name, str(served.version)), served.warm_seconds)
     yield info
-    yield seconds
+    yield load
+    yield warm
     failures = len(catalogue.failures)
     yield GaugeMetricFamily("elbo_model_load_failures", "Versions in the folder that cannot be served", failures)
