@@ -20,7 +20,7 @@ from service import routing
 from service.api import Service
 from service.catalogue import STATIC
 from service.counts import Counts
-from service.edge import Edge
+from service.edge import Edge, Entrance
 from service.engine import Engine
 from service.errors import from_http_exception
 from service.exchange import Limits
@@ -38,6 +38,8 @@ image/png, as Accept says."""
 
 def create_app(settings: Settings, counts: Counts | None = None) -> FastAPI:
     """The application. `app.state.service` is its `Service`. Raises ElboError if the device is not there.
+
+    `app.state.entrance` is the same application, faster: what computes passes FastAPI by.
 
     counts: shared with the processes that serve beside this one, if there are any.
     """
@@ -64,7 +66,9 @@ def create_app(settings: Settings, counts: Counts | None = None) -> FastAPI:
     app.state.service = service
     routing.register(app, service)
     app.mount("/static", StaticFiles(directory=STATIC))
-    app.add_middleware(Edge, direct=routing.direct(service), telemetry=telemetry, access=access, limits=service.limits)
+    parts = routing.direct(service), telemetry, access, service.limits
+    app.add_middleware(Edge, *parts)
+    app.state.entrance = Entrance(app, Edge(app, *parts))
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign] # FastAPI's documented way
     return app
 

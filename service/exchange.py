@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import orjson
 from starlette.datastructures import QueryParams
@@ -17,7 +17,7 @@ from service.tracing import Trace
 
 LONGEST_REQUEST_ID = 128
 _KEY = "elbo.exchange"
-_NO_QUERY = QueryParams()
+SHORT_QUERY = 512  # bytes: what is shorter is decoded once, not for each request
 Header = tuple[bytes, bytes]
 
 
@@ -101,7 +101,8 @@ class Exchange:
     @cached_property
     def query(self) -> QueryParams:
         """The query, decoded."""
-        return QueryParams(self.scope["query_string"]) if self.scope["query_string"] else _NO_QUERY
+        text = self.scope["query_string"]
+        return _decoded(text) if len(text) < SHORT_QUERY else QueryParams(text)
 
     async def body(self) -> bytes:
         """The whole body.
@@ -185,6 +186,11 @@ class Exchange:
             hint="send fewer rows at a time, or application/x-npy",
             headers={"Connection": "close"},  # or the server would have to read the rest
         )
+
+
+@lru_cache(maxsize=1024)
+def _decoded(text: bytes) -> QueryParams:
+    return QueryParams(text)
 
 
 def exchange_of(scope: Scope) -> Exchange:

@@ -12,13 +12,14 @@ What is no sum, such as which models are loaded or a figure derived from `sums()
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from service.counts import RESTARTS, Counts
-from service.families import Counter, Gauge, Histogram
+from service.families import Counter, Gauge, Histogram, Labels
 from service.repository import Catalogue
 from service.tracing import Trace
 
@@ -54,14 +55,14 @@ class Telemetry(Collector):
             family.mine(())  # told from the beginning, as zero
         self.pending_rows, self.pending_bytes = self._pending_rows.mine(()), self._pending_bytes.mine(())
         self._catalogue = Catalogue()
+        self._labels = lru_cache(maxsize=4096)(_labels)
         self.registry.register(self)
 
     def count(self, trace: Trace) -> None:
         """A request has been answered, or has lost its client."""
         status = trace.status
-        who = trace.endpoint, trace.model, str(trace.version) if trace.version else ""
-        by = (*who, OUTCOMES.get(status) or _BY_FIRST_DIGIT.get(status // 100, "abandoned"))
-        self._requests.add((*who, str(status)))
+        who, by, answered = self._labels(trace.endpoint, trace.model, trace.version, status)
+        self._requests.add(answered)
         if trace.problem:
             self._problems.add((*who, trace.problem))
         self._total.observe(by, trace.elapsed)
@@ -92,6 +93,13 @@ class Telemetry(Collector):
         """The text that Prometheus scrapes; the models are those that this process has loaded."""
         self._catalogue = catalogue
         return generate_latest(self.registry)
+
+
+def _labels(endpoint: str, model: str, version: int, status: int) -> tuple[Labels, Labels, Labels]:
+    """WHO, BY, and WHO with the status."""
+    who = endpoint, model, str(version) if version else ""
+    outcome = OUTCOMES.get(status) or _BY_FIRST_DIGIT.get(status // 100, "abandoned")
+    return who, (*who, outcome), (*who, str(status))
 
 
 def _of_models(catalogue: Catalogue) -> Iterator[Metric]:

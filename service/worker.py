@@ -159,7 +159,7 @@ def work(
     counts = counts or Counts()
     app = create_app(settings, counts)
     config = uvicorn.Config(
-        app, loop="uvloop", http="httptools", log_config=None, access_log=False, server_header=False
+        app.state.entrance, loop="uvloop", http="httptools", log_config=None, access_log=False, server_header=False
     )
     log.info("loading the models in %s", settings.artifacts)
     closed = counts.mine.numbers(channels.CLOSED, 1, passing=True)
