@@ -30,9 +30,9 @@ class Lone:
     row_bytes: int = 256
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def vae(vae: Artifact) -> Lone:
-    """The VAE of the session, as the engine wants it."""
+    """The VAE of the session, as the engine wants it, with nothing known yet of how long it takes."""
     return Lone(choose(vae, "torchscript", 1))
 
 
