@@ -119,6 +119,7 @@ class Supervisor:
         ours, theirs = socket.socketpair()
         pid = os.fork()
         if not pid:
+            ours.close()
             self._become(number, theirs)
         theirs.close()
         closed = part.numbers(channel.CLOSED, 1, passing=True)
