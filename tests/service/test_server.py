@@ -176,6 +176,31 @@ def test_clients_that_stall_cost_the_others_nothing(server: Process) -> None:
         connection.close()
 
 
+def test_a_head_that_does_not_come_costs_its_connection_and_nothing_else(
+    start: Callable[..., Process], artifacts: Path
+) -> None:
+    process = start(artifacts, REQUEST_TIMEOUT=0.5)
+    with process.connect() as silent, process.connect() as slow, process.client() as client:
+        slow.sendall(b"POST /encode HTTP/1.1\r\nHost: el")
+        assert client.post("/encode", json={"inputs": [ROW]}).status_code == 200
+        assert silent.recv(1) == slow.recv(1) == b""
+        assert client.get("/livez").status_code == 200
+    assert process.end() == 0
+
+
+def test_an_endless_head_is_cut_off(server: Process) -> None:
+    with server.connect() as connection:
+        connection.sendall(b"POST /encode HTTP/1.1\r\n")
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 1000:
+                connection.sendall(b"x-name: " + b"v" * 4096 + b"\r\n")
+                sent += 1
+    assert sent < 1000
+    with server.client() as client:
+        assert client.get("/livez", headers={"x-long": "v" * 30_000}).status_code == 200
+
+
 def test_a_body_that_is_declared_too_large_is_refused_before_it_is_sent(server: Process) -> None:
     with server.connect() as connection:
         connection.sendall(head("/encode", "Content-Length: 9999999999", "Expect: 100-continue"))
