@@ -18,8 +18,9 @@ from starlette.routing import Match
 from models.artifact import choose_device
 from service import routing
 from service.api import Service
+from service.backends import BACKENDS
 from service.catalogue import STATIC
-from service.counts import Counts
+from service.counts import Counts, Votes
 from service.edge import Edge, Entrance
 from service.engine import Engine
 from service.errors import from_http_exception
@@ -43,11 +44,13 @@ def create_app(settings: Settings, counts: Counts | None = None) -> FastAPI:
 
     counts: shared with the processes that serve beside this one, if there are any.
     """
-    telemetry = Telemetry(counts or Counts())
+    counts = counts or Counts()
+    telemetry = Telemetry(counts)
     device = choose_device(settings.device)
     largest = settings.max_batch_rows, settings.max_batch_bytes
     how = settings.backend, settings.threads, settings.precision
-    repository = Repository(settings.artifacts, device, settings.default_model, settings.keep_versions, *how, *largest)
+    what = settings.artifacts, device, settings.default_model, settings.keep_versions
+    repository = Repository(*what, *how, *largest, Votes(counts, "backend", BACKENDS))
     counted = telemetry.count_batch, telemetry.pending_rows
     engine = Engine(*largest, settings.queue_rows, settings.threads, *counted)
     access = AccessLog(settings.log_format, enabled=settings.log_level in ("debug", "info"))

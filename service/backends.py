@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("elbo.backends")
 Array = npt.NDArray[np.float32]
+BACKENDS = ("torchscript", "onnx")
 TOLERANCE = 1e-5  # of a twin's golden answers, relative to the largest number in each
 TWIN_ANSWERS = (
     "forward", "encode.mean", "encode.std", "decode", "score", "score.parts", "score.contribution", "score.expected",

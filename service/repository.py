@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from models.artifact import load
+from models.artifact import Artifact, load
 from models.errors import ElboError
 from models.manifest import FILE_NAME, Manifest, names, versions
 from service import operations
-from service.backends import WARM_ROUNDS, Array, Backend, choose, is_out_of_memory
+from service.backends import BACKENDS, WARM_ROUNDS, Array, Backend, choose, is_out_of_memory
 from service.codec import png
 from service.codec.rows import RowFormat
+from service.counts import Counts, Votes
 from service.errors import ModelNotFound, NotReady
 from service.latents import Noise
 
@@ -126,6 +127,7 @@ class Repository:
         threads: for one batch.
         precision: float32 or bfloat16.
         max_batch_rows, max_batch_bytes: of the largest batch that the engine will run.
+        votes: on the backend, with the other processes that serve the same.
     """
 
     def __init__(
@@ -139,6 +141,7 @@ class Repository:
         precision: str = "float32",
         max_batch_rows: int = 1024,
         max_batch_bytes: int = 64 * 2**20,
+        votes: Votes | None = None,
     ) -> None:
         self._root = root
         self._device = device
@@ -149,6 +152,7 @@ class Repository:
         self._precision = precision
         self._max_batch_rows = max_batch_rows
         self._max_batch_bytes = max_batch_bytes
+        self._votes = votes or Votes(Counts(), "backend", BACKENDS)
         self._known: dict[tuple[str, int], _Known] = {}
         self.catalogue = Catalogue()
 
@@ -203,10 +207,18 @@ class Repository:
             failure = Failure(name, version, code, str(error).splitlines()[0] if str(error) else type(error).__name__)
             return _Known(signature, before.served if before else None, failure)
 
+    def _choose(self, artifact: Artifact) -> Backend:
+        """What is measured faster; as another worker has chosen, where one has, so that all give the same answers."""
+        which = artifact.manifest.weights_sha256
+        decided = self._votes.decided(which) if self._backend == "auto" else None
+        backend = choose(artifact, decided or self._backend, self._threads, self._precision)
+        self._votes.vote(which, backend.name)
+        return replace(backend, reason="chosen when these weights were first loaded here") if decided else backend
+
     def _load(self, name: str, version: int, path: Path) -> Served:
         started = perf_counter()
         artifact = load(path, self._device)
-        backend = choose(artifact, self._backend, self._threads, self._precision)
+        backend = self._choose(artifact)
         loaded = perf_counter()
         served = Served(name, version, artifact.manifest, backend, loaded - started)
         most = max(1, min(self._max_batch_rows, self._max_batch_bytes // served.row_bytes))
