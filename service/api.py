@@ -86,6 +86,7 @@ async def read(
     served = service.find(query.get("model"))
     trace.model, trace.version = served.name, served.version
     media_type = choose(exchange.header(b"accept", "*/*"), offered(served))
+    service.engine.require_room(1)  # a full queue refuses whoever comes before it costs anything to read what he sends
     content = await exchange.body()
 
     def parse() -> tuple[B, T]:

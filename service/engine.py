@@ -155,8 +155,7 @@ class Engine:
             late: called once if the answer takes longer than SWEEP.
         """
         rows = len(inputs[0])
-        if self.pending_rows + rows > self._queue_rows:
-            raise self._overloaded(rows)
+        self.require_room(rows)
         if not self._level[0]:
             self._drain.began()
         self._level[0] += rows
@@ -202,9 +201,12 @@ class Engine:
             self._loop.call_later(SWEEP, self._sweep)
         return job.result
 
-    def _overloaded(self, rows: int) -> Overloaded:
+    def require_room(self, rows: int) -> None:
+        """Raise Overloaded if the queue has no room for `rows` more."""
+        if self._level[0] + rows <= self._queue_rows:
+            return
         wait = self._drain.seconds(self.pending_rows + rows - self._queue_rows)
-        return Overloaded(
+        raise Overloaded(
             f"{self.pending_rows} rows are waiting, {rows} more do not fit",
             expected=f"at most {self._queue_rows} rows at once",
             got=f"{self.pending_rows + rows} rows",
