@@ -16,6 +16,7 @@ from benchmarks.serving_processes import Server, free_port
 from benchmarks.serving_stage import Stage
 
 START = 180.0  # seconds that a server may take until its first answer
+REST = 10.0  # seconds that it may go on computing after that, Ray for ever
 WARM = 1.0  # second of every load before it is measured
 SETTLE = 3.0  # seconds after an open loop, before memory is looked at again
 SHARES = (0.7, 3.0)  # of its capacity
@@ -86,7 +87,7 @@ def turn(who: Turn, results: Results, seconds: float, thorough: bool) -> None:
 
 
 def wait_until_ready(server: Server, port: int, who: Turn) -> None:
-    """Until it answers a row. Raises RuntimeError when it has ended, or after START seconds."""
+    """Until it answers a row and is at rest. Raises RuntimeError when it has ended, or after START seconds."""
     request = who.contestant.protocol.ask(who.stage.rows[1], binary=False)
     assert request is not None
     deadline, said = monotonic() + START, ""
@@ -98,6 +99,7 @@ def wait_until_ready(server: Server, port: int, who: Turn) -> None:
             said = str(error)
             sleep(0.2)
         else:
+            server.wait_until_at_rest(REST)
             return
     raise RuntimeError(f"no answer {START:g} s after its start: {said}")
 

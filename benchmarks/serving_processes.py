@@ -18,6 +18,8 @@ from benchmarks.data import ROOT
 
 PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 GRACE = 10.0  # seconds between SIGTERM and SIGKILL
+TICKS = os.sysconf("SC_CLK_TCK")  # in a second
+AT_REST = 0.1  # of a core
 PAGE = os.sysconf("SC_PAGE_SIZE")  # bytes
 
 
@@ -79,9 +81,30 @@ class Server:
         """Its exit code, once it has ended. Raises subprocess.TimeoutExpired."""
         return self._process.wait(seconds)
 
+    def wait_until_at_rest(self, longest: float) -> None:
+        """Until it and its descendants hardly compute: workers may still start when the first of them answers."""
+        end, before = monotonic() + longest, self._ticks()
+        while monotonic() < end:
+            sleep(1.0)
+            now = self._ticks()
+            if now - before < AT_REST * TICKS:
+                return
+            before = now
+
+    def _ticks(self) -> int:
+        return sum(_computed(pid) for pid in (self.pid, *_descendants(self.pid)))
+
     def memory(self) -> int:
         """Bytes of resident memory of it and its descendants, what they share counted for each."""
         return sum(_resident(pid) for pid in (self._process.pid, *_descendants(self._process.pid)))
+
+
+def _computed(pid: int) -> int:
+    """Ticks of processor time."""
+    with suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
+    return 0
 
 
 def _resident(pid: int) -> int:
