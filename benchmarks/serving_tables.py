@@ -28,7 +28,7 @@ def closed_loop(people: Mapping[str, Contestant], columns: Sequence[Column], res
         [[people[name].title, *(_times(samples[name].get(column)) for column in columns)] for name in measured],
     )
     _table(
-        "Processor time of an answer, ms of one core: what else runs on the machine hardly lengthens it",
+        "Processor time of an answer, ms of one core",
         ["", *titles],
         [[people[name].title, *(_cost(samples[name].get(column)) for column in columns)] for name in measured],
     )
