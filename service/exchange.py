@@ -2,20 +2,22 @@
 
 import asyncio
 import secrets
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 
 import orjson
 from starlette.datastructures import QueryParams
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
+from service.counts import Level
+from service.drain import Drain
 from service.errors import PROBLEM_JSON, BodyTooLarge, BodyTooSlow, Overloaded, ServiceError
 from service.tracing import Trace
 
 LONGEST_REQUEST_ID = 128
 _KEY = "elbo.exchange"
-_NO_QUERY = QueryParams()
+SHORT_QUERY = 512  # bytes: what is shorter is decoded once, not for each request
 Header = tuple[bytes, bytes]
 
 
@@ -37,24 +39,39 @@ class Limits:
         max_body_bytes: largest body.
         held_bytes: most bytes that are held for all requests that are under way.
         seconds: in which a body must arrive.
+        level: where the bytes that are held now are kept, as its first number.
     """
 
     max_body_bytes: int
     held_bytes: int
     seconds: float
-    held: int = 0  # now
+    level: Level = field(default_factory=lambda: [0.0])
+    drain: Drain = field(default_factory=Drain)
+
+    @property
+    def held(self) -> int:
+        """Bytes, now."""
+        return int(self.level[0])
 
     def hold(self, size: int) -> None:
         """Make room for `size` bytes more. Raises Overloaded."""
         if self.held + size > self.held_bytes:
+            wait = self.drain.seconds(size)
             raise Overloaded(
                 f"the requests under way hold {self.held} bytes, {size} more do not fit",
                 expected=f"at most {self.held_bytes} bytes at once",
                 got=f"{self.held + size} bytes",
-                hint="try again in 1 s",
-                headers={"Retry-After": "1"},
+                hint=f"try again in {wait} s",
+                headers={"Retry-After": str(wait)},
             )
-        self.held += size
+        if not self.level[0]:
+            self.drain.began()
+        self.level[0] += size
+
+    def release(self, size: int) -> None:
+        """`size` bytes are needed no more."""
+        self.level[0] -= size
+        self.drain.left(size, self.level[0])
 
 
 class Exchange:
@@ -84,7 +101,8 @@ class Exchange:
     @cached_property
     def query(self) -> QueryParams:
         """The query, decoded."""
-        return QueryParams(self.scope["query_string"]) if self.scope["query_string"] else _NO_QUERY
+        text = self.scope["query_string"]
+        return _decoded(text) if len(text) < SHORT_QUERY else QueryParams(text)
 
     async def body(self) -> bytes:
         """The whole body.
@@ -126,7 +144,7 @@ class Exchange:
 
     def release(self) -> None:
         """The body is needed no more."""
-        self._limits.held -= self._read
+        self._limits.release(self._read)
         self._read = 0
 
     async def send(self, message: Message) -> None:
@@ -168,6 +186,11 @@ class Exchange:
             hint="send fewer rows at a time, or application/x-npy",
             headers={"Connection": "close"},  # or the server would have to read the rest
         )
+
+
+@lru_cache(maxsize=1024)
+def _decoded(text: bytes) -> QueryParams:
+    return QueryParams(text)
 
 
 def exchange_of(scope: Scope) -> Exchange:

@@ -11,8 +11,8 @@ import numpy.typing as npt
 from service import operations
 from service.anomaly import Scores, results, table
 from service.api import Call, Offer, Service, answer, aside, read, require_count, require_rows, run
-from service.codec import npy
 from service.codec.answer import ARRAY, PICTURE
+from service.codec.body import JSON
 from service.codec.rows import Reading
 from service.errors import InvalidField
 from service.exchange import Answer, Exchange
@@ -81,8 +81,10 @@ class Inference:
         body, manifest = call.body, call.served.manifest
         scores = Scores(*await run(self.service, call, operations.anomaly(body.alpha), reading.x))
         call.trace.rows = sent
-        if call.media_type == npy.MEDIA_TYPE:
-            return await answer(call, {}, table(reading, scores, sent))
+        if call.media_type != JSON:
+            verdicts = table(reading, scores, sent)
+            columns = dict(zip(("score", "p_value", "severity"), verdicts.T, strict=True))
+            return await answer(call, {**columns}, verdicts, holes=True)
         names = call.served.rows.names
         started = perf_counter()
         judge = partial(results, reading, scores, body.fdr, body.explain, names, manifest.parts)

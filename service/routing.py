@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api import Service
 from service.catalogue import Information
-from service.codec import npy, png
+from service.codec import npy, png, safetensors
 from service.codec.body import JSON
 from service.errors import PROBLEM_JSON
 from service.examples import EXAMPLES
@@ -47,7 +47,7 @@ BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One path and method. `array` and `picture`: whether npy comes in, and whether image/png goes out."""
+    """One path and method. `array`: whether npy and safetensors come in; `picture`: whether image/png goes out."""
 
     path: str
     handler: Handler
@@ -141,7 +141,7 @@ def _responses(endpoint: Endpoint) -> dict[int | str, dict[str, Any]]:
     else:
         answer["content"][endpoint.media_type] = {"schema": {"type": "string"}}
     if endpoint.body:
-        answer["content"][npy.MEDIA_TYPE] = BINARY
+        answer["content"][npy.MEDIA_TYPE] = answer["content"][safetensors.MEDIA_TYPE] = BINARY
         answer["headers"] = {
             "Elbo-Model": {"schema": {"type": "string"}, "description": "name@version of the model that answered"}
         }
@@ -160,7 +160,7 @@ def _request(endpoint: Endpoint) -> dict[str, Any] | None:
     schema = {"$ref": f"#/components/schemas/{endpoint.body.__name__}"}
     content: dict[str, Any] = {JSON: {"schema": schema, "examples": EXAMPLES[endpoint.body]}}
     if endpoint.array:
-        content[npy.MEDIA_TYPE] = BINARY
+        content[npy.MEDIA_TYPE] = content[safetensors.MEDIA_TYPE] = BINARY
     model = {
         "name": "model", "in": "query", "required": False, "schema": {"type": "string"},
         "description": "`name` (its newest version) or `name@version`; without it the default model answers",

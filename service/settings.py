@@ -22,15 +22,21 @@ class Settings(BaseSettings):
         "auto",
         description="what computes on a CPU; auto is the ONNX twin where it agrees with TorchScript and is faster",
     )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="of matrix products; bfloat16 has three digits, `/models` tells what that costs each model",
+    )
     default_model: str = Field(
         "vae", description="who answers without `?model=`; if it is not served, the first by name"
     )
-    threads: int = Field(1, ge=1, le=256, description="threads for one batch")
+    workers: int = Field(1, ge=1, le=256, description="processes that serve, each with its own models and queue")
+    threads: int = Field(1, ge=1, le=256, description="threads for one batch, in each worker")
     poll_seconds: float = Field(2.0, gt=0, le=3600, description="how often the folder is looked at for new versions")
     keep_versions: int = Field(2, ge=1, le=100, description="newest versions of each model that stay loaded")
     max_body_bytes: int = Field(64 * 2**20, ge=1024, description="largest request body")
     max_rows: int = Field(10_000, ge=1, description="most rows in one request; also bounds `n` and `steps`")
     max_batch_rows: int = Field(1024, ge=1, description="most rows that run through a model at once")
+    max_batch_bytes: int = Field(64 * 2**20, ge=1024, description="most bytes of rows that run through a model at once")
     queue_rows: int = Field(40_000, ge=1, description="most rows that wait or run at once; beyond them: 429")
     held_bytes: int = Field(
         256 * 2**20, ge=1024, description="most bytes of bodies that are held at once; beyond them: 429"
@@ -41,6 +47,13 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(0.0, ge=0, le=600, description="after SIGTERM: serve on so long, then finish")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
     log_format: Literal["json", "text"] = Field("json", description="one JSON object a line, or text for a person")
+
+    @field_validator("precision")
+    @classmethod
+    def _onnx_is_exact(cls, value: str, others: ValidationInfo) -> str:
+        if value != "float32" and others.data.get("backend") == "onnx":
+            raise ValueError("ONNX twins compute in float32 only: set ELBO_BACKEND=torchscript")
+        return value
 
     @field_validator("held_bytes")
     @classmethod

@@ -1,4 +1,4 @@
-"""A request's bytes to its fields: JSON or npy, whichever its Content-Type says."""
+"""A request's bytes to its fields: JSON, npy or safetensors, whichever its Content-Type says."""
 
 import json
 from collections import Counter
@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from service.codec import fast, npy
+from service.codec import fast, npy, safetensors
 from service.codec.rows import describe
 from service.errors import InvalidJson, UnsupportedMediaType
 
@@ -23,11 +23,11 @@ class Fields:
 
 
 def read_fields(content_type: str, body: bytes, main: str | None, width: int = 0) -> Fields:
-    """The fields of `body`; an npy body is the field `main`. An empty body has none.
+    """The fields of `body`; the array of a binary body is the field `main`. An empty body has none.
 
     JSON rows of `width` numbers in the field `main` are read as an array.
 
-    Raises UnsupportedMediaType, InvalidJson, InvalidNpy.
+    Raises UnsupportedMediaType, InvalidJson, InvalidNpy, InvalidSafetensors.
     """
     media_type = content_type.partition(";")[0].strip().lower()
     if not body:
@@ -37,7 +37,9 @@ def read_fields(content_type: str, body: bytes, main: str | None, width: int = 0
         return _json_fields(body) if fields is None else Fields(fields)
     if media_type == npy.MEDIA_TYPE and main is not None:
         return Fields({main: npy.loads(body)})
-    accepted = JSON if main is None else f"{JSON} or {npy.MEDIA_TYPE}"
+    if media_type == safetensors.MEDIA_TYPE and main is not None:
+        return Fields({main: safetensors.loads(body, main)})
+    accepted = JSON if main is None else f"{JSON}, {npy.MEDIA_TYPE} or {safetensors.MEDIA_TYPE}"
     raise UnsupportedMediaType(
         f"expected a body of {accepted}, got {media_type}",
         expected=accepted,
