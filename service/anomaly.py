@@ -10,6 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from service.codec.rows import Reading
+from service.intake import Intake
+from service.schemas import AnomalyBody
+from service.smoothing import exponential_mean
 
 Array = npt.NDArray[np.float32]
 OVERFLOW = "the row lies so far from the training data that the model's answer to it overflows float32"
@@ -59,27 +62,45 @@ def benjamini_hochberg(p_value: Array, q: float) -> npt.NDArray[np.bool_]:
     return np.asarray(p_value <= ordered[passing[-1]])
 
 
-def _anomalous(scores: Scores, judged: npt.NDArray[np.bool_], fdr: float | None) -> npt.NDArray[np.bool_]:
-    if fdr is None:
-        return np.asarray(scores.severity > 1)
-    anomalous = np.zeros(len(judged), bool)
-    if judged.any():
-        anomalous[judged] = benjamini_hochberg(scores.p_value[judged], fdr)
-    return anomalous
+@dataclass(frozen=True)
+class Verdicts:
+    """What is decided of the G rows that could be read."""
+
+    intake: Intake
+    scores: Scores
+    anomalous: npt.NDArray[np.bool_]  # [G]
+    smoothed: npt.NDArray[np.float64] | None  # [G], where it was asked for
+
+
+def decide(intake: Intake, scores: Scores, body: AnomalyBody) -> Verdicts:
+    """Which rows are anomalous: by severity, by `fdr` over the request, or by the severity's mean over a half-life."""
+    judged, smoothed = scores.judged, None
+    half_life = body.half_life or body.half_life_rows
+    if half_life:
+        severity = np.where(judged, _saturated(scores.severity, scores), np.nan)
+        by_rows = body.half_life is None
+        smoothed = exponential_mean(severity, half_life, intake.time, intake.group, by_rows=by_rows)
+        anomalous = smoothed > 1  # a NaN is not
+    elif body.fdr is not None:
+        anomalous = np.zeros(len(judged), bool)
+        if judged.any():
+            anomalous[judged] = benjamini_hochberg(scores.p_value[judged], body.fdr)
+    else:
+        anomalous = np.asarray(scores.severity > 1) & judged
+    return Verdicts(intake, scores, anomalous, smoothed)
 
 
 def results(
-    reading: Reading, scores: Scores, fdr: float | None, explain: int, names: Sequence[str], parts: Sequence[str]
+    verdicts: Verdicts, explain: int, names: Sequence[str], parts: Sequence[str]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The answer's `results` and `errors`, each in the order of the request's rows, with numbers as float32.
 
     Args:
-        reading: the rows that could be read, and the others.
-        scores: of those that could.
-        fdr: None, or the rate that decides instead of severity.
+        verdicts: on the rows that could be read.
         explain: how many features to name a row.
         names, parts: the names of the D features and of the score's P parts.
     """
+    reading, scores = verdicts.intake.reading, verdicts.scores
     judged = scores.judged
     columns = zip(
         reading.rows,
@@ -87,10 +108,10 @@ def results(
         _saturated(scores.score, scores),
         scores.p_value,
         _saturated(scores.severity, scores),
-        _anomalous(scores, judged, fdr).tolist(),
+        verdicts.anomalous.tolist(),
         _saturated(scores.parts, scores),
         _features(reading.x, scores, explain, names),
-        _imputed(reading.x, names),
+        _more(verdicts, names),
         strict=True,
     )
     found = [
@@ -102,17 +123,18 @@ def results(
             "is_anomaly": is_anomaly,
             "parts": dict(zip(parts, values, strict=True)),
             "features": features,
-            **imputed,
+            **more,
         }
-        for row, judgeable, score, p_value, severity, is_anomaly, values, features, imputed in columns
+        for row, judgeable, score, p_value, severity, is_anomaly, values, features, more in columns
         if judgeable
     ]
     return found, _errors(reading, judged)
 
 
-def table(reading: Reading, scores: Scores, rows: int) -> Array:
-    """Score, p-value and severity as [rows, 3], for application/x-npy; NaN in the rows that could not be judged."""
-    full = np.full((rows, 3), np.nan, np.float32)
+def table(verdicts: Verdicts) -> Array:
+    """Score, p-value and severity as [N, 3], for application/x-npy; NaN in the rows that could not be judged."""
+    reading, scores = verdicts.intake.reading, verdicts.scores
+    full = np.full((verdicts.intake.sent, 3), np.nan, np.float32)
     judged = scores.judged
     columns = np.column_stack((_saturated(scores.score, scores), scores.p_value, _saturated(scores.severity, scores)))
     full[np.array(reading.rows)[judged]] = columns[judged]
@@ -146,12 +168,18 @@ def _largest(array: Array, count: int) -> npt.NDArray[np.intp]:
     return np.argsort(-array, axis=1, kind="stable")[:, :count]
 
 
-def _imputed(x: Array, names: Sequence[str]) -> list[dict[str, list[str]]]:
-    """For each row of x [G, D] the field that names what was missing, where anything was."""
-    found: list[dict[str, list[str]]] = [{} for _ in x]
+def _more(verdicts: Verdicts, names: Sequence[str]) -> list[dict[str, Any]]:
+    """For each row the fields that only some have: what was missing, its time and group, its smoothed severity."""
+    intake, x = verdicts.intake, verdicts.intake.reading.x
+    found: list[dict[str, Any]] = [{} for _ in x]
     if np.isnan(x).any():
         for row, column in np.argwhere(np.isnan(x)).tolist():
             found[row].setdefault("imputed", []).append(names[column])
+    columns = {"time": intake.time, "group": intake.group, "smoothed": verdicts.smoothed}
+    for name, column in columns.items():
+        for fields, value in zip(found, [] if column is None else column, strict=False):
+            if value is not None and value == value:
+                fields[name] = value
     return found
 
 

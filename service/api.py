@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Generic, TypeVar
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from service.codec import npy, png
 from service.codec.answer import choose, to_json
-from service.codec.body import JSON, read_fields
+from service.codec.body import JSON, NO_FORMATS, Fields, read_fields
 from service.engine import Engine
 from service.errors import ClientGone, InvalidField, NotReady, TooManyRows
 from service.exchange import Answer, Exchange, Limits
@@ -72,6 +72,7 @@ async def read(
     offered: Offer,
     main: str | None,
     extract: Callable[[Served, B, bool], T],
+    formats: Mapping[str, Callable[[bytes], Fields]] = NO_FORMATS,
 ) -> Call[B]:
     """Read a request to its end.
 
@@ -81,6 +82,7 @@ async def read(
         offered: the formats in which a model can answer it, the default first.
         main: the field that holds its rows or codes, if it has one: an npy body is that field.
         extract: gives `x` from the model, the fields, and whether booleans or NaN may be among the numbers.
+        formats: readers of bodies by media type, beside JSON and npy.
     """
     trace, query = exchange.trace, exchange.query
     served = service.find(query.get("model"))
@@ -90,7 +92,7 @@ async def read(
 
     def parse() -> tuple[B, T]:
         width = served.latents.width if main == "latents" else served.rows.width
-        fields = read_fields(exchange.header(b"content-type"), content, main, width)
+        fields = read_fields(exchange.header(b"content-type"), content, main, width, formats)
         body = validate(schema, merge(fields.values, query.multi_items()) if query else fields.values)
         return body, extract(served, body, fields.careful)
 

@@ -26,6 +26,7 @@ from service.codec import png
 from service.codec.rows import RowFormat
 from service.errors import ModelNotFound, NotReady
 from service.latents import Noise
+from service.selectors import Selectors
 
 log = logging.getLogger("elbo.repository")
 WARM_ROWS = (1, 16)
@@ -50,8 +51,14 @@ class Served:
         features = self.manifest.features
         names, optional = [feature.name for feature in features], [feature.missing > 0 for feature in features]
         object.__setattr__(self, "headers", ((b"elbo-model", f"{self.name}@{self.version}".encode()),))
-        object.__setattr__(self, "rows", RowFormat(self.manifest.shape, names, optional))
+        medians = [feature.median for feature in features]
+        object.__setattr__(self, "rows", RowFormat(self.manifest.shape, names, optional, medians))
         object.__setattr__(self, "latents", RowFormat([self.manifest.latents]))
+
+    @cached_property
+    def selectors(self) -> Selectors:
+        """Which feature a measurement means, by its name and labels."""
+        return Selectors({name: name for name in self.rows.names})
 
     @cached_property
     def pictures(self) -> bool:

@@ -1,0 +1,36 @@
+"""NDJSON: one JSON value a line, of which a bad one costs only itself."""
+
+import orjson
+
+from service.codec.body import Fields, loads_value
+from service.codec.rows import Unreadable
+from service.errors import InvalidJson
+
+MEDIA_TYPE = "application/x-ndjson"
+MEDIA_TYPES = (MEDIA_TYPE, "application/ndjson", "application/jsonl", "application/x-jsonlines")
+SHOWN = 40  # characters of a bad line that an error quotes
+
+
+class Lines(list[object]):
+    """What the lines hold: records, rows, and an `Unreadable` for each that is no JSON."""
+
+
+def read(body: bytes) -> Fields:
+    """The lines of `body` as the field `records`; blank ones are none."""
+    values = Lines(parse(line) for line in body.split(b"\n") if line and not line.isspace())
+    return Fields({"records": values} if values else {}, careful=True)
+
+
+def parse(line: bytes) -> object:
+    """What one line holds."""
+    try:
+        value = loads_value(line)
+    except InvalidJson as error:
+        got = line[:SHOWN].decode(errors="replace").strip()
+        return Unreadable(error.detail, "a JSON object or list in UTF-8", got)
+    return value
+
+
+def dumps(value: object) -> bytes:
+    """`value` as a line."""
+    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
