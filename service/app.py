@@ -20,6 +20,7 @@ from models.artifact import choose_device
 from service import routing
 from service.api import Service
 from service.catalogue import STATIC
+from service.counts import Counts
 from service.edge import Edge
 from service.engine import Engine
 from service.errors import from_http_exception
@@ -35,16 +36,21 @@ Errors are application/problem+json with a stable `code`. Bodies are JSON or, wh
 application/x-npy with its options in the query; answers are JSON, application/x-npy or image/png, as Accept says."""
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """The application. `app.state.service` is its `Service`. Raises ElboError if the device is not there."""
-    telemetry = Telemetry()
+def create_app(settings: Settings, counts: Counts | None = None) -> FastAPI:
+    """The application. `app.state.service` is its `Service`. Raises ElboError if the device is not there.
+
+    counts: shared with the processes that serve beside this one, if there are any.
+    """
+    telemetry = Telemetry(counts or Counts())
     device = choose_device(settings.device)
     where, backend = (settings.artifacts, device), (settings.backend, settings.threads)
     repository = Repository(*where, settings.default_model, settings.keep_versions, *backend)
 
-    engine = Engine(settings.max_batch_rows, settings.queue_rows, settings.threads, telemetry.count_batch)
+    engine = Engine(
+        settings.max_batch_rows, settings.queue_rows, settings.threads, telemetry.count_batch, telemetry.pending_rows
+    )
     access = AccessLog(settings.log_format, enabled=settings.log_level in ("debug", "info"))
-    limits = Limits(settings.max_body_bytes, settings.held_bytes, settings.request_timeout)
+    limits = Limits(settings.max_body_bytes, settings.held_bytes, settings.request_timeout, telemetry.pending_bytes)
     service = Service(settings, repository, engine, telemetry, limits)
     app = FastAPIOffline(
         title="Elbo",

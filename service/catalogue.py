@@ -51,11 +51,8 @@ class Information:
         return _json({"status": "ready"})
 
     async def metrics(self, _: Request) -> Response:
-        """Metrics for Prometheus."""
-        service = self.service
-        text = service.telemetry.exposition(
-            service.repository.catalogue, service.engine.pending_rows, service.limits.held
-        )
+        """Metrics for Prometheus, of all processes that serve here."""
+        text = self.service.telemetry.exposition(self.service.repository.catalogue)
         return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def page(self, _: Request) -> Response:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from service.backends import Array, Backend
+from service.counts import Level
 from service.errors import DeadlineExceeded, NotReady, Overloaded
 from service.operations import Operation
 
@@ -90,10 +91,16 @@ class Engine:
         queue_rows: most rows that wait or run; beyond them `run` refuses.
         threads: torch's threads for one batch.
         on_batch: told the operation and the rows of each batch.
+        level: where the rows that are admitted and not yet answered are kept, as its first number.
     """
 
     def __init__(
-        self, max_batch_rows: int, queue_rows: int, threads: int, on_batch: Callable[[str, int], None]
+        self,
+        max_batch_rows: int,
+        queue_rows: int,
+        threads: int,
+        on_batch: Callable[[str, int], None],
+        level: Level | None = None,
     ) -> None:
         self._max_batch_rows = max_batch_rows
         self._queue_rows = queue_rows
@@ -105,7 +112,12 @@ class Engine:
         self._stepping = self._sweeping = self._closing = False
         self._idle: asyncio.Event
         self._seconds_per_row = 0.0  # lately
-        self.pending_rows = 0  # admitted and not yet answered
+        self._level: Level = [0.0] if level is None else level
+
+    @property
+    def pending_rows(self) -> int:
+        """Rows that are admitted and not yet answered."""
+        return int(self._level[0])
 
     def start(self) -> None:
         """Make ready. Call from the event loop that will call `run`."""
@@ -141,7 +153,7 @@ class Engine:
         rows = len(inputs[0])
         if self.pending_rows + rows > self._queue_rows:
             raise self._overloaded(rows)
-        self.pending_rows += rows
+        self._level[0] += rows
         try:
             if rows <= self._max_batch_rows:
                 return await self._submit(model, operation, inputs, deadline, late)
@@ -152,7 +164,7 @@ class Engine:
                 late = None
             return _joined(pieces)
         finally:
-            self.pending_rows -= rows
+            self._level[0] -= rows
 
     def _submit(
         self,

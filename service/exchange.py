@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import orjson
@@ -10,6 +10,7 @@ from starlette.datastructures import QueryParams
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
+from service.counts import Level
 from service.errors import PROBLEM_JSON, BodyTooLarge, BodyTooSlow, Overloaded, ServiceError
 from service.tracing import Trace
 
@@ -37,12 +38,18 @@ class Limits:
         max_body_bytes: largest body.
         held_bytes: most bytes that are held for all requests that are under way.
         seconds: in which a body must arrive.
+        level: where the bytes that are held now are kept, as its first number.
     """
 
     max_body_bytes: int
     held_bytes: int
     seconds: float
-    held: int = 0  # now
+    level: Level = field(default_factory=lambda: [0.0])
+
+    @property
+    def held(self) -> int:
+        """Bytes, now."""
+        return int(self.level[0])
 
     def hold(self, size: int) -> None:
         """Make room for `size` bytes more. Raises Overloaded."""
@@ -54,7 +61,11 @@ class Limits:
                 hint="try again in 1 s",
                 headers={"Retry-After": "1"},
             )
-        self.held += size
+        self.level[0] += size
+
+    def release(self, size: int) -> None:
+        """`size` bytes are needed no more."""
+        self.level[0] -= size
 
 
 class Exchange:
@@ -126,7 +137,7 @@ class Exchange:
 
     def release(self) -> None:
         """The body is needed no more."""
-        self._limits.held -= self._read
+        self._limits.release(self._read)
         self._read = 0
 
     async def send(self, message: Message) -> None:
