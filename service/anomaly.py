@@ -175,9 +175,9 @@ def _more(verdicts: Verdicts, names: Sequence[str]) -> list[dict[str, Any]]:
     if np.isnan(x).any():
         for row, column in np.argwhere(np.isnan(x)).tolist():
             found[row].setdefault("imputed", []).append(names[column])
-    columns = {"time": intake.time, "group": intake.group, "smoothed": verdicts.smoothed}
-    for name, column in columns.items():
-        for fields, value in zip(found, [] if column is None else column, strict=False):
+    extra: dict[str, Any] = {"time": intake.time, "group": intake.group, "smoothed": verdicts.smoothed}
+    for name, values in extra.items():
+        for fields, value in zip(found, [] if values is None else values, strict=False):
             if value is not None and value == value:
                 fields[name] = value
     return found

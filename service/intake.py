@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from service.codec import clock, delimited, lines
 from service.codec.body import Fields
-from service.codec.rows import Reading, RowError, RowFormat
+from service.codec.rows import Reading, RowFormat
 from service.codec.telegraf import Batch
 from service.errors import InvalidField, InvalidRows
 from service.repository import Served
@@ -85,12 +85,9 @@ def _of_metrics(served: Served, body: AnomalyBody) -> Intake:
     except InvalidRows as error:
         error.pointer = f"/metrics/{batch.first[0]}"
         raise
-    errors = []
-    for row, error in ((e.row, e.error) for e in intake.reading.errors):
-        error.pointer = f"/metrics/{batch.first[row]}"
-        errors.append(RowError(row, error))
-    reading = replace(intake.reading, errors=errors)
-    return replace(intake, reading=reading, unknown=intake.unknown + batch.unknown)
+    for unread in intake.reading.errors:
+        unread.error.pointer = f"/metrics/{batch.first[unread.row]}"
+    return replace(intake, unknown=intake.unknown + batch.unknown)
 
 
 def _require_sense(body: AnomalyBody, way: str) -> None:
