@@ -205,7 +205,7 @@ def test_what_is_missing_is_imputed_and_said_in_every_format_with_names(hosts: h
 
 
 def test_a_short_answer_counts(hosts: httpx.Client) -> None:
-    found = [*records(rows(5)), {"cpu": "x"}, {name: 1e6 for name in HOST_NAMES} | {"colour": 3}]
+    found = [*records(rows(5)), {"cpu": "x"}, dict.fromkeys(HOST_NAMES, 1000000.0) | {"colour": 3}]
     answer = send(hosts, (json.dumps({"records": found, "detail": "none"}).encode(), JSON))
     whole = send(hosts, (json.dumps({"records": found}).encode(), JSON))
     assert answer == {key: whole[key] for key in ("model", "version", "rows", "anomalies", "failed", "unknown_fields")}
