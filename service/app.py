@@ -1,7 +1,6 @@
 """The ASGI application: the parts of the service put together, for any server that speaks ASGI."""
 
 import asyncio
-import gc
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Any
@@ -75,7 +74,6 @@ def _lifespan(service: Service, access: AccessLog) -> Callable[[FastAPI], Abstra
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         """Load and warm every model before the first request; finish every request before the end."""
         await asyncio.to_thread(service.repository.refresh)
-        gc.freeze()  # what is there by now stays: to look through it again would stop every request for 0.1 s
         service.engine.start()
         watcher = asyncio.create_task(service.repository.watch(service.settings.poll_seconds))
         try:

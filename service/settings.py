@@ -25,7 +25,8 @@ class Settings(BaseSettings):
     default_model: str = Field(
         "vae", description="who answers without `?model=`; if it is not served, the first by name"
     )
-    threads: int = Field(1, ge=1, le=256, description="threads for one batch")
+    workers: int = Field(1, ge=1, le=256, description="processes that serve, each with its own models and queue")
+    threads: int = Field(1, ge=1, le=256, description="threads for one batch, in each worker")
     poll_seconds: float = Field(2.0, gt=0, le=3600, description="how often the folder is looked at for new versions")
     keep_versions: int = Field(2, ge=1, le=100, description="newest versions of each model that stay loaded")
     max_body_bytes: int = Field(64 * 2**20, ge=1024, description="largest request body")
