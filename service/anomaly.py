@@ -141,10 +141,14 @@ def table(verdicts: Verdicts) -> Array:
     return full
 
 
+def unread(reading: Reading) -> list[dict[str, Any]]:
+    """What is said of the rows that could not be read."""
+    return [{"row": e.row, "detail": e.error.detail, "pointer": e.error.pointer} for e in reading.errors]
+
+
 def _errors(reading: Reading, judged: npt.NDArray[np.bool_]) -> list[dict[str, Any]]:
-    unread = [{"row": e.row, "detail": e.error.detail, "pointer": e.error.pointer} for e in reading.errors]
     overflown = [{"row": reading.rows[index], "detail": OVERFLOW, "pointer": None} for index in np.flatnonzero(~judged)]
-    return sorted(unread + overflown, key=lambda error: error["row"])
+    return sorted(unread(reading) + overflown, key=lambda error: error["row"])
 
 
 def _features(x: Array, scores: Scores, explain: int, names: Sequence[str]) -> Iterable[list[dict[str, Any]]]:
@@ -170,10 +174,10 @@ def _largest(array: Array, count: int) -> npt.NDArray[np.intp]:
 
 def _more(verdicts: Verdicts, names: Sequence[str]) -> list[dict[str, Any]]:
     """For each row the fields that only some have: what was missing, its time and group, its smoothed severity."""
-    intake, x = verdicts.intake, verdicts.intake.reading.x
-    found: list[dict[str, Any]] = [{} for _ in x]
-    if np.isnan(x).any():
-        for row, column in np.argwhere(np.isnan(x)).tolist():
+    intake, missing = verdicts.intake, verdicts.intake.reading.missing
+    found: list[dict[str, Any]] = [{} for _ in intake.reading.rows]
+    if missing is not None:
+        for row, column in np.argwhere(missing).tolist():
             found[row].setdefault("imputed", []).append(names[column])
     extra: dict[str, Any] = {"time": intake.time, "group": intake.group, "smoothed": verdicts.smoothed}
     for name, values in extra.items():

@@ -8,7 +8,8 @@ ElboError (models.errors)
     ├── BodyTooSlow                         408
     ├── BodyTooLarge, TooManyRows           413
     ├── UnsupportedMediaType                415
-    ├── InvalidJson, InvalidNpy, InvalidCsv, InvalidField, InvalidRows, OverflowInModel   422
+    ├── InvalidJson, InvalidNpy, InvalidCsv,
+    │   InvalidEncoding, InvalidProtobuf, InvalidField, InvalidRows, OverflowInModel   422
     ├── Overloaded                          429
     ├── ClientGone                          499, seen in the log and the metrics only
     ├── InternalError                       500
@@ -139,6 +140,18 @@ class InvalidCsv(ServiceError):
     status, code, title = 422, "invalid_csv", "Invalid CSV"
 
 
+class InvalidEncoding(ServiceError):
+    """The body is not compressed as its Content-Encoding says, or cut off."""
+
+    status, code, title = 422, "invalid_encoding", "Invalid encoding"
+
+
+class InvalidProtobuf(ServiceError):
+    """The body is not the protobuf message that the path reads."""
+
+    status, code, title = 422, "invalid_protobuf", "Invalid protobuf"
+
+
 class InvalidField(ServiceError):
     """A field of the body or of the query is missing, unknown or out of its bounds."""
 
@@ -197,6 +210,8 @@ ERRORS: tuple[type[ServiceError], ...] = (
     InvalidJson,
     InvalidNpy,
     InvalidCsv,
+    InvalidEncoding,
+    InvalidProtobuf,
     InvalidField,
     InvalidRows,
     OverflowInModel,

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from service import operations
+from service import operations, streaming
 from service.anomaly import Scores, Verdicts, decide, results, table
 from service.api import Call, Offer, Service, answer, aside, read, require_count, require_rows, run
 from service.codec import npy
@@ -76,6 +76,8 @@ class Inference:
 
     async def anomaly(self, exchange: Exchange) -> Answer:
         """Which rows are abnormal, how sure that is, and why."""
+        if streaming.asked_for(exchange):
+            return streaming.Stream(self.service, exchange).answer()
         call = await read(self.service, exchange, AnomalyBody, _arrays, "inputs", self._judgeable, FORMATS)
         intake, body = call.x, call.body
         verdicts = await judge(self.service, call, intake)
@@ -128,10 +130,12 @@ class Inference:
 
 async def judge(service: Service, call: Call[AnomalyBody], intake: Intake) -> Verdicts:
     """What the model of `call` says of the rows of `intake`."""
-    x = call.served.rows.filled(intake.reading.x)
+    x = call.served.rows.filled(intake.reading)
     scores = Scores(*await run(service, call, operations.anomaly(call.body.alpha), x))
     call.trace.rows = intake.sent
-    return decide(intake, scores, call.body)
+    verdicts = decide(intake, scores, call.body)
+    service.telemetry.judged.count(call.served, intake, verdicts)
+    return verdicts
 
 
 def _told(call: Call[AnomalyBody], verdicts: Verdicts) -> dict[str, Any]:

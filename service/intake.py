@@ -59,13 +59,15 @@ def take(served: Served, body: AnomalyBody, careful: bool) -> Intake:
     return Intake(form.read_each(rows, "/inputs", careful), len(rows))
 
 
-def of_records(rows: RowFormat, body: AnomalyBody, records: Any, careful: bool, pointer: str = "/records") -> Intake:
-    """Records, of JSON, of lines, or of a table whose cells are text. Raises InvalidRows if none can be read."""
+def of_records(
+    rows: RowFormat, body: AnomalyBody, records: Any, careful: bool, pointer: str = "/records", least: int = 1
+) -> Intake:
+    """Records, of JSON, of lines, or of a table whose cells are text. Raises InvalidRows if not `least` can be read."""
     if isinstance(records, delimited.Cells):
         _require_columns(rows, records)
         records = records.numbers(rows.known)
     ignored = (body.time, body.group)
-    reading, unknown = rows.read_records(records, pointer, careful, body.impute, ignored)
+    reading, unknown = rows.read_records(records, pointer, careful, body.impute, ignored, least)
     whole = Intake(reading, len(records), unknown)
     names = [name for name in ignored if name not in rows.known]
     kept = [records[row] for row in reading.rows]

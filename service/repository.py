@@ -44,6 +44,7 @@ class Served:
     backend: Backend
     load_seconds: float
     headers: tuple[tuple[bytes, bytes], ...] = field(init=False)  # of every answer that it gives
+    who: tuple[str, str] = field(init=False)  # its labels in metrics
     rows: RowFormat = field(init=False)
     latents: RowFormat = field(init=False)
 
@@ -51,6 +52,7 @@ class Served:
         features = self.manifest.features
         names, optional = [feature.name for feature in features], [feature.missing > 0 for feature in features]
         object.__setattr__(self, "headers", ((b"elbo-model", f"{self.name}@{self.version}".encode()),))
+        object.__setattr__(self, "who", (self.name, str(self.version)))
         medians = [feature.median for feature in features]
         object.__setattr__(self, "rows", RowFormat(self.manifest.shape, names, optional, medians))
         object.__setattr__(self, "latents", RowFormat([self.manifest.latents]))

@@ -81,3 +81,19 @@ def _codes(group: Sequence[Any] | npt.NDArray[Any]) -> npt.NDArray[np.intp]:
     """A number for each group, [N]."""
     numbers: dict[Any, int] = {}
     return np.array([numbers.setdefault(name, len(numbers)) for name in group], np.intp)
+
+
+class RunningMean:
+    """The same mean, its rows given one by one in their order; a row that comes counts half after `half_life` more."""
+
+    __slots__ = ("_kept", "_total", "_weight")
+
+    def __init__(self, half_life: float) -> None:
+        self._kept = 2.0 ** (-1.0 / half_life) if half_life else 0.0
+        self._total = self._weight = 0.0
+
+    def add(self, value: float) -> float:
+        """Take in the next value; gives the mean up to it. Infinity counts as the largest float32, and passes away."""
+        self._total = self._kept * self._total + min(value, 3.4e38)
+        self._weight = self._kept * self._weight + 1.0
+        return self._total / self._weight

@@ -34,3 +34,36 @@ def parse(line: bytes) -> object:
 def dumps(value: object) -> bytes:
     """`value` as a line."""
     return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
+
+
+class Splitter:
+    """Cuts a stream of bytes into lines, of which one that is too long costs only itself, not its memory.
+
+    longest: bytes that a line may have.
+    """
+
+    def __init__(self, longest: int) -> None:
+        self._longest = longest
+        self._rest = b""
+        self._skipping = False
+
+    def feed(self, piece: bytes) -> list[object]:
+        """What the lines that end in `piece` hold, as `parse` gives it."""
+        *whole, self._rest = (self._rest + piece).split(b"\n")
+        found = [value for line in whole if (value := self._line(line)) is not None]
+        if len(self._rest) > self._longest:
+            self._rest, self._skipping = b"", True
+        return found
+
+    def end(self) -> list[object]:
+        """What the last line holds, if no newline ended it."""
+        last, self._rest = self._rest, b""
+        value = self._line(last)
+        return [] if value is None else [value]
+
+    def _line(self, line: bytes) -> object | None:
+        if self._skipping or len(line) > self._longest:
+            self._skipping = False
+            expected = f"at most {self._longest} bytes"
+            return Unreadable("the line is too long", expected, "more")
+        return parse(line) if line and not line.isspace() else None

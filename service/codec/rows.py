@@ -52,6 +52,12 @@ class Reading:
     rows: list[int]
     errors: list[RowError]
 
+    @cached_property
+    def missing(self) -> npt.NDArray[np.bool_] | None:
+        """[G, D]: which values are, or None if none is."""
+        found = np.isnan(self.x)
+        return found if found.any() else None
+
 
 class RowFormat:
     """How one row looks: a flat list of D numbers, or nested lists of `shape`, whose product is D.
@@ -149,7 +155,13 @@ class RowFormat:
         return RowFormat(self.shape, self.names, (True,) * self.width)
 
     def read_records(
-        self, records: Any, pointer: str, careful: bool, impute: bool = False, ignored: Collection[str] = ()
+        self,
+        records: Any,
+        pointer: str,
+        careful: bool,
+        impute: bool = False,
+        ignored: Collection[str] = (),
+        least: int = 1,
     ) -> tuple[Reading, int]:
         """Objects by feature name, in any order; also how many of their values had a name that is no feature's.
 
@@ -159,6 +171,7 @@ class RowFormat:
             pointer, careful: as for `read`.
             impute: whether features that lacked no value in training may be missing too, up to half of them.
             ignored: names that count neither as features nor as unknown.
+            least: how many must be readable.
         """
         if not isinstance(records, list) or not records:
             got = describe(records)
@@ -174,14 +187,15 @@ class RowFormat:
 
         known = self.known.union(ignored)
         unknown = sum(len(record.keys() - known) for record in records if type(record) is dict)
-        return self._collect(len(records), place), unknown
+        return self._collect(len(records), place, least), unknown
 
-    def filled(self, x: Array) -> Array:
-        """Rows x [N, D] with the medians where a value is missing that the model itself has no stand-in for."""
-        strange = np.isnan(x) & ~np.array(self._optional)
-        return np.where(strange, self._medians, x) if strange.any() else x
+    def filled(self, reading: Reading) -> Array:
+        """Its rows [G, D] with the medians where a value is missing that the model itself has no stand-in for."""
+        if reading.missing is None:
+            return reading.x
+        return np.where(reading.missing & ~np.array(self._optional), self._medians, reading.x)
 
-    def _collect(self, count: int, place: Any) -> Reading:
+    def _collect(self, count: int, place: Any, least: int = 1) -> Reading:
         buffer = bytearray(count * self._packer.size)
         kept: list[int] = []
         errors: list[RowError] = []
@@ -191,7 +205,7 @@ class RowFormat:
                 kept.append(index)
             except InvalidRows as error:
                 errors.append(RowError(index, error))
-        if not kept:
+        if len(kept) < least:
             raise errors[0].error
         return Reading(np.frombuffer(buffer, np.float32).reshape(count, self.width)[: len(kept)], kept, errors)
 
