@@ -144,5 +144,5 @@ def _log(served: Served, verdicts: Verdicts | None) -> None:
     for result in [result for result in found if result["is_anomaly"]][:LOGGED]:
         told = {name: float(result[name]) for name in ("time", "severity", "p_value") if name in result}
         causes = [feature["name"] for feature in result["features"]]
-        fields = {"model": served.name, "version": served.version, "group": result.get("group"), **told}
-        log.info("abnormal", extra={"fields": {**fields, "causes": causes}})
+        who: dict[str, Any] = {"model": served.name, "version": served.version, "group": result.get("group")}
+        log.info("abnormal", extra={"fields": who | told | {"causes": causes}})

@@ -43,16 +43,13 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(0.0, ge=0, le=600, description="after SIGTERM: serve on so long, then finish")
     alertmanager_url: str = Field("", description="Alertmanager to push alerts to, http://host:9093; nothing: none")
     alert_half_life: float = Field(
-        3.0,
-        ge=0,
-        le=1e6,
-        description="rows: half-life of the mean severity that raises a group's alert; 0: each row's own",
+        3.0, ge=0, le=1e6, description="rows: half-life of the mean severity that raises an alert; 0: each row's own"
     )
     alert_calm_seconds: float = Field(
         120.0, gt=0, le=86400, description="an alert is resolved when its group has been normal for so long"
     )
-    remote_write: Path = Field(
-        Path(), description="file that maps series of Prometheus to features; nothing: by the features' names"
+    remote_write: Path | None = Field(
+        None, description="TOML that says which series of remote write are features; without it those called so"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
     log_format: Literal["json", "text"] = Field("json", description="one JSON object a line, or text for a person")
