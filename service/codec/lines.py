@@ -50,7 +50,7 @@ class Splitter:
     def feed(self, piece: bytes) -> list[object]:
         """What the lines that end in `piece` hold, as `parse` gives it."""
         *whole, self._rest = (self._rest + piece).split(b"\n")
-        found = [value for line in whole if (value := self._line(line)) is not None]
+        found = [value for line in whole for value in self._values(line)]
         if len(self._rest) > self._longest:
             self._rest, self._skipping = b"", True
         return found
@@ -58,12 +58,11 @@ class Splitter:
     def end(self) -> list[object]:
         """What the last line holds, if no newline ended it."""
         last, self._rest = self._rest, b""
-        value = self._line(last)
-        return [] if value is None else [value]
+        return self._values(last)
 
-    def _line(self, line: bytes) -> object | None:
+    def _values(self, line: bytes) -> list[object]:
+        """What a line holds: nothing if it is blank."""
         if self._skipping or len(line) > self._longest:
             self._skipping = False
-            expected = f"at most {self._longest} bytes"
-            return Unreadable("the line is too long", expected, "more")
-        return parse(line) if line and not line.isspace() else None
+            return [Unreadable("the line is too long", f"at most {self._longest} bytes", "more")]
+        return [parse(line)] if line and not line.isspace() else []
