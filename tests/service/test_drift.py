@@ -57,14 +57,14 @@ def test_the_evidence_is_a_martingale() -> None:
     for _ in range(20):
         counts = rng.integers(0, 50, len(BOUNDS)).astype(float)
         urn = (np.array(found) + counts) / (sum(found) + counts.sum())
-        nexts = [10 ** log10_evidence(counts + np.eye(len(BOUNDS))[j], found) for j in range(len(BOUNDS))]
-        assert urn @ nexts == pytest.approx(10 ** log10_evidence(counts, found), rel=1e-9)
+        nexts = [10 ** log10_evidence((counts + one).tolist(), found) for one in np.eye(len(BOUNDS))]
+        assert urn @ nexts == pytest.approx(10 ** log10_evidence(counts.tolist(), found), rel=1e-9)
     assert log10_evidence([0.0] * len(BOUNDS), found) == 0.0
 
 
 @pytest.mark.parametrize("n", [50, 400])
 def test_healthy_streams_rarely_reach_1_over_delta(n: int) -> None:
-    """Ville: the supremum of a martingale from 1 exceeds 10 in at most a tenth of all streams, whatever the calibration."""
+    """Ville: a martingale from 1 ever exceeds 10 in at most a tenth of all streams, whatever the calibration."""
     rng = np.random.default_rng(n)
     found, streams, over = cells(P_BOUNDS, n), 300, 0
     for _ in range(streams):
@@ -99,8 +99,11 @@ def test_a_shift_after_a_long_healthy_life_is_seen_within_so_many_rows(shift: fl
         for counts in path[: 10 * n + 1 : 20]:
             drift.look(counts)
         assert not drift.alarm
-        after = path[10 * n + 1 :]
-        seen.append(next((row for row, counts in enumerate(after) if drift.look(counts) or drift.alarm), 2000))
+        row = 0
+        while row < 2000 and not drift.alarm:
+            row += 1
+            drift.look(path[10 * n + row])
+        seen.append(row)
     assert sorted(seen)[-2] <= within  # in 19 of 20
 
 

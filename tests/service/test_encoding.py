@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import zlib
+from contextlib import suppress
 
 import cramjam
 import httpx
@@ -76,10 +77,8 @@ def test_a_snappy_block_that_says_it_is_large_is_not_begun_with() -> None:
 @given(st.binary(max_size=100))
 def test_no_bytes_break_the_unpacking(body: bytes) -> None:
     for unpack in (gunzip, unsnap):
-        try:
+        with suppress(InvalidEncoding, BodyTooLarge):
             assert len(unpack(body, 2**16)) <= 2**16
-        except (InvalidEncoding, BodyTooLarge):
-            pass
 
 
 def test_every_cut_of_a_snappy_block_is_refused() -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def test_a_client_that_does_not_read_is_not_read_from_and_harms_nobody(
     with connect(hosts, "explain=4") as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.settimeout(1.0)
-        with pytest.raises((TimeoutError, ConnectionError)):
+        with suppress(TimeoutError, ConnectionError):
             while sent < 400 * 2**20:
                 sent += connection.send(piece)
         assert sent < 64 * 2**20  # what fits between the two, far less than was to be sent
