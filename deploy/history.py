@@ -1,6 +1,6 @@
 """The past of recorded series as a CSV to train on: a row for each host and moment, a column for each feature.
 
-    python deploy/history.py deploy/elbo/remote-write.toml node --url http://127.0.0.1:9090 --hours 24 > node.csv
+python deploy/history.py deploy/elbo/remote-write.toml node --url http://127.0.0.1:9090 --hours 24 > node.csv
 """
 
 import argparse
@@ -22,7 +22,7 @@ def samples(url: str, selector: str, start: float, end: float, step: float) -> l
     while start < end:
         until = min(end, start + step * (MOST_POINTS - 1))
         query = urllib.parse.urlencode({"query": selector, "start": start, "end": until, "step": step})
-        with urllib.request.urlopen(f"{url}/api/v1/query_range?{query}", timeout=60) as answer:
+        with urllib.request.urlopen(f"{url}/api/v1/query_range?{query}", timeout=60) as answer:  # noqa: S310
             found += json.load(answer)["data"]["result"]
         start = until + step
     return found
