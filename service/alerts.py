@@ -6,6 +6,7 @@ is one alert for each model and group, always the latest, so the queue is bounde
 
 import http.client
 import logging
+import math
 import threading
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
@@ -44,7 +45,7 @@ class Active:
     version: str
     blamed: Mapping[Labels, float]
     rows: float = 0.0
-    sent: float = 0.0
+    sent: float = -math.inf
 
 
 class Deciding:

@@ -52,15 +52,15 @@ class Receiver:
         remote.require(exchange.header(b"content-type"), exchange.header(b"content-encoding"))
         if self._service.draining:
             raise NotReady("the server is shutting down")
-        aligned = [self._ready(each) for each in self._aligned]
+        aligned = self._served()
         try:
             body = await exchange.body()
         except Overloaded as error:
             raise _later(error.detail) from None
-        if sum(alignment.rows for _, alignment in aligned) > MOST_READY:
+        if sum(alignment.rows for alignment in aligned) > MOST_READY:
             raise _later("the rows that wait to be judged are too many")
         read = await aside(lambda: list(remote.read(body, exchange.max_body_bytes)), COSTLY * len(body))
-        for _, alignment in aligned:
+        for alignment in aligned:
             alignment.add(read, monotonic())
         await self._judge()
         return Answer(b"", b"", status=204)
@@ -85,18 +85,23 @@ class Receiver:
             except Exception:
                 log.exception("rows could not be judged")
 
-    def _ready(self, aligned: _Aligned) -> tuple[Served, Alignment]:
-        """The model as it is served now, and its rows. Raises NotReady, so that Prometheus sends again."""
-        try:
-            served = self._service.find(aligned.reference)
-        except ModelNotFound as error:
-            raise NotReady(error.detail, headers={"Retry-After": "5"}) from None
-        if aligned.alignment is None or aligned.alignment.names != served.rows.names:
-            target = aligned.target
-            selectors = Selectors({name: target.features.get(name, name) for name in served.rows.names})
-            aligned.alignment = Alignment(served.rows.names, selectors, target.group, target.wait_seconds)
-        aligned.served = served
-        return served, aligned.alignment
+    def _served(self) -> list[Alignment]:
+        """The rows of each model that is served now. Raises NotReady if none is, so that Prometheus sends again."""
+        missing: list[str] = []
+        for aligned in self._aligned:
+            try:
+                aligned.served = served = self._service.find(aligned.reference)
+            except ModelNotFound as error:
+                aligned.served = None
+                missing.append(error.detail)
+                continue
+            if aligned.alignment is None or aligned.alignment.names != served.rows.names:
+                target = aligned.target
+                selectors = Selectors({name: target.features.get(name, name) for name in served.rows.names})
+                aligned.alignment = Alignment(served.rows.names, selectors, target.group, target.wait_seconds)
+        if len(missing) == len(self._aligned):
+            raise NotReady(", ".join(missing), hint="publish it with elbo train", headers={"Retry-After": "5"})
+        return [aligned.alignment for aligned in self._aligned if aligned.served and aligned.alignment]
 
     async def _judge(self, everything: bool = False) -> None:
         """Judge the rows that are due, one turn at a time, so that they keep their order."""
