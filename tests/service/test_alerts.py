@@ -60,7 +60,8 @@ def test_groups_and_models_have_their_own_alerts_and_versions_share_one() -> Non
 
 def test_only_what_was_blamed_since_the_alert_began_is_named() -> None:
     deciding = Deciding(CALM)
-    old: dict[Labels, list[float]] = {("m", "1", f"old{i}"): [100.0] for i in range(5)} | {("n", "1", "other"): [1.0]}
+    old: dict[Labels, list[float]] = {("m", "1", f"old{i}"): [100.0] for i in range(5)}
+    old["n", "1", "other"] = [1.0]
     deciding.look(0, {}, old)
     new = old | {("m", "1", "x"): [3.0], ("m", "1", "y"): [1.0], ("n", "1", "other"): [9.0]}
     assert "most of all x, y (" in deciding.look(1, {A: [4.0]}, new)["m", "a"]["annotations"]["description"]
