@@ -66,6 +66,19 @@ class Server:
             lines = self.log.read_text(errors="replace").strip().splitlines()
             raise RuntimeError(f"ended with {self._process.returncode}: {lines[-1] if lines else 'it said nothing'}")
 
+    @property
+    def pid(self) -> int:
+        """Of the process that was started."""
+        return self._process.pid
+
+    def children(self) -> list[int]:
+        """The processes that it has, and theirs."""
+        return list(_descendants(self.pid))
+
+    def ended(self, seconds: float) -> int:
+        """Its exit code, once it has ended. Raises subprocess.TimeoutExpired."""
+        return self._process.wait(seconds)
+
     def memory(self) -> int:
         """Bytes of resident memory of it and its descendants, what they share counted for each."""
         return sum(_resident(pid) for pid in (self._process.pid, *_descendants(self._process.pid)))

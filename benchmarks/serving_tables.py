@@ -1,12 +1,13 @@
 """What the serving benchmark prints: Markdown tables of medians over the rounds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
 from benchmarks.load import Sample
 from benchmarks.serving_contestants import Contestant
 from benchmarks.serving_measures import FEW_COLUMNS, Column, Results
+from benchmarks.serving_targets import Line
 
 MIB = 2**20
 
@@ -70,6 +71,13 @@ def open_loop(outcomes: Mapping[str, Sequence[Mapping[str, Any]]], rows: int, se
             "\ncount from when the request was due, those of refusals from when it was sent. `client late` is how far"
             "\nthe client itself fell behind its plan at worst: it shares the cores with the server."
         )
+
+
+def targets(found: Iterable[Line]) -> None:
+    """What was aimed at, and what was reached."""
+    rows = [[what, target, f"{value:.3g}", "met" if met else "missed"] for what, target, value, met in found]
+    if rows:
+        _table("Targets", ["", "target", "measured", ""], rows)
 
 
 def _open_line(title: str, outcome: Mapping[str, Any]) -> list[str]:

@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from service import operations
 from service.anomaly import Scores, Verdicts, decide
-from service.codec import npy, png
-from service.codec.answer import choose, to_json
+from service.codec import npy, png, safetensors
+from service.codec.answer import arrays, choose, require_finite, to_json
 from service.codec.body import JSON, NO_FORMATS, Fields, read_fields
 from service.codec.encoding import gunzip, gzipped
 from service.engine import Engine
@@ -166,10 +166,15 @@ def _deadline(service: Service, exchange: Exchange) -> float:
     return exchange.trace.started + seconds
 
 
-async def answer(call: Call[Any], fields: dict[str, Any], main: Array, columns: int | None = None) -> Answer:
-    """The answer in the format that was asked for: `fields` as JSON, or `main` as npy or picture.
+async def answer(
+    call: Call[Any], fields: dict[str, Any], main: Array, columns: int | None = None, holes: bool = False
+) -> Answer:
+    """The answer in the format that was asked for: `fields` as JSON, those that are arrays as safetensors, or `main`.
+
+    What is not finite is an error in every format, but for rows without a verdict, which are NaN in a table of them.
 
     columns: of the picture.
+    holes: whether it is such a table.
     """
     served = call.served
     headers = served.headers
@@ -179,6 +184,14 @@ async def answer(call: Call[Any], fields: dict[str, Any], main: Array, columns: 
     def write() -> bytes:
         if call.media_type == JSON:
             return to_json({"model": served.name, "version": served.version, **fields})
+        if call.media_type == safetensors.MEDIA_TYPE:
+            metadata = {key: str(value) for key, value in fields.items() if isinstance(value, int)}
+            tensors = arrays(fields)
+            for name, tensor in tensors.items():
+                require_finite(name, tensor, holes)
+            metadata |= {"model": served.name, "version": str(served.version)}
+            return safetensors.dumps(tensors, metadata)
+        require_finite("outputs", main, holes)
         if call.media_type == npy.MEDIA_TYPE:
             return npy.dumps(main)
         assert served.manifest.pixel_range is not None

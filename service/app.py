@@ -18,9 +18,10 @@ from starlette.routing import Match
 from models.artifact import choose_device
 from service import mapping, routing
 from service.api import Service
+from service.backends import BACKENDS
 from service.catalogue import STATIC
-from service.counts import Counts
-from service.edge import Edge
+from service.counts import Counts, Votes
+from service.edge import Edge, Entrance
 from service.engine import Engine
 from service.errors import from_http_exception
 from service.exchange import Limits
@@ -34,22 +35,26 @@ from service.telemetry import Telemetry
 DESCRIPTION = """Encode, decode, reconstruct, sample, interpolate and score anomalies with the models that are served.
 
 Errors are application/problem+json with a stable `code`. Bodies are JSON or, where a body is one array,
-application/x-npy with its options in the query; answers are JSON, application/x-npy or image/png, as Accept says."""
+application/x-npy or application/x-safetensors with its options in the query; answers are JSON, either of these two, or
+image/png, as Accept says."""
 
 
 def create_app(settings: Settings, counts: Counts | None = None) -> FastAPI:
     """The application. `app.state.service` is its `Service`. Raises ElboError if the device is not there.
 
+    `app.state.entrance` is the same application, faster: what computes passes FastAPI by.
+
     counts: shared with the processes that serve beside this one, if there are any.
     """
-    telemetry = Telemetry(counts or Counts(), settings.alert_half_life)
+    counts = counts or Counts()
+    telemetry = Telemetry(counts, settings.alert_half_life)
     device = choose_device(settings.device)
-    where, backend = (settings.artifacts, device), (settings.backend, settings.threads)
-    repository = Repository(*where, settings.default_model, settings.keep_versions, *backend)
-
-    engine = Engine(
-        settings.max_batch_rows, settings.queue_rows, settings.threads, telemetry.count_batch, telemetry.pending_rows
-    )
+    largest = settings.max_batch_rows, settings.max_batch_bytes
+    how = settings.backend, settings.threads, settings.precision
+    what = settings.artifacts, device, settings.default_model, settings.keep_versions
+    repository = Repository(*what, *how, *largest, Votes(counts, "backend", BACKENDS))
+    counted = telemetry.count_batch, telemetry.pending_rows
+    engine = Engine(*largest, settings.queue_rows, settings.threads, *counted)
     access = AccessLog(settings.log_format, enabled=settings.log_level in ("debug", "info"))
     limits = Limits(settings.max_body_bytes, settings.held_bytes, settings.request_timeout, telemetry.pending_bytes)
     service = Service(settings, repository, engine, telemetry, limits)
@@ -69,9 +74,9 @@ def create_app(settings: Settings, counts: Counts | None = None) -> FastAPI:
     endpoints = routing.endpoints(service, receiver)
     routing.register(app, endpoints)
     app.mount("/static", StaticFiles(directory=STATIC))
-    app.add_middleware(
-        Edge, direct=routing.direct(endpoints), telemetry=telemetry, access=access, limits=service.limits
-    )
+    parts = routing.direct(endpoints), telemetry, access, service.limits
+    app.add_middleware(Edge, *parts)
+    app.state.entrance = Entrance(app, Edge(app, *parts))
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign] # FastAPI's documented way
     return app
 

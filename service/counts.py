@@ -103,6 +103,30 @@ class Counts:
         return {labels: [sum(column) for column in zip(*found, strict=True)] for labels, found in several.items()}
 
 
+class Votes:
+    """What the processes have decided that must agree, each for itself: whoever comes later follows.
+
+    Args:
+        counts: of all of them.
+        question: a name of its own among the families.
+        choices: what can be decided.
+    """
+
+    def __init__(self, counts: Counts, question: str, choices: tuple[str, ...]) -> None:
+        self._counts = counts
+        self._question = question
+        self._choices = choices
+
+    def decided(self, about: str) -> str | None:
+        """What most have decided about something, if any has."""
+        votes = self._counts.sums(self._question).get((about,), [])
+        return self._choices[votes.index(max(votes))] if any(votes) else None
+
+    def vote(self, about: str, choice: str) -> None:
+        """Let the others know."""
+        self._counts.mine.numbers((self._question, about), len(self._choices))[self._choices.index(choice)] = 1.0
+
+
 def _padded(length: int) -> int:
     """The numbers after a name of `length` bytes begin where they may."""
     return (length + 7) // 8 * 8

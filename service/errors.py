@@ -8,7 +8,7 @@ ElboError (models.errors)
     ├── BodyTooSlow                         408
     ├── BodyTooLarge, TooManyRows           413
     ├── UnsupportedMediaType                415
-    ├── InvalidJson, InvalidNpy, InvalidCsv,
+    ├── InvalidJson, InvalidNpy, InvalidSafetensors, InvalidCsv,
     │   InvalidEncoding, InvalidProtobuf, InvalidField, InvalidRows, OverflowInModel   422
     ├── Overloaded                          429
     ├── ClientGone                          499, seen in the log and the metrics only
@@ -134,6 +134,12 @@ class InvalidNpy(ServiceError):
     status, code, title = 422, "invalid_npy", "Invalid npy"
 
 
+class InvalidSafetensors(ServiceError):
+    """The body is no safetensors file of one tensor of real numbers with the right name, or is cut off."""
+
+    status, code, title = 422, "invalid_safetensors", "Invalid safetensors"
+
+
 class InvalidCsv(ServiceError):
     """The body is no CSV with a header that names the columns."""
 
@@ -209,6 +215,7 @@ ERRORS: tuple[type[ServiceError], ...] = (
     UnsupportedMediaType,
     InvalidJson,
     InvalidNpy,
+    InvalidSafetensors,
     InvalidCsv,
     InvalidEncoding,
     InvalidProtobuf,

@@ -4,7 +4,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import orjson
 from starlette.datastructures import QueryParams
@@ -12,12 +12,13 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from service.counts import Level
+from service.drain import Drain
 from service.errors import PROBLEM_JSON, BodyTooLarge, BodyTooSlow, ClientGone, Overloaded, ServiceError
 from service.tracing import Trace
 
 LONGEST_REQUEST_ID = 128
 _KEY = "elbo.exchange"
-_NO_QUERY = QueryParams()
+SHORT_QUERY = 512  # bytes: what is shorter is decoded once, not for each request
 Header = tuple[bytes, bytes]
 
 
@@ -49,6 +50,7 @@ class Limits:
     held_bytes: int
     seconds: float
     level: Level = field(default_factory=lambda: [0.0])
+    drain: Drain = field(default_factory=Drain)
 
     @property
     def held(self) -> int:
@@ -58,18 +60,22 @@ class Limits:
     def hold(self, size: int) -> None:
         """Make room for `size` bytes more. Raises Overloaded."""
         if self.held + size > self.held_bytes:
+            wait = self.drain.seconds(size)
             raise Overloaded(
                 f"the requests under way hold {self.held} bytes, {size} more do not fit",
                 expected=f"at most {self.held_bytes} bytes at once",
                 got=f"{self.held + size} bytes",
-                hint="try again in 1 s",
-                headers={"Retry-After": "1"},
+                hint=f"try again in {wait} s",
+                headers={"Retry-After": str(wait)},
             )
+        if not self.level[0]:
+            self.drain.began()
         self.level[0] += size
 
     def release(self, size: int) -> None:
         """`size` bytes are needed no more."""
         self.level[0] -= size
+        self.drain.left(size, self.level[0])
 
 
 class Exchange:
@@ -99,7 +105,8 @@ class Exchange:
     @cached_property
     def query(self) -> QueryParams:
         """The query, decoded."""
-        return QueryParams(self.scope["query_string"]) if self.scope["query_string"] else _NO_QUERY
+        text = self.scope["query_string"]
+        return _decoded(text) if len(text) < SHORT_QUERY else QueryParams(text)
 
     async def body(self) -> bytes:
         """The whole body.
@@ -227,6 +234,11 @@ class Exchange:
             hint="send fewer rows at a time, or application/x-npy",
             headers={"Connection": "close"},  # or the server would have to read the rest
         )
+
+
+@lru_cache(maxsize=1024)
+def _decoded(text: bytes) -> QueryParams:
+    return QueryParams(text)
 
 
 def exchange_of(scope: Scope) -> Exchange:

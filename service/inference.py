@@ -11,8 +11,8 @@ import numpy.typing as npt
 from service import operations, streaming
 from service.anomaly import Scores, Verdicts, decide, results, table
 from service.api import Call, Offer, Service, answer, aside, read, require_count, require_rows, run
-from service.codec import npy
 from service.codec.answer import ARRAY, PICTURE
+from service.codec.body import JSON
 from service.errors import InvalidField
 from service.exchange import Answer, Exchange
 from service.intake import FORMATS, WAYS, Intake, take
@@ -81,8 +81,10 @@ class Inference:
         call = await read(self.service, exchange, AnomalyBody, _arrays, "inputs", self._judgeable, FORMATS)
         intake, body = call.x, call.body
         verdicts = await judge(self.service, call, intake)
-        if call.media_type == npy.MEDIA_TYPE:
-            return await answer(call, {}, table(verdicts))
+        if call.media_type != JSON:
+            numbers = table(verdicts)
+            columns = dict(zip(("score", "p_value", "severity"), numbers.T, strict=True))
+            return await answer(call, {**columns}, numbers, holes=True)
         started = perf_counter()
         size = ROW_BYTES * intake.sent if body.detail == "full" else 0
         fields = await aside(partial(_told, call, verdicts), size)

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api import Service
 from service.catalogue import Information
-from service.codec import npy, png, remote
+from service.codec import npy, png, remote, safetensors
 from service.codec.body import JSON
 from service.errors import PROBLEM_JSON
 from service.examples import EXAMPLES, TEXTS
@@ -52,7 +52,8 @@ BINARY = {"schema": {"type": "string", "format": "binary"}}
 class Endpoint:
     """One path and method.
 
-    `array` and `picture`: whether npy comes in, and whether image/png goes out. `reads`: other media types of its body.
+    `array` and `picture`: whether npy and safetensors come in, and whether image/png goes out.
+    `reads`: other media types of its body.
     """
 
     path: str
@@ -155,7 +156,7 @@ def _responses(endpoint: Endpoint) -> dict[int | str, dict[str, Any]]:
     else:
         answer["content"][endpoint.media_type] = {"schema": {"type": "string"}}
     if endpoint.body:
-        answer["content"][npy.MEDIA_TYPE] = BINARY
+        answer["content"][npy.MEDIA_TYPE] = answer["content"][safetensors.MEDIA_TYPE] = BINARY
         answer["headers"] = {
             "Elbo-Model": {"schema": {"type": "string"}, "description": "name@version of the model that answered"}
         }
@@ -171,7 +172,7 @@ def _request(endpoint: Endpoint) -> dict[str, Any] | None:
     schema = {"$ref": f"#/components/schemas/{endpoint.body.__name__}"}
     content = {JSON: {"schema": schema, "examples": EXAMPLES[endpoint.body]}, **content}
     if endpoint.array:
-        content[npy.MEDIA_TYPE] = BINARY
+        content[npy.MEDIA_TYPE] = content[safetensors.MEDIA_TYPE] = BINARY
     model = {
         "name": "model", "in": "query", "required": False, "schema": {"type": "string"},
         "description": "`name` (its newest version) or `name@version`; without it the default model answers",

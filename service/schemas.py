@@ -250,6 +250,11 @@ class BackendChoice(BaseModel):
 
     name: Literal["torchscript", "onnx"]
     reason: str = Field(description="why this one")
+    precision: Literal["float32", "bfloat16"] = Field(description="of matrix products")
+    errors: dict[str, float] = Field(
+        description="of answers in bfloat16 against float32 on the artifact's golden inputs, relative to the largest "
+        "number in each"
+    )
 
 
 class ModelSummary(BaseModel):
@@ -269,7 +274,8 @@ class ModelSummary(BaseModel):
     calibration: Calibration
     device: str
     backend: BackendChoice
-    load_seconds: float
+    load_seconds: float = Field(description="to load, verify, and choose the backend")
+    warm_seconds: float = Field(description="to run every operation at every size of batch")
 
 
 class FailedVersion(BaseModel):

@@ -23,6 +23,10 @@ class Settings(BaseSettings):
         "auto",
         description="what computes on a CPU; auto is the ONNX twin where it agrees with TorchScript and is faster",
     )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="of matrix products; bfloat16 has three digits, `/models` tells what that costs each model",
+    )
     default_model: str = Field(
         "vae", description="who answers without `?model=`; if it is not served, the first by name"
     )
@@ -33,6 +37,7 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(64 * 2**20, ge=1024, description="largest request body")
     max_rows: int = Field(10_000, ge=1, description="most rows in one request; also bounds `n` and `steps`")
     max_batch_rows: int = Field(1024, ge=1, description="most rows that run through a model at once")
+    max_batch_bytes: int = Field(64 * 2**20, ge=1024, description="most bytes of rows that run through a model at once")
     queue_rows: int = Field(40_000, ge=1, description="most rows that wait or run at once; beyond them: 429")
     held_bytes: int = Field(
         256 * 2**20, ge=1024, description="most bytes of bodies that are held at once; beyond them: 429"
@@ -60,6 +65,13 @@ class Settings(BaseSettings):
         address = urlsplit(value)
         if value and not (address.scheme in ("http", "https") and address.hostname):
             raise ValueError("expected an address such as http://alertmanager:9093")
+        return value
+
+    @field_validator("precision")
+    @classmethod
+    def _onnx_is_exact(cls, value: str, others: ValidationInfo) -> str:
+        if value != "float32" and others.data.get("backend") == "onnx":
+            raise ValueError("ONNX twins compute in float32 only: set ELBO_BACKEND=torchscript")
         return value
 
     @field_validator("held_bytes")

@@ -81,7 +81,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)  # it is read from the socket
         self._selector.register(self._signals, selectors.EVENT_READ)
-        self._due = dict.fromkeys(range(self.settings.workers), monotonic())
+        self._due = {0: monotonic()}  # the others once it is ready: all would only be in each other's way
         log.info("starting %d workers for the models in %s", self.settings.workers, self.settings.artifacts)
         while self._workers or self._due:
             self._start_those_due()
@@ -119,6 +119,7 @@ class Supervisor:
         ours, theirs = socket.socketpair()
         pid = os.fork()
         if not pid:
+            ours.close()
             self._become(number, theirs)
         theirs.close()
         closed = part.numbers(channel.CLOSED, 1, passing=True)
@@ -167,7 +168,9 @@ class Supervisor:
             log.info("worker %d is ready", worker.number, extra={"fields": {"pid": worker.pid}})
             if self._ending.signals:
                 self._tell_to_drain(worker)
-            self._listen()
+            if not self._listening and not self._ending.signals:
+                self._listen()
+                self._due = dict.fromkeys(range(1, self.settings.workers), monotonic())
             return
         self._selector.unregister(worker.channel)
         worker.channel.close()
@@ -199,8 +202,6 @@ class Supervisor:
     # Connections
 
     def _listen(self) -> None:
-        if self._listening or self._ending.signals:
-            return
         self._listening = True
         self.listener.listen(channel.BACKLOG)
         self._selector.register(self.listener, selectors.EVENT_READ)

@@ -12,13 +12,14 @@ What is no sum, such as which models are loaded or a figure derived from `sums()
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from service.counts import RESTARTS, Counts
-from service.families import Counter, Gauge, Histogram
+from service.families import Counter, Gauge, Histogram, Labels
 from service.judged import Judged
 from service.repository import Catalogue
 from service.tracing import Trace
@@ -59,14 +60,14 @@ class Telemetry(Collector):
         self.leads = counts.leads
         self.judged = Judged(counts, alert_half_life)
         self._catalogue = Catalogue()
+        self._labels = lru_cache(maxsize=4096)(_labels)
         self.registry.register(self)
 
     def count(self, trace: Trace) -> None:
         """A request has been answered, or has lost its client."""
         status = trace.status
-        who = trace.endpoint, trace.model, str(trace.version) if trace.version else ""
-        by = (*who, OUTCOMES.get(status) or _BY_FIRST_DIGIT.get(status // 100, "abandoned"))
-        self._requests.add((*who, str(status)))
+        who, by, answered = self._labels(trace.endpoint, trace.model, trace.version, status)
+        self._requests.add(answered)
         if trace.problem:
             self._problems.add((*who, trace.problem))
         self._total.observe(by, trace.elapsed)
@@ -100,16 +101,27 @@ class Telemetry(Collector):
         return generate_latest(self.registry)
 
 
+def _labels(endpoint: str, model: str, version: int, status: int) -> tuple[Labels, Labels, Labels]:
+    """WHO, BY, and WHO with the status."""
+    who = endpoint, model, str(version) if version else ""
+    outcome = OUTCOMES.get(status) or _BY_FIRST_DIGIT.get(status // 100, "abandoned")
+    return who, (*who, outcome), (*who, str(status))
+
+
 def _of_models(catalogue: Catalogue) -> Iterator[Metric]:
     loaded = [served for numbers in catalogue.models.values() for served in numbers.values()]
     info = GaugeMetricFamily(
         "elbo_model_info", "1 for each version that is loaded", labels=("model", "version", "kind")
     )
-    seconds = GaugeMetricFamily("elbo_model_load_seconds", "To load, verify and warm", labels=("model", "version"))
+    which = ("model", "version")
+    load = GaugeMetricFamily("elbo_model_load_seconds", "To load, verify and choose the backend", labels=which)
+    warm = GaugeMetricFamily("elbo_model_warm_seconds", "To run every operation at every size of batch", labels=which)
     for served in loaded:
         info.add_metric((served.name, str(served.version), served.manifest.kind), 1)
-        seconds.add_metric((served.name, str(served.version)), served.load_seconds)
+        load.add_metric((served.name, str(served.version)), served.load_seconds)
+        warm.add_metric((served.name, str(served.version)), served.warm_seconds)
     yield info
-    yield seconds
+    yield load
+    yield warm
     failures = len(catalogue.failures)
     yield GaugeMetricFamily("elbo_model_load_failures", "Versions in the folder that cannot be served", failures)

@@ -15,6 +15,7 @@ from service import channel as channels
 from service.api import Service
 from service.app import create_app
 from service.counts import Counts, Level
+from service.protocol import Protocol, close_slow
 from service.settings import Settings
 
 log = logging.getLogger("elbo.service")
@@ -54,6 +55,7 @@ class Server(uvicorn.Server):
         end = await super().on_tick(counter)
         if self._service.draining:
             self._drain()
+        close_slow(self.server_state.connections, self._service.settings.request_timeout)
         return end
 
     def handle_exit(self, sig: int, _: FrameType | None) -> None:
@@ -159,7 +161,7 @@ def work(
     counts = counts or Counts()
     app = create_app(settings, counts)
     config = uvicorn.Config(
-        app, loop="uvloop", http="httptools", log_config=None, access_log=False, server_header=False
+        app.state.entrance, loop="uvloop", http=Protocol, log_config=None, access_log=False, server_header=False
     )
     log.info("loading the models in %s", settings.artifacts)
     closed = counts.mine.numbers(channels.CLOSED, 1, passing=True)

@@ -1,4 +1,4 @@
-"""A request's bytes to its fields: JSON or npy, whichever its Content-Type says."""
+"""A request's bytes to its fields: JSON, npy or safetensors, whichever its Content-Type says."""
 
 import json
 from collections import Counter
@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 
-from service.codec import fast, npy
+from service.codec import fast, npy, safetensors
 from service.codec.rows import describe
 from service.errors import InvalidJson, UnsupportedMediaType
 
@@ -38,12 +38,12 @@ def read_fields(
     width: int = 0,
     formats: Mapping[str, Callable[[bytes], Fields]] = NO_FORMATS,
 ) -> Fields:
-    """The fields of `body`; an npy body is the field `main`. An empty body has none.
+    """The fields of `body`; the array of a binary body is the field `main`. An empty body has none.
 
     JSON rows of `width` numbers in the field `main` are read as an array. `formats` are readers by media type, beside
     JSON and npy.
 
-    Raises UnsupportedMediaType, InvalidJson, InvalidNpy, and what `formats` raise.
+    Raises UnsupportedMediaType, InvalidJson, InvalidNpy, InvalidSafetensors, and what `formats` raise.
     """
     media_type = media_type_of(content_type)
     if not body:
@@ -53,9 +53,11 @@ def read_fields(
         return _json_fields(body) if fields is None else Fields(fields)
     if media_type == npy.MEDIA_TYPE and main is not None:
         return Fields({main: npy.loads(body)})
+    if media_type == safetensors.MEDIA_TYPE and main is not None:
+        return Fields({main: safetensors.loads(body, main)})
     if media_type in formats:
         return formats[media_type](body)
-    accepted = " or ".join([JSON, *([npy.MEDIA_TYPE] if main else []), *formats])
+    accepted = " or ".join([JSON, *([npy.MEDIA_TYPE, safetensors.MEDIA_TYPE] if main else []), *formats])
     raise UnsupportedMediaType(
         f"expected a body of {accepted}, got {media_type}",
         expected=accepted,

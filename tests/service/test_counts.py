@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import pytest
 
-from service.counts import Counts, Part
+from service.counts import Counts, Part, Votes
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
@@ -92,6 +92,18 @@ def count_for_ever(counts: Counts) -> NoReturn:
     while True:
         counts.mine.numbers(("n", str(number % 50)), 3)[2] += 1
         number += 1
+
+
+def test_who_decides_later_follows() -> None:
+    parts = [Part(), Part(), Part()]
+
+    def votes(index: int) -> Votes:
+        return Votes(Counts(parts, index), "backend", ("torchscript", "onnx"))
+
+    assert votes(0).decided("vae") is None
+    in_a_child(lambda: votes(1).vote("vae", "onnx"))
+    assert votes(0).decided("vae") == "onnx"
+    assert votes(0).decided("ae") is None
 
 
 def test_numbers_are_found_again_whatever_the_length_of_their_names() -> None:

@@ -82,7 +82,9 @@ def test_binary_formats_are_documented_where_they_are(document: dict[str, Any]) 
     for path in POSTS:
         answers = document["paths"][path]["post"]["responses"]["200"]["content"]
         pictures = path not in ("/encode", "/anomaly")
-        assert set(answers) == {"application/json", "application/x-npy"} | ({"image/png"} if pictures else set())
+        assert set(answers) == {"application/json", "application/x-npy", "application/x-safetensors"} | (
+            {"image/png"} if pictures else set()
+        )
 
 
 def test_every_field_says_what_it_is(document: dict[str, Any]) -> None:
