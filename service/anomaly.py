@@ -47,6 +47,11 @@ class Scores:
         numbers = np.column_stack((self.score, self.severity, self.parts, self.contribution))
         return np.asarray(~np.isnan(numbers).any(axis=1) & np.isfinite(self.expected).all(axis=1))
 
+    @cached_property
+    def count(self) -> int:
+        """How many rows are judged."""
+        return len(self.score) if self.ordinary else int(self.judged.sum())
+
 
 def benjamini_hochberg(p_value: Array, q: float) -> npt.NDArray[np.bool_]:
     """Which of p-values [G] to reject so that at most a share q of them is false in the mean.
@@ -71,22 +76,29 @@ class Verdicts:
     anomalous: npt.NDArray[np.bool_]  # [G]
     smoothed: npt.NDArray[np.float64] | None  # [G], where it was asked for
 
+    @cached_property
+    def flags(self) -> list[bool]:
+        """`anomalous`, for a loop: of few rows it is faster than NumPy."""
+        return self.anomalous.tolist()  # type: ignore[no-any-return] # of booleans
+
 
 def decide(intake: Intake, scores: Scores, body: AnomalyBody) -> Verdicts:
     """Which rows are anomalous: by severity, by `fdr` over the request, or by the severity's mean over a half-life."""
-    judged, smoothed = scores.judged, None
+    smoothed = None
     half_life = body.half_life or body.half_life_rows
     if half_life:
-        severity = np.where(judged, _saturated(scores.severity, scores), np.nan)
+        severity = np.where(scores.judged, _saturated(scores.severity, scores), np.nan)
         by_rows = body.half_life is None
         smoothed = exponential_mean(severity, half_life, intake.time, intake.group, by_rows=by_rows)
         anomalous = smoothed > 1  # a NaN is not
     elif body.fdr is not None:
-        anomalous = np.zeros(len(judged), bool)
+        judged, anomalous = scores.judged, np.zeros(len(scores.score), bool)
         if judged.any():
             anomalous[judged] = benjamini_hochberg(scores.p_value[judged], body.fdr)
     else:
-        anomalous = np.asarray(scores.severity > 1) & judged
+        anomalous = scores.severity > 1
+        if not scores.ordinary:
+            anomalous &= scores.judged
     return Verdicts(intake, scores, anomalous, smoothed)
 
 
@@ -108,7 +120,7 @@ def results(
         _saturated(scores.score, scores),
         scores.p_value,
         _saturated(scores.severity, scores),
-        verdicts.anomalous.tolist(),
+        verdicts.flags,
         _saturated(scores.parts, scores),
         _features(reading.x, scores, explain, names),
         _more(verdicts, names),
@@ -128,7 +140,7 @@ def results(
         for row, judgeable, score, p_value, severity, is_anomaly, values, features, more in columns
         if judgeable
     ]
-    return found, _errors(reading, judged)
+    return found, _errors(reading, scores)
 
 
 def table(verdicts: Verdicts) -> Array:
@@ -146,8 +158,12 @@ def unread(reading: Reading) -> list[dict[str, Any]]:
     return [{"row": e.row, "detail": e.error.detail, "pointer": e.error.pointer} for e in reading.errors]
 
 
-def _errors(reading: Reading, judged: npt.NDArray[np.bool_]) -> list[dict[str, Any]]:
-    overflown = [{"row": reading.rows[index], "detail": OVERFLOW, "pointer": None} for index in np.flatnonzero(~judged)]
+def _errors(reading: Reading, scores: Scores) -> list[dict[str, Any]]:
+    if scores.ordinary:
+        return unread(reading)
+    overflown = [
+        {"row": reading.rows[index], "detail": OVERFLOW, "pointer": None} for index in np.flatnonzero(~scores.judged)
+    ]
     return sorted(unread(reading) + overflown, key=lambda error: error["row"])
 
 

@@ -143,11 +143,10 @@ async def judge(service: Service, call: Call[AnomalyBody], intake: Intake) -> Ve
 def _told(call: Call[AnomalyBody], verdicts: Verdicts) -> dict[str, Any]:
     """The fields of the answer."""
     body, manifest, intake, scores = call.body, call.served.manifest, verdicts.intake, verdicts.scores
-    judged = int(scores.judged.sum())
     counts = {
         "rows": intake.sent,
-        "anomalies": int(verdicts.anomalous.sum()),
-        "failed": intake.sent - judged,
+        "anomalies": sum(verdicts.flags),
+        "failed": intake.sent - scores.count,
         "unknown_fields": intake.unknown,
     }
     if body.detail == "none":

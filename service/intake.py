@@ -94,6 +94,8 @@ def _of_metrics(served: Served, body: AnomalyBody) -> Intake:
 
 def _require_sense(body: AnomalyBody, way: str) -> None:
     """Raise InvalidField if smoothing is asked for where it cannot be."""
+    if body.half_life is None and body.half_life_rows is None:
+        return
     asked = [name for name in ("half_life", "half_life_rows", "fdr") if getattr(body, name) is not None]
     if len(asked) > 1:
         raise InvalidField(

@@ -1,7 +1,7 @@
 """What is counted of verdicts: rows, anomalies by group, their causes, p-values, gaps, and what follows from these."""
 
-import collections
 from bisect import bisect_left
+from collections import Counter as Tally
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
@@ -63,11 +63,10 @@ class Judged:
         """Verdicts have been given on the rows of `intake` that could be read, if there were any."""
         who, judged = served.who, 0
         if verdicts is not None:
-            scores = verdicts.scores
-            judged = len(intake.reading.rows) if scores.ordinary else int(scores.judged.sum())
+            judged = verdicts.scores.count
             self._observe(who, verdicts)
             self._follow(who, verdicts)
-            if verdicts.anomalous.any():
+            if True in verdicts.flags:
                 self._blame(served, verdicts)
         self._scored.add(who, judged)
         if intake.unknown:
@@ -104,17 +103,19 @@ class Judged:
         numbers[-1] += float(p_values.sum())
 
     def _follow(self, who: Who, verdicts: Verdicts) -> None:
-        """Follow each group's mean severity, in the order of its rows."""
-        severities, groups = verdicts.scores.severity.tolist(), verdicts.intake.group
-        order = range(len(severities))
-        if verdicts.intake.time is not None:
-            order = np.argsort(verdicts.intake.time, kind="stable").tolist()
-        group, mean = self._followed(who, None)
-        for row in order:
-            if groups is not None:
-                group, mean = self._followed(who, groups[row])
-            if severities[row] == severities[row] and mean.add(severities[row]) > 1:
-                self.alarms.add((*who, group))
+        """Follow each group's mean severity, in the order of its rows' times."""
+        severities, intake = verdicts.scores.severity.tolist(), verdicts.intake
+        rows = range(len(severities)) if intake.time is None else np.argsort(intake.time, kind="stable").tolist()
+        found: dict[str | None, list[float]] = {}
+        if intake.group is None:
+            found[None] = severities if intake.time is None else [severities[row] for row in rows]
+        else:
+            for row in rows:
+                found.setdefault(intake.group[row], []).append(severities[row])
+        for name, values in found.items():
+            group, mean = self._followed(who, name)
+            if alarms := mean.above(values):
+                self.alarms.add((*who, group), alarms)
 
     def _followed(self, who: Who, name: str | None) -> tuple[str, RunningMean]:
         group = self._bounded(*who, "group", name or "")
@@ -125,13 +126,14 @@ class Judged:
 
     def _blame(self, served: Served, verdicts: Verdicts) -> None:
         """Count anomalies by group, and by the feature that contributed most."""
-        who, rows = served.who, np.flatnonzero(verdicts.anomalous)
+        who, rows = served.who, [row for row, flag in enumerate(verdicts.flags) if flag]
         groups = verdicts.intake.group
+        ill = Tally(groups[row] for row in rows) if groups else {None: len(rows)}
+        for name, count in ill.items():
+            self._anomalies.add((*who, self._bounded(*who, "group", name or "")), count)
         causes = verdicts.scores.contribution[rows].argmax(axis=1)
-        for row, cause in zip(rows.tolist(), causes.tolist(), strict=True):
-            group = self._bounded(*who, "group", (groups[row] if groups else None) or "")
-            self._anomalies.add((*who, group))
-            self.causes.add((*who, self._bounded(*who, "feature", served.rows.names[cause])))
+        for column, count in Tally(causes.tolist()).items():
+            self.causes.add((*who, self._bounded(*who, "feature", served.rows.names[column])), count)
 
     def _bounded(self, model: str, version: str, kind: str, value: str) -> str:
         """`value`, or OTHER if that many others are known already: labels that senders choose must not fill memory."""
@@ -160,7 +162,7 @@ class Judged:
 
     def tell_of_alerts(self, active: Iterable[tuple[str, str]], waiting: int, outcomes: Mapping[str, int]) -> None:
         """Count the alerts that last, by (model, group), those that wait, and what has become of the others."""
-        lasting = collections.Counter(model for model, _ in active)
+        lasting = Tally(model for model, _ in active)
         for model in {*lasting, *(labels[0] for labels in self._alerts.sums())}:
             self._alerts.mine((model,))[0] = float(lasting[model])
         self._unsent.mine(())[0] = float(waiting)

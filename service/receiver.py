@@ -143,7 +143,7 @@ def _later(detail: str) -> NotReady:
 
 def _log(served: Served, verdicts: Verdicts | None) -> None:
     """Tell of the first abnormal rows: nobody reads an answer."""
-    if verdicts is None or not verdicts.anomalous.any():
+    if verdicts is None or True not in verdicts.flags:
         return
     found, _ = results(verdicts, 3, served.rows.names, served.manifest.parts)
     for result in [result for result in found if result["is_anomaly"]][:LOGGED]:

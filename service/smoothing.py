@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 Numbers = npt.NDArray[np.float64]
+LARGEST = 3.4e38
 
 
 def exponential_mean(
@@ -84,7 +85,7 @@ def _codes(group: Sequence[Any] | npt.NDArray[Any]) -> npt.NDArray[np.intp]:
 
 
 class RunningMean:
-    """The same mean, its rows given one by one in their order; a row that comes counts half after `half_life` more."""
+    """The same mean, its rows given in their order as they come; one counts half after `half_life` more."""
 
     __slots__ = ("_kept", "_total", "_weight")
 
@@ -92,8 +93,16 @@ class RunningMean:
         self._kept = 2.0 ** (-1.0 / half_life) if half_life else 0.0
         self._total = self._weight = 0.0
 
-    def add(self, value: float) -> float:
-        """Take in the next value; gives the mean up to it. Infinity counts as the largest float32, and passes away."""
-        self._total = self._kept * self._total + min(value, 3.4e38)
-        self._weight = self._kept * self._weight + 1.0
-        return self._total / self._weight
+    def above(self, values: list[float]) -> int:
+        """Take in the next values; at how many of them the mean is above 1.
+
+        NaN is left out; infinity counts as the largest float32, and passes away.
+        """
+        kept, total, weight, count = self._kept, self._total, self._weight, 0
+        for value in values:
+            if value == value:
+                total = kept * total + (value if value < LARGEST else LARGEST)
+                weight = kept * weight + 1.0
+                count += total > weight
+        self._total, self._weight = total, weight
+        return count

@@ -25,8 +25,10 @@ COSTLY = 8  # how many times as long as other JSON a byte of records takes
 
 def asked_for(exchange: Exchange) -> bool:
     """Whether a request sends NDJSON and wants NDJSON."""
-    wanted = exchange.header(b"accept")
-    return "ndjson" in wanted and media_type_of(exchange.header(b"content-type")) in lines.MEDIA_TYPES
+    return (
+        b"ndjson" in exchange.headers.get(b"accept", b"")
+        and media_type_of(exchange.header(b"content-type")) in lines.MEDIA_TYPES
+    )
 
 
 class Stream:
@@ -88,11 +90,11 @@ class Stream:
         return await aside(partial(_written, self._served, body, intake, verdicts, first), 400 * len(found))
 
     def _count(self, intake: Intake, verdicts: Verdicts | None) -> None:
-        judged = int(verdicts.scores.judged.sum()) if verdicts else 0
+        judged = verdicts.scores.count if verdicts else 0
         self._counts["rows"] += intake.sent
         self._counts["failed"] += intake.sent - judged
         self._counts["unknown_fields"] += intake.unknown
-        self._counts["anomalies"] += int(verdicts.anomalous.sum()) if verdicts else 0
+        self._counts["anomalies"] += sum(verdicts.flags) if verdicts else 0
         self._exchange.trace.rows = self._counts["rows"]
 
 
