@@ -27,6 +27,11 @@ def closed_loop(people: Mapping[str, Contestant], columns: Sequence[Column], res
         ["", *titles],
         [[people[name].title, *(_times(samples[name].get(column)) for column in columns)] for name in measured],
     )
+    _table(
+        "Processor time of an answer, ms of one core: what else runs on the machine hardly lengthens it",
+        ["", *titles],
+        [[people[name].title, *(_cost(samples[name].get(column)) for column in columns)] for name in measured],
+    )
     if "elbo" in measured:
         others = [name for name in measured if name != "elbo"]
         rows = [[people[name].title, *(_ratio(samples, name, column) for column in columns)] for name in others]
@@ -111,6 +116,10 @@ def _times(samples: Sequence[Sample] | None) -> str:
         return "–"
     middle, tail = median(sample.p50 for sample in samples), median(sample.p99 for sample in samples)
     return f"{1e3 * middle:.2f} / {1e3 * tail:.1f}"
+
+
+def _cost(samples: Sequence[Sample] | None) -> str:
+    return _spread([1e3 * sample.cost for sample in samples], ".3f") if samples else "–"
 
 
 def _ratio(samples: Mapping[str, Mapping[Column, Sequence[Sample]]], name: str, column: Column) -> str:

@@ -94,6 +94,7 @@ async def read(
     trace.model, trace.version = served.name, served.version
     media_type = choose(exchange.header(b"accept", "*/*"), offered(served))
     packed = exchange.headers.get(b"content-encoding") is not None and gzipped(exchange.header(b"content-encoding"))
+    service.engine.require_room(1)  # a full queue refuses whoever comes before it costs anything to read what he sends
     sent = await exchange.body()
     if packed:  # gzip ends with the number of its bytes unpacked; if that is a lie, unpacking fails
         exchange.hold(min(int.from_bytes(sent[-4:], "little"), exchange.max_body_bytes))

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,6 +72,11 @@ class Backend:
                 return self._run_on_gpu(operation, inputs)
             outputs = operation.function(self.module, *map(torch.from_numpy, inputs), *operation.arguments)
             return tuple([output.float().contiguous().numpy() for output in outputs])
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """By which its batches are judged long or short: the time of a processor, which no other process lengthens."""
+        return thread_time if self.device.type == "cpu" else perf_counter
 
     def rounding(self) -> AbstractContextManager[Any]:
         """In which matrix products have this backend's precision."""

@@ -46,11 +46,15 @@ class Model(Protocol):
 
 @dataclass(slots=True)
 class Ran:
-    """What came of a request: outputs, each [B, ...], the seconds it waited, and those of its batches."""
+    """What came of a request: outputs, each [B, ...], the seconds it waited, and those of its batches.
+
+    cost: of its batch, by the backend's clock.
+    """
 
     outputs: tuple[Array, ...]
     queued: float
     computed: float
+    cost: float = 0.0
 
 
 @dataclass(eq=False, slots=True)
@@ -155,8 +159,7 @@ class Engine:
             late: called once if the answer takes longer than SWEEP.
         """
         rows = len(inputs[0])
-        if self.pending_rows + rows > self._queue_rows:
-            raise self._overloaded(rows)
+        self.require_room(rows)
         if not self._level[0]:
             self._drain.began()
         self._level[0] += rows
@@ -202,9 +205,12 @@ class Engine:
             self._loop.call_later(SWEEP, self._sweep)
         return job.result
 
-    def _overloaded(self, rows: int) -> Overloaded:
+    def require_room(self, rows: int) -> None:
+        """Raise Overloaded if the queue has no room for `rows` more."""
+        if self._level[0] + rows <= self._queue_rows:
+            return
         wait = self._drain.seconds(self.pending_rows + rows - self._queue_rows)
-        return Overloaded(
+        raise Overloaded(
             f"{self.pending_rows} rows are waiting, {rows} more do not fit",
             expected=f"at most {self._queue_rows} rows at once",
             got=f"{self.pending_rows + rows} rows",
@@ -278,7 +284,7 @@ class Engine:
                 job.result.set_result(outcome)
             else:
                 job.result.set_exception(outcome)
-        ran = [(job.rows, outcome.computed) for job, outcome in outcomes if isinstance(outcome, Ran)]
+        ran = [(job.rows, outcome.cost) for job, outcome in outcomes if isinstance(outcome, Ran)]
         if len(ran) < len(outcomes):
             return
         rows, seconds = sum(rows for rows, _ in ran), ran[0][1]
@@ -305,20 +311,21 @@ class Engine:
 
     def _run(self, lane: Lane, jobs: list[Job]) -> list[Outcome]:
         """The outcome of each job; if they fail together, each of them is tried by itself."""
-        started = perf_counter()
+        clock = lane.model.backend.clock
+        started, began = perf_counter(), clock()
         try:
             outputs = _compute(lane, [job.inputs for job in jobs])
         except Exception as error:  # noqa: BLE001 - whatever a model raises belongs to whoever asked
             if len(jobs) == 1:
                 return [(jobs[0], error)]
             return [outcome for job in jobs for outcome in self._run(lane, [job])]
-        seconds = perf_counter() - started
+        seconds, cost = perf_counter() - started, clock() - began
         outcomes: list[Outcome] = []
         start = 0
         for job in jobs:
             end = start + job.rows
             mine = tuple([output[start:end] for output in outputs])
-            outcomes.append((job, Ran(mine, started - job.since, seconds)))
+            outcomes.append((job, Ran(mine, started - job.since, seconds, cost)))
             start = end
         return outcomes
 

@@ -6,7 +6,7 @@ LATELY = 0.2  # weight of the last batch
 
 
 class Pace:
-    """Seconds of a batch by operation and, to a factor of two, rows."""
+    """Seconds of a batch, by its backend's clock, by operation and, to a factor of two, rows."""
 
     def __init__(self) -> None:
         self._seconds: dict[tuple[str, int], float] = {}
