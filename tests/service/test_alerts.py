@@ -15,6 +15,7 @@ from service import alerts, monitor
 from service.alerts import LASTS, RESEND, Deciding, Labels, Sender
 from service.app import create_app
 from service.settings import Settings
+from tests.service.process import starter
 from tests.service.running import running
 from tests.service.test_intake import records, rows
 from tests.service.test_observability import metrics
@@ -205,6 +206,27 @@ def test_the_whole_way_from_rows_to_an_alert_and_its_end(
     assert {alert["labels"]["group"] for batch in alertmanager.taken for alert in batch} == {"web1"}
     assert first["labels"] == last["labels"]
     assert seconds(first["endsAt"]) > time.time() + 60
+    assert seconds(last["endsAt"]) <= time.time()
+
+
+def test_of_several_workers_one_alerts_by_the_sums_of_all(alertmanager: Alertmanager, artifacts: Path) -> None:
+    settings = {"ALERTMANAGER_URL": f"http://127.0.0.1:{alertmanager.port}", "ALERT_CALM_SECONDS": 2}
+    with starter() as start:
+        process = start(artifacts, WORKERS=2, DEFAULT_MODEL="hosts", **settings)
+        process.wait_for("is ready")
+        strange = dict.fromkeys(records(rows(1))[0], 1e5) | {"host": "web1"}
+        clients = [process.client() for _ in range(6)]  # connections go to the workers in turn
+        for client in clients:
+            assert client.post("/anomaly", json={"records": [strange] * 5}).status_code == 200
+        until(lambda: len(alertmanager.taken) == 2, 20)
+        first, last = (alert for batch in alertmanager.taken for alert in batch)
+        counted = metrics(clients[0])
+        for client in clients:
+            client.close()
+        assert process.end() == 0
+    assert counted["elbo_alarms_total", frozenset({"model": "hosts", "version": "1", "group": "web1"}.items())] == 30
+    assert first["labels"] == last["labels"] == {"alertname": "ElboAnomaly", "model": "hosts", "group": "web1"}
+    assert "30 rows" in last["annotations"]["description"]
     assert seconds(last["endsAt"]) <= time.time()
 
 
