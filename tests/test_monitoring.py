@@ -231,7 +231,7 @@ def test_node_metrics_reach_elbo_and_an_anomaly_becomes_an_alert_that_resolves(t
         (tmp_path / name).mkdir()
     mapping = tmp_path / "map.toml"
     features = "".join(f'{name} = "{name}"\n' for name in FEATURES)
-    mapping.write_text(f"[node]\nalpha = 0.01\nwait_seconds = 2\n[node.features]\n{features}")
+    mapping.write_text(f"[node]\nalpha = 0.001\nwait_seconds = 2\n[node.features]\n{features}")
     local = "--web.listen-address=127.0.0.1:"
     with ExitStack() as stack:
         app = App(tmp_path / "text")
@@ -251,22 +251,22 @@ def test_node_metrics_reach_elbo_and_an_anomaly_becomes_an_alert_that_resolves(t
         # Last, so that it ends first: one that cannot write what it has goes on for a minute.
         config = f"--config.file={configured(tmp_path, exporter, elbo)}"
         start(process("prometheus", config, f"--storage.tsdb.path={tmp_path}/tsdb", f"{local}{prometheus}"))
-        wait_for(up(exporter, "/"), 20)
-        wait_for(up(alertmanager, "/-/ready"), 20)
-        wait_for(up(prometheus, "/-/ready"), 20)
+        wait_for(up(exporter, "/"), 60)
+        wait_for(up(alertmanager, "/-/ready"), 60)
+        wait_for(up(prometheus, "/-/ready"), 60)
         time.sleep(15)  # what is normal, to train on
         train(tmp_path, mapping, prometheus)
         wait_for(up(elbo, "/readyz"), 30)
-        wait_for(lambda: scored(elbo) > 20, 20)
-        wait_for(lambda: alerts(alertmanager) == [], 20)
+        wait_for(lambda: scored(elbo) > 20, 60)
+        wait_for(lambda: alerts(alertmanager) == [], 60)
         app.ill = True
-        wait_for(lambda: alerts(alertmanager) != [], 20)
+        wait_for(lambda: alerts(alertmanager) != [], 60)
         (alert,) = alerts(alertmanager)
         assert alert["labels"] == {"alertname": "ElboAnomaly", "model": "node", "group": "web1"}
         assert alert["status"]["state"] == "active"
         assert "most of all app_" in alert["annotations"]["description"]
         app.ill = False
-        wait_for(lambda: alerts(alertmanager) == [], 20)
+        wait_for(lambda: alerts(alertmanager) == [], 60)
         text = httpx.get(f"http://127.0.0.1:{elbo}/metrics").text
         assert re.search(r'^elbo_anomalies_total\{group="web1",model="node",version="1"\} [1-9]', text, re.MULTILINE)
         assert re.search(r'^elbo_alerts\{model="node"\} 0', text, re.MULTILINE)
