@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Match
 
 from models.artifact import choose_device
-from service import routing
+from service import mapping, routing
 from service.api import Service
 from service.backends import BACKENDS
 from service.catalogue import STATIC
@@ -26,6 +26,8 @@ from service.engine import Engine
 from service.errors import from_http_exception
 from service.exchange import Limits
 from service.logs import AccessLog
+from service.monitor import Monitor
+from service.receiver import Receiver
 from service.repository import Repository
 from service.settings import Settings
 from service.telemetry import Telemetry
@@ -45,7 +47,7 @@ def create_app(settings: Settings, counts: Counts | None = None) -> FastAPI:
     counts: shared with the processes that serve beside this one, if there are any.
     """
     counts = counts or Counts()
-    telemetry = Telemetry(counts)
+    telemetry = Telemetry(counts, settings.alert_half_life)
     device = choose_device(settings.device)
     largest = settings.max_batch_rows, settings.max_batch_bytes
     how = settings.backend, settings.threads, settings.precision
@@ -56,32 +58,39 @@ def create_app(settings: Settings, counts: Counts | None = None) -> FastAPI:
     access = AccessLog(settings.log_format, enabled=settings.log_level in ("debug", "info"))
     limits = Limits(settings.max_body_bytes, settings.held_bytes, settings.request_timeout, telemetry.pending_bytes)
     service = Service(settings, repository, engine, telemetry, limits)
+    receiver = Receiver(service, mapping.read(settings.remote_write))
+    monitor = Monitor(settings, telemetry, repository)
     app = FastAPIOffline(
         title="Elbo",
         description=DESCRIPTION,
         version="1",
-        lifespan=_lifespan(service, access),
+        lifespan=_lifespan(service, receiver, monitor, access),
         redirect_slashes=False,
         redoc_url=None,
         static_url="/static/docs",
         exception_handlers={HTTPException: _router_refused},
     )
     app.state.service = service
-    routing.register(app, service)
+    endpoints = routing.endpoints(service, receiver)
+    routing.register(app, endpoints)
     app.mount("/static", StaticFiles(directory=STATIC))
-    parts = routing.direct(service), telemetry, access, service.limits
+    parts = routing.direct(endpoints), telemetry, access, service.limits
     app.add_middleware(Edge, *parts)
     app.state.entrance = Entrance(app, Edge(app, *parts))
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign] # FastAPI's documented way
     return app
 
 
-def _lifespan(service: Service, access: AccessLog) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+def _lifespan(
+    service: Service, receiver: Receiver, monitor: Monitor, access: AccessLog
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         """Load and warm every model before the first request; finish every request before the end."""
         await asyncio.to_thread(service.repository.refresh)
         service.engine.start()
+        receiver.start()
+        monitor.start()
         watcher = asyncio.create_task(service.repository.watch(service.settings.poll_seconds))
         try:
             yield
@@ -90,7 +99,9 @@ def _lifespan(service: Service, access: AccessLog) -> Callable[[FastAPI], Abstra
             watcher.cancel()
             with suppress(asyncio.CancelledError):
                 await watcher
+            await receiver.close()
             await service.engine.close()
+            await monitor.close()
             await access.close()
 
     return lifespan

@@ -91,6 +91,7 @@ class Counts:
     def __init__(self, parts: list[Part] | None = None, mine: int = 0) -> None:
         self._parts = parts or [Part()]
         self.mine = self._parts[mine]
+        self.leads = mine == 0  # whether this process does what one alone must
 
     def sums(self, family: str) -> dict[Name, list[float]]:
         """Of every label of `family` the numbers, summed over the processes."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
@@ -12,7 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from service.counts import Level
 from service.drain import Drain
-from service.errors import PROBLEM_JSON, BodyTooLarge, BodyTooSlow, Overloaded, ServiceError
+from service.errors import PROBLEM_JSON, BodyTooLarge, BodyTooSlow, ClientGone, Overloaded, ServiceError
 from service.tracing import Trace
 
 LONGEST_REQUEST_ID = 128
@@ -23,9 +24,12 @@ Header = tuple[bytes, bytes]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What is sent back. `headers` besides those that every answer has: its length, its request id, its timing."""
+    """What is sent back. `headers` besides those that every answer has: its length, its request id, its timing.
 
-    content: bytes
+    Content that is made as it is sent has no length.
+    """
+
+    content: bytes | AsyncIterator[bytes]
     media_type: bytes
     headers: tuple[Header, ...] = ()
     status: int = 200
@@ -132,12 +136,39 @@ class Exchange:
             message = await self.receive()
         raise ClientDisconnect
 
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The body as it comes, however long: a piece is held until the next is asked for.
+
+        Raises BodyTooSlow, Overloaded, and ClientDisconnect if the client leaves before its end.
+        """
+        more = True
+        while more:
+            try:
+                async with asyncio.timeout(self._limits.seconds):
+                    message = await self._receive()
+            except TimeoutError:
+                raise BodyTooSlow(f"nothing more of the body came for {self._limits.seconds:g} s") from None
+            if message["type"] != "http.request":
+                raise ClientDisconnect
+            self.hold(len(message["body"]))
+            yield message["body"]
+            self.release()
+            more = message.get("more_body", False)
+
+    def hold(self, size: int) -> None:
+        """Count `size` bytes more as held for this request. Raises Overloaded."""
+        self._limits.hold(size)
+        self._read += size
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Of its body, unpacked."""
+        return self._limits.max_body_bytes
+
     async def receive(self) -> Message:
         """ASGI's `receive`. Raises BodyTooLarge at the first byte too many, Overloaded if others hold too much."""
         message = await self._receive()
-        size = len(message.get("body", b""))
-        self._limits.hold(size)
-        self._read += size
+        self.hold(len(message.get("body", b"")))
         if self._read > self._limits.max_body_bytes:
             raise self._too_large("more")
         return message
@@ -157,13 +188,30 @@ class Exchange:
 
     async def answer(self, answer: Answer) -> None:
         """Send `answer` and be done."""
+        if not isinstance(answer.content, bytes):
+            await self._stream(answer, answer.content)
+            return
         self.started = True
         self.trace.status = answer.status
         length = b"%d" % len(answer.content)
         fixed = ((b"content-type", answer.media_type), (b"content-length", length))
-        headers = [*fixed, *answer.headers, *self._own_headers()]
+        headers = [*(fixed if answer.content else ()), *answer.headers, *self._own_headers()]
         await self._send({"type": "http.response.start", "status": answer.status, "headers": headers})
         await self._send({"type": "http.response.body", "body": answer.content})
+
+    async def _stream(self, answer: Answer, pieces: AsyncIterator[bytes]) -> None:
+        """Send the pieces as they are made. Raises ClientGone if the client does not take them."""
+        try:
+            async for piece in pieces:
+                async with asyncio.timeout(self._limits.seconds):
+                    if not self.started:
+                        self.started, self.trace.status = True, answer.status
+                        headers = [(b"content-type", answer.media_type), *answer.headers, *self._own_headers()]
+                        await self._send({"type": "http.response.start", "status": answer.status, "headers": headers})
+                    await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+            await self._send({"type": "http.response.body", "body": b""})
+        except TimeoutError:
+            raise ClientGone(f"the client took nothing for {self._limits.seconds:g} s") from None
 
     async def refuse(self, error: ServiceError) -> None:
         """Answer with `error`."""

@@ -28,6 +28,7 @@ from service.codec.rows import RowFormat
 from service.counts import Counts, Votes
 from service.errors import ModelNotFound, NotReady
 from service.latents import Noise
+from service.selectors import Selectors
 
 log = logging.getLogger("elbo.repository")
 WARM_ROWS = (1, 16)
@@ -47,6 +48,7 @@ class Served:
     load_seconds: float  # to load, verify, and choose the backend
     warm_seconds: float = 0.0
     headers: tuple[tuple[bytes, bytes], ...] = field(init=False)  # of every answer that it gives
+    who: tuple[str, str] = field(init=False)  # its labels in metrics
     rows: RowFormat = field(init=False)
     latents: RowFormat = field(init=False)
 
@@ -54,13 +56,20 @@ class Served:
         features = self.manifest.features
         names, optional = [feature.name for feature in features], [feature.missing > 0 for feature in features]
         object.__setattr__(self, "headers", ((b"elbo-model", f"{self.name}@{self.version}".encode()),))
-        object.__setattr__(self, "rows", RowFormat(self.manifest.shape, names, optional))
+        object.__setattr__(self, "who", (self.name, str(self.version)))
+        medians = [feature.median for feature in features]
+        object.__setattr__(self, "rows", RowFormat(self.manifest.shape, names, optional, medians))
         object.__setattr__(self, "latents", RowFormat([self.manifest.latents]))
 
     @property
     def row_bytes(self) -> int:
         """Of a row where it is widest."""
         return 4 * max(self.rows.width, self.latents.width)
+
+    @cached_property
+    def selectors(self) -> Selectors:
+        """Which feature a measurement means, by its name and labels."""
+        return Selectors({name: name for name in self.rows.names})
 
     @cached_property
     def pictures(self) -> bool:

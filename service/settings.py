@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -45,8 +46,26 @@ class Settings(BaseSettings):
         30.0, gt=0, le=3600, description="seconds for an answer to be ready; the header X-Request-Timeout overrides it"
     )
     drain_seconds: float = Field(0.0, ge=0, le=600, description="after SIGTERM: serve on so long, then finish")
+    alertmanager_url: str = Field("", description="Alertmanager to push alerts to, http://host:9093; nothing: none")
+    alert_half_life: float = Field(
+        3.0, ge=0, le=1e6, description="rows: half-life of the mean severity that raises an alert; 0: each row's own"
+    )
+    alert_calm_seconds: float = Field(
+        120.0, gt=0, le=86400, description="an alert is resolved when its group has been normal for so long"
+    )
+    remote_write: Path | None = Field(
+        None, description="TOML that says which series of remote write are features; without it those called so"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
     log_format: Literal["json", "text"] = Field("json", description="one JSON object a line, or text for a person")
+
+    @field_validator("alertmanager_url")
+    @classmethod
+    def _alertmanager_is_an_address(cls, value: str) -> str:
+        address = urlsplit(value)
+        if value and not (address.scheme in ("http", "https") and address.hostname):
+            raise ValueError("expected an address such as http://alertmanager:9093")
+        return value
 
     @field_validator("precision")
     @classmethod

@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 
 from service.counts import RESTARTS, Counts
 from service.families import Counter, Gauge, Histogram, Labels
+from service.judged import Judged
 from service.repository import Catalogue
 from service.tracing import Trace
 
@@ -34,10 +35,12 @@ BY = (*WHO, "outcome")
 class Telemetry(Collector):
     """Counts what the service does. The event loop's thread alone writes.
 
-    counts: of this process and its siblings.
+    Args:
+        counts: of this process and its siblings.
+        alert_half_life: rows, see `Judged`.
     """
 
-    def __init__(self, counts: Counts) -> None:
+    def __init__(self, counts: Counts, alert_half_life: float = 3.0) -> None:
         self.registry = CollectorRegistry()
         self._requests = Counter(counts, "elbo_requests", "Requests answered", (*WHO, "status"))
         self._problems = Counter(counts, "elbo_problems", "Requests without an answer, by code", (*WHO, "code"))
@@ -54,6 +57,8 @@ class Telemetry(Collector):
         for family in (self._pending_rows, self._pending_bytes, self._restarts):
             family.mine(())  # told from the beginning, as zero
         self.pending_rows, self.pending_bytes = self._pending_rows.mine(()), self._pending_bytes.mine(())
+        self.leads = counts.leads
+        self.judged = Judged(counts, alert_half_life)
         self._catalogue = Catalogue()
         self._labels = lru_cache(maxsize=4096)(_labels)
         self.registry.register(self)
@@ -87,6 +92,7 @@ class Telemetry(Collector):
         yield self._pending_rows.metric()
         yield self._pending_bytes.metric()
         yield self._restarts.metric()
+        yield from self.judged.metrics()
         yield from _of_models(self._catalogue)
 
     def exposition(self, catalogue: Catalogue) -> bytes:

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +23,29 @@ class Fields:
     careful: bool = False
 
 
-def read_fields(content_type: str, body: bytes, main: str | None, width: int = 0) -> Fields:
+NO_FORMATS: Mapping[str, Callable[[bytes], Fields]] = {}
+
+
+def media_type_of(content_type: str) -> str:
+    """The media type that a Content-Type header names, without its parameters."""
+    return content_type.partition(";")[0].strip().lower()
+
+
+def read_fields(
+    content_type: str,
+    body: bytes,
+    main: str | None,
+    width: int = 0,
+    formats: Mapping[str, Callable[[bytes], Fields]] = NO_FORMATS,
+) -> Fields:
     """The fields of `body`; the array of a binary body is the field `main`. An empty body has none.
 
-    JSON rows of `width` numbers in the field `main` are read as an array.
+    JSON rows of `width` numbers in the field `main` are read as an array. `formats` are readers by media type, beside
+    JSON and npy.
 
-    Raises UnsupportedMediaType, InvalidJson, InvalidNpy, InvalidSafetensors.
+    Raises UnsupportedMediaType, InvalidJson, InvalidNpy, InvalidSafetensors, and what `formats` raise.
     """
-    media_type = content_type.partition(";")[0].strip().lower()
+    media_type = media_type_of(content_type)
     if not body:
         return Fields({})
     if media_type in ("", JSON) or media_type.endswith("+json"):
@@ -39,13 +55,26 @@ def read_fields(content_type: str, body: bytes, main: str | None, width: int = 0
         return Fields({main: npy.loads(body)})
     if media_type == safetensors.MEDIA_TYPE and main is not None:
         return Fields({main: safetensors.loads(body, main)})
-    accepted = JSON if main is None else f"{JSON}, {npy.MEDIA_TYPE} or {safetensors.MEDIA_TYPE}"
+    if media_type in formats:
+        return formats[media_type](body)
+    accepted = " or ".join([JSON, *([npy.MEDIA_TYPE, safetensors.MEDIA_TYPE] if main else []), *formats])
     raise UnsupportedMediaType(
         f"expected a body of {accepted}, got {media_type}",
         expected=accepted,
         got=media_type,
         hint=f"send the header Content-Type: {JSON}",
     )
+
+
+def loads_value(text: bytes) -> Any:
+    """What the JSON `text` says, NaN and infinity let pass. Raises InvalidJson, for a key that stands twice too."""
+    try:
+        document = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        document = _with_non_finite(text, error)
+    if text.count(b'"') != 2 * _count_strings(document):
+        _refuse_duplicates(text)
+    return document
 
 
 def _json_fields(body: bytes) -> Fields:

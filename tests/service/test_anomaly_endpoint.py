@@ -89,7 +89,7 @@ def test_as_many_features_are_named_as_asked_and_there_are(client: httpx.Client,
 def test_records_score_like_the_same_rows(client: httpx.Client) -> None:
     rows = host_table().x.span(0, 20)
     records: list[dict[str, Any]] = [dict(zip(HOST_NAMES, map(float, row), strict=True)) for row in rows]
-    backwards = [dict(reversed(record.items())) | {"host": "a", "time": 12} for record in records]
+    backwards = [dict(reversed(record.items())) | {"rack": "a", "hour": 12} for record in records]
     by_row = post(client, {"inputs": rows.astype(float).tolist()}, params={"model": "hosts"})
     assert post(client, {"records": records}, params={"model": "hosts"}) == by_row
     answer = post(client, {"records": backwards}, params={"model": "hosts"})
@@ -127,7 +127,7 @@ def test_a_nan_that_python_wrote_costs_only_its_row(client: httpx.Client, digits
 def test_a_record_without_a_feature_names_it(client: httpx.Client) -> None:
     good = dict.fromkeys(HOST_NAMES, 1.0)
     records = [good, {key: value for key, value in good.items() if key != "memory/used"}, good]
-    answer = post(client, {"records": records}, params={"model": "hosts"})
+    answer = post(client, {"records": records, "impute": False}, params={"model": "hosts"})
     assert column(answer, "row").tolist() == [0, 2]
     assert answer["errors"][0]["row"] == 1
     assert "memory/used" in answer["errors"][0]["detail"]

@@ -7,7 +7,7 @@ import httpx
 import jsonschema  # type: ignore[import-untyped] # comes with check-jsonschema, without types
 import pytest
 
-from service.examples import EXAMPLES
+from service.examples import EXAMPLES, TEXTS
 
 POSTS = ["/encode", "/decode", "/reconstruct", "/sample", "/interpolate", "/anomaly"]
 
@@ -25,7 +25,8 @@ def content(document: dict[str, Any], path: str) -> dict[str, Any]:
 
 def test_every_endpoint_of_the_contract_is_documented(document: dict[str, Any]) -> None:
     gets = {"/models", "/models/{reference}", "/livez", "/readyz", "/metrics", "/"}
-    assert set(document["paths"]) == {*POSTS, *gets}
+    assert set(document["paths"]) == {*POSTS, *gets, "/api/v1/write"}
+    assert set(document["paths"]["/api/v1/write"]) == {"post"}
     for path in POSTS:
         assert list(document["paths"][path]) == ["post"]
         assert [parameter["name"] for parameter in document["paths"][path]["post"]["parameters"]] == ["model"]
@@ -74,6 +75,14 @@ def test_problems_are_as_the_document_says(client: httpx.Client, document: dict[
     assert set(responses) == {"200", "404", "406", "408", "413", "415", "422", "429", "500", "503", "504"}
     problem = client.post(path, json={"nonsense": 1}).json()
     validate(document, problem, responses["422"]["content"]["application/problem+json"]["schema"])
+
+
+@pytest.mark.parametrize("media_type", sorted(TEXTS))
+def test_every_example_in_text_is_answered(client: httpx.Client, document: dict[str, Any], media_type: str) -> None:
+    example = content(document, "/anomaly")[media_type]["example"]
+    response = client.post("/anomaly", content=example, headers={"content-type": media_type})
+    assert response.status_code == 200, response.text
+    assert response.json()["failed"] == 0
 
 
 def test_binary_formats_are_documented_where_they_are(document: dict[str, Any]) -> None:
