@@ -188,6 +188,10 @@ class AnomalyAnswer(Answer):
     fdr: float | None
     threshold: float = Field(description="the score above which a row is anomalous at alpha")
     calibration: Calibration
+    extrapolated: bool = Field(
+        description="whether alpha lies below the calibration's floor: threshold and severity then rest on a fitted "
+        "tail and on no p-value; `fdr` rests on p-values alone"
+    )
     results: list[Result]
     errors: list[RowProblem] = Field(description="rows that could not be judged")
     unknown_fields: int = Field(description="values in `records` whose name is no feature's")
@@ -269,6 +273,9 @@ class ModelDetail(ModelSummary):
     features: list[FeatureInfo]
     training: dict[str, Any] = Field(description="the configuration of its training")
     data: dict[str, Any] = Field(description="where its rows came from and how they were split")
+    recalibration: dict[str, Any] | None = Field(
+        description="where `elbo calibrate` took rows from since, and the version that has the same networks"
+    )
     versions: dict[str, str] = Field(description="of the software that made it")
     weights_sha256: str
 
