@@ -147,9 +147,13 @@ class FeatureReport(BaseModel):
 
     name: str
     value: float | None = Field(description="what was sent, in raw units; null where it is missing")
-    expected: float = Field(description="the model's reconstruction, in raw units")
+    expected: float = Field(
+        description="in raw units: what the other features say of it, or its mean, whichever it is further from; of "
+        "pictures the reconstruction"
+    )
     contribution: float = Field(
-        description="squared residual in the model's own units; of a missing value that of the median in its place"
+        description="squared distance from that, in deviations of normal rows (of pictures, in the model's own units); "
+        "of a missing value that of the median in its place"
     )
 
 

@@ -25,7 +25,7 @@ from training.pca import fit_pca, pca_of, spectrum_of
 from training.processes import Processes
 from training.progress import Reporter
 from training.rows import Floats, Rows, medians
-from training.statistics import calibration_of, how_scaled, prior_of, scaling_of, whitening_of
+from training.statistics import calibration_of, explanation_of, how_scaled, prior_of, scaling_of, whitening_of
 
 DEFAULT_LATENTS = 16
 SPECTRUM = 256  # eigenvalues that are kept
@@ -143,7 +143,9 @@ def fit(
     if isinstance(core, Autoencoder):
         core.whitening = whitening_of(core, held_out)
     prior = prior_of(core, sample, latents, config.seed)
-    return Pipeline(scaling, core, prior, calibration_of(core, scaling(data.calibration))).eval()
+    calibration = calibration_of(core, scaling(data.calibration))
+    explanation = explanation_of(data.moments, scaling, data.table.pixel_range is not None)
+    return Pipeline(scaling, core, prior, calibration, explanation).eval()
 
 
 def _pca(data: Preparation, scaling: Scaling, latents: int) -> PCA:
