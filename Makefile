@@ -6,7 +6,7 @@ TORCH_INDEX ?=
 VENV := .venv
 READY := $(VENV)/.ready
 PEERS := .venv-peers
-PEER_PACKAGES := pythae==0.1.2 lightning==2.6.6
+PEER_PACKAGES := pythae==0.1.2 lightning==2.6.6 pyod==3.6.7
 INSTALL := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check install
 PEER_INSTALL := $(PEERS)/bin/python -m pip --quiet --disable-pip-version-check install
 # Model servers to compare with, an environment each: they disagree about their libraries. MLServer wants a FastAPI below

@@ -145,7 +145,7 @@ def _limits(manifest: Manifest) -> Iterator[str]:
         yield "Grey values count as probabilities: its likelihood is no density of them; compare it only with its like."
     if manifest.kind == "ae":
         yield "An autoencoder has no density: draws come from a mixture fitted on its codes; there is no likelihood."
-    yield "When the world drifts away from the calibration rows its p-values do not hold: `elbo calibrate` it, or train."
+    yield "When the world drifts away from the calibration rows its p-values do not hold: `elbo calibrate` it or train."
     yield "Anomalies among the rows that it was trained on count as normal."
     if manifest.kind != "pca":
         yield "The held-out rows also chose the best epoch, so their figures flatter it a little."

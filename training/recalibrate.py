@@ -17,7 +17,7 @@ from torch import Tensor
 from models import artifact
 from models.artifact import Artifact
 from models.calibration import Calibration
-from models.manifest import CalibrationSize, Golden, Manifest, Recalibration
+from models.manifest import VERSION, CalibrationSize, Golden, Manifest, Recalibration
 from training.data import MOST_ROWS, Table
 from training.errors import DataError, FitError
 from training.progress import Patience
@@ -60,7 +60,7 @@ def recalibrate(parent: Artifact, table: Table, root: Path, alpha: float, runs: 
     notes = [*table.notes, *notes, *_compared(parent, table, scores, alpha)]
     module = artifact.thaw(parent)
     _replace(module, parent, torch.from_numpy(scores))
-    manifest = _manifest(parent, module, table, _name(parent, root), len(chosen))
+    manifest = _manifest(parent, module, table, _name(parent), len(chosen))
     twin = None if parent.twin is None else parent.twin.graphs  # they compute codes and scores, which have not changed
     path = artifact.publish(module, manifest, root, twin)
     if runs is not None:
@@ -172,12 +172,11 @@ def _golden(module: torch.jit.ScriptModule, old: Golden) -> Golden:
     return artifact.golden(module, *inputs)
 
 
-def _name(parent: Artifact, root: Path) -> str:
-    """The name that `parent` is served by: of its folder, where that lies in `root`."""
+def _name(parent: Artifact) -> str:
+    """What `parent` is served as: the name of its folder, where it lies in one of versions."""
     path = parent.path.resolve()
-    inside = len(path.parents) > 2 and path.parents[2] == root.resolve()
-    return path.parents[1].name if inside else parent.manifest.name
+    return path.parents[1].name if VERSION.fullmatch(path.parent.name) else parent.manifest.name
 
 
 def _reference(parent: Artifact) -> str:
-    return f"{parent.manifest.name}@{parent.path.parent.name}"
+    return f"{_name(parent)}@{parent.path.resolve().parent.name}"
