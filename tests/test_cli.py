@@ -23,7 +23,7 @@ from tests.data import ROOT
 from training.config import KINDS, TrainConfig
 from training.data import split
 
-COMMANDS = ("train", "demo", "inspect", "serve", "evaluate", "score")
+COMMANDS = ("train", "demo", "inspect", "serve", "evaluate", "score", "calibrate")
 NAMES = ("cpu", "memory", "disk", "network", "errors")
 
 
