@@ -26,7 +26,7 @@ supported = $(1) -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_
 .PHONY: help run test lint types format lock upgrade image bench-train bench-anomaly bench-serve clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: $(READY) ## Train the demonstration models where they are missing, then serve on port 8000
 	@$(VENV)/bin/elbo demo

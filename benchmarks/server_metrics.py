@@ -3,9 +3,9 @@
 Nine real servers, each with a stretch of training rows and a later one with labelled incidents and their causes. All
 score the same rows: Elbo's kinds with the defaults of `elbo train`; the distance to the fifth nearest neighbour; and
 PyOD's detectors with theirs, where `make bench-anomaly` has set up the peers' environment. All but Elbo's get
-standardised rows. Smoothed is an exponentially weighted mean with a half-life of HALF_LIFE rows: of Elbo's log severity,
-of the others' log score. False alarms are the share of the normal test rows with a severity above 1 at ALPHA: as
-trained, and after `elbo calibrate` on the first quarter of these rows, counted on the rest.
+standardised rows. Smoothed is an exponentially weighted mean with a half-life of HALF_LIFE rows: of Elbo's severity, as
+the service smooths; of the others' score. False alarms are the share of the normal test rows with a severity above 1 at
+ALPHA: as trained, and after `elbo calibrate` on the first quarter of these rows, counted on the rest.
 
 HitRate@100 %: of an incident with g true causes, the share of them among the g features of the largest contribution;
 contributions are averaged over the incident's rows, hit rates over incidents. Su et al., "Robust anomaly detection for
@@ -38,15 +38,14 @@ from service.smoothing import exponential_mean
 ALPHA, NEIGHBOURS, HALF_LIFE = 0.05, 5, 3.0
 PYOD = ("pca", "ae", "vae", "knn")
 RECENT = 0.25  # of the normal test rows, which calibrate anew
-SMALLEST = 1e-3  # severity that counts as such in a logarithm
 
 Doubles = npt.NDArray[np.float64]
 Measures = dict[str, float]
 
 
-def ranking(labels: npt.NDArray[np.int64], score: Doubles, logarithm: Doubles) -> Measures:
-    """AUROC and average precision, of each row alone and smoothed in time."""
-    smooth = exponential_mean(logarithm, HALF_LIFE)
+def ranking(labels: npt.NDArray[np.int64], score: Doubles) -> Measures:
+    """AUROC and average precision of a score [M], of each row alone and smoothed in time."""
+    smooth = exponential_mean(score, HALF_LIFE)
     found = {}
     for name, values in (("", score), ("smooth ", smooth)):
         found[f"{name}auroc"] = float(roc_auc_score(labels, values))
@@ -76,7 +75,7 @@ def elbo(kind: str, data: OneClass, few: bool) -> Measures:
         normal = score[torch.from_numpy(data.labels == 0)]
         recent = round(RECENT * len(normal))
         afresh = Calibration(normal[:recent]).severity(normal[recent:], ALPHA)
-    return ranking(data.labels, score.double().numpy(), np.log(severity.clip(SMALLEST))) | {
+    return ranking(data.labels, severity) | {
         "false": float((severity[data.labels == 0] > 1).mean()),
         "false later": float((severity[data.labels == 0][recent:] > 1).mean()),
         "false afresh": float((afresh > 1).double().mean()),
@@ -89,14 +88,14 @@ def neighbours(data: OneClass) -> Measures:
     train, test = standardised(data)
     near = NearestNeighbors(n_neighbors=NEIGHBOURS, algorithm="brute").fit(train)
     distance = near.kneighbors(test)[0][:, -1].astype(np.float64)
-    return ranking(data.labels, distance, np.log(distance.clip(1e-6)))
+    return ranking(data.labels, distance)
 
 
 def deviation(data: OneClass) -> Measures:
     """The squared deviation from the training mean: summed as a score, by feature as an explanation."""
     square = np.square(standardised(data)[1], dtype=np.float64)
     total = square.sum(axis=1)
-    return ranking(data.labels, total, np.log(total.clip(1e-6))) | {"hits": hit_rate(square, data)}
+    return ranking(data.labels, total) | {"hits": hit_rate(square, data)}
 
 
 def pyod(python: str, data: OneClass) -> Iterator[tuple[str, Measures]]:
@@ -113,7 +112,7 @@ def pyod(python: str, data: OneClass) -> Iterator[tuple[str, Measures]]:
             for name in PYOD:
                 score = found[name].astype(np.float64)
                 if np.isfinite(score).all():
-                    yield f"PyOD {name}", ranking(data.labels, score, np.log((score - score.min()).clip(1e-6)))
+                    yield f"PyOD {name}", ranking(data.labels, score)
 
 
 @dataclass(frozen=True)
