@@ -9,6 +9,7 @@ import torch
 from scipy.stats import betabinom
 
 from models.artifact import Artifact, Twin, load, thaw
+from models.calibration import Calibration
 from models.errors import ArtifactCorrupt
 from service.backends import choose
 from tests.commands import in_process, two_factor_rows, write
@@ -206,13 +207,12 @@ def test_rows_that_the_model_cannot_read_are_refused(text: str, message: str, ro
 
 def test_a_calibration_of_another_kind_is_refused(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A later Calibration that counts otherwise than the one that is scripted in the artifact."""
-    from training import recalibrate as module
 
-    class Strict(module.Calibration):
+    class Strict(Calibration):
         def p_value(self, score: torch.Tensor) -> torch.Tensor:
             return super().p_value(score) * 0.5
 
-    monkeypatch.setattr(module, "Calibration", Strict)
+    monkeypatch.setattr("training.recalibrate.Calibration", Strict)
     with pytest.raises(FitError, match=r"pca@1 calibrates in another way than this Elbo: train it again"):
         refreshed(root, "pca", recent(tmp_path))
     assert not (root / "pca" / "2").exists()
