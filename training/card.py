@@ -137,7 +137,7 @@ def _limits(manifest: Manifest) -> Iterator[str]:
     grey = manifest.training.get("likelihood") == "bernoulli" and not manifest.training.get("binarise")
     if manifest.kind == "vae" and grey:
         yield "Grey values count as probabilities: its likelihood is no density of them; compare it only with its like."
-    if manifest.kind == "ae":
+    if manifest.kind in ("ae", "ensemble"):
         yield "An autoencoder has no density: draws come from a mixture fitted on its codes; there is no likelihood."
     yield "When the world drifts away from the calibration rows its p-values no longer hold: train on fresh rows then."
     yield "Anomalies among the rows that it was trained on count as normal."

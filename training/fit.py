@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from models import artifact
-from models.autoencoder import Autoencoder
 from models.core import Core
 from models.pca import PCA
 from models.pipeline import Pipeline
@@ -17,17 +16,17 @@ from models.scaling import Scaling
 from training.batches import Batches
 from training.config import TrainConfig
 from training.data import MOST_BYTES, MOST_ROWS, Split, Table
+from training.defaults import picture_latents, settled, table_latents
 from training.descent import Run
 from training.errors import FitError
 from training.moments import Moments, moments
-from training.networks import Fit, fit_autoencoder, fit_vae
+from training.networks import Fit, fit_autoencoder, fit_ensemble, fit_vae
 from training.pca import fit_pca, pca_of, spectrum_of
 from training.processes import Processes
 from training.progress import Reporter
 from training.rows import Floats, Rows, medians
-from training.statistics import calibration_of, how_scaled, prior_of, scaling_of, whitening_of
+from training.statistics import calibration_of, how_scaled, judge, prior_of, scaling_of
 
-DEFAULT_LATENTS = 16
 SPECTRUM = 256  # eigenvalues that are kept
 WIDEST_COVARIANCE = 4096  # features, up to which the covariance is made: beyond, its eigenvectors take hours
 
@@ -52,11 +51,6 @@ class Preparation:
     held_out: Tensor
     calibration: Tensor
     sample: Tensor
-
-    @property
-    def latents(self) -> int:
-        """How many latents a model has unless it is told."""
-        return min(DEFAULT_LATENTS, -(-self.table.x.width // 2))
 
     def filled(self, rows: Tensor) -> Tensor:
         """Rows [B, D] without a missing value."""
@@ -122,8 +116,10 @@ def fit(
 
     `config.model` is a kind, not auto. Raises FitError.
     """
+    shape, pictures = tuple(data.table.shape), data.table.pixel_range is not None
+    config = settled(config, pictures, len(data.rows.fit))
     scaling = scaling_of(data.moments, config, data.table.pixel_range, data.fill)
-    latents = config.latents or data.latents
+    latents = config.latents or _latents(config.model, data, scaling)
     if len(data.rows.fit) <= latents:
         have = len(data.rows.fit)
         raise FitError(f"{latents} latents need more rows to fit than {have}: add rows, or lower --latents")
@@ -135,15 +131,21 @@ def fit(
     else:
         device = artifact.choose_device(config.device)
         batches = Batches(data.table.x, data.rows.fit, scaling, config.seed, device)
-        shape, pictures = tuple(data.table.shape), data.table.pixel_range is not None
         unit = pictures and how_scaled(config, pictures) == "range"
         task = Fit(config, shape, unit, latents, batches, sample, held_out.to(device), report, run, processes)
-        core = fit_autoencoder(task) if config.model == "ae" else fit_vae(task)
+        core = {"ae": fit_autoencoder, "vae": fit_vae, "ensemble": fit_ensemble}[config.model](task)
     core = core.cpu().float().eval()
-    if isinstance(core, Autoencoder):
-        core.whitening = whitening_of(core, held_out)
+    judge(core, held_out, sample, config.robust)
     prior = prior_of(core, sample, latents, config.seed)
     return Pipeline(scaling, core, prior, calibration_of(core, scaling(data.calibration))).eval()
+
+
+def _latents(kind: str, data: Preparation, scaling: Scaling) -> int:
+    width = data.table.x.width
+    if data.table.pixel_range is not None or data.moments.covariance is None:
+        return picture_latents(width)
+    total = data.moments.scaled(scaling.shift, scaling.scale).variance.sum()
+    return table_latents(kind, data.spectrum(scaling) / total, len(data.rows.fit), width)
 
 
 def _pca(data: Preparation, scaling: Scaling, latents: int) -> PCA:

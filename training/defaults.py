@@ -1,0 +1,54 @@
+"""What a run's open options mean for its data: tables of measurements and pictures want different networks."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.config import WIDTHS, TrainConfig
+
+TABLE_WIDTHS = (128, 64)
+TABLE_RATE = 3e-3
+TABLE_STEPS = 1_500
+FEWEST_EPOCHS, MOST_EPOCHS = 10, 1_000  # of a table
+TABLE_NOISE, PICTURE_NOISE = 2.0, 0.5  # in model units: of a table's column a standard deviation, of pictures the range
+SHARES, USUAL_SHARE = {"pca": 0.9}, 0.95  # of the variance, which the latents of a table's model explain
+MOST_LATENTS = 64
+PICTURE_LATENTS, PICTURE_RATE = 16, 1e-3
+
+
+def settled(config: TrainConfig, pictures: bool, rows: int) -> TrainConfig:
+    """`config` with a value for every option that it leaves to the data, but for the latents.
+
+    Args:
+        pictures: whether rows are pictures.
+        rows: how many fit the networks.
+    """
+    denoising = {"ae": 0.0 if pictures else TABLE_NOISE, "ensemble": PICTURE_NOISE if pictures else TABLE_NOISE}
+    steps_an_epoch = -(-rows // min(config.batch_size, rows))
+    epochs = min(max(-(-TABLE_STEPS // steps_an_epoch), FEWEST_EPOCHS), MOST_EPOCHS)
+    usual: dict[str, Any] = {
+        "noise": denoising.get(config.model, 0.0),
+        "learning_rate": PICTURE_RATE if pictures else TABLE_RATE,
+        "variance": "learned" if pictures else "feature",
+        "hidden": WIDTHS[config.network] if pictures or config.network == "conv" else TABLE_WIDTHS,
+        "epochs": None if pictures else epochs,
+    }
+    return config.model_copy(update={name: value for name, value in usual.items() if getattr(config, name) is None})
+
+
+def picture_latents(width: int) -> int:
+    """How many latents a model of pictures of D = `width` pixels has unless it is told."""
+    return min(PICTURE_LATENTS, -(-width // 2))
+
+
+def table_latents(kind: str, shares: Tensor, rows: int, width: int) -> int:
+    """How many latents a model of a table has unless it is told.
+
+    Args:
+        shares: of the variance, of the first components, largest first.
+        rows: how many fit the model.
+        width: D.
+    """
+    needed = int(torch.searchsorted(shares.cumsum(dim=0), SHARES.get(kind, USUAL_SHARE))) + 1
+    return max(1, min(needed, width - 1, MOST_LATENTS, (rows - 1) // 2))
