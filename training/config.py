@@ -26,8 +26,8 @@ class TrainConfig(BaseModel):
     latents: int | None = Field(
         None,
         ge=1,
-        description="dimension of the code; by default as many as explain 95 % of a table's variance (pca: 90 %), at "
-        "most 64; for pictures 16, or half of the features if fewer than 32",
+        description="dimension of the code; by default as many as explain 99 % of a table's variance (vae: 95 %, "
+        "pca: 90 %), at most 64; for pictures 16, or half of the features if fewer than 32",
     )
     network: Literal["mlp", "conv"] = Field(
         "mlp", description="what encoder and decoder are: a multilayer perceptron, or convolutions (for images)"

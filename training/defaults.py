@@ -12,7 +12,7 @@ TABLE_RATE = 3e-3
 TABLE_STEPS = 1_500
 FEWEST_EPOCHS, MOST_EPOCHS = 10, 1_000  # of a table
 TABLE_NOISE, PICTURE_NOISE = 2.0, 0.5  # in model units: of a table's column a standard deviation, of pictures the range
-SHARES, USUAL_SHARE = {"pca": 0.9}, 0.95  # of the variance, which the latents of a table's model explain
+SHARES = {"pca": 0.9, "vae": 0.95, "ae": 0.99, "ensemble": 0.99}  # of a table's variance, which the latents explain
 MOST_LATENTS = 64
 PICTURE_LATENTS, PICTURE_RATE = 16, 1e-3
 
@@ -50,5 +50,5 @@ def table_latents(kind: str, shares: Tensor, rows: int, width: int) -> int:
         rows: how many fit the model.
         width: D.
     """
-    needed = int(torch.searchsorted(shares.cumsum(dim=0), SHARES.get(kind, USUAL_SHARE))) + 1
+    needed = int(torch.searchsorted(shares.cumsum(dim=0), SHARES[kind])) + 1
     return max(1, min(needed, width - 1, MOST_LATENTS, (rows - 1) // 2))

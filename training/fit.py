@@ -1,7 +1,7 @@
 """From a table to a fitted pipeline: the statistics that every kind needs, the core, and what surrounds it."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ from models import artifact
 from models.core import Core
 from models.pca import PCA
 from models.pipeline import Pipeline
-from models.scaling import Scaling
+from models.scaling import Scaling, standardise
 from training.batches import Batches
 from training.config import TrainConfig
 from training.data import MOST_BYTES, MOST_ROWS, Split, Table
@@ -25,7 +25,7 @@ from training.pca import fit_pca, pca_of, spectrum_of
 from training.processes import Processes
 from training.progress import Reporter
 from training.rows import Floats, Rows, medians
-from training.statistics import calibration_of, how_scaled, judge, prior_of, scaling_of
+from training.statistics import calibration_of, concentrated, how_scaled, judge, prior_of, scaling_of
 
 SPECTRUM = 256  # eigenvalues that are kept
 WIDEST_COVARIANCE = 4096  # features, up to which the covariance is made: beyond, its eigenvectors take hours
@@ -69,12 +69,18 @@ class Preparation:
         return spectrum_of(self.moments.scaled(scaling.shift, scaling.scale))[:SPECTRUM]
 
 
-def prepare(table: Table, rows: Split) -> Preparation:
-    """Read the table: one pass for the moments, and the rows that must be at hand."""
+def prepare(table: Table, rows: Split, robust: bool = False) -> Preparation:
+    """Read the table: one pass for the moments, and the rows that must be at hand.
+
+    Args:
+        robust: fit to those alone that are most alike, of at most MOST_ROWS.
+    """
     x = table.x
     middle = torch.from_numpy(medians(x, rows.fit))
     fill = middle if table.missing.any() else None
     largest = min(MOST_ROWS, max(1, MOST_BYTES // (4 * x.width)))
+    if robust:
+        rows = replace(rows, fit=_alike(x, rows.fit[:largest], middle))
     blocks = _fit_blocks(x, rows.fit, None if fill is None else fill.numpy())
     return Preparation(
         table=table,
@@ -95,6 +101,14 @@ def _fit_blocks(x: Rows, fit: npt.NDArray[np.int64], fill: Floats | None) -> Ite
         first, end = np.searchsorted(chosen, (start, start + len(block)))
         rows = block[chosen[first:end] - start]
         yield rows if fill is None else np.where(np.isnan(rows), fill, rows)
+
+
+def _alike(x: Rows, fit: npt.NDArray[np.int64], fill: Tensor) -> npt.NDArray[np.int64]:
+    """Those of the rows at `fit` that are most alike, in that order."""
+    rows = _taken(x, fit)
+    rows = torch.where(rows.isnan(), fill, rows)
+    kept: npt.NDArray[np.int64] = concentrated(standardise(rows)(rows), torch.tensor(1.0)).numpy()
+    return fit[kept]
 
 
 def _taken(x: Rows, indices: npt.NDArray[np.int64]) -> Tensor:

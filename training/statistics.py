@@ -21,7 +21,7 @@ PSEUDO_ROWS = 3.0  # that every whitened coordinate counts as if it had seen
 CODE_WEIGHT = 0.25  # of T2 against Q: a code keeps something of any row, so where it lies says less
 NEIGHBOURS = 1_024  # rows that an ensemble keeps: more find little more, and every request measures all distances
 KEPT = 75  # per cent of the rows that robust statistics keep
-CONCENTRATIONS = 5  # steps until the kept rows change no more: Rousseeuw & Van Driessen 1999
+CONCENTRATIONS = 5  # steps, after which few of the kept rows change
 SHRINKAGE_ROWS = 5_000
 SMALLEST_VARIANCE = 1e-12  # of a coordinate that varies, in model units
 SMALLEST_MEAN = 1e-6  # of a score over normal rows
@@ -104,21 +104,42 @@ def whitening_of(vectors: Tensor, usual: Tensor, robust: bool = False) -> Whiten
         usual: a scalar, the variance to expect of a coordinate about which nothing is known.
         robust: fit it to the rows nearest to it alone.
     """
-    found = _whitening(vectors.double(), usual.double())
-    for _ in range(CONCENTRATIONS if robust else 0):
-        nearest = found.distance(vectors.double()).argsort()[: -(-len(vectors) * KEPT // 100)]
-        found = _whitening(vectors[nearest].double(), usual.double())
-    return found.float()
+    vectors, usual = vectors.double(), usual.double()
+    if not robust:
+        return _whitening(vectors, usual).float()
+    return _whitening(vectors[concentrated(vectors, usual)], usual).float()
+
+
+def concentrated(vectors: Tensor, usual: Tensor) -> Tensor:
+    """The places of the KEPT per cent of vectors [N, V] that are most alike, ascending.
+
+    Concentration steps, each of which keeps what lies nearest by the statistics of what the last kept: Rousseeuw & Van
+    Driessen, "A fast algorithm for the minimum covariance determinant estimator", 1999, theorem 1. They start from
+    medians, column by column, which even half of the rows cannot move far.
+    """
+    vectors, usual = vectors.double(), usual.double()
+    count = -(-len(vectors) * KEPT // 100)
+    centre = vectors.median(dim=0).values  # [V]
+    spread = 1.4826 * (vectors - centre).abs().median(dim=0).values  # [V], the deviation of a normal column
+    distance = Whitening(centre, _counting_more(spread.square(), len(vectors), usual).rsqrt()).distance(vectors)
+    kept = distance.argsort()[:count]
+    for _ in range(CONCENTRATIONS):
+        kept = _whitening(vectors[kept], usual).distance(vectors).argsort()[:count]
+    return kept.sort().values
+
+
+def _counting_more(variance: Tensor, rows: int, usual: Tensor) -> Tensor:
+    """The variance [V] of `rows` rows, had PSEUDO_ROWS more been seen a deviation of `usual` off."""
+    return (rows * variance + PSEUDO_ROWS * usual) / (rows + PSEUDO_ROWS)
 
 
 def _whitening(vectors: Tensor, usual: Tensor) -> Whitening:
     from sklearn.covariance import ledoit_wolf
 
-    rows = len(vectors)
+    rows, width = vectors.shape
     mean = vectors.mean(dim=0)  # [V]
-    variance = (rows * vectors.var(dim=0, correction=0) + PSEUDO_ROWS * usual) / (rows + PSEUDO_ROWS)  # [V]
-    deviation = variance.sqrt()
-    if vectors.shape[1] > WIDEST_WHITENING:
+    deviation = _counting_more(vectors.var(dim=0, correction=0), rows, usual).sqrt()  # [V]
+    if width > WIDEST_WHITENING or rows == 1:
         return Whitening(mean, 1.0 / deviation)
     correlation = torch.from_numpy(ledoit_wolf(((vectors - mean) / deviation).numpy(), assume_centered=True)[0])
     correlation += torch.diag((1.0 - correlation.diagonal()).clamp(min=0.0))  # the rows that were not seen
