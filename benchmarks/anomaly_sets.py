@@ -7,6 +7,7 @@ adbench/*.npz (X, y: 1 is an anomaly); else scikit-learn's, of which one class i
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -69,14 +70,15 @@ def _bundled() -> dict[str, tuple[Rows, Labels]]:
     from sklearn.datasets import load_breast_cancer, load_digits, load_wine
 
     return {
-        "breast cancer": _one_class(*load_breast_cancer(return_X_y=True), normal=1),
-        "wine": _one_class(*load_wine(return_X_y=True), normal=1),
-        "digits": _one_class(*load_digits(return_X_y=True), normal=3),
+        "breast cancer": _one_class(load_breast_cancer(), normal=1),
+        "wine": _one_class(load_wine(), normal=1),
+        "digits": _one_class(load_digits(), normal=3),
     }
 
 
-def _one_class(x: Rows, classes: Labels, normal: int) -> tuple[Rows, Labels]:
+def _one_class(loaded: Any, normal: int) -> tuple[Rows, Labels]:
     """The rows of one class, and a few of the others as anomalies."""
+    x, classes = loaded.data, loaded.target
     inside, outside = np.flatnonzero(classes == normal), np.flatnonzero(classes != normal)
     few = outside[:: max(1, round(len(outside) / (ANOMALIES * len(inside))))]
     labels = np.repeat([0, 1], [len(inside), len(few)])
