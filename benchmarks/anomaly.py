@@ -11,7 +11,7 @@ import os
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -85,11 +85,11 @@ def measure(contest: Contest, scores: Scores) -> tuple[float, float]:
     return 100 * roc_auc_score(contest.labels, scores), 100 * average_precision_score(contest.labels, scores)
 
 
-def _judged(task: tuple[Contest, bool, int | None]) -> tuple[str, dict[str, tuple[float, float]]]:
+def _judged(task: tuple[Contest, Sequence[str], bool, int | None]) -> tuple[str, dict[str, tuple[float, float]]]:
     """What every detector reaches on one contest, but for PyOD's."""
     torch.set_num_threads(1)
-    contest, contaminated, epochs = task
-    detectors = {f"Elbo {kind}": elbo(kind, contaminated, epochs) for kind in KINDS}
+    contest, kinds, contaminated, epochs = task
+    detectors = {f"Elbo {kind}": elbo(kind, contaminated, epochs) for kind in kinds}
     detectors |= {RIVAL: neighbours, "LOF": outlier_factor, "isolation forest": forest}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # LOF warns of duplicates
@@ -114,11 +114,11 @@ def _pyod(given: list[Contest], python: str) -> Iterator[tuple[str, dict[str, tu
 
 
 def compete(
-    given: list[Contest], contaminated: bool, epochs: int | None, jobs: int, python: str
+    given: list[Contest], kinds: Sequence[str], contaminated: bool, epochs: int | None, jobs: int, python: str
 ) -> tuple[Results, str]:
     """What all reach, and what to say of who could not take part."""
     results: Results = {}
-    tasks = [(contest, contaminated, epochs) for contest in given]
+    tasks = [(contest, kinds, contaminated, epochs) for contest in given]
     with get_context("spawn").Pool(jobs) as pool:
         judged = list(pool.imap(_judged, tasks))
     absent = ""
@@ -175,12 +175,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="small sets and few steps, to see that it works")
     parser.add_argument("--robust", action="store_true", help="anomalies among the rows that are learnt from")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of Elbo's models, all by default")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
     parser.add_argument("--peers", default=str(ROOT / ".venv-peers" / "bin" / "python"), metavar="PYTHON")
     options = parser.parse_args()
     given = list(contests(range(1 if options.smoke else 3), options.smoke, options.robust))
     epochs = 5 if options.smoke else None
-    results, absent = compete(given, options.robust, epochs, options.jobs, options.peers)
+    results, absent = compete(given, options.kinds, options.robust, epochs, options.jobs, options.peers)
     print(where("torch", "scikit-learn"), end="\n\n")
     learnt = (
         "all rows, anomalies among them; Elbo's kinds with --robust" if options.robust else "half of the normal rows"
