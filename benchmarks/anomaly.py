@@ -96,21 +96,25 @@ def _judged(task: tuple[Contest, Sequence[str], bool, int | None]) -> tuple[str,
         return contest.name, {name: measure(contest, detect(contest)) for name, detect in detectors.items()}
 
 
-def _pyod(given: list[Contest], python: str) -> Iterator[tuple[str, dict[str, tuple[float, float]]]]:
-    """The same for PyOD's. Raises RuntimeError where it cannot be run."""
-    with tempfile.TemporaryDirectory() as folder:
+class Pyod:
+    """PyOD's detectors at work on some contests, in a process of their own."""
+
+    def __init__(self, given: list[Contest], python: str) -> None:
+        self._given, self._folder = given, tempfile.TemporaryDirectory()
         for index, contest in enumerate(given):
-            np.savez(Path(folder) / f"{index}.npz", train=contest.train, test=contest.test)
-        command = [python, str(ROOT / "benchmarks" / "anomaly_pyod.py"), folder]
-        try:
-            done = subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ | ONE_CORE)
-        except FileNotFoundError as error:
-            raise RuntimeError(f"no {python}: run make bench-anomaly") from error
-        if done.returncode:
-            raise RuntimeError(done.stderr.strip().splitlines()[-1])
-        for index, contest in enumerate(given):
-            with np.load(Path(folder) / "scores" / f"{index}.npz") as scores:
-                yield contest.name, {name: measure(contest, scores[name]) for name in scores}
+            np.savez(Path(self._folder.name) / f"{index}.npz", train=contest.train, test=contest.test)
+        command = [python, str(ROOT / "benchmarks" / "anomaly_pyod.py"), self._folder.name]
+        with (Path(self._folder.name) / "said").open("w") as said:
+            self._process = subprocess.Popen(command, stdout=said, stderr=said, env=os.environ | ONE_CORE)
+
+    def judged(self) -> Iterator[tuple[str, dict[str, tuple[float, float]]]]:
+        """What each reaches on each contest. Raises RuntimeError if it did not work."""
+        with self._folder as folder:
+            if self._process.wait():
+                raise RuntimeError((Path(folder) / "said").read_text().strip().splitlines()[-1])
+            for index, contest in enumerate(self._given):
+                with np.load(Path(folder) / "scores" / f"{index}.npz") as scores:
+                    yield contest.name, {name: measure(contest, scores[name]) for name in scores}
 
 
 def compete(
@@ -118,12 +122,15 @@ def compete(
 ) -> tuple[Results, str]:
     """What all reach, and what to say of who could not take part."""
     results: Results = {}
-    tasks = [(contest, kinds, contaminated, epochs) for contest in given]
-    with get_context("spawn").Pool(jobs) as pool:
-        judged = list(pool.imap(_judged, tasks))
-    absent = ""
+    absent, peers = "", None
     try:
-        judged += _pyod(given, python)
+        peers = Pyod(given, python)
+    except FileNotFoundError:
+        absent = f"PyOD did not take part: no {python}: run make bench-anomaly."
+    with get_context("spawn").Pool(jobs) as pool:
+        judged = list(pool.imap(_judged, [(contest, kinds, contaminated, epochs) for contest in given]))
+    try:
+        judged += peers.judged() if peers else []
     except RuntimeError as error:
         absent = f"PyOD did not take part: {error}."
     for name, figures in judged:
