@@ -6,8 +6,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from models.manifest import NAME
 
-Kind = Literal["pca", "ae", "vae"]
+Kind = Literal["pca", "ae", "vae", "ensemble"]
 KINDS: tuple[Kind, ...] = ("pca", "ae", "vae")  # what auto compares and the demonstration shows
+EVERY_KIND: tuple[Kind, ...] = (*KINDS, "ensemble")
 WIDTHS = {"mlp": (256, 128), "conv": (32, 64)}  # where --hidden is not given
 
 
