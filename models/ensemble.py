@@ -1,90 +1,73 @@
-"""Several judges of one row that fail in different ways, whose scores are added up."""
+"""Two judges of one row that fail in different ways, whose scores are added up."""
 
 import math
 
 import torch
 from torch import Tensor, nn
 
-from models.autoencoder import Autoencoder, Whitening
+from models.autoencoder import Autoencoder
 from models.core import Core
 
 
-class Denoiser(nn.Module):
-    """A network as wide as it likes that takes noise from rows, so that it cannot learn to copy them.
-
-    Where it moves a row to, there the rows are denser: the residual estimates the gradient of their smoothed log
-    density (Alain & Bengio 2014, "What regularized auto-encoders learn from the data-generating distribution", thm. 1).
-
-    Args:
-        network: [B, D] to [B, D].
-        residual: whitening of x - network(x), fitted on rows that the network did not see.
-    """
-
-    def __init__(self, network: nn.Module, residual: Whitening) -> None:
-        super().__init__()
-        self.network = network
-        self.residual = residual
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The squared Mahalanobis distance of the residual of x [B, D], [B]."""
-        return self.residual.distance(x - self.network(x))
-
-
 class Neighbours(nn.Module):
-    """Some of the rows that fit the networks, by their distance to which a row is judged.
+    """Some of the rows that fit the network, by the distance to which a row is judged.
+
+    A squared distance counts in units of the scale of the row that it is to: what lies beside a dense group is stranger
+    than what lies as far from a loose one.
 
     Args:
         rows: [R, D], in model units.
+        scale: [R], positive: a squared distance that is usual about each.
     """
 
-    rows: Tensor
-    squares: Tensor
+    slopes: Tensor
+    offsets: Tensor
 
-    def __init__(self, rows: Tensor) -> None:
+    def __init__(self, rows: Tensor, scale: Tensor) -> None:
         super().__init__()
-        self.register_buffer("rows", rows)
-        self.register_buffer("squares", rows.square().sum(dim=1))
+        inverse = 1.0 / scale  # [R]
+        # |x - r|^2 / s is linear in (x, |x|^2), so that one product makes all distances
+        self.register_buffer("slopes", torch.cat((-2.0 * rows.T * inverse, inverse.unsqueeze(0))))  # [D + 1, R]
+        self.register_buffer("offsets", rows.square().sum(dim=1) * inverse)  # [R]
 
     def forward(self, x: Tensor) -> Tensor:
-        """The squared distance of x [B, D] to the nearest of the rows, [B]."""
-        nearest = (self.squares - 2.0 * (x @ self.rows.T)).amin(dim=1)  # [B], less what is the same for every row
-        return (nearest + x.square().sum(dim=1)).clamp(min=0.0)
+        """The smallest of the scaled squared distances from x [B, D] to the rows, [B]."""
+        joined = torch.cat((x, x.square().sum(dim=1, keepdim=True)), dim=1)  # [B, D + 1]
+        return torch.addmm(self.offsets, joined, self.slopes).amin(dim=1).clamp(min=0.0)  # [B]
 
 
 class Ensemble(Core):
-    """An autoencoder, which encodes, decodes and explains, and beside it a denoiser and the nearest neighbours.
+    """An autoencoder, which encodes, decodes and reconstructs, and the nearest neighbours.
 
-    Its score is the sum of the three scores, each in units of its mean over normal rows.
+    Its score is the sum of the two scores, each in units of its mean over normal rows.
 
     Args:
-        narrow: the autoencoder.
-        wide: the denoiser.
-        near: the neighbours.
-        weights: [3], one over the mean of each score over rows that the networks did not see.
+        network: the autoencoder.
+        neighbours: rows that it was fitted on.
+        weights: [2], one over the mean of each score over rows that the network did not see.
     """
 
-    parts = ("narrow", "wide", "near")
+    parts = ("network", "neighbours")
     weights: Tensor
 
-    def __init__(self, narrow: Autoencoder, wide: Denoiser, near: Neighbours, weights: Tensor) -> None:
+    def __init__(self, network: Autoencoder, neighbours: Neighbours, weights: Tensor) -> None:
         super().__init__()
-        self.narrow = narrow
-        self.wide = wide
-        self.near = near
+        self.network = network
+        self.neighbours = neighbours
         self.register_buffer("weights", weights)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The autoencoder's code of x [B, D] and zeros, [B, K] each."""
-        return self.narrow.encode(x)
+        return self.network.encode(x)
 
     def decode(self, z: Tensor) -> Tensor:
         """The autoencoder's, [B, K] to [B, D]."""
-        return self.narrow.decode(z)
+        return self.network.decode(z)
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The weighted sum [B] for x [B, D], its parts [B, 3], and the autoencoder's reconstruction [B, D]."""
-        narrow, _, x_hat = self.narrow.score(x)
-        parts = torch.stack((narrow, self.wide(x), self.near(x)), dim=1) * self.weights  # [B, 3]
+        """The weighted sum [B] for x [B, D], its parts [B, 2], and the autoencoder's reconstruction [B, D]."""
+        unusual, _, x_hat = self.network.score(x)
+        parts = torch.stack((unusual, self.neighbours(x)), dim=1) * self.weights  # [B, 2]
         return parts.sum(dim=1), parts, x_hat
 
     def log_weight(self, x: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG002 - every core has these two

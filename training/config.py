@@ -18,8 +18,8 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: Literal["pca", "ae", "vae", "ensemble", "auto"] = Field(
-        description="pca (exact, closed form), ae (autoencoder), vae (variational autoencoder), ensemble (an ae, a "
-        "denoiser and nearest neighbours: the best anomaly scores), or auto: the first three, of which the one is "
+        description="pca (exact, closed form), ae (autoencoder), vae (variational autoencoder), ensemble (an ae "
+        "and nearest neighbours: the best anomaly scores), or auto: the first three, of which the one is "
         "published that does best on held-out rows"
     )
     name: str = Field(pattern=f"^{NAME.pattern}$", description="what the artifact is published and served as")
@@ -62,7 +62,7 @@ class TrainConfig(BaseModel):
         None,
         ge=0,
         description="denoising (ae, ensemble): the highest standard deviation of noise on the inputs, in model units, "
-        "drawn log-uniformly a row from a twentieth of it; by default 2 for tables, for pictures none (ensemble: 0.5)",
+        "drawn log-uniformly a row from a twentieth of it; by default 2 for tables and none for pictures",
     )
     masking: float = Field(0.0, ge=0, lt=1, description="denoising (ae): share of the inputs that are set to 0")
     beta: float = Field(1.0, ge=0, description="weight of the KL term (vae)")

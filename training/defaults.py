@@ -11,7 +11,7 @@ TABLE_WIDTHS = (128, 64)
 TABLE_RATE = 3e-3
 TABLE_STEPS = 1_500
 FEWEST_EPOCHS, MOST_EPOCHS = 10, 1_000  # of a table
-TABLE_NOISE, PICTURE_NOISE = 2.0, 0.5  # in model units: of a table's column a standard deviation, of pictures the range
+TABLE_NOISE = 2.0  # in standard deviations of a column
 SHARES = {"pca": 0.9, "vae": 0.95, "ae": 0.99, "ensemble": 0.99}  # of a table's variance, which the latents explain
 MOST_LATENTS = 64
 PICTURE_LATENTS, PICTURE_RATE = 16, 1e-3
@@ -24,11 +24,10 @@ def settled(config: TrainConfig, pictures: bool, rows: int) -> TrainConfig:
         pictures: whether rows are pictures.
         rows: how many fit the networks.
     """
-    denoising = {"ae": 0.0 if pictures else TABLE_NOISE, "ensemble": PICTURE_NOISE if pictures else TABLE_NOISE}
     steps_an_epoch = -(-rows // min(config.batch_size, rows))
     epochs = min(max(-(-TABLE_STEPS // steps_an_epoch), FEWEST_EPOCHS), MOST_EPOCHS)
     usual: dict[str, Any] = {
-        "noise": denoising.get(config.model, 0.0),
+        "noise": TABLE_NOISE if not pictures and config.model in ("ae", "ensemble") else 0.0,
         "learning_rate": PICTURE_RATE if pictures else TABLE_RATE,
         "variance": "learned" if pictures else "feature",
         "hidden": WIDTHS[config.network] if pictures or config.network == "conv" else TABLE_WIDTHS,

@@ -9,7 +9,7 @@ KINDS = {
     "pca": "principal component analysis",
     "ae": "autoencoder",
     "vae": "variational autoencoder",
-    "ensemble": "ensemble of an autoencoder, a denoiser and nearest neighbours",
+    "ensemble": "ensemble of an autoencoder and nearest neighbours",
 }
 FEATURES = 12  # listed before the rest is only counted
 

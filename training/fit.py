@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from models import artifact
+from models.autoencoder import Autoencoder
 from models.core import Core
+from models.ensemble import Ensemble
 from models.pca import PCA
 from models.pipeline import Pipeline
 from models.scaling import Scaling, standardise
@@ -20,12 +22,12 @@ from training.defaults import picture_latents, settled, table_latents
 from training.descent import Run
 from training.errors import FitError
 from training.moments import Moments, moments
-from training.networks import Fit, fit_autoencoder, fit_ensemble, fit_vae
+from training.networks import Fit, fit_autoencoder, fit_vae
 from training.pca import fit_pca, pca_of, spectrum_of
 from training.processes import Processes
 from training.progress import Reporter
 from training.rows import Floats, Rows, medians
-from training.statistics import calibration_of, concentrated, how_scaled, judge, prior_of, scaling_of
+from training.statistics import calibration_of, concentrated, how_scaled, judge, neighbours_of, prior_of, scaling_of
 
 SPECTRUM = 256  # eigenvalues that are kept
 WIDEST_COVARIANCE = 4096  # features, up to which the covariance is made: beyond, its eigenvectors take hours
@@ -147,8 +149,11 @@ def fit(
         batches = Batches(data.table.x, data.rows.fit, scaling, config.seed, device)
         unit = pictures and how_scaled(config, pictures) == "range"
         task = Fit(config, shape, unit, latents, batches, sample, held_out.to(device), report, run, processes)
-        core = {"ae": fit_autoencoder, "vae": fit_vae, "ensemble": fit_ensemble}[config.model](task)
+        core = fit_vae(task) if config.model == "vae" else fit_autoencoder(task)
     core = core.cpu().float().eval()
+    if config.model == "ensemble":
+        assert isinstance(core, Autoencoder)
+        core = Ensemble(core, neighbours_of(sample), torch.ones(len(Ensemble.parts)))
     judge(core, held_out, sample, config.robust)
     prior = prior_of(core, sample, latents, config.seed)
     return Pipeline(scaling, core, prior, calibration_of(core, scaling(data.calibration))).eval()

@@ -9,15 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from models.autoencoder import Autoencoder, no_whitening
-from models.ensemble import Denoiser, Ensemble, Neighbours
 from models.likelihood import BernoulliLikelihood, GaussianLikelihood, Likelihood, OptimalGaussianLikelihood
-from models.networks import mlp
 from models.vae import VAE
 from training.architecture import decoder_of, encoder_of
 from training.batches import Batches
 from training.collapse import forecast, latents_kept, verdict
 from training.config import TrainConfig
-from training.descent import Descent, Objective, Run
+from training.descent import Descent, Run
 from training.errors import FitError
 from training.evaluate import active_latents
 from training.objectives import (
@@ -35,10 +33,7 @@ from training.progress import Reporter
 from training.streams import NOISE, stream
 
 SPECTRUM_ROWS = 2_000  # enough to see how much variance a few latents leave
-WIDE = (128, 128)  # hidden widths of an ensemble's denoiser
-WIDE_NOISE = 2.0  # highest standard deviation of its noise, in model units, where none is asked for
 NOISE_SPAN = 20.0  # the highest level of a denoising autoencoder's noise over the lowest
-NETWORKS = ("encoder", "decoder", "network")  # what a model's parts call what they train
 BATCH = 4096  # rows at a time: bounds memory
 
 
@@ -67,7 +62,7 @@ class Fit:
     run: Run | None = None
     processes: Processes = field(default_factory=Processes)
 
-    def descend(self, model: "Autoencoder | VAE | Ensemble", objective: Objective) -> None:
+    def descend(self, model: "Autoencoder | VAE", objective: "SquaredError | Bound") -> None:
         """Train `model`."""
         with _accelerated(model, self.config):
             descent = Descent(model, objective, self.batches, self.held_out, self.config, self.processes)
@@ -90,27 +85,6 @@ class SquaredError:
     def terms(self, drawn: tuple[Tensor, ...], _warmth: float) -> Terms:
         """The squared error."""
         return _penalised(squared_error_terms(self._model, *drawn), self._model, self._config)
-
-
-class SquaredErrors:
-    """The objective of an ensemble: the squared errors of its two networks, each of which sees its own noise."""
-
-    def __init__(self, model: Ensemble, config: TrainConfig) -> None:
-        self._model, self._config = model, config
-        self._narrow = SquaredError(model.narrow, config)
-        self._level = (config.noise or WIDE_NOISE) / NOISE_SPAN, config.noise or WIDE_NOISE
-
-    def draw(self, rows: Tensor, random: torch.Generator, warmth: float) -> tuple[Tensor, ...]:
-        """The rows [B, D], what the denoiser shall see of them, and what the autoencoder shall."""
-        noisy = corrupt(rows, self._level, self._config.masking, random)
-        return rows, noisy, *self._narrow.draw(rows, random, warmth)[1:]
-
-    def terms(self, drawn: tuple[Tensor, ...], warmth: float) -> Terms:
-        """Both errors, and their sum."""
-        rows, noisy, *seen = drawn
-        narrow = self._narrow.terms((rows, *seen), warmth)
-        wide = (rows - self._model.wide.network(noisy)).square().sum(dim=1).mean()
-        return {"loss": narrow["loss"] + wide, "squared_error": narrow["squared_error"], "denoising_error": wide}
 
 
 class Bound:
@@ -138,28 +112,13 @@ class Bound:
 
 def fit_autoencoder(task: Fit) -> Autoencoder:
     """An autoencoder; the statistics of its score are still to be fitted, on rows not seen here."""
-    with _seeded(task.config.seed):
-        model = _autoencoder(task)
-    task.descend(model, SquaredError(model, task.config))
+    config, width = task.config, task.sample.shape[1]
+    with _seeded(config.seed):
+        encoder = encoder_of(config, task.shape, task.latents)
+        decoder = decoder_of(config, task.shape, task.latents, task.unit)
+    model = Autoencoder(encoder, decoder, no_whitening(task.latents), no_whitening(width), torch.ones(2))
+    task.descend(model, SquaredError(model, config))
     return model
-
-
-def fit_ensemble(task: Fit) -> Ensemble:
-    """An ensemble; the statistics of its score are still to be fitted, on rows not seen here."""
-    width = task.sample.shape[1]
-    with _seeded(task.config.seed):
-        narrow = _autoencoder(task)
-        wide = Denoiser(mlp([width, *WIDE, width], task.config.activation), no_whitening(width))
-    model = Ensemble(narrow, wide, Neighbours(task.sample[:1]), torch.ones(len(Ensemble.parts)))
-    task.descend(model, SquaredErrors(model, task.config))
-    return model
-
-
-def _autoencoder(task: Fit) -> Autoencoder:
-    encoder = encoder_of(task.config, task.shape, task.latents)
-    decoder = decoder_of(task.config, task.shape, task.latents, task.unit)
-    width = task.sample.shape[1]
-    return Autoencoder(encoder, decoder, no_whitening(task.latents), no_whitening(width), torch.ones(2))
 
 
 def fit_vae(task: Fit) -> VAE:
@@ -244,18 +203,17 @@ class _Bf16(nn.Module):
 
 
 @contextmanager
-def _accelerated(model: nn.Module, config: TrainConfig) -> Iterator[None]:
-    """The model's networks as the configuration wants them to train, and after that as they were."""
-    owners = [(module, name) for module in model.modules() for name in NETWORKS if hasattr(module, name)]
-    plain = [(owner, name, getattr(owner, name)) for owner, name in owners]
-    for owner, name, network in plain:
-        faster = _Bf16(network) if config.precision == "bf16" else network
-        setattr(owner, name, cast(nn.Module, torch.compile(faster)) if config.compile else faster)
+def _accelerated(model: "Autoencoder | VAE", config: TrainConfig) -> Iterator[None]:
+    """The encoder and the decoder as the configuration wants them to train, and after that as they were."""
+    encoder, decoder = model.encoder, model.decoder
+    if config.precision == "bf16":
+        model.encoder, model.decoder = _Bf16(model.encoder), _Bf16(model.decoder)
+    if config.compile:
+        model.encoder, model.decoder = (cast(nn.Module, torch.compile(n)) for n in (model.encoder, model.decoder))
     try:
         yield
     finally:
-        for owner, name, network in plain:
-            setattr(owner, name, network)
+        model.encoder, model.decoder = encoder, decoder
 
 
 @contextmanager

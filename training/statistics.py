@@ -19,11 +19,14 @@ from training.moments import Moments
 WIDEST_WHITENING = 2048  # V up to which the covariance is full; above, its matrix would outweigh the networks
 PSEUDO_ROWS = 3.0  # that every whitened coordinate counts as if it had seen
 CODE_WEIGHT = 0.25  # of T2 against Q: a code keeps something of any row, so where it lies says less
-NEIGHBOURS = 1_024  # rows that an ensemble keeps: more find little more, and every request measures all distances
+NEIGHBOUR = 5  # whose distance is the scale of a row
+MOST_NEIGHBOURS = 2_048  # rows that an ensemble keeps: more find little more, and each request measures all distances
+NEIGHBOUR_VALUES = 2 << 20  # of float32, in all of them
 KEPT = 75  # per cent of the rows that robust statistics keep
 CONCENTRATIONS = 5  # steps, after which few of the kept rows change
 SHRINKAGE_ROWS = 5_000
 SMALLEST_VARIANCE = 1e-12  # of a coordinate that varies, in model units
+ROUNDING = 1e-5  # of a squared distance in float32, a feature
 SMALLEST_MEAN = 1e-6  # of a score over normal rows
 MIXTURE_COMPONENTS = 10  # of an autoencoder's prior, when there are rows enough
 ROWS_A_COMPONENT = 50
@@ -78,7 +81,7 @@ def judge(core: Core, u: Tensor, fitted: Tensor, robust: bool = False) -> None:
     elif isinstance(core, Autoencoder):
         _judge_autoencoder(core, u, _usual_variance(fitted), robust)
     elif isinstance(core, Ensemble):
-        _judge_ensemble(core, u, fitted, robust)
+        _judge_ensemble(core, u, _usual_variance(fitted), robust)
 
 
 def shrinkage_of(x: Tensor, mean: Tensor) -> Tensor:
@@ -160,15 +163,22 @@ def _judge_autoencoder(core: Autoencoder, u: Tensor, usual: Tensor, robust: bool
         core.weights = torch.tensor([CODE_WEIGHT, 1.0]) / means.clamp(min=1.0)
 
 
-def _judge_ensemble(core: Ensemble, u: Tensor, fitted: Tensor, robust: bool) -> None:
-    usual = _usual_variance(fitted)
-    _judge_autoencoder(core.narrow, u, usual, robust)
-    core.near = Neighbours(fitted[:NEIGHBOURS].clone())
+def neighbours_of(x: Tensor) -> Neighbours:
+    """Some of the rows x [N, D] in model units, and as the scale of each its squared distance to its fifth neighbour.
+
+    To that the mean of all is added: rows that lie on one another make no distance infinite.
+    """
+    rows = x[: max(1, min(MOST_NEIGHBOURS, NEIGHBOUR_VALUES // x.shape[1]))].clone()
+    rank = min(NEIGHBOUR, len(rows) - 1) + 1  # the first is the row itself
+    own = torch.cat([torch.cdist(part, rows).kthvalue(rank).values for part in rows.split(BATCH)]).square()  # [R]
+    return Neighbours(rows, (own + own.mean()).clamp(min=ROUNDING * x.shape[1]))
+
+
+def _judge_ensemble(core: Ensemble, u: Tensor, usual: Tensor, robust: bool) -> None:
+    _judge_autoencoder(core.network, u, usual, robust)
     with torch.no_grad():
-        residuals = torch.cat([rows - core.wide.network(rows) for rows in u.split(BATCH)])  # [N, D]
-        core.wide.residual = whitening_of(residuals, usual, robust)
         core.weights = torch.ones(len(core.parts))
-        parts = torch.cat([core.score(rows)[1] for rows in u.split(BATCH)])  # [N, 3]
+        parts = torch.cat([core.score(rows)[1] for rows in u.split(BATCH)])  # [N, 2]
         core.weights = 1.0 / torch.stack([_mean(part, robust).clamp(min=SMALLEST_MEAN) for part in parts.T])
 
 

@@ -7,7 +7,7 @@ import torch
 from models.autoencoder import Autoencoder, Whitening
 from models.calibration import Calibration
 from models.core import Core
-from models.ensemble import Denoiser, Ensemble, Neighbours
+from models.ensemble import Ensemble, Neighbours
 from models.likelihood import BernoulliLikelihood, GaussianLikelihood
 from models.manifest import FORMAT_VERSION, CalibrationSize, Data, Feature, Golden, Manifest
 from models.networks import mlp
@@ -32,8 +32,7 @@ def core(kind: str) -> Core:
         case "ae-diagonal":
             return _autoencoder(diagonal=True)
         case "ensemble":
-            wide = Denoiser(mlp([D, 8, 8, D]), _whitening(D))
-            return Ensemble(_autoencoder(), wide, Neighbours(torch.randn(7, D)), torch.rand(3) + 0.1)
+            return Ensemble(_autoencoder(), Neighbours(torch.randn(7, D), torch.rand(7) + 0.1), torch.rand(2) + 0.1)
         case "vae-gaussian":
             return _vae(GaussianLikelihood(torch.tensor([0.3])))
         case "vae-per-feature":
