@@ -30,6 +30,7 @@ ROUNDING = 1e-5  # of a squared distance in float32, a feature
 SMALLEST_MEAN = 1e-6  # of a score over normal rows
 MIXTURE_COMPONENTS = 10  # of an autoencoder's prior, when there are rows enough
 ROWS_A_COMPONENT = 50
+AT_REST = 1e-3  # of a table's column that never changes: the share of its value that counts as a standard deviation
 NEGLIGIBLE = 1e-7  # of a column's largest value: a deviation below is float32's rounding of a constant
 BATCH = 4096  # rows at a time: bounds memory
 
@@ -59,7 +60,8 @@ def scaling_of(
     if how == "standardise":
         shift, scale = moments.mean, (moments.variance * (moments.rows - 1) / moments.rows).sqrt()
         largest = torch.maximum(moments.low.abs(), moments.high.abs())
-        scale = torch.where(scale <= NEGLIGIBLE * largest, 1.0, scale)
+        still = torch.ones_like(scale) if pixel_range else AT_REST * torch.where(largest > 0.0, largest, 1.0)
+        scale = torch.where(scale <= NEGLIGIBLE * largest, still, scale)
     elif how == "range":
         ends = pixel_range or (moments.low, moments.high)
         low, high = (torch.as_tensor(end, dtype=torch.float64).expand_as(shift) for end in ends)
