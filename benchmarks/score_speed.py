@@ -1,9 +1,10 @@
 """What a verdict costs in the process, and what a model costs to fit: every kind, beside PyOD on the same rows.
 
-A verdict is score, p-value, severity, parts and the three features that contribute most, as `/anomaly` has it. Rounds
-go around all, so that the mood of the machine hits each; the best of them counts, on one thread. A fit is all that
-`elbo train` does: reading, splitting, training, calibration, publication; its CPU seconds are counted.
-Prints Markdown tables. `--smoke` makes few rows and rounds; `--peers PYTHON` is the interpreter that has PyOD.
+The model computes score, parts, p-value, severity, contributions and expected values; a verdict makes of these what
+`/anomaly` answers, objects that name the three features that contribute most. Rounds go around all, so that the mood of
+the machine hits each; the best of them counts, on one thread. A fit is all that `elbo train` does: reading, splitting,
+training, calibration, publication; its CPU seconds are counted. Prints Markdown tables. `--smoke` makes few rows and
+rounds; `--peers PYTHON` is the interpreter that has PyOD.
 """
 
 import argparse
@@ -37,6 +38,7 @@ ALPHA, EXPLAIN = 0.05, 3
 ONE_CORE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 Rows = npt.NDArray[np.float32]
+Judge = Callable[[Rows], object]
 
 
 def rows_of(count: int) -> Rows:
@@ -47,20 +49,25 @@ def rows_of(count: int) -> Rows:
     return (curved + 0.1 * random.standard_normal(curved.shape)).astype(np.float32)
 
 
-def verdict(artifact: Artifact) -> tuple[str, Callable[[Rows], object]]:
-    """The backend that `artifact` is served by, and what makes verdicts of rows."""
+def judges_of(artifact: Artifact) -> tuple[str, Judge, Judge]:
+    """The backend that `artifact` is served by, what computes on rows, and what makes verdicts of them."""
     backend, operation = choose(artifact, "auto", 1), operations.anomaly(ALPHA)
     names = [feature.name for feature in artifact.manifest.features]
+
+    def compute(x: Rows) -> object:
+        with torch.inference_mode():
+            score, *explained = backend.module.score(torch.from_numpy(x))
+            return explained, backend.module.p_value(score), backend.module.severity(score, ALPHA)
 
     def judge(x: Rows) -> object:
         scores = anomaly.Scores(*backend.run(operation, (x,)))
         reading = Reading(x, list(range(len(x))), [])
         return anomaly.results(reading, scores, None, EXPLAIN, names, artifact.manifest.parts)
 
-    return backend.name, judge
+    return backend.name, compute, judge
 
 
-def best(judges: dict[str, Callable[[Rows], object]], x: Rows, rounds: int) -> dict[str, float]:
+def best(judges: dict[str, Judge], x: Rows, rounds: int) -> dict[str, float]:
     """The fewest microseconds a row that each took for x."""
     taken = dict.fromkeys(judges, np.inf)
     for turn in range(WARM + rounds):
@@ -106,14 +113,15 @@ def main() -> None:
             table = read(str(Path(folder) / "rows.npy"))
             path = train(TrainConfig(model=kind, name=kind), table, Path(folder), Muted())
             fits[kind] = process_time() - started
-            backends[kind], judges[kind] = verdict(load(path))
+            backends[kind], judges[kind], judges[f"{kind}, verdict"] = judges_of(load(path))
     times = {batch: best(judges, x[:batch], rounds) for batch in BATCHES}
     print(where("torch", "onnxruntime"), end="\n\n")
     print(f"| detector | runs on | {' | '.join(f'us a row, {b} at a time' for b in BATCHES)} | fit of {len(x):,}, s |")
     print(f"|---|---|{'---|' * len(BATCHES)}---|")
-    for kind in KINDS:
-        figures = " | ".join(f"{times[batch][kind]:.3g}" for batch in BATCHES)
-        print(f"| Elbo {kind} | {backends[kind]} | {figures} | {fits[kind]:.1f} |")
+    for name in judges:
+        kind, _, whole = name.partition(", ")
+        figures = " | ".join(f"{times[batch][name]:.3g}" for batch in BATCHES)
+        print(f"| Elbo {name} | {backends[kind]} | {figures} | {'' if whole else f'{fits[kind]:.1f}'} |")
     try:
         for name, (*costs, fitted) in pyod(x, rounds, options.peers).items():
             print(f"| {name}, score alone | | {' | '.join(f'{cost:.3g}' for cost in costs)} | {fitted:.1f} |")
