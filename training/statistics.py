@@ -30,6 +30,7 @@ ROUNDING = 1e-5  # of a squared distance in float32, a feature
 SMALLEST_MEAN = 1e-6  # of a score over normal rows
 MIXTURE_COMPONENTS = 10  # of an autoencoder's prior, when there are rows enough
 ROWS_A_COMPONENT = 50
+MIXTURE_ROWS = 10_000  # codes that it is fitted on
 AT_REST = 1e-3  # of a table's column that never changes: the share of its value that counts as a standard deviation
 NEGLIGIBLE = 1e-7  # of a column's largest value: a deviation below is float32's rounding of a constant
 BATCH = 4096  # rows at a time: bounds memory
@@ -205,7 +206,7 @@ def prior_of(core: Core, u: Tensor, latents: int, seed: int) -> Prior:
     from sklearn.mixture import GaussianMixture
 
     with torch.no_grad():
-        codes = torch.cat([core.encode(rows)[0] for rows in u.split(BATCH)]).double().numpy()
+        codes = torch.cat([core.encode(rows)[0] for rows in u[:MIXTURE_ROWS].split(BATCH)]).double().numpy()
     components = min(MIXTURE_COMPONENTS, max(1, len(codes) // ROWS_A_COMPONENT))
     spread = float(codes.var(axis=0).mean())
     mixture = GaussianMixture(components, random_state=seed, reg_covar=1e-4 * spread + 1e-12, max_iter=300)
