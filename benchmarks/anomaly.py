@@ -9,6 +9,7 @@ makes; where it is missing the tables say so. Prints Markdown tables. `--smoke` 
 import argparse
 import os
 import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -128,7 +129,11 @@ def compete(
     except FileNotFoundError:
         absent = f"PyOD did not take part: no {python}: run make bench-anomaly."
     with get_context("spawn").Pool(jobs) as pool:
-        judged = list(pool.imap(_judged, [(contest, kinds, contaminated, epochs) for contest in given]))
+        judged = []
+        for name, figures in pool.imap(_judged, [(contest, kinds, contaminated, epochs) for contest in given]):
+            told = ", ".join(f"{detector} {auroc:.1f} / {ap:.1f}" for detector, (auroc, ap) in figures.items())
+            print(f"{name}: {told}", file=sys.stderr, flush=True)
+            judged.append((name, figures))
     try:
         judged += peers.judged() if peers else []
     except RuntimeError as error:

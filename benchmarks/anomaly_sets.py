@@ -33,14 +33,15 @@ class Contest:
 
 
 def contests(seeds: range, bundled: bool = False, contaminated: bool = False) -> Iterator[Contest]:
-    """Every set with every seed.
+    """Every set with the first seed, then with the next.
 
     Args:
         bundled: scikit-learn's sets, whatever else there is.
         contaminated: all rows, anomalies included, are learnt from, and all are judged.
     """
-    for name, (x, labels) in (_bundled() if bundled else _sets()).items():
-        for seed in seeds:
+    sets = _bundled() if bundled else _sets()
+    for seed in seeds:
+        for name, (x, labels) in sets.items():
             yield _contest(name, seed, x, labels, contaminated)
 
 

@@ -20,7 +20,7 @@ class TrainConfig(BaseModel):
     model: Literal["pca", "ae", "vae", "ensemble", "auto"] = Field(
         description="pca (exact, closed form), ae (autoencoder), vae (variational autoencoder), ensemble (an ae "
         "and nearest neighbours: the best anomaly scores), or auto: the first three, of which the one is "
-        "published that does best on held-out rows"
+        "published that does best on rows that it has not seen"
     )
     name: str = Field(pattern=f"^{NAME.pattern}$", description="what the artifact is published and served as")
     seed: int = Field(0, ge=0, lt=2**32, description="of the split, the initial weights, the shuffling and the noise")
