@@ -1,9 +1,9 @@
-"""What a run's open options mean for its data: tables of measurements and pictures want different networks."""
+"""What a run's open options mean for its data: tables of measurements and pictures want different networks. No torch."""
 
+from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from training.config import WIDTHS, TrainConfig
 
@@ -41,7 +41,7 @@ def picture_latents(width: int) -> int:
     return min(PICTURE_LATENTS, -(-width // 2))
 
 
-def table_latents(kind: str, shares: Tensor, rows: int, width: int) -> int:
+def table_latents(kind: str, shares: Sequence[float], rows: int, width: int) -> int:
     """How many latents a model of a table has unless it is told.
 
     Args:
@@ -49,5 +49,5 @@ def table_latents(kind: str, shares: Tensor, rows: int, width: int) -> int:
         rows: how many fit the model.
         width: D.
     """
-    needed = int(torch.searchsorted(shares.cumsum(dim=0), SHARES[kind])) + 1
+    needed = bisect_left(list(accumulate(shares)), SHARES[kind]) + 1
     return max(1, min(needed, width - 1, MOST_LATENTS, (rows - 1) // 2))

@@ -164,7 +164,7 @@ def _latents(kind: str, data: Preparation, scaling: Scaling) -> int:
     if data.table.pixel_range is not None or data.moments.covariance is None:
         return picture_latents(width)
     total = data.moments.scaled(scaling.shift, scaling.scale).variance.sum()
-    return table_latents(kind, data.spectrum(scaling) / total, len(data.rows.fit), width)
+    return table_latents(kind, (data.spectrum(scaling) / total).tolist(), len(data.rows.fit), width)
 
 
 def _pca(data: Preparation, scaling: Scaling, latents: int) -> PCA:
