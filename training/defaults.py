@@ -1,4 +1,4 @@
-"""What a run's open options mean for its data: tables of measurements and pictures want different networks. No torch."""
+"""What open options mean for the data: tables of measurements and pictures want different networks. Needs no torch."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
