@@ -23,7 +23,7 @@ PYTHON_triton := /usr/bin/python3.11
 supported = $(1) -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types format lock upgrade image bench-train bench-anomaly bench-serve clean
+.PHONY: help run test lint types format lock upgrade image bench-train bench-serve bench-anomaly clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,12 +68,14 @@ bench-train: $(READY) $(PEERS)/.ready ## Measure training against other librarie
 	@$(VENV)/bin/python benchmarks/training_speed.py
 	@$(VENV)/bin/python benchmarks/mnist_tables.py
 
-bench-anomaly: $(READY) $(PEERS)/.ready ## Measure anomaly scores, calibration and explanations, as in benchmarks/*.md
-	@$(VENV)/bin/python benchmarks/calibration.py
-	@$(VENV)/bin/python benchmarks/server_metrics.py
-
 bench-serve: $(READY) $(SERVERS:%=$(PEERS)-%/.ready) ## Measure serving against other model servers; OPTIONS='--quick' is faster
 	@$(VENV)/bin/python benchmarks/serving.py $(OPTIONS)
+
+bench-anomaly: $(READY) $(PEERS)/.ready ## Measure anomaly scores, calibration and explanations, as in benchmarks/*.md
+	@$(VENV)/bin/python benchmarks/anomaly.py $(OPTIONS)
+	@$(VENV)/bin/python benchmarks/anomaly.py --robust $(OPTIONS)
+	@$(VENV)/bin/python benchmarks/calibration.py
+	@$(VENV)/bin/python benchmarks/server_metrics.py
 
 # A server that cannot be installed is left out, and the benchmark says so.
 $(PEERS)-%/.ready: $(READY)

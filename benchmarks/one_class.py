@@ -1,16 +1,16 @@
-"""What the benchmarks of anomaly scores share: sets with normal rows to train on and labelled rows to test on.
+"""What the benchmarks of calibration and of servers share: normal rows to train on, labelled rows to test on, a model.
 
-The real ones lie where ELBO_DATA or ../shared/data has adbench/*.npz and server-metrics/*.npz. Elsewhere, and with few
-rows, bundled or made ones show that a benchmark works.
+The servers lie where ELBO_DATA or ../shared/data has server-metrics/*.npz. Elsewhere a made one shows that a benchmark
+works.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.anomaly_sets import contests
 from benchmarks.data import FOLDER
 from models.pipeline import Pipeline
 from training.config import TrainConfig
@@ -19,8 +19,7 @@ from training.fit import fit, prepare
 from training.progress import Muted
 from training.rows import Rows
 
-MOST_ROWS = 10_000
-KINDS = ("pca", "ae", "vae")
+KINDS = ("pca", "ae", "vae", "ensemble")
 
 Floats = npt.NDArray[np.float32]
 Cause = tuple[int, int, int]  # first row, last row, feature
@@ -40,29 +39,11 @@ class OneClass:
 def adbench(seed: int, few: bool = False) -> Iterator[OneClass]:
     """The 19 sets under the one-class protocol: a random half of the normal rows trains, all others test.
 
-    Of sets with more than MOST_ROWS rows as many are drawn. `few`: three small sets.
+    `few`, and where they are not: scikit-learn's.
     """
-    paths = sorted((FOLDER / "adbench").glob("*.npz"), key=lambda path: path.stat().st_size)
-    for path in paths[:3] if few else paths:
-        data = np.load(path)
-        yield _halved(path.stem.partition("_")[2], data["X"], data["y"], seed)
-    if not paths:
-        from sklearn.datasets import load_breast_cancer, load_wine
-
-        cancer, wine = load_breast_cancer(), load_wine()
-        yield _halved("breast cancer (bundled)", cancer.data, cancer.target == 0, seed)
-        yield _halved("wine (bundled)", wine.data, wine.target == 2, seed)
-
-
-def _halved(name: str, x: npt.NDArray[Any], y: npt.NDArray[Any], seed: int) -> OneClass:
-    random = np.random.RandomState(seed)
-    if len(x) > MOST_ROWS:
-        kept = random.permutation(len(x))[:MOST_ROWS]
-        x, y = x[kept], y[kept]
-    normal = random.permutation(np.flatnonzero(y == 0))
-    half = len(normal) // 2
-    test = np.concatenate((normal[half:], np.flatnonzero(y == 1)))
-    return OneClass(name, x[normal[:half]].astype(np.float32), x[test].astype(np.float32), y[test].astype(np.int64))
+    for contest in contests(range(seed, seed + 1), bundled=few):
+        rows = contest.train.astype(np.float32), contest.test.astype(np.float32)
+        yield OneClass(contest.name, *rows, contest.labels)
 
 
 def servers(few: bool = False) -> Iterator[OneClass]:

@@ -36,7 +36,6 @@ from models.calibration import Calibration
 from service.smoothing import exponential_mean
 
 ALPHA, NEIGHBOURS, HALF_LIFE = 0.05, 5, 3.0
-PYOD = ("pca", "ae", "vae", "knn")
 RECENT = 0.25  # of the normal test rows, which calibrate anew
 
 Doubles = npt.NDArray[np.float64]
@@ -103,16 +102,14 @@ def pyod(python: str, data: OneClass) -> Iterator[tuple[str, Measures]]:
     if not Path(python).exists():
         return
     with tempfile.TemporaryDirectory() as folder:
-        rows, scores = Path(folder, "rows.npz"), Path(folder, "scores.npz")
         train, test = standardised(data)
-        np.savez(rows, train=train, test=test)
-        script = ROOT / "benchmarks" / "peers" / "pyod_scores.py"
-        subprocess.run([python, str(script), str(rows), str(scores), *PYOD], check=True, stdout=subprocess.DEVNULL)
-        with np.load(scores) as found:
-            for name in PYOD:
-                score = found[name].astype(np.float64)
+        np.savez(Path(folder, "rows.npz"), train=train, test=test)
+        script = ROOT / "benchmarks" / "anomaly_pyod.py"
+        subprocess.run([python, str(script), folder], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with np.load(Path(folder, "scores", "rows.npz")) as found:
+            for name, score in found.items():
                 if np.isfinite(score).all():
-                    yield f"PyOD {name}", ranking(data.labels, score)
+                    yield name, ranking(data.labels, score.astype(np.float64))
 
 
 @dataclass(frozen=True)

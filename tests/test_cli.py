@@ -121,7 +121,11 @@ def test_python_m_training_is_elbo_train() -> None:
     ("arguments", "environment", "message"),
     [
         ("train gone.csv --model pca --name a", {}, "gone.csv does not exist: expected a file"),
-        ("train digits --model gan --name a", {}, "--model: input should be 'pca', 'ae', 'vae' or 'auto', got 'gan'"),
+        (
+            "train digits --model gan --name a",
+            {},
+            "--model: input should be 'pca', 'ae', 'vae', 'ensemble' or 'auto', got 'gan'",
+        ),
         ("train digits --model ae --name a --hidden 64,x", {}, "--hidden: input should be a valid integer"),
         ("train digits --model ae --name a --learning-rate -1", {}, "--learning-rate: input should be greater than 0"),
         ("train digits --model pca --name ../a", {}, "--name: string should match pattern"),

@@ -136,7 +136,7 @@ def _density(artifact: Artifact, table: Table, draws: int) -> dict[str, Any]:
     """The fields of Evaluation that need a density. An older artifact cannot tell its own either."""
     manifest = artifact.manifest
     log_weight = getattr(artifact.module, "log_weight", None)
-    if log_weight is None or manifest.kind == "ae":
+    if log_weight is None or manifest.kind not in ("pca", "vae"):
         return dict.fromkeys(("elbo", "log_likelihood", "log_likelihood_se", "bits_per_dimension", "draws"))
     draws = 1 if manifest.kind == "pca" else draws  # PCA's posterior is exact: every draw has the same weight
     chosen = np.random.RandomState(0).permutation(len(table.x))[:BOUND_ROWS]

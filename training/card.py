@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from models.manifest import Manifest
 from training.config import TrainConfig
+from training.defaults import settled
 from training.describe import KINDS, against_pca, latents_phrase
 
 FEATURES = 40  # listed before the rest is only counted
@@ -127,11 +128,20 @@ def _alarms(manifest: Manifest) -> Iterator[str]:
     yield f"No p-value is below {floor:.3g}; for a smaller alpha the severity goes on along a fitted tail."
 
 
+DENOISING = (
+    "It learnt to take noise away, for its scores' sake, and reconstructs rows less exactly than PCA with as many "
+    "latents: where reconstructions matter more, train with `--noise 0`."
+)
+
+
 def _limits(manifest: Manifest) -> Iterator[str]:
     """What the figures of this very model give reason to doubt, then what holds for all."""
     error, rival = manifest.metrics.get("reconstruction_error"), manifest.metrics.get("pca_error")
     if manifest.kind != "pca" and error is not None and rival is not None and error >= rival:
-        yield "It reconstructs no better than PCA with as many latents: use `--model pca`, or train longer."
+        if _denoises(manifest):
+            yield DENOISING
+        else:
+            yield "It reconstructs no better than PCA with as many latents: use `--model pca`, or train longer."
     dead = sum(not latent.active for latent in manifest.latent_report)
     if dead:
         yield f"{dead} of {manifest.latents} latents carry nothing: ask for fewer, or lower `--beta`."
@@ -143,12 +153,18 @@ def _limits(manifest: Manifest) -> Iterator[str]:
     grey = manifest.training.get("likelihood") == "bernoulli" and not manifest.training.get("binarise")
     if manifest.kind == "vae" and grey:
         yield "Grey values count as probabilities: its likelihood is no density of them; compare it only with its like."
-    if manifest.kind == "ae":
+    if manifest.kind in ("ae", "ensemble"):
         yield "An autoencoder has no density: draws come from a mixture fitted on its codes; there is no likelihood."
     yield "When the world drifts away from the calibration rows its p-values do not hold: `elbo calibrate` it or train."
     yield "Anomalies among the rows that it was trained on count as normal."
     if manifest.kind != "pca":
         yield "The held-out rows also chose the best epoch, so their figures flatter it a little."
+
+
+def _denoises(manifest: Manifest) -> bool:
+    """Whether it learnt from rows with noise, chosen or by default."""
+    config = TrainConfig.model_validate(manifest.training)
+    return bool(settled(config, manifest.is_image, manifest.data.fit).noise) and config.model != "vae"
 
 
 def _chosen(manifest: Manifest) -> Iterator[tuple[str, str]]:

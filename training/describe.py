@@ -5,7 +5,12 @@ from pathlib import Path
 
 from models.manifest import Manifest
 
-KINDS = {"pca": "principal component analysis", "ae": "autoencoder", "vae": "variational autoencoder"}
+KINDS = {
+    "pca": "principal component analysis",
+    "ae": "autoencoder",
+    "vae": "variational autoencoder",
+    "ensemble": "ensemble of an autoencoder and nearest neighbours",
+}
 FEATURES = 12  # listed before the rest is only counted
 
 
