@@ -14,11 +14,12 @@ from models.errors import ArtifactCorrupt
 from service.backends import choose
 from tests.commands import in_process, two_factor_rows, write
 from tests.models.publishing import GAPS, publish_twin
-from training.config import KINDS
+from training.config import KINDS as COMPARED
 from training.data import MOST_ROWS, DataError, read_like
 from training.errors import FitError
 from training.recalibrate import recalibrate
 
+KINDS = (*COMPARED, "ensemble")
 DRIFT = 1.5  # by what every metric has grown since the training
 
 
@@ -117,7 +118,7 @@ def test_the_manifest_tells_where_it_comes_from(root: Path, tmp_path: Path) -> N
 
 def test_a_twin_stays_true(tmp_path: Path) -> None:
     """Twins take their weights from the module: the new version's must repeat the new version's golden answers."""
-    for number, kind in enumerate(("pca", "ae", "vae-gaussian", "ae-imputing")):
+    for number, kind in enumerate(("pca", "ae", "vae-gaussian", "ensemble", "ae-imputing")):
         root = tmp_path / str(number)
         parent = load(publish_twin(root, kind, gaps=GAPS if kind.endswith("-imputing") else ()))
         rows = np.random.RandomState(0).standard_normal((60, 5))
