@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 Numbers = npt.NDArray[np.float64]
+LARGEST = 3.4e38
 
 
 def exponential_mean(
@@ -27,34 +28,31 @@ def exponential_mean(
 
     Row i gets sum_j w_ij values_j / sum_j w_ij over the rows j of its group that are not later, w_ij = 2^(-d_ij /
     half_life): the finite-sample form of Roberts' EWMA ("Control chart tests based on geometric moving averages",
-    Technometrics 1959), whose weights add up to 1 from the first row on. The distance d_ij is the time between the two
-    rows, so that after a long silence a row speaks for itself again; or, with `by_rows` or without times, how many rows
-    of the group lie between them. The order in which rows are given decides nothing where they have times.
+    Technometrics 1959), whose weights add up to 1 from the first row on. The distance d_ij is the time between the
+    two, so that after a long silence a row speaks for itself again; or, with `by_rows` or without times, how many rows
+    of the group lie between them. Where rows have times, the order in which they are given decides nothing.
 
     Args:
         values: [N]. A NaN weighs nothing, and stays NaN.
         half_life: > 0, in the unit of `time` (seconds, say), or in rows.
-        time: [N], in any order; without it the rows' own order is that of time. Rows of the same time and group are
-            simultaneous: each counts for the others in full, and all get the same mean (by rows: one after the other,
-            as they were given). A row whose time is NaN has no place in the order: it keeps its own value and counts
-            for no other.
+        time: [N]; without it the rows' own order is that of time. Rows of one time and group count for each other in
+            full, and get the same mean (by rows: one after the other, as given). A row whose time is NaN keeps its own
+            value and counts for no other.
         group: [N], anything hashable; without it all rows are one group.
-        by_rows: whether the half-life is in rows though there are times.
+        by_rows: whether half_life is in rows though there are times.
 
     Raises ValueError if half_life is not above 0, or the lengths differ.
     """
-    if not half_life > 0:
-        raise ValueError(f"the half-life must be above 0, got {half_life}")
     numbers = np.asarray(values, np.float64)
     times = np.arange(len(numbers), dtype=np.float64) if time is None else np.asarray(time, np.float64)
-    labels = np.zeros(len(numbers), np.intp) if group is None else _codes(group)
+    labels = _codes([None] * len(numbers) if group is None else group)
     if not len(numbers) == len(times) == len(labels):
         raise ValueError(f"{len(numbers)} values, {len(times)} times and {len(labels)} groups do not fit together")
-    smoothed = numbers.copy()
-    counting = np.flatnonzero(~np.isnan(times) & ~np.isnan(numbers))
+    if not half_life > 0:
+        raise ValueError(f"the half-life must be above 0, got {half_life}")
+    smoothed, counting = numbers.copy(), np.flatnonzero(~np.isnan(times) & ~np.isnan(numbers))
     order = counting[np.lexsort((times[counting], labels[counting]))]  # stable: by group, by time, as given
-    apart = np.diff(labels[order]) != 0
-    for rows in np.split(order, np.flatnonzero(apart) + 1):
+    for rows in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
         if len(rows):
             smoothed[rows] = _run(numbers[rows], None if by_rows else times[rows], half_life)
     return smoothed
@@ -81,3 +79,27 @@ def _codes(group: Sequence[Any] | npt.NDArray[Any]) -> npt.NDArray[np.intp]:
     """A number for each group, [N]."""
     numbers: dict[Any, int] = {}
     return np.array([numbers.setdefault(name, len(numbers)) for name in group], np.intp)
+
+
+class RunningMean:
+    """The same mean, its rows given in their order as they come; one counts half after `half_life` more."""
+
+    __slots__ = ("_kept", "_total", "_weight")
+
+    def __init__(self, half_life: float) -> None:
+        self._kept = 2.0 ** (-1.0 / half_life) if half_life else 0.0
+        self._total = self._weight = 0.0
+
+    def above(self, values: list[float]) -> int:
+        """Take in the next values; at how many of them the mean is above 1.
+
+        NaN is left out; infinity counts as the largest float32, and passes away.
+        """
+        kept, total, weight, count = self._kept, self._total, self._weight, 0
+        for value in values:
+            if value == value:
+                total = kept * total + (value if value < LARGEST else LARGEST)
+                weight = kept * weight + 1.0
+                count += total > weight
+        self._total, self._weight = total, weight
+        return count

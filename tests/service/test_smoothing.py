@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.smoothing import exponential_mean
+from service.smoothing import RunningMean, exponential_mean
 
 ROWS = st.lists(
     st.tuples(
@@ -94,3 +94,15 @@ def test_a_half_life_is_above_0(half_life: float) -> None:
 def test_lengths_must_fit() -> None:
     with pytest.raises(ValueError, match="fit together"):
         exponential_mean([1.0, 2.0], 1.0, [0.0])
+
+
+def test_a_running_mean_is_the_same_mean_whatever_the_pieces() -> None:
+    values = np.random.default_rng(3).exponential(size=200)
+    means = exponential_mean(values, 3.0)
+    running, found, start = RunningMean(3.0), [], 0
+    for size in (1, 5, 44, 150):
+        found.append(running.above([*values[start : start + size].tolist(), math.nan]))
+        assert found[-1] == (means[start : start + size] > 1).sum()
+        start += size
+    assert sum(found) > 20
+    assert RunningMean(0.0).above([2.0, 0.5, math.inf, 0.5]) == 2
