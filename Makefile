@@ -6,7 +6,7 @@ TORCH_INDEX ?=
 VENV := .venv
 READY := $(VENV)/.ready
 PEERS := .venv-peers
-PEER_PACKAGES := pythae==0.1.2 lightning==2.6.6
+PEER_PACKAGES := pythae==0.1.2 lightning==2.6.6 pyod==3.6.7
 INSTALL := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check install
 PEER_INSTALL := $(PEERS)/bin/python -m pip --quiet --disable-pip-version-check install
 # Model servers to compare with, an environment each: they disagree about their libraries. MLServer wants a FastAPI below
@@ -23,10 +23,10 @@ PYTHON_triton := /usr/bin/python3.11
 supported = $(1) -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types format lock upgrade image bench-train bench-serve clean
+.PHONY: help run test lint types format lock upgrade image bench-train bench-serve bench-anomaly clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: $(READY) ## Train the demonstration models where they are missing, then serve on port 8000
 	@$(VENV)/bin/elbo demo
@@ -74,6 +74,12 @@ bench-train: $(READY) $(PEERS)/.ready ## Measure training against other librarie
 
 bench-serve: $(READY) $(SERVERS:%=$(PEERS)-%/.ready) ## Measure serving against other model servers; OPTIONS='--quick' is faster
 	@$(VENV)/bin/python benchmarks/serving.py $(OPTIONS)
+
+bench-anomaly: $(READY) $(PEERS)/.ready ## Measure anomaly scores, calibration and explanations, as in benchmarks/*.md
+	@$(VENV)/bin/python benchmarks/anomaly.py $(OPTIONS)
+	@$(VENV)/bin/python benchmarks/anomaly.py --robust $(OPTIONS)
+	@$(VENV)/bin/python benchmarks/calibration.py
+	@$(VENV)/bin/python benchmarks/server_metrics.py
 
 # A server that cannot be installed is left out, and the benchmark says so.
 $(PEERS)-%/.ready: $(READY)

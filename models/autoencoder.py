@@ -9,12 +9,12 @@ from models.core import Core
 
 
 class Whitening(nn.Module):
-    """The linear map after which a joint vector (code, residual) of a normal row has zero mean and unit covariance.
+    """The linear map after which the vector of a normal row, such as its residual, has zero mean and unit covariance.
 
     Args:
-        mean: [K + D], code first.
-        factor: inverse of the Cholesky factor of the covariance, [K + D, K + D] lower triangular; or [K + D], the
-            inverse standard deviations, where the full matrix would be too large.
+        mean: [V].
+        factor: inverse of the Cholesky factor of the covariance, [V, V] lower triangular; or [V], the inverse standard
+            deviations, where the full matrix would be too large.
     """
 
     mean: Tensor
@@ -25,31 +25,47 @@ class Whitening(nn.Module):
         self.register_buffer("mean", mean)
         self.register_buffer("factor", factor)
 
-    def forward(self, joint: Tensor) -> Tensor:
-        """[B, K + D] to [B, K + D], whitened."""
-        centred = joint - self.mean
+    def forward(self, vector: Tensor) -> Tensor:
+        """[B, V] to [B, V], whitened."""
+        centred = vector - self.mean
         return centred @ self.factor.T if self.factor.dim() == 2 else centred * self.factor
+
+    def distance(self, vector: Tensor) -> Tensor:
+        """The squared Mahalanobis distance of vector [B, V] from the mean, [B]."""
+        return self.forward(vector).square().sum(dim=1)
+
+
+def no_whitening(width: int) -> Whitening:
+    """The identity on vectors of `width` numbers: what stands in until the real one is fitted."""
+    return Whitening(torch.zeros(width), torch.ones(width))
 
 
 class Autoencoder(Core):
     """z = encoder(x), x_hat = decoder(z).
 
-    Its score is the squared Mahalanobis distance of (code, residual). The Cholesky factor is triangular with the code
-    first, so the distance is a sum of two: T2, that of the code alone, and Q, that of the residual given the code.
+    Its score is a weighted sum of two squared Mahalanobis distances: T2, that of the code from the codes of normal
+    rows, and Q, that of the residual x - x_hat from theirs.
 
     Args:
         encoder: [B, D] to [B, K].
         decoder: [B, K] to [B, D].
-        whitening: of the joint vector, K + D wide, fitted on rows that the networks did not see.
+        code: whitening of codes, fitted on rows that the networks did not see.
+        residual: whitening of residuals, likewise.
+        weights: [2], of T2 and of Q.
     """
 
     parts = ("t2", "q")
+    weights: Tensor
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, whitening: Whitening) -> None:
+    def __init__(
+        self, encoder: nn.Module, decoder: nn.Module, code: Whitening, residual: Whitening, weights: Tensor
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
-        self.whitening = whitening
+        self.code = code
+        self.residual = residual
+        self.register_buffer("weights", weights)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The code [B, K] of x [B, D]; it is a point, so its standard deviation [B, K] is zero."""
@@ -62,13 +78,12 @@ class Autoencoder(Core):
         return x_hat
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """T2 + Q [B] of x [B, D], those two parts [B, 2], and the reconstruction [B, D]."""
+        """T2 + Q [B] of x [B, D], each with its weight, those two parts [B, 2], and the reconstruction [B, D]."""
         code: Tensor = self.encoder(x)  # [B, K]
         x_hat: Tensor = self.decoder(code)  # [B, D]
-        white = self.whitening(torch.cat((code, x - x_hat), dim=1)).square()  # [B, K + D]
-        t2 = white[:, : code.shape[1]].sum(dim=1)  # [B]
-        q = white[:, code.shape[1] :].sum(dim=1)  # [B]
-        return t2 + q, torch.stack((t2, q), dim=1), x_hat
+        distances = torch.stack((self.code.distance(code), self.residual.distance(x - x_hat)), dim=1)  # [B, 2]
+        parts = distances * self.weights  # [B, 2]
+        return parts.sum(dim=1), parts, x_hat
 
     def log_weight(self, x: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG002 - every core has these two
         """NaN [B]: it has no density."""

@@ -27,6 +27,9 @@ class Calibration(nn.Module):
     scores: Tensor
     surprisal: Tensor
     tail: Tensor
+    knot: Tensor
+    height: Tensor
+    slope: Tensor
 
     def __init__(self, scores: Tensor) -> None:
         super().__init__()
@@ -36,9 +39,16 @@ class Calibration(nn.Module):
         exceeding = torch.arange(n, 0, -1, dtype=torch.float64)  # how many scores are >= this one
         beyond = max(1, round(TAIL_SHARE * n))
         mean_excess = (ordered[-beyond:] - ordered[-min(beyond + 1, n)]).mean()
+        surprisal = -(exceeding / (n + 1)).log().to(ordered.dtype)  # [n]
+        tail = mean_excess.clamp(min=1e-6 * max(1.0, float(ordered[-1].abs())))
+        slopes = surprisal.diff() / ordered.diff().clamp(min=1e-30)  # [n - 1]
         self.register_buffer("scores", ordered)
-        self.register_buffer("surprisal", -(exceeding / (n + 1)).log().to(ordered.dtype))
-        self.register_buffer("tail", mean_excess.clamp(min=1e-6 * max(1.0, float(ordered[-1].abs()))))
+        self.register_buffer("surprisal", surprisal)
+        self.register_buffer("tail", tail)
+        # the line on which a score lies that u calibration scores do not exceed, at place u: [n + 1] each
+        self.register_buffer("knot", torch.cat((ordered[:1], ordered)))
+        self.register_buffer("height", torch.cat((surprisal[:1], surprisal)))
+        self.register_buffer("slope", torch.cat((slopes.new_zeros(1), slopes, 1.0 / tail.reshape(1))))
 
     def p_value(self, score: Tensor) -> Tensor:
         """Scores [B] to p-values [B] in [1 / (n + 1), 1]."""
@@ -58,20 +68,14 @@ class Calibration(nn.Module):
     def severity(self, score: Tensor, alpha: float) -> Tensor:
         """Surprisal of scores [B] over that of the threshold at alpha, [B]: > 1 exactly where score > threshold."""
         threshold = self.threshold(alpha)
-        ratio = self._surprisal_at(score) / self._surprisal_at(threshold.unsqueeze(0))  # [B]
+        surprisal = self._surprisal_at(torch.cat((score, threshold.reshape(1))))  # [B + 1]: a pass costs, not a row
+        ratio = surprisal[:-1] / surprisal[-1]  # [B]
         above = ratio.clamp(min=1.0 + 1.2e-7)  # the next float32 after 1: rounding must not blur the verdict
         return torch.where(score > threshold, above, ratio.clamp(max=1.0))
 
     def _surprisal_at(self, score: Tensor) -> Tensor:
         """-log P(a normal row scores higher), [B] to [B]: continuous, increasing, exact at the calibration scores."""
-        n = self.scores.shape[0]
-        upper = torch.searchsorted(self.scores, score, right=True)  # [B], how many scores are <= this one
-        left, right = (upper - 1).clamp(min=0), upper.clamp(max=n - 1)  # [B], the neighbours' places
-        gap = (self.scores[right] - self.scores[left]).clamp(min=1e-30)
-        within = (score - self.scores[left]) / gap  # [B], in [0, 1) between neighbours
-        between = self.surprisal[left] + within.clamp(0.0, 1.0) * (self.surprisal[right] - self.surprisal[left])
-        distance = (score - self.scores[right]) / self.tail  # [B], > 0 beyond the largest, < 0 below the smallest
-        outside = torch.where(
-            upper == 0, self.surprisal[0] * distance.clamp(max=0.0).exp(), self.surprisal[-1] + distance
-        )
-        return torch.where((upper == 0) | (upper == n), outside, between)
+        place = torch.searchsorted(self.scores, score, right=True)  # [B], how many scores are <= this one
+        above = score - self.knot[place]  # [B], < 0 below the smallest only
+        below = self.surprisal[0] * (above / self.tail).clamp(max=0.0).exp()  # [B]
+        return torch.where(place == 0, below, self.height[place] + self.slope[place] * above)

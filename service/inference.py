@@ -22,6 +22,7 @@ from service.schemas import AnomalyBody, Body, DecodeBody, EncodeBody, End, Inte
 
 Array = npt.NDArray[np.float32]
 WIDEST_STRIP = 32  # steps: an interpolation's picture is one row of tiles up to here
+ROUNDING = 1e-6  # relative: what alpha = 1 / 200 may lack of it as a decimal fraction
 ROW_BYTES = 400  # of a verdict, roughly
 B = TypeVar("B", bound=Body)
 
@@ -158,6 +159,7 @@ def _told(call: Call[AnomalyBody], verdicts: Verdicts) -> dict[str, Any]:
         "fdr": body.fdr,
         "threshold": scores.threshold[0],
         "calibration": {"rows": manifest.calibration.rows, "floor": manifest.calibration.floor},
+        "extrapolated": body.alpha < manifest.calibration.floor * (1 - ROUNDING),
         "results": found,
         "errors": errors,
     }

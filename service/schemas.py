@@ -178,9 +178,13 @@ class FeatureReport(BaseModel):
 
     name: str
     value: float | None = Field(description="what was sent, in raw units; null where it is missing")
-    expected: float = Field(description="the model's reconstruction, in raw units")
+    expected: float = Field(
+        description="in raw units: what the other features say of it, or its mean, whichever it is further from; of "
+        "pictures the reconstruction"
+    )
     contribution: float = Field(
-        description="squared residual in the model's own units; of a missing value that of the median in its place"
+        description="squared distance from that, in deviations of normal rows (of pictures, in the model's own units); "
+        "of a missing value that of the median in its place"
     )
 
 
@@ -226,6 +230,11 @@ class AnomalyAnswer(Answer):
     fdr: float | None = None
     threshold: float | None = Field(None, description="the score above which a row is anomalous at alpha")
     calibration: Calibration | None = None
+    extrapolated: bool | None = Field(
+        None,
+        description="whether alpha lies below the calibration's floor: threshold and severity then rest on a fitted "
+        "tail and on no p-value; `fdr` rests on p-values alone",
+    )
     results: list[Result] | None = None
     errors: list[RowProblem] | None = Field(None, description="rows that could not be judged")
 
@@ -312,6 +321,9 @@ class ModelDetail(ModelSummary):
     features: list[FeatureInfo]
     training: dict[str, Any] = Field(description="the configuration of its training")
     data: dict[str, Any] = Field(description="where its rows came from and how they were split")
+    recalibration: dict[str, Any] | None = Field(
+        description="where `elbo calibrate` took rows from since, and the version that has the same networks"
+    )
     versions: dict[str, str] = Field(description="of the software that made it")
     weights_sha256: str
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from models.manifest import Manifest
 from training.config import TrainConfig
+from training.defaults import settled
 from training.describe import KINDS, against_pca, latents_phrase
 
 FEATURES = 40  # listed before the rest is only counted
@@ -46,7 +47,7 @@ def card(manifest: Manifest, version: int, notes: Sequence[str], pictures: Seque
         "Its latents": _latents(manifest),
         "Alarms": _alarms(manifest),
         "When not to trust it": (f"- {limit}" for limit in _limits(manifest)),
-        "Make it again": ("```", command_of(manifest), "```", "", f"with {_versions(manifest)}."),
+        "Make it again": ("```", *_commands(manifest), "```", "", f"with {_versions(manifest)}."),
         "Pictures": _pictures(pictures),
     }
     lines = [f"# {manifest.name}, version {version}"]
@@ -60,7 +61,9 @@ def _what(manifest: Manifest) -> Iterator[str]:
     kind = KINDS.get(manifest.kind, manifest.kind)
     article = "an" if kind[0] in "aeiou" else "a"
     kind = kind if manifest.kind == "pca" else f"{article} {kind}"
-    yield f"It is {kind} with {manifest.latents} latents, trained {manifest.created}."
+    origin = manifest.recalibration
+    when = f"{origin.trained} and calibrated anew {manifest.created}" if origin else manifest.created
+    yield f"It is {kind} with {manifest.latents} latents, trained {when}."
     shape = " x ".join(map(str, manifest.shape))
     yield f"A row is {shape} {'pixels' if manifest.is_image else 'features'}."
     if chosen := list(_chosen(manifest)):
@@ -116,16 +119,29 @@ def _latents(manifest: Manifest) -> Iterator[str]:
 def _alarms(manifest: Manifest) -> Iterator[str]:
     rows, floor = manifest.calibration.rows, manifest.calibration.floor
     yield f"The score is {' + '.join(manifest.parts)}; higher is stranger."
-    yield f"{rows:,} rows that trained nothing calibrated it."
+    if origin := manifest.recalibration:
+        yield f"{rows:,} of {origin.rows:,} rows of {origin.source} calibrated it: networks and weights are those of"
+        yield f"{origin.parent}. SHA-256 of those rows: `{origin.fingerprint}`."
+    else:
+        yield f"{rows:,} rows that trained nothing calibrated it."
     yield "An alarm at alpha 0.05 rings for at most 5 % of the rows that are like those, on average over calibrations."
     yield f"No p-value is below {floor:.3g}; for a smaller alpha the severity goes on along a fitted tail."
+
+
+DENOISING = (
+    "It learnt to take noise away, for its scores' sake, and reconstructs rows less exactly than PCA with as many "
+    "latents: where reconstructions matter more, train with `--noise 0`."
+)
 
 
 def _limits(manifest: Manifest) -> Iterator[str]:
     """What the figures of this very model give reason to doubt, then what holds for all."""
     error, rival = manifest.metrics.get("reconstruction_error"), manifest.metrics.get("pca_error")
     if manifest.kind != "pca" and error is not None and rival is not None and error >= rival:
-        yield "It reconstructs no better than PCA with as many latents: use `--model pca`, or train longer."
+        if _denoises(manifest):
+            yield DENOISING
+        else:
+            yield "It reconstructs no better than PCA with as many latents: use `--model pca`, or train longer."
     dead = sum(not latent.active for latent in manifest.latent_report)
     if dead:
         yield f"{dead} of {manifest.latents} latents carry nothing: ask for fewer, or lower `--beta`."
@@ -137,12 +153,18 @@ def _limits(manifest: Manifest) -> Iterator[str]:
     grey = manifest.training.get("likelihood") == "bernoulli" and not manifest.training.get("binarise")
     if manifest.kind == "vae" and grey:
         yield "Grey values count as probabilities: its likelihood is no density of them; compare it only with its like."
-    if manifest.kind == "ae":
+    if manifest.kind in ("ae", "ensemble"):
         yield "An autoencoder has no density: draws come from a mixture fitted on its codes; there is no likelihood."
-    yield "When the world drifts away from the calibration rows its p-values no longer hold: train on fresh rows then."
+    yield "When the world drifts away from the calibration rows its p-values do not hold: `elbo calibrate` it or train."
     yield "Anomalies among the rows that it was trained on count as normal."
     if manifest.kind != "pca":
         yield "The held-out rows also chose the best epoch, so their figures flatter it a little."
+
+
+def _denoises(manifest: Manifest) -> bool:
+    """Whether it learnt from rows with noise, chosen or by default."""
+    config = TrainConfig.model_validate(manifest.training)
+    return bool(settled(config, manifest.is_image, manifest.data.fit).noise) and config.model != "vae"
 
 
 def _chosen(manifest: Manifest) -> Iterator[tuple[str, str]]:
@@ -158,6 +180,12 @@ def _chosen(manifest: Manifest) -> Iterator[tuple[str, str]]:
             yield name, ",".join(map(str, value)) or "none"
         else:
             yield name, str(value)
+
+
+def _commands(manifest: Manifest) -> Iterator[str]:
+    yield command_of(manifest)
+    if origin := manifest.recalibration:
+        yield shlex.join(["elbo", "calibrate", origin.parent, origin.source])
 
 
 def command_of(manifest: Manifest) -> str:

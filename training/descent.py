@@ -26,6 +26,7 @@ from training.streams import NOISE, VALIDATION, stream
 
 STEPS = 3_000  # that the default number of epochs aims at: the demonstration models stop improving there
 FEWEST_EPOCHS, MOST_EPOCHS = 10, 400
+RATE = 1e-3  # where none is set
 LARGEST_GRADIENT = 1000.0  # norm; far above a healthy step's, so only an exploding one is cut
 VALIDATION_ROWS = 2_048  # at a time
 
@@ -93,7 +94,7 @@ class Descent:
         self._warm_up = min(config.warm_up, self._steps)
         self._optimiser = torch.optim.Adam(model.parameters(), fused=True)
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self._optimiser, config.learning_rate, total_steps=self._steps
+            self._optimiser, config.learning_rate or RATE, total_steps=self._steps
         )
         self._step = 0
         self._names: list[str] = []  # of the loss and its terms

@@ -1,7 +1,7 @@
 """From a table to a fitted pipeline: the statistics that every kind needs, the core, and what surrounds it."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,12 +11,14 @@ from torch import Tensor
 from models import artifact
 from models.autoencoder import Autoencoder
 from models.core import Core
+from models.ensemble import Ensemble
 from models.pca import PCA
 from models.pipeline import Pipeline
-from models.scaling import Scaling
+from models.scaling import Scaling, standardise
 from training.batches import Batches
 from training.config import TrainConfig
 from training.data import MOST_BYTES, MOST_ROWS, Split, Table
+from training.defaults import picture_latents, settled, table_latents
 from training.descent import Run
 from training.errors import FitError
 from training.moments import Moments, moments
@@ -25,9 +27,17 @@ from training.pca import fit_pca, pca_of, spectrum_of
 from training.processes import Processes
 from training.progress import Reporter
 from training.rows import Floats, Rows, medians
-from training.statistics import calibration_of, how_scaled, prior_of, scaling_of, whitening_of
+from training.statistics import (
+    calibration_of,
+    concentrated,
+    explanation_of,
+    how_scaled,
+    judge,
+    neighbours_of,
+    prior_of,
+    scaling_of,
+)
 
-DEFAULT_LATENTS = 16
 SPECTRUM = 256  # eigenvalues that are kept
 WIDEST_COVARIANCE = 4096  # features, up to which the covariance is made: beyond, its eigenvectors take hours
 
@@ -53,11 +63,6 @@ class Preparation:
     calibration: Tensor
     sample: Tensor
 
-    @property
-    def latents(self) -> int:
-        """How many latents a model has unless it is told."""
-        return min(DEFAULT_LATENTS, -(-self.table.x.width // 2))
-
     def filled(self, rows: Tensor) -> Tensor:
         """Rows [B, D] without a missing value."""
         return rows if self.fill is None else torch.where(rows.isnan(), self.fill, rows)
@@ -75,12 +80,18 @@ class Preparation:
         return spectrum_of(self.moments.scaled(scaling.shift, scaling.scale))[:SPECTRUM]
 
 
-def prepare(table: Table, rows: Split) -> Preparation:
-    """Read the table: one pass for the moments, and the rows that must be at hand."""
+def prepare(table: Table, rows: Split, robust: bool = False) -> Preparation:
+    """Read the table: one pass for the moments, and the rows that must be at hand.
+
+    Args:
+        robust: fit to those alone that are most alike, of at most MOST_ROWS.
+    """
     x = table.x
     middle = torch.from_numpy(medians(x, rows.fit))
     fill = middle if table.missing.any() else None
     largest = min(MOST_ROWS, max(1, MOST_BYTES // (4 * x.width)))
+    if robust:
+        rows = replace(rows, fit=_alike(x, rows.fit[:largest], middle))
     blocks = _fit_blocks(x, rows.fit, None if fill is None else fill.numpy())
     return Preparation(
         table=table,
@@ -103,6 +114,14 @@ def _fit_blocks(x: Rows, fit: npt.NDArray[np.int64], fill: Floats | None) -> Ite
         yield rows if fill is None else np.where(np.isnan(rows), fill, rows)
 
 
+def _alike(x: Rows, fit: npt.NDArray[np.int64], fill: Tensor) -> npt.NDArray[np.int64]:
+    """Those of the rows at `fit` that are most alike, in that order."""
+    rows = _taken(x, fit)
+    rows = torch.where(rows.isnan(), fill, rows)
+    kept: npt.NDArray[np.int64] = concentrated(standardise(rows)(rows), torch.tensor(1.0)).numpy()
+    return fit[kept]
+
+
 def _taken(x: Rows, indices: npt.NDArray[np.int64]) -> Tensor:
     """The rows at `indices`, in that order; read in the order in which they lie."""
     order = np.argsort(indices)
@@ -122,8 +141,10 @@ def fit(
 
     `config.model` is a kind, not auto. Raises FitError.
     """
+    shape, pictures = tuple(data.table.shape), data.table.pixel_range is not None
+    config = settled(config, pictures, len(data.rows.fit))
     scaling = scaling_of(data.moments, config, data.table.pixel_range, data.fill)
-    latents = config.latents or data.latents
+    latents = config.latents or _latents(config.model, data, scaling)
     if len(data.rows.fit) <= latents:
         have = len(data.rows.fit)
         raise FitError(f"{latents} latents need more rows to fit than {have}: add rows, or lower --latents")
@@ -135,15 +156,26 @@ def fit(
     else:
         device = artifact.choose_device(config.device)
         batches = Batches(data.table.x, data.rows.fit, scaling, config.seed, device)
-        shape, pictures = tuple(data.table.shape), data.table.pixel_range is not None
         unit = pictures and how_scaled(config, pictures) == "range"
         task = Fit(config, shape, unit, latents, batches, sample, held_out.to(device), report, run, processes)
-        core = fit_autoencoder(task) if config.model == "ae" else fit_vae(task)
+        core = fit_vae(task) if config.model == "vae" else fit_autoencoder(task)
     core = core.cpu().float().eval()
-    if isinstance(core, Autoencoder):
-        core.whitening = whitening_of(core, held_out)
+    if config.model == "ensemble":
+        assert isinstance(core, Autoencoder)
+        core = Ensemble(core, neighbours_of(sample), torch.ones(len(Ensemble.parts)))
+    judge(core, held_out, sample, config.robust)
     prior = prior_of(core, sample, latents, config.seed)
-    return Pipeline(scaling, core, prior, calibration_of(core, scaling(data.calibration))).eval()
+    calibration = calibration_of(core, scaling(data.calibration))
+    explanation = explanation_of(data.moments, scaling, data.table.pixel_range is not None)
+    return Pipeline(scaling, core, prior, calibration, explanation).eval()
+
+
+def _latents(kind: str, data: Preparation, scaling: Scaling) -> int:
+    width = data.table.x.width
+    if data.table.pixel_range is not None or data.moments.covariance is None:
+        return picture_latents(width)
+    total = data.moments.scaled(scaling.shift, scaling.scale).variance.sum()
+    return table_latents(kind, (data.spectrum(scaling) / total).tolist(), len(data.rows.fit), width)
 
 
 def _pca(data: Preparation, scaling: Scaling, latents: int) -> PCA:

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from models.autoencoder import Autoencoder, Whitening
+from models.autoencoder import Autoencoder, no_whitening
 from models.likelihood import BernoulliLikelihood, GaussianLikelihood, Likelihood, OptimalGaussianLikelihood
 from models.vae import VAE
 from training.architecture import decoder_of, encoder_of
@@ -74,12 +74,12 @@ class SquaredError:
 
     def __init__(self, model: Autoencoder, config: TrainConfig) -> None:
         self._model, self._config = model, config
-        self._level = (config.noise / NOISE_SPAN, config.noise)
+        self._noise = config.noise or 0.0
 
     def draw(self, rows: Tensor, random: torch.Generator, _warmth: float) -> tuple[Tensor, ...]:
         """The rows [B, D], and what the encoder shall see of them if that is something else."""
-        if self._config.noise > 0 or self._config.masking > 0:
-            return rows, corrupt(rows, self._level, self._config.masking, random)
+        if self._noise > 0 or self._config.masking > 0:
+            return rows, corrupt(rows, (self._noise / NOISE_SPAN, self._noise), self._config.masking, random)
         return (rows,)
 
     def terms(self, drawn: tuple[Tensor, ...], _warmth: float) -> Terms:
@@ -111,15 +111,12 @@ class Bound:
 
 
 def fit_autoencoder(task: Fit) -> Autoencoder:
-    """An autoencoder; its whitening is still the identity, to be fitted on rows not seen here."""
+    """An autoencoder; the statistics of its score are still to be fitted, on rows not seen here."""
     config, width = task.config, task.sample.shape[1]
     with _seeded(config.seed):
         encoder = encoder_of(config, task.shape, task.latents)
-        model = Autoencoder(
-            encoder,
-            decoder_of(config, task.shape, task.latents, task.unit),
-            Whitening(torch.zeros(task.latents + width), torch.ones(task.latents + width)),
-        )
+        decoder = decoder_of(config, task.shape, task.latents, task.unit)
+    model = Autoencoder(encoder, decoder, no_whitening(task.latents), no_whitening(width), torch.ones(2))
     task.descend(model, SquaredError(model, config))
     return model
 

@@ -1,4 +1,4 @@
-"""What surrounds a fitted core: its scaling, the whitening of an autoencoder's score, the prior, the calibration."""
+"""What surrounds a fitted core: its scaling, the statistics of its score, the prior, the calibration."""
 
 from typing import Literal
 
@@ -8,6 +8,8 @@ from torch import Tensor
 from models.autoencoder import Autoencoder, Whitening
 from models.calibration import Calibration
 from models.core import Core
+from models.ensemble import Ensemble, Neighbours
+from models.explanation import Expectations, Explanation
 from models.pca import PCA
 from models.prior import Prior, gaussian_prior
 from models.scaling import ImputingScaling, Scaling
@@ -15,11 +17,25 @@ from training.config import TrainConfig
 from training.errors import FitError
 from training.moments import Moments
 
-WIDEST_WHITENING = 2048  # K + D up to which the joint covariance is full; above, its matrix would outweigh the networks
+WIDEST_WHITENING = 2048  # V up to which the covariance is full; above, its matrix would outweigh the networks
+PSEUDO_ROWS = 3.0  # that every whitened coordinate counts as if it had seen
+CODE_WEIGHT = 0.25  # of T2 against Q: a code keeps something of any row, so where it lies says less
+NEIGHBOUR = 5  # whose distance is the scale of a row
+MOST_NEIGHBOURS = 2_048  # rows that an ensemble keeps: more find little more, and each request measures all distances
+NEIGHBOUR_VALUES = 2 << 20  # of float32, in all of them
+KEPT = 75  # per cent of the rows that robust statistics keep
+CONCENTRATIONS = 5  # steps, after which few of the kept rows change
+SHRINKAGE_ROWS = 5_000
+SMALLEST_VARIANCE = 1e-12  # of a coordinate that varies, in model units
+ROUNDING = 1e-5  # of a squared distance in float32, a feature
+SMALLEST_MEAN = 1e-6  # of a score over normal rows
 MIXTURE_COMPONENTS = 10  # of an autoencoder's prior, when there are rows enough
 ROWS_A_COMPONENT = 50
+MIXTURE_ROWS = 10_000  # codes that it is fitted on
+AT_REST = 1e-3  # of a table's column that never changes: the share of its value that counts as a standard deviation
 NEGLIGIBLE = 1e-7  # of a column's largest value: a deviation below is float32's rounding of a constant
-SMALLEST_DEVIATION = 1e-6  # of a whitened coordinate, in model units
+WIDEST_EXPLANATION = 512  # features up to which each is explained by the others: their weights are a square
+EXPLAINING_NOISE = 1.0  # variance, in units of a feature's own: as much noise as signal
 BATCH = 4096  # rows at a time: bounds memory
 
 
@@ -48,7 +64,8 @@ def scaling_of(
     if how == "standardise":
         shift, scale = moments.mean, (moments.variance * (moments.rows - 1) / moments.rows).sqrt()
         largest = torch.maximum(moments.low.abs(), moments.high.abs())
-        scale = torch.where(scale <= NEGLIGIBLE * largest, 1.0, scale)
+        still = torch.ones_like(scale) if pixel_range else AT_REST * torch.where(largest > 0.0, largest, 1.0)
+        scale = torch.where(scale <= NEGLIGIBLE * largest, still, scale)
     elif how == "range":
         ends = pixel_range or (moments.low, moments.high)
         low, high = (torch.as_tensor(end, dtype=torch.float64).expand_as(shift) for end in ends)
@@ -57,36 +74,142 @@ def scaling_of(
     return scaling if fill is None else ImputingScaling(scaling, fill)
 
 
-def whitening_of(core: Autoencoder, u: Tensor) -> Whitening:
-    """Whitening of (code, residual) on rows u [N, D] in model units which the networks did not see.
+def judge(core: Core, u: Tensor, fitted: Tensor, robust: bool = False) -> None:
+    """Give `core` the statistics that its score needs and that its training did not.
 
-    The covariance is shrunk as Ledoit & Wolf, "A well-conditioned estimator for large-dimensional covariance matrices",
-    2004: with few rows the plain one is singular.
+    Args:
+        u: rows [N, D] in model units which the networks did not see.
+        fitted: rows [S, D] that they did.
+        robust: whether some of u may be anomalies.
     """
+    if isinstance(core, PCA):
+        core.shrinkage = shrinkage_of(fitted, core.mean)
+    elif isinstance(core, Autoencoder):
+        _judge_autoencoder(core, u, _usual_variance(fitted), robust)
+    elif isinstance(core, Ensemble):
+        _judge_ensemble(core, u, _usual_variance(fitted), robust)
+
+
+def shrinkage_of(x: Tensor, mean: Tensor) -> Tensor:
+    """How far to shrink the covariance of rows x [N, D] about `mean` to a multiple of the identity: a scalar in [0, 1].
+
+    Ledoit & Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", 2004, lemma 3.3. It falls
+    as 1 / N, so that of many rows some tell it.
+    """
+    from sklearn.covariance import ledoit_wolf_shrinkage
+
+    some = (x[:SHRINKAGE_ROWS] - mean.to(x)).double().cpu().numpy()
+    return torch.tensor(float(ledoit_wolf_shrinkage(some, assume_centered=True)) * len(some) / len(x)).to(mean)
+
+
+def whitening_of(vectors: Tensor, usual: Tensor, robust: bool = False) -> Whitening:
+    """Whitening of vectors [N, V], such as the residuals of rows that the networks did not see.
+
+    Each coordinate counts as if PSEUDO_ROWS more had been seen, a standard deviation of `usual` off: one that did not
+    move in N rows may move in the next. The correlations are shrunk as Ledoit & Wolf 2004 do: with few rows the plain
+    matrix is singular.
+
+    Args:
+        usual: a scalar, the variance to expect of a coordinate about which nothing is known.
+        robust: fit it to the rows nearest to it alone.
+    """
+    vectors, usual = vectors.double(), usual.double()
+    if not robust:
+        return _whitening(vectors, usual).float()
+    return _whitening(vectors[concentrated(vectors, usual)], usual).float()
+
+
+def concentrated(vectors: Tensor, usual: Tensor) -> Tensor:
+    """The places of the KEPT per cent of vectors [N, V] that are most alike, ascending.
+
+    Concentration steps, each of which keeps what lies nearest by the statistics of what the last kept: Rousseeuw & Van
+    Driessen, "A fast algorithm for the minimum covariance determinant estimator", 1999, theorem 1. They start from
+    medians, column by column, which even half of the rows cannot move far.
+    """
+    vectors, usual = vectors.double(), usual.double()
+    count = -(-len(vectors) * KEPT // 100)
+    centre = vectors.median(dim=0).values  # [V]
+    spread = 1.4826 * (vectors - centre).abs().median(dim=0).values  # [V], the deviation of a normal column
+    distance = Whitening(centre, _counting_more(spread.square(), len(vectors), usual).rsqrt()).distance(vectors)
+    kept = distance.argsort()[:count]
+    for _ in range(CONCENTRATIONS):
+        kept = _whitening(vectors[kept], usual).distance(vectors).argsort()[:count]
+    return kept.sort().values
+
+
+def _counting_more(variance: Tensor, rows: int, usual: Tensor) -> Tensor:
+    """The variance [V] of `rows` rows, had PSEUDO_ROWS more been seen a deviation of `usual` off."""
+    return (rows * variance + PSEUDO_ROWS * usual) / (rows + PSEUDO_ROWS)
+
+
+def _whitening(vectors: Tensor, usual: Tensor) -> Whitening:
     from sklearn.covariance import ledoit_wolf
 
+    rows, width = vectors.shape
+    mean = vectors.mean(dim=0)  # [V]
+    deviation = _counting_more(vectors.var(dim=0, correction=0), rows, usual).sqrt()  # [V]
+    if width > WIDEST_WHITENING or rows == 1:
+        return Whitening(mean, 1.0 / deviation)
+    correlation = torch.from_numpy(ledoit_wolf(((vectors - mean) / deviation).numpy(), assume_centered=True)[0])
+    correlation += torch.diag((1.0 - correlation.diagonal()).clamp(min=0.0))  # the rows that were not seen
+    inverse = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(correlation), torch.diag(1.0 / deviation), upper=False
+    )
+    return Whitening(mean, inverse)
+
+
+def _judge_autoencoder(core: Autoencoder, u: Tensor, usual: Tensor, robust: bool) -> None:
     with torch.no_grad():
-        code = core.encode(u)[0]  # [N, K]
-        joint = torch.cat((code, u - core.decode(code)), dim=1).double()  # [N, K + D]
-    mean, deviation = joint.mean(dim=0), joint.std(dim=0, correction=0).clamp(min=SMALLEST_DEVIATION)  # [K + D] each
-    if joint.shape[1] > WIDEST_WHITENING:
-        return Whitening(mean.float(), (1.0 / deviation).float())
-    correlation = torch.from_numpy(ledoit_wolf(((joint - mean) / deviation).numpy(), assume_centered=True)[0])
-    factor = torch.linalg.cholesky(correlation)
-    inverse = torch.linalg.solve_triangular(factor, torch.diag(1.0 / deviation), upper=False)
-    return Whitening(mean.float(), inverse.float())
+        codes = torch.cat([core.encode(rows)[0] for rows in u.split(BATCH)])  # [N, K]
+        residuals = torch.cat([rows - core.decode(core.encode(rows)[0]) for rows in u.split(BATCH)])  # [N, D]
+        core.code = whitening_of(codes, codes.var(dim=0, correction=0).mean().clamp(min=SMALLEST_VARIANCE), robust)
+        core.residual = whitening_of(residuals, usual, robust)
+        distances = core.code.distance(codes), core.residual.distance(residuals)  # T2, Q
+        means = torch.stack([_mean(distance, robust) for distance in distances])
+        core.weights = torch.tensor([CODE_WEIGHT, 1.0]) / means.clamp(min=1.0)
+
+
+def neighbours_of(x: Tensor) -> Neighbours:
+    """Some of the rows x [N, D] in model units, and as the scale of each its squared distance to its fifth neighbour.
+
+    To that the mean of all is added: rows that lie on one another make no distance infinite.
+    """
+    rows = x[: max(1, min(MOST_NEIGHBOURS, NEIGHBOUR_VALUES // x.shape[1]))].clone()
+    rank = min(NEIGHBOUR, len(rows) - 1) + 1  # the first is the row itself
+    own = torch.cat([torch.cdist(part, rows).kthvalue(rank).values for part in rows.split(BATCH)]).square()  # [R]
+    return Neighbours(rows, (own + own.mean()).clamp(min=ROUNDING * x.shape[1]))
+
+
+def _judge_ensemble(core: Ensemble, u: Tensor, usual: Tensor, robust: bool) -> None:
+    _judge_autoencoder(core.network, u, usual, robust)
+    with torch.no_grad():
+        core.weights = torch.ones(len(core.parts))
+        parts = torch.cat([core.score(rows)[1] for rows in u.split(BATCH)])  # [N, 2]
+        core.weights = 1.0 / torch.stack([_mean(part, robust).clamp(min=SMALLEST_MEAN) for part in parts.T])
+
+
+def _usual_variance(fitted: Tensor) -> Tensor:
+    """The mean variance of those columns of `fitted` [S, D] that vary, a scalar."""
+    variance = fitted.double().var(dim=0, correction=0)
+    return variance[variance > SMALLEST_VARIANCE].mean().nan_to_num(1.0)
+
+
+def _mean(distances: Tensor, robust: bool) -> Tensor:
+    """The mean of distances [N], a scalar; robust, of the smaller ones."""
+    kept = -(-len(distances) * KEPT // 100) if robust else len(distances)
+    return distances.sort().values[:kept].mean()
 
 
 def prior_of(core: Core, u: Tensor, latents: int, seed: int) -> Prior:
     """The prior whose draws decode to rows like the fitted u [N, D]: pPCA's, N(0, I), or a mixture on an AE's codes."""
     if isinstance(core, PCA):
         return gaussian_prior((core.eigenvalues - core.noise_variance).clamp(min=0.0).sqrt())
-    if not isinstance(core, Autoencoder):
+    if not isinstance(core, Autoencoder | Ensemble):
         return gaussian_prior(torch.ones(latents))
     from sklearn.mixture import GaussianMixture
 
     with torch.no_grad():
-        codes = torch.cat([core.encode(rows)[0] for rows in u.split(BATCH)]).double().numpy()
+        codes = torch.cat([core.encode(rows)[0] for rows in u[:MIXTURE_ROWS].split(BATCH)]).double().numpy()
     components = min(MIXTURE_COMPONENTS, max(1, len(codes) // ROWS_A_COMPONENT))
     spread = float(codes.var(axis=0).mean())
     mixture = GaussianMixture(components, random_state=seed, reg_covar=1e-4 * spread + 1e-12, max_iter=300)
@@ -94,6 +217,26 @@ def prior_of(core: Core, u: Tensor, latents: int, seed: int) -> Prior:
     parameters = mixture.weights_, mixture.means_, mixture.covariances_
     weights, means, covariances = (torch.from_numpy(value).float() for value in parameters)
     return Prior(weights, means, torch.linalg.cholesky(covariances))
+
+
+def explanation_of(moments: Moments, scaling: Scaling, pictures: bool) -> Explanation:
+    """What is expected of each feature, from the moments of the fitted rows in raw units."""
+    if pictures or moments.covariance is None or len(moments.mean) > WIDEST_EXPLANATION:
+        return Explanation()
+    moments = moments.scaled(scaling.shift, scaling.scale)
+    assert moments.covariance is not None
+    deviation = moments.variance.sqrt()  # [D]
+    still = deviation <= NEGLIGIBLE * torch.maximum(moments.low.abs(), moments.high.abs())
+    deviation = torch.where(still, 1.0, deviation)
+    correlation = moments.covariance / torch.outer(deviation, deviation)  # [D, D]
+    correlation[still, :] = correlation[:, still] = 0.0
+    precision = torch.linalg.inv(correlation + EXPLAINING_NOISE * torch.eye(len(deviation)).double())
+    own = precision / precision.diagonal().unsqueeze(1)  # [D, D]: (x - mean) to what the others leave of each
+    residual = torch.where(still, 1.0, torch.einsum("ij,jk,ik->i", own, correlation, own).sqrt())  # [D]
+    weights = -own * torch.outer(deviation, 1.0 / deviation)
+    weights.fill_diagonal_(0.0)
+    values = (moments.mean, deviation, weights, residual * deviation)
+    return Expectations(*(value.float() for value in values))
 
 
 def calibration_of(core: Core, u: Tensor) -> Calibration:

@@ -58,7 +58,7 @@ def train(
     if resume:
         states = _resumed(states)
     with _one_thread():
-        data = prepare(table, split(len(table.x), config.seed, table.x.width))
+        data = prepare(table, split(len(table.x), config.seed, table.x.width), config.robust)
         candidates = [
             _candidate(each, data, report, state, tensorboard, processes)
             for each, state in zip(configs, states, strict=True)

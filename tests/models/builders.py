@@ -7,6 +7,8 @@ import torch
 from models.autoencoder import Autoencoder, Whitening
 from models.calibration import Calibration
 from models.core import Core
+from models.ensemble import Ensemble, Neighbours
+from models.explanation import Expectations
 from models.likelihood import BernoulliLikelihood, GaussianLikelihood
 from models.manifest import FORMAT_VERSION, CalibrationSize, Data, Feature, Golden, Manifest
 from models.networks import mlp
@@ -17,20 +19,21 @@ from models.scaling import ImputingScaling, Scaling
 from models.vae import VAE
 
 B, D, K = 6, 5, 2
-CORES = ("pca", "ae", "ae-diagonal", "vae-gaussian", "vae-per-feature", "vae-bernoulli")
+CORES = ("pca", "ae", "ae-diagonal", "ensemble", "vae-gaussian", "vae-per-feature", "vae-bernoulli")
 
 
 def core(kind: str) -> Core:
     """An untrained core of `kind`, one of CORES."""
-    joint = torch.randn(K + D)
     match kind:
         case "pca":
             components = torch.linalg.qr(torch.randn(D, D))[0][:K]
             return PCA(torch.randn(D), components, torch.tensor([3.0, 2.0]), torch.tensor(0.5))
         case "ae":
-            return Autoencoder(mlp([D, 8, K]), mlp([K, 8, D]), Whitening(joint, torch.randn(K + D, K + D).tril()))
+            return _autoencoder()
         case "ae-diagonal":
-            return Autoencoder(mlp([D, 8, K]), mlp([K, 8, D]), Whitening(joint, torch.rand(K + D)))
+            return _autoencoder(diagonal=True)
+        case "ensemble":
+            return Ensemble(_autoencoder(), Neighbours(torch.randn(7, D), torch.rand(7) + 0.1), torch.rand(2) + 0.1)
         case "vae-gaussian":
             return _vae(GaussianLikelihood(torch.tensor([0.3])))
         case "vae-per-feature":
@@ -43,11 +46,17 @@ def pipeline(kind: str, seed: int = 0) -> Pipeline:
     """A whole pipeline around `core(kind)`, the same for the same seed; one that fills gaps if it ends in -imputing."""
     torch.manual_seed(seed)
     weights, factors = torch.tensor([0.3, 0.7]), torch.randn(2, K, K).tril()
-    prior = Prior(weights, torch.randn(2, K), factors) if kind.startswith("ae") else gaussian_prior(torch.ones(K))
+    prior = (
+        Prior(weights, torch.randn(2, K), factors)
+        if kind.startswith(("ae", "ensemble"))
+        else gaussian_prior(torch.ones(K))
+    )
     scaling = Scaling(torch.randn(D), torch.rand(D) + 0.5)
     if kind.endswith("-imputing"):
         scaling = ImputingScaling(scaling, torch.randn(D))
-    model = Pipeline(scaling, core(kind.removesuffix("-imputing")), prior, Calibration(20 * torch.rand(50)))
+    inner, calibration = core(kind.removesuffix("-imputing")), Calibration(20 * torch.rand(50))
+    explanation = None if kind.startswith("ae") else _expectations()
+    model = Pipeline(scaling, inner, prior, calibration, explanation)
     return model.eval().requires_grad_(False)
 
 
@@ -83,5 +92,20 @@ def manifest(name: str, weights_sha256: str, golden: Golden, format_version: int
     )
 
 
+def _expectations() -> Expectations:
+    weights = 0.3 * torch.randn(D, D)
+    return Expectations(torch.randn(D), torch.rand(D) + 0.5, weights.fill_diagonal_(0.0), torch.rand(D) + 0.2)
+
+
 def _vae(likelihood: GaussianLikelihood | BernoulliLikelihood) -> Core:
     return VAE(mlp([D, 8, 2 * K]), mlp([K, 8, D]), likelihood)
+
+
+def _autoencoder(diagonal: bool = False) -> Autoencoder:
+    whitenings = _whitening(K, diagonal), _whitening(D, diagonal)
+    return Autoencoder(mlp([D, 8, K]), mlp([K, 8, D]), *whitenings, torch.rand(2) + 0.1)
+
+
+def _whitening(width: int, diagonal: bool = False) -> Whitening:
+    factor = torch.rand(width) if diagonal else torch.randn(width, width).tril()
+    return Whitening(torch.randn(width), factor)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from scipy.linalg import subspace_angles
 from scipy.stats import multivariate_normal
+from sklearn.covariance import ledoit_wolf
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA as Reference
 
@@ -13,6 +14,7 @@ from models.pca import PCA
 from tests.data import mnist
 from training.errors import FitError
 from training.pca import fit_pca
+from training.statistics import shrinkage_of
 
 Array = npt.NDArray[np.float64]
 
@@ -57,6 +59,22 @@ def test_score_is_the_mahalanobis_distance_and_the_sum_of_its_parts() -> None:
     assert torch.allclose(score, ((centred @ precision) * centred).sum(dim=1), rtol=1e-9)
     assert torch.allclose(parts.sum(dim=1), score)
     assert np.allclose(x_hat.numpy(), (r := Reference(10, svd_solver="full").fit(x)).inverse_transform(r.transform(x)))
+
+
+def test_the_shrunk_score_is_the_distance_under_the_covariance_of_ledoit_and_wolf() -> None:
+    """As many latents as features but one, so that PCA's own covariance is the plain one, but for its last two axes."""
+    x = np.random.RandomState(0).standard_normal((60, 8)) @ np.diag(np.arange(1.0, 9.0))
+    pca, centred = fitted(x, 7), x - x.mean(axis=0)
+    pca.shrinkage = shrinkage_of(torch.from_numpy(x), pca.mean)
+    plain, (shrunk, rho) = np.cov(x.T), ledoit_wolf(centred, assume_centered=True)
+    assert float(pca.shrinkage) == pytest.approx(rho)
+    assert rho > 0.01
+    exact = (1 - rho) * plain + rho * np.trace(plain) / 8 * np.eye(8)
+    distance = np.einsum("nd,de,ne->n", centred, np.linalg.inv(exact), centred)
+    assert pca.score(torch.from_numpy(x))[0].numpy() == pytest.approx(distance, rel=1e-6)
+    assert exact == pytest.approx(shrunk * 60 / 59, rel=1e-6)  # theirs divides by N
+    before = fitted(x, 7).log_likelihood(torch.from_numpy(x))
+    assert torch.equal(pca.log_likelihood(torch.from_numpy(x)), before)
 
 
 def test_posterior_is_that_of_the_linear_gaussian_model() -> None:

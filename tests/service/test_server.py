@@ -127,6 +127,34 @@ def test_a_model_is_served_as_soon_as_it_is_published_and_no_more_when_removed(
         assert client.get("/readyz").status_code == 503
 
 
+def test_a_calibration_is_taken_up_without_a_restart(
+    start: Callable[..., Process], artifacts: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(artifacts / "hosts", tmp_path / "models" / "hosts")
+    process = start(tmp_path / "models")
+    rows = 0.5 + np.random.RandomState(3).standard_normal((150, 4)) * [1, 20, 1, 3] + [0, 100, 0, 0]
+    recent = tmp_path / "recent.csv"
+    np.savetxt(recent, rows, delimiter=",", header="cpu [%],memory/used [MB],disk~io,load", comments="")
+    folders = ["--artifacts", str(tmp_path / "models"), "--runs", str(tmp_path / "runs")]
+    with process.client() as client:
+        old = client.post("/anomaly", json={"inputs": rows[:5].tolist()}).json()
+        command = [sys.executable, "-m", "elbo", "calibrate", "hosts", str(recent), *folders]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        process.wait_for("serving hosts@2")
+        new = client.post("/anomaly", json={"inputs": rows[:5].tolist()}).json()
+        assert (old["version"], old["calibration"]["rows"]) == (1, 80)
+        assert (new["version"], new["calibration"]["rows"]) == (2, 150)
+        for before, after in zip(old["results"], new["results"], strict=True):
+            assert after["score"] == pytest.approx(before["score"], rel=1e-5)
+            assert after["features"][0]["name"] == before["features"][0]["name"]
+        detail = client.get("/models/hosts").json()
+        assert detail["calibration"] == {"rows": 150, "floor": 1 / 151}
+        assert detail["recalibration"]["parent"] == "hosts@1"
+        assert detail["recalibration"]["source"] == str(recent)
+        assert client.get("/models/hosts@1").json()["recalibration"] is None
+        assert client.post("/anomaly?model=hosts@1", json={"inputs": rows[:5].tolist()}).json() == old
+
+
 def ask_until(stop: threading.Event, process: Process, statuses: list[int]) -> None:
     with process.client() as client:
         while not stop.is_set():

@@ -29,6 +29,7 @@ PICTURES = {
     "pca": {"reconstructions", "samples", "latents", "map", "scree"},
     "ae": {"losses", "reconstructions", "samples", "latents", "map", "scree"},
     "vae": {"losses", "reconstructions", "samples", "latents", "map", "scree"},
+    "ensemble": {"losses", "reconstructions", "samples", "latents", "map", "scree"},
 }
 
 
@@ -43,7 +44,7 @@ def table(path: Path) -> str:
     return write(path / "train.csv", two_factor_rows(400, seed=0))
 
 
-@pytest.mark.parametrize("kind", ["pca", "ae", "vae"])
+@pytest.mark.parametrize("kind", ["pca", "ae", "vae", "ensemble"])
 @pytest.mark.parametrize("data", ["digits", "table"])
 def test_a_run_leaves_a_card_and_pictures_that_show_something(kind: str, data: str, tmp_path: Path) -> None:
     manifest, folder = run(kind, data if data == "digits" else table(tmp_path), tmp_path)

@@ -14,7 +14,7 @@ from scipy.linalg import subspace_angles
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from models.autoencoder import Autoencoder, Whitening
+from models.autoencoder import Autoencoder, no_whitening
 from models.likelihood import GaussianLikelihood, OptimalGaussianLikelihood
 from models.networks import mlp
 from models.vae import VAE, gaussian_kl
@@ -51,8 +51,8 @@ def minimise(model: nn.Module, loss: Callable[[], Tensor], steps: int = 1000) ->
 
 def linear_autoencoder(features: int, latents: int) -> Autoencoder:
     torch.manual_seed(0)
-    whitening = Whitening(torch.zeros(latents + features), torch.ones(latents + features))
-    return Autoencoder(mlp([features, latents]), mlp([latents, features]), whitening).double()
+    whitenings = no_whitening(latents), no_whitening(features)
+    return Autoencoder(mlp([features, latents]), mlp([latents, features]), *whitenings, torch.ones(2)).double()
 
 
 def linear_vae(latents: int, variance: float, learn: bool, features: int = 64) -> VAE:
