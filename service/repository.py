@@ -42,6 +42,7 @@ class Served:
     manifest: Manifest
     backend: Backend
     load_seconds: float
+    exhibits: Mapping[str, bytes] = field(default_factory=dict)  # what people look at
     headers: tuple[tuple[bytes, bytes], ...] = field(init=False)  # of every answer that it gives
     rows: RowFormat = field(init=False)
     latents: RowFormat = field(init=False)
@@ -185,7 +186,8 @@ class Repository:
         started = perf_counter()
         artifact = load(path, self._device)
         backend = choose(artifact, self._backend, self._threads)
-        served = Served(name, version, artifact.manifest, backend, perf_counter() - started)
+        seconds = perf_counter() - started
+        served = Served(name, version, artifact.manifest, backend, seconds, artifact.exhibits)
         _warm(served)
         return served
 
@@ -231,6 +233,7 @@ def describe(served: Served) -> dict[str, Any]:
         "parts": manifest.parts,
         "pixel_range": manifest.pixel_range,
         "pictures": served.pictures,
+        "exhibits": [name.partition(".")[0] for name in served.exhibits],
         "metrics": manifest.metrics,
         "calibration": manifest.calibration.model_dump(),
         "device": str(served.backend.device),

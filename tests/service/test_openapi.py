@@ -24,7 +24,8 @@ def content(document: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def test_every_endpoint_of_the_contract_is_documented(document: dict[str, Any]) -> None:
-    gets = {"/models", "/models/{reference}", "/livez", "/readyz", "/metrics", "/"}
+    exhibits = {f"/models/{{reference}}/{name}" for name in ("held-out", "calibration", "card")}
+    gets = exhibits | {"/models", "/models/{reference}", "/livez", "/readyz", "/metrics", "/"}
     assert set(document["paths"]) == {*POSTS, *gets}
     for path in POSTS:
         assert list(document["paths"][path]) == ["post"]
@@ -59,7 +60,9 @@ def test_every_example_is_answered_as_the_document_says(
     validate(document, response.json(), answers["200"]["content"]["application/json"]["schema"])
 
 
-@pytest.mark.parametrize("path", ["/models", "/models/vae", "/livez", "/readyz"])
+@pytest.mark.parametrize(
+    "path", ["/models", "/models/vae", "/models/vae/held-out", "/models/vae/calibration", "/livez", "/readyz"]
+)
 def test_what_get_answers_is_as_the_document_says(client: httpx.Client, document: dict[str, Any], path: str) -> None:
     template = path.replace("vae", "{reference}")
     schema = document["paths"][template]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
