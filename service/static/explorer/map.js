@@ -144,12 +144,13 @@ export class LatentMap {
   /** The shown point within 8 pixels of `at`, if any. */
   nearest(at) {
     if (!this.codes) return null;
-    let best = null, least = 64;
-    this.flat.forEach((p, i) => {
-      if (this.hidden.has(this.points[i].label)) return;
-      const [x, y] = this.toPixel(p), d = (x - at[0]) ** 2 + (y - at[1]) ** 2;
-      if (d < least) [best, least] = [i, d];
-    });
+    const [c, d] = this.middle, scale = this.size / (2 * this.span);
+    const x = c + (at[0] - this.size / 2) / scale, y = d - (at[1] - this.size / 2) / scale;
+    let best = null, least = (8 / scale) ** 2;
+    for (let i = 0; i < this.flat.length; i++) {
+      const distance = (this.flat[i][0] - x) ** 2 + (this.flat[i][1] - y) ** 2;
+      if (distance < least && !this.hidden.has(this.points[i].label)) [best, least] = [i, distance];
+    }
     return best;
   }
 
