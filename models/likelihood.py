@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 LOG_VARIANCE_RANGE = (-14.0, 14.0)  # exp(-14) is a millionth: a constant column must not make the density explode
+EXACT_BEYOND = 40.0  # log(1 + exp(v)) is v in float64 from here on; torch by itself takes it for v from 20 on, 2e-9 off
 
 
 class Likelihood(nn.Module):
@@ -82,10 +83,15 @@ class BernoulliLikelihood(Likelihood):
     impossible row scores as strange.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.exact_beyond = EXACT_BEYOND
+
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
         """x, output (logits): [B, D] to [B]."""
         inside = x.clamp(0.0, 1.0)  # [B, D]
-        cross_entropy = (1.0 - inside) * output + functional.softplus(-output)  # [B, D], exact for any logit
+        softplus = functional.softplus(-output, 1.0, self.exact_beyond)  # [B, D]
+        cross_entropy = (1.0 - inside) * output + softplus  # [B, D], exact for any logit
         return -(cross_entropy + 0.5 * (x - inside).square()).sum(dim=1)  # [B]
 
     def mean(self, output: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ train(config, on_disk(Path({str(digits_file)!r})), root, Muted(), root / "runs",
 
 @pytest.mark.parametrize("model", ["ae", "vae"])
 def test_convolutions_learn_the_digits(tmp_path: Path, model: str) -> None:
-    options = {"network": "conv", "hidden": (8, 16), "epochs": 25, "batch_size": 32, "learning_rate": 5e-3}
+    options = {"network": "conv", "hidden": (16, 32), "epochs": 25, "batch_size": 32, "learning_rate": 5e-3}
     metrics = trained(read("digits"), tmp_path, model=model, **options).metrics
     assert metrics["reconstruction_error"] < metrics["pca_error"]
 
