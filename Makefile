@@ -47,9 +47,10 @@ format: $(READY) ## Rewrite the sources in the house style
 	@$(VENV)/bin/ruff format
 
 lock: $(READY) ## Write requirements/*.lock anew from pyproject.toml, keeping the versions that still fit
-	@$(call compile,dev,--all-extras)
+	@$(call compile,dev,--extra train --extra tensorboard --extra dev)
 	@cp requirements/dev.lock requirements/train.lock && $(call compile,train,--extra train)
 	@cp requirements/dev.lock requirements/serve.lock && $(call compile,serve,)
+	@cp requirements/dev.lock requirements/browser.lock && $(call compile,browser,--extra browser)
 
 upgrade: UPGRADE := --upgrade
 upgrade: lock ## The same with the newest versions
@@ -102,11 +103,12 @@ clean: ## Remove what the other targets made, except artifacts/
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The locked packages come first, so that torch finds its own dependencies installed, checked against their hashes.
-$(READY): pyproject.toml requirements/dev.lock
+$(READY): pyproject.toml requirements/dev.lock requirements/browser.lock
 	@python=; for p in python3.11 python3; do if $(call supported,$$p); then python=$$p; break; fi; done; \
 	if [ -z "$$python" ]; then echo "elbo needs Python 3.11, 3.12 or 3.13 with its venv module: install python3.11" >&2; exit 1; fi; \
 	echo "setting up $(VENV) with $$($$python --version)"; $$python -m venv $(VENV)
 	@echo "installing the locked packages"; $(INSTALL) --require-hashes -r requirements/dev.lock
+	@$(INSTALL) --require-hashes -r requirements/browser.lock
 	@echo "installing $(TORCH)"; $(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	@$(INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@

@@ -225,20 +225,21 @@ def _train(
 def demo(artifacts: Root = DEFAULT_ROOT, runs: Runs = Path("runs")) -> None:
     """Train the demonstration models that are missing.
 
-    They are pca, ae and vae, trained on the bundled digits with the defaults.
+    They are pca, ae and vae, trained on the bundled digits with the defaults, and linear, an autoencoder without hidden
+    layers.
     """
     from models.manifest import versions
-    from training.config import KINDS, TrainConfig
+    from training.config import DEMONSTRATION
 
-    missing = [kind for kind in KINDS if not versions(artifacts, kind)]
+    missing = [config for config in DEMONSTRATION if not versions(artifacts, config.name)]
     if not missing:
-        typer.echo(f"nothing to do: {artifacts} has {', '.join(KINDS)}")
+        typer.echo(f"nothing to do: {artifacts} has {', '.join(config.name for config in DEMONSTRATION)}")
         return
     from training.data import read
 
     table = read("digits")
-    for kind in missing:
-        _train(TrainConfig(model=kind, name=kind), table, artifacts, runs)
+    for config in missing:
+        _train(config, table, artifacts, runs)
 
 
 @app.command(epilog="Examples: elbo inspect vae | elbo inspect vae@2 --json | elbo inspect artifacts/vae/2/model.pt")

@@ -14,7 +14,7 @@ import warnings
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,9 @@ from models.manifest import (
 METHODS = ("encode", "decode", "draw", "score", "log_weight", "p_value", "severity", "threshold")  # besides forward
 TWIN_METHODS = ("encode", "decode", "score")  # what an ONNX twin computes; a reconstruction is a code, decoded
 TWIN_MEMBER, TWIN_WEIGHTS_MEMBER = "extra/twin/{}.onnx", "extra/twin/{}.json"
+# What people look at, and nothing computes with. Each may be missing.
+HELD_OUT, CALIBRATION, CARD = "held-out.json", "calibration.json", "card.md"
+EXHIBIT_MEMBER = "extra/exhibits/{}"
 GOLDEN_ALPHA = 0.05
 GOLDEN_TOLERANCE = 1e-3  # relative; other processors round differently, and T2 divides by small variances
 
@@ -72,6 +75,7 @@ class Artifact:
     path: Path
     device: torch.device
     twin: Twin | None = None
+    exhibits: Mapping[str, bytes] = field(default_factory=dict)  # of HELD_OUT, CALIBRATION, CARD
 
 
 def choose_device(asked: str) -> str:
@@ -122,11 +126,15 @@ def golden(module: torch.jit.ScriptModule, x: Tensor, noise: Tensor, choice: Ten
 
 
 def publish(
-    module: torch.jit.ScriptModule, manifest: Manifest, root: Path, twin: Mapping[str, Graph] | None = None
+    module: torch.jit.ScriptModule,
+    manifest: Manifest,
+    root: Path,
+    twin: Mapping[str, Graph] | None = None,
+    exhibits: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write `module` (scripted, not frozen) as the next version of `manifest.name` under `root`; returns the file.
 
-    `twin` is a graph for each of TWIN_METHODS, if there is one.
+    `twin` is a graph for each of TWIN_METHODS, if there is one; `exhibits` are any of HELD_OUT, CALIBRATION and CARD.
 
     The file is complete, synced and sealed before its folder gets its name, so a reader sees all of it or nothing.
     Two publishers at once get two versions.
@@ -136,7 +144,7 @@ def publish(
     staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder))
     try:
         staging.chmod(0o755)  # mkdtemp's 0700 would lock out a server that runs as another user
-        _write_synced(staging / FILE_NAME, _archive(module, manifest, twin or {}))
+        _write_synced(staging / FILE_NAME, _archive(module, manifest, twin or {}, exhibits or {}))
         version = _claim_version(staging, folder, versions(root, manifest.name))
     finally:
         shutil.rmtree(staging, ignore_errors=True)  # gone already if it was renamed
@@ -168,7 +176,8 @@ def load(path: Path, device: str = "cpu") -> Artifact:
             f"{path}: {found} on {device} with torch {torch.__version__}; "
             "do not serve it: train it again here, or use the versions in its manifest"
         )
-    return Artifact(manifest, frozen, path, torch.device(device), _twin(content, weights, path))
+    twin, exhibits = _twin(content, weights, path), _exhibits(content, path)
+    return Artifact(manifest, frozen, path, torch.device(device), twin, exhibits)
 
 
 def thaw(artifact: Artifact) -> torch.jit.ScriptModule:
@@ -246,8 +255,21 @@ def _twin(content: bytes, weights: Mapping[str, Tensor], path: Path) -> Twin | N
     return Twin(graphs, weights)
 
 
-def _archive(module: torch.jit.ScriptModule, manifest: Manifest, twin: Mapping[str, Graph]) -> bytes:
-    """The file's bytes: TorchScript's own zip archive, manifest and twin as more members, the seal as its comment."""
+def _exhibits(content: bytes, path: Path) -> dict[str, bytes]:
+    """What the artifact at `path` shows, by name; earlier artifacts show nothing."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = {name.partition("/")[2]: name for name in archive.namelist()}
+        wanted = {name: EXHIBIT_MEMBER.format(name) for name in (HELD_OUT, CALIBRATION, CARD)}
+        try:
+            return {name: archive.read(members[member]) for name, member in wanted.items() if member in members}
+        except UNREADABLE as error:
+            raise ArtifactCorrupt(f"{path}: its exhibits are not whole ({error}); publish the model again") from error
+
+
+def _archive(
+    module: torch.jit.ScriptModule, manifest: Manifest, twin: Mapping[str, Graph], exhibits: Mapping[str, bytes]
+) -> bytes:
+    """The file's bytes: TorchScript's own zip archive, everything else as more members, the seal as its comment."""
     buffer = io.BytesIO()
     with _deprecations_silenced():
         torch.jit.save(module, buffer)
@@ -257,6 +279,8 @@ def _archive(module: torch.jit.ScriptModule, manifest: Manifest, twin: Mapping[s
         for method, graph in twin.items():
             archive.writestr(f"{prefix}/{TWIN_MEMBER.format(method)}", graph.onnx)
             archive.writestr(f"{prefix}/{TWIN_WEIGHTS_MEMBER.format(method)}", json.dumps(graph.weights))
+        for name, exhibit in exhibits.items():
+            archive.writestr(f"{prefix}/{EXHIBIT_MEMBER.format(name)}", exhibit, zipfile.ZIP_DEFLATED)
         archive.comment = SEAL + b"0" * DIGEST_LENGTH
     return seal(buffer.getvalue())
 

@@ -1,4 +1,4 @@
-"""The GET endpoints: models, probes, metrics, the front page."""
+"""The GET endpoints: models and what their artifacts show, probes, metrics, the front page."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -8,13 +8,21 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
+from models.artifact import CALIBRATION, CARD, HELD_OUT
 from service.api import Service
 from service.codec.body import JSON
-from service.repository import describe
+from service.errors import NotShown
+from service.repository import Served, describe
 
 STATIC = Path(__file__).parent / "static"
-DETAIL = {"features", "training", "data", "recalibration", "versions", "weights_sha256"}  # of the manifest
-PAGE_POLICY = "default-src 'self'; img-src 'self' blob:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+DETAIL = {
+    "features", "training", "data", "recalibration", "versions", "weights_sha256",
+    "history", "latent_report", "spectrum", "total_variance", "comparison",
+}  # fmt: skip
 
 
 class Information:
@@ -36,11 +44,37 @@ class Information:
         return _json({"default": catalogue.default, "models": found, "failures": failures})
 
     async def model(self, request: Request) -> Response:
-        """One version with its features, training and data."""
+        """One version with its features, training and data, and how its training went."""
         served = self.service.find(request.path_params["reference"])
-        manifest = served.manifest
-        detail = manifest.model_dump(include=DETAIL)
-        return _json({**describe(served), **detail})
+        return _json({**describe(served), **served.manifest.model_dump(include=DETAIL)})
+
+    async def held_out(self, request: Request) -> Response:
+        """Codes of rows that did not train the model, their labels, and the first of these rows."""
+        return self._exhibit(request, HELD_OUT)
+
+    async def calibration(self, request: Request) -> Response:
+        """The scores that p-values and thresholds rest on, ascending."""
+        return self._exhibit(request, CALIBRATION)
+
+    async def card(self, request: Request) -> Response:
+        """The model card, in Markdown."""
+        _, content = self._shown(request, CARD)
+        return Response(content, media_type="text/markdown; charset=utf-8")
+
+    def _exhibit(self, request: Request, name: str) -> Response:
+        """The JSON object `name` of the artifact as it stands there, with the model's name and version before it."""
+        served, content = self._shown(request, name)
+        who = orjson.dumps({"model": served.name, "version": served.version})
+        return Response(who[:-1] + b"," + content[1:], media_type=JSON)
+
+    def _shown(self, request: Request, name: str) -> tuple[Served, bytes]:
+        served = self.service.find(request.path_params["reference"])
+        if name not in served.exhibits:
+            raise NotShown(
+                f"{served.name}@{served.version} carries no {name}",
+                hint="train it again with this version of Elbo, and without --private",
+            )
+        return served, served.exhibits[name]
 
     async def livez(self, _: Request) -> Response:
         """Whether the process answers at all."""

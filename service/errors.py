@@ -86,6 +86,12 @@ class ModelNotFound(ServiceError):
     status, code, title = 404, "model_not_found", "No such model"
 
 
+class NotShown(ServiceError):
+    """The artifact carries no such thing to look at: it was trained with --private, or by an earlier Elbo."""
+
+    status, code, title = 404, "not_shown", "Not in the artifact"
+
+
 class MethodNotAllowed(ServiceError):
     """The path exists, but not for this method; the Allow header says for which."""
 
@@ -207,6 +213,7 @@ class DeadlineExceeded(ServiceError):
 ERRORS: tuple[type[ServiceError], ...] = (
     NotFound,
     ModelNotFound,
+    NotShown,
     MethodNotAllowed,
     NotAcceptable,
     BodyTooSlow,

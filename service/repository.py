@@ -47,6 +47,7 @@ class Served:
     backend: Backend
     load_seconds: float  # to load, verify, and choose the backend
     warm_seconds: float = 0.0
+    exhibits: Mapping[str, bytes] = field(default_factory=dict)  # what people look at
     headers: tuple[tuple[bytes, bytes], ...] = field(init=False)  # of every answer that it gives
     who: tuple[str, str] = field(init=False)  # its labels in metrics
     rows: RowFormat = field(init=False)
@@ -229,7 +230,7 @@ class Repository:
         artifact = load(path, self._device)
         backend = self._choose(artifact)
         loaded = perf_counter()
-        served = Served(name, version, artifact.manifest, backend, loaded - started)
+        served = Served(name, version, artifact.manifest, backend, loaded - started, exhibits=artifact.exhibits)
         most = max(1, min(self._max_batch_rows, self._max_batch_bytes // served.row_bytes))
         _warm(served, self._threads, most)
         return replace(served, warm_seconds=perf_counter() - loaded)
@@ -307,6 +308,7 @@ def describe(served: Served) -> dict[str, Any]:
         "parts": manifest.parts,
         "pixel_range": manifest.pixel_range,
         "pictures": served.pictures,
+        "exhibits": [name.partition(".")[0] for name in served.exhibits],
         "metrics": manifest.metrics,
         "calibration": manifest.calibration.model_dump(),
         "device": str(served.backend.device),

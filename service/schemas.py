@@ -279,6 +279,7 @@ class ModelSummary(BaseModel):
     parts: list[str] = Field(description="names of the score's parts")
     pixel_range: tuple[float, float] | None = Field(description="raw values of black and of white, for images")
     pictures: bool = Field(description="whether outputs can be asked for as image/png")
+    exhibits: list[str] = Field(description="what else GET /models/{reference}/... tells: held-out, calibration, card")
     metrics: dict[str, float] = Field(description="on rows held out from training")
     calibration: Calibration
     device: str
@@ -315,6 +316,14 @@ class FeatureInfo(BaseModel):
     missing: int = Field(description="training rows that lacked it; where there are none, it may not be missing")
 
 
+class LatentInfo(BaseModel):
+    """What one latent carries, on held-out rows."""
+
+    kl: float | None = Field(description="nats, mean over rows; null where the model charges none")
+    variance: float = Field(description="of the posterior mean")
+    active: bool
+
+
 class ModelDetail(ModelSummary):
     """One version, whole."""
 
@@ -326,6 +335,28 @@ class ModelDetail(ModelSummary):
     )
     versions: dict[str, str] = Field(description="of the software that made it")
     weights_sha256: str
+    history: list[dict[str, float]] = Field(description="by epoch: every term of the loss; empty for PCA")
+    latent_report: list[LatentInfo] = Field(description="one a latent")
+    spectrum: list[float] = Field(description="the largest eigenvalues of the fitted rows, model units, descending")
+    total_variance: float = Field(description="the sum of all eigenvalues")
+    comparison: dict[str, dict[str, float]] = Field(description="what other kinds reach on the same rows")
+
+
+class HeldOut(Answer):
+    """Rows that did not train the model, as far as the artifact carries them, and their codes."""
+
+    rows: int = Field(description="how many were held out; at most 2,000 are told of")
+    labels: list[int] | None = Field(description="[M], where the training data had some; never trained on")
+    label_names: list[str] | None = Field(description="what labels 0, 1, ... mean, where they have names")
+    latents: Vectors = Field(description="[M, K]: codes of the first M held-out rows")
+    inputs: Rows = Field(description="[R, D]: the first R of these rows, raw units, null where a value is missing")
+
+
+class CalibrationScores(Answer):
+    """What a new row's score is compared with."""
+
+    rows: int = Field(description="calibration rows")
+    scores: Vector = Field(description="ascending; of more than 2,000 evenly spaced order statistics")
 
 
 class Health(BaseModel):

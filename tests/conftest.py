@@ -17,13 +17,13 @@ def require(condition: object, reason: str) -> None:
 
 @pytest.fixture(scope="session")
 def demonstration(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An artifact folder with pca, ae and vae as `elbo demo` trains them: on the digits, with every default."""
+    """An artifact folder with the models that `elbo demo` trains, on the digits."""
     from tests.training.reporters import Silent
-    from training.config import KINDS, TrainConfig
+    from training.config import DEMONSTRATION
     from training.data import read
     from training.train import train
 
     root = tmp_path_factory.mktemp("artifacts")
-    for kind in KINDS:
-        train(TrainConfig(model=kind, name=kind), read("digits"), root, Silent())
+    for config in DEMONSTRATION:
+        train(config, read("digits"), root, Silent())
     return root

@@ -20,7 +20,7 @@ from models.manifest import read_manifest
 from service.settings import Settings
 from tests.commands import HEADER, Rows, command, in_process, two_factor_rows, write
 from tests.data import ROOT
-from training.config import KINDS, TrainConfig
+from training.config import DEMONSTRATION, KINDS, TrainConfig
 from training.data import split
 
 COMMANDS = ("train", "demo", "inspect", "serve", "evaluate", "score", "calibrate")
@@ -377,9 +377,9 @@ def test_training_again_publishes_the_next_version_with_the_same_weights(root: P
 
 
 def test_demo_trains_only_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for kind in KINDS[1:]:
-        (tmp_path / kind / "1").mkdir(parents=True)
-        (tmp_path / kind / "1" / "model.pt").touch()
+    for config in DEMONSTRATION[1:]:
+        (tmp_path / config.name / "1").mkdir(parents=True)
+        (tmp_path / config.name / "1" / "model.pt").touch()
     first = command("demo", environment={"ELBO_ARTIFACTS": str(tmp_path)})
     assert first.returncode == 0, first.stderr
     assert first.stdout == f"published {KINDS[0]}@1: {tmp_path}/{KINDS[0]}/1/model.pt\n"
@@ -387,7 +387,7 @@ def test_demo_trains_only_what_is_missing(tmp_path: Path, capsys: pytest.Capture
     assert manifest.training == TrainConfig(model=KINDS[0], name=KINDS[0]).model_dump(mode="json")
     assert manifest.data.source == "digits"
     again = in_process(capsys, "demo", "--artifacts", str(tmp_path))
-    assert again == (0, f"nothing to do: {tmp_path} has pca, ae, vae\n", "")
+    assert again == (0, f"nothing to do: {tmp_path} has pca, ae, vae, linear\n", "")
 
 
 @pytest.fixture

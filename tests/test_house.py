@@ -28,6 +28,7 @@ LOCKED = {
     "serve": PROJECT["dependencies"],
     "train": PROJECT["dependencies"] + EXTRAS["train"],
     "dev": PROJECT["dependencies"] + EXTRAS["train"] + EXTRAS["dev"],
+    "browser": PROJECT["dependencies"] + EXTRAS["browser"],  # apart: with it dev.lock would be too large for git
 }
 
 
@@ -127,6 +128,9 @@ def test_every_locked_package_has_a_hash_and_no_address(lock: str) -> None:
 
 def test_the_smaller_locks_are_parts_of_the_larger() -> None:
     assert pins("serve").items() <= pins("train").items() <= pins("dev").items()
+    dev, browser = pins("dev"), pins("browser")
+    assert pins("serve").items() <= browser.items()
+    assert {name for name in dev.keys() & browser.keys() if dev[name] != browser[name]} == set()
 
 
 def test_the_locks_were_made_with_cpu_wheels_of_torch() -> None:

@@ -33,8 +33,8 @@ CAPTIONS = {
 }
 
 
-def card(manifest: Manifest, version: int, notes: Sequence[str], pictures: Sequence[str]) -> str:
-    """The card of `manifest` as version `version`.
+def card(manifest: Manifest, version: int | None, notes: Sequence[str], pictures: Sequence[str]) -> str:
+    """The card of `manifest` as version `version`; None before it has one.
 
     Args:
         notes: what the user was told while it was trained.
@@ -50,7 +50,7 @@ def card(manifest: Manifest, version: int, notes: Sequence[str], pictures: Seque
         "Make it again": ("```", *_commands(manifest), "```", "", f"with {_versions(manifest)}."),
         "Pictures": _pictures(pictures),
     }
-    lines = [f"# {manifest.name}, version {version}"]
+    lines = [f"# {manifest.name}" + ("" if version is None else f", version {version}")]
     for title, text in sections.items():
         if content := list(text):
             lines += ["", f"## {title}", "", *content]

@@ -99,6 +99,9 @@ class TrainConfig(BaseModel):
         None,
         description="of pictures in a folder, <height>x<width>: each is cut to that shape about its centre and resized",
     )
+    private: bool = Field(
+        False, description="leave held-out rows and their codes out of the artifact: the explorer then shows none"
+    )
     precision: Literal["float32", "bf16"] = Field(
         "float32", description="of the networks' products while they train: bf16 is faster on a GPU, to three digits"
     )
@@ -109,3 +112,10 @@ class TrainConfig(BaseModel):
     def widths(self) -> tuple[int, ...]:
         """Hidden widths of the encoder, chosen or by default."""
         return WIDTHS[self.network] if self.hidden is None else self.hidden
+
+
+# What `elbo demo` trains on the bundled digits. The linear autoencoder is there to be laid beside PCA, which it equals.
+DEMONSTRATION: tuple[TrainConfig, ...] = (
+    *(TrainConfig(model=kind, name=kind) for kind in KINDS),
+    TrainConfig(model="ae", name="linear", hidden=(), learning_rate=0.03),  # at 0.001 it is still on its way
+)

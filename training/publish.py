@@ -13,6 +13,7 @@ from models.manifest import FORMAT_VERSION, CalibrationSize, Data, Feature, Gold
 from models.pipeline import Pipeline
 from training.compare import Candidate
 from training.evaluate import density_scale, latent_report
+from training.exhibits import exhibits
 from training.fit import Preparation
 from training.progress import Reporter
 from training.twin import export
@@ -28,7 +29,9 @@ def publish(
     rows = data.filled(data.held_out[:GOLDEN_ROWS])
     manifest = _manifest(chosen, comparison, data, _golden(module, rows, chosen.config.seed))
     twin = _twin(chosen.pipeline, rows, report)
-    return artifact.publish(module, manifest, artifacts, twin), manifest
+    notes = [*data.table.notes, *chosen.recorder.notes]
+    shown = exhibits(chosen.pipeline, manifest, data, notes)
+    return artifact.publish(module, manifest, artifacts, twin, shown), manifest
 
 
 def _twin(pipeline: Pipeline, rows: torch.Tensor, report: Reporter) -> dict[str, artifact.Graph] | None:

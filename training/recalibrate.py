@@ -18,6 +18,8 @@ from models import artifact
 from models.artifact import Artifact
 from models.calibration import Calibration
 from models.manifest import VERSION, CalibrationSize, Golden, Manifest, Recalibration
+from training import exhibits
+from training.card import card
 from training.data import MOST_ROWS, Table
 from training.errors import DataError, FitError
 from training.progress import Patience
@@ -62,7 +64,10 @@ def recalibrate(parent: Artifact, table: Table, root: Path, alpha: float, runs: 
     _replace(module, parent, torch.from_numpy(scores))
     manifest = _manifest(parent, module, table, _name(parent), len(chosen))
     twin = None if parent.twin is None else parent.twin.graphs  # they compute codes and scores, which have not changed
-    path = artifact.publish(module, manifest, root, twin)
+    shown = {name: content for name, content in parent.exhibits.items() if name == artifact.HELD_OUT}
+    shown[artifact.CALIBRATION] = exhibits.calibration(module.calibration.scores)
+    shown[artifact.CARD] = card(manifest, None, notes, ()).encode()
+    path = artifact.publish(module, manifest, root, twin, shown)
     if runs is not None:
         folder = runs / manifest.name / path.parent.name
         notes += write_card(folder, manifest, int(path.parent.name), notes, [])

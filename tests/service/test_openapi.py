@@ -24,7 +24,8 @@ def content(document: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def test_every_endpoint_of_the_contract_is_documented(document: dict[str, Any]) -> None:
-    gets = {"/models", "/models/{reference}", "/livez", "/readyz", "/metrics", "/"}
+    exhibits = {f"/models/{{reference}}/{name}" for name in ("held-out", "calibration", "card")}
+    gets = exhibits | {"/models", "/models/{reference}", "/livez", "/readyz", "/metrics", "/"}
     assert set(document["paths"]) == {*POSTS, *gets, "/api/v1/write"}
     assert set(document["paths"]["/api/v1/write"]) == {"post"}
     for path in POSTS:
@@ -60,7 +61,9 @@ def test_every_example_is_answered_as_the_document_says(
     validate(document, response.json(), answers["200"]["content"]["application/json"]["schema"])
 
 
-@pytest.mark.parametrize("path", ["/models", "/models/vae", "/livez", "/readyz"])
+@pytest.mark.parametrize(
+    "path", ["/models", "/models/vae", "/models/vae/held-out", "/models/vae/calibration", "/livez", "/readyz"]
+)
 def test_what_get_answers_is_as_the_document_says(client: httpx.Client, document: dict[str, Any], path: str) -> None:
     template = path.replace("vae", "{reference}")
     schema = document["paths"][template]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
@@ -116,5 +119,9 @@ def test_pages_load_nothing_from_elsewhere(client: httpx.Client, page: str) -> N
 
 def test_the_front_page_runs_under_a_policy_that_admits_nothing_inline(client: httpx.Client) -> None:
     response = client.get("/")
-    assert "default-src 'self'" in response.headers["content-security-policy"]
+    policy = response.headers["content-security-policy"]
+    assert {"default-src 'none'", "script-src 'self'", "style-src 'self'", "connect-src 'self'"} <= set(
+        policy.split("; ")
+    )
+    assert "unsafe" not in policy
     assert not re.search(r"<style|<script(?![^>]*\ssrc=)|\son\w+=|\sstyle=", response.text)
