@@ -26,7 +26,7 @@ supported = $(1) -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_
 .PHONY: help run test lint types format lock upgrade image bench-train bench-serve bench-anomaly clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: $(READY) ## Train the demonstration models where they are missing, then serve on port 8000
 	@$(VENV)/bin/elbo demo
@@ -58,7 +58,11 @@ upgrade: lock ## The same with the newest versions
 # would list NVIDIA's libraries.
 compile = echo "locking requirements/$(1).lock" && $(VENV)/bin/pip-compile --quiet $(2) \
 	$(if $(filter dev,$(1)),$(UPGRADE)) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
-	--output-file requirements/$(1).lock pyproject.toml
+	--output-file requirements/$(1).lock pyproject.toml \
+	&& $(VENV)/bin/python -c '$(joined)' requirements/$(1).lock
+# A package's hashes on one line: 2,500 lines of seven blanks and backslashes less to keep in git.
+joined = import pathlib, re, sys; lock = pathlib.Path(sys.argv[1]); \
+	lock.write_text(re.sub(r"(--hash=\S+) \\\n +(?=--hash)", r"\1 ", lock.read_text()))
 
 image: ## Build the container image that trains and serves
 	@docker build --tag elbo .
@@ -71,9 +75,11 @@ bench-train: $(READY) $(PEERS)/.ready ## Measure training against other librarie
 bench-serve: $(READY) $(SERVERS:%=$(PEERS)-%/.ready) ## Measure serving against other model servers; OPTIONS='--quick' is faster
 	@$(VENV)/bin/python benchmarks/serving.py $(OPTIONS)
 
-bench-anomaly: $(READY) $(PEERS)/.ready ## Measure anomaly scores against PyOD and scikit-learn, as in benchmarks/anomaly.md
+bench-anomaly: $(READY) $(PEERS)/.ready ## Measure anomaly scores, calibration and explanations, as in benchmarks/*.md
 	@$(VENV)/bin/python benchmarks/anomaly.py $(OPTIONS)
 	@$(VENV)/bin/python benchmarks/anomaly.py --robust $(OPTIONS)
+	@$(VENV)/bin/python benchmarks/calibration.py
+	@$(VENV)/bin/python benchmarks/server_metrics.py
 
 # A server that cannot be installed is left out, and the benchmark says so.
 $(PEERS)-%/.ready: $(READY)

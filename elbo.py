@@ -318,6 +318,32 @@ def score(
         sys.stdout.flush()  # here, and not at exit: a reader that has gone ends the command quietly
 
 
+@app.command(epilog="Examples: elbo calibrate hosts lastweek.csv | elbo calibrate hosts@3 lastweek.csv --alpha 0.01")
+def calibrate(
+    name: Name,
+    data: Data,
+    alpha: Annotated[
+        float, typer.Option(min=1e-6, max=0.5, help="the smallest that alarms are asked at: takes 1/alpha - 1 rows")
+    ] = 0.05,
+    artifacts: Root = DEFAULT_ROOT,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Calibrate a model anew on recent normal rows, without training.
+
+    The next version has the same networks, and the p-values of DATA. Where labels (y or label) are 0 and 1, the rows
+    labelled 1 are left out. A server that runs takes it up by itself.
+    """
+    from training.recalibrate import recalibrate
+
+    artifact, table = _load(name, data, artifacts)
+    done = recalibrate(artifact, table, artifacts, alpha, runs)
+    for note in done.notes:
+        typer.echo(note, err=True)
+    typer.echo(f"published {done.manifest.name}@{done.path.parent.name}: {done.path}")
+    size = done.manifest.calibration
+    typer.echo(f"calibrated on {size.rows:,} rows: p-values from {size.floor:.3g} on")
+
+
 def _load(reference: str, data: str, root: Path) -> "tuple[Artifact, Table]":
     from models.artifact import load
     from training.data import read_like

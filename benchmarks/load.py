@@ -45,6 +45,7 @@ class Sample:
     p50: float  # seconds
     p99: float
     right: float  # share of the requests that were answered with 200 and the right size
+    cost: float = math.nan  # seconds of the server's processor time for a right answer
 
 
 def closed(port: int, request: Request, size: int, connections: int, seconds: float) -> Sample:

@@ -25,6 +25,7 @@ from benchmarks.serving_contestants import Contestant, contestants, versions
 from benchmarks.serving_measures import COLUMNS, Results, Turn, in_process, open_loop, turn
 from benchmarks.serving_processes import adopt_orphans
 from benchmarks.serving_stage import Stage, stage_in
+from benchmarks.serving_targets import lines as targets
 
 CORES = 2
 SMOKE = ("elbo", "plain", "echo")
@@ -92,6 +93,7 @@ def measure(people: Mapping[str, Contestant], stage: Stage, options: argparse.Na
             except RuntimeError as error:
                 results.failures[name] = f"open loop: {error}"
     tables.open_loop(outcomes, options.open_rows, options.open_seconds)
+    tables.targets(targets(results, outcomes))
     for name, reason in results.failures.items():
         print(f"\n{people[name].title} is left out: {reason}")
     return results

@@ -1,7 +1,7 @@
 """One server's turn: started, checked, loaded in a closed and in an open loop, and ended."""
 
 import http.client
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import monotonic, perf_counter, sleep
 from typing import Any
 
@@ -16,6 +16,7 @@ from benchmarks.serving_processes import Server, free_port
 from benchmarks.serving_stage import Stage
 
 START = 180.0  # seconds that a server may take until its first answer
+REST = 10.0  # seconds that it may go on computing after that, Ray for ever
 WARM = 1.0  # second of every load before it is measured
 SETTLE = 3.0  # seconds after an open loop, before memory is looked at again
 SHARES = (0.7, 3.0)  # of its capacity
@@ -78,15 +79,15 @@ def turn(who: Turn, results: Results, seconds: float, thorough: bool) -> None:
             request = who.contestant.protocol.ask(who.stage.rows[column.rows], column.binary)
             if request is not None:
                 size = checked_size(port, request, who, column)
-                sample = _measured(port, request, size, column.connections, seconds, thorough)
+                sample = _measured(server, port, request, size, column.connections, seconds, thorough)
                 samples.setdefault(column, []).append(sample)
         if who.name == "elbo":
-            _few(port, who.stage, results, seconds, thorough)
+            _few(server, port, who.stage, results, seconds, thorough)
         server.require_alive()
 
 
 def wait_until_ready(server: Server, port: int, who: Turn) -> None:
-    """Until it answers a row. Raises RuntimeError when it has ended, or after START seconds."""
+    """Until it answers a row and is at rest. Raises RuntimeError when it has ended, or after START seconds."""
     request = who.contestant.protocol.ask(who.stage.rows[1], binary=False)
     assert request is not None
     deadline, said = monotonic() + START, ""
@@ -98,6 +99,7 @@ def wait_until_ready(server: Server, port: int, who: Turn) -> None:
             said = str(error)
             sleep(0.2)
         else:
+            server.wait_until_at_rest(REST)
             return
     raise RuntimeError(f"no answer {START:g} s after its start: {said}")
 
@@ -165,18 +167,23 @@ def open_loop(who: Turn, rows: int, seconds: float) -> list[dict[str, Any]]:
     return outcomes
 
 
-def _measured(port: int, request: Request, size: int, connections: int, seconds: float, warm: bool) -> Sample:
+def _measured(
+    server: Server, port: int, request: Request, size: int, connections: int, seconds: float, warm: bool
+) -> Sample:
     if warm:
         load.closed(port, request, size, connections, WARM)
-    return load.closed(port, request, size, connections, seconds)
+    before = server.computed()
+    sample = load.closed(port, request, size, connections, seconds)
+    answers = sample.rate * seconds
+    return replace(sample, cost=(server.computed() - before) / answers) if answers else sample
 
 
-def _few(port: int, stage: Stage, results: Results, seconds: float, thorough: bool) -> None:
+def _few(server: Server, port: int, stage: Stage, results: Results, seconds: float, thorough: bool) -> None:
     """/anomaly with p-value and five contributions against /reconstruct, a row of few features."""
     body = orjson.dumps({"inputs": stage.few}, option=orjson.OPT_SERIALIZE_NUMPY)
     for path in ("/reconstruct?model=hosts", "/anomaly?model=hosts&explain=5"):
         request = Request(path, JSON, body)
         size = len(ask(port, request))
         for connections in FEW_COLUMNS:
-            sample = _measured(port, request, size, connections, seconds, thorough)
+            sample = _measured(server, port, request, size, connections, seconds, thorough)
             results.few.setdefault((path, connections), []).append(sample)

@@ -18,6 +18,8 @@ from benchmarks.data import ROOT
 
 PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 GRACE = 10.0  # seconds between SIGTERM and SIGKILL
+TICKS = os.sysconf("SC_CLK_TCK")  # in a second
+AT_REST = 0.1  # seconds of processor time in a second
 PAGE = os.sysconf("SC_PAGE_SIZE")  # bytes
 
 
@@ -66,9 +68,44 @@ class Server:
             lines = self.log.read_text(errors="replace").strip().splitlines()
             raise RuntimeError(f"ended with {self._process.returncode}: {lines[-1] if lines else 'it said nothing'}")
 
+    @property
+    def pid(self) -> int:
+        """Of the process that was started."""
+        return self._process.pid
+
+    def children(self) -> list[int]:
+        """The processes that it has, and theirs."""
+        return list(_descendants(self.pid))
+
+    def ended(self, seconds: float) -> int:
+        """Its exit code, once it has ended. Raises subprocess.TimeoutExpired."""
+        return self._process.wait(seconds)
+
+    def wait_until_at_rest(self, longest: float) -> None:
+        """Until it and its descendants hardly compute: workers may still start when the first of them answers."""
+        end, before = monotonic() + longest, self.computed()
+        while monotonic() < end:
+            sleep(1.0)
+            now = self.computed()
+            if now - before < AT_REST:
+                return
+            before = now
+
+    def computed(self) -> float:
+        """Seconds of processor time that it and its descendants have taken."""
+        return sum(_ticks(pid) for pid in (self.pid, *_descendants(self.pid))) / TICKS
+
     def memory(self) -> int:
         """Bytes of resident memory of it and its descendants, what they share counted for each."""
         return sum(_resident(pid) for pid in (self._process.pid, *_descendants(self._process.pid)))
+
+
+def _ticks(pid: int) -> int:
+    """Ticks of processor time."""
+    with suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
+    return 0
 
 
 def _resident(pid: int) -> int:

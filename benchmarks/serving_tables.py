@@ -1,12 +1,13 @@
 """What the serving benchmark prints: Markdown tables of medians over the rounds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
 from benchmarks.load import Sample
 from benchmarks.serving_contestants import Contestant
 from benchmarks.serving_measures import FEW_COLUMNS, Column, Results
+from benchmarks.serving_targets import Line
 
 MIB = 2**20
 
@@ -25,6 +26,11 @@ def closed_loop(people: Mapping[str, Contestant], columns: Sequence[Column], res
         "Time of an answer, ms: median / 99 of 100",
         ["", *titles],
         [[people[name].title, *(_times(samples[name].get(column)) for column in columns)] for name in measured],
+    )
+    _table(
+        "Processor time of an answer, ms of one core",
+        ["", *titles],
+        [[people[name].title, *(_cost(samples[name].get(column)) for column in columns)] for name in measured],
     )
     if "elbo" in measured:
         others = [name for name in measured if name != "elbo"]
@@ -72,6 +78,13 @@ def open_loop(outcomes: Mapping[str, Sequence[Mapping[str, Any]]], rows: int, se
         )
 
 
+def targets(found: Iterable[Line]) -> None:
+    """What was aimed at, and what was reached."""
+    rows = [[what, target, f"{value:.3g}", "met" if met else "missed"] for what, target, value, met in found]
+    if rows:
+        _table("Targets", ["", "target", "measured", ""], rows)
+
+
 def _open_line(title: str, outcome: Mapping[str, Any]) -> list[str]:
     seconds, good = outcome["seconds"], outcome["good"] / outcome["seconds"]
     due = outcome["share"] * outcome["capacity"]
@@ -103,6 +116,10 @@ def _times(samples: Sequence[Sample] | None) -> str:
         return "–"
     middle, tail = median(sample.p50 for sample in samples), median(sample.p99 for sample in samples)
     return f"{1e3 * middle:.2f} / {1e3 * tail:.1f}"
+
+
+def _cost(samples: Sequence[Sample] | None) -> str:
+    return _spread([1e3 * sample.cost for sample in samples], ".3f") if samples else "–"
 
 
 def _ratio(samples: Mapping[str, Mapping[Column, Sequence[Sample]]], name: str, column: Column) -> str:

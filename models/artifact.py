@@ -171,6 +171,15 @@ def load(path: Path, device: str = "cpu") -> Artifact:
     return Artifact(manifest, frozen, path, torch.device(device), _twin(content, weights, path))
 
 
+def thaw(artifact: Artifact) -> torch.jit.ScriptModule:
+    """The module of `artifact` on the CPU as it was published, not frozen: to be changed, and published again."""
+    with _deprecations_silenced():
+        module: torch.jit.ScriptModule = torch.jit.load(io.BytesIO(read_sealed(artifact.path)), map_location="cpu")
+    if weights_sha256(module) != artifact.manifest.weights_sha256:
+        raise ArtifactCorrupt(f"{artifact.path} has changed since it was loaded: start again")
+    return module
+
+
 def answers(module: Any, x: Tensor, noise: Tensor, choice: Tensor) -> dict[str, Tensor]:
     """Every method's answer by name: `module` is a Pipeline, scripted or frozen or neither."""
     with torch.inference_mode():

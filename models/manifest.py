@@ -63,6 +63,17 @@ class CalibrationSize(_Frozen):
     floor: float
 
 
+class Recalibration(_Frozen):
+    """Where a calibration comes from that is newer than the networks: which version it was put in, from which rows."""
+
+    parent: str  # name@version, whose networks and weights these are
+    parent_weights_sha256: str
+    trained: str  # when the networks were
+    source: str
+    rows: int  # in the source; how many of them calibrate says `calibration`
+    fingerprint: str
+
+
 class Latent(_Frozen):
     """What one latent carries, measured on held-out rows."""
 
@@ -103,6 +114,7 @@ class Manifest(_Frozen):
     total_variance: float = 0.0  # the sum of all eigenvalues, of which `spectrum` may hold the first only
     log_scale: float = 0.0  # nats: log density in raw units = that in model units - log_scale
     comparison: dict[str, dict[str, float]] = {}  # by kind: what other models reach on the same held-out rows
+    recalibration: Recalibration | None = None  # None where the rows of `data` calibrate it too
 
     @property
     def width(self) -> int:

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from models.calibration import Calibration
 from models.core import Core
+from models.explanation import Explanation
 from models.prior import Prior
 from models.scaling import Scaling
 
@@ -18,14 +19,23 @@ class Pipeline(nn.Module):
         core: PCA, Autoencoder or VAE, in model units.
         prior: over the core's latents.
         calibration: of the core's score.
+        explanation: which features made the score; without one the reconstruction's residuals do.
     """
 
-    def __init__(self, scaling: Scaling, core: Core, prior: Prior, calibration: Calibration) -> None:
+    def __init__(
+        self,
+        scaling: Scaling,
+        core: Core,
+        prior: Prior,
+        calibration: Calibration,
+        explanation: Explanation | None = None,
+    ) -> None:
         super().__init__()
         self.scaling = scaling
         self.core: Core = core
         self.prior = prior
         self.calibration = calibration
+        self.explanation: Explanation = explanation or Explanation()
 
     def forward(self, x: Tensor) -> Tensor:
         """The reconstruction of x [B, D] through the posterior mean, [B, D]."""
@@ -48,13 +58,14 @@ class Pipeline(nn.Module):
         """How strange x [B, D] is.
 
         Returns:
-            score [B], higher is stranger; its parts [B, P], which sum to it; contribution [B, D], the squared residual
-            of each feature in model units (of a missing value, that of the one in its place, which the score counts);
-            expected [B, D], the reconstruction in raw units.
+            score [B], higher is stranger; its parts [B, P], which sum to it; contribution [B, D], the squared distance
+            of each feature from what was expected of it (of a missing value, that of the one in its place, which the
+            score counts); expected [B, D], raw units. See `models.explanation`.
         """
         u = self.scaling(x)  # [B, D]
         score, parts, u_hat = self.core.score(u)
-        return score, parts, (u - u_hat).square(), self.scaling.inverse(u_hat)
+        contribution, expected = self.explanation(u, u_hat)  # [B, D], [B, D]
+        return score, parts, contribution, self.scaling.inverse(expected)
 
     def log_weight(self, x: Tensor, noise: Tensor) -> Tensor:
         """log p(x, z) - log q(z|x) in nats, of the density in model units: x [B, D] and noise [B, K] to [B].

@@ -10,6 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from service.codec.rows import Reading
+from service.intake import Intake
+from service.schemas import AnomalyBody
+from service.smoothing import exponential_mean
 
 Array = npt.NDArray[np.float32]
 OVERFLOW = "the row lies so far from the training data that the model's answer to it overflows float32"
@@ -44,6 +47,11 @@ class Scores:
         numbers = np.column_stack((self.score, self.severity, self.parts, self.contribution))
         return np.asarray(~np.isnan(numbers).any(axis=1) & np.isfinite(self.expected).all(axis=1))
 
+    @cached_property
+    def count(self) -> int:
+        """How many rows are judged."""
+        return len(self.score) if self.ordinary else int(self.judged.sum())
+
 
 def benjamini_hochberg(p_value: Array, q: float) -> npt.NDArray[np.bool_]:
     """Which of p-values [G] to reject so that at most a share q of them is false in the mean.
@@ -59,27 +67,52 @@ def benjamini_hochberg(p_value: Array, q: float) -> npt.NDArray[np.bool_]:
     return np.asarray(p_value <= ordered[passing[-1]])
 
 
-def _anomalous(scores: Scores, judged: npt.NDArray[np.bool_], fdr: float | None) -> npt.NDArray[np.bool_]:
-    if fdr is None:
-        return np.asarray(scores.severity > 1)
-    anomalous = np.zeros(len(judged), bool)
-    if judged.any():
-        anomalous[judged] = benjamini_hochberg(scores.p_value[judged], fdr)
-    return anomalous
+@dataclass(frozen=True)
+class Verdicts:
+    """What is decided of the G rows that could be read."""
+
+    intake: Intake
+    scores: Scores
+    anomalous: npt.NDArray[np.bool_]  # [G]
+    smoothed: npt.NDArray[np.float64] | None  # [G], where it was asked for
+
+    @cached_property
+    def flags(self) -> list[bool]:
+        """`anomalous`, for a loop: of few rows it is faster than NumPy."""
+        return self.anomalous.tolist()  # type: ignore[no-any-return] # of booleans
+
+
+def decide(intake: Intake, scores: Scores, body: AnomalyBody) -> Verdicts:
+    """Which rows are anomalous: by severity, by `fdr` over the request, or by the severity's mean over a half-life."""
+    smoothed = None
+    half_life = body.half_life or body.half_life_rows
+    if half_life:
+        severity = np.where(scores.judged, _saturated(scores.severity, scores), np.nan)
+        by_rows = body.half_life is None
+        smoothed = exponential_mean(severity, half_life, intake.time, intake.group, by_rows=by_rows)
+        anomalous = smoothed > 1  # a NaN is not
+    elif body.fdr is not None:
+        judged, anomalous = scores.judged, np.zeros(len(scores.score), bool)
+        if judged.any():
+            anomalous[judged] = benjamini_hochberg(scores.p_value[judged], body.fdr)
+    else:
+        anomalous = scores.severity > 1
+        if not scores.ordinary:
+            anomalous &= scores.judged
+    return Verdicts(intake, scores, anomalous, smoothed)
 
 
 def results(
-    reading: Reading, scores: Scores, fdr: float | None, explain: int, names: Sequence[str], parts: Sequence[str]
+    verdicts: Verdicts, explain: int, names: Sequence[str], parts: Sequence[str]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The answer's `results` and `errors`, each in the order of the request's rows, with numbers as float32.
 
     Args:
-        reading: the rows that could be read, and the others.
-        scores: of those that could.
-        fdr: None, or the rate that decides instead of severity.
+        verdicts: on the rows that could be read.
         explain: how many features to name a row.
         names, parts: the names of the D features and of the score's P parts.
     """
+    reading, scores = verdicts.intake.reading, verdicts.scores
     judged = scores.judged
     columns = zip(
         reading.rows,
@@ -87,10 +120,10 @@ def results(
         _saturated(scores.score, scores),
         scores.p_value,
         _saturated(scores.severity, scores),
-        _anomalous(scores, judged, fdr).tolist(),
+        verdicts.flags,
         _saturated(scores.parts, scores),
         _features(reading.x, scores, explain, names),
-        _imputed(reading.x, names),
+        _more(verdicts, names),
         strict=True,
     )
     found = [
@@ -102,27 +135,36 @@ def results(
             "is_anomaly": is_anomaly,
             "parts": dict(zip(parts, values, strict=True)),
             "features": features,
-            **imputed,
+            **more,
         }
-        for row, judgeable, score, p_value, severity, is_anomaly, values, features, imputed in columns
+        for row, judgeable, score, p_value, severity, is_anomaly, values, features, more in columns
         if judgeable
     ]
-    return found, _errors(reading, judged)
+    return found, _errors(reading, scores)
 
 
-def table(reading: Reading, scores: Scores, rows: int) -> Array:
-    """Score, p-value and severity as [rows, 3], for application/x-npy; NaN in the rows that could not be judged."""
-    full = np.full((rows, 3), np.nan, np.float32)
+def table(verdicts: Verdicts) -> Array:
+    """Score, p-value and severity as [N, 3], for application/x-npy; NaN in the rows that could not be judged."""
+    reading, scores = verdicts.intake.reading, verdicts.scores
+    full = np.full((verdicts.intake.sent, 3), np.nan, np.float32)
     judged = scores.judged
     columns = np.column_stack((_saturated(scores.score, scores), scores.p_value, _saturated(scores.severity, scores)))
     full[np.array(reading.rows)[judged]] = columns[judged]
     return full
 
 
-def _errors(reading: Reading, judged: npt.NDArray[np.bool_]) -> list[dict[str, Any]]:
-    unread = [{"row": e.row, "detail": e.error.detail, "pointer": e.error.pointer} for e in reading.errors]
-    overflown = [{"row": reading.rows[index], "detail": OVERFLOW, "pointer": None} for index in np.flatnonzero(~judged)]
-    return sorted(unread + overflown, key=lambda error: error["row"])
+def unread(reading: Reading) -> list[dict[str, Any]]:
+    """What is said of the rows that could not be read."""
+    return [{"row": e.row, "detail": e.error.detail, "pointer": e.error.pointer} for e in reading.errors]
+
+
+def _errors(reading: Reading, scores: Scores) -> list[dict[str, Any]]:
+    if scores.ordinary:
+        return unread(reading)
+    overflown = [
+        {"row": reading.rows[index], "detail": OVERFLOW, "pointer": None} for index in np.flatnonzero(~scores.judged)
+    ]
+    return sorted(unread(reading) + overflown, key=lambda error: error["row"])
 
 
 def _features(x: Array, scores: Scores, explain: int, names: Sequence[str]) -> Iterable[list[dict[str, Any]]]:
@@ -146,12 +188,18 @@ def _largest(array: Array, count: int) -> npt.NDArray[np.intp]:
     return np.argsort(-array, axis=1, kind="stable")[:, :count]
 
 
-def _imputed(x: Array, names: Sequence[str]) -> list[dict[str, list[str]]]:
-    """For each row of x [G, D] the field that names what was missing, where anything was."""
-    found: list[dict[str, list[str]]] = [{} for _ in x]
-    if np.isnan(x).any():
-        for row, column in np.argwhere(np.isnan(x)).tolist():
+def _more(verdicts: Verdicts, names: Sequence[str]) -> list[dict[str, Any]]:
+    """For each row the fields that only some have: what was missing, its time and group, its smoothed severity."""
+    intake, missing = verdicts.intake, verdicts.intake.reading.missing
+    found: list[dict[str, Any]] = [{} for _ in intake.reading.rows]
+    if missing is not None:
+        for row, column in np.argwhere(missing).tolist():
             found[row].setdefault("imputed", []).append(names[column])
+    extra: dict[str, Any] = {"time": intake.time, "group": intake.group, "smoothed": verdicts.smoothed}
+    for name, values in extra.items():
+        for fields, value in zip(found, [] if values is None else values, strict=False):
+            if value is not None and value == value:
+                fields[name] = value
     return found
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Generic, TypeVar
@@ -10,15 +10,19 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from service.codec import npy, png
-from service.codec.answer import choose, to_json
-from service.codec.body import JSON, read_fields
+from service import operations
+from service.anomaly import Scores, Verdicts, decide
+from service.codec import npy, png, safetensors
+from service.codec.answer import arrays, choose, require_finite, to_json
+from service.codec.body import JSON, NO_FORMATS, Fields, read_fields
+from service.codec.encoding import gunzip, gzipped
 from service.engine import Engine
-from service.errors import ClientGone, InvalidField, NotReady, TooManyRows
+from service.errors import ClientGone, InvalidField, NotReady, Overloaded, TooManyRows
 from service.exchange import Answer, Exchange, Limits
+from service.intake import Intake
 from service.operations import Operation
 from service.repository import Repository, Served
-from service.schemas import Body
+from service.schemas import AnomalyBody, Body
 from service.settings import Settings
 from service.telemetry import Telemetry
 from service.tracing import Trace
@@ -26,6 +30,7 @@ from service.validation import merge, validate
 
 Array = npt.NDArray[np.float32]
 LARGE = 512 * 1024  # bytes: parsing or writing more than this, about 2 ms, must not hold up the event loop
+RETRY_SECONDS = 0.02  # before rows that found the queue full are tried again
 B = TypeVar("B", bound=Body)
 T = TypeVar("T")
 Offer = Callable[[Served], tuple[str, ...]]  # the formats in which a model can answer, the default first
@@ -72,6 +77,7 @@ async def read(
     offered: Offer,
     main: str | None,
     extract: Callable[[Served, B, bool], T],
+    formats: Mapping[str, Callable[[bytes], Fields]] = NO_FORMATS,
 ) -> Call[B]:
     """Read a request to its end.
 
@@ -81,21 +87,27 @@ async def read(
         offered: the formats in which a model can answer it, the default first.
         main: the field that holds its rows or codes, if it has one: an npy body is that field.
         extract: gives `x` from the model, the fields, and whether booleans or NaN may be among the numbers.
+        formats: readers of bodies by media type, beside JSON and npy.
     """
     trace, query = exchange.trace, exchange.query
     served = service.find(query.get("model"))
     trace.model, trace.version = served.name, served.version
     media_type = choose(exchange.header(b"accept", "*/*"), offered(served))
-    content = await exchange.body()
+    packed = exchange.headers.get(b"content-encoding") is not None and gzipped(exchange.header(b"content-encoding"))
+    service.engine.require_room(1)  # a full queue refuses whoever comes before it costs anything to read what he sends
+    sent = await exchange.body()
+    if packed:  # gzip ends with the number of its bytes unpacked; if that is a lie, unpacking fails
+        exchange.hold(min(int.from_bytes(sent[-4:], "little"), exchange.max_body_bytes))
 
     def parse() -> tuple[B, T]:
+        content = gunzip(sent, exchange.max_body_bytes) if packed else sent
         width = served.latents.width if main == "latents" else served.rows.width
-        fields = read_fields(exchange.header(b"content-type"), content, main, width)
+        fields = read_fields(exchange.header(b"content-type"), content, main, width, formats)
         body = validate(schema, merge(fields.values, query.multi_items()) if query else fields.values)
         return body, extract(served, body, fields.careful)
 
     started = perf_counter()
-    body, x = await aside(parse, len(content))
+    body, x = await aside(parse, LARGE + 1 if packed else len(sent))
     trace.add("parse", perf_counter() - started)
     return Call(exchange, trace, served, media_type, body, x)
 
@@ -118,6 +130,28 @@ async def run(service: Service, call: Call[Any], operation: Operation, *inputs: 
     return ran.outputs
 
 
+async def judge_now(service: Service, served: Served, intake: Intake, body: AnomalyBody) -> Verdicts | None:
+    """What `served` says of rows for which no single request waits; None if none could be read. Counts them.
+
+    A full queue is waited for, which holds back whoever sends. Raises Overloaded, DeadlineExceeded.
+    """
+    scores: Scores | None = None
+    deadline = perf_counter() + service.settings.request_timeout
+    x = served.rows.filled(intake.reading)
+    operation = operations.anomaly(body.alpha)
+    while intake.reading.rows and scores is None:
+        try:
+            ran = await service.engine.run(served, operation, x, deadline=deadline)
+            scores = Scores(*ran.outputs)
+        except Overloaded:
+            if perf_counter() > deadline:
+                raise
+            await asyncio.sleep(RETRY_SECONDS)
+    verdicts = decide(intake, scores, body) if scores else None
+    service.telemetry.judged.count(served, intake, verdicts)
+    return verdicts
+
+
 def _deadline(service: Service, exchange: Exchange) -> float:
     """When the client of `exchange` gives up, by `perf_counter`. Raises InvalidField."""
     asked = exchange.headers.get(b"x-request-timeout")
@@ -133,10 +167,15 @@ def _deadline(service: Service, exchange: Exchange) -> float:
     return exchange.trace.started + seconds
 
 
-async def answer(call: Call[Any], fields: dict[str, Any], main: Array, columns: int | None = None) -> Answer:
-    """The answer in the format that was asked for: `fields` as JSON, or `main` as npy or picture.
+async def answer(
+    call: Call[Any], fields: dict[str, Any], main: Array, columns: int | None = None, holes: bool = False
+) -> Answer:
+    """The answer in the format that was asked for: `fields` as JSON, those that are arrays as safetensors, or `main`.
+
+    What is not finite is an error in every format, but for rows without a verdict, which are NaN in a table of them.
 
     columns: of the picture.
+    holes: whether it is such a table.
     """
     served = call.served
     headers = served.headers
@@ -146,6 +185,14 @@ async def answer(call: Call[Any], fields: dict[str, Any], main: Array, columns: 
     def write() -> bytes:
         if call.media_type == JSON:
             return to_json({"model": served.name, "version": served.version, **fields})
+        if call.media_type == safetensors.MEDIA_TYPE:
+            metadata = {key: str(value) for key, value in fields.items() if isinstance(value, int)}
+            tensors = arrays(fields)
+            for name, tensor in tensors.items():
+                require_finite(name, tensor, holes)
+            metadata |= {"model": served.name, "version": str(served.version)}
+            return safetensors.dumps(tensors, metadata)
+        require_finite("outputs", main, holes)
         if call.media_type == npy.MEDIA_TYPE:
             return npy.dumps(main)
         assert served.manifest.pixel_range is not None

@@ -1,7 +1,6 @@
 """The ASGI application: the parts of the service put together, for any server that speaks ASGI."""
 
 import asyncio
-import gc
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Any
@@ -17,14 +16,18 @@ from starlette.responses import Response
 from starlette.routing import Match
 
 from models.artifact import choose_device
-from service import routing
+from service import mapping, routing
 from service.api import Service
+from service.backends import BACKENDS
 from service.catalogue import STATIC
-from service.edge import Edge
+from service.counts import Counts, Votes
+from service.edge import Edge, Entrance
 from service.engine import Engine
 from service.errors import from_http_exception
 from service.exchange import Limits
 from service.logs import AccessLog
+from service.monitor import Monitor
+from service.receiver import Receiver
 from service.repository import Repository
 from service.settings import Settings
 from service.telemetry import Telemetry
@@ -32,45 +35,62 @@ from service.telemetry import Telemetry
 DESCRIPTION = """Encode, decode, reconstruct, sample, interpolate and score anomalies with the models that are served.
 
 Errors are application/problem+json with a stable `code`. Bodies are JSON or, where a body is one array,
-application/x-npy with its options in the query; answers are JSON, application/x-npy or image/png, as Accept says."""
+application/x-npy or application/x-safetensors with its options in the query; answers are JSON, either of these two, or
+image/png, as Accept says."""
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """The application. `app.state.service` is its `Service`. Raises ElboError if the device is not there."""
-    telemetry = Telemetry()
+def create_app(settings: Settings, counts: Counts | None = None) -> FastAPI:
+    """The application. `app.state.service` is its `Service`. Raises ElboError if the device is not there.
+
+    `app.state.entrance` is the same application, faster: what computes passes FastAPI by.
+
+    counts: shared with the processes that serve beside this one, if there are any.
+    """
+    counts = counts or Counts()
+    telemetry = Telemetry(counts, settings.alert_half_life)
     device = choose_device(settings.device)
-    where, backend = (settings.artifacts, device), (settings.backend, settings.threads)
-    repository = Repository(*where, settings.default_model, settings.keep_versions, *backend)
-
-    engine = Engine(settings.max_batch_rows, settings.queue_rows, settings.threads, telemetry.count_batch)
+    largest = settings.max_batch_rows, settings.max_batch_bytes
+    how = settings.backend, settings.threads, settings.precision
+    what = settings.artifacts, device, settings.default_model, settings.keep_versions
+    repository = Repository(*what, *how, *largest, Votes(counts, "backend", BACKENDS))
+    counted = telemetry.count_batch, telemetry.pending_rows
+    engine = Engine(*largest, settings.queue_rows, settings.threads, *counted)
     access = AccessLog(settings.log_format, enabled=settings.log_level in ("debug", "info"))
-    limits = Limits(settings.max_body_bytes, settings.held_bytes, settings.request_timeout)
+    limits = Limits(settings.max_body_bytes, settings.held_bytes, settings.request_timeout, telemetry.pending_bytes)
     service = Service(settings, repository, engine, telemetry, limits)
+    receiver = Receiver(service, mapping.read(settings.remote_write))
+    monitor = Monitor(settings, telemetry, repository)
     app = FastAPIOffline(
         title="Elbo",
         description=DESCRIPTION,
         version="1",
-        lifespan=_lifespan(service, access),
+        lifespan=_lifespan(service, receiver, monitor, access),
         redirect_slashes=False,
         redoc_url=None,
         static_url="/static/docs",
         exception_handlers={HTTPException: _router_refused},
     )
     app.state.service = service
-    routing.register(app, service)
+    endpoints = routing.endpoints(service, receiver)
+    routing.register(app, endpoints)
     app.mount("/static", StaticFiles(directory=STATIC))
-    app.add_middleware(Edge, direct=routing.direct(service), telemetry=telemetry, access=access, limits=service.limits)
+    parts = routing.direct(endpoints), telemetry, access, service.limits
+    app.add_middleware(Edge, *parts)
+    app.state.entrance = Entrance(app, Edge(app, *parts))
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign] # FastAPI's documented way
     return app
 
 
-def _lifespan(service: Service, access: AccessLog) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+def _lifespan(
+    service: Service, receiver: Receiver, monitor: Monitor, access: AccessLog
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         """Load and warm every model before the first request; finish every request before the end."""
         await asyncio.to_thread(service.repository.refresh)
-        gc.freeze()  # what is there by now stays: to look through it again would stop every request for 0.1 s
         service.engine.start()
+        receiver.start()
+        monitor.start()
         watcher = asyncio.create_task(service.repository.watch(service.settings.poll_seconds))
         try:
             yield
@@ -79,7 +99,9 @@ def _lifespan(service: Service, access: AccessLog) -> Callable[[FastAPI], Abstra
             watcher.cancel()
             with suppress(asyncio.CancelledError):
                 await watcher
+            await receiver.close()
             await service.engine.close()
+            await monitor.close()
             await access.close()
 
     return lifespan

@@ -2,10 +2,13 @@
 
 import logging
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import product
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,28 +16,32 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from models.artifact import Artifact, Graph, Twin, discrepancy
+from models.artifact import Artifact, Graph, Twin, answers, discrepancy
 from models.errors import ArtifactMismatch
 from service import operations
 from service.operations import Operation
+from service.pace import Pace
 
 if TYPE_CHECKING:
     import onnxruntime
 
 log = logging.getLogger("elbo.backends")
 Array = npt.NDArray[np.float32]
+BACKENDS = ("torchscript", "onnx")
 TOLERANCE = 1e-5  # of a twin's golden answers, relative to the largest number in each
 TWIN_ANSWERS = (
     "forward", "encode.mean", "encode.std", "decode", "score", "score.parts", "score.contribution", "score.expected",
 )  # fmt: skip
+GOLDEN_INPUTS = ("x", "noise", "choice")
 FASTER = 1.1  # a smaller gain may be the machine's mood
 MEASURED_ROWS = (1, 32)
 WARM_ROUNDS = 3  # TorchScript re-optimises on its second and third call: 1.4 ms, 5.3 ms, then 60 us
 MEASURED_ROUNDS = (3, 20)  # at least and at most
 MEASURED_SECONDS = 0.05
+OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "can't allocate memory")  # CUDA, cuBLAS and cuDNN, the CPU
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Backend:
     """Runs operations on one model.
 
@@ -43,19 +50,68 @@ class Backend:
         reason: why this one.
         module: has the methods of the artifact contract.
         device: where `module` wants its rows.
+        precision: of matrix products, float32 or bfloat16; all else is float32.
+        errors: of answers in bfloat16 against float32, relative to the largest number in each, by name.
+        pace: how long batches take.
+        most_rows: for which the device's memory is large enough, as far as is known.
     """
 
     name: str
     reason: str
     module: Any
     device: torch.device
+    precision: str = "float32"
+    errors: Mapping[str, float] = field(default_factory=dict)
+    pace: Pace = field(default_factory=Pace)
+    most_rows: int = sys.maxsize
 
     def run(self, operation: Operation, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
         """`operation` on `inputs`, each [B, ...]."""
-        with torch.inference_mode():
-            tensors = [torch.from_numpy(array).to(self.device) for array in inputs]
-            outputs = operation.function(self.module, *tensors, *operation.arguments)
-            return tuple(output.contiguous().cpu().numpy() for output in outputs)
+        with torch.inference_mode(), self.rounding():
+            if self.device.type == "cuda":
+                return self._run_on_gpu(operation, inputs)
+            outputs = operation.function(self.module, *map(torch.from_numpy, inputs), *operation.arguments)
+            return tuple([output.float().contiguous().numpy() for output in outputs])
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """By which its batches are judged long or short: the time of a processor, which no other process lengthens."""
+        return thread_time if self.device.type == "cpu" else perf_counter
+
+    def rounding(self) -> AbstractContextManager[Any]:
+        """In which matrix products have this backend's precision."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bfloat16" else nullcontext()
+
+    def too_many(self, rows: int) -> None:
+        """The device's memory was too small for `rows` at once."""
+        self.most_rows = max(1, min(self.most_rows, rows // 2))
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        log.warning(
+            "the memory of %s is too small for %d rows at once: %d from now on", self.device, rows, self.most_rows
+        )
+
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        """Its own, so that it waits for no other model's work."""
+        return torch.cuda.Stream(self.device)
+
+    def _run_on_gpu(self, operation: Operation, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Through pinned memory, which torch keeps for the next batch: copies run without a stop on the way."""
+        with torch.cuda.stream(self._stream):
+            tensors = [torch.from_numpy(x).pin_memory().to(self.device, non_blocking=True) for x in inputs]
+            outputs = [o.float() for o in operation.function(self.module, *tensors, *operation.arguments)]
+            answers = [torch.empty(o.shape, pin_memory=True).copy_(o, non_blocking=True) for o in outputs]
+            self._stream.synchronize()
+        return tuple([answer.numpy() for answer in answers])
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a smaller batch may succeed. What fails inside TorchScript arrives as a RuntimeError with its text."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in text for sign in OUT_OF_MEMORY)
+    )
 
 
 class OnnxModule:
@@ -96,7 +152,7 @@ class OnnxModule:
         return tuple(torch.from_numpy(output) for output in outputs)
 
 
-def choose(artifact: Artifact, asked: str, threads: int) -> Backend:
+def choose(artifact: Artifact, asked: str, threads: int, precision: str = "float32") -> Backend:
     """What `artifact` runs on.
 
     Args:
@@ -104,10 +160,13 @@ def choose(artifact: Artifact, asked: str, threads: int) -> Backend:
         asked: auto is the twin if it agrees with the golden answers and is measured faster; onnx is the twin wherever
             there is one and the CPU computes, however fast; torchscript is the artifact's own module.
         threads: for one batch.
+        precision: float32, or bfloat16, which is TorchScript's alone.
 
     Raises ArtifactMismatch if onnx is asked for and the twin does not agree or cannot be run.
     """
     plain = Backend("torchscript", "", artifact.module, artifact.device)
+    if precision == "bfloat16":
+        return _rounded(plain, artifact)
     if asked == "torchscript":
         return _because(plain, "ELBO_BACKEND asks for it")
     if artifact.device.type != "cpu":
@@ -128,7 +187,24 @@ def choose(artifact: Artifact, asked: str, threads: int) -> Backend:
 
 
 def _because(backend: Backend, reason: str) -> Backend:
-    return Backend(backend.name, reason, backend.module, backend.device)
+    return replace(backend, reason=reason)
+
+
+def _rounded(plain: Backend, artifact: Artifact) -> Backend:
+    """In bfloat16, with its errors on the golden inputs."""
+    pairs = artifact.manifest.golden
+    rounded = replace(plain, precision="bfloat16", reason="ELBO_PRECISION asks for bfloat16")
+    inputs = [torch.from_numpy(np.array(pairs.inputs[name], np.float32)).to(plain.device) for name in GOLDEN_INPUTS]
+    exact = answers(plain.module, *inputs)
+    with rounded.rounding():
+        found = answers(plain.module, *inputs)
+    errors = {name: _error(found[name].float(), answer) for name, answer in exact.items() if not answer.isnan().all()}
+    return replace(rounded, errors=errors)
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    """The largest difference, relative to the largest number."""
+    return float((found - exact).abs().max() / exact.abs().max().clamp_min(1e-3))
 
 
 def _twin(artifact: Artifact, twin: Twin, threads: int) -> tuple[Backend | None, str]:

@@ -13,6 +13,7 @@ from service.codec.body import JSON
 from service.repository import describe
 
 STATIC = Path(__file__).parent / "static"
+DETAIL = {"features", "training", "data", "recalibration", "versions", "weights_sha256"}  # of the manifest
 PAGE_POLICY = "default-src 'self'; img-src 'self' blob:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
 
 
@@ -38,7 +39,7 @@ class Information:
         """One version with its features, training and data."""
         served = self.service.find(request.path_params["reference"])
         manifest = served.manifest
-        detail = manifest.model_dump(include={"features", "training", "data", "versions", "weights_sha256"})
+        detail = manifest.model_dump(include=DETAIL)
         return _json({**describe(served), **detail})
 
     async def livez(self, _: Request) -> Response:
@@ -51,11 +52,8 @@ class Information:
         return _json({"status": "ready"})
 
     async def metrics(self, _: Request) -> Response:
-        """Metrics for Prometheus."""
-        service = self.service
-        text = service.telemetry.exposition(
-            service.repository.catalogue, service.engine.pending_rows, service.limits.held
-        )
+        """Metrics for Prometheus, of all processes that serve here."""
+        text = self.service.telemetry.exposition(self.service.repository.catalogue)
         return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def page(self, _: Request) -> Response:

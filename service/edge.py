@@ -43,6 +43,10 @@ class Edge:
         self._access = access
         self._limits = limits
 
+    def answers(self, scope: Scope) -> bool:
+        """Whether a request is for a handler that is called from here."""
+        return scope["method"] == "POST" and scope["path"] in self._direct
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """An ASGI application."""
         if scope["type"] != "http":
@@ -50,10 +54,9 @@ class Edge:
             return
         exchange = Exchange(scope, receive, send, self._limits)
         try:
-            handler = self._direct.get(scope["path"]) if scope["method"] == "POST" else None
-            if handler:
+            if self.answers(scope):
                 exchange.trace.endpoint = scope["path"]
-                await exchange.answer(await handler(exchange))
+                await exchange.answer(await self._direct[scope["path"]](exchange))
             else:
                 await self._pass_on(exchange)
         except Exception as error:
@@ -69,6 +72,19 @@ class Edge:
         if scope["method"] == "HEAD":  # answered wherever GET is; the server leaves the body out
             scope = {**scope, "method": "GET"}
         await self._app(scope, exchange.receive, exchange.send)
+
+
+class Entrance:
+    """ASGI: what `edge` answers goes straight to it, the rest by way of `app`, whose own layers cost it 50 µs."""
+
+    def __init__(self, app: ASGIApp, edge: Edge) -> None:
+        self._app = app
+        self._edge = edge
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """An ASGI application."""
+        app = self._edge if scope["type"] == "http" and self._edge.answers(scope) else self._app
+        await app(scope, receive, send)
 
 
 async def _refuse(exchange: Exchange, error: Exception) -> bool:

@@ -3,32 +3,33 @@
 Requests for the same model version and operation share a batch; nobody waits for one to fill. The request that has
 waited longest goes first. A large request is run in pieces and goes to the back of the queue after each, so that it
 delays others by one batch at most. A request whose caller has left or whose deadline has passed is dropped before it
-costs anything, and one that fails takes nobody with it.
+costs anything, and one that fails takes nobody with it. A batch for which a GPU's memory is too small runs in halves.
 
 A batch that is expected to be short runs in the event loop's own thread: to hand it to another thread and back costs
-more than a small model does. Longer ones, and those of which nothing is known yet, run in the inference thread.
+more than a small model does; how long each size takes is known from the warm-up on. Longer ones run in the inference
+thread.
 """
 
 import asyncio
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Protocol
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
-from service.backends import Array, Backend
+from service.backends import Array, Backend, is_out_of_memory
+from service.counts import Level
+from service.drain import Drain
 from service.errors import DeadlineExceeded, NotReady, Overloaded
 from service.operations import Operation
 
 SHORT = 0.002  # seconds for which a batch may hold up the event loop
 SWEEP = 0.01  # seconds between two looks for deadlines that have passed
-LATELY = 0.2  # weight of the last batch in what a batch is expected to take
 
 
 class Model(Protocol):
@@ -38,14 +39,22 @@ class Model(Protocol):
     def backend(self) -> Backend:
         """What its operations run on."""
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row where it is widest."""
+
 
 @dataclass(slots=True)
 class Ran:
-    """What came of a request: outputs, each [B, ...], the seconds it waited, and those of its batches."""
+    """What came of a request: outputs, each [B, ...], the seconds it waited, and those of its batches.
+
+    cost: of its batch, by the backend's clock.
+    """
 
     outputs: tuple[Array, ...]
     queued: float
     computed: float
+    cost: float = 0.0
 
 
 @dataclass(eq=False, slots=True)
@@ -79,33 +88,44 @@ class Lane:
 
 
 Outcome = tuple[Job, Ran | BaseException]
-Pace = dict[tuple[str, int], float]  # seconds of a batch by operation and, to a factor of two, rows
 
 
 class Engine:
     """Runs operations on models for the coroutines of one event loop.
 
     Args:
-        max_batch_rows: most rows that run at once.
+        max_batch_rows, max_batch_bytes: most rows that run at once, and most bytes of them.
         queue_rows: most rows that wait or run; beyond them `run` refuses.
         threads: torch's threads for one batch.
         on_batch: told the operation and the rows of each batch.
+        level: where the rows that are admitted and not yet answered are kept, as its first number.
     """
 
     def __init__(
-        self, max_batch_rows: int, queue_rows: int, threads: int, on_batch: Callable[[str, int], None]
+        self,
+        max_batch_rows: int,
+        max_batch_bytes: int,
+        queue_rows: int,
+        threads: int,
+        on_batch: Callable[[str, int], None],
+        level: Level | None = None,
     ) -> None:
         self._max_batch_rows = max_batch_rows
+        self._max_batch_bytes = max_batch_bytes
         self._queue_rows = queue_rows
         self._threads = threads
         self._on_batch = on_batch
         self._lanes: dict[tuple[int, Operation], Lane] = {}  # by the model's identity
-        self._paces: WeakKeyDictionary[Backend, Pace] = WeakKeyDictionary()
         self._running: list[Job] = []  # in the inference thread
         self._stepping = self._sweeping = self._closing = False
         self._idle: asyncio.Event
-        self._seconds_per_row = 0.0  # lately
-        self.pending_rows = 0  # admitted and not yet answered
+        self._drain = Drain()
+        self._level: Level = [0.0] if level is None else level
+
+    @property
+    def pending_rows(self) -> int:
+        """Rows that are admitted and not yet answered."""
+        return int(self._level[0])
 
     def start(self) -> None:
         """Make ready. Call from the event loop that will call `run`."""
@@ -139,20 +159,28 @@ class Engine:
             late: called once if the answer takes longer than SWEEP.
         """
         rows = len(inputs[0])
-        if self.pending_rows + rows > self._queue_rows:
-            raise self._overloaded(rows)
-        self.pending_rows += rows
+        self.require_room(rows)
+        if not self._level[0]:
+            self._drain.began()
+        self._level[0] += rows
+        most = self._most_rows(model)
         try:
-            if rows <= self._max_batch_rows:
+            if rows <= most:
                 return await self._submit(model, operation, inputs, deadline, late)
             pieces = []
-            for start in range(0, rows, self._max_batch_rows):
-                piece = tuple(array[start : start + self._max_batch_rows] for array in inputs)
+            for start in range(0, rows, most):
+                piece = tuple(array[start : start + most] for array in inputs)
                 pieces.append(await self._submit(model, operation, piece, deadline, late))
                 late = None
             return _joined(pieces)
         finally:
-            self.pending_rows -= rows
+            self._level[0] -= rows
+            self._drain.left(rows, self._level[0])
+
+    def _most_rows(self, model: Model) -> int:
+        """Rows that may run at once: as many as are allowed, fit, and have not yet been too many for its memory."""
+        fitting = max(1, self._max_batch_bytes // model.row_bytes)
+        return min(self._max_batch_rows, fitting, model.backend.most_rows)
 
     def _submit(
         self,
@@ -177,9 +205,12 @@ class Engine:
             self._loop.call_later(SWEEP, self._sweep)
         return job.result
 
-    def _overloaded(self, rows: int) -> Overloaded:
-        wait = max(1, math.ceil(self._seconds_per_row * self.pending_rows))
-        return Overloaded(
+    def require_room(self, rows: int) -> None:
+        """Raise Overloaded if the queue has no room for `rows` more."""
+        if self._level[0] + rows <= self._queue_rows:
+            return
+        wait = self._drain.seconds(self.pending_rows + rows - self._queue_rows)
+        raise Overloaded(
             f"{self.pending_rows} rows are waiting, {rows} more do not fit",
             expected=f"at most {self._queue_rows} rows at once",
             got=f"{self.pending_rows + rows} rows",
@@ -229,8 +260,8 @@ class Engine:
 
     def _fill(self, lane: Lane) -> list[Job]:
         jobs: list[Job] = []
-        rows = 0
-        while lane.waiting and rows + lane.waiting[0].rows <= self._max_batch_rows:
+        rows, most = 0, self._most_rows(lane.model)
+        while lane.waiting and (not jobs or rows + lane.waiting[0].rows <= most):
             job = lane.waiting.popleft()
             if job.result.done():  # cancelled, or too late
                 continue
@@ -242,8 +273,7 @@ class Engine:
 
     def _expected(self, lane: Lane, jobs: list[Job]) -> float:
         """Seconds that the batch will take, judging by the last ones of its kind; infinity for the first."""
-        pace = self._paces.get(lane.model.backend, {})
-        return pace.get(_kind(lane, sum(job.rows for job in jobs)), math.inf)
+        return lane.model.backend.pace.expected(lane.operation.name, sum([job.rows for job in jobs]))
 
     def _settle(self, lane: Lane, outcomes: list[Outcome]) -> None:
         """Tell each job what came of it, and learn from how long the batch took."""
@@ -254,14 +284,12 @@ class Engine:
                 job.result.set_result(outcome)
             else:
                 job.result.set_exception(outcome)
-        ran = [(job.rows, outcome.computed) for job, outcome in outcomes if isinstance(outcome, Ran)]
+        ran = [(job.rows, outcome.cost) for job, outcome in outcomes if isinstance(outcome, Ran)]
         if len(ran) < len(outcomes):
             return
         rows, seconds = sum(rows for rows, _ in ran), ran[0][1]
         self._on_batch(lane.operation.name, rows)
-        self._seconds_per_row += LATELY * (seconds / rows - self._seconds_per_row)
-        pace, kind = self._paces.setdefault(lane.model.backend, {}), _kind(lane, rows)
-        pace[kind] = seconds + (1 - LATELY) * (pace.get(kind, seconds) - seconds)
+        lane.model.backend.pace.learn(lane.operation.name, rows, seconds)
 
     def _sweep(self) -> None:
         """Fail the jobs whose deadline has passed, and tell those that take long."""
@@ -283,26 +311,23 @@ class Engine:
 
     def _run(self, lane: Lane, jobs: list[Job]) -> list[Outcome]:
         """The outcome of each job; if they fail together, each of them is tried by itself."""
-        started = perf_counter()
+        clock = lane.model.backend.clock
+        started, began = perf_counter(), clock()
         try:
             outputs = _compute(lane, [job.inputs for job in jobs])
         except Exception as error:  # noqa: BLE001 - whatever a model raises belongs to whoever asked
             if len(jobs) == 1:
                 return [(jobs[0], error)]
             return [outcome for job in jobs for outcome in self._run(lane, [job])]
-        seconds = perf_counter() - started
+        seconds, cost = perf_counter() - started, clock() - began
         outcomes: list[Outcome] = []
         start = 0
         for job in jobs:
             end = start + job.rows
             mine = tuple([output[start:end] for output in outputs])
-            outcomes.append((job, Ran(mine, started - job.since, seconds)))
+            outcomes.append((job, Ran(mine, started - job.since, seconds, cost)))
             start = end
         return outcomes
-
-
-def _kind(lane: Lane, rows: int) -> tuple[str, int]:
-    return lane.operation.name, rows.bit_length()
 
 
 def _too_late(seconds: float) -> DeadlineExceeded:
@@ -314,9 +339,35 @@ def _too_late(seconds: float) -> DeadlineExceeded:
 
 def _compute(lane: Lane, inputs: list[tuple[Array, ...]]) -> tuple[Array, ...]:
     columns = inputs[0] if len(inputs) == 1 else tuple(np.concatenate(column) for column in zip(*inputs, strict=True))
-    return lane.model.backend.run(lane.operation, columns)
+    return _within_memory(lane.model.backend, lane.operation, columns)
+
+
+def _within_memory(backend: Backend, operation: Operation, columns: tuple[Array, ...]) -> tuple[Array, ...]:
+    """`operation` on rows [B, ...]; where the device's memory is too small for them, half of them at a time.
+
+    What was too much is not tried again: the backend's batches stay as small as that.
+    """
+    rows = len(columns[0])
+    try:
+        return backend.run(operation, columns)
+    except Exception as error:
+        if rows == 1 or not is_out_of_memory(error):
+            raise
+        half = rows // 2
+        backend.too_many(rows)
+    # Outside of the handler, whose traceback would keep the memory of the attempt.
+    parts = [_within_memory(backend, operation, tuple(c[part] for c in columns)) for part in _halves(half)]
+    return _stacked(parts)
+
+
+def _halves(half: int) -> tuple[slice, slice]:
+    return slice(0, half), slice(half, None)
+
+
+def _stacked(parts: Sequence[tuple[Array, ...]]) -> tuple[Array, ...]:
+    return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
 
 def _joined(pieces: list[Ran]) -> Ran:
-    outputs = tuple(np.concatenate(column) for column in zip(*(piece.outputs for piece in pieces), strict=True))
+    outputs = _stacked([piece.outputs for piece in pieces])
     return Ran(outputs, sum(piece.queued for piece in pieces), sum(piece.computed for piece in pieces))

@@ -8,7 +8,8 @@ ElboError (models.errors)
     ├── BodyTooSlow                         408
     ├── BodyTooLarge, TooManyRows           413
     ├── UnsupportedMediaType                415
-    ├── InvalidJson, InvalidNpy, InvalidField, InvalidRows, OverflowInModel   422
+    ├── InvalidJson, InvalidNpy, InvalidSafetensors, InvalidCsv,
+    │   InvalidEncoding, InvalidProtobuf, InvalidField, InvalidRows, OverflowInModel   422
     ├── Overloaded                          429
     ├── ClientGone                          499, seen in the log and the metrics only
     ├── InternalError                       500
@@ -116,7 +117,7 @@ class TooManyRows(ServiceError):
 
 
 class UnsupportedMediaType(ServiceError):
-    """The body is neither application/json nor application/x-npy."""
+    """The body is of a type that the path does not read: application/json and application/x-npy are for most."""
 
     status, code, title = 415, "unsupported_media_type", "Unsupported media type"
 
@@ -131,6 +132,30 @@ class InvalidNpy(ServiceError):
     """The body is no .npy file of real numbers, or is cut off."""
 
     status, code, title = 422, "invalid_npy", "Invalid npy"
+
+
+class InvalidSafetensors(ServiceError):
+    """The body is no safetensors file of one tensor of real numbers with the right name, or is cut off."""
+
+    status, code, title = 422, "invalid_safetensors", "Invalid safetensors"
+
+
+class InvalidCsv(ServiceError):
+    """The body is no CSV with a header that names the columns."""
+
+    status, code, title = 422, "invalid_csv", "Invalid CSV"
+
+
+class InvalidEncoding(ServiceError):
+    """The body is not compressed as its Content-Encoding says, or cut off."""
+
+    status, code, title = 422, "invalid_encoding", "Invalid encoding"
+
+
+class InvalidProtobuf(ServiceError):
+    """The body is not the protobuf message that the path reads."""
+
+    status, code, title = 422, "invalid_protobuf", "Invalid protobuf"
 
 
 class InvalidField(ServiceError):
@@ -190,6 +215,10 @@ ERRORS: tuple[type[ServiceError], ...] = (
     UnsupportedMediaType,
     InvalidJson,
     InvalidNpy,
+    InvalidSafetensors,
+    InvalidCsv,
+    InvalidEncoding,
+    InvalidProtobuf,
     InvalidField,
     InvalidRows,
     OverflowInModel,

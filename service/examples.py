@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import orjson
+
+from service.codec import delimited, lines
 from service.schemas import AnomalyBody, Body, DecodeBody, EncodeBody, InterpolateBody, ReconstructBody, SampleBody
 
 # Each character is a grey value in ninths.
@@ -83,5 +86,28 @@ EXAMPLES: dict[type[Body], dict[str, dict[str, Any]]] = {
             "value": {"inputs": [_flat(ZERO), _flat(ONE), [1] * 64], "fdr": 0.1, "explain": 0},
         },
         "records": {"summary": "by feature name, in any order", "value": {"records": [_record(ONE)]}},
+        "telegraf": {
+            "summary": "a batch of Telegraf: one host, one moment, one row",
+            "value": {
+                "metrics": [{"name": "scan", "tags": {"host": "a"}, "fields": _record(ZERO), "timestamp": 1.7e9}]
+            },
+        },
+        "smoothed": {
+            "summary": "rows of one host in time, decided by their mean severity",
+            "value": {
+                "records": [_record(ZERO) | {"host": "a", "timestamp": 1.7e9 + 30 * i} for i in range(3)],
+                "half_life": 60.0, "detail": "none",
+            },
+        },
     },
 }  # fmt: skip
+
+TEXTS: dict[str, dict[str, Any]] = {
+    media_type: {"schema": {"type": "string"}, "example": example}
+    for media_type, example in {
+        **dict.fromkeys(lines.MEDIA_TYPES, "\n".join(orjson.dumps(_record(digit)).decode() for digit in (ZERO, ONE))),
+        delimited.MEDIA_TYPE: "\n".join(
+            (",".join(f'"{name}"' for name in _record(ONE)), ",".join(map(str, _record(ONE).values())))
+        ),
+    }.items()
+}

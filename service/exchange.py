@@ -2,28 +2,34 @@
 
 import asyncio
 import secrets
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 
 import orjson
 from starlette.datastructures import QueryParams
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
-from service.errors import PROBLEM_JSON, BodyTooLarge, BodyTooSlow, Overloaded, ServiceError
+from service.counts import Level
+from service.drain import Drain
+from service.errors import PROBLEM_JSON, BodyTooLarge, BodyTooSlow, ClientGone, Overloaded, ServiceError
 from service.tracing import Trace
 
 LONGEST_REQUEST_ID = 128
 _KEY = "elbo.exchange"
-_NO_QUERY = QueryParams()
+SHORT_QUERY = 512  # bytes: what is shorter is decoded once, not for each request
 Header = tuple[bytes, bytes]
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What is sent back. `headers` besides those that every answer has: its length, its request id, its timing."""
+    """What is sent back. `headers` besides those that every answer has: its length, its request id, its timing.
 
-    content: bytes
+    Content that is made as it is sent has no length.
+    """
+
+    content: bytes | AsyncIterator[bytes]
     media_type: bytes
     headers: tuple[Header, ...] = ()
     status: int = 200
@@ -37,24 +43,39 @@ class Limits:
         max_body_bytes: largest body.
         held_bytes: most bytes that are held for all requests that are under way.
         seconds: in which a body must arrive.
+        level: where the bytes that are held now are kept, as its first number.
     """
 
     max_body_bytes: int
     held_bytes: int
     seconds: float
-    held: int = 0  # now
+    level: Level = field(default_factory=lambda: [0.0])
+    drain: Drain = field(default_factory=Drain)
+
+    @property
+    def held(self) -> int:
+        """Bytes, now."""
+        return int(self.level[0])
 
     def hold(self, size: int) -> None:
         """Make room for `size` bytes more. Raises Overloaded."""
         if self.held + size > self.held_bytes:
+            wait = self.drain.seconds(size)
             raise Overloaded(
                 f"the requests under way hold {self.held} bytes, {size} more do not fit",
                 expected=f"at most {self.held_bytes} bytes at once",
                 got=f"{self.held + size} bytes",
-                hint="try again in 1 s",
-                headers={"Retry-After": "1"},
+                hint=f"try again in {wait} s",
+                headers={"Retry-After": str(wait)},
             )
-        self.held += size
+        if not self.level[0]:
+            self.drain.began()
+        self.level[0] += size
+
+    def release(self, size: int) -> None:
+        """`size` bytes are needed no more."""
+        self.level[0] -= size
+        self.drain.left(size, self.level[0])
 
 
 class Exchange:
@@ -84,7 +105,8 @@ class Exchange:
     @cached_property
     def query(self) -> QueryParams:
         """The query, decoded."""
-        return QueryParams(self.scope["query_string"]) if self.scope["query_string"] else _NO_QUERY
+        text = self.scope["query_string"]
+        return _decoded(text) if len(text) < SHORT_QUERY else QueryParams(text)
 
     async def body(self) -> bytes:
         """The whole body.
@@ -114,19 +136,46 @@ class Exchange:
             message = await self.receive()
         raise ClientDisconnect
 
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The body as it comes, however long: a piece is held until the next is asked for.
+
+        Raises BodyTooSlow, Overloaded, and ClientDisconnect if the client leaves before its end.
+        """
+        more = True
+        while more:
+            try:
+                async with asyncio.timeout(self._limits.seconds):
+                    message = await self._receive()
+            except TimeoutError:
+                raise BodyTooSlow(f"nothing more of the body came for {self._limits.seconds:g} s") from None
+            if message["type"] != "http.request":
+                raise ClientDisconnect
+            self.hold(len(message["body"]))
+            yield message["body"]
+            self.release()
+            more = message.get("more_body", False)
+
+    def hold(self, size: int) -> None:
+        """Count `size` bytes more as held for this request. Raises Overloaded."""
+        self._limits.hold(size)
+        self._read += size
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Of its body, unpacked."""
+        return self._limits.max_body_bytes
+
     async def receive(self) -> Message:
         """ASGI's `receive`. Raises BodyTooLarge at the first byte too many, Overloaded if others hold too much."""
         message = await self._receive()
-        size = len(message.get("body", b""))
-        self._limits.hold(size)
-        self._read += size
+        self.hold(len(message.get("body", b"")))
         if self._read > self._limits.max_body_bytes:
             raise self._too_large("more")
         return message
 
     def release(self) -> None:
         """The body is needed no more."""
-        self._limits.held -= self._read
+        self._limits.release(self._read)
         self._read = 0
 
     async def send(self, message: Message) -> None:
@@ -139,13 +188,30 @@ class Exchange:
 
     async def answer(self, answer: Answer) -> None:
         """Send `answer` and be done."""
+        if not isinstance(answer.content, bytes):
+            await self._stream(answer, answer.content)
+            return
         self.started = True
         self.trace.status = answer.status
         length = b"%d" % len(answer.content)
         fixed = ((b"content-type", answer.media_type), (b"content-length", length))
-        headers = [*fixed, *answer.headers, *self._own_headers()]
+        headers = [*(fixed if answer.content else ()), *answer.headers, *self._own_headers()]
         await self._send({"type": "http.response.start", "status": answer.status, "headers": headers})
         await self._send({"type": "http.response.body", "body": answer.content})
+
+    async def _stream(self, answer: Answer, pieces: AsyncIterator[bytes]) -> None:
+        """Send the pieces as they are made. Raises ClientGone if the client does not take them."""
+        try:
+            async for piece in pieces:
+                async with asyncio.timeout(self._limits.seconds):
+                    if not self.started:
+                        self.started, self.trace.status = True, answer.status
+                        headers = [(b"content-type", answer.media_type), *answer.headers, *self._own_headers()]
+                        await self._send({"type": "http.response.start", "status": answer.status, "headers": headers})
+                    await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+            await self._send({"type": "http.response.body", "body": b""})
+        except TimeoutError:
+            raise ClientGone(f"the client took nothing for {self._limits.seconds:g} s") from None
 
     async def refuse(self, error: ServiceError) -> None:
         """Answer with `error`."""
@@ -168,6 +234,11 @@ class Exchange:
             hint="send fewer rows at a time, or application/x-npy",
             headers={"Connection": "close"},  # or the server would have to read the rest
         )
+
+
+@lru_cache(maxsize=1024)
+def _decoded(text: bytes) -> QueryParams:
+    return QueryParams(text)
 
 
 def exchange_of(scope: Scope) -> Exchange:

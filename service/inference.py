@@ -3,25 +3,26 @@
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from service import operations
-from service.anomaly import Scores, results, table
+from service import operations, streaming
+from service.anomaly import Scores, Verdicts, decide, results, table
 from service.api import Call, Offer, Service, answer, aside, read, require_count, require_rows, run
-from service.codec import npy
 from service.codec.answer import ARRAY, PICTURE
-from service.codec.rows import Reading
+from service.codec.body import JSON
 from service.errors import InvalidField
 from service.exchange import Answer, Exchange
+from service.intake import FORMATS, WAYS, Intake, take
 from service.latents import Noise, fresh_seed, interpolate
 from service.repository import Served
 from service.schemas import AnomalyBody, Body, DecodeBody, EncodeBody, End, InterpolateBody, ReconstructBody, SampleBody
 
 Array = npt.NDArray[np.float32]
 WIDEST_STRIP = 32  # steps: an interpolation's picture is one row of tiles up to here
+ROUNDING = 1e-6  # relative: what alpha = 1 / 200 may lack of it as a decimal fraction
 ROW_BYTES = 400  # of a verdict, roughly
 B = TypeVar("B", bound=Body)
 
@@ -76,28 +77,20 @@ class Inference:
 
     async def anomaly(self, exchange: Exchange) -> Answer:
         """Which rows are abnormal, how sure that is, and why."""
-        call = await read(self.service, exchange, AnomalyBody, _arrays, "inputs", self._judgeable)
-        reading, unknown, sent = call.x
-        body, manifest = call.body, call.served.manifest
-        scores = Scores(*await run(self.service, call, operations.anomaly(body.alpha), reading.x))
-        call.trace.rows = sent
-        if call.media_type == npy.MEDIA_TYPE:
-            return await answer(call, {}, table(reading, scores, sent))
-        names = call.served.rows.names
+        if streaming.asked_for(exchange):
+            return streaming.Stream(self.service, exchange).answer()
+        call = await read(self.service, exchange, AnomalyBody, _arrays, "inputs", self._judgeable, FORMATS)
+        intake, body = call.x, call.body
+        verdicts = await judge(self.service, call, intake)
+        if call.media_type != JSON:
+            numbers = table(verdicts)
+            columns = dict(zip(("score", "p_value", "severity"), numbers.T, strict=True))
+            return await answer(call, {**columns}, numbers, holes=True)
         started = perf_counter()
-        judge = partial(results, reading, scores, body.fdr, body.explain, names, manifest.parts)
-        found, errors = await aside(judge, ROW_BYTES * sent)
+        size = ROW_BYTES * intake.sent if body.detail == "full" else 0
+        fields = await aside(partial(_told, call, verdicts), size)
         call.trace.add("write", perf_counter() - started)
-        fields = {
-            "alpha": body.alpha,
-            "fdr": body.fdr,
-            "threshold": scores.threshold[0],
-            "calibration": {"rows": manifest.calibration.rows, "floor": manifest.calibration.floor},
-            "results": found,
-            "errors": errors,
-            "unknown_fields": unknown,
-        }
-        return await answer(call, fields, scores.expected)
+        return await answer(call, fields, verdicts.scores.expected)
 
     async def _read_rows(self, exchange: Exchange, schema: type[B], offered: Offer, field: str) -> Call[B]:
         """A request whose `field`, "inputs" or "latents", holds rows, every one of which must be right."""
@@ -132,20 +125,44 @@ class Inference:
             codes = iter(mean)
         return [point.values[0] if point.is_code else next(codes) for point in points]
 
-    def _judgeable(self, served: Served, body: AnomalyBody, careful: bool) -> tuple[Reading, int, int]:
-        """The rows that can be read, how many values had unknown names, and how many rows were sent."""
-        given = [name for name in ("inputs", "records") if getattr(body, name) is not None]
-        if len(given) != 1:
-            got = " and ".join(given) or "neither"
-            raise InvalidField(f"give either inputs or records, got {got}", expected="inputs or records", got=got)
-        rows = getattr(body, given[0])
-        require_rows(self.service, rows, f"/{given[0]}")
-        if body.records is not None:
-            reading, unknown = served.rows.read_records(rows, "/records", careful)
-            return reading, unknown, len(rows)
-        if isinstance(rows, np.ndarray):
-            return served.rows.read_array_each(rows, "/inputs"), 0, len(rows)
-        return served.rows.read_each(rows, "/inputs", careful), 0, len(rows)
+    def _judgeable(self, served: Served, body: AnomalyBody, careful: bool) -> Intake:
+        for name in WAYS:
+            require_rows(self.service, getattr(body, name), f"/{name}")
+        return take(served, body, careful)
+
+
+async def judge(service: Service, call: Call[AnomalyBody], intake: Intake) -> Verdicts:
+    """What the model of `call` says of the rows of `intake`."""
+    x = call.served.rows.filled(intake.reading)
+    scores = Scores(*await run(service, call, operations.anomaly(call.body.alpha), x))
+    call.trace.rows = intake.sent
+    verdicts = decide(intake, scores, call.body)
+    service.telemetry.judged.count(call.served, intake, verdicts)
+    return verdicts
+
+
+def _told(call: Call[AnomalyBody], verdicts: Verdicts) -> dict[str, Any]:
+    """The fields of the answer."""
+    body, manifest, intake, scores = call.body, call.served.manifest, verdicts.intake, verdicts.scores
+    counts = {
+        "rows": intake.sent,
+        "anomalies": sum(verdicts.flags),
+        "failed": intake.sent - scores.count,
+        "unknown_fields": intake.unknown,
+    }
+    if body.detail == "none":
+        return counts
+    found, errors = results(verdicts, body.explain, call.served.rows.names, manifest.parts)
+    return {
+        **counts,
+        "alpha": body.alpha,
+        "fdr": body.fdr,
+        "threshold": scores.threshold[0],
+        "calibration": {"rows": manifest.calibration.rows, "floor": manifest.calibration.floor},
+        "extrapolated": body.alpha < manifest.calibration.floor * (1 - ROUNDING),
+        "results": found,
+        "errors": errors,
+    }
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import select
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -87,8 +88,15 @@ def _told(scope: Scope, trace: Trace) -> dict[str, Any]:
 
 
 def _to_standard_output(lines: bytes) -> None:
-    sys.stdout.buffer.write(lines)
-    sys.stdout.buffer.flush()
+    """Write whole lines, as many at a time as the system writes in one go: other workers write there too."""
+    start = 0
+    while start < len(lines):
+        end = len(lines)
+        if end - start > select.PIPE_BUF:
+            end = lines.rfind(b"\n", start, start + select.PIPE_BUF) + 1 or lines.index(b"\n", start) + 1
+        sys.stdout.buffer.write(lines[start:end])
+        sys.stdout.buffer.flush()
+        start = end
 
 
 def _now() -> str:

@@ -9,26 +9,30 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
+import torch
 
-from models.artifact import load
+from models.artifact import Artifact, load
 from models.errors import ElboError
 from models.manifest import FILE_NAME, Manifest, names, versions
 from service import operations
-from service.backends import WARM_ROUNDS, Backend, choose
+from service.backends import BACKENDS, WARM_ROUNDS, Array, Backend, choose, is_out_of_memory
 from service.codec import png
 from service.codec.rows import RowFormat
+from service.counts import Counts, Votes
 from service.errors import ModelNotFound, NotReady
 from service.latents import Noise
+from service.selectors import Selectors
 
 log = logging.getLogger("elbo.repository")
 WARM_ROWS = (1, 16)
+WARM_SECONDS = 5.0
 
 Signature = tuple[int, int, int]  # of a file: inode, size, time of its last change
 
@@ -41,8 +45,10 @@ class Served:
     version: int
     manifest: Manifest
     backend: Backend
-    load_seconds: float
+    load_seconds: float  # to load, verify, and choose the backend
+    warm_seconds: float = 0.0
     headers: tuple[tuple[bytes, bytes], ...] = field(init=False)  # of every answer that it gives
+    who: tuple[str, str] = field(init=False)  # its labels in metrics
     rows: RowFormat = field(init=False)
     latents: RowFormat = field(init=False)
 
@@ -50,8 +56,20 @@ class Served:
         features = self.manifest.features
         names, optional = [feature.name for feature in features], [feature.missing > 0 for feature in features]
         object.__setattr__(self, "headers", ((b"elbo-model", f"{self.name}@{self.version}".encode()),))
-        object.__setattr__(self, "rows", RowFormat(self.manifest.shape, names, optional))
+        object.__setattr__(self, "who", (self.name, str(self.version)))
+        medians = [feature.median for feature in features]
+        object.__setattr__(self, "rows", RowFormat(self.manifest.shape, names, optional, medians))
         object.__setattr__(self, "latents", RowFormat([self.manifest.latents]))
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a row where it is widest."""
+        return 4 * max(self.rows.width, self.latents.width)
+
+    @cached_property
+    def selectors(self) -> Selectors:
+        """Which feature a measurement means, by its name and labels."""
+        return Selectors({name: name for name in self.rows.names})
 
     @cached_property
     def pictures(self) -> bool:
@@ -116,10 +134,23 @@ class Repository:
         keep_versions: newest versions of each model that stay loaded.
         backend: "auto", "torchscript" or "onnx", see `service.backends.choose`.
         threads: for one batch.
+        precision: float32 or bfloat16.
+        max_batch_rows, max_batch_bytes: of the largest batch that the engine will run.
+        votes: on the backend, with the other processes that serve the same.
     """
 
     def __init__(
-        self, root: Path, device: str, default: str, keep_versions: int, backend: str = "auto", threads: int = 1
+        self,
+        root: Path,
+        device: str,
+        default: str,
+        keep_versions: int,
+        backend: str = "auto",
+        threads: int = 1,
+        precision: str = "float32",
+        max_batch_rows: int = 1024,
+        max_batch_bytes: int = 64 * 2**20,
+        votes: Votes | None = None,
     ) -> None:
         self._root = root
         self._device = device
@@ -127,6 +158,10 @@ class Repository:
         self._keep = keep_versions
         self._backend = backend
         self._threads = threads
+        self._precision = precision
+        self._max_batch_rows = max_batch_rows
+        self._max_batch_bytes = max_batch_bytes
+        self._votes = votes or Votes(Counts(), "backend", BACKENDS)
         self._known: dict[tuple[str, int], _Known] = {}
         self.catalogue = Catalogue()
 
@@ -181,13 +216,23 @@ class Repository:
             failure = Failure(name, version, code, str(error).splitlines()[0] if str(error) else type(error).__name__)
             return _Known(signature, before.served if before else None, failure)
 
+    def _choose(self, artifact: Artifact) -> Backend:
+        """What is measured faster; as another worker has chosen, where one has, so that all give the same answers."""
+        which = artifact.manifest.weights_sha256
+        decided = self._votes.decided(which) if self._backend == "auto" else None
+        backend = choose(artifact, decided or self._backend, self._threads, self._precision)
+        self._votes.vote(which, backend.name)
+        return replace(backend, reason="chosen when these weights were first loaded here") if decided else backend
+
     def _load(self, name: str, version: int, path: Path) -> Served:
         started = perf_counter()
         artifact = load(path, self._device)
-        backend = choose(artifact, self._backend, self._threads)
-        served = Served(name, version, artifact.manifest, backend, perf_counter() - started)
-        _warm(served)
-        return served
+        backend = self._choose(artifact)
+        loaded = perf_counter()
+        served = Served(name, version, artifact.manifest, backend, loaded - started)
+        most = max(1, min(self._max_batch_rows, self._max_batch_bytes // served.row_bytes))
+        _warm(served, self._threads, most)
+        return replace(served, warm_seconds=perf_counter() - loaded)
 
 
 def _tell_changes(before: Catalogue, after: Catalogue) -> None:
@@ -201,20 +246,51 @@ def _tell_changes(before: Catalogue, after: Catalogue) -> None:
         log.info("no longer serving %s@%d", served.name, served.version)
 
 
-def _warm(served: Served) -> None:
-    """Run every operation often enough that the first request meets optimised code."""
-    manifest = served.manifest
-    median = np.array([[feature.median for feature in manifest.features]], np.float32)
-    noise, run = Noise(), served.backend.run
+def _warm(served: Served, threads: int, most_rows: int) -> None:
+    """Run every operation often enough, and at every size of batch, that the first request meets optimised code.
+
+    It teaches the engine how long each takes. Sizes that would take too long in all, or more memory than there is, are
+    left out.
+    """
+    torch.set_num_threads(threads)
+    end = perf_counter() + WARM_SECONDS
     for rows in WARM_ROWS * WARM_ROUNDS:
-        x, z = median.repeat(rows, axis=0), noise.draw(0, rows, manifest.latents)
-        for operation in (operations.ENCODE, operations.reconstruct(served.rows.gaps), operations.anomaly(0.05)):
-            run(operation, (x,))
-        run(operations.SAMPLE, z)
-        (outputs,) = run(operations.DECODE, z[:1])
+        outputs = _run_all(served, rows)
     if served.pictures:
-        assert manifest.pixel_range is not None
-        png.dumps(outputs, manifest.shape, manifest.pixel_range)  # imports Pillow, which takes 0.2 s
+        assert served.manifest.pixel_range is not None
+        png.dumps(outputs[:1], served.manifest.shape, served.manifest.pixel_range)  # imports Pillow, which takes 0.2 s
+    rows = 1
+    while perf_counter() < end:
+        try:
+            _run_all(served, min(rows, most_rows))
+        except Exception as error:
+            if rows == 1 or not is_out_of_memory(error):
+                raise
+            served.backend.too_many(rows)
+            return
+        if rows >= most_rows:
+            return
+        rows = 2 * rows + 1  # the largest of each size
+    log.info("%s@%d is not warmed beyond %d rows at once: it took too long", served.name, served.version, rows // 2)
+
+
+def _run_all(served: Served, rows: int) -> Array:
+    """Every operation on a batch of `rows`; gives decoded rows."""
+    manifest, backend = served.manifest, served.backend
+    median = np.array([[feature.median for feature in manifest.features]], np.float32)
+    x, noise = median.repeat(rows, axis=0), Noise().draw(0, rows, manifest.latents)
+    asked = {
+        operations.ENCODE: (x,),
+        operations.reconstruct(served.rows.gaps): (x,),
+        operations.anomaly(0.05): (x,),
+        operations.SAMPLE: noise,
+        operations.DECODE: noise[:1],
+    }
+    for operation, inputs in asked.items():
+        started = backend.clock()
+        outputs = backend.run(operation, inputs)
+        backend.pace.learn(operation.name, rows, backend.clock() - started)
+    return outputs[0]
 
 
 def describe(served: Served) -> dict[str, Any]:
@@ -234,6 +310,12 @@ def describe(served: Served) -> dict[str, Any]:
         "metrics": manifest.metrics,
         "calibration": manifest.calibration.model_dump(),
         "device": str(served.backend.device),
-        "backend": {"name": served.backend.name, "reason": served.backend.reason},
+        "backend": {
+            "name": served.backend.name,
+            "reason": served.backend.reason,
+            "precision": served.backend.precision,
+            "errors": dict(served.backend.errors),
+        },
         "load_seconds": round(served.load_seconds, 3),
+        "warm_seconds": round(served.warm_seconds, 3),
     }

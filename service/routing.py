@@ -1,6 +1,6 @@
 """Every endpoint, listed once: its path, its handler, and what the OpenAPI document says of it."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from inspect import getdoc
 from typing import Any
@@ -14,12 +14,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api import Service
 from service.catalogue import Information
-from service.codec import npy, png
+from service.codec import npy, png, remote, safetensors
 from service.codec.body import JSON
 from service.errors import PROBLEM_JSON
-from service.examples import EXAMPLES
+from service.examples import EXAMPLES, TEXTS
 from service.exchange import exchange_of
 from service.inference import Inference
+from service.intake import FORMATS
+from service.receiver import Receiver
 from service.schemas import (
     AnomalyAnswer,
     AnomalyBody,
@@ -42,12 +44,17 @@ from service.schemas import (
 
 Handler = Callable[[Any], Awaitable[Any]]
 CALL_ERRORS = (404, 406, 408, 413, 415, 422, 429, 500, 503, 504)
+WRITE_ERRORS = (408, 413, 415, 422, 500, 503)
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One path and method. `array` and `picture`: whether npy comes in, and whether image/png goes out."""
+    """One path and method.
+
+    `array` and `picture`: whether npy and safetensors come in, and whether image/png goes out.
+    `reads`: other media types of its body.
+    """
 
     path: str
     handler: Handler
@@ -57,11 +64,12 @@ class Endpoint:
     picture: bool = False
     errors: tuple[int, ...] = CALL_ERRORS
     media_type: str = JSON
+    reads: tuple[str, ...] = ()
 
     @property
     def method(self) -> str:
         """POST where there is a body."""
-        return "POST" if self.body else "GET"
+        return "POST" if self.body or self.reads else "GET"
 
 
 class DirectRoute(APIRoute):
@@ -87,16 +95,17 @@ class DirectRoute(APIRoute):
         return app
 
 
-def endpoints(service: Service) -> list[Endpoint]:
+def endpoints(service: Service, receiver: Receiver) -> list[Endpoint]:
     """All of them, the busiest first: the router tries one after the other."""
     infer, inform = Inference(service), Information(service)
     return [
-        Endpoint("/anomaly", infer.anomaly, AnomalyAnswer, AnomalyBody, array=True),
+        Endpoint("/anomaly", infer.anomaly, AnomalyAnswer, AnomalyBody, array=True, reads=tuple(FORMATS)),
         Endpoint("/reconstruct", infer.reconstruct, ReconstructAnswer, ReconstructBody, True, True),
         Endpoint("/encode", infer.encode, EncodeAnswer, EncodeBody, array=True),
         Endpoint("/decode", infer.decode, DecodeAnswer, DecodeBody, True, True),
         Endpoint("/sample", infer.sample, SampleAnswer, SampleBody, picture=True),
         Endpoint("/interpolate", infer.interpolate, InterpolateAnswer, InterpolateBody, picture=True),
+        Endpoint("/api/v1/write", receiver.write, None, errors=WRITE_ERRORS, reads=(remote.MEDIA_TYPE,)),
         Endpoint("/models", inform.models, ModelList, errors=()),
         Endpoint("/models/{reference}", inform.model, ModelDetail, errors=(404, 503)),
         Endpoint("/livez", inform.livez, Health, errors=()),
@@ -110,15 +119,15 @@ async def _without_parameters() -> None:
     """What FastAPI is shown instead of a handler: it would read the handler's parameter as a query's."""
 
 
-def direct(service: Service) -> dict[str, Handler]:
+def direct(found: Iterable[Endpoint]) -> dict[str, Handler]:
     """The handlers of the endpoints that compute, by path."""
-    return {endpoint.path: endpoint.handler for endpoint in endpoints(service) if endpoint.body}
+    return {endpoint.path: endpoint.handler for endpoint in found if endpoint.method == "POST"}
 
 
-def register(app: FastAPI, service: Service) -> None:
+def register(app: FastAPI, found: Iterable[Endpoint]) -> None:
     """Give `app` every endpoint."""
     app.router.route_class = DirectRoute
-    for endpoint in endpoints(service):
+    for endpoint in found:
         app.add_api_route(
             endpoint.path,
             endpoint.handler,
@@ -128,39 +137,42 @@ def register(app: FastAPI, service: Service) -> None:
             openapi_extra=_request(endpoint),
             summary=(endpoint.handler.__doc__ or "").partition("\n")[0],
             description=getdoc(endpoint.handler),
-            tags=["models" if endpoint.body else "service"],
+            tags=["models" if endpoint.method == "POST" else "service"],
             name=endpoint.handler.__name__,
             operation_id=endpoint.handler.__name__,
         )
 
 
 def _responses(endpoint: Endpoint) -> dict[int | str, dict[str, Any]]:
+    problem = {"schema": {"$ref": "#/components/schemas/Problem"}}
+    refusals: dict[int | str, dict[str, Any]] = {
+        status: {"description": "a problem", "content": {PROBLEM_JSON: problem}} for status in endpoint.errors
+    }
+    if endpoint.method == "POST" and not endpoint.body:
+        return {204: {"description": "taken"}, **refusals}
     answer: dict[str, Any] = {"description": "the answer", "content": {}}
     if endpoint.answer:
         answer["model"] = endpoint.answer
     else:
         answer["content"][endpoint.media_type] = {"schema": {"type": "string"}}
     if endpoint.body:
-        answer["content"][npy.MEDIA_TYPE] = BINARY
+        answer["content"][npy.MEDIA_TYPE] = answer["content"][safetensors.MEDIA_TYPE] = BINARY
         answer["headers"] = {
             "Elbo-Model": {"schema": {"type": "string"}, "description": "name@version of the model that answered"}
         }
     if endpoint.picture:
         answer["content"][png.MEDIA_TYPE] = BINARY
-    problem = {"schema": {"$ref": "#/components/schemas/Problem"}}
-    refusals: dict[int | str, dict[str, Any]] = {
-        status: {"description": "a problem", "content": {PROBLEM_JSON: problem}} for status in endpoint.errors
-    }
     return {200: answer, **refusals}
 
 
 def _request(endpoint: Endpoint) -> dict[str, Any] | None:
+    content: dict[str, Any] = {media_type: TEXTS.get(media_type, BINARY) for media_type in endpoint.reads}
     if endpoint.body is None:
-        return None
+        return {"requestBody": {"required": True, "content": content}} if content else None
     schema = {"$ref": f"#/components/schemas/{endpoint.body.__name__}"}
-    content: dict[str, Any] = {JSON: {"schema": schema, "examples": EXAMPLES[endpoint.body]}}
+    content = {JSON: {"schema": schema, "examples": EXAMPLES[endpoint.body]}, **content}
     if endpoint.array:
-        content[npy.MEDIA_TYPE] = BINARY
+        content[npy.MEDIA_TYPE] = content[safetensors.MEDIA_TYPE] = BINARY
     model = {
         "name": "model", "in": "query", "required": False, "schema": {"type": "string"},
         "description": "`name` (its newest version) or `name@version`; without it the default model answers",

@@ -17,13 +17,24 @@ _ROW = {
     "description": "A flat list of D numbers, or nested lists of the model's shape; null where a value is missing, for "
     "features that lacked some in training",
 }
-_RECORD = {"type": "object", "additionalProperties": {"type": ["number", "null"]}}
+_RECORD = {"type": "object", "additionalProperties": {"type": ["number", "string", "null"]}}
+_METRIC = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "tags": {"type": "object", "additionalProperties": {"type": "string"}},
+        "fields": {"type": "object"},
+        "timestamp": {"type": ["integer", "number", "string"]},
+    },
+    "required": ["fields"],
+}
 
 Rows = Annotated[Any, WithJsonSchema({"type": "array", "minItems": 1, "items": _ROW})]
 Row = Annotated[Any, WithJsonSchema(_ROW)]
 Vectors = Annotated[Any, WithJsonSchema({"type": "array", "minItems": 1, "items": _NUMBERS})]
 Vector = Annotated[Any, WithJsonSchema(_NUMBERS)]
 Records = Annotated[Any, WithJsonSchema({"type": "array", "minItems": 1, "items": _RECORD})]
+Metrics = Annotated[Any, WithJsonSchema({"type": "array", "minItems": 1, "items": _METRIC})]
 Seed = Annotated[int, Field(ge=0, lt=SEEDS, description="whole number below 2^53: the same seed, the same numbers")]
 
 
@@ -80,12 +91,17 @@ class InterpolateBody(Body):
 
 
 class AnomalyBody(Body):
-    """Rows to judge: either `inputs` or `records`."""
+    """Rows to judge: `inputs`, `records` or `metrics`."""
 
     inputs: Rows = Field(None, description="N rows in raw units")
     records: Records = Field(
         None,
         description="N objects: a number for each feature name, null or absent where it is missing; others are ignored",
+    )
+    metrics: Metrics = Field(
+        None,
+        description="a batch of Telegraf's JSON format: the fields of one host and moment are a row, under the names "
+        "`name_field`, `name.field`, `name/field` or `field`",
     )
     alpha: float = Field(0.05, gt=0.0, lt=1.0, description="the share of normal rows that may be called anomalous")
     fdr: float | None = Field(
@@ -94,6 +110,21 @@ class AnomalyBody(Body):
         "(Benjamini-Hochberg over this request)",
     )  # fmt: skip
     explain: int = Field(3, ge=0, description="how many features to name a row, those that contribute most")
+    impute: bool = Field(
+        True,
+        description="whether training medians stand for values that `records`, `metrics`, NDJSON and CSV lack, up to "
+        "half of a row, also of features that lacked none in training; false: such a row is an error",
+    )
+    half_life: float | None = Field(
+        None, gt=0.0, lt=1e12,
+        description="seconds: decide by the severity's exponentially weighted mean over each group's rows in time",
+    )  # fmt: skip
+    half_life_rows: float | None = Field(
+        None, gt=0.0, lt=1e12, description="the same with a half-life counted in rows, which needs no timestamps"
+    )
+    time: str = Field("timestamp", description="what records call their time: Unix s, ms, us or ns, or ISO 8601")
+    group: str = Field("host", description="what records call the group that they belong to; a tag of `metrics`")
+    detail: Literal["full", "none"] = Field("full", description="none: counts alone, for senders who read no verdicts")
 
 
 _IMPUTED = "how many values were missing in the rows sent, where any was: the training medians stood for them"
@@ -147,9 +178,13 @@ class FeatureReport(BaseModel):
 
     name: str
     value: float | None = Field(description="what was sent, in raw units; null where it is missing")
-    expected: float = Field(description="the model's reconstruction, in raw units")
+    expected: float = Field(
+        description="in raw units: what the other features say of it, or its mean, whichever it is further from; of "
+        "pictures the reconstruction"
+    )
     contribution: float = Field(
-        description="squared residual in the model's own units; of a missing value that of the median in its place"
+        description="squared distance from that, in deviations of normal rows (of pictures, in the model's own units); "
+        "of a missing value that of the median in its place"
     )
 
 
@@ -160,10 +195,13 @@ class Result(BaseModel):
     score: float = Field(description="higher is stranger; what overflows float32 is given as its largest number")
     p_value: float = Field(description="conformal: the share of normal rows at least as strange; never 0")
     severity: float = Field(description="> 1 means anomalous at alpha, for every model")
-    is_anomaly: bool = Field(description="severity > 1, or what `fdr` decides over the request")
+    smoothed: float | None = Field(None, description="the severity's mean over the group's past, where asked for")
+    is_anomaly: bool = Field(description="severity > 1, or what `fdr` decides over the request, or smoothed > 1")
     parts: dict[str, float] = Field(description="the score's parts by name; they sum to it")
     features: list[FeatureReport] = Field(description="those that contribute most, the largest first")
     imputed: list[str] | None = Field(None, description="the features whose value is missing, where any is")
+    time: float | None = Field(None, description="Unix seconds, where the row said it")
+    group: str | None = Field(None, description="where the row said it")
 
 
 class RowProblem(BaseModel):
@@ -182,15 +220,23 @@ class Calibration(BaseModel):
 
 
 class AnomalyAnswer(Answer):
-    """Verdicts."""
+    """Verdicts; with `detail` none the counts alone."""
 
-    alpha: float
-    fdr: float | None
-    threshold: float = Field(description="the score above which a row is anomalous at alpha")
-    calibration: Calibration
-    results: list[Result]
-    errors: list[RowProblem] = Field(description="rows that could not be judged")
-    unknown_fields: int = Field(description="values in `records` whose name is no feature's")
+    rows: int = Field(description="how many were sent")
+    anomalies: int = Field(description="how many are anomalous")
+    failed: int = Field(description="how many could not be judged")
+    unknown_fields: int = Field(description="values whose name is no feature's")
+    alpha: float | None = None
+    fdr: float | None = None
+    threshold: float | None = Field(None, description="the score above which a row is anomalous at alpha")
+    calibration: Calibration | None = None
+    extrapolated: bool | None = Field(
+        None,
+        description="whether alpha lies below the calibration's floor: threshold and severity then rest on a fitted "
+        "tail and on no p-value; `fdr` rests on p-values alone",
+    )
+    results: list[Result] | None = None
+    errors: list[RowProblem] | None = Field(None, description="rows that could not be judged")
 
 
 class Problem(BaseModel):
@@ -213,6 +259,11 @@ class BackendChoice(BaseModel):
 
     name: Literal["torchscript", "onnx"]
     reason: str = Field(description="why this one")
+    precision: Literal["float32", "bfloat16"] = Field(description="of matrix products")
+    errors: dict[str, float] = Field(
+        description="of answers in bfloat16 against float32 on the artifact's golden inputs, relative to the largest "
+        "number in each"
+    )
 
 
 class ModelSummary(BaseModel):
@@ -232,7 +283,8 @@ class ModelSummary(BaseModel):
     calibration: Calibration
     device: str
     backend: BackendChoice
-    load_seconds: float
+    load_seconds: float = Field(description="to load, verify, and choose the backend")
+    warm_seconds: float = Field(description="to run every operation at every size of batch")
 
 
 class FailedVersion(BaseModel):
@@ -269,6 +321,9 @@ class ModelDetail(ModelSummary):
     features: list[FeatureInfo]
     training: dict[str, Any] = Field(description="the configuration of its training")
     data: dict[str, Any] = Field(description="where its rows came from and how they were split")
+    recalibration: dict[str, Any] | None = Field(
+        description="where `elbo calibrate` took rows from since, and the version that has the same networks"
+    )
     versions: dict[str, str] = Field(description="of the software that made it")
     weights_sha256: str
 

@@ -1,22 +1,11 @@
-"""Runs the application under uvicorn until it is told to stop, and loses no request when it stops."""
+"""From settings to a server: the address bound, then one process that serves, or several and one that watches them."""
 
-import asyncio
-import logging
-import signal
+import resource
 import socket
-import sys
-from types import FrameType
-
-import uvicorn
 
 from models.errors import ElboError
 from service import logs
-from service.api import Service
-from service.app import create_app
 from service.settings import Settings
-
-log = logging.getLogger("elbo.service")
-SWITCH_INTERVAL = 0.0005  # seconds; at Python's 5 ms the inference thread would wait for the event loop's bytecode
 
 
 class ServeError(ElboError):
@@ -25,49 +14,20 @@ class ServeError(ElboError):
     code = "serve_error"
 
 
-class Server(uvicorn.Server):
-    """On SIGTERM or SIGINT: not ready at once, serving on for a while, then no new connections, then exit 0."""
-
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
-        super().__init__(config)
-        self._service = service
-        self._stopping = False
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Load the models, then listen, then say so."""
-        await super().startup(sockets)
-        for listener in (sockets or []) if self.started else []:
-            host, port = listener.getsockname()[:2]
-            log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-
-    def handle_exit(self, sig: int, _: FrameType | None) -> None:
-        """The signals' handler. The second signal ends the wait, the third SIGINT the requests too."""
-        drain = self._service.settings.drain_seconds
-        if self._stopping or not self.started or not drain:
-            self.force_exit = self.should_exit and sig == signal.SIGINT
-            self.should_exit = True
-        else:
-            asyncio.get_running_loop().call_later(drain, self._stop)
-        self._stopping = True
-        self._service.draining = True
-        log.info("stopping", extra={"fields": {"signal": signal.Signals(sig).name, "drain_seconds": drain}})
-
-    def _stop(self) -> None:
-        self.should_exit = True
-
-
 def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. Raises ElboError if the address or the device cannot be had."""
     logs.configure(settings.log_level, settings.log_format)
-    sys.setswitchinterval(SWITCH_INTERVAL)
-    app = create_app(settings)
-    config = uvicorn.Config(
-        app, loop="uvloop", http="httptools", log_config=None, access_log=False, server_header=False
-    )
-    listener = _bind(settings.host, settings.port)
-    with listener:
-        log.info("loading the models in %s", settings.artifacts)
-        Server(config, app.state.service).run([listener])
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection is an open file, and 1,024 are soon had
+    with _bind(settings.host, settings.port) as listener:
+        if settings.workers > 1:
+            from service.supervisor import Supervisor
+
+            Supervisor(settings, listener).run()
+        else:
+            from service.worker import work  # imports torch, which a supervisor has no need of
+
+            work(settings, listener=listener)
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -76,6 +36,7 @@ def _bind(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it
         listener.bind(address)
     except OSError as error:
         raise ServeError(

@@ -1,17 +1,26 @@
 """What the service counts, in a registry of the app's own that Prometheus scrapes.
 
-A request costs a few list increments: the samples that Prometheus reads are made when it asks.
+Where several processes serve, each counts into memory that all can read, and whichever is asked tells the sum. To add
+a metric, make a `Counter`, `Gauge` or `Histogram` of `service.families` in `Telemetry.__init__`, and yield its
+`metric()` in `collect`: it is summed over the processes, and goes on where a process that was killed left off.
+
+    self._alarms = Counter(counts, "elbo_alarms", "Rows called anomalous", ("model", "version"))
+    self._alarms.add(("vae", "3"), by=2)    # one increment; from the event loop's thread
+    self._alarms.sums()                     # {("vae", "3"): [17.0]}, of all processes: for what is derived from it
+
+What is no sum, such as which models are loaded or a figure derived from `sums()`, `collect` makes itself.
 """
 
-from bisect import bisect_left
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from itertools import accumulate
+from collections.abc import Iterator
+from functools import lru_cache
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from service.counts import RESTARTS, Counts
+from service.families import Counter, Gauge, Histogram, Labels
+from service.judged import Judged
 from service.repository import Catalogue
 from service.tracing import Trace
 
@@ -20,95 +29,83 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 OUTCOMES = {429: "shed", 499: "abandoned", 503: "shed", 504: "shed"}  # of what else there is, the first digit decides
 _BY_FIRST_DIGIT = {2: "ok", 4: "refused", 5: "failed"}
 WHO = ("endpoint", "model", "version")
-
-Labels = tuple[str, ...]
-
-
-class Histogram:
-    """Counts of values up to each of `bounds`, ascending, and above all; and their sum."""
-
-    __slots__ = ("bounds", "counts", "total")
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
-
-    def observe(self, value: float) -> None:
-        """Count one value."""
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
-
-    def buckets(self) -> list[tuple[str, float]]:
-        """As Prometheus writes them: how many values are at most each bound."""
-        names = [*map(str, map(float, self.bounds)), "+Inf"]
-        return list(zip(names, accumulate(self.counts), strict=True))
-
-
-class Durations:
-    """Of one endpoint, model, version and outcome, in seconds."""
-
-    __slots__ = ("compute", "queue", "total")
-
-    def __init__(self) -> None:
-        self.total, self.queue, self.compute = Histogram(LATENCIES), Histogram(LATENCIES), Histogram(LATENCIES)
+BY = (*WHO, "outcome")
 
 
 class Telemetry(Collector):
-    """Counts what the service does. The event loop's thread alone writes."""
+    """Counts what the service does. The event loop's thread alone writes.
 
-    def __init__(self) -> None:
+    Args:
+        counts: of this process and its siblings.
+        alert_half_life: rows, see `Judged`.
+    """
+
+    def __init__(self, counts: Counts, alert_half_life: float = 3.0) -> None:
         self.registry = CollectorRegistry()
-        self._requests: Counter[Labels] = Counter()
-        self._problems: Counter[Labels] = Counter()
-        self._rows: Counter[Labels] = Counter()
-        self._durations: defaultdict[Labels, Durations] = defaultdict(Durations)
-        self._batches: defaultdict[Labels, Histogram] = defaultdict(lambda: Histogram(ROWS))
-        self._catalogue, self._pending = Catalogue(), (0, 0)
+        self._requests = Counter(counts, "elbo_requests", "Requests answered", (*WHO, "status"))
+        self._problems = Counter(counts, "elbo_problems", "Requests without an answer, by code", (*WHO, "code"))
+        self._rows = Counter(counts, "elbo_rows", "Rows in answered requests", WHO)
+        self._total = Histogram(
+            counts, "elbo_request_seconds", "From the request's head to the answer's end", BY, LATENCIES
+        )
+        self._queue = Histogram(counts, "elbo_queue_seconds", "Waiting for the model", BY, LATENCIES)
+        self._compute = Histogram(counts, "elbo_compute_seconds", "In the model, for the whole batch", BY, LATENCIES)
+        self._batches = Histogram(counts, "elbo_batch_rows", "Rows in one batch", ("operation",), ROWS)
+        self._pending_rows = Gauge(counts, "elbo_pending_rows", "Rows admitted and not yet answered")
+        self._pending_bytes = Gauge(counts, "elbo_pending_bytes", "Bytes of bodies that are held for requests")
+        self._restarts = Counter(counts, RESTARTS, "Worker processes that ended and were replaced")
+        for family in (self._pending_rows, self._pending_bytes, self._restarts):
+            family.mine(())  # told from the beginning, as zero
+        self.pending_rows, self.pending_bytes = self._pending_rows.mine(()), self._pending_bytes.mine(())
+        self.leads = counts.leads
+        self.judged = Judged(counts, alert_half_life)
+        self._catalogue = Catalogue()
+        self._labels = lru_cache(maxsize=4096)(_labels)
         self.registry.register(self)
 
     def count(self, trace: Trace) -> None:
         """A request has been answered, or has lost its client."""
         status = trace.status
-        version = str(trace.version) if trace.version else ""
-        outcome = OUTCOMES.get(status) or _BY_FIRST_DIGIT.get(status // 100, "abandoned")
-        self._requests[trace.endpoint, trace.model, version, str(status)] += 1
+        who, by, answered = self._labels(trace.endpoint, trace.model, trace.version, status)
+        self._requests.add(answered)
         if trace.problem:
-            self._problems[trace.endpoint, trace.model, version, trace.problem] += 1
-        durations = self._durations[trace.endpoint, trace.model, version, outcome]
-        durations.total.observe(trace.elapsed)
+            self._problems.add((*who, trace.problem))
+        self._total.observe(by, trace.elapsed)
         if trace.rows:
-            self._rows[trace.endpoint, trace.model, version] += trace.rows if status == 200 else 0
-            durations.queue.observe(trace.spans.get("queue", 0.0))
-            durations.compute.observe(trace.spans.get("compute", 0.0))
+            self._rows.add(who, trace.rows if status == 200 else 0)
+            self._queue.observe(by, trace.spans.get("queue", 0.0))
+            self._compute.observe(by, trace.spans.get("compute", 0.0))
 
     def count_batch(self, operation: str, rows: int) -> None:
         """A batch has been run."""
-        self._batches[(operation,)].observe(rows)
+        self._batches.observe((operation,), rows)
 
     def collect(self) -> Iterator[Metric]:
         """Every metric, each listed once."""
-        yield _counter("elbo_requests", "Requests answered", (*WHO, "status"), self._requests)
-        yield _counter("elbo_problems", "Requests without an answer, by error code", (*WHO, "code"), self._problems)
-        yield _counter("elbo_rows", "Rows in answered requests", WHO, self._rows)
-        durations = [(labels, each) for labels, each in self._durations.items()]
-        by = (*WHO, "outcome")
-        total = [(labels, each.total) for labels, each in durations]
-        yield _histogram("elbo_request_seconds", "From the request's head to the answer's end", by, total)
-        queue = [(labels, each.queue) for labels, each in durations if any(each.queue.counts)]
-        yield _histogram("elbo_queue_seconds", "Waiting for the model", by, queue)
-        compute = [(labels, each.compute) for labels, each in durations if any(each.compute.counts)]
-        yield _histogram("elbo_compute_seconds", "In the model, for the whole batch", by, compute)
-        yield _histogram("elbo_batch_rows", "Rows in one batch", ("operation",), self._batches.items())
-        rows, size = self._pending
-        yield GaugeMetricFamily("elbo_pending_rows", "Rows admitted and not yet answered", rows)
-        yield GaugeMetricFamily("elbo_pending_bytes", "Bytes of bodies that are held for requests", size)
+        yield self._requests.metric()
+        yield self._problems.metric()
+        yield self._rows.metric()
+        yield self._total.metric()
+        yield self._queue.metric()
+        yield self._compute.metric()
+        yield self._batches.metric()
+        yield self._pending_rows.metric()
+        yield self._pending_bytes.metric()
+        yield self._restarts.metric()
+        yield from self.judged.metrics()
         yield from _of_models(self._catalogue)
 
-    def exposition(self, catalogue: Catalogue, pending_rows: int, pending_bytes: int) -> bytes:
-        """The text that Prometheus scrapes, the gauges as they are now."""
-        self._catalogue, self._pending = catalogue, (pending_rows, pending_bytes)
+    def exposition(self, catalogue: Catalogue) -> bytes:
+        """The text that Prometheus scrapes; the models are those that this process has loaded."""
+        self._catalogue = catalogue
         return generate_latest(self.registry)
+
+
+def _labels(endpoint: str, model: str, version: int, status: int) -> tuple[Labels, Labels, Labels]:
+    """WHO, BY, and WHO with the status."""
+    who = endpoint, model, str(version) if version else ""
+    outcome = OUTCOMES.get(status) or _BY_FIRST_DIGIT.get(status // 100, "abandoned")
+    return who, (*who, outcome), (*who, str(status))
 
 
 def _of_models(catalogue: Catalogue) -> Iterator[Metric]:
@@ -116,25 +113,15 @@ def _of_models(catalogue: Catalogue) -> Iterator[Metric]:
     info = GaugeMetricFamily(
         "elbo_model_info", "1 for each version that is loaded", labels=("model", "version", "kind")
     )
-    seconds = GaugeMetricFamily("elbo_model_load_seconds", "To load, verify and warm", labels=("model", "version"))
+    which = ("model", "version")
+    load = GaugeMetricFamily("elbo_model_load_seconds", "To load, verify and choose the backend", labels=which)
+    warm = GaugeMetricFamily("elbo_model_warm_seconds", "To run every operation at every size of batch", labels=which)
     for served in loaded:
         info.add_metric((served.name, str(served.version), served.manifest.kind), 1)
-        seconds.add_metric((served.name, str(served.version)), served.load_seconds)
+        load.add_metric((served.name, str(served.version)), served.load_seconds)
+        warm.add_metric((served.name, str(served.version)), served.warm_seconds)
     yield info
-    yield seconds
+    yield load
+    yield warm
     failures = len(catalogue.failures)
     yield GaugeMetricFamily("elbo_model_load_failures", "Versions in the folder that cannot be served", failures)
-
-
-def _counter(name: str, about: str, labels: Labels, counts: Counter[Labels]) -> Metric:
-    family = CounterMetricFamily(name, about, labels=labels)
-    for values, count in list(counts.items()):
-        family.add_metric(values, count)
-    return family
-
-
-def _histogram(name: str, about: str, labels: Labels, found: Iterable[tuple[Labels, Histogram]]) -> Metric:
-    family = HistogramMetricFamily(name, about, labels=labels)
-    for values, histogram in list(found):
-        family.add_metric(values, histogram.buckets(), histogram.total)
-    return family

@@ -14,6 +14,8 @@ import yaml
 ROOT = Path(__file__).parent.parent
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+BUILT = {name: service for name, service in SERVICES.items() if "build" in service}
+PULLED = {name: service for name, service in SERVICES.items() if "build" not in service}
 APIS = sorted(name for name in SERVICES if name.startswith("api"))
 DOCKERFILE = (ROOT / "Dockerfile").read_text().replace("\\\n", "")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -62,18 +64,19 @@ def test_every_container_can_do_no_more_than_it_must(name: str) -> None:
 @pytest.mark.parametrize("name", SERVICES)
 def test_ports_are_published_on_the_loopback_address_alone(name: str) -> None:
     for port in SERVICES[name].get("ports", []):
-        assert re.fullmatch(r"127\.0\.0\.1:\d+:8000", port)
+        inside = "8000" if name in BUILT else r"\d+"
+        assert re.fullmatch(rf"127\.0\.0\.1:\d+:{inside}", port)
 
 
 def test_no_two_services_publish_the_same_port() -> None:
     ports = [port for service in SERVICES.values() for port in service.get("ports", [])]
-    assert sorted(port.split(":")[1] for port in ports) == ["8000", "8001"]
+    assert sorted(port.split(":")[1] for port in ports) == ["3000", "8000", "8001", "9090", "9093"]
 
 
 @pytest.mark.parametrize("name", APIS)
 def test_the_service_waits_for_the_demonstration_models_and_reads_them_only(name: str) -> None:
     assert SERVICES[name]["depends_on"] == {"train": {"condition": "service_completed_successfully"}}
-    assert SERVICES[name]["volumes"] == ["artifacts:/artifacts:ro"]
+    assert SERVICES[name]["volumes"][0] == "artifacts:/artifacts:ro"
     assert SERVICES["train"]["volumes"] == ["artifacts:/artifacts"]
     assert SERVICES["train"]["command"] == ["demo"]
     assert SERVICES["train"]["restart"] == "no"
@@ -86,7 +89,29 @@ def test_the_gpu_service_is_asked_for_by_name_and_gets_cuda_wheels() -> None:
     assert gpu["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
 
 
-@pytest.mark.parametrize("name", SERVICES)
+@pytest.mark.parametrize("name", PULLED)
+def test_what_is_pulled_is_asked_for_by_name_at_one_version_and_finds_its_files(name: str) -> None:
+    service = PULLED[name]
+    assert service["profiles"] == ["monitoring"]
+    assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+", service["image"])
+    for volume in service["volumes"]:
+        source, mode = volume.partition(":")[0], volume.rpartition(":")[2]
+        if source.startswith("./"):
+            assert (ROOT / source).is_dir()
+            assert mode == "ro"
+        elif source != "/":
+            assert source in COMPOSE["volumes"]
+
+
+def test_the_addresses_of_the_monitoring_are_those_of_compose() -> None:
+    text = "".join(path.read_text() for path in (ROOT / "deploy").rglob("*.yml"))
+    named = set(re.findall(r"\b(api|prometheus|alertmanager|node-exporter):(\d+)", text))
+    assert named == {("api", "8000"), ("prometheus", "9090"), ("alertmanager", "9093"), ("node-exporter", "9100")}
+    mounted = SERVICES["api"]["environment"]["ELBO_REMOTE_WRITE"]
+    assert (ROOT / mounted.replace("/etc/elbo", "deploy/elbo")).is_file()
+
+
+@pytest.mark.parametrize("name", BUILT)
 def test_every_service_is_built_from_a_stage_of_the_dockerfile(name: str) -> None:
     target = SERVICES[name]["build"]["target"]
     assert re.search(rf"^FROM \S+ AS {target}$", DOCKERFILE, re.MULTILINE)

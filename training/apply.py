@@ -52,6 +52,7 @@ class Evaluation:
     held_out: dict[str, float]  # what the manifest says of the rows that were held out at training
     comparison: dict[str, dict[str, float]]  # by kind: what others reached on those rows
     seen: bool  # whether these are the very rows that the model was trained, held out and calibrated on
+    calibrated: bool  # whether `elbo calibrate` has had these very rows since, so that its alarms keep to alpha on them
 
 
 class _Sums:
@@ -112,6 +113,7 @@ def evaluate(artifact: Artifact, table: Table, draws: int = BOUND_DRAWS) -> Eval
         held_out=manifest.metrics,
         comparison=manifest.comparison,
         seen=table.fingerprint == manifest.data.fingerprint,
+        calibrated=manifest.recalibration is not None and table.fingerprint == manifest.recalibration.fingerprint,
     )
 
 
@@ -173,10 +175,9 @@ def evaluation_text(evaluation: Evaluation) -> str:
     """`evaluation` in a few lines for a person."""
     title = f"{evaluation.model} on {evaluation.source}: {evaluation.rows:,} rows"
     lines = [*_quality(evaluation), *_density_lines(evaluation), *_alarms(evaluation)]
-    return "\n".join(
-        [title + (", the ones that it was trained on" if evaluation.seen else "")]
-        + [f"{label:<21}  {text}" for label, text in lines]
-    )
+    title += ", the ones that it was trained on" if evaluation.seen else ""
+    title += ", the ones that it was calibrated on" if evaluation.calibrated else ""
+    return "\n".join([title] + [f"{label:<21}  {text}" for label, text in lines])
 
 
 def _quality(evaluation: Evaluation) -> Iterator[tuple[str, str]]:

@@ -47,7 +47,7 @@ def card(manifest: Manifest, version: int, notes: Sequence[str], pictures: Seque
         "Its latents": _latents(manifest),
         "Alarms": _alarms(manifest),
         "When not to trust it": (f"- {limit}" for limit in _limits(manifest)),
-        "Make it again": ("```", command_of(manifest), "```", "", f"with {_versions(manifest)}."),
+        "Make it again": ("```", *_commands(manifest), "```", "", f"with {_versions(manifest)}."),
         "Pictures": _pictures(pictures),
     }
     lines = [f"# {manifest.name}, version {version}"]
@@ -61,7 +61,9 @@ def _what(manifest: Manifest) -> Iterator[str]:
     kind = KINDS.get(manifest.kind, manifest.kind)
     article = "an" if kind[0] in "aeiou" else "a"
     kind = kind if manifest.kind == "pca" else f"{article} {kind}"
-    yield f"It is {kind} with {manifest.latents} latents, trained {manifest.created}."
+    origin = manifest.recalibration
+    when = f"{origin.trained} and calibrated anew {manifest.created}" if origin else manifest.created
+    yield f"It is {kind} with {manifest.latents} latents, trained {when}."
     shape = " x ".join(map(str, manifest.shape))
     yield f"A row is {shape} {'pixels' if manifest.is_image else 'features'}."
     if chosen := list(_chosen(manifest)):
@@ -117,7 +119,11 @@ def _latents(manifest: Manifest) -> Iterator[str]:
 def _alarms(manifest: Manifest) -> Iterator[str]:
     rows, floor = manifest.calibration.rows, manifest.calibration.floor
     yield f"The score is {' + '.join(manifest.parts)}; higher is stranger."
-    yield f"{rows:,} rows that trained nothing calibrated it."
+    if origin := manifest.recalibration:
+        yield f"{rows:,} of {origin.rows:,} rows of {origin.source} calibrated it: networks and weights are those of"
+        yield f"{origin.parent}. SHA-256 of those rows: `{origin.fingerprint}`."
+    else:
+        yield f"{rows:,} rows that trained nothing calibrated it."
     yield "An alarm at alpha 0.05 rings for at most 5 % of the rows that are like those, on average over calibrations."
     yield f"No p-value is below {floor:.3g}; for a smaller alpha the severity goes on along a fitted tail."
 
@@ -149,7 +155,7 @@ def _limits(manifest: Manifest) -> Iterator[str]:
         yield "Grey values count as probabilities: its likelihood is no density of them; compare it only with its like."
     if manifest.kind in ("ae", "ensemble"):
         yield "An autoencoder has no density: draws come from a mixture fitted on its codes; there is no likelihood."
-    yield "When the world drifts away from the calibration rows its p-values no longer hold: train on fresh rows then."
+    yield "When the world drifts away from the calibration rows its p-values do not hold: `elbo calibrate` it or train."
     yield "Anomalies among the rows that it was trained on count as normal."
     if manifest.kind != "pca" and as_trained(manifest).kept == "best":
         yield "The held-out rows also chose the best epoch, so their figures flatter it a little."
@@ -173,6 +179,12 @@ def _chosen(manifest: Manifest) -> Iterator[tuple[str, str]]:
             yield name, ",".join(map(str, value)) or "none"
         else:
             yield name, str(value)
+
+
+def _commands(manifest: Manifest) -> Iterator[str]:
+    yield command_of(manifest)
+    if origin := manifest.recalibration:
+        yield shlex.join(["elbo", "calibrate", origin.parent, origin.source])
 
 
 def command_of(manifest: Manifest) -> str:

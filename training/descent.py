@@ -136,7 +136,7 @@ class Descent:
         rows = self._batches.take(epoch, start, min(start + self._batch, len(self._batches)))
         self._optimiser.zero_grad(set_to_none=True)
         values = self._loss(rows, stream(self._config.seed, NOISE, self._step), self._warmth())
-        norm = float(nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None]))
+        norm = self._gradient_norm()
         if not (math.isfinite(values[0]) and math.isfinite(norm)):
             return False
         if norm > LARGEST_GRADIENT:
@@ -147,6 +147,11 @@ class Descent:
         sums = self._sums or [0.0] * len(values)
         self._sums = [total + value * len(rows) for total, value in zip(sums, values, strict=True)]  # one may be short
         return True
+
+    def _gradient_norm(self) -> float:
+        """The Euclidean norm of all gradients together."""
+        gradients = [p.grad.reshape(-1) for p in self._parameters if p.grad is not None]
+        return math.sqrt(torch.stack([each.dot(each) for each in gradients]).sum().item())
 
     def _loss(self, rows: Tensor, random: torch.Generator, warmth: float, backward: bool = True) -> list[float]:
         """The loss of rows [B, D] and its terms, of which each process computes its share; gradients likewise."""

@@ -41,6 +41,9 @@ def _facts(manifest: Manifest, path: Path) -> Iterator[tuple[str, str]]:
     if verdict := against_pca(manifest.metrics):
         yield "beats PCA", f"with as many latents: {verdict}"
     yield "score", f"{' + '.join(manifest.parts)}, calibrated on {calibration.rows:,} rows"
+    if origin := manifest.recalibration:
+        of = f"{calibration.rows:,} of {origin.rows:,} rows of {origin.source}, SHA-256 {origin.fingerprint[:12]}"
+        yield "calibration", f"{of}; the networks are those of {origin.parent}"
     yield "p-value", f"at least {calibration.floor:.3g}: below that alpha the tail is extrapolated"
     yield "versions", _joined(manifest.versions)
 

@@ -27,7 +27,16 @@ from training.pca import fit_pca, pca_of, spectrum_of
 from training.processes import Processes
 from training.progress import Reporter
 from training.rows import Floats, Rows, medians
-from training.statistics import calibration_of, concentrated, how_scaled, judge, neighbours_of, prior_of, scaling_of
+from training.statistics import (
+    calibration_of,
+    concentrated,
+    explanation_of,
+    how_scaled,
+    judge,
+    neighbours_of,
+    prior_of,
+    scaling_of,
+)
 
 SPECTRUM = 256  # eigenvalues that are kept
 WIDEST_COVARIANCE = 4096  # features, up to which the covariance is made: beyond, its eigenvectors take hours
@@ -156,7 +165,9 @@ def fit(
         core = Ensemble(core, neighbours_of(sample), torch.ones(len(Ensemble.parts)))
     judge(core, held_out, sample, config.robust)
     prior = prior_of(core, sample, latents, config.seed)
-    return Pipeline(scaling, core, prior, calibration_of(core, scaling(data.calibration))).eval()
+    calibration = calibration_of(core, scaling(data.calibration))
+    explanation = explanation_of(data.moments, scaling, data.table.pixel_range is not None)
+    return Pipeline(scaling, core, prior, calibration, explanation).eval()
 
 
 def _latents(kind: str, data: Preparation, scaling: Scaling) -> int:

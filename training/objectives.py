@@ -5,11 +5,10 @@ an argument, so that the same noise gives the same loss, wherever it was drawn.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from models.autoencoder import Autoencoder
 from models.likelihood import BernoulliLikelihood, Likelihood
@@ -76,37 +75,15 @@ def _log_weights(vae: VAE, x: Tensor, z: Tensor, mean: Tensor, log_variance: Ten
 
 
 def log_likelihood(likelihood: Likelihood, x: Tensor, output: Tensor) -> Tensor:
-    """log p(x | z) of rows x [B, D] for the decoder's output [..., B, D], in nats: [..., B]. Fast for Bernoulli."""
-    if isinstance(likelihood, BernoulliLikelihood):
+    """log p(x | z) of rows x [B, D] for the decoder's output [..., B, D], in nats: [..., B]."""
+    if isinstance(likelihood, BernoulliLikelihood):  # its log_prob, with one gradient instead of one for each term
         low, high = x.aminmax()
         inside = x if low >= 0.0 and high <= 1.0 else x.clamp(0.0, 1.0)  # [B, D]
-        density: Tensor = FastBernoulli.apply(inside, output)  # type: ignore[no-untyped-call]
-        return density if inside is x else density - 0.5 * (x - inside).square().sum(dim=1)  # [B]
+        entropy = binary_cross_entropy_with_logits(output, inside.expand(output.shape), reduction="none")
+        density = -entropy.sum(dim=-1)  # [..., B]
+        return density if inside is x else density - 0.5 * (x - inside).square().sum(dim=1)
     rows = x.expand(output.shape)  # [..., B, D]
     return likelihood.log_prob(rows.flatten(0, -2), output.flatten(0, -2)).reshape(output.shape[:-1])
-
-
-class FastBernoulli(torch.autograd.Function):
-    """log p(x; logits) = sum of x logits - log(1 + exp(logits)): x [B, D] in [0, 1], logits [..., B, D] to [..., B].
-
-    The logarithm is the larger of the logit and 0, less log sigmoid |logit|; the gradient by the logits is
-    x - sigmoid(logits). One sigmoid serves both, so a step costs half of what the library's cross-entropy does.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, logits: Tensor) -> Tensor:
-        """The log-probability; x has no gradient."""
-        sigmoid = logits.abs().sigmoid_()  # [..., B, D], of |logit|: from 0.5 to 1, so its logarithm is safe
-        value = (x * logits).sum(dim=-1) - logits.relu().sum(dim=-1) + sigmoid.log().sum(dim=-1)  # [..., B]
-        ctx.save_for_backward(x, sigmoid.sub_(0.5).copysign_(logits))  # sigmoid(logits) - 0.5
-        return value
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
-        """[..., B] to [..., B, D]."""
-        x, white = ctx.saved_tensors
-        return None, (x - 0.5).sub(white).mul_(gradient.unsqueeze(-1))
 
 
 def squared_error_terms(autoencoder: Autoencoder, x: Tensor, corrupted: Tensor | None = None) -> Terms:

@@ -69,7 +69,8 @@ def _data(data: Preparation) -> Data:
     )
 
 
-def _versions() -> dict[str, str]:
+def software() -> dict[str, str]:
+    """The versions of what writes an artifact here."""
     return {
         "elbo": version("elbo"),
         "python": platform.python_version(),
@@ -99,7 +100,7 @@ def _manifest(
         comparison=comparison,
         calibration=CalibrationSize(rows=calibration, floor=1.0 / (calibration + 1)),
         golden=golden,
-        versions=_versions(),
+        versions=software(),
         weights_sha256=artifact.weights_sha256(pipeline),
         history=chosen.recorder.history,
         latent_report=latent_report(pipeline.core, pipeline.scaling(data.held_out)),

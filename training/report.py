@@ -47,11 +47,24 @@ def write_run(
     except (ImportError, OSError, ValueError, RuntimeError) as error:  # ValueError: what figures without sense raise
         reason = " ".join(str(error).split())
         report.note(f"warning: not all pictures of the run could be drawn in {folder} ({reason})")
+    for warning in write_card(folder, manifest, version, notes, written):
+        report.note(warning)
+
+
+def write_card(
+    folder: Path, manifest: Manifest, version: int, notes: Sequence[str], pictures: Sequence[str]
+) -> list[str]:
+    """Write card.md of `manifest`@`version` into `folder`, which is made; a warning in place of an error.
+
+    Args:
+        pictures: names of those that lie there.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / FILE_NAME).write_text(card(manifest, version, notes, written), encoding="utf-8")
+        (folder / FILE_NAME).write_text(card(manifest, version, notes, pictures), encoding="utf-8")
     except OSError as error:
-        report.note(f"warning: no card in {folder} ({error.strerror}): make room there, or set --runs")
+        return [f"warning: no card in {folder} ({error.strerror}): make room there, or set --runs"]
+    return []
 
 
 def _write(folder: Path, pictures: Iterable[tuple[str, bytes]], written: list[str]) -> None:

@@ -9,6 +9,7 @@ from models.autoencoder import Autoencoder, Whitening
 from models.calibration import Calibration
 from models.core import Core
 from models.ensemble import Ensemble, Neighbours
+from models.explanation import Expectations, Explanation
 from models.pca import PCA
 from models.prior import Prior, gaussian_prior
 from models.scaling import ImputingScaling, Scaling
@@ -33,6 +34,8 @@ ROWS_A_COMPONENT = 50
 MIXTURE_ROWS = 10_000  # codes that it is fitted on
 AT_REST = 1e-3  # of a table's column that never changes: the share of its value that counts as a standard deviation
 NEGLIGIBLE = 1e-7  # of a column's largest value: a deviation below is float32's rounding of a constant
+WIDEST_EXPLANATION = 512  # features up to which each is explained by the others: their weights are a square
+EXPLAINING_NOISE = 1.0  # variance, in units of a feature's own: as much noise as signal
 BATCH = 4096  # rows at a time: bounds memory
 
 
@@ -214,6 +217,26 @@ def prior_of(core: Core, u: Tensor, latents: int, seed: int) -> Prior:
     parameters = mixture.weights_, mixture.means_, mixture.covariances_
     weights, means, covariances = (torch.from_numpy(value).float() for value in parameters)
     return Prior(weights, means, torch.linalg.cholesky(covariances))
+
+
+def explanation_of(moments: Moments, scaling: Scaling, pictures: bool) -> Explanation:
+    """What is expected of each feature, from the moments of the fitted rows in raw units."""
+    if pictures or moments.covariance is None or len(moments.mean) > WIDEST_EXPLANATION:
+        return Explanation()
+    moments = moments.scaled(scaling.shift, scaling.scale)
+    assert moments.covariance is not None
+    deviation = moments.variance.sqrt()  # [D]
+    still = deviation <= NEGLIGIBLE * torch.maximum(moments.low.abs(), moments.high.abs())
+    deviation = torch.where(still, 1.0, deviation)
+    correlation = moments.covariance / torch.outer(deviation, deviation)  # [D, D]
+    correlation[still, :] = correlation[:, still] = 0.0
+    precision = torch.linalg.inv(correlation + EXPLAINING_NOISE * torch.eye(len(deviation)).double())
+    own = precision / precision.diagonal().unsqueeze(1)  # [D, D]: (x - mean) to what the others leave of each
+    residual = torch.where(still, 1.0, torch.einsum("ij,jk,ik->i", own, correlation, own).sqrt())  # [D]
+    weights = -own * torch.outer(deviation, 1.0 / deviation)
+    weights.fill_diagonal_(0.0)
+    values = (moments.mean, deviation, weights, residual * deviation)
+    return Expectations(*(value.float() for value in values))
 
 
 def calibration_of(core: Core, u: Tensor) -> Calibration:

@@ -1,1 +1,1 @@
-"""Bytes to arrays and back: JSON, application/x-npy, image/png."""
+"""Bytes to arrays and back: JSON, application/x-npy, application/x-safetensors, image/png."""

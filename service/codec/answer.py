@@ -4,15 +4,16 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 
-from service.codec import npy, png
+from service.codec import npy, png, safetensors
 from service.codec.body import JSON
 from service.errors import NotAcceptable, OverflowInModel
 
 JSON_ONLY = (JSON,)
-ARRAY = (JSON, npy.MEDIA_TYPE)
-PICTURE = (JSON, npy.MEDIA_TYPE, png.MEDIA_TYPE)
+ARRAY = (JSON, npy.MEDIA_TYPE, safetensors.MEDIA_TYPE)
+PICTURE = (*ARRAY, png.MEDIA_TYPE)
 
 
 @lru_cache(maxsize=256)
@@ -47,16 +48,20 @@ def _quality(media_type: str, ranges: list[tuple[str, float]]) -> float:
 
 
 def to_json(fields: dict[str, Any]) -> bytes:
-    """`fields` as JSON. Arrays must be finite: JSON has no other numbers. Raises OverflowInModel."""
-    for name, value in fields.items():
-        if isinstance(value, np.ndarray):
-            require_finite(name, value)
+    """`fields` as JSON. Raises OverflowInModel if an array is not finite: JSON has no other numbers."""
+    for name, value in arrays(fields).items():
+        require_finite(name, value)
     return orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def require_finite(name: str, array: np.ndarray[Any, np.dtype[np.float32]]) -> None:
-    """Raise OverflowInModel if `array` [N, ...] holds a value that is not finite."""
-    if np.isfinite(array).all():
+def arrays(fields: dict[str, Any]) -> dict[str, npt.NDArray[np.float32]]:
+    """Those of `fields` that are arrays."""
+    return {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
+
+
+def require_finite(name: str, array: npt.NDArray[np.float32], holes: bool = False) -> None:
+    """Raise OverflowInModel if `array` [N, ...] holds a value that is not finite; with `holes`, NaN may be there."""
+    if np.isfinite(array).all() or (holes and not np.isinf(array).any()):
         return
     row = int(np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(axis=1))[0])
     raise OverflowInModel(

@@ -1,13 +1,14 @@
-"""A request's bytes to its fields: JSON or npy, whichever its Content-Type says."""
+"""A request's bytes to its fields: JSON, npy or safetensors, whichever its Content-Type says."""
 
 import json
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
-from service.codec import fast, npy
+from service.codec import fast, npy, safetensors
 from service.codec.rows import describe
 from service.errors import InvalidJson, UnsupportedMediaType
 
@@ -22,14 +23,29 @@ class Fields:
     careful: bool = False
 
 
-def read_fields(content_type: str, body: bytes, main: str | None, width: int = 0) -> Fields:
-    """The fields of `body`; an npy body is the field `main`. An empty body has none.
+NO_FORMATS: Mapping[str, Callable[[bytes], Fields]] = {}
 
-    JSON rows of `width` numbers in the field `main` are read as an array.
 
-    Raises UnsupportedMediaType, InvalidJson, InvalidNpy.
+def media_type_of(content_type: str) -> str:
+    """The media type that a Content-Type header names, without its parameters."""
+    return content_type.partition(";")[0].strip().lower()
+
+
+def read_fields(
+    content_type: str,
+    body: bytes,
+    main: str | None,
+    width: int = 0,
+    formats: Mapping[str, Callable[[bytes], Fields]] = NO_FORMATS,
+) -> Fields:
+    """The fields of `body`; the array of a binary body is the field `main`. An empty body has none.
+
+    JSON rows of `width` numbers in the field `main` are read as an array. `formats` are readers by media type, beside
+    JSON and npy.
+
+    Raises UnsupportedMediaType, InvalidJson, InvalidNpy, InvalidSafetensors, and what `formats` raise.
     """
-    media_type = content_type.partition(";")[0].strip().lower()
+    media_type = media_type_of(content_type)
     if not body:
         return Fields({})
     if media_type in ("", JSON) or media_type.endswith("+json"):
@@ -37,13 +53,28 @@ def read_fields(content_type: str, body: bytes, main: str | None, width: int = 0
         return _json_fields(body) if fields is None else Fields(fields)
     if media_type == npy.MEDIA_TYPE and main is not None:
         return Fields({main: npy.loads(body)})
-    accepted = JSON if main is None else f"{JSON} or {npy.MEDIA_TYPE}"
+    if media_type == safetensors.MEDIA_TYPE and main is not None:
+        return Fields({main: safetensors.loads(body, main)})
+    if media_type in formats:
+        return formats[media_type](body)
+    accepted = " or ".join([JSON, *([npy.MEDIA_TYPE, safetensors.MEDIA_TYPE] if main else []), *formats])
     raise UnsupportedMediaType(
         f"expected a body of {accepted}, got {media_type}",
         expected=accepted,
         got=media_type,
         hint=f"send the header Content-Type: {JSON}",
     )
+
+
+def loads_value(text: bytes) -> Any:
+    """What the JSON `text` says, NaN and infinity let pass. Raises InvalidJson, for a key that stands twice too."""
+    try:
+        document = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        document = _with_non_finite(text, error)
+    if text.count(b'"') != 2 * _count_strings(document):
+        _refuse_duplicates(text)
+    return document
 
 
 def _json_fields(body: bytes) -> Fields:

@@ -5,14 +5,15 @@ lists, wrong counts and what overflows, and knows nothing of rows. Only when it 
 It lets booleans (integers to Python) and NaN pass; callers say when the body may hold any, by `careful`.
 
 A missing value is null, in arrays NaN, and is read as NaN. Only features which lacked values in training may lack one,
-and no row may lack all.
+and no row may lack all. Records may ask that others be imputed too, up to half of them.
 """
 
 import json
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -35,12 +36,27 @@ class RowError:
 
 
 @dataclass(frozen=True)
+class Unreadable:
+    """What stands among the rows for one that could not even be parsed."""
+
+    detail: str
+    expected: str
+    got: str
+
+
+@dataclass(frozen=True)
 class Reading:
     """The rows that could be read, x [G, D], which rows of the request they are, and the errors of the others."""
 
     x: Array
     rows: list[int]
     errors: list[RowError]
+
+    @cached_property
+    def missing(self) -> npt.NDArray[np.bool_] | None:
+        """[G, D]: which values are, or None if none is."""
+        found = np.isnan(self.x)
+        return found if found.any() else None
 
 
 class RowFormat:
@@ -50,19 +66,27 @@ class RowFormat:
         shape: of one row.
         names: of the D values, for `read_records`.
         optional: whether each of the D values may be missing; by default none may.
+        medians: of the D values, which `filled` puts where others are missing.
     """
 
-    def __init__(self, shape: Sequence[int], names: Sequence[str] = (), optional: Sequence[bool] = ()) -> None:
+    def __init__(
+        self,
+        shape: Sequence[int],
+        names: Sequence[str] = (),
+        optional: Sequence[bool] = (),
+        medians: Sequence[float] = (),
+    ) -> None:
         self.shape = tuple(shape)
         self.width = math.prod(self.shape)
         self.names = tuple(names)
         self.expected = f"a list of {self.width} numbers"
         if len(self.shape) > 1:
             self.expected += f", or lists nested {'x'.join(map(str, self.shape))}"
-        self._names = frozenset(names)
+        self.known = frozenset(names)
         self._optional = tuple(optional) or (False,) * self.width
         self._required = [name for name, optional in zip(names, self._optional, strict=False) if not optional]
         self.gaps = any(self._optional)  # whether a row may lack a value
+        self._medians = np.array(medians, np.float32)
         self._packer = struct.Struct(f"={self.width}f")
 
     def read(self, rows: Any, pointer: str, careful: bool) -> Array:
@@ -125,20 +149,53 @@ class RowFormat:
             raise errors[0].error
         return Reading(x[good], np.flatnonzero(good).tolist(), errors)
 
-    def read_records(self, records: Any, pointer: str, careful: bool) -> tuple[Reading, int]:
-        """Objects by feature name, in any order; also how many of their values had a name that is no feature's."""
-        if type(records) is not list or not records:
+    @cached_property
+    def lenient(self) -> "RowFormat":
+        """The same, of which every value may be missing."""
+        return RowFormat(self.shape, self.names, (True,) * self.width)
+
+    def read_records(
+        self,
+        records: Any,
+        pointer: str,
+        careful: bool,
+        impute: bool = False,
+        ignored: Collection[str] = (),
+        least: int = 1,
+    ) -> tuple[Reading, int]:
+        """Objects by feature name, in any order; also how many of their values had a name that is no feature's.
+
+        Args:
+            records: what JSON gave, an `Unreadable` in the place of what was no JSON. Beside objects there may be lists
+                where a reader gives them: they are rows as `read` takes them.
+            pointer, careful: as for `read`.
+            impute: whether features that lacked no value in training may be missing too, up to half of them.
+            ignored: names that count neither as features nor as unknown.
+            least: how many must be readable.
+        """
+        if not isinstance(records, list) or not records:
             got = describe(records)
             raise InvalidRows("there are no records", pointer=pointer, expected="a list of objects", got=got)
+        form, mixed = self.lenient if impute else self, type(records) is not list
 
         def place(index: int, buffer: bytearray, at: int) -> None:
-            values = self._ordered(records[index], f"{pointer}/{index}")
-            self._pack(values, buffer, at, careful, f"{pointer}/{index}", self.names)
+            record, where = records[index], f"{pointer}/{index}"
+            if mixed and type(record) is list:
+                self._pack(record, buffer, at, careful, where)
+            else:
+                form._pack(self._ordered(record, where, impute), buffer, at, careful, where, self.names)
 
-        unknown = sum(len(record.keys() - self._names) for record in records if type(record) is dict)
-        return self._collect(len(records), place), unknown
+        known = self.known.union(ignored)
+        unknown = sum(len(record.keys() - known) for record in records if type(record) is dict)
+        return self._collect(len(records), place, least), unknown
 
-    def _collect(self, count: int, place: Any) -> Reading:
+    def filled(self, reading: Reading) -> Array:
+        """Its rows [G, D] with the medians where a value is missing that the model itself has no stand-in for."""
+        if reading.missing is None:
+            return reading.x
+        return np.where(reading.missing & ~np.array(self._optional), self._medians, reading.x)
+
+    def _collect(self, count: int, place: Any, least: int = 1) -> Reading:
         buffer = bytearray(count * self._packer.size)
         kept: list[int] = []
         errors: list[RowError] = []
@@ -148,27 +205,33 @@ class RowFormat:
                 kept.append(index)
             except InvalidRows as error:
                 errors.append(RowError(index, error))
-        if not kept:
+        if len(kept) < least:
             raise errors[0].error
         return Reading(np.frombuffer(buffer, np.float32).reshape(count, self.width)[: len(kept)], kept, errors)
 
-    def _ordered(self, record: Any, pointer: str) -> list[Any]:
+    def _ordered(self, record: Any, pointer: str, impute: bool) -> list[Any]:
+        if type(record) is Unreadable:
+            raise InvalidRows(record.detail, pointer=pointer, expected=record.expected, got=record.got)
         if type(record) is not dict:
             raise InvalidRows("a record is an object", pointer=pointer, expected="an object", got=describe(record))
         try:
-            return [record[name] for name in self.names]
+            values = [record[name] for name in self.names]
+            if not (impute and None in values):
+                return values
         except KeyError:
-            missing = [name for name in self._required if name not in record]
-            if not missing:
-                return [record.get(name) for name in self.names]
-            listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-            raise InvalidRows(
-                f"the record has no value for {listed}",
-                pointer=pointer,
-                expected=f"a number for each of {len(self._required)} features",
-                got=f"{len(self._required) - len(missing)} of them",
-                hint="GET /models/{name} lists the features",
-            ) from None
+            values = [record.get(name) for name in self.names]
+        missing = [name for name in self._required if (record.get(name) is None if impute else name not in record)]
+        if 2 * len(missing) <= len(self._required) * impute:
+            return values
+        listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        least = "half" if impute else "each"
+        raise InvalidRows(
+            f"the record has no value for {listed}",
+            pointer=pointer,
+            expected=f"a number for {least} of {len(self._required)} features",
+            got=f"{len(self._required) - len(missing)} of them",
+            hint="GET /models/{name} lists the features",
+        )
 
     def _pack(
         self, row: Any, buffer: bytearray, at: int, careful: bool, pointer: str, keys: Sequence[str] = ()

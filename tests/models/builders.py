@@ -8,6 +8,7 @@ from models.autoencoder import Autoencoder, Whitening
 from models.calibration import Calibration
 from models.core import Core
 from models.ensemble import Ensemble, Neighbours
+from models.explanation import Expectations
 from models.likelihood import BernoulliLikelihood, GaussianLikelihood
 from models.manifest import FORMAT_VERSION, CalibrationSize, Data, Feature, Golden, Manifest
 from models.networks import mlp
@@ -53,7 +54,9 @@ def pipeline(kind: str, seed: int = 0) -> Pipeline:
     scaling = Scaling(torch.randn(D), torch.rand(D) + 0.5)
     if kind.endswith("-imputing"):
         scaling = ImputingScaling(scaling, torch.randn(D))
-    model = Pipeline(scaling, core(kind.removesuffix("-imputing")), prior, Calibration(20 * torch.rand(50)))
+    inner, calibration = core(kind.removesuffix("-imputing")), Calibration(20 * torch.rand(50))
+    explanation = None if kind.startswith("ae") else _expectations()
+    model = Pipeline(scaling, inner, prior, calibration, explanation)
     return model.eval().requires_grad_(False)
 
 
@@ -87,6 +90,11 @@ def manifest(name: str, weights_sha256: str, golden: Golden, format_version: int
         versions={},
         weights_sha256=weights_sha256,
     )
+
+
+def _expectations() -> Expectations:
+    weights = 0.3 * torch.randn(D, D)
+    return Expectations(torch.randn(D), torch.rand(D) + 0.5, weights.fill_diagonal_(0.0), torch.rand(D) + 0.2)
 
 
 def _vae(likelihood: GaussianLikelihood | BernoulliLikelihood) -> Core:

@@ -3,11 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from scipy.stats import betabinom, expon
+from scipy.stats import betabinom, binom, chisquare, expon
 
+from models.artifact import freeze, script
 from models.calibration import Calibration
+from tests.models.builders import CORES, D, pipeline
 
 FRESH = 2_000
+REPETITIONS = 4_000
+IMPROBABLE = 1e-4  # of a test's statistic under the law that it tests; seeds are fixed
 
 
 def calibration(n: int, seed: int = 0) -> Calibration:
@@ -29,6 +33,53 @@ def test_false_alarms_lie_in_the_exact_band(alpha: float, n: int) -> None:
     allowed = int(alpha * (n + 1) + 1e-9)
     low, high = betabinom(FRESH, allowed, n + 1 - allowed).interval(0.99)
     assert low <= alarms <= high
+
+
+def p_values(n: int, fresh: int) -> np.ndarray:
+    """p-values of `fresh` rows in each of REPETITIONS worlds, with n calibration rows of the same law in each."""
+    random = np.random.RandomState(n)
+    worlds = torch.from_numpy(random.exponential(size=(REPETITIONS, n + fresh)).astype(np.float32))
+    return np.array([Calibration(world[:n]).p_value(world[n:]).numpy() for world in worlds])
+
+
+@pytest.mark.parametrize("n", [4, 19])
+def test_every_possible_p_value_is_equally_likely(n: int) -> None:
+    """The rank of one row among n + 1 exchangeable ones is uniform: P(p <= k / (n + 1)) = k / (n + 1) exactly."""
+    ranks = np.rint(p_values(n, 1) * (n + 1)).astype(int).ravel()
+    assert chisquare(np.bincount(ranks, minlength=n + 2)[1:]).pvalue > IMPROBABLE
+
+
+@pytest.mark.parametrize(("n", "alpha"), [(19, 0.05), (19, 0.25), (99, 0.1)])
+def test_false_alarms_in_a_batch_follow_the_exact_law(n: int, alpha: float) -> None:
+    """Of m rows with one calibration, the false alarms are beta-binomial(m, k, n + 1 - k), k = floor(alpha (n + 1)).
+
+    Marques F., "Universal distribution of the empirical coverage in split conformal prediction", 2025. They depend on
+    each other through the calibration: binomial they are not, and this can tell.
+    """
+    m, k = 20, int(alpha * (n + 1) + 1e-9)
+    alarms = (p_values(n, m) <= alpha * (1 + 1e-6)).sum(axis=1)
+    law = betabinom(m, k, n + 1 - k)
+    last = int(law.isf(5 / REPETITIONS))  # what is rarer is counted together, so that each cell expects several
+    counted = np.bincount(np.minimum(alarms, last), minlength=last + 1)
+    expected = np.append(law.pmf(np.arange(last)), law.sf(last - 1)) * REPETITIONS
+    assert chisquare(counted, expected).pvalue > IMPROBABLE
+    assert alarms.var() > 1.05 * binom(m, alarms.mean() / m).var()
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.1, 0.05, 0.001])
+@pytest.mark.parametrize("kind", CORES)
+def test_severity_exceeds_one_exactly_where_a_row_is_anomalous_whatever_the_model(kind: str, alpha: float) -> None:
+    model = pipeline(kind)
+    rows = 3 * torch.randn(400, D, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        model.calibration = Calibration(model.score(rows[:50])[0])
+        frozen = freeze(script(model))
+        score = frozen.score(torch.cat((rows, 5 * rows[:20])))[0]
+    anomalous = frozen.severity(score, alpha) > 1
+    assert torch.equal(anomalous, score > frozen.threshold(alpha))
+    if alpha >= 1 / 51:
+        assert torch.equal(anomalous, frozen.p_value(score) <= alpha)
+    assert 0 < int(anomalous.sum()) < len(score)
 
 
 REACHABLE = [

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import false_discovery_control
 
 from models.artifact import Artifact, load
+from models.calibration import Calibration
 from service.anomaly import benjamini_hochberg
 from tests.service.conftest import HOST_NAMES, host_table
 
@@ -51,6 +52,7 @@ def test_every_field_is_what_the_artifact_says(
     assert answer["threshold"] == pytest.approx(threshold, rel=1e-6)
     assert answer["alpha"] == alpha
     assert answer["calibration"] == {"rows": 359, "floor": 1 / 360}
+    assert answer["extrapolated"] == (alpha < 1 / 360)
     assert column(answer, "row").tolist() == list(range(30))
     np.testing.assert_array_equal(column(answer, "is_anomaly"), column(answer, "severity") > 1)
 
@@ -89,7 +91,7 @@ def test_as_many_features_are_named_as_asked_and_there_are(client: httpx.Client,
 def test_records_score_like_the_same_rows(client: httpx.Client) -> None:
     rows = host_table().x.span(0, 20)
     records: list[dict[str, Any]] = [dict(zip(HOST_NAMES, map(float, row), strict=True)) for row in rows]
-    backwards = [dict(reversed(record.items())) | {"host": "a", "time": 12} for record in records]
+    backwards = [dict(reversed(record.items())) | {"rack": "a", "hour": 12} for record in records]
     by_row = post(client, {"inputs": rows.astype(float).tolist()}, params={"model": "hosts"})
     assert post(client, {"records": records}, params={"model": "hosts"}) == by_row
     answer = post(client, {"records": backwards}, params={"model": "hosts"})
@@ -127,7 +129,7 @@ def test_a_nan_that_python_wrote_costs_only_its_row(client: httpx.Client, digits
 def test_a_record_without_a_feature_names_it(client: httpx.Client) -> None:
     good = dict.fromkeys(HOST_NAMES, 1.0)
     records = [good, {key: value for key, value in good.items() if key != "memory/used"}, good]
-    answer = post(client, {"records": records}, params={"model": "hosts"})
+    answer = post(client, {"records": records, "impute": False}, params={"model": "hosts"})
     assert column(answer, "row").tolist() == [0, 2]
     assert answer["errors"][0]["row"] == 1
     assert "memory/used" in answer["errors"][0]["detail"]
@@ -159,6 +161,55 @@ def test_fdr_decides_over_the_whole_request(client: httpx.Client, mixed: np.ndar
         expected = false_discovery_control(column(answer, "p_value")) <= q * (1 + 1e-6)
         np.testing.assert_array_equal(column(answer, "is_anomaly"), expected)
         assert answer["fdr"] == q
+
+
+def test_fdr_takes_no_severity_for_a_p_value(client: httpx.Client) -> None:
+    """One row beyond all measure among 29: its p-value is the floor, which Benjamini and Hochberg do not let pass."""
+    rows = host_table().x.span(0, 30).astype(float)
+    rows[7] += 1e4
+    answer = post(client, {"inputs": rows.tolist(), "fdr": 0.1, "alpha": 1e-6}, params={"model": "hosts"})
+    assert answer["extrapolated"]
+    assert answer["results"][7]["severity"] > 100
+    assert answer["results"][7]["p_value"] == pytest.approx(1 / 81)  # above 0.1 / 30
+    assert not column(answer, "is_anomaly").any()
+
+
+@pytest.mark.parametrize("alpha", [1 / 81, 0.0123, 0.0124])
+def test_an_alpha_at_the_floor_is_not_extrapolated(client: httpx.Client, alpha: float) -> None:
+    body = {"inputs": host_table().x.span(0, 1).astype(float).tolist(), "alpha": alpha}
+    answer = post(client, body, params={"model": "hosts"})
+    assert answer["calibration"]["floor"] == pytest.approx(1 / 81)
+    assert answer["extrapolated"] == (alpha == 0.0123)
+
+
+FDR_WORLDS = 3_000
+
+
+def false_discovery_proportions(n: int, normal: int, anomalous: int, q: float) -> np.ndarray:
+    """The share of normal rows among those called anomalous, in as many worlds; 0 where none is."""
+    random, found = np.random.RandomState(0), []
+    for _ in range(FDR_WORLDS):
+        calibration = Calibration(torch.from_numpy(random.standard_normal(n)))
+        scores = np.concatenate((random.standard_normal(normal), 3.5 + random.standard_normal(anomalous)))
+        p_value = calibration.p_value(torch.from_numpy(scores)).float().numpy()
+        called = benjamini_hochberg(p_value, q)
+        found.append(called[:normal].sum() / max(1, called.sum()))
+    return np.array(found)
+
+
+@pytest.mark.parametrize(("n", "normal", "anomalous", "q"), [(199, 15, 5, 0.1), (199, 20, 0, 0.1), (99, 8, 2, 0.3)])
+def test_fdr_is_exactly_q_times_the_share_of_normal_rows(n: int, normal: int, anomalous: int, q: float) -> None:
+    """Where q (n + 1) / m is whole, m the rows: Mary & Roquain, "Semi-supervised multiple testing", 2022."""
+    share = false_discovery_proportions(n, normal, anomalous, q)
+    error = share.std() / np.sqrt(FDR_WORLDS)
+    assert abs(share.mean() - q * normal / (normal + anomalous)) < 4 * error
+
+
+@pytest.mark.parametrize(("n", "normal", "anomalous", "q"), [(150, 14, 7, 0.1), (60, 30, 30, 0.2)])
+def test_fdr_is_at_most_that_for_other_numbers(n: int, normal: int, anomalous: int, q: float) -> None:
+    share = false_discovery_proportions(n, normal, anomalous, q)
+    assert share.mean() < q * normal / (normal + anomalous) + 4 * share.std() / np.sqrt(FDR_WORLDS)
+    assert share.mean() > 0
 
 
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=40), st.sampled_from([0.01, 0.05, 0.1, 0.3, 0.9]))

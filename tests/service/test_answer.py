@@ -14,7 +14,7 @@ from service.codec import png
 from service.codec.answer import ARRAY, JSON_ONLY, PICTURE, choose, to_json
 from service.errors import NotAcceptable, OverflowInModel
 
-JSON, NPY, PNG = PICTURE
+JSON, NPY, SAFETENSORS, PNG = PICTURE
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,7 @@ JSON, NPY, PNG = PICTURE
         ("application/json", JSON),
         ("application/*", JSON),
         ("application/x-npy", NPY),
+        ("application/x-safetensors", SAFETENSORS),
         ("image/png", PNG),
         ("image/*", PNG),
         ("image/webp, image/png", PNG),

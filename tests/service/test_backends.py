@@ -158,7 +158,7 @@ def test_a_twin_that_lacks_a_graph_is_corrupt(tmp_path: Path) -> None:
 
 def test_models_tell_the_backend_and_the_twin_answers_over_http(tmp_path: Path) -> None:
     publish_twin(tmp_path, "vae-gaussian")
-    told = {"name": "onnx", "reason": "ELBO_BACKEND asks for it"}
+    told = {"name": "onnx", "reason": "ELBO_BACKEND asks for it", "precision": "float32", "errors": {}}
     with running(create_app(Settings(artifacts=tmp_path, device="cpu", backend="onnx"))) as client:
         assert client.get("/models").json()["models"][0]["backend"] == told
         assert client.get("/models/model").json()["backend"] == told

@@ -27,20 +27,21 @@ class Lone:
     """A model outside a repository."""
 
     backend: Backend
+    row_bytes: int = 256
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def vae(vae: Artifact) -> Lone:
-    """The VAE of the session, as the engine wants it."""
+    """The VAE of the session, as the engine wants it, with nothing known yet of how long it takes."""
     return Lone(choose(vae, "torchscript", 1))
 
 
 @asynccontextmanager
 async def engine(
-    batches: Batches | None = None, max_batch_rows: int = 64, queue_rows: int = 1000
+    batches: Batches | None = None, max_batch_rows: int = 64, queue_rows: int = 1000, max_batch_bytes: int = 2**20
 ) -> AsyncIterator[Engine]:
     told: Batches = [] if batches is None else batches
-    running = Engine(max_batch_rows, queue_rows, 1, lambda name, rows: told.append((name, rows)))
+    running = Engine(max_batch_rows, max_batch_bytes, queue_rows, 1, lambda name, rows: told.append((name, rows)))
     running.start()
     try:
         yield running

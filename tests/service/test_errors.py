@@ -95,7 +95,10 @@ def test_a_format_that_there_is_not_is_refused_with_those_that_there_are(
 
 def test_a_table_has_no_picture(client: httpx.Client) -> None:
     response = client.post("/sample?model=hosts", headers={"accept": "image/png"})
-    assert refused(response, 406, "not_acceptable")["expected"] == "application/json, application/x-npy"
+    assert (
+        refused(response, 406, "not_acceptable")["expected"]
+        == "application/json, application/x-npy, application/x-safetensors"
+    )
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -98,7 +98,7 @@ def test_records_may_lack_a_key_or_say_null(client: httpx.Client) -> None:
     answers = [post(client, "/anomaly", {"records": records}) for records in ([null], [absent])]
     assert answers[0] == answers[1]
     assert answers[0]["results"] == post(client, "/anomaly", {"inputs": [GAPPED[2]]})["results"]
-    mixed = post(client, "/anomaly", {"records": [absent, whole, absent | {"host": "a"}]})
+    mixed = post(client, "/anomaly", {"records": [absent, whole, absent | {"rack": "a"}]})
     assert mixed["unknown_fields"] == 1
     assert [result.get("imputed") for result in mixed["results"]] == [
         ["memory/used", "load"], None, ["memory/used", "load"],
@@ -193,9 +193,26 @@ def test_a_nan_in_json_is_refused_with_the_way_to_say_it(client: httpx.Client) -
 def test_a_record_without_what_must_be_there_names_it_alone(client: httpx.Client, without: str) -> None:
     record = {"cpu": 1.0, "disk~io": 1.0}
     del record[without]
-    problem = client.post("/anomaly", json={"records": [record]}).json()
+    problem = client.post("/anomaly", json={"records": [record], "impute": False}).json()
     assert problem["detail"] == f"the record has no value for {without}"
     assert (problem["expected"], problem["got"]) == ("a number for each of 2 features", "1 of them")
+
+
+@pytest.mark.parametrize("gap", [{}, {"cpu": None}])
+def test_a_record_may_lack_what_never_lacked_in_training_up_to_half_of_it(
+    client: httpx.Client, medians: np.ndarray, gap: dict[str, None]
+) -> None:
+    whole = dict(zip(HOST_NAMES, GOOD, strict=True))
+    record = {name: value for name, value in whole.items() if name != "cpu"} | gap
+    (result,) = post(client, "/anomaly", {"records": [record], "explain": 4})["results"]
+    assert result["imputed"] == ["cpu"]
+    assert {f["name"]: f["value"] for f in result["features"]}["cpu"] is None
+    (same,) = post(client, "/anomaly", {"records": [record | {"cpu": float(medians[0])}]})["results"]
+    assert result["score"] == pytest.approx(same["score"], rel=1e-5)
+    assert result["p_value"] == same["p_value"]
+    problem = client.post("/anomaly", json={"records": [{"memory/used": 1.0, "load": 2.0}]}).json()
+    assert problem["detail"] == "the record has no value for cpu, disk~io"
+    assert problem["expected"] == "a number for half of 2 features"
 
 
 def test_nested_rows_may_lack_values_too() -> None:

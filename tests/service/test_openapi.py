@@ -7,7 +7,7 @@ import httpx
 import jsonschema  # type: ignore[import-untyped] # comes with check-jsonschema, without types
 import pytest
 
-from service.examples import EXAMPLES
+from service.examples import EXAMPLES, TEXTS
 
 POSTS = ["/encode", "/decode", "/reconstruct", "/sample", "/interpolate", "/anomaly"]
 
@@ -25,7 +25,8 @@ def content(document: dict[str, Any], path: str) -> dict[str, Any]:
 
 def test_every_endpoint_of_the_contract_is_documented(document: dict[str, Any]) -> None:
     gets = {"/models", "/models/{reference}", "/livez", "/readyz", "/metrics", "/"}
-    assert set(document["paths"]) == {*POSTS, *gets}
+    assert set(document["paths"]) == {*POSTS, *gets, "/api/v1/write"}
+    assert set(document["paths"]["/api/v1/write"]) == {"post"}
     for path in POSTS:
         assert list(document["paths"][path]) == ["post"]
         assert [parameter["name"] for parameter in document["paths"][path]["post"]["parameters"]] == ["model"]
@@ -76,13 +77,23 @@ def test_problems_are_as_the_document_says(client: httpx.Client, document: dict[
     validate(document, problem, responses["422"]["content"]["application/problem+json"]["schema"])
 
 
+@pytest.mark.parametrize("media_type", sorted(TEXTS))
+def test_every_example_in_text_is_answered(client: httpx.Client, document: dict[str, Any], media_type: str) -> None:
+    example = content(document, "/anomaly")[media_type]["example"]
+    response = client.post("/anomaly", content=example, headers={"content-type": media_type})
+    assert response.status_code == 200, response.text
+    assert response.json()["failed"] == 0
+
+
 def test_binary_formats_are_documented_where_they_are(document: dict[str, Any]) -> None:
     inward = {path for path in POSTS if "application/x-npy" in content(document, path)}
     assert inward == {"/encode", "/decode", "/reconstruct", "/anomaly"}
     for path in POSTS:
         answers = document["paths"][path]["post"]["responses"]["200"]["content"]
         pictures = path not in ("/encode", "/anomaly")
-        assert set(answers) == {"application/json", "application/x-npy"} | ({"image/png"} if pictures else set())
+        assert set(answers) == {"application/json", "application/x-npy", "application/x-safetensors"} | (
+            {"image/png"} if pictures else set()
+        )
 
 
 def test_every_field_says_what_it_is(document: dict[str, Any]) -> None:

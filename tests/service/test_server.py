@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import queue
 import shutil
 import signal
 import socket
@@ -13,81 +12,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.service.process import ROOT, Process, starter, wait_until
+
 ROW = [0.5] * 64
-
-
-class Process:
-    """A server process; every line of its log is kept."""
-
-    def __init__(self, artifacts: Path, **settings: Any) -> None:
-        options = {"ARTIFACTS": artifacts, "PORT": 0, "POLL_SECONDS": 0.1, **settings}
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith("ELBO_")}
-        self.popen = subprocess.Popen(
-            [sys.executable, "-m", "service"],
-            cwd=ROOT,
-            env=inherited | {f"ELBO_{key}": str(value) for key, value in options.items()},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.lines: list[dict[str, Any]] = []
-        self._fresh: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-        try:
-            self.port = int(self.wait_for("listening on")["message"].rpartition(":")[2])
-        except BaseException:
-            self.popen.kill()
-            raise
-
-    def _read(self) -> None:
-        assert self.popen.stdout is not None
-        for line in self.popen.stdout:
-            self._fresh.put(json.loads(line))
-        self._fresh.put(None)
-
-    def wait_for(self, message: str, **fields: Any) -> dict[str, Any]:
-        """The next log line with `message` in it and these fields."""
-        while True:
-            line = self._fresh.get(timeout=20)
-            assert line is not None, (self.lines, self.popen.stderr and self.popen.stderr.read())
-            self.lines.append(line)
-            if message in line["message"] and all(line.get(key) == value for key, value in fields.items()):
-                return line
-
-    def client(self) -> httpx.Client:
-        return httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=20)
-
-    def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=20)
-
-    def end(self, sig: int = signal.SIGTERM) -> int:
-        """Send `sig` and give the exit code."""
-        self.popen.send_signal(sig)
-        return self.popen.wait(20)
 
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Process]]:
-    processes: list[Process] = []
-
-    def begin(*arguments: Any, **settings: Any) -> Process:
-        processes.append(Process(*arguments, **settings))
-        return processes[-1]
-
-    yield begin
-    for process in processes:
-        process.popen.kill()
-        process.popen.wait()
-        for pipe in (process.popen.stdout, process.popen.stderr):
-            assert pipe is not None
-            pipe.close()
+    with starter() as begin:
+        yield begin
 
 
 @pytest.fixture(scope="module")
@@ -190,11 +127,32 @@ def test_a_model_is_served_as_soon_as_it_is_published_and_no_more_when_removed(
         assert client.get("/readyz").status_code == 503
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+def test_a_calibration_is_taken_up_without_a_restart(
+    start: Callable[..., Process], artifacts: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(artifacts / "hosts", tmp_path / "models" / "hosts")
+    process = start(tmp_path / "models")
+    rows = 0.5 + np.random.RandomState(3).standard_normal((150, 4)) * [1, 20, 1, 3] + [0, 100, 0, 0]
+    recent = tmp_path / "recent.csv"
+    np.savetxt(recent, rows, delimiter=",", header="cpu [%],memory/used [MB],disk~io,load", comments="")
+    folders = ["--artifacts", str(tmp_path / "models"), "--runs", str(tmp_path / "runs")]
+    with process.client() as client:
+        old = client.post("/anomaly", json={"inputs": rows[:5].tolist()}).json()
+        command = [sys.executable, "-m", "elbo", "calibrate", "hosts", str(recent), *folders]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        process.wait_for("serving hosts@2")
+        new = client.post("/anomaly", json={"inputs": rows[:5].tolist()}).json()
+        assert (old["version"], old["calibration"]["rows"]) == (1, 80)
+        assert (new["version"], new["calibration"]["rows"]) == (2, 150)
+        for before, after in zip(old["results"], new["results"], strict=True):
+            assert after["score"] == pytest.approx(before["score"], rel=1e-5)
+            assert after["features"][0]["name"] == before["features"][0]["name"]
+        detail = client.get("/models/hosts").json()
+        assert detail["calibration"] == {"rows": 150, "floor": 1 / 151}
+        assert detail["recalibration"]["parent"] == "hosts@1"
+        assert detail["recalibration"]["source"] == str(recent)
+        assert client.get("/models/hosts@1").json()["recalibration"] is None
+        assert client.post("/anomaly?model=hosts@1", json={"inputs": rows[:5].tolist()}).json() == old
 
 
 def ask_until(stop: threading.Event, process: Process, statuses: list[int]) -> None:
@@ -244,6 +202,31 @@ def test_clients_that_stall_cost_the_others_nothing(server: Process) -> None:
         assert time.perf_counter() - started < 5
     for connection in stalled:
         connection.close()
+
+
+def test_a_head_that_does_not_come_costs_its_connection_and_nothing_else(
+    start: Callable[..., Process], artifacts: Path
+) -> None:
+    process = start(artifacts, REQUEST_TIMEOUT=0.5)
+    with process.connect() as silent, process.connect() as slow, process.client() as client:
+        slow.sendall(b"POST /encode HTTP/1.1\r\nHost: el")
+        assert client.post("/encode", json={"inputs": [ROW]}).status_code == 200
+        assert silent.recv(1) == slow.recv(1) == b""
+        assert client.get("/livez").status_code == 200
+    assert process.end() == 0
+
+
+def test_an_endless_head_is_cut_off(server: Process) -> None:
+    with server.connect() as connection:
+        connection.sendall(b"POST /encode HTTP/1.1\r\n")
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 1000:
+                connection.sendall(b"x-name: " + b"v" * 4096 + b"\r\n")
+                sent += 1
+    assert sent < 1000
+    with server.client() as client:
+        assert client.get("/livez", headers={"x-long": "v" * 30_000}).status_code == 200
 
 
 def test_a_body_that_is_declared_too_large_is_refused_before_it_is_sent(server: Process) -> None:

@@ -1,0 +1,96 @@
+"""`python -m service` as a process."""
+
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Process:
+    """A server process; every line of its log is kept."""
+
+    def __init__(self, artifacts: Path, **settings: Any) -> None:
+        options = {"ARTIFACTS": artifacts, "PORT": 0, "POLL_SECONDS": 0.1, **settings}
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("ELBO_")}
+        self.popen = subprocess.Popen(
+            [sys.executable, "-m", "service"],
+            cwd=ROOT,
+            env=inherited | {f"ELBO_{key}": str(value) for key, value in options.items()},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.lines: list[dict[str, Any]] = []
+        self._fresh: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+        try:
+            self.port = int(self.wait_for("listening on")["message"].rpartition(":")[2])
+        except BaseException:
+            self.popen.kill()
+            raise
+
+    def _read(self) -> None:
+        assert self.popen.stdout is not None
+        for line in self.popen.stdout:
+            self._fresh.put(json.loads(line))
+        self._fresh.put(None)
+
+    def wait_for(self, message: str, **fields: Any) -> dict[str, Any]:
+        """The next log line with `message` in it and these fields."""
+        while True:
+            line = self._fresh.get(timeout=20)
+            assert line is not None, (self.lines, self.popen.stderr and self.popen.stderr.read())
+            self.lines.append(line)
+            if message in line["message"] and all(line.get(key) == value for key, value in fields.items()):
+                return line
+
+    def client(self) -> httpx.Client:
+        return httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=20)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=20)
+
+    def end(self, sig: int = signal.SIGTERM) -> int:
+        """Send `sig` and give the exit code."""
+        self.popen.send_signal(sig)
+        return self.popen.wait(20)
+
+
+@contextmanager
+def starter() -> Iterator[Callable[..., Process]]:
+    """Starts processes, and ends them all."""
+    processes: list[Process] = []
+
+    def begin(*arguments: Any, **settings: Any) -> Process:
+        processes.append(Process(*arguments, **settings))
+        return processes[-1]
+
+    try:
+        yield begin
+    finally:
+        for process in processes:
+            process.popen.kill()
+            process.popen.wait()
+            for pipe in (process.popen.stdout, process.popen.stderr):
+                assert pipe is not None
+                pipe.close()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

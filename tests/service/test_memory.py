@@ -1,0 +1,150 @@
+"""Batches and memory: limits in bytes, a device that has too little, models that are no longer served."""
+
+import asyncio
+import gc
+import shutil
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from models.artifact import Artifact
+from service.backends import Backend, choose
+from service.engine import Engine
+from service.operations import Operation, reconstruct
+from service.repository import Repository
+from tests.service.test_engine import Lone, alone, engine, rows
+
+Batches = list[tuple[str, int]]
+
+
+def small_memory(error: type[RuntimeError], text: str, most: int) -> tuple[Operation, list[int]]:
+    """A reconstruction for which more than `most` rows are too many, as a GPU would say it; and what was tried."""
+    tried: list[int] = []
+
+    def run(module: Any, x: torch.Tensor) -> tuple[torch.Tensor]:
+        tried.append(len(x))
+        if len(x) > most:
+            raise error(text)
+        return (module(x),)
+
+    return Operation("reconstruct", run), tried
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB"),
+        (RuntimeError, "The following operation failed in the TorchScript interpreter. CUDA out of memory"),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+    ],
+)
+def test_what_does_not_fit_runs_in_halves_and_is_not_tried_again(
+    vae: Artifact, error: type[RuntimeError], text: str
+) -> None:
+    model = Lone(choose(vae, "torchscript", 1))
+    operation, tried = small_memory(error, text, most=7)
+
+    async def scenario(running: Engine) -> None:
+        answers = await asyncio.gather(*[running.run(model, operation, rows(n, seed=n)) for n in (5, 20, 3)])
+        for n, ran in zip((5, 20, 3), answers, strict=True):
+            np.testing.assert_allclose(ran.outputs[0], alone(model, rows(n, seed=n)), atol=1e-6)
+        tried.clear()
+        ran = await running.run(model, operation, rows(40))
+        np.testing.assert_allclose(ran.outputs[0], alone(model, rows(40)), atol=1e-6)
+        assert max(tried) == 7
+        assert sum(tried) == 40
+
+    asyncio.run(in_engine(scenario))
+
+
+async def in_engine(scenario: Any) -> None:
+    async with engine() as running:
+        await scenario(running)
+        assert running.pending_rows == 0
+
+
+def test_one_row_that_does_not_fit_fails_and_takes_nobody_with_it(vae: Artifact) -> None:
+    model = Lone(choose(vae, "torchscript", 1))
+
+    def run(module: Any, x: torch.Tensor) -> tuple[torch.Tensor]:
+        if (x > 5).any():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return (module(x),)
+
+    async def scenario(running: Engine) -> None:
+        operation = Operation("greedy", run)
+        asked = [rows(2, seed=1), rows(1) + 9, rows(3, seed=3)]
+        first, second, third = await asyncio.gather(
+            *[running.run(model, operation, x) for x in asked], return_exceptions=True
+        )
+        assert isinstance(second, torch.OutOfMemoryError)
+        for x, ran in ((asked[0], first), (asked[2], third)):
+            assert not isinstance(ran, BaseException)
+            np.testing.assert_allclose(ran.outputs[0], alone(model, x), atol=1e-6)
+
+    asyncio.run(in_engine(scenario))
+
+
+def test_batches_keep_to_their_size_in_bytes(vae: Artifact) -> None:
+    model, batches = Lone(choose(vae, "torchscript", 1), row_bytes=256), []  # type: Lone, Batches
+
+    async def scenario() -> None:
+        async with engine(batches, max_batch_bytes=5 * 256) as running:
+            operation = reconstruct(gaps=False)
+            await asyncio.gather(*[running.run(model, operation, rows(n)) for n in (2, 2, 2, 12)])
+
+    asyncio.run(scenario())
+    assert max(size for _, size in batches) <= 5
+    assert sum(size for _, size in batches) == 18
+
+
+def test_bfloat16_says_how_far_it_is_from_float32(vae: Artifact, digits: np.ndarray) -> None:
+    exact, rounded = choose(vae, "torchscript", 1), choose(vae, "auto", 1, "bfloat16")
+    assert (rounded.name, rounded.precision) == ("torchscript", "bfloat16")
+    assert exact.errors == {}
+    assert 1e-6 < rounded.errors["forward"] < 0.05
+    operation = reconstruct(gaps=False)
+    (there, _), (here, _) = (backend.run(operation, (digits[:50],)) for backend in (exact, rounded))
+    assert here.dtype == np.float32
+    assert 0 < np.abs(here - there).max() < 0.1 * np.abs(there).max()
+
+
+def test_every_size_of_batch_has_run_before_a_model_serves(artifacts: Path) -> None:
+    repository = Repository(artifacts, "cpu", "vae", 1, max_batch_rows=300)
+    repository.refresh()
+    pace = repository.catalogue.find("vae").backend.pace
+    for operation in ("encode", "decode", "reconstruct", "anomaly", "sample"):
+        for count in (1, 2, 5, 17, 100, 300):
+            assert 0 < pace.expected(operation, count) < np.inf
+
+
+@pytest.mark.parametrize("backend", ["torchscript", "onnx"])
+def test_a_model_that_is_replaced_is_freed(artifacts: Path, tmp_path: Path, backend: str) -> None:
+    """Without the collector, which leaves alone what was there when the server started."""
+    shutil.copytree(artifacts / "vae", tmp_path / "vae")
+    repository = Repository(tmp_path, "cpu", "vae", 1, backend)
+    repository.refresh()
+    served = repository.catalogue.find("vae")
+    watched: list[weakref.ref[Any]] = [weakref.ref(served), weakref.ref(served.backend)]
+    module = served.backend.module
+    watched.append(weakref.ref(module))
+    del served, module
+    gc.disable()
+    try:
+        shutil.copytree(artifacts / "vae" / "1", tmp_path / "vae" / "2")
+        repository.refresh()
+        assert repository.catalogue.find("vae").version == 2
+        assert [reference() for reference in watched] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_what_a_backend_is_made_from_keeps_its_pace() -> None:
+    backend = Backend("torchscript", "", None, torch.device("cpu"))
+    backend.too_many(64)
+    backend.too_many(100)
+    assert backend.most_rows == 32
