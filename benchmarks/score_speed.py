@@ -25,6 +25,8 @@ from models.artifact import Artifact, load
 from service import anomaly, operations
 from service.backends import choose
 from service.codec.rows import Reading
+from service.intake import Intake
+from service.schemas import AnomalyBody
 from training.config import TrainConfig
 from training.data import read
 from training.progress import Muted
@@ -52,7 +54,7 @@ def rows_of(count: int) -> Rows:
 def judges_of(artifact: Artifact) -> tuple[str, Judge, Judge]:
     """The backend that `artifact` is served by, what computes on rows, and what makes verdicts of them."""
     backend, operation = choose(artifact, "auto", 1), operations.anomaly(ALPHA)
-    names = [feature.name for feature in artifact.manifest.features]
+    names, body = [feature.name for feature in artifact.manifest.features], AnomalyBody(alpha=ALPHA, explain=EXPLAIN)
 
     def compute(x: Rows) -> object:
         with torch.inference_mode():
@@ -62,7 +64,8 @@ def judges_of(artifact: Artifact) -> tuple[str, Judge, Judge]:
     def judge(x: Rows) -> object:
         scores = anomaly.Scores(*backend.run(operation, (x,)))
         reading = Reading(x, list(range(len(x))), [])
-        return anomaly.results(reading, scores, None, EXPLAIN, names, artifact.manifest.parts)
+        verdicts = anomaly.decide(Intake(reading, len(x)), scores, body)
+        return anomaly.results(verdicts, EXPLAIN, names, artifact.manifest.parts)
 
     return backend.name, compute, judge
 
