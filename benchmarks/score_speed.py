@@ -54,8 +54,7 @@ def rows_of(count: int) -> Rows:
 def judges_of(artifact: Artifact) -> tuple[str, Judge, Judge]:
     """The backend that `artifact` is served by, what computes on rows, and what makes verdicts of them."""
     backend, operation = choose(artifact, "auto", 1), operations.anomaly(ALPHA)
-    names = [feature.name for feature in artifact.manifest.features]
-    body = AnomalyBody(alpha=ALPHA, explain=EXPLAIN)
+    names, body = [feature.name for feature in artifact.manifest.features], AnomalyBody(alpha=ALPHA, explain=EXPLAIN)
 
     def compute(x: Rows) -> object:
         with torch.inference_mode():
@@ -64,8 +63,9 @@ def judges_of(artifact: Artifact) -> tuple[str, Judge, Judge]:
 
     def judge(x: Rows) -> object:
         scores = anomaly.Scores(*backend.run(operation, (x,)))
-        intake = Intake(Reading(x, list(range(len(x))), []), len(x))
-        return anomaly.results(anomaly.decide(intake, scores, body), EXPLAIN, names, artifact.manifest.parts)
+        reading = Reading(x, list(range(len(x))), [])
+        verdicts = anomaly.decide(Intake(reading, len(x)), scores, body)
+        return anomaly.results(verdicts, EXPLAIN, names, artifact.manifest.parts)
 
     return backend.name, compute, judge
 

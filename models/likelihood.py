@@ -31,12 +31,13 @@ class GaussianLikelihood(Likelihood):
     Args:
         variance: [1], or [D] for a variance a feature: where learning starts, or what stays.
         learn: whether it is learnt.
+        lowest: the logarithm of the smallest variance that counts.
     """
 
-    def __init__(self, variance: Tensor, learn: bool = True) -> None:
+    def __init__(self, variance: Tensor, learn: bool = True, lowest: float = LOG_VARIANCE_RANGE[0]) -> None:
         super().__init__()
         self.log_variance = nn.Parameter(variance.log(), requires_grad=learn)
-        self.low, self.high = LOG_VARIANCE_RANGE
+        self.low, self.high = lowest, LOG_VARIANCE_RANGE[1]
 
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
         """x, output: [B, D] to [B]."""

@@ -58,6 +58,11 @@ class TrainConfig(BaseModel):
     patience: int | None = Field(
         None, ge=0, description="epochs without a better held-out loss before training stops; by default it never does"
     )
+    kept: Literal["best", "last"] | None = Field(
+        None,
+        description="the epoch that is published: best by the loss of the held-out rows, or last; by default last for "
+        "tables, unless --patience is given, and best for pictures",
+    )
     noise: float | None = Field(
         None,
         ge=0,

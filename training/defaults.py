@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
+from models.manifest import Manifest
 from training.config import WIDTHS, TrainConfig
 
 TABLE_WIDTHS = (128, 64)
 TABLE_RATE = 3e-3
 TABLE_STEPS = 1_500
-FEWEST_EPOCHS, MOST_EPOCHS = 10, 1_000  # of a table
+FEWEST_EPOCHS, MOST_EPOCHS = 10, 1_500  # of a table
 TABLE_NOISE = 2.0  # in standard deviations of a column
 SHARES = {"pca": 0.9, "vae": 0.95, "ae": 0.99, "ensemble": 0.99}  # of a table's variance, which the latents explain
 MOST_LATENTS = 64
@@ -32,8 +33,15 @@ def settled(config: TrainConfig, pictures: bool, rows: int) -> TrainConfig:
         "variance": "learned" if pictures else "feature",
         "hidden": WIDTHS[config.network] if pictures or config.network == "conv" else TABLE_WIDTHS,
         "epochs": None if pictures else epochs,
+        "kept": "best" if pictures or config.patience is not None else "last",
     }
     return config.model_copy(update={name: value for name, value in usual.items() if getattr(config, name) is None})
+
+
+def as_trained(manifest: Manifest) -> TrainConfig:
+    """The options of a published model as they were understood."""
+    config = TrainConfig.model_validate(manifest.training | {"model": manifest.kind, "name": manifest.name})
+    return settled(config, manifest.is_image, max(1, manifest.data.fit))
 
 
 def picture_latents(width: int) -> int:

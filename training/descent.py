@@ -197,11 +197,11 @@ class Descent:
         report.epoch(self._step // self._steps_an_epoch, self._step, means)
         if self._step < self._warm_up:
             return  # the loss still changes its meaning
-        if loss < self._best_loss:
-            self._best, self._best_loss = copy.deepcopy(self._model.state_dict()), loss
-            self._epochs_without_gain = 0
-        else:
-            self._epochs_without_gain += 1
+        better = loss < self._best_loss
+        if better or (self._config.kept == "last" and math.isfinite(loss)):
+            self._best = copy.deepcopy(self._model.state_dict())
+        self._best_loss = loss if better else self._best_loss
+        self._epochs_without_gain = 0 if better else self._epochs_without_gain + 1
 
     def _validate(self) -> float:
         """The loss of the held-out rows, with the same noise after every epoch."""

@@ -1,5 +1,6 @@
 """The autoencoder and the VAE that a configuration asks for: built, given their objective, and trained."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from training.progress import Reporter
 from training.streams import NOISE, stream
 
 SPECTRUM_ROWS = 2_000  # enough to see how much variance a few latents leave
+SMALLEST_VARIANCE = 1e-4  # of a feature by itself, in model units: below, the rounding of one would outweigh all others
 NOISE_SPAN = 20.0  # the highest level of a denoising autoencoder's noise over the lowest
 BATCH = 4096  # rows at a time: bounds memory
 
@@ -157,7 +159,9 @@ def likelihood_of(config: TrainConfig, x: Tensor, latents: int) -> Likelihood:
     start = left_over(x, latents)  # [1]
     if config.variance == "optimal":
         return OptimalGaussianLikelihood(start)
-    return GaussianLikelihood(start.repeat(x.shape[1]) if config.variance == "feature" else start)
+    if config.variance == "feature":
+        return GaussianLikelihood(start.repeat(x.shape[1]), lowest=math.log(SMALLEST_VARIANCE))
+    return GaussianLikelihood(start)
 
 
 def left_over(x: Tensor, latents: int) -> Tensor:

@@ -23,6 +23,7 @@ from models.likelihood import GaussianLikelihood
 from models.manifest import Manifest
 from models.pipeline import Pipeline
 from models.vae import VAE
+from training.defaults import as_trained
 from training.streams import VALIDATION, stream
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
@@ -93,6 +94,13 @@ class Seen:
             return rows
 
 
+def _kept(manifest: Manifest) -> tuple[str, float]:
+    """Which epoch is published, best or last, and its number."""
+    if as_trained(manifest).kept == "last":
+        return "last", manifest.history[-1]["epoch"]
+    return "best", min(manifest.history, key=lambda point: point.get("held_out_loss", np.inf))["epoch"]
+
+
 def losses(seen: Seen) -> Figure | None:
     """Every term of the loss by epoch, with the epoch that was kept; those that are no loss by themselves apart."""
     history = seen.manifest.history
@@ -100,11 +108,11 @@ def losses(seen: Seen) -> Figure | None:
         return None
     terms = list(dict.fromkeys(name for point in history for name in point if name not in TIMES))
     together, alone = [name for name in terms if name in LOSSES], [name for name in terms if name not in LOSSES]
-    best = min(history, key=lambda point: point.get("held_out_loss", np.inf))["epoch"]
+    kept, epoch = _kept(seen.manifest)
     figure, axes = _figure(1, 1 + len(alone), 5.2, 3.8)
     for axis, names in zip(axes, [together, *([name] for name in alone)], strict=True):
         _curves(axis, history, names)
-        axis.axvline(best, color=GREY, linestyle=":", linewidth=1.4, label=f"best epoch, {best:g}")
+        axis.axvline(epoch, color=GREY, linestyle=":", linewidth=1.4, label=f"{kept} epoch, {epoch:g}")
         axis.set_title(NAMES.get(names[0], names[0]) if names != together else "loss")
         _count(axis, "epoch")
         axis.legend()

@@ -16,15 +16,26 @@ def config(kind: Kind = "ae", **options: object) -> TrainConfig:
 @pytest.mark.parametrize("pictures", [False, True])
 def test_everything_but_latents_and_the_epochs_of_pictures_is_settled(kind: Kind, pictures: bool) -> None:
     found = settled(config(kind), pictures, rows=1_000)
-    for name in ("noise", "learning_rate", "variance", "hidden"):
+    for name in ("noise", "learning_rate", "variance", "hidden", "kept"):
         assert getattr(found, name) is not None, name
     assert (found.epochs is None) == pictures
 
 
 def test_what_was_chosen_stays() -> None:
-    chosen: dict[str, Any] = {"noise": 0.0, "learning_rate": 0.1, "variance": "optimal", "hidden": (3,), "epochs": 7}
+    chosen: dict[str, Any] = {
+        "noise": 0.0,
+        "learning_rate": 0.1,
+        "variance": "optimal",
+        "hidden": (3,),
+        "epochs": 7,
+        "kept": "best",
+    }
     for pictures in (False, True):
         assert settled(config(**chosen), pictures, rows=50) == config(**chosen)
+
+
+def test_patience_wants_the_best_epoch() -> None:
+    assert [settled(config(patience=patience), False, 100).kept for patience in (None, 3)] == ["last", "best"]
 
 
 def test_a_small_table_and_a_large_one_get_about_as_many_steps() -> None:
