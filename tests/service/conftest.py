@@ -81,8 +81,9 @@ def client(app: FastAPI) -> Iterator[httpx.Client]:
         yield client
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """Its event loop runs in this thread until it is closed, so that other modules' tests could start none."""
     with chromium() as browser:
         yield browser
 
