@@ -179,9 +179,9 @@ def train(
     from training.data import read
 
     table = read(data, config.drop, config.keep, config.size)
-    _train(config, table, artifacts, runs, resume, checkpoint_seconds, tensorboard)
-    where = "" if artifacts == DEFAULT_ROOT else f" --artifacts {artifacts}"
-    typer.echo(f"next: elbo inspect {config.name}{where}, or elbo serve{where}")
+    if _train(config, table, artifacts, runs, resume, checkpoint_seconds, tensorboard):
+        where = "" if artifacts == DEFAULT_ROOT else f" --artifacts {artifacts}"
+        typer.echo(f"next: elbo inspect {config.name}{where}, or elbo serve{where}")
 
 
 def _config(arguments: dict[str, Any]) -> "TrainConfig":
@@ -206,7 +206,8 @@ def _train(
     resume: bool = False,
     seconds: float = 30.0,
     tensorboard: bool = False,
-) -> None:
+) -> bool:
+    """Whether this is the process that speaks of the run."""
     from training.processes import joined
     from training.progress import reporter
     from training.train import train
@@ -219,6 +220,7 @@ def _train(
         report.close()
     if processes.first:
         typer.echo(f"published {config.name}@{path.parent.name}: {path}")
+    return processes.first
 
 
 @app.command(epilog="Example: elbo demo && elbo serve")

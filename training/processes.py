@@ -1,5 +1,6 @@
 """The processes that share one run: started by torchrun, each takes its part of every batch."""
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,9 @@ def joined() -> Iterator[Processes]:
     if count == 1:
         yield Processes()
         return
+    # An optimiser imports this module, whose functions keep the group of that moment as a default. Were it ours, Gloo's
+    # threads would outlive it, and one that frees a tensor while the interpreter ends aborts the process.
+    importlib.import_module("torch.distributed.nn.functional")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")

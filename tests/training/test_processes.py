@@ -19,14 +19,19 @@ from training.processes import Processes
 
 def launched(processes: int, folder: Path, *options: str) -> "subprocess.Popen[str]":
     """`elbo train digits` in `processes` processes, publishing in `folder`."""
+    options = ("--name", "m", "--artifacts", str(folder / "artifacts"), "--runs", str(folder / "runs"), *options)
+    return started(processes, "-m", "training", "digits", *options)
+
+
+def started(processes: int, *program: str) -> "subprocess.Popen[str]":
+    """Python running `program` in `processes` processes."""
     launcher = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
     )
-    options = ("--name", "m", "--artifacts", str(folder / "artifacts"), "--runs", str(folder / "runs"), *options)
     return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "training", "digits", *options],
+        [sys.executable, *launcher, *program],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
 
 
@@ -45,7 +50,8 @@ def test_two_processes_give_what_one_gives(tmp_path: Path, options: tuple[str, .
     options = (*options, "--epochs", "4", "--batch-size", "101")  # odd, and the last batch of an epoch is shorter
     runs = [launched(count, tmp_path / str(count), *options) for count in (1, 2)]
     outputs = [finished(run) for run in runs]
-    assert outputs[1].count("published") == 1, "only the first process publishes and reports"
+    for said in ("published", "next:"):
+        assert outputs[1].count(said) == 1, "only the first process publishes and reports"
     one, two = (load(resolve(tmp_path / str(count) / "artifacts", "m")) for count in (1, 2))
     rows = torch.from_numpy(np.random.RandomState(0).uniform(size=(50, 64)).astype(np.float32))
     for method in ("forward", "score"):
@@ -88,3 +94,26 @@ def test_shares_are_a_partition_and_as_even_as_can_be(rows: int, count: int) -> 
     assert [i for share in shares for i in range(share.start, share.stop)] == list(range(rows))
     sizes = [share.stop - share.start for share in shares]
     assert max(sizes) - min(sizes) <= 1
+
+
+LEAVES = """
+from pathlib import Path
+
+import torch
+
+from training.processes import joined
+
+with joined() as processes:
+    torch.optim.AdamW([torch.zeros(1)])  # imports what keeps the group of that moment
+    processes.told(Path("published"))
+print([name for task in Path("/proc/self/task").iterdir() if "gloo" in (name := (task / "comm").read_text())])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the threads of a process are listed in Linux's /proc")
+def test_no_thread_outlives_the_group(tmp_path: Path) -> None:
+    """One that frees a tensor while the interpreter ends aborts the process."""
+    script = tmp_path / "leaves.py"
+    script.write_text(LEAVES)
+    run = started(2, str(script))
+    assert finished(run).count("[]\n") == 2
