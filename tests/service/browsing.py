@@ -23,6 +23,8 @@ FLAGS = [
 ]  # fmt: skip
 SOON = 10_000  # ms: what is expected on the page comes within this, or never
 expect.set_options(timeout=SOON)
+MAP = ".map-card .map canvas:last-child"
+OUTPUT = ".point-card .output canvas"
 
 
 @contextmanager
@@ -128,6 +130,11 @@ class Visit:
     def _hear(self, message: ConsoleMessage) -> None:
         if message.type in ("error", "warning"):
             self.faults.append(message.text)
+
+
+def press(page: Page, name: str) -> None:
+    """Click the button that is called `name`."""
+    page.get_by_role("button", name=name, exact=True).click()
 
 
 _PIXELS = """canvas => {

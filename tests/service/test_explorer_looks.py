@@ -61,7 +61,16 @@ def look(visit: Visit, name: str, query: str, sign: str) -> None:
     page.screenshot(path=SCREENSHOTS / f"{name}-wide.png", full_page=True)
     page.set_viewport_size({"width": 390, "height": 800})
     page.wait_for_timeout(150)
+    widths = page.locator("svg.chart:not(.square)").evaluate_all("all => all.map(e => e.viewBox.baseVal.width)")
+    assert set(widths) <= {380}  # drawn anew, for words that can be read
+    bar = page.locator("nav").bounding_box()
+    current = page.locator("nav a[aria-current]").bounding_box()
+    assert bar
+    assert current
+    assert current["x"] >= bar["x"] - 1
+    assert current["x"] + current["width"] <= bar["x"] + bar["width"] + 1
     assert page.evaluate("document.documentElement.scrollWidth") <= 390  # nothing to scroll to sideways
+    assert faults(page) == []
     page.screenshot(path=SCREENSHOTS / f"{name}-narrow.png", full_page=True)
 
 

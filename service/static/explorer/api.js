@@ -1,6 +1,8 @@
 // The service's public endpoints: what is asked, what is answered, and errors as sentences.
 
 const NPY = "application/x-npy";
+const PIECE = 4000; // rows a request, unless the service takes fewer
+const TOO_MUCH = ["too_many_rows", "body_too_large"];
 const LATE = 250; // ms: an answer that is awaited longer than this is given up for what is wanted now
 
 /** What went wrong, in a sentence, with the request's id where there is one. */
@@ -37,6 +39,22 @@ export async function postRows(endpoint, model, rows, signal, query = "") {
   const headers = { "Content-Type": NPY, Accept: NPY };
   const response = await ask(`${endpoint}?model=${of(model)}${query}`, { method: "POST", headers, body: toNpy(rows), signal });
   return fromNpy(await response.arrayBuffer());
+}
+
+/** The codes of many rows, in as many requests as the service wants: a piece that has too many rows for it is halved. */
+export async function encodeAll(model, rows, tell) {
+  const codes = [];
+  let piece = PIECE;
+  while (codes.length < rows.length) {
+    tell(codes.length);
+    try {
+      for (const z of await postRows("/encode", model, rows.slice(codes.length, codes.length + piece))) codes.push(z);
+    } catch (error) {
+      if (!TOO_MUCH.includes(error.code) || piece === 1) throw error;
+      piece = Math.ceil(Math.min(piece, rows.length - codes.length) / 2);
+    }
+  }
+  return codes;
 }
 
 export const decode = (model, latents, signal) => postRows("/decode", model, latents, signal);

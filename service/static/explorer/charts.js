@@ -3,7 +3,12 @@
 import { fixed, h, number, s } from "./dom.js";
 
 const LEFT = 54, RIGHT = 14, TOP = 12, BOTTOM = 38;
+const narrow = matchMedia("(max-width: 559px)");
 let W = 640; // on a phone less, so that the words on a chart keep their size
+
+/** A chart that is drawn anew when the window becomes a phone's, or no longer is. */
+const adapting = (draw) => (options) => Object.assign(draw(options), { again: () => adapting(draw)(options) });
+narrow.addEventListener("change", () => { for (const chart of document.querySelectorAll("svg.chart")) if (chart.again) chart.replaceWith(chart.again()); });
 
 /** Round numbers from low to high, about `count` of them. */
 export function ticks(low, high, count = 5) {
@@ -15,7 +20,7 @@ export function ticks(low, high, count = 5) {
 }
 
 function frame({ x, y, height, xLabel, yLabel, label, xTicks }) {
-  W = innerWidth < 560 ? 380 : 640;
+  W = narrow.matches ? 380 : 640;
   const H = height;
   const px = (v) => LEFT + ((v - x[0]) / (x[1] - x[0] || 1)) * (W - LEFT - RIGHT);
   const py = (v) => H - BOTTOM - ((v - y[0]) / (y[1] - y[0] || 1)) * (H - TOP - BOTTOM);
@@ -31,7 +36,7 @@ function frame({ x, y, height, xLabel, yLabel, label, xTicks }) {
 }
 
 /** Curves over x. `lines`: [{name, points: [[x, y]], tone, dash}]; `marks`: [{x, text, tone}] are upright lines. */
-export function curves({ lines, marks = [], dots = [], height = 260, xLabel, yLabel, label, yRange }) {
+export const curves = adapting(({ lines, marks = [], dots = [], height = 260, xLabel, yLabel, label, yRange }) => {
   const points = lines.flatMap((line) => line.points);
   const xs = points.map((p) => p[0]).concat(marks.map((m) => m.x)), ys = points.map((p) => p[1]);
   const spread = (v) => { const [a, b] = [Math.min(...v), Math.max(...v)]; return a === b ? [a - 1, b + 1] : [a, b]; };
@@ -43,10 +48,10 @@ export function curves({ lines, marks = [], dots = [], height = 260, xLabel, yLa
   }
   for (const dot of dots) svg.append(s("circle", { class: `dot tone-${dot.tone ?? 1}`, cx: px(dot.x), cy: py(dot.y), r: 5 }));
   return svg;
-}
+});
 
 /** Bars at 1, 2, 3 ... `bars`: [{value, on, title}]. `line` is a curve over them in the same units. */
-export function bars({ values, on = () => true, line = null, height = 230, xLabel, yLabel, label, top }) {
+export const bars = adapting(({ values, on = () => true, line = null, height = 230, xLabel, yLabel, label, top }) => {
   const most = top ?? Math.max(1e-12, ...values, ...(line ?? []));
   const { svg, px, py } = frame({ x: [0.5, values.length + 0.5], y: [0, most * 1.04], height, xLabel, yLabel, label, xTicks: ticks(1, values.length, 8).filter((v) => v >= 1 && Number.isInteger(v)) });
   const width = Math.max(1, (px(1) - px(0)) * 0.72);
@@ -56,10 +61,10 @@ export function bars({ values, on = () => true, line = null, height = 230, xLabe
   });
   if (line) svg.append(s("polyline", { class: "curve tone-2", points: line.map((v, i) => `${px(i + 1)},${py(v)}`).join(" ") }));
   return svg;
-}
+});
 
 /** How often `values` (ascending) fall where; `marks` as in `curves`, drawn over it. The axis leaves a mark far outside at the edge. */
-export function histogram({ values, marks, height = 220, xLabel, label }) {
+export const histogram = adapting(({ values, marks, height = 220, xLabel, label }) => {
   const usual = values[Math.floor(0.98 * (values.length - 1))], most = values[values.length - 1];
   const cut = most > usual + 2 * (usual - values[0] || 1); // a few far ones would leave the others no room
   const inner = [values[0], cut ? usual : most];
@@ -75,7 +80,7 @@ export function histogram({ values, marks, height = 220, xLabel, label }) {
   });
   upright(svg, shown.map((m) => ({ ...m, text: m.beyond ? `${m.text} →` : m.text })), px, H);
   return svg;
-}
+});
 
 function upright(svg, marks, px, H) {
   marks.forEach((mark, i) => {

@@ -23,10 +23,10 @@ export function s(tag, properties = {}, ...children) {
   return element;
 }
 
-/** MathML from a literal of this page, in the line or, with `block`, in its own. */
+/** MathML from a literal of this page, in the line or, with `block`, in its own: on a phone it scrolls, by keys too. */
 export function math(markup, block = false) {
   const holder = document.createElement("template");
-  holder.innerHTML = `<math${block ? ' display="block"' : ""}>${markup}</math>`;
+  holder.innerHTML = `<math${block ? ' display="block" tabindex="0"' : ""}>${markup}</math>`;
   return holder.content.firstElementChild;
 }
 
@@ -144,5 +144,9 @@ export function number(value) {
 
 export const vector = (z, most = 8) => `[${Array.from(z.slice(0, most), (v) => fixed(v)).join(", ")}${z.length > most ? ", …" : ""}]`;
 
-/** The colour that the style sheet gives `name` at the moment. */
-export const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const probe = document.head; // where a colour resolves unseen
+/** The colour that the style sheet gives `name` at the moment, light or dark, as rgb(...). */
+export function colour(name) {
+  probe.style.color = `var(${name})`;
+  return getComputedStyle(probe).color;
+}

@@ -28,11 +28,10 @@ async function show(focus = false) {
   leave?.();
   leave = null;
   for (const link of document.querySelectorAll("nav a[data-view]")) {
-    if (link.dataset.view === name) {
-      link.setAttribute("aria-current", "page");
-      link.parentElement.scrollLeft = link.offsetLeft - link.parentElement.offsetLeft - 16; // on a phone not all fit
-    } else link.removeAttribute("aria-current");
+    if (link.dataset.view === name) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
   }
+  reveal();
   const model = pick(state.get("model"));
   document.getElementById("model-field").hidden = NEEDS_NO_MODEL.includes(name) || !served.models.length;
   select.value = model?.name ?? "";
@@ -60,12 +59,20 @@ function go(values) {
   show(true);
 }
 
+/** Light, dark, or as the system has it; what is painted on canvases is painted anew, and nothing else is touched. */
 function dress(mode) {
   if (mode) document.documentElement.dataset.theme = mode;
   const dark = mode ? mode === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
   theme.textContent = dark ? "Light" : "Dark";
   theme.setAttribute("aria-label", `switch to ${dark ? "light" : "dark"} colours`);
   theme.dataset.next = dark ? "light" : "dark";
+  for (const canvas of document.querySelectorAll("canvas")) canvas.repaint?.();
+}
+
+/** On a phone not all views' names fit: the current one is in sight. */
+function reveal() {
+  const link = document.querySelector("nav a[aria-current]");
+  if (link) link.parentElement.scrollLeft = link.offsetLeft - link.parentElement.offsetLeft - 16;
 }
 
 async function start() {
@@ -73,9 +80,9 @@ async function start() {
   theme.addEventListener("click", () => {
     localStorage.setItem("theme", theme.dataset.next);
     dress(theme.dataset.next);
-    show();
   });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { dress(localStorage.getItem("theme")); show(); });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => dress(localStorage.getItem("theme")));
+  addEventListener("resize", reveal);
   document.querySelector("nav").addEventListener("click", (event) => {
     const link = event.target.closest("a[data-view]");
     if (!link || event.metaKey || event.ctrlKey || event.shiftKey) return;

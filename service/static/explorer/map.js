@@ -75,6 +75,7 @@ export class LatentMap {
     Object.assign(this, { model, points: [], dots: [], marks: [], path: [], grid: null, zoom: 1, hidden: new Set(), codes: true, contours: true, hover: null });
     this.base = h("canvas", { "aria-hidden": "true" });
     this.top = h("canvas", { tabindex: "0", role: "application", "aria-roledescription": "map", "aria-label": label });
+    this.top.repaint = () => this.draw();
     this.element = h("div", { class: "map" }, this.base, this.top);
     this.calls = { onhover, onleave, onmove, onpick, onkey };
     this.listen();
@@ -318,7 +319,8 @@ function badge(context, x, y, text) {
 }
 
 export const TINTS = 12;
-/** The colour of label k; without a label the quiet one, for a user's own rows (-2) that of warnings. */
-export const tint = (label) => colour(label === null || label === undefined ? "--code" : label < 0 ? "--above" : `--tint-${label % TINTS}`);
+/** What the style sheet calls the colour of label k; without a label the quiet one, for a user's own rows (-2) that of warnings. */
+export const tintName = (label) => (label === null || label === undefined ? "--code" : label < 0 ? "--above" : `--tint-${label % TINTS}`);
+const tint = (label) => colour(tintName(label));
 
 export { isPicture };

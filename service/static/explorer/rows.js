@@ -53,12 +53,13 @@ function paintBars(canvas, model, row, range = null) {
   return canvas;
 }
 
-const rgb = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
+const rgb = (text) => text.match(/[\d.]+/g).slice(0, 3).map(Number);
 
 /** A small picture of a row, with words for those who do not see it. */
 export function tile(model, row, label, painter = paint) {
   const canvas = h("canvas", { class: isPicture(model) ? "tile" : "tile bars", ...(label ? { role: "img", "aria-label": label } : { "aria-hidden": "true" }) });
-  painter(canvas, model, row);
+  canvas.repaint = () => painter(canvas, model, row); // in the colours of the moment
+  canvas.repaint();
   return canvas;
 }
 

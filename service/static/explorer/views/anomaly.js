@@ -69,7 +69,7 @@ class Anomaly {
     const input = h("input", { type: "file", accept: ".csv,.npy,.json,.txt", "aria-label": "a file of rows to judge", onchange: () => this.file(input.files[0]) });
     this.fdr = h("input", { type: "checkbox", id: "fdr", "aria-label": "control the false discovery rate", checked: state.get("fdr") === "1", onchange: () => { state.set({ fdr: this.fdr.checked ? "1" : null }); if (this.rows) this.judgeBatch(); } });
     return card("A batch, the strangest first", h("div", { class: "line" }, h("label", { class: "field" }, h("span", { class: "name" }, "File (CSV, JSON or npy)"), input),
-      this.shown ? button("The held-out rows", () => { this.rows = this.shown.inputs; this.judgeBatch(); }) : null,
+      this.shown ? button("The held-out rows", () => { this.rows = this.shown.inputs; this.left = 0; this.judgeBatch(); }) : null,
       h("span", { class: "check" }, this.fdr, h("span", {}, h("label", { for: "fdr" }, "Control the "), term("false discovery rate", "Benjamini and Hochberg: of the rows called anomalous, at most a share α is normal, in the mean. Without it, α of all normal rows ring.")))), this.batch.element);
   }
 
@@ -185,7 +185,9 @@ class Anomaly {
 
   async file(file) {
     try {
-      this.rows = (await readFile(file, this.model)).slice(0, BATCH_MOST);
+      const all = await readFile(file, this.model);
+      this.rows = all.slice(0, BATCH_MOST);
+      this.left = all.length - this.rows.length;
       this.judgeBatch();
     } catch (error) {
       this.batch.element.replaceChildren(say(error));
@@ -197,7 +199,7 @@ class Anomaly {
     this.batch.fill(() => this.batching.run(async (signal) => {
       const answer = await post("/anomaly", model, { inputs: rows, alpha: this.alpha, explain: 3, ...(this.fdr.checked ? { fdr: this.alpha } : {}) }, signal);
       const found = answer.results.toSorted((a, b) => b.severity - a.severity), anomalous = found.filter((r) => r.is_anomaly).length;
-      return [h("p", { role: "status" }, h("strong", {}, `${anomalous} of ${rows.length} rows are anomalous`), ` at α ${number(this.alpha)}${this.fdr.checked ? ", false discovery rate controlled" : `; about ${fixed(this.alpha * rows.length, 0)} would be if all were normal`}.`, answer.errors.length ? ` ${answer.errors.length} could not be judged: ${answer.errors[0].detail}.` : ""),
+      return [h("p", { role: "status" }, h("strong", {}, `${anomalous} of ${rows.length} rows are anomalous`), this.left ? ` (the first of ${rows.length + this.left} in the file; POST the rest to /anomaly)` : "", ` at α ${number(this.alpha)}${this.fdr.checked ? ", false discovery rate controlled" : `; about ${fixed(this.alpha * rows.length, 0)} would be if all were normal`}.`, answer.errors.length ? ` ${answer.errors.length} could not be judged: ${answer.errors[0].detail}.` : ""),
         h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "rows, the strangest first" }, h("table", { class: "batch" }, h("thead", {}, h("tr", {}, ["row", "", "severity", "p-value", "because of"].map((name) => (name ? h("th", { scope: "col" }, name) : h("td", {}))))),
           h("tbody", {}, found.slice(0, BATCH_LISTED).map((r) => h("tr", { class: r.is_anomaly ? "anomalous" : "" }, h("th", { scope: "row" }, button(String(r.row), () => this.inspect(r.row), { class: "linklike", "aria-label": `look at row ${r.row}` })),
             h("td", { class: "pic" }, tile(model, rows[r.row].map((v, i) => v ?? model.features[i].median), `row ${r.row}`)), h("td", { class: "num" }, `${fixed(r.severity)}${r.is_anomaly ? " anomalous" : ""}`), h("td", { class: "num" }, number(r.p_value)), h("td", {}, r.features.map((f) => f.name).join(", "))))))),

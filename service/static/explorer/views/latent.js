@@ -1,9 +1,9 @@
 // The latent space: where held-out rows lie, what the prior expects, and what any point in it decodes to.
 
-import { Following, Latest, decode, exhibit, post, postRows } from "../api.js";
+import { Following, Latest, decode, encodeAll, exhibit, post } from "../api.js";
 import { Z, announce, button, card, choice, fixed, h, math, mi, mo, number, row, segmented, slider, term, toggle, vector } from "../dom.js";
 import { mean, zeros } from "../algebra.js";
-import { LatentMap, planeOf, priorOf, tint } from "../map.js";
+import { LatentMap, planeOf, priorOf, tintName } from "../map.js";
 import { figure, readFile, tile } from "../rows.js";
 import { Place, say } from "../say.js";
 import { rounded, state } from "../state.js";
@@ -14,7 +14,6 @@ export const title = "Latent space";
 const DRAWS = 250; // from a prior that has no formula, to estimate its contours
 const GRID = 13; // decodings a side
 const MOST_OWN = 20000; // rows of one's own on the map
-const OWN_BATCH = 4000;
 const LISTED = 32; // latents with a slider each
 
 export function render(place, { model, models }) {
@@ -109,7 +108,7 @@ class LatentView {
     const names = [...new Set(shown.labels)].sort((a, b) => a - b);
     return h("div", { class: "labels", role: "group", "aria-label": "labels that are shown" }, names.map((label) => {
       const swatch = h("span", { class: "swatch" });
-      swatch.style.background = tint(label);
+      swatch.style.background = `var(${tintName(label)})`;
       return toggle([swatch, shown.label_names?.[label] ?? String(label)], true, (on) => {
         this.map.hidden[on ? "delete" : "add"](label);
         this.map.draw();
@@ -122,13 +121,10 @@ class LatentView {
     const told = h("span", { class: "quiet", role: "status" });
     const input = h("input", { type: "file", accept: ".csv,.npy,.json,.txt", "aria-label": "a file of rows to place on the map", onchange: async () => {
       try {
-        const rows = (await readFile(input.files[0], this.model)).slice(0, MOST_OWN);
-        this.own = [];
-        for (let at = 0; at < rows.length; at += OWN_BATCH) {
-          told.textContent = `encoding ${at} of ${rows.length} rows …`;
-          for (const z of await postRows("/encode", this.model, rows.slice(at, at + OWN_BATCH))) this.own.push({ z, label: -2 });
-        }
-        told.textContent = `${this.own.length} rows of yours, in orange`;
+        const all = await readFile(input.files[0], this.model), rows = all.slice(0, MOST_OWN);
+        const codes = await encodeAll(this.model, rows, (done) => (told.textContent = `encoding ${done} of ${rows.length} rows …`));
+        this.own = codes.map((z) => ({ z, label: -2 }));
+        told.textContent = all.length > MOST_OWN ? `the first ${MOST_OWN} of ${all.length} rows of yours, in orange` : `${rows.length} rows of yours, in orange`;
         this.replane();
       } catch (error) {
         told.replaceChildren(say(error));
