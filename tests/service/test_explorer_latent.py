@@ -101,6 +101,20 @@ def test_the_map_shows_what_is_asked_for(visit: Visit) -> None:
     assert page.evaluate("new URLSearchParams(location.search).get('axes')") == "4,6"
 
 
+def test_each_latent_has_a_slider_and_the_dead_are_marked(visit: Visit, site: str) -> None:
+    visit.open("?view=latent&model=vae")
+    page = visit.page
+    report = page.request.get(f"{site}/models/vae").json()["latent_report"]
+    dead = [f"z{k + 1}" for k, latent in enumerate(report) if not latent["active"]]
+    assert 0 < len(dead) < len(report)
+    expect(page.locator(".sliders .slider")).to_have_count(len(report))
+    assert page.locator(".sliders .is-dead .name sub").all_inner_texts() == [name[1:] for name in dead]
+    expect(page.get_by_text(f"{len(dead)} of {len(report)} are dead")).to_be_visible()
+    widths = page.locator(".sliders .activity > span").evaluate_all("all => all.map(e => parseFloat(e.style.width))")
+    nats = np.array([latent["kl"] for latent in report])
+    np.testing.assert_allclose(widths, 100 * nats / nats.max(), atol=0.01)
+
+
 def test_two_points_are_joined_by_a_strip(visit: Visit) -> None:
     visit.open("?view=latent&model=vae&axes=0,1")
     page, map_ = visit.page, visit.page.locator(MAP)
@@ -114,6 +128,10 @@ def test_two_points_are_joined_by_a_strip(visit: Visit) -> None:
     assert (body["steps"], body["method"]) == (9, "linear")
     assert body["start"]["latent"][0] < body["end"]["latent"][0]
     expect(page.locator(".strip canvas")).to_have_count(9)
+    map_.click(position={"x": 250, "y": 300})
+    moved = visit.asks(lambda: press(page, "Set B"), "/interpolate").json
+    assert moved["start"] == body["start"]
+    assert moved["end"]["latent"][1] < body["end"]["latent"][1]  # lower on the map
     asked = visit.asks(lambda: page.get_by_role("radio", name="Spherical").check(), "/interpolate")
     assert asked.json["method"] == "slerp"
     asked = visit.asks(lambda: visit.slide("Steps", 5), "/interpolate")

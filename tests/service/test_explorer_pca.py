@@ -40,6 +40,9 @@ def test_components_and_angles_are_those_of_the_loaded_models(visit: Visit, site
     expect(page.locator(".components canvas")).to_have_count(16)
     decoded = {a.query["model"]: a.rows for a in visit.asked if a.path == "/decode"}
     np.testing.assert_array_equal(decoded["pca@1"], np.vstack((np.zeros(16), np.eye(16))))
+    told = page.request.get(f"{site}/models/pca").json()
+    share = 100 * sum(told["spectrum"][:16]) / told["total_variance"]
+    expect(page.locator(".view-pca")).to_contain_text(f"16 of 64 components are kept. They carry {share:.1f} %")
     press(page, "component 2")
     expect(page.locator(".view-pca")).to_contain_text("Component 2: what one unit of its score adds")
     bases = []

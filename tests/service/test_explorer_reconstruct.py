@@ -75,6 +75,14 @@ def test_a_row_is_drawn_with_the_pointer_and_with_keys(visit: Visit) -> None:
     drawn = np.array([a for a in visit.asked if a.path == "/encode"][-1].json["inputs"][0]).reshape(8, 8)
     assert drawn[1:7, 3:5].mean() > 0.5  # a stroke down the middle
     assert drawn[:, 0].max() == 0
+    page.keyboard.down("Shift")  # rubs out
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.up()
+    page.keyboard.up("Shift")
+    page.wait_for_timeout(300)
+    rubbed = np.array([a for a in visit.asked if a.path == "/encode"][-1].json["inputs"][0]).reshape(8, 8)
+    assert rubbed[3:5, 3:5].sum() < drawn[3:5, 3:5].sum()
     asked = visit.asks(lambda: press(page, "Clear"), "/encode")
     assert not np.any(asked.json["inputs"][0])
     board.focus()
@@ -100,3 +108,6 @@ def test_a_row_is_pasted_and_a_wrong_one_explained(visit: Visit) -> None:
     visit.until("location.search.includes('data=0.5,110,1,2')")
     page.reload()
     expect(page.locator(".flow .feature").first).to_contain_text("0.5 %")
+    area.fill('{"inputs": [[0.25, 90, 2, 1]]}')
+    asked = visit.asks(lambda: press(page, "Use this row"), "/encode", model="hosts@1")
+    assert asked.json["inputs"] == [[0.25, 90, 2, 1]]
