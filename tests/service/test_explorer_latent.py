@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, FloatRect, Locator, Page, expect
 
 from service.app import create_app
 from service.settings import Settings
@@ -13,12 +13,18 @@ from tests.service.browsing import MAP, OUTPUT, Visit, colours, ink, press, writ
 from tests.service.running import running
 
 
-def test_the_pointer_decodes_and_a_click_samples(visit: Visit) -> None:
+def mapped(visit: Visit) -> tuple[Page, Locator, FloatRect]:
+    """The map of two latents, once the point on it is decoded: the page, the map, and where it lies."""
     visit.open("?view=latent&model=vae&axes=0,1")
-    page, map_ = visit.page, visit.page.locator(MAP)
-    expect(page.locator(OUTPUT)).to_be_visible()
+    expect(visit.page.locator(OUTPUT)).to_be_visible()
+    map_ = visit.page.locator(MAP)
     box = map_.bounding_box()
     assert box
+    return visit.page, map_, box
+
+
+def test_the_pointer_decodes_and_a_click_samples(visit: Visit) -> None:
+    page, map_, box = mapped(visit)
     asked = visit.asks(lambda: map_.hover(position={"x": 100, "y": 100}), "/decode", model="vae@1")
     z = asked.rows
     assert z.shape == (1, 16)
@@ -41,11 +47,7 @@ def test_the_pointer_decodes_and_a_click_samples(visit: Visit) -> None:
 
 
 def test_the_point_is_dragged_pushed_by_keys_and_set_by_sliders(visit: Visit) -> None:
-    visit.open("?view=latent&model=vae&axes=0,1")
-    page, map_ = visit.page, visit.page.locator(MAP)
-    expect(page.locator(OUTPUT)).to_be_visible()
-    box = map_.bounding_box()
-    assert box
+    page, map_, box = mapped(visit)
     page.mouse.move(box["x"] + 200, box["y"] + 200)
     page.mouse.down()
     asked = visit.asks(lambda: page.mouse.move(box["x"] + 260, box["y"] + 160, steps=6), "/decode")
@@ -65,6 +67,40 @@ def test_the_point_is_dragged_pushed_by_keys_and_set_by_sliders(visit: Visit) ->
     assert not np.delete(asked.rows[0], 2).any()
     visit.asks(lambda: map_.press("Enter"), "/decode")
     expect(page.locator(".point-card dl")).to_contain_text("1 point")
+
+
+CONTOUR = """() => {
+  document.head.style.color = "var(--contour)";
+  return getComputedStyle(document.head).color.match(/\\d+/g).map(Number);
+}"""
+NEAR = """(canvas, [points, [r, g, b]]) => {
+  const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext("2d", {willReadFrequently: true});
+  copy.drawImage(canvas, 0, 0);
+  return points.map(([x, y]) => {
+    const near = copy.getImageData(Math.round(x) - 2, Math.round(y) - 2, 5, 5).data;
+    for (let i = 0; i < near.length; i += 4)
+      if (Math.abs(near[i] - r) + Math.abs(near[i + 1] - g) + Math.abs(near[i + 2] - b) < 60) return true;
+    return false;
+  });
+}"""
+
+
+def test_the_contours_are_those_of_a_standard_normal(visit: Visit) -> None:
+    """Circles of one, two and three standard deviations about zero; nothing between them."""
+    page, map_, box = mapped(visit)
+    press(page, "Codes")
+    tone = page.evaluate(CONTOUR)
+    at = [visit.asks(lambda x=x: map_.hover(position={"x": x, "y": 100}), "/decode").rows[0, :2] for x in (100, 300)]  # type: ignore[misc]
+    scale = 200 / (at[1][0] - at[0][0])  # pixels a unit
+    middle = np.array([100 - scale * at[0][0], 100 + scale * at[0][1]])
+    base = page.locator(".map-card .map canvas:first-child")
+    assert abs(middle - box["width"] / 2).max() < box["width"] / 4
+    for radius, drawn in ((1, True), (2, True), (3, True), (0.5, False), (1.5, False), (2.5, False)):
+        angles = np.array([0.6, 2.2, 3.7, 5.4])  # away from the axes and the words
+        circle = middle + scale * radius * np.column_stack((np.cos(angles), -np.sin(angles)))
+        inside = circle[((circle > 3) & (circle < box["width"] - 3)).all(1)]
+        assert len(inside)
+        assert set(base.evaluate(NEAR, [inside.tolist(), tone])) == {drawn}, radius
 
 
 def test_the_map_shows_what_is_asked_for(visit: Visit) -> None:

@@ -111,22 +111,56 @@ def test_the_page_is_light(visit: Visit) -> None:
     assert len(sizes) == len(files)  # each file is used, and was counted
 
 
-def test_nothing_is_reached_by_the_pointer_alone(visit: Visit) -> None:
-    visit.open("?view=latent&model=vae")
+REACHED = {  # by the Tab key, among others
+    "models": ("Skip to the view", "HTTP reference"),
+    "latent": ("map of the latent space", "Decodings", *(f"z{i + 1}" for i in range(16))),
+    "reconstruct": ("Held-out row", "Noise", "Occlusion", "Other noise"),
+    "pca": ("4 Eigenvectors", "component 16", "Compare with"),
+    "anomaly": ("a file of rows to judge", "control the false discovery rate"),
+    "training": ("show the curve of step 9", "All"),
+    "quizzes": ("Try again",),
+}
+FOCUS = """() => {
+  const e = document.activeElement;
+  if (e === document.body) return null;
+  const words = e.getAttribute("aria-label") || e.labels?.[0]?.textContent || e.textContent;
+  const stand = e.type === "radio" ? e.nextElementSibling ?? e : e; // what stands for a hidden radio
+  return [words.trim(), [e, stand].some((one) => getComputedStyle(one).outlineStyle !== "none")];
+}"""
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_nothing_is_reached_by_the_pointer_alone(visit: Visit, view: str) -> None:
+    query, sign = VIEWS[view]
+    visit.open(query)
+    expect(visit.page.locator(sign).first).to_be_visible()
     visit.settle()
-    page = visit.page
     reached = set()
-    for _ in range(90):
-        page.keyboard.press("Tab")
-        where = page.evaluate("""() => { const e = document.activeElement, style = getComputedStyle(e);
-            if (e === document.body) return null;
-            const beside = getComputedStyle(e.nextElementSibling ?? e); // of a hidden radio: what stands for it
-            const shown = style.outlineStyle !== 'none' || beside.outlineStyle !== 'none';
-            return [e.tagName + (e.id || e.getAttribute('aria-label') || e.textContent.slice(0, 20)), shown]; }""")
+    for _ in range(150):
+        visit.page.keyboard.press("Tab")
+        where = visit.page.evaluate(FOCUS)
         if where is None:
             break
         assert where[1], f"no focus is to be seen on {where[0]}"
         reached.add(where[0])
-    assert any(name.startswith("CANVASmap of the latent space") for name in reached)
-    assert any("Decodings" in name for name in reached)
-    assert sum(name.startswith("INPUTz") for name in reached) == 16
+    for name in REACHED[view]:
+        assert any(words.startswith(name) for words in reached), (name, sorted(reached))
+
+
+def test_the_links_around_a_view_lead_where_they_say(visit: Visit) -> None:
+    visit.open("?view=quizzes")
+    page = visit.page
+    page.locator("#view h2").evaluate("heading => { heading.dataset.seen = 'yes' }")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")  # the first stop is the link that skips the bar
+    visit.until("document.activeElement.id == 'view'")
+    expect(page.locator("#view h2")).to_have_attribute("data-seen", "yes")  # nothing was drawn anew
+    for name, path, words in (
+        ("Models as JSON", "/models", '"models"'),
+        ("Metrics", "/metrics", "# HELP"),
+        ("HTTP reference", "/docs", "swagger"),
+    ):
+        assert page.get_by_role("link", name=name).get_attribute("href") == path
+        answer = page.request.get(visit.base + path)
+        assert answer.status == 200
+        assert words in answer.text()

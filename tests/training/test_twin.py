@@ -39,7 +39,7 @@ def picture(end: Callable[[], nn.Module] | None) -> Pipeline:
     return model.eval().requires_grad_(False)
 
 
-def compare(model: Pipeline, rows: Callable[[int], tuple[torch.Tensor, ...]]) -> None:
+def assert_they_agree(model: Pipeline, rows: Callable[[int], tuple[torch.Tensor, ...]]) -> None:
     """Assert that twin and TorchScript agree, traced with 3 rows and asked with 1, 2 and 33."""
     x, z, _ = rows(3)
     module = artifact.freeze(artifact.script(model))
@@ -59,12 +59,12 @@ def test_the_twin_agrees_with_torchscript(kind: str, size: float) -> None:
         x, noise, choice = batch(count)
         return size * x, noise, choice
 
-    compare(pipeline(kind), rows)
+    assert_they_agree(pipeline(kind), rows)
 
 
 @pytest.mark.parametrize("kind", ["pca-imputing", "ae-imputing", "vae-per-feature-imputing"])
 def test_the_twin_fills_gaps_as_torchscript_does(kind: str) -> None:
-    compare(pipeline(kind), lambda count: batch(count, gaps=GAPS))
+    assert_they_agree(pipeline(kind), lambda count: batch(count, gaps=GAPS))
 
 
 @pytest.mark.parametrize("end", [None, nn.Sigmoid], ids=["bernoulli", "sigmoid"])
@@ -74,14 +74,14 @@ def test_the_twin_of_a_convolutional_network_agrees(end: Callable[[], nn.Module]
         x = torch.randint(0, 256, (count, WIDTH), generator=generator).float()
         return x, torch.randn(count, 3, generator=generator), torch.rand(count, generator=generator)
 
-    compare(picture(end), rows)
+    assert_they_agree(picture(end), rows)
 
 
 def test_the_likelihood_of_impossible_logits_is_finite_in_both() -> None:
     model = pipeline("vae-bernoulli")
     assert isinstance(model.core, VAE)
     model.core.decoder[-1].bias.copy_(torch.tensor([300.0, -300.0, 40.0, -40.0, 0.0]))  # type: ignore[index]
-    compare(model, batch)
+    assert_they_agree(model, batch)
     x, _, _ = batch()
     assert bool(model.score(x)[0].isfinite().all())
 

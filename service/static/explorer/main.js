@@ -83,6 +83,10 @@ async function start() {
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => dress(localStorage.getItem("theme")));
   addEventListener("resize", reveal);
+  document.querySelector(".skip").addEventListener("click", (event) => {
+    event.preventDefault(); // a step in the history would draw the view anew
+    main.focus();
+  });
   document.querySelector("nav").addEventListener("click", (event) => {
     const link = event.target.closest("a[data-view]");
     if (!link || event.metaKey || event.ctrlKey || event.shiftKey) return;

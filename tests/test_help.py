@@ -1,0 +1,69 @@
+"""The command line's help: at once, complete, and by example."""
+
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from service.settings import Settings
+from tests.commands import command, in_process
+from tests.data import ROOT
+from training.config import TrainConfig
+
+COMMANDS = ("train", "demo", "inspect", "serve", "evaluate", "score", "calibrate")
+
+
+def test_help_answers_within_three_tenths_of_a_second() -> None:
+    def seconds() -> float:
+        began = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert command("--help").returncode == 0
+        ended = resource.getrusage(resource.RUSAGE_CHILDREN)  # what it computes: a busy machine takes longer about it
+        return ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime
+
+    assert min(seconds() for _ in range(5)) < 0.3
+
+
+def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, elbo\n"
+        "try: elbo.main(['--help'])\n"
+        "except SystemExit: print({'torch', 'numpy', 'pydantic', 'polars', 'rich'} & set(sys.modules))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.endswith("set()\n")
+    for name in COMMANDS:
+        assert f"\n  {name} " in run.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_each_command_shows_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = in_process(capsys, name, "--help")
+    assert code == 0
+    assert f"elbo {name} " in out.partition("Example")[2]
+
+
+def test_help_of_train_shows_every_field_of_its_configuration_with_its_default(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, out, _ = in_process(capsys, "train", "--help")
+    words = " ".join(out.split())
+    for name, field in TrainConfig.model_fields.items():
+        assert f"--{name.replace('_', '-')} " in words
+        assert " ".join(str(field.description).split()) in words
+        if not field.is_required() and field.default is not None and field.default not in (False, ()):
+            value = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+            assert f"{field.description} [default: {value}]" in words
+
+
+def test_help_of_serve_shows_every_setting_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = in_process(capsys, "serve", "--help")
+    words = " ".join(out.split())
+    for name, field in Settings.model_fields.items():
+        assert f"--{name} " in words or f"ELBO_{name.upper()} " in words
+        assert f"{' '.join(str(field.description).split())} [default: {field.default}]" in words
+
+
+def test_python_m_training_is_elbo_train() -> None:
+    run = subprocess.run([sys.executable, "-m", "training", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout == command("train", "--help").stdout
