@@ -4,6 +4,7 @@ import asyncio
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
@@ -16,6 +17,7 @@ from service.codec import npy, png, safetensors
 from service.codec.answer import arrays, choose, require_finite, to_json
 from service.codec.body import JSON, NO_FORMATS, Fields, read_fields
 from service.codec.encoding import gunzip, gzipped
+from service.door import Door
 from service.engine import Engine
 from service.errors import ClientGone, InvalidField, NotReady, Overloaded, TooManyRows
 from service.exchange import Answer, Exchange, Limits
@@ -45,6 +47,7 @@ class Service:
     engine: Engine
     telemetry: Telemetry
     limits: Limits
+    door: Door
     draining: bool = False
 
     def find(self, reference: str | None) -> Served:
@@ -96,6 +99,7 @@ async def read(
     packed = exchange.headers.get(b"content-encoding") is not None and gzipped(exchange.header(b"content-encoding"))
     service.engine.require_room(1)  # a full queue refuses whoever comes before it costs anything to read what he sends
     sent = await exchange.body()
+    await service.door.enter(exchange, partial(_deadline, service, exchange))
     if packed:  # gzip ends with the number of its bytes unpacked; if that is a lie, unpacking fails
         exchange.hold(min(int.from_bytes(sent[-4:], "little"), exchange.max_body_bytes))
 
