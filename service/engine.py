@@ -13,16 +13,16 @@ thread.
 import asyncio
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import NoReturn, Protocol
 
-import numpy as np
 import torch
 
-from service.backends import Array, Backend, is_out_of_memory
+from service.backends import Array, Backend
+from service.batch import compute, stacked
 from service.counts import Level
 from service.drain import Drain
 from service.errors import DeadlineExceeded, NotReady, Overloaded
@@ -347,7 +347,7 @@ class Engine:
         clock = lane.model.backend.clock
         started, began = perf_counter(), clock()
         try:
-            outputs = _compute(lane, [job.inputs for job in jobs])
+            outputs = compute(lane.model.backend, lane.operation, [job.inputs for job in jobs])
         except Exception as error:  # noqa: BLE001 - whatever a model raises belongs to whoever asked
             if len(jobs) == 1:
                 return [(jobs[0], error)]
@@ -370,37 +370,6 @@ def _too_late(seconds: float) -> DeadlineExceeded:
     )
 
 
-def _compute(lane: Lane, inputs: list[tuple[Array, ...]]) -> tuple[Array, ...]:
-    columns = inputs[0] if len(inputs) == 1 else tuple(np.concatenate(column) for column in zip(*inputs, strict=True))
-    return _within_memory(lane.model.backend, lane.operation, columns)
-
-
-def _within_memory(backend: Backend, operation: Operation, columns: tuple[Array, ...]) -> tuple[Array, ...]:
-    """`operation` on rows [B, ...]; where the device's memory is too small for them, half of them at a time.
-
-    What was too much is not tried again: the backend's batches stay as small as that.
-    """
-    rows = len(columns[0])
-    try:
-        return backend.run(operation, columns)
-    except Exception as error:
-        if rows == 1 or not is_out_of_memory(error):
-            raise
-        half = rows // 2
-        backend.too_many(rows)
-    # Outside of the handler, whose traceback would keep the memory of the attempt.
-    parts = [_within_memory(backend, operation, tuple(c[part] for c in columns)) for part in _halves(half)]
-    return _stacked(parts)
-
-
-def _halves(half: int) -> tuple[slice, slice]:
-    return slice(0, half), slice(half, None)
-
-
-def _stacked(parts: Sequence[tuple[Array, ...]]) -> tuple[Array, ...]:
-    return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
-
-
 def _joined(pieces: list[Ran]) -> Ran:
-    outputs = _stacked([piece.outputs for piece in pieces])
+    outputs = stacked([piece.outputs for piece in pieces])
     return Ran(outputs, sum(piece.queued for piece in pieces), sum(piece.computed for piece in pieces))

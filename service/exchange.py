@@ -4,7 +4,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import orjson
 from starlette.datastructures import QueryParams
@@ -103,7 +103,7 @@ class Exchange:
         value = self.headers.get(name)
         return default if value is None else value.decode("latin-1")
 
-    @cached_property
+    @property
     def query(self) -> QueryParams:
         """The query, decoded."""
         text = self.scope["query_string"]
