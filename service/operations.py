@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from models.artifact import reconstruction
 
 Outputs = tuple[Tensor, ...]  # each [B, ...]
 
@@ -23,12 +24,14 @@ class Operation:
         merges: whether requests may share a batch. A sum's last bit may depend on the batch's size, so what must be
             exact to the bit does not.
         arguments: numbers that a whole batch has in common.
+        graph: of the twin, which computes all of it in one run.
     """
 
     name: str
     function: Callable[..., Outputs]
     merges: bool = True
     arguments: tuple[float, ...] = ()
+    graph: str = ""
 
 
 def _encode(module: Any, x: Tensor) -> Outputs:
@@ -41,14 +44,11 @@ def _decode(module: Any, z: Tensor) -> Outputs:
 
 
 def _reconstruct(module: Any, x: Tensor) -> Outputs:
-    x_hat = module(x)
-    return x_hat, (x_hat - x).square().mean(dim=1)
+    return reconstruction(module, x, gaps=False)
 
 
 def _reconstruct_gaps(module: Any, x: Tensor) -> Outputs:
-    x_hat, there = module(x), ~x.isnan()  # [B, D], [B, D]
-    squares = torch.where(there, (x_hat - x).square(), 0.0)  # [B, D]
-    return x_hat, squares.sum(dim=1) / there.sum(dim=1)
+    return reconstruction(module, x, gaps=True)
 
 
 def _sample(module: Any, noise: Tensor, choice: Tensor) -> Outputs:
@@ -62,8 +62,8 @@ def _anomaly(module: Any, x: Tensor, alpha: float) -> Outputs:
     return score, module.p_value(score), module.severity(score, alpha), threshold, parts, contribution, expected
 
 
-ENCODE = Operation("encode", _encode)  # x [B, D] -> mean [B, K], std [B, K]
-DECODE = Operation("decode", _decode)  # z [B, K] -> x_hat [B, D]
+ENCODE = Operation("encode", _encode, graph="encode")  # x [B, D] -> mean [B, K], std [B, K]
+DECODE = Operation("decode", _decode, graph="decode")  # z [B, K] -> x_hat [B, D]
 SAMPLE = Operation("sample", _sample, merges=False)  # noise [B, K], choice [B] -> z [B, K], x_hat [B, D]
 
 
@@ -74,4 +74,4 @@ def anomaly(alpha: float) -> Operation:
 
 def reconstruct(gaps: bool) -> Operation:
     """x [B, D] -> x_hat [B, D], mean squared error [B], with `gaps` of the values that are there."""
-    return Operation("reconstruct", _reconstruct_gaps if gaps else _reconstruct)
+    return Operation("reconstruct", _reconstruct_gaps if gaps else _reconstruct, graph="reconstruct")
