@@ -1,9 +1,12 @@
-"""What a model's operations run on: its TorchScript module, or on a CPU its ONNX twin where that is true and faster."""
+"""What a model's operations run on: its TorchScript module, or on a CPU its ONNX twin where that is true and faster.
+
+On a CPU NumPy computes what scores mean, whichever of the two computes the scores.
+"""
 
 import logging
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,6 +22,7 @@ from torch import Tensor
 from models.artifact import Artifact, Graph, Twin, answers, discrepancy
 from models.errors import ArtifactMismatch
 from service import operations
+from service.calibration import Calibration, calibration_of
 from service.operations import Operation
 from service.pace import Pace
 
@@ -31,6 +35,7 @@ BACKENDS = ("torchscript", "onnx")
 TOLERANCE = 1e-5  # of a twin's golden answers, relative to the largest number in each
 TWIN_ANSWERS = (
     "forward", "encode.mean", "encode.std", "decode", "score", "score.parts", "score.contribution", "score.expected",
+    "p_value", "severity", "threshold",
 )  # fmt: skip
 GOLDEN_INPUTS = ("x", "noise", "choice")
 FASTER = 1.1  # a smaller gain may be the machine's mood
@@ -48,7 +53,7 @@ class Backend:
     Args:
         name: torchscript or onnx.
         reason: why this one.
-        module: has the methods of the artifact contract.
+        module: has the methods of the artifact contract, of torchscript on tensors, of onnx on arrays.
         device: where `module` wants its rows.
         precision: of matrix products, float32 or bfloat16; all else is float32.
         errors: of answers in bfloat16 against float32, relative to the largest number in each, by name.
@@ -67,11 +72,20 @@ class Backend:
 
     def run(self, operation: Operation, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
         """`operation` on `inputs`, each [B, ...]."""
-        with torch.inference_mode(), self.rounding():
-            if self.device.type == "cuda":
-                return self._run_on_gpu(operation, inputs)
-            outputs = operation.function(self.module, *map(torch.from_numpy, inputs), *operation.arguments)
-            return tuple([output.float().contiguous().numpy() for output in outputs])
+        with np.errstate(over="ignore", invalid="ignore"):
+            if self.name == "onnx":
+                outputs = operation.function(self.module, *inputs, *operation.arguments)
+                return tuple([output.astype(np.float32, copy=False) for output in outputs])
+            with torch.inference_mode(), self.rounding():
+                if self.device.type == "cuda":
+                    return self._run_on_gpu(operation, inputs)
+                outputs = operation.function(self.module, *map(torch.from_numpy, inputs), *operation.arguments)
+                return tuple([output.float().contiguous().numpy() for output in outputs])
+
+    def threshold(self, alpha: float) -> np.float32:
+        """The score above which a row is anomalous at alpha."""
+        with torch.inference_mode():
+            return np.float32(float(self.module.threshold(alpha)))
 
     @property
     def clock(self) -> Callable[[], float]:
@@ -114,42 +128,92 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
+class Judging:
+    """A frozen module on the CPU, which leaves it to `calibration` what its scores mean."""
+
+    def __init__(self, module: torch.jit.ScriptModule, calibration: Calibration) -> None:
+        self._module = module
+        self._calibration = calibration
+        self.threshold = calibration.threshold
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def __call__(self, x: Tensor) -> Any:
+        """The reconstruction of x [B, D], [B, D]."""
+        return self._module(x)
+
+    def p_value(self, score: Tensor) -> Tensor:
+        """Scores [B] to p-values [B]."""
+        return torch.from_numpy(self._calibration.p_value(score.numpy()))
+
+    def severity(self, score: Tensor, alpha: float) -> Tensor:
+        """Scores [B] to severity [B]."""
+        return torch.from_numpy(self._calibration.severity(score.numpy(), alpha))
+
+
 class OnnxModule:
-    """The methods of the artifact contract: those that have a graph by ONNX Runtime, the rest by TorchScript.
+    """The methods of the artifact contract, on arrays: those that have a graph are run by ONNX Runtime.
 
     Args:
         twin: the graphs and their weights.
-        rest: the frozen module.
+        rest: the frozen module, which draws.
+        calibration: says what scores mean.
         threads: for one batch.
     """
 
-    def __init__(self, twin: Twin, rest: torch.jit.ScriptModule, threads: int) -> None:
+    def __init__(self, twin: Twin, rest: torch.jit.ScriptModule, calibration: Calibration, threads: int) -> None:
         self._weights = {name: weight.contiguous().numpy() for name, weight in twin.weights.items()}  # outlive sessions
         self._sessions = {method: _session(graph, self._weights, threads) for method, graph in twin.graphs.items()}
         self._rest = rest
+        self.p_value, self.severity = calibration.p_value, calibration.severity
+        self.threshold = calibration.threshold
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._rest, name)
-
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Array) -> Array:
         """The reconstruction of x [B, D], [B, D]."""
         return self.decode(self.encode(x)[0])
 
-    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, x: Array) -> Sequence[Array]:
         """Posterior mean and standard deviation of x [B, D]: two of [B, K]."""
         return self._run("encode", x)
 
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(self, z: Array) -> Array:
         """[B, K] to [B, D]."""
         return self._run("decode", z)[0]
 
-    def score(self, x: Tensor) -> tuple[Tensor, ...]:
+    def score(self, x: Array) -> Sequence[Array]:
         """Score [B], parts [B, P], contribution [B, D] and expected [B, D] of x [B, D]."""
         return self._run("score", x)
 
-    def _run(self, method: str, rows: Tensor) -> tuple[Tensor, ...]:
-        outputs = self._sessions[method].run(None, {"rows": rows.numpy()})
-        return tuple(torch.from_numpy(output) for output in outputs)
+    def draw(self, noise: Array, choice: Array) -> Array:
+        """Standard normal noise [B, K] and uniform choice [B] to latents [B, K]."""
+        with torch.inference_mode():
+            latents: Array = self._rest.draw(torch.from_numpy(noise), torch.from_numpy(choice)).contiguous().numpy()
+        return latents
+
+    def _run(self, method: str, rows: Array) -> Sequence[Array]:
+        outputs: Sequence[Array] = self._sessions[method].run(None, {"rows": rows})
+        return outputs
+
+
+class Tensors:
+    """A module of arrays as one of tensors, to be compared with what an artifact answers."""
+
+    def __init__(self, module: OnnxModule) -> None:
+        self._module = module
+
+    def __call__(self, x: Tensor) -> Any:
+        """The reconstruction of x [B, D], [B, D]."""
+        return _tensors(self._module(x.numpy()))
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._module, name)
+        return lambda *given: _tensors(method(*[x.numpy() if isinstance(x, Tensor) else x for x in given]))
+
+
+def _tensors(answer: Any) -> Any:
+    """Arrays as tensors."""
+    return tuple(map(_tensors, answer)) if isinstance(answer, list | tuple) else torch.as_tensor(answer)
 
 
 def choose(artifact: Artifact, asked: str, threads: int, precision: str = "float32") -> Backend:
@@ -167,13 +231,16 @@ def choose(artifact: Artifact, asked: str, threads: int, precision: str = "float
     plain = Backend("torchscript", "", artifact.module, artifact.device)
     if precision == "bfloat16":
         return _rounded(plain, artifact)
+    calibration = calibration_of(artifact) if artifact.device.type == "cpu" else None
+    if calibration:
+        plain.module = Judging(artifact.module, calibration)
     if asked == "torchscript":
         return _because(plain, "ELBO_BACKEND asks for it")
     if artifact.device.type != "cpu":
         return _because(plain, f"the ONNX twin is for CPUs, and this is {artifact.device.type}")
     if artifact.twin is None:
         return _because(plain, "the artifact has no ONNX twin")
-    twin, fault = _twin(artifact, artifact.twin, threads)
+    twin, fault = _twin(artifact, artifact.twin, calibration, threads)
     if twin is None:
         if asked == "onnx":
             raise ArtifactMismatch(f"{artifact.path}: {fault}; train it again, or set ELBO_BACKEND=torchscript")
@@ -207,11 +274,13 @@ def _error(found: Tensor, exact: Tensor) -> float:
     return float((found - exact).abs().max() / exact.abs().max().clamp_min(1e-3))
 
 
-def _twin(artifact: Artifact, twin: Twin, threads: int) -> tuple[Backend | None, str]:
+def _twin(artifact: Artifact, twin: Twin, calibration: Calibration | None, threads: int) -> tuple[Backend | None, str]:
     """The twin, if it can be trusted; and if not, what is wrong with it."""
+    if calibration is None:
+        return None, "p-values and severity in NumPy are not the module's own"
     try:
-        module = OnnxModule(twin, artifact.module, threads)
-        found = discrepancy(module, artifact.manifest.golden, "cpu", TOLERANCE, TWIN_ANSWERS)
+        module = OnnxModule(twin, artifact.module, calibration, threads)
+        found = discrepancy(Tensors(module), artifact.manifest.golden, "cpu", TOLERANCE, TWIN_ANSWERS)
     except ImportError:
         return None, "onnxruntime, which runs ONNX twins, is not installed"
     except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors have no common root of their own

@@ -1,5 +1,6 @@
-"""What a model can be asked to compute: functions of tensors with rows first, which the engine may batch.
+"""What a model can be asked to compute: functions of rows, which the engine may batch.
 
+They are written so that a module of tensors can be asked, and one of NumPy's arrays: for few rows these cost less.
 B rows, D features, K latents, P parts.
 """
 
@@ -7,15 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-Outputs = tuple[Tensor, ...]  # each [B, ...]
+Outputs = tuple[Any, ...]  # tensors or arrays, each [B, ...]
 
 
 @dataclass(frozen=True)
 class Operation:
-    """A function of a model's module and row tensors.
+    """A function of a model's module and rows.
 
     Args:
         name: for metrics.
@@ -31,35 +29,36 @@ class Operation:
     arguments: tuple[float, ...] = ()
 
 
-def _encode(module: Any, x: Tensor) -> Outputs:
+def _encode(module: Any, x: Any) -> Outputs:
     mean, std = module.encode(x)
     return mean, std
 
 
-def _decode(module: Any, z: Tensor) -> Outputs:
+def _decode(module: Any, z: Any) -> Outputs:
     return (module.decode(z),)
 
 
-def _reconstruct(module: Any, x: Tensor) -> Outputs:
+def _reconstruct(module: Any, x: Any) -> Outputs:
     x_hat = module(x)
-    return x_hat, (x_hat - x).square().mean(dim=1)
+    off = x_hat - x  # [B, D]
+    return x_hat, (off * off).sum(1) / x.shape[1]
 
 
-def _reconstruct_gaps(module: Any, x: Tensor) -> Outputs:
-    x_hat, there = module(x), ~x.isnan()  # [B, D], [B, D]
-    squares = torch.where(there, (x_hat - x).square(), 0.0)  # [B, D]
-    return x_hat, squares.sum(dim=1) / there.sum(dim=1)
+def _reconstruct_gaps(module: Any, x: Any) -> Outputs:
+    x_hat, there = module(x), x == x  # [B, D], [B, D]
+    off = x_hat - x  # [B, D]
+    off[~there] = 0.0
+    return x_hat, (off * off).sum(1) / there.sum(1)
 
 
-def _sample(module: Any, noise: Tensor, choice: Tensor) -> Outputs:
+def _sample(module: Any, noise: Any, choice: Any) -> Outputs:
     z = module.draw(noise, choice)
     return z, module.decode(z)
 
 
-def _anomaly(module: Any, x: Tensor, alpha: float) -> Outputs:
-    score, parts, contribution, expected = module.score(x)
-    threshold = module.threshold(alpha).expand_as(score)
-    return score, module.p_value(score), module.severity(score, alpha), threshold, parts, contribution, expected
+def _anomaly(module: Any, x: Any, alpha: float) -> Outputs:
+    score, *explained = module.score(x)
+    return score, module.p_value(score), module.severity(score, alpha), *explained
 
 
 ENCODE = Operation("encode", _encode)  # x [B, D] -> mean [B, K], std [B, K]
@@ -68,7 +67,7 @@ SAMPLE = Operation("sample", _sample, merges=False)  # noise [B, K], choice [B] 
 
 
 def anomaly(alpha: float) -> Operation:
-    """x [B, D] -> score, p_value, severity, threshold, each [B]; parts [B, P]; contribution, expected, each [B, D]."""
+    """x [B, D] -> score, p_value and severity, each [B]; parts [B, P]; contribution and expected, each [B, D]."""
     return Operation("anomaly", _anomaly, arguments=(alpha,))
 
 
