@@ -38,7 +38,8 @@ from models.manifest import (
 )
 
 METHODS = ("encode", "decode", "draw", "score", "log_weight", "p_value", "severity", "threshold")  # besides forward
-TWIN_METHODS = ("encode", "decode", "score")  # what an ONNX twin computes; a reconstruction is a code, decoded
+TWIN_METHODS = ("encode", "decode", "score", "reconstruct")  # what an ONNX twin computes
+LATER_TWIN_METHODS = ("reconstruct",)  # what earlier ones lack
 TWIN_MEMBER, TWIN_WEIGHTS_MEMBER = "extra/twin/{}.onnx", "extra/twin/{}.json"
 # What people look at, and nothing computes with. Each may be missing.
 HELD_OUT, CALIBRATION, CARD = "held-out.json", "calibration.json", "card.md"
@@ -214,6 +215,16 @@ def answers(module: Any, x: Tensor, noise: Tensor, choice: Tensor) -> dict[str, 
         }
 
 
+def reconstruction(module: Any, x: Tensor, gaps: bool) -> tuple[Tensor, Tensor]:
+    """x [B, D] to its reconstruction [B, D] and mean squared error [B], with `gaps` of the values that are there."""
+    x_hat = module(x)
+    if not gaps:
+        return x_hat, (x_hat - x).square().mean(dim=1)
+    there = ~x.isnan()  # [B, D]
+    squares = torch.where(there, (x_hat - x).square(), 0.0)  # [B, D]
+    return x_hat, squares.sum(dim=1) / there.sum(dim=1)
+
+
 def discrepancy(
     module: Any, pairs: Golden, device: str, tolerance: float, only: Collection[str] | None = None
 ) -> str | None:
@@ -252,6 +263,7 @@ def _twin(content: bytes, weights: Mapping[str, Tensor], path: Path) -> Twin | N
                     tuple(json.loads(archive.read(members[TWIN_WEIGHTS_MEMBER.format(method)]))),
                 )
                 for method in TWIN_METHODS
+                if method not in LATER_TWIN_METHODS or TWIN_MEMBER.format(method) in members
             }
         except UNREADABLE as error:
             raise ArtifactCorrupt(f"{path}: its ONNX twin is not whole ({error}); publish the model again") from error

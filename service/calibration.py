@@ -44,9 +44,10 @@ class Calibration:
         return p_values
 
     def severity(self, score: Array, alpha: float) -> Array:
-        """Scores [B] to severity [B], > 1 exactly where score > threshold. NumPy may warn of what overflows."""
+        """Scores [B] to severity [B], > 1 exactly where score > threshold."""
         threshold, surprisal = self._border(alpha)
-        ratio = self._surprisal_at(score) / surprisal
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is infinite, as in torch
+            ratio = self._surprisal_at(score) / surprisal
         severity: Array = np.where(score > threshold, np.maximum(ratio, UP), np.minimum(ratio, ONE))
         return severity
 
@@ -60,7 +61,8 @@ class Calibration:
         if border is None:
             with torch.inference_mode():
                 threshold = self._threshold(alpha).reshape(1).numpy()
-            border = threshold[0], self._surprisal_at(threshold)[0]
+            with np.errstate(over="ignore", invalid="ignore"):
+                border = threshold[0], self._surprisal_at(threshold)[0]
             if len(self._borders) >= MOST_ALPHAS:
                 self._borders.clear()
             self._borders[alpha] = border

@@ -1,6 +1,5 @@
-"""What a model can be asked to compute: functions of rows, which the engine may batch.
+"""What a model can be asked to compute: functions of tensors with rows first, which the engine may batch.
 
-They are written so that a module of tensors can be asked, and one of NumPy's arrays: for few rows these cost less.
 B rows, D features, K latents, P parts.
 """
 
@@ -8,12 +7,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-Outputs = tuple[Any, ...]  # tensors or arrays, each [B, ...]
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from models.artifact import reconstruction
+from service.calibration import Calibration
+
+Outputs = tuple[Tensor, ...]  # each [B, ...]
+Arrays = tuple[npt.NDArray[np.float32], ...]  # the same
 
 
 @dataclass(frozen=True)
 class Operation:
-    """A function of a model's module and rows.
+    """A function of a model's module and row tensors.
 
     Args:
         name: for metrics.
@@ -21,56 +28,60 @@ class Operation:
         merges: whether requests may share a batch. A sum's last bit may depend on the batch's size, so what must be
             exact to the bit does not.
         arguments: numbers that a whole batch has in common.
+        graph: of the twin, which computes all of it in one run.
+        finish: what is made of that run's outputs besides, with the model's calibration and `arguments`, if anything.
     """
 
     name: str
     function: Callable[..., Outputs]
     merges: bool = True
     arguments: tuple[float, ...] = ()
+    graph: str = ""
+    finish: Callable[..., Arrays] | None = None
 
 
-def _encode(module: Any, x: Any) -> Outputs:
+def _encode(module: Any, x: Tensor) -> Outputs:
     mean, std = module.encode(x)
     return mean, std
 
 
-def _decode(module: Any, z: Any) -> Outputs:
+def _decode(module: Any, z: Tensor) -> Outputs:
     return (module.decode(z),)
 
 
-def _reconstruct(module: Any, x: Any) -> Outputs:
-    x_hat = module(x)
-    off = x_hat - x  # [B, D]
-    return x_hat, (off * off).sum(1) / x.shape[1]
+def _reconstruct(module: Any, x: Tensor) -> Outputs:
+    return reconstruction(module, x, gaps=False)
 
 
-def _reconstruct_gaps(module: Any, x: Any) -> Outputs:
-    x_hat, there = module(x), x == x  # [B, D], [B, D]
-    off = x_hat - x  # [B, D]
-    off[~there] = 0.0
-    return x_hat, (off * off).sum(1) / there.sum(1)
+def _reconstruct_gaps(module: Any, x: Tensor) -> Outputs:
+    return reconstruction(module, x, gaps=True)
 
 
-def _sample(module: Any, noise: Any, choice: Any) -> Outputs:
+def _sample(module: Any, noise: Tensor, choice: Tensor) -> Outputs:
     z = module.draw(noise, choice)
     return z, module.decode(z)
 
 
-def _anomaly(module: Any, x: Any, alpha: float) -> Outputs:
+def _anomaly(module: Any, x: Tensor, alpha: float) -> Outputs:
     score, *explained = module.score(x)
     return score, module.p_value(score), module.severity(score, alpha), *explained
 
 
-ENCODE = Operation("encode", _encode)  # x [B, D] -> mean [B, K], std [B, K]
-DECODE = Operation("decode", _decode)  # z [B, K] -> x_hat [B, D]
+def _judged(calibration: Calibration, scored: Arrays, alpha: float) -> Arrays:
+    score, *explained = scored
+    return score, calibration.p_value(score), calibration.severity(score, alpha), *explained
+
+
+ENCODE = Operation("encode", _encode, graph="encode")  # x [B, D] -> mean [B, K], std [B, K]
+DECODE = Operation("decode", _decode, graph="decode")  # z [B, K] -> x_hat [B, D]
 SAMPLE = Operation("sample", _sample, merges=False)  # noise [B, K], choice [B] -> z [B, K], x_hat [B, D]
 
 
 def anomaly(alpha: float) -> Operation:
     """x [B, D] -> score, p_value and severity, each [B]; parts [B, P]; contribution and expected, each [B, D]."""
-    return Operation("anomaly", _anomaly, arguments=(alpha,))
+    return Operation("anomaly", _anomaly, arguments=(alpha,), graph="score", finish=_judged)
 
 
 def reconstruct(gaps: bool) -> Operation:
     """x [B, D] -> x_hat [B, D], mean squared error [B], with `gaps` of the values that are there."""
-    return Operation("reconstruct", _reconstruct_gaps if gaps else _reconstruct)
+    return Operation("reconstruct", _reconstruct_gaps if gaps else _reconstruct, graph="reconstruct")

@@ -18,8 +18,7 @@ from models.pipeline import Pipeline
 from models.prior import gaussian_prior
 from models.scaling import Scaling
 from models.vae import VAE
-from service.backends import OnnxModule, Tensors
-from service.calibration import Calibration as Meaning
+from service.backends import OnnxModule
 from tests.models.builders import CORES, batch, pipeline
 from tests.models.publishing import publish_twin
 from training.twin import export
@@ -44,8 +43,7 @@ def assert_they_agree(model: Pipeline, rows: Callable[[int], tuple[torch.Tensor,
     """Assert that twin and TorchScript agree, traced with 3 rows and asked with 1, 2 and 33."""
     x, z, _ = rows(3)
     module = artifact.freeze(artifact.script(model))
-    meaning = Meaning({name: buffer.numpy() for name, buffer in model.calibration.named_buffers()}, module.threshold)
-    twin = Tensors(OnnxModule(artifact.Twin(export(model, x, z), model.state_dict()), module, meaning, 1))
+    twin = OnnxModule(artifact.Twin(export(model, x, z), model.state_dict()), module, 1)
     for count in (1, 2, 33):
         inputs = rows(count)
         expected = artifact.answers(module, *inputs)
