@@ -77,6 +77,7 @@ class Artifact:
     device: torch.device
     twin: Twin | None = None
     exhibits: Mapping[str, bytes] = field(default_factory=dict)  # of HELD_OUT, CALIBRATION, CARD
+    calibration: Mapping[str, Tensor] = field(default_factory=dict)  # the buffers of the module's calibration, by name
 
 
 def choose_device(asked: str) -> str:
@@ -178,7 +179,9 @@ def load(path: Path, device: str = "cpu") -> Artifact:
             "do not serve it: train it again here, or use the versions in its manifest"
         )
     twin, exhibits = _twin(content, weights, path), _exhibits(content, path)
-    return Artifact(manifest, frozen, path, torch.device(device), twin, exhibits)
+    start = "calibration."
+    calibration = {name.removeprefix(start): buffer for name, buffer in weights.items() if name.startswith(start)}
+    return Artifact(manifest, frozen, path, torch.device(device), twin, exhibits, calibration)
 
 
 def thaw(artifact: Artifact) -> torch.jit.ScriptModule:

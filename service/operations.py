@@ -7,11 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from models.artifact import reconstruction
+from service.calibration import Calibration
 
 Outputs = tuple[Tensor, ...]  # each [B, ...]
+Arrays = tuple[npt.NDArray[np.float32], ...]  # the same
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Operation:
             exact to the bit does not.
         arguments: numbers that a whole batch has in common.
         graph: of the twin, which computes all of it in one run.
+        finish: what is made of that run's outputs besides, with the model's calibration and `arguments`, if anything.
     """
 
     name: str
@@ -32,6 +37,7 @@ class Operation:
     merges: bool = True
     arguments: tuple[float, ...] = ()
     graph: str = ""
+    finish: Callable[..., Arrays] | None = None
 
 
 def _encode(module: Any, x: Tensor) -> Outputs:
@@ -57,9 +63,13 @@ def _sample(module: Any, noise: Tensor, choice: Tensor) -> Outputs:
 
 
 def _anomaly(module: Any, x: Tensor, alpha: float) -> Outputs:
-    score, parts, contribution, expected = module.score(x)
-    threshold = module.threshold(alpha).expand_as(score)
-    return score, module.p_value(score), module.severity(score, alpha), threshold, parts, contribution, expected
+    score, *explained = module.score(x)
+    return score, module.p_value(score), module.severity(score, alpha), *explained
+
+
+def _judged(calibration: Calibration, scored: Arrays, alpha: float) -> Arrays:
+    score, *explained = scored
+    return score, calibration.p_value(score), calibration.severity(score, alpha), *explained
 
 
 ENCODE = Operation("encode", _encode, graph="encode")  # x [B, D] -> mean [B, K], std [B, K]
@@ -68,8 +78,8 @@ SAMPLE = Operation("sample", _sample, merges=False)  # noise [B, K], choice [B] 
 
 
 def anomaly(alpha: float) -> Operation:
-    """x [B, D] -> score, p_value, severity, threshold, each [B]; parts [B, P]; contribution, expected, each [B, D]."""
-    return Operation("anomaly", _anomaly, arguments=(alpha,))
+    """x [B, D] -> score, p_value and severity, each [B]; parts [B, P]; contribution and expected, each [B, D]."""
+    return Operation("anomaly", _anomaly, arguments=(alpha,), graph="score", finish=_judged)
 
 
 def reconstruct(gaps: bool) -> Operation:
