@@ -99,9 +99,9 @@ async def read(
     packed = exchange.headers.get(b"content-encoding") is not None and gzipped(exchange.header(b"content-encoding"))
     service.engine.require_room(1)  # a full queue refuses whoever comes before it costs anything to read what he sends
     sent = await exchange.body()
-    await service.door.enter(exchange, partial(_deadline, service, exchange))
     if packed:  # gzip ends with the number of its bytes unpacked; if that is a lie, unpacking fails
         exchange.hold(min(int.from_bytes(sent[-4:], "little"), exchange.max_body_bytes))
+    await service.door.enter(exchange, partial(_deadline, service, exchange))
 
     def parse() -> tuple[B, T]:
         content = gunzip(sent, exchange.max_body_bytes) if packed else sent
@@ -111,9 +111,9 @@ async def read(
         return body, extract(served, body, fields.careful)
 
     started = perf_counter()
-    body, x = await aside(parse, LARGE + 1 if packed else len(sent))
+    read_as = await aside(parse, LARGE + 1 if packed else len(sent))
     trace.add("parse", perf_counter() - started)
-    return Call(exchange, trace, served, media_type, body, x)
+    return Call(exchange, trace, served, media_type, *read_as)
 
 
 async def run(service: Service, call: Call[Any], operation: Operation, *inputs: Array) -> tuple[Array, ...]:
