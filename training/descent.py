@@ -29,7 +29,7 @@ STEPS = 3_000  # that the default number of epochs aims at: the demonstration mo
 FEWEST_EPOCHS, MOST_EPOCHS = 10, 400
 RATE = 1e-3  # where none is set
 LARGEST_GRADIENT = 1000.0  # norm; far above a healthy step's, so only an exploding one is cut
-VALIDATION_ROWS = 2_048  # at a time
+VALIDATION_ROWS = 256  # at a time: what is computed of them stays in the processor's cache
 
 
 class Objective(Protocol):
