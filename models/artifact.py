@@ -38,7 +38,8 @@ from models.manifest import (
 )
 
 METHODS = ("encode", "decode", "draw", "score", "log_weight", "p_value", "severity", "threshold")  # besides forward
-TWIN_METHODS = ("encode", "decode", "score")  # what an ONNX twin computes; a reconstruction is a code, decoded
+TWIN_METHODS = ("encode", "decode", "score", "reconstruct")  # what an ONNX twin computes
+LATER_TWIN_METHODS = ("reconstruct",)  # what earlier ones lack
 TWIN_MEMBER, TWIN_WEIGHTS_MEMBER = "extra/twin/{}.onnx", "extra/twin/{}.json"
 # What people look at, and nothing computes with. Each may be missing.
 HELD_OUT, CALIBRATION, CARD = "held-out.json", "calibration.json", "card.md"
@@ -76,6 +77,7 @@ class Artifact:
     device: torch.device
     twin: Twin | None = None
     exhibits: Mapping[str, bytes] = field(default_factory=dict)  # of HELD_OUT, CALIBRATION, CARD
+    calibration: Mapping[str, Tensor] = field(default_factory=dict)  # the buffers of the module's calibration, by name
 
 
 def choose_device(asked: str) -> str:
@@ -177,7 +179,9 @@ def load(path: Path, device: str = "cpu") -> Artifact:
             "do not serve it: train it again here, or use the versions in its manifest"
         )
     twin, exhibits = _twin(content, weights, path), _exhibits(content, path)
-    return Artifact(manifest, frozen, path, torch.device(device), twin, exhibits)
+    start = "calibration."
+    calibration = {name.removeprefix(start): buffer for name, buffer in weights.items() if name.startswith(start)}
+    return Artifact(manifest, frozen, path, torch.device(device), twin, exhibits, calibration)
 
 
 def thaw(artifact: Artifact) -> torch.jit.ScriptModule:
@@ -209,6 +213,16 @@ def answers(module: Any, x: Tensor, noise: Tensor, choice: Tensor) -> dict[str, 
             "severity": module.severity(score, GOLDEN_ALPHA),
             "threshold": module.threshold(GOLDEN_ALPHA),
         }
+
+
+def reconstruction(module: Any, x: Tensor, gaps: bool) -> tuple[Tensor, Tensor]:
+    """x [B, D] to its reconstruction [B, D] and mean squared error [B], with `gaps` of the values that are there."""
+    x_hat = module(x)
+    if not gaps:
+        return x_hat, (x_hat - x).square().mean(dim=1)
+    there = ~x.isnan()  # [B, D]
+    squares = torch.where(there, (x_hat - x).square(), 0.0)  # [B, D]
+    return x_hat, squares.sum(dim=1) / there.sum(dim=1)
 
 
 def discrepancy(
@@ -249,6 +263,7 @@ def _twin(content: bytes, weights: Mapping[str, Tensor], path: Path) -> Twin | N
                     tuple(json.loads(archive.read(members[TWIN_WEIGHTS_MEMBER.format(method)]))),
                 )
                 for method in TWIN_METHODS
+                if method not in LATER_TWIN_METHODS or TWIN_MEMBER.format(method) in members
             }
         except UNREADABLE as error:
             raise ArtifactCorrupt(f"{path}: its ONNX twin is not whole ({error}); publish the model again") from error

@@ -1,4 +1,4 @@
-"""The autoencoder: compress, reconstruct, and judge a row by both its code and what the code cannot explain."""
+"""The autoencoder: compress, reconstruct, and judge a row by its code and what the code cannot explain, together."""
 
 import math
 
@@ -43,29 +43,25 @@ def no_whitening(width: int) -> Whitening:
 class Autoencoder(Core):
     """z = encoder(x), x_hat = decoder(z).
 
-    Its score is a weighted sum of two squared Mahalanobis distances: T2, that of the code from the codes of normal
-    rows, and Q, that of the residual x - x_hat from theirs.
+    Its score is the squared Mahalanobis distance of code and residual x - x_hat together from those of normal rows. By
+    the chain rule of a Gaussian it is T2 + Q: the distance of the code, and that of the residual from what is usual
+    for such a code.
 
     Args:
         encoder: [B, D] to [B, K].
         decoder: [B, K] to [B, D].
-        code: whitening of codes, fitted on rows that the networks did not see.
-        residual: whitening of residuals, likewise.
-        weights: [2], of T2 and of Q.
+        whitening: of code and residual joined, [K + D], the code first, fitted on rows that the networks did not see.
+        latents: K.
     """
 
     parts = ("t2", "q")
-    weights: Tensor
 
-    def __init__(
-        self, encoder: nn.Module, decoder: nn.Module, code: Whitening, residual: Whitening, weights: Tensor
-    ) -> None:
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, whitening: Whitening, latents: int) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
-        self.code = code
-        self.residual = residual
-        self.register_buffer("weights", weights)
+        self.whitening = whitening
+        self.latents = latents
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The code [B, K] of x [B, D]; it is a point, so its standard deviation [B, K] is zero."""
@@ -78,12 +74,12 @@ class Autoencoder(Core):
         return x_hat
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """T2 + Q [B] of x [B, D], each with its weight, those two parts [B, 2], and the reconstruction [B, D]."""
+        """T2 + Q [B] of x [B, D], those two parts [B, 2], and the reconstruction [B, D]."""
         code: Tensor = self.encoder(x)  # [B, K]
         x_hat: Tensor = self.decoder(code)  # [B, D]
-        distances = torch.stack((self.code.distance(code), self.residual.distance(x - x_hat)), dim=1)  # [B, 2]
-        parts = distances * self.weights  # [B, 2]
-        return parts.sum(dim=1), parts, x_hat
+        squares = self.whitening(torch.cat((code, x - x_hat), dim=1)).square()  # [B, K + D]
+        t2, q = squares[:, : self.latents].sum(dim=1), squares[:, self.latents :].sum(dim=1)  # [B], [B]
+        return t2 + q, torch.stack((t2, q), dim=1), x_hat
 
     def log_weight(self, x: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG002 - every core has these two
         """NaN [B]: it has no density."""

@@ -27,7 +27,6 @@ class Scores:
     score: Array  # [G]
     p_value: Array  # [G]
     severity: Array  # [G]
-    threshold: Array  # [G], all the same
     parts: Array  # [G, P]
     contribution: Array  # [G, D]
     expected: Array  # [G, D]

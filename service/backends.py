@@ -1,4 +1,7 @@
-"""What a model's operations run on: its TorchScript module, or on a CPU its ONNX twin where that is true and faster."""
+"""What a model's operations run on: its TorchScript module, or on a CPU its ONNX twin where that is true and faster.
+
+On a CPU NumPy computes what scores mean, whichever of the two computes the scores.
+"""
 
 import logging
 import math
@@ -6,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from time import perf_counter, thread_time
 from typing import TYPE_CHECKING, Any
@@ -19,6 +22,7 @@ from torch import Tensor
 from models.artifact import Artifact, Graph, Twin, answers, discrepancy
 from models.errors import ArtifactMismatch
 from service import operations
+from service.calibration import Calibration, calibration_of
 from service.operations import Operation
 from service.pace import Pace
 
@@ -54,6 +58,8 @@ class Backend:
         errors: of answers in bfloat16 against float32, relative to the largest number in each, by name.
         pace: how long batches take.
         most_rows: for which the device's memory is large enough, as far as is known.
+        graphs: of a twin by name: rows to outputs, without torch.
+        calibration: what scores mean, without torch; None where the module's own methods say it.
     """
 
     name: str
@@ -64,14 +70,26 @@ class Backend:
     errors: Mapping[str, float] = field(default_factory=dict)
     pace: Pace = field(default_factory=Pace)
     most_rows: int = sys.maxsize
+    graphs: Mapping[str, Callable[[Array], list[Array]]] = field(default_factory=dict)
+    calibration: Calibration | None = None
 
     def run(self, operation: Operation, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
         """`operation` on `inputs`, each [B, ...]."""
+        if operation.graph in self.graphs and (self.calibration or not operation.finish):
+            arrays = tuple(self.graphs[operation.graph](*inputs))
+            return operation.finish(self.calibration, arrays, *operation.arguments) if operation.finish else arrays
         with torch.inference_mode(), self.rounding():
             if self.device.type == "cuda":
                 return self._run_on_gpu(operation, inputs)
             outputs = operation.function(self.module, *map(torch.from_numpy, inputs), *operation.arguments)
             return tuple([output.float().contiguous().numpy() for output in outputs])
+
+    def threshold(self, alpha: float) -> np.float32:
+        """The score above which a row is anomalous at alpha."""
+        if self.calibration:
+            return self.calibration.threshold(alpha)
+        with torch.inference_mode():
+            return np.float32(float(self.module.threshold(alpha)))
 
     @property
     def clock(self) -> Callable[[], float]:
@@ -114,6 +132,29 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
+class Judging:
+    """A frozen module on the CPU, which leaves it to `calibration` what its scores mean."""
+
+    def __init__(self, module: torch.jit.ScriptModule, calibration: Calibration) -> None:
+        self._module = module
+        self._calibration = calibration
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def __call__(self, x: Tensor) -> Any:
+        """The reconstruction of x [B, D], [B, D]."""
+        return self._module(x)
+
+    def p_value(self, score: Tensor) -> Tensor:
+        """Scores [B] to p-values [B]."""
+        return torch.from_numpy(self._calibration.p_value(score.numpy()))
+
+    def severity(self, score: Tensor, alpha: float) -> Tensor:
+        """Scores [B] to severity [B]."""
+        return torch.from_numpy(self._calibration.severity(score.numpy(), alpha))
+
+
 class OnnxModule:
     """The methods of the artifact contract: those that have a graph by ONNX Runtime, the rest by TorchScript.
 
@@ -127,13 +168,14 @@ class OnnxModule:
         self._weights = {name: weight.contiguous().numpy() for name, weight in twin.weights.items()}  # outlive sessions
         self._sessions = {method: _session(graph, self._weights, threads) for method, graph in twin.graphs.items()}
         self._rest = rest
+        self.graphs = {method: partial(_run, session) for method, session in self._sessions.items()}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._rest, name)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The reconstruction of x [B, D], [B, D]."""
-        return self.decode(self.encode(x)[0])
+        return self._run("reconstruct", x)[0] if "reconstruct" in self.graphs else self.decode(self.encode(x)[0])
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         """Posterior mean and standard deviation of x [B, D]: two of [B, K]."""
@@ -148,8 +190,7 @@ class OnnxModule:
         return self._run("score", x)
 
     def _run(self, method: str, rows: Tensor) -> tuple[Tensor, ...]:
-        outputs = self._sessions[method].run(None, {"rows": rows.numpy()})
-        return tuple(torch.from_numpy(output) for output in outputs)
+        return tuple(torch.from_numpy(output) for output in self.graphs[method](rows.numpy()))
 
 
 def choose(artifact: Artifact, asked: str, threads: int, precision: str = "float32") -> Backend:
@@ -167,13 +208,15 @@ def choose(artifact: Artifact, asked: str, threads: int, precision: str = "float
     plain = Backend("torchscript", "", artifact.module, artifact.device)
     if precision == "bfloat16":
         return _rounded(plain, artifact)
+    if artifact.device.type == "cpu" and (calibration := calibration_of(artifact)):
+        plain = replace(plain, module=Judging(artifact.module, calibration), calibration=calibration)
     if asked == "torchscript":
         return _because(plain, "ELBO_BACKEND asks for it")
     if artifact.device.type != "cpu":
         return _because(plain, f"the ONNX twin is for CPUs, and this is {artifact.device.type}")
     if artifact.twin is None:
         return _because(plain, "the artifact has no ONNX twin")
-    twin, fault = _twin(artifact, artifact.twin, threads)
+    twin, fault = _twin(artifact, artifact.twin, plain.calibration, threads)
     if twin is None:
         if asked == "onnx":
             raise ArtifactMismatch(f"{artifact.path}: {fault}; train it again, or set ELBO_BACKEND=torchscript")
@@ -207,18 +250,33 @@ def _error(found: Tensor, exact: Tensor) -> float:
     return float((found - exact).abs().max() / exact.abs().max().clamp_min(1e-3))
 
 
-def _twin(artifact: Artifact, twin: Twin, threads: int) -> tuple[Backend | None, str]:
+def _twin(artifact: Artifact, twin: Twin, calibration: Calibration | None, threads: int) -> tuple[Backend | None, str]:
     """The twin, if it can be trusted; and if not, what is wrong with it."""
     try:
         module = OnnxModule(twin, artifact.module, threads)
         found = discrepancy(module, artifact.manifest.golden, "cpu", TOLERANCE, TWIN_ANSWERS)
+        found = found or _miscounted(module, np.array(artifact.manifest.golden.inputs["x"], np.float32))
     except ImportError:
         return None, "onnxruntime, which runs ONNX twins, is not installed"
     except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors have no common root of their own
         return None, f"the ONNX twin cannot be run ({' '.join(str(error).split())[:200]})"
     if found:
         return None, f"the ONNX twin is not used: its {found}"
-    return Backend("onnx", "", module, artifact.device), ""
+    return Backend("onnx", "", module, artifact.device, graphs=module.graphs, calibration=calibration), ""
+
+
+def _miscounted(module: OnnxModule, x: Array) -> str | None:
+    """Whether its errors of reconstructions are not those of the rows x [G, D] that it gives."""
+    if "reconstruct" not in module.graphs:  # an earlier artifact
+        return None
+    x_hat, errors = module.graphs["reconstruct"](x)
+    exact = np.nanmean((x_hat - x).astype(np.float64) ** 2, axis=1)
+    return None if np.allclose(errors, exact, rtol=1e-4, atol=0) else "errors of reconstructions are not theirs"
+
+
+def _run(session: "onnxruntime.InferenceSession", rows: Array) -> list[Array]:
+    outputs: list[Array] = session.run(None, {"rows": rows})
+    return outputs
 
 
 def _session(graph: Graph, weights: dict[str, npt.NDArray[Any]], threads: int) -> "onnxruntime.InferenceSession":

@@ -7,10 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
+from models.artifact import reconstruction
+from service.calibration import Calibration
+
 Outputs = tuple[Tensor, ...]  # each [B, ...]
+Arrays = tuple[npt.NDArray[np.float32], ...]  # the same
 
 
 @dataclass(frozen=True)
@@ -23,12 +28,16 @@ class Operation:
         merges: whether requests may share a batch. A sum's last bit may depend on the batch's size, so what must be
             exact to the bit does not.
         arguments: numbers that a whole batch has in common.
+        graph: of the twin, which computes all of it in one run.
+        finish: what is made of that run's outputs besides, with the model's calibration and `arguments`, if anything.
     """
 
     name: str
     function: Callable[..., Outputs]
     merges: bool = True
     arguments: tuple[float, ...] = ()
+    graph: str = ""
+    finish: Callable[..., Arrays] | None = None
 
 
 def _encode(module: Any, x: Tensor) -> Outputs:
@@ -41,14 +50,11 @@ def _decode(module: Any, z: Tensor) -> Outputs:
 
 
 def _reconstruct(module: Any, x: Tensor) -> Outputs:
-    x_hat = module(x)
-    return x_hat, (x_hat - x).square().mean(dim=1)
+    return reconstruction(module, x, gaps=False)
 
 
 def _reconstruct_gaps(module: Any, x: Tensor) -> Outputs:
-    x_hat, there = module(x), ~x.isnan()  # [B, D], [B, D]
-    squares = torch.where(there, (x_hat - x).square(), 0.0)  # [B, D]
-    return x_hat, squares.sum(dim=1) / there.sum(dim=1)
+    return reconstruction(module, x, gaps=True)
 
 
 def _sample(module: Any, noise: Tensor, choice: Tensor) -> Outputs:
@@ -57,21 +63,25 @@ def _sample(module: Any, noise: Tensor, choice: Tensor) -> Outputs:
 
 
 def _anomaly(module: Any, x: Tensor, alpha: float) -> Outputs:
-    score, parts, contribution, expected = module.score(x)
-    threshold = module.threshold(alpha).expand_as(score)
-    return score, module.p_value(score), module.severity(score, alpha), threshold, parts, contribution, expected
+    score, *explained = module.score(x)
+    return score, module.p_value(score), module.severity(score, alpha), *explained
 
 
-ENCODE = Operation("encode", _encode)  # x [B, D] -> mean [B, K], std [B, K]
-DECODE = Operation("decode", _decode)  # z [B, K] -> x_hat [B, D]
+def _judged(calibration: Calibration, scored: Arrays, alpha: float) -> Arrays:
+    score, *explained = scored
+    return score, calibration.p_value(score), calibration.severity(score, alpha), *explained
+
+
+ENCODE = Operation("encode", _encode, graph="encode")  # x [B, D] -> mean [B, K], std [B, K]
+DECODE = Operation("decode", _decode, graph="decode")  # z [B, K] -> x_hat [B, D]
 SAMPLE = Operation("sample", _sample, merges=False)  # noise [B, K], choice [B] -> z [B, K], x_hat [B, D]
 
 
 def anomaly(alpha: float) -> Operation:
-    """x [B, D] -> score, p_value, severity, threshold, each [B]; parts [B, P]; contribution, expected, each [B, D]."""
-    return Operation("anomaly", _anomaly, arguments=(alpha,))
+    """x [B, D] -> score, p_value and severity, each [B]; parts [B, P]; contribution and expected, each [B, D]."""
+    return Operation("anomaly", _anomaly, arguments=(alpha,), graph="score", finish=_judged)
 
 
 def reconstruct(gaps: bool) -> Operation:
     """x [B, D] -> x_hat [B, D], mean squared error [B], with `gaps` of the values that are there."""
-    return Operation("reconstruct", _reconstruct_gaps if gaps else _reconstruct)
+    return Operation("reconstruct", _reconstruct_gaps if gaps else _reconstruct, graph="reconstruct")

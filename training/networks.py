@@ -118,7 +118,7 @@ def fit_autoencoder(task: Fit) -> Autoencoder:
     with _seeded(config.seed):
         encoder = encoder_of(config, task.shape, task.latents)
         decoder = decoder_of(config, task.shape, task.latents, task.unit)
-    model = Autoencoder(encoder, decoder, no_whitening(task.latents), no_whitening(width), torch.ones(2))
+    model = Autoencoder(encoder, decoder, no_whitening(task.latents + width), task.latents)
     task.descend(model, SquaredError(model, config))
     return model
 

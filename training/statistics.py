@@ -19,8 +19,11 @@ from training.moments import Moments
 
 WIDEST_WHITENING = 2048  # V up to which the covariance is full; above, its matrix would outweigh the networks
 PSEUDO_ROWS = 3.0  # that every whitened coordinate counts as if it had seen
-CODE_WEIGHT = 0.25  # of T2 against Q: a code keeps something of any row, so where it lies says less
+CODE_NOISE = 1.0  # variance in units of a code's own: it keeps something of any row, so where it lies says less
+ORDINARY = 90  # per cent of the rows, by whose residuals those of the others are measured
+WILD = 100.0  # times the largest of those squared residuals: there a network was not wrong, it was elsewhere
 NEIGHBOUR = 5  # whose distance is the scale of a row
+NEIGHBOUR_NOISE = 0.1  # variance in units of a feature's own: neighbours need not agree on what is smaller
 MOST_NEIGHBOURS = 2_048  # rows that an ensemble keeps: more find little more, and each request measures all distances
 NEIGHBOUR_VALUES = 2 << 20  # of float32, in all of them
 KEPT = 75  # per cent of the rows that robust statistics keep
@@ -85,9 +88,9 @@ def judge(core: Core, u: Tensor, fitted: Tensor, robust: bool = False) -> None:
     if isinstance(core, PCA):
         core.shrinkage = shrinkage_of(fitted, core.mean)
     elif isinstance(core, Autoencoder):
-        _judge_autoencoder(core, u, _usual_variance(fitted), robust)
+        _judge_autoencoder(core, _without_wild(core, u), _usual_variance(fitted), robust)
     elif isinstance(core, Ensemble):
-        _judge_ensemble(core, u, _usual_variance(fitted), robust)
+        _judge_ensemble(core, _without_wild(core.network, u), _usual_variance(fitted), robust)
 
 
 def shrinkage_of(x: Tensor, mean: Tensor) -> Tensor:
@@ -102,7 +105,7 @@ def shrinkage_of(x: Tensor, mean: Tensor) -> Tensor:
     return torch.tensor(float(ledoit_wolf_shrinkage(some, assume_centered=True)) * len(some) / len(x)).to(mean)
 
 
-def whitening_of(vectors: Tensor, usual: Tensor, robust: bool = False) -> Whitening:
+def whitening_of(vectors: Tensor, usual: Tensor, robust: bool = False, noise: Tensor | float = 0.0) -> Whitening:
     """Whitening of vectors [N, V], such as the residuals of rows that the networks did not see.
 
     Each coordinate counts as if PSEUDO_ROWS more had been seen, a standard deviation of `usual` off: one that did not
@@ -110,13 +113,13 @@ def whitening_of(vectors: Tensor, usual: Tensor, robust: bool = False) -> Whiten
     matrix is singular.
 
     Args:
-        usual: a scalar, the variance to expect of a coordinate about which nothing is known.
+        usual: the variance to expect of a coordinate about which nothing is known, a scalar or [V].
         robust: fit it to the rows nearest to it alone.
+        noise: variance that is added to each coordinate, in units of its own, a scalar or [V].
     """
     vectors, usual = vectors.double(), usual.double()
-    if not robust:
-        return _whitening(vectors, usual).float()
-    return _whitening(vectors[concentrated(vectors, usual)], usual).float()
+    kept = vectors[concentrated(vectors, usual)] if robust else vectors
+    return _whitening(kept, usual, noise).float()
 
 
 def concentrated(vectors: Tensor, usual: Tensor) -> Tensor:
@@ -142,16 +145,16 @@ def _counting_more(variance: Tensor, rows: int, usual: Tensor) -> Tensor:
     return (rows * variance + PSEUDO_ROWS * usual) / (rows + PSEUDO_ROWS)
 
 
-def _whitening(vectors: Tensor, usual: Tensor) -> Whitening:
+def _whitening(vectors: Tensor, usual: Tensor, noise: Tensor | float = 0.0) -> Whitening:
     from sklearn.covariance import ledoit_wolf
 
     rows, width = vectors.shape
     mean = vectors.mean(dim=0)  # [V]
     deviation = _counting_more(vectors.var(dim=0, correction=0), rows, usual).sqrt()  # [V]
     if width > WIDEST_WHITENING or rows == 1:
-        return Whitening(mean, 1.0 / deviation)
+        return Whitening(mean, 1.0 / (deviation * torch.as_tensor(1.0 + noise).sqrt()))
     correlation = torch.from_numpy(ledoit_wolf(((vectors - mean) / deviation).numpy(), assume_centered=True)[0])
-    correlation += torch.diag((1.0 - correlation.diagonal()).clamp(min=0.0))  # the rows that were not seen
+    correlation.diagonal().clamp_(min=1.0).add_(noise)  # at least 1: the rows that were not seen
     inverse = torch.linalg.solve_triangular(
         torch.linalg.cholesky(correlation), torch.diag(1.0 / deviation), upper=False
     )
@@ -159,14 +162,29 @@ def _whitening(vectors: Tensor, usual: Tensor) -> Whitening:
 
 
 def _judge_autoencoder(core: Autoencoder, u: Tensor, usual: Tensor, robust: bool) -> None:
+    codes, residuals = _answers(core, u)
+    of_code = codes.var(dim=0, correction=0).mean().clamp(min=SMALLEST_VARIANCE)
+    expected = torch.cat((of_code.expand(codes.shape[1]), usual.expand(u.shape[1])))  # [K + D]
+    noise = torch.zeros_like(expected)
+    noise[: codes.shape[1]] = CODE_NOISE
+    core.whitening = whitening_of(torch.cat((codes, residuals), dim=1), expected, robust, noise)
+
+
+def _answers(core: Autoencoder, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [N, K] and residuals [N, D] of rows u [N, D]."""
     with torch.no_grad():
-        codes = torch.cat([core.encode(rows)[0] for rows in u.split(BATCH)])  # [N, K]
-        residuals = torch.cat([rows - core.decode(core.encode(rows)[0]) for rows in u.split(BATCH)])  # [N, D]
-        core.code = whitening_of(codes, codes.var(dim=0, correction=0).mean().clamp(min=SMALLEST_VARIANCE), robust)
-        core.residual = whitening_of(residuals, usual, robust)
-        distances = core.code.distance(codes), core.residual.distance(residuals)  # T2, Q
-        means = torch.stack([_mean(distance, robust) for distance in distances])
-        core.weights = torch.tensor([CODE_WEIGHT, 1.0]) / means.clamp(min=1.0)
+        codes = torch.cat([core.encode(rows)[0] for rows in u.split(BATCH)])
+        return codes, u - torch.cat([core.decode(some) for some in codes.split(BATCH)])
+
+
+def _without_wild(core: Autoencoder, u: Tensor) -> Tensor:
+    """Those rows of u [N, D] near which the networks know something: at least ORDINARY per cent, mostly all.
+
+    Where a row moves a column that was at rest, a network says anything at all. One such residual, squared, would
+    outweigh all others in the variances by which every row is judged.
+    """
+    squared = _answers(core, u)[1].double().square().sum(dim=1)  # [N]
+    return u[squared <= WILD * squared.kthvalue(-(-len(u) * ORDINARY // 100)).values]
 
 
 def neighbours_of(x: Tensor) -> Neighbours:
@@ -174,18 +192,19 @@ def neighbours_of(x: Tensor) -> Neighbours:
 
     To that the mean of all is added: rows that lie on one another make no distance infinite.
     """
-    rows = x[: max(1, min(MOST_NEIGHBOURS, NEIGHBOUR_VALUES // x.shape[1]))].clone()
+    whitening = whitening_of(x[:SHRINKAGE_ROWS], _usual_variance(x), noise=NEIGHBOUR_NOISE)
+    rows = whitening(x[: max(1, min(MOST_NEIGHBOURS, NEIGHBOUR_VALUES // x.shape[1]))])
     rank = min(NEIGHBOUR, len(rows) - 1) + 1  # the first is the row itself
     own = torch.cat([torch.cdist(part, rows).kthvalue(rank).values for part in rows.split(BATCH)]).square()  # [R]
-    return Neighbours(rows, (own + own.mean()).clamp(min=ROUNDING * x.shape[1]))
+    return Neighbours(whitening, rows, (own + own.mean()).clamp(min=ROUNDING * x.shape[1]))
 
 
 def _judge_ensemble(core: Ensemble, u: Tensor, usual: Tensor, robust: bool) -> None:
     _judge_autoencoder(core.network, u, usual, robust)
     with torch.no_grad():
-        core.weights = torch.ones(len(core.parts))
-        parts = torch.cat([core.score(rows)[1] for rows in u.split(BATCH)])  # [N, 2]
-        core.weights = 1.0 / torch.stack([_mean(part, robust).clamp(min=SMALLEST_MEAN) for part in parts.T])
+        unusual = torch.cat([core.network.score(rows)[0] for rows in u.split(BATCH)])  # [N]
+        near = torch.cat([core.neighbours(rows) for rows in u.split(BATCH)])  # [N]
+        core.weights = 1.0 / torch.stack([_mean(d, robust).clamp(min=SMALLEST_MEAN) for d in (unusual, near)])
 
 
 def _usual_variance(fitted: Tensor) -> Tensor:

@@ -9,13 +9,15 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.jit._trace import TracerWarning
 
-from models.artifact import TWIN_METHODS, Graph
+from models.artifact import TWIN_METHODS, Graph, reconstruction
 from models.pipeline import Pipeline
+from models.scaling import ImputingScaling
 
 OPSET = 18
 
@@ -37,7 +39,8 @@ def _graph(pipeline: Pipeline, method: str, rows: Tensor) -> Graph:
     import onnx
 
     part = copy.copy(pipeline)  # shares every weight, under the same name
-    part.forward = getattr(pipeline, method)  # type: ignore[method-assign] # the exporter traces forward alone
+    work = partial(_reconstruct, pipeline) if method == "reconstruct" else getattr(pipeline, method)
+    part.forward = work  # type: ignore[assignment, method-assign] # the exporter traces forward alone
     buffer = io.BytesIO()
     with torch.inference_mode(), _warnings_silenced():
         torch.onnx.export(
@@ -57,6 +60,10 @@ def _graph(pipeline: Pipeline, method: str, rows: Tensor) -> Graph:
         tensor.external_data.add(key="location", value="model.pt")  # where who loads it takes the weights from
     names = tuple(tensor.name for tensor in model.graph.initializer)
     return Graph(model.SerializeToString(deterministic=True), names)
+
+
+def _reconstruct(pipeline: Pipeline, x: Tensor) -> tuple[Tensor, Tensor]:
+    return reconstruction(pipeline, x, isinstance(pipeline.scaling, ImputingScaling))
 
 
 @contextmanager

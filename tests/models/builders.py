@@ -33,7 +33,8 @@ def core(kind: str) -> Core:
         case "ae-diagonal":
             return _autoencoder(diagonal=True)
         case "ensemble":
-            return Ensemble(_autoencoder(), Neighbours(torch.randn(7, D), torch.rand(7) + 0.1), torch.rand(2) + 0.1)
+            near = Neighbours(_whitening(D), torch.randn(7, D), torch.rand(7) + 0.1)
+            return Ensemble(_autoencoder(), near, torch.rand(2) + 0.1)
         case "vae-gaussian":
             return _vae(GaussianLikelihood(torch.tensor([0.3])))
         case "vae-per-feature":
@@ -102,8 +103,7 @@ def _vae(likelihood: GaussianLikelihood | BernoulliLikelihood) -> Core:
 
 
 def _autoencoder(diagonal: bool = False) -> Autoencoder:
-    whitenings = _whitening(K, diagonal), _whitening(D, diagonal)
-    return Autoencoder(mlp([D, 8, K]), mlp([K, 8, D]), *whitenings, torch.rand(2) + 0.1)
+    return Autoencoder(mlp([D, 8, K]), mlp([K, 8, D]), _whitening(K + D, diagonal), K)
 
 
 def _whitening(width: int, diagonal: bool = False) -> Whitening:

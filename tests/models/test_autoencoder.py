@@ -1,13 +1,16 @@
-"""The autoencoder's score: Mahalanobis distances of the code and of the residual, weighed and added up."""
+"""The autoencoder's score: the Mahalanobis distance of code and residual together, in its two parts."""
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from sklearn.covariance import LedoitWolf
 
 from models.autoencoder import Autoencoder, no_whitening
 from models.networks import mlp
-from training.statistics import CODE_WEIGHT, PSEUDO_ROWS, judge, whitening_of
+from training.statistics import CODE_NOISE, ORDINARY, PSEUDO_ROWS, judge, whitening_of
+
+Doubles = npt.NDArray[np.float64]
 
 D, K = 5, 2
 UNIT = torch.tensor(1.0)
@@ -16,7 +19,7 @@ MIXING = torch.eye(D) + 0.5 * torch.ones(D, D).triu()
 
 def autoencoder() -> Autoencoder:
     torch.manual_seed(0)
-    model = Autoencoder(mlp([D, 8, K]), mlp([K, 8, D]), no_whitening(K), no_whitening(D), torch.ones(2))
+    model = Autoencoder(mlp([D, 8, K]), mlp([K, 8, D]), no_whitening(K + D), K)
     return model.requires_grad_(False)
 
 
@@ -27,16 +30,56 @@ def test_a_code_is_a_point() -> None:
     assert torch.equal(std, torch.zeros(7, K))
 
 
-def test_the_score_is_the_weighted_sum_of_both_distances() -> None:
-    model, x = autoencoder(), torch.randn(500, D)
+def vectors_of(model: Autoencoder, x: torch.Tensor) -> Doubles:
+    """Code and residual of x [N, D], joined."""
+    code = model.encode(x)[0]
+    return torch.cat((code, x - model.decode(code)), dim=1).double().numpy()
+
+
+def covariance_of(vectors: Doubles, usual: Doubles) -> Doubles:
+    """What `judge` should find of vectors [N, V], the first K of them a code, by scikit-learn and numpy."""
+    rows, centred = len(vectors), vectors - vectors.mean(axis=0)
+    deviation = np.sqrt((rows * centred.var(axis=0) + PSEUDO_ROWS * usual) / (rows + PSEUDO_ROWS))
+    correlation = LedoitWolf(assume_centered=True).fit(centred / deviation).covariance_
+    np.fill_diagonal(correlation, np.maximum(correlation.diagonal(), 1.0))
+    correlation[:K, :K] += CODE_NOISE * np.eye(K)
+    return np.asarray(correlation * np.outer(deviation, deviation))
+
+
+def test_the_score_is_the_mahalanobis_distance_of_code_and_residual_joined() -> None:
+    model, x = autoencoder(), torch.randn(500, D) @ MIXING
     judge(model, x, x)
-    code, x_hat = model.encoder(x), model.decode(model.encoder(x))
-    t2, q = model.code.distance(code), model.residual.distance(x - x_hat)
-    score, parts, reconstruction = model.score(x)
-    exact = CODE_WEIGHT * t2 / t2.mean() + q / q.mean()
-    assert torch.allclose(score, exact, rtol=1e-4)
-    assert torch.allclose(parts.sum(dim=1), score)
-    assert torch.equal(reconstruction, x_hat)
+    vectors = vectors_of(model, x)
+    usual = np.repeat([vectors[:, :K].var(axis=0).mean(), x.double().numpy().var(axis=0).mean()], [K, D])
+    covariance, centred = covariance_of(vectors, usual), vectors - vectors.mean(axis=0)
+    score, parts, x_hat = model.score(x)
+    exact = np.einsum("nv,vw,nw->n", centred, np.linalg.inv(covariance), centred)
+    assert score.numpy() == pytest.approx(exact, rel=1e-3)
+    assert torch.equal(parts.sum(dim=1), score)
+    assert torch.equal(x_hat, model.decode(model.encode(x)[0]))
+    code, residual = centred[:, :K], centred[:, K:]
+    t2 = np.einsum("nv,vw,nw->n", code, np.linalg.inv(covariance[:K, :K]), code)
+    gain = covariance[K:, :K] @ np.linalg.inv(covariance[:K, :K])  # the residual to expect of a code
+    left, given = residual - code @ gain.T, covariance[K:, K:] - gain @ covariance[:K, K:]
+    q = np.einsum("nv,vw,nw->n", left, np.linalg.inv(given), left)
+    assert parts.numpy() == pytest.approx(np.column_stack((t2, q)), rel=1e-3, abs=1e-5)
+
+
+def test_rows_where_the_network_goes_wild_do_not_set_the_scale_of_a_residual() -> None:
+    model, x = autoencoder(), torch.randn(100, D)
+    judge(model, x, x)
+    alone = model.score(x)[0]
+    wild = 1e6 * torch.randn(100 * (100 - ORDINARY) // ORDINARY, D)
+    judge(model, torch.cat((wild, x)), x)
+    assert torch.allclose(model.score(x)[0], alone)
+    assert bool((model.score(wild)[0] > 1e6 * alone.max()).all())
+
+
+def test_what_many_rows_do_is_not_wild() -> None:
+    model, x = autoencoder(), torch.randn(100, D)
+    x[:15] *= 1e3  # rare, and far off, but as normal as the others
+    judge(model, x, x)
+    assert float(model.score(x)[0].mean()) == pytest.approx(K / (1 + CODE_NOISE) + D, rel=0.3)
 
 
 def test_whitening_is_the_mahalanobis_distance_of_the_shrunk_covariance() -> None:

@@ -1,13 +1,17 @@
 """The ensemble's score is the sum that it is said to be, and each of its judges measures what it says."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from sklearn.covariance import LedoitWolf
 from sklearn.neighbors import NearestNeighbors
 
+from models.autoencoder import no_whitening
 from models.ensemble import Ensemble, Neighbours
 from tests.models.builders import D, batch, core, pipeline
-from training.statistics import MOST_NEIGHBOURS, NEIGHBOUR, judge, neighbours_of
+from training.statistics import MOST_NEIGHBOURS, NEIGHBOUR, NEIGHBOUR_NOISE, PSEUDO_ROWS, judge, neighbours_of
 
 
 def ensemble() -> Ensemble:
@@ -20,16 +24,26 @@ def ensemble() -> Ensemble:
 def test_the_distance_is_that_to_the_nearest_row_in_units_of_its_scale() -> None:
     rows, scale, x = torch.randn(50, D), torch.rand(50) + 0.1, torch.randn(20, D)
     exact = (torch.cdist(x.double(), rows.double()).square() / scale).amin(dim=1)
-    assert torch.allclose(Neighbours(rows, scale)(x).double(), exact, atol=1e-4)
-    assert torch.allclose(Neighbours(rows, scale)(rows), torch.zeros(50), atol=1e-4)
+    near = Neighbours(no_whitening(D), rows, scale)
+    assert torch.allclose(near(x).double(), exact, atol=1e-4)
+    assert torch.allclose(near(rows), torch.zeros(50), atol=1e-4)
 
 
-def test_the_scale_is_the_distance_to_a_neighbour_halfway_to_the_mean_of_all() -> None:
+def test_neighbours_are_those_by_the_mahalanobis_distance_and_scaled_by_it() -> None:
+    """The scale of a row is its distance to a neighbour, halfway to the mean of all."""
     torch.manual_seed(0)
-    x = torch.randn(200, D)
-    found = NearestNeighbors(n_neighbors=NEIGHBOUR + 1).fit(x.numpy()).kneighbors(x.numpy())[0][:, -1] ** 2
-    inverse = neighbours_of(x).slopes[-1]
-    assert 1.0 / inverse.numpy() == pytest.approx(found + found.mean(), rel=1e-4)
+    mixing = torch.randn(D, D)
+    x, others = torch.randn(200, D) @ mixing, torch.randn(50, D) @ mixing
+    centred = x.double().numpy() - x.double().numpy().mean(axis=0)
+    deviation = np.sqrt((200 * centred.var(axis=0) + PSEUDO_ROWS * centred.var(axis=0).mean()) / (200 + PSEUDO_ROWS))
+    correlation = LedoitWolf(assume_centered=True).fit(centred / deviation).covariance_
+    np.fill_diagonal(correlation, np.maximum(correlation.diagonal(), 1.0) + NEIGHBOUR_NOISE)
+    precision = np.linalg.inv(correlation) / np.outer(deviation, deviation)
+    nearest = NearestNeighbors(metric="mahalanobis", metric_params={"VI": precision}, algorithm="brute").fit(x.numpy())
+    own = nearest.kneighbors(x.numpy(), NEIGHBOUR + 1)[0][:, -1] ** 2
+    distances, places = nearest.kneighbors(others.numpy(), 200)
+    exact = (distances**2 / (own + own.mean())[places]).min(axis=1)
+    assert neighbours_of(x)(others).numpy() == pytest.approx(exact, rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
@@ -45,11 +59,27 @@ def test_the_score_is_the_sum_of_the_judges_in_units_of_their_means() -> None:
     judge(model, x, fitted)
     score, parts, x_hat = model.score(x)
     alone = [model.network.score(x)[0].double(), model.neighbours(x).double()]
-    exact = torch.stack([values / values.mean() for values in alone]).sum(dim=0)
-    assert torch.allclose(score.double(), exact, rtol=1e-4)
-    assert torch.allclose(parts.mean(dim=0), torch.ones(len(model.parts)), rtol=1e-4)
+    exact = torch.stack([(1.0 + values / values.mean()).sqrt() for values in alone], dim=1)
+    assert torch.allclose(parts.double(), exact, rtol=1e-4)
     assert torch.allclose(parts.sum(dim=1), score)
     assert torch.equal(x_hat, model.network.decode(model.network.encode(x)[0]))
+
+
+def test_rows_where_the_network_goes_wild_take_no_weight_from_a_judge() -> None:
+    model, fitted, x = ensemble(), torch.randn(300, D), torch.randn(400, D)
+    judge(model, x, fitted)
+    alone = model.score(x)[0]
+    judge(model, torch.cat((x, 1e6 * torch.randn(5, D))), fitted)
+    assert torch.allclose(model.score(x)[0], alone)
+
+
+def test_a_row_that_was_kept_is_judged_to_a_few_roundings() -> None:
+    """Its distance to itself is 0 up to the cancellation of large squares, of which the root would show the half."""
+    torch.manual_seed(0)
+    model, fitted = ensemble(), torch.randn(300, D)
+    judge(model, torch.randn(400, D), fitted)
+    score, exact = model.score(fitted)[0], copy.deepcopy(model).double().score(fitted.double())[0]
+    assert score.double().numpy() == pytest.approx(exact.numpy(), rel=1e-5)
 
 
 def test_it_keeps_no_more_rows_than_it_may() -> None:

@@ -19,7 +19,7 @@ from service.app import create_app
 from service.repository import Repository
 from service.settings import Settings
 from tests.models.builders import CORES, B, D, batch, pipeline
-from tests.models.publishing import publish_twin
+from tests.models.publishing import GAPS, publish_twin
 from tests.service.running import running
 from training.twin import export
 
@@ -55,7 +55,7 @@ def misnamed() -> Graphs:
 
 BAD: list[tuple[Callable[[], Graphs], str]] = [
     (truncated, "cannot be run"),
-    (tampered, r"forward differs from its golden answer by 0\.001"),
+    (tampered, r"decode differs from its golden answer by 0\.001"),
     (misnamed, "cannot be run"),
 ]
 
@@ -154,6 +154,38 @@ def test_a_twin_that_lacks_a_graph_is_corrupt(tmp_path: Path) -> None:
     path = publish_twin(tmp_path, "pca", {name: graph for name, graph in graphs("pca").items() if name != "score"})
     with pytest.raises(ArtifactCorrupt, match="ONNX twin is not whole"):
         artifact.load(path)
+
+
+def test_a_twin_of_an_earlier_artifact_reconstructs_by_its_code_and_decoder(tmp_path: Path) -> None:
+    earlier = {name: graph for name, graph in graphs("ae").items() if name != "reconstruct"}
+    x = batch(7)[0].numpy()
+    answers = []
+    for name, twin in (("now", None), ("then", earlier)):
+        backend = backends.choose(artifact.load(publish_twin(tmp_path / name, "ae", twin)), "onnx", 1)
+        answers.append(backend.run(operations.reconstruct(False), (x,)))
+    for found, expected in zip(*answers, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_twin_whose_errors_are_not_those_of_its_rows_is_not_used(tmp_path: Path) -> None:
+    graph = onnx.load_from_string(graphs("ae")["reconstruct"].onnx)
+    for node in graph.graph.node:
+        if node.op_type == "ReduceMean":
+            node.op_type = "ReduceMax"
+    false = graphs("ae") | {"reconstruct": replace(graphs("ae")["reconstruct"], onnx=graph.SerializeToString())}
+    backend = backends.choose(artifact.load(publish_twin(tmp_path, "ae", false)), "auto", 1)
+    assert backend.name == "torchscript"
+    assert "errors of reconstructions are not theirs" in backend.reason
+
+
+@pytest.mark.parametrize("kind", ["pca-imputing", "ae-imputing"])
+def test_errors_of_rows_with_gaps_are_alike_on_both(kind: str, tmp_path: Path) -> None:
+    loaded = artifact.load(publish_twin(tmp_path, kind, gaps=GAPS))
+    x = batch(7, gaps=GAPS)[0].numpy()
+    plain, twin = (backends.choose(loaded, asked, 1) for asked in ("torchscript", "onnx"))
+    rows = operations.reconstruct(True), (x,)
+    for found, expected in zip(twin.run(*rows), plain.run(*rows), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_models_tell_the_backend_and_the_twin_answers_over_http(tmp_path: Path) -> None:

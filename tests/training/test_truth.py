@@ -51,8 +51,8 @@ def minimise(model: nn.Module, loss: Callable[[], Tensor], steps: int = 1000) ->
 
 def linear_autoencoder(features: int, latents: int) -> Autoencoder:
     torch.manual_seed(0)
-    whitenings = no_whitening(latents), no_whitening(features)
-    return Autoencoder(mlp([features, latents]), mlp([latents, features]), *whitenings, torch.ones(2)).double()
+    whitening = no_whitening(latents + features)
+    return Autoencoder(mlp([features, latents]), mlp([latents, features]), whitening, latents).double()
 
 
 def linear_vae(latents: int, variance: float, learn: bool, features: int = 64) -> VAE:
