@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from service.schemas import AnomalyBody
 from service.smoothing import exponential_mean
 
 Array = npt.NDArray[np.float32]
+T = TypeVar("T")
 OVERFLOW = "the row lies so far from the training data that the model's answer to it overflows float32"
 SORTED_WHOLE = 64  # features: of more, the largest are parted from the others before they are sorted
 _LARGEST = np.finfo(np.float32).max
@@ -33,10 +34,9 @@ class Scores:
 
     @cached_property
     def ordinary(self) -> bool:
-        """Whether all of it is finite, as it nearly always is: a sum is cheaper than a look at each number."""
-        with np.errstate(over="ignore", invalid="ignore"):
-            arrays = (self.score, self.severity, self.parts, self.contribution, self.expected)
-            return math.isfinite(sum(float(array.sum()) for array in arrays))
+        """Whether all of it is finite, and no square overflows, as it nearly always is: the cheapest of all looks."""
+        arrays = (self.score, self.severity, self.parts, self.contribution, self.expected)
+        return math.isfinite(sum([float(np.vdot(array, array)) for array in arrays]))
 
     @cached_property
     def judged(self) -> npt.NDArray[np.bool_]:
@@ -112,20 +112,17 @@ def results(
         names, parts: the names of the D features and of the score's P parts.
     """
     reading, scores = verdicts.intake.reading, verdicts.scores
-    judged = scores.judged
     columns = zip(
         reading.rows,
-        judged.tolist(),
         _saturated(scores.score, scores),
         scores.p_value,
         _saturated(scores.severity, scores),
         verdicts.flags,
-        _saturated(scores.parts, scores),
+        _rows_of(list(_saturated(scores.parts, scores).ravel()), len(parts), len(reading.rows)),
         _features(reading.x, scores, explain, names),
-        _more(verdicts, names),
         strict=True,
     )
-    found = [
+    found: list[dict[str, Any]] = [
         {
             "row": row,
             "score": score,
@@ -134,11 +131,12 @@ def results(
             "is_anomaly": is_anomaly,
             "parts": dict(zip(parts, values, strict=True)),
             "features": features,
-            **more,
         }
-        for row, judgeable, score, p_value, severity, is_anomaly, values, features, more in columns
-        if judgeable
+        for row, score, p_value, severity, is_anomaly, values, features in columns
     ]
+    _tell_more(found, verdicts, names)
+    if not scores.ordinary:
+        found = [result for result, judgeable in zip(found, scores.judged.tolist(), strict=True) if judgeable]
     return found, _errors(reading, scores)
 
 
@@ -169,13 +167,22 @@ def _errors(reading: Reading, scores: Scores) -> list[dict[str, Any]]:
 def _features(x: Array, scores: Scores, explain: int, names: Sequence[str]) -> Iterable[list[dict[str, Any]]]:
     """For each row its `explain` features of the largest contribution, largest first."""
     contribution = _saturated(scores.contribution, scores)
-    for value, expected, share, top in zip(
-        x, scores.expected, contribution, _largest(contribution, explain), strict=True
-    ):
-        yield [
-            {"name": names[index], "value": a, "expected": b, "contribution": c}
-            for index, a, b, c in zip(top.tolist(), value[top], expected[top], share[top], strict=True)
-        ]
+    count, width = contribution.shape
+    top = _largest(contribution, explain)
+    places = (top if count == 1 else top + width * np.arange(count)[:, None]).ravel()
+    told = zip(
+        top.ravel().tolist(), x.take(places), scores.expected.take(places), contribution.take(places), strict=True
+    )
+    features = [
+        {"name": names[index], "value": value, "expected": expected, "contribution": share}
+        for index, value, expected, share in told
+    ]
+    return _rows_of(features, top.shape[1], count)
+
+
+def _rows_of(values: list[T], width: int, count: int) -> list[list[T]]:
+    """`count` lists of `width` of the values each."""
+    return [values[start : start + width] for start in range(0, width * count, width)] if width else [[]] * count
 
 
 def _largest(array: Array, count: int) -> npt.NDArray[np.intp]:
@@ -187,19 +194,16 @@ def _largest(array: Array, count: int) -> npt.NDArray[np.intp]:
     return np.argsort(-array, axis=1, kind="stable")[:, :count]
 
 
-def _more(verdicts: Verdicts, names: Sequence[str]) -> list[dict[str, Any]]:
-    """For each row the fields that only some have: what was missing, its time and group, its smoothed severity."""
+def _tell_more(found: list[dict[str, Any]], verdicts: Verdicts, names: Sequence[str]) -> None:
+    """Add the fields that only some rows have: what was missing, their time and group, their smoothed severity."""
     intake, missing = verdicts.intake, verdicts.intake.reading.missing
-    found: list[dict[str, Any]] = [{} for _ in intake.reading.rows]
     if missing is not None:
         for row, column in np.argwhere(missing).tolist():
             found[row].setdefault("imputed", []).append(names[column])
-    extra: dict[str, Any] = {"time": intake.time, "group": intake.group, "smoothed": verdicts.smoothed}
-    for name, values in extra.items():
-        for fields, value in zip(found, [] if values is None else values, strict=False):
+    for name, values in (("time", intake.time), ("group", intake.group), ("smoothed", verdicts.smoothed)):
+        for fields, value in zip(found, () if values is None else values, strict=False):
             if value is not None and value == value:
                 fields[name] = value
-    return found
 
 
 def _saturated(array: Array, scores: Scores) -> Array:

@@ -5,6 +5,7 @@ B rows, D features, K latents, P parts.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -77,11 +78,13 @@ DECODE = Operation("decode", _decode, graph="decode")  # z [B, K] -> x_hat [B, D
 SAMPLE = Operation("sample", _sample, merges=False)  # noise [B, K], choice [B] -> z [B, K], x_hat [B, D]
 
 
+@lru_cache(maxsize=64)  # one object is found in the queue at once
 def anomaly(alpha: float) -> Operation:
     """x [B, D] -> score, p_value and severity, each [B]; parts [B, P]; contribution and expected, each [B, D]."""
     return Operation("anomaly", _anomaly, arguments=(alpha,), graph="score", finish=_judged)
 
 
+@lru_cache(maxsize=2)
 def reconstruct(gaps: bool) -> Operation:
     """x [B, D] -> x_hat [B, D], mean squared error [B], with `gaps` of the values that are there."""
     return Operation("reconstruct", _reconstruct_gaps if gaps else _reconstruct, graph="reconstruct")

@@ -51,10 +51,13 @@ class Reading:
     x: Array
     rows: list[int]
     errors: list[RowError]
+    whole: bool = False  # whether it is known that no value is missing
 
     @cached_property
     def missing(self) -> npt.NDArray[np.bool_] | None:
         """[G, D]: which values are, or None if none is."""
+        if self.whole:
+            return None
         found = np.isnan(self.x)
         return found if found.any() else None
 
@@ -140,6 +143,8 @@ class RowFormat:
     def read_array_each(self, array: npt.NDArray[Any], pointer: str) -> Reading:
         """Like `read_array`, but a row that is not finite costs only itself."""
         x = self._shaped(array, pointer)
+        if np.isfinite(x).all():
+            return Reading(x, list(range(len(x))), [], whole=True)
         bad = self._bad(x)
         good = ~bad.any(axis=1)
         if good.all():
