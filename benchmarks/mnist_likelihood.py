@@ -32,18 +32,19 @@ from training.rows import Rows
 HELD_OUT = 500  # training digits by which the best epoch is chosen; as many again calibrate p-values, unused here
 SEED = 0  # of the test set's binarisation and of the importance samples
 DECODED = 500  # draws a batch of the evaluation
-BATCH = 128
-EPOCH = -(-(60_000 - 2 * HELD_OUT) // BATCH)  # steps
+FITTED = 60_000 - 2 * HELD_OUT  # rows
 
 COMMON = {"model": "vae", "name": "mnist", "latents": 50, "likelihood": "bernoulli", "binarise": True}
 RECIPES = {
     "reference": TrainConfig.model_validate(
-        COMMON | {"hidden": (200, 200), "activation": "tanh", "epochs": 300, "batch_size": 128, "learning_rate": 2e-3}
+        COMMON
+        | {"hidden": (200, 200), "activation": "tanh", "batch_size": 100, "learning_rate": 2e-3}
+        | {"epochs": 300, "warm_up": 100 * -(-FITTED // 100)}
     ),
     "conv": TrainConfig.model_validate(
         COMMON
-        | {"network": "conv", "hidden": (32, 64), "dense": (256,), "batch_size": BATCH, "learning_rate": 3e-3}
-        | {"epochs": 100, "samples": 4, "warm_up": 86 * EPOCH}
+        | {"network": "conv", "hidden": (32, 64), "dense": (256,), "batch_size": 128, "learning_rate": 3e-3}
+        | {"epochs": 100, "samples": 4, "warm_up": 86 * -(-FITTED // 128)}
     ),
 }
 

@@ -46,7 +46,7 @@ class Seen:
     lost: int = 0  # sent, and not answered
     left: int = 0  # by the client
     statuses: Counter[int] = field(default_factory=Counter)  # other than 200
-    last_right: float = 0.0  # by perf_counter
+    rights: list[float] = field(default_factory=list)  # when a right answer came, by perf_counter
     errors: list[float] = field(default_factory=list)  # when a connection broke
 
 
@@ -122,7 +122,7 @@ def note(seen: Seen, pool: Pool, status: int, body: bytes, rows: Sequence[int]) 
         seen.statuses[status] += 1
     elif pool.is_right(body, rows):
         seen.right += 1
-        seen.last_right = perf_counter()
+        seen.rights.append(perf_counter())
     else:
         seen.wrong += 1
 

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Awaitable, Callable
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 
@@ -156,7 +157,7 @@ async def sigterm(stage: Stage, options: argparse.Namespace) -> None:
 
 
 async def kill(stage: Stage, options: argparse.Namespace) -> None:
-    """A worker killed in the middle of the load."""
+    """A worker killed in the middle of the load: how long nobody has a right answer, and when all serve again."""
     elbo, rows = (
         Elbo(stage, stage.folder / "artifacts", options.workers),
         pool(stage.folder / "artifacts", "vae", FEATURES),
@@ -174,9 +175,13 @@ async def kill(stage: Stage, options: argparse.Namespace) -> None:
         after = elbo.metric("elbo_requests_total")
         seen = await running.stop()
         heard = max((moment - started for moment in seen.errors), default=0.0)
+        rights = [started, *(moment for moment in seen.rights if moment > started)]
+        pause = max(late - early for early, late in pairwise(rights))
         report(
             "kill -9 of a worker under load", "in-flight ones hear of it in < 1 s, service back in < 5 s", seen,
-            in_flight_told_after_ms=f"{1e3 * heard:.0f}", replaced_after_s=f"{back:.1f}",
+            in_flight_told_after_ms=f"{1e3 * heard:.0f}",
+            first_right_answer_after_ms=f"{1e3 * (rights[1] - started):.0f}",
+            longest_without_one_ms=f"{1e3 * pause:.0f}", all_workers_again_after_s=f"{back:.1f}",
             requests_counted=f"{before:,.0f} → {after:,.0f}",
         )  # fmt: skip
         require(not (seen.wrong or seen.statuses) and seen.lost <= CLIENTS and after > before, "the kill")

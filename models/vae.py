@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from models.core import Core
 from models.likelihood import Likelihood
@@ -41,7 +42,7 @@ class VAE(Core):
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """q(z | x): mean and log-variance, [B, D] to two of [B, K]."""
         mean, log_variance = self.encoder(x).chunk(2, dim=1)  # [B, K], [B, K]
-        return mean, log_variance.clamp(self.low, self.high)
+        return mean, functional.hardtanh(log_variance, self.low, self.high)  # clamp, with one step of gradient for five
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and standard deviation, [B, D] to two of [B, K]."""

@@ -4,6 +4,7 @@ import asyncio
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
@@ -16,6 +17,7 @@ from service.codec import npy, png, safetensors
 from service.codec.answer import arrays, choose, require_finite, to_json
 from service.codec.body import JSON, NO_FORMATS, Fields, read_fields
 from service.codec.encoding import gunzip, gzipped
+from service.door import Door
 from service.engine import Engine
 from service.errors import ClientGone, InvalidField, NotReady, Overloaded, TooManyRows
 from service.exchange import Answer, Exchange, Limits
@@ -45,6 +47,7 @@ class Service:
     engine: Engine
     telemetry: Telemetry
     limits: Limits
+    door: Door
     draining: bool = False
 
     def find(self, reference: str | None) -> Served:
@@ -98,6 +101,7 @@ async def read(
     sent = await exchange.body()
     if packed:  # gzip ends with the number of its bytes unpacked; if that is a lie, unpacking fails
         exchange.hold(min(int.from_bytes(sent[-4:], "little"), exchange.max_body_bytes))
+    await service.door.enter(exchange, partial(_deadline, service, exchange))
 
     def parse() -> tuple[B, T]:
         content = gunzip(sent, exchange.max_body_bytes) if packed else sent
@@ -107,9 +111,9 @@ async def read(
         return body, extract(served, body, fields.careful)
 
     started = perf_counter()
-    body, x = await aside(parse, LARGE + 1 if packed else len(sent))
+    read_as = await aside(parse, LARGE + 1 if packed else len(sent))
     trace.add("parse", perf_counter() - started)
-    return Call(exchange, trace, served, media_type, body, x)
+    return Call(exchange, trace, served, media_type, *read_as)
 
 
 async def run(service: Service, call: Call[Any], operation: Operation, *inputs: Array) -> tuple[Array, ...]:

@@ -21,6 +21,7 @@ from service.api import Service
 from service.backends import BACKENDS
 from service.catalogue import STATIC
 from service.counts import Counts, Votes
+from service.door import Door
 from service.edge import Edge, Entrance
 from service.engine import Engine
 from service.errors import from_http_exception
@@ -48,23 +49,22 @@ def create_app(settings: Settings, counts: Counts | None = None) -> FastAPI:
     """
     counts = counts or Counts()
     telemetry = Telemetry(counts, settings.alert_half_life)
-    device = choose_device(settings.device)
     largest = settings.max_batch_rows, settings.max_batch_bytes
     how = settings.backend, settings.threads, settings.precision
-    what = settings.artifacts, device, settings.default_model, settings.keep_versions
+    what = settings.artifacts, choose_device(settings.device), settings.default_model, settings.keep_versions
     repository = Repository(*what, *how, *largest, Votes(counts, "backend", BACKENDS))
     counted = telemetry.count_batch, telemetry.pending_rows
-    engine = Engine(*largest, settings.queue_rows, settings.threads, *counted)
+    engine = Engine(*largest, settings.queue_rows, settings.threads, *counted, settings.queue_seconds)
     access = AccessLog(settings.log_format, enabled=settings.log_level in ("debug", "info"))
     limits = Limits(settings.max_body_bytes, settings.held_bytes, settings.request_timeout, telemetry.pending_bytes)
-    service = Service(settings, repository, engine, telemetry, limits)
+    door = Door(settings.queue_seconds, engine, telemetry, access)
+    service = Service(settings, repository, engine, telemetry, limits, door)
     receiver = Receiver(service, mapping.read(settings.remote_write))
-    monitor = Monitor(settings, telemetry, repository)
     app = FastAPIOffline(
         title="Elbo",
         description=DESCRIPTION,
         version="1",
-        lifespan=_lifespan(service, receiver, monitor, access),
+        lifespan=_lifespan(service, receiver, Monitor(settings, telemetry, repository), access),
         redirect_slashes=False,
         redoc_url=None,
         static_url="/static/docs",
@@ -72,9 +72,10 @@ def create_app(settings: Settings, counts: Counts | None = None) -> FastAPI:
     )
     app.state.service = service
     endpoints = routing.endpoints(service, receiver)
+    door.paths = routing.in_line(endpoints)
     routing.register(app, endpoints)
     app.mount("/static", StaticFiles(directory=STATIC))
-    parts = routing.direct(endpoints), telemetry, access, service.limits
+    parts = routing.direct(endpoints), telemetry, access, limits, door
     app.add_middleware(Edge, *parts)
     app.state.entrance = Entrance(app, Edge(app, *parts))
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign] # FastAPI's documented way

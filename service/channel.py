@@ -11,7 +11,7 @@ from collections.abc import Iterator
 READY, CONNECTION, DRAIN = b"R", b"c", b"d"
 BACKLOG = 2048  # connections that wait to be accepted
 CLOSED = ("connections_closed",)  # the name of the number of connections that a worker has had and has no more
-_MOST = 64  # connections read at once
+_MOST = 256  # letters and connections read at once
 
 
 def announce(listener: socket.socket) -> str:
@@ -44,6 +44,20 @@ def pass_on(channel: socket.socket, connection: socket.socket) -> None:
 
 
 def received(channel: socket.socket) -> tuple[bytes, list[socket.socket]] | None:
-    """What the supervisor has sent: its letters and the connections among them. None at the end. Does not wait."""
-    letters, numbers, _, _ = socket.recv_fds(channel, _MOST, _MOST)
-    return (letters, [socket.socket(fileno=number) for number in numbers]) if letters else None
+    """What the supervisor has sent: its letters and the connections among them. None at the end. Does not wait.
+
+    The kernel gives one connection at a time. If the worker took no more each time its event loop comes round, a
+    thousand would wait for seconds while it is busy.
+    """
+    letters = b""
+    connections: list[socket.socket] = []
+    while len(letters) < _MOST:
+        try:
+            heard, numbers, _, _ = socket.recv_fds(channel, _MOST - len(letters), 1)
+        except BlockingIOError:
+            break
+        if not heard:  # the end, which is still there the next time
+            return (letters, connections) if letters else None
+        letters += heard
+        connections += [socket.socket(fileno=number) for number in numbers]
+    return letters, connections

@@ -34,6 +34,10 @@ class Drain:
             self._rate = rate if not self._rate else self._rate + LATELY * (rate - self._rate)
             self._busy = self._left = 0.0
 
+    def wait(self, amount: float) -> float:
+        """Seconds until `amount` will have left; none as long as nothing has been measured."""
+        return amount / self._rate if self._rate else 0.0
+
     def seconds(self, amount: float) -> int:
         """Whole seconds until `amount` will have left, at least one: the value of Retry-After."""
-        return min(LONGEST, max(1, math.ceil(amount / self._rate))) if self._rate else 1
+        return min(LONGEST, max(1, math.ceil(self.wait(amount))))

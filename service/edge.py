@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from service.door import Door
 from service.errors import ClientGone, InternalError, ServiceError
 from service.exchange import Answer, Exchange, Limits
 from service.logs import AccessLog
@@ -27,6 +28,7 @@ class Edge:
         telemetry: counts them.
         access: writes a line for each.
         limits: of the bodies.
+        door: the line that it leaves when its answer is made.
     """
 
     def __init__(
@@ -36,12 +38,14 @@ class Edge:
         telemetry: Telemetry,
         access: AccessLog,
         limits: Limits,
+        door: Door,
     ) -> None:
         self._app = app
         self._direct = direct
         self._telemetry = telemetry
         self._access = access
         self._limits = limits
+        self._door = door
 
     def answers(self, scope: Scope) -> bool:
         """Whether a request is for a handler that is called from here."""
@@ -56,13 +60,17 @@ class Edge:
         try:
             if self.answers(scope):
                 exchange.trace.endpoint = scope["path"]
-                await exchange.answer(await self._direct[scope["path"]](exchange))
+                answer = await self._direct[scope["path"]](exchange)
+                self._door.left(exchange)
+                await exchange.answer(answer)
             else:
                 await self._pass_on(exchange)
         except Exception as error:
+            self._door.left(exchange)
             if await _refuse(exchange, error):
                 raise
         finally:
+            self._door.left(exchange)
             exchange.release()
             self._telemetry.count(exchange.trace)
             self._access.tell(scope, exchange.trace)

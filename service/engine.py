@@ -13,16 +13,16 @@ thread.
 import asyncio
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Protocol
+from typing import NoReturn, Protocol
 
-import numpy as np
 import torch
 
-from service.backends import Array, Backend, is_out_of_memory
+from service.backends import Array, Backend
+from service.batch import compute, stacked
 from service.counts import Level
 from service.drain import Drain
 from service.errors import DeadlineExceeded, NotReady, Overloaded
@@ -99,6 +99,8 @@ class Engine:
         threads: torch's threads for one batch.
         on_batch: told the operation and the rows of each batch.
         level: where the rows that are admitted and not yet answered are kept, as its first number.
+        queue_seconds: longest that the rows ahead of a request may be expected to take, at the speed measured last;
+            what fits into one batch is never too much.
     """
 
     def __init__(
@@ -109,10 +111,12 @@ class Engine:
         threads: int,
         on_batch: Callable[[str, int], None],
         level: Level | None = None,
+        queue_seconds: float = math.inf,
     ) -> None:
         self._max_batch_rows = max_batch_rows
         self._max_batch_bytes = max_batch_bytes
         self._queue_rows = queue_rows
+        self._queue_seconds = queue_seconds
         self._threads = threads
         self._on_batch = on_batch
         self._lanes: dict[tuple[int, Operation], Lane] = {}  # by the model's identity
@@ -120,12 +124,18 @@ class Engine:
         self._stepping = self._sweeping = self._closing = False
         self._idle: asyncio.Event
         self._drain = Drain()
+        self._ahead = 0  # rows that a new job finds: of a large request its present piece alone
         self._level: Level = [0.0] if level is None else level
 
     @property
     def pending_rows(self) -> int:
         """Rows that are admitted and not yet answered."""
         return int(self._level[0])
+
+    @property
+    def full(self) -> bool:
+        """Whether not even one row more is let in."""
+        return self._level[0] >= self._queue_rows or self._takes_too_long()
 
     def start(self) -> None:
         """Make ready. Call from the event loop that will call `run`."""
@@ -160,27 +170,43 @@ class Engine:
         """
         rows = len(inputs[0])
         self.require_room(rows)
-        if not self._level[0]:
-            self._drain.began()
         self._level[0] += rows
         most = self._most_rows(model)
         try:
             if rows <= most:
-                return await self._submit(model, operation, inputs, deadline, late)
+                return await self._piece(model, operation, inputs, deadline, late)
             pieces = []
             for start in range(0, rows, most):
                 piece = tuple(array[start : start + most] for array in inputs)
-                pieces.append(await self._submit(model, operation, piece, deadline, late))
+                pieces.append(await self._piece(model, operation, piece, deadline, late))
                 late = None
             return _joined(pieces)
         finally:
             self._level[0] -= rows
-            self._drain.left(rows, self._level[0])
 
     def _most_rows(self, model: Model) -> int:
         """Rows that may run at once: as many as are allowed, fit, and have not yet been too many for its memory."""
         fitting = max(1, self._max_batch_bytes // model.row_bytes)
         return min(self._max_batch_rows, fitting, model.backend.most_rows)
+
+    async def _piece(
+        self,
+        model: Model,
+        operation: Operation,
+        inputs: tuple[Array, ...],
+        deadline: float,
+        late: Callable[[], None] | None,
+    ) -> Ran:
+        """At most one batch, waited for."""
+        rows = len(inputs[0])
+        if not self._ahead:
+            self._drain.began()
+        self._ahead += rows
+        try:
+            return await self._submit(model, operation, inputs, deadline, late)
+        finally:
+            self._ahead -= rows
+            self._drain.left(rows, self._ahead)
 
     def _submit(
         self,
@@ -206,17 +232,24 @@ class Engine:
         return job.result
 
     def require_room(self, rows: int) -> None:
-        """Raise Overloaded if the queue has no room for `rows` more."""
-        if self._level[0] + rows <= self._queue_rows:
-            return
-        wait = self._drain.seconds(self.pending_rows + rows - self._queue_rows)
+        """Raise Overloaded if the queue has no room for `rows` more, or takes too long as it is."""
+        too_many = self.pending_rows + rows - self._queue_rows
+        if too_many > 0:
+            self._refuse(too_many, f"at most {self._queue_rows} rows at once", f"{self.pending_rows + rows} rows")
+        if self._takes_too_long():
+            seconds = self._drain.wait(self._ahead)
+            too_many = self._ahead - int(self._ahead * self._queue_seconds / seconds)
+            self._refuse(too_many, f"a wait of at most {self._queue_seconds:g} s", f"about {seconds:.2g} s")
+
+    def _takes_too_long(self) -> bool:
+        return self._ahead >= self._max_batch_rows and self._drain.wait(self._ahead) > self._queue_seconds
+
+    def _refuse(self, too_many: int, expected: str, got: str) -> NoReturn:
+        wait = str(self._drain.seconds(too_many))
         raise Overloaded(
-            f"{self.pending_rows} rows are waiting, {rows} more do not fit",
-            expected=f"at most {self._queue_rows} rows at once",
-            got=f"{self.pending_rows + rows} rows",
-            hint=f"try again in {wait} s",
-            headers={"Retry-After": str(wait)},
-        )
+            f"{self.pending_rows} rows are waiting",
+            expected=expected, got=got, hint=f"try again in {wait} s", headers={"Retry-After": wait},
+        )  # fmt: skip
 
     def _go_on(self) -> None:
         """Take the next batch once everything that has arrived by now is in the queue."""
@@ -314,7 +347,7 @@ class Engine:
         clock = lane.model.backend.clock
         started, began = perf_counter(), clock()
         try:
-            outputs = _compute(lane, [job.inputs for job in jobs])
+            outputs = compute(lane.model.backend, lane.operation, [job.inputs for job in jobs])
         except Exception as error:  # noqa: BLE001 - whatever a model raises belongs to whoever asked
             if len(jobs) == 1:
                 return [(jobs[0], error)]
@@ -337,37 +370,6 @@ def _too_late(seconds: float) -> DeadlineExceeded:
     )
 
 
-def _compute(lane: Lane, inputs: list[tuple[Array, ...]]) -> tuple[Array, ...]:
-    columns = inputs[0] if len(inputs) == 1 else tuple(np.concatenate(column) for column in zip(*inputs, strict=True))
-    return _within_memory(lane.model.backend, lane.operation, columns)
-
-
-def _within_memory(backend: Backend, operation: Operation, columns: tuple[Array, ...]) -> tuple[Array, ...]:
-    """`operation` on rows [B, ...]; where the device's memory is too small for them, half of them at a time.
-
-    What was too much is not tried again: the backend's batches stay as small as that.
-    """
-    rows = len(columns[0])
-    try:
-        return backend.run(operation, columns)
-    except Exception as error:
-        if rows == 1 or not is_out_of_memory(error):
-            raise
-        half = rows // 2
-        backend.too_many(rows)
-    # Outside of the handler, whose traceback would keep the memory of the attempt.
-    parts = [_within_memory(backend, operation, tuple(c[part] for c in columns)) for part in _halves(half)]
-    return _stacked(parts)
-
-
-def _halves(half: int) -> tuple[slice, slice]:
-    return slice(0, half), slice(half, None)
-
-
-def _stacked(parts: Sequence[tuple[Array, ...]]) -> tuple[Array, ...]:
-    return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
-
-
 def _joined(pieces: list[Ran]) -> Ran:
-    outputs = _stacked([piece.outputs for piece in pieces])
+    outputs = stacked([piece.outputs for piece in pieces])
     return Ran(outputs, sum(piece.queued for piece in pieces), sum(piece.computed for piece in pieces))

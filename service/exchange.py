@@ -4,7 +4,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import orjson
 from starlette.datastructures import QueryParams
@@ -89,8 +89,9 @@ class Exchange:
     def __init__(self, scope: Scope, receive: Receive, send: Send, limits: Limits) -> None:
         self.scope = scope
         self.headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))  # the first of a name counts
-        self.trace = Trace(_request_id(self.headers.get(b"x-request-id", b"")))
+        self.trace = Trace(request_id_of(self.headers.get(b"x-request-id", b"")))
         self.started = False
+        self.at_work = False  # whether it holds a place of `service.door`
         self._receive = receive
         self._send = send
         self._limits = limits
@@ -102,7 +103,7 @@ class Exchange:
         value = self.headers.get(name)
         return default if value is None else value.decode("latin-1")
 
-    @cached_property
+    @property
     def query(self) -> QueryParams:
         """The query, decoded."""
         text = self.scope["query_string"]
@@ -247,7 +248,7 @@ def exchange_of(scope: Scope) -> Exchange:
     return exchange
 
 
-def _request_id(asked: bytes) -> str:
+def request_id_of(asked: bytes) -> str:
     """The client's, if it is printable and short, or a new one."""
     if 0 < len(asked) <= LONGEST_REQUEST_ID and asked.isascii() and (text := asked.decode()).isprintable():
         return text

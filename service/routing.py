@@ -129,6 +129,11 @@ def direct(found: Iterable[Endpoint]) -> dict[str, Handler]:
     return {endpoint.path: endpoint.handler for endpoint in found if endpoint.method == "POST"}
 
 
+def in_line(found: Iterable[Endpoint]) -> frozenset[str]:
+    """The paths whose requests stand in line at the door. Remote write is not turned away: it would lose samples."""
+    return frozenset(endpoint.path for endpoint in found if endpoint.body)
+
+
 def register(app: FastAPI, found: Iterable[Endpoint]) -> None:
     """Give `app` every endpoint."""
     app.router.route_class = DirectRoute

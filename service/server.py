@@ -25,7 +25,7 @@ def serve(settings: Settings) -> None:
 
             Supervisor(settings, listener).run()
         else:
-            from service.worker import work  # imports torch, which a supervisor has no need of
+            from service.worker import work
 
             work(settings, listener=listener)
 

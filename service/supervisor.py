@@ -3,10 +3,11 @@
 The supervisor alone accepts connections, and passes each to the worker that has the fewest. Workers that share a
 listening socket, or have one each with SO_REUSEPORT, get what the kernel's wake-ups or its hash give them, which may be
 all or nothing; and what waits in the queue of a worker that is killed is lost. A connection costs it once, its requests
-nothing. It imports nothing large, runs one thread, and forks its workers, so that a new one begins with what the first
-began with, and with the numbers that it shares with the others.
+nothing. It imports what its workers need, starts no thread, and forks them: a new one finds everything imported, which
+is most of what its start would take, in memory that all share, and the numbers that it shares with the others.
 """
 
+import gc
 import logging
 import os
 import selectors
@@ -81,6 +82,9 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)  # it is read from the socket
         self._selector.register(self._signals, selectors.EVENT_READ)
+        import service.worker  # noqa: F401 - for those to come; here nothing of it runs
+
+        gc.freeze()  # or a worker's collector would copy what is shared by looking at it
         self._due = {0: monotonic()}  # the others once it is ready: all would only be in each other's way
         log.info("starting %d workers for the models in %s", self.settings.workers, self.settings.artifacts)
         while self._workers or self._due:

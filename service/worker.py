@@ -6,6 +6,7 @@ import logging
 import signal
 import socket
 import sys
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -15,13 +16,12 @@ from service import channel as channels
 from service.api import Service
 from service.app import create_app
 from service.counts import Counts, Level
-from service.protocol import Protocol, close_slow
+from service.protocol import LAST, Protocol, close_slow
 from service.settings import Settings
 
 log = logging.getLogger("elbo.service")
 SWITCH_INTERVAL = 0.0005  # seconds; at Python's 5 ms the inference thread would wait for the event loop's bytecode
 LINGER = 0.5  # seconds in which clients may send one more request on connections that are open when all ends
-LAST = (b"connection", b"close")  # on every answer from the moment when the end begins
 
 
 class Server(uvicorn.Server):
@@ -161,8 +161,9 @@ def work(
     counts = counts or Counts()
     app = create_app(settings, counts)
     config = uvicorn.Config(
-        app.state.entrance, loop="uvloop", http=Protocol, log_config=None, access_log=False, server_header=False
-    )
+        app.state.entrance, loop="uvloop", log_config=None, access_log=False, server_header=False,
+        http=partial(Protocol, door=app.state.service.door),  # type: ignore[arg-type] # makes what the class would
+    )  # fmt: skip
     log.info("loading the models in %s", settings.artifacts)
     closed = counts.mine.numbers(channels.CLOSED, 1, passing=True)
     Server(config, app.state.service, channel, closed).run([listener] if listener else [])

@@ -1,6 +1,8 @@
 """The engine: who shares a batch, who waits, who fails, who is told."""
 
 import asyncio
+import math
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -38,10 +40,15 @@ def vae(vae: Artifact) -> Lone:
 
 @asynccontextmanager
 async def engine(
-    batches: Batches | None = None, max_batch_rows: int = 64, queue_rows: int = 1000, max_batch_bytes: int = 2**20
+    batches: Batches | None = None,
+    max_batch_rows: int = 64,
+    queue_rows: int = 1000,
+    max_batch_bytes: int = 2**20,
+    queue_seconds: float = math.inf,
 ) -> AsyncIterator[Engine]:
     told: Batches = [] if batches is None else batches
-    running = Engine(max_batch_rows, max_batch_bytes, queue_rows, 1, lambda name, rows: told.append((name, rows)))
+    limits = max_batch_rows, max_batch_bytes, queue_rows, 1
+    running = Engine(*limits, lambda name, rows: told.append((name, rows)), queue_seconds=queue_seconds)
     running.start()
     try:
         yield running
@@ -264,5 +271,37 @@ def test_a_storm_of_leavers_costs_nobody_else_an_answer(vae: Lone) -> None:
             np.testing.assert_allclose(ran.outputs[0], alone(vae, x), atol=1e-6)
         left = [ran for ran in outcomes if isinstance(ran, BaseException)]
         assert all(isinstance(ran, asyncio.CancelledError) for ran in left)
+
+    run(scenario)
+
+
+def slow(_: Any, x: torch.Tensor) -> tuple[torch.Tensor]:
+    time.sleep(0.02 * len(x))
+    return (x,)
+
+
+def test_what_would_wait_too_long_is_refused_and_a_large_request_on_an_idle_engine_never(vae: Lone) -> None:
+    operation = Operation("slow", slow)
+
+    async def scenario() -> None:
+        async with engine(max_batch_rows=1, queue_seconds=0.1) as running:
+            cold = await asyncio.gather(*[running.run(vae, operation, rows(1)) for _ in range(30)])
+            assert len(cold) == 30  # nothing was measured yet: all were let in
+            ran = await running.run(vae, operation, rows(20, seed=1))  # takes 0.4 s by itself
+            np.testing.assert_array_equal(ran.outputs[0], rows(20, seed=1))
+            asked = [rows(1, seed=seed) for seed in range(30)]
+            answers = await asyncio.gather(*[running.run(vae, operation, x) for x in asked], return_exceptions=True)
+            served = [index for index, answer in enumerate(answers) if not isinstance(answer, Overloaded)]
+            assert served == list(range(len(served)))  # the first in are the first out
+            assert 1 < len(served) <= 7  # 50 rows a second, in 0.1 s, and the one that runs
+            for index in served:
+                answer = answers[index]
+                assert not isinstance(answer, BaseException)
+                np.testing.assert_array_equal(answer.outputs[0], asked[index])
+            refused = answers[-1]
+            assert isinstance(refused, Overloaded)
+            assert int(refused.headers["Retry-After"]) >= 1
+            assert running.pending_rows == 0
+            await running.run(vae, operation, rows(1))
 
     run(scenario)

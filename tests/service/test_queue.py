@@ -5,8 +5,10 @@ import json
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import httpx
 import numpy as np
@@ -16,6 +18,7 @@ import uvicorn
 from service.api import Service
 from service.app import create_app
 from service.errors import DeadlineExceeded
+from service.protocol import Protocol
 from service.settings import Settings
 from tests.service.gate import Gate
 
@@ -29,7 +32,8 @@ async def serving(settings: Settings) -> AsyncIterator[tuple[Service, int]]:
     """The service and its port, in this event loop."""
     app = create_app(settings)
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+    protocol: Any = partial(Protocol, door=app.state.service.door)
+    server = uvicorn.Server(uvicorn.Config(app, http=protocol, log_config=None, access_log=False))
     task = asyncio.create_task(server.serve([listener]))
     await until(lambda: server.started)
     try:

@@ -5,6 +5,7 @@ import os
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 
 from models.artifact import Artifact
+from service import channel
 from tests.conftest import require
 from tests.service.process import ROOT, Process, starter, wait_until
 from tests.service.test_server import head, read_answer
@@ -92,6 +94,29 @@ class Load:
                     time.sleep(0.01)
                 except httpx.TransportError as error:
                     self.wrong.append(repr(error))
+
+
+def test_connections_that_come_together_are_taken_together() -> None:
+    """However busy a worker is: it would serve one each time its event loop comes round."""
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    pairs = [socket.socketpair() for _ in range(100)]
+    for _, passed in pairs:
+        channel.pass_on(ours, passed)
+    ours.send(channel.DRAIN)
+    ours.shutdown(socket.SHUT_WR)
+    heard = channel.received(theirs)
+    assert heard is not None
+    letters, connections = heard
+    assert letters == 100 * channel.CONNECTION + channel.DRAIN
+    for number, ((kept, _), taken) in enumerate(zip(pairs, connections, strict=True)):
+        taken.sendall(b"%d" % number)
+        assert kept.recv(8) == b"%d" % number
+        kept.close()
+        taken.close()
+    assert channel.received(theirs) is None
+    ours.close()
+    theirs.close()
 
 
 def test_connections_are_shared_evenly_and_any_worker_tells_the_sum(
