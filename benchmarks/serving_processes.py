@@ -6,7 +6,6 @@ of them are found again as its descendants when a server is to end.
 
 import ctypes
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -21,6 +20,7 @@ PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 GRACE = 10.0  # seconds between SIGTERM and SIGKILL
 TICKS = os.sysconf("SC_CLK_TCK")  # in a second
 AT_REST = 0.1  # seconds of processor time in a second
+PAGE = os.sysconf("SC_PAGE_SIZE")  # bytes
 
 
 def adopt_orphans() -> None:
@@ -96,8 +96,8 @@ class Server:
         return sum(_ticks(pid) for pid in (self.pid, *_descendants(self.pid))) / TICKS
 
     def memory(self) -> int:
-        """Bytes of memory of it and its descendants; what several share counts once (proportional set sizes)."""
-        return sum(_memory(pid) for pid in (self._process.pid, *_descendants(self._process.pid)))
+        """Bytes of resident memory of it and its descendants, what they share counted for each."""
+        return sum(_resident(pid) for pid in (self._process.pid, *_descendants(self._process.pid)))
 
 
 def _ticks(pid: int) -> int:
@@ -108,10 +108,9 @@ def _ticks(pid: int) -> int:
     return 0
 
 
-def _memory(pid: int) -> int:
+def _resident(pid: int) -> int:
     with suppress(OSError):
-        found = re.search(r"^Pss: +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
-        return int(found[1]) * 1024 if found else 0
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
     return 0
 
 

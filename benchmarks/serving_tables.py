@@ -65,7 +65,7 @@ def open_loop(outcomes: Mapping[str, Sequence[Mapping[str, Any]]], rows: int, se
     lines = [_open_line(title, outcome) for title, several in outcomes.items() for outcome in several]
     titles = [
         "", "of its capacity", "due/s", "sent/s", "right/s (of capacity)", "p50 / p99, ms", "answers by status",
-        "lost", "refusals: p99 / longest, ms", "without Retry-After", "memory (PSS), MiB: before / peak / after",
+        "lost", "refusals: p99 / longest, ms", "without Retry-After", "RSS MiB before / peak / after",
         "client late, ms",
     ]  # fmt: skip
     row = "1 row" if rows == 1 else f"{rows} rows"

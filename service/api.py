@@ -92,8 +92,7 @@ async def read(
         extract: gives `x` from the model, the fields, and whether booleans or NaN may be among the numbers.
         formats: readers of bodies by media type, beside JSON and npy.
     """
-    trace, query = exchange.trace, exchange.query
-    served = service.find(query.get("model"))
+    trace, query, served = exchange.trace, exchange.query, service.find(exchange.query.get("model"))
     trace.model, trace.version = served.name, served.version
     media_type = choose(exchange.header(b"accept", "*/*"), offered(served))
     packed = exchange.headers.get(b"content-encoding") is not None and gzipped(exchange.header(b"content-encoding"))
