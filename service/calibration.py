@@ -47,9 +47,24 @@ class Calibration:
         """Scores [B] to severity [B], > 1 exactly where score > threshold."""
         threshold, surprisal = self._border(alpha)
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows is infinite, as in torch
+            if len(score) == 1:  # a scalar costs a third of an array of one
+                return self._severity_of_one(score[0], threshold, surprisal)
             ratio = self._surprisal_at(score) / surprisal
         severity: Array = np.where(score > threshold, np.maximum(ratio, UP), np.minimum(ratio, ONE))
         return severity
+
+    def _severity_of_one(self, score: np.float32, threshold: np.float32, surprisal: np.float32) -> Array:
+        """The same, [1]."""
+        place = self._scores.searchsorted(score, "right")
+        if place:
+            ratio = (self._height[place] + self._slope[place] * (score - self._knot[place])) / surprisal
+        else:
+            ratio = self._surprisal_at(score.reshape(1))[0] / surprisal
+        if score > threshold:
+            ratio = UP if ratio < UP else ratio
+        elif ratio > ONE:
+            ratio = ONE
+        return np.array([ratio], np.float32)
 
     def threshold(self, alpha: float) -> np.float32:
         """The score above which a row is anomalous at alpha."""
