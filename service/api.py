@@ -4,7 +4,6 @@ import asyncio
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
@@ -92,15 +91,12 @@ async def read(
         extract: gives `x` from the model, the fields, and whether booleans or NaN may be among the numbers.
         formats: readers of bodies by media type, beside JSON and npy.
     """
-    trace, query, served = exchange.trace, exchange.query, service.find(exchange.query.get("model"))
+    trace, query = exchange.trace, exchange.query
+    served = service.find(query.get("model"))
     trace.model, trace.version = served.name, served.version
     media_type = choose(exchange.header(b"accept", "*/*"), offered(served))
     packed = exchange.headers.get(b"content-encoding") is not None and gzipped(exchange.header(b"content-encoding"))
-    service.engine.require_room(1)  # a full queue refuses whoever comes before it costs anything to read what he sends
-    sent = await exchange.body()
-    if packed:  # gzip ends with the number of its bytes unpacked; if that is a lie, unpacking fails
-        exchange.hold(min(int.from_bytes(sent[-4:], "little"), exchange.max_body_bytes))
-    await service.door.enter(exchange, partial(_deadline, service, exchange))
+    sent = await _let_in(service, exchange, packed)
 
     def parse() -> tuple[B, T]:
         content = gunzip(sent, exchange.max_body_bytes) if packed else sent
@@ -110,9 +106,19 @@ async def read(
         return body, extract(served, body, fields.careful)
 
     started = perf_counter()
-    read_as = await aside(parse, LARGE + 1 if packed else len(sent))
+    body, x = await aside(parse, LARGE + 1 if packed else len(sent))
     trace.add("parse", perf_counter() - started)
-    return Call(exchange, trace, served, media_type, *read_as)
+    return Call(exchange, trace, served, media_type, body, x)
+
+
+async def _let_in(service: Service, exchange: Exchange, packed: bool) -> bytes:
+    """The body of a request that has its place at work. Raises Overloaded, DeadlineExceeded, and what its body does."""
+    service.engine.require_room(1)  # a full queue refuses whoever comes before it costs anything to read what he sends
+    sent = await exchange.body()
+    if packed:  # gzip ends with the number of its bytes unpacked; if that is a lie, unpacking fails
+        exchange.hold(min(int.from_bytes(sent[-4:], "little"), exchange.max_body_bytes))
+    await service.door.enter(exchange, _deadline(service, exchange))
+    return sent
 
 
 async def run(service: Service, call: Call[Any], operation: Operation, *inputs: Array) -> tuple[Array, ...]:

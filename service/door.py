@@ -7,7 +7,7 @@ fraction of an answer: `service.protocol` writes it when it has read the head, b
 """
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from time import perf_counter
 from typing import Any
@@ -67,7 +67,7 @@ class Door:
             self.waiting += 1
 
     def left(self, exchange: Exchange) -> None:
-        """Its answer is made, or its client has gone. May be called again."""
+        """Its answer is made, or its client has gone."""
         scope = exchange.scope
         if scope.get(_KEY):
             self.waiting -= 1
@@ -77,19 +77,19 @@ class Door:
             exchange.at_work = False
             self._places.release()
 
-    async def enter(self, exchange: Exchange, deadline: Callable[[], float]) -> None:
-        """Wait for a place at work, which `left` gives back. Raises DeadlineExceeded, and what `deadline` raises.
+    async def enter(self, exchange: Exchange, deadline: float) -> None:
+        """Wait for a place at work, which `left` gives back. Raises DeadlineExceeded.
 
         deadline: by `perf_counter`.
         """
-        if self._places.locked():
+        if not self._places.locked():
+            await self._places.acquire()  # at once
+        else:
             try:
-                async with asyncio.timeout(max(0.0, deadline() - perf_counter())):
+                async with asyncio.timeout(max(0.0, deadline - perf_counter())):
                     await self._places.acquire()
             except TimeoutError:
                 raise DeadlineExceeded("its turn had not come", hint="come back later, or allow more time") from None
-        else:
-            await self._places.acquire()  # at once
         exchange.at_work = True
 
     def refusal(self, scope: Any, fixed: list[Header]) -> bytes:

@@ -60,20 +60,23 @@ class Edge:
         try:
             if self.answers(scope):
                 exchange.trace.endpoint = scope["path"]
-                answer = await self._direct[scope["path"]](exchange)
-                self._door.left(exchange)
-                await exchange.answer(answer)
+                await exchange.answer(await self._through_the_door(exchange))
             else:
                 await self._pass_on(exchange)
         except Exception as error:
-            self._door.left(exchange)
             if await _refuse(exchange, error):
                 raise
         finally:
-            self._door.left(exchange)
             exchange.release()
             self._telemetry.count(exchange.trace)
             self._access.tell(scope, exchange.trace)
+
+    async def _through_the_door(self, exchange: Exchange) -> Answer:
+        """Its answer, made; sending it is in nobody's way."""
+        try:
+            return await self._direct[exchange.scope["path"]](exchange)
+        finally:
+            self._door.left(exchange)
 
     async def _pass_on(self, exchange: Exchange) -> None:
         scope = exchange.scope

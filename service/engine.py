@@ -173,14 +173,14 @@ class Engine:
         self._level[0] += rows
         most = self._most_rows(model)
         try:
-            if rows <= most:
-                return await self._piece(model, operation, inputs, deadline, late)
             pieces = []
             for start in range(0, rows, most):
-                piece = tuple(array[start : start + most] for array in inputs)
-                pieces.append(await self._piece(model, operation, piece, deadline, late))
+                piece = inputs if rows <= most else tuple(array[start : start + most] for array in inputs)
+                pieces.append(
+                    await self._done(model, operation, Job(piece, self._loop.create_future(), deadline, late))
+                )
                 late = None
-            return _joined(pieces)
+            return pieces[0] if rows <= most else _joined(pieces)
         finally:
             self._level[0] -= rows
 
@@ -189,36 +189,21 @@ class Engine:
         fitting = max(1, self._max_batch_bytes // model.row_bytes)
         return min(self._max_batch_rows, fitting, model.backend.most_rows)
 
-    async def _piece(
-        self,
-        model: Model,
-        operation: Operation,
-        inputs: tuple[Array, ...],
-        deadline: float,
-        late: Callable[[], None] | None,
-    ) -> Ran:
-        """At most one batch, waited for."""
-        rows = len(inputs[0])
+    async def _done(self, model: Model, operation: Operation, job: Job) -> Ran:
+        """What comes of `job`, at most one batch large."""
         if not self._ahead:
             self._drain.began()
-        self._ahead += rows
+        self._ahead += job.rows
         try:
-            return await self._submit(model, operation, inputs, deadline, late)
+            self._submit(model, operation, job)
+            return await job.result
         finally:
-            self._ahead -= rows
-            self._drain.left(rows, self._ahead)
+            self._ahead -= job.rows
+            self._drain.left(job.rows, self._ahead)
 
-    def _submit(
-        self,
-        model: Model,
-        operation: Operation,
-        inputs: tuple[Array, ...],
-        deadline: float,
-        late: Callable[[], None] | None,
-    ) -> "asyncio.Future[Ran]":
+    def _submit(self, model: Model, operation: Operation, job: Job) -> None:
         if self._closing:
             raise NotReady("the server is shutting down")
-        job = Job(inputs, self._loop.create_future(), deadline, late)
         key = (id(model), operation)
         lane = self._lanes.get(key)
         if lane is None:
@@ -229,7 +214,6 @@ class Engine:
         if not self._sweeping:
             self._sweeping = True
             self._loop.call_later(SWEEP, self._sweep)
-        return job.result
 
     def require_room(self, rows: int) -> None:
         """Raise Overloaded if the queue has no room for `rows` more, or takes too long as it is."""

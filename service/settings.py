@@ -40,7 +40,7 @@ class Settings(BaseSettings):
     max_batch_bytes: int = Field(64 * 2**20, ge=1024, description="most bytes of rows that run through a model at once")
     queue_rows: int = Field(40_000, ge=1, description="most rows that wait or run at once; beyond them: 429")
     queue_seconds: float = Field(
-        0.25, gt=0, le=3600, description="longest wait that a request is let in for, as measured; beyond it: 429"
+        1.0, gt=0, le=3600, description="longest wait that a request is let in for, as measured; beyond it: 429"
     )
     held_bytes: int = Field(
         256 * 2**20, ge=1024, description="most bytes of bodies that are held at once; beyond them: 429"
