@@ -22,7 +22,7 @@ from torch import Tensor
 from models.artifact import Artifact, Graph, Twin, answers, discrepancy
 from models.errors import ArtifactMismatch
 from service import operations
-from service.calibration import Calibration, calibration_of
+from service.calibration import ByModule, Calibration, calibration_of
 from service.operations import Operation
 from service.pace import Pace
 
@@ -54,42 +54,38 @@ class Backend:
         reason: why this one.
         module: has the methods of the artifact contract.
         device: where `module` wants its rows.
+        calibration: says what scores mean.
         precision: of matrix products, float32 or bfloat16; all else is float32.
         errors: of answers in bfloat16 against float32, relative to the largest number in each, by name.
         pace: how long batches take.
         most_rows: for which the device's memory is large enough, as far as is known.
         graphs: of a twin by name: rows to outputs, without torch.
-        calibration: what scores mean, without torch; None where the module's own methods say it.
     """
 
     name: str
     reason: str
     module: Any
     device: torch.device
+    calibration: Calibration | ByModule
     precision: str = "float32"
     errors: Mapping[str, float] = field(default_factory=dict)
     pace: Pace = field(default_factory=Pace)
     most_rows: int = sys.maxsize
     graphs: Mapping[str, Callable[[Array], list[Array]]] = field(default_factory=dict)
-    calibration: Calibration | None = None
 
     def run(self, operation: Operation, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
         """`operation` on `inputs`, each [B, ...]."""
-        if operation.graph in self.graphs and (self.calibration or not operation.finish):
-            arrays = tuple(self.graphs[operation.graph](*inputs))
-            return operation.finish(self.calibration, arrays, *operation.arguments) if operation.finish else arrays
+        outputs = self._outputs(operation, inputs)
+        return operation.finish(self.calibration, outputs, *operation.arguments) if operation.finish else outputs
+
+    def _outputs(self, operation: Operation, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
+        if operation.graph in self.graphs:
+            return tuple(self.graphs[operation.graph](*inputs))
         with torch.inference_mode(), self.rounding():
             if self.device.type == "cuda":
                 return self._run_on_gpu(operation, inputs)
-            outputs = operation.function(self.module, *map(torch.from_numpy, inputs), *operation.arguments)
-            return tuple([output.float().contiguous().numpy() for output in outputs])
-
-    def threshold(self, alpha: float) -> np.float32:
-        """The score above which a row is anomalous at alpha."""
-        if self.calibration:
-            return self.calibration.threshold(alpha)
-        with torch.inference_mode():
-            return np.float32(float(self.module.threshold(alpha)))
+            tensors = operation.function(self.module, *map(torch.from_numpy, inputs))
+            return tuple([tensor.float().contiguous().numpy() for tensor in tensors])
 
     @property
     def clock(self) -> Callable[[], float]:
@@ -118,7 +114,7 @@ class Backend:
         """Through pinned memory, which torch keeps for the next batch: copies run without a stop on the way."""
         with torch.cuda.stream(self._stream):
             tensors = [torch.from_numpy(x).pin_memory().to(self.device, non_blocking=True) for x in inputs]
-            outputs = [o.float() for o in operation.function(self.module, *tensors, *operation.arguments)]
+            outputs = [o.float() for o in operation.function(self.module, *tensors)]
             answers = [torch.empty(o.shape, pin_memory=True).copy_(o, non_blocking=True) for o in outputs]
             self._stream.synchronize()
         return tuple([answer.numpy() for answer in answers])
@@ -130,29 +126,6 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(sign in text for sign in OUT_OF_MEMORY)
     )
-
-
-class Judging:
-    """A frozen module on the CPU, which leaves it to `calibration` what its scores mean."""
-
-    def __init__(self, module: torch.jit.ScriptModule, calibration: Calibration) -> None:
-        self._module = module
-        self._calibration = calibration
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-    def __call__(self, x: Tensor) -> Any:
-        """The reconstruction of x [B, D], [B, D]."""
-        return self._module(x)
-
-    def p_value(self, score: Tensor) -> Tensor:
-        """Scores [B] to p-values [B]."""
-        return torch.from_numpy(self._calibration.p_value(score.numpy()))
-
-    def severity(self, score: Tensor, alpha: float) -> Tensor:
-        """Scores [B] to severity [B]."""
-        return torch.from_numpy(self._calibration.severity(score.numpy(), alpha))
 
 
 class OnnxModule:
@@ -205,18 +178,17 @@ def choose(artifact: Artifact, asked: str, threads: int, precision: str = "float
 
     Raises ArtifactMismatch if onnx is asked for and the twin does not agree or cannot be run.
     """
-    plain = Backend("torchscript", "", artifact.module, artifact.device)
+    meaning = calibration_of(artifact) or ByModule(artifact.module, artifact.device)
+    plain = Backend("torchscript", "", artifact.module, artifact.device, meaning)
     if precision == "bfloat16":
         return _rounded(plain, artifact)
-    if artifact.device.type == "cpu" and (calibration := calibration_of(artifact)):
-        plain = replace(plain, module=Judging(artifact.module, calibration), calibration=calibration)
     if asked == "torchscript":
         return _because(plain, "ELBO_BACKEND asks for it")
     if artifact.device.type != "cpu":
         return _because(plain, f"the ONNX twin is for CPUs, and this is {artifact.device.type}")
     if artifact.twin is None:
         return _because(plain, "the artifact has no ONNX twin")
-    twin, fault = _twin(artifact, artifact.twin, plain.calibration, threads)
+    twin, fault = _twin(artifact, artifact.twin, meaning, threads)
     if twin is None:
         if asked == "onnx":
             raise ArtifactMismatch(f"{artifact.path}: {fault}; train it again, or set ELBO_BACKEND=torchscript")
@@ -250,7 +222,9 @@ def _error(found: Tensor, exact: Tensor) -> float:
     return float((found - exact).abs().max() / exact.abs().max().clamp_min(1e-3))
 
 
-def _twin(artifact: Artifact, twin: Twin, calibration: Calibration | None, threads: int) -> tuple[Backend | None, str]:
+def _twin(
+    artifact: Artifact, twin: Twin, calibration: Calibration | ByModule, threads: int
+) -> tuple[Backend | None, str]:
     """The twin, if it can be trusted; and if not, what is wrong with it."""
     try:
         module = OnnxModule(twin, artifact.module, threads)
@@ -262,7 +236,7 @@ def _twin(artifact: Artifact, twin: Twin, calibration: Calibration | None, threa
         return None, f"the ONNX twin cannot be run ({' '.join(str(error).split())[:200]})"
     if found:
         return None, f"the ONNX twin is not used: its {found}"
-    return Backend("onnx", "", module, artifact.device, graphs=module.graphs, calibration=calibration), ""
+    return Backend("onnx", "", module, artifact.device, calibration, graphs=module.graphs), ""
 
 
 def _miscounted(module: OnnxModule, x: Array) -> str | None:

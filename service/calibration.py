@@ -1,4 +1,4 @@
-"""What a model's scores mean, in NumPy: what its module's own methods say, in a tenth of their time.
+"""What a model's scores mean, in NumPy: what its module's own methods say, sooner than TorchScript begins.
 
 The module stays the reference. These take its place on a CPU only where they repeat its answers when it is loaded.
 """
@@ -94,8 +94,41 @@ class Calibration:
         return np.where(place == 0, below, surprisal)
 
 
+class ByModule:
+    """The same by the module's own methods, for whatever NumPy may not stand in for.
+
+    Args:
+        module: of the artifact.
+        device: where it is.
+    """
+
+    def __init__(self, module: torch.jit.ScriptModule, device: torch.device) -> None:
+        self._module = module
+        self._device = device
+
+    def p_value(self, score: Array) -> Array:
+        """Scores [B] to conformal p-values [B]."""
+        return self._asked(self._module.p_value, score)
+
+    def severity(self, score: Array, alpha: float) -> Array:
+        """Scores [B] to severity [B]."""
+        return self._asked(self._module.severity, score, alpha)
+
+    def threshold(self, alpha: float) -> np.float32:
+        """The score above which a row is anomalous at alpha."""
+        with torch.inference_mode():
+            return np.float32(float(self._module.threshold(alpha)))
+
+    def _asked(self, method: Callable[..., Tensor], score: Array, *alpha: float) -> Array:
+        with torch.inference_mode():
+            answer: Array = method(torch.from_numpy(score).to(self._device), *alpha).cpu().numpy()
+        return answer
+
+
 def calibration_of(artifact: Artifact) -> Calibration | None:
-    """That of `artifact`, which is on the CPU; None where it does not say what the module itself says."""
+    """That of `artifact`; None where it is not on the CPU, or would not say what the module itself says."""
+    if artifact.device.type != "cpu":
+        return None
     buffers = {name: buffer.numpy() for name, buffer in artifact.calibration.items()}
     if not buffers.keys() >= set(BUFFERS):
         return None

@@ -157,7 +157,7 @@ def _told(call: Call[AnomalyBody], verdicts: Verdicts) -> dict[str, Any]:
         **counts,
         "alpha": body.alpha,
         "fdr": body.fdr,
-        "threshold": call.served.backend.threshold(body.alpha),
+        "threshold": call.served.backend.calibration.threshold(body.alpha),
         "calibration": {"rows": manifest.calibration.rows, "floor": manifest.calibration.floor},
         "extrapolated": body.alpha < manifest.calibration.floor * (1 - ROUNDING),
         "results": found,

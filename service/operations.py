@@ -13,7 +13,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from models.artifact import reconstruction
-from service.calibration import Calibration
+from service.calibration import ByModule, Calibration
 
 Outputs = tuple[Tensor, ...]  # each [B, ...]
 Arrays = tuple[npt.NDArray[np.float32], ...]  # the same
@@ -25,12 +25,12 @@ class Operation:
 
     Args:
         name: for metrics.
-        function: called with the module, then the rows, then `arguments`.
+        function: called with the module, then the rows.
         merges: whether requests may share a batch. A sum's last bit may depend on the batch's size, so what must be
             exact to the bit does not.
         arguments: numbers that a whole batch has in common.
         graph: of the twin, which computes all of it in one run.
-        finish: what is made of that run's outputs besides, with the model's calibration and `arguments`, if anything.
+        finish: what becomes of the outputs, with the model's calibration and `arguments`, if anything.
     """
 
     name: str
@@ -63,12 +63,12 @@ def _sample(module: Any, noise: Tensor, choice: Tensor) -> Outputs:
     return z, module.decode(z)
 
 
-def _anomaly(module: Any, x: Tensor, alpha: float) -> Outputs:
+def _score(module: Any, x: Tensor) -> Outputs:
     score, *explained = module.score(x)
-    return score, module.p_value(score), module.severity(score, alpha), *explained
+    return score, *explained
 
 
-def _judged(calibration: Calibration, scored: Arrays, alpha: float) -> Arrays:
+def _judged(calibration: Calibration | ByModule, scored: Arrays, alpha: float) -> Arrays:
     score, *explained = scored
     return score, calibration.p_value(score), calibration.severity(score, alpha), *explained
 
@@ -81,7 +81,7 @@ SAMPLE = Operation("sample", _sample, merges=False)  # noise [B, K], choice [B] 
 @lru_cache(maxsize=64)  # one object is found in the queue at once
 def anomaly(alpha: float) -> Operation:
     """x [B, D] -> score, p_value and severity, each [B]; parts [B, P]; contribution and expected, each [B, D]."""
-    return Operation("anomaly", _anomaly, arguments=(alpha,), graph="score", finish=_judged)
+    return Operation("anomaly", _score, arguments=(alpha,), graph="score", finish=_judged)
 
 
 @lru_cache(maxsize=2)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from training import checkpoint
-from training.adam import Adam
 from training.batches import Batches
 from training.config import TrainConfig
 from training.errors import FitError
@@ -93,7 +92,7 @@ class Descent:
         default = min(max(-(-STEPS // self._steps_an_epoch), FEWEST_EPOCHS), MOST_EPOCHS)
         self._steps = (config.epochs or default) * self._steps_an_epoch
         self._warm_up = min(config.warm_up, self._steps)
-        self._optimiser = Adam(model.parameters(), config.learning_rate or RATE)
+        self._optimiser = torch.optim.Adam(model.parameters(), fused=True)
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(
             self._optimiser, config.learning_rate or RATE, total_steps=self._steps
         )
@@ -135,7 +134,7 @@ class Descent:
             self._model.train()
         start = position * self._batch
         rows = self._batches.take(epoch, start, min(start + self._batch, len(self._batches)))
-        self._optimiser.zero_grad()
+        self._optimiser.zero_grad(set_to_none=True)
         values = self._loss(rows, stream(self._config.seed, NOISE, self._step), self._warmth())
         norm = self._gradient_norm()
         if not (math.isfinite(values[0]) and math.isfinite(norm)):

@@ -100,7 +100,7 @@ def test_backends_answer_with_it(kind: str, backend: str, tmp_path: Path) -> Non
         exact = torch.from_numpy(score)  # its own scores: those of the other backend differ in their last bits
         np.testing.assert_array_equal(p_value, loaded.module.p_value(exact).numpy())
         np.testing.assert_allclose(severity, loaded.module.severity(exact, 0.05).numpy(), rtol=1e-6)
-        assert chosen.threshold(0.05) == float(loaded.module.threshold(0.05))
+        assert chosen.calibration.threshold(0.05) == float(loaded.module.threshold(0.05))
         for part, expected in zip(explained, loaded.module.score(x)[1:], strict=True):
             np.testing.assert_allclose(part, expected.numpy(), rtol=1e-4, atol=1e-5)
 
@@ -133,14 +133,14 @@ def test_where_it_does_not_say_the_same_the_module_does(
     loaded = replace(loaded, calibration=change(dict(loaded.calibration)))
     assert calibration.calibration_of(loaded) is None
     chosen = backends.choose(loaded, backend, 1)
-    assert chosen.calibration is None
+    assert isinstance(chosen.calibration, calibration.ByModule)
     x = 3 * batch(50)[0]
     _, p_value, severity, *_ = chosen.run(operations.anomaly(0.05), (x.numpy(),))
     with torch.inference_mode():
         score = torch.from_numpy(chosen.run(operations.anomaly(0.05), (x.numpy(),))[0])
         np.testing.assert_array_equal(p_value, loaded.module.p_value(score).numpy())
         np.testing.assert_array_equal(severity, loaded.module.severity(score, 0.05).numpy())
-        assert chosen.threshold(0.05) == float(loaded.module.threshold(0.05))
+        assert chosen.calibration.threshold(0.05) == float(loaded.module.threshold(0.05))
 
 
 def test_the_thresholds_of_whatever_alphas_are_asked_for_do_not_fill_memory(tmp_path: Path) -> None:

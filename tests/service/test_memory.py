@@ -13,6 +13,7 @@ import torch
 
 from models.artifact import Artifact
 from service.backends import Backend, choose
+from service.calibration import ByModule
 from service.engine import Engine
 from service.operations import Operation, reconstruct
 from service.repository import Repository
@@ -144,7 +145,7 @@ def test_a_model_that_is_replaced_is_freed(artifacts: Path, tmp_path: Path, back
 
 
 def test_what_a_backend_is_made_from_keeps_its_pace() -> None:
-    backend = Backend("torchscript", "", None, torch.device("cpu"))
+    backend = Backend("torchscript", "", None, torch.device("cpu"), ByModule(None, torch.device("cpu")))  # type: ignore[arg-type] # no score is asked for
     backend.too_many(64)
     backend.too_many(100)
     assert backend.most_rows == 32
