@@ -79,7 +79,7 @@ def elbo(x: Tensor, held_out: Tensor) -> Segment:
     from training.rows import Rows
 
     class Last(Muted):
-        def epoch(self, epoch: int, step: int, terms: Any) -> None:  # noqa: ARG002
+        def epoch(self, epoch: int, step: int, terms: Any) -> None:  # noqa: ARG002 - Progress has these three
             self.loss = float(terms["held_out_loss"])
 
     config = TrainConfig.model_validate(
@@ -116,7 +116,7 @@ def pythae(x: Tensor, held_out: Tensor) -> Segment:
     from pythae.trainers import BaseTrainer, BaseTrainerConfig
     from pythae.trainers.training_callbacks import TrainingCallback
 
-    class Encoder(BaseEncoder):  # type: ignore[misc]
+    class Encoder(BaseEncoder):  # type: ignore[misc] # pythae has no types
         def __init__(self, net: Net) -> None:
             super().__init__()
             self.layers = net.encoder
@@ -125,7 +125,7 @@ def pythae(x: Tensor, held_out: Tensor) -> Segment:
             mean, log_variance = self.layers(rows).chunk(2, dim=1)
             return ModelOutput(embedding=mean, log_covariance=log_variance)
 
-    class Decoder(BaseDecoder):  # type: ignore[misc]
+    class Decoder(BaseDecoder):  # type: ignore[misc] # pythae has no types
         def __init__(self, net: Net) -> None:
             super().__init__()
             self.layers = net.decoder
@@ -133,7 +133,7 @@ def pythae(x: Tensor, held_out: Tensor) -> Segment:
         def forward(self, z: Tensor) -> Any:
             return ModelOutput(reconstruction=torch.sigmoid(self.layers(z)))
 
-    class Last(TrainingCallback):  # type: ignore[misc]
+    class Last(TrainingCallback):  # type: ignore[misc] # pythae has no types
         def on_log(self, _: Any, logs: dict[str, float], **__: Any) -> None:
             self.loss = logs["eval_epoch_loss"]
 
@@ -162,7 +162,7 @@ def lightning(x: Tensor, held_out: Tensor) -> Segment:
     from lightning import LightningModule, Trainer
     from torch.utils.data import DataLoader, TensorDataset
 
-    class Module(LightningModule):  # type: ignore[misc]
+    class Module(LightningModule):  # type: ignore[misc] # Lightning has no types
         def __init__(self) -> None:
             super().__init__()
             self.net = Net(x.shape[1])

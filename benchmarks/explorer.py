@@ -97,7 +97,7 @@ def crowded(browser: Browser, base: str, rows: int, moves: int) -> list[float]:
     content = io.BytesIO()
     np.save(content, x + np.random.RandomState(0).normal(0, 0.05, x.shape).astype(np.float32))
     file = {"name": "rows.npy", "mimeType": "application/octet-stream", "buffer": content.getvalue()}
-    page.get_by_label("a file of rows to place on the map").set_input_files(file)  # type: ignore[arg-type]
+    page.get_by_label("a file of rows to place on the map").set_input_files(file)  # type: ignore[arg-type] # a dict where playwright has its own
     page.get_by_text(f"{rows} rows of yours").wait_for(timeout=120_000)
     page.evaluate(FRAMES)
     box = page.locator(".map-card .map").bounding_box()

@@ -276,7 +276,7 @@ def _gain(plain: Backend, twin: Backend, artifact: Artifact, threads: int) -> fl
     gains = []
     for operation, rows in product(asked, MEASURED_ROWS):
         inputs = (np.resize(x, (rows, x.shape[1])),)
-        slow, fast = _best(lambda: plain.run(operation, inputs), lambda: twin.run(operation, inputs))  # noqa: B023
+        slow, fast = _best(lambda: plain.run(operation, inputs), lambda: twin.run(operation, inputs))  # noqa: B023 - both run before the next turn
         gains.append(math.log(slow / fast))
     return math.exp(sum(gains) / len(gains))
 

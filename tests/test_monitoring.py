@@ -118,11 +118,11 @@ def test_promtool_fires_the_rules_when_it_should(tmp_path: Path) -> None:
     }
     rules = yaml.safe_load((DEPLOY / "prometheus" / "elbo.rules.yml").read_text())["groups"][0]["rules"]
     told = {"ElboModelStale": labels, "ElboDown": {"instance": "api:8000"}}
-    for case in tests["tests"][0]["alert_rule_test"]:  # type: ignore[index]
+    for case in tests["tests"][0]["alert_rule_test"]:  # type: ignore[index] # YAML
         rule = next(rule for rule in rules if rule.get("alert") == case["alertname"])
         for alert in case["exp_alerts"]:
             alert["exp_annotations"] = {
-                name: re.sub(r"\{\{ \$labels\.(\w+) \}\}", lambda m: told[case["alertname"]][m[1]], text)  # noqa: B023
+                name: re.sub(r"\{\{ \$labels\.(\w+) \}\}", lambda m: told[case["alertname"]][m[1]], text)  # noqa: B023 - called at once
                 for name, text in rule["annotations"].items()
             }
     path = tmp_path / "tests.yml"

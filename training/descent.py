@@ -179,7 +179,7 @@ class Descent:
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        flat = nn.utils.parameters_to_vector(parameter.grad for parameter in self._parameters)  # type: ignore[misc]
+        flat = nn.utils.parameters_to_vector(parameter.grad for parameter in self._parameters)  # type: ignore[misc] # a generator will do
         self._processes.add_up(flat)
         start = 0
         for parameter in self._parameters:

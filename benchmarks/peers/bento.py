@@ -24,7 +24,7 @@ class Vae:
     def __init__(self) -> None:
         self.module: Any = load(os.environ["PEER_MODEL"])
 
-    @bentoml.api(batchable=True, max_batch_size=1024, max_latency_ms=10_000)  # type: ignore[untyped-decorator]
+    @bentoml.api(batchable=True, max_batch_size=1024, max_latency_ms=10_000)  # type: ignore[untyped-decorator] # BentoML has no types
     def reconstruct(self, inputs: Annotated[np.ndarray, DType("float32")]) -> np.ndarray:
         """x [B, D] to its reconstruction [B, D]."""
         return reconstruct(self.module, torch.from_numpy(np.ascontiguousarray(inputs))).numpy()

@@ -15,7 +15,7 @@ import torch
 from benchmarks.peers.module import load, reconstruct
 
 
-class Vae(litserve.LitAPI):  # type: ignore[misc]
+class Vae(litserve.LitAPI):  # type: ignore[misc] # LitServe has no types
     """Requests of any number of rows, batched by concatenation."""
 
     def setup(self, _: str) -> None:

@@ -21,7 +21,7 @@ from mlserver.types import InferenceRequest, InferenceResponse
 from benchmarks.peers.module import free_port, load, reconstruct
 
 
-class Vae(MLModel):  # type: ignore[misc]
+class Vae(MLModel):  # type: ignore[misc] # MLServer has no types
     """MLServer's runtime: it loads once and answers whole batches."""
 
     async def load(self) -> bool:

@@ -33,7 +33,7 @@ class Vae:
     def __init__(self, path: str) -> None:
         self.module: Any = load(path)
 
-    @serve.batch(max_batch_size=64, batch_wait_timeout_s=0)  # type: ignore[untyped-decorator]
+    @serve.batch(max_batch_size=64, batch_wait_timeout_s=0)  # type: ignore[untyped-decorator] # Ray has no types
     async def reconstruct(self, several: list[torch.Tensor]) -> list[torch.Tensor]:
         """Rows [B, D] of many requests to their reconstructions."""
         outputs = reconstruct(self.module, torch.cat(several))

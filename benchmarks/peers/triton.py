@@ -23,7 +23,7 @@ def instance(path: str) -> Any:
     """One instance's function: it is called in a process of its own, and loads there at its first call."""
     loaded: list[Any] = []
 
-    @batch  # type: ignore[untyped-decorator]
+    @batch  # type: ignore[untyped-decorator] # PyTriton has no types
     def infer(x: np.ndarray) -> list[np.ndarray]:
         if not loaded:
             loaded.append(load(path))

@@ -260,7 +260,7 @@ def test_the_cpu_is_always_there_and_a_missing_gpu_is_said() -> None:
 class Earlier(Pipeline):
     """A pipeline as it was when an artifact had no log_weight."""
 
-    log_weight = None  # type: ignore[assignment]
+    log_weight = None  # type: ignore[assignment] # what an earlier artifact lacks
 
 
 def test_an_artifact_from_before_log_weight_still_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,7 +176,7 @@ def slow(alertmanager: Alertmanager, monkeypatch: pytest.MonkeyPatch) -> Alertma
 
 def test_a_slow_alertmanager_holds_up_no_request(slow: Alertmanager, artifacts: Path) -> None:
     options = {"alertmanager_url": f"http://127.0.0.1:{slow.port}", "default_model": "hosts", "log_level": "error"}
-    with running(create_app(Settings(artifacts=artifacts, **options))) as client:  # type: ignore[arg-type]
+    with running(create_app(Settings(artifacts=artifacts, **options))) as client:  # type: ignore[arg-type] # options of several types
         strange = dict.fromkeys(records(rows(1))[0], 1e5) | {"host": "web1"}
         took = []
         for _ in range(50):
@@ -195,7 +195,7 @@ def test_the_whole_way_from_rows_to_an_alert_and_its_end(
 ) -> None:
     monkeypatch.setattr(monitor, "SECONDS", 0.05)
     options = {"alertmanager_url": f"http://127.0.0.1:{alertmanager.port}", "default_model": "hosts"}
-    settings = Settings(artifacts=artifacts, alert_calm_seconds=0.5, log_level="error", **options)  # type: ignore[arg-type]
+    settings = Settings(artifacts=artifacts, alert_calm_seconds=0.5, log_level="error", **options)  # type: ignore[arg-type] # options of several types
     with running(create_app(settings)) as client:
         calm = [record | {"host": "web2"} for record in records(rows(30))]
         client.post("/anomaly?alpha=0.001", json={"records": calm})

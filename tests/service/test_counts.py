@@ -37,7 +37,7 @@ def test_every_process_reads_what_all_have_counted() -> None:
             mine[0] += 1
 
     for index in range(3):
-        in_a_child(lambda index=index: count(index))  # type: ignore[misc]
+        in_a_child(lambda index=index: count(index))  # type: ignore[misc] # a default binds the loop variable
     expected = {("/encode", 'vae "β"'): [6.0]}
     assert Counts(parts, 0).sums("requests") == expected
     in_a_child(lambda: exit_unless(Counts(parts, 2).sums("requests") == expected))

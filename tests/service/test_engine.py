@@ -61,7 +61,7 @@ def rows(count: int, seed: int = 0) -> np.ndarray:
 
 
 def run(scenario: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(scenario())  # type: ignore[arg-type]
+    asyncio.run(scenario())  # type: ignore[arg-type] # a coroutine, typed as awaitable
 
 
 def alone(model: Lone, x: np.ndarray) -> np.ndarray:
@@ -184,8 +184,8 @@ def test_only_the_culprit_hears_of_its_failure(vae: Lone) -> None:
             outcomes = await asyncio.gather(*tasks, wrong_width, return_exceptions=True)
             await held
             assert running.pending_rows == 0
-        np.testing.assert_allclose(outcomes[0].outputs[0], alone(vae, inputs[0]), atol=1e-6)  # type: ignore[union-attr]
-        np.testing.assert_allclose(outcomes[2].outputs[0], alone(vae, inputs[2]), atol=1e-6)  # type: ignore[union-attr]
+        np.testing.assert_allclose(outcomes[0].outputs[0], alone(vae, inputs[0]), atol=1e-6)  # type: ignore[union-attr] # an answer, no error
+        np.testing.assert_allclose(outcomes[2].outputs[0], alone(vae, inputs[2]), atol=1e-6)  # type: ignore[union-attr] # an answer, no error
         assert str(outcomes[1]) == "too large"
         assert isinstance(outcomes[3], RuntimeError)
 

@@ -90,7 +90,7 @@ def test_the_contours_are_those_of_a_standard_normal(visit: Visit) -> None:
     page, map_, box = mapped(visit)
     press(page, "Codes")
     tone = page.evaluate(CONTOUR)
-    at = [visit.asks(lambda x=x: map_.hover(position={"x": x, "y": 100}), "/decode").rows[0, :2] for x in (100, 300)]  # type: ignore[misc]
+    at = [visit.asks(lambda x=x: map_.hover(position={"x": x, "y": 100}), "/decode").rows[0, :2] for x in (100, 300)]  # type: ignore[misc] # a default binds x
     scale = 200 / (at[1][0] - at[0][0])  # pixels a unit
     middle = np.array([100 - scale * at[0][0], 100 + scale * at[0][1]])
     base = page.locator(".map-card .map canvas:first-child")
@@ -225,7 +225,7 @@ def test_the_map_bears_twenty_thousand_rows_of_ones_own(visit: Visit, tmp_path: 
     middle = page.locator(MAP).bounding_box()
     assert middle
     over = {"x": middle["width"] / 2, "y": middle["height"] / 2}
-    visit.asks(lambda: page.locator(MAP).hover(position=over), "/decode")  # type: ignore[arg-type]
+    visit.asks(lambda: page.locator(MAP).hover(position=over), "/decode")  # type: ignore[arg-type] # a dict where playwright has its own
     expect(page.locator(".point-card")).to_contain_text("of your rows lies here")
 
 

@@ -46,19 +46,19 @@ def test_rows_anomalies_p_values_and_gaps_are_counted(hosts: httpx.Client, count
     before = metrics(hosts)
     answer = post(hosts, found, alpha=0.001)
     after = metrics(hosts)
-    results: list[dict[str, float]] = answer["results"]  # type: ignore[assignment]
+    results: list[dict[str, float]] = answer["results"]  # type: ignore[assignment] # JSON
     assert rise(before, after, "elbo_scored_rows_total", **WHO) == len(results) == count + 1
     assert rise(before, after, "elbo_unreadable_rows_total", **WHO) == 1
     assert rise(before, after, "elbo_unknown_fields_total", **WHO) == 1
     assert rise(before, after, "elbo_missing_values_total", **WHO, feature="load") == 1
     assert rise(before, after, "elbo_anomalies_total", **WHO, group="ill") == 1
-    assert rise(before, after, "elbo_anomalies_total", **WHO, group="h") == answer["anomalies"] - 1  # type: ignore[operator]
+    assert rise(before, after, "elbo_anomalies_total", **WHO, group="h") == answer["anomalies"] - 1  # type: ignore[operator] # JSON
     p_values = np.array([result["p_value"] for result in results])
     for bound in P_BOUNDS:
         expected = (p_values <= bound * (1 + 1e-6)).sum()
         assert rise(before, after, "elbo_p_value_bucket", **WHO, le=str(bound)) == expected
     assert rise(before, after, "elbo_p_value_sum", **WHO) == pytest.approx(p_values.sum(), rel=1e-5)
-    cause = next(r for r in results if r["is_anomaly"] and r["score"] > 1e6)["features"][0]["name"]  # type: ignore[index]
+    cause = next(r for r in results if r["is_anomaly"] and r["score"] > 1e6)["features"][0]["name"]  # type: ignore[index] # JSON
     assert rise(before, after, "elbo_anomaly_causes_total", **WHO, feature=cause) >= 1
 
 

@@ -23,7 +23,7 @@ def saved(array: np.ndarray[Any, Any], **options: Any) -> bytes:
 @pytest.mark.parametrize("version", [(1, 0), (2, 0)])
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_what_numpy_saves_is_read_back(dtype: str, version: tuple[int, int], order: str) -> None:
-    array = np.array(np.arange(24).reshape(4, 3, 2), dtype=dtype, order=order)  # type: ignore[call-overload]
+    array = np.array(np.arange(24).reshape(4, 3, 2), dtype=dtype, order=order)  # type: ignore[call-overload] # an order that is a str
     read = npy.loads(saved(array, version=version))
     assert read.dtype == array.dtype
     np.testing.assert_array_equal(read, array)

@@ -54,7 +54,7 @@ def app(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
     mapping = tmp_path_factory.mktemp("mapping") / "map.toml"
     mapping.write_text(MAPPING)
     options = {"log_level": "warning", "backend": "torchscript", "default_model": "hosts"}
-    return create_app(Settings(artifacts=artifacts, remote_write=mapping, max_body_bytes=2**20, **options))  # type: ignore[arg-type]
+    return create_app(Settings(artifacts=artifacts, remote_write=mapping, max_body_bytes=2**20, **options))  # type: ignore[arg-type] # options of several types
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +292,7 @@ def test_abnormal_rows_are_told_in_the_log(hosts: httpx.Client, caplog: pytest.L
     caplog.set_level("INFO", "elbo.receiver")
     write(hosts, series([[1e3, 1e5, 1e3, 1e3]], instance="ill", first=START + 10**9))
     (told,) = [record for record in caplog.records if record.message == "abnormal"]
-    fields: dict[str, Any] = told.fields  # type: ignore[attr-defined]
+    fields: dict[str, Any] = told.fields  # type: ignore[attr-defined] # ours, on a log record
     assert (fields["model"], fields["group"]) == ("hosts", "c,ill")
     assert fields["severity"] > 1
     assert set(fields["causes"]) < set(HOST_NAMES)

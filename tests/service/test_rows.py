@@ -200,7 +200,7 @@ def test_bad_records_name_what_they_lack_or_hold() -> None:
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_arrays_of_any_real_dtype_and_order_become_float32(dtype: str, order: str) -> None:
     values = np.arange(12).reshape(2, 6)
-    array = np.array(values, dtype=dtype, order=order)  # type: ignore[call-overload]
+    array = np.array(values, dtype=dtype, order=order)  # type: ignore[call-overload] # an order that is a str
     x = NESTED.read_array(array, "/inputs")
     assert x.dtype == np.float32
     assert x.flags.c_contiguous

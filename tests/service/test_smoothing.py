@@ -42,7 +42,7 @@ def test_the_mean_is_the_weighted_sum_over_the_past_whatever_the_order(
     found = exponential_mean(values, half_life, time, group)
     np.testing.assert_allclose(found, by_definition(values, half_life, time, group), rtol=1e-9, atol=1e-9)
     order = list(range(len(rows)))
-    random.shuffle(order)  # type: ignore[attr-defined]
+    random.shuffle(order)  # type: ignore[attr-defined] # hypothesis gives a random.Random
     shuffled = exponential_mean(
         [values[i] for i in order], half_life, [time[i] for i in order], [group[i] for i in order]
     )

@@ -31,7 +31,7 @@ HEADERS = {"content-type": NDJSON, "accept": NDJSON}
 @pytest.fixture(scope="module")
 def streaming_app(artifacts: Path) -> FastAPI:
     options = {"default_model": "hosts", "log_level": "error", "backend": "torchscript"}
-    return create_app(Settings(artifacts=artifacts, request_timeout=3, **options))  # type: ignore[arg-type]
+    return create_app(Settings(artifacts=artifacts, request_timeout=3, **options))  # type: ignore[arg-type] # options of several types
 
 
 @pytest.fixture(scope="module")

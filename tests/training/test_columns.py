@@ -204,6 +204,6 @@ def outcome(source: str, options: dict[str, Any]) -> Any:
 
 
 def test_dates_are_not_read_as_numbers(tmp_path: Path) -> None:
-    frame = pl.DataFrame({"a": [1, 2], "when": [datetime(2026, 1, 2), datetime(2026, 1, 3)]})  # noqa: DTZ001
+    frame = pl.DataFrame({"a": [1, 2], "when": [datetime(2026, 1, 2), datetime(2026, 1, 3)]})  # noqa: DTZ001 - a table holds times without a zone
     frame.write_parquet(tmp_path / "a.parquet")
     assert "'when' (dates, 2026-01-02 00:00:00 in row 0)" in refusal(str(tmp_path / "a.parquet"))

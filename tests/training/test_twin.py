@@ -80,7 +80,7 @@ def test_the_twin_of_a_convolutional_network_agrees(end: Callable[[], nn.Module]
 def test_the_likelihood_of_impossible_logits_is_finite_in_both() -> None:
     model = pipeline("vae-bernoulli")
     assert isinstance(model.core, VAE)
-    model.core.decoder[-1].bias.copy_(torch.tensor([300.0, -300.0, 40.0, -40.0, 0.0]))  # type: ignore[index]
+    model.core.decoder[-1].bias.copy_(torch.tensor([300.0, -300.0, 40.0, -40.0, 0.0]))  # type: ignore[index] # a Sequential, typed as a module
     assert_they_agree(model, batch)
     x, _, _ = batch()
     assert bool(model.score(x)[0].isfinite().all())
