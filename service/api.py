@@ -92,7 +92,7 @@ async def read(
         formats: readers of bodies by media type, beside JSON and npy.
     """
     trace, query = exchange.trace, exchange.query
-    served = service.find(query.get("model"))
+    served = service.find(query.model)
     trace.model, trace.version = served.name, served.version
     media_type = choose(exchange.header(b"accept", "*/*"), offered(served))
     packed = exchange.headers.get(b"content-encoding") is not None and gzipped(exchange.header(b"content-encoding"))
@@ -102,11 +102,11 @@ async def read(
         content = gunzip(sent, exchange.max_body_bytes) if packed else sent
         width = served.latents.width if main == "latents" else served.rows.width
         fields = read_fields(exchange.header(b"content-type"), content, main, width, formats)
-        body = validate(schema, merge(fields.values, query.multi_items()) if query else fields.values)
+        body = validate(schema, merge(fields.values, query.options) if query.options else fields.values)
         return body, extract(served, body, fields.careful)
 
     started = perf_counter()
-    body, x = await aside(parse, LARGE + 1 if packed else len(sent))
+    body, x = parse() if not packed and len(sent) <= LARGE else await asyncio.to_thread(parse)
     trace.add("parse", perf_counter() - started)
     return Call(exchange, trace, served, media_type, body, x)
 
@@ -208,7 +208,7 @@ async def answer(
         return png.dumps(main, served.manifest.shape, served.manifest.pixel_range, columns)
 
     started = perf_counter()
-    content = await aside(write, 10 * main.size)
+    content = write() if 10 * main.size <= LARGE else await asyncio.to_thread(write)
     call.trace.add("write", perf_counter() - started)
     return Answer(content, call.media_type.encode(), headers)
 

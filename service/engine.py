@@ -71,11 +71,10 @@ class Job:
     deadline: float
     late: Callable[[], None] | None
     since: float = field(default_factory=perf_counter)
+    rows: int = field(init=False)  # B
 
-    @property
-    def rows(self) -> int:
-        """B, how many rows."""
-        return len(self.inputs[0])
+    def __post_init__(self) -> None:
+        self.rows = len(self.inputs[0])
 
 
 @dataclass(eq=False, slots=True)
@@ -173,21 +172,20 @@ class Engine:
         self._level[0] += rows
         most = self._most_rows(model)
         try:
+            if rows <= most:
+                return await self._done(model, operation, Job(inputs, self._loop.create_future(), deadline, late))
             pieces = []
             for start in range(0, rows, most):
-                piece = inputs if rows <= most else tuple(array[start : start + most] for array in inputs)
-                pieces.append(
-                    await self._done(model, operation, Job(piece, self._loop.create_future(), deadline, late))
-                )
-                late = None
-            return pieces[0] if rows <= most else _joined(pieces)
+                piece = tuple(array[start : start + most] for array in inputs)
+                job = Job(piece, self._loop.create_future(), deadline, None if start else late)
+                pieces.append(await self._done(model, operation, job))
+            return _joined(pieces)
         finally:
             self._level[0] -= rows
 
     def _most_rows(self, model: Model) -> int:
         """Rows that may run at once: as many as are allowed, fit, and have not yet been too many for its memory."""
-        fitting = max(1, self._max_batch_bytes // model.row_bytes)
-        return min(self._max_batch_rows, fitting, model.backend.most_rows)
+        return min(self._max_batch_rows, self._max_batch_bytes // model.row_bytes or 1, model.backend.most_rows)
 
     async def _done(self, model: Model, operation: Operation, job: Job) -> Ran:
         """What comes of `job`, at most one batch large."""
@@ -248,7 +246,9 @@ class Engine:
             self._idle.set()
             return
         lane, jobs = taken
-        if self._expected(lane, jobs) <= SHORT:
+        # Judging by the last batches of its kind; the first of a kind is never short.
+        expected = lane.model.backend.pace.expected(lane.operation.name, sum([job.rows for job in jobs]))
+        if expected <= SHORT:
             self._settle(lane, self._run(lane, jobs))
             self._go_on()
         else:
@@ -267,7 +267,7 @@ class Engine:
     def _take(self) -> tuple[Lane, list[Job]] | None:
         """The next batch: the lane whose first job has waited longest, as many of its jobs as fit, in their order."""
         while self._lanes:
-            key, lane = min(self._lanes.items(), key=lambda item: item[1].waiting[0].since)
+            key, lane = min(self._lanes.items(), key=_longest) if len(self._lanes) > 1 else next(iter(self._lanes.items()))
             jobs = self._fill(lane)
             if not lane.waiting:
                 del self._lanes[key]
@@ -288,25 +288,23 @@ class Engine:
                 break
         return jobs
 
-    def _expected(self, lane: Lane, jobs: list[Job]) -> float:
-        """Seconds that the batch will take, judging by the last ones of its kind; infinity for the first."""
-        return lane.model.backend.pace.expected(lane.operation.name, sum([job.rows for job in jobs]))
-
     def _settle(self, lane: Lane, outcomes: list[Outcome]) -> None:
         """Tell each job what came of it, and learn from how long the batch took."""
+        rows, cost, whole = 0, 0.0, True
         for job, outcome in outcomes:
-            if job.result.done():  # cancelled meanwhile, or too late
-                continue
+            waits = not job.result.done()  # neither cancelled meanwhile nor too late
+            rows += job.rows
             if isinstance(outcome, Ran):
-                job.result.set_result(outcome)
+                cost = outcome.cost
+                if waits:
+                    job.result.set_result(outcome)
             else:
-                job.result.set_exception(outcome)
-        ran = [(job.rows, outcome.cost) for job, outcome in outcomes if isinstance(outcome, Ran)]
-        if len(ran) < len(outcomes):
-            return
-        rows, seconds = sum(rows for rows, _ in ran), ran[0][1]
-        self._on_batch(lane.operation.name, rows)
-        lane.model.backend.pace.learn(lane.operation.name, rows, seconds)
+                whole = False
+                if waits:
+                    job.result.set_exception(outcome)
+        if whole:
+            self._on_batch(lane.operation.name, rows)
+            lane.model.backend.pace.learn(lane.operation.name, rows, cost)
 
     def _sweep(self) -> None:
         """Fail the jobs whose deadline has passed, and tell those that take long."""
@@ -357,3 +355,8 @@ def _too_late(seconds: float) -> DeadlineExceeded:
 def _joined(pieces: list[Ran]) -> Ran:
     outputs = stacked([piece.outputs for piece in pieces])
     return Ran(outputs, sum(piece.queued for piece in pieces), sum(piece.computed for piece in pieces))
+
+
+def _longest(item: tuple[tuple[int, Operation], Lane]) -> float:
+    """Since when the first job of a lane has waited."""
+    return item[1].waiting[0].since

@@ -1,7 +1,7 @@
 """One HTTP request under way: what it asks, and the answer that it gets."""
 
 import asyncio
-import secrets
+import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -20,6 +20,14 @@ LONGEST_REQUEST_ID = 128
 _KEY = "elbo.exchange"
 SHORT_QUERY = 512  # bytes: what is shorter is decoded once, not for each request
 Header = tuple[bytes, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """The query, decoded: the model that it names, and what else it says, in its order."""
+
+    model: str | None
+    options: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +112,10 @@ class Exchange:
         return default if value is None else value.decode("latin-1")
 
     @property
-    def query(self) -> QueryParams:
-        """The query, decoded."""
+    def query(self) -> Query:
+        """What stands behind the path."""
         text = self.scope["query_string"]
-        return _decoded(text) if len(text) < SHORT_QUERY else QueryParams(text)
+        return _decoded_once(text) if len(text) < SHORT_QUERY else _decoded(text)
 
     async def body(self) -> bytes:
         """The whole body.
@@ -237,9 +245,12 @@ class Exchange:
         )
 
 
-@lru_cache(maxsize=1024)
-def _decoded(text: bytes) -> QueryParams:
-    return QueryParams(text)
+def _decoded(text: bytes) -> Query:
+    said = QueryParams(text)
+    return Query(said.get("model"), tuple([(name, value) for name, value in said.multi_items() if name != "model"]))
+
+
+_decoded_once = lru_cache(maxsize=1024)(_decoded)
 
 
 def exchange_of(scope: Scope) -> Exchange:
@@ -252,4 +263,4 @@ def request_id_of(asked: bytes) -> str:
     """The client's, if it is printable and short, or a new one."""
     if 0 < len(asked) <= LONGEST_REQUEST_ID and asked.isascii() and (text := asked.decode()).isprintable():
         return text
-    return secrets.token_hex(8)
+    return os.urandom(8).hex()

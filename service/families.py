@@ -3,12 +3,20 @@
 from bisect import bisect_left
 from collections.abc import Iterator
 from itertools import accumulate
+from typing import TypeAlias
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from service.counts import Counts
 
 Labels = tuple[str, ...]
+Numbers: TypeAlias = "memoryview[float]"
+
+
+def observe(numbers: Numbers, bounds: tuple[float, ...], value: float) -> None:
+    """Count one value in the numbers of a `Histogram` with these bounds."""
+    numbers[bisect_left(bounds, value)] += 1.0
+    numbers[-1] += value
 
 
 class Family:
@@ -19,9 +27,9 @@ class Family:
     ) -> None:
         self.name, self.about, self.labels = name, about, labels
         self._counts, self._size, self._passing = counts, size, passing
-        self._mine: dict[Labels, memoryview[float]] = {}
+        self._mine: dict[Labels, Numbers] = {}
 
-    def mine(self, labels: Labels) -> "memoryview[float]":
+    def mine(self, labels: Labels) -> Numbers:
         """The numbers of this process: assigning to them is counting."""
         numbers = self._mine.get(labels)
         if numbers is None:
@@ -71,9 +79,7 @@ class Histogram(Family):
 
     def observe(self, labels: Labels, value: float) -> None:
         """Count one value."""
-        numbers = self.mine(labels)
-        numbers[bisect_left(self.bounds, value)] += 1.0
-        numbers[-1] += value
+        observe(self.mine(labels), self.bounds, value)
 
     def metric(self) -> Metric:
         """For Prometheus."""

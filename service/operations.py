@@ -19,7 +19,7 @@ Outputs = tuple[Tensor, ...]  # each [B, ...]
 Arrays = tuple[npt.NDArray[np.float32], ...]  # the same
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # itself alone its equal: it is a key, and hashing its fields costs what a row does
 class Operation:
     """A function of a model's module and row tensors.
 

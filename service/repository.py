@@ -52,6 +52,7 @@ class Served:
     who: tuple[str, str] = field(init=False)  # its labels in metrics
     rows: RowFormat = field(init=False)
     latents: RowFormat = field(init=False)
+    row_bytes: int = field(init=False)  # where a row is widest
 
     def __post_init__(self) -> None:
         features = self.manifest.features
@@ -61,11 +62,7 @@ class Served:
         medians = [feature.median for feature in features]
         object.__setattr__(self, "rows", RowFormat(self.manifest.shape, names, optional, medians))
         object.__setattr__(self, "latents", RowFormat([self.manifest.latents]))
-
-    @property
-    def row_bytes(self) -> int:
-        """Of a row where it is widest."""
-        return 4 * max(self.rows.width, self.latents.width)
+        object.__setattr__(self, "row_bytes", 4 * max(self.rows.width, self.latents.width))
 
     @cached_property
     def selectors(self) -> Selectors:

@@ -37,9 +37,9 @@ class Stream:
     def __init__(self, service: Service, exchange: Exchange) -> None:
         self._service, self._exchange = service, exchange
         exchange.trace.endpoint += ":stream"
-        self._served = served = service.find(exchange.query.get("model"))
+        self._served = served = service.find(exchange.query.model)
         exchange.trace.model, exchange.trace.version = served.name, served.version
-        self._body = validate(AnomalyBody, merge({}, exchange.query.multi_items()))
+        self._body = validate(AnomalyBody, merge({}, exchange.query.options))
         self._gunzip = encoding.Gunzip() if encoding.gzipped(exchange.header(b"content-encoding")) else None
         self._counts = {"rows": 0, "anomalies": 0, "failed": 0, "unknown_fields": 0}
         for name in ("fdr", "half_life", "half_life_rows"):

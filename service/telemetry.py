@@ -12,6 +12,7 @@ What is no sum, such as which models are loaded or a figure derived from `sums()
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -19,7 +20,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from service.counts import RESTARTS, Counts
-from service.families import Counter, Gauge, Histogram, Labels
+from service.families import Counter, Gauge, Histogram, Labels, Numbers, observe
 from service.judged import Judged
 from service.repository import Catalogue
 from service.tracing import Trace
@@ -30,6 +31,16 @@ OUTCOMES = {429: "shed", 499: "abandoned", 503: "shed", 504: "shed"}  # of what 
 _BY_FIRST_DIGIT = {2: "ok", 4: "refused", 5: "failed"}
 WHO = ("endpoint", "model", "version")
 BY = (*WHO, "outcome")
+
+
+@dataclass(frozen=True, slots=True)
+class _Alike:
+    """The numbers of requests that are the same in all that metrics tell of them; `computed` of those with rows."""
+
+    who: Labels
+    requests: Numbers
+    total: Numbers
+    computed: tuple[Numbers, Numbers, Numbers] | None  # rows, queue, compute
 
 
 class Telemetry(Collector):
@@ -60,21 +71,27 @@ class Telemetry(Collector):
         self.leads = counts.leads
         self.judged = Judged(counts, alert_half_life)
         self._catalogue = Catalogue()
-        self._labels = lru_cache(maxsize=4096)(_labels)
+        self._alike = lru_cache(maxsize=4096)(self._numbers)
         self.registry.register(self)
 
     def count(self, trace: Trace) -> None:
         """A request has been answered, or has lost its client."""
-        status = trace.status
-        who, by, answered = self._labels(trace.endpoint, trace.model, trace.version, status)
-        self._requests.add(answered)
+        alike = self._alike(trace.endpoint, trace.model, trace.version, trace.status, trace.rows > 0)
+        alike.requests[0] += 1.0
+        observe(alike.total, LATENCIES, trace.elapsed)
+        if alike.computed:
+            rows, queue, compute = alike.computed
+            rows[0] += trace.rows if trace.status == 200 else 0
+            observe(queue, LATENCIES, trace.spans.get("queue", 0.0))
+            observe(compute, LATENCIES, trace.spans.get("compute", 0.0))
         if trace.problem:
-            self._problems.add((*who, trace.problem))
-        self._total.observe(by, trace.elapsed)
-        if trace.rows:
-            self._rows.add(who, trace.rows if status == 200 else 0)
-            self._queue.observe(by, trace.spans.get("queue", 0.0))
-            self._compute.observe(by, trace.spans.get("compute", 0.0))
+            self._problems.add((*alike.who, trace.problem))
+
+    def _numbers(self, endpoint: str, model: str, version: int, status: int, computed: bool) -> "_Alike":
+        who = endpoint, model, str(version) if version else ""
+        by = (*who, OUTCOMES.get(status) or _BY_FIRST_DIGIT.get(status // 100, "abandoned"))
+        parts = (self._rows.mine(who), self._queue.mine(by), self._compute.mine(by)) if computed else None
+        return _Alike(who, self._requests.mine((*who, str(status))), self._total.mine(by), parts)
 
     def count_batch(self, operation: str, rows: int) -> None:
         """A batch has been run."""
@@ -99,13 +116,6 @@ class Telemetry(Collector):
         """The text that Prometheus scrapes; the models are those that this process has loaded."""
         self._catalogue = catalogue
         return generate_latest(self.registry)
-
-
-def _labels(endpoint: str, model: str, version: int, status: int) -> tuple[Labels, Labels, Labels]:
-    """WHO, BY, and WHO with the status."""
-    who = endpoint, model, str(version) if version else ""
-    outcome = OUTCOMES.get(status) or _BY_FIRST_DIGIT.get(status // 100, "abandoned")
-    return who, (*who, outcome), (*who, str(status))
 
 
 def _of_models(catalogue: Catalogue) -> Iterator[Metric]:

@@ -22,8 +22,6 @@ def merge(fields: dict[str, Any], query: Iterable[tuple[str, str]]) -> dict[str,
     """
     merged = dict(fields)
     for name, value in query:
-        if name == "model":
-            continue
         if name in merged:
             raise InvalidField(f"{name} is given twice", pointer=f"/{escape(name)}", expected="each field once")
         try:
