@@ -62,12 +62,16 @@ class Service:
 
 @dataclass(slots=True)
 class Call(Generic[B]):
-    """One request, read: who answers, what is asked, in which format. `x` is what its rows were read as."""
+    """One request, read: who answers, what is asked, in which format, until when by `perf_counter`.
+
+    `x` is what its rows were read as.
+    """
 
     exchange: Exchange
     trace: Trace
     served: Served
     media_type: str
+    deadline: float
     body: B
     x: Any
 
@@ -96,7 +100,8 @@ async def read(
     trace.model, trace.version = served.name, served.version
     media_type = choose(exchange.header(b"accept", "*/*"), offered(served))
     packed = exchange.headers.get(b"content-encoding") is not None and gzipped(exchange.header(b"content-encoding"))
-    sent = await _let_in(service, exchange, packed)
+    deadline = _deadline(service, exchange)
+    sent = await _let_in(service, exchange, packed, deadline)
 
     def parse() -> tuple[B, T]:
         content = gunzip(sent, exchange.max_body_bytes) if packed else sent
@@ -108,16 +113,16 @@ async def read(
     started = perf_counter()
     body, x = parse() if not packed and len(sent) <= LARGE else await asyncio.to_thread(parse)
     trace.add("parse", perf_counter() - started)
-    return Call(exchange, trace, served, media_type, body, x)
+    return Call(exchange, trace, served, media_type, deadline, body, x)
 
 
-async def _let_in(service: Service, exchange: Exchange, packed: bool) -> bytes:
+async def _let_in(service: Service, exchange: Exchange, packed: bool, deadline: float) -> bytes:
     """The body of a request that has its place at work. Raises Overloaded, DeadlineExceeded, and what its body does."""
     service.engine.require_room(1)  # a full queue refuses whoever comes before it costs anything to read what he sends
     sent = await exchange.body()
     if packed:  # gzip ends with the number of its bytes unpacked; if that is a lie, unpacking fails
         exchange.hold(min(int.from_bytes(sent[-4:], "little"), exchange.max_body_bytes))
-    await service.door.enter(exchange, _deadline(service, exchange))
+    await service.door.enter(exchange, deadline)
     return sent
 
 
@@ -125,9 +130,7 @@ async def run(service: Service, call: Call[Any], operation: Operation, *inputs: 
     """`operation` on `inputs` by the model of `call`. Raises ClientGone if the client leaves meanwhile."""
     watch = _Watch(call.exchange)
     try:
-        ran = await service.engine.run(
-            call.served, operation, *inputs, deadline=_deadline(service, call.exchange), late=watch.begin
-        )
+        ran = await service.engine.run(call.served, operation, *inputs, deadline=call.deadline, late=watch.begin)
     except asyncio.CancelledError:
         watch.explain()
         raise

@@ -49,7 +49,7 @@ class Edge:
 
     def answers(self, scope: Scope) -> bool:
         """Whether a request is for a handler that is called from here."""
-        return scope["method"] == "POST" and scope["path"] in self._direct
+        return scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in self._direct
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """An ASGI application."""
@@ -58,7 +58,7 @@ class Edge:
             return
         exchange = Exchange(scope, receive, send, self._limits)
         try:
-            if self.answers(scope):
+            if scope["method"] == "POST" and scope["path"] in self._direct:
                 exchange.trace.endpoint = scope["path"]
                 await exchange.answer(await self._through_the_door(exchange))
             else:
@@ -94,8 +94,7 @@ class Entrance:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """An ASGI application."""
-        app = self._edge if scope["type"] == "http" and self._edge.answers(scope) else self._app
-        await app(scope, receive, send)
+        await (self._edge if self._edge.answers(scope) else self._app)(scope, receive, send)
 
 
 async def _refuse(exchange: Exchange, error: Exception) -> bool:

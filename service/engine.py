@@ -207,7 +207,6 @@ class Engine:
         if lane is None:
             lane = self._lanes[key] = Lane(model, operation)
         lane.waiting.append(job)
-        self._idle.clear()
         self._go_on()
         if not self._sweeping:
             self._sweeping = True
@@ -234,15 +233,20 @@ class Engine:
         )  # fmt: skip
 
     def _go_on(self) -> None:
-        """Take the next batch once everything that has arrived by now is in the queue."""
-        if not self._stepping and not self._running:
+        """Take the next batch, if any waits, once everything that has arrived by now is in the queue."""
+        if self._stepping or self._running:
+            return
+        if self._lanes:
             self._stepping = True
+            self._idle.clear()
             self._loop.call_soon(self._step)
+        else:
+            self._idle.set()
 
     def _step(self) -> None:
         self._stepping = False
         taken = self._take()
-        if taken is None:
+        if taken is None:  # they have all left
             self._idle.set()
             return
         lane, jobs = taken
@@ -267,7 +271,9 @@ class Engine:
     def _take(self) -> tuple[Lane, list[Job]] | None:
         """The next batch: the lane whose first job has waited longest, as many of its jobs as fit, in their order."""
         while self._lanes:
-            key, lane = min(self._lanes.items(), key=_longest) if len(self._lanes) > 1 else next(iter(self._lanes.items()))
+            keys = iter(self._lanes)
+            key = next(keys) if len(self._lanes) == 1 else min(keys, key=lambda key: self._lanes[key].waiting[0].since)
+            lane = self._lanes[key]
             jobs = self._fill(lane)
             if not lane.waiting:
                 del self._lanes[key]
@@ -355,8 +361,3 @@ def _too_late(seconds: float) -> DeadlineExceeded:
 def _joined(pieces: list[Ran]) -> Ran:
     outputs = stacked([piece.outputs for piece in pieces])
     return Ran(outputs, sum(piece.queued for piece in pieces), sum(piece.computed for piece in pieces))
-
-
-def _longest(item: tuple[tuple[int, Operation], Lane]) -> float:
-    """Since when the first job of a lane has waited."""
-    return item[1].waiting[0].since

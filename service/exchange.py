@@ -67,7 +67,8 @@ class Limits:
 
     def hold(self, size: int) -> None:
         """Make room for `size` bytes more. Raises Overloaded."""
-        if self.held + size > self.held_bytes:
+        held = self.level[0]
+        if held + size > self.held_bytes:
             wait = self.drain.seconds(size)
             raise Overloaded(
                 f"the requests under way hold {self.held} bytes, {size} more do not fit",
@@ -76,9 +77,9 @@ class Limits:
                 hint=f"try again in {wait} s",
                 headers={"Retry-After": str(wait)},
             )
-        if not self.level[0]:
+        if not held:
             self.drain.began()
-        self.level[0] += size
+        self.level[0] = held + size
 
     def release(self, size: int) -> None:
         """`size` bytes are needed no more."""
@@ -127,7 +128,8 @@ class Exchange:
             raise self._too_large(f"{int(length)} bytes")
         message = await self.receive()
         if message["type"] == "http.request" and not message.get("more_body"):
-            return bytes(message.get("body", b""))
+            whole: bytes = message.get("body", b"")
+            return whole
         try:
             async with asyncio.timeout(self._limits.seconds):
                 return await self._rest(message)

@@ -91,11 +91,13 @@ def _told(scope: Scope, trace: Trace) -> dict[str, Any]:
 def _told_in_json(scope: Scope, trace: Trace) -> bytes:
     """The line of what `_told` says, put together from its pieces: in a third of the time."""
     client = scope.get("client")
-    same = _same(scope["method"], scope["path"], trace.status, client[0] if client else None, trace.model, trace.version)
-    rows, spans = f',"rows":{trace.rows}' if trace.model else "", trace.spans.items() if trace.model else ()
-    took = "".join([f',"{name}_ms":{seconds * 1e3:.3f}' for name, seconds in spans])
-    who, ms = orjson.dumps(trace.request_id).decode(), trace.elapsed * 1e3
-    return f'{{"ts":"{_now()}",{same}{rows},"request_id":{who},"ms":{ms:.3f}{took}}}\n'.encode()
+    asked = scope["method"], scope["path"], trace.status, client[0] if client else None
+    same = _same(*asked, trace.model, trace.version)
+    who, ms, took = orjson.dumps(trace.request_id).decode(), trace.elapsed * 1e3, ""
+    if trace.model:
+        spans = [f',"{name}_ms":{seconds * 1e3:.3f}' for name, seconds in trace.spans.items()]
+        took = f',"rows":{trace.rows}{"".join(spans)}'
+    return f'{{"ts":"{_now()}",{same},"request_id":{who},"ms":{ms:.3f}{took}}}\n'.encode()
 
 
 @lru_cache(maxsize=1024)

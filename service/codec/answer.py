@@ -9,6 +9,7 @@ import orjson
 
 from service.codec import npy, png, safetensors
 from service.codec.body import JSON
+from service.codec.numbers import is_finite
 from service.errors import NotAcceptable, OverflowInModel
 
 JSON_ONLY = (JSON,)
@@ -49,8 +50,9 @@ def _quality(media_type: str, ranges: list[tuple[str, float]]) -> float:
 
 def to_json(fields: dict[str, Any]) -> bytes:
     """`fields` as JSON. Raises OverflowInModel if an array is not finite: JSON has no other numbers."""
-    for name, value in arrays(fields).items():
-        require_finite(name, value)
+    for name, value in fields.items():
+        if type(value) is np.ndarray:
+            require_finite(name, value)
     return orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
@@ -61,7 +63,7 @@ def arrays(fields: dict[str, Any]) -> dict[str, npt.NDArray[np.float32]]:
 
 def require_finite(name: str, array: npt.NDArray[np.float32], holes: bool = False) -> None:
     """Raise OverflowInModel if `array` [N, ...] holds a value that is not finite; with `holes`, NaN may be there."""
-    if np.isfinite(array).all() or (holes and not np.isinf(array).any()):
+    if is_finite(array) or (holes and not np.isinf(array).any()):
         return
     row = int(np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(axis=1))[0])
     raise OverflowInModel(

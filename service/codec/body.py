@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -26,6 +27,7 @@ class Fields:
 NO_FORMATS: Mapping[str, Callable[[bytes], Fields]] = {}
 
 
+@lru_cache(maxsize=256)
 def media_type_of(content_type: str) -> str:
     """The media type that a Content-Type header names, without its parameters."""
     return content_type.partition(";")[0].strip().lower()

@@ -34,11 +34,13 @@ def _read(body: bytes, main: str, width: int) -> dict[str, Any] | None:
     # that stands twice, or a text, brings more quotation marks.
     if not count * width or _count(body, b"[") != count + 1 or _count(body, b'"') != 2 * len(keys):
         return None
-    fields = {key: document[key] for key in keys if key != main}
-    if not all(type(value) in (int, float, bool) for value in fields.values()):
-        return None
-    numbers = np.frombuffer(rows.as_buffer(of_type="d"), np.float64)
-    return {main: numbers.reshape(count, width), **fields}
+    fields: dict[str, Any] = {main: np.frombuffer(rows.as_buffer(of_type="d"), np.float64).reshape(count, width)}
+    for key in keys:
+        if key != main:
+            fields[key] = document[key]
+            if type(fields[key]) not in (int, float, bool):
+                return None
+    return fields
 
 
 def _count(body: bytes, character: bytes) -> int:
@@ -47,7 +49,8 @@ def _count(body: bytes, character: bytes) -> int:
 
 
 def _parser() -> simdjson.Parser:
-    if not hasattr(_OWN, "parser"):
-        _OWN.parser = simdjson.Parser()
-    parser: simdjson.Parser = _OWN.parser
+    try:
+        parser: simdjson.Parser = _OWN.parser
+    except AttributeError:
+        parser = _OWN.parser = simdjson.Parser()
     return parser

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from service.codec.numbers import is_finite, surely_fits
 from service.errors import InvalidRows, escape
 
 Array = npt.NDArray[np.float32]
@@ -135,6 +136,8 @@ class RowFormat:
     def read_array(self, array: npt.NDArray[Any], pointer: str) -> Array:
         """An array of real numbers [N, D] or [N, *shape] as float32 [N, D]. Raises InvalidRows."""
         x = self._shaped(array, pointer)
+        if is_finite(x):
+            return x
         bad = self._bad(x)
         if bad.any():
             raise self._not_finite(array, bad, int(np.flatnonzero(bad.any(axis=1))[0]), pointer)
@@ -143,7 +146,7 @@ class RowFormat:
     def read_array_each(self, array: npt.NDArray[Any], pointer: str) -> Reading:
         """Like `read_array`, but a row that is not finite costs only itself."""
         x = self._shaped(array, pointer)
-        if np.isfinite(x).all():
+        if is_finite(x):
             return Reading(x, list(range(len(x))), [], whole=True)
         bad = self._bad(x)
         good = ~bad.any(axis=1)
@@ -321,6 +324,8 @@ class RowFormat:
                 got=str(list(array.shape)),
                 hint="send one row as x[None]" if single else None,
             )
+        if surely_fits(array):
+            return array.reshape(len(array), self.width).astype(np.float32, order="C")
         with np.errstate(over="ignore", invalid="ignore"):
             x = array.reshape(len(array), self.width).astype(np.float32, order="C", copy=False)
         return x if x.flags.writeable else x.copy()  # torch shares memory with writeable arrays only

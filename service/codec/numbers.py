@@ -1,0 +1,20 @@
+"""Whether numbers are what they should be, at the least cost: it is asked twice in every request."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+SHORT = 8192  # numbers: of so many one product is cheaper than a look at each; of more, BLAS asks threads to help
+_SMALL = 1e76  # no term of a sum of squares below it has a root above 1e38, which float32 holds
+
+
+def is_finite(array: npt.NDArray[np.float32]) -> bool:
+    """Whether none is infinite or NaN."""
+    # Such a one would make the sum of squares so. That of large ones is infinite too: then each is looked at.
+    return bool((array.size <= SHORT and np.vdot(array, array) < np.inf) or np.isfinite(array).all())
+
+
+def surely_fits(array: npt.NDArray[Any]) -> bool:
+    """Whether it is certain that float32 holds every number of `array`, and that this is float64."""
+    return bool(array.dtype == np.float64 and array.size <= SHORT and np.vdot(array, array) < _SMALL)
