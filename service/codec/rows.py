@@ -135,8 +135,9 @@ class RowFormat:
 
     def read_array(self, array: npt.NDArray[Any], pointer: str) -> Array:
         """An array of real numbers [N, D] or [N, *shape] as float32 [N, D]. Raises InvalidRows."""
-        x = self._shaped(array, pointer)
-        if is_finite(x):
+        sure = surely_fits(array)
+        x = self._shaped(array, pointer, sure)
+        if sure or is_finite(x):
             return x
         bad = self._bad(x)
         if bad.any():
@@ -145,8 +146,9 @@ class RowFormat:
 
     def read_array_each(self, array: npt.NDArray[Any], pointer: str) -> Reading:
         """Like `read_array`, but a row that is not finite costs only itself."""
-        x = self._shaped(array, pointer)
-        if is_finite(x):
+        sure = surely_fits(array)
+        x = self._shaped(array, pointer, sure)
+        if sure or is_finite(x):
             return Reading(x, list(range(len(x))), [], whole=True)
         bad = self._bad(x)
         good = ~bad.any(axis=1)
@@ -313,7 +315,8 @@ class RowFormat:
             hint="put the row into a list: [[...]]",
         )
 
-    def _shaped(self, array: npt.NDArray[Any], pointer: str) -> Array:
+    def _shaped(self, array: npt.NDArray[Any], pointer: str, sure: bool) -> Array:
+        """`array` as float32 [N, D]; `sure` if all of its numbers fit. Raises InvalidRows."""
         if array.shape[1:] not in ((self.width,), self.shape) or not len(array):
             shapes = [f"[N, {', '.join(map(str, shape))}]" for shape in dict.fromkeys(((self.width,), self.shape))]
             single = array.shape in ((self.width,), self.shape)
@@ -324,7 +327,7 @@ class RowFormat:
                 got=str(list(array.shape)),
                 hint="send one row as x[None]" if single else None,
             )
-        if surely_fits(array):
+        if sure:
             return array.reshape(len(array), self.width).astype(np.float32, order="C")
         with np.errstate(over="ignore", invalid="ignore"):
             x = array.reshape(len(array), self.width).astype(np.float32, order="C", copy=False)
