@@ -62,7 +62,7 @@ def judges_of(artifact: Artifact) -> tuple[str, Judge, Judge]:
 
     def judge(x: Rows) -> object:
         scores = anomaly.Scores(*backend.run(operation, (x,)))
-        reading = Reading(x, list(range(len(x))), [])
+        reading = Reading(x, list(range(len(x))), [], None)
         verdicts = anomaly.decide(Intake(reading, len(x)), scores, body)
         return anomaly.results(verdicts, EXPLAIN, names, artifact.manifest.parts)
 

@@ -52,5 +52,5 @@ class Expectations(Explanation):
         conditional = centred @ self.weights.T  # [B, D]
         alone = (centred / self.deviation).square()  # [B, D]
         given = ((centred - conditional) / self.residual).square()  # [B, D]
-        expected = self.mean + torch.where(given > alone, conditional, torch.zeros_like(conditional))
+        expected = self.mean + torch.where(given > alone, conditional, 0.0)
         return torch.maximum(alone, given), expected

@@ -41,7 +41,8 @@ class VAE(Core):
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """q(z | x): mean and log-variance, [B, D] to two of [B, K]."""
-        mean, log_variance = self.encoder(x).chunk(2, dim=1)  # [B, K], [B, K]
+        code = self.encoder(x)  # [B, 2 K]
+        mean, log_variance = code.split(int(code.shape[1]) // 2, dim=1)  # one node of the twin's graph; chunk is ten
         return mean, functional.hardtanh(log_variance, self.low, self.high)  # clamp, with one step of gradient for five
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -21,9 +21,12 @@ SORTED_WHOLE = 64  # features: of more, the largest are parted from the others b
 _LARGEST = np.finfo(np.float32).max
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Scores:
-    """What `operations.anomaly` gives for the readable rows: G rows, D features, P parts."""
+    """What `operations.anomaly` gives for the readable rows: G rows, D features, P parts.
+
+    `ordinary` says whether all of it is finite, and no square overflows, as it nearly always is.
+    """
 
     score: Array  # [G]
     p_value: Array  # [G]
@@ -31,12 +34,12 @@ class Scores:
     parts: Array  # [G, P]
     contribution: Array  # [G, D]
     expected: Array  # [G, D]
+    ordinary: bool = field(init=False)
 
-    @cached_property
-    def ordinary(self) -> bool:
-        """Whether all of it is finite, and no square overflows, as it nearly always is: the cheapest of all looks."""
+    def __post_init__(self) -> None:
         arrays = (self.score, self.severity, self.parts, self.contribution, self.expected)
-        return math.isfinite(sum([float(np.vdot(array, array)) for array in arrays]))
+        squares = [float(np.vdot(array, array)) for array in arrays]  # the cheapest of all looks
+        self.ordinary = math.isfinite(sum(squares))
 
     @cached_property
     def judged(self) -> npt.NDArray[np.bool_]:
@@ -46,10 +49,20 @@ class Scores:
         numbers = np.column_stack((self.score, self.severity, self.parts, self.contribution))
         return np.asarray(~np.isnan(numbers).any(axis=1) & np.isfinite(self.expected).all(axis=1))
 
-    @cached_property
+    @property
     def count(self) -> int:
         """How many rows are judged."""
         return len(self.score) if self.ordinary else int(self.judged.sum())
+
+    @property
+    def saturated(self) -> "Scores":
+        """The same, in which what is infinite is the largest number there is."""
+        if self.ordinary:
+            return self
+        finite = [np.clip(array, -_LARGEST, _LARGEST) for array in (self.score, self.severity, self.parts)]
+        score, severity, parts = finite
+        contribution = np.clip(self.contribution, -_LARGEST, _LARGEST)
+        return Scores(score, self.p_value, severity, parts, contribution, self.expected)
 
 
 def benjamini_hochberg(p_value: Array, q: float) -> npt.NDArray[np.bool_]:
@@ -74,11 +87,7 @@ class Verdicts:
     scores: Scores
     anomalous: npt.NDArray[np.bool_]  # [G]
     smoothed: npt.NDArray[np.float64] | None  # [G], where it was asked for
-
-    @cached_property
-    def flags(self) -> list[bool]:
-        """`anomalous`, for a loop: of few rows it is faster than NumPy."""
-        return self.anomalous.tolist()  # type: ignore[no-any-return] # of booleans
+    flags: list[bool]  # `anomalous`, for a loop: of few rows it is faster than NumPy
 
 
 def decide(intake: Intake, scores: Scores, body: AnomalyBody) -> Verdicts:
@@ -86,7 +95,7 @@ def decide(intake: Intake, scores: Scores, body: AnomalyBody) -> Verdicts:
     smoothed = None
     half_life = body.half_life or body.half_life_rows
     if half_life:
-        severity = np.where(scores.judged, _saturated(scores.severity, scores), np.nan)
+        severity = np.where(scores.judged, scores.saturated.severity, np.nan)
         by_rows = body.half_life is None
         smoothed = exponential_mean(severity, half_life, intake.time, intake.group, by_rows=by_rows)
         anomalous = smoothed > 1  # a NaN is not
@@ -98,7 +107,7 @@ def decide(intake: Intake, scores: Scores, body: AnomalyBody) -> Verdicts:
         anomalous = scores.severity > 1
         if not scores.ordinary:
             anomalous &= scores.judged
-    return Verdicts(intake, scores, anomalous, smoothed)
+    return Verdicts(intake, scores, anomalous, smoothed, anomalous.tolist())
 
 
 def results(
@@ -112,14 +121,15 @@ def results(
         names, parts: the names of the D features and of the score's P parts.
     """
     reading, scores = verdicts.intake.reading, verdicts.scores
+    told = scores.saturated
     columns = zip(
         reading.rows,
-        _saturated(scores.score, scores),
-        scores.p_value,
-        _saturated(scores.severity, scores),
+        told.score,
+        told.p_value,
+        told.severity,
         verdicts.flags,
-        _rows_of(list(_saturated(scores.parts, scores).ravel()), len(parts), len(reading.rows)),
-        _features(reading.x, scores, explain, names),
+        _rows_of(list(told.parts.ravel()), len(parts), len(reading.rows)),
+        _features(reading.x, told, explain, names),
         strict=True,
     )
     found: list[dict[str, Any]] = [
@@ -145,7 +155,8 @@ def table(verdicts: Verdicts) -> Array:
     reading, scores = verdicts.intake.reading, verdicts.scores
     full = np.full((verdicts.intake.sent, 3), np.nan, np.float32)
     judged = scores.judged
-    columns = np.column_stack((_saturated(scores.score, scores), scores.p_value, _saturated(scores.severity, scores)))
+    told = scores.saturated
+    columns = np.column_stack((told.score, told.p_value, told.severity))
     full[np.array(reading.rows)[judged]] = columns[judged]
     return full
 
@@ -166,7 +177,7 @@ def _errors(reading: Reading, scores: Scores) -> list[dict[str, Any]]:
 
 def _features(x: Array, scores: Scores, explain: int, names: Sequence[str]) -> Iterable[list[dict[str, Any]]]:
     """For each row its `explain` features of the largest contribution, largest first."""
-    contribution = _saturated(scores.contribution, scores)
+    contribution = scores.contribution
     count, width = contribution.shape
     top = _largest(contribution, explain)
     places = (top if count == 1 else top + width * np.arange(count)[:, None]).ravel()
@@ -191,7 +202,7 @@ def _largest(array: Array, count: int) -> npt.NDArray[np.intp]:
         places = np.sort(np.argpartition(-array, max(count - 1, 0), axis=1)[:, :count], axis=1)
         order = np.argsort(-np.take_along_axis(array, places, axis=1), axis=1, kind="stable")
         return np.take_along_axis(places, order, axis=1)
-    return np.argsort(-array, axis=1, kind="stable")[:, :count]
+    return (-array).argsort(axis=1, kind="stable")[:, :count]
 
 
 def _tell_more(found: list[dict[str, Any]], verdicts: Verdicts, names: Sequence[str]) -> None:
@@ -204,7 +215,3 @@ def _tell_more(found: list[dict[str, Any]], verdicts: Verdicts, names: Sequence[
         for fields, value in zip(found, () if values is None else values, strict=False):
             if value is not None and value == value:
                 fields[name] = value
-
-
-def _saturated(array: Array, scores: Scores) -> Array:
-    return array if scores.ordinary else np.clip(array, -_LARGEST, _LARGEST)

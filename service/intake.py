@@ -43,12 +43,12 @@ class Intake:
 
 def take(served: Served, body: AnomalyBody, careful: bool) -> Intake:
     """The rows of `body`. Raises InvalidField, and InvalidRows if none can be read."""
-    given = [name for name in WAYS if getattr(body, name) is not None]
-    if len(given) != 1:
-        got = " and ".join(given) or "neither"
+    if (body.inputs is not None) + (body.records is not None) + (body.metrics is not None) != 1:
+        got = " and ".join([name for name in WAYS if getattr(body, name) is not None]) or "neither"
         expected = "inputs, records or metrics"
         raise InvalidField(f"give one of {expected}, got {got}", expected=expected, got=got)
-    _require_sense(body, given[0])
+    if body.half_life is not None or body.half_life_rows is not None:
+        _require_sense(body)
     if body.metrics is not None:
         return _of_metrics(served, body)
     if body.records is not None:
@@ -92,17 +92,15 @@ def _of_metrics(served: Served, body: AnomalyBody) -> Intake:
     return replace(intake, unknown=intake.unknown + batch.unknown)
 
 
-def _require_sense(body: AnomalyBody, way: str) -> None:
-    """Raise InvalidField if smoothing is asked for where it cannot be."""
-    if body.half_life is None and body.half_life_rows is None:
-        return
+def _require_sense(body: AnomalyBody) -> None:
+    """Raise InvalidField if smoothing, which is asked for, cannot be had."""
     asked = [name for name in ("half_life", "half_life_rows", "fdr") if getattr(body, name) is not None]
     if len(asked) > 1:
         raise InvalidField(
             f"give one of {' and '.join(asked)}: each decides which rows are anomalous",
             pointer=f"/{asked[0]}", expected="one of them", got=" and ".join(asked),
         )  # fmt: skip
-    if way == "inputs" and body.half_life is not None:
+    if body.inputs is not None and body.half_life is not None:
         raise InvalidField(
             "inputs have no time: a half-life in seconds needs records, metrics, NDJSON or CSV",
             pointer="/half_life", expected="rows with a timestamp", got="inputs",

@@ -106,19 +106,22 @@ class Judged:
         """Follow each group's mean severity, in the order of its rows' times."""
         severities, intake = verdicts.scores.severity.tolist(), verdicts.intake
         rows = range(len(severities)) if intake.time is None else np.argsort(intake.time, kind="stable").tolist()
-        found: dict[str | None, list[float]] = {}
+        found: dict[str, list[float]] = {}
         if intake.group is None:
-            found[None] = severities if intake.time is None else [severities[row] for row in rows]
+            found[""] = severities if intake.time is None else [severities[row] for row in rows]
         else:
             for row in rows:
-                found.setdefault(intake.group[row], []).append(severities[row])
+                found.setdefault(intake.group[row] or "", []).append(severities[row])
         for name, values in found.items():
             group, mean = self._followed(who, name)
             if alarms := mean.above(values):
                 self.alarms.add((*who, group), alarms)
 
-    def _followed(self, who: Who, name: str | None) -> tuple[str, RunningMean]:
-        group = self._bounded(*who, "group", name or "")
+    def _followed(self, who: Who, name: str) -> tuple[str, RunningMean]:
+        mean = self._means.get((who, name))
+        if mean is not None:
+            return name, mean
+        group = self._bounded(*who, "group", name)
         mean = self._means.get((who, group))
         if mean is None:
             mean = self._means[who, group] = RunningMean(self._half_life)

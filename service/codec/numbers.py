@@ -12,14 +12,9 @@ _SMALL = 1e76  # no term of a sum of squares below it has a root above 1e38, whi
 def is_finite(array: npt.NDArray[np.float32]) -> bool:
     """Whether none is infinite or NaN."""
     # Such a one would make the sum of squares so. That of large ones is infinite too: then each is looked at.
-    return (array.size <= SHORT and _sum_of_squares(array) < np.inf) or bool(np.isfinite(array).all())
+    return bool((array.size <= SHORT and np.vdot(array, array) < np.inf) or np.isfinite(array).all())
 
 
 def surely_fits(array: npt.NDArray[Any]) -> bool:
     """Whether it is certain that float32 holds every number of `array`, and that this is float64."""
-    return array.dtype == np.float64 and array.size <= SHORT and _sum_of_squares(array) < _SMALL
-
-
-def _sum_of_squares(array: npt.NDArray[Any]) -> float:
-    flat = array.reshape(-1)
-    return float(flat.dot(flat))
+    return bool(array.dtype == np.float64 and array.size <= SHORT and np.vdot(array, array) < _SMALL)

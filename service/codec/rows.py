@@ -52,15 +52,13 @@ class Reading:
     x: Array
     rows: list[int]
     errors: list[RowError]
-    whole: bool = False  # whether it is known that no value is missing
+    missing: npt.NDArray[np.bool_] | None  # [G, D]: which values are; None if none is
 
-    @cached_property
-    def missing(self) -> npt.NDArray[np.bool_] | None:
-        """[G, D]: which values are, or None if none is."""
-        if self.whole:
-            return None
-        found = np.isnan(self.x)
-        return found if found.any() else None
+
+def _missing(x: Array) -> npt.NDArray[np.bool_] | None:
+    """[G, D]: which values are, or None if none is."""
+    found = np.isnan(x)
+    return found if found.any() else None
 
 
 class RowFormat:
@@ -149,15 +147,15 @@ class RowFormat:
         sure = surely_fits(array)
         x = self._shaped(array, pointer, sure)
         if sure or is_finite(x):
-            return Reading(x, list(range(len(x))), [], whole=True)
+            return Reading(x, list(range(len(x))), [], None)
         bad = self._bad(x)
         good = ~bad.any(axis=1)
         if good.all():
-            return Reading(x, list(range(len(x))), [])
+            return Reading(x, list(range(len(x))), [], _missing(x))
         errors = [RowError(int(row), self._not_finite(array, bad, int(row), pointer)) for row in np.flatnonzero(~good)]
         if len(errors) == len(x):
             raise errors[0].error
-        return Reading(x[good], np.flatnonzero(good).tolist(), errors)
+        return Reading(x[good], np.flatnonzero(good).tolist(), errors, _missing(x[good]))
 
     @cached_property
     def lenient(self) -> "RowFormat":
@@ -217,7 +215,8 @@ class RowFormat:
                 errors.append(RowError(index, error))
         if len(kept) < least:
             raise errors[0].error
-        return Reading(np.frombuffer(buffer, np.float32).reshape(count, self.width)[: len(kept)], kept, errors)
+        x = np.frombuffer(buffer, np.float32).reshape(count, self.width)[: len(kept)]
+        return Reading(x, kept, errors, _missing(x))
 
     def _ordered(self, record: Any, pointer: str, impute: bool) -> list[Any]:
         if type(record) is Unreadable:
