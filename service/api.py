@@ -14,7 +14,7 @@ from service import operations
 from service.anomaly import Scores, Verdicts, decide
 from service.codec import npy, png, safetensors
 from service.codec.answer import arrays, choose, require_finite, to_json
-from service.codec.body import JSON, NO_FORMATS, Fields, read_fields
+from service.codec.body import JSON, NO_FORMATS, Fields, is_array, read_fields
 from service.codec.encoding import gunzip, gzipped
 from service.door import Door
 from service.engine import Engine
@@ -30,7 +30,8 @@ from service.tracing import Trace
 from service.validation import merge, validate
 
 Array = npt.NDArray[np.float32]
-LARGE = 512 * 1024  # bytes: parsing or writing more than this, about 2 ms, must not hold up the event loop
+LARGE = 512 * 1024  # bytes: parsing or writing more text than this, about 2 ms, must not hold up the event loop
+LARGE_ARRAY = 8 * LARGE  # the same of arrays, which are copied as they are
 RETRY_SECONDS = 0.02  # before rows that found the queue full are tried again
 B = TypeVar("B", bound=Body)
 T = TypeVar("T")
@@ -111,7 +112,8 @@ async def read(
         return body, extract(served, body, fields.careful)
 
     started = perf_counter()
-    body, x = parse() if not packed and len(sent) <= LARGE else await asyncio.to_thread(parse)
+    short = not packed and len(sent) <= (LARGE_ARRAY if is_array(exchange.header(b"content-type")) else LARGE)
+    body, x = parse() if short else await asyncio.to_thread(parse)
     trace.add("parse", perf_counter() - started)
     return Call(exchange, trace, served, media_type, deadline, body, x)
 
@@ -211,7 +213,8 @@ async def answer(
         return png.dumps(main, served.manifest.shape, served.manifest.pixel_range, columns)
 
     started = perf_counter()
-    content = write() if 10 * main.size <= LARGE else await asyncio.to_thread(write)
+    short = main.nbytes <= LARGE_ARRAY if is_array(call.media_type) else 10 * main.size <= LARGE
+    content = write() if short else await asyncio.to_thread(write)
     call.trace.add("write", perf_counter() - started)
     return Answer(content, call.media_type.encode(), headers)
 

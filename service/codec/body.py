@@ -33,6 +33,12 @@ def media_type_of(content_type: str) -> str:
     return content_type.partition(";")[0].strip().lower()
 
 
+@lru_cache(maxsize=256)
+def is_array(content_type: str) -> bool:
+    """Whether a body of this type is the bytes of arrays."""
+    return media_type_of(content_type) in (npy.MEDIA_TYPE, safetensors.MEDIA_TYPE)
+
+
 def read_fields(
     content_type: str,
     body: bytes,

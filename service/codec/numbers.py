@@ -18,3 +18,9 @@ def is_finite(array: npt.NDArray[np.float32]) -> bool:
 def surely_fits(array: npt.NDArray[Any]) -> bool:
     """Whether it is certain that float32 holds every number of `array`, and that this is float64."""
     return bool(array.dtype == np.float64 and array.size <= SHORT and np.vdot(array, array) < _SMALL)
+
+
+def gaps_of(array: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_] | None:
+    """Which numbers are NaN, and stand for missing ones; None if none does."""
+    found = np.isnan(array)
+    return found if found.any() else None

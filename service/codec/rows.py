@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from service.codec.numbers import is_finite, surely_fits
+from service.codec.numbers import gaps_of, is_finite, surely_fits
 from service.errors import InvalidRows, escape
 
 Array = npt.NDArray[np.float32]
@@ -53,12 +53,6 @@ class Reading:
     rows: list[int]
     errors: list[RowError]
     missing: npt.NDArray[np.bool_] | None  # [G, D]: which values are; None if none is
-
-
-def _missing(x: Array) -> npt.NDArray[np.bool_] | None:
-    """[G, D]: which values are, or None if none is."""
-    found = np.isnan(x)
-    return found if found.any() else None
 
 
 class RowFormat:
@@ -151,11 +145,11 @@ class RowFormat:
         bad = self._bad(x)
         good = ~bad.any(axis=1)
         if good.all():
-            return Reading(x, list(range(len(x))), [], _missing(x))
+            return Reading(x, list(range(len(x))), [], gaps_of(x))
         errors = [RowError(int(row), self._not_finite(array, bad, int(row), pointer)) for row in np.flatnonzero(~good)]
         if len(errors) == len(x):
             raise errors[0].error
-        return Reading(x[good], np.flatnonzero(good).tolist(), errors, _missing(x[good]))
+        return Reading(x[good], np.flatnonzero(good).tolist(), errors, gaps_of(x[good]))
 
     @cached_property
     def lenient(self) -> "RowFormat":
@@ -216,7 +210,7 @@ class RowFormat:
         if len(kept) < least:
             raise errors[0].error
         x = np.frombuffer(buffer, np.float32).reshape(count, self.width)[: len(kept)]
-        return Reading(x, kept, errors, _missing(x))
+        return Reading(x, kept, errors, gaps_of(x))
 
     def _ordered(self, record: Any, pointer: str, impute: bool) -> list[Any]:
         if type(record) is Unreadable:
