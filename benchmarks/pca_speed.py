@@ -78,6 +78,7 @@ def in_memory(rounds: int, most: int) -> None:
     print("| rows | fit | CPU s | Elbo is faster by (rounds from, to) | test error | above the least |")
     print("|---|---|---|---|---|---|")
     inputs: dict[str, tuple[Rows, float]] = {
+        "0 to 255, as read from the file": (raw, 255.0),
         "0 to 255, float32": (raw.astype(np.float32), 255.0),
         "0 to 255, float64": (raw.astype(np.float64), 255.0),
         "0 to 1, float32": (raw.astype(np.float32) / np.float32(255.0), 1.0),

@@ -36,7 +36,7 @@ class Settings(BaseSettings):
     keep_versions: int = Field(2, ge=1, le=100, description="newest versions of each model that stay loaded")
     max_body_bytes: int = Field(64 * 2**20, ge=1024, description="largest request body")
     max_rows: int = Field(10_000, ge=1, description="most rows in one request; also bounds `n` and `steps`")
-    max_batch_rows: int = Field(1024, ge=1, description="most rows that run through a model at once")
+    max_batch_rows: int = Field(256, ge=1, description="most rows that run through a model at once")
     max_batch_bytes: int = Field(64 * 2**20, ge=1024, description="most bytes of rows that run through a model at once")
     queue_rows: int = Field(40_000, ge=1, description="most rows that wait or run at once; beyond them: 429")
     queue_seconds: float = Field(

@@ -152,4 +152,6 @@ def _sums(x: Block, shift: Doubles, float32_rows: int) -> tuple[Doubles, Doubles
 
 def _whole(values: Block) -> bool:
     """Whether all of `values` are whole numbers; most that are not are told by their first row."""
+    if values.dtype.kind in "iu":
+        return True
     return bool((values[:1] == np.rint(values[:1])).all() and (values == np.rint(values)).all())

@@ -58,7 +58,7 @@ def test_one_pass_gives_what_two_passes_give_in_extended_precision(name: str, bl
 
 
 @pytest.mark.parametrize("name", ["bytes", "counts", "dark rows first", "bright rows first"])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.uint8])
 def test_whole_numbers_are_summed_without_any_rounding(name: str, dtype: type) -> None:
     x: npt.NDArray[Any] = TRUE[name].astype(dtype)
     whole = x.astype(np.int64)
