@@ -84,7 +84,7 @@ class Backend:
         with torch.inference_mode(), self.rounding():
             if self.device.type == "cuda":
                 return self._run_on_gpu(operation, inputs)
-            tensors = operation.function(self.module, *map(torch.from_numpy, inputs))
+            tensors = operation.function(self.module, *map(_tensor, inputs))
             return tuple([tensor.float().contiguous().numpy() for tensor in tensors])
 
     @property
@@ -113,11 +113,16 @@ class Backend:
     def _run_on_gpu(self, operation: Operation, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
         """Through pinned memory, which torch keeps for the next batch: copies run without a stop on the way."""
         with torch.cuda.stream(self._stream):
-            tensors = [torch.from_numpy(x).pin_memory().to(self.device, non_blocking=True) for x in inputs]
+            tensors = [_tensor(x).pin_memory().to(self.device, non_blocking=True) for x in inputs]
             outputs = [o.float() for o in operation.function(self.module, *tensors)]
             answers = [torch.empty(o.shape, pin_memory=True).copy_(o, non_blocking=True) for o in outputs]
             self._stream.synchronize()
         return tuple([answer.numpy() for answer in answers])
+
+
+def _tensor(rows: Array) -> Tensor:
+    """The same numbers: a copy only where they may not be written, as in a body that is an array."""
+    return torch.from_numpy(rows if rows.flags.writeable else rows.copy())
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -324,7 +324,7 @@ class RowFormat:
             return array.reshape(len(array), self.width).astype(np.float32, order="C")
         with np.errstate(over="ignore", invalid="ignore"):
             x = array.reshape(len(array), self.width).astype(np.float32, order="C", copy=False)
-        return x if x.flags.writeable else x.copy()  # torch shares memory with writeable arrays only
+        return x if x.flags.aligned else x.copy()
 
     def _bad(self, x: Array) -> npt.NDArray[np.bool_]:
         """Which values of rows x [N, D] are neither finite nor rightly missing: [N, D], whole rows that lack all."""
