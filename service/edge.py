@@ -67,7 +67,7 @@ class Edge:
             if await _refuse(exchange, error):
                 raise
         finally:
-            exchange.release()
+            exchange.end()
             self._telemetry.count(exchange.trace)
             self._access.tell(scope, exchange.trace)
 

@@ -189,6 +189,11 @@ class Exchange:
         self._limits.release(self._read)
         self._read = 0
 
+    def end(self) -> None:
+        """It is over. The scope lets go of it: as a circle both would stay until Python looks for such."""
+        self.release()
+        del self.scope[_KEY]
+
     async def send(self, message: Message) -> None:
         """ASGI's `send`, for answers that are not an `Answer`; adds the headers that every answer has."""
         if message["type"] == "http.response.start":

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 import torch
 
 from models.artifact import Artifact
+from service.app import create_app
 from service.backends import Backend, choose
 from service.calibration import ByModule
 from service.engine import Engine
 from service.operations import Operation, reconstruct
 from service.repository import Repository
+from service.settings import Settings
 from tests.service.test_engine import Lone, alone, engine, rows
 
 Batches = list[tuple[str, int]]
@@ -142,6 +145,36 @@ def test_a_model_that_is_replaced_is_freed(artifacts: Path, tmp_path: Path, back
         assert [reference() for reference in watched] == [None] * 3
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("path", ["/reconstruct", "/anomaly", "/encode"])
+def test_a_request_leaves_nothing_for_the_collector(artifacts: Path, digits: np.ndarray, path: str) -> None:
+    """What goes in circles would stay until Python looks for it: under load, thousands of requests."""
+    body = orjson.dumps({"inputs": digits[:1].tolist()})
+    statuses = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: Any) -> None:
+        statuses.append(message.get("status"))
+
+    async def scenario() -> int:
+        app = create_app(Settings(artifacts=artifacts, default_model="vae"))
+        async with app.router.lifespan_context(app):
+            for turn in range(20):
+                if turn == 10:  # by now everything that is kept once is there
+                    gc.collect()
+                    gc.disable()
+                scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": []}
+                await app.state.entrance(scope, receive, send)
+            return gc.collect()
+
+    try:
+        assert asyncio.run(scenario()) < 10  # of ten requests
+    finally:
+        gc.enable()
+    assert statuses.count(200) == 20
 
 
 def test_what_a_backend_is_made_from_keeps_its_pace() -> None:
