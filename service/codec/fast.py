@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import simdjson
 
+FEW = 64  # times that a character is searched for rather than counted
 _OWN = threading.local()  # a parser's document lives until its next one: each thread has its own
 _REFUSED = (ValueError, TypeError, KeyError, AttributeError, RuntimeError)
 
@@ -44,7 +45,9 @@ def _read(body: bytes, main: str, width: int) -> dict[str, Any] | None:
 
 
 def _stands(body: bytes, character: bytes, times: int) -> bool:
-    """Whether it stands there so many times: searching for the next runs at memory speed, counting them does not."""
+    """Whether it stands there so many times. Searching for the next one runs at memory speed, counting does not."""
+    if times > FEW:
+        return body.count(character) == times
     at = -1
     for _ in range(times):
         at = body.find(character, at + 1)

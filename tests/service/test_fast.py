@@ -32,6 +32,7 @@ def test_rows_of_numbers_are_those_of_the_plain_reader(rows: list[list[float]]) 
     [
         b'{"inputs": [[1, [2]], [3, 4]]}',  # simdjson alone would flatten it
         b'{"inputs": [[1, []], [3, 4]]}',
+        b'{"inputs": [' + b"[1, 2], " * fast.FEW + b"[1, [2]]]}",
         b'{"inputs": [[[1, 2]], [[3, 4]]]}',
         b'{"inputs": [[1, 2], 3, [4]]}',
         b'{"inputs": [[1, 2, 3]]}',
