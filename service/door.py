@@ -47,7 +47,7 @@ class Door:
         self._telemetry = telemetry
         self._access = access
         self._drain = Drain()
-        self._places = _Places(TOGETHER)
+        self._places = Places(TOGETHER)
 
     def leads_to(self, method: bytes, path: str) -> bool:
         """Whether a request for `path` stands in the line."""
@@ -107,7 +107,7 @@ class Door:
         return b"".join([head, *lines, own % (trace.request_id.encode(), length), before, request_id, after])
 
 
-class _Places:
+class Places:
     """A semaphore that costs next to nothing as long as nobody waits."""
 
     def __init__(self, count: int) -> None:
