@@ -1,6 +1,5 @@
 """Scores to verdicts: which rows are anomalous, how severely, and because of which features."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,6 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from service.codec.numbers import is_finite
 from service.codec.rows import Reading
 from service.intake import Intake
 from service.schemas import AnomalyBody
@@ -25,7 +25,7 @@ _LARGEST = np.finfo(np.float32).max
 class Scores:
     """What `operations.anomaly` gives for the readable rows: G rows, D features, P parts.
 
-    `ordinary` says whether all of it is finite, and no square overflows, as it nearly always is.
+    `ordinary` says whether all of it is finite, as it nearly always is.
     """
 
     score: Array  # [G]
@@ -38,8 +38,7 @@ class Scores:
 
     def __post_init__(self) -> None:
         arrays = (self.score, self.severity, self.parts, self.contribution, self.expected)
-        squares = [float(np.vdot(array, array)) for array in arrays]  # the cheapest of all looks
-        self.ordinary = math.isfinite(sum(squares))
+        self.ordinary = all(map(is_finite, arrays))
 
     @cached_property
     def judged(self) -> npt.NDArray[np.bool_]:
@@ -87,7 +86,11 @@ class Verdicts:
     scores: Scores
     anomalous: npt.NDArray[np.bool_]  # [G]
     smoothed: npt.NDArray[np.float64] | None  # [G], where it was asked for
-    flags: list[bool]  # `anomalous`, for a loop: of few rows it is faster than NumPy
+
+    @cached_property
+    def flags(self) -> list[bool]:
+        """`anomalous`, for a loop: of few rows it is faster than NumPy."""
+        return self.anomalous.tolist()  # type: ignore[no-any-return] # of booleans
 
 
 def decide(intake: Intake, scores: Scores, body: AnomalyBody) -> Verdicts:
@@ -107,7 +110,7 @@ def decide(intake: Intake, scores: Scores, body: AnomalyBody) -> Verdicts:
         anomalous = scores.severity > 1
         if not scores.ordinary:
             anomalous &= scores.judged
-    return Verdicts(intake, scores, anomalous, smoothed, anomalous.tolist())
+    return Verdicts(intake, scores, anomalous, smoothed)
 
 
 def results(

@@ -30,8 +30,8 @@ from service.tracing import Trace
 from service.validation import merge, validate
 
 Array = npt.NDArray[np.float32]
-LARGE = 512 * 1024  # bytes: parsing or writing more text than this, about 2 ms, must not hold up the event loop
-LARGE_ARRAY = 8 * LARGE  # the same of arrays, which are copied as they are
+LARGE = 512 * 1024  # bytes: parsing or writing more than this, about 2 ms, must not hold up the event loop
+ARRAY = 8  # times as many bytes of arrays, which are copied as they are, count as much
 RETRY_SECONDS = 0.02  # before rows that found the queue full are tried again
 B = TypeVar("B", bound=Body)
 T = TypeVar("T")
@@ -112,8 +112,8 @@ async def read(
         return body, extract(served, body, fields.careful)
 
     started = perf_counter()
-    short = not packed and len(sent) <= (LARGE_ARRAY if is_array(exchange.header(b"content-type")) else LARGE)
-    body, x = parse() if short else await asyncio.to_thread(parse)
+    size = len(sent) // (ARRAY if is_array(exchange.header(b"content-type")) else 1)
+    body, x = await aside(parse, LARGE + 1 if packed else size)
     trace.add("parse", perf_counter() - started)
     return Call(exchange, trace, served, media_type, deadline, body, x)
 
@@ -213,8 +213,7 @@ async def answer(
         return png.dumps(main, served.manifest.shape, served.manifest.pixel_range, columns)
 
     started = perf_counter()
-    short = main.nbytes <= LARGE_ARRAY if is_array(call.media_type) else 10 * main.size <= LARGE
-    content = write() if short else await asyncio.to_thread(write)
+    content = await aside(write, main.nbytes // ARRAY if is_array(call.media_type) else 10 * main.size)
     call.trace.add("write", perf_counter() - started)
     return Answer(content, call.media_type.encode(), headers)
 

@@ -16,7 +16,6 @@ Array = npt.NDArray[np.float32]
 BUFFERS = ("scores", "surprisal", "tail", "knot", "height", "slope")
 UP = np.nextafter(np.float32(1), np.float32(2))
 ONE = np.float32(1)
-FAR = np.float32(1e30)  # from 0: nearer nothing overflows, since no tail is shorter than 1e-6
 MOST_ALPHAS = 64  # whose thresholds are kept: senders choose them
 PROBED = 2000  # calibration scores around which answers are compared
 PROBED_ALPHAS = (0.5, 0.05, 0.001, 1e-9)  # the last below every floor
@@ -47,15 +46,15 @@ class Calibration:
     def severity(self, score: Array, alpha: float) -> Array:
         """Scores [B] to severity [B], > 1 exactly where score > threshold."""
         threshold, surprisal = self._border(alpha)
-        if len(score) == 1 and -FAR < score[0] < FAR:  # a scalar costs a third of an array of one
-            return self._severity_of_one(score[0], threshold, surprisal)
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows is infinite, as in torch
+            if len(score) == 1:  # a scalar costs a third of an array of one
+                return self._severity_of_one(score[0], threshold, surprisal)
             ratio = self._surprisal_at(score) / surprisal
         severity: Array = np.where(score > threshold, np.maximum(ratio, UP), np.minimum(ratio, ONE))
         return severity
 
     def _severity_of_one(self, score: np.float32, threshold: np.float32, surprisal: np.float32) -> Array:
-        """The same, [1], of a score that is not FAR."""
+        """The same, [1]."""
         place = self._scores.searchsorted(score, "right")
         if place:
             ratio = (self._height[place] + self._slope[place] * (score - self._knot[place])) / surprisal

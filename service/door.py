@@ -7,7 +7,6 @@ fraction of an answer: `service.protocol` writes it when it has read the head, b
 """
 
 import asyncio
-from collections import deque
 from collections.abc import Collection, Mapping
 from functools import lru_cache
 from time import perf_counter
@@ -47,7 +46,7 @@ class Door:
         self._telemetry = telemetry
         self._access = access
         self._drain = Drain()
-        self._places = Places(TOGETHER)
+        self._places = asyncio.Semaphore(TOGETHER)
 
     def leads_to(self, method: bytes, path: str) -> bool:
         """Whether a request for `path` stands in the line."""
@@ -76,17 +75,19 @@ class Door:
         scope[_KEY] = False
         if exchange.at_work:
             exchange.at_work = False
-            self._places.free()
+            self._places.release()
 
     async def enter(self, exchange: Exchange, deadline: float) -> None:
         """Wait for a place at work, which `left` gives back. Raises DeadlineExceeded.
 
         deadline: by `perf_counter`.
         """
-        if not self._places.taken():
+        if not self._places.locked():
+            await self._places.acquire()  # at once
+        else:
             try:
                 async with asyncio.timeout(max(0.0, deadline - perf_counter())):
-                    await self._places.wait()
+                    await self._places.acquire()
             except TimeoutError:
                 raise DeadlineExceeded("its turn had not come", hint="come back later, or allow more time") from None
         exchange.at_work = True
@@ -105,41 +106,6 @@ class Door:
         self._telemetry.count(trace)
         self._access.tell(scope, trace)
         return b"".join([head, *lines, own % (trace.request_id.encode(), length), before, request_id, after])
-
-
-class Places:
-    """A semaphore that costs next to nothing as long as nobody waits."""
-
-    def __init__(self, count: int) -> None:
-        self._left = count
-        self._turns: deque[asyncio.Future[None]] = deque()
-
-    def taken(self) -> bool:
-        """Take a place if one is free."""
-        if self._left:  # then nobody waits
-            self._left -= 1
-            return True
-        return False
-
-    async def wait(self) -> None:
-        """Take a place when it is its turn."""
-        turn = asyncio.get_running_loop().create_future()
-        self._turns.append(turn)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if not turn.cancelled():  # its turn had just come
-                self.free()
-            raise
-
-    def free(self) -> None:
-        """Give a place back: to whoever has waited longest and is still there."""
-        while self._turns:
-            turn = self._turns.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self._left += 1
 
 
 @lru_cache(maxsize=64)

@@ -58,7 +58,7 @@ class Edge:
             return
         exchange = Exchange(scope, receive, send, self._limits)
         try:
-            if scope["method"] == "POST" and scope["path"] in self._direct:
+            if self.answers(scope):
                 exchange.trace.endpoint = scope["path"]
                 await exchange.answer(await self._through_the_door(exchange))
             else:

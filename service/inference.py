@@ -1,7 +1,7 @@
 """The six endpoints: encode, decode, reconstruct, sample, interpolate, anomaly."""
 
-import asyncio
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from service import operations, streaming
 from service.anomaly import Scores, Verdicts, decide, results, table
-from service.api import LARGE, Call, Offer, Service, answer, read, require_count, require_rows, run
+from service.api import Call, Offer, Service, answer, aside, read, require_count, require_rows, run
 from service.codec.answer import ARRAY, PICTURE
 from service.codec.body import JSON
 from service.errors import InvalidField
@@ -87,8 +87,8 @@ class Inference:
             columns = dict(zip(("score", "p_value", "severity"), numbers.T, strict=True))
             return await answer(call, {**columns}, numbers, holes=True)
         started = perf_counter()
-        many = body.detail == "full" and ROW_BYTES * intake.sent > LARGE
-        fields = await asyncio.to_thread(_told, call, verdicts) if many else _told(call, verdicts)
+        size = ROW_BYTES * intake.sent if body.detail == "full" else 0
+        fields = await aside(partial(_told, call, verdicts), size)
         call.trace.add("write", perf_counter() - started)
         return await answer(call, fields, verdicts.scores.expected)
 

@@ -118,9 +118,6 @@ class Judged:
                 self.alarms.add((*who, group), alarms)
 
     def _followed(self, who: Who, name: str) -> tuple[str, RunningMean]:
-        mean = self._means.get((who, name))
-        if mean is not None:
-            return name, mean
         group = self._bounded(*who, "group", name)
         mean = self._means.get((who, group))
         if mean is None:

@@ -21,7 +21,6 @@ from service.settings import Settings
 
 log = logging.getLogger("elbo.service")
 SWITCH_INTERVAL = 0.0005  # seconds; at Python's 5 ms the inference thread would wait for the event loop's bytecode
-YOUNG = 10_000  # new objects after which Python looks for cycles among them: a request makes many, and hardly a cycle
 LINGER = 0.5  # seconds in which clients may send one more request on connections that are open when all ends
 
 
@@ -43,7 +42,6 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Load the models, then listen, then say so."""
         await super().startup(sockets)
-        gc.set_threshold(YOUNG)
         gc.freeze()  # what is there by now stays: to look through it again would stop every request for 0.1 s
         if self._channel:
             self._channel.setblocking(False)

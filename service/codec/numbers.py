@@ -1,11 +1,11 @@
-"""Whether numbers are what they should be, at the least cost: it is asked twice in every request."""
+"""Whether numbers are what they should be, which is asked twice in every request."""
 
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-SHORT = 8192  # numbers: of so many one product is cheaper than a look at each; of more, BLAS asks threads to help
+SHORT = 8192  # numbers: of so many one product is cheaper than a look at each; of more, BLAS may ask threads to help
 _SMALL = 1e76  # no term of a sum of squares below it has a root above 1e38, which float32 holds
 
 
@@ -15,9 +15,13 @@ def is_finite(array: npt.NDArray[np.float32]) -> bool:
     return bool((array.size <= SHORT and np.vdot(array, array) < np.inf) or np.isfinite(array).all())
 
 
-def surely_fits(array: npt.NDArray[Any]) -> bool:
-    """Whether it is certain that float32 holds every number of `array`, and that this is float64."""
-    return bool(array.dtype == np.float64 and array.size <= SHORT and np.vdot(array, array) < _SMALL)
+def as_float32(array: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float32], bool]:
+    """The numbers as float32 in C order, a copy where they are not that already; and whether all of them are finite."""
+    if array.dtype == np.float64 and array.size <= SHORT and np.vdot(array, array) < _SMALL:
+        return array.astype(np.float32, order="C"), True
+    with np.errstate(over="ignore", invalid="ignore"):
+        x = array.astype(np.float32, order="C", copy=False)
+    return x, is_finite(x)
 
 
 def gaps_of(array: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_] | None:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from service.codec.numbers import gaps_of, is_finite, surely_fits
+from service.codec.numbers import as_float32, gaps_of
 from service.errors import InvalidRows, escape
 
 Array = npt.NDArray[np.float32]
@@ -127,9 +127,8 @@ class RowFormat:
 
     def read_array(self, array: npt.NDArray[Any], pointer: str) -> Array:
         """An array of real numbers [N, D] or [N, *shape] as float32 [N, D]. Raises InvalidRows."""
-        sure = surely_fits(array)
-        x = self._shaped(array, pointer, sure)
-        if sure or is_finite(x):
+        x, finite = self._shaped(array, pointer)
+        if finite:
             return x
         bad = self._bad(x)
         if bad.any():
@@ -138,9 +137,8 @@ class RowFormat:
 
     def read_array_each(self, array: npt.NDArray[Any], pointer: str) -> Reading:
         """Like `read_array`, but a row that is not finite costs only itself."""
-        sure = surely_fits(array)
-        x = self._shaped(array, pointer, sure)
-        if sure or is_finite(x):
+        x, finite = self._shaped(array, pointer)
+        if finite:
             return Reading(x, list(range(len(x))), [], None)
         bad = self._bad(x)
         good = ~bad.any(axis=1)
@@ -308,8 +306,8 @@ class RowFormat:
             hint="put the row into a list: [[...]]",
         )
 
-    def _shaped(self, array: npt.NDArray[Any], pointer: str, sure: bool) -> Array:
-        """`array` as float32 [N, D]; `sure` if all of its numbers fit. Raises InvalidRows."""
+    def _shaped(self, array: npt.NDArray[Any], pointer: str) -> tuple[Array, bool]:
+        """`array` as float32 [N, D], and whether all of it is finite. Raises InvalidRows."""
         if array.shape[1:] not in ((self.width,), self.shape) or not len(array):
             shapes = [f"[N, {', '.join(map(str, shape))}]" for shape in dict.fromkeys(((self.width,), self.shape))]
             single = array.shape in ((self.width,), self.shape)
@@ -320,11 +318,8 @@ class RowFormat:
                 got=str(list(array.shape)),
                 hint="send one row as x[None]" if single else None,
             )
-        if sure:
-            return array.reshape(len(array), self.width).astype(np.float32, order="C")
-        with np.errstate(over="ignore", invalid="ignore"):
-            x = array.reshape(len(array), self.width).astype(np.float32, order="C", copy=False)
-        return x if x.flags.aligned else x.copy()
+        x, finite = as_float32(array.reshape(len(array), self.width))
+        return x if x.flags.aligned else x.copy(), finite
 
     def _bad(self, x: Array) -> npt.NDArray[np.bool_]:
         """Which values of rows x [N, D] are neither finite nor rightly missing: [N, D], whole rows that lack all."""

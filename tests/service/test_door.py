@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from models.artifact import Artifact
-from service.door import TOGETHER, Places
+from service.door import TOGETHER
 from service.settings import Settings
 from tests.service.gate import Gate
 from tests.service.process import Process, starter
@@ -170,34 +170,3 @@ def test_bodies_that_do_not_come_stand_in_nobodys_way(artifacts: Path) -> None:
                 writer.close()
 
     asyncio.run(scenario())
-
-
-@pytest.mark.parametrize("granted", [False, True], ids=["while it waits", "when its turn has just come"])
-def test_a_place_is_not_lost_with_one_who_leaves(granted: bool) -> None:
-    async def scenario() -> list[str]:
-        places, came = Places(1), []
-
-        async def guest(name: str) -> None:
-            if not places.taken():
-                await places.wait()
-            came.append(name)
-
-        await guest("first")
-        tasks = [asyncio.create_task(guest(name)) for name in ("second", "third", "fourth")]
-        await asyncio.sleep(0)
-        if granted:
-            places.free()  # for the second, who leaves before it hears of it
-            tasks[0].cancel()
-        else:
-            tasks[0].cancel()
-            await asyncio.sleep(0)
-            places.free()
-        await asyncio.wait(tasks, timeout=0.1)
-        places.free()
-        await asyncio.wait(tasks, timeout=1)
-        places.free()
-        await guest("last")
-        assert not places.taken()
-        return came
-
-    assert asyncio.run(scenario()) == ["first", "third", "fourth", "last"]

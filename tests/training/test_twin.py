@@ -97,6 +97,15 @@ def test_the_twin_holds_no_weight() -> None:
         assert graph.weights
 
 
+def test_the_graphs_of_a_vae_ask_for_no_shapes() -> None:
+    """A row's width is known when they are written: to ask for it again takes ten nodes."""
+    model, (x, z, _) = pipeline("vae"), batch()
+    for graph in export(model, x, z).values():
+        kinds = [node.op_type for node in onnx.load_from_string(graph.onnx).graph.node]
+        assert "Gemm" in kinds
+        assert "Shape" not in kinds
+
+
 def test_the_same_model_gives_the_same_bytes() -> None:
     x, z, _ = batch()
     assert export(pipeline("ae"), x, z) == export(pipeline("ae"), x, z)
