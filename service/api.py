@@ -114,7 +114,7 @@ async def read(
     started = perf_counter()
     size = len(sent) // (ARRAY if is_array(exchange.header(b"content-type")) else 1)
     body, x = await aside(parse, LARGE + 1 if packed else size)
-    trace.add("parse", perf_counter() - started)
+    trace.parse += perf_counter() - started
     return Call(exchange, trace, served, media_type, deadline, body, x)
 
 
@@ -139,8 +139,8 @@ async def run(service: Service, call: Call[Any], operation: Operation, *inputs: 
     finally:
         watch.end()
     call.trace.rows = len(inputs[0])
-    call.trace.add("queue", ran.queued)
-    call.trace.add("compute", ran.computed)
+    call.trace.queue += ran.queued
+    call.trace.compute += ran.computed
     return ran.outputs
 
 
@@ -214,7 +214,7 @@ async def answer(
 
     started = perf_counter()
     content = await aside(write, main.nbytes // ARRAY if is_array(call.media_type) else 10 * main.size)
-    call.trace.add("write", perf_counter() - started)
+    call.trace.write += perf_counter() - started
     return Answer(content, call.media_type.encode(), headers)
 
 

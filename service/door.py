@@ -17,10 +17,9 @@ import orjson
 from service.drain import Drain
 from service.engine import Engine
 from service.errors import PROBLEM_JSON, DeadlineExceeded, Overloaded
-from service.exchange import Exchange, Header, request_id_of
+from service.exchange import Exchange, Header, trace_of
 from service.logs import AccessLog
 from service.telemetry import Telemetry
-from service.tracing import Trace
 
 TOGETHER = 64  # requests at work at once; so many are never too many
 _KEY = "elbo.in_line"  # in a scope: true while it is in the line, false from then on
@@ -95,7 +94,8 @@ class Door:
     def refusal(self, scope: Any, fixed: list[Header]) -> bytes:
         """The whole answer for the request of `scope`, whose method and path are known; with the headers `fixed`."""
         headers: Mapping[bytes, bytes] = dict(reversed(scope["headers"]))
-        trace = Trace(request_id_of(headers.get(b"x-request-id", b"")), endpoint=scope["path"])
+        trace = trace_of(scope, headers)
+        trace.endpoint = scope["path"]
         trace.status, trace.problem = Overloaded.status, Overloaded.code
         too_many = self.waiting - int(self.waiting * self._seconds / (self._drain.wait(self.waiting) or self._seconds))
         head, before, after = _refusal(self._drain.seconds(max(1, too_many)), self._seconds)
@@ -103,8 +103,9 @@ class Door:
         lines = [b"%b: %b\r\n" % header for header in fixed]
         own = b"x-request-id: %b\r\ncontent-length: %d\r\n\r\n"
         length = len(before) + len(request_id) + len(after)
+        trace.total = trace.elapsed
         self._telemetry.count(trace)
-        self._access.tell(scope, trace)
+        self._access.tell(trace)
         return b"".join([head, *lines, own % (trace.request_id.encode(), length), before, request_id, after])
 
 

@@ -69,7 +69,7 @@ class Edge:
         finally:
             exchange.end()
             self._telemetry.count(exchange.trace)
-            self._access.tell(scope, exchange.trace)
+            self._access.tell(exchange.trace)
 
     async def _through_the_door(self, exchange: Exchange) -> Answer:
         """Its answer, made; sending it is in nobody's way."""

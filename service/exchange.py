@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -20,6 +20,7 @@ LONGEST_REQUEST_ID = 128
 _KEY = "elbo.exchange"
 SHORT_QUERY = 512  # bytes: what is shorter is decoded once, not for each request
 Header = tuple[bytes, bytes]
+_SPANS = b"parse;dur=%.3f, queue;dur=%.3f, compute;dur=%.3f, write;dur=%.3f, "  # of Server-Timing, in milliseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,7 @@ class Exchange:
     def __init__(self, scope: Scope, receive: Receive, send: Send, limits: Limits) -> None:
         self.scope = scope
         self.headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))  # the first of a name counts
-        self.trace = Trace(request_id_of(self.headers.get(b"x-request-id", b"")))
+        self.trace = trace_of(scope, self.headers)
         self.started = False
         self.at_work = False  # whether it holds a place of `service.door`
         self._receive = receive
@@ -191,6 +192,7 @@ class Exchange:
 
     def end(self) -> None:
         """It is over. The scope lets go of it: as a circle both would stay until Python looks for such."""
+        self.trace.total = self.trace.elapsed
         self.release()
         del self.scope[_KEY]
 
@@ -237,10 +239,12 @@ class Exchange:
 
     def _own_headers(self) -> tuple[Header, Header]:
         """The request id, and where the time went: the Server-Timing header, in milliseconds."""
-        spans = self.trace.spans.items()
-        timing = "".join([f"{name};dur={seconds * 1e3:.3f}, " for name, seconds in spans])
-        timing += f"total;dur={self.trace.elapsed * 1e3:.3f}"
-        return (b"x-request-id", self.trace.request_id.encode()), (b"server-timing", timing.encode())
+        trace = self.trace
+        timing = b"total;dur=%.3f" % (trace.elapsed * 1e3)
+        if trace.compute:
+            spans = (trace.parse * 1e3, trace.queue * 1e3, trace.compute * 1e3, trace.write * 1e3)
+            timing = _SPANS % spans + timing
+        return (b"x-request-id", trace.request_id.encode()), (b"server-timing", timing)
 
     def _too_large(self, got: str) -> BodyTooLarge:
         return BodyTooLarge(
@@ -264,6 +268,13 @@ def exchange_of(scope: Scope) -> Exchange:
     """The exchange that `scope` belongs to."""
     exchange: Exchange = scope[_KEY]
     return exchange
+
+
+def trace_of(scope: Scope, headers: Mapping[bytes, bytes]) -> Trace:
+    """What is known of the request of `scope` from its head."""
+    client = scope.get("client")
+    request_id = request_id_of(headers.get(b"x-request-id", b""))
+    return Trace(request_id, scope["method"], scope["path"], client[0] if client else None)
 
 
 def request_id_of(asked: bytes) -> str:

@@ -89,7 +89,7 @@ class Inference:
         started = perf_counter()
         size = ROW_BYTES * intake.sent if body.detail == "full" else 0
         fields = await aside(partial(_told, call, verdicts), size)
-        call.trace.add("write", perf_counter() - started)
+        call.trace.write += perf_counter() - started
         return await answer(call, fields, verdicts.scores.expected)
 
     async def _read_rows(self, exchange: Exchange, schema: type[B], offered: Offer, field: str) -> Call[B]:

@@ -78,12 +78,12 @@ class Telemetry(Collector):
         """A request has been answered, or has lost its client."""
         alike = self._alike(trace.endpoint, trace.model, trace.version, trace.status, trace.rows > 0)
         alike.requests[0] += 1.0
-        observe(alike.total, LATENCIES, trace.elapsed)
+        observe(alike.total, LATENCIES, trace.total)
         if alike.computed:
             rows, queue, compute = alike.computed
             rows[0] += trace.rows if trace.status == 200 else 0
-            observe(queue, LATENCIES, trace.spans.get("queue", 0.0))
-            observe(compute, LATENCIES, trace.spans.get("compute", 0.0))
+            observe(queue, LATENCIES, trace.queue)
+            observe(compute, LATENCIES, trace.compute)
         if trace.problem:
             self._problems.add((*alike.who, trace.problem))
 

@@ -6,9 +6,12 @@ from time import perf_counter
 
 @dataclass(slots=True)
 class Trace:
-    """Filled in by whoever learns something. Times in seconds."""
+    """Filled in by whoever learns something. Times in seconds; `total` when it is over."""
 
     request_id: str
+    method: str = ""
+    path: str = ""
+    client: str | None = None
     started: float = field(default_factory=perf_counter)
     endpoint: str = "other"
     model: str = ""
@@ -16,11 +19,11 @@ class Trace:
     rows: int = 0
     status: int = 0
     problem: str = ""  # the code of the error that it got instead of an answer
-    spans: dict[str, float] = field(default_factory=dict)
-
-    def add(self, name: str, seconds: float) -> None:
-        """Adds to the span `name`."""
-        self.spans[name] = self.spans.get(name, 0.0) + seconds
+    parse: float = 0.0
+    queue: float = 0.0
+    compute: float = 0.0
+    write: float = 0.0
+    total: float = 0.0
 
     @property
     def elapsed(self) -> float:

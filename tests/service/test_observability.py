@@ -77,9 +77,6 @@ def test_a_request_leaves_one_line_with_what_one_needs_to_know(
     assert lines["r3"]["status"] == 404
 
 
-SCOPE = {"method": "GET", "path": "/a", "client": None}
-
-
 def test_a_reader_that_does_not_read_holds_up_no_request_and_the_lost_lines_are_counted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -93,10 +90,10 @@ def test_a_reader_that_does_not_read_holds_up_no_request_and_the_lost_lines_are_
 
     async def scenario() -> None:
         access = logs.AccessLog("json", True, write)
-        access.tell(SCOPE, Trace("first"))
+        access.tell(Trace("first"))
         await asyncio.sleep(2 * logs.GATHER_SECONDS)  # its line is being written, which lasts
         for number in range(12):
-            access.tell(SCOPE, Trace(str(number)))
+            access.tell(Trace(str(number)))
         reads.set()
         await access.close()
 
@@ -111,7 +108,7 @@ def test_a_request_can_be_told_as_text_or_not_at_all() -> None:
     async def scenario() -> None:
         for form, enabled in (("text", True), ("text", False)):
             access = logs.AccessLog(form, enabled, written.append)
-            access.tell(SCOPE, Trace("r"))
+            access.tell(Trace("r", "GET", "/a"))
             await access.close()
 
     asyncio.run(scenario())
