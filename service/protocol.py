@@ -54,8 +54,12 @@ class Protocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """What comes of a body that nobody reads is dropped."""
-        if not self._turned_away:
-            super().on_body(body)
+        if self._turned_away:
+            return
+        cycle: Any = self.cycle
+        if not cycle.body:
+            cycle.body = b""  # what is added to no bytes is not copied; to uvicorn's bytearray and back it is, twice
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The request is whole, and stands in the line if it is one that computes."""
