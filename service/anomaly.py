@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -78,19 +78,13 @@ def benjamini_hochberg(p_value: Array, q: float) -> npt.NDArray[np.bool_]:
     return np.asarray(p_value <= ordered[passing[-1]])
 
 
-@dataclass(frozen=True)
-class Verdicts:
+class Verdicts(NamedTuple):
     """What is decided of the G rows that could be read."""
 
     intake: Intake
     scores: Scores
-    anomalous: npt.NDArray[np.bool_]  # [G]
+    flags: list[bool]  # [G]: whether each is anomalous
     smoothed: npt.NDArray[np.float64] | None  # [G], where it was asked for
-
-    @cached_property
-    def flags(self) -> list[bool]:
-        """`anomalous`, for a loop: of few rows it is faster than NumPy."""
-        return self.anomalous.tolist()  # type: ignore[no-any-return] # of booleans
 
 
 def decide(intake: Intake, scores: Scores, body: AnomalyBody) -> Verdicts:
@@ -110,7 +104,7 @@ def decide(intake: Intake, scores: Scores, body: AnomalyBody) -> Verdicts:
         anomalous = scores.severity > 1
         if not scores.ordinary:
             anomalous &= scores.judged
-    return Verdicts(intake, scores, anomalous, smoothed)
+    return Verdicts(intake, scores, anomalous.tolist(), smoothed)
 
 
 def results(
@@ -211,6 +205,8 @@ def _largest(array: Array, count: int) -> npt.NDArray[np.intp]:
 def _tell_more(found: list[dict[str, Any]], verdicts: Verdicts, names: Sequence[str]) -> None:
     """Add the fields that only some rows have: what was missing, their time and group, their smoothed severity."""
     intake, missing = verdicts.intake, verdicts.intake.reading.missing
+    if missing is None and intake.time is None and intake.group is None and verdicts.smoothed is None:
+        return
     if missing is not None:
         for row, column in np.argwhere(missing).tolist():
             found[row].setdefault("imputed", []).append(names[column])

@@ -5,6 +5,7 @@ import os
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import orjson
 from starlette.datastructures import QueryParams
@@ -25,14 +26,13 @@ _SPANS = b"parse;dur=%.3f, queue;dur=%.3f, compute;dur=%.3f, write;dur=%.3f, "  
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """The query, decoded: the model that it names, and what else it says, in its order."""
+    """The query, decoded: the model that it names, and what else it says in its order, values as JSON or as text."""
 
     model: str | None
-    options: tuple[tuple[str, str], ...]
+    options: tuple[tuple[str, Any], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """What is sent back. `headers` besides those that every answer has: its length, its request id, its timing.
 
     Content that is made as it is sent has no length.
@@ -258,7 +258,15 @@ class Exchange:
 
 def _decoded(text: bytes) -> Query:
     said = QueryParams(text)
-    return Query(said.get("model"), tuple([(name, value) for name, value in said.multi_items() if name != "model"]))
+    options = [(name, _value(text)) for name, text in said.multi_items() if name != "model"]
+    return Query(said.get("model"), tuple(options))
+
+
+def _value(text: str) -> Any:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return text
 
 
 _decoded_once = lru_cache(maxsize=1024)(_decoded)

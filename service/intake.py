@@ -1,8 +1,7 @@
 """Every way in which rows come to be judged, to one form: inputs, records, Telegraf metrics, NDJSON, CSV, npy."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +21,7 @@ FORMATS: Mapping[str, Callable[[bytes], Fields]] = {
 }  # beside JSON and npy: each gives the field `records`
 
 
-@dataclass(frozen=True)
-class Intake:
+class Intake(NamedTuple):
     """Rows as they were read.
 
     Args:
@@ -75,7 +73,7 @@ def of_records(
         return whole
     time = [clock.seconds(_value(record, body.time, names)) for record in kept]
     group = [_label(_value(record, body.group, names)) for record in kept]
-    return replace(whole, time=_if_any(np.array(time)), group=group if any(g is not None for g in group) else None)
+    return whole._replace(time=_if_any(np.array(time)), group=group if any(g is not None for g in group) else None)
 
 
 def _of_metrics(served: Served, body: AnomalyBody) -> Intake:
@@ -89,7 +87,7 @@ def _of_metrics(served: Served, body: AnomalyBody) -> Intake:
         raise
     for unread in intake.reading.errors:
         unread.error.pointer = f"/metrics/{batch.first[unread.row]}"
-    return replace(intake, unknown=intake.unknown + batch.unknown)
+    return intake._replace(unknown=intake.unknown + batch.unknown)
 
 
 def _require_sense(body: AnomalyBody) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
-import orjson
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
@@ -15,19 +14,13 @@ from service.schemas import Body
 B = TypeVar("B", bound=Body)
 
 
-def merge(fields: dict[str, Any], query: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """The body's fields and those of the query, whose values are JSON or, failing that, plain text.
-
-    Raises InvalidField where one is given twice.
-    """
+def merge(fields: dict[str, Any], query: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """The body's fields and those of the query. Raises InvalidField where one is given twice."""
     merged = dict(fields)
     for name, value in query:
         if name in merged:
             raise InvalidField(f"{name} is given twice", pointer=f"/{escape(name)}", expected="each field once")
-        try:
-            merged[name] = orjson.loads(value)
-        except orjson.JSONDecodeError:
-            merged[name] = value
+        merged[name] = value
     return merged
 
 

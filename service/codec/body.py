@@ -3,9 +3,8 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -16,8 +15,7 @@ from service.errors import InvalidJson, UnsupportedMediaType
 JSON = "application/json"
 
 
-@dataclass(frozen=True)
-class Fields:
+class Fields(NamedTuple):
     """What a body says. `careful`: whether booleans, NaN or infinity may stand where numbers belong."""
 
     values: dict[str, Any]
