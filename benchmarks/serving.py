@@ -22,7 +22,8 @@ from benchmarks import serving_tables as tables
 from benchmarks.data import where
 from benchmarks.load import WRK
 from benchmarks.serving_contestants import Contestant, contestants, versions
-from benchmarks.serving_measures import COLUMNS, Results, Turn, in_process, open_loop, turn
+from benchmarks.serving_limits import rates
+from benchmarks.serving_measures import COLUMNS, Results, Turn, open_loop, turn
 from benchmarks.serving_processes import adopt_orphans
 from benchmarks.serving_stage import Stage, stage_in
 from benchmarks.serving_targets import lines as targets
@@ -68,7 +69,8 @@ def compete(people: Mapping[str, Contestant], stage: Stage, options: argparse.Na
             except RuntimeError as error:
                 results.failures[name] = str(error)
         for rows in stage.rows:
-            results.limits.setdefault(rows, []).append(in_process(stage, rows, options.seconds / 5))
+            for work, rate in rates(stage, rows, options.seconds / 10).items():
+                results.limits.setdefault((work, rows), []).append(rate)
     return results
 
 
@@ -83,7 +85,7 @@ def measure(people: Mapping[str, Contestant], stage: Stage, options: argparse.Na
     columns = COLUMNS[::2] if options.smoke else COLUMNS
     tables.closed_loop(people, columns, results)
     tables.anomaly(results)
-    tables.limits(results)
+    tables.limits(columns, results)
     outcomes = {}
     for name in filter(None, options.open.split(",")):
         if name in people and name not in results.failures:

@@ -2,12 +2,11 @@
 
 import http.client
 from dataclasses import dataclass, field, replace
-from time import monotonic, perf_counter, sleep
+from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
 import orjson
-import torch
 
 from benchmarks import load
 from benchmarks.load import Request, Sample
@@ -48,7 +47,7 @@ class Results:
 
     samples: dict[str, dict[Column, list[Sample]]] = field(default_factory=dict)
     few: dict[tuple[str, int], list[Sample]] = field(default_factory=dict)  # by path and connections
-    limits: dict[int, list[float]] = field(default_factory=dict)  # rows a second in-process, by rows in a batch
+    limits: dict[tuple[str, int], list[float]] = field(default_factory=dict)  # rows a second, by work and batch
     failures: dict[str, str] = field(default_factory=dict)  # by contestant
 
 
@@ -127,19 +126,6 @@ def ask(port: int, request: Request) -> bytes:
     if response.status != 200:
         raise RuntimeError(f"status {response.status}: {body[:200].decode(errors='replace')}")
     return body
-
-
-def in_process(stage: Stage, rows: int, seconds: float) -> float:
-    """Rows a second of the module in this process, on one thread, `rows` at a time."""
-    x, done = torch.from_numpy(stage.rows[rows]), 0
-    with torch.inference_mode():
-        for _ in range(3):
-            stage.module(x)
-        started = perf_counter()
-        while perf_counter() < started + seconds:
-            stage.module(x)
-            done += rows
-        return done / (perf_counter() - started)
 
 
 def open_loop(who: Turn, rows: int, seconds: float) -> list[dict[str, Any]]:

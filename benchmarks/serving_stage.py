@@ -10,6 +10,7 @@ import torch
 
 from models.artifact import load
 from models.manifest import resolve
+from service.backends import Backend, choose
 from training.config import TrainConfig
 from training.data import Table
 from training.progress import Muted
@@ -30,6 +31,7 @@ class Stage:
     folder: Path
     model: Path  # the file that all serve
     module: Any
+    twin: Backend  # the same network in ONNX Runtime
     rows: dict[int, Array]  # x [B, D] by B
     answers: dict[int, Array]  # x_hat [B, D] by B
     few: Array  # a row of the second model, [1, FEW]
@@ -41,11 +43,13 @@ def stage_in(folder: Path) -> Stage:
     artifacts = folder / "artifacts"
     _publish(artifacts, "vae", FEATURES, (400, 400), 20)
     _publish(artifacts, "hosts", FEW, (64, 32), 4)
-    module = load(resolve(artifacts, "vae")).module
+    artifact = load(resolve(artifacts, "vae"))
+    module = artifact.module
     rows = {count: _noise(1, count, FEATURES) for count in ROWS}
     with torch.inference_mode():
         answers = {count: module(torch.from_numpy(x)).numpy() for count, x in rows.items()}
-    return Stage(folder, resolve(artifacts, "vae"), module, rows, answers, _noise(1, 1, FEW))
+    twin = choose(artifact, "onnx", 1)
+    return Stage(folder, resolve(artifacts, "vae"), module, twin, rows, answers, _noise(1, 1, FEW))
 
 
 def _publish(artifacts: Path, name: str, features: int, hidden: tuple[int, ...], latents: int) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks.load import Sample
 from benchmarks.serving_contestants import Contestant
+from benchmarks.serving_limits import least
 from benchmarks.serving_measures import FEW_COLUMNS, Column, Results
 from benchmarks.serving_targets import Line
 
@@ -50,14 +51,24 @@ def anomaly(results: Results) -> None:
     _table("Elbo, a model of 20 features: right answers a second", titles, [*rows, ["second over first", *shares]])
 
 
-def limits(results: Results) -> None:
-    """The module without a server."""
-    sizes = list(results.limits)
+def limits(columns: Sequence[Column], results: Results) -> None:
+    """What there is without a server; and how much of an answer's processor time that leaves to be Elbo's own."""
+    works = list(dict.fromkeys(work for work, _ in results.limits))
+    sizes = list(dict.fromkeys(size for _, size in results.limits))
     _table(
-        "TorchScript in-process, one thread: rows a second",
-        [f"{size} at a time" for size in sizes],
-        [[_spread(results.limits[size]) for size in sizes]],
+        "In this process, on one thread: rows a second",
+        ["", *(f"{size} at a time" for size in sizes)],
+        [[work, *(_spread(results.limits[work, size]) for size in sizes)] for work in works],
     )
+    shares = [least(column, results) for column in columns]
+    ours = [results.samples.get("elbo", {}).get(column) for column in columns]
+    if not all(shares) or not all(ours):
+        return
+    own = [1e3 * median(sample.cost for sample in samples or ()) for samples in ours]
+    lines = [[name, *(f"{share[name]:.3f}" for share in shares)] for name in shares[0]]
+    rest = [f"{mine - sum(share.values()):.3f}" for mine, share in zip(own, shares, strict=True)]
+    title = "The least that an answer costs with these libraries, and what Elbo adds, ms of one core"
+    _table(title, ["", *(column.title for column in columns)], [*lines, ["Elbo's own", *rest]])
 
 
 def open_loop(outcomes: Mapping[str, Sequence[Mapping[str, Any]]], rows: int, seconds: float) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from benchmarks.serving_limits import TORCHSCRIPT
 from benchmarks.serving_measures import COLUMNS, Column, Results
 
 ALONE, ONE, JSON32, NPY32, NPY256 = COLUMNS
@@ -38,12 +39,12 @@ def lines(results: Results, outcomes: Mapping[str, Sequence[Mapping[str, Any]]])
 
 def _against_limits(results: Results) -> Iterator[Line]:
     ours, echo = results.samples.get("elbo", {}), results.samples.get("echo-fastapi", {})
-    if ours.get(ALONE) and echo.get(ALONE) and results.limits.get(1):
-        bare = median(sample.p50 for sample in echo[ALONE]) + 1 / median(results.limits[1])
+    if ours.get(ALONE) and echo.get(ALONE) and (TORCHSCRIPT, 1) in results.limits:
+        bare = median(sample.p50 for sample in echo[ALONE]) + 1 / median(results.limits[TORCHSCRIPT, 1])
         share = median(sample.p50 for sample in ours[ALONE]) / bare
         yield f"{ALONE.title}: p50 over that of a FastAPI echo and one forward in-process", "≤ 2", share, share <= 2
-    if ours.get(NPY256) and results.limits.get(256):
-        rows = 256 * median(sample.rate for sample in ours[NPY256]) / (2 * median(results.limits[256]))
+    if ours.get(NPY256) and (TORCHSCRIPT, 256) in results.limits:
+        rows = 256 * median(sample.rate for sample in ours[NPY256]) / (2 * median(results.limits[TORCHSCRIPT, 256]))
         yield f"{NPY256.title}: rows over twice those of a module in-process on one core", "> 1", rows, rows > 1
     for (path, connections), samples in results.few.items():
         if path.startswith("/anomaly"):
