@@ -25,7 +25,7 @@ LOGGERS = ("elbo", "uvicorn.error", "py.warnings")
 class AccessLog:
     """A line for each request, written by another thread: no request waits for a slow reader.
 
-    Several are put into words together, which costs each of them half as much.
+    Several are put into words in a row, which costs less than a line after each request.
 
     Args:
         form: "json" or "text".

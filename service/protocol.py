@@ -59,6 +59,8 @@ class Protocol(HttpToolsProtocol):
         cycle: Any = self.cycle
         if not cycle.body:
             cycle.body = b""  # what is added to no bytes is not copied; to uvicorn's bytearray and back it is, twice
+        elif type(cycle.body) is bytes:
+            cycle.body = bytearray(cycle.body)  # each of many small chunks would copy all before it
         super().on_body(body)
 
     def on_message_complete(self) -> None:

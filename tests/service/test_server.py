@@ -253,6 +253,19 @@ def test_an_endless_body_is_cut_off(server: Process) -> None:
     assert answer == b"" or answer.startswith(b"HTTP/1.1 413")
 
 
+@pytest.mark.parametrize("size", [1, 7, 100_000])
+def test_a_body_in_chunks_of_any_size_is_the_same_body(server: Process, size: int) -> None:
+    body = b'{"inputs": [[%s]]}' % b", ".join([b"%.15f" % value for value in ROW])
+    chunks = [body[start : start + size] for start in range(0, len(body), size)]
+    with server.connect() as connection, server.client() as client:
+        connection.sendall(head("/encode", "Transfer-Encoding: chunked"))
+        connection.sendall(b"".join([b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks]) + b"0\r\n\r\n")
+        answer = read_answer(connection)
+        whole = client.post("/encode", content=body)
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert answer.endswith(whole.content)
+
+
 @pytest.mark.parametrize(
     "garbage", [b"\x00" * 100, b"GET /\r\n\r\n", b"POST /encode HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\x00"]
 )
