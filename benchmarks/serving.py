@@ -4,9 +4,9 @@ All serve one file, a VAE 784-400-400-20-400-400-784 that Elbo published, on one
 programs are in `peers/`; each says in its first lines how it is configured and why. One server runs at a time, started
 afresh for its turn, so that no idle peer (Ray is never idle) takes a core from the one that is measured; in every round
 all have a turn, so that the mood of the machine hits all. What is printed are medians over the rounds. Before anything
-is measured, each server's answers must agree with those of the module in this process to 1e-4. Beside the servers stands
-what an answer costs at least: the network, JSON and HTTP, each measured alone. Then, an open loop: requests at a constant
-rate of 70 % and of 300 % of what the server can do.
+is measured, each server's answers must agree with those of the module in this process to 1e-4. Beside the servers
+stands what an answer costs at least: the network, JSON and HTTP, each measured alone. Then, an open loop: requests at a
+constant rate of 70 % and of 300 % of what the server can do.
 
 Elbo runs as `python -m service`, with its access log; peers are spared theirs. `--quick` looks fast, `--smoke` only
 looks whether it works. It needs Linux and, for figures worth quoting, wrk.

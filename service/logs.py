@@ -63,10 +63,13 @@ class AccessLog:
             self._put_into_words()
             if self._lost:
                 lost = {"lost": self._lost}
-                self._lines.append(self._line(time(), "lines of requests were lost: nobody read them", lost))
+                self._lines.append(self._line(time(), "lines of requests were lost: they could not be written", lost))
                 self._lost = 0
             lines, self._lines = self._lines, []
-            await asyncio.to_thread(self._write, b"".join(lines))
+            try:
+                await asyncio.to_thread(self._write, b"".join(lines))
+            except OSError:  # the disk is full, or the reader has gone: serving goes on, and so do lines when they can
+                self._lost += len(lines)
         self._writer = None
 
     def _put_into_words(self) -> None:

@@ -102,6 +102,30 @@ def test_a_reader_that_does_not_read_holds_up_no_request_and_the_lost_lines_are_
     assert [line["lost"] for line in written if "lost" in line] == [7]
 
 
+def test_lines_that_cannot_be_written_are_counted_and_later_ones_are_written() -> None:
+    written: list[dict[str, Any]] = []
+    full = True
+
+    def write(lines: bytes) -> None:
+        if full:
+            Path("/dev/full").write_bytes(lines)  # a full disk
+        written.extend(map(json.loads, lines.splitlines()))
+
+    async def scenario() -> None:
+        nonlocal full
+        access = logs.AccessLog("json", True, write)
+        for number in range(3):
+            access.tell(Trace(str(number)))
+        await access.close()
+        full = False
+        access.tell(Trace("after"))
+        await access.close()
+
+    asyncio.run(scenario())
+    assert [line["request_id"] for line in written if "request_id" in line] == ["after"]
+    assert [line["lost"] for line in written if "lost" in line] == [3]
+
+
 def test_a_request_can_be_told_as_text_or_not_at_all() -> None:
     written: list[bytes] = []
 
