@@ -331,6 +331,6 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def _deprecations_silenced() -> Iterator[None]:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings():  # the format rests on torch.jit until torch.export can carry one
         warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is deprecated", category=DeprecationWarning)
         yield

@@ -205,12 +205,11 @@ def _largest(array: Array, count: int) -> npt.NDArray[np.intp]:
 def _tell_more(found: list[dict[str, Any]], verdicts: Verdicts, names: Sequence[str]) -> None:
     """Add the fields that only some rows have: what was missing, their time and group, their smoothed severity."""
     intake, missing = verdicts.intake, verdicts.intake.reading.missing
-    if missing is None and intake.time is None and intake.group is None and verdicts.smoothed is None:
-        return
     if missing is not None:
         for row, column in np.argwhere(missing).tolist():
             found[row].setdefault("imputed", []).append(names[column])
     for name, values in (("time", intake.time), ("group", intake.group), ("smoothed", verdicts.smoothed)):
-        for fields, value in zip(found, () if values is None else values, strict=False):
-            if value is not None and value == value:
-                fields[name] = value
+        if values is not None:
+            for fields, value in zip(found, values, strict=True):
+                if value is not None and value == value:
+                    fields[name] = value

@@ -258,7 +258,7 @@ class Exchange:
 
 def _decoded(text: bytes) -> Query:
     said = QueryParams(text)
-    options = [(name, _value(text)) for name, text in said.multi_items() if name != "model"]
+    options = [(name, _value(value)) for name, value in said.multi_items() if name != "model"]
     return Query(said.get("model"), tuple(options))
 
 

@@ -28,6 +28,8 @@ class Family:
         self.name, self.about, self.labels = name, about, labels
         self._counts, self._size, self._passing = counts, size, passing
         self._mine: dict[Labels, Numbers] = {}
+        if not labels:
+            self.mine(())  # there is but one: told from the beginning, as zero
 
     def mine(self, labels: Labels) -> Numbers:
         """The numbers of this process: assigning to them is counting."""

@@ -53,8 +53,6 @@ class Judged:
         self._alerts = Gauge(counts, "elbo_alerts", "Alerts that are not resolved", ("model",))
         self._unsent = Gauge(counts, "elbo_alerts_waiting", "Alerts that Alertmanager has not taken yet")
         self._pushes = Counter(counts, "elbo_alert_pushes", "Alerts posted to Alertmanager", ("outcome",))
-        for gauge in (self._waiting, self._unsent):
-            gauge.mine(())  # told from the beginning, as zero
         self._told = dict.fromkeys(("sent", "refused", "retried"), 0)
         self._half_life = half_life
         self._means: dict[tuple[Who, str], RunningMean] = {}

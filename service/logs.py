@@ -16,16 +16,17 @@ import orjson
 from service.tracing import Trace
 
 ACCESS = "elbo.access"
-TOGETHER = 32  # requests that are put into words at once: a fifth of a millisecond
+TOGETHER = 32  # requests that are put into words in one go
 GATHER_SECONDS = 0.05  # in which their lines are gathered, to be written together
 MOST_LINES = 20_000  # that wait for a reader of standard output who does not read; more are counted, not kept
+LOST = "lines of requests were lost: they could not be written"
 LOGGERS = ("elbo", "uvicorn.error", "py.warnings")
 
 
 class AccessLog:
     """A line for each request, written by another thread: no request waits for a slow reader.
 
-    Several are put into words in a row, which costs less than a line after each request.
+    Several are put into words in a row, off the way of each.
 
     Args:
         form: "json" or "text".
@@ -61,13 +62,11 @@ class AccessLog:
         while self._over or self._lines:
             await asyncio.sleep(GATHER_SECONDS)
             self._put_into_words()
-            if self._lost:
-                lost = {"lost": self._lost}
-                self._lines.append(self._line(time(), "lines of requests were lost: they could not be written", lost))
-                self._lost = 0
-            lines, self._lines = self._lines, []
+            (lines, self._lines), lost = (self._lines, []), self._lost
+            notice = self._line(time(), LOST, {"lost": lost}) if lost else b""
             try:
-                await asyncio.to_thread(self._write, b"".join(lines))
+                await asyncio.to_thread(self._write, b"".join([*lines, notice]))
+                self._lost -= lost
             except OSError:  # the disk is full, or the reader has gone: serving goes on, and so do lines when they can
                 self._lost += len(lines)
         self._writer = None
@@ -108,9 +107,9 @@ def _told(trace: Trace) -> dict[str, Any]:
 
 
 def _to_standard_output(lines: bytes) -> None:
-    """Write whole lines. Other workers write there too, and a pipe keeps apart no more than what it takes in one go."""
+    """Write whole lines. Other workers write there too: a file keeps their writes apart, a pipe only short ones."""
     output = sys.stdout.fileno()
-    most = select.PIPE_BUF if not stat.S_ISREG(os.fstat(output).st_mode) else len(lines)
+    most = len(lines) if stat.S_ISREG(os.fstat(output).st_mode) else select.PIPE_BUF
     start = 0
     while start < len(lines):
         end = len(lines)

@@ -65,8 +65,6 @@ class Telemetry(Collector):
         self._pending_rows = Gauge(counts, "elbo_pending_rows", "Rows admitted and not yet answered")
         self._pending_bytes = Gauge(counts, "elbo_pending_bytes", "Bytes of bodies that are held for requests")
         self._restarts = Counter(counts, RESTARTS, "Worker processes that ended and were replaced")
-        for family in (self._pending_rows, self._pending_bytes, self._restarts):
-            family.mine(())  # told from the beginning, as zero
         self.pending_rows, self.pending_bytes = self._pending_rows.mine(()), self._pending_bytes.mine(())
         self.leads = counts.leads
         self.judged = Judged(counts, alert_half_life)

@@ -9,9 +9,9 @@ class Trace:
     """Filled in by whoever learns something. Times in seconds; `total` when it is over."""
 
     request_id: str
-    method: str = ""
-    path: str = ""
-    client: str | None = None
+    method: str
+    path: str
+    client: str | None
     started: float = field(default_factory=perf_counter)
     endpoint: str = "other"
     model: str = ""

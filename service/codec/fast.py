@@ -11,7 +11,6 @@ import numpy as np
 import simdjson
 
 FEW = 64  # times that a character is searched for rather than counted
-SHORT = 1024  # bytes: fewer are counted in less than a search takes to begin
 _OWN = threading.local()  # a parser's document lives until its next one: each thread has its own
 _REFUSED = (ValueError, TypeError, KeyError, AttributeError, RuntimeError)
 
@@ -47,7 +46,7 @@ def _read(body: bytes, main: str, width: int) -> dict[str, Any] | None:
 
 def _stands(body: bytes, character: bytes, times: int) -> bool:
     """Whether it stands there so many times. Searching for the next one runs at memory speed, counting does not."""
-    if times > FEW or len(body) < SHORT:
+    if times > FEW:
         return body.count(character) == times
     at = -1
     for _ in range(times):

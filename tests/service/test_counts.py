@@ -10,6 +10,7 @@ import pytest
 
 from service.counts import Counts, Part, Votes
 
+# The children that are forked here count and end: they need none of the threads of libraries that others have loaded.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 

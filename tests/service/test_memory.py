@@ -3,14 +3,18 @@
 import asyncio
 import gc
 import shutil
+import socket
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import orjson
 import pytest
 import torch
+import uvicorn
 
 from models.artifact import Artifact
 from service.app import create_app
@@ -18,6 +22,7 @@ from service.backends import Backend, choose
 from service.calibration import ByModule
 from service.engine import Engine
 from service.operations import Operation, reconstruct
+from service.protocol import Protocol
 from service.repository import Repository
 from service.settings import Settings
 from tests.service.test_engine import Lone, alone, engine, rows
@@ -175,6 +180,38 @@ def test_a_request_leaves_nothing_for_the_collector(artifacts: Path, digits: np.
     finally:
         gc.enable()
     assert statuses.count(200) == 20
+
+
+def test_a_body_in_one_piece_is_not_copied_on_its_way(artifacts: Path) -> None:
+    came, read = [], []
+
+    class Recorded(Protocol):
+        def on_body(self, body: bytes) -> None:
+            came.append(body)
+            super().on_body(body)
+
+    async def app(_: Any, receive: Any, send: Any) -> None:
+        read.append((await receive())["body"])
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+    door = create_app(Settings(artifacts=artifacts)).state.service.door
+    http: Any = partial(Recorded, door=door)
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, http=http, lifespan="off", log_config=None, access_log=False))
+
+    async def scenario() -> None:
+        serving = asyncio.create_task(server.serve([listener]))
+        async with httpx.AsyncClient() as client:
+            for _ in range(2):  # the second on the same connection
+                port = listener.getsockname()[1]
+                assert (await client.post(f"http://127.0.0.1:{port}/", content=b"x" * 5000)).status_code == 204
+        server.should_exit = True
+        await serving
+
+    asyncio.run(scenario())
+    assert [len(body) for body in read] == [5000, 5000]
+    assert all(mine is theirs for mine, theirs in zip(read, came, strict=True))
 
 
 def test_what_a_backend_is_made_from_keeps_its_pace() -> None:

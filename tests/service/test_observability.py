@@ -4,6 +4,8 @@ import asyncio
 import json
 import logging
 import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,11 @@ def test_a_request_leaves_one_line_with_what_one_needs_to_know(
     assert lines["r3"]["status"] == 404
 
 
+def over(request_id: str) -> Trace:
+    """A request that has been answered."""
+    return Trace(request_id, "GET", "/a", None)
+
+
 def test_a_reader_that_does_not_read_holds_up_no_request_and_the_lost_lines_are_counted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -90,10 +97,10 @@ def test_a_reader_that_does_not_read_holds_up_no_request_and_the_lost_lines_are_
 
     async def scenario() -> None:
         access = logs.AccessLog("json", True, write)
-        access.tell(Trace("first"))
+        access.tell(over("first"))
         await asyncio.sleep(2 * logs.GATHER_SECONDS)  # its line is being written, which lasts
         for number in range(12):
-            access.tell(Trace(str(number)))
+            access.tell(over(str(number)))
         reads.set()
         await access.close()
 
@@ -114,16 +121,52 @@ def test_lines_that_cannot_be_written_are_counted_and_later_ones_are_written() -
     async def scenario() -> None:
         nonlocal full
         access = logs.AccessLog("json", True, write)
-        for number in range(3):
-            access.tell(Trace(str(number)))
-        await access.close()
+        for requests in (3, 1):  # two attempts that fail
+            for number in range(requests):
+                access.tell(over(str(number)))
+            await access.close()
         full = False
-        access.tell(Trace("after"))
+        access.tell(over("after"))
+        await access.close()
+        access.tell(over("later"))
         await access.close()
 
     asyncio.run(scenario())
-    assert [line["request_id"] for line in written if "request_id" in line] == ["after"]
-    assert [line["lost"] for line in written if "lost" in line] == [3]
+    assert [line["request_id"] for line in written if "request_id" in line] == ["after", "later"]
+    assert [line["lost"] for line in written if "lost" in line] == [4]
+
+
+WRITER = """
+import sys
+from service import logs
+print("ready", file=sys.stderr, flush=True)
+sys.stdin.read()
+for turn in range(50):
+    logs._to_standard_output(b"".join([b"%s %d %d\\n" % (b"WHO" * 100, turn, line) for line in range(400)]))
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "pipe"])
+def test_workers_that_write_at_the_same_time_leave_each_others_lines_whole(kind: str, tmp_path: Path) -> None:
+    path, names, pipe = tmp_path / "log", ("abc", "xyz"), subprocess.PIPE
+    with path.open("wb") as file:
+        reader = subprocess.Popen(["cat"], stdin=pipe, stdout=file)
+        output = reader.stdin if kind == "pipe" else file
+        programs = [[sys.executable, "-c", WRITER.replace("WHO", name)] for name in names]
+        workers = [subprocess.Popen(program, stdin=pipe, stdout=output, stderr=pipe) for program in programs]
+        for worker in workers:
+            assert worker.stderr
+            assert worker.stderr.readline() == b"ready\n"
+        for worker in workers:
+            assert worker.stdin
+            worker.stdin.close()
+        assert [worker.wait(60) for worker in workers] == [0, 0]
+        reader.communicate()
+        for worker in workers:
+            assert worker.stderr
+            worker.stderr.close()
+    expected = [f"{name * 100} {turn} {line}" for name in names for turn in range(50) for line in range(400)]
+    assert sorted(path.read_text().splitlines()) == sorted(expected)
 
 
 def test_a_request_can_be_told_as_text_or_not_at_all() -> None:
@@ -132,7 +175,7 @@ def test_a_request_can_be_told_as_text_or_not_at_all() -> None:
     async def scenario() -> None:
         for form, enabled in (("text", True), ("text", False)):
             access = logs.AccessLog(form, enabled, written.append)
-            access.tell(Trace("r", "GET", "/a"))
+            access.tell(over("r"))
             await access.close()
 
     asyncio.run(scenario())
