@@ -41,6 +41,7 @@ class Worker:
     passed: int = 0
     ready: bool = False
     deaf: bool = False  # it has ended, and `_hear` will soon notice
+    dismissed: bool = False  # killed at the end, while it loaded; that it is ready may have come too late
 
     @property
     def connections(self) -> int:
@@ -184,7 +185,7 @@ class Supervisor:
         self._parts[worker.number].forget_passing()
         if not self._ending.signals:
             self._replace(worker, code, lost)
-        elif code and worker.ready:
+        elif code and worker.ready and not worker.dismissed:
             log.error("worker %d ended with %d while it finished its requests", worker.number, code)
             self._exit = self._exit or 1
 
@@ -268,4 +269,5 @@ class Supervisor:
                 with suppress(OSError):  # deaf
                     worker.channel.shutdown(socket.SHUT_WR)
             else:
+                worker.dismissed = True
                 os.kill(worker.pid, signal.SIGKILL)  # it still loads its models

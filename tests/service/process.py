@@ -7,10 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,13 @@ class Process:
     def __init__(self, artifacts: Path, **settings: Any) -> None:
         options = {"ARTIFACTS": artifacts, "PORT": 0, "POLL_SECONDS": 0.1, **settings}
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("ELBO_")}
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `close`
         self.popen = subprocess.Popen(
             [sys.executable, "-m", "service"],
             cwd=ROOT,
             env=inherited | {f"ELBO_{key}": str(value) for key, value in options.items()},
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._errors,
             text=True,
         )
         self.lines: list[dict[str, Any]] = []
@@ -39,7 +41,7 @@ class Process:
         try:
             self.port = int(self.wait_for("listening on")["message"].rpartition(":")[2])
         except BaseException:
-            self.popen.kill()
+            self.close()
             raise
 
     def _read(self) -> None:
@@ -52,7 +54,7 @@ class Process:
         """The next log line with `message` in it and these fields."""
         while True:
             line = self._fresh.get(timeout=20)
-            assert line is not None, (self.lines, self.popen.stderr and self.popen.stderr.read())
+            assert line is not None
             self.lines.append(line)
             if message in line["message"] and all(line.get(key) == value for key, value in fields.items()):
                 return line
@@ -68,6 +70,23 @@ class Process:
         self.popen.send_signal(sig)
         return self.popen.wait(20)
 
+    def errors(self) -> str:
+        """What it has said on standard error."""
+        self._errors.seek(0)
+        return self._errors.read()
+
+    def close(self) -> None:
+        """Kill it, and print what it said beside its requests: pytest shows it where a test fails."""
+        self.popen.kill()
+        self.popen.wait()
+        with suppress(queue.Empty):
+            while line := self._fresh.get(timeout=1):
+                self.lines.append(line)
+        print(*(line for line in self.lines if "status" not in line), self.errors(), sep="\n")
+        self._errors.close()
+        assert self.popen.stdout is not None
+        self.popen.stdout.close()
+
 
 @contextmanager
 def starter() -> Iterator[Callable[..., Process]]:
@@ -82,11 +101,7 @@ def starter() -> Iterator[Callable[..., Process]]:
         yield begin
     finally:
         for process in processes:
-            process.popen.kill()
-            process.popen.wait()
-            for pipe in (process.popen.stdout, process.popen.stderr):
-                assert pipe is not None
-                pipe.close()
+            process.close()
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:

@@ -30,14 +30,11 @@ def start() -> Iterator[Callable[..., Process]]:
 @pytest.fixture(scope="module")
 def server(artifacts: Path) -> Iterator[Process]:
     """A server shared by the tests that leave it as it was."""
-    process = Process(artifacts, MAX_BODY_BYTES=2**20)
-    yield process
-    assert process.end() == 0
-    assert process.popen.stderr is not None
-    assert process.popen.stderr.read() == ""
-    for pipe in (process.popen.stdout, process.popen.stderr):
-        assert pipe is not None
-        pipe.close()
+    with starter() as begin:
+        process = begin(artifacts, MAX_BODY_BYTES=2**20)
+        yield process
+        assert process.end() == 0
+        assert process.errors() == ""
 
 
 def head(path: str, *headers: str) -> bytes:

@@ -60,7 +60,7 @@ def counted(process: Process, name: str) -> float:
 
 
 class Load:
-    """Clients, each with a connection of its own, that ask until they are stopped."""
+    """Clients, each with a connection of its own, that ask until the block ends."""
 
     def __init__(self, process: Process, clients: int) -> None:
         self.right = 0
@@ -68,10 +68,13 @@ class Load:
         self._process = process
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._ask, args=(seed,)) for seed in range(clients)]
+
+    def __enter__(self) -> "Load":
         for thread in self._threads:
             thread.start()
+        return self
 
-    def stop(self) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
         for thread in self._threads:
             thread.join()
@@ -142,24 +145,23 @@ def test_a_killed_worker_is_replaced_its_clients_hear_of_it_and_no_count_falls(
 ) -> None:
     process = start(artifacts, WORKERS=2)
     both_ready(process)
-    load = Load(process, 4)
-    halves = [process.connect() for _ in range(2)]  # one for each worker
-    for half in halves:
-        half.sendall(head("/encode", f"Content-Length: {len(BODY)}") + BODY[:20])
-    wait_until(lambda: load.right > 20)
-    before, victim = counted(process, "elbo_requests_total"), workers(process)[0]
-    os.kill(victim, signal.SIGKILL)
-    (lost,) = select.select(halves, [], [], 5)[0]
-    with suppress(ConnectionError):
-        assert lost.recv(1) == b""
-    assert process.wait_for("it is replaced", pid=victim)["level"] == "error"
-    assert counted(process, "elbo_requests_total") > before
-    process.wait_for("is ready", level="info")
-    assert victim not in workers(process)
-    assert len(workers(process)) == 2
-    seen = load.right
-    wait_until(lambda: load.right > seen + 20)
-    load.stop()
+    with Load(process, 4) as load:
+        halves = [process.connect() for _ in range(2)]  # one for each worker
+        for half in halves:
+            half.sendall(head("/encode", f"Content-Length: {len(BODY)}") + BODY[:20])
+        wait_until(lambda: load.right > 20)
+        before, victim = counted(process, "elbo_requests_total"), workers(process)[0]
+        os.kill(victim, signal.SIGKILL)
+        (lost,) = select.select(halves, [], [], 5)[0]
+        with suppress(ConnectionError):
+            assert lost.recv(1) == b""
+        assert process.wait_for("it is replaced", pid=victim)["level"] == "error"
+        assert counted(process, "elbo_requests_total") > before
+        process.wait_for("is ready", level="info")
+        assert victim not in workers(process)
+        assert len(workers(process)) == 2
+        seen = load.right
+        wait_until(lambda: load.right > seen + 20)
     assert len(load.wrong) <= 4  # at most the one that each client had under way
     assert counted(process, "elbo_worker_restarts_total") == 1
     assert counted(process, "elbo_requests_total") > before
@@ -177,11 +179,41 @@ def test_sigterm_under_load_loses_no_request(
     start: Callable[..., Process], artifacts: Path, count: int, delay: float
 ) -> None:
     process = start(artifacts, WORKERS=count, DRAIN_SECONDS=delay)
-    load = Load(process, 6)
-    wait_until(lambda: load.right > 30)
-    assert process.end() == 0
-    load.stop()
+    with Load(process, 6) as load:
+        wait_until(lambda: load.right > 30)
+        assert process.end() == 0
     assert load.wrong == []
+
+
+LATE = """
+import select, signal
+from service import logs, server, settings, supervisor
+
+class Late(supervisor.Supervisor):
+    def _listen(self):
+        super()._listen()
+        signal.raise_signal(signal.SIGTERM)
+
+    def _let_go(self):
+        loading = [worker.channel for worker in self._workers.values() if not worker.ready]
+        assert loading and select.select(loading, [], [], 60)[0] == loading
+        super()._let_go()
+
+options = settings.Settings()
+logs.configure(options.log_level, options.log_format)
+Late(options, server._bind(options.host, options.port)).run()
+"""
+
+
+def test_a_worker_that_becomes_ready_while_the_rest_ends_is_no_failure(artifacts: Path) -> None:
+    """It is killed as one that still loads, and only then it is read that it was ready."""
+    environment = os.environ | {
+        "ELBO_PORT": "0", "ELBO_WORKERS": "2", "ELBO_DRAIN_SECONDS": "0", "ELBO_ARTIFACTS": str(artifacts),
+    }  # fmt: skip
+    command = [sys.executable, "-c", LATE]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended
+    assert "worker 1 is ready" in ended.stdout
 
 
 def test_while_it_drains_it_is_not_ready_and_serves_on(start: Callable[..., Process], artifacts: Path) -> None:
