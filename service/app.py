@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
@@ -28,6 +28,7 @@ from service.errors import from_http_exception
 from service.exchange import Limits
 from service.logs import AccessLog
 from service.monitor import Monitor
+from service.periodic import Periodic
 from service.receiver import Receiver
 from service.repository import Repository
 from service.settings import Settings
@@ -85,21 +86,21 @@ def create_app(settings: Settings, counts: Counts | None = None) -> FastAPI:
 def _lifespan(
     service: Service, receiver: Receiver, monitor: Monitor, access: AccessLog
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    watching = Periodic(service.repository.look, service.settings.poll_seconds, "the models could not be looked at")
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         """Load and warm every model before the first request; finish every request before the end."""
         await asyncio.to_thread(service.repository.refresh)
         service.engine.start()
         receiver.start()
-        monitor.start()
-        watcher = asyncio.create_task(service.repository.watch(service.settings.poll_seconds))
+        await monitor.start()
+        watching.start()
         try:
             yield
         finally:
             service.draining = True
-            watcher.cancel()
-            with suppress(asyncio.CancelledError):
-                await watcher
+            await watching.close()
             await receiver.close()
             await service.engine.close()
             await monitor.close()

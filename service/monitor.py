@@ -1,18 +1,15 @@
 """What one process does for all, every second: it looks for drift in their p-values, and for groups to alert about."""
 
 import asyncio
-import logging
 import time
-from contextlib import suppress
 
 from service.alerts import Deciding, Sender
+from service.periodic import Periodic
 from service.repository import Repository
 from service.settings import Settings
 from service.telemetry import Telemetry
 
 SECONDS = 1.0  # between two looks
-
-log = logging.getLogger("elbo.monitor")
 
 
 class Monitor:
@@ -28,36 +25,27 @@ class Monitor:
         self._telemetry, self._repository = telemetry, repository
         self._deciding = Deciding(settings.alert_calm_seconds)
         self._sender = Sender(settings.alertmanager_url) if settings.alertmanager_url and telemetry.leads else None
-        self._task: asyncio.Task[None] | None = None
+        self._looking = Periodic(self._look, SECONDS, "a look at the counts failed")
 
-    def start(self) -> None:
-        """Begin to look."""
+    async def start(self) -> None:
+        """Look, and look again and again."""
         if not self._telemetry.leads:
             return
         if self._sender:
             self._sender.start()
-        self._look()
-        self._task = asyncio.get_running_loop().create_task(self._run())
+        await self._look()
+        self._looking.start()
 
     async def close(self) -> None:
         """Look once more, and tell what is to be told."""
-        if self._task:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
-            self._look()
+        if not self._telemetry.leads:
+            return
+        await self._looking.close()
+        await self._look()
         if self._sender:
             await asyncio.to_thread(self._sender.close)
 
-    async def _run(self) -> None:
-        while True:
-            await asyncio.sleep(SECONDS)
-            try:
-                self._look()
-            except Exception:
-                log.exception("a look at the counts failed")
-
-    def _look(self) -> None:
+    async def _look(self) -> None:
         judged = self._telemetry.judged
         judged.look_for_drift(self._repository.catalogue)
         if self._sender:

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -15,6 +14,7 @@ from service.errors import ModelNotFound, NotReady, Overloaded, ServiceError
 from service.exchange import Answer, Exchange
 from service.intake import of_records
 from service.mapping import Target
+from service.periodic import Periodic
 from service.repository import Served
 from service.schemas import AnomalyBody
 from service.selectors import Selectors
@@ -45,7 +45,7 @@ class Receiver:
         self._service = service
         self._aligned = [_Aligned(reference, target) for reference, target in targets.items()]
         self._turn = asyncio.Lock()
-        self._task: asyncio.Task[None] | None = None
+        self._looking = Periodic(self._judge, SECONDS, "rows could not be judged")
 
     async def write(self, exchange: Exchange) -> Answer:
         """Samples of Prometheus by remote write, to rows that are judged."""
@@ -67,23 +67,12 @@ class Receiver:
 
     def start(self) -> None:
         """Begin to look for rows that have waited long enough."""
-        self._task = asyncio.get_running_loop().create_task(self._run())
+        self._looking.start()
 
     async def close(self) -> None:
         """Judge what there is. Call before the engine is closed."""
-        if self._task:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
-            await self._judge(everything=True)
-
-    async def _run(self) -> None:
-        while True:
-            await asyncio.sleep(SECONDS)
-            try:
-                await self._judge()
-            except Exception:
-                log.exception("rows could not be judged")
+        await self._looking.close()
+        await self._judge(everything=True)
 
     def _served(self) -> list[Alignment]:
         """The rows of each model that is served now. Raises NotReady if none is, so that Prometheus sends again."""

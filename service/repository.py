@@ -163,14 +163,12 @@ class Repository:
         self._known: dict[tuple[str, int], _Known] = {}
         self.catalogue = Catalogue()
 
-    async def watch(self, every_seconds: float) -> None:
-        """Refresh for ever."""
-        while True:
-            await asyncio.sleep(every_seconds)
-            try:
-                await asyncio.to_thread(self.refresh)
-            except OSError as error:
-                log.warning("cannot look at %s: %s", self._root, error)
+    async def look(self) -> None:
+        """Refresh, aside from the event loop. A folder that cannot be read, as it may be for a while, is told."""
+        try:
+            await asyncio.to_thread(self.refresh)
+        except OSError as error:
+            log.warning("cannot look at %s: %s", self._root, error)
 
     def refresh(self) -> None:
         """Look at the folder once: load what is new, drop what is gone, show the result. Not for the event loop."""

@@ -23,6 +23,7 @@ FLAGS = [
 ]  # fmt: skip
 SOON = 10_000  # ms: what is expected on the page comes within this, or never
 expect.set_options(timeout=SOON)
+MOMENT = "() => new Promise(done => setTimeout(() => requestAnimationFrame(() => setTimeout(done)), 60))"
 MAP = ".map-card .map canvas:last-child"
 OUTPUT = ".point-card .output canvas"
 
@@ -69,10 +70,13 @@ class Visit:
     base: str
     asked: list[Asked] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    _open: set[Request] = field(default_factory=set)  # what it asks and has no answer to yet
 
     def __post_init__(self) -> None:
         self.page.set_default_timeout(SOON)
         self.page.on("request", self._note)
+        self.page.on("requestfinished", self._end)
+        self.page.on("requestfailed", self._end)
         self.page.on("console", self._hear)
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
 
@@ -100,11 +104,13 @@ class Visit:
         raise AssertionError(f"the page did not ask {path}, but {[a.path for a in self.asked[seen:]]}")
 
     def settle(self) -> None:
-        """Wait until nothing new has been asked for a moment: what comes then, comes of what is done next."""
-        count = -1
-        while count != len(self.asked):
+        """Wait until all is answered and the page asks nothing new for a moment, of its own time however busy it is."""
+        for _ in range(SOON // 60):
             count = len(self.asked)
-            self.page.wait_for_timeout(60)
+            self.page.evaluate(MOMENT)
+            if count == len(self.asked) and not self._open:
+                return
+        raise AssertionError(f"the page does not come to rest: {len(self._open)} requests under way")
 
     def until(self, condition: str, argument: object = None) -> None:
         """Wait until the JavaScript `condition` holds. Playwright's own waiting evaluates text: the policy bars it."""
@@ -124,8 +130,12 @@ class Visit:
         url = urlsplit(request.url)
         if url.scheme == "blob" or url.path.startswith("/static"):
             return
+        self._open.add(request)
         body = request.post_data_buffer or b""
         self.asked.append(Asked(request.method, unquote(url.path), dict(parse_qsl(url.query)), body, request))
+
+    def _end(self, request: Request) -> None:
+        self._open.discard(request)
 
     def _hear(self, message: ConsoleMessage) -> None:
         if message.type in ("error", "warning"):

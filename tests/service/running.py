@@ -4,6 +4,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import httpx
 import uvicorn
@@ -25,3 +26,11 @@ def running(app: FastAPI) -> Iterator[httpx.Client]:
         server.should_exit = True
         thread.join()
         listener.close()
+
+
+def post(client: httpx.Client, path: str, body: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """The answer in JSON to `body`, which must be right; `options` as httpx has them."""
+    response = client.post(path, json=body, **options)
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer

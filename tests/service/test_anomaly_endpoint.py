@@ -16,13 +16,7 @@ from models.artifact import Artifact, load
 from models.calibration import Calibration
 from service.anomaly import benjamini_hochberg
 from tests.service.conftest import HOST_NAMES, host_table
-
-
-def post(client: httpx.Client, body: dict[str, Any], **options: Any) -> dict[str, Any]:
-    response = client.post("/anomaly", json=body, **options)
-    assert response.status_code == 200, response.text
-    answer: dict[str, Any] = response.json()
-    return answer
+from tests.service.running import post
 
 
 def column(answer: dict[str, Any], name: str) -> np.ndarray:
@@ -39,7 +33,7 @@ def mixed(digits: np.ndarray) -> np.ndarray:
 def test_every_field_is_what_the_artifact_says(
     client: httpx.Client, vae: Artifact, mixed: np.ndarray, alpha: float
 ) -> None:
-    answer = post(client, {"inputs": mixed.tolist(), "alpha": alpha})
+    answer = post(client, "/anomaly", {"inputs": mixed.tolist(), "alpha": alpha})
     with torch.inference_mode():
         score, parts, _, _ = vae.module.score(torch.from_numpy(mixed))
         severity = vae.module.severity(score, alpha)
@@ -61,13 +55,13 @@ def test_every_field_is_what_the_artifact_says(
 def test_above_the_floor_the_verdict_is_that_of_the_p_value(
     client: httpx.Client, mixed: np.ndarray, model: str
 ) -> None:
-    answer = post(client, {"inputs": mixed.tolist(), "alpha": 0.05}, params={"model": model})
+    answer = post(client, "/anomaly", {"inputs": mixed.tolist(), "alpha": 0.05}, params={"model": model})
     np.testing.assert_array_equal(column(answer, "is_anomaly"), column(answer, "p_value") <= 0.05 * (1 + 1e-6))
     assert column(answer, "is_anomaly")[20:].all()
 
 
 def test_features_are_those_that_contribute_most(client: httpx.Client, vae: Artifact, mixed: np.ndarray) -> None:
-    answer = post(client, {"inputs": mixed.tolist(), "explain": 5})
+    answer = post(client, "/anomaly", {"inputs": mixed.tolist(), "explain": 5})
     with torch.inference_mode():
         _, _, contribution, expected = (part.numpy() for part in vae.module.score(torch.from_numpy(mixed)))
     names = [feature.name for feature in vae.manifest.features]
@@ -84,7 +78,7 @@ def test_features_are_those_that_contribute_most(client: httpx.Client, vae: Arti
 
 @pytest.mark.parametrize(("explain", "count"), [(0, 0), (1, 1), (64, 64), (1000, 64)])
 def test_as_many_features_are_named_as_asked_and_there_are(client: httpx.Client, explain: int, count: int) -> None:
-    answer = post(client, {"inputs": [[0.5] * 64], "explain": explain})
+    answer = post(client, "/anomaly", {"inputs": [[0.5] * 64], "explain": explain})
     assert len(answer["results"][0]["features"]) == count
 
 
@@ -92,9 +86,9 @@ def test_records_score_like_the_same_rows(client: httpx.Client) -> None:
     rows = host_table().x.span(0, 20)
     records: list[dict[str, Any]] = [dict(zip(HOST_NAMES, map(float, row), strict=True)) for row in rows]
     backwards = [dict(reversed(record.items())) | {"rack": "a", "hour": 12} for record in records]
-    by_row = post(client, {"inputs": rows.astype(float).tolist()}, params={"model": "hosts"})
-    assert post(client, {"records": records}, params={"model": "hosts"}) == by_row
-    answer = post(client, {"records": backwards}, params={"model": "hosts"})
+    by_row = post(client, "/anomaly", {"inputs": rows.astype(float).tolist()}, params={"model": "hosts"})
+    assert post(client, "/anomaly", {"records": records}, params={"model": "hosts"}) == by_row
+    answer = post(client, "/anomaly", {"records": backwards}, params={"model": "hosts"})
     assert answer.pop("unknown_fields") == 40
     by_row.pop("unknown_fields")
     assert answer == by_row
@@ -102,11 +96,10 @@ def test_records_score_like_the_same_rows(client: httpx.Client) -> None:
 
 def test_a_bad_row_among_good_ones_costs_only_itself(client: httpx.Client, digits: np.ndarray) -> None:
     rows: list[Any] = digits[:5].tolist()
-    alone = post(client, {"inputs": rows})
+    alone = post(client, "/anomaly", {"inputs": rows})
     bad = [[None] * 64, "x", rows[0][:63], {"a": 1}, [1e39] * 64]
-    answer = post(
-        client, {"inputs": [rows[0], bad[0], rows[1], bad[1], bad[2], rows[2], bad[3], rows[3], rows[4], bad[4]]}
-    )
+    mixed = [rows[0], bad[0], rows[1], bad[1], bad[2], rows[2], bad[3], rows[3], rows[4], bad[4]]
+    answer = post(client, "/anomaly", {"inputs": mixed})
     assert column(answer, "row").tolist() == [0, 2, 5, 7, 8]
     assert [error["row"] for error in answer["errors"]] == [1, 3, 4, 6, 9]
     assert [error["pointer"] for error in answer["errors"]] == [
@@ -129,7 +122,7 @@ def test_a_nan_that_python_wrote_costs_only_its_row(client: httpx.Client, digits
 def test_a_record_without_a_feature_names_it(client: httpx.Client) -> None:
     good = dict.fromkeys(HOST_NAMES, 1.0)
     records = [good, {key: value for key, value in good.items() if key != "memory/used"}, good]
-    answer = post(client, {"records": records, "impute": False}, params={"model": "hosts"})
+    answer = post(client, "/anomaly", {"records": records, "impute": False}, params={"model": "hosts"})
     assert column(answer, "row").tolist() == [0, 2]
     assert answer["errors"][0]["row"] == 1
     assert "memory/used" in answer["errors"][0]["detail"]
@@ -142,14 +135,14 @@ def test_if_nothing_can_be_read_the_request_is_refused(client: httpx.Client) -> 
 
 
 def test_a_row_beyond_all_measure_is_the_strangest_and_no_error(client: httpx.Client, digits: np.ndarray) -> None:
-    answer = post(client, {"inputs": [digits[0].tolist(), [1e30] * 64]}, params={"model": "pca"})
+    answer = post(client, "/anomaly", {"inputs": [digits[0].tolist(), [1e30] * 64]}, params={"model": "pca"})
     assert column(answer, "is_anomaly").tolist() == [False, True]
     assert np.float32(answer["results"][1]["score"]) == np.finfo(np.float32).max
     assert np.isfinite(column(answer, "severity")).all()
 
 
 def test_a_row_that_the_model_cannot_judge_costs_only_itself(client: httpx.Client, digits: np.ndarray) -> None:
-    answer = post(client, {"inputs": [[3e38, -3e38] * 32, digits[0].tolist()]}, params={"model": "vae"})
+    answer = post(client, "/anomaly", {"inputs": [[3e38, -3e38] * 32, digits[0].tolist()]}, params={"model": "vae"})
     judged = column(answer, "row").tolist()
     assert 1 in judged
     assert sorted(judged + [error["row"] for error in answer["errors"]]) == [0, 1]
@@ -157,7 +150,7 @@ def test_a_row_that_the_model_cannot_judge_costs_only_itself(client: httpx.Clien
 
 def test_fdr_decides_over_the_whole_request(client: httpx.Client, mixed: np.ndarray) -> None:
     for q in (0.01, 0.1, 0.5):
-        answer = post(client, {"inputs": mixed.tolist(), "fdr": q})
+        answer = post(client, "/anomaly", {"inputs": mixed.tolist(), "fdr": q})
         expected = false_discovery_control(column(answer, "p_value")) <= q * (1 + 1e-6)
         np.testing.assert_array_equal(column(answer, "is_anomaly"), expected)
         assert answer["fdr"] == q
@@ -167,7 +160,7 @@ def test_fdr_takes_no_severity_for_a_p_value(client: httpx.Client) -> None:
     """One row beyond all measure among 29: its p-value is the floor, which Benjamini and Hochberg do not let pass."""
     rows = host_table().x.span(0, 30).astype(float)
     rows[7] += 1e4
-    answer = post(client, {"inputs": rows.tolist(), "fdr": 0.1, "alpha": 1e-6}, params={"model": "hosts"})
+    answer = post(client, "/anomaly", {"inputs": rows.tolist(), "fdr": 0.1, "alpha": 1e-6}, params={"model": "hosts"})
     assert answer["extrapolated"]
     assert answer["results"][7]["severity"] > 100
     assert answer["results"][7]["p_value"] == pytest.approx(1 / 81)  # above 0.1 / 30
@@ -177,7 +170,7 @@ def test_fdr_takes_no_severity_for_a_p_value(client: httpx.Client) -> None:
 @pytest.mark.parametrize("alpha", [1 / 81, 0.0123, 0.0124])
 def test_an_alpha_at_the_floor_is_not_extrapolated(client: httpx.Client, alpha: float) -> None:
     body = {"inputs": host_table().x.span(0, 1).astype(float).tolist(), "alpha": alpha}
-    answer = post(client, body, params={"model": "hosts"})
+    answer = post(client, "/anomaly", body, params={"model": "hosts"})
     assert answer["calibration"]["floor"] == pytest.approx(1 / 81)
     assert answer["extrapolated"] == (alpha == 0.0123)
 
@@ -228,7 +221,7 @@ def test_npy_answers_give_a_line_for_every_row(client: httpx.Client, mixed: np.n
     headers = {"content-type": "application/x-npy", "accept": "application/x-npy"}
     response = client.post("/anomaly?alpha=0.1", content=file.getvalue(), headers=headers)
     table = np.load(io.BytesIO(response.content))
-    answer = post(client, {"inputs": mixed[:6].tolist(), "alpha": 0.1})
+    answer = post(client, "/anomaly", {"inputs": mixed[:6].tolist(), "alpha": 0.1})
     for name, values in zip(("score", "p_value", "severity"), table.T, strict=True):
         np.testing.assert_allclose(np.delete(values, 2), np.delete(column(answer, name), 2), rtol=1e-5)
     assert np.isnan(table[2]).all()
@@ -238,7 +231,7 @@ def test_alarms_on_fresh_normal_rows_keep_to_alpha(client: httpx.Client, artifac
     rng = np.random.default_rng(99)
     base = rng.normal(size=(300, 2))
     x = np.column_stack((base[:, 0], 100 + 20 * base[:, 1], base[:, 0] + base[:, 1], 3 * rng.normal(size=300)))
-    answer = post(client, {"inputs": x.tolist(), "alpha": 0.1}, params={"model": "hosts"})
+    answer = post(client, "/anomaly", {"inputs": x.tolist(), "alpha": 0.1}, params={"model": "hosts"})
     n = load(artifacts / "hosts" / "1" / "model.pt").manifest.calibration.rows
     from scipy.stats import betabinom
 

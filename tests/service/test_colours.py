@@ -20,7 +20,7 @@ from models.vae import VAE
 from service.app import create_app
 from service.settings import Settings
 from tests.service.published import publish
-from tests.service.running import running
+from tests.service.running import post, running
 
 SHAPE, K = (6, 5, 3), 4
 D = 6 * 5 * 3
@@ -49,13 +49,6 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     publish(root, "colours", pipeline(), x, names, SHAPE, (0.0, 255.0))
     with running(create_app(Settings(artifacts=root))) as client:
         yield client
-
-
-def post(client: httpx.Client, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    response = client.post(path, json=body)
-    assert response.status_code == 200, response.text
-    answer: dict[str, Any] = response.json()
-    return answer
 
 
 def test_nested_flat_and_npy_rows_mean_the_same_picture(client: httpx.Client) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from models.artifact import Artifact
 from service.latents import Noise
+from tests.service.running import post
 
 NPY = {"content-type": "application/x-npy"}
 
@@ -27,13 +28,6 @@ def call(artifact: Artifact, method: str, *arrays: np.ndarray) -> list[np.ndarra
     with torch.inference_mode():
         answer = getattr(artifact.module, method)(*map(torch.from_numpy, arrays))
     return [part.numpy() for part in (answer if isinstance(answer, tuple) else (answer,))]
-
-
-def post(client: httpx.Client, path: str, body: dict[str, Any], **options: Any) -> dict[str, Any]:
-    response = client.post(path, json=body, **options)
-    assert response.status_code == 200, response.text
-    answer: dict[str, Any] = response.json()
-    return answer
 
 
 def test_encode_gives_the_posterior(client: httpx.Client, vae: Artifact, digits: np.ndarray) -> None:

@@ -68,7 +68,7 @@ def test_a_view_is_shared_by_its_address(visit: Visit, browser: Browser) -> None
     expect(page.locator(OUTPUT)).to_be_visible()
     visit.slide("z3", 1.2)
     visit.until("location.search.includes('z=0,0,1.')")
-    page.wait_for_timeout(300)
+    visit.settle()
     shown = ink(page, OUTPUT)
     with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
         other = context.new_page()
@@ -118,7 +118,7 @@ def test_what_is_no_longer_wanted_is_aborted(visit: Visit) -> None:
     page.route("**/encode*", late)
     for value in (0.1, 0.2, 0.3):
         visit.slide("Noise", value)
-    page.wait_for_timeout(800)
+    visit.settle()
     assert given_up
     assert set(given_up) == {"net::ERR_ABORTED"}
     expect(page.locator(".flow > li")).to_have_count(6)

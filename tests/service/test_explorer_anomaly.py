@@ -65,7 +65,7 @@ def test_a_batch_lists_the_strangest_first(visit: Visit, tmp_path: Path, digits:
     expect(first).to_contain_text("anomalous")
     seen = len(visit.asked)
     page.get_by_label("control the false discovery rate").check()
-    page.wait_for_timeout(300)
+    visit.settle()
     assert [a.json.get("fdr") for a in visit.asked[seen:] if a.path == "/anomaly"] == [0.05]
     asked = visit.asks(lambda: press(page, "look at row 5"), "/anomaly")
     np.testing.assert_allclose(asked.json["inputs"][0], rows[5], atol=1e-6)

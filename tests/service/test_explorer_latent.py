@@ -38,7 +38,8 @@ def test_the_pointer_decodes_and_a_click_samples(visit: Visit) -> None:
     assert ink(page, OUTPUT) != before
     asked = visit.asks(lambda: press(page, "Sample here"), "/decode")
     expect(page.locator(".point-card dl")).to_contain_text("2 points")
-    page.wait_for_timeout(400)  # the address follows when things have settled
+    near = "z => Math.abs(parseFloat(new URLSearchParams(location.search).get('z')) - z) < 1e-3"
+    visit.until(near, float(asked.rows[0, 0]))  # the address follows when things have settled
     kept = [float(v) for v in re.findall(r"z=([^&]*)", page.url)[0].split(",")]
     np.testing.assert_allclose(kept, asked.rows[0], atol=1e-3)
     press(page, "Clear")
@@ -202,7 +203,7 @@ def test_the_kinds_stand_side_by_side(visit: Visit) -> None:
     assert asked.rows.shape == (1, 16)
     seen = len(visit.asked)
     press(page, "Decodings of all")
-    page.wait_for_timeout(300)
+    visit.settle()
     assert sorted(a.rows.shape[0] for a in visit.asked[seen:] if a.path == "/decode" and len(a.rows) > 1) == [81] * 4
 
 

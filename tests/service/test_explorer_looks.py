@@ -60,9 +60,9 @@ def look(visit: Visit, name: str, query: str, sign: str) -> None:
     page.evaluate("scrollTo(0, 0)")
     page.screenshot(path=SCREENSHOTS / f"{name}-wide.png", full_page=True)
     page.set_viewport_size({"width": 390, "height": 800})
-    page.wait_for_timeout(150)
-    widths = page.locator("svg.chart:not(.square)").evaluate_all("all => all.map(e => e.viewBox.baseVal.width)")
-    assert set(widths) <= {380}  # drawn anew, for words that can be read
+    charts = "[...document.querySelectorAll('svg.chart:not(.square)')]"
+    visit.until(charts + ".every(chart => chart.viewBox.baseVal.width === 380)")  # drawn anew, for words to be read
+    visit.settle()
     bar = page.locator("nav").bounding_box()
     current = page.locator("nav a[aria-current]").bounding_box()
     assert bar

@@ -55,7 +55,7 @@ def test_noise_occlusion_and_draws_change_what_flows(visit: Visit) -> None:
     assert len(drawn) == 1
     seen = len(visit.asked)
     press(page, "draw again")
-    page.wait_for_timeout(200)
+    visit.settle()
     again = [a.json for a in visit.asked[seen:] if a.path == "/encode" and a.json.get("sample")]
     assert again[0]["seed"] != drawn[0]["seed"]
 
@@ -71,7 +71,7 @@ def test_a_row_is_drawn_with_the_pointer_and_with_keys(visit: Visit) -> None:
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] - 20, steps=8)
     page.mouse.up()
-    page.wait_for_timeout(300)
+    visit.settle()
     drawn = np.array([a for a in visit.asked if a.path == "/encode"][-1].json["inputs"][0]).reshape(8, 8)
     assert drawn[1:7, 3:5].mean() > 0.5  # a stroke down the middle
     assert drawn[:, 0].max() == 0
@@ -80,7 +80,7 @@ def test_a_row_is_drawn_with_the_pointer_and_with_keys(visit: Visit) -> None:
     page.mouse.down()
     page.mouse.up()
     page.keyboard.up("Shift")
-    page.wait_for_timeout(300)
+    visit.settle()
     rubbed = np.array([a for a in visit.asked if a.path == "/encode"][-1].json["inputs"][0]).reshape(8, 8)
     assert rubbed[3:5, 3:5].sum() < drawn[3:5, 3:5].sum()
     asked = visit.asks(lambda: press(page, "Clear"), "/encode")

@@ -20,7 +20,7 @@ from service.settings import Settings
 from tests.data import values
 from tests.service.conftest import HOST_NAMES, host_table
 from tests.service.published import publish
-from tests.service.running import running
+from tests.service.running import post, running
 from training.pca import fit_pca
 
 LACKING = (1, 3)  # columns of which values are missing in training
@@ -53,13 +53,6 @@ def client(tmp_path_factory: pytest.TempPathFactory, medians: np.ndarray) -> Ite
     publish(root, "hosts", Pipeline(scaling, core, gaussian_prior(torch.ones(2)), calibration), x, HOST_NAMES, [4])
     with running(create_app(Settings(artifacts=root))) as client:
         yield client
-
-
-def post(client: httpx.Client, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    response = client.post(path, json=body)
-    assert response.status_code == 200, response.text
-    answer: dict[str, Any] = response.json()
-    return answer
 
 
 def filled(row: list[Any], medians: np.ndarray) -> list[float]:
