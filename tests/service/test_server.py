@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.service.process import ROOT, Process, starter, wait_until
+from tests.service.process import ROOT, Process, meanwhile, starter, wait_until
 
 ROW = [0.5] * 64
 
@@ -152,30 +152,24 @@ def test_a_calibration_is_taken_up_without_a_restart(
         assert client.post("/anomaly?model=hosts@1", json={"inputs": rows[:5].tolist()}).json() == old
 
 
-def ask_until(stop: threading.Event, process: Process, statuses: list[int]) -> None:
-    with process.client() as client:
-        while not stop.is_set():
-            statuses.append(client.post("/reconstruct", json={"inputs": [ROW]}).status_code)
-
-
 def test_no_request_fails_while_versions_come_and_go_and_sigint_ends_it(
     start: Callable[..., Process], artifacts: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(artifacts / "pca", tmp_path / "pca")
     process = start(tmp_path)
     statuses: list[int] = []
-    stop = threading.Event()
-    askers = [threading.Thread(target=ask_until, args=(stop, process, statuses)) for _ in range(3)]
-    for asker in askers:
-        asker.start()
-    for version in range(2, 6):
-        shutil.copytree(artifacts / "pca" / "1", tmp_path / "pca" / str(version))
-        process.wait_for(f"serving pca@{version}")
-        shutil.rmtree(tmp_path / "pca" / str(version - 1))
-        process.wait_for(f"no longer serving pca@{version - 1}")
-    stop.set()
-    for asker in askers:
-        asker.join()
+
+    def ask(stop: threading.Event) -> None:
+        with process.client() as client:
+            while not stop.is_set():
+                statuses.append(client.post("/reconstruct", json={"inputs": [ROW]}).status_code)
+
+    with meanwhile(ask, ask, ask):
+        for version in range(2, 6):
+            shutil.copytree(artifacts / "pca" / "1", tmp_path / "pca" / str(version))
+            process.wait_for(f"serving pca@{version}")
+            shutil.rmtree(tmp_path / "pca" / str(version - 1))
+            process.wait_for(f"no longer serving pca@{version - 1}")
     assert len(statuses) > 20
     assert set(statuses) == {200}
     assert process.end(signal.SIGINT) == 0
@@ -303,21 +297,16 @@ def test_an_artifact_is_served_where_neither_its_classes_nor_training_exist(arti
 def test_large_bodies_do_not_hold_up_small_ones(server: Process) -> None:
     rows = np.random.default_rng(0).random((1500, 64)).round(4).tolist()
     large = json.dumps({"inputs": rows}).encode()
-    stop = threading.Event()
 
-    def flood() -> None:
+    def flood(stop: threading.Event) -> None:
         with server.client() as client:
             while not stop.is_set():
                 client.post("/reconstruct", content=large, headers={"content-type": "application/json"})
 
-    flooder = threading.Thread(target=flood)
-    flooder.start()
-    with server.client() as client:
-        times = []
+    times = []
+    with meanwhile(flood), server.client() as client:
         for _ in range(30):
             started = time.perf_counter()
             assert client.get("/livez").status_code == 200
             times.append(time.perf_counter() - started)
-    stop.set()
-    flooder.join()
     assert sorted(times)[15] < 0.25

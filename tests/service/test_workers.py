@@ -11,7 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -21,7 +22,7 @@ import pytest
 from models.artifact import Artifact
 from service import channel
 from tests.conftest import require
-from tests.service.process import ROOT, Process, starter, wait_until
+from tests.service.process import ROOT, Process, meanwhile, starter, wait_until
 from tests.service.test_server import head, read_answer
 
 BODY = b'{"inputs": [[' + b", ".join([b"0.5"] * 64) + b"]]}"
@@ -60,30 +61,19 @@ def counted(process: Process, name: str) -> float:
 
 
 class Load:
-    """Clients, each with a connection of its own, that ask until the block ends."""
+    """What clients, each with a connection of its own, were answered."""
 
-    def __init__(self, process: Process, clients: int) -> None:
+    def __init__(self, process: Process) -> None:
         self.right = 0
         self.wrong: list[str] = []
         self._process = process
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._ask, args=(seed,)) for seed in range(clients)]
 
-    def __enter__(self) -> "Load":
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _ask(self, seed: int) -> None:
+    def ask(self, seed: int, stop: threading.Event) -> None:
+        """Be one of the clients."""
         rng = np.random.default_rng(seed)
         with self._process.client() as client:
             for number in itertools.count():
-                if self._stop.is_set():
+                if stop.is_set():
                     return
                 rows = rng.random((rng.integers(1, 20), 64)).round(3).tolist()
                 try:
@@ -97,6 +87,13 @@ class Load:
                     time.sleep(0.01)
                 except httpx.TransportError as error:
                     self.wrong.append(repr(error))
+
+
+@contextmanager
+def loaded(process: Process, clients: int) -> Iterator[Load]:
+    load = Load(process)
+    with meanwhile(*(partial(load.ask, seed) for seed in range(clients))):
+        yield load
 
 
 def test_connections_that_come_together_are_taken_together() -> None:
@@ -145,7 +142,7 @@ def test_a_killed_worker_is_replaced_its_clients_hear_of_it_and_no_count_falls(
 ) -> None:
     process = start(artifacts, WORKERS=2)
     both_ready(process)
-    with Load(process, 4) as load:
+    with loaded(process, 4) as load:
         halves = [process.connect() for _ in range(2)]  # one for each worker
         for half in halves:
             half.sendall(head("/encode", f"Content-Length: {len(BODY)}") + BODY[:20])
@@ -179,7 +176,7 @@ def test_sigterm_under_load_loses_no_request(
     start: Callable[..., Process], artifacts: Path, count: int, delay: float
 ) -> None:
     process = start(artifacts, WORKERS=count, DRAIN_SECONDS=delay)
-    with Load(process, 6) as load:
+    with loaded(process, 6) as load:
         wait_until(lambda: load.right > 30)
         assert process.end() == 0
     assert load.wrong == []
