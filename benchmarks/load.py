@@ -65,9 +65,11 @@ def closed(port: int, request: Request, size: int, connections: int, seconds: fl
     return Sample(good / outcome["seconds"], outcome["p50"], outcome["p99"], good / tried)
 
 
-def arriving(port: int, request: Request, size: int, rate: float, seconds: float) -> subprocess.Popen[str]:
-    """`request` at `rate` a second for `seconds`: a running process, for `outcome_of`."""
-    return _start(port, request, size, seconds, rate, 0)
+def arriving(
+    port: int, request: Request, size: int, rate: float, seconds: float, connections: int
+) -> "subprocess.Popen[str]":
+    """`request` at `rate` a second for `seconds`, by at most `connections`: a running process, for `outcome_of`."""
+    return _start(port, request, size, seconds, rate, connections)
 
 
 def outcome_of(client: "subprocess.Popen[str]") -> dict[str, Any]:

@@ -3,6 +3,7 @@
 `python -m benchmarks.load_client` reads a plan in JSON from `benchmarks.load`, and prints a line of JSON at its end.
 With a rate, requests are due at even intervals whatever the server does, and the time of an answer counts from the
 moment at which its request was due, so that a server that stalls is charged with everybody whom it kept waiting.
+When all its connections are taken, requests wait here, and their time runs.
 Without a rate, each connection sends the next request when it has its answer, as wrk does.
 """
 
@@ -18,7 +19,6 @@ import httptools
 import numpy as np
 import uvloop
 
-CONNECTIONS = 2_000  # most that an open loop opens; beyond them requests wait here, and their time runs
 TICK = 0.001  # seconds between two looks at what is due
 PATIENCE = 30.0  # seconds that answers may take after the last request
 
@@ -157,7 +157,7 @@ class Client:
             await asyncio.sleep(TICK)
 
     def _connect(self) -> None:
-        if self._open < CONNECTIONS:
+        if self._open < self.plan["connections"]:
             self._open += 1
             task = asyncio.get_running_loop().create_task(self._opened())
             self._opening.add(task)

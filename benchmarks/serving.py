@@ -44,6 +44,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--open", default="elbo", metavar="NAMES", help="who faces the open loop (elbo); '' for none")
     parser.add_argument("--open-seconds", type=float, help="of each open loop (60)")
     parser.add_argument("--open-rows", type=int, default=1, choices=(1, 32), help="rows of its JSON requests (1)")
+    parser.add_argument("--open-connections", type=int, default=2000, help="most that the open loop opens (2000)")
     parser.add_argument("--elbo-env", action="append", default=[], metavar="KEY=VALUE", help="a setting of Elbo's")
     options = parser.parse_args()
     rounds, seconds, open_seconds = (1, 1, 1) if options.smoke else (1, 2, 10) if options.quick else (5, 5, 60)
@@ -92,7 +93,8 @@ def measure(people: Mapping[str, Contestant], stage: Stage, options: argparse.Na
         if name in people and name not in results.failures:
             who = Turn(name, people[name], stage, options.elbo)
             try:
-                outcomes[people[name].title] = open_loop(who, options.open_rows, options.open_seconds)
+                how = options.open_rows, options.open_seconds, options.open_connections
+                outcomes[people[name].title] = open_loop(who, *how)
             except RuntimeError as error:
                 results.failures[name] = f"open loop: {error}"
     tables.open_loop(outcomes, options.open_rows, options.open_seconds)

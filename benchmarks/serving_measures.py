@@ -128,7 +128,7 @@ def ask(port: int, request: Request) -> bytes:
     return body
 
 
-def open_loop(who: Turn, rows: int, seconds: float) -> list[dict[str, Any]]:
+def open_loop(who: Turn, rows: int, seconds: float, connections: int) -> list[dict[str, Any]]:
     """What came of SHARES of its capacity, each for `seconds`, with memory in bytes added. Raises RuntimeError."""
     port, outcomes = free_port(), []
     with who.start(port) as server:
@@ -141,7 +141,7 @@ def open_loop(who: Turn, rows: int, seconds: float) -> list[dict[str, Any]]:
         capacity = load.capacity(port, request, size, column.connections, min(seconds, 5.0))
         for share in SHARES:
             before, peak = server.memory(), 0
-            client = load.arriving(port, request, size, share * capacity, seconds)
+            client = load.arriving(port, request, size, share * capacity, seconds, connections)
             while client.poll() is None:
                 peak = max(peak, server.memory())
                 sleep(0.25)
