@@ -21,23 +21,24 @@ class Periodic:
         self._work = work
         self._seconds = seconds
         self._failure = failure
-        self._task: asyncio.Task[None] | None = None
+        self._turn = asyncio.Lock()
 
     def start(self) -> None:
         """The first turn comes after `seconds`."""
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def close(self) -> None:
-        """End, in the middle of a turn if one is under way."""
-        if self._task:
+        """End, after the turn that is under way: what it has begun with is not lost."""
+        async with self._turn:
             self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+        with suppress(asyncio.CancelledError):
+            await self._task
 
     async def _run(self) -> None:
         while True:
             await asyncio.sleep(self._seconds)
-            try:
-                await self._work()
-            except Exception:
-                log.exception("%s", self._failure)
+            async with self._turn:
+                try:
+                    await self._work()
+                except Exception:
+                    log.exception("%s", self._failure)

@@ -54,7 +54,7 @@ class Process:
         """The next log line with `message` in it and these fields."""
         while True:
             line = self._fresh.get(timeout=20)
-            assert line is not None
+            assert line is not None, f"it ended before it said {message}"
             self.lines.append(line)
             if message in line["message"] and all(line.get(key) == value for key, value in fields.items()):
                 return line

@@ -34,25 +34,28 @@ def test_a_turn_that_fails_is_told_and_the_next_one_comes(caplog: pytest.LogCapt
     assert "for once" in str(told.exc_info and told.exc_info[1])
 
 
-def test_a_turn_under_way_is_cut_short_at_the_end() -> None:
-    begun = asyncio.Event()
-
-    async def work() -> None:
-        begun.set()
-        await asyncio.Event().wait()
+def test_a_turn_under_way_is_finished_and_no_other_begins() -> None:
+    heard: list[str] = []
 
     async def scenario() -> None:
-        periodic = Periodic(work, 0.0, "")
+        begun, go_on = asyncio.Event(), asyncio.Event()
+
+        async def work() -> None:
+            heard.append("begun")
+            begun.set()
+            await go_on.wait()
+            heard.append("done")
+
+        periodic = Periodic(work, 0.0, "the work failed")
         periodic.start()
         async with asyncio.timeout(10):
             await begun.wait()
-            await periodic.close()
+            closing = asyncio.create_task(periodic.close())
+            await asyncio.sleep(0.02)
+            assert not closing.done()
+            go_on.set()
+            await closing
+        await asyncio.sleep(0.02)
 
     asyncio.run(scenario())
-
-
-def test_what_never_started_can_be_closed() -> None:
-    async def work() -> None:
-        raise AssertionError
-
-    asyncio.run(Periodic(work, 0.0, "").close())
+    assert heard == ["begun", "done"]
