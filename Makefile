@@ -68,19 +68,19 @@ joined = import pathlib, re, sys; lock = pathlib.Path(sys.argv[1]); \
 image: ## Build the container image that trains and serves
 	@docker build --tag elbo .
 
-bench-train: $(READY) $(PEERS)/.ready ## Measure training against other libraries, as in benchmarks/*.md
-	@$(VENV)/bin/python benchmarks/pca_speed.py --large
-	@$(VENV)/bin/python benchmarks/training_speed.py
-	@$(VENV)/bin/python benchmarks/mnist_tables.py
+bench-train: $(READY) $(PEERS)/.ready ## Measure training against other libraries, as in benchmarks/*/results/*.md
+	@$(VENV)/bin/python benchmarks/training/pca_speed.py --large
+	@$(VENV)/bin/python benchmarks/training/training_speed.py
+	@$(VENV)/bin/python benchmarks/training/mnist_tables.py
 
 bench-serve: $(READY) $(SERVERS:%=$(PEERS)-%/.ready) ## Measure serving against other model servers; OPTIONS='--quick' is faster
-	@$(VENV)/bin/python benchmarks/serving.py $(OPTIONS)
+	@$(VENV)/bin/python benchmarks/serving/serving.py $(OPTIONS)
 
-bench-anomaly: $(READY) $(PEERS)/.ready ## Measure anomaly scores, calibration and explanations, as in benchmarks/*.md
-	@$(VENV)/bin/python benchmarks/anomaly.py $(OPTIONS)
-	@$(VENV)/bin/python benchmarks/anomaly.py --robust $(OPTIONS)
-	@$(VENV)/bin/python benchmarks/calibration.py
-	@$(VENV)/bin/python benchmarks/server_metrics.py
+bench-anomaly: $(READY) $(PEERS)/.ready ## Measure anomaly scores, calibration and explanations, as in benchmarks/*/results/*.md
+	@$(VENV)/bin/python benchmarks/anomaly/anomaly.py $(OPTIONS)
+	@$(VENV)/bin/python benchmarks/anomaly/anomaly.py --robust $(OPTIONS)
+	@$(VENV)/bin/python benchmarks/anomaly/calibration.py
+	@$(VENV)/bin/python benchmarks/anomaly/server_metrics.py
 
 # A server that cannot be installed is left out, and the benchmark says so.
 $(PEERS)-%/.ready: $(READY)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from models.artifact import Artifact
     from training.config import TrainConfig
-    from training.data import Table
+    from training.data.table import Table
 
 ASKED_WRONGLY = {"option_error", "data_error", "artifact_missing"}  # codes that exit with 2, as usage errors do
 
@@ -176,7 +176,7 @@ def train(
     the same options.
     """
     config = _config(context.obj)
-    from training.data import read
+    from training.data.table import read
 
     table = read(data, config.drop, config.keep, config.size)
     if _train(config, table, artifacts, runs, resume, checkpoint_seconds, tensorboard):
@@ -208,7 +208,7 @@ def _train(
     tensorboard: bool = False,
 ) -> bool:
     """Whether this is the process that speaks of the run."""
-    from training.processes import joined
+    from training.fitting.distributed import joined
     from training.progress import reporter
     from training.train import train
 
@@ -237,7 +237,7 @@ def demo(artifacts: Root = DEFAULT_ROOT, runs: Runs = Path("runs")) -> None:
     if not missing:
         typer.echo(f"nothing to do: {artifacts} has {', '.join(config.name for config in DEMONSTRATION)}")
         return
-    from training.data import read
+    from training.data.table import read
 
     table = read("digits")
     for config in missing:
@@ -248,7 +248,7 @@ def demo(artifacts: Root = DEFAULT_ROOT, runs: Runs = Path("runs")) -> None:
 def inspect(name: Name, json: Json = False, artifacts: Root = DEFAULT_ROOT) -> None:
     """Check an artifact's seal and say what it is."""
     from models.manifest import read_manifest
-    from training.describe import describe
+    from training.reports.describe import describe
 
     path = _path(name, artifacts)
     manifest = read_manifest(path)
@@ -274,7 +274,7 @@ def serve(
 
     with _one_line(options):
         settings = Settings(**options)
-    from service.server import serve
+    from service.server.run import serve
 
     serve(settings)
 
@@ -292,11 +292,11 @@ def evaluate(
     Errors of reconstruction, log-likelihood and rates of alarm; where labels (y or label) say 0 for normal and 1 for
     anomalous, also how well the score ranks.
     """
-    from training import apply
+    from training.evaluation import evaluate
 
     artifact, table = _load(name, data, artifacts)
-    evaluation = apply.evaluate(artifact, table, draws)
-    typer.echo(apply.evaluation_json(evaluation) if json else apply.evaluation_text(evaluation))
+    evaluation = evaluate.evaluate(artifact, table, draws)
+    typer.echo(evaluate.evaluation_json(evaluation) if json else evaluate.evaluation_text(evaluation))
 
 
 @app.command(epilog="Examples: elbo score hosts today.csv --alpha 0.01 | elbo score hosts today.csv --format csv")
@@ -312,7 +312,7 @@ def score(
 
     Also whether it is an anomaly at alpha, and which features make it so. Rows count from 0.
     """
-    from training.score import csv_lines, ndjson
+    from training.evaluation.score import csv_lines, ndjson
 
     artifact, table = _load(name, data, artifacts)
     lines = csv_lines if format_ is Format.csv else ndjson
@@ -336,7 +336,7 @@ def calibrate(
     The next version has the same networks, and the p-values of DATA. Where labels (y or label) are 0 and 1, the rows
     labelled 1 are left out. A server that runs takes it up by itself.
     """
-    from training.recalibrate import recalibrate
+    from training.publishing.recalibrate import recalibrate
 
     artifact, table = _load(name, data, artifacts)
     done = recalibrate(artifact, table, artifacts, alpha, runs)
@@ -349,7 +349,7 @@ def calibrate(
 
 def _load(reference: str, data: str, root: Path) -> "tuple[Artifact, Table]":
     from models.artifact import load
-    from training.data import read_like
+    from training.data.table import read_like
 
     artifact = load(_path(reference, root))
     return artifact, read_like(data, artifact.manifest)

@@ -16,7 +16,7 @@ def main() -> None:
         first = error.errors()[0]
         name = "_".join(str(part) for part in first["loc"]).upper()
         sys.exit(f"elbo: ELBO_{name}={first['input']}: {first['msg']}")
-    from service.server import serve  # imports torch, for which a wrong setting need not wait
+    from service.server.run import serve  # imports torch, for which a wrong setting need not wait
 
     try:
         serve(settings)

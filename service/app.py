@@ -16,23 +16,24 @@ from starlette.responses import Response
 from starlette.routing import Match
 
 from models.artifact import choose_device
-from service import mapping, routing
-from service.api import Service
-from service.backends import BACKENDS
-from service.catalogue import STATIC
-from service.counts import Counts, Votes
-from service.door import Door
-from service.edge import Edge, Entrance
-from service.engine import Engine
+from service.anomaly import series_mapping
+from service.endpoints import routes
+from service.endpoints.information import STATIC
+from service.endpoints.pipeline import Service
+from service.endpoints.remote_write import Receiver
 from service.errors import from_http_exception
-from service.exchange import Limits
-from service.logs import AccessLog
-from service.monitor import Monitor
-from service.periodic import Periodic
-from service.receiver import Receiver
-from service.repository import Repository
+from service.http.admission import Door
+from service.http.middleware import Edge, Entrance
+from service.http.request import Limits
+from service.inference.backends import BACKENDS
+from service.inference.batcher import Engine
+from service.inference.registry import Repository
+from service.monitoring.background import Monitor
+from service.monitoring.logs import AccessLog
+from service.monitoring.metrics import Telemetry
+from service.monitoring.periodic import Periodic
 from service.settings import Settings
-from service.telemetry import Telemetry
+from service.shared_memory import Counts, Votes
 
 DESCRIPTION = """Encode, decode, reconstruct, sample, interpolate and score anomalies with the models that are served.
 
@@ -60,7 +61,7 @@ def create_app(settings: Settings, counts: Counts | None = None) -> FastAPI:
     limits = Limits(settings.max_body_bytes, settings.held_bytes, settings.request_timeout, telemetry.pending_bytes)
     door = Door(settings.queue_seconds, engine, telemetry, access)
     service = Service(settings, repository, engine, telemetry, limits, door)
-    receiver = Receiver(service, mapping.read(settings.remote_write))
+    receiver = Receiver(service, series_mapping.read(settings.remote_write))
     app = FastAPIOffline(
         title="Elbo",
         description=DESCRIPTION,
@@ -72,11 +73,11 @@ def create_app(settings: Settings, counts: Counts | None = None) -> FastAPI:
         exception_handlers={HTTPException: _router_refused},
     )
     app.state.service = service
-    endpoints = routing.endpoints(service, receiver)
-    door.paths = routing.in_line(endpoints)
-    routing.register(app, endpoints)
+    endpoints = routes.endpoints(service, receiver)
+    door.paths = routes.in_line(endpoints)
+    routes.register(app, endpoints)
     app.mount("/static", StaticFiles(directory=STATIC))
-    parts = routing.direct(endpoints), telemetry, access, limits, door
+    parts = routes.direct(endpoints), telemetry, access, limits, door
     app.add_middleware(Edge, *parts)
     app.state.entrance = Entrance(app, Edge(app, *parts))
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign] # FastAPI's documented way
@@ -124,7 +125,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         template = "#/components/schemas/{model}"
-        wanted = [(model, "validation") for model in routing.components()]
+        wanted = [(model, "validation") for model in routes.components()]
         _, definitions = models_json_schema(wanted, ref_template=template)  # type: ignore[arg-type] # a literal
         document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
         app.openapi_schema = document

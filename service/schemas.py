@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
-from service.latents import SEEDS
+from service.inference.sampling import SEEDS
 
 _NUMBERS = {"type": "array", "items": {"type": "number"}}
 _VALUES = {"type": "array", "items": {"type": ["number", "null"]}}

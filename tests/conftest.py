@@ -20,7 +20,7 @@ def demonstration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact folder with the models that `elbo demo` trains, on the digits."""
     from tests.training.reporters import Silent
     from training.config import DEMONSTRATION
-    from training.data import read
+    from training.data.table import read
     from training.train import train
 
     root = tmp_path_factory.mktemp("artifacts")

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tests.conftest import require
-from training.data import Table
+from training.data.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path(os.environ.get("ELBO_DATA", ROOT.parent / "shared" / "data"))

@@ -19,7 +19,7 @@ from models.manifest import read_manifest
 from tests.commands import HEADER, Rows, command, in_process, two_factor_rows, write
 from tests.data import ROOT
 from training.config import DEMONSTRATION, KINDS, TrainConfig
-from training.data import split
+from training.data.table import split
 
 NAMES = ("cpu", "memory", "disk", "network", "errors")
 

@@ -19,9 +19,9 @@ import httpx
 import yaml
 from prometheus_client.core import Metric
 
-from service.counts import Counts
-from service.mapping import read as read_mapping
-from service.telemetry import Telemetry
+from service.anomaly.series_mapping import read as read_mapping
+from service.monitoring.metrics import Telemetry
+from service.shared_memory import Counts
 from tests.conftest import require
 from tests.data import ROOT
 from tests.test_docs import wait_for

@@ -10,19 +10,19 @@ import torch
 
 from models.manifest import Manifest
 from models.pipeline import Pipeline
-from training import checkpoint
-from training.compare import Candidate, compare
 from training.config import KINDS, TrainConfig
-from training.data import Table, split
-from training.descent import Run
+from training.data.table import Table, split
 from training.errors import FitError
-from training.evaluate import held_out_metrics, rival_metrics
-from training.fit import Preparation, fit, prepare
-from training.processes import Processes
+from training.evaluation.metrics import held_out_metrics, rival_metrics
+from training.evaluation.model_selection import Candidate, compare
+from training.fitting import checkpoint
+from training.fitting.distributed import Processes
+from training.fitting.pipeline import Preparation, fit, prepare
+from training.fitting.trainer import Run
 from training.progress import Muted, Reporter
-from training.publish import publish
-from training.record import Recorder
-from training.report import write_run
+from training.publishing.publish import publish
+from training.reports.history import Recorder
+from training.reports.run_report import write_run
 
 
 def train(

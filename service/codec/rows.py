@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from service.codec.numbers import as_float32, gaps_of
+from service.codec.float32 import as_float32, gaps_of
 from service.errors import InvalidRows, escape
 
 Array = npt.NDArray[np.float32]

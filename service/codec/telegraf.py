@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from service.codec.feature_names import Selectors
 from service.codec.rows import Unreadable, describe
 from service.errors import InvalidRows
-from service.selectors import Selectors
 
 Record = dict[str, Any]
 

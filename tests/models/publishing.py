@@ -5,7 +5,7 @@ from pathlib import Path
 
 from models import artifact
 from tests.models.builders import batch, manifest, pipeline
-from training.twin import export
+from training.publishing.onnx_export import export
 
 GAPS = ((0, 1), (2, 0), (2, 4))
 

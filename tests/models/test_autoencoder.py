@@ -8,7 +8,7 @@ from sklearn.covariance import LedoitWolf
 
 from models.autoencoder import Autoencoder, no_whitening
 from models.networks import mlp
-from training.statistics import CODE_NOISE, ORDINARY, PSEUDO_ROWS, judge, whitening_of
+from training.fitting.statistics import CODE_NOISE, ORDINARY, PSEUDO_ROWS, judge, whitening_of
 
 Doubles = npt.NDArray[np.float64]
 

@@ -11,7 +11,7 @@ from sklearn.neighbors import NearestNeighbors
 from models.autoencoder import no_whitening
 from models.ensemble import Ensemble, Neighbours
 from tests.models.builders import D, batch, core, pipeline
-from training.statistics import MOST_NEIGHBOURS, NEIGHBOUR, NEIGHBOUR_NOISE, PSEUDO_ROWS, judge, neighbours_of
+from training.fitting.statistics import MOST_NEIGHBOURS, NEIGHBOUR, NEIGHBOUR_NOISE, PSEUDO_ROWS, judge, neighbours_of
 
 
 def ensemble() -> Ensemble:

@@ -13,8 +13,8 @@ from sklearn.decomposition import PCA as Reference
 from models.pca import PCA
 from tests.data import mnist
 from training.errors import FitError
-from training.pca import fit_pca
-from training.statistics import shrinkage_of
+from training.fitting.pca import fit_pca
+from training.fitting.statistics import shrinkage_of
 
 Array = npt.NDArray[np.float64]
 

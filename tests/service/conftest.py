@@ -18,8 +18,8 @@ from tests.service.browsing import Visit, chromium
 from tests.service.running import running
 from tests.training.reporters import Silent
 from training.config import KINDS, TrainConfig
-from training.data import Table, read
-from training.rows import Rows
+from training.data.row_store import Rows
+from training.data.table import Table, read
 from training.train import train
 
 HOST_NAMES = ["cpu", "memory/used", "disk~io", "load"]

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from service.engine import Engine, Model
-from service.operations import Operation
+from service.inference.batcher import Engine, Model
+from service.inference.operations import Operation
 
 
 class Gate:

@@ -18,14 +18,14 @@ import uvicorn
 
 from models.artifact import Artifact
 from service.app import create_app
-from service.backends import Backend, choose
-from service.calibration import ByModule
-from service.engine import Engine
-from service.operations import Operation, reconstruct
-from service.protocol import Protocol
-from service.repository import Repository
+from service.http.protocol import Protocol
+from service.inference.backends import Backend, choose
+from service.inference.batcher import Engine
+from service.inference.calibration import ByModule
+from service.inference.operations import Operation, reconstruct
+from service.inference.registry import Repository
 from service.settings import Settings
-from tests.service.test_engine import Lone, alone, engine, rows
+from tests.service.inference.test_batcher import Lone, alone, engine, rows
 
 Batches = list[tuple[str, int]]
 

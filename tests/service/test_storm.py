@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.serving_client import Pool, storm
+from benchmarks.serving.client import Pool, storm
 from models.artifact import Artifact
 from tests.service.process import Process, starter, wait_until
-from tests.service.test_workers import both_ready, counted
+from tests.service.server.test_supervisor import both_ready, counted
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import numpy as np
 
 from models.manifest import FORMAT_VERSION, CalibrationSize, Data, Feature, Golden, Manifest
 from tests.data import values
-from training.data import Table
+from training.data.table import Table
 
 
 def manifest_of(table: Table) -> Manifest:

@@ -15,8 +15,8 @@ from models.manifest import read_manifest
 from tests.data import values
 from tests.training.reporters import Silent
 from training.config import EVERY_KIND, KINDS, Kind, TrainConfig
-from training.data import Table, read, split
-from training.rows import Rows
+from training.data.row_store import Rows
+from training.data.table import Table, read, split
 from training.train import train
 
 FRESH = 2_000

@@ -1,0 +1,142 @@
+"""Prometheus remote write: samples in, rows judged. What is said of them goes to metrics, alerts and the log."""
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+from service.anomaly.alignment import Alignment, Row
+from service.anomaly.inputs import of_records
+from service.anomaly.series_mapping import Target
+from service.anomaly.verdicts import Verdicts, results
+from service.codec import ndjson, remote_write
+from service.codec.feature_names import Selectors
+from service.endpoints.pipeline import Service, aside, judge_now
+from service.errors import ModelNotFound, NotReady, Overloaded, ServiceError
+from service.http.request import Answer, Exchange
+from service.inference.registry import Served
+from service.monitoring.periodic import Periodic
+from service.schemas import AnomalyBody
+
+SECONDS = 1.0  # between two looks for rows that have waited long enough
+MOST_READY = 20_000  # rows that wait because the engine is full: beyond them no samples are taken
+COSTLY = 16  # how many times as long as other bytes packed samples take
+LOGGED = 5  # abnormal rows of one turn that the log tells
+TIME, GROUP = "\0time", "\0group"  # no feature is called so
+
+log = logging.getLogger("elbo.receiver")
+
+
+@dataclass
+class _Aligned:
+    """A model, and the rows that come together for it."""
+
+    reference: str | None
+    target: Target
+    served: Served | None = None
+    alignment: Alignment | None = None
+
+
+class Receiver:
+    """The endpoint, and the rows that wait behind it."""
+
+    def __init__(self, service: Service, targets: dict[str | None, Target]) -> None:
+        self._service = service
+        self._aligned = [_Aligned(reference, target) for reference, target in targets.items()]
+        self._turn = asyncio.Lock()
+        self._looking = Periodic(self._judge, SECONDS, "rows could not be judged")
+
+    async def write(self, exchange: Exchange) -> Answer:
+        """Samples of Prometheus by remote write, to rows that are judged."""
+        remote_write.require(exchange.header(b"content-type"), exchange.header(b"content-encoding"))
+        if self._service.draining:
+            raise NotReady("the server is shutting down")
+        aligned = self._served()
+        try:
+            body = await exchange.body()
+        except Overloaded as error:
+            raise _later(error.detail) from None
+        if sum(alignment.rows for alignment in aligned) > MOST_READY:
+            raise _later("the rows that wait to be judged are too many")
+        read = await aside(lambda: list(remote_write.read(body, exchange.max_body_bytes)), COSTLY * len(body))
+        for alignment in aligned:
+            alignment.add(read, monotonic())
+        await self._judge()
+        return Answer(b"", b"", status=204)
+
+    def start(self) -> None:
+        """Begin to look for rows that have waited long enough."""
+        self._looking.start()
+
+    async def close(self) -> None:
+        """Judge what there is. Call before the engine is closed."""
+        await self._looking.close()
+        await self._judge(everything=True)
+
+    def _served(self) -> list[Alignment]:
+        """The rows of each model that is served now. Raises NotReady if none is, so that Prometheus sends again."""
+        missing: list[str] = []
+        for aligned in self._aligned:
+            try:
+                aligned.served = served = self._service.find(aligned.reference)
+            except ModelNotFound as error:
+                aligned.served = None
+                missing.append(error.detail)
+                continue
+            if aligned.alignment is None or aligned.alignment.names != served.rows.names:
+                target = aligned.target
+                selectors = Selectors({name: target.features.get(name, name) for name in served.rows.names})
+                aligned.alignment = Alignment(served.rows.names, selectors, target.group, target.wait_seconds)
+        if len(missing) == len(self._aligned):
+            raise NotReady(", ".join(missing), hint="publish it with elbo train", headers={"Retry-After": "5"})
+        return [aligned.alignment for aligned in self._aligned if aligned.served and aligned.alignment]
+
+    async def _judge(self, everything: bool = False) -> None:
+        """Judge the rows that are due, one turn at a time, so that they keep their order."""
+        async with self._turn:
+            for aligned in self._aligned:
+                if aligned.served and aligned.alignment:
+                    await self._judge_of(aligned.served, aligned.alignment, aligned.target, everything)
+        waiting = sum(aligned.alignment.rows for aligned in self._aligned if aligned.alignment)
+        self._service.telemetry.judged.waiting(waiting)
+
+    async def _judge_of(self, served: Served, alignment: Alignment, target: Target, everything: bool) -> None:
+        judged = self._service.telemetry.judged
+        judged.count_samples(served, alignment.outcomes)
+        alignment.outcomes.clear()
+        due = alignment.take(monotonic(), everything)
+        most = self._service.settings.max_rows
+        for start in range(0, len(due), most):
+            rows = due[start : start + most]
+            body = AnomalyBody(alpha=target.alpha, time=TIME, group=GROUP)
+            records = ndjson.Lines(_record(row) for row in rows)
+            intake = of_records(served.rows, body, records, careful=True, least=0)
+            try:
+                verdicts = await judge_now(self._service, served, intake, body)
+            except ServiceError as error:
+                log.warning("rows wait: %s", error.detail)
+                alignment.give_back(due[start:])
+                return
+            _log(served, verdicts)
+
+
+def _record(row: Row) -> dict[str, Any]:
+    return {**row.values, TIME: row.milliseconds, GROUP: row.group}
+
+
+def _later(detail: str) -> NotReady:
+    """503 rather than 429, after which Prometheus would drop what it has sent."""
+    return NotReady(detail, hint="Prometheus sends it again", headers={"Retry-After": "1"})
+
+
+def _log(served: Served, verdicts: Verdicts | None) -> None:
+    """Tell of the first abnormal rows: nobody reads an answer."""
+    if verdicts is None or True not in verdicts.flags:
+        return
+    found, _ = results(verdicts, 3, served.rows.names, served.manifest.parts)
+    for result in [result for result in found if result["is_anomaly"]][:LOGGED]:
+        told = {name: float(result[name]) for name in ("time", "severity", "p_value") if name in result}
+        causes = [feature["name"] for feature in result["features"]]
+        who: dict[str, Any] = {"model": served.name, "version": served.version, "group": result.get("group")}
+        log.info("abnormal", extra={"fields": who | told | {"causes": causes}})

@@ -1,0 +1,292 @@
+"""One HTTP request under way: what it asks, and the answer that it gets."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import orjson
+from starlette.datastructures import QueryParams
+from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive, Scope, Send
+
+from service.errors import PROBLEM_JSON, BodyTooLarge, BodyTooSlow, ClientGone, Overloaded, ServiceError
+from service.inference.drain_rate import Drain
+from service.monitoring.timings import Trace
+from service.shared_memory import Level
+
+LONGEST_REQUEST_ID = 128
+_KEY = "elbo.exchange"
+SHORT_QUERY = 512  # bytes: what is shorter is decoded once, not for each request
+Header = tuple[bytes, bytes]
+_SPANS = b"parse;dur=%.3f, queue;dur=%.3f, compute;dur=%.3f, write;dur=%.3f, "  # of Server-Timing, in milliseconds
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """The query, decoded: the model that it names, and what else it says in its order, values as JSON or as text."""
+
+    model: str | None
+    options: tuple[tuple[str, Any], ...]
+
+
+class Answer(NamedTuple):
+    """What is sent back. `headers` besides those that every answer has: its length, its request id, its timing.
+
+    Content that is made as it is sent has no length.
+    """
+
+    content: bytes | AsyncIterator[bytes]
+    media_type: bytes
+    headers: tuple[Header, ...] = ()
+    status: int = 200
+
+
+@dataclass(slots=True)
+class Limits:
+    """What the bodies of all requests share.
+
+    Args:
+        max_body_bytes: largest body.
+        held_bytes: most bytes that are held for all requests that are under way.
+        seconds: in which a body must arrive.
+        level: where the bytes that are held now are kept, as its first number.
+    """
+
+    max_body_bytes: int
+    held_bytes: int
+    seconds: float
+    level: Level = field(default_factory=lambda: [0.0])
+    drain: Drain = field(default_factory=Drain)
+
+    @property
+    def held(self) -> int:
+        """Bytes, now."""
+        return int(self.level[0])
+
+    def hold(self, size: int) -> None:
+        """Make room for `size` bytes more. Raises Overloaded."""
+        held = self.level[0]
+        if held + size > self.held_bytes:
+            wait = self.drain.seconds(size)
+            raise Overloaded(
+                f"the requests under way hold {self.held} bytes, {size} more do not fit",
+                expected=f"at most {self.held_bytes} bytes at once",
+                got=f"{self.held + size} bytes",
+                hint=f"try again in {wait} s",
+                headers={"Retry-After": str(wait)},
+            )
+        if not held:
+            self.drain.began()
+        self.level[0] = held + size
+
+    def release(self, size: int) -> None:
+        """`size` bytes are needed no more."""
+        self.level[0] -= size
+        self.drain.left(size, self.level[0])
+
+
+class Exchange:
+    """A request and its answer. `started` is true from the moment when the answer's head has been sent.
+
+    Args:
+        scope, receive, send: of ASGI.
+        limits: for its body, which stays held until `release`.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, limits: Limits) -> None:
+        self.scope = scope
+        self.headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))  # the first of a name counts
+        self.trace = trace_of(scope, self.headers)
+        self.started = False
+        self.at_work = False  # whether it holds a place of `service.http.admission`
+        self._receive = receive
+        self._send = send
+        self._limits = limits
+        self._read = 0
+        scope[_KEY] = self
+
+    def header(self, name: bytes, default: str = "") -> str:
+        """The first header called `name`, in lower case."""
+        value = self.headers.get(name)
+        return default if value is None else value.decode("latin-1")
+
+    @property
+    def query(self) -> Query:
+        """What stands behind the path."""
+        text = self.scope["query_string"]
+        return _decoded_once(text) if len(text) < SHORT_QUERY else _decoded(text)
+
+    async def body(self) -> bytes:
+        """The whole body.
+
+        Raises BodyTooLarge, BodyTooSlow, Overloaded, and ClientDisconnect if the client leaves before its end.
+        """
+        length = self.headers.get(b"content-length", b"")
+        if length.isdigit() and int(length) > self._limits.max_body_bytes:
+            raise self._too_large(f"{int(length)} bytes")
+        message = await self.receive()
+        if message["type"] == "http.request" and not message.get("more_body"):
+            whole: bytes = message.get("body", b"")
+            return whole
+        try:
+            async with asyncio.timeout(self._limits.seconds):
+                return await self._rest(message)
+        except TimeoutError:
+            raise BodyTooSlow(
+                f"the body had not arrived after {self._limits.seconds:g} s", headers={"Connection": "close"}
+            ) from None
+
+    async def _rest(self, message: Message) -> bytes:
+        parts = []
+        while message["type"] == "http.request":
+            parts.append(message.get("body", b""))
+            if not message.get("more_body"):
+                return b"".join(parts)
+            message = await self.receive()
+        raise ClientDisconnect
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The body as it comes, however long: a piece is held until the next is asked for.
+
+        Raises BodyTooSlow, Overloaded, and ClientDisconnect if the client leaves before its end.
+        """
+        more = True
+        while more:
+            try:
+                async with asyncio.timeout(self._limits.seconds):
+                    message = await self._receive()
+            except TimeoutError:
+                raise BodyTooSlow(f"nothing more of the body came for {self._limits.seconds:g} s") from None
+            if message["type"] != "http.request":
+                raise ClientDisconnect
+            self.hold(len(message["body"]))
+            yield message["body"]
+            self.release()
+            more = message.get("more_body", False)
+
+    def hold(self, size: int) -> None:
+        """Count `size` bytes more as held for this request. Raises Overloaded."""
+        self._limits.hold(size)
+        self._read += size
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Of its body, unpacked."""
+        return self._limits.max_body_bytes
+
+    async def receive(self) -> Message:
+        """ASGI's `receive`. Raises BodyTooLarge at the first byte too many, Overloaded if others hold too much."""
+        message = await self._receive()
+        self.hold(len(message.get("body", b"")))
+        if self._read > self._limits.max_body_bytes:
+            raise self._too_large("more")
+        return message
+
+    def release(self) -> None:
+        """The body is needed no more."""
+        self._limits.release(self._read)
+        self._read = 0
+
+    def end(self) -> None:
+        """It is over. The scope lets go of it: as a circle both would stay until Python looks for such."""
+        self.trace.total = self.trace.elapsed
+        self.release()
+        del self.scope[_KEY]
+
+    async def send(self, message: Message) -> None:
+        """ASGI's `send`, for answers that are not an `Answer`; adds the headers that every answer has."""
+        if message["type"] == "http.response.start":
+            self.started = True
+            self.trace.status = message["status"]
+            message = {**message, "headers": [*message["headers"], *self._own_headers()]}
+        await self._send(message)
+
+    async def answer(self, answer: Answer) -> None:
+        """Send `answer` and be done."""
+        if not isinstance(answer.content, bytes):
+            await self._stream(answer, answer.content)
+            return
+        self.started = True
+        self.trace.status = answer.status
+        length = b"%d" % len(answer.content)
+        fixed = ((b"content-type", answer.media_type), (b"content-length", length))
+        headers = [*(fixed if answer.content else ()), *answer.headers, *self._own_headers()]
+        await self._send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": answer.content})
+
+    async def _stream(self, answer: Answer, pieces: AsyncIterator[bytes]) -> None:
+        """Send the pieces as they are made. Raises ClientGone if the client does not take them."""
+        try:
+            async for piece in pieces:
+                async with asyncio.timeout(self._limits.seconds):
+                    if not self.started:
+                        self.started, self.trace.status = True, answer.status
+                        headers = [(b"content-type", answer.media_type), *answer.headers, *self._own_headers()]
+                        await self._send({"type": "http.response.start", "status": answer.status, "headers": headers})
+                    await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+            await self._send({"type": "http.response.body", "body": b""})
+        except TimeoutError:
+            raise ClientGone(f"the client took nothing for {self._limits.seconds:g} s") from None
+
+    async def refuse(self, error: ServiceError) -> None:
+        """Answer with `error`."""
+        headers = tuple((name.lower().encode(), value.encode("latin-1")) for name, value in error.headers.items())
+        content = orjson.dumps(error.problem(self.trace.request_id))
+        await self.answer(Answer(content, PROBLEM_JSON.encode(), headers, error.status))
+
+    def _own_headers(self) -> tuple[Header, Header]:
+        """The request id, and where the time went: the Server-Timing header, in milliseconds."""
+        trace = self.trace
+        timing = b"total;dur=%.3f" % (trace.elapsed * 1e3)
+        if trace.compute:
+            spans = (trace.parse * 1e3, trace.queue * 1e3, trace.compute * 1e3, trace.write * 1e3)
+            timing = _SPANS % spans + timing
+        return (b"x-request-id", trace.request_id.encode()), (b"server-timing", timing)
+
+    def _too_large(self, got: str) -> BodyTooLarge:
+        return BodyTooLarge(
+            f"the body may have {self._limits.max_body_bytes} bytes, got {got}",
+            expected=f"at most {self._limits.max_body_bytes} bytes",
+            got=got,
+            hint="send fewer rows at a time, or application/x-npy",
+            headers={"Connection": "close"},  # or the server would have to read the rest
+        )
+
+
+def _decoded(text: bytes) -> Query:
+    said = QueryParams(text)
+    options = [(name, _value(value)) for name, value in said.multi_items() if name != "model"]
+    return Query(said.get("model"), tuple(options))
+
+
+def _value(text: str) -> Any:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return text
+
+
+_decoded_once = lru_cache(maxsize=1024)(_decoded)
+
+
+def exchange_of(scope: Scope) -> Exchange:
+    """The exchange that `scope` belongs to."""
+    exchange: Exchange = scope[_KEY]
+    return exchange
+
+
+def trace_of(scope: Scope, headers: Mapping[bytes, bytes]) -> Trace:
+    """What is known of the request of `scope` from its head."""
+    client = scope.get("client")
+    request_id = request_id_of(headers.get(b"x-request-id", b""))
+    return Trace(request_id, scope["method"], scope["path"], client[0] if client else None)
+
+
+def request_id_of(asked: bytes) -> str:
+    """The client's, if it is printable and short, or a new one."""
+    if 0 < len(asked) <= LONGEST_REQUEST_ID and asked.isascii() and (text := asked.decode()).isprintable():
+        return text
+    return os.urandom(8).hex()

@@ -1,0 +1,133 @@
+"""Bodies to fields: content types, malformed JSON, keys given twice, numbers that are none."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.codec import npy
+from service.codec.request_body import read_fields
+from service.errors import InvalidJson, UnsupportedMediaType
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    ["application/json", "application/json; charset=utf-8", "APPLICATION/JSON", "", "application/vnd.elbo+json"],
+)
+def test_json_is_known_by_its_content_type(content_type: str) -> None:
+    assert read_fields(content_type, b'{"a": 1}', None).values == {"a": 1}
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "image/png", "nonsense"])
+def test_other_content_types_are_refused_with_a_hint(content_type: str) -> None:
+    with pytest.raises(UnsupportedMediaType) as caught:
+        read_fields(content_type, b'{"a": 1}', "inputs")
+    assert caught.value.got == content_type
+    assert "application/json" in str(caught.value.hint)
+
+
+def test_an_npy_body_is_the_main_field() -> None:
+    body = npy.dumps(np.ones((2, 3), np.float32))
+    np.testing.assert_array_equal(read_fields("application/x-npy", body, "inputs").values["inputs"], np.ones((2, 3)))
+    with pytest.raises(UnsupportedMediaType):
+        read_fields("application/x-npy", body, None)
+
+
+def test_an_empty_body_has_no_fields() -> None:
+    assert read_fields("application/json", b"", "inputs").values == {}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{", b"[1,]", b"{'a': 1}", b'{"a": 1,}', b'{"a": nan}', b'{"a": 01}', b'{"a": .5}', b'{"a": 0x1}',
+        b'{"a": 1} x',
+        b"\xff\xfe", b'{"a": "\xff"}', b"\xef\xbb\xbf{}", b'{"a": "\\ud800"}', b"[" * 100_000, b'{"a":' * 5000, b"\x00",
+        b'{"a": NaN', b'{"a": [NaN, "\\ud800"]}', b'{"a": Infinity, }', b"[" * 5000 + b"NaN" + b"]" * 5000,
+        b'{"a": [NaN, ' + b"9" * 10_000 + b"]}",
+    ],
+)  # fmt: skip
+def test_what_is_no_json_is_refused(body: bytes) -> None:
+    with pytest.raises(InvalidJson):
+        read_fields("application/json", body, "inputs")
+
+
+@pytest.mark.parametrize("body", [b"[1]", b"3", b'"x"', b"null", b"true"])
+def test_json_that_is_no_object_is_refused(body: bytes) -> None:
+    with pytest.raises(InvalidJson, match="expected a JSON object"):
+        read_fields("application/json", body, "inputs")
+
+
+@pytest.mark.parametrize(
+    ("body", "key"),
+    [
+        ('{"seed": 1, "seed": 2}', "seed"),
+        ('{"inputs": [[1]], "alpha": 0.1, "inputs": [[2]]}', "inputs"),
+        ('{"start": {"latent": [1], "latent": [2]}}', "latent"),
+        ('{"records": [{"cpu": 1}, {"cpu": 1, "cpu": 2}]}', "cpu"),
+        (r'{"seed": 1, "\u0073eed": 2}', "seed"),
+        ('{"": 1, "": 2}', "''"),
+    ],
+)
+def test_a_key_given_twice_is_refused_by_name(body: str, key: str) -> None:
+    with pytest.raises(InvalidJson, match="stands twice") as caught:
+        read_fields("application/json", body.encode(), "inputs")
+    assert key in caught.value.detail
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"a": "say \\"hello\\""}',
+        '{"a\\"": 1}',
+        '{"a": [["x", "y"]]}',
+        '{"a": "b", "b": "a"}',
+        '{"a": {"a": {"a": 1}}}',
+    ],
+)
+def test_quotation_marks_elsewhere_are_no_duplicates(body: str) -> None:
+    assert read_fields("application/json", body.encode(), "inputs").values == json.loads(body)
+
+
+@given(
+    st.dictionaries(
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=5),
+        st.recursive(
+            st.none()
+            | st.booleans()
+            | st.integers(-(2**53), 2**53)
+            | st.text(st.characters(exclude_categories=["Cs"]), max_size=5),
+            lambda inner: (
+                st.lists(inner, max_size=3)
+                | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), max_size=3), inner, max_size=3)
+            ),
+            max_leaves=8,
+        ),
+        max_size=4,
+    )
+)
+def test_any_object_is_read_as_pythons_reader_reads_it(document: dict[str, Any]) -> None:
+    for text in (json.dumps(document), json.dumps(document, ensure_ascii=False, indent=2)):
+        assert read_fields("application/json", text.encode(), "inputs").values == document
+
+
+@pytest.mark.parametrize(
+    ("body", "careful"),
+    [
+        ('{"inputs": [[1.5, -2e3]]}', False),
+        ('{"latents": [[1.5]], "seed": 3}', False),
+        ('{"records": [{"cpu": 1}]}', False),
+        ('{"inputs": [[true]]}', True),
+        ('{"inputs": [[false]]}', True),
+        ('{"inputs": [[1]], "sample": true}', False),
+        ('{"inputs": [[true]], "sample": true}', True),
+        ('{"inputs": [[1]], "method": "true"}', True),
+        ('{"inputs": [[NaN]]}', True),
+        ('{"inputs": [[1e999]]}', True),
+    ],
+)
+def test_care_is_taken_only_where_something_may_pass_for_a_number(body: str, careful: bool) -> None:
+    assert read_fields("application/json", body.encode(), "inputs").careful is careful

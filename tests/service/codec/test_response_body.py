@@ -1,0 +1,119 @@
+"""Answers to bytes: which format, which numbers, which pixels."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from PIL import Image
+
+from service.codec import png
+from service.codec.response_body import ARRAY, JSON_ONLY, PICTURE, choose, to_json
+from service.errors import NotAcceptable, OverflowInModel
+
+JSON, NPY, SAFETENSORS, PNG = PICTURE
+
+
+@pytest.mark.parametrize(
+    ("accept", "chosen"),
+    [
+        ("", JSON),
+        ("*/*", JSON),
+        ("application/json", JSON),
+        ("application/*", JSON),
+        ("application/x-npy", NPY),
+        ("application/x-safetensors", SAFETENSORS),
+        ("image/png", PNG),
+        ("image/*", PNG),
+        ("image/webp, image/png", PNG),
+        ("text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8", JSON),
+        ("application/json;q=0.5, application/x-npy", NPY),
+        ("application/json, application/x-npy", JSON),
+        ("application/json;q=0, */*", NPY),
+        ("image/png;q=0.2, application/x-npy;q=0.1, */*;q=0", PNG),
+        ("*/*;q=0.1, image/png;q=0.9", PNG),
+        ("APPLICATION/X-NPY ; Q=0.7", NPY),
+        ("application/json; charset=utf-8", JSON),
+    ],
+)
+def test_the_accept_header_chooses_the_format(accept: str, chosen: str) -> None:
+    assert choose(accept, PICTURE) == chosen
+
+
+@pytest.mark.parametrize(
+    "accept", ["text/html", "image/png", "application/json;q=0", "*/*;q=0", "application/json;q=x"]
+)
+def test_an_accept_header_that_admits_nothing_is_refused_with_what_there_is(accept: str) -> None:
+    with pytest.raises(NotAcceptable) as caught:
+        choose(accept, JSON_ONLY)
+    assert caught.value.expected == "application/json"
+
+
+def test_a_table_has_no_pictures() -> None:
+    with pytest.raises(NotAcceptable):
+        choose("image/png", ARRAY)
+
+
+@given(
+    arrays(
+        np.float32,
+        st.tuples(st.integers(1, 3), st.integers(1, 4)),
+        elements=st.floats(width=32, allow_nan=False, allow_infinity=False),
+    )
+)
+def test_floats_survive_json_to_the_bit(array: np.ndarray) -> None:
+    for text in (to_json({"a": array}), to_json({"a": [list(row) for row in array]})):
+        np.testing.assert_array_equal(np.array(json.loads(text)["a"], np.float32), array)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_number_that_json_lacks_is_an_error_and_no_null(value: float) -> None:
+    array = np.zeros((3, 2), np.float32)
+    array[1, 1] = value
+    with pytest.raises(OverflowInModel, match="row 1"):
+        to_json({"outputs": array})
+
+
+def pixels(content: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(content)))
+
+
+def test_a_picture_shows_each_row_in_its_place_with_its_grey() -> None:
+    rows = np.array([[0, 1, 2, 3], [4, 4, 4, 4], [-9, 99, 2, 2]], np.float32)
+    picture = pixels(png.dumps(rows, [2, 2], (0.0, 4.0), columns=2))
+    tile, gap = png.TILE, png.GAP
+    assert picture.shape == (2 * tile + gap, 2 * tile + gap)
+    centres = [tile // 4, 3 * tile // 4]
+    assert [picture[y, x] for y in centres for x in centres] == [0, 64, 128, 191]
+    assert (picture[:tile, tile + gap :] == 255).all()
+    below = picture[tile + gap :, :tile]
+    assert [below[y, x] for y in centres for x in centres] == [0, 255, 128, 128]
+    assert (picture[tile + gap :, tile + gap :] == png.GAP_GREY).all()  # no image stands there
+
+
+def test_a_picture_may_have_colours() -> None:
+    rows = np.array([[255, 0, 0, 0, 0, 255]], np.float32)
+    picture = pixels(png.dumps(rows, [1, 2, 3], (0.0, 255.0)))
+    assert picture[0, 0].tolist() == [255, 0, 0]
+    assert picture[0, -1].tolist() == [0, 0, 255]
+
+
+def test_white_may_be_the_smaller_value() -> None:
+    picture = pixels(png.dumps(np.array([[0.0, 1.0]], np.float32), [1, 2], (1.0, 0.0)))
+    assert (picture[0, 0], picture[0, -1]) == (255, 0)
+
+
+def test_many_images_are_not_magnified_beyond_the_widest_picture() -> None:
+    assert pixels(png.dumps(np.zeros((2500, 64), np.float32), [8, 8], (0.0, 1.0))).shape[1] <= png.WIDEST
+
+
+@pytest.mark.parametrize(
+    ("shape", "pixel_range", "expected"),
+    [([8, 8], (0, 1), True), ([8, 8], None, False), ([8, 8, 3], (0, 1), True), ([8, 8, 1], (0, 1), True),
+     ([3, 8, 8], (0, 1), False), ([64], (0, 1), False)],
+)  # fmt: skip
+def test_only_images_have_pictures(shape: list[int], pixel_range: tuple[float, float] | None, expected: bool) -> None:
+    assert png.is_picture(shape, pixel_range) is expected

@@ -1,0 +1,227 @@
+"""JSON to float32 rows, against json.loads and numpy."""
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.codec.request_body import read_fields
+from service.codec.rows import RowFormat
+from service.errors import InvalidRows
+
+FLAT = RowFormat([4])
+NESTED = RowFormat([2, 3])
+LARGEST = float(np.finfo(np.float32).max)
+
+
+def read(form: RowFormat, text: str) -> Any:
+    """The rows in the JSON `text`, by the service's own way."""
+    fields = read_fields("application/json", f'{{"inputs": {text}}}'.encode(), "inputs")
+    return form.read(fields.values["inputs"], "/inputs", fields.careful)
+
+
+def refusal(form: RowFormat, text: str) -> InvalidRows:
+    with pytest.raises(InvalidRows) as caught:
+        read(form, text)
+    return caught.value
+
+
+numbers = st.one_of(
+    st.floats(-LARGEST, LARGEST, allow_nan=False),
+    st.floats(allow_nan=False, allow_infinity=False, width=32),
+    st.integers(-(2**53), 2**53),
+)
+
+
+@given(st.lists(st.lists(numbers, min_size=4, max_size=4), min_size=1, max_size=5))
+def test_finite_numbers_are_read_as_numpy_rounds_them(rows: list[list[float]]) -> None:
+    text = json.dumps(rows)
+    expected = np.array(json.loads(text), dtype=np.float64).astype(np.float32)
+    np.testing.assert_array_equal(read(FLAT, text), expected)
+
+
+@given(st.lists(st.lists(st.lists(numbers, min_size=3, max_size=3), min_size=2, max_size=2), min_size=1, max_size=4))
+def test_nested_rows_equal_the_same_rows_laid_flat(rows: list[list[list[float]]]) -> None:
+    flat = [[value for line in row for value in line] for row in rows]
+    np.testing.assert_array_equal(read(NESTED, json.dumps(rows)), read(NESTED, json.dumps(flat)))
+
+
+def test_flat_and_nested_rows_may_stand_side_by_side() -> None:
+    x = read(NESTED, "[[1, 2, 3, 4, 5, 6], [[1, 2, 3], [4, 5, 6]]]")
+    np.testing.assert_array_equal(x[0], x[1])
+
+
+not_numbers = st.sampled_from(
+    [
+        "null",
+        "true",
+        "false",
+        '"1"',
+        '""',
+        "[]",
+        "[1]",
+        "{}",
+        "NaN",
+        "Infinity",
+        "-Infinity",
+        "1e39",
+        "-4e38",
+        "1e999",
+        "1" + "0" * 400,
+    ]
+)
+
+
+@given(bad=not_numbers, row=st.integers(0, 3), column=st.integers(0, 3))
+@settings(max_examples=200)
+def test_whatever_is_no_finite_float32_is_refused_with_its_place(bad: str, row: int, column: int) -> None:
+    cells = [["1.5"] * 4 for _ in range(4)]
+    cells[row][column] = bad
+    error = refusal(FLAT, "[" + ",".join("[" + ",".join(line) + "]" for line in cells) + "]")
+    assert error.pointer == f"/inputs/{row}/{column}"
+    assert error.got is not None
+    assert error.expected is not None
+
+
+@given(bad=not_numbers, row=st.integers(0, 2), i=st.integers(0, 1), j=st.integers(0, 2))
+def test_in_a_nested_row_the_place_is_nested_too(bad: str, row: int, i: int, j: int) -> None:
+    cells = [[["0"] * 3 for _ in range(2)] for _ in range(3)]
+    cells[row][i][j] = bad
+    lines = ["[" + ",".join("[" + ",".join(line) + "]" for line in one) + "]" for one in cells]
+    assert refusal(NESTED, "[" + ",".join(lines) + "]").pointer == f"/inputs/{row}/{i}/{j}"
+
+
+def test_the_first_of_several_bad_values_is_the_one_that_is_told() -> None:
+    assert refusal(FLAT, '[[1,2,3,4],[1,null,"x",true],[null,1,1,1]]').pointer == "/inputs/1/1"
+
+
+@pytest.mark.parametrize("value", [LARGEST, -LARGEST, LARGEST * (1 + 2**-26), 1e-46, -0.0, 2**-149])
+def test_the_bounds_of_float32_are_those_of_ieee_rounding(value: float) -> None:
+    x = read(FLAT, json.dumps([[value, 0, 0, 0]]))
+    assert x[0, 0] == np.float64(value).astype(np.float32)
+    assert math.copysign(1, x[0, 0]) == math.copysign(1, value)
+
+
+def test_half_a_step_beyond_the_largest_float32_overflows() -> None:
+    beyond = LARGEST + 2.0**103  # a tie, and the even neighbour is infinity
+    with np.errstate(over="ignore"):
+        assert np.isinf(np.float64(beyond).astype(np.float32))
+    assert "overflows float32" in refusal(FLAT, json.dumps([[0, 0, beyond, 0]])).detail
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "pointer", "word"),
+    [
+        (FLAT, "[]", "/inputs", "no rows"),
+        (FLAT, "null", "/inputs", "null"),
+        (FLAT, "3", "/inputs", "3"),
+        (FLAT, '"abcd"', "/inputs", "abcd"),
+        (FLAT, "{}", "/inputs", "an object"),
+        (FLAT, "[[]]", "/inputs/0", "an empty list"),
+        (FLAT, "[[1,2,3]]", "/inputs/0", "a list of 3"),
+        (FLAT, "[[1,2,3,4],[1,2,3,4,5]]", "/inputs/1", "a list of 5"),
+        (FLAT, "[[1,2,3,4],7]", "/inputs/1", "got 7"),
+        (FLAT, '["abcd"]', "/inputs/0", "abcd"),
+        (FLAT, "[{}]", "/inputs/0", "an object"),
+        (FLAT, '[{"a":1,"b":2,"c":3,"d":4}]', "/inputs/0", "an object"),
+        (FLAT, "[[[1,2,3,4]]]", "/inputs/0", "a list of 1"),
+        (NESTED, "[[[1,2,3]]]", "/inputs/0", "a list of 1"),
+        (NESTED, "[[[1,2,3],[4,5]]]", "/inputs/0/1", "a list of 2"),
+        (NESTED, "[[[1,2,3],4]]", "/inputs/0/1", "got 4"),
+        (NESTED, "[[1,2,3,4,5]]", "/inputs/0", "a list of 5"),
+        (NESTED, "[[[[1,2,3]],[[4,5,6]]]]", "/inputs/0/0", "a list of 1"),
+    ],
+)
+def test_misshapen_rows_are_told_by_what_was_expected_and_what_came(
+    form: RowFormat, text: str, pointer: str, word: str
+) -> None:
+    error = refusal(form, text)
+    assert error.pointer == pointer
+    assert word in error.detail or word in str(error.got)
+    assert error.expected
+
+
+@pytest.mark.parametrize(
+    ("form", "text"), [(FLAT, "[1,2,3,4]"), (NESTED, "[1,2,3,4,5,6]"), (NESTED, "[[1,2,3],[4,5,6]]")]
+)
+def test_one_row_without_its_list_gets_a_hint(form: RowFormat, text: str) -> None:
+    error = refusal(form, text)
+    assert error.got == "one row"
+    assert error.hint == "put the row into a list: [[...]]"
+
+
+def test_a_bad_row_among_good_ones_costs_only_itself() -> None:
+    rows = [[1, 2, 3, 4], [1, None, 3, 4], "x", [5, 6, 7, 8], [1, 2]]
+    reading = FLAT.read_each(rows, "/inputs", careful=False)
+    np.testing.assert_array_equal(reading.x, [[1, 2, 3, 4], [5, 6, 7, 8]])
+    assert reading.rows == [0, 3]
+    assert [(error.row, error.error.pointer) for error in reading.errors] == [
+        (1, "/inputs/1/1"), (2, "/inputs/2"), (4, "/inputs/4")
+    ]  # fmt: skip
+
+
+def test_if_no_row_can_be_read_the_first_error_is_raised() -> None:
+    with pytest.raises(InvalidRows) as caught:
+        FLAT.read_each([[None] * 4, []], "/inputs", careful=False)
+    assert caught.value.pointer == "/inputs/0/0"
+
+
+NAMED = RowFormat([3], ["a", "b/c", "d~"])
+
+
+def test_records_are_ordered_by_name_and_unknown_values_are_counted() -> None:
+    records = [{"d~": 3, "a": 1, "b/c": 2}, {"a": 4, "b/c": 5, "d~": 6, "host": "x", "t": None}]
+    reading, unknown = NAMED.read_records(records, "/records", careful=False)
+    np.testing.assert_array_equal(reading.x, [[1, 2, 3], [4, 5, 6]])
+    assert unknown == 2
+
+
+def test_bad_records_name_what_they_lack_or_hold() -> None:
+    records = [
+        {"a": 1, "b/c": 2, "d~": 3},
+        {"a": 1, "d~": 3},
+        {"a": 1, "b/c": "x", "d~": 3},
+        5,
+        {"a": 1, "b/c": 1, "d~": True},
+    ]
+    reading, _ = NAMED.read_records(records, "/records", careful=True)
+    assert reading.rows == [0]
+    assert [error.error.pointer for error in reading.errors] == [
+        "/records/1", "/records/2/b~1c", "/records/3", "/records/4/d~0"
+    ]  # fmt: skip
+    assert "no value for b/c" in reading.errors[0].error.detail
+
+
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f8", ">f8", "<f2", "i1", "<i4", ">i8", "u1", "<u8"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_arrays_of_any_real_dtype_and_order_become_float32(dtype: str, order: str) -> None:
+    values = np.arange(12).reshape(2, 6)
+    array = np.array(values, dtype=dtype, order=order)  # type: ignore[call-overload] # an order that is a str
+    x = NESTED.read_array(array, "/inputs")
+    assert x.dtype == np.float32
+    assert x.flags.c_contiguous
+    assert x.flags.writeable
+    np.testing.assert_array_equal(x, values)
+    np.testing.assert_array_equal(NESTED.read_array(array.reshape(2, 2, 3), "/inputs"), values)
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3), (0, 6), (2, 5), (2, 3, 2), (2, 6, 1), ()])
+def test_arrays_of_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidRows, match="expected an array"):
+        NESTED.read_array(np.zeros(shape, np.float32), "/inputs")
+
+
+@pytest.mark.parametrize(("value", "word"), [(np.nan, "nan"), (np.inf, "inf"), (-1e300, "overflows")])
+def test_arrays_with_what_is_no_float32_are_refused_with_the_place(value: float, word: str) -> None:
+    array = np.zeros((3, 2, 3))
+    array[2, 1, 0] = value
+    with pytest.raises(InvalidRows, match=word) as caught:
+        NESTED.read_array(array, "/inputs")
+    assert caught.value.pointer == "/inputs/2/1/0"
+    reading = NESTED.read_array_each(array, "/inputs")
+    assert reading.rows == [0, 1]
+    assert reading.errors[0].row == 2

@@ -1,0 +1,69 @@
+"""The fast reader of JSON agrees with the plain one, and leaves to it whatever is not plainly rows of numbers."""
+
+import json
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.codec import simdjson_rows
+
+numbers = st.one_of(
+    st.integers(-(2**63), 2**64 - 1),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.sampled_from([0, -0.0, 5e-324]),
+)
+
+
+@given(st.integers(1, 5).flatmap(lambda width: st.lists(st.lists(numbers, min_size=width, max_size=width), min_size=1)))
+def test_rows_of_numbers_are_those_of_the_plain_reader(rows: list[list[float]]) -> None:
+    body = json.dumps({"alpha": 0.05, "inputs": rows, "sample": True}).encode()
+    fields = simdjson_rows.read(body, "inputs", len(rows[0]))
+    assert fields is not None
+    np.testing.assert_array_equal(fields.pop("inputs"), np.array(orjson.loads(body)["inputs"], np.float64))
+    assert fields == {"alpha": 0.05, "sample": True}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"inputs": [[1, [2]], [3, 4]]}',  # simdjson alone would flatten it
+        b'{"inputs": [[1, []], [3, 4]]}',
+        b'{"inputs": [' + b"[1, 2], " * simdjson_rows.FEW + b"[1, [2]]]}",
+        b'{"inputs": [[[1, 2]], [[3, 4]]]}',
+        b'{"inputs": [[1, 2], 3, [4]]}',
+        b'{"inputs": [[1, 2, 3]]}',
+        b'{"inputs": [[1]]}',
+        b'{"inputs": [1, 2]}',
+        b'{"inputs": [[1, true]]}',
+        b'{"inputs": [[1, null]]}',
+        b'{"inputs": [[1, "2"]]}',
+        b'{"inputs": [[1, {"a": 2}]]}',
+        b'{"inputs": [[1, NaN]]}',
+        b'{"inputs": [[1, 1e999]]}',
+        b'{"inputs": [[1, 123456789012345678901234567890]]}',
+        b'{"inputs": [[1, 2]], "inputs": [[3, 4]]}',
+        b'{"inputs": [[1, 2]], "inputs": 3}',
+        b'{"inputs": [[1, 2]], "seed": "3"}',
+        b'{"inputs": [[1, 2]], "start": {"input": 3}}',
+        b'{"inputs": [[1, 2]], "fdr": null}',
+        b'{"inputs": [[1, 2]]',
+        b'{"latents": [[1, 2]]}',
+        b'{"inputs": 3}',
+        b"[[1, 2]]",
+        b"3",
+        b"",
+        b"\xff",
+    ],
+)
+def test_whatever_else_is_left_to_the_plain_reader(body: bytes) -> None:
+    assert simdjson_rows.read(body, "inputs", 2) is None
+
+
+def test_what_was_read_outlives_the_next_document() -> None:
+    first: Any = simdjson_rows.read(b'{"inputs": [[1, 2]]}', "inputs", 2)
+    simdjson_rows.read(b'{"inputs": [[3, 4]]}', "inputs", 2)
+    np.testing.assert_array_equal(first["inputs"], [[1, 2]])

@@ -1,0 +1,240 @@
+"""Verdicts over HTTP: against the artifact, SciPy's Benjamini-Hochberg, and the definition of each field."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import false_discovery_control
+
+from models.artifact import Artifact, load
+from models.calibration import Calibration
+from service.anomaly.verdicts import benjamini_hochberg
+from tests.service.conftest import HOST_NAMES, host_table
+from tests.service.running import post
+
+
+def column(answer: dict[str, Any], name: str) -> np.ndarray:
+    return np.array([result[name] for result in answer["results"]])
+
+
+@pytest.fixture(scope="module")
+def mixed(digits: np.ndarray) -> np.ndarray:
+    """20 digits and 10 rows of noise, which no digit is."""
+    return np.concatenate((digits[:20], np.random.default_rng(0).random((10, 64)).astype(np.float32)))
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.05, 0.001])
+def test_every_field_is_what_the_artifact_says(
+    client: httpx.Client, vae: Artifact, mixed: np.ndarray, alpha: float
+) -> None:
+    answer = post(client, "/anomaly", {"inputs": mixed.tolist(), "alpha": alpha})
+    with torch.inference_mode():
+        score, parts, _, _ = vae.module.score(torch.from_numpy(mixed))
+        severity = vae.module.severity(score, alpha)
+        p_value, threshold = vae.module.p_value(score), float(vae.module.threshold(alpha))
+    np.testing.assert_allclose(column(answer, "score"), score, rtol=1e-5)
+    np.testing.assert_allclose(column(answer, "p_value"), p_value, rtol=1e-6)
+    np.testing.assert_allclose(column(answer, "severity"), severity, rtol=1e-4)
+    np.testing.assert_allclose([list(p.values()) for p in column(answer, "parts")], parts, rtol=1e-4, atol=1e-4)
+    assert list(answer["results"][0]["parts"]) == vae.manifest.parts
+    assert answer["threshold"] == pytest.approx(threshold, rel=1e-6)
+    assert answer["alpha"] == alpha
+    assert answer["calibration"] == {"rows": 359, "floor": 1 / 360}
+    assert answer["extrapolated"] == (alpha < 1 / 360)
+    assert column(answer, "row").tolist() == list(range(30))
+    np.testing.assert_array_equal(column(answer, "is_anomaly"), column(answer, "severity") > 1)
+
+
+@pytest.mark.parametrize("model", ["pca", "ae", "vae"])
+def test_above_the_floor_the_verdict_is_that_of_the_p_value(
+    client: httpx.Client, mixed: np.ndarray, model: str
+) -> None:
+    answer = post(client, "/anomaly", {"inputs": mixed.tolist(), "alpha": 0.05}, params={"model": model})
+    np.testing.assert_array_equal(column(answer, "is_anomaly"), column(answer, "p_value") <= 0.05 * (1 + 1e-6))
+    assert column(answer, "is_anomaly")[20:].all()
+
+
+def test_features_are_those_that_contribute_most(client: httpx.Client, vae: Artifact, mixed: np.ndarray) -> None:
+    answer = post(client, "/anomaly", {"inputs": mixed.tolist(), "explain": 5})
+    with torch.inference_mode():
+        _, _, contribution, expected = (part.numpy() for part in vae.module.score(torch.from_numpy(mixed)))
+    names = [feature.name for feature in vae.manifest.features]
+    for row, result in enumerate(answer["results"]):
+        features = result["features"]
+        largest = np.sort(contribution[row])[::-1][:5]
+        np.testing.assert_allclose([feature["contribution"] for feature in features], largest, rtol=1e-4)
+        for feature in features:
+            index = names.index(feature["name"])
+            assert np.float32(feature["value"]) == mixed[row, index]
+            assert feature["expected"] == pytest.approx(expected[row, index], abs=1e-5)
+            assert feature["contribution"] == pytest.approx(contribution[row, index], rel=1e-4)
+
+
+@pytest.mark.parametrize(("explain", "count"), [(0, 0), (1, 1), (64, 64), (1000, 64)])
+def test_as_many_features_are_named_as_asked_and_there_are(client: httpx.Client, explain: int, count: int) -> None:
+    answer = post(client, "/anomaly", {"inputs": [[0.5] * 64], "explain": explain})
+    assert len(answer["results"][0]["features"]) == count
+
+
+def test_records_score_like_the_same_rows(client: httpx.Client) -> None:
+    rows = host_table().x.span(0, 20)
+    records: list[dict[str, Any]] = [dict(zip(HOST_NAMES, map(float, row), strict=True)) for row in rows]
+    backwards = [dict(reversed(record.items())) | {"rack": "a", "hour": 12} for record in records]
+    by_row = post(client, "/anomaly", {"inputs": rows.astype(float).tolist()}, params={"model": "hosts"})
+    assert post(client, "/anomaly", {"records": records}, params={"model": "hosts"}) == by_row
+    answer = post(client, "/anomaly", {"records": backwards}, params={"model": "hosts"})
+    assert answer.pop("unknown_fields") == 40
+    by_row.pop("unknown_fields")
+    assert answer == by_row
+
+
+def test_a_bad_row_among_good_ones_costs_only_itself(client: httpx.Client, digits: np.ndarray) -> None:
+    rows: list[Any] = digits[:5].tolist()
+    alone = post(client, "/anomaly", {"inputs": rows})
+    bad = [[None] * 64, "x", rows[0][:63], {"a": 1}, [1e39] * 64]
+    mixed = [rows[0], bad[0], rows[1], bad[1], bad[2], rows[2], bad[3], rows[3], rows[4], bad[4]]
+    answer = post(client, "/anomaly", {"inputs": mixed})
+    assert column(answer, "row").tolist() == [0, 2, 5, 7, 8]
+    assert [error["row"] for error in answer["errors"]] == [1, 3, 4, 6, 9]
+    assert [error["pointer"] for error in answer["errors"]] == [
+        "/inputs/1/0", "/inputs/3", "/inputs/4", "/inputs/6", "/inputs/9/0"
+    ]  # fmt: skip
+    for mine, theirs in zip(answer["results"], alone["results"], strict=True):
+        assert mine["score"] == pytest.approx(theirs["score"], rel=1e-6)
+        assert mine["p_value"] == theirs["p_value"]
+
+
+def test_a_nan_that_python_wrote_costs_only_its_row(client: httpx.Client, digits: np.ndarray) -> None:
+    rows: list[Any] = digits[:3].tolist()
+    rows[1][7] = float("nan")
+    body = str({"inputs": rows}).replace("'", '"').replace("nan", "NaN")
+    response = client.post("/anomaly", content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 200
+    assert [error["pointer"] for error in response.json()["errors"]] == ["/inputs/1/7"]
+
+
+def test_a_record_without_a_feature_names_it(client: httpx.Client) -> None:
+    good = dict.fromkeys(HOST_NAMES, 1.0)
+    records = [good, {key: value for key, value in good.items() if key != "memory/used"}, good]
+    answer = post(client, "/anomaly", {"records": records, "impute": False}, params={"model": "hosts"})
+    assert column(answer, "row").tolist() == [0, 2]
+    assert answer["errors"][0]["row"] == 1
+    assert "memory/used" in answer["errors"][0]["detail"]
+
+
+def test_if_nothing_can_be_read_the_request_is_refused(client: httpx.Client) -> None:
+    response = client.post("/anomaly", json={"inputs": [[None] * 64, [1]]})
+    assert response.status_code == 422
+    assert response.json()["pointer"] == "/inputs/0/0"
+
+
+def test_a_row_beyond_all_measure_is_the_strangest_and_no_error(client: httpx.Client, digits: np.ndarray) -> None:
+    answer = post(client, "/anomaly", {"inputs": [digits[0].tolist(), [1e30] * 64]}, params={"model": "pca"})
+    assert column(answer, "is_anomaly").tolist() == [False, True]
+    assert np.float32(answer["results"][1]["score"]) == np.finfo(np.float32).max
+    assert np.isfinite(column(answer, "severity")).all()
+
+
+def test_a_row_that_the_model_cannot_judge_costs_only_itself(client: httpx.Client, digits: np.ndarray) -> None:
+    answer = post(client, "/anomaly", {"inputs": [[3e38, -3e38] * 32, digits[0].tolist()]}, params={"model": "vae"})
+    judged = column(answer, "row").tolist()
+    assert 1 in judged
+    assert sorted(judged + [error["row"] for error in answer["errors"]]) == [0, 1]
+
+
+def test_fdr_decides_over_the_whole_request(client: httpx.Client, mixed: np.ndarray) -> None:
+    for q in (0.01, 0.1, 0.5):
+        answer = post(client, "/anomaly", {"inputs": mixed.tolist(), "fdr": q})
+        expected = false_discovery_control(column(answer, "p_value")) <= q * (1 + 1e-6)
+        np.testing.assert_array_equal(column(answer, "is_anomaly"), expected)
+        assert answer["fdr"] == q
+
+
+def test_fdr_takes_no_severity_for_a_p_value(client: httpx.Client) -> None:
+    """One row beyond all measure among 29: its p-value is the floor, which Benjamini and Hochberg do not let pass."""
+    rows = host_table().x.span(0, 30).astype(float)
+    rows[7] += 1e4
+    answer = post(client, "/anomaly", {"inputs": rows.tolist(), "fdr": 0.1, "alpha": 1e-6}, params={"model": "hosts"})
+    assert answer["extrapolated"]
+    assert answer["results"][7]["severity"] > 100
+    assert answer["results"][7]["p_value"] == pytest.approx(1 / 81)  # above 0.1 / 30
+    assert not column(answer, "is_anomaly").any()
+
+
+@pytest.mark.parametrize("alpha", [1 / 81, 0.0123, 0.0124])
+def test_an_alpha_at_the_floor_is_not_extrapolated(client: httpx.Client, alpha: float) -> None:
+    body = {"inputs": host_table().x.span(0, 1).astype(float).tolist(), "alpha": alpha}
+    answer = post(client, "/anomaly", body, params={"model": "hosts"})
+    assert answer["calibration"]["floor"] == pytest.approx(1 / 81)
+    assert answer["extrapolated"] == (alpha == 0.0123)
+
+
+FDR_WORLDS = 3_000
+
+
+def false_discovery_proportions(n: int, normal: int, anomalous: int, q: float) -> np.ndarray:
+    """The share of normal rows among those called anomalous, in as many worlds; 0 where none is."""
+    random, found = np.random.RandomState(0), []
+    for _ in range(FDR_WORLDS):
+        calibration = Calibration(torch.from_numpy(random.standard_normal(n)))
+        scores = np.concatenate((random.standard_normal(normal), 3.5 + random.standard_normal(anomalous)))
+        p_value = calibration.p_value(torch.from_numpy(scores)).float().numpy()
+        called = benjamini_hochberg(p_value, q)
+        found.append(called[:normal].sum() / max(1, called.sum()))
+    return np.array(found)
+
+
+@pytest.mark.parametrize(("n", "normal", "anomalous", "q"), [(199, 15, 5, 0.1), (199, 20, 0, 0.1), (99, 8, 2, 0.3)])
+def test_fdr_is_exactly_q_times_the_share_of_normal_rows(n: int, normal: int, anomalous: int, q: float) -> None:
+    """Where q (n + 1) / m is whole, m the rows: Mary & Roquain, "Semi-supervised multiple testing", 2022."""
+    share = false_discovery_proportions(n, normal, anomalous, q)
+    error = share.std() / np.sqrt(FDR_WORLDS)
+    assert abs(share.mean() - q * normal / (normal + anomalous)) < 4 * error
+
+
+@pytest.mark.parametrize(("n", "normal", "anomalous", "q"), [(150, 14, 7, 0.1), (60, 30, 30, 0.2)])
+def test_fdr_is_at_most_that_for_other_numbers(n: int, normal: int, anomalous: int, q: float) -> None:
+    share = false_discovery_proportions(n, normal, anomalous, q)
+    assert share.mean() < q * normal / (normal + anomalous) + 4 * share.std() / np.sqrt(FDR_WORLDS)
+    assert share.mean() > 0
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=40), st.sampled_from([0.01, 0.05, 0.1, 0.3, 0.9]))
+def test_benjamini_hochberg_is_scipys(ranks: list[int], q: float) -> None:
+    p_value = np.array(ranks, np.float32) / np.float32(100)
+    exact = np.array(ranks) / 100
+    expected = false_discovery_control(exact) <= q * (1 + 1e-9)
+    np.testing.assert_array_equal(benjamini_hochberg(p_value, q), expected)
+
+
+def test_npy_answers_give_a_line_for_every_row(client: httpx.Client, mixed: np.ndarray) -> None:
+    x = mixed[:6].copy()
+    x[2, 5] = np.nan
+    file = io.BytesIO()
+    np.save(file, x)
+    headers = {"content-type": "application/x-npy", "accept": "application/x-npy"}
+    response = client.post("/anomaly?alpha=0.1", content=file.getvalue(), headers=headers)
+    table = np.load(io.BytesIO(response.content))
+    answer = post(client, "/anomaly", {"inputs": mixed[:6].tolist(), "alpha": 0.1})
+    for name, values in zip(("score", "p_value", "severity"), table.T, strict=True):
+        np.testing.assert_allclose(np.delete(values, 2), np.delete(column(answer, name), 2), rtol=1e-5)
+    assert np.isnan(table[2]).all()
+
+
+def test_alarms_on_fresh_normal_rows_keep_to_alpha(client: httpx.Client, artifacts: Path) -> None:
+    rng = np.random.default_rng(99)
+    base = rng.normal(size=(300, 2))
+    x = np.column_stack((base[:, 0], 100 + 20 * base[:, 1], base[:, 0] + base[:, 1], 3 * rng.normal(size=300)))
+    answer = post(client, "/anomaly", {"inputs": x.tolist(), "alpha": 0.1}, params={"model": "hosts"})
+    n = load(artifacts / "hosts" / "1" / "model.pt").manifest.calibration.rows
+    from scipy.stats import betabinom
+
+    allowed = int(0.1 * (n + 1))
+    low, high = betabinom(300, allowed, n + 1 - allowed).interval(0.999)
+    assert low <= column(answer, "is_anomaly").sum() <= high

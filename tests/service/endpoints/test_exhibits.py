@@ -1,0 +1,101 @@
+"""What an artifact shows: true to the model, bounded, readable with zipfile alone, and absent where it must be."""
+
+import json
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from fastapi import FastAPI
+
+from models.artifact import Artifact
+from tests.service.conftest import host_table
+from tests.training.reporters import Silent
+from training.config import TrainConfig
+from training.data.row_store import Rows
+from training.data.table import Table
+from training.train import train
+
+
+def members(path: Path) -> dict[str, bytes]:
+    """The exhibits in a file, by zipfile alone."""
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if "/extra/exhibits/" in name]
+        return {name.rpartition("/")[2]: archive.read(name) for name in names}
+
+
+def test_codes_and_labels_are_those_of_the_held_out_rows(
+    client: httpx.Client, digits: np.ndarray, artifacts: Path
+) -> None:
+    shown = client.get("/models/vae/held-out").json()
+    assert (shown["model"], shown["version"], shown["rows"]) == ("vae", 1, 180)
+    inputs = np.array(shown["inputs"], np.float32)
+    assert inputs.shape == (180, 64)
+    codes = client.post("/encode?model=vae", json={"inputs": shown["inputs"]}).json()["latents"]
+    np.testing.assert_allclose(codes, shown["latents"], rtol=1e-4, atol=1e-5)
+    from sklearn.datasets import load_digits
+
+    labels = {row.tobytes(): label for row, label in zip(digits, load_digits().target, strict=True)}
+    assert [labels[row.tobytes()] for row in inputs] == shown["labels"]
+    file = json.loads(members(artifacts / "vae" / "1" / "model.pt")["held-out.json"])
+    assert file == {key: value for key, value in shown.items() if key not in ("model", "version")}
+
+
+def test_the_scores_give_the_threshold_that_verdicts_name(client: httpx.Client, vae: Artifact) -> None:
+    shown = client.get("/models/vae@1/calibration").json()
+    scores = np.array(shown["scores"])
+    assert shown["rows"] == len(scores) == vae.manifest.calibration.rows
+    assert (np.diff(scores) >= 0).all()
+    row = [[0.0] * 64]
+    verdict = client.post("/anomaly?model=vae", json={"inputs": row, "alpha": 0.05}).json()
+    at_least = int((scores >= verdict["results"][0]["score"]).sum())
+    assert verdict["results"][0]["p_value"] == pytest.approx((1 + at_least) / (1 + len(scores)))
+    assert verdict["threshold"] in scores.astype(np.float32)
+
+
+def test_the_card_is_markdown_about_the_model(client: httpx.Client) -> None:
+    response = client.get("/models/pca/card")
+    assert response.headers["content-type"] == "text/markdown; charset=utf-8"
+    assert response.text.startswith("# pca\n")
+    assert "359 calibrated it" in response.text
+    assert "elbo train digits --model pca --name pca" in response.text
+
+
+def test_what_is_shown_is_bounded(tmp_path: Path) -> None:
+    rows = np.random.RandomState(0).normal(size=(26_000, 300)).astype(np.float32)
+    names = [f"f{i}" for i in range(300)]
+    missing = np.zeros(300, np.int64)
+    table = Table(Rows(rows), (300,), names, [None] * 300, None, None, "made up", missing=missing)
+    path = train(TrainConfig(model="pca", name="wide", latents=2), table, tmp_path, Silent())
+    held, scores = (json.loads(members(path)[name]) for name in ("held-out.json", "calibration.json"))
+    assert held["rows"] == 2600
+    assert np.shape(held["latents"]) == (2000, 2)
+    assert np.shape(held["inputs"]) == (1333, 300)  # 400,000 numbers
+    assert held["labels"] is None
+    assert scores["rows"] == 5200
+    assert len(scores["scores"]) == 2000
+
+
+def test_a_private_run_leaves_its_rows_out(tmp_path: Path) -> None:
+    config = TrainConfig(model="pca", name="secret", latents=2, private=True)
+    shown = members(train(config, host_table(), tmp_path, Silent()))
+    assert set(shown) == {"calibration.json", "card.md"}
+
+
+def test_what_an_artifact_lacks_is_refused_in_words(app: FastAPI, client: httpx.Client) -> None:
+    repository = app.state.service.repository
+    whole = repository.catalogue
+    bare = {number: replace(served, exhibits={}) for number, served in whole.models["hosts"].items()}
+    repository.catalogue = replace(whole, models={**whole.models, "hosts": bare})
+    try:
+        assert client.get("/models/hosts").json()["exhibits"] == []
+        problem = client.get("/models/hosts/held-out")
+    finally:
+        repository.catalogue = whole
+    assert problem.status_code == 404
+    assert problem.json()["code"] == "not_shown"
+    assert "--private" in problem.json()["hint"]
+    assert client.get("/models/hosts").json()["exhibits"] == ["held-out", "calibration", "card"]
+    assert client.get("/models/nobody/card").json()["code"] == "model_not_found"

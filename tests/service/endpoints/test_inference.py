@@ -1,0 +1,209 @@
+"""What each endpoint answers, against the artifact loaded apart from the service."""
+
+import io
+import json
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.artifact import Artifact
+from service.inference.sampling import Noise
+from tests.service.running import post
+
+NPY = {"content-type": "application/x-npy"}
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getvalue()
+
+
+def call(artifact: Artifact, method: str, *arrays: np.ndarray) -> list[np.ndarray]:
+    """What the artifact itself answers, as a list of arrays."""
+    with torch.inference_mode():
+        answer = getattr(artifact.module, method)(*map(torch.from_numpy, arrays))
+    return [part.numpy() for part in (answer if isinstance(answer, tuple) else (answer,))]
+
+
+def test_encode_gives_the_posterior(client: httpx.Client, vae: Artifact, digits: np.ndarray) -> None:
+    answer = post(client, "/encode", {"inputs": digits[:7].tolist()})
+    mean, std = call(vae, "encode", digits[:7])
+    assert (answer["model"], answer["version"]) == ("vae", 1)
+    assert list(answer) == ["model", "version", "latents", "std"]
+    np.testing.assert_allclose(answer["latents"], mean, atol=1e-6)
+    np.testing.assert_allclose(answer["std"], std, atol=1e-6)
+
+
+def test_encode_draws_from_the_posterior_when_asked(client: httpx.Client, vae: Artifact, digits: np.ndarray) -> None:
+    answer = post(client, "/encode", {"inputs": digits[:3].tolist(), "sample": True, "seed": 5})
+    mean, std = call(vae, "encode", digits[:3])
+    noise = Noise().draw(5, 3, 16)[0]
+    np.testing.assert_allclose(answer["latents"], mean + std * noise, atol=1e-6)
+    assert answer["seed"] == 5
+
+
+def test_a_draw_without_a_seed_tells_the_one_it_used(client: httpx.Client, digits: np.ndarray) -> None:
+    body = {"inputs": digits[:2].tolist(), "sample": True}
+    first, second = post(client, "/encode", body), post(client, "/encode", body)
+    assert first["seed"] != second["seed"]
+    assert post(client, "/encode", body | {"seed": first["seed"]})["latents"] == first["latents"]
+
+
+def test_nested_rows_answer_like_flat_ones(client: httpx.Client, digits: np.ndarray) -> None:
+    flat = post(client, "/encode", {"inputs": digits[:3].tolist()})
+    nested = post(client, "/encode", {"inputs": digits[:3].reshape(3, 8, 8).tolist()})
+    assert flat == nested
+
+
+def test_decode_gives_flat_rows(client: httpx.Client, vae: Artifact) -> None:
+    latents = Noise().draw(1, 4, 16)[0]
+    answer = post(client, "/decode", {"latents": latents.tolist()})
+    np.testing.assert_allclose(answer["outputs"], call(vae, "decode", latents)[0], atol=1e-6)
+    assert np.shape(answer["outputs"]) == (4, 64)
+
+
+def test_reconstruct_gives_rows_and_their_mean_squared_errors(
+    client: httpx.Client, vae: Artifact, digits: np.ndarray
+) -> None:
+    answer = post(client, "/reconstruct", {"inputs": digits[:5].tolist()})
+    (expected,) = call(vae, "forward", digits[:5])
+    np.testing.assert_allclose(answer["outputs"], expected, atol=1e-6)
+    np.testing.assert_allclose(answer["errors"], ((digits[:5] - expected) ** 2).mean(axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["pca", "ae", "vae"])
+def test_sample_draws_from_the_models_own_prior(client: httpx.Client, artifacts: Any, model: str) -> None:
+    from models.artifact import load
+
+    answer = post(client, "/sample", {"n": 6, "seed": 2**40 + 3, "temperature": 0.7}, params={"model": model})
+    noise, choice = Noise().draw(2**40 + 3, 6, 16)
+    artifact = load(artifacts / model / "1" / "model.pt")
+    (latents,) = call(artifact, "draw", noise * np.float32(0.7), choice)
+    np.testing.assert_allclose(answer["latents"], latents, atol=1e-6)
+    np.testing.assert_allclose(answer["outputs"], call(artifact, "decode", latents)[0], atol=1e-6)
+    assert answer["seed"] == 2**40 + 3
+
+
+def test_temperature_zero_is_the_middle_of_the_prior(client: httpx.Client, vae: Artifact) -> None:
+    answer = post(client, "/sample", {"n": 2, "temperature": 0})
+    assert (np.array(answer["latents"]) == 0).all()
+    np.testing.assert_allclose(answer["outputs"], call(vae, "decode", np.zeros((2, 16), np.float32))[0], atol=1e-6)
+
+
+def test_fewer_samples_are_the_first_of_more(client: httpx.Client) -> None:
+    two, five = (np.array(post(client, "/sample", {"n": n, "seed": 9})["latents"]) for n in (2, 5))
+    np.testing.assert_allclose(two, five[:2], atol=1e-6)
+
+
+def test_sample_needs_no_body_at_all(client: httpx.Client) -> None:
+    first = client.post("/sample").json()
+    assert np.shape(first["outputs"]) == (1, 64)
+    assert client.post("/sample", params={"seed": first["seed"]}).json() == first
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp"])
+def test_interpolate_goes_from_one_row_to_another(
+    client: httpx.Client, vae: Artifact, digits: np.ndarray, method: str
+) -> None:
+    body = {"start": {"input": digits[0].tolist()}, "end": {"input": digits[1].reshape(8, 8).tolist()}}
+    answer = post(client, "/interpolate", body | {"steps": 6, "method": method})
+    mean, _ = call(vae, "encode", digits[:2])
+    np.testing.assert_allclose(answer["latents"][0], mean[0], atol=1e-6)
+    np.testing.assert_allclose(answer["latents"][-1], mean[1], atol=1e-6)
+    assert len(answer["latents"]) == 6
+    latents = np.array(answer["latents"], np.float32)
+    np.testing.assert_allclose(answer["outputs"], call(vae, "decode", latents)[0], atol=1e-6)
+
+
+def test_interpolate_takes_codes_and_rows_in_any_mixture(
+    client: httpx.Client, vae: Artifact, digits: np.ndarray
+) -> None:
+    body = {"start": {"latent": [0.5] * 16}, "end": {"input": digits[3].tolist()}, "steps": 3}
+    latents = np.array(post(client, "/interpolate", body)["latents"])
+    end = call(vae, "encode", digits[3:4])[0][0]
+    np.testing.assert_allclose(latents[0], 0.5)
+    np.testing.assert_allclose(latents[1], (0.5 + end) / 2, atol=1e-6)
+    np.testing.assert_allclose(latents[2], end, atol=1e-6)
+
+
+@pytest.mark.parametrize(("reference", "model"), [("pca", "pca"), ("ae", "ae"), ("vae@1", "vae"), ("hosts", "hosts")])
+def test_the_model_is_chosen_in_the_query(client: httpx.Client, reference: str, model: str) -> None:
+    answer = post(client, "/sample", {"n": 1}, params={"model": reference})
+    assert (answer["model"], answer["version"]) == (model, 1)
+
+
+@pytest.mark.parametrize("path", ["/encode", "/reconstruct"])
+@pytest.mark.parametrize("dtype", ["<f4", ">f8"])
+def test_npy_in_and_out_say_what_json_says(client: httpx.Client, digits: np.ndarray, path: str, dtype: str) -> None:
+    rows = digits[:4].astype(dtype).reshape(4, 8, 8)
+    response = client.post(path, content=npy(rows), headers=NPY | {"accept": "application/x-npy"})
+    assert response.headers["content-type"] == "application/x-npy"
+    assert response.headers["elbo-model"] == "vae@1"
+    array = np.load(io.BytesIO(response.content), allow_pickle=False)
+    answer = post(client, path, {"inputs": digits[:4].tolist()})
+    assert array.dtype == np.float32
+    np.testing.assert_allclose(array, answer["latents" if path == "/encode" else "outputs"], atol=1e-6)
+
+
+def test_options_of_an_npy_body_stand_in_the_query(client: httpx.Client, digits: np.ndarray) -> None:
+    response = client.post("/encode?sample=true&seed=8&model=ae", content=npy(digits[:2]), headers=NPY)
+    body = {"inputs": digits[:2].tolist(), "sample": True, "seed": 8}
+    assert response.json() == post(client, "/encode", body, params={"model": "ae"})
+
+
+def test_a_sample_as_npy_tells_its_seed_in_a_header(client: httpx.Client) -> None:
+    response = client.post("/sample?n=3", headers={"accept": "application/x-npy"})
+    again = client.post(f"/sample?n=3&seed={response.headers['elbo-seed']}", headers={"accept": "application/x-npy"})
+    assert again.content == response.content
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "tiles"),
+    [
+        ("/decode", {"latents": [[0] * 16] * 5}, (2, 3)),
+        ("/sample", {"n": 4}, (2, 2)),
+        ("/reconstruct", {"inputs": [[0] * 64]}, (1, 1)),
+        ("/interpolate", {"start": {"latent": [1] * 16}, "end": {"latent": [0] * 16}, "steps": 9}, (1, 9)),
+    ],
+)
+def test_an_image_model_answers_with_a_picture(
+    client: httpx.Client, path: str, body: dict[str, Any], tiles: tuple[int, int]
+) -> None:
+    response = client.post(path, json=body, headers={"accept": "image/png"})
+    assert response.headers["content-type"] == "image/png"
+    width, height = Image.open(io.BytesIO(response.content)).size
+    assert ((height + 2) / 66, (width + 2) / 66) == tiles
+
+
+def test_the_catalogue_tells_what_is_served(client: httpx.Client, vae: Artifact) -> None:
+    catalogue = client.get("/models").json()
+    assert catalogue["default"] == "vae"
+    assert [model["name"] for model in catalogue["models"]] == ["ae", "hosts", "pca", "vae"]
+    assert catalogue["failures"] == []
+    hosts = catalogue["models"][1]
+    assert (hosts["shape"], hosts["width"], hosts["latents"], hosts["pictures"]) == ([4], 4, 2, False)
+    assert catalogue["models"][3]["metrics"] == json.loads(json.dumps(vae.manifest.metrics))
+
+
+@pytest.mark.parametrize("reference", ["hosts", "hosts@1"])
+def test_one_model_is_told_whole(client: httpx.Client, reference: str) -> None:
+    model = client.get(f"/models/{reference}").json()
+    assert [feature["name"] for feature in model["features"]] == ["cpu", "memory/used", "disk~io", "load"]
+    assert [feature["unit"] for feature in model["features"]] == ["%", "MB", None, None]
+    assert model["calibration"] == {"rows": 80, "floor": pytest.approx(1 / 81)}
+    assert model["training"]["model"] == "pca"
+
+
+@pytest.mark.parametrize(
+    "path", ["/models", "/models/vae", "/livez", "/readyz", "/metrics", "/", "/docs", "/openapi.json"]
+)
+def test_every_get_answers_head_too(client: httpx.Client, path: str) -> None:
+    head, get = client.head(path), client.get(path)
+    assert (head.status_code, get.status_code) == (200, 200)
+    assert head.content == b""
+    assert head.headers["content-type"] == get.headers["content-type"]

@@ -1,0 +1,127 @@
+"""The OpenAPI document: true to the service, every example really answered, and readable without a network."""
+
+import re
+from typing import Any
+
+import httpx
+import jsonschema  # type: ignore[import-untyped] # comes with check-jsonschema, without types
+import pytest
+
+from service.endpoints.examples import EXAMPLES, TEXTS
+
+POSTS = ["/encode", "/decode", "/reconstruct", "/sample", "/interpolate", "/anomaly"]
+
+
+@pytest.fixture(scope="module")
+def document(client: httpx.Client) -> dict[str, Any]:
+    found: dict[str, Any] = client.get("/openapi.json").json()
+    return found
+
+
+def content(document: dict[str, Any], path: str) -> dict[str, Any]:
+    found: dict[str, Any] = document["paths"][path]["post"]["requestBody"]["content"]
+    return found
+
+
+def test_every_endpoint_of_the_contract_is_documented(document: dict[str, Any]) -> None:
+    exhibits = {f"/models/{{reference}}/{name}" for name in ("held-out", "calibration", "card")}
+    gets = exhibits | {"/models", "/models/{reference}", "/livez", "/readyz", "/metrics", "/"}
+    assert set(document["paths"]) == {*POSTS, *gets, "/api/v1/write"}
+    assert set(document["paths"]["/api/v1/write"]) == {"post"}
+    for path in POSTS:
+        assert list(document["paths"][path]) == ["post"]
+        assert [parameter["name"] for parameter in document["paths"][path]["post"]["parameters"]] == ["model"]
+
+
+@pytest.mark.parametrize("path", POSTS)
+def test_every_body_has_at_least_three_named_examples(document: dict[str, Any], path: str) -> None:
+    examples = content(document, path)["application/json"]["examples"]
+    assert len(examples) >= 3
+    assert all(example["summary"] for example in examples.values())
+
+
+CASES = [(path, name) for path, examples in zip(POSTS, EXAMPLES.values(), strict=True) for name in examples]
+
+
+def validate(document: dict[str, Any], value: Any, schema: dict[str, Any]) -> None:
+    jsonschema.validate(value, {**schema, "components": document["components"]}, jsonschema.Draft202012Validator)
+
+
+@pytest.mark.parametrize("model", ["pca", "ae", "vae"])
+@pytest.mark.parametrize(("path", "name"), CASES)
+def test_every_example_is_answered_as_the_document_says(
+    client: httpx.Client, document: dict[str, Any], path: str, name: str, model: str
+) -> None:
+    body = content(document, path)["application/json"]
+    value = body["examples"][name]["value"]
+    validate(document, value, body["schema"])
+    response = client.post(path, json=value, params={"model": model})
+    assert response.status_code == 200, response.text
+    answers = document["paths"][path]["post"]["responses"]
+    validate(document, response.json(), answers["200"]["content"]["application/json"]["schema"])
+
+
+@pytest.mark.parametrize(
+    "path", ["/models", "/models/vae", "/models/vae/held-out", "/models/vae/calibration", "/livez", "/readyz"]
+)
+def test_what_get_answers_is_as_the_document_says(client: httpx.Client, document: dict[str, Any], path: str) -> None:
+    template = path.replace("vae", "{reference}")
+    schema = document["paths"][template]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
+    response = client.get(path)
+    assert response.status_code == 200
+    validate(document, response.json(), schema)
+
+
+@pytest.mark.parametrize("path", POSTS)
+def test_problems_are_as_the_document_says(client: httpx.Client, document: dict[str, Any], path: str) -> None:
+    responses = document["paths"][path]["post"]["responses"]
+    assert set(responses) == {"200", "404", "406", "408", "413", "415", "422", "429", "500", "503", "504"}
+    problem = client.post(path, json={"nonsense": 1}).json()
+    validate(document, problem, responses["422"]["content"]["application/problem+json"]["schema"])
+
+
+@pytest.mark.parametrize("media_type", sorted(TEXTS))
+def test_every_example_in_text_is_answered(client: httpx.Client, document: dict[str, Any], media_type: str) -> None:
+    example = content(document, "/anomaly")[media_type]["example"]
+    response = client.post("/anomaly", content=example, headers={"content-type": media_type})
+    assert response.status_code == 200, response.text
+    assert response.json()["failed"] == 0
+
+
+def test_binary_formats_are_documented_where_they_are(document: dict[str, Any]) -> None:
+    inward = {path for path in POSTS if "application/x-npy" in content(document, path)}
+    assert inward == {"/encode", "/decode", "/reconstruct", "/anomaly"}
+    for path in POSTS:
+        answers = document["paths"][path]["post"]["responses"]["200"]["content"]
+        pictures = path not in ("/encode", "/anomaly")
+        assert set(answers) == {"application/json", "application/x-npy", "application/x-safetensors"} | (
+            {"image/png"} if pictures else set()
+        )
+
+
+def test_every_field_says_what_it_is(document: dict[str, Any]) -> None:
+    for path in POSTS:
+        reference = content(document, path)["application/json"]["schema"]["$ref"]
+        fields = document["components"]["schemas"][reference.rpartition("/")[2]]["properties"]
+        described = {name for name, field in fields.items() if "description" in field}
+        assert described | {"start", "end"} >= set(fields)
+
+
+@pytest.mark.parametrize("page", ["/docs", "/"])
+def test_pages_load_nothing_from_elsewhere(client: httpx.Client, page: str) -> None:
+    html = client.get(page).text
+    assert not re.search(r"(src|href)\s*=\s*[\"'](https?:)?//", html)
+    links = re.findall(r"(?:src|href)=[\"'](/static/[^\"']+)[\"']", html)
+    assert links
+    for link in links:
+        assert client.get(link).status_code == 200
+
+
+def test_the_front_page_runs_under_a_policy_that_admits_nothing_inline(client: httpx.Client) -> None:
+    response = client.get("/")
+    policy = response.headers["content-security-policy"]
+    assert {"default-src 'none'", "script-src 'self'", "style-src 'self'", "connect-src 'self'"} <= set(
+        policy.split("; ")
+    )
+    assert "unsafe" not in policy
+    assert not re.search(r"<style|<script(?![^>]*\ssrc=)|\son\w+=|\sstyle=", response.text)

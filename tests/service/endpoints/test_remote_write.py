@@ -1,0 +1,299 @@
+"""Prometheus remote write: what the specification asks of a receiver, and samples that come in every wrong way."""
+
+import math
+import re
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import cramjam
+import httpx
+import numpy as np
+import pytest
+from fastapi import FastAPI
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.anomaly import alignment as aligning
+from service.anomaly.alignment import Alignment
+from service.anomaly.series_mapping import MappingError
+from service.anomaly.series_mapping import read as read_mapping
+from service.app import create_app
+from service.codec import remote_write
+from service.codec.feature_names import Selectors
+from service.codec.remote_write import NAME, STALE, Series
+from service.errors import BodyTooLarge, InvalidEncoding, InvalidProtobuf
+from service.settings import Settings
+from tests.service.anomaly.test_inputs import as_inputs, rows, send
+from tests.service.conftest import HOST_NAMES
+from tests.service.monitoring.test_observability import metrics
+from tests.service.running import running
+
+HEADERS = {
+    "content-type": "application/x-protobuf",
+    "content-encoding": "snappy",
+    "x-prometheus-remote-write-version": "0.1.0",
+}
+STALE_NAN = struct.unpack("<d", struct.pack("<Q", STALE))[0]
+START = 1_700_000_000_000
+MAPPING = """
+[hosts]
+group = ["cluster", "instance"]
+wait_seconds = 0.5
+[hosts.features]
+cpu = 'cpu_busy{mode="all"}'
+"memory/used" = "memory_used"
+"""
+
+
+@pytest.fixture(scope="module")
+def app(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
+    mapping = tmp_path_factory.mktemp("mapping") / "map.toml"
+    mapping.write_text(MAPPING)
+    options = {"log_level": "warning", "backend": "torchscript", "default_model": "hosts"}
+    return create_app(Settings(artifacts=artifacts, remote_write=mapping, max_body_bytes=2**20, **options))  # type: ignore[arg-type] # options of several types
+
+
+@pytest.fixture(scope="module")
+def hosts(app: FastAPI) -> Iterator[httpx.Client]:
+    with running(app) as client:
+        yield client
+
+
+def labels(name: str, **more: str) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted({NAME: name, "cluster": "c", "instance": "a", **more}.items()))
+
+
+def series(found: list[list[float]], instance: str = "a", first: int = START) -> list[Series]:
+    """Rows as the four series of a host, a second apart."""
+    names = [("cpu_busy", {"mode": "all"}), ("memory_used", {}), ("disk~io", {}), ("load", {})]
+    return [
+        (labels(name, instance=instance, **more), [(first + 1000 * i, row[j]) for i, row in enumerate(found)])
+        for j, (name, more) in enumerate(names)
+    ]
+
+
+def write(client: httpx.Client, found: list[Series], **headers: str) -> httpx.Response:
+    return client.post("/api/v1/write", content=remote_write.write(found), headers=HEADERS | headers)
+
+
+def value(client: httpx.Client, name: str, **wanted: str) -> float:
+    who = {"model": "hosts", "version": "1", **wanted}
+    return metrics(client).get((name, frozenset(who.items())), 0.0)
+
+
+def test_the_message_is_read_as_the_bytes_of_the_specification_say() -> None:
+    """By hand from prompb/types.proto: fields 1 and 2; wire types 2 (length), 1 (fixed 64) and 0 (varint)."""
+    label = b"\x0a\x08__name__\x12\x02up"
+    sample = b"\x09" + struct.pack("<d", 1.5) + b"\x10\xe8\x07"
+    exemplar = b"\x1a\x02\x10\x01"  # a field that is not asked for
+    one = b"\x0a" + bytes([len(label)]) + label + b"\x12" + bytes([len(sample)]) + sample + exemplar
+    body = bytes(cramjam.snappy.compress_raw(b"\x0a" + bytes([len(one)]) + one))
+    assert list(remote_write.read(body, 1000)) == [((("__name__", "up"),), [(1000, 1.5)])]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.tuples(st.text(max_size=8), st.text(max_size=8)), max_size=4).map(tuple),
+            st.lists(st.tuples(st.integers(-(2**63), 2**63 - 1), st.floats(allow_nan=False)), max_size=4),
+        ),
+        max_size=4,
+    )
+)
+def test_what_is_written_is_read(found: list[Series]) -> None:
+    assert list(remote_write.read(remote_write.write(found), 2**20)) == found
+
+
+@given(st.binary(max_size=60))
+def test_no_bytes_break_the_reader(body: bytes) -> None:
+    for content in (body, bytes(cramjam.snappy.compress_raw(body))):
+        with suppress(InvalidEncoding, InvalidProtobuf, BodyTooLarge):
+            for found, samples in remote_write.read(content, 2**16):
+                assert all(type(name) is str for pair in found for name in pair)
+                assert all(type(moment) is int for moment, _ in samples)
+
+
+def test_rows_are_judged_as_if_they_had_been_posted(hosts: httpx.Client) -> None:
+    before, scored = value(hosts, "elbo_p_value_sum"), value(hosts, "elbo_scored_rows_total")
+    response = write(hosts, series(rows(40)))
+    assert (response.status_code, response.content) == (204, b"")
+    assert "content-length" not in response.headers
+    assert value(hosts, "elbo_scored_rows_total") - scored == 40
+    summed = value(hosts, "elbo_p_value_sum") - before
+    expected = sum(result["p_value"] for result in send(hosts, as_inputs(rows(40)))["results"])
+    assert summed == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("headers", "content", "status"),
+    [
+        ({"content-type": "application/x-protobuf;proto=io.prometheus.write.v2.Request"}, None, 415),
+        ({"content-type": "application/x-protobuf; proto=prometheus.WriteRequest"}, None, 204),
+        ({"content-type": "application/json"}, None, 415),
+        ({"content-encoding": "gzip"}, None, 415),
+        ({"content-encoding": ""}, None, 415),
+        ({}, b"\xff" * 20, 422),
+        ({}, b"", 422),
+        ({}, bytes(cramjam.snappy.compress_raw(b"\x0a\x50abc")), 422),
+        ({}, bytes(cramjam.snappy.compress_raw(bytes(2**21))), 413),
+        ({}, bytes(2**20 + 1), 413),
+    ],
+)
+def test_what_will_never_be_right_is_a_4xx_so_that_it_is_not_sent_again(
+    hosts: httpx.Client, headers: dict[str, str], content: bytes | None, status: int
+) -> None:
+    body = remote_write.write([]) if content is None else content
+    response = hosts.post("/api/v1/write", content=body, headers=HEADERS | headers)
+    assert response.status_code == status, response.text
+
+
+def test_what_may_be_right_later_is_a_503_so_that_it_is_sent_again(artifacts: Path, tmp_path: Path) -> None:
+    with running(create_app(Settings(artifacts=tmp_path, log_level="error"))) as client:
+        assert write(client, series(rows(1))).status_code == 503
+    app = create_app(Settings(artifacts=artifacts, default_model="hosts", log_level="error"))
+    with running(app) as client:
+        app.state.service.limits.held_bytes = 10
+        response = write(client, series(rows(3)))
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+
+
+def outcomes(client: httpx.Client) -> dict[str, float]:
+    found = metrics(client).items()
+    return {dict(key)["outcome"]: count for (name, key), count in found if name == "elbo_remote_samples_total"}
+
+
+def test_what_is_sent_again_makes_no_second_row(artifacts: Path, tmp_path: Path) -> None:
+    mapping = tmp_path / "map.toml"
+    mapping.write_text(MAPPING)
+    with running(create_app(Settings(artifacts=artifacts, remote_write=mapping, log_level="error"))) as client:
+        for _ in range(3):
+            assert write(client, series(rows(5))).status_code == 204
+        assert value(client, "elbo_scored_rows_total") == 5
+        assert outcomes(client) == {"used": 20, "duplicate": 40}
+        write(client, [(labels(f"other_{i}"), [(START, 1.0)]) for i in range(7)])
+        write(client, [(labels("load"), [(START + 99_000, STALE_NAN), (START + 99_000, math.nan)])])
+        assert outcomes(client) == {"used": 20, "duplicate": 40, "unknown": 7, "stale": 1, "nan": 1}
+        partial = series(rows(1), first=START + 500_000)
+        write(client, partial[:3])  # its last sample never comes
+        deadline = time.monotonic() + 10
+        while value(client, "elbo_scored_rows_total") == 5 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert value(client, "elbo_missing_values_total", feature="load") == 1
+        assert value(client, "elbo_scored_rows_total") == 6
+        write(client, partial[:1] + series(rows(1), first=START + 600_000)[:1])
+        deadline = time.monotonic() + 10
+        while value(client, "elbo_unreadable_rows_total") == 0 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert value(client, "elbo_unreadable_rows_total") == 1  # one of four features is too few
+
+
+def test_what_waits_is_judged_before_the_end(artifacts: Path, tmp_path: Path) -> None:
+    mapping = tmp_path / "map.toml"
+    mapping.write_text(MAPPING.replace("0.5", "3600"))
+    app = create_app(Settings(artifacts=artifacts, remote_write=mapping, log_level="error"))
+    with running(app) as client:
+        write(client, series(rows(2))[:3])
+        assert metrics(client)["elbo_remote_waiting_rows", frozenset()] == 2
+    assert app.state.service.telemetry.judged._scored.sums()["hosts", "1"] == [2.0]
+
+
+def made(wait: float = 10.0) -> Alignment:
+    return Alignment(HOST_NAMES, Selectors({name: name for name in HOST_NAMES}), ["instance"], wait)
+
+
+def samples(row: list[float], moment: int, instance: str = "a") -> list[Series]:
+    return [
+        (((NAME, name), ("instance", instance)), [(moment, number)])
+        for name, number in zip(HOST_NAMES, row, strict=True)
+    ]
+
+
+def test_samples_may_come_in_any_order_and_in_any_pieces() -> None:
+    rng = np.random.default_rng(0)
+    found = rows(20)
+    pieces = [one for i, row in enumerate(found) for one in samples(row, 1000 * i, "ab"[i % 2])]
+    alignment, taken = made(), []
+    for index in rng.permutation(len(pieces)):
+        alignment.add([pieces[index]], 0.0)
+        taken += alignment.take(0.0)
+    assert sorted(row.milliseconds for row in taken) == [1000 * i for i in range(20)]
+    for row in taken:
+        index = row.milliseconds // 1000
+        assert row.group == "ab"[index % 2]
+        assert [row.values[name] for name in HOST_NAMES] == found[index]
+    assert alignment.rows == 0
+
+
+def test_two_series_for_one_feature_are_told_and_the_first_counts() -> None:
+    alignment = made()
+    extra = (((NAME, "load"), ("instance", "a"), ("device", "b")), [(5, 99.0)])
+    alignment.add([*samples([1.0, 2.0, 3.0, 4.0], 5)[3:], extra, *samples([1.0, 2.0, 3.0, 4.0], 5)[:3]], 0.0)
+    assert alignment.outcomes == {"used": 4, "ambiguous": 1}
+    assert alignment.take(0.0)[0].values["load"] == 4.0
+
+
+def test_memory_is_bounded_whatever_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MOST_ROWS", "MOST_SERIES", "MOST_GROUPS"):
+        monkeypatch.setattr(aligning, name, 50)
+    alignment, taken = made(wait=1e9), 0
+    for i in range(2000):
+        alignment.add(samples([1.0] * 4, i, f"host{i}")[: 1 + i % 4], 0.0)
+        alignment.add([(((NAME, f"noise{i}"),), [(i, 1.0)])], 0.0)
+        taken += len(alignment.take(0.0))
+    assert len(alignment._waiting) <= 50
+    assert len(alignment._series) <= 50
+    assert len(alignment._done) <= 51
+    assert taken + alignment.rows == 2000
+
+
+def test_what_is_older_than_what_is_remembered_is_late() -> None:
+    alignment = made()
+    for i in range(1, 100):
+        alignment.add(samples([1.0] * 4, 1000 * i), 0.0)
+    assert len(alignment.take(0.0)) == 99
+    alignment.add(samples([1.0] * 4, 0), 0.0)
+    assert (alignment.outcomes["late"], alignment.rows) == (4, 0)
+
+
+def test_rows_that_could_not_be_judged_keep_their_place() -> None:
+    alignment = made()
+    alignment.add([*samples([1.0] * 4, 1), *samples([1.0] * 4, 2)], 0.0)
+    taken = alignment.take(0.0)
+    alignment.give_back(taken)
+    alignment.add(samples([1.0] * 4, 3), 0.0)
+    assert [row.milliseconds for row in alignment.take(0.0)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[hosts", "cannot be read as TOML"),
+        ("", "expected a table for each model"),
+        ("[hosts]\nalpha = 2", "hosts|alpha"),
+        ("[hosts]\ncolour = 2", "colour"),
+        ('[hosts]\ngroup = "a"', "group"),
+    ],
+)
+def test_a_mapping_that_is_none_says_where(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "map.toml"
+    path.write_text(text)
+    with pytest.raises(MappingError, match=words) as caught:
+        read_mapping(path)
+    assert str(path) in str(caught.value)
+    with pytest.raises(MappingError, match="No such file"):
+        read_mapping(tmp_path / "none.toml")
+
+
+def test_abnormal_rows_are_told_in_the_log(hosts: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "elbo.receiver")
+    write(hosts, series([[1e3, 1e5, 1e3, 1e3]], instance="ill", first=START + 10**9))
+    (told,) = [record for record in caplog.records if record.message == "abnormal"]
+    fields: dict[str, Any] = told.fields  # type: ignore[attr-defined] # ours, on a log record
+    assert (fields["model"], fields["group"]) == ("hosts", "c,ill")
+    assert fields["severity"] > 1
+    assert set(fields["causes"]) < set(HOST_NAMES)
+    assert re.fullmatch(r"[\d.]+", str(fields["time"]))

@@ -1,0 +1,151 @@
+"""p-values, severity and thresholds in NumPy: what the artifact's own TorchScript methods say, or they are not used."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models import artifact
+from models.calibration import Calibration as Reference
+from service.inference import backends, calibration, operations
+from tests.models.builders import CORES, batch, pipeline
+from tests.models.publishing import publish_twin
+
+ALPHAS = (0.9, 0.5, 0.29, 0.1, 0.05, 0.02, 1 / 51, 1e-3, 1e-6, 1e-30)
+Scores = np.ndarray
+
+
+def exponential(n: int) -> Scores:
+    return np.random.RandomState(n).exponential(size=n).astype(np.float32)
+
+
+WORLDS: dict[str, Scores] = {
+    **{f"{n}": exponential(n) for n in (1, 2, 3, 19, 50, 2000, 5000)},
+    "ties": np.repeat(exponential(30), 5),
+    "tied at the end": np.concatenate((exponential(40), np.full(20, 9, np.float32))),
+    "constant": np.full(50, 2, np.float32),
+    "zeros": np.zeros(7, np.float32),
+    "negative": -1e4 * exponential(99),
+    "tiny": 1e-30 * exponential(60),
+    "huge": 1e36 * exponential(60),
+    "far apart": np.array([-3e38, -1, 0, 1e-20, 1, 3e38], np.float32),
+}
+
+
+def asked(scores: Scores) -> Scores:
+    """Scores at the calibration's, next to them, between and beyond them; extremes, NaN and infinity."""
+    random = np.random.RandomState(1)
+    known = np.sort(scores)
+    sides = [np.nextafter(known, np.float32(side)) for side in (-np.inf, np.inf)]
+    span = known[-1].astype(float) - known[0] + abs(float(known[0])) + 1e-3
+    spread = known[0] + span * random.uniform(-3, 8, 3000)
+    extremes = [0.0, -0.0, 1e-45, -1e-45, 3.4e38, -3.4e38, np.inf, -np.inf, np.nan, 1e10, -1e10]
+    with np.errstate(over="ignore"):
+        return np.concatenate(
+            (known, *sides, random.permutation(spread).astype(np.float32), np.array(extremes, np.float32))
+        )
+
+
+def assert_alike(found: calibration.Calibration, module: torch.jit.ScriptModule, score: Scores, alpha: float) -> None:
+    """p-values, thresholds and verdicts to the bit, severity to a millionth; together, and of one alone."""
+    with torch.inference_mode():
+        p_value, severity = module.p_value(torch.from_numpy(score)).numpy(), found.severity(score, alpha)
+        expected = module.severity(torch.from_numpy(score), alpha).numpy()
+        threshold = module.threshold(alpha).numpy()
+        alone = [found.severity(score[i : i + 1], alpha)[0] for i in range(0, len(score), 7)]
+    np.testing.assert_array_equal(found.p_value(score), p_value)
+    assert found.threshold(alpha) == threshold
+    np.testing.assert_array_equal(severity > 1, expected > 1)
+    np.testing.assert_array_equal(severity > 1, score > threshold)
+    np.testing.assert_allclose(severity, expected, rtol=1e-6, atol=1e-37)
+    np.testing.assert_array_equal(alone, severity[::7])
+    assert severity.dtype == found.p_value(score).dtype == np.float32
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("world", WORLDS)
+def test_it_says_what_torchscript_says(world: str, alpha: float) -> None:
+    model = pipeline("pca")
+    model.calibration = Reference(torch.from_numpy(WORLDS[world]))
+    module = artifact.freeze(artifact.script(model))
+    buffers = {name: buffer.numpy() for name, buffer in model.calibration.named_buffers()}
+    found = calibration.Calibration(buffers, module.threshold)
+    assert_alike(found, module, asked(buffers["scores"]), alpha)
+    assert calibration.agrees(found, module, buffers["scores"])
+
+
+@pytest.mark.parametrize("kind", CORES)
+def test_of_every_kind_it_says_what_the_artifact_says_of_rows(kind: str, tmp_path: Path) -> None:
+    loaded = artifact.load(publish_twin(tmp_path, kind))
+    found = calibration.calibration_of(loaded)
+    assert found is not None
+    x = torch.cat([size * batch(200)[0] for size in (0.1, 1.0, 10.0, 1e6)])
+    with torch.inference_mode():
+        score = loaded.module.score(x)[0].numpy()
+    for alpha in ALPHAS:
+        assert_alike(found, loaded.module, score, alpha)
+
+
+@pytest.mark.parametrize("backend", ["torchscript", "onnx"])
+@pytest.mark.parametrize("kind", CORES)
+def test_backends_answer_with_it(kind: str, backend: str, tmp_path: Path) -> None:
+    loaded = artifact.load(publish_twin(tmp_path, kind))
+    chosen = backends.choose(loaded, backend, 1)
+    x = 3 * batch(50)[0]
+    score, p_value, severity, *explained = chosen.run(operations.anomaly(0.05), (x.numpy(),))
+    with torch.inference_mode():
+        exact = torch.from_numpy(score)  # its own scores: those of the other backend differ in their last bits
+        np.testing.assert_array_equal(p_value, loaded.module.p_value(exact).numpy())
+        np.testing.assert_allclose(severity, loaded.module.severity(exact, 0.05).numpy(), rtol=1e-6)
+        assert chosen.calibration.threshold(0.05) == float(loaded.module.threshold(0.05))
+        for part, expected in zip(explained, loaded.module.score(x)[1:], strict=True):
+            np.testing.assert_allclose(part, expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def shifted(buffers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A score that is a little off."""
+    scores = buffers["scores"].clone()
+    scores[7] = torch.nextafter(scores[7], scores[8])
+    return buffers | {"scores": scores}
+
+
+def steeper(buffers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A tail that is a little off."""
+    slope = buffers["slope"].clone()
+    slope[-1] *= 1.0001
+    return buffers | {"slope": slope}
+
+
+def older(buffers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """An artifact whose calibration is made in another way."""
+    return {name: buffer for name, buffer in buffers.items() if name != "knot"}
+
+
+@pytest.mark.parametrize("backend", ["torchscript", "onnx"])
+@pytest.mark.parametrize("change", [shifted, steeper, older])
+def test_where_it_does_not_say_the_same_the_module_does(
+    backend: str, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    loaded = artifact.load(publish_twin(tmp_path, "pca"))
+    loaded = replace(loaded, calibration=change(dict(loaded.calibration)))
+    assert calibration.calibration_of(loaded) is None
+    chosen = backends.choose(loaded, backend, 1)
+    assert isinstance(chosen.calibration, calibration.ByModule)
+    x = 3 * batch(50)[0]
+    _, p_value, severity, *_ = chosen.run(operations.anomaly(0.05), (x.numpy(),))
+    with torch.inference_mode():
+        score = torch.from_numpy(chosen.run(operations.anomaly(0.05), (x.numpy(),))[0])
+        np.testing.assert_array_equal(p_value, loaded.module.p_value(score).numpy())
+        np.testing.assert_array_equal(severity, loaded.module.severity(score, 0.05).numpy())
+        assert chosen.calibration.threshold(0.05) == float(loaded.module.threshold(0.05))
+
+
+def test_the_thresholds_of_whatever_alphas_are_asked_for_do_not_fill_memory(tmp_path: Path) -> None:
+    found = calibration.calibration_of(artifact.load(publish_twin(tmp_path, "pca")))
+    assert found is not None
+    for alpha in np.random.RandomState(0).uniform(0.01, 0.99, 1000).tolist():
+        found.threshold(alpha)
+    assert len(found._borders) <= calibration.MOST_ALPHAS

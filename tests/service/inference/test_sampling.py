@@ -1,0 +1,77 @@
+"""Noise and ways through the latent space, against theory."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from service.inference.sampling import SEEDS, Noise, fresh_seed, interpolate
+
+NOISE = Noise()
+
+
+def test_noise_is_standard_normal_and_the_choice_uniform() -> None:
+    normal, uniform = NOISE.draw(11, 500, 20)
+    assert stats.kstest(normal.ravel(), "norm").pvalue > 0.001
+    assert stats.kstest(uniform, "uniform").pvalue > 0.001
+    assert abs(np.corrcoef(normal[:, 0], uniform)[0, 1]) < 0.15
+
+
+@pytest.mark.parametrize("seed", [0, 1, 42, 2**32 - 1, 2**32, 2**53 - 1])
+def test_noise_is_the_frozen_stream_of_its_seed(seed: int) -> None:
+    low, high = seed % 2**32, seed // 2**32
+    normal, uniform = NOISE.draw(seed, 4, 3)
+    expected = np.random.RandomState([low, high]).standard_normal((4, 3)).astype(np.float32)
+    np.testing.assert_array_equal(normal, expected)
+    expected = np.random.RandomState([low, high, 1]).random_sample(4).astype(np.float32)
+    np.testing.assert_array_equal(uniform, expected)
+
+
+def test_fewer_rows_are_the_first_of_more() -> None:
+    for few, many in zip(NOISE.draw(7, 2, 5), NOISE.draw(7, 9, 5), strict=True):
+        np.testing.assert_array_equal(few, many[:2])
+
+
+def test_seeds_that_differ_in_their_upper_half_alone_differ() -> None:
+    assert not np.array_equal(NOISE.draw(5, 1, 8)[0], NOISE.draw(5 + 2**32, 1, 8)[0])
+
+
+def test_a_fresh_seed_is_one_that_a_browser_can_send_back() -> None:
+    seeds = {fresh_seed() for _ in range(50)}
+    assert len(seeds) == 50
+    assert all(0 <= seed < SEEDS for seed in seeds)
+
+
+A, B = np.array([3, 0, 0], np.float32), np.array([0, 0.5, 0], np.float32)
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp"])
+@pytest.mark.parametrize("steps", [2, 3, 10])
+def test_both_ends_are_included_to_the_bit(method: str, steps: int) -> None:
+    start, end = NOISE.draw(3, 2, 6)[0]
+    points = interpolate(start, end, steps, method)
+    assert points.shape == (steps, 6)
+    np.testing.assert_array_equal(points[0], start)
+    np.testing.assert_array_equal(points[-1], end)
+
+
+def test_the_straight_line_is_evenly_stepped() -> None:
+    np.testing.assert_allclose(np.diff(interpolate(A, B, 5, "linear"), axis=0), np.tile((B - A) / 4, (4, 1)), rtol=1e-6)
+
+
+def test_slerp_between_points_of_a_circle_stays_on_it_at_even_angles() -> None:
+    start, end = np.array([2, 0], np.float32), np.array([0, 2], np.float32)
+    angles = np.linspace(0, math.pi / 2, 7)
+    expected = 2 * np.column_stack((np.cos(angles), np.sin(angles)))
+    np.testing.assert_allclose(interpolate(start, end, 7, "slerp"), expected, atol=1e-6)
+
+
+def test_slerp_between_lengths_follows_whites_formula() -> None:
+    middle = interpolate(A, B, 3, "slerp")[1]
+    np.testing.assert_allclose(middle, math.sqrt(0.5) * (A + B), rtol=1e-6)
+
+
+@pytest.mark.parametrize("end", [2 * A, -A, 0 * A, A])
+def test_slerp_goes_straight_where_no_great_circle_is_determined(end: np.ndarray) -> None:
+    np.testing.assert_array_equal(interpolate(A, end, 6, "slerp"), interpolate(A, end, 6, "linear"))

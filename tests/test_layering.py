@@ -1,0 +1,141 @@
+"""Who may import whom: every import points down the table below, and no two files import each other."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+from tests.data import ROOT
+
+# One line per folder (or file): what it may import, in the same package where no other is named.
+# Within a folder, files may import each other, without a cycle.
+MAY_IMPORT = {
+    "models": "",
+    "training.config": "models.manifest",
+    "training.errors": "models.errors",
+    "training.progress": "",
+    "training.random_streams": "",
+    "training.data": "models errors random_streams",
+    "training.fitting": "models data config errors progress random_streams",
+    "training.reports": "models fitting config errors progress random_streams",
+    "training.evaluation": "models reports fitting data config progress random_streams",
+    "training.publishing": "models evaluation reports fitting data errors progress",
+    "training.train": "models publishing evaluation reports fitting data config errors progress",
+    "training.__main__": "elbo",
+    "service.errors": "models.errors",
+    "service.settings": "",
+    "service.shared_memory": "",
+    "service.codec": "errors",
+    "service.inference": "models.artifact models.manifest models.errors codec errors shared_memory",
+    "service.schemas": "models.manifest inference",
+    "service.anomaly": "models.errors schemas inference codec errors",
+    "service.monitoring": "anomaly inference settings shared_memory",
+    "service.http": "monitoring inference errors shared_memory",
+    "service.endpoints": "models.artifact http monitoring anomaly schemas inference codec errors settings",
+    "service.app": "models.artifact endpoints http monitoring anomaly inference errors settings shared_memory",
+    "service.server": "models.errors app endpoints http monitoring settings shared_memory",
+    "service.__main__": "models.errors server settings",
+}
+PACKAGES = ("models", "training", "service")
+SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in SOURCES}
+
+
+def is_within(module: str, place: str) -> bool:
+    return f"{module}.".startswith(f"{place}.")
+
+
+def allowed(place: str) -> list[str]:
+    """Return what the files of `place` may import, as full module names, itself included."""
+    package = place.partition(".")[0]
+    named = [
+        name if name.split(".")[0] in {"models", "elbo"} else f"{package}.{name}" for name in MAY_IMPORT[place].split()
+    ]
+    return [place, *named]
+
+
+def place_of(module: str) -> str | None:
+    """Return the line of MAY_IMPORT that covers `module`; None for a package's own __init__.py."""
+    return next((place for place in MAY_IMPORT if is_within(module, place)), None)
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Yield the modules of ours that a file imports; `from a import b` is a.b where that is a module, else a."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in MODULES else str(node.module) for name in names]
+        else:
+            continue
+        yield from (name for name in names if name.split(".")[0] in {*PACKAGES, "elbo"})
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_imports_only_what_its_folder_may(path: Path) -> None:
+    place = place_of(module_of(path))
+    may = allowed(place) if place else []
+    assert [name for name in imported(path) if not any(is_within(name, one) for one in may)] == []
+
+
+def test_every_folder_and_top_level_file_has_a_line() -> None:
+    roots = {"training", "service"}
+    children = {".".join(name.split(".")[:2]) for name in MODULES if name.split(".")[0] in roots} - roots
+    assert children | {"models"} == set(MAY_IMPORT)
+
+
+def test_the_table_has_no_cycle() -> None:
+    graph = {
+        place: [
+            other for other in MAY_IMPORT if other != place and any(is_within(name, other) for name in allowed(place))
+        ]
+        for place in MAY_IMPORT
+    }
+    list(TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_no_two_files_import_each_other() -> None:
+    graph = {module: {name for name in imported(path) if name != module} for module, path in MODULES.items()}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_has_a_docstring(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+def test_no_test_imports_from_another_test_module() -> None:
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    pattern = re.compile(r"^(?:from|import) tests[\w.]*\.test_\w+", re.MULTILINE)
+    assert [(path.name, found) for path in files for found in pattern.findall(path.read_text())] == []
+
+
+def test_the_help_of_the_command_imports_no_heavy_library() -> None:
+    program = """
+import sys
+sys.argv = ["elbo", "--help"]
+import elbo
+try:
+    elbo.main()
+except SystemExit as stop:
+    assert not stop.code
+loaded = {"torch", "numpy", "sklearn", "polars", "fastapi", "pydantic", "rich"} & sys.modules.keys()
+print("loaded:", sorted(loaded))
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "train" in result.stdout
+    assert result.stdout.splitlines()[-1] == "loaded: []"

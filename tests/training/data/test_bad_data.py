@@ -1,0 +1,234 @@
+"""Data that cannot be learnt from: each case is a real file, each answer one line that says what to do."""
+
+import pickle
+import zipfile
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from models.errors import ElboError
+from training.data.table import DataError, read
+
+
+def refusal(source: str) -> str:
+    with pytest.raises(DataError) as caught:
+        read(source)
+    message = str(caught.value)
+    assert isinstance(caught.value, ElboError)
+    assert caught.value.code == "data_error"
+    assert "\n" not in message
+    assert source in message
+    return message.replace(source, "FILE")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "FILE is empty: expected a header line with column names, then rows of numbers"),
+        ("\n\n", "FILE is empty: expected a header line"),
+        ("a,b\n", "FILE has no rows of numbers (shape [0, 2]): expected at least one"),
+        (
+            "a,b\n1,2\n3,x\n5,y\n7,8\n9,1\n",
+            "column 'b' expected numbers, got 'x' in row 1 (line 3): drop the column, or turn it",
+        ),
+        ("a,b\n1,true\n2,5\n", "column 'b' expected numbers, got 'true' in row 0 (line 2): write 0 and 1"),
+        ('a,b\n1,"2,5"\n2,3\n3,4\n', "column 'b' expected numbers, got '2,5' in row 0 (line 2)"),
+        ("a,b\n1,\n3,NaN\n", "FILE: column 'b' has no value in any row: add --drop b"),
+        ("a,b c,d\n1,,\n3,,\n", "FILE: columns b c, d have no value in any row: add --drop 'b c,d'"),
+        ("a,b\n1,2\n1,\n1,2\n", "FILE: all 3 rows are the same but for missing values: expected rows that differ"),
+        ("a,b\n1,2\n-inf,4\n", "column 'a' has the value -inf in row 1 (line 3): expected finite numbers"),
+        ("a,b\n1,2\n1e39,4\n", "column 'a' has the value 1e+39 (float32 ends at 3.4e38) in row 1 (line 3)"),
+        ("a,b\n1,2\n3\n", "line 3 has 1 values, the header has 2: correct the line"),
+        ("a,b\n1,2\n3,4,5\n", "line 3 has 3 values, the header has 2: correct the line"),
+        ("a;b\n1;2\n", "FILE separates its columns by semicolons: expected commas; convert it"),
+        ("a\tb\n1\t2\n", "FILE separates its columns by tabs: expected commas; convert it"),
+        ("1.5,2\n3,4\n", "FILE has numbers in its first line: expected a header; put column names above the rows"),
+        ("a,b,a\n1,2,3\n", "columns 1 and 3 are both named 'a': rename one"),
+        ("a [s],a [ms]\n1,2\n", "columns 1 and 2 are both named 'a': rename one"),
+        (",a,b\n0,1,2\n", "column 1 has no name: name it (pandas: write with index=False)"),
+        ("a,b\n1,2\n1,2\n1,2\n", "FILE: all 3 rows are the same: expected rows that differ, to learn from"),
+        ('a,b\n1,"2\n3,4\n', "FILE is no valid CSV in UTF-8"),
+    ],
+)
+def test_csv_that_is_no_table_of_numbers_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(content)
+    assert message in refusal(str(path))
+
+
+@pytest.mark.parametrize(
+    "content", ["a,b\u00e9\n1,2\n".encode("latin-1"), "a,b\n1,2\n".encode("utf-16"), b"\x89PNG\xff"]
+)
+def test_csv_in_another_encoding_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(content)
+    assert refusal(str(path)) == "FILE is no UTF-8 text: save it as CSV in UTF-8"
+
+
+def test_csv_with_a_broken_character_after_its_header_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"a,b\n" + b"1,2\n" * 5000 + b"1,\xe9\n")
+    assert "FILE is no valid CSV in UTF-8" in refusal(str(path))
+
+
+@pytest.mark.parametrize("header", ["0,1,2", "1,2,3"])
+def test_columns_named_by_their_position_are_a_header(tmp_path: Path, header: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(header + "\n4,5,6\n7,8,9\n")
+    assert read(str(path)).names == header.split(",")
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.arange(10.0), "FILE: expected rows of features, [N, D], got shape [10]: reshape the array"),
+        (np.array(3.0), "FILE: expected rows of features, [N, D], got shape []"),
+        (np.empty((0, 4)), "FILE has no rows of numbers (shape [0, 4])"),
+        (np.empty((4, 0)), "FILE has no rows of numbers (shape [4, 0])"),
+        (np.ones((3, 2), complex), "FILE: expected an array of real numbers, got complex128: convert them"),
+        (
+            np.ones((3, 2), bool),
+            "FILE: expected an array of real numbers, got bool: convert them with x.astype(",
+        ),
+        (np.array([["a", "b"]]), "FILE: expected an array of real numbers, got <U1"),
+        (np.zeros(3, [("a", "f4"), ("b", "f4")]), "FILE: expected an array of real numbers, got [('a'"),
+        (np.array([["a", 1]], dtype=object), "FILE holds Python objects: expected numbers; save x.astype('float32')"),
+        (np.array([[1, np.nan], [3, np.nan]]), "column 'x[1]' has no value in any row: add --drop 'x[1]'"),
+        (np.array([[1.0, 2], [np.inf, 4]]), "column 'x[0]' has the value inf in row 1: expected finite numbers"),
+        (np.array([[1.0, 2], [3, -1e300]]), "column 'x[1]' has the value -1e+300 (float32 ends at 3.4e38) in row 1"),
+        (np.full((5, 2, 2), 3.0), "FILE: all 5 rows are the same"),
+    ],
+)
+def test_arrays_that_are_no_rows_of_finite_numbers_are_refused(tmp_path: Path, array: Any, message: str) -> None:
+    path = tmp_path / "a.npy"
+    np.save(path, array, allow_pickle=True)
+    assert message in refusal(str(path))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "found"),
+    [
+        ({"train": np.ones((4, 2)), "test": np.ones((3, 2))}, "train (4, 2), test (3, 2)"),
+        ({"y": np.arange(4)}, "y (4,)"),
+        ({}, "nothing"),
+    ],
+)
+def test_an_archive_in_which_the_rows_cannot_be_told_is_refused(
+    tmp_path: Path, arrays: dict[str, Any], found: str
+) -> None:
+    path = tmp_path / "a.npz"
+    np.savez(path, **arrays)
+    expected = f"FILE: expected an array named x, got {found}: save the rows with numpy.savez(path, x=rows)"
+    assert refusal(str(path)) == expected
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (["u", "v"], "column 'b' (text, 'u' in row 0) is no measurement: add --drop b"),
+        ([None, "v"], "column 'b' (text, 'v' in row 1) is no measurement: add --drop b"),
+        ([date(2026, 1, 1), None], "column 'b' (dates, 2026-01-01 in row 0) is no measurement: add --drop b"),
+        ([[1], [2]], "column 'b' (List(Int64), [1] in row 0) is no measurement: add --drop b"),
+        ([None, None], "column 'b' has no value in any row: add --drop b"),
+        ([1.0, float("inf")], "column 'b' has the value inf in row 1"),
+    ],
+)
+def test_parquet_columns_that_are_no_numbers_are_refused(tmp_path: Path, column: list[Any], message: str) -> None:
+    path = tmp_path / "a.parquet"
+    pl.DataFrame({"a": [1, 2], "b": column}).write_parquet(path)
+    assert message in refusal(str(path))
+
+
+def test_parquet_without_rows_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pl.DataFrame({"a": []}, schema={"a": pl.Float64}).write_parquet(path)
+    assert refusal(str(path)) == "FILE has no rows of numbers (shape [0, 1]): expected at least one"
+
+
+def npy(path: Path) -> None:
+    np.save(path, np.ones((50, 5)))
+
+
+def npz(path: Path) -> None:
+    np.savez(path, x=np.ones((50, 5)))
+
+
+def parquet(path: Path) -> None:
+    pl.DataFrame({"a": range(500)}).write_parquet(path)
+
+
+WRITERS: list[tuple[str, Callable[[Path], None]]] = [("a.npy", npy), ("a.npz", npz), ("a.parquet", parquet)]
+
+
+@pytest.mark.parametrize(("name", "write"), WRITERS)
+@pytest.mark.parametrize("kept", [0, 3, 100, -8])
+def test_a_truncated_file_is_refused(tmp_path: Path, name: str, write: Callable[[Path], None], kept: int) -> None:
+    path = tmp_path / name
+    write(path)
+    path.write_bytes(path.read_bytes()[:kept])
+    assert refusal(str(path)).startswith("FILE is damaged or no ")
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.parquet"])
+def test_a_file_of_another_kind_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text("not what the suffix says, at some length")
+    assert refusal(str(path)).startswith("FILE is damaged or no ")
+
+
+def test_an_archive_with_a_flipped_bit_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    npz(path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert refusal(str(path)).startswith("FILE is damaged or no NumPy file")
+
+
+class Trap:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.npz"])
+def test_pickled_code_is_never_run(tmp_path: Path, name: str) -> None:
+    path, sprung = tmp_path / name, tmp_path / "sprung"
+    array = np.empty((1, 1), dtype=object)
+    array[0, 0] = Trap(sprung)
+    np.save(tmp_path / "inner.npy", array, allow_pickle=True)
+    if name == "a.npy":
+        path.write_bytes(pickle.dumps(Trap(sprung)))
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.write(tmp_path / "inner.npy", "x.npy")
+    assert refusal(str(path)).startswith("FILE ")
+    assert not sprung.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gone.csv", "FILE does not exist: expected a file (.npy, .npz, .csv, .parquet) or 'digits'"),
+        (
+            "folder",
+            "FILE has no pictures: expected .png, .jpg, .jpeg, .bmp, .webp, .gif, .tif, .tiff in it or its folders",
+        ),
+        ("a.xlsx", "FILE has suffix '.xlsx': expected .npy, .npz, .csv, .parquet; convert it to one of these"),
+        ("bare", "FILE has no suffix: expected .npy, .npz, .csv, .parquet; convert it to one of these"),
+    ],
+)
+def test_what_is_no_data_file_is_refused(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.xlsx").touch()
+    (tmp_path / "bare").touch()
+    assert refusal(str(tmp_path / name)) == message

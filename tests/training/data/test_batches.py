@@ -1,0 +1,86 @@
+"""Minibatches from memory and disk: every fit row once an epoch, a new order each, the same wherever one begins."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from training.data.batches import POOL, Batches
+from training.data.row_store import Rows
+
+ROWS, WIDTH = 1000, 3
+
+
+class SmallBlocks(Rows):
+    @property
+    def block(self) -> int:
+        return 7
+
+
+def raw(x: Tensor) -> Tensor:
+    return x
+
+
+@pytest.fixture(params=["memory", "disk"])
+def rows(request: pytest.FixtureRequest, tmp_path: Path) -> Rows:
+    """Row i holds i in each of its columns."""
+    values = np.repeat(np.arange(ROWS, dtype=np.float32)[:, None], WIDTH, axis=1)
+    if request.param == "memory":
+        return Rows(values)
+    np.save(tmp_path / "rows.npy", values)
+    return SmallBlocks(np.load(tmp_path / "rows.npy", mmap_mode="r"))
+
+
+@pytest.fixture
+def fit() -> np.ndarray:
+    return np.random.RandomState(0).permutation(ROWS)[:700]
+
+
+def epoch(batches: Batches, number: int, size: int = 64) -> Tensor:
+    count = len(batches)
+    return torch.cat([batches.take(number, start, min(start + size, count)) for start in range(0, count, size)])
+
+
+def test_an_epoch_has_every_fit_row_once_and_no_other(rows: Rows, fit: np.ndarray) -> None:
+    batches = Batches(rows, fit, raw, seed=1, device="cpu")
+    for number in (0, 5):
+        seen = epoch(batches, number)
+        assert seen.shape == (700, WIDTH)
+        assert sorted(seen[:, 0].int().tolist()) == sorted(fit.tolist())
+
+
+def test_epochs_differ_and_a_seed_repeats_them(rows: Rows, fit: np.ndarray) -> None:
+    batches = Batches(rows, fit, raw, seed=1, device="cpu")
+    first = epoch(batches, 0)
+    assert not torch.equal(first, epoch(batches, 1))
+    assert torch.equal(first, epoch(Batches(rows, fit, raw, seed=1, device="cpu"), 0))
+    assert not torch.equal(first, epoch(Batches(rows, fit, raw, seed=2, device="cpu"), 0))
+
+
+def test_any_place_of_any_epoch_can_be_the_first_that_is_asked_for(
+    rows: Rows,
+    fit: np.ndarray,
+) -> None:
+    whole = epoch(Batches(rows, fit, raw, seed=1, device="cpu"), 3)
+    for start, stop in ((0, 1), (333, 444), (650, 700), (10, 690)):
+        assert torch.equal(Batches(rows, fit, raw, seed=1, device="cpu").take(3, start, stop), whole[start:stop])
+
+
+def test_rows_come_prepared(rows: Rows, fit: np.ndarray) -> None:
+    doubled = Batches(rows, fit, lambda x: 2 * x, seed=1, device="cpu")
+    assert torch.equal(epoch(doubled, 0), 2 * epoch(Batches(rows, fit, raw, seed=1, device="cpu"), 0))
+
+
+def test_from_disk_neighbours_part(tmp_path: Path) -> None:
+    """Rows that lie together are spread over a pool of blocks, and pools over the file."""
+    np.save(tmp_path / "rows.npy", np.arange(ROWS, dtype=np.float32)[:, None])
+    batches = Batches(
+        SmallBlocks(np.load(tmp_path / "rows.npy", mmap_mode="r")), np.arange(ROWS), raw, seed=0, device="cpu"
+    )
+    seen = epoch(batches, 0)[:, 0]
+    neighbours = (seen.diff().abs() == 1).double().mean()
+    assert neighbours < 2 / (7 * POOL) + 0.05
+    pool = seen[: 7 * POOL].sort().values
+    assert pool[-1] - pool[0] > ROWS / 2

@@ -1,0 +1,172 @@
+"""Measures of a model against closed forms, scipy and scikit-learn."""
+
+import math
+import re
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from scipy.stats import multivariate_normal
+from sklearn.decomposition import PCA as Reference
+from torch import Tensor, nn
+
+from models.calibration import Calibration
+from models.core import Core
+from models.likelihood import BernoulliLikelihood, GaussianLikelihood
+from models.pipeline import Pipeline
+from models.prior import gaussian_prior
+from models.scaling import ImputingScaling, Scaling, standardise
+from models.vae import VAE
+from tests.data import ROOT
+from training.evaluation.metrics import (
+    bits_per_dimension,
+    density_scale,
+    held_out_metrics,
+    importance_weighted,
+    latents,
+    rival_metrics,
+)
+from training.fitting.latents import latent_report
+from training.fitting.objectives import log_weights
+from training.fitting.pca import fit_pca
+from training.reports.model_card import MEASURES
+
+D, K, VARIANCE = 6, 2, 0.3
+WEIGHTS = np.linalg.qr(np.random.RandomState(0).standard_normal((D, K)))[0] * [2.0, 0.7]  # orthogonal columns
+
+
+def linear_vae(widening: float) -> VAE:
+    """p(x) = N(0, W W' + s2 I), and its exact posterior, the standard deviation of which is widened."""
+    squares = np.square(WEIGHTS).sum(axis=0)  # [K]
+    encoder, decoder = nn.Linear(D, 2 * K), nn.Linear(K, D)
+    with torch.no_grad():
+        encoder.weight.zero_()
+        encoder.weight[:K] = torch.tensor((WEIGHTS / (squares + VARIANCE)).T)
+        encoder.bias.zero_()
+        encoder.bias[K:] = torch.tensor(np.log(VARIANCE / (squares + VARIANCE)) + 2 * math.log(widening))
+        decoder.weight.copy_(torch.tensor(WEIGHTS))
+        decoder.bias.zero_()
+    return VAE(encoder, decoder, GaussianLikelihood(torch.tensor([VARIANCE]), learn=False)).eval()
+
+
+def rows(count: int) -> tuple[Tensor, npt.NDArray[np.float64]]:
+    """Rows of that model, and log p of each."""
+    density = multivariate_normal(np.zeros(D), WEIGHTS @ WEIGHTS.T + VARIANCE * np.eye(D))
+    x = density.rvs(count, random_state=np.random.RandomState(1))
+    return torch.from_numpy(x).float(), density.logpdf(x)
+
+
+def pipeline(core: Core, scaling: Scaling) -> Pipeline:
+    return Pipeline(scaling, core, gaussian_prior(torch.ones(K)), Calibration(torch.arange(20.0))).eval()
+
+
+@pytest.mark.parametrize(("widening", "tolerance"), [(1.0, 1e-5), (1.4, 0.02)])
+def test_the_bound_of_a_vae_whose_log_likelihood_is_known(widening: float, tolerance: float) -> None:
+    vae, (x, log_p) = linear_vae(widening), rows(600)
+    bound = importance_weighted(lambda x, noise: log_weights(vae, x, noise[None])[0], x, K, draws=100)
+    assert bound.mean == pytest.approx(log_p.mean(), abs=tolerance)
+    assert bound.standard_error == pytest.approx(log_p.std(ddof=1) / math.sqrt(600), rel=0.02)
+    gap = K * (0.5 * (widening**2 - 1) - math.log(widening))  # KL of the widened posterior from the true one
+    assert bound.elbo == pytest.approx(log_p.mean() - gap, abs=0.02)
+
+
+def test_the_bound_streams_what_burda_et_al_sum_at_once() -> None:
+    vae, (x, _) = linear_vae(2.0), rows(300)
+    drawn: list[Tensor] = []
+
+    def log_weight(x: Tensor, noise: Tensor) -> Tensor:
+        drawn.append(log_weights(vae, x, noise[None])[0])
+        return drawn[-1]
+
+    bound = importance_weighted(log_weight, x, K, draws=7)
+    weights = torch.cat([torch.stack(drawn[:7]), torch.stack(drawn[7:])], dim=1).double()  # two batches of rows
+    assert bound.mean == pytest.approx(float((weights.logsumexp(0) - math.log(7)).mean()), abs=1e-9)
+    again = importance_weighted(log_weight, x, K, draws=7)
+    assert torch.equal(again.by_row, bound.by_row), "the same seed, the same draws"
+
+
+def test_bits_per_dimension_of_gaussian_rows_are_their_code_length_in_raw_units() -> None:
+    x = torch.from_numpy(np.random.RandomState(2).standard_normal((500, D)) * [1, 5, 20, 3, 0.1, 7] + 4).float()
+    scaling = standardise(x.double())
+    scaling = Scaling(scaling.shift.float(), scaling.scale.float())
+    pca = fit_pca(scaling(x).double(), K).float()
+    spread = np.diag(scaling.scale.double().numpy())
+    V, L, s2 = (t.double().numpy() for t in (pca.components, pca.eigenvalues, pca.noise_variance))
+    covariance = spread @ (V.T @ np.diag(L - s2) @ V + s2 * np.eye(D)) @ spread
+    mean = scaling.inverse(pca.mean.unsqueeze(0))[0].double().numpy()
+    log_p = multivariate_normal(mean, covariance).logpdf(x.double().numpy())
+    metrics = held_out_metrics(pipeline(pca, scaling), x, x.mean(dim=0), None, seed=0)
+    assert metrics["bits_per_dimension"] == pytest.approx(-log_p.mean() / (D * math.log(2)), rel=1e-4)
+
+
+def test_bits_per_dimension_by_hand() -> None:
+    """A uniform density over 256 raw units takes 8 bits; a fair coin takes one, whatever the scale."""
+    assert bits_per_dimension(-3 * math.log(256 / 50), 3 * math.log(50), 3) == pytest.approx(8)
+    coin = VAE(nn.Linear(D, 2 * K), nn.Linear(K, D), BernoulliLikelihood())
+    wide = Scaling(torch.zeros(D), torch.full((D,), 255.0))
+    assert density_scale(coin, wide) == 0
+    assert bits_per_dimension(-D * math.log(2), density_scale(coin, wide), D) == pytest.approx(1)
+
+
+def test_the_rival_is_scikit_learns_pca_in_the_same_units() -> None:
+    random = np.random.RandomState(3)
+    x = torch.from_numpy(random.standard_normal((400, K)) @ WEIGHTS.T * 3 + random.standard_normal((400, D))).float()
+    scaling = standardise(x)
+    pca = fit_pca(scaling(x[:300]).double(), K).float()
+    u = scaling(x).double().numpy()
+    reference = Reference(K).fit(u[:300])
+    u_hat = reference.inverse_transform(reference.transform(u[300:]))
+    raw = u_hat * scaling.scale.double().numpy() + scaling.shift.double().numpy()
+    error = np.square(x[300:].double().numpy() - raw).mean()
+    figures = rival_metrics(pca, scaling, x[300:])
+    assert figures["reconstruction_error"] == pytest.approx(error, rel=1e-5)
+    assert figures["log_likelihood"] == pytest.approx(reference.score(u[300:]), rel=1e-5)
+    metrics = held_out_metrics(pipeline(linear_vae(1.0), scaling), x[300:], x[:300].mean(dim=0), pca, seed=0)
+    assert metrics["pca_error"] == pytest.approx(error, rel=1e-5)
+
+
+def test_errors_are_means_over_the_values_that_are_there() -> None:
+    x, _ = rows(200)
+    centre = x.mean(dim=0)
+    gaps = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.2
+    filled, holed = torch.where(gaps, centre, x), x.masked_fill(gaps, math.nan)
+    model = pipeline(linear_vae(1.0), ImputingScaling(Scaling(torch.zeros(D), torch.ones(D)), centre))
+    metrics = held_out_metrics(model, holed, centre, None, seed=0)
+    residual = (filled - model(filled).detach()).double()[~gaps]
+    assert metrics["reconstruction_error"] == pytest.approx(float(residual.square().mean()), rel=1e-6)
+    assert metrics["baseline_error"] == pytest.approx(float((x - centre).double()[~gaps].square().mean()), rel=1e-6)
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_the_latents_of_a_linear_vae_carry_what_theory_says() -> None:
+    """KL of latent k is half of ln(1 + w_k^2 / s2); the variance of its mean is w_k^2 / (w_k^2 + s2)."""
+    vae, (x, _) = linear_vae(1.0), rows(20_000)
+    squares = np.square(WEIGHTS).sum(axis=0)
+    report = latent_report(vae, x)
+    assert [latent.kl for latent in report] == pytest.approx(0.5 * np.log1p(squares / VARIANCE), rel=0.02)
+    assert [latent.variance for latent in report] == pytest.approx(squares / (squares + VARIANCE), rel=0.02)
+    assert [latent.active for latent in report] == [True, True]
+    assert latents(vae, x) == K
+
+
+def test_a_code_without_a_prior_has_variances_and_no_kl() -> None:
+    x, _ = rows(500)
+    report = latent_report(fit_pca(x.double(), K).float(), x)
+    assert [latent.kl for latent in report] == [None, None]
+    eigenvalues = np.linalg.eigvalsh(np.cov(x.double().numpy().T, ddof=0))[::-1][:K]
+    assert [latent.variance for latent in report] == pytest.approx(eigenvalues, rel=1e-4)
+
+
+def test_every_measure_is_explained_in_the_documentation_and_in_the_card() -> None:
+    x, _ = rows(50)
+    scaling = Scaling(torch.zeros(D), torch.ones(D))
+    rival = fit_pca(x.double(), K).float()
+    measured = {
+        name
+        for core in (rival, linear_vae(1.0))
+        for name in held_out_metrics(pipeline(core, scaling), x, x.mean(dim=0), rival, seed=0)
+    }
+    section = (ROOT / "docs" / "training.md").read_text().split("## The measures")[1]
+    documented = set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE))
+    assert measured | {"detection"} == documented == set(MEASURES), "detection is measured where models are compared"

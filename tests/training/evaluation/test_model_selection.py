@@ -1,0 +1,77 @@
+"""--model auto: paired comparison on held-out rows, and a choice that follows from the data."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models.manifest import read_manifest
+from tests.training.reporters import Silent
+from training.config import TrainConfig
+from training.data.row_store import Rows
+from training.data.table import Table, read
+from training.evaluation.model_selection import swapped, victories
+from training.train import train
+
+
+def test_only_differences_beyond_two_standard_errors_count() -> None:
+    noise = torch.randn(400, generator=torch.Generator().manual_seed(0))
+    noise = (noise - noise.mean()) / noise.std()  # mean 0, standard error of the mean 1/20
+    found = victories(
+        {"one": {"a": noise + 0.11, "b": noise + 0.09}, "two": {"a": 0 * noise, "b": 0 * noise, "c": noise}}
+    )
+    assert found == [("one", "two", "a")]
+    assert victories({"one": {"a": 0 * noise}, "two": {"a": noise + 0.11}}) == [("two", "one", "a")]
+
+
+def test_what_two_models_share_cancels_in_the_pairing() -> None:
+    shared = 100 * torch.randn(50, generator=torch.Generator().manual_seed(0))
+    better = 0.1 + 0.1 * torch.randn(50, generator=torch.Generator().manual_seed(1))
+    assert victories({"one": {"a": shared}, "two": {"a": shared + better}}) == [("two", "one", "a")]
+
+
+def test_swapped_rows_take_a_tenth_of_their_values_from_the_next_row_and_no_column_changes_much() -> None:
+    x = torch.arange(50.0).unsqueeze(1).expand(50, 20)
+    mixed = swapped(x, seed=0)
+    assert ((mixed != x).sum(dim=1) == 2).all()
+    assert torch.equal(torch.where(mixed != x, mixed, x.roll(1, dims=0)), x.roll(1, dims=0))
+    assert ((swapped(x[:, :3], seed=0) != x[:, :3]).sum(dim=1) == 1).all(), "at least one value"
+
+
+def table(x: np.ndarray, source: str) -> Table:
+    names = [f"x{index}" for index in range(x.shape[1])]
+    missing = np.zeros(x.shape[1], np.int64)
+    units: list[str | None] = [None] * len(names)
+    return Table(Rows(x.astype(np.float32)), x.shape[1:], names, units, None, None, source, missing=missing)
+
+
+@pytest.mark.parametrize("curved", [False, True])
+def test_a_network_is_published_where_it_beats_pca_and_only_there(tmp_path: Path, curved: bool) -> None:
+    """Points on a plane are PCA's own; on a closed curve in eight dimensions, one latent of a network is worth two."""
+    random = np.random.RandomState(0)
+    t = random.uniform(-1, 1, (1500, 2))
+    factors = (
+        np.stack([np.sin(2.5 * t[:, 0]), np.cos(2.5 * t[:, 0])], axis=1)
+        if curved
+        else random.standard_normal((1500, 2))
+    )
+    x = factors @ random.standard_normal((2, 8)) + 0.05 * random.standard_normal((1500, 8))
+    report = Silent()
+    config = TrainConfig(model="auto", name="m", latents=1 if curved else 2, hidden=(32, 32), epochs=60)
+    path = train(config, table(x, "made for this test"), tmp_path, report, tmp_path / "runs")
+    manifest = read_manifest(path)
+    assert (manifest.kind == "pca") is not curved
+    assert set(manifest.comparison) == {"pca", "ae", "vae"}
+    assert any(note.startswith(f"publishing {manifest.kind}: ") for note in report.notes)
+    errors = {kind: measures["reconstruction_error"] for kind, measures in manifest.comparison.items()}
+    assert (min(errors.values()) < 0.7 * errors["pca"]) is curved
+    assert not list((tmp_path / "runs").rglob("checkpoint.pt"))
+
+
+def test_the_measures_of_auto_are_those_of_the_models_alone(tmp_path: Path) -> None:
+    config = TrainConfig(model="auto", name="m", epochs=3)
+    auto = read_manifest(train(config, read("digits"), tmp_path, Silent()))
+    alone = read_manifest(train(config.model_copy(update={"model": auto.kind}), read("digits"), tmp_path, Silent()))
+    assert auto.weights_sha256 == alone.weights_sha256
+    assert auto.metrics == alone.metrics

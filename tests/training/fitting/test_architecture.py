@@ -1,0 +1,89 @@
+"""Which networks a configuration gets, and which rows convolutions refuse."""
+
+import pytest
+import torch
+from torch import nn
+
+from training.config import TrainConfig
+from training.errors import FitError
+from training.fitting.architecture import decoder_of, encoder_of
+
+
+def kinds(network: nn.Module) -> list[str]:
+    return [type(layer).__name__ for layer in network.children()]
+
+
+def test_a_perceptron_mirrors_its_widths() -> None:
+    config = TrainConfig(model="vae", name="x", hidden=(7, 5), activation="tanh")
+    encoder, decoder = encoder_of(config, (4, 3), 6), decoder_of(config, (4, 3), 2)
+    assert kinds(encoder) == kinds(decoder) == ["Linear", "Tanh", "Linear", "Tanh", "Linear"]
+    assert [tuple(p.shape) for p in encoder.parameters() if p.dim() == 2] == [(7, 12), (5, 7), (6, 5)]
+    assert [tuple(p.shape) for p in decoder.parameters() if p.dim() == 2] == [(5, 2), (7, 5), (12, 7)]
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (5, 4, 3)])
+def test_conv_takes_its_default_channels_and_keeps_rows_flat(shape: tuple[int, ...]) -> None:
+    config = TrainConfig(model="vae", name="x", network="conv")
+    encoder, decoder = encoder_of(config, shape, 6), decoder_of(config, shape, 3)
+    assert kinds(encoder).count("Conv2d") == kinds(decoder).count("ConvTranspose2d") == 2
+    x = torch.randn(2, torch.Size(shape).numel())
+    assert encoder(x).shape == (2, 6)
+    assert decoder(torch.randn(2, 3)).shape == x.shape
+
+
+def test_dense_layers_stand_between_convolutions_and_code_in_mirrored_order() -> None:
+    config = TrainConfig(model="ae", name="x", network="conv", hidden=(4,), dense=(9, 7))
+    encoder, decoder = encoder_of(config, (6, 6), 2), decoder_of(config, (6, 6), 2)
+    assert kinds(encoder)[-6:] == ["Flatten", "Linear", "SiLU", "Linear", "SiLU", "Linear"]
+    assert kinds(decoder)[:7] == ["Linear", "SiLU", "Linear", "SiLU", "Linear", "Unflatten", "SiLU"]
+    widths = [layer.out_features for layer in [*encoder, *decoder] if isinstance(layer, nn.Linear)]
+    assert widths == [9, 7, 2, 7, 9, 36]
+
+
+@pytest.mark.parametrize("network", ["mlp", "conv"])
+def test_a_sigmoid_keeps_pictures_within_0_and_1(network: str) -> None:
+    config = TrainConfig.model_validate({"model": "ae", "name": "x", "network": network})
+    x = decoder_of(config, (6, 6), 2, unit=True)(100 * torch.randn(50, 2))
+    assert 0 <= x.min() < 0.1 < 0.9 < x.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "unit", "sigmoid"),
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"hidden": ()}, True, False),  # linear networks stay linear
+        ({"output": "linear"}, True, False),
+        ({"output": "sigmoid"}, False, True),
+        ({"model": "vae"}, True, True),
+        ({"model": "vae", "likelihood": "bernoulli"}, True, False),  # whose decoder gives logits
+        ({"model": "vae", "likelihood": "bernoulli", "output": "sigmoid"}, True, False),
+    ],
+)
+def test_decoders_end_in_a_sigmoid_where_it_fits(options: dict[str, object], unit: bool, sigmoid: bool) -> None:
+    config = TrainConfig.model_validate({"model": "ae", "name": "x", **options})
+    assert (kinds(decoder_of(config, (6, 6), 2, unit))[-1] == "Sigmoid") == sigmoid
+
+
+@pytest.mark.parametrize("build", [encoder_of, decoder_of])
+@pytest.mark.parametrize(
+    ("shape", "hidden", "words"),
+    [
+        ((9,), (4,), r"needs pictures, rows of shape \[H, W\] or \[H, W, C\], got \[9\]: use --network mlp"),
+        ((2, 2, 2, 2), (4,), r"got \[2, 2, 2, 2\]"),
+        ((8, 8), (4, 4, 4, 4), "each of its 4 widths, and 8 x 8 has room for 3: give --hidden no more"),
+        ((28, 5), (4, 4, 4, 4), "28 x 5 has room for 3"),
+        ((1, 5), (4,), "1 x 5 has room for 0"),
+    ],
+)
+def test_rows_that_convolutions_cannot_take_are_refused(
+    build: object, shape: tuple[int, ...], hidden: tuple[int, ...], words: str
+) -> None:
+    assert callable(build)
+    with pytest.raises(FitError, match=words):
+        build(TrainConfig(model="ae", name="x", network="conv", hidden=hidden), shape, 2)
+
+
+def test_as_many_stages_as_there_is_room_for_are_given() -> None:
+    config = TrainConfig(model="ae", name="x", network="conv", hidden=(4, 4, 4))
+    assert decoder_of(config, (5, 28), 2)(encoder_of(config, (5, 28), 2)(torch.randn(3, 140))).shape == (3, 140)

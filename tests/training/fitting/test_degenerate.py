@@ -1,0 +1,77 @@
+"""Columns at rest, copies of one another and missing ones: every kind stays finite on them, and rings where it must."""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from models.pipeline import Pipeline
+from training.config import EVERY_KIND, Kind, TrainConfig
+from training.data.table import read, split
+from training.fitting.pipeline import fit, prepare
+from training.progress import Muted
+
+ALPHA = 0.05
+RESTING = {4: 0.0, 5: 100.0, 6: -1e-4}  # value by column
+
+
+def rows(count: int, seed: int) -> npt.NDArray[np.float32]:
+    """Three columns that vary, a copy of the first, three at rest, and one that is the sum of two."""
+    x = np.random.RandomState(seed).standard_normal((count, 8)).astype(np.float32)
+    x[:, 3] = x[:, 0]
+    for column, value in RESTING.items():
+        x[:, column] = value
+    x[:, 7] = x[:, 1] + x[:, 2]
+    return x
+
+
+def fitted(kind: Kind, x: npt.NDArray[np.float32], folder: Path) -> Pipeline:
+    np.save(folder / "rows.npy", x)
+    table = read(str(folder / "rows.npy"))
+    config = TrainConfig(model=kind, name=kind, epochs=40)
+    return fit(config, prepare(table, split(len(x), 0)), Muted())
+
+
+def p_values(pipeline: Pipeline, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    with torch.inference_mode():
+        score, parts, contribution, expected = pipeline.score(torch.from_numpy(x))
+        assert all(bool(values.isfinite().all()) for values in (score, parts, contribution, expected))
+        return np.asarray(pipeline.p_value(score).numpy())
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_a_column_at_rest_rings_when_it_moves(kind: Kind, tmp_path: Path) -> None:
+    pipeline = fitted(kind, rows(400, 0), tmp_path)
+    fresh = rows(200, 1)
+    assert (p_values(pipeline, fresh) <= ALPHA).mean() < 0.15
+    for column, value in RESTING.items():
+        moved = fresh.copy()
+        moved[:, column] += 0.05 * abs(value) or 0.05
+        assert (p_values(pipeline, moved) <= ALPHA).mean() > 0.9, column
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_a_broken_copy_rings(kind: Kind, tmp_path: Path) -> None:
+    pipeline = fitted(kind, rows(400, 0), tmp_path)
+    apart = rows(200, 1)
+    apart[:, 3] *= -1.0
+    far = np.abs(apart[:, 3]) > 1.0
+    assert (p_values(pipeline, apart[far]) <= ALPHA).mean() > 0.9
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_rows_without_some_values_are_judged(kind: Kind, tmp_path: Path) -> None:
+    x, gaps = rows(400, 0), np.random.RandomState(2)
+    x[gaps.uniform(size=x.shape) < 0.1] = np.nan
+    fresh = rows(500, 1)
+    fresh[gaps.uniform(size=fresh.shape) < 0.1] = np.nan
+    alarms = (p_values(fitted(kind, x, tmp_path), fresh) <= ALPHA).mean()
+    assert alarms < 0.15
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_a_row_far_beyond_everything_has_the_smallest_p_value(kind: Kind, tmp_path: Path) -> None:
+    pipeline = fitted(kind, rows(400, 0), tmp_path)
+    assert p_values(pipeline, 1e6 * rows(5, 1)).max() == pytest.approx(1.0 / 81.0)

@@ -1,0 +1,114 @@
+"""Ways to train that must end in a good model: from disk, with convolutions, in bfloat16, compiled."""
+
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models.artifact import load
+from models.manifest import Manifest, read_manifest
+from tests.conftest import require
+from tests.data import ROOT
+from tests.training.reporters import Silent
+from tests.training.waiting import wait_until_newer
+from training.config import TrainConfig
+from training.data.table import Table, read
+from training.fitting import checkpoint
+from training.train import train
+
+
+@pytest.fixture(scope="module")
+def digits_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits as bytes, in a file."""
+    path = tmp_path_factory.mktemp("data") / "digits.npy"
+    values = read("digits").x.span(0, 1797) * 255
+    np.save(path, values.reshape(-1, 8, 8).round().astype(np.uint8))
+    return path
+
+
+def on_disk(path: Path) -> Table:
+    table = read(str(path), limit=0)
+    assert table.x.on_disk
+    return table
+
+
+def trained(table: Table, root: Path, **options: object) -> Manifest:
+    config = TrainConfig.model_validate({"name": "m", "epochs": 20, "latents": 8} | options)
+    path = train(config, table, root, Silent())
+    load(path)  # its golden answers are those of what was trained
+    return read_manifest(path)
+
+
+@pytest.mark.parametrize("scale", ["standardise", "none"])
+def test_pca_from_disk_is_pca_from_memory(digits_file: Path, tmp_path: Path, scale: str) -> None:
+    disk = trained(on_disk(digits_file), tmp_path / "disk", model="pca", scale=scale)
+    memory = trained(read(str(digits_file)), tmp_path / "memory", model="pca", scale=scale)
+    assert disk.weights_sha256 == memory.weights_sha256
+    assert disk.metrics == memory.metrics
+    assert disk.features == memory.features
+
+
+@pytest.mark.parametrize("model", ["ae", "vae"])
+def test_a_network_from_disk_is_as_good_as_one_from_memory(digits_file: Path, tmp_path: Path, model: str) -> None:
+    options = {"model": model, "batch_size": 32, "learning_rate": 3e-3}
+    disk = trained(on_disk(digits_file), tmp_path / "disk", **options).metrics
+    memory = trained(read(str(digits_file)), tmp_path / "memory", **options).metrics
+    assert disk["reconstruction_error"] == pytest.approx(memory["reconstruction_error"], rel=0.1)
+    assert disk["reconstruction_error"] < 0.5 * disk["baseline_error"]
+
+
+def test_a_run_from_disk_that_was_killed_ends_in_the_same_weights(digits_file: Path, tmp_path: Path) -> None:
+    program = f"""
+import sys
+from pathlib import Path
+from tests.training.fitting.test_resume_and_devices import on_disk
+from training.config import TrainConfig
+from training.progress import Muted
+from training.train import train
+config = TrainConfig(model="ae", name="m", epochs=25, hidden=(32,), latents=4, noise=0.2)
+root, resume = Path(sys.argv[1]), "resume" in sys.argv
+train(config, on_disk(Path({str(digits_file)!r})), root, Muted(), root / "runs", resume, 0.0)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "killed")]
+    process = subprocess.Popen(command, cwd=ROOT)
+    wait_until_newer(tmp_path / "killed" / "runs" / "m" / checkpoint.FILE_NAME, 0, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    subprocess.run([*command, "resume"], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "whole")], cwd=ROOT, check=True)
+    killed, whole = (read_manifest(tmp_path / name / "m" / "1" / "model.pt") for name in ("killed", "whole"))
+    assert killed.weights_sha256 == whole.weights_sha256
+
+
+@pytest.mark.parametrize("model", ["ae", "vae"])
+def test_convolutions_learn_the_digits(tmp_path: Path, model: str) -> None:
+    options = {"network": "conv", "hidden": (16, 32), "epochs": 25, "batch_size": 32, "learning_rate": 5e-3}
+    metrics = trained(read("digits"), tmp_path, model=model, **options).metrics
+    assert metrics["reconstruction_error"] < metrics["pca_error"]
+
+
+@pytest.mark.parametrize("model", ["ae", "vae"])
+def test_bfloat16_learns_what_float32_does_to_three_digits_of_the_data(tmp_path: Path, model: str) -> None:
+    half = trained(read("digits"), tmp_path / "half", model=model, precision="bf16")
+    full = trained(read("digits"), tmp_path / "full", model=model)
+    assert half.weights_sha256 != full.weights_sha256
+    assert half.metrics["reconstruction_error"] == pytest.approx(full.metrics["reconstruction_error"], rel=0.1)
+
+
+def test_a_compiled_network_learns_what_it_does_uncompiled(tmp_path: Path) -> None:
+    require(shutil.which("c++") or shutil.which("g++"), "torch.compile needs a C++ compiler")
+    options = ["--model", "ae", "--name", "m", "--epochs", "2"]
+    options += ["--hidden", "8", "--latents", "4", "--batch-size", "629"]
+    for name, more in (("plain", []), ("compiled", ["--compile"])):
+        folders = ["--artifacts", str(tmp_path / name), "--runs", str(tmp_path / "runs")]
+        command = [sys.executable, "-m", "elbo", "train", "digits", *options, *more, *folders]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+    rows = torch.from_numpy(np.random.RandomState(0).uniform(size=(50, 64)).astype(np.float32))
+    answers = [load(tmp_path / name / "m" / "1" / "model.pt").module(rows) for name in ("plain", "compiled")]
+    torch.testing.assert_close(answers[1], answers[0], rtol=1e-4, atol=1e-4)

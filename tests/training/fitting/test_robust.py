@@ -1,0 +1,69 @@
+"""Training on rows of which some are anomalies: what is kept, and what becomes of the scores."""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from sklearn.covariance import MinCovDet
+from sklearn.metrics import roc_auc_score
+
+from training.config import EVERY_KIND, Kind, TrainConfig
+from training.data.table import read, split
+from training.fitting.pipeline import fit, prepare
+from training.fitting.statistics import KEPT, concentrated
+from training.progress import Muted
+
+D, NORMAL, ANOMALIES = 6, 900, 100
+MIXING = np.eye(D) + 0.5 * np.triu(np.ones((D, D)))
+
+
+def contaminated(seed: int = 0) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Correlated rows, and a clump of a tenth that lies where their correlations do not let rows be."""
+    random = np.random.RandomState(seed)
+    normal = random.standard_normal((NORMAL, D)) @ MIXING
+    clump = 3.0 * np.linalg.norm(MIXING, axis=0) * np.array([1, -1] * (D // 2)) + 0.5 * random.standard_normal(
+        (ANOMALIES, D)
+    )
+    order = random.permutation(NORMAL + ANOMALIES)
+    labels = np.repeat([0, 1], [NORMAL, ANOMALIES])[order]
+    return np.concatenate((normal, clump))[order].astype(np.float32), labels
+
+
+def test_the_rows_that_are_kept_are_those_of_the_minimum_covariance_determinant() -> None:
+    x, labels = contaminated()
+    kept = concentrated(torch.from_numpy(x), torch.tensor(1.0)).numpy()
+    assert len(kept) == len(x) * KEPT // 100
+    assert labels[kept].sum() == 0
+    reference = MinCovDet(support_fraction=KEPT / 100, random_state=0).fit(x)
+    ours, theirs = np.linalg.slogdet(np.cov(x[kept].T))[1], np.linalg.slogdet(reference.raw_covariance_)[1]
+    assert ours == pytest.approx(theirs, abs=0.1)
+
+
+def test_robust_preparation_leaves_held_out_and_calibration_alone(tmp_path: Path) -> None:
+    np.save(tmp_path / "rows.npy", contaminated()[0])
+    table = read(str(tmp_path / "rows.npy"))
+    rows = split(len(table.x), 0)
+    plain, robust = prepare(table, rows), prepare(table, rows, robust=True)
+    assert set(robust.rows.fit) < set(plain.rows.fit)
+    assert len(robust.rows.fit) == -(-len(plain.rows.fit) * KEPT // 100)
+    assert torch.equal(robust.held_out, plain.held_out)
+    assert torch.equal(robust.calibration, plain.calibration)
+    assert robust.moments.variance.max() < plain.moments.variance.max()
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_anomalies_among_the_training_rows_are_found(kind: Kind, tmp_path: Path) -> None:
+    x, labels = contaminated()
+    np.save(tmp_path / "rows.npy", x)
+    table = read(str(tmp_path / "rows.npy"))
+
+    def auroc(robust: bool) -> float:
+        config = TrainConfig(model=kind, name=kind, robust=robust, epochs=60)
+        pipeline = fit(config, prepare(table, split(len(table.x), 0), robust), Muted())
+        with torch.inference_mode():
+            return float(roc_auc_score(labels, pipeline.score(torch.from_numpy(x))[0].numpy()))
+
+    assert auroc(robust=True) > 0.99
+    assert auroc(robust=True) >= auroc(robust=False)

@@ -1,0 +1,216 @@
+"""A published model applied to a whole table: how well it reconstructs, explains and ranks."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import torch
+from torch import Tensor
+
+from models.artifact import Artifact
+from training.data.row_store import Floats
+from training.data.table import Table
+from training.evaluation.metrics import (
+    BOUND_BATCH,
+    BOUND_DRAWS,
+    BOUND_ROWS,
+    bits_per_dimension,
+    importance_weighted,
+)
+from training.evaluation.score import batches, refuse_overflow
+from training.fitting.latents import ACTIVE_VARIANCE
+from training.progress import Patience
+from training.reports.describe import against_pca
+
+ALPHAS = (0.1, 0.05, 0.01)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a model does on a table. Errors are mean squared errors a value that is there, in raw units squared."""
+
+    model: str  # name@version
+    source: str
+    rows: int
+    reconstruction_error: float
+    median_error: float  # of predicting the medians of the training rows
+    mean_score: float
+    alarm_rates: dict[str, float]  # by alpha: the share of the normal rows (of all, without labels) that is flagged
+    detection_rates: dict[str, float] | None  # by alpha: the share of the rows labelled 1 that is flagged
+    auroc: float | None
+    average_precision: float | None
+    elbo: float | None  # nats a row, in model units; these five are None where the model has no density
+    log_likelihood: float | None  # importance-weighted by `draws`; exact for PCA
+    log_likelihood_se: float | None  # standard error over rows
+    bits_per_dimension: float | None  # raw units
+    draws: int | None
+    active_latents: int | None  # vae: latents that carry information about these rows
+    latents: int
+    held_out: dict[str, float]  # what the manifest says of the rows that were held out at training
+    comparison: dict[str, dict[str, float]]  # by kind: what others reached on those rows
+    seen: bool  # whether these are the very rows that the model was trained, held out and calibrated on
+    calibrated: bool  # whether `elbo calibrate` has had these very rows since, so that its alarms keep to alpha on them
+
+
+class _Sums:
+    """What one pass over the rows adds up, in float64."""
+
+    def __init__(self, medians: npt.NDArray[np.float64], latents: int) -> None:
+        self.scores: list[Floats] = []
+        self._medians = medians  # [D]
+        self._values = self._squares = self._median_squares = 0.0
+        self._code, self._code_squares = np.zeros(latents), np.zeros(latents)  # [K], [K]
+
+    def add(self, rows: Floats, score: Floats, code: Floats, x_hat: Floats) -> None:
+        """Rows [B, D], their scores [B], codes [B, K] and reconstructions [B, D]."""
+        there = ~np.isnan(rows)
+        self.scores.append(score)
+        self._values += float(there.sum())
+        self._squares += float(np.square((rows - x_hat)[there], dtype=np.float64).sum())
+        self._median_squares += float(np.square((rows - self._medians)[there]).sum())
+        self._code += code.sum(axis=0, dtype=np.float64)
+        self._code_squares += np.square(code, dtype=np.float64).sum(axis=0)
+
+    def errors(self) -> tuple[float, float]:
+        """Mean squared errors a value: the model's, and that of predicting the medians."""
+        return self._squares / max(self._values, 1), self._median_squares / max(self._values, 1)
+
+    def active(self, rows: int) -> int:
+        """Latents whose posterior mean varies."""
+        return int((self._code_squares / rows - np.square(self._code / rows) > ACTIVE_VARIANCE).sum())
+
+
+def evaluate(artifact: Artifact, table: Table, draws: int = BOUND_DRAWS) -> Evaluation:
+    """Judge `artifact` on `table`. Labels count if they are 0 (normal) and 1 (anomalous), both present.
+
+    Args:
+        draws: of the importance-weighted bound, which is taken on at most BOUND_ROWS rows, spread over the table.
+    """
+    sums = _sums(artifact, table)
+    scores, (error, median_error) = np.concatenate(sums.scores), sums.errors()
+    labels = table.labels if table.labels is not None and set(np.unique(table.labels)) == {0, 1} else None
+    normal = np.ones(len(scores), bool) if labels is None else labels == 0
+    flagged = {str(alpha): _flagged(artifact, scores, alpha) for alpha in ALPHAS}
+    auroc, precision = (None, None) if labels is None else _ranking(labels, scores)
+    manifest = artifact.manifest
+    return Evaluation(
+        model=f"{manifest.name}@{artifact.path.parent.name}",
+        source=table.source,
+        rows=len(table.x),
+        reconstruction_error=error,
+        median_error=median_error,
+        mean_score=float(scores.mean(dtype=np.float64)),
+        alarm_rates={alpha: float(rows[normal].mean()) for alpha, rows in flagged.items()},
+        detection_rates=None if labels is None else {a: float(rows[~normal].mean()) for a, rows in flagged.items()},
+        auroc=auroc,
+        average_precision=precision,
+        **_density(artifact, table, draws),
+        active_latents=sums.active(len(scores)) if manifest.kind == "vae" else None,
+        latents=manifest.latents,
+        held_out=manifest.metrics,
+        comparison=manifest.comparison,
+        seen=table.fingerprint == manifest.data.fingerprint,
+        calibrated=manifest.recalibration is not None and table.fingerprint == manifest.recalibration.fingerprint,
+    )
+
+
+def _sums(artifact: Artifact, table: Table) -> _Sums:
+    manifest = artifact.manifest
+    sums = _Sums(np.array([feature.median for feature in manifest.features]), manifest.latents)
+    progress = Patience(f"evaluating {table.source}", len(table.x))
+    with torch.inference_mode():
+        for first, rows in batches(table):
+            x = torch.from_numpy(rows).to(artifact.device)
+            score = artifact.module.score(x)[0].cpu().numpy()
+            refuse_overflow(score, first, table.source)
+            code = artifact.module.encode(x)[0]
+            sums.add(rows, score, code.cpu().numpy(), artifact.module.decode(code).cpu().numpy())
+            progress.advance(len(rows))
+    return sums
+
+
+def _density(artifact: Artifact, table: Table, draws: int) -> dict[str, Any]:
+    """The fields of Evaluation that need a density. An older artifact cannot tell its own either."""
+    manifest = artifact.manifest
+    log_weight = getattr(artifact.module, "log_weight", None)
+    if log_weight is None or manifest.kind not in ("pca", "vae"):
+        return dict.fromkeys(("elbo", "log_likelihood", "log_likelihood_se", "bits_per_dimension", "draws"))
+    draws = 1 if manifest.kind == "pca" else draws  # PCA's posterior is exact: every draw has the same weight
+    chosen = np.random.RandomState(0).permutation(len(table.x))[:BOUND_ROWS]
+    rows = torch.from_numpy(table.x.take(np.sort(chosen))).to(artifact.device)
+    progress = Patience(f"{draws} draws a row", draws * -(-len(rows) // BOUND_BATCH))
+
+    def counted(x: Tensor, noise: Tensor) -> Tensor:
+        progress.advance(1)
+        weight: Tensor = log_weight(x, noise)  # [B]
+        return weight
+
+    bound = importance_weighted(counted, rows, manifest.latents, draws)
+    return {
+        "elbo": bound.elbo,
+        "log_likelihood": bound.mean,
+        "log_likelihood_se": bound.standard_error,
+        "bits_per_dimension": bits_per_dimension(bound.mean, manifest.log_scale, manifest.width),
+        "draws": draws,
+    }
+
+
+def _flagged(artifact: Artifact, scores: Floats, alpha: float) -> npt.NDArray[np.bool_]:
+    with torch.inference_mode():
+        severity = artifact.module.severity(torch.from_numpy(scores).to(artifact.device), alpha)
+    flagged: npt.NDArray[np.bool_] = (severity > 1).cpu().numpy()
+    return flagged
+
+
+def _ranking(labels: npt.NDArray[np.int64], scores: Floats) -> tuple[float, float]:
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    return float(roc_auc_score(labels, scores)), float(average_precision_score(labels, scores))
+
+
+def evaluation_text(evaluation: Evaluation) -> str:
+    """`evaluation` in a few lines for a person."""
+    title = f"{evaluation.model} on {evaluation.source}: {evaluation.rows:,} rows"
+    lines = [*_quality(evaluation), *_density_lines(evaluation), *_alarms(evaluation)]
+    title += ", the ones that it was trained on" if evaluation.seen else ""
+    title += ", the ones that it was calibrated on" if evaluation.calibrated else ""
+    return "\n".join([title] + [f"{label:<21}  {text}" for label, text in lines])
+
+
+def _quality(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
+    yield "reconstruction error", f"{evaluation.reconstruction_error:.6g}  (mean square a value, raw units)"
+    yield "predicting the median", f"{evaluation.median_error:.6g}"
+    if verdict := against_pca(evaluation.held_out):
+        yield "beats PCA", f"{verdict} (rows held out at training)"
+
+
+def _density_lines(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
+    if evaluation.log_likelihood is None or evaluation.draws is None:
+        return
+    how = "exact" if evaluation.draws == 1 else f"importance-weighted, {evaluation.draws} draws"
+    if evaluation.active_latents is not None:
+        yield "ELBO", f"{evaluation.elbo:.6g} nats a row"
+    spread = f"{evaluation.log_likelihood:.6g} ± {evaluation.log_likelihood_se:.2g}"
+    yield "log-likelihood", f"{spread} nats a row ({how})"
+    yield "bits per dimension", f"{evaluation.bits_per_dimension:.4g}"
+    if evaluation.active_latents is not None:
+        yield "active latents", f"{evaluation.active_latents} of {evaluation.latents}"
+
+
+def _alarms(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
+    yield "mean score", f"{evaluation.mean_score:.6g}"
+    alarms = "  ".join(f"{rate:.4f} at {alpha}" for alpha, rate in evaluation.alarm_rates.items())
+    yield ("flagged" if evaluation.detection_rates is None else "false alarms"), alarms
+    if evaluation.detection_rates is not None:
+        found = "  ".join(f"{rate:.4f} at {alpha}" for alpha, rate in evaluation.detection_rates.items())
+        yield "anomalies found", found
+        yield "AUROC", f"{evaluation.auroc:.4f}"
+        yield "average precision", f"{evaluation.average_precision:.4f}"
+
+
+def evaluation_json(evaluation: Evaluation) -> str:
+    """`evaluation` for a machine."""
+    return orjson.dumps(asdict(evaluation), option=orjson.OPT_INDENT_2).decode()

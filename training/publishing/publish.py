@@ -1,0 +1,114 @@
+"""A fitted pipeline and all that is known about it, as an artifact."""
+
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from models import artifact
+from models.manifest import FORMAT_VERSION, CalibrationSize, Data, Feature, Golden, Manifest
+from models.pipeline import Pipeline
+from training.evaluation.metrics import density_scale
+from training.evaluation.model_selection import Candidate
+from training.fitting.latents import latent_report
+from training.fitting.pipeline import Preparation
+from training.progress import Reporter
+from training.publishing.exhibits import exhibits
+from training.publishing.onnx_export import export
+
+GOLDEN_ROWS = 3
+
+
+def publish(
+    chosen: Candidate, comparison: dict[str, dict[str, float]], data: Preparation, artifacts: Path, report: Reporter
+) -> tuple[Path, Manifest]:
+    """Write the model as the next version of its name under `artifacts`; gives the path of the file."""
+    module = artifact.script(chosen.pipeline)
+    rows = data.filled(data.held_out[:GOLDEN_ROWS])
+    manifest = _manifest(chosen, comparison, data, _golden(module, rows, chosen.config.seed))
+    twin = _twin(chosen.pipeline, rows, report)
+    notes = [*data.table.notes, *chosen.recorder.notes]
+    shown = exhibits(chosen.pipeline, manifest, data, notes)
+    return artifact.publish(module, manifest, artifacts, twin, shown), manifest
+
+
+def _twin(pipeline: Pipeline, rows: torch.Tensor, report: Reporter) -> dict[str, artifact.Graph] | None:
+    try:
+        return export(pipeline, rows, pipeline.encode(rows)[0])
+    except Exception as error:  # noqa: BLE001 - whatever the exporter raises, TorchScript serves without it
+        reason = " ".join(str(error).split())[:200]
+        report.note(f"note: published without an ONNX twin, so a CPU serves it more slowly ({reason})")
+        return None
+
+
+def _golden(module: torch.jit.ScriptModule, rows: torch.Tensor, seed: int) -> Golden:
+    random = np.random.RandomState(seed)
+    latents = module.encode(rows)[0].shape[1]
+    noise = torch.from_numpy(random.standard_normal((len(rows), latents)).astype(np.float32))
+    choice = torch.from_numpy(random.uniform(size=len(rows)).astype(np.float32))
+    return artifact.golden(module, rows, noise, choice)
+
+
+def _features(data: Preparation) -> list[Feature]:
+    columns = data.table.names, data.table.units, data.medians, data.moments.low, data.moments.high, data.table.missing
+    return [
+        Feature(
+            name=name, unit=unit, median=float(median), minimum=float(low), maximum=float(high), missing=int(missing)
+        )
+        for name, unit, median, low, high, missing in zip(*columns, strict=True)
+    ]
+
+
+def _data(data: Preparation) -> Data:
+    return Data(
+        source=data.table.source,
+        rows=len(data.table.x),
+        fingerprint=data.table.fingerprint,
+        fit=len(data.rows.fit),
+        held_out=len(data.rows.held_out),
+        calibration=len(data.rows.calibration),
+    )
+
+
+def software() -> dict[str, str]:
+    """The versions of what writes an artifact here."""
+    return {
+        "elbo": version("elbo"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def _manifest(
+    chosen: Candidate, comparison: dict[str, dict[str, float]], data: Preparation, golden: Golden
+) -> Manifest:
+    table, pipeline, calibration = data.table, chosen.pipeline, len(data.rows.calibration)
+    scaled = data.moments.scaled(pipeline.scaling.shift, pipeline.scaling.scale)
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        name=chosen.config.name,
+        kind=chosen.config.model,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        shape=list(table.shape),
+        features=_features(data),
+        latents=len(golden.outputs["draw"][0]),
+        parts=list(pipeline.core.parts),
+        pixel_range=table.pixel_range,
+        training=chosen.config.model_dump(),
+        data=_data(data),
+        metrics=chosen.metrics,
+        comparison=comparison,
+        calibration=CalibrationSize(rows=calibration, floor=1.0 / (calibration + 1)),
+        golden=golden,
+        versions=software(),
+        weights_sha256=artifact.weights_sha256(pipeline),
+        history=chosen.recorder.history,
+        latent_report=latent_report(pipeline.core, pipeline.scaling(data.held_out)),
+        spectrum=data.spectrum(pipeline.scaling).tolist(),
+        total_variance=float(scaled.variance.sum()),
+        log_scale=density_scale(pipeline.core, pipeline.scaling),
+    )
