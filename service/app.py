@@ -19,21 +19,21 @@ from models.artifact import choose_device
 from service.anomaly import series_mapping
 from service.endpoints import routes
 from service.endpoints.information import STATIC
-from service.endpoints.pipeline import Service
-from service.endpoints.remote_write import Receiver
+from service.endpoints.pipeline import ServiceContext
+from service.endpoints.remote_write import RemoteWriteEndpoint
 from service.errors import from_http_exception
-from service.http.admission import Door
-from service.http.middleware import Edge, Entrance
-from service.http.request import Limits
+from service.http.admission import AdmissionControl
+from service.http.middleware import Entrance, RequestMiddleware
+from service.http.request import BodyLimits
 from service.inference.backends import BACKENDS
-from service.inference.batcher import Engine
-from service.inference.registry import Repository
-from service.monitoring.background import Monitor
+from service.inference.batcher import Batcher
+from service.inference.registry import ModelRegistry
+from service.monitoring.background import BackgroundMonitor
 from service.monitoring.logs import AccessLog
-from service.monitoring.metrics import Telemetry
+from service.monitoring.metrics import Metrics
 from service.monitoring.periodic import Periodic
 from service.settings import Settings
-from service.shared_memory import Counts, Votes
+from service.shared_memory import SharedCounters, SharedDecisions
 
 DESCRIPTION = """Encode, decode, reconstruct, sample, interpolate and score anomalies with the models that are served.
 
@@ -42,31 +42,31 @@ application/x-npy or application/x-safetensors with its options in the query; an
 image/png, as Accept says."""
 
 
-def create_app(settings: Settings, counts: Counts | None = None) -> FastAPI:
-    """The application. `app.state.service` is its `Service`. Raises ElboError if the device is not there.
+def create_app(settings: Settings, counts: SharedCounters | None = None) -> FastAPI:
+    """The application. `app.state.service` is its `ServiceContext`. Raises ElboError if the device is not there.
 
     `app.state.entrance` is the same application, faster: what computes passes FastAPI by.
 
     counts: shared with the processes that serve beside this one, if there are any.
     """
-    counts = counts or Counts()
-    telemetry = Telemetry(counts, settings.alert_half_life)
+    counts = counts or SharedCounters()
+    metrics = Metrics(counts, settings.alert_half_life)
     largest = settings.max_batch_rows, settings.max_batch_bytes
     how = settings.backend, settings.threads, settings.precision
     what = settings.artifacts, choose_device(settings.device), settings.default_model, settings.keep_versions
-    repository = Repository(*what, *how, *largest, Votes(counts, "backend", BACKENDS))
-    counted = telemetry.count_batch, telemetry.pending_rows
-    engine = Engine(*largest, settings.queue_rows, settings.threads, *counted, settings.queue_seconds)
+    registry = ModelRegistry(*what, *how, *largest, SharedDecisions(counts, "backend", BACKENDS))
+    counted = metrics.count_batch, metrics.pending_rows
+    batcher = Batcher(*largest, settings.queue_rows, settings.threads, *counted, settings.queue_seconds)
     access = AccessLog(settings.log_format, enabled=settings.log_level in ("debug", "info"))
-    limits = Limits(settings.max_body_bytes, settings.held_bytes, settings.request_timeout, telemetry.pending_bytes)
-    door = Door(settings.queue_seconds, engine, telemetry, access)
-    service = Service(settings, repository, engine, telemetry, limits, door)
-    receiver = Receiver(service, series_mapping.read(settings.remote_write))
+    limits = BodyLimits(settings.max_body_bytes, settings.held_bytes, settings.request_timeout, metrics.pending_bytes)
+    admission = AdmissionControl(settings.queue_seconds, batcher, metrics, access)
+    service = ServiceContext(settings, registry, batcher, metrics, limits, admission)
+    receiver = RemoteWriteEndpoint(service, series_mapping.read(settings.remote_write))
     app = FastAPIOffline(
         title="Elbo",
         description=DESCRIPTION,
         version="1",
-        lifespan=_lifespan(service, receiver, Monitor(settings, telemetry, repository), access),
+        lifespan=_lifespan(service, receiver, BackgroundMonitor(settings, metrics, registry), access),
         redirect_slashes=False,
         redoc_url=None,
         static_url="/static/docs",
@@ -74,26 +74,26 @@ def create_app(settings: Settings, counts: Counts | None = None) -> FastAPI:
     )
     app.state.service = service
     endpoints = routes.endpoints(service, receiver)
-    door.paths = routes.in_line(endpoints)
+    admission.paths = routes.in_line(endpoints)
     routes.register(app, endpoints)
     app.mount("/static", StaticFiles(directory=STATIC))
-    parts = routes.direct(endpoints), telemetry, access, limits, door
-    app.add_middleware(Edge, *parts)
-    app.state.entrance = Entrance(app, Edge(app, *parts))
+    parts = routes.direct(endpoints), metrics, access, limits, admission
+    app.add_middleware(RequestMiddleware, *parts)
+    app.state.entrance = Entrance(app, RequestMiddleware(app, *parts))
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign] # FastAPI's documented way
     return app
 
 
 def _lifespan(
-    service: Service, receiver: Receiver, monitor: Monitor, access: AccessLog
+    service: ServiceContext, receiver: RemoteWriteEndpoint, monitor: BackgroundMonitor, access: AccessLog
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
-    watching = Periodic(service.repository.look, service.settings.poll_seconds, "the models could not be looked at")
+    watching = Periodic(service.registry.look, service.settings.poll_seconds, "the models could not be looked at")
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         """Load and warm every model before the first request; finish every request before the end."""
-        await asyncio.to_thread(service.repository.refresh)
-        service.engine.start()
+        await asyncio.to_thread(service.registry.refresh)
+        service.batcher.start()
         receiver.start()
         await monitor.start()
         watching.start()
@@ -103,7 +103,7 @@ def _lifespan(
             service.draining = True
             await watching.close()
             await receiver.close()
-            await service.engine.close()
+            await service.batcher.close()
             await monitor.close()
             await access.close()
 

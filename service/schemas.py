@@ -130,14 +130,14 @@ class AnomalyBody(Body):
 _IMPUTED = "how many values were missing in the rows sent, where any was: the training medians stood for them"
 
 
-class Answer(BaseModel):
+class HttpResponse(BaseModel):
     """What every answer says."""
 
     model: str = Field(description="name of the model that answered")
     version: int = Field(description="its version")
 
 
-class EncodeAnswer(Answer):
+class EncodeAnswer(HttpResponse):
     """Codes."""
 
     latents: Vectors = Field(description="[N, K]")
@@ -146,7 +146,7 @@ class EncodeAnswer(Answer):
     imputed: int | None = Field(None, description=_IMPUTED)
 
 
-class DecodeAnswer(Answer):
+class DecodeAnswer(HttpResponse):
     """Rows."""
 
     outputs: Vectors = Field(description="[N, D] in raw units")
@@ -219,7 +219,7 @@ class Calibration(BaseModel):
     floor: float = Field(description="the smallest p-value they can give: 1 / (rows + 1)")
 
 
-class AnomalyAnswer(Answer):
+class AnomalyAnswer(HttpResponse):
     """Verdicts; with `detail` none the counts alone."""
 
     rows: int = Field(description="how many were sent")
@@ -342,7 +342,7 @@ class ModelDetail(ModelSummary):
     comparison: dict[str, dict[str, float]] = Field(description="what other kinds reach on the same rows")
 
 
-class HeldOut(Answer):
+class HeldOut(HttpResponse):
     """Rows that did not train the model, as far as the artifact carries them, and their codes."""
 
     rows: int = Field(description="how many were held out; at most 2,000 are told of")
@@ -352,7 +352,7 @@ class HeldOut(Answer):
     inputs: Rows = Field(description="[R, D]: the first R of these rows, raw units, null where a value is missing")
 
 
-class CalibrationScores(Answer):
+class CalibrationScores(HttpResponse):
     """What a new row's score is compared with."""
 
     rows: int = Field(description="calibration rows")

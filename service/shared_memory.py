@@ -21,14 +21,14 @@ log = logging.getLogger("elbo.counts")
 Name = tuple[str, ...]  # a family, then the values of its labels
 
 
-class Level(Protocol):
+class SharedNumber(Protocol):
     """A list or memory whose first number rises and falls."""
 
     def __getitem__(self, index: int, /) -> float: ...
     def __setitem__(self, index: int, value: float, /) -> None: ...
 
 
-class Part:
+class Segment:
     """The numbers of one process by name, in memory that its siblings read."""
 
     def __init__(self, size: int = SIZE) -> None:
@@ -85,11 +85,11 @@ class Part:
         _USED.pack_into(self._bytes, 0, end - _USED.size)  # last: by now the entry is whole
 
 
-class Counts:
+class SharedCounters:
     """The parts of all processes, of which this one writes the part `mine`."""
 
-    def __init__(self, parts: list[Part] | None = None, mine: int = 0) -> None:
-        self._parts = parts or [Part()]
+    def __init__(self, parts: list[Segment] | None = None, mine: int = 0) -> None:
+        self._parts = parts or [Segment()]
         self.mine = self._parts[mine]
         self.leads = mine == 0  # whether this process does what one alone must
 
@@ -103,7 +103,7 @@ class Counts:
         return {labels: [sum(column) for column in zip(*found, strict=True)] for labels, found in several.items()}
 
 
-class Votes:
+class SharedDecisions:
     """What the processes have decided that must agree, each for itself: whoever comes later follows.
 
     Args:
@@ -112,7 +112,7 @@ class Votes:
         choices: what can be decided.
     """
 
-    def __init__(self, counts: Counts, question: str, choices: tuple[str, ...]) -> None:
+    def __init__(self, counts: SharedCounters, question: str, choices: tuple[str, ...]) -> None:
         self._counts = counts
         self._question = question
         self._choices = choices

@@ -1,4 +1,4 @@
-"""The Dockerfile and docker-compose.yml keep the promises that need no container engine to check."""
+"""The Dockerfile and docker-compose.yml keep the promises that need no container batcher to check."""
 
 import json
 import re

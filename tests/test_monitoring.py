@@ -20,8 +20,8 @@ import yaml
 from prometheus_client.core import Metric
 
 from service.anomaly.series_mapping import read as read_mapping
-from service.monitoring.metrics import Telemetry
-from service.shared_memory import Counts
+from service.monitoring.metrics import Metrics
+from service.shared_memory import SharedCounters
 from tests.conftest import require
 from tests.data import ROOT
 from tests.test_docs import wait_for
@@ -40,7 +40,7 @@ def need(*programs: str) -> None:
 
 def exported() -> set[str]:
     """Every series that /metrics can have, by its name."""
-    families: list[Metric] = list(Telemetry(Counts()).registry.collect())
+    families: list[Metric] = list(Metrics(SharedCounters()).registry.collect())
     return {family.name + suffix for family in families for suffix in SUFFIXES[family.type]}
 
 

@@ -22,9 +22,9 @@ import torch
 
 from benchmarks.data import ROOT, where
 from models.artifact import Artifact, load
-from service.anomaly.inputs import Intake
+from service.anomaly.inputs import InputRows
 from service.anomaly.verdicts import Scores, decide, results
-from service.codec.rows import Reading
+from service.codec.rows import ParsedRows
 from service.inference import operations
 from service.inference.backends import choose
 from service.schemas import AnomalyBody
@@ -63,8 +63,8 @@ def judges_of(artifact: Artifact) -> tuple[str, Judge, Judge]:
 
     def judge(x: Rows) -> object:
         scores = Scores(*backend.run(operation, (x,)))
-        reading = Reading(x, list(range(len(x))), [], None)
-        verdicts = decide(Intake(reading, len(x)), scores, body)
+        reading = ParsedRows(x, list(range(len(x))), [], None)
+        verdicts = decide(InputRows(reading, len(x)), scores, body)
         return results(verdicts, EXPLAIN, names, artifact.manifest.parts)
 
     return backend.name, compute, judge

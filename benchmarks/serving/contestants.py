@@ -60,7 +60,7 @@ class Lists(Protocol):
 
 @dataclass(frozen=True)
 class V2(Protocol):
-    """The Open Inference Protocol; in binary with Triton's extension: JSON, then the floats as they lie in memory."""
+    """The Open Inference Protocol with binary tensors (Triton's extension): JSON, then the raw floats."""
 
     path: str
     binary: bool

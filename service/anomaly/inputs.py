@@ -8,10 +8,10 @@ import numpy.typing as npt
 
 from service.codec import csv_rows, ndjson, timestamps
 from service.codec.request_body import Fields
-from service.codec.rows import Reading, RowFormat
+from service.codec.rows import ParsedRows, RowFormat
 from service.codec.telegraf import Batch
 from service.errors import InvalidField, InvalidRows
-from service.inference.registry import Served
+from service.inference.registry import ServedModel
 from service.schemas import AnomalyBody
 
 WAYS = ("inputs", "records", "metrics")
@@ -21,7 +21,7 @@ FORMATS: Mapping[str, Callable[[bytes], Fields]] = {
 }  # beside JSON and npy: each gives the field `records`
 
 
-class Intake(NamedTuple):
+class InputRows(NamedTuple):
     """Rows as they were read.
 
     Args:
@@ -32,14 +32,14 @@ class Intake(NamedTuple):
         group: [G], None where a row says none; None if no row does.
     """
 
-    reading: Reading
+    reading: ParsedRows
     sent: int
     unknown: int = 0
     time: npt.NDArray[np.float64] | None = None
     group: list[str | None] | None = None
 
 
-def take(served: Served, body: AnomalyBody, careful: bool) -> Intake:
+def take(served: ServedModel, body: AnomalyBody, careful: bool) -> InputRows:
     """The rows of `body`. Raises InvalidField, and InvalidRows if none can be read."""
     if (body.inputs is not None) + (body.records is not None) + (body.metrics is not None) != 1:
         got = " and ".join([name for name in WAYS if getattr(body, name) is not None]) or "neither"
@@ -53,20 +53,20 @@ def take(served: Served, body: AnomalyBody, careful: bool) -> Intake:
         return of_records(served.rows, body, body.records, careful)
     rows, form = body.inputs, served.rows
     if isinstance(rows, np.ndarray):
-        return Intake(form.read_array_each(rows, "/inputs"), len(rows))
-    return Intake(form.read_each(rows, "/inputs", careful), len(rows))
+        return InputRows(form.read_array_each(rows, "/inputs"), len(rows))
+    return InputRows(form.read_each(rows, "/inputs", careful), len(rows))
 
 
 def of_records(
     rows: RowFormat, body: AnomalyBody, records: Any, careful: bool, pointer: str = "/records", least: int = 1
-) -> Intake:
+) -> InputRows:
     """Records, of JSON, of lines, or of a table whose cells are text. Raises InvalidRows if not `least` can be read."""
     if isinstance(records, csv_rows.Cells):
         _require_columns(rows, records)
         records = records.numbers(rows.known)
     ignored = (body.time, body.group)
     reading, unknown = rows.read_records(records, pointer, careful, body.impute, ignored, least)
-    whole = Intake(reading, len(records), unknown)
+    whole = InputRows(reading, len(records), unknown)
     names = [name for name in ignored if name not in rows.known]
     kept = [records[row] for row in reading.rows]
     if not any(type(record) is dict and (body.time in record or body.group in record) for record in kept):
@@ -76,18 +76,18 @@ def of_records(
     return whole._replace(time=_if_any(np.array(time)), group=group if any(g is not None for g in group) else None)
 
 
-def _of_metrics(served: Served, body: AnomalyBody) -> Intake:
+def _of_metrics(served: ServedModel, body: AnomalyBody) -> InputRows:
     batch = Batch(served.selectors, body.time, body.group)
     batch.gather(body.metrics)
     records = ndjson.Lines(batch.records)
     try:
-        intake = of_records(served.rows, body, records, careful=True, pointer="/metrics")
+        input_rows = of_records(served.rows, body, records, careful=True, pointer="/metrics")
     except InvalidRows as error:
         error.pointer = f"/metrics/{batch.first[0]}"
         raise
-    for unread in intake.reading.errors:
+    for unread in input_rows.reading.errors:
         unread.error.pointer = f"/metrics/{batch.first[unread.row]}"
-    return intake._replace(unknown=intake.unknown + batch.unknown)
+    return input_rows._replace(unknown=input_rows.unknown + batch.unknown)
 
 
 def _require_sense(body: AnomalyBody) -> None:

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from service.anomaly.inputs import Intake
+from service.anomaly.inputs import InputRows
 from service.anomaly.smoothing import exponential_mean
 from service.codec.float32 import is_finite
-from service.codec.rows import Reading
+from service.codec.rows import ParsedRows
 from service.schemas import AnomalyBody
 
 Array = npt.NDArray[np.float32]
@@ -81,20 +81,20 @@ def benjamini_hochberg(p_value: Array, q: float) -> npt.NDArray[np.bool_]:
 class Verdicts(NamedTuple):
     """What is decided of the G rows that could be read."""
 
-    intake: Intake
+    input_rows: InputRows
     scores: Scores
     flags: list[bool]  # [G]: whether each is anomalous
     smoothed: npt.NDArray[np.float64] | None  # [G], where it was asked for
 
 
-def decide(intake: Intake, scores: Scores, body: AnomalyBody) -> Verdicts:
+def decide(input_rows: InputRows, scores: Scores, body: AnomalyBody) -> Verdicts:
     """Which rows are anomalous: by severity, by `fdr` over the request, or by the severity's mean over a half-life."""
     smoothed = None
     half_life = body.half_life or body.half_life_rows
     if half_life:
         severity = np.where(scores.judged, scores.saturated.severity, np.nan)
         by_rows = body.half_life is None
-        smoothed = exponential_mean(severity, half_life, intake.time, intake.group, by_rows=by_rows)
+        smoothed = exponential_mean(severity, half_life, input_rows.time, input_rows.group, by_rows=by_rows)
         anomalous = smoothed > 1  # a NaN is not
     elif body.fdr is not None:
         judged, anomalous = scores.judged, np.zeros(len(scores.score), bool)
@@ -104,7 +104,7 @@ def decide(intake: Intake, scores: Scores, body: AnomalyBody) -> Verdicts:
         anomalous = scores.severity > 1
         if not scores.ordinary:
             anomalous &= scores.judged
-    return Verdicts(intake, scores, anomalous.tolist(), smoothed)
+    return Verdicts(input_rows, scores, anomalous.tolist(), smoothed)
 
 
 def results(
@@ -117,7 +117,7 @@ def results(
         explain: how many features to name a row.
         names, parts: the names of the D features and of the score's P parts.
     """
-    reading, scores = verdicts.intake.reading, verdicts.scores
+    reading, scores = verdicts.input_rows.reading, verdicts.scores
     told = scores.saturated
     columns = zip(
         reading.rows,
@@ -149,8 +149,8 @@ def results(
 
 def table(verdicts: Verdicts) -> Array:
     """Score, p-value and severity as [N, 3], for application/x-npy; NaN in the rows that could not be judged."""
-    reading, scores = verdicts.intake.reading, verdicts.scores
-    full = np.full((verdicts.intake.sent, 3), np.nan, np.float32)
+    reading, scores = verdicts.input_rows.reading, verdicts.scores
+    full = np.full((verdicts.input_rows.sent, 3), np.nan, np.float32)
     judged = scores.judged
     told = scores.saturated
     columns = np.column_stack((told.score, told.p_value, told.severity))
@@ -158,12 +158,12 @@ def table(verdicts: Verdicts) -> Array:
     return full
 
 
-def unread(reading: Reading) -> list[dict[str, Any]]:
+def unread(reading: ParsedRows) -> list[dict[str, Any]]:
     """What is said of the rows that could not be read."""
     return [{"row": e.row, "detail": e.error.detail, "pointer": e.error.pointer} for e in reading.errors]
 
 
-def _errors(reading: Reading, scores: Scores) -> list[dict[str, Any]]:
+def _errors(reading: ParsedRows, scores: Scores) -> list[dict[str, Any]]:
     if scores.ordinary:
         return unread(reading)
     overflown = [
@@ -204,11 +204,11 @@ def _largest(array: Array, count: int) -> npt.NDArray[np.intp]:
 
 def _tell_more(found: list[dict[str, Any]], verdicts: Verdicts, names: Sequence[str]) -> None:
     """Add the fields that only some rows have: what was missing, their time and group, their smoothed severity."""
-    intake, missing = verdicts.intake, verdicts.intake.reading.missing
+    input_rows, missing = verdicts.input_rows, verdicts.input_rows.reading.missing
     if missing is not None:
         for row, column in np.argwhere(missing).tolist():
             found[row].setdefault("imputed", []).append(names[column])
-    for name, values in (("time", intake.time), ("group", intake.group), ("smoothed", verdicts.smoothed)):
+    for name, values in (("time", input_rows.time), ("group", input_rows.group), ("smoothed", verdicts.smoothed)):
         if values is not None:
             for fields, value in zip(found, values, strict=True):
                 if value is not None and value == value:

@@ -45,7 +45,7 @@ class Unreadable:
     got: str
 
 
-class Reading(NamedTuple):
+class ParsedRows(NamedTuple):
     """The rows that could be read, x [G, D], which rows of the request they are, and the errors of the others."""
 
     x: Array
@@ -109,7 +109,7 @@ class RowFormat:
         self._pack(row, buffer, 0, careful, pointer)
         return np.frombuffer(buffer, np.float32).reshape(1, self.width)
 
-    def read_each(self, rows: Any, pointer: str, careful: bool) -> Reading:
+    def read_each(self, rows: Any, pointer: str, careful: bool) -> ParsedRows:
         """Like `read`, but a bad row costs only itself. Raises InvalidRows when no row can be read."""
         count = self.count(rows, pointer)
         return self._collect(count, lambda i, buffer, at: self._pack(rows[i], buffer, at, careful, f"{pointer}/{i}"))
@@ -134,19 +134,19 @@ class RowFormat:
             raise self._not_finite(array, bad, int(np.flatnonzero(bad.any(axis=1))[0]), pointer)
         return x
 
-    def read_array_each(self, array: npt.NDArray[Any], pointer: str) -> Reading:
+    def read_array_each(self, array: npt.NDArray[Any], pointer: str) -> ParsedRows:
         """Like `read_array`, but a row that is not finite costs only itself."""
         x, finite = self._shaped(array, pointer)
         if finite:
-            return Reading(x, list(range(len(x))), [], None)
+            return ParsedRows(x, list(range(len(x))), [], None)
         bad = self._bad(x)
         good = ~bad.any(axis=1)
         if good.all():
-            return Reading(x, list(range(len(x))), [], gaps_of(x))
+            return ParsedRows(x, list(range(len(x))), [], gaps_of(x))
         errors = [RowError(int(row), self._not_finite(array, bad, int(row), pointer)) for row in np.flatnonzero(~good)]
         if len(errors) == len(x):
             raise errors[0].error
-        return Reading(x[good], np.flatnonzero(good).tolist(), errors, gaps_of(x[good]))
+        return ParsedRows(x[good], np.flatnonzero(good).tolist(), errors, gaps_of(x[good]))
 
     @cached_property
     def lenient(self) -> "RowFormat":
@@ -161,7 +161,7 @@ class RowFormat:
         impute: bool = False,
         ignored: Collection[str] = (),
         least: int = 1,
-    ) -> tuple[Reading, int]:
+    ) -> tuple[ParsedRows, int]:
         """Objects by feature name, in any order; also how many of their values had a name that is no feature's.
 
         Args:
@@ -188,13 +188,13 @@ class RowFormat:
         unknown = sum(len(record.keys() - known) for record in records if type(record) is dict)
         return self._collect(len(records), place, least), unknown
 
-    def filled(self, reading: Reading) -> Array:
+    def filled(self, reading: ParsedRows) -> Array:
         """Its rows [G, D] with the medians where a value is missing that the model itself has no stand-in for."""
         if reading.missing is None:
             return reading.x
         return np.where(reading.missing & ~np.array(self._optional), self._medians, reading.x)
 
-    def _collect(self, count: int, place: Any, least: int = 1) -> Reading:
+    def _collect(self, count: int, place: Any, least: int = 1) -> ParsedRows:
         buffer = bytearray(count * self._packer.size)
         kept: list[int] = []
         errors: list[RowError] = []
@@ -207,7 +207,7 @@ class RowFormat:
         if len(kept) < least:
             raise errors[0].error
         x = np.frombuffer(buffer, np.float32).reshape(count, self.width)[: len(kept)]
-        return Reading(x, kept, errors, gaps_of(x))
+        return ParsedRows(x, kept, errors, gaps_of(x))
 
     def _ordered(self, record: Any, pointer: str, impute: bool) -> list[Any]:
         if type(record) is Unreadable:

@@ -7,15 +7,15 @@ a client that does not read is not read from either, and one that leaves ends th
 from collections.abc import AsyncIterator
 from functools import partial
 
-from service.anomaly.inputs import Intake, of_records
+from service.anomaly.inputs import InputRows, of_records
 from service.anomaly.verdicts import Verdicts, results, unread
 from service.codec import compression, ndjson
 from service.codec.request_body import media_type_of
-from service.endpoints.pipeline import Service, aside, judge_now
+from service.endpoints.pipeline import ServiceContext, aside, score_rows
 from service.endpoints.validation import merge, validate
 from service.errors import InvalidField, ServiceError
-from service.http.request import Answer, Exchange
-from service.inference.registry import Served
+from service.http.request import HttpResponse, RequestContext
+from service.inference.registry import ServedModel
 from service.schemas import AnomalyBody
 
 LONGEST_LINE = 2**20  # bytes; for wide rows more
@@ -23,24 +23,24 @@ NUMBER_BYTES = 32  # in which a JSON number with its comma fits
 COSTLY = 8  # how many times as long as other JSON a byte of records takes
 
 
-def asked_for(exchange: Exchange) -> bool:
+def asked_for(request: RequestContext) -> bool:
     """Whether a request sends NDJSON and wants NDJSON."""
     return (
-        b"ndjson" in exchange.headers.get(b"accept", b"")
-        and media_type_of(exchange.header(b"content-type")) in ndjson.MEDIA_TYPES
+        b"ndjson" in request.headers.get(b"accept", b"")
+        and media_type_of(request.header(b"content-type")) in ndjson.MEDIA_TYPES
     )
 
 
 class Stream:
     """One request's rows, judged as they come."""
 
-    def __init__(self, service: Service, exchange: Exchange) -> None:
-        self._service, self._exchange = service, exchange
-        exchange.trace.endpoint += ":stream"
-        self._served = served = service.find(exchange.query.model)
-        exchange.trace.model, exchange.trace.version = served.name, served.version
-        self._body = validate(AnomalyBody, merge({}, exchange.query.options))
-        self._gunzip = compression.Gunzip() if compression.gzipped(exchange.header(b"content-encoding")) else None
+    def __init__(self, service: ServiceContext, request: RequestContext) -> None:
+        self._service, self._exchange = service, request
+        request.record.endpoint += ":stream"
+        self._served = served = service.find(request.query.model)
+        request.record.model, request.record.version = served.name, served.version
+        self._body = validate(AnomalyBody, merge({}, request.query.options))
+        self._gunzip = compression.Gunzip() if compression.gzipped(request.header(b"content-encoding")) else None
         self._counts = {"rows": 0, "anomalies": 0, "failed": 0, "unknown_fields": 0}
         for name in ("fdr", "half_life", "half_life_rows"):
             if getattr(self._body, name) is not None:
@@ -49,9 +49,9 @@ class Stream:
                     pointer=f"/{name}", expected="no such field", got=name, hint="answer as application/json",
                 )  # fmt: skip
 
-    def answer(self) -> Answer:
+    def answer(self) -> HttpResponse:
         """The answer, whose content is made as the rows come."""
-        return Answer(self._lines(), ndjson.MEDIA_TYPE.encode(), self._served.headers)
+        return HttpResponse(self._lines(), ndjson.MEDIA_TYPE.encode(), self._served.headers)
 
     async def _lines(self) -> AsyncIterator[bytes]:
         """A line a row, in their order; at the end the counts, or the problem that ended it."""
@@ -66,8 +66,8 @@ class Stream:
             head = {"model": self._served.name, "version": self._served.version}
             yield ndjson.dumps(head | self._counts)
         except ServiceError as error:
-            self._exchange.trace.problem = error.code
-            yield ndjson.dumps(error.problem(self._exchange.trace.request_id))
+            self._exchange.record.problem = error.code
+            yield ndjson.dumps(error.problem(self._exchange.record.request_id))
 
     async def _pieces(self) -> AsyncIterator[bytes]:
         async for piece in self._exchange.pieces():
@@ -84,26 +84,28 @@ class Stream:
         first = self._counts["rows"]
         rows, body = self._served.rows, self._body
         take = partial(of_records, rows, body, ndjson.Lines(found), careful=True, pointer="", least=0)
-        intake = await aside(take, COSTLY * rows.width * len(found))
-        verdicts = await judge_now(self._service, self._served, intake, body)
-        self._count(intake, verdicts)
-        return await aside(partial(_written, self._served, body, intake, verdicts, first), 400 * len(found))
+        input_rows = await aside(take, COSTLY * rows.width * len(found))
+        verdicts = await score_rows(self._service, self._served, input_rows, body)
+        self._count(input_rows, verdicts)
+        return await aside(partial(_written, self._served, body, input_rows, verdicts, first), 400 * len(found))
 
-    def _count(self, intake: Intake, verdicts: Verdicts | None) -> None:
+    def _count(self, input_rows: InputRows, verdicts: Verdicts | None) -> None:
         judged = verdicts.scores.count if verdicts else 0
-        self._counts["rows"] += intake.sent
-        self._counts["failed"] += intake.sent - judged
-        self._counts["unknown_fields"] += intake.unknown
+        self._counts["rows"] += input_rows.sent
+        self._counts["failed"] += input_rows.sent - judged
+        self._counts["unknown_fields"] += input_rows.unknown
         self._counts["anomalies"] += sum(verdicts.flags) if verdicts else 0
-        self._exchange.trace.rows = self._counts["rows"]
+        self._exchange.record.rows = self._counts["rows"]
 
 
-def _written(served: Served, body: AnomalyBody, intake: Intake, verdicts: Verdicts | None, first: int) -> bytes:
+def _written(
+    served: ServedModel, body: AnomalyBody, input_rows: InputRows, verdicts: Verdicts | None, first: int
+) -> bytes:
     """The results and errors of rows that begin with row `first`, one a line in their order."""
     if body.detail == "none":
         return b""
     told_of = body.explain, served.rows.names, served.manifest.parts
-    found, errors = results(verdicts, *told_of) if verdicts else ([], unread(intake.reading))
+    found, errors = results(verdicts, *told_of) if verdicts else ([], unread(input_rows.reading))
     for error in errors:
         at, _, place = (error["pointer"] or f"/{error['row']}").removeprefix("/").partition("/")
         error["pointer"] = f"/{first + int(at)}" + (f"/{place}" if place else "")

@@ -8,17 +8,27 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from service.anomaly.inputs import FORMATS, WAYS, Intake, take
+from service.anomaly.inputs import FORMATS, WAYS, InputRows, take
 from service.anomaly.verdicts import Scores, Verdicts, decide, results, table
 from service.codec.request_body import JSON
 from service.codec.response_body import ARRAY, PICTURE
 from service.endpoints import anomaly_stream
-from service.endpoints.pipeline import Call, Offer, Service, answer, aside, read, require_count, require_rows, run
+from service.endpoints.pipeline import (
+    Offer,
+    ParsedRequest,
+    ServiceContext,
+    answer,
+    aside,
+    read,
+    require_count,
+    require_rows,
+    run,
+)
 from service.errors import InvalidField
-from service.http.request import Answer, Exchange
+from service.http.request import HttpResponse, RequestContext
 from service.inference import operations
-from service.inference.registry import Served
-from service.inference.sampling import Noise, fresh_seed, interpolate
+from service.inference.registry import ServedModel
+from service.inference.sampling import NoiseSource, fresh_seed, interpolate
 from service.schemas import AnomalyBody, Body, DecodeBody, EncodeBody, End, InterpolateBody, ReconstructBody, SampleBody
 
 Array = npt.NDArray[np.float32]
@@ -28,16 +38,16 @@ ROW_BYTES = 400  # of a verdict, roughly
 B = TypeVar("B", bound=Body)
 
 
-class Inference:
+class InferenceEndpoints:
     """The endpoints of one service."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: ServiceContext) -> None:
         self.service = service
-        self._noise = Noise()
+        self._noise = NoiseSource()
 
-    async def encode(self, exchange: Exchange) -> Answer:
+    async def encode(self, request: RequestContext) -> HttpResponse:
         """Rows to codes: the posterior mean, or a draw."""
-        call = await self._read_rows(exchange, EncodeBody, _arrays, "inputs")
+        call = await self._read_rows(request, EncodeBody, _arrays, "inputs")
         mean, std = await run(self.service, call, operations.ENCODE, call.x)
         imputed = _imputed(call.served, call.x)
         if not call.body.sample:
@@ -46,29 +56,29 @@ class Inference:
         latents = mean + std * self._noise.draw(seed, *mean.shape)[0]
         return await answer(call, {"latents": latents, "std": std, "seed": seed, **imputed}, latents)
 
-    async def decode(self, exchange: Exchange) -> Answer:
+    async def decode(self, request: RequestContext) -> HttpResponse:
         """Codes to rows."""
-        call = await self._read_rows(exchange, DecodeBody, _pictures, "latents")
+        call = await self._read_rows(request, DecodeBody, _pictures, "latents")
         (outputs,) = await run(self.service, call, operations.DECODE, call.x)
         return await answer(call, {"outputs": outputs}, outputs)
 
-    async def reconstruct(self, exchange: Exchange) -> Answer:
+    async def reconstruct(self, request: RequestContext) -> HttpResponse:
         """Rows through the code and back, and how much that changed them."""
-        call = await self._read_rows(exchange, ReconstructBody, _pictures, "inputs")
+        call = await self._read_rows(request, ReconstructBody, _pictures, "inputs")
         outputs, errors = await run(self.service, call, operations.reconstruct(call.served.rows.gaps), call.x)
         fields = {"outputs": outputs, "errors": errors, **_imputed(call.served, call.x)}
         return await answer(call, fields, outputs)
 
-    async def sample(self, exchange: Exchange) -> Answer:
+    async def sample(self, request: RequestContext) -> HttpResponse:
         """New rows from the prior. The same seed gives the same bytes, alone or in company."""
-        call = await read(self.service, exchange, SampleBody, _pictures, None, self._prior_noise)
+        call = await read(self.service, request, SampleBody, _pictures, None, self._prior_noise)
         seed, normal, uniform = call.x
         latents, outputs = await run(self.service, call, operations.SAMPLE, normal, uniform)
         return await answer(call, {"latents": latents, "outputs": outputs, "seed": seed}, outputs)
 
-    async def interpolate(self, exchange: Exchange) -> Answer:
+    async def interpolate(self, request: RequestContext) -> HttpResponse:
         """Rows along the way between two."""
-        call = await read(self.service, exchange, InterpolateBody, _pictures, None, self._ends)
+        call = await read(self.service, request, InterpolateBody, _pictures, None, self._ends)
         start, end = await self._codes(call)
         latents = interpolate(start, end, call.body.steps, call.body.method)
         (outputs,) = await run(self.service, call, operations.DECODE, latents)
@@ -76,27 +86,29 @@ class Inference:
         imputed = _imputed(call.served, *(point.values for point in call.x if not point.is_code))
         return await answer(call, {"latents": latents, "outputs": outputs, **imputed}, outputs, columns)
 
-    async def anomaly(self, exchange: Exchange) -> Answer:
+    async def anomaly(self, request: RequestContext) -> HttpResponse:
         """Which rows are abnormal, how sure that is, and why."""
-        if anomaly_stream.asked_for(exchange):
-            return anomaly_stream.Stream(self.service, exchange).answer()
-        call = await read(self.service, exchange, AnomalyBody, _arrays, "inputs", self._judgeable, FORMATS)
-        intake, body = call.x, call.body
-        verdicts = await judge(self.service, call, intake)
+        if anomaly_stream.asked_for(request):
+            return anomaly_stream.Stream(self.service, request).answer()
+        call = await read(self.service, request, AnomalyBody, _arrays, "inputs", self._judgeable, FORMATS)
+        input_rows, body = call.x, call.body
+        verdicts = await judge(self.service, call, input_rows)
         if call.media_type != JSON:
             numbers = table(verdicts)
             columns = dict(zip(("score", "p_value", "severity"), numbers.T, strict=True))
             return await answer(call, {**columns}, numbers, holes=True)
         started = perf_counter()
-        size = ROW_BYTES * intake.sent if body.detail == "full" else 0
+        size = ROW_BYTES * input_rows.sent if body.detail == "full" else 0
         fields = await aside(partial(_told, call, verdicts), size)
-        call.trace.write += perf_counter() - started
+        call.record.write += perf_counter() - started
         return await answer(call, fields, verdicts.scores.expected)
 
-    async def _read_rows(self, exchange: Exchange, schema: type[B], offered: Offer, field: str) -> Call[B]:
+    async def _read_rows(
+        self, request: RequestContext, schema: type[B], offered: Offer, field: str
+    ) -> ParsedRequest[B]:
         """A request whose `field`, "inputs" or "latents", holds rows, every one of which must be right."""
 
-        def extract(served: Served, body: B, careful: bool) -> Array:
+        def extract(served: ServedModel, body: B, careful: bool) -> Array:
             rows, pointer = getattr(body, field), f"/{field}"
             form = served.latents if field == "latents" else served.rows
             require_rows(self.service, rows, pointer)
@@ -104,19 +116,19 @@ class Inference:
                 return form.read_array(rows, pointer)
             return form.read(rows, pointer, careful)
 
-        return await read(self.service, exchange, schema, offered, field, extract)
+        return await read(self.service, request, schema, offered, field, extract)
 
-    def _prior_noise(self, served: Served, body: SampleBody, _: bool) -> tuple[int, Array, Array]:
+    def _prior_noise(self, served: ServedModel, body: SampleBody, _: bool) -> tuple[int, Array, Array]:
         require_count(self.service, "n", body.n)
         seed = _seed(body.seed)
         normal, uniform = self._noise.draw(seed, body.n, served.manifest.latents)
         return seed, normal * np.float32(body.temperature), uniform
 
-    def _ends(self, served: Served, body: InterpolateBody, careful: bool) -> tuple["_Point", "_Point"]:
+    def _ends(self, served: ServedModel, body: InterpolateBody, careful: bool) -> tuple["_Point", "_Point"]:
         require_count(self.service, "steps", body.steps)
         return _point(served, body.start, "/start", careful), _point(served, body.end, "/end", careful)
 
-    async def _codes(self, call: Call[InterpolateBody]) -> list[Array]:
+    async def _codes(self, call: ParsedRequest[InterpolateBody]) -> list[Array]:
         """The codes [K] of both ends; those given as rows are encoded together."""
         points: tuple[_Point, _Point] = call.x
         rows = [point.values for point in points if not point.is_code]
@@ -126,31 +138,31 @@ class Inference:
             codes = iter(mean)
         return [point.values[0] if point.is_code else next(codes) for point in points]
 
-    def _judgeable(self, served: Served, body: AnomalyBody, careful: bool) -> Intake:
+    def _judgeable(self, served: ServedModel, body: AnomalyBody, careful: bool) -> InputRows:
         for name in WAYS:
             if (rows := getattr(body, name)) is not None:
                 require_rows(self.service, rows, f"/{name}")
         return take(served, body, careful)
 
 
-async def judge(service: Service, call: Call[AnomalyBody], intake: Intake) -> Verdicts:
-    """What the model of `call` says of the rows of `intake`."""
-    x = call.served.rows.filled(intake.reading)
+async def judge(service: ServiceContext, call: ParsedRequest[AnomalyBody], input_rows: InputRows) -> Verdicts:
+    """What the model of `call` says of the rows of `input_rows`."""
+    x = call.served.rows.filled(input_rows.reading)
     scores = Scores(*await run(service, call, operations.anomaly(call.body.alpha), x))
-    call.trace.rows = intake.sent
-    verdicts = decide(intake, scores, call.body)
-    service.telemetry.judged.count(call.served, intake, verdicts)
+    call.record.rows = input_rows.sent
+    verdicts = decide(input_rows, scores, call.body)
+    service.metrics.judged.count(call.served, input_rows, verdicts)
     return verdicts
 
 
-def _told(call: Call[AnomalyBody], verdicts: Verdicts) -> dict[str, Any]:
+def _told(call: ParsedRequest[AnomalyBody], verdicts: Verdicts) -> dict[str, Any]:
     """The fields of the answer."""
-    body, manifest, intake, scores = call.body, call.served.manifest, verdicts.intake, verdicts.scores
+    body, manifest, input_rows, scores = call.body, call.served.manifest, verdicts.input_rows, verdicts.scores
     counts = {
-        "rows": intake.sent,
+        "rows": input_rows.sent,
         "anomalies": sum(verdicts.flags),
-        "failed": intake.sent - scores.count,
-        "unknown_fields": intake.unknown,
+        "failed": input_rows.sent - scores.count,
+        "unknown_fields": input_rows.unknown,
     }
     if body.detail == "none":
         return counts
@@ -175,7 +187,7 @@ class _Point:
     is_code: bool
 
 
-def _point(served: Served, end: End, pointer: str, careful: bool) -> _Point:
+def _point(served: ServedModel, end: End, pointer: str, careful: bool) -> _Point:
     if (end.input is None) == (end.latent is None):
         got = "neither" if end.input is None else "both"
         raise InvalidField(
@@ -189,7 +201,7 @@ def _point(served: Served, end: End, pointer: str, careful: bool) -> _Point:
     return _Point(served.rows.read_one(end.input, f"{pointer}/input", careful), False)
 
 
-def _imputed(served: Served, *rows: Array) -> dict[str, int]:
+def _imputed(served: ServedModel, *rows: Array) -> dict[str, int]:
     """The field that says how many values of `rows`, each [N, D], were missing, where any was."""
     count = sum(int(np.isnan(x).sum()) for x in rows) if served.rows.gaps else 0
     return {"imputed": count} if count else {}
@@ -199,9 +211,9 @@ def _seed(asked: int | None) -> int:
     return fresh_seed() if asked is None else asked
 
 
-def _arrays(_: Served) -> tuple[str, ...]:
+def _arrays(_: ServedModel) -> tuple[str, ...]:
     return ARRAY
 
 
-def _pictures(served: Served) -> tuple[str, ...]:
+def _pictures(served: ServedModel) -> tuple[str, ...]:
     return PICTURE if served.pictures else ARRAY

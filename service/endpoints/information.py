@@ -10,9 +10,9 @@ from starlette.responses import HTMLResponse, Response
 
 from models.artifact import CALIBRATION, CARD, HELD_OUT
 from service.codec.request_body import JSON
-from service.endpoints.pipeline import Service
+from service.endpoints.pipeline import ServiceContext
 from service.errors import NotShown
-from service.inference.registry import Served, describe
+from service.inference.registry import ServedModel, describe
 
 STATIC = Path(__file__).parents[1] / "static"
 PAGE_POLICY = (
@@ -25,16 +25,16 @@ DETAIL = {
 }  # fmt: skip
 
 
-class Information:
+class InformationEndpoints:
     """The endpoints of one service."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: ServiceContext) -> None:
         self.service = service
         self._page = (STATIC / "index.html").read_bytes()
 
     async def models(self, _: Request) -> Response:
         """Every loaded version, and those that failed to load."""
-        catalogue = self.service.repository.catalogue
+        catalogue = self.service.registry.catalogue
         found = [
             describe(served)
             for numbers in catalogue.models.values()
@@ -67,7 +67,7 @@ class Information:
         who = orjson.dumps({"model": served.name, "version": served.version})
         return Response(who[:-1] + b"," + content[1:], media_type=JSON)
 
-    def _shown(self, request: Request, name: str) -> tuple[Served, bytes]:
+    def _shown(self, request: Request, name: str) -> tuple[ServedModel, bytes]:
         served = self.service.find(request.path_params["reference"])
         if name not in served.exhibits:
             raise NotShown(
@@ -87,7 +87,7 @@ class Information:
 
     async def metrics(self, _: Request) -> Response:
         """Metrics for Prometheus, of all processes that serve here."""
-        text = self.service.telemetry.exposition(self.service.repository.catalogue)
+        text = self.service.metrics.exposition(self.service.registry.catalogue)
         return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def page(self, _: Request) -> Response:

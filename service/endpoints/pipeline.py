@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from service.anomaly.inputs import Intake
+from service.anomaly.inputs import InputRows
 from service.anomaly.verdicts import Scores, Verdicts, decide
 from service.codec import npy, png, safetensors
 from service.codec.compression import gunzip, gzipped
@@ -18,14 +18,14 @@ from service.codec.request_body import JSON, NO_FORMATS, Fields, is_array, read_
 from service.codec.response_body import arrays, choose, require_finite, to_json
 from service.endpoints.validation import merge, validate
 from service.errors import ClientGone, InvalidField, NotReady, Overloaded, TooManyRows
-from service.http.admission import Door
-from service.http.request import Answer, Exchange, Limits
+from service.http.admission import AdmissionControl
+from service.http.request import BodyLimits, HttpResponse, RequestContext
 from service.inference import operations
-from service.inference.batcher import Engine
+from service.inference.batcher import Batcher
 from service.inference.operations import Operation
-from service.inference.registry import Repository, Served
-from service.monitoring.metrics import Telemetry
-from service.monitoring.timings import Trace
+from service.inference.registry import ModelRegistry, ServedModel
+from service.monitoring.metrics import Metrics
+from service.monitoring.timings import RequestRecord
 from service.schemas import AnomalyBody, Body
 from service.settings import Settings
 
@@ -35,24 +35,24 @@ ARRAY = 8  # times as many bytes of arrays, which are copied as they are, count 
 RETRY_SECONDS = 0.02  # before rows that found the queue full are tried again
 B = TypeVar("B", bound=Body)
 T = TypeVar("T")
-Offer = Callable[[Served], tuple[str, ...]]  # the formats in which a model can answer, the default first
+Offer = Callable[[ServedModel], tuple[str, ...]]  # the formats in which a model can answer, the default first
 
 
 @dataclass
-class Service:
+class ServiceContext:
     """What the endpoints share. `draining` is set when the server begins to shut down."""
 
     settings: Settings
-    repository: Repository
-    engine: Engine
-    telemetry: Telemetry
-    limits: Limits
-    door: Door
+    registry: ModelRegistry
+    batcher: Batcher
+    metrics: Metrics
+    limits: BodyLimits
+    admission: AdmissionControl
     draining: bool = False
 
-    def find(self, reference: str | None) -> Served:
+    def find(self, reference: str | None) -> ServedModel:
         """The model that answers. Raises NotReady, ModelNotFound."""
-        return self.repository.catalogue.find(reference)
+        return self.registry.catalogue.find(reference)
 
     def require_ready(self) -> None:
         """Raise NotReady unless requests are welcome."""
@@ -62,15 +62,15 @@ class Service:
 
 
 @dataclass(slots=True)
-class Call(Generic[B]):
+class ParsedRequest(Generic[B]):
     """One request, read: who answers, what is asked, in which format, until when by `perf_counter`.
 
     `x` is what its rows were read as.
     """
 
-    exchange: Exchange
-    trace: Trace
-    served: Served
+    request: RequestContext
+    record: RequestRecord
+    served: ServedModel
     media_type: str
     deadline: float
     body: B
@@ -78,14 +78,14 @@ class Call(Generic[B]):
 
 
 async def read(
-    service: Service,
-    exchange: Exchange,
+    service: ServiceContext,
+    request: RequestContext,
     schema: type[B],
     offered: Offer,
     main: str | None,
-    extract: Callable[[Served, B, bool], T],
+    extract: Callable[[ServedModel, B, bool], T],
     formats: Mapping[str, Callable[[bytes], Fields]] = NO_FORMATS,
-) -> Call[B]:
+) -> ParsedRequest[B]:
     """Read a request to its end.
 
     Args:
@@ -96,81 +96,85 @@ async def read(
         extract: gives `x` from the model, the fields, and whether booleans or NaN may be among the numbers.
         formats: readers of bodies by media type, beside JSON and npy.
     """
-    trace, query = exchange.trace, exchange.query
+    record, query = request.record, request.query
     served = service.find(query.model)
-    trace.model, trace.version = served.name, served.version
-    media_type = choose(exchange.header(b"accept", "*/*"), offered(served))
-    packed = exchange.headers.get(b"content-encoding") is not None and gzipped(exchange.header(b"content-encoding"))
-    deadline = _deadline(service, exchange)
-    sent = await _let_in(service, exchange, packed, deadline)
+    record.model, record.version = served.name, served.version
+    media_type = choose(request.header(b"accept", "*/*"), offered(served))
+    packed = request.headers.get(b"content-encoding") is not None and gzipped(request.header(b"content-encoding"))
+    deadline = _deadline(service, request)
+    sent = await _let_in(service, request, packed, deadline)
 
     def parse() -> tuple[B, T]:
-        content = gunzip(sent, exchange.max_body_bytes) if packed else sent
+        content = gunzip(sent, request.max_body_bytes) if packed else sent
         width = served.latents.width if main == "latents" else served.rows.width
-        fields = read_fields(exchange.header(b"content-type"), content, main, width, formats)
+        fields = read_fields(request.header(b"content-type"), content, main, width, formats)
         body = validate(schema, merge(fields.values, query.options) if query.options else fields.values)
         return body, extract(served, body, fields.careful)
 
     started = perf_counter()
-    size = len(sent) // (ARRAY if is_array(exchange.header(b"content-type")) else 1)
+    size = len(sent) // (ARRAY if is_array(request.header(b"content-type")) else 1)
     body, x = await aside(parse, LARGE + 1 if packed else size)
-    trace.parse += perf_counter() - started
-    return Call(exchange, trace, served, media_type, deadline, body, x)
+    record.parse += perf_counter() - started
+    return ParsedRequest(request, record, served, media_type, deadline, body, x)
 
 
-async def _let_in(service: Service, exchange: Exchange, packed: bool, deadline: float) -> bytes:
+async def _let_in(service: ServiceContext, request: RequestContext, packed: bool, deadline: float) -> bytes:
     """The body of a request that has its place at work. Raises Overloaded, DeadlineExceeded, and what its body does."""
-    service.engine.require_room(1)  # a full queue refuses whoever comes before it costs anything to read what he sends
-    sent = await exchange.body()
+    service.batcher.require_room(1)  # a full queue refuses whoever comes before it costs anything to read what he sends
+    sent = await request.body()
     if packed:  # gzip ends with the number of its bytes unpacked; if that is a lie, unpacking fails
-        exchange.hold(min(int.from_bytes(sent[-4:], "little"), exchange.max_body_bytes))
-    await service.door.enter(exchange, deadline)
+        request.hold(min(int.from_bytes(sent[-4:], "little"), request.max_body_bytes))
+    await service.admission.enter(request, deadline)
     return sent
 
 
-async def run(service: Service, call: Call[Any], operation: Operation, *inputs: Array) -> tuple[Array, ...]:
+async def run(
+    service: ServiceContext, call: ParsedRequest[Any], operation: Operation, *inputs: Array
+) -> tuple[Array, ...]:
     """`operation` on `inputs` by the model of `call`. Raises ClientGone if the client leaves meanwhile."""
-    watch = _Watch(call.exchange)
+    watch = _Watch(call.request)
     try:
-        ran = await service.engine.run(call.served, operation, *inputs, deadline=call.deadline, late=watch.begin)
+        ran = await service.batcher.run(call.served, operation, *inputs, deadline=call.deadline, late=watch.begin)
     except asyncio.CancelledError:
         watch.explain()
         raise
     finally:
         watch.end()
-    call.trace.rows = len(inputs[0])
-    call.trace.queue += ran.queued
-    call.trace.compute += ran.computed
+    call.record.rows = len(inputs[0])
+    call.record.queue += ran.queued
+    call.record.compute += ran.computed
     return ran.outputs
 
 
-async def judge_now(service: Service, served: Served, intake: Intake, body: AnomalyBody) -> Verdicts | None:
-    """What `served` says of rows for which no single request waits; None if none could be read. Counts them.
+async def score_rows(
+    service: ServiceContext, served: ServedModel, input_rows: InputRows, body: AnomalyBody
+) -> Verdicts | None:
+    """What `served` says of rows for which no single request waits; None if none could be read. SharedCounters them.
 
     A full queue is waited for, which holds back whoever sends. Raises Overloaded, DeadlineExceeded.
     """
     scores: Scores | None = None
     deadline = perf_counter() + service.settings.request_timeout
-    x = served.rows.filled(intake.reading)
+    x = served.rows.filled(input_rows.reading)
     operation = operations.anomaly(body.alpha)
-    while intake.reading.rows and scores is None:
+    while input_rows.reading.rows and scores is None:
         try:
-            ran = await service.engine.run(served, operation, x, deadline=deadline)
+            ran = await service.batcher.run(served, operation, x, deadline=deadline)
             scores = Scores(*ran.outputs)
         except Overloaded:
             if perf_counter() > deadline:
                 raise
             await asyncio.sleep(RETRY_SECONDS)
-    verdicts = decide(intake, scores, body) if scores else None
-    service.telemetry.judged.count(served, intake, verdicts)
+    verdicts = decide(input_rows, scores, body) if scores else None
+    service.metrics.judged.count(served, input_rows, verdicts)
     return verdicts
 
 
-def _deadline(service: Service, exchange: Exchange) -> float:
-    """When the client of `exchange` gives up, by `perf_counter`. Raises InvalidField."""
-    asked = exchange.headers.get(b"x-request-timeout")
+def _deadline(service: ServiceContext, request: RequestContext) -> float:
+    """When the client of `request` gives up, by `perf_counter`. Raises InvalidField."""
+    asked = request.headers.get(b"x-request-timeout")
     if asked is None:
-        return exchange.trace.started + service.settings.request_timeout
+        return request.record.started + service.settings.request_timeout
     try:
         seconds = float(asked)
     except ValueError:
@@ -178,12 +182,12 @@ def _deadline(service: Service, exchange: Exchange) -> float:
     if not seconds > 0:
         got = asked.decode("latin-1")[:40]
         raise InvalidField(f"X-Request-Timeout should be seconds, got {got}", expected="a number above 0", got=got)
-    return exchange.trace.started + seconds
+    return request.record.started + seconds
 
 
 async def answer(
-    call: Call[Any], fields: dict[str, Any], main: Array, columns: int | None = None, holes: bool = False
-) -> Answer:
+    call: ParsedRequest[Any], fields: dict[str, Any], main: Array, columns: int | None = None, holes: bool = False
+) -> HttpResponse:
     """The answer in the format that was asked for: `fields` as JSON, those that are arrays as safetensors, or `main`.
 
     What is not finite is an error in every format, but for rows without a verdict, which are NaN in a table of them.
@@ -214,11 +218,11 @@ async def answer(
 
     started = perf_counter()
     content = await aside(write, main.nbytes // ARRAY if is_array(call.media_type) else 10 * main.size)
-    call.trace.write += perf_counter() - started
-    return Answer(content, call.media_type.encode(), headers)
+    call.record.write += perf_counter() - started
+    return HttpResponse(content, call.media_type.encode(), headers)
 
 
-def require_rows(service: Service, rows: Any, pointer: str) -> None:
+def require_rows(service: ServiceContext, rows: Any, pointer: str) -> None:
     """Raise TooManyRows if `rows`, a list or an array, has more than one request may."""
     limit = service.settings.max_rows
     sized = isinstance(rows, list) or (isinstance(rows, np.ndarray) and rows.ndim)
@@ -229,7 +233,7 @@ def require_rows(service: Service, rows: Any, pointer: str) -> None:
         )  # fmt: skip
 
 
-def require_count(service: Service, name: str, count: int) -> None:
+def require_count(service: ServiceContext, name: str, count: int) -> None:
     """Raise InvalidField if the field `name` asks for more rows than one request may."""
     limit = service.settings.max_rows
     if count > limit:
@@ -247,8 +251,8 @@ async def aside(work: Callable[[], T], size: int) -> T:
 class _Watch:
     """Cancels the request's task when its client leaves. Begun for the few that wait long: the others never pay."""
 
-    def __init__(self, exchange: Exchange) -> None:
-        self._exchange = exchange
+    def __init__(self, request: RequestContext) -> None:
+        self._exchange = request
         self._task = asyncio.current_task()
         self._watcher: asyncio.Task[None] | None = None
         self._gone = False

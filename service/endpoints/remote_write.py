@@ -12,15 +12,15 @@ from service.anomaly.series_mapping import Target
 from service.anomaly.verdicts import Verdicts, results
 from service.codec import ndjson, remote_write
 from service.codec.feature_names import Selectors
-from service.endpoints.pipeline import Service, aside, judge_now
+from service.endpoints.pipeline import ServiceContext, aside, score_rows
 from service.errors import ModelNotFound, NotReady, Overloaded, ServiceError
-from service.http.request import Answer, Exchange
-from service.inference.registry import Served
+from service.http.request import HttpResponse, RequestContext
+from service.inference.registry import ServedModel
 from service.monitoring.periodic import Periodic
 from service.schemas import AnomalyBody
 
 SECONDS = 1.0  # between two looks for rows that have waited long enough
-MOST_READY = 20_000  # rows that wait because the engine is full: beyond them no samples are taken
+MOST_READY = 20_000  # rows that wait because the batcher is full: beyond them no samples are taken
 COSTLY = 16  # how many times as long as other bytes packed samples take
 LOGGED = 5  # abnormal rows of one turn that the log tells
 TIME, GROUP = "\0time", "\0group"  # no feature is called so
@@ -34,43 +34,43 @@ class _Aligned:
 
     reference: str | None
     target: Target
-    served: Served | None = None
+    served: ServedModel | None = None
     alignment: Alignment | None = None
 
 
-class Receiver:
+class RemoteWriteEndpoint:
     """The endpoint, and the rows that wait behind it."""
 
-    def __init__(self, service: Service, targets: dict[str | None, Target]) -> None:
+    def __init__(self, service: ServiceContext, targets: dict[str | None, Target]) -> None:
         self._service = service
         self._aligned = [_Aligned(reference, target) for reference, target in targets.items()]
         self._turn = asyncio.Lock()
         self._looking = Periodic(self._judge, SECONDS, "rows could not be judged")
 
-    async def write(self, exchange: Exchange) -> Answer:
+    async def write(self, request: RequestContext) -> HttpResponse:
         """Samples of Prometheus by remote write, to rows that are judged."""
-        remote_write.require(exchange.header(b"content-type"), exchange.header(b"content-encoding"))
+        remote_write.require(request.header(b"content-type"), request.header(b"content-encoding"))
         if self._service.draining:
             raise NotReady("the server is shutting down")
         aligned = self._served()
         try:
-            body = await exchange.body()
+            body = await request.body()
         except Overloaded as error:
             raise _later(error.detail) from None
         if sum(alignment.rows for alignment in aligned) > MOST_READY:
             raise _later("the rows that wait to be judged are too many")
-        read = await aside(lambda: list(remote_write.read(body, exchange.max_body_bytes)), COSTLY * len(body))
+        read = await aside(lambda: list(remote_write.read(body, request.max_body_bytes)), COSTLY * len(body))
         for alignment in aligned:
             alignment.add(read, monotonic())
         await self._judge()
-        return Answer(b"", b"", status=204)
+        return HttpResponse(b"", b"", status=204)
 
     def start(self) -> None:
         """Begin to look for rows that have waited long enough."""
         self._looking.start()
 
     async def close(self) -> None:
-        """Judge what there is. Call before the engine is closed."""
+        """Judge what there is. ParsedRequest before the batcher is closed."""
         await self._looking.close()
         await self._judge(everything=True)
 
@@ -99,10 +99,10 @@ class Receiver:
                 if aligned.served and aligned.alignment:
                     await self._judge_of(aligned.served, aligned.alignment, aligned.target, everything)
         waiting = sum(aligned.alignment.rows for aligned in self._aligned if aligned.alignment)
-        self._service.telemetry.judged.waiting(waiting)
+        self._service.metrics.judged.waiting(waiting)
 
-    async def _judge_of(self, served: Served, alignment: Alignment, target: Target, everything: bool) -> None:
-        judged = self._service.telemetry.judged
+    async def _judge_of(self, served: ServedModel, alignment: Alignment, target: Target, everything: bool) -> None:
+        judged = self._service.metrics.judged
         judged.count_samples(served, alignment.outcomes)
         alignment.outcomes.clear()
         due = alignment.take(monotonic(), everything)
@@ -111,9 +111,9 @@ class Receiver:
             rows = due[start : start + most]
             body = AnomalyBody(alpha=target.alpha, time=TIME, group=GROUP)
             records = ndjson.Lines(_record(row) for row in rows)
-            intake = of_records(served.rows, body, records, careful=True, least=0)
+            input_rows = of_records(served.rows, body, records, careful=True, least=0)
             try:
-                verdicts = await judge_now(self._service, served, intake, body)
+                verdicts = await score_rows(self._service, served, input_rows, body)
             except ServiceError as error:
                 log.warning("rows wait: %s", error.detail)
                 alignment.give_back(due[start:])
@@ -130,7 +130,7 @@ def _later(detail: str) -> NotReady:
     return NotReady(detail, hint="Prometheus sends it again", headers={"Retry-After": "1"})
 
 
-def _log(served: Served, verdicts: Verdicts | None) -> None:
+def _log(served: ServedModel, verdicts: Verdicts | None) -> None:
     """Tell of the first abnormal rows: nobody reads an answer."""
     if verdicts is None or True not in verdicts.flags:
         return

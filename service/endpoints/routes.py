@@ -16,12 +16,12 @@ from service.anomaly.inputs import FORMATS
 from service.codec import npy, png, remote_write, safetensors
 from service.codec.request_body import JSON
 from service.endpoints.examples import EXAMPLES, TEXTS
-from service.endpoints.inference import Inference
-from service.endpoints.information import Information
-from service.endpoints.pipeline import Service
-from service.endpoints.remote_write import Receiver
+from service.endpoints.inference import InferenceEndpoints
+from service.endpoints.information import InformationEndpoints
+from service.endpoints.pipeline import ServiceContext
+from service.endpoints.remote_write import RemoteWriteEndpoint
 from service.errors import PROBLEM_JSON
-from service.http.request import exchange_of
+from service.http.request import request_of
 from service.schemas import (
     AnomalyAnswer,
     AnomalyBody,
@@ -86,10 +86,10 @@ class DirectRoute(APIRoute):
 
     def _direct(self, handler: Handler) -> ASGIApp:
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            exchange = exchange_of(scope)
-            exchange.trace.endpoint = self.path
+            request = request_of(scope)
+            request.record.endpoint = self.path
             if "POST" in (self.methods or ()):  # the edge answers these, unless the app is mounted elsewhere
-                await exchange.answer(await handler(exchange))
+                await request.answer(await handler(request))
             else:
                 response: Response = await handler(Request(scope, receive, send))
                 await response(scope, receive, send)
@@ -97,9 +97,9 @@ class DirectRoute(APIRoute):
         return app
 
 
-def endpoints(service: Service, receiver: Receiver) -> list[Endpoint]:
+def endpoints(service: ServiceContext, receiver: RemoteWriteEndpoint) -> list[Endpoint]:
     """All of them, the busiest first: the router tries one after the other."""
-    infer, inform = Inference(service), Information(service)
+    infer, inform = InferenceEndpoints(service), InformationEndpoints(service)
     return [
         Endpoint("/anomaly", infer.anomaly, AnomalyAnswer, AnomalyBody, array=True, reads=tuple(FORMATS)),
         Endpoint("/reconstruct", infer.reconstruct, ReconstructAnswer, ReconstructBody, True, True),
@@ -130,7 +130,7 @@ def direct(found: Iterable[Endpoint]) -> dict[str, Handler]:
 
 
 def in_line(found: Iterable[Endpoint]) -> frozenset[str]:
-    """The paths whose requests stand in line at the door. Remote write is not turned away: it would lose samples."""
+    """Return the paths under admission control. Remote write is exempt: refusing it would lose samples."""
     return frozenset(endpoint.path for endpoint in found if endpoint.body)
 
 

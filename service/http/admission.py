@@ -15,36 +15,36 @@ from typing import Any
 import orjson
 
 from service.errors import PROBLEM_JSON, DeadlineExceeded, Overloaded
-from service.http.request import Exchange, Header, trace_of
-from service.inference.batcher import Engine
-from service.inference.drain_rate import Drain
+from service.http.request import Header, RequestContext, record_of
+from service.inference.batcher import Batcher
+from service.inference.drain_rate import DrainRate
 from service.monitoring.logs import AccessLog
-from service.monitoring.metrics import Telemetry
+from service.monitoring.metrics import Metrics
 
 TOGETHER = 64  # requests at work at once; so many are never too many
 _KEY = "elbo.in_line"  # in a scope: true while it is in the line, false from then on
 _HEAD = b"HTTP/1.1 429 Too Many Requests\r\ncontent-type: %b\r\nretry-after: %d\r\n"
 
 
-class Door:
+class AdmissionControl:
     """The line of one process.
 
     `paths` are those whose POST requests stand in it; `waiting` is how many do.
 
     Args:
         seconds: longest that those in it may be expected to take, at the speed measured last.
-        engine: which may be full itself.
-        telemetry, access: count and log who is turned away.
+        batcher: which may be full itself.
+        metrics, access: count and log who is turned away.
     """
 
-    def __init__(self, seconds: float, engine: Engine, telemetry: Telemetry, access: AccessLog) -> None:
+    def __init__(self, seconds: float, batcher: Batcher, metrics: Metrics, access: AccessLog) -> None:
         self.paths: Collection[str] = ()
         self.waiting = 0
         self._seconds = seconds
-        self._engine = engine
-        self._telemetry = telemetry
+        self._engine = batcher
+        self._telemetry = metrics
         self._access = access
-        self._drain = Drain()
+        self._drain = DrainRate()
         self._places = asyncio.Semaphore(TOGETHER)
 
     def leads_to(self, method: bytes, path: str) -> bool:
@@ -65,18 +65,18 @@ class Door:
                 self._drain.began()
             self.waiting += 1
 
-    def left(self, exchange: Exchange) -> None:
+    def left(self, request: RequestContext) -> None:
         """Its answer is made, or its client has gone."""
-        scope = exchange.scope
+        scope = request.scope
         if scope.get(_KEY):
             self.waiting -= 1
             self._drain.left(1, self.waiting)
         scope[_KEY] = False
-        if exchange.at_work:
-            exchange.at_work = False
+        if request.at_work:
+            request.at_work = False
             self._places.release()
 
-    async def enter(self, exchange: Exchange, deadline: float) -> None:
+    async def enter(self, request: RequestContext, deadline: float) -> None:
         """Wait for a place at work, which `left` gives back. Raises DeadlineExceeded.
 
         deadline: by `perf_counter`.
@@ -89,24 +89,24 @@ class Door:
                     await self._places.acquire()
             except TimeoutError:
                 raise DeadlineExceeded("its turn had not come", hint="come back later, or allow more time") from None
-        exchange.at_work = True
+        request.at_work = True
 
     def refusal(self, scope: Any, fixed: list[Header]) -> bytes:
         """The whole answer for the request of `scope`, whose method and path are known; with the headers `fixed`."""
         headers: Mapping[bytes, bytes] = dict(reversed(scope["headers"]))
-        trace = trace_of(scope, headers)
-        trace.endpoint = scope["path"]
-        trace.status, trace.problem = Overloaded.status, Overloaded.code
+        record = record_of(scope, headers)
+        record.endpoint = scope["path"]
+        record.status, record.problem = Overloaded.status, Overloaded.code
         too_many = self.waiting - int(self.waiting * self._seconds / (self._drain.wait(self.waiting) or self._seconds))
         head, before, after = _refusal(self._drain.seconds(max(1, too_many)), self._seconds)
-        request_id = orjson.dumps(trace.request_id)
+        request_id = orjson.dumps(record.request_id)
         lines = [b"%b: %b\r\n" % header for header in fixed]
         own = b"x-request-id: %b\r\ncontent-length: %d\r\n\r\n"
         length = len(before) + len(request_id) + len(after)
-        trace.total = trace.elapsed
-        self._telemetry.count(trace)
-        self._access.tell(trace)
-        return b"".join([head, *lines, own % (trace.request_id.encode(), length), before, request_id, after])
+        record.total = record.elapsed
+        self._telemetry.count(record)
+        self._access.tell(record)
+        return b"".join([head, *lines, own % (record.request_id.encode(), length), before, request_id, after])
 
 
 @lru_cache(maxsize=64)

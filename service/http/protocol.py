@@ -1,6 +1,6 @@
 """uvicorn's HTTP protocol, with bounds on the head of a request: uvicorn waits for one, and gathers it, without end.
 
-It also turns away, at the head, what the door has no room for.
+It also turns away, at the head, what the admission has no room for.
 """
 
 import asyncio
@@ -9,7 +9,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.http.admission import Door
+from service.http.admission import AdmissionControl
 
 LAST = (b"connection", b"close")  # on every answer from the moment when the end begins
 MAX_HEAD = 64 * 1024  # bytes
@@ -22,9 +22,9 @@ class Protocol(HttpToolsProtocol):
     _head_bytes = 0
     _turned_away = False  # the request whose body comes now
 
-    def __init__(self, *, door: Door, **options: Any) -> None:
+    def __init__(self, *, admission: AdmissionControl, **options: Any) -> None:
         super().__init__(**options)
-        self._door = door
+        self._door = admission
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
         """The first head is awaited."""

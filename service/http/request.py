@@ -13,12 +13,12 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from service.errors import PROBLEM_JSON, BodyTooLarge, BodyTooSlow, ClientGone, Overloaded, ServiceError
-from service.inference.drain_rate import Drain
-from service.monitoring.timings import Trace
-from service.shared_memory import Level
+from service.inference.drain_rate import DrainRate
+from service.monitoring.timings import RequestRecord
+from service.shared_memory import SharedNumber
 
 LONGEST_REQUEST_ID = 128
-_KEY = "elbo.exchange"
+_KEY = "elbo.request"
 SHORT_QUERY = 512  # bytes: what is shorter is decoded once, not for each request
 Header = tuple[bytes, bytes]
 _SPANS = b"parse;dur=%.3f, queue;dur=%.3f, compute;dur=%.3f, write;dur=%.3f, "  # of Server-Timing, in milliseconds
@@ -32,7 +32,7 @@ class Query:
     options: tuple[tuple[str, Any], ...]
 
 
-class Answer(NamedTuple):
+class HttpResponse(NamedTuple):
     """What is sent back. `headers` besides those that every answer has: its length, its request id, its timing.
 
     Content that is made as it is sent has no length.
@@ -45,7 +45,7 @@ class Answer(NamedTuple):
 
 
 @dataclass(slots=True)
-class Limits:
+class BodyLimits:
     """What the bodies of all requests share.
 
     Args:
@@ -58,8 +58,8 @@ class Limits:
     max_body_bytes: int
     held_bytes: int
     seconds: float
-    level: Level = field(default_factory=lambda: [0.0])
-    drain: Drain = field(default_factory=Drain)
+    level: SharedNumber = field(default_factory=lambda: [0.0])
+    drain: DrainRate = field(default_factory=DrainRate)
 
     @property
     def held(self) -> int:
@@ -88,7 +88,7 @@ class Limits:
         self.drain.left(size, self.level[0])
 
 
-class Exchange:
+class RequestContext:
     """A request and its answer. `started` is true from the moment when the answer's head has been sent.
 
     Args:
@@ -96,10 +96,10 @@ class Exchange:
         limits: for its body, which stays held until `release`.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, limits: Limits) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, limits: BodyLimits) -> None:
         self.scope = scope
         self.headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))  # the first of a name counts
-        self.trace = trace_of(scope, self.headers)
+        self.record = record_of(scope, self.headers)
         self.started = False
         self.at_work = False  # whether it holds a place of `service.http.admission`
         self._receive = receive
@@ -192,38 +192,38 @@ class Exchange:
 
     def end(self) -> None:
         """It is over. The scope lets go of it: as a circle both would stay until Python looks for such."""
-        self.trace.total = self.trace.elapsed
+        self.record.total = self.record.elapsed
         self.release()
         del self.scope[_KEY]
 
     async def send(self, message: Message) -> None:
-        """ASGI's `send`, for answers that are not an `Answer`; adds the headers that every answer has."""
+        """ASGI's `send`, for answers that are not an `HttpResponse`; adds the headers that every answer has."""
         if message["type"] == "http.response.start":
             self.started = True
-            self.trace.status = message["status"]
+            self.record.status = message["status"]
             message = {**message, "headers": [*message["headers"], *self._own_headers()]}
         await self._send(message)
 
-    async def answer(self, answer: Answer) -> None:
+    async def answer(self, answer: HttpResponse) -> None:
         """Send `answer` and be done."""
         if not isinstance(answer.content, bytes):
             await self._stream(answer, answer.content)
             return
         self.started = True
-        self.trace.status = answer.status
+        self.record.status = answer.status
         length = b"%d" % len(answer.content)
         fixed = ((b"content-type", answer.media_type), (b"content-length", length))
         headers = [*(fixed if answer.content else ()), *answer.headers, *self._own_headers()]
         await self._send({"type": "http.response.start", "status": answer.status, "headers": headers})
         await self._send({"type": "http.response.body", "body": answer.content})
 
-    async def _stream(self, answer: Answer, pieces: AsyncIterator[bytes]) -> None:
+    async def _stream(self, answer: HttpResponse, pieces: AsyncIterator[bytes]) -> None:
         """Send the pieces as they are made. Raises ClientGone if the client does not take them."""
         try:
             async for piece in pieces:
                 async with asyncio.timeout(self._limits.seconds):
                     if not self.started:
-                        self.started, self.trace.status = True, answer.status
+                        self.started, self.record.status = True, answer.status
                         headers = [(b"content-type", answer.media_type), *answer.headers, *self._own_headers()]
                         await self._send({"type": "http.response.start", "status": answer.status, "headers": headers})
                     await self._send({"type": "http.response.body", "body": piece, "more_body": True})
@@ -234,17 +234,17 @@ class Exchange:
     async def refuse(self, error: ServiceError) -> None:
         """Answer with `error`."""
         headers = tuple((name.lower().encode(), value.encode("latin-1")) for name, value in error.headers.items())
-        content = orjson.dumps(error.problem(self.trace.request_id))
-        await self.answer(Answer(content, PROBLEM_JSON.encode(), headers, error.status))
+        content = orjson.dumps(error.problem(self.record.request_id))
+        await self.answer(HttpResponse(content, PROBLEM_JSON.encode(), headers, error.status))
 
     def _own_headers(self) -> tuple[Header, Header]:
         """The request id, and where the time went: the Server-Timing header, in milliseconds."""
-        trace = self.trace
-        timing = b"total;dur=%.3f" % (trace.elapsed * 1e3)
-        if trace.compute:
-            spans = (trace.parse * 1e3, trace.queue * 1e3, trace.compute * 1e3, trace.write * 1e3)
+        record = self.record
+        timing = b"total;dur=%.3f" % (record.elapsed * 1e3)
+        if record.compute:
+            spans = (record.parse * 1e3, record.queue * 1e3, record.compute * 1e3, record.write * 1e3)
             timing = _SPANS % spans + timing
-        return (b"x-request-id", trace.request_id.encode()), (b"server-timing", timing)
+        return (b"x-request-id", record.request_id.encode()), (b"server-timing", timing)
 
     def _too_large(self, got: str) -> BodyTooLarge:
         return BodyTooLarge(
@@ -272,17 +272,17 @@ def _value(text: str) -> Any:
 _decoded_once = lru_cache(maxsize=1024)(_decoded)
 
 
-def exchange_of(scope: Scope) -> Exchange:
-    """The exchange that `scope` belongs to."""
-    exchange: Exchange = scope[_KEY]
-    return exchange
+def request_of(scope: Scope) -> RequestContext:
+    """The request that `scope` belongs to."""
+    request: RequestContext = scope[_KEY]
+    return request
 
 
-def trace_of(scope: Scope, headers: Mapping[bytes, bytes]) -> Trace:
+def record_of(scope: Scope, headers: Mapping[bytes, bytes]) -> RequestRecord:
     """What is known of the request of `scope` from its head."""
     client = scope.get("client")
     request_id = request_id_of(headers.get(b"x-request-id", b""))
-    return Trace(request_id, scope["method"], scope["path"], client[0] if client else None)
+    return RequestRecord(request_id, scope["method"], scope["path"], client[0] if client else None)
 
 
 def request_id_of(asked: bytes) -> str:

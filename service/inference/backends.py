@@ -23,7 +23,7 @@ from models.artifact import Artifact, Graph, Twin, answers, discrepancy
 from models.errors import ArtifactMismatch
 from service.inference import operations
 from service.inference.calibration import ByModule, Calibration, calibration_of
-from service.inference.latency import Pace
+from service.inference.latency import LatencyEstimate
 from service.inference.operations import Operation
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Backend:
     calibration: Calibration | ByModule
     precision: str = "float32"
     errors: Mapping[str, float] = field(default_factory=dict)
-    pace: Pace = field(default_factory=Pace)
+    pace: LatencyEstimate = field(default_factory=LatencyEstimate)
     most_rows: int = sys.maxsize
     graphs: Mapping[str, Callable[[Array], list[Array]]] = field(default_factory=dict)
 
@@ -274,7 +274,7 @@ def _session(graph: Graph, weights: dict[str, npt.NDArray[Any]], threads: int) -
 
 def _gain(plain: Backend, twin: Backend, artifact: Artifact, threads: int) -> float:
     """How many times as fast `twin` is: the geometric mean over operations and batch sizes, best of several turns."""
-    torch.set_num_threads(threads)  # as the engine's thread will, so that both are measured as they will run
+    torch.set_num_threads(threads)  # as the batcher's thread will, so that both are measured as they will run
     x = np.array(artifact.manifest.golden.inputs["x"], np.float32)  # [G, D]
     gaps = bool(np.isnan(x).any())
     asked = (operations.ENCODE, operations.reconstruct(gaps), operations.anomaly(0.05))

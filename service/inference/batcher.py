@@ -1,4 +1,4 @@
-"""The inference engine: what waits is taken as soon as the model is free, in batches.
+"""The inference batcher: what waits is taken as soon as the model is free, in batches.
 
 Requests for the same model version and operation share a batch; nobody waits for one to fill. The request that has
 waited longest goes first. A large request is run in pieces and goes to the back of the queue after each, so that it
@@ -24,16 +24,16 @@ import torch
 from service.errors import DeadlineExceeded, NotReady, Overloaded
 from service.inference.backends import Array, Backend
 from service.inference.batch import compute, stacked
-from service.inference.drain_rate import Drain
+from service.inference.drain_rate import DrainRate
 from service.inference.operations import Operation
-from service.shared_memory import Level
+from service.shared_memory import SharedNumber
 
 SHORT = 0.002  # seconds for which a batch may hold up the event loop
 SWEEP = 0.01  # seconds between two looks for deadlines that have passed
 
 
 class Model(Protocol):
-    """What the engine needs of a model. Two requests share a batch only if theirs is the same object."""
+    """What the batcher needs of a model. Two requests share a batch only if theirs is the same object."""
 
     @property
     def backend(self) -> Backend:
@@ -45,7 +45,7 @@ class Model(Protocol):
 
 
 @dataclass(slots=True)
-class Ran:
+class BatchResult:
     """What came of a request: outputs, each [B, ...], the seconds it waited, and those of its batches.
 
     cost: of its batch, by the backend's clock.
@@ -67,7 +67,7 @@ class Job:
     """
 
     inputs: tuple[Array, ...]
-    result: "asyncio.Future[Ran]"
+    result: "asyncio.Future[BatchResult]"
     deadline: float
     late: Callable[[], None] | None
     since: float = field(default_factory=perf_counter)
@@ -78,7 +78,7 @@ class Job:
 
 
 @dataclass(eq=False, slots=True)
-class Lane:
+class BatchQueue:
     """Requests that may share a batch, in the order of their arrival."""
 
     model: Model
@@ -86,10 +86,10 @@ class Lane:
     waiting: deque[Job] = field(default_factory=deque)
 
 
-Outcome = tuple[Job, Ran | BaseException]
+Outcome = tuple[Job, BatchResult | BaseException]
 
 
-class Engine:
+class Batcher:
     """Runs operations on models for the coroutines of one event loop.
 
     Args:
@@ -109,7 +109,7 @@ class Engine:
         queue_rows: int,
         threads: int,
         on_batch: Callable[[str, int], None],
-        level: Level | None = None,
+        level: SharedNumber | None = None,
         queue_seconds: float = math.inf,
     ) -> None:
         self._max_batch_rows = max_batch_rows
@@ -118,13 +118,13 @@ class Engine:
         self._queue_seconds = queue_seconds
         self._threads = threads
         self._on_batch = on_batch
-        self._lanes: dict[tuple[int, Operation], Lane] = {}  # by the model's identity
+        self._lanes: dict[tuple[int, Operation], BatchQueue] = {}  # by the model's identity
         self._running: list[Job] = []  # in the inference thread
         self._stepping = self._sweeping = self._closing = False
         self._idle: asyncio.Event
-        self._drain = Drain()
+        self._drain = DrainRate()
         self._ahead = 0  # rows that a new job finds: of a large request its present piece alone
-        self._level: Level = [0.0] if level is None else level
+        self._level: SharedNumber = [0.0] if level is None else level
 
     @property
     def pending_rows(self) -> int:
@@ -137,7 +137,7 @@ class Engine:
         return self._level[0] >= self._queue_rows or self._takes_too_long()
 
     def start(self) -> None:
-        """Make ready. Call from the event loop that will call `run`."""
+        """Make ready. ParsedRequest from the event loop that will call `run`."""
         self._loop = asyncio.get_running_loop()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -157,10 +157,10 @@ class Engine:
         *inputs: Array,
         deadline: float = math.inf,
         late: Callable[[], None] | None = None,
-    ) -> Ran:
+    ) -> BatchResult:
         """`operation` on `inputs`, each [B, ...] with the same B >= 1.
 
-        Raises Overloaded when the queue is full, NotReady when the engine is closing, DeadlineExceeded, and what the
+        Raises Overloaded when the queue is full, NotReady when the batcher is closing, DeadlineExceeded, and what the
         operation raises. Cancelling the caller drops what has not yet begun.
 
         Args:
@@ -187,7 +187,7 @@ class Engine:
         """Rows that may run at once: as many as are allowed, fit, and have not yet been too many for its memory."""
         return min(self._max_batch_rows, self._max_batch_bytes // model.row_bytes or 1, model.backend.most_rows)
 
-    async def _done(self, model: Model, operation: Operation, job: Job) -> Ran:
+    async def _done(self, model: Model, operation: Operation, job: Job) -> BatchResult:
         """What comes of `job`, at most one batch large."""
         if not self._ahead:
             self._drain.began()
@@ -205,7 +205,7 @@ class Engine:
         key = (id(model), operation)
         lane = self._lanes.get(key)
         if lane is None:
-            lane = self._lanes[key] = Lane(model, operation)
+            lane = self._lanes[key] = BatchQueue(model, operation)
         lane.waiting.append(job)
         self._go_on()
         if not self._sweeping:
@@ -261,14 +261,14 @@ class Engine:
                 lambda done: self._finish(lane, done)
             )
 
-    def _finish(self, lane: Lane, done: "asyncio.Future[list[Outcome]]") -> None:
+    def _finish(self, lane: BatchQueue, done: "asyncio.Future[list[Outcome]]") -> None:
         self._running = []
         try:
             self._settle(lane, done.result())
         finally:
             self._go_on()
 
-    def _take(self) -> tuple[Lane, list[Job]] | None:
+    def _take(self) -> tuple[BatchQueue, list[Job]] | None:
         """The next batch: the lane whose first job has waited longest, as many of its jobs as fit, in their order."""
         while self._lanes:
             keys = iter(self._lanes)
@@ -281,7 +281,7 @@ class Engine:
                 return lane, jobs
         return None
 
-    def _fill(self, lane: Lane) -> list[Job]:
+    def _fill(self, lane: BatchQueue) -> list[Job]:
         jobs: list[Job] = []
         rows, most = 0, self._most_rows(lane.model)
         while lane.waiting and (not jobs or rows + lane.waiting[0].rows <= most):
@@ -294,13 +294,13 @@ class Engine:
                 break
         return jobs
 
-    def _settle(self, lane: Lane, outcomes: list[Outcome]) -> None:
+    def _settle(self, lane: BatchQueue, outcomes: list[Outcome]) -> None:
         """Tell each job what came of it, and learn from how long the batch took."""
         rows, cost, whole = 0, 0.0, True
         for job, outcome in outcomes:
             waits = not job.result.done()  # neither cancelled meanwhile nor too late
             rows += job.rows
-            if isinstance(outcome, Ran):
+            if isinstance(outcome, BatchResult):
                 cost = outcome.cost
                 if waits:
                     job.result.set_result(outcome)
@@ -330,7 +330,7 @@ class Engine:
 
     # In either thread
 
-    def _run(self, lane: Lane, jobs: list[Job]) -> list[Outcome]:
+    def _run(self, lane: BatchQueue, jobs: list[Job]) -> list[Outcome]:
         """The outcome of each job; if they fail together, each of them is tried by itself."""
         clock = lane.model.backend.clock
         started, began = perf_counter(), clock()
@@ -346,7 +346,7 @@ class Engine:
         for job in jobs:
             end = start + job.rows
             mine = tuple([output[start:end] for output in outputs])
-            outcomes.append((job, Ran(mine, started - job.since, seconds, cost)))
+            outcomes.append((job, BatchResult(mine, started - job.since, seconds, cost)))
             start = end
         return outcomes
 
@@ -358,6 +358,6 @@ def _too_late(seconds: float) -> DeadlineExceeded:
     )
 
 
-def _joined(pieces: list[Ran]) -> Ran:
+def _joined(pieces: list[BatchResult]) -> BatchResult:
     outputs = stacked([piece.outputs for piece in pieces])
-    return Ran(outputs, sum(piece.queued for piece in pieces), sum(piece.computed for piece in pieces))
+    return BatchResult(outputs, sum(piece.queued for piece in pieces), sum(piece.computed for piece in pieces))

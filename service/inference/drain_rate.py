@@ -8,7 +8,7 @@ LATELY = 0.5  # weight of the last one
 LONGEST = 60  # seconds that anyone is told to wait
 
 
-class Drain:
+class DrainRate:
     """Counts what leaves a queue while there is something in it: an idle hour says nothing of its speed."""
 
     def __init__(self) -> None:

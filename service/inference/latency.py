@@ -1,11 +1,11 @@
-"""How long batches take on one model: what the engine expects of the next, judging by the last of its kind."""
+"""How long batches take on one model: what the batcher expects of the next, judging by the last of its kind."""
 
 import math
 
 LATELY = 0.2  # weight of the last batch
 
 
-class Pace:
+class LatencyEstimate:
     """Seconds of a batch, by its backend's clock, by operation and, to a factor of two, rows."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What a model can be asked to compute: functions of tensors with rows first, which the engine may batch.
+"""What a model can be asked to compute: functions of tensors with rows first, which the batcher may batch.
 
 B rows, D features, K latents, P parts.
 """

@@ -27,10 +27,10 @@ from service.codec.rows import RowFormat
 from service.errors import ModelNotFound, NotReady
 from service.inference import operations
 from service.inference.backends import BACKENDS, WARM_ROUNDS, Array, Backend, choose, is_out_of_memory
-from service.inference.sampling import Noise
-from service.shared_memory import Counts, Votes
+from service.inference.sampling import NoiseSource
+from service.shared_memory import SharedCounters, SharedDecisions
 
-log = logging.getLogger("elbo.repository")
+log = logging.getLogger("elbo.registry")
 WARM_ROWS = (1, 16)
 WARM_SECONDS = 5.0
 
@@ -38,7 +38,7 @@ Signature = tuple[int, int, int]  # of a file: inode, size, time of its last cha
 
 
 @dataclass(frozen=True, eq=False)
-class Served:
+class ServedModel:
     """One version of one model, loaded and warm."""
 
     name: str
@@ -89,11 +89,11 @@ class Failure:
 class Catalogue:
     """What is served at one moment: versions by model name, ascending; and what is not, though it is there."""
 
-    models: Mapping[str, Mapping[int, Served]] = field(default_factory=dict)
+    models: Mapping[str, Mapping[int, ServedModel]] = field(default_factory=dict)
     failures: tuple[Failure, ...] = ()
     default: str | None = None
 
-    def find(self, reference: str | None) -> Served:
+    def find(self, reference: str | None) -> ServedModel:
         """The model that `name` (its newest version) or `name@version` means, or the default. Raises ModelNotFound."""
         if self.default is None:
             raise NotReady(
@@ -118,11 +118,11 @@ class _Known:
     """What became of one version's file."""
 
     signature: Signature
-    served: Served | None
+    served: ServedModel | None
     failure: Failure | None
 
 
-class Repository:
+class ModelRegistry:
     """Keeps `catalogue` true to the folder.
 
     Args:
@@ -133,7 +133,7 @@ class Repository:
         backend: "auto", "torchscript" or "onnx", see `service.inference.backends.choose`.
         threads: for one batch.
         precision: float32 or bfloat16.
-        max_batch_rows, max_batch_bytes: of the largest batch that the engine will run.
+        max_batch_rows, max_batch_bytes: of the largest batch that the batcher will run.
         votes: on the backend, with the other processes that serve the same.
     """
 
@@ -148,7 +148,7 @@ class Repository:
         precision: str = "float32",
         max_batch_rows: int = 1024,
         max_batch_bytes: int = 64 * 2**20,
-        votes: Votes | None = None,
+        votes: SharedDecisions | None = None,
     ) -> None:
         self._root = root
         self._device = device
@@ -159,7 +159,7 @@ class Repository:
         self._precision = precision
         self._max_batch_rows = max_batch_rows
         self._max_batch_bytes = max_batch_bytes
-        self._votes = votes or Votes(Counts(), "backend", BACKENDS)
+        self._votes = votes or SharedDecisions(SharedCounters(), "backend", BACKENDS)
         self._known: dict[tuple[str, int], _Known] = {}
         self.catalogue = Catalogue()
 
@@ -184,9 +184,9 @@ class Repository:
         before, self.catalogue = self.catalogue, Catalogue(models, failures, default)
         _tell_changes(before, self.catalogue)
 
-    def _newest(self, name: str, known: dict[tuple[str, int], _Known]) -> dict[int, Served]:
+    def _newest(self, name: str, known: dict[tuple[str, int], _Known]) -> dict[int, ServedModel]:
         """The newest versions of `name` that load, at most as many as are kept, ascending; notes each in `known`."""
-        served: dict[int, Served] = {}
+        served: dict[int, ServedModel] = {}
         for version in reversed(versions(self._root, name)):
             if len(served) == self._keep:
                 break
@@ -220,12 +220,12 @@ class Repository:
         self._votes.vote(which, backend.name)
         return replace(backend, reason="chosen when these weights were first loaded here") if decided else backend
 
-    def _load(self, name: str, version: int, path: Path) -> Served:
+    def _load(self, name: str, version: int, path: Path) -> ServedModel:
         started = perf_counter()
         artifact = load(path, self._device)
         backend = self._choose(artifact)
         loaded = perf_counter()
-        served = Served(name, version, artifact.manifest, backend, loaded - started, exhibits=artifact.exhibits)
+        served = ServedModel(name, version, artifact.manifest, backend, loaded - started, exhibits=artifact.exhibits)
         most = max(1, min(self._max_batch_rows, self._max_batch_bytes // served.row_bytes))
         _warm(served, self._threads, most)
         return replace(served, warm_seconds=perf_counter() - loaded)
@@ -242,10 +242,10 @@ def _tell_changes(before: Catalogue, after: Catalogue) -> None:
         log.info("no longer serving %s@%d", served.name, served.version)
 
 
-def _warm(served: Served, threads: int, most_rows: int) -> None:
+def _warm(served: ServedModel, threads: int, most_rows: int) -> None:
     """Run every operation often enough, and at every size of batch, that the first request meets optimised code.
 
-    It teaches the engine how long each takes. Sizes that would take too long in all, or more memory than there is, are
+    It teaches the batcher how long each takes. Sizes that would take too long in all, or more memory than there is, are
     left out.
     """
     torch.set_num_threads(threads)
@@ -270,11 +270,11 @@ def _warm(served: Served, threads: int, most_rows: int) -> None:
     log.info("%s@%d is not warmed beyond %d rows at once: it took too long", served.name, served.version, rows // 2)
 
 
-def _run_all(served: Served, rows: int) -> Array:
+def _run_all(served: ServedModel, rows: int) -> Array:
     """Every operation on a batch of `rows`; gives decoded rows."""
     manifest, backend = served.manifest, served.backend
     median = np.array([[feature.median for feature in manifest.features]], np.float32)
-    x, noise = median.repeat(rows, axis=0), Noise().draw(0, rows, manifest.latents)
+    x, noise = median.repeat(rows, axis=0), NoiseSource().draw(0, rows, manifest.latents)
     asked = {
         operations.ENCODE: (x,),
         operations.reconstruct(served.rows.gaps): (x,),
@@ -289,7 +289,7 @@ def _run_all(served: Served, rows: int) -> Array:
     return outputs[0]
 
 
-def describe(served: Served) -> dict[str, Any]:
+def describe(served: ServedModel) -> dict[str, Any]:
     """What /models tells of a version: everything a client needs to know before it asks."""
     manifest = served.manifest
     return {

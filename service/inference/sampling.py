@@ -18,7 +18,7 @@ def fresh_seed() -> int:
     return secrets.randbelow(SEEDS)
 
 
-class Noise:
+class NoiseSource:
     """Seeded random numbers. One object may serve every thread; making one takes half a millisecond."""
 
     def __init__(self) -> None:

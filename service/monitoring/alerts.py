@@ -48,7 +48,7 @@ class Active:
     sent: float = -math.inf
 
 
-class Deciding:
+class AlertState:
     """Which alerts there are, from the counts of abnormal rows as they grow. Knows no network and no clock.
 
     calm: seconds without an abnormal row after which an alert is resolved.
@@ -90,7 +90,7 @@ class Deciding:
         return _alert(key, active, blamed, now + LASTS)
 
 
-class Sender:
+class AlertSender:
     """Posts alerts from a thread of its own, and tries again until Alertmanager has taken or refused them.
 
     Args:

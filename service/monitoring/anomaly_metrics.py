@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 from prometheus_client.core import Metric
 
-from service.anomaly.inputs import Intake
+from service.anomaly.inputs import InputRows
 from service.anomaly.smoothing import RunningMean
 from service.anomaly.verdicts import Verdicts
-from service.inference.registry import Catalogue, Served
+from service.inference.registry import Catalogue, ServedModel
 from service.monitoring.drift import Drift
 from service.monitoring.metric_types import Counter, Gauge, Histogram
-from service.shared_memory import Counts
+from service.shared_memory import SharedCounters
 
 P_BOUNDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _TOLERANT = tuple(bound * (1 + 1e-6) for bound in P_BOUNDS)  # p-values are fractions rounded to float32
@@ -25,7 +25,7 @@ WHO = ("model", "version")
 Who = tuple[str, str]
 
 
-class Judged:
+class AnomalyMetrics:
     """Counts verdicts. The event loop's thread alone writes.
 
     Args:
@@ -33,7 +33,7 @@ class Judged:
         half_life: rows, of the mean severity by which a group raises an alarm.
     """
 
-    def __init__(self, counts: Counts, half_life: float) -> None:
+    def __init__(self, counts: SharedCounters, half_life: float) -> None:
         self._scored = Counter(counts, "elbo_scored_rows", "Rows judged by /anomaly and remote write", WHO)
         self._anomalies = Counter(counts, "elbo_anomalies", "Rows called anomalous", (*WHO, "group"))
         self.alarms = Counter(
@@ -59,8 +59,8 @@ class Judged:
         self._labels: dict[tuple[str, str, str], set[str]] = {}
         self._drifts: dict[Who, Drift] = {}
 
-    def count(self, served: Served, intake: Intake, verdicts: Verdicts | None) -> None:
-        """Verdicts have been given on the rows of `intake` that could be read, if there were any."""
+    def count(self, served: ServedModel, input_rows: InputRows, verdicts: Verdicts | None) -> None:
+        """Verdicts have been given on the rows of `input_rows` that could be read, if there were any."""
         who, judged = served.who, 0
         if verdicts is not None:
             judged = verdicts.scores.count
@@ -69,17 +69,17 @@ class Judged:
             if True in verdicts.flags:
                 self._blame(served, verdicts)
         self._scored.add(who, judged)
-        if intake.unknown:
-            self._unknown.add(who, intake.unknown)
-        if intake.sent > judged:
-            self._failed.add(who, intake.sent - judged)
-        if intake.reading.missing is not None:
-            columns = intake.reading.missing.sum(axis=0)
+        if input_rows.unknown:
+            self._unknown.add(who, input_rows.unknown)
+        if input_rows.sent > judged:
+            self._failed.add(who, input_rows.sent - judged)
+        if input_rows.reading.missing is not None:
+            columns = input_rows.reading.missing.sum(axis=0)
             for column in np.flatnonzero(columns):
                 name = self._bounded(*who, "feature", served.rows.names[column])
                 self._missing.add((*who, name), float(columns[column]))
 
-    def count_samples(self, served: Served, outcomes: Mapping[str, int]) -> None:
+    def count_samples(self, served: ServedModel, outcomes: Mapping[str, int]) -> None:
         """What has become of samples that came by remote write."""
         for outcome, count in outcomes.items():
             self._samples.add((*served.who, outcome), count)
@@ -104,14 +104,16 @@ class Judged:
 
     def _follow(self, who: Who, verdicts: Verdicts) -> None:
         """Follow each group's mean severity, in the order of its rows' times."""
-        severities, intake = verdicts.scores.severity.tolist(), verdicts.intake
-        rows = range(len(severities)) if intake.time is None else np.argsort(intake.time, kind="stable").tolist()
+        severities, input_rows = verdicts.scores.severity.tolist(), verdicts.input_rows
+        rows = (
+            range(len(severities)) if input_rows.time is None else np.argsort(input_rows.time, kind="stable").tolist()
+        )
         found: dict[str, list[float]] = {}
-        if intake.group is None:
-            found[""] = severities if intake.time is None else [severities[row] for row in rows]
+        if input_rows.group is None:
+            found[""] = severities if input_rows.time is None else [severities[row] for row in rows]
         else:
             for row in rows:
-                found.setdefault(intake.group[row] or "", []).append(severities[row])
+                found.setdefault(input_rows.group[row] or "", []).append(severities[row])
         for name, values in found.items():
             group, mean = self._followed(who, name)
             if alarms := mean.above(values):
@@ -124,10 +126,10 @@ class Judged:
             mean = self._means[who, group] = RunningMean(self._half_life)
         return group, mean
 
-    def _blame(self, served: Served, verdicts: Verdicts) -> None:
+    def _blame(self, served: ServedModel, verdicts: Verdicts) -> None:
         """Count anomalies by group, and by the feature that contributed most."""
         who, rows = served.who, [row for row, flag in enumerate(verdicts.flags) if flag]
-        groups = verdicts.intake.group
+        groups = verdicts.input_rows.group
         ill = Tally(groups[row] for row in rows) if groups else {None: len(rows)}
         for name, count in ill.items():
             self._anomalies.add((*who, self._bounded(*who, "group", name or "")), count)

@@ -3,28 +3,28 @@
 import asyncio
 import time
 
-from service.inference.registry import Repository
-from service.monitoring.alerts import Deciding, Sender
-from service.monitoring.metrics import Telemetry
+from service.inference.registry import ModelRegistry
+from service.monitoring.alerts import AlertSender, AlertState
+from service.monitoring.metrics import Metrics
 from service.monitoring.periodic import Periodic
 from service.settings import Settings
 
 SECONDS = 1.0  # between two looks
 
 
-class Monitor:
+class BackgroundMonitor:
     """Runs from `start` to `close`.
 
     Args:
         settings: where Alertmanager is, and when alerts end.
-        telemetry: what is counted, of all processes; nothing happens here unless this one leads.
-        repository: of the models.
+        metrics: what is counted, of all processes; nothing happens here unless this one leads.
+        registry: of the models.
     """
 
-    def __init__(self, settings: Settings, telemetry: Telemetry, repository: Repository) -> None:
-        self._telemetry, self._repository = telemetry, repository
-        self._deciding = Deciding(settings.alert_calm_seconds)
-        self._sender = Sender(settings.alertmanager_url) if settings.alertmanager_url and telemetry.leads else None
+    def __init__(self, settings: Settings, metrics: Metrics, registry: ModelRegistry) -> None:
+        self._telemetry, self._repository = metrics, registry
+        self._deciding = AlertState(settings.alert_calm_seconds)
+        self._sender = AlertSender(settings.alertmanager_url) if settings.alertmanager_url and metrics.leads else None
         self._looking = Periodic(self._look, SECONDS, "a look at the counts failed")
 
     async def start(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from service.monitoring.timings import Trace
+from service.monitoring.timings import RequestRecord
 
 ACCESS = "elbo.access"
 TOGETHER = 32  # requests that are put into words in one go
@@ -38,16 +38,16 @@ class AccessLog:
         self._as_text = form == "text"
         self._enabled = enabled
         self._write = write or _to_standard_output
-        self._over: list[Trace] = []
+        self._over: list[RequestRecord] = []
         self._lines: list[bytes] = []
         self._lost = 0
         self._writer: asyncio.Task[None] | None = None
 
-    def tell(self, trace: Trace) -> None:
+    def tell(self, record: RequestRecord) -> None:
         """Note that a request has been answered."""
         if not self._enabled:
             return
-        self._over.append(trace)
+        self._over.append(record)
         if len(self._over) >= TOGETHER:
             self._put_into_words()
         if self._writer is None:
@@ -76,8 +76,8 @@ class AccessLog:
         room = MOST_LINES - len(self._lines)
         self._lost += len(over[room:])
         zero = time() - perf_counter()  # the clock of traces began
-        for trace in over[:room]:
-            self._lines.append(self._line(zero + trace.started + trace.total, "request", _told(trace)))
+        for record in over[:room]:
+            self._lines.append(self._line(zero + record.started + record.total, "request", _told(record)))
 
     def _line(self, at: float, message: str, fields: dict[str, Any]) -> bytes:
         moment = datetime.fromtimestamp(at, UTC)
@@ -87,22 +87,22 @@ class AccessLog:
         return orjson.dumps(head | fields, option=orjson.OPT_APPEND_NEWLINE)
 
 
-def _told(trace: Trace) -> dict[str, Any]:
+def _told(record: RequestRecord) -> dict[str, Any]:
     fields = {
-        "request_id": trace.request_id,
-        "method": trace.method,
-        "path": trace.path,
-        "status": trace.status,
-        "client": trace.client,
-        "ms": round(trace.total * 1e3, 3),
+        "request_id": record.request_id,
+        "method": record.method,
+        "path": record.path,
+        "status": record.status,
+        "client": record.client,
+        "ms": round(record.total * 1e3, 3),
     }
-    if trace.model:
-        fields |= {"model": trace.model, "version": trace.version, "rows": trace.rows}
-    if trace.compute:
-        fields["parse_ms"] = round(trace.parse * 1e3, 3)
-        fields["queue_ms"] = round(trace.queue * 1e3, 3)
-        fields["compute_ms"] = round(trace.compute * 1e3, 3)
-        fields["write_ms"] = round(trace.write * 1e3, 3)
+    if record.model:
+        fields |= {"model": record.model, "version": record.version, "rows": record.rows}
+    if record.compute:
+        fields["parse_ms"] = round(record.parse * 1e3, 3)
+        fields["queue_ms"] = round(record.queue * 1e3, 3)
+        fields["compute_ms"] = round(record.compute * 1e3, 3)
+        fields["write_ms"] = round(record.write * 1e3, 3)
     return fields
 
 

@@ -1,4 +1,4 @@
-"""The kinds of metrics: what one process counts into its part of `Counts`, and the sum that Prometheus reads."""
+"""Metric types: each process counts into its own segment of `SharedCounters`; Prometheus reads the sum."""
 
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from service.shared_memory import Counts
+from service.shared_memory import SharedCounters
 
 Labels = tuple[str, ...]
 Numbers: TypeAlias = "memoryview[float]"
@@ -23,7 +23,7 @@ class Family:
     """A metric by the values of its labels, of `size` numbers each."""
 
     def __init__(
-        self, counts: Counts, name: str, about: str, labels: Labels = (), size: int = 1, passing: bool = False
+        self, counts: SharedCounters, name: str, about: str, labels: Labels = (), size: int = 1, passing: bool = False
     ) -> None:
         self.name, self.about, self.labels = name, about, labels
         self._counts, self._size, self._passing = counts, size, passing
@@ -61,7 +61,7 @@ class Counter(Family):
 class Gauge(Family):
     """What rises and falls, and of which a process takes its share along when it ends. All processes' add up."""
 
-    def __init__(self, counts: Counts, name: str, about: str, labels: Labels = ()) -> None:
+    def __init__(self, counts: SharedCounters, name: str, about: str, labels: Labels = ()) -> None:
         super().__init__(counts, name, about, labels, passing=True)
 
     def metric(self) -> Metric:
@@ -75,7 +75,9 @@ class Gauge(Family):
 class Histogram(Family):
     """How many values are up to each of `bounds`, ascending, and above all; and their sum."""
 
-    def __init__(self, counts: Counts, name: str, about: str, labels: Labels, bounds: tuple[float, ...]) -> None:
+    def __init__(
+        self, counts: SharedCounters, name: str, about: str, labels: Labels, bounds: tuple[float, ...]
+    ) -> None:
         super().__init__(counts, name, about, labels, len(bounds) + 2)
         self.bounds = bounds
 

@@ -1,7 +1,7 @@
 """What the service counts, in a registry of the app's own that Prometheus scrapes.
 
 Where several processes serve, each counts into memory that all can read, and whichever is asked tells the sum. To add
-a metric, make a `Counter`, `Gauge` or `Histogram` in `Telemetry.__init__`, and yield its
+a metric, make a `Counter`, `Gauge` or `Histogram` in `Metrics.__init__`, and yield its
 `metric()` in `collect`: it is summed over the processes, and goes on where a process that was killed left off.
 
     self._alarms = Counter(counts, "elbo_alarms", "Rows called anomalous", ("model", "version"))
@@ -20,10 +20,10 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from service.inference.registry import Catalogue
-from service.monitoring.anomaly_metrics import Judged
+from service.monitoring.anomaly_metrics import AnomalyMetrics
 from service.monitoring.metric_types import Counter, Gauge, Histogram, Labels, Numbers, observe
-from service.monitoring.timings import Trace
-from service.shared_memory import RESTARTS, Counts
+from service.monitoring.timings import RequestRecord
+from service.shared_memory import RESTARTS, SharedCounters
 
 LATENCIES = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
@@ -43,15 +43,15 @@ class _Alike:
     computed: tuple[Numbers, Numbers, Numbers] | None  # rows, queue, compute
 
 
-class Telemetry(Collector):
+class Metrics(Collector):
     """Counts what the service does. The event loop's thread alone writes.
 
     Args:
         counts: of this process and its siblings.
-        alert_half_life: rows, see `Judged`.
+        alert_half_life: rows, see `AnomalyMetrics`.
     """
 
-    def __init__(self, counts: Counts, alert_half_life: float = 3.0) -> None:
+    def __init__(self, counts: SharedCounters, alert_half_life: float = 3.0) -> None:
         self.registry = CollectorRegistry()
         self._requests = Counter(counts, "elbo_requests", "Requests answered", (*WHO, "status"))
         self._problems = Counter(counts, "elbo_problems", "Requests without an answer, by code", (*WHO, "code"))
@@ -67,23 +67,23 @@ class Telemetry(Collector):
         self._restarts = Counter(counts, RESTARTS, "Worker processes that ended and were replaced")
         self.pending_rows, self.pending_bytes = self._pending_rows.mine(()), self._pending_bytes.mine(())
         self.leads = counts.leads
-        self.judged = Judged(counts, alert_half_life)
+        self.judged = AnomalyMetrics(counts, alert_half_life)
         self._catalogue = Catalogue()
         self._alike = lru_cache(maxsize=4096)(self._numbers)
         self.registry.register(self)
 
-    def count(self, trace: Trace) -> None:
+    def count(self, record: RequestRecord) -> None:
         """A request has been answered, or has lost its client."""
-        alike = self._alike(trace.endpoint, trace.model, trace.version, trace.status, trace.rows > 0)
+        alike = self._alike(record.endpoint, record.model, record.version, record.status, record.rows > 0)
         alike.requests[0] += 1.0
-        observe(alike.total, LATENCIES, trace.total)
+        observe(alike.total, LATENCIES, record.total)
         if alike.computed:
             rows, queue, compute = alike.computed
-            rows[0] += trace.rows if trace.status == 200 else 0
-            observe(queue, LATENCIES, trace.queue)
-            observe(compute, LATENCIES, trace.compute)
-        if trace.problem:
-            self._problems.add((*alike.who, trace.problem))
+            rows[0] += record.rows if record.status == 200 else 0
+            observe(queue, LATENCIES, record.queue)
+            observe(compute, LATENCIES, record.compute)
+        if record.problem:
+            self._problems.add((*alike.who, record.problem))
 
     def _numbers(self, endpoint: str, model: str, version: int, status: int, computed: bool) -> "_Alike":
         who = endpoint, model, str(version) if version else ""

@@ -5,7 +5,7 @@ from time import perf_counter
 
 
 @dataclass(slots=True)
-class Trace:
+class RequestRecord:
     """Filled in by whoever learns something. Times in seconds; `total` when it is over."""
 
     request_id: str

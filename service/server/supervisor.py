@@ -22,7 +22,7 @@ from typing import NoReturn
 from models.errors import ElboError
 from service.server import fd_passing
 from service.settings import Settings
-from service.shared_memory import RESTARTS, Counts, Part
+from service.shared_memory import RESTARTS, Segment, SharedCounters
 
 PATIENCE = (0.5, 30.0)  # seconds, at least and at most, before a worker that never became ready is tried again
 TOO_FULL = 0.001  # seconds to wait where no worker takes connections
@@ -73,7 +73,7 @@ class Supervisor:
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT. Exits with the code of a worker that could not start."""
         # The last part is the supervisor's own.
-        self._parts = [Part() for _ in range(self.settings.workers + 1)]
+        self._parts = [Segment() for _ in range(self.settings.workers + 1)]
         self._restarts = self._parts[-1].numbers((RESTARTS,), 1)
         self._selector = selectors.DefaultSelector()
         self._signals, self._waker = socket.socketpair()
@@ -148,7 +148,7 @@ class Supervisor:
                 end.close()  # or nobody would notice that its other end has gone
             from service.server.worker import work
 
-            work(self.settings, channel=theirs, counts=Counts(self._parts, number))
+            work(self.settings, channel=theirs, counts=SharedCounters(self._parts, number))
             code = 0
         except ElboError as error:
             print(f"elbo: {error}", file=sys.stderr)

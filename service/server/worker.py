@@ -13,11 +13,11 @@ from typing import Any
 import uvicorn
 
 from service.app import create_app
-from service.endpoints.pipeline import Service
+from service.endpoints.pipeline import ServiceContext
 from service.http.protocol import LAST, Protocol, close_slow
 from service.server import fd_passing as channels
 from service.settings import Settings
-from service.shared_memory import Counts, Level
+from service.shared_memory import SharedCounters, SharedNumber
 
 log = logging.getLogger("elbo.service")
 SWITCH_INTERVAL = 0.0005  # seconds; at Python's 5 ms the inference thread would wait for the event loop's bytecode
@@ -31,7 +31,9 @@ class Server(uvicorn.Server):
     connections, then the end. A client that keeps its connection is told by the answer that it was the last.
     """
 
-    def __init__(self, config: uvicorn.Config, service: Service, channel: socket.socket | None, closed: Level) -> None:
+    def __init__(
+        self, config: uvicorn.Config, service: ServiceContext, channel: socket.socket | None, closed: SharedNumber
+    ) -> None:
         super().__init__(config)
         self.server_state.connections = _Connections(closed)
         self._service = service
@@ -132,7 +134,7 @@ class Server(uvicorn.Server):
 class _Connections(set[Any]):
     """uvicorn's open connections; counts those that are closed, so that the supervisor knows how many are left."""
 
-    def __init__(self, closed: Level) -> None:
+    def __init__(self, closed: SharedNumber) -> None:
         super().__init__()
         self._closed = closed
 
@@ -151,18 +153,18 @@ def work(
     settings: Settings,
     listener: socket.socket | None = None,
     channel: socket.socket | None = None,
-    counts: Counts | None = None,
+    counts: SharedCounters | None = None,
 ) -> None:
     """Serve what arrives at `listener` until a signal, or what comes by `channel` until its end.
 
     Raises ElboError if the device cannot be had.
     """
     sys.setswitchinterval(SWITCH_INTERVAL)
-    counts = counts or Counts()
+    counts = counts or SharedCounters()
     app = create_app(settings, counts)
     config = uvicorn.Config(
         app.state.entrance, loop="uvloop", log_config=None, access_log=False, server_header=False,
-        http=partial(Protocol, door=app.state.service.door),  # type: ignore[arg-type] # makes what the class would
+        http=partial(Protocol, admission=app.state.service.admission),  # type: ignore[arg-type] # makes what the class would
     )  # fmt: skip
     log.info("loading the models in %s", settings.artifacts)
     closed = counts.mine.numbers(channels.CLOSED, 1, passing=True)

@@ -1,4 +1,4 @@
-"""An operation that waits: by it a test decides what the engine finds in its queue."""
+"""An operation that waits: by it a test decides what the batcher finds in its queue."""
 
 import asyncio
 import threading
@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from service.inference.batcher import Engine, Model
+from service.inference.batcher import Batcher, Model
 from service.inference.operations import Operation
 
 
 class Gate:
-    """An operation that holds the engine until it is opened."""
+    """An operation that holds the batcher until it is opened."""
 
     def __init__(self) -> None:
         self.entered = threading.Event()
@@ -24,8 +24,8 @@ class Gate:
         assert self.open.wait(10)
         return (x,)
 
-    async def hold(self, running: Engine, model: Model, x: np.ndarray) -> "asyncio.Task[Any]":
-        """Occupy the engine; the task ends when the gate opens."""
+    async def hold(self, running: Batcher, model: Model, x: np.ndarray) -> "asyncio.Task[Any]":
+        """Occupy the batcher; the task ends when the gate opens."""
         task = asyncio.create_task(running.run(model, self.operation, x))
         await asyncio.to_thread(self.entered.wait, 10)
         return task

@@ -36,9 +36,9 @@ def test_every_error_code_is_documented_with_its_status() -> None:
 
 def test_every_metric_is_documented_with_its_labels(app: FastAPI, client: httpx.Client) -> None:
     client.post("/sample")
-    telemetry = app.state.service.telemetry
+    metrics = app.state.service.metrics
     names = {name.strip("`").removesuffix("_total"): labels for name, labels, _ in section("Metrics")}
-    families: list[Metric] = list(telemetry.registry.collect())
+    families: list[Metric] = list(metrics.registry.collect())
     assert set(names) == {family.name for family in families}
     for family in families:
         labels = {label for sample in family.samples for label in sample.labels if label != "le"}

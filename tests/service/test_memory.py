@@ -20,12 +20,12 @@ from models.artifact import Artifact
 from service.app import create_app
 from service.http.protocol import Protocol
 from service.inference.backends import Backend, choose
-from service.inference.batcher import Engine
+from service.inference.batcher import Batcher
 from service.inference.calibration import ByModule
 from service.inference.operations import Operation, reconstruct
-from service.inference.registry import Repository
+from service.inference.registry import ModelRegistry
 from service.settings import Settings
-from tests.service.inference.test_batcher import Lone, alone, engine, rows
+from tests.service.inference.test_batcher import Lone, alone, batcher, rows
 
 Batches = list[tuple[str, int]]
 
@@ -57,7 +57,7 @@ def test_what_does_not_fit_runs_in_halves_and_is_not_tried_again(
     model = Lone(choose(vae, "torchscript", 1))
     operation, tried = small_memory(error, text, most=7)
 
-    async def scenario(running: Engine) -> None:
+    async def scenario(running: Batcher) -> None:
         answers = await asyncio.gather(*[running.run(model, operation, rows(n, seed=n)) for n in (5, 20, 3)])
         for n, ran in zip((5, 20, 3), answers, strict=True):
             np.testing.assert_allclose(ran.outputs[0], alone(model, rows(n, seed=n)), atol=1e-6)
@@ -71,7 +71,7 @@ def test_what_does_not_fit_runs_in_halves_and_is_not_tried_again(
 
 
 async def in_engine(scenario: Any) -> None:
-    async with engine() as running:
+    async with batcher() as running:
         await scenario(running)
         assert running.pending_rows == 0
 
@@ -84,7 +84,7 @@ def test_one_row_that_does_not_fit_fails_and_takes_nobody_with_it(vae: Artifact)
             raise torch.OutOfMemoryError("CUDA out of memory")
         return (module(x),)
 
-    async def scenario(running: Engine) -> None:
+    async def scenario(running: Batcher) -> None:
         operation = Operation("greedy", run)
         asked = [rows(2, seed=1), rows(1) + 9, rows(3, seed=3)]
         first, second, third = await asyncio.gather(
@@ -102,7 +102,7 @@ def test_batches_keep_to_their_size_in_bytes(vae: Artifact) -> None:
     model, batches = Lone(choose(vae, "torchscript", 1), row_bytes=256), []  # type: Lone, Batches
 
     async def scenario() -> None:
-        async with engine(batches, max_batch_bytes=5 * 256) as running:
+        async with batcher(batches, max_batch_bytes=5 * 256) as running:
             operation = reconstruct(gaps=False)
             await asyncio.gather(*[running.run(model, operation, rows(n)) for n in (2, 2, 2, 12)])
 
@@ -123,9 +123,9 @@ def test_bfloat16_says_how_far_it_is_from_float32(vae: Artifact, digits: np.ndar
 
 
 def test_every_size_of_batch_has_run_before_a_model_serves(artifacts: Path) -> None:
-    repository = Repository(artifacts, "cpu", "vae", 1, max_batch_rows=300)
-    repository.refresh()
-    pace = repository.catalogue.find("vae").backend.pace
+    registry = ModelRegistry(artifacts, "cpu", "vae", 1, max_batch_rows=300)
+    registry.refresh()
+    pace = registry.catalogue.find("vae").backend.pace
     for operation in ("encode", "decode", "reconstruct", "anomaly", "sample"):
         for count in (1, 2, 5, 17, 100, 300):
             assert 0 < pace.expected(operation, count) < np.inf
@@ -135,9 +135,9 @@ def test_every_size_of_batch_has_run_before_a_model_serves(artifacts: Path) -> N
 def test_a_model_that_is_replaced_is_freed(artifacts: Path, tmp_path: Path, backend: str) -> None:
     """Without the collector, which leaves alone what was there when the server started."""
     shutil.copytree(artifacts / "vae", tmp_path / "vae")
-    repository = Repository(tmp_path, "cpu", "vae", 1, backend)
-    repository.refresh()
-    served = repository.catalogue.find("vae")
+    registry = ModelRegistry(tmp_path, "cpu", "vae", 1, backend)
+    registry.refresh()
+    served = registry.catalogue.find("vae")
     watched: list[weakref.ref[Any]] = [weakref.ref(served), weakref.ref(served.backend)]
     module = served.backend.module
     watched.append(weakref.ref(module))
@@ -145,8 +145,8 @@ def test_a_model_that_is_replaced_is_freed(artifacts: Path, tmp_path: Path, back
     gc.disable()
     try:
         shutil.copytree(artifacts / "vae" / "1", tmp_path / "vae" / "2")
-        repository.refresh()
-        assert repository.catalogue.find("vae").version == 2
+        registry.refresh()
+        assert registry.catalogue.find("vae").version == 2
         assert [reference() for reference in watched] == [None] * 3
     finally:
         gc.enable()
@@ -195,8 +195,8 @@ def test_a_body_in_one_piece_is_not_copied_on_its_way(artifacts: Path) -> None:
         await send({"type": "http.response.start", "status": 204, "headers": []})
         await send({"type": "http.response.body"})
 
-    door = create_app(Settings(artifacts=artifacts)).state.service.door
-    http: Any = partial(Recorded, door=door)
+    admission = create_app(Settings(artifacts=artifacts)).state.service.admission
+    http: Any = partial(Recorded, admission=admission)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, http=http, lifespan="off", log_config=None, access_log=False))
 

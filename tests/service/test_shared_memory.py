@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import pytest
 
-from service.shared_memory import Counts, Part, Votes
+from service.shared_memory import Segment, SharedCounters, SharedDecisions
 
 # The children that are forked here count and end: they need none of the threads of libraries that others have loaded.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -30,18 +30,18 @@ def in_a_child(work: Callable[[], None], end: int | None = None) -> None:
 
 
 def test_every_process_reads_what_all_have_counted() -> None:
-    parts = [Part(), Part(), Part()]
+    parts = [Segment(), Segment(), Segment()]
 
     def count(index: int) -> None:
-        mine = Counts(parts, index).mine.numbers(("requests", "/encode", 'vae "β"'), 1)
+        mine = SharedCounters(parts, index).mine.numbers(("requests", "/encode", 'vae "β"'), 1)
         for _ in range(index + 1):
             mine[0] += 1
 
     for index in range(3):
         in_a_child(lambda index=index: count(index))  # type: ignore[misc] # a default binds the loop variable
     expected = {("/encode", 'vae "β"'): [6.0]}
-    assert Counts(parts, 0).sums("requests") == expected
-    in_a_child(lambda: exit_unless(Counts(parts, 2).sums("requests") == expected))
+    assert SharedCounters(parts, 0).sums("requests") == expected
+    in_a_child(lambda: exit_unless(SharedCounters(parts, 2).sums("requests") == expected))
 
 
 def exit_unless(condition: bool) -> None:
@@ -50,15 +50,15 @@ def exit_unless(condition: bool) -> None:
 
 
 def test_a_killed_process_takes_along_what_passes_and_no_count() -> None:
-    parts = [Part(), Part()]
+    parts = [Segment(), Segment()]
 
     def serve(rows: float) -> None:
-        counts = Counts(parts, 1)
+        counts = SharedCounters(parts, 1)
         counts.mine.numbers(("rows",), 1)[0] += rows
         counts.mine.numbers(("pending",), 1, passing=True)[0] += rows
 
     in_a_child(lambda: serve(5), signal.SIGKILL)
-    reader = Counts(parts, 0)
+    reader = SharedCounters(parts, 0)
     assert (reader.sums("rows"), reader.sums("pending")) == ({(): [5.0]}, {(): [5.0]})
     parts[1].forget_passing()
     assert (reader.sums("rows"), reader.sums("pending")) == ({(): [5.0]}, {(): [0.0]})
@@ -67,8 +67,8 @@ def test_a_killed_process_takes_along_what_passes_and_no_count() -> None:
 
 
 def test_sums_only_grow_while_writers_are_killed_at_any_moment() -> None:
-    parts = [Part(), Part()]
-    reader, rng = Counts(parts, 0), random.Random(0)
+    parts = [Segment(), Segment()]
+    reader, rng = SharedCounters(parts, 0), random.Random(0)
 
     def total() -> float:
         return sum(values[2] for values in reader.sums("n").values())
@@ -77,7 +77,7 @@ def test_sums_only_grow_while_writers_are_killed_at_any_moment() -> None:
         before = seen = total()
         pid = os.fork()
         if not pid:
-            count_for_ever(Counts(parts, 1))
+            count_for_ever(SharedCounters(parts, 1))
         enough = before + rng.randrange(1, 5000)
         while (now := total()) < enough:
             assert now >= seen
@@ -88,7 +88,7 @@ def test_sums_only_grow_while_writers_are_killed_at_any_moment() -> None:
     assert len(reader.sums("n")) == 50
 
 
-def count_for_ever(counts: Counts) -> NoReturn:
+def count_for_ever(counts: SharedCounters) -> NoReturn:
     number = 0
     while True:
         counts.mine.numbers(("n", str(number % 50)), 3)[2] += 1
@@ -96,10 +96,10 @@ def count_for_ever(counts: Counts) -> NoReturn:
 
 
 def test_who_decides_later_follows() -> None:
-    parts = [Part(), Part(), Part()]
+    parts = [Segment(), Segment(), Segment()]
 
-    def votes(index: int) -> Votes:
-        return Votes(Counts(parts, index), "backend", ("torchscript", "onnx"))
+    def votes(index: int) -> SharedDecisions:
+        return SharedDecisions(SharedCounters(parts, index), "backend", ("torchscript", "onnx"))
 
     assert votes(0).decided("vae") is None
     in_a_child(lambda: votes(1).vote("vae", "onnx"))
@@ -108,7 +108,7 @@ def test_who_decides_later_follows() -> None:
 
 
 def test_numbers_are_found_again_whatever_the_length_of_their_names() -> None:
-    part = Part()
+    part = Segment()
     for length in range(20):
         part.numbers(("x" * length,), length + 1)[length] = length
     for length in range(20):
@@ -116,14 +116,14 @@ def test_numbers_are_found_again_whatever_the_length_of_their_names() -> None:
 
 
 def test_a_full_part_goes_on_counting_for_itself_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    parts = [Part(1024), Part(1024)]
+    parts = [Segment(1024), Segment(1024)]
 
     def count() -> None:
-        mine = Counts(parts, 1)
+        mine = SharedCounters(parts, 1)
         for number in range(40):
             mine.mine.numbers(("n", str(number)), 1)[0] += 1
         exit_unless(len(mine.sums("n")) == 40)
         exit_unless([record.levelname for record in caplog.records] == ["WARNING"])
 
     in_a_child(count)
-    assert 10 < len(Counts(parts, 0).sums("n")) < 40
+    assert 10 < len(SharedCounters(parts, 0).sums("n")) < 40

@@ -160,18 +160,18 @@ def test_a_client_that_does_not_read_is_not_read_from_and_harms_nobody(
 
 
 def test_a_client_that_leaves_ends_the_work(streaming_app: FastAPI, hosts: httpx.Client) -> None:
-    telemetry = streaming_app.state.service.telemetry
-    before = sum(value for (value,) in telemetry._requests.sums().values())
+    metrics = streaming_app.state.service.metrics
+    before = sum(value for (value,) in metrics._requests.sums().values())
     connection = connect(hosts)
     connection.sendall(chunk(json.dumps(records(rows(1))[0]).encode() + b"\n"))
     assert b"200 OK" in connection.recv(4096)
     connection.close()
     deadline = time.monotonic() + 10
-    while sum(value for (value,) in telemetry._requests.sums().values()) == before and time.monotonic() < deadline:
+    while sum(value for (value,) in metrics._requests.sums().values()) == before and time.monotonic() < deadline:
         time.sleep(0.05)
-    problems = telemetry._problems.sums()
+    problems = metrics._problems.sums()
     assert any(labels[0] == "/anomaly:stream" and labels[-1] == "client_gone" for labels in problems)
-    assert streaming_app.state.service.engine.pending_rows == 0
+    assert streaming_app.state.service.batcher.pending_rows == 0
 
 
 def test_a_client_that_falls_silent_is_told_so_and_let_go(hosts: httpx.Client) -> None:

@@ -261,11 +261,11 @@ def test_a_fault_of_the_server_tells_nothing_but_its_id(
     app: FastAPI, client: httpx.Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     service = app.state.service
-    engine, service.engine = service.engine, None
+    batcher, service.batcher = service.batcher, None
     try:
         response = client.post("/encode", json={"inputs": [ROW]}, headers={"x-request-id": "find-me"})
     finally:
-        service.engine = engine
+        service.batcher = batcher
     problem = refused(response, 500, "internal_error")
     assert "NoneType" not in response.text
     assert problem["request_id"] == "find-me"

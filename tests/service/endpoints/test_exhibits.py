@@ -85,15 +85,15 @@ def test_a_private_run_leaves_its_rows_out(tmp_path: Path) -> None:
 
 
 def test_what_an_artifact_lacks_is_refused_in_words(app: FastAPI, client: httpx.Client) -> None:
-    repository = app.state.service.repository
-    whole = repository.catalogue
+    registry = app.state.service.registry
+    whole = registry.catalogue
     bare = {number: replace(served, exhibits={}) for number, served in whole.models["hosts"].items()}
-    repository.catalogue = replace(whole, models={**whole.models, "hosts": bare})
+    registry.catalogue = replace(whole, models={**whole.models, "hosts": bare})
     try:
         assert client.get("/models/hosts").json()["exhibits"] == []
         problem = client.get("/models/hosts/held-out")
     finally:
-        repository.catalogue = whole
+        registry.catalogue = whole
     assert problem.status_code == 404
     assert problem.json()["code"] == "not_shown"
     assert "--private" in problem.json()["hint"]

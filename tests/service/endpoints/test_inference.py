@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from models.artifact import Artifact
-from service.inference.sampling import Noise
+from service.inference.sampling import NoiseSource
 from tests.service.running import post
 
 NPY = {"content-type": "application/x-npy"}
@@ -42,7 +42,7 @@ def test_encode_gives_the_posterior(client: httpx.Client, vae: Artifact, digits:
 def test_encode_draws_from_the_posterior_when_asked(client: httpx.Client, vae: Artifact, digits: np.ndarray) -> None:
     answer = post(client, "/encode", {"inputs": digits[:3].tolist(), "sample": True, "seed": 5})
     mean, std = call(vae, "encode", digits[:3])
-    noise = Noise().draw(5, 3, 16)[0]
+    noise = NoiseSource().draw(5, 3, 16)[0]
     np.testing.assert_allclose(answer["latents"], mean + std * noise, atol=1e-6)
     assert answer["seed"] == 5
 
@@ -61,7 +61,7 @@ def test_nested_rows_answer_like_flat_ones(client: httpx.Client, digits: np.ndar
 
 
 def test_decode_gives_flat_rows(client: httpx.Client, vae: Artifact) -> None:
-    latents = Noise().draw(1, 4, 16)[0]
+    latents = NoiseSource().draw(1, 4, 16)[0]
     answer = post(client, "/decode", {"latents": latents.tolist()})
     np.testing.assert_allclose(answer["outputs"], call(vae, "decode", latents)[0], atol=1e-6)
     assert np.shape(answer["outputs"]) == (4, 64)
@@ -81,7 +81,7 @@ def test_sample_draws_from_the_models_own_prior(client: httpx.Client, artifacts:
     from models.artifact import load
 
     answer = post(client, "/sample", {"n": 6, "seed": 2**40 + 3, "temperature": 0.7}, params={"model": model})
-    noise, choice = Noise().draw(2**40 + 3, 6, 16)
+    noise, choice = NoiseSource().draw(2**40 + 3, 6, 16)
     artifact = load(artifacts / model / "1" / "model.pt")
     (latents,) = call(artifact, "draw", noise * np.float32(0.7), choice)
     np.testing.assert_allclose(answer["latents"], latents, atol=1e-6)

@@ -198,7 +198,7 @@ def test_what_waits_is_judged_before_the_end(artifacts: Path, tmp_path: Path) ->
     with running(app) as client:
         write(client, series(rows(2))[:3])
         assert metrics(client)["elbo_remote_waiting_rows", frozenset()] == 2
-    assert app.state.service.telemetry.judged._scored.sums()["hosts", "1"] == [2.0]
+    assert app.state.service.metrics.judged._scored.sums()["hosts", "1"] == [2.0]
 
 
 def made(wait: float = 10.0) -> Alignment:

@@ -1,4 +1,4 @@
-"""The line at the door: whoever would wait too long in it is turned away at once, at the head of the request."""
+"""The line at the admission: whoever would wait too long in it is turned away at once, at the head of the request."""
 
 import asyncio
 import json
@@ -20,7 +20,7 @@ from tests.service.http.test_queue import BODY, REQUEST, ROWS, serving, until
 from tests.service.process import Process, starter
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-Answer = tuple[int, dict[str, str], bytes]
+HttpResponse = tuple[int, dict[str, str], bytes]
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def start() -> Iterator[Callable[..., Process]]:
         yield begin
 
 
-async def answer_of(reader: asyncio.StreamReader) -> Answer:
+async def answer_of(reader: asyncio.StreamReader) -> HttpResponse:
     """Status, headers and body."""
     status = int((await reader.readline()).split()[1])
     headers = {}
@@ -39,11 +39,11 @@ async def answer_of(reader: asyncio.StreamReader) -> Answer:
     return status, headers, await reader.readexactly(int(headers["content-length"]))
 
 
-async def rounds(port: int, request: bytes, clients: int, times: int) -> list[tuple[Answer, float]]:
+async def rounds(port: int, request: bytes, clients: int, times: int) -> list[tuple[HttpResponse, float]]:
     """Answers to `clients` that ask all at once, `times` times, and the seconds that each took."""
     streams = [await asyncio.open_connection("127.0.0.1", port) for _ in range(clients)]
 
-    async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[Answer, float]:
+    async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[HttpResponse, float]:
         sent = perf_counter()
         writer.write(request)
         return await answer_of(reader), perf_counter() - sent
@@ -91,7 +91,7 @@ def test_who_is_turned_away_hears_of_it_before_the_body_and_may_ask_again(artifa
     async def scenario() -> None:
         async with serving(Settings(artifacts=artifacts, max_rows=3, queue_rows=3)) as (service, port):
             gate = Gate()
-            held = await gate.hold(service.engine, service.find(None), np.repeat(ROWS, 3, axis=0))
+            held = await gate.hold(service.batcher, service.find(None), np.repeat(ROWS, 3, axis=0))
             reader, writer = await connected(port)
             for _ in range(2):
                 writer.write(REQUEST[:-40].replace(b"Host", b'X-Request-Id: a"b\r\nHost'))
@@ -107,7 +107,7 @@ def test_who_is_turned_away_hears_of_it_before_the_body_and_may_ask_again(artifa
             writer.write(REQUEST)
             assert (await answer_of(reader))[0] == 200
             writer.close()
-            assert service.door.waiting == 0
+            assert service.admission.waiting == 0
 
     asyncio.run(scenario())
 
@@ -116,7 +116,7 @@ def test_a_full_queue_holds_a_stream_back_instead_of_turning_it_away(artifacts: 
     async def scenario() -> None:
         async with serving(Settings(artifacts=artifacts, max_rows=3, queue_rows=3)) as (service, port):
             gate = Gate()
-            held = await gate.hold(service.engine, service.find(None), np.repeat(ROWS, 3, axis=0))
+            held = await gate.hold(service.batcher, service.find(None), np.repeat(ROWS, 3, axis=0))
             kind = "application/x-ndjson"
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
                 line = json.dumps(ROWS[0].tolist()).encode() + b"\n"
@@ -136,12 +136,12 @@ def test_a_deadline_that_passes_in_the_line_is_a_504_and_the_others_keep_their_p
     async def scenario() -> None:
         async with serving(Settings(artifacts=artifacts)) as (service, port):
             gate = Gate()
-            held = await gate.hold(service.engine, service.find(None), ROWS)
+            held = await gate.hold(service.batcher, service.find(None), ROWS)
             streams = [await connected(port) for _ in range(TOGETHER + 3)]
             for _, writer in streams:
                 writer.write(REQUEST)
-            await until(lambda: service.door.waiting == len(streams))
-            assert service.engine.pending_rows == 1 + TOGETHER
+            await until(lambda: service.admission.waiting == len(streams))
+            assert service.batcher.pending_rows == 1 + TOGETHER
             reader, writer = await connected(port)
             writer.write(REQUEST.replace(b"Host", b"X-Request-Timeout: 0.1\r\nHost"))
             status, _, body = await answer_of(reader)
@@ -152,7 +152,7 @@ def test_a_deadline_that_passes_in_the_line_is_a_504_and_the_others_keep_their_p
             for reader, writer in streams:
                 assert (await answer_of(reader))[0] == 200
                 writer.close()
-            assert service.door.waiting == 0
+            assert service.admission.waiting == 0
 
     asyncio.run(scenario())
 
@@ -165,7 +165,7 @@ def test_bodies_that_do_not_come_stand_in_nobodys_way(artifacts: Path) -> None:
                 writer.write(REQUEST[:-10])
             answered = await rounds(port, REQUEST, 1, 2000)
             assert {status for (status, _, _), _ in answered} == {200}
-            assert service.door.waiting == 0
+            assert service.admission.waiting == 0
             for _, writer in slow:
                 writer.close()
 

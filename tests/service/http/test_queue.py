@@ -16,7 +16,7 @@ import pytest
 import uvicorn
 
 from service.app import create_app
-from service.endpoints.pipeline import Service
+from service.endpoints.pipeline import ServiceContext
 from service.errors import DeadlineExceeded
 from service.http.protocol import Protocol
 from service.settings import Settings
@@ -28,12 +28,12 @@ REQUEST = b"POST /encode HTTP/1.1\r\nHost: elbo\r\nContent-Length: %d\r\n\r\n%b"
 
 
 @asynccontextmanager
-async def serving(settings: Settings) -> AsyncIterator[tuple[Service, int]]:
+async def serving(settings: Settings) -> AsyncIterator[tuple[ServiceContext, int]]:
     """The service and its port, in this event loop."""
     app = create_app(settings)
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # uvloop sets it, asyncio not here: 40 ms an answer
-    protocol: Any = partial(Protocol, door=app.state.service.door)
+    protocol: Any = partial(Protocol, admission=app.state.service.admission)
     server = uvicorn.Server(uvicorn.Config(app, http=protocol, log_config=None, access_log=False))
     task = asyncio.create_task(server.serve([listener]))
     await until(lambda: server.started)
@@ -56,24 +56,24 @@ def test_who_leaves_the_queue_is_dropped_before_it_costs_anything(artifacts: Pat
 
             def counted(status: str) -> float:
                 labels = {"endpoint": "/encode", "model": "vae", "version": "1", "status": status}
-                return service.telemetry.registry.get_sample_value("elbo_requests_total", labels) or 0.0
+                return service.metrics.registry.get_sample_value("elbo_requests_total", labels) or 0.0
 
             gate = Gate()
-            held = await gate.hold(service.engine, service.find(None), ROWS)
+            held = await gate.hold(service.batcher, service.find(None), ROWS)
             connections = [await asyncio.open_connection("127.0.0.1", port) for _ in range(6)]
             for _, writer in connections:
                 writer.write(REQUEST)
-            await until(lambda: service.engine.pending_rows == 7)
+            await until(lambda: service.batcher.pending_rows == 7)
             for _, writer in connections[:4]:
                 writer.close()
             await until(lambda: counted("499") == 4)
-            assert service.engine.pending_rows == 3
+            assert service.batcher.pending_rows == 3
             gate.open.set()
             for reader, writer in connections[4:]:
                 assert (await reader.readline()).startswith(b"HTTP/1.1 200")
                 writer.close()
             await held
-            batches = service.telemetry.registry.get_sample_value("elbo_batch_rows_sum", {"operation": "encode"})
+            batches = service.metrics.registry.get_sample_value("elbo_batch_rows_sum", {"operation": "encode"})
             assert batches == 2
             assert counted("200") == 2
 
@@ -84,7 +84,7 @@ def test_what_does_not_fit_into_the_queue_is_told_when_to_come_back(artifacts: P
     async def scenario() -> None:
         async with serving(Settings(artifacts=artifacts, max_rows=3, queue_rows=3)) as (service, port):
             gate = Gate()
-            held = await gate.hold(service.engine, service.find(None), np.repeat(ROWS, 3, axis=0))
+            held = await gate.hold(service.batcher, service.find(None), np.repeat(ROWS, 3, axis=0))
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
                 refused = await client.post("/encode", json={"inputs": ROWS.tolist()})
                 gate.open.set()
@@ -101,20 +101,20 @@ def test_a_deadline_that_passes_in_the_queue_is_a_504_at_once_and_costs_nothing(
     async def scenario() -> None:
         async with serving(Settings(artifacts=artifacts, request_timeout=20)) as (service, port):
             gate = Gate()
-            held = await gate.hold(service.engine, service.find(None), ROWS)
+            held = await gate.hold(service.batcher, service.find(None), ROWS)
             url = f"http://127.0.0.1:{port}/encode"
             async with httpx.AsyncClient(timeout=20) as client:
                 json_body = {"inputs": ROWS.tolist()}
                 late = await client.post(url, json=json_body, headers={"x-request-timeout": "0.05"})
                 assert not gate.open.is_set()
                 assert (late.status_code, late.json()["code"]) == (504, "deadline_exceeded")
-                assert service.engine.pending_rows == 1
+                assert service.batcher.pending_rows == 1
                 refused = await client.post(url, json=json_body, headers={"x-request-timeout": "soon"})
                 assert (refused.status_code, refused.json()["code"]) == (422, "invalid_field")
                 gate.open.set()
                 await held
                 assert (await client.post(url, json=json_body)).status_code == 200
-            batches = service.telemetry.registry.get_sample_value("elbo_batch_rows_sum", {"operation": "encode"})
+            batches = service.metrics.registry.get_sample_value("elbo_batch_rows_sum", {"operation": "encode"})
             assert batches == 1
 
     asyncio.run(scenario())
@@ -125,7 +125,7 @@ def test_a_deadline_that_passes_in_the_model_is_a_504_too(artifacts: Path) -> No
         async with serving(Settings(artifacts=artifacts)) as (service, _):
             gate = Gate()
             with pytest.raises(DeadlineExceeded):
-                await service.engine.run(service.find(None), gate.operation, ROWS, deadline=perf_counter() + 0.05)
+                await service.batcher.run(service.find(None), gate.operation, ROWS, deadline=perf_counter() + 0.05)
             gate.open.set()
 
     asyncio.run(scenario())
@@ -156,11 +156,11 @@ def test_bodies_beyond_what_may_be_held_are_refused_until_others_have_gone(artif
         room = settings.held_bytes // len(BODY)
         async with serving(settings) as (service, port):
             gate = Gate()
-            held = await gate.hold(service.engine, service.find(None), ROWS)
+            held = await gate.hold(service.batcher, service.find(None), ROWS)
             url = f"http://127.0.0.1:{port}/encode"
             async with httpx.AsyncClient(timeout=20) as client:
                 tasks = [asyncio.create_task(client.post(url, content=BODY)) for _ in range(room)]
-                await until(lambda: service.engine.pending_rows == 1 + room)
+                await until(lambda: service.batcher.pending_rows == 1 + room)
                 refused = await client.post(url, content=BODY)
                 assert (refused.status_code, refused.json()["code"]) == (429, "overloaded")
                 assert int(refused.headers["retry-after"]) >= 1

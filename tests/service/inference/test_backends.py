@@ -16,7 +16,7 @@ from models import artifact
 from models.errors import ArtifactCorrupt, ArtifactMismatch
 from service.app import create_app
 from service.inference import backends, operations
-from service.inference.registry import Repository
+from service.inference.registry import ModelRegistry
 from service.settings import Settings
 from tests.models.builders import CORES, B, D, batch, pipeline
 from tests.models.publishing import GAPS, publish_twin
@@ -65,10 +65,10 @@ def test_a_twin_that_is_not_the_model_is_not_used_and_the_reason_is_told_once(
     twin: Callable[[], Graphs], told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     publish_twin(tmp_path, "vae-gaussian", twin())
-    repository = Repository(tmp_path, "cpu", "model", 2, "auto")
+    registry = ModelRegistry(tmp_path, "cpu", "model", 2, "auto")
     for _ in range(2):
-        repository.refresh()
-    backend = repository.catalogue.find("model").backend
+        registry.refresh()
+    backend = registry.catalogue.find("model").backend
     assert backend.name == "torchscript"
     assert re.search(told, backend.reason)
     assert [record.levelname for record in caplog.records].count("WARNING") == 1
@@ -84,10 +84,10 @@ def test_where_the_twin_is_asked_for_a_false_one_is_refused(
     loaded = artifact.load(publish_twin(tmp_path, "vae-gaussian", twin()))
     with pytest.raises(ArtifactMismatch, match=f"{told}.*ELBO_BACKEND=torchscript"):
         backends.choose(loaded, "onnx", 1)
-    repository = Repository(tmp_path, "cpu", "model", 2, "onnx")
-    repository.refresh()
-    assert not repository.catalogue.models
-    assert [failure.code for failure in repository.catalogue.failures] == ["artifact_mismatch"]
+    registry = ModelRegistry(tmp_path, "cpu", "model", 2, "onnx")
+    registry.refresh()
+    assert not registry.catalogue.models
+    assert [failure.code for failure in registry.catalogue.failures] == ["artifact_mismatch"]
 
 
 @pytest.mark.parametrize(("asked", "name"), [("onnx", "onnx"), ("torchscript", "torchscript")])

@@ -1,4 +1,4 @@
-"""The engine: who shares a batch, who waits, who fails, who is told."""
+"""The batcher: who shares a batch, who waits, who fails, who is told."""
 
 import asyncio
 import math
@@ -15,7 +15,7 @@ import torch
 from models.artifact import Artifact
 from service.errors import NotReady, Overloaded
 from service.inference.backends import Backend, choose
-from service.inference.batcher import Engine
+from service.inference.batcher import Batcher
 from service.inference.operations import ENCODE, SAMPLE, Operation, reconstruct
 from tests.service.gate import Gate
 
@@ -26,7 +26,7 @@ Batches = list[tuple[str, int]]
 
 @dataclass(frozen=True)
 class Lone:
-    """A model outside a repository."""
+    """A model outside a registry."""
 
     backend: Backend
     row_bytes: int = 256
@@ -34,21 +34,21 @@ class Lone:
 
 @pytest.fixture
 def vae(vae: Artifact) -> Lone:
-    """The VAE of the session, as the engine wants it, with nothing known yet of how long it takes."""
+    """The VAE of the session, as the batcher wants it, with nothing known yet of how long it takes."""
     return Lone(choose(vae, "torchscript", 1))
 
 
 @asynccontextmanager
-async def engine(
+async def batcher(
     batches: Batches | None = None,
     max_batch_rows: int = 64,
     queue_rows: int = 1000,
     max_batch_bytes: int = 2**20,
     queue_seconds: float = math.inf,
-) -> AsyncIterator[Engine]:
+) -> AsyncIterator[Batcher]:
     told: Batches = [] if batches is None else batches
     limits = max_batch_rows, max_batch_bytes, queue_rows, 1
-    running = Engine(*limits, lambda name, rows: told.append((name, rows)), queue_seconds=queue_seconds)
+    running = Batcher(*limits, lambda name, rows: told.append((name, rows)), queue_seconds=queue_seconds)
     running.start()
     try:
         yield running
@@ -72,7 +72,7 @@ def alone(model: Lone, x: np.ndarray) -> np.ndarray:
 
 def test_an_answer_is_the_modules_own(vae: Lone) -> None:
     async def scenario() -> None:
-        async with engine() as running:
+        async with batcher() as running:
             ran = await running.run(vae, RECONSTRUCT, rows(5))
         np.testing.assert_array_equal(ran.outputs[0], alone(vae, rows(5)))
         error = ((alone(vae, rows(5)) - rows(5)) ** 2).mean(axis=1)
@@ -86,7 +86,7 @@ def test_what_waits_for_the_same_operation_shares_a_batch_and_each_gets_its_own(
     batches: Batches = []
 
     async def scenario() -> None:
-        async with engine(batches) as running:
+        async with batcher(batches) as running:
             gate = Gate()
             held = await gate.hold(running, vae, rows(1))
             sizes = [1, 5, 2, 7]
@@ -107,7 +107,7 @@ def test_batches_keep_to_their_size_and_to_the_order_of_arrival(vae: Lone) -> No
     batches: Batches = []
 
     async def scenario() -> None:
-        async with engine(batches, max_batch_rows=8) as running:
+        async with batcher(batches, max_batch_rows=8) as running:
             gate = Gate()
             held = await gate.hold(running, vae, rows(1))
             ended: list[int] = []
@@ -130,7 +130,7 @@ def test_a_large_request_runs_in_pieces_between_which_others_have_their_turn(vae
     batches: Batches = []
 
     async def scenario() -> None:
-        async with engine(batches, max_batch_rows=8) as running:
+        async with batcher(batches, max_batch_rows=8) as running:
             gate = Gate()
             held = await gate.hold(running, vae, rows(1))
             large = asyncio.create_task(running.run(vae, RECONSTRUCT, rows(20)))
@@ -149,7 +149,7 @@ def test_samples_never_share_a_batch(vae: Lone) -> None:
     batches: Batches = []
 
     async def scenario() -> None:
-        async with engine(batches) as running:
+        async with batcher(batches) as running:
             gate = Gate()
             held = await gate.hold(running, vae, rows(1))
             noise, choice = np.ones((2, 16), np.float32), np.zeros(2, np.float32)
@@ -172,7 +172,7 @@ def test_only_the_culprit_hears_of_its_failure(vae: Lone) -> None:
         return (module(x),)
 
     async def scenario() -> None:
-        async with engine() as running:
+        async with batcher() as running:
             gate = Gate()
             held = await gate.hold(running, vae, rows(1))
             operation = Operation("picky", picky)
@@ -196,7 +196,7 @@ def test_a_request_whose_caller_has_left_is_never_computed(vae: Lone) -> None:
     batches: Batches = []
 
     async def scenario() -> None:
-        async with engine(batches, max_batch_rows=8) as running:
+        async with batcher(batches, max_batch_rows=8) as running:
             gate = Gate()
             held = await gate.hold(running, vae, rows(1))
             leaving = asyncio.create_task(running.run(vae, RECONSTRUCT, rows(20)))
@@ -217,7 +217,7 @@ def test_a_request_whose_caller_has_left_is_never_computed(vae: Lone) -> None:
 
 def test_a_full_queue_refuses_and_says_when_to_come_back(vae: Lone) -> None:
     async def scenario() -> None:
-        async with engine(queue_rows=10) as running:
+        async with batcher(queue_rows=10) as running:
             gate = Gate()
             held = await gate.hold(running, vae, rows(1))
             waiting = asyncio.create_task(running.run(vae, RECONSTRUCT, rows(9)))
@@ -235,7 +235,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(vae: Lone) -> None:
 
 def test_closing_finishes_what_waits_and_refuses_what_comes(vae: Lone) -> None:
     async def scenario() -> None:
-        async with engine() as running:
+        async with batcher() as running:
             gate = Gate()
             held = await gate.hold(running, vae, rows(1))
             waiting = asyncio.create_task(running.run(vae, RECONSTRUCT, rows(2)))
@@ -255,7 +255,7 @@ def test_closing_finishes_what_waits_and_refuses_what_comes(vae: Lone) -> None:
 def test_a_storm_of_leavers_costs_nobody_else_an_answer(vae: Lone) -> None:
     async def scenario() -> None:
         rng = np.random.default_rng(1)
-        async with engine(max_batch_rows=16, queue_rows=100_000) as running:
+        async with batcher(max_batch_rows=16, queue_rows=100_000) as running:
             sizes = rng.integers(1, 40, 300)
             inputs = [rows(int(n), seed=i) for i, n in enumerate(sizes)]
             tasks = [asyncio.create_task(running.run(vae, RECONSTRUCT, x)) for x in inputs]
@@ -284,7 +284,7 @@ def test_what_would_wait_too_long_is_refused_and_a_large_request_on_an_idle_engi
     operation = Operation("slow", slow)
 
     async def scenario() -> None:
-        async with engine(max_batch_rows=1, queue_seconds=0.1) as running:
+        async with batcher(max_batch_rows=1, queue_seconds=0.1) as running:
             cold = await asyncio.gather(*[running.run(vae, operation, rows(1)) for _ in range(30)])
             assert len(cold) == 30  # nothing was measured yet: all were let in
             ran = await running.run(vae, operation, rows(20, seed=1))  # takes 0.4 s by itself

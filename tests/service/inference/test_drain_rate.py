@@ -3,7 +3,7 @@
 import pytest
 
 from service.inference import drain_rate
-from service.inference.drain_rate import Drain
+from service.inference.drain_rate import DrainRate
 
 
 class Clock:
@@ -22,11 +22,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_nothing_measured_is_a_second() -> None:
-    assert Drain().seconds(1e9) == 1
+    assert DrainRate().seconds(1e9) == 1
 
 
 def test_the_time_for_what_is_too_much_follows_from_the_rate(clock: Clock) -> None:
-    queue = Drain()
+    queue = DrainRate()
     queue.began()
     for _ in range(100):  # 20 rows in 0.1 s: 200 a second
         clock.now += 0.1
@@ -37,7 +37,7 @@ def test_the_time_for_what_is_too_much_follows_from_the_rate(clock: Clock) -> No
 
 
 def test_idle_time_does_not_count(clock: Clock) -> None:
-    queue = Drain()
+    queue = DrainRate()
     for _ in range(100):  # each alone, 5 ms of work for 10 rows, then a minute of nothing
         queue.began()
         clock.now += 0.005

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from service.inference.sampling import SEEDS, Noise, fresh_seed, interpolate
+from service.inference.sampling import SEEDS, NoiseSource, fresh_seed, interpolate
 
-NOISE = Noise()
+NOISE = NoiseSource()
 
 
 def test_noise_is_standard_normal_and_the_choice_uniform() -> None:

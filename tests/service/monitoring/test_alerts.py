@@ -13,7 +13,7 @@ import pytest
 
 from service.app import create_app
 from service.monitoring import alerts, background
-from service.monitoring.alerts import LASTS, RESEND, Deciding, Labels, Sender
+from service.monitoring.alerts import LASTS, RESEND, AlertSender, AlertState, Labels
 from service.settings import Settings
 from tests.service.anomaly.test_inputs import records, rows
 from tests.service.monitoring.test_observability import metrics
@@ -30,7 +30,7 @@ def seconds(text: str) -> float:
 
 
 def test_an_alert_begins_lasts_is_sent_again_and_ends() -> None:
-    deciding = Deciding(CALM)
+    deciding = AlertState(CALM)
     assert deciding.look(0, {A: [5.0]}, {}) == {}  # of before this process
     found = deciding.look(1, {A: [6.0]}, {("m", "1", "cpu"): [1.0]})
     alert = found["m", "a"]
@@ -51,7 +51,7 @@ def test_an_alert_begins_lasts_is_sent_again_and_ends() -> None:
 
 
 def test_groups_and_models_have_their_own_alerts_and_versions_share_one() -> None:
-    deciding = Deciding(CALM)
+    deciding = AlertState(CALM)
     deciding.look(0, {}, {})
     found = deciding.look(1, {A: [1.0], B: [1.0], ("m", "2", "a"): [2.0], ("n", "1", "a"): [1.0]}, {})
     assert set(found) == {("m", "a"), ("m", ""), ("n", "a")}
@@ -60,7 +60,7 @@ def test_groups_and_models_have_their_own_alerts_and_versions_share_one() -> Non
 
 
 def test_only_what_was_blamed_since_the_alert_began_is_named() -> None:
-    deciding = Deciding(CALM)
+    deciding = AlertState(CALM)
     old: dict[Labels, list[float]] = {("m", "1", f"old{i}"): [100.0] for i in range(5)}
     old["n", "1", "other"] = [1.0]
     deciding.look(0, {}, old)
@@ -114,7 +114,7 @@ def until(condition: Any, seconds: float = 10) -> None:
 
 
 def test_alerts_are_posted_where_alertmanager_takes_them(alertmanager: Alertmanager) -> None:
-    sender = Sender(f"http://user:p%40ss@127.0.0.1:{alertmanager.port}/prefix/")
+    sender = AlertSender(f"http://user:p%40ss@127.0.0.1:{alertmanager.port}/prefix/")
     sender.start()
     sender.put({("m", "a"): {"labels": {"x": "1"}}, ("m", "b"): {"labels": {"x": "2"}}})
     until(lambda: sender.waiting == 0)
@@ -128,7 +128,7 @@ def test_alerts_are_posted_where_alertmanager_takes_them(alertmanager: Alertmana
 @pytest.mark.parametrize("status", [500, 503, 429])
 def test_a_failing_alertmanager_is_tried_again_with_the_latest_alone(alertmanager: Alertmanager, status: int) -> None:
     alertmanager.statuses = [status] * 3 + [200]
-    sender = Sender(f"http://127.0.0.1:{alertmanager.port}", backoff=(0.05, 0.1))
+    sender = AlertSender(f"http://127.0.0.1:{alertmanager.port}", backoff=(0.05, 0.1))
     sender.start()
     sender.put({("m", "a"): {"n": 1}})
     until(lambda: sender.outcomes["retried"])
@@ -142,7 +142,7 @@ def test_a_failing_alertmanager_is_tried_again_with_the_latest_alone(alertmanage
 
 def test_what_alertmanager_refuses_is_not_sent_again(alertmanager: Alertmanager) -> None:
     alertmanager.statuses = [400, 200]
-    sender = Sender(f"http://127.0.0.1:{alertmanager.port}", backoff=(0.01, 0.01))
+    sender = AlertSender(f"http://127.0.0.1:{alertmanager.port}", backoff=(0.01, 0.01))
     sender.start()
     sender.put({("m", "a"): {"n": 1}})
     until(lambda: sender.outcomes["refused"] == 1)
@@ -155,7 +155,7 @@ def test_one_that_is_down_is_found_again(alertmanager: Alertmanager) -> None:
     port = alertmanager.port
     alertmanager.server.shutdown()
     alertmanager.server.server_close()
-    sender = Sender(f"http://127.0.0.1:{port}", backoff=(0.05, 0.1))
+    sender = AlertSender(f"http://127.0.0.1:{port}", backoff=(0.05, 0.1))
     sender.start()
     for number in range(1000):
         sender.put({("m", str(number % 10)): {"n": number}})

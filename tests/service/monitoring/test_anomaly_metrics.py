@@ -11,9 +11,9 @@ from fastapi import FastAPI
 
 from service.app import create_app
 from service.monitoring.anomaly_metrics import MOST_LABELS, P_BOUNDS
-from service.monitoring.metrics import Telemetry
+from service.monitoring.metrics import Metrics
 from service.settings import Settings
-from service.shared_memory import Counts, Part
+from service.shared_memory import Segment, SharedCounters
 from tests.service.anomaly.test_inputs import records, rows, send
 from tests.service.conftest import HOST_NAMES
 from tests.service.monitoring.test_observability import metrics, rise
@@ -83,21 +83,21 @@ def test_a_model_that_has_become_stale_says_so(artifacts: Path) -> None:
     service = app.state.service
     with running(app) as client:
         post(client, records(rows(200)))
-        service.telemetry.judged.look_for_drift(service.repository.catalogue)
+        service.metrics.judged.look_for_drift(service.registry.catalogue)
         assert metrics(client)["elbo_drift_alarm", frozenset(WHO.items())] == 0
         moved = [record | {"load": record["load"] + 12} for record in records(rows(200))]
         post(client, moved)
-        service.telemetry.judged.look_for_drift(service.repository.catalogue)
+        service.metrics.judged.look_for_drift(service.registry.catalogue)
         assert metrics(client)["elbo_drift_alarm", frozenset(WHO.items())] == 1
         assert metrics(client)["elbo_drift_evidence", frozenset(WHO.items())] >= 3
 
 
 def test_the_sums_of_several_processes_decide_and_one_of_them_tells() -> None:
-    parts = [Part(2**20) for _ in range(3)]
-    telemetries = [Telemetry(Counts(parts, number)) for number in range(3)]
-    assert [telemetry.leads for telemetry in telemetries] == [True, False, False]
-    for telemetry in telemetries:
-        telemetry.judged.alarms.add(("m", "1", "a"), 2)
+    parts = [Segment(2**20) for _ in range(3)]
+    telemetries = [Metrics(SharedCounters(parts, number)) for number in range(3)]
+    assert [one.leads for one in telemetries] == [True, False, False]
+    for one in telemetries:
+        one.judged.alarms.add(("m", "1", "a"), 2)
     assert telemetries[0].judged.alarms.sums() == {("m", "1", "a"): [6.0]}
     telemetries[0].judged.tell_of_alerts([("m", "a")], 1, {"sent": 2, "refused": 0, "retried": 0})
     found = telemetries[2].exposition(telemetries[2]._catalogue).decode()

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service.app import create_app
 from service.monitoring import logs
-from service.monitoring.timings import Trace
+from service.monitoring.timings import RequestRecord
 from service.settings import Settings
 from tests.service.running import running
 
@@ -79,9 +79,9 @@ def test_a_request_leaves_one_line_with_what_one_needs_to_know(
     assert lines["r3"]["status"] == 404
 
 
-def over(request_id: str) -> Trace:
+def over(request_id: str) -> RequestRecord:
     """A request that has been answered."""
-    return Trace(request_id, "GET", "/a", None)
+    return RequestRecord(request_id, "GET", "/a", None)
 
 
 def test_a_reader_that_does_not_read_holds_up_no_request_and_the_lost_lines_are_counted(
@@ -259,4 +259,4 @@ def test_two_applications_in_one_process_keep_their_own_counts(app: FastAPI, art
     with running(other) as client:
         counted = {key for key in metrics(client) if key[0] == "elbo_requests_total"}
         assert len(counted) == 1  # the /livez by which the test waits; /metrics is counted after it is written
-    assert other.state.service.telemetry.registry is not app.state.service.telemetry.registry
+    assert other.state.service.metrics.registry is not app.state.service.metrics.registry

@@ -278,8 +278,8 @@ def test_an_artifact_is_served_where_neither_its_classes_nor_training_exist(arti
     code = (
         "import asyncio, sys, numpy as np\n"
         "from pathlib import Path\n"
-        "from service.inference.registry import Repository\n"
-        f"repo = Repository(Path({str(artifacts)!r}), 'cpu', 'vae', 1)\n"
+        "from service.inference.registry import ModelRegistry\n"
+        f"repo = ModelRegistry(Path({str(artifacts)!r}), 'cpu', 'vae', 1)\n"
         "repo.refresh()\n"
         "print(sorted(repo.catalogue.models), [f.detail for f in repo.catalogue.failures])\n"
         "assert not [name for name in sys.modules if name.startswith('training')]\n"
