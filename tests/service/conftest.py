@@ -15,31 +15,12 @@ from service.app import create_app
 from service.settings import Settings
 from tests.data import values
 from tests.service.browsing import Visit, chromium
+from tests.service.hosts import host_table
 from tests.service.running import running
 from tests.training.reporters import Silent
 from training.config import KINDS, TrainConfig
-from training.data.row_store import Rows
-from training.data.table import Table, read
+from training.data.table import read
 from training.train import train
-
-HOST_NAMES = ["cpu", "memory/used", "disk~io", "load"]
-
-
-def host_table() -> Table:
-    """400 rows of four features, two of them correlated."""
-    rng = np.random.default_rng(5)
-    base = rng.normal(size=(400, 2))
-    x = np.column_stack((base[:, 0], 100 + 20 * base[:, 1], base[:, 0] + base[:, 1], 3 * rng.normal(size=400)))
-    return Table(
-        Rows(x.astype(np.float32)),
-        (4,),
-        HOST_NAMES,
-        ["%", "MB", None, None],
-        None,
-        None,
-        "made up",
-        missing=np.zeros(4, np.int64),
-    )
 
 
 @pytest.fixture(scope="session")

@@ -19,12 +19,21 @@ from service.codec import csv_rows, ndjson, timestamps
 from service.codec.feature_names import Selectors
 from service.codec.rows import Unreadable
 from service.settings import Settings
-from tests.service.conftest import HOST_NAMES, host_table
+from tests.service.hosts import (
+    HOST_FEATURES,
+    JSON,
+    NDJSON,
+    Message,
+    RowList,
+    as_inputs,
+    as_ndjson,
+    host_records,
+    host_rows,
+    post_anomaly,
+)
 from tests.service.running import running
 
-Rows = list[list[float]]
-Message = tuple[bytes, str]
-NDJSON, CSV, NPY, JSON = "application/x-ndjson", "text/csv", "application/x-npy", "application/json"
+CSV, NPY = "text/csv", "application/x-npy"
 
 
 @pytest.fixture(scope="module")
@@ -35,40 +44,24 @@ def hosts(artifacts: Path) -> Iterator[httpx.Client]:
         yield client
 
 
-def rows(count: int) -> Rows:
-    return [[float(value) for value in row] for row in np.resize(host_table().x.span(0, 400), (count, 4))]
-
-
-def records(found: Rows) -> list[dict[str, float]]:
-    return [dict(zip(HOST_NAMES, row, strict=True)) for row in found]
-
-
-def as_inputs(found: Rows) -> Message:
-    return json.dumps({"inputs": found}).encode(), JSON
-
-
-def as_records(found: Rows) -> Message:
-    turned = [dict(reversed(record.items())) | {"rack": 7} for record in records(found)]
+def as_records(found: RowList) -> Message:
+    turned = [dict(reversed(record.items())) | {"rack": 7} for record in host_records(found)]
     return json.dumps({"records": turned}).encode(), JSON
 
 
-def as_ndjson(found: Rows) -> Message:
-    return "\n".join(map(json.dumps, records(found))).encode(), NDJSON
-
-
-def as_ndjson_lists(found: Rows) -> Message:
+def as_ndjson_lists(found: RowList) -> Message:
     return "".join(f"{json.dumps(row)}\r\n\n" for row in found).encode(), f"{NDJSON}; charset=utf-8"
 
 
-def as_csv(found: Rows) -> Message:
+def as_csv(found: RowList) -> Message:
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["rack", *reversed(HOST_NAMES)])
+    writer.writerow(["rack", *reversed(HOST_FEATURES)])
     writer.writerows(["r", *map(repr, reversed(row))] for row in found)
     return b"\xef\xbb\xbf" + text.getvalue().encode(), CSV
 
 
-def as_telegraf(found: Rows) -> Message:
+def as_telegraf(found: RowList) -> Message:
     metrics = []
     for moment, (cpu, memory, disk, load) in enumerate(found):
         for name, fields in (("x", {"cpu": cpu, "kernel": "6.1"}), ("memory", {"used": memory}), ("disk~io", {})):
@@ -78,21 +71,21 @@ def as_telegraf(found: Rows) -> Message:
     return json.dumps({"metrics": metrics}).encode(), JSON
 
 
-def as_npy(found: Rows) -> Message:
+def as_npy(found: RowList) -> Message:
     file = io.BytesIO()
     np.save(file, np.array(found))
     return file.getvalue(), NPY
 
 
-WAYS: list[Callable[[Rows], Message]] = [as_inputs, as_records, as_ndjson, as_ndjson_lists, as_csv, as_telegraf, as_npy]
-
-
-def send(client: httpx.Client, message: Message, query: str = "") -> dict[str, Any]:
-    body, media_type = message
-    response = client.post(f"/anomaly{query}", content=body, headers={"content-type": media_type})
-    assert response.status_code == 200, response.text
-    answer: dict[str, Any] = response.json()
-    return answer
+WAYS: list[Callable[[RowList], Message]] = [
+    as_inputs,
+    as_records,
+    as_ndjson,
+    as_ndjson_lists,
+    as_csv,
+    as_telegraf,
+    as_npy,
+]
 
 
 def without_time(answer: dict[str, Any]) -> list[dict[str, Any]]:
@@ -101,20 +94,22 @@ def without_time(answer: dict[str, Any]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_same_rows_get_the_same_verdicts_whichever_way_they_come(
-    hosts: httpx.Client, way: Callable[[Rows], Message]
+    hosts: httpx.Client, way: Callable[[RowList], Message]
 ) -> None:
-    found = rows(50)
-    answer, expected = send(hosts, way(found)), send(hosts, as_inputs(found))
+    found = host_rows(50)
+    answer, expected = post_anomaly(hosts, way(found)), post_anomaly(hosts, as_inputs(found))
     assert without_time(answer) == expected["results"]
     assert (answer["rows"], answer["failed"], answer["errors"]) == (50, 0, [])
 
 
 def bad_inputs() -> Message:
-    return json.dumps({"inputs": [*rows(500), [1, None, 2, 3], *rows(499)]}).encode(), JSON
+    return json.dumps({"inputs": [*host_rows(500), [1, None, 2, 3], *host_rows(499)]}).encode(), JSON
 
 
 def bad_records() -> Message:
-    return json.dumps({"records": [*records(rows(500)), {"cpu": "high"}, *records(rows(499))]}).encode(), JSON
+    return json.dumps(
+        {"records": [*host_records(host_rows(500)), {"cpu": "high"}, *host_records(host_rows(499))]}
+    ).encode(), JSON
 
 
 def with_line(message: Message, line: bytes) -> Message:
@@ -123,12 +118,12 @@ def with_line(message: Message, line: bytes) -> Message:
 
 
 def bad_metrics() -> Message:
-    metrics = json.loads(as_telegraf(rows(999))[0])["metrics"]
+    metrics = json.loads(as_telegraf(host_rows(999))[0])["metrics"]
     return json.dumps({"metrics": [*metrics[:500], {"fields": "none"}, *metrics[500:]]}).encode(), JSON
 
 
 def bad_npy() -> Message:
-    return as_npy([*rows(500), [1.0, np.nan, 2.0, 3.0], *rows(499)])
+    return as_npy([*host_rows(500), [1.0, np.nan, 2.0, 3.0], *host_rows(499)])
 
 
 BAD: list[tuple[str, Callable[[], Message], int]] = [
@@ -136,16 +131,16 @@ BAD: list[tuple[str, Callable[[], Message], int]] = [
     ("records", bad_records, 500),
     ("metrics", bad_metrics, 500),
     ("npy", bad_npy, 500),
-    ("ndjson, cut off", lambda: with_line(as_ndjson(rows(999)), b'{"cpu": 1, "mem'), 500),
-    ("ndjson, not UTF-8", lambda: with_line(as_ndjson(rows(999)), b'{"cpu": "\xff\xfe"}'), 500),
-    ("ndjson, a number", lambda: with_line(as_ndjson(rows(999)), b"17"), 500),
-    ("ndjson, a key twice", lambda: with_line(as_ndjson(rows(999)), b'{"cpu": 1, "cpu": 2}'), 500),
-    ("ndjson, a boolean", lambda: with_line(as_ndjson(rows(999)), b"[1, true, 2, 3]"), 500),
-    ("csv, too few cells", lambda: with_line(as_csv(rows(999)), b"r,1,2"), 499),
-    ("csv, no number", lambda: with_line(as_csv(rows(999)), b"r,1,2,3,high"), 499),
-    ("csv, not UTF-8", lambda: with_line(as_csv(rows(999)), b"r,1,2,\xff,3"), 499),
-    ("csv, infinite", lambda: with_line(as_csv(rows(999)), b"r,1,2,inf,3"), 499),
-    ("csv, an enormous cell", lambda: with_line(as_csv(rows(999)), b"r,1,2,3," + b"9" * 200_000), 499),
+    ("ndjson, cut off", lambda: with_line(as_ndjson(host_rows(999)), b'{"cpu": 1, "mem'), 500),
+    ("ndjson, not UTF-8", lambda: with_line(as_ndjson(host_rows(999)), b'{"cpu": "\xff\xfe"}'), 500),
+    ("ndjson, a number", lambda: with_line(as_ndjson(host_rows(999)), b"17"), 500),
+    ("ndjson, a key twice", lambda: with_line(as_ndjson(host_rows(999)), b'{"cpu": 1, "cpu": 2}'), 500),
+    ("ndjson, a boolean", lambda: with_line(as_ndjson(host_rows(999)), b"[1, true, 2, 3]"), 500),
+    ("csv, too few cells", lambda: with_line(as_csv(host_rows(999)), b"r,1,2"), 499),
+    ("csv, no number", lambda: with_line(as_csv(host_rows(999)), b"r,1,2,3,high"), 499),
+    ("csv, not UTF-8", lambda: with_line(as_csv(host_rows(999)), b"r,1,2,\xff,3"), 499),
+    ("csv, infinite", lambda: with_line(as_csv(host_rows(999)), b"r,1,2,inf,3"), 499),
+    ("csv, an enormous cell", lambda: with_line(as_csv(host_rows(999)), b"r,1,2,3," + b"9" * 200_000), 499),
 ]
 
 
@@ -153,7 +148,7 @@ BAD: list[tuple[str, Callable[[], Message], int]] = [
 def test_one_bad_row_of_a_thousand_costs_that_row(
     hosts: httpx.Client, message: Callable[[], Message], place: int
 ) -> None:
-    answer = send(hosts, message(), "?explain=0")
+    answer = post_anomaly(hosts, message(), "?explain=0")
     assert (answer["rows"], answer["failed"]) == (1000, 1)
     assert len(answer["results"]) == 999
     (error,) = answer["errors"]
@@ -188,7 +183,7 @@ def test_only_when_nothing_can_be_read_the_request_is_refused(
 
 
 def test_what_is_missing_is_imputed_and_said_in_every_format_with_names(hosts: httpx.Client) -> None:
-    whole = records(rows(1))[0]
+    whole = host_records(host_rows(1))[0]
     del whole["load"]
     metric = {"name": "m", "tags": {}, "fields": whole, "timestamp": 1}
     for message in (
@@ -197,7 +192,7 @@ def test_what_is_missing_is_imputed_and_said_in_every_format_with_names(hosts: h
         (",".join(whole).encode() + b",load\n" + ",".join(map(repr, whole.values())).encode() + b",NaN", CSV),
         (json.dumps({"metrics": [metric]}).encode(), JSON),
     ):
-        (result,) = send(hosts, message)["results"]
+        (result,) = post_anomaly(hosts, message)["results"]
         assert result["imputed"] == ["load"]
         body, media_type = message
         refused = hosts.post("/anomaly?impute=false", content=body, headers={"content-type": media_type})
@@ -205,9 +200,9 @@ def test_what_is_missing_is_imputed_and_said_in_every_format_with_names(hosts: h
 
 
 def test_a_short_answer_counts(hosts: httpx.Client) -> None:
-    found = [*records(rows(5)), {"cpu": "x"}, dict.fromkeys(HOST_NAMES, 1000000.0) | {"colour": 3}]
-    answer = send(hosts, (json.dumps({"records": found, "detail": "none"}).encode(), JSON))
-    whole = send(hosts, (json.dumps({"records": found}).encode(), JSON))
+    found = [*host_records(host_rows(5)), {"cpu": "x"}, dict.fromkeys(HOST_FEATURES, 1000000.0) | {"colour": 3}]
+    answer = post_anomaly(hosts, (json.dumps({"records": found, "detail": "none"}).encode(), JSON))
+    whole = post_anomaly(hosts, (json.dumps({"records": found}).encode(), JSON))
     assert answer == {key: whole[key] for key in ("model", "version", "rows", "anomalies", "failed", "unknown_fields")}
     assert (answer["rows"], answer["failed"], answer["unknown_fields"]) == (7, 1, 1)
     assert answer["anomalies"] == sum(result["is_anomaly"] for result in whole["results"]) >= 1
@@ -217,7 +212,7 @@ def timed(count: int) -> list[dict[str, Any]]:
     moments = np.random.default_rng(0).permutation(count)
     return [
         record | {"timestamp": 1_700_000_000 + 30 * int(moment), "host": "ab"[index % 2]}
-        for index, (record, moment) in enumerate(zip(records(rows(count)), moments, strict=True))
+        for index, (record, moment) in enumerate(zip(host_records(host_rows(count)), moments, strict=True))
     ]
 
 
@@ -227,7 +222,7 @@ def timed(count: int) -> list[dict[str, Any]]:
 def test_smoothing_is_the_severitys_mean_over_each_hosts_rows(hosts: httpx.Client, query: str, by_rows: bool) -> None:
     found = timed(60)
     message = "\n".join(map(json.dumps, found)).encode(), NDJSON
-    answer, plain = send(hosts, message, query), send(hosts, message)
+    answer, plain = post_anomaly(hosts, message, query), post_anomaly(hosts, message)
     severity = [result["severity"] for result in plain["results"]]
     time, host = [record["timestamp"] for record in found], [record["host"] for record in found]
     expected = exponential_mean(severity, 3.0 if by_rows else 60.0, time, host, by_rows=by_rows)
@@ -241,10 +236,10 @@ def test_smoothing_is_the_severitys_mean_over_each_hosts_rows(hosts: httpx.Clien
 
 
 def test_inputs_can_be_smoothed_by_rows_alone(hosts: httpx.Client) -> None:
-    answer = send(hosts, as_inputs(rows(9)), "?half_life_rows=2")
+    answer = post_anomaly(hosts, as_inputs(host_rows(9)), "?half_life_rows=2")
     expected = exponential_mean([result["severity"] for result in answer["results"]], 2.0)
     np.testing.assert_allclose([result["smoothed"] for result in answer["results"]], expected, rtol=1e-6)
-    body, media_type = as_inputs(rows(9))
+    body, media_type = as_inputs(host_rows(9))
     for query, pointer in (
         ("half_life=2", "/half_life"),
         ("half_life_rows=2&fdr=0.1", "/half_life_rows"),
@@ -255,17 +250,17 @@ def test_inputs_can_be_smoothed_by_rows_alone(hosts: httpx.Client) -> None:
 
 
 def test_a_metric_that_several_tags_give_is_ambiguous_until_the_feature_selects_one(hosts: httpx.Client) -> None:
-    base = records(rows(1))[0]
+    base = host_records(host_rows(1))[0]
     metrics = [
         {"name": "x", "tags": {"host": "a"}, "fields": base, "timestamp": 5},
         {"name": "x", "tags": {"host": "a", "disk": "sdb"}, "fields": {"load": 9.5}, "timestamp": 5},
         {"name": "x", "tags": {"host": "b"}, "fields": base, "timestamp": 5},
     ]
-    answer = send(hosts, (json.dumps({"metrics": metrics}).encode(), JSON))
+    answer = post_anomaly(hosts, (json.dumps({"metrics": metrics}).encode(), JSON))
     assert [error["pointer"] for error in answer["errors"]] == ["/metrics/0"]
     assert "several metrics" in answer["errors"][0]["detail"]
     assert [(result["row"], result["group"], result["time"]) for result in answer["results"]] == [(1, "b", 5.0)]
-    assert send(hosts, (json.dumps({"metrics": [metrics[0], metrics[0]]}).encode(), JSON))["failed"] == 0
+    assert post_anomaly(hosts, (json.dumps({"metrics": [metrics[0], metrics[0]]}).encode(), JSON))["failed"] == 0
 
 
 def test_a_selector_prefers_the_labels_that_it_names() -> None:

@@ -15,7 +15,7 @@ from scipy.stats import false_discovery_control
 from models.artifact import Artifact, load
 from models.calibration import Calibration
 from service.anomaly.verdicts import benjamini_hochberg
-from tests.service.conftest import HOST_NAMES, host_table
+from tests.service.hosts import HOST_FEATURES, host_table
 from tests.service.running import post
 
 
@@ -84,7 +84,7 @@ def test_as_many_features_are_named_as_asked_and_there_are(client: httpx.Client,
 
 def test_records_score_like_the_same_rows(client: httpx.Client) -> None:
     rows = host_table().x.span(0, 20)
-    records: list[dict[str, Any]] = [dict(zip(HOST_NAMES, map(float, row), strict=True)) for row in rows]
+    records: list[dict[str, Any]] = [dict(zip(HOST_FEATURES, map(float, row), strict=True)) for row in rows]
     backwards = [dict(reversed(record.items())) | {"rack": "a", "hour": 12} for record in records]
     by_row = post(client, "/anomaly", {"inputs": rows.astype(float).tolist()}, params={"model": "hosts"})
     assert post(client, "/anomaly", {"records": records}, params={"model": "hosts"}) == by_row
@@ -120,7 +120,7 @@ def test_a_nan_that_python_wrote_costs_only_its_row(client: httpx.Client, digits
 
 
 def test_a_record_without_a_feature_names_it(client: httpx.Client) -> None:
-    good = dict.fromkeys(HOST_NAMES, 1.0)
+    good = dict.fromkeys(HOST_FEATURES, 1.0)
     records = [good, {key: value for key, value in good.items() if key != "memory/used"}, good]
     answer = post(client, "/anomaly", {"records": records, "impute": False}, params={"model": "hosts"})
     assert column(answer, "row").tolist() == [0, 2]

@@ -20,8 +20,7 @@ from service.codec.ndjson import Splitter
 from service.codec.rows import Unreadable
 from service.endpoints.anomaly_stream import LONGEST_LINE
 from service.settings import Settings
-from tests.service.anomaly.test_inputs import as_ndjson, records, rows
-from tests.service.conftest import HOST_NAMES
+from tests.service.hosts import HOST_FEATURES, as_ndjson, host_records, host_rows
 from tests.service.running import running
 
 NDJSON = "application/x-ndjson"
@@ -59,7 +58,7 @@ def chunk(content: bytes) -> bytes:
 
 
 def test_a_line_in_gives_a_line_out_and_the_counts_come_last(hosts: httpx.Client) -> None:
-    found: list[Any] = records(rows(2000))
+    found: list[Any] = host_records(host_rows(2000))
     found[7] = {"cpu": "x"}
     found[1500] = 12
     body = "\n".join(map(json.dumps, found)).encode() + b"\n"
@@ -82,13 +81,13 @@ def test_a_stream_of_bad_lines_alone_is_answered_line_by_line(hosts: httpx.Clien
 
 
 def test_detail_none_leaves_the_counts_alone(hosts: httpx.Client) -> None:
-    body, _ = as_ndjson(rows(300))
+    body, _ = as_ndjson(host_rows(300))
     (last,) = told(hosts.post("/anomaly?detail=none", content=body, headers=HEADERS))
     assert last["rows"] == 300
 
 
 def test_a_gzipped_stream_is_unpacked_as_it_comes(hosts: httpx.Client) -> None:
-    body, _ = as_ndjson(rows(3000))
+    body, _ = as_ndjson(host_rows(3000))
     packed = gzip.compress(body)
     headers = HEADERS | {"content-encoding": "gzip"}
     assert told(hosts.post("/anomaly", content=packed, headers=headers))[-1]["rows"] == 3000
@@ -106,7 +105,7 @@ def test_what_a_stream_cannot_do_is_refused_before_it_begins(hosts: httpx.Client
 
 def test_a_row_is_answered_while_the_stream_goes_on(hosts: httpx.Client) -> None:
     with connect(hosts) as connection, connection.makefile("rb") as answer:
-        line = json.dumps(records(rows(1))[0]).encode() + b"\n"
+        line = json.dumps(host_records(host_rows(1))[0]).encode() + b"\n"
         for row in range(3):
             connection.sendall(chunk(line))
             while b'"row"' not in (got := answer.readline()):
@@ -118,7 +117,7 @@ def test_a_row_is_answered_while_the_stream_goes_on(hosts: httpx.Client) -> None
 
 
 def test_a_hundred_thousand_rows_take_no_more_memory_than_ten_thousand(hosts: httpx.Client) -> None:
-    line = json.dumps(records(rows(1))[0]).encode() + b"\n"
+    line = json.dumps(host_records(host_rows(1))[0]).encode() + b"\n"
 
     def peak(count: int) -> int:
         """Bytes at most during a stream of `count` rows, of which the client keeps nothing."""
@@ -141,7 +140,7 @@ def test_a_hundred_thousand_rows_take_no_more_memory_than_ten_thousand(hosts: ht
 def test_a_client_that_does_not_read_is_not_read_from_and_harms_nobody(
     streaming_app: FastAPI, hosts: httpx.Client
 ) -> None:
-    line = json.dumps(records(rows(1))[0]).encode() + b"\n"
+    line = json.dumps(host_records(host_rows(1))[0]).encode() + b"\n"
     piece, sent = chunk(line * 200), 0
     with connect(hosts, "explain=4") as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -150,7 +149,7 @@ def test_a_client_that_does_not_read_is_not_read_from_and_harms_nobody(
             while sent < 400 * 2**20:
                 sent += connection.send(piece)
         assert sent < 64 * 2**20  # what fits between the two, far less than was to be sent
-        assert hosts.post("/anomaly", json={"inputs": rows(1)}).status_code == 200
+        assert hosts.post("/anomaly", json={"inputs": host_rows(1)}).status_code == 200
         held = streaming_app.state.service.limits.held
         assert held <= 2**20
     deadline = time.monotonic() + 15
@@ -163,7 +162,7 @@ def test_a_client_that_leaves_ends_the_work(streaming_app: FastAPI, hosts: httpx
     metrics = streaming_app.state.service.metrics
     before = sum(value for (value,) in metrics._requests.sums().values())
     connection = connect(hosts)
-    connection.sendall(chunk(json.dumps(records(rows(1))[0]).encode() + b"\n"))
+    connection.sendall(chunk(json.dumps(host_records(host_rows(1))[0]).encode() + b"\n"))
     assert b"200 OK" in connection.recv(4096)
     connection.close()
     deadline = time.monotonic() + 10
@@ -191,7 +190,9 @@ def test_many_streams_at_once_each_get_their_own(hosts: httpx.Client) -> None:
 
     def one(count: int) -> None:
         with httpx.Client(base_url=hosts.base_url, timeout=30) as client:
-            found[count] = told(client.post("/anomaly", content=as_ndjson(rows(count))[0], headers=HEADERS))[-1]["rows"]
+            found[count] = told(client.post("/anomaly", content=as_ndjson(host_rows(count))[0], headers=HEADERS))[-1][
+                "rows"
+            ]
 
     threads = [threading.Thread(target=one, args=(100 + number,)) for number in range(8)]
     for thread in threads:
@@ -202,7 +203,7 @@ def test_many_streams_at_once_each_get_their_own(hosts: httpx.Client) -> None:
 
 
 def test_an_enormous_line_costs_itself_and_no_memory(hosts: httpx.Client) -> None:
-    good = json.dumps(dict.fromkeys(HOST_NAMES, 1.0)).encode() + b"\n"
+    good = json.dumps(dict.fromkeys(HOST_FEATURES, 1.0)).encode() + b"\n"
     body = good + b'{"cpu": ' + b"1" * (4 * LONGEST_LINE) + b"}\n" + good
     *lines, last = told(hosts.post("/anomaly", content=body, headers=HEADERS))
     assert [("detail" in line) for line in lines] == [False, True, False]

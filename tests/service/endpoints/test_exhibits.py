@@ -11,7 +11,7 @@ import pytest
 from fastapi import FastAPI
 
 from models.artifact import Artifact
-from tests.service.conftest import host_table
+from tests.service.hosts import host_table
 from tests.training.reporters import Silent
 from training.config import TrainConfig
 from training.data.row_store import Rows

@@ -18,7 +18,7 @@ from service.codec.rows import RowFormat
 from service.errors import InvalidRows
 from service.settings import Settings
 from tests.data import values
-from tests.service.conftest import HOST_NAMES, host_table
+from tests.service.hosts import HOST_FEATURES, host_table
 from tests.service.published import publish
 from tests.service.running import post, running
 from training.fitting.pca import fit_pca
@@ -50,7 +50,7 @@ def client(tmp_path_factory: pytest.TempPathFactory, medians: np.ndarray) -> Ite
     scaling = ImputingScaling(standardise(torch.where(x.isnan(), fill, x)), fill)
     core = fit_pca(scaling(x).double(), 2).float()
     calibration = Calibration(core.score(scaling(x))[0])
-    publish(root, "hosts", Pipeline(scaling, core, gaussian_prior(torch.ones(2)), calibration), x, HOST_NAMES, [4])
+    publish(root, "hosts", Pipeline(scaling, core, gaussian_prior(torch.ones(2)), calibration), x, HOST_FEATURES, [4])
     with running(create_app(Settings(artifacts=root))) as client:
         yield client
 
@@ -85,7 +85,7 @@ def test_a_verdict_names_what_was_missing_and_gives_it_no_value(client: httpx.Cl
 
 
 def test_records_may_lack_a_key_or_say_null(client: httpx.Client) -> None:
-    whole = dict(zip(HOST_NAMES, GOOD, strict=True))
+    whole = dict(zip(HOST_FEATURES, GOOD, strict=True))
     null = whole | {"memory/used": None, "load": None}
     absent = {name: value for name, value in whole.items() if name not in ("memory/used", "load")}
     answers = [post(client, "/anomaly", {"records": records}) for records in ([null], [absent])]
@@ -195,7 +195,7 @@ def test_a_record_without_what_must_be_there_names_it_alone(client: httpx.Client
 def test_a_record_may_lack_what_never_lacked_in_training_up_to_half_of_it(
     client: httpx.Client, medians: np.ndarray, gap: dict[str, None]
 ) -> None:
-    whole = dict(zip(HOST_NAMES, GOOD, strict=True))
+    whole = dict(zip(HOST_FEATURES, GOOD, strict=True))
     record = {name: value for name, value in whole.items() if name != "cpu"} | gap
     (result,) = post(client, "/anomaly", {"records": [record], "explain": 4})["results"]
     assert result["imputed"] == ["cpu"]

@@ -27,10 +27,9 @@ from service.codec.feature_names import Selectors
 from service.codec.remote_write import NAME, STALE, Series
 from service.errors import BodyTooLarge, InvalidEncoding, InvalidProtobuf
 from service.settings import Settings
-from tests.service.anomaly.test_inputs import as_inputs, rows, send
-from tests.service.conftest import HOST_NAMES
-from tests.service.monitoring.test_observability import metrics
+from tests.service.hosts import HOST_FEATURES, as_inputs, host_rows, post_anomaly
 from tests.service.running import running
+from tests.service.scrape import scrape
 
 HEADERS = {
     "content-type": "application/x-protobuf",
@@ -82,7 +81,7 @@ def write(client: httpx.Client, found: list[Series], **headers: str) -> httpx.Re
 
 def value(client: httpx.Client, name: str, **wanted: str) -> float:
     who = {"model": "hosts", "version": "1", **wanted}
-    return metrics(client).get((name, frozenset(who.items())), 0.0)
+    return scrape(client).get((name, frozenset(who.items())), 0.0)
 
 
 def test_the_message_is_read_as_the_bytes_of_the_specification_say() -> None:
@@ -119,12 +118,12 @@ def test_no_bytes_break_the_reader(body: bytes) -> None:
 
 def test_rows_are_judged_as_if_they_had_been_posted(hosts: httpx.Client) -> None:
     before, scored = value(hosts, "elbo_p_value_sum"), value(hosts, "elbo_scored_rows_total")
-    response = write(hosts, series(rows(40)))
+    response = write(hosts, series(host_rows(40)))
     assert (response.status_code, response.content) == (204, b"")
     assert "content-length" not in response.headers
     assert value(hosts, "elbo_scored_rows_total") - scored == 40
     summed = value(hosts, "elbo_p_value_sum") - before
-    expected = sum(result["p_value"] for result in send(hosts, as_inputs(rows(40)))["results"])
+    expected = sum(result["p_value"] for result in post_anomaly(hosts, as_inputs(host_rows(40)))["results"])
     assert summed == pytest.approx(expected, rel=1e-5)
 
 
@@ -153,16 +152,16 @@ def test_what_will_never_be_right_is_a_4xx_so_that_it_is_not_sent_again(
 
 def test_what_may_be_right_later_is_a_503_so_that_it_is_sent_again(artifacts: Path, tmp_path: Path) -> None:
     with running(create_app(Settings(artifacts=tmp_path, log_level="error"))) as client:
-        assert write(client, series(rows(1))).status_code == 503
+        assert write(client, series(host_rows(1))).status_code == 503
     app = create_app(Settings(artifacts=artifacts, default_model="hosts", log_level="error"))
     with running(app) as client:
         app.state.service.limits.held_bytes = 10
-        response = write(client, series(rows(3)))
+        response = write(client, series(host_rows(3)))
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
 
 
 def outcomes(client: httpx.Client) -> dict[str, float]:
-    found = metrics(client).items()
+    found = scrape(client).items()
     return {dict(key)["outcome"]: count for (name, key), count in found if name == "elbo_remote_samples_total"}
 
 
@@ -171,20 +170,20 @@ def test_what_is_sent_again_makes_no_second_row(artifacts: Path, tmp_path: Path)
     mapping.write_text(MAPPING)
     with running(create_app(Settings(artifacts=artifacts, remote_write=mapping, log_level="error"))) as client:
         for _ in range(3):
-            assert write(client, series(rows(5))).status_code == 204
+            assert write(client, series(host_rows(5))).status_code == 204
         assert value(client, "elbo_scored_rows_total") == 5
         assert outcomes(client) == {"used": 20, "duplicate": 40}
         write(client, [(labels(f"other_{i}"), [(START, 1.0)]) for i in range(7)])
         write(client, [(labels("load"), [(START + 99_000, STALE_NAN), (START + 99_000, math.nan)])])
         assert outcomes(client) == {"used": 20, "duplicate": 40, "unknown": 7, "stale": 1, "nan": 1}
-        partial = series(rows(1), first=START + 500_000)
+        partial = series(host_rows(1), first=START + 500_000)
         write(client, partial[:3])  # its last sample never comes
         deadline = time.monotonic() + 10
         while value(client, "elbo_scored_rows_total") == 5 and time.monotonic() < deadline:
             time.sleep(0.1)
         assert value(client, "elbo_missing_values_total", feature="load") == 1
         assert value(client, "elbo_scored_rows_total") == 6
-        write(client, partial[:1] + series(rows(1), first=START + 600_000)[:1])
+        write(client, partial[:1] + series(host_rows(1), first=START + 600_000)[:1])
         deadline = time.monotonic() + 10
         while value(client, "elbo_unreadable_rows_total") == 0 and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -196,25 +195,25 @@ def test_what_waits_is_judged_before_the_end(artifacts: Path, tmp_path: Path) ->
     mapping.write_text(MAPPING.replace("0.5", "3600"))
     app = create_app(Settings(artifacts=artifacts, remote_write=mapping, log_level="error"))
     with running(app) as client:
-        write(client, series(rows(2))[:3])
-        assert metrics(client)["elbo_remote_waiting_rows", frozenset()] == 2
+        write(client, series(host_rows(2))[:3])
+        assert scrape(client)["elbo_remote_waiting_rows", frozenset()] == 2
     assert app.state.service.metrics.judged._scored.sums()["hosts", "1"] == [2.0]
 
 
 def made(wait: float = 10.0) -> Alignment:
-    return Alignment(HOST_NAMES, Selectors({name: name for name in HOST_NAMES}), ["instance"], wait)
+    return Alignment(HOST_FEATURES, Selectors({name: name for name in HOST_FEATURES}), ["instance"], wait)
 
 
 def samples(row: list[float], moment: int, instance: str = "a") -> list[Series]:
     return [
         (((NAME, name), ("instance", instance)), [(moment, number)])
-        for name, number in zip(HOST_NAMES, row, strict=True)
+        for name, number in zip(HOST_FEATURES, row, strict=True)
     ]
 
 
 def test_samples_may_come_in_any_order_and_in_any_pieces() -> None:
     rng = np.random.default_rng(0)
-    found = rows(20)
+    found = host_rows(20)
     pieces = [one for i, row in enumerate(found) for one in samples(row, 1000 * i, "ab"[i % 2])]
     alignment, taken = made(), []
     for index in rng.permutation(len(pieces)):
@@ -224,7 +223,7 @@ def test_samples_may_come_in_any_order_and_in_any_pieces() -> None:
     for row in taken:
         index = row.milliseconds // 1000
         assert row.group == "ab"[index % 2]
-        assert [row.values[name] for name in HOST_NAMES] == found[index]
+        assert [row.values[name] for name in HOST_FEATURES] == found[index]
     assert alignment.rows == 0
 
 
@@ -295,5 +294,5 @@ def test_abnormal_rows_are_told_in_the_log(hosts: httpx.Client, caplog: pytest.L
     fields: dict[str, Any] = told.fields  # type: ignore[attr-defined] # ours, on a log record
     assert (fields["model"], fields["group"]) == ("hosts", "c,ill")
     assert fields["severity"] > 1
-    assert set(fields["causes"]) < set(HOST_NAMES)
+    assert set(fields["causes"]) < set(HOST_FEATURES)
     assert re.fullmatch(r"[\d.]+", str(fields["time"]))

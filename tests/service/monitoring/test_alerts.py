@@ -15,10 +15,10 @@ from service.app import create_app
 from service.monitoring import alerts, background
 from service.monitoring.alerts import LASTS, RESEND, AlertSender, AlertState, Labels
 from service.settings import Settings
-from tests.service.anomaly.test_inputs import records, rows
-from tests.service.monitoring.test_observability import metrics
+from tests.service.hosts import host_records, host_rows
 from tests.service.process import starter
 from tests.service.running import running
+from tests.service.scrape import scrape
 
 CALM = 60.0
 A: Labels = ("m", "1", "a")
@@ -177,16 +177,16 @@ def slow(alertmanager: Alertmanager, monkeypatch: pytest.MonkeyPatch) -> Alertma
 def test_a_slow_alertmanager_holds_up_no_request(slow: Alertmanager, artifacts: Path) -> None:
     options = {"alertmanager_url": f"http://127.0.0.1:{slow.port}", "default_model": "hosts", "log_level": "error"}
     with running(create_app(Settings(artifacts=artifacts, **options))) as client:  # type: ignore[arg-type] # options of several types
-        strange = dict.fromkeys(records(rows(1))[0], 1e5) | {"host": "web1"}
+        strange = dict.fromkeys(host_records(host_rows(1))[0], 1e5) | {"host": "web1"}
         took = []
         for _ in range(50):
             started = time.perf_counter()
             assert client.post("/anomaly", json={"records": [strange] * 3}).status_code == 200
             took.append(time.perf_counter() - started)
             time.sleep(0.02)
-        until(lambda: metrics(client).get(("elbo_alert_pushes_total", frozenset({("outcome", "retried")}))))
-        assert metrics(client)["elbo_alerts", frozenset({("model", "hosts")})] == 1
-        assert metrics(client)["elbo_alerts_waiting", frozenset()] == 1
+        until(lambda: scrape(client).get(("elbo_alert_pushes_total", frozenset({("outcome", "retried")}))))
+        assert scrape(client)["elbo_alerts", frozenset({("model", "hosts")})] == 1
+        assert scrape(client)["elbo_alerts_waiting", frozenset()] == 1
     assert sorted(took)[45] < 0.3  # one that waited for a push would take all of its time-out
 
 
@@ -197,9 +197,9 @@ def test_the_whole_way_from_rows_to_an_alert_and_its_end(
     options = {"alertmanager_url": f"http://127.0.0.1:{alertmanager.port}", "default_model": "hosts"}
     settings = Settings(artifacts=artifacts, alert_calm_seconds=0.5, log_level="error", **options)  # type: ignore[arg-type] # options of several types
     with running(create_app(settings)) as client:
-        calm = [record | {"host": "web2"} for record in records(rows(30))]
+        calm = [record | {"host": "web2"} for record in host_records(host_rows(30))]
         client.post("/anomaly?alpha=0.001", json={"records": calm})
-        strange = dict.fromkeys(records(rows(1))[0], 1e5) | {"host": "web1"}
+        strange = dict.fromkeys(host_records(host_rows(1))[0], 1e5) | {"host": "web1"}
         client.post("/anomaly?alpha=0.001", json={"records": [strange] * 3})
         until(lambda: len(alertmanager.taken) >= 2)
     first, *_, last = [alert for batch in alertmanager.taken for alert in batch]
@@ -214,13 +214,13 @@ def test_of_several_workers_one_alerts_by_the_sums_of_all(alertmanager: Alertman
     with starter() as start:
         process = start(artifacts, WORKERS=2, DEFAULT_MODEL="hosts", **settings)
         process.wait_for("is ready")
-        strange = dict.fromkeys(records(rows(1))[0], 1e5) | {"host": "web1"}
+        strange = dict.fromkeys(host_records(host_rows(1))[0], 1e5) | {"host": "web1"}
         clients = [process.client() for _ in range(6)]  # connections go to the workers in turn
         for client in clients:
             assert client.post("/anomaly", json={"records": [strange] * 5}).status_code == 200
         until(lambda: len(alertmanager.taken) == 2, 20)
         first, last = (alert for batch in alertmanager.taken for alert in batch)
-        counted = metrics(clients[0])
+        counted = scrape(clients[0])
         for client in clients:
             client.close()
         assert process.end() == 0

@@ -13,26 +13,15 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
-from prometheus_client.parser import text_string_to_metric_families
 
 from service.app import create_app
 from service.monitoring import logs
 from service.monitoring.timings import RequestRecord
 from service.settings import Settings
 from tests.service.running import running
+from tests.service.scrape import increase, scrape
 
 ROW = [0.5] * 64
-
-
-def metrics(client: httpx.Client) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-    """Every sample by its name and labels."""
-    families = text_string_to_metric_families(client.get("/metrics").text)
-    return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
-
-
-def rise(before: Any, after: Any, name: str, **labels: str) -> float:
-    key = (name, frozenset(labels.items()))
-    return float(after.get(key, 0) - before.get(key, 0))
 
 
 @pytest.mark.parametrize("path", ["/livez", "/nope", "/docs", "/static/page.css"])
@@ -212,31 +201,31 @@ def test_a_text_line_is_for_a_person() -> None:
 
 
 def test_requests_rows_and_times_are_counted(client: httpx.Client) -> None:
-    before = metrics(client)
+    before = scrape(client)
     client.post("/reconstruct?model=pca", json={"inputs": [ROW] * 5})
     client.post("/reconstruct?model=pca", json={"inputs": [ROW[1:]]})
     client.post("/reconstruct?model=nobody", json={"inputs": [ROW]})
     client.get("/some/where")
-    after = metrics(client)
+    after = scrape(client)
     labels = {"endpoint": "/reconstruct", "model": "pca", "version": "1"}
     nobody = {"model": "", "version": ""}
-    assert rise(before, after, "elbo_requests_total", **labels, status="200") == 1
-    assert rise(before, after, "elbo_requests_total", **labels, status="422") == 1
-    assert rise(before, after, "elbo_requests_total", endpoint="/reconstruct", **nobody, status="404") == 1
-    assert rise(before, after, "elbo_requests_total", endpoint="other", **nobody, status="404") == 1
-    assert rise(before, after, "elbo_rows_total", **labels) == 5
-    assert rise(before, after, "elbo_problems_total", **labels, code="invalid_rows") == 1
-    assert rise(before, after, "elbo_request_seconds_count", **labels, outcome="ok") == 1
-    assert rise(before, after, "elbo_request_seconds_count", **labels, outcome="refused") == 1
-    assert rise(before, after, "elbo_queue_seconds_count", **labels, outcome="ok") == 1
-    assert rise(before, after, "elbo_compute_seconds_count", **labels, outcome="ok") == 1
-    assert 0 < rise(before, after, "elbo_compute_seconds_sum", **labels, outcome="ok") < 1
-    assert rise(before, after, "elbo_batch_rows_count", operation="reconstruct") == 1
-    assert rise(before, after, "elbo_batch_rows_sum", operation="reconstruct") == 5
+    assert increase(before, after, "elbo_requests_total", **labels, status="200") == 1
+    assert increase(before, after, "elbo_requests_total", **labels, status="422") == 1
+    assert increase(before, after, "elbo_requests_total", endpoint="/reconstruct", **nobody, status="404") == 1
+    assert increase(before, after, "elbo_requests_total", endpoint="other", **nobody, status="404") == 1
+    assert increase(before, after, "elbo_rows_total", **labels) == 5
+    assert increase(before, after, "elbo_problems_total", **labels, code="invalid_rows") == 1
+    assert increase(before, after, "elbo_request_seconds_count", **labels, outcome="ok") == 1
+    assert increase(before, after, "elbo_request_seconds_count", **labels, outcome="refused") == 1
+    assert increase(before, after, "elbo_queue_seconds_count", **labels, outcome="ok") == 1
+    assert increase(before, after, "elbo_compute_seconds_count", **labels, outcome="ok") == 1
+    assert 0 < increase(before, after, "elbo_compute_seconds_sum", **labels, outcome="ok") < 1
+    assert increase(before, after, "elbo_batch_rows_count", operation="reconstruct") == 1
+    assert increase(before, after, "elbo_batch_rows_sum", operation="reconstruct") == 5
 
 
 def test_models_are_gauges(client: httpx.Client) -> None:
-    found = metrics(client)
+    found = scrape(client)
     info = {dict(labels)["model"]: value for (name, labels), value in found.items() if name == "elbo_model_info"}
     assert info == {"ae": 1, "hosts": 1, "pca": 1, "vae": 1}
     assert found["elbo_pending_rows", frozenset()] == 0
@@ -247,16 +236,16 @@ def test_unknown_models_and_paths_add_no_labels(client: httpx.Client) -> None:
     client.get("/livez")
     client.get("/nope")
     client.post("/encode?model=x", json={})
-    before = set(metrics(client))
+    before = set(scrape(client))
     for i in range(20):
         client.get(f"/nope/{i}")
         client.post(f"/encode?model=x{i}", json={})
-    assert set(metrics(client)) == before
+    assert set(scrape(client)) == before
 
 
 def test_two_applications_in_one_process_keep_their_own_counts(app: FastAPI, artifacts: Path) -> None:
     other = create_app(Settings(artifacts=artifacts))
     with running(other) as client:
-        counted = {key for key in metrics(client) if key[0] == "elbo_requests_total"}
+        counted = {key for key in scrape(client) if key[0] == "elbo_requests_total"}
         assert len(counted) == 1  # the /livez by which the test waits; /metrics is counted after it is written
     assert other.state.service.metrics.registry is not app.state.service.metrics.registry
