@@ -1,4 +1,4 @@
-# What a developer does here, one target each. It needs Python 3.11 (or 3.12, 3.13), make and git; the rest it sets up itself.
+# One target for each thing a developer does. Needs make, git and Python 3.11, 3.12 or 3.13; installs the rest into .venv.
 
 TORCH := torch==2.13.0
 # An index of PyTorch wheels, where another build is wanted than the one that pip finds by itself.
@@ -20,10 +20,8 @@ PACKAGE_triton := nvidia-pytriton==0.7.0
 # Triton embeds the Python of its environment, and needs one with a shared library, as Debian's.
 PYTHON_triton := /usr/bin/python3.11
 
-supported = $(1) -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null
-
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types format lock upgrade image bench-train bench-serve bench-anomaly clean
+.PHONY: help run check test lint types format lock upgrade image bench-train bench-serve bench-anomaly clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,8 +30,12 @@ run: $(READY) ## Train the demonstration models where they are missing, then ser
 	@$(VENV)/bin/elbo demo
 	@exec $(VENV)/bin/elbo serve
 
-test: $(READY) ## Run every test
-	@$(VENV)/bin/python -m pytest
+check: lint types ## Lint, type-check and run the tests that need no training, browser or server process (under 60 s)
+	@$(VENV)/bin/python -m pytest -n 2 -m "not slow"
+
+test: $(READY) ## Run every test: first those that may share the machine, then those that measure time or memory
+	@$(VENV)/bin/python -m pytest -n 2 -m "not alone"
+	@$(VENV)/bin/python -m pytest -m alone
 
 lint: $(READY) ## Check style and the likely mistakes
 	@$(VENV)/bin/ruff check
@@ -104,9 +106,7 @@ clean: ## Remove what the other targets made, except artifacts/
 
 # The locked packages come first, so that torch finds its own dependencies installed, checked against their hashes.
 $(READY): pyproject.toml requirements/dev.lock requirements/browser.lock
-	@python=; for p in python3.11 python3; do if $(call supported,$$p); then python=$$p; break; fi; done; \
-	if [ -z "$$python" ]; then echo "elbo needs Python 3.11, 3.12 or 3.13 with its venv module: install python3.11" >&2; exit 1; fi; \
-	echo "setting up $(VENV) with $$($$python --version)"; $$python -m venv $(VENV)
+	@python=$$(requirements/find-python) && echo "setting up $(VENV) with $$($$python --version)" && $$python -m venv $(VENV)
 	@echo "installing the locked packages"; $(INSTALL) --require-hashes -r requirements/dev.lock
 	@$(INSTALL) --require-hashes -r requirements/browser.lock
 	@echo "installing $(TORCH)"; $(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)

@@ -112,6 +112,11 @@ def test_no_two_files_import_each_other() -> None:
     list(TopologicalSorter(graph).static_order())  # raises CycleError
 
 
+def test_every_folder_says_what_it_is_for_in_its_init_file() -> None:
+    folders = {path.parent for path in SOURCES}
+    assert [str(folder.relative_to(ROOT)) for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_module_has_a_docstring(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text()))

@@ -1,0 +1,1 @@
+"""From the rows of a request to verdicts: inputs, decisions, smoothing over time, alignment of samples."""

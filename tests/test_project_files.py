@@ -1,0 +1,108 @@
+"""The files a contributor meets first: interpreter search, workflow, templates, hooks, wheel."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import require
+from tests.data import ROOT
+
+FIND_PYTHON = ROOT / "requirements" / "find-python"
+
+
+def executable(path: Path, script: str) -> None:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def find_python(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run requirements/find-python where only the programs in `folder` exist."""
+    environment = {"PATH": str(folder), **variables}
+    return subprocess.run(["/bin/sh", FIND_PYTHON], env=environment, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", ["python3.11", "python3.12", "python3.13", "python3", "python"])
+def test_find_python_accepts_a_supported_interpreter_under_any_usual_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).symlink_to(sys.executable)
+    result = find_python(tmp_path)
+    assert (result.returncode, result.stdout.strip()) == (0, str(tmp_path / name))
+
+
+def test_find_python_asks_uv_when_no_interpreter_on_the_path_is_supported(tmp_path: Path) -> None:
+    executable(tmp_path / "python3", "exit 1")
+    executable(tmp_path / "uv", f"echo {sys.executable}")
+    result = find_python(tmp_path)
+    assert (result.returncode, result.stdout.strip()) == (0, sys.executable)
+
+
+def test_find_python_without_a_supported_interpreter_says_in_one_line_how_to_get_one(tmp_path: Path) -> None:
+    executable(tmp_path / "python3", 'test "$1" = --version && echo Python 3.14.0')
+    result = find_python(tmp_path)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert "needs Python 3.11, 3.12 or 3.13" in line
+    assert "found Python 3.14.0" in line
+    assert "install uv" in line
+
+
+def test_find_python_uses_the_interpreter_that_the_variable_names_and_no_other(tmp_path: Path) -> None:
+    (tmp_path / "python3").symlink_to(sys.executable)
+    (tmp_path / "mine").symlink_to(sys.executable)
+    assert find_python(tmp_path, PYTHON="mine").stdout.strip() == str(tmp_path / "mine")
+    assert find_python(tmp_path, PYTHON="absent").returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("schema", "pattern"),
+    [
+        ("vendor.github-workflows", ".github/workflows/*.yml"),
+        ("vendor.github-issue-forms", ".github/ISSUE_TEMPLATE/*_*.yml"),
+        ("vendor.github-issue-config", ".github/ISSUE_TEMPLATE/config.yml"),
+    ],
+)
+def test_github_files_match_their_schemas(schema: str, pattern: str) -> None:
+    files = sorted(map(str, ROOT.glob(pattern)))
+    assert files
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", schema, *files]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_workflow_runs_the_ci_script_on_every_supported_python() -> None:
+    job = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["check"]
+    assert job["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13"]
+    assert "bash .ci/run" in [step.get("run") for step in job["steps"]]
+
+
+def test_every_pre_commit_hook_runs_a_locked_tool() -> None:
+    repositories = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [repository["repo"] for repository in repositories] == ["local"]
+    tools = [hook["entry"].split()[0] for hook in repositories[0]["hooks"]]
+    locked = (ROOT / "requirements" / "dev.lock").read_text()
+    for tool in tools:
+        folder, name = tool.rsplit("/", 1)
+        assert folder == ".venv/bin"
+        assert f"\n{name}==" in locked
+
+
+def test_the_wheel_holds_every_package_with_its_types_and_nothing_else(tmp_path: Path) -> None:
+    require(shutil.which("git"), "the wheel is built from a checkout")
+    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
+    result = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": ""})
+    assert result.returncode == 0, result.stdout + result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"models/py.typed", "training/py.typed", "service/py.typed"} <= set(names)
+    modules = {
+        str(path.relative_to(ROOT))
+        for folder in ("models", "training", "service")
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    assert modules | {"elbo.py"} == {name for name in names if name.endswith(".py")}

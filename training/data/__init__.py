@@ -1,0 +1,1 @@
+"""From a source (file, folder, bundled data) to a table of rows."""

@@ -1,0 +1,1 @@
+"""Write the artifact: manifest, ONNX twin, exhibits; recalibrate a published model."""
