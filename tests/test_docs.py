@@ -6,7 +6,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from packaging.requirements import Requirement
 from models.manifest import names
 from tests.conftest import require
 from tests.data import ROOT
+from tests.waiting import wait_until
 
 README = (ROOT / "README.md").read_text()
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -33,25 +33,11 @@ def server(artifacts: Path) -> Iterator[int]:
     settings = {"ELBO_ARTIFACTS": str(artifacts), "ELBO_PORT": str(port), "ELBO_POLL_SECONDS": "0.1"}
     process = subprocess.Popen([sys.executable, "-m", "service"], cwd=ROOT, env=os.environ | settings)
     try:
-        wait_for(lambda: httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200)
+        wait_until(lambda: httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200, 60, httpx.TransportError)
         yield port
     finally:
         process.terminate()
         assert process.wait(20) == 0
-
-
-def wait_for(condition: object, seconds: float = 60) -> None:
-    """Until `condition()` is true; a connection that is refused is not yet."""
-    assert callable(condition)
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            if condition():
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.05)
-    raise AssertionError("waited in vain")
 
 
 def served(port: int) -> set[str]:
@@ -77,7 +63,7 @@ def test_every_code_block_of_the_readme_runs(demonstration: Path, tmp_path: Path
             done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
             assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
             outputs.append(done.stdout)
-            wait_for(lambda: served(port) == set(names(artifacts)))
+            wait_until(lambda: served(port) == set(names(artifacts)), 60, httpx.TransportError)
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
     assert len(outputs) == 5
     verdicts = [line.split()[2] for line in outputs[2].splitlines()[1:]]

@@ -24,7 +24,7 @@ from service.monitoring.metrics import Metrics
 from service.shared_memory import SharedCounters
 from tests.conftest import require
 from tests.data import ROOT
-from tests.test_docs import wait_for
+from tests.waiting import wait_until
 
 DEPLOY = ROOT / "deploy"
 DASHBOARD = json.loads((DEPLOY / "grafana" / "dashboards" / "elbo.json").read_text())
@@ -251,22 +251,22 @@ def test_node_metrics_reach_elbo_and_an_anomaly_becomes_an_alert_that_resolves(t
         # Last, so that it ends first: one that cannot write what it has goes on for a minute.
         config = f"--config.file={configured(tmp_path, exporter, elbo)}"
         start(process("prometheus", config, f"--storage.tsdb.path={tmp_path}/tsdb", f"{local}{prometheus}"))
-        wait_for(up(exporter, "/"), 60)
-        wait_for(up(alertmanager, "/-/ready"), 60)
-        wait_for(up(prometheus, "/-/ready"), 60)
+        wait_until(up(exporter, "/"), 60, httpx.TransportError)
+        wait_until(up(alertmanager, "/-/ready"), 60, httpx.TransportError)
+        wait_until(up(prometheus, "/-/ready"), 60, httpx.TransportError)
         time.sleep(15)  # what is normal, to train on
         train(tmp_path, mapping, prometheus)
-        wait_for(up(elbo, "/readyz"), 30)
-        wait_for(lambda: scored(elbo) > 20, 60)
-        wait_for(lambda: alerts(alertmanager) == [], 60)
+        wait_until(up(elbo, "/readyz"), 30, httpx.TransportError)
+        wait_until(lambda: scored(elbo) > 20, 60, httpx.TransportError)
+        wait_until(lambda: alerts(alertmanager) == [], 60, httpx.TransportError)
         app.ill = True
-        wait_for(lambda: alerts(alertmanager) != [], 60)
+        wait_until(lambda: alerts(alertmanager) != [], 60, httpx.TransportError)
         (alert,) = alerts(alertmanager)
         assert alert["labels"] == {"alertname": "ElboAnomaly", "model": "node", "group": "web1"}
         assert alert["status"]["state"] == "active"
         assert "most of all app_" in alert["annotations"]["description"]
         app.ill = False
-        wait_for(lambda: alerts(alertmanager) == [], 60)
+        wait_until(lambda: alerts(alertmanager) == [], 60, httpx.TransportError)
         text = httpx.get(f"http://127.0.0.1:{elbo}/metrics").text
         assert re.search(r'^elbo_anomalies_total\{group="web1",model="node",version="1"\} [1-9]', text, re.MULTILINE)
         assert re.search(r'^elbo_alerts\{model="node"\} 0', text, re.MULTILINE)

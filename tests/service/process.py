@@ -1,4 +1,4 @@
-"""`python -m service` as a process."""
+"""Run `python -m service` as a child process."""
 
 import json
 import os
@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,98 +16,115 @@ from typing import Any
 
 import httpx
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.data import ROOT
+from tests.service.scrape import scrape, total
 
 
-class Process:
-    """A server process; every line of its log is kept."""
+class ServerProcess:
+    """A server process that listens. Its whole log is kept in `lines`.
+
+    Args:
+        artifacts: the artifact folder.
+        settings: values of ELBO_* variables, by the name without the prefix.
+    """
 
     def __init__(self, artifacts: Path, **settings: Any) -> None:
         options = {"ARTIFACTS": artifacts, "PORT": 0, "POLL_SECONDS": 0.1, **settings}
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("ELBO_")}
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `close`
+        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `close`
         self.popen = subprocess.Popen(
             [sys.executable, "-m", "service"],
             cwd=ROOT,
             env=inherited | {f"ELBO_{key}": str(value) for key, value in options.items()},
             stdout=subprocess.PIPE,
-            stderr=self._errors,
+            stderr=self._stderr,
             text=True,
         )
         self.lines: list[dict[str, Any]] = []
-        self._fresh: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._unread_lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        threading.Thread(target=self._read_log, daemon=True).start()
         try:
-            self.port = int(self.wait_for("listening on")["message"].rpartition(":")[2])
+            self.port = int(self.wait_for_log("listening on")["message"].rpartition(":")[2])
         except BaseException:
             self.close()
             raise
 
-    def _read(self) -> None:
+    def _read_log(self) -> None:
         assert self.popen.stdout is not None
         for line in self.popen.stdout:
-            self._fresh.put(json.loads(line))
-        self._fresh.put(None)
+            self._unread_lines.put(json.loads(line))
+        self._unread_lines.put(None)
 
-    def wait_for(self, message: str, **fields: Any) -> dict[str, Any]:
-        """The next log line with `message` in it and these fields."""
+    def wait_for_log(self, message: str, **fields: Any) -> dict[str, Any]:
+        """Return the next log line whose message contains `message` and whose fields have these values."""
         while True:
-            line = self._fresh.get(timeout=20)
-            assert line is not None, f"it ended before it said {message}"
+            line = self._unread_lines.get(timeout=20)
+            assert line is not None, f"the server ended before it logged {message!r}"
             self.lines.append(line)
             if message in line["message"] and all(line.get(key) == value for key, value in fields.items()):
                 return line
 
+    def wait_for_worker(self) -> None:
+        """Wait until one more worker is ready. The first is ready before the server listens."""
+        self.wait_for_log("is ready")
+
     def client(self) -> httpx.Client:
+        """Return an HTTP client of the server."""
         return httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=20)
 
     def connect(self) -> socket.socket:
+        """Return a TCP connection to the server."""
         return socket.create_connection(("127.0.0.1", self.port), timeout=20)
 
-    def end(self, sig: int = signal.SIGTERM) -> int:
-        """Send `sig` and give the exit code."""
+    def metric_total(self, name: str) -> float:
+        """Return a metric summed over its label sets, as one of the workers reports it."""
+        with self.client() as client:
+            return total(scrape(client), name)
+
+    def stop(self, sig: int = signal.SIGTERM) -> int:
+        """Send a signal and return the exit code."""
         self.popen.send_signal(sig)
         return self.popen.wait(20)
 
-    def errors(self) -> str:
-        """What it has said on standard error."""
-        self._errors.seek(0)
-        return self._errors.read()
+    def stderr(self) -> str:
+        """Return what the server wrote to standard error."""
+        self._stderr.seek(0)
+        return self._stderr.read()
 
     def close(self) -> None:
-        """Kill it, and print what it said beside its requests: pytest shows it where a test fails."""
+        """Kill the server and print its log without the access lines: pytest shows it if the test fails."""
         self.popen.kill()
         self.popen.wait()
         with suppress(queue.Empty):
-            while line := self._fresh.get(timeout=1):
+            while line := self._unread_lines.get(timeout=1):
                 self.lines.append(line)
-        print(*(line for line in self.lines if "status" not in line), self.errors(), sep="\n")
-        self._errors.close()
+        print(*(line for line in self.lines if "status" not in line), self.stderr(), sep="\n")
+        self._stderr.close()
         assert self.popen.stdout is not None
         self.popen.stdout.close()
 
 
 @contextmanager
-def starter() -> Iterator[Callable[..., Process]]:
-    """Starts processes, and ends them all."""
-    processes: list[Process] = []
+def server_starter() -> Iterator[Callable[..., ServerProcess]]:
+    """Yield a function that starts servers, and close all of them at the end of the block."""
+    processes: list[ServerProcess] = []
 
-    def begin(*arguments: Any, **settings: Any) -> Process:
-        processes.append(Process(*arguments, **settings))
+    def start(*arguments: Any, **settings: Any) -> ServerProcess:
+        processes.append(ServerProcess(*arguments, **settings))
         return processes[-1]
 
     try:
-        yield begin
+        yield start
     finally:
         for process in processes:
             process.close()
 
 
 @contextmanager
-def meanwhile(*works: Callable[[threading.Event], None]) -> Iterator[None]:
-    """Each of `works` in a thread; at the block's end, however it comes, they are told to stop, and waited for."""
+def background_threads(*functions: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Run each function in a thread. When the block ends, also by an exception, set their stop event and join them."""
     stop = threading.Event()
-    threads = [threading.Thread(target=work, args=(stop,)) for work in works]
+    threads = [threading.Thread(target=function, args=(stop,)) for function in functions]
     for thread in threads:
         thread.start()
     try:
@@ -117,10 +133,3 @@ def meanwhile(*works: Callable[[threading.Event], None]) -> Iterator[None]:
         stop.set()
         for thread in threads:
             thread.join()
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

@@ -10,23 +10,24 @@ import torch
 
 from benchmarks.serving.client import Pool, storm
 from models.artifact import Artifact
-from tests.service.process import Process, starter, wait_until
+from tests.service.process import ServerProcess, server_starter
 from tests.service.scrape import scrape, total
+from tests.waiting import wait_until
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., Process]]:
-    with starter() as begin:
+def start() -> Iterator[Callable[..., ServerProcess]]:
+    with server_starter() as begin:
         yield begin
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_server_under_random_disconnects_answers_the_remaining_clients_and_leaks_nothing(
-    start: Callable[..., Process], artifacts: Path, vae: Artifact, digits: np.ndarray, workers: int
+    start: Callable[..., ServerProcess], artifacts: Path, vae: Artifact, digits: np.ndarray, workers: int
 ) -> None:
     process = start(artifacts, WORKERS=workers)
     for _ in range(workers - 1):  # `start` has waited for the first
-        process.wait_for("is ready")
+        process.wait_for_worker()
     x = digits[:64]
     with torch.inference_mode():
         pool = Pool(x, vae.module(torch.from_numpy(x)).numpy())
@@ -37,4 +38,4 @@ def test_server_under_random_disconnects_answers_the_remaining_clients_and_leaks
     with process.client() as client:
         wait_until(lambda: total(scrape(client), "elbo_pending_rows") == 0)
         assert total(scrape(client), "elbo_pending_bytes") == 0
-    assert process.end() == 0
+    assert process.stop() == 0

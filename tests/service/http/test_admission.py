@@ -17,15 +17,15 @@ from service.http.admission import TOGETHER
 from service.settings import Settings
 from tests.service.gate import Gate
 from tests.service.http.test_queue import BODY, REQUEST, ROWS, serving, until
-from tests.service.process import Process, starter
+from tests.service.process import ServerProcess, server_starter
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 HttpResponse = tuple[int, dict[str, str], bytes]
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., Process]]:
-    with starter() as begin:
+def start() -> Iterator[Callable[..., ServerProcess]]:
+    with server_starter() as begin:
         yield begin
 
 
@@ -55,7 +55,7 @@ async def rounds(port: int, request: bytes, clients: int, times: int) -> list[tu
 
 
 def test_a_flood_is_turned_away_at_once_and_who_is_let_in_is_answered(
-    start: Callable[..., Process], artifacts: Path, vae: Artifact
+    start: Callable[..., ServerProcess], artifacts: Path, vae: Artifact
 ) -> None:
     process = start(artifacts, QUEUE_SECONDS=0.001)
     request = REQUEST.replace(b"/encode", b"/reconstruct?model=vae")
@@ -80,7 +80,7 @@ def test_a_flood_is_turned_away_at_once_and_who_is_let_in_is_answered(
     assert "elbo_pending_rows 0.0" in text
     problems = re.findall(r'^elbo_problems_total\{code="overloaded".*\} (\S+)$', text, re.MULTILINE)
     assert sum(map(float, problems)) == len(refused)
-    assert process.end() == 0
+    assert process.stop() == 0
 
 
 async def connected(port: int) -> Streams:

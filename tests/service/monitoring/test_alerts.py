@@ -16,9 +16,10 @@ from service.monitoring import alerts, background
 from service.monitoring.alerts import LASTS, RESEND, AlertSender, AlertState, Labels
 from service.settings import Settings
 from tests.service.hosts import host_records, host_rows
-from tests.service.process import starter
+from tests.service.process import server_starter
 from tests.service.running import running
 from tests.service.scrape import scrape
+from tests.waiting import wait_until
 
 CALM = 60.0
 A: Labels = ("m", "1", "a")
@@ -106,18 +107,11 @@ def alertmanager() -> Iterator[Alertmanager]:
     made.server.server_close()
 
 
-def until(condition: Any, seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_alerts_are_posted_where_alertmanager_takes_them(alertmanager: Alertmanager) -> None:
     sender = AlertSender(f"http://user:p%40ss@127.0.0.1:{alertmanager.port}/prefix/")
     sender.start()
     sender.put({("m", "a"): {"labels": {"x": "1"}}, ("m", "b"): {"labels": {"x": "2"}}})
-    until(lambda: sender.waiting == 0)
+    wait_until(lambda: sender.waiting == 0)
     sender.close()
     assert alertmanager.taken == [[{"labels": {"x": "1"}}, {"labels": {"x": "2"}}]]
     assert alertmanager.paths == ["/prefix/api/v2/alerts"]
@@ -131,9 +125,9 @@ def test_a_failing_alertmanager_is_tried_again_with_the_latest_alone(alertmanage
     sender = AlertSender(f"http://127.0.0.1:{alertmanager.port}", backoff=(0.05, 0.1))
     sender.start()
     sender.put({("m", "a"): {"n": 1}})
-    until(lambda: sender.outcomes["retried"])
+    wait_until(lambda: sender.outcomes["retried"])
     sender.put({("m", "a"): {"n": 2}})
-    until(lambda: sender.waiting == 0)
+    wait_until(lambda: sender.waiting == 0)
     sender.close()
     assert alertmanager.taken[-1] == [{"n": 2}]
     assert sum(map(len, alertmanager.taken)) == 1
@@ -145,7 +139,7 @@ def test_what_alertmanager_refuses_is_not_sent_again(alertmanager: Alertmanager)
     sender = AlertSender(f"http://127.0.0.1:{alertmanager.port}", backoff=(0.01, 0.01))
     sender.start()
     sender.put({("m", "a"): {"n": 1}})
-    until(lambda: sender.outcomes["refused"] == 1)
+    wait_until(lambda: sender.outcomes["refused"] == 1)
     assert sender.waiting == 0
     sender.close()
     assert alertmanager.taken == []
@@ -160,7 +154,7 @@ def test_one_that_is_down_is_found_again(alertmanager: Alertmanager) -> None:
     for number in range(1000):
         sender.put({("m", str(number % 10)): {"n": number}})
     assert sender.waiting == 10  # as many as there are groups
-    until(lambda: sender.outcomes["retried"] >= 20)
+    wait_until(lambda: sender.outcomes["retried"] >= 20)
     started = time.monotonic()
     sender.close()
     assert time.monotonic() - started < 2
@@ -184,7 +178,7 @@ def test_a_slow_alertmanager_holds_up_no_request(slow: Alertmanager, artifacts: 
             assert client.post("/anomaly", json={"records": [strange] * 3}).status_code == 200
             took.append(time.perf_counter() - started)
             time.sleep(0.02)
-        until(lambda: scrape(client).get(("elbo_alert_pushes_total", frozenset({("outcome", "retried")}))))
+        wait_until(lambda: scrape(client).get(("elbo_alert_pushes_total", frozenset({("outcome", "retried")}))))
         assert scrape(client)["elbo_alerts", frozenset({("model", "hosts")})] == 1
         assert scrape(client)["elbo_alerts_waiting", frozenset()] == 1
     assert sorted(took)[45] < 0.3  # one that waited for a push would take all of its time-out
@@ -201,7 +195,7 @@ def test_the_whole_way_from_rows_to_an_alert_and_its_end(
         client.post("/anomaly?alpha=0.001", json={"records": calm})
         strange = dict.fromkeys(host_records(host_rows(1))[0], 1e5) | {"host": "web1"}
         client.post("/anomaly?alpha=0.001", json={"records": [strange] * 3})
-        until(lambda: len(alertmanager.taken) >= 2)
+        wait_until(lambda: len(alertmanager.taken) >= 2)
     first, *_, last = [alert for batch in alertmanager.taken for alert in batch]
     assert {alert["labels"]["group"] for batch in alertmanager.taken for alert in batch} == {"web1"}
     assert first["labels"] == last["labels"]
@@ -211,19 +205,19 @@ def test_the_whole_way_from_rows_to_an_alert_and_its_end(
 
 def test_of_several_workers_one_alerts_by_the_sums_of_all(alertmanager: Alertmanager, artifacts: Path) -> None:
     settings = {"ALERTMANAGER_URL": f"http://127.0.0.1:{alertmanager.port}", "ALERT_CALM_SECONDS": 2}
-    with starter() as start:
+    with server_starter() as start:
         process = start(artifacts, WORKERS=2, DEFAULT_MODEL="hosts", **settings)
-        process.wait_for("is ready")
+        process.wait_for_worker()
         strange = dict.fromkeys(host_records(host_rows(1))[0], 1e5) | {"host": "web1"}
         clients = [process.client() for _ in range(6)]  # connections go to the workers in turn
         for client in clients:
             assert client.post("/anomaly", json={"records": [strange] * 5}).status_code == 200
-        until(lambda: len(alertmanager.taken) == 2, 20)
+        wait_until(lambda: len(alertmanager.taken) == 2)
         first, last = (alert for batch in alertmanager.taken for alert in batch)
         counted = scrape(clients[0])
         for client in clients:
             client.close()
-        assert process.end() == 0
+        assert process.stop() == 0
     assert counted["elbo_alarms_total", frozenset({"model": "hosts", "version": "1", "group": "web1"}.items())] == 30
     assert first["labels"] == last["labels"] == {"alertname": "ElboAnomaly", "model": "hosts", "group": "web1"}
     assert "30 rows" in last["annotations"]["description"]

@@ -16,65 +16,47 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.service.process import ROOT, Process, meanwhile, starter, wait_until
+from tests.data import ROOT
+from tests.service.process import ServerProcess, background_threads, server_starter
+from tests.service.raw_http import read_response, request_head
+from tests.waiting import wait_until
 
 ROW = [0.5] * 64
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., Process]]:
-    with starter() as begin:
+def start() -> Iterator[Callable[..., ServerProcess]]:
+    with server_starter() as begin:
         yield begin
 
 
 @pytest.fixture(scope="module")
-def server(artifacts: Path) -> Iterator[Process]:
+def server(artifacts: Path) -> Iterator[ServerProcess]:
     """A server shared by the tests that leave it as it was."""
-    with starter() as begin:
+    with server_starter() as begin:
         process = begin(artifacts, MAX_BODY_BYTES=2**20)
         yield process
-        assert process.end() == 0
-        assert process.errors() == ""
-
-
-def head(path: str, *headers: str) -> bytes:
-    return "\r\n".join(
-        [f"POST {path} HTTP/1.1", "Host: elbo", "Content-Type: application/json", *headers, "", ""]
-    ).encode()
-
-
-def read_answer(connection: socket.socket) -> bytes:
-    answer = b""
-    with contextlib.suppress(ConnectionError):
-        while chunk := connection.recv(65536):
-            answer += chunk
-            if b"\r\n\r\n" in answer:
-                top, _, body = answer.partition(b"\r\n\r\n")
-                length = next(
-                    int(line[15:]) for line in top.lower().split(b"\r\n") if line.startswith(b"content-length:")
-                )
-                if len(body) >= length:
-                    break
-    return answer
+        assert process.stop() == 0
+        assert process.stderr() == ""
 
 
 def test_on_sigterm_it_is_not_ready_serves_on_then_finishes_what_is_under_way(
-    start: Callable[..., Process], artifacts: Path
+    start: Callable[..., ServerProcess], artifacts: Path
 ) -> None:
     process = start(artifacts, DRAIN_SECONDS=1)
     body = json.dumps({"inputs": [ROW]}).encode()
     with process.client() as client, process.connect() as slow:
-        slow.sendall(head("/encode", f"Content-Length: {len(body)}") + body[:10])
+        slow.sendall(request_head("/encode", f"Content-Length: {len(body)}") + body[:10])
         process.popen.send_signal(signal.SIGTERM)
-        process.wait_for("stopping")
+        process.wait_for_log("stopping")
         assert client.get("/readyz").status_code == 503
         with process.client() as newcomer:
             assert newcomer.post("/encode", json={"inputs": [ROW]}).status_code == 200
-        process.wait_for("Waiting for connections to close")
+        process.wait_for_log("Waiting for connections to close")
         with pytest.raises(ConnectionError):
             process.connect()
         slow.sendall(body[10:])
-        assert read_answer(slow).startswith(b"HTTP/1.1 200")
+        assert read_response(slow).startswith(b"HTTP/1.1 200")
     assert process.popen.wait(20) == 0
 
 
@@ -102,30 +84,30 @@ def test_a_bad_setting_is_told_in_one_line(name: str, value: str) -> None:
 
 
 def test_a_model_is_served_as_soon_as_it_is_published_and_no_more_when_removed(
-    start: Callable[..., Process], artifacts: Path, tmp_path: Path
+    start: Callable[..., ServerProcess], artifacts: Path, tmp_path: Path
 ) -> None:
     process = start(tmp_path / "models")
     with process.client() as client:
         assert client.get("/readyz").status_code == 503
         shutil.copytree(artifacts / "pca", tmp_path / "models" / "digits")
-        process.wait_for("serving digits@1")
+        process.wait_for_log("serving digits@1")
         assert client.get("/readyz").status_code == 200
         assert client.post("/sample").json()["version"] == 1
         (tmp_path / "models" / "digits" / "2").mkdir()
         (tmp_path / "models" / "digits" / "2" / "model.pt").write_bytes(b"PK nonsense")
-        process.wait_for("digits@2 cannot be served")
+        process.wait_for_log("digits@2 cannot be served")
         assert client.post("/sample").json()["version"] == 1
         wait_until(lambda: [failure["version"] for failure in client.get("/models").json()["failures"]] == [2])
         shutil.copytree(artifacts / "pca" / "1", tmp_path / "models" / "digits" / "3")
-        process.wait_for("serving digits@3")
+        process.wait_for_log("serving digits@3")
         assert client.post("/sample").json()["version"] == 3
         shutil.rmtree(tmp_path / "models" / "digits")
-        process.wait_for("no longer serving digits@3")
+        process.wait_for_log("no longer serving digits@3")
         assert client.get("/readyz").status_code == 503
 
 
 def test_a_calibration_is_taken_up_without_a_restart(
-    start: Callable[..., Process], artifacts: Path, tmp_path: Path
+    start: Callable[..., ServerProcess], artifacts: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(artifacts / "hosts", tmp_path / "models" / "hosts")
     process = start(tmp_path / "models")
@@ -137,7 +119,7 @@ def test_a_calibration_is_taken_up_without_a_restart(
         old = client.post("/anomaly", json={"inputs": rows[:5].tolist()}).json()
         command = [sys.executable, "-m", "elbo", "calibrate", "hosts", str(recent), *folders]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-        process.wait_for("serving hosts@2")
+        process.wait_for_log("serving hosts@2")
         new = client.post("/anomaly", json={"inputs": rows[:5].tolist()}).json()
         assert (old["version"], old["calibration"]["rows"]) == (1, 80)
         assert (new["version"], new["calibration"]["rows"]) == (2, 150)
@@ -153,7 +135,7 @@ def test_a_calibration_is_taken_up_without_a_restart(
 
 
 def test_no_request_fails_while_versions_come_and_go_and_sigint_ends_it(
-    start: Callable[..., Process], artifacts: Path, tmp_path: Path
+    start: Callable[..., ServerProcess], artifacts: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(artifacts / "pca", tmp_path / "pca")
     process = start(tmp_path)
@@ -164,28 +146,28 @@ def test_no_request_fails_while_versions_come_and_go_and_sigint_ends_it(
             while not stop.is_set():
                 statuses.append(client.post("/reconstruct", json={"inputs": [ROW]}).status_code)
 
-    with meanwhile(ask, ask, ask):
+    with background_threads(ask, ask, ask):
         for version in range(2, 6):
             shutil.copytree(artifacts / "pca" / "1", tmp_path / "pca" / str(version))
-            process.wait_for(f"serving pca@{version}")
+            process.wait_for_log(f"serving pca@{version}")
             shutil.rmtree(tmp_path / "pca" / str(version - 1))
-            process.wait_for(f"no longer serving pca@{version - 1}")
+            process.wait_for_log(f"no longer serving pca@{version - 1}")
     assert len(statuses) > 20
     assert set(statuses) == {200}
-    assert process.end(signal.SIGINT) == 0
+    assert process.stop(signal.SIGINT) == 0
 
 
-def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_fault_of_the_server(server: Process) -> None:
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_fault_of_the_server(server: ServerProcess) -> None:
     with server.connect() as connection:
-        connection.sendall(head("/encode", "Content-Length: 1000", "X-Request-Id: half") + b'{"inputs": [[')
+        connection.sendall(request_head("/encode", "Content-Length: 1000", "X-Request-Id: half") + b'{"inputs": [[')
         time.sleep(0.05)
-    assert server.wait_for("request", request_id="half")["status"] == 499
+    assert server.wait_for_log("request", request_id="half")["status"] == 499
 
 
-def test_clients_that_stall_cost_the_others_nothing(server: Process) -> None:
+def test_clients_that_stall_cost_the_others_nothing(server: ServerProcess) -> None:
     stalled = [server.connect() for _ in range(50)]
     for connection in stalled:
-        connection.sendall(head("/encode", "Content-Length: 100000") + b'{"inputs"')
+        connection.sendall(request_head("/encode", "Content-Length: 100000") + b'{"inputs"')
     with server.client() as client:
         started = time.perf_counter()
         for _ in range(20):
@@ -196,7 +178,7 @@ def test_clients_that_stall_cost_the_others_nothing(server: Process) -> None:
 
 
 def test_a_head_that_does_not_come_costs_its_connection_and_nothing_else(
-    start: Callable[..., Process], artifacts: Path
+    start: Callable[..., ServerProcess], artifacts: Path
 ) -> None:
     process = start(artifacts, REQUEST_TIMEOUT=0.5)
     with process.connect() as silent, process.connect() as slow, process.client() as client:
@@ -204,10 +186,10 @@ def test_a_head_that_does_not_come_costs_its_connection_and_nothing_else(
         assert client.post("/encode", json={"inputs": [ROW]}).status_code == 200
         assert silent.recv(1) == slow.recv(1) == b""
         assert client.get("/livez").status_code == 200
-    assert process.end() == 0
+    assert process.stop() == 0
 
 
-def test_an_endless_head_is_cut_off(server: Process) -> None:
+def test_an_endless_head_is_cut_off(server: ServerProcess) -> None:
     with server.connect() as connection:
         connection.sendall(b"POST /encode HTTP/1.1\r\n")
         sent = 0
@@ -220,17 +202,17 @@ def test_an_endless_head_is_cut_off(server: Process) -> None:
         assert client.get("/livez", headers={"x-long": "v" * 30_000}).status_code == 200
 
 
-def test_a_body_that_is_declared_too_large_is_refused_before_it_is_sent(server: Process) -> None:
+def test_a_body_that_is_declared_too_large_is_refused_before_it_is_sent(server: ServerProcess) -> None:
     with server.connect() as connection:
-        connection.sendall(head("/encode", "Content-Length: 9999999999", "Expect: 100-continue"))
-        answer = read_answer(connection)
+        connection.sendall(request_head("/encode", "Content-Length: 9999999999", "Expect: 100-continue"))
+        answer = read_response(connection)
     assert answer.startswith(b"HTTP/1.1 413")
     assert b"body_too_large" in answer
 
 
-def test_an_endless_body_is_cut_off(server: Process) -> None:
+def test_an_endless_body_is_cut_off(server: ServerProcess) -> None:
     with server.connect() as connection:
-        connection.sendall(head("/encode", "Transfer-Encoding: chunked"))
+        connection.sendall(request_head("/encode", "Transfer-Encoding: chunked"))
         chunk = b"10000\r\n" + b" " * 2**16 + b"\r\n"
         sent = 0
         with contextlib.suppress(ConnectionError):
@@ -245,13 +227,13 @@ def test_an_endless_body_is_cut_off(server: Process) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 7, 100_000])
-def test_a_body_in_chunks_of_any_size_is_the_same_body(server: Process, size: int) -> None:
+def test_a_body_in_chunks_of_any_size_is_the_same_body(server: ServerProcess, size: int) -> None:
     body = b'{"inputs": [[%s]]}' % b", ".join([b"%.15f" % value for value in ROW])
     chunks = [body[start : start + size] for start in range(0, len(body), size)]
     with server.connect() as connection, server.client() as client:
-        connection.sendall(head("/encode", "Transfer-Encoding: chunked"))
+        connection.sendall(request_head("/encode", "Transfer-Encoding: chunked"))
         connection.sendall(b"".join([b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks]) + b"0\r\n\r\n")
-        answer = read_answer(connection)
+        answer = read_response(connection)
         whole = client.post("/encode", content=body)
     assert answer.startswith(b"HTTP/1.1 200")
     assert answer.endswith(whole.content)
@@ -260,7 +242,7 @@ def test_a_body_in_chunks_of_any_size_is_the_same_body(server: Process, size: in
 @pytest.mark.parametrize(
     "garbage", [b"\x00" * 100, b"GET /\r\n\r\n", b"POST /encode HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\x00"]
 )
-def test_what_is_no_http_does_no_harm(server: Process, garbage: bytes) -> None:
+def test_what_is_no_http_does_no_harm(server: ServerProcess, garbage: bytes) -> None:
     with server.connect() as connection:
         connection.sendall(garbage)
         with contextlib.suppress(ConnectionError):
@@ -294,7 +276,7 @@ def test_an_artifact_is_served_where_neither_its_classes_nor_training_exist(arti
     assert ended.stdout == "['ae', 'hosts', 'pca', 'vae'] []\n"
 
 
-def test_large_bodies_do_not_hold_up_small_ones(server: Process) -> None:
+def test_large_bodies_do_not_hold_up_small_ones(server: ServerProcess) -> None:
     rows = np.random.default_rng(0).random((1500, 64)).round(4).tolist()
     large = json.dumps({"inputs": rows}).encode()
 
@@ -304,7 +286,7 @@ def test_large_bodies_do_not_hold_up_small_ones(server: Process) -> None:
                 client.post("/reconstruct", content=large, headers={"content-type": "application/json"})
 
     times = []
-    with meanwhile(flood), server.client() as client:
+    with background_threads(flood), server.client() as client:
         for _ in range(30):
             started = time.perf_counter()
             assert client.get("/livez").status_code == 200

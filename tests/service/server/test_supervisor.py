@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import re
 import select
 import signal
 import socket
@@ -22,27 +21,24 @@ import pytest
 from models.artifact import Artifact
 from service.server import fd_passing
 from tests.conftest import require
-from tests.service.process import ROOT, Process, meanwhile, starter, wait_until
-from tests.service.server.test_run import head, read_answer
+from tests.data import ROOT
+from tests.service.process import ServerProcess, background_threads, server_starter
+from tests.service.raw_http import read_response, request_head
+from tests.waiting import wait_until
 
 BODY = b'{"inputs": [[' + b", ".join([b"0.5"] * 64) + b"]]}"
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., Process]]:
+def start() -> Iterator[Callable[..., ServerProcess]]:
     require(Path("/proc/self/task").is_dir(), "this looks into /proc")
-    with starter() as begin:
+    with server_starter() as begin:
         yield begin
 
 
-def workers(process: Process) -> list[int]:
+def workers(process: ServerProcess) -> list[int]:
     pid = process.popen.pid
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def both_ready(process: Process) -> None:
-    """`Process` has waited for the first."""
-    process.wait_for("is ready")
 
 
 def sockets(pid: int) -> int:
@@ -53,17 +49,10 @@ def sockets(pid: int) -> int:
     return found
 
 
-def counted(process: Process, name: str) -> float:
-    """The sum over all labels, as one of the workers tells it."""
-    with process.client() as client:
-        text = client.get("/metrics").text
-    return sum(float(value) for value in re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE))
-
-
 class Load:
     """What clients, each with a connection of its own, were answered."""
 
-    def __init__(self, process: Process) -> None:
+    def __init__(self, process: ServerProcess) -> None:
         self.right = 0
         self.wrong: list[str] = []
         self._process = process
@@ -90,9 +79,9 @@ class Load:
 
 
 @contextmanager
-def loaded(process: Process, clients: int) -> Iterator[Load]:
+def loaded(process: ServerProcess, clients: int) -> Iterator[Load]:
     load = Load(process)
-    with meanwhile(*(partial(load.ask, seed) for seed in range(clients))):
+    with background_threads(*(partial(load.ask, seed) for seed in range(clients))):
         yield load
 
 
@@ -120,10 +109,10 @@ def test_connections_that_come_together_are_taken_together() -> None:
 
 
 def test_connections_are_shared_evenly_and_any_worker_tells_the_sum(
-    start: Callable[..., Process], artifacts: Path
+    start: Callable[..., ServerProcess], artifacts: Path
 ) -> None:
     process = start(artifacts, WORKERS=2)
-    both_ready(process)
+    process.wait_for_worker()
     before = [sockets(pid) for pid in workers(process)]
     clients = [process.client() for _ in range(10)]
     for number, client in enumerate(clients, 1):
@@ -134,51 +123,51 @@ def test_connections_are_shared_evenly_and_any_worker_tells_the_sum(
     assert opened == [5, 5]
     for client in clients:
         client.close()
-    assert process.end() == 0
+    assert process.stop() == 0
 
 
 def test_a_killed_worker_is_replaced_its_clients_hear_of_it_and_no_count_falls(
-    start: Callable[..., Process], artifacts: Path
+    start: Callable[..., ServerProcess], artifacts: Path
 ) -> None:
     process = start(artifacts, WORKERS=2)
-    both_ready(process)
+    process.wait_for_worker()
     with loaded(process, 4) as load:
         halves = [process.connect() for _ in range(2)]  # one for each worker
         for half in halves:
-            half.sendall(head("/encode", f"Content-Length: {len(BODY)}") + BODY[:20])
+            half.sendall(request_head("/encode", f"Content-Length: {len(BODY)}") + BODY[:20])
         wait_until(lambda: load.right > 20)
-        before, victim = counted(process, "elbo_requests_total"), workers(process)[0]
+        before, victim = process.metric_total("elbo_requests_total"), workers(process)[0]
         os.kill(victim, signal.SIGKILL)
         (lost,) = select.select(halves, [], [], 5)[0]
         with suppress(ConnectionError):
             assert lost.recv(1) == b""
-        assert process.wait_for("it is replaced", pid=victim)["level"] == "error"
-        assert counted(process, "elbo_requests_total") > before
-        process.wait_for("is ready", level="info")
+        assert process.wait_for_log("it is replaced", pid=victim)["level"] == "error"
+        assert process.metric_total("elbo_requests_total") > before
+        process.wait_for_log("is ready", level="info")
         assert victim not in workers(process)
         assert len(workers(process)) == 2
         seen = load.right
         wait_until(lambda: load.right > seen + 20)
     assert len(load.wrong) <= 4  # at most the one that each client had under way
-    assert counted(process, "elbo_worker_restarts_total") == 1
-    assert counted(process, "elbo_requests_total") > before
+    assert process.metric_total("elbo_worker_restarts_total") == 1
+    assert process.metric_total("elbo_requests_total") > before
     halves.remove(lost)
     halves[0].sendall(BODY[20:])
-    assert read_answer(halves[0]).startswith(b"HTTP/1.1 200")
+    assert read_response(halves[0]).startswith(b"HTTP/1.1 200")
     for half in (lost, *halves):
         half.close()
-    assert process.end() == 0
+    assert process.stop() == 0
 
 
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("delay", [0, 0.5])
 def test_sigterm_under_load_loses_no_request(
-    start: Callable[..., Process], artifacts: Path, count: int, delay: float
+    start: Callable[..., ServerProcess], artifacts: Path, count: int, delay: float
 ) -> None:
     process = start(artifacts, WORKERS=count, DRAIN_SECONDS=delay)
     with loaded(process, 6) as load:
         wait_until(lambda: load.right > 30)
-        assert process.end() == 0
+        assert process.stop() == 0
     assert load.wrong == []
 
 
@@ -186,8 +175,7 @@ LATE = """
 import select, signal
 from service import settings
 from service.monitoring import logs
-from service.server.run import run
-from service.server import supervisor
+from service.server import run, supervisor
 
 class Late(supervisor.Supervisor):
     def _listen(self):
@@ -216,11 +204,11 @@ def test_a_worker_that_becomes_ready_while_the_rest_ends_is_no_failure(artifacts
     assert "worker 1 is ready" in ended.stdout
 
 
-def test_while_it_drains_it_is_not_ready_and_serves_on(start: Callable[..., Process], artifacts: Path) -> None:
+def test_while_it_drains_it_is_not_ready_and_serves_on(start: Callable[..., ServerProcess], artifacts: Path) -> None:
     process = start(artifacts, WORKERS=2, DRAIN_SECONDS=1)
-    both_ready(process)
+    process.wait_for_worker()
     process.popen.send_signal(signal.SIGTERM)
-    process.wait_for("stopping")
+    process.wait_for_log("stopping")
     for _ in range(2):
         with process.client() as client:
             wait_until(lambda: client.get("/readyz").status_code == 503)
@@ -240,12 +228,12 @@ def test_what_keeps_the_workers_from_starting_ends_the_server(artifacts: Path) -
     assert "cuda was asked for" in ended.stderr
 
 
-def test_workers_end_when_their_supervisor_is_killed(start: Callable[..., Process], artifacts: Path) -> None:
+def test_workers_end_when_their_supervisor_is_killed(start: Callable[..., ServerProcess], artifacts: Path) -> None:
     process = start(artifacts, WORKERS=2)
-    both_ready(process)
+    process.wait_for_worker()
     orphans = workers(process)
     assert len(orphans) == 2
-    process.end(signal.SIGKILL)
+    process.stop(signal.SIGKILL)
     wait_until(lambda: not any(Path(f"/proc/{pid}/fd").is_dir() and alive(pid) for pid in orphans))
 
 
@@ -258,16 +246,16 @@ def alive(pid: int) -> bool:
 
 
 def test_answers_of_workers_are_those_of_the_module(
-    start: Callable[..., Process], artifacts: Path, vae: Artifact, digits: np.ndarray
+    start: Callable[..., ServerProcess], artifacts: Path, vae: Artifact, digits: np.ndarray
 ) -> None:
     import torch
 
     process = start(artifacts, WORKERS=2, BACKEND="torchscript")
-    both_ready(process)
+    process.wait_for_worker()
     with torch.inference_mode():
         expected = vae.module(torch.from_numpy(digits[:3])).numpy()
     for _ in range(4):
         with process.client() as client:
             answer = client.post("/reconstruct?model=vae", json={"inputs": digits[:3].tolist()})
             np.testing.assert_allclose(answer.json()["outputs"], expected, atol=1e-6)
-    assert process.end() == 0
+    assert process.stop() == 0
