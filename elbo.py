@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 import typer
 from typer.core import TyperCommand, TyperOption
 
-from models.errors import ElboError
+from models.errors import ElboError, first_fault
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -194,7 +194,7 @@ def _config(arguments: dict[str, Any]) -> "TrainConfig":
     if "size" in options:
         height, _, width = options["size"].partition("x")
         options["size"] = [height, width or height]
-    with _one_line(options):
+    with _option_errors(options):
         return TrainConfig.model_validate(options)
 
 
@@ -272,7 +272,7 @@ def serve(
     options = {key: value for key, value in locals().items() if value is not None}
     from service.settings import Settings
 
-    with _one_line(options):
+    with _option_errors(options):
         settings = Settings(**options)
     from service.server.run import serve
 
@@ -364,18 +364,22 @@ def _path(reference: str, root: Path) -> Path:
 
 
 @contextmanager
-def _one_line(options: Collection[str]) -> Iterator[None]:
-    """The first of pydantic's complaints, about one of `options` or an environment variable, as an OptionError."""
+def _option_errors(options: Collection[str]) -> Iterator[None]:
+    """Raise OptionError in place of pydantic's ValidationError, naming the option or environment variable at fault.
+
+    Args:
+        options: the fields that were given as options; the other fields come from environment variables.
+    """
     from pydantic import ValidationError
 
     try:
         yield
     except ValidationError as error:
-        first = error.errors()[0]
-        field = str(first["loc"][0]) if first["loc"] else "settings"
+        fault = first_fault(error)
+        field = fault.path[0] if fault.path else "settings"
         title = f"--{field.replace('_', '-')}" if field in options else f"ELBO_{field.upper()}"
-        complaint = first["msg"][0].lower() + first["msg"][1:]
-        raise OptionError(f"{title}: {complaint}, got {first['input']!r}; elbo COMMAND --help explains it") from error
+        message = f"{title}: {fault.message}, got {fault.value!r}; elbo COMMAND --help lists the valid values"
+        raise OptionError(message) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -12,6 +12,11 @@ ElboError
 └── the HTTP errors of service.errors
 """
 
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError  # `elbo --help` imports this module and must not wait for pydantic
+
 
 class ElboError(Exception):
     """Base of every error that Elbo raises on purpose. `str(error)` is one line: expected, got, what to do."""
@@ -59,3 +64,31 @@ class ArtifactMismatch(ArtifactError):
     """The model does not reproduce the golden answers that were recorded when it was published."""
 
     code = "artifact_mismatch"
+
+
+class FieldFault(NamedTuple):
+    """One field that pydantic rejects.
+
+    Args:
+        path: field names and indices that lead to the value, outermost first.
+        kind: pydantic's name of the error, such as "missing" or "extra_forbidden".
+        message: what was expected, such as "input should be greater than 0".
+        value: the rejected value.
+    """
+
+    path: tuple[str, ...]
+    kind: str
+    message: str
+    value: Any
+
+
+def first_fault(error: "ValidationError") -> FieldFault:
+    """Return the first field that `error` reports."""
+    fault = error.errors(include_url=False)[0]
+    message = fault["msg"].removeprefix("Value error, ")
+    return FieldFault(
+        path=tuple(map(str, fault["loc"])),
+        kind=fault["type"],
+        message=message[:1].lower() + message[1:],
+        value=fault["input"],
+    )

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from models.errors import ArtifactCorrupt, ArtifactForeign, ArtifactMissing, ArtifactTooNew
+from models.errors import ArtifactCorrupt, ArtifactForeign, ArtifactMissing, ArtifactTooNew, first_fault
 
 FORMAT_VERSION = 2
 FILE_NAME = "model.pt"
@@ -144,9 +144,9 @@ def parse(content: bytes, path: Path) -> Manifest:
     try:
         return Manifest.model_validate(fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise ArtifactCorrupt(f"{path}: manifest field {place}: {first['msg']}; publish the model again") from error
+        fault = first_fault(error)
+        field = ".".join(fault.path)
+        raise ArtifactCorrupt(f"{path}: manifest field {field}: {fault.message}; publish the model again") from error
 
 
 def _fields(content: bytes) -> dict[str, Any] | None:

@@ -1,22 +1,21 @@
-"""`python -m service`: serve with the settings of the environment."""
+"""`python -m service`: run the server with the settings in the ELBO_* environment variables."""
 
 import sys
 
 from pydantic import ValidationError
 
-from models.errors import ElboError
+from models.errors import ElboError, first_fault
 from service.settings import Settings
 
 
 def main() -> None:
-    """Serve; what keeps the server from starting is told in one line."""
+    """Run the server; an invalid setting or a failed start ends the process with one line on standard error."""
     try:
         settings = Settings()
     except ValidationError as error:
-        first = error.errors()[0]
-        name = "_".join(str(part) for part in first["loc"]).upper()
-        sys.exit(f"elbo: ELBO_{name}={first['input']}: {first['msg']}")
-    from service.server.run import serve  # imports torch, for which a wrong setting need not wait
+        fault = first_fault(error)
+        sys.exit(f"elbo: ELBO_{'_'.join(fault.path).upper()}: {fault.message}, got {fault.value!r}")
+    from service.server.run import serve  # imports torch; an invalid setting is reported before that
 
     try:
         serve(settings)

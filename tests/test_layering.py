@@ -36,7 +36,9 @@ MAY_IMPORT = {
     "service.anomaly": "models.errors schemas inference codec errors",
     "service.monitoring": "anomaly inference settings shared_memory",
     "service.http": "monitoring inference errors shared_memory",
-    "service.endpoints": "models.artifact http monitoring anomaly schemas inference codec errors settings",
+    "service.endpoints": (
+        "models.artifact models.errors http monitoring anomaly schemas inference codec errors settings"
+    ),
     "service.app": "models.artifact endpoints http monitoring anomaly inference errors settings shared_memory",
     "service.server": "models.errors app endpoints http monitoring settings shared_memory",
     "service.__main__": "models.errors server settings",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from models.errors import ElboError
+from models.errors import ElboError, first_fault
 
 
 class MappingError(ElboError):
@@ -37,6 +37,5 @@ def read(path: Path | None) -> dict[str | None, Target]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise MappingError(f"{path}: cannot be read as TOML: {error}") from error
     except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        place = ".".join(map(str, fault["loc"]))
-        raise MappingError(f"{path}: {place}: {fault['msg']}, got {fault['input']!r}") from error
+        fault = first_fault(error)
+        raise MappingError(f"{path}: {'.'.join(fault.path)}: {fault.message}, got {fault.value!r}") from error

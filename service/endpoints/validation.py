@@ -1,12 +1,12 @@
-"""A request's fields, from its body and its query, to one of the schemas; what is wrong, in words."""
+"""Validate request fields from the body and the query against a schema, with errors that say what to change."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
+from models.errors import FieldFault, first_fault
 from service.codec.rows import describe
 from service.errors import InvalidField, escape
 from service.schemas import Body
@@ -15,7 +15,11 @@ B = TypeVar("B", bound=Body)
 
 
 def merge(fields: dict[str, Any], query: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """The body's fields and those of the query. Raises InvalidField where one is given twice."""
+    """Return the fields of the body and the query together.
+
+    Raises:
+        InvalidField: if a field is in both, or twice in the query.
+    """
     merged = dict(fields)
     for name, value in query:
         if name in merged:
@@ -25,41 +29,46 @@ def merge(fields: dict[str, Any], query: Iterable[tuple[str, Any]]) -> dict[str,
 
 
 def validate(schema: type[B], fields: dict[str, Any]) -> B:
-    """`fields` as an instance of `schema`. Raises InvalidField with the first fault."""
+    """Return `fields` as an instance of `schema`.
+
+    Raises:
+        InvalidField: for the first field that the schema rejects.
+    """
     try:
         return schema.model_validate(fields)
     except ValidationError as error:
-        raise _in_words(error.errors(include_url=False)[0], schema) from error
+        raise _invalid_field(first_fault(error), schema) from error
 
 
-def _in_words(fault: ErrorDetails, schema: type[Body]) -> InvalidField:
-    path = [str(part) for part in fault["loc"]]
-    pointer = "".join(f"/{escape(part)}" for part in path)
-    name = ".".join(path)
-    if fault["type"] == "missing":
+def _invalid_field(fault: FieldFault, schema: type[Body]) -> InvalidField:
+    pointer = "".join(f"/{escape(part)}" for part in fault.path)
+    name = ".".join(fault.path)
+    if fault.kind == "missing":
         return InvalidField(f"the field {name} is missing", pointer=pointer, expected=name, got="nothing")
-    if fault["type"] == "extra_forbidden":
-        known = _fields_at(schema, path[:-1])
+    if fault.kind == "extra_forbidden":
+        *parents, unknown = fault.path
+        known = _field_names(schema, parents)
         return InvalidField(
             f"there is no field {name}",
             pointer=pointer,
             expected=", ".join(known),
-            got=path[-1],
-            hint=_hint(path[-1], known),
+            got=unknown,
+            hint=_hint(unknown, known),
         )
-    got = describe(fault["input"])
-    expected = fault["msg"].removeprefix("Input should be ")
+    got = describe(fault.value)
+    expected = fault.message.removeprefix("input should be ")
     return InvalidField(f"{name} should be {expected}, got {got}", pointer=pointer, expected=expected, got=got)
 
 
-def _fields_at(schema: type[Body], path: list[str]) -> list[str]:
+def _field_names(schema: type[Body], path: Sequence[str]) -> list[str]:
+    """Return the fields of the object at `path` in `schema`."""
     for part in path:
-        schema = schema.model_fields[part].annotation  # type: ignore[assignment] # only bodies have fields of their own
+        schema = schema.model_fields[part].annotation  # type: ignore[assignment] # only a Body has fields inside it
     return list(schema.model_fields)
 
 
 def _hint(name: str, known: list[str]) -> str | None:
     if name == "model":
-        return "the model is chosen in the query: ?model=name"
+        return "choose the model in the query: ?model=name"
     close = get_close_matches(name, known, n=1)
     return f"did you mean {close[0]}?" if close else None
