@@ -176,9 +176,9 @@ def train(
     the same options.
     """
     config = _config(context.obj)
-    from training.data.table import read
+    from training.data.table import read_table
 
-    table = read(data, config.drop, config.keep, config.size)
+    table = read_table(data, config.drop, config.keep, config.size)
     if _train(config, table, artifacts, runs, resume, checkpoint_seconds, tensorboard):
         where = "" if artifacts == DEFAULT_ROOT else f" --artifacts {artifacts}"
         typer.echo(f"next: elbo inspect {config.name}{where}, or elbo serve{where}")
@@ -208,19 +208,19 @@ def _train(
     tensorboard: bool = False,
 ) -> bool:
     """Whether this is the process that speaks of the run."""
-    from training.fitting.distributed import joined
+    from training.fitting.distributed import join_process_group
     from training.progress import reporter
     from training.train import train
 
     report = reporter()
     try:
-        with joined() as processes:
+        with join_process_group() as processes:
             path = train(config, table, root, report, runs, resume, seconds, tensorboard, processes)
     finally:
         report.close()
-    if processes.first:
+    if processes.is_first:
         typer.echo(f"published {config.name}@{path.parent.name}: {path}")
-    return processes.first
+    return processes.is_first
 
 
 @app.command(epilog="Example: elbo demo && elbo serve")
@@ -237,9 +237,9 @@ def demo(artifacts: Root = DEFAULT_ROOT, runs: Runs = Path("runs")) -> None:
     if not missing:
         typer.echo(f"nothing to do: {artifacts} has {', '.join(config.name for config in DEMONSTRATION)}")
         return
-    from training.data.table import read
+    from training.data.table import read_table
 
-    table = read("digits")
+    table = read_table("digits")
     for config in missing:
         _train(config, table, artifacts, runs)
 
@@ -349,10 +349,10 @@ def calibrate(
 
 def _load(reference: str, data: str, root: Path) -> "tuple[Artifact, Table]":
     from models.artifact import load
-    from training.data.table import read_like
+    from training.data.table import read_for_model
 
     artifact = load(_path(reference, root))
-    return artifact, read_like(data, artifact.manifest)
+    return artifact, read_for_model(data, artifact.manifest)
 
 
 def _path(reference: str, root: Path) -> Path:

@@ -19,7 +19,7 @@ from models.manifest import read_manifest
 from tests.commands import HEADER, Rows, command, in_process, two_factor_rows, write
 from tests.data import ROOT
 from training.config import DEMONSTRATION, KINDS, TrainConfig
-from training.data.table import split
+from training.data.table import split_rows
 
 NAMES = ("cpu", "memory", "disk", "network", "errors")
 
@@ -275,7 +275,7 @@ def test_evaluate_on_the_rows_that_were_held_out_repeats_the_manifest(
     options = ["--model", kind, "--name", kind, "--latents", "2", *([] if kind == "pca" else ["--epochs", "10"])]
     folders = ["--artifacts", str(tmp_path), "--runs", str(tmp_path / "runs")]
     assert in_process(capsys, "train", str(root / "train.csv"), *options, *folders)[0] == 0
-    held_out = np.genfromtxt(root / "train.csv", delimiter=",", skip_header=1)[split(1000, 0).held_out]
+    held_out = np.genfromtxt(root / "train.csv", delimiter=",", skip_header=1)[split_rows(1000, 0).held_out]
     data = write(tmp_path / "held.csv", held_out)
     _, out, _ = in_process(capsys, "evaluate", kind, data, "--json", "--artifacts", str(tmp_path))
     report, metrics = json.loads(out), read_manifest(tmp_path / kind / "1" / "model.pt").metrics

@@ -11,12 +11,12 @@ import torch
 ORDER, NOISE, VALIDATION, SHUFFLE = range(4)  # what a stream is for
 
 
-def stream(seed: int, purpose: int, index: int = 0) -> torch.Generator:
+def random_stream(seed: int, purpose: int, index: int = 0) -> torch.Generator:
     """The generator of `seed` for number `index` of `purpose`: an epoch's order, a step's noise."""
     mixed = hashlib.blake2b(f"{seed} {purpose} {index}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(mixed, "big") >> 1)  # manual_seed takes 63 bits
 
 
-def order(seed: int, epoch: int, rows: int) -> torch.Tensor:
+def epoch_order(seed: int, epoch: int, rows: int) -> torch.Tensor:
     """The order [rows] in which `epoch` visits the rows."""
-    return torch.randperm(rows, generator=stream(seed, ORDER, epoch))
+    return torch.randperm(rows, generator=random_stream(seed, ORDER, epoch))

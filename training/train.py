@@ -11,13 +11,13 @@ import torch
 from models.manifest import Manifest
 from models.pipeline import Pipeline
 from training.config import KINDS, TrainConfig
-from training.data.table import Table, split
+from training.data.table import Table, split_rows
 from training.errors import FitError
 from training.evaluation.metrics import held_out_metrics, rival_metrics
 from training.evaluation.model_selection import Candidate, compare
 from training.fitting import checkpoint
-from training.fitting.distributed import Processes
-from training.fitting.pipeline import Preparation, fit, prepare
+from training.fitting.distributed import ProcessGroup
+from training.fitting.pipeline import PreparedData, fit_pipeline, prepare_data
 from training.fitting.trainer import Run
 from training.progress import Muted, Reporter
 from training.publishing.publish import publish
@@ -34,7 +34,7 @@ def train(
     resume: bool = False,
     checkpoint_seconds: float = 30.0,
     tensorboard: bool = False,
-    processes: Processes = Processes(),  # noqa: B008  # frozen
+    processes: ProcessGroup = ProcessGroup(),  # noqa: B008  # frozen
 ) -> Path:
     """Fit, judge, calibrate and publish; gives the path of the new artifact.
 
@@ -49,7 +49,7 @@ def train(
         tensorboard: write TensorBoard's files too.
         processes: those that train together; each calls this alike.
     """
-    report = report if processes.first else Muted()
+    report = report if processes.is_first else Muted()
     for note in table.notes:
         report.note(note)
     kinds = KINDS if config.model == "auto" else (config.model,)
@@ -58,13 +58,13 @@ def train(
     if resume:
         states = _resumed(states)
     with _one_thread():
-        data = prepare(table, split(len(table.x), config.seed, table.x.width), config.robust)
+        data = prepare_data(table, split_rows(len(table.x), config.seed, table.x.width), config.robust)
         candidates = [
             _candidate(each, data, report, state, tensorboard, processes)
             for each, state in zip(configs, states, strict=True)
         ]
-        path = _finished(candidates, states, data, artifacts, report) if processes.first else None
-        return processes.told(path)
+        path = _finished(candidates, states, data, artifacts, report) if processes.is_first else None
+        return processes.broadcast_path(path)
 
 
 def _run(config: TrainConfig, table: Table, runs: Path | None, several: bool, seconds: float) -> Run | None:
@@ -85,12 +85,17 @@ def _resumed(states: Sequence[Run | None]) -> list[Run | None]:
 
 
 def _candidate(
-    config: TrainConfig, data: Preparation, report: Reporter, run: Run | None, tensorboard: bool, processes: Processes
+    config: TrainConfig,
+    data: PreparedData,
+    report: Reporter,
+    run: Run | None,
+    tensorboard: bool,
+    processes: ProcessGroup,
 ) -> Candidate:
     """A model of one kind, fitted and judged."""
-    kept = run is not None and processes.first
+    kept = run is not None and processes.is_first
     recorder = Recorder(report, run.folder if run and kept else None, bool(run and run.resume), tensorboard and kept)
-    pipeline = fit(config, data, recorder, run, processes)
+    pipeline = fit_pipeline(config, data, recorder, run, processes)
     rival = data.pca(pipeline.scaling, pipeline.prior.means.shape[1])
     centre = data.moments.mean.float()
     metrics = held_out_metrics(pipeline, data.held_out, centre, None if config.model == "pca" else rival, config.seed)
@@ -102,7 +107,7 @@ def _candidate(
 
 
 def _finished(
-    candidates: Sequence[Candidate], states: Sequence[Run | None], data: Preparation, artifacts: Path, report: Reporter
+    candidates: Sequence[Candidate], states: Sequence[Run | None], data: PreparedData, artifacts: Path, report: Reporter
 ) -> Path:
     """Publish the best candidate, write its report, and forget the state of the run."""
     chosen, comparison = compare(candidates, data, report)
@@ -120,7 +125,7 @@ def _finished(
 
 
 def _report(
-    folder: Path, manifest: Manifest, pipeline: Pipeline, data: Preparation, notes: list[str], report: Reporter
+    folder: Path, manifest: Manifest, pipeline: Pipeline, data: PreparedData, notes: list[str], report: Reporter
 ) -> None:
     """The card and the pictures, in `folder`, whose name is the version."""
     table, labels = data.table, data.table.labels

@@ -28,8 +28,8 @@ from benchmarks.anomaly.datasets import Contest, contests
 from benchmarks.data import ROOT, where
 from models.pipeline import Pipeline
 from training.config import TrainConfig
-from training.data.table import read, split
-from training.fitting.pipeline import fit, prepare
+from training.data.table import read_table, split_rows
+from training.fitting.pipeline import fit_pipeline, prepare_data
 from training.progress import Muted
 
 KINDS = ("pca", "vae", "ae", "ensemble")
@@ -46,9 +46,9 @@ def trained(kind: str, rows: Scores, robust: bool = False, epochs: int | None = 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.npy"
         np.save(path, rows.astype(np.float32))
-        table = read(str(path))
+        table = read_table(str(path))
     config = TrainConfig.model_validate({"model": kind, "name": kind, "robust": robust, "epochs": epochs})
-    return fit(config, prepare(table, split(len(rows), config.seed, rows.shape[1]), robust), Muted())
+    return fit_pipeline(config, prepare_data(table, split_rows(len(rows), config.seed, rows.shape[1]), robust), Muted())
 
 
 def elbo(kind: str, robust: bool = False, epochs: int | None = None) -> Callable[[Contest], Scores]:

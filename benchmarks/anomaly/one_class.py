@@ -14,9 +14,9 @@ from benchmarks.anomaly.datasets import contests
 from benchmarks.data import FOLDER
 from models.pipeline import Pipeline
 from training.config import TrainConfig
-from training.data.row_store import Rows
-from training.data.table import Split, Table, split
-from training.fitting.pipeline import fit, prepare
+from training.data.row_store import RowStore
+from training.data.table import Split, Table, split_rows
+from training.fitting.pipeline import fit_pipeline, prepare_data
 from training.progress import Muted
 
 KINDS = ("pca", "ae", "vae", "ensemble")
@@ -85,9 +85,9 @@ def fitted(kind: str, data: OneClass, seed: int, few: bool = False) -> tuple[Pip
     width = data.train.shape[1]
     names = [f"x{i}" for i in range(width)]
     missing = np.zeros(width, np.int64)
-    table = Table(Rows(data.train), (width,), names, [None] * width, None, None, data.name, missing=missing)
-    rows = split(len(data.train), seed, width)
+    table = Table(RowStore(data.train), (width,), names, [None] * width, None, None, data.name, missing=missing)
+    rows = split_rows(len(data.train), seed, width)
     config = TrainConfig.model_validate(
         {"model": kind, "name": "bench", "seed": seed} | ({"epochs": 3} if few and kind != "pca" else {})
     )
-    return fit(config, prepare(table, rows), Muted()), rows
+    return fit_pipeline(config, prepare_data(table, rows), Muted()), rows

@@ -29,7 +29,7 @@ from service.inference import operations
 from service.inference.backends import choose
 from service.schemas import AnomalyBody
 from training.config import TrainConfig
-from training.data.table import read
+from training.data.table import read_table
 from training.progress import Muted
 from training.train import train
 
@@ -113,7 +113,7 @@ def main() -> None:
         np.save(Path(folder) / "rows.npy", x)
         for kind in KINDS:
             started = process_time()
-            table = read(str(Path(folder) / "rows.npy"))
+            table = read_table(str(Path(folder) / "rows.npy"))
             path = train(TrainConfig(model=kind, name=kind), table, Path(folder), Muted())
             fits[kind] = process_time() - started
             backends[kind], judges[kind], judges[f"{kind}, verdict"] = judges_of(load(path))

@@ -21,7 +21,7 @@ from service.settings import Settings
 from tests.service.browsing import FLAGS
 from tests.service.running import running
 from training.config import DEMONSTRATION
-from training.data.table import read
+from training.data.table import read_table
 from training.progress import Plain
 from training.train import train
 
@@ -92,7 +92,7 @@ def crowded(browser: Browser, base: str, rows: int, moves: int) -> list[float]:
     page = browser.new_page(viewport={"width": 1280, "height": 1000})
     page.goto(f"{base}?view=latent&model=vae")
     page.wait_for_selector(".point-card .output > *")
-    digits = read("digits").x.span(0, 1797)
+    digits = read_table("digits").x.span(0, 1797)
     x = np.tile(digits, (rows // len(digits) + 1, 1))[:rows]
     content = io.BytesIO()
     np.save(content, x + np.random.RandomState(0).normal(0, 0.05, x.shape).astype(np.float32))
@@ -138,7 +138,7 @@ def main() -> None:
         root = options.artifacts or Path(folder)
         for config in DEMONSTRATION if options.artifacts is None else ():
             brief = {"epochs": 2, "hidden": config.hidden if config.hidden == () else (48,)} if options.smoke else {}
-            train(config.model_copy(update=brief), read("digits"), root, Plain())
+            train(config.model_copy(update=brief), read_table("digits"), root, Plain())
         moves, rows = (5, 2_000) if options.smoke else (200, ROWS)
         measure(root, executable, moves, rows)
 

@@ -121,7 +121,7 @@ def main() -> None:
     names = [f"x{index}" for index in range(FEATURES)]
     missing = np.zeros(FEATURES, np.int64)
     table = Table(
-        table_rows.Rows(x), (FEATURES,), names, [None] * FEATURES, None, None, "uniform noise", missing=missing
+        table_rows.RowStore(x), (FEATURES,), names, [None] * FEATURES, None, None, "uniform noise", missing=missing
     )
     with tempfile.TemporaryDirectory() as folder:
         train(TrainConfig(model="vae", name="bench", epochs=1), table, Path(folder), Plain())

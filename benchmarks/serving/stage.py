@@ -12,7 +12,7 @@ from models.artifact import load
 from models.manifest import resolve
 from service.inference.backends import Backend, choose
 from training.config import TrainConfig
-from training.data.row_store import Rows
+from training.data.row_store import RowStore
 from training.data.table import Table
 from training.progress import Muted
 from training.train import train
@@ -56,7 +56,7 @@ def _publish(artifacts: Path, name: str, features: int, hidden: tuple[int, ...],
     x = _noise(0, 200, features)
     names = [f"x{index}" for index in range(features)]
     missing = np.zeros(features, np.int64)
-    table = Table(Rows(x), (features,), names, [None] * features, None, None, "uniform noise", missing=missing)
+    table = Table(RowStore(x), (features,), names, [None] * features, None, None, "uniform noise", missing=missing)
     config = TrainConfig(model="vae", name=name, hidden=hidden, latents=latents, epochs=1)
     train(config, table, artifacts, Muted())
 

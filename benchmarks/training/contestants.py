@@ -72,10 +72,10 @@ def elbo(x: Tensor, held_out: Tensor) -> Segment:
     from models.vae import VAE
     from training.config import TrainConfig
     from training.data.batches import Batches
-    from training.data.row_store import Rows
-    from training.fitting.architecture import decoder_of, encoder_of
-    from training.fitting.autoencoders import Bound
-    from training.fitting.trainer import Descent
+    from training.data.row_store import RowStore
+    from training.fitting.architecture import build_decoder, build_encoder
+    from training.fitting.autoencoders import ElboObjective
+    from training.fitting.trainer import Trainer
     from training.progress import Muted
 
     class Last(Muted):
@@ -95,13 +95,13 @@ def elbo(x: Tensor, held_out: Tensor) -> Segment:
             "learning_rate": RATE,
         }
     )
-    batches = Batches(Rows(x.numpy()), np.arange(len(x)), lambda rows: rows, 0, "cpu")
+    batches = Batches(RowStore(x.numpy()), np.arange(len(x)), lambda rows: rows, 0, "cpu")
 
     def segment() -> float:
         shape = (x.shape[1],)
-        encoder, decoder = encoder_of(config, shape, 2 * LATENTS), decoder_of(config, shape, LATENTS)
+        encoder, decoder = build_encoder(config, shape, 2 * LATENTS), build_decoder(config, shape, LATENTS)
         model, report = VAE(encoder, decoder, BernoulliLikelihood()), Last()
-        Descent(model, Bound(model, LATENTS, config), batches, held_out, config).run(report, None)
+        Trainer(model, ElboObjective(model, LATENTS, config), batches, held_out, config).run(report, None)
         return report.loss
 
     return segment

@@ -21,11 +21,11 @@ from torch import Tensor
 from benchmarks.data import pictures
 from models.vae import VAE
 from training.config import TrainConfig
-from training.data.row_store import Rows
+from training.data.row_store import RowStore
 from training.data.table import Split, Table
-from training.fitting.latents import active_latents
+from training.fitting.latents import count_active_latents
 from training.fitting.objectives import binarise, log_weights
-from training.fitting.pipeline import fit, prepare
+from training.fitting.pipeline import fit_pipeline, prepare_data
 from training.fitting.trainer import Run
 from training.progress import Plain
 
@@ -77,7 +77,7 @@ def table_of(pictures: npt.NDArray[np.float32]) -> tuple[Table, Split]:
     names = [f"pixel[{row},{column}]" for row, column in np.ndindex(*shape)]
     x = pictures.reshape(len(pictures), -1)
     missing = np.zeros(len(names), np.int64)
-    table = Table(Rows(x), shape, names, [None] * len(names), None, (0.0, 255.0), "MNIST", missing=missing)
+    table = Table(RowStore(x), shape, names, [None] * len(names), None, (0.0, 255.0), "MNIST", missing=missing)
     order = np.random.RandomState(SEED).permutation(len(x))
     return table, Split(order[2 * HELD_OUT :], order[:HELD_OUT], order[HELD_OUT : 2 * HELD_OUT])
 
@@ -85,7 +85,7 @@ def table_of(pictures: npt.NDArray[np.float32]) -> tuple[Table, Split]:
 def trained(config: TrainConfig, pictures: npt.NDArray[np.float32], run: Run | None) -> VAE:
     """A VAE of the pictures."""
     table, rows = table_of(pictures)
-    vae = fit(config, prepare(table, rows), Plain(), run).core
+    vae = fit_pipeline(config, prepare_data(table, rows), Plain(), run).core
     assert isinstance(vae, VAE)
     return vae
 
@@ -133,7 +133,7 @@ def measure(recipe: str, config: TrainConfig, draws: int, run: Run | None, smoke
     x = binarise(grey, torch.Generator().manual_seed(SEED))
     bounds, elbos = likelihoods(vae, x, draws)
     nll, error = -float(bounds.double().mean()), float(bounds.std()) / math.sqrt(len(bounds))
-    return Result(recipe, minutes, -float(elbos.double().mean()), nll, error, active_latents(vae, x))
+    return Result(recipe, minutes, -float(elbos.double().mean()), nll, error, count_active_latents(vae, x))
 
 
 def main() -> None:

@@ -22,10 +22,10 @@ from benchmarks.data import pictures, where
 from models.pipeline import Pipeline
 from models.vae import VAE
 from training.config import TrainConfig
-from training.data.row_store import Rows
+from training.data.row_store import RowStore
 from training.data.table import Split, Table
 from training.fitting.objectives import elbo_terms
-from training.fitting.pipeline import Preparation, fit, prepare
+from training.fitting.pipeline import PreparedData, fit_pipeline, prepare_data
 from training.progress import Plain
 
 RESERVED = 1_000  # rows that choose the epoch; as many calibrate
@@ -105,7 +105,7 @@ def table_of(x: np.ndarray[Any, Any], name: str) -> Table:
     shape = x.shape[1:]
     names = [f"pixel[{','.join(map(str, index))}]" for index in np.ndindex(shape)]
     missing = np.zeros(len(names), np.int64)
-    rows = Rows(x.reshape(len(x), -1).astype(np.float32))
+    rows = RowStore(x.reshape(len(x), -1).astype(np.float32))
     return Table(rows, shape, names, [None] * len(names), None, (0.0, 255.0), name, missing=missing)
 
 
@@ -115,17 +115,17 @@ def written(options: dict[str, Any]) -> str:
     return " ".join(f"--{key.replace('_', '-')} {text}" for key, text in texts.items())
 
 
-def line(aim: Aim, data: Preparation, test: Tensor, smoke: bool) -> str:
+def line(aim: Aim, data: PreparedData, test: Tensor, smoke: bool) -> str:
     """Train, and one line of the table."""
     started = process_time()
     options = {"epochs": 10} | aim.options | ({"epochs": 2} if smoke else {})
-    pipeline = fit(TrainConfig.model_validate({"name": "bench", **options}), data, Plain())
+    pipeline = fit_pipeline(TrainConfig.model_validate({"name": "bench", **options}), data, Plain())
     seconds, other = process_time() - started, ""
     with torch.no_grad():
         reached = aim.measure(pipeline, test)
         if aim.pca:
             pca = TrainConfig(model="pca", name="bench", latents=aim.options["latents"])
-            other = f"{aim.measure(fit(pca, data, Plain()), test):.5f}"
+            other = f"{aim.measure(fit_pipeline(pca, data, Plain()), test):.5f}"
     digits = 5 if reached < 1 else 2
     return (
         f"| {aim.what} | `{written(options)}` | {aim.unit} | {reached:.{digits}f} | {aim.target:g} | {other} | "
@@ -147,7 +147,7 @@ def main() -> None:
         train, test, reserved = train[:1_400], test[:200], 100
     order = np.arange(len(train))
     fitted, held_out, calibration = np.split(order, [len(train) - 2 * reserved, len(train) - reserved])
-    data = prepare(table_of(train, name), Split(fitted, held_out, calibration))
+    data = prepare_data(table_of(train, name), Split(fitted, held_out, calibration))
     print(where("torch"), end="\n\n")
     print(f"{name}: {len(fitted):,} rows fit, {reserved:,} choose the epoch, {len(test):,} of the test file judge.\n")
     print("| what | options of elbo train | measured on the test file | reached | target | PCA | CPU s |")

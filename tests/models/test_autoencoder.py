@@ -8,7 +8,7 @@ from sklearn.covariance import LedoitWolf
 
 from models.autoencoder import Autoencoder, no_whitening
 from models.networks import mlp
-from training.fitting.statistics import CODE_NOISE, ORDINARY, PSEUDO_ROWS, judge, whitening_of
+from training.fitting.statistics import CODE_NOISE, ORDINARY_PERCENT, PSEUDO_ROWS, fit_score_statistics, fit_whitening
 
 Doubles = npt.NDArray[np.float64]
 
@@ -48,7 +48,7 @@ def covariance_of(vectors: Doubles, usual: Doubles) -> Doubles:
 
 def test_the_score_is_the_mahalanobis_distance_of_code_and_residual_joined() -> None:
     model, x = autoencoder(), torch.randn(500, D) @ MIXING
-    judge(model, x, x)
+    fit_score_statistics(model, x, x)
     vectors = vectors_of(model, x)
     usual = np.repeat([vectors[:, :K].var(axis=0).mean(), x.double().numpy().var(axis=0).mean()], [K, D])
     covariance, centred = covariance_of(vectors, usual), vectors - vectors.mean(axis=0)
@@ -67,10 +67,10 @@ def test_the_score_is_the_mahalanobis_distance_of_code_and_residual_joined() -> 
 
 def test_rows_where_the_network_goes_wild_do_not_set_the_scale_of_a_residual() -> None:
     model, x = autoencoder(), torch.randn(100, D)
-    judge(model, x, x)
+    fit_score_statistics(model, x, x)
     alone = model.score(x)[0]
-    wild = 1e6 * torch.randn(100 * (100 - ORDINARY) // ORDINARY, D)
-    judge(model, torch.cat((wild, x)), x)
+    wild = 1e6 * torch.randn(100 * (100 - ORDINARY_PERCENT) // ORDINARY_PERCENT, D)
+    fit_score_statistics(model, torch.cat((wild, x)), x)
     assert torch.allclose(model.score(x)[0], alone)
     assert bool((model.score(wild)[0] > 1e6 * alone.max()).all())
 
@@ -78,7 +78,7 @@ def test_rows_where_the_network_goes_wild_do_not_set_the_scale_of_a_residual() -
 def test_what_many_rows_do_is_not_wild() -> None:
     model, x = autoencoder(), torch.randn(100, D)
     x[:15] *= 1e3  # rare, and far off, but as normal as the others
-    judge(model, x, x)
+    fit_score_statistics(model, x, x)
     assert float(model.score(x)[0].mean()) == pytest.approx(K / (1 + CODE_NOISE) + D, rel=0.3)
 
 
@@ -90,12 +90,12 @@ def test_whitening_is_the_mahalanobis_distance_of_the_shrunk_covariance() -> Non
     correlation = LedoitWolf(assume_centered=True).fit(standard).covariance_
     np.fill_diagonal(correlation, np.maximum(correlation.diagonal(), 1.0))
     exact = np.einsum("nd,de,ne->n", standard, np.linalg.inv(correlation), standard)
-    assert whitening_of(vectors, UNIT).distance(vectors).numpy() == pytest.approx(exact, rel=1e-3)
+    assert fit_whitening(vectors, UNIT).distance(vectors).numpy() == pytest.approx(exact, rel=1e-3)
 
 
 def test_whitened_vectors_of_many_rows_have_unit_covariance() -> None:
     vectors = torch.randn(50_000, D) @ MIXING + torch.randn(D)
-    white = whitening_of(vectors, UNIT)(vectors)
+    white = fit_whitening(vectors, UNIT)(vectors)
     assert torch.allclose(white.mean(dim=0), torch.zeros(D), atol=1e-3)
     assert torch.allclose(white.T.cov(), torch.eye(D), atol=0.02)
 
@@ -104,7 +104,7 @@ def test_whitened_vectors_of_many_rows_have_unit_covariance() -> None:
 def test_a_column_at_rest_that_moves_is_strange_and_finite(rows: int) -> None:
     vectors = torch.randn(rows, D)
     vectors[:, 3] = 0.0
-    whitening = whitening_of(vectors, UNIT)
+    whitening = fit_whitening(vectors, UNIT)
     moved = vectors.mean(dim=0).repeat(2, 1)
     moved[1, 3] += 1.0
     usual, strange = whitening.distance(moved).tolist()
@@ -119,7 +119,7 @@ def test_robust_whitening_recovers_the_clean_covariance() -> None:
     dirty, truth = torch.cat((clean, clump)), MIXING.T @ MIXING
 
     def error(robust: bool) -> float:
-        factor = whitening_of(dirty, UNIT, robust).factor
+        factor = fit_whitening(dirty, UNIT, robust).factor
         covariance = torch.linalg.inv(factor.T @ factor)
         shape = covariance * (truth.trace() / covariance.trace())  # of trimmed rows the size is too small
         return float((shape - truth).norm() / truth.norm())

@@ -11,7 +11,14 @@ from sklearn.neighbors import NearestNeighbors
 from models.autoencoder import no_whitening
 from models.ensemble import Ensemble, Neighbours
 from tests.models.builders import D, batch, core, pipeline
-from training.fitting.statistics import MOST_NEIGHBOURS, NEIGHBOUR, NEIGHBOUR_NOISE, PSEUDO_ROWS, judge, neighbours_of
+from training.fitting.statistics import (
+    MAX_NEIGHBOURS,
+    NEIGHBOUR_NOISE,
+    NEIGHBOUR_RANK,
+    PSEUDO_ROWS,
+    fit_neighbours,
+    fit_score_statistics,
+)
 
 
 def ensemble() -> Ensemble:
@@ -40,15 +47,15 @@ def test_neighbours_are_those_by_the_mahalanobis_distance_and_scaled_by_it() -> 
     np.fill_diagonal(correlation, np.maximum(correlation.diagonal(), 1.0) + NEIGHBOUR_NOISE)
     precision = np.linalg.inv(correlation) / np.outer(deviation, deviation)
     nearest = NearestNeighbors(metric="mahalanobis", metric_params={"VI": precision}, algorithm="brute").fit(x.numpy())
-    own = nearest.kneighbors(x.numpy(), NEIGHBOUR + 1)[0][:, -1] ** 2
+    own = nearest.kneighbors(x.numpy(), NEIGHBOUR_RANK + 1)[0][:, -1] ** 2
     distances, places = nearest.kneighbors(others.numpy(), 200)
     exact = (distances**2 / (own + own.mean())[places]).min(axis=1)
-    assert neighbours_of(x)(others).numpy() == pytest.approx(exact, rel=1e-3, abs=1e-5)
+    assert fit_neighbours(x)(others).numpy() == pytest.approx(exact, rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_a_few_rows_or_equal_ones_will_do(rows: int) -> None:
-    near = neighbours_of(torch.ones(rows, D))
+    near = fit_neighbours(torch.ones(rows, D))
     distances = near(torch.stack((torch.ones(D), torch.zeros(D))))
     assert bool(distances.isfinite().all())
     assert distances[1] > distances[0]
@@ -56,7 +63,7 @@ def test_a_few_rows_or_equal_ones_will_do(rows: int) -> None:
 
 def test_the_score_is_the_sum_of_the_judges_in_units_of_their_means() -> None:
     model, fitted, x = ensemble(), torch.randn(300, D), torch.randn(400, D)
-    judge(model, x, fitted)
+    fit_score_statistics(model, x, fitted)
     score, parts, x_hat = model.score(x)
     alone = [model.network.score(x)[0].double(), model.neighbours(x).double()]
     exact = torch.stack([(1.0 + values / values.mean()).sqrt() for values in alone], dim=1)
@@ -67,9 +74,9 @@ def test_the_score_is_the_sum_of_the_judges_in_units_of_their_means() -> None:
 
 def test_rows_where_the_network_goes_wild_take_no_weight_from_a_judge() -> None:
     model, fitted, x = ensemble(), torch.randn(300, D), torch.randn(400, D)
-    judge(model, x, fitted)
+    fit_score_statistics(model, x, fitted)
     alone = model.score(x)[0]
-    judge(model, torch.cat((x, 1e6 * torch.randn(5, D))), fitted)
+    fit_score_statistics(model, torch.cat((x, 1e6 * torch.randn(5, D))), fitted)
     assert torch.allclose(model.score(x)[0], alone)
 
 
@@ -77,13 +84,13 @@ def test_a_row_that_was_kept_is_judged_to_a_few_roundings() -> None:
     """Its distance to itself is 0 up to the cancellation of large squares, of which the root would show the half."""
     torch.manual_seed(0)
     model, fitted = ensemble(), torch.randn(300, D)
-    judge(model, torch.randn(400, D), fitted)
+    fit_score_statistics(model, torch.randn(400, D), fitted)
     score, exact = model.score(fitted)[0], copy.deepcopy(model).double().score(fitted.double())[0]
     assert score.double().numpy() == pytest.approx(exact.numpy(), rel=1e-5)
 
 
 def test_it_keeps_no_more_rows_than_it_may() -> None:
-    assert len(neighbours_of(torch.randn(2 * MOST_NEIGHBOURS, D)).offsets) == MOST_NEIGHBOURS
+    assert len(fit_neighbours(torch.randn(2 * MAX_NEIGHBOURS, D)).offsets) == MAX_NEIGHBOURS
 
 
 def test_two_calls_give_the_same_bits_and_rows_far_away_stay_numbers() -> None:

@@ -14,7 +14,7 @@ from models.pca import PCA
 from tests.data import mnist
 from training.errors import FitError
 from training.fitting.pca import fit_pca
-from training.fitting.statistics import shrinkage_of
+from training.fitting.statistics import fit_shrinkage
 
 Array = npt.NDArray[np.float64]
 
@@ -65,7 +65,7 @@ def test_the_shrunk_score_is_the_distance_under_the_covariance_of_ledoit_and_wol
     """As many latents as features but one, so that PCA's own covariance is the plain one, but for its last two axes."""
     x = np.random.RandomState(0).standard_normal((60, 8)) @ np.diag(np.arange(1.0, 9.0))
     pca, centred = fitted(x, 7), x - x.mean(axis=0)
-    pca.shrinkage = shrinkage_of(torch.from_numpy(x), pca.mean)
+    pca.shrinkage = fit_shrinkage(torch.from_numpy(x), pca.mean)
     plain, (shrunk, rho) = np.cov(x.T), ledoit_wolf(centred, assume_centered=True)
     assert float(pca.shrinkage) == pytest.approx(rho)
     assert rho > 0.01

@@ -19,7 +19,7 @@ from tests.service.hosts import host_table
 from tests.service.running import running
 from tests.training.reporters import Silent
 from training.config import KINDS, TrainConfig
-from training.data.table import read
+from training.data.table import read_table
 from training.train import train
 
 
@@ -27,7 +27,7 @@ from training.train import train
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with pca, ae and vae of the digits, hardly trained, and hosts: pca of a table."""
     root = tmp_path_factory.mktemp("artifacts")
-    digits = read("digits")
+    digits = read_table("digits")
     for kind in KINDS:
         train(TrainConfig(model=kind, name=kind, epochs=15, hidden=(48,)), digits, root, Silent())
     train(TrainConfig(model="pca", name="hosts", latents=2), host_table(), root, Silent())
@@ -37,7 +37,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def digits() -> np.ndarray:
     """The digits, float32 [1797, 64] in [0, 1]."""
-    return values(read("digits"))
+    return values(read_table("digits"))
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +75,7 @@ def site(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     root = tmp_path_factory.mktemp("explored")
     for folder in artifacts.iterdir():
         (root / folder.name).symlink_to(folder)
-    train(TrainConfig(model="ae", name="linear", hidden=(), epochs=15), read("digits"), root, Silent())
+    train(TrainConfig(model="ae", name="linear", hidden=(), epochs=15), read_table("digits"), root, Silent())
     train(TrainConfig(model="ae", name="secret", latents=2, epochs=2, private=True), host_table(), root, Silent())
     with running(create_app(Settings(artifacts=root, log_level="error", backend="torchscript"))) as client:
         yield str(client.base_url)

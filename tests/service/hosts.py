@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from training.data.row_store import Rows
+from training.data.row_store import RowStore
 from training.data.table import Table
 
 HOST_FEATURES = ["cpu", "memory/used", "disk~io", "load"]
@@ -23,7 +23,7 @@ def host_table() -> Table:
     base = rng.normal(size=(400, 2))
     x = np.column_stack((base[:, 0], 100 + 20 * base[:, 1], base[:, 0] + base[:, 1], 3 * rng.normal(size=400)))
     return Table(
-        Rows(x.astype(np.float32)),
+        RowStore(x.astype(np.float32)),
         (4,),
         HOST_FEATURES,
         ["%", "MB", None, None],

@@ -15,8 +15,8 @@ from models.manifest import read_manifest
 from tests.data import values
 from tests.training.reporters import Silent
 from training.config import EVERY_KIND, KINDS, Kind, TrainConfig
-from training.data.row_store import Rows
-from training.data.table import Table, read, split
+from training.data.row_store import RowStore
+from training.data.table import Table, read_table, split_rows
 from training.train import train
 
 FRESH = 2_000
@@ -30,7 +30,7 @@ def table(rows: int, seed: int = 0, width: int = 8) -> Table:
     x = np.sin(hidden @ mixing) * 10 + 100 + random.standard_normal((rows, width))
     names = [f"metric{i}" for i in range(width)]
     return Table(
-        Rows(x.astype(np.float32)),
+        RowStore(x.astype(np.float32)),
         (width,),
         names,
         ["ms"] * width,
@@ -91,7 +91,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(kind: Kind
 def test_the_manifest_tells_where_the_model_comes_from(tmp_path: Path) -> None:
     rows = table(200)
     manifest = read_manifest(run(tmp_path, "vae", rows, seed=5))
-    fitted = rows.x.take(split(200, 5).fit)
+    fitted = rows.x.take(split_rows(200, 5).fit)
     assert (manifest.name, manifest.kind, manifest.shape, manifest.latents) == ("vae", "vae", [8], 2)
     assert [feature.name for feature in manifest.features] == rows.names
     assert {feature.unit for feature in manifest.features} == {"ms"}
@@ -107,12 +107,12 @@ def test_the_manifest_tells_where_the_model_comes_from(tmp_path: Path) -> None:
 def test_held_out_error_is_that_of_the_published_model(tmp_path: Path) -> None:
     rows = table(200)
     path = run(tmp_path, "ae", rows)
-    held_out = rows.x.take(split(200, 0).held_out)
+    held_out = rows.x.take(split_rows(200, 0).held_out)
     with torch.inference_mode():
         x_hat = artifact.load(path).module(torch.from_numpy(held_out)).numpy()
     metrics = read_manifest(path).metrics
     assert metrics["reconstruction_error"] == pytest.approx(float(((x_hat - held_out) ** 2).mean()), rel=1e-5)
-    mean = rows.x.take(split(200, 0).fit).mean(axis=0)
+    mean = rows.x.take(split_rows(200, 0).fit).mean(axis=0)
     assert metrics["baseline_error"] == pytest.approx(float(((mean - held_out) ** 2).mean()), rel=1e-5)
 
 
@@ -124,8 +124,8 @@ def test_the_demonstration_vae_is_alive_and_reconstructs(demonstration: Path) ->
 
 
 def test_activity_is_the_variance_of_the_posterior_mean(demonstration: Path) -> None:
-    digits = read("digits")
-    rows = torch.from_numpy(digits.x.take(split(len(digits.x), 0).held_out))
+    digits = read_table("digits")
+    rows = torch.from_numpy(digits.x.take(split_rows(len(digits.x), 0).held_out))
     path = demonstration / "vae" / "1" / "model.pt"
     with torch.inference_mode():
         mean = artifact.load(path).module.encode(rows)[0].numpy()
@@ -134,7 +134,7 @@ def test_activity_is_the_variance_of_the_posterior_mean(demonstration: Path) -> 
 
 def test_samples_of_the_demonstration_models_look_like_digits(demonstration: Path) -> None:
     """Decoded draws lie nearer to real digits than those lie to the mean digit, and are no copies of one another."""
-    digits = torch.from_numpy(values(read("digits")))
+    digits = torch.from_numpy(values(read_table("digits")))
     random = np.random.RandomState(0)
     noise = torch.from_numpy(random.standard_normal((200, 16)).astype(np.float32))
     choice = torch.from_numpy(random.uniform(size=200).astype(np.float32))
@@ -179,7 +179,7 @@ def test_awkward_columns_still_give_a_model_that_judges(kind: Kind, flaw: str, t
             x[:, 0] *= 1e12
         case "tiny":
             x[:, 0] *= 1e-12
-    path = run(tmp_path, kind, replace(rows, x=Rows(x)))
+    path = run(tmp_path, kind, replace(rows, x=RowStore(x)))
     with torch.inference_mode():
         module = artifact.load(path).module
         score = module.score(torch.from_numpy(x))[0]
@@ -190,7 +190,14 @@ def test_awkward_columns_still_give_a_model_that_judges(kind: Kind, flaw: str, t
 @pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
 def test_both_likelihoods_train_on_images(likelihood: str, tmp_path: Path) -> None:
     path = run(
-        tmp_path, "vae", read("digits"), likelihood=likelihood, latents=8, hidden=(64,), epochs=60, learning_rate=5e-3
+        tmp_path,
+        "vae",
+        read_table("digits"),
+        likelihood=likelihood,
+        latents=8,
+        hidden=(64,),
+        epochs=60,
+        learning_rate=5e-3,
     )
     metrics = read_manifest(path).metrics
     assert metrics["elbo"] == pytest.approx(metrics["reconstruction"] - metrics["kl"], abs=1e-3)
@@ -232,7 +239,7 @@ def test_the_optimal_variance_that_is_published_is_the_error_of_the_fitted_rows(
     rows = table(300)
     path = run(tmp_path, "vae", rows, variance="optimal", epochs=40)
     state = torch.jit.load(path).state_dict()
-    fitted = torch.from_numpy(rows.x.take(split(300, 0).fit))
+    fitted = torch.from_numpy(rows.x.take(split_rows(300, 0).fit))
     module = artifact.load(path).module
     with torch.inference_mode():
         mean, std = module.encode(fitted)

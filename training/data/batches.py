@@ -10,10 +10,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from training.data.row_store import Floats, Rows
-from training.random_streams import SHUFFLE, order, stream
+from training.data.row_store import Floats, RowStore
+from training.random_streams import SHUFFLE, epoch_order, random_stream
 
-POOL = 32  # blocks that are shuffled together, when rows come from disk
+POOL_BLOCKS = 32  # blocks that are shuffled together, when rows come from disk
 
 
 class Batches:
@@ -31,7 +31,7 @@ class Batches:
     """
 
     def __init__(
-        self, rows: Rows, fit: npt.NDArray[np.int64], prepare: Callable[[Tensor], Tensor], seed: int, device: str
+        self, rows: RowStore, fit: npt.NDArray[np.int64], prepare: Callable[[Tensor], Tensor], seed: int, device: str
     ) -> None:
         self._rows, self._prepare, self._seed, self._device = rows, prepare, seed, device
         self._count = len(fit)
@@ -52,7 +52,7 @@ class Batches:
         """The rows [stop - start, D] from place `start` to `stop` of `epoch`, in model units, on the device."""
         if not self._rows.on_disk:
             if epoch != self._epoch:
-                self._epoch, self._order = epoch, order(self._seed, epoch, self._count).to(self._device)
+                self._epoch, self._order = epoch, epoch_order(self._seed, epoch, self._count).to(self._device)
             return self._x.index_select(0, self._order[start:stop])
         parts = []
         if epoch != self._epoch:
@@ -65,8 +65,8 @@ class Batches:
         return self._prepare(torch.from_numpy(np.concatenate(parts))).to(self._device)
 
     def _open(self, epoch: int) -> None:
-        blocks = order(self._seed, epoch, len(self._starts) - 1).numpy()
-        self._pools = [blocks[first : first + POOL] for first in range(0, len(blocks), POOL)]
+        blocks = epoch_order(self._seed, epoch, len(self._starts) - 1).numpy()
+        self._pools = [blocks[first : first + POOL_BLOCKS] for first in range(0, len(blocks), POOL_BLOCKS)]
         sizes = [sum(int(self._starts[b + 1] - self._starts[b]) for b in pool) for pool in self._pools]
         self._ends = np.cumsum(sizes)  # the place in the epoch where each pool ends
         self._epoch, self._pool = epoch, -1
@@ -76,7 +76,7 @@ class Batches:
         if pool == self._pool:
             return self._shuffled_rows
         size = int(self._ends[pool]) - (int(self._ends[pool - 1]) if pool else 0)
-        random = stream(self._seed, SHUFFLE, self._epoch * len(self._pools) + pool)
+        random = random_stream(self._seed, SHUFFLE, self._epoch * len(self._pools) + pool)
         places = torch.randperm(size, generator=random).numpy()
         rows, filled = np.empty((size, self._rows.width), np.float32), 0
         for block in self._pools[pool]:

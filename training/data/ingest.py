@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from training.data.readers import Raw, place
-from training.data.row_store import Rows, Spool, fits
+from training.data.readers import RawTable, describe_row
+from training.data.row_store import RowStore, RowWriter, fits_in_memory
 from training.errors import DataError
 
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
@@ -28,7 +28,7 @@ class Infinite:
     count: int
 
 
-class Census:
+class ColumnStatistics:
     """What D columns hold, block by block."""
 
     def __init__(self, width: int) -> None:
@@ -70,7 +70,7 @@ class Census:
             limit = " (float32 ends at 3.4e38)" if np.isfinite(found.value) else ""
             raise DataError(
                 f"{source}: column {names[column]!r} has the value {found.value}{limit} in "
-                f"{place(found.row, first_line)}{_more(found.count)}: "
+                f"{describe_row(found.row, first_line)}{_more(found.count)}: "
                 "expected finite numbers; fill them in, or drop those rows or the column"
             )
 
@@ -81,7 +81,7 @@ class Census:
         for column in np.flatnonzero((self.missing > 0) & ~allowed)[:1]:
             raise DataError(
                 f"{source}: column {names[column]!r} has no value (NaN) in "
-                f"{place(int(self.first_missing[column]), first_line)}{_more(int(self.missing[column]))}: "
+                f"{describe_row(int(self.first_missing[column]), first_line)}{_more(int(self.missing[column]))}: "
                 "expected finite numbers, since the model was trained without missing values there; "
                 "fill them in, or drop those rows"
             )
@@ -91,16 +91,16 @@ def _more(count: int) -> str:
     return f" and in {count - 1} more" if count > 1 else ""
 
 
-def gather(raw: Raw, source: str, limit: int) -> tuple[Rows, Census, Array | None]:
+def ingest(raw: RawTable, source: str, limit: int) -> tuple[RowStore, ColumnStatistics, Array | None]:
     """The rows of `raw`, in memory if they take up to `limit` bytes as float32; what they hold; their labels [N].
 
     Raises DataError.
     """
     width = int(np.prod(raw.shape))
-    census, labels = Census(width), []
-    stored = raw.stored if raw.stored is not None and not fits(len(raw.stored), width, limit) else None
+    census, labels = ColumnStatistics(width), []
+    stored = raw.stored if raw.stored is not None and not fits_in_memory(len(raw.stored), width, limit) else None
     needed = (raw.rows or 0) * width * raw.dtype.itemsize
-    with room(source, needed), closing(Spool(width, raw.dtype, limit)) as spool:
+    with full_disk_as_data_error(source, needed), closing(RowWriter(width, raw.dtype, limit)) as spool:
         for block, marks in raw.blocks:
             x = census.add(block)
             if stored is None:
@@ -109,12 +109,12 @@ def gather(raw: Raw, source: str, limit: int) -> tuple[Rows, Census, Array | Non
                 labels.append(marks)
         if census.rows == 0:
             raise DataError(f"{source} has no rows of numbers (shape [0, {width}]): expected at least one")
-        rows = spool.rows() if stored is None else Rows(stored)
+        rows = spool.rows() if stored is None else RowStore(stored)
     return rows, census, np.concatenate(labels) if labels else None
 
 
 @contextmanager
-def room(source: str, needed: int = 0) -> Iterator[None]:
+def full_disk_as_data_error(source: str, needed: int = 0) -> Iterator[None]:
     """Turn a full disk into a DataError that says how many bytes are needed, if that is known, and where."""
     try:
         yield

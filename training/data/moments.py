@@ -45,7 +45,7 @@ class Moments:
         )
 
 
-def moments(blocks: Iterable[Block], full: bool = True) -> Moments:
+def compute_moments(blocks: Iterable[Block], full: bool = True) -> Moments:
     """The moments of all rows in `blocks`, each [n, D], finite. Holds a block and a few [D, D] matrices.
 
     Sums are of deviations from the mean of the first rows, or near it: wherever the columns lie, little is lost when

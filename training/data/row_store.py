@@ -19,7 +19,7 @@ MEDIAN_BYTES = 64 << 20
 Floats = npt.NDArray[np.float32]
 
 
-class Stored:
+class FileArray:
     """An array [N, ...] in C order in a file, which is read as it is indexed: by a slice of rows or by their numbers.
 
     Not mapped: at random a call costs half of a page fault, what was read is not resident, and a disk that fails or a
@@ -62,14 +62,14 @@ def _bytes(array: npt.NDArray[Any]) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
-class Rows:
+class RowStore:
     """N rows of D features, raw units, NaN where a value is missing. Everything that it gives is a float32 copy.
 
     Args:
         values: [N, D] of any real dtype.
     """
 
-    def __init__(self, values: npt.NDArray[Any] | Stored) -> None:
+    def __init__(self, values: npt.NDArray[Any] | FileArray) -> None:
         self._values = values
 
     def __len__(self) -> int:
@@ -83,12 +83,12 @@ class Rows:
     @property
     def on_disk(self) -> bool:
         """Whether reading costs disk, so that it is done in blocks, in order."""
-        return isinstance(self._values, Stored)
+        return isinstance(self._values, FileArray)
 
     @property
     def block(self) -> int:
         """Rows that are read from disk at a time."""
-        return rows_a_block(self.width)
+        return rows_per_block(self.width)
 
     def take(self, indices: npt.NDArray[np.int64]) -> Floats:
         """The rows [n, D] at `indices` [n], in that order."""
@@ -104,7 +104,7 @@ class Rows:
             yield start, self.span(start, start + self.block)
 
 
-class Spool:
+class RowWriter:
     """Rows as they come in: in memory up to `limit` bytes of float32, beyond that in a file without a name.
 
     The file lies where `tempfile` puts files (TMPDIR). It is gone when the last that reads it is, whatever ends
@@ -123,19 +123,19 @@ class Spool:
     def add(self, block: npt.NDArray[Any]) -> None:
         """Append rows [n, D]. Raises OSError where the disk is full."""
         self._rows += len(block)
-        if isinstance(self._file, BytesIO) and not fits(self._rows, self._width, self._limit):
+        if isinstance(self._file, BytesIO) and not fits_in_memory(self._rows, self._width, self._limit):
             held = self._file.getbuffer()
             self._file = cast(BinaryIO, tempfile.TemporaryFile(buffering=0))  # noqa: SIM115  # see close
             _write(self._file, held)
         _write(self._file, _bytes(np.ascontiguousarray(block, self._dtype)))
 
-    def rows(self) -> Rows:
+    def rows(self) -> RowStore:
         """All of them; nothing can be added afterwards, but the spool can be closed."""
         shape = (self._rows, self._width)
         if isinstance(self._file, BytesIO):
             values = np.frombuffer(self._file.getbuffer(), self._dtype).reshape(shape)
-            return Rows(values.astype(np.float32, copy=False))
-        return Rows(Stored(self._file, self._dtype, 0, shape))
+            return RowStore(values.astype(np.float32, copy=False))
+        return RowStore(FileArray(self._file, self._dtype, 0, shape))
 
     def close(self) -> None:
         """Let go of the file; rows that were given out keep it."""
@@ -149,17 +149,17 @@ def _write(file: BytesIO | BinaryIO, content: memoryview) -> None:
         content = content[file.write(content) :]
 
 
-def fits(rows: int, width: int, limit: int) -> bool:
+def fits_in_memory(rows: int, width: int, limit: int) -> bool:
     """Whether float32 [rows, width] stays within `limit` bytes."""
     return 4 * rows * width <= limit
 
 
-def rows_a_block(width: int) -> int:
+def rows_per_block(width: int) -> int:
     """How many rows of `width` float32 values make a block."""
     return max(1, BLOCK_BYTES // (4 * width))
 
 
-def medians(rows: Rows, indices: npt.NDArray[np.int64]) -> Floats:
+def column_medians(rows: RowStore, indices: npt.NDArray[np.int64]) -> Floats:
     """The median [D] of the values that the rows at `indices` have; NaN where they have none.
 
     Of more than MEDIAN_ROWS rows, or MEDIAN_BYTES, as many at equal steps are looked at.

@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from training.data.ingest import Census, gather, room
-from training.data.readers import Request, load, option
-from training.data.row_store import Rows
+from training.data.ingest import ColumnStatistics, full_disk_as_data_error, ingest
+from training.data.readers import ReadOptions, format_option, load
+from training.data.row_store import RowStore
 from training.errors import DataError
 
 if TYPE_CHECKING:
     from models.manifest import Manifest
 
-__all__ = ["MINIMUM_ROWS", "DataError", "Split", "Table", "read", "read_like", "split"]
+__all__ = ["MINIMUM_ROWS", "DataError", "Split", "Table", "read_for_model", "read_table", "split_rows"]
 
 MEMORY_BYTES = 512 << 20  # of float32 values: more stay on disk
 MINIMUM_ROWS = 10  # fewer leave no row to calibrate on, or none to judge by
-MOST_ROWS = 50_000  # that judge, and that calibrate: more would add nothing to either
-MOST_BYTES = 64 << 20  # of float32 values in each of these: they are held in memory
+MAX_HELD_OUT_ROWS = 50_000  # that judge, and that calibrate: more would add nothing to either
+MAX_HELD_OUT_BYTES = 64 << 20  # of float32 values in each of these: they are held in memory
 DISTINCT = 256  # a column of which float32 tells fewer values apart deserves a warning
 NAMED = 3  # features that one note lists before it says "and N more"
 PIXEL_RANGES = ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0))
@@ -38,7 +38,7 @@ PIXEL_RANGES = ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0))
 class Table:
     """Rows in raw units, finite or, where there is no value, NaN."""
 
-    x: Rows  # [N, D], in memory or on disk
+    x: RowStore  # [N, D], in memory or on disk
     shape: tuple[int, ...]  # of one row; its product is D
     names: list[str]  # D feature names
     units: list[str | None]  # D units, None where unknown
@@ -69,7 +69,7 @@ class Split:
     calibration: npt.NDArray[np.int64]
 
 
-def split(n: int, seed: int, width: int = 1) -> Split:
+def split_rows(n: int, seed: int, width: int = 1) -> Split:
     """Deal `n` rows out at random: 70 % fit, 10 % are held out, 20 % calibrate, each at least one.
 
     The latter two are held in memory, so each has at most MOST_ROWS rows and, at `width` float32 values a row,
@@ -79,7 +79,7 @@ def split(n: int, seed: int, width: int = 1) -> Split:
     if n < MINIMUM_ROWS:
         raise DataError(f"expected at least {MINIMUM_ROWS} rows to train, judge and calibrate on, got {n}: add rows")
     order = np.random.RandomState(seed).permutation(n)  # the legacy stream is frozen, Generator's may change
-    most = min(MOST_ROWS, max(MINIMUM_ROWS, MOST_BYTES // (4 * width)))
+    most = min(MAX_HELD_OUT_ROWS, max(MINIMUM_ROWS, MAX_HELD_OUT_BYTES // (4 * width)))
     held_out, calibration = min(round(0.1 * n), most), min(round(0.2 * n), most)
     return Split(
         fit=order[held_out + calibration :],
@@ -88,7 +88,7 @@ def split(n: int, seed: int, width: int = 1) -> Split:
     )
 
 
-def read(
+def read_table(
     source: str,
     drop: Sequence[str] = (),
     keep: Sequence[str] = (),
@@ -105,9 +105,9 @@ def read(
         size: height and width that pictures in a folder are resized to.
         limit: bytes of float32 values that are held in memory; more stay on disk.
     """
-    with room(source):
-        raw = load(source, Request(drop=drop, keep=keep, size=size))
-    rows, census, marks = gather(raw, source, limit)
+    with full_disk_as_data_error(source):
+        raw = load(source, ReadOptions(drop=drop, keep=keep, size=size))
+    rows, census, marks = ingest(raw, source, limit)
     names = raw.names or _numbered(raw.shape)
     census.refuse_infinite(source, names, raw.first_line)
     _refuse_empty(source, names, census)
@@ -128,7 +128,7 @@ def read(
     )
 
 
-def read_like(source: str, manifest: "Manifest", limit: int = MEMORY_BYTES) -> Table:
+def read_for_model(source: str, manifest: "Manifest", limit: int = MEMORY_BYTES) -> Table:
     """The rows behind `source` as the model of `manifest` expects them.
 
     CSV and Parquet columns are found by name, in any order; others are left alone, but for a column label or y,
@@ -138,8 +138,8 @@ def read_like(source: str, manifest: "Manifest", limit: int = MEMORY_BYTES) -> T
     names = [feature.name for feature in manifest.features]
     units = [feature.unit for feature in manifest.features]
     shape = tuple(manifest.shape)
-    with room(source):
-        raw = load(source, Request(names=names, shape=shape, pixel_range=manifest.pixel_range))
+    with full_disk_as_data_error(source):
+        raw = load(source, ReadOptions(names=names, shape=shape, pixel_range=manifest.pixel_range))
     width = math.prod(raw.shape)
     if width != len(names):
         raise DataError(
@@ -149,7 +149,7 @@ def read_like(source: str, manifest: "Manifest", limit: int = MEMORY_BYTES) -> T
     for name, unit, here in zip(names, units, raw.units or units, strict=True):
         if unit and here and unit != here:
             raise DataError(f"{source}: column {name!r} is in {here}: expected {unit}; convert it")
-    rows, census, marks = gather(raw, source, limit)
+    rows, census, marks = ingest(raw, source, limit)
     census.refuse_infinite(source, names, raw.first_line)
     allowed = np.array([feature.missing > 0 for feature in manifest.features])
     census.refuse_missing(source, names, raw.first_line, allowed)
@@ -182,20 +182,20 @@ def _numbered(shape: tuple[int, ...]) -> list[str]:
     return [f"{word}[{','.join(map(str, index))}]" for index in np.ndindex(shape)]
 
 
-def _refuse_empty(source: str, names: Sequence[str], census: Census) -> None:
+def _refuse_empty(source: str, names: Sequence[str], census: ColumnStatistics) -> None:
     empty = [name for name, missing in zip(names, census.missing, strict=True) if missing == census.rows]
     if empty:
         subject = f"column {empty[0]!r} has" if len(empty) == 1 else f"columns {_some(empty)} have"
-        raise DataError(f"{source}: {subject} no value in any row: add {option('--drop', empty)}")
+        raise DataError(f"{source}: {subject} no value in any row: add {format_option('--drop', empty)}")
 
 
-def _refuse_equal(source: str, census: Census) -> None:
+def _refuse_equal(source: str, census: ColumnStatistics) -> None:
     if census.rows > 1 and (census.low.astype(np.float32) == census.high.astype(np.float32)).all():
         but = " but for missing values" if census.missing.any() else ""
         raise DataError(f"{source}: all {census.rows} rows are the same{but}: expected rows that differ, to learn from")
 
 
-def _notes(names: Sequence[str], census: Census) -> list[str]:
+def _notes(names: Sequence[str], census: ColumnStatistics) -> list[str]:
     notes = []
     low, high = census.low, census.high
     if counts := {name: int(count) for name, count in zip(names, census.missing, strict=True) if count}:
@@ -207,7 +207,8 @@ def _notes(names: Sequence[str], census: Census) -> list[str]:
         )
         if sparse := [name for name in most if 2 * counts[name] > census.rows]:
             notes.append(
-                f"more than half of the values are missing in {_some(sparse)}: consider {option('--drop', sparse)}"
+                f"more than half of the values are missing in {_some(sparse)}: "
+                f"consider {format_option('--drop', sparse)}"
             )
     constant = [name for name, same in zip(names, low == high, strict=True) if same]
     if constant and census.rows > 1:
@@ -223,7 +224,7 @@ def _some(names: Sequence[str]) -> str:
     return listed if len(names) <= NAMED else f"{listed} and {len(names) - NAMED} more"
 
 
-def _pixel_range(dtype: np.dtype[Any], census: Census) -> tuple[float, float]:
+def _pixel_range(dtype: np.dtype[Any], census: ColumnStatistics) -> tuple[float, float]:
     """Black and white: a customary range where the values fill most of one, else the values' own."""
     if dtype == np.uint8:
         return 0.0, 255.0

@@ -13,9 +13,9 @@ from models.pca import PCA
 from models.pipeline import Pipeline
 from models.scaling import Scaling
 from models.vae import VAE
-from training.fitting.latents import active_latents
+from training.fitting.latents import count_active_latents
 from training.fitting.objectives import elbo_terms
-from training.random_streams import VALIDATION, stream
+from training.random_streams import VALIDATION, random_stream
 
 DRAWS = 16  # from the posterior, for the expectation in the ELBO
 BOUND_DRAWS, BOUND_ROWS = 100, 1_000  # of the importance-weighted bound
@@ -105,7 +105,7 @@ def vae_metrics(vae: VAE, u: Tensor, seed: int) -> dict[str, float]:
             terms = elbo_terms(vae, rows, noise)
             for name in totals:
                 totals[name] += float(terms[name]) * len(rows) / (DRAWS * len(u))
-    return totals | {"active_latents": float(active_latents(vae, u))}
+    return totals | {"active_latents": float(count_active_latents(vae, u))}
 
 
 def importance_weighted(
@@ -119,7 +119,7 @@ def importance_weighted(
         rows: [N, D], in the units that `log_weight` takes.
         latents: K.
     """
-    random, bounds, elbo = stream(seed, VALIDATION), [], 0.0
+    random, bounds, elbo = random_stream(seed, VALIDATION), [], 0.0
     with torch.inference_mode():
         for part in rows.split(BOUND_BATCH):
             log_sum = torch.full((len(part),), -math.inf, dtype=torch.float64)  # [B]

@@ -14,7 +14,7 @@ from models.pipeline import Pipeline
 from models.vae import VAE
 from training.config import TrainConfig
 from training.evaluation.metrics import importance_weighted, latents
-from training.fitting.pipeline import Preparation
+from training.fitting.pipeline import PreparedData
 from training.progress import Reporter
 from training.reports.history import Recorder
 
@@ -44,7 +44,7 @@ class Candidate:
 
 
 def compare(
-    candidates: Sequence[Candidate], data: Preparation, report: Reporter
+    candidates: Sequence[Candidate], data: PreparedData, report: Reporter
 ) -> tuple[Candidate, dict[str, dict[str, float]]]:
     """The candidate to publish, and the metrics by kind of what it was compared with; why is told to `report`.
 

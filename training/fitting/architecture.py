@@ -9,7 +9,7 @@ from training.config import TrainConfig
 from training.errors import FitError
 
 
-def encoder_of(config: TrainConfig, shape: tuple[int, ...], outputs: int) -> nn.Sequential:
+def build_encoder(config: TrainConfig, shape: tuple[int, ...], outputs: int) -> nn.Sequential:
     """[B, D] to [B, outputs] for rows of `shape`, whose product is D. Raises FitError where conv does not fit them."""
     if config.network == "conv":
         _require_room(config, shape)
@@ -17,7 +17,7 @@ def encoder_of(config: TrainConfig, shape: tuple[int, ...], outputs: int) -> nn.
     return mlp([math.prod(shape), *config.widths, outputs], config.activation)
 
 
-def decoder_of(config: TrainConfig, shape: tuple[int, ...], latents: int, unit: bool = False) -> nn.Sequential:
+def build_decoder(config: TrainConfig, shape: tuple[int, ...], latents: int, unit: bool = False) -> nn.Sequential:
     """[B, latents] to [B, D] for rows of `shape`: the encoder mirrored. Raises FitError like it.
 
     Args:

@@ -15,12 +15,12 @@ from models.vae import VAE
 from training.config import TrainConfig
 from training.data.batches import Batches
 from training.errors import FitError
-from training.fitting.architecture import decoder_of, encoder_of
-from training.fitting.collapse import forecast, latents_kept, verdict
-from training.fitting.distributed import Processes
-from training.fitting.latents import active_latents
+from training.fitting.architecture import build_decoder, build_encoder
+from training.fitting.collapse import collapse_warning, forecast_message, predict_active_latents
+from training.fitting.distributed import ProcessGroup
+from training.fitting.latents import count_active_latents
 from training.fitting.objectives import (
-    Terms,
+    LossTerms,
     binarise,
     corrupt,
     elbo_terms,
@@ -29,9 +29,9 @@ from training.fitting.objectives import (
     weight_penalty,
 )
 from training.fitting.pca import fit_pca
-from training.fitting.trainer import Descent, Run
+from training.fitting.trainer import Run, Trainer
 from training.progress import Reporter
-from training.random_streams import NOISE, stream
+from training.random_streams import NOISE, random_stream
 
 SPECTRUM_ROWS = 2_000  # enough to see how much variance a few latents leave
 SMALLEST_VARIANCE = 1e-4  # of a feature by itself, in model units: below, the rounding of one would outweigh all others
@@ -40,7 +40,7 @@ BATCH = 4096  # rows at a time: bounds memory
 
 
 @dataclass(frozen=True)
-class Fit:
+class FitTask:
     """What a fit works with and on.
 
     Args:
@@ -62,16 +62,16 @@ class Fit:
     held_out: Tensor
     report: Reporter
     run: Run | None = None
-    processes: Processes = field(default_factory=Processes)
+    processes: ProcessGroup = field(default_factory=ProcessGroup)
 
-    def descend(self, model: "Autoencoder | VAE", objective: "SquaredError | Bound") -> None:
+    def descend(self, model: "Autoencoder | VAE", objective: "SquaredErrorObjective | ElboObjective") -> None:
         """Train `model`."""
         with _accelerated(model, self.config):
-            descent = Descent(model, objective, self.batches, self.held_out, self.config, self.processes)
+            descent = Trainer(model, objective, self.batches, self.held_out, self.config, self.processes)
             descent.run(self.report, self.run)
 
 
-class SquaredError:
+class SquaredErrorObjective:
     """The objective of an autoencoder, denoising if the configuration says so."""
 
     def __init__(self, model: Autoencoder, config: TrainConfig) -> None:
@@ -84,12 +84,12 @@ class SquaredError:
             return rows, corrupt(rows, (self._noise / NOISE_SPAN, self._noise), self._config.masking, random)
         return (rows,)
 
-    def terms(self, drawn: tuple[Tensor, ...], _warmth: float) -> Terms:
+    def terms(self, drawn: tuple[Tensor, ...], _warmth: float) -> LossTerms:
         """The squared error."""
         return _penalised(squared_error_terms(self._model, *drawn), self._model, self._config)
 
 
-class Bound:
+class ElboObjective:
     """The objective of a VAE: the negative ELBO, or the importance-weighted bound for more than one draw a row."""
 
     def __init__(self, vae: VAE, latents: int, config: TrainConfig) -> None:
@@ -102,7 +102,7 @@ class Bound:
         draws = self._config.samples if warmth >= 1.0 else 1
         return rows, torch.randn(len(rows), draws, self._latents, generator=random).to(rows)
 
-    def terms(self, drawn: tuple[Tensor, ...], warmth: float) -> Terms:
+    def terms(self, drawn: tuple[Tensor, ...], warmth: float) -> LossTerms:
         """The bound."""
         rows, noise = drawn
         if self._config.samples > 1:
@@ -112,43 +112,45 @@ class Bound:
         return _penalised(terms, self._vae, self._config)
 
 
-def fit_autoencoder(task: Fit) -> Autoencoder:
+def fit_autoencoder(task: FitTask) -> Autoencoder:
     """An autoencoder; the statistics of its score are still to be fitted, on rows not seen here."""
     config, width = task.config, task.sample.shape[1]
     with _seeded(config.seed):
-        encoder = encoder_of(config, task.shape, task.latents)
-        decoder = decoder_of(config, task.shape, task.latents, task.unit)
+        encoder = build_encoder(config, task.shape, task.latents)
+        decoder = build_decoder(config, task.shape, task.latents, task.unit)
     model = Autoencoder(encoder, decoder, no_whitening(task.latents + width), task.latents)
-    task.descend(model, SquaredError(model, config))
+    task.descend(model, SquaredErrorObjective(model, config))
     return model
 
 
-def fit_vae(task: Fit) -> VAE:
+def fit_vae(task: FitTask) -> VAE:
     """A VAE. Raises FitError where several processes would not give what one does."""
     config = task.config
     if task.processes.count > 1 and (config.variance == "optimal" or config.free_bits > 0):
         raise FitError(
             "--variance optimal and --free-bits look at a whole batch: train in one process, or without them"
         )
-    likelihood = likelihood_of(config, task.sample, task.latents)
+    likelihood = build_likelihood(config, task.sample, task.latents)
     with _seeded(config.seed):
-        encoder = encoder_of(config, task.shape, 2 * task.latents)
-        model = VAE(encoder, decoder_of(config, task.shape, task.latents, task.unit), likelihood)
+        encoder = build_encoder(config, task.shape, 2 * task.latents)
+        model = VAE(encoder, build_decoder(config, task.shape, task.latents, task.unit), likelihood)
     fixed = config.variance if isinstance(config.variance, float) else None
-    kept = latents_kept(task.sample[:SPECTRUM_ROWS], task.latents, config.beta, fixed)
+    kept = predict_active_latents(task.sample[:SPECTRUM_ROWS], task.latents, config.beta, fixed)
     gaussian = config.likelihood == "gaussian"  # the theory is the Gaussian's
     if gaussian:
-        task.report.note(forecast(kept, task.latents, config.beta))
-    task.descend(model, Bound(model, task.latents, config))
+        task.report.note(forecast_message(kept, task.latents, config.beta))
+    task.descend(model, ElboObjective(model, task.latents, config))
     if isinstance(likelihood, OptimalGaussianLikelihood):
         likelihood.settle(_squared_error(model, task.sample.to(task.held_out.device), config.seed))
-    warning = verdict(active_latents(model, task.held_out), kept if gaussian else task.latents, task.latents)
+    warning = collapse_warning(
+        count_active_latents(model, task.held_out), kept if gaussian else task.latents, task.latents
+    )
     if warning:
         task.report.note(warning)
     return model
 
 
-def likelihood_of(config: TrainConfig, x: Tensor, latents: int) -> Likelihood:
+def build_likelihood(config: TrainConfig, x: Tensor, latents: int) -> Likelihood:
     """p(x | z) for rows x [N, D]."""
     if config.likelihood == "bernoulli":
         return BernoulliLikelihood()
@@ -156,7 +158,7 @@ def likelihood_of(config: TrainConfig, x: Tensor, latents: int) -> Likelihood:
         raise FitError("--binarise makes every value 0 or 1: add --likelihood bernoulli")
     if isinstance(config.variance, float):
         return GaussianLikelihood(torch.tensor([config.variance]), learn=False)
-    start = left_over(x, latents)  # [1]
+    start = residual_variance(x, latents)  # [1]
     if config.variance == "optimal":
         return OptimalGaussianLikelihood(start)
     if config.variance == "feature":
@@ -164,7 +166,7 @@ def likelihood_of(config: TrainConfig, x: Tensor, latents: int) -> Likelihood:
     return GaussianLikelihood(start)
 
 
-def left_over(x: Tensor, latents: int) -> Tensor:
+def residual_variance(x: Tensor, latents: int) -> Tensor:
     """The variance [1] that as many linear latents would leave of x [N, D]: where a VAE's own starts.
 
     It is the optimum of the linear VAE (Lucas et al. 2019, "Don't blame the ELBO!"). Started much higher, latents die
@@ -177,7 +179,7 @@ def left_over(x: Tensor, latents: int) -> Tensor:
 
 def _squared_error(vae: VAE, x: Tensor, seed: int) -> Tensor:
     """E_q of the mean squared error a feature over all rows x [N, D], one draw a row: a scalar."""
-    random, total = stream(seed, NOISE), torch.zeros((), device=x.device)
+    random, total = random_stream(seed, NOISE), torch.zeros((), device=x.device)
     with torch.no_grad():
         for rows in x.split(BATCH):
             mean, std = vae.encode(rows)
@@ -186,7 +188,7 @@ def _squared_error(vae: VAE, x: Tensor, seed: int) -> Tensor:
     return total / x.numel()
 
 
-def _penalised(terms: Terms, model: nn.Module, config: TrainConfig) -> Terms:
+def _penalised(terms: LossTerms, model: nn.Module, config: TrainConfig) -> LossTerms:
     if config.l2 > 0:
         terms["loss"] = terms["loss"] + config.l2 * weight_penalty(model)
     return terms

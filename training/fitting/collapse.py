@@ -5,7 +5,7 @@ from torch import Tensor
 from training.fitting.pca import spectrum
 
 
-def latents_kept(x: Tensor, latents: int, beta: float, variance: float | None) -> int:
+def predict_active_latents(x: Tensor, latents: int, beta: float, variance: float | None) -> int:
     """How many of `latents` a linear VAE keeps on rows x [N, D]: as many eigenvalues as exceed beta times the variance.
 
     With `variance` None it is learned: at the optimum D s2 = (the eigenvalues of dead latents) + (k live ones) beta s2;
@@ -23,13 +23,13 @@ def latents_kept(x: Tensor, latents: int, beta: float, variance: float | None) -
     return 0
 
 
-def forecast(kept: int, latents: int, beta: float) -> str:
+def forecast_message(kept: int, latents: int, beta: float) -> str:
     """What to expect, said before training."""
     text = f"forecast: the data's spectrum keeps about {kept} of {latents} latents alive"
     return text if kept == latents else f"{text} at beta {beta:g}; ask for fewer, or lower --beta"
 
 
-def verdict(active: int, kept: int, latents: int) -> str | None:
+def collapse_warning(active: int, kept: int, latents: int) -> str | None:
     """A warning that nobody can miss, if fewer than half of the latents are alive that could be."""
     if active == latents or 2 * active >= kept > 0:
         return None

@@ -18,7 +18,7 @@ MOST_LATENTS = 64
 PICTURE_LATENTS, PICTURE_RATE = 16, 1e-3
 
 
-def settled(config: TrainConfig, pictures: bool, rows: int) -> TrainConfig:
+def with_defaults(config: TrainConfig, pictures: bool, rows: int) -> TrainConfig:
     """`config` with a value for every option that it leaves to the data, but for the latents.
 
     Args:
@@ -38,18 +38,18 @@ def settled(config: TrainConfig, pictures: bool, rows: int) -> TrainConfig:
     return config.model_copy(update={name: value for name, value in usual.items() if getattr(config, name) is None})
 
 
-def as_trained(manifest: Manifest) -> TrainConfig:
+def resolved_config(manifest: Manifest) -> TrainConfig:
     """The options of a published model as they were understood."""
     config = TrainConfig.model_validate(manifest.training | {"model": manifest.kind, "name": manifest.name})
-    return settled(config, manifest.is_image, max(1, manifest.data.fit))
+    return with_defaults(config, manifest.is_image, max(1, manifest.data.fit))
 
 
-def picture_latents(width: int) -> int:
+def default_image_latents(width: int) -> int:
     """How many latents a model of pictures of D = `width` pixels has unless it is told."""
     return min(PICTURE_LATENTS, -(-width // 2))
 
 
-def table_latents(kind: str, shares: Sequence[float], rows: int, width: int) -> int:
+def default_table_latents(kind: str, shares: Sequence[float], rows: int, width: int) -> int:
     """How many latents a model of a table has unless it is told.
 
     Args:

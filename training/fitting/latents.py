@@ -12,7 +12,7 @@ MOVING = 1e-6  # share of the largest variance above which another model's laten
 BATCH = 4096  # rows encoded at a time: bounds memory
 
 
-def latent_report(core: Core, u: Tensor) -> list[Latent]:
+def describe_latents(core: Core, u: Tensor) -> list[Latent]:
     """What each latent carries about rows u [N, D] in model units.
 
     A VAE's is active where the variance of its posterior mean exceeds 0.01; a code without a prior, where it moves.
@@ -30,6 +30,6 @@ def latent_report(core: Core, u: Tensor) -> list[Latent]:
     return [Latent(kl=nats, variance=value, active=value > ACTIVE_VARIANCE) for nats, value in pairs]
 
 
-def active_latents(vae: VAE, u: Tensor) -> int:
+def count_active_latents(vae: VAE, u: Tensor) -> int:
     """How many latents carry information about rows u [N, D]: the variance of their posterior mean exceeds 0.01."""
-    return sum(latent.active for latent in latent_report(vae, u))
+    return sum(latent.active for latent in describe_latents(vae, u))

@@ -14,11 +14,11 @@ from models.autoencoder import Autoencoder
 from models.likelihood import BernoulliLikelihood, Likelihood
 from models.vae import VAE, gaussian_kl
 
-Terms = dict[str, Tensor]
+LossTerms = dict[str, Tensor]
 LOG_TWO_PI = math.log(2.0 * math.pi)
 
 
-def elbo_terms(vae: VAE, x: Tensor, noise: Tensor, beta: float = 1.0, free_bits: float = 0.0) -> Terms:
+def elbo_terms(vae: VAE, x: Tensor, noise: Tensor, beta: float = 1.0, free_bits: float = 0.0) -> LossTerms:
     """The negative ELBO in nats, KL weighted by beta, with one draw from the posterior a row.
 
     `reconstruction` is E_q[log p(x|z)], `elbo` = reconstruction - KL whatever beta is. Kingma & Welling 2014, eq. 7 and
@@ -46,7 +46,7 @@ def log_weights(vae: VAE, x: Tensor, noise: Tensor) -> Tensor:
     return _log_weights(vae, x, z, mean, log_variance)
 
 
-def importance_weighted_terms(vae: VAE, x: Tensor, noise: Tensor) -> Terms:
+def importance_weighted_terms(vae: VAE, x: Tensor, noise: Tensor) -> LossTerms:
     """The negative importance-weighted bound in nats, which S draws make tighter than the ELBO.
 
     Burda, Grosse & Salakhutdinov 2016, "Importance weighted autoencoders", eq. 8. The encoder's gradient is the doubly
@@ -86,7 +86,7 @@ def log_likelihood(likelihood: Likelihood, x: Tensor, output: Tensor) -> Tensor:
     return likelihood.log_prob(rows.flatten(0, -2), output.flatten(0, -2)).reshape(output.shape[:-1])
 
 
-def squared_error_terms(autoencoder: Autoencoder, x: Tensor, corrupted: Tensor | None = None) -> Terms:
+def squared_error_terms(autoencoder: Autoencoder, x: Tensor, corrupted: Tensor | None = None) -> LossTerms:
     """The squared error of the reconstruction, summed over features: the seed text's L(x, x_hat).
 
     Given `corrupted` [B, D], the denoising autoencoder's: x is reconstructed from that. Vincent et al. 2010, "Stacked

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from models.pca import PCA
-from training.data.moments import Moments, moments
+from training.data.moments import Moments, compute_moments
 from training.errors import FitError
 
 NOISE_FLOOR = 1e-6  # of the mean variance: the noise where nothing is left over, for Q divides by it
@@ -20,7 +20,7 @@ NO_COVARIANCE = "expected moments with their covariance, made with full=True"
 Doubles = npt.NDArray[np.float64]
 
 
-def pca_of(moments: Moments, latents: int) -> PCA:
+def pca_from_moments(moments: Moments, latents: int) -> PCA:
     """PCA of rows that have these moments, exact. Tipping & Bishop 1999, eq. 7 and 8, with the N - 1 covariance.
 
     Raises FitError for fewer features or rows than latents, or when no column varies.
@@ -39,13 +39,13 @@ def fit_pca(x: Tensor, latents: int) -> PCA:
     rows, features = x.shape
     _check(rows, features, latents)
     if features <= rows:
-        return pca_of(_moments(x), latents)
+        return pca_from_moments(_moments(x), latents)
     measured = _moments(x, full=False)
     _, singular, vectors = torch.linalg.svd(x.double().cpu() - measured.mean, full_matrices=False)
     return _pca(measured, singular[:latents].square() / (rows - 1), vectors[:latents])
 
 
-def spectrum_of(moments: Moments) -> Tensor:
+def spectrum_from_moments(moments: Moments) -> Tensor:
     """All eigenvalues [D] of the covariance, descending, float64."""
     assert moments.covariance is not None, NO_COVARIANCE
     return _eigenvalues(moments.covariance.numpy())
@@ -55,7 +55,7 @@ def spectrum(x: Tensor) -> Tensor:
     """The eigenvalues [R] of the covariance of rows x [N, D], descending, float64; R is the smaller of N and D."""
     rows, features = x.shape
     if features <= rows:
-        return spectrum_of(_moments(x))
+        return spectrum_from_moments(_moments(x))
     centred = (x.double() - x.double().mean(dim=0)).cpu().numpy()  # [N, D]
     return _eigenvalues(centred @ centred.T / (rows - 1))
 
@@ -81,7 +81,7 @@ def _pca(moments: Moments, values: Tensor, vectors: Tensor) -> PCA:
 
 
 def _moments(x: Tensor, full: bool = True) -> Moments:
-    return moments((rows.numpy(force=True) for rows in x.split(max(1, BLOCK_VALUES // x.shape[1]))), full)
+    return compute_moments((rows.numpy(force=True) for rows in x.split(max(1, BLOCK_VALUES // x.shape[1]))), full)
 
 
 def _largest(symmetric: Doubles, count: int) -> tuple[Tensor, Tensor]:

@@ -17,16 +17,16 @@ from training.config import TrainConfig
 from training.data.moments import Moments
 from training.errors import FitError
 
-WIDEST_WHITENING = 2048  # V up to which the covariance is full; above, its matrix would outweigh the networks
+MAX_WHITENING_WIDTH = 2048  # V up to which the covariance is full; above, its matrix would outweigh the networks
 PSEUDO_ROWS = 3.0  # that every whitened coordinate counts as if it had seen
 CODE_NOISE = 1.0  # variance in units of a code's own: it keeps something of any row, so where it lies says less
-ORDINARY = 90  # per cent of the rows, by whose residuals those of the others are measured
-WILD = 100.0  # times the largest of those squared residuals: there a network was not wrong, it was elsewhere
-NEIGHBOUR = 5  # whose distance is the scale of a row
+ORDINARY_PERCENT = 90  # per cent of the rows, by whose residuals those of the others are measured
+OUTLIER_FACTOR = 100.0  # times the largest of those squared residuals: there a network was not wrong, it was elsewhere
+NEIGHBOUR_RANK = 5  # whose distance is the scale of a row
 NEIGHBOUR_NOISE = 0.1  # variance in units of a feature's own: neighbours need not agree on what is smaller
-MOST_NEIGHBOURS = 2_048  # rows that an ensemble keeps: more find little more, and each request measures all distances
+MAX_NEIGHBOURS = 2_048  # rows that an ensemble keeps: more find little more, and each request measures all distances
 NEIGHBOUR_VALUES = 2 << 20  # of float32, in all of them
-KEPT = 75  # per cent of the rows that robust statistics keep
+KEPT_PERCENT = 75  # per cent of the rows that robust statistics keep
 CONCENTRATIONS = 5  # steps, after which few of the kept rows change
 SHRINKAGE_ROWS = 5_000
 SMALLEST_VARIANCE = 1e-12  # of a coordinate that varies, in model units
@@ -37,12 +37,12 @@ ROWS_A_COMPONENT = 50
 MIXTURE_ROWS = 10_000  # codes that it is fitted on
 AT_REST = 1e-3  # of a table's column that never changes: the share of its value that counts as a standard deviation
 NEGLIGIBLE = 1e-7  # of a column's largest value: a deviation below is float32's rounding of a constant
-WIDEST_EXPLANATION = 512  # features up to which each is explained by the others: their weights are a square
-EXPLAINING_NOISE = 1.0  # variance, in units of a feature's own: as much noise as signal
+MAX_EXPLAINED_FEATURES = 512  # features up to which each is explained by the others: their weights are a square
+EXPLANATION_NOISE = 1.0  # variance, in units of a feature's own: as much noise as signal
 BATCH = 4096  # rows at a time: bounds memory
 
 
-def how_scaled(config: TrainConfig, pictures: bool) -> Literal["standardise", "range", "none"]:
+def scaling_method(config: TrainConfig, pictures: bool) -> Literal["standardise", "range", "none"]:
     """The preprocessing that `config.scale` asks for, auto resolved."""
     if config.scale != "auto":
         return config.scale
@@ -50,7 +50,7 @@ def how_scaled(config: TrainConfig, pictures: bool) -> Literal["standardise", "r
     return "range" if pictures or bernoulli else "standardise"
 
 
-def scaling_of(
+def fit_scaling(
     moments: Moments, config: TrainConfig, pixel_range: tuple[float, float] | None, fill: Tensor | None = None
 ) -> Scaling:
     """The preprocessing that `config.scale` asks for, for rows of these moments. Raises FitError where it cannot be.
@@ -58,7 +58,7 @@ def scaling_of(
     Args:
         fill: [D], raw units: what stands in for a missing value; None where none is missing.
     """
-    how = how_scaled(config, pixel_range is not None)
+    how = scaling_method(config, pixel_range is not None)
     if config.model == "vae" and config.likelihood == "bernoulli" and how != "range":
         raise FitError(f"the bernoulli likelihood needs values in [0, 1], --scale {how} does not give them: use range")
     if config.output == "sigmoid" and how != "range":
@@ -77,7 +77,7 @@ def scaling_of(
     return scaling if fill is None else ImputingScaling(scaling, fill)
 
 
-def judge(core: Core, u: Tensor, fitted: Tensor, robust: bool = False) -> None:
+def fit_score_statistics(core: Core, u: Tensor, fitted: Tensor, robust: bool = False) -> None:
     """Give `core` the statistics that its score needs and that its training did not.
 
     Args:
@@ -86,14 +86,14 @@ def judge(core: Core, u: Tensor, fitted: Tensor, robust: bool = False) -> None:
         robust: whether some of u may be anomalies.
     """
     if isinstance(core, PCA):
-        core.shrinkage = shrinkage_of(fitted, core.mean)
+        core.shrinkage = fit_shrinkage(fitted, core.mean)
     elif isinstance(core, Autoencoder):
         _judge_autoencoder(core, _without_wild(core, u), _usual_variance(fitted), robust)
     elif isinstance(core, Ensemble):
         _judge_ensemble(core, _without_wild(core.network, u), _usual_variance(fitted), robust)
 
 
-def shrinkage_of(x: Tensor, mean: Tensor) -> Tensor:
+def fit_shrinkage(x: Tensor, mean: Tensor) -> Tensor:
     """How far to shrink the covariance of rows x [N, D] about `mean` to a multiple of the identity: a scalar in [0, 1].
 
     Ledoit & Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", 2004, lemma 3.3. It falls
@@ -105,7 +105,7 @@ def shrinkage_of(x: Tensor, mean: Tensor) -> Tensor:
     return torch.tensor(float(ledoit_wolf_shrinkage(some, assume_centered=True)) * len(some) / len(x)).to(mean)
 
 
-def whitening_of(vectors: Tensor, usual: Tensor, robust: bool = False, noise: Tensor | float = 0.0) -> Whitening:
+def fit_whitening(vectors: Tensor, usual: Tensor, robust: bool = False, noise: Tensor | float = 0.0) -> Whitening:
     """Whitening of vectors [N, V], such as the residuals of rows that the networks did not see.
 
     Each coordinate counts as if PSEUDO_ROWS more had been seen, a standard deviation of `usual` off: one that did not
@@ -118,11 +118,11 @@ def whitening_of(vectors: Tensor, usual: Tensor, robust: bool = False, noise: Te
         noise: variance that is added to each coordinate, in units of its own, a scalar or [V].
     """
     vectors, usual = vectors.double(), usual.double()
-    kept = vectors[concentrated(vectors, usual)] if robust else vectors
+    kept = vectors[most_concentrated_rows(vectors, usual)] if robust else vectors
     return _whitening(kept, usual, noise).float()
 
 
-def concentrated(vectors: Tensor, usual: Tensor) -> Tensor:
+def most_concentrated_rows(vectors: Tensor, usual: Tensor) -> Tensor:
     """The places of the KEPT per cent of vectors [N, V] that are most alike, ascending.
 
     Concentration steps, each of which keeps what lies nearest by the statistics of what the last kept: Rousseeuw & Van
@@ -130,7 +130,7 @@ def concentrated(vectors: Tensor, usual: Tensor) -> Tensor:
     medians, column by column, which even half of the rows cannot move far.
     """
     vectors, usual = vectors.double(), usual.double()
-    count = -(-len(vectors) * KEPT // 100)
+    count = -(-len(vectors) * KEPT_PERCENT // 100)
     centre = vectors.median(dim=0).values  # [V]
     spread = 1.4826 * (vectors - centre).abs().median(dim=0).values  # [V], the deviation of a normal column
     distance = Whitening(centre, _counting_more(spread.square(), len(vectors), usual).rsqrt()).distance(vectors)
@@ -151,7 +151,7 @@ def _whitening(vectors: Tensor, usual: Tensor, noise: Tensor | float = 0.0) -> W
     rows, width = vectors.shape
     mean = vectors.mean(dim=0)  # [V]
     deviation = _counting_more(vectors.var(dim=0, correction=0), rows, usual).sqrt()  # [V]
-    if width > WIDEST_WHITENING or rows == 1:
+    if width > MAX_WHITENING_WIDTH or rows == 1:
         return Whitening(mean, 1.0 / (deviation * torch.as_tensor(1.0 + noise).sqrt()))
     correlation = torch.from_numpy(ledoit_wolf(((vectors - mean) / deviation).numpy(), assume_centered=True)[0])
     correlation.diagonal().clamp_(min=1.0).add_(noise)  # at least 1: the rows that were not seen
@@ -167,7 +167,7 @@ def _judge_autoencoder(core: Autoencoder, u: Tensor, usual: Tensor, robust: bool
     expected = torch.cat((of_code.expand(codes.shape[1]), usual.expand(u.shape[1])))  # [K + D]
     noise = torch.zeros_like(expected)
     noise[: codes.shape[1]] = CODE_NOISE
-    core.whitening = whitening_of(torch.cat((codes, residuals), dim=1), expected, robust, noise)
+    core.whitening = fit_whitening(torch.cat((codes, residuals), dim=1), expected, robust, noise)
 
 
 def _answers(core: Autoencoder, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,17 +184,17 @@ def _without_wild(core: Autoencoder, u: Tensor) -> Tensor:
     outweigh all others in the variances by which every row is judged.
     """
     squared = _answers(core, u)[1].double().square().sum(dim=1)  # [N]
-    return u[squared <= WILD * squared.kthvalue(-(-len(u) * ORDINARY // 100)).values]
+    return u[squared <= OUTLIER_FACTOR * squared.kthvalue(-(-len(u) * ORDINARY_PERCENT // 100)).values]
 
 
-def neighbours_of(x: Tensor) -> Neighbours:
+def fit_neighbours(x: Tensor) -> Neighbours:
     """Some of the rows x [N, D] in model units, and as the scale of each its squared distance to its fifth neighbour.
 
     To that the mean of all is added: rows that lie on one another make no distance infinite.
     """
-    whitening = whitening_of(x[:SHRINKAGE_ROWS], _usual_variance(x), noise=NEIGHBOUR_NOISE)
-    rows = whitening(x[: max(1, min(MOST_NEIGHBOURS, NEIGHBOUR_VALUES // x.shape[1]))])
-    rank = min(NEIGHBOUR, len(rows) - 1) + 1  # the first is the row itself
+    whitening = fit_whitening(x[:SHRINKAGE_ROWS], _usual_variance(x), noise=NEIGHBOUR_NOISE)
+    rows = whitening(x[: max(1, min(MAX_NEIGHBOURS, NEIGHBOUR_VALUES // x.shape[1]))])
+    rank = min(NEIGHBOUR_RANK, len(rows) - 1) + 1  # the first is the row itself
     own = torch.cat([torch.cdist(part, rows).kthvalue(rank).values for part in rows.split(BATCH)]).square()  # [R]
     return Neighbours(whitening, rows, (own + own.mean()).clamp(min=ROUNDING * x.shape[1]))
 
@@ -215,11 +215,11 @@ def _usual_variance(fitted: Tensor) -> Tensor:
 
 def _mean(distances: Tensor, robust: bool) -> Tensor:
     """The mean of distances [N], a scalar; robust, of the smaller ones."""
-    kept = -(-len(distances) * KEPT // 100) if robust else len(distances)
+    kept = -(-len(distances) * KEPT_PERCENT // 100) if robust else len(distances)
     return distances.sort().values[:kept].mean()
 
 
-def prior_of(core: Core, u: Tensor, latents: int, seed: int) -> Prior:
+def fit_prior(core: Core, u: Tensor, latents: int, seed: int) -> Prior:
     """The prior whose draws decode to rows like the fitted u [N, D]: pPCA's, N(0, I), or a mixture on an AE's codes."""
     if isinstance(core, PCA):
         return gaussian_prior((core.eigenvalues - core.noise_variance).clamp(min=0.0).sqrt())
@@ -238,9 +238,9 @@ def prior_of(core: Core, u: Tensor, latents: int, seed: int) -> Prior:
     return Prior(weights, means, torch.linalg.cholesky(covariances))
 
 
-def explanation_of(moments: Moments, scaling: Scaling, pictures: bool) -> Explanation:
+def fit_explanation(moments: Moments, scaling: Scaling, pictures: bool) -> Explanation:
     """What is expected of each feature, from the moments of the fitted rows in raw units."""
-    if pictures or moments.covariance is None or len(moments.mean) > WIDEST_EXPLANATION:
+    if pictures or moments.covariance is None or len(moments.mean) > MAX_EXPLAINED_FEATURES:
         return Explanation()
     moments = moments.scaled(scaling.shift, scaling.scale)
     assert moments.covariance is not None
@@ -249,7 +249,7 @@ def explanation_of(moments: Moments, scaling: Scaling, pictures: bool) -> Explan
     deviation = torch.where(still, 1.0, deviation)
     correlation = moments.covariance / torch.outer(deviation, deviation)  # [D, D]
     correlation[still, :] = correlation[:, still] = 0.0
-    precision = torch.linalg.inv(correlation + EXPLAINING_NOISE * torch.eye(len(deviation)).double())
+    precision = torch.linalg.inv(correlation + EXPLANATION_NOISE * torch.eye(len(deviation)).double())
     own = precision / precision.diagonal().unsqueeze(1)  # [D, D]: (x - mean) to what the others leave of each
     residual = torch.where(still, 1.0, torch.einsum("ij,jk,ik->i", own, correlation, own).sqrt())  # [D]
     weights = -own * torch.outer(deviation, 1.0 / deviation)
@@ -258,7 +258,7 @@ def explanation_of(moments: Moments, scaling: Scaling, pictures: bool) -> Explan
     return Expectations(*(value.float() for value in values))
 
 
-def calibration_of(core: Core, u: Tensor) -> Calibration:
+def fit_calibration(core: Core, u: Tensor) -> Calibration:
     """Calibration by the scores of rows u [N, D] in model units which trained nothing."""
     with torch.no_grad():
         return Calibration(torch.cat([core.score(rows)[0] for rows in u.split(BATCH)]))

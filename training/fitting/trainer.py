@@ -19,10 +19,10 @@ from training.config import TrainConfig
 from training.data.batches import Batches
 from training.errors import FitError
 from training.fitting import checkpoint
-from training.fitting.distributed import Processes
-from training.fitting.objectives import Terms
+from training.fitting.distributed import ProcessGroup
+from training.fitting.objectives import LossTerms
 from training.progress import Reporter
-from training.random_streams import NOISE, VALIDATION, stream
+from training.random_streams import NOISE, VALIDATION, random_stream
 
 STEPS = 3_000  # that the default number of epochs aims at: the demonstration models stop improving there
 FEWEST_EPOCHS, MOST_EPOCHS = 10, 400
@@ -41,7 +41,7 @@ class Objective(Protocol):
             warmth: how much of the warm-up is behind, from 0 to 1.
         """
 
-    def terms(self, drawn: tuple[Tensor, ...], warmth: float) -> Terms:
+    def terms(self, drawn: tuple[Tensor, ...], warmth: float) -> LossTerms:
         """The loss of what `draw` gave, or of some of its rows."""
 
 
@@ -62,7 +62,7 @@ class Run:
     seconds: float = 30.0
 
 
-class Descent:
+class Trainer:
     """One run of Adam (Kingma & Ba 2015) on a one-cycle schedule (Smith & Topin 2018).
 
     Args:
@@ -79,7 +79,7 @@ class Descent:
         batches: Batches,
         held_out: Tensor,
         config: TrainConfig,
-        processes: Processes = Processes(),  # noqa: B008  # frozen
+        processes: ProcessGroup = ProcessGroup(),  # noqa: B008  # frozen
     ) -> None:
         self._model = model.to(held_out.device)
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -135,7 +135,7 @@ class Descent:
         start = position * self._batch
         rows = self._batches.take(epoch, start, min(start + self._batch, len(self._batches)))
         self._optimiser.zero_grad(set_to_none=True)
-        values = self._loss(rows, stream(self._config.seed, NOISE, self._step), self._warmth())
+        values = self._loss(rows, random_stream(self._config.seed, NOISE, self._step), self._warmth())
         norm = self._gradient_norm()
         if not (math.isfinite(values[0]) and math.isfinite(norm)):
             return False
@@ -156,7 +156,7 @@ class Descent:
     def _loss(self, rows: Tensor, random: torch.Generator, warmth: float, backward: bool = True) -> list[float]:
         """The loss of rows [B, D] and its terms, of which each process computes its share; gradients likewise."""
         drawn = self._objective.draw(rows, random, warmth)
-        share = self._processes.share(len(rows))
+        share = self._processes.slice_of(len(rows))
         weight = (share.stop - share.start) / len(rows)
         if self._processes.count > 1:
             drawn = tuple(part[share] for part in drawn)
@@ -170,7 +170,7 @@ class Descent:
             values = torch.zeros(len(self._names), device=rows.device)
         if self._processes.count > 1:
             values = values.double() * weight
-            self._processes.add_up(values)
+            self._processes.all_reduce(values)
             if backward:
                 self._add_up_gradients()
         return cast(list[float], values.tolist())
@@ -180,7 +180,7 @@ class Descent:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         flat = nn.utils.parameters_to_vector(parameter.grad for parameter in self._parameters)  # type: ignore[misc] # a generator will do
-        self._processes.add_up(flat)
+        self._processes.all_reduce(flat)
         start = 0
         for parameter in self._parameters:
             parameter.grad = flat[start : start + parameter.numel()].view_as(parameter)
@@ -206,7 +206,7 @@ class Descent:
     def _validate(self) -> float:
         """The loss of the held-out rows, with the same noise after every epoch."""
         self._model.eval()
-        random, total = stream(self._config.seed, VALIDATION), 0.0
+        random, total = random_stream(self._config.seed, VALIDATION), 0.0
         with torch.no_grad():
             for rows in self._held_out.split(VALIDATION_ROWS):
                 total += self._loss(rows, random, 1.0, backward=False)[0] * len(rows)

@@ -9,7 +9,7 @@ import torch
 from models.artifact import CALIBRATION, CARD, HELD_OUT
 from models.manifest import Manifest
 from models.pipeline import Pipeline
-from training.fitting.pipeline import Preparation
+from training.fitting.pipeline import PreparedData
 from training.reports.model_card import card
 
 MOST_CODES = 2_000  # held-out rows whose codes are shown
@@ -18,7 +18,7 @@ MOST_SCORES = 2_000  # calibration scores: of more, evenly spaced order statisti
 _COMPACT = orjson.OPT_SERIALIZE_NUMPY
 
 
-def exhibits(pipeline: Pipeline, manifest: Manifest, data: Preparation, notes: Sequence[str]) -> dict[str, bytes]:
+def exhibits(pipeline: Pipeline, manifest: Manifest, data: PreparedData, notes: Sequence[str]) -> dict[str, bytes]:
     """The exhibits of `pipeline` by name, as `models.artifact.publish` takes them.
 
     Without held-out rows and their codes where the run was `private`. notes: what the user was told meanwhile.
@@ -29,7 +29,7 @@ def exhibits(pipeline: Pipeline, manifest: Manifest, data: Preparation, notes: S
     return {HELD_OUT: _held_out(pipeline, data), **shown}
 
 
-def _held_out(pipeline: Pipeline, data: Preparation) -> bytes:
+def _held_out(pipeline: Pipeline, data: PreparedData) -> bytes:
     """`latents` [M, K] and `labels` [M] of held-out rows, and `inputs` [R, D] of the first R of them, raw units."""
     rows = data.held_out[:MOST_CODES]
     with torch.inference_mode():

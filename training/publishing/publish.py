@@ -13,8 +13,8 @@ from models.manifest import FORMAT_VERSION, CalibrationSize, Data, Feature, Gold
 from models.pipeline import Pipeline
 from training.evaluation.metrics import density_scale
 from training.evaluation.model_selection import Candidate
-from training.fitting.latents import latent_report
-from training.fitting.pipeline import Preparation
+from training.fitting.latents import describe_latents
+from training.fitting.pipeline import PreparedData
 from training.progress import Reporter
 from training.publishing.exhibits import exhibits
 from training.publishing.onnx_export import export
@@ -23,7 +23,7 @@ GOLDEN_ROWS = 3
 
 
 def publish(
-    chosen: Candidate, comparison: dict[str, dict[str, float]], data: Preparation, artifacts: Path, report: Reporter
+    chosen: Candidate, comparison: dict[str, dict[str, float]], data: PreparedData, artifacts: Path, report: Reporter
 ) -> tuple[Path, Manifest]:
     """Write the model as the next version of its name under `artifacts`; gives the path of the file."""
     module = artifact.script(chosen.pipeline)
@@ -52,7 +52,7 @@ def _golden(module: torch.jit.ScriptModule, rows: torch.Tensor, seed: int) -> Go
     return artifact.golden(module, rows, noise, choice)
 
 
-def _features(data: Preparation) -> list[Feature]:
+def _features(data: PreparedData) -> list[Feature]:
     columns = data.table.names, data.table.units, data.medians, data.moments.low, data.moments.high, data.table.missing
     return [
         Feature(
@@ -62,7 +62,7 @@ def _features(data: Preparation) -> list[Feature]:
     ]
 
 
-def _data(data: Preparation) -> Data:
+def _data(data: PreparedData) -> Data:
     return Data(
         source=data.table.source,
         rows=len(data.table.x),
@@ -84,7 +84,7 @@ def software() -> dict[str, str]:
 
 
 def _manifest(
-    chosen: Candidate, comparison: dict[str, dict[str, float]], data: Preparation, golden: Golden
+    chosen: Candidate, comparison: dict[str, dict[str, float]], data: PreparedData, golden: Golden
 ) -> Manifest:
     table, pipeline, calibration = data.table, chosen.pipeline, len(data.rows.calibration)
     scaled = data.moments.scaled(pipeline.scaling.shift, pipeline.scaling.scale)
@@ -107,7 +107,7 @@ def _manifest(
         versions=software(),
         weights_sha256=artifact.weights_sha256(pipeline),
         history=chosen.recorder.history,
-        latent_report=latent_report(pipeline.core, pipeline.scaling(data.held_out)),
+        latent_report=describe_latents(pipeline.core, pipeline.scaling(data.held_out)),
         spectrum=data.spectrum(pipeline.scaling).tolist(),
         total_variance=float(scaled.variance.sum()),
         log_scale=density_scale(pipeline.core, pipeline.scaling),

@@ -19,7 +19,7 @@ from models.artifact import Artifact
 from models.calibration import Calibration
 from models.manifest import VERSION, CalibrationSize, Golden, Manifest, Recalibration
 from training.data.row_store import Floats
-from training.data.table import MOST_ROWS, Table
+from training.data.table import MAX_HELD_OUT_ROWS, Table
 from training.errors import DataError, FitError
 from training.evaluation.score import batches, refuse_overflow
 from training.progress import Patience
@@ -56,7 +56,7 @@ def recalibrate(parent: Artifact, table: Table, root: Path, alpha: float, runs: 
     """
     _refuse_training_rows(parent, table)
     normal, notes = _normal(table)
-    chosen = np.sort(np.random.RandomState(0).permutation(normal)[:MOST_ROWS])
+    chosen = np.sort(np.random.RandomState(0).permutation(normal)[:MAX_HELD_OUT_ROWS])
     _refuse_few(table, len(chosen), alpha)
     scores = _scores(parent, table)[chosen]
     notes = [*table.notes, *notes, *_compared(parent, table, scores, alpha)]

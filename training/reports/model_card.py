@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from models.manifest import Manifest
 from training.config import TrainConfig
-from training.fitting.defaults import as_trained
+from training.fitting.defaults import resolved_config
 from training.reports.describe import KINDS, against_pca, latents_phrase
 
 FEATURES = 40  # listed before the rest is only counted
@@ -157,13 +157,13 @@ def _limits(manifest: Manifest) -> Iterator[str]:
         yield "An autoencoder has no density: draws come from a mixture fitted on its codes; there is no likelihood."
     yield "When the world drifts away from the calibration rows its p-values do not hold: `elbo calibrate` it or train."
     yield "Anomalies among the rows that it was trained on count as normal."
-    if manifest.kind != "pca" and as_trained(manifest).kept == "best":
+    if manifest.kind != "pca" and resolved_config(manifest).kept == "best":
         yield "The held-out rows also chose the best epoch, so their figures flatter it a little."
 
 
 def _denoises(manifest: Manifest) -> bool:
     """Whether it learnt from rows with noise, chosen or by default."""
-    return manifest.kind in ("ae", "ensemble") and bool(as_trained(manifest).noise)
+    return manifest.kind in ("ae", "ensemble") and bool(resolved_config(manifest).noise)
 
 
 def _chosen(manifest: Manifest) -> Iterator[tuple[str, str]]:

@@ -23,8 +23,8 @@ from models.likelihood import GaussianLikelihood
 from models.manifest import Manifest
 from models.pipeline import Pipeline
 from models.vae import VAE
-from training.fitting.defaults import as_trained
-from training.random_streams import VALIDATION, stream
+from training.fitting.defaults import resolved_config
+from training.random_streams import VALIDATION, random_stream
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
 CLASSES = (BLUE, "#E69F00", GREEN, "#CC79A7", "#56B4E9", ORANGE, "#A89A00", "#000000", GREY, "#7F3C8D")
@@ -84,7 +84,7 @@ class Seen:
 
     def drawn(self, count: int) -> Floats:
         """Rows [count, D] of the generative prior, the same every time."""
-        random = stream(0, VALIDATION)
+        random = random_stream(0, VALIDATION)
         with torch.inference_mode():
             noise, choice = (
                 torch.randn(count, self.code.shape[1], generator=random),
@@ -96,7 +96,7 @@ class Seen:
 
 def _kept(manifest: Manifest) -> tuple[str, float]:
     """Which epoch is published, best or last, and its number."""
-    if as_trained(manifest).kept == "last":
+    if resolved_config(manifest).kept == "last":
         return "last", manifest.history[-1]["epoch"]
     return "best", min(manifest.history, key=lambda point: point.get("held_out_loss", np.inf))["epoch"]
 

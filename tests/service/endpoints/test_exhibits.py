@@ -14,7 +14,7 @@ from models.artifact import Artifact
 from tests.service.hosts import host_table
 from tests.training.reporters import Silent
 from training.config import TrainConfig
-from training.data.row_store import Rows
+from training.data.row_store import RowStore
 from training.data.table import Table
 from training.train import train
 
@@ -67,7 +67,7 @@ def test_what_is_shown_is_bounded(tmp_path: Path) -> None:
     rows = np.random.RandomState(0).normal(size=(26_000, 300)).astype(np.float32)
     names = [f"f{i}" for i in range(300)]
     missing = np.zeros(300, np.int64)
-    table = Table(Rows(rows), (300,), names, [None] * 300, None, None, "made up", missing=missing)
+    table = Table(RowStore(rows), (300,), names, [None] * 300, None, None, "made up", missing=missing)
     path = train(TrainConfig(model="pca", name="wide", latents=2), table, tmp_path, Silent())
     held, scores = (json.loads(members(path)[name]) for name in ("held-out.json", "calibration.json"))
     assert held["rows"] == 2600

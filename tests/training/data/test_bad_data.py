@@ -12,12 +12,12 @@ import polars as pl
 import pytest
 
 from models.errors import ElboError
-from training.data.table import DataError, read
+from training.data.table import DataError, read_table
 
 
 def refusal(source: str) -> str:
     with pytest.raises(DataError) as caught:
-        read(source)
+        read_table(source)
     message = str(caught.value)
     assert isinstance(caught.value, ElboError)
     assert caught.value.code == "data_error"
@@ -80,7 +80,7 @@ def test_csv_with_a_broken_character_after_its_header_is_refused(tmp_path: Path)
 def test_columns_named_by_their_position_are_a_header(tmp_path: Path, header: str) -> None:
     path = tmp_path / "a.csv"
     path.write_text(header + "\n4,5,6\n7,8,9\n")
-    assert read(str(path)).names == header.split(",")
+    assert read_table(str(path)).names == header.split(",")
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.data.batches import POOL, Batches
-from training.data.row_store import Rows
+from training.data.batches import POOL_BLOCKS, Batches
+from training.data.row_store import RowStore
 
 ROWS, WIDTH = 1000, 3
 
 
-class SmallBlocks(Rows):
+class SmallBlocks(RowStore):
     @property
     def block(self) -> int:
         return 7
@@ -24,11 +24,11 @@ def raw(x: Tensor) -> Tensor:
 
 
 @pytest.fixture(params=["memory", "disk"])
-def rows(request: pytest.FixtureRequest, tmp_path: Path) -> Rows:
+def rows(request: pytest.FixtureRequest, tmp_path: Path) -> RowStore:
     """Row i holds i in each of its columns."""
     values = np.repeat(np.arange(ROWS, dtype=np.float32)[:, None], WIDTH, axis=1)
     if request.param == "memory":
-        return Rows(values)
+        return RowStore(values)
     np.save(tmp_path / "rows.npy", values)
     return SmallBlocks(np.load(tmp_path / "rows.npy", mmap_mode="r"))
 
@@ -43,7 +43,7 @@ def epoch(batches: Batches, number: int, size: int = 64) -> Tensor:
     return torch.cat([batches.take(number, start, min(start + size, count)) for start in range(0, count, size)])
 
 
-def test_an_epoch_has_every_fit_row_once_and_no_other(rows: Rows, fit: np.ndarray) -> None:
+def test_an_epoch_has_every_fit_row_once_and_no_other(rows: RowStore, fit: np.ndarray) -> None:
     batches = Batches(rows, fit, raw, seed=1, device="cpu")
     for number in (0, 5):
         seen = epoch(batches, number)
@@ -51,7 +51,7 @@ def test_an_epoch_has_every_fit_row_once_and_no_other(rows: Rows, fit: np.ndarra
         assert sorted(seen[:, 0].int().tolist()) == sorted(fit.tolist())
 
 
-def test_epochs_differ_and_a_seed_repeats_them(rows: Rows, fit: np.ndarray) -> None:
+def test_epochs_differ_and_a_seed_repeats_them(rows: RowStore, fit: np.ndarray) -> None:
     batches = Batches(rows, fit, raw, seed=1, device="cpu")
     first = epoch(batches, 0)
     assert not torch.equal(first, epoch(batches, 1))
@@ -60,7 +60,7 @@ def test_epochs_differ_and_a_seed_repeats_them(rows: Rows, fit: np.ndarray) -> N
 
 
 def test_any_place_of_any_epoch_can_be_the_first_that_is_asked_for(
-    rows: Rows,
+    rows: RowStore,
     fit: np.ndarray,
 ) -> None:
     whole = epoch(Batches(rows, fit, raw, seed=1, device="cpu"), 3)
@@ -68,7 +68,7 @@ def test_any_place_of_any_epoch_can_be_the_first_that_is_asked_for(
         assert torch.equal(Batches(rows, fit, raw, seed=1, device="cpu").take(3, start, stop), whole[start:stop])
 
 
-def test_rows_come_prepared(rows: Rows, fit: np.ndarray) -> None:
+def test_rows_come_prepared(rows: RowStore, fit: np.ndarray) -> None:
     doubled = Batches(rows, fit, lambda x: 2 * x, seed=1, device="cpu")
     assert torch.equal(epoch(doubled, 0), 2 * epoch(Batches(rows, fit, raw, seed=1, device="cpu"), 0))
 
@@ -81,6 +81,6 @@ def test_from_disk_neighbours_part(tmp_path: Path) -> None:
     )
     seen = epoch(batches, 0)[:, 0]
     neighbours = (seen.diff().abs() == 1).double().mean()
-    assert neighbours < 2 / (7 * POOL) + 0.05
-    pool = seen[: 7 * POOL].sort().values
+    assert neighbours < 2 / (7 * POOL_BLOCKS) + 0.05
+    pool = seen[: 7 * POOL_BLOCKS].sort().values
     assert pool[-1] - pool[0] > ROWS / 2

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from tests.data import values
 from tests.training.manifests import manifest_of
-from training.data.row_store import Rows, medians
-from training.data.table import DataError, read, read_like
+from training.data.row_store import RowStore, column_medians
+from training.data.table import DataError, read_for_model, read_table
 
 NAN = float("nan")
 HOSTS = "host,time,id,cpu [%],disk\n" + "".join(
@@ -32,7 +32,7 @@ def counting(column: str, numbers: list[Any]) -> str:
 
 def refusal(source: str, **options: Any) -> str:
     with pytest.raises(DataError) as caught:
-        read(source, **options)
+        read_table(source, **options)
     return str(caught.value).replace(source, "FILE")
 
 
@@ -49,13 +49,13 @@ def test_the_same_columns_in_parquet_are_refused_alike_and_named_by_their_types(
     frame.with_columns(pl.col("host").cast(pl.Categorical)).write_parquet(tmp_path / "a.parquet")
     message = refusal(str(tmp_path / "a.parquet"))
     assert "'host' (text, 'web-0' in row 0), 'time' (dates, 2026-01-02 03:00:00 in row 0), 'id' (an" in message
-    table = read(str(tmp_path / "a.parquet"), drop=["host", "time", "id", "empty"])
+    table = read_table(str(tmp_path / "a.parquet"), drop=["host", "time", "id", "empty"])
     assert table.names == ["cpu", "disk"]
 
 
 def test_what_is_dropped_is_gone_and_what_is_kept_stays(tmp_path: Path) -> None:
     path = written(tmp_path / "a.csv", HOSTS)
-    table = read(path, drop=["host", "time"], keep=["id"])
+    table = read_table(path, drop=["host", "time"], keep=["id"])
     assert (table.names, table.units) == (["id", "cpu", "disk"], [None, "%", None])
     assert values(table)[:3].tolist() == [[100, 0, 0], [101, 7, 5], [102, 3, 10]]
     assert "'host' (text, " in refusal(path, drop=["time", "id"], keep=["host"])  # --keep makes no numbers of words
@@ -81,10 +81,10 @@ def test_an_identifier_is_told_by_its_numbers_and_its_name(
 ) -> None:
     path = written(tmp_path / "a.csv", counting(column, list(numbers)))
     if why is None:
-        assert read(path).names == [column, "cpu"]
+        assert read_table(path).names == [column, "cpu"]
     else:
         assert f"column {column!r} ({why}) is no measurement: add --drop {column}" in refusal(path)
-        assert read(path, keep=[column]).names == [column, "cpu"]
+        assert read_table(path, keep=[column]).names == [column, "cpu"]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_columns_of_an_array_are_dropped_by_their_numbers(tmp_path: Path) -> Non
     np.save(tmp_path / "a.npy", x)
     np.savez(tmp_path / "a.npz", x=x)
     for name in ("a.npy", "a.npz"):
-        table = read(str(tmp_path / name), drop=["x[1]"])
+        table = read_table(str(tmp_path / name), drop=["x[1]"])
         assert table.names == ["x[0]", "x[2]"]
         assert np.array_equal(values(table), x[:, [0, 2]])
         assert (
@@ -116,7 +116,7 @@ def test_columns_of_an_array_are_dropped_by_their_numbers(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("words", [("true", "false"), ("TRUE", "False"), ("yes", "no"), ("1", "false")])
 def test_true_and_false_are_one_and_zero_and_said_so(tmp_path: Path, words: tuple[str, str]) -> None:
-    table = read(written(tmp_path / "a.csv", f"a,b\n1,{words[0]}\n2,{words[1]}\n3,\n"))
+    table = read_table(written(tmp_path / "a.csv", f"a,b\n1,{words[0]}\n2,{words[1]}\n3,\n"))
     assert values(table)[:2, 1].tolist() == [1, 0]
     assert np.isnan(values(table)[2, 1])
     assert table.notes[0] == "true and yes are read as 1, false and no as 0: b"
@@ -124,7 +124,7 @@ def test_true_and_false_are_one_and_zero_and_said_so(tmp_path: Path, words: tupl
 
 def test_booleans_of_parquet_are_one_and_zero(tmp_path: Path) -> None:
     pl.DataFrame({"a": [1, 2], "b": [True, False]}).write_parquet(tmp_path / "a.parquet")
-    table = read(str(tmp_path / "a.parquet"))
+    table = read_table(str(tmp_path / "a.parquet"))
     assert values(table)[:, 1].tolist() == [1, 0]
     assert table.notes == ["true and yes are read as 1, false and no as 0: b"]
 
@@ -134,7 +134,7 @@ def test_booleans_of_parquet_are_one_and_zero(tmp_path: Path) -> None:
 
 def test_missing_values_stay_nan_and_are_counted(tmp_path: Path) -> None:
     cells = ["", "NA", "n/a", "NaN", "null", "-", "?", "5", "6", "7", "8"]
-    table = read(
+    table = read_table(
         written(tmp_path / "a.csv", "cpu,disk,net\n" + "".join(f"{c},{i * i},1\n" for i, c in enumerate(cells)))
     )
     assert table.missing.tolist() == [7, 0, 0]
@@ -149,13 +149,13 @@ def test_missing_values_stay_nan_and_are_counted(tmp_path: Path) -> None:
 
 def test_the_median_is_of_the_values_that_are_there() -> None:
     x = np.array([[1, NAN], [5, NAN], [NAN, NAN], [2, 4], [100, 100]], np.float32)
-    assert medians(Rows(x), np.array([0, 1, 2, 3])).tolist() == [2, 4]
-    assert np.isnan(medians(Rows(x), np.array([0, 1]))[1])
+    assert column_medians(RowStore(x), np.array([0, 1, 2, 3])).tolist() == [2, 4]
+    assert np.isnan(column_medians(RowStore(x), np.array([0, 1]))[1])
 
 
 def model_rows(tmp_path: Path, text: str) -> Any:
-    trained = read(written(tmp_path / "train.csv", "a,b\n1,2\n3,\n5,6\n"))
-    return read_like(written(tmp_path / "rows.csv", text), manifest_of(trained))
+    trained = read_table(written(tmp_path / "train.csv", "a,b\n1,2\n3,\n5,6\n"))
+    return read_for_model(written(tmp_path / "rows.csv", text), manifest_of(trained))
 
 
 def test_a_model_takes_missing_values_where_it_was_trained_with_some(tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_the_same_values_are_the_same_table_in_every_format(tmp_path: Path, rows
 
 def outcome(source: str, options: dict[str, Any]) -> Any:
     try:
-        table = read(source, **options)
+        table = read_table(source, **options)
     except DataError as error:
         return str(error).replace(source, "FILE").split(" row ")[0]
     return table.fingerprint, table.missing.tolist(), table.notes, values(table).tobytes()

@@ -15,8 +15,8 @@ import polars as pl
 import pytest
 
 from tests.data import ROOT, values
-from training.data.row_store import Rows, Spool, Stored
-from training.data.table import MOST_ROWS, DataError, read, split
+from training.data.row_store import FileArray, RowStore, RowWriter
+from training.data.table import MAX_HELD_OUT_ROWS, DataError, read_table, split_rows
 
 LIMIT = 1000  # bytes: any table here is larger
 RANDOM = np.random.RandomState(0)
@@ -80,7 +80,7 @@ def test_on_disk_a_table_is_what_it_is_in_memory(
 ) -> None:
     x = measurements(250_000)  # several blocks of every reader
     write(tmp_path / name, x)
-    small, large = read(str(tmp_path / name)), read(str(tmp_path / name), limit=LIMIT)
+    small, large = read_table(str(tmp_path / name)), read_table(str(tmp_path / name), limit=LIMIT)
     assert (small.x.on_disk, large.x.on_disk) == (False, True)
     assert np.array_equal(values(large), x.astype(np.float32), equal_nan=True)
     assert np.array_equal(values(small), values(large), equal_nan=True)
@@ -95,7 +95,7 @@ def test_on_disk_a_table_is_what_it_is_in_memory(
 def test_pictures_in_an_array_stay_bytes_on_disk(tmp_path: Path) -> None:
     x = RANDOM.randint(0, 256, (3000, 20, 30)).astype(np.uint8)
     np.savez(tmp_path / "a.npz", x=x)
-    table = read(str(tmp_path / "a.npz"), limit=LIMIT)
+    table = read_table(str(tmp_path / "a.npz"), limit=LIMIT)
     assert (table.shape, table.pixel_range, table.x.on_disk) == ((20, 30), (0, 255), True)
     assert np.array_equal(values(table).reshape(x.shape), x)
 
@@ -107,7 +107,7 @@ def test_what_is_wrong_far_into_a_file_is_named_by_its_row(tmp_path: Path) -> No
     csv(tmp_path / "a.csv", x)
     for name, where in (("a.npy", "row 123456: "), ("a.csv", "row 123456 (line 123458): ")):
         with pytest.raises(DataError) as caught:
-            read(str(tmp_path / name), limit=LIMIT)
+            read_table(str(tmp_path / name), limit=LIMIT)
         assert f"has the value inf in {where}expected finite numbers" in str(caught.value)
 
 
@@ -117,7 +117,7 @@ def test_a_broken_line_far_into_a_csv_file_is_refused(tmp_path: Path, line: str,
     with (tmp_path / "a.csv").open("a") as file:
         file.write(line + "\n")
     with pytest.raises(DataError, match=f"line 150002 has {fields} values, the header has 5: correct the line"):
-        read(str(tmp_path / "a.csv"), limit=LIMIT)
+        read_table(str(tmp_path / "a.csv"), limit=LIMIT)
 
 
 def test_quoted_line_ends_and_commas_do_not_cut_a_row(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_quoted_line_ends_and_commas_do_not_cut_a_row(tmp_path: Path) -> None:
     words = ['"a ""b"", c\n d"', "plain", '"\r\n"', '""']
     lines = [f"{words[i % 4]},{i * i % 1009}\n" for i in range(400_000)]
     (tmp_path / "a.csv").write_text("note,value\n" + "".join(lines), newline="")
-    table = read(str(tmp_path / "a.csv"), drop=["note"], limit=LIMIT)
+    table = read_table(str(tmp_path / "a.csv"), drop=["note"], limit=LIMIT)
     assert values(table)[:, 0].tolist() == [i * i % 1009 for i in range(400_000)]
 
 
@@ -134,9 +134,9 @@ def test_rows_of_a_file_are_read_in_any_order(tmp_path: Path, dtype: str) -> Non
     x = RANDOM.randint(0, 100, (1000, 3)).astype(dtype)
     (tmp_path / "rows").write_bytes(b"header" + x.tobytes())
     with (tmp_path / "rows").open("rb") as file:
-        stored = Stored(file, x.dtype, 6, x.shape)
+        stored = FileArray(file, x.dtype, 6, x.shape)
     (tmp_path / "rows").unlink()
-    rows = Rows(stored)
+    rows = RowStore(stored)
     indices = RANDOM.randint(0, 1000, 200)
     assert np.array_equal(rows.take(indices), x[indices])
     assert rows.take(indices).dtype == np.float32
@@ -146,17 +146,17 @@ def test_rows_of_a_file_are_read_in_any_order(tmp_path: Path, dtype: str) -> Non
 
 def test_a_file_that_shrinks_while_it_is_read_is_an_error_and_no_crash(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", measurements(1000))
-    table = read(str(tmp_path / "a.npy"), limit=LIMIT)
+    table = read_table(str(tmp_path / "a.npy"), limit=LIMIT)
     os.truncate(tmp_path / "a.npy", 2000)
     with pytest.raises(DataError, match="the file of rows ends before row 999"):
         table.x.take(np.array([999]))
 
 
 def test_rows_that_come_in_pieces_go_to_disk_when_they_no_longer_fit() -> None:
-    spool = Spool(2, np.float32, 80)
+    spool = RowWriter(2, np.float32, 80)
     spool.add(np.ones((10, 2)))
     assert not spool.rows().on_disk
-    spool = Spool(2, np.float32, 80)
+    spool = RowWriter(2, np.float32, 80)
     spool.add(np.ones((10, 2)))
     spool.add(np.zeros((1, 2)))
     rows = spool.rows()
@@ -166,9 +166,13 @@ def test_rows_that_come_in_pieces_go_to_disk_when_they_no_longer_fit() -> None:
 
 
 def test_rows_that_judge_and_calibrate_fit_in_memory_however_many_there_are() -> None:
-    assert [len(part) for part in vars(split(10**6, 0)).values()] == [900_000, MOST_ROWS, MOST_ROWS]
-    assert [len(part) for part in vars(split(100_000, 0, 12_288)).values()] == [97_270, 1365, 1365]  # 64 MiB each
-    assert np.array_equal(split(1000, 3).fit, split(1000, 3, 12_288).fit)
+    assert [len(part) for part in vars(split_rows(10**6, 0)).values()] == [
+        900_000,
+        MAX_HELD_OUT_ROWS,
+        MAX_HELD_OUT_ROWS,
+    ]
+    assert [len(part) for part in vars(split_rows(100_000, 0, 12_288)).values()] == [97_270, 1365, 1365]  # 64 MiB each
+    assert np.array_equal(split_rows(1000, 3).fit, split_rows(1000, 3, 12_288).fit)
 
 
 # In a process of its own
@@ -177,19 +181,19 @@ READING = """
 import json, re, sys
 from pathlib import Path
 import numpy as np, polars
-from training.data.table import read, split
-from training.data.row_store import medians
+from training.data.table import read_table, split_rows
+from training.data.row_store import column_medians
 
 def peak():  # not getrusage: its peak is inherited from the process that started this one
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
 before = peak()
-table = read(sys.argv[1], limit=16 << 20)
+table = read_table(sys.argv[1], limit=16 << 20)
 table.fingerprint
-fit = split(len(table.x), 0, table.x.width).fit
+fit = split_rows(len(table.x), 0, table.x.width).fit
 for start in range(0, 100_000, 1000):
     table.x.take(fit[start : start + 1000])
-medians(table.x, fit)
+column_medians(table.x, fit)
 print(json.dumps({"grown": peak() - before, "bytes": 4 * len(table.x) * table.x.width}))
 """
 
@@ -245,9 +249,9 @@ def test_memory_does_not_grow_with_the_data(
 
 LEAVING = """
 import os, sys
-from training.data.table import read
+from training.data.table import read_table
 
-table = read(sys.argv[1], limit=1000)
+table = read_table(sys.argv[1], limit=1000)
 assert table.x.on_disk
 print(os.listdir(os.environ["TMPDIR"]), flush=True)
 sys.stdin.read()
@@ -275,10 +279,10 @@ def test_nothing_is_left_on_disk_even_when_the_process_is_killed(tmp_path: Path)
 
 FULL = """
 import sys
-from training.data.table import DataError, read
+from training.data.table import DataError, read_table
 
 try:
-    read(sys.argv[1], limit=1000)
+    read_table(sys.argv[1], limit=1000)
 except DataError as error:
     print(error)
 """

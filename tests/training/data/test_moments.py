@@ -11,9 +11,9 @@ import pytest
 import torch
 from scipy.linalg import subspace_angles
 
-from training.data.moments import Moments, moments
-from training.data.table import read
-from training.fitting.pca import fit_pca, pca_of, spectrum, spectrum_of
+from training.data.moments import Moments, compute_moments
+from training.data.table import read_table
+from training.fitting.pca import fit_pca, pca_from_moments, spectrum, spectrum_from_moments
 
 Floats = npt.NDArray[np.float32]
 RANDOM = np.random.RandomState(0)
@@ -29,7 +29,7 @@ TRUE |= {"small, then large": np.concatenate((COUNTS, 1e7 * COUNTS)), "large": 1
 
 
 def of(x: npt.NDArray[Any], block: int, full: bool = True) -> Moments:
-    return moments((x[start : start + block] for start in range(0, len(x), block)), full)
+    return compute_moments((x[start : start + block] for start in range(0, len(x), block)), full)
 
 
 def extended(x: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
@@ -72,13 +72,13 @@ def test_whole_numbers_are_summed_without_any_rounding(name: str, dtype: type) -
 
 def test_blocks_do_not_matter_and_may_be_empty() -> None:
     x = TRUE["normal"]
-    whole, parts = of(x, len(x)), moments([x[:0], x[:1], x[1:5], x[5:5], x[5:]])
+    whole, parts = of(x, len(x)), compute_moments([x[:0], x[:1], x[1:5], x[5:5], x[5:]])
     assert whole.covariance is not None
     assert parts.covariance is not None
     assert torch.allclose(whole.mean, parts.mean, rtol=0, atol=1e-14)
     assert torch.allclose(whole.covariance, parts.covariance, rtol=0, atol=1e-13)
     with pytest.raises(ValueError, match="at least one row"):
-        moments([x[:0]])
+        compute_moments([x[:0]])
 
 
 @pytest.mark.parametrize("name", TRUE)
@@ -98,7 +98,7 @@ def test_the_largest_float32_overflows_nothing() -> None:
     assert found.covariance is not None
     assert float(found.variance[0]) == pytest.approx(4 / 3 * end**2)
     assert float(found.covariance[0, 1]) == pytest.approx(2 / 3 * end**2)
-    later = moments([COUNTS, COUNTS * np.float32(end / COUNTS.max())])
+    later = compute_moments([COUNTS, COUNTS * np.float32(end / COUNTS.max())])
     assert bool(later.variance.isfinite().all())
 
 
@@ -117,9 +117,9 @@ def test_scaled_moments_are_those_of_scaled_rows() -> None:
 def test_pca_of_a_file_by_blocks_is_the_pca_of_its_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.npy"
     np.save(path, TRUE["normal"])
-    rows = read(str(path), limit=0).x
+    rows = read_table(str(path), limit=0).x
     assert rows.on_disk
-    from_disk = pca_of(moments(block for _, block in rows.blocks()), 3)
+    from_disk = pca_from_moments(compute_moments(block for _, block in rows.blocks()), 3)
     in_memory = fit_pca(torch.from_numpy(TRUE["normal"]), 3)
     for ours, theirs in zip(from_disk.buffers(), in_memory.buffers(), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-9)
@@ -130,12 +130,12 @@ def test_the_spectrum_is_the_covariances(shape: tuple[int, int]) -> None:
     x = RANDOM.standard_normal(shape) * np.linspace(0.1, 3.0, shape[1])
     expected = np.linalg.eigvalsh(np.cov(x.T))[::-1]
     assert spectrum(torch.from_numpy(x)).numpy() == pytest.approx(expected[: min(shape)], abs=1e-12)
-    assert spectrum_of(of(x, 100)).numpy() == pytest.approx(expected, abs=1e-12)
+    assert spectrum_from_moments(of(x, 100)).numpy() == pytest.approx(expected, abs=1e-12)
 
 
 def test_fewer_rows_than_features_give_the_same_from_moments_as_from_singular_values() -> None:
     x = RANDOM.standard_normal((20, 50))
-    by_rows, by_moments = fit_pca(torch.from_numpy(x), 5), pca_of(of(x, 7), 5)
+    by_rows, by_moments = fit_pca(torch.from_numpy(x), 5), pca_from_moments(of(x, 7), 5)
     assert subspace_angles(by_rows.components.numpy().T, by_moments.components.numpy().T).max() < 1e-6
     assert torch.allclose(by_rows.eigenvalues, by_moments.eigenvalues)
     assert torch.allclose(by_rows.noise_variance, by_moments.noise_variance)

@@ -27,7 +27,7 @@ from training.evaluation.metrics import (
     latents,
     rival_metrics,
 )
-from training.fitting.latents import latent_report
+from training.fitting.latents import describe_latents
 from training.fitting.objectives import log_weights
 from training.fitting.pca import fit_pca
 from training.reports.model_card import MEASURES
@@ -143,7 +143,7 @@ def test_the_latents_of_a_linear_vae_carry_what_theory_says() -> None:
     """KL of latent k is half of ln(1 + w_k^2 / s2); the variance of its mean is w_k^2 / (w_k^2 + s2)."""
     vae, (x, _) = linear_vae(1.0), rows(20_000)
     squares = np.square(WEIGHTS).sum(axis=0)
-    report = latent_report(vae, x)
+    report = describe_latents(vae, x)
     assert [latent.kl for latent in report] == pytest.approx(0.5 * np.log1p(squares / VARIANCE), rel=0.02)
     assert [latent.variance for latent in report] == pytest.approx(squares / (squares + VARIANCE), rel=0.02)
     assert [latent.active for latent in report] == [True, True]
@@ -152,7 +152,7 @@ def test_the_latents_of_a_linear_vae_carry_what_theory_says() -> None:
 
 def test_a_code_without_a_prior_has_variances_and_no_kl() -> None:
     x, _ = rows(500)
-    report = latent_report(fit_pca(x.double(), K).float(), x)
+    report = describe_latents(fit_pca(x.double(), K).float(), x)
     assert [latent.kl for latent in report] == [None, None]
     eigenvalues = np.linalg.eigvalsh(np.cov(x.double().numpy().T, ddof=0))[::-1][:K]
     assert [latent.variance for latent in report] == pytest.approx(eigenvalues, rel=1e-4)

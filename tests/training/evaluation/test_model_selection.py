@@ -9,8 +9,8 @@ import torch
 from models.manifest import read_manifest
 from tests.training.reporters import Silent
 from training.config import TrainConfig
-from training.data.row_store import Rows
-from training.data.table import Table, read
+from training.data.row_store import RowStore
+from training.data.table import Table, read_table
 from training.evaluation.model_selection import swapped, victories
 from training.train import train
 
@@ -43,7 +43,7 @@ def table(x: np.ndarray, source: str) -> Table:
     names = [f"x{index}" for index in range(x.shape[1])]
     missing = np.zeros(x.shape[1], np.int64)
     units: list[str | None] = [None] * len(names)
-    return Table(Rows(x.astype(np.float32)), x.shape[1:], names, units, None, None, source, missing=missing)
+    return Table(RowStore(x.astype(np.float32)), x.shape[1:], names, units, None, None, source, missing=missing)
 
 
 @pytest.mark.parametrize("curved", [False, True])
@@ -71,7 +71,9 @@ def test_a_network_is_published_where_it_beats_pca_and_only_there(tmp_path: Path
 
 def test_the_measures_of_auto_are_those_of_the_models_alone(tmp_path: Path) -> None:
     config = TrainConfig(model="auto", name="m", epochs=3)
-    auto = read_manifest(train(config, read("digits"), tmp_path, Silent()))
-    alone = read_manifest(train(config.model_copy(update={"model": auto.kind}), read("digits"), tmp_path, Silent()))
+    auto = read_manifest(train(config, read_table("digits"), tmp_path, Silent()))
+    alone = read_manifest(
+        train(config.model_copy(update={"model": auto.kind}), read_table("digits"), tmp_path, Silent())
+    )
     assert auto.weights_sha256 == alone.weights_sha256
     assert auto.metrics == alone.metrics

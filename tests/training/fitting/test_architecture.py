@@ -6,7 +6,7 @@ from torch import nn
 
 from training.config import TrainConfig
 from training.errors import FitError
-from training.fitting.architecture import decoder_of, encoder_of
+from training.fitting.architecture import build_decoder, build_encoder
 
 
 def kinds(network: nn.Module) -> list[str]:
@@ -15,7 +15,7 @@ def kinds(network: nn.Module) -> list[str]:
 
 def test_a_perceptron_mirrors_its_widths() -> None:
     config = TrainConfig(model="vae", name="x", hidden=(7, 5), activation="tanh")
-    encoder, decoder = encoder_of(config, (4, 3), 6), decoder_of(config, (4, 3), 2)
+    encoder, decoder = build_encoder(config, (4, 3), 6), build_decoder(config, (4, 3), 2)
     assert kinds(encoder) == kinds(decoder) == ["Linear", "Tanh", "Linear", "Tanh", "Linear"]
     assert [tuple(p.shape) for p in encoder.parameters() if p.dim() == 2] == [(7, 12), (5, 7), (6, 5)]
     assert [tuple(p.shape) for p in decoder.parameters() if p.dim() == 2] == [(5, 2), (7, 5), (12, 7)]
@@ -24,7 +24,7 @@ def test_a_perceptron_mirrors_its_widths() -> None:
 @pytest.mark.parametrize("shape", [(28, 28), (5, 4, 3)])
 def test_conv_takes_its_default_channels_and_keeps_rows_flat(shape: tuple[int, ...]) -> None:
     config = TrainConfig(model="vae", name="x", network="conv")
-    encoder, decoder = encoder_of(config, shape, 6), decoder_of(config, shape, 3)
+    encoder, decoder = build_encoder(config, shape, 6), build_decoder(config, shape, 3)
     assert kinds(encoder).count("Conv2d") == kinds(decoder).count("ConvTranspose2d") == 2
     x = torch.randn(2, torch.Size(shape).numel())
     assert encoder(x).shape == (2, 6)
@@ -33,7 +33,7 @@ def test_conv_takes_its_default_channels_and_keeps_rows_flat(shape: tuple[int, .
 
 def test_dense_layers_stand_between_convolutions_and_code_in_mirrored_order() -> None:
     config = TrainConfig(model="ae", name="x", network="conv", hidden=(4,), dense=(9, 7))
-    encoder, decoder = encoder_of(config, (6, 6), 2), decoder_of(config, (6, 6), 2)
+    encoder, decoder = build_encoder(config, (6, 6), 2), build_decoder(config, (6, 6), 2)
     assert kinds(encoder)[-6:] == ["Flatten", "Linear", "SiLU", "Linear", "SiLU", "Linear"]
     assert kinds(decoder)[:7] == ["Linear", "SiLU", "Linear", "SiLU", "Linear", "Unflatten", "SiLU"]
     widths = [layer.out_features for layer in [*encoder, *decoder] if isinstance(layer, nn.Linear)]
@@ -43,7 +43,7 @@ def test_dense_layers_stand_between_convolutions_and_code_in_mirrored_order() ->
 @pytest.mark.parametrize("network", ["mlp", "conv"])
 def test_a_sigmoid_keeps_pictures_within_0_and_1(network: str) -> None:
     config = TrainConfig.model_validate({"model": "ae", "name": "x", "network": network})
-    x = decoder_of(config, (6, 6), 2, unit=True)(100 * torch.randn(50, 2))
+    x = build_decoder(config, (6, 6), 2, unit=True)(100 * torch.randn(50, 2))
     assert 0 <= x.min() < 0.1 < 0.9 < x.max() <= 1
 
 
@@ -62,10 +62,10 @@ def test_a_sigmoid_keeps_pictures_within_0_and_1(network: str) -> None:
 )
 def test_decoders_end_in_a_sigmoid_where_it_fits(options: dict[str, object], unit: bool, sigmoid: bool) -> None:
     config = TrainConfig.model_validate({"model": "ae", "name": "x", **options})
-    assert (kinds(decoder_of(config, (6, 6), 2, unit))[-1] == "Sigmoid") == sigmoid
+    assert (kinds(build_decoder(config, (6, 6), 2, unit))[-1] == "Sigmoid") == sigmoid
 
 
-@pytest.mark.parametrize("build", [encoder_of, decoder_of])
+@pytest.mark.parametrize("build", [build_encoder, build_decoder])
 @pytest.mark.parametrize(
     ("shape", "hidden", "words"),
     [
@@ -86,4 +86,4 @@ def test_rows_that_convolutions_cannot_take_are_refused(
 
 def test_as_many_stages_as_there_is_room_for_are_given() -> None:
     config = TrainConfig(model="ae", name="x", network="conv", hidden=(4, 4, 4))
-    assert decoder_of(config, (5, 28), 2)(encoder_of(config, (5, 28), 2)(torch.randn(3, 140))).shape == (3, 140)
+    assert build_decoder(config, (5, 28), 2)(build_encoder(config, (5, 28), 2)(torch.randn(3, 140))).shape == (3, 140)

@@ -9,8 +9,8 @@ from sklearn.datasets import load_digits
 from models.manifest import read_manifest
 from tests.training.reporters import Silent
 from training.config import TrainConfig
-from training.data.table import read
-from training.fitting.collapse import latents_kept, verdict
+from training.data.table import read_table
+from training.fitting.collapse import collapse_warning, predict_active_latents
 from training.train import train
 
 X = torch.from_numpy(load_digits().data / 16.0)
@@ -19,17 +19,17 @@ EIGENVALUES = torch.linalg.eigvalsh(X.T.cov()).flip(0)
 
 @pytest.mark.parametrize(("variance", "beta"), [(0.1, 1.0), (0.05, 4.0), (0.2, 1.0), (0.6, 1.0), (1.0, 1.0)])
 def test_with_a_fixed_variance_it_counts_eigenvalues(variance: float, beta: float) -> None:
-    assert latents_kept(X, 16, beta, variance) == min(16, int((beta * variance < EIGENVALUES).sum()))
+    assert predict_active_latents(X, 16, beta, variance) == min(16, int((beta * variance < EIGENVALUES).sum()))
 
 
 @pytest.mark.parametrize("latents", [1, 16, 40])
 def test_with_a_learned_variance_and_beta_one_every_latent_lives(latents: int) -> None:
-    assert latents_kept(X, latents, 1.0, None) == latents
+    assert predict_active_latents(X, latents, 1.0, None) == latents
 
 
 @pytest.mark.parametrize("beta", [2.0, 4.0, 8.0])
 def test_with_a_learned_variance_the_kept_latents_agree_with_the_variance_they_leave(beta: float) -> None:
-    kept = latents_kept(X, 30, beta, None)
+    kept = predict_active_latents(X, 30, beta, None)
     left = float(EIGENVALUES[kept:].sum()) / (64 - kept * beta)
     assert 0 < kept < 30
     assert int((EIGENVALUES[:30] > beta * left).sum()) == kept
@@ -37,13 +37,13 @@ def test_with_a_learned_variance_the_kept_latents_agree_with_the_variance_they_l
 
 @pytest.mark.parametrize(("active", "kept", "warned"), [(16, 16, False), (8, 16, False), (7, 16, True), (0, 0, True)])
 def test_a_warning_comes_when_fewer_than_half_are_alive(active: int, kept: int, warned: bool) -> None:
-    assert (verdict(active, kept, 16) is not None) is warned
+    assert (collapse_warning(active, kept, 16) is not None) is warned
 
 
 def test_a_collapsed_run_is_forecast_and_warned_of(tmp_path: Path) -> None:
     report = Silent()
     settings = {"model": "vae", "name": "v", "hidden": (16,), "epochs": 20, "variance": 1.0, "beta": 4.0}
-    manifest = read_manifest(train(TrainConfig.model_validate(settings), read("digits"), tmp_path, report))
+    manifest = read_manifest(train(TrainConfig.model_validate(settings), read_table("digits"), tmp_path, report))
     assert manifest.metrics["active_latents"] == 0
     assert any("keeps about 0 of 16 latents" in note for note in report.notes)
     assert any(note.startswith("WARNING: COLLAPSE. 0 of 16") for note in report.notes)
@@ -51,6 +51,8 @@ def test_a_collapsed_run_is_forecast_and_warned_of(tmp_path: Path) -> None:
 
 def test_a_healthy_run_is_not_warned_of(tmp_path: Path) -> None:
     report = Silent()
-    train(TrainConfig.model_validate({"model": "vae", "name": "v", "epochs": 60}), read("digits"), tmp_path, report)
+    train(
+        TrainConfig.model_validate({"model": "vae", "name": "v", "epochs": 60}), read_table("digits"), tmp_path, report
+    )
     assert any("keeps about 16 of 16 latents" in note for note in report.notes)
     assert not any("COLLAPSE" in note for note in report.notes)

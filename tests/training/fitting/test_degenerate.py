@@ -9,8 +9,8 @@ import torch
 
 from models.pipeline import Pipeline
 from training.config import EVERY_KIND, Kind, TrainConfig
-from training.data.table import read, split
-from training.fitting.pipeline import fit, prepare
+from training.data.table import read_table, split_rows
+from training.fitting.pipeline import fit_pipeline, prepare_data
 from training.progress import Muted
 
 ALPHA = 0.05
@@ -29,9 +29,9 @@ def rows(count: int, seed: int) -> npt.NDArray[np.float32]:
 
 def fitted(kind: Kind, x: npt.NDArray[np.float32], folder: Path) -> Pipeline:
     np.save(folder / "rows.npy", x)
-    table = read(str(folder / "rows.npy"))
+    table = read_table(str(folder / "rows.npy"))
     config = TrainConfig(model=kind, name=kind, epochs=40)
-    return fit(config, prepare(table, split(len(x), 0)), Muted())
+    return fit_pipeline(config, prepare_data(table, split_rows(len(x), 0)), Muted())
 
 
 def p_values(pipeline: Pipeline, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -14,7 +14,7 @@ import torch
 from models.artifact import load
 from models.manifest import resolve, versions
 from tests.data import ROOT
-from training.fitting.distributed import Processes
+from training.fitting.distributed import ProcessGroup
 
 
 def launched(processes: int, folder: Path, *options: str) -> "subprocess.Popen[str]":
@@ -90,7 +90,7 @@ def test_what_looks_at_a_whole_batch_is_refused(tmp_path: Path, options: tuple[s
 
 @pytest.mark.parametrize(("rows", "count"), [(10, 3), (2, 3), (1, 2), (128, 2), (7, 7)])
 def test_shares_are_a_partition_and_as_even_as_can_be(rows: int, count: int) -> None:
-    shares = [Processes(rank, count).share(rows) for rank in range(count)]
+    shares = [ProcessGroup(rank, count).slice_of(rows) for rank in range(count)]
     assert [i for share in shares for i in range(share.start, share.stop)] == list(range(rows))
     sizes = [share.stop - share.start for share in shares]
     assert max(sizes) - min(sizes) <= 1
@@ -102,11 +102,11 @@ from pathlib import Path
 
 import torch
 
-from training.fitting.distributed import joined
+from training.fitting.distributed import join_process_group
 
-with joined() as processes:
+with join_process_group() as processes:
     torch.optim.AdamW([torch.zeros(1)])  # imports what keeps the group of that moment
-    processes.told(Path("published"))
+    processes.broadcast_path(Path("published"))
 left = [name for task in Path("/proc/self/task").iterdir() if "gloo" in (name := (task / "comm").read_text())]
 sys.stdout.write(f"{left}\\n")  # in one piece: print() may write the end of a line after another process's line
 """

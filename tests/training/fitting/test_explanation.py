@@ -7,11 +7,11 @@ import torch
 from models.explanation import Expectations
 from models.scaling import standardise
 from training.config import TrainConfig
-from training.data.moments import moments
-from training.data.row_store import Rows
-from training.data.table import Table, split
-from training.fitting.pipeline import fit, prepare
-from training.fitting.statistics import EXPLAINING_NOISE, WIDEST_EXPLANATION, explanation_of
+from training.data.moments import compute_moments
+from training.data.row_store import RowStore
+from training.data.table import Table, split_rows
+from training.fitting.pipeline import fit_pipeline, prepare_data
+from training.fitting.statistics import EXPLANATION_NOISE, MAX_EXPLAINED_FEATURES, fit_explanation
 from training.progress import Muted
 
 UNITS = np.array([1.0, 50.0, 0.01, 3.0, 1.0])
@@ -26,7 +26,7 @@ def correlated(rows: int = 3_000, seed: int = 0) -> np.ndarray:
 
 
 def expectations(x: np.ndarray) -> Expectations:
-    explanation = explanation_of(moments([x]), standardise(torch.from_numpy(x)), pictures=False)
+    explanation = fit_explanation(compute_moments([x]), standardise(torch.from_numpy(x)), pictures=False)
     assert isinstance(explanation, Expectations)
     return explanation
 
@@ -34,7 +34,7 @@ def expectations(x: np.ndarray) -> Expectations:
 def test_what_the_others_say_is_the_conditional_mean_of_a_gaussian() -> None:
     x = correlated()
     u = standardise(torch.from_numpy(x))(torch.from_numpy(x)).double().numpy()
-    noisy = np.corrcoef(u.T) + EXPLAINING_NOISE * np.eye(5)
+    noisy = np.corrcoef(u.T) + EXPLANATION_NOISE * np.eye(5)
     model = expectations(x)
     conditional = torch.from_numpy(u).float() @ model.weights.T
     for i in range(5):
@@ -63,10 +63,10 @@ def test_the_feature_at_fault_is_named_and_no_innocent_one(kind: str) -> None:
     """With three latents for five features the reconstruction follows a fault; what is named must not."""
     x = correlated()
     names = [f"x{i}" for i in range(5)]
-    table = Table(Rows(x), (5,), names, [None] * 5, None, None, "made", missing=np.zeros(5, np.int64))
+    table = Table(RowStore(x), (5,), names, [None] * 5, None, None, "made", missing=np.zeros(5, np.int64))
     options = {} if kind == "pca" else {"epochs": 3}
     config = TrainConfig.model_validate({"model": kind, "name": "a", "latents": 3, **options})
-    pipeline = fit(config, prepare(table, split(len(x), 0)), Muted())
+    pipeline = fit_pipeline(config, prepare_data(table, split_rows(len(x), 0)), Muted())
     fresh = correlated(200, seed=1)
     for i in range(5):
         broken = fresh.copy()
@@ -82,7 +82,7 @@ def test_raw_units_do_not_matter_without_a_scaling() -> None:
     x = correlated()
     plain = expectations(x)
     still = standardise(torch.zeros(2, 5))  # changes nothing
-    raw = explanation_of(moments([x]), still, pictures=False)
+    raw = fit_explanation(compute_moments([x]), still, pictures=False)
     u = standardise(torch.from_numpy(x))(torch.from_numpy(x))
     torch.testing.assert_close(raw(torch.from_numpy(x), u)[0], plain(u, u)[0], rtol=1e-2, atol=1e-3)
 
@@ -104,9 +104,9 @@ def test_constant_and_equal_columns_are_safe() -> None:
 def test_pictures_and_very_wide_rows_are_explained_by_their_reconstruction() -> None:
     u, u_hat = torch.ones(2, 5), torch.full((2, 5), 3.0)
     x = correlated(100)
-    wide = np.random.RandomState(0).standard_normal((20, WIDEST_EXPLANATION + 1)).astype(np.float32)
+    wide = np.random.RandomState(0).standard_normal((20, MAX_EXPLAINED_FEATURES + 1)).astype(np.float32)
     for rows, pictures in ((x, True), (wide, False)):
-        explanation = explanation_of(moments([rows]), standardise(torch.from_numpy(rows)), pictures)
+        explanation = fit_explanation(compute_moments([rows]), standardise(torch.from_numpy(rows)), pictures)
         contribution, expected = explanation(u, u_hat)
         assert torch.equal(contribution, torch.full((2, 5), 4.0))
         assert torch.equal(expected, u_hat)

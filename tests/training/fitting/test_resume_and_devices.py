@@ -17,7 +17,7 @@ from tests.data import ROOT
 from tests.training.reporters import Silent
 from tests.training.waiting import wait_until_newer
 from training.config import TrainConfig
-from training.data.table import Table, read
+from training.data.table import Table, read_table
 from training.fitting import checkpoint
 from training.train import train
 
@@ -26,13 +26,13 @@ from training.train import train
 def digits_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits as bytes, in a file."""
     path = tmp_path_factory.mktemp("data") / "digits.npy"
-    values = read("digits").x.span(0, 1797) * 255
+    values = read_table("digits").x.span(0, 1797) * 255
     np.save(path, values.reshape(-1, 8, 8).round().astype(np.uint8))
     return path
 
 
 def on_disk(path: Path) -> Table:
-    table = read(str(path), limit=0)
+    table = read_table(str(path), limit=0)
     assert table.x.on_disk
     return table
 
@@ -47,7 +47,7 @@ def trained(table: Table, root: Path, **options: object) -> Manifest:
 @pytest.mark.parametrize("scale", ["standardise", "none"])
 def test_pca_from_disk_is_pca_from_memory(digits_file: Path, tmp_path: Path, scale: str) -> None:
     disk = trained(on_disk(digits_file), tmp_path / "disk", model="pca", scale=scale)
-    memory = trained(read(str(digits_file)), tmp_path / "memory", model="pca", scale=scale)
+    memory = trained(read_table(str(digits_file)), tmp_path / "memory", model="pca", scale=scale)
     assert disk.weights_sha256 == memory.weights_sha256
     assert disk.metrics == memory.metrics
     assert disk.features == memory.features
@@ -57,7 +57,7 @@ def test_pca_from_disk_is_pca_from_memory(digits_file: Path, tmp_path: Path, sca
 def test_a_network_from_disk_is_as_good_as_one_from_memory(digits_file: Path, tmp_path: Path, model: str) -> None:
     options = {"model": model, "batch_size": 32, "learning_rate": 3e-3}
     disk = trained(on_disk(digits_file), tmp_path / "disk", **options).metrics
-    memory = trained(read(str(digits_file)), tmp_path / "memory", **options).metrics
+    memory = trained(read_table(str(digits_file)), tmp_path / "memory", **options).metrics
     assert disk["reconstruction_error"] == pytest.approx(memory["reconstruction_error"], rel=0.1)
     assert disk["reconstruction_error"] < 0.5 * disk["baseline_error"]
 
@@ -88,14 +88,14 @@ train(config, on_disk(Path({str(digits_file)!r})), root, Muted(), root / "runs",
 @pytest.mark.parametrize("model", ["ae", "vae"])
 def test_convolutions_learn_the_digits(tmp_path: Path, model: str) -> None:
     options = {"network": "conv", "hidden": (16, 32), "epochs": 25, "batch_size": 32, "learning_rate": 5e-3}
-    metrics = trained(read("digits"), tmp_path, model=model, **options).metrics
+    metrics = trained(read_table("digits"), tmp_path, model=model, **options).metrics
     assert metrics["reconstruction_error"] < metrics["pca_error"]
 
 
 @pytest.mark.parametrize("model", ["ae", "vae"])
 def test_bfloat16_learns_what_float32_does_to_three_digits_of_the_data(tmp_path: Path, model: str) -> None:
-    half = trained(read("digits"), tmp_path / "half", model=model, precision="bf16")
-    full = trained(read("digits"), tmp_path / "full", model=model)
+    half = trained(read_table("digits"), tmp_path / "half", model=model, precision="bf16")
+    full = trained(read_table("digits"), tmp_path / "full", model=model)
     assert half.weights_sha256 != full.weights_sha256
     assert half.metrics["reconstruction_error"] == pytest.approx(full.metrics["reconstruction_error"], rel=0.1)
 

@@ -10,9 +10,9 @@ from sklearn.covariance import MinCovDet
 from sklearn.metrics import roc_auc_score
 
 from training.config import EVERY_KIND, Kind, TrainConfig
-from training.data.table import read, split
-from training.fitting.pipeline import fit, prepare
-from training.fitting.statistics import KEPT, concentrated
+from training.data.table import read_table, split_rows
+from training.fitting.pipeline import fit_pipeline, prepare_data
+from training.fitting.statistics import KEPT_PERCENT, most_concentrated_rows
 from training.progress import Muted
 
 D, NORMAL, ANOMALIES = 6, 900, 100
@@ -33,21 +33,21 @@ def contaminated(seed: int = 0) -> tuple[npt.NDArray[np.float32], npt.NDArray[np
 
 def test_the_rows_that_are_kept_are_those_of_the_minimum_covariance_determinant() -> None:
     x, labels = contaminated()
-    kept = concentrated(torch.from_numpy(x), torch.tensor(1.0)).numpy()
-    assert len(kept) == len(x) * KEPT // 100
+    kept = most_concentrated_rows(torch.from_numpy(x), torch.tensor(1.0)).numpy()
+    assert len(kept) == len(x) * KEPT_PERCENT // 100
     assert labels[kept].sum() == 0
-    reference = MinCovDet(support_fraction=KEPT / 100, random_state=0).fit(x)
+    reference = MinCovDet(support_fraction=KEPT_PERCENT / 100, random_state=0).fit(x)
     ours, theirs = np.linalg.slogdet(np.cov(x[kept].T))[1], np.linalg.slogdet(reference.raw_covariance_)[1]
     assert ours == pytest.approx(theirs, abs=0.1)
 
 
 def test_robust_preparation_leaves_held_out_and_calibration_alone(tmp_path: Path) -> None:
     np.save(tmp_path / "rows.npy", contaminated()[0])
-    table = read(str(tmp_path / "rows.npy"))
-    rows = split(len(table.x), 0)
-    plain, robust = prepare(table, rows), prepare(table, rows, robust=True)
+    table = read_table(str(tmp_path / "rows.npy"))
+    rows = split_rows(len(table.x), 0)
+    plain, robust = prepare_data(table, rows), prepare_data(table, rows, robust=True)
     assert set(robust.rows.fit) < set(plain.rows.fit)
-    assert len(robust.rows.fit) == -(-len(plain.rows.fit) * KEPT // 100)
+    assert len(robust.rows.fit) == -(-len(plain.rows.fit) * KEPT_PERCENT // 100)
     assert torch.equal(robust.held_out, plain.held_out)
     assert torch.equal(robust.calibration, plain.calibration)
     assert robust.moments.variance.max() < plain.moments.variance.max()
@@ -57,11 +57,11 @@ def test_robust_preparation_leaves_held_out_and_calibration_alone(tmp_path: Path
 def test_anomalies_among_the_training_rows_are_found(kind: Kind, tmp_path: Path) -> None:
     x, labels = contaminated()
     np.save(tmp_path / "rows.npy", x)
-    table = read(str(tmp_path / "rows.npy"))
+    table = read_table(str(tmp_path / "rows.npy"))
 
     def auroc(robust: bool) -> float:
         config = TrainConfig(model=kind, name=kind, robust=robust, epochs=60)
-        pipeline = fit(config, prepare(table, split(len(table.x), 0), robust), Muted())
+        pipeline = fit_pipeline(config, prepare_data(table, split_rows(len(table.x), 0), robust), Muted())
         with torch.inference_mode():
             return float(roc_auc_score(labels, pipeline.score(torch.from_numpy(x))[0].numpy()))
 

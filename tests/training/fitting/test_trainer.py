@@ -19,13 +19,13 @@ from tests.training.reporters import Silent
 from tests.training.waiting import wait_until_newer
 from training.config import TrainConfig
 from training.data.batches import Batches
-from training.data.row_store import Rows
-from training.data.table import read
+from training.data.row_store import RowStore
+from training.data.table import read_table
 from training.errors import FitError
 from training.fitting import checkpoint
-from training.fitting.objectives import Terms
-from training.fitting.trainer import Descent
-from training.random_streams import NOISE, ORDER, order, stream
+from training.fitting.objectives import LossTerms
+from training.fitting.trainer import Trainer
+from training.random_streams import NOISE, ORDER, epoch_order, random_stream
 from training.train import train
 
 
@@ -40,7 +40,7 @@ class Quadratic(nn.Module):
         super().__init__()
         self.place = nn.Parameter(torch.tensor([5.0]))
 
-    def loss(self, rows: Tensor, warmth: float) -> Terms:
+    def loss(self, rows: Tensor, warmth: float) -> LossTerms:
         distance = (rows - self.place).square().mean()
         return {"loss": distance, "warmth": torch.tensor(warmth)}
 
@@ -48,51 +48,51 @@ class Quadratic(nn.Module):
 class Noiseless:
     """An objective that draws nothing."""
 
-    def __init__(self, loss: Callable[[Tensor, float], Terms]) -> None:
+    def __init__(self, loss: Callable[[Tensor, float], LossTerms]) -> None:
         self.loss = loss
 
     def draw(self, rows: Tensor, _: torch.Generator, _warmth: float) -> tuple[Tensor, ...]:
         return (rows,)
 
-    def terms(self, drawn: tuple[Tensor, ...], warmth: float) -> Terms:
+    def terms(self, drawn: tuple[Tensor, ...], warmth: float) -> LossTerms:
         return self.loss(drawn[0], warmth)
 
 
 def batches(values: Tensor) -> Batches:
-    return Batches(Rows(values.numpy()), np.arange(len(values)), lambda rows: rows, 0, "cpu")
+    return Batches(RowStore(values.numpy()), np.arange(len(values)), lambda rows: rows, 0, "cpu")
 
 
 def descend(
     model: Quadratic,
     settings: TrainConfig,
-    loss: Callable[[Tensor, float], Terms] | None = None,
+    loss: Callable[[Tensor, float], LossTerms] | None = None,
     held_out: float = 0.0,
 ) -> Silent:
     report = Silent()
     objective = Noiseless(loss or model.loss)
-    Descent(model, objective, batches(torch.zeros(100, 1)), torch.full((10, 1), held_out), settings).run(report, None)
+    Trainer(model, objective, batches(torch.zeros(100, 1)), torch.full((10, 1), held_out), settings).run(report, None)
     return report
 
 
 def test_streams_repeat_and_differ_by_seed_purpose_and_index() -> None:
     draws = {
-        key: tuple(torch.rand(4, generator=stream(*key)).tolist())
+        key: tuple(torch.rand(4, generator=random_stream(*key)).tolist())
         for key in [(0, NOISE, 0), (0, NOISE, 1), (0, ORDER, 0), (1, NOISE, 0)]
     }
     assert len(set(draws.values())) == 4
-    assert draws[0, NOISE, 1] == tuple(torch.rand(4, generator=stream(0, NOISE, 1)).tolist())
-    assert sorted(order(0, 3, 50).tolist()) == list(range(50))
-    assert order(0, 3, 50).tolist() != order(0, 4, 50).tolist()
+    assert draws[0, NOISE, 1] == tuple(torch.rand(4, generator=random_stream(0, NOISE, 1)).tolist())
+    assert sorted(epoch_order(0, 3, 50).tolist()) == list(range(50))
+    assert epoch_order(0, 3, 50).tolist() != epoch_order(0, 4, 50).tolist()
 
 
 def test_terms_are_means_over_rows_with_a_short_last_batch_weighted_right() -> None:
     rows = torch.cat((torch.zeros(96, 1), torch.full((4, 1), 10.0)))
 
-    def loss(batch: Tensor, _: float) -> Terms:
+    def loss(batch: Tensor, _: float) -> LossTerms:
         return {"loss": (model.place * 0).sum(), "mean": batch.mean()}
 
     model, report = Quadratic(), Silent()
-    Descent(model, Noiseless(loss), batches(rows), rows, config(epochs=2)).run(report, None)
+    Trainer(model, Noiseless(loss), batches(rows), rows, config(epochs=2)).run(report, None)
     assert [epoch["mean"] for epoch in report.epochs] == pytest.approx([0.4, 0.4])
 
 
@@ -126,7 +126,7 @@ def test_patience_stops_the_run_once_the_warm_up_is_over() -> None:
 def test_a_loss_that_becomes_nan_ends_the_run_with_the_best_model_and_says_where() -> None:
     model, calls = Quadratic(), 0
 
-    def loss(rows: Tensor, warmth: float) -> Terms:
+    def loss(rows: Tensor, warmth: float) -> LossTerms:
         nonlocal calls
         calls += 1
         terms = model.loss(rows, warmth)
@@ -162,7 +162,7 @@ def test_a_run_killed_again_and_again_ends_in_the_same_weights(tmp_path: Path) -
     subprocess.run([*command, "--resume"], cwd=ROOT, check=True, capture_output=True)
     assert not saved.exists()
     resumed = read_manifest(tmp_path / "artifacts" / "m" / "1" / "model.pt")
-    whole = train(TrainConfig.model_validate(resumed.training), read("digits"), tmp_path / "whole", Silent())
+    whole = train(TrainConfig.model_validate(resumed.training), read_table("digits"), tmp_path / "whole", Silent())
     assert resumed.weights_sha256 == read_manifest(whole).weights_sha256
     assert resumed.metrics == read_manifest(whole).metrics
 
@@ -170,7 +170,7 @@ def test_a_run_killed_again_and_again_ends_in_the_same_weights(tmp_path: Path) -
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "m", {"identity": "another"})
     with pytest.raises(FitError, match="other data or options"):
-        train(config(), read("digits"), tmp_path / "artifacts", Silent(), tmp_path, resume=True)
+        train(config(), read_table("digits"), tmp_path / "artifacts", Silent(), tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x02cos\nsystem\n(S'true'\ntR."])
@@ -189,7 +189,9 @@ def test_a_run_that_cannot_save_its_state_goes_on_and_says_so(tmp_path: Path) ->
     (tmp_path / "runs").write_text("a file where the folder should be")
     report = Silent()
     settings = config(epochs=1, hidden=(8,), batch_size=600)
-    path = train(settings, read("digits"), tmp_path / "artifacts", report, tmp_path / "runs", checkpoint_seconds=0)
+    path = train(
+        settings, read_table("digits"), tmp_path / "artifacts", report, tmp_path / "runs", checkpoint_seconds=0
+    )
     assert path.is_file()
     assert sum("no checkpoint in" in note for note in report.notes) == 4  # one a step, one at the end
 

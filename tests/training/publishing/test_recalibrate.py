@@ -15,7 +15,7 @@ from service.inference.backends import choose
 from tests.commands import in_process, two_factor_rows, write
 from tests.models.publishing import GAPS, publish_twin
 from training.config import KINDS as COMPARED
-from training.data.table import MOST_ROWS, DataError, read_like
+from training.data.table import MAX_HELD_OUT_ROWS, DataError, read_for_model
 from training.errors import FitError
 from training.publishing.recalibrate import recalibrate
 
@@ -49,7 +49,7 @@ def recent(folder: Path, rows: int = 400, seed: int = 7) -> str:
 def refreshed(root: Path, kind: str, source: str, alpha: float = 0.05) -> tuple[Artifact, Artifact]:
     """Version 1 of `kind`, and the version that calibrating it on `source` made."""
     parent = load(root / kind / "1" / "model.pt")
-    done = recalibrate(parent, read_like(source, parent.manifest), root, alpha)
+    done = recalibrate(parent, read_for_model(source, parent.manifest), root, alpha)
     assert done.path == root / kind / "2" / "model.pt"
     return parent, load(done.path)
 
@@ -105,13 +105,13 @@ def test_the_manifest_tells_where_it_comes_from(root: Path, tmp_path: Path) -> N
         "trained": old.created,
         "source": source,
         "rows": 400,
-        "fingerprint": read_like(source, old).fingerprint,
+        "fingerprint": read_for_model(source, old).fingerprint,
     }
     assert (new.calibration.rows, new.calibration.floor) == (400, 1 / 401)
     same = ("name", "kind", "features", "training", "data", "metrics", "history", "spectrum")
     assert all(getattr(new, name) == getattr(old, name) for name in same)
     assert new.weights_sha256 != old.weights_sha256
-    third = recalibrate(child, read_like(write(tmp_path / "b.csv", two_factor_rows(30, 9)), new), root, 0.05)
+    third = recalibrate(child, read_for_model(write(tmp_path / "b.csv", two_factor_rows(30, 9)), new), root, 0.05)
     assert third.manifest.recalibration is not None
     assert (third.manifest.recalibration.parent, third.manifest.recalibration.trained) == ("pca@2", old.created)
 
@@ -123,7 +123,7 @@ def test_a_twin_stays_true(tmp_path: Path) -> None:
         parent = load(publish_twin(root, kind, gaps=GAPS if kind.endswith("-imputing") else ()))
         rows = np.random.RandomState(0).standard_normal((60, 5))
         header = ",".join(feature.name for feature in parent.manifest.features)
-        table = read_like(write(tmp_path / "rows.csv", rows, header), parent.manifest)
+        table = read_for_model(write(tmp_path / "rows.csv", rows, header), parent.manifest)
         child = load(recalibrate(parent, table, root, 0.05).path)
         assert isinstance(child.twin, Twin)
         assert isinstance(parent.twin, Twin)
@@ -138,22 +138,22 @@ def test_rows_labelled_as_anomalies_are_left_out(root: Path, tmp_path: Path) -> 
     labelled = np.column_stack((rows, np.arange(300) % 3 == 0))
     source = write(tmp_path / "labelled.csv", labelled, "cpu [%],memory [GB],disk,network,errors,label")
     parent = load(root / "pca" / "1" / "model.pt")
-    done = recalibrate(parent, read_like(source, parent.manifest), root, 0.05)
+    done = recalibrate(parent, read_for_model(source, parent.manifest), root, 0.05)
     assert done.manifest.calibration.rows == 200
     assert "100 rows labelled 1 are left out" in done.notes
     clean = write(tmp_path / "clean.csv", rows[np.arange(300) % 3 != 0])
-    other = recalibrate(parent, read_like(clean, parent.manifest), root, 0.05)
+    other = recalibrate(parent, read_for_model(clean, parent.manifest), root, 0.05)
     assert torch.equal(thaw(load(done.path)).calibration.scores, thaw(load(other.path)).calibration.scores)
 
 
 def test_more_rows_than_calibrate_are_drawn_from_the_whole_table(root: Path, tmp_path: Path) -> None:
     parent = load(root / "pca" / "1" / "model.pt")
     path = tmp_path / "many.npy"
-    np.save(path, two_factor_rows(MOST_ROWS + 1000, seed=4).astype(np.float32))
-    done = recalibrate(parent, read_like(str(path), parent.manifest), root, 0.05)
-    assert done.manifest.calibration.rows == MOST_ROWS
+    np.save(path, two_factor_rows(MAX_HELD_OUT_ROWS + 1000, seed=4).astype(np.float32))
+    done = recalibrate(parent, read_for_model(str(path), parent.manifest), root, 0.05)
+    assert done.manifest.calibration.rows == MAX_HELD_OUT_ROWS
     assert done.manifest.recalibration is not None
-    assert done.manifest.recalibration.rows == MOST_ROWS + 1000
+    assert done.manifest.recalibration.rows == MAX_HELD_OUT_ROWS + 1000
 
 
 # Refusals: nothing is published

@@ -20,7 +20,7 @@ from tests.data import ROOT
 from tests.training.manifests import manifest_of
 from tests.training.reporters import Silent
 from training.config import TrainConfig
-from training.data.table import read
+from training.data.table import read_table
 from training.reports.model_card import MEASURES, card, command_of
 from training.train import train
 
@@ -36,7 +36,7 @@ PICTURES = {
 def run(kind: str, source: str, folder: Path, **options: object) -> tuple[Manifest, Path]:
     """A real run; gives its manifest and the folder that it leaves."""
     config = TrainConfig.model_validate(SMALL | {"model": kind, "name": "m"} | options)
-    path = train(config, read(source), folder / "artifacts", Silent(), folder / "runs")
+    path = train(config, read_table(source), folder / "artifacts", Silent(), folder / "runs")
     return read_manifest(path), folder / "runs" / "m" / path.parent.name
 
 
@@ -86,7 +86,7 @@ def test_the_spectrum_is_that_of_the_fitted_rows_in_model_units(tmp_path: Path) 
 
 
 def test_an_older_manifest_still_loads() -> None:
-    fields = json.loads(manifest_of(read("digits")).model_dump_json())
+    fields = json.loads(manifest_of(read_table("digits")).model_dump_json())
     new = {"history", "latent_report", "spectrum", "total_variance", "log_scale", "comparison"}
     old = Manifest.model_validate({name: value for name, value in fields.items() if name not in new})
     assert (old.history, old.spectrum, old.comparison) == ([], [], {})
@@ -104,13 +104,13 @@ def test_the_command_in_the_card_is_the_run(
     options: dict[str, object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TrainConfig.model_validate(options | {"name": "m"})
-    manifest = manifest_of(read("digits")).model_copy(update={"training": config.model_dump(mode="json")})
+    manifest = manifest_of(read_table("digits")).model_copy(update={"training": config.model_dump(mode="json")})
     text = card(manifest, 3, ["a note"], [])
     line = text.split("```")[1].strip()
     assert line == command_of(manifest)
     asked: list[TrainConfig] = []
     monkeypatch.setattr(elbo, "_train", lambda config, *_: asked.append(config))
-    monkeypatch.setattr("training.data.table.read", lambda *_, **__: None)
+    monkeypatch.setattr("training.data.table.read_table", lambda *_, **__: None)
     words = subprocess.run(["bash", "-c", f'printf "%s\\n" {line}'], capture_output=True, text=True, check=True)
     with pytest.raises(SystemExit) as end:
         elbo.main(words.stdout.splitlines()[1:])
@@ -129,7 +129,7 @@ def test_the_card_warns_of_what_is_wrong_with_this_model(tmp_path: Path) -> None
 def test_a_report_that_cannot_be_written_costs_no_model(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file where a folder should be")
     report, config = Silent(), TrainConfig.model_validate({"model": "pca", "name": "m"})
-    path = train(config, read("digits"), tmp_path / "artifacts", report, tmp_path / "runs")
+    path = train(config, read_table("digits"), tmp_path / "artifacts", report, tmp_path / "runs")
     assert path.is_file()
     assert any(note.startswith(f"warning: no card in {tmp_path}/runs/m/1 (") for note in report.notes)
 
@@ -152,11 +152,11 @@ import sys
 from pathlib import Path
 from tests.training.reporters import Silent
 from training.config import TrainConfig
-from training.data.table import read
+from training.data.table import read_table
 from training.train import train
 config = TrainConfig(model="ae", name="m", hidden=(16,), latents=4, epochs=40)
 folder = Path(sys.argv[1])
-train(config, read("digits"), folder / "artifacts", Silent(), folder / "runs", "resume" in sys.argv, 0.05)
+train(config, read_table("digits"), folder / "artifacts", Silent(), folder / "runs", "resume" in sys.argv, 0.05)
 """
 
 

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from training.data.readers.arrays import read_digits, read_numpy
 from training.data.readers.csv_text import read_csv
-from training.data.readers.images import read_pictures
+from training.data.readers.images import read_images
 from training.data.readers.parquet import read_parquet
-from training.data.readers.source import Block, Raw, Request, option, place
+from training.data.readers.source import Block, RawTable, ReadOptions, describe_row, format_option
 from training.errors import DataError
 
-__all__ = ["READERS", "Block", "Raw", "Request", "load", "option", "place"]
+__all__ = ["READERS", "Block", "RawTable", "ReadOptions", "describe_row", "format_option", "load"]
 
 DIGITS = "digits"
-READERS: dict[str, Callable[[Path, Request], Raw]] = {
+READERS: dict[str, Callable[[Path, ReadOptions], RawTable]] = {
     ".npy": read_numpy,
     ".npz": read_numpy,
     ".csv": read_csv,
@@ -25,7 +25,7 @@ READERS: dict[str, Callable[[Path, Request], Raw]] = {
 }
 
 
-def load(source: str, request: Request) -> Raw:
+def load(source: str, request: ReadOptions) -> RawTable:
     """The numbers behind `source`: "digits", a file, or a folder of pictures.
 
     Where names are requested, a column called label or y beside them gives the labels. Raises DataError.
@@ -37,7 +37,7 @@ def load(source: str, request: Request) -> Raw:
         return read_digits(request)
     if not path.exists():
         raise DataError(f"{source} does not exist: expected a file ({', '.join(READERS)}) or {DIGITS!r}")
-    reader = read_pictures if path.is_dir() else READERS.get(path.suffix.lower())
+    reader = read_images if path.is_dir() else READERS.get(path.suffix.lower())
     if reader is None:
         got = f"suffix {path.suffix!r}" if path.suffix else "no suffix"
         raise DataError(f"{source} has {got}: expected {', '.join(READERS)}; convert it to one of these")

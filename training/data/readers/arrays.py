@@ -15,24 +15,24 @@ from typing import IO, Any, BinaryIO
 
 import numpy as np
 
-from training.data.readers.source import Array, Block, Raw, Request
-from training.data.row_store import Stored, rows_a_block
+from training.data.readers.source import Array, Block, RawTable, ReadOptions
+from training.data.row_store import FileArray, rows_per_block
 from training.errors import DataError
 
 DAMAGE = (ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError, NotImplementedError, UnicodeDecodeError)
 
 
-def read_digits(request: Request) -> Raw:
+def read_digits(request: ReadOptions) -> RawTable:
     """scikit-learn's 1797 digits, [8, 8], in [0, 1], with labels."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
     images = images.reshape(-1, 8, 8) / 16.0
     _columns(images.shape, request, "digits")
-    return Raw(_spans(images, labels, None), (8, 8), rows=len(images), pixel_range=(0.0, 1.0))
+    return RawTable(_spans(images, labels, None), (8, 8), rows=len(images), pixel_range=(0.0, 1.0))
 
 
-def read_numpy(path: Path, request: Request) -> Raw:
+def read_numpy(path: Path, request: ReadOptions) -> RawTable:
     """An array [N, ...] of real numbers, alone or as the member x of an archive. Raises DataError."""
     with _intact(path), path.open("rb") as file:
         if file.read(2) == b"PK":
@@ -78,23 +78,23 @@ def _require_rows(header: _Header, source: str) -> None:
 
 
 def _from_file(
-    file: BinaryIO, header: _Header, labels: Array | None, path: Path, request: Request, notes: list[str]
-) -> Raw:
+    file: BinaryIO, header: _Header, labels: Array | None, path: Path, request: ReadOptions, notes: list[str]
+) -> RawTable:
     """The array that follows its header in a file on disk."""
     size, start = os.fstat(file.fileno()).st_size, file.tell()
     if size - start < math.prod(header.shape) * header.dtype.itemsize:
         raise EOFError
     chosen = _columns(header.shape, request, str(path))
-    stored = None if header.by_columns else Stored(file, header.dtype, start, header.shape)
+    stored = None if header.by_columns else FileArray(file, header.dtype, start, header.shape)
     flat = (header.shape[0], math.prod(header.shape[1:]))
-    return Raw(
+    return RawTable(
         _spans(_by_columns(file, header) if stored is None else stored, labels, chosen),
         header.shape[1:] if chosen is None else (len(chosen),),
         _file_dtype(header.dtype),
         header.shape[0],
         _names(chosen),
         notes=notes,
-        stored=Stored(file, header.dtype, start, flat) if stored is not None and chosen is None else None,
+        stored=FileArray(file, header.dtype, start, flat) if stored is not None and chosen is None else None,
     )
 
 
@@ -111,7 +111,7 @@ def _file_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(np.uint8 if dtype == np.uint8 else np.float32)
 
 
-def _columns(shape: tuple[int, ...], request: Request, source: str) -> list[int] | None:
+def _columns(shape: tuple[int, ...], request: ReadOptions, source: str) -> list[int] | None:
     """The columns that are left when some are dropped, by their names x[0], x[1], ...; None for all."""
     if not request.drop:
         return None
@@ -126,8 +126,8 @@ def _columns(shape: tuple[int, ...], request: Request, source: str) -> list[int]
     return left
 
 
-def _spans(values: Array | Stored, labels: Array | None, chosen: list[int] | None) -> Iterator[Block]:
-    step = rows_a_block(math.prod(values.shape[1:]))
+def _spans(values: Array | FileArray, labels: Array | None, chosen: list[int] | None) -> Iterator[Block]:
+    step = rows_per_block(math.prod(values.shape[1:]))
     for start in range(0, len(values), step):
         rows = values[start : start + step]
         rows = rows.reshape(len(rows), -1)
@@ -140,7 +140,7 @@ def _spans(values: Array | Stored, labels: Array | None, chosen: list[int] | Non
 # Archives
 
 
-def _from_archive(path: Path, request: Request) -> Raw:
+def _from_archive(path: Path, request: ReadOptions) -> RawTable:
     with zipfile.ZipFile(path) as archive:
         headers = {}
         for name in archive.namelist():
@@ -156,7 +156,7 @@ def _from_archive(path: Path, request: Request) -> Raw:
                 copy.seek(0)
                 return _from_file(copy, _header(copy), labels, path, request, notes)
     chosen = _columns(header.shape, request, str(path))
-    return Raw(
+    return RawTable(
         _streamed(path, key, header, labels, chosen),
         header.shape[1:] if chosen is None else (len(chosen),),
         _file_dtype(header.dtype),
@@ -190,7 +190,7 @@ def _labels(archive: zipfile.ZipFile, headers: dict[str, _Header], rows: int) ->
 
 def _streamed(path: Path, key: str, header: _Header, labels: Array | None, chosen: list[int] | None) -> Iterator[Block]:
     width = math.prod(header.shape[1:])
-    step = rows_a_block(width)
+    step = rows_per_block(width)
     with _intact(path), zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as file:
         _header(file)
         for start in range(0, header.shape[0], step):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from training.data.readers.source import Block, Raw, Request, option, place
+from training.data.readers.source import Block, RawTable, ReadOptions, describe_row, format_option
 from training.errors import DataError
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class Column:
         return np.full(len(cells), np.nan)
 
 
-def choose(header: Sequence[str], path: Any, request: Request, typed: bool) -> list[Column]:
+def choose_columns(header: Sequence[str], path: Any, request: ReadOptions, typed: bool) -> list[Column]:
     """The columns of the file that are asked for; with a label after them, as one more, if names are asked for."""
     every = _named(header, path, typed)
     names = [column.name for column in every]
@@ -190,18 +190,18 @@ def _some(names: Sequence[str]) -> str:
     return f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
 
 
-def raw_of(
+def raw_table(
     frames: "Iterator[pl.DataFrame]",
     columns: list[Column],
-    request: Request,
+    request: ReadOptions,
     path: Any,
     rows: int | None,
     first_line: int | None = None,
-) -> Raw:
+) -> RawTable:
     """The numbers in `frames`, which hold just `columns`, as they stream through."""
     features = columns if request.names is None else columns[: len(request.names)]
     notes: list[str] = []
-    return Raw(
+    return RawTable(
         _stream(frames, columns, len(features), _Judge(path, request, first_line, notes)),
         (len(features),),
         rows=rows,
@@ -228,7 +228,7 @@ class _Judge:
     """What is said of columns when all rows have been through them."""
 
     path: Any
-    request: Request
+    request: ReadOptions
     first_line: int | None
     notes: list[str]
 
@@ -245,13 +245,13 @@ class _Judge:
             self.notes.append(f"true and yes are read as 1, false and no as 0: {_some(truths)}")
 
     def _refuse_cell(self, column: Column, cell: Odd, advice: str) -> None:
-        where = place(cell.row, self.first_line)
+        where = describe_row(cell.row, self.first_line)
         got = f"{cell.kind} ({_shown(cell.value)} in {where})" if column.typed else f"{_shown(cell.value)} in {where}"
         raise DataError(f"{self.path}: column {column.name!r} expected numbers, got {got}: {advice}")
 
     def _refuse_what_measures_nothing(self, columns: Sequence[Column]) -> None:
         texts = {
-            column.name: f"{odd.kind}, {_shown(odd.value)} in {place(odd.row, self.first_line)}"
+            column.name: f"{odd.kind}, {_shown(odd.value)} in {describe_row(odd.row, self.first_line)}"
             for column in columns
             if (odd := column.first)
         }
@@ -267,9 +267,11 @@ class _Judge:
         which = ", ".join(f"{name!r} ({said[name]})" for name in bad)
         subject = f"column {which} is no measurement" if len(bad) == 1 else f"columns {which} are no measurements"
         keeping = (
-            f"; to learn from {_some(list(counts))} all the same: {option('--keep', list(counts))}" if counts else ""
+            f"; to learn from {_some(list(counts))} all the same: {format_option('--keep', list(counts))}"
+            if counts
+            else ""
         )
-        raise DataError(f"{self.path}: {subject}: add {option('--drop', bad)}{keeping}")
+        raise DataError(f"{self.path}: {subject}: add {format_option('--drop', bad)}{keeping}")
 
 
 def _shown(value: Any) -> str:

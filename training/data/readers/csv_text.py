@@ -7,8 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from training.data.readers.columns import choose, raw_of
-from training.data.readers.source import Raw, Request
+from training.data.readers.columns import choose_columns, raw_table
+from training.data.readers.source import RawTable, ReadOptions
 from training.errors import DataError
 
 if TYPE_CHECKING:
@@ -20,17 +20,17 @@ SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 MARK = b"\xef\xbb\xbf"  # the byte order mark that some programs put before UTF-8
 
 
-def read_csv(path: Path, request: Request) -> Raw:
+def read_csv(path: Path, request: ReadOptions) -> RawTable:
     """The columns of a CSV file in UTF-8 with a header. Raises DataError."""
     with path.open("rb") as file:
         header, lines = _header(file, path)
         start = file.tell()
         sample = file.read(PIECE_BYTES)
     rows = round(sample.count(b"\n") / max(1, len(sample)) * (path.stat().st_size - start))
-    columns = choose(header, path, request, typed=False)
+    columns = choose_columns(header, path, request, typed=False)
     frames = _frames(path, start, len(header), lines)
     chosen = [column.index for column in columns]
-    return raw_of((frame[:, chosen] for frame in frames), columns, request, path, rows, first_line=lines + 1)
+    return raw_table((frame[:, chosen] for frame in frames), columns, request, path, rows, first_line=lines + 1)
 
 
 def _header(file: IO[bytes], path: Path) -> tuple[list[str], int]:

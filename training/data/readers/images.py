@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from training.data.readers.source import Array, Block, Raw, Request
-from training.data.row_store import rows_a_block
+from training.data.readers.source import Array, Block, RawTable, ReadOptions
+from training.data.row_store import rows_per_block
 from training.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ COLOUR = {"P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV", "LAB
 TOGETHER = 64  # pictures that are decoded before they are handed on
 
 
-def read_pictures(path: Path, request: Request) -> Raw:
+def read_images(path: Path, request: ReadOptions) -> RawTable:
     """Every picture in the folder, or in its sub-folders, whose names then are the labels.
 
     A row is [H, W] where all are grey, else [H, W, 3]. Pictures are turned as their EXIF data say; the first frame of
@@ -44,7 +44,7 @@ def read_pictures(path: Path, request: Request) -> Raw:
     black, white = request.pixel_range or (0.0, 255.0)
     as_they_are = (black, white) == (0.0, 255.0)
     blocks = _blocks(found, partial(_pixels, first=found.files[0], shape=shape, resize=resize))
-    return Raw(
+    return RawTable(
         blocks if as_they_are else _rescaled(blocks, black, white),
         shape,
         np.dtype(np.uint8 if as_they_are else np.float32),
@@ -118,7 +118,7 @@ def _facts(path: Path) -> tuple[bool, bool]:
         return colour, image.has_transparency_data
 
 
-def _shape(first: Path, request: Request, colour: bool) -> tuple[int, int, bool]:
+def _shape(first: Path, request: ReadOptions, colour: bool) -> tuple[int, int, bool]:
     """Height, width and whether in colour: as demanded, else as in the first picture."""
     if request.shape is not None:
         if len(request.shape) == 2 or (len(request.shape) == 3 and request.shape[2] == 3):
@@ -160,7 +160,7 @@ def _pixels(path: Path, first: Path, shape: tuple[int, ...] | None, resize: bool
 
 def _blocks(found: _Found, pixels: "partial[Array]") -> Iterator[Block]:
     width = math.prod(pixels.keywords["shape"])
-    step = min(TOGETHER, rows_a_block(width))
+    step = min(TOGETHER, rows_per_block(width))
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(found.files), step):
             rows = list(pool.map(pixels, found.files[start : start + step]))

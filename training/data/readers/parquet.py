@@ -5,16 +5,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training.data.readers.columns import choose, raw_of
-from training.data.readers.source import Raw, Request
-from training.data.row_store import rows_a_block
+from training.data.readers.columns import choose_columns, raw_table
+from training.data.readers.source import RawTable, ReadOptions
+from training.data.row_store import rows_per_block
 from training.errors import DataError
 
 if TYPE_CHECKING:
     import polars as pl
 
 
-def read_parquet(path: Path, request: Request) -> Raw:
+def read_parquet(path: Path, request: ReadOptions) -> RawTable:
     """The columns of a Parquet file. Raises DataError."""
     import polars as pl
 
@@ -22,9 +22,9 @@ def read_parquet(path: Path, request: Request) -> Raw:
         scan = pl.scan_parquet(path, glob=False)
         header = scan.collect_schema().names()
         rows = int(scan.select(pl.len()).collect().item())
-    columns = choose(header, path, request, typed=True)
+    columns = choose_columns(header, path, request, typed=True)
     wanted = scan.select(pl.nth([column.index for column in columns]))
-    return raw_of(_slices(wanted, rows, rows_a_block(len(columns)), path), columns, request, path, rows)
+    return raw_table(_slices(wanted, rows, rows_per_block(len(columns)), path), columns, request, path, rows)
 
 
 @contextmanager

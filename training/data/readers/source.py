@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from training.data.row_store import Stored
+from training.data.row_store import FileArray
 
 Array = np.ndarray[Any, Any]
 Block = tuple[Array, Array | None]  # rows [n, D] of any real dtype, and their labels [n] where the source has any
 
 
 @dataclass(frozen=True)
-class Request:
+class ReadOptions:
     """What is wanted of a source."""
 
     names: Sequence[str] | None = None  # these columns, in this order, if the source has names; None: all
@@ -28,7 +28,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Raw:
+class RawTable:
     """A source that was opened."""
 
     blocks: Iterator[Block]  # raises DataError where the source turns out to be damaged or no numbers
@@ -41,15 +41,15 @@ class Raw:
     first_line: int | None = None  # text files: the line on which row 0 stands
     label_names: list[str] | None = None  # what labels 0, 1, ... mean
     notes: list[str] = field(default_factory=list)  # complete when the blocks are through
-    stored: Stored | None = None  # [N, D]: the file itself, where it can be read at random
+    stored: FileArray | None = None  # [N, D]: the file itself, where it can be read at random
 
 
-def place(row: int, first_line: int | None) -> str:
+def describe_row(row: int, first_line: int | None) -> str:
     """Where `row` (from 0) is found, for a message."""
     return f"row {row}" if first_line is None else f"row {row} (line {row + first_line})"
 
 
-def option(name: str, columns: Sequence[str]) -> str:
+def format_option(name: str, columns: Sequence[str]) -> str:
     """The command line option `name` for these columns, ready to paste into a shell."""
     text = io.StringIO()
     csv.writer(text, lineterminator="").writerow(columns)
