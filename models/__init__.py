@@ -1,1 +1,1 @@
-"""What is learnt: networks, likelihoods, scores, calibration, and the artifact that holds them."""
+"""The models: networks, likelihoods, anomaly scores, calibration, and the artifact file that holds them."""

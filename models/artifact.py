@@ -1,7 +1,10 @@
-"""The artifact: one sealed TorchScript file, written atomically, trusted only after it has proved itself.
+"""Write, load and verify artifacts: one TorchScript file per model version.
 
-Every call of `torch.jit` in the project is in this module, so that `torch.export` can take over behind the same
-contract when Python 3.14 ends TorchScript.
+A file is written atomically and sealed with a SHA-256. `load` verifies the seal, the format version, the weights and
+the golden answers before it returns the model.
+
+All calls of `torch.jit` are in this module, so that `torch.export` can replace TorchScript, which Python 3.14 does not
+support, without a change elsewhere.
 """
 
 import hashlib
@@ -38,19 +41,19 @@ from models.manifest import (
 )
 
 METHODS = ("encode", "decode", "draw", "score", "log_weight", "p_value", "severity", "threshold")  # besides forward
-TWIN_METHODS = ("encode", "decode", "score", "reconstruct")  # what an ONNX twin computes
-LATER_TWIN_METHODS = ("reconstruct",)  # what earlier ones lack
+TWIN_METHODS = ("encode", "decode", "score", "reconstruct")  # the methods of an ONNX twin
+OPTIONAL_TWIN_METHODS = ("reconstruct",)  # missing from twins that an earlier release wrote
 TWIN_MEMBER, TWIN_WEIGHTS_MEMBER = "extra/twin/{}.onnx", "extra/twin/{}.json"
-# What people look at, and nothing computes with. Each may be missing.
+# Exhibits are documents for people: no computation uses them, and each may be missing.
 HELD_OUT, CALIBRATION, CARD = "held-out.json", "calibration.json", "card.md"
 EXHIBIT_MEMBER = "extra/exhibits/{}"
 GOLDEN_ALPHA = 0.05
-GOLDEN_TOLERANCE = 1e-3  # relative; other processors round differently, and T2 divides by small variances
+GOLDEN_TOLERANCE = 1e-3  # relative; processors round differently, and T2 divides by small variances
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A method in ONNX, and the names of the module's weights that it takes from there."""
+    """One method as an ONNX graph, and the names of the module's weights that the graph uses."""
 
     onnx: bytes
     weights: tuple[str, ...]
@@ -58,7 +61,7 @@ class Graph:
 
 @dataclass(frozen=True)
 class Twin:
-    """The same model in ONNX: the graph of each of TWIN_METHODS, and the module's weights by name."""
+    """The ONNX twin of a model: one graph per method in TWIN_METHODS, and the module's weights by name."""
 
     graphs: Mapping[str, Graph]
     weights: Mapping[str, Tensor]
@@ -66,9 +69,9 @@ class Twin:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A model that is ready to answer: `module` has the methods of `models.pipeline.Pipeline`.
+    """A loaded and verified model. `module` has the methods of `models.pipeline.Pipeline`.
 
-    Whether its `twin` says the same is for whoever runs it to find out: see `discrepancy`.
+    `load` does not verify `twin`: compare its outputs with the golden answers (`find_discrepancy`) before using it.
     """
 
     manifest: Manifest
@@ -76,20 +79,24 @@ class Artifact:
     path: Path
     device: torch.device
     twin: Twin | None = None
-    exhibits: Mapping[str, bytes] = field(default_factory=dict)  # of HELD_OUT, CALIBRATION, CARD
+    exhibits: Mapping[str, bytes] = field(default_factory=dict)  # keys are among HELD_OUT, CALIBRATION and CARD
     calibration: Mapping[str, Tensor] = field(default_factory=dict)  # the buffers of the module's calibration, by name
 
 
-def choose_device(asked: str) -> str:
-    """What auto, cpu or cuda means here: cpu or cuda. Raises DeviceMissing if cuda is asked for and there is none."""
+def choose_device(requested: str) -> str:
+    """Return the device, cpu or cuda, that `requested` (auto, cpu or cuda) selects on this machine.
+
+    Raises:
+        DeviceMissing: cuda was requested and torch finds no CUDA device.
+    """
     available = torch.cuda.is_available()
-    if asked == "cuda" and not available:
-        raise DeviceMissing("cuda was asked for, but torch sees no CUDA device here: use auto or cpu")
-    return "cuda" if available and asked != "cpu" else "cpu"
+    if requested == "cuda" and not available:
+        raise DeviceMissing("cuda was requested, but torch finds no CUDA device on this machine: use auto or cpu")
+    return "cuda" if available and requested != "cpu" else "cpu"
 
 
 def script(model: nn.Module) -> torch.jit.ScriptModule:
-    """`model` compiled, with `forward` and METHODS as its methods. From here on it is for inference: no gradients."""
+    """Compile `model` for inference, with `forward` and METHODS exported; it no longer tracks gradients."""
     for method in METHODS:
         torch.jit.export(getattr(type(model), method))
     with _deprecations_silenced():
@@ -98,15 +105,15 @@ def script(model: nn.Module) -> torch.jit.ScriptModule:
 
 
 def freeze(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
-    """`module` with its weights folded in as constants, for inference only, with those of METHODS that it has."""
-    present = [method for method in METHODS if hasattr(module, method)]  # earlier artifacts have fewer
+    """Return `module` with its weights folded in as constants; the methods among METHODS that it has are kept."""
+    present = [method for method in METHODS if hasattr(module, method)]  # artifacts of earlier releases have fewer
     with _deprecations_silenced():
         frozen: torch.jit.ScriptModule = torch.jit.freeze(module.eval(), preserved_attrs=present)
     return frozen
 
 
 def weights_sha256(module: nn.Module) -> str:
-    """SHA-256 over every parameter and buffer, in order of name: what the model has learnt, and nothing else."""
+    """Return the SHA-256 over the name, type, shape and bytes of all parameters and buffers, in order of name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -114,13 +121,14 @@ def weights_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def golden(module: torch.jit.ScriptModule, x: Tensor, noise: Tensor, choice: Tensor) -> Golden:
-    """What `module` answers now to rows x [B, D], noise [B, K] and choice [B], for every later load to repeat.
+def record_golden(module: torch.jit.ScriptModule, x: Tensor, noise: Tensor, choice: Tensor) -> Golden:
+    """Return the golden answers: the outputs of `module` for rows x [B, D], noise [B, K] and choice [B].
 
-    x may hold NaN where the model imputes: the manifest says null there. An answer that a model has not, as an
-    autoencoder has no log_weight, is left out.
+    `load` later verifies that the module still gives the same outputs. x may contain NaN where the model imputes; the
+    manifest stores it as null. Outputs that are NaN throughout, such as `log_weight` of an autoencoder, are omitted.
     """
-    outputs = {name: o for name, o in answers(module, x, noise, choice).items() if not bool(o.isnan().all())}
+    computed = compute_outputs(module, x, noise, choice)
+    outputs = {name: output for name, output in computed.items() if not bool(output.isnan().all())}
     return Golden(
         inputs={"x": x.tolist(), "noise": noise.tolist(), "choice": choice.tolist()},
         outputs={name: output.tolist() for name, output in outputs.items()},
@@ -134,12 +142,17 @@ def publish(
     twin: Mapping[str, Graph] | None = None,
     exhibits: Mapping[str, bytes] | None = None,
 ) -> Path:
-    """Write `module` (scripted, not frozen) as the next version of `manifest.name` under `root`; returns the file.
+    """Write `module` (scripted, not frozen) as the next version of `manifest.name` under `root`; return its path.
 
-    `twin` is a graph for each of TWIN_METHODS, if there is one; `exhibits` are any of HELD_OUT, CALIBRATION and CARD.
+    The file is written, sealed and synced in a staging folder that is then renamed, so that a reader sees either the
+    whole file or none. Concurrent publishers get different versions.
 
-    The file is complete, synced and sealed before its folder gets its name, so a reader sees all of it or nothing.
-    Two publishers at once get two versions.
+    Args:
+        module: the scripted model.
+        manifest: its description; `manifest.name` is the name of the model's folder.
+        root: the artifact folder.
+        twin: one graph per method in TWIN_METHODS.
+        exhibits: documents by name: any of HELD_OUT, CALIBRATION and CARD.
     """
     folder = root / manifest.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,57 +162,74 @@ def publish(
         _write_synced(staging / FILE_NAME, _archive(module, manifest, twin or {}, exhibits or {}))
         version = _claim_version(staging, folder, versions(root, manifest.name))
     finally:
-        shutil.rmtree(staging, ignore_errors=True)  # gone already if it was renamed
+        shutil.rmtree(staging, ignore_errors=True)  # absent if the rename succeeded
     _sync_folder(folder)
     return folder / str(version) / FILE_NAME
 
 
 def load(path: Path, device: str = "cpu") -> Artifact:
-    """The artifact at `path`, verified: its seal, its format version, its weights' hash, its golden answers.
+    """Load the artifact at `path` and verify its seal, format version, weights and golden answers.
 
-    Raises the errors of `models.errors.ArtifactError`.
+    Raises:
+        ArtifactError: the file is missing, or fails a verification; see its subclasses in `models.errors`.
     """
     if device != "cpu":
-        torch.backends.cudnn.allow_tf32 = False  # cuDNN's convolutions would round to 1e-3, linear layers do not
-    content = read_sealed(path)  # once: what was checked is what is loaded, whatever happens to the file meanwhile
+        torch.backends.cudnn.allow_tf32 = False  # TF32 convolutions have errors of 1e-3; linear layers use no TF32
+    content = read_sealed(path)  # read once, so that the bytes that are loaded are the bytes that were verified
     manifest = parse(content, path)
     try:
         with _deprecations_silenced():
             module = torch.jit.load(io.BytesIO(content), map_location=device)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise ArtifactCorrupt(f"{path}: torch {torch.__version__} cannot load it: {reason}") from error
+        raise ArtifactCorrupt(f"{path}: torch {torch.__version__} cannot load the module: {reason}") from error
     if weights_sha256(module) != manifest.weights_sha256:
-        raise ArtifactCorrupt(f"{path}: its weights are not those that its manifest names; publish the model again")
+        raise ArtifactCorrupt(
+            f"{path}: the SHA-256 of the weights differs from the one in the manifest; publish the model again"
+        )
     weights = module.state_dict()
     frozen = freeze(module)
-    if found := discrepancy(frozen, manifest.golden, device, GOLDEN_TOLERANCE):
+    if found := find_discrepancy(frozen, manifest.golden, device, GOLDEN_TOLERANCE):
         raise ArtifactMismatch(
             f"{path}: {found} on {device} with torch {torch.__version__}; "
-            "do not serve it: train it again here, or use the versions in its manifest"
+            "train the model again on this machine, or install the versions that the manifest lists"
         )
-    twin, exhibits = _twin(content, weights, path), _exhibits(content, path)
-    start = "calibration."
-    calibration = {name.removeprefix(start): buffer for name, buffer in weights.items() if name.startswith(start)}
-    return Artifact(manifest, frozen, path, torch.device(device), twin, exhibits, calibration)
+    prefix = "calibration."
+    return Artifact(
+        manifest=manifest,
+        module=frozen,
+        path=path,
+        device=torch.device(device),
+        twin=_read_twin(content, weights, path),
+        exhibits=_read_exhibits(content, path),
+        calibration={name.removeprefix(prefix): buffer for name, buffer in weights.items() if name.startswith(prefix)},
+    )
 
 
 def thaw(artifact: Artifact) -> torch.jit.ScriptModule:
-    """The module of `artifact` on the CPU as it was published, not frozen: to be changed, and published again."""
+    """Return the module of `artifact` on the CPU, not frozen, so that it can be changed and published again."""
     with _deprecations_silenced():
         module: torch.jit.ScriptModule = torch.jit.load(io.BytesIO(read_sealed(artifact.path)), map_location="cpu")
     if weights_sha256(module) != artifact.manifest.weights_sha256:
-        raise ArtifactCorrupt(f"{artifact.path} has changed since it was loaded: start again")
+        raise ArtifactCorrupt(f"{artifact.path} has changed since it was loaded: run the command again")
     return module
 
 
-def answers(module: Any, x: Tensor, noise: Tensor, choice: Tensor) -> dict[str, Tensor]:
-    """Every method's answer by name: `module` is a Pipeline, scripted or frozen or neither."""
+def compute_outputs(module: Any, x: Tensor, noise: Tensor, choice: Tensor) -> dict[str, Tensor]:
+    """Return the outputs of all methods of `module` by name.
+
+    Args:
+        module: a Pipeline: eager, scripted or frozen.
+        x: rows [B, D].
+        noise: standard normal, [B, K].
+        choice: uniform in [0, 1), [B].
+    """
     with torch.inference_mode():
         mean, std = module.encode(x)
         score, parts, contribution, expected = module.score(x)
-        later = {"log_weight": module.log_weight(x, noise)} if hasattr(module, "log_weight") else {}
-        return later | {
+        # Artifacts of earlier releases lack log_weight.
+        log_weight = {"log_weight": module.log_weight(x, noise)} if hasattr(module, "log_weight") else {}
+        return log_weight | {
             "forward": module(x),
             "encode.mean": mean,
             "encode.std": std,
@@ -215,43 +245,53 @@ def answers(module: Any, x: Tensor, noise: Tensor, choice: Tensor) -> dict[str, 
         }
 
 
-def reconstruction(module: Any, x: Tensor, gaps: bool) -> tuple[Tensor, Tensor]:
-    """x [B, D] to its reconstruction [B, D] and mean squared error [B], with `gaps` of the values that are there."""
+def reconstruct(module: Any, x: Tensor, gaps: bool) -> tuple[Tensor, Tensor]:
+    """Return the reconstruction [B, D] of rows x [B, D] and its mean squared error per row, [B].
+
+    With `gaps`, x may contain NaN, and the error is the mean over the values that are present.
+    """
     x_hat = module(x)
     if not gaps:
         return x_hat, (x_hat - x).square().mean(dim=1)
-    there = ~x.isnan()  # [B, D]
-    squares = torch.where(there, (x_hat - x).square(), 0.0)  # [B, D]
-    return x_hat, squares.sum(dim=1) / there.sum(dim=1)
+    present = ~x.isnan()  # [B, D]
+    squares = torch.where(present, (x_hat - x).square(), 0.0)  # [B, D]
+    return x_hat, squares.sum(dim=1) / present.sum(dim=1)
 
 
-def discrepancy(
-    module: Any, pairs: Golden, device: str, tolerance: float, only: Collection[str] | None = None
+def find_discrepancy(
+    module: Any, golden: Golden, device: str, tolerance: float, only: Collection[str] | None = None
 ) -> str | None:
-    """What of `module`'s answers differs from the golden ones, and by how much; None if nothing does.
+    """Compare the outputs of `module` with the golden answers.
 
-    tolerance: relative to the largest number in an answer.
-    only: the names of the answers that count; all if None.
+    Args:
+        module: a Pipeline: eager, scripted, frozen or an ONNX twin.
+        golden: the inputs and the expected outputs.
+        device: the device of `module`.
+        tolerance: largest allowed error, relative to the largest number in an output.
+        only: names of the outputs to compare; None compares all.
+
+    Returns:
+        The name of the first output that differs and its error, in words; None if all agree.
     """
-    inputs = (_tensor(pairs.inputs[name], device) for name in ("x", "noise", "choice"))
-    for name, answer in answers(module, *inputs).items():
-        if name not in pairs.outputs or (only is not None and name not in only):
-            continue  # no log_weight has an autoencoder, nor an earlier artifact
-        expected = _tensor(pairs.outputs[name], device)
+    inputs = (_tensor(golden.inputs[name], device) for name in ("x", "noise", "choice"))
+    for name, output in compute_outputs(module, *inputs).items():
+        if name not in golden.outputs or (only is not None and name not in only):
+            continue
+        expected = _tensor(golden.outputs[name], device)
         scale = float(expected.abs().max())
-        error = float((answer - expected).abs().max())
-        if not error <= tolerance * max(scale, 1e-3):  # written so that NaN fails too
+        error = float((output - expected).abs().max())
+        if not error <= tolerance * max(scale, 1e-3):  # `not <=` rather than `>`, so that NaN fails too
             return f"{name} differs from its golden answer by {error:.3g} (scale {scale:.3g})"
     return None
 
 
 def _tensor(values: Any, device: str) -> Tensor:
-    """Nested lists of numbers as float32; null is NaN."""
+    """Convert nested lists of numbers to a float32 tensor; None becomes NaN."""
     return torch.from_numpy(np.array(values, np.float32)).to(device)
 
 
-def _twin(content: bytes, weights: Mapping[str, Tensor], path: Path) -> Twin | None:
-    """The twin in the bytes of the artifact at `path`, if one was published with it."""
+def _read_twin(content: bytes, weights: Mapping[str, Tensor], path: Path) -> Twin | None:
+    """Return the ONNX twin in `content`, the bytes of the artifact at `path`; None if it has none."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = {name.partition("/")[2]: name for name in archive.namelist()}
         if TWIN_MEMBER.format(TWIN_METHODS[0]) not in members:
@@ -263,28 +303,28 @@ def _twin(content: bytes, weights: Mapping[str, Tensor], path: Path) -> Twin | N
                     tuple(json.loads(archive.read(members[TWIN_WEIGHTS_MEMBER.format(method)]))),
                 )
                 for method in TWIN_METHODS
-                if method not in LATER_TWIN_METHODS or TWIN_MEMBER.format(method) in members
+                if method not in OPTIONAL_TWIN_METHODS or TWIN_MEMBER.format(method) in members
             }
         except UNREADABLE as error:
-            raise ArtifactCorrupt(f"{path}: its ONNX twin is not whole ({error}); publish the model again") from error
+            raise ArtifactCorrupt(f"{path}: the ONNX twin is incomplete ({error}); publish the model again") from error
     return Twin(graphs, weights)
 
 
-def _exhibits(content: bytes, path: Path) -> dict[str, bytes]:
-    """What the artifact at `path` shows, by name; earlier artifacts show nothing."""
+def _read_exhibits(content: bytes, path: Path) -> dict[str, bytes]:
+    """Return the exhibits in `content`, the bytes of the artifact at `path`, by name."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = {name.partition("/")[2]: name for name in archive.namelist()}
         wanted = {name: EXHIBIT_MEMBER.format(name) for name in (HELD_OUT, CALIBRATION, CARD)}
         try:
             return {name: archive.read(members[member]) for name, member in wanted.items() if member in members}
         except UNREADABLE as error:
-            raise ArtifactCorrupt(f"{path}: its exhibits are not whole ({error}); publish the model again") from error
+            raise ArtifactCorrupt(f"{path}: the exhibits are damaged ({error}); publish the model again") from error
 
 
 def _archive(
     module: torch.jit.ScriptModule, manifest: Manifest, twin: Mapping[str, Graph], exhibits: Mapping[str, bytes]
 ) -> bytes:
-    """The file's bytes: TorchScript's own zip archive, everything else as more members, the seal as its comment."""
+    """Return the bytes of the file: TorchScript's zip archive, with more members added and the seal as its comment."""
     buffer = io.BytesIO()
     with _deprecations_silenced():
         torch.jit.save(module, buffer)
@@ -308,7 +348,7 @@ def _claim_version(staging: Path, folder: Path, present: list[int]) -> int:
         except OSError:
             if not (folder / str(version)).exists():
                 raise
-            version += 1  # another publisher was faster
+            version += 1  # another publisher has taken this version
         else:
             return version
 
@@ -331,6 +371,6 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def _deprecations_silenced() -> Iterator[None]:
-    with warnings.catch_warnings():  # the format rests on torch.jit until torch.export can carry one
+    with warnings.catch_warnings():  # the artifact format depends on torch.jit until torch.export can replace it
         warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is deprecated", category=DeprecationWarning)
         yield

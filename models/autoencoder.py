@@ -1,4 +1,4 @@
-"""The autoencoder: compress, reconstruct, and judge a row by its code and what the code cannot explain, together."""
+"""The autoencoder. Its anomaly score combines the code and the reconstruction residual."""
 
 import math
 
@@ -9,12 +9,12 @@ from models.core import Core
 
 
 class Whitening(nn.Module):
-    """The linear map after which the vector of a normal row, such as its residual, has zero mean and unit covariance.
+    """An affine map to zero mean and unit covariance of a vector, such as the residual, over normal rows.
 
     Args:
         mean: [V].
-        factor: inverse of the Cholesky factor of the covariance, [V, V] lower triangular; or [V], the inverse standard
-            deviations, where the full matrix would be too large.
+        factor: inverse of the Cholesky factor of the covariance, [V, V] lower triangular; or, where that matrix would
+            be too large, the inverse standard deviations, [V].
     """
 
     mean: Tensor
@@ -26,31 +26,32 @@ class Whitening(nn.Module):
         self.register_buffer("factor", factor)
 
     def forward(self, vector: Tensor) -> Tensor:
-        """[B, V] to [B, V], whitened."""
+        """Whiten vector [B, V]."""
         centred = vector - self.mean
         return centred @ self.factor.T if self.factor.dim() == 2 else centred * self.factor
 
     def distance(self, vector: Tensor) -> Tensor:
-        """The squared Mahalanobis distance of vector [B, V] from the mean, [B]."""
+        """Return the squared Mahalanobis distance of vector [B, V] from the mean, [B]."""
         return self.forward(vector).square().sum(dim=1)
 
 
 def no_whitening(width: int) -> Whitening:
-    """The identity on vectors of `width` numbers: what stands in until the real one is fitted."""
+    """Return the identity map on vectors of `width` numbers: a placeholder until the whitening is fitted."""
     return Whitening(torch.zeros(width), torch.ones(width))
 
 
 class Autoencoder(Core):
     """z = encoder(x), x_hat = decoder(z).
 
-    Its score is the squared Mahalanobis distance of code and residual x - x_hat together from those of normal rows. By
-    the chain rule of a Gaussian it is T2 + Q: the distance of the code, and that of the residual from what is usual
-    for such a code.
+    The score is the squared Mahalanobis distance of the joint vector (code, residual x - x_hat) from its mean over
+    normal rows. By the chain rule of a Gaussian it is T2 + Q: T2 is the distance of the code from its mean, and Q is
+    the distance of the residual from its conditional mean given the code.
 
     Args:
-        encoder: [B, D] to [B, K].
-        decoder: [B, K] to [B, D].
-        whitening: of code and residual joined, [K + D], the code first, fitted on rows that the networks did not see.
+        encoder: maps [B, D] to [B, K].
+        decoder: maps [B, K] to [B, D].
+        whitening: whitens the joint vector [K + D], the code first; fitted on rows that the networks were not
+            trained on.
         latents: K.
     """
 
@@ -64,23 +65,23 @@ class Autoencoder(Core):
         self.latents = latents
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The code [B, K] of x [B, D]; it is a point, so its standard deviation [B, K] is zero."""
+        """Return the code [B, K] of x [B, D] and its standard deviation [B, K], which is zero."""
         code: Tensor = self.encoder(x)  # [B, K]
         return code, torch.zeros_like(code)
 
     def decode(self, z: Tensor) -> Tensor:
-        """[B, K] to [B, D]."""
+        """Return x_hat [B, D] for codes z [B, K]."""
         x_hat: Tensor = self.decoder(z)  # [B, D]
         return x_hat
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """T2 + Q [B] of x [B, D], those two parts [B, 2], and the reconstruction [B, D]."""
+        """Return, for x [B, D], the score T2 + Q [B], the two parts [B, 2], and the reconstruction [B, D]."""
         code: Tensor = self.encoder(x)  # [B, K]
         x_hat: Tensor = self.decoder(code)  # [B, D]
         squares = self.whitening(torch.cat((code, x - x_hat), dim=1)).square()  # [B, K + D]
         t2, q = squares[:, : self.latents].sum(dim=1), squares[:, self.latents :].sum(dim=1)  # [B], [B]
         return t2 + q, torch.stack((t2, q), dim=1), x_hat
 
-    def log_weight(self, x: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG002 - every core has these two
-        """NaN [B]: it has no density."""
+    def log_weight(self, x: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG002 - the signature of Core
+        """Return NaN [B]: an autoencoder has no density."""
         return torch.full_like(x[:, 0], math.nan)

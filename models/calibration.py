@@ -1,27 +1,27 @@
-"""What a score means: split-conformal p-values, and how severe a row is beyond what they can say."""
+"""Calibration of anomaly scores: split-conformal p-values, and a severity that extrapolates beyond them."""
 
 import torch
 from torch import Tensor, nn
 
-ROUNDING = 1e-5  # relative: what batch size and processor may change in a score
-TAIL_SHARE = 0.1  # of the calibration scores which the tail beyond the largest is fitted on
+ROUNDING = 1e-5  # largest relative change of a score between batch sizes and processors
+TAIL_SHARE = 0.1  # share of the calibration scores, the largest ones, to which the exponential tail is fitted
 
 
 class Calibration(nn.Module):
-    """The sorted scores of n rows that trained nothing.
+    """Calibration by the scores of n rows that the model was not trained on.
 
-    A p-value is (1 + how many calibration scores are at least as large) / (n + 1). For a row exchangeable with the
-    calibration rows P(p <= alpha) <= alpha, whatever the model (Vovk, Gammerman & Shafer, "Algorithmic learning in a
-    random world", 2005, prop. 2.4; Bates et al., "Testing for outliers with conformal p-values", 2023, eq. 2).
+    The p-value of a score is (1 + number of calibration scores >= it) / (n + 1). If a row is exchangeable with the
+    calibration rows, P(p <= alpha) <= alpha for any model (Vovk, Gammerman & Shafer, "Algorithmic learning in a random
+    world", 2005, prop. 2.4; Bates et al., "Testing for outliers with conformal p-values", 2023, eq. 2).
 
-    Each calibration score counts as larger by what rounding may change in it, so that a row exactly as strange as a
-    calibration row has the same p-value alone and in a batch; this can only raise a p-value.
+    Calibration scores are raised by the largest rounding error, so that the p-value of a row does not depend on the
+    batch in which it is scored. This can only raise p-values.
 
-    Their floor is 1 / (n + 1). Severity goes on beyond it, on an exponential tail fitted to the largest scores; it is
-    an extrapolation, not a p-value.
+    The smallest possible p-value, the floor, is 1 / (n + 1). Severity extrapolates below the floor with an exponential
+    tail, fitted to the largest calibration scores; it is not a p-value there.
 
     Args:
-        scores: [n], n >= 1, of calibration rows, in any order.
+        scores: scores of the calibration set in any order, [n], n >= 1.
     """
 
     scores: Tensor
@@ -36,46 +36,49 @@ class Calibration(nn.Module):
         ordered = scores.sort().values
         ordered = ordered + ROUNDING * (ordered.abs() + ordered.abs().median())
         n = ordered.shape[0]
-        exceeding = torch.arange(n, 0, -1, dtype=torch.float64)  # how many scores are >= this one
-        beyond = max(1, round(TAIL_SHARE * n))
-        mean_excess = (ordered[-beyond:] - ordered[-min(beyond + 1, n)]).mean()
-        surprisal = -(exceeding / (n + 1)).log().to(ordered.dtype)  # [n]
+        at_least = torch.arange(n, 0, -1, dtype=torch.float64)  # number of scores >= each one, [n]
+        tail_rows = max(1, round(TAIL_SHARE * n))
+        mean_excess = (ordered[-tail_rows:] - ordered[-min(tail_rows + 1, n)]).mean()
+        surprisal = -(at_least / (n + 1)).log().to(ordered.dtype)  # [n]
         tail = mean_excess.clamp(min=1e-6 * max(1.0, float(ordered[-1].abs())))
         slopes = surprisal.diff() / ordered.diff().clamp(min=1e-30)  # [n - 1]
         self.register_buffer("scores", ordered)
         self.register_buffer("surprisal", surprisal)
         self.register_buffer("tail", tail)
-        # the line on which a score lies that u calibration scores do not exceed, at place u: [n + 1] each
+        # Index u holds the segment of the surprisal curve for scores >= exactly u calibration scores, [n + 1] each.
         self.register_buffer("knot", torch.cat((ordered[:1], ordered)))
         self.register_buffer("height", torch.cat((surprisal[:1], surprisal)))
         self.register_buffer("slope", torch.cat((slopes.new_zeros(1), slopes, 1.0 / tail.reshape(1))))
 
     def p_value(self, score: Tensor) -> Tensor:
-        """Scores [B] to p-values [B] in [1 / (n + 1), 1]."""
+        """Return p-values [B] in [1 / (n + 1), 1] of scores [B]."""
         n = self.scores.shape[0]
         at_least = n - torch.searchsorted(self.scores, score)  # [B]
         return (at_least + 1).to(score.dtype) / (n + 1)
 
     def threshold(self, alpha: float) -> Tensor:
-        """The score above which p <= alpha, a scalar; for alpha below the floor, where the fitted tail puts it."""
+        """Return the score above which p <= alpha, a scalar; below the floor of p, it follows the fitted tail."""
         n = self.scores.shape[0]
-        allowed = int(alpha * (n + 1) + 1e-6) - 1  # calibration scores that may reach a row's while p <= alpha
+        allowed = int(alpha * (n + 1) + 1e-6) - 1  # most calibration scores >= a row's score for which p <= alpha
         if allowed >= 0:
             return self.scores[n - 1 - min(allowed, n - 1)]
         surprise = -torch.log(torch.tensor(alpha, dtype=torch.float64)).to(self.scores)
         return self.scores[-1] + self.tail * (surprise - self.surprisal[-1])
 
     def severity(self, score: Tensor, alpha: float) -> Tensor:
-        """Surprisal of scores [B] over that of the threshold at alpha, [B]: > 1 exactly where score > threshold."""
+        """Return the surprisal of scores [B] divided by the threshold's, [B]: > 1 exactly where score > threshold."""
         threshold = self.threshold(alpha)
-        surprisal = self._surprisal_at(torch.cat((score, threshold.reshape(1))))  # [B + 1]: a pass costs, not a row
+        surprisal = self._surprisal_at(torch.cat((score, threshold.reshape(1))))  # [B + 1], in one call: calls cost
         ratio = surprisal[:-1] / surprisal[-1]  # [B]
-        above = ratio.clamp(min=1.0 + 1.2e-7)  # the next float32 after 1: rounding must not blur the verdict
+        above = ratio.clamp(min=1.0 + 1.2e-7)  # the next float32 after 1, so that rounding cannot change the verdict
         return torch.where(score > threshold, above, ratio.clamp(max=1.0))
 
     def _surprisal_at(self, score: Tensor) -> Tensor:
-        """-log P(a normal row scores higher), [B] to [B]: continuous, increasing, exact at the calibration scores."""
-        place = torch.searchsorted(self.scores, score, right=True)  # [B], how many scores are <= this one
-        above = score - self.knot[place]  # [B], < 0 below the smallest only
+        """Return -log P(a normal row scores higher) of scores [B], [B].
+
+        It is continuous and increasing, and exact at the calibration scores.
+        """
+        place = torch.searchsorted(self.scores, score, right=True)  # [B], the number of calibration scores <= each
+        above = score - self.knot[place]  # [B], negative only below the smallest calibration score
         below = self.surprisal[0] * (above / self.tail).clamp(max=0.0).exp()  # [B]
         return torch.where(place == 0, below, self.height[place] + self.slope[place] * above)

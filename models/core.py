@@ -1,30 +1,32 @@
-"""What every kind of model offers to the pipeline around it, in model units."""
+"""The interface that all kinds of models implement. Rows are in model units (see `models.scaling`)."""
 
 from torch import Tensor, nn
 
 
 class Core(nn.Module):
-    """Encode, decode, judge. B rows, D features, K latents, P parts."""
+    """A model that encodes, decodes and scores rows. B rows, D features, K latents, P parts of the score."""
 
-    parts: tuple[str, ...] = ()  # names of the score's parts
+    parts: tuple[str, ...] = ()  # names of the parts of the score
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Posterior mean and standard deviation of x [B, D]: two of [B, K]."""
+        """Return the posterior mean [B, K] and standard deviation [B, K] of x [B, D]."""
         raise NotImplementedError
 
     def decode(self, z: Tensor) -> Tensor:
-        """E[x | z], [B, K] to [B, D]."""
+        """Return E[x | z] [B, D] for z [B, K]."""
         raise NotImplementedError
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """How strange x [B, D] is: score [B], its parts [B, P], which sum to it, and the reconstruction [B, D]."""
+        """Return the anomaly score [B] of x [B, D], its parts [B, P], which sum to it, and the reconstruction [B, D].
+
+        A higher score is more anomalous.
+        """
         raise NotImplementedError
 
     def log_weight(self, x: Tensor, noise: Tensor) -> Tensor:
-        """log p(x, z) - log q(z|x) in nats of x [B, D] at z = mean + std * noise, noise [B, K]: to [B].
+        """Return log p(x, z) - log q(z|x) in nats, [B], for x [B, D] and z = mean + std * noise, noise [B, K].
 
-        Under standard normal noise its mean is the ELBO, and the logarithm of the mean of its exponentials over S draws
-        the importance-weighted bound (Burda, Grosse & Salakhutdinov 2016, "Importance weighted autoencoders", eq. 8).
-        NaN where a model has no density.
+        With standard normal noise, its mean is the ELBO, and log-mean-exp over S draws is the importance-weighted bound
+        (Burda, Grosse & Salakhutdinov 2016, "Importance weighted autoencoders", eq. 8). NaN for models without density.
         """
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Two judges of one row that fail in different ways, whose distances are added up."""
+"""An ensemble of an autoencoder and a nearest-neighbour detector; their anomaly scores are added."""
 
 import math
 
@@ -10,16 +10,16 @@ from models.core import Core
 
 
 class Neighbours(nn.Module):
-    """Some of the rows that fit the network, by the distance to which a row is judged.
+    """The distance from a row to its nearest reference row. The reference rows are a sample of the training rows.
 
-    Distances are Mahalanobis distances: a step that the correlations of the features do not know is a long one. A
-    squared distance counts in units of the scale of the row that it is to: what lies beside a dense group is stranger
-    than what lies as far from a loose one.
+    The distance is a squared Mahalanobis distance, so that a deviation that breaks the correlations of the features is
+    long. It is divided by the scale of the reference row, so that the same distance is more anomalous near a dense
+    cluster than near a loose one.
 
     Args:
-        whitening: of rows in model units.
-        rows: [R, D], whitened.
-        scale: [R], positive: a squared distance that is usual about each.
+        whitening: whitens rows in model units.
+        rows: reference rows, whitened, [R, D].
+        scale: typical squared distance around each reference row, positive, [R].
     """
 
     slopes: Tensor
@@ -29,28 +29,28 @@ class Neighbours(nn.Module):
         super().__init__()
         self.whitening = whitening
         inverse = 1.0 / scale  # [R]
-        # |x - r|^2 / s is linear in (x, |x|^2), so that one product makes all distances
+        # |x - r|^2 / s is linear in (x, |x|^2), so that one matrix product gives all distances.
         self.register_buffer("slopes", torch.cat((-2.0 * rows.T * inverse, inverse.unsqueeze(0))))  # [D + 1, R]
         self.register_buffer("offsets", rows.square().sum(dim=1) * inverse)  # [R]
 
     def forward(self, x: Tensor) -> Tensor:
-        """The smallest of the scaled squared distances from x [B, D], model units, to the rows, [B]."""
+        """Return the smallest scaled squared distance from x [B, D], in model units, to the reference rows, [B]."""
         white = self.whitening(x)  # [B, D]
         joined = torch.cat((white, white.square().sum(dim=1, keepdim=True)), dim=1)  # [B, D + 1]
         return torch.addmm(self.offsets, joined, self.slopes).amin(dim=1).clamp(min=0.0)  # [B]
 
 
 class Ensemble(Core):
-    """An autoencoder, which encodes, decodes and reconstructs, and the nearest neighbours.
+    """An autoencoder, which encodes, decodes and reconstructs, and a nearest-neighbour detector.
 
-    Either judge gives a squared distance d. In units of its mean over normal rows it counts as sqrt(1 + d), and the sum
-    is the score: far off that grows as the distance, so that neither judge drowns the other, and near by as its square,
-    so that the rounding of a distance of nearly 0 does not show.
+    Each detector gives a squared distance d in units of its mean over normal rows. The score is the sum of the two
+    sqrt(1 + d). For large d a term grows like the distance, so that neither detector dominates; for small d it grows
+    like the squared distance, so that rounding errors of distances near 0 do not matter.
 
     Args:
         network: the autoencoder.
-        neighbours: rows that it was fitted on.
-        weights: [2], one over the mean of each squared distance over rows that the network did not see.
+        neighbours: the nearest-neighbour detector, with rows that the autoencoder was trained on.
+        weights: 1 / mean squared distance of each detector over rows that the autoencoder was not trained on, [2].
     """
 
     parts = ("network", "neighbours")
@@ -63,20 +63,20 @@ class Ensemble(Core):
         self.register_buffer("weights", weights)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The autoencoder's code of x [B, D] and zeros, [B, K] each."""
+        """Return the autoencoder's code of x [B, D], and zeros, [B, K] each."""
         return self.network.encode(x)
 
     def decode(self, z: Tensor) -> Tensor:
-        """The autoencoder's, [B, K] to [B, D]."""
+        """Return the autoencoder's x_hat [B, D] for codes z [B, K]."""
         return self.network.decode(z)
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The sum [B] for x [B, D], its parts [B, 2], and the autoencoder's reconstruction [B, D]."""
-        unusual, _, x_hat = self.network.score(x)
-        distances = torch.stack((unusual, self.neighbours(x)), dim=1)  # [B, 2]
+        """Return, for x [B, D], the score [B], its two parts [B, 2], and the autoencoder's reconstruction [B, D]."""
+        distance, _, x_hat = self.network.score(x)
+        distances = torch.stack((distance, self.neighbours(x)), dim=1)  # [B, 2]
         parts = (1.0 + self.weights * distances).sqrt()  # [B, 2]
         return parts.sum(dim=1), parts, x_hat
 
-    def log_weight(self, x: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG002 - every core has these two
-        """NaN [B]: it has no density."""
+    def log_weight(self, x: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG002 - the signature of Core
+        """Return NaN [B]: the ensemble has no density."""
         return torch.full_like(x[:, 0], math.nan)

@@ -1,15 +1,15 @@
-"""The root of Elbo's error tree, and the branch that concerns artifacts.
+"""The base of Elbo's exceptions, and the exceptions about artifacts.
 
 ElboError
 ├── ArtifactError
 │   ├── ArtifactMissing     no such model, version or file
-│   ├── ArtifactForeign     a file, but not one that Elbo wrote
-│   ├── ArtifactCorrupt     truncated or altered since it was sealed
-│   ├── ArtifactTooNew      written by a later format than this program reads
-│   └── ArtifactMismatch    intact, yet it does not reproduce its own golden answers here
+│   ├── ArtifactForeign     the file was not written by Elbo
+│   ├── ArtifactCorrupt     truncated or altered after it was sealed
+│   ├── ArtifactTooNew      a later format version than this release reads
+│   └── ArtifactMismatch    intact, but its outputs differ from its golden answers on this machine
 ├── DeviceMissing
 ├── training.errors.DataError and training.errors.FitError
-└── the HTTP errors of service.errors
+└── the HTTP errors in service.errors
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,13 +19,16 @@ if TYPE_CHECKING:
 
 
 class ElboError(Exception):
-    """Base of every error that Elbo raises on purpose. `str(error)` is one line: expected, got, what to do."""
+    """Base of all exceptions that Elbo raises on purpose.
+
+    `str(error)` is one line: what happened, what was expected, what to do.
+    """
 
     code = "elbo_error"
 
 
 class DeviceMissing(ElboError):
-    """The device that was asked for is not there."""
+    """The requested device is not available."""
 
     code = "device_missing"
 
@@ -49,19 +52,19 @@ class ArtifactForeign(ArtifactError):
 
 
 class ArtifactCorrupt(ArtifactError):
-    """The file is truncated, or was altered after it was sealed."""
+    """The file is truncated or was altered after it was sealed."""
 
     code = "artifact_corrupt"
 
 
 class ArtifactTooNew(ArtifactError):
-    """The file's format version is later than this program understands."""
+    """The format version of the file is later than this release reads."""
 
     code = "artifact_too_new"
 
 
 class ArtifactMismatch(ArtifactError):
-    """The model does not reproduce the golden answers that were recorded when it was published."""
+    """The outputs of the model differ from the golden answers, which were recorded when it was published."""
 
     code = "artifact_mismatch"
 

@@ -1,34 +1,35 @@
-"""Why a row is strange: what was expected of each feature, and how far it is from that."""
+"""Explanation of an anomaly score: an expected value per feature, and how far the row is from it."""
 
 import torch
 from torch import Tensor, nn
 
 
 class Explanation(nn.Module):
-    """By the reconstruction: what pictures and very wide rows have."""
+    """Explanation by the reconstruction, used for images and very wide rows."""
 
     def forward(self, u: Tensor, u_hat: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows u [B, D] and their reconstruction [B, D], model units, to contribution [B, D] and expected [B, D].
+        """Return contributions [B, D] and expected values [B, D] for rows u [B, D] and their reconstructions u_hat.
 
-        The contribution is the squared residual.
+        All are in model units. The contribution is the squared residual.
         """
         return (u - u_hat).square(), u_hat
 
 
 class Expectations(Explanation):
-    """By two expectations of each feature: its mean, and what the other features say of it; the worse kept one counts.
+    """Explanation by the mean of each feature and by its conditional mean given the other features.
 
-    A reconstruction is no witness here: a code with room for a normal row has room for much of an outlier, so the
-    reconstruction follows the feature at fault, and the residual shows up in innocent ones. What the others say is the
-    conditional mean under N(mean, C) in units of each feature's deviation; with P = (C + noise I)^-1 it is
-    E[x_i | the others] = x_i - (P (x - mean))_i / P_ii (Lauritzen, "Graphical models", 1996, eq. C.4). The noise keeps
-    features that are at fault together from excusing each other.
+    The contribution of a feature is the larger of its two squared distances. The reconstruction is not used: it partly
+    follows an outlying feature, and spreads the residual to features that are normal.
+
+    The conditional mean is that of N(mean, C), with each feature in units of its standard deviation. With
+    P = (C + noise I)^-1 it is E[x_i | other features] = x_i - (P (x - mean))_i / P_ii (Lauritzen, "Graphical models",
+    1996, eq. C.4). Without the noise, features that are anomalous together would explain each other.
 
     Args:
-        mean: [D], model units.
-        deviation: [D], of the feature about its mean.
-        weights: [D, D], zero on the diagonal: expected of feature i is mean_i + weights[i] (u - mean).
-        residual: [D], of the feature about that.
+        mean: mean of each feature in model units, [D].
+        deviation: standard deviation of each feature about its mean, [D].
+        weights: [D, D], zero on the diagonal; the conditional mean of feature i is mean_i + weights[i] (u - mean).
+        residual: standard deviation of each feature about its conditional mean, [D].
     """
 
     mean: Tensor
@@ -43,14 +44,14 @@ class Expectations(Explanation):
         self.register_buffer("weights", weights)
         self.register_buffer("residual", residual)
 
-    def forward(self, u: Tensor, u_hat: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002 - see the class
-        """Rows u [B, D] in model units to contribution [B, D] and expected [B, D].
+    def forward(self, u: Tensor, u_hat: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002 - the signature of Explanation
+        """Return contributions [B, D] and expected values [B, D] for rows u [B, D] in model units.
 
-        The contribution is the squared distance from what was expected, in deviations: about 1 for a normal row.
+        A contribution is a squared distance in standard deviations: about 1 for a normal row.
         """
         centred = u - self.mean  # [B, D]
         conditional = centred @ self.weights.T  # [B, D]
-        alone = (centred / self.deviation).square()  # [B, D]
-        given = ((centred - conditional) / self.residual).square()  # [B, D]
-        expected = self.mean + torch.where(given > alone, conditional, 0.0)
-        return torch.maximum(alone, given), expected
+        from_mean = (centred / self.deviation).square()  # [B, D]
+        from_conditional = ((centred - conditional) / self.residual).square()  # [B, D]
+        expected = self.mean + torch.where(from_conditional > from_mean, conditional, 0.0)
+        return torch.maximum(from_mean, from_conditional), expected

@@ -1,4 +1,4 @@
-"""p(x | z): what a decoder's output says about a row. One log-probability a row, in nats, summed over features."""
+"""The likelihoods p(x | z) of a row given the decoder's output, in nats, summed over features."""
 
 import math
 
@@ -6,32 +6,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-LOG_VARIANCE_RANGE = (-14.0, 14.0)  # exp(-14) is a millionth: a constant column must not make the density explode
-EXACT_BEYOND = 40.0  # log(1 + exp(v)) is v in float64 from here on; torch by itself takes it for v from 20 on, 2e-9 off
+LOG_VARIANCE_RANGE = (-14.0, 14.0)  # bounds the density of a constant column: exp(-14) is about 1e-6
+EXACT_BEYOND = 40.0  # softplus(v) equals v in float64 from here on; torch's default of 20 has an error of 2e-9
 
 
 class Likelihood(nn.Module):
     """The density of a row given the decoder's output."""
 
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
-        """log p(x | z) for x and the decoder's output, both [B, D], to [B]."""
+        """Return log p(x | z) [B] for x [B, D] and the decoder's output [B, D]."""
         raise NotImplementedError
 
     def mean(self, output: Tensor) -> Tensor:
-        """E[x | z] for the decoder's output, [B, D] to [B, D]."""
+        """Return E[x | z] [B, D] for the decoder's output [B, D]."""
         raise NotImplementedError
 
 
 class GaussianLikelihood(Likelihood):
-    """N(x; output, variance), the variance learnt with the network or fixed, for all features or for each.
+    """N(x; output, variance), with a learnt or fixed variance, shared by all features or one per feature.
 
-    A fixed variance sets the weight of reconstruction against KL: a latent lives where its eigenvalue exceeds beta
-    times the variance (Lucas et al. 2019, "Don't blame the ELBO!"). Set too high, every latent dies.
+    A fixed variance sets the weight of reconstruction against KL: a latent is active where its eigenvalue exceeds beta
+    times the variance (Lucas et al. 2019, "Don't blame the ELBO!"). With too large a variance all latents collapse.
 
     Args:
-        variance: [1], or [D] for a variance a feature: where learning starts, or what stays.
-        learn: whether it is learnt.
-        lowest: the logarithm of the smallest variance that counts.
+        variance: initial or fixed variance, [1] (shared) or [D] (per feature).
+        learn: whether the variance is a trained parameter.
+        lowest: lower bound of the log-variance.
     """
 
     def __init__(self, variance: Tensor, learn: bool = True, lowest: float = LOG_VARIANCE_RANGE[0]) -> None:
@@ -40,31 +40,31 @@ class GaussianLikelihood(Likelihood):
         self.low, self.high = lowest, LOG_VARIANCE_RANGE[1]
 
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
-        """x, output: [B, D] to [B]."""
+        """Return log N(x; output, variance) [B] for x and output [B, D]."""
         log_variance = self.log_variance.clamp(self.low, self.high)  # [1] or [D]
         squared = (x - output).square() * torch.exp(-log_variance)  # [B, D]
         return -0.5 * (squared + log_variance + math.log(2.0 * math.pi)).sum(dim=1)  # [B]
 
     def mean(self, output: Tensor) -> Tensor:
-        """E[x | z]: [B, D] to [B, D]."""
+        """Return E[x | z] [B, D], which is the output itself."""
         return output
 
 
 class OptimalGaussianLikelihood(GaussianLikelihood):
-    """N(x; output, variance) with the variance that fits best: while training, the batch's mean squared error.
+    """N(x; output, variance) with the maximum-likelihood variance: in training, the mean squared error of the batch.
 
-    Rybkin, Daniilidis & Levine 2021, "Simple and effective VAE training with calibrated decoders", eq. 6. Between
-    batches it keeps the last one's; whoever trains it calls `settle` at the end, with the error of all rows.
+    Rybkin, Daniilidis & Levine 2021, "Simple and effective VAE training with calibrated decoders", eq. 6. In evaluation
+    mode the variance is that of the last batch, until `settle` sets it from all rows at the end of training.
 
     Args:
-        variance: [1], in use before the first batch.
+        variance: the variance before the first batch, [1].
     """
 
     def __init__(self, variance: Tensor) -> None:
         super().__init__(variance, learn=False)
 
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
-        """x, output: [B, D] to [B]."""
+        """Return log N(x; output, variance) [B] for x and output [B, D]."""
         squared = (x - output).square()  # [B, D]
         best = squared.mean().log() if self.training else self.log_variance.squeeze(0)
         best = best.clamp(self.low, self.high)
@@ -73,15 +73,15 @@ class OptimalGaussianLikelihood(GaussianLikelihood):
         return -0.5 * (squared * torch.exp(-best) + best + math.log(2.0 * math.pi)).sum(dim=1)  # [B]
 
     def settle(self, mean_squared_error: Tensor) -> None:
-        """Keep the variance that maximises the likelihood of all rows: their mean squared error, a scalar."""
+        """Set the variance that maximises the likelihood of all rows: their mean squared error, a scalar."""
         self.log_variance.copy_(mean_squared_error.log().clamp(self.low, self.high).reshape(1))
 
 
 class BernoulliLikelihood(Likelihood):
-    """Bernoulli(x; sigmoid(output)) for x in [0, 1]; grey values count as probabilities of white.
+    """Bernoulli(x; sigmoid(output)) for x in [0, 1]; a grey value is the probability of white.
 
-    Outside [0, 1] there is no such density: a value there is charged its excess as under a unit Gaussian, so that an
-    impossible row scores as strange.
+    The density is undefined outside [0, 1]. A value there loses half of the square of its excess, as under a unit
+    Gaussian, so that the row gets a high anomaly score.
     """
 
     def __init__(self) -> None:
@@ -89,12 +89,12 @@ class BernoulliLikelihood(Likelihood):
         self.exact_beyond = EXACT_BEYOND
 
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
-        """x, output (logits): [B, D] to [B]."""
+        """Return the log-probability [B] of x [B, D] for logits output [B, D]."""
         inside = x.clamp(0.0, 1.0)  # [B, D]
         softplus = functional.softplus(-output, 1.0, self.exact_beyond)  # [B, D]
         cross_entropy = (1.0 - inside) * output + softplus  # [B, D], exact for any logit
         return -(cross_entropy + 0.5 * (x - inside).square()).sum(dim=1)  # [B]
 
     def mean(self, output: Tensor) -> Tensor:
-        """E[x | z]: logits [B, D] to grey values [B, D]."""
+        """Return E[x | z], the grey values [B, D] of logits output [B, D]."""
         return torch.sigmoid(output)

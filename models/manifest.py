@@ -1,7 +1,8 @@
-"""The manifest of an artifact, and where artifacts lie on disk. Needs no torch.
+"""The manifest of an artifact, and the layout of the artifact folder. This module does not import torch.
 
-An artifact is a zip file. Its manifest is the member `<archive>/extra/manifest.json`; its comment is the seal,
-`elbo-sha256:` and the SHA-256 of every byte before those 64 digits. `zipfile` and `hashlib` alone can read both.
+An artifact is a zip file. Its manifest is the member `<archive>/extra/manifest.json`. Its zip comment is the seal:
+`elbo-sha256:` and 64 hexadecimal digits, the SHA-256 of all bytes before the digits. `zipfile` and `hashlib` are enough
+to read both.
 """
 
 import hashlib
@@ -23,8 +24,8 @@ FILE_NAME = "model.pt"
 MEMBER = "extra/manifest.json"
 SEAL = b"elbo-sha256:"
 DIGEST_LENGTH = 64
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)  # a folder, a query value and a metric label
-UNREADABLE = (  # what zipfile and json raise on damaged bytes
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)  # valid as a folder, a query value and a metric label
+UNREADABLE = (  # the exceptions that zipfile and json raise on damaged bytes
     zipfile.BadZipFile, zlib.error, struct.error, StopIteration, EOFError, OSError, KeyError, RuntimeError, ValueError,
 )  # fmt: skip
 VERSION = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
@@ -35,62 +36,62 @@ class _Frozen(BaseModel):
 
 
 class Feature(_Frozen):
-    """One column of the training data, in raw units: what is usual for it."""
+    """One column of the training data, and its range in raw units."""
 
     name: str
     unit: str | None
     median: float
     minimum: float
     maximum: float
-    missing: int = 0  # training rows that had no value there
+    missing: int = 0  # training rows without a value for the feature
 
 
 class Data(_Frozen):
-    """Where the model's knowledge comes from: the source, its SHA-256, and how many rows went where."""
+    """The training data: its source and SHA-256, and the number of rows per use."""
 
     source: str
     rows: int
-    fingerprint: str
+    fingerprint: str  # SHA-256
     fit: int
     held_out: int
     calibration: int
 
 
 class CalibrationSize(_Frozen):
-    """Rows behind the conformal p-values, and the smallest p-value that they can give: 1 / (rows + 1)."""
+    """The number of calibration rows, and the smallest p-value that they can give: 1 / (rows + 1)."""
 
     rows: int
     floor: float
 
 
 class Recalibration(_Frozen):
-    """Where a calibration comes from that is newer than the networks: which version it was put in, from which rows."""
+    """The origin of a calibration that is newer than the networks: the parent version, and the new calibration rows."""
 
-    parent: str  # name@version, whose networks and weights these are
+    parent: str  # name@version of the artifact that the networks and weights were copied from
     parent_weights_sha256: str
-    trained: str  # when the networks were
+    trained: str  # when the networks were trained
     source: str
-    rows: int  # in the source; how many of them calibrate says `calibration`
-    fingerprint: str
+    rows: int  # rows in the source; `Manifest.calibration` has the number that calibrate
+    fingerprint: str  # SHA-256
 
 
 class Latent(_Frozen):
-    """What one latent carries, measured on held-out rows."""
+    """The use of one latent, measured on held-out rows."""
 
-    kl: float | None  # nats, mean over the rows; None where the model charges none (PCA, autoencoder)
-    variance: float  # of the posterior mean, or of the code
+    kl: float | None  # mean KL divergence over the rows in nats; None for models without one (PCA, autoencoder)
+    variance: float  # variance of the posterior mean, or of the code
     active: bool
 
 
 class Golden(_Frozen):
-    """Inputs and the answers that the model gave to them when it was published; every load repeats them."""
+    """Golden answers: inputs, and the model's outputs for them when it was published. Each load verifies them."""
 
     inputs: dict[str, Any]
     outputs: dict[str, Any]
 
 
 class Manifest(_Frozen):
-    """Everything about an artifact but its numbers."""
+    """The description of an artifact: everything except the weights."""
 
     format_version: int
     name: str
@@ -108,38 +109,39 @@ class Manifest(_Frozen):
     golden: Golden
     versions: dict[str, str]
     weights_sha256: str
-    history: list[dict[str, float]] = []  # by epoch: epoch, step, every term of the loss, held_out_loss, seconds
-    latent_report: list[Latent] = []  # one a latent
-    spectrum: list[float] = []  # eigenvalues of the fitted rows in model units, descending, at most 256
-    total_variance: float = 0.0  # the sum of all eigenvalues, of which `spectrum` may hold the first only
-    log_scale: float = 0.0  # nats: log density in raw units = that in model units - log_scale
-    comparison: dict[str, dict[str, float]] = {}  # by kind: what other models reach on the same held-out rows
-    recalibration: Recalibration | None = None  # None where the rows of `data` calibrate it too
+    history: list[dict[str, float]] = []  # per epoch: epoch, step, each term of the loss, held_out_loss, seconds
+    latent_report: list[Latent] = []  # one entry per latent
+    spectrum: list[float] = []  # the largest eigenvalues of the training rows in model units, descending, at most 256
+    total_variance: float = 0.0  # the sum of all eigenvalues
+    log_scale: float = 0.0  # nats: log density in raw units = log density in model units - log_scale
+    comparison: dict[str, dict[str, float]] = {}  # by kind: metrics of other models on the same held-out rows
+    recalibration: Recalibration | None = None  # None if the calibration set is part of `data`
 
     @property
     def width(self) -> int:
-        """D: the number of features of one row."""
+        """D: the number of features per row."""
         return len(self.features)
 
     @property
     def is_image(self) -> bool:
-        """Whether a row can be shown as a picture."""
+        """Whether rows are images."""
         return self.pixel_range is not None
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of the artifact at `path`, checked against the seal and the format version.
+    """Read the manifest of the artifact at `path`, and verify the seal and the format version.
 
-    Raises ArtifactMissing, ArtifactForeign, ArtifactCorrupt or ArtifactTooNew.
+    Raises:
+        ArtifactError: ArtifactMissing, ArtifactForeign, ArtifactCorrupt or ArtifactTooNew.
     """
     return parse(read_sealed(path), path)
 
 
 def parse(content: bytes, path: Path) -> Manifest:
-    """The manifest in the bytes of an artifact, which `read_sealed` gave for `path`."""
+    """Return the manifest in `content`, the bytes that `read_sealed` returned for `path`."""
     fields = _fields(content)
     if fields is None:
-        raise ArtifactForeign(f"{path} holds no {MEMBER}: it was not written by Elbo")
+        raise ArtifactForeign(f"{path} has no member {MEMBER}: it was not written by Elbo")
     _refuse_newer(fields, path)
     try:
         return Manifest.model_validate(fields)
@@ -150,7 +152,7 @@ def parse(content: bytes, path: Path) -> Manifest:
 
 
 def _fields(content: bytes) -> dict[str, Any] | None:
-    """The manifest as it stands in the archive; None if there is none, or no archive."""
+    """Return the manifest in the archive, not validated; None if `content` is not an archive or has no manifest."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             member = next(name for name in archive.namelist() if name.partition("/")[2] == MEMBER)
@@ -164,47 +166,50 @@ def _refuse_newer(fields: dict[str, Any], path: Path) -> None:
     version = fields.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ArtifactTooNew(
-            f"{path} has format version {version}, this program reads up to {FORMAT_VERSION}: "
-            "upgrade Elbo, or train the model again with this version"
+            f"{path} has format version {version}, but this release reads format versions up to {FORMAT_VERSION}: "
+            "upgrade Elbo, or train the model again with this release"
         )
 
 
 def read_sealed(path: Path) -> bytes:
-    """The bytes of the artifact at `path`, every one of which is as it was when it was written.
+    """Read the bytes of the artifact at `path`, and verify that they are unchanged since it was sealed.
 
-    Raises ArtifactMissing, ArtifactForeign or ArtifactCorrupt.
+    Raises:
+        ArtifactError: ArtifactMissing, ArtifactForeign, ArtifactCorrupt or ArtifactTooNew.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ArtifactMissing(f"cannot read {path}: {error.strerror}; `elbo train` writes artifacts") from error
+        raise ArtifactMissing(f"cannot read {path}: {error.strerror}; create artifacts with `elbo train`") from error
     body, digest = content[:-DIGEST_LENGTH], content[-DIGEST_LENGTH:]
     if body.endswith(SEAL) and hashlib.sha256(body).hexdigest().encode() == digest:
         return content
     if fields := _fields(content):
-        _refuse_newer(fields, path)  # a later format may be sealed in another way
+        _refuse_newer(fields, path)  # a later format may have another kind of seal
     if SEAL not in content and zipfile.is_zipfile(io.BytesIO(content)):
-        raise ArtifactForeign(f"{path} is a zip file without Elbo's seal: expected one that `elbo train` wrote")
+        raise ArtifactForeign(f"{path} is a zip file without Elbo's seal: expected an artifact written by `elbo train`")
     if not content.startswith(b"PK"):
-        raise ArtifactForeign(f"{path} is no zip file: expected an artifact that `elbo train` wrote")
-    raise ArtifactCorrupt(f"{path} is not as it was written (truncated or altered): copy it again, or train it again")
+        raise ArtifactForeign(f"{path} is not a zip file: expected an artifact written by `elbo train`")
+    raise ArtifactCorrupt(
+        f"{path} is truncated or was altered after it was written: copy it again, or train the model again"
+    )
 
 
 def seal(content: bytes) -> bytes:
-    """`content`, a zip archive that ends in the comment SEAL and 64 placeholders, with its digest filled in."""
+    """Fill in the digest of `content`, a zip archive whose comment is SEAL and 64 placeholder digits."""
     body = content[:-DIGEST_LENGTH]
     return body + hashlib.sha256(body).hexdigest().encode()
 
 
 def names(root: Path) -> list[str]:
-    """The models under `root` which have at least one version, sorted."""
+    """Return the names of the models under `root` that have at least one version, sorted."""
     if not root.is_dir():
         return []
     return sorted(entry.name for entry in root.iterdir() if versions(root, entry.name))
 
 
 def versions(root: Path, name: str) -> list[int]:
-    """The published versions of `name`, ascending."""
+    """Return the published versions of model `name`, ascending."""
     folder = root / name
     if not NAME.fullmatch(name) or not folder.is_dir():
         return []
@@ -213,12 +218,16 @@ def versions(root: Path, name: str) -> list[int]:
 
 
 def resolve(root: Path, reference: str) -> Path:
-    """The file that `name` (its newest version) or `name@version` means. Raises ArtifactMissing."""
+    """Return the artifact that `reference` names: `name` (its newest version) or `name@version`.
+
+    Raises:
+        ArtifactMissing: the model or the version does not exist.
+    """
     name, at, version = reference.partition("@")
     present = versions(root, name)
     if not present:
-        known = ", ".join(names(root)) or "none"
-        raise ArtifactMissing(f"no model {name!r} in {root} (there: {known}); train it with `elbo train`")
+        available = ", ".join(names(root)) or "none"
+        raise ArtifactMissing(f"no model {name!r} in {root} (available: {available}); train it with `elbo train`")
     if at and version not in map(str, present):
-        raise ArtifactMissing(f"model {name!r} has no version {version!r} (there: {present})")
+        raise ArtifactMissing(f"model {name!r} has no version {version!r} (available: {present})")
     return root / name / (version or str(present[-1])) / FILE_NAME

@@ -1,4 +1,4 @@
-"""The networks that encoders and decoders are made of. B rows; a picture is H x W pixels of C colours."""
+"""The networks of encoders and decoders. B rows; an image has H x W pixels and C colours."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -9,9 +9,9 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "ta
 
 
 def mlp(sizes: Sequence[int], activation: str = "silu") -> nn.Sequential:
-    """A multilayer perceptron, [B, sizes[0]] to [B, sizes[-1]]: `activation` between linear layers, none at its end.
+    """Return a multilayer perceptron from [B, sizes[0]] to [B, sizes[-1]].
 
-    With two sizes it is one linear map.
+    `activation` follows each linear layer except the last; with two sizes the network is one linear map.
     """
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(sizes):
@@ -22,12 +22,15 @@ def mlp(sizes: Sequence[int], activation: str = "silu") -> nn.Sequential:
 def conv_encoder(
     shape: Sequence[int], channels: Sequence[int], outputs: int, activation: str = "silu", dense: Sequence[int] = ()
 ) -> nn.Sequential:
-    """Convolutions over the picture that a row is, then a perceptron: [B, H * W * C] to [B, outputs].
+    """Return a convolutional encoder from rows [B, H * W * C] to [B, outputs].
 
     Args:
-        shape: of one row, [H, W] or [H, W, C]: its colours come last.
-        channels: of each stage, which halves height and width, rounded up.
-        dense: hidden widths of the perceptron; with neither channels nor these it all is one linear map.
+        shape: shape of one row as an image: [H, W], or [H, W, C] with the colours last.
+        channels: channels per convolution; each one halves height and width, rounded up.
+        outputs: width of the output.
+        activation: a key of ACTIVATIONS.
+        dense: hidden widths of the perceptron after the convolutions. Without `channels` and `dense`, the network is
+            one linear map.
     """
     colours, sizes = _colours(shape), _sizes(shape, len(channels))
     layers: list[nn.Module] = [ToPicture(*sizes[0], colours)]  # [B, C, H, W]
@@ -40,7 +43,10 @@ def conv_encoder(
 def conv_decoder(
     shape: Sequence[int], channels: Sequence[int], latents: int, activation: str = "silu", dense: Sequence[int] = ()
 ) -> nn.Sequential:
-    """`conv_encoder` backwards, [B, latents] to [B, H * W * C], of the same arguments; no activation at its end."""
+    """Return the mirror image of `conv_encoder`, from [B, latents] to [B, H * W * C], for the same arguments.
+
+    Its last layer has no activation.
+    """
     colours, sizes = _colours(shape), _sizes(shape, len(channels))
     deepest, (height, width) = [colours, *channels][-1], sizes[-1]
     layers: list[nn.Module] = [
@@ -49,29 +55,29 @@ def conv_decoder(
     ]
     stages = pairwise([*reversed(channels), colours])
     for (inputs, filters), (height, width) in zip(stages, reversed(sizes[:-1]), strict=True):
-        even = (1 - height % 2, 1 - width % 2)  # doubling n gives 2 n - 1, and what is even lacks a line
+        even = (1 - height % 2, 1 - width % 2)  # a transposed convolution gives 2 n - 1 lines; even sizes need one more
         transposed = nn.ConvTranspose2d(inputs, filters, 3, stride=2, padding=1, output_padding=even)
         layers += [ACTIVATIONS[activation](), transposed]  # [B, filters, height, width]
     return nn.Sequential(*layers, ToRow())  # [B, H * W * C]
 
 
 class ToPicture(nn.Module):
-    """Rows [B, H * W * C], colours last, to pictures [B, C, H, W]."""
+    """Reshape rows with the colours last to images."""
 
     def __init__(self, height: int, width: int, colours: int) -> None:
         super().__init__()
         self.height, self.width, self.colours = height, width, colours
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, H * W * C] to [B, C, H, W]."""
+        """Return images [B, C, H, W] for rows x [B, H * W * C]."""
         return x.reshape(-1, self.height, self.width, self.colours).permute(0, 3, 1, 2)  # [B, C, H, W]
 
 
 class ToRow(nn.Module):
-    """Pictures [B, C, H, W] to rows [B, H * W * C], colours last."""
+    """Flatten images to rows with the colours last."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, H * W * C]."""
+        """Return rows [B, H * W * C] for images x [B, C, H, W]."""
         return x.permute(0, 2, 3, 1).flatten(1)  # [B, H * W * C]
 
 
@@ -80,5 +86,5 @@ def _colours(shape: Sequence[int]) -> int:
 
 
 def _sizes(shape: Sequence[int], stages: int) -> list[tuple[int, int]]:
-    """Height and width before the first stage, and after each."""
+    """Return the height and width of the input, and after each of the `stages` convolutions."""
     return [(-(-shape[0] // 2**stage), -(-shape[1] // 2**stage)) for stage in range(stages + 1)]

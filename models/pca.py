@@ -1,4 +1,4 @@
-"""Principal component analysis, read as the probabilistic model that it is the maximum-likelihood fit of."""
+"""Principal component analysis as a probabilistic model (Tipping & Bishop 1999)."""
 
 import math
 
@@ -9,19 +9,19 @@ from models.core import Core
 
 
 class PCA(Core):
-    """K principal components of D features, and the noise that is left.
+    """K principal components of D features, and isotropic noise.
 
-    A latent is a principal score, z = V (x - mean): in the units of x, variance `eigenvalues`, uncorrelated.
+    The latents are principal scores, z = V (x - mean): uncorrelated, in the units of x, with variances `eigenvalues`.
     The probabilistic model is Tipping & Bishop, "Probabilistic principal component analysis", JRSS-B 1999, with
-    covariance C = V' (L - s2 I) V + s2 I (their eq. 4 at the maximum-likelihood point, eq. 7 and 8).
+    covariance C = V' (L - s2 I) V + s2 I (their eq. 4 at the maximum-likelihood solution, eq. 7 and 8).
 
     Args:
         mean: [D].
-        components: V, [K, D], orthonormal rows, largest eigenvalue first.
-        eigenvalues: the diagonal of L, [K], each at least `noise_variance`.
-        noise_variance: s2, a scalar > 0: the mean of the D - K discarded eigenvalues.
-        shrinkage: rho in [0, 1], a scalar; the score's covariance is (1 - rho) C + rho mean(diag C) I. Of few rows the
-            small eigenvalues are too small, and what lies along them would seem too strange (Ledoit & Wolf 2004).
+        components: V, orthonormal rows in descending order of eigenvalue, [K, D].
+        eigenvalues: the diagonal of L, each at least `noise_variance`, [K].
+        noise_variance: s2 > 0, a scalar: the mean of the D - K discarded eigenvalues.
+        shrinkage: rho in [0, 1], a scalar. The score uses the covariance (1 - rho) C + rho mean(diag C) I, because
+            small eigenvalues are underestimated on few rows, which inflates the score (Ledoit & Wolf 2004).
     """
 
     parts = ("t2", "q")
@@ -47,34 +47,34 @@ class PCA(Core):
         self.register_buffer("shrinkage", torch.zeros_like(noise_variance) if shrinkage is None else shrinkage)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Principal scores [B, K] of x [B, D], and the posterior standard deviation of the latent there, [B, K].
+        """Return the principal scores [B, K] of x [B, D] and the posterior standard deviations of the latents, [B, K].
 
-        In score coordinates the prior is N(0, L - s2) and the posterior variance s2 (1 - s2 / L).
+        In score coordinates the prior is N(0, L - s2), and the posterior variance is s2 (1 - s2 / L).
         """
         scores = (x - self.mean) @ self.components.T  # [B, K]
         variance = self.noise_variance * (1.0 - self.noise_variance / self.eigenvalues)  # [K]
         return scores, variance.clamp(min=0.0).sqrt().expand_as(scores)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Scores [B, K] back to [B, D]."""
+        """Return the rows [B, D] with principal scores z [B, K]."""
         return z @ self.components + self.mean
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """How strange x [B, D] is: T2 + Q / s2 [B], those two parts [B, 2], and the projection of x [B, D].
+        """Return, for x [B, D], the score T2 + Q / s2 [B], the two parts [B, 2], and the projection of x, [B, D].
 
-        The sum is the squared Mahalanobis distance under the shrunk covariance.
+        The score is the squared Mahalanobis distance under the shrunk covariance.
         """
         mean = self._mean_variance(x.shape[1])
         eigenvalues = self.eigenvalues + self.shrinkage * (mean - self.eigenvalues)  # [K]
         noise_variance = self.noise_variance + self.shrinkage * (mean - self.noise_variance)
         return self._distance(x, eigenvalues, noise_variance)
 
-    def log_weight(self, x: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG002 - its posterior is exact
-        """log p(x) of x [B, D], [B], whatever the noise: p(x, z) / q(z|x) is p(x) for every z."""
+    def log_weight(self, x: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG002 - the posterior is exact
+        """Return log p(x) [B] of x [B, D]. It does not depend on the noise: p(x, z) / q(z|x) = p(x) for all z."""
         return self.log_likelihood(x)
 
     def log_likelihood(self, x: Tensor) -> Tensor:
-        """log N(x; mean, C) in nats, [B, D] to [B]. Tipping & Bishop 1999, eq. 4."""
+        """Return log N(x; mean, C) in nats, [B], of x [B, D] (Tipping & Bishop 1999, eq. 4)."""
         features, latents = x.shape[1], self.eigenvalues.shape[0]
         log_determinant = self.eigenvalues.log().sum() + (features - latents) * self.noise_variance.log()
         distance = self._distance(x, self.eigenvalues, self.noise_variance)[0]  # [B]
@@ -88,6 +88,6 @@ class PCA(Core):
         return t2 + q, torch.stack((t2, q), dim=1), x_hat
 
     def _mean_variance(self, features: int) -> Tensor:
-        """The mean of the diagonal of C, a scalar."""
-        left = (features - self.eigenvalues.shape[0]) * self.noise_variance
-        return (self.eigenvalues.sum() + left) / features
+        """Return the mean of the diagonal of C, a scalar."""
+        discarded = (features - self.eigenvalues.shape[0]) * self.noise_variance
+        return (self.eigenvalues.sum() + discarded) / features

@@ -1,4 +1,4 @@
-"""The whole way of a row, raw units in and raw units out: scaling, core model, prior, calibration."""
+"""The complete model, with raw units in and out: scaling, core model, prior, calibration, explanation."""
 
 from torch import Tensor, nn
 
@@ -10,16 +10,17 @@ from models.scaling import Scaling
 
 
 class Pipeline(nn.Module):
-    """What an artifact holds; its methods are the artifact's methods. B rows, D features, K latents, float32.
+    """The module that an artifact contains; its methods are the methods of the artifact.
 
-    Where the scaling imputes, rows may hold NaN: a missing value is judged as the value in its place is.
+    B rows, D features, K latents; all tensors are float32. If the scaling imputes, rows may contain NaN: a missing
+    value is scored as the value that replaces it.
 
     Args:
-        scaling: raw units to model units.
-        core: PCA, Autoencoder or VAE, in model units.
-        prior: over the core's latents.
-        calibration: of the core's score.
-        explanation: which features made the score; without one the reconstruction's residuals do.
+        scaling: converts raw units to model units.
+        core: PCA, Autoencoder, Ensemble or VAE, in model units.
+        prior: generative prior over the latents.
+        calibration: calibration of the score.
+        explanation: contributions of the features to the score; by default, the reconstruction residuals.
     """
 
     def __init__(
@@ -38,29 +39,31 @@ class Pipeline(nn.Module):
         self.explanation: Explanation = explanation or Explanation()
 
     def forward(self, x: Tensor) -> Tensor:
-        """The reconstruction of x [B, D] through the posterior mean, [B, D]."""
+        """Return the reconstruction [B, D] of x [B, D] from the posterior mean."""
         return self.decode(self.encode(x)[0])
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Posterior mean and standard deviation of x [B, D]: two of [B, K]."""
+        """Return the posterior mean [B, K] and standard deviation [B, K] of x [B, D]."""
         return self.core.encode(self.scaling(x))
 
     def decode(self, z: Tensor) -> Tensor:
-        """E[x | z], [B, K] to [B, D]."""
+        """Return E[x | z] [B, D] for z [B, K]."""
         return self.scaling.inverse(self.core.decode(z))
 
     def draw(self, noise: Tensor, choice: Tensor) -> Tensor:
-        """Latents [B, K] from the prior, out of standard normal noise [B, K] and uniform choice [B] in [0, 1)."""
+        """Return latents [B, K] from the prior for standard normal noise [B, K] and uniform choice [B] in [0, 1)."""
         latents: Tensor = self.prior(noise, choice)  # [B, K]
         return latents
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """How strange x [B, D] is.
+        """Score rows x [B, D]: a higher score is more anomalous.
 
         Returns:
-            score [B], higher is stranger; its parts [B, P], which sum to it; contribution [B, D], the squared distance
-            of each feature from what was expected of it (of a missing value, that of the one in its place, which the
-            score counts); expected [B, D], raw units. See `models.explanation`.
+            score: [B].
+            parts: the parts of the score, which sum to it, [B, P].
+            contribution: squared distance of each feature from its expected value, [B, D]; for a missing value, of the
+                value that replaces it. See `models.explanation`.
+            expected: expected value of each feature in raw units, [B, D].
         """
         u = self.scaling(x)  # [B, D]
         score, parts, u_hat = self.core.score(u)
@@ -68,20 +71,20 @@ class Pipeline(nn.Module):
         return score, parts, contribution, self.scaling.inverse(expected)
 
     def log_weight(self, x: Tensor, noise: Tensor) -> Tensor:
-        """log p(x, z) - log q(z|x) in nats, of the density in model units: x [B, D] and noise [B, K] to [B].
+        """Return log p(x, z) - log q(z|x) in nats, [B], for x [B, D] and noise [B, K]; densities are in model units.
 
-        The mean over standard normal noise is the ELBO. NaN for an autoencoder, which has no density.
+        Its mean over standard normal noise is the ELBO. NaN for an autoencoder, which has no density.
         """
         return self.core.log_weight(self.scaling(x), noise)
 
     def p_value(self, score: Tensor) -> Tensor:
-        """Conformal p-values of scores, [B] to [B]."""
+        """Return the conformal p-values [B] of scores [B]."""
         return self.calibration.p_value(score)
 
     def severity(self, score: Tensor, alpha: float) -> Tensor:
-        """Scores [B] to severity [B]: > 1 exactly where the row is anomalous at alpha."""
+        """Return the severity [B] of scores [B]: > 1 exactly where the row is anomalous at alpha."""
         return self.calibration.severity(score, alpha)
 
     def threshold(self, alpha: float) -> Tensor:
-        """The score above which a row is anomalous at alpha, a scalar."""
+        """Return the score above which a row is anomalous at alpha, a scalar."""
         return self.calibration.threshold(alpha)

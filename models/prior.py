@@ -1,4 +1,4 @@
-"""The generative prior over latents: a mixture of Gaussians, of which N(0, I) is the simplest."""
+"""The generative prior over latents: a mixture of Gaussians. N(0, I) is a mixture of one."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ class Prior(nn.Module):
     """A mixture of M Gaussians over K latents.
 
     Args:
-        weights: [M], positive, summing to 1.
+        weights: mixture weights, positive, with sum 1, [M].
         means: [M, K].
         factors: lower Cholesky factors of the covariances, [M, K, K].
     """
@@ -24,7 +24,7 @@ class Prior(nn.Module):
         self.register_buffer("factors", factors)
 
     def forward(self, noise: Tensor, choice: Tensor) -> Tensor:
-        """Standard normal noise [B, K] and uniform choice [B] in [0, 1) to latents [B, K]."""
+        """Return latents [B, K] for standard normal noise [B, K] and uniform choice [B] in [0, 1)."""
         component = torch.searchsorted(self.cumulative[:-1].contiguous(), choice, right=True)  # [B]
         latents = torch.zeros_like(noise)  # [B, K]
         for index in range(self.means.shape[0]):
@@ -34,5 +34,5 @@ class Prior(nn.Module):
 
 
 def gaussian_prior(std: Tensor) -> Prior:
-    """N(0, diag(std^2)) over K latents, std [K]."""
+    """Return the prior N(0, diag(std^2)) for std [K]."""
     return Prior(std.new_ones(1), torch.zeros_like(std).unsqueeze(0), torch.diag(std).unsqueeze(0))

@@ -1,15 +1,15 @@
-"""Preprocessing: raw units to the units in which a model works, and back."""
+"""Preprocessing: the maps between raw units and model units."""
 
 import torch
 from torch import Tensor, nn
 
 
 class Scaling(nn.Module):
-    """The affine map `(x - shift) / scale`, a number a feature.
+    """The affine map u = (x - shift) / scale.
 
     Args:
-        shift: [D], raw units.
-        scale: [D], raw units, positive.
+        shift: offset per feature in raw units, [D].
+        scale: positive scale per feature in raw units, [D].
     """
 
     shift: Tensor
@@ -21,20 +21,20 @@ class Scaling(nn.Module):
         self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Raw [B, D] to model units [B, D]."""
+        """Convert x [B, D] from raw units to model units."""
         return (x - self.shift) / self.scale
 
     def inverse(self, u: Tensor) -> Tensor:
-        """Model units [B, D] to raw [B, D]."""
+        """Convert u [B, D] from model units to raw units."""
         return u * self.scale + self.shift
 
 
 class ImputingScaling(Scaling):
-    """A scaling of rows that may have gaps: what is missing (NaN) counts as its feature's `fill`.
+    """A scaling that replaces missing values (NaN) with `fill`.
 
     Args:
-        scaling: of whole rows.
-        fill: [D], raw units, such as the training median.
+        scaling: the scaling of complete rows.
+        fill: replacement per feature in raw units, for example the training median, [D].
     """
 
     fill: Tensor
@@ -44,18 +44,18 @@ class ImputingScaling(Scaling):
         self.register_buffer("fill", fill)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Raw [B, D], NaN where missing, to model units [B, D]."""
+        """Convert x [B, D], NaN where missing, from raw units to model units."""
         return (torch.where(x.isnan(), self.fill, x) - self.shift) / self.scale
 
 
 def standardise(x: Tensor) -> Scaling:
-    """Each column of x [N, D] to mean 0 and variance 1; a constant column is only centred, its scale staying 1."""
+    """Return the scaling of each column of x [N, D] to mean 0 and variance 1; constant columns keep scale 1."""
     deviation = x.std(dim=0, correction=0)
-    negligible = deviation <= 1e-7 * x.abs().amax(dim=0)  # a constant, up to float32's rounding of it
-    return Scaling(x.mean(dim=0), torch.where(negligible, torch.ones_like(deviation), deviation))
+    constant = deviation <= 1e-7 * x.abs().amax(dim=0)  # up to float32 rounding
+    return Scaling(x.mean(dim=0), torch.where(constant, torch.ones_like(deviation), deviation))
 
 
 def to_unit_range(low: Tensor, high: Tensor) -> Scaling:
-    """[low, high] of each feature, [D] each, to [0, 1]; where they are equal, to 0 with scale 1."""
+    """Return the scaling of [low, high] per feature, [D] each, to [0, 1]; features with low = high keep scale 1."""
     span = high - low
     return Scaling(low, torch.where(span > 0, span, torch.ones_like(span)))

@@ -7,11 +7,11 @@ from torch.nn import functional
 from models.core import Core
 from models.likelihood import Likelihood
 
-LOG_VARIANCE_RANGE = (-14.0, 8.0)  # of the posterior; wide enough for any live latent, and exp() stays finite
+LOG_VARIANCE_RANGE = (-14.0, 8.0)  # bounds of the posterior's log-variance: exp() stays finite
 
 
 def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL( N(mean, exp(log_variance)) || N(0, 1) ) for each latent, in nats: [B, K] to [B, K].
+    """Return KL( N(mean, exp(log_variance)) || N(0, 1) ) per latent in nats, [B, K].
 
     Kingma & Welling 2014, appendix B.
     """
@@ -19,14 +19,14 @@ def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 
 class VAE(Core):
-    """Posterior N(mean, std^2), prior N(0, I), likelihood Gaussian or Bernoulli.
+    """A VAE with posterior N(mean, std^2), prior N(0, I), and a Gaussian or Bernoulli likelihood.
 
-    Its score is the negative ELBO with the expectation taken at the posterior mean: NLL + KL, in nats. No noise enters,
-    so the same row always has the same score.
+    The score is the negative ELBO, NLL + KL in nats, with the NLL at the posterior mean instead of its expectation. It
+    uses no noise, so that the score of a row is deterministic.
 
     Args:
-        encoder: [B, D] to [B, 2 K], means then log-variances.
-        decoder: [B, K] to [B, D], the likelihood's parameter.
+        encoder: maps [B, D] to [B, 2 K]: means, then log-variances.
+        decoder: maps [B, K] to the likelihood's parameter, [B, D].
         likelihood: p(x | z), a module of `models.likelihood`.
     """
 
@@ -40,22 +40,23 @@ class VAE(Core):
         self.low, self.high = LOG_VARIANCE_RANGE
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """q(z | x): mean and log-variance, [B, D] to two of [B, K]."""
+        """Return the mean [B, K] and log-variance [B, K] of q(z | x) for x [B, D]."""
         code = self.encoder(x)  # [B, 2 K]
-        mean, log_variance = code.split(int(code.shape[1]) // 2, dim=1)  # one node of the twin's graph; chunk is ten
-        return mean, functional.hardtanh(log_variance, self.low, self.high)  # clamp, with one step of gradient for five
+        mean, log_variance = code.split(int(code.shape[1]) // 2, dim=1)  # one node in the ONNX graph; chunk needs ten
+        # hardtanh is clamp with one operation in the backward pass instead of five.
+        return mean, functional.hardtanh(log_variance, self.low, self.high)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Posterior mean and standard deviation, [B, D] to two of [B, K]."""
+        """Return the posterior mean [B, K] and standard deviation [B, K] of x [B, D]."""
         mean, log_variance = self.posterior(x)
         return mean, torch.exp(0.5 * log_variance)
 
     def decode(self, z: Tensor) -> Tensor:
-        """E[x | z], [B, K] to [B, D]."""
+        """Return E[x | z] [B, D] for z [B, K]."""
         return self.likelihood.mean(self.decoder(z))
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """NLL + KL [B] of x [B, D], the parts KL and NLL [B, 2], and the reconstruction [B, D]."""
+        """Return, for x [B, D], the score NLL + KL [B], the parts KL and NLL [B, 2], and the reconstruction [B, D]."""
         mean, log_variance = self.posterior(x)  # [B, K], [B, K]
         output = self.decoder(mean)  # [B, D]
         kl = gaussian_kl(mean, log_variance).sum(dim=1)  # [B]
@@ -63,7 +64,7 @@ class VAE(Core):
         return kl + nll, torch.stack((kl, nll), dim=1), self.likelihood.mean(output)
 
     def log_weight(self, x: Tensor, noise: Tensor) -> Tensor:
-        """log p(x, z) - log q(z|x) [B] of x [B, D] at z = mean + std * noise, noise [B, K]."""
+        """Return log p(x, z) - log q(z|x) [B] for x [B, D] and z = mean + std * noise, noise [B, K]."""
         mean, log_variance = self.posterior(x)  # [B, K], [B, K]
         z = mean + torch.exp(0.5 * log_variance) * noise  # [B, K]
         log_likelihood: Tensor = self.likelihood.log_prob(x, self.decoder(z))  # [B]

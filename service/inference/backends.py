@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from models.artifact import Artifact, Graph, Twin, answers, discrepancy
+from models.artifact import Artifact, Graph, Twin, compute_outputs, find_discrepancy
 from models.errors import ArtifactMismatch
 from service.inference import operations
 from service.inference.calibration import ByModule, Calibration, calibration_of
@@ -215,9 +215,9 @@ def _rounded(plain: Backend, artifact: Artifact) -> Backend:
     pairs = artifact.manifest.golden
     rounded = replace(plain, precision="bfloat16", reason="ELBO_PRECISION asks for bfloat16")
     inputs = [torch.from_numpy(np.array(pairs.inputs[name], np.float32)).to(plain.device) for name in GOLDEN_INPUTS]
-    exact = answers(plain.module, *inputs)
+    exact = compute_outputs(plain.module, *inputs)
     with rounded.rounding():
-        found = answers(plain.module, *inputs)
+        found = compute_outputs(plain.module, *inputs)
     errors = {name: _error(found[name].float(), answer) for name, answer in exact.items() if not answer.isnan().all()}
     return replace(rounded, errors=errors)
 
@@ -233,7 +233,7 @@ def _twin(
     """The twin, if it can be trusted; and if not, what is wrong with it."""
     try:
         module = OnnxModule(twin, artifact.module, threads)
-        found = discrepancy(module, artifact.manifest.golden, "cpu", TOLERANCE, TWIN_ANSWERS)
+        found = find_discrepancy(module, artifact.manifest.golden, "cpu", TOLERANCE, TWIN_ANSWERS)
         found = found or _miscounted(module, np.array(artifact.manifest.golden.inputs["x"], np.float32))
     except ImportError:
         return None, "onnxruntime, which runs ONNX twins, is not installed"

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from models.artifact import reconstruction
+from models import artifact
 from service.inference.calibration import ByModule, Calibration
 
 Outputs = tuple[Tensor, ...]  # each [B, ...]
@@ -51,11 +51,11 @@ def _decode(module: Any, z: Tensor) -> Outputs:
 
 
 def _reconstruct(module: Any, x: Tensor) -> Outputs:
-    return reconstruction(module, x, gaps=False)
+    return artifact.reconstruct(module, x, gaps=False)
 
 
 def _reconstruct_gaps(module: Any, x: Tensor) -> Outputs:
-    return reconstruction(module, x, gaps=True)
+    return artifact.reconstruct(module, x, gaps=True)
 
 
 def _sample(module: Any, noise: Tensor, choice: Tensor) -> Outputs:

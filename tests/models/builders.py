@@ -1,4 +1,4 @@
-"""Small untrained models of every kind, for tests of what all kinds must do."""
+"""Small untrained models of all kinds, for tests that run over all kinds."""
 
 from collections.abc import Sequence
 
@@ -23,7 +23,7 @@ CORES = ("pca", "ae", "ae-diagonal", "ensemble", "vae-gaussian", "vae-per-featur
 
 
 def core(kind: str) -> Core:
-    """An untrained core of `kind`, one of CORES."""
+    """Return an untrained core of `kind`, one of CORES."""
     match kind:
         case "pca":
             components = torch.linalg.qr(torch.randn(D, D))[0][:K]
@@ -44,7 +44,7 @@ def core(kind: str) -> Core:
 
 
 def pipeline(kind: str, seed: int = 0) -> Pipeline:
-    """A whole pipeline around `core(kind)`, the same for the same seed; one that fills gaps if it ends in -imputing."""
+    """Return a pipeline around `core(kind)`, the same for the same seed; it imputes if `kind` ends in -imputing."""
     torch.manual_seed(seed)
     weights, factors = torch.tensor([0.3, 0.7]), torch.randn(2, K, K).tril()
     prior = (
@@ -62,7 +62,7 @@ def pipeline(kind: str, seed: int = 0) -> Pipeline:
 
 
 def batch(rows: int = B, gaps: Sequence[tuple[int, int]] = ()) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows [B, D], with NaN at `gaps`, standard normal noise [B, K], uniform choice [B]."""
+    """Return rows [B, D], with NaN at `gaps`, standard normal noise [B, K], and uniform choice [B]."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(rows, D, generator=generator)
     for place in gaps:
@@ -71,7 +71,7 @@ def batch(rows: int = B, gaps: Sequence[tuple[int, int]] = ()) -> tuple[torch.Te
 
 
 def manifest(name: str, weights_sha256: str, golden: Golden, format_version: int = FORMAT_VERSION) -> Manifest:
-    """A manifest that fits `pipeline`."""
+    """Return a manifest that matches `pipeline`."""
     features = [Feature(name=f"x{i}", unit=None, median=0.0, minimum=-3.0, maximum=3.0) for i in range(D)]
     return Manifest(
         format_version=format_version,

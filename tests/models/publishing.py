@@ -1,4 +1,4 @@
-"""Artifacts of the builders' models, with their twins."""
+"""Publish the models of `builders`, with their ONNX twins."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,8 +13,9 @@ GAPS = ((0, 1), (2, 0), (2, 4))
 def publish_twin(
     root: Path, kind: str, twin: Mapping[str, artifact.Graph] | None = None, gaps: Sequence[tuple[int, int]] = ()
 ) -> Path:
-    """The model of `kind` as model@1 under `root`, with its own twin or the one that is given; its file."""
+    """Publish the model of `kind` as model@1 under `root` with `twin`, by default its exported one; return the path."""
     model, inputs = pipeline(kind), batch(gaps=gaps)
+    x, noise, _ = inputs
     module = artifact.script(model)
-    described = manifest("model", artifact.weights_sha256(model), artifact.golden(module, *inputs))
-    return artifact.publish(module, described, root, twin or export(model, inputs[0], inputs[1]))
+    description = manifest("model", artifact.weights_sha256(model), artifact.record_golden(module, *inputs))
+    return artifact.publish(module, description, root, twin or export(model, x, noise))

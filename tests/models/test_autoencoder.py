@@ -1,4 +1,4 @@
-"""The autoencoder's score: the Mahalanobis distance of code and residual together, in its two parts."""
+"""The autoencoder's score and its whitening, against numpy and scikit-learn."""
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ def autoencoder() -> Autoencoder:
     return model.requires_grad_(False)
 
 
-def test_a_code_is_a_point() -> None:
+def test_encode_gives_the_code_and_zero_standard_deviation() -> None:
     model, x = autoencoder(), torch.randn(7, D)
     code, std = model.encode(x)
     assert torch.equal(code, model.encoder(x))
@@ -31,13 +31,13 @@ def test_a_code_is_a_point() -> None:
 
 
 def vectors_of(model: Autoencoder, x: torch.Tensor) -> Doubles:
-    """Code and residual of x [N, D], joined."""
+    """Return the joint vectors (code, residual) of x [N, D]."""
     code = model.encode(x)[0]
     return torch.cat((code, x - model.decode(code)), dim=1).double().numpy()
 
 
 def covariance_of(vectors: Doubles, usual: Doubles) -> Doubles:
-    """What `judge` should find of vectors [N, V], the first K of them a code, by scikit-learn and numpy."""
+    """Compute the regularised covariance of joint vectors [N, K + D] with scikit-learn and numpy."""
     rows, centred = len(vectors), vectors - vectors.mean(axis=0)
     deviation = np.sqrt((rows * centred.var(axis=0) + PSEUDO_ROWS * usual) / (rows + PSEUDO_ROWS))
     correlation = LedoitWolf(assume_centered=True).fit(centred / deviation).covariance_
@@ -46,7 +46,7 @@ def covariance_of(vectors: Doubles, usual: Doubles) -> Doubles:
     return np.asarray(correlation * np.outer(deviation, deviation))
 
 
-def test_the_score_is_the_mahalanobis_distance_of_code_and_residual_joined() -> None:
+def test_score_is_the_mahalanobis_distance_of_code_and_residual() -> None:
     model, x = autoencoder(), torch.randn(500, D) @ MIXING
     fit_score_statistics(model, x, x)
     vectors = vectors_of(model, x)
@@ -59,13 +59,14 @@ def test_the_score_is_the_mahalanobis_distance_of_code_and_residual_joined() -> 
     assert torch.equal(x_hat, model.decode(model.encode(x)[0]))
     code, residual = centred[:, :K], centred[:, K:]
     t2 = np.einsum("nv,vw,nw->n", code, np.linalg.inv(covariance[:K, :K]), code)
-    gain = covariance[K:, :K] @ np.linalg.inv(covariance[:K, :K])  # the residual to expect of a code
-    left, given = residual - code @ gain.T, covariance[K:, K:] - gain @ covariance[:K, K:]
-    q = np.einsum("nv,vw,nw->n", left, np.linalg.inv(given), left)
+    gain = covariance[K:, :K] @ np.linalg.inv(covariance[:K, :K])  # E[residual | code] = gain @ code
+    unexplained = residual - code @ gain.T
+    conditional_covariance = covariance[K:, K:] - gain @ covariance[:K, K:]
+    q = np.einsum("nv,vw,nw->n", unexplained, np.linalg.inv(conditional_covariance), unexplained)
     assert parts.numpy() == pytest.approx(np.column_stack((t2, q)), rel=1e-3, abs=1e-5)
 
 
-def test_rows_where_the_network_goes_wild_do_not_set_the_scale_of_a_residual() -> None:
+def test_few_rows_with_huge_residuals_do_not_change_the_scores_of_normal_rows() -> None:
     model, x = autoencoder(), torch.randn(100, D)
     fit_score_statistics(model, x, x)
     alone = model.score(x)[0]
@@ -75,14 +76,14 @@ def test_rows_where_the_network_goes_wild_do_not_set_the_scale_of_a_residual() -
     assert bool((model.score(wild)[0] > 1e6 * alone.max()).all())
 
 
-def test_what_many_rows_do_is_not_wild() -> None:
+def test_a_cluster_of_many_distant_rows_counts_as_normal() -> None:
     model, x = autoencoder(), torch.randn(100, D)
-    x[:15] *= 1e3  # rare, and far off, but as normal as the others
+    x[:15] *= 1e3  # distant, but too many to be outliers
     fit_score_statistics(model, x, x)
     assert float(model.score(x)[0].mean()) == pytest.approx(K / (1 + CODE_NOISE) + D, rel=0.3)
 
 
-def test_whitening_is_the_mahalanobis_distance_of_the_shrunk_covariance() -> None:
+def test_whitening_distance_is_the_mahalanobis_distance_under_the_shrunk_covariance() -> None:
     vectors = torch.randn(400, D) @ torch.randn(D, D)
     centred = (vectors - vectors.mean(dim=0)).double().numpy()
     variance = (400 * centred.var(axis=0) + PSEUDO_ROWS) / (400 + PSEUDO_ROWS)
@@ -93,7 +94,7 @@ def test_whitening_is_the_mahalanobis_distance_of_the_shrunk_covariance() -> Non
     assert fit_whitening(vectors, UNIT).distance(vectors).numpy() == pytest.approx(exact, rel=1e-3)
 
 
-def test_whitened_vectors_of_many_rows_have_unit_covariance() -> None:
+def test_whitened_vectors_have_zero_mean_and_unit_covariance() -> None:
     vectors = torch.randn(50_000, D) @ MIXING + torch.randn(D)
     white = fit_whitening(vectors, UNIT)(vectors)
     assert torch.allclose(white.mean(dim=0), torch.zeros(D), atol=1e-3)
@@ -101,27 +102,27 @@ def test_whitened_vectors_of_many_rows_have_unit_covariance() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100])
-def test_a_column_at_rest_that_moves_is_strange_and_finite(rows: int) -> None:
+def test_a_change_in_a_constant_column_gives_a_large_finite_distance(rows: int) -> None:
     vectors = torch.randn(rows, D)
     vectors[:, 3] = 0.0
     whitening = fit_whitening(vectors, UNIT)
     moved = vectors.mean(dim=0).repeat(2, 1)
     moved[1, 3] += 1.0
-    usual, strange = whitening.distance(moved).tolist()
-    assert usual == pytest.approx(0.0, abs=1e-5)
-    assert strange == pytest.approx((rows + PSEUDO_ROWS) / PSEUDO_ROWS, rel=1e-3)
+    normal, anomalous = whitening.distance(moved).tolist()
+    assert normal == pytest.approx(0.0, abs=1e-5)
+    assert anomalous == pytest.approx((rows + PSEUDO_ROWS) / PSEUDO_ROWS, rel=1e-3)
 
 
 def test_robust_whitening_recovers_the_clean_covariance() -> None:
     torch.manual_seed(0)
     clean = torch.randn(4000, D) @ MIXING
-    clump = torch.tensor([10.0, -10.0, 10.0, -10.0, 10.0]) + torch.randn(800, D)  # a sixth of all
-    dirty, truth = torch.cat((clean, clump)), MIXING.T @ MIXING
+    outliers = torch.tensor([10.0, -10.0, 10.0, -10.0, 10.0]) + torch.randn(800, D)  # a sixth of all rows
+    contaminated, truth = torch.cat((clean, outliers)), MIXING.T @ MIXING
 
     def error(robust: bool) -> float:
-        factor = fit_whitening(dirty, UNIT, robust).factor
+        factor = fit_whitening(contaminated, UNIT, robust).factor
         covariance = torch.linalg.inv(factor.T @ factor)
-        shape = covariance * (truth.trace() / covariance.trace())  # of trimmed rows the size is too small
+        shape = covariance * (truth.trace() / covariance.trace())  # trimming makes the covariance too small
         return float((shape - truth).norm() / truth.norm())
 
     assert error(robust=True) < 0.1

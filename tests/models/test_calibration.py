@@ -1,4 +1,4 @@
-"""Conformal p-values against their definition and their guarantee; severity against the verdict that it must repeat."""
+"""Conformal p-values against their definition and guarantee; severity against the verdict of the p-value."""
 
 import numpy as np
 import pytest
@@ -11,22 +11,22 @@ from tests.models.builders import CORES, D, pipeline
 
 FRESH = 2_000
 REPETITIONS = 4_000
-IMPROBABLE = 1e-4  # of a test's statistic under the law that it tests; seeds are fixed
+SIGNIFICANCE = 1e-4  # of the statistical tests; seeds are fixed
 
 
 def calibration(n: int, seed: int = 0) -> Calibration:
     return Calibration(torch.from_numpy(np.random.RandomState(seed).standard_normal(n).astype(np.float32)))
 
 
-def test_p_value_counts_calibration_scores_at_least_as_large() -> None:
+def test_p_value_is_the_share_of_calibration_scores_at_least_as_large() -> None:
     p = Calibration(torch.tensor([3.0, 1.0, 2.0, 2.0])).p_value(torch.tensor([0.0, 1.0, 2.0, 2.5, 3.0, 4.0]))
     assert p.tolist() == pytest.approx([5 / 5, 5 / 5, 4 / 5, 2 / 5, 2 / 5, 1 / 5])
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.05, 0.01])
 @pytest.mark.parametrize("n", [199, 400, 1000])
-def test_false_alarms_lie_in_the_exact_band(alpha: float, n: int) -> None:
-    """The number of false alarms among fresh rows is beta-binomial: the calibration rows are a sample too."""
+def test_number_of_false_alarms_lies_in_its_99_percent_interval(alpha: float, n: int) -> None:
+    """The number of false alarms among new rows is beta-binomial, because the calibration rows are a sample too."""
     fresh = np.random.RandomState(n).exponential(size=FRESH).astype(np.float32)
     scores = np.random.RandomState(n + 1).exponential(size=n).astype(np.float32)
     alarms = int((Calibration(torch.from_numpy(scores)).p_value(torch.from_numpy(fresh)) <= np.float32(alpha)).sum())
@@ -36,39 +36,39 @@ def test_false_alarms_lie_in_the_exact_band(alpha: float, n: int) -> None:
 
 
 def p_values(n: int, fresh: int) -> np.ndarray:
-    """p-values of `fresh` rows in each of REPETITIONS worlds, with n calibration rows of the same law in each."""
+    """Return p-values [REPETITIONS, fresh] of new rows; each repetition has n calibration rows of the same law."""
     random = np.random.RandomState(n)
-    worlds = torch.from_numpy(random.exponential(size=(REPETITIONS, n + fresh)).astype(np.float32))
-    return np.array([Calibration(world[:n]).p_value(world[n:]).numpy() for world in worlds])
+    scores = torch.from_numpy(random.exponential(size=(REPETITIONS, n + fresh)).astype(np.float32))
+    return np.array([Calibration(repetition[:n]).p_value(repetition[n:]).numpy() for repetition in scores])
 
 
 @pytest.mark.parametrize("n", [4, 19])
-def test_every_possible_p_value_is_equally_likely(n: int) -> None:
-    """The rank of one row among n + 1 exchangeable ones is uniform: P(p <= k / (n + 1)) = k / (n + 1) exactly."""
+def test_p_values_of_normal_rows_are_uniform(n: int) -> None:
+    """The rank of a row among n + 1 exchangeable rows is uniform: P(p <= k / (n + 1)) = k / (n + 1) exactly."""
     ranks = np.rint(p_values(n, 1) * (n + 1)).astype(int).ravel()
-    assert chisquare(np.bincount(ranks, minlength=n + 2)[1:]).pvalue > IMPROBABLE
+    assert chisquare(np.bincount(ranks, minlength=n + 2)[1:]).pvalue > SIGNIFICANCE
 
 
 @pytest.mark.parametrize(("n", "alpha"), [(19, 0.05), (19, 0.25), (99, 0.1)])
-def test_false_alarms_in_a_batch_follow_the_exact_law(n: int, alpha: float) -> None:
-    """Of m rows with one calibration, the false alarms are beta-binomial(m, k, n + 1 - k), k = floor(alpha (n + 1)).
+def test_false_alarms_of_rows_with_one_calibration_are_beta_binomial(n: int, alpha: float) -> None:
+    """Among m rows with one calibration, the false alarms are beta-binomial(m, k, n + 1 - k), k = floor(alpha (n + 1)).
 
-    Marques F., "Universal distribution of the empirical coverage in split conformal prediction", 2025. They depend on
-    each other through the calibration: binomial they are not, and this can tell.
+    Marques F., "Universal distribution of the empirical coverage in split conformal prediction", 2025. The shared
+    calibration makes the false alarms dependent, so that their variance exceeds that of a binomial distribution.
     """
     m, k = 20, int(alpha * (n + 1) + 1e-9)
     alarms = (p_values(n, m) <= alpha * (1 + 1e-6)).sum(axis=1)
     law = betabinom(m, k, n + 1 - k)
-    last = int(law.isf(5 / REPETITIONS))  # what is rarer is counted together, so that each cell expects several
+    last = int(law.isf(5 / REPETITIONS))  # the last cell holds all rarer counts: chi-square needs a few per cell
     counted = np.bincount(np.minimum(alarms, last), minlength=last + 1)
     expected = np.append(law.pmf(np.arange(last)), law.sf(last - 1)) * REPETITIONS
-    assert chisquare(counted, expected).pvalue > IMPROBABLE
+    assert chisquare(counted, expected).pvalue > SIGNIFICANCE
     assert alarms.var() > 1.05 * binom(m, alarms.mean() / m).var()
 
 
 @pytest.mark.parametrize("alpha", [0.5, 0.1, 0.05, 0.001])
 @pytest.mark.parametrize("kind", CORES)
-def test_severity_exceeds_one_exactly_where_a_row_is_anomalous_whatever_the_model(kind: str, alpha: float) -> None:
+def test_severity_of_every_model_kind_exceeds_one_exactly_where_a_row_is_anomalous(kind: str, alpha: float) -> None:
     model = pipeline(kind)
     rows = 3 * torch.randn(400, D, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
@@ -101,34 +101,34 @@ def test_severity_exceeds_one_exactly_where_the_p_value_is_at_most_alpha(n: int,
 def test_severity_never_falls_as_the_score_rises(alpha: float) -> None:
     severity = calibration(99).severity(torch.linspace(-10, 30, 2000), alpha)
     assert bool((severity.diff() >= 0).all())
-    assert float(severity[-1]) > 2 * float(severity[1000])  # and goes on beyond the largest calibration score
+    assert float(severity[-1]) > 2 * float(severity[1000])  # still rises beyond the largest calibration score
 
 
-def test_beyond_the_floor_an_exponential_tail_is_found_again() -> None:
-    """Exponential scores have exactly the tail that is assumed, so the extrapolated quantile is known."""
+def test_threshold_below_the_floor_of_exponential_scores_is_the_exact_quantile() -> None:
+    """Exponential scores have exactly the tail that the calibration fits, so that the exact quantile is known."""
     model = Calibration(torch.from_numpy(np.random.RandomState(0).exponential(size=20_000).astype(np.float32)))
     assert float(model.threshold(1e-6)) == pytest.approx(expon.isf(1e-6), rel=0.1)
 
 
-def test_tied_and_constant_scores_still_judge() -> None:
+def test_severity_with_constant_calibration_scores_is_finite_and_flags_larger_scores() -> None:
     model = Calibration(torch.full((50,), 2.0))
     severity = model.severity(torch.tensor([1.0, 2.0, 2.5]), 0.05)
     assert severity[1] <= 1.0 < severity[2]
     assert bool(severity.isfinite().all())
 
 
-def test_non_negative_severity_for_rows_far_below_every_calibration_score() -> None:
+def test_severity_far_below_every_calibration_score_is_between_zero_and_one() -> None:
     severity = calibration(99).severity(torch.tensor([-1e30, -1e3, -3.0]), 0.05)
     assert bool(((severity >= 0) & (severity < 1)).all())
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
 @pytest.mark.parametrize("shift", [0.0, -3.0, 30.0])
-def test_a_row_as_strange_as_a_calibration_row_keeps_its_p_value_when_its_score_is_rounded(
+def test_rounding_of_a_score_equal_to_a_calibration_score_does_not_change_its_p_value(
     scale: float, shift: float
 ) -> None:
     scores = scale * (torch.from_numpy(np.random.RandomState(0).permutation(300)).float() + 100 * shift)
     model = Calibration(scores)
-    expected = 1.0 - (scores.argsort().argsort()) / 301  # the rank says how many are at least as large
+    expected = 1.0 - (scores.argsort().argsort()) / 301  # scores at least as large = 300 - rank
     for rounded in (scores, scores * (1 + 2e-6), scores * (1 - 2e-6)):
         assert torch.allclose(model.p_value(rounded), expected, atol=1.5 / 301 * 1e-3)

@@ -1,4 +1,4 @@
-"""The ensemble's score is the sum that it is said to be, and each of its judges measures what it says."""
+"""The ensemble's score, and its nearest-neighbour detector against scikit-learn."""
 
 import copy
 
@@ -23,12 +23,12 @@ from training.fitting.statistics import (
 
 def ensemble() -> Ensemble:
     torch.manual_seed(0)
-    made = core("ensemble")
-    assert isinstance(made, Ensemble)
-    return made.eval().requires_grad_(False)
+    model = core("ensemble")
+    assert isinstance(model, Ensemble)
+    return model.eval().requires_grad_(False)
 
 
-def test_the_distance_is_that_to_the_nearest_row_in_units_of_its_scale() -> None:
+def test_distance_is_the_smallest_squared_distance_divided_by_the_scale() -> None:
     rows, scale, x = torch.randn(50, D), torch.rand(50) + 0.1, torch.randn(20, D)
     exact = (torch.cdist(x.double(), rows.double()).square() / scale).amin(dim=1)
     near = Neighbours(no_whitening(D), rows, scale)
@@ -36,8 +36,8 @@ def test_the_distance_is_that_to_the_nearest_row_in_units_of_its_scale() -> None
     assert torch.allclose(near(rows), torch.zeros(50), atol=1e-4)
 
 
-def test_neighbours_are_those_by_the_mahalanobis_distance_and_scaled_by_it() -> None:
-    """The scale of a row is its distance to a neighbour, halfway to the mean of all."""
+def test_fitted_neighbours_give_scaled_mahalanobis_distances() -> None:
+    """The scale of a row is the mean of its own distance to a neighbour and the average of that over all rows."""
     torch.manual_seed(0)
     mixing = torch.randn(D, D)
     x, others = torch.randn(200, D) @ mixing, torch.randn(50, D) @ mixing
@@ -54,14 +54,14 @@ def test_neighbours_are_those_by_the_mahalanobis_distance_and_scaled_by_it() -> 
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
-def test_a_few_rows_or_equal_ones_will_do(rows: int) -> None:
+def test_neighbours_of_few_or_equal_rows_give_finite_distances(rows: int) -> None:
     near = fit_neighbours(torch.ones(rows, D))
     distances = near(torch.stack((torch.ones(D), torch.zeros(D))))
     assert bool(distances.isfinite().all())
     assert distances[1] > distances[0]
 
 
-def test_the_score_is_the_sum_of_the_judges_in_units_of_their_means() -> None:
+def test_score_is_the_sum_of_both_distances_in_units_of_their_means() -> None:
     model, fitted, x = ensemble(), torch.randn(300, D), torch.randn(400, D)
     fit_score_statistics(model, x, fitted)
     score, parts, x_hat = model.score(x)
@@ -72,7 +72,7 @@ def test_the_score_is_the_sum_of_the_judges_in_units_of_their_means() -> None:
     assert torch.equal(x_hat, model.network.decode(model.network.encode(x)[0]))
 
 
-def test_rows_where_the_network_goes_wild_take_no_weight_from_a_judge() -> None:
+def test_few_rows_with_huge_distances_do_not_change_the_weights() -> None:
     model, fitted, x = ensemble(), torch.randn(300, D), torch.randn(400, D)
     fit_score_statistics(model, x, fitted)
     alone = model.score(x)[0]
@@ -80,8 +80,8 @@ def test_rows_where_the_network_goes_wild_take_no_weight_from_a_judge() -> None:
     assert torch.allclose(model.score(x)[0], alone)
 
 
-def test_a_row_that_was_kept_is_judged_to_a_few_roundings() -> None:
-    """Its distance to itself is 0 up to the cancellation of large squares, of which the root would show the half."""
+def test_score_of_a_reference_row_is_exact_up_to_rounding() -> None:
+    """The distance of a reference row to itself is a difference of large squares; a root would enlarge its error."""
     torch.manual_seed(0)
     model, fitted = ensemble(), torch.randn(300, D)
     fit_score_statistics(model, torch.randn(400, D), fitted)
@@ -89,11 +89,11 @@ def test_a_row_that_was_kept_is_judged_to_a_few_roundings() -> None:
     assert score.double().numpy() == pytest.approx(exact.numpy(), rel=1e-5)
 
 
-def test_it_keeps_no_more_rows_than_it_may() -> None:
-    assert len(fit_neighbours(torch.randn(2 * MAX_NEIGHBOURS, D)).offsets) == MAX_NEIGHBOURS
+def test_number_of_reference_rows_is_limited() -> None:
+    assert len(fit_neighbours(torch.randn(2 * MOST_NEIGHBOURS, D)).offsets) == MOST_NEIGHBOURS
 
 
-def test_two_calls_give_the_same_bits_and_rows_far_away_stay_numbers() -> None:
+def test_score_is_deterministic_and_finite_for_distant_rows() -> None:
     model, (x, _, _) = pipeline("ensemble"), batch()
     first, second = model.score(x), model.score(x)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -1,4 +1,4 @@
-"""log p(x, z) - log q(z|x): against the training objective, SciPy's density, and the bounds that it makes."""
+"""`log_weight` against the training objective, SciPy's density, the ELBO and the importance-weighted bound."""
 
 import math
 
@@ -22,32 +22,32 @@ def vae(kind: str) -> VAE:
 
 
 @pytest.mark.parametrize("kind", VAES)
-def test_it_is_that_of_the_training_objective(kind: str) -> None:
+def test_log_weight_of_a_vae_equals_that_of_the_training_objective(kind: str) -> None:
     model, (x, noise, _) = vae(kind), batch()
     assert torch.allclose(model.log_weight(x, noise), log_weights(model, x, noise.unsqueeze(0))[0], atol=1e-5)
 
 
-def test_of_pca_it_is_the_log_density_whatever_the_noise() -> None:
+def test_log_weight_of_pca_is_the_log_density_for_any_noise() -> None:
     model = core("pca")
     assert isinstance(model, PCA)
     x, noise, _ = batch()
     weights = model.components.T * (model.eigenvalues - model.noise_variance).sqrt()  # [D, K]
     covariance = weights @ weights.T + model.noise_variance * torch.eye(D)
     exact = multivariate_normal(model.mean.numpy(), covariance.double().numpy()).logpdf(x.numpy())
-    for some in (noise, torch.zeros_like(noise), 5 * noise):
-        assert model.log_weight(x, some).numpy() == pytest.approx(exact, abs=1e-4)
+    for draw in (noise, torch.zeros_like(noise), 5 * noise):
+        assert model.log_weight(x, draw).numpy() == pytest.approx(exact, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["ae", "ae-diagonal"])
-def test_an_autoencoder_has_none(kind: str) -> None:
+def test_log_weight_of_an_autoencoder_is_nan(kind: str) -> None:
     x, noise, _ = batch()
-    answer = pipeline(kind).log_weight(x, noise)
-    assert answer.shape == (B,)
-    assert bool(answer.isnan().all())
+    log_weight = pipeline(kind).log_weight(x, noise)
+    assert log_weight.shape == (B,)
+    assert bool(log_weight.isnan().all())
 
 
 @pytest.mark.parametrize("kind", VAES)
-def test_its_mean_is_the_elbo_and_its_log_mean_exp_the_importance_weighted_bound(kind: str) -> None:
+def test_mean_log_weight_is_the_elbo_and_log_mean_exp_the_importance_weighted_bound(kind: str) -> None:
     draws, model, x = 20_000, vae(kind), batch()[0]
     noise = torch.randn(draws, B, K, generator=torch.Generator().manual_seed(0))
     weights = torch.stack([model.log_weight(x, one) for one in noise[:500]])  # [S, B]
@@ -55,10 +55,10 @@ def test_its_mean_is_the_elbo_and_its_log_mean_exp_the_importance_weighted_bound
     assert float((weights.logsumexp(dim=0) - math.log(500)).mean()) == pytest.approx(float(bound), abs=1e-4)
     repeated, flat = x.repeat(draws, 1), noise.flatten(0, 1)
     many = model.log_weight(repeated, flat).double().reshape(draws, B).mean(dim=1)  # [S]
-    elbo = float(elbo_terms(model, repeated, flat)["elbo"])  # its KL in closed form
+    elbo = float(elbo_terms(model, repeated, flat)["elbo"])  # uses the closed form of the KL
     assert float(many.mean()) == pytest.approx(elbo, abs=5 * float(many.std()) / math.sqrt(draws))
 
 
-def test_a_pipeline_gives_it_for_raw_rows_in_model_units() -> None:
+def test_log_weight_of_a_pipeline_is_that_of_the_core_for_scaled_rows() -> None:
     model, (x, noise, _) = pipeline("vae-gaussian"), batch()
     assert torch.equal(model.log_weight(x, noise), model.core.log_weight(model.scaling(x), noise))

@@ -1,4 +1,4 @@
-"""The networks: the map that they are, computed by hand in numpy; their shapes; their compiled forms."""
+"""The networks against numpy implementations; their shapes, gradients, and scripted and frozen forms."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def filters(layer: nn.Module) -> tuple[np.ndarray, np.ndarray]:
 
 
 def convolved(picture: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """A picture [H, W, C] under filters [F, C, 3, 3], stride 2, zeros around it: [h, w, F], pixel by pixel."""
+    """Convolve picture [H, W, C] with filters [F, C, 3, 3], stride 2 and zero padding, to [h, w, F]."""
     height, width, _ = picture.shape
     padded = np.pad(picture, ((1, 1), (1, 1), (0, 0)))
     out = np.empty(((height + 1) // 2, (width + 1) // 2, len(weight)))
@@ -38,8 +38,10 @@ def convolved(picture: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.n
     return out
 
 
-def spread(picture: np.ndarray, weight: np.ndarray, bias: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The transpose of `convolved`: each pixel of [h, w, F] lays its filter, of [F, C, 3, 3], on [height, width, C]."""
+def transposed_convolved(
+    picture: np.ndarray, weight: np.ndarray, bias: np.ndarray, height: int, width: int
+) -> np.ndarray:
+    """Apply the transpose of `convolved`: add the filter of each pixel of [h, w, F] to an image [height, width, C]."""
     out = np.zeros((height + 2, width + 2, weight.shape[1]))
     for i, j, f in np.ndindex(*picture.shape):
         out[2 * i : 2 * i + 3, 2 * j : 2 * j + 3] += picture[i, j, f] * weight[f].transpose(1, 2, 0)
@@ -49,7 +51,7 @@ def spread(picture: np.ndarray, weight: np.ndarray, bias: np.ndarray, height: in
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("channels", [(), (4,)])
 @pytest.mark.parametrize("dense", [(), (9, 7)])
-def test_rows_in_and_rows_out_have_the_widths_asked_for(
+def test_encoder_and_decoder_outputs_have_the_requested_widths(
     shape: tuple[int, ...], channels: tuple[int, ...], dense: tuple[int, ...]
 ) -> None:
     x = torch.randn(5, int(np.prod(shape)))
@@ -59,7 +61,7 @@ def test_rows_in_and_rows_out_have_the_widths_asked_for(
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (9, 7), (28, 28), (13, 10, 3)])
-def test_stages_halve_the_picture_rounding_up_and_the_decoder_retraces_them(shape: tuple[int, ...]) -> None:
+def test_encoder_halves_the_image_rounding_up_and_the_decoder_reverses_it(shape: tuple[int, ...]) -> None:
     stages, sizes = (4, 5, 6), []
     x = torch.randn(2, int(np.prod(shape)))
     for layer in conv_encoder(shape, stages, K):
@@ -77,7 +79,7 @@ def test_stages_halve_the_picture_rounding_up_and_the_decoder_retraces_them(shap
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (6, 7, 3)])
-def test_the_encoder_is_the_convolution_of_the_picture_that_the_row_is(shape: tuple[int, ...]) -> None:
+def test_encoder_equals_the_numpy_convolution(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     network, picture = conv_encoder(shape, (4,), K, "relu"), np.random.default_rng(0).normal(size=shape)
     last = network[-1]
@@ -89,30 +91,30 @@ def test_the_encoder_is_the_convolution_of_the_picture_that_the_row_is(shape: tu
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (6, 7, 3)])
-def test_the_decoder_is_the_transposed_convolution_with_colours_last(shape: tuple[int, ...]) -> None:
+def test_decoder_equals_the_numpy_transposed_convolution(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     network, code = conv_decoder(shape, (4,), K, "tanh"), torch.randn(1, K)
     first = network[0]
     assert isinstance(first, nn.Linear)
     top = (first(code).detach().numpy()[0]).reshape(4, -(-shape[0] // 2), -(-shape[1] // 2)).transpose(1, 2, 0)
-    expected = spread(np.tanh(top), *filters(network[3]), shape[0], shape[1])
+    expected = transposed_convolved(np.tanh(top), *filters(network[3]), shape[0], shape[1])
     np.testing.assert_allclose(network(code)[0].detach(), expected.ravel(), atol=1e-5)
 
 
-def test_a_picture_moved_by_a_stride_moves_its_features_by_one() -> None:
+def test_shifting_the_image_by_the_stride_shifts_its_features_by_one() -> None:
     torch.manual_seed(0)
     features = conv_encoder((16, 16, 2), (4,), K)[:3]
     picture = torch.zeros(16, 16, 2)
     picture[4:8, 4:8] = torch.randn(4, 4, 2)
-    there = features(picture.reshape(1, -1))
+    original = features(picture.reshape(1, -1))
     moved = features(picture.roll((2, 4), (0, 1)).reshape(1, -1))
-    assert torch.allclose(there.roll((1, 2), (2, 3)), moved, atol=1e-6)
+    assert torch.allclose(original.roll((1, 2), (2, 3)), moved, atol=1e-6)
     shuffled = features(picture.reshape(1, -1)[:, torch.randperm(512)])
-    assert not torch.allclose(there.sort().values, shuffled.sort().values, atol=1e-3)
+    assert not torch.allclose(original.sort().values, shuffled.sort().values, atol=1e-3)
 
 
 @pytest.mark.parametrize("activation", ["silu", "relu", "tanh"])
-def test_gradients_reach_every_weight(activation: str) -> None:
+def test_every_weight_has_a_nonzero_gradient(activation: str) -> None:
     torch.manual_seed(0)
     shape = (9, 6, 3)
     for network in (
@@ -125,7 +127,7 @@ def test_gradients_reach_every_weight(activation: str) -> None:
 
 
 @pytest.mark.parametrize(("activation", "function"), [("silu", nn.SiLU()), ("relu", torch.relu), ("tanh", torch.tanh)])
-def test_a_perceptron_has_its_activation_between_layers_and_none_at_its_end(activation: str, function: object) -> None:
+def test_mlp_has_activations_between_layers_and_none_after_the_last(activation: str, function: object) -> None:
     torch.manual_seed(0)
     network, x = mlp([4, 6, 2], activation), torch.randn(5, 4)
     first, _, last = network
@@ -147,24 +149,24 @@ def inputs(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 
 @pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
-def test_a_published_convolution_answers_on_every_device_as_it_did(device: str, tmp_path: Path) -> None:
+def test_loaded_convolutional_artifact_gives_equal_outputs_on_every_device(device: str, tmp_path: Path) -> None:
     shape = (7, 5, 3)
     model, given = pipeline(shape), inputs(shape)
-    eager, module = artifact.answers(model, *given), artifact.script(model)
-    told = manifest("conv", artifact.weights_sha256(model), artifact.golden(module, *given))
-    loaded = artifact.load(artifact.publish(module, told, tmp_path), device).module
-    answers = artifact.answers(loaded, *(part.to(device) for part in given))
+    eager, module = artifact.compute_outputs(model, *given), artifact.script(model)
+    description = manifest("conv", artifact.weights_sha256(model), artifact.record_golden(module, *given))
+    loaded = artifact.load(artifact.publish(module, description, tmp_path), device).module
+    outputs = artifact.compute_outputs(loaded, *(part.to(device) for part in given))
     for name in eager:
-        assert torch.allclose(answers[name].cpu(), eager[name], rtol=1e-5, atol=1e-5), name
+        assert torch.allclose(outputs[name].cpu(), eager[name], rtol=1e-5, atol=1e-5), name
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (7, 5, 3)])
-def test_eager_scripted_and_frozen_convolutions_agree(shape: tuple[int, ...]) -> None:
+def test_eager_scripted_and_frozen_convolutions_give_equal_outputs(shape: tuple[int, ...]) -> None:
     model, given = pipeline(shape), inputs(shape)
     scripted = artifact.script(model)
-    eager = artifact.answers(model, *given)
+    eager = artifact.compute_outputs(model, *given)
     for other in (scripted, artifact.freeze(scripted)):
         for _ in range(3):
-            answers = artifact.answers(other, *given)
+            outputs = artifact.compute_outputs(other, *given)
         for name in eager:
-            assert torch.allclose(answers[name], eager[name], rtol=1e-6, atol=1e-6), name
+            assert torch.allclose(outputs[name], eager[name], rtol=1e-6, atol=1e-6), name

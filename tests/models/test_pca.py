@@ -1,4 +1,4 @@
-"""PCA against scikit-learn, SciPy and the worked example of the text that the project starts from."""
+"""PCA against scikit-learn, SciPy and a worked example."""
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,7 @@ def fitted(x: Array, latents: int) -> PCA:
 
 
 @pytest.mark.parametrize("latents", [1, 2, 16, 40, 60])
-def test_components_span_the_subspace_that_scikit_learn_finds(latents: int) -> None:
+def test_components_and_eigenvalues_agree_with_scikit_learn(latents: int) -> None:
     x = digits()
     ours, reference = fitted(x, latents), Reference(latents, svd_solver="full").fit(x)
     angles = subspace_angles(ours.components.numpy().T, reference.components_.T)
@@ -38,7 +38,7 @@ def test_components_span_the_subspace_that_scikit_learn_finds(latents: int) -> N
 
 
 @pytest.mark.parametrize("latents", [1, 16, 40])
-def test_log_likelihood_is_the_closed_form(latents: int) -> None:
+def test_log_likelihood_equals_the_gaussian_density(latents: int) -> None:
     x = digits()
     pca = fitted(x, latents)
     weights = pca.components.T * (pca.eigenvalues - pca.noise_variance).sqrt()  # [D, K]
@@ -49,7 +49,7 @@ def test_log_likelihood_is_the_closed_form(latents: int) -> None:
     assert np.abs(ours - Reference(latents, svd_solver="full").fit(x).score_samples(x[:200])).max() < 1e-6
 
 
-def test_score_is_the_mahalanobis_distance_and_the_sum_of_its_parts() -> None:
+def test_score_is_the_mahalanobis_distance_and_equals_the_sum_of_its_parts() -> None:
     x = digits()
     pca = fitted(x, 10)
     score, parts, x_hat = pca.score(torch.from_numpy(x))
@@ -58,11 +58,12 @@ def test_score_is_the_mahalanobis_distance_and_the_sum_of_its_parts() -> None:
     centred = torch.from_numpy(x) - pca.mean
     assert torch.allclose(score, ((centred @ precision) * centred).sum(dim=1), rtol=1e-9)
     assert torch.allclose(parts.sum(dim=1), score)
-    assert np.allclose(x_hat.numpy(), (r := Reference(10, svd_solver="full").fit(x)).inverse_transform(r.transform(x)))
+    reference = Reference(10, svd_solver="full").fit(x)
+    assert np.allclose(x_hat.numpy(), reference.inverse_transform(reference.transform(x)))
 
 
-def test_the_shrunk_score_is_the_distance_under_the_covariance_of_ledoit_and_wolf() -> None:
-    """As many latents as features but one, so that PCA's own covariance is the plain one, but for its last two axes."""
+def test_score_with_shrinkage_is_the_distance_under_the_ledoit_wolf_covariance() -> None:
+    """With D - 1 latents, one eigenvalue is discarded, and PCA's covariance is the sample covariance."""
     x = np.random.RandomState(0).standard_normal((60, 8)) @ np.diag(np.arange(1.0, 9.0))
     pca, centred = fitted(x, 7), x - x.mean(axis=0)
     pca.shrinkage = fit_shrinkage(torch.from_numpy(x), pca.mean)
@@ -72,12 +73,12 @@ def test_the_shrunk_score_is_the_distance_under_the_covariance_of_ledoit_and_wol
     exact = (1 - rho) * plain + rho * np.trace(plain) / 8 * np.eye(8)
     distance = np.einsum("nd,de,ne->n", centred, np.linalg.inv(exact), centred)
     assert pca.score(torch.from_numpy(x))[0].numpy() == pytest.approx(distance, rel=1e-6)
-    assert exact == pytest.approx(shrunk * 60 / 59, rel=1e-6)  # theirs divides by N
+    assert exact == pytest.approx(shrunk * 60 / 59, rel=1e-6)  # scikit-learn divides by N, not N - 1
     before = fitted(x, 7).log_likelihood(torch.from_numpy(x))
     assert torch.equal(pca.log_likelihood(torch.from_numpy(x)), before)
 
 
-def test_posterior_is_that_of_the_linear_gaussian_model() -> None:
+def test_posterior_std_equals_that_of_the_linear_gaussian_model() -> None:
     x = digits()
     pca = fitted(x, 5)
     loading = pca.components.T  # scores z ~ N(0, L - s2), x = V' z + mean + noise
@@ -87,8 +88,8 @@ def test_posterior_is_that_of_the_linear_gaussian_model() -> None:
     assert torch.allclose(std.squeeze(0), posterior.diagonal().sqrt(), rtol=1e-9)
 
 
-def test_the_worked_example_has_the_right_numbers() -> None:
-    """Three points in the plane: the seed text's example, with the eigenvalues that it should have had."""
+def test_pca_of_the_worked_example_gives_its_eigenvalues_and_scores() -> None:
+    """Three points in the plane, computed by hand."""
     x = np.array([[1.0, 2.0], [2.0, 3.0], [3.0, 5.0]])
     pca = fitted(x, 1)
     assert pca.mean.tolist() == pytest.approx([2.0, 10.0 / 3.0])
@@ -101,14 +102,14 @@ def test_the_worked_example_has_the_right_numbers() -> None:
     assert scores == pytest.approx([1.6629, 0.2795, -1.9424], abs=5e-5)
 
 
-def test_more_features_than_rows_give_the_same_as_scikit_learn() -> None:
+def test_pca_with_more_features_than_rows_agrees_with_scikit_learn() -> None:
     x = np.random.RandomState(0).standard_normal((20, 50))
     ours, reference = fitted(x, 5), Reference(5, svd_solver="full").fit(x)
     assert subspace_angles(ours.components.numpy().T, reference.components_.T).max() < 1e-6
     assert ours.eigenvalues.numpy() == pytest.approx(reference.explained_variance_)
 
 
-def test_mnist_error_is_the_published_one() -> None:
+def test_mnist_reconstruction_error_with_32_components_is_the_documented_one() -> None:
     train, test = mnist("train"), mnist("test")
     pca = fitted(train, 32)
     x = torch.from_numpy(test)
@@ -119,7 +120,7 @@ def test_mnist_error_is_the_published_one() -> None:
 
 
 @pytest.mark.parametrize("latents", [1, 2, 3])
-def test_data_without_noise_still_give_finite_scores(latents: int) -> None:
+def test_scores_of_data_without_noise_are_finite(latents: int) -> None:
     flat = np.random.RandomState(0).standard_normal((30, 1)) * np.ones((30, 3))  # one dimension, three columns
     pca = fitted(flat, latents)
     score, parts, _ = pca.score(torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64))
@@ -127,7 +128,7 @@ def test_data_without_noise_still_give_finite_scores(latents: int) -> None:
     assert score[1] > 100 * score[0]
 
 
-def test_constant_columns_are_refused_only_when_all_are() -> None:
+def test_fit_raises_only_if_all_columns_are_constant() -> None:
     x = np.random.RandomState(0).standard_normal((30, 3))
     x[:, 1] = 7.0
     assert bool(fitted(x, 2).components.isfinite().all())
@@ -136,6 +137,6 @@ def test_constant_columns_are_refused_only_when_all_are() -> None:
 
 
 @pytest.mark.parametrize(("shape", "latents"), [((30, 3), 4), ((4, 9), 4)])
-def test_too_many_latents_are_refused_with_the_most_that_would_do(shape: tuple[int, int], latents: int) -> None:
+def test_fit_with_too_many_latents_raises_with_the_largest_number_allowed(shape: tuple[int, int], latents: int) -> None:
     with pytest.raises(FitError, match="--latents 3 or fewer"):
         fitted(np.random.RandomState(0).standard_normal(shape), latents)

@@ -1,4 +1,4 @@
-"""Priors by the moments of what they draw."""
+"""Priors: the moments of their draws."""
 
 import numpy as np
 import pytest
@@ -17,17 +17,17 @@ def draw(prior: Prior, latents: int) -> Tensor:
     return drawn
 
 
-def test_the_standard_normal_prior_is_its_noise() -> None:
+def test_standard_normal_prior_returns_the_noise() -> None:
     noise = torch.randn(50, 3)
     assert torch.equal(gaussian_prior(torch.ones(3))(noise, torch.rand(50)), noise)
 
 
-def test_a_gaussian_prior_scales_its_noise() -> None:
+def test_gaussian_prior_scales_the_noise_by_its_std() -> None:
     noise, std = torch.randn(50, 3), torch.tensor([0.5, 1.0, 4.0])
     assert torch.allclose(gaussian_prior(std)(noise, torch.rand(50)), noise * std)
 
 
-def test_a_mixture_has_its_weights_means_and_covariances() -> None:
+def test_draws_from_a_mixture_have_its_weights_means_and_covariances() -> None:
     weights, means = (
         torch.tensor([0.2, 0.5, 0.3]).double(),
         torch.tensor([[-50.0, 0.0], [0.0, 0.0], [50.0, 9.0]]).double(),
@@ -42,7 +42,7 @@ def test_a_mixture_has_its_weights_means_and_covariances() -> None:
         assert torch.allclose(own.T.cov(), factors[index] @ factors[index].T, atol=0.1)
 
 
-def test_choice_at_the_edges_of_its_range_stays_in_the_mixture() -> None:
+def test_smallest_and_largest_choice_select_the_first_and_last_component() -> None:
     prior = Prior(torch.full((3,), 1 / 3), torch.arange(3.0).unsqueeze(1), torch.zeros(3, 1, 1))
     latents = prior(torch.zeros(3, 1), torch.tensor([0.0, 0.5, 0.99999994]))
     assert latents.squeeze(1).tolist() == [0.0, 1.0, 2.0]

@@ -1,4 +1,4 @@
-"""Scaling there and back."""
+"""Scalings and their inverses."""
 
 import pytest
 import torch
@@ -14,24 +14,24 @@ def test_standardised_columns_have_mean_zero_and_variance_one() -> None:
 
 
 @pytest.mark.parametrize("constant", [0.0, 0.1, -1e6])
-def test_a_constant_column_is_centred_and_not_blown_up(constant: float) -> None:
+def test_standardise_centres_a_constant_column_and_keeps_scale_one(constant: float) -> None:
     scaling = standardise(torch.full((1000, 1), constant))
     assert float(scaling.scale) == 1.0
     assert scaling(torch.tensor([[constant + 1.0]])).item() == pytest.approx(1.0, abs=0.1)
 
 
-def test_unit_range_maps_the_ends_to_zero_and_one() -> None:
+def test_to_unit_range_maps_the_ends_to_zero_and_one() -> None:
     scaling = to_unit_range(torch.tensor([0.0, -2.0, 3.0]), torch.tensor([255.0, 2.0, 3.0]))
     assert scaling(torch.tensor([[0.0, -2.0, 3.0], [255.0, 2.0, 4.0]])).tolist() == [[0, 0, 0], [1, 1, 1]]
 
 
-def test_inverse_undoes() -> None:
+def test_inverse_reverses_the_scaling() -> None:
     x = torch.randn(100, 4) * 50 + 3
     scaling = standardise(x)
     assert torch.allclose(scaling.inverse(scaling(x)), x, atol=1e-4)
 
 
-def test_what_is_missing_counts_as_the_fill_of_its_feature() -> None:
+def test_imputing_scaling_replaces_missing_values_with_the_fill() -> None:
     rows, fill = torch.randn(50, 3) * 4 + 1, torch.tensor([7.0, -2.0, 0.5])
     gaps = torch.rand(50, 3) < 0.3
     filled = torch.where(gaps, fill, rows)
@@ -42,6 +42,6 @@ def test_what_is_missing_counts_as_the_fill_of_its_feature() -> None:
     assert torch.equal(imputing.inverse(rows), scaling.inverse(rows))
 
 
-def test_without_a_fill_what_is_missing_stays_missing() -> None:
+def test_plain_scaling_keeps_missing_values() -> None:
     u = standardise(torch.randn(9, 2))(torch.tensor([[torch.nan, 1.0]]))
     assert u.isnan().tolist() == [[True, False]]

@@ -1,4 +1,4 @@
-"""The VAE's terms against torch.distributions, and its bound against a likelihood that is known exactly."""
+"""The terms of the VAE against torch.distributions, and its ELBO against an exactly known likelihood."""
 
 import math
 
@@ -15,7 +15,7 @@ from training.fitting.objectives import elbo_terms
 B, D, K = 40, 6, 3
 
 
-def test_kl_is_that_of_torch_distributions() -> None:
+def test_kl_agrees_with_torch_distributions() -> None:
     torch.manual_seed(0)
     mean, log_variance = 3 * torch.randn(B, K, dtype=torch.float64), 2 * torch.randn(B, K, dtype=torch.float64)
     posterior = distributions.Normal(mean, (0.5 * log_variance).exp())
@@ -24,7 +24,7 @@ def test_kl_is_that_of_torch_distributions() -> None:
 
 
 @pytest.mark.parametrize("variances", [1, D])
-def test_gaussian_likelihood_is_that_of_torch_distributions(variances: int) -> None:
+def test_gaussian_likelihood_agrees_with_torch_distributions(variances: int) -> None:
     torch.manual_seed(0)
     x, output = torch.randn(B, D, dtype=torch.float64), torch.randn(B, D, dtype=torch.float64)
     variance = torch.rand(variances, dtype=torch.float64) + 0.1
@@ -32,7 +32,7 @@ def test_gaussian_likelihood_is_that_of_torch_distributions(variances: int) -> N
     assert torch.allclose(GaussianLikelihood(variance).log_prob(x, output), exact, atol=1e-6, rtol=0)
 
 
-def test_bernoulli_likelihood_is_that_of_torch_distributions() -> None:
+def test_bernoulli_likelihood_agrees_with_torch_distributions() -> None:
     torch.manual_seed(0)
     x, logits = torch.rand(B, D, dtype=torch.float64).round(), torch.randn(B, D, dtype=torch.float64)
     exact = distributions.Bernoulli(logits=logits).log_prob(x).sum(dim=1)
@@ -40,13 +40,13 @@ def test_bernoulli_likelihood_is_that_of_torch_distributions() -> None:
     assert torch.allclose(BernoulliLikelihood().mean(logits), distributions.Bernoulli(logits=logits).mean)
 
 
-def test_bernoulli_charges_values_outside_its_support() -> None:
+def test_bernoulli_likelihood_of_values_outside_its_support_falls_with_the_squared_excess() -> None:
     output = torch.full((1, 1), 5.0)
     inside, outside = (BernoulliLikelihood().log_prob(torch.tensor([[value]]), output) for value in (1.0, 4.0))
     assert float(inside - outside) == pytest.approx(0.5 * 3.0**2)
 
 
-def test_encode_gives_mean_and_standard_deviation_of_the_posterior() -> None:
+def test_encode_returns_mean_and_standard_deviation_of_the_posterior() -> None:
     vae, x = VAE(mlp([D, 2 * K]), mlp([K, D]), GaussianLikelihood(torch.ones(1))), torch.randn(B, D)
     raw = vae.encoder(x)
     mean, std = vae.encode(x)
@@ -55,11 +55,14 @@ def test_encode_gives_mean_and_standard_deviation_of_the_posterior() -> None:
 
 
 def linear_vae(posterior_scale: float) -> tuple[VAE, Tensor, distributions.MultivariateNormal]:
-    """A linear VAE with the exact posterior, variance times `posterior_scale`; rows; their exact density."""
+    """Return a linear VAE, rows, and their exact density.
+
+    The VAE has the exact posterior mean, and the exact posterior variance times `posterior_scale`.
+    """
     torch.manual_seed(1)
     weights, offset, noise = torch.randn(D, K).double(), torch.randn(D).double(), 0.3
     precision = torch.eye(K).double() + weights.T @ weights / noise
-    weights = weights @ torch.linalg.eigh(precision).eigenvectors  # rotate: the posterior covariance becomes diagonal
+    weights = weights @ torch.linalg.eigh(precision).eigenvectors  # rotated to a diagonal posterior covariance
     covariance = torch.linalg.inv(torch.eye(K).double() + weights.T @ weights / noise)
     encoder, decoder = Linear(D, 2 * K).double(), Linear(K, D).double()
     vae = VAE(encoder, decoder, GaussianLikelihood(torch.tensor([noise]).double()))
@@ -74,7 +77,7 @@ def linear_vae(posterior_scale: float) -> tuple[VAE, Tensor, distributions.Multi
 
 
 def expected_elbo(vae: VAE, x: Tensor) -> float:
-    """The ELBO with its expectation exact: +-sqrt(K) e_i have the moments of N(0, I) that a quadratic needs."""
+    """Return the ELBO with its exact expectation: +-sqrt(K) e_i have the first two moments of N(0, I)."""
     points = math.sqrt(K) * torch.cat((torch.eye(K), -torch.eye(K))).double()
     return sum(float(elbo_terms(vae, x, point.expand(B, K))["elbo"].detach()) for point in points) / (2 * K)
 
@@ -85,14 +88,14 @@ def test_elbo_of_the_exact_posterior_is_the_log_likelihood() -> None:
 
 
 @pytest.mark.parametrize("posterior_scale", [0.2, 0.7, 1.5, 4.0])
-def test_elbo_of_another_posterior_falls_short_by_its_kl_from_the_exact_one(posterior_scale: float) -> None:
+def test_elbo_of_an_inexact_posterior_is_lower_by_its_kl_from_the_exact_one(posterior_scale: float) -> None:
     vae, x, marginal = linear_vae(posterior_scale)
     gap = 0.5 * K * (posterior_scale - 1.0 - math.log(posterior_scale))
     assert expected_elbo(vae, x) == pytest.approx(float(marginal.log_prob(x).mean()) - gap, abs=1e-6)
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, 4.0])
-def test_loss_weighs_kl_by_beta_and_the_reported_elbo_does_not(beta: float) -> None:
+def test_loss_weights_kl_by_beta_but_the_reported_elbo_does_not(beta: float) -> None:
     vae, x, _ = linear_vae(posterior_scale=1.0)
     with torch.no_grad():
         terms = elbo_terms(vae, x, torch.zeros(B, K).double(), beta)

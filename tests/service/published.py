@@ -25,7 +25,9 @@ def publish(
     module = artifact.script(model.eval())
     latents = module.encode(x[:1])[0].shape[1]
     random = torch.Generator().manual_seed(0)
-    golden = artifact.golden(module, x[:3], torch.randn(3, latents, generator=random), torch.rand(3, generator=random))
+    golden = artifact.record_golden(
+        module, x[:3], torch.randn(3, latents, generator=random), torch.rand(3, generator=random)
+    )
     rows = x.numpy()
     columns = zip(
         names, np.nanmedian(rows, 0), np.nanmin(rows, 0), np.nanmax(rows, 0), np.isnan(rows).sum(0), strict=True

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.jit._trace import TracerWarning
 
-from models.artifact import TWIN_METHODS, Graph, reconstruction
+from models.artifact import TWIN_METHODS, Graph, reconstruct
 from models.pipeline import Pipeline
 from models.scaling import ImputingScaling
 
@@ -63,7 +63,7 @@ def _graph(pipeline: Pipeline, method: str, rows: Tensor) -> Graph:
 
 
 def _reconstruct(pipeline: Pipeline, x: Tensor) -> tuple[Tensor, Tensor]:
-    return reconstruction(pipeline, x, isinstance(pipeline.scaling, ImputingScaling))
+    return reconstruct(pipeline, x, isinstance(pipeline.scaling, ImputingScaling))
 
 
 @contextmanager

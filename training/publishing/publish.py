@@ -49,7 +49,7 @@ def _golden(module: torch.jit.ScriptModule, rows: torch.Tensor, seed: int) -> Go
     latents = module.encode(rows)[0].shape[1]
     noise = torch.from_numpy(random.standard_normal((len(rows), latents)).astype(np.float32))
     choice = torch.from_numpy(random.uniform(size=len(rows)).astype(np.float32))
-    return artifact.golden(module, rows, noise, choice)
+    return artifact.record_golden(module, rows, noise, choice)
 
 
 def _features(data: PreparedData) -> list[Feature]:

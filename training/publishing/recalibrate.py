@@ -174,7 +174,7 @@ def _manifest(parent: Artifact, module: torch.jit.ScriptModule, table: Table, na
 def _golden(module: torch.jit.ScriptModule, old: Golden) -> Golden:
     """What `module` answers now to the questions of the version before."""
     inputs = (torch.from_numpy(np.array(old.inputs[key], np.float32)) for key in ("x", "noise", "choice"))
-    return artifact.golden(module, *inputs)
+    return artifact.record_golden(module, *inputs)
 
 
 def _name(parent: Artifact) -> str:

@@ -152,7 +152,7 @@ def test_a_gpu_runs_torchscript(tmp_path: Path) -> None:
 
 def test_a_twin_that_lacks_a_graph_is_corrupt(tmp_path: Path) -> None:
     path = publish_twin(tmp_path, "pca", {name: graph for name, graph in graphs("pca").items() if name != "score"})
-    with pytest.raises(ArtifactCorrupt, match="ONNX twin is not whole"):
+    with pytest.raises(ArtifactCorrupt, match="ONNX twin is incomplete"):
         artifact.load(path)
 
 

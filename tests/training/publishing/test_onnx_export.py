@@ -46,8 +46,8 @@ def assert_they_agree(model: Pipeline, rows: Callable[[int], tuple[torch.Tensor,
     twin = OnnxModule(artifact.Twin(export(model, x, z), model.state_dict()), module, 1)
     for count in (1, 2, 33):
         inputs = rows(count)
-        expected = artifact.answers(module, *inputs)
-        for name, answer in artifact.answers(twin, *inputs).items():
+        expected = artifact.compute_outputs(module, *inputs)
+        for name, answer in artifact.compute_outputs(twin, *inputs).items():
             scale = max(1.0, float(expected[name].nan_to_num().abs().max()))
             torch.testing.assert_close(answer, expected[name], rtol=0, atol=3e-6 * scale, equal_nan=True, msg=name)
 
@@ -113,9 +113,9 @@ def test_the_same_model_gives_the_same_bytes() -> None:
 
 def test_exporting_leaves_the_model_as_it_was() -> None:
     model, (x, z, choice) = pipeline("vae-gaussian"), batch()
-    before = artifact.answers(model, x, z, choice)
+    before = artifact.compute_outputs(model, x, z, choice)
     export(model, x, z)
-    after = artifact.answers(model, x, z, choice)
+    after = artifact.compute_outputs(model, x, z, choice)
     for name, answer in before.items():
         np.testing.assert_array_equal(after[name].numpy(), answer.numpy())
 
