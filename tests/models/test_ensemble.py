@@ -90,7 +90,7 @@ def test_score_of_a_reference_row_is_exact_up_to_rounding() -> None:
 
 
 def test_number_of_reference_rows_is_limited() -> None:
-    assert len(fit_neighbours(torch.randn(2 * MOST_NEIGHBOURS, D)).offsets) == MOST_NEIGHBOURS
+    assert len(fit_neighbours(torch.randn(2 * MAX_NEIGHBOURS, D)).offsets) == MAX_NEIGHBOURS
 
 
 def test_score_is_deterministic_and_finite_for_distant_rows() -> None:
