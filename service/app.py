@@ -6,14 +6,14 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from fastapi.openapi.utils import get_openapi
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.routing import Match
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from models.artifact import choose_device
 from service.anomaly import series_mapping
@@ -23,7 +23,7 @@ from service.endpoints.pipeline import ServiceContext
 from service.endpoints.remote_write import RemoteWriteEndpoint
 from service.errors import from_http_exception
 from service.http.admission import AdmissionControl
-from service.http.middleware import Entrance, RequestMiddleware
+from service.http.middleware import RequestMiddleware
 from service.http.request import BodyLimits
 from service.inference.backends import BACKENDS
 from service.inference.batcher import Batcher
@@ -43,24 +43,57 @@ image/png, as Accept says."""
 
 
 def create_app(settings: Settings, counts: SharedCounters | None = None) -> FastAPI:
-    """The application. `app.state.service` is its `ServiceContext`. Raises ElboError if the device is not there.
+    """Return the application; `app.state.service` is its `ServiceContext`.
 
-    `app.state.entrance` is the same application, faster: what computes passes FastAPI by.
+    `RequestMiddleware` takes the place of FastAPI's whole middleware stack, whose outermost layer would answer errors
+    in its own format before the middleware sees them.
 
-    counts: shared with the processes that serve beside this one, if there are any.
+    Args:
+        settings: of the service.
+        counts: metrics shared with the other worker processes; by default the metrics of this process alone.
+
+    Raises:
+        ElboError: the device is not available.
     """
     counts = counts or SharedCounters()
     metrics = Metrics(counts, settings.alert_half_life)
-    largest = settings.max_batch_rows, settings.max_batch_bytes
-    how = settings.backend, settings.threads, settings.precision
-    what = settings.artifacts, choose_device(settings.device), settings.default_model, settings.keep_versions
-    registry = ModelRegistry(*what, *how, *largest, SharedDecisions(counts, "backend", BACKENDS))
-    counted = metrics.count_batch, metrics.pending_rows
-    batcher = Batcher(*largest, settings.queue_rows, settings.threads, *counted, settings.queue_seconds)
     access = AccessLog(settings.log_format, enabled=settings.log_level in ("debug", "info"))
-    limits = BodyLimits(settings.max_body_bytes, settings.held_bytes, settings.request_timeout, metrics.pending_bytes)
+    registry = ModelRegistry(
+        settings.artifacts,
+        choose_device(settings.device),
+        settings.default_model,
+        settings.keep_versions,
+        backend=settings.backend,
+        threads=settings.threads,
+        precision=settings.precision,
+        max_batch_rows=settings.max_batch_rows,
+        max_batch_bytes=settings.max_batch_bytes,
+        votes=SharedDecisions(counts, "backend", BACKENDS),
+    )
+    batcher = Batcher(
+        max_batch_rows=settings.max_batch_rows,
+        max_batch_bytes=settings.max_batch_bytes,
+        queue_rows=settings.queue_rows,
+        threads=settings.threads,
+        on_batch=metrics.count_batch,
+        level=metrics.pending_rows,
+        queue_seconds=settings.queue_seconds,
+    )
+    limits = BodyLimits(
+        max_body_bytes=settings.max_body_bytes,
+        held_bytes=settings.held_bytes,
+        seconds=settings.request_timeout,
+        level=metrics.pending_bytes,
+    )
     admission = AdmissionControl(settings.queue_seconds, batcher, metrics, access)
-    service = ServiceContext(settings, registry, batcher, metrics, limits, admission)
+    service = ServiceContext(
+        settings=settings,
+        registry=registry,
+        batcher=batcher,
+        metrics=metrics,
+        limits=limits,
+        admission=admission,
+    )
     receiver = RemoteWriteEndpoint(service, series_mapping.read(settings.remote_write))
     app = FastAPIOffline(
         title="Elbo",
@@ -70,16 +103,20 @@ def create_app(settings: Settings, counts: SharedCounters | None = None) -> Fast
         redirect_slashes=False,
         redoc_url=None,
         static_url="/static/docs",
-        exception_handlers={HTTPException: _router_refused},
     )
     app.state.service = service
     endpoints = routes.endpoints(service, receiver)
-    admission.paths = routes.in_line(endpoints)
+    admission.paths = routes.admission_paths(endpoints)
     routes.register(app, endpoints)
     app.mount("/static", StaticFiles(directory=STATIC))
-    parts = routes.direct(endpoints), metrics, access, limits, admission
-    app.add_middleware(RequestMiddleware, *parts)
-    app.state.entrance = Entrance(app, RequestMiddleware(app, *parts))
+    app.middleware_stack = RequestMiddleware(
+        _router_of(app),
+        handlers=routes.handlers(endpoints),
+        metrics=metrics,
+        access=access,
+        limits=limits,
+        admission=admission,
+    )
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign] # FastAPI's documented way
     return app
 
@@ -110,14 +147,26 @@ def _lifespan(
     return lifespan
 
 
-async def _router_refused(request: Request, error: Exception) -> Response:
-    """404 and 405 in our words."""
-    assert isinstance(error, HTTPException)
-    matching = (route for route in request.app.router.routes if route.matches(request.scope)[0] is not Match.NONE)
+def _router_of(app: FastAPI) -> ASGIApp:
+    """Return the router of `app` without FastAPI's middleware; it raises its 404 and 405 as a ServiceError."""
+    router = AsyncExitStackMiddleware(app.router)  # FastAPI's route handlers expect its exit stack in the scope
+
+    async def route(scope: Scope, receive: Receive, send: Send) -> None:
+        scope["app"] = app
+        try:
+            await router(scope, receive, send)
+        except HTTPException as error:
+            allowed = _allowed_methods(app, scope)
+            raise from_http_exception(error, scope["method"], scope["path"], allowed) from None
+
+    return route
+
+
+def _allowed_methods(app: FastAPI, scope: Scope) -> list[str]:
+    matching = [route for route in app.router.routes if route.matches(scope)[0] is not Match.NONE]
     methods = {method for route in matching for method in getattr(route, "methods", None) or ()}
-    methods = methods or {"GET"}  # the path is inside a mounted folder
-    allowed = sorted(methods | {"HEAD"} if "GET" in methods else methods)
-    raise from_http_exception(error, request.method, request.url.path, allowed)
+    methods = methods or {"GET"}  # a mounted folder of static files
+    return sorted(methods | {"HEAD"} if "GET" in methods else methods)
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

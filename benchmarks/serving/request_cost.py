@@ -107,7 +107,7 @@ async def run(root: Path, rounds: int) -> None:
         for rows in ROWS:
             x = np.random.RandomState(0).uniform(size=(rows, FEATURES)).astype(np.float32)
             body = orjson.dumps({"inputs": x}, option=orjson.OPT_SERIALIZE_NUMPY)
-            ours, theirs = await compare(elbo.state.entrance, plain, body, max(3, rounds // rows))
+            ours, theirs = await compare(elbo, plain, body, max(3, rounds // rows))
             print(f"| {rows} | {ours:.2f} | {theirs:.2f} | {theirs / ours:.1f}x |", flush=True)
 
 

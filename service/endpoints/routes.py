@@ -6,11 +6,9 @@ from inspect import getdoc
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.anomaly.inputs import FORMATS
 from service.codec import npy, png, remote_write, safetensors
@@ -74,29 +72,6 @@ class Endpoint:
         return "POST" if self.body or self.reads else "GET"
 
 
-class DirectRoute(APIRoute):
-    """FastAPI's route for the OpenAPI document; the request goes to the handler itself.
-
-    FastAPI's own way solves dependencies and validates the answer anew on each request, none of which is used here.
-    """
-
-    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
-        super().__init__(path, _without_parameters, **options)
-        self.app = self._direct(endpoint)
-
-    def _direct(self, handler: Handler) -> ASGIApp:
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            request = request_of(scope)
-            request.record.endpoint = self.path
-            if "POST" in (self.methods or ()):  # the edge answers these, unless the app is mounted elsewhere
-                await request.answer(await handler(request))
-            else:
-                response: Response = await handler(Request(scope, receive, send))
-                await response(scope, receive, send)
-
-        return app
-
-
 def endpoints(service: ServiceContext, receiver: RemoteWriteEndpoint) -> list[Endpoint]:
     """All of them, the busiest first: the router tries one after the other."""
     infer, inform = InferenceEndpoints(service), InformationEndpoints(service)
@@ -120,27 +95,22 @@ def endpoints(service: ServiceContext, receiver: RemoteWriteEndpoint) -> list[En
     ]
 
 
-async def _without_parameters() -> None:
-    """What FastAPI is shown instead of a handler: it would read the handler's parameter as a query's."""
-
-
-def direct(found: Iterable[Endpoint]) -> dict[str, Handler]:
-    """The handlers of the endpoints that compute, by path."""
+def handlers(found: Iterable[Endpoint]) -> dict[str, Handler]:
+    """Return the handlers of the POST endpoints by path: `RequestMiddleware` calls them, not FastAPI."""
     return {endpoint.path: endpoint.handler for endpoint in found if endpoint.method == "POST"}
 
 
-def in_line(found: Iterable[Endpoint]) -> frozenset[str]:
+def admission_paths(found: Iterable[Endpoint]) -> frozenset[str]:
     """Return the paths under admission control. Remote write is exempt: refusing it would lose samples."""
     return frozenset(endpoint.path for endpoint in found if endpoint.body)
 
 
 def register(app: FastAPI, found: Iterable[Endpoint]) -> None:
-    """Give `app` every endpoint."""
-    app.router.route_class = DirectRoute
+    """Add every endpoint to `app`: GET endpoints to be served, POST endpoints to be documented."""
     for endpoint in found:
         app.add_api_route(
             endpoint.path,
-            endpoint.handler,
+            _documented_only if endpoint.method == "POST" else _labelled(endpoint),
             methods=[endpoint.method],
             response_model=None,
             responses=_responses(endpoint),
@@ -151,6 +121,21 @@ def register(app: FastAPI, found: Iterable[Endpoint]) -> None:
             name=endpoint.handler.__name__,
             operation_id=endpoint.handler.__name__,
         )
+
+
+async def _documented_only() -> None:
+    raise AssertionError("RequestMiddleware answers POST endpoints")
+
+
+def _labelled(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
+    """Return the handler of a GET endpoint; metrics label its requests with the endpoint's path."""
+
+    async def handle(request: Request) -> Response:
+        request_of(request.scope).record.endpoint = endpoint.path
+        response: Response = await endpoint.handler(request)
+        return response
+
+    return handle
 
 
 def _responses(endpoint: Endpoint) -> dict[int | str, dict[str, Any]]:

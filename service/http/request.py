@@ -106,7 +106,6 @@ class RequestContext:
         self._send = send
         self._limits = limits
         self._read = 0
-        scope[_KEY] = self
 
     def header(self, name: bytes, default: str = "") -> str:
         """The first header called `name`, in lower case."""
@@ -191,10 +190,9 @@ class RequestContext:
         self._read = 0
 
     def end(self) -> None:
-        """It is over. The scope lets go of it: as a circle both would stay until Python looks for such."""
+        """Note the total time and release the bytes of the body."""
         self.record.total = self.record.elapsed
         self.release()
-        del self.scope[_KEY]
 
     async def send(self, message: Message) -> None:
         """ASGI's `send`, for answers that are not an `HttpResponse`; adds the headers that every answer has."""
@@ -272,8 +270,16 @@ def _value(text: str) -> Any:
 _decoded_once = lru_cache(maxsize=1024)(_decoded)
 
 
+def visible_in(scope: Scope, request: RequestContext) -> Scope:
+    """Return a copy of `scope` from which `request_of` returns `request`.
+
+    A copy, because `request` refers to its scope: a reference cycle would wait for the garbage collector.
+    """
+    return {**scope, _KEY: request}
+
+
 def request_of(scope: Scope) -> RequestContext:
-    """The request that `scope` belongs to."""
+    """Return the request that `visible_in` has put into `scope`."""
     request: RequestContext = scope[_KEY]
     return request
 

@@ -1,0 +1,47 @@
+"""RequestMiddleware stands in front of FastAPI: the application answers alike wherever it is mounted."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.routing import Mount
+
+from service.app import create_app
+from service.http.admission import TOGETHER
+from service.settings import Settings
+from tests.service.running import running
+
+BODY = {"inputs": [[0.5] * 64]}
+
+
+@pytest.fixture
+def mounted(artifacts: Path) -> Iterator[httpx.Client]:
+    """A client of an application that serves Elbo under /elbo."""
+    app = create_app(Settings(artifacts=artifacts, log_level="error"))
+    parent = Starlette(routes=[Mount("/elbo", app)], lifespan=lambda _: app.router.lifespan_context(app))
+    with running(parent) as client:
+        client.base_url = client.base_url.join("/elbo")
+        yield client
+
+
+def test_a_mounted_app_answers_every_endpoint(mounted: httpx.Client) -> None:
+    assert mounted.post("/encode", json=BODY).status_code == 200
+    assert mounted.get("/models/vae").json()["name"] == "vae"
+    assert mounted.head("/livez").status_code == 200
+    text = mounted.get("/metrics").text
+    for endpoint in ("/encode", "/models/{reference}", "/livez"):
+        assert f'elbo_requests_total{{endpoint="{endpoint}",' in text
+
+
+def test_a_mounted_app_refuses_unknown_paths_and_methods_as_problems(mounted: httpx.Client) -> None:
+    assert mounted.post("/nope").json()["code"] == "not_found"
+    refused = mounted.get("/encode")
+    assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+    assert mounted.get("/models/nobody").json()["code"] == "model_not_found"
+
+
+def test_a_mounted_app_gives_back_the_place_of_every_answered_request(mounted: httpx.Client) -> None:
+    statuses = {mounted.post("/encode", json=BODY).status_code for _ in range(TOGETHER + 10)}
+    assert statuses == {200}
