@@ -12,6 +12,7 @@ ElboError
 └── the HTTP errors in service.errors
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -95,3 +96,9 @@ def first_fault(error: "ValidationError") -> FieldFault:
         message=message[:1].lower() + message[1:],
         value=fault["input"],
     )
+
+
+def join_names(names: Sequence[str], limit: int = 5) -> str:
+    """Return `names` as a message lists them: "a, b, c and 4 more" where there are more than `limit`."""
+    listed = ", ".join(names[:limit])
+    return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"

@@ -94,7 +94,7 @@ def create_app(settings: Settings, counts: SharedCounters | None = None) -> Fast
         limits=limits,
         admission=admission,
     )
-    receiver = RemoteWriteEndpoint(service, series_mapping.read(settings.remote_write))
+    receiver = RemoteWriteEndpoint(service, series_mapping.read_mappings(settings.remote_write))
     app = FastAPIOffline(
         title="Elbo",
         description=DESCRIPTION,

@@ -19,7 +19,7 @@ import httpx
 import yaml
 from prometheus_client.core import Metric
 
-from service.anomaly.series_mapping import read as read_mapping
+from service.anomaly.series_mapping import read_mappings
 from service.monitoring.metrics import Metrics
 from service.shared_memory import SharedCounters
 from tests.conftest import require
@@ -71,7 +71,7 @@ def test_the_dashboard_shows_what_an_operator_looks_for() -> None:
 
 def test_the_series_of_the_mapping_are_those_that_the_rules_record() -> None:
     rules = yaml.safe_load((DEPLOY / "prometheus" / "node.rules.yml").read_text())["groups"][0]["rules"]
-    (target,) = read_mapping(DEPLOY / "elbo" / "remote-write.toml").values()
+    (target,) = read_mappings(DEPLOY / "elbo" / "remote-write.toml").values()
     assert set(target.features.values()) == {rule["record"] for rule in rules}
     config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
     kept = re.compile(config["remote_write"][0]["write_relabel_configs"][0]["regex"])

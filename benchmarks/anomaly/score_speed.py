@@ -23,8 +23,8 @@ import torch
 from benchmarks.data import ROOT, where
 from models.artifact import Artifact, load
 from service.anomaly.inputs import InputRows
-from service.anomaly.verdicts import Scores, decide, results
-from service.codec.rows import ParsedRows
+from service.anomaly.verdicts import Scores, decide, results_and_errors
+from service.codec.row_schema import ParsedRows
 from service.inference import operations
 from service.inference.backends import choose
 from service.schemas import AnomalyBody
@@ -63,9 +63,9 @@ def judges_of(artifact: Artifact) -> tuple[str, Judge, Judge]:
 
     def judge(x: Rows) -> object:
         scores = Scores(*backend.run(operation, (x,)))
-        reading = ParsedRows(x, list(range(len(x))), [], None)
-        verdicts = decide(InputRows(reading, len(x)), scores, body)
-        return results(verdicts, EXPLAIN, names, artifact.manifest.parts)
+        parsed = ParsedRows(x, list(range(len(x))), [], None)
+        verdicts = decide(InputRows(parsed, len(x)), scores, body)
+        return results_and_errors(verdicts, EXPLAIN, names, artifact.manifest.parts)
 
     return backend.name, compute, judge
 

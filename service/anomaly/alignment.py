@@ -1,5 +1,7 @@
-"""Samples of many series to rows: those of one group and moment belong together, whenever and in whichever order they
-come. What waits is bounded in rows, groups and series; what is let go is counted.
+"""Samples of many Prometheus series to rows: samples of the same group and time form one row.
+
+Samples may arrive in any order and in several requests. The memory for incomplete rows, groups and series is limited,
+and every sample that is not used is counted.
 """
 
 import collections
@@ -7,111 +9,119 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from service.codec.feature_names import Selectors
-from service.codec.remote_write import NAME, Series, is_stale
+from service.codec.feature_names import FeatureSelectors
+from service.codec.remote_write import METRIC_NAME_LABEL, Series, is_stale
 
-MOST_ROWS = 10_000  # that wait for their last sample; then the oldest goes as it is
-MOST_SERIES = 100_000  # label sets whose meaning is remembered
-MOST_GROUPS = 10_000  # of which the last moments are remembered
-MEMORY = 64  # moments of a group that are remembered, so that a sample which is sent again makes no second row
+MAX_INCOMPLETE_ROWS = 10_000  # beyond it, the oldest row is completed with the samples that it has
+MAX_SERIES = 100_000  # label sets whose feature and group are cached
+MAX_GROUPS = 10_000  # whose last completed times are remembered
+REMEMBERED_TIMES = 64  # completed times per group, so that a sample that is sent again starts no second row
+
+LabelSet = tuple[tuple[str, str], ...]
 
 
 @dataclass
-class Row:
-    """What has come of one group and moment. `since` is when its first sample came."""
+class AlignedRow:
+    """The values of one group at one time. `first_seen` is the clock's time when the first sample arrived."""
 
     group: str
     milliseconds: int
-    since: float
+    first_seen: float
     values: dict[str, float] = field(default_factory=dict)
 
 
-class Alignment:
-    """Of one model's features.
+class SampleAligner:
+    """Assembles the rows of one model.
 
     Args:
-        names: the features.
-        selectors: which series is which feature.
-        group: the labels that tell groups apart.
-        wait: seconds for which a row waits for its last sample.
+        names: the names of the features.
+        selectors: finds the feature that a series belongs to.
+        group: the labels that distinguish groups.
+        wait_seconds: how long a row waits for its last sample.
     """
 
-    def __init__(self, names: Sequence[str], selectors: Selectors, group: Sequence[str], wait: float) -> None:
+    def __init__(
+        self, names: Sequence[str], selectors: FeatureSelectors, group: Sequence[str], wait_seconds: float
+    ) -> None:
         self.names = tuple(names)
-        self._selectors, self._group, self._wait = selectors, tuple(group), wait
-        self._series: dict[tuple[tuple[str, str], ...], tuple[str, str] | None] = {}
-        self._waiting: OrderedDict[tuple[str, int], Row] = OrderedDict()
-        self._ready: list[Row] = []
-        self._done: OrderedDict[str, deque[int]] = OrderedDict()
-        self.outcomes: collections.Counter[str] = collections.Counter()  # samples, since they were last counted
+        self._selectors, self._group_labels, self._wait_seconds = selectors, tuple(group), wait_seconds
+        self._targets: dict[LabelSet, tuple[str, str] | None] = {}  # feature and group, cached per series
+        self._incomplete: OrderedDict[tuple[str, int], AlignedRow] = OrderedDict()
+        self._ready: list[AlignedRow] = []
+        self._completed_times: OrderedDict[str, deque[int]] = OrderedDict()
+        self.outcomes: collections.Counter[str] = collections.Counter()  # of samples; the metrics read and clear it
 
     @property
-    def rows(self) -> int:
-        """How many wait, for samples or to be taken."""
-        return len(self._waiting) + len(self._ready)
+    def pending_rows(self) -> int:
+        """The number of rows that wait for samples or to be scored."""
+        return len(self._incomplete) + len(self._ready)
 
-    def add(self, found: Iterable[Series], now: float) -> None:
-        """Take in samples that came at `now`, in seconds of a clock that only goes forward."""
-        for labels, samples in found:
-            meaning = self._meaning(labels)
-            if meaning is None:
+    def add(self, series: Iterable[Series], now: float) -> None:
+        """Add samples that arrived at `now`, in seconds of a monotonic clock."""
+        for labels, samples in series:
+            target = self._target(labels)
+            if target is None:
                 self.outcomes["unknown"] += len(samples)
                 continue
+            feature, group = target
             for milliseconds, value in samples:
-                self.outcomes[self._place(*meaning, milliseconds, value, now)] += 1
+                self.outcomes[self._add_sample(feature, group, milliseconds, value, now)] += 1
 
-    def take(self, now: float, everything: bool = False) -> list[Row]:
-        """The rows that are whole, or have waited long enough, in the order of time."""
-        while self._waiting:
-            row = next(iter(self._waiting.values()))
-            if not (everything or now - row.since >= self._wait or len(self._waiting) > MOST_ROWS):
+    def pop_ready(self, now: float, flush: bool = False) -> list[AlignedRow]:
+        """Return the rows that are complete or have waited long enough, in order of time, and forget them.
+
+        `flush`: return incomplete rows too, however short they have waited.
+        """
+        while self._incomplete:
+            row = next(iter(self._incomplete.values()))
+            is_full = len(self._incomplete) > MAX_INCOMPLETE_ROWS
+            if not (flush or is_full or now - row.first_seen >= self._wait_seconds):
                 break
-            self._finish(row)
+            self._complete(row)
         ready, self._ready = self._ready, []
         return sorted(ready, key=lambda row: row.milliseconds)
 
-    def give_back(self, rows: list[Row]) -> None:
-        """Rows that could not be judged now."""
+    def requeue(self, rows: list[AlignedRow]) -> None:
+        """Put back rows that could not be scored now."""
         self._ready = rows + self._ready
 
-    def _place(self, feature: str, group: str, milliseconds: int, value: float, now: float) -> str:
-        """Put a sample where it belongs; what has become of it."""
+    def _add_sample(self, feature: str, group: str, milliseconds: int, value: float, now: float) -> str:
+        """Add a sample to its row, and return the outcome, a value of the label `outcome` in metrics."""
         if value != value:
             return "stale" if is_stale(value) else "nan"
-        key = group, milliseconds
-        row = self._waiting.get(key)
+        row = self._incomplete.get((group, milliseconds))
         if row is None:
-            done = self._done.get(group, ())
-            if milliseconds in done:
+            completed = self._completed_times.get(group, ())
+            if milliseconds in completed:
                 return "duplicate"
-            if len(done) == MEMORY and milliseconds < min(done):
+            if len(completed) == REMEMBERED_TIMES and milliseconds < min(completed):
                 return "late"
-            row = self._waiting[key] = Row(group, milliseconds, now)
+            row = self._incomplete[group, milliseconds] = AlignedRow(group, milliseconds, now)
         if feature in row.values:
             return "duplicate" if row.values[feature] == value else "ambiguous"
         row.values[feature] = value
         if len(row.values) == len(self.names):
-            self._finish(row)
+            self._complete(row)
         return "used"
 
-    def _finish(self, row: Row) -> None:
-        del self._waiting[row.group, row.milliseconds]
+    def _complete(self, row: AlignedRow) -> None:
+        del self._incomplete[row.group, row.milliseconds]
         self._ready.append(row)
-        done = self._done.setdefault(row.group, deque(maxlen=MEMORY))
-        done.append(row.milliseconds)
-        self._done.move_to_end(row.group)
-        if len(self._done) > MOST_GROUPS:
-            self._done.popitem(last=False)
+        completed = self._completed_times.setdefault(row.group, deque(maxlen=REMEMBERED_TIMES))
+        completed.append(row.milliseconds)
+        self._completed_times.move_to_end(row.group)
+        if len(self._completed_times) > MAX_GROUPS:
+            self._completed_times.popitem(last=False)
 
-    def _meaning(self, labels: tuple[tuple[str, str], ...]) -> tuple[str, str] | None:
-        """The feature and the group of a series, or None if no feature is meant."""
-        if labels in self._series:
-            return self._series[labels]
+    def _target(self, labels: LabelSet) -> tuple[str, str] | None:
+        """Return the feature and the group of a series, or None if it belongs to no feature."""
+        if labels in self._targets:
+            return self._targets[labels]
         values = dict(labels)
-        feature = self._selectors.find([values.get(NAME, "")], values)
-        group = ",".join(values.get(name, "") for name in self._group)
-        meaning = None if feature is None else (feature, group)
-        if len(self._series) >= MOST_SERIES:
-            self._series.clear()
-        self._series[labels] = meaning
-        return meaning
+        feature = self._selectors.find([values.get(METRIC_NAME_LABEL, "")], values)
+        group = ",".join(values.get(name, "") for name in self._group_labels)
+        target = None if feature is None else (feature, group)
+        if len(self._targets) >= MAX_SERIES:
+            self._targets.clear()
+        self._targets[labels] = target
+        return target

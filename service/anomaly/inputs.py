@@ -1,136 +1,163 @@
-"""Every way in which rows come to be judged, to one form: inputs, records, Telegraf metrics, NDJSON, CSV, npy."""
+"""Rows for /anomaly, from every format: JSON inputs, records or Telegraf metrics, NDJSON, CSV, npy, safetensors."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from service.codec import csv_rows, ndjson, timestamps
-from service.codec.request_body import Fields
-from service.codec.rows import ParsedRows, RowFormat
-from service.codec.telegraf import Batch
+from models.errors import join_names
+from service.codec import csv_rows, ndjson
+from service.codec.request_body import BodyReader
+from service.codec.row_arrays import parse_valid_array_rows
+from service.codec.row_lists import parse_valid_rows
+from service.codec.row_records import count_unknown_fields, most_missing, parse_valid_records
+from service.codec.row_schema import ParsedRows, RowSchema
+from service.codec.telegraf import TelegrafBatch
+from service.codec.timestamps import to_unix_seconds
 from service.errors import InvalidField, InvalidRows
 from service.inference.registry import ServedModel
 from service.schemas import AnomalyBody
 
-WAYS = ("inputs", "records", "metrics")
-FORMATS: Mapping[str, Callable[[bytes], Fields]] = {
-    **dict.fromkeys(ndjson.MEDIA_TYPES, ndjson.read),
-    csv_rows.MEDIA_TYPE: csv_rows.read,
-}  # beside JSON and npy: each gives the field `records`
+ROW_FIELDS = ("inputs", "records", "metrics")  # the fields of which a body gives one
+RECORD_READERS: Mapping[str, BodyReader] = {  # by media type; each returns the field `records`
+    **dict.fromkeys(ndjson.MEDIA_TYPES, ndjson.read_fields),
+    csv_rows.MEDIA_TYPE: csv_rows.read_fields,
+}
 
 
 class InputRows(NamedTuple):
-    """Rows as they were read.
+    """The rows of a request, with their times and groups.
 
     Args:
-        reading: the G rows that could be, NaN where a value was missing, and the errors of the others.
-        sent: how many there were.
-        unknown: how many values had a name that is no feature's.
-        time: [G], Unix seconds, NaN where a row says none; None if no row does.
-        group: [G], None where a row says none; None if no row does.
+        parsed: the G valid rows, and the errors of the invalid rows.
+        rows_received: how many rows the request has, valid or not.
+        unknown_fields: how many values belong to no feature.
+        time: [G], Unix seconds, NaN for a row without a timestamp; None if no row has one.
+        group: [G], None for a row without a group; None if no row has one.
     """
 
-    reading: ParsedRows
-    sent: int
-    unknown: int = 0
+    parsed: ParsedRows
+    rows_received: int
+    unknown_fields: int = 0
     time: npt.NDArray[np.float64] | None = None
     group: list[str | None] | None = None
 
 
-def take(served: ServedModel, body: AnomalyBody, careful: bool) -> InputRows:
-    """The rows of `body`. Raises InvalidField, and InvalidRows if none can be read."""
-    if (body.inputs is not None) + (body.records is not None) + (body.metrics is not None) != 1:
-        got = " and ".join([name for name in WAYS if getattr(body, name) is not None]) or "neither"
-        expected = "inputs, records or metrics"
-        raise InvalidField(f"give one of {expected}, got {got}", expected=expected, got=got)
+def parse_input_rows(served: ServedModel, body: AnomalyBody, may_contain_non_floats: bool) -> InputRows:
+    """Return the rows of `body`. Raises InvalidField, and InvalidRows if no row is valid."""
+    given = [name for name in ROW_FIELDS if getattr(body, name) is not None]
+    if len(given) != 1:
+        expected, got = "inputs, records or metrics", " and ".join(given) or "neither"
+        raise InvalidField(f"expected one of {expected}, got {got}", expected=expected, got=got)
     if body.half_life is not None or body.half_life_rows is not None:
-        _require_sense(body)
+        _validate_smoothing(body)
     if body.metrics is not None:
-        return _of_metrics(served, body)
+        return _parse_metrics(served, body)
     if body.records is not None:
-        return of_records(served.rows, body, body.records, careful)
-    rows, form = body.inputs, served.rows
-    if isinstance(rows, np.ndarray):
-        return InputRows(form.read_array_each(rows, "/inputs"), len(rows))
-    return InputRows(form.read_each(rows, "/inputs", careful), len(rows))
+        return parse_record_rows(served.row_schema, body, body.records, may_contain_non_floats)
+    if isinstance(body.inputs, np.ndarray):
+        parsed = parse_valid_array_rows(served.row_schema, body.inputs, "/inputs")
+    else:
+        parsed = parse_valid_rows(served.row_schema, body.inputs, "/inputs", may_contain_non_floats)
+    return InputRows(parsed, len(body.inputs))
 
 
-def of_records(
-    rows: RowFormat, body: AnomalyBody, records: Any, careful: bool, pointer: str = "/records", least: int = 1
+def parse_record_rows(
+    schema: RowSchema,
+    body: AnomalyBody,
+    records: Any,
+    may_contain_non_floats: bool,
+    pointer: str = "/records",
+    minimum: int = 1,
 ) -> InputRows:
-    """Records, of JSON, of lines, or of a table whose cells are text. Raises InvalidRows if not `least` can be read."""
-    if isinstance(records, csv_rows.Cells):
-        _require_columns(rows, records)
-        records = records.numbers(rows.known)
-    ignored = (body.time, body.group)
-    reading, unknown = rows.read_records(records, pointer, careful, body.impute, ignored, least)
-    whole = InputRows(reading, len(records), unknown)
-    names = [name for name in ignored if name not in rows.known]
-    kept = [records[row] for row in reading.rows]
-    if not any(type(record) is dict and (body.time in record or body.group in record) for record in kept):
-        return whole
-    time = [timestamps.seconds(_value(record, body.time, names)) for record in kept]
-    group = [_label(_value(record, body.group, names)) for record in kept]
-    return whole._replace(time=_if_any(np.array(time)), group=group if any(g is not None for g in group) else None)
+    """Return the rows in `records`, which come from JSON, NDJSON or CSV.
+
+    Raises InvalidRows if fewer than `minimum` records are valid.
+    """
+    if isinstance(records, csv_rows.CsvRecords):
+        _validate_header(schema, records.header, body.impute, pointer)
+        records = records.with_numbers(schema.name_set)
+    parsed = parse_valid_records(
+        schema,
+        records,
+        pointer,
+        may_contain_non_floats=may_contain_non_floats,
+        impute=body.impute,
+        allow_lists=isinstance(records, ndjson.NdjsonRows),
+        minimum=minimum,
+    )
+    input_rows = InputRows(parsed, len(records), count_unknown_fields(schema, records, (body.time, body.group)))
+    valid = [records[row] for row in parsed.rows]
+    if not any(type(record) is dict and (body.time in record or body.group in record) for record in valid):
+        return input_rows
+    time = np.array([to_unix_seconds(_non_feature(schema, record, body.time)) for record in valid])
+    group = [_group_name(_non_feature(schema, record, body.group)) for record in valid]
+    return input_rows._replace(
+        time=None if np.isnan(time).all() else time,
+        group=group if any(name is not None for name in group) else None,
+    )
 
 
-def _of_metrics(served: ServedModel, body: AnomalyBody) -> InputRows:
-    batch = Batch(served.selectors, body.time, body.group)
-    batch.gather(body.metrics)
-    records = ndjson.Lines(batch.records)
+def _parse_metrics(served: ServedModel, body: AnomalyBody) -> InputRows:
+    batch = TelegrafBatch(served.selectors, body.time, body.group)
+    batch.add(body.metrics)
     try:
-        input_rows = of_records(served.rows, body, records, careful=True, pointer="/metrics")
+        input_rows = parse_record_rows(
+            served.row_schema, body, batch.records, may_contain_non_floats=True, pointer="/metrics"
+        )
     except InvalidRows as error:
-        error.pointer = f"/metrics/{batch.first[0]}"
+        error.pointer = f"/metrics/{batch.first_metrics[0]}"
         raise
-    for unread in input_rows.reading.errors:
-        unread.error.pointer = f"/metrics/{batch.first[unread.row]}"
-    return input_rows._replace(unknown=input_rows.unknown + batch.unknown)
+    for row_error in input_rows.parsed.errors:
+        row_error.error.pointer = f"/metrics/{batch.first_metrics[row_error.row]}"
+    return input_rows._replace(unknown_fields=input_rows.unknown_fields + batch.unknown_fields)
 
 
-def _require_sense(body: AnomalyBody) -> None:
-    """Raise InvalidField if smoothing, which is asked for, cannot be had."""
-    asked = [name for name in ("half_life", "half_life_rows", "fdr") if getattr(body, name) is not None]
-    if len(asked) > 1:
+def _validate_smoothing(body: AnomalyBody) -> None:
+    """Raise InvalidField if the requested smoothing conflicts with another field, or needs times that inputs lack."""
+    given = [name for name in ("half_life", "half_life_rows", "fdr") if getattr(body, name) is not None]
+    if len(given) > 1:
         raise InvalidField(
-            f"give one of {' and '.join(asked)}: each decides which rows are anomalous",
-            pointer=f"/{asked[0]}", expected="one of them", got=" and ".join(asked),
-        )  # fmt: skip
+            f"give only one of {' and '.join(given)}: each decides in its own way which rows are anomalous",
+            pointer=f"/{given[0]}",
+            expected="one of them",
+            got=" and ".join(given),
+        )
     if body.inputs is not None and body.half_life is not None:
         raise InvalidField(
-            "inputs have no time: a half-life in seconds needs records, metrics, NDJSON or CSV",
-            pointer="/half_life", expected="rows with a timestamp", got="inputs",
-            hint="half_life_rows takes the rows in the order in which they stand",
-        )  # fmt: skip
-
-
-def _require_columns(rows: RowFormat, table: csv_rows.Cells) -> None:
-    """Raise InvalidRows if no column of `table` is a feature."""
-    header = table.header
-    if header and not rows.known.intersection(header):
-        raise InvalidRows(
-            "no column of the CSV is called as a feature",
-            pointer="",
-            expected=_listed(rows.names),
-            got=_listed(header),
-            hint="the first line must name the columns: GET /models/{name} lists the features",
+            "half_life is in seconds, and inputs have no timestamps",
+            pointer="/half_life",
+            expected="rows with a timestamp: records, metrics, NDJSON or CSV",
+            got="inputs",
+            hint="use half_life_rows, which counts rows in the order of the request",
         )
 
 
-def _listed(names: Any) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+def _validate_header(schema: RowSchema, header: list[str], impute: bool, pointer: str) -> None:
+    """Raise InvalidRows if a CSV header lacks so many features that no line can be valid."""
+    has_feature = not schema.name_set.isdisjoint(header)
+    missing = [name for name in schema.required_names if name not in header]
+    if has_feature and len(missing) <= most_missing(schema, impute):
+        return
+    missing = missing or list(schema.names)  # even if all features are optional, a row needs at least one
+    columns = "column" if len(missing) == 1 else "columns"
+    verb = "is" if len(missing) == 1 else "are"
+    needed = join_names(schema.names)
+    raise InvalidRows(
+        f"{columns} {join_names([repr(name) for name in missing])} {verb} missing from the CSV header: "
+        f"the model needs {needed}",
+        pointer=f"{pointer}/0" if has_feature else "",
+        expected=needed,
+        got=join_names(header),
+        hint="the first line must name the columns; GET /models/{name} lists the features",
+    )
 
 
-def _value(record: Any, name: str, names: list[str]) -> Any:
-    """What `record` says under `name`, unless a feature is called so."""
-    return record.get(name) if type(record) is dict and name in names else None
+def _non_feature(schema: RowSchema, record: Any, name: str) -> Any:
+    """Return the value of `name` in a record; None if it is missing, or if `name` is a feature."""
+    return record.get(name) if type(record) is dict and name not in schema.name_set else None
 
 
-def _label(value: Any) -> str | None:
+def _group_name(value: Any) -> str | None:
     return None if value is None or type(value) in (list, dict) else str(value)
-
-
-def _if_any(time: npt.NDArray[np.float64]) -> npt.NDArray[np.float64] | None:
-    return None if np.isnan(time).all() else time

@@ -1,9 +1,10 @@
-"""Smoothing in time: an exponentially weighted mean over each group's rows, for anomalies that last longer than a row.
+"""Smoothing in time: an exponentially weighted mean per group, for anomalies that last longer than one row.
 
-What is smoothed for verdicts is the severity: the surprisal -log p of a row, tail-extrapolated beyond the floor of the
-p-values, in units of the surprisal at which a row is anomalous at alpha. A p-value stays its own row's: a mean of
-neighbours, which depend on each other, has no calibration rows to be ranked among. A smoothed severity above 1 says
-that its group has lately been, in the mean, stranger than a row on the border of alpha.
+/anomaly smooths the severity: a row's surprisal -log p, divided by the surprisal at the threshold alpha. Below the
+smallest p-value that the calibration set can give, a fitted tail extrapolates p. A smoothed severity above 1 means that
+the group's recent rows are, on average, stranger than a row at the threshold.
+
+P-values are not smoothed: neighbouring rows depend on each other, and no calibration set exists for their means.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 Numbers = npt.NDArray[np.float64]
-LARGEST = 3.4e38
+MAX_FLOAT32 = 3.4e38
 
 
 def exponential_mean(
@@ -24,82 +25,89 @@ def exponential_mean(
     *,
     by_rows: bool = False,
 ) -> Numbers:
-    """The exponentially weighted mean of each row's past in its group, itself included: [N].
+    """Return for each row the exponentially weighted mean over its group up to and including that row: [N].
 
-    Row i gets sum_j w_ij values_j / sum_j w_ij over the rows j of its group that are not later, w_ij = 2^(-d_ij /
-    half_life): the finite-sample form of Roberts' EWMA ("Control chart tests based on geometric moving averages",
-    Technometrics 1959), whose weights add up to 1 from the first row on. The distance d_ij is the time between the
-    two, so that after a long silence a row speaks for itself again; or, with `by_rows` or without times, how many rows
-    of the group lie between them. Where rows have times, the order in which they are given decides nothing.
+    Row i gets sum_j w_ij values_j / sum_j w_ij over the rows j of its group that are not later, with
+    w_ij = 2^(-d_ij / half_life). This is Roberts' EWMA ("Control chart tests based on geometric moving averages",
+    Technometrics 1959) for finite samples: the weights sum to 1 from the first row on. The distance d_ij is the time
+    between the two rows, so that after a long silence a row counts alone. With `by_rows`, or without times, d_ij is the
+    number of rows of the group from j to i. With times, the order of the rows in the arguments does not matter.
 
     Args:
-        values: [N]. A NaN weighs nothing, and stays NaN.
-        half_life: > 0, in the unit of `time` (seconds, say), or in rows.
-        time: [N]; without it the rows' own order is that of time. Rows of one time and group count for each other in
-            full, and get the same mean (by rows: one after the other, as given). A row whose time is NaN keeps its own
-            value and counts for no other.
-        group: [N], anything hashable; without it all rows are one group.
-        by_rows: whether half_life is in rows though there are times.
+        values: [N]. A NaN has weight 0, and its own mean is NaN.
+        half_life: > 0, in the unit of `time`, such as seconds, or in rows.
+        time: [N]; by default rows are in order of time. Rows of the same group and time all count in full for each
+            other and get the same mean (with `by_rows`, they follow one another in the given order). A row whose time
+            is NaN keeps its own value and does not count for other rows.
+        group: [N], any hashable values; by default all rows are in one group.
+        by_rows: whether half_life is in rows although there are times.
 
-    Raises ValueError if half_life is not above 0, or the lengths differ.
+    Raises:
+        ValueError: if half_life is not above 0, or the lengths differ.
     """
     numbers = np.asarray(values, np.float64)
     times = np.arange(len(numbers), dtype=np.float64) if time is None else np.asarray(time, np.float64)
-    labels = _codes([None] * len(numbers) if group is None else group)
-    if not len(numbers) == len(times) == len(labels):
-        raise ValueError(f"{len(numbers)} values, {len(times)} times and {len(labels)} groups do not fit together")
+    group_numbers = _number_groups([None] * len(numbers) if group is None else group)
+    if not len(numbers) == len(times) == len(group_numbers):
+        raise ValueError(
+            f"expected as many times and groups as values, got {len(numbers)} values, {len(times)} times and "
+            f"{len(group_numbers)} groups"
+        )
     if not half_life > 0:
         raise ValueError(f"the half-life must be above 0, got {half_life}")
-    smoothed, counting = numbers.copy(), np.flatnonzero(~np.isnan(times) & ~np.isnan(numbers))
-    order = counting[np.lexsort((times[counting], labels[counting]))]  # stable: by group, by time, as given
-    for rows in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
+    smoothed = numbers.copy()
+    counting = np.flatnonzero(~np.isnan(times) & ~np.isnan(numbers))
+    # Sort by group, then by time; the sort is stable, so simultaneous rows keep the given order.
+    order = counting[np.lexsort((times[counting], group_numbers[counting]))]
+    for rows in np.split(order, np.flatnonzero(np.diff(group_numbers[order])) + 1):
         if len(rows):
-            smoothed[rows] = _run(numbers[rows], None if by_rows else times[rows], half_life)
+            smoothed[rows] = _means_of_group(numbers[rows], None if by_rows else times[rows], half_life)
     return smoothed
 
 
-def _run(values: Numbers, times: Numbers | None, half_life: float) -> list[float]:
-    """One group's means, its rows in the order of time."""
+def _means_of_group(values: Numbers, times: Numbers | None, half_life: float) -> list[float]:
+    """Return the means of one group, whose rows are in order of time."""
     count = len(values)
     steps = np.ones(count) if times is None else np.diff(times, prepend=times[0])
     total = weight = 0.0
     means: list[float] = []
-    for value, kept in zip(values.tolist(), np.exp2(-steps / half_life).tolist(), strict=True):
-        total = kept * total + value
-        weight = kept * weight + 1.0
+    for value, decay in zip(values.tolist(), np.exp2(-steps / half_life).tolist(), strict=True):
+        total = decay * total + value
+        weight = decay * weight + 1.0
         means.append(total / weight)
     if times is not None:
-        for index in range(count - 2, -1, -1):  # the last of those that are simultaneous has seen them all
+        # Only the last of several simultaneous rows has counted them all: the others get its mean.
+        for index in range(count - 2, -1, -1):
             if steps[index + 1] == 0.0:
                 means[index] = means[index + 1]
     return means
 
 
-def _codes(group: Sequence[Any] | npt.NDArray[Any]) -> npt.NDArray[np.intp]:
-    """A number for each group, [N]."""
+def _number_groups(group: Sequence[Any] | npt.NDArray[Any]) -> npt.NDArray[np.intp]:
+    """Return the number of each row's group, [N]."""
     numbers: dict[Any, int] = {}
     return np.array([numbers.setdefault(name, len(numbers)) for name in group], np.intp)
 
 
 class RunningMean:
-    """The same mean, its rows given in their order as they come; one counts half after `half_life` more."""
+    """The exponentially weighted mean of a stream of values in order; `half_life` is in values, 0 means no memory."""
 
-    __slots__ = ("_kept", "_total", "_weight")
+    __slots__ = ("_decay", "_total", "_weight")
 
     def __init__(self, half_life: float) -> None:
-        self._kept = 2.0 ** (-1.0 / half_life) if half_life else 0.0
+        self._decay = 2.0 ** (-1.0 / half_life) if half_life else 0.0
         self._total = self._weight = 0.0
 
-    def above(self, values: list[float]) -> int:
-        """Take in the next values; at how many of them the mean is above 1.
+    def count_above_one(self, values: list[float]) -> int:
+        """Add the next values, and return after how many of them the mean is above 1.
 
-        NaN is left out; infinity counts as the largest float32, and passes away.
+        NaN is skipped. Infinity counts as the largest float32, so that its effect decays.
         """
-        kept, total, weight, count = self._kept, self._total, self._weight, 0
+        decay, total, weight, count = self._decay, self._total, self._weight, 0
         for value in values:
             if value == value:
-                total = kept * total + (value if value < LARGEST else LARGEST)
-                weight = kept * weight + 1.0
+                total = decay * total + (value if value < MAX_FLOAT32 else MAX_FLOAT32)
+                weight = decay * weight + 1.0
                 count += total > weight
         self._total, self._weight = total, weight
         return count

@@ -1,4 +1,4 @@
-"""Scores to verdicts: which rows are anomalous, how severely, and because of which features."""
+"""Scores to verdicts: which rows are anomalous, how severely, and which features contribute most."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,21 +11,21 @@ import numpy.typing as npt
 from service.anomaly.inputs import InputRows
 from service.anomaly.smoothing import exponential_mean
 from service.codec.float32 import is_finite
-from service.codec.rows import ParsedRows
+from service.codec.row_schema import ParsedRows
 from service.schemas import AnomalyBody
 
 Array = npt.NDArray[np.float32]
 T = TypeVar("T")
-OVERFLOW = "the row lies so far from the training data that the model's answer to it overflows float32"
-SORTED_WHOLE = 64  # features: of more, the largest are parted from the others before they are sorted
-_LARGEST = np.finfo(np.float32).max
+OVERFLOW_DETAIL = "the row is so far from the training data that the model's output for it overflows float32"
+MAX_SORTED_FEATURES = 64  # with more features, the largest contributions are selected before they are sorted
+_MAX_FLOAT32 = np.finfo(np.float32).max
 
 
 @dataclass(eq=False)
 class Scores:
-    """What `operations.anomaly` gives for the readable rows: G rows, D features, P parts.
+    """The output of `operations.anomaly` for the G valid rows, with D features and P parts of the score.
 
-    `ordinary` says whether all of it is finite, as it nearly always is.
+    `all_finite`: whether no number is infinite or NaN, which is the case for almost every request.
     """
 
     score: Array  # [G]
@@ -34,102 +34,113 @@ class Scores:
     parts: Array  # [G, P]
     contribution: Array  # [G, D]
     expected: Array  # [G, D]
-    ordinary: bool = field(init=False)
+    all_finite: bool = field(init=False)
 
     def __post_init__(self) -> None:
         arrays = (self.score, self.severity, self.parts, self.contribution, self.expected)
-        self.ordinary = all(map(is_finite, arrays))
+        self.all_finite = all(map(is_finite, arrays))
 
     @cached_property
-    def judged(self) -> npt.NDArray[np.bool_]:
-        """[G]: rows about which the model can say something. Not one of them is NaN, and what is infinite saturates."""
-        if self.ordinary:
+    def usable(self) -> npt.NDArray[np.bool_]:
+        """[G]: the rows that can get a verdict: no NaN, and finite expected values. `clipped` replaces infinity."""
+        if self.all_finite:
             return np.ones(len(self.score), bool)
         numbers = np.column_stack((self.score, self.severity, self.parts, self.contribution))
         return np.asarray(~np.isnan(numbers).any(axis=1) & np.isfinite(self.expected).all(axis=1))
 
     @property
-    def count(self) -> int:
-        """How many rows are judged."""
-        return len(self.score) if self.ordinary else int(self.judged.sum())
+    def usable_count(self) -> int:
+        """The number of usable rows."""
+        return len(self.score) if self.all_finite else int(self.usable.sum())
 
     @property
-    def saturated(self) -> "Scores":
-        """The same, in which what is infinite is the largest number there is."""
-        if self.ordinary:
+    def clipped(self) -> "Scores":
+        """The same scores with the largest float32 in place of infinity."""
+        if self.all_finite:
             return self
-        finite = [np.clip(array, -_LARGEST, _LARGEST) for array in (self.score, self.severity, self.parts)]
-        score, severity, parts = finite
-        contribution = np.clip(self.contribution, -_LARGEST, _LARGEST)
-        return Scores(score, self.p_value, severity, parts, contribution, self.expected)
+        return Scores(
+            score=np.clip(self.score, -_MAX_FLOAT32, _MAX_FLOAT32),
+            p_value=self.p_value,
+            severity=np.clip(self.severity, -_MAX_FLOAT32, _MAX_FLOAT32),
+            parts=np.clip(self.parts, -_MAX_FLOAT32, _MAX_FLOAT32),
+            contribution=np.clip(self.contribution, -_MAX_FLOAT32, _MAX_FLOAT32),
+            expected=self.expected,
+        )
 
 
 def benjamini_hochberg(p_value: Array, q: float) -> npt.NDArray[np.bool_]:
-    """Which of p-values [G] to reject so that at most a share q of them is false in the mean.
+    """Return which of the p-values [G] to reject so that the expected share of false rejections is at most q.
 
-    Benjamini & Hochberg, "Controlling the false discovery rate", 1995, eq. 1; valid on conformal p-values (Bates et
+    Benjamini & Hochberg, "Controlling the false discovery rate", 1995, eq. 1; valid for conformal p-values (Bates et
     al., 2023, theorem 2).
     """
     ordered = np.sort(p_value.astype(np.float64))
     bounds = q * np.arange(1, len(ordered) + 1) / len(ordered)
-    passing = np.flatnonzero(ordered <= bounds * (1 + 1e-6))  # p-values are fractions rounded to float32
+    passing = np.flatnonzero(ordered <= bounds * (1 + 1e-6))  # tolerance: p-values are fractions rounded to float32
     if not len(passing):
         return np.zeros(len(p_value), bool)
     return np.asarray(p_value <= ordered[passing[-1]])
 
 
 class Verdicts(NamedTuple):
-    """What is decided of the G rows that could be read."""
+    """The verdicts on the G valid rows of a request."""
 
     input_rows: InputRows
     scores: Scores
-    flags: list[bool]  # [G]: whether each is anomalous
-    smoothed: npt.NDArray[np.float64] | None  # [G], where it was asked for
+    is_anomaly: list[bool]  # [G]
+    smoothed: npt.NDArray[np.float64] | None  # [G]: the smoothed severity, if requested
 
 
 def decide(input_rows: InputRows, scores: Scores, body: AnomalyBody) -> Verdicts:
-    """Which rows are anomalous: by severity, by `fdr` over the request, or by the severity's mean over a half-life."""
+    """Return the verdicts on the rows.
+
+    They follow from the smoothed severity if `body` has a half-life, from `fdr` if it has one, else from the severity.
+    """
     smoothed = None
     half_life = body.half_life or body.half_life_rows
     if half_life:
-        severity = np.where(scores.judged, scores.saturated.severity, np.nan)
+        severity = np.where(scores.usable, scores.clipped.severity, np.nan)
         by_rows = body.half_life is None
         smoothed = exponential_mean(severity, half_life, input_rows.time, input_rows.group, by_rows=by_rows)
-        anomalous = smoothed > 1  # a NaN is not
+        is_anomaly = smoothed > 1  # False for NaN
     elif body.fdr is not None:
-        judged, anomalous = scores.judged, np.zeros(len(scores.score), bool)
-        if judged.any():
-            anomalous[judged] = benjamini_hochberg(scores.p_value[judged], body.fdr)
+        usable = scores.usable
+        is_anomaly = np.zeros(len(scores.score), bool)
+        if usable.any():
+            is_anomaly[usable] = benjamini_hochberg(scores.p_value[usable], body.fdr)
     else:
-        anomalous = scores.severity > 1
-        if not scores.ordinary:
-            anomalous &= scores.judged
-    return Verdicts(input_rows, scores, anomalous.tolist(), smoothed)
+        is_anomaly = scores.severity > 1
+        if not scores.all_finite:
+            is_anomaly &= scores.usable
+    return Verdicts(input_rows, scores, is_anomaly.tolist(), smoothed)
 
 
-def results(
+# The fields of a result are those that `elbo score` writes (training/evaluation/score.py). The two writers share no
+# code: neither package may import the other, and `elbo score` needs none of the fields that a request adds.
+def results_and_errors(
     verdicts: Verdicts, explain: int, names: Sequence[str], parts: Sequence[str]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The answer's `results` and `errors`, each in the order of the request's rows, with numbers as float32.
+    """Return the response's `results` and `errors`, each in the order of the request's rows, with float32 numbers.
 
     Args:
-        verdicts: on the rows that could be read.
-        explain: how many features to name a row.
-        names, parts: the names of the D features and of the score's P parts.
+        verdicts: the verdicts on the valid rows.
+        explain: how many features to list per row.
+        names: the names of the D features.
+        parts: the names of the score's P parts.
     """
-    reading, scores = verdicts.input_rows.reading, verdicts.scores
-    told = scores.saturated
+    parsed, scores = verdicts.input_rows.parsed, verdicts.scores
+    clipped = scores.clipped
     columns = zip(
-        reading.rows,
-        told.score,
-        told.p_value,
-        told.severity,
-        verdicts.flags,
-        _rows_of(list(told.parts.ravel()), len(parts), len(reading.rows)),
-        _features(reading.x, told, explain, names),
+        parsed.rows,
+        clipped.score,
+        clipped.p_value,
+        clipped.severity,
+        verdicts.is_anomaly,
+        _split(list(clipped.parts.ravel()), len(parts), len(parsed.rows)),
+        _largest_contributions(parsed.x, clipped, explain, names),
         strict=True,
     )
-    found: list[dict[str, Any]] = [
+    results: list[dict[str, Any]] = [
         {
             "row": row,
             "score": score,
@@ -141,75 +152,79 @@ def results(
         }
         for row, score, p_value, severity, is_anomaly, values, features in columns
     ]
-    _tell_more(found, verdicts, names)
-    if not scores.ordinary:
-        found = [result for result, judgeable in zip(found, scores.judged.tolist(), strict=True) if judgeable]
-    return found, _errors(reading, scores)
+    _add_optional_fields(results, verdicts, names)
+    if not scores.all_finite:
+        results = [result for result, usable in zip(results, scores.usable.tolist(), strict=True) if usable]
+    return results, _errors(parsed, scores)
 
 
-def table(verdicts: Verdicts) -> Array:
-    """Score, p-value and severity as [N, 3], for application/x-npy; NaN in the rows that could not be judged."""
-    reading, scores = verdicts.input_rows.reading, verdicts.scores
-    full = np.full((verdicts.input_rows.sent, 3), np.nan, np.float32)
-    judged = scores.judged
-    told = scores.saturated
-    columns = np.column_stack((told.score, told.p_value, told.severity))
-    full[np.array(reading.rows)[judged]] = columns[judged]
-    return full
+def score_array(verdicts: Verdicts) -> Array:
+    """Return score, p-value and severity of all N rows of the request as [N, 3]; NaN in rows without a verdict."""
+    parsed, scores = verdicts.input_rows.parsed, verdicts.scores
+    array = np.full((verdicts.input_rows.rows_received, 3), np.nan, np.float32)
+    usable, clipped = scores.usable, scores.clipped
+    columns = np.column_stack((clipped.score, clipped.p_value, clipped.severity))
+    array[np.array(parsed.rows)[usable]] = columns[usable]
+    return array
 
 
-def unread(reading: ParsedRows) -> list[dict[str, Any]]:
-    """What is said of the rows that could not be read."""
-    return [{"row": e.row, "detail": e.error.detail, "pointer": e.error.pointer} for e in reading.errors]
+def parsing_errors(parsed: ParsedRows) -> list[dict[str, Any]]:
+    """Return the response's `errors` for the rows that could not be parsed."""
+    return [{"row": e.row, "detail": e.error.detail, "pointer": e.error.pointer} for e in parsed.errors]
 
 
-def _errors(reading: ParsedRows, scores: Scores) -> list[dict[str, Any]]:
-    if scores.ordinary:
-        return unread(reading)
-    overflown = [
-        {"row": reading.rows[index], "detail": OVERFLOW, "pointer": None} for index in np.flatnonzero(~scores.judged)
-    ]
-    return sorted(unread(reading) + overflown, key=lambda error: error["row"])
+def _errors(parsed: ParsedRows, scores: Scores) -> list[dict[str, Any]]:
+    if scores.all_finite:
+        return parsing_errors(parsed)
+    unusable = np.flatnonzero(~scores.usable)
+    overflows = [{"row": parsed.rows[index], "detail": OVERFLOW_DETAIL, "pointer": None} for index in unusable]
+    return sorted(parsing_errors(parsed) + overflows, key=lambda error: error["row"])
 
 
-def _features(x: Array, scores: Scores, explain: int, names: Sequence[str]) -> Iterable[list[dict[str, Any]]]:
-    """For each row its `explain` features of the largest contribution, largest first."""
+def _largest_contributions(
+    x: Array, scores: Scores, explain: int, names: Sequence[str]
+) -> Iterable[list[dict[str, Any]]]:
+    """Return for each row of x [G, D] the `explain` features with the largest contributions, largest first."""
     contribution = scores.contribution
     count, width = contribution.shape
     top = _largest(contribution, explain)
-    places = (top if count == 1 else top + width * np.arange(count)[:, None]).ravel()
-    told = zip(
-        top.ravel().tolist(), x.take(places), scores.expected.take(places), contribution.take(places), strict=True
+    positions = (top if count == 1 else top + width * np.arange(count)[:, None]).ravel()  # in the flat arrays
+    columns = zip(
+        top.ravel().tolist(),
+        x.take(positions),
+        scores.expected.take(positions),
+        contribution.take(positions),
+        strict=True,
     )
     features = [
         {"name": names[index], "value": value, "expected": expected, "contribution": share}
-        for index, value, expected, share in told
+        for index, value, expected, share in columns
     ]
-    return _rows_of(features, top.shape[1], count)
+    return _split(features, top.shape[1], count)
 
 
-def _rows_of(values: list[T], width: int, count: int) -> list[list[T]]:
-    """`count` lists of `width` of the values each."""
+def _split(values: list[T], width: int, count: int) -> list[list[T]]:
+    """Return `values` as `count` lists of `width` values each."""
     return [values[start : start + width] for start in range(0, width * count, width)] if width else [[]] * count
 
 
 def _largest(array: Array, count: int) -> npt.NDArray[np.intp]:
-    """In each row of [G, D] the places of the `count` largest values, largest first; of equals the first."""
-    if count < array.shape[1] and array.shape[1] > SORTED_WHOLE:
-        places = np.sort(np.argpartition(-array, max(count - 1, 0), axis=1)[:, :count], axis=1)
-        order = np.argsort(-np.take_along_axis(array, places, axis=1), axis=1, kind="stable")
-        return np.take_along_axis(places, order, axis=1)
+    """Return the columns of the `count` largest values per row of [G, D], largest first; of equal values the first."""
+    if count < array.shape[1] and array.shape[1] > MAX_SORTED_FEATURES:
+        columns = np.sort(np.argpartition(-array, max(count - 1, 0), axis=1)[:, :count], axis=1)
+        order = np.argsort(-np.take_along_axis(array, columns, axis=1), axis=1, kind="stable")
+        return np.take_along_axis(columns, order, axis=1)
     return (-array).argsort(axis=1, kind="stable")[:, :count]
 
 
-def _tell_more(found: list[dict[str, Any]], verdicts: Verdicts, names: Sequence[str]) -> None:
-    """Add the fields that only some rows have: what was missing, their time and group, their smoothed severity."""
-    input_rows, missing = verdicts.input_rows, verdicts.input_rows.reading.missing
+def _add_optional_fields(results: list[dict[str, Any]], verdicts: Verdicts, names: Sequence[str]) -> None:
+    """Add the fields that only some rows have: imputed features, time, group, and smoothed severity."""
+    input_rows, missing = verdicts.input_rows, verdicts.input_rows.parsed.missing
     if missing is not None:
         for row, column in np.argwhere(missing).tolist():
-            found[row].setdefault("imputed", []).append(names[column])
+            results[row].setdefault("imputed", []).append(names[column])
     for name, values in (("time", input_rows.time), ("group", input_rows.group), ("smoothed", verdicts.smoothed)):
         if values is not None:
-            for fields, value in zip(found, values, strict=True):
+            for result, value in zip(results, values, strict=True):
                 if value is not None and value == value:
-                    fields[name] = value
+                    result[name] = value

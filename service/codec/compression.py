@@ -1,4 +1,4 @@
-"""Compressed bodies, a bounded piece at a time: gzip for all, and snappy, in which Prometheus writes."""
+"""Decompression of request bodies with a limit on their size: gzip for every endpoint, snappy for Prometheus."""
 
 import zlib
 from collections.abc import Iterator
@@ -7,79 +7,94 @@ import cramjam
 
 from service.errors import BodyTooLarge, InvalidEncoding, UnsupportedMediaType
 
-PIECE = 64 * 1024  # bytes that are unpacked at once
-GZIP = ("gzip", "x-gzip")
-_GZIP_WRAPPER = 31  # for zlib: a window of 32 KiB, and gzip's header and checksum
+CHUNK_BYTES = 64 * 1024  # decompressed at once
+GZIP_NAMES = ("gzip", "x-gzip")
+_GZIP_WBITS = 31  # zlib: a window of 32 KiB, with the header and checksum of gzip
 
 
-class Gunzip:
-    """Unpacks gzip as it comes, in pieces of at most PIECE bytes; several members are one stream (RFC 1952, 2.2)."""
+class GzipDecompressor:
+    """Decompresses a gzip stream in chunks of at most CHUNK_BYTES; several members are one stream (RFC 1952, 2.2)."""
 
     def __init__(self) -> None:
-        self._member = zlib.decompressobj(_GZIP_WRAPPER)
-        self._begun = False
+        self._member = zlib.decompressobj(_GZIP_WBITS)
+        self._started = False
 
-    def feed(self, packed: bytes) -> Iterator[bytes]:
-        """What `packed` adds. Raises InvalidEncoding."""
-        while packed:
+    def feed(self, compressed: bytes) -> Iterator[bytes]:
+        """Yield the chunks that `compressed` adds to the stream. Raises InvalidEncoding."""
+        while compressed:
             if self._member.eof:
-                self._member = zlib.decompressobj(_GZIP_WRAPPER)
-            self._begun = True
+                self._member = zlib.decompressobj(_GZIP_WBITS)
+            self._started = True
             try:
-                yield self._member.decompress(packed, PIECE)
+                yield self._member.decompress(compressed, CHUNK_BYTES)
             except zlib.error as error:
-                raise InvalidEncoding(f"the body is no gzip: {error}", expected="gzip", hint="see its header") from None
-            packed = self._member.unconsumed_tail or self._member.unused_data
+                raise InvalidEncoding(
+                    f"the body is not valid gzip: {error}",
+                    expected="gzip",
+                    hint="compress the body, or leave out the header Content-Encoding",
+                ) from None
+            compressed = self._member.unconsumed_tail or self._member.unused_data
 
-    def end(self) -> None:
-        """Raise InvalidEncoding if the stream is not whole."""
-        if self._begun and not self._member.eof:
+    def finish(self) -> None:
+        """Raise InvalidEncoding if the stream is incomplete."""
+        if self._started and not self._member.eof:
             raise InvalidEncoding(
-                "the gzip body ends before its last block", expected="a whole gzip stream", hint="send it again, whole"
+                "the gzip body is cut off", expected="a complete gzip stream", hint="send the whole body again"
             )
 
 
-def gzipped(content_encoding: str) -> bool:
-    """Whether a Content-Encoding header says gzip rather than nothing. Raises UnsupportedMediaType for others."""
+def is_gzip(content_encoding: str) -> bool:
+    """Return whether a Content-Encoding header means gzip rather than no encoding.
+
+    Raises UnsupportedMediaType for every other encoding.
+    """
     encoding = content_encoding.strip().lower()
     if encoding in ("", "identity"):
         return False
-    if encoding in GZIP:
+    if encoding in GZIP_NAMES:
         return True
     raise UnsupportedMediaType(
-        f"the body is encoded as {encoding[:40]}", expected="gzip or nothing", got=encoding[:40],
+        f"the Content-Encoding {encoding[:40]} is not supported",
+        expected="gzip, or no Content-Encoding",
+        got=encoding[:40],
         headers={"Accept-Encoding": "gzip"},
-    )  # fmt: skip
+    )
 
 
-def gunzip(body: bytes, most: int) -> bytes:
-    """`body` unpacked. Raises InvalidEncoding, and BodyTooLarge as soon as it exceeds `most` bytes."""
-    stream, pieces, size = Gunzip(), [], 0
-    for piece in stream.feed(body):
-        pieces.append(piece)
-        size += len(piece)
-        if size > most:
-            raise _too_large(most, "more")
-    stream.end()
-    return b"".join(pieces)
+def decompress_gzip(body: bytes, max_bytes: int) -> bytes:
+    """Return `body` decompressed. Raises InvalidEncoding, and BodyTooLarge as soon as it exceeds `max_bytes`."""
+    stream, chunks, size = GzipDecompressor(), [], 0
+    for chunk in stream.feed(body):
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > max_bytes:
+            raise _too_large(max_bytes, f"more than {max_bytes} bytes")
+    stream.finish()
+    return b"".join(chunks)
 
 
-def unsnap(body: bytes, most: int) -> bytes:
-    """A snappy block unpacked. Its first bytes say how large it gets: more than `most` is not begun with.
+def decompress_snappy(body: bytes, max_bytes: int) -> bytes:
+    """Return a snappy block decompressed.
+
+    The block begins with its decompressed size: one larger than `max_bytes` is refused before decompression.
 
     Raises InvalidEncoding, BodyTooLarge.
     """
     try:
         size = cramjam.snappy.decompress_raw_len(body)
-        if size > most:
-            raise _too_large(most, f"{size} bytes")
+        if size > max_bytes:
+            raise _too_large(max_bytes, f"{size} bytes")
         return bytes(cramjam.snappy.decompress_raw(body))
     except cramjam.DecompressionError as error:
-        raise InvalidEncoding(f"the body is no snappy block: {error}", expected="snappy, in its block format") from None
+        raise InvalidEncoding(
+            f"the body is not a valid snappy block: {error}", expected="snappy, in its block format"
+        ) from None
 
 
-def _too_large(most: int, got: str) -> BodyTooLarge:
+def _too_large(max_bytes: int, got: str) -> BodyTooLarge:
     return BodyTooLarge(
-        f"the body may unpack to {most} bytes, got {got}", expected=f"at most {most} bytes", got=got,
-        hint="send fewer rows at a time",
-    )  # fmt: skip
+        f"the decompressed body may have at most {max_bytes} bytes, got {got}",
+        expected=f"at most {max_bytes} bytes",
+        got=got,
+        hint="send fewer rows per request",
+    )

@@ -1,4 +1,4 @@
-"""CSV with a header: one record a line, of which a bad one costs only itself."""
+"""CSV with a header line: every other line is a record, and an invalid line affects no other line."""
 
 import csv
 import io
@@ -6,65 +6,72 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from service.codec.request_body import Fields
-from service.codec.rows import Unreadable
+from service.codec.request_body import RequestFields
+from service.codec.row_errors import MalformedRow
 from service.errors import InvalidCsv
 
 MEDIA_TYPE = "text/csv"
-MISSING = frozenset(("", "nan", "null", "none", "na", "n/a"))  # in small letters
+MISSING_CELLS = frozenset(("", "nan", "null", "none", "na", "n/a"))  # in lower case
 
 
-class Cells(list[Any]):
-    """Records whose values are still text, and an `Unreadable` for each line that does not fit the header."""
+class CsvRecords(list[Any]):
+    """Records whose values are still text, and a `MalformedRow` for each line that does not fit the header."""
 
-    def numbers(self, names: Collection[str]) -> list[Any]:
-        """The records with the values of `names` as numbers, None where a cell says that it is missing.
+    def __init__(self, records: Iterator[Any], header: list[str]) -> None:
+        super().__init__(records)
+        self.header = header
 
-        What is no number stays text, for the rows' reader to refuse.
+    def with_numbers(self, names: Collection[str]) -> list[Any]:
+        """Return the records with numbers for the values of `names`, and None for empty cells, NaN and the like.
+
+        A cell that is not a number stays text: the parser of records then reports its place.
         """
-        return Cells(_numbers(record, names) if type(record) is dict else record for record in self)
-
-    @property
-    def header(self) -> list[str]:
-        """The names of the columns, as far as a line tells them."""
-        return next((list(record) for record in self if type(record) is dict), [])
+        return [_with_numbers(record, names) if type(record) is dict else record for record in self]
 
 
-def read(body: bytes) -> Fields:
-    """The lines of `body` as the field `records`. Raises InvalidCsv if its header is none."""
+def read_fields(body: bytes) -> RequestFields:
+    """Return the lines of `body` as the field `records`. Raises InvalidCsv if the header is missing or invalid."""
     text = io.StringIO(body.decode("utf-8-sig", errors="replace"), newline="")
     lines = _lines(csv.reader(text))
-    header = next((line for line in lines if line), None)
-    if header is None or isinstance(header, Unreadable):
+    first = next((line for line in lines if line), None)
+    if first is None or isinstance(first, MalformedRow):
         raise InvalidCsv("the CSV has no header", expected="a first line that names the columns", got="none")
-    header = [name.strip() for name in header]
-    twice = [name for name, count in Counter(header).items() if count > 1]
-    if twice:
-        raise InvalidCsv(f"two columns are called {twice[0]!r}", expected="each name once", got=twice[0])
-    records = Cells(_record(header, line) for line in lines if line)
-    return Fields({"records": records} if records else {}, careful=True)
+    header = [name.strip() for name in first]
+    duplicates = [name for name, count in Counter(header).items() if count > 1]
+    if duplicates:
+        raise InvalidCsv(
+            f"duplicate column {duplicates[0]!r} in the CSV header",
+            expected="each column name once",
+            got=duplicates[0],
+            hint="rename or remove one of the columns",
+        )
+    records = CsvRecords((_record(header, line) for line in lines if line), header)
+    return RequestFields({"records": records} if records else {}, may_contain_non_floats=True)
 
 
-def _lines(reader: Iterator[list[str]]) -> Iterator[list[str] | Unreadable]:
+def _lines(reader: Iterator[list[str]]) -> Iterator[list[str] | MalformedRow]:
     while True:
         try:
             yield next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield Unreadable(f"the line is no CSV: {error}", "values between commas", "something else")
+            yield MalformedRow(f"the line is not valid CSV: {error}", "values separated by commas", "an invalid line")
 
 
-def _record(header: list[str], line: list[str] | Unreadable) -> dict[str, str] | Unreadable:
-    if isinstance(line, Unreadable):
+def _record(header: list[str], line: list[str] | MalformedRow) -> dict[str, str] | MalformedRow:
+    if isinstance(line, MalformedRow):
         return line
     if len(line) != len(header):
-        expected, got = f"{len(header)} values", f"{len(line)} values"
-        return Unreadable(f"the header has {len(header)} columns, the line {got}", expected, got)
+        return MalformedRow(
+            f"the CSV header has {len(header)} columns, but the line has {len(line)} values",
+            expected=f"{len(header)} values",
+            got=f"{len(line)} values",
+        )
     return dict(zip(header, line, strict=True))
 
 
-def _numbers(record: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+def _with_numbers(record: dict[str, str], names: Collection[str]) -> dict[str, Any]:
     return {name: _number(cell) if name in names else cell for name, cell in record.items()}
 
 
@@ -72,5 +79,5 @@ def _number(cell: str) -> float | str | None:
     try:
         value = float(cell)
     except ValueError:
-        return None if cell.strip().lower() in MISSING else cell
+        return None if cell.strip().lower() in MISSING_CELLS else cell
     return value if value == value else None

@@ -1,4 +1,4 @@
-"""Which feature a measurement means: by its name, and where a feature's name selects labels, by these."""
+"""The mapping from metric names and labels to the model's features."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -8,26 +8,29 @@ _SELECTOR = re.compile(r'([^{}"]+)\{((?:\s*\w+\s*=\s*"[^"]*"\s*,?)+)\}')
 _LABEL = re.compile(r'(\w+)\s*=\s*"([^"]*)"')
 
 
-class Selectors:
-    """Features by selector: a plain name, or one like `node_load{host="a"}`, as Prometheus writes it.
+class FeatureSelectors:
+    """Finds the feature that a metric with labels belongs to.
 
     Args:
-        selectors: of each feature, by the feature's name.
+        selectors: by feature name, a plain metric name or a Prometheus selector such as `node_load{host="a"}`.
     """
 
     def __init__(self, selectors: Mapping[str, str]) -> None:
-        self._found: dict[str, list[tuple[dict[str, str], str]]] = {}
+        self._by_metric: dict[str, list[tuple[dict[str, str], str]]] = {}  # required labels and feature
         for feature, selector in selectors.items():
             match = _SELECTOR.fullmatch(selector.strip())
             name, labels = (match[1].strip(), dict(_LABEL.findall(match[2]))) if match else (selector.strip(), {})
-            self._found.setdefault(name, []).append((labels, feature))
-        for choices in self._found.values():
-            choices.sort(key=lambda choice: -len(choice[0]))
+            self._by_metric.setdefault(name, []).append((labels, feature))
+        for candidates in self._by_metric.values():
+            candidates.sort(key=lambda candidate: -len(candidate[0]))
 
     def find(self, names: Iterable[str], labels: Labels) -> str | None:
-        """The feature that is meant by the first of `names` that any has, the one that selects most of `labels`."""
+        """Return the feature that the first matching name selects, or None.
+
+        Of several features that match a name, the one whose selector requires the most labels wins.
+        """
         for name in names:
-            for wanted, feature in self._found.get(name, ()):
-                if wanted.items() <= labels.items():
+            for required, feature in self._by_metric.get(name, ()):
+                if required.items() <= labels.items():
                     return feature
         return None

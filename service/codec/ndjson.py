@@ -1,68 +1,69 @@
-"""NDJSON: one JSON value a line, of which a bad one costs only itself."""
+"""NDJSON: every line is a JSON value, and an invalid line affects no other line."""
 
 import orjson
 
-from service.codec.request_body import Fields, loads_value
-from service.codec.rows import Unreadable
+from service.codec.request_body import RequestFields, loads_value
+from service.codec.row_errors import MalformedRow
 from service.errors import InvalidJson
 
 MEDIA_TYPE = "application/x-ndjson"
 MEDIA_TYPES = (MEDIA_TYPE, "application/ndjson", "application/jsonl", "application/x-jsonlines")
-SHOWN = 40  # characters of a bad line that an error quotes
+QUOTED_CHARACTERS = 40  # of an invalid line, in its error
 
 
-class Lines(list[object]):
-    """What the lines hold: records, rows, and an `Unreadable` for each that is no JSON."""
+class NdjsonRows(list[object]):
+    """The values of the lines: records, rows as lists, and a `MalformedRow` for each line that is not valid JSON."""
 
 
-def read(body: bytes) -> Fields:
-    """The lines of `body` as the field `records`; blank ones are none."""
-    values = Lines(parse(line) for line in body.split(b"\n") if line and not line.isspace())
-    return Fields({"records": values} if values else {}, careful=True)
+def read_fields(body: bytes) -> RequestFields:
+    """Return the values of the lines as the field `records`. Blank lines are skipped."""
+    rows = NdjsonRows(parse_line(line) for line in body.split(b"\n") if line and not line.isspace())
+    return RequestFields({"records": rows} if rows else {}, may_contain_non_floats=True)
 
 
-def parse(line: bytes) -> object:
-    """What one line holds."""
+def parse_line(line: bytes) -> object:
+    """Return the value of one line, or a `MalformedRow`."""
     try:
-        value = loads_value(line)
+        return loads_value(line)
     except InvalidJson as error:
-        got = line[:SHOWN].decode(errors="replace").strip()
-        return Unreadable(error.detail, "a JSON object or list in UTF-8", got)
-    return value
+        got = line[:QUOTED_CHARACTERS].decode(errors="replace").strip()
+        return MalformedRow(error.detail, "a JSON object or list in UTF-8", got)
 
 
 def dumps(value: object) -> bytes:
-    """`value` as a line."""
+    """Return `value` as one line."""
     return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
 
 
-class Splitter:
-    """Cuts a stream of bytes into lines, of which one that is too long costs only itself, not its memory.
+class LineSplitter:
+    """Splits a stream of bytes into lines. A line that is too long becomes a `MalformedRow` and is not kept in memory.
 
-    longest: bytes that a line may have.
+    Args:
+        max_line_bytes: the length of the longest line that is parsed.
     """
 
-    def __init__(self, longest: int) -> None:
-        self._longest = longest
+    def __init__(self, max_line_bytes: int) -> None:
+        self._max_line_bytes = max_line_bytes
         self._rest = b""
-        self._skipping = False
+        self._skipping = False  # whether the current line is too long and its bytes are dropped
 
-    def feed(self, piece: bytes) -> list[object]:
-        """What the lines that end in `piece` hold, as `parse` gives it."""
-        *whole, self._rest = (self._rest + piece).split(b"\n")
-        found = [value for line in whole for value in self._values(line)]
-        if len(self._rest) > self._longest:
+    def feed(self, chunk: bytes) -> list[object]:
+        """Return the values of the lines that end in `chunk`, as `parse_line` returns them."""
+        *lines, self._rest = (self._rest + chunk).split(b"\n")
+        values = [value for line in lines for value in self._parse(line)]
+        if len(self._rest) > self._max_line_bytes:
             self._rest, self._skipping = b"", True
-        return found
+        return values
 
-    def end(self) -> list[object]:
-        """What the last line holds, if no newline ended it."""
+    def finish(self) -> list[object]:
+        """Return the value of the last line, if no newline ended it, in a list."""
         last, self._rest = self._rest, b""
-        return self._values(last)
+        return self._parse(last)
 
-    def _values(self, line: bytes) -> list[object]:
-        """What a line holds: nothing if it is blank."""
-        if self._skipping or len(line) > self._longest:
+    def _parse(self, line: bytes) -> list[object]:
+        """Return the value of a line in a list, which is empty if the line is blank."""
+        if self._skipping or len(line) > self._max_line_bytes:
             self._skipping = False
-            return [Unreadable("the line is too long", f"at most {self._longest} bytes", "more")]
-        return [parse(line)] if line and not line.isspace() else []
+            limit = f"at most {self._max_line_bytes} bytes"
+            return [MalformedRow(f"the line is too long: expected {limit}", limit, "a longer line")]
+        return [parse_line(line)] if line and not line.isspace() else []

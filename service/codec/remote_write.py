@@ -1,6 +1,6 @@
-"""Prometheus remote write, version 1: a snappy block of the protobuf message prometheus.WriteRequest, to series.
+"""Prometheus remote write, version 1: the protobuf message prometheus.WriteRequest in a snappy block, to series.
 
-Only the fields that are needed are declared; protobuf skips the others (exemplars, histograms, metadata).
+Only the fields that Elbo reads are declared; protobuf skips all others (exemplars, histograms, metadata).
 """
 
 import struct
@@ -15,12 +15,12 @@ from service.errors import InvalidProtobuf, UnsupportedMediaType
 MEDIA_TYPE = "application/x-protobuf"
 MESSAGE = "prometheus.WriteRequest"
 ENCODING = "snappy"
-STALE = 0x7FF0000000000002  # the bits of the NaN by which Prometheus says that a series has ended
-NAME = "__name__"
+STALE_BITS = 0x7FF0000000000002  # the NaN that Prometheus sends to mark the end of a series
+METRIC_NAME_LABEL = "__name__"
 
-Series = tuple[tuple[tuple[str, str], ...], list[tuple[int, float]]]  # labels; samples: milliseconds and value
+Series = tuple[tuple[tuple[str, str], ...], list[tuple[int, float]]]  # labels; samples as milliseconds and value
 
-_FIELDS = {  # of each message: name, number, type, label
+_FIELDS = {  # by message: name, number, type and label of each field
     "Label": (("name", 1, "STRING", "OPTIONAL"), ("value", 2, "STRING", "OPTIONAL")),
     "Sample": (("value", 1, "DOUBLE", "OPTIONAL"), ("timestamp", 2, "INT64", "OPTIONAL")),
     "TimeSeries": (("labels", 1, "Label", "REPEATED"), ("samples", 2, "Sample", "REPEATED")),
@@ -29,7 +29,7 @@ _FIELDS = {  # of each message: name, number, type, label
 
 
 def _write_request() -> Any:
-    """The message class, in a pool of our own: other libraries may declare the same names in the common one."""
+    """Return the message class. It is in a separate pool: other libraries may declare its name in the default one."""
     file = descriptor_pb2.FileDescriptorProto(name="elbo/remote_write.proto", package="prometheus", syntax="proto3")
     kinds = descriptor_pb2.FieldDescriptorProto
     for name, fields in _FIELDS.items():
@@ -51,33 +51,36 @@ def _write_request() -> Any:
 WriteRequest = _write_request()
 
 
-def require(content_type: str, content_encoding: str) -> None:
-    """Raise UnsupportedMediaType unless the headers say version 1, in snappy."""
+def require_version_1(content_type: str, content_encoding: str) -> None:
+    """Raise UnsupportedMediaType unless the headers mean remote write version 1 with snappy compression."""
     media_type, *parameters = (part.strip().lower() for part in content_type.split(";"))
     proto = next((p.partition("=")[2].strip('"') for p in parameters if p.startswith("proto=")), MESSAGE.lower())
     if media_type != MEDIA_TYPE or proto != MESSAGE.lower():
         expected = f"{MEDIA_TYPE};proto={MESSAGE}"
         raise UnsupportedMediaType(
-            f"expected {expected}, remote write of version 1, got {content_type[:100]}",
-            expected=expected, got=content_type[:100], hint="leave protobuf_message of remote_write at its default",
-        )  # fmt: skip
+            f"expected {expected}, which is remote write version 1, got {content_type[:100]}",
+            expected=expected,
+            got=content_type[:100],
+            hint="leave protobuf_message of remote_write in Prometheus at its default",
+        )
     if content_encoding.strip().lower() != ENCODING:
         raise UnsupportedMediaType(
-            f"expected a body in {ENCODING}, got {content_encoding[:40] or 'none'}",
-            expected=f"Content-Encoding: {ENCODING}", got=content_encoding[:40],
+            f"expected the Content-Encoding {ENCODING}, got {content_encoding[:40] or 'none'}",
+            expected=f"Content-Encoding: {ENCODING}",
+            got=content_encoding[:40],
             headers={"Accept-Encoding": ENCODING},
-        )  # fmt: skip
+        )
 
 
-def read(body: bytes, most: int) -> Iterator[Series]:
-    """The series in `body`, which may unpack to `most` bytes.
+def loads(body: bytes, max_bytes: int) -> Iterator[Series]:
+    """Return the series in `body`, which may decompress to at most `max_bytes`.
 
-    Raises InvalidEncoding, BodyTooLarge, InvalidProtobuf: all before the first series is given.
+    Raises InvalidEncoding, BodyTooLarge or InvalidProtobuf on the call, never while the caller iterates.
     """
     try:
-        request = WriteRequest.FromString(compression.unsnap(body, most))
+        request = WriteRequest.FromString(compression.decompress_snappy(body, max_bytes))
     except message.DecodeError as error:
-        raise InvalidProtobuf(f"the body is no {MESSAGE}: {error}", expected=MESSAGE) from None
+        raise InvalidProtobuf(f"the body is not a valid {MESSAGE}: {error}", expected=MESSAGE) from None
     return (
         (
             tuple((label.name, label.value) for label in series.labels),
@@ -87,20 +90,20 @@ def read(body: bytes, most: int) -> Iterator[Series]:
     )
 
 
-def write(series: list[Series]) -> bytes:
-    """The body that says `series`."""
+def dumps(series: list[Series]) -> bytes:
+    """Return a request body with `series`."""
     import cramjam
 
     request = WriteRequest()
     for labels, samples in series:
-        one = request.timeseries.add()
+        added = request.timeseries.add()
         for name, text in labels:
-            one.labels.add(name=name, value=text)
+            added.labels.add(name=name, value=text)
         for timestamp, value in samples:
-            one.samples.add(timestamp=timestamp, value=value)
+            added.samples.add(timestamp=timestamp, value=value)
     return bytes(cramjam.snappy.compress_raw(request.SerializeToString()))
 
 
 def is_stale(value: float) -> bool:
-    """Whether a value is not one, but the end of its series."""
-    return value != value and struct.unpack("<Q", struct.pack("<d", value))[0] == STALE
+    """Return whether a value marks the end of its series."""
+    return value != value and struct.unpack("<Q", struct.pack("<d", value))[0] == STALE_BITS

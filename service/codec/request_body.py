@@ -1,4 +1,4 @@
-"""A request's bytes to its fields: JSON, npy or safetensors, whichever its Content-Type says."""
+"""Request bodies to fields: JSON, npy or safetensors, as the Content-Type header says."""
 
 import json
 from collections import Counter
@@ -9,31 +9,35 @@ from typing import Any, NamedTuple
 import orjson
 
 from service.codec import npy, safetensors, simdjson_rows
-from service.codec.rows import describe
+from service.codec.row_errors import describe_value
 from service.errors import InvalidJson, UnsupportedMediaType
 
 JSON = "application/json"
 
 
-class Fields(NamedTuple):
-    """What a body says. `careful`: whether booleans, NaN or infinity may stand where numbers belong."""
+class RequestFields(NamedTuple):
+    """The fields of a request body.
+
+    `may_contain_non_floats`: whether true, false, NaN or infinity may be among the numbers of its rows.
+    """
 
     values: dict[str, Any]
-    careful: bool = False
+    may_contain_non_floats: bool = False
 
 
-NO_FORMATS: Mapping[str, Callable[[bytes], Fields]] = {}
+BodyReader = Callable[[bytes], RequestFields]
+NO_EXTRA_READERS: Mapping[str, BodyReader] = {}
 
 
 @lru_cache(maxsize=256)
 def media_type_of(content_type: str) -> str:
-    """The media type that a Content-Type header names, without its parameters."""
+    """Return the media type in a Content-Type header, without its parameters, in lower case."""
     return content_type.partition(";")[0].strip().lower()
 
 
 @lru_cache(maxsize=256)
 def is_array(content_type: str) -> bool:
-    """Whether a body of this type is the bytes of arrays."""
+    """Return whether a body of this type holds arrays in binary form."""
     return media_type_of(content_type) in (npy.MEDIA_TYPE, safetensors.MEDIA_TYPE)
 
 
@@ -42,30 +46,36 @@ def read_fields(
     body: bytes,
     main: str | None,
     width: int = 0,
-    formats: Mapping[str, Callable[[bytes], Fields]] = NO_FORMATS,
-) -> Fields:
-    """The fields of `body`; the array of a binary body is the field `main`. An empty body has none.
+    extra_readers: Mapping[str, BodyReader] = NO_EXTRA_READERS,
+) -> RequestFields:
+    """Return the fields of `body`. An empty body has none.
 
-    JSON rows of `width` numbers in the field `main` are read as an array. `formats` are readers by media type, beside
-    JSON and npy.
+    Args:
+        content_type: the header.
+        body: decompressed.
+        main: the field that holds the rows, if the endpoint has one. The array in an npy or safetensors body is this
+            field; in a JSON body, its rows become an array if they are lists of `width` numbers.
+        width: the number of values per row.
+        extra_readers: readers of further media types, by media type.
 
-    Raises UnsupportedMediaType, InvalidJson, InvalidNpy, InvalidSafetensors, and what `formats` raise.
+    Raises:
+        UnsupportedMediaType, InvalidJson, InvalidNpy, InvalidSafetensors, and the errors of `extra_readers`.
     """
     media_type = media_type_of(content_type)
     if not body:
-        return Fields({})
+        return RequestFields({})
     if media_type in ("", JSON) or media_type.endswith("+json"):
-        fields = simdjson_rows.read(body, main, width) if main else None
-        return _json_fields(body) if fields is None else Fields(fields)
+        fields = simdjson_rows.read_fields(body, main, width) if main else None
+        return _read_json(body) if fields is None else RequestFields(fields)
     if media_type == npy.MEDIA_TYPE and main is not None:
-        return Fields({main: npy.loads(body)})
+        return RequestFields({main: npy.loads(body)})
     if media_type == safetensors.MEDIA_TYPE and main is not None:
-        return Fields({main: safetensors.loads(body, main)})
-    if media_type in formats:
-        return formats[media_type](body)
-    accepted = " or ".join([JSON, *([npy.MEDIA_TYPE, safetensors.MEDIA_TYPE] if main else []), *formats])
+        return RequestFields({main: safetensors.loads(body, main)})
+    if media_type in extra_readers:
+        return extra_readers[media_type](body)
+    accepted = " or ".join([JSON, *([npy.MEDIA_TYPE, safetensors.MEDIA_TYPE] if main else []), *extra_readers])
     raise UnsupportedMediaType(
-        f"expected a body of {accepted}, got {media_type}",
+        f"expected a body of type {accepted}, got {media_type}",
         expected=accepted,
         got=media_type,
         hint=f"send the header Content-Type: {JSON}",
@@ -73,43 +83,47 @@ def read_fields(
 
 
 def loads_value(text: bytes) -> Any:
-    """What the JSON `text` says, NaN and infinity let pass. Raises InvalidJson, for a key that stands twice too."""
+    """Return the value of the JSON `text`, in which NaN and infinity are allowed.
+
+    Raises InvalidJson, also if an object has a duplicate key.
+    """
     try:
-        document = orjson.loads(text)
+        value = orjson.loads(text)
     except orjson.JSONDecodeError as error:
-        document = _with_non_finite(text, error)
-    if text.count(b'"') != 2 * _count_strings(document):
-        _refuse_duplicates(text)
-    return document
+        value = _loads_non_finite(text, error)
+    if text.count(b'"') != 2 * _count_strings(value):
+        _refuse_duplicate_keys(text)
+    return value
 
 
-def _json_fields(body: bytes) -> Fields:
-    lenient = False
+def _read_json(body: bytes) -> RequestFields:
+    has_non_finite = False
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        document, lenient = _with_non_finite(body, error), True
+        document, has_non_finite = _loads_non_finite(body, error), True
     if type(document) is not dict:
-        got = describe(document)
+        got = describe_value(document)
         raise InvalidJson(f"expected a JSON object, got {got}", pointer="", expected="an object", got=got)
     if body.count(b'"') != 2 * _count_strings(document):
-        _refuse_duplicates(body)
-    return Fields(document, lenient or _hides_booleans(body, document))
+        _refuse_duplicate_keys(body)
+    return RequestFields(document, has_non_finite or _may_nest_booleans(body, document))
 
 
-def _hides_booleans(body: bytes, document: dict[str, Any]) -> bool:
-    """Whether a boolean may stand deeper in `document` than as the value of a field."""
-    # A search for one byte runs at memory speed: of all that numbers consist of, only true has an r and false an f.
+def _may_nest_booleans(body: bytes, document: dict[str, Any]) -> bool:
+    """Return whether `document` may contain a boolean in other places than the values of its fields."""
+    # A search for one byte runs at memory speed. In a document of numbers only true has an r, and only false an f.
     if b"r" not in body and b"f" not in body:
         return False
-    plain = sum(type(value) is bool for value in document.values())
-    return body.count(b"true") + body.count(b"false") > plain
+    of_fields = sum(type(value) is bool for value in document.values())
+    return body.count(b"true") + body.count(b"false") > of_fields
 
 
-def _with_non_finite(body: bytes, error: orjson.JSONDecodeError) -> Any:
-    """What Python's own reader makes of a body with NaN, Infinity or 1e999: the rows' reader then says where it stands.
+def _loads_non_finite(body: bytes, error: orjson.JSONDecodeError) -> Any:
+    """Return the value of a body that orjson refused for NaN, Infinity or 1e999: the parser of rows reports the place.
 
-    Other faults stay faults; so do escapes, of which that reader lets lone surrogates pass.
+    Python's own reader parses it. It would also accept lone surrogates, so bodies with escapes are refused, as are
+    bodies with any other error. Raises InvalidJson.
     """
     try:
         if not (b"NaN" in body or b"Infinity" in body or "infinity" in str(error)) or rb"\u" in body:
@@ -117,12 +131,14 @@ def _with_non_finite(body: bytes, error: orjson.JSONDecodeError) -> Any:
         return json.loads(body)
     except (ValueError, RecursionError):
         raise InvalidJson(
-            f"the body is no JSON: {error}", expected="a JSON object in UTF-8", hint="check the quotes and commas"
+            f"the body is not valid JSON: {error}",
+            expected="a JSON object in UTF-8",
+            hint="check the quotation marks and commas",
         ) from error
 
 
 def _count_strings(value: Any) -> int:
-    """Strings in `value`, keys included, leaving out those in lists of lists, where only numbers belong."""
+    """Return the number of strings in `value`, keys included, except those in lists of lists, which hold numbers."""
     if type(value) is str:
         return 1
     if type(value) is dict:
@@ -132,19 +148,21 @@ def _count_strings(value: Any) -> int:
     return 0
 
 
-def _refuse_duplicates(body: bytes) -> None:
-    """Raise InvalidJson if an object has a key twice: readers disagree about which one counts.
+def _refuse_duplicate_keys(body: bytes) -> None:
+    """Raise InvalidJson if an object has a duplicate key, because JSON readers disagree about which value counts.
 
-    Only called when the quotation marks in the body are not those of the strings that were read.
+    This parses the body again, so it is only called if the body has more quotation marks than its strings account for.
     """
 
-    def once(pairs: list[tuple[str, Any]]) -> None:
+    def check(pairs: list[tuple[str, Any]]) -> None:
         counts = Counter(key for key, _ in pairs)
-        twice = [key for key, count in counts.items() if count > 1]
-        if twice:
-            raise InvalidJson(f"the key {twice[0]!r} stands twice in one object", expected="each key once")
+        duplicates = [key for key, count in counts.items() if count > 1]
+        if duplicates:
+            raise InvalidJson(
+                f"duplicate key {duplicates[0]!r}", expected="each key once per object", hint="remove one of the two"
+            )
 
     try:
-        json.loads(body, object_pairs_hook=once)
+        json.loads(body, object_pairs_hook=check)
     except RecursionError as error:
         raise InvalidJson("the body is nested too deeply", expected="at most 4 levels") from error

@@ -1,7 +1,8 @@
-"""JSON whose main field is rows of numbers, read without making a Python object of each.
+"""A fast reader for JSON bodies that consist of rows of numbers. It makes no Python object per number.
 
-simdjson keeps the document on a tape of its own and copies the numbers out of it, five times faster than a parser that
-makes lists. Whatever it refuses, and whatever is not plainly rows of numbers, goes to the reader that knows why.
+simdjson parses a document into its own memory and copies the numbers out of it, five times faster than a parser that
+makes lists. Every body that it refuses, or that is not plainly rows of numbers, goes to the reader in request_body.py,
+which reports errors.
 """
 
 import threading
@@ -10,20 +11,23 @@ from typing import Any
 import numpy as np
 import simdjson
 
-FEW = 64  # times that a character is searched for rather than counted
-_OWN = threading.local()  # a parser's document lives until its next one: each thread has its own
-_REFUSED = (ValueError, TypeError, KeyError, AttributeError, RuntimeError)
+MAX_SEARCHES = 64  # the largest count that is checked by repeated searches
+_THREAD_LOCAL = threading.local()  # a document lives until its parser parses the next: each thread has a parser
+_PARSING_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError)
 
 
-def read(body: bytes, main: str, width: int) -> dict[str, Any] | None:
-    """The fields of `body`, `main` as float64 [N, width]; None if they are not plainly numbers and booleans."""
+def read_fields(body: bytes, main: str, width: int) -> dict[str, Any] | None:
+    """Return the fields of `body`, with `main` as float64 [N, width].
+
+    Returns None unless `main` is rows of `width` numbers and each other field is a number or a boolean.
+    """
     try:
-        return _read(body, main, width)
-    except _REFUSED:
+        return _read_fields(body, main, width)
+    except _PARSING_ERRORS:
         return None
 
 
-def _read(body: bytes, main: str, width: int) -> dict[str, Any] | None:
+def _read_fields(body: bytes, main: str, width: int) -> dict[str, Any] | None:
     document: Any = _parser().parse(body)
     keys = set(document.keys())
     rows = document[main]
@@ -31,9 +35,9 @@ def _read(body: bytes, main: str, width: int) -> dict[str, Any] | None:
         if len(row) != width:
             return None
     count = len(rows)
-    # Rows of the right length can still hold lists, which simdjson would flatten: then there are more brackets. A key
-    # that stands twice, or a text, brings more quotation marks.
-    if not count * width or not _stands(body, b"[", count + 1) or not _stands(body, b'"', 2 * len(keys)):
+    # Rows of the right length may still contain lists, which simdjson would flatten: then there are more brackets.
+    # With a duplicate key or a string value there are more quotation marks.
+    if not count * width or not _occurs(body, b"[", count + 1) or not _occurs(body, b'"', 2 * len(keys)):
         return None
     fields: dict[str, Any] = {main: np.frombuffer(rows.as_buffer(of_type="d"), np.float64).reshape(count, width)}
     for key in keys:
@@ -44,21 +48,25 @@ def _read(body: bytes, main: str, width: int) -> dict[str, Any] | None:
     return fields
 
 
-def _stands(body: bytes, character: bytes, times: int) -> bool:
-    """Whether it stands there so many times. Searching for the next one runs at memory speed, counting does not."""
-    if times > FEW:
+def _occurs(body: bytes, character: bytes, times: int) -> bool:
+    """Return whether `character` occurs exactly `times` times in `body`.
+
+    A search for the next occurrence runs at memory speed, bytes.count does not.
+    """
+    if times > MAX_SEARCHES:
         return body.count(character) == times
-    at = -1
+    position = -1
     for _ in range(times):
-        at = body.find(character, at + 1)
-        if at < 0:
+        position = body.find(character, position + 1)
+        if position < 0:
             return False
-    return body.find(character, at + 1) < 0
+    return body.find(character, position + 1) < 0
 
 
 def _parser() -> simdjson.Parser:
+    """Return the parser of this thread."""
     try:
-        parser: simdjson.Parser = _OWN.parser
+        parser: simdjson.Parser = _THREAD_LOCAL.parser
     except AttributeError:
-        parser = _OWN.parser = simdjson.Parser()
+        parser = _THREAD_LOCAL.parser = simdjson.Parser()
     return parser

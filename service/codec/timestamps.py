@@ -1,25 +1,26 @@
-"""Timestamps as senders write them, to Unix seconds."""
+"""Timestamps in any common form to Unix seconds."""
 
 import math
 from datetime import UTC, datetime
 from typing import Any
 
-# A number's size tells its unit for every moment from March 1973 to the year 5138.
+# Upper limit of a timestamp's absolute value, and the units per second that it then has: s, ms, us, ns. The size of a
+# number is unambiguous for every moment from March 1973 to the year 5138.
 _UNITS = ((1e11, 1.0), (1e14, 1e3), (1e17, 1e6), (math.inf, 1e9))
 
 
-def seconds(value: Any) -> float:
-    """Unix seconds of a number, whose unit (s, ms, us or ns) its size tells, or of an ISO 8601 text; else NaN.
+def to_unix_seconds(value: Any) -> float:
+    """Return a timestamp as Unix seconds: a number in s, ms, us or ns, or an ISO 8601 text. NaN if it is neither.
 
-    A text without a zone is UTC.
+    A text without a time zone is UTC.
     """
     if isinstance(value, str):
-        number = _number(value)
-        return _of_text(value) if math.isnan(number) else _of_number(number)
-    return _of_number(float(value)) if type(value) in (int, float) else math.nan
+        number = _parse_number(value)
+        return _parse_iso8601(value) if math.isnan(number) else _scale(number)
+    return _scale(float(value)) if type(value) in (int, float) else math.nan
 
 
-def _of_text(text: str) -> float:
+def _parse_iso8601(text: str) -> float:
     try:
         moment = datetime.fromisoformat(text.strip())
     except ValueError:
@@ -27,14 +28,15 @@ def _of_text(text: str) -> float:
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
-def _number(text: str) -> float:
+def _parse_number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
         return math.nan
 
 
-def _of_number(value: float) -> float:
-    if not math.isfinite(value):
+def _scale(number: float) -> float:
+    """Return a number in s, ms, us or ns as seconds."""
+    if not math.isfinite(number):
         return math.nan
-    return value / next(unit for limit, unit in _UNITS if abs(value) < limit)
+    return number / next(unit for limit, unit in _UNITS if abs(number) < limit)

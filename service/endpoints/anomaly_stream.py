@@ -7,8 +7,8 @@ a client that does not read is not read from either, and one that leaves ends th
 from collections.abc import AsyncIterator
 from functools import partial
 
-from service.anomaly.inputs import InputRows, of_records
-from service.anomaly.verdicts import Verdicts, results, unread
+from service.anomaly.inputs import InputRows, parse_record_rows
+from service.anomaly.verdicts import Verdicts, parsing_errors, results_and_errors
 from service.codec import compression, ndjson
 from service.codec.request_body import media_type_of
 from service.endpoints.pipeline import ServiceContext, aside, score_rows
@@ -40,7 +40,9 @@ class Stream:
         self._served = served = service.find(request.query.model)
         request.record.model, request.record.version = served.name, served.version
         self._body = validate(AnomalyBody, merge({}, request.query.options))
-        self._gunzip = compression.Gunzip() if compression.gzipped(request.header(b"content-encoding")) else None
+        self._gunzip = (
+            compression.GzipDecompressor() if compression.is_gzip(request.header(b"content-encoding")) else None
+        )
         self._counts = {"rows": 0, "anomalies": 0, "failed": 0, "unknown_fields": 0}
         for name in ("fdr", "half_life", "half_life_rows"):
             if getattr(self._body, name) is not None:
@@ -56,12 +58,12 @@ class Stream:
     async def _lines(self) -> AsyncIterator[bytes]:
         """A line a row, in their order; at the end the counts, or the problem that ended it."""
         try:
-            splitter = ndjson.Splitter(max(LONGEST_LINE, NUMBER_BYTES * self._served.rows.width))
+            splitter = ndjson.LineSplitter(max(LONGEST_LINE, NUMBER_BYTES * self._served.row_schema.width))
             async for piece in self._pieces():
                 found = await aside(partial(splitter.feed, piece), COSTLY * len(piece))
                 if found:
                     yield await self._judge(found)
-            if last := splitter.end():
+            if last := splitter.finish():
                 yield await self._judge(last)
             head = {"model": self._served.name, "version": self._served.version}
             yield ndjson.dumps(head | self._counts)
@@ -77,24 +79,32 @@ class Stream:
             for unpacked in self._gunzip.feed(piece):
                 yield unpacked
         if self._gunzip:
-            self._gunzip.end()
+            self._gunzip.finish()
 
     async def _judge(self, found: list[object]) -> bytes:
         """The lines of the answer for the rows in `found`."""
         first = self._counts["rows"]
-        rows, body = self._served.rows, self._body
-        take = partial(of_records, rows, body, ndjson.Lines(found), careful=True, pointer="", least=0)
-        input_rows = await aside(take, COSTLY * rows.width * len(found))
+        schema, body = self._served.row_schema, self._body
+        parse = partial(
+            parse_record_rows,
+            schema,
+            body,
+            ndjson.NdjsonRows(found),
+            may_contain_non_floats=True,
+            pointer="",
+            minimum=0,
+        )
+        input_rows = await aside(parse, COSTLY * schema.width * len(found))
         verdicts = await score_rows(self._service, self._served, input_rows, body)
         self._count(input_rows, verdicts)
         return await aside(partial(_written, self._served, body, input_rows, verdicts, first), 400 * len(found))
 
     def _count(self, input_rows: InputRows, verdicts: Verdicts | None) -> None:
-        judged = verdicts.scores.count if verdicts else 0
-        self._counts["rows"] += input_rows.sent
-        self._counts["failed"] += input_rows.sent - judged
-        self._counts["unknown_fields"] += input_rows.unknown
-        self._counts["anomalies"] += sum(verdicts.flags) if verdicts else 0
+        judged = verdicts.scores.usable_count if verdicts else 0
+        self._counts["rows"] += input_rows.rows_received
+        self._counts["failed"] += input_rows.rows_received - judged
+        self._counts["unknown_fields"] += input_rows.unknown_fields
+        self._counts["anomalies"] += sum(verdicts.is_anomaly) if verdicts else 0
         self._exchange.record.rows = self._counts["rows"]
 
 
@@ -104,8 +114,8 @@ def _written(
     """The results and errors of rows that begin with row `first`, one a line in their order."""
     if body.detail == "none":
         return b""
-    told_of = body.explain, served.rows.names, served.manifest.parts
-    found, errors = results(verdicts, *told_of) if verdicts else ([], unread(input_rows.reading))
+    told_of = body.explain, served.row_schema.names, served.manifest.parts
+    found, errors = results_and_errors(verdicts, *told_of) if verdicts else ([], parsing_errors(input_rows.parsed))
     for error in errors:
         at, _, place = (error["pointer"] or f"/{error['row']}").removeprefix("/").partition("/")
         error["pointer"] = f"/{first + int(at)}" + (f"/{place}" if place else "")

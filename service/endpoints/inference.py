@@ -8,10 +8,12 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from service.anomaly.inputs import FORMATS, WAYS, InputRows, take
-from service.anomaly.verdicts import Scores, Verdicts, decide, results, table
+from service.anomaly.inputs import RECORD_READERS, ROW_FIELDS, InputRows, parse_input_rows
+from service.anomaly.verdicts import Scores, Verdicts, decide, results_and_errors, score_array
 from service.codec.request_body import JSON
-from service.codec.response_body import ARRAY, PICTURE
+from service.codec.response_body import ARRAY_FORMATS, PICTURE_FORMATS
+from service.codec.row_arrays import parse_array
+from service.codec.row_lists import parse_row, parse_rows
 from service.endpoints import anomaly_stream
 from service.endpoints.pipeline import (
     Offer,
@@ -65,7 +67,9 @@ class InferenceEndpoints:
     async def reconstruct(self, request: RequestContext) -> HttpResponse:
         """Rows through the code and back, and how much that changed them."""
         call = await self._read_rows(request, ReconstructBody, _pictures, "inputs")
-        outputs, errors = await run(self.service, call, operations.reconstruct(call.served.rows.gaps), call.x)
+        outputs, errors = await run(
+            self.service, call, operations.reconstruct(call.served.row_schema.allows_missing), call.x
+        )
         fields = {"outputs": outputs, "errors": errors, **_imputed(call.served, call.x)}
         return await answer(call, fields, outputs)
 
@@ -90,15 +94,15 @@ class InferenceEndpoints:
         """Which rows are abnormal, how sure that is, and why."""
         if anomaly_stream.asked_for(request):
             return anomaly_stream.Stream(self.service, request).answer()
-        call = await read(self.service, request, AnomalyBody, _arrays, "inputs", self._judgeable, FORMATS)
+        call = await read(self.service, request, AnomalyBody, _arrays, "inputs", self._judgeable, RECORD_READERS)
         input_rows, body = call.x, call.body
         verdicts = await judge(self.service, call, input_rows)
         if call.media_type != JSON:
-            numbers = table(verdicts)
+            numbers = score_array(verdicts)
             columns = dict(zip(("score", "p_value", "severity"), numbers.T, strict=True))
             return await answer(call, {**columns}, numbers, holes=True)
         started = perf_counter()
-        size = ROW_BYTES * input_rows.sent if body.detail == "full" else 0
+        size = ROW_BYTES * input_rows.rows_received if body.detail == "full" else 0
         fields = await aside(partial(_told, call, verdicts), size)
         call.record.write += perf_counter() - started
         return await answer(call, fields, verdicts.scores.expected)
@@ -108,13 +112,13 @@ class InferenceEndpoints:
     ) -> ParsedRequest[B]:
         """A request whose `field`, "inputs" or "latents", holds rows, every one of which must be right."""
 
-        def extract(served: ServedModel, body: B, careful: bool) -> Array:
+        def extract(served: ServedModel, body: B, may_contain_non_floats: bool) -> Array:
             rows, pointer = getattr(body, field), f"/{field}"
-            form = served.latents if field == "latents" else served.rows
+            schema = served.latent_schema if field == "latents" else served.row_schema
             require_rows(self.service, rows, pointer)
             if isinstance(rows, np.ndarray):
-                return form.read_array(rows, pointer)
-            return form.read(rows, pointer, careful)
+                return parse_array(schema, rows, pointer)
+            return parse_rows(schema, rows, pointer, may_contain_non_floats)
 
         return await read(self.service, request, schema, offered, field, extract)
 
@@ -124,9 +128,13 @@ class InferenceEndpoints:
         normal, uniform = self._noise.draw(seed, body.n, served.manifest.latents)
         return seed, normal * np.float32(body.temperature), uniform
 
-    def _ends(self, served: ServedModel, body: InterpolateBody, careful: bool) -> tuple["_Point", "_Point"]:
+    def _ends(
+        self, served: ServedModel, body: InterpolateBody, may_contain_non_floats: bool
+    ) -> tuple["_Point", "_Point"]:
         require_count(self.service, "steps", body.steps)
-        return _point(served, body.start, "/start", careful), _point(served, body.end, "/end", careful)
+        return _point(served, body.start, "/start", may_contain_non_floats), _point(
+            served, body.end, "/end", may_contain_non_floats
+        )
 
     async def _codes(self, call: ParsedRequest[InterpolateBody]) -> list[Array]:
         """The codes [K] of both ends; those given as rows are encoded together."""
@@ -138,18 +146,18 @@ class InferenceEndpoints:
             codes = iter(mean)
         return [point.values[0] if point.is_code else next(codes) for point in points]
 
-    def _judgeable(self, served: ServedModel, body: AnomalyBody, careful: bool) -> InputRows:
-        for name in WAYS:
+    def _judgeable(self, served: ServedModel, body: AnomalyBody, may_contain_non_floats: bool) -> InputRows:
+        for name in ROW_FIELDS:
             if (rows := getattr(body, name)) is not None:
                 require_rows(self.service, rows, f"/{name}")
-        return take(served, body, careful)
+        return parse_input_rows(served, body, may_contain_non_floats)
 
 
 async def judge(service: ServiceContext, call: ParsedRequest[AnomalyBody], input_rows: InputRows) -> Verdicts:
     """What the model of `call` says of the rows of `input_rows`."""
-    x = call.served.rows.filled(input_rows.reading)
+    x = call.served.row_schema.impute(input_rows.parsed)
     scores = Scores(*await run(service, call, operations.anomaly(call.body.alpha), x))
-    call.record.rows = input_rows.sent
+    call.record.rows = input_rows.rows_received
     verdicts = decide(input_rows, scores, call.body)
     service.metrics.judged.count(call.served, input_rows, verdicts)
     return verdicts
@@ -159,14 +167,14 @@ def _told(call: ParsedRequest[AnomalyBody], verdicts: Verdicts) -> dict[str, Any
     """The fields of the answer."""
     body, manifest, input_rows, scores = call.body, call.served.manifest, verdicts.input_rows, verdicts.scores
     counts = {
-        "rows": input_rows.sent,
-        "anomalies": sum(verdicts.flags),
-        "failed": input_rows.sent - scores.count,
-        "unknown_fields": input_rows.unknown,
+        "rows": input_rows.rows_received,
+        "anomalies": sum(verdicts.is_anomaly),
+        "failed": input_rows.rows_received - scores.usable_count,
+        "unknown_fields": input_rows.unknown_fields,
     }
     if body.detail == "none":
         return counts
-    found, errors = results(verdicts, body.explain, call.served.rows.names, manifest.parts)
+    found, errors = results_and_errors(verdicts, body.explain, call.served.row_schema.names, manifest.parts)
     return {
         **counts,
         "alpha": body.alpha,
@@ -187,7 +195,7 @@ class _Point:
     is_code: bool
 
 
-def _point(served: ServedModel, end: End, pointer: str, careful: bool) -> _Point:
+def _point(served: ServedModel, end: End, pointer: str, may_contain_non_floats: bool) -> _Point:
     if (end.input is None) == (end.latent is None):
         got = "neither" if end.input is None else "both"
         raise InvalidField(
@@ -197,13 +205,13 @@ def _point(served: ServedModel, end: End, pointer: str, careful: bool) -> _Point
             got=got,
         )
     if end.latent is not None:
-        return _Point(served.latents.read_one(end.latent, f"{pointer}/latent", careful), True)
-    return _Point(served.rows.read_one(end.input, f"{pointer}/input", careful), False)
+        return _Point(parse_row(served.latent_schema, end.latent, f"{pointer}/latent", may_contain_non_floats), True)
+    return _Point(parse_row(served.row_schema, end.input, f"{pointer}/input", may_contain_non_floats), False)
 
 
 def _imputed(served: ServedModel, *rows: Array) -> dict[str, int]:
     """The field that says how many values of `rows`, each [N, D], were missing, where any was."""
-    count = sum(int(np.isnan(x).sum()) for x in rows) if served.rows.gaps else 0
+    count = sum(int(np.isnan(x).sum()) for x in rows) if served.row_schema.allows_missing else 0
     return {"imputed": count} if count else {}
 
 
@@ -212,8 +220,8 @@ def _seed(asked: int | None) -> int:
 
 
 def _arrays(_: ServedModel) -> tuple[str, ...]:
-    return ARRAY
+    return ARRAY_FORMATS
 
 
 def _pictures(served: ServedModel) -> tuple[str, ...]:
-    return PICTURE if served.pictures else ARRAY
+    return PICTURE_FORMATS if served.pictures else ARRAY_FORMATS

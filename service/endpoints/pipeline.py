@@ -13,9 +13,9 @@ import numpy.typing as npt
 from service.anomaly.inputs import InputRows
 from service.anomaly.verdicts import Scores, Verdicts, decide
 from service.codec import npy, png, safetensors
-from service.codec.compression import gunzip, gzipped
-from service.codec.request_body import JSON, NO_FORMATS, Fields, is_array, read_fields
-from service.codec.response_body import arrays, choose, require_finite, to_json
+from service.codec.compression import decompress_gzip, is_gzip
+from service.codec.request_body import JSON, NO_EXTRA_READERS, BodyReader, is_array, read_fields
+from service.codec.response_body import array_fields, negotiate_media_type, require_finite, to_json
 from service.endpoints.validation import merge, validate
 from service.errors import ClientGone, InvalidField, NotReady, Overloaded, TooManyRows
 from service.http.admission import AdmissionControl
@@ -84,7 +84,7 @@ async def read(
     offered: Offer,
     main: str | None,
     extract: Callable[[ServedModel, B, bool], T],
-    formats: Mapping[str, Callable[[bytes], Fields]] = NO_FORMATS,
+    extra_readers: Mapping[str, BodyReader] = NO_EXTRA_READERS,
 ) -> ParsedRequest[B]:
     """Read a request to its end.
 
@@ -94,22 +94,22 @@ async def read(
         offered: the formats in which a model can answer it, the default first.
         main: the field that holds its rows or codes, if it has one: an npy body is that field.
         extract: gives `x` from the model, the fields, and whether booleans or NaN may be among the numbers.
-        formats: readers of bodies by media type, beside JSON and npy.
+        extra_readers: readers of bodies by media type, beside JSON, npy and safetensors.
     """
     record, query = request.record, request.query
     served = service.find(query.model)
     record.model, record.version = served.name, served.version
-    media_type = choose(request.header(b"accept", "*/*"), offered(served))
-    packed = request.headers.get(b"content-encoding") is not None and gzipped(request.header(b"content-encoding"))
+    media_type = negotiate_media_type(request.header(b"accept", "*/*"), offered(served))
+    packed = request.headers.get(b"content-encoding") is not None and is_gzip(request.header(b"content-encoding"))
     deadline = _deadline(service, request)
     sent = await _let_in(service, request, packed, deadline)
 
     def parse() -> tuple[B, T]:
-        content = gunzip(sent, request.max_body_bytes) if packed else sent
-        width = served.latents.width if main == "latents" else served.rows.width
-        fields = read_fields(request.header(b"content-type"), content, main, width, formats)
+        content = decompress_gzip(sent, request.max_body_bytes) if packed else sent
+        width = served.latent_schema.width if main == "latents" else served.row_schema.width
+        fields = read_fields(request.header(b"content-type"), content, main, width, extra_readers)
         body = validate(schema, merge(fields.values, query.options) if query.options else fields.values)
-        return body, extract(served, body, fields.careful)
+        return body, extract(served, body, fields.may_contain_non_floats)
 
     started = perf_counter()
     size = len(sent) // (ARRAY if is_array(request.header(b"content-type")) else 1)
@@ -155,9 +155,9 @@ async def score_rows(
     """
     scores: Scores | None = None
     deadline = perf_counter() + service.settings.request_timeout
-    x = served.rows.filled(input_rows.reading)
+    x = served.row_schema.impute(input_rows.parsed)
     operation = operations.anomaly(body.alpha)
-    while input_rows.reading.rows and scores is None:
+    while input_rows.parsed.rows and scores is None:
         try:
             ran = await service.batcher.run(served, operation, x, deadline=deadline)
             scores = Scores(*ran.outputs)
@@ -205,7 +205,7 @@ async def answer(
             return to_json({"model": served.name, "version": served.version, **fields})
         if call.media_type == safetensors.MEDIA_TYPE:
             metadata = {key: str(value) for key, value in fields.items() if isinstance(value, int)}
-            tensors = arrays(fields)
+            tensors = array_fields(fields)
             for name, tensor in tensors.items():
                 require_finite(name, tensor, holes)
             metadata |= {"model": served.name, "version": str(served.version)}

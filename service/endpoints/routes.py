@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.anomaly.inputs import FORMATS
+from service.anomaly.inputs import RECORD_READERS
 from service.codec import npy, png, remote_write, safetensors
 from service.codec.request_body import JSON
 from service.endpoints.examples import EXAMPLES, TEXTS
@@ -76,7 +76,7 @@ def endpoints(service: ServiceContext, receiver: RemoteWriteEndpoint) -> list[En
     """All of them, the busiest first: the router tries one after the other."""
     infer, inform = InferenceEndpoints(service), InformationEndpoints(service)
     return [
-        Endpoint("/anomaly", infer.anomaly, AnomalyAnswer, AnomalyBody, array=True, reads=tuple(FORMATS)),
+        Endpoint("/anomaly", infer.anomaly, AnomalyAnswer, AnomalyBody, array=True, reads=tuple(RECORD_READERS)),
         Endpoint("/reconstruct", infer.reconstruct, ReconstructAnswer, ReconstructBody, True, True),
         Endpoint("/encode", infer.encode, EncodeAnswer, EncodeBody, array=True),
         Endpoint("/decode", infer.decode, DecodeAnswer, DecodeBody, True, True),

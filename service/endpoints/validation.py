@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from models.errors import FieldFault, first_fault
-from service.codec.rows import describe
+from service.codec.row_errors import describe_value
 from service.errors import InvalidField, escape
 from service.schemas import Body
 
@@ -55,7 +55,7 @@ def _invalid_field(fault: FieldFault, schema: type[Body]) -> InvalidField:
             got=unknown,
             hint=_hint(unknown, known),
         )
-    got = describe(fault.value)
+    got = describe_value(fault.value)
     expected = fault.message.removeprefix("input should be ")
     return InvalidField(f"{name} should be {expected}, got {got}", pointer=pointer, expected=expected, got=got)
 

@@ -22,8 +22,8 @@ from models.artifact import Artifact, load
 from models.errors import ElboError
 from models.manifest import FILE_NAME, Manifest, names, versions
 from service.codec import png
-from service.codec.feature_names import Selectors
-from service.codec.rows import RowFormat
+from service.codec.feature_names import FeatureSelectors
+from service.codec.row_schema import RowSchema
 from service.errors import ModelNotFound, NotReady
 from service.inference import operations
 from service.inference.backends import BACKENDS, WARM_ROUNDS, Array, Backend, choose, is_out_of_memory
@@ -50,8 +50,8 @@ class ServedModel:
     exhibits: Mapping[str, bytes] = field(default_factory=dict)  # what people look at
     headers: tuple[tuple[bytes, bytes], ...] = field(init=False)  # of every answer that it gives
     who: tuple[str, str] = field(init=False)  # its labels in metrics
-    rows: RowFormat = field(init=False)
-    latents: RowFormat = field(init=False)
+    row_schema: RowSchema = field(init=False)
+    latent_schema: RowSchema = field(init=False)
     row_bytes: int = field(init=False)  # where a row is widest
 
     def __post_init__(self) -> None:
@@ -60,14 +60,14 @@ class ServedModel:
         object.__setattr__(self, "headers", ((b"elbo-model", f"{self.name}@{self.version}".encode()),))
         object.__setattr__(self, "who", (self.name, str(self.version)))
         medians = [feature.median for feature in features]
-        object.__setattr__(self, "rows", RowFormat(self.manifest.shape, names, optional, medians))
-        object.__setattr__(self, "latents", RowFormat([self.manifest.latents]))
-        object.__setattr__(self, "row_bytes", 4 * max(self.rows.width, self.latents.width))
+        object.__setattr__(self, "row_schema", RowSchema(self.manifest.shape, names, optional, medians))
+        object.__setattr__(self, "latent_schema", RowSchema([self.manifest.latents]))
+        object.__setattr__(self, "row_bytes", 4 * max(self.row_schema.width, self.latent_schema.width))
 
     @cached_property
-    def selectors(self) -> Selectors:
+    def selectors(self) -> FeatureSelectors:
         """Which feature a measurement means, by its name and labels."""
-        return Selectors({name: name for name in self.rows.names})
+        return FeatureSelectors({name: name for name in self.row_schema.names})
 
     @cached_property
     def pictures(self) -> bool:
@@ -277,7 +277,7 @@ def _run_all(served: ServedModel, rows: int) -> Array:
     x, noise = median.repeat(rows, axis=0), NoiseSource().draw(0, rows, manifest.latents)
     asked = {
         operations.ENCODE: (x,),
-        operations.reconstruct(served.rows.gaps): (x,),
+        operations.reconstruct(served.row_schema.allows_missing): (x,),
         operations.anomaly(0.05): (x,),
         operations.SAMPLE: noise,
         operations.DECODE: noise[:1],

@@ -63,20 +63,20 @@ class AnomalyMetrics:
         """Verdicts have been given on the rows of `input_rows` that could be read, if there were any."""
         who, judged = served.who, 0
         if verdicts is not None:
-            judged = verdicts.scores.count
+            judged = verdicts.scores.usable_count
             self._observe(who, verdicts)
             self._follow(who, verdicts)
-            if True in verdicts.flags:
+            if True in verdicts.is_anomaly:
                 self._blame(served, verdicts)
         self._scored.add(who, judged)
-        if input_rows.unknown:
-            self._unknown.add(who, input_rows.unknown)
-        if input_rows.sent > judged:
-            self._failed.add(who, input_rows.sent - judged)
-        if input_rows.reading.missing is not None:
-            columns = input_rows.reading.missing.sum(axis=0)
+        if input_rows.unknown_fields:
+            self._unknown.add(who, input_rows.unknown_fields)
+        if input_rows.rows_received > judged:
+            self._failed.add(who, input_rows.rows_received - judged)
+        if input_rows.parsed.missing is not None:
+            columns = input_rows.parsed.missing.sum(axis=0)
             for column in np.flatnonzero(columns):
-                name = self._bounded(*who, "feature", served.rows.names[column])
+                name = self._bounded(*who, "feature", served.row_schema.names[column])
                 self._missing.add((*who, name), float(columns[column]))
 
     def count_samples(self, served: ServedModel, outcomes: Mapping[str, int]) -> None:
@@ -90,7 +90,7 @@ class AnomalyMetrics:
 
     def _observe(self, who: Who, verdicts: Verdicts) -> None:
         numbers, scores = self._p_values.mine(who), verdicts.scores
-        p_values = scores.p_value if scores.ordinary else scores.p_value[scores.judged]
+        p_values = scores.p_value if scores.all_finite else scores.p_value[scores.usable]
         if len(p_values) <= FEW:
             for p_value in p_values.tolist():
                 numbers[min(bisect_left(_TOLERANT, p_value), len(P_BOUNDS) - 1)] += 1.0
@@ -116,7 +116,7 @@ class AnomalyMetrics:
                 found.setdefault(input_rows.group[row] or "", []).append(severities[row])
         for name, values in found.items():
             group, mean = self._followed(who, name)
-            if alarms := mean.above(values):
+            if alarms := mean.count_above_one(values):
                 self.alarms.add((*who, group), alarms)
 
     def _followed(self, who: Who, name: str) -> tuple[str, RunningMean]:
@@ -128,14 +128,14 @@ class AnomalyMetrics:
 
     def _blame(self, served: ServedModel, verdicts: Verdicts) -> None:
         """Count anomalies by group, and by the feature that contributed most."""
-        who, rows = served.who, [row for row, flag in enumerate(verdicts.flags) if flag]
+        who, rows = served.who, [row for row, flag in enumerate(verdicts.is_anomaly) if flag]
         groups = verdicts.input_rows.group
         ill = Tally(groups[row] for row in rows) if groups else {None: len(rows)}
         for name, count in ill.items():
             self._anomalies.add((*who, self._bounded(*who, "group", name or "")), count)
         causes = verdicts.scores.contribution[rows].argmax(axis=1)
         for column, count in Tally(causes.tolist()).items():
-            self.causes.add((*who, self._bounded(*who, "feature", served.rows.names[column])), count)
+            self.causes.add((*who, self._bounded(*who, "feature", served.row_schema.names[column])), count)
 
     def _bounded(self, model: str, version: str, kind: str, value: str) -> str:
         """`value`, or OTHER if that many others are known already: labels that senders choose must not fill memory."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from models.errors import join_names
 from training.data.ingest import ColumnStatistics, full_disk_as_data_error, ingest
 from training.data.readers import ReadOptions, format_option, load
 from training.data.row_store import RowStore
@@ -185,7 +186,7 @@ def _numbered(shape: tuple[int, ...]) -> list[str]:
 def _refuse_empty(source: str, names: Sequence[str], census: ColumnStatistics) -> None:
     empty = [name for name, missing in zip(names, census.missing, strict=True) if missing == census.rows]
     if empty:
-        subject = f"column {empty[0]!r} has" if len(empty) == 1 else f"columns {_some(empty)} have"
+        subject = f"column {empty[0]!r} has" if len(empty) == 1 else f"columns {join_names(empty, NAMED)} have"
         raise DataError(f"{source}: {subject} no value in any row: add {format_option('--drop', empty)}")
 
 
@@ -200,28 +201,27 @@ def _notes(names: Sequence[str], census: ColumnStatistics) -> list[str]:
     low, high = census.low, census.high
     if counts := {name: int(count) for name, count in zip(names, census.missing, strict=True) if count}:
         most = sorted(counts, key=lambda name: -counts[name])
-        where = _some([f"{name} {counts[name]:,}" for name in most])
+        where = join_names([f"{name} {counts[name]:,}" for name in most], NAMED)
         notes.append(
             f"{sum(counts.values()):,} missing values in {len(counts)} of {len(names)} columns ({where}): "
             "the training median stands in"
         )
         if sparse := [name for name in most if 2 * counts[name] > census.rows]:
             notes.append(
-                f"more than half of the values are missing in {_some(sparse)}: "
+                f"more than half of the values are missing in {join_names(sparse, NAMED)}: "
                 f"consider {format_option('--drop', sparse)}"
             )
     constant = [name for name, same in zip(names, low == high, strict=True) if same]
     if constant and census.rows > 1:
-        notes.append(f"{len(constant)} of {len(names)} features never change and teach nothing: {_some(constant)}")
+        notes.append(
+            f"{len(constant)} of {len(names)} features never change and teach nothing: {join_names(constant, NAMED)}"
+        )
     step = np.spacing(np.maximum(np.abs(low), np.abs(high)).astype(np.float32))
     if coarse := [name for name, few in zip(names, (low < high) & (high - low < DISTINCT * step), strict=True) if few]:
-        notes.append(f"features too large for what they vary by, in float32; subtract a constant: {_some(coarse)}")
+        notes.append(
+            f"features too large for what they vary by, in float32; subtract a constant: {join_names(coarse, NAMED)}"
+        )
     return notes
-
-
-def _some(names: Sequence[str]) -> str:
-    listed = ", ".join(names[:NAMED])
-    return listed if len(names) <= NAMED else f"{listed} and {len(names) - NAMED} more"
 
 
 def _pixel_range(dtype: np.dtype[Any], census: ColumnStatistics) -> tuple[float, float]:

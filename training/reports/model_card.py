@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Iterator, Sequence
 
+from models.errors import join_names
 from models.manifest import Manifest
 from training.config import TrainConfig
 from training.fitting.defaults import resolved_config
@@ -148,8 +149,7 @@ def _limits(manifest: Manifest) -> Iterator[str]:
     if manifest.calibration.rows < FEW_CALIBRATION_ROWS:
         yield f"Only {manifest.calibration.rows} rows calibrate it: the rate of false alarms is uncertain."
     if gaps := [feature.name for feature in manifest.features if feature.missing]:
-        listed = ", ".join(gaps[:5]) + (f" and {len(gaps) - 5} more" if len(gaps) > 5 else "")
-        yield f"Where a value is missing the training median stands in for it: {listed}."
+        yield f"Where a value is missing the training median stands in for it: {join_names(gaps)}."
     grey = manifest.training.get("likelihood") == "bernoulli" and not manifest.training.get("binarise")
     if manifest.kind == "vae" and grey:
         yield "Grey values count as probabilities: its likelihood is no density of them; compare it only with its like."

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from service.anomaly.smoothing import exponential_mean
 from service.app import create_app
 from service.codec import csv_rows, ndjson, timestamps
-from service.codec.feature_names import Selectors
-from service.codec.rows import Unreadable
+from service.codec.feature_names import FeatureSelectors
+from service.codec.row_errors import MalformedRow
 from service.settings import Settings
 from tests.service.hosts import (
     HOST_FEATURES,
@@ -161,11 +161,11 @@ def test_one_bad_row_of_a_thousand_costs_that_row(
 @pytest.mark.parametrize(
     ("body", "media_type", "code", "words"),
     [
-        (b"not json\n{\n", NDJSON, "invalid_rows", "the body is no JSON"),
+        (b"not json\n{\n", NDJSON, "invalid_rows", "the body is not valid JSON"),
         (b"\n \n", NDJSON, "invalid_field", "neither"),
-        (b"a,b,c\n1,2,3\n", CSV, "invalid_rows", "no column"),
+        (b"a,b,c\n1,2,3\n", CSV, "invalid_rows", "missing from the CSV header"),
         (b"1,2,3,4\n5,6,7,8\n", CSV, "invalid_rows", "the first line must name"),
-        (b"cpu,cpu\n1,2\n", CSV, "invalid_csv", "two columns"),
+        (b"cpu,cpu\n1,2\n", CSV, "invalid_csv", "duplicate column 'cpu'"),
         (b"\n\n", CSV, "invalid_csv", "no header"),
         (b"cpu,load\n", CSV, "invalid_field", "neither"),
         (b'{"metrics": {}}', JSON, "invalid_rows", "no metrics"),
@@ -264,7 +264,9 @@ def test_a_metric_that_several_tags_give_is_ambiguous_until_the_feature_selects_
 
 
 def test_a_selector_prefers_the_labels_that_it_names() -> None:
-    found = Selectors({"any": "load", "sda": 'load{disk="sda"}', "both": 'load{disk="sda", host="a"}', "odd": "a{b"})
+    found = FeatureSelectors(
+        {"any": "load", "sda": 'load{disk="sda"}', "both": 'load{disk="sda", host="a"}', "odd": "a{b"}
+    )
     assert found.find(["load"], {}) == "any"
     assert found.find(["load"], {"disk": "sda"}) == "sda"
     assert found.find(["other", "load"], {"host": "a", "disk": "sda", "more": "x"}) == "both"
@@ -286,19 +288,19 @@ MOMENT = 1_700_000_000.0
     ],
 )  # fmt: skip
 def test_the_size_of_a_timestamp_tells_its_unit(value: Any, expected: float | None) -> None:
-    found = timestamps.seconds(value)
+    found = timestamps.to_unix_seconds(value)
     assert (np.isnan(found) and expected is None) or found == pytest.approx(expected, abs=1e-6)
 
 
 @settings(max_examples=200)
 @given(st.binary(max_size=200))
 def test_no_bytes_break_the_readers_of_lines_and_tables(body: bytes) -> None:
-    found = ndjson.read(body).values.get("records", [])
+    found = ndjson.read_fields(body).values.get("records", [])
     assert len(found) == sum(1 for line in body.split(b"\n") if line.strip(b" \t\r\v\f"))
     for value in found:
-        assert value is None or type(value) in (dict, list, int, float, str, bool, Unreadable)
+        assert value is None or type(value) in (dict, list, int, float, str, bool, MalformedRow)
     try:
-        table = csv_rows.read(b"a,b\n" + body).values.get("records", [])
+        table = csv_rows.read_fields(b"a,b\n" + body).values.get("records", [])
     except UnicodeDecodeError:
         pytest.fail("bytes that are no UTF-8 are replaced")
-    assert all(type(row) is Unreadable or set(row) == {"a", "b"} for row in table)
+    assert all(type(row) is MalformedRow or set(row) == {"a", "b"} for row in table)

@@ -92,7 +92,7 @@ def test_a_half_life_is_above_0(half_life: float) -> None:
 
 
 def test_lengths_must_fit() -> None:
-    with pytest.raises(ValueError, match="fit together"):
+    with pytest.raises(ValueError, match="as many times and groups"):
         exponential_mean([1.0, 2.0], 1.0, [0.0])
 
 
@@ -101,8 +101,8 @@ def test_a_running_mean_is_the_same_mean_whatever_the_pieces() -> None:
     means = exponential_mean(values, 3.0)
     running, found, start = RunningMean(3.0), [], 0
     for size in (1, 5, 44, 150):
-        found.append(running.above([*values[start : start + size].tolist(), math.nan]))
+        found.append(running.count_above_one([*values[start : start + size].tolist(), math.nan]))
         assert found[-1] == (means[start : start + size] > 1).sum()
         start += size
     assert sum(found) > 20
-    assert RunningMean(0.0).above([2.0, 0.5, math.inf, 0.5]) == 2
+    assert RunningMean(0.0).count_above_one([2.0, 0.5, math.inf, 0.5]) == 2

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.codec.compression import gunzip, unsnap
+from service.codec.compression import decompress_gzip, decompress_snappy
 from service.errors import BodyTooLarge, InvalidEncoding
 
 ROW = [0.5] * 64
@@ -55,28 +55,28 @@ def test_other_encodings_are_refused_with_those_that_there_are(client: httpx.Cli
 
 @given(st.lists(st.binary(max_size=500), min_size=1, max_size=4))
 def test_several_members_are_one_stream(parts: list[bytes]) -> None:
-    assert gunzip(b"".join(map(gzip.compress, parts)), 2**20) == b"".join(parts)
+    assert decompress_gzip(b"".join(map(gzip.compress, parts)), 2**20) == b"".join(parts)
 
 
 def test_a_bomb_is_not_unpacked_beyond_the_limit() -> None:
     bomb = zlib.compressobj(9, zlib.DEFLATED, 31)
     packed = b"".join(bomb.compress(bytes(2**20)) for _ in range(256)) + bomb.flush()
     with pytest.raises(BodyTooLarge):
-        gunzip(packed, 2**20)
+        decompress_gzip(packed, 2**20)
 
 
 def test_a_snappy_block_that_says_it_is_large_is_not_begun_with() -> None:
     body = bytes(cramjam.snappy.compress_raw(bytes(2**20)))
-    assert unsnap(body, 2**20) == bytes(2**20)
+    assert decompress_snappy(body, 2**20) == bytes(2**20)
     with pytest.raises(BodyTooLarge):
-        unsnap(body, 2**20 - 1)
+        decompress_snappy(body, 2**20 - 1)
     with pytest.raises(BodyTooLarge):
-        unsnap(b"\xff\xff\xff\xff\x0f", 2**20)  # 4 GiB in five bytes
+        decompress_snappy(b"\xff\xff\xff\xff\x0f", 2**20)  # 4 GiB in five bytes
 
 
 @given(st.binary(max_size=100))
 def test_no_bytes_break_the_unpacking(body: bytes) -> None:
-    for unpack in (gunzip, unsnap):
+    for unpack in (decompress_gzip, decompress_snappy):
         with suppress(InvalidEncoding, BodyTooLarge):
             assert len(unpack(body, 2**16)) <= 2**16
 
@@ -85,4 +85,4 @@ def test_every_cut_of_a_snappy_block_is_refused() -> None:
     body = bytes(cramjam.snappy.compress_raw(os.urandom(50) + bytes(50)))
     for cut in range(len(body)):
         with pytest.raises(InvalidEncoding):
-            unsnap(body[:cut], 2**16)
+            decompress_snappy(body[:cut], 2**16)

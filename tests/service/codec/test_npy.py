@@ -55,7 +55,7 @@ def test_every_truncation_is_refused() -> None:
 
 
 def test_bytes_after_the_array_are_refused() -> None:
-    with pytest.raises(InvalidNpy, match="24 bytes, but 25 follow"):
+    with pytest.raises(InvalidNpy, match="24 bytes, but 25 bytes follow"):
         npy.loads(saved(np.ones((2, 3), np.float32)) + b"x")
 
 

@@ -11,10 +11,10 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from service.codec import png
-from service.codec.response_body import ARRAY, JSON_ONLY, PICTURE, choose, to_json
+from service.codec.response_body import ARRAY_FORMATS, JSON_ONLY, PICTURE_FORMATS, negotiate_media_type, to_json
 from service.errors import NotAcceptable, OverflowInModel
 
-JSON, NPY, SAFETENSORS, PNG = PICTURE
+JSON, NPY, SAFETENSORS, PNG = PICTURE_FORMATS
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ JSON, NPY, SAFETENSORS, PNG = PICTURE
     ],
 )
 def test_the_accept_header_chooses_the_format(accept: str, chosen: str) -> None:
-    assert choose(accept, PICTURE) == chosen
+    assert negotiate_media_type(accept, PICTURE_FORMATS) == chosen
 
 
 @pytest.mark.parametrize(
@@ -48,13 +48,13 @@ def test_the_accept_header_chooses_the_format(accept: str, chosen: str) -> None:
 )
 def test_an_accept_header_that_admits_nothing_is_refused_with_what_there_is(accept: str) -> None:
     with pytest.raises(NotAcceptable) as caught:
-        choose(accept, JSON_ONLY)
+        negotiate_media_type(accept, JSON_ONLY)
     assert caught.value.expected == "application/json"
 
 
 def test_a_table_has_no_pictures() -> None:
     with pytest.raises(NotAcceptable):
-        choose("image/png", ARRAY)
+        negotiate_media_type("image/png", ARRAY_FORMATS)
 
 
 @given(
@@ -107,7 +107,7 @@ def test_white_may_be_the_smaller_value() -> None:
 
 
 def test_many_images_are_not_magnified_beyond_the_widest_picture() -> None:
-    assert pixels(png.dumps(np.zeros((2500, 64), np.float32), [8, 8], (0.0, 1.0))).shape[1] <= png.WIDEST
+    assert pixels(png.dumps(np.zeros((2500, 64), np.float32), [8, 8], (0.0, 1.0))).shape[1] <= png.MAX_WIDTH
 
 
 @pytest.mark.parametrize(

@@ -10,23 +10,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.codec.request_body import read_fields
-from service.codec.rows import RowFormat
+from service.codec.row_arrays import parse_array, parse_valid_array_rows
+from service.codec.row_lists import parse_rows, parse_valid_rows
+from service.codec.row_records import count_unknown_fields, parse_valid_records
+from service.codec.row_schema import RowSchema
 from service.errors import InvalidRows
 
-FLAT = RowFormat([4])
-NESTED = RowFormat([2, 3])
+FLAT = RowSchema([4])
+NESTED = RowSchema([2, 3])
 LARGEST = float(np.finfo(np.float32).max)
 
 
-def read(form: RowFormat, text: str) -> Any:
+def read(schema: RowSchema, text: str) -> Any:
     """The rows in the JSON `text`, by the service's own way."""
     fields = read_fields("application/json", f'{{"inputs": {text}}}'.encode(), "inputs")
-    return form.read(fields.values["inputs"], "/inputs", fields.careful)
+    return parse_rows(schema, fields.values["inputs"], "/inputs", fields.may_contain_non_floats)
 
 
-def refusal(form: RowFormat, text: str) -> InvalidRows:
+def refusal(schema: RowSchema, text: str) -> InvalidRows:
     with pytest.raises(InvalidRows) as caught:
-        read(form, text)
+        read(schema, text)
     return caught.value
 
 
@@ -114,7 +117,7 @@ def test_half_a_step_beyond_the_largest_float32_overflows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "text", "pointer", "word"),
+    ("schema", "text", "pointer", "word"),
     [
         (FLAT, "[]", "/inputs", "no rows"),
         (FLAT, "null", "/inputs", "null"),
@@ -137,47 +140,47 @@ def test_half_a_step_beyond_the_largest_float32_overflows() -> None:
     ],
 )
 def test_misshapen_rows_are_told_by_what_was_expected_and_what_came(
-    form: RowFormat, text: str, pointer: str, word: str
+    schema: RowSchema, text: str, pointer: str, word: str
 ) -> None:
-    error = refusal(form, text)
+    error = refusal(schema, text)
     assert error.pointer == pointer
     assert word in error.detail or word in str(error.got)
     assert error.expected
 
 
 @pytest.mark.parametrize(
-    ("form", "text"), [(FLAT, "[1,2,3,4]"), (NESTED, "[1,2,3,4,5,6]"), (NESTED, "[[1,2,3],[4,5,6]]")]
+    ("schema", "text"), [(FLAT, "[1,2,3,4]"), (NESTED, "[1,2,3,4,5,6]"), (NESTED, "[[1,2,3],[4,5,6]]")]
 )
-def test_one_row_without_its_list_gets_a_hint(form: RowFormat, text: str) -> None:
-    error = refusal(form, text)
+def test_one_row_without_its_list_gets_a_hint(schema: RowSchema, text: str) -> None:
+    error = refusal(schema, text)
     assert error.got == "one row"
     assert error.hint == "put the row into a list: [[...]]"
 
 
 def test_a_bad_row_among_good_ones_costs_only_itself() -> None:
     rows = [[1, 2, 3, 4], [1, None, 3, 4], "x", [5, 6, 7, 8], [1, 2]]
-    reading = FLAT.read_each(rows, "/inputs", careful=False)
-    np.testing.assert_array_equal(reading.x, [[1, 2, 3, 4], [5, 6, 7, 8]])
-    assert reading.rows == [0, 3]
-    assert [(error.row, error.error.pointer) for error in reading.errors] == [
+    parsed = parse_valid_rows(FLAT, rows, "/inputs", False)
+    np.testing.assert_array_equal(parsed.x, [[1, 2, 3, 4], [5, 6, 7, 8]])
+    assert parsed.rows == [0, 3]
+    assert [(error.row, error.error.pointer) for error in parsed.errors] == [
         (1, "/inputs/1/1"), (2, "/inputs/2"), (4, "/inputs/4")
     ]  # fmt: skip
 
 
 def test_if_no_row_can_be_read_the_first_error_is_raised() -> None:
     with pytest.raises(InvalidRows) as caught:
-        FLAT.read_each([[None] * 4, []], "/inputs", careful=False)
+        parse_valid_rows(FLAT, [[None] * 4, []], "/inputs", False)
     assert caught.value.pointer == "/inputs/0/0"
 
 
-NAMED = RowFormat([3], ["a", "b/c", "d~"])
+NAMED = RowSchema([3], ["a", "b/c", "d~"])
 
 
 def test_records_are_ordered_by_name_and_unknown_values_are_counted() -> None:
     records = [{"d~": 3, "a": 1, "b/c": 2}, {"a": 4, "b/c": 5, "d~": 6, "host": "x", "t": None}]
-    reading, unknown = NAMED.read_records(records, "/records", careful=False)
-    np.testing.assert_array_equal(reading.x, [[1, 2, 3], [4, 5, 6]])
-    assert unknown == 2
+    parsed = parse_valid_records(NAMED, records, "/records", may_contain_non_floats=False)
+    np.testing.assert_array_equal(parsed.x, [[1, 2, 3], [4, 5, 6]])
+    assert count_unknown_fields(NAMED, records) == 2
 
 
 def test_bad_records_name_what_they_lack_or_hold() -> None:
@@ -188,12 +191,12 @@ def test_bad_records_name_what_they_lack_or_hold() -> None:
         5,
         {"a": 1, "b/c": 1, "d~": True},
     ]
-    reading, _ = NAMED.read_records(records, "/records", careful=True)
-    assert reading.rows == [0]
-    assert [error.error.pointer for error in reading.errors] == [
+    parsed = parse_valid_records(NAMED, records, "/records", may_contain_non_floats=True)
+    assert parsed.rows == [0]
+    assert [error.error.pointer for error in parsed.errors] == [
         "/records/1", "/records/2/b~1c", "/records/3", "/records/4/d~0"
     ]  # fmt: skip
-    assert "no value for b/c" in reading.errors[0].error.detail
+    assert "no value for b/c" in parsed.errors[0].error.detail
 
 
 @pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f8", ">f8", "<f2", "i1", "<i4", ">i8", "u1", "<u8"])
@@ -201,18 +204,18 @@ def test_bad_records_name_what_they_lack_or_hold() -> None:
 def test_arrays_of_any_real_dtype_and_order_become_float32(dtype: str, order: str) -> None:
     values = np.arange(12).reshape(2, 6)
     array = np.array(values, dtype=dtype, order=order)  # type: ignore[call-overload] # an order that is a str
-    x = NESTED.read_array(array, "/inputs")
+    x = parse_array(NESTED, array, "/inputs")
     assert x.dtype == np.float32
     assert x.flags.c_contiguous
     assert x.flags.writeable
     np.testing.assert_array_equal(x, values)
-    np.testing.assert_array_equal(NESTED.read_array(array.reshape(2, 2, 3), "/inputs"), values)
+    np.testing.assert_array_equal(parse_array(NESTED, array.reshape(2, 2, 3), "/inputs"), values)
 
 
 @pytest.mark.parametrize("shape", [(6,), (2, 3), (0, 6), (2, 5), (2, 3, 2), (2, 6, 1), ()])
 def test_arrays_of_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(InvalidRows, match="expected an array"):
-        NESTED.read_array(np.zeros(shape, np.float32), "/inputs")
+        parse_array(NESTED, np.zeros(shape, np.float32), "/inputs")
 
 
 @pytest.mark.parametrize(("value", "word"), [(np.nan, "nan"), (np.inf, "inf"), (-1e300, "overflows")])
@@ -220,8 +223,8 @@ def test_arrays_with_what_is_no_float32_are_refused_with_the_place(value: float,
     array = np.zeros((3, 2, 3))
     array[2, 1, 0] = value
     with pytest.raises(InvalidRows, match=word) as caught:
-        NESTED.read_array(array, "/inputs")
+        parse_array(NESTED, array, "/inputs")
     assert caught.value.pointer == "/inputs/2/1/0"
-    reading = NESTED.read_array_each(array, "/inputs")
-    assert reading.rows == [0, 1]
-    assert reading.errors[0].row == 2
+    parsed = parse_valid_array_rows(NESTED, array, "/inputs")
+    assert parsed.rows == [0, 1]
+    assert parsed.errors[0].row == 2

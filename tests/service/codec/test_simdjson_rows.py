@@ -21,7 +21,7 @@ numbers = st.one_of(
 @given(st.integers(1, 5).flatmap(lambda width: st.lists(st.lists(numbers, min_size=width, max_size=width), min_size=1)))
 def test_rows_of_numbers_are_those_of_the_plain_reader(rows: list[list[float]]) -> None:
     body = json.dumps({"alpha": 0.05, "inputs": rows, "sample": True}).encode()
-    fields = simdjson_rows.read(body, "inputs", len(rows[0]))
+    fields = simdjson_rows.read_fields(body, "inputs", len(rows[0]))
     assert fields is not None
     np.testing.assert_array_equal(fields.pop("inputs"), np.array(orjson.loads(body)["inputs"], np.float64))
     assert fields == {"alpha": 0.05, "sample": True}
@@ -32,7 +32,7 @@ def test_rows_of_numbers_are_those_of_the_plain_reader(rows: list[list[float]]) 
     [
         b'{"inputs": [[1, [2]], [3, 4]]}',  # simdjson alone would flatten it
         b'{"inputs": [[1, []], [3, 4]]}',
-        b'{"inputs": [' + b"[1, 2], " * simdjson_rows.FEW + b"[1, [2]]]}",
+        b'{"inputs": [' + b"[1, 2], " * simdjson_rows.MAX_SEARCHES + b"[1, [2]]]}",
         b'{"inputs": [[[1, 2]], [[3, 4]]]}',
         b'{"inputs": [[1, 2], 3, [4]]}',
         b'{"inputs": [[1, 2, 3]]}',
@@ -60,10 +60,10 @@ def test_rows_of_numbers_are_those_of_the_plain_reader(rows: list[list[float]]) 
     ],
 )
 def test_whatever_else_is_left_to_the_plain_reader(body: bytes) -> None:
-    assert simdjson_rows.read(body, "inputs", 2) is None
+    assert simdjson_rows.read_fields(body, "inputs", 2) is None
 
 
 def test_what_was_read_outlives_the_next_document() -> None:
-    first: Any = simdjson_rows.read(b'{"inputs": [[1, 2]]}', "inputs", 2)
-    simdjson_rows.read(b'{"inputs": [[3, 4]]}', "inputs", 2)
+    first: Any = simdjson_rows.read_fields(b'{"inputs": [[1, 2]]}', "inputs", 2)
+    simdjson_rows.read_fields(b'{"inputs": [[3, 4]]}', "inputs", 2)
     np.testing.assert_array_equal(first["inputs"], [[1, 2]])

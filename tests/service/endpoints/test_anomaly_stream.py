@@ -16,8 +16,8 @@ import pytest
 from fastapi import FastAPI
 
 from service.app import create_app
-from service.codec.ndjson import Splitter
-from service.codec.rows import Unreadable
+from service.codec.ndjson import LineSplitter
+from service.codec.row_errors import MalformedRow
 from service.endpoints.anomaly_stream import LONGEST_LINE
 from service.settings import Settings
 from tests.service.hosts import HOST_FEATURES, as_ndjson, host_records, host_rows
@@ -207,18 +207,18 @@ def test_an_enormous_line_costs_itself_and_no_memory(hosts: httpx.Client) -> Non
     body = good + b'{"cpu": ' + b"1" * (4 * LONGEST_LINE) + b"}\n" + good
     *lines, last = told(hosts.post("/anomaly", content=body, headers=HEADERS))
     assert [("detail" in line) for line in lines] == [False, True, False]
-    assert lines[1]["detail"] == "the line is too long"
+    assert lines[1]["detail"] == f"the line is too long: expected at most {LONGEST_LINE} bytes"
     assert last["rows"] == 3
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 50])
 def test_lines_are_the_same_however_they_are_cut(size: int) -> None:
     body = b'{"a": 1}\n\n[1, 2]\r\n' + b"9" * 30 + b"\nnull\n3"
-    splitter, found = Splitter(20), []
+    splitter, found = LineSplitter(20), []
     for start in range(0, len(body), size):
         found += splitter.feed(body[start : start + size])
         assert len(splitter._rest) <= 20 + size
-    found += splitter.end()
+    found += splitter.finish()
     long = found.pop(2)
-    assert isinstance(long, Unreadable)
+    assert isinstance(long, MalformedRow)
     assert found == [{"a": 1}, [1, 2], None, 3]

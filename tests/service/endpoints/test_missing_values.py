@@ -14,7 +14,10 @@ from models.pipeline import Pipeline
 from models.prior import gaussian_prior
 from models.scaling import ImputingScaling, standardise
 from service.app import create_app
-from service.codec.rows import RowFormat
+from service.codec.row_arrays import parse_array
+from service.codec.row_lists import parse_rows
+from service.codec.row_records import parse_valid_records
+from service.codec.row_schema import RowSchema
 from service.errors import InvalidRows
 from service.settings import Settings
 from tests.data import values
@@ -188,7 +191,7 @@ def test_a_record_without_what_must_be_there_names_it_alone(client: httpx.Client
     del record[without]
     problem = client.post("/anomaly", json={"records": [record], "impute": False}).json()
     assert problem["detail"] == f"the record has no value for {without}"
-    assert (problem["expected"], problem["got"]) == ("a number for each of 2 features", "1 of them")
+    assert (problem["expected"], problem["got"]) == ("numbers for all 2 required features", "1 of them")
 
 
 @pytest.mark.parametrize("gap", [{}, {"cpu": None}])
@@ -205,24 +208,24 @@ def test_a_record_may_lack_what_never_lacked_in_training_up_to_half_of_it(
     assert result["p_value"] == same["p_value"]
     problem = client.post("/anomaly", json={"records": [{"memory/used": 1.0, "load": 2.0}]}).json()
     assert problem["detail"] == "the record has no value for cpu, disk~io"
-    assert problem["expected"] == "a number for half of 2 features"
+    assert problem["expected"] == "numbers for at least 1 of the 2 required features"
 
 
 def test_nested_rows_may_lack_values_too() -> None:
-    form = RowFormat([2, 2], "abcd", [False, True, False, True])
-    x = form.read([[[1, None], [3, 4]], [[1, 2], [3, None]], [1, None, 3, None]], "/inputs", careful=True)
+    schema = RowSchema([2, 2], "abcd", [False, True, False, True])
+    x = parse_rows(schema, [[[1, None], [3, 4]], [[1, 2], [3, None]], [1, None, 3, None]], "/inputs", True)
     np.testing.assert_array_equal(x, np.array([[1, np.nan, 3, 4], [1, 2, 3, np.nan], [1, np.nan, 3, np.nan]]))
     with pytest.raises(InvalidRows) as caught:
-        form.read([[[1, None], [None, 4]]], "/inputs", careful=False)
+        parse_rows(schema, [[[1, None], [None, 4]]], "/inputs", False)
     assert caught.value.pointer == "/inputs/0/1/0"
 
 
 def test_a_row_of_which_all_may_be_missing_must_hold_something(client: httpx.Client) -> None:
-    form = RowFormat([2], "ab", [True, True])
+    schema = RowSchema([2], "ab", [True, True])
     for read in (
-        lambda: form.read([[None, None]], "/inputs", careful=False),
-        lambda: form.read_records([{"c": 1}], "/records", careful=False),
-        lambda: form.read_array(np.array([[np.nan, np.nan]]), "/inputs"),
+        lambda: parse_rows(schema, [[None, None]], "/inputs", False),
+        lambda: parse_valid_records(schema, [{"c": 1}], "/records", may_contain_non_floats=False),
+        lambda: parse_array(schema, np.array([[np.nan, np.nan]]), "/inputs"),
     ):
         with pytest.raises(InvalidRows, match="every value of the row is missing"):
             read()

@@ -17,14 +17,13 @@ from fastapi import FastAPI
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.anomaly import alignment as aligning
-from service.anomaly.alignment import Alignment
-from service.anomaly.series_mapping import MappingError
-from service.anomaly.series_mapping import read as read_mapping
+from service.anomaly import alignment as alignment_module
+from service.anomaly.alignment import SampleAligner
+from service.anomaly.series_mapping import MappingError, read_mappings
 from service.app import create_app
 from service.codec import remote_write
-from service.codec.feature_names import Selectors
-from service.codec.remote_write import NAME, STALE, Series
+from service.codec.feature_names import FeatureSelectors
+from service.codec.remote_write import METRIC_NAME_LABEL, STALE_BITS, Series
 from service.errors import BodyTooLarge, InvalidEncoding, InvalidProtobuf
 from service.settings import Settings
 from tests.service.hosts import HOST_FEATURES, as_inputs, host_rows, post_anomaly
@@ -36,7 +35,7 @@ HEADERS = {
     "content-encoding": "snappy",
     "x-prometheus-remote-write-version": "0.1.0",
 }
-STALE_NAN = struct.unpack("<d", struct.pack("<Q", STALE))[0]
+STALE_NAN = struct.unpack("<d", struct.pack("<Q", STALE_BITS))[0]
 START = 1_700_000_000_000
 MAPPING = """
 [hosts]
@@ -63,7 +62,7 @@ def hosts(app: FastAPI) -> Iterator[httpx.Client]:
 
 
 def labels(name: str, **more: str) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted({NAME: name, "cluster": "c", "instance": "a", **more}.items()))
+    return tuple(sorted({METRIC_NAME_LABEL: name, "cluster": "c", "instance": "a", **more}.items()))
 
 
 def series(found: list[list[float]], instance: str = "a", first: int = START) -> list[Series]:
@@ -76,7 +75,7 @@ def series(found: list[list[float]], instance: str = "a", first: int = START) ->
 
 
 def write(client: httpx.Client, found: list[Series], **headers: str) -> httpx.Response:
-    return client.post("/api/v1/write", content=remote_write.write(found), headers=HEADERS | headers)
+    return client.post("/api/v1/write", content=remote_write.dumps(found), headers=HEADERS | headers)
 
 
 def value(client: httpx.Client, name: str, **wanted: str) -> float:
@@ -91,7 +90,7 @@ def test_the_message_is_read_as_the_bytes_of_the_specification_say() -> None:
     exemplar = b"\x1a\x02\x10\x01"  # a field that is not asked for
     one = b"\x0a" + bytes([len(label)]) + label + b"\x12" + bytes([len(sample)]) + sample + exemplar
     body = bytes(cramjam.snappy.compress_raw(b"\x0a" + bytes([len(one)]) + one))
-    assert list(remote_write.read(body, 1000)) == [((("__name__", "up"),), [(1000, 1.5)])]
+    assert list(remote_write.loads(body, 1000)) == [((("__name__", "up"),), [(1000, 1.5)])]
 
 
 @given(
@@ -104,14 +103,14 @@ def test_the_message_is_read_as_the_bytes_of_the_specification_say() -> None:
     )
 )
 def test_what_is_written_is_read(found: list[Series]) -> None:
-    assert list(remote_write.read(remote_write.write(found), 2**20)) == found
+    assert list(remote_write.loads(remote_write.dumps(found), 2**20)) == found
 
 
 @given(st.binary(max_size=60))
 def test_no_bytes_break_the_reader(body: bytes) -> None:
     for content in (body, bytes(cramjam.snappy.compress_raw(body))):
         with suppress(InvalidEncoding, InvalidProtobuf, BodyTooLarge):
-            for found, samples in remote_write.read(content, 2**16):
+            for found, samples in remote_write.loads(content, 2**16):
                 assert all(type(name) is str for pair in found for name in pair)
                 assert all(type(moment) is int for moment, _ in samples)
 
@@ -145,7 +144,7 @@ def test_rows_are_judged_as_if_they_had_been_posted(hosts: httpx.Client) -> None
 def test_what_will_never_be_right_is_a_4xx_so_that_it_is_not_sent_again(
     hosts: httpx.Client, headers: dict[str, str], content: bytes | None, status: int
 ) -> None:
-    body = remote_write.write([]) if content is None else content
+    body = remote_write.dumps([]) if content is None else content
     response = hosts.post("/api/v1/write", content=body, headers=HEADERS | headers)
     assert response.status_code == status, response.text
 
@@ -200,13 +199,13 @@ def test_what_waits_is_judged_before_the_end(artifacts: Path, tmp_path: Path) ->
     assert app.state.service.metrics.judged._scored.sums()["hosts", "1"] == [2.0]
 
 
-def made(wait: float = 10.0) -> Alignment:
-    return Alignment(HOST_FEATURES, Selectors({name: name for name in HOST_FEATURES}), ["instance"], wait)
+def made(wait: float = 10.0) -> SampleAligner:
+    return SampleAligner(HOST_FEATURES, FeatureSelectors({name: name for name in HOST_FEATURES}), ["instance"], wait)
 
 
 def samples(row: list[float], moment: int, instance: str = "a") -> list[Series]:
     return [
-        (((NAME, name), ("instance", instance)), [(moment, number)])
+        (((METRIC_NAME_LABEL, name), ("instance", instance)), [(moment, number)])
         for name, number in zip(HOST_FEATURES, row, strict=True)
     ]
 
@@ -218,60 +217,60 @@ def test_samples_may_come_in_any_order_and_in_any_pieces() -> None:
     alignment, taken = made(), []
     for index in rng.permutation(len(pieces)):
         alignment.add([pieces[index]], 0.0)
-        taken += alignment.take(0.0)
+        taken += alignment.pop_ready(0.0)
     assert sorted(row.milliseconds for row in taken) == [1000 * i for i in range(20)]
     for row in taken:
         index = row.milliseconds // 1000
         assert row.group == "ab"[index % 2]
         assert [row.values[name] for name in HOST_FEATURES] == found[index]
-    assert alignment.rows == 0
+    assert alignment.pending_rows == 0
 
 
 def test_two_series_for_one_feature_are_told_and_the_first_counts() -> None:
     alignment = made()
-    extra = (((NAME, "load"), ("instance", "a"), ("device", "b")), [(5, 99.0)])
+    extra = (((METRIC_NAME_LABEL, "load"), ("instance", "a"), ("device", "b")), [(5, 99.0)])
     alignment.add([*samples([1.0, 2.0, 3.0, 4.0], 5)[3:], extra, *samples([1.0, 2.0, 3.0, 4.0], 5)[:3]], 0.0)
     assert alignment.outcomes == {"used": 4, "ambiguous": 1}
-    assert alignment.take(0.0)[0].values["load"] == 4.0
+    assert alignment.pop_ready(0.0)[0].values["load"] == 4.0
 
 
 def test_memory_is_bounded_whatever_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MOST_ROWS", "MOST_SERIES", "MOST_GROUPS"):
-        monkeypatch.setattr(aligning, name, 50)
+    for name in ("MAX_INCOMPLETE_ROWS", "MAX_SERIES", "MAX_GROUPS"):
+        monkeypatch.setattr(alignment_module, name, 50)
     alignment, taken = made(wait=1e9), 0
     for i in range(2000):
         alignment.add(samples([1.0] * 4, i, f"host{i}")[: 1 + i % 4], 0.0)
-        alignment.add([(((NAME, f"noise{i}"),), [(i, 1.0)])], 0.0)
-        taken += len(alignment.take(0.0))
-    assert len(alignment._waiting) <= 50
-    assert len(alignment._series) <= 50
-    assert len(alignment._done) <= 51
-    assert taken + alignment.rows == 2000
+        alignment.add([(((METRIC_NAME_LABEL, f"noise{i}"),), [(i, 1.0)])], 0.0)
+        taken += len(alignment.pop_ready(0.0))
+    assert len(alignment._incomplete) <= 50
+    assert len(alignment._targets) <= 50
+    assert len(alignment._completed_times) <= 51
+    assert taken + alignment.pending_rows == 2000
 
 
 def test_what_is_older_than_what_is_remembered_is_late() -> None:
     alignment = made()
     for i in range(1, 100):
         alignment.add(samples([1.0] * 4, 1000 * i), 0.0)
-    assert len(alignment.take(0.0)) == 99
+    assert len(alignment.pop_ready(0.0)) == 99
     alignment.add(samples([1.0] * 4, 0), 0.0)
-    assert (alignment.outcomes["late"], alignment.rows) == (4, 0)
+    assert (alignment.outcomes["late"], alignment.pending_rows) == (4, 0)
 
 
 def test_rows_that_could_not_be_judged_keep_their_place() -> None:
     alignment = made()
     alignment.add([*samples([1.0] * 4, 1), *samples([1.0] * 4, 2)], 0.0)
-    taken = alignment.take(0.0)
-    alignment.give_back(taken)
+    taken = alignment.pop_ready(0.0)
+    alignment.requeue(taken)
     alignment.add(samples([1.0] * 4, 3), 0.0)
-    assert [row.milliseconds for row in alignment.take(0.0)] == [1, 2, 3]
+    assert [row.milliseconds for row in alignment.pop_ready(0.0)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("[hosts", "cannot be read as TOML"),
-        ("", "expected a table for each model"),
+        ("", "expected one per model"),
         ("[hosts]\nalpha = 2", "hosts|alpha"),
         ("[hosts]\ncolour = 2", "colour"),
         ('[hosts]\ngroup = "a"', "group"),
@@ -281,10 +280,10 @@ def test_a_mapping_that_is_none_says_where(tmp_path: Path, text: str, words: str
     path = tmp_path / "map.toml"
     path.write_text(text)
     with pytest.raises(MappingError, match=words) as caught:
-        read_mapping(path)
+        read_mappings(path)
     assert str(path) in str(caught.value)
     with pytest.raises(MappingError, match="No such file"):
-        read_mapping(tmp_path / "none.toml")
+        read_mappings(tmp_path / "none.toml")
 
 
 def test_abnormal_rows_are_told_in_the_log(hosts: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from models.errors import join_names
 from training.data.readers.source import Block, RawTable, ReadOptions, describe_row, format_option
 from training.errors import DataError
 
@@ -149,7 +150,7 @@ def choose_columns(header: Sequence[str], path: Any, request: ReadOptions, typed
     for verb, listed in (("drop", request.drop), ("keep", request.keep)):
         if unknown := [name for name in listed if name not in names]:
             near = difflib.get_close_matches(unknown[0], names, n=3)
-            there = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {_some(names)}"
+            there = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {join_names(names)}"
             raise DataError(f"{path} has no column {unknown[0]!r} to {verb}: {there}")
     left = [column for column in every if column.name not in request.drop]
     if not left:
@@ -180,14 +181,10 @@ def _found(names: Sequence[str], wanted: Sequence[str], path: Any) -> list[int]:
     if absent:
         raise DataError(
             f"{path} lacks {len(absent)} of the model's {len(wanted)} columns, first {absent[0]!r}: "
-            f"expected a column of that name, got {_some(names)}"
+            f"expected a column of that name, got {join_names(names)}"
         )
     label = [name for name in LABEL_COLUMNS if name in where and name not in wanted]
     return [where[name] for name in [*wanted, *label[:1]]]
-
-
-def _some(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
 
 
 def raw_table(
@@ -242,7 +239,7 @@ class _Judge:
         if self.request.names is None:
             self._refuse_what_measures_nothing(columns)
         if truths := [column.name for column in columns if column.truth]:
-            self.notes.append(f"true and yes are read as 1, false and no as 0: {_some(truths)}")
+            self.notes.append(f"true and yes are read as 1, false and no as 0: {join_names(truths)}")
 
     def _refuse_cell(self, column: Column, cell: Odd, advice: str) -> None:
         where = describe_row(cell.row, self.first_line)
@@ -267,7 +264,7 @@ class _Judge:
         which = ", ".join(f"{name!r} ({said[name]})" for name in bad)
         subject = f"column {which} is no measurement" if len(bad) == 1 else f"columns {which} are no measurements"
         keeping = (
-            f"; to learn from {_some(list(counts))} all the same: {format_option('--keep', list(counts))}"
+            f"; to learn from {join_names(list(counts))} all the same: {format_option('--keep', list(counts))}"
             if counts
             else ""
         )

@@ -1,0 +1,87 @@
+"""Rows that npy, safetensors or the fast JSON reader hold as an array, to float32 arrays."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from service.codec.float32 import as_float32, missing_mask
+from service.codec.row_errors import first_bad_array_value
+from service.codec.row_schema import Array, ParsedRows, RowError, RowSchema
+from service.errors import InvalidRows
+
+
+def parse_array(schema: RowSchema, array: npt.NDArray[Any], pointer: str) -> Array:
+    """Return an array of real numbers, [N, D] or [N, *shape], as float32 [N, D].
+
+    The result shares memory with `array` if that is aligned float32 in C order.
+
+    Raises:
+        InvalidRows: if the shape is wrong, or for the first value that is not finite and may not be missing.
+    """
+    x, finite = _to_float32(schema, array, pointer)
+    if finite:
+        return x
+    bad = _bad_values(schema, x)
+    if bad.any():
+        raise _row_error(schema, array, bad, int(np.flatnonzero(bad.any(axis=1))[0]), pointer)
+    return x
+
+
+def parse_valid_array_rows(schema: RowSchema, array: npt.NDArray[Any], pointer: str) -> ParsedRows:
+    """Return the valid rows of an array, [N, D] or [N, *shape], and an error for each invalid row.
+
+    Raises:
+        InvalidRows: if the shape is wrong, or no row is valid.
+    """
+    x, finite = _to_float32(schema, array, pointer)
+    if finite:
+        return ParsedRows(x, list(range(len(x))), [], None)
+    bad = _bad_values(schema, x)
+    valid = ~bad.any(axis=1)
+    if valid.all():
+        return ParsedRows(x, list(range(len(x))), [], missing_mask(x))
+    invalid = np.flatnonzero(~valid).tolist()
+    errors = [RowError(row, _row_error(schema, array, bad, row, pointer)) for row in invalid]
+    if len(errors) == len(x):
+        raise errors[0].error
+    return ParsedRows(x[valid], np.flatnonzero(valid).tolist(), errors, missing_mask(x[valid]))
+
+
+def _to_float32(schema: RowSchema, array: npt.NDArray[Any], pointer: str) -> tuple[Array, bool]:
+    """Return `array` as float32 [N, D], and whether all of it is finite. Raises InvalidRows if its shape is wrong."""
+    if array.shape[1:] not in ((schema.width,), schema.shape) or not len(array):
+        row_shapes = dict.fromkeys(((schema.width,), schema.shape))
+        expected = " or ".join(f"[N, {', '.join(map(str, shape))}]" for shape in row_shapes)
+        is_single_row = array.shape in row_shapes
+        raise InvalidRows(
+            f"expected an array {expected}, got {list(array.shape)}",
+            pointer=pointer,
+            expected=f"{expected} with N >= 1",
+            got=str(list(array.shape)),
+            hint="send one row as x[None]" if is_single_row else None,
+        )
+    x, finite = as_float32(array.reshape(len(array), schema.width))
+    return x if x.flags.aligned else x.copy(), finite
+
+
+def _bad_values(schema: RowSchema, x: Array) -> npt.NDArray[np.bool_]:
+    """Return which values of x [N, D] are invalid, [N, D]: not finite, unless missing where a value may be.
+
+    In a row without any value, all values are invalid.
+    """
+    bad = ~np.isfinite(x)
+    if schema.allows_missing and bad.any():
+        missing = np.isnan(x)
+        bad &= ~(missing & np.array(schema.optional))
+        bad[missing.all(axis=1)] = True
+    return bad
+
+
+def _row_error(
+    schema: RowSchema, array: npt.NDArray[Any], bad: npt.NDArray[np.bool_], row: int, pointer: str
+) -> InvalidRows:
+    """Return the error for row number `row` of an array; `bad` [N, D] marks the invalid values."""
+    error = first_bad_array_value(schema, array[row], bad[row])
+    error.pointer = f"{pointer}/{row}{error.pointer}"
+    return error

@@ -1,0 +1,145 @@
+"""Errors for invalid rows: each points to the first bad value and says what was expected in its place.
+
+Functions that see one row return pointers relative to that row; the parser of the request prepends the row's pointer.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from service.codec.row_schema import RowSchema, flatten
+from service.errors import InvalidRows, escape
+
+PACKING_ERRORS = (struct.error, TypeError, OverflowError)  # raised by `struct` for a row that it refuses
+MISSING_VALUE_HINT = (
+    "send null (in npy NaN) for a missing value; a feature may lack it if GET /models/{name} lists it with missing > 0"
+)
+
+
+@dataclass(frozen=True)
+class MalformedRow:
+    """A placeholder, in a list of rows, for a row that a reader of bodies could not parse."""
+
+    detail: str
+    expected: str
+    got: str
+
+    def error(self) -> InvalidRows:
+        """Return the error to raise for the row."""
+        return InvalidRows(self.detail, pointer="", expected=self.expected, got=self.got)
+
+
+def describe_value(value: Any) -> str:
+    """Return a short description of a JSON value for an error message."""
+    if isinstance(value, list):
+        return "an empty list" if not value else f"a list of {len(value)}"
+    if isinstance(value, dict):
+        return "an object"
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:36] + "..."
+
+
+def refuse_single_row(schema: RowSchema, rows: Any, pointer: str) -> None:
+    """Raise InvalidRows if `rows` is one row rather than a list of rows."""
+    values = schema.flatten(rows)
+    if values is None or not all(type(value) in (int, float) for value in values):
+        return
+    raise InvalidRows(
+        "expected a list of rows, got one row",
+        pointer=pointer,
+        expected=f"a list of rows, each {schema.description}",
+        got="one row",
+        hint="put the row into a list: [[...]]",
+    )
+
+
+def wrong_shape(schema: RowSchema, row: Any) -> InvalidRows:
+    """Return the error for a row that is neither a flat list of D values nor nested as the schema says."""
+    pointer, part = _first_wrong_part(row, schema.shape_of(row), "")
+    got = describe_value(part)
+    return InvalidRows(
+        f"expected {schema.description}, got {got}", pointer=pointer, expected=schema.description, got=got
+    )
+
+
+def all_values_missing() -> InvalidRows:
+    """Return the error for a row without any value."""
+    return InvalidRows("every value of the row is missing", pointer="", expected="at least one number", got="none")
+
+
+def first_bad_value(schema: RowSchema, values: list[Any], row: Any, keys: Sequence[str] = ()) -> InvalidRows:
+    """Return the error for the first of a row's values that float32 cannot hold.
+
+    Args:
+        schema: the schema of the row.
+        values: the D values, flat.
+        row: the row as it was sent, flat or nested, from which the value's pointer follows.
+        keys: the names of the values, where the row was sent as an object.
+    """
+    index = next(
+        index
+        for index, value in enumerate(values)
+        if not (_fits_float32(value) or (value is None and schema.optional[index]))
+    )
+    value = values[index]
+    place = escape(keys[index]) if keys else "/".join(map(str, np.unravel_index(index, schema.shape_of(row))))
+    if type(value) in (int, float):
+        return _not_float32(f"/{place}", value, _missing_value_hint(schema, value))
+    return InvalidRows(
+        f"expected a number, got {describe_value(value)}",
+        pointer=f"/{place}",
+        expected="a finite number",
+        got=describe_value(value),
+        hint=_missing_value_hint(schema, value),
+    )
+
+
+def first_bad_array_value(schema: RowSchema, row: npt.NDArray[Any], bad: npt.NDArray[np.bool_]) -> InvalidRows:
+    """Return the error for the first bad value of an array's row, [D] or nested; `bad` [D] marks the bad values."""
+    values = row.reshape(-1)
+    if schema.allows_missing and np.isnan(values).all():
+        return all_values_missing()
+    index = int(np.flatnonzero(bad)[0])
+    place = "/".join(map(str, np.unravel_index(index, row.shape)))
+    value = float(values[index])
+    return _not_float32(f"/{place}", value, _missing_value_hint(schema, value))
+
+
+def _first_wrong_part(row: Any, shape: tuple[int, ...], pointer: str) -> tuple[str, Any]:
+    """Return the first part of `row` that is not a list of the length in `shape`, after its pointer."""
+    if type(row) is not list or len(row) != shape[0]:
+        return pointer, row
+    index = next(index for index, part in enumerate(row) if flatten(part, shape[1:]) is None)
+    return _first_wrong_part(row[index], shape[1:], f"{pointer}/{index}")
+
+
+def _fits_float32(value: Any) -> bool:
+    if type(value) not in (int, float):
+        return False
+    try:
+        struct.pack("=f", value)
+    except PACKING_ERRORS:
+        return False
+    return math.isfinite(value)
+
+
+def _missing_value_hint(schema: RowSchema, value: Any) -> str | None:
+    """Return the hint for null and NaN. Latent vectors, which have no names, can never lack a value."""
+    return MISSING_VALUE_HINT if schema.names and (value is None or value != value) else None
+
+
+def _not_float32(pointer: str, value: float, hint: str | None) -> InvalidRows:
+    if isinstance(value, int) or math.isfinite(value):
+        got = f"{value:.3g}" if abs(value) < 1e308 else "a number beyond 1e308"
+        return InvalidRows(
+            f"{got} overflows float32", pointer=pointer, expected="a number within +-3.4028235e38", got=got
+        )
+    return InvalidRows(
+        f"expected a finite number, got {value}", pointer=pointer, expected="a finite number", got=str(value), hint=hint
+    )

@@ -1,0 +1,88 @@
+"""Rows that JSON, NDJSON or CSV hold as objects by feature name, to float32 arrays."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from models.errors import join_names
+from service.codec.row_errors import MalformedRow, describe_value
+from service.codec.row_lists import RowPacker, append_valid_rows
+from service.codec.row_schema import ParsedRows, RowSchema
+from service.errors import InvalidRows
+
+
+def parse_valid_records(
+    schema: RowSchema,
+    records: Any,
+    pointer: str,
+    *,
+    may_contain_non_floats: bool,
+    impute: bool = False,
+    allow_lists: bool = False,
+    minimum: int = 1,
+) -> ParsedRows:
+    """Return the rows in the valid records, and an error for each invalid record.
+
+    Args:
+        schema: the schema of a row.
+        records: a JSON value, which should be a list of objects; a `MalformedRow` may be in the place of an object.
+        pointer: the JSON pointer to `records`.
+        may_contain_non_floats: whether values may be true, false, NaN or infinite.
+        impute: whether required values may be missing too, up to half of them.
+        allow_lists: whether `records` may also contain rows as lists, in which no required value may be missing.
+        minimum: how many records must be valid.
+
+    Raises:
+        InvalidRows: if `records` is not a list of records, or fewer than `minimum` are valid.
+    """
+    if not isinstance(records, list) or not records:
+        got = describe_value(records)
+        raise InvalidRows("there are no records", pointer=pointer, expected="a list of objects", got=got)
+    record_schema = schema.all_optional if impute else schema
+    packer = RowPacker(schema.width, len(records), may_contain_non_floats)
+
+    def append(record: Any) -> None:
+        if allow_lists and type(record) is list:
+            packer.append(record, schema)
+        else:
+            packer.append(_values_in_order(schema, record, impute), record_schema, keys=schema.names)
+
+    return append_valid_rows(packer, records, pointer, append, minimum)
+
+
+def count_unknown_fields(schema: RowSchema, records: Sequence[Any], ignored: Collection[str] = ()) -> int:
+    """Return how many values of `records` belong neither to a feature nor to a name in `ignored`."""
+    known = schema.name_set.union(ignored)
+    return sum(len(record.keys() - known) for record in records if type(record) is dict)
+
+
+def most_missing(schema: RowSchema, impute: bool) -> int:
+    """Return how many of the required values a record may lack."""
+    return len(schema.required_names) // 2 if impute else 0
+
+
+def _values_in_order(schema: RowSchema, record: Any, impute: bool) -> list[Any]:
+    """Return the D values of a record, None for missing ones. Raises InvalidRows if too many are missing."""
+    if type(record) is MalformedRow:
+        raise record.error()
+    if type(record) is not dict:
+        got = describe_value(record)
+        raise InvalidRows(f"expected a record, got {got}", pointer="", expected="an object by feature name", got=got)
+    try:
+        values = [record[name] for name in schema.names]
+        if not (impute and None in values):
+            return values
+    except KeyError:
+        values = [record.get(name) for name in schema.names]
+    required = schema.required_names
+    missing = [name for name in required if (record.get(name) is None if impute else name not in record)]
+    allowed = most_missing(schema, impute)
+    if len(missing) <= allowed:
+        return values
+    how_many = f"at least {len(required) - allowed} of the" if allowed else "all"
+    raise InvalidRows(
+        f"the record has no value for {join_names(missing)}",
+        pointer="",
+        expected=f"numbers for {how_many} {len(required)} required features",
+        got=f"{len(required) - len(missing)} of them",
+        hint="GET /models/{name} lists the features",
+    )

@@ -1,0 +1,100 @@
+"""The schema of a row: its shape, the names of its values, and which of them may be missing."""
+
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from service.errors import InvalidRows
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class RowError:
+    """The reason why row number `row` of the request could not be parsed."""
+
+    row: int
+    error: InvalidRows
+
+
+class ParsedRows(NamedTuple):
+    """The G rows of a request that could be parsed, and one error for each of the other rows.
+
+    `missing` [G, D] marks the missing values, which are NaN in `x`; it is None if no value is missing.
+    """
+
+    x: Array  # [G, D]
+    rows: list[int]  # [G]: the place of each row in the request
+    errors: list[RowError]
+    missing: npt.NDArray[np.bool_] | None
+
+
+class RowSchema:
+    """The schema of a row of D numbers, which clients send as a flat list or as nested lists of `shape`.
+
+    Args:
+        shape: the shape of one row, such as [28, 28]; D is the product.
+        names: the D feature names. Latent vectors have none.
+        optional: whether each of the D values may be missing; by default none may.
+        medians: the D medians of the training rows, for `impute`.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        names: Sequence[str] = (),
+        optional: Sequence[bool] = (),
+        medians: Sequence[float] = (),
+    ) -> None:
+        self.shape = tuple(shape)
+        self.width = math.prod(self.shape)
+        self.names = tuple(names)
+        self.name_set = frozenset(names)
+        self.optional = tuple(optional) or (False,) * self.width
+        self.required_names = [name for name, may_miss in zip(names, self.optional, strict=False) if not may_miss]
+        self.allows_missing = any(self.optional)
+        self.packer = struct.Struct(f"={self.width}f")
+        self.description = f"a list of {self.width} numbers"
+        if len(self.shape) > 1:
+            self.description += f", or lists nested {'x'.join(map(str, self.shape))}"
+        self._medians = np.array(medians, np.float32)
+
+    @cached_property
+    def all_optional(self) -> "RowSchema":
+        """The same schema with every value optional."""
+        return RowSchema(self.shape, self.names, (True,) * self.width)
+
+    def shape_of(self, row: Any) -> tuple[int, ...]:
+        """Return the shape that `row` is meant to have: `shape` if it is nested, else [D]."""
+        nested = len(self.shape) > 1 and type(row) is list and bool(row) and type(row[0]) is list
+        return self.shape if nested else (self.width,)
+
+    def flatten(self, row: Any) -> list[Any] | None:
+        """Return the D values of a flat or nested row, of any type; None if a list in it has the wrong length."""
+        return flatten(row, self.shape_of(row))
+
+    def impute(self, parsed: ParsedRows) -> Array:
+        """Return the rows [G, D] with training medians for the missing values that the model cannot impute itself.
+
+        A model imputes the features that had missing values in training.
+        """
+        if parsed.missing is None:
+            return parsed.x
+        return np.where(parsed.missing & ~np.array(self.optional), self._medians, parsed.x)
+
+
+def flatten(row: Any, shape: tuple[int, ...]) -> list[Any] | None:
+    """Return the values in lists nested as `shape`; None if a list has another length."""
+    level = [row]
+    for size in shape:
+        if not all(type(part) is list and len(part) == size for part in level):
+            return None
+        level = list(chain.from_iterable(level))
+    return level
