@@ -18,7 +18,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from service.app import create_app
 from service.settings import Settings
-from tests.service.browsing import FLAGS
+from tests.service.explorer.browser import FLAGS
 from tests.service.running import running
 from training.config import DEMONSTRATION
 from training.data.table import read_table
@@ -97,8 +97,8 @@ def crowded(browser: Browser, base: str, rows: int, moves: int) -> list[float]:
     content = io.BytesIO()
     np.save(content, x + np.random.RandomState(0).normal(0, 0.05, x.shape).astype(np.float32))
     file = {"name": "rows.npy", "mimeType": "application/octet-stream", "buffer": content.getvalue()}
-    page.get_by_label("a file of rows to place on the map").set_input_files(file)  # type: ignore[arg-type] # a dict where playwright has its own
-    page.get_by_text(f"{rows} rows of yours").wait_for(timeout=120_000)
+    page.get_by_label("file of rows to show on the map").set_input_files(file)  # type: ignore[arg-type] # a dict where playwright has its own
+    page.get_by_text(f"{rows} rows from your file").wait_for(timeout=120_000)
     page.evaluate(FRAMES)
     box = page.locator(".map-card .map").bounding_box()
     assert box

@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 import torch
 from fastapi import FastAPI
-from playwright.sync_api import Browser
 
 from models.artifact import Artifact, load
 from service.app import create_app
 from service.settings import Settings
 from tests.data import values
-from tests.service.browsing import Visit, chromium
 from tests.service.hosts import host_table
 from tests.service.running import running
 from tests.training.reporters import Silent
@@ -60,32 +58,3 @@ def client(app: FastAPI) -> Iterator[httpx.Client]:
     """A client of the running application."""
     with running(app) as client:
         yield client
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Its event loop runs in this thread until it is closed, so that other modules' tests could start none."""
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="session")
-def site(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a service with the session's models, a linear autoencoder, and a private one."""
-    root = tmp_path_factory.mktemp("explored")
-    for folder in artifacts.iterdir():
-        (root / folder.name).symlink_to(folder)
-    train(TrainConfig(model="ae", name="linear", hidden=(), epochs=15), read_table("digits"), root, Silent())
-    train(TrainConfig(model="ae", name="secret", latents=2, epochs=2, private=True), host_table(), root, Silent())
-    with running(create_app(Settings(artifacts=root, log_level="error", backend="torchscript"))) as client:
-        yield str(client.base_url)
-
-
-@pytest.fixture
-def visit(browser: Browser, site: str) -> Iterator[Visit]:
-    """A page of its own, on which nothing may go wrong unheard."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    visit = Visit(context.new_page(), site)
-    yield visit
-    context.close()
-    assert visit.faults == []

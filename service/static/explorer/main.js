@@ -1,9 +1,10 @@
-// Brings the page to life: which models there are, which view is looked at, light or dark.
+// Entry point: loads the list of models and shows the view that the address names.
 
-import { catalogue, detail } from "./api.js";
-import { announce, h } from "./dom.js";
-import { nothing, say } from "./say.js";
-import { state } from "./state.js";
+import { describeModel, listModels } from "./lib/api.js";
+import { state } from "./lib/state.js";
+import { initTheme } from "./theme.js";
+import { announce, h } from "./ui/dom.js";
+import { emptyMessage, errorMessage } from "./ui/messages.js";
 
 const VIEWS = {
   models: () => import("./views/models.js"),
@@ -14,92 +15,132 @@ const VIEWS = {
   training: () => import("./views/training.js"),
   quizzes: () => import("./views/quizzes.js"),
 };
-const NEEDS_NO_MODEL = ["models", "quizzes"];
+const WITHOUT_MODEL_CHOICE = ["models", "quizzes"];
 const main = document.getElementById("view");
-const select = document.getElementById("model");
-const theme = document.getElementById("theme");
+const modelSelect = document.getElementById("model");
 let served = { models: [], failures: [], default: null };
-let leave = null;
-let turn = 0;
+let destroyView = null;
+let lastRender = 0; // counts calls of render: an earlier call whose imports arrive late must not show its view
 
-/** The view that the address names, with the model that it names. */
-async function show(focus = false) {
-  const own = ++turn, name = VIEWS[state.get("view")] ? state.get("view") : "models";
-  leave?.();
-  leave = null;
+/** Show the view and the model of the address. With `moveFocus` the focus goes to the view's heading. */
+async function render(moveFocus = false) {
+  const thisRender = ++lastRender;
+  const name = VIEWS[state.get("view")] ? state.get("view") : "models";
+  destroyView?.();
+  destroyView = null;
+  markCurrentLink(name);
+  const model = findModel(state.get("model"));
+  showModelChoice(name, model);
+  try {
+    const view = await VIEWS[name]();
+    const needsDescription = model && !WITHOUT_MODEL_CHOICE.includes(name);
+    const described = needsDescription ? await describeModel(model) : model;
+    if (thisRender !== lastRender) return;
+    const content = mount(view.title, name, moveFocus);
+    if (!model && name !== "quizzes") content.append(noModelMessage());
+    else destroyView = view.render(content, viewContext(described)) ?? null;
+  } catch (error) {
+    if (thisRender === lastRender) main.replaceChildren(errorMessage(error));
+  }
+}
+
+const viewContext = (model) => ({
+  model,
+  models: served.models,
+  failures: served.failures,
+  defaultModel: served.default,
+  navigate,
+});
+
+/** The named model; the default model if there is none of that name. */
+function findModel(name) {
+  const find = (wanted) => served.models.find((model) => model.name === wanted);
+  return find(name) ?? find(served.default);
+}
+
+/** Replace the content of the page by an empty view and return its element. */
+function mount(title, name, moveFocus) {
+  document.title = `${title} · Elbo`;
+  const heading = h("h2", { tabindex: "-1" }, title);
+  const content = h("div", { class: `view view-${name}` });
+  main.replaceChildren(heading, content);
+  main.removeAttribute("aria-busy");
+  if (moveFocus) {
+    heading.focus({ preventScroll: true });
+    scrollTo(0, 0);
+    announce(title);
+  }
+  return content;
+}
+
+const noModelMessage = () =>
+  emptyMessage(
+    "No model is served yet. Run ",
+    h("code", {}, "elbo demo"),
+    " or ",
+    h("code", {}, "elbo train"),
+    "; the model appears here within seconds.",
+  );
+
+function navigate(values) {
+  state.push(values);
+  render(true);
+}
+
+function markCurrentLink(name) {
   for (const link of document.querySelectorAll("nav a[data-view]")) {
     if (link.dataset.view === name) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  reveal();
-  const model = pick(state.get("model"));
-  document.getElementById("model-field").hidden = NEEDS_NO_MODEL.includes(name) || !served.models.length;
-  select.value = model?.name ?? "";
-  try {
-    const view = await VIEWS[name]();
-    const whole = model && !NEEDS_NO_MODEL.includes(name) ? { ...(await detail(model)), exhibits: model.exhibits } : model;
-    if (own !== turn) return;
-    document.title = `${view.title} · Elbo`;
-    const heading = h("h2", { tabindex: "-1" }, view.title);
-    const place = h("div", { class: `view view-${name}` });
-    main.replaceChildren(heading, place);
-    main.removeAttribute("aria-busy");
-    if (focus) { heading.focus({ preventScroll: true }); scrollTo(0, 0); announce(view.title); }
-    if (!model && name !== "quizzes") place.append(nothing("No model is served yet. Run ", h("code", {}, "elbo demo"), " or ", h("code", {}, "elbo train"), "; it appears here within seconds."));
-    else leave = view.render(place, { model: whole, models: served.models, failures: served.failures, chosen: served.default, go }) ?? null;
-  } catch (error) {
-    if (own === turn) main.replaceChildren(say(error));
-  }
+  scrollToCurrentLink();
 }
 
-const pick = (name) => served.models.find((m) => m.name === name) ?? served.models.find((m) => m.name === served.default);
-
-function go(values) {
-  state.go(values);
-  show(true);
-}
-
-/** Light, dark, or as the system has it; what is painted on canvases is painted anew, and nothing else is touched. */
-function dress(mode) {
-  if (mode) document.documentElement.dataset.theme = mode;
-  const dark = mode ? mode === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-  theme.textContent = dark ? "Light" : "Dark";
-  theme.setAttribute("aria-label", `switch to ${dark ? "light" : "dark"} colours`);
-  theme.dataset.next = dark ? "light" : "dark";
-  for (const canvas of document.querySelectorAll("canvas")) canvas.repaint?.();
-}
-
-/** On a phone not all views' names fit: the current one is in sight. */
-function reveal() {
+/** The navigation bar scrolls sideways on a phone: bring the current link into sight. */
+function scrollToCurrentLink() {
   const link = document.querySelector("nav a[aria-current]");
   if (link) link.parentElement.scrollLeft = link.offsetLeft - link.parentElement.offsetLeft - 16;
 }
 
-async function start() {
-  dress(localStorage.getItem("theme"));
-  theme.addEventListener("click", () => {
-    localStorage.setItem("theme", theme.dataset.next);
-    dress(theme.dataset.next);
+function showModelChoice(viewName, model) {
+  const isHidden = WITHOUT_MODEL_CHOICE.includes(viewName) || !served.models.length;
+  document.getElementById("model-field").hidden = isHidden;
+  modelSelect.value = model?.name ?? "";
+}
+
+function addListeners() {
+  addEventListener("resize", scrollToCurrentLink);
+  addEventListener("popstate", () => {
+    state.reload();
+    render(true);
   });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => dress(localStorage.getItem("theme")));
-  addEventListener("resize", reveal);
   document.querySelector(".skip").addEventListener("click", (event) => {
-    event.preventDefault(); // a step in the history would draw the view anew
+    event.preventDefault(); // a #fragment would add a history entry and render the view again
     main.focus();
   });
   document.querySelector("nav").addEventListener("click", (event) => {
     const link = event.target.closest("a[data-view]");
-    if (!link || event.metaKey || event.ctrlKey || event.shiftKey) return;
+    const opensNewTab = event.metaKey || event.ctrlKey || event.shiftKey;
+    if (!link || opensNewTab) return;
     event.preventDefault();
-    go({ view: link.dataset.view });
+    navigate({ view: link.dataset.view });
   });
-  select.addEventListener("change", () => go({ model: select.value, view: state.get("view") }));
-  addEventListener("popstate", () => { state.read(); show(true); });
-  const { models, ...rest } = await catalogue();
-  const newest = models.filter((model, i) => models[i - 1]?.name !== model.name); // of each name the newest comes first
-  served = { ...rest, models: newest };
-  select.replaceChildren(...newest.map((model) => h("option", { value: model.name }, `${model.name} (${model.kind})`)));
-  await show();
+  modelSelect.addEventListener("change", () => navigate({ model: modelSelect.value, view: state.get("view") }));
 }
 
-start().catch((error) => main.replaceChildren(say(error)));
+/** Load the newest version of each served model. The service lists the newest version of a name first. */
+async function loadModels() {
+  const { models, ...rest } = await listModels();
+  const newest = models.filter((model, i) => models[i - 1]?.name !== model.name);
+  served = { ...rest, models: newest };
+  const option = (model) => h("option", { value: model.name }, `${model.name} (${model.kind})`);
+  modelSelect.replaceChildren(...newest.map(option));
+}
+
+async function start() {
+  initTheme();
+  addListeners();
+  await loadModels();
+  await render();
+}
+
+start().catch((error) => main.replaceChildren(errorMessage(error)));

@@ -1,269 +1,182 @@
-// The latent space: where held-out rows lie, what the prior expects, and what any point in it decodes to.
+// The latent space view: held-out codes, the prior, and what any point decodes to.
 
-import { Following, Latest, decode, encodeAll, exhibit, post } from "../api.js";
-import { Z, announce, button, card, choice, fixed, h, math, mi, mo, number, row, segmented, slider, term, toggle, vector } from "../dom.js";
-import { mean, zeros } from "../algebra.js";
-import { LatentMap, planeOf, priorOf, tintName } from "../map.js";
-import { figure, readFile, tile } from "../rows.js";
-import { Place, say } from "../say.js";
-import { rounded, state } from "../state.js";
-import { labelOf } from "../source.js";
-import { sideBySide } from "./sidebyside.js";
+import { vector } from "../lib/format.js";
+import { heldOutRowName } from "../lib/model.js";
+import { state, toParameter } from "../lib/state.js";
+import { LatentMap } from "../map/latent-map.js";
+import { term } from "../ui/controls.js";
+import { announce, h } from "../ui/dom.js";
+import { equation, math, mi, mrow, parens, STANDARD_NORMAL, Z } from "../ui/mathml.js";
+import { errorMessage } from "../ui/messages.js";
+import { centreOf, loadCodes } from "./latent/codes.js";
+import { InterpolationCard } from "./latent/interpolation-card.js";
+import { MapCard } from "./latent/map-card.js";
+import { PointCard } from "./latent/point-card.js";
+import { SamplingCard } from "./latent/sampling-card.js";
+import { SideBySide } from "./latent/side-by-side.js";
+import { SlidersCard } from "./latent/sliders-card.js";
 
 export const title = "Latent space";
-const DRAWS = 250; // from a prior that has no formula, to estimate its contours
-const GRID = 13; // decodings a side
-const MOST_OWN = 20000; // rows of one's own on the map
-const LISTED = 32; // latents with a slider each
+const CODE = "The encoder turns a row into a code z: a few numbers from which the decoder rebuilds the row.";
+const PRIOR =
+  "What the model assumes about codes before it sees a row. The prior of a VAE is a standard normal distribution; " +
+  "that of PCA has the variances of its components. An autoencoder has no prior, so a mixture is fitted to its codes.";
 
-export function render(place, { model, models }) {
-  const view = new LatentView(place, model, models);
+export function render(container, { model, models }) {
+  const view = new LatentView(container, model, models);
   view.start();
   return () => view.destroy();
 }
 
-/** What the map needs of a model: held-out codes, or draws from the prior where there are none. */
-export async function survey(model, signal) {
-  const shown = await exhibit(model, "held-out");
-  const exact = model.kind === "vae" || (model.kind === "pca" && model.spectrum?.length >= model.latents);
-  const draws = shown && exact ? [] : (await post("/sample", model, { n: DRAWS, seed: 0 }, signal)).latents;
-  const codes = shown?.latents ?? draws;
-  return { shown, draws, codes, points: codes.map((z, i) => ({ z, label: shown?.labels?.[i] ?? null })) };
-}
-
 class LatentView {
-  constructor(place, model, models) {
-    Object.assign(this, { place, model, models, sampled: [], drawn: [], ends: { A: null, B: null }, own: [], names: [] });
-    this.following = new Following((signal, z) => this.decoded(signal, z));
-    this.gridding = new Latest();
-    this.walking = new Latest();
-    this.sampling = new Latest();
+  constructor(container, model, models) {
+    this.container = container;
+    this.model = model;
+    this.models = models;
+    this.kept = []; // latents that the user has sampled on the map
+    this.drawn = []; // latents of the samples from the prior
+    this.ends = { A: null, B: null };
+    this.cards = [];
   }
 
   async start() {
-    const { model, place } = this;
-    place.append(this.lead());
+    const { model, container } = this;
+    container.append(introduction(model));
     try {
-      this.seen = await survey(model);
+      this.codes = await loadCodes(model);
     } catch (error) {
-      return place.append(say(error));
+      container.append(errorMessage(error));
+      return;
     }
-    const centre = model.kind === "vae" ? zeros(model.latents) : mean(this.seen.codes);
-    const kept = state.numbers("z");
-    this.current = kept?.length === model.latents ? kept : centre;
-    this.centre = centre;
-    this.map = new LatentMap({
-      model, label: `map of the latent space of ${model.name}; arrow keys move the point, Enter samples there, A and B set the ends of an interpolation`,
-      onhover: (z, near) => this.hovered(z, near), onleave: () => this.hovered(this.current, null),
-      onmove: (z) => this.move(z), onpick: (z) => this.pick(z), onkey: (key) => this.key(key),
+    this.centre = centreOf(model, this.codes.codes);
+    this.current = state.numbers("z", model.latents) ?? this.centre;
+    this.map = this.createMap();
+    this.createCards();
+    this.mapCard.updatePlane(this.current);
+    this.moveTo(this.current);
+    this.restoreFromState();
+  }
+
+  createMap() {
+    const { name } = this.model;
+    return new LatentMap({
+      model: this.model,
+      label:
+        `map of the latent space of ${name}; arrow keys move the point, Enter samples there, ` +
+        "A and B set the ends of an interpolation",
+      onhover: (z, code) => this.pointCard.show(z, this.describeCode(code)),
+      onleave: () => this.pointCard.show(this.current),
+      onmove: (z) => this.moveTo(z),
+      onpick: (z) => this.sampleAt(z),
+      onkey: (key) => this.onKey(key),
     });
-    place.append(h("div", { class: "latent" }, this.mapCard(), h("div", { class: "stack" }, this.pointCard(), this.walkCard())), h("div", { class: "columns" }, this.slidersCard(), this.sampleCard()), sideBySide(this));
-    this.restore();
-    this.replane();
-    this.move(this.current);
-    if (state.get("grid")) this.setGrid(true);
   }
 
-  lead() {
-    const prior = { vae: row(mi("p"), mo("("), Z, mo(")"), mo("="), mi("𝒩"), mo("("), mi("0"), mo(","), mi("I"), mo(")")) }[this.model.kind];
-    return h("p", { class: "lead" }, "Every point here is a ", term("code", "A code z is what the encoder makes of a row: a few numbers from which the decoder rebuilds it."),
-      ", and every code decodes to a row. Dots are rows that the model never trained on; lines are the contours of the ",
-      term("prior", "What the model believes of codes before it sees a row. A VAE's is a standard normal distribution; PCA's has the variances of its components; an autoencoder has none, so a mixture is fitted on its codes."),
-      prior ? [" ", math(prior)] : null, ". Move over the map to decode what lies there.");
-  }
-
-  mapCard() {
-    const { model, seen, map } = this;
-    const options = Array.from({ length: model.latents }, (_, k) => [String(k), `latent ${k + 1}`]);
-    const axes = state.get("axes", model.latents > 2 ? "pc" : "0,1");
-    this.axes = axes === "pc" || axes.split(",").every((k) => Number(k) < model.latents) ? axes : "pc";
-    const [i, j] = this.axes === "pc" ? ["pc", "pc"] : this.axes.split(",");
-    const both = model.latents > 2 ? [["pc", "principal"], ...options] : options;
-    const change = () => {
-      let [a, b] = [x.select.value, y.select.value];
-      if (a === "pc" || b === "pc") [a, b] = this.axes === "pc" ? (a === "pc" ? [b === "0" ? "1" : "0", b] : [a, a === "0" ? "1" : "0"]) : ["pc", "pc"];
-      [x.select.value, y.select.value] = [a, b];
-      this.axes = a === "pc" ? "pc" : `${a},${b}`;
-      state.set({ axes: this.axes });
-      this.replane();
-      this.move(this.current);
-      if (map.grid) this.setGrid(true);
-    };
-    const x = choice("Across", both, i, change), y = choice("Up", both, j, change);
-    const zoom = (factor) => { map.zoom = factor ? Math.max(1, Math.min(16, map.zoom * factor)) : 1; map.draw(); if (map.grid) this.setGrid(true); };
-    const redraw = (name) => (on) => { map[name] = on; map.draw(); };
-    this.gridToggle = toggle("Decodings", Boolean(state.get("grid")), (on) => this.setGrid(on));
-    this.status = h("p", { class: "quiet status" }, " ");
-    return h("section", { class: "card map-card" },
-      h("div", { class: "line tools-line" }, model.latents > 1 ? [x, y] : null,
-        h("span", { class: "group" }, toggle("Codes", true, redraw("codes")), toggle("Contours", true, redraw("contours")), this.gridToggle),
-        h("span", { class: "group" }, button("−", () => zoom(0.5), { "aria-label": "zoom out" }), button("+", () => zoom(2), { "aria-label": "zoom in" }), button("Whole", () => zoom(0)))),
-      map.element, this.status, this.labels(), this.ownRows(),
-      seen.shown ? null : h("p", { class: "nothing" }, `${model.name} carries no held-out rows (it was trained with --private, or by an earlier Elbo). Dots are draws from its prior.`));
-  }
-
-  labels() {
-    const { shown } = this.seen;
-    if (!shown?.labels) return null;
-    const names = [...new Set(shown.labels)].sort((a, b) => a - b);
-    return h("div", { class: "labels", role: "group", "aria-label": "labels that are shown" }, names.map((label) => {
-      const swatch = h("span", { class: "swatch" });
-      swatch.style.background = `var(${tintName(label)})`;
-      return toggle([swatch, shown.label_names?.[label] ?? String(label)], true, (on) => {
-        this.map.hidden[on ? "delete" : "add"](label);
-        this.map.draw();
-      });
-    }));
-  }
-
-  /** Rows of the user's own on the map, from a file. */
-  ownRows() {
-    const told = h("span", { class: "quiet", role: "status" });
-    const input = h("input", { type: "file", accept: ".csv,.npy,.json,.txt", "aria-label": "a file of rows to place on the map", onchange: async () => {
-      try {
-        const all = await readFile(input.files[0], this.model), rows = all.slice(0, MOST_OWN);
-        const codes = await encodeAll(this.model, rows, (done) => (told.textContent = `encoding ${done} of ${rows.length} rows …`));
-        this.own = codes.map((z) => ({ z, label: -2 }));
-        told.textContent = all.length > MOST_OWN ? `the first ${MOST_OWN} of ${all.length} rows of yours, in orange` : `${rows.length} rows of yours, in orange`;
-        this.replane();
-      } catch (error) {
-        told.replaceChildren(say(error));
-      }
-    } });
-    return h("div", { class: "line own" }, h("span", { class: "quiet" }, "Your rows on the map:"), input, told);
-  }
-
-  pointCard() {
-    this.output = h("div", { class: "output" });
-    this.what = h("p", { class: "quiet" });
-    this.zText = h("code", { class: "z" });
-    this.count = h("output", {}, "0 points");
-    this.tray = h("div", { class: "tray" });
-    return h("section", { class: "card point-card" }, h("h3", {}, "Decoded"), this.output, this.what,
-      h("dl", {}, h("dt", {}, "Current ", math(Z)), h("dd", {}, this.zText), h("dt", {}, "Sampled"), h("dd", {}, this.count)),
-      h("div", { class: "line" }, button("Sample here", () => this.pick(this.current), { class: "primary" }),
-        button("Set A", () => this.setEnd("A")), button("Set B", () => this.setEnd("B")), button("To the middle", () => this.move(this.centre)), button("Clear", () => this.clear())),
-      this.tray);
-  }
-
-  slidersCard() {
-    const { model, seen } = this, report = model.latent_report ?? [];
-    const weight = (k) => report[k]?.kl ?? report[k]?.variance ?? 0;
-    const most = Math.max(1e-12, ...report.map((_, k) => weight(k)));
-    const order = Array.from({ length: model.latents }, (_, k) => k);
-    const listed = model.latents > LISTED ? order.sort((a, b) => weight(b) - weight(a)).slice(0, LISTED) : order;
-    this.sliders = listed.map((k) => {
-      const far = Math.max(model.kind === "vae" ? 3 : 0, ...seen.codes.map((z) => Math.abs(z[k]))) * 1.05 || 3;
-      const dead = report[k] && !report[k].active;
-      const meter = h("span", { class: "activity", title: report[k]?.kl != null ? `${number(weight(k))} nats` : `variance ${number(weight(k))}` });
-      const fill = h("span", {});
-      fill.style.width = `${(100 * weight(k)) / most}%`;
-      meter.append(fill);
-      const field = slider([h("span", {}, `z`, h("sub", {}, String(k + 1)), dead ? h("em", { class: "dead" }, "dead") : null), meter],
-        { min: -far, max: far, step: far / 200, value: this.current[k], show: (v) => fixed(v), className: dead ? "is-dead" : "",
-          oninput: (v) => { const z = Array.from(this.current); z[k] = v; this.move(z, true); } });
-      return Object.assign(field, { k });
+  createCards() {
+    const { model, map, codes } = this;
+    this.mapCard = new MapCard({ model, codes, map, onaxes: () => this.moveTo(this.current) });
+    this.pointCard = new PointCard({
+      model,
+      onsample: () => this.sampleAt(this.current),
+      onend: (end) => this.setEnd(end),
+      oncentre: () => this.moveTo(this.centre),
+      onclear: () => this.clear(),
     });
-    const dead = report.filter((latent) => !latent.active).length;
-    return card("Latents", h("p", { class: "quiet" }, "The bar under each name is its ",
-      term("activity", "How much a latent carries: its KL divergence from the prior in nats, or, where the model charges none, the variance of its code over held-out rows. A dead latent says nothing: the decoder ignores it."),
-      dead ? `; ${dead} of ${model.latents} are dead.` : `; all ${model.latents} are alive.`, model.latents > LISTED ? ` The ${LISTED} most active are listed.` : ""),
-      h("div", { class: "sliders" }, this.sliders));
+    this.interpolation = new InterpolationCard({ model, onpath: (path) => this.showPath(path) });
+    const onslide = (k, value) => this.onSlide(k, value);
+    this.sliders = new SlidersCard({ model, codes: codes.codes, current: this.current, oninput: onslide });
+    this.sampling = new SamplingCard({
+      model,
+      onsamples: (latents) => this.showSamples(latents),
+      onselect: (z) => this.moveTo(z),
+    });
+    this.sideBySide = new SideBySide(model, this.models);
+    this.cards = [this.mapCard, this.pointCard, this.interpolation, this.sampling];
+    this.container.append(
+      h(
+        "div",
+        { class: "latent" },
+        this.mapCard.element,
+        h("div", { class: "stack" }, this.pointCard.element, this.interpolation.element),
+      ),
+      h("div", { class: "columns" }, this.sliders.element, this.sampling.element),
+      this.sideBySide.element,
+    );
   }
 
-  walkCard() {
-    this.strip = new Place("strip");
-    this.method = state.get("method") === "slerp" ? "slerp" : "linear";
-    this.steps = state.number("steps", 9);
-    return card("Interpolation", h("p", { class: "quiet" }, "Set two ends on the map: A, then B. A straight line crosses the middle, where a normal prior has little mass in many dimensions; ",
-      term("slerp", "Spherical interpolation (White 2016): along the great circle between the two directions, while the length changes evenly."), " stays at the distance where codes live."),
-      h("div", { class: "line" }, segmented("Way", [["linear", "Linear"], ["slerp", "Spherical"]], this.method, (method) => { this.method = method; state.set({ method }); this.walk(); }),
-        slider("Steps", { min: 3, max: 16, step: 1, value: this.steps, show: String, oninput: (v) => { this.steps = v; state.set({ steps: v }); this.walk(); } })),
-      this.strip.element);
+  restoreFromState() {
+    for (const end of ["A", "B"]) this.ends[end] = state.numbers(end.toLowerCase(), this.model.latents);
+    this.updateMarks();
+    this.interpolation.update(this.ends);
+    if (state.get("seed")) this.sampling.draw();
+    if (state.get("grid")) this.mapCard.showGrid(true);
   }
 
-  sampleCard() {
-    this.samples = new Place("strip samples");
-    this.seed = state.number("seed", 7);
-    this.temperature = state.number("t", 1);
-    const seed = h("input", { type: "number", min: 0, step: 1, value: String(this.seed), onchange: () => { this.seed = Math.max(0, Math.round(Number(seed.value) || 0)); this.draw(); } });
-    return card("Draws from the prior",
-      h("div", { class: "line" }, h("label", { class: "field" }, h("span", { class: "name" }, "Seed"), seed),
-        slider(term("Temperature", "Scales the noise: below 1 draws stay near the middle and look typical, above 1 they stray."), { min: 0, max: 2, step: 0.05, value: this.temperature, show: (v) => fixed(v), oninput: (v) => { this.temperature = v; this.draw(); } }),
-        button("Draw", () => this.draw(), { class: "primary" }), button("Next seed", () => { this.seed += 1; seed.value = this.seed; this.draw(); })),
-      this.samples.element);
+  /** A note about the point of the map with index `i`; a blank for null. */
+  describeCode(i) {
+    if (i === null) return " ";
+    if (i >= this.codes.points.length) return "one of your rows lies here";
+    if (!this.codes.heldOut) return "a sample from the prior lies here";
+    return `${heldOutRowName(this.codes.heldOut, i)} lies here`;
   }
 
-  replane() {
-    const { model, seen, map } = this;
-    const plane = planeOf(seen.codes, this.axes, model.latents);
-    map.show({ plane, prior: priorOf(model, plane, seen.draws), points: [...seen.points, ...this.own], current: this.current });
+  moveTo(z) {
+    this.setCurrent(z);
+    this.sliders.set(this.current);
   }
 
-  /** The current point goes to z. */
-  move(z, fromSlider = false) {
-    this.current = this.map.current = Array.from(z);
-    for (const field of fromSlider ? [] : this.sliders) field.set(z[field.k]);
-    this.map.drawTop();
-    state.set({ z: rounded(z) });
-    this.hovered(this.current, null);
+  onSlide(k, value) {
+    const z = Array.from(this.current);
+    z[k] = value;
+    this.setCurrent(z);
+  }
+
+  setCurrent(z) {
+    this.current = Array.from(z);
+    this.map.current = this.current;
+    this.map.drawOverlay();
+    state.set({ z: toParameter(z) });
+    this.pointCard.show(this.current);
     announce(`z is ${vector(z, 4)}`);
   }
 
-  hovered(z, near) {
-    this.zText.textContent = vector(z);
-    const label = near === null || near >= this.seen.points.length ? "" : labelOf(this.seen.shown, near);
-    this.what.textContent = near === null ? " " : near >= this.seen.points.length ? "one of your rows lies here" : `held-out row ${near}${label ? `, label ${label}` : ""} lies here`;
-    this.following.want(z);
+  async sampleAt(z) {
+    this.moveTo(z);
+    this.kept.push(Array.from(z));
+    this.updateMarks();
+    await this.pointCard.addToTray(z);
   }
 
-  async decoded(signal, z) {
-    try {
-      const [x] = await decode(this.model, [z], signal);
-      this.output.replaceChildren(figure(this.model, x, `decoded at ${vector(z, 4)}`));
-      this.shownAt = performance.now();
-      this.last = x;
-    } catch (error) {
-      if (error.name === "AbortError") throw error;
-      this.output.replaceChildren(say(error));
-    }
+  showSamples(latents) {
+    this.drawn = latents;
+    this.updateMarks();
   }
 
-  /** A click: a sample there. */
-  async pick(z) {
-    this.move(z);
-    this.sampled.push(Array.from(z));
-    this.tell();
-    try {
-      const [x] = await decode(this.model, [z]);
-      this.tray.prepend(tile(this.model, x, `sampled at ${vector(z, 4)}`));
-      while (this.tray.children.length > 24) this.tray.lastChild.remove();
-    } catch (error) {
-      this.tray.prepend(say(error));
-    }
+  showPath(latents) {
+    this.map.path = latents;
+    this.map.drawOverlay();
   }
 
   clear() {
-    this.sampled = [];
+    this.kept = [];
     this.drawn = [];
     this.ends = { A: null, B: null };
-    this.tray.replaceChildren();
-    this.strip.element.replaceChildren();
-    this.samples.element.replaceChildren();
+    this.pointCard.clear();
+    this.sampling.clear();
     state.set({ a: null, b: null, seed: null, t: null });
-    this.tell();
-    this.walk();
+    this.updateMarks();
+    this.interpolation.update(this.ends);
   }
 
-  tell() {
-    const count = this.sampled.length;
-    this.count.textContent = `${count} point${count === 1 ? "" : "s"}`;
-    this.map.dots = [...this.sampled, ...this.drawn];
-    this.map.marks = ["A", "B"].filter((end) => this.ends[end]).map((end) => ({ z: this.ends[end], text: end }));
-    this.map.drawTop();
+  updateMarks() {
+    this.pointCard.setCount(this.kept.length);
+    this.map.samples = [...this.kept, ...this.drawn];
+    const set = Object.entries(this.ends).filter(([, z]) => z);
+    this.map.marks = set.map(([text, z]) => ({ z, text }));
+    this.map.drawOverlay();
   }
 
-  key(key) {
+  onKey(key) {
     const end = key.toUpperCase();
     if (end !== "A" && end !== "B") return false;
     this.setEnd(end);
@@ -272,69 +185,30 @@ class LatentView {
 
   setEnd(end) {
     this.ends[end] = Array.from(this.current);
-    state.set({ [end.toLowerCase()]: rounded(this.current) });
+    state.set({ [end.toLowerCase()]: toParameter(this.current) });
     announce(`${end} is set`);
-    this.tell();
-    this.walk();
-  }
-
-  async walk() {
-    const { A, B } = this.ends;
-    if (!A || !B) {
-      this.map.path = [];
-      this.map.drawTop();
-      this.strip.element.replaceChildren(h("p", { class: "nothing" }, A ? "A is set; move on and set B." : "Neither end is set yet."));
-      return;
-    }
-    await this.strip.fill(() => this.walking.run(async (signal) => {
-      const body = { start: { latent: A }, end: { latent: B }, steps: this.steps, method: this.method };
-      const { latents, outputs } = await post("/interpolate", this.model, body, signal);
-      this.map.path = latents;
-      this.map.drawTop();
-      return outputs.map((x, i) => tile(this.model, x, `step ${i + 1} of ${outputs.length}`));
-    }));
-  }
-
-  async draw() {
-    state.set({ seed: this.seed, t: this.temperature });
-    await this.samples.fill(() => this.sampling.run(async (signal) => {
-      const { latents, outputs } = await post("/sample", this.model, { n: 16, seed: this.seed, temperature: this.temperature }, signal);
-      this.drawn = latents;
-      this.tell();
-      return outputs.map((x, i) => h("button", { type: "button", class: "tile-button", "aria-label": `go to sample ${i + 1}`, onclick: () => this.move(latents[i]) }, tile(this.model, x, "")));
-    }));
-  }
-
-  async setGrid(on) {
-    state.set({ grid: on ? "1" : null });
-    if (!on) {
-      this.gridding.stop();
-      this.map.grid = null;
-      return this.map.draw();
-    }
-    try {
-      const rows = await this.gridding.run((signal) => decode(this.model, this.map.lattice(GRID), signal));
-      if (rows) this.map.grid = { rows, count: GRID };
-      this.map.draw();
-    } catch (error) {
-      this.status.replaceChildren(say(error));
-    }
-  }
-
-  restore() {
-    for (const end of ["A", "B"]) {
-      const kept = state.numbers(end.toLowerCase());
-      if (kept?.length === this.model.latents) this.ends[end] = kept;
-    }
-    this.map.current = this.current;
-    queueMicrotask(() => { this.tell(); this.walk(); });
-    if (state.get("seed")) this.draw();
+    this.updateMarks();
+    this.interpolation.update(this.ends);
   }
 
   destroy() {
-    for (const work of [this.following, this.gridding, this.walking, this.sampling]) work.stop();
+    for (const card of this.cards) card.stop();
     this.map?.destroy();
-    this.beside?.forEach((map) => map.destroy());
+    this.sideBySide?.destroy();
   }
 }
 
+function introduction(model) {
+  const prior = equation(mrow(mi("p"), parens(Z)), STANDARD_NORMAL);
+  return h(
+    "p",
+    { class: "lead" },
+    "Every point of this space is a ",
+    term("code", CODE),
+    ", and every code decodes to a row. The dots are rows that the model was not trained on; " +
+      "the lines are the contours of the ",
+    term("prior", PRIOR),
+    model.kind === "vae" ? [" ", math(prior)] : null,
+    ". Move over the map to decode a point.",
+  );
+}

@@ -1,54 +1,120 @@
-// What is served, with living pictures of what it makes, and what each kind of model is for.
+// The start view: the served models with samples, and what each kind of model is for.
 
-import { ask } from "../api.js";
-import { button, h, number } from "../dom.js";
-import { isPicture } from "../rows.js";
-import { Place } from "../say.js";
+import { samplePng } from "../lib/api.js";
+import { number } from "../lib/format.js";
+import { isImage, kindName } from "../lib/model.js";
+import { button } from "../ui/controls.js";
+import { definition, h } from "../ui/dom.js";
+import { AsyncPanel } from "../ui/messages.js";
 
 export const title = "Models";
-export const KINDS = { pca: "principal component analysis", ae: "autoencoder", vae: "variational autoencoder", ensemble: "ensemble" };
 const SAMPLES = 12;
-const USES = [
-  ["Compress and explore", "A row becomes a code of a few numbers. Walk through the space of codes.", "latent"],
-  ["Denoise", "Through the narrow code and back, noise is left behind.", "reconstruct"],
-  ["Learn features", "Each component, each latent, is a feature that the data chose.", "pca"],
-  ["Generate", "New rows are drawn from the prior, decoded.", "latent"],
-  ["Find anomalies", "What cannot be explained scores high, and a p-value says how rare that is.", "anomaly"],
-  ["See how it learns", "Eleven steps, three curves, and latents that live or die.", "training"],
+const MAX_METRICS = 5;
+const USE_CASES = [
+  ["Compress and explore", "A row becomes a code of a few numbers. Explore the space of codes.", "latent"],
+  ["Denoise", "The code is too small to hold the noise, so the reconstruction is cleaner.", "reconstruct"],
+  ["Learn features", "Each component or latent is a feature learned from the data.", "pca"],
+  ["Generate", "Decode samples from the prior to get new rows.", "latent"],
+  ["Detect anomalies", "A row that the model cannot explain scores high; a p-value says how rare that is.", "anomaly"],
+  ["Follow the training", "The algorithm in eleven steps, the loss curves, and the active latents.", "training"],
 ];
 
-export function render(place, { models, failures, chosen, go }) {
-  place.append(
-    h("p", { class: "lead" }, "An autoencoder squeezes data through a narrow code and learns what matters on the way. These are the models that are served here. Take one and look inside."),
-    h("div", { class: "cards" }, models.map((model) => modelCard(model, model.name === chosen, go))),
-    failures.map((f) => h("p", { class: "problem" }, `${f.name}@${f.version} is not served: ${f.detail}`)),
+export function render(container, { models, failures, defaultModel, navigate }) {
+  container.append(
+    h(
+      "p",
+      { class: "lead" },
+      "An autoencoder compresses each row to a short code and learns what matters in the data. These are the models " +
+        "that this server serves. Choose one to explore it.",
+    ),
+    h(
+      "div",
+      { class: "cards" },
+      models.map((model) => modelCard(model, model.name === defaultModel, navigate)),
+    ),
+    ...failures.map(failureMessage),
     h("h3", {}, "What they are for"),
-    h("ul", { class: "uses" }, USES.map(([name, text, view]) => h("li", {}, h("a", { href: `?view=${view}`, onclick: (event) => { event.preventDefault(); go({ view }); } }, name), h("p", {}, text)))),
+    h(
+      "ul",
+      { class: "use-cases" },
+      USE_CASES.map((useCase) => useCaseItem(useCase, navigate)),
+    ),
   );
 }
 
-function modelCard(model, isDefault, go) {
-  const pictures = new Place("samples"), line = `curl -X POST '${location.origin}/sample?model=${model.name}&n=2'`;
-  const draw = () => pictures.fill(() => sample(model));
-  if (isPicture(model) && model.pictures) draw();
-  const copy = button("Copy", () => navigator.clipboard.writeText(line).then(() => (copy.textContent = "Copied")), { "aria-label": `copy the request to ${model.name}` });
-  const facts = [["a row", model.shape.join(" × ")], ["latents", model.latents], ["calibration rows", model.calibration.rows],
-    ...Object.entries(model.metrics).slice(0, 5).map(([name, value]) => [name.replaceAll("_", " "), number(value)])];
-  return h("article", { class: "card model" },
-    h("h3", {}, model.name, " ", h("small", {}, `version ${model.version}${isDefault ? ", answers by default" : ""}`)),
-    h("p", { class: "quiet" }, KINDS[model.kind] ?? model.kind),
-    isPicture(model) && model.pictures ? pictures.element : null,
-    h("dl", {}, facts.map(([name, value]) => [h("dt", {}, name), h("dd", {}, String(value))])),
-    h("pre", { tabindex: "0" }, h("code", {}, line)),
-    h("div", { class: "line" },
-      button("Look inside", () => go({ view: "latent", model: model.name }), { class: "primary", "aria-label": `look inside ${model.name}` }), copy,
-      isPicture(model) && model.pictures ? button("Sample again", draw, { "aria-label": `sample again from ${model.name}` }) : null));
+const failureMessage = ({ name, version, detail }) =>
+  h("p", { class: "error" }, `${name}@${version} is not served: ${detail}`);
+
+function useCaseItem([name, text, view], navigate) {
+  const onclick = (event) => {
+    event.preventDefault();
+    navigate({ view });
+  };
+  return h("li", {}, h("a", { href: `?view=${view}`, onclick }, name), h("p", {}, text));
 }
 
-async function sample(model) {
-  const response = await ask(`/sample?model=${model.name}@${model.version}&n=${SAMPLES}&seed=${Math.floor(Math.random() * 10000)}`, { method: "POST", headers: { Accept: "image/png" } });
+function modelCard(model, isDefault, navigate) {
+  const command = `curl -X POST '${location.origin}/sample?model=${model.name}&n=2'`;
+  const samples = isImage(model) && model.pictures ? new SamplePicture(model) : null;
+  const explore = () => navigate({ view: "latent", model: model.name });
+  return h(
+    "article",
+    { class: "card model" },
+    h("h3", {}, model.name, " ", h("small", {}, `version ${model.version}${isDefault ? ", default model" : ""}`)),
+    h("p", { class: "muted" }, kindName(model)),
+    samples?.element,
+    h("dl", {}, facts(model)),
+    h("pre", { tabindex: "0" }, h("code", {}, command)),
+    h(
+      "div",
+      { class: "controls" },
+      button("Explore", explore, { class: "primary", "aria-label": `explore ${model.name}` }),
+      copyButton(command, model.name),
+      samples?.button,
+    ),
+  );
+}
+
+function facts(model) {
+  const metrics = Object.entries(model.metrics).slice(0, MAX_METRICS);
+  return [
+    ...definition("row shape", model.shape.join(" × ")),
+    ...definition("latents", String(model.latents)),
+    ...definition("calibration rows", String(model.calibration.rows)),
+    ...metrics.flatMap(([name, value]) => definition(name.replaceAll("_", " "), number(value))),
+  ];
+}
+
+function copyButton(command, name) {
+  const copy = async () => {
+    await navigator.clipboard.writeText(command);
+    element.textContent = "Copied";
+  };
+  const element = button("Copy", copy, { "aria-label": `copy the command for ${name}` });
+  return element;
+}
+
+/** A picture of samples, with a button that draws others. */
+class SamplePicture {
+  constructor(model) {
+    this.model = model;
+    this.panel = new AsyncPanel("samples");
+    this.element = this.panel.element;
+    this.button = button("Sample again", () => this.draw(), { "aria-label": `sample again from ${model.name}` });
+    this.draw();
+  }
+
+  draw() {
+    this.panel.load(async () => {
+      const { image, seed } = await samplePng(this.model, SAMPLES);
+      return sampleFigure(this.model, image, seed);
+    });
+  }
+}
+
+function sampleFigure(model, blob, seed) {
   const image = h("img", { alt: `${SAMPLES} samples from ${model.name}` });
-  image.src = URL.createObjectURL(await response.blob());
+  image.src = URL.createObjectURL(blob);
   image.addEventListener("load", () => URL.revokeObjectURL(image.src));
-  return h("figure", {}, image, h("figcaption", {}, `${SAMPLES} samples, seed ${response.headers.get("elbo-seed")}`));
+  return h("figure", {}, image, h("figcaption", {}, `${SAMPLES} samples, seed ${seed}`));
 }

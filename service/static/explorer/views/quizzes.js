@@ -1,58 +1,125 @@
-// The two questions, with what is right or wrong about each answer.
+// The quizzes: two questions with an explanation of each answer.
 
-import { EPSILON, MU, SIGMA, Z, announce, button, h, math, mi, mo, row } from "../dom.js";
-import { state } from "../state.js";
+import { state } from "../lib/state.js";
+import { button } from "../ui/controls.js";
+import { announce, h } from "../ui/dom.js";
+import { math, mo, mrow, NOISE, REPARAMETERIZATION } from "../ui/mathml.js";
 
 export const title = "Quizzes";
 const QUESTIONS = [
   {
     id: "q1",
-    ask: "What is the main difference between a standard autoencoder and PCA?",
+    text: "What is the main difference between a standard autoencoder and PCA?",
     options: [
-      ["PCA needs labels, an autoencoder does not", "Neither needs labels: both learn from the rows alone."],
-      ["An autoencoder can be nonlinear; PCA only projects linearly", "Right. PCA finds the best flat subspace. Layers with a nonlinearity between them let an autoencoder bend the subspace to the data; without the nonlinearity it learns PCA's subspace again, as the principal angles in the PCA view show."],
-      ["PCA compresses, an autoencoder enlarges", "Both compress: the code has fewer numbers than the row."],
-      ["An autoencoder always reconstructs better", "Not always: a linear one cannot beat PCA, and a nonlinear one may be trained too briefly or on too few rows. The model card says which won here."],
+      {
+        text: "PCA needs labels, an autoencoder does not",
+        explanation: "Neither needs labels: both learn from the rows alone.",
+      },
+      {
+        text: "An autoencoder can be nonlinear; PCA only projects linearly",
+        explanation:
+          "Right. PCA finds the best flat subspace. An autoencoder with nonlinear layers can learn a curved one. " +
+          "Without them it learns the subspace of PCA, as the principal angles in the PCA view show.",
+      },
+      {
+        text: "PCA compresses, an autoencoder expands",
+        explanation: "Both compress: the code has fewer numbers than the row.",
+      },
+      {
+        text: "An autoencoder always reconstructs better",
+        explanation:
+          "Not always. A linear autoencoder cannot beat PCA, and a nonlinear one may be trained too briefly or on " +
+          "too few rows. The model cards show which is better here.",
+      },
     ],
-    right: 1,
+    correct: 1,
   },
   {
     id: "q2",
-    ask: "Why is the reparameterization trick necessary in VAEs?",
+    text: "Why is the reparameterization trick necessary in VAEs?",
     options: [
-      ["It makes the latent space smaller", "The number of latents is chosen beforehand; the trick leaves it alone."],
-      ["It removes the noise from sampling", "The noise stays: it only comes from outside, as ε."],
-      ["It lets gradients flow through the sampling step", "Right. Drawing z directly is a random act without a derivative. Written as a function of μ and σ with the randomness in ε apart, the same draw can be differentiated, so the encoder learns by backpropagation."],
-      ["It replaces the KL divergence", "The KL term stays in the loss; the trick concerns the expectation over z in the reconstruction term."],
+      {
+        text: "It makes the latent space smaller",
+        explanation: "The number of latents is chosen before training; the trick does not change it.",
+      },
+      {
+        text: "It removes the noise from sampling",
+        explanation: "The noise stays. It only comes from outside the network, as ε.",
+      },
+      {
+        text: "It lets gradients flow through the sampling step",
+        explanation:
+          "Right. Drawing z directly is a random operation without a derivative. As a function of μ, σ and a " +
+          "separate random ε, the sample is differentiable, so the encoder learns by backpropagation.",
+      },
+      {
+        text: "It replaces the KL divergence",
+        explanation: "The KL term stays in the loss. The trick concerns the expectation in the reconstruction term.",
+      },
     ],
-    right: 2,
-    formula: () => math(row(Z, mo("="), MU, mo("+"), SIGMA, mo("⊙"), EPSILON, mo(","), EPSILON, mo("∼"), mi("𝒩"), mo("("), mi("0"), mo(","), mi("I"), mo(")")), true),
+    correct: 2,
+    formula: mrow(REPARAMETERIZATION, mo(","), NOISE),
   },
 ];
 
-export function render(place) {
-  place.append(h("p", { class: "lead" }, "Two questions. Each answer tells why it is right or wrong."), h("div", { class: "columns" }, QUESTIONS.map(quiz)));
+export function render(container) {
+  const introduction = h("p", { class: "lead" }, "Two questions. Each answer is explained.");
+  const quizzes = QUESTIONS.map((question, i) => new Quiz(question, i + 1).element);
+  container.append(introduction, h("div", { class: "columns" }, quizzes));
 }
 
-function quiz(question, index) {
-  const verdict = h("div", { class: "verdict", "aria-live": "polite" });
-  const radios = question.options.map(([text], k) => h("label", { class: "option" },
-    h("input", { type: "radio", name: question.id, value: String(k), onchange: () => judge(k) }), h("span", {}, text)));
-  const judge = (k) => {
-    state.set({ [question.id]: k });
-    radios.forEach((radio, i) => radio.classList.toggle("wrong", i === k && k !== question.right));
-    radios.forEach((radio, i) => radio.classList.toggle("right", i === k && k === question.right));
-    const right = k === question.right;
-    verdict.replaceChildren(h("p", { class: right ? "good" : "bad" }, h("strong", {}, right ? "✓ " : "✗ "), question.options[k][1]), right && question.formula ? question.formula() : "");
-    announce(question.options[k][1]);
-  };
-  const again = button("Try again", () => {
-    radios.forEach((radio) => { radio.querySelector("input").checked = false; radio.classList.remove("right", "wrong"); });
-    verdict.replaceChildren();
-    state.set({ [question.id]: null });
-  });
-  const kept = state.number(question.id, -1);
-  if (question.options[kept]) { radios[kept].querySelector("input").checked = true; judge(kept); }
-  return h("section", { class: "card quiz" }, h("h3", {}, `Quiz ${index + 1}`),
-    h("fieldset", {}, h("legend", {}, question.ask), radios), verdict, again);
+class Quiz {
+  constructor(question, index) {
+    this.question = question;
+    this.feedback = h("div", { class: "feedback", "aria-live": "polite" });
+    this.options = question.options.map(({ text }, i) => this.createOption(text, i));
+    this.element = h(
+      "section",
+      { class: "card quiz" },
+      h("h3", {}, `Quiz ${index}`),
+      h("fieldset", {}, h("legend", {}, question.text), this.options),
+      this.feedback,
+      button("Try again", () => this.reset()),
+    );
+    const kept = state.number(question.id, -1);
+    if (question.options[kept]) {
+      this.radio(kept).checked = true;
+      this.answer(kept);
+    }
+  }
+
+  createOption(text, i) {
+    const attributes = { type: "radio", name: this.question.id, value: String(i), onchange: () => this.answer(i) };
+    return h("label", { class: "option" }, h("input", attributes), h("span", {}, text));
+  }
+
+  radio(i) {
+    return this.options[i].querySelector("input");
+  }
+
+  answer(chosen) {
+    const { id, correct, options, formula } = this.question;
+    const isCorrect = chosen === correct;
+    const { explanation } = options[chosen];
+    state.set({ [id]: chosen });
+    this.clearMarks();
+    this.options[chosen].classList.add(isCorrect ? "right" : "wrong");
+    const mark = h("strong", {}, isCorrect ? "✓ " : "✗ ");
+    const text = h("p", { class: isCorrect ? "good" : "bad" }, mark, explanation);
+    this.feedback.replaceChildren(text, isCorrect && formula ? math(formula, true) : "");
+    announce(explanation);
+  }
+
+  clearMarks() {
+    for (const option of this.options) option.classList.remove("right", "wrong");
+  }
+
+  reset() {
+    this.clearMarks();
+    this.question.options.forEach((_, i) => {
+      this.radio(i).checked = false;
+    });
+    this.feedback.replaceChildren();
+    state.set({ [this.question.id]: null });
+  }
 }

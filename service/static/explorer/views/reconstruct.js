@@ -1,171 +1,216 @@
-// The data's way through the model: input, encoder, code, sample, decoder, output, with the real sizes and a row flowing through.
+// The reconstruction view: a row on its way through the encoder, the code and the decoder.
 
-import { Latest, decode, exhibit, post } from "../api.js";
-import { EPSILON, MU, SIGMA, X, Z, button, card, fixed, h, hat, math, mi, mo, mn, number, row as mrow, s, slider, sub, sup, term, toggle } from "../dom.js";
-import { figure, isPicture, normals, tile } from "../rows.js";
-import { Place, say } from "../say.js";
-import { RowSource } from "../source.js";
-import { state } from "../state.js";
+import { decode, getExhibit, postJson } from "../lib/api.js";
+import { percent } from "../lib/format.js";
+import { sameShape } from "../lib/model.js";
+import { state } from "../lib/state.js";
+import { LatestTask } from "../lib/tasks.js";
+import { button, card, slider, term, toggle } from "../ui/controls.js";
+import { h } from "../ui/dom.js";
+import {
+  DECODER,
+  ENCODER,
+  equation,
+  hat,
+  MU,
+  math,
+  mfrac,
+  mi,
+  mn,
+  mo,
+  mrow,
+  NOISE,
+  REPARAMETERIZATION,
+  SIGMA,
+  sub,
+  sumOver,
+  sup,
+  X,
+  Z,
+} from "../ui/mathml.js";
+import { AsyncPanel, errorMessage } from "../ui/messages.js";
+import { rowFigure } from "../ui/row-figure.js";
+import { RowSource } from "../ui/row-source.js";
+import { corrupt } from "./reconstruct/corruption.js";
+import { codeChart, describeLayers, networkDiagrams } from "./reconstruct/diagrams.js";
+import { errorTable, reconstructWithAll } from "./reconstruct/errors.js";
 
 export const title = "Reconstruct";
-const WIDTHS = { mlp: [256, 128], conv: [32, 64] }; // what training takes where nothing else is asked for
-const SHOWN_LATENTS = 32;
+const NOISE_HELP =
+  "The standard deviation of the normal noise added to every value, as a share of the value's range. A denoising " +
+  "model removes it.";
+const OCCLUSION_HELP =
+  "Hides part of the row: a square of an image, or some features of a table row, which are replaced by their medians.";
 
-export function render(place, { model, models }) {
-  const view = new Reconstruct(place, model, models);
+export function render(container, { model, models }) {
+  const view = new ReconstructView(container, model, models);
   view.start();
   return () => view.destroy();
 }
 
-class Reconstruct {
-  constructor(place, model, models) {
-    Object.assign(this, { place, model, noise: state.number("noise", 0), hide: state.number("hide", 0), seed: state.number("seed", 1), draws: state.get("draw") === "1" });
-    this.like = models.filter((other) => other.shape.join() === model.shape.join());
-    this.work = new Latest();
-    this.rivals = new Latest();
-    this.flow = new Place("flow-place", { "aria-live": "off" });
-    this.table = new Place();
+class ReconstructView {
+  constructor(container, model, models) {
+    this.container = container;
+    this.model = model;
+    this.models = models.filter((other) => sameShape(other, model));
+    this.noise = state.number("noise", 0);
+    this.hide = state.number("hide", 0);
+    this.seed = state.number("seed", 1);
+    this.isSampling = state.get("draw") === "1";
+    this.flowTask = new LatestTask();
+    this.errorTask = new LatestTask();
+    this.flow = new AsyncPanel("", { "aria-live": "off" });
+    this.errors = new AsyncPanel();
   }
 
   async start() {
-    const { model, place } = this;
-    place.append(h("p", { class: "lead" }, "A row ", math(X), " goes through the encoder into a code of ", String(model.latents), " numbers, and through the decoder back to ", math(hat(X)),
-      ". What does not fit through the code is lost: the fine detail, and the noise. Training makes the loss ",
-      math(mrow(mi("ℒ"), mo("="), `<mfrac><mn>1</mn><mi>N</mi></mfrac>`, `<munderover><mo>∑</mo><mrow><mi>i</mi><mo>=</mo><mn>1</mn></mrow><mi>N</mi></munderover>`, sup(mrow(mo("‖"), sub(X, mi("i")), mo("−"), sub(hat(X), mi("i")), mo("‖")), mn(2)))), " small."));
-    let shown = null;
-    try { shown = await exhibit(model, "held-out"); } catch (error) { place.append(say(error)); }
-    this.source = new RowSource({ model, shown, onrow: (row, name) => { this.row = row; this.name = name; this.update(); } });
-    place.append(card(`The way of a row through ${model.name}`, this.flow.element), h("div", { class: "recon" },
-      h("section", { class: "card" }, h("h3", {}, "The row"), this.source.element, this.spoil()),
-      card("Errors by model", h("p", { class: "quiet" }, "Mean squared error of a value, raw units, against the row before it was spoiled: a model that denoises lowers it. ", h("strong", {}, "spoiled"), " is the error if nothing is done."), this.table.element)));
+    const { model, container } = this;
+    container.append(introduction(model));
+    let heldOut = null;
+    try {
+      heldOut = await getExhibit(model, "held-out");
+    } catch (error) {
+      container.append(errorMessage(error));
+    }
+    this.source = new RowSource({ model, heldOut, onrow: (row, name) => this.setRow(row, name) });
+    const source = card("Row", this.source.element, this.corruptionControls());
+    const errors = card("Reconstruction errors", errorHelp(), this.errors.element);
+    const layout = h("div", { class: "sidebar-layout" }, source, errors);
+    container.append(card(`A row through ${model.name}`, this.flow.element), layout);
     this.source.start();
   }
 
-  spoil() {
-    const set = (name) => (value) => { this[name] = value; state.set({ [name]: value || null }); this.update(); };
-    return h("div", { class: "spoil" },
-      slider(term("Noise", "The standard deviation of normal noise on every value, as a share of its range. A denoising model takes it away."), { min: 0, max: 1, step: 0.02, value: this.noise, show: (v) => `${fixed(100 * v, 0)} %`, oninput: set("noise") }),
-      slider(term("Occlusion", "Hides part of the row: a square of a picture, or some features of a table, which then have their median."), { min: 0, max: 0.9, step: 0.05, value: this.hide, show: (v) => `${fixed(100 * v, 0)} %`, oninput: set("hide") }),
-      button("Other noise", () => { this.seed += 1; state.set({ seed: this.seed }); this.update(); }));
+  setRow(row, name) {
+    this.row = row;
+    this.rowName = name;
+    this.update();
   }
 
-  /** The row with noise on it and part of it hidden. */
-  spoiled() {
-    const { model, noise, hide } = this, random = normals(model.width * 2, this.seed);
-    const range = (i) => (isPicture(model) ? model.pixel_range : [model.features[i].minimum, model.features[i].maximum]);
-    const hidden = isPicture(model) ? block(model.shape, hide) : (i) => 0.5 * (1 + erf(random[model.width + i] / Math.SQRT2)) < hide;
-    return Array.from(this.row, (value, i) => {
-      if (value === null) return null;
-      const [low, high] = range(i);
-      if (hidden(i)) return isPicture(model) ? low : model.features[i].median;
-      const noisy = value + noise * (high - low) * random[i];
-      return isPicture(model) && noise ? Math.max(low, Math.min(high, noisy)) : noisy;
-    });
+  corruptionControls() {
+    const setter = (name) => (value) => {
+      this[name] = value;
+      state.set({ [name]: value || null });
+      this.update();
+    };
+    const noise = { min: 0, max: 1, step: 0.02, value: this.noise, format: percent, oninput: setter("noise") };
+    const hide = { min: 0, max: 0.9, step: 0.05, value: this.hide, format: percent, oninput: setter("hide") };
+    return h(
+      "div",
+      { class: "corruption" },
+      slider(term("Noise", NOISE_HELP), noise),
+      slider(term("Occlusion", OCCLUSION_HELP), hide),
+      button("New noise", () => this.nextSeed()),
+    );
+  }
+
+  nextSeed() {
+    this.seed += 1;
+    state.set({ seed: this.seed });
+    this.update();
+  }
+
+  setSampling(isOn) {
+    this.isSampling = isOn;
+    state.set({ draw: isOn ? "1" : null });
+    this.update();
   }
 
   update() {
-    const { model, row } = this, input = this.spoiled();
-    this.flow.fill(() => this.work.run(async (signal) => {
-      const code = await post("/encode", model, { inputs: [input] }, signal);
-      const drawn = this.draws ? await post("/encode", model, { inputs: [input], sample: true, seed: this.seed }, signal) : code;
-      const [output] = await decode(model, drawn.latents, signal);
-      return this.stages(input, code.latents[0], code.std[0], drawn.latents[0], output);
-    }));
-    this.table.fill(() => this.rivals.run(async (signal) => {
-      const answers = await Promise.all(this.like.map((other) => post("/reconstruct", other, { inputs: [input] }, signal).catch((error) => { if (error.name === "AbortError") throw error; return { error }; })));
-      return this.errors(input, answers, row);
-    }));
+    const { model, models, row, noise, hide, seed } = this;
+    const input = corrupt(model, row, { noise, hide, seed });
+    this.flow.load(() => this.flowTask.run((signal) => this.encodeAndDecode(input, signal)));
+    this.errors.load(() =>
+      this.errorTask.run(async (signal) => {
+        const outputs = await reconstructWithAll(models, input, signal);
+        return errorTable({ model, models, clean: row, input, outputs });
+      }),
+    );
   }
 
-  stages(input, mean, std, z, output) {
-    const { model } = this, [encoder, decoder] = networks(model), random = std.some((v) => v > 0);
-    const size = `${model.shape.length > 1 ? `${model.shape.join(" × ")} = ` : ""}${model.width} numbers`;
-    const draw = toggle("Draw", this.draws, (on) => { this.draws = on; state.set({ draw: on ? "1" : null }); this.update(); });
-    return h("ol", { class: "flow" },
-      stage(["Input ", math(mrow(X, mo("∈"), sup(mi("ℝ"), mn(model.width))))], figure(model, input, `the input, ${this.name}`), size),
-      stage(["Encoder", model.kind === "vae" ? [" ", math(mrow(sub(mi("q"), mi("φ")), mo("("), Z, mo("|"), X, mo(")")))] : null], encoder, describe(model)),
-      stage(random ? ["Code ", math(mrow(MU, mo(","), sup(SIGMA, mn(2))))] : ["Code ", math(mrow(Z, mo("∈"), sup(mi("ℝ"), mn(model.latents))))], codeBars(mean, std), `${model.latents} numbers${random ? ", whiskers show σ" : ""}`),
-      random ? stage(["Sample"], [h("p", { class: "formula" }, math(mrow(Z, mo("="), MU, this.draws ? mrow(mo("+"), SIGMA, mo("⊙"), EPSILON) : ""))), codeBars(z), draw, this.draws ? button("Again", () => { this.seed += 1; state.set({ seed: this.seed }); this.update(); }, { "aria-label": "draw again" }) : null],
-        this.draws ? ["a draw, ", math(mrow(EPSILON, mo("∼"), mi("𝒩"), mo("("), mn(0), mo(","), mi("I"), mo(")")))] : "its mean") : null,
-      stage(["Decoder", model.kind === "vae" ? [" ", math(mrow(sub(mi("p"), mi("θ")), mo("("), X, mo("|"), Z, mo(")")))] : null], decoder, "back again"),
-      stage(["Output ", math(hat(X))], figure(model, output, `the output of ${model.name}`, input), size));
+  async encodeAndDecode(input, signal) {
+    const { model, seed } = this;
+    const code = await postJson("/encode", model, { inputs: [input] }, signal);
+    const sampled = this.isSampling
+      ? await postJson("/encode", model, { inputs: [input], sample: true, seed }, signal)
+      : code;
+    const [output] = await decode(model, sampled.latents, signal);
+    return this.stages({ input, mean: code.latents[0], std: code.std[0], z: sampled.latents[0], output });
   }
 
-  errors(input, answers, clean) {
-    const present = clean.map((v, i) => [v, i]).filter(([v]) => v !== null);
-    const error = (x) => present.reduce((sum, [v, i]) => sum + (v - x[i]) ** 2, 0) / present.length;
-    const before = error(input.map((v, i) => v ?? clean[i]));
-    const rows = this.like.map((other, i) => (answers[i].error ? { other, failed: answers[i].error } : { other, output: answers[i].outputs[0], value: error(answers[i].outputs[0]) }));
-    const most = Math.max(before, ...rows.map((r) => r.value ?? 0), 1e-12);
-    const line = (name, x, value) => {
-      const bar = h("span", { class: "fill" });
-      bar.style.width = `${(100 * value) / most}%`;
-      return h("tr", {}, h("th", { scope: "row" }, name), h("td", { class: "pic" }, tile(this.model, x, `${name}`)), h("td", { class: "num" }, number(value)), h("td", { class: "wide" }, h("span", { class: "bar" }, bar)));
-    };
-    return h("table", { class: "errors" }, h("thead", {}, h("tr", {}, ["model", "output", "error", ""].map((name) => (name ? h("th", { scope: "col" }, name) : h("td", {}))))),
-      h("tbody", {}, line("spoiled", input.map((v, i) => v ?? this.model.features[i].median), before),
-        rows.map((r) => (r.failed ? h("tr", {}, h("th", { scope: "row" }, r.other.name), h("td", { colspan: 3 }, say(r.failed))) : line(r.other.name, r.output, r.value)))));
+  /** The stages from input to output. A deterministic model has no sampling stage. */
+  stages({ input, mean, std, z, output }) {
+    const { model } = this;
+    const isRandom = std.some((v) => v > 0);
+    const [encoder, decoder] = networkDiagrams(model);
+    const isVae = model.kind === "vae";
+    const size = sizeText(model);
+    const inputSpace = math(mrow(X, mo("∈"), sup(mi("ℝ"), mn(model.width))));
+    return h(
+      "ol",
+      { class: "flow" },
+      stage(["Input ", inputSpace], rowFigure(model, input, `the input, ${this.rowName}`), size),
+      stage(["Encoder ", isVae ? math(ENCODER) : null], encoder, describeLayers(model)),
+      isRandom ? gaussianCodeStage(model, mean, std) : codeStage(model, mean),
+      isRandom ? this.samplingStage(z) : null,
+      stage(["Decoder ", isVae ? math(DECODER) : null], decoder, "the encoder's layers in reverse"),
+      stage(["Output ", math(hat(X))], rowFigure(model, output, `the output of ${model.name}`, input), size),
+    );
+  }
+
+  samplingStage(z) {
+    const { isSampling } = this;
+    const formula = h("p", { class: "formula" }, math(isSampling ? REPARAMETERIZATION : equation(Z, MU)));
+    const draw = toggle("Draw", isSampling, (isOn) => this.setSampling(isOn));
+    const again = isSampling ? button("Draw again", () => this.nextSeed()) : null;
+    const note = isSampling ? ["a sample, ", math(NOISE)] : "the mean of the code";
+    return stage(["Sample"], [formula, codeChart(z), draw, again], note);
   }
 
   destroy() {
-    this.work.stop();
-    this.rivals.stop();
+    this.flowTask.stop();
+    this.errorTask.stop();
   }
 }
 
-const stage = (name, content, note) => h("li", {}, h("h4", {}, name), h("div", { class: "stage" }, content), h("p", { class: "quiet" }, note));
+const stage = (name, content, note) =>
+  h("li", {}, h("h4", {}, name), h("div", { class: "stage" }, content), h("p", { class: "muted" }, note));
 
-/** Which places of a picture lie in a square at its middle that covers `share` of it. */
-function block([height, width, channels = 1], share) {
-  const [a, b] = [Math.sqrt(share) * height, Math.sqrt(share) * width];
-  return (i) => {
-    const p = Math.floor(i / channels), y = Math.floor(p / width), x = p % width;
-    return share > 0 && Math.abs(y + 0.5 - height / 2) < a / 2 && Math.abs(x + 0.5 - width / 2) < b / 2;
-  };
+const gaussianCodeStage = (model, mean, std) =>
+  stage(
+    ["Code ", math(mrow(MU, mo(","), sup(SIGMA, mn(2))))],
+    codeChart(mean, std),
+    `${model.latents} numbers, whiskers show σ`,
+  );
+
+const codeStage = (model, z) =>
+  stage(["Code ", math(mrow(Z, mo("∈"), sup(mi("ℝ"), mn(model.latents))))], codeChart(z), `${model.latents} numbers`);
+
+function sizeText({ shape, width }) {
+  return shape.length > 1 ? `${shape.join(" × ")} = ${width} numbers` : `${width} numbers`;
 }
 
-/** Abramowitz & Stegun 7.1.26. */
-function erf(x) {
-  const t = 1 / (1 + 0.3275911 * Math.abs(x));
-  const y = 1 - ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t * Math.exp(-x * x);
-  return x < 0 ? -y : y;
-}
+const errorHelp = () =>
+  h(
+    "p",
+    { class: "muted" },
+    "Mean squared error per value, in raw units, against the row before it was corrupted. ",
+    h("strong", {}, "corrupted"),
+    " is the error of the input itself: a model that denoises has a lower one.",
+  );
 
-const layers = (model) => (model.kind === "pca" ? [] : (model.training.hidden ?? WIDTHS[model.training.network] ?? []));
-
-function describe(model) {
-  if (model.kind === "pca") return "a projection on the principal components";
-  const widths = layers(model);
-  if (!widths.length) return "one linear map";
-  return `${model.training.network === "conv" ? "convolutions of" : "layers of"} ${[...widths, ...(model.training.dense ?? [])].join(", ")}`;
-}
-
-/** Two pictures: layers from wide to narrow, and from narrow to wide. */
-function networks(model) {
-  const widths = [model.width, ...layers(model), ...(model.training.dense ?? []), model.latents * (model.kind === "vae" ? 2 : 1)];
-  const out = [model.latents, ...(model.training.dense ?? []).slice().reverse(), ...layers(model).slice().reverse(), model.width];
-  return [picture(widths, `encoder: ${widths.join(" to ")}`), picture(out, `decoder: ${out.join(" to ")}`)];
-}
-
-function picture(widths, label) {
-  const W = 150, H = 130, most = Math.log2(Math.max(...widths) + 1);
-  const at = (i) => 14 + (i * (W - 28)) / (widths.length - 1), half = (w) => 6 + (44 * Math.log2(w + 1)) / most;
-  const svg = s("svg", { viewBox: `0 0 ${W} ${H}`, class: "network", role: "img", "aria-label": label });
-  svg.append(s("polygon", { class: "funnel", points: [...widths.map((w, i) => `${at(i)},${58 - half(w)}`), ...widths.map((w, i) => `${at(i)},${58 + half(w)}`).reverse()].join(" ") }));
-  svg.append(s("path", { class: "stream", d: `M 4 58 H ${W - 4}` }));
-  widths.forEach((w, i) => svg.append(s("rect", { class: "layer", x: at(i) - 3, y: 58 - half(w), width: 6, height: 2 * half(w), rx: 3 }), s("text", { class: "tick middle", x: at(i), y: i % 2 ? 127 : 118 }, String(w))));
-  return svg;
-}
-
-/** A code as upright bars about zero, with a standard deviation as whiskers. */
-function codeBars(z, std = null) {
-  const shown = z.slice(0, SHOWN_LATENTS), W = 150, H = 120, most = Math.max(1e-9, ...shown.map((v, i) => Math.abs(v) + (std?.[i] ?? 0)));
-  const step = W / shown.length, y = (v) => H / 2 - (v / most) * (H / 2 - 4);
-  const svg = s("svg", { viewBox: `0 0 ${W} ${H}`, class: "code", role: "img", "aria-label": `code: ${shown.map((v) => fixed(v)).join(", ")}` });
-  svg.append(s("line", { class: "rule", x1: 0, x2: W, y1: H / 2, y2: H / 2 }));
-  shown.forEach((v, i) => {
-    svg.append(s("rect", { class: v < 0 ? "below" : "above", x: i * step + step * 0.15, width: step * 0.7, y: Math.min(y(v), H / 2), height: Math.max(0.5, Math.abs(y(v) - H / 2)) }, s("title", {}, `z${i + 1} = ${number(v)}${std?.[i] ? `, σ ${number(std[i])}` : ""}`)));
-    if (std?.[i]) svg.append(s("line", { class: "whisker", x1: (i + 0.5) * step, x2: (i + 0.5) * step, y1: y(v - std[i]), y2: y(v + std[i]) }));
-  });
-  return svg;
+function introduction(model) {
+  const difference = mrow(mo("‖"), sub(X, mi("i")), mo("−"), sub(hat(X), mi("i")), mo("‖"));
+  const sum = sumOver(equation(mi("i"), mn(1)), mi("N"));
+  const loss = equation(mi("ℒ"), mfrac(mn(1), mi("N")), sum, sup(difference, mn(2)));
+  return h(
+    "p",
+    { class: "lead" },
+    "The encoder compresses a row ",
+    math(X),
+    ` to a code of ${model.latents} numbers, and the decoder turns the code into a reconstruction `,
+    math(hat(X)),
+    ". Details and noise that do not fit into the code are lost. Training minimises the loss ",
+    math(loss),
+    ".",
+  );
 }

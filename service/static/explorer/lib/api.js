@@ -1,0 +1,121 @@
+// Client of the service's public HTTP endpoints.
+
+import { isAbort, UserError } from "./errors.js";
+import { fromNpy, toNpy } from "./npy.js";
+
+const NPY = "application/x-npy";
+const ROWS_PER_REQUEST = 4000;
+const TOO_LARGE = ["too_many_rows", "body_too_large"];
+
+/** The response of `path` if its status is 2xx. Throws UserError otherwise, and AbortError when `signal` aborts. */
+export async function request(path, options = {}) {
+  const response = await fetchOrExplain(path, options);
+  if (response.ok) return response;
+  throw await errorOf(response);
+}
+
+async function fetchOrExplain(path, options) {
+  try {
+    return await fetch(path, options);
+  } catch (error) {
+    if (isAbort(error)) throw error;
+    throw new UserError(
+      "Cannot reach the server. It may be stopped or restarting; try again in a moment.",
+      "unreachable",
+    );
+  }
+}
+
+/** The problem document of an error response as a UserError. */
+async function errorOf(response) {
+  const problem = await response.json().catch(() => ({
+    detail: `The server responded with status ${response.status}`,
+    request_id: response.headers.get("x-request-id"),
+  }));
+  const text = [problem.detail, problem.hint].filter(Boolean).join(": ");
+  return new UserError(`${text[0].toUpperCase()}${text.slice(1)}.`, problem.code, problem.request_id);
+}
+
+const reference = (model) => encodeURIComponent(`${model.name}@${model.version}`);
+
+/** POST JSON to an endpoint of `model` and return the JSON response. */
+export async function postJson(endpoint, model, body, signal) {
+  const response = await request(`${endpoint}?model=${reference(model)}`, {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(body),
+    signal,
+  });
+  return response.json();
+}
+
+/** POST rows of numbers as npy and return the rows of the response, each a Float32Array. */
+async function postNpy(endpoint, model, rows, signal) {
+  const response = await request(`${endpoint}?model=${reference(model)}`, {
+    method: "POST",
+    headers: { "Content-Type": NPY, Accept: NPY },
+    body: toNpy(rows),
+    signal,
+  });
+  return fromNpy(await response.arrayBuffer());
+}
+
+/** The rows that `latents` decode to. */
+export const decode = (model, latents, signal) => postNpy("/decode", model, latents, signal);
+
+/** The latents of many rows. A batch that the service refuses as too large is halved; `onProgress` gets the count. */
+export async function encodeInBatches(model, rows, onProgress) {
+  const latents = [];
+  let batchSize = ROWS_PER_REQUEST;
+  while (latents.length < rows.length) {
+    onProgress(latents.length);
+    const batch = rows.slice(latents.length, latents.length + batchSize);
+    try {
+      for (const z of await postNpy("/encode", model, batch)) latents.push(z);
+    } catch (error) {
+      if (!TOO_LARGE.includes(error.code) || batchSize === 1) throw error;
+      batchSize = Math.ceil(batch.length / 2);
+    }
+  }
+  return latents;
+}
+
+/** `count` samples as one PNG image, with the seed that the service used. */
+export async function samplePng(model, count) {
+  const seed = Math.floor(Math.random() * 10000);
+  const response = await request(`/sample?model=${reference(model)}&n=${count}&seed=${seed}`, {
+    method: "POST",
+    headers: { Accept: "image/png" },
+  });
+  return { image: await response.blob(), seed: response.headers.get("elbo-seed") };
+}
+
+const cache = new Map();
+
+/** GET `path` and cache the result: a published model version never changes. */
+function getCached(path) {
+  if (!cache.has(path)) {
+    const result = request(path).then(parseByContentType);
+    cache.set(path, result);
+    result.catch(() => cache.delete(path));
+  }
+  return cache.get(path);
+}
+
+function parseByContentType(response) {
+  const isJson = response.headers.get("content-type").startsWith("application/json");
+  return isJson ? response.json() : response.text();
+}
+
+export const listModels = async () => (await request("/models")).json();
+
+/** The description of `model` with everything that GET /models leaves out. */
+export async function describeModel(model) {
+  return { ...(await getCached(`/models/${reference(model)}`)), exhibits: model.exhibits };
+}
+
+/** What the artifact carries under `name` (held-out, calibration or card); null for a private or an older artifact. */
+export async function getExhibit(model, name) {
+  if (!model.exhibits?.includes(name)) return null;
+  return getCached(`/models/${reference(model)}/${name}`);
+}

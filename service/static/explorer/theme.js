@@ -1,0 +1,26 @@
+// The button that switches between the light and the dark theme.
+
+import { isDark } from "./ui/colours.js";
+
+const STORAGE_KEY = "theme";
+const button = document.getElementById("theme");
+
+/** Apply the stored theme, or the system's, and make the button switch it. */
+export function initTheme() {
+  applyTheme(localStorage.getItem(STORAGE_KEY));
+  button.addEventListener("click", () => {
+    const next = isDark() ? "light" : "dark";
+    localStorage.setItem(STORAGE_KEY, next);
+    applyTheme(next);
+  });
+  const systemTheme = matchMedia("(prefers-color-scheme: dark)");
+  systemTheme.addEventListener("change", () => applyTheme(localStorage.getItem(STORAGE_KEY)));
+}
+
+/** Use `theme` ("light", "dark", or null for the system's) and repaint canvases: CSS does not reach their pixels. */
+function applyTheme(theme) {
+  if (theme) document.documentElement.dataset.theme = theme;
+  button.textContent = isDark() ? "Light" : "Dark";
+  button.setAttribute("aria-label", `switch to ${isDark() ? "light" : "dark"} colours`);
+  for (const canvas of document.querySelectorAll("canvas")) canvas.repaint?.();
+}

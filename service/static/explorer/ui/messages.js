@@ -1,0 +1,52 @@
+// Messages in place of a result, and panels whose content is loaded asynchronously.
+
+import { UserError } from "../lib/errors.js";
+import { h } from "./dom.js";
+
+/** An error message, with the request id by which the request is found in the server's log. */
+export function errorMessage(error) {
+  if (!(error instanceof UserError)) console.error(error); // a bug in this page
+  const requestId = error.requestId
+    ? [" ", h("span", { class: "muted" }, "Request ", h("code", {}, error.requestId))]
+    : null;
+  return h("p", { class: "error", role: "alert" }, error.message, requestId);
+}
+
+/** A message that there is nothing to show, and what to do about it. */
+export const emptyMessage = (...text) => h("p", { class: "empty" }, ...text);
+
+/** An element whose content is the result of asynchronous work. It is dimmed while the work runs. */
+export class AsyncPanel {
+  constructor(className = "", attributes = {}) {
+    this.element = h("div", { class: `panel ${className}`, ...attributes });
+  }
+
+  /** Show the elements that `work` resolves to, or its error; undefined (aborted work) leaves the content as it is. */
+  async load(work) {
+    const isLatest = this.begin();
+    try {
+      const content = await work();
+      if (isLatest() && content !== undefined) this.show(content);
+    } catch (error) {
+      if (isLatest()) this.show(errorMessage(error));
+    }
+    if (isLatest()) this.element.removeAttribute("aria-busy");
+  }
+
+  /** Mark the panel busy and return a function that says whether no later load has begun. */
+  begin() {
+    const token = {};
+    this.token = token;
+    this.element.setAttribute("aria-busy", "true");
+    return () => this.token === token;
+  }
+
+  /** Replace the content by an element or a list of elements; null and false are skipped. */
+  show(content) {
+    this.element.replaceChildren(...[content].flat().filter(Boolean));
+  }
+
+  clear() {
+    this.element.replaceChildren();
+  }
+}

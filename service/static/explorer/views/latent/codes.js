@@ -1,0 +1,27 @@
+// The codes that a map of a latent space shows.
+
+import { getExhibit, postJson } from "../../lib/api.js";
+import { mean, zeros } from "../../lib/linear-algebra.js";
+import { hasExactPrior } from "../../map/prior.js";
+
+const PRIOR_SAMPLES = 250; // enough to estimate the contours of a prior that has no formula
+
+/**
+ * `heldOut`: the model's held-out rows or null. `samples`: latents drawn from the prior where they are needed.
+ * `codes`: the codes of the held-out rows, or else the samples. `points`: the same as {z, label} for the map.
+ */
+export async function loadCodes(model) {
+  const heldOut = await getExhibit(model, "held-out");
+  const samples = heldOut && hasExactPrior(model) ? [] : await samplePrior(model);
+  const codes = heldOut?.latents ?? samples;
+  const points = codes.map((z, i) => ({ z, label: heldOut?.labels?.[i] ?? null }));
+  return { heldOut, samples, codes, points };
+}
+
+async function samplePrior(model) {
+  const { latents } = await postJson("/sample", model, { n: PRIOR_SAMPLES, seed: 0 });
+  return latents;
+}
+
+/** Where the current point starts: the mean of a VAE's prior; for other models the mean of the codes. */
+export const centreOf = (model, codes) => (model.kind === "vae" ? zeros(model.latents) : mean(codes));

@@ -1,0 +1,77 @@
+// The card of samples from the prior.
+
+import { postJson } from "../../lib/api.js";
+import { fixed } from "../../lib/format.js";
+import { state } from "../../lib/state.js";
+import { LatestTask } from "../../lib/tasks.js";
+import { button, card, field, slider, term } from "../../ui/controls.js";
+import { h } from "../../ui/dom.js";
+import { AsyncPanel } from "../../ui/messages.js";
+import { thumbnail } from "../../ui/row-figure.js";
+
+const SAMPLES = 16;
+const TEMPERATURE =
+  "Scales the noise. Below 1, samples stay near the centre and look typical; above 1, they become more varied.";
+
+export class SamplingCard {
+  /** `onsamples(latents)` gets the latents of the samples; `onselect(z)` the one that the user clicks. */
+  constructor({ model, onsamples, onselect }) {
+    this.model = model;
+    this.onsamples = onsamples;
+    this.onselect = onselect;
+    this.task = new LatestTask();
+    this.panel = new AsyncPanel("strip samples");
+    this.seed = state.number("seed", 7);
+    this.temperature = state.number("t", 1);
+    this.element = card("Samples from the prior", this.controls(), this.panel.element);
+  }
+
+  controls() {
+    const setSeed = (seed) => {
+      this.seed = seed;
+      this.draw();
+    };
+    const input = h("input", { type: "number", min: 0, step: 1, value: String(this.seed) });
+    input.addEventListener("change", () => setSeed(Math.max(0, Math.round(Number(input.value) || 0))));
+    const temperature = slider(term("Temperature", TEMPERATURE), {
+      min: 0,
+      max: 2,
+      step: 0.05,
+      value: this.temperature,
+      format: (v) => fixed(v),
+      oninput: (value) => {
+        this.temperature = value;
+        this.draw();
+      },
+    });
+    const next = button("Next seed", () => {
+      input.value = this.seed + 1;
+      setSeed(this.seed + 1);
+    });
+    const draw = button("Draw", () => this.draw(), { class: "primary" });
+    return h("div", { class: "controls" }, field("Seed", input), temperature, draw, next);
+  }
+
+  async draw() {
+    state.set({ seed: this.seed, t: this.temperature });
+    await this.panel.load(() => this.task.run((signal) => this.sample(signal)));
+  }
+
+  async sample(signal) {
+    const body = { n: SAMPLES, seed: this.seed, temperature: this.temperature };
+    const { latents, outputs } = await postJson("/sample", this.model, body, signal);
+    this.onsamples(latents);
+    return outputs.map((row, i) => {
+      const attributes = { class: "tile-button", "aria-label": `go to sample ${i + 1}` };
+      return button(thumbnail(this.model, row, ""), () => this.onselect(latents[i]), attributes);
+    });
+  }
+
+  clear() {
+    this.panel.clear();
+  }
+
+  stop() {
+    this.task.stop();
+  }
+}

@@ -1,0 +1,46 @@
+"""A service with the session's models and two more, and its page in a browser."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser
+
+from service.app import create_app
+from service.settings import Settings
+from tests.service.explorer.browser import ExplorerPage, chromium
+from tests.service.hosts import host_table
+from tests.service.running import running
+from tests.training.reporters import Silent
+from training.config import TrainConfig
+from training.data.table import read_table
+from training.train import train
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Headless Chromium, per module: its event loop occupies this thread, and later modules may start their own."""
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="session")
+def site_url(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a service with the session's models, a linear autoencoder and a private model."""
+    root = tmp_path_factory.mktemp("explorer")
+    for folder in artifacts.iterdir():
+        (root / folder.name).symlink_to(folder)
+    train(TrainConfig(model="ae", name="linear", hidden=(), epochs=15), read_table("digits"), root, Silent())
+    train(TrainConfig(model="ae", name="secret", latents=2, epochs=2, private=True), host_table(), root, Silent())
+    with running(create_app(Settings(artifacts=root, log_level="error", backend="torchscript"))) as client:
+        yield str(client.base_url)
+
+
+@pytest.fixture
+def explorer(browser: Browser, site_url: str) -> Iterator[ExplorerPage]:
+    """The page in a browser context of its own. The test fails on any error or warning in the console."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    explorer = ExplorerPage(context.new_page(), site_url)
+    yield explorer
+    context.close()
+    assert explorer.errors == []

@@ -1,0 +1,92 @@
+"""The anomaly view: the verdict on a row, a varied feature, and a batch from a file."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from playwright.sync_api import expect
+
+from tests.service.explorer.browser import ExplorerPage, click_button, save_npy
+
+
+def test_verdict_follows_the_row_alpha_and_a_varied_feature(explorer: ExplorerPage) -> None:
+    explorer.open("?view=anomaly&model=hosts")
+    page = explorer.page
+    request = explorer.expect_request(lambda: click_button(page, "next row"), "/anomaly", model="hosts@1")
+    assert request.json["explain"] == 4
+    expect(page.locator(".verdict")).to_be_visible()
+    expect(page.get_by_role("img", name=re.compile("histogram of calibration scores; threshold"))).to_be_visible()
+    expect(page.locator("table.contributions tbody tr")).to_have_count(4)
+    request = explorer.expect_request(lambda: explorer.set_slider("α", -2), "/anomaly")
+    assert request.json["alpha"] == pytest.approx(0.01)
+    before = len(explorer.requests)
+    page.locator("table.contributions").get_by_role("button", name="load").click()
+    expect(page.get_by_role("img", name="score over values of load")).to_be_visible()
+    batches = [np.array(request.json["inputs"]) for request in explorer.requests_to("/anomaly", since=before)]
+    varied = max(batches, key=len)
+    assert len(varied) == 41
+    assert (np.ptp(varied, axis=0) > 0).tolist() == [False, False, False, True]
+    request = explorer.expect_request(lambda: explorer.set_slider("load", 60), "/anomaly")
+    assert request.json["inputs"][0][3] == pytest.approx(varied[-1, 3])  # at the end of its range
+    expect(page.locator(".verdict")).to_have_text("Anomalous")
+    click_button(page, "Reset")
+    expect(page.locator(".verdict")).to_have_text("Normal")
+    page.get_by_label("Feature").select_option("0")
+    expect(page.get_by_role("img", name="score over values of cpu")).to_be_visible()
+
+
+def test_click_on_a_pixel_selects_its_feature(explorer: ExplorerPage) -> None:
+    explorer.open("?view=anomaly&model=vae")
+    page = explorer.page
+    row_image = page.locator(".image-row canvas").first
+    expect(page.locator(".image-row canvas")).to_have_count(3)
+    box = row_image.bounding_box()
+    assert box
+    row_image.click(position={"x": box["width"] * 2.5 / 8, "y": box["height"] * 4.5 / 8})
+    expect(page.get_by_label("Feature")).to_have_value(str(4 * 8 + 2))
+    expect(page.get_by_role("img", name="score over values of pixel[4,2]")).to_be_visible()
+
+
+def test_batch_lists_the_most_anomalous_rows_first(explorer: ExplorerPage, tmp_path: Path, digits: np.ndarray) -> None:
+    explorer.open("?view=anomaly&model=vae")
+    page = explorer.page
+    request = explorer.expect_request(lambda: click_button(page, "Use the held-out rows"), "/anomaly")
+    if len(request.json["inputs"]) == 1:
+        request = next(other for other in explorer.requests_to("/anomaly")[::-1] if len(other.json["inputs"]) > 1)
+    assert len(request.json["inputs"]) == 180
+    expect(page.locator(".view-anomaly")).to_contain_text("of 180 rows are anomalous")
+    rows = np.vstack((digits[:5], np.random.RandomState(0).uniform(size=(1, 64)), digits[5:9])).astype("f4")
+    file = save_npy(tmp_path / "batch.npy", rows)
+    page.get_by_label("file of rows to score").set_input_files(file)
+    expect(page.locator(".view-anomaly")).to_contain_text("of 10 rows are anomalous")
+    first = page.locator("table.batch tbody tr").first
+    expect(first.locator("th")).to_have_text("5")  # the noise
+    expect(first).to_contain_text("anomalous")
+    before = len(explorer.requests)
+    page.get_by_label("control the false discovery rate").check()
+    explorer.wait_until_idle()
+    assert [request.json.get("fdr") for request in explorer.requests_to("/anomaly", since=before)] == [0.05]
+    request = explorer.expect_request(lambda: click_button(page, "inspect row 5"), "/anomaly")
+    np.testing.assert_allclose(request.json["inputs"][0], rows[5], atol=1e-6)
+    expect(page.locator(".verdict")).to_have_text("Anomalous")
+
+
+def test_csv_columns_are_matched_by_name(explorer: ExplorerPage, tmp_path: Path) -> None:
+    explorer.open("?view=anomaly&model=hosts")
+    page = explorer.page
+    expect(page.locator(".verdict")).to_be_visible()
+    (tmp_path / "rows.csv").write_text("load,cpu,memory/used,disk~io\n0,0,100,0\n90,0,100,0\n")
+    page.get_by_label("file of rows to score").set_input_files(tmp_path / "rows.csv")
+    expect(page.locator("table.batch tbody tr").first).to_contain_text("load")
+    (tmp_path / "short.csv").write_text("load,cpu\n0,0\n")
+    page.get_by_label("file of rows to score").set_input_files(tmp_path / "short.csv")
+    expect(page.get_by_role("alert")).to_have_text("The header lacks memory/used, disk~io.")
+
+
+def test_batch_from_a_long_file_is_cut_with_a_note(explorer: ExplorerPage, tmp_path: Path) -> None:
+    explorer.open("?view=anomaly&model=hosts")
+    file = save_npy(tmp_path / "long.npy", np.full((5001, 4), [0, 0, 100, 0], np.float32))
+    explorer.page.get_by_label("file of rows to score").set_input_files(file)
+    note = "of 5000 rows are anomalous (the first of 5001 in the file"
+    expect(explorer.page.locator(".view-anomaly")).to_contain_text(note)

@@ -1,0 +1,130 @@
+"""What all views of the explorer share: tooltips, themes, shareable addresses, error messages, aborted requests."""
+
+import re
+from pathlib import Path
+
+from playwright.sync_api import Browser, Route, expect
+
+from service.app import create_app
+from service.settings import Settings
+from tests.service.explorer.browser import MAP, MAP_BASE, OUTPUT, ExplorerPage, canvas_hash, click_button
+from tests.service.running import running
+
+
+def test_tooltip_opens_for_pointer_and_keyboard(explorer: ExplorerPage) -> None:
+    explorer.open("?view=latent&model=vae")
+    word = explorer.page.get_by_role("button", name="prior", exact=True)
+    tip = explorer.page.get_by_role("tooltip").filter(has_text="before it sees a row")
+    expect(tip).to_be_hidden()
+    word.hover()
+    expect(tip).to_be_visible()
+    explorer.page.mouse.move(0, 0)
+    expect(tip).to_be_hidden()
+    word.focus()
+    expect(tip).to_be_visible()
+    explorer.page.keyboard.press("Escape")
+    expect(tip).to_be_hidden()
+
+
+def test_chosen_theme_is_remembered(explorer: ExplorerPage) -> None:
+    explorer.open("?view=quizzes")
+    page = explorer.page
+    paper = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(paper)
+    click_button(page, "switch to dark colours")
+    assert page.evaluate(paper) != light
+    page.reload()
+    expect(page.get_by_role("button", name="switch to light colours")).to_be_visible()
+    page.get_by_role("button", name="switch to light colours").click()
+    assert page.evaluate(paper) == light
+
+
+def test_theme_change_repaints_and_keeps_the_state(explorer: ExplorerPage) -> None:
+    explorer.open("?view=latent&model=vae&axes=0,1")
+    page, base = explorer.page, MAP_BASE
+    explorer.expect_request(lambda: page.locator(MAP).click(position={"x": 150, "y": 150}), "/decode")
+    expect(page.locator(".tray canvas")).to_have_count(1)
+    page.mouse.move(0, 0)  # leaving the map decodes the point again
+    explorer.wait_until_idle()
+    light, swatch = canvas_hash(page, base), page.locator(".labels .swatch").first
+    tint = swatch.evaluate("e => getComputedStyle(e).backgroundColor")
+    before = len(explorer.requests)
+    click_button(page, "switch to dark colours")
+    assert canvas_hash(page, base) != light
+    assert swatch.evaluate("e => getComputedStyle(e).backgroundColor") != tint
+    expect(page.locator(".point-card dl")).to_contain_text("1 point")
+    expect(page.locator(".tray canvas")).to_have_count(1)
+    click_button(page, "switch to light colours")
+    assert canvas_hash(page, base) == light
+    assert len(explorer.requests) == before  # nothing is request again
+
+
+def test_address_restores_the_view(explorer: ExplorerPage, browser: Browser) -> None:
+    explorer.open("?view=latent&model=vae&axes=2,5")
+    page = explorer.page
+    expect(page.locator(OUTPUT)).to_be_visible()
+    explorer.set_slider("z3", 1.2)
+    explorer.wait_for("location.search.includes('z=0,0,1.')")
+    explorer.wait_until_idle()
+    shown = canvas_hash(page, OUTPUT)
+    with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
+        other = context.new_page()
+        other.goto(page.url)
+        expect(other.locator(OUTPUT)).to_be_visible()
+        expect(other.get_by_label("Horizontal axis")).to_have_value("2")
+        assert canvas_hash(other, OUTPUT) == shown
+
+
+def test_private_model_is_explored_without_held_out_rows(explorer: ExplorerPage) -> None:
+    explorer.open("?view=latent&model=secret")
+    page = explorer.page
+    expect(page.locator(".view-latent")).to_contain_text("secret carries no held-out rows")
+    expect(page.locator(".point-card .feature")).to_have_count(4)
+    for view in ("reconstruct", "anomaly"):
+        page.locator(f"nav a[data-view={view}]").click()
+        expect(page.locator(f".view-{view}")).to_contain_text("carries no held-out rows")
+    expect(page.locator(".verdict")).to_be_visible()
+    assert not [request for request in explorer.requests if request.path.endswith("held-out")]
+
+
+def test_error_message_has_the_request_id(explorer: ExplorerPage) -> None:
+    explorer.open("?view=reconstruct&model=hosts&from=paste&data=1e38,1e38,1e38,-1e38")
+    alert = explorer.page.locator("table.errors [role=alert]").first
+    expect(alert).to_contain_text(re.compile(r"^[A-Z].*\. Request \w{16}$"))
+    identity = alert.locator("code").inner_text()
+    refusals = [request.sent.response() for request in explorer.requests_to("/reconstruct")]
+    problems = [answer.json() for answer in refusals if answer and answer.status == 422]
+    assert identity in [problem["request_id"] for problem in problems]
+    assert problems[0]["detail"][1:] in alert.inner_text()
+    assert explorer.errors  # Chromium logs responses with status 422
+    assert all("422" in error for error in explorer.errors)
+    explorer.errors.clear()
+
+
+def test_outdated_request_is_aborted(explorer: ExplorerPage) -> None:
+    explorer.open("?view=reconstruct&model=vae")
+    page = explorer.page
+    expect(page.locator("table.errors")).to_be_visible()
+    failures: list[str] = []
+    page.on("requestfailed", lambda request: failures.append(request.failure or ""))
+
+    def late(route: Route) -> None:
+        page.wait_for_timeout(150)
+        route.continue_()
+
+    page.route("**/encode*", late)
+    for value in (0.1, 0.2, 0.3):
+        explorer.set_slider("Noise", value)
+    explorer.wait_until_idle()
+    assert failures
+    assert set(failures) == {"net::ERR_ABORTED"}
+    expect(page.locator(".flow > li")).to_have_count(6)
+
+
+def test_page_without_models_says_how_to_train_one(browser: Browser, tmp_path: Path) -> None:
+    app = create_app(Settings(artifacts=tmp_path, log_level="error"))
+    with running(app) as client, browser.new_context() as context:
+        explorer = ExplorerPage(context.new_page(), str(client.base_url))
+        explorer.open("?view=latent")
+        expect(explorer.page.locator(".empty")).to_contain_text("elbo demo")
+        assert explorer.errors == []

@@ -1,0 +1,38 @@
+"""The training view: algorithm, loss curves, model card, and active latents."""
+
+import re
+
+from playwright.sync_api import expect
+
+from tests.service.explorer.browser import ExplorerPage, click_button
+
+
+def test_algorithm_steps_select_loss_curves(explorer: ExplorerPage) -> None:
+    explorer.open("?view=training&model=vae")
+    page = explorer.page
+    expect(page.locator(".algorithm li")).to_have_count(11)
+    curves = page.get_by_role("img", name=re.compile("over 15 epochs"))
+    expect(curves).to_have_attribute("aria-label", re.compile("reconstruction.*KL.*ELBO"))
+    click_button(page, "show the curve of step 9")
+    expect(curves).to_have_attribute("aria-label", re.compile("^KL from"))
+    page.get_by_role("radio", name="reconstruction", exact=True).check()
+    expect(curves).to_have_attribute("aria-label", re.compile("^reconstruction from"))
+    explorer.wait_for("location.search.includes('terms=reconstruction')")
+    page.get_by_role("radio", name="All").check()
+    expect(page.locator(".markdown")).to_contain_text("On the 180 rows that were held out")
+    page.get_by_label("Model").select_option("pca")
+    expect(page.locator(".view-training")).to_contain_text("PCA has no loss curve")
+    assert "model=pca" in page.url
+
+
+def test_activity_report_is_that_of_the_artifact(explorer: ExplorerPage, site_url: str) -> None:
+    explorer.open("?view=training&model=vae")
+    report = explorer.page.request.get(f"{site_url}/models/vae").json()["latent_report"]
+    inactive = [i for i, latent in enumerate(report) if not latent["active"]]
+    assert 0 < len(inactive) < 16
+    card = explorer.page.locator("section", has=explorer.page.get_by_role("heading", name="Active latents"))
+    expect(card).to_contain_text(f"{len(inactive)} of 16 latents are inactive.")
+    expect(card).to_contain_text(f"A code costs {sum(latent['kl'] for latent in report):.1f} nats")
+    order = sorted(range(16), key=lambda i: -report[i]["kl"])
+    expect(card).to_contain_text(", ".join(f"{i + 1} (inactive)" if i in inactive else f"{i + 1}" for i in order))
+    expect(card.locator("svg rect")).to_have_count(16)
