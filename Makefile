@@ -40,6 +40,7 @@ test: $(READY) ## Run every test: first those that may share the machine, then t
 lint: $(READY) ## Check style and the likely mistakes
 	@$(VENV)/bin/ruff check
 	@$(VENV)/bin/ruff format --check
+	@$(call npm,lint)
 
 types: $(READY) ## Check the types
 	@$(VENV)/bin/mypy
@@ -47,6 +48,7 @@ types: $(READY) ## Check the types
 format: $(READY) ## Rewrite the sources in the house style
 	@$(VENV)/bin/ruff check --fix-only --quiet
 	@$(VENV)/bin/ruff format
+	@$(call npm,format)
 
 lock: $(READY) ## Write requirements/*.lock anew from pyproject.toml, keeping the versions that still fit
 	@$(call compile,dev,--extra train --extra tensorboard --extra dev)
@@ -66,6 +68,15 @@ compile = echo "locking requirements/$(1).lock" && $(VENV)/bin/pip-compile --qui
 # A package's hashes on one line: 2,500 lines of seven blanks and backslashes less to keep in git.
 joined = import pathlib, re, sys; lock = pathlib.Path(sys.argv[1]); \
 	lock.write_text(re.sub(r"(--hash=\S+) \\\n +(?=--hash)", r"\1 ", lock.read_text()))
+
+# Run a script of package.json. Without npm only CI fails: the JavaScript tools are optional on a developer's machine.
+npm = if command -v npm >/dev/null; then $(MAKE) --no-print-directory node_modules/.ready && npm run --silent $(1); \
+	elif [ -n "$$CI" ]; then echo "npm is missing: install Node.js to check service/static" >&2; exit 1; \
+	else echo "npm is missing: skipped the $(1) of service/static"; fi
+
+node_modules/.ready: package.json package-lock.json
+	@npm ci --silent --no-audit --no-fund
+	@touch $@
 
 image: ## Build the container image that trains and serves
 	@docker build --tag elbo .
@@ -101,7 +112,7 @@ $(PEERS)/.ready: $(READY)
 	@touch $@
 
 clean: ## Remove what the other targets made, except artifacts/
-	@rm -rf $(VENV) $(PEERS) $(PEERS)-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(PEERS) $(PEERS)-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis node_modules
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The locked packages come first, so that torch finds its own dependencies installed, checked against their hashes.
