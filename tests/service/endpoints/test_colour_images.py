@@ -1,4 +1,4 @@
-"""A model of colour pictures, made of convolutions, through the whole service."""
+"""Every endpoint with a convolutional model of RGB images."""
 
 import io
 from collections.abc import Iterator
@@ -36,23 +36,23 @@ def pipeline() -> Pipeline:
     return model.eval().requires_grad_(False)
 
 
-def pictures() -> np.ndarray:
-    """[7, 6, 5, 3] from 0 to 255, each channel of its own mean."""
+def images() -> np.ndarray:
+    """Return [7, 6, 5, 3] from 0 to 255; each channel has another mean."""
     bright = np.random.default_rng(0).random((7, *SHAPE)) * [250, 120, 30]
     return bright.astype(np.float32)
 
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    root, x = tmp_path_factory.mktemp("artifacts"), torch.from_numpy(pictures().reshape(7, D))
+    root, x = tmp_path_factory.mktemp("artifacts"), torch.from_numpy(images().reshape(7, D))
     names = [f"pixel[{','.join(map(str, index))}]" for index in np.ndindex(SHAPE)]
-    publish(root, "colours", pipeline(), x, names, SHAPE, (0.0, 255.0))
+    publish(root, "colour-images", pipeline(), x, names, SHAPE, (0.0, 255.0))
     with running(create_app(Settings(artifacts=root))) as client:
         yield client
 
 
-def test_nested_flat_and_npy_rows_mean_the_same_picture(client: httpx.Client) -> None:
-    x = pictures()
+def test_nested_flat_and_npy_rows_give_the_same_latents(client: httpx.Client) -> None:
+    x = images()
     nested = post(client, "/encode", {"inputs": x.astype(float).tolist()})
     assert post(client, "/encode", {"inputs": x.reshape(7, D).astype(float).tolist()}) == nested
     file = io.BytesIO()
@@ -63,21 +63,21 @@ def test_nested_flat_and_npy_rows_mean_the_same_picture(client: httpx.Client) ->
     np.testing.assert_allclose(nested["latents"], mean, atol=1e-5)
 
 
-def test_a_wrong_value_is_found_by_line_column_and_colour(client: httpx.Client) -> None:
-    rows: list[Any] = pictures()[:2].astype(float).tolist()
+def test_pointer_of_an_invalid_value_names_line_column_and_channel(client: httpx.Client) -> None:
+    rows: list[Any] = images()[:2].astype(float).tolist()
     rows[1][4][2][1] = None
     assert client.post("/encode", json={"inputs": rows}).json()["pointer"] == "/inputs/1/4/2/1"
 
 
-def test_features_are_named_by_line_column_and_colour(client: httpx.Client) -> None:
-    x = pictures()[:1]
+def test_feature_names_have_line_column_and_channel(client: httpx.Client) -> None:
+    x = images()[:1]
     result = post(client, "/anomaly", {"inputs": x.astype(float).tolist(), "explain": D})["results"][0]
     value = {feature["name"]: feature["value"] for feature in result["features"]}
     assert value["pixel[4,2,1]"] == pytest.approx(float(x[0, 4, 2, 1]))
 
 
-def test_the_picture_shows_the_colours_of_the_outputs(client: httpx.Client) -> None:
-    body = {"inputs": pictures()[:1].astype(float).tolist()}
+def test_reconstruction_as_png_has_the_colours_of_the_outputs(client: httpx.Client) -> None:
+    body = {"inputs": images()[:1].astype(float).tolist()}
     outputs = np.array(post(client, "/reconstruct", body)["outputs"]).reshape(SHAPE)
     response = client.post("/reconstruct", json=body, headers={"accept": "image/png"})
     image = Image.open(io.BytesIO(response.content))
@@ -88,19 +88,19 @@ def test_the_picture_shows_the_colours_of_the_outputs(client: httpx.Client) -> N
     np.testing.assert_allclose(shown, outputs, atol=0.51)
 
 
-def test_samples_come_as_a_grid_in_colour(client: httpx.Client) -> None:
+def test_samples_as_png_are_an_rgb_grid(client: httpx.Client) -> None:
     response = client.post("/sample?n=4", headers={"accept": "image/png"})
     image = Image.open(io.BytesIO(response.content))
     assert image.mode == "RGB"
     tile = (image.size[0] + 2) // 2, (image.size[1] + 2) // 2
     scale = (tile[1] - 2) // SHAPE[0]
     assert tile == (SHAPE[1] * scale + 2, SHAPE[0] * scale + 2)
-    told = client.get("/models/colours").json()
-    assert (told["shape"], told["pictures"]) == ([6, 5, 3], True)
+    manifest = client.get("/models/colour-images").json()
+    assert (manifest["shape"], manifest["pictures"]) == ([6, 5, 3], True)
 
 
-def test_interpolation_and_decoding_answer_whole_pictures(client: httpx.Client) -> None:
-    x = pictures().astype(float).tolist()
+def test_interpolation_and_decoding_return_flat_images(client: httpx.Client) -> None:
+    x = images().astype(float).tolist()
     answer = post(client, "/interpolate", {"start": {"input": x[0]}, "end": {"input": x[1]}, "steps": 3})
     assert np.shape(answer["outputs"]) == (3, D)
     decoded = post(client, "/decode", {"latents": answer["latents"]})["outputs"]
