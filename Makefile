@@ -21,7 +21,7 @@ PACKAGE_triton := nvidia-pytriton==0.7.0
 PYTHON_triton := /usr/bin/python3.11
 
 .DEFAULT_GOAL := help
-.PHONY: help run check test lint types format lock upgrade image bench-train bench-serve bench-anomaly clean
+.PHONY: help run check docs test lint types format lock upgrade image bench-train bench-serve bench-anomaly clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ run: $(READY) ## Train the demonstration models where they are missing, then ser
 
 check: lint types ## Lint, type-check and run the tests that need no training, browser or server process (under 60 s)
 	@$(VENV)/bin/python -m pytest -n 2 -m "not slow"
+
+docs: $(READY) ## Build the documentation site into site/
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet && echo "open site/index.html"
 
 test: $(READY) ## Run every test: first those that may share the machine, then those that measure time or memory
 	@$(VENV)/bin/python -m pytest -n 2 -m "not alone"
@@ -55,6 +58,7 @@ lock: $(READY) ## Write requirements/*.lock anew from pyproject.toml, keeping th
 	@cp requirements/dev.lock requirements/train.lock && $(call compile,train,--extra train)
 	@cp requirements/dev.lock requirements/serve.lock && $(call compile,serve,)
 	@cp requirements/dev.lock requirements/browser.lock && $(call compile,browser,--extra browser)
+	@cp requirements/dev.lock requirements/docs.lock && $(call compile,docs,--extra docs)
 
 upgrade: UPGRADE := --upgrade
 upgrade: lock ## The same with the newest versions
@@ -112,14 +116,15 @@ $(PEERS)/.ready: $(READY)
 	@touch $@
 
 clean: ## Remove what the other targets made, except artifacts/
-	@rm -rf $(VENV) $(PEERS) $(PEERS)-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis node_modules
+	@rm -rf $(VENV) $(PEERS) $(PEERS)-* build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis node_modules
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The locked packages come first, so that torch finds its own dependencies installed, checked against their hashes.
-$(READY): pyproject.toml requirements/dev.lock requirements/browser.lock
+$(READY): pyproject.toml requirements/dev.lock requirements/browser.lock requirements/docs.lock
 	@python=$$(requirements/find-python) && echo "setting up $(VENV) with $$($$python --version)" && $$python -m venv $(VENV)
 	@echo "installing the locked packages"; $(INSTALL) --require-hashes -r requirements/dev.lock
 	@$(INSTALL) --require-hashes -r requirements/browser.lock
+	@$(INSTALL) --require-hashes -r requirements/docs.lock
 	@echo "installing $(TORCH)"; $(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	@$(INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@
