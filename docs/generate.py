@@ -151,7 +151,9 @@ def _allowed(field: FieldInfo) -> str:
 
 def _name_of(annotation: Any) -> str:
     names = {str: "text", Path: "path", int: "integer", float: "number", bool: "`true`, `false`"}
-    kinds = [kind for kind in get_args(annotation) if kind is not type(None)] if get_origin(annotation) else [annotation]
+    kinds = (
+        [kind for kind in get_args(annotation) if kind is not type(None)] if get_origin(annotation) else [annotation]
+    )
     return ", ".join(names.get(kind, str(kind)) for kind in kinds)
 
 

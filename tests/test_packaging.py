@@ -19,6 +19,7 @@ LOCKED = {
     "train": PROJECT["dependencies"] + EXTRAS["train"],
     "dev": PROJECT["dependencies"] + EXTRAS["train"] + EXTRAS["dev"],
     "browser": PROJECT["dependencies"] + EXTRAS["browser"],  # apart: with it dev.lock would be too large for git
+    "docs": PROJECT["dependencies"] + EXTRAS["docs"],
 }
 
 
@@ -60,9 +61,10 @@ def test_every_locked_package_has_a_hash_and_no_address(lock: str) -> None:
 
 def test_the_smaller_locks_are_parts_of_the_larger() -> None:
     assert pins("serve").items() <= pins("train").items() <= pins("dev").items()
-    dev, browser = pins("dev"), pins("browser")
-    assert pins("serve").items() <= browser.items()
-    assert {name for name in dev.keys() & browser.keys() if dev[name] != browser[name]} == set()
+    for lock in ("browser", "docs"):
+        dev, other = pins("dev"), pins(lock)
+        assert pins("serve").items() <= other.items()
+        assert {name for name in dev.keys() & other.keys() if dev[name] != other[name]} == set()
 
 
 def test_the_locks_were_made_with_cpu_wheels_of_torch() -> None:

@@ -1,0 +1,143 @@
+"""Run the code blocks of a page against a real server.
+
+Blocks in `bash` and `python` run, in order, in one folder. A `json` block directly after one of them shows a part of its
+answer, and is compared with it. Blocks in `console`, `sh` and `text` are not run.
+"""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from models.manifest import names, versions
+from tests.data import ROOT
+from tests.service.process import Process
+from tests.waiting import wait_until
+
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+RUN = ("bash", "python")
+TOLERANCE = 0.02  # relative: a page shows rounded numbers
+
+
+@dataclass(frozen=True)
+class Servers:
+    """A running server, its artifact folder, and a stand-in for Alertmanager."""
+
+    port: int
+    artifacts: Path
+    alertmanager_port: int
+
+    def has_loaded_everything(self) -> bool:
+        """Whether the newest version of every model in the folder is served."""
+        models = httpx.get(f"http://127.0.0.1:{self.port}/models").json()["models"]
+        served = {(model["name"], model["version"]) for model in models}
+        return {(name, max(versions(self.artifacts, name))) for name in names(self.artifacts)} <= served
+
+
+@contextmanager
+def alertmanager() -> Iterator[int]:
+    """Accept alerts like Alertmanager, and return them to whoever asks; an early question waits for the first alert."""
+    alerts: list[Any] = []
+    arrived = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            alerts.extend(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            arrived.set()
+            self._answer(b"")
+
+        def do_GET(self) -> None:
+            arrived.wait(30)
+            self._answer(json.dumps(alerts).encode())
+
+        def _answer(self, body: bytes) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Keep the test's output short."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@contextmanager
+def serving(artifacts: Path) -> Iterator[Servers]:
+    """Serve `artifacts` until the block ends."""
+    with alertmanager() as alerts:
+        process = Process(artifacts, ALERTMANAGER_URL=f"http://127.0.0.1:{alerts}")
+        try:
+            servers = Servers(process.port, artifacts, alerts)
+            wait_until(servers.has_loaded_everything, 60, httpx.TransportError)
+            yield servers
+        finally:
+            process.close()
+
+
+def run_page(page: Path, servers: Servers, folder: Path) -> list[str]:
+    """Run the blocks of `page` in `folder` and return what each wrote to standard output."""
+    blocks = BLOCK.findall(page.read_text())
+    assert blocks, f"{page} has no code block"
+    outputs = []
+    for place, (language, code) in enumerate(blocks):
+        if language in RUN:
+            outputs.append(_run(language, code, servers, folder))
+            wait_until(servers.has_loaded_everything, 60, httpx.TransportError)
+        elif language == "json" and place and blocks[place - 1][0] in RUN:
+            difference = _difference(json.loads(code), json.loads(outputs[-1]), "answer")
+            assert difference is None, f"{page.name}: {difference}"
+    return outputs
+
+
+def _run(language: str, code: str, servers: Servers, folder: Path) -> str:
+    code = code.replace("127.0.0.1:8000", f"127.0.0.1:{servers.port}")
+    code = code.replace("127.0.0.1:9093", f"127.0.0.1:{servers.alertmanager_port}")
+    code = code.replace("curl -s", "curl -sS --fail-with-body")
+    command = [sys.executable, "-c", code] if language == "python" else ["bash", "-euo", "pipefail", "-c", code]
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONWARNINGS": "ignore",
+        "ELBO_ARTIFACTS": str(servers.artifacts),
+    }
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def _difference(shown: Any, got: Any, where: str) -> str | None:
+    """Return where `got` lacks something that the page shows; None if the page is right."""
+    if isinstance(shown, dict) and isinstance(got, dict):
+        missing = [f"{where} lacks {key!r}" for key in shown if key not in got]
+        inner = [_difference(value, got.get(key), f"{where}.{key}") for key, value in shown.items()]
+        return next(filter(None, [*missing, *inner]), None)
+    if isinstance(shown, list) and isinstance(got, list):
+        if len(shown) > len(got):
+            return f"{where} has {len(got)} items, the page shows {len(shown)}"
+        inner = [_difference(a, b, f"{where}[{place}]") for place, (a, b) in enumerate(zip(shown, got, strict=False))]
+        return next(filter(None, inner), None)
+    if isinstance(shown, float) and isinstance(got, float):
+        same = math.isclose(shown, got, rel_tol=TOLERANCE, abs_tol=TOLERANCE / 100)
+    else:
+        same = shown == got
+    return None if same else f"{where} is {got!r}, the page shows {shown!r}"

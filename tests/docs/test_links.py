@@ -1,0 +1,56 @@
+"""Links and paths in the documents lead somewhere, and every dependency has its reason."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from docs.generate import on_page_markdown
+from tests.data import ROOT
+
+PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
+LINK = re.compile(r"\]\(([^)#:\s]*)(?:#([^)]*))?\)")
+FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+PLACES = "service|training|models|tests|benchmarks|deploy|requirements|docs"
+PATH = re.compile(rf"`((?:{PLACES})/[\w./-]*)`")
+GLOSSARY_LINES = 40
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of the headings of a page, as MkDocs and GitHub make them."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", on_page_markdown(page.read_text())), re.MULTILINE)
+    return {re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip()) for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page: Path) -> None:
+    broken = []
+    for link, anchor in LINK.findall(FENCE.sub("", page.read_text())):
+        target = page.parent / link if link else page
+        if not target.exists() or (anchor and target.suffix == ".md" and anchor not in anchors(target)):
+            broken.append(f"{link}#{anchor}")
+    assert broken == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_path_that_a_page_names_exists(page: Path) -> None:
+    named = PATH.findall(FENCE.sub("", page.read_text()))
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_every_dependency_has_its_reason() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    listed = [*project["dependencies"], *(line for lines in extras for line in lines)]
+    section = (ROOT / "docs" / "architecture.md").read_text().split("## Dependencies")[1]
+    names = [Requirement(line).name for line in listed]
+    assert [name for name in names if not re.search(rf"(?<![\w-]){name}(?![\w-])", section)] == []
+
+
+def test_the_glossary_is_short_and_in_order() -> None:
+    section = (ROOT / "docs" / "architecture.md").read_text().split("## Glossary")[1].split("\n## ")[0]
+    terms = [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("| ")][1:]
+    assert terms == sorted(terms, key=str.lower)
+    assert 20 <= len(terms) <= GLOSSARY_LINES
