@@ -21,6 +21,7 @@ from service.errors import ERRORS
 from service.settings import Settings
 
 MARKER = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
+REFERENCE = re.compile(r"#/components/schemas/(\w+)")
 LIMITS = {
     "minimum": "≥", "exclusiveMinimum": ">", "ge": "≥", "gt": ">",
     "maximum": "≤", "exclusiveMaximum": "<", "le": "≤", "lt": "<",
@@ -55,7 +56,7 @@ def metrics() -> str:
     rows = (
         (f"`{family.name}{SUFFIXES.get(family.type, '')}`", family.type,
          ", ".join(f"`{label}`" for label in family._labelnames), family.documentation)
-        for family in _application().state.service.telemetry.registry.collect()
+        for family in _application().state.service.metrics.registry.collect()
     )  # fmt: skip
     return _table(("metric", "type", "labels", "meaning"), rows)
 
@@ -82,8 +83,7 @@ def endpoints() -> str:
 def schemas() -> str:
     """Return a section for every object that occurs inside a body or an answer."""
     all_schemas = _application().openapi()["components"]["schemas"]
-    top = {f"#/components/schemas/{name}" for name in all_schemas if name.endswith(("Body", "Answer"))}
-    inner = [name for name in all_schemas if f"#/components/schemas/{name}" not in top]
+    inner = {name for schema in all_schemas.values() for name in REFERENCE.findall(str(schema))}
     return "\n\n".join(
         f"### {name}\n\n{_sentence(all_schemas[name].get('description', ''))}\n\n{_fields(all_schemas[name])}"
         for name in sorted(inner)

@@ -1,7 +1,7 @@
 """Run the code blocks of a page against a real server.
 
-Blocks in `bash` and `python` run, in order, in one folder. A `json` block directly after one of them shows a part of its
-answer, and is compared with it. Blocks in `console`, `sh` and `text` are not run.
+Blocks in `bash` and `python` run, in order, in one folder. A `json` block directly after one of them shows a part of
+its answer, and is compared with it. Blocks in `console`, `sh` and `text` are not run.
 """
 
 import json
@@ -27,7 +27,7 @@ from tests.waiting import wait_until
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RUN = ("bash", "python")
-TOLERANCE = 0.02  # relative: a page shows rounded numbers
+TOLERANCE = 0.1  # relative: a page shows rounded numbers, and networks differ a little from processor to processor
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _difference(shown: Any, got: Any, where: str) -> str | None:
         inner = [_difference(a, b, f"{where}[{place}]") for place, (a, b) in enumerate(zip(shown, got, strict=False))]
         return next(filter(None, inner), None)
     if isinstance(shown, float) and isinstance(got, float):
-        same = math.isclose(shown, got, rel_tol=TOLERANCE, abs_tol=TOLERANCE / 100)
+        same = math.isclose(shown, got, rel_tol=TOLERANCE, abs_tol=TOLERANCE / 10)
     else:
         same = shown == got
     return None if same else f"{where} is {got!r}, the page shows {shown!r}"

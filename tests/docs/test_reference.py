@@ -74,7 +74,7 @@ def test_every_metric_is_listed_with_the_name_and_the_labels_that_prometheus_scr
     with running(app) as client:
         client.post("/sample", json={})
     found = {name.strip("`"): (kind, labels) for name, kind, labels, _ in rows(generate.metrics())}
-    families: list[Metric] = list(app.state.service.telemetry.registry.collect())
+    families: list[Metric] = list(app.state.service.metrics.registry.collect())
     suffixes = {"counter": "_total"}
     assert set(found) == {family.name + suffixes.get(family.type, "") for family in families}
     for family in families:

@@ -1,0 +1,44 @@
+"""The README is short, and its code runs and answers as it shows."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from models.manifest import names
+from tests.conftest import require
+from tests.data import ROOT
+from tests.docs.snippets import BLOCK, run_page, serving
+
+README = ROOT / "README.md"
+MOST_WORDS = 650  # about 500 of prose
+
+
+def test_every_code_block_of_the_readme_runs(demonstration: Path, tmp_path: Path) -> None:
+    require(shutil.which("curl"), "the README's examples use curl")
+    artifacts = tmp_path / "artifacts"
+    shutil.copytree(demonstration, artifacts)
+    with serving(artifacts) as servers:
+        outputs = run_page(README, servers, tmp_path)
+    assert len(outputs) == 3
+    assert "web" in names(artifacts)
+
+
+def test_the_first_screen_has_a_picture_a_command_and_a_request_with_its_answer() -> None:
+    text = README.read_text().split("\n## ")[0]
+    (picture,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
+    assert (ROOT / picture).read_bytes().startswith(b"\x89PNG")
+    assert [language for language, _ in BLOCK.findall(text)] == ["console", "bash", "json"]
+
+
+def test_the_make_targets_of_the_readme_exist() -> None:
+    text = README.read_text()
+    console = "\n".join(code for language, code in BLOCK.findall(text) if language == "console")
+    targets = re.findall(r"^make ([\w-]+)", console, re.MULTILINE) + re.findall(r"`make ([\w-]+)", text)
+    assert "run" in targets
+    for target in targets:
+        subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text().split()) <= MOST_WORDS
