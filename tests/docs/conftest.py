@@ -8,12 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.commands import write
+from tests.commands import command, write
 from tests.docs.snippets import Servers, serving
-from tests.training.reporters import Silent
-from training.config import TrainConfig
-from training.data.table import read
-from training.train import train
 
 HEADER = "cpu [%],latency [ms],errors,memory [GB]"
 
@@ -56,6 +52,8 @@ def servers(demonstration: Path, files: Path, tmp_path_factory: pytest.TempPathF
     """A server with the demonstration models and `web`, which the how-to guides use."""
     artifacts = tmp_path_factory.mktemp("served") / "artifacts"
     shutil.copytree(demonstration, artifacts)
-    train(TrainConfig(model="pca", name="web"), read(str(files / "metrics.csv")), artifacts, Silent())
+    folders = "--artifacts", str(artifacts), "--runs", str(artifacts.parent / "runs")
+    trained = command("train", str(files / "metrics.csv"), "--model", "pca", "--name", "web", *folders)
+    assert trained.returncode == 0, trained.stderr
     with serving(artifacts) as servers:
         yield servers

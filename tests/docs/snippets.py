@@ -22,7 +22,7 @@ import httpx
 
 from models.manifest import names, versions
 from tests.data import ROOT
-from tests.service.process import Process
+from tests.service.process import ServerProcess
 from tests.waiting import wait_until
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -85,7 +85,7 @@ def alertmanager() -> Iterator[int]:
 def serving(artifacts: Path) -> Iterator[Servers]:
     """Serve `artifacts` until the block ends."""
     with alertmanager() as alerts:
-        process = Process(artifacts, ALERTMANAGER_URL=f"http://127.0.0.1:{alerts}")
+        process = ServerProcess(artifacts, ALERTMANAGER_URL=f"http://127.0.0.1:{alerts}")
         try:
             servers = Servers(process.port, artifacts, alerts)
             wait_until(servers.has_loaded_everything, 60, httpx.TransportError)
