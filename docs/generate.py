@@ -72,7 +72,7 @@ def endpoints() -> str:
             body = operation.get("requestBody", {}).get("content", {})
             parts += _content("Body", body, schemas)
             answers = operation["responses"]
-            answered = next((answer for status, answer in answers.items() if status.startswith("2")), {})
+            answered: dict[str, Any] = next((answers[status] for status in answers if status.startswith("2")), {})
             parts += _content("Answer", answered.get("content", {}), schemas)
             statuses = [status for status in answers if not status.startswith("2")]
             if statuses:

@@ -11,7 +11,7 @@ import pytest
 from playwright.sync_api import Browser, Route, expect
 
 from tests.data import ROOT
-from tests.service.browsing import SOON, chromium
+from tests.service.explorer.browser import TIMEOUT, chromium
 
 LOADING = {"src", "srcset", "data", "poster", "manifest"}  # attributes that make a browser load something
 EXTERNAL = re.compile(r"(?:https?:)?//\w", re.IGNORECASE)
@@ -105,7 +105,7 @@ def test_the_site_opened_as_a_file_asks_no_host_and_its_search_finds_a_setting(s
     page.route(re.compile(r"^(?!file:|data:|blob:)"), refuse)
     page.goto((site / "index.html").as_uri())
     page.keyboard.press("/")
-    page.get_by_placeholder("Search").press_sequentially("ELBO_QUEUE_SECONDS", timeout=SOON)
+    page.get_by_placeholder("Search").press_sequentially("ELBO_QUEUE_SECONDS", timeout=TIMEOUT)
     expect(page.locator(".md-search-result__item").first).to_be_visible()
     page.goto((site / "reference" / "http.html").as_uri())
     expect(page.get_by_role("heading", name="POST /anomaly").first).to_be_visible()
