@@ -1,15 +1,15 @@
-"""Errors of reading data and of fitting."""
+"""Errors raised while data are read and models are fitted."""
 
 from models.errors import ElboError
 
 
 class DataError(ElboError):
-    """The data cannot be learnt from as they are; the message names the place and says what to do."""
+    """The data cannot be used as they are. The message names the place and says what to do."""
 
     code = "data_error"
 
 
 class FitError(ElboError):
-    """The data or the configuration admit no fit, or the fit went wrong."""
+    """The data and the options do not allow a fit, or the fit failed."""
 
     code = "fit_error"

@@ -1,4 +1,4 @@
-"""What training tells the person who waits: a live bar on a terminal, a few plain lines anywhere else."""
+"""Progress on standard error: a live bar on a terminal, a few plain lines elsewhere."""
 
 import os
 import sys
@@ -9,93 +9,93 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from rich.live import Live as Display
 
-LINES = 10  # plain lines a run
+LINES = 10  # plain progress lines per run
 
 
 class Reporter(Protocol):
-    """Where a fit reports to. Losses are in nats a row, unless their name says otherwise."""
+    """Receives the progress of a run. Losses are in nats per row unless their name says otherwise."""
 
     def start(self, title: str, total_steps: int) -> None:
-        """A run of `total_steps` updates begins."""
+        """Begin a run of `total_steps` updates."""
 
     def epoch(self, epoch: int, step: int, terms: Mapping[str, float]) -> None:
-        """Epoch number `epoch`, from 1, ended; `step` updates are made in all. `terms` are the parts of the loss."""
+        """Report the end of epoch `epoch`, counted from 1, after `step` updates. `terms` are the parts of the loss."""
 
     def note(self, message: str) -> None:
-        """Something that the user must see."""
+        """Show a message that the user must see."""
 
     def done(self, summary: Mapping[str, float]) -> None:
-        """The run ended well; `summary` says how well."""
+        """Report that the run succeeded, with the figures in `summary`."""
 
 
-def reporter() -> "Plain | Live":
-    """The reporter that fits where standard error goes. Close it whatever happens: a bar hides the cursor."""
+def reporter() -> "PlainReporter | LiveReporter":
+    """Return a bar if standard error is a terminal, else plain lines. Always close it: the bar hides the cursor."""
     if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
-        return Live()
-    return Plain()
+        return LiveReporter()
+    return PlainReporter()
 
 
 def phrase(terms: Mapping[str, float]) -> str:
-    """`reconstruction 23.1  kl 4.27`: terms or figures in one line."""
+    """Return named figures on one line: `reconstruction 23.1  kl 4.27`."""
     return "  ".join(f"{name} {value:.4g}" for name, value in terms.items())
 
 
 def loss_phrase(terms: Mapping[str, float]) -> str:
-    """The terms of a loss in one line; those of an ELBO are in nats a row."""
+    """Return the terms of a loss on one line, with the unit if they are those of an ELBO."""
     return phrase(terms) + (" nats" if "elbo" in terms else "")
 
 
-class Muted:
-    """Says nothing: of processes that train together, one speaks."""
+class SilentReporter:
+    """Reports nothing. When several processes train together, only the first one reports."""
 
     def start(self, title: str, total_steps: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def epoch(self, epoch: int, step: int, terms: Mapping[str, float]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def note(self, message: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def done(self, summary: Mapping[str, float]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
-class Plain:
-    """About LINES lines a run on standard error, each flushed."""
+class PlainReporter:
+    """Prints about LINES lines per run on standard error and flushes each."""
 
     def __init__(self) -> None:
-        self._total = self._told = 0
+        self._total = self._lines_printed = 0
         self._began = time.monotonic()
 
     def start(self, title: str, total_steps: int) -> None:
-        """Say what begins."""
-        self._total, self._told, self._began = total_steps, 0, time.monotonic()
+        """Print the title of the run."""
+        self._total, self._lines_printed, self._began = total_steps, 0, time.monotonic()
         self.note(f"training {title}")
 
     def epoch(self, epoch: int, step: int, terms: Mapping[str, float]) -> None:
-        """One line whenever another tenth of the steps is behind."""
+        """Print one line each time another tenth of the steps is done."""
         tenth = LINES * step // self._total
-        if tenth == self._told:
+        if tenth == self._lines_printed:
             return
-        self._told = tenth
+        self._lines_printed = tenth
         left = (time.monotonic() - self._began) * (self._total - step) / step
         self.note(f"{100 * step // self._total:3d} %  epoch {epoch}  {loss_phrase(terms)}  {left:.0f} s left")
 
     def note(self, message: str) -> None:
-        """One line."""
+        """Print one line."""
         print(message, file=sys.stderr, flush=True)
 
     def done(self, summary: Mapping[str, float]) -> None:
-        """One line: how long it took, and how good it is."""
+        """Print the duration and the metrics."""
         self.note(f"trained in {time.monotonic() - self._began:.1f} s  {phrase(summary)}")
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there is nothing to release."""
 
 
-class Live:
-    """A bar with the time left, and the terms under it, redrawn in place on standard error."""
+class LiveReporter:
+    """Shows a progress bar with the time left, and the loss terms below it, on standard error."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -125,11 +125,11 @@ class Live:
         self._bar.update(self._task, completed=step)
 
     def note(self, message: str) -> None:
-        """One line, above the bar."""
+        """Print one line above the bar."""
         self._console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     def done(self, summary: Mapping[str, float]) -> None:
-        """Fill the bar and leave it, then say how long it took and how good it is."""
+        """Fill the bar, leave it on the screen, and print the duration and the metrics."""
         self._bar.update(self._task, completed=self._bar.tasks[-1].total)
         self.close()
         self.note(f"trained in {time.monotonic() - self._began:.1f} s  {phrase(summary)}")
@@ -141,26 +141,26 @@ class Live:
             self._display = None
 
 
-class Patience:
-    """A word on standard error now and then, for work that turns out to take long: nothing within the first seconds.
+class SlowProgress:
+    """Prints a line on standard error every few seconds while work takes long, and nothing if it is quick.
 
     Args:
-        title: what is done.
-        total: of what `advance` counts.
-        seconds: before the first word and between two.
+        title: what the work is.
+        total: number of items; `advance` counts up to it.
+        seconds: time before the first line and between lines.
     """
 
     def __init__(self, title: str, total: int, seconds: float = 10.0) -> None:
         self._title, self._total, self._seconds = title, total, seconds
         self._done = 0
-        self._began = self._told = time.monotonic()
+        self._began = self._last_line = time.monotonic()
 
     def advance(self, count: int) -> None:
-        """`count` more are done."""
+        """Count `count` more items as done."""
         self._done += count
         now = time.monotonic()
-        if now - self._told >= self._seconds and self._done < self._total:
-            self._told = now
+        if now - self._last_line >= self._seconds and self._done < self._total:
+            self._last_line = now
             left = (now - self._began) * (self._total - self._done) / self._done
             share = 100 * self._done // self._total
             print(f"{self._title}: {share} %, {left:.0f} s left", file=sys.stderr, flush=True)

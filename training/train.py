@@ -19,7 +19,7 @@ from training.fitting import checkpoint
 from training.fitting.distributed import ProcessGroup
 from training.fitting.pipeline import PreparedData, fit_pipeline, prepare_data
 from training.fitting.trainer import Run
-from training.progress import Muted, Reporter
+from training.progress import Reporter, SilentReporter
 from training.publishing.publish import publish
 from training.reports.history import Recorder
 from training.reports.run_report import write_run
@@ -49,7 +49,7 @@ def train(
         tensorboard: write TensorBoard's files too.
         processes: those that train together; each calls this alike.
     """
-    report = report if processes.is_first else Muted()
+    report = report if processes.is_first else SilentReporter()
     for note in table.notes:
         report.note(note)
     kinds = KINDS if config.model == "auto" else (config.model,)

@@ -30,7 +30,7 @@ from models.pipeline import Pipeline
 from training.config import TrainConfig
 from training.data.table import read_table, split_rows
 from training.fitting.pipeline import fit_pipeline, prepare_data
-from training.progress import Muted
+from training.progress import SilentReporter
 
 KINDS = ("pca", "vae", "ae", "ensemble")
 RIVAL = "kNN"  # the one to beat
@@ -48,7 +48,9 @@ def trained(kind: str, rows: Scores, robust: bool = False, epochs: int | None = 
         np.save(path, rows.astype(np.float32))
         table = read_table(str(path))
     config = TrainConfig.model_validate({"model": kind, "name": kind, "robust": robust, "epochs": epochs})
-    return fit_pipeline(config, prepare_data(table, split_rows(len(rows), config.seed, rows.shape[1]), robust), Muted())
+    return fit_pipeline(
+        config, prepare_data(table, split_rows(len(rows), config.seed, rows.shape[1]), robust), SilentReporter()
+    )
 
 
 def elbo(kind: str, robust: bool = False, epochs: int | None = None) -> Callable[[Contest], Scores]:

@@ -17,7 +17,7 @@ from training.config import TrainConfig
 from training.data.row_store import RowStore
 from training.data.table import Split, Table, split_rows
 from training.fitting.pipeline import fit_pipeline, prepare_data
-from training.progress import Muted
+from training.progress import SilentReporter
 
 KINDS = ("pca", "ae", "vae", "ensemble")
 
@@ -90,4 +90,4 @@ def fitted(kind: str, data: OneClass, seed: int, few: bool = False) -> tuple[Pip
     config = TrainConfig.model_validate(
         {"model": kind, "name": "bench", "seed": seed} | ({"epochs": 3} if few and kind != "pca" else {})
     )
-    return fit_pipeline(config, prepare_data(table, rows), Muted()), rows
+    return fit_pipeline(config, prepare_data(table, rows), SilentReporter()), rows

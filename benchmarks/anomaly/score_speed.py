@@ -30,7 +30,7 @@ from service.inference.backends import choose
 from service.schemas import AnomalyBody
 from training.config import TrainConfig
 from training.data.table import read_table
-from training.progress import Muted
+from training.progress import SilentReporter
 from training.train import train
 
 KINDS = ("pca", "vae", "ae", "ensemble")
@@ -114,7 +114,7 @@ def main() -> None:
         for kind in KINDS:
             started = process_time()
             table = read_table(str(Path(folder) / "rows.npy"))
-            path = train(TrainConfig(model=kind, name=kind), table, Path(folder), Muted())
+            path = train(TrainConfig(model=kind, name=kind), table, Path(folder), SilentReporter())
             fits[kind] = process_time() - started
             backends[kind], judges[kind], judges[f"{kind}, verdict"] = judges_of(load(path))
     times = {batch: best(judges, x[:batch], rounds) for batch in BATCHES}

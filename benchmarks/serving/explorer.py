@@ -22,7 +22,7 @@ from tests.service.explorer.browser import FLAGS
 from tests.service.running import running
 from training.config import DEMONSTRATION
 from training.data.table import read_table
-from training.progress import Plain
+from training.progress import PlainReporter
 from training.train import train
 
 ROWS = 20_000
@@ -138,7 +138,7 @@ def main() -> None:
         root = options.artifacts or Path(folder)
         for config in DEMONSTRATION if options.artifacts is None else ():
             brief = {"epochs": 2, "hidden": config.hidden if config.hidden == () else (48,)} if options.smoke else {}
-            train(config.model_copy(update=brief), read_table("digits"), root, Plain())
+            train(config.model_copy(update=brief), read_table("digits"), root, PlainReporter())
         moves, rows = (5, 2_000) if options.smoke else (200, ROWS)
         measure(root, executable, moves, rows)
 

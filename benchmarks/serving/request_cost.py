@@ -25,7 +25,7 @@ from service.settings import Settings
 from training.config import TrainConfig
 from training.data import row_store as table_rows
 from training.data.table import Table
-from training.progress import Plain
+from training.progress import PlainReporter
 from training.train import train
 
 FEATURES = 784
@@ -124,7 +124,7 @@ def main() -> None:
         table_rows.RowStore(x), (FEATURES,), names, [None] * FEATURES, None, None, "uniform noise", missing=missing
     )
     with tempfile.TemporaryDirectory() as folder:
-        train(TrainConfig(model="vae", name="bench", epochs=1), table, Path(folder), Plain())
+        train(TrainConfig(model="vae", name="bench", epochs=1), table, Path(folder), PlainReporter())
         asyncio.run(run(Path(folder), rounds))
 
 

@@ -14,7 +14,7 @@ from service.inference.backends import Backend, choose
 from training.config import TrainConfig
 from training.data.row_store import RowStore
 from training.data.table import Table
-from training.progress import Muted
+from training.progress import SilentReporter
 from training.train import train
 
 ROWS = (1, 32, 256)
@@ -58,7 +58,7 @@ def _publish(artifacts: Path, name: str, features: int, hidden: tuple[int, ...],
     missing = np.zeros(features, np.int64)
     table = Table(RowStore(x), (features,), names, [None] * features, None, None, "uniform noise", missing=missing)
     config = TrainConfig(model="vae", name=name, hidden=hidden, latents=latents, epochs=1)
-    train(config, table, artifacts, Muted())
+    train(config, table, artifacts, SilentReporter())
 
 
 def _noise(seed: int, rows: int, features: int) -> Array:

@@ -76,9 +76,9 @@ def elbo(x: Tensor, held_out: Tensor) -> Segment:
     from training.fitting.architecture import build_decoder, build_encoder
     from training.fitting.autoencoders import ElboObjective
     from training.fitting.trainer import Trainer
-    from training.progress import Muted
+    from training.progress import SilentReporter
 
-    class Last(Muted):
+    class Last(SilentReporter):
         def epoch(self, epoch: int, step: int, terms: Any) -> None:  # noqa: ARG002 - Progress has these three
             self.loss = float(terms["held_out_loss"])
 

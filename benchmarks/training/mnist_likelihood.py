@@ -27,7 +27,7 @@ from training.fitting.latents import count_active_latents
 from training.fitting.objectives import binarise, log_weights
 from training.fitting.pipeline import fit_pipeline, prepare_data
 from training.fitting.trainer import Run
-from training.progress import Plain
+from training.progress import PlainReporter
 
 HELD_OUT = 500  # training digits by which the best epoch is chosen; as many again calibrate p-values, unused here
 SEED = 0  # of the test set's binarisation and of the importance samples
@@ -85,7 +85,7 @@ def table_of(pictures: npt.NDArray[np.float32]) -> tuple[Table, Split]:
 def trained(config: TrainConfig, pictures: npt.NDArray[np.float32], run: Run | None) -> VAE:
     """A VAE of the pictures."""
     table, rows = table_of(pictures)
-    vae = fit_pipeline(config, prepare_data(table, rows), Plain(), run).core
+    vae = fit_pipeline(config, prepare_data(table, rows), PlainReporter(), run).core
     assert isinstance(vae, VAE)
     return vae
 

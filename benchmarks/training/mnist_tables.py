@@ -26,7 +26,7 @@ from training.data.row_store import RowStore
 from training.data.table import Split, Table
 from training.fitting.objectives import elbo_terms
 from training.fitting.pipeline import PreparedData, fit_pipeline, prepare_data
-from training.progress import Plain
+from training.progress import PlainReporter
 
 RESERVED = 1_000  # rows that choose the epoch; as many calibrate
 NOISE = 0.5  # standard deviation of the corruption, of pixels from 0 to 1
@@ -119,13 +119,13 @@ def line(aim: Aim, data: PreparedData, test: Tensor, smoke: bool) -> str:
     """Train, and one line of the table."""
     started = process_time()
     options = {"epochs": 10} | aim.options | ({"epochs": 2} if smoke else {})
-    pipeline = fit_pipeline(TrainConfig.model_validate({"name": "bench", **options}), data, Plain())
+    pipeline = fit_pipeline(TrainConfig.model_validate({"name": "bench", **options}), data, PlainReporter())
     seconds, other = process_time() - started, ""
     with torch.no_grad():
         reached = aim.measure(pipeline, test)
         if aim.pca:
             pca = TrainConfig(model="pca", name="bench", latents=aim.options["latents"])
-            other = f"{aim.measure(fit_pipeline(pca, data, Plain()), test):.5f}"
+            other = f"{aim.measure(fit_pipeline(pca, data, PlainReporter()), test):.5f}"
     digits = 5 if reached < 1 else 2
     return (
         f"| {aim.what} | `{written(options)}` | {aim.unit} | {reached:.{digits}f} | {aim.target:g} | {other} | "

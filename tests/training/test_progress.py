@@ -137,8 +137,8 @@ report.done({})
 def test_long_work_says_how_far_it_is_and_short_work_nothing() -> None:
     code = """
 import time
-from training.progress import Patience
-quick, slow = Patience("quick", 3), Patience("evaluating a.csv", 4, seconds=0.01)
+from training.progress import SlowProgress
+quick, slow = SlowProgress("quick", 3), SlowProgress("evaluating a.csv", 4, seconds=0.01)
 for _ in range(4):
     time.sleep(0.02)
     quick.advance(1)

@@ -22,7 +22,7 @@ from training.evaluation.metrics import (
 )
 from training.evaluation.score import batches, refuse_overflow
 from training.fitting.latents import ACTIVE_VARIANCE
-from training.progress import Patience
+from training.progress import SlowProgress
 from training.reports.describe import against_pca
 
 ALPHAS = (0.1, 0.05, 0.01)
@@ -120,7 +120,7 @@ def evaluate(artifact: Artifact, table: Table, draws: int = BOUND_DRAWS) -> Eval
 def _sums(artifact: Artifact, table: Table) -> _Sums:
     manifest = artifact.manifest
     sums = _Sums(np.array([feature.median for feature in manifest.features]), manifest.latents)
-    progress = Patience(f"evaluating {table.source}", len(table.x))
+    progress = SlowProgress(f"evaluating {table.source}", len(table.x))
     with torch.inference_mode():
         for first, rows in batches(table):
             x = torch.from_numpy(rows).to(artifact.device)
@@ -141,7 +141,7 @@ def _density(artifact: Artifact, table: Table, draws: int) -> dict[str, Any]:
     draws = 1 if manifest.kind == "pca" else draws  # PCA's posterior is exact: every draw has the same weight
     chosen = np.random.RandomState(0).permutation(len(table.x))[:BOUND_ROWS]
     rows = torch.from_numpy(table.x.take(np.sort(chosen))).to(artifact.device)
-    progress = Patience(f"{draws} draws a row", draws * -(-len(rows) // BOUND_BATCH))
+    progress = SlowProgress(f"{draws} draws a row", draws * -(-len(rows) // BOUND_BATCH))
 
     def counted(x: Tensor, noise: Tensor) -> Tensor:
         progress.advance(1)

@@ -22,7 +22,7 @@ from training.data.row_store import Floats
 from training.data.table import MAX_HELD_OUT_ROWS, Table
 from training.errors import DataError, FitError
 from training.evaluation.score import batches, refuse_overflow
-from training.progress import Patience
+from training.progress import SlowProgress
 from training.publishing import exhibits
 from training.publishing.publish import software
 from training.reports.model_card import card
@@ -104,7 +104,7 @@ def _refuse_few(table: Table, rows: int, alpha: float) -> None:
 def _scores(parent: Artifact, table: Table) -> Floats:
     """The score [N] of every row."""
     scores = np.empty(len(table.x), np.float32)
-    progress = Patience(f"scoring {table.source}", len(table.x))
+    progress = SlowProgress(f"scoring {table.source}", len(table.x))
     with torch.inference_mode():
         for first, rows in batches(table):
             found = parent.module.score(torch.from_numpy(rows).to(parent.device))[0].cpu().numpy()

@@ -11,7 +11,7 @@ from models.pipeline import Pipeline
 from training.config import EVERY_KIND, Kind, TrainConfig
 from training.data.table import read_table, split_rows
 from training.fitting.pipeline import fit_pipeline, prepare_data
-from training.progress import Muted
+from training.progress import SilentReporter
 
 ALPHA = 0.05
 RESTING = {4: 0.0, 5: 100.0, 6: -1e-4}  # value by column
@@ -31,7 +31,7 @@ def fitted(kind: Kind, x: npt.NDArray[np.float32], folder: Path) -> Pipeline:
     np.save(folder / "rows.npy", x)
     table = read_table(str(folder / "rows.npy"))
     config = TrainConfig(model=kind, name=kind, epochs=40)
-    return fit_pipeline(config, prepare_data(table, split_rows(len(x), 0)), Muted())
+    return fit_pipeline(config, prepare_data(table, split_rows(len(x), 0)), SilentReporter())
 
 
 def p_values(pipeline: Pipeline, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

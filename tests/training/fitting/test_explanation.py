@@ -12,7 +12,7 @@ from training.data.row_store import RowStore
 from training.data.table import Table, split_rows
 from training.fitting.pipeline import fit_pipeline, prepare_data
 from training.fitting.statistics import EXPLANATION_NOISE, MAX_EXPLAINED_FEATURES, fit_explanation
-from training.progress import Muted
+from training.progress import SilentReporter
 
 UNITS = np.array([1.0, 50.0, 0.01, 3.0, 1.0])
 
@@ -66,7 +66,7 @@ def test_the_feature_at_fault_is_named_and_no_innocent_one(kind: str) -> None:
     table = Table(RowStore(x), (5,), names, [None] * 5, None, None, "made", missing=np.zeros(5, np.int64))
     options = {} if kind == "pca" else {"epochs": 3}
     config = TrainConfig.model_validate({"model": kind, "name": "a", "latents": 3, **options})
-    pipeline = fit_pipeline(config, prepare_data(table, split_rows(len(x), 0)), Muted())
+    pipeline = fit_pipeline(config, prepare_data(table, split_rows(len(x), 0)), SilentReporter())
     fresh = correlated(200, seed=1)
     for i in range(5):
         broken = fresh.copy()

@@ -68,11 +68,11 @@ import sys
 from pathlib import Path
 from tests.training.fitting.test_resume_and_devices import on_disk
 from training.config import TrainConfig
-from training.progress import Muted
+from training.progress import SilentReporter
 from training.train import train
 config = TrainConfig(model="ae", name="m", epochs=25, hidden=(32,), latents=4, noise=0.2)
 root, resume = Path(sys.argv[1]), "resume" in sys.argv
-train(config, on_disk(Path({str(digits_file)!r})), root, Muted(), root / "runs", resume, 0.0)
+train(config, on_disk(Path({str(digits_file)!r})), root, SilentReporter(), root / "runs", resume, 0.0)
 """
     command = [sys.executable, "-c", program, str(tmp_path / "killed")]
     process = subprocess.Popen(command, cwd=ROOT)

@@ -13,7 +13,7 @@ from training.config import EVERY_KIND, Kind, TrainConfig
 from training.data.table import read_table, split_rows
 from training.fitting.pipeline import fit_pipeline, prepare_data
 from training.fitting.statistics import KEPT_PERCENT, most_concentrated_rows
-from training.progress import Muted
+from training.progress import SilentReporter
 
 D, NORMAL, ANOMALIES = 6, 900, 100
 MIXING = np.eye(D) + 0.5 * np.triu(np.ones((D, D)))
@@ -61,7 +61,7 @@ def test_anomalies_among_the_training_rows_are_found(kind: Kind, tmp_path: Path)
 
     def auroc(robust: bool) -> float:
         config = TrainConfig(model=kind, name=kind, robust=robust, epochs=60)
-        pipeline = fit_pipeline(config, prepare_data(table, split_rows(len(table.x), 0), robust), Muted())
+        pipeline = fit_pipeline(config, prepare_data(table, split_rows(len(table.x), 0), robust), SilentReporter())
         with torch.inference_mode():
             return float(roc_auc_score(labels, pipeline.score(torch.from_numpy(x))[0].numpy()))
 
