@@ -1,4 +1,4 @@
-"""The ASGI application: the parts of the service put together, for any server that speaks ASGI."""
+"""Build the ASGI application from the components of the service."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -18,8 +18,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from models.artifact import choose_device
 from service.anomaly import series_mapping
 from service.endpoints import routes
+from service.endpoints.context import ServiceContext
 from service.endpoints.information import STATIC
-from service.endpoints.pipeline import ServiceContext
 from service.endpoints.remote_write import RemoteWriteEndpoint
 from service.errors import from_http_exception
 from service.http.admission import AdmissionControl
@@ -35,11 +35,11 @@ from service.monitoring.periodic import Periodic
 from service.settings import Settings
 from service.shared_memory import SharedCounters, SharedDecisions
 
-DESCRIPTION = """Encode, decode, reconstruct, sample, interpolate and score anomalies with the models that are served.
+DESCRIPTION = """Run the served models: encode, decode, reconstruct, sample, interpolate, and score anomalies.
 
-Errors are application/problem+json with a stable `code`. Bodies are JSON or, where a body is one array,
-application/x-npy or application/x-safetensors with its options in the query; answers are JSON, either of these two, or
-image/png, as Accept says."""
+A request body is JSON. Where it is a single array, it may also be application/x-npy or application/x-safetensors; the
+other fields then go into the query. A response is JSON, application/x-npy, application/x-safetensors or, for images,
+image/png: the Accept header chooses. An error is application/problem+json with a stable `code`."""
 
 
 def create_app(settings: Settings, counts: SharedCounters | None = None) -> FastAPI:
@@ -49,11 +49,11 @@ def create_app(settings: Settings, counts: SharedCounters | None = None) -> Fast
     in its own format before the middleware sees them.
 
     Args:
-        settings: of the service.
+        settings: the settings of the service.
         counts: metrics shared with the other worker processes; by default the metrics of this process alone.
 
     Raises:
-        ElboError: the device is not available.
+        ElboError: if the device is not available.
     """
     counts = counts or SharedCounters()
     metrics = Metrics(counts, settings.alert_half_life)
@@ -124,22 +124,22 @@ def create_app(settings: Settings, counts: SharedCounters | None = None) -> Fast
 def _lifespan(
     service: ServiceContext, receiver: RemoteWriteEndpoint, monitor: BackgroundMonitor, access: AccessLog
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
-    watching = Periodic(service.registry.look, service.settings.poll_seconds, "the models could not be looked at")
+    scanning = Periodic(service.registry.look, service.settings.poll_seconds, "failed to scan the artifact folder")
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        """Load and warm every model before the first request; finish every request before the end."""
+        """Load and warm every model before the first request; finish every request before the process ends."""
         await asyncio.to_thread(service.registry.refresh)
         service.batcher.start()
         receiver.start()
         await monitor.start()
-        watching.start()
+        scanning.start()
         try:
             yield
         finally:
             service.draining = True
-            await watching.close()
-            await receiver.close()
+            await scanning.close()
+            await receiver.close()  # scores its last rows, so before the batcher closes
             await service.batcher.close()
             await monitor.close()
             await access.close()
@@ -170,12 +170,14 @@ def _allowed_methods(app: FastAPI, scope: Scope) -> list[str]:
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document, made once, with the bodies' schemas that no handler's signature shows."""
+    """Return the OpenAPI document, with the schemas of request bodies, which no handler's signature mentions."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        template = "#/components/schemas/{model}"
-        wanted = [(model, "validation") for model in routes.components()]
-        _, definitions = models_json_schema(wanted, ref_template=template)  # type: ignore[arg-type] # a literal
+        models = [(model, "validation") for model in routes.components()]
+        _, definitions = models_json_schema(
+            models,  # type: ignore[arg-type] # "validation" is a literal type
+            ref_template="#/components/schemas/{model}",
+        )
         document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
         app.openapi_schema = document
     return app.openapi_schema

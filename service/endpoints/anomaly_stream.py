@@ -1,7 +1,8 @@
-"""NDJSON in, NDJSON out: a verdict a line as the rows come, for any number of rows in constant memory.
+"""Streamed anomaly scoring: NDJSON in, NDJSON out, one verdict per line, in constant memory for any number of rows.
 
-The rows of a piece of the body, at most 64 KiB, are judged together and answered before the next piece is read, so that
-a client that does not read is not read from either, and one that leaves ends the work.
+The rows in one piece of the body, at most 64 KiB, are scored and answered before the next piece is read. So a client
+that stops reading the response also stops the server from reading the request, and a client that disconnects ends the
+work.
 """
 
 from collections.abc import AsyncIterator
@@ -11,68 +12,75 @@ from service.anomaly.inputs import InputRows, parse_record_rows
 from service.anomaly.verdicts import Verdicts, parsing_errors, results_and_errors
 from service.codec import compression, ndjson
 from service.codec.request_body import media_type_of
-from service.endpoints.pipeline import ServiceContext, aside, score_rows
+from service.endpoints import offload
+from service.endpoints.context import ServiceContext
+from service.endpoints.offload import run_in_thread_if_long
+from service.endpoints.scoring import run_when_free, score_rows
 from service.endpoints.validation import merge, validate
 from service.errors import InvalidField, ServiceError
 from service.http.request import HttpResponse, RequestContext
 from service.inference.registry import ServedModel
 from service.schemas import AnomalyBody
 
-LONGEST_LINE = 2**20  # bytes; for wide rows more
-NUMBER_BYTES = 32  # in which a JSON number with its comma fits
-COSTLY = 8  # how many times as long as other JSON a byte of records takes
+MAX_LINE_BYTES = 2**20  # more for rows of many features
+MAX_NUMBER_BYTES = 32  # a JSON number and its comma
 
 
-def asked_for(request: RequestContext) -> bool:
-    """Whether a request sends NDJSON and wants NDJSON."""
+def is_requested(request: RequestContext) -> bool:
+    """Return whether a request sends NDJSON and accepts NDJSON."""
     return (
         b"ndjson" in request.headers.get(b"accept", b"")
         and media_type_of(request.header(b"content-type")) in ndjson.MEDIA_TYPES
     )
 
 
-class Stream:
-    """One request's rows, judged as they come."""
+class AnomalyStream:
+    """One request whose rows are scored as they arrive. Raises a ServiceError if its query or headers are invalid."""
 
     def __init__(self, service: ServiceContext, request: RequestContext) -> None:
-        self._service, self._exchange = service, request
-        request.record.endpoint += ":stream"
-        self._served = served = service.find(request.query.model)
-        request.record.model, request.record.version = served.name, served.version
+        self._service = service
+        self._request = request
+        self._record = request.record
+        self._record.endpoint += ":stream"
+        self._served = service.find(request.query.model)
+        self._record.model = self._served.name
+        self._record.version = self._served.version
         self._body = validate(AnomalyBody, merge({}, request.query.options))
-        self._gunzip = (
-            compression.GzipDecompressor() if compression.is_gzip(request.header(b"content-encoding")) else None
-        )
+        is_gzip = compression.is_gzip(request.header(b"content-encoding"))
+        self._gunzip = compression.GzipDecompressor() if is_gzip else None
         self._counts = {"rows": 0, "anomalies": 0, "failed": 0, "unknown_fields": 0}
         for name in ("fdr", "half_life", "half_life_rows"):
             if getattr(self._body, name) is not None:
                 raise InvalidField(
-                    f"{name} decides over a whole request, which a stream never is",
-                    pointer=f"/{name}", expected="no such field", got=name, hint="answer as application/json",
-                )  # fmt: skip
+                    f"{name} cannot be used on a stream: it needs all rows of the request at once",
+                    pointer=f"/{name}",
+                    expected="no such field",
+                    got=name,
+                    hint="leave the field out, or send the header Accept: application/json",
+                )
 
-    def answer(self) -> HttpResponse:
-        """The answer, whose content is made as the rows come."""
+    def response(self) -> HttpResponse:
+        """Return a response whose content is produced while the request body arrives."""
         return HttpResponse(self._lines(), ndjson.MEDIA_TYPE.encode(), self._served.headers)
 
     async def _lines(self) -> AsyncIterator[bytes]:
-        """A line a row, in their order; at the end the counts, or the problem that ended it."""
+        """Yield one line per row, in order; the last line has the counts, or the error that ended the stream."""
+        max_line_bytes = max(MAX_LINE_BYTES, MAX_NUMBER_BYTES * self._served.row_schema.width)
+        splitter = ndjson.LineSplitter(max_line_bytes)
         try:
-            splitter = ndjson.LineSplitter(max(LONGEST_LINE, NUMBER_BYTES * self._served.row_schema.width))
-            async for piece in self._pieces():
-                found = await aside(partial(splitter.feed, piece), COSTLY * len(piece))
-                if found:
-                    yield await self._judge(found)
-            if last := splitter.finish():
-                yield await self._judge(last)
-            head = {"model": self._served.name, "version": self._served.version}
-            yield ndjson.dumps(head | self._counts)
+            async for piece in self._unpacked_pieces():
+                records = await run_in_thread_if_long(partial(splitter.feed, piece), offload.RECORD_BYTE * len(piece))
+                if records:
+                    yield await self._score(records)
+            if rest := splitter.finish():
+                yield await self._score(rest)
+            yield ndjson.dumps({"model": self._served.name, "version": self._served.version, **self._counts})
         except ServiceError as error:
-            self._exchange.record.problem = error.code
-            yield ndjson.dumps(error.problem(self._exchange.record.request_id))
+            self._record.problem = error.code
+            yield ndjson.dumps(error.problem(self._record.request_id))
 
-    async def _pieces(self) -> AsyncIterator[bytes]:
-        async for piece in self._exchange.pieces():
+    async def _unpacked_pieces(self) -> AsyncIterator[bytes]:
+        async for piece in self._request.pieces():
             if self._gunzip is None:
                 yield piece
                 continue
@@ -81,45 +89,53 @@ class Stream:
         if self._gunzip:
             self._gunzip.finish()
 
-    async def _judge(self, found: list[object]) -> bytes:
-        """The lines of the answer for the rows in `found`."""
-        first = self._counts["rows"]
-        schema, body = self._served.row_schema, self._body
+    async def _score(self, records: list[object]) -> bytes:
+        """Return the response lines for `records`."""
+        served, body = self._served, self._body
+        first_row = self._counts["rows"]
         parse = partial(
             parse_record_rows,
-            schema,
+            served.row_schema,
             body,
-            ndjson.NdjsonRows(found),
+            ndjson.NdjsonRows(records),
             may_contain_non_floats=True,
             pointer="",
             minimum=0,
         )
-        input_rows = await aside(parse, COSTLY * schema.width * len(found))
-        verdicts = await score_rows(self._service, self._served, input_rows, body)
+        input_rows = await run_in_thread_if_long(parse, offload.RECORD_VALUE * served.row_schema.width * len(records))
+        verdicts = await score_rows(
+            self._service, served, input_rows, body, partial(run_when_free, self._service, served)
+        )
         self._count(input_rows, verdicts)
-        return await aside(partial(_written, self._served, body, input_rows, verdicts, first), 400 * len(found))
+        write = partial(_response_lines, served, body, input_rows, verdicts, first_row)
+        return await run_in_thread_if_long(write, offload.VERDICT * len(records))
 
     def _count(self, input_rows: InputRows, verdicts: Verdicts | None) -> None:
-        judged = verdicts.scores.usable_count if verdicts else 0
+        scored = verdicts.scores.usable_count if verdicts else 0
         self._counts["rows"] += input_rows.rows_received
-        self._counts["failed"] += input_rows.rows_received - judged
+        self._counts["failed"] += input_rows.rows_received - scored
         self._counts["unknown_fields"] += input_rows.unknown_fields
         self._counts["anomalies"] += sum(verdicts.is_anomaly) if verdicts else 0
-        self._exchange.record.rows = self._counts["rows"]
+        self._record.rows = self._counts["rows"]
 
 
-def _written(
-    served: ServedModel, body: AnomalyBody, input_rows: InputRows, verdicts: Verdicts | None, first: int
+def _response_lines(
+    served: ServedModel, body: AnomalyBody, input_rows: InputRows, verdicts: Verdicts | None, first_row: int
 ) -> bytes:
-    """The results and errors of rows that begin with row `first`, one a line in their order."""
+    """Return results and errors, one per line, in the order of their rows.
+
+    The verdicts number the rows from 0; in the response, `first_row` is the number of the first.
+    """
     if body.detail == "none":
         return b""
-    told_of = body.explain, served.row_schema.names, served.manifest.parts
-    found, errors = results_and_errors(verdicts, *told_of) if verdicts else ([], parsing_errors(input_rows.parsed))
+    if verdicts:
+        scored, errors = results_and_errors(verdicts, body.explain, served.row_schema.names, served.manifest.parts)
+    else:
+        scored, errors = [], parsing_errors(input_rows.parsed)
     for error in errors:
-        at, _, place = (error["pointer"] or f"/{error['row']}").removeprefix("/").partition("/")
-        error["pointer"] = f"/{first + int(at)}" + (f"/{place}" if place else "")
-    told = sorted(found + errors, key=lambda line: line["row"])
-    for line in told:
-        line["row"] += first
-    return b"".join(map(ndjson.dumps, told))
+        row, _, place = (error["pointer"] or f"/{error['row']}").removeprefix("/").partition("/")
+        error["pointer"] = f"/{first_row + int(row)}" + (f"/{place}" if place else "")
+    lines = sorted(scored + errors, key=lambda line: line["row"])
+    for line in lines:
+        line["row"] += first_row
+    return b"".join(map(ndjson.dumps, lines))

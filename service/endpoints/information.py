@@ -1,4 +1,4 @@
-"""The GET endpoints: models and what their artifacts show, probes, metrics, the front page."""
+"""The GET endpoints: models and their exhibits, health probes, metrics, the explorer page."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +10,7 @@ from starlette.responses import HTMLResponse, Response
 
 from models.artifact import CALIBRATION, CARD, HELD_OUT
 from service.codec.request_body import JSON
-from service.endpoints.pipeline import ServiceContext
+from service.endpoints.context import ServiceContext
 from service.errors import NotShown
 from service.inference.registry import ServedModel, describe
 
@@ -19,80 +19,83 @@ PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-DETAIL = {
+DETAIL_FIELDS = {
     "features", "training", "data", "recalibration", "versions", "weights_sha256",
     "history", "latent_report", "spectrum", "total_variance", "comparison",
 }  # fmt: skip
 
 
 class InformationEndpoints:
-    """The endpoints of one service."""
+    """The handlers of the GET endpoints."""
 
     def __init__(self, service: ServiceContext) -> None:
-        self.service = service
+        self._service = service
         self._page = (STATIC / "index.html").read_bytes()
 
     async def models(self, _: Request) -> Response:
-        """Every loaded version, and those that failed to load."""
-        catalogue = self.service.registry.catalogue
-        found = [
+        """List every loaded version, and the versions that failed to load."""
+        catalogue = self._service.registry.catalogue
+        models = [
             describe(served)
-            for numbers in catalogue.models.values()
-            for _, served in sorted(numbers.items(), reverse=True)
+            for versions in catalogue.models.values()
+            for _, served in sorted(versions.items(), reverse=True)
         ]
         failures = [asdict(failure) for failure in catalogue.failures]
-        return _json({"default": catalogue.default, "models": found, "failures": failures})
+        return _json({"default": catalogue.default, "models": models, "failures": failures})
 
     async def model(self, request: Request) -> Response:
-        """One version with its features, training and data, and how its training went."""
-        served = self.service.find(request.path_params["reference"])
-        return _json({**describe(served), **served.manifest.model_dump(include=DETAIL)})
+        """Describe one version: its features, its training data and how the training went."""
+        served = self._find(request)
+        return _json({**describe(served), **served.manifest.model_dump(include=DETAIL_FIELDS)})
 
     async def held_out(self, request: Request) -> Response:
-        """Codes of rows that did not train the model, their labels, and the first of these rows."""
-        return self._exhibit(request, HELD_OUT)
+        """Return the codes and labels of held-out rows, and the first of these rows themselves."""
+        return self._json_exhibit(request, HELD_OUT)
 
     async def calibration(self, request: Request) -> Response:
-        """The scores that p-values and thresholds rest on, ascending."""
-        return self._exhibit(request, CALIBRATION)
+        """Return the calibration scores, from which p-values and thresholds are computed, in ascending order."""
+        return self._json_exhibit(request, CALIBRATION)
 
     async def card(self, request: Request) -> Response:
-        """The model card, in Markdown."""
-        _, content = self._shown(request, CARD)
+        """Return the model card in Markdown."""
+        _, content = self._exhibit(request, CARD)
         return Response(content, media_type="text/markdown; charset=utf-8")
 
-    def _exhibit(self, request: Request, name: str) -> Response:
-        """The JSON object `name` of the artifact as it stands there, with the model's name and version before it."""
-        served, content = self._shown(request, name)
-        who = orjson.dumps({"model": served.name, "version": served.version})
-        return Response(who[:-1] + b"," + content[1:], media_type=JSON)
-
-    def _shown(self, request: Request, name: str) -> tuple[ServedModel, bytes]:
-        served = self.service.find(request.path_params["reference"])
-        if name not in served.exhibits:
-            raise NotShown(
-                f"{served.name}@{served.version} carries no {name}",
-                hint="train it again with this version of Elbo, and without --private",
-            )
-        return served, served.exhibits[name]
-
     async def livez(self, _: Request) -> Response:
-        """Whether the process answers at all."""
+        """Respond with 200 while the process runs."""
         return _json({"status": "alive"})
 
     async def readyz(self, _: Request) -> Response:
-        """Whether requests are welcome: 503 until a model is served, and from the moment of shutting down."""
-        self.service.require_ready()
+        """Respond with 200 while requests are accepted; with 503 until a model is served and during shutdown."""
+        self._service.require_ready()
         return _json({"status": "ready"})
 
     async def metrics(self, _: Request) -> Response:
-        """Metrics for Prometheus, of all processes that serve here."""
-        text = self.service.metrics.exposition(self.service.registry.catalogue)
+        """Return the metrics of all workers for Prometheus."""
+        text = self._service.metrics.exposition(self._service.registry.catalogue)
         return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def page(self, _: Request) -> Response:
-        """What is served, for a person."""
+        """Return the explorer page."""
         return HTMLResponse(self._page, headers={"content-security-policy": PAGE_POLICY})
+
+    def _find(self, request: Request) -> ServedModel:
+        return self._service.find(request.path_params["reference"])
+
+    def _json_exhibit(self, request: Request, name: str) -> Response:
+        """Return a JSON exhibit of the artifact unparsed, with the model's name and version put in front."""
+        served, content = self._exhibit(request, name)
+        head = orjson.dumps({"model": served.name, "version": served.version})
+        return Response(head[:-1] + b"," + content[1:], media_type=JSON)
+
+    def _exhibit(self, request: Request, name: str) -> tuple[ServedModel, bytes]:
+        served = self._find(request)
+        if name not in served.exhibits:
+            raise NotShown(
+                f"{served.name}@{served.version} has no {name} in its artifact",
+                hint="train the model again with this version of Elbo and without --private",
+            )
+        return served, served.exhibits[name]
 
 
 def _json(content: object) -> Response:

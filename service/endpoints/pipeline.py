@@ -1,71 +1,78 @@
-"""The parts of the service that a request meets, and how each step of a request's way uses them."""
+"""The steps of an inference request: parse the request, run the model, write the response."""
 
 import asyncio
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from service.anomaly.inputs import InputRows
-from service.anomaly.verdicts import Scores, Verdicts, decide
 from service.codec import npy, png, safetensors
 from service.codec.compression import decompress_gzip, is_gzip
 from service.codec.request_body import JSON, NO_EXTRA_READERS, BodyReader, is_array, read_fields
-from service.codec.response_body import array_fields, negotiate_media_type, require_finite, to_json
+from service.codec.response_body import (
+    ARRAY_FORMATS,
+    PICTURE_FORMATS,
+    array_fields,
+    negotiate_media_type,
+    require_finite,
+    to_json,
+)
+from service.endpoints import offload
+from service.endpoints.context import ServiceContext
+from service.endpoints.offload import run_in_thread_if_long
 from service.endpoints.validation import merge, validate
-from service.errors import ClientGone, InvalidField, NotReady, Overloaded, TooManyRows
-from service.http.admission import AdmissionControl
-from service.http.request import BodyLimits, HttpResponse, RequestContext
-from service.inference import operations
-from service.inference.batcher import Batcher
+from service.errors import ClientGone, InvalidField, TooManyRows
+from service.http.request import HttpResponse, RequestContext
 from service.inference.operations import Operation
-from service.inference.registry import ModelRegistry, ServedModel
-from service.monitoring.metrics import Metrics
+from service.inference.registry import ServedModel
 from service.monitoring.timings import RequestRecord
-from service.schemas import AnomalyBody, Body
-from service.settings import Settings
+from service.schemas import Body
 
 Array = npt.NDArray[np.float32]
-LARGE = 512 * 1024  # bytes: parsing or writing more than this, about 2 ms, must not hold up the event loop
-ARRAY = 8  # times as many bytes of arrays, which are copied as they are, count as much
-RETRY_SECONDS = 0.02  # before rows that found the queue full are tried again
 B = TypeVar("B", bound=Body)
 T = TypeVar("T")
-Offer = Callable[[ServedModel], tuple[str, ...]]  # the formats in which a model can answer, the default first
 
 
-@dataclass
-class ServiceContext:
-    """What the endpoints share. `draining` is set when the server begins to shut down."""
+@dataclass(frozen=True)
+class RequestSpec(Generic[B, T]):
+    """What one endpoint accepts, and the formats in which it responds.
 
-    settings: Settings
-    registry: ModelRegistry
-    batcher: Batcher
-    metrics: Metrics
-    limits: BodyLimits
-    admission: AdmissionControl
-    draining: bool = False
+    Args:
+        schema: the fields of the request.
+        read: returns the model's inputs, given the model, the fields, and whether booleans, NaN or infinity may be
+            among the numbers.
+        row_fields: fields that hold rows; each may hold ELBO_MAX_ROWS rows.
+        count_field: a field that says how many rows to generate; it is limited to ELBO_MAX_ROWS as well.
+        array_field: the field that an npy or safetensors body is read as; without one these media types are refused.
+        readers: parsers for further media types of the body.
+        pictures: whether image models can respond with image/png.
+    """
 
-    def find(self, reference: str | None) -> ServedModel:
-        """The model that answers. Raises NotReady, ModelNotFound."""
-        return self.registry.catalogue.find(reference)
-
-    def require_ready(self) -> None:
-        """Raise NotReady unless requests are welcome."""
-        if self.draining:
-            raise NotReady("the server is shutting down")
-        self.find(None)
+    schema: type[B]
+    read: Callable[[ServedModel, B, bool], T]
+    row_fields: tuple[str, ...] = ()
+    count_field: str | None = None
+    array_field: str | None = None
+    readers: Mapping[str, BodyReader] = field(default_factory=lambda: NO_EXTRA_READERS)
+    pictures: bool = False
 
 
 @dataclass(slots=True)
-class ParsedRequest(Generic[B]):
-    """One request, read: who answers, what is asked, in which format, until when by `perf_counter`.
+class ParsedRequest(Generic[B, T]):
+    """A request that has been read and validated.
 
-    `x` is what its rows were read as.
+    Args:
+        request: the HTTP request.
+        record: what metrics and the access log keep of it.
+        served: the model that answers.
+        media_type: the format of the response.
+        deadline: when the client gives up, by `perf_counter`.
+        body: the validated fields.
+        inputs: what the endpoint's `RequestSpec.read` returned.
     """
 
     request: RequestContext
@@ -74,48 +81,39 @@ class ParsedRequest(Generic[B]):
     media_type: str
     deadline: float
     body: B
-    x: Any
+    inputs: T
 
 
-async def read(
-    service: ServiceContext,
-    request: RequestContext,
-    schema: type[B],
-    offered: Offer,
-    main: str | None,
-    extract: Callable[[ServedModel, B, bool], T],
-    extra_readers: Mapping[str, BodyReader] = NO_EXTRA_READERS,
-) -> ParsedRequest[B]:
-    """Read a request to its end.
-
-    Args:
-        service: of the app.
-        schema: what its fields must be.
-        offered: the formats in which a model can answer it, the default first.
-        main: the field that holds its rows or codes, if it has one: an npy body is that field.
-        extract: gives `x` from the model, the fields, and whether booleans or NaN may be among the numbers.
-        extra_readers: readers of bodies by media type, beside JSON, npy and safetensors.
-    """
+async def parse_request(
+    service: ServiceContext, request: RequestContext, spec: RequestSpec[B, T]
+) -> ParsedRequest[B, T]:
+    """Read the whole request and validate it against `spec`. Raises a ServiceError that says what is wrong."""
     record, query = request.record, request.query
     served = service.find(query.model)
     record.model, record.version = served.name, served.version
-    media_type = negotiate_media_type(request.header(b"accept", "*/*"), offered(served))
+    media_types = PICTURE_FORMATS if spec.pictures and served.pictures else ARRAY_FORMATS
+    media_type = negotiate_media_type(request.header(b"accept", "*/*"), media_types)
     packed = request.headers.get(b"content-encoding") is not None and is_gzip(request.header(b"content-encoding"))
     deadline = _deadline(service, request)
     sent = await _let_in(service, request, packed, deadline)
+    content_type = request.header(b"content-type")
 
     def parse() -> tuple[B, T]:
         content = decompress_gzip(sent, request.max_body_bytes) if packed else sent
-        width = served.latent_schema.width if main == "latents" else served.row_schema.width
-        fields = read_fields(request.header(b"content-type"), content, main, width, extra_readers)
-        body = validate(schema, merge(fields.values, query.options) if query.options else fields.values)
-        return body, extract(served, body, fields.may_contain_non_floats)
+        width = served.latent_schema.width if spec.array_field == "latents" else served.row_schema.width
+        fields = read_fields(content_type, content, spec.array_field, width, spec.readers)
+        body = validate(spec.schema, merge(fields.values, query.options) if query.options else fields.values)
+        _require_row_limit(spec, body, service.settings.max_rows)
+        return body, spec.read(served, body, fields.may_contain_non_floats)
 
+    if packed:
+        cost = offload.GZIP_BODY
+    else:
+        cost = len(sent) * (offload.ARRAY_BYTE if is_array(content_type) else offload.JSON_BYTE)
     started = perf_counter()
-    size = len(sent) // (ARRAY if is_array(request.header(b"content-type")) else 1)
-    body, x = await aside(parse, LARGE + 1 if packed else size)
+    body, inputs = await run_in_thread_if_long(parse, cost)
     record.parse += perf_counter() - started
-    return ParsedRequest(request, record, served, media_type, deadline, body, x)
+    return ParsedRequest(request, record, served, media_type, deadline, body, inputs)
 
 
 async def _let_in(service: ServiceContext, request: RequestContext, packed: bool, deadline: float) -> bytes:
@@ -128,124 +126,110 @@ async def _let_in(service: ServiceContext, request: RequestContext, packed: bool
     return sent
 
 
-async def run(
-    service: ServiceContext, call: ParsedRequest[Any], operation: Operation, *inputs: Array
-) -> tuple[Array, ...]:
-    """`operation` on `inputs` by the model of `call`. Raises ClientGone if the client leaves meanwhile."""
-    watch = _Watch(call.request)
+def _deadline(service: ServiceContext, request: RequestContext) -> float:
+    """Return when the client of `request` gives up, by `perf_counter`. Raises InvalidField."""
+    header = request.headers.get(b"x-request-timeout")
+    if header is None:
+        return request.record.started + service.settings.request_timeout
     try:
-        ran = await service.batcher.run(call.served, operation, *inputs, deadline=call.deadline, late=watch.begin)
+        seconds = float(header)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        got = header.decode("latin-1")[:40]
+        raise InvalidField(
+            f"the header X-Request-Timeout should be a number of seconds above 0, got {got}",
+            expected="a number above 0",
+            got=got,
+        )
+    return request.record.started + seconds
+
+
+def _require_row_limit(spec: RequestSpec[Any, Any], body: Body, limit: int) -> None:
+    """Raise TooManyRows or InvalidField if a request sends or asks for more than `limit` rows."""
+    for name in spec.row_fields:
+        rows = getattr(body, name)
+        has_length = isinstance(rows, list) or (isinstance(rows, np.ndarray) and rows.ndim)
+        if has_length and len(rows) > limit:
+            raise TooManyRows(
+                f"a request may have at most {limit} rows (ELBO_MAX_ROWS), got {len(rows)}",
+                pointer=f"/{name}",
+                expected=f"at most {limit} rows",
+                got=str(len(rows)),
+                hint="split the rows over several requests",
+            )
+    if spec.count_field and (count := getattr(body, spec.count_field)) > limit:
+        raise InvalidField(
+            f"{spec.count_field} may be at most {limit} (ELBO_MAX_ROWS), got {count}",
+            pointer=f"/{spec.count_field}",
+            expected=f"at most {limit}",
+            got=str(count),
+        )
+
+
+async def run_operation(
+    service: ServiceContext, parsed: ParsedRequest[Any, Any], operation: Operation, *inputs: Array
+) -> tuple[Array, ...]:
+    """Run `operation` on `inputs` with the model of `parsed`. Raises ClientGone if the client disconnects meanwhile."""
+    watch = _Watch(parsed.request)
+    try:
+        ran = await service.batcher.run(parsed.served, operation, *inputs, deadline=parsed.deadline, late=watch.begin)
     except asyncio.CancelledError:
         watch.explain()
         raise
     finally:
         watch.end()
-    call.record.rows = len(inputs[0])
-    call.record.queue += ran.queued
-    call.record.compute += ran.computed
+    parsed.record.rows = len(inputs[0])
+    parsed.record.queue += ran.queued
+    parsed.record.compute += ran.computed
     return ran.outputs
 
 
-async def score_rows(
-    service: ServiceContext, served: ServedModel, input_rows: InputRows, body: AnomalyBody
-) -> Verdicts | None:
-    """What `served` says of rows for which no single request waits; None if none could be read. SharedCounters them.
-
-    A full queue is waited for, which holds back whoever sends. Raises Overloaded, DeadlineExceeded.
-    """
-    scores: Scores | None = None
-    deadline = perf_counter() + service.settings.request_timeout
-    x = served.row_schema.impute(input_rows.parsed)
-    operation = operations.anomaly(body.alpha)
-    while input_rows.parsed.rows and scores is None:
-        try:
-            ran = await service.batcher.run(served, operation, x, deadline=deadline)
-            scores = Scores(*ran.outputs)
-        except Overloaded:
-            if perf_counter() > deadline:
-                raise
-            await asyncio.sleep(RETRY_SECONDS)
-    verdicts = decide(input_rows, scores, body) if scores else None
-    service.metrics.judged.count(served, input_rows, verdicts)
-    return verdicts
-
-
-def _deadline(service: ServiceContext, request: RequestContext) -> float:
-    """When the client of `request` gives up, by `perf_counter`. Raises InvalidField."""
-    asked = request.headers.get(b"x-request-timeout")
-    if asked is None:
-        return request.record.started + service.settings.request_timeout
-    try:
-        seconds = float(asked)
-    except ValueError:
-        seconds = math.nan
-    if not seconds > 0:
-        got = asked.decode("latin-1")[:40]
-        raise InvalidField(f"X-Request-Timeout should be seconds, got {got}", expected="a number above 0", got=got)
-    return request.record.started + seconds
-
-
-async def answer(
-    call: ParsedRequest[Any], fields: dict[str, Any], main: Array, columns: int | None = None, holes: bool = False
+async def render_response(
+    parsed: ParsedRequest[Any, Any],
+    fields: dict[str, Any],
+    main: Array,
+    columns: int | None = None,
+    allow_nan: bool = False,
 ) -> HttpResponse:
-    """The answer in the format that was asked for: `fields` as JSON, those that are arrays as safetensors, or `main`.
+    """Return the response in the format that the client accepts.
 
-    What is not finite is an error in every format, but for rows without a verdict, which are NaN in a table of them.
+    Args:
+        parsed: the request.
+        fields: all fields of a JSON response; a safetensors response holds those that are arrays.
+        main: the array of an npy or image/png response.
+        columns: how many tiles a row of the picture has; by default the picture is about square.
+        allow_nan: whether npy and safetensors responses may hold NaN: the table of verdicts does, for rows without one.
 
-    columns: of the picture.
-    holes: whether it is such a table.
+    Raises:
+        OverflowInModel: if a number of the response is not finite.
     """
-    served = call.served
-    headers = served.headers
+    headers = parsed.served.headers
     if isinstance(fields.get("seed"), int):
         headers = (*headers, (b"elbo-seed", b"%d" % fields["seed"]))
 
     def write() -> bytes:
-        if call.media_type == JSON:
+        served = parsed.served
+        if parsed.media_type == JSON:
             return to_json({"model": served.name, "version": served.version, **fields})
-        if call.media_type == safetensors.MEDIA_TYPE:
-            metadata = {key: str(value) for key, value in fields.items() if isinstance(value, int)}
+        if parsed.media_type == safetensors.MEDIA_TYPE:
+            metadata = {name: str(value) for name, value in fields.items() if isinstance(value, int)}
+            metadata |= {"model": served.name, "version": str(served.version)}
             tensors = array_fields(fields)
             for name, tensor in tensors.items():
-                require_finite(name, tensor, holes)
-            metadata |= {"model": served.name, "version": str(served.version)}
+                require_finite(name, tensor, allow_nan)
             return safetensors.dumps(tensors, metadata)
-        require_finite("outputs", main, holes)
-        if call.media_type == npy.MEDIA_TYPE:
+        require_finite("outputs", main, allow_nan)
+        if parsed.media_type == npy.MEDIA_TYPE:
             return npy.dumps(main)
         assert served.manifest.pixel_range is not None
         return png.dumps(main, served.manifest.shape, served.manifest.pixel_range, columns)
 
+    cost = main.nbytes * offload.ARRAY_BYTE if is_array(parsed.media_type) else main.size * offload.NUMBER
     started = perf_counter()
-    content = await aside(write, main.nbytes // ARRAY if is_array(call.media_type) else 10 * main.size)
-    call.record.write += perf_counter() - started
-    return HttpResponse(content, call.media_type.encode(), headers)
-
-
-def require_rows(service: ServiceContext, rows: Any, pointer: str) -> None:
-    """Raise TooManyRows if `rows`, a list or an array, has more than one request may."""
-    limit = service.settings.max_rows
-    sized = isinstance(rows, list) or (isinstance(rows, np.ndarray) and rows.ndim)
-    if sized and len(rows) > limit:
-        raise TooManyRows(
-            f"a request may have {limit} rows, got {len(rows)}",
-            pointer=pointer, expected=f"at most {limit} rows", got=str(len(rows)), hint="send several requests",
-        )  # fmt: skip
-
-
-def require_count(service: ServiceContext, name: str, count: int) -> None:
-    """Raise InvalidField if the field `name` asks for more rows than one request may."""
-    limit = service.settings.max_rows
-    if count > limit:
-        expected = f"at most {limit}"
-        raise InvalidField(f"{name} may be {limit}, got {count}", pointer=f"/{name}", expected=expected, got=str(count))
-
-
-async def aside(work: Callable[[], T], size: int) -> T:
-    """`work()`, in another thread if it is about more than LARGE bytes."""
-    if size > LARGE:
-        return await asyncio.to_thread(work)
-    return work()
+    content = await run_in_thread_if_long(write, cost)
+    parsed.record.write += perf_counter() - started
+    return HttpResponse(content, parsed.media_type.encode(), headers)
 
 
 class _Watch:

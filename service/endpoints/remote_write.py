@@ -1,8 +1,9 @@
-"""Prometheus remote write: samples in, rows judged. What is said of them goes to metrics, alerts and the log."""
+"""Prometheus remote write: samples in, rows scored; the verdicts go to metrics, alerts and the log."""
 
 import asyncio
 import logging
 from dataclasses import dataclass
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -12,135 +13,154 @@ from service.anomaly.series_mapping import SeriesMapping
 from service.anomaly.verdicts import Verdicts, results_and_errors
 from service.codec import remote_write
 from service.codec.feature_names import FeatureSelectors
-from service.endpoints.pipeline import ServiceContext, aside, score_rows
+from service.endpoints import offload
+from service.endpoints.context import ServiceContext
+from service.endpoints.offload import run_in_thread_if_long
+from service.endpoints.scoring import run_when_free, score_rows
 from service.errors import ModelNotFound, NotReady, Overloaded, ServiceError
 from service.http.request import HttpResponse, RequestContext
 from service.inference.registry import ServedModel
 from service.monitoring.periodic import Periodic
 from service.schemas import AnomalyBody
 
-SECONDS = 1.0  # between two looks for rows that have waited long enough
-MOST_READY = 20_000  # rows that wait because the batcher is full: beyond them no samples are taken
-COSTLY = 16  # how many times as long as other bytes packed samples take
-LOGGED = 5  # abnormal rows of one turn that the log tells
-TIME, GROUP = "\0time", "\0group"  # no feature is called so
+POLL_SECONDS = 1.0  # between two checks for rows that have waited long enough for their last sample
+MAX_WAITING_ROWS = 20_000  # while more rows wait to be scored, samples are refused
+MAX_LOGGED_ROWS = 5  # anomalous rows per batch of rows that the log names
+LOGGED_FEATURES = 3  # per row
+TIME, GROUP = "\0time", "\0group"  # keys of a record; no feature has such a name
 
 log = logging.getLogger("elbo.receiver")
 
 
 @dataclass
-class _Aligned:
-    """A model, and the rows that come together for it."""
+class _TargetState:
+    """One target of the mapping, and the rows being assembled from samples for its model.
+
+    Args:
+        reference: names the model; None is the default model.
+        target: the target's settings.
+        served: the model, while it is served.
+        aligner: the rows; None until the model has been served once.
+    """
 
     reference: str | None
     target: SeriesMapping
     served: ServedModel | None = None
-    alignment: SampleAligner | None = None
+    aligner: SampleAligner | None = None
 
 
 class RemoteWriteEndpoint:
-    """The endpoint, and the rows that wait behind it."""
+    """Receive samples, assemble them to rows, and score every row once it is complete or has waited long enough."""
 
     def __init__(self, service: ServiceContext, targets: dict[str | None, SeriesMapping]) -> None:
         self._service = service
-        self._aligned = [_Aligned(reference, target) for reference, target in targets.items()]
-        self._turn = asyncio.Lock()
-        self._looking = Periodic(self._judge, SECONDS, "rows could not be judged")
+        self._states = [_TargetState(reference, target) for reference, target in targets.items()]
+        self._lock = asyncio.Lock()
+        self._polling = Periodic(self._score_due, POLL_SECONDS, "failed to score rows from remote write")
 
     async def write(self, request: RequestContext) -> HttpResponse:
-        """Samples of Prometheus by remote write, to rows that are judged."""
+        """Receive samples from Prometheus remote write and score the rows that they form."""
         remote_write.require_version_1(request.header(b"content-type"), request.header(b"content-encoding"))
         if self._service.draining:
             raise NotReady("the server is shutting down")
-        aligned = self._served()
+        aligners = self._aligners_of_served_models()
         try:
             body = await request.body()
         except Overloaded as error:
-            raise _later(error.detail) from None
-        if sum(alignment.pending_rows for alignment in aligned) > MOST_READY:
-            raise _later("the rows that wait to be judged are too many")
-        read = await aside(lambda: list(remote_write.loads(body, request.max_body_bytes)), COSTLY * len(body))
-        for alignment in aligned:
-            alignment.add(read, monotonic())
-        await self._judge()
+            raise _retry_later(error.detail) from None
+        waiting = sum(aligner.pending_rows for aligner in aligners)
+        if waiting > MAX_WAITING_ROWS:
+            raise _retry_later(f"{waiting} rows wait to be scored: expected at most {MAX_WAITING_ROWS}")
+        series = await run_in_thread_if_long(
+            lambda: list(remote_write.loads(body, request.max_body_bytes)), offload.SNAPPY_BYTE * len(body)
+        )
+        for aligner in aligners:
+            aligner.add(series, monotonic())
+        await self._score_due()
         return HttpResponse(b"", b"", status=204)
 
     def start(self) -> None:
-        """Begin to look for rows that have waited long enough."""
-        self._looking.start()
+        """Start to score rows that have waited long enough."""
+        self._polling.start()
 
     async def close(self) -> None:
-        """Judge what there is. ParsedRequest before the batcher is closed."""
-        await self._looking.close()
-        await self._judge(everything=True)
+        """Score all remaining rows. The batcher must still be open."""
+        await self._polling.close()
+        await self._score_due(everything=True)
 
-    def _served(self) -> list[SampleAligner]:
-        """The rows of each model that is served now. Raises NotReady if none is, so that Prometheus sends again."""
-        missing: list[str] = []
-        for aligned in self._aligned:
+    def _aligners_of_served_models(self) -> list[SampleAligner]:
+        """Return the aligner of every target whose model is served.
+
+        Raises:
+            NotReady: if no target's model is served; Prometheus then retries.
+        """
+        not_served: list[str] = []
+        for state in self._states:
             try:
-                aligned.served = served = self._service.find(aligned.reference)
+                state.served = served = self._service.find(state.reference)
             except ModelNotFound as error:
-                aligned.served = None
-                missing.append(error.detail)
+                state.served = None
+                not_served.append(error.detail)
                 continue
-            if aligned.alignment is None or aligned.alignment.names != served.row_schema.names:
-                target = aligned.target
+            if state.aligner is None or state.aligner.names != served.row_schema.names:
+                target = state.target
                 selectors = FeatureSelectors(
                     {name: target.features.get(name, name) for name in served.row_schema.names}
                 )
-                aligned.alignment = SampleAligner(served.row_schema.names, selectors, target.group, target.wait_seconds)
-        if len(missing) == len(self._aligned):
-            raise NotReady(", ".join(missing), hint="publish it with elbo train", headers={"Retry-After": "5"})
-        return [aligned.alignment for aligned in self._aligned if aligned.served and aligned.alignment]
+                state.aligner = SampleAligner(served.row_schema.names, selectors, target.group, target.wait_seconds)
+        if len(not_served) == len(self._states):
+            raise NotReady(
+                ", ".join(not_served), hint="publish the model with elbo train", headers={"Retry-After": "5"}
+            )
+        return [state.aligner for state in self._states if state.served and state.aligner]
 
-    async def _judge(self, everything: bool = False) -> None:
-        """Judge the rows that are due, one turn at a time, so that they keep their order."""
-        async with self._turn:
-            for aligned in self._aligned:
-                if aligned.served and aligned.alignment:
-                    await self._judge_of(aligned.served, aligned.alignment, aligned.target, everything)
-        waiting = sum(aligned.alignment.pending_rows for aligned in self._aligned if aligned.alignment)
+    async def _score_due(self, everything: bool = False) -> None:
+        """Score the rows that are due, or all rows. The lock keeps each group's rows in the order of time."""
+        async with self._lock:
+            for state in self._states:
+                if state.served and state.aligner:
+                    await self._score_target(state.served, state.aligner, state.target, everything)
+        waiting = sum(state.aligner.pending_rows for state in self._states if state.aligner)
         self._service.metrics.judged.waiting(waiting)
 
-    async def _judge_of(
-        self, served: ServedModel, alignment: SampleAligner, target: SeriesMapping, everything: bool
+    async def _score_target(
+        self, served: ServedModel, aligner: SampleAligner, target: SeriesMapping, everything: bool
     ) -> None:
-        judged = self._service.metrics.judged
-        judged.count_samples(served, alignment.outcomes)
-        alignment.outcomes.clear()
-        due = alignment.pop_ready(monotonic(), flush=everything)
-        most = self._service.settings.max_rows
-        for start in range(0, len(due), most):
-            rows = due[start : start + most]
-            body = AnomalyBody(alpha=target.alpha, time=TIME, group=GROUP)
-            records = [_record(row) for row in rows]
+        self._service.metrics.judged.count_samples(served, aligner.outcomes)
+        aligner.outcomes.clear()
+        due = aligner.pop_ready(monotonic(), flush=everything)
+        body = AnomalyBody(alpha=target.alpha, time=TIME, group=GROUP)
+        run = partial(run_when_free, self._service, served)
+        batch_rows = self._service.settings.max_rows
+        for start in range(0, len(due), batch_rows):
+            records = [_record(row) for row in due[start : start + batch_rows]]
             input_rows = parse_record_rows(served.row_schema, body, records, may_contain_non_floats=True, minimum=0)
             try:
-                verdicts = await score_rows(self._service, served, input_rows, body)
+                verdicts = await score_rows(self._service, served, input_rows, body, run)
             except ServiceError as error:
-                log.warning("rows wait: %s", error.detail)
-                alignment.requeue(due[start:])
+                log.warning("cannot score rows from remote write, will retry: %s", error.detail)
+                aligner.requeue(due[start:])
                 return
-            _log(served, verdicts)
+            _log_anomalies(served, verdicts)
 
 
 def _record(row: AlignedRow) -> dict[str, Any]:
     return {**row.values, TIME: row.milliseconds, GROUP: row.group}
 
 
-def _later(detail: str) -> NotReady:
-    """503 rather than 429, after which Prometheus would drop what it has sent."""
-    return NotReady(detail, hint="Prometheus sends it again", headers={"Retry-After": "1"})
+def _retry_later(detail: str) -> NotReady:
+    """Return a 503, which Prometheus retries; after a 429 it would drop the samples."""
+    return NotReady(detail, hint="Prometheus retries by itself", headers={"Retry-After": "1"})
 
 
-def _log(served: ServedModel, verdicts: Verdicts | None) -> None:
-    """Tell of the first abnormal rows: nobody reads an answer."""
+def _log_anomalies(served: ServedModel, verdicts: Verdicts | None) -> None:
+    """Log the first anomalous rows: a remote-write response cannot carry verdicts."""
     if verdicts is None or True not in verdicts.is_anomaly:
         return
-    found, _ = results_and_errors(verdicts, 3, served.row_schema.names, served.manifest.parts)
-    for result in [result for result in found if result["is_anomaly"]][:LOGGED]:
-        told = {name: float(result[name]) for name in ("time", "severity", "p_value") if name in result}
-        causes = [feature["name"] for feature in result["features"]]
-        who: dict[str, Any] = {"model": served.name, "version": served.version, "group": result.get("group")}
-        log.info("abnormal", extra={"fields": who | told | {"causes": causes}})
+    scored, _ = results_and_errors(verdicts, LOGGED_FEATURES, served.row_schema.names, served.manifest.parts)
+    anomalous = [result for result in scored if result["is_anomaly"]]
+    for result in anomalous[:MAX_LOGGED_ROWS]:
+        fields: dict[str, Any] = {"model": served.name, "version": served.version, "group": result.get("group")}
+        fields |= {name: float(result[name]) for name in ("time", "severity", "p_value") if name in result}
+        fields["causes"] = [feature["name"] for feature in result["features"]]
+        log.info("anomalous row", extra={"fields": fields})

@@ -1,4 +1,4 @@
-"""Every endpoint, listed once: its path, its handler, and what the OpenAPI document says of it."""
+"""All endpoints, each listed once: its path, its handler, and what the OpenAPI document says about it."""
 
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
@@ -10,88 +10,95 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.anomaly.inputs import RECORD_READERS
 from service.codec import npy, png, remote_write, safetensors
 from service.codec.request_body import JSON
+from service.endpoints.context import ServiceContext
 from service.endpoints.examples import EXAMPLES, TEXTS
-from service.endpoints.inference import InferenceEndpoints
+from service.endpoints.inference import (
+    ANOMALY,
+    DECODE,
+    ENCODE,
+    INTERPOLATE,
+    RECONSTRUCT,
+    SAMPLE,
+    InferenceEndpoints,
+)
 from service.endpoints.information import InformationEndpoints
-from service.endpoints.pipeline import ServiceContext
+from service.endpoints.pipeline import RequestSpec
 from service.endpoints.remote_write import RemoteWriteEndpoint
 from service.errors import PROBLEM_JSON
 from service.http.request import request_of
 from service.schemas import (
     AnomalyAnswer,
-    AnomalyBody,
-    Body,
     CalibrationScores,
     DecodeAnswer,
-    DecodeBody,
     EncodeAnswer,
-    EncodeBody,
     Health,
     HeldOut,
     InterpolateAnswer,
-    InterpolateBody,
     ModelDetail,
     ModelList,
     Problem,
     ReconstructAnswer,
-    ReconstructBody,
     SampleAnswer,
-    SampleBody,
 )
 
 Handler = Callable[[Any], Awaitable[Any]]
-CALL_ERRORS = (404, 406, 408, 413, 415, 422, 429, 500, 503, 504)
+MODEL_ERRORS = (404, 406, 408, 413, 415, 422, 429, 500, 503, 504)
 WRITE_ERRORS = (408, 413, 415, 422, 500, 503)
+LOOKUP_ERRORS = (404, 503)
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One path and method.
+    """One path, its handler, and its description in the OpenAPI document.
 
-    `array` and `picture`: whether npy and safetensors come in, and whether image/png goes out.
-    `reads`: other media types of its body.
+    Args:
+        path: may hold a parameter in braces.
+        handler: answers requests.
+        errors: statuses of the errors that it may respond with.
+        answer: schema of a JSON response.
+        media_type: of a response without a schema.
+        spec: what an endpoint that runs a model accepts.
+        reads: media types of a request body that has no fields.
     """
 
     path: str
     handler: Handler
-    answer: type[BaseModel] | None
-    body: type[Body] | None = None
-    array: bool = False
-    picture: bool = False
-    errors: tuple[int, ...] = CALL_ERRORS
+    errors: tuple[int, ...] = ()
+    answer: type[BaseModel] | None = None
     media_type: str = JSON
+    spec: RequestSpec[Any, Any] | None = None
     reads: tuple[str, ...] = ()
 
     @property
     def method(self) -> str:
-        """POST where there is a body."""
-        return "POST" if self.body or self.reads else "GET"
+        """Return POST for an endpoint that reads a body, otherwise GET."""
+        return "POST" if self.spec or self.reads else "GET"
 
 
 def endpoints(service: ServiceContext, receiver: RemoteWriteEndpoint) -> list[Endpoint]:
-    """All of them, the busiest first: the router tries one after the other."""
+    """Return all endpoints."""
     infer, inform = InferenceEndpoints(service), InformationEndpoints(service)
+    model = "/models/{reference}"
     return [
-        Endpoint("/anomaly", infer.anomaly, AnomalyAnswer, AnomalyBody, array=True, reads=tuple(RECORD_READERS)),
-        Endpoint("/reconstruct", infer.reconstruct, ReconstructAnswer, ReconstructBody, True, True),
-        Endpoint("/encode", infer.encode, EncodeAnswer, EncodeBody, array=True),
-        Endpoint("/decode", infer.decode, DecodeAnswer, DecodeBody, True, True),
-        Endpoint("/sample", infer.sample, SampleAnswer, SampleBody, picture=True),
-        Endpoint("/interpolate", infer.interpolate, InterpolateAnswer, InterpolateBody, picture=True),
-        Endpoint("/api/v1/write", receiver.write, None, errors=WRITE_ERRORS, reads=(remote_write.MEDIA_TYPE,)),
-        Endpoint("/models", inform.models, ModelList, errors=()),
-        Endpoint("/models/{reference}", inform.model, ModelDetail, errors=(404, 503)),
-        Endpoint("/models/{reference}/held-out", inform.held_out, HeldOut, errors=(404, 503)),
-        Endpoint("/models/{reference}/calibration", inform.calibration, CalibrationScores, errors=(404, 503)),
-        Endpoint("/models/{reference}/card", inform.card, None, errors=(404, 503), media_type="text/markdown"),
-        Endpoint("/livez", inform.livez, Health, errors=()),
-        Endpoint("/readyz", inform.readyz, Health, errors=(503,)),
-        Endpoint("/metrics", inform.metrics, None, errors=(), media_type="text/plain"),
-        Endpoint("/", inform.page, None, errors=(), media_type="text/html"),
+        Endpoint("/anomaly", infer.anomaly, MODEL_ERRORS, AnomalyAnswer, spec=ANOMALY),
+        Endpoint("/reconstruct", infer.reconstruct, MODEL_ERRORS, ReconstructAnswer, spec=RECONSTRUCT),
+        Endpoint("/encode", infer.encode, MODEL_ERRORS, EncodeAnswer, spec=ENCODE),
+        Endpoint("/decode", infer.decode, MODEL_ERRORS, DecodeAnswer, spec=DECODE),
+        Endpoint("/sample", infer.sample, MODEL_ERRORS, SampleAnswer, spec=SAMPLE),
+        Endpoint("/interpolate", infer.interpolate, MODEL_ERRORS, InterpolateAnswer, spec=INTERPOLATE),
+        Endpoint("/api/v1/write", receiver.write, WRITE_ERRORS, reads=(remote_write.MEDIA_TYPE,)),
+        Endpoint("/models", inform.models, answer=ModelList),
+        Endpoint(model, inform.model, LOOKUP_ERRORS, ModelDetail),
+        Endpoint(f"{model}/held-out", inform.held_out, LOOKUP_ERRORS, HeldOut),
+        Endpoint(f"{model}/calibration", inform.calibration, LOOKUP_ERRORS, CalibrationScores),
+        Endpoint(f"{model}/card", inform.card, LOOKUP_ERRORS, media_type="text/markdown"),
+        Endpoint("/livez", inform.livez, answer=Health),
+        Endpoint("/readyz", inform.readyz, errors=(503,), answer=Health),
+        Endpoint("/metrics", inform.metrics, media_type="text/plain"),
+        Endpoint("/", inform.page, media_type="text/html"),
     ]
 
 
@@ -102,7 +109,7 @@ def handlers(found: Iterable[Endpoint]) -> dict[str, Handler]:
 
 def admission_paths(found: Iterable[Endpoint]) -> frozenset[str]:
     """Return the paths under admission control. Remote write is exempt: refusing it would lose samples."""
-    return frozenset(endpoint.path for endpoint in found if endpoint.body)
+    return frozenset(endpoint.path for endpoint in found if endpoint.spec)
 
 
 def register(app: FastAPI, found: Iterable[Endpoint]) -> None:
@@ -139,42 +146,50 @@ def _labelled(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
 
 
 def _responses(endpoint: Endpoint) -> dict[int | str, dict[str, Any]]:
+    """Return the OpenAPI responses by status."""
     problem = {"schema": {"$ref": "#/components/schemas/Problem"}}
-    refusals: dict[int | str, dict[str, Any]] = {
-        status: {"description": "a problem", "content": {PROBLEM_JSON: problem}} for status in endpoint.errors
+    errors: dict[int | str, dict[str, Any]] = {
+        status: {"description": "an error", "content": {PROBLEM_JSON: problem}} for status in endpoint.errors
     }
-    if endpoint.method == "POST" and not endpoint.body:
-        return {204: {"description": "taken"}, **refusals}
-    answer: dict[str, Any] = {"description": "the answer", "content": {}}
+    if endpoint.reads:
+        return {204: {"description": "the samples are accepted"}, **errors}
+    answer: dict[str, Any] = {"description": "success", "content": {}}
     if endpoint.answer:
         answer["model"] = endpoint.answer
     else:
         answer["content"][endpoint.media_type] = {"schema": {"type": "string"}}
-    if endpoint.body:
+    if endpoint.spec:
         answer["content"][npy.MEDIA_TYPE] = answer["content"][safetensors.MEDIA_TYPE] = BINARY
         answer["headers"] = {
             "Elbo-Model": {"schema": {"type": "string"}, "description": "name@version of the model that answered"}
         }
-    if endpoint.picture:
-        answer["content"][png.MEDIA_TYPE] = BINARY
-    return {200: answer, **refusals}
+        if endpoint.spec.pictures:
+            answer["content"][png.MEDIA_TYPE] = BINARY
+    return {200: answer, **errors}
 
 
 def _request(endpoint: Endpoint) -> dict[str, Any] | None:
-    content: dict[str, Any] = {media_type: TEXTS.get(media_type, BINARY) for media_type in endpoint.reads}
-    if endpoint.body is None:
-        return {"requestBody": {"required": True, "content": content}} if content else None
-    schema = {"$ref": f"#/components/schemas/{endpoint.body.__name__}"}
-    content = {JSON: {"schema": schema, "examples": EXAMPLES[endpoint.body]}, **content}
-    if endpoint.array:
+    """Return the OpenAPI request body and query parameters of a POST endpoint."""
+    if endpoint.reads:
+        return {"requestBody": {"required": True, "content": dict.fromkeys(endpoint.reads, BINARY)}}
+    spec = endpoint.spec
+    if spec is None:
+        return None
+    schema = {"$ref": f"#/components/schemas/{spec.schema.__name__}"}
+    content: dict[str, Any] = {JSON: {"schema": schema, "examples": EXAMPLES[spec.schema]}}
+    content |= {media_type: TEXTS[media_type] for media_type in spec.readers}
+    if spec.array_field:
         content[npy.MEDIA_TYPE] = content[safetensors.MEDIA_TYPE] = BINARY
     model = {
-        "name": "model", "in": "query", "required": False, "schema": {"type": "string"},
-        "description": "`name` (its newest version) or `name@version`; without it the default model answers",
-    }  # fmt: skip
+        "name": "model",
+        "in": "query",
+        "required": False,
+        "schema": {"type": "string"},
+        "description": "`name` (its newest version) or `name@version`; by default the default model",
+    }
     return {"requestBody": {"required": True, "content": content}, "parameters": [model]}
 
 
 def components() -> list[type[BaseModel]]:
-    """The schemas that the document names by reference, which FastAPI does not find by itself."""
+    """Return the schemas that the document refers to by name and FastAPI cannot find in a handler's signature."""
     return [Problem, *EXAMPLES]

@@ -13,7 +13,7 @@ from typing import Any
 import uvicorn
 
 from service.app import create_app
-from service.endpoints.pipeline import ServiceContext
+from service.endpoints.context import ServiceContext
 from service.http.protocol import LAST, Protocol, close_slow
 from service.server import fd_passing as channels
 from service.settings import Settings

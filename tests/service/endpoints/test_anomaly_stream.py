@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from service.app import create_app
 from service.codec.ndjson import LineSplitter
 from service.codec.row_errors import MalformedRow
-from service.endpoints.anomaly_stream import LONGEST_LINE
+from service.endpoints.anomaly_stream import MAX_LINE_BYTES
 from service.settings import Settings
 from tests.service.hosts import HOST_FEATURES, as_ndjson, host_records, host_rows
 from tests.service.running import running
@@ -204,10 +204,10 @@ def test_many_streams_at_once_each_get_their_own(hosts: httpx.Client) -> None:
 
 def test_an_enormous_line_costs_itself_and_no_memory(hosts: httpx.Client) -> None:
     good = json.dumps(dict.fromkeys(HOST_FEATURES, 1.0)).encode() + b"\n"
-    body = good + b'{"cpu": ' + b"1" * (4 * LONGEST_LINE) + b"}\n" + good
+    body = good + b'{"cpu": ' + b"1" * (4 * MAX_LINE_BYTES) + b"}\n" + good
     *lines, last = told(hosts.post("/anomaly", content=body, headers=HEADERS))
     assert [("detail" in line) for line in lines] == [False, True, False]
-    assert lines[1]["detail"] == f"the line is too long: expected at most {LONGEST_LINE} bytes"
+    assert lines[1]["detail"] == f"the line is too long: expected at most {MAX_LINE_BYTES} bytes"
     assert last["rows"] == 3
 
 

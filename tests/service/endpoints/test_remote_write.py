@@ -289,7 +289,7 @@ def test_a_mapping_that_is_none_says_where(tmp_path: Path, text: str, words: str
 def test_abnormal_rows_are_told_in_the_log(hosts: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "elbo.receiver")
     write(hosts, series([[1e3, 1e5, 1e3, 1e3]], instance="ill", first=START + 10**9))
-    (told,) = [record for record in caplog.records if record.message == "abnormal"]
+    (told,) = [record for record in caplog.records if record.message == "anomalous row"]
     fields: dict[str, Any] = told.fields  # type: ignore[attr-defined] # ours, on a log record
     assert (fields["model"], fields["group"]) == ("hosts", "c,ill")
     assert fields["severity"] > 1

@@ -16,7 +16,7 @@ import pytest
 import uvicorn
 
 from service.app import create_app
-from service.endpoints.pipeline import ServiceContext
+from service.endpoints.context import ServiceContext
 from service.errors import DeadlineExceeded
 from service.http.protocol import Protocol
 from service.settings import Settings

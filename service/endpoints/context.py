@@ -1,0 +1,34 @@
+"""The components that all endpoints share."""
+
+from dataclasses import dataclass
+
+from service.errors import NotReady
+from service.http.admission import AdmissionControl
+from service.http.request import BodyLimits
+from service.inference.batcher import Batcher
+from service.inference.registry import ModelRegistry, ServedModel
+from service.monitoring.metrics import Metrics
+from service.settings import Settings
+
+
+@dataclass
+class ServiceContext:
+    """The components of one application. `draining` is true from the moment that shutdown begins."""
+
+    settings: Settings
+    registry: ModelRegistry
+    batcher: Batcher
+    metrics: Metrics
+    limits: BodyLimits
+    admission: AdmissionControl
+    draining: bool = False
+
+    def find(self, reference: str | None) -> ServedModel:
+        """Return the model that `reference` names, or the default model. Raises NotReady, ModelNotFound."""
+        return self.registry.catalogue.find(reference)
+
+    def require_ready(self) -> None:
+        """Raise NotReady while no model is served and during shutdown."""
+        if self.draining:
+            raise NotReady("the server is shutting down")
+        self.find(None)

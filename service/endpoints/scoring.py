@@ -1,0 +1,65 @@
+"""Score rows for anomalies and count the verdicts in the metrics."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from time import perf_counter
+
+import numpy as np
+import numpy.typing as npt
+
+from service.anomaly.inputs import InputRows
+from service.anomaly.verdicts import Scores, Verdicts, decide
+from service.endpoints.context import ServiceContext
+from service.errors import Overloaded
+from service.inference import operations
+from service.inference.operations import Operation
+from service.inference.registry import ServedModel
+from service.schemas import AnomalyBody
+
+Array = npt.NDArray[np.float32]
+RETRY_SECONDS = 0.02  # before rows that found the queue full are queued again
+
+
+async def score_rows(
+    service: ServiceContext,
+    served: ServedModel,
+    input_rows: InputRows,
+    body: AnomalyBody,
+    run: Callable[[Operation, Array], Awaitable[tuple[Array, ...]]],
+) -> Verdicts | None:
+    """Return the verdicts on `input_rows`, or None if no row could be read.
+
+    Args:
+        service: whose metrics count the rows.
+        served: the model that scores them.
+        input_rows: the rows.
+        body: alpha and the other options of /anomaly.
+        run: runs an operation on rows [B, D] with `served`.
+    """
+    verdicts = None
+    if input_rows.parsed.rows:
+        outputs = await run(operations.anomaly(body.alpha), served.row_schema.impute(input_rows.parsed))
+        verdicts = decide(input_rows, Scores(*outputs), body)
+    service.metrics.judged.count(served, input_rows, verdicts)
+    return verdicts
+
+
+async def run_when_free(
+    service: ServiceContext, served: ServedModel, operation: Operation, *inputs: Array
+) -> tuple[Array, ...]:
+    """Run `operation` for a sender that can wait: while the queue is full, try again until ELBO_REQUEST_TIMEOUT.
+
+    Raises:
+        Overloaded: if the queue is still full then.
+        DeadlineExceeded: if the rows were queued and the model has not finished by then.
+    """
+    deadline = perf_counter() + service.settings.request_timeout
+    while True:
+        try:
+            ran = await service.batcher.run(served, operation, *inputs, deadline=deadline)
+        except Overloaded:
+            if perf_counter() > deadline:
+                raise
+            await asyncio.sleep(RETRY_SECONDS)
+        else:
+            return ran.outputs
