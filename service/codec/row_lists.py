@@ -73,8 +73,9 @@ class RowPacker:
         self._row_count += 1
 
     def rows(self) -> Array:
-        """Return the appended rows [N, D], a view of the buffer."""
-        return np.frombuffer(self._buffer, np.float32).reshape(-1, self._width)[: self._row_count]
+        """Return the appended rows [N, D], without a copy."""
+        count = self._row_count
+        return np.frombuffer(self._buffer, np.float32, count * self._width).reshape(count, self._width)
 
 
 def parse_rows(schema: RowSchema, rows: Any, pointer: str, may_contain_non_floats: bool) -> Array:
