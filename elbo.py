@@ -312,10 +312,10 @@ def score(
 
     Also whether it is an anomaly at alpha, and which features make it so. Rows count from 0.
     """
-    from training.evaluation.score import csv_lines, ndjson
+    from training.evaluation.score import csv_lines, ndjson_lines
 
     artifact, table = _load(name, data, artifacts)
-    lines = csv_lines if format_ is Format.csv else ndjson
+    lines = csv_lines if format_ is Format.csv else ndjson_lines
     for text in lines(artifact, table, alpha, explain):
         sys.stdout.write(text)
         sys.stdout.flush()  # here, and not at exit: a reader that has gone ends the command quietly

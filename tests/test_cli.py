@@ -302,7 +302,7 @@ def test_rows_so_far_off_that_the_model_overflows_are_refused(
     data = write(tmp_path / "a.csv", np.vstack([two_factor_rows(3, seed=0), np.full((1, 5), 3e38)]))
     code, _, err = in_process(capsys, "score", "hosts", data, "--artifacts", str(root))
     assert code == 2
-    assert err == f"elbo: error: {data}: row 3 overflows in the model: expected values near those it was trained on\n"
+    assert err == f"elbo: error: {data}: the score of row 3 overflows float32: expected values near the training data\n"
 
 
 def test_training_again_publishes_the_next_version_with_the_same_weights(root: Path) -> None:

@@ -1,12 +1,12 @@
-"""What a published model says of each row of a table."""
+"""Scores of a table's rows by a published model, as NDJSON or CSV: what `elbo score` writes."""
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import orjson
 import torch
 
@@ -14,12 +14,12 @@ from models.artifact import Artifact
 from training.data.row_store import Floats
 from training.data.table import DataError, Table
 
-BATCH = 1024  # rows that go through the model at once
+BATCH_ROWS = 1024  # scored at once
 
 
 @dataclass(frozen=True)
-class Verdicts:
-    """What a model says of B rows at one alpha."""
+class Scores:
+    """The output of a model for B rows at one alpha, with D features and P parts of the score."""
 
     score: Floats  # [B]
     p_value: Floats  # [B]
@@ -29,98 +29,97 @@ class Verdicts:
     expected: Floats  # [B, D], raw units
 
 
-def judge(artifact: Artifact, x: Floats, alpha: float) -> Verdicts:
-    """What `artifact` says of rows x [B, D] at `alpha`."""
+def score_rows(artifact: Artifact, x: Floats, alpha: float) -> Scores:
+    """Return the scores of rows x [B, D] at `alpha`."""
     with torch.inference_mode():
         score, parts, contribution, expected = artifact.module.score(torch.from_numpy(x).to(artifact.device))
-        answers = (
-            score,
-            artifact.module.p_value(score),
-            artifact.module.severity(score, alpha),
-            parts,
-            contribution,
-            expected,
-        )
-    return Verdicts(*(answer.cpu().numpy() for answer in answers))
+        p_value = artifact.module.p_value(score)
+        severity = artifact.module.severity(score, alpha)
+    return Scores(
+        score=score.cpu().numpy(),
+        p_value=p_value.cpu().numpy(),
+        severity=severity.cpu().numpy(),
+        parts=parts.cpu().numpy(),
+        contribution=contribution.cpu().numpy(),
+        expected=expected.cpu().numpy(),
+    )
 
 
-def ndjson(artifact: Artifact, table: Table, alpha: float, explain: int) -> Iterator[str]:
-    """One JSON object a row, in batches of lines: the fields of an HTTP answer of /anomaly."""
-    for first, rows, verdicts, top in _batches(artifact, table, alpha, explain):
-        lines = [
-            orjson.dumps(
-                {
-                    "row": first + i,
-                    "score": verdicts.score[i],
-                    "p_value": verdicts.p_value[i],
-                    "severity": verdicts.severity[i],
-                    "is_anomaly": bool(verdicts.severity[i] > 1),
-                    "parts": dict(zip(artifact.manifest.parts, verdicts.parts[i], strict=True)),
-                    "features": [
-                        {
-                            "name": table.names[j],
-                            "value": rows[i, j],
-                            "expected": verdicts.expected[i, j],
-                            "contribution": verdicts.contribution[i, j],
-                        }
-                        for j in top[i]
-                    ],
-                },
-                option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE,
-            )
-            for i in range(len(rows))
-        ]
-        yield b"".join(lines).decode()
+def ndjson_lines(artifact: Artifact, table: Table, alpha: float, explain: int) -> Iterator[str]:
+    """Yield one JSON object per row, several lines at a time, with the fields of a result of /anomaly."""
+    option = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
+    for results in _batches_of_results(artifact, table, alpha, explain):
+        yield b"".join(orjson.dumps(result, option=option) for result in results).decode()
 
 
 def csv_lines(artifact: Artifact, table: Table, alpha: float, explain: int) -> Iterator[str]:
-    """A header, then one line a row, in batches: the features that contribute most in columns of their own."""
+    """Yield a header, then one line per row, several lines at a time, with four columns per explained feature."""
     explained = range(1, min(explain, len(table.names)) + 1)
     columns = [f"{column}_{k}" for k in explained for column in ("feature", "value", "expected", "contribution")]
     yield _csv([["row", "score", "p_value", "severity", "is_anomaly", *columns]])
-    for first, rows, verdicts, top in _batches(artifact, table, alpha, explain):
+    for results in _batches_of_results(artifact, table, alpha, explain):
         yield _csv(
             [
-                first + i,
-                verdicts.score[i],
-                verdicts.p_value[i],
-                verdicts.severity[i],
-                int(verdicts.severity[i] > 1),
-                *(
-                    cell
-                    for j in top[i]
-                    for cell in (table.names[j], rows[i, j], verdicts.expected[i, j], verdicts.contribution[i, j])
-                ),
+                result["row"],
+                result["score"],
+                result["p_value"],
+                result["severity"],
+                int(result["is_anomaly"]),
+                *(cell for feature in result["features"] for cell in feature.values()),
             ]
-            for i in range(len(rows))
+            for result in results
         )
 
 
-def _csv(lines: Sequence[Sequence[object]] | Iterator[Sequence[object]]) -> str:
+def _csv(lines: Iterable[Sequence[object]]) -> str:
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows([str(cell) for cell in line] for line in lines)
     return buffer.getvalue()
 
 
-def _batches(
-    artifact: Artifact, table: Table, alpha: float, explain: int
-) -> Iterator[tuple[int, Floats, Verdicts, npt.NDArray[np.intp]]]:
-    """The first row's number, the rows, the verdicts, and the features [B, explain] that contribute most, per batch."""
-    for first, rows in batches(table):
-        verdicts = judge(artifact, rows, alpha)
-        refuse_overflow(verdicts.score, first, table.source)
-        yield first, rows, verdicts, np.argsort(-verdicts.contribution, axis=1, kind="stable")[:, :explain]
+# The fields are those of `results_and_errors` in service/anomaly/verdicts.py. The code is not shared: training must not
+# import service, and service imports only the artifact, manifest and errors of models.
+def _batches_of_results(artifact: Artifact, table: Table, alpha: float, explain: int) -> Iterator[list[dict[str, Any]]]:
+    """Yield the results of the rows of `table` in order, a batch at a time.
+
+    Raises:
+        DataError: if a score is not finite.
+    """
+    for first, x in batches(table):
+        scores = score_rows(artifact, x, alpha)
+        refuse_overflow(scores.score, first, table.source)
+        top = np.argsort(-scores.contribution, axis=1, kind="stable")[:, :explain]  # [B, explain], largest first
+        yield [
+            {
+                "row": first + i,
+                "score": scores.score[i],
+                "p_value": scores.p_value[i],
+                "severity": scores.severity[i],
+                "is_anomaly": bool(scores.severity[i] > 1),
+                "parts": dict(zip(artifact.manifest.parts, scores.parts[i], strict=True)),
+                "features": [
+                    {
+                        "name": table.names[j],
+                        "value": x[i, j],
+                        "expected": scores.expected[i, j],
+                        "contribution": scores.contribution[i, j],
+                    }
+                    for j in top[i]
+                ],
+            }
+            for i in range(len(x))
+        ]
 
 
 def batches(table: Table) -> Iterator[tuple[int, Floats]]:
-    """The rows of `table` in order, at most BATCH at a time, each batch with the number of its first row."""
+    """Yield the number of a batch's first row, and the batch [B, D], for the rows of `table` in order."""
     for start, block in table.x.blocks():
-        for first in range(0, len(block), BATCH):
-            yield start + first, block[first : first + BATCH]
+        for first in range(0, len(block), BATCH_ROWS):
+            yield start + first, block[first : first + BATCH_ROWS]
 
 
 def refuse_overflow(scores: Floats, first: int, source: str) -> None:
-    """Raise DataError, naming the row, if a score is not finite. `first` is the number of the first row."""
+    """Raise DataError if a score is not finite. `first` is the number of the first row, for the message."""
     if not np.isfinite(scores).all():
         row = first + int(np.argmin(np.isfinite(scores)))
-        raise DataError(f"{source}: row {row} overflows in the model: expected values near those it was trained on")
+        raise DataError(f"{source}: the score of row {row} overflows float32: expected values near the training data")
