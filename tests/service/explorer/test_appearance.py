@@ -32,7 +32,7 @@ TABLES = {
     "anomaly": ("?view=anomaly&model=hosts&feature=3", ".view-anomaly .chart >> nth=1"),
     "training": ("?view=training&model=hosts", ".markdown h4"),
 }
-MOST_BYTES = 150_000
+MAX_BYTES = 150_000
 
 
 def violations(page: Page) -> list[str]:
@@ -105,7 +105,7 @@ def test_view_loads_at_most_150_kb_of_static_files(explorer: ExplorerPage) -> No
         )
         assert "/" in found
         assert "/static/explorer/main.js" in found
-        assert sum(found.values()) <= MOST_BYTES, view
+        assert sum(found.values()) <= MAX_BYTES, view
         sizes |= found
     files = [path for path in (Path(ROOT) / "service" / "static").rglob("*") if path.is_file()]
     assert len(sizes) == len(files)  # every file is used by some view
@@ -123,9 +123,9 @@ FOCUSABLE = {  # names of some elements that the Tab key must reach
 FOCUS = """() => {
   const e = document.activeElement;
   if (e === document.body) return null;
-  const words = e.getAttribute("aria-label") || e.labels?.[0]?.textContent || e.textContent;
+  const name = e.getAttribute("aria-label") || e.labels?.[0]?.textContent || e.textContent;
   const visible = e.type === "radio" ? e.nextElementSibling ?? e : e; // a radio input itself is transparent
-  return [words.trim(), [e, visible].some((one) => getComputedStyle(one).outlineStyle !== "none")];
+  return [name.trim(), [e, visible].some((one) => getComputedStyle(one).outlineStyle !== "none")];
 }"""
 
 
@@ -138,13 +138,13 @@ def test_every_control_is_reached_by_keyboard(explorer: ExplorerPage, view: str)
     reached = set()
     for _ in range(150):
         explorer.page.keyboard.press("Tab")
-        where = explorer.page.evaluate(FOCUS)
-        if where is None:
+        focused = explorer.page.evaluate(FOCUS)
+        if focused is None:
             break
-        assert where[1], f"no visible focus on {where[0]}"
-        reached.add(where[0])
+        assert focused[1], f"no visible focus on {focused[0]}"
+        reached.add(focused[0])
     for name in FOCUSABLE[view]:
-        assert any(words.startswith(name) for words in reached), (name, sorted(reached))
+        assert any(other.startswith(name) for other in reached), (name, sorted(reached))
 
 
 def test_skip_link_and_footer_links_work(explorer: ExplorerPage) -> None:
@@ -155,12 +155,12 @@ def test_skip_link_and_footer_links_work(explorer: ExplorerPage) -> None:
     page.keyboard.press("Enter")  # the skip link is the first element
     explorer.wait_for("document.activeElement.id == 'view'")
     expect(page.locator("#view h2")).to_have_attribute("data-kept", "yes")  # the view was not rendered again
-    for name, path, words in (
+    for name, path, text in (
         ("Models as JSON", "/models", '"models"'),
         ("Metrics", "/metrics", "# HELP"),
         ("HTTP reference", "/docs", "swagger"),
     ):
         assert page.get_by_role("link", name=name).get_attribute("href") == path
-        answer = page.request.get(explorer.base_url + path)
-        assert answer.status == 200
-        assert words in answer.text()
+        response = page.request.get(explorer.base_url + path)
+        assert response.status == 200
+        assert text in response.text()

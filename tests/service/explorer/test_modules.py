@@ -1,5 +1,6 @@
-"""The import graph and the line length of the page's JavaScript modules."""
+"""The import graph and the line length of the page's JavaScript modules, and the tools that check them."""
 
+import json
 import re
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -70,3 +71,12 @@ def test_every_module_is_reachable_from_main() -> None:
 def test_no_line_is_longer_than_120_characters(path: Path) -> None:
     too_long = [i for i, line in enumerate(path.read_text().splitlines(), 1) if len(line) > MAX_LINE_LENGTH]
     assert not too_long, f"lines {too_long} of {path}"
+
+
+def test_npm_packages_are_locked_without_a_registry_host() -> None:
+    lock = json.loads((ROOT / "package-lock.json").read_text())
+    manifest = json.loads((ROOT / "package.json").read_text())
+    packages = {name: package for name, package in lock["packages"].items() if name}
+    assert all("integrity" in package and "resolved" not in package for package in packages.values())
+    for name, version in manifest["devDependencies"].items():
+        assert packages[f"node_modules/{name}"]["version"] == version

@@ -14,49 +14,49 @@ from tests.service.running import running
 def test_tooltip_opens_for_pointer_and_keyboard(explorer: ExplorerPage) -> None:
     explorer.open("?view=latent&model=vae")
     word = explorer.page.get_by_role("button", name="prior", exact=True)
-    tip = explorer.page.get_by_role("tooltip").filter(has_text="before it sees a row")
-    expect(tip).to_be_hidden()
+    tooltip = explorer.page.get_by_role("tooltip").filter(has_text="before it sees a row")
+    expect(tooltip).to_be_hidden()
     word.hover()
-    expect(tip).to_be_visible()
+    expect(tooltip).to_be_visible()
     explorer.page.mouse.move(0, 0)
-    expect(tip).to_be_hidden()
+    expect(tooltip).to_be_hidden()
     word.focus()
-    expect(tip).to_be_visible()
+    expect(tooltip).to_be_visible()
     explorer.page.keyboard.press("Escape")
-    expect(tip).to_be_hidden()
+    expect(tooltip).to_be_hidden()
 
 
 def test_chosen_theme_is_remembered(explorer: ExplorerPage) -> None:
     explorer.open("?view=quizzes")
     page = explorer.page
-    paper = "getComputedStyle(document.body).backgroundColor"
-    light = page.evaluate(paper)
+    background = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(background)
     click_button(page, "switch to dark colours")
-    assert page.evaluate(paper) != light
+    assert page.evaluate(background) != light
     page.reload()
     expect(page.get_by_role("button", name="switch to light colours")).to_be_visible()
     page.get_by_role("button", name="switch to light colours").click()
-    assert page.evaluate(paper) == light
+    assert page.evaluate(background) == light
 
 
 def test_theme_change_repaints_and_keeps_the_state(explorer: ExplorerPage) -> None:
     explorer.open("?view=latent&model=vae&axes=0,1")
-    page, base = explorer.page, MAP_BASE
+    page = explorer.page
     explorer.expect_request(lambda: page.locator(MAP).click(position={"x": 150, "y": 150}), "/decode")
     expect(page.locator(".tray canvas")).to_have_count(1)
     page.mouse.move(0, 0)  # leaving the map decodes the point again
     explorer.wait_until_idle()
-    light, swatch = canvas_hash(page, base), page.locator(".labels .swatch").first
+    light, swatch = canvas_hash(page, MAP_BASE), page.locator(".labels .swatch").first
     tint = swatch.evaluate("e => getComputedStyle(e).backgroundColor")
     before = len(explorer.requests)
     click_button(page, "switch to dark colours")
-    assert canvas_hash(page, base) != light
+    assert canvas_hash(page, MAP_BASE) != light
     assert swatch.evaluate("e => getComputedStyle(e).backgroundColor") != tint
     expect(page.locator(".point-card dl")).to_contain_text("1 point")
     expect(page.locator(".tray canvas")).to_have_count(1)
     click_button(page, "switch to light colours")
-    assert canvas_hash(page, base) == light
-    assert len(explorer.requests) == before  # nothing is request again
+    assert canvas_hash(page, MAP_BASE) == light
+    assert len(explorer.requests) == before
 
 
 def test_address_restores_the_view(explorer: ExplorerPage, browser: Browser) -> None:
@@ -91,10 +91,10 @@ def test_error_message_has_the_request_id(explorer: ExplorerPage) -> None:
     explorer.open("?view=reconstruct&model=hosts&from=paste&data=1e38,1e38,1e38,-1e38")
     alert = explorer.page.locator("table.errors [role=alert]").first
     expect(alert).to_contain_text(re.compile(r"^[A-Z].*\. Request \w{16}$"))
-    identity = alert.locator("code").inner_text()
-    refusals = [request.sent.response() for request in explorer.requests_to("/reconstruct")]
-    problems = [answer.json() for answer in refusals if answer and answer.status == 422]
-    assert identity in [problem["request_id"] for problem in problems]
+    request_id = alert.locator("code").inner_text()
+    responses = [request.sent.response() for request in explorer.requests_to("/reconstruct")]
+    problems = [response.json() for response in responses if response and response.status == 422]
+    assert request_id in [problem["request_id"] for problem in problems]
     assert problems[0]["detail"][1:] in alert.inner_text()
     assert explorer.errors  # Chromium logs responses with status 422
     assert all("422" in error for error in explorer.errors)
@@ -108,11 +108,11 @@ def test_outdated_request_is_aborted(explorer: ExplorerPage) -> None:
     failures: list[str] = []
     page.on("requestfailed", lambda request: failures.append(request.failure or ""))
 
-    def late(route: Route) -> None:
+    def delay(route: Route) -> None:
         page.wait_for_timeout(150)
         route.continue_()
 
-    page.route("**/encode*", late)
+    page.route("**/encode*", delay)
     for value in (0.1, 0.2, 0.3):
         explorer.set_slider("Noise", value)
     explorer.wait_until_idle()

@@ -18,18 +18,18 @@ def test_held_out_row_is_encoded_and_decoded(explorer: ExplorerPage) -> None:
     row = request.json["inputs"][0]
     held = explorer.requests_to("/models/vae@1/held-out")
     assert len(held) == 1
-    answer = held[0].sent.response()
-    assert answer is not None
-    np.testing.assert_allclose(row, answer.json()["inputs"][1])
+    response = held[0].sent.response()
+    assert response is not None
+    np.testing.assert_allclose(row, response.json()["inputs"][1])
     request = explorer.expect_request(lambda: click_button(page, "previous row"), "/reconstruct", model="pca@1")
-    np.testing.assert_allclose(request.json["inputs"][0], answer.json()["inputs"][0])
+    np.testing.assert_allclose(request.json["inputs"][0], response.json()["inputs"][0])
     explorer.expect_request(lambda: click_button(page, "random row"), "/encode")
     number = page.get_by_label("row, 0 to 179")
     wanted = 6 if number.input_value() == "5" else 5  # not the random one
     number.fill(str(wanted))
     request = explorer.expect_request(lambda: number.press("Enter"), "/encode")
-    np.testing.assert_allclose(request.json["inputs"][0], answer.json()["inputs"][wanted])
-    expect(page.locator(".source")).to_contain_text(f"label {answer.json()['labels'][wanted]}")
+    np.testing.assert_allclose(request.json["inputs"][0], response.json()["inputs"][wanted])
+    expect(page.locator(".source")).to_contain_text(f"label {response.json()['labels'][wanted]}")
     explorer.wait_for(f"location.search.includes('row={wanted}')")
 
 

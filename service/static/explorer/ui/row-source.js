@@ -21,7 +21,7 @@ export class RowSource {
     const sources = this.availableSources();
     const wanted = state.get("from", "held");
     this.source = sources.some(([source]) => source === wanted) ? wanted : "held";
-    const choice = radioGroup("Row", sources, this.source, (source) => this.select(source));
+    const choice = radioGroup("Source", sources, this.source, (source) => this.select(source));
     this.element = h("div", { class: "source" }, choice, this.body, this.error);
   }
 
