@@ -31,7 +31,7 @@ from service.inference.registry import ModelRegistry
 from service.monitoring.background import BackgroundMonitor
 from service.monitoring.logs import AccessLog
 from service.monitoring.metrics import Metrics
-from service.monitoring.periodic import Periodic
+from service.monitoring.periodic import PeriodicTask
 from service.settings import Settings
 from service.shared_memory import SharedCounters, SharedDecisions
 
@@ -124,7 +124,7 @@ def create_app(settings: Settings, counts: SharedCounters | None = None) -> Fast
 def _lifespan(
     service: ServiceContext, receiver: RemoteWriteEndpoint, monitor: BackgroundMonitor, access: AccessLog
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
-    scanning = Periodic(service.registry.look, service.settings.poll_seconds, "failed to scan the artifact folder")
+    scanning = PeriodicTask(service.registry.look, service.settings.poll_seconds, "failed to scan the artifact folder")
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

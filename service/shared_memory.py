@@ -1,7 +1,8 @@
-"""Numbers that several processes count and each can read: memory that all share, a part of it for each.
+"""Numbers in memory that all server processes share: each process writes its own segment, and all read the sums.
 
-A process writes its own part alone, so that no lock is needed, and reads the sum of all. A part outlives its process:
-whoever takes its place counts on from there, so that no sum ever falls. Imports nothing large: the supervisor uses it.
+No lock is needed, because no two processes write to the same segment. A segment outlives its process: the replacement
+of a killed worker continues with the same numbers, so a sum of counters never falls. The supervisor imports this module
+before it forks, so it imports nothing large.
 """
 
 import json
@@ -9,124 +10,153 @@ import logging
 import mmap
 import struct
 from collections import defaultdict
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-SIZE = 16 * 2**20  # bytes of a part, some 20,000 histograms; the system gives only those that are written
-_HEAD = struct.Struct("<IIQ")  # of an entry: bytes of its name, how many numbers, whether they pass with their process
-_USED = struct.Struct("<Q")  # at the beginning of a part: bytes of its entries
+SEGMENT_BYTES = 16 * 2**20  # about 20,000 histograms; the kernel allocates only the pages that are written
+_ENTRY_HEADER = struct.Struct("<IIQ")  # bytes of the key, length of the array, whether it is transient
+_USED_BYTES = struct.Struct("<Q")  # at the start of a segment: the total size of its entries
+_FLOAT_BYTES = 8
 
-RESTARTS = "elbo_worker_restarts"  # a family that the supervisor counts, who knows no other
+RESTARTS = "elbo_worker_restarts"  # the only metric that the supervisor counts
 
-log = logging.getLogger("elbo.counts")
-Name = tuple[str, ...]  # a family, then the values of its labels
+log = logging.getLogger("elbo.shared_memory")
+Key = tuple[str, ...]  # a family (the name of a metric), then its label values
 
 
 class SharedNumber(Protocol):
-    """A list or memory whose first number rises and falls."""
+    """A list or memory view whose first element is one number that can be read and set."""
 
     def __getitem__(self, index: int, /) -> float: ...
     def __setitem__(self, index: int, value: float, /) -> None: ...
 
 
-class Segment:
-    """The numbers of one process by name, in memory that its siblings read."""
+class Entry(NamedTuple):
+    """An array of numbers in a segment. Those of a transient entry are meaningless once their process has ended."""
 
-    def __init__(self, size: int = SIZE) -> None:
-        self._memory = mmap.mmap(-1, size)  # anonymous and shared: it goes to whoever is forked off later
+    values: "memoryview[float]"
+    transient: bool
+
+
+class Segment:
+    """The arrays of one process by key, in memory that the other processes can read.
+
+    Layout: the number of bytes in use, then one entry after the other. An entry is a header, its key as JSON, padded to
+    8 bytes, and its numbers as float64.
+    """
+
+    def __init__(self, size: int = SEGMENT_BYTES) -> None:
+        self._memory = mmap.mmap(-1, size)  # anonymous and shared: processes forked later inherit it
         self._bytes = memoryview(self._memory)
-        self._read = 0
-        self._found: dict[Name, tuple[memoryview[float], bool]] = {}
+        self._parsed_bytes = 0
+        self._entries: dict[Key, Entry] = {}
         self._full = False
 
-    def numbers(self, name: Name, count: int, passing: bool = False) -> "memoryview[float]":
-        """The `count` numbers called `name`, at first zeros: what is written there, all processes see.
+    def array(self, key: Key, length: int, transient: bool = False) -> "memoryview[float]":
+        """Return the array at `key`, created with zeros at the first call. All processes see what is written to it.
 
-        passing: they mean nothing once their process has ended, such as the length of its queue.
+        Args:
+            key: identifies the array.
+            length: how many numbers it has.
+            transient: whether the numbers describe the process itself, such as the length of its queue.
         """
-        found = self.found()
-        if name not in found:
-            self._add(name, count, passing)
-            found = self.found()
-        return found[name][0]
+        entries = self.entries()
+        if key not in entries:
+            self._append(key, length, transient)
+            entries = self.entries()
+        return entries[key].values
 
-    def found(self) -> dict[Name, tuple["memoryview[float]", bool]]:
-        """All numbers by name, and whether they pass with their process."""
-        (used,) = _USED.unpack_from(self._bytes)
-        while self._read < used:
-            start = _USED.size + self._read
-            length, count, passing = _HEAD.unpack_from(self._bytes, start)
-            text = start + _HEAD.size
-            numbers = text + _padded(length)
-            end = numbers + 8 * count
-            name: Name = tuple(json.loads(bytes(self._bytes[text : text + length])))
-            self._found[name] = self._bytes[numbers:end].cast("d"), bool(passing)
-            self._read = end - _USED.size
-        return self._found
+    def entries(self) -> dict[Key, Entry]:
+        """Return all entries, including those that another process has appended since the last call."""
+        (used,) = _USED_BYTES.unpack_from(self._bytes)
+        while self._parsed_bytes < used:
+            start = _USED_BYTES.size + self._parsed_bytes
+            key_bytes, length, transient = _ENTRY_HEADER.unpack_from(self._bytes, start)
+            key_start = start + _ENTRY_HEADER.size
+            values_start = key_start + _padded(key_bytes)
+            end = values_start + _FLOAT_BYTES * length
+            key: Key = tuple(json.loads(bytes(self._bytes[key_start : key_start + key_bytes])))
+            self._entries[key] = Entry(self._bytes[values_start:end].cast("d"), bool(transient))
+            self._parsed_bytes = end - _USED_BYTES.size
+        return self._entries
 
-    def forget_passing(self) -> None:
-        """Set to zero what passed with the process that wrote this part."""
-        for numbers, passing in self.found().values():
-            for index in range(len(numbers) if passing else 0):
-                numbers[index] = 0.0
+    def reset_transient(self) -> None:
+        """Set the transient numbers to zero, after the process that wrote this segment has ended."""
+        for values, transient in self.entries().values():
+            if transient:
+                for index in range(len(values)):
+                    values[index] = 0.0
 
-    def _add(self, name: Name, count: int, passing: bool) -> None:
-        text = json.dumps(name).encode()
-        start = _USED.size + self._read
-        numbers = start + _HEAD.size + _padded(len(text))
-        end = numbers + 8 * count
+    def _append(self, key: Key, length: int, transient: bool) -> None:
+        encoded_key = json.dumps(key).encode()
+        start = _USED_BYTES.size + self._parsed_bytes
+        key_start = start + _ENTRY_HEADER.size
+        values_start = key_start + _padded(len(encoded_key))
+        end = values_start + _FLOAT_BYTES * length
         if end > len(self._bytes):
+            self._entries[key] = Entry(memoryview(bytearray(_FLOAT_BYTES * length)).cast("d"), transient)
             if not self._full:
-                log.warning("the memory for metrics is full: %s and later ones are of one process alone", name)
-            self._full = True
-            self._found[name] = memoryview(bytearray(8 * count)).cast("d"), passing
+                self._full = True
+                log.warning(
+                    "the shared memory for metrics is full: %s and later series are exported by this process only; "
+                    "restart the server to drop the series of models that it no longer serves",
+                    key,
+                )
             return
-        _HEAD.pack_into(self._bytes, start, len(text), count, passing)
-        self._bytes[start + _HEAD.size : start + _HEAD.size + len(text)] = text
-        _USED.pack_into(self._bytes, 0, end - _USED.size)  # last: by now the entry is whole
+        _ENTRY_HEADER.pack_into(self._bytes, start, len(encoded_key), length, transient)
+        self._bytes[key_start : key_start + len(encoded_key)] = encoded_key
+        # Other processes read up to this number, so it is written when the entry is complete.
+        _USED_BYTES.pack_into(self._bytes, 0, end - _USED_BYTES.size)
 
 
 class SharedCounters:
-    """The parts of all processes, of which this one writes the part `mine`."""
+    """The segments of all processes. This process writes to `local`.
 
-    def __init__(self, parts: list[Segment] | None = None, mine: int = 0) -> None:
-        self._parts = parts or [Segment()]
-        self.mine = self._parts[mine]
-        self.leads = mine == 0  # whether this process does what one alone must
+    Args:
+        segments: one per process; without them the process is alone.
+        index: which of them belongs to this process. The first process is the leader: it alone does the work that must
+            be done once per server.
+    """
 
-    def sums(self, family: str) -> dict[Name, list[float]]:
-        """Of every label of `family` the numbers, summed over the processes."""
-        several: defaultdict[Name, list[memoryview[float]]] = defaultdict(list)
-        for part in self._parts:
-            for (first, *labels), (numbers, _) in list(part.found().items()):
-                if first == family:
-                    several[tuple(labels)].append(numbers)
-        return {labels: [sum(column) for column in zip(*found, strict=True)] for labels, found in several.items()}
+    def __init__(self, segments: list[Segment] | None = None, index: int = 0) -> None:
+        self._segments = segments or [Segment()]
+        self.local = self._segments[index]
+        self.is_leader = index == 0
+
+    def sums(self, family: str) -> dict[Key, list[float]]:
+        """Return the arrays of `family` by label values, summed over the processes."""
+        arrays: defaultdict[Key, list[memoryview[float]]] = defaultdict(list)
+        for segment in self._segments:
+            for (name, *labels), entry in list(segment.entries().items()):
+                if name == family:
+                    arrays[tuple(labels)].append(entry.values)
+        return {labels: [sum(column) for column in zip(*found, strict=True)] for labels, found in arrays.items()}
 
 
 class SharedDecisions:
-    """What the processes have decided that must agree, each for itself: whoever comes later follows.
+    """Choices on which all processes agree: a process that chooses later adopts the choice of the others.
 
     Args:
-        counts: of all of them.
-        question: a name of its own among the families.
-        choices: what can be decided.
+        counters: of all processes.
+        family: a name that no metric has.
+        choices: the possible choices.
     """
 
-    def __init__(self, counts: SharedCounters, question: str, choices: tuple[str, ...]) -> None:
-        self._counts = counts
-        self._question = question
+    def __init__(self, counters: SharedCounters, family: str, choices: tuple[str, ...]) -> None:
+        self._counters = counters
+        self._family = family
         self._choices = choices
 
-    def decided(self, about: str) -> str | None:
-        """What most have decided about something, if any has."""
-        votes = self._counts.sums(self._question).get((about,), [])
+    def choice(self, subject: str) -> str | None:
+        """Return what most processes chose for `subject`, or None if none has chosen."""
+        votes = self._counters.sums(self._family).get((subject,), [])
         return self._choices[votes.index(max(votes))] if any(votes) else None
 
-    def vote(self, about: str, choice: str) -> None:
-        """Let the others know."""
-        self._counts.mine.numbers((self._question, about), len(self._choices))[self._choices.index(choice)] = 1.0
+    def record_choice(self, subject: str, choice: str) -> None:
+        """Publish the choice of this process for `subject`."""
+        votes = self._counters.local.array((self._family, subject), len(self._choices))
+        votes[self._choices.index(choice)] = 1.0
 
 
-def _padded(length: int) -> int:
-    """The numbers after a name of `length` bytes begin where they may."""
-    return (length + 7) // 8 * 8
+def _padded(size: int) -> int:
+    """Round up to a multiple of 8 bytes, the alignment of float64."""
+    return (size + 7) // 8 * 8

@@ -29,7 +29,7 @@ from service.errors import ClientGone, InvalidField, TooManyRows
 from service.http.request import HttpResponse, RequestContext
 from service.inference.operations import Operation
 from service.inference.registry import ServedModel
-from service.monitoring.timings import RequestRecord
+from service.monitoring.request_record import RequestRecord
 from service.schemas import Body
 
 Array = npt.NDArray[np.float32]

@@ -20,7 +20,7 @@ from service.endpoints.scoring import run_when_free, score_rows
 from service.errors import ModelNotFound, NotReady, Overloaded, ServiceError
 from service.http.request import HttpResponse, RequestContext
 from service.inference.registry import ServedModel
-from service.monitoring.periodic import Periodic
+from service.monitoring.periodic import PeriodicTask
 from service.schemas import AnomalyBody
 
 POLL_SECONDS = 1.0  # between two checks for rows that have waited long enough for their last sample
@@ -56,7 +56,12 @@ class RemoteWriteEndpoint:
         self._service = service
         self._states = [_TargetState(reference, target) for reference, target in targets.items()]
         self._lock = asyncio.Lock()
-        self._polling = Periodic(self._score_due, POLL_SECONDS, "failed to score rows from remote write")
+        self._polling = PeriodicTask(
+            self._score_due,
+            POLL_SECONDS,
+            "failed to score rows from remote write",
+            final=partial(self._score_due, everything=True),
+        )
 
     async def write(self, request: RequestContext) -> HttpResponse:
         """Receive samples from Prometheus remote write and score the rows that they form."""
@@ -86,7 +91,6 @@ class RemoteWriteEndpoint:
     async def close(self) -> None:
         """Score all remaining rows. The batcher must still be open."""
         await self._polling.close()
-        await self._score_due(everything=True)
 
     def _aligners_of_served_models(self) -> list[SampleAligner]:
         """Return the aligner of every target whose model is served.
@@ -121,12 +125,12 @@ class RemoteWriteEndpoint:
                 if state.served and state.aligner:
                     await self._score_target(state.served, state.aligner, state.target, everything)
         waiting = sum(state.aligner.pending_rows for state in self._states if state.aligner)
-        self._service.metrics.judged.waiting(waiting)
+        self._service.metrics.anomalies.set_waiting_rows(waiting)
 
     async def _score_target(
         self, served: ServedModel, aligner: SampleAligner, target: SeriesMapping, everything: bool
     ) -> None:
-        self._service.metrics.judged.count_samples(served, aligner.outcomes)
+        self._service.metrics.anomalies.count_samples(served, aligner.outcomes)
         aligner.outcomes.clear()
         due = aligner.pop_ready(monotonic(), flush=everything)
         body = AnomalyBody(alpha=target.alpha, time=TIME, group=GROUP)

@@ -40,7 +40,7 @@ async def score_rows(
     if input_rows.parsed.rows:
         outputs = await run(operations.anomaly(body.alpha), served.row_schema.impute(input_rows.parsed))
         verdicts = decide(input_rows, Scores(*outputs), body)
-    service.metrics.judged.count(served, input_rows, verdicts)
+    service.metrics.anomalies.count(served, input_rows, verdicts)
     return verdicts
 
 

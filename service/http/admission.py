@@ -105,7 +105,7 @@ class AdmissionControl:
         length = len(before) + len(request_id) + len(after)
         record.total = record.elapsed
         self._telemetry.count(record)
-        self._access.tell(record)
+        self._access.log(record)
         return b"".join([head, *lines, own % (record.request_id.encode(), length), before, request_id, after])
 
 

@@ -68,7 +68,7 @@ class RequestMiddleware:
         finally:
             request.end()
             self._metrics.count(request.record)
-            self._access.tell(request.record)
+            self._access.log(request.record)
 
     async def _respond(self, handler: Handler, request: RequestContext) -> HttpResponse:
         """Return the response, and release the place in the queue before a slow client begins to read it."""

@@ -14,7 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from service.errors import PROBLEM_JSON, BodyTooLarge, BodyTooSlow, ClientGone, Overloaded, ServiceError
 from service.inference.drain_rate import DrainRate
-from service.monitoring.timings import RequestRecord
+from service.monitoring.request_record import RequestRecord
 from service.shared_memory import SharedNumber
 
 LONGEST_REQUEST_ID = 128

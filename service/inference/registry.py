@@ -215,9 +215,9 @@ class ModelRegistry:
     def _choose(self, artifact: Artifact) -> Backend:
         """What is measured faster; as another worker has chosen, where one has, so that all give the same answers."""
         which = artifact.manifest.weights_sha256
-        decided = self._votes.decided(which) if self._backend == "auto" else None
+        decided = self._votes.choice(which) if self._backend == "auto" else None
         backend = choose(artifact, decided or self._backend, self._threads, self._precision)
-        self._votes.vote(which, backend.name)
+        self._votes.record_choice(which, backend.name)
         return replace(backend, reason="chosen when these weights were first loaded here") if decided else backend
 
     def _load(self, name: str, version: int, path: Path) -> ServedModel:

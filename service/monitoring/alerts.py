@@ -1,7 +1,7 @@
-"""Alerts for Alertmanager: which groups are abnormal, as the sums of all processes say, sent until it has taken them.
+"""Alerts for Alertmanager: which groups are abnormal, and how the alerts get there.
 
-One process decides, every second, and a thread of its own sends: no request ever waits for an Alertmanager. What waits
-is one alert for each model and group, always the latest, so the queue is bounded by the groups.
+The leader process decides once per second, from the counts of all processes. A thread sends, so that no request waits
+for Alertmanager. The thread's queue holds only the latest alert per model and group, which bounds it.
 """
 
 import http.client
@@ -18,187 +18,207 @@ from urllib.parse import unquote, urlsplit
 import orjson
 
 log = logging.getLogger("elbo.alerts")
-RESEND = 30.0  # seconds after which an alert that lasts is sent again
-LASTS = 180.0  # seconds after which Alertmanager forgets one that is not: several lost sendings may fail before
-BACKOFF = (1.0, 60.0)  # seconds before the next try: at first, and at most
-TIMEOUT = 5.0  # seconds for one try
-BATCH = 100  # alerts in one request
-PATH = "/api/v2/alerts"
-NAME = "ElboAnomaly"
-NAMED_CAUSES = 3  # features that an alert names
+RESEND_SECONDS = 30.0  # an active alert is sent again after so long
+EXPIRY_SECONDS = 180.0  # Alertmanager resolves an alert that is not sent again for so long; several attempts may fail
+RETRY_SECONDS = (1.0, 60.0)  # pause after a failed attempt: the first one, and the longest
+TIMEOUT_SECONDS = 5.0  # per attempt
+MAX_BATCH = 100  # alerts per request
+API_PATH = "/api/v2/alerts"
+ALERT_NAME = "ElboAnomaly"
+MAX_CAUSES = 3  # features that an alert names
 
 Key = tuple[str, str]  # model, group
 Labels = tuple[str, ...]
 Alert = dict[str, Any]
-Counted = Mapping[Labels, Sequence[float]]
+Counts = Mapping[Labels, Sequence[float]]
 
 
 @dataclass
-class Active:
-    """An alert that has not been resolved. Times in Unix seconds.
+class ActiveAlert:
+    """An alert that is not resolved. Times are Unix seconds.
 
-    blamed: how often each feature had been blamed, by model, version and feature, when it began.
+    causes_before: when the alert began, how often each feature had been a cause, by model, version and feature.
     """
 
     started: float
-    last: float  # when its group last was abnormal
+    last_abnormal: float
     version: str
-    blamed: Mapping[Labels, float]
+    causes_before: Mapping[Labels, float]
     rows: float = 0.0
-    sent: float = -math.inf
+    last_sent: float = -math.inf
 
 
 class AlertState:
-    """Which alerts there are, from the counts of abnormal rows as they grow. Knows no network and no clock.
+    """Decides which alerts are active, from counters of abnormal rows. It does no I/O and reads no clock.
 
-    calm: seconds without an abnormal row after which an alert is resolved.
+    An alert begins when the counter of its group grows, and is resolved when it has not grown for a while.
+
+    Args:
+        resolve_seconds: time without an abnormal row after which an alert is resolved.
     """
 
-    def __init__(self, calm: float) -> None:
-        self._calm = calm
-        self._before: tuple[dict[Labels, float], dict[Labels, float]] | None = None
-        self.active: dict[Key, Active] = {}
+    def __init__(self, resolve_seconds: float) -> None:
+        self._resolve_seconds = resolve_seconds
+        self._counts_before: tuple[dict[Labels, float], dict[Labels, float]] | None = None
+        self.active: dict[Key, ActiveAlert] = {}
 
-    def look(self, now: float, alarms: Counted, causes: Counted) -> dict[Key, Alert]:
-        """The alerts to send. The first look tells none: what it finds is of before.
+    def update(self, now: float, alarms: Counts, causes: Counts) -> dict[Key, Alert]:
+        """Return the alerts to send now: new, still active, or resolved. The first call only sets the baseline.
 
         Args:
             now: Unix seconds.
-            alarms: abnormal rows by model, version and group, of all time.
-            causes: anomalous rows by model, version and feature, of all time.
+            alarms: counters of abnormal rows by model, version and group.
+            causes: counters of anomalous rows by model, version and feature.
         """
-        counted = {labels: numbers[0] for labels, numbers in alarms.items()}
-        blamed = {labels: numbers[0] for labels, numbers in causes.items()}
-        counted_before, blamed_before = self._before or (counted, blamed)
-        self._before = counted, blamed
-        for labels, count in counted.items():
-            if (grown := count - counted_before.get(labels, 0.0)) > 0:
+        alarm_counts = {labels: values[0] for labels, values in alarms.items()}
+        cause_counts = {labels: values[0] for labels, values in causes.items()}
+        alarms_before, causes_before = self._counts_before or (alarm_counts, cause_counts)
+        self._counts_before = alarm_counts, cause_counts
+        for labels, count in alarm_counts.items():
+            new_rows = count - alarms_before.get(labels, 0.0)
+            if new_rows > 0:
                 model, version, group = labels
-                active = self.active.setdefault((model, group), Active(now, now, version, blamed_before))
-                active.last, active.version, active.rows = now, version, active.rows + grown
-        due = {key: self._due(now, key, blamed) for key in list(self.active)}
+                alert = self.active.setdefault((model, group), ActiveAlert(now, now, version, causes_before))
+                alert.last_abnormal = now
+                alert.version = version
+                alert.rows += new_rows
+        due = {key: self._due(now, key, cause_counts) for key in list(self.active)}
         return {key: alert for key, alert in due.items() if alert is not None}
 
-    def _due(self, now: float, key: Key, blamed: Mapping[Labels, float]) -> Alert | None:
-        active = self.active[key]
-        if now - active.last >= self._calm:
+    def _due(self, now: float, key: Key, causes: Mapping[Labels, float]) -> Alert | None:
+        """Return the alert to send for `key`, if any, and remove it if it is resolved."""
+        alert = self.active[key]
+        if now - alert.last_abnormal >= self._resolve_seconds:
             del self.active[key]
-            return _alert(key, active, blamed, now)
-        if now - active.sent < RESEND:
+            return _payload(key, alert, causes, ends=now)
+        if now - alert.last_sent < RESEND_SECONDS:
             return None
-        active.sent = now
-        return _alert(key, active, blamed, now + LASTS)
+        alert.last_sent = now
+        return _payload(key, alert, causes, ends=now + EXPIRY_SECONDS)
 
 
 class AlertSender:
-    """Posts alerts from a thread of its own, and tries again until Alertmanager has taken or refused them.
+    """Posts alerts to Alertmanager from a thread, and retries until they are accepted or refused.
 
     Args:
-        url: of Alertmanager, with its path prefix and its user:password, if it has any.
-        backoff: seconds before the next try, at first and at most.
+        url: of Alertmanager; it may have a path prefix and user:password.
+        retry_seconds: pause after a failed attempt: the first one, and the longest.
     """
 
-    def __init__(self, url: str, backoff: tuple[float, float] = BACKOFF) -> None:
+    def __init__(self, url: str, retry_seconds: tuple[float, float] = RETRY_SECONDS) -> None:
         self._address = urlsplit(url)
-        self._backoff = backoff
-        self._waiting: dict[Key, Alert] = {}
+        self._retry_seconds = retry_seconds
+        self._queue: dict[Key, Alert] = {}
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="alerts", daemon=True)
-        self.outcomes = {"sent": 0, "refused": 0, "retried": 0}  # alerts; the thread alone writes
+        self.outcomes = {"sent": 0, "refused": 0, "retried": 0}  # counts of alerts; only the thread writes to it
 
     def start(self) -> None:
-        """Begin to send what is put."""
+        """Start the thread."""
         self._thread.start()
 
-    def put(self, alerts: Mapping[Key, Alert]) -> None:
-        """Send `alerts`, each in the place of an earlier one for the same group that still waits."""
+    def enqueue(self, alerts: Mapping[Key, Alert]) -> None:
+        """Queue alerts; each replaces an undelivered one for the same model and group."""
         if not alerts:
             return
         with self._changed:
-            self._waiting.update(alerts)
+            self._queue.update(alerts)
             self._changed.notify()
 
     @property
-    def waiting(self) -> int:
-        """Alerts that have not been taken."""
-        return len(self._waiting)
+    def pending(self) -> int:
+        """Number of alerts that are neither accepted nor refused yet."""
+        return len(self._queue)
 
     def close(self) -> None:
-        """Send no more; what waits is given one last try."""
+        """Stop the thread after one last attempt to send what is queued."""
         with self._changed:
             self._closing = True
             self._changed.notify()
         if self._thread.is_alive():
-            self._thread.join(2 * TIMEOUT)
+            self._thread.join(2 * TIMEOUT_SECONDS)
 
     def _run(self) -> None:
-        wait = 0.0
+        first_pause, longest_pause = self._retry_seconds
+        pause = 0.0
         while True:
             with self._changed:
-                if wait:
-                    self._changed.wait_for(lambda: self._closing, wait)
+                if pause:
+                    self._changed.wait_for(lambda: self._closing, pause)
                 else:
-                    self._changed.wait_for(lambda: self._closing or bool(self._waiting))
-                closing, batch = self._closing, dict(list(self._waiting.items())[:BATCH])
-            taken = not batch or self._try(batch)
-            if closing and not (taken and self._waiting):
+                    self._changed.wait_for(lambda: self._closing or bool(self._queue))
+                closing = self._closing
+                batch = dict(list(self._queue.items())[:MAX_BATCH])
+            delivered = not batch or self._send(batch)
+            if closing and not (delivered and self._queue):
                 return
-            wait = 0.0 if taken else min(max(2 * wait, self._backoff[0]), self._backoff[1])
+            pause = 0.0 if delivered else min(max(2 * pause, first_pause), longest_pause)
 
-    def _try(self, batch: dict[Key, Alert]) -> bool:
-        """Whether Alertmanager has answered for `batch`, in one way or the other."""
+    def _send(self, batch: dict[Key, Alert]) -> bool:
+        """Make one attempt. Return False if it has to be repeated, True if the alerts are accepted or refused."""
         try:
             status, reason = self._post(orjson.dumps(list(batch.values())))
         except (OSError, http.client.HTTPException) as error:
             status, reason = 0, str(error)
+        fields = {"status": status, "alerts": len(batch)}
         if status == 0 or status == 429 or status >= 500:
             self.outcomes["retried"] += len(batch)
-            log.warning("Alertmanager takes no alerts: %s", reason, extra={"fields": {"status": status}})
+            log.warning(
+                "failed to send alerts to Alertmanager, will retry: %s; check ELBO_ALERTMANAGER_URL and Alertmanager",
+                reason,
+                extra={"fields": fields},
+            )
             return False
         if status >= 300:
-            log.error("Alertmanager refused alerts: %s", reason, extra={"fields": {"status": status}})
-        self.outcomes["sent" if status < 300 else "refused"] += len(batch)
+            self.outcomes["refused"] += len(batch)
+            log.error("Alertmanager refused alerts, they are dropped: %s", reason, extra={"fields": fields})
+        else:
+            self.outcomes["sent"] += len(batch)
         with self._changed:
             for key, alert in batch.items():
-                if self._waiting.get(key) is alert:  # no later one has come meanwhile
-                    del self._waiting[key]
+                if self._queue.get(key) is alert:  # not replaced in the meantime
+                    del self._queue[key]
         return True
 
     def _post(self, body: bytes) -> tuple[int, str]:
+        """Return the status and the beginning of the response body."""
         address = self._address
-        kind = http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
-        connection = kind(address.hostname or "", address.port, timeout=TIMEOUT)
+        connection_class = http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
+        connection = connection_class(address.hostname or "", address.port, timeout=TIMEOUT_SECONDS)
         headers = {"Content-Type": "application/json"}
         if address.username:
-            secret = f"{unquote(address.username)}:{unquote(address.password or '')}"
-            headers["Authorization"] = f"Basic {b64encode(secret.encode()).decode()}"
+            credentials = f"{unquote(address.username)}:{unquote(address.password or '')}"
+            headers["Authorization"] = f"Basic {b64encode(credentials.encode()).decode()}"
         try:
-            connection.request("POST", address.path.rstrip("/") + PATH, body, headers)
-            answer = connection.getresponse()
-            return answer.status, answer.read(200).decode(errors="replace") or answer.reason
+            connection.request("POST", address.path.rstrip("/") + API_PATH, body, headers)
+            response = connection.getresponse()
+            return response.status, response.read(200).decode(errors="replace") or response.reason
         finally:
             connection.close()
 
 
-def _alert(key: Key, active: Active, blamed: Mapping[Labels, float], ends: float) -> Alert:
-    """As /api/v2/alerts wants it; it is the same alert as long as its labels are."""
+def _payload(key: Key, alert: ActiveAlert, causes: Mapping[Labels, float], ends: float) -> Alert:
+    """Return an alert as /api/v2/alerts expects it. Alertmanager identifies it by its labels, so they never change."""
     model, group = key
-    where = f" in {group}" if group else ""
-    grown = {
-        feature: count - active.blamed.get((name, version, feature), 0.0)
-        for (name, version, feature), count in blamed.items()
-        if (name, version) == (model, active.version)
+    of_model = {labels[2]: count for labels, count in causes.items() if labels[:2] == (model, alert.version)}
+    new_counts = {
+        feature: count - alert.causes_before.get((model, alert.version, feature), 0.0)
+        for feature, count in of_model.items()
     }
-    causes = sorted((feature for feature in grown if grown[feature] > 0), key=lambda feature: -grown[feature])
-    because = f", most of all {', '.join(causes[:NAMED_CAUSES])}" if causes else ""
+    features = sorted((feature for feature, count in new_counts.items() if count > 0), key=lambda f: -new_counts[f])
+    main_causes = f"; main causes: {', '.join(features[:MAX_CAUSES])}" if features else ""
+    where = f" of {group}" if group else ""
     return {
-        "labels": {"alertname": NAME, "model": model, **({"group": group} if group else {})},
+        "labels": {"alertname": ALERT_NAME, "model": model, **({"group": group} if group else {})},
         "annotations": {
-            "summary": f"rows of {model}{where} are abnormal",
-            "description": f"{active.rows:.0f} rows since {_iso(active.started)}{because} (version {active.version})",
+            "summary": f"model {model} finds rows{where} abnormal",
+            "description": (
+                f"{alert.rows:.0f} abnormal rows since {_iso(alert.started)}{main_causes} (model version "
+                f"{alert.version})"
+            ),
         },
-        "startsAt": _iso(active.started),
+        "startsAt": _iso(alert.started),
         "endsAt": _iso(ends),
     }
 

@@ -1,4 +1,4 @@
-"""What is counted of verdicts: rows, anomalies by group, their causes, p-values, gaps, and what follows from these."""
+"""Metrics of anomaly scoring: rows, anomalies by group, their causes, p-values, missing values, drift and alerts."""
 
 from bisect import bisect_left
 from collections import Counter as Tally
@@ -11,173 +11,202 @@ from service.anomaly.inputs import InputRows
 from service.anomaly.smoothing import RunningMean
 from service.anomaly.verdicts import Verdicts
 from service.inference.registry import Catalogue, ServedModel
-from service.monitoring.drift import Drift
+from service.monitoring.drift import DriftDetector
 from service.monitoring.metric_types import Counter, Gauge, Histogram
 from service.shared_memory import SharedCounters
 
-P_BOUNDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-_TOLERANT = tuple(bound * (1 + 1e-6) for bound in P_BOUNDS)  # p-values are fractions rounded to float32
-_EDGES = np.array(_TOLERANT)
-FEW = 4  # rows up to which a loop is faster than NumPy
-MOST_LABELS = 100  # groups, and features, of one model that get a label of their own
+P_VALUE_BOUNDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_TOLERANT_BOUNDS = tuple(bound * (1 + 1e-6) for bound in P_VALUE_BOUNDS)  # p-values are rounded to float32
+_TOLERANT_BOUNDS_ARRAY = np.array(_TOLERANT_BOUNDS)
+MAX_LOOP_ROWS = 4  # up to so many rows a Python loop is faster than NumPy
+MAX_LABELS = 100  # groups, and features, with a label of their own, per model version
 OTHER = "other"
-WHO = ("model", "version")
-Who = tuple[str, str]
+MODEL_LABELS = ("model", "version")
+ModelLabels = tuple[str, str]
 
 
 class AnomalyMetrics:
-    """Counts verdicts. The event loop's thread alone writes.
+    """Counts what anomaly scoring finds. Only the event loop's thread may count.
 
     Args:
-        counts: of this process and its siblings.
-        half_life: rows, of the mean severity by which a group raises an alarm.
+        counters: the memory of this process and of those that serve beside it.
+        half_life: rows after which a row has half its weight in the mean severity of its group.
     """
 
-    def __init__(self, counts: SharedCounters, half_life: float) -> None:
-        self._scored = Counter(counts, "elbo_scored_rows", "Rows judged by /anomaly and remote write", WHO)
-        self._anomalies = Counter(counts, "elbo_anomalies", "Rows called anomalous", (*WHO, "group"))
+    def __init__(self, counters: SharedCounters, half_life: float) -> None:
+        by_group = (*MODEL_LABELS, "group")
+        by_feature = (*MODEL_LABELS, "feature")
+        by_outcome = (*MODEL_LABELS, "outcome")
+        self._scored = Counter(counters, "elbo_scored_rows", "Rows scored by /anomaly and remote write", MODEL_LABELS)
+        self._anomalies = Counter(counters, "elbo_anomalies", "Rows flagged as anomalous, by group", by_group)
         self.alarms = Counter(
-            counts, "elbo_alarms", "Rows at which a group's mean severity was above 1", (*WHO, "group")
+            counters, "elbo_alarms", "Rows at which the running mean severity of their group was above 1", by_group
         )
         self.causes = Counter(
-            counts, "elbo_anomaly_causes", "Anomalous rows by the feature that contributed most", (*WHO, "feature")
+            counters, "elbo_anomaly_causes", "Anomalous rows, by the feature that contributed most", by_feature
         )
-        self._failed = Counter(counts, "elbo_unreadable_rows", "Rows among others that could not be judged", WHO)
-        self._unknown = Counter(counts, "elbo_unknown_fields", "Values whose name is no feature's", WHO)
-        self._missing = Counter(counts, "elbo_missing_values", "Values that were imputed", (*WHO, "feature"))
-        self._p_values = Histogram(counts, "elbo_p_value", "Of judged rows; uniform for a healthy model", WHO, P_BOUNDS)
-        self._evidence = Gauge(counts, "elbo_drift_evidence", "log10 of the evidence against uniform p-values", WHO)
-        self._stale = Gauge(counts, "elbo_drift_alarm", "1 where that evidence says that the model is stale", WHO)
-        self._samples = Counter(counts, "elbo_remote_samples", "Samples of remote write", (*WHO, "outcome"))
-        self._waiting = Gauge(counts, "elbo_remote_waiting_rows", "Rows that wait for their last sample")
-        self._alerts = Gauge(counts, "elbo_alerts", "Alerts that are not resolved", ("model",))
-        self._unsent = Gauge(counts, "elbo_alerts_waiting", "Alerts that Alertmanager has not taken yet")
-        self._pushes = Counter(counts, "elbo_alert_pushes", "Alerts posted to Alertmanager", ("outcome",))
-        self._told = dict.fromkeys(("sent", "refused", "retried"), 0)
+        self._failed = Counter(counters, "elbo_unreadable_rows", "Rows that could not be read or scored", MODEL_LABELS)
+        self._unknown = Counter(
+            counters, "elbo_unknown_fields", "Values whose name is not a feature of the model", MODEL_LABELS
+        )
+        self._missing = Counter(
+            counters, "elbo_missing_values", "Missing values that were imputed, by feature", by_feature
+        )
+        self._p_values = Histogram(
+            counters,
+            "elbo_p_value",
+            "p-values of the scored rows; uniform unless the model is stale",
+            MODEL_LABELS,
+            P_VALUE_BOUNDS,
+        )
+        self._evidence = Gauge(
+            counters, "elbo_drift_evidence", "log10 of the evidence against uniform p-values", MODEL_LABELS
+        )
+        self._stale = Gauge(
+            counters, "elbo_drift_alarm", "1 if the drift evidence shows that the model is stale", MODEL_LABELS
+        )
+        self._samples = Counter(
+            counters, "elbo_remote_samples", "Samples received by remote write, by outcome", by_outcome
+        )
+        self._waiting = Gauge(counters, "elbo_remote_waiting_rows", "Remote-write rows that wait for more samples")
+        self._alerts = Gauge(counters, "elbo_alerts", "Alerts that are not resolved", ("model",))
+        self._undelivered = Gauge(counters, "elbo_alerts_waiting", "Alerts not yet delivered to Alertmanager")
+        self._pushes = Counter(counters, "elbo_alert_pushes", "Alerts posted to Alertmanager, by outcome", ("outcome",))
+        self._counted_pushes = dict.fromkeys(("sent", "refused", "retried"), 0)
         self._half_life = half_life
-        self._means: dict[tuple[Who, str], RunningMean] = {}
-        self._labels: dict[tuple[str, str, str], set[str]] = {}
-        self._drifts: dict[Who, Drift] = {}
+        self._means: dict[tuple[ModelLabels, str], RunningMean] = {}  # by model and group label
+        self._known_values: dict[tuple[str, str, str], set[str]] = {}  # by model, version and label name
+        self._detectors: dict[ModelLabels, DriftDetector] = {}
 
     def count(self, served: ServedModel, input_rows: InputRows, verdicts: Verdicts | None) -> None:
-        """Verdicts have been given on the rows of `input_rows` that could be read, if there were any."""
-        who, judged = served.who, 0
+        """Count the rows of `input_rows`; `verdicts` is None if none of them could be read."""
+        model = served.who
+        scored = 0
         if verdicts is not None:
-            judged = verdicts.scores.usable_count
-            self._observe(who, verdicts)
-            self._follow(who, verdicts)
+            scored = verdicts.scores.usable_count
+            self._count_p_values(model, verdicts)
+            self._count_alarms(model, verdicts)
             if True in verdicts.is_anomaly:
-                self._blame(served, verdicts)
-        self._scored.add(who, judged)
+                self._count_anomalies(served, verdicts)
+        self._scored.add(model, scored)
         if input_rows.unknown_fields:
-            self._unknown.add(who, input_rows.unknown_fields)
-        if input_rows.rows_received > judged:
-            self._failed.add(who, input_rows.rows_received - judged)
+            self._unknown.add(model, input_rows.unknown_fields)
+        if input_rows.rows_received > scored:
+            self._failed.add(model, input_rows.rows_received - scored)
         if input_rows.parsed.missing is not None:
-            columns = input_rows.parsed.missing.sum(axis=0)
-            for column in np.flatnonzero(columns):
-                name = self._bounded(*who, "feature", served.row_schema.names[column])
-                self._missing.add((*who, name), float(columns[column]))
+            missing_per_column = input_rows.parsed.missing.sum(axis=0)
+            for column in np.flatnonzero(missing_per_column):
+                feature = self._limited(model, "feature", served.row_schema.names[column])
+                self._missing.add((*model, feature), float(missing_per_column[column]))
 
     def count_samples(self, served: ServedModel, outcomes: Mapping[str, int]) -> None:
-        """What has become of samples that came by remote write."""
+        """Count samples of remote write by outcome."""
         for outcome, count in outcomes.items():
             self._samples.add((*served.who, outcome), count)
 
-    def waiting(self, rows: int) -> None:
-        """So many rows wait for their last sample."""
-        self._waiting.mine(())[0] = rows
+    def set_waiting_rows(self, rows: int) -> None:
+        """Set how many rows of remote write wait for more samples in this process."""
+        self._waiting.local(())[0] = rows
 
-    def _observe(self, who: Who, verdicts: Verdicts) -> None:
-        numbers, scores = self._p_values.mine(who), verdicts.scores
+    def _count_p_values(self, model: ModelLabels, verdicts: Verdicts) -> None:
+        buckets = self._p_values.local(model)
+        scores = verdicts.scores
         p_values = scores.p_value if scores.all_finite else scores.p_value[scores.usable]
-        if len(p_values) <= FEW:
+        last = len(P_VALUE_BOUNDS) - 1
+        if len(p_values) <= MAX_LOOP_ROWS:
             for p_value in p_values.tolist():
-                numbers[min(bisect_left(_TOLERANT, p_value), len(P_BOUNDS) - 1)] += 1.0
-                numbers[-1] += p_value
+                buckets[min(bisect_left(_TOLERANT_BOUNDS, p_value), last)] += 1.0
+                buckets[-1] += p_value
             return
-        places = np.searchsorted(_EDGES, p_values).clip(max=len(P_BOUNDS) - 1)
+        places = np.searchsorted(_TOLERANT_BOUNDS_ARRAY, p_values).clip(max=last)
         for place, count in enumerate(np.bincount(places).tolist()):
             if count:
-                numbers[place] += count
-        numbers[-1] += float(p_values.sum())
+                buckets[place] += count
+        buckets[-1] += float(p_values.sum())
 
-    def _follow(self, who: Who, verdicts: Verdicts) -> None:
-        """Follow each group's mean severity, in the order of its rows' times."""
-        severities, input_rows = verdicts.scores.severity.tolist(), verdicts.input_rows
-        rows = (
-            range(len(severities)) if input_rows.time is None else np.argsort(input_rows.time, kind="stable").tolist()
-        )
-        found: dict[str, list[float]] = {}
-        if input_rows.group is None:
-            found[""] = severities if input_rows.time is None else [severities[row] for row in rows]
+    def _count_alarms(self, model: ModelLabels, verdicts: Verdicts) -> None:
+        """Update each group's mean severity, in the order of its rows' times, and count the rows where it exceeds 1."""
+        severities = verdicts.scores.severity.tolist()
+        time, groups = verdicts.input_rows.time, verdicts.input_rows.group
+        order = range(len(severities)) if time is None else np.argsort(time, kind="stable").tolist()
+        severities_by_group: dict[str, list[float]] = {}
+        if groups is None:
+            severities_by_group[""] = severities if time is None else [severities[row] for row in order]
         else:
-            for row in rows:
-                found.setdefault(input_rows.group[row] or "", []).append(severities[row])
-        for name, values in found.items():
-            group, mean = self._followed(who, name)
-            if alarms := mean.count_above_one(values):
-                self.alarms.add((*who, group), alarms)
+            for row in order:
+                severities_by_group.setdefault(groups[row] or "", []).append(severities[row])
+        for name, group_severities in severities_by_group.items():
+            group = self._limited(model, "group", name)
+            if alarms := self._mean(model, group).count_above_one(group_severities):
+                self.alarms.add((*model, group), alarms)
 
-    def _followed(self, who: Who, name: str) -> tuple[str, RunningMean]:
-        group = self._bounded(*who, "group", name)
-        mean = self._means.get((who, group))
+    def _mean(self, model: ModelLabels, group: str) -> RunningMean:
+        mean = self._means.get((model, group))
         if mean is None:
-            mean = self._means[who, group] = RunningMean(self._half_life)
-        return group, mean
+            mean = self._means[model, group] = RunningMean(self._half_life)
+        return mean
 
-    def _blame(self, served: ServedModel, verdicts: Verdicts) -> None:
-        """Count anomalies by group, and by the feature that contributed most."""
-        who, rows = served.who, [row for row, flag in enumerate(verdicts.is_anomaly) if flag]
+    def _count_anomalies(self, served: ServedModel, verdicts: Verdicts) -> None:
+        """Count the flagged rows by group, and by the feature that contributed most."""
+        model = served.who
+        rows = [row for row, flag in enumerate(verdicts.is_anomaly) if flag]
         groups = verdicts.input_rows.group
-        ill = Tally(groups[row] for row in rows) if groups else {None: len(rows)}
-        for name, count in ill.items():
-            self._anomalies.add((*who, self._bounded(*who, "group", name or "")), count)
-        causes = verdicts.scores.contribution[rows].argmax(axis=1)
-        for column, count in Tally(causes.tolist()).items():
-            self.causes.add((*who, self._bounded(*who, "feature", served.row_schema.names[column])), count)
+        rows_by_group = Tally(groups[row] for row in rows) if groups else {None: len(rows)}
+        for name, count in rows_by_group.items():
+            self._anomalies.add((*model, self._limited(model, "group", name or "")), count)
+        columns = verdicts.scores.contribution[rows].argmax(axis=1)
+        for column, count in Tally(columns.tolist()).items():
+            feature = self._limited(model, "feature", served.row_schema.names[column])
+            self.causes.add((*model, feature), count)
 
-    def _bounded(self, model: str, version: str, kind: str, value: str) -> str:
-        """`value`, or OTHER if that many others are known already: labels that senders choose must not fill memory."""
-        known = self._labels.setdefault((model, version, kind), set())
+    def _limited(self, model: ModelLabels, label: str, value: str) -> str:
+        """Return `value`, or OTHER if the label has MAX_LABELS values already: clients choose the values of labels."""
+        known = self._known_values.setdefault((*model, label), set())
         if value in known:
             return value
-        if len(known) >= MOST_LABELS:
+        if len(known) >= MAX_LABELS:
             return OTHER
         known.add(value)
         return value
 
-    def look_for_drift(self, catalogue: Catalogue) -> None:
-        """Update the gauges of drift from the sums of all processes. For one of them to call, now and then."""
-        for who, (*counts, _, _) in self._p_values.sums().items():
-            served = catalogue.models.get(who[0], {}).get(int(who[1]))
+    def update_drift(self, catalogue: Catalogue) -> None:
+        """Update the drift gauges from the p-values of all processes. Only the leader may call it."""
+        for (name, version), (*buckets, _, _) in self._p_values.sums().items():
+            served = catalogue.models.get(name, {}).get(int(version))
             if served is None:
                 continue
-            key: Who = (who[0], who[1])
-            if key not in self._drifts:
-                self._drifts[key] = Drift(P_BOUNDS, served.manifest.calibration.rows)
-                self._drifts[key].look([0.0] * len(P_BOUNDS))
-            drift = self._drifts[key]
-            drift.look(counts)
-            self._evidence.mine(key)[0] = drift.evidence
-            self._stale.mine(key)[0] = float(drift.alarm)
+            model = name, version
+            detector = self._detectors.get(model)
+            if detector is None:
+                detector = DriftDetector(P_VALUE_BOUNDS, served.manifest.calibration.rows)
+                detector.update([0.0] * len(P_VALUE_BOUNDS))
+                self._detectors[model] = detector
+            detector.update(buckets)
+            self._evidence.local(model)[0] = detector.evidence
+            self._stale.local(model)[0] = float(detector.alarm)
 
-    def tell_of_alerts(self, active: Iterable[tuple[str, str]], waiting: int, outcomes: Mapping[str, int]) -> None:
-        """Count the alerts that last, by (model, group), those that wait, and what has become of the others."""
-        lasting = Tally(model for model, _ in active)
-        for model in {*lasting, *(labels[0] for labels in self._alerts.sums())}:
-            self._alerts.mine((model,))[0] = float(lasting[model])
-        self._unsent.mine(())[0] = float(waiting)
+    def update_alerts(self, active: Iterable[tuple[str, str]], pending: int, outcomes: Mapping[str, int]) -> None:
+        """Update the metrics of alerts. Only the leader may call it.
+
+        Args:
+            active: model and group of each alert that is not resolved.
+            pending: alerts not yet delivered.
+            outcomes: alerts sent, refused and retried since the start.
+        """
+        active_per_model = Tally(model for model, _ in active)
+        for model in {*active_per_model, *(labels[0] for labels in self._alerts.sums())}:
+            self._alerts.local((model,))[0] = float(active_per_model[model])
+        self._undelivered.local(())[0] = float(pending)
         for outcome, count in dict(outcomes).items():
-            self._pushes.add((outcome,), count - self._told[outcome])
-            self._told[outcome] = count
+            self._pushes.add((outcome,), count - self._counted_pushes[outcome])
+            self._counted_pushes[outcome] = count
 
     def metrics(self) -> Iterator[Metric]:
-        """For Prometheus."""
+        """Yield every metric of this class."""
         families = (
             self._scored, self._anomalies, self.alarms, self.causes, self._failed, self._unknown, self._missing,
             self._p_values, self._evidence, self._stale, self._samples,
-            self._waiting, self._alerts, self._unsent, self._pushes,
+            self._waiting, self._alerts, self._undelivered, self._pushes,
         )  # fmt: skip
         for family in families:
             yield family.metric()

@@ -1,4 +1,4 @@
-"""What one process does for all, every second: it looks for drift in their p-values, and for groups to alert about."""
+"""Drift detection and alerts, once per second, in one process on behalf of all."""
 
 import asyncio
 import time
@@ -6,49 +6,51 @@ import time
 from service.inference.registry import ModelRegistry
 from service.monitoring.alerts import AlertSender, AlertState
 from service.monitoring.metrics import Metrics
-from service.monitoring.periodic import Periodic
+from service.monitoring.periodic import PeriodicTask
 from service.settings import Settings
 
-SECONDS = 1.0  # between two looks
+UPDATE_SECONDS = 1.0
 
 
 class BackgroundMonitor:
-    """Runs from `start` to `close`.
+    """Updates the drift gauges and sends alerts, from `start` to `close`. Only the leader process does anything.
 
     Args:
-        settings: where Alertmanager is, and when alerts end.
-        metrics: what is counted, of all processes; nothing happens here unless this one leads.
-        registry: of the models.
+        settings: has the URL of Alertmanager and the time after which an alert is resolved.
+        metrics: the counts of all processes.
+        registry: the models whose drift is watched.
     """
 
     def __init__(self, settings: Settings, metrics: Metrics, registry: ModelRegistry) -> None:
-        self._telemetry, self._repository = metrics, registry
-        self._deciding = AlertState(settings.alert_calm_seconds)
-        self._sender = AlertSender(settings.alertmanager_url) if settings.alertmanager_url and metrics.leads else None
-        self._looking = Periodic(self._look, SECONDS, "a look at the counts failed")
+        self._metrics = metrics
+        self._registry = registry
+        self._alerts = AlertState(settings.alert_calm_seconds)
+        sends = settings.alertmanager_url and metrics.is_leader
+        self._sender = AlertSender(settings.alertmanager_url) if sends else None
+        failure = "failed to update drift and alerts"
+        self._task = PeriodicTask(self._update, UPDATE_SECONDS, failure, final=self._update)
 
     async def start(self) -> None:
-        """Look, and look again and again."""
-        if not self._telemetry.leads:
+        """Take the counts so far as the baseline, then update once per second."""
+        if not self._metrics.is_leader:
             return
         if self._sender:
             self._sender.start()
-        await self._look()
-        self._looking.start()
+        await self._update()
+        self._task.start()
 
     async def close(self) -> None:
-        """Look once more, and tell what is to be told."""
-        if not self._telemetry.leads:
+        """Update a last time and try to send the alerts that are left."""
+        if not self._metrics.is_leader:
             return
-        await self._looking.close()
-        await self._look()
+        await self._task.close()
         if self._sender:
             await asyncio.to_thread(self._sender.close)
 
-    async def _look(self) -> None:
-        judged = self._telemetry.judged
-        judged.look_for_drift(self._repository.catalogue)
+    async def _update(self) -> None:
+        anomalies = self._metrics.anomalies
+        anomalies.update_drift(self._registry.catalogue)
         if self._sender:
-            due = self._deciding.look(time.time(), judged.alarms.sums(), judged.causes.sums())
-            self._sender.put(due)
-            judged.tell_of_alerts(self._deciding.active, self._sender.waiting, self._sender.outcomes)
+            due = self._alerts.update(time.time(), anomalies.alarms.sums(), anomalies.causes.sums())
+            self._sender.enqueue(due)
+            anomalies.update_alerts(self._alerts.active, self._sender.pending, self._sender.outcomes)

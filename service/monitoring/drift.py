@@ -1,95 +1,127 @@
-"""Whether live p-values still are those of rows like the calibration rows: a test martingale on their counts.
+"""Drift detection: a test martingale on the counts of p-values per bin.
 
-Under the hypothesis that live rows are exchangeable with the n calibration rows, the calibration scores cut the line
-into n + 1 cells of which no live score prefers any: each falls into a cell of k earlier live scores with probability
-(k + 1) / (n + 1 + t), t the number of all (Polya's urn; Vovk, Gammerman & Shafer, "Algorithmic learning in a random
-world", 2005, prop. 2.4). So the counts of p-values in bins of c_1 ... c_B cells have the Dirichlet-multinomial law with
-these c exactly: discreteness and the calibration's finite size are in it, and however long a healthy model is watched,
-the accidents of its calibration rows are never taken for drift.
+The hypothesis is that live rows are exchangeable with the n calibration rows. The calibration scores then cut the line
+into n + 1 cells. Live row t + 1 falls into a cell that holds k of the t earlier live rows with probability
+(k + 1) / (n + 1 + t). This is Polya's urn (Vovk, Gammerman & Shafer, "Algorithmic learning in a random world", 2005,
+proposition 2.4).
 
-Against it bets the same law with far fewer cells, which learns the live distribution quickly. The ratio of the two
-likelihoods is a martingale that starts at 1, so by Ville's inequality (1939) it exceeds 1/delta with probability delta
-at most, whenever one looks. It is a function of the counts alone: those of several processes may be added up.
+The counts of p-values in bins of c_1 ... c_B cells therefore follow the Dirichlet-multinomial distribution with exactly
+these parameters. It accounts for discrete p-values and for the finite calibration set: the chance deviations of the
+calibration rows never count as drift, however long a model is watched.
+
+The alternative is the same distribution with far fewer cells in total, which learns the live distribution quickly. The
+likelihood ratio of the two is a martingale that starts at 1, so by Ville's inequality (1939) the probability that it
+ever exceeds 1/delta is at most delta, however often it is evaluated. It depends on the counts alone, so the counts of
+several processes can be added up.
 """
 
 import math
 from collections.abc import Sequence
 
-LEARNED = 8.0  # cells' worth of prior belief that the bet has: the fewer, the faster it learns
-WINDOWS = (0.25, 1.0, 4.0)  # lengths, in calibration sizes: short ones see what is sudden, long ones what is slight
-LEAST_WINDOW = 100  # rows
-ALARM = 3.0  # log10 of the evidence at which a model is called stale
+LEARNED_CELLS = 8.0  # total cells of the alternative: the fewer, the faster it learns
+WINDOWS = (0.25, 1.0, 4.0)  # window lengths in calibration set sizes: short for sudden drift, long for slight drift
+MIN_WINDOW_ROWS = 100
+ALARM = 3.0  # log10 of the evidence at which a model counts as stale
 
 
-def cells(bounds: Sequence[float], n: int) -> list[int]:
-    """How many of the p-values 1/(n+1), 2/(n+1) ... 1 are in each bin up to `bounds`, ascending, the last of them 1."""
-    upto = [math.floor(bound * (n + 1) * (1 + 1e-6)) for bound in bounds]
-    return [high - low for low, high in zip([0, *upto], upto, strict=False)]
+def cells_per_bin(bounds: Sequence[float], n: int) -> list[int]:
+    """Return how many of the possible p-values 1/(n+1), 2/(n+1) ... 1 fall into each bin.
+
+    Args:
+        bounds: upper bounds of the bins, ascending; the last one is 1.
+        n: calibration rows.
+    """
+    cumulative = [math.floor(bound * (n + 1) * (1 + 1e-6)) for bound in bounds]
+    return [high - low for low, high in zip([0, *cumulative], cumulative, strict=False)]
 
 
 def log10_evidence(counts: Sequence[float], cells: Sequence[int]) -> float:
-    """log10 of the martingale for p-values of which `counts` fell into bins of `cells`; empty bins are left out."""
-    total = sum(cells)
+    """Return log10 of the martingale.
+
+    Args:
+        counts: live p-values per bin.
+        cells: cells per bin; bins without cells are ignored.
+    """
+    total_cells = sum(cells)
     pairs = [(count, cell) for count, cell in zip(counts, cells, strict=True) if cell]
     rows = sum(count for count, _ in pairs)
-    bet = sum(_rising(count, LEARNED * cell / total) for count, cell in pairs) - _rising(rows, LEARNED)
-    null = sum(_rising(count, cell) for count, cell in pairs) - _rising(rows, total)
-    return (bet - null) / math.log(10)
+    alternative = sum(_log_rising_factorial(LEARNED_CELLS * cell / total_cells, count) for count, cell in pairs)
+    alternative -= _log_rising_factorial(LEARNED_CELLS, rows)
+    null = sum(_log_rising_factorial(cell, count) for count, cell in pairs)
+    null -= _log_rising_factorial(total_cells, rows)
+    return (alternative - null) / math.log(10)
 
 
-def _rising(count: float, start: float) -> float:
-    """log of start (start + 1) ... (start + count - 1)."""
+def _log_rising_factorial(start: float, count: float) -> float:
+    """Return log of start (start + 1) ... (start + count - 1)."""
     return math.lgamma(start + count) - math.lgamma(start)
 
 
 class _Window:
-    """The rows since a moment, up to `length` of them, and whether they, or those of the one before, told of drift.
+    """Evidence over up to `length` rows; a full window is followed by an empty one.
 
-    handicap: log10 by which its evidence counts less: windows that are often begun would else err more often.
+    Args:
+        length: rows.
+        penalty: subtracted from log10 of the evidence, because short windows start more often and would otherwise raise
+            more false alarms.
     """
 
-    def __init__(self, length: float, handicap: float) -> None:
-        self.length, self.handicap = length, handicap
-        self.start: list[float] | None = None
-        self.alarms = [False, False]  # before, now
+    def __init__(self, length: float, penalty: float) -> None:
+        self._length = length
+        self._penalty = penalty
+        self._start: list[float] | None = None  # totals at the start of the window
+        self._alarm = False
+        self._alarm_before = False  # of the window before
 
-    def look(self, totals: Sequence[float], cells: Sequence[int]) -> float:
-        """log10 of the evidence after `totals` rows in each bin, handicapped."""
-        start = self.start = self.start or list(totals)
-        counts = [now - then for now, then in zip(totals, start, strict=True)]
-        evidence = log10_evidence(counts, cells) - self.handicap
-        self.alarms[1] |= evidence >= ALARM
-        if sum(counts) >= self.length:
-            self.start, self.alarms = list(totals), [self.alarms[1], False]
+    @property
+    def alarm(self) -> bool:
+        """Whether this window or the one before it has reached ALARM."""
+        return self._alarm or self._alarm_before
+
+    def update(self, totals: Sequence[float], cells: Sequence[int]) -> float:
+        """Return log10 of the evidence, with the penalty; `totals` are the p-values per bin since the start of time."""
+        if self._start is None:
+            self._start = list(totals)
+        counts = [now - then for now, then in zip(totals, self._start, strict=True)]
+        evidence = log10_evidence(counts, cells) - self._penalty
+        self._alarm = self._alarm or evidence >= ALARM
+        if sum(counts) >= self._length:
+            self._start = list(totals)
+            self._alarm_before = self._alarm
+            self._alarm = False
         return evidence
 
 
-class Drift:
-    """Watches one model's p-values.
+class DriftDetector:
+    """Watches the p-values of one model. `evidence` is the largest log10 evidence of its windows.
 
-    The expected number of false alarms is at most 10^-ALARM in the rows of the longest window, 4 calibration sizes:
-    a window of length W begins anew after W rows and errs with probability w 10^-ALARM, where the shares w of all
-    windows of one length in the longest add up to 1 / len(WINDOWS). It holds for live rows that are exchangeable with
-    the calibration rows: rows of one host a second apart are less different than that, and alarm more readily.
+    The expected number of false alarms is at most 10^-ALARM per 4 calibration set sizes of rows, the longest window. A
+    window whose share of the longest one is w raises a false alarm with probability at most w 10^-ALARM / len(WINDOWS),
+    and 1 / w windows of that length fit into the longest one. This assumes that live rows are exchangeable with the
+    calibration rows. Rows of one host that are a second apart are more alike than that and raise more false alarms.
 
     Args:
-        bounds: of the bins.
+        bounds: upper bounds of the bins.
         n: calibration rows.
     """
 
     def __init__(self, bounds: Sequence[float], n: int) -> None:
-        self._cells = cells(bounds, n)
+        self._cells = cells_per_bin(bounds, n)
         longest = max(WINDOWS)
         self._windows = [
-            _Window(max(LEAST_WINDOW, share * (n + 1)), math.log10(len(WINDOWS) * longest / share)) for share in WINDOWS
+            _Window(
+                length=max(MIN_WINDOW_ROWS, size * (n + 1)),
+                penalty=math.log10(len(WINDOWS) * longest / size),
+            )
+            for size in WINDOWS
         ]
         self.evidence = 0.0
 
-    def look(self, totals: Sequence[float]) -> None:
-        """Take in how many rows have fallen into each bin by now, since whenever."""
-        self.evidence = max(window.look(totals, self._cells) for window in self._windows)
+    def update(self, totals: Sequence[float]) -> None:
+        """Update the evidence; `totals` are the p-values counted so far in each bin. The first call is the baseline."""
+        self.evidence = max(window.update(totals, self._cells) for window in self._windows)
 
     @property
     def alarm(self) -> bool:
-        """Whether a window that lasts, or the one before it, has told of drift."""
-        return any(any(window.alarms) for window in self._windows)
+        """Whether any window, or the one before it, has reached ALARM: the model is stale."""
+        return any(window.alarm for window in self._windows)

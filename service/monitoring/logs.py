@@ -1,4 +1,4 @@
-"""Log lines on standard output: one JSON object each, or text for a person."""
+"""The log on standard output: one JSON object per line, or text for people."""
 
 import asyncio
 import logging
@@ -6,88 +6,113 @@ import os
 import select
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from time import perf_counter, time
 from typing import Any
 
 import orjson
 
-from service.monitoring.timings import RequestRecord
+from service.monitoring.request_record import RequestRecord
 
-ACCESS = "elbo.access"
-TOGETHER = 32  # requests that are put into words in one go
-GATHER_SECONDS = 0.05  # in which their lines are gathered, to be written together
-MOST_LINES = 20_000  # that wait for a reader of standard output who does not read; more are counted, not kept
-LOST = "lines of requests were lost: they could not be written"
 LOGGERS = ("elbo", "uvicorn.error", "py.warnings")
+ACCESS_LOGGER = "elbo.access"
+FORMAT_BATCH = 32  # access records that are formatted together
+FLUSH_SECONDS = 0.05  # access lines are collected for so long and written together
+MAX_PENDING_LINES = 20_000  # access lines kept for a slow reader of standard output; further ones are only counted
+LOST_LINES = "access log lines were lost because standard output was blocked or failed; check its reader and the disk"
+
+
+def format_line(
+    log_format: str, seconds: float, level: str, logger: str, message: str, fields: Mapping[str, Any]
+) -> bytes:
+    """Return one log line, with its newline.
+
+    Args:
+        log_format: "json" for one JSON object, or "text" for time, level, message and the fields as key=value.
+        seconds: Unix time.
+        level: in upper case.
+        logger: name of the logger; left out of text.
+        message: what happened.
+        fields: names and values that belong to the message.
+    """
+    moment = datetime.fromtimestamp(seconds, UTC)
+    if log_format == "text":
+        pairs = "".join([f" {key}={value}" for key, value in fields.items()])
+        return f"{moment.isoformat(sep=' ', timespec='milliseconds')} {level:7} {message}{pairs}\n".encode()
+    line = {
+        "ts": moment.isoformat(timespec="milliseconds"),
+        "level": level.lower(),
+        "logger": logger,
+        "message": message,
+        **fields,
+    }
+    return orjson.dumps(line, default=str, option=orjson.OPT_APPEND_NEWLINE)
 
 
 class AccessLog:
-    """A line for each request, written by another thread: no request waits for a slow reader.
+    """One line per request, written by another thread, so that no request waits for a slow reader.
 
-    Several are put into words in a row, off the way of each.
+    Lines are formatted in batches, after the responses have been sent.
 
     Args:
-        form: "json" or "text".
+        log_format: "json" or "text".
         enabled: whether anything is written.
-        write: takes whole lines, in that thread.
+        write: writes complete lines; runs in that thread.
     """
 
-    def __init__(self, form: str, enabled: bool, write: Callable[[bytes], object] | None = None) -> None:
-        self._as_text = form == "text"
+    def __init__(self, log_format: str, enabled: bool, write: Callable[[bytes], object] | None = None) -> None:
+        self._log_format = log_format
         self._enabled = enabled
-        self._write = write or _to_standard_output
-        self._over: list[RequestRecord] = []
-        self._lines: list[bytes] = []
+        self._write = write or _write_to_standard_output
+        self._records: list[RequestRecord] = []  # not formatted yet
+        self._lines: list[bytes] = []  # not written yet
         self._lost = 0
         self._writer: asyncio.Task[None] | None = None
 
-    def tell(self, record: RequestRecord) -> None:
-        """Note that a request has been answered."""
+    def log(self, record: RequestRecord) -> None:
+        """Log a request that has ended."""
         if not self._enabled:
             return
-        self._over.append(record)
-        if len(self._over) >= TOGETHER:
-            self._put_into_words()
+        self._records.append(record)
+        if len(self._records) >= FORMAT_BATCH:
+            self._format_records()
         if self._writer is None:
-            self._writer = asyncio.get_running_loop().create_task(self._write_all())
+            self._writer = asyncio.get_running_loop().create_task(self._write_pending())
 
     async def close(self) -> None:
-        """Write what has been gathered."""
+        """Wait until everything is written."""
         if self._writer:
             await self._writer
 
-    async def _write_all(self) -> None:
-        while self._over or self._lines:
-            await asyncio.sleep(GATHER_SECONDS)
-            self._put_into_words()
-            (lines, self._lines), lost = (self._lines, []), self._lost
-            notice = self._line(time(), LOST, {"lost": lost}) if lost else b""
+    async def _write_pending(self) -> None:
+        while self._records or self._lines:
+            await asyncio.sleep(FLUSH_SECONDS)
+            self._format_records()
+            lines, self._lines = self._lines, []
+            lost = self._lost
+            notice = b""
+            if lost:
+                notice = format_line(self._log_format, time(), "WARNING", ACCESS_LOGGER, LOST_LINES, {"lost": lost})
             try:
                 await asyncio.to_thread(self._write, b"".join([*lines, notice]))
                 self._lost -= lost
-            except OSError:  # the disk is full, or the reader has gone: serving goes on, and so do lines when they can
+            except OSError:  # the disk is full or the reader has gone: keep serving, and try again with the next lines
                 self._lost += len(lines)
         self._writer = None
 
-    def _put_into_words(self) -> None:
-        over, self._over = self._over, []
-        room = MOST_LINES - len(self._lines)
-        self._lost += len(over[room:])
-        zero = time() - perf_counter()  # the clock of traces began
-        for record in over[:room]:
-            self._lines.append(self._line(zero + record.started + record.total, "request", _told(record)))
-
-    def _line(self, at: float, message: str, fields: dict[str, Any]) -> bytes:
-        moment = datetime.fromtimestamp(at, UTC)
-        if self._as_text:
-            return f"{moment.isoformat(sep=' ', timespec='milliseconds')} INFO    {message} {_pairs(fields)}\n".encode()
-        head = {"ts": moment.isoformat(timespec="milliseconds"), "level": "info", "logger": ACCESS, "message": message}
-        return orjson.dumps(head | fields, option=orjson.OPT_APPEND_NEWLINE)
+    def _format_records(self) -> None:
+        records, self._records = self._records, []
+        room = MAX_PENDING_LINES - len(self._lines)
+        self._lost += len(records[room:])
+        clock_offset = time() - perf_counter()  # from the clock of the records to Unix time
+        for record in records[:room]:
+            ended = clock_offset + record.started + record.total
+            fields = _access_fields(record)
+            self._lines.append(format_line(self._log_format, ended, "INFO", ACCESS_LOGGER, "request", fields))
 
 
-def _told(record: RequestRecord) -> dict[str, Any]:
+def _access_fields(record: RequestRecord) -> dict[str, Any]:
     fields = {
         "request_id": record.request_id,
         "method": record.method,
@@ -106,57 +131,57 @@ def _told(record: RequestRecord) -> dict[str, Any]:
     return fields
 
 
-def _to_standard_output(lines: bytes) -> None:
-    """Write whole lines. Other workers write there too: a file keeps their writes apart, a pipe only short ones."""
+def _write_to_standard_output(lines: bytes) -> None:
+    """Write complete lines so that they do not mix with those of other workers.
+
+    Appending to a regular file is atomic at any size; writing to a pipe only up to PIPE_BUF bytes.
+    """
     output = sys.stdout.fileno()
-    most = len(lines) if stat.S_ISREG(os.fstat(output).st_mode) else select.PIPE_BUF
+    is_file = stat.S_ISREG(os.fstat(output).st_mode)
+    max_bytes = len(lines) if is_file else select.PIPE_BUF
     start = 0
     while start < len(lines):
         end = len(lines)
-        if end - start > most:
-            end = lines.rfind(b"\n", start, start + most) + 1 or lines.index(b"\n", start) + 1
+        if end - start > max_bytes:  # end with the last line that fits, or with a line that is too long to fit
+            end = lines.rfind(b"\n", start, start + max_bytes) + 1 or lines.index(b"\n", start) + 1
         start += os.write(output, lines[start:end])
 
 
-def _pairs(fields: dict[str, Any]) -> str:
-    return " ".join([f"{key}={value}" for key, value in fields.items()])
+class Formatter(logging.Formatter):
+    """Formats the records of `logging` like those of `AccessLog`. The attribute `fields` of a record is included.
 
+    Args:
+        log_format: "json" or "text".
+    """
 
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line; what a record carries as `fields` stands beside the message."""
+    def __init__(self, log_format: str) -> None:
+        super().__init__()
+        self._log_format = log_format
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
-        line: dict[str, Any] = {
-            "ts": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return orjson.dumps(line, default=str).decode()
+        """Return the line, without the newline; in text, a traceback follows on further lines."""
+        fields = dict(getattr(record, "fields", {}))
+        traceback = self.formatException(record.exc_info) if record.exc_info else ""
+        if traceback and self._log_format == "json":
+            fields["exception"] = traceback
+        message = record.getMessage()
+        encoded = format_line(self._log_format, record.created, record.levelname, record.name, message, fields)
+        line = encoded.decode().removesuffix("\n")  # the handler appends it
+        return f"{line}\n{traceback}" if traceback and self._log_format == "text" else line
 
 
-class TextFormatter(logging.Formatter):
-    """Time, level, message, and the `fields` as key=value."""
+def configure(level: str, log_format: str) -> None:
+    """Send the log of this process to standard output.
 
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)-7s %(message)s")
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        """The line without its traceback."""
-        fields = getattr(record, "fields", {})
-        return f"{super().formatMessage(record)} {_pairs(fields)}".rstrip()
-
-
-def configure(level: str, form: str) -> None:
-    """Send this process's log lines to standard output."""
+    Args:
+        level: as ELBO_LOG_LEVEL.
+        log_format: "json" or "text".
+    """
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+    handler.setFormatter(Formatter(log_format))
     logging.captureWarnings(True)
     for name in LOGGERS:
         logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
+        logger.handlers = [handler]
+        logger.propagate = False
         logger.setLevel(level.upper())

@@ -1,4 +1,4 @@
-"""Metric types: each process counts into its own segment of `SharedCounters`; Prometheus reads the sum."""
+"""Metric types: each process counts into its own segment of `SharedCounters`; Prometheus reads the sums."""
 
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -10,84 +10,97 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from service.shared_memory import SharedCounters
 
 Labels = tuple[str, ...]
-Numbers: TypeAlias = "memoryview[float]"
+# The numbers of one label set. Quoted, because memoryview is not generic before Python 3.14.
+Values: TypeAlias = "memoryview[float]"
 
 
-def observe(numbers: Numbers, bounds: tuple[float, ...], value: float) -> None:
-    """Count one value in the numbers of a `Histogram` with these bounds."""
-    numbers[bisect_left(bounds, value)] += 1.0
-    numbers[-1] += value
+def observe(values: Values, bounds: tuple[float, ...], value: float) -> None:
+    """Count one value in the buckets of a `Histogram` with these bounds."""
+    values[bisect_left(bounds, value)] += 1.0
+    values[-1] += value
 
 
 class Family:
-    """A metric by the values of its labels, of `size` numbers each."""
+    """A metric: `size` numbers per label set and process."""
 
     def __init__(
-        self, counts: SharedCounters, name: str, about: str, labels: Labels = (), size: int = 1, passing: bool = False
+        self,
+        counters: SharedCounters,
+        name: str,
+        help_text: str,
+        labels: Labels = (),
+        size: int = 1,
+        transient: bool = False,
     ) -> None:
-        self.name, self.about, self.labels = name, about, labels
-        self._counts, self._size, self._passing = counts, size, passing
-        self._mine: dict[Labels, Numbers] = {}
+        self.name = name
+        self.help_text = help_text
+        self.labels = labels
+        self._counters = counters
+        self._size = size
+        self._transient = transient
+        self._local: dict[Labels, Values] = {}
         if not labels:
-            self.mine(())  # there is but one: told from the beginning, as zero
+            self.local(())  # exported as 0 from start-up
 
-    def mine(self, labels: Labels) -> Numbers:
-        """The numbers of this process: assigning to them is counting."""
-        numbers = self._mine.get(labels)
-        if numbers is None:
-            numbers = self._mine[labels] = self._counts.mine.numbers((self.name, *labels), self._size, self._passing)
-        return numbers
+    def local(self, labels: Labels) -> Values:
+        """Return the numbers of this process for one label set. To count, write to them."""
+        values = self._local.get(labels)
+        if values is None:
+            key = (self.name, *labels)
+            values = self._local[labels] = self._counters.local.array(key, self._size, self._transient)
+        return values
 
     def sums(self) -> dict[Labels, list[float]]:
-        """The numbers of all processes together, by labels."""
-        return self._counts.sums(self.name)
+        """Return the numbers per label set, summed over all processes."""
+        return self._counters.sums(self.name)
 
 
 class Counter(Family):
-    """What only grows."""
+    """A number that only grows."""
 
-    def add(self, labels: Labels, by: float = 1.0) -> None:
-        """Count `by` more."""
-        self.mine(labels)[0] += by
+    def add(self, labels: Labels, amount: float = 1.0) -> None:
+        """Increase the counter of one label set."""
+        self.local(labels)[0] += amount
 
     def metric(self) -> Metric:
-        """For Prometheus."""
-        family = CounterMetricFamily(self.name, self.about, labels=self.labels)
+        """Return the counter for Prometheus."""
+        family = CounterMetricFamily(self.name, self.help_text, labels=self.labels)
         for labels, (count,) in self.sums().items():
             family.add_metric(labels, count)
         return family
 
 
 class Gauge(Family):
-    """What rises and falls, and of which a process takes its share along when it ends. All processes' add up."""
+    """A number that rises and falls. The exported value is the sum over the processes that run."""
 
-    def __init__(self, counts: SharedCounters, name: str, about: str, labels: Labels = ()) -> None:
-        super().__init__(counts, name, about, labels, passing=True)
+    def __init__(self, counters: SharedCounters, name: str, help_text: str, labels: Labels = ()) -> None:
+        super().__init__(counters, name, help_text, labels, transient=True)
 
     def metric(self) -> Metric:
-        """For Prometheus."""
-        family = GaugeMetricFamily(self.name, self.about, labels=self.labels)
+        """Return the gauge for Prometheus."""
+        family = GaugeMetricFamily(self.name, self.help_text, labels=self.labels)
         for labels, (value,) in self.sums().items():
             family.add_metric(labels, value)
         return family
 
 
 class Histogram(Family):
-    """How many values are up to each of `bounds`, ascending, and above all; and their sum."""
+    """Counts of values per bucket, and their sum. `bounds` are the upper bounds of the buckets, ascending."""
 
     def __init__(
-        self, counts: SharedCounters, name: str, about: str, labels: Labels, bounds: tuple[float, ...]
+        self, counters: SharedCounters, name: str, help_text: str, labels: Labels, bounds: tuple[float, ...]
     ) -> None:
-        super().__init__(counts, name, about, labels, len(bounds) + 2)
+        buckets = len(bounds) + 1  # the last one has no upper bound
+        super().__init__(counters, name, help_text, labels, size=buckets + 1)
         self.bounds = bounds
 
     def observe(self, labels: Labels, value: float) -> None:
         """Count one value."""
-        observe(self.mine(labels), self.bounds, value)
+        observe(self.local(labels), self.bounds, value)
 
     def metric(self) -> Metric:
-        """For Prometheus."""
-        family = HistogramMetricFamily(self.name, self.about, labels=self.labels)
+        """Return the histogram for Prometheus."""
+        family = HistogramMetricFamily(self.name, self.help_text, labels=self.labels)
         for labels, (*counts, total) in self.sums().items():
             family.add_metric(labels, list(self._buckets(counts)), total)
         return family

@@ -1,14 +1,13 @@
-"""What the service counts, in a registry of the app's own that Prometheus scrapes.
+"""The metrics of the service, in a registry that belongs to the app.
 
-Where several processes serve, each counts into memory that all can read, and whichever is asked tells the sum. To add
-a metric, make a `Counter`, `Gauge` or `Histogram` in `Metrics.__init__`, and yield its
-`metric()` in `collect`: it is summed over the processes, and goes on where a process that was killed left off.
+To add a metric, create a `Counter`, `Gauge` or `Histogram` in `Metrics.__init__` and yield its `metric()` in `collect`:
 
-    self._alarms = Counter(counts, "elbo_alarms", "Rows called anomalous", ("model", "version"))
-    self._alarms.add(("vae", "3"), by=2)    # one increment; from the event loop's thread
-    self._alarms.sums()                     # {("vae", "3"): [17.0]}, of all processes: for what is derived from it
+    self._alarms = Counter(counters, "elbo_alarms", "Rows flagged as anomalous", ("model", "version"))
+    self._alarms.add(("vae", "3"), amount=2)  # call it in the event loop's thread
+    self._alarms.sums()  # {("vae", "3"): [17.0]}, summed over all processes
 
-What is no sum, such as which models are loaded or a figure derived from `sums()`, `collect` makes itself.
+It is then exported as the sum over all processes, whichever of them Prometheus scrapes, and the replacement of a killed
+process continues the count. Metrics that are not sums, such as which models are loaded, are built in `collect`.
 """
 
 from collections.abc import Iterator
@@ -21,82 +20,106 @@ from prometheus_client.registry import Collector
 
 from service.inference.registry import Catalogue
 from service.monitoring.anomaly_metrics import AnomalyMetrics
-from service.monitoring.metric_types import Counter, Gauge, Histogram, Labels, Numbers, observe
-from service.monitoring.timings import RequestRecord
+from service.monitoring.metric_types import Counter, Gauge, Histogram, Labels, Values, observe
+from service.monitoring.request_record import RequestRecord
 from service.shared_memory import RESTARTS, SharedCounters
 
-LATENCIES = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
-OUTCOMES = {429: "shed", 499: "abandoned", 503: "shed", 504: "shed"}  # of what else there is, the first digit decides
-_BY_FIRST_DIGIT = {2: "ok", 4: "refused", 5: "failed"}
-WHO = ("endpoint", "model", "version")
-BY = (*WHO, "outcome")
+LATENCY_BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # seconds
+ROW_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+ENDPOINT_LABELS = ("endpoint", "model", "version")
+LATENCY_LABELS = (*ENDPOINT_LABELS, "outcome")
+_OUTCOME_BY_STATUS = {429: "shed", 499: "abandoned", 503: "shed", 504: "shed"}
+_OUTCOME_BY_FIRST_DIGIT = {2: "ok", 4: "refused", 5: "failed"}
 
 
 @dataclass(frozen=True, slots=True)
-class _Alike:
-    """The numbers of requests that are the same in all that metrics tell of them; `computed` of those with rows."""
+class _RequestMetrics:
+    """Metric handles of the requests with the same labels, so that a request does not look up each one."""
 
-    who: Labels
-    requests: Numbers
-    total: Numbers
-    computed: tuple[Numbers, Numbers, Numbers] | None  # rows, queue, compute
+    endpoint_labels: Labels
+    requests: Values
+    total: Values
+    computed: tuple[Values, Values, Values] | None  # rows, queue, compute; None for requests without rows
 
 
 class Metrics(Collector):
-    """Counts what the service does. The event loop's thread alone writes.
+    """All metrics. Only the event loop's thread may count.
 
     Args:
-        counts: of this process and its siblings.
-        alert_half_life: rows, see `AnomalyMetrics`.
+        counters: the memory of this process and of those that serve beside it.
+        alert_half_life: rows; see `AnomalyMetrics`.
     """
 
-    def __init__(self, counts: SharedCounters, alert_half_life: float = 3.0) -> None:
+    def __init__(self, counters: SharedCounters, alert_half_life: float = 3.0) -> None:
+        self.is_leader = counters.is_leader
         self.registry = CollectorRegistry()
-        self._requests = Counter(counts, "elbo_requests", "Requests answered", (*WHO, "status"))
-        self._problems = Counter(counts, "elbo_problems", "Requests without an answer, by code", (*WHO, "code"))
-        self._rows = Counter(counts, "elbo_rows", "Rows in answered requests", WHO)
-        self._total = Histogram(
-            counts, "elbo_request_seconds", "From the request's head to the answer's end", BY, LATENCIES
+        self._requests = Counter(
+            counters, "elbo_requests", "Requests that have ended, by status code", (*ENDPOINT_LABELS, "status")
         )
-        self._queue = Histogram(counts, "elbo_queue_seconds", "Waiting for the model", BY, LATENCIES)
-        self._compute = Histogram(counts, "elbo_compute_seconds", "In the model, for the whole batch", BY, LATENCIES)
-        self._batches = Histogram(counts, "elbo_batch_rows", "Rows in one batch", ("operation",), ROWS)
-        self._pending_rows = Gauge(counts, "elbo_pending_rows", "Rows admitted and not yet answered")
-        self._pending_bytes = Gauge(counts, "elbo_pending_bytes", "Bytes of bodies that are held for requests")
-        self._restarts = Counter(counts, RESTARTS, "Worker processes that ended and were replaced")
-        self.pending_rows, self.pending_bytes = self._pending_rows.mine(()), self._pending_bytes.mine(())
-        self.leads = counts.leads
-        self.judged = AnomalyMetrics(counts, alert_half_life)
+        self._problems = Counter(
+            counters, "elbo_problems", "Requests that ended with an error, by error code", (*ENDPOINT_LABELS, "code")
+        )
+        self._rows = Counter(counters, "elbo_rows", "Rows in successful requests", ENDPOINT_LABELS)
+        self._total = Histogram(
+            counters,
+            "elbo_request_seconds",
+            "Time from the request head to the end of the response",
+            LATENCY_LABELS,
+            LATENCY_BOUNDS,
+        )
+        self._queue = Histogram(
+            counters, "elbo_queue_seconds", "Time in the queue for the model", LATENCY_LABELS, LATENCY_BOUNDS
+        )
+        self._compute = Histogram(
+            counters, "elbo_compute_seconds", "Time in the model, of the whole batch", LATENCY_LABELS, LATENCY_BOUNDS
+        )
+        self._batches = Histogram(counters, "elbo_batch_rows", "Rows per batch", ("operation",), ROW_BOUNDS)
+        self._pending_rows = Gauge(counters, "elbo_pending_rows", "Rows admitted and not yet answered")
+        self._pending_bytes = Gauge(counters, "elbo_pending_bytes", "Bytes of request bodies held in memory")
+        self._restarts = Counter(counters, RESTARTS, "Worker processes that ended unexpectedly and were replaced")
+        self.pending_rows = self._pending_rows.local(())
+        self.pending_bytes = self._pending_bytes.local(())
+        self.anomalies = AnomalyMetrics(counters, alert_half_life)
         self._catalogue = Catalogue()
-        self._alike = lru_cache(maxsize=4096)(self._numbers)
+        self._request_metrics = lru_cache(maxsize=4096)(self._find_request_metrics)
         self.registry.register(self)
 
     def count(self, record: RequestRecord) -> None:
-        """A request has been answered, or has lost its client."""
-        alike = self._alike(record.endpoint, record.model, record.version, record.status, record.rows > 0)
-        alike.requests[0] += 1.0
-        observe(alike.total, LATENCIES, record.total)
-        if alike.computed:
-            rows, queue, compute = alike.computed
+        """Count a request that has ended, also one whose client disconnected."""
+        metrics = self._request_metrics(record.endpoint, record.model, record.version, record.status, record.rows > 0)
+        metrics.requests[0] += 1.0
+        observe(metrics.total, LATENCY_BOUNDS, record.total)
+        if metrics.computed:
+            rows, queue, compute = metrics.computed
             rows[0] += record.rows if record.status == 200 else 0
-            observe(queue, LATENCIES, record.queue)
-            observe(compute, LATENCIES, record.compute)
+            observe(queue, LATENCY_BOUNDS, record.queue)
+            observe(compute, LATENCY_BOUNDS, record.compute)
         if record.problem:
-            self._problems.add((*alike.who, record.problem))
+            self._problems.add((*metrics.endpoint_labels, record.problem))
 
-    def _numbers(self, endpoint: str, model: str, version: int, status: int, computed: bool) -> "_Alike":
-        who = endpoint, model, str(version) if version else ""
-        by = (*who, OUTCOMES.get(status) or _BY_FIRST_DIGIT.get(status // 100, "abandoned"))
-        parts = (self._rows.mine(who), self._queue.mine(by), self._compute.mine(by)) if computed else None
-        return _Alike(who, self._requests.mine((*who, str(status))), self._total.mine(by), parts)
+    def _find_request_metrics(
+        self, endpoint: str, model: str, version: int, status: int, has_rows: bool
+    ) -> _RequestMetrics:
+        endpoint_labels = endpoint, model, str(version) if version else ""
+        outcome = _OUTCOME_BY_STATUS.get(status) or _OUTCOME_BY_FIRST_DIGIT.get(status // 100, "abandoned")
+        latency_labels = (*endpoint_labels, outcome)
+        computed = None
+        if has_rows:
+            rows = self._rows.local(endpoint_labels)
+            computed = rows, self._queue.local(latency_labels), self._compute.local(latency_labels)
+        return _RequestMetrics(
+            endpoint_labels,
+            requests=self._requests.local((*endpoint_labels, str(status))),
+            total=self._total.local(latency_labels),
+            computed=computed,
+        )
 
     def count_batch(self, operation: str, rows: int) -> None:
-        """A batch has been run."""
+        """Count a batch that has run."""
         self._batches.observe((operation,), rows)
 
     def collect(self) -> Iterator[Metric]:
-        """Every metric, each listed once."""
+        """Yield every metric."""
         yield self._requests.metric()
         yield self._problems.metric()
         yield self._rows.metric()
@@ -107,23 +130,25 @@ class Metrics(Collector):
         yield self._pending_rows.metric()
         yield self._pending_bytes.metric()
         yield self._restarts.metric()
-        yield from self.judged.metrics()
-        yield from _of_models(self._catalogue)
+        yield from self.anomalies.metrics()
+        yield from _model_metrics(self._catalogue)
 
     def exposition(self, catalogue: Catalogue) -> bytes:
-        """The text that Prometheus scrapes; the models are those that this process has loaded."""
+        """Return the text that Prometheus scrapes. `catalogue` holds the models that this process has loaded."""
         self._catalogue = catalogue
         return generate_latest(self.registry)
 
 
-def _of_models(catalogue: Catalogue) -> Iterator[Metric]:
-    loaded = [served for numbers in catalogue.models.values() for served in numbers.values()]
-    info = GaugeMetricFamily(
-        "elbo_model_info", "1 for each version that is loaded", labels=("model", "version", "kind")
+def _model_metrics(catalogue: Catalogue) -> Iterator[Metric]:
+    loaded = [served for versions in catalogue.models.values() for served in versions.values()]
+    labels = ("model", "version")
+    info = GaugeMetricFamily("elbo_model_info", "1 for each loaded model version", labels=(*labels, "kind"))
+    load = GaugeMetricFamily(
+        "elbo_model_load_seconds", "Time to load and verify the artifact and to choose the backend", labels=labels
     )
-    which = ("model", "version")
-    load = GaugeMetricFamily("elbo_model_load_seconds", "To load, verify and choose the backend", labels=which)
-    warm = GaugeMetricFamily("elbo_model_warm_seconds", "To run every operation at every size of batch", labels=which)
+    warm = GaugeMetricFamily(
+        "elbo_model_warm_seconds", "Time to warm up: every operation at every batch size", labels=labels
+    )
     for served in loaded:
         info.add_metric((served.name, str(served.version), served.manifest.kind), 1)
         load.add_metric((served.name, str(served.version)), served.load_seconds)
@@ -132,4 +157,4 @@ def _of_models(catalogue: Catalogue) -> Iterator[Metric]:
     yield load
     yield warm
     failures = len(catalogue.failures)
-    yield GaugeMetricFamily("elbo_model_load_failures", "Versions in the folder that cannot be served", failures)
+    yield GaugeMetricFamily("elbo_model_load_failures", "Model versions that failed to load", failures)

@@ -1,4 +1,4 @@
-"""Work that comes round again and again while the service runs."""
+"""A task that repeats while the service runs."""
 
 import asyncio
 import logging
@@ -8,37 +8,50 @@ from contextlib import suppress
 log = logging.getLogger("elbo.periodic")
 
 
-class Periodic:
-    """Does `work` from `start` to `close`. What it raises is logged, and its next turn comes all the same.
+class PeriodicTask:
+    """Runs `work` every `seconds` from `start` to `close`. An exception is logged, and the next run takes place.
 
     Args:
-        work: one turn.
-        seconds: between two turns.
-        failure: what the log says of a turn that failed.
+        work: one run.
+        seconds: pause before each run.
+        failure: log message for a run that raises.
+        final: runs once in `close`, after the last run of `work`.
     """
 
-    def __init__(self, work: Callable[[], Awaitable[object]], seconds: float, failure: str) -> None:
+    def __init__(
+        self,
+        work: Callable[[], Awaitable[object]],
+        seconds: float,
+        failure: str,
+        final: Callable[[], Awaitable[object]] | None = None,
+    ) -> None:
         self._work = work
         self._seconds = seconds
         self._failure = failure
-        self._turn = asyncio.Lock()
+        self._final = final
+        self._running = asyncio.Lock()
 
     def start(self) -> None:
-        """The first turn comes after `seconds`."""
-        self._task = asyncio.get_running_loop().create_task(self._run())
+        """Schedule the first run, `seconds` from now."""
+        self._task = asyncio.get_running_loop().create_task(self._repeat())
 
     async def close(self) -> None:
-        """End, after the turn that is under way: what it has begun with is not lost."""
-        async with self._turn:
+        """Wait for a run in progress to finish, so that it is not cut off; start no other; run `final`."""
+        async with self._running:
             self._task.cancel()
         with suppress(asyncio.CancelledError):
             await self._task
+        if self._final:
+            await self._run(self._final)
 
-    async def _run(self) -> None:
+    async def _repeat(self) -> None:
         while True:
             await asyncio.sleep(self._seconds)
-            async with self._turn:
-                try:
-                    await self._work()
-                except Exception:
-                    log.exception("%s", self._failure)
+            async with self._running:
+                await self._run(self._work)
+
+    async def _run(self, work: Callable[[], Awaitable[object]]) -> None:
+        try:
+            await work()
+        except Exception:
+            log.exception("%s", self._failure)

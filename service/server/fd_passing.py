@@ -1,63 +1,73 @@
-"""What the supervisor and a worker tell each other: a worker that it is ready, the supervisor all the rest.
+"""The protocol between the supervisor and a worker, over a Unix socket pair: one byte per message.
 
-Connections are passed on in the order of their arrival, and after the last comes the end of the stream: whoever has
-read it has every connection that it will ever get. It comes too when the supervisor dies.
+The worker sends READY when it can serve. The supervisor sends DRAIN when the server begins to stop, and CONNECTION with
+the file descriptor of an accepted connection. The order is kept, and the end of the stream follows the last connection.
+The stream also ends when the supervisor dies.
 """
 
 import select
 import socket
 from collections.abc import Iterator
+from typing import NamedTuple
 
-READY, CONNECTION, DRAIN = b"R", b"c", b"d"
-BACKLOG = 2048  # connections that wait to be accepted
-CLOSED = ("connections_closed",)  # the name of the number of connections that a worker has had and has no more
-_MOST = 256  # letters and connections read at once
+READY = b"R"
+CONNECTION = b"c"
+DRAIN = b"d"
+BACKLOG = 2048  # connections that the kernel keeps until they are accepted
+CLOSED_CONNECTIONS = ("connections_closed",)  # key of the shared number of connections that a worker has closed
+_MAX_MESSAGES = 256  # per call of `receive`
 
 
-def announce(listener: socket.socket) -> str:
-    """The URL of `listener`, for people."""
+class Received(NamedTuple):
+    """Messages of the supervisor, and the connections that came with them."""
+
+    messages: bytes
+    connections: list[socket.socket]
+
+
+def url_of(listener: socket.socket) -> str:
+    """Return the URL at which `listener` is reached."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def waiting(listener: socket.socket) -> Iterator[socket.socket]:
-    """The connections that wait to be accepted now."""
+def accept_pending(listener: socket.socket) -> Iterator[socket.socket]:
+    """Yield the connections that wait in the backlog of a non-blocking listener."""
     while True:
         try:
             connection, _ = listener.accept()
-        except BlockingIOError:
-            return
-        except OSError:  # its client has left, or there are too many open files: the next may do better
+        except OSError:  # none is left, its client has disconnected, or this process has too many open files
             return
         yield connection
 
 
-def has_room(channel: socket.socket) -> bool:
-    """Whether a connection can be passed on without waiting."""
-    return bool(select.select([], [channel], [], 0)[1])
+def can_send(control: socket.socket) -> bool:
+    """Return whether a connection can be sent to the worker without blocking."""
+    _, writable, _ = select.select([], [control], [], 0)
+    return bool(writable)
 
 
-def pass_on(channel: socket.socket, connection: socket.socket) -> None:
-    """Give `connection` away. Raises OSError if the worker is gone."""
-    socket.send_fds(channel, [CONNECTION], [connection.fileno()])
+def send_connection(control: socket.socket, connection: socket.socket) -> None:
+    """Give `connection` to the worker and close it here. Raises OSError if the worker is gone."""
+    socket.send_fds(control, [CONNECTION], [connection.fileno()])
     connection.close()
 
 
-def received(channel: socket.socket) -> tuple[bytes, list[socket.socket]] | None:
-    """What the supervisor has sent: its letters and the connections among them. None at the end. Does not wait.
+def receive(control: socket.socket) -> Received | None:
+    """Return what the supervisor has sent so far, without waiting, or None at the end of the stream.
 
-    The kernel gives one connection at a time. If the worker took no more each time its event loop comes round, a
-    thousand would wait for seconds while it is busy.
+    A message with a file descriptor has to be read on its own. A worker that read one per event loop iteration would
+    leave a thousand new connections waiting for seconds while it is busy, so this reads many.
     """
-    letters = b""
+    messages = b""
     connections: list[socket.socket] = []
-    while len(letters) < _MOST:
+    while len(messages) < _MAX_MESSAGES:
         try:
-            heard, numbers, _, _ = socket.recv_fds(channel, _MOST - len(letters), 1)
+            data, descriptors, _, _ = socket.recv_fds(control, _MAX_MESSAGES - len(messages), 1)
         except BlockingIOError:
             break
-        if not heard:  # the end, which is still there the next time
-            return (letters, connections) if letters else None
-        letters += heard
-        connections += [socket.socket(fileno=number) for number in numbers]
-    return letters, connections
+        if not data:  # end of the stream: if there are messages, the next call returns None
+            return Received(messages, connections) if messages else None
+        messages += data
+        connections += [socket.socket(fileno=descriptor) for descriptor in descriptors]
+    return Received(messages, connections)

@@ -1,10 +1,11 @@
-"""Several processes that serve at one address: started, given their share of the connections, replaced, ended.
+"""Several worker processes at one address: the supervisor starts them, shares out connections, and replaces the dead.
 
-The supervisor alone accepts connections, and passes each to the worker that has the fewest. Workers that share a
-listening socket, or have one each with SO_REUSEPORT, get what the kernel's wake-ups or its hash give them, which may be
-all or nothing; and what waits in the queue of a worker that is killed is lost. A connection costs it once, its requests
-nothing. It imports what its workers need, starts no thread, and forks them: a new one finds everything imported, which
-is most of what its start would take, in memory that all share, and the numbers that it shares with the others.
+Only the supervisor accepts connections. It passes each one to the worker with the fewest. If the workers accepted for
+themselves, from one socket or from one socket each with SO_REUSEPORT, the kernel would share connections out unevenly,
+and those in the queue of a killed worker would be lost. Passing costs time per connection, not per request.
+
+The supervisor imports what its workers need, starts no thread, and forks. A new worker therefore starts fast, shares
+the memory of the imported code, and inherits the shared counters.
 """
 
 import gc
@@ -15,7 +16,8 @@ import signal
 import socket
 import sys
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from enum import Enum, auto
 from time import monotonic, sleep
 from typing import NoReturn
 
@@ -24,250 +26,304 @@ from service.server import fd_passing
 from service.settings import Settings
 from service.shared_memory import RESTARTS, Segment, SharedCounters
 
-PATIENCE = (0.5, 30.0)  # seconds, at least and at most, before a worker that never became ready is tried again
-TOO_FULL = 0.001  # seconds to wait where no worker takes connections
+MIN_RETRY_SECONDS = 0.5  # pause before a worker is replaced that never became ready; doubled with each failure
+MAX_RETRY_SECONDS = 30.0
+NO_WORKER_SECONDS = 0.001  # pause if connections wait and no worker can take one
 
 log = logging.getLogger("elbo.supervisor")
 
 
+class State(Enum):
+    """State of the supervisor.
+
+    STARTING -> SERVING    the first worker is ready
+    STARTING -> STOPPING   the first worker has ended: it could not start, so others could not either
+    STARTING -> DRAINING   first signal
+    SERVING -> DRAINING    first signal
+    DRAINING -> STOPPING   ELBO_DRAIN_SECONDS have passed, or second signal
+
+    `run` returns when no worker is left. That ends STOPPING; it may also end DRAINING, if all workers die.
+    """
+
+    STARTING = auto()  # the first worker loads the models; the address is bound, but clients are refused
+    SERVING = auto()  # connections are accepted; a worker that ends is replaced
+    DRAINING = auto()  # as before for clients, but /readyz answers 503 and no worker is replaced
+    STOPPING = auto()  # no connection is accepted; the workers finish their requests and end
+
+
+class WorkerState(Enum):
+    """State of a worker. A worker that has ended is removed from the supervisor's table.
+
+    LOADING -> READY       the worker reports that it is ready
+    READY -> UNREACHABLE   sending it a connection has failed
+    LOADING -> KILLED      the server stops before the worker is ready
+    """
+
+    LOADING = auto()
+    READY = auto()
+    UNREACHABLE = auto()  # it has ended, and the end of its stream will be read soon
+    KILLED = auto()  # also if its READY arrives late
+
+
 @dataclass(eq=False)
 class Worker:
-    """A process. `number` is its part of the counts."""
+    """A worker process. `index` is that of its segment in the shared memory."""
 
-    number: int
+    index: int
     pid: int
-    channel: socket.socket
-    closed: "memoryview[float]"
-    passed: int = 0
-    ready: bool = False
-    deaf: bool = False  # it has ended, and `_hear` will soon notice
-    dismissed: bool = False  # killed at the end, while it loaded; that it is ready may have come too late
+    control: socket.socket
+    closed_connections: "memoryview[float]"
+    state: WorkerState = WorkerState.LOADING
+    sent_connections: int = 0
 
     @property
     def connections(self) -> int:
-        """How many it has."""
-        return self.passed - int(self.closed[0])
+        """Number of open connections."""
+        return self.sent_connections - int(self.closed_connections[0])
 
 
-@dataclass
-class Ending:
-    """What is known of the end, once it has begun."""
-
-    signals: int = 0
-    at: float | None = None  # when no connection is accepted any more
-
-
-@dataclass
 class Supervisor:
-    """Runs the workers of `settings` behind `listener`, which is bound."""
+    """Runs the workers.
 
-    settings: Settings
-    listener: socket.socket
-    _workers: dict[int, Worker] = field(default_factory=dict)  # by number
-    _due: dict[int, float] = field(default_factory=dict)  # when a number is started
-    _patience: float = PATIENCE[0]
-    _listening: bool = False
-    _exit: int = 0
-    _ending: Ending = field(default_factory=Ending)
+    Args:
+        settings: of the server.
+        listener: a bound socket.
+    """
+
+    def __init__(self, settings: Settings, listener: socket.socket) -> None:
+        self._settings = settings
+        self._listener = listener
+        self._state = State.STARTING
+        self._workers: dict[int, Worker] = {}  # by index
+        self._start_times: dict[int, float] = {}  # of the workers to be started, by index; by `monotonic`
+        self._retry_seconds = MIN_RETRY_SECONDS
+        self._signals = 0  # how many have been received
+        self._drain_deadline: float | None = None  # by `monotonic`; None unless DRAINING
+        self._exit_code = 0
+        self._segments = [Segment() for _ in range(settings.workers + 1)]  # the last one is the supervisor's
+        self._restarts = self._segments[-1].array((RESTARTS,), length=1)
+        self._selector = selectors.DefaultSelector()
+        self._signal_reader, self._signal_writer = socket.socketpair()
 
     def run(self) -> None:
-        """Serve until SIGTERM or SIGINT. Exits with the code of a worker that could not start."""
-        # The last part is the supervisor's own.
-        self._parts = [Segment() for _ in range(self.settings.workers + 1)]
-        self._restarts = self._parts[-1].numbers((RESTARTS,), 1)
-        self._selector = selectors.DefaultSelector()
-        self._signals, self._waker = socket.socketpair()
-        for end in (self._signals, self._waker, self.listener):
-            end.setblocking(False)
-        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)  # it is read from the socket
-        self._selector.register(self._signals, selectors.EVENT_READ)
-        import service.server.worker  # noqa: F401 - for those to come; here nothing of it runs
+        """Serve until SIGTERM or SIGINT.
 
-        gc.freeze()  # or a worker's collector would copy what is shared by looking at it
-        self._due = {0: monotonic()}  # the others once it is ready: all would only be in each other's way
-        log.info("starting %d workers for the models in %s", self.settings.workers, self.settings.artifacts)
-        while self._workers or self._due:
-            self._start_those_due()
-            self._turn()
-        if self._exit:
-            sys.exit(self._exit)
+        Exits with the code of the first worker if that cannot start, or with 1 if a worker dies while the server stops.
+        """
+        self._watch_signals()
+        import service.server.worker  # noqa: F401 - so that workers find it imported
 
-    def _turn(self) -> None:
-        """Wait for something to happen, and do what it asks for."""
-        for key, _ in self._selector.select(self._seconds()):
-            if key.fileobj is self._signals:
-                for number in self._signals.recv(64):
-                    self._stop(signal.Signals(number))
-            elif key.fileobj is self.listener:
-                self._accept()
+        gc.freeze()  # a garbage collection in a worker would write to the shared pages, and so copy them
+        log.info("starting %d workers for the models in %s", self._settings.workers, self._settings.artifacts)
+        self._start_times = {0: monotonic()}  # alone, because several would slow down each other
+        while self._workers or self._start_times:
+            self._start_due_workers()
+            self._handle_events()
+        if self._exit_code:
+            sys.exit(self._exit_code)
+
+    # Events. These methods make the transitions of `State` and `WorkerState`.
+
+    def _handle_events(self) -> None:
+        """Wait for the next events and handle them."""
+        for key, _ in self._selector.select(self._seconds_to_next_deadline()):
+            if key.fileobj is self._signal_reader:
+                for number in self._signal_reader.recv(64):
+                    self._on_signal(signal.Signals(number))
+            elif key.fileobj is self._listener:
+                self._pass_connections()
             else:
-                self._hear(key.data)
-        if self._ending.at is not None and monotonic() >= self._ending.at:
-            self._let_go()
+                self._on_worker_message(key.data)
+        if self._drain_deadline is not None and monotonic() >= self._drain_deadline:
+            self._enter_stopping()
 
-    def _seconds(self) -> float | None:
-        moments = [*self._due.values(), *([self._ending.at] if self._ending.at is not None else [])]
-        return max(0.0, min(moments) - monotonic()) if moments else None
+    def _on_signal(self, received: signal.Signals) -> None:
+        """Begin to drain at the first signal, stop draining at the second, kill the workers at a third SIGINT."""
+        self._signals += 1
+        if self._state in (State.STARTING, State.SERVING):
+            self._enter_draining(received)
+        elif self._state is State.DRAINING:
+            self._drain_deadline = monotonic()
+        if self._signals > 2 and received == signal.SIGINT:
+            for worker in self._workers.values():
+                os.kill(worker.pid, signal.SIGKILL)
 
-    # Workers
+    def _on_worker_message(self, worker: Worker) -> None:
+        """Handle READY, the only message of a worker, or the end of its stream."""
+        try:
+            message = worker.control.recv(64)
+        except OSError:
+            message = b""
+        if message:
+            self._on_worker_ready(worker)
+        else:
+            self._on_worker_end(worker)
 
-    def _start_those_due(self) -> None:
-        for number in [number for number, moment in self._due.items() if moment <= monotonic()]:
-            del self._due[number]
-            self._start(number)
+    def _on_worker_ready(self, worker: Worker) -> None:
+        log.info("worker %d is ready", worker.index, extra={"fields": {"pid": worker.pid}})
+        if worker.state is WorkerState.LOADING:
+            worker.state = WorkerState.READY
+        self._retry_seconds = MIN_RETRY_SECONDS
+        if self._state is State.STARTING:
+            self._enter_serving()
 
-    def _start(self, number: int) -> None:
-        part = self._parts[number]
-        part.forget_passing()
-        ours, theirs = socket.socketpair()
+    def _on_worker_end(self, worker: Worker) -> None:
+        self._selector.unregister(worker.control)
+        worker.control.close()
+        del self._workers[worker.index]
+        code = os.waitstatus_to_exitcode(os.waitpid(worker.pid, 0)[1])
+        lost_connections = worker.connections
+        self._segments[worker.index].reset_transient()
+        was_ready = worker.state in (WorkerState.READY, WorkerState.UNREACHABLE)
+        if self._state is State.STARTING:
+            log.error("worker %d failed to start: %s; the server stops", worker.index, _describe_exit(code))
+            self._exit_code = code if code > 0 else 1
+            self._enter_stopping()
+        elif self._state is State.SERVING:
+            self._schedule_replacement(worker, code, was_ready, lost_connections)
+        elif code and was_ready:
+            log.error("worker %d ended before it had finished its requests: %s", worker.index, _describe_exit(code))
+            self._exit_code = self._exit_code or 1
+
+    def _enter_serving(self) -> None:
+        """Listen, and start the other workers."""
+        self._state = State.SERVING
+        self._listener.listen(fd_passing.BACKLOG)
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        log.info("listening on %s", fd_passing.url_of(self._listener))
+        self._start_times = dict.fromkeys(range(1, self._settings.workers), monotonic())
+
+    def _enter_draining(self, received: signal.Signals) -> None:
+        """Let the workers report that they are not ready, while they still serve."""
+        self._state = State.DRAINING
+        drain_seconds = self._settings.drain_seconds
+        log.info("stopping", extra={"fields": {"signal": received.name, "drain_seconds": drain_seconds}})
+        self._start_times.clear()
+        self._drain_deadline = monotonic() + drain_seconds
+        for worker in self._workers.values():
+            with suppress(OSError):  # the worker has ended
+                worker.control.send(fd_passing.DRAIN)
+
+    def _enter_stopping(self) -> None:
+        """Accept the connections that have arrived, then no more. The workers finish their requests and end."""
+        self._state = State.STOPPING
+        self._drain_deadline = None
+        if self._listener in self._selector.get_map():
+            self._pass_connections()
+            self._selector.unregister(self._listener)
+        self._listener.close()
+        for worker in self._workers.values():
+            if worker.state is WorkerState.LOADING:
+                worker.state = WorkerState.KILLED
+                os.kill(worker.pid, signal.SIGKILL)
+            else:
+                with suppress(OSError):  # the worker has ended
+                    worker.control.shutdown(socket.SHUT_WR)
+
+    # Signals and time
+
+    def _watch_signals(self) -> None:
+        """Make SIGTERM and SIGINT readable from a socket, so that the selector reports them."""
+        for end in (self._signal_reader, self._signal_writer, self._listener):
+            end.setblocking(False)
+        signal.set_wakeup_fd(self._signal_writer.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)  # Python writes to the wakeup fd only if there is a handler
+        self._selector.register(self._signal_reader, selectors.EVENT_READ)
+
+    def _seconds_to_next_deadline(self) -> float | None:
+        deadlines = list(self._start_times.values())
+        if self._drain_deadline is not None:
+            deadlines.append(self._drain_deadline)
+        return max(0.0, min(deadlines) - monotonic()) if deadlines else None
+
+    # Processes
+
+    def _start_due_workers(self) -> None:
+        now = monotonic()
+        for index in [index for index, start_time in self._start_times.items() if start_time <= now]:
+            del self._start_times[index]
+            self._start_worker(index)
+
+    def _start_worker(self, index: int) -> None:
+        segment = self._segments[index]
+        segment.reset_transient()
+        control, control_of_worker = socket.socketpair()
         pid = os.fork()
-        if not pid:
-            ours.close()
-            self._become(number, theirs)
-        theirs.close()
-        closed = part.numbers(fd_passing.CLOSED, 1, passing=True)
-        worker = self._workers[number] = Worker(number, pid, ours, closed)
-        self._selector.register(ours, selectors.EVENT_READ, worker)
+        if pid == 0:
+            control.close()
+            self._run_worker_and_exit(index, control_of_worker)
+        control_of_worker.close()
+        closed_connections = segment.array(fd_passing.CLOSED_CONNECTIONS, length=1, transient=True)
+        worker = self._workers[index] = Worker(index, pid, control, closed_connections)
+        self._selector.register(control, selectors.EVENT_READ, worker)
 
-    def _become(self, number: int, theirs: socket.socket) -> NoReturn:
-        """Be worker `number`, in the process that has just been made for it."""
+    def _run_worker_and_exit(self, index: int, control: socket.socket) -> NoReturn:
+        """Be a worker, in the process that has just been forked."""
         code = 1
         try:
             signal.set_wakeup_fd(-1)
-            for sig in (signal.SIGTERM, signal.SIGINT):  # sent to all of a group: the supervisor's word counts
-                signal.signal(sig, signal.SIG_IGN)
-            self._selector.close()
-            for end in (
-                self.listener,
-                self._signals,
-                self._waker,
-                *(worker.channel for worker in self._workers.values()),
-            ):
-                end.close()  # or nobody would notice that its other end has gone
-            from service.server.worker import work
+            for number in (signal.SIGTERM, signal.SIGINT):  # a terminal signals the whole process group
+                signal.signal(number, signal.SIG_IGN)  # the supervisor tells the workers when to stop
+            self._close_inherited_sockets()
+            from service.server.worker import run_worker
 
-            work(self.settings, channel=theirs, counts=SharedCounters(self._parts, number))
+            run_worker(self._settings, control=control, counters=SharedCounters(self._segments, index))
             code = 0
         except ElboError as error:
             print(f"elbo: {error}", file=sys.stderr)
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
         except BaseException:
-            log.exception("a worker failed")
+            log.exception("a worker failed with an unexpected error")
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
 
-    def _hear(self, worker: Worker) -> None:
-        """What a worker has said: that it is ready, or, by the end of the stream, that it has ended."""
-        try:
-            said = worker.channel.recv(64)
-        except OSError:
-            said = b""
-        if said:
-            worker.ready = True
-            self._patience = PATIENCE[0]
-            log.info("worker %d is ready", worker.number, extra={"fields": {"pid": worker.pid}})
-            if self._ending.signals:
-                self._tell_to_drain(worker)
-            if not self._listening and not self._ending.signals:
-                self._listen()
-                self._due = dict.fromkeys(range(1, self.settings.workers), monotonic())
-            return
-        self._selector.unregister(worker.channel)
-        worker.channel.close()
-        del self._workers[worker.number]
-        code = os.waitstatus_to_exitcode(os.waitpid(worker.pid, 0)[1])
-        lost = worker.connections
-        self._parts[worker.number].forget_passing()
-        if not self._ending.signals:
-            self._replace(worker, code, lost)
-        elif code and worker.ready and not worker.dismissed:
-            log.error("worker %d ended with %d while it finished its requests", worker.number, code)
-            self._exit = self._exit or 1
+    def _close_inherited_sockets(self) -> None:
+        """Close the supervisor's sockets in a worker: an end that stays open here would hide that the other is gone."""
+        self._selector.close()
+        controls = [worker.control for worker in self._workers.values()]
+        for end in (self._listener, self._signal_reader, self._signal_writer, *controls):
+            end.close()
 
-    def _replace(self, worker: Worker, code: int, lost: int) -> None:
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        if not self._listening:  # the first ones: others would fare no better
-            log.error("worker %d could not start: %s", worker.number, how)
-            self._exit = code if code > 0 else 1
-            self._ending.signals = 1
-            self._let_go()
-            return
+    def _schedule_replacement(self, worker: Worker, code: int, was_ready: bool, lost_connections: int) -> None:
+        """Restart a worker at once if it has served, else after a pause that grows with each failure."""
         self._restarts[0] += 1
-        wait = 0.0 if worker.ready else self._patience
-        self._patience = self._patience if worker.ready else min(2 * self._patience, PATIENCE[1])
-        self._due[worker.number] = monotonic() + wait
-        fields = {"pid": worker.pid, "connections": lost, "seconds": wait}
-        log.error("worker %d ended: %s; it is replaced", worker.number, how, extra={"fields": fields})
+        pause = 0.0
+        if not was_ready:
+            pause = self._retry_seconds
+            self._retry_seconds = min(2 * self._retry_seconds, MAX_RETRY_SECONDS)
+        self._start_times[worker.index] = monotonic() + pause
+        fields = {"pid": worker.pid, "lost_connections": lost_connections, "restart_in_seconds": pause}
+        log.error("worker %d ended: %s; it is replaced", worker.index, _describe_exit(code), extra={"fields": fields})
 
     # Connections
 
-    def _listen(self) -> None:
-        self._listening = True
-        self.listener.listen(fd_passing.BACKLOG)
-        self._selector.register(self.listener, selectors.EVENT_READ)
-        log.info("listening on %s", fd_passing.announce(self.listener))
-
-    def _accept(self) -> None:
-        """Pass on what waits; while no worker can take any, it waits in the kernel."""
+    def _pass_connections(self) -> None:
+        """Pass pending connections to workers. While no worker can take one, they wait in the kernel's backlog."""
         connection: socket.socket | None = None
-        while worker := self._least_busy():
-            connection = connection or next(fd_passing.waiting(self.listener), None)
+        while worker := self._least_busy_worker():
+            connection = connection or next(fd_passing.accept_pending(self._listener), None)
             if connection is None:
                 return
             try:
-                fd_passing.pass_on(worker.channel, connection)
+                fd_passing.send_connection(worker.control, connection)
             except OSError:
-                worker.deaf = True
+                worker.state = WorkerState.UNREACHABLE
             else:
-                worker.passed += 1
+                worker.sent_connections += 1
                 connection = None
         if connection:
             connection.close()
-        sleep(TOO_FULL)
+        sleep(NO_WORKER_SECONDS)
 
-    def _least_busy(self) -> Worker | None:
-        ready = [worker for worker in self._workers.values() if worker.ready and not worker.deaf]
-        able = [worker for worker in ready if fd_passing.has_room(worker.channel)]
+    def _least_busy_worker(self) -> Worker | None:
+        ready = [worker for worker in self._workers.values() if worker.state is WorkerState.READY]
+        able = [worker for worker in ready if fd_passing.can_send(worker.control)]
         return min(able, key=lambda worker: worker.connections, default=None)
 
-    # The end
 
-    def _stop(self, sig: signal.Signals) -> None:
-        """The first signal begins the end, the second cuts its delay short, the third SIGINT the requests too."""
-        ending, drain = self._ending, self.settings.drain_seconds
-        ending.signals += 1
-        if ending.signals > 2 and sig == signal.SIGINT:
-            for worker in self._workers.values():
-                os.kill(worker.pid, signal.SIGKILL)
-        if ending.signals > 1:
-            ending.at = monotonic() if ending.at is not None else None
-            return
-        log.info("stopping", extra={"fields": {"signal": sig.name, "drain_seconds": drain}})
-        self._due.clear()
-        ending.at = monotonic() + drain
-        for worker in self._workers.values():
-            self._tell_to_drain(worker)
-
-    def _tell_to_drain(self, worker: Worker) -> None:
-        with suppress(OSError):  # deaf
-            worker.channel.send(fd_passing.DRAIN)
-
-    def _let_go(self) -> None:
-        """Accept what has come by now, then nothing more; the workers finish what they have and end."""
-        self._ending.at = None
-        if self._listening:
-            self._accept()
-            self._selector.unregister(self.listener)
-        self.listener.close()
-        for worker in self._workers.values():
-            if worker.ready:
-                with suppress(OSError):  # deaf
-                    worker.channel.shutdown(socket.SHUT_WR)
-            else:
-                worker.dismissed = True
-                os.kill(worker.pid, signal.SIGKILL)  # it still loads its models
+def _describe_exit(code: int) -> str:
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -1,4 +1,4 @@
-"""One process that serves: the application under uvicorn until it is told to stop, without losing a request."""
+"""One process that serves the application with uvicorn, and stops without losing a request."""
 
 import asyncio
 import gc
@@ -15,78 +15,94 @@ import uvicorn
 from service.app import create_app
 from service.endpoints.context import ServiceContext
 from service.http.protocol import LAST, Protocol, close_slow
-from service.server import fd_passing as channels
+from service.server import fd_passing
 from service.settings import Settings
 from service.shared_memory import SharedCounters, SharedNumber
 
 log = logging.getLogger("elbo.service")
-SWITCH_INTERVAL = 0.0005  # seconds; at Python's 5 ms the inference thread would wait for the event loop's bytecode
-LINGER = 0.5  # seconds in which clients may send one more request on connections that are open when all ends
+SWITCH_INTERVAL = 0.0005  # seconds; with Python's 5 ms the inference thread would wait that long for the event loop
+LINGER_SECONDS = 0.5  # how long clients may send one more request on open connections when the server stops
 
 
 class Server(uvicorn.Server):
-    """Serves what arrives at a listening socket, or by a channel from the supervisor.
+    """Serves the connections of a listening socket, or those that the supervisor sends.
 
-    On SIGTERM or SIGINT, or at the supervisor's word: not ready at once, serving on for a while, then no new
-    connections, then the end. A client that keeps its connection is told by the answer that it was the last.
+    It stops in three steps. Draining: /readyz answers 503 and every response says `Connection: close`, but requests are
+    still served. Then no new connection is accepted. Then, when the requests in progress are answered, it ends.
+
+    Without a supervisor, SIGTERM or SIGINT starts draining. Under a supervisor signals are ignored: its DRAIN message
+    starts draining, and the end of its stream ends it.
+
+    Args:
+        config: of uvicorn.
+        service: the service, which is told to drain.
+        control: socket to the supervisor, if there is one.
+        closed_connections: counts the connections that are closed, for the supervisor.
     """
 
     def __init__(
-        self, config: uvicorn.Config, service: ServiceContext, channel: socket.socket | None, closed: SharedNumber
+        self,
+        config: uvicorn.Config,
+        service: ServiceContext,
+        control: socket.socket | None,
+        closed_connections: SharedNumber,
     ) -> None:
         super().__init__(config)
-        self.server_state.connections = _Connections(closed)
+        self.server_state.connections = _Connections(closed_connections)
         self._service = service
-        self._channel = channel
-        self._stopping = False
-        self._arriving: set[asyncio.Task[Any]] = set()
+        self._control = control
+        self._signalled = False
+        self._opening: set[asyncio.Task[Any]] = set()  # connections on their way to the event loop
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Load the models, then listen, then say so."""
+        """Load the models, then listen, or report to the supervisor that this worker is ready."""
         await super().startup(sockets)
-        gc.freeze()  # what is there by now stays: to look through it again would stop every request for 0.1 s
-        if self._channel:
-            self._channel.setblocking(False)
-            self._channel.send(channels.READY)
-            asyncio.get_running_loop().add_reader(self._channel, self._hear, self._channel)
+        # Exclude everything loaded so far from garbage collection: traversing it pauses every request for 0.1 s.
+        gc.freeze()
+        if self._control:
+            self._control.setblocking(False)
+            self._control.send(fd_passing.READY)
+            asyncio.get_running_loop().add_reader(self._control, self._receive, self._control)
         for listener in sockets or []:
-            log.info("listening on %s", channels.announce(listener))
+            log.info("listening on %s", fd_passing.url_of(listener))
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second."""
-        end = await super().on_tick(counter)
+        """Do the work that uvicorn repeats ten times per second."""
+        should_exit = await super().on_tick(counter)
         if self._service.draining:
             self._drain()
         close_slow(self.server_state.connections, self._service.settings.request_timeout)
-        return end
+        return should_exit
 
     def handle_exit(self, sig: int, _: FrameType | None) -> None:
-        """The signals' handler. The second signal ends the wait, the third SIGINT the requests too."""
-        if self._channel:
+        """Handle a signal: the first starts draining, the second ends it at once, a third SIGINT drops requests too."""
+        if self._control:
             return
-        drain = self._service.settings.drain_seconds
-        if self._stopping or not self.started or not drain:
+        drain_seconds = self._service.settings.drain_seconds
+        if self._signalled or not self.started or not drain_seconds:
             self.force_exit = self.should_exit and sig == signal.SIGINT
             self.should_exit = True
         else:
-            asyncio.get_running_loop().call_later(drain, self._stop)
-        self._stopping = True
+            asyncio.get_running_loop().call_later(drain_seconds, self._exit)
+        self._signalled = True
         self._drain()
-        log.info("stopping", extra={"fields": {"signal": signal.Signals(sig).name, "drain_seconds": drain}})
+        fields = {"signal": signal.Signals(sig).name, "drain_seconds": drain_seconds}
+        log.info("stopping", extra={"fields": fields})
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept what has come by now and nothing more; answer what is under way and what comes on open connections."""
+        """Accept the connections that have arrived, close the listener, and answer what open connections send."""
         self._drain()
         for listener in sockets or []:
             listener.setblocking(False)
-            for connection in channels.waiting(listener):
-                self._adopt(connection)
+            for connection in fd_passing.accept_pending(listener):
+                self._open(connection)
         for server in self.servers:
             server.close()
-        if self._arriving:
-            await asyncio.wait(self._arriving)
-        end = asyncio.get_running_loop().time() + LINGER
-        while self.server_state.connections and not self.force_exit and asyncio.get_running_loop().time() < end:
+        if self._opening:
+            await asyncio.wait(self._opening)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + LINGER_SECONDS
+        while self.server_state.connections and not self.force_exit and loop.time() < deadline:
             await asyncio.sleep(0.01)
         await super().shutdown(sockets)
 
@@ -95,82 +111,87 @@ class Server(uvicorn.Server):
         if LAST not in self.server_state.default_headers:
             self.server_state.default_headers = [*self.server_state.default_headers, LAST]
 
-    def _stop(self) -> None:
+    def _exit(self) -> None:
         self.should_exit = True
 
-    def _hear(self, channel: socket.socket) -> None:
-        """What the supervisor sends: connections, and that the end begins. With the stream's end it is there."""
-        heard = channels.received(channel)
-        if heard is None:
-            asyncio.get_running_loop().remove_reader(channel)
-            self._stop()
+    def _receive(self, control: socket.socket) -> None:
+        """Handle what the supervisor has sent."""
+        received = fd_passing.receive(control)
+        if received is None:
+            asyncio.get_running_loop().remove_reader(control)
+            self._exit()
             return
-        letters, connections = heard
-        for connection in connections:
-            self._adopt(connection)
-        if channels.DRAIN in letters:
+        for connection in received.connections:
+            self._open(connection)
+        if fd_passing.DRAIN in received.messages:
             self._drain()
 
-    def _adopt(self, connection: socket.socket) -> None:
+    def _open(self, connection: socket.socket) -> None:
+        """Serve an accepted connection."""
         connection.setblocking(False)
         loop = asyncio.get_running_loop()
-        task = loop.create_task(loop.connect_accepted_socket(self._protocol, connection))
-        self._arriving.add(task)
-        task.add_done_callback(self._arrived)
+        task = loop.create_task(loop.connect_accepted_socket(self._create_protocol, connection))
+        self._opening.add(task)
+        task.add_done_callback(self._opened)
 
-    def _arrived(self, task: "asyncio.Task[Any]") -> None:
-        self._arriving.discard(task)
-        if not task.cancelled() and task.exception():  # its client has left meanwhile
-            self.server_state.connections.never_was()  # type: ignore[attr-defined] # ours, not uvicorn's
+    def _opened(self, task: "asyncio.Task[Any]") -> None:
+        self._opening.discard(task)
+        if not task.cancelled() and task.exception():  # the client has disconnected in the meantime
+            self.server_state.connections.count_closed()  # type: ignore[attr-defined] # `_Connections`, set in __init__
 
-    def _protocol(self) -> asyncio.Protocol:
-        kind: Any = self.config.http_protocol_class
-        protocol: asyncio.Protocol = kind(
+    def _create_protocol(self) -> asyncio.Protocol:
+        protocol_class: Any = self.config.http_protocol_class
+        protocol: asyncio.Protocol = protocol_class(
             config=self.config, server_state=self.server_state, app_state=self.lifespan.state
         )
         return protocol
 
 
 class _Connections(set[Any]):
-    """uvicorn's open connections; counts those that are closed, so that the supervisor knows how many are left."""
+    """uvicorn's set of open connections, which also counts the closed ones, so that the supervisor knows the load."""
 
     def __init__(self, closed: SharedNumber) -> None:
         super().__init__()
         self._closed = closed
 
     def discard(self, connection: Any) -> None:
-        """It is closed."""
+        """Remove a connection that is closed."""
         if connection in self:
-            self.never_was()
+            self.count_closed()
         super().discard(connection)
 
-    def never_was(self) -> None:
-        """It was closed before it began."""
+    def count_closed(self) -> None:
+        """Count a closed connection; uvicorn adds none for a connection that is closed before it is open."""
         self._closed[0] += 1
 
 
-def work(
+def run_worker(
     settings: Settings,
     listener: socket.socket | None = None,
-    channel: socket.socket | None = None,
-    counts: SharedCounters | None = None,
+    control: socket.socket | None = None,
+    counters: SharedCounters | None = None,
 ) -> None:
-    """Serve what arrives at `listener` until a signal, or what comes by `channel` until its end.
+    """Serve until the server is stopped. Raises ElboError if the device is not available.
 
-    Raises ElboError if the device cannot be had.
+    Args:
+        settings: of the server.
+        listener: a bound socket, for a server of one process; it stops on SIGTERM or SIGINT.
+        control: the socket to the supervisor, for a worker; it stops when the stream ends.
+        counters: memory that the workers share.
     """
     sys.setswitchinterval(SWITCH_INTERVAL)
-    counts = counts or SharedCounters()
-    app = create_app(settings, counts)
+    counters = counters or SharedCounters()
+    app = create_app(settings, counters)
+    service: ServiceContext = app.state.service
     entry_point: Any = app.middleware_stack  # FastAPI.__call__ itself costs 5 µs per request, for OpenTelemetry checks
     config = uvicorn.Config(
         entry_point,
-        http=partial(Protocol, admission=app.state.service.admission),  # type: ignore[arg-type] # uvicorn calls it
         loop="uvloop",
         log_config=None,
         access_log=False,
         server_header=False,
+        http=partial(Protocol, admission=service.admission),  # type: ignore[arg-type] # called like the class
     )
     log.info("loading the models in %s", settings.artifacts)
-    closed = counts.mine.numbers(channels.CLOSED, 1, passing=True)
-    Server(config, app.state.service, channel, closed).run([listener] if listener else [])
+    closed_connections = counters.local.array(fd_passing.CLOSED_CONNECTIONS, length=1, transient=True)
+    Server(config, service, control, closed_connections).run([listener] if listener else [])

@@ -1,4 +1,4 @@
-"""Counting in several processes: the sum is right, whoever is asked, and outlives whoever is killed."""
+"""Shared counters: the sums are right in every process, and a killed process takes no count with it."""
 
 import os
 import random
@@ -10,76 +10,77 @@ import pytest
 
 from service.shared_memory import Segment, SharedCounters, SharedDecisions
 
-# The children that are forked here count and end: they need none of the threads of libraries that others have loaded.
+# Forking is safe although libraries have started threads: the children only count and exit.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 
-def in_a_child(work: Callable[[], None], end: int | None = None) -> None:
-    """`work()` in a process of its own, which then ends, or is killed by the signal `end`."""
+def run_in_child(function: Callable[[], None], kill_with: int | None = None) -> None:
+    """Call `function` in a forked process, which then exits, or kills itself with a signal. Wait for its end."""
     pid = os.fork()
     if not pid:
         try:
-            work()
-            if end is not None:
-                os.kill(os.getpid(), end)
+            function()
+            if kill_with is not None:
+                os.kill(os.getpid(), kill_with)
             os._exit(0)
         finally:
             os._exit(1)
     _, status = os.waitpid(pid, 0)
-    assert os.waitstatus_to_exitcode(status) == (-end if end else 0)
-
-
-def test_every_process_reads_what_all_have_counted() -> None:
-    parts = [Segment(), Segment(), Segment()]
-
-    def count(index: int) -> None:
-        mine = SharedCounters(parts, index).mine.numbers(("requests", "/encode", 'vae "β"'), 1)
-        for _ in range(index + 1):
-            mine[0] += 1
-
-    for index in range(3):
-        in_a_child(lambda index=index: count(index))  # type: ignore[misc] # a default binds the loop variable
-    expected = {("/encode", 'vae "β"'): [6.0]}
-    assert SharedCounters(parts, 0).sums("requests") == expected
-    in_a_child(lambda: exit_unless(SharedCounters(parts, 2).sums("requests") == expected))
+    assert os.waitstatus_to_exitcode(status) == (-kill_with if kill_with else 0)
 
 
 def exit_unless(condition: bool) -> None:
+    """Assert in a child: its exit code fails the test."""
     if not condition:
         os._exit(3)
 
 
-def test_a_killed_process_takes_along_what_passes_and_no_count() -> None:
-    parts = [Segment(), Segment()]
+def test_sums_in_every_process_include_the_counts_of_all() -> None:
+    segments = [Segment(), Segment(), Segment()]
+
+    def count(index: int) -> None:
+        requests = SharedCounters(segments, index).local.array(("requests", "/encode", 'vae "β"'), 1)
+        for _ in range(index + 1):
+            requests[0] += 1
+
+    for index in range(3):
+        run_in_child(lambda index=index: count(index))  # type: ignore[misc] # a default binds the loop variable
+    expected = {("/encode", 'vae "β"'): [6.0]}
+    assert SharedCounters(segments, 0).sums("requests") == expected
+    run_in_child(lambda: exit_unless(SharedCounters(segments, 2).sums("requests") == expected))
+
+
+def test_reset_transient_after_a_kill_clears_transient_numbers_and_keeps_counts() -> None:
+    segments = [Segment(), Segment()]
 
     def serve(rows: float) -> None:
-        counts = SharedCounters(parts, 1)
-        counts.mine.numbers(("rows",), 1)[0] += rows
-        counts.mine.numbers(("pending",), 1, passing=True)[0] += rows
+        counters = SharedCounters(segments, 1)
+        counters.local.array(("rows",), 1)[0] += rows
+        counters.local.array(("pending",), 1, transient=True)[0] += rows
 
-    in_a_child(lambda: serve(5), signal.SIGKILL)
-    reader = SharedCounters(parts, 0)
+    run_in_child(lambda: serve(5), kill_with=signal.SIGKILL)
+    reader = SharedCounters(segments, 0)
     assert (reader.sums("rows"), reader.sums("pending")) == ({(): [5.0]}, {(): [5.0]})
-    parts[1].forget_passing()
+    segments[1].reset_transient()
     assert (reader.sums("rows"), reader.sums("pending")) == ({(): [5.0]}, {(): [0.0]})
-    in_a_child(lambda: serve(2))  # who takes its place
+    run_in_child(lambda: serve(2))  # the replacement
     assert (reader.sums("rows"), reader.sums("pending")) == ({(): [7.0]}, {(): [2.0]})
 
 
-def test_sums_only_grow_while_writers_are_killed_at_any_moment() -> None:
-    parts = [Segment(), Segment()]
-    reader, rng = SharedCounters(parts, 0), random.Random(0)
+def test_sums_never_fall_while_writers_are_killed_at_random_moments() -> None:
+    segments = [Segment(), Segment()]
+    reader, rng = SharedCounters(segments, 0), random.Random(0)
 
     def total() -> float:
         return sum(values[2] for values in reader.sums("n").values())
 
     for _ in range(20):
-        before = seen = total()
+        start = seen = total()
         pid = os.fork()
         if not pid:
-            count_for_ever(SharedCounters(parts, 1))
-        enough = before + rng.randrange(1, 5000)
-        while (now := total()) < enough:
+            count_forever(SharedCounters(segments, 1))
+        kill_at = start + rng.randrange(1, 5000)
+        while (now := total()) < kill_at:
             assert now >= seen
             seen = now
         os.kill(pid, signal.SIGKILL)
@@ -88,42 +89,42 @@ def test_sums_only_grow_while_writers_are_killed_at_any_moment() -> None:
     assert len(reader.sums("n")) == 50
 
 
-def count_for_ever(counts: SharedCounters) -> NoReturn:
+def count_forever(counters: SharedCounters) -> NoReturn:
     number = 0
     while True:
-        counts.mine.numbers(("n", str(number % 50)), 3)[2] += 1
+        counters.local.array(("n", str(number % 50)), 3)[2] += 1
         number += 1
 
 
-def test_who_decides_later_follows() -> None:
-    parts = [Segment(), Segment(), Segment()]
+def test_choice_after_another_process_has_chosen_is_that_choice() -> None:
+    segments = [Segment(), Segment(), Segment()]
 
-    def votes(index: int) -> SharedDecisions:
-        return SharedDecisions(SharedCounters(parts, index), "backend", ("torchscript", "onnx"))
+    def decisions(index: int) -> SharedDecisions:
+        return SharedDecisions(SharedCounters(segments, index), "backend", ("torchscript", "onnx"))
 
-    assert votes(0).decided("vae") is None
-    in_a_child(lambda: votes(1).vote("vae", "onnx"))
-    assert votes(0).decided("vae") == "onnx"
-    assert votes(0).decided("ae") is None
+    assert decisions(0).choice("vae") is None
+    run_in_child(lambda: decisions(1).record_choice("vae", "onnx"))
+    assert decisions(0).choice("vae") == "onnx"
+    assert decisions(0).choice("ae") is None
 
 
-def test_numbers_are_found_again_whatever_the_length_of_their_names() -> None:
-    part = Segment()
+def test_arrays_are_found_again_for_keys_and_arrays_of_any_length() -> None:
+    segment = Segment()
     for length in range(20):
-        part.numbers(("x" * length,), length + 1)[length] = length
+        segment.array(("x" * length,), length + 1)[length] = length
     for length in range(20):
-        assert list(part.numbers(("x" * length,), length + 1)) == [0.0] * length + [float(length)]
+        assert list(segment.array(("x" * length,), length + 1)) == [0.0] * length + [float(length)]
 
 
-def test_a_full_part_goes_on_counting_for_itself_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    parts = [Segment(1024), Segment(1024)]
+def test_full_segment_keeps_counting_in_its_process_and_warns_once(caplog: pytest.LogCaptureFixture) -> None:
+    segments = [Segment(1024), Segment(1024)]
 
     def count() -> None:
-        mine = SharedCounters(parts, 1)
+        counters = SharedCounters(segments, 1)
         for number in range(40):
-            mine.mine.numbers(("n", str(number)), 1)[0] += 1
-        exit_unless(len(mine.sums("n")) == 40)
+            counters.local.array(("n", str(number)), 1)[0] += 1
+        exit_unless(len(counters.sums("n")) == 40)
         exit_unless([record.levelname for record in caplog.records] == ["WARNING"])
 
-    in_a_child(count)
-    assert 10 < len(SharedCounters(parts, 0).sums("n")) < 40
+    run_in_child(count)
+    assert 10 < len(SharedCounters(segments, 0).sums("n")) < 40

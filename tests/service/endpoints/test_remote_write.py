@@ -196,7 +196,7 @@ def test_what_waits_is_judged_before_the_end(artifacts: Path, tmp_path: Path) ->
     with running(app) as client:
         write(client, series(host_rows(2))[:3])
         assert scrape(client)["elbo_remote_waiting_rows", frozenset()] == 2
-    assert app.state.service.metrics.judged._scored.sums()["hosts", "1"] == [2.0]
+    assert app.state.service.metrics.anomalies._scored.sums()["hosts", "1"] == [2.0]
 
 
 def made(wait: float = 10.0) -> SampleAligner:

@@ -1,61 +1,65 @@
-"""Work that comes round again."""
+"""Periodic tasks: failing runs, and closing while a run is in progress."""
 
 import asyncio
 import logging
 
 import pytest
 
-from service.monitoring.periodic import Periodic
+from service.monitoring.periodic import PeriodicTask
 
 
-def test_a_turn_that_fails_is_told_and_the_next_one_comes(caplog: pytest.LogCaptureFixture) -> None:
-    turns: list[int] = []
+def test_run_that_raises_is_logged_and_the_next_run_takes_place(caplog: pytest.LogCaptureFixture) -> None:
+    runs = 0
 
     async def work() -> None:
-        turns.append(len(turns))
-        if len(turns) == 2:
-            raise RuntimeError("for once")
+        nonlocal runs
+        runs += 1
+        if runs == 2:
+            raise RuntimeError("the second run fails")
 
     async def scenario() -> None:
-        periodic = Periodic(work, 0.001, "the work failed")
-        periodic.start()
+        task = PeriodicTask(work, 0.001, "the work failed")
+        task.start()
         async with asyncio.timeout(10):
-            while len(turns) < 4:
+            while runs < 4:
                 await asyncio.sleep(0.001)
-        await periodic.close()
-        done = len(turns)
+        await task.close()
+        runs_at_close = runs
         await asyncio.sleep(0.02)
-        assert len(turns) == done
+        assert runs == runs_at_close
 
     with caplog.at_level(logging.ERROR):
         asyncio.run(scenario())
-    (told,) = caplog.records
-    assert told.message == "the work failed"
-    assert "for once" in str(told.exc_info and told.exc_info[1])
+    (logged,) = caplog.records
+    assert logged.message == "the work failed"
+    assert "the second run fails" in str(logged.exc_info and logged.exc_info[1])
 
 
-def test_a_turn_under_way_is_finished_and_no_other_begins() -> None:
-    heard: list[str] = []
+def test_close_during_a_run_waits_for_it_and_then_runs_only_final() -> None:
+    events: list[str] = []
+
+    async def final() -> None:
+        events.append("final")
 
     async def scenario() -> None:
-        begun, go_on = asyncio.Event(), asyncio.Event()
+        begun, may_end = asyncio.Event(), asyncio.Event()
 
         async def work() -> None:
-            heard.append("begun")
+            events.append("begun")
             begun.set()
-            await go_on.wait()
-            heard.append("done")
+            await may_end.wait()
+            events.append("ended")
 
-        periodic = Periodic(work, 0.0, "the work failed")
-        periodic.start()
+        task = PeriodicTask(work, 0.0, "the work failed", final=final)
+        task.start()
         async with asyncio.timeout(10):
             await begun.wait()
-            closing = asyncio.create_task(periodic.close())
+            closing = asyncio.create_task(task.close())
             await asyncio.sleep(0.02)
             assert not closing.done()
-            go_on.set()
+            may_end.set()
             await closing
         await asyncio.sleep(0.02)
 
     asyncio.run(scenario())
-    assert heard == ["begun", "done"]
+    assert events == ["begun", "ended", "final"]

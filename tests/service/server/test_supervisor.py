@@ -1,4 +1,4 @@
-"""Several worker processes at one address: who is killed is replaced, who is told to stop loses nothing."""
+"""Several workers at one address: a killed worker is replaced, and stopping the server loses no request."""
 
 import itertools
 import os
@@ -31,34 +31,34 @@ BODY = b'{"inputs": [[' + b", ".join([b"0.5"] * 64) + b"]]}"
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., ServerProcess]]:
-    require(Path("/proc/self/task").is_dir(), "this looks into /proc")
-    with server_starter() as begin:
-        yield begin
+    require(Path("/proc/self/task").is_dir(), "the test reads /proc")
+    with server_starter() as start_server:
+        yield start_server
 
 
-def workers(process: ServerProcess) -> list[int]:
+def worker_pids(process: ServerProcess) -> list[int]:
     pid = process.popen.pid
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def sockets(pid: int) -> int:
-    found = 0
+def count_open_sockets(pid: int) -> int:
+    sockets = 0
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(OSError):
-            found += str(entry.readlink()).startswith("socket:")
-    return found
+            sockets += str(entry.readlink()).startswith("socket:")
+    return sockets
 
 
 class Load:
-    """What clients, each with a connection of its own, were answered."""
+    """Clients that send requests without a pause. Counts the correct responses and collects the failures."""
 
     def __init__(self, process: ServerProcess) -> None:
-        self.right = 0
-        self.wrong: list[str] = []
+        self.correct = 0
+        self.failures: list[str] = []
         self._process = process
 
-    def ask(self, seed: int, stop: threading.Event) -> None:
-        """Be one of the clients."""
+    def run_client(self, seed: int, stop: threading.Event) -> None:
+        """Send requests on one connection until `stop` is set."""
         rng = np.random.default_rng(seed)
         with self._process.client() as client:
             for number in itertools.count():
@@ -70,92 +70,90 @@ class Load:
                         "/reconstruct", json={"inputs": rows}, headers={"x-request-id": f"{seed}-{number}"}
                     )
                     if answer.status_code != 200 or len(answer.json()["outputs"]) != len(rows):
-                        self.wrong.append(answer.text)
-                    self.right += 1
-                except httpx.ConnectError:  # refused before it was asked: nothing is lost
+                        self.failures.append(answer.text)
+                    self.correct += 1
+                except httpx.ConnectError:  # refused before the request was sent: nothing is lost
                     time.sleep(0.01)
                 except httpx.TransportError as error:
-                    self.wrong.append(repr(error))
+                    self.failures.append(repr(error))
 
 
 @contextmanager
-def loaded(process: ServerProcess, clients: int) -> Iterator[Load]:
+def under_load(process: ServerProcess, clients: int) -> Iterator[Load]:
     load = Load(process)
-    with background_threads(*(partial(load.ask, seed) for seed in range(clients))):
+    with background_threads(*(partial(load.run_client, seed) for seed in range(clients))):
         yield load
 
 
-def test_connections_that_come_together_are_taken_together() -> None:
-    """However busy a worker is: it would serve one each time its event loop comes round."""
-    ours, theirs = socket.socketpair()
-    theirs.setblocking(False)
+def test_receive_after_many_connections_were_sent_returns_all_of_them() -> None:
+    control, control_of_worker = socket.socketpair()
+    control_of_worker.setblocking(False)
     pairs = [socket.socketpair() for _ in range(100)]
-    for _, passed in pairs:
-        fd_passing.pass_on(ours, passed)
-    ours.send(fd_passing.DRAIN)
-    ours.shutdown(socket.SHUT_WR)
-    heard = fd_passing.received(theirs)
-    assert heard is not None
-    letters, connections = heard
-    assert letters == 100 * fd_passing.CONNECTION + fd_passing.DRAIN
-    for number, ((kept, _), taken) in enumerate(zip(pairs, connections, strict=True)):
-        taken.sendall(b"%d" % number)
-        assert kept.recv(8) == b"%d" % number
-        kept.close()
-        taken.close()
-    assert fd_passing.received(theirs) is None
-    ours.close()
-    theirs.close()
+    for _, connection in pairs:
+        fd_passing.send_connection(control, connection)
+    control.send(fd_passing.DRAIN)
+    control.shutdown(socket.SHUT_WR)
+    received = fd_passing.receive(control_of_worker)
+    assert received is not None
+    assert received.messages == 100 * fd_passing.CONNECTION + fd_passing.DRAIN
+    for number, ((peer, _), connection) in enumerate(zip(pairs, received.connections, strict=True)):
+        connection.sendall(b"%d" % number)
+        assert peer.recv(8) == b"%d" % number
+        peer.close()
+        connection.close()
+    assert fd_passing.receive(control_of_worker) is None
+    control.close()
+    control_of_worker.close()
 
 
-def test_connections_are_shared_evenly_and_any_worker_tells_the_sum(
+def test_connections_are_spread_evenly_and_every_worker_exports_the_sums(
     start: Callable[..., ServerProcess], artifacts: Path
 ) -> None:
     process = start(artifacts, WORKERS=2)
     process.wait_for_worker()
-    before = [sockets(pid) for pid in workers(process)]
+    before = [count_open_sockets(pid) for pid in worker_pids(process)]
     clients = [process.client() for _ in range(10)]
     for number, client in enumerate(clients, 1):
         assert client.post("/encode", content=BODY, headers={"content-type": "application/json"}).status_code == 200
         text = client.get("/metrics").text
         assert f'elbo_rows_total{{endpoint="/encode",model="vae",version="1"}} {number}.0' in text
-    opened = [sockets(pid) - number for pid, number in zip(workers(process), before, strict=True)]
+    opened = [count_open_sockets(pid) - number for pid, number in zip(worker_pids(process), before, strict=True)]
     assert opened == [5, 5]
     for client in clients:
         client.close()
     assert process.stop() == 0
 
 
-def test_a_killed_worker_is_replaced_its_clients_hear_of_it_and_no_count_falls(
+def test_killed_worker_is_replaced_closes_its_connections_and_keeps_its_counts(
     start: Callable[..., ServerProcess], artifacts: Path
 ) -> None:
     process = start(artifacts, WORKERS=2)
     process.wait_for_worker()
-    with loaded(process, 4) as load:
-        halves = [process.connect() for _ in range(2)]  # one for each worker
-        for half in halves:
-            half.sendall(request_head("/encode", f"Content-Length: {len(BODY)}") + BODY[:20])
-        wait_until(lambda: load.right > 20)
-        before, victim = process.metric_total("elbo_requests_total"), workers(process)[0]
+    with under_load(process, 4) as load:
+        half_sent = [process.connect() for _ in range(2)]  # one per worker
+        for connection in half_sent:
+            connection.sendall(request_head("/encode", f"Content-Length: {len(BODY)}") + BODY[:20])
+        wait_until(lambda: load.correct > 20)
+        before, victim = process.metric_total("elbo_requests_total"), worker_pids(process)[0]
         os.kill(victim, signal.SIGKILL)
-        (lost,) = select.select(halves, [], [], 5)[0]
+        (lost,) = select.select(half_sent, [], [], 5)[0]
         with suppress(ConnectionError):
             assert lost.recv(1) == b""
         assert process.wait_for_log("it is replaced", pid=victim)["level"] == "error"
         assert process.metric_total("elbo_requests_total") > before
         process.wait_for_log("is ready", level="info")
-        assert victim not in workers(process)
-        assert len(workers(process)) == 2
-        seen = load.right
-        wait_until(lambda: load.right > seen + 20)
-    assert len(load.wrong) <= 4  # at most the one that each client had under way
+        assert victim not in worker_pids(process)
+        assert len(worker_pids(process)) == 2
+        correct_before = load.correct
+        wait_until(lambda: load.correct > correct_before + 20)
+    assert len(load.failures) <= 4  # at most the one request that each client was waiting for
     assert process.metric_total("elbo_worker_restarts_total") == 1
     assert process.metric_total("elbo_requests_total") > before
-    halves.remove(lost)
-    halves[0].sendall(BODY[20:])
-    assert read_response(halves[0]).startswith(b"HTTP/1.1 200")
-    for half in (lost, *halves):
-        half.close()
+    half_sent.remove(lost)
+    half_sent[0].sendall(BODY[20:])
+    assert read_response(half_sent[0]).startswith(b"HTTP/1.1 200")
+    for connection in (lost, *half_sent):
+        connection.close()
     assert process.stop() == 0
 
 
@@ -165,46 +163,49 @@ def test_sigterm_under_load_loses_no_request(
     start: Callable[..., ServerProcess], artifacts: Path, count: int, delay: float
 ) -> None:
     process = start(artifacts, WORKERS=count, DRAIN_SECONDS=delay)
-    with loaded(process, 6) as load:
-        wait_until(lambda: load.right > 30)
+    with under_load(process, 6) as load:
+        wait_until(lambda: load.correct > 30)
         assert process.stop() == 0
-    assert load.wrong == []
+    assert load.failures == []
 
 
-LATE = """
+STOP_WHILE_LOADING = """
 import select, signal
 from service import settings
 from service.monitoring import logs
 from service.server import run, supervisor
 
-class Late(supervisor.Supervisor):
-    def _listen(self):
-        super()._listen()
+class StoppingSupervisor(supervisor.Supervisor):
+    def _enter_serving(self):
+        super()._enter_serving()
         signal.raise_signal(signal.SIGTERM)
 
-    def _let_go(self):
-        loading = [worker.channel for worker in self._workers.values() if not worker.ready]
+    def _enter_stopping(self):
+        workers = self._workers.values()
+        loading = [worker.control for worker in workers if worker.state is supervisor.WorkerState.LOADING]
         assert loading and select.select(loading, [], [], 60)[0] == loading
-        super()._let_go()
+        super()._enter_stopping()
 
 options = settings.Settings()
 logs.configure(options.log_level, options.log_format)
-Late(options, run._bind(options.host, options.port)).run()
+StoppingSupervisor(options, run.bind(options.host, options.port)).run()
 """
 
 
-def test_a_worker_that_becomes_ready_while_the_rest_ends_is_no_failure(artifacts: Path) -> None:
-    """It is killed as one that still loads, and only then it is read that it was ready."""
+def test_worker_that_becomes_ready_while_the_server_stops_is_not_a_failure(artifacts: Path) -> None:
+    """The supervisor kills the worker as one that still loads, and reads READY afterwards."""
     environment = os.environ | {
         "ELBO_PORT": "0", "ELBO_WORKERS": "2", "ELBO_DRAIN_SECONDS": "0", "ELBO_ARTIFACTS": str(artifacts),
     }  # fmt: skip
-    command = [sys.executable, "-c", LATE]
+    command = [sys.executable, "-c", STOP_WHILE_LOADING]
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended
     assert "worker 1 is ready" in ended.stdout
 
 
-def test_while_it_drains_it_is_not_ready_and_serves_on(start: Callable[..., ServerProcess], artifacts: Path) -> None:
+def test_draining_workers_report_not_ready_and_keep_serving(
+    start: Callable[..., ServerProcess], artifacts: Path
+) -> None:
     process = start(artifacts, WORKERS=2, DRAIN_SECONDS=1)
     process.wait_for_worker()
     process.popen.send_signal(signal.SIGTERM)
@@ -217,7 +218,7 @@ def test_while_it_drains_it_is_not_ready_and_serves_on(start: Callable[..., Serv
     assert process.popen.wait(20) == 0
 
 
-def test_what_keeps_the_workers_from_starting_ends_the_server(artifacts: Path) -> None:
+def test_server_whose_first_worker_cannot_start_exits_with_the_error(artifacts: Path) -> None:
     environment = os.environ | {
         "ELBO_PORT": "0", "ELBO_WORKERS": "2", "ELBO_DEVICE": "cuda", "ELBO_ARTIFACTS": str(artifacts),
         "CUDA_VISIBLE_DEVICES": "",
@@ -228,24 +229,24 @@ def test_what_keeps_the_workers_from_starting_ends_the_server(artifacts: Path) -
     assert "cuda was asked for" in ended.stderr
 
 
-def test_workers_end_when_their_supervisor_is_killed(start: Callable[..., ServerProcess], artifacts: Path) -> None:
+def test_workers_end_after_their_supervisor_is_killed(start: Callable[..., ServerProcess], artifacts: Path) -> None:
     process = start(artifacts, WORKERS=2)
     process.wait_for_worker()
-    orphans = workers(process)
+    orphans = worker_pids(process)
     assert len(orphans) == 2
     process.stop(signal.SIGKILL)
-    wait_until(lambda: not any(Path(f"/proc/{pid}/fd").is_dir() and alive(pid) for pid in orphans))
+    wait_until(lambda: not any(Path(f"/proc/{pid}/fd").is_dir() and is_alive(pid) for pid in orphans))
 
 
-def alive(pid: int) -> bool:
-    """Whether it runs: an orphan may be left as a zombie where nobody reaps it."""
+def is_alive(pid: int) -> bool:
+    """Return whether a process runs. An orphan may stay a zombie if PID 1 does not reap it."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
 
 
-def test_answers_of_workers_are_those_of_the_module(
+def test_responses_of_workers_equal_the_output_of_the_module(
     start: Callable[..., ServerProcess], artifacts: Path, vae: Artifact, digits: np.ndarray
 ) -> None:
     import torch

@@ -1,4 +1,4 @@
-"""What is known of one request while it is under way: for its log line, its metrics and its Server-Timing."""
+"""What the access log, the metrics and the Server-Timing header report about one request."""
 
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -6,26 +6,26 @@ from time import perf_counter
 
 @dataclass(slots=True)
 class RequestRecord:
-    """Filled in by whoever learns something. Times in seconds; `total` when it is over."""
+    """Facts about one request, filled in while it is handled. Durations are in seconds."""
 
     request_id: str
     method: str
     path: str
     client: str | None
-    started: float = field(default_factory=perf_counter)
+    started: float = field(default_factory=perf_counter)  # when the request head was read, by `perf_counter`
     endpoint: str = "other"
     model: str = ""
     version: int = 0
     rows: int = 0
     status: int = 0
-    problem: str = ""  # the code of the error that it got instead of an answer
+    problem: str = ""  # error code, if the request failed
     parse: float = 0.0
     queue: float = 0.0
     compute: float = 0.0
     write: float = 0.0
-    total: float = 0.0
+    total: float = 0.0  # set when the request has ended
 
     @property
     def elapsed(self) -> float:
-        """Since the request's head was read."""
+        """Seconds since the request head was read."""
         return perf_counter() - self.started
