@@ -226,7 +226,7 @@ def test_server_whose_first_worker_cannot_start_exits_with_the_error(artifacts: 
     command = [sys.executable, "-m", "service"]
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1
-    assert "cuda was asked for" in ended.stderr
+    assert "cuda was requested" in ended.stderr
 
 
 def test_workers_end_after_their_supervisor_is_killed(start: Callable[..., ServerProcess], artifacts: Path) -> None:
