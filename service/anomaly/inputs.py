@@ -48,8 +48,13 @@ def parse_input_rows(served: ServedModel, body: AnomalyBody, may_contain_non_flo
     """Return the rows of `body`. Raises InvalidField, and InvalidRows if no row is valid."""
     given = [name for name in ROW_FIELDS if getattr(body, name) is not None]
     if len(given) != 1:
-        expected, got = "inputs, records or metrics", " and ".join(given) or "neither"
-        raise InvalidField(f"expected one of {expected}, got {got}", expected=expected, got=got)
+        expected, got = "inputs, records or metrics", " and ".join(given) or "none"
+        raise InvalidField(
+            f"expected one of the fields {expected}, got {got}",
+            expected=expected,
+            got=got,
+            hint=None if given else "an NDJSON or CSV body needs at least one row",
+        )
     if body.half_life is not None or body.half_life_rows is not None:
         _validate_smoothing(body)
     if body.metrics is not None:

@@ -131,7 +131,7 @@ def _loads_non_finite(body: bytes, error: orjson.JSONDecodeError) -> Any:
         return json.loads(body)
     except (ValueError, RecursionError):
         raise InvalidJson(
-            f"the body is not valid JSON: {error}",
+            f"invalid JSON: {error}",
             expected="a JSON object in UTF-8",
             hint="check the quotation marks and commas",
         ) from error

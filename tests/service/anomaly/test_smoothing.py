@@ -1,4 +1,4 @@
-"""Smoothing against its definition, summed directly, and against Polars."""
+"""Smoothing, compared with a direct sum of its definition and with Polars."""
 
 import math
 
@@ -22,11 +22,11 @@ ROWS = st.lists(
 
 
 def by_definition(values: list[float], half_life: float, time: list[float], group: list[str]) -> list[float]:
-    """The sum over all pairs of rows, as the docstring says it."""
+    """Return the sum over all pairs of rows, as in the docstring of `exponential_mean`."""
     means = []
-    for i, (own, now) in enumerate(zip(values, time, strict=True)):
+    for i, (value, now) in enumerate(zip(values, time, strict=True)):
         if math.isnan(now):
-            means.append(own)
+            means.append(value)
             continue
         past = [j for j in range(len(values)) if group[j] == group[i] and time[j] <= now]
         weights = [2.0 ** (-(now - time[j]) / half_life) for j in past]
@@ -35,7 +35,7 @@ def by_definition(values: list[float], half_life: float, time: list[float], grou
 
 
 @given(ROWS, st.floats(0.1, 1e4), st.randoms())
-def test_the_mean_is_the_weighted_sum_over_the_past_whatever_the_order(
+def test_mean_of_rows_in_any_order_is_the_weighted_sum_over_the_past(
     rows: list[tuple[float, float, str]], half_life: float, random: object
 ) -> None:
     values, time, group = map(list, zip(*rows, strict=True))
@@ -50,7 +50,7 @@ def test_the_mean_is_the_weighted_sum_over_the_past_whatever_the_order(
 
 
 @pytest.mark.parametrize("half_life", [0.5, 3.0, 40.0])
-def test_by_rows_it_is_polars_mean_with_adjusted_weights(half_life: float) -> None:
+def test_mean_by_rows_equals_polars_ewm_mean_with_adjusted_weights(half_life: float) -> None:
     values = np.random.default_rng(0).normal(size=500)
     expected = pl.Series(values).ewm_mean(half_life=half_life, adjust=True).to_numpy()
     np.testing.assert_allclose(exponential_mean(values, half_life), expected, rtol=1e-12)
@@ -58,45 +58,45 @@ def test_by_rows_it_is_polars_mean_with_adjusted_weights(half_life: float) -> No
     np.testing.assert_allclose(exponential_mean(values, half_life, uneven, by_rows=True), expected, rtol=1e-12)
 
 
-def test_a_row_counts_half_after_a_half_life() -> None:
+def test_weight_of_a_row_halves_after_a_half_life() -> None:
     assert exponential_mean([0.0, 3.0], 60.0, [0.0, 60.0]).tolist() == [0.0, 2.0]
     assert exponential_mean([0.0, 3.0], 1.0).tolist() == [0.0, 2.0]
 
 
-def test_after_a_long_silence_a_row_speaks_for_itself() -> None:
+def test_row_after_a_long_silence_keeps_its_own_value() -> None:
     assert exponential_mean([100.0, 1.0], 60.0, [0.0, 1e9]).tolist() == [100.0, 1.0]
 
 
-def test_groups_know_nothing_of_each_other() -> None:
+def test_rows_of_other_groups_do_not_count() -> None:
     found = exponential_mean([1.0, 50.0, 1.0, 70.0], 5.0, [0, 0, 1, 1], ["a", "b", "a", "b"])
     assert found[[0, 2]].tolist() == [1.0, 1.0]
     assert 50.0 < found[3] < 70.0
 
 
-def test_nan_weighs_nothing() -> None:
+def test_nan_does_not_count_and_stays_nan() -> None:
     found = exponential_mean([2.0, math.nan, 2.0], 1.0, [0, 1, 2])
     np.testing.assert_array_equal(found, [2.0, math.nan, 2.0])
 
 
-def test_noise_goes_down_by_the_effective_number_of_rows() -> None:
-    """The variance of the mean of white noise is (1 - k) / (1 + k) of one row's, k = 2^(-1/h) (Roberts 1959)."""
+def test_variance_of_smoothed_noise_is_that_of_the_theory() -> None:
+    """Smoothing multiplies the variance of white noise by (1 - k) / (1 + k), where k = 2^(-1/h) (Roberts 1959)."""
     noise = np.random.default_rng(2).normal(size=200_000)
     kept = 2.0 ** (-1 / 10)
     assert exponential_mean(noise, 10.0)[1000:].var() == pytest.approx((1 - kept) / (1 + kept), rel=0.05)
 
 
 @pytest.mark.parametrize("half_life", [0.0, -1.0, math.nan])
-def test_a_half_life_is_above_0(half_life: float) -> None:
+def test_half_life_that_is_not_above_0_is_refused(half_life: float) -> None:
     with pytest.raises(ValueError, match="half-life"):
         exponential_mean([1.0], half_life)
 
 
-def test_lengths_must_fit() -> None:
+def test_arguments_of_different_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match="as many times and groups"):
         exponential_mean([1.0, 2.0], 1.0, [0.0])
 
 
-def test_a_running_mean_is_the_same_mean_whatever_the_pieces() -> None:
+def test_running_mean_in_pieces_equals_the_mean_of_the_whole() -> None:
     values = np.random.default_rng(3).exponential(size=200)
     means = exponential_mean(values, 3.0)
     running, found, start = RunningMean(3.0), [], 0

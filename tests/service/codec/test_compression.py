@@ -1,4 +1,4 @@
-"""Compressed bodies: whole, cut off, wrong, and far larger than they look."""
+"""Decompression of request bodies: complete, cut off, corrupt, and far larger than their compressed size."""
 
 import gzip
 import json
@@ -21,11 +21,11 @@ GZIP = {"content-type": "application/json", "content-encoding": "gzip"}
 
 
 @pytest.mark.parametrize("path", ["/encode", "/reconstruct", "/anomaly"])
-def test_a_gzipped_body_is_answered_like_the_plain_one(client: httpx.Client, path: str) -> None:
+def test_gzip_body_gets_the_response_of_the_plain_body(client: httpx.Client, path: str) -> None:
     plain = client.post(path, content=BODY, headers={"content-type": "application/json"})
-    packed = client.post(path, content=gzip.compress(BODY), headers=GZIP)
-    assert packed.status_code == 200
-    assert packed.json() == plain.json()
+    compressed = client.post(path, content=gzip.compress(BODY), headers=GZIP)
+    assert compressed.status_code == 200
+    assert compressed.json() == plain.json()
 
 
 @pytest.mark.parametrize(
@@ -37,16 +37,16 @@ def test_a_gzipped_body_is_answered_like_the_plain_one(client: httpx.Client, pat
         (gzip.compress(bytes(2**25)), 413, "body_too_large"),
         (gzip.compress(b"{"), 422, "invalid_json"),
     ],
-    ids=["half", "head", "plain", "bomb", "no JSON"],
+    ids=["half", "head", "plain", "bomb", "invalid JSON"],
 )
-def test_a_body_that_cannot_be_unpacked_is_refused(client: httpx.Client, body: bytes, status: int, code: str) -> None:
+def test_body_that_cannot_be_decompressed_is_refused(client: httpx.Client, body: bytes, status: int, code: str) -> None:
     response = client.post("/anomaly", content=body, headers=GZIP)
     assert (response.status_code, response.json()["code"]) == (status, code)
     pending = client.get("/metrics").text
     assert "elbo_pending_bytes 0.0" in pending
 
 
-def test_other_encodings_are_refused_with_those_that_there_are(client: httpx.Client) -> None:
+def test_other_content_encodings_are_refused_with_an_accept_encoding_header(client: httpx.Client) -> None:
     response = client.post("/anomaly", content=BODY, headers=GZIP | {"content-encoding": "br"})
     assert response.status_code == 415
     assert response.headers["accept-encoding"] == "gzip"
@@ -54,18 +54,18 @@ def test_other_encodings_are_refused_with_those_that_there_are(client: httpx.Cli
 
 
 @given(st.lists(st.binary(max_size=500), min_size=1, max_size=4))
-def test_several_members_are_one_stream(parts: list[bytes]) -> None:
+def test_several_gzip_members_are_one_stream(parts: list[bytes]) -> None:
     assert decompress_gzip(b"".join(map(gzip.compress, parts)), 2**20) == b"".join(parts)
 
 
-def test_a_bomb_is_not_unpacked_beyond_the_limit() -> None:
+def test_gzip_bomb_is_decompressed_up_to_the_limit_only() -> None:
     bomb = zlib.compressobj(9, zlib.DEFLATED, 31)
-    packed = b"".join(bomb.compress(bytes(2**20)) for _ in range(256)) + bomb.flush()
+    compressed = b"".join(bomb.compress(bytes(2**20)) for _ in range(256)) + bomb.flush()
     with pytest.raises(BodyTooLarge):
-        decompress_gzip(packed, 2**20)
+        decompress_gzip(compressed, 2**20)
 
 
-def test_a_snappy_block_that_says_it_is_large_is_not_begun_with() -> None:
+def test_snappy_block_that_declares_a_large_size_is_refused() -> None:
     body = bytes(cramjam.snappy.compress_raw(bytes(2**20)))
     assert decompress_snappy(body, 2**20) == bytes(2**20)
     with pytest.raises(BodyTooLarge):
@@ -75,13 +75,13 @@ def test_a_snappy_block_that_says_it_is_large_is_not_begun_with() -> None:
 
 
 @given(st.binary(max_size=100))
-def test_no_bytes_break_the_unpacking(body: bytes) -> None:
-    for unpack in (decompress_gzip, decompress_snappy):
+def test_decompressors_accept_or_refuse_any_bytes(body: bytes) -> None:
+    for decompress in (decompress_gzip, decompress_snappy):
         with suppress(InvalidEncoding, BodyTooLarge):
-            assert len(unpack(body, 2**16)) <= 2**16
+            assert len(decompress(body, 2**16)) <= 2**16
 
 
-def test_every_cut_of_a_snappy_block_is_refused() -> None:
+def test_snappy_block_cut_off_anywhere_is_refused() -> None:
     body = bytes(cramjam.snappy.compress_raw(os.urandom(50) + bytes(50)))
     for cut in range(len(body)):
         with pytest.raises(InvalidEncoding):

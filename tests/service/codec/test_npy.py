@@ -1,4 +1,4 @@
-"""The .npy reader and writer, against numpy.save and numpy.load."""
+"""The .npy reader and writer, compared with numpy.save and numpy.load."""
 
 import contextlib
 import io
@@ -22,14 +22,14 @@ def saved(array: np.ndarray[Any, Any], **options: Any) -> bytes:
 @pytest.mark.parametrize("dtype", ["<f2", "<f4", ">f4", "<f8", ">f8", "i1", "u1", "<i8", ">u4"])
 @pytest.mark.parametrize("version", [(1, 0), (2, 0)])
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_what_numpy_saves_is_read_back(dtype: str, version: tuple[int, int], order: str) -> None:
+def test_array_that_numpy_saved_is_read_unchanged(dtype: str, version: tuple[int, int], order: str) -> None:
     array = np.array(np.arange(24).reshape(4, 3, 2), dtype=dtype, order=order)  # type: ignore[call-overload] # an order that is a str
-    read = npy.loads(saved(array, version=version))
-    assert read.dtype == array.dtype
-    np.testing.assert_array_equal(read, array)
+    loaded = npy.loads(saved(array, version=version))
+    assert loaded.dtype == array.dtype
+    np.testing.assert_array_equal(loaded, array)
 
 
-def test_what_is_written_numpy_loads() -> None:
+def test_numpy_loads_what_dumps_writes() -> None:
     array = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
     np.testing.assert_array_equal(np.load(io.BytesIO(npy.dumps(array)), allow_pickle=False), array)
 
@@ -42,19 +42,19 @@ def test_what_is_written_numpy_loads() -> None:
     ],
     ids=lambda array: str(array.dtype),
 )  # fmt: skip
-def test_what_is_no_real_number_is_refused(array: np.ndarray[Any, Any]) -> None:
+def test_array_of_another_type_than_real_numbers_is_refused(array: np.ndarray[Any, Any]) -> None:
     with pytest.raises(InvalidNpy):
         npy.loads(saved(array, allow_pickle=True))
 
 
-def test_every_truncation_is_refused() -> None:
+def test_file_cut_off_anywhere_is_refused() -> None:
     body = saved(np.ones((2, 3), np.float32))
     for length in range(len(body)):
         with pytest.raises(InvalidNpy):
             npy.loads(body[:length])
 
 
-def test_bytes_after_the_array_are_refused() -> None:
+def test_file_with_trailing_bytes_is_refused() -> None:
     with pytest.raises(InvalidNpy, match="24 bytes, but 25 bytes follow"):
         npy.loads(saved(np.ones((2, 3), np.float32)) + b"x")
 
@@ -82,14 +82,14 @@ def header(text: str, length: int | None = None) -> bytes:
     ],
     ids=range(16),
 )  # fmt: skip
-def test_hostile_headers_are_refused(body: bytes) -> None:
+def test_malicious_header_is_refused(body: bytes) -> None:
     with pytest.raises(InvalidNpy):
         npy.loads(body)
 
 
 @given(st.data())
 @settings(max_examples=300)
-def test_a_damaged_file_is_read_or_refused_and_never_anything_else(data: st.DataObject) -> None:
+def test_damaged_file_is_read_or_refused(data: st.DataObject) -> None:
     body = bytearray(saved(np.arange(6, dtype=np.float32).reshape(2, 3)))
     for _ in range(data.draw(st.integers(1, 4))):
         body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))

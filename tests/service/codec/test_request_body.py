@@ -1,4 +1,4 @@
-"""Bodies to fields: content types, malformed JSON, keys given twice, numbers that are none."""
+"""Request bodies to fields: content types, invalid JSON, duplicate keys, non-finite numbers."""
 
 import json
 from typing import Any
@@ -17,26 +17,26 @@ from service.errors import InvalidJson, UnsupportedMediaType
     "content_type",
     ["application/json", "application/json; charset=utf-8", "APPLICATION/JSON", "", "application/vnd.elbo+json"],
 )
-def test_json_is_known_by_its_content_type(content_type: str) -> None:
+def test_json_content_types_are_read_as_json(content_type: str) -> None:
     assert read_fields(content_type, b'{"a": 1}', None).values == {"a": 1}
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "image/png", "nonsense"])
-def test_other_content_types_are_refused_with_a_hint(content_type: str) -> None:
+def test_unknown_content_type_is_refused_with_a_hint(content_type: str) -> None:
     with pytest.raises(UnsupportedMediaType) as caught:
         read_fields(content_type, b'{"a": 1}', "inputs")
     assert caught.value.got == content_type
     assert "application/json" in str(caught.value.hint)
 
 
-def test_an_npy_body_is_the_main_field() -> None:
+def test_npy_body_becomes_the_main_field() -> None:
     body = npy.dumps(np.ones((2, 3), np.float32))
     np.testing.assert_array_equal(read_fields("application/x-npy", body, "inputs").values["inputs"], np.ones((2, 3)))
     with pytest.raises(UnsupportedMediaType):
         read_fields("application/x-npy", body, None)
 
 
-def test_an_empty_body_has_no_fields() -> None:
+def test_empty_body_has_no_fields() -> None:
     assert read_fields("application/json", b"", "inputs").values == {}
 
 
@@ -50,13 +50,13 @@ def test_an_empty_body_has_no_fields() -> None:
         b'{"a": [NaN, ' + b"9" * 10_000 + b"]}",
     ],
 )  # fmt: skip
-def test_what_is_no_json_is_refused(body: bytes) -> None:
+def test_invalid_json_is_refused(body: bytes) -> None:
     with pytest.raises(InvalidJson):
         read_fields("application/json", body, "inputs")
 
 
 @pytest.mark.parametrize("body", [b"[1]", b"3", b'"x"', b"null", b"true"])
-def test_json_that_is_no_object_is_refused(body: bytes) -> None:
+def test_json_value_that_is_not_an_object_is_refused(body: bytes) -> None:
     with pytest.raises(InvalidJson, match="expected a JSON object"):
         read_fields("application/json", body, "inputs")
 
@@ -72,7 +72,7 @@ def test_json_that_is_no_object_is_refused(body: bytes) -> None:
         ('{"": 1, "": 2}', "''"),
     ],
 )
-def test_a_key_given_twice_is_refused_by_name(body: str, key: str) -> None:
+def test_duplicate_key_is_refused_by_name(body: str, key: str) -> None:
     with pytest.raises(InvalidJson, match="duplicate key") as caught:
         read_fields("application/json", body.encode(), "inputs")
     assert key in caught.value.detail
@@ -88,7 +88,7 @@ def test_a_key_given_twice_is_refused_by_name(body: str, key: str) -> None:
         '{"a": {"a": {"a": 1}}}',
     ],
 )
-def test_quotation_marks_elsewhere_are_no_duplicates(body: str) -> None:
+def test_quotation_marks_in_strings_are_not_taken_for_duplicate_keys(body: str) -> None:
     assert read_fields("application/json", body.encode(), "inputs").values == json.loads(body)
 
 
@@ -109,7 +109,7 @@ def test_quotation_marks_elsewhere_are_no_duplicates(body: str) -> None:
         max_size=4,
     )
 )
-def test_any_object_is_read_as_pythons_reader_reads_it(document: dict[str, Any]) -> None:
+def test_any_object_is_read_as_by_json_loads(document: dict[str, Any]) -> None:
     for text in (json.dumps(document), json.dumps(document, ensure_ascii=False, indent=2)):
         assert read_fields("application/json", text.encode(), "inputs").values == document
 
@@ -129,5 +129,5 @@ def test_any_object_is_read_as_pythons_reader_reads_it(document: dict[str, Any])
         ('{"inputs": [[1e999]]}', True),
     ],
 )
-def test_care_is_taken_only_where_something_may_pass_for_a_number(body: str, expected: bool) -> None:
+def test_may_contain_non_floats_is_set_for_nested_booleans_and_non_finite_numbers(body: str, expected: bool) -> None:
     assert read_fields("application/json", body.encode(), "inputs").may_contain_non_floats is expected

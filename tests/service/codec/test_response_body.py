@@ -1,4 +1,4 @@
-"""Answers to bytes: which format, which numbers, which pixels."""
+"""Response fields to bytes: content negotiation, JSON numbers, PNG pixels."""
 
 import io
 import json
@@ -18,7 +18,7 @@ JSON, NPY, SAFETENSORS, PNG = PICTURE_FORMATS
 
 
 @pytest.mark.parametrize(
-    ("accept", "chosen"),
+    ("accept", "expected"),
     [
         ("", JSON),
         ("*/*", JSON),
@@ -39,20 +39,20 @@ JSON, NPY, SAFETENSORS, PNG = PICTURE_FORMATS
         ("application/json; charset=utf-8", JSON),
     ],
 )
-def test_the_accept_header_chooses_the_format(accept: str, chosen: str) -> None:
-    assert negotiate_media_type(accept, PICTURE_FORMATS) == chosen
+def test_accept_header_selects_the_format(accept: str, expected: str) -> None:
+    assert negotiate_media_type(accept, PICTURE_FORMATS) == expected
 
 
 @pytest.mark.parametrize(
     "accept", ["text/html", "image/png", "application/json;q=0", "*/*;q=0", "application/json;q=x"]
 )
-def test_an_accept_header_that_admits_nothing_is_refused_with_what_there_is(accept: str) -> None:
+def test_accept_header_without_an_offered_format_is_refused_with_the_offered_ones(accept: str) -> None:
     with pytest.raises(NotAcceptable) as caught:
         negotiate_media_type(accept, JSON_ONLY)
     assert caught.value.expected == "application/json"
 
 
-def test_a_table_has_no_pictures() -> None:
+def test_array_formats_do_not_include_png() -> None:
     with pytest.raises(NotAcceptable):
         negotiate_media_type("image/png", ARRAY_FORMATS)
 
@@ -64,13 +64,13 @@ def test_a_table_has_no_pictures() -> None:
         elements=st.floats(width=32, allow_nan=False, allow_infinity=False),
     )
 )
-def test_floats_survive_json_to_the_bit(array: np.ndarray) -> None:
+def test_float32_values_survive_json_exactly(array: np.ndarray) -> None:
     for text in (to_json({"a": array}), to_json({"a": [list(row) for row in array]})):
         np.testing.assert_array_equal(np.array(json.loads(text)["a"], np.float32), array)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_number_that_json_lacks_is_an_error_and_no_null(value: float) -> None:
+def test_non_finite_number_in_json_is_an_error(value: float) -> None:
     array = np.zeros((3, 2), np.float32)
     array[1, 1] = value
     with pytest.raises(OverflowInModel, match="row 1"):
@@ -81,7 +81,7 @@ def pixels(content: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(content)))
 
 
-def test_a_picture_shows_each_row_in_its_place_with_its_grey() -> None:
+def test_png_shows_each_row_at_its_place_with_its_grey_values() -> None:
     rows = np.array([[0, 1, 2, 3], [4, 4, 4, 4], [-9, 99, 2, 2]], np.float32)
     picture = pixels(png.dumps(rows, [2, 2], (0.0, 4.0), columns=2))
     tile, gap = png.TILE, png.GAP
@@ -91,22 +91,22 @@ def test_a_picture_shows_each_row_in_its_place_with_its_grey() -> None:
     assert (picture[:tile, tile + gap :] == 255).all()
     below = picture[tile + gap :, :tile]
     assert [below[y, x] for y in centres for x in centres] == [0, 255, 128, 128]
-    assert (picture[tile + gap :, tile + gap :] == png.GAP_GREY).all()  # no image stands there
+    assert (picture[tile + gap :, tile + gap :] == png.GAP_GREY).all()  # no image here
 
 
-def test_a_picture_may_have_colours() -> None:
+def test_png_of_three_channels_has_colours() -> None:
     rows = np.array([[255, 0, 0, 0, 0, 255]], np.float32)
     picture = pixels(png.dumps(rows, [1, 2, 3], (0.0, 255.0)))
     assert picture[0, 0].tolist() == [255, 0, 0]
     assert picture[0, -1].tolist() == [0, 0, 255]
 
 
-def test_white_may_be_the_smaller_value() -> None:
+def test_pixel_range_may_have_white_as_the_smaller_value() -> None:
     picture = pixels(png.dumps(np.array([[0.0, 1.0]], np.float32), [1, 2], (1.0, 0.0)))
     assert (picture[0, 0], picture[0, -1]) == (255, 0)
 
 
-def test_many_images_are_not_magnified_beyond_the_widest_picture() -> None:
+def test_many_images_are_not_magnified_beyond_the_maximum_width() -> None:
     assert pixels(png.dumps(np.zeros((2500, 64), np.float32), [8, 8], (0.0, 1.0))).shape[1] <= png.MAX_WIDTH
 
 
@@ -115,5 +115,7 @@ def test_many_images_are_not_magnified_beyond_the_widest_picture() -> None:
     [([8, 8], (0, 1), True), ([8, 8], None, False), ([8, 8, 3], (0, 1), True), ([8, 8, 1], (0, 1), True),
      ([3, 8, 8], (0, 1), False), ([64], (0, 1), False)],
 )  # fmt: skip
-def test_only_images_have_pictures(shape: list[int], pixel_range: tuple[float, float] | None, expected: bool) -> None:
+def test_is_picture_is_true_for_image_shapes_only(
+    shape: list[int], pixel_range: tuple[float, float] | None, expected: bool
+) -> None:
     assert png.is_picture(shape, pixel_range) is expected

@@ -1,4 +1,4 @@
-"""JSON to float32 rows, against json.loads and numpy."""
+"""JSON rows, records and arrays to float32 rows, compared with json.loads and numpy."""
 
 import json
 import math
@@ -18,11 +18,11 @@ from service.errors import InvalidRows
 
 FLAT = RowSchema([4])
 NESTED = RowSchema([2, 3])
-LARGEST = float(np.finfo(np.float32).max)
+MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 def read(schema: RowSchema, text: str) -> Any:
-    """The rows in the JSON `text`, by the service's own way."""
+    """Return the rows in the JSON `text`, parsed as the service parses a request."""
     fields = read_fields("application/json", f'{{"inputs": {text}}}'.encode(), "inputs")
     return parse_rows(schema, fields.values["inputs"], "/inputs", fields.may_contain_non_floats)
 
@@ -34,26 +34,26 @@ def refusal(schema: RowSchema, text: str) -> InvalidRows:
 
 
 numbers = st.one_of(
-    st.floats(-LARGEST, LARGEST, allow_nan=False),
+    st.floats(-MAX_FLOAT32, MAX_FLOAT32, allow_nan=False),
     st.floats(allow_nan=False, allow_infinity=False, width=32),
     st.integers(-(2**53), 2**53),
 )
 
 
 @given(st.lists(st.lists(numbers, min_size=4, max_size=4), min_size=1, max_size=5))
-def test_finite_numbers_are_read_as_numpy_rounds_them(rows: list[list[float]]) -> None:
+def test_finite_numbers_are_rounded_like_numpy(rows: list[list[float]]) -> None:
     text = json.dumps(rows)
     expected = np.array(json.loads(text), dtype=np.float64).astype(np.float32)
     np.testing.assert_array_equal(read(FLAT, text), expected)
 
 
 @given(st.lists(st.lists(st.lists(numbers, min_size=3, max_size=3), min_size=2, max_size=2), min_size=1, max_size=4))
-def test_nested_rows_equal_the_same_rows_laid_flat(rows: list[list[list[float]]]) -> None:
+def test_nested_rows_equal_the_same_rows_flattened(rows: list[list[list[float]]]) -> None:
     flat = [[value for line in row for value in line] for row in rows]
     np.testing.assert_array_equal(read(NESTED, json.dumps(rows)), read(NESTED, json.dumps(flat)))
 
 
-def test_flat_and_nested_rows_may_stand_side_by_side() -> None:
+def test_flat_and_nested_rows_may_be_mixed() -> None:
     x = read(NESTED, "[[1, 2, 3, 4, 5, 6], [[1, 2, 3], [4, 5, 6]]]")
     np.testing.assert_array_equal(x[0], x[1])
 
@@ -81,7 +81,7 @@ not_numbers = st.sampled_from(
 
 @given(bad=not_numbers, row=st.integers(0, 3), column=st.integers(0, 3))
 @settings(max_examples=200)
-def test_whatever_is_no_finite_float32_is_refused_with_its_place(bad: str, row: int, column: int) -> None:
+def test_value_that_is_not_a_finite_float32_is_refused_with_its_pointer(bad: str, row: int, column: int) -> None:
     cells = [["1.5"] * 4 for _ in range(4)]
     cells[row][column] = bad
     error = refusal(FLAT, "[" + ",".join("[" + ",".join(line) + "]" for line in cells) + "]")
@@ -91,26 +91,26 @@ def test_whatever_is_no_finite_float32_is_refused_with_its_place(bad: str, row: 
 
 
 @given(bad=not_numbers, row=st.integers(0, 2), i=st.integers(0, 1), j=st.integers(0, 2))
-def test_in_a_nested_row_the_place_is_nested_too(bad: str, row: int, i: int, j: int) -> None:
+def test_bad_value_in_a_nested_row_has_a_nested_pointer(bad: str, row: int, i: int, j: int) -> None:
     cells = [[["0"] * 3 for _ in range(2)] for _ in range(3)]
     cells[row][i][j] = bad
     lines = ["[" + ",".join("[" + ",".join(line) + "]" for line in one) + "]" for one in cells]
     assert refusal(NESTED, "[" + ",".join(lines) + "]").pointer == f"/inputs/{row}/{i}/{j}"
 
 
-def test_the_first_of_several_bad_values_is_the_one_that_is_told() -> None:
+def test_first_of_several_bad_values_is_reported() -> None:
     assert refusal(FLAT, '[[1,2,3,4],[1,null,"x",true],[null,1,1,1]]').pointer == "/inputs/1/1"
 
 
-@pytest.mark.parametrize("value", [LARGEST, -LARGEST, LARGEST * (1 + 2**-26), 1e-46, -0.0, 2**-149])
-def test_the_bounds_of_float32_are_those_of_ieee_rounding(value: float) -> None:
+@pytest.mark.parametrize("value", [MAX_FLOAT32, -MAX_FLOAT32, MAX_FLOAT32 * (1 + 2**-26), 1e-46, -0.0, 2**-149])
+def test_values_at_the_bounds_of_float32_are_rounded_as_ieee_754_says(value: float) -> None:
     x = read(FLAT, json.dumps([[value, 0, 0, 0]]))
     assert x[0, 0] == np.float64(value).astype(np.float32)
     assert math.copysign(1, x[0, 0]) == math.copysign(1, value)
 
 
-def test_half_a_step_beyond_the_largest_float32_overflows() -> None:
-    beyond = LARGEST + 2.0**103  # a tie, and the even neighbour is infinity
+def test_value_half_a_step_beyond_the_largest_float32_overflows() -> None:
+    beyond = MAX_FLOAT32 + 2.0**103  # a tie, and the even neighbour is infinity
     with np.errstate(over="ignore"):
         assert np.isinf(np.float64(beyond).astype(np.float32))
     assert "overflows float32" in refusal(FLAT, json.dumps([[0, 0, beyond, 0]])).detail
@@ -139,7 +139,7 @@ def test_half_a_step_beyond_the_largest_float32_overflows() -> None:
         (NESTED, "[[[[1,2,3]],[[4,5,6]]]]", "/inputs/0/0", "a list of 1"),
     ],
 )
-def test_misshapen_rows_are_told_by_what_was_expected_and_what_came(
+def test_row_of_the_wrong_shape_is_refused_with_expected_and_got(
     schema: RowSchema, text: str, pointer: str, word: str
 ) -> None:
     error = refusal(schema, text)
@@ -151,13 +151,13 @@ def test_misshapen_rows_are_told_by_what_was_expected_and_what_came(
 @pytest.mark.parametrize(
     ("schema", "text"), [(FLAT, "[1,2,3,4]"), (NESTED, "[1,2,3,4,5,6]"), (NESTED, "[[1,2,3],[4,5,6]]")]
 )
-def test_one_row_without_its_list_gets_a_hint(schema: RowSchema, text: str) -> None:
+def test_single_row_without_a_list_of_rows_gets_a_hint(schema: RowSchema, text: str) -> None:
     error = refusal(schema, text)
     assert error.got == "one row"
     assert error.hint == "put the row into a list: [[...]]"
 
 
-def test_a_bad_row_among_good_ones_costs_only_itself() -> None:
+def test_bad_row_among_valid_rows_fails_alone() -> None:
     rows = [[1, 2, 3, 4], [1, None, 3, 4], "x", [5, 6, 7, 8], [1, 2]]
     parsed = parse_valid_rows(FLAT, rows, "/inputs", False)
     np.testing.assert_array_equal(parsed.x, [[1, 2, 3, 4], [5, 6, 7, 8]])
@@ -167,7 +167,7 @@ def test_a_bad_row_among_good_ones_costs_only_itself() -> None:
     ]  # fmt: skip
 
 
-def test_if_no_row_can_be_read_the_first_error_is_raised() -> None:
+def test_first_error_is_raised_if_no_row_is_valid() -> None:
     with pytest.raises(InvalidRows) as caught:
         parse_valid_rows(FLAT, [[None] * 4, []], "/inputs", False)
     assert caught.value.pointer == "/inputs/0/0"
@@ -176,14 +176,14 @@ def test_if_no_row_can_be_read_the_first_error_is_raised() -> None:
 NAMED = RowSchema([3], ["a", "b/c", "d~"])
 
 
-def test_records_are_ordered_by_name_and_unknown_values_are_counted() -> None:
+def test_record_values_are_ordered_by_name_and_unknown_fields_are_counted() -> None:
     records = [{"d~": 3, "a": 1, "b/c": 2}, {"a": 4, "b/c": 5, "d~": 6, "host": "x", "t": None}]
     parsed = parse_valid_records(NAMED, records, "/records", may_contain_non_floats=False)
     np.testing.assert_array_equal(parsed.x, [[1, 2, 3], [4, 5, 6]])
     assert count_unknown_fields(NAMED, records) == 2
 
 
-def test_bad_records_name_what_they_lack_or_hold() -> None:
+def test_bad_records_are_reported_with_missing_names_and_pointers() -> None:
     records = [
         {"a": 1, "b/c": 2, "d~": 3},
         {"a": 1, "d~": 3},
@@ -201,7 +201,7 @@ def test_bad_records_name_what_they_lack_or_hold() -> None:
 
 @pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f8", ">f8", "<f2", "i1", "<i4", ">i8", "u1", "<u8"])
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_arrays_of_any_real_dtype_and_order_become_float32(dtype: str, order: str) -> None:
+def test_array_of_any_real_dtype_and_order_becomes_float32(dtype: str, order: str) -> None:
     values = np.arange(12).reshape(2, 6)
     array = np.array(values, dtype=dtype, order=order)  # type: ignore[call-overload] # an order that is a str
     x = parse_array(NESTED, array, "/inputs")
@@ -213,13 +213,13 @@ def test_arrays_of_any_real_dtype_and_order_become_float32(dtype: str, order: st
 
 
 @pytest.mark.parametrize("shape", [(6,), (2, 3), (0, 6), (2, 5), (2, 3, 2), (2, 6, 1), ()])
-def test_arrays_of_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
+def test_array_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(InvalidRows, match="expected an array"):
         parse_array(NESTED, np.zeros(shape, np.float32), "/inputs")
 
 
 @pytest.mark.parametrize(("value", "word"), [(np.nan, "nan"), (np.inf, "inf"), (-1e300, "overflows")])
-def test_arrays_with_what_is_no_float32_are_refused_with_the_place(value: float, word: str) -> None:
+def test_array_value_that_is_not_a_finite_float32_is_refused_with_its_pointer(value: float, word: str) -> None:
     array = np.zeros((3, 2, 3))
     array[2, 1, 0] = value
     with pytest.raises(InvalidRows, match=word) as caught:

@@ -1,4 +1,4 @@
-"""application/x-safetensors in and out, against files put together byte by byte as the format's page says."""
+"""The safetensors reader and writer, compared with files that are assembled from the format's description."""
 
 import json
 import struct
@@ -25,17 +25,17 @@ def tensor(dtype: Any = "F32", shape: Any = (2, 3), offsets: Any = (0, 24), **mo
 
 
 def read(body: bytes) -> dict[str, np.ndarray]:
-    """By the format's description: offsets count from the end of the header."""
+    """Return the tensors of a file. Offsets count from the end of the header."""
     (size,) = struct.unpack("<Q", body[:8])
     header, data = json.loads(body[8 : 8 + size]), body[8 + size :]
     return {
-        name: np.frombuffer(data[slice(*told["data_offsets"])], "<f4").reshape(told["shape"])
-        for name, told in header.items()
+        name: np.frombuffer(data[slice(*entry["data_offsets"])], "<f4").reshape(entry["shape"])
+        for name, entry in header.items()
         if name != "__metadata__"
     }
 
 
-def test_a_tensor_is_read_in_place() -> None:
+def test_tensor_is_read_without_a_copy() -> None:
     body = file(tensor(__metadata__={"format": "np"}))
     array = safetensors.loads(body, "inputs")
     np.testing.assert_array_equal(array, X)
@@ -46,15 +46,15 @@ def test_a_tensor_is_read_in_place() -> None:
     ("dtype", "numpy"),
     [("F64", "<f8"), ("F16", "<f2"), ("I64", "<i8"), ("I32", "<i4"), ("I16", "<i2"), ("I8", "i1"), ("U8", "u1")],
 )
-def test_every_real_type_is_read(dtype: str, numpy: str) -> None:
+def test_tensors_of_every_real_dtype_are_read(dtype: str, numpy: str) -> None:
     data = X.astype(numpy).tobytes()
     np.testing.assert_array_equal(safetensors.loads(file(tensor(dtype, offsets=(0, len(data))), data), "inputs"), X)
 
 
-def test_bfloat16_is_the_upper_half_of_float32() -> None:
+def test_bfloat16_tensor_is_read_as_the_upper_half_of_float32() -> None:
     data = X.view(np.uint32) >> 16
     body = file(tensor("BF16", offsets=(0, 12)), data.astype("<u2").tobytes())
-    np.testing.assert_array_equal(safetensors.loads(body, "inputs"), X)  # small whole numbers are exact in it
+    np.testing.assert_array_equal(safetensors.loads(body, "inputs"), X)  # bfloat16 holds small integers exactly
 
 
 @pytest.mark.parametrize(
@@ -86,12 +86,12 @@ def test_bfloat16_is_the_upper_half_of_float32() -> None:
         file({f"x{number}": {} for number in range(2000)}),
     ],
 )
-def test_what_is_no_such_file_is_refused(body: bytes) -> None:
+def test_invalid_file_is_refused(body: bytes) -> None:
     with pytest.raises(InvalidSafetensors):
         safetensors.loads(body, "inputs")
 
 
-def test_what_is_written_can_be_read() -> None:
+def test_dumped_file_can_be_read() -> None:
     body = safetensors.dumps({"a": X, "b": X.T}, {"model": "vae"})
     found = read(body)
     np.testing.assert_array_equal(found["a"], X)
@@ -100,7 +100,7 @@ def test_what_is_written_can_be_read() -> None:
     assert json.loads(body[8 : 8 + struct.unpack("<Q", body[:8])[0]])["__metadata__"] == {"model": "vae"}
 
 
-def test_every_array_of_an_answer_is_there_under_its_name(client: httpx.Client, digits: np.ndarray) -> None:
+def test_response_contains_every_array_under_its_name(client: httpx.Client, digits: np.ndarray) -> None:
     rows = digits[:3]
     body = safetensors.dumps({"inputs": rows}, {})
     expected = client.post("/reconstruct", json={"inputs": rows.tolist()}).json()
@@ -116,14 +116,14 @@ def test_every_array_of_an_answer_is_there_under_its_name(client: httpx.Client, 
         np.testing.assert_allclose(array, [result[name] for result in results], rtol=1e-5)
 
 
-def test_a_bad_file_is_a_422_and_a_huge_shape_costs_nothing(client: httpx.Client) -> None:
+def test_file_with_a_huge_shape_is_refused_with_422(client: httpx.Client) -> None:
     body = file(tensor(shape=[2**39, 2**20], offsets=(0, 2**61)))
     answer = client.post("/encode", content=body, headers=TYPE)
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_safetensors")
 
 
 @pytest.mark.parametrize("accept", ["application/json", "application/x-npy", safetensors.MEDIA_TYPE])
-def test_an_answer_that_is_not_finite_is_an_error_in_every_format(client: httpx.Client, accept: str) -> None:
+def test_output_that_is_not_finite_is_an_error_in_every_format(client: httpx.Client, accept: str) -> None:
     body = safetensors.dumps({"latents": np.full((1, 4), 3e38, np.float32)}, {})
     width = client.get("/models/hosts").json()["latents"]
     body = safetensors.dumps({"latents": np.full((1, width), 3e38, np.float32)}, {})

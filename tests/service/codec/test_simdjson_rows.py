@@ -1,4 +1,4 @@
-"""The fast reader of JSON agrees with the plain one, and leaves to it whatever is not plainly rows of numbers."""
+"""The fast JSON reader: it agrees with orjson, and returns None for bodies that are not plain rows of numbers."""
 
 import json
 from typing import Any
@@ -19,7 +19,7 @@ numbers = st.one_of(
 
 
 @given(st.integers(1, 5).flatmap(lambda width: st.lists(st.lists(numbers, min_size=width, max_size=width), min_size=1)))
-def test_rows_of_numbers_are_those_of_the_plain_reader(rows: list[list[float]]) -> None:
+def test_rows_of_numbers_are_read_as_by_orjson(rows: list[list[float]]) -> None:
     body = json.dumps({"alpha": 0.05, "inputs": rows, "sample": True}).encode()
     fields = simdjson_rows.read_fields(body, "inputs", len(rows[0]))
     assert fields is not None
@@ -30,7 +30,7 @@ def test_rows_of_numbers_are_those_of_the_plain_reader(rows: list[list[float]]) 
 @pytest.mark.parametrize(
     "body",
     [
-        b'{"inputs": [[1, [2]], [3, 4]]}',  # simdjson alone would flatten it
+        b'{"inputs": [[1, [2]], [3, 4]]}',  # simdjson would flatten it
         b'{"inputs": [[1, []], [3, 4]]}',
         b'{"inputs": [' + b"[1, 2], " * simdjson_rows.MAX_SEARCHES + b"[1, [2]]]}",
         b'{"inputs": [[[1, 2]], [[3, 4]]]}',
@@ -59,11 +59,11 @@ def test_rows_of_numbers_are_those_of_the_plain_reader(rows: list[list[float]]) 
         b"\xff",
     ],
 )
-def test_whatever_else_is_left_to_the_plain_reader(body: bytes) -> None:
+def test_any_other_body_is_left_to_the_slow_reader(body: bytes) -> None:
     assert simdjson_rows.read_fields(body, "inputs", 2) is None
 
 
-def test_what_was_read_outlives_the_next_document() -> None:
+def test_rows_stay_valid_after_the_next_document() -> None:
     first: Any = simdjson_rows.read_fields(b'{"inputs": [[1, 2]]}', "inputs", 2)
     simdjson_rows.read_fields(b'{"inputs": [[3, 4]]}', "inputs", 2)
     np.testing.assert_array_equal(first["inputs"], [[1, 2]])

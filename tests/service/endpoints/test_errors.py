@@ -155,7 +155,7 @@ def test_an_npy_body_that_is_cut_off_is_refused(client: httpx.Client, path: str)
         ("/interpolate", ENDS | {"steps": 1}, "/steps", "greater than or equal to 2"),
         ("/interpolate", ENDS | {"steps": 301}, "/steps", "at most 300"),
         ("/interpolate", ENDS | {"method": "cubic"}, "/method", "'linear' or 'slerp'"),
-        ("/anomaly", {}, None, "neither"),
+        ("/anomaly", {}, None, "got none"),
         ("/anomaly", {"inputs": [ROW], "records": [{}]}, None, "inputs and records"),
         ("/anomaly", {"inputs": [ROW], "alpha": 0}, "/alpha", "greater than 0"),
         ("/anomaly", {"inputs": [ROW], "alpha": 1}, "/alpha", "less than 1"),
