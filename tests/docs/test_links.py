@@ -54,3 +54,9 @@ def test_the_glossary_is_short_and_in_order() -> None:
     terms = [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("| ")][1:]
     assert terms == sorted(terms, key=str.lower)
     assert 20 <= len(terms) <= GLOSSARY_LINES
+
+
+def test_the_way_of_a_request_fits_on_a_screen_and_opens_at_most_ten_files() -> None:
+    section = (ROOT / "docs" / "architecture.md").read_text().split("## The way of a request")[1].split("\n## ")[0]
+    assert len(section.splitlines()) <= 30
+    assert 5 <= len(set(PATH.findall(section))) <= 10
