@@ -1,4 +1,4 @@
-"""The HTTP errors: each has a status, a stable code and a title, and is answered as application/problem+json.
+"""The errors that the service responds with, as application/problem+json: each has a status, a code and a title.
 
 ElboError (models.errors)
 └── ServiceError
@@ -11,7 +11,7 @@ ElboError (models.errors)
     ├── InvalidJson, InvalidNpy, InvalidSafetensors, InvalidCsv,
     │   InvalidEncoding, InvalidProtobuf, InvalidField, InvalidRows, OverflowInModel   422
     ├── Overloaded                          429
-    ├── ClientGone                          499, seen in the log and the metrics only
+    ├── ClientGone                          499, only in logs and metrics
     ├── InternalError                       500
     ├── NotReady                            503
     └── DeadlineExceeded                    504
@@ -28,14 +28,15 @@ PROBLEM_JSON = "application/problem+json"
 
 
 class ServiceError(ElboError):
-    """A request that gets no answer, and why.
+    """Base of the errors that a request can fail with.
 
     Args:
-        detail: one sentence for the caller.
-        pointer: JSON pointer (RFC 6901) to the value at fault.
-        expected, got: what should have stood there, and what did.
-        hint: what to do.
-        headers: to send with the answer.
+        detail: what happened, in one sentence.
+        pointer: JSON pointer (RFC 6901) to the invalid value.
+        expected: what would have been valid.
+        got: what the request had instead.
+        hint: what the client can do.
+        headers: additional headers of the response.
     """
 
     status = 500
@@ -61,8 +62,8 @@ class ServiceError(ElboError):
         self.headers = dict(headers or {})
 
     def problem(self, request_id: str) -> dict[str, Any]:
-        """The body of the answer (RFC 9457)."""
-        told = {"pointer": self.pointer, "expected": self.expected, "got": self.got, "hint": self.hint}
+        """Return the body of the response (RFC 9457)."""
+        optional = {"pointer": self.pointer, "expected": self.expected, "got": self.got, "hint": self.hint}
         return {
             "type": f"urn:elbo:problem:{self.code}",
             "title": self.title,
@@ -70,42 +71,42 @@ class ServiceError(ElboError):
             "code": self.code,
             "detail": self.detail,
             "request_id": request_id,
-            **{key: value for key, value in told.items() if value is not None},
+            **{key: value for key, value in optional.items() if value is not None},
         }
 
 
 class NotFound(ServiceError):
-    """Nothing is served at this path."""
+    """The path does not exist."""
 
     status, code, title = 404, "not_found", "No such path"
 
 
 class ModelNotFound(ServiceError):
-    """No such model or version is served; the detail lists those that are."""
+    """The model or version is not served; `expected` lists the ones that are."""
 
     status, code, title = 404, "model_not_found", "No such model"
 
 
 class NotShown(ServiceError):
-    """The artifact carries no such thing to look at: it was trained with --private, or by an earlier Elbo."""
+    """The artifact has no such exhibit: the model was trained with --private, or by an earlier version of Elbo."""
 
     status, code, title = 404, "not_shown", "Not in the artifact"
 
 
 class MethodNotAllowed(ServiceError):
-    """The path exists, but not for this method; the Allow header says for which."""
+    """The path does not support this method; the Allow header lists the methods that it supports."""
 
     status, code, title = 405, "method_not_allowed", "Method not allowed"
 
 
 class NotAcceptable(ServiceError):
-    """The Accept header admits no format that this answer has for this model."""
+    """The Accept header excludes every format that this endpoint can respond with for this model."""
 
     status, code, title = 406, "not_acceptable", "No acceptable format"
 
 
 class BodyTooSlow(ServiceError):
-    """The body did not arrive in the time that ELBO_REQUEST_TIMEOUT allows."""
+    """The body did not arrive within ELBO_REQUEST_TIMEOUT."""
 
     status, code, title = 408, "body_too_slow", "Body too slow"
 
@@ -117,85 +118,85 @@ class BodyTooLarge(ServiceError):
 
 
 class TooManyRows(ServiceError):
-    """The request holds or asks for more rows than ELBO_MAX_ROWS."""
+    """The request has more rows than ELBO_MAX_ROWS."""
 
     status, code, title = 413, "too_many_rows", "Too many rows"
 
 
 class UnsupportedMediaType(ServiceError):
-    """The body is of a type that the path does not read: application/json and application/x-npy are for most."""
+    """The Content-Type is not one that this endpoint reads; `expected` lists those."""
 
     status, code, title = 415, "unsupported_media_type", "Unsupported media type"
 
 
 class InvalidJson(ServiceError):
-    """The body is no JSON object, or has a key twice."""
+    """The body is not a JSON object, or an object in it has a duplicate key."""
 
     status, code, title = 422, "invalid_json", "Invalid JSON"
 
 
 class InvalidNpy(ServiceError):
-    """The body is no .npy file of real numbers, or is cut off."""
+    """The body is not an npy file of real numbers, or it is truncated."""
 
     status, code, title = 422, "invalid_npy", "Invalid npy"
 
 
 class InvalidSafetensors(ServiceError):
-    """The body is no safetensors file of one tensor of real numbers with the right name, or is cut off."""
+    """The body is not a safetensors file with one tensor of real numbers under the right name, or it is truncated."""
 
     status, code, title = 422, "invalid_safetensors", "Invalid safetensors"
 
 
 class InvalidCsv(ServiceError):
-    """The body is no CSV with a header that names the columns."""
+    """The body is not CSV with a header line that names the columns."""
 
     status, code, title = 422, "invalid_csv", "Invalid CSV"
 
 
 class InvalidEncoding(ServiceError):
-    """The body is not compressed as its Content-Encoding says, or cut off."""
+    """The body is not compressed as its Content-Encoding states, or it is truncated."""
 
     status, code, title = 422, "invalid_encoding", "Invalid encoding"
 
 
 class InvalidProtobuf(ServiceError):
-    """The body is not the protobuf message that the path reads."""
+    """The body is not the protobuf message that this endpoint reads."""
 
     status, code, title = 422, "invalid_protobuf", "Invalid protobuf"
 
 
 class InvalidField(ServiceError):
-    """A field of the body or of the query is missing, unknown or out of its bounds."""
+    """A field of the body or the query is missing, unknown, given twice or out of bounds."""
 
     status, code, title = 422, "invalid_field", "Invalid field"
 
 
 class InvalidRows(ServiceError):
-    """Rows, latents or records are not of the model's shape, or hold something that is no finite number."""
+    """Rows, codes or records do not have the model's shape, or hold a value that is not a finite number."""
 
     status, code, title = 422, "invalid_rows", "Invalid rows"
 
 
 class OverflowInModel(ServiceError):
-    """The numbers are finite, but so extreme that the model's answer is not: it overflows float32."""
+    """The input values are finite but so extreme that the model's output overflows float32."""
 
     status, code, title = 422, "overflow_in_model", "Values too extreme for the model"
 
 
 class Overloaded(ServiceError):
-    """The queue is full; the Retry-After header says when to try again."""
+    """The server has no capacity for the request now; the Retry-After header says when to try again."""
 
     status, code, title = 429, "overloaded", "Overloaded"
 
 
 class ClientGone(ServiceError):
-    """The client left before its answer was ready. Nobody reads this answer; the log and the metrics count it."""
+    """The client disconnected before the response was ready; the access log and the metrics record this status."""
 
     status, code, title = 499, "client_gone", "Client closed the connection"
 
 
 class InternalError(ServiceError):
-    """Elbo's fault. The log has the details under the request id."""
+    """An error in the server; its log has the details under the request id."""
 
 
 class NotReady(ServiceError):
@@ -205,7 +206,7 @@ class NotReady(ServiceError):
 
 
 class DeadlineExceeded(ServiceError):
-    """The answer was not ready in the time that the X-Request-Timeout header or ELBO_REQUEST_TIMEOUT allows."""
+    """The response was not ready within the X-Request-Timeout header or ELBO_REQUEST_TIMEOUT."""
 
     status, code, title = 504, "deadline_exceeded", "Deadline exceeded"
 
@@ -238,17 +239,17 @@ ERRORS: tuple[type[ServiceError], ...] = (
 
 
 def from_http_exception(error: HTTPException, method: str, path: str, allowed: Sequence[str]) -> ServiceError:
-    """The router's own refusals (404, 405), in our words; `allowed` are the methods that `path` takes."""
+    """Return the router's 404 or 405 as a ServiceError; `allowed` lists the methods that `path` supports."""
     if error.status_code == 404:
-        return NotFound(f"nothing is served at {path}", hint="GET /docs shows every path")
+        return NotFound(f"the path {path} does not exist", hint="GET /docs lists all paths")
     if error.status_code == 405:
         allow = ", ".join(allowed)
         return MethodNotAllowed(
-            f"{path} takes {allow}, not {method}", expected=allow, got=method, headers={"Allow": allow}
+            f"{path} supports {allow}, got {method}", expected=allow, got=method, headers={"Allow": allow}
         )
-    return InternalError("the server failed; its log has the details under this request id")
+    return InternalError("an error occurred in the server: its log has the details under this request id")
 
 
 def escape(key: str) -> str:
-    """One reference token of a JSON pointer."""
+    """Return `key` as one reference token of a JSON pointer (RFC 6901)."""
     return key.replace("~", "~0").replace("/", "~1")

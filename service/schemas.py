@@ -1,6 +1,6 @@
-"""The bodies and answers of the HTTP interface: what the OpenAPI document says, and what a request may hold.
+"""Schemas of request bodies and responses: they validate requests and describe both in the OpenAPI document.
 
-Arrays are `Any` to pydantic, which therefore never walks them; `service.codec` reads and writes them.
+Arrays have the type `Any`, so that pydantic does not visit every number; `service.codec` reads and writes them.
 """
 
 from typing import Annotated, Any, Literal
@@ -14,8 +14,8 @@ _VALUES = {"type": "array", "items": {"type": ["number", "null"]}}
 _NESTED = {"type": "array", "items": {"type": "array", "items": {}}}
 _ROW = {
     "anyOf": [_VALUES, _NESTED],
-    "description": "A flat list of D numbers, or nested lists of the model's shape; null where a value is missing, for "
-    "features that lacked some in training",
+    "description": "A flat list of D numbers, or nested lists of the model's shape; null for a missing value, if the "
+    "feature had missing values in training",
 }
 _RECORD = {"type": "object", "additionalProperties": {"type": ["number", "string", "null"]}}
 _METRIC = {
@@ -35,234 +35,267 @@ Vectors = Annotated[Any, WithJsonSchema({"type": "array", "minItems": 1, "items"
 Vector = Annotated[Any, WithJsonSchema(_NUMBERS)]
 Records = Annotated[Any, WithJsonSchema({"type": "array", "minItems": 1, "items": _RECORD})]
 Metrics = Annotated[Any, WithJsonSchema({"type": "array", "minItems": 1, "items": _METRIC})]
-Seed = Annotated[int, Field(ge=0, lt=SEEDS, description="whole number below 2^53: the same seed, the same numbers")]
+Seed = Annotated[
+    int, Field(ge=0, lt=SEEDS, description="whole number below 2^53; the same seed gives the same numbers")
+]
 
 
 class Body(BaseModel):
-    """What a request says. Strict: a number in quotation marks is no number, and an unknown field is a typo."""
+    """Base of all request bodies. Strict: a quoted number is not a number, and unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class EncodeBody(Body):
-    """Rows to codes."""
+    """Rows to encode."""
 
     inputs: Rows = Field(description="N rows in raw units")
-    sample: bool = Field(False, description="false: latents are the posterior mean; true: a draw from the posterior")
-    seed: Seed | None = Field(None, description="of the draw; without it one is chosen and told")
+    sample: bool = Field(
+        False, description="whether latents are drawn from the posterior; false returns the posterior mean"
+    )
+    seed: Seed | None = Field(
+        None, description="seed of the draw; by default a random seed, which the response contains"
+    )
 
 
 class DecodeBody(Body):
-    """Codes to rows."""
+    """Codes to decode."""
 
-    latents: Vectors = Field(description="N vectors of K numbers")
+    latents: Vectors = Field(description="N codes of K numbers")
 
 
 class ReconstructBody(Body):
-    """Rows through the code and back."""
+    """Rows to reconstruct."""
 
     inputs: Rows = Field(description="N rows in raw units")
 
 
 class SampleBody(Body):
-    """New rows from the model's prior."""
+    """A request for new rows from the model's prior."""
 
-    n: int = Field(1, ge=1, description="how many; at most ELBO_MAX_ROWS")
-    seed: Seed | None = Field(None, description="without it one is chosen and told")
-    temperature: float = Field(1.0, ge=0.0, le=100.0, description="scales the noise: 0 is each component's centre")
+    n: int = Field(1, ge=1, description="number of rows; at most ELBO_MAX_ROWS")
+    seed: Seed | None = Field(
+        None, description="seed of the noise; by default a random seed, which the response contains"
+    )
+    temperature: float = Field(
+        1.0, ge=0.0, le=100.0, description="factor on the noise; 0 gives the centre of a component of the prior"
+    )
 
 
 class End(Body):
-    """One end of an interpolation: a row or a code."""
+    """One end of an interpolation: either a row or a code."""
 
-    input: Row = Field(None, description="a row in raw units; its posterior mean is the end")
-    latent: Vector = Field(None, description="K numbers")
+    input: Row = Field(None, description="a row in raw units; the path ends in its posterior mean")
+    latent: Vector = Field(None, description="a code of K numbers")
 
 
 class InterpolateBody(Body):
-    """Rows along the way between two."""
+    """Two ends, and the path between them."""
 
     start: End
     end: End
-    steps: int = Field(8, ge=2, description="how many points, both ends included; at most ELBO_MAX_ROWS")
+    steps: int = Field(8, ge=2, description="number of points, both ends included; at most ELBO_MAX_ROWS")
     method: Literal["linear", "slerp"] = Field(
-        "linear", description="a straight line, or along the great circle (straight where none is determined)"
+        "linear",
+        description="path between the codes: a straight line, or a great circle (slerp), which becomes a straight line "
+        "for parallel, opposite and zero vectors",
     )
 
 
 class AnomalyBody(Body):
-    """Rows to judge: `inputs`, `records` or `metrics`."""
+    """Rows to score: exactly one of `inputs`, `records` and `metrics`, and how to decide."""
 
     inputs: Rows = Field(None, description="N rows in raw units")
     records: Records = Field(
         None,
-        description="N objects: a number for each feature name, null or absent where it is missing; others are ignored",
+        description="N objects with a number per feature name; a missing value is null or absent; other names are "
+        "ignored",
     )
     metrics: Metrics = Field(
         None,
-        description="a batch of Telegraf's JSON format: the fields of one host and moment are a row, under the names "
-        "`name_field`, `name.field`, `name/field` or `field`",
+        description="a batch in Telegraf's JSON format: the fields of one group at one time form a row; a feature is "
+        "named `name_field`, `name.field`, `name/field` or `field`",
     )
-    alpha: float = Field(0.05, gt=0.0, lt=1.0, description="the share of normal rows that may be called anomalous")
+    alpha: float = Field(
+        0.05,
+        gt=0.0,
+        lt=1.0,
+        description="false-alarm rate: the accepted share of normal rows that are flagged as anomalous",
+    )
     fdr: float | None = Field(
-        None, gt=0.0, lt=1.0,
-        description="instead of alpha row by row: the share of the rows called anomalous that may be normal "
-        "(Benjamini-Hochberg over this request)",
-    )  # fmt: skip
-    explain: int = Field(3, ge=0, description="how many features to name a row, those that contribute most")
+        None,
+        gt=0.0,
+        lt=1.0,
+        description="false discovery rate: the accepted share of normal rows among those flagged, decided over the "
+        "whole request (Benjamini-Hochberg) instead of per row by alpha",
+    )
+    explain: int = Field(3, ge=0, description="number of features per row to report, those that contribute most")
     impute: bool = Field(
         True,
-        description="whether training medians stand for values that `records`, `metrics`, NDJSON and CSV lack, up to "
-        "half of a row, also of features that lacked none in training; false: such a row is an error",
+        description="whether missing values in `records`, `metrics`, NDJSON and CSV are replaced by training medians, "
+        "up to half of a row, even for features without missing values in training; false makes such a row an error",
     )
     half_life: float | None = Field(
-        None, gt=0.0, lt=1e12,
-        description="seconds: decide by the severity's exponentially weighted mean over each group's rows in time",
-    )  # fmt: skip
-    half_life_rows: float | None = Field(
-        None, gt=0.0, lt=1e12, description="the same with a half-life counted in rows, which needs no timestamps"
+        None,
+        gt=0.0,
+        lt=1e12,
+        description="half-life in seconds: decide by the exponentially weighted mean severity of each group over time",
     )
-    time: str = Field("timestamp", description="what records call their time: Unix s, ms, us or ns, or ISO 8601")
-    group: str = Field("host", description="what records call the group that they belong to; a tag of `metrics`")
-    detail: Literal["full", "none"] = Field("full", description="none: counts alone, for senders who read no verdicts")
+    half_life_rows: float | None = Field(
+        None,
+        gt=0.0,
+        lt=1e12,
+        description="half-life in rows: as `half_life`, but without timestamps",
+    )
+    time: str = Field("timestamp", description="key of the time in records: Unix time in s, ms, us or ns, or ISO 8601")
+    group: str = Field("host", description="key of the group in records; in `metrics` the name of a tag")
+    detail: Literal["full", "none"] = Field(
+        "full", description="none responds with counts only, for clients that do not read verdicts"
+    )
 
 
-_IMPUTED = "how many values were missing in the rows sent, where any was: the training medians stood for them"
+_IMPUTED = "number of missing values in the rows, replaced by training medians; absent if none was missing"
 
 
-class HttpResponse(BaseModel):
-    """What every answer says."""
+class ModelAnswer(BaseModel):
+    """Base of the responses that a model computes."""
 
     model: str = Field(description="name of the model that answered")
-    version: int = Field(description="its version")
+    version: int = Field(description="version of the model that answered")
 
 
-class EncodeAnswer(HttpResponse):
-    """Codes."""
+class EncodeAnswer(ModelAnswer):
+    """Codes of the rows."""
 
     latents: Vectors = Field(description="[N, K]")
-    std: Vectors = Field(description="[N, K]: the posterior's standard deviation; zeros for an autoencoder")
-    seed: int | None = Field(None, description="of the draw, where `sample` was true")
+    std: Vectors = Field(description="[N, K]: standard deviation of the posterior; zeros for an autoencoder")
+    seed: int | None = Field(None, description="seed of the draw, if `sample` was true")
     imputed: int | None = Field(None, description=_IMPUTED)
 
 
-class DecodeAnswer(HttpResponse):
-    """Rows."""
+class DecodeAnswer(ModelAnswer):
+    """Decoded rows."""
 
     outputs: Vectors = Field(description="[N, D] in raw units")
 
 
 class ReconstructAnswer(DecodeAnswer):
-    """Rows, and how far they are from those sent."""
+    """Reconstructed rows and their errors."""
 
-    errors: Vector = Field(description="[N]: mean squared error of a row's present values, in raw units squared")
+    errors: Vector = Field(description="[N]: mean squared error per row over the values present, in raw units squared")
     imputed: int | None = Field(None, description=_IMPUTED)
 
 
 class InterpolateAnswer(DecodeAnswer):
-    """Rows and their codes."""
+    """Rows on the path, and their codes."""
 
     latents: Vectors = Field(description="[N, K]")
     imputed: int | None = Field(None, description=_IMPUTED)
 
 
 class SampleAnswer(DecodeAnswer):
-    """New rows, their codes, and the seed that gives them again."""
+    """New rows, their codes, and the seed that reproduces them."""
 
     latents: Vectors = Field(description="[N, K]")
-    seed: int = Field(description="send it to get the same samples again")
+    seed: int = Field(description="send this seed to get the same samples again")
 
 
 class FeatureReport(BaseModel):
-    """Why a row is strange: one feature's part in it."""
+    """How much one feature contributes to the score of a row."""
 
     name: str
-    value: float | None = Field(description="what was sent, in raw units; null where it is missing")
+    value: float | None = Field(description="value in the request, in raw units; null if it is missing")
     expected: float = Field(
-        description="in raw units: what the other features say of it, or its mean, whichever it is further from; of "
-        "pictures the reconstruction"
+        description="expected value, in raw units: for tables the prediction from the other features or the mean, "
+        "whichever is further from the value; for images the reconstruction"
     )
     contribution: float = Field(
-        description="squared distance from that, in deviations of normal rows (of pictures, in the model's own units); "
-        "of a missing value that of the median in its place"
+        description="squared distance from the expected value, in standard deviations of normal rows (for images in "
+        "the model's units); for a missing value the distance of the median that replaces it"
     )
 
 
 class Result(BaseModel):
     """The verdict on one row."""
 
-    row: int = Field(description="its place in the request, from 0")
-    score: float = Field(description="higher is stranger; what overflows float32 is given as its largest number")
-    p_value: float = Field(description="conformal: the share of normal rows at least as strange; never 0")
-    severity: float = Field(description="> 1 means anomalous at alpha, for every model")
-    smoothed: float | None = Field(None, description="the severity's mean over the group's past, where asked for")
-    is_anomaly: bool = Field(description="severity > 1, or what `fdr` decides over the request, or smoothed > 1")
-    parts: dict[str, float] = Field(description="the score's parts by name; they sum to it")
-    features: list[FeatureReport] = Field(description="those that contribute most, the largest first")
-    imputed: list[str] | None = Field(None, description="the features whose value is missing, where any is")
-    time: float | None = Field(None, description="Unix seconds, where the row said it")
-    group: str | None = Field(None, description="where the row said it")
+    row: int = Field(description="index of the row in the request, from 0")
+    score: float = Field(description="higher is more anomalous; a score beyond float32 is given as the largest float32")
+    p_value: float = Field(
+        description="conformal p-value: the share of normal rows that score at least as high; never 0"
+    )
+    severity: float = Field(
+        description="-log p of the score over -log p of the threshold; > 1 means anomalous at alpha, for every model"
+    )
+    smoothed: float | None = Field(None, description="mean severity over the group's past, if a half-life was given")
+    is_anomaly: bool = Field(
+        description="whether severity > 1; with `fdr` by Benjamini-Hochberg; with a half-life whether smoothed > 1"
+    )
+    parts: dict[str, float] = Field(description="parts of the score by name; their sum is the score")
+    features: list[FeatureReport] = Field(description="the features that contribute most, largest contribution first")
+    imputed: list[str] | None = Field(None, description="features whose value is missing, if any")
+    time: float | None = Field(None, description="Unix time in seconds, if the row has a time")
+    group: str | None = Field(None, description="group of the row, if it has one")
 
 
 class RowProblem(BaseModel):
-    """A row that could not be judged; the others were."""
+    """A row that could not be scored; it does not affect the other rows."""
 
-    row: int = Field(description="its place in the request, from 0")
+    row: int = Field(description="index of the row in the request, from 0")
     detail: str
-    pointer: str | None = Field(description="JSON pointer to the value at fault")
+    pointer: str | None = Field(description="JSON pointer to the invalid value")
 
 
 class Calibration(BaseModel):
-    """What the p-values rest on."""
+    """The calibration set, from which p-values are computed."""
 
-    rows: int = Field(description="normal rows that trained nothing")
-    floor: float = Field(description="the smallest p-value they can give: 1 / (rows + 1)")
+    rows: int = Field(description="rows in the calibration set; none of them trained the model")
+    floor: float = Field(description="smallest possible p-value: 1 / (rows + 1)")
 
 
-class AnomalyAnswer(HttpResponse):
-    """Verdicts; with `detail` none the counts alone."""
+class AnomalyAnswer(ModelAnswer):
+    """Verdicts; if `detail` is none, only the counts."""
 
-    rows: int = Field(description="how many were sent")
-    anomalies: int = Field(description="how many are anomalous")
-    failed: int = Field(description="how many could not be judged")
-    unknown_fields: int = Field(description="values whose name is no feature's")
+    rows: int = Field(description="rows in the request")
+    anomalies: int = Field(description="rows flagged as anomalous")
+    failed: int = Field(description="rows that could not be scored")
+    unknown_fields: int = Field(description="values whose name is not a feature")
     alpha: float | None = None
     fdr: float | None = None
     threshold: float | None = Field(None, description="the score above which a row is anomalous at alpha")
     calibration: Calibration | None = None
     extrapolated: bool | None = Field(
         None,
-        description="whether alpha lies below the calibration's floor: threshold and severity then rest on a fitted "
-        "tail and on no p-value; `fdr` rests on p-values alone",
+        description="whether alpha is below the smallest possible p-value: threshold and severity then come from a "
+        "fitted tail; `fdr` still uses p-values only",
     )
     results: list[Result] | None = None
-    errors: list[RowProblem] | None = Field(None, description="rows that could not be judged")
+    errors: list[RowProblem] | None = Field(None, description="rows that could not be scored")
 
 
 class Problem(BaseModel):
     """An error (RFC 9457)."""
 
-    type: str = Field(description="urn:elbo:problem: and the code")
+    type: str = Field(description="urn:elbo:problem: followed by the code")
     title: str
     status: int
-    code: str = Field(description="stable: programs may rely on it")
-    detail: str = Field(description="one sentence for a person")
-    request_id: str = Field(description="look it up in the log")
-    pointer: str | None = Field(None, description="JSON pointer to the value at fault")
+    code: str = Field(description="stable identifier that programs may rely on")
+    detail: str = Field(description="what happened, in one sentence")
+    request_id: str = Field(description="identifies the request in the server's log")
+    pointer: str | None = Field(None, description="JSON pointer to the invalid value")
     expected: str | None = None
     got: str | None = None
     hint: str | None = Field(None, description="what to do")
 
 
 class BackendChoice(BaseModel):
-    """What computes the answers."""
+    """The backend that runs a model."""
 
     name: Literal["torchscript", "onnx"]
-    reason: str = Field(description="why this one")
-    precision: Literal["float32", "bfloat16"] = Field(description="of matrix products")
+    reason: str = Field(description="why this backend was chosen")
+    precision: Literal["float32", "bfloat16"] = Field(description="number format of matrix products")
     errors: dict[str, float] = Field(
-        description="of answers in bfloat16 against float32 on the artifact's golden inputs, relative to the largest "
-        "number in each"
+        description="largest difference between bfloat16 and float32 outputs on the artifact's golden inputs, relative "
+        "to the largest number of each output"
     )
 
 
@@ -273,23 +306,27 @@ class ModelSummary(BaseModel):
     version: int
     kind: str = Field(description="pca, ae or vae")
     created: str = Field(description="ISO 8601, UTC")
-    shape: list[int] = Field(description="of one row")
-    width: int = Field(description="D: numbers in one row")
-    latents: int = Field(description="K: numbers in one code")
-    parts: list[str] = Field(description="names of the score's parts")
-    pixel_range: tuple[float, float] | None = Field(description="raw values of black and of white, for images")
-    pictures: bool = Field(description="whether outputs can be asked for as image/png")
-    exhibits: list[str] = Field(description="what else GET /models/{reference}/... tells: held-out, calibration, card")
-    metrics: dict[str, float] = Field(description="on rows held out from training")
+    shape: list[int] = Field(description="shape of one row")
+    width: int = Field(description="D: numbers per row")
+    latents: int = Field(description="K: numbers per code")
+    parts: list[str] = Field(description="names of the parts of the score")
+    pixel_range: tuple[float, float] | None = Field(
+        description="raw values of black and white; null unless rows are images"
+    )
+    pictures: bool = Field(description="whether outputs are available as image/png")
+    exhibits: list[str] = Field(
+        description="which of GET /models/{reference}/held-out, .../calibration and .../card are available"
+    )
+    metrics: dict[str, float] = Field(description="metrics on held-out rows")
     calibration: Calibration
     device: str
     backend: BackendChoice
-    load_seconds: float = Field(description="to load, verify, and choose the backend")
-    warm_seconds: float = Field(description="to run every operation at every size of batch")
+    load_seconds: float = Field(description="time to load the artifact, verify it and choose the backend")
+    warm_seconds: float = Field(description="time of the warm-up, which runs every operation at every batch size")
 
 
 class FailedVersion(BaseModel):
-    """A version that lies in the folder and cannot be served."""
+    """A version in the artifact folder that failed to load."""
 
     name: str
     version: int
@@ -298,71 +335,72 @@ class FailedVersion(BaseModel):
 
 
 class ModelList(BaseModel):
-    """What is served, and what is not though it is there."""
+    """The models that are served, and the versions that failed to load."""
 
-    default: str | None = Field(description="answers where no model is named")
-    models: list[ModelSummary] = Field(description="every loaded version, by name, newest first")
+    default: str | None = Field(description="model for requests that name none")
+    models: list[ModelSummary] = Field(description="every loaded version, by name, newest version first")
     failures: list[FailedVersion]
 
 
 class FeatureInfo(BaseModel):
-    """One feature of a row, from the training rows, in raw units."""
+    """Statistics of one feature over the training rows, in raw units."""
 
     name: str
     unit: str | None
     median: float
     minimum: float
     maximum: float
-    missing: int = Field(description="training rows that lacked it; where there are none, it may not be missing")
+    missing: int = Field(description="training rows in which the value was missing; if 0, requests must have the value")
 
 
 class LatentInfo(BaseModel):
-    """What one latent carries, on held-out rows."""
+    """Statistics of one latent over the held-out rows."""
 
-    kl: float | None = Field(description="nats, mean over rows; null where the model charges none")
-    variance: float = Field(description="of the posterior mean")
+    kl: float | None = Field(description="mean KL divergence per row, in nats; null for models without a KL term")
+    variance: float = Field(description="variance of the posterior mean")
     active: bool
 
 
 class ModelDetail(ModelSummary):
-    """One version, whole."""
+    """Everything about one version."""
 
     features: list[FeatureInfo]
-    training: dict[str, Any] = Field(description="the configuration of its training")
-    data: dict[str, Any] = Field(description="where its rows came from and how they were split")
+    training: dict[str, Any] = Field(description="configuration of the training run")
+    data: dict[str, Any] = Field(description="source of the training rows, and how they were split")
     recalibration: dict[str, Any] | None = Field(
-        description="where `elbo calibrate` took rows from since, and the version that has the same networks"
+        description="source of the rows of `elbo calibrate`, and the version with the same networks; null if not recalibrated"
     )
-    versions: dict[str, str] = Field(description="of the software that made it")
+    versions: dict[str, str] = Field(description="versions of the software that trained the model")
     weights_sha256: str
-    history: list[dict[str, float]] = Field(description="by epoch: every term of the loss; empty for PCA")
-    latent_report: list[LatentInfo] = Field(description="one a latent")
-    spectrum: list[float] = Field(description="the largest eigenvalues of the fitted rows, model units, descending")
-    total_variance: float = Field(description="the sum of all eigenvalues")
-    comparison: dict[str, dict[str, float]] = Field(description="what other kinds reach on the same rows")
+    history: list[dict[str, float]] = Field(description="every term of the loss per epoch; empty for PCA")
+    latent_report: list[LatentInfo] = Field(description="one entry per latent")
+    spectrum: list[float] = Field(
+        description="largest eigenvalues of the covariance of the fit rows in model units, descending"
+    )
+    total_variance: float = Field(description="sum of all eigenvalues")
+    comparison: dict[str, dict[str, float]] = Field(description="metrics of other model kinds on the same rows")
 
 
-class HeldOut(HttpResponse):
-    """Rows that did not train the model, as far as the artifact carries them, and their codes."""
+class HeldOut(ModelAnswer):
+    """The held-out rows in the artifact, and their codes."""
 
-    rows: int = Field(description="how many were held out; at most 2,000 are told of")
-    labels: list[int] | None = Field(description="[M], where the training data had some; never trained on")
-    label_names: list[str] | None = Field(description="what labels 0, 1, ... mean, where they have names")
+    rows: int = Field(description="number of held-out rows; the artifact has the codes of at most 2,000")
+    labels: list[int] | None = Field(
+        description="[M]: labels from the training data, if it has any; training does not use them"
+    )
+    label_names: list[str] | None = Field(description="names of the labels 0, 1, ..., if they have names")
     latents: Vectors = Field(description="[M, K]: codes of the first M held-out rows")
-    inputs: Rows = Field(description="[R, D]: the first R of these rows, raw units, null where a value is missing")
+    inputs: Rows = Field(description="[R, D]: the first R held-out rows in raw units; null for a missing value")
 
 
-class CalibrationScores(HttpResponse):
-    """What a new row's score is compared with."""
+class CalibrationScores(ModelAnswer):
+    """The scores of the calibration set, with which the score of a new row is compared."""
 
-    rows: int = Field(description="calibration rows")
-    scores: Vector = Field(description="ascending; of more than 2,000 evenly spaced order statistics")
+    rows: int = Field(description="rows in the calibration set")
+    scores: Vector = Field(description="ascending; of more than 2,000 scores, 2,000 evenly spaced order statistics")
 
 
 class Health(BaseModel):
-    """A probe's answer."""
+    """The response of a health probe."""
 
     status: str
-
-
-BODIES: tuple[type[Body], ...] = (EncodeBody, DecodeBody, ReconstructBody, SampleBody, InterpolateBody, AnomalyBody)
