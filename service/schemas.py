@@ -368,7 +368,7 @@ class ModelDetail(ModelSummary):
     training: dict[str, Any] = Field(description="configuration of the training run")
     data: dict[str, Any] = Field(description="source of the training rows, and how they were split")
     recalibration: dict[str, Any] | None = Field(
-        description="source of the rows of `elbo calibrate`, and the version with the same networks; null if not recalibrated"
+        description="source of the rows of `elbo calibrate`, and the version with the same networks; null if none"
     )
     versions: dict[str, str] = Field(description="versions of the software that trained the model")
     weights_sha256: str
