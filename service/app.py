@@ -25,8 +25,9 @@ from service.errors import from_http_exception
 from service.http.admission import AdmissionControl
 from service.http.middleware import RequestMiddleware
 from service.http.request import BodyLimits
-from service.inference.backends import BACKENDS
+from service.inference.backend_selection import BACKENDS
 from service.inference.batcher import Batcher
+from service.inference.model_loader import ModelLoader
 from service.inference.registry import ModelRegistry
 from service.monitoring.background import BackgroundMonitor
 from service.monitoring.logs import AccessLog
@@ -58,17 +59,20 @@ def create_app(settings: Settings, counts: SharedCounters | None = None) -> Fast
     counts = counts or SharedCounters()
     metrics = Metrics(counts, settings.alert_half_life)
     access = AccessLog(settings.log_format, enabled=settings.log_level in ("debug", "info"))
-    registry = ModelRegistry(
-        settings.artifacts,
-        choose_device(settings.device),
-        settings.default_model,
-        settings.keep_versions,
+    loader = ModelLoader(
+        device=choose_device(settings.device),
         backend=settings.backend,
         threads=settings.threads,
         precision=settings.precision,
         max_batch_rows=settings.max_batch_rows,
         max_batch_bytes=settings.max_batch_bytes,
-        votes=SharedDecisions(counts, "backend", BACKENDS),
+        decisions=SharedDecisions(counts, "backend", BACKENDS),
+    )
+    registry = ModelRegistry(
+        settings.artifacts,
+        loader,
+        default_model=settings.default_model,
+        keep_versions=settings.keep_versions,
     )
     batcher = Batcher(
         max_batch_rows=settings.max_batch_rows,
@@ -124,7 +128,7 @@ def create_app(settings: Settings, counts: SharedCounters | None = None) -> Fast
 def _lifespan(
     service: ServiceContext, receiver: RemoteWriteEndpoint, monitor: BackgroundMonitor, access: AccessLog
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
-    scanning = PeriodicTask(service.registry.look, service.settings.poll_seconds, "failed to scan the artifact folder")
+    scanning = PeriodicTask(service.registry.poll, service.settings.poll_seconds, "failed to scan the artifact folder")
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -26,7 +26,7 @@ from service.anomaly.inputs import InputRows
 from service.anomaly.verdicts import Scores, decide, results_and_errors
 from service.codec.row_schema import ParsedRows
 from service.inference import operations
-from service.inference.backends import choose
+from service.inference.backend_selection import select_backend
 from service.schemas import AnomalyBody
 from training.config import TrainConfig
 from training.data.table import read_table
@@ -55,7 +55,7 @@ def rows_of(count: int) -> Rows:
 
 def judges_of(artifact: Artifact) -> tuple[str, Judge, Judge]:
     """The backend that `artifact` is served by, what computes on rows, and what makes verdicts of them."""
-    backend, operation = choose(artifact, "auto", 1), operations.anomaly(ALPHA)
+    backend, operation = select_backend(artifact).backend, operations.anomaly(ALPHA)
     names, body = [feature.name for feature in artifact.manifest.features], AnomalyBody(alpha=ALPHA, explain=EXPLAIN)
 
     def compute(x: Rows) -> object:

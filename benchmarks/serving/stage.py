@@ -10,7 +10,8 @@ import torch
 
 from models.artifact import load
 from models.manifest import resolve
-from service.inference.backends import Backend, choose
+from service.inference.backend_selection import select_backend
+from service.inference.backends import Backend
 from training.config import TrainConfig
 from training.data.row_store import RowStore
 from training.data.table import Table
@@ -48,7 +49,7 @@ def stage_in(folder: Path) -> Stage:
     rows = {count: _noise(1, count, FEATURES) for count in ROWS}
     with torch.inference_mode():
         answers = {count: module(torch.from_numpy(x)).numpy() for count, x in rows.items()}
-    twin = choose(artifact, "onnx", 1)
+    twin = select_backend(artifact, requested="onnx").backend
     return Stage(folder, resolve(artifacts, "vae"), module, twin, rows, answers, _noise(1, 1, FEW))
 
 

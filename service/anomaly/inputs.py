@@ -16,7 +16,7 @@ from service.codec.row_schema import ParsedRows, RowSchema
 from service.codec.telegraf import TelegrafBatch
 from service.codec.timestamps import to_unix_seconds
 from service.errors import InvalidField, InvalidRows
-from service.inference.registry import ServedModel
+from service.inference.served_model import ServedModel
 from service.schemas import AnomalyBody
 
 ROW_FIELDS = ("inputs", "records", "metrics")  # the fields of which a body gives one

@@ -19,7 +19,7 @@ from service.endpoints.scoring import run_when_free, score_rows
 from service.endpoints.validation import merge, validate
 from service.errors import InvalidField, ServiceError
 from service.http.request import HttpResponse, RequestContext
-from service.inference.registry import ServedModel
+from service.inference.served_model import ServedModel
 from service.schemas import AnomalyBody
 
 MAX_LINE_BYTES = 2**20  # more for rows of many features

@@ -6,7 +6,8 @@ from service.errors import NotReady
 from service.http.admission import AdmissionControl
 from service.http.request import BodyLimits
 from service.inference.batcher import Batcher
-from service.inference.registry import ModelRegistry, ServedModel
+from service.inference.registry import ModelRegistry
+from service.inference.served_model import ServedModel
 from service.monitoring.metrics import Metrics
 from service.settings import Settings
 

@@ -23,8 +23,8 @@ from service.endpoints.scoring import score_rows
 from service.errors import InvalidField
 from service.http.request import HttpResponse, RequestContext
 from service.inference import operations
-from service.inference.registry import ServedModel
 from service.inference.sampling import NoiseSource, fresh_seed, interpolate
+from service.inference.served_model import ServedModel
 from service.schemas import AnomalyBody, DecodeBody, EncodeBody, End, InterpolateBody, ReconstructBody, SampleBody
 
 Array = npt.NDArray[np.float32]

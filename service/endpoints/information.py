@@ -12,7 +12,7 @@ from models.artifact import CALIBRATION, CARD, HELD_OUT
 from service.codec.request_body import JSON
 from service.endpoints.context import ServiceContext
 from service.errors import NotShown
-from service.inference.registry import ServedModel, describe
+from service.inference.served_model import ServedModel, describe
 
 STATIC = Path(__file__).parents[1] / "static"
 PAGE_POLICY = (

@@ -28,7 +28,7 @@ from service.endpoints.validation import merge, validate
 from service.errors import ClientGone, InvalidField, TooManyRows
 from service.http.request import HttpResponse, RequestContext
 from service.inference.operations import Operation
-from service.inference.registry import ServedModel
+from service.inference.served_model import ServedModel
 from service.monitoring.request_record import RequestRecord
 from service.schemas import Body
 
@@ -91,7 +91,7 @@ async def parse_request(
     record, query = request.record, request.query
     served = service.find(query.model)
     record.model, record.version = served.name, served.version
-    media_types = PICTURE_FORMATS if spec.pictures and served.pictures else ARRAY_FORMATS
+    media_types = PICTURE_FORMATS if spec.pictures and served.has_png_output else ARRAY_FORMATS
     media_type = negotiate_media_type(request.header(b"accept", "*/*"), media_types)
     packed = request.headers.get(b"content-encoding") is not None and is_gzip(request.header(b"content-encoding"))
     deadline = _deadline(service, request)

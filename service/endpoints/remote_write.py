@@ -19,7 +19,7 @@ from service.endpoints.offload import run_in_thread_if_long
 from service.endpoints.scoring import run_when_free, score_rows
 from service.errors import ModelNotFound, NotReady, Overloaded, ServiceError
 from service.http.request import HttpResponse, RequestContext
-from service.inference.registry import ServedModel
+from service.inference.served_model import ServedModel
 from service.monitoring.periodic import PeriodicTask
 from service.schemas import AnomalyBody
 

@@ -13,7 +13,7 @@ from service.endpoints.context import ServiceContext
 from service.errors import Overloaded
 from service.inference import operations
 from service.inference.operations import Operation
-from service.inference.registry import ServedModel
+from service.inference.served_model import ServedModel
 from service.schemas import AnomalyBody
 
 Array = npt.NDArray[np.float32]

@@ -1,28 +1,25 @@
-"""What a model's operations run on: its TorchScript module, or on a CPU its ONNX twin where that is true and faster.
+"""Backends: what runs a model's operations.
 
-On a CPU NumPy computes what scores mean, whichever of the two computes the scores.
+`TorchScriptBackend` runs the artifact's module on a CPU or a GPU. `OnnxBackend` runs the artifact's ONNX twin with ONNX
+Runtime on a CPU. `service.inference.backend_selection` chooses between them.
 """
 
 import logging
-import math
 import sys
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import product
 from time import perf_counter, thread_time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from models.artifact import Artifact, Graph, Twin, compute_outputs, find_discrepancy
-from models.errors import ArtifactMismatch
-from service.inference import operations
-from service.inference.calibration import ByModule, Calibration, calibration_of
+from models.artifact import Graph, Twin
+from service.inference.calibration import Calibration
 from service.inference.latency import LatencyEstimate
 from service.inference.operations import Operation
 
@@ -31,273 +28,187 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("elbo.backends")
 Array = npt.NDArray[np.float32]
-BACKENDS = ("torchscript", "onnx")
-TOLERANCE = 1e-5  # of a twin's golden answers, relative to the largest number in each
-TWIN_ANSWERS = (
-    "forward", "encode.mean", "encode.std", "decode", "score", "score.parts", "score.contribution", "score.expected",
-)  # fmt: skip
-GOLDEN_INPUTS = ("x", "noise", "choice")
-FASTER = 1.1  # a smaller gain may be the machine's mood
-MEASURED_ROWS = (1, 32)
-WARM_ROUNDS = 3  # TorchScript re-optimises on its second and third call: 1.4 ms, 5.3 ms, then 60 us
-MEASURED_ROUNDS = (3, 20)  # at least and at most
-MEASURED_SECONDS = 0.05
-OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "can't allocate memory")  # CUDA, cuBLAS and cuDNN, the CPU
+OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "can't allocate memory")  # messages of CUDA, cuBLAS, cuDNN, the CPU
 
 
-@dataclass(eq=False)
-class Backend:
+class Backend(ABC):
     """Runs operations on one model.
 
     Args:
-        name: torchscript or onnx.
-        reason: why this one.
-        module: has the methods of the artifact contract.
-        device: where `module` wants its rows.
-        calibration: says what scores mean.
-        precision: of matrix products, float32 or bfloat16; all else is float32.
-        errors: of answers in bfloat16 against float32, relative to the largest number in each, by name.
-        pace: how long batches take.
-        most_rows: for which the device's memory is large enough, as far as is known.
-        graphs: of a twin by name: rows to outputs, without torch.
+        module: has the methods of the artifact contract (`models.pipeline.Pipeline`).
+        device: the device of `module`.
+        calibration: p-values and severities of the model's scores.
+        precision: precision of matrix products, float32 or bfloat16; everything else is float32.
+
+    Attributes:
+        latency: how long batches take, measured by `clock`.
+        max_rows: the largest batch that fits in the device's memory, as far as is known.
     """
 
-    name: str
-    reason: str
-    module: Any
-    device: torch.device
-    calibration: Calibration | ByModule
-    precision: str = "float32"
-    errors: Mapping[str, float] = field(default_factory=dict)
-    pace: LatencyEstimate = field(default_factory=LatencyEstimate)
-    most_rows: int = sys.maxsize
-    graphs: Mapping[str, Callable[[Array], list[Array]]] = field(default_factory=dict)
+    name: ClassVar[str]
+
+    def __init__(self, module: Any, device: torch.device, calibration: Calibration, precision: str = "float32") -> None:
+        self.module = module
+        self.device = device
+        self.calibration = calibration
+        self.precision = precision
+        self.latency = LatencyEstimate()
+        self.max_rows = sys.maxsize
+        # On a CPU, time of this thread: time during which other threads have the core does not count.
+        self.clock: Callable[[], float] = thread_time if device.type == "cpu" else perf_counter
 
     def run(self, operation: Operation, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
-        """`operation` on `inputs`, each [B, ...]."""
-        outputs = self._outputs(operation, inputs)
-        return operation.finish(self.calibration, outputs, *operation.arguments) if operation.finish else outputs
+        """Return the results of `operation` for `inputs`; all arrays are [B, ...]."""
+        return operation.finish(self._compute(operation, inputs), self.calibration)
 
-    def _outputs(self, operation: Operation, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
-        if operation.graph in self.graphs:
-            return tuple(self.graphs[operation.graph](*inputs))
-        with torch.inference_mode(), self.rounding():
-            if self.device.type == "cuda":
-                return self._run_on_gpu(operation, inputs)
-            tensors = operation.function(self.module, *map(_tensor, inputs))
-            return tuple([tensor.float().contiguous().numpy() for tensor in tensors])
+    @abstractmethod
+    def _compute(self, operation: Operation, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Return the outputs of `operation.function` for `inputs`."""
 
-    @property
-    def clock(self) -> Callable[[], float]:
-        """By which its batches are judged long or short: the time of a processor, which no other process lengthens."""
-        return thread_time if self.device.type == "cpu" else perf_counter
-
-    def rounding(self) -> AbstractContextManager[Any]:
-        """In which matrix products have this backend's precision."""
-        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bfloat16" else nullcontext()
-
-    def too_many(self, rows: int) -> None:
-        """The device's memory was too small for `rows` at once."""
-        self.most_rows = max(1, min(self.most_rows, rows // 2))
+    def limit_rows(self, rows: int) -> None:
+        """Halve the largest batch after a batch of `rows` did not fit in the device's memory."""
+        self.max_rows = max(1, min(self.max_rows, rows // 2))
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         log.warning(
-            "the memory of %s is too small for %d rows at once: %d from now on", self.device, rows, self.most_rows
+            "a batch of %d rows does not fit in the memory of %s: batches have at most %d rows from now on",
+            rows,
+            self.device,
+            self.max_rows,
         )
+
+
+class TorchScriptBackend(Backend):
+    """Runs the artifact's module."""
+
+    name = "torchscript"
+
+    def _compute(self, operation: Operation, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
+        with torch.inference_mode(), self.autocast():
+            if self.device.type == "cuda":
+                return self._compute_on_gpu(operation, inputs)
+            return _compute_on_cpu(self.module, operation, inputs)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return a context in which matrix products have this backend's precision."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bfloat16" else nullcontext()
 
     @cached_property
     def _stream(self) -> torch.cuda.Stream:
-        """Its own, so that it waits for no other model's work."""
+        """A CUDA stream per model, so that no model waits for the work of another."""
         return torch.cuda.Stream(self.device)
 
-    def _run_on_gpu(self, operation: Operation, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
-        """Through pinned memory, which torch keeps for the next batch: copies run without a stop on the way."""
+    def _compute_on_gpu(self, operation: Operation, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Compute with copies through pinned memory, which run asynchronously; torch reuses that memory."""
         with torch.cuda.stream(self._stream):
-            tensors = [_tensor(x).pin_memory().to(self.device, non_blocking=True) for x in inputs]
-            outputs = [o.float() for o in operation.function(self.module, *tensors)]
-            answers = [torch.empty(o.shape, pin_memory=True).copy_(o, non_blocking=True) for o in outputs]
+            tensors = [_to_tensor(x).pin_memory().to(self.device, non_blocking=True) for x in inputs]
+            outputs = [output.float() for output in operation.function(self.module, *tensors)]
+            copies = [torch.empty(o.shape, pin_memory=True).copy_(o, non_blocking=True) for o in outputs]
             self._stream.synchronize()
-        return tuple([answer.numpy() for answer in answers])
+        return tuple([copy.numpy() for copy in copies])
 
 
-def _tensor(rows: Array) -> Tensor:
-    """The same numbers: a copy only where they may not be written, as in a body that is an array."""
-    return torch.from_numpy(rows if rows.flags.writeable else rows.copy())
+class OnnxBackend(Backend):
+    """Runs the graphs of the ONNX twin. Operations without a graph run on the `OnnxModule` itself.
 
+    Args:
+        module: the ONNX twin.
+        calibration: p-values and severities of the model's scores.
+    """
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a smaller batch may succeed. What fails inside TorchScript arrives as a RuntimeError with its text."""
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(sign in text for sign in OUT_OF_MEMORY)
-    )
+    name = "onnx"
+
+    def __init__(self, module: "OnnxModule", calibration: Calibration) -> None:
+        super().__init__(module, torch.device("cpu"), calibration)
+        self._graphs = module.graphs
+
+    def _compute(self, operation: Operation, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
+        graph = self._graphs.get(operation.onnx_method)
+        if graph is not None:
+            return tuple(graph(*inputs))
+        with torch.inference_mode():
+            return _compute_on_cpu(self.module, operation, inputs)
 
 
 class OnnxModule:
-    """The methods of the artifact contract: those that have a graph by ONNX Runtime, the rest by TorchScript.
+    """A module with the methods of the artifact contract: methods with a graph run in ONNX Runtime, others in torch.
 
     Args:
         twin: the graphs and their weights.
-        rest: the frozen module.
-        threads: for one batch.
+        module: the frozen module of the artifact, for methods that the twin lacks.
+        threads: ONNX Runtime threads per batch.
+
+    Attributes:
+        graphs: by method, a function from rows to outputs.
     """
 
-    def __init__(self, twin: Twin, rest: torch.jit.ScriptModule, threads: int) -> None:
-        self._weights = {name: weight.contiguous().numpy() for name, weight in twin.weights.items()}  # outlive sessions
-        self._sessions = {method: _session(graph, self._weights, threads) for method, graph in twin.graphs.items()}
-        self._rest = rest
-        self.graphs = {method: partial(_run, session) for method, session in self._sessions.items()}
+    def __init__(self, twin: Twin, module: torch.jit.ScriptModule, threads: int) -> None:
+        # Sessions use the memory of the weights and do not keep it alive.
+        self._weights = {name: weight.contiguous().numpy() for name, weight in twin.weights.items()}
+        self._module = module
+        self.graphs: dict[str, Callable[[Array], list[Array]]] = {
+            method: partial(_run_session, _create_session(graph, self._weights, threads))
+            for method, graph in twin.graphs.items()
+        }
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._rest, name)
+        return getattr(self._module, name)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The reconstruction of x [B, D], [B, D]."""
-        return self._run("reconstruct", x)[0] if "reconstruct" in self.graphs else self.decode(self.encode(x)[0])
+        """Return the reconstruction [B, D] of x [B, D]."""
+        if "reconstruct" in self.graphs:
+            return self._run("reconstruct", x)[0]
+        return self.decode(self.encode(x)[0])
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Posterior mean and standard deviation of x [B, D]: two of [B, K]."""
+        """Return the posterior mean [B, K] and standard deviation [B, K] of x [B, D]."""
         return self._run("encode", x)
 
     def decode(self, z: Tensor) -> Tensor:
-        """[B, K] to [B, D]."""
+        """Return E[x | z] [B, D] for z [B, K]."""
         return self._run("decode", z)[0]
 
     def score(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Score [B], parts [B, P], contribution [B, D] and expected [B, D] of x [B, D]."""
+        """Return score [B], parts [B, P], contribution [B, D] and expected [B, D] of x [B, D]."""
         return self._run("score", x)
 
     def _run(self, method: str, rows: Tensor) -> tuple[Tensor, ...]:
         return tuple(torch.from_numpy(output) for output in self.graphs[method](rows.numpy()))
 
 
-def choose(artifact: Artifact, asked: str, threads: int, precision: str = "float32") -> Backend:
-    """What `artifact` runs on.
-
-    Args:
-        artifact: loaded and verified.
-        asked: auto is the twin if it agrees with the golden answers and is measured faster; onnx is the twin wherever
-            there is one and the CPU computes, however fast; torchscript is the artifact's own module.
-        threads: for one batch.
-        precision: float32, or bfloat16, which is TorchScript's alone.
-
-    Raises ArtifactMismatch if onnx is asked for and the twin does not agree or cannot be run.
-    """
-    meaning = calibration_of(artifact) or ByModule(artifact.module, artifact.device)
-    plain = Backend("torchscript", "", artifact.module, artifact.device, meaning)
-    if precision == "bfloat16":
-        return _rounded(plain, artifact)
-    if asked == "torchscript":
-        return _because(plain, "ELBO_BACKEND asks for it")
-    if artifact.device.type != "cpu":
-        return _because(plain, f"the ONNX twin is for CPUs, and this is {artifact.device.type}")
-    if artifact.twin is None:
-        return _because(plain, "the artifact has no ONNX twin")
-    twin, fault = _twin(artifact, artifact.twin, meaning, threads)
-    if twin is None:
-        if asked == "onnx":
-            raise ArtifactMismatch(f"{artifact.path}: {fault}; train it again, or set ELBO_BACKEND=torchscript")
-        log.warning("%s: %s; TorchScript serves", artifact.path, fault)
-        return _because(plain, fault)
-    if asked == "onnx":
-        return _because(twin, "ELBO_BACKEND asks for it")
-    gain = _gain(plain, twin, artifact, threads)
-    told = f"measured {gain:.2f} times as fast as TorchScript at {' and '.join(map(str, MEASURED_ROWS))} rows"
-    return _because(twin, told) if gain >= FASTER else _because(plain, f"the ONNX twin was {told}")
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether a smaller batch may succeed. TorchScript raises RuntimeError with the original message."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(message in text for message in OUT_OF_MEMORY)
+    )
 
 
-def _because(backend: Backend, reason: str) -> Backend:
-    return replace(backend, reason=reason)
+def _compute_on_cpu(module: Any, operation: Operation, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
+    outputs = operation.function(module, *map(_to_tensor, inputs))
+    return tuple([output.float().contiguous().numpy() for output in outputs])
 
 
-def _rounded(plain: Backend, artifact: Artifact) -> Backend:
-    """In bfloat16, with its errors on the golden inputs."""
-    pairs = artifact.manifest.golden
-    rounded = replace(plain, precision="bfloat16", reason="ELBO_PRECISION asks for bfloat16")
-    inputs = [torch.from_numpy(np.array(pairs.inputs[name], np.float32)).to(plain.device) for name in GOLDEN_INPUTS]
-    exact = compute_outputs(plain.module, *inputs)
-    with rounded.rounding():
-        found = compute_outputs(plain.module, *inputs)
-    errors = {name: _error(found[name].float(), answer) for name, answer in exact.items() if not answer.isnan().all()}
-    return replace(rounded, errors=errors)
+def _to_tensor(rows: Array) -> Tensor:
+    """Return a tensor that shares the memory of `rows`, or of a copy if it is read-only, as request bodies are."""
+    return torch.from_numpy(rows if rows.flags.writeable else rows.copy())
 
 
-def _error(found: Tensor, exact: Tensor) -> float:
-    """The largest difference, relative to the largest number."""
-    return float((found - exact).abs().max() / exact.abs().max().clamp_min(1e-3))
-
-
-def _twin(
-    artifact: Artifact, twin: Twin, calibration: Calibration | ByModule, threads: int
-) -> tuple[Backend | None, str]:
-    """The twin, if it can be trusted; and if not, what is wrong with it."""
-    try:
-        module = OnnxModule(twin, artifact.module, threads)
-        found = find_discrepancy(module, artifact.manifest.golden, "cpu", TOLERANCE, TWIN_ANSWERS)
-        found = found or _miscounted(module, np.array(artifact.manifest.golden.inputs["x"], np.float32))
-    except ImportError:
-        return None, "onnxruntime, which runs ONNX twins, is not installed"
-    except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors have no common root of their own
-        return None, f"the ONNX twin cannot be run ({' '.join(str(error).split())[:200]})"
-    if found:
-        return None, f"the ONNX twin is not used: its {found}"
-    return Backend("onnx", "", module, artifact.device, calibration, graphs=module.graphs), ""
-
-
-def _miscounted(module: OnnxModule, x: Array) -> str | None:
-    """Whether its errors of reconstructions are not those of the rows x [G, D] that it gives."""
-    if "reconstruct" not in module.graphs:  # an earlier artifact
-        return None
-    x_hat, errors = module.graphs["reconstruct"](x)
-    exact = np.nanmean((x_hat - x).astype(np.float64) ** 2, axis=1)
-    return None if np.allclose(errors, exact, rtol=1e-4, atol=0) else "errors of reconstructions are not theirs"
-
-
-def _run(session: "onnxruntime.InferenceSession", rows: Array) -> list[Array]:
+def _run_session(session: "onnxruntime.InferenceSession", rows: Array) -> list[Array]:
     outputs: list[Array] = session.run(None, {"rows": rows})
     return outputs
 
 
-def _session(graph: Graph, weights: dict[str, npt.NDArray[Any]], threads: int) -> "onnxruntime.InferenceSession":
+def _create_session(graph: Graph, weights: dict[str, npt.NDArray[Any]], threads: int) -> "onnxruntime.InferenceSession":
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.enable_cpu_mem_arena = False  # it would keep the memory of the largest batch for ever
-    options.enable_mem_pattern = False  # it would keep a plan for every batch size
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.enable_cpu_mem_arena = False  # the arena never frees the memory of the largest batch
+    options.enable_mem_pattern = False  # stores a memory plan per batch size
     options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # a waiting thread leaves the core alone
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads must not use a core
     values = [onnxruntime.OrtValue.ortvalue_from_numpy(weights[name]) for name in graph.weights]
     options.add_external_initializers(list(graph.weights), values)
     return onnxruntime.InferenceSession(graph.onnx, options, providers=["CPUExecutionProvider"])
-
-
-def _gain(plain: Backend, twin: Backend, artifact: Artifact, threads: int) -> float:
-    """How many times as fast `twin` is: the geometric mean over operations and batch sizes, best of several turns."""
-    torch.set_num_threads(threads)  # as the batcher's thread will, so that both are measured as they will run
-    x = np.array(artifact.manifest.golden.inputs["x"], np.float32)  # [G, D]
-    gaps = bool(np.isnan(x).any())
-    asked = (operations.ENCODE, operations.reconstruct(gaps), operations.anomaly(0.05))
-    gains = []
-    for operation, rows in product(asked, MEASURED_ROWS):
-        inputs = (np.resize(x, (rows, x.shape[1])),)
-        slow, fast = _best(lambda: plain.run(operation, inputs), lambda: twin.run(operation, inputs))  # noqa: B023 - both run before the next turn
-        gains.append(math.log(slow / fast))
-    return math.exp(sum(gains) / len(gains))
-
-
-def _best(*works: Callable[[], object]) -> list[float]:
-    """The fewest seconds that each of `works` took, all of them warm and in turns."""
-    for work in works * WARM_ROUNDS:
-        work()
-    best = [math.inf] * len(works)
-    least, most = MEASURED_ROUNDS
-    end = perf_counter() + MEASURED_SECONDS / (3 * len(MEASURED_ROWS))
-    for turn in range(most):
-        if turn >= least and perf_counter() > end:
-            break
-        for index, work in enumerate(works):
-            started = perf_counter()
-            work()
-            best[index] = min(best[index], perf_counter() - started)
-    return best

@@ -26,7 +26,7 @@ def _within_memory(backend: Backend, operation: Operation, columns: tuple[Array,
         if rows == 1 or not is_out_of_memory(error):
             raise
         half = rows // 2
-        backend.too_many(rows)
+        backend.limit_rows(rows)
     # Outside of the handler, whose traceback would keep the memory of the attempt.
     parts = [_within_memory(backend, operation, tuple(c[part] for c in columns)) for part in _halves(half)]
     return stacked(parts)

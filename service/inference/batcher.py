@@ -185,7 +185,7 @@ class Batcher:
 
     def _most_rows(self, model: Model) -> int:
         """Rows that may run at once: as many as are allowed, fit, and have not yet been too many for its memory."""
-        return min(self._max_batch_rows, self._max_batch_bytes // model.row_bytes or 1, model.backend.most_rows)
+        return min(self._max_batch_rows, self._max_batch_bytes // model.row_bytes or 1, model.backend.max_rows)
 
     async def _done(self, model: Model, operation: Operation, job: Job) -> BatchResult:
         """What comes of `job`, at most one batch large."""
@@ -251,7 +251,7 @@ class Batcher:
             return
         lane, jobs = taken
         # Judging by the last batches of its kind; the first of a kind is never short.
-        expected = lane.model.backend.pace.expected(lane.operation.name, sum([job.rows for job in jobs]))
+        expected = lane.model.backend.latency.expected(lane.operation.name, sum([job.rows for job in jobs]))
         if expected <= SHORT:
             self._settle(lane, self._run(lane, jobs))
             self._go_on()
@@ -290,7 +290,7 @@ class Batcher:
                 continue
             jobs.append(job)
             rows += job.rows
-            if not lane.operation.merges:
+            if not lane.operation.batched:
                 break
         return jobs
 
@@ -310,7 +310,7 @@ class Batcher:
                     job.result.set_exception(outcome)
         if whole:
             self._on_batch(lane.operation.name, rows)
-            lane.model.backend.pace.learn(lane.operation.name, rows, cost)
+            lane.model.backend.latency.learn(lane.operation.name, rows, cost)
 
     def _sweep(self) -> None:
         """Fail the jobs whose deadline has passed, and tell those that take long."""

@@ -1,6 +1,6 @@
-"""What a model can be asked to compute: functions of tensors with rows first, which the batcher may batch.
+"""The operations that the endpoints run on a model: functions of tensors with rows first, which can be batched.
 
-B rows, D features, K latents, P parts.
+B rows, D features, K latents, P parts of the score.
 """
 
 from collections.abc import Callable
@@ -13,78 +13,95 @@ import numpy.typing as npt
 from torch import Tensor
 
 from models import artifact
-from service.inference.calibration import ByModule, Calibration
+from service.inference.calibration import Calibration
 
-Outputs = tuple[Tensor, ...]  # each [B, ...]
-Arrays = tuple[npt.NDArray[np.float32], ...]  # the same
+Tensors = tuple[Tensor, ...]  # each [B, ...]
+Arrays = tuple[npt.NDArray[np.float32], ...]  # each [B, ...]
 
 
-@dataclass(frozen=True, eq=False)  # itself alone its equal: it is a key, and hashing its fields costs what a row does
+@dataclass(frozen=True, eq=False)  # compared by identity: a key of the batch queues that is hashed per request
 class Operation:
-    """A function of a model's module and row tensors.
+    """A function of a model's module and of row tensors.
 
     Args:
-        name: for metrics.
-        function: called with the module, then the rows.
-        merges: whether requests may share a batch. A sum's last bit may depend on the batch's size, so what must be
-            exact to the bit does not.
-        arguments: numbers that a whole batch has in common.
-        graph: of the twin, which computes all of it in one run.
-        finish: what becomes of the outputs, with the model's calibration and `arguments`, if anything.
+        name: value of the metric label `operation`.
+        function: called with the module and the inputs, each [B, ...]; returns the outputs, each [B, ...].
+        batched: whether requests may share a batch. Bit-exact operations are never batched, because the last bit of a
+            sum can depend on the size of the batch.
+        onnx_method: the graph of the ONNX twin that computes the whole operation; empty if there is none.
     """
 
     name: str
-    function: Callable[..., Outputs]
-    merges: bool = True
-    arguments: tuple[float, ...] = ()
-    graph: str = ""
-    finish: Callable[..., Arrays] | None = None
+    function: Callable[..., Tensors]
+    batched: bool = True
+    onnx_method: str = ""
+
+    def finish(self, outputs: Arrays, calibration: Calibration) -> Arrays:  # noqa: ARG002 - for subclasses
+        """Return the results of the operation, given the outputs of `function` as arrays."""
+        return outputs
 
 
-def _encode(module: Any, x: Tensor) -> Outputs:
+@dataclass(frozen=True, eq=False)
+class AnomalyOperation(Operation):
+    """Scores rows and adds p-values and severities.
+
+    Args:
+        alpha: the false-alarm rate.
+    """
+
+    alpha: float = 0.05
+
+    def finish(self, outputs: Arrays, calibration: Calibration) -> Arrays:
+        """Insert p-values [B] and severities [B] after the scores [B]."""
+        score, *explanation = outputs
+        return score, calibration.p_value(score), calibration.severity(score, self.alpha), *explanation
+
+
+def _encode(module: Any, x: Tensor) -> Tensors:
     mean, std = module.encode(x)
     return mean, std
 
 
-def _decode(module: Any, z: Tensor) -> Outputs:
+def _decode(module: Any, z: Tensor) -> Tensors:
     return (module.decode(z),)
 
 
-def _reconstruct(module: Any, x: Tensor) -> Outputs:
+def _reconstruct(module: Any, x: Tensor) -> Tensors:
     return artifact.reconstruct(module, x, gaps=False)
 
 
-def _reconstruct_gaps(module: Any, x: Tensor) -> Outputs:
+def _reconstruct_gaps(module: Any, x: Tensor) -> Tensors:
     return artifact.reconstruct(module, x, gaps=True)
 
 
-def _sample(module: Any, noise: Tensor, choice: Tensor) -> Outputs:
+def _sample(module: Any, noise: Tensor, choice: Tensor) -> Tensors:
     z = module.draw(noise, choice)
     return z, module.decode(z)
 
 
-def _score(module: Any, x: Tensor) -> Outputs:
-    score, *explained = module.score(x)
-    return score, *explained
+def _score(module: Any, x: Tensor) -> Tensors:
+    score, parts, contribution, expected = module.score(x)
+    return score, parts, contribution, expected
 
 
-def _judged(calibration: Calibration | ByModule, scored: Arrays, alpha: float) -> Arrays:
-    score, *explained = scored
-    return score, calibration.p_value(score), calibration.severity(score, alpha), *explained
+ENCODE = Operation("encode", _encode, onnx_method="encode")  # x [B, D] -> mean [B, K], std [B, K]
+DECODE = Operation("decode", _decode, onnx_method="decode")  # z [B, K] -> x_hat [B, D]
+SAMPLE = Operation("sample", _sample, batched=False)  # noise [B, K], choice [B] -> z [B, K], x_hat [B, D]
 
 
-ENCODE = Operation("encode", _encode, graph="encode")  # x [B, D] -> mean [B, K], std [B, K]
-DECODE = Operation("decode", _decode, graph="decode")  # z [B, K] -> x_hat [B, D]
-SAMPLE = Operation("sample", _sample, merges=False)  # noise [B, K], choice [B] -> z [B, K], x_hat [B, D]
-
-
-@lru_cache(maxsize=64)  # one object is found in the queue at once
+@lru_cache(maxsize=64)  # requests share a batch only if they have the same object
 def anomaly(alpha: float) -> Operation:
-    """x [B, D] -> score, p_value and severity, each [B]; parts [B, P]; contribution and expected, each [B, D]."""
-    return Operation("anomaly", _score, arguments=(alpha,), graph="score", finish=_judged)
+    """Return the operation x [B, D] -> score, p_value, severity, parts, contribution, expected.
+
+    score, p_value and severity are [B], parts is [B, P], contribution and expected are [B, D].
+    """
+    return AnomalyOperation("anomaly", _score, onnx_method="score", alpha=alpha)
 
 
 @lru_cache(maxsize=2)
 def reconstruct(gaps: bool) -> Operation:
-    """x [B, D] -> x_hat [B, D], mean squared error [B], with `gaps` of the values that are there."""
-    return Operation("reconstruct", _reconstruct_gaps if gaps else _reconstruct, graph="reconstruct")
+    """Return the operation x [B, D] -> x_hat [B, D], mean squared error [B].
+
+    With `gaps`, x may contain NaN, and the error is the mean over the values that are present.
+    """
+    return Operation("reconstruct", _reconstruct_gaps if gaps else _reconstruct, onnx_method="reconstruct")

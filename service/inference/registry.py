@@ -1,83 +1,38 @@
-"""The models that are served: found in the artifact folder, loaded and warmed away from the requests, swapped at once.
+"""The registry of served models: finds artifacts in the artifact folder, loads new ones, and drops removed ones.
 
-The folder is looked at every few seconds. What a request sees is one immutable `Catalogue`, so a swap never shows half
-of itself. A version that cannot be loaded leaves the others serving; it is told once in the log, shown in /models, and
-not tried again until its file changes.
+The folder is polled every few seconds, outside the event loop. Requests read one immutable `Catalogue`, which is
+replaced as a whole. A version that fails to load does not affect other versions: the failure is logged once, listed in
+/models, and not retried until the file changes.
 """
 
 import asyncio
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter
-from typing import Any
 
-import numpy as np
-import torch
-
-from models.artifact import Artifact, load
 from models.errors import ElboError
-from models.manifest import FILE_NAME, Manifest, names, versions
-from service.codec import png
-from service.codec.feature_names import FeatureSelectors
-from service.codec.row_schema import RowSchema
+from models.manifest import FILE_NAME, names, versions
 from service.errors import ModelNotFound, NotReady
-from service.inference import operations
-from service.inference.backends import BACKENDS, WARM_ROUNDS, Array, Backend, choose, is_out_of_memory
-from service.inference.sampling import NoiseSource
-from service.shared_memory import SharedCounters, SharedDecisions
+from service.inference.model_loader import ModelLoader
+from service.inference.served_model import ServedModel
 
 log = logging.getLogger("elbo.registry")
-WARM_ROWS = (1, 16)
-WARM_SECONDS = 5.0
 
-Signature = tuple[int, int, int]  # of a file: inode, size, time of its last change
-
-
-@dataclass(frozen=True, eq=False)
-class ServedModel:
-    """One version of one model, loaded and warm."""
-
-    name: str
-    version: int
-    manifest: Manifest
-    backend: Backend
-    load_seconds: float  # to load, verify, and choose the backend
-    warm_seconds: float = 0.0
-    exhibits: Mapping[str, bytes] = field(default_factory=dict)  # what people look at
-    headers: tuple[tuple[bytes, bytes], ...] = field(init=False)  # of every answer that it gives
-    who: tuple[str, str] = field(init=False)  # its labels in metrics
-    row_schema: RowSchema = field(init=False)
-    latent_schema: RowSchema = field(init=False)
-    row_bytes: int = field(init=False)  # where a row is widest
-
-    def __post_init__(self) -> None:
-        features = self.manifest.features
-        names, optional = [feature.name for feature in features], [feature.missing > 0 for feature in features]
-        object.__setattr__(self, "headers", ((b"elbo-model", f"{self.name}@{self.version}".encode()),))
-        object.__setattr__(self, "who", (self.name, str(self.version)))
-        medians = [feature.median for feature in features]
-        object.__setattr__(self, "row_schema", RowSchema(self.manifest.shape, names, optional, medians))
-        object.__setattr__(self, "latent_schema", RowSchema([self.manifest.latents]))
-        object.__setattr__(self, "row_bytes", 4 * max(self.row_schema.width, self.latent_schema.width))
-
-    @cached_property
-    def selectors(self) -> FeatureSelectors:
-        """Which feature a measurement means, by its name and labels."""
-        return FeatureSelectors({name: name for name in self.row_schema.names})
-
-    @cached_property
-    def pictures(self) -> bool:
-        """Whether its outputs can be answered as image/png."""
-        return png.is_picture(self.manifest.shape, self.manifest.pixel_range)
+Signature = tuple[int, int, int]  # of a file: inode, size, time of the last change in nanoseconds
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A version that could not be loaded, and why."""
+    """A version that failed to load.
+
+    Args:
+        name: name of the model.
+        version: its version.
+        code: code of the error (`ElboError.code`), or "load_failed".
+        detail: the first line of its message.
+    """
 
     name: str
     version: int
@@ -87,18 +42,29 @@ class Failure:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """What is served at one moment: versions by model name, ascending; and what is not, though it is there."""
+    """An immutable snapshot of the served models.
+
+    Args:
+        models: served models by name and version, versions ascending.
+        failures: versions that failed to load.
+        default: name of the model that answers requests without a reference; None if no model is served.
+    """
 
     models: Mapping[str, Mapping[int, ServedModel]] = field(default_factory=dict)
     failures: tuple[Failure, ...] = ()
     default: str | None = None
 
     def find(self, reference: str | None) -> ServedModel:
-        """The model that `name` (its newest version) or `name@version` means, or the default. Raises ModelNotFound."""
+        """Return the model that `reference` names: `name` (its newest version), `name@version`, or None (the default).
+
+        Raises:
+            NotReady: no model is served.
+            ModelNotFound: `reference` names no served model.
+        """
         if self.default is None:
             raise NotReady(
                 "no model is served yet",
-                hint="publish one with `elbo demo` or `elbo train`: it is found without a restart",
+                hint="publish a model with `elbo demo` or `elbo train`: the server loads it without a restart",
             )
         name, _, version = (reference if reference is not None else self.default).partition("@")
         present = self.models.get(name, {})
@@ -107,15 +73,24 @@ class Catalogue:
         for number, served in present.items():
             if str(number) == version:
                 return served
-        listed = ", ".join(f"{name}@{number}" for name, numbers in self.models.items() for number in numbers)
+        available = ", ".join(f"{name}@{number}" for name, numbers in self.models.items() for number in numbers)
         raise ModelNotFound(
-            f"{reference} is not served", expected=f"one of {listed}", got=reference, hint="GET /models tells them all"
+            f"model {reference!r} is not served",
+            expected=f"one of {available}",
+            got=reference,
+            hint="GET /models lists the served models",
         )
 
 
-@dataclass
-class _Known:
-    """What became of one version's file."""
+@dataclass(frozen=True)
+class _Entry:
+    """The state of one version in the artifact folder.
+
+    Args:
+        signature: of its file when it was last loaded.
+        served: the loaded model; if the file has been replaced by a bad one, the model from the file before.
+        failure: why the file failed to load.
+    """
 
     signature: Signature
     served: ServedModel | None
@@ -123,196 +98,93 @@ class _Known:
 
 
 class ModelRegistry:
-    """Keeps `catalogue` true to the folder.
+    """Keeps `catalogue` up to date with the artifact folder.
 
     Args:
-        root: folder of artifacts.
-        device: "cpu" or "cuda".
-        default: name of the model that answers when none is named, if it is served.
-        keep_versions: newest versions of each model that stay loaded.
-        backend: "auto", "torchscript" or "onnx", see `service.inference.backends.choose`.
-        threads: for one batch.
-        precision: float32 or bfloat16.
-        max_batch_rows, max_batch_bytes: of the largest batch that the batcher will run.
-        votes: on the backend, with the other processes that serve the same.
+        root: the artifact folder.
+        loader: loads artifacts.
+        default_model: name of the default model; the first one by name if it is not served.
+        keep_versions: number of newest versions per model that are served.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        device: str,
-        default: str,
-        keep_versions: int,
-        backend: str = "auto",
-        threads: int = 1,
-        precision: str = "float32",
-        max_batch_rows: int = 1024,
-        max_batch_bytes: int = 64 * 2**20,
-        votes: SharedDecisions | None = None,
-    ) -> None:
+    def __init__(self, root: Path, loader: ModelLoader, *, default_model: str, keep_versions: int) -> None:
         self._root = root
-        self._device = device
-        self._default = default
-        self._keep = keep_versions
-        self._backend = backend
-        self._threads = threads
-        self._precision = precision
-        self._max_batch_rows = max_batch_rows
-        self._max_batch_bytes = max_batch_bytes
-        self._votes = votes or SharedDecisions(SharedCounters(), "backend", BACKENDS)
-        self._known: dict[tuple[str, int], _Known] = {}
+        self._loader = loader
+        self._default_model = default_model
+        self._keep_versions = keep_versions
+        self._entries: dict[tuple[str, int], _Entry] = {}
         self.catalogue = Catalogue()
 
-    async def look(self) -> None:
-        """Refresh, aside from the event loop. A folder that cannot be read, as it may be for a while, is told."""
+    async def poll(self) -> None:
+        """Refresh the catalogue in a thread. If the folder cannot be read, log it and keep the catalogue."""
         try:
             await asyncio.to_thread(self.refresh)
         except OSError as error:
-            log.warning("cannot look at %s: %s", self._root, error)
+            log.warning("failed to scan the artifact folder %s: %s", self._root, error)
 
     def refresh(self) -> None:
-        """Look at the folder once: load what is new, drop what is gone, show the result. Not for the event loop."""
+        """Scan the artifact folder: load new artifacts, drop removed ones, and replace the catalogue.
+
+        It blocks while models load: do not call it in the event loop.
+
+        Raises:
+            OSError: the folder cannot be read.
+        """
         models = {}
-        known: dict[tuple[str, int], _Known] = {}
+        entries: dict[tuple[str, int], _Entry] = {}
         for name in names(self._root):
-            served = self._newest(name, known)
+            served = self._load_newest(name, entries)
             if served:
                 models[name] = served
-        self._known = known
-        failures = tuple(entry.failure for entry in known.values() if entry.failure)
-        default = self._default if self._default in models else next(iter(models), None)
-        before, self.catalogue = self.catalogue, Catalogue(models, failures, default)
-        _tell_changes(before, self.catalogue)
+        self._entries = entries
+        failures = tuple(entry.failure for entry in entries.values() if entry.failure)
+        default = self._default_model if self._default_model in models else next(iter(models), None)
+        previous, self.catalogue = self.catalogue, Catalogue(models, failures, default)
+        _log_changes(previous, self.catalogue)
 
-    def _newest(self, name: str, known: dict[tuple[str, int], _Known]) -> dict[int, ServedModel]:
-        """The newest versions of `name` that load, at most as many as are kept, ascending; notes each in `known`."""
+    def _load_newest(self, name: str, entries: dict[tuple[str, int], _Entry]) -> dict[int, ServedModel]:
+        """Return the newest `keep_versions` versions of `name` that load, ascending; add all visited to `entries`."""
         served: dict[int, ServedModel] = {}
         for version in reversed(versions(self._root, name)):
-            if len(served) == self._keep:
+            if len(served) == self._keep_versions:
                 break
-            with suppress(FileNotFoundError):  # removed since it was listed
-                entry = known[name, version] = self._examine(name, version)
+            with suppress(FileNotFoundError):  # removed after it was listed
+                entry = entries[name, version] = self._load_if_changed(name, version)
                 if entry.served:
                     served[version] = entry.served
         return dict(sorted(served.items()))
 
-    def _examine(self, name: str, version: int) -> _Known:
+    def _load_if_changed(self, name: str, version: int) -> _Entry:
         path = self._root / name / str(version) / FILE_NAME
         status = path.stat()
         signature = (status.st_ino, status.st_size, status.st_mtime_ns)
-        before = self._known.get((name, version))
-        if before and before.signature == signature:
-            return before
+        previous = self._entries.get((name, version))
+        if previous and previous.signature == signature:
+            return previous
         try:
-            return _Known(signature, self._load(name, version, path), None)
+            return _Entry(signature, self._loader.load(path, name, version), None)
         except Exception as error:
-            expected = isinstance(error, ElboError)
-            log.error("%s@%d cannot be served: %s", name, version, error, exc_info=not expected)
+            is_expected = isinstance(error, ElboError)
+            log.error("failed to load %s@%d: %s", name, version, error, exc_info=not is_expected)
             code = error.code if isinstance(error, ElboError) else "load_failed"
-            failure = Failure(name, version, code, str(error).splitlines()[0] if str(error) else type(error).__name__)
-            return _Known(signature, before.served if before else None, failure)
-
-    def _choose(self, artifact: Artifact) -> Backend:
-        """What is measured faster; as another worker has chosen, where one has, so that all give the same answers."""
-        which = artifact.manifest.weights_sha256
-        decided = self._votes.choice(which) if self._backend == "auto" else None
-        backend = choose(artifact, decided or self._backend, self._threads, self._precision)
-        self._votes.record_choice(which, backend.name)
-        return replace(backend, reason="chosen when these weights were first loaded here") if decided else backend
-
-    def _load(self, name: str, version: int, path: Path) -> ServedModel:
-        started = perf_counter()
-        artifact = load(path, self._device)
-        backend = self._choose(artifact)
-        loaded = perf_counter()
-        served = ServedModel(name, version, artifact.manifest, backend, loaded - started, exhibits=artifact.exhibits)
-        most = max(1, min(self._max_batch_rows, self._max_batch_bytes // served.row_bytes))
-        _warm(served, self._threads, most)
-        return replace(served, warm_seconds=perf_counter() - loaded)
+            detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+            return _Entry(signature, previous.served if previous else None, Failure(name, version, code, detail))
 
 
-def _tell_changes(before: Catalogue, after: Catalogue) -> None:
-    old, new = (
-        {served for numbers in moment.models.values() for served in numbers.values()} for moment in (before, after)
-    )
+def _log_changes(before: Catalogue, after: Catalogue) -> None:
+    old, new = _served_models(before), _served_models(after)
     for served in sorted(new - old, key=lambda served: (served.name, served.version)):
-        told = served.name, served.version, served.backend.name, served.backend.reason, served.load_seconds
-        log.info("serving %s@%d with %s (%s), loaded in %.2f s", *told)
+        log.info(
+            "serving %s@%d with %s (%s), loaded in %.2f s",
+            served.name,
+            served.version,
+            served.backend.name,
+            served.selection.reason,
+            served.load_seconds,
+        )
     for served in sorted(old - new, key=lambda served: (served.name, served.version)):
         log.info("no longer serving %s@%d", served.name, served.version)
 
 
-def _warm(served: ServedModel, threads: int, most_rows: int) -> None:
-    """Run every operation often enough, and at every size of batch, that the first request meets optimised code.
-
-    It teaches the batcher how long each takes. Sizes that would take too long in all, or more memory than there is, are
-    left out.
-    """
-    torch.set_num_threads(threads)
-    end = perf_counter() + WARM_SECONDS
-    for rows in WARM_ROWS * WARM_ROUNDS:
-        outputs = _run_all(served, rows)
-    if served.pictures:
-        assert served.manifest.pixel_range is not None
-        png.dumps(outputs[:1], served.manifest.shape, served.manifest.pixel_range)  # imports Pillow, which takes 0.2 s
-    rows = 1
-    while perf_counter() < end:
-        try:
-            _run_all(served, min(rows, most_rows))
-        except Exception as error:
-            if rows == 1 or not is_out_of_memory(error):
-                raise
-            served.backend.too_many(rows)
-            return
-        if rows >= most_rows:
-            return
-        rows = 2 * rows + 1  # the largest of each size
-    log.info("%s@%d is not warmed beyond %d rows at once: it took too long", served.name, served.version, rows // 2)
-
-
-def _run_all(served: ServedModel, rows: int) -> Array:
-    """Every operation on a batch of `rows`; gives decoded rows."""
-    manifest, backend = served.manifest, served.backend
-    median = np.array([[feature.median for feature in manifest.features]], np.float32)
-    x, noise = median.repeat(rows, axis=0), NoiseSource().draw(0, rows, manifest.latents)
-    asked = {
-        operations.ENCODE: (x,),
-        operations.reconstruct(served.row_schema.allows_missing): (x,),
-        operations.anomaly(0.05): (x,),
-        operations.SAMPLE: noise,
-        operations.DECODE: noise[:1],
-    }
-    for operation, inputs in asked.items():
-        started = backend.clock()
-        outputs = backend.run(operation, inputs)
-        backend.pace.learn(operation.name, rows, backend.clock() - started)
-    return outputs[0]
-
-
-def describe(served: ServedModel) -> dict[str, Any]:
-    """What /models tells of a version: everything a client needs to know before it asks."""
-    manifest = served.manifest
-    return {
-        "name": served.name,
-        "version": served.version,
-        "kind": manifest.kind,
-        "created": manifest.created,
-        "shape": manifest.shape,
-        "width": manifest.width,
-        "latents": manifest.latents,
-        "parts": manifest.parts,
-        "pixel_range": manifest.pixel_range,
-        "pictures": served.pictures,
-        "exhibits": [name.partition(".")[0] for name in served.exhibits],
-        "metrics": manifest.metrics,
-        "calibration": manifest.calibration.model_dump(),
-        "device": str(served.backend.device),
-        "backend": {
-            "name": served.backend.name,
-            "reason": served.backend.reason,
-            "precision": served.backend.precision,
-            "errors": dict(served.backend.errors),
-        },
-        "load_seconds": round(served.load_seconds, 3),
-        "warm_seconds": round(served.warm_seconds, 3),
-    }
+def _served_models(catalogue: Catalogue) -> set[ServedModel]:
+    return {served for versions_of_model in catalogue.models.values() for served in versions_of_model.values()}

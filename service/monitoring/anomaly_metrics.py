@@ -10,7 +10,8 @@ from prometheus_client.core import Metric
 from service.anomaly.inputs import InputRows
 from service.anomaly.smoothing import RunningMean
 from service.anomaly.verdicts import Verdicts
-from service.inference.registry import Catalogue, ServedModel
+from service.inference.registry import Catalogue
+from service.inference.served_model import ServedModel
 from service.monitoring.drift import DriftDetector
 from service.monitoring.metric_types import Counter, Gauge, Histogram
 from service.shared_memory import SharedCounters
@@ -80,7 +81,7 @@ class AnomalyMetrics:
 
     def count(self, served: ServedModel, input_rows: InputRows, verdicts: Verdicts | None) -> None:
         """Count the rows of `input_rows`; `verdicts` is None if none of them could be read."""
-        model = served.who
+        model = served.metric_labels
         scored = 0
         if verdicts is not None:
             scored = verdicts.scores.usable_count
@@ -102,7 +103,7 @@ class AnomalyMetrics:
     def count_samples(self, served: ServedModel, outcomes: Mapping[str, int]) -> None:
         """Count samples of remote write by outcome."""
         for outcome, count in outcomes.items():
-            self._samples.add((*served.who, outcome), count)
+            self._samples.add((*served.metric_labels, outcome), count)
 
     def set_waiting_rows(self, rows: int) -> None:
         """Set how many rows of remote write wait for more samples in this process."""
@@ -148,7 +149,7 @@ class AnomalyMetrics:
 
     def _count_anomalies(self, served: ServedModel, verdicts: Verdicts) -> None:
         """Count the flagged rows by group, and by the feature that contributed most."""
-        model = served.who
+        model = served.metric_labels
         rows = [row for row, flag in enumerate(verdicts.is_anomaly) if flag]
         groups = verdicts.input_rows.group
         rows_by_group = Tally(groups[row] for row in rows) if groups else {None: len(rows)}

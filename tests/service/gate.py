@@ -17,7 +17,7 @@ class Gate:
     def __init__(self) -> None:
         self.entered = threading.Event()
         self.open = threading.Event()
-        self.operation = Operation("gate", self._pass, merges=False)
+        self.operation = Operation("gate", self._pass, batched=False)
 
     def _pass(self, _: Any, x: torch.Tensor) -> tuple[torch.Tensor]:
         self.entered.set()

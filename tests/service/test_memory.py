@@ -19,9 +19,11 @@ import uvicorn
 from models.artifact import Artifact
 from service.app import create_app
 from service.http.protocol import Protocol
-from service.inference.backends import Backend, choose
+from service.inference.backend_selection import select_backend
+from service.inference.backends import TorchScriptBackend
 from service.inference.batcher import Batcher
-from service.inference.calibration import ByModule
+from service.inference.calibration import TorchScriptCalibration
+from service.inference.model_loader import ModelLoader
 from service.inference.operations import Operation, reconstruct
 from service.inference.registry import ModelRegistry
 from service.settings import Settings
@@ -54,7 +56,7 @@ def small_memory(error: type[RuntimeError], text: str, most: int) -> tuple[Opera
 def test_what_does_not_fit_runs_in_halves_and_is_not_tried_again(
     vae: Artifact, error: type[RuntimeError], text: str
 ) -> None:
-    model = Lone(choose(vae, "torchscript", 1))
+    model = Lone(select_backend(vae, requested="torchscript").backend)
     operation, tried = small_memory(error, text, most=7)
 
     async def scenario(running: Batcher) -> None:
@@ -77,7 +79,7 @@ async def in_engine(scenario: Any) -> None:
 
 
 def test_one_row_that_does_not_fit_fails_and_takes_nobody_with_it(vae: Artifact) -> None:
-    model = Lone(choose(vae, "torchscript", 1))
+    model = Lone(select_backend(vae, requested="torchscript").backend)
 
     def run(module: Any, x: torch.Tensor) -> tuple[torch.Tensor]:
         if (x > 5).any():
@@ -99,7 +101,7 @@ def test_one_row_that_does_not_fit_fails_and_takes_nobody_with_it(vae: Artifact)
 
 
 def test_batches_keep_to_their_size_in_bytes(vae: Artifact) -> None:
-    model, batches = Lone(choose(vae, "torchscript", 1), row_bytes=256), []  # type: Lone, Batches
+    model, batches = Lone(select_backend(vae, requested="torchscript").backend, row_bytes=256), []  # type: Lone, Batches
 
     async def scenario() -> None:
         async with batcher(batches, max_batch_bytes=5 * 256) as running:
@@ -112,30 +114,30 @@ def test_batches_keep_to_their_size_in_bytes(vae: Artifact) -> None:
 
 
 def test_bfloat16_says_how_far_it_is_from_float32(vae: Artifact, digits: np.ndarray) -> None:
-    exact, rounded = choose(vae, "torchscript", 1), choose(vae, "auto", 1, "bfloat16")
-    assert (rounded.name, rounded.precision) == ("torchscript", "bfloat16")
+    exact, rounded = select_backend(vae, requested="torchscript"), select_backend(vae, precision="bfloat16")
+    assert (rounded.backend.name, rounded.backend.precision) == ("torchscript", "bfloat16")
     assert exact.errors == {}
     assert 1e-6 < rounded.errors["forward"] < 0.05
     operation = reconstruct(gaps=False)
-    (there, _), (here, _) = (backend.run(operation, (digits[:50],)) for backend in (exact, rounded))
+    (there, _), (here, _) = (selection.backend.run(operation, (digits[:50],)) for selection in (exact, rounded))
     assert here.dtype == np.float32
     assert 0 < np.abs(here - there).max() < 0.1 * np.abs(there).max()
 
 
 def test_every_size_of_batch_has_run_before_a_model_serves(artifacts: Path) -> None:
-    registry = ModelRegistry(artifacts, "cpu", "vae", 1, max_batch_rows=300)
+    registry = ModelRegistry(artifacts, ModelLoader(max_batch_rows=300), default_model="vae", keep_versions=1)
     registry.refresh()
-    pace = registry.catalogue.find("vae").backend.pace
+    latency = registry.catalogue.find("vae").backend.latency
     for operation in ("encode", "decode", "reconstruct", "anomaly", "sample"):
         for count in (1, 2, 5, 17, 100, 300):
-            assert 0 < pace.expected(operation, count) < np.inf
+            assert 0 < latency.expected(operation, count) < np.inf
 
 
 @pytest.mark.parametrize("backend", ["torchscript", "onnx"])
 def test_a_model_that_is_replaced_is_freed(artifacts: Path, tmp_path: Path, backend: str) -> None:
     """Without the collector, which leaves alone what was there when the server started."""
     shutil.copytree(artifacts / "vae", tmp_path / "vae")
-    registry = ModelRegistry(tmp_path, "cpu", "vae", 1, backend)
+    registry = ModelRegistry(tmp_path, ModelLoader(backend=backend), default_model="vae", keep_versions=1)
     registry.refresh()
     served = registry.catalogue.find("vae")
     watched: list[weakref.ref[Any]] = [weakref.ref(served), weakref.ref(served.backend)]
@@ -215,7 +217,8 @@ def test_a_body_in_one_piece_is_not_copied_on_its_way(artifacts: Path) -> None:
 
 
 def test_what_a_backend_is_made_from_keeps_its_pace() -> None:
-    backend = Backend("torchscript", "", None, torch.device("cpu"), ByModule(None, torch.device("cpu")))  # type: ignore[arg-type] # no score is asked for
-    backend.too_many(64)
-    backend.too_many(100)
-    assert backend.most_rows == 32
+    cpu = torch.device("cpu")
+    backend = TorchScriptBackend(None, cpu, TorchScriptCalibration(None, cpu))  # type: ignore[arg-type] # no model runs
+    backend.limit_rows(64)
+    backend.limit_rows(100)
+    assert backend.max_rows == 32

@@ -1,4 +1,4 @@
-"""Which backend serves: the twin where it is true and faster, TorchScript wherever not, and the reason is told."""
+"""Selection of the backend, and agreement of the ONNX twin with TorchScript."""
 
 import re
 import sys
@@ -15,7 +15,9 @@ import torch
 from models import artifact
 from models.errors import ArtifactCorrupt, ArtifactMismatch
 from service.app import create_app
-from service.inference import backends, operations
+from service.inference import backend_selection, operations
+from service.inference.backend_selection import select_backend
+from service.inference.model_loader import ModelLoader
 from service.inference.registry import ModelRegistry
 from service.settings import Settings
 from tests.models.builders import CORES, B, D, batch, pipeline
@@ -32,13 +34,13 @@ def graphs(kind: str = "vae-gaussian") -> Graphs:
 
 
 def truncated() -> Graphs:
-    """A twin whose decoder breaks off."""
+    """Return a twin whose decoder graph is truncated."""
     twin = graphs()
     return twin | {"decode": replace(twin["decode"], onnx=twin["decode"].onnx[:-300])}
 
 
 def tampered() -> Graphs:
-    """A twin whose decoder brings a weight of its own, which is a little off."""
+    """Return a twin whose decoder graph contains a changed copy of a weight."""
     twin = graphs()
     model = onnx.load_from_string(twin["decode"].onnx)
     tensor = next(tensor for tensor in model.graph.initializer if tensor.name == "scaling.shift")
@@ -48,63 +50,67 @@ def tampered() -> Graphs:
 
 
 def misnamed() -> Graphs:
-    """A twin that asks for a weight which the module has not."""
+    """Return a twin that uses a weight that the module does not have."""
     twin = graphs()
-    return twin | {"encode": replace(twin["encode"], weights=("nobody", *twin["encode"].weights))}
+    return twin | {"encode": replace(twin["encode"], weights=("unknown", *twin["encode"].weights))}
 
 
-BAD: list[tuple[Callable[[], Graphs], str]] = [
+WRONG_TWINS: list[tuple[Callable[[], Graphs], str]] = [
     (truncated, "cannot be run"),
     (tampered, r"decode differs from its golden answer by 0\.001"),
     (misnamed, "cannot be run"),
 ]
 
 
-@pytest.mark.parametrize(("twin", "told"), BAD, ids=["truncated", "tampered", "misnamed"])
-def test_a_twin_that_is_not_the_model_is_not_used_and_the_reason_is_told_once(
-    twin: Callable[[], Graphs], told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("twin", "reason"), WRONG_TWINS, ids=["truncated", "tampered", "misnamed"])
+def test_auto_with_a_wrong_twin_selects_torchscript_and_logs_the_reason_once(
+    twin: Callable[[], Graphs], reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     publish_twin(tmp_path, "vae-gaussian", twin())
-    registry = ModelRegistry(tmp_path, "cpu", "model", 2, "auto")
+    registry = ModelRegistry(tmp_path, ModelLoader(backend="auto"), default_model="model", keep_versions=2)
     for _ in range(2):
         registry.refresh()
-    backend = registry.catalogue.find("model").backend
-    assert backend.name == "torchscript"
-    assert re.search(told, backend.reason)
+    served = registry.catalogue.find("model")
+    assert served.backend.name == "torchscript"
+    assert re.search(reason, served.selection.reason)
     assert [record.levelname for record in caplog.records].count("WARNING") == 1
     expected = pipeline("vae-gaussian")(batch()[0]).numpy()
-    outputs = backend.run(operations.reconstruct(False), (batch()[0].numpy(),))
+    outputs = served.backend.run(operations.reconstruct(False), (batch()[0].numpy(),))
     np.testing.assert_allclose(outputs[0], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(("twin", "told"), BAD, ids=["truncated", "tampered", "misnamed"])
-def test_where_the_twin_is_asked_for_a_false_one_is_refused(
-    twin: Callable[[], Graphs], told: str, tmp_path: Path
+@pytest.mark.parametrize(("twin", "reason"), WRONG_TWINS, ids=["truncated", "tampered", "misnamed"])
+def test_requesting_onnx_with_a_wrong_twin_raises_mismatch(
+    twin: Callable[[], Graphs], reason: str, tmp_path: Path
 ) -> None:
     loaded = artifact.load(publish_twin(tmp_path, "vae-gaussian", twin()))
-    with pytest.raises(ArtifactMismatch, match=f"{told}.*ELBO_BACKEND=torchscript"):
-        backends.choose(loaded, "onnx", 1)
-    registry = ModelRegistry(tmp_path, "cpu", "model", 2, "onnx")
+    with pytest.raises(ArtifactMismatch, match=f"{reason}.*ELBO_BACKEND=torchscript"):
+        select_backend(loaded, requested="onnx")
+    registry = ModelRegistry(tmp_path, ModelLoader(backend="onnx"), default_model="model", keep_versions=2)
     registry.refresh()
     assert not registry.catalogue.models
     assert [failure.code for failure in registry.catalogue.failures] == ["artifact_mismatch"]
 
 
-@pytest.mark.parametrize(("asked", "name"), [("onnx", "onnx"), ("torchscript", "torchscript")])
-def test_what_is_asked_for_runs(asked: str, name: str, tmp_path: Path) -> None:
-    backend = backends.choose(artifact.load(publish_twin(tmp_path, "pca")), asked, 1)
-    assert (backend.name, backend.reason) == (name, "ELBO_BACKEND asks for it")
+@pytest.mark.parametrize("name", ["onnx", "torchscript"])
+def test_requested_backend_is_selected(name: str, tmp_path: Path) -> None:
+    selection = select_backend(artifact.load(publish_twin(tmp_path, "pca")), requested=name)
+    assert (selection.backend.name, selection.reason) == (name, "requested by ELBO_BACKEND")
 
 
 @pytest.mark.parametrize("kind", CORES)
-def test_every_operation_has_the_same_answers_on_both(kind: str, tmp_path: Path) -> None:
+def test_all_operations_give_equal_results_on_both_backends(kind: str, tmp_path: Path) -> None:
     loaded = artifact.load(publish_twin(tmp_path, kind))
-    plain, twin = (backends.choose(loaded, asked, 1) for asked in ("torchscript", "onnx"))
+    plain, twin = (select_backend(loaded, requested=name).backend for name in ("torchscript", "onnx"))
     x, noise, choice = (tensor.numpy() for tensor in batch(33))
-    asked: list[tuple[operations.Operation, tuple[np.ndarray, ...]]]
-    asked = [(operations.ENCODE, (x,)), (operations.reconstruct(False), (x,)), (operations.DECODE, (noise,))]
-    asked += [(operations.SAMPLE, (noise, choice)), (operations.anomaly(0.05), (x,))]
-    for operation, inputs in asked:
+    calls: list[tuple[operations.Operation, tuple[np.ndarray, ...]]] = [
+        (operations.ENCODE, (x,)),
+        (operations.reconstruct(False), (x,)),
+        (operations.DECODE, (noise,)),
+        (operations.SAMPLE, (noise, choice)),
+        (operations.anomaly(0.05), (x,)),
+    ]
+    for operation, inputs in calls:
         for answer, expected in zip(twin.run(operation, inputs), plain.run(operation, inputs), strict=True):
             assert answer.dtype == np.float32
             assert answer.flags.c_contiguous
@@ -112,8 +118,8 @@ def test_every_operation_has_the_same_answers_on_both(kind: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", CORES)
-def test_a_row_of_the_twin_does_not_depend_on_its_company(kind: str, tmp_path: Path) -> None:
-    backend = backends.choose(artifact.load(publish_twin(tmp_path, kind)), "onnx", 1)
+def test_onnx_result_of_a_row_does_not_depend_on_its_batch(kind: str, tmp_path: Path) -> None:
+    backend = select_backend(artifact.load(publish_twin(tmp_path, kind)), requested="onnx").backend
     x = batch(33)[0].numpy()
     (together, _) = backend.run(operations.reconstruct(False), (x,))
     for row in range(33):
@@ -121,79 +127,79 @@ def test_a_row_of_the_twin_does_not_depend_on_its_company(kind: str, tmp_path: P
         np.testing.assert_allclose(alone[0], together[row], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("gain", "name"), [(0.9, "torchscript"), (1.05, "torchscript"), (1.2, "onnx")])
-def test_the_twin_serves_only_where_it_is_measured_faster(
-    gain: float, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("speedup", "name"), [(0.9, "torchscript"), (1.05, "torchscript"), (1.2, "onnx")])
+def test_auto_selects_the_twin_only_if_it_is_measurably_faster(
+    speedup: float, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backends, "_best", lambda *_: [gain, 1.0])
-    backend = backends.choose(artifact.load(publish_twin(tmp_path, "pca")), "auto", 1)
-    assert backend.name == name
-    assert f"measured {gain:.2f} times as fast as TorchScript at 1 and 32 rows" in backend.reason
+    monkeypatch.setattr(backend_selection, "_best_seconds", lambda *_: [speedup, 1.0])
+    selection = select_backend(artifact.load(publish_twin(tmp_path, "pca")))
+    assert selection.backend.name == name
+    assert f"{speedup:.2f} times as fast as TorchScript, measured with 1 and 32 rows" in selection.reason
 
 
-def test_an_artifact_without_a_twin_runs_torchscript_whatever_is_asked(tmp_path: Path) -> None:
+def test_artifact_without_a_twin_gets_torchscript(tmp_path: Path) -> None:
     loaded = replace(artifact.load(publish_twin(tmp_path, "pca")), twin=None)
-    for asked in ("auto", "onnx"):
-        backend = backends.choose(loaded, asked, 1)
-        assert (backend.name, backend.reason) == ("torchscript", "the artifact has no ONNX twin")
+    for requested in ("auto", "onnx"):
+        selection = select_backend(loaded, requested=requested)
+        assert (selection.backend.name, selection.reason) == ("torchscript", "the artifact has no ONNX twin")
 
 
-def test_without_onnxruntime_torchscript_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_without_onnxruntime_selects_torchscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    backend = backends.choose(artifact.load(publish_twin(tmp_path, "pca")), "auto", 1)
-    assert backend.name == "torchscript"
-    assert "onnxruntime, which runs ONNX twins, is not installed" in backend.reason
+    selection = select_backend(artifact.load(publish_twin(tmp_path, "pca")))
+    assert selection.backend.name == "torchscript"
+    assert "onnxruntime, which runs ONNX twins, is not installed" in selection.reason
 
 
-def test_a_gpu_runs_torchscript(tmp_path: Path) -> None:
+def test_gpu_gets_torchscript(tmp_path: Path) -> None:
     loaded = replace(artifact.load(publish_twin(tmp_path, "pca")), device=torch.device("cuda"))
-    assert "is cuda" in backends.choose(loaded, "onnx", 1).reason
+    assert "the device is cuda" in select_backend(loaded, requested="onnx").reason
 
 
-def test_a_twin_that_lacks_a_graph_is_corrupt(tmp_path: Path) -> None:
+def test_loading_a_twin_without_a_required_graph_raises_corrupt(tmp_path: Path) -> None:
     path = publish_twin(tmp_path, "pca", {name: graph for name, graph in graphs("pca").items() if name != "score"})
     with pytest.raises(ArtifactCorrupt, match="ONNX twin is incomplete"):
         artifact.load(path)
 
 
-def test_a_twin_of_an_earlier_artifact_reconstructs_by_its_code_and_decoder(tmp_path: Path) -> None:
+def test_twin_without_a_reconstruct_graph_reconstructs_with_encode_and_decode(tmp_path: Path) -> None:
     earlier = {name: graph for name, graph in graphs("ae").items() if name != "reconstruct"}
     x = batch(7)[0].numpy()
-    answers = []
-    for name, twin in (("now", None), ("then", earlier)):
-        backend = backends.choose(artifact.load(publish_twin(tmp_path / name, "ae", twin)), "onnx", 1)
-        answers.append(backend.run(operations.reconstruct(False), (x,)))
-    for found, expected in zip(*answers, strict=True):
+    results = []
+    for name, twin in (("current", None), ("earlier", earlier)):
+        backend = select_backend(artifact.load(publish_twin(tmp_path / name, "ae", twin)), requested="onnx").backend
+        results.append(backend.run(operations.reconstruct(False), (x,)))
+    for found, expected in zip(*results, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_twin_whose_errors_are_not_those_of_its_rows_is_not_used(tmp_path: Path) -> None:
+def test_auto_with_a_twin_that_returns_wrong_reconstruction_errors_selects_torchscript(tmp_path: Path) -> None:
     graph = onnx.load_from_string(graphs("ae")["reconstruct"].onnx)
     for node in graph.graph.node:
         if node.op_type == "ReduceMean":
             node.op_type = "ReduceMax"
-    false = graphs("ae") | {"reconstruct": replace(graphs("ae")["reconstruct"], onnx=graph.SerializeToString())}
-    backend = backends.choose(artifact.load(publish_twin(tmp_path, "ae", false)), "auto", 1)
-    assert backend.name == "torchscript"
-    assert "errors of reconstructions are not theirs" in backend.reason
+    wrong = graphs("ae") | {"reconstruct": replace(graphs("ae")["reconstruct"], onnx=graph.SerializeToString())}
+    selection = select_backend(artifact.load(publish_twin(tmp_path, "ae", wrong)))
+    assert selection.backend.name == "torchscript"
+    assert "reconstruction errors are not the mean squared errors" in selection.reason
 
 
 @pytest.mark.parametrize("kind", ["pca-imputing", "ae-imputing"])
-def test_errors_of_rows_with_gaps_are_alike_on_both(kind: str, tmp_path: Path) -> None:
+def test_reconstruction_of_rows_with_gaps_gives_equal_results_on_both_backends(kind: str, tmp_path: Path) -> None:
     loaded = artifact.load(publish_twin(tmp_path, kind, gaps=GAPS))
     x = batch(7, gaps=GAPS)[0].numpy()
-    plain, twin = (backends.choose(loaded, asked, 1) for asked in ("torchscript", "onnx"))
-    rows = operations.reconstruct(True), (x,)
-    for found, expected in zip(twin.run(*rows), plain.run(*rows), strict=True):
+    plain, twin = (select_backend(loaded, requested=name).backend for name in ("torchscript", "onnx"))
+    operation = operations.reconstruct(True)
+    for found, expected in zip(twin.run(operation, (x,)), plain.run(operation, (x,)), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_models_tell_the_backend_and_the_twin_answers_over_http(tmp_path: Path) -> None:
+def test_models_endpoint_reports_the_backend_and_the_twin_answers_requests(tmp_path: Path) -> None:
     publish_twin(tmp_path, "vae-gaussian")
-    told = {"name": "onnx", "reason": "ELBO_BACKEND asks for it", "precision": "float32", "errors": {}}
+    description = {"name": "onnx", "reason": "requested by ELBO_BACKEND", "precision": "float32", "errors": {}}
     with running(create_app(Settings(artifacts=tmp_path, device="cpu", backend="onnx"))) as client:
-        assert client.get("/models").json()["models"][0]["backend"] == told
-        assert client.get("/models/model").json()["backend"] == told
+        assert client.get("/models").json()["models"][0]["backend"] == description
+        assert client.get("/models/model").json()["backend"] == description
         answer: httpx.Response = client.post("/reconstruct", json={"inputs": batch()[0].tolist()})
     outputs = np.array(answer.json()["outputs"], np.float32)
     assert outputs.shape == (B, D)

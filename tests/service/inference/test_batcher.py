@@ -14,7 +14,8 @@ import torch
 
 from models.artifact import Artifact
 from service.errors import NotReady, Overloaded
-from service.inference.backends import Backend, choose
+from service.inference.backend_selection import select_backend
+from service.inference.backends import Backend
 from service.inference.batcher import Batcher
 from service.inference.operations import ENCODE, SAMPLE, Operation, reconstruct
 from tests.service.gate import Gate
@@ -35,7 +36,7 @@ class Lone:
 @pytest.fixture
 def vae(vae: Artifact) -> Lone:
     """The VAE of the session, as the batcher wants it, with nothing known yet of how long it takes."""
-    return Lone(choose(vae, "torchscript", 1))
+    return Lone(select_backend(vae, requested="torchscript").backend)
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""p-values, severity and thresholds in NumPy: what the artifact's own TorchScript methods say, or they are not used."""
+"""The NumPy calibration against the TorchScript methods of artifacts, and the fallback to those methods."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +10,8 @@ import torch
 
 from models import artifact
 from models.calibration import Calibration as Reference
-from service.inference import backends, calibration, operations
+from service.inference import calibration, operations
+from service.inference.backend_selection import select_backend
 from tests.models.builders import CORES, batch, pipeline
 from tests.models.publishing import publish_twin
 
@@ -22,7 +23,7 @@ def exponential(n: int) -> Scores:
     return np.random.RandomState(n).exponential(size=n).astype(np.float32)
 
 
-WORLDS: dict[str, Scores] = {
+SCORES: dict[str, Scores] = {
     **{f"{n}": exponential(n) for n in (1, 2, 3, 19, 50, 2000, 5000)},
     "ties": np.repeat(exponential(30), 5),
     "tied at the end": np.concatenate((exponential(40), np.full(20, 9, np.float32))),
@@ -35,8 +36,8 @@ WORLDS: dict[str, Scores] = {
 }
 
 
-def asked(scores: Scores) -> Scores:
-    """Scores at the calibration's, next to them, between and beyond them; extremes, NaN and infinity."""
+def probes(scores: Scores) -> Scores:
+    """Return scores at, next to, between and beyond the calibration scores; also extremes, NaN and infinity."""
     random = np.random.RandomState(1)
     known = np.sort(scores)
     sides = [np.nextafter(known, np.float32(side)) for side in (-np.inf, np.inf)]
@@ -49,8 +50,8 @@ def asked(scores: Scores) -> Scores:
         )
 
 
-def assert_alike(found: calibration.Calibration, module: torch.jit.ScriptModule, score: Scores, alpha: float) -> None:
-    """p-values, thresholds and verdicts to the bit, severity to a millionth; together, and of one alone."""
+def assert_agree(found: calibration.Calibration, module: torch.jit.ScriptModule, score: Scores, alpha: float) -> None:
+    """Assert equal p-values, thresholds and verdicts, and severities within 1e-6, in a batch and for single scores."""
     with torch.inference_mode():
         p_value, severity = module.p_value(torch.from_numpy(score)).numpy(), found.severity(score, alpha)
         expected = module.severity(torch.from_numpy(score), alpha).numpy()
@@ -66,38 +67,38 @@ def assert_alike(found: calibration.Calibration, module: torch.jit.ScriptModule,
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
-@pytest.mark.parametrize("world", WORLDS)
-def test_it_says_what_torchscript_says(world: str, alpha: float) -> None:
+@pytest.mark.parametrize("case", SCORES)
+def test_numpy_calibration_agrees_with_torchscript(case: str, alpha: float) -> None:
     model = pipeline("pca")
-    model.calibration = Reference(torch.from_numpy(WORLDS[world]))
+    model.calibration = Reference(torch.from_numpy(SCORES[case]))
     module = artifact.freeze(artifact.script(model))
     buffers = {name: buffer.numpy() for name, buffer in model.calibration.named_buffers()}
-    found = calibration.Calibration(buffers, module.threshold)
-    assert_alike(found, module, asked(buffers["scores"]), alpha)
-    assert calibration.agrees(found, module, buffers["scores"])
+    found = calibration.NumpyCalibration(buffers, module.threshold)
+    assert_agree(found, module, probes(buffers["scores"]), alpha)
+    assert calibration.agrees_with_module(found, module, buffers["scores"])
 
 
 @pytest.mark.parametrize("kind", CORES)
-def test_of_every_kind_it_says_what_the_artifact_says_of_rows(kind: str, tmp_path: Path) -> None:
+def test_numpy_calibration_agrees_with_the_artifact_for_every_model_kind(kind: str, tmp_path: Path) -> None:
     loaded = artifact.load(publish_twin(tmp_path, kind))
-    found = calibration.calibration_of(loaded)
-    assert found is not None
+    found = calibration.load_calibration(loaded)
+    assert isinstance(found, calibration.NumpyCalibration)
     x = torch.cat([size * batch(200)[0] for size in (0.1, 1.0, 10.0, 1e6)])
     with torch.inference_mode():
         score = loaded.module.score(x)[0].numpy()
     for alpha in ALPHAS:
-        assert_alike(found, loaded.module, score, alpha)
+        assert_agree(found, loaded.module, score, alpha)
 
 
 @pytest.mark.parametrize("backend", ["torchscript", "onnx"])
 @pytest.mark.parametrize("kind", CORES)
-def test_backends_answer_with_it(kind: str, backend: str, tmp_path: Path) -> None:
+def test_backends_return_the_p_values_and_severities_of_the_artifact(kind: str, backend: str, tmp_path: Path) -> None:
     loaded = artifact.load(publish_twin(tmp_path, kind))
-    chosen = backends.choose(loaded, backend, 1)
+    chosen = select_backend(loaded, requested=backend).backend
     x = 3 * batch(50)[0]
     score, p_value, severity, *explained = chosen.run(operations.anomaly(0.05), (x.numpy(),))
     with torch.inference_mode():
-        exact = torch.from_numpy(score)  # its own scores: those of the other backend differ in their last bits
+        exact = torch.from_numpy(score)  # scores of the two backends differ in their last bits
         np.testing.assert_array_equal(p_value, loaded.module.p_value(exact).numpy())
         np.testing.assert_allclose(severity, loaded.module.severity(exact, 0.05).numpy(), rtol=1e-6)
         assert chosen.calibration.threshold(0.05) == float(loaded.module.threshold(0.05))
@@ -106,34 +107,34 @@ def test_backends_answer_with_it(kind: str, backend: str, tmp_path: Path) -> Non
 
 
 def shifted(buffers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A score that is a little off."""
+    """Change the last bit of one calibration score."""
     scores = buffers["scores"].clone()
     scores[7] = torch.nextafter(scores[7], scores[8])
     return buffers | {"scores": scores}
 
 
 def steeper(buffers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A tail that is a little off."""
+    """Change the slope of the tail."""
     slope = buffers["slope"].clone()
     slope[-1] *= 1.0001
     return buffers | {"slope": slope}
 
 
-def older(buffers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """An artifact whose calibration is made in another way."""
+def incomplete(buffers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Remove a buffer, as in an artifact with another kind of calibration."""
     return {name: buffer for name, buffer in buffers.items() if name != "knot"}
 
 
 @pytest.mark.parametrize("backend", ["torchscript", "onnx"])
-@pytest.mark.parametrize("change", [shifted, steeper, older])
-def test_where_it_does_not_say_the_same_the_module_does(
+@pytest.mark.parametrize("change", [shifted, steeper, incomplete])
+def test_torchscript_calibration_is_used_if_the_buffers_disagree_with_the_module(
     backend: str, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
     loaded = artifact.load(publish_twin(tmp_path, "pca"))
     loaded = replace(loaded, calibration=change(dict(loaded.calibration)))
-    assert calibration.calibration_of(loaded) is None
-    chosen = backends.choose(loaded, backend, 1)
-    assert isinstance(chosen.calibration, calibration.ByModule)
+    assert isinstance(calibration.load_calibration(loaded), calibration.TorchScriptCalibration)
+    chosen = select_backend(loaded, requested=backend).backend
+    assert isinstance(chosen.calibration, calibration.TorchScriptCalibration)
     x = 3 * batch(50)[0]
     _, p_value, severity, *_ = chosen.run(operations.anomaly(0.05), (x.numpy(),))
     with torch.inference_mode():
@@ -143,9 +144,9 @@ def test_where_it_does_not_say_the_same_the_module_does(
         assert chosen.calibration.threshold(0.05) == float(loaded.module.threshold(0.05))
 
 
-def test_the_thresholds_of_whatever_alphas_are_asked_for_do_not_fill_memory(tmp_path: Path) -> None:
-    found = calibration.calibration_of(artifact.load(publish_twin(tmp_path, "pca")))
-    assert found is not None
+def test_cache_of_thresholds_is_bounded(tmp_path: Path) -> None:
+    found = calibration.load_calibration(artifact.load(publish_twin(tmp_path, "pca")))
+    assert isinstance(found, calibration.NumpyCalibration)
     for alpha in np.random.RandomState(0).uniform(0.01, 0.99, 1000).tolist():
         found.threshold(alpha)
-    assert len(found._borders) <= calibration.MOST_ALPHAS
+    assert len(found._thresholds) <= calibration.MAX_CACHED_ALPHAS

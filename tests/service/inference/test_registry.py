@@ -1,4 +1,4 @@
-"""The registry on real folders: what is published appears, what is bad does no harm, what is removed goes."""
+"""The registry on real folders: artifacts are added, replaced, damaged and removed."""
 
 import shutil
 from pathlib import Path
@@ -6,163 +6,164 @@ from pathlib import Path
 import pytest
 
 from service.errors import ModelNotFound, NotReady
+from service.inference.model_loader import ModelLoader
 from service.inference.registry import ModelRegistry
 
 
 def publish(artifacts: Path, root: Path, name: str = "vae", version: int = 1) -> Path:
-    """A copy of the session's model as `name`@`version` under `root`, as a person would make it."""
+    """Copy the artifact of the test session to `name`@`version` under `root`; return its path."""
     path = root / name / str(version) / "model.pt"
     path.parent.mkdir(parents=True)
     shutil.copy(artifacts / "vae" / "1" / "model.pt", path)
     return path
 
 
-def registry(root: Path, keep: int = 2) -> ModelRegistry:
-    return ModelRegistry(root, "cpu", "vae", keep)
+def create_registry(root: Path, keep_versions: int = 2) -> ModelRegistry:
+    return ModelRegistry(root, ModelLoader(), default_model="vae", keep_versions=keep_versions)
 
 
-def served(repo: ModelRegistry) -> list[str]:
-    return [f"{name}@{version}" for name, numbers in repo.catalogue.models.items() for version in numbers]
+def served(registry: ModelRegistry) -> list[str]:
+    return [f"{name}@{version}" for name, numbers in registry.catalogue.models.items() for version in numbers]
 
 
-def test_an_empty_or_absent_folder_is_not_ready_and_says_what_to_do(tmp_path: Path) -> None:
-    repo = registry(tmp_path / "absent")
-    repo.refresh()
+def test_find_with_an_absent_folder_raises_not_ready_with_advice(tmp_path: Path) -> None:
+    registry = create_registry(tmp_path / "absent")
+    registry.refresh()
     with pytest.raises(NotReady) as caught:
-        repo.catalogue.find(None)
+        registry.catalogue.find(None)
     assert "elbo demo" in str(caught.value.hint)
 
 
-def test_the_newest_version_answers_and_older_ones_by_number(artifacts: Path, tmp_path: Path) -> None:
+def test_find_returns_the_newest_version_or_the_requested_one(artifacts: Path, tmp_path: Path) -> None:
     for version in (1, 2, 10):
         publish(artifacts, tmp_path, version=version)
-    repo = registry(tmp_path)
-    repo.refresh()
-    assert served(repo) == ["vae@2", "vae@10"]
-    assert repo.catalogue.find("vae").version == 10
-    assert repo.catalogue.find("vae@2").version == 2
-    assert repo.catalogue.find(None).version == 10
+    registry = create_registry(tmp_path)
+    registry.refresh()
+    assert served(registry) == ["vae@2", "vae@10"]
+    assert registry.catalogue.find("vae").version == 10
+    assert registry.catalogue.find("vae@2").version == 2
+    assert registry.catalogue.find(None).version == 10
 
 
 @pytest.mark.parametrize("reference", ["vae@1", "vae@3", "vae@02", "vae@", "nobody", "", "@2", "vae@2@2", "../vae"])
-def test_what_is_not_served_is_not_found_and_the_answer_lists_what_is(
+def test_find_with_an_unknown_reference_raises_and_lists_the_served_models(
     artifacts: Path, tmp_path: Path, reference: str
 ) -> None:
     publish(artifacts, tmp_path, version=2)
-    repo = registry(tmp_path)
-    repo.refresh()
+    registry = create_registry(tmp_path)
+    registry.refresh()
     if reference == "vae@":
-        assert repo.catalogue.find(reference).version == 2
+        assert registry.catalogue.find(reference).version == 2
         return
     with pytest.raises(ModelNotFound) as caught:
-        repo.catalogue.find(reference)
+        registry.catalogue.find(reference)
     assert caught.value.expected == "one of vae@2"
 
 
-def test_without_the_default_the_first_by_name_answers(artifacts: Path, tmp_path: Path) -> None:
+def test_find_without_the_default_model_returns_the_first_by_name(artifacts: Path, tmp_path: Path) -> None:
     publish(artifacts, tmp_path, name="zebra")
     publish(artifacts, tmp_path, name="apple")
-    repo = registry(tmp_path)
-    repo.refresh()
-    assert repo.catalogue.find(None).name == "apple"
+    registry = create_registry(tmp_path)
+    registry.refresh()
+    assert registry.catalogue.find(None).name == "apple"
 
 
-def test_a_folder_may_rename_a_model(artifacts: Path, tmp_path: Path) -> None:
+def test_model_in_a_renamed_folder_has_the_name_of_the_folder(artifacts: Path, tmp_path: Path) -> None:
     publish(artifacts, tmp_path, name="other")
-    repo = registry(tmp_path)
-    repo.refresh()
-    assert repo.catalogue.find("other").name == "other"
+    registry = create_registry(tmp_path)
+    registry.refresh()
+    assert registry.catalogue.find("other").name == "other"
 
 
-def test_a_bad_version_leaves_the_old_one_serving_and_is_told_once(
+def test_bad_new_version_is_logged_once_and_the_old_one_stays_served(
     artifacts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     publish(artifacts, tmp_path)
-    repo = registry(tmp_path)
-    repo.refresh()
-    first = repo.catalogue.find("vae")
+    registry = create_registry(tmp_path)
+    registry.refresh()
+    first = registry.catalogue.find("vae")
     bad = publish(artifacts, tmp_path, version=2)
     content = bytearray(bad.read_bytes())
     content[len(content) // 2] ^= 1
     bad.write_bytes(content)
     for _ in range(3):
-        repo.refresh()
-    assert repo.catalogue.find("vae") is first
-    (failure,) = repo.catalogue.failures
+        registry.refresh()
+    assert registry.catalogue.find("vae") is first
+    (failure,) = registry.catalogue.failures
     assert (failure.name, failure.version, failure.code) == ("vae", 2, "artifact_corrupt")
-    assert sum("vae@2 cannot be served" in record.message for record in caplog.records) == 1
+    assert sum("failed to load vae@2" in record.message for record in caplog.records) == 1
 
 
-def test_a_half_copied_file_is_served_when_the_rest_has_come(artifacts: Path, tmp_path: Path) -> None:
+def test_half_copied_file_is_served_once_it_is_complete(artifacts: Path, tmp_path: Path) -> None:
     path = publish(artifacts, tmp_path)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 3])
-    repo = registry(tmp_path)
-    repo.refresh()
-    assert served(repo) == []
-    assert len(repo.catalogue.failures) == 1
+    registry = create_registry(tmp_path)
+    registry.refresh()
+    assert served(registry) == []
+    assert len(registry.catalogue.failures) == 1
     path.write_bytes(whole)
-    repo.refresh()
-    assert served(repo) == ["vae@1"]
-    assert not repo.catalogue.failures
+    registry.refresh()
+    assert served(registry) == ["vae@1"]
+    assert not registry.catalogue.failures
 
 
-def test_what_does_not_change_is_not_loaded_again(artifacts: Path, tmp_path: Path) -> None:
+def test_unchanged_file_is_not_loaded_again(artifacts: Path, tmp_path: Path) -> None:
     publish(artifacts, tmp_path)
-    repo = registry(tmp_path)
-    repo.refresh()
-    first = repo.catalogue.find("vae")
-    repo.refresh()
-    assert repo.catalogue.find("vae") is first
+    registry = create_registry(tmp_path)
+    registry.refresh()
+    first = registry.catalogue.find("vae")
+    registry.refresh()
+    assert registry.catalogue.find("vae") is first
 
 
-def test_a_file_that_is_replaced_is_loaded_again(artifacts: Path, tmp_path: Path) -> None:
+def test_replaced_file_is_loaded_again(artifacts: Path, tmp_path: Path) -> None:
     path = publish(artifacts, tmp_path)
-    repo = registry(tmp_path)
-    repo.refresh()
-    first = repo.catalogue.find("vae")
+    registry = create_registry(tmp_path)
+    registry.refresh()
+    first = registry.catalogue.find("vae")
     spare = tmp_path / "spare"
     shutil.copy(path, spare)
     spare.replace(path)
-    repo.refresh()
-    assert repo.catalogue.find("vae") is not first
+    registry.refresh()
+    assert registry.catalogue.find("vae") is not first
 
 
-def test_a_file_that_is_spoilt_leaves_its_loaded_self_serving(artifacts: Path, tmp_path: Path) -> None:
+def test_model_stays_served_when_its_file_is_overwritten_with_garbage(artifacts: Path, tmp_path: Path) -> None:
     path = publish(artifacts, tmp_path)
-    repo = registry(tmp_path)
-    repo.refresh()
-    first = repo.catalogue.find("vae")
+    registry = create_registry(tmp_path)
+    registry.refresh()
+    first = registry.catalogue.find("vae")
     path.write_bytes(b"nonsense")
-    repo.refresh()
-    assert repo.catalogue.find("vae") is first
-    assert len(repo.catalogue.failures) == 1
+    registry.refresh()
+    assert registry.catalogue.find("vae") is first
+    assert len(registry.catalogue.failures) == 1
 
 
-def test_a_removed_version_goes_and_a_removed_model_too(artifacts: Path, tmp_path: Path) -> None:
+def test_removed_versions_and_models_are_no_longer_served(artifacts: Path, tmp_path: Path) -> None:
     publish(artifacts, tmp_path)
     publish(artifacts, tmp_path, version=2)
     publish(artifacts, tmp_path, name="other")
-    repo = registry(tmp_path)
-    repo.refresh()
-    assert served(repo) == ["other@1", "vae@1", "vae@2"]
+    registry = create_registry(tmp_path)
+    registry.refresh()
+    assert served(registry) == ["other@1", "vae@1", "vae@2"]
     shutil.rmtree(tmp_path / "vae" / "2")
     shutil.rmtree(tmp_path / "other")
-    repo.refresh()
-    assert served(repo) == ["vae@1"]
-    assert repo.catalogue.find(None).version == 1
+    registry.refresh()
+    assert served(registry) == ["vae@1"]
+    assert registry.catalogue.find(None).version == 1
 
 
-def test_only_the_newest_versions_stay_loaded_bad_ones_not_counted(artifacts: Path, tmp_path: Path) -> None:
+def test_keep_versions_counts_only_versions_that_load(artifacts: Path, tmp_path: Path) -> None:
     for version in (1, 2, 3, 4):
         path = publish(artifacts, tmp_path, version=version)
     path.write_bytes(b"PK")
-    repo = registry(tmp_path, keep=2)
-    repo.refresh()
-    assert served(repo) == ["vae@2", "vae@3"]
+    registry = create_registry(tmp_path, keep_versions=2)
+    registry.refresh()
+    assert served(registry) == ["vae@2", "vae@3"]
 
 
-def test_strangers_in_the_folder_are_passed_over(artifacts: Path, tmp_path: Path) -> None:
+def test_other_files_in_the_artifact_folder_are_ignored(artifacts: Path, tmp_path: Path) -> None:
     publish(artifacts, tmp_path)
     (tmp_path / "README.md").write_text("hello")
     (tmp_path / "empty").mkdir()
@@ -170,7 +171,7 @@ def test_strangers_in_the_folder_are_passed_over(artifacts: Path, tmp_path: Path
     (tmp_path / "vae" / "latest").mkdir()
     (tmp_path / "vae" / "7").mkdir()
     (tmp_path / "vae" / "8").symlink_to("nowhere")
-    repo = registry(tmp_path)
-    repo.refresh()
-    assert served(repo) == ["vae@1"]
-    assert not repo.catalogue.failures
+    registry = create_registry(tmp_path)
+    registry.refresh()
+    assert served(registry) == ["vae@1"]
+    assert not registry.catalogue.failures

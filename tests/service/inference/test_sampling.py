@@ -1,4 +1,4 @@
-"""Noise and ways through the latent space, against theory."""
+"""Noise against its distribution and stream; interpolation against its formulas."""
 
 import math
 
@@ -11,7 +11,7 @@ from service.inference.sampling import SEEDS, NoiseSource, fresh_seed, interpola
 NOISE = NoiseSource()
 
 
-def test_noise_is_standard_normal_and_the_choice_uniform() -> None:
+def test_noise_is_standard_normal_and_choice_is_uniform() -> None:
     normal, uniform = NOISE.draw(11, 500, 20)
     assert stats.kstest(normal.ravel(), "norm").pvalue > 0.001
     assert stats.kstest(uniform, "uniform").pvalue > 0.001
@@ -19,7 +19,7 @@ def test_noise_is_standard_normal_and_the_choice_uniform() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 42, 2**32 - 1, 2**32, 2**53 - 1])
-def test_noise_is_the_frozen_stream_of_its_seed(seed: int) -> None:
+def test_noise_of_a_seed_equals_the_stream_of_numpy_random_state(seed: int) -> None:
     low, high = seed % 2**32, seed // 2**32
     normal, uniform = NOISE.draw(seed, 4, 3)
     expected = np.random.RandomState([low, high]).standard_normal((4, 3)).astype(np.float32)
@@ -28,16 +28,16 @@ def test_noise_is_the_frozen_stream_of_its_seed(seed: int) -> None:
     np.testing.assert_array_equal(uniform, expected)
 
 
-def test_fewer_rows_are_the_first_of_more() -> None:
+def test_first_rows_do_not_depend_on_the_number_of_rows() -> None:
     for few, many in zip(NOISE.draw(7, 2, 5), NOISE.draw(7, 9, 5), strict=True):
         np.testing.assert_array_equal(few, many[:2])
 
 
-def test_seeds_that_differ_in_their_upper_half_alone_differ() -> None:
+def test_seeds_that_differ_above_32_bits_give_different_noise() -> None:
     assert not np.array_equal(NOISE.draw(5, 1, 8)[0], NOISE.draw(5 + 2**32, 1, 8)[0])
 
 
-def test_a_fresh_seed_is_one_that_a_browser_can_send_back() -> None:
+def test_fresh_seeds_are_distinct_and_exact_in_javascript() -> None:
     seeds = {fresh_seed() for _ in range(50)}
     assert len(seeds) == 50
     assert all(0 <= seed < SEEDS for seed in seeds)
@@ -48,7 +48,7 @@ A, B = np.array([3, 0, 0], np.float32), np.array([0, 0.5, 0], np.float32)
 
 @pytest.mark.parametrize("method", ["linear", "slerp"])
 @pytest.mark.parametrize("steps", [2, 3, 10])
-def test_both_ends_are_included_to_the_bit(method: str, steps: int) -> None:
+def test_interpolation_includes_both_ends_exactly(method: str, steps: int) -> None:
     start, end = NOISE.draw(3, 2, 6)[0]
     points = interpolate(start, end, steps, method)
     assert points.shape == (steps, 6)
@@ -56,22 +56,22 @@ def test_both_ends_are_included_to_the_bit(method: str, steps: int) -> None:
     np.testing.assert_array_equal(points[-1], end)
 
 
-def test_the_straight_line_is_evenly_stepped() -> None:
+def test_linear_interpolation_has_equal_steps() -> None:
     np.testing.assert_allclose(np.diff(interpolate(A, B, 5, "linear"), axis=0), np.tile((B - A) / 4, (4, 1)), rtol=1e-6)
 
 
-def test_slerp_between_points_of_a_circle_stays_on_it_at_even_angles() -> None:
+def test_slerp_between_points_of_a_circle_stays_on_it_with_equal_angles() -> None:
     start, end = np.array([2, 0], np.float32), np.array([0, 2], np.float32)
     angles = np.linspace(0, math.pi / 2, 7)
     expected = 2 * np.column_stack((np.cos(angles), np.sin(angles)))
     np.testing.assert_allclose(interpolate(start, end, 7, "slerp"), expected, atol=1e-6)
 
 
-def test_slerp_between_lengths_follows_whites_formula() -> None:
+def test_slerp_between_vectors_of_different_length_follows_whites_formula() -> None:
     middle = interpolate(A, B, 3, "slerp")[1]
     np.testing.assert_allclose(middle, math.sqrt(0.5) * (A + B), rtol=1e-6)
 
 
 @pytest.mark.parametrize("end", [2 * A, -A, 0 * A, A])
-def test_slerp_goes_straight_where_no_great_circle_is_determined(end: np.ndarray) -> None:
+def test_slerp_between_parallel_opposite_or_zero_vectors_is_linear(end: np.ndarray) -> None:
     np.testing.assert_array_equal(interpolate(A, end, 6, "slerp"), interpolate(A, end, 6, "linear"))

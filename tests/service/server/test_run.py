@@ -95,7 +95,7 @@ def test_a_model_is_served_as_soon_as_it_is_published_and_no_more_when_removed(
         assert client.post("/sample").json()["version"] == 1
         (tmp_path / "models" / "digits" / "2").mkdir()
         (tmp_path / "models" / "digits" / "2" / "model.pt").write_bytes(b"PK nonsense")
-        process.wait_for_log("digits@2 cannot be served")
+        process.wait_for_log("failed to load digits@2")
         assert client.post("/sample").json()["version"] == 1
         wait_until(lambda: [failure["version"] for failure in client.get("/models").json()["failures"]] == [2])
         shutil.copytree(artifacts / "pca" / "1", tmp_path / "models" / "digits" / "3")
@@ -260,8 +260,9 @@ def test_an_artifact_is_served_where_neither_its_classes_nor_training_exist(arti
     code = (
         "import asyncio, sys, numpy as np\n"
         "from pathlib import Path\n"
+        "from service.inference.model_loader import ModelLoader\n"
         "from service.inference.registry import ModelRegistry\n"
-        f"repo = ModelRegistry(Path({str(artifacts)!r}), 'cpu', 'vae', 1)\n"
+        f"repo = ModelRegistry(Path({str(artifacts)!r}), ModelLoader(), default_model='vae', keep_versions=1)\n"
         "repo.refresh()\n"
         "print(sorted(repo.catalogue.models), [f.detail for f in repo.catalogue.failures])\n"
         "assert not [name for name in sys.modules if name.startswith('training')]\n"

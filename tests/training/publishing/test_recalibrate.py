@@ -11,7 +11,7 @@ from scipy.stats import betabinom
 from models.artifact import Artifact, Twin, load, thaw
 from models.calibration import Calibration
 from models.errors import ArtifactCorrupt
-from service.inference.backends import choose
+from service.inference.backend_selection import select_backend
 from tests.commands import in_process, two_factor_rows, write
 from tests.models.publishing import GAPS, publish_twin
 from training.config import KINDS as COMPARED
@@ -128,7 +128,7 @@ def test_a_twin_stays_true(tmp_path: Path) -> None:
         assert isinstance(child.twin, Twin)
         assert isinstance(parent.twin, Twin)
         assert child.twin.graphs == parent.twin.graphs
-        backend = choose(child, "onnx", 1)  # refuses a twin that does not repeat the golden answers
+        backend = select_backend(child, requested="onnx").backend  # raises if the twin is wrong
         assert backend.name == "onnx"
 
 

@@ -1,0 +1,176 @@
+"""Select the backend of a model: TorchScript, or on a CPU the ONNX twin if it is correct and measurably faster."""
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from time import perf_counter
+
+import numpy as np
+import torch
+
+from models.artifact import Artifact, Twin, compute_outputs, find_discrepancy
+from models.errors import ArtifactMismatch
+from models.manifest import Golden
+from service.inference import operations
+from service.inference.backends import Array, Backend, OnnxBackend, OnnxModule, TorchScriptBackend
+from service.inference.calibration import Calibration, load_calibration
+
+log = logging.getLogger("elbo.backends")
+BACKENDS = (TorchScriptBackend.name, OnnxBackend.name)
+TOLERANCE = 1e-5  # of the twin's outputs against the golden answers, relative to the largest number in each
+TWIN_OUTPUTS = (
+    "forward", "encode.mean", "encode.std", "decode", "score", "score.parts", "score.contribution", "score.expected",
+)  # fmt: skip
+MIN_SPEEDUP = 1.1  # of the twin over TorchScript; smaller gains are within the noise of the measurement
+MEASURED_ROWS = (1, 32)
+WARM_UP_ROUNDS = 3  # TorchScript optimises in its second and third call: 1.4 ms, 5.3 ms, then 60 us
+MIN_ROUNDS = 3
+MAX_ROUNDS = 20
+SECONDS_PER_MEASUREMENT = 0.008  # no round starts later, after MIN_ROUNDS
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The backend of a model, and why it was selected.
+
+    Args:
+        backend: the backend.
+        reason: shown in the log and in /models.
+        errors: of bfloat16 against float32, by output, relative to the largest number in it; empty for float32.
+    """
+
+    backend: Backend
+    reason: str
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+
+class _UnusableTwin(Exception):
+    """The ONNX twin cannot be run, or its outputs are wrong."""
+
+
+def select_backend(
+    artifact: Artifact, *, requested: str = "auto", threads: int = 1, precision: str = "float32"
+) -> Selection:
+    """Select the backend that runs `artifact`.
+
+    Args:
+        artifact: a loaded and verified artifact.
+        requested: "torchscript"; "onnx", which selects the twin regardless of its speed if there is one and the device
+            is a CPU; or "auto", which also requires that the twin is faster.
+        threads: threads per batch.
+        precision: float32, or bfloat16, which only TorchScript supports.
+
+    Raises:
+        ArtifactMismatch: "onnx" was requested and the twin cannot be run or does not give the golden answers.
+    """
+    calibration = load_calibration(artifact)
+    torchscript = TorchScriptBackend(artifact.module, artifact.device, calibration, precision)
+    if precision == "bfloat16":
+        errors = _bfloat16_errors(torchscript, artifact.manifest.golden)
+        return Selection(torchscript, "ELBO_PRECISION is bfloat16", errors)
+    if requested == "torchscript":
+        return Selection(torchscript, "requested by ELBO_BACKEND")
+    if artifact.device.type != "cpu":
+        return Selection(torchscript, f"the ONNX twin runs on CPUs only, and the device is {artifact.device.type}")
+    if artifact.twin is None:
+        return Selection(torchscript, "the artifact has no ONNX twin")
+    try:
+        onnx = _verified_onnx_backend(artifact, artifact.twin, calibration, threads)
+    except _UnusableTwin as error:
+        if requested == "onnx":
+            message = f"{artifact.path}: {error}; train the model again, or set ELBO_BACKEND=torchscript"
+            raise ArtifactMismatch(message) from error
+        log.warning("%s: %s; serving it with TorchScript", artifact.path, error)
+        return Selection(torchscript, str(error))
+    if requested == "onnx":
+        return Selection(onnx, "requested by ELBO_BACKEND")
+    speedup = _measure_speedup(torchscript, onnx, artifact.manifest.golden, threads)
+    rows = " and ".join(map(str, MEASURED_ROWS))
+    reason = f"the ONNX twin is {speedup:.2f} times as fast as TorchScript, measured with {rows} rows"
+    return Selection(onnx if speedup >= MIN_SPEEDUP else torchscript, reason)
+
+
+def _bfloat16_errors(backend: TorchScriptBackend, golden: Golden) -> dict[str, float]:
+    """Return the errors of the outputs in bfloat16 against float32, for the golden inputs."""
+    inputs = [
+        torch.from_numpy(np.array(golden.inputs[name], np.float32)).to(backend.device)
+        for name in ("x", "noise", "choice")
+    ]
+    exact = compute_outputs(backend.module, *inputs)
+    with backend.autocast():
+        rounded = compute_outputs(backend.module, *inputs)
+    return {
+        name: float((rounded[name].float() - output).abs().max() / output.abs().max().clamp_min(1e-3))
+        for name, output in exact.items()
+        if not output.isnan().all()
+    }
+
+
+def _verified_onnx_backend(artifact: Artifact, twin: Twin, calibration: Calibration, threads: int) -> OnnxBackend:
+    """Return a backend for `twin` after comparing its outputs with the golden answers.
+
+    Raises:
+        _UnusableTwin: with the reason.
+    """
+    golden = artifact.manifest.golden
+    try:
+        module = OnnxModule(twin, artifact.module, threads)
+        discrepancy = find_discrepancy(module, golden, "cpu", TOLERANCE, only=TWIN_OUTPUTS)
+        if discrepancy is None and not _reconstruction_errors_are_correct(module, golden):
+            discrepancy = "reconstruction errors are not the mean squared errors of its reconstructions"
+    except ImportError as error:
+        raise _UnusableTwin("onnxruntime, which runs ONNX twins, is not installed") from error
+    except Exception as error:  # the exceptions of ONNX Runtime have no common base class
+        message = " ".join(str(error).split())[:200]
+        raise _UnusableTwin(f"the ONNX twin cannot be run ({message})") from error
+    if discrepancy:
+        raise _UnusableTwin(f"the ONNX twin is wrong: its {discrepancy}")
+    return OnnxBackend(module, calibration)
+
+
+def _reconstruction_errors_are_correct(module: OnnxModule, golden: Golden) -> bool:
+    """Compare the errors that the `reconstruct` graph returns with those of its reconstructions.
+
+    The golden answers do not contain them. Artifacts of earlier releases have no such graph.
+    """
+    if "reconstruct" not in module.graphs:
+        return True
+    x = np.array(golden.inputs["x"], np.float32)
+    x_hat, errors = module.graphs["reconstruct"](x)
+    expected = np.nanmean((x_hat - x).astype(np.float64) ** 2, axis=1)
+    return np.allclose(errors, expected, rtol=1e-4, atol=0)
+
+
+def _measure_speedup(torchscript: Backend, onnx: Backend, golden: Golden, threads: int) -> float:
+    """Return time of `torchscript` / time of `onnx`: the geometric mean over operations and batch sizes."""
+    torch.set_num_threads(threads)  # as in the inference thread, where the backends will run
+    x = np.array(golden.inputs["x"], np.float32)  # [G, D]
+    has_gaps = bool(np.isnan(x).any())
+    measured = (operations.ENCODE, operations.reconstruct(has_gaps), operations.anomaly(0.05))
+    log_speedups = []
+    for operation, rows in product(measured, MEASURED_ROWS):
+        inputs = (np.resize(x, (rows, x.shape[1])),)
+        torchscript_seconds, onnx_seconds = _best_seconds(
+            lambda: torchscript.run(operation, inputs),  # noqa: B023 - called before the next iteration
+            lambda: onnx.run(operation, inputs),  # noqa: B023
+        )
+        log_speedups.append(math.log(torchscript_seconds / onnx_seconds))
+    return math.exp(sum(log_speedups) / len(log_speedups))
+
+
+def _best_seconds(*functions: Callable[[], Array | tuple[Array, ...]]) -> list[float]:
+    """Return the shortest duration of each function, warmed up. Calls alternate, so that load affects all alike."""
+    for function in functions * WARM_UP_ROUNDS:
+        function()
+    best = [math.inf] * len(functions)
+    end = perf_counter() + SECONDS_PER_MEASUREMENT
+    for round_ in range(MAX_ROUNDS):
+        if round_ >= MIN_ROUNDS and perf_counter() > end:
+            break
+        for index, function in enumerate(functions):
+            started = perf_counter()
+            function()
+            best[index] = min(best[index], perf_counter() - started)
+    return best

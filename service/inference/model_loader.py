@@ -1,0 +1,146 @@
+"""Load an artifact, select its backend, and warm it up."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import torch
+
+from models.artifact import Artifact, load
+from service.codec import png
+from service.inference import operations
+from service.inference.backend_selection import BACKENDS, WARM_UP_ROUNDS, Selection, select_backend
+from service.inference.backends import Array, is_out_of_memory
+from service.inference.sampling import NoiseSource
+from service.inference.served_model import ServedModel
+from service.shared_memory import SharedCounters, SharedDecisions
+
+log = logging.getLogger("elbo.registry")
+OPTIMISED_ROWS = (1, 16)  # batch sizes that run WARM_UP_ROUNDS times
+MAX_WARM_UP_SECONDS = 5.0
+
+
+class ModelLoader:
+    """Loads artifacts as models that are ready to answer requests.
+
+    Args:
+        device: "cpu" or "cuda".
+        backend: "auto", "torchscript" or "onnx"; see `select_backend`.
+        threads: threads per batch.
+        precision: "float32" or "bfloat16".
+        max_batch_rows: largest batch that the batcher runs, in rows.
+        max_batch_bytes: largest batch that the batcher runs, in bytes.
+        decisions: backends that the workers of this server have selected, by the SHA-256 of the weights.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: str = "cpu",
+        backend: str = "auto",
+        threads: int = 1,
+        precision: str = "float32",
+        max_batch_rows: int = 1024,
+        max_batch_bytes: int = 64 * 2**20,
+        decisions: SharedDecisions | None = None,
+    ) -> None:
+        self._device = device
+        self._backend = backend
+        self._threads = threads
+        self._precision = precision
+        self._max_batch_rows = max_batch_rows
+        self._max_batch_bytes = max_batch_bytes
+        self._decisions = decisions or SharedDecisions(SharedCounters(), "backend", BACKENDS)
+
+    def load(self, path: Path, name: str, version: int) -> ServedModel:
+        """Load the artifact at `path` as `name`@`version`, select its backend, and warm it up.
+
+        Raises:
+            ArtifactError: the artifact cannot be read, verified, or run by the requested backend.
+        """
+        started = perf_counter()
+        artifact = load(path, self._device)
+        selection = self._select_backend(artifact)
+        loaded = perf_counter()
+        served = ServedModel(
+            name=name,
+            version=version,
+            manifest=artifact.manifest,
+            selection=selection,
+            load_seconds=loaded - started,
+            exhibits=artifact.exhibits,
+        )
+        self._warm_up(served)
+        return replace(served, warm_seconds=perf_counter() - loaded)
+
+    def _select_backend(self, artifact: Artifact) -> Selection:
+        """Select the backend that another worker has selected, so that all workers give the same answers.
+
+        Speed is measured only if no worker has selected one yet.
+        """
+        weights = artifact.manifest.weights_sha256
+        decided = self._decisions.choice(weights) if self._backend == "auto" else None
+        selection = select_backend(
+            artifact, requested=decided or self._backend, threads=self._threads, precision=self._precision
+        )
+        self._decisions.record_choice(weights, selection.backend.name)
+        if decided:
+            return replace(selection, reason="selected when this server first loaded these weights")
+        return selection
+
+    def _warm_up(self, served: ServedModel) -> None:
+        """Run all operations until TorchScript has optimised them, then with batches of all sizes.
+
+        The batcher learns the latency of each size. Sizes that do not fit in memory, or in MAX_WARM_UP_SECONDS, are
+        skipped.
+        """
+        torch.set_num_threads(self._threads)
+        end = perf_counter() + MAX_WARM_UP_SECONDS
+        for rows in OPTIMISED_ROWS * WARM_UP_ROUNDS:
+            outputs = _run_operations(served, rows)
+        if served.has_png_output:
+            assert served.manifest.pixel_range is not None
+            # Imports Pillow, which takes 0.2 s.
+            png.dumps(outputs[:1], served.manifest.shape, served.manifest.pixel_range)
+        max_rows = max(1, min(self._max_batch_rows, self._max_batch_bytes // served.row_bytes))
+        rows = 1
+        while perf_counter() < end:
+            try:
+                _run_operations(served, min(rows, max_rows))
+            except Exception as error:
+                if rows == 1 or not is_out_of_memory(error):
+                    raise
+                served.backend.limit_rows(rows)
+                return
+            if rows >= max_rows:
+                return
+            rows = 2 * rows + 1  # the largest size with this number of bits: see LatencyEstimate
+        log.info(
+            "warmed up %s@%d with batches of at most %d rows: larger ones take longer than %g s",
+            served.name,
+            served.version,
+            rows // 2,
+            MAX_WARM_UP_SECONDS,
+        )
+
+
+def _run_operations(served: ServedModel, rows: int) -> Array:
+    """Run all operations on a batch of `rows` and record their latency; return decoded rows."""
+    manifest, backend = served.manifest, served.backend
+    medians = np.array([[feature.median for feature in manifest.features]], np.float32)
+    x = medians.repeat(rows, axis=0)
+    noise, choice = NoiseSource().draw(0, rows, manifest.latents)
+    inputs_by_operation = {
+        operations.ENCODE: (x,),
+        operations.reconstruct(served.row_schema.allows_missing): (x,),
+        operations.anomaly(0.05): (x,),
+        operations.SAMPLE: (noise, choice),
+        operations.DECODE: (noise,),
+    }
+    for operation, inputs in inputs_by_operation.items():
+        started = backend.clock()
+        outputs = backend.run(operation, inputs)
+        backend.latency.learn(operation.name, rows, backend.clock() - started)
+    return outputs[0]

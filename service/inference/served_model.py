@@ -1,0 +1,109 @@
+"""One loaded model version, and its description for clients."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from models.manifest import Manifest
+from service.codec import png
+from service.codec.feature_names import FeatureSelectors
+from service.codec.row_schema import RowSchema
+from service.inference.backend_selection import Selection
+from service.inference.backends import Backend
+
+
+@dataclass(frozen=True, eq=False)
+class ServedModel:
+    """One version of a model, loaded and warmed up.
+
+    Args:
+        name: the name of its folder, which may differ from the name in the manifest.
+        version: its version.
+        manifest: its manifest.
+        selection: the backend that runs its operations, and why it was selected.
+        load_seconds: time to load, to verify, and to select the backend.
+        warm_seconds: time of the warm-up.
+        exhibits: documents for people by file name, for example the model card.
+    """
+
+    name: str
+    version: int
+    manifest: Manifest
+    selection: Selection
+    load_seconds: float
+    warm_seconds: float = 0.0
+    exhibits: Mapping[str, bytes] = field(default_factory=dict)
+
+    @cached_property
+    def backend(self) -> Backend:
+        """What runs its operations."""
+        return self.selection.backend
+
+    @cached_property
+    def metric_labels(self) -> tuple[str, str]:
+        """The values of the metric labels `model` and `version`."""
+        return self.name, str(self.version)
+
+    @cached_property
+    def headers(self) -> tuple[tuple[bytes, bytes], ...]:
+        """The headers that its responses carry."""
+        return ((b"elbo-model", f"{self.name}@{self.version}".encode()),)
+
+    @cached_property
+    def row_schema(self) -> RowSchema:
+        """The schema of its input rows."""
+        features = self.manifest.features
+        names = [feature.name for feature in features]
+        optional = [feature.missing > 0 for feature in features]
+        medians = [feature.median for feature in features]
+        return RowSchema(self.manifest.shape, names, optional, medians)
+
+    @cached_property
+    def latent_schema(self) -> RowSchema:
+        """The schema of its latents."""
+        return RowSchema([self.manifest.latents])
+
+    @cached_property
+    def row_bytes(self) -> int:
+        """Bytes per row of its widest array."""
+        return 4 * max(self.manifest.width, self.manifest.latents)
+
+    @cached_property
+    def selectors(self) -> FeatureSelectors:
+        """Map the names and labels of metrics to features."""
+        return FeatureSelectors({name: name for name in self.row_schema.names})
+
+    @cached_property
+    def has_png_output(self) -> bool:
+        """Whether its outputs can be returned as image/png."""
+        return png.is_picture(self.manifest.shape, self.manifest.pixel_range)
+
+
+def describe(served: ServedModel) -> dict[str, Any]:
+    """Return the description of `served` in /models: everything a client needs to know before a request."""
+    manifest = served.manifest
+    return {
+        "name": served.name,
+        "version": served.version,
+        "kind": manifest.kind,
+        "created": manifest.created,
+        "shape": manifest.shape,
+        "width": manifest.width,
+        "latents": manifest.latents,
+        "parts": manifest.parts,
+        "pixel_range": manifest.pixel_range,
+        "pictures": served.has_png_output,
+        "exhibits": [name.partition(".")[0] for name in served.exhibits],
+        "metrics": manifest.metrics,
+        "calibration": manifest.calibration.model_dump(),
+        "device": str(served.backend.device),
+        "backend": {
+            "name": served.backend.name,
+            "reason": served.selection.reason,
+            "precision": served.backend.precision,
+            "errors": dict(served.selection.errors),
+        },
+        "load_seconds": round(served.load_seconds, 3),
+        "warm_seconds": round(served.warm_seconds, 3),
+    }
