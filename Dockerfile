@@ -1,12 +1,12 @@
-# Two images: `serve` answers HTTP and carries nothing else; `train`, the default, is the same and trains as well.
+# Two images: `serve` contains only what serving needs; `train`, the default, can also train.
 #
 #   docker build --tag elbo .                                        CPU
-#   docker build --tag elbo:cuda --build-arg TORCH=cu130 .           CUDA 13.0, or any other build that PyTorch publishes
+#   docker build --tag elbo:cuda --build-arg TORCH=cu130 .           CUDA 13.0; other builds of PyTorch work as well
 
 FROM python:3.11-slim-bookworm AS base
 ENV PATH=/opt/elbo/bin:/opt/source/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 
-# What Elbo stands on. It changes rarely, so it comes before the source.
+# Dependencies come before the source: they change rarely, so their layers stay cached.
 FROM base AS packages
 RUN python -m venv --without-pip /opt/elbo
 COPY requirements/serve.lock /
@@ -14,7 +14,7 @@ RUN pip --python /opt/elbo/bin/python install --no-cache-dir --require-hashes -r
 ARG TORCH=cpu
 RUN pip --python /opt/elbo/bin/python install --no-cache-dir "torch==2.13.0+${TORCH}" \
         --index-url "https://download.pytorch.org/whl/${TORCH}" \
-    # A fifth of the wheel is for those who compile against torch or test it.
+    # Remove headers, tests and tools, a fifth of the wheel, which nothing uses at run time.
     && cd /opt/elbo/lib/python3.11/site-packages/torch && rm -rf include test \
     && find bin -type f ! -name torch_shm_manager -delete
 
@@ -23,14 +23,14 @@ WORKDIR /source
 COPY . .
 RUN pip --python /opt/elbo/bin/python install --no-cache-dir --no-deps --target /opt/source .
 
-# What runs: a numeric user, so that an orchestrator sees that it is not root, who owns nothing but the artifacts.
+# The user is numeric, so that an orchestrator can verify that it is not root. It can write to /artifacts only.
 FROM base AS serve-packages
 RUN useradd --uid 10001 --no-create-home --home-dir /tmp elbo && install --directory --owner elbo --group elbo /artifacts
 COPY --from=packages /opt/elbo /opt/elbo
 ENV PYTHONPATH=/opt/source ELBO_HOST=0.0.0.0 ELBO_PORT=8000 ELBO_ARTIFACTS=/artifacts ELBO_RUNS=/artifacts/.runs
 VOLUME /artifacts
 EXPOSE 8000
-# http.client rather than urllib: it heeds no proxy variable.
+# http.client ignores proxy variables, urllib does not.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s CMD ["python", "-c", "import http.client, os, sys; \
 c = http.client.HTTPConnection('127.0.0.1', int(os.environ['ELBO_PORT']), timeout=4); c.request('GET', '/readyz'); \
 sys.exit(c.getresponse().status != 200)"]

@@ -1,4 +1,4 @@
-"""The past of recorded series as a CSV to train on: a row for each host and moment, a column for each feature.
+"""Export recorded Prometheus series as a training CSV: one row per host and time, one column per feature.
 
 python deploy/history.py deploy/elbo/remote-write.toml node --url http://127.0.0.1:9090 --hours 24 > node.csv
 """
@@ -13,44 +13,48 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-MOST_POINTS = 11_000  # of one series in one answer of Prometheus
+MAX_POINTS = 11_000  # per series and query; Prometheus refuses more
 
 
-def samples(url: str, selector: str, start: float, end: float, step: float) -> list[dict]:
-    """What a range query answers, asked for in parts that Prometheus is willing to give."""
-    found = []
+def query_range(url: str, selector: str, start: float, end: float, step: float) -> list[dict]:
+    """Return the series that match `selector`, fetched in ranges that are small enough for Prometheus.
+
+    A series appears once per range, as {"metric": labels, "values": [[Unix seconds, value], ...]}.
+    """
+    series = []
     while start < end:
-        until = min(end, start + step * (MOST_POINTS - 1))
+        until = min(end, start + step * (MAX_POINTS - 1))
         query = urllib.parse.urlencode({"query": selector, "start": start, "end": until, "step": step})
-        with urllib.request.urlopen(f"{url}/api/v1/query_range?{query}", timeout=60) as answer:
-            found += json.load(answer)["data"]["result"]
+        with urllib.request.urlopen(f"{url}/api/v1/query_range?{query}", timeout=60) as response:
+            series += json.load(response)["data"]["result"]
         start = until + step
-    return found
+    return series
 
 
 def main() -> None:
-    """Read the arguments, ask Prometheus, write the rows that are whole."""
+    """Write the complete rows to standard output, and their number to standard error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mapping", type=Path, help="the file that ELBO_REMOTE_WRITE names")
-    parser.add_argument("model", help="its table")
-    parser.add_argument("--url", default="http://127.0.0.1:9090", help="of Prometheus")
-    parser.add_argument("--hours", type=float, default=24.0, help="how far back")
+    parser.add_argument("mapping", type=Path, help="the file that ELBO_REMOTE_WRITE points to")
+    parser.add_argument("model", help="the name of a table in that file")
+    parser.add_argument("--url", default="http://127.0.0.1:9090", help="URL of Prometheus")
+    parser.add_argument("--hours", type=float, default=24.0, help="hours of history to export")
     parser.add_argument("--step", type=float, default=15.0, help="seconds between rows")
-    asked = parser.parse_args()
-    table = tomllib.loads(asked.mapping.read_text())[asked.model]
-    features, group = table["features"], table.get("group", ["instance"])
+    arguments = parser.parse_args()
+    table = tomllib.loads(arguments.mapping.read_text())[arguments.model]
+    features = table["features"]
+    group_labels = table.get("group", ["instance"])
     end = time.time()
-    rows: dict[tuple[str, float], dict[str, str]] = {}
+    rows: dict[tuple[str, float], dict[str, str]] = {}  # by host and timestamp
     for feature, selector in features.items():
-        for series in samples(asked.url, selector, end - 3600 * asked.hours, end, asked.step):
-            host = ",".join(series["metric"].get(label, "") for label in group)
-            for moment, value in series["values"]:
-                rows.setdefault((host, moment), {})[feature] = value
-    whole = [row for _, row in sorted(rows.items()) if len(row) == len(features)]
+        for series in query_range(arguments.url, selector, end - 3600 * arguments.hours, end, arguments.step):
+            host = ",".join(series["metric"].get(label, "") for label in group_labels)
+            for timestamp, value in series["values"]:
+                rows.setdefault((host, timestamp), {})[feature] = value
+    complete = [row for _, row in sorted(rows.items()) if len(row) == len(features)]
     writer = csv.DictWriter(sys.stdout, list(features))
     writer.writeheader()
-    writer.writerows(whole)
-    print(f"{len(whole)} rows of {len({host for host, _ in rows})} hosts", file=sys.stderr)
+    writer.writerows(complete)
+    print(f"{len(complete)} complete rows of {len({host for host, _ in rows})} hosts", file=sys.stderr)
 
 
 if __name__ == "__main__":

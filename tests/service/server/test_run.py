@@ -1,4 +1,4 @@
-"""`python -m service` as a process: start, signals, hot reload, clients that leave, stall or send too much."""
+"""`python -m service` as a process: start, signals, hot reload, clients that disconnect, stall or send too much."""
 
 import contextlib
 import json
@@ -26,21 +26,21 @@ ROW = [0.5] * 64
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., ServerProcess]]:
-    with server_starter() as begin:
-        yield begin
+    with server_starter() as start_server:
+        yield start_server
 
 
 @pytest.fixture(scope="module")
 def server(artifacts: Path) -> Iterator[ServerProcess]:
-    """A server shared by the tests that leave it as it was."""
-    with server_starter() as begin:
-        process = begin(artifacts, MAX_BODY_BYTES=2**20)
+    """A server for the tests that do not change its state."""
+    with server_starter() as start_server:
+        process = start_server(artifacts, MAX_BODY_BYTES=2**20)
         yield process
         assert process.stop() == 0
         assert process.stderr() == ""
 
 
-def test_on_sigterm_it_is_not_ready_serves_on_then_finishes_what_is_under_way(
+def test_sigterm_drains_then_finishes_the_requests_in_progress(
     start: Callable[..., ServerProcess], artifacts: Path
 ) -> None:
     process = start(artifacts, DRAIN_SECONDS=1)
@@ -50,8 +50,8 @@ def test_on_sigterm_it_is_not_ready_serves_on_then_finishes_what_is_under_way(
         process.popen.send_signal(signal.SIGTERM)
         process.wait_for_log("stopping")
         assert client.get("/readyz").status_code == 503
-        with process.client() as newcomer:
-            assert newcomer.post("/encode", json={"inputs": [ROW]}).status_code == 200
+        with process.client() as new_client:
+            assert new_client.post("/encode", json={"inputs": [ROW]}).status_code == 200
         process.wait_for_log("Waiting for connections to close")
         with pytest.raises(ConnectionError):
             process.connect()
@@ -60,30 +60,30 @@ def test_on_sigterm_it_is_not_ready_serves_on_then_finishes_what_is_under_way(
     assert process.popen.wait(20) == 0
 
 
-def test_a_port_in_use_is_told_in_one_line(artifacts: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+def test_port_in_use_exits_with_a_one_line_error(artifacts: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other_server:
+        port = other_server.getsockname()[1]
         environment = os.environ | {"ELBO_PORT": str(port), "ELBO_ARTIFACTS": str(artifacts)}
-        ended = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-m", "service"], cwd=ROOT, env=environment, capture_output=True, text=True
         )
-    assert ended.returncode == 1
-    assert ended.stderr.count("\n") == 1
-    assert f"cannot listen on 127.0.0.1 port {port}" in ended.stderr
-    assert "ELBO_PORT" in ended.stderr
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert f"cannot listen on 127.0.0.1 port {port}" in result.stderr
+    assert "ELBO_PORT" in result.stderr
 
 
 @pytest.mark.parametrize(("name", "value"), [("ELBO_PORT", "http"), ("ELBO_DEVICE", "tpu"), ("ELBO_QUEUE_ROWS", "5")])
-def test_a_bad_setting_is_told_in_one_line(name: str, value: str) -> None:
-    ended = subprocess.run(
+def test_invalid_setting_exits_with_a_one_line_error(name: str, value: str) -> None:
+    result = subprocess.run(
         [sys.executable, "-m", "service"], cwd=ROOT, env=os.environ | {name: value}, capture_output=True, text=True
     )
-    assert ended.returncode == 1
-    assert ended.stderr.count("\n") == 1
-    assert f"{name}={value}" in ended.stderr
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert f"{name}={value}" in result.stderr
 
 
-def test_a_model_is_served_as_soon_as_it_is_published_and_no_more_when_removed(
+def test_model_is_served_after_it_is_published_and_not_after_it_is_removed(
     start: Callable[..., ServerProcess], artifacts: Path, tmp_path: Path
 ) -> None:
     process = start(tmp_path / "models")
@@ -106,7 +106,7 @@ def test_a_model_is_served_as_soon_as_it_is_published_and_no_more_when_removed(
         assert client.get("/readyz").status_code == 503
 
 
-def test_a_calibration_is_taken_up_without_a_restart(
+def test_recalibrated_model_is_served_without_a_restart(
     start: Callable[..., ServerProcess], artifacts: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(artifacts / "hosts", tmp_path / "models" / "hosts")
@@ -134,19 +134,19 @@ def test_a_calibration_is_taken_up_without_a_restart(
         assert client.post("/anomaly?model=hosts@1", json={"inputs": rows[:5].tolist()}).json() == old
 
 
-def test_no_request_fails_while_versions_come_and_go_and_sigint_ends_it(
+def test_no_request_fails_while_versions_are_published_and_removed(
     start: Callable[..., ServerProcess], artifacts: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(artifacts / "pca", tmp_path / "pca")
     process = start(tmp_path)
     statuses: list[int] = []
 
-    def ask(stop: threading.Event) -> None:
+    def send_requests(stop: threading.Event) -> None:
         with process.client() as client:
             while not stop.is_set():
                 statuses.append(client.post("/reconstruct", json={"inputs": [ROW]}).status_code)
 
-    with background_threads(ask, ask, ask):
+    with background_threads(send_requests, send_requests, send_requests):
         for version in range(2, 6):
             shutil.copytree(artifacts / "pca" / "1", tmp_path / "pca" / str(version))
             process.wait_for_log(f"serving pca@{version}")
@@ -157,14 +157,14 @@ def test_no_request_fails_while_versions_come_and_go_and_sigint_ends_it(
     assert process.stop(signal.SIGINT) == 0
 
 
-def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_fault_of_the_server(server: ServerProcess) -> None:
+def test_client_that_disconnects_during_its_body_is_logged_with_status_499(server: ServerProcess) -> None:
     with server.connect() as connection:
         connection.sendall(request_head("/encode", "Content-Length: 1000", "X-Request-Id: half") + b'{"inputs": [[')
         time.sleep(0.05)
     assert server.wait_for_log("request", request_id="half")["status"] == 499
 
 
-def test_clients_that_stall_cost_the_others_nothing(server: ServerProcess) -> None:
+def test_stalled_clients_do_not_delay_other_requests(server: ServerProcess) -> None:
     stalled = [server.connect() for _ in range(50)]
     for connection in stalled:
         connection.sendall(request_head("/encode", "Content-Length: 100000") + b'{"inputs"')
@@ -177,7 +177,7 @@ def test_clients_that_stall_cost_the_others_nothing(server: ServerProcess) -> No
         connection.close()
 
 
-def test_a_head_that_does_not_come_costs_its_connection_and_nothing_else(
+def test_connection_without_a_complete_head_is_closed_after_the_request_timeout(
     start: Callable[..., ServerProcess], artifacts: Path
 ) -> None:
     process = start(artifacts, REQUEST_TIMEOUT=0.5)
@@ -189,7 +189,7 @@ def test_a_head_that_does_not_come_costs_its_connection_and_nothing_else(
     assert process.stop() == 0
 
 
-def test_an_endless_head_is_cut_off(server: ServerProcess) -> None:
+def test_endless_head_closes_the_connection(server: ServerProcess) -> None:
     with server.connect() as connection:
         connection.sendall(b"POST /encode HTTP/1.1\r\n")
         sent = 0
@@ -202,15 +202,15 @@ def test_an_endless_head_is_cut_off(server: ServerProcess) -> None:
         assert client.get("/livez", headers={"x-long": "v" * 30_000}).status_code == 200
 
 
-def test_a_body_that_is_declared_too_large_is_refused_before_it_is_sent(server: ServerProcess) -> None:
+def test_body_declared_too_large_is_refused_before_it_is_sent(server: ServerProcess) -> None:
     with server.connect() as connection:
         connection.sendall(request_head("/encode", "Content-Length: 9999999999", "Expect: 100-continue"))
-        answer = read_response(connection)
-    assert answer.startswith(b"HTTP/1.1 413")
-    assert b"body_too_large" in answer
+        response = read_response(connection)
+    assert response.startswith(b"HTTP/1.1 413")
+    assert b"body_too_large" in response
 
 
-def test_an_endless_body_is_cut_off(server: ServerProcess) -> None:
+def test_endless_body_closes_the_connection(server: ServerProcess) -> None:
     with server.connect() as connection:
         connection.sendall(request_head("/encode", "Transfer-Encoding: chunked"))
         chunk = b"10000\r\n" + b" " * 2**16 + b"\r\n"
@@ -219,30 +219,30 @@ def test_an_endless_body_is_cut_off(server: ServerProcess) -> None:
             while sent < 1000:
                 connection.sendall(chunk)
                 sent += 1
-        answer = b""
+        response = b""
         with contextlib.suppress(ConnectionError):
-            answer = connection.recv(65536)
+            response = connection.recv(65536)
     assert sent < 1000
-    assert answer == b"" or answer.startswith(b"HTTP/1.1 413")
+    assert response == b"" or response.startswith(b"HTTP/1.1 413")
 
 
 @pytest.mark.parametrize("size", [1, 7, 100_000])
-def test_a_body_in_chunks_of_any_size_is_the_same_body(server: ServerProcess, size: int) -> None:
+def test_body_in_chunks_of_any_size_gives_the_same_response(server: ServerProcess, size: int) -> None:
     body = b'{"inputs": [[%s]]}' % b", ".join([b"%.15f" % value for value in ROW])
     chunks = [body[start : start + size] for start in range(0, len(body), size)]
     with server.connect() as connection, server.client() as client:
         connection.sendall(request_head("/encode", "Transfer-Encoding: chunked"))
         connection.sendall(b"".join([b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks]) + b"0\r\n\r\n")
-        answer = read_response(connection)
+        response = read_response(connection)
         whole = client.post("/encode", content=body)
-    assert answer.startswith(b"HTTP/1.1 200")
-    assert answer.endswith(whole.content)
+    assert response.startswith(b"HTTP/1.1 200")
+    assert response.endswith(whole.content)
 
 
 @pytest.mark.parametrize(
     "garbage", [b"\x00" * 100, b"GET /\r\n\r\n", b"POST /encode HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\x00"]
 )
-def test_what_is_no_http_does_no_harm(server: ServerProcess, garbage: bytes) -> None:
+def test_bytes_that_are_not_http_leave_the_server_alive(server: ServerProcess, garbage: bytes) -> None:
     with server.connect() as connection:
         connection.sendall(garbage)
         with contextlib.suppress(ConnectionError):
@@ -251,8 +251,8 @@ def test_what_is_no_http_does_no_harm(server: ServerProcess, garbage: bytes) -> 
         assert client.get("/livez").status_code == 200
 
 
-def test_an_artifact_is_served_where_neither_its_classes_nor_training_exist(artifacts: Path, tmp_path: Path) -> None:
-    """Only the artifact contract of `models` is copied beside the service."""
+def test_registry_without_model_classes_and_training_loads_every_artifact(artifacts: Path, tmp_path: Path) -> None:
+    """Beside the service, only the modules of `models` that define the artifact contract are copied."""
     shutil.copytree(ROOT / "service", tmp_path / "service", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "models").mkdir()
     for name in ("__init__.py", "errors.py", "manifest.py", "artifact.py"):
@@ -269,27 +269,27 @@ def test_an_artifact_is_served_where_neither_its_classes_nor_training_exist(arti
         "assert sys.modules['models'].__file__.startswith(str(Path.cwd()))\n"
     )
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    ended = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment | {"PYTHONPATH": str(tmp_path)},
         capture_output=True, text=True,
     )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout == "['ae', 'hosts', 'pca', 'vae'] []\n"
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "['ae', 'hosts', 'pca', 'vae'] []\n"
 
 
-def test_large_bodies_do_not_hold_up_small_ones(server: ServerProcess) -> None:
+def test_large_bodies_do_not_delay_small_requests(server: ServerProcess) -> None:
     rows = np.random.default_rng(0).random((1500, 64)).round(4).tolist()
     large = json.dumps({"inputs": rows}).encode()
 
-    def flood(stop: threading.Event) -> None:
+    def send_large_bodies(stop: threading.Event) -> None:
         with server.client() as client:
             while not stop.is_set():
                 client.post("/reconstruct", content=large, headers={"content-type": "application/json"})
 
-    times = []
-    with background_threads(flood), server.client() as client:
+    durations = []
+    with background_threads(send_large_bodies), server.client() as client:
         for _ in range(30):
             started = time.perf_counter()
             assert client.get("/livez").status_code == 200
-            times.append(time.perf_counter() - started)
-    assert sorted(times)[15] < 0.25
+            durations.append(time.perf_counter() - started)
+    assert sorted(durations)[15] < 0.25

@@ -66,11 +66,11 @@ class Load:
                     return
                 rows = rng.random((rng.integers(1, 20), 64)).round(3).tolist()
                 try:
-                    answer = client.post(
+                    response = client.post(
                         "/reconstruct", json={"inputs": rows}, headers={"x-request-id": f"{seed}-{number}"}
                     )
-                    if answer.status_code != 200 or len(answer.json()["outputs"]) != len(rows):
-                        self.failures.append(answer.text)
+                    if response.status_code != 200 or len(response.json()["outputs"]) != len(rows):
+                        self.failures.append(response.text)
                     self.correct += 1
                 except httpx.ConnectError:  # refused before the request was sent: nothing is lost
                     time.sleep(0.01)
@@ -198,9 +198,9 @@ def test_worker_that_becomes_ready_while_the_server_stops_is_not_a_failure(artif
         "ELBO_PORT": "0", "ELBO_WORKERS": "2", "ELBO_DRAIN_SECONDS": "0", "ELBO_ARTIFACTS": str(artifacts),
     }  # fmt: skip
     command = [sys.executable, "-c", STOP_WHILE_LOADING]
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 0, ended
-    assert "worker 1 is ready" in ended.stdout
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result
+    assert "worker 1 is ready" in result.stdout
 
 
 def test_draining_workers_report_not_ready_and_keep_serving(
@@ -213,8 +213,8 @@ def test_draining_workers_report_not_ready_and_keep_serving(
     for _ in range(2):
         with process.client() as client:
             wait_until(lambda: client.get("/readyz").status_code == 503)
-            answer = client.post("/encode", content=BODY, headers={"content-type": "application/json"})
-            assert (answer.status_code, answer.headers["connection"]) == (200, "close")
+            response = client.post("/encode", content=BODY, headers={"content-type": "application/json"})
+            assert (response.status_code, response.headers["connection"]) == (200, "close")
     assert process.popen.wait(20) == 0
 
 
@@ -224,9 +224,9 @@ def test_server_whose_first_worker_cannot_start_exits_with_the_error(artifacts: 
         "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
     command = [sys.executable, "-m", "service"]
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 1
-    assert "cuda was requested" in ended.stderr
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert "cuda was requested" in result.stderr
 
 
 def test_workers_end_after_their_supervisor_is_killed(start: Callable[..., ServerProcess], artifacts: Path) -> None:
@@ -257,6 +257,6 @@ def test_responses_of_workers_equal_the_output_of_the_module(
         expected = vae.module(torch.from_numpy(digits[:3])).numpy()
     for _ in range(4):
         with process.client() as client:
-            answer = client.post("/reconstruct?model=vae", json={"inputs": digits[:3].tolist()})
-            np.testing.assert_allclose(answer.json()["outputs"], expected, atol=1e-6)
+            response = client.post("/reconstruct?model=vae", json={"inputs": digits[:3].tolist()})
+            np.testing.assert_allclose(response.json()["outputs"], expected, atol=1e-6)
     assert process.stop() == 0
