@@ -1,11 +1,11 @@
-"""The command `elbo`: arguments in, the packages' work done, results on standard output, errors in one line.
+"""The command line `elbo`. Results go to standard output; an error is one line on standard error.
 
-Every import of the packages stands inside the command that needs it, so that `elbo --help` answers at once.
+Each command imports the packages that it needs when it runs, so that `elbo --help` starts fast.
 """
 
 import csv
 import importlib
-import inspect as signatures
+import inspect as introspection
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from training.config import TrainConfig
     from training.data.table import Table
 
-ASKED_WRONGLY = {"option_error", "data_error", "artifact_missing"}  # codes that exit with 2, as usage errors do
+USAGE_ERRORS = {"option_error", "data_error", "artifact_missing"}  # error codes that exit with status 2
 
 app = typer.Typer(
-    help="Train PCA, autoencoders and variational autoencoders, and serve each as one file over HTTP.",
-    epilog="Start here: elbo demo, then elbo serve. Every command explains itself: elbo train --help",
+    help="Train PCA, autoencoders and variational autoencoders, and serve them over HTTP.",
+    epilog="Start here: elbo demo, then elbo serve. Every command has its own help: elbo train --help",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -39,25 +39,27 @@ app = typer.Typer(
 
 
 class OptionError(ElboError):
-    """An option or an ELBO_ environment variable has a value that it cannot have."""
+    """An option or an ELBO_* environment variable has an invalid value."""
 
     code = "option_error"
 
 
 class Format(StrEnum):
-    """How `elbo score` writes a row."""
+    """Output formats of `elbo score`."""
 
     ndjson = "ndjson"
     csv = "csv"
 
 
 def described_by(module: str, name: str, all_options: bool = False) -> type[TyperCommand]:
-    """A command that shows the descriptions and defaults of a pydantic model's fields when it is asked for help.
+    """Return a command class whose --help shows the descriptions and defaults of a pydantic model's fields.
 
-    A field without an option is listed as the environment variable that sets it.
+    Fields that are not options of the command are listed as environment variables.
 
     Args:
-        all_options: every field is an option; the command finds what was given, as text, in the context's `obj`.
+        module: where the pydantic model is defined; imported only for --help, or when `all_options` is true.
+        name: of the pydantic model.
+        all_options: make every field an option. The command finds their values, as text, in `context.obj`.
     """
 
     def fields_of() -> dict[str, "FieldInfo"]:
@@ -90,10 +92,10 @@ def described_by(module: str, name: str, all_options: bool = False) -> type[Type
 
 
 def _options(fields: "dict[str, FieldInfo]") -> list[Any]:
-    """An option for each field; its value stays text, or True, for pydantic to judge."""
+    """Return an option per field. Values stay text (or True, for a flag); pydantic validates them later."""
 
     def command() -> None:
-        """Stand for a command whose options typer makes."""
+        """Carry the signature from which typer creates the options."""
 
     parameters = []
     for name, field in fields.items():
@@ -108,18 +110,18 @@ def _options(fields: "dict[str, FieldInfo]") -> list[Any]:
             if field.is_required()
             else Annotated[bool | None if flag else str | None, option]
         )
-        default = signatures.Parameter.empty if field.is_required() else None
+        default = introspection.Parameter.empty if field.is_required() else None
         parameters.append(
-            signatures.Parameter(name, signatures.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
+            introspection.Parameter(name, introspection.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
         )
-    command.__signature__ = signatures.Signature(parameters)  # type: ignore[attr-defined]  # what inspect looks at first
-    maker = typer.Typer(add_completion=False)
-    maker.command()(command)
-    return [option for option in typer.main.get_command(maker).params if option.name in fields]
+    command.__signature__ = introspection.Signature(parameters)  # type: ignore[attr-defined]  # inspect.signature reads this
+    factory = typer.Typer(add_completion=False)
+    factory.command()(command)
+    return [option for option in typer.main.get_command(factory).params if option.name in fields]
 
 
 def _metavar(field: "FieldInfo") -> str:
-    """What may stand behind the option: `<int>`, `<mlp|conv>`, `<str,str,...>`."""
+    """Return the placeholder for the option's value: `<int>`, `<mlp|conv>`, `<str,...>`."""
     words: list[str] = []
     union = get_origin(field.annotation) in (Union, UnionType)
     kinds: tuple[Any, ...] = get_args(field.annotation) if union else (field.annotation,)
@@ -144,16 +146,19 @@ def _described(field: "FieldInfo") -> str:
     return f"{field.description}  [default: {_default(field)}]"
 
 
-Root = Annotated[
-    Path, typer.Option("--artifacts", envvar="ELBO_ARTIFACTS", help="folder of artifacts: <name>/<version>/model.pt")
+ArtifactFolder = Annotated[
+    Path, typer.Option("--artifacts", envvar="ELBO_ARTIFACTS", help="artifact folder: <name>/<version>/model.pt")
 ]
 Data = Annotated[
-    str, typer.Argument(metavar="DATA", help='"digits", a file (.npy, .npz, .csv, .parquet) or a folder of pictures')
+    str, typer.Argument(metavar="DATA", help='"digits", a file (.npy, .npz, .csv, .parquet) or a folder of images')
 ]
-Name = Annotated[str, typer.Argument(metavar="NAME", help="a name, a name@version, or the path of a model.pt")]
-Json = Annotated[bool, typer.Option("--json", help="for a machine")]
-Runs = Annotated[Path, typer.Option("--runs", envvar="ELBO_RUNS", help="folder where runs keep their state: <name>/")]
-DEFAULT_ROOT = Path("artifacts")
+Name = Annotated[str, typer.Argument(metavar="NAME", help="a model (name or name@version), or the path of a model.pt")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+Runs = Annotated[
+    Path,
+    typer.Option("--runs", envvar="ELBO_RUNS", help="folder for checkpoints and reports of training runs: <name>/"),
+]
+DEFAULT_ARTIFACTS = Path("artifacts")
 
 
 @app.command(
@@ -164,33 +169,43 @@ DEFAULT_ROOT = Path("artifacts")
 def train(
     context: typer.Context,
     data: Data,
-    artifacts: Root = DEFAULT_ROOT,
+    artifacts: ArtifactFolder = DEFAULT_ARTIFACTS,
     runs: Runs = Path("runs"),
-    resume: Annotated[bool, typer.Option("--resume", help="continue the run of this name that was cut off")] = False,
-    checkpoint_seconds: Annotated[float, typer.Option(min=0, help="between two savings of the run's state")] = 30.0,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="write TensorBoard's files too")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted run of this name")] = False,
+    checkpoint_seconds: Annotated[float, typer.Option(min=0, help="seconds between checkpoints")] = 30.0,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="also write TensorBoard event files")] = False,
 ) -> None:
     """Train a model on DATA and publish it.
 
-    The artifact becomes the next version of the model called --name. A run that was killed continues with --resume and
-    the same options.
+    The artifact becomes the next version of the model --name. To continue an interrupted run, repeat the command with
+    --resume and the same options.
     """
-    config = _config(context.obj)
+    config = _train_config(context.obj)
     from training.data.table import read_table
 
     table = read_table(data, config.drop, config.keep, config.size)
-    if _train(config, table, artifacts, runs, resume, checkpoint_seconds, tensorboard):
-        where = "" if artifacts == DEFAULT_ROOT else f" --artifacts {artifacts}"
+    is_first_process = _train(
+        config,
+        table,
+        artifacts,
+        runs,
+        resume=resume,
+        checkpoint_seconds=checkpoint_seconds,
+        tensorboard=tensorboard,
+    )
+    if is_first_process:
+        where = "" if artifacts == DEFAULT_ARTIFACTS else f" --artifacts {artifacts}"
         typer.echo(f"next: elbo inspect {config.name}{where}, or elbo serve{where}")
 
 
-def _config(arguments: dict[str, Any]) -> "TrainConfig":
+def _train_config(arguments: dict[str, Any]) -> "TrainConfig":
+    """Return the validated configuration from option values as text; None means that an option was not given."""
     from training.config import TrainConfig
 
     options = {key: value for key, value in arguments.items() if value is not None}
     for key in {"hidden", "dense", "drop", "keep"} & options.keys():
-        listed = options[key]
-        options[key] = [] if listed == "none" else next(csv.reader([listed], skipinitialspace=True), [])
+        text = options[key]
+        options[key] = [] if text == "none" else next(csv.reader([text], skipinitialspace=True), [])
     if "size" in options:
         height, _, width = options["size"].partition("x")
         options["size"] = [height, width or height]
@@ -201,13 +216,13 @@ def _config(arguments: dict[str, Any]) -> "TrainConfig":
 def _train(
     config: "TrainConfig",
     table: "Table",
-    root: Path,
+    artifacts: Path,
     runs: Path,
     resume: bool = False,
-    seconds: float = 30.0,
+    checkpoint_seconds: float = 30.0,
     tensorboard: bool = False,
 ) -> bool:
-    """Whether this is the process that speaks of the run."""
+    """Train and publish a model; return whether this is the first of the processes that train together."""
     from training.fitting.distributed import join_process_group
     from training.progress import reporter
     from training.train import train
@@ -215,7 +230,17 @@ def _train(
     report = reporter()
     try:
         with join_process_group() as processes:
-            path = train(config, table, root, report, runs, resume, seconds, tensorboard, processes)
+            path = train(
+                config,
+                table,
+                artifacts,
+                report,
+                runs=runs,
+                resume=resume,
+                checkpoint_seconds=checkpoint_seconds,
+                tensorboard=tensorboard,
+                processes=processes,
+            )
     finally:
         report.close()
     if processes.is_first:
@@ -224,11 +249,11 @@ def _train(
 
 
 @app.command(epilog="Example: elbo demo && elbo serve")
-def demo(artifacts: Root = DEFAULT_ROOT, runs: Runs = Path("runs")) -> None:
-    """Train the demonstration models that are missing.
+def demo(artifacts: ArtifactFolder = DEFAULT_ARTIFACTS, runs: Runs = Path("runs")) -> None:
+    """Train the demonstration models that are not in the artifact folder yet.
 
-    They are pca, ae and vae, trained on the bundled digits with the defaults, and linear, an autoencoder without hidden
-    layers.
+    The models are pca, ae, vae and linear, an autoencoder without hidden layers. All are trained on scikit-learn's
+    digits.
     """
     from models.manifest import versions
     from training.config import DEMONSTRATION
@@ -245,12 +270,12 @@ def demo(artifacts: Root = DEFAULT_ROOT, runs: Runs = Path("runs")) -> None:
 
 
 @app.command(epilog="Examples: elbo inspect vae | elbo inspect vae@2 --json | elbo inspect artifacts/vae/2/model.pt")
-def inspect(name: Name, json: Json = False, artifacts: Root = DEFAULT_ROOT) -> None:
-    """Check an artifact's seal and say what it is."""
+def inspect(name: Name, json: Json = False, artifacts: ArtifactFolder = DEFAULT_ARTIFACTS) -> None:
+    """Verify the checksum of an artifact and describe its model."""
     from models.manifest import read_manifest
     from training.reports.describe import describe
 
-    path = _path(name, artifacts)
+    path = _artifact_path(name, artifacts)
     manifest = read_manifest(path)
     typer.echo(manifest.model_dump_json(indent=2) if json else describe(manifest, path))
 
@@ -265,9 +290,9 @@ def serve(
     artifacts: Annotated[Path | None, typer.Option()] = None,
     device: Annotated[str | None, typer.Option()] = None,
 ) -> None:
-    """Serve the artifacts over HTTP.
+    """Serve the models in the artifact folder over HTTP.
 
-    An option wins over the environment variable ELBO_ and its name, such as ELBO_PORT.
+    An option overrides its environment variable: --port overrides ELBO_PORT.
     """
     options = {key: value for key, value in locals().items() if value is not None}
     from service.settings import Settings
@@ -283,14 +308,14 @@ def serve(
 def evaluate(
     name: Name,
     data: Data,
-    draws: Annotated[int, typer.Option(min=1, help="of the importance-weighted log-likelihood, a row")] = 100,
+    draws: Annotated[int, typer.Option(min=1, help="importance samples per row for the log-likelihood")] = 100,
     json: Json = False,
-    artifacts: Root = DEFAULT_ROOT,
+    artifacts: ArtifactFolder = DEFAULT_ARTIFACTS,
 ) -> None:
-    """Judge a model on the rows of DATA.
+    """Evaluate a model on the rows of DATA.
 
-    Errors of reconstruction, log-likelihood and rates of alarm; where labels (y or label) say 0 for normal and 1 for
-    anomalous, also how well the score ranks.
+    Prints the reconstruction error, the log-likelihood and the false-alarm rates. If DATA has a column y or label with
+    0 for normal and 1 for anomalous rows, also prints the detection rates, the AUROC and the average precision.
     """
     from training.evaluation import evaluate
 
@@ -303,14 +328,17 @@ def evaluate(
 def score(
     name: Name,
     data: Data,
-    alpha: Annotated[float, typer.Option(min=0, max=1, help="false alarm rate that is accepted")] = 0.05,
-    explain: Annotated[int, typer.Option(min=0, help="features to name a row, those that contribute most")] = 3,
-    format_: Annotated[Format, typer.Option("--format", help="one JSON object a line, or CSV")] = Format.ndjson,
-    artifacts: Root = DEFAULT_ROOT,
+    alpha: Annotated[
+        float, typer.Option(min=0, max=1, help="false-alarm rate: accepted share of normal rows that are flagged")
+    ] = 0.05,
+    explain: Annotated[int, typer.Option(min=0, help="features per row to report, those that contribute most")] = 3,
+    format_: Annotated[Format, typer.Option("--format", help="one JSON object per line, or CSV")] = Format.ndjson,
+    artifacts: ArtifactFolder = DEFAULT_ARTIFACTS,
 ) -> None:
-    """Say of every row of DATA how strange it is.
+    """Score every row of DATA for anomalies.
 
-    Also whether it is an anomaly at alpha, and which features make it so. Rows count from 0.
+    Prints per row the score, whether the row is anomalous at alpha, and the features that contribute most. Rows are
+    numbered from 0.
     """
     from training.evaluation.score import csv_lines, ndjson_lines
 
@@ -318,7 +346,7 @@ def score(
     lines = csv_lines if format_ is Format.csv else ndjson_lines
     for text in lines(artifact, table, alpha, explain):
         sys.stdout.write(text)
-        sys.stdout.flush()  # here, and not at exit: a reader that has gone ends the command quietly
+        sys.stdout.flush()  # if the reader has closed the pipe, this ends the command; at exit it would print an error
 
 
 @app.command(epilog="Examples: elbo calibrate hosts lastweek.csv | elbo calibrate hosts@3 lastweek.csv --alpha 0.01")
@@ -326,41 +354,42 @@ def calibrate(
     name: Name,
     data: Data,
     alpha: Annotated[
-        float, typer.Option(min=1e-6, max=0.5, help="the smallest that alarms are asked at: takes 1/alpha - 1 rows")
+        float, typer.Option(min=1e-6, max=0.5, help="smallest alpha that you will use; needs at least 1/alpha - 1 rows")
     ] = 0.05,
-    artifacts: Root = DEFAULT_ROOT,
+    artifacts: ArtifactFolder = DEFAULT_ARTIFACTS,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Calibrate a model anew on recent normal rows, without training.
+    """Recalibrate a model on recent normal rows, without training.
 
-    The next version has the same networks, and the p-values of DATA. Where labels (y or label) are 0 and 1, the rows
-    labelled 1 are left out. A server that runs takes it up by itself.
+    Publishes a new version with the same networks, whose p-values come from DATA. If DATA has a column y or label with
+    0 and 1, rows with label 1 are left out. A running server loads the new version by itself.
     """
     from training.publishing.recalibrate import recalibrate
 
     artifact, table = _load(name, data, artifacts)
-    done = recalibrate(artifact, table, artifacts, alpha, runs)
-    for note in done.notes:
+    published = recalibrate(artifact, table, artifacts, alpha, runs)
+    for note in published.notes:
         typer.echo(note, err=True)
-    typer.echo(f"published {done.manifest.name}@{done.path.parent.name}: {done.path}")
-    size = done.manifest.calibration
-    typer.echo(f"calibrated on {size.rows:,} rows: p-values from {size.floor:.3g} on")
+    typer.echo(f"published {published.manifest.name}@{published.path.parent.name}: {published.path}")
+    calibration = published.manifest.calibration
+    typer.echo(f"calibrated on {calibration.rows:,} rows: the smallest p-value is {calibration.floor:.3g}")
 
 
-def _load(reference: str, data: str, root: Path) -> "tuple[Artifact, Table]":
+def _load(reference: str, data: str, artifacts: Path) -> "tuple[Artifact, Table]":
     from models.artifact import load
     from training.data.table import read_for_model
 
-    artifact = load(_path(reference, root))
+    artifact = load(_artifact_path(reference, artifacts))
     return artifact, read_for_model(data, artifact.manifest)
 
 
-def _path(reference: str, root: Path) -> Path:
+def _artifact_path(reference: str, artifacts: Path) -> Path:
+    """Return the file that NAME means: a path as it is, a model in the artifact folder."""
     from models.manifest import FILE_NAME, resolve
 
     path = Path(reference)
     is_path = path.is_file() or len(path.parts) > 1 or path.name == FILE_NAME
-    return path if is_path else resolve(root, reference)
+    return path if is_path else resolve(artifacts, reference)
 
 
 @contextmanager
@@ -383,15 +412,15 @@ def _option_errors(options: Collection[str]) -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; `arguments` default to the process's."""
+    """Run the command line with `arguments`, by default those of the process."""
     try:
         app(args=arguments, prog_name="elbo")
     except ElboError as error:
         message = " ".join(str(error).split())
         print(f"elbo: error: {message}", file=sys.stderr)
-        sys.exit(2 if error.code in ASKED_WRONGLY else 1)
+        sys.exit(2 if error.code in USAGE_ERRORS else 1)
     except SystemExit as end:
-        if end.code == 130:  # typer's answer to SIGINT
+        if end.code == 130:  # typer exits with 130 on SIGINT
             print("elbo: interrupted", file=sys.stderr)
         raise
 

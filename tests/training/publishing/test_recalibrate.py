@@ -237,7 +237,7 @@ def test_the_command_says_what_it_did_and_leaves_a_card(
     assert code == 0
     assert out.splitlines() == [
         f"published pca@2: {root}/pca/2/model.pt",
-        "calibrated on 400 rows: p-values from 0.00249 on",
+        "calibrated on 400 rows: the smallest p-value is 0.00249",
     ]
     flagged, warning = err.splitlines()
     assert flagged.startswith("pca@1 calls ")
