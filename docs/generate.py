@@ -159,6 +159,7 @@ def _name_of(annotation: Any) -> str:
 
 def _content(title: str, content: dict[str, Any], schemas: dict[str, Any]) -> list[str]:
     """Return one line with the media types, and the fields where the JSON is one of our objects."""
+    content = {name: body for name, body in content.items() if body.get("schema")}  # FastAPI adds JSON without a schema
     if not content:
         return []
     parts = [f"**{title}**: {', '.join(f'`{media_type}`' for media_type in content)}"]
