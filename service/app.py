@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -24,6 +25,8 @@ from service.endpoints.remote_write import RemoteWriteEndpoint
 from service.errors import from_http_exception
 from service.http.admission import AdmissionControl
 from service.http.middleware import RequestMiddleware
+from service.http.protocol import Protocol
+from service.http.refusal import HeadRefusal
 from service.http.request import BodyLimits
 from service.inference.backend_selection import BACKENDS
 from service.inference.batcher import Batcher
@@ -44,7 +47,10 @@ image/png: the Accept header chooses. An error is application/problem+json with 
 
 
 def create_app(settings: Settings, counts: SharedCounters | None = None) -> FastAPI:
-    """Return the application; `app.state.service` is its `ServiceContext`.
+    """Return the application.
+
+    `app.state.service` is its `ServiceContext`. `app.state.protocol` is uvicorn's HTTP protocol with admission control;
+    under another protocol the application answers the same, but refuses a request only once its task runs.
 
     `RequestMiddleware` takes the place of FastAPI's whole middleware stack, whose outermost layer would answer errors
     in its own format before the middleware sees them.
@@ -77,25 +83,22 @@ def create_app(settings: Settings, counts: SharedCounters | None = None) -> Fast
     batcher = Batcher(
         max_batch_rows=settings.max_batch_rows,
         max_batch_bytes=settings.max_batch_bytes,
-        queue_rows=settings.queue_rows,
         threads=settings.threads,
         on_batch=metrics.count_batch,
         level=metrics.pending_rows,
-        queue_seconds=settings.queue_seconds,
     )
-    limits = BodyLimits(
-        max_body_bytes=settings.max_body_bytes,
-        held_bytes=settings.held_bytes,
-        seconds=settings.request_timeout,
-        level=metrics.pending_bytes,
+    admission = AdmissionControl(
+        batcher,
+        max_rows=settings.queue_rows,
+        max_wait=settings.queue_seconds,
+        max_held_bytes=settings.held_bytes,
+        held_bytes=metrics.pending_bytes,
     )
-    admission = AdmissionControl(settings.queue_seconds, batcher, metrics, access)
     service = ServiceContext(
         settings=settings,
         registry=registry,
         batcher=batcher,
         metrics=metrics,
-        limits=limits,
         admission=admission,
     )
     receiver = RemoteWriteEndpoint(service, series_mapping.read_mappings(settings.remote_write))
@@ -110,7 +113,6 @@ def create_app(settings: Settings, counts: SharedCounters | None = None) -> Fast
     )
     app.state.service = service
     endpoints = routes.endpoints(service, receiver)
-    admission.paths = routes.admission_paths(endpoints)
     routes.register(app, endpoints)
     app.mount("/static", StaticFiles(directory=STATIC))
     app.middleware_stack = RequestMiddleware(
@@ -118,8 +120,14 @@ def create_app(settings: Settings, counts: SharedCounters | None = None) -> Fast
         handlers=routes.handlers(endpoints),
         metrics=metrics,
         access=access,
-        limits=limits,
+        limits=BodyLimits(max_bytes=settings.max_body_bytes, seconds=settings.request_timeout),
         admission=admission,
+    )
+    app.state.protocol = partial(
+        Protocol,
+        admission=admission,
+        head_refusal=HeadRefusal(metrics, access),
+        paths=routes.admission_paths(endpoints),
     )
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign] # FastAPI's documented way
     return app

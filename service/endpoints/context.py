@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from service.errors import NotReady
 from service.http.admission import AdmissionControl
-from service.http.request import BodyLimits
 from service.inference.batcher import Batcher
 from service.inference.registry import ModelRegistry
 from service.inference.served_model import ServedModel
@@ -20,7 +19,6 @@ class ServiceContext:
     registry: ModelRegistry
     batcher: Batcher
     metrics: Metrics
-    limits: BodyLimits
     admission: AdmissionControl
     draining: bool = False
 

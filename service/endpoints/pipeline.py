@@ -95,7 +95,7 @@ async def parse_request(
     media_type = negotiate_media_type(request.header(b"accept", "*/*"), media_types)
     packed = request.headers.get(b"content-encoding") is not None and is_gzip(request.header(b"content-encoding"))
     deadline = _deadline(service, request)
-    sent = await _let_in(service, request, packed, deadline)
+    sent = await _admit(service, request, packed, deadline)
     content_type = request.header(b"content-type")
 
     def parse() -> tuple[B, T]:
@@ -116,14 +116,22 @@ async def parse_request(
     return ParsedRequest(request, record, served, media_type, deadline, body, inputs)
 
 
-async def _let_in(service: ServiceContext, request: RequestContext, packed: bool, deadline: float) -> bytes:
-    """The body of a request that has its place at work. Raises Overloaded, DeadlineExceeded, and what its body does."""
-    service.batcher.require_room(1)  # a full queue refuses whoever comes before it costs anything to read what he sends
-    sent = await request.body()
-    if packed:  # gzip ends with the number of its bytes unpacked; if that is a lie, unpacking fails
-        request.hold(min(int.from_bytes(sent[-4:], "little"), request.max_body_bytes))
-    await service.admission.enter(request, deadline)
-    return sent
+async def _admit(service: ServiceContext, request: RequestContext, packed: bool, deadline: float) -> bytes:
+    """Return the body of a request once it has a place at work.
+
+    Raises:
+        Overloaded: the request is refused; if the queue is full, before its body is read.
+        DeadlineExceeded: the request timed out in the queue.
+        BodyTooLarge, BodyTooSlow, ClientDisconnect: see `RequestContext.body`.
+    """
+    ticket = request.ticket
+    service.admission.check(rows=1, is_queued=ticket.is_queued)
+    body = await request.body()
+    if packed:  # gzip ends with the size of its content, modulo 2^32; a wrong size fails when the body is unpacked
+        ticket.hold(min(int.from_bytes(body[-4:], "little"), request.max_body_bytes))
+    ticket.acquire()
+    await ticket.start(deadline)
+    return body
 
 
 def _deadline(service: ServiceContext, request: RequestContext) -> float:
@@ -171,14 +179,15 @@ async def run_operation(
     service: ServiceContext, parsed: ParsedRequest[Any, Any], operation: Operation, *inputs: Array
 ) -> tuple[Array, ...]:
     """Run `operation` on `inputs` with the model of `parsed`. Raises ClientGone if the client disconnects meanwhile."""
-    watch = _Watch(parsed.request)
+    service.admission.check(rows=len(inputs[0]), is_queued=True)
+    watch = _DisconnectWatch(parsed.request)
     try:
-        ran = await service.batcher.run(parsed.served, operation, *inputs, deadline=parsed.deadline, late=watch.begin)
+        ran = await service.batcher.run(parsed.served, operation, *inputs, deadline=parsed.deadline, late=watch.start)
     except asyncio.CancelledError:
-        watch.explain()
+        watch.raise_if_disconnected()
         raise
     finally:
-        watch.end()
+        watch.stop()
     parsed.record.rows = len(inputs[0])
     parsed.record.queue += ran.queued
     parsed.record.compute += ran.computed
@@ -232,32 +241,35 @@ async def render_response(
     return HttpResponse(content, parsed.media_type.encode(), headers)
 
 
-class _Watch:
-    """Cancels the request's task when its client leaves. Begun for the few that wait long: the others never pay."""
+class _DisconnectWatch:
+    """Cancels the current task when the client disconnects.
+
+    It starts only for requests that wait long: most requests are answered without the cost of a second task.
+    """
 
     def __init__(self, request: RequestContext) -> None:
-        self._exchange = request
-        self._task = asyncio.current_task()
+        self._request = request
+        self._watched = asyncio.current_task()
         self._watcher: asyncio.Task[None] | None = None
-        self._gone = False
+        self._is_disconnected = False
 
-    def begin(self) -> None:
-        """Begin to watch."""
-        self._watcher = asyncio.get_running_loop().create_task(self._wait())
+    def start(self) -> None:
+        """Start to watch, in a task."""
+        self._watcher = asyncio.get_running_loop().create_task(self._cancel_on_disconnect())
 
-    def end(self) -> None:
-        """Look no more."""
+    def stop(self) -> None:
+        """Stop to watch."""
         if self._watcher:
             self._watcher.cancel()
 
-    def explain(self) -> None:
-        """Raise ClientGone if it was this that cancelled the task."""
-        if self._gone and self._task and self._task.uncancel() == 0:
-            raise ClientGone("the client left before its answer was ready")
+    def raise_if_disconnected(self) -> None:
+        """Raise ClientGone if the disconnect is the only reason for which the task was cancelled."""
+        if self._is_disconnected and self._watched and self._watched.uncancel() == 0:
+            raise ClientGone("the client disconnected before its response was ready")
 
-    async def _wait(self) -> None:
-        while (await self._exchange.receive())["type"] != "http.disconnect":
+    async def _cancel_on_disconnect(self) -> None:
+        while (await self._request.receive())["type"] != "http.disconnect":
             pass
-        self._gone = True
-        if self._task:
-            self._task.cancel()
+        self._is_disconnected = True
+        if self._watched:
+            self._watched.cancel()

@@ -56,6 +56,7 @@ async def run_when_free(
     deadline = perf_counter() + service.settings.request_timeout
     while True:
         try:
+            service.admission.check(rows=len(inputs[0]), is_queued=True)
             ran = await service.batcher.run(served, operation, *inputs, deadline=deadline)
         except Overloaded:
             if perf_counter() > deadline:

@@ -1,119 +1,182 @@
-"""Who is let in: requests that compute stand in one line, and what would wait too long in it is turned away.
-
-A request is in the line from the end of its body until its answer is made: one that comes slowly, or whose answer is
-taken slowly, is in nobody's way. TOGETHER are at work at once, the others wait as they came. So the event loop comes
-round every few milliseconds however many there are, and whoever is turned away hears of it at once. That costs a
-fraction of an answer: `service.http.protocol` writes it when it has read the head, before there is a task.
-"""
+"""Admission control: decides which requests the server accepts and refuses the others with 429."""
 
 import asyncio
-from collections.abc import Collection, Mapping
-from functools import lru_cache
+import math
 from time import perf_counter
-from typing import Any
 
-import orjson
-
-from service.errors import PROBLEM_JSON, DeadlineExceeded, Overloaded
-from service.http.request import Header, RequestContext, record_of
+from service.errors import DeadlineExceeded, Overloaded
+from service.inference.backlog import Backlog
 from service.inference.batcher import Batcher
-from service.inference.drain_rate import DrainRate
-from service.monitoring.logs import AccessLog
-from service.monitoring.metrics import Metrics
+from service.shared_memory import SharedNumber
 
-TOGETHER = 64  # requests at work at once; so many are never too many
-_KEY = "elbo.in_line"  # in a scope: true while it is in the line, false from then on
-_HEAD = b"HTTP/1.1 429 Too Many Requests\r\ncontent-type: %b\r\nretry-after: %d\r\n"
+MAX_AT_WORK = 64  # requests processed at once: the event loop comes round every few milliseconds, however many wait
+MAX_RETRY_AFTER = 60  # seconds
+TICKET = "elbo.ticket"  # key of a request's ticket in its ASGI scope
 
 
 class AdmissionControl:
-    """The line of one process.
+    """The admission control of one process.
 
-    `paths` are those whose POST requests stand in it; `waiting` is how many do.
+    A request is refused when its rows would bring the pending rows above `max_rows`, when its body would bring the
+    request bodies in memory above `max_held_bytes`, or when the work ahead of it is expected to take longer than
+    `max_wait` seconds.
+
+    The work ahead is measured in requests and in rows, because reading and writing JSON may take longer than the model,
+    or the model longer than JSON. The rates are those measured last.
 
     Args:
-        seconds: longest that those in it may be expected to take, at the speed measured last.
-        batcher: which may be full itself.
-        metrics, access: count and log who is turned away.
+        batcher: reports the pending rows and how long they are expected to take.
+        max_rows: most rows that may be pending (ELBO_QUEUE_ROWS).
+        max_wait: longest expected wait in seconds (ELBO_QUEUE_SECONDS).
+        max_held_bytes: most bytes of request bodies in memory (ELBO_HELD_BYTES).
+        held_bytes: keeps the bytes of request bodies in memory, for a metric.
+
+    Attributes:
+        requests: the requests that hold a place in the queue, those at work included.
+        body_bytes: the bytes of request bodies in memory.
+        places_at_work: for at most MAX_AT_WORK requests.
     """
 
-    def __init__(self, seconds: float, batcher: Batcher, metrics: Metrics, access: AccessLog) -> None:
-        self.paths: Collection[str] = ()
-        self.waiting = 0
-        self._seconds = seconds
-        self._engine = batcher
-        self._telemetry = metrics
-        self._access = access
-        self._drain = DrainRate()
-        self._places = asyncio.Semaphore(TOGETHER)
+    def __init__(
+        self,
+        batcher: Batcher,
+        *,
+        max_rows: int,
+        max_wait: float,
+        max_held_bytes: int,
+        held_bytes: SharedNumber | None = None,
+    ) -> None:
+        self.max_held_bytes = max_held_bytes
+        self.requests = Backlog()
+        self.body_bytes = Backlog(held_bytes)
+        self.places_at_work = asyncio.Semaphore(MAX_AT_WORK)
+        self._batcher = batcher
+        self._max_rows = max_rows
+        self._max_wait = max_wait
 
-    def leads_to(self, method: bytes, path: str) -> bool:
-        """Whether a request for `path` stands in the line."""
-        return method == b"POST" and path in self.paths
+    def ticket(self) -> "Ticket":
+        """Return the ticket of a new request."""
+        return Ticket(self)
 
-    @property
-    def full(self) -> bool:
-        """Whether whoever comes now is turned away."""
-        slow = self.waiting >= TOGETHER and self._drain.wait(self.waiting) > self._seconds
-        return slow or self._engine.full
+    def refusal(self, *, rows: int = 0, body_bytes: int = 0, is_queued: bool = False) -> Overloaded | None:
+        """Return the error that refuses more work, or None if there is room for it.
 
-    def came(self, scope: Any) -> None:
-        """The request of `scope` is whole. It is in the line until `left`, unless it has been answered already."""
-        if _KEY not in scope:
-            scope[_KEY] = True
-            if not self.waiting:
-                self._drain.began()
-            self.waiting += 1
-
-    def left(self, request: RequestContext) -> None:
-        """Its answer is made, or its client has gone."""
-        scope = request.scope
-        if scope.get(_KEY):
-            self.waiting -= 1
-            self._drain.left(1, self.waiting)
-        scope[_KEY] = False
-        if request.at_work:
-            request.at_work = False
-            self._places.release()
-
-    async def enter(self, request: RequestContext, deadline: float) -> None:
-        """Wait for a place at work, which `left` gives back. Raises DeadlineExceeded.
-
-        deadline: by `perf_counter`.
+        Args:
+            rows: rows to be queued; 0 if only the body is to be checked.
+            body_bytes: bytes of a body to be held.
+            is_queued: whether the request already holds a place in the queue, so that only rows are ahead of it.
         """
-        if not self._places.locked():
-            await self._places.acquire()  # at once
+        pending = self._batcher.pending_rows + rows
+        if rows and pending > self._max_rows:
+            wait = self._batcher.backlog.seconds_for(pending - self._max_rows)
+            return _overloaded(
+                f"{pending - rows} rows are pending", f"at most {self._max_rows} pending rows", f"{pending} rows", wait
+            )
+        if rows and (wait := self._expected_wait(is_queued)) > self._max_wait:
+            return _overloaded(
+                "the queue is too long",
+                f"a wait of at most {self._max_wait:g} s",
+                f"a wait of about {wait:.2g} s",
+                wait - self._max_wait,
+            )
+        held = self.body_bytes.amount + body_bytes
+        if body_bytes and held > self.max_held_bytes:
+            return _overloaded(
+                f"the request bodies in memory have {self.body_bytes.amount:.0f} bytes, {body_bytes} more do not fit",
+                f"at most {self.max_held_bytes} bytes",
+                f"{held:.0f} bytes",
+                self.body_bytes.seconds_for(body_bytes),
+            )
+        return None
+
+    def check(self, *, rows: int, is_queued: bool) -> None:
+        """Raise the error that `refusal` returns, if any."""
+        error = self.refusal(rows=rows, is_queued=is_queued)
+        if error:
+            raise error
+
+    def _expected_wait(self, is_queued: bool) -> float:
+        """Return the seconds that the work ahead is expected to take."""
+        rows = self._batcher.expected_wait
+        if is_queued or self.requests.amount < MAX_AT_WORK:
+            return rows
+        return max(rows, self.requests.expected_wait)
+
+
+class Ticket:
+    """What one request occupies: a place in the queue, one of the places at work, and the memory of its body.
+
+    A request takes its place in the queue when its last byte has arrived, so that a slow upload delays nobody, and
+    gives it back when its response is made, so that a slow download delays nobody.
+    """
+
+    __slots__ = ("_admission", "_is_at_work", "_is_released", "held_bytes", "is_queued")
+
+    def __init__(self, admission: AdmissionControl) -> None:
+        self._admission = admission
+        self._is_at_work = False
+        self._is_released = False
+        self.is_queued = False
+        self.held_bytes = 0
+
+    def acquire(self) -> None:
+        """Take a place in the queue. Does nothing if the ticket has one or has been released."""
+        if not self.is_queued and not self._is_released:
+            self.is_queued = True
+            self._admission.requests.add(1)
+
+    async def start(self, deadline: float) -> None:
+        """Wait for a place at work.
+
+        Args:
+            deadline: by `perf_counter`.
+
+        Raises:
+            DeadlineExceeded: no place became free in time.
+        """
+        places = self._admission.places_at_work
+        if not places.locked():
+            await places.acquire()  # returns at once
         else:
             try:
                 async with asyncio.timeout(max(0.0, deadline - perf_counter())):
-                    await self._places.acquire()
+                    await places.acquire()
             except TimeoutError:
-                raise DeadlineExceeded("its turn had not come", hint="come back later, or allow more time") from None
-        request.at_work = True
+                raise DeadlineExceeded(
+                    "the request timed out while it waited in the queue", hint="try again later, or allow more time"
+                ) from None
+        self._is_at_work = True
 
-    def refusal(self, scope: Any, fixed: list[Header]) -> bytes:
-        """The whole answer for the request of `scope`, whose method and path are known; with the headers `fixed`."""
-        headers: Mapping[bytes, bytes] = dict(reversed(scope["headers"]))
-        record = record_of(scope, headers)
-        record.endpoint = scope["path"]
-        record.status, record.problem = Overloaded.status, Overloaded.code
-        too_many = self.waiting - int(self.waiting * self._seconds / (self._drain.wait(self.waiting) or self._seconds))
-        head, before, after = _refusal(self._drain.seconds(max(1, too_many)), self._seconds)
-        request_id = orjson.dumps(record.request_id)
-        lines = [b"%b: %b\r\n" % header for header in fixed]
-        own = b"x-request-id: %b\r\ncontent-length: %d\r\n\r\n"
-        length = len(before) + len(request_id) + len(after)
-        record.total = record.elapsed
-        self._telemetry.count(record)
-        self._access.log(record)
-        return b"".join([head, *lines, own % (record.request_id.encode(), length), before, request_id, after])
+    def release(self) -> None:
+        """Give back the places in the queue and at work; the second call does nothing."""
+        self._is_released = True
+        if self.is_queued:
+            self.is_queued = False
+            self._admission.requests.finish(1)
+        if self._is_at_work:
+            self._is_at_work = False
+            self._admission.places_at_work.release()
+
+    def hold(self, size: int) -> None:
+        """Count `size` more bytes of the body as held in memory. Raises Overloaded."""
+        error = self._admission.refusal(body_bytes=size)
+        if error:
+            raise error
+        self._admission.body_bytes.add(size)
+        self.held_bytes += size
+
+    def release_bytes(self) -> None:
+        """Count the bytes of the body as freed."""
+        self._admission.body_bytes.finish(self.held_bytes)
+        self.held_bytes = 0
 
 
-@lru_cache(maxsize=64)
-def _refusal(wait: int, seconds: float) -> tuple[bytes, bytes, bytes]:
-    """The head, and the body before and after the request's id."""
-    error = Overloaded(
-        "too many requests are waiting", expected=f"a wait of at most {seconds:g} s", hint=f"try again in {wait} s"
-    )
-    before, after = orjson.dumps(error.problem("<id>")).split(b'"<id>"')
-    return _HEAD % (PROBLEM_JSON.encode(), wait), before, after
+def retry_after(seconds: float) -> int:
+    """Return the Retry-After value for an expected wait: whole seconds from 1 to MAX_RETRY_AFTER."""
+    return min(MAX_RETRY_AFTER, max(1, math.ceil(seconds)))
+
+
+def _overloaded(detail: str, expected: str, got: str, seconds: float) -> Overloaded:
+    wait = retry_after(seconds)
+    headers = {"Retry-After": str(wait)}
+    return Overloaded(detail, expected=expected, got=got, hint=f"try again in {wait} s", headers=headers)

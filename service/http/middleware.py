@@ -7,7 +7,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.errors import ClientGone, InternalError, ServiceError
-from service.http.admission import AdmissionControl
+from service.http.admission import TICKET, AdmissionControl
 from service.http.request import BodyLimits, HttpResponse, RequestContext, visible_in
 from service.monitoring.logs import AccessLog
 from service.monitoring.metrics import Metrics
@@ -28,7 +28,7 @@ class RequestMiddleware:
         metrics: counts the requests.
         access: logs the requests.
         limits: limits on request bodies.
-        admission: releases a request's place in the queue when its response is made.
+        admission: gives a request its ticket.
     """
 
     def __init__(
@@ -53,13 +53,14 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request = RequestContext(scope, receive, send, self._limits)
+        ticket = scope.get(TICKET) or self._admission.ticket()  # servers other than our `Protocol` give none
+        request = RequestContext(scope, receive, send, self._limits, ticket)
         path = scope["path"].removeprefix(scope.get("root_path", ""))  # root_path: where the app is mounted
         handler = self._handlers.get(path) if scope["method"] == "POST" else None
         try:
             if handler:
                 request.record.endpoint = path
-                await request.answer(await self._respond(handler, request))
+                await request.answer(await _respond(handler, request))
             else:
                 await self._pass_on(request)
         except Exception as error:
@@ -70,18 +71,19 @@ class RequestMiddleware:
             self._metrics.count(request.record)
             self._access.log(request.record)
 
-    async def _respond(self, handler: Handler, request: RequestContext) -> HttpResponse:
-        """Return the response, and release the place in the queue before a slow client begins to read it."""
-        try:
-            return await handler(request)
-        finally:
-            self._admission.left(request)
-
     async def _pass_on(self, request: RequestContext) -> None:
         scope = visible_in(request.scope, request)
         if scope["method"] == "HEAD":  # answered like GET: the server omits the body
             scope["method"] = "GET"
         await self._app(scope, request.receive, request.send)
+
+
+async def _respond(handler: Handler, request: RequestContext) -> HttpResponse:
+    """Return the response, and release the ticket before a slow client begins to read it."""
+    try:
+        return await handler(request)
+    finally:
+        request.ticket.release()
 
 
 async def _refuse(request: RequestContext, error: Exception) -> bool:

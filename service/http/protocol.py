@@ -1,38 +1,56 @@
-"""uvicorn's HTTP protocol, with bounds on the head of a request: uvicorn waits for one, and gathers it, without end.
+"""uvicorn's HTTP protocol with admission control, and with limits on the head of a request.
 
-It also turns away, at the head, what the admission has no room for.
+uvicorn itself reads a head of any size and waits for its end for any time.
 """
 
 import asyncio
+from collections.abc import Collection
 from time import perf_counter
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.http.admission import AdmissionControl
+from service.errors import Overloaded
+from service.http.admission import TICKET, AdmissionControl, Ticket
+from service.http.refusal import HeadRefusal
 
-LAST = (b"connection", b"close")  # on every answer from the moment when the end begins
+LAST = (b"connection", b"close")  # header of every response once the server is shutting down
 MAX_HEAD = 64 * 1024  # bytes
 
 
 class Protocol(HttpToolsProtocol):
-    """One connection. `head_since` is when it began to wait for a head that is not whole; None while there is none."""
+    """One connection.
+
+    Args:
+        admission: decides which requests are accepted.
+        head_refusal: writes the response to those that are not.
+        paths: where POST requests are under admission control.
+        options: uvicorn's.
+
+    Attributes:
+        head_since: when the connection began to wait for a head that is not yet complete; None during a request.
+    """
 
     head_since: float | None = None
     _head_bytes = 0
-    _turned_away = False  # the request whose body comes now
+    _is_refused = False  # the request whose body arrives now
+    _ticket: Ticket | None = None  # of the request whose body arrives now
 
-    def __init__(self, *, admission: AdmissionControl, **options: Any) -> None:
+    def __init__(
+        self, *, admission: AdmissionControl, head_refusal: HeadRefusal, paths: Collection[str], **options: Any
+    ) -> None:
         super().__init__(**options)
-        self._door = admission
+        self._admission = admission
+        self._head_refusal = head_refusal
+        self._paths = paths
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
-        """The first head is awaited."""
+        """Begin to wait for the first head."""
         super().connection_made(transport)
         self.head_since = perf_counter()
 
     def data_received(self, data: bytes) -> None:
-        """Refuses a head that does not end."""
+        """Parse `data`, and refuse a head of more than MAX_HEAD bytes."""
         super().data_received(data)
         if self.head_since is not None:
             self._head_bytes += len(data)
@@ -40,63 +58,79 @@ class Protocol(HttpToolsProtocol):
                 self.send_400_response("The head of the request is too large.")
 
     def on_message_begin(self) -> None:
-        """A head begins."""
-        self.head_since, self._head_bytes = perf_counter(), 0
+        """Begin to wait for the end of a head."""
+        self.head_since = perf_counter()
+        self._head_bytes = 0
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        """It is whole."""
-        self.head_since, self._head_bytes = None, 0
-        if self._door.full and self._may_be_turned_away():
-            self._turn_away()
-        else:
-            super().on_headers_complete()
+        """Refuse the request, or start its ASGI task with a ticket in its scope."""
+        self.head_since = None
+        self._head_bytes = 0
+        self._ticket = None
+        error = self._admission.refusal(rows=1)
+        if error and self._may_refuse():
+            self._refuse(error)
+            return
+        super().on_headers_complete()
+        if self._is_controlled(self.scope.get("path", "")):
+            scope: Any = self.scope
+            self._ticket = scope[TICKET] = self._admission.ticket()
 
     def on_body(self, body: bytes) -> None:
-        """What comes of a body that nobody reads is dropped."""
-        if self._turned_away:
+        """Keep a piece of the body, or drop it if the request is refused."""
+        if self._is_refused:
             return
         cycle: Any = self.cycle
         if not cycle.body:
-            cycle.body = b""  # what is added to no bytes is not copied; to uvicorn's bytearray and back it is, twice
+            cycle.body = b""  # bytes + bytes gives `body` itself; uvicorn's bytearray would copy it, twice
         elif type(cycle.body) is bytes:
-            cycle.body = bytearray(cycle.body)  # each of many small chunks would copy all before it
+            cycle.body = bytearray(cycle.body)  # with bytes, each of many small pieces would copy all before it
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The request is whole, and stands in the line if it is one that computes."""
-        if self._turned_away:
-            self._turned_away = False
+        """Acquire the ticket of a request that is complete, or go on to the next request after a refused one."""
+        if self._is_refused:
+            self._is_refused = False
             if not self.parser.should_keep_alive() or LAST in self.server_state.default_headers:
                 self.transport.close()
             self.on_response_complete()
             return
         super().on_message_complete()
-        scope = self.scope
-        if not self.pipeline and self._door.leads_to(self.parser.get_method(), scope.get("path", "")):
-            self._door.came(scope)
+        if self._ticket and not self.pipeline:  # a pipelined request acquires its ticket when its task starts
+            self._ticket.acquire()
 
-    def _may_be_turned_away(self) -> bool:
-        """Whether it would stand in the line, and an answer can be written now. A stream is held back instead."""
-        cycle: Any = self.cycle  # None before the first
+    def _is_controlled(self, path: str) -> bool:
+        return path in self._paths and self.parser.get_method() == b"POST"
+
+    def _may_refuse(self) -> bool:
+        """Return whether the request is under admission control and the response can be written now.
+
+        A stream of rows is not refused: the server reads it as slowly as the queue permits.
+        """
+        cycle: Any = self.cycle  # None before the first request
         if (cycle and not cycle.response_complete) or self.expect_100_continue or self.flow.write_paused:
             return False
-        streams = any(name == b"accept" and b"ndjson" in value for name, value in self.headers)
-        path = self.url.partition(b"?")[0].decode("latin-1")
-        return self._door.leads_to(self.parser.get_method(), path) and not streams
+        is_stream = any(name == b"accept" and b"ndjson" in value for name, value in self.headers)
+        return not is_stream and self._is_controlled(self._path())
 
-    def _turn_away(self) -> None:
-        self._turned_away = True
-        self.scope["method"], self.scope["path"] = "POST", self.url.partition(b"?")[0].decode("latin-1")
-        self.transport.write(self._door.refusal(self.scope, self.server_state.default_headers))
+    def _refuse(self, error: Overloaded) -> None:
+        self._is_refused = True
+        scope: Any = self.scope
+        scope["method"] = "POST"
+        scope["path"] = self._path()
+        self.transport.write(self._head_refusal.response(scope, error, self.server_state.default_headers))
+
+    def _path(self) -> str:
+        return self.url.partition(b"?")[0].decode("latin-1")
 
     def close_if_slow(self, seconds: float) -> None:
-        """Close it if a head has not come in `seconds`."""
+        """Close the connection if it has waited longer than `seconds` for the end of a head."""
         if self.head_since is not None and perf_counter() - self.head_since > seconds:
             self.transport.close()
 
 
 def close_slow(connections: set[Any], seconds: float) -> None:
-    """Close those whose client takes longer than `seconds` for the head of a request."""
+    """Close the connections that have waited longer than `seconds` for the end of a head."""
     for connection in list(connections):
         connection.close_if_slow(seconds)

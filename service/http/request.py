@@ -3,7 +3,7 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -12,10 +12,9 @@ from starlette.datastructures import QueryParams
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
-from service.errors import PROBLEM_JSON, BodyTooLarge, BodyTooSlow, ClientGone, Overloaded, ServiceError
-from service.inference.drain_rate import DrainRate
+from service.errors import PROBLEM_JSON, BodyTooLarge, BodyTooSlow, ClientGone, ServiceError
+from service.http.admission import Ticket
 from service.monitoring.request_record import RequestRecord
-from service.shared_memory import SharedNumber
 
 LONGEST_REQUEST_ID = 128
 _KEY = "elbo.request"
@@ -44,48 +43,17 @@ class HttpResponse(NamedTuple):
     status: int = 200
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class BodyLimits:
-    """What the bodies of all requests share.
+    """Limits on the body of one request.
 
     Args:
-        max_body_bytes: largest body.
-        held_bytes: most bytes that are held for all requests that are under way.
-        seconds: in which a body must arrive.
-        level: where the bytes that are held now are kept, as its first number.
+        max_bytes: largest body.
+        seconds: longest time for a body to arrive.
     """
 
-    max_body_bytes: int
-    held_bytes: int
+    max_bytes: int
     seconds: float
-    level: SharedNumber = field(default_factory=lambda: [0.0])
-    drain: DrainRate = field(default_factory=DrainRate)
-
-    @property
-    def held(self) -> int:
-        """Bytes, now."""
-        return int(self.level[0])
-
-    def hold(self, size: int) -> None:
-        """Make room for `size` bytes more. Raises Overloaded."""
-        held = self.level[0]
-        if held + size > self.held_bytes:
-            wait = self.drain.seconds(size)
-            raise Overloaded(
-                f"the requests under way hold {self.held} bytes, {size} more do not fit",
-                expected=f"at most {self.held_bytes} bytes at once",
-                got=f"{self.held + size} bytes",
-                hint=f"try again in {wait} s",
-                headers={"Retry-After": str(wait)},
-            )
-        if not held:
-            self.drain.began()
-        self.level[0] = held + size
-
-    def release(self, size: int) -> None:
-        """`size` bytes are needed no more."""
-        self.level[0] -= size
-        self.drain.left(size, self.level[0])
 
 
 class RequestContext:
@@ -93,19 +61,19 @@ class RequestContext:
 
     Args:
         scope, receive, send: of ASGI.
-        limits: for its body, which stays held until `release`.
+        limits: on its body.
+        ticket: what it occupies; the bytes of its body until `end`.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, limits: BodyLimits) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, limits: BodyLimits, ticket: Ticket) -> None:
         self.scope = scope
         self.headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))  # the first of a name counts
         self.record = record_of(scope, self.headers)
         self.started = False
-        self.at_work = False  # whether it holds a place of `service.http.admission`
+        self.ticket = ticket
         self._receive = receive
         self._send = send
         self._limits = limits
-        self._read = 0
 
     def header(self, name: bytes, default: str = "") -> str:
         """The first header called `name`, in lower case."""
@@ -124,7 +92,7 @@ class RequestContext:
         Raises BodyTooLarge, BodyTooSlow, Overloaded, and ClientDisconnect if the client leaves before its end.
         """
         length = self.headers.get(b"content-length", b"")
-        if length.isdigit() and int(length) > self._limits.max_body_bytes:
+        if length.isdigit() and int(length) > self._limits.max_bytes:
             raise self._too_large(f"{int(length)} bytes")
         message = await self.receive()
         if message["type"] == "http.request" and not message.get("more_body"):
@@ -161,38 +129,28 @@ class RequestContext:
                 raise BodyTooSlow(f"nothing more of the body came for {self._limits.seconds:g} s") from None
             if message["type"] != "http.request":
                 raise ClientDisconnect
-            self.hold(len(message["body"]))
+            self.ticket.hold(len(message["body"]))
             yield message["body"]
-            self.release()
+            self.ticket.release_bytes()
             more = message.get("more_body", False)
-
-    def hold(self, size: int) -> None:
-        """Count `size` bytes more as held for this request. Raises Overloaded."""
-        self._limits.hold(size)
-        self._read += size
 
     @property
     def max_body_bytes(self) -> int:
         """Of its body, unpacked."""
-        return self._limits.max_body_bytes
+        return self._limits.max_bytes
 
     async def receive(self) -> Message:
         """ASGI's `receive`. Raises BodyTooLarge at the first byte too many, Overloaded if others hold too much."""
         message = await self._receive()
-        self.hold(len(message.get("body", b"")))
-        if self._read > self._limits.max_body_bytes:
+        self.ticket.hold(len(message.get("body", b"")))
+        if self.ticket.held_bytes > self._limits.max_bytes:
             raise self._too_large("more")
         return message
-
-    def release(self) -> None:
-        """The body is needed no more."""
-        self._limits.release(self._read)
-        self._read = 0
 
     def end(self) -> None:
         """Note the total time and release the bytes of the body."""
         self.record.total = self.record.elapsed
-        self.release()
+        self.ticket.release_bytes()
 
     async def send(self, message: Message) -> None:
         """ASGI's `send`, for answers that are not an `HttpResponse`; adds the headers that every answer has."""
@@ -246,8 +204,8 @@ class RequestContext:
 
     def _too_large(self, got: str) -> BodyTooLarge:
         return BodyTooLarge(
-            f"the body may have {self._limits.max_body_bytes} bytes, got {got}",
-            expected=f"at most {self._limits.max_body_bytes} bytes",
+            f"the body may have {self._limits.max_bytes} bytes, got {got}",
+            expected=f"at most {self._limits.max_bytes} bytes",
             got=got,
             hint="send fewer rows at a time, or application/x-npy",
             headers={"Connection": "close"},  # or the server would have to read the rest

@@ -17,14 +17,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import NoReturn, Protocol
+from typing import Protocol
 
 import torch
 
-from service.errors import DeadlineExceeded, NotReady, Overloaded
+from service.errors import DeadlineExceeded, NotReady
 from service.inference.backends import Array, Backend
+from service.inference.backlog import Backlog
 from service.inference.batch import compute, stacked
-from service.inference.drain_rate import DrainRate
 from service.inference.operations import Operation
 from service.shared_memory import SharedNumber
 
@@ -94,36 +94,28 @@ class Batcher:
 
     Args:
         max_batch_rows, max_batch_bytes: most rows that run at once, and most bytes of them.
-        queue_rows: most rows that wait or run; beyond them `run` refuses.
         threads: torch's threads for one batch.
         on_batch: told the operation and the rows of each batch.
         level: where the rows that are admitted and not yet answered are kept, as its first number.
-        queue_seconds: longest that the rows ahead of a request may be expected to take, at the speed measured last;
-            what fits into one batch is never too much.
     """
 
     def __init__(
         self,
         max_batch_rows: int,
         max_batch_bytes: int,
-        queue_rows: int,
         threads: int,
         on_batch: Callable[[str, int], None],
         level: SharedNumber | None = None,
-        queue_seconds: float = math.inf,
     ) -> None:
         self._max_batch_rows = max_batch_rows
         self._max_batch_bytes = max_batch_bytes
-        self._queue_rows = queue_rows
-        self._queue_seconds = queue_seconds
         self._threads = threads
         self._on_batch = on_batch
         self._lanes: dict[tuple[int, Operation], BatchQueue] = {}  # by the model's identity
         self._running: list[Job] = []  # in the inference thread
         self._stepping = self._sweeping = self._closing = False
         self._idle: asyncio.Event
-        self._drain = DrainRate()
-        self._ahead = 0  # rows that a new job finds: of a large request its present piece alone
+        self.backlog = Backlog()  # rows ahead of a new job: of a large request, its present piece
         self._level: SharedNumber = [0.0] if level is None else level
 
     @property
@@ -132,9 +124,9 @@ class Batcher:
         return int(self._level[0])
 
     @property
-    def full(self) -> bool:
-        """Whether not even one row more is let in."""
-        return self._level[0] >= self._queue_rows or self._takes_too_long()
+    def expected_wait(self) -> float:
+        """Expected seconds until a new job runs; 0 if the rows ahead of it fit into one batch."""
+        return self.backlog.expected_wait if self.backlog.amount >= self._max_batch_rows else 0.0
 
     def start(self) -> None:
         """Make ready. ParsedRequest from the event loop that will call `run`."""
@@ -160,7 +152,7 @@ class Batcher:
     ) -> BatchResult:
         """`operation` on `inputs`, each [B, ...] with the same B >= 1.
 
-        Raises Overloaded when the queue is full, NotReady when the batcher is closing, DeadlineExceeded, and what the
+        Raises NotReady when the batcher is closing, DeadlineExceeded, and what the
         operation raises. Cancelling the caller drops what has not yet begun.
 
         Args:
@@ -168,7 +160,6 @@ class Batcher:
             late: called once if the answer takes longer than SWEEP.
         """
         rows = len(inputs[0])
-        self.require_room(rows)
         self._level[0] += rows
         most = self._most_rows(model)
         try:
@@ -189,15 +180,12 @@ class Batcher:
 
     async def _done(self, model: Model, operation: Operation, job: Job) -> BatchResult:
         """What comes of `job`, at most one batch large."""
-        if not self._ahead:
-            self._drain.began()
-        self._ahead += job.rows
+        self.backlog.add(job.rows)
         try:
             self._submit(model, operation, job)
             return await job.result
         finally:
-            self._ahead -= job.rows
-            self._drain.left(job.rows, self._ahead)
+            self.backlog.finish(job.rows)
 
     def _submit(self, model: Model, operation: Operation, job: Job) -> None:
         if self._closing:
@@ -211,26 +199,6 @@ class Batcher:
         if not self._sweeping:
             self._sweeping = True
             self._loop.call_later(SWEEP, self._sweep)
-
-    def require_room(self, rows: int) -> None:
-        """Raise Overloaded if the queue has no room for `rows` more, or takes too long as it is."""
-        too_many = self.pending_rows + rows - self._queue_rows
-        if too_many > 0:
-            self._refuse(too_many, f"at most {self._queue_rows} rows at once", f"{self.pending_rows + rows} rows")
-        if self._takes_too_long():
-            seconds = self._drain.wait(self._ahead)
-            too_many = self._ahead - int(self._ahead * self._queue_seconds / seconds)
-            self._refuse(too_many, f"a wait of at most {self._queue_seconds:g} s", f"about {seconds:.2g} s")
-
-    def _takes_too_long(self) -> bool:
-        return self._ahead >= self._max_batch_rows and self._drain.wait(self._ahead) > self._queue_seconds
-
-    def _refuse(self, too_many: int, expected: str, got: str) -> NoReturn:
-        wait = str(self._drain.seconds(too_many))
-        raise Overloaded(
-            f"{self.pending_rows} rows are waiting",
-            expected=expected, got=got, hint=f"try again in {wait} s", headers={"Retry-After": wait},
-        )  # fmt: skip
 
     def _go_on(self) -> None:
         """Take the next batch, if any waits, once everything that has arrived by now is in the queue."""

@@ -6,7 +6,6 @@ import logging
 import signal
 import socket
 import sys
-from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -14,7 +13,7 @@ import uvicorn
 
 from service.app import create_app
 from service.endpoints.context import ServiceContext
-from service.http.protocol import LAST, Protocol, close_slow
+from service.http.protocol import LAST, close_slow
 from service.server import fd_passing
 from service.settings import Settings
 from service.shared_memory import SharedCounters, SharedNumber
@@ -190,7 +189,7 @@ def run_worker(
         log_config=None,
         access_log=False,
         server_header=False,
-        http=partial(Protocol, admission=service.admission),  # type: ignore[arg-type] # called like the class
+        http=app.state.protocol,
     )
     log.info("loading the models in %s", settings.artifacts)
     closed_connections = counters.local.array(fd_passing.CLOSED_CONNECTIONS, length=1, transient=True)

@@ -24,8 +24,8 @@ class Gate:
         assert self.open.wait(10)
         return (x,)
 
-    async def hold(self, running: Batcher, model: Model, x: np.ndarray) -> "asyncio.Task[Any]":
+    async def hold(self, batcher: Batcher, model: Model, x: np.ndarray) -> "asyncio.Task[Any]":
         """Occupy the batcher; the task ends when the gate opens."""
-        task = asyncio.create_task(running.run(model, self.operation, x))
+        task = asyncio.create_task(batcher.run(model, self.operation, x))
         await asyncio.to_thread(self.entered.wait, 10)
         return task

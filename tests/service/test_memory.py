@@ -27,9 +27,7 @@ from service.inference.model_loader import ModelLoader
 from service.inference.operations import Operation, reconstruct
 from service.inference.registry import ModelRegistry
 from service.settings import Settings
-from tests.service.inference.test_batcher import Lone, alone, batcher, rows
-
-Batches = list[tuple[str, int]]
+from tests.service.batching import BareModel, Batches, random_rows, reconstruction, running_batcher
 
 
 def small_memory(error: type[RuntimeError], text: str, most: int) -> tuple[Operation, list[int]]:
@@ -56,16 +54,16 @@ def small_memory(error: type[RuntimeError], text: str, most: int) -> tuple[Opera
 def test_what_does_not_fit_runs_in_halves_and_is_not_tried_again(
     vae: Artifact, error: type[RuntimeError], text: str
 ) -> None:
-    model = Lone(select_backend(vae, requested="torchscript").backend)
+    model = BareModel(select_backend(vae, requested="torchscript").backend)
     operation, tried = small_memory(error, text, most=7)
 
-    async def scenario(running: Batcher) -> None:
-        answers = await asyncio.gather(*[running.run(model, operation, rows(n, seed=n)) for n in (5, 20, 3)])
+    async def scenario(batcher: Batcher) -> None:
+        answers = await asyncio.gather(*[batcher.run(model, operation, random_rows(n, seed=n)) for n in (5, 20, 3)])
         for n, ran in zip((5, 20, 3), answers, strict=True):
-            np.testing.assert_allclose(ran.outputs[0], alone(model, rows(n, seed=n)), atol=1e-6)
+            np.testing.assert_allclose(ran.outputs[0], reconstruction(model, random_rows(n, seed=n)), atol=1e-6)
         tried.clear()
-        ran = await running.run(model, operation, rows(40))
-        np.testing.assert_allclose(ran.outputs[0], alone(model, rows(40)), atol=1e-6)
+        ran = await batcher.run(model, operation, random_rows(40))
+        np.testing.assert_allclose(ran.outputs[0], reconstruction(model, random_rows(40)), atol=1e-6)
         assert max(tried) == 7
         assert sum(tried) == 40
 
@@ -73,40 +71,41 @@ def test_what_does_not_fit_runs_in_halves_and_is_not_tried_again(
 
 
 async def in_engine(scenario: Any) -> None:
-    async with batcher() as running:
-        await scenario(running)
-        assert running.pending_rows == 0
+    async with running_batcher() as batcher:
+        await scenario(batcher)
+        assert batcher.pending_rows == 0
 
 
 def test_one_row_that_does_not_fit_fails_and_takes_nobody_with_it(vae: Artifact) -> None:
-    model = Lone(select_backend(vae, requested="torchscript").backend)
+    model = BareModel(select_backend(vae, requested="torchscript").backend)
 
     def run(module: Any, x: torch.Tensor) -> tuple[torch.Tensor]:
         if (x > 5).any():
             raise torch.OutOfMemoryError("CUDA out of memory")
         return (module(x),)
 
-    async def scenario(running: Batcher) -> None:
+    async def scenario(batcher: Batcher) -> None:
         operation = Operation("greedy", run)
-        asked = [rows(2, seed=1), rows(1) + 9, rows(3, seed=3)]
+        asked = [random_rows(2, seed=1), random_rows(1) + 9, random_rows(3, seed=3)]
         first, second, third = await asyncio.gather(
-            *[running.run(model, operation, x) for x in asked], return_exceptions=True
+            *[batcher.run(model, operation, x) for x in asked], return_exceptions=True
         )
         assert isinstance(second, torch.OutOfMemoryError)
         for x, ran in ((asked[0], first), (asked[2], third)):
             assert not isinstance(ran, BaseException)
-            np.testing.assert_allclose(ran.outputs[0], alone(model, x), atol=1e-6)
+            np.testing.assert_allclose(ran.outputs[0], reconstruction(model, x), atol=1e-6)
 
     asyncio.run(in_engine(scenario))
 
 
 def test_batches_keep_to_their_size_in_bytes(vae: Artifact) -> None:
-    model, batches = Lone(select_backend(vae, requested="torchscript").backend, row_bytes=256), []  # type: Lone, Batches
+    model = BareModel(select_backend(vae, requested="torchscript").backend, row_bytes=256)
+    batches: Batches = []
 
     async def scenario() -> None:
-        async with batcher(batches, max_batch_bytes=5 * 256) as running:
+        async with running_batcher(batches, max_batch_bytes=5 * 256) as batcher:
             operation = reconstruct(gaps=False)
-            await asyncio.gather(*[running.run(model, operation, rows(n)) for n in (2, 2, 2, 12)])
+            await asyncio.gather(*[batcher.run(model, operation, random_rows(n)) for n in (2, 2, 2, 12)])
 
     asyncio.run(scenario())
     assert max(size for _, size in batches) <= 5
@@ -197,8 +196,7 @@ def test_a_body_in_one_piece_is_not_copied_on_its_way(artifacts: Path) -> None:
         await send({"type": "http.response.start", "status": 204, "headers": []})
         await send({"type": "http.response.body"})
 
-    admission = create_app(Settings(artifacts=artifacts)).state.service.admission
-    http: Any = partial(Recorded, admission=admission)
+    http: Any = partial(Recorded, **create_app(Settings(artifacts=artifacts)).state.protocol.keywords)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, http=http, lifespan="off", log_config=None, access_log=False))
 

@@ -150,12 +150,12 @@ def test_a_client_that_does_not_read_is_not_read_from_and_harms_nobody(
                 sent += connection.send(piece)
         assert sent < 64 * 2**20  # what fits between the two, far less than was to be sent
         assert hosts.post("/anomaly", json={"inputs": host_rows(1)}).status_code == 200
-        held = streaming_app.state.service.limits.held
+        held = streaming_app.state.service.admission.body_bytes.amount
         assert held <= 2**20
     deadline = time.monotonic() + 15
-    while streaming_app.state.service.limits.held and time.monotonic() < deadline:
+    while streaming_app.state.service.admission.body_bytes.amount and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert streaming_app.state.service.limits.held == 0
+    assert streaming_app.state.service.admission.body_bytes.amount == 0
 
 
 def test_a_client_that_leaves_ends_the_work(streaming_app: FastAPI, hosts: httpx.Client) -> None:

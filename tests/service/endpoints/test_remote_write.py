@@ -154,7 +154,7 @@ def test_what_may_be_right_later_is_a_503_so_that_it_is_sent_again(artifacts: Pa
         assert write(client, series(host_rows(1))).status_code == 503
     app = create_app(Settings(artifacts=artifacts, default_model="hosts", log_level="error"))
     with running(app) as client:
-        app.state.service.limits.held_bytes = 10
+        app.state.service.admission.max_held_bytes = 10
         response = write(client, series(host_rows(3)))
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
 

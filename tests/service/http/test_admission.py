@@ -1,11 +1,13 @@
-"""The line at the admission: whoever would wait too long in it is turned away at once, at the head of the request."""
+"""Admission control: which requests are refused, when, and with which response."""
 
 import asyncio
 import json
 import re
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import httpx
 import numpy as np
@@ -13,14 +15,19 @@ import pytest
 import torch
 
 from models.artifact import Artifact
-from service.http.admission import TOGETHER
+from service.errors import Overloaded
+from service.http.admission import MAX_AT_WORK, AdmissionControl
+from service.inference.backend_selection import select_backend
+from service.inference.batcher import Batcher, BatchResult
+from service.inference.operations import Operation, reconstruct
 from service.settings import Settings
+from tests.service.batching import BareModel, random_rows, running_batcher
 from tests.service.gate import Gate
-from tests.service.http.test_queue import BODY, REQUEST, ROWS, serving, until
 from tests.service.process import ServerProcess, server_starter
+from tests.service.serving import BODY, REQUEST, ROWS, serving, until
 
-Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-HttpResponse = tuple[int, dict[str, str], bytes]
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+Response = tuple[int, dict[str, str], bytes]  # status, headers, body
 
 
 @pytest.fixture
@@ -29,8 +36,11 @@ def start() -> Iterator[Callable[..., ServerProcess]]:
         yield begin
 
 
-async def answer_of(reader: asyncio.StreamReader) -> HttpResponse:
-    """Status, headers and body."""
+async def connect(port: int) -> Connection:
+    return await asyncio.open_connection("127.0.0.1", port)
+
+
+async def read_response(reader: asyncio.StreamReader) -> Response:
     status = int((await reader.readline()).split()[1])
     headers = {}
     while line := (await reader.readline()).decode().strip():
@@ -39,38 +49,133 @@ async def answer_of(reader: asyncio.StreamReader) -> HttpResponse:
     return status, headers, await reader.readexactly(int(headers["content-length"]))
 
 
-async def rounds(port: int, request: bytes, clients: int, times: int) -> list[tuple[HttpResponse, float]]:
-    """Answers to `clients` that ask all at once, `times` times, and the seconds that each took."""
-    streams = [await asyncio.open_connection("127.0.0.1", port) for _ in range(clients)]
+async def send_rounds(port: int, request: bytes, clients: int, rounds: int) -> list[tuple[Response, float]]:
+    """Let `clients` send `request` at the same time, `rounds` times; return each response and its seconds."""
+    connections = [await connect(port) for _ in range(clients)]
 
-    async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[HttpResponse, float]:
+    async def send(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[Response, float]:
         sent = perf_counter()
         writer.write(request)
-        return await answer_of(reader), perf_counter() - sent
+        return await read_response(reader), perf_counter() - sent
 
-    seen = [pair for _ in range(times) for pair in await asyncio.gather(*[ask(*each) for each in streams])]
-    for _, writer in streams:
+    timed = [
+        pair for _ in range(rounds) for pair in await asyncio.gather(*[send(*connection) for connection in connections])
+    ]
+    for _, writer in connections:
         writer.close()
-    return seen
+    return timed
 
 
-def test_a_flood_is_turned_away_at_once_and_who_is_let_in_is_answered(
+def admission_for(batcher: Batcher, max_rows: int = 1000, max_wait: float = 3600) -> AdmissionControl:
+    return AdmissionControl(batcher, max_rows=max_rows, max_wait=max_wait, max_held_bytes=2**20)
+
+
+async def run_if_admitted(
+    admission: AdmissionControl, batcher: Batcher, model: BareModel, operation: Operation, x: np.ndarray
+) -> BatchResult:
+    admission.check(rows=len(x), is_queued=True)
+    return await batcher.run(model, operation, x)
+
+
+def test_rows_beyond_a_full_queue_are_refused_with_a_time_to_retry(vae: Artifact) -> None:
+    model = BareModel(select_backend(vae, requested="torchscript").backend)
+    operation = reconstruct(gaps=False)
+
+    async def scenario() -> None:
+        async with running_batcher() as batcher:
+            admission = admission_for(batcher, max_rows=10)
+            gate = Gate()
+            held = await gate.hold(batcher, model, random_rows(1))
+            waiting = asyncio.create_task(run_if_admitted(admission, batcher, model, operation, random_rows(9)))
+            await asyncio.sleep(0)
+            with pytest.raises(Overloaded) as caught:
+                await run_if_admitted(admission, batcher, model, operation, random_rows(1))
+            assert int(caught.value.headers["Retry-After"]) >= 1
+            gate.open.set()
+            await asyncio.gather(held, waiting)
+            result = await run_if_admitted(admission, batcher, model, operation, random_rows(10))
+            assert len(result.outputs[0]) == 10
+
+    asyncio.run(scenario())
+
+
+def test_rows_that_would_wait_too_long_are_refused_but_not_a_large_request_to_an_idle_batcher(vae: Artifact) -> None:
+    model = BareModel(select_backend(vae, requested="torchscript").backend)
+
+    def sleep_per_row(_: Any, x: torch.Tensor) -> tuple[torch.Tensor]:
+        time.sleep(0.02 * len(x))
+        return (x,)
+
+    operation = Operation("slow", sleep_per_row)
+
+    async def scenario() -> None:
+        async with running_batcher(max_batch_rows=1) as batcher:
+            admission = admission_for(batcher, max_wait=0.1)
+
+            def run(x: np.ndarray) -> Awaitable[BatchResult]:
+                return run_if_admitted(admission, batcher, model, operation, x)
+
+            unmeasured = await asyncio.gather(*[run(random_rows(1)) for _ in range(30)])
+            assert len(unmeasured) == 30  # without a measured rate every request is accepted
+            large = await run(random_rows(20, seed=1))  # takes 0.4 s
+            np.testing.assert_array_equal(large.outputs[0], random_rows(20, seed=1))
+            inputs = [random_rows(1, seed=seed) for seed in range(30)]
+            results = await asyncio.gather(*[run(x) for x in inputs], return_exceptions=True)
+            accepted = [index for index, result in enumerate(results) if not isinstance(result, Overloaded)]
+            assert accepted == list(range(len(accepted)))  # in order of arrival
+            assert 1 < len(accepted) <= 7  # 50 rows per second for 0.1 s, and the row that runs
+            for index in accepted:
+                result = results[index]
+                assert not isinstance(result, BaseException)
+                np.testing.assert_array_equal(result.outputs[0], inputs[index])
+            refused = results[-1]
+            assert isinstance(refused, Overloaded)
+            assert int(refused.headers["Retry-After"]) >= 1
+            assert batcher.pending_rows == 0
+            await run(random_rows(1))
+
+    asyncio.run(scenario())
+
+
+def test_ticket_acquired_or_released_twice_counts_once() -> None:
+    async def scenario() -> None:
+        async with running_batcher() as batcher:
+            admission = admission_for(batcher)
+            ticket = admission.ticket()
+            ticket.acquire()
+            ticket.acquire()
+            await ticket.start(perf_counter() + 1)
+            assert admission.requests.amount == 1
+            for _ in range(2):
+                ticket.release()
+                assert admission.requests.amount == 0
+            ticket.acquire()  # the rest of a body that arrives after the response
+            assert admission.requests.amount == 0
+            tickets = [admission.ticket() for _ in range(MAX_AT_WORK)]
+            for each in tickets:
+                await each.start(perf_counter() + 1)
+            assert admission.places_at_work.locked()
+
+    asyncio.run(scenario())
+
+
+def test_flood_is_refused_at_once_and_accepted_requests_are_answered(
     start: Callable[..., ServerProcess], artifacts: Path, vae: Artifact
 ) -> None:
     process = start(artifacts, QUEUE_SECONDS=0.001)
     request = REQUEST.replace(b"/encode", b"/reconstruct?model=vae")
     with torch.inference_mode():
         expected = vae.module(torch.from_numpy(ROWS)).numpy()
-    seen = asyncio.run(rounds(process.port, request, 6 * TOGETHER, 8))
-    refused = [(answer, seconds) for answer, seconds in seen if answer[0] == 429]
-    assert {answer[0] for answer, _ in seen} == {200, 429}
-    assert len(refused) < len(seen) - 8 * TOGETHER / 2  # work goes on meanwhile
-    for (status, headers, body), _ in seen:
-        told = json.loads(body)
+    timed = asyncio.run(send_rounds(process.port, request, clients=6 * MAX_AT_WORK, rounds=8))
+    refused = [(response, seconds) for response, seconds in timed if response[0] == 429]
+    assert {response[0] for response, _ in timed} == {200, 429}
+    assert len(refused) < len(timed) - 8 * MAX_AT_WORK / 2  # accepted requests are not starved by refusals
+    for (status, headers, body), _ in timed:
+        content = json.loads(body)
         if status == 200:
-            np.testing.assert_allclose(told["outputs"], expected, atol=1e-5)
+            np.testing.assert_allclose(content["outputs"], expected, atol=1e-5)
         else:
-            assert (told["code"], told["request_id"]) == ("overloaded", headers["x-request-id"])
+            assert (content["code"], content["request_id"]) == ("overloaded", headers["x-request-id"])
             assert int(headers["retry-after"]) >= 1
             assert headers["content-type"] == "application/problem+json"
     assert max(seconds for _, seconds in refused) < 2
@@ -83,19 +188,15 @@ def test_a_flood_is_turned_away_at_once_and_who_is_let_in_is_answered(
     assert process.stop() == 0
 
 
-async def connected(port: int) -> Streams:
-    return await asyncio.open_connection("127.0.0.1", port)
-
-
-def test_who_is_turned_away_hears_of_it_before_the_body_and_may_ask_again(artifacts: Path) -> None:
+def test_request_to_a_full_queue_is_refused_before_its_body_arrives_and_may_be_sent_again(artifacts: Path) -> None:
     async def scenario() -> None:
         async with serving(Settings(artifacts=artifacts, max_rows=3, queue_rows=3)) as (service, port):
             gate = Gate()
             held = await gate.hold(service.batcher, service.find(None), np.repeat(ROWS, 3, axis=0))
-            reader, writer = await connected(port)
+            reader, writer = await connect(port)
             for _ in range(2):
                 writer.write(REQUEST[:-40].replace(b"Host", b'X-Request-Id: a"b\r\nHost'))
-                status, headers, body = await answer_of(reader)
+                status, headers, body = await read_response(reader)
                 assert (status, headers["x-request-id"]) == (429, 'a"b')
                 assert json.loads(body)["request_id"] == 'a"b'
                 writer.write(REQUEST[-40:])
@@ -105,67 +206,67 @@ def test_who_is_turned_away_hears_of_it_before_the_body_and_may_ask_again(artifa
             gate.open.set()
             await held
             writer.write(REQUEST)
-            assert (await answer_of(reader))[0] == 200
+            assert (await read_response(reader))[0] == 200
             writer.close()
-            assert service.admission.waiting == 0
+            assert service.admission.requests.amount == 0
 
     asyncio.run(scenario())
 
 
-def test_a_full_queue_holds_a_stream_back_instead_of_turning_it_away(artifacts: Path) -> None:
+def test_stream_of_rows_waits_for_a_full_queue_instead_of_being_refused(artifacts: Path) -> None:
     async def scenario() -> None:
         async with serving(Settings(artifacts=artifacts, max_rows=3, queue_rows=3)) as (service, port):
             gate = Gate()
             held = await gate.hold(service.batcher, service.find(None), np.repeat(ROWS, 3, axis=0))
-            kind = "application/x-ndjson"
+            media_type = "application/x-ndjson"
+            headers = {"content-type": media_type, "accept": media_type}
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
                 line = json.dumps(ROWS[0].tolist()).encode() + b"\n"
-                post = client.post("/anomaly", content=line, headers={"content-type": kind, "accept": kind})
-                stream = asyncio.create_task(post)
+                stream = asyncio.create_task(client.post("/anomaly", content=line, headers=headers))
                 await asyncio.sleep(0.2)
                 gate.open.set()
                 await held
-                answer = await stream
-            assert answer.status_code == 200
-            assert json.loads(answer.text.splitlines()[-1])["rows"] == 1
+                response = await stream
+            assert response.status_code == 200
+            assert json.loads(response.text.splitlines()[-1])["rows"] == 1
 
     asyncio.run(scenario())
 
 
-def test_a_deadline_that_passes_in_the_line_is_a_504_and_the_others_keep_their_places(artifacts: Path) -> None:
+def test_deadline_that_passes_in_the_queue_gives_504_and_leaves_other_requests_queued(artifacts: Path) -> None:
     async def scenario() -> None:
         async with serving(Settings(artifacts=artifacts)) as (service, port):
             gate = Gate()
             held = await gate.hold(service.batcher, service.find(None), ROWS)
-            streams = [await connected(port) for _ in range(TOGETHER + 3)]
-            for _, writer in streams:
+            connections = [await connect(port) for _ in range(MAX_AT_WORK + 3)]
+            for _, writer in connections:
                 writer.write(REQUEST)
-            await until(lambda: service.admission.waiting == len(streams))
-            assert service.batcher.pending_rows == 1 + TOGETHER
-            reader, writer = await connected(port)
+            await until(lambda: service.admission.requests.amount == len(connections))
+            assert service.batcher.pending_rows == 1 + MAX_AT_WORK
+            reader, writer = await connect(port)
             writer.write(REQUEST.replace(b"Host", b"X-Request-Timeout: 0.1\r\nHost"))
-            status, _, body = await answer_of(reader)
+            status, _, body = await read_response(reader)
             assert (status, json.loads(body)["code"]) == (504, "deadline_exceeded")
             writer.close()
             gate.open.set()
             await held
-            for reader, writer in streams:
-                assert (await answer_of(reader))[0] == 200
+            for reader, writer in connections:
+                assert (await read_response(reader))[0] == 200
                 writer.close()
-            assert service.admission.waiting == 0
+            assert service.admission.requests.amount == 0
 
     asyncio.run(scenario())
 
 
-def test_bodies_that_do_not_come_stand_in_nobodys_way(artifacts: Path) -> None:
+def test_incomplete_bodies_delay_no_other_request(artifacts: Path) -> None:
     async def scenario() -> None:
         async with serving(Settings(artifacts=artifacts, queue_seconds=0.001)) as (service, port):
-            slow = [await connected(port) for _ in range(2 * TOGETHER)]
+            slow = [await connect(port) for _ in range(2 * MAX_AT_WORK)]
             for _, writer in slow:
                 writer.write(REQUEST[:-10])
-            answered = await rounds(port, REQUEST, 1, 2000)
-            assert {status for (status, _, _), _ in answered} == {200}
-            assert service.admission.waiting == 0
+            timed = await send_rounds(port, REQUEST, clients=1, rounds=2000)
+            assert {status for (status, _, _), _ in timed} == {200}
+            assert service.admission.requests.amount == 0
             for _, writer in slow:
                 writer.close()
 

@@ -1,6 +1,7 @@
 """RequestMiddleware stands in front of FastAPI: the application answers alike wherever it is mounted."""
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
@@ -9,7 +10,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 from service.app import create_app
-from service.http.admission import TOGETHER
+from service.http.admission import MAX_AT_WORK
 from service.settings import Settings
 from tests.service.running import running
 
@@ -20,7 +21,13 @@ BODY = {"inputs": [[0.5] * 64]}
 def mounted(artifacts: Path) -> Iterator[httpx.Client]:
     """A client of an application that serves Elbo under /elbo."""
     app = create_app(Settings(artifacts=artifacts, log_level="error"))
-    parent = Starlette(routes=[Mount("/elbo", app)], lifespan=lambda _: app.router.lifespan_context(app))
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        async with app.router.lifespan_context(app):
+            yield
+
+    parent = Starlette(routes=[Mount("/elbo", app)], lifespan=lifespan)
     with running(parent) as client:
         client.base_url = client.base_url.join("/elbo")
         yield client
@@ -43,5 +50,5 @@ def test_a_mounted_app_refuses_unknown_paths_and_methods_as_problems(mounted: ht
 
 
 def test_a_mounted_app_gives_back_the_place_of_every_answered_request(mounted: httpx.Client) -> None:
-    statuses = {mounted.post("/encode", json=BODY).status_code for _ in range(TOGETHER + 10)}
+    statuses = {mounted.post("/encode", json=BODY).status_code for _ in range(MAX_AT_WORK + 10)}
     assert statuses == {200}

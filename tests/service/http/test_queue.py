@@ -1,53 +1,17 @@
 """Requests that wait: those whose client leaves are dropped, and those that do not fit are refused."""
 
 import asyncio
-import json
-import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 
-from service.app import create_app
-from service.endpoints.context import ServiceContext
 from service.errors import DeadlineExceeded
-from service.http.protocol import Protocol
 from service.settings import Settings
 from tests.service.gate import Gate
-
-ROWS = np.full((1, 64), 0.5, np.float32)
-BODY = json.dumps({"inputs": ROWS.tolist()}).encode()
-REQUEST = b"POST /encode HTTP/1.1\r\nHost: elbo\r\nContent-Length: %d\r\n\r\n%b" % (len(BODY), BODY)
-
-
-@asynccontextmanager
-async def serving(settings: Settings) -> AsyncIterator[tuple[ServiceContext, int]]:
-    """The service and its port, in this event loop."""
-    app = create_app(settings)
-    listener = socket.create_server(("127.0.0.1", 0))
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # uvloop sets it, asyncio not here: 40 ms an answer
-    protocol: Any = partial(Protocol, admission=app.state.service.admission)
-    server = uvicorn.Server(uvicorn.Config(app, http=protocol, log_config=None, access_log=False))
-    task = asyncio.create_task(server.serve([listener]))
-    await until(lambda: server.started)
-    try:
-        yield app.state.service, listener.getsockname()[1]
-    finally:
-        server.should_exit = True
-        await task
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.01)
+from tests.service.serving import BODY, REQUEST, ROWS, serving, until
 
 
 def test_who_leaves_the_queue_is_dropped_before_it_costs_anything(artifacts: Path) -> None:
@@ -144,7 +108,7 @@ def test_a_body_that_does_not_come_costs_its_connection_and_nothing_else(artifac
                 assert b"408" in await reader.readline()
                 assert b"body_too_slow" in await reader.read()  # to the end: the connection is closed
                 writer.close()
-            assert service.limits.held == 0
+            assert service.admission.body_bytes.amount == 0
 
     asyncio.run(scenario())
 
@@ -167,6 +131,6 @@ def test_bodies_beyond_what_may_be_held_are_refused_until_others_have_gone(artif
                 gate.open.set()
                 await held
                 assert [answer.status_code for answer in await asyncio.gather(*tasks)] == [200] * room
-            assert service.limits.held == 0
+            assert service.admission.body_bytes.amount == 0
 
     asyncio.run(scenario())
