@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from service.codec.feature_names import FeatureSelectors
 from service.codec.remote_write import METRIC_NAME_LABEL, Series, is_stale
 
-MAX_INCOMPLETE_ROWS = 10_000  # beyond it, the oldest row is completed with the samples that it has
+MAX_INCOMPLETE_ROWS = 10_000  # with more, the oldest row is completed with the samples that it has
 MAX_SERIES = 100_000  # label sets whose feature and group are cached
-MAX_GROUPS = 10_000  # whose last completed times are remembered
+MAX_GROUPS = 10_000  # groups whose last completed times are remembered
 REMEMBERED_TIMES = 64  # completed times per group, so that a sample that is sent again starts no second row
 
 LabelSet = tuple[tuple[str, str], ...]
@@ -49,7 +49,9 @@ class SampleAligner:
         self._incomplete: OrderedDict[tuple[str, int], AlignedRow] = OrderedDict()
         self._ready: list[AlignedRow] = []
         self._completed_times: OrderedDict[str, deque[int]] = OrderedDict()
-        self.outcomes: collections.Counter[str] = collections.Counter()  # of samples; the metrics read and clear it
+        self.outcomes: collections.Counter[str] = (
+            collections.Counter()
+        )  # sample counts; the metrics read and clear them
 
     @property
     def pending_rows(self) -> int:

@@ -11,7 +11,7 @@ from service.codec import csv_rows, ndjson
 from service.codec.request_body import BodyReader
 from service.codec.row_arrays import parse_valid_array_rows
 from service.codec.row_lists import parse_valid_rows
-from service.codec.row_records import count_unknown_fields, most_missing, parse_valid_records
+from service.codec.row_records import count_unknown_fields, max_missing, parse_valid_records
 from service.codec.row_schema import ParsedRows, RowSchema
 from service.codec.telegraf import TelegrafBatch
 from service.codec.timestamps import to_unix_seconds
@@ -19,7 +19,7 @@ from service.errors import InvalidField, InvalidRows
 from service.inference.served_model import ServedModel
 from service.schemas import AnomalyBody
 
-ROW_FIELDS = ("inputs", "records", "metrics")  # the fields of which a body gives one
+ROW_FIELDS = ("inputs", "records", "metrics")  # a body gives exactly one of these fields
 RECORD_READERS: Mapping[str, BodyReader] = {  # by media type; each returns the field `records`
     **dict.fromkeys(ndjson.MEDIA_TYPES, ndjson.read_fields),
     csv_rows.MEDIA_TYPE: csv_rows.read_fields,
@@ -143,7 +143,7 @@ def _validate_header(schema: RowSchema, header: list[str], impute: bool, pointer
     """Raise InvalidRows if a CSV header lacks so many features that no line can be valid."""
     has_feature = not schema.name_set.isdisjoint(header)
     missing = [name for name in schema.required_names if name not in header]
-    if has_feature and len(missing) <= most_missing(schema, impute):
+    if has_feature and len(missing) <= max_missing(schema, impute):
         return
     missing = missing or list(schema.names)  # even if all features are optional, a row needs at least one
     columns = "column" if len(missing) == 1 else "columns"

@@ -1,7 +1,6 @@
-"""Codecs: request bodies to fields and float32 rows, and fields to response bodies.
+"""Codecs: request bodies to fields and float32 rows, and response fields to bytes. One file per format.
 
-request_body.py picks the reader of a body by its Content-Type, response_body.py the format of a response by its Accept
-header; a new media type is registered in `read_fields` and in the tuples of response_body.py (row-per-line formats for
-/anomaly in `RECORD_READERS` of anomaly/inputs.py). One file per format: npy, safetensors, png, ndjson, csv_rows,
-telegraf, remote_write, simdjson_rows. row_schema.py describes a row; row_lists, row_records and row_arrays parse rows.
+To add a request format, register its reader in `request_body.read_fields`; if it has one record per line, in
+`RECORD_READERS` of `service.anomaly.inputs`. To add a response format, add it to a tuple in `response_body`, and write
+it in `service.endpoints.pipeline`. `row_schema` describes a row; `row_lists`, `row_records`, `row_arrays` parse rows.
 """

@@ -7,7 +7,7 @@ import cramjam
 
 from service.errors import BodyTooLarge, InvalidEncoding, UnsupportedMediaType
 
-CHUNK_BYTES = 64 * 1024  # decompressed at once
+CHUNK_BYTES = 64 * 1024  # the most that is decompressed at once
 GZIP_NAMES = ("gzip", "x-gzip")
 _GZIP_WBITS = 31  # zlib: a window of 32 KiB, with the header and checksum of gzip
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-# Up to this many numbers, one dot product is faster than np.isfinite on each. BLAS may start threads for longer ones.
+# Up to this many numbers, one dot product is faster than np.isfinite on each. BLAS may start threads for more.
 DOT_PRODUCT_LIMIT = 8192
 _MAX_SQUARE_SUM = 1e76  # if a sum of squares is smaller, no number exceeds 1e38, and all of them fit float32
 

@@ -8,7 +8,7 @@ from service.errors import InvalidJson
 
 MEDIA_TYPE = "application/x-ndjson"
 MEDIA_TYPES = (MEDIA_TYPE, "application/ndjson", "application/jsonl", "application/x-jsonlines")
-QUOTED_CHARACTERS = 40  # of an invalid line, in its error
+QUOTED_CHARACTERS = 40  # how much of an invalid line its error quotes
 
 
 class NdjsonRows(list[object]):

@@ -73,7 +73,7 @@ def _parse_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], 
     except KeyError:
         got = f"version {version[0]}.{version[1]}"
         raise InvalidNpy(f"npy {got} is not supported", expected="version 1.0 or 2.0", got=got) from None
-    # numpy lets the errors of Python's literal parser through.
+    # numpy does not catch the errors of the Python parser that it calls for the header.
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError, UserWarning) as error:
         raise InvalidNpy(
             "the npy header is not valid",

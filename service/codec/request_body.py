@@ -51,8 +51,8 @@ def read_fields(
     """Return the fields of `body`. An empty body has none.
 
     Args:
-        content_type: the header.
-        body: decompressed.
+        content_type: the Content-Type header.
+        body: the body, decompressed.
         main: the field that holds the rows, if the endpoint has one. The array in an npy or safetensors body is this
             field; in a JSON body, its rows become an array if they are lists of `width` numbers.
         width: the number of values per row.
@@ -111,7 +111,7 @@ def _read_json(body: bytes) -> RequestFields:
 
 
 def _may_nest_booleans(body: bytes, document: dict[str, Any]) -> bool:
-    """Return whether `document` may contain a boolean in other places than the values of its fields."""
+    """Return whether `document` may contain a boolean anywhere but as the value of a field."""
     # A search for one byte runs at memory speed. In a document of numbers only true has an r, and only false an f.
     if b"r" not in body and b"f" not in body:
         return False
@@ -120,10 +120,10 @@ def _may_nest_booleans(body: bytes, document: dict[str, Any]) -> bool:
 
 
 def _loads_non_finite(body: bytes, error: orjson.JSONDecodeError) -> Any:
-    """Return the value of a body that orjson refused for NaN, Infinity or 1e999: the parser of rows reports the place.
+    """Return the value of a body that orjson refused for NaN, Infinity or 1e999, as Python's json module reads it.
 
-    Python's own reader parses it. It would also accept lone surrogates, so bodies with escapes are refused, as are
-    bodies with any other error. Raises InvalidJson.
+    The parser of rows then reports the place of the number. The json module also accepts lone surrogates, so a body
+    with Unicode escapes is refused, and so is a body with any other error. Raises InvalidJson.
     """
     try:
         if not (b"NaN" in body or b"Infinity" in body or "infinity" in str(error)) or rb"\u" in body:

@@ -18,7 +18,7 @@ from service.errors import InvalidRows, escape
 
 PACKING_ERRORS = (struct.error, TypeError, OverflowError)  # raised by `struct` for a row that it refuses
 MISSING_VALUE_HINT = (
-    "send null (in npy NaN) for a missing value; a feature may lack it if GET /models/{name} lists it with missing > 0"
+    "send null (NaN in npy) for a missing value; only features with missing > 0 in GET /models/{name} may lack one"
 )
 
 

@@ -55,7 +55,7 @@ def count_unknown_fields(schema: RowSchema, records: Sequence[Any], ignored: Col
     return sum(len(record.keys() - known) for record in records if type(record) is dict)
 
 
-def most_missing(schema: RowSchema, impute: bool) -> int:
+def max_missing(schema: RowSchema, impute: bool) -> int:
     """Return how many of the required values a record may lack."""
     return len(schema.required_names) // 2 if impute else 0
 
@@ -75,7 +75,7 @@ def _values_in_order(schema: RowSchema, record: Any, impute: bool) -> list[Any]:
         values = [record.get(name) for name in schema.names]
     required = schema.required_names
     missing = [name for name in required if (record.get(name) is None if impute else name not in record)]
-    allowed = most_missing(schema, impute)
+    allowed = max_missing(schema, impute)
     if len(missing) <= allowed:
         return values
     how_many = f"at least {len(required) - allowed} of the" if allowed else "all"

@@ -72,7 +72,7 @@ class RowSchema:
         return RowSchema(self.shape, self.names, (True,) * self.width)
 
     def shape_of(self, row: Any) -> tuple[int, ...]:
-        """Return the shape that `row` is meant to have: `shape` if it is nested, else [D]."""
+        """Return the shape that `row` should have: `shape` if it is nested, else [D]."""
         nested = len(self.shape) > 1 and type(row) is list and bool(row) and type(row[0]) is list
         return self.shape if nested else (self.width,)
 
@@ -91,7 +91,7 @@ class RowSchema:
 
 
 def flatten(row: Any, shape: tuple[int, ...]) -> list[Any] | None:
-    """Return the values in lists nested as `shape`; None if a list has another length."""
+    """Return the values in lists that are nested as `shape` says, or None if a list has another length."""
     level = [row]
     for size in shape:
         if not all(type(part) is list and len(part) == size for part in level):

@@ -1,7 +1,7 @@
 """The safetensors format: the length of a JSON header in eight bytes, the header, then the bytes of the tensors.
 
 This reader replaces the safetensors library, which copies every tensor. Like the library, it checks everything that the
-header says: names, types, shapes, and that the tensor has the bytes that its shape needs and fills the body.
+header says: names, types, shapes, and that the tensor's bytes match its shape and fill the body.
 
 Format: https://huggingface.co/docs/safetensors
 """

@@ -12,7 +12,7 @@ import numpy as np
 import simdjson
 
 MAX_SEARCHES = 64  # the largest count that is checked by repeated searches
-_THREAD_LOCAL = threading.local()  # a document lives until its parser parses the next: each thread has a parser
+_THREAD_LOCAL = threading.local()  # parsing invalidates the parser's last document: each thread has a parser
 _PARSING_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError)
 
 
@@ -51,7 +51,7 @@ def _read_fields(body: bytes, main: str, width: int) -> dict[str, Any] | None:
 def _occurs(body: bytes, character: bytes, times: int) -> bool:
     """Return whether `character` occurs exactly `times` times in `body`.
 
-    A search for the next occurrence runs at memory speed, bytes.count does not.
+    A search for the next occurrence runs at memory speed, while bytes.count does not.
     """
     if times > MAX_SEARCHES:
         return body.count(character) == times

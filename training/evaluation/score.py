@@ -14,7 +14,7 @@ from models.artifact import Artifact
 from training.data.row_store import Floats
 from training.data.table import DataError, Table
 
-BATCH_ROWS = 1024  # scored at once
+BATCH_ROWS = 1024  # rows that are scored at once
 
 
 @dataclass(frozen=True)

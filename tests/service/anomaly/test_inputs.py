@@ -186,6 +186,24 @@ def test_request_without_a_valid_row_is_refused(
     assert words in response.text
 
 
+@pytest.mark.parametrize(
+    ("header", "query", "detail", "pointer"),
+    [
+        ("cpu,memory/used,disk~io", "?impute=false", "column 'load' is missing", "/records/0"),
+        ("load", "", "columns 'cpu', 'memory/used', 'disk~io' are missing", "/records/0"),
+        ("x,y", "", "columns 'cpu', 'memory/used', 'disk~io', 'load' are missing", ""),
+    ],
+)
+def test_csv_header_without_required_features_is_refused_by_name(
+    hosts: httpx.Client, header: str, query: str, detail: str, pointer: str
+) -> None:
+    line = ",".join("1" for _ in header.split(","))
+    response = hosts.post(f"/anomaly{query}", content=f"{header}\n{line}\n", headers={"content-type": CSV})
+    problem = response.json()
+    assert (response.status_code, problem["code"], problem["pointer"]) == (422, "invalid_rows", pointer)
+    assert problem["detail"] == f"{detail} from the CSV header: the model needs cpu, memory/used, disk~io, load"
+
+
 def test_missing_value_in_any_named_format_is_imputed_and_reported(hosts: httpx.Client) -> None:
     record = host_records(host_rows(1))[0]
     del record["load"]

@@ -39,14 +39,14 @@ def test_mean_of_rows_in_any_order_is_the_weighted_sum_over_the_past(
     rows: list[tuple[float, float, str]], half_life: float, random: object
 ) -> None:
     values, time, group = map(list, zip(*rows, strict=True))
-    found = exponential_mean(values, half_life, time, group)
-    np.testing.assert_allclose(found, by_definition(values, half_life, time, group), rtol=1e-9, atol=1e-9)
+    smoothed = exponential_mean(values, half_life, time, group)
+    np.testing.assert_allclose(smoothed, by_definition(values, half_life, time, group), rtol=1e-9, atol=1e-9)
     order = list(range(len(rows)))
     random.shuffle(order)  # type: ignore[attr-defined] # hypothesis gives a random.Random
     shuffled = exponential_mean(
         [values[i] for i in order], half_life, [time[i] for i in order], [group[i] for i in order]
     )
-    np.testing.assert_allclose(shuffled, found[order], rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(shuffled, smoothed[order], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("half_life", [0.5, 3.0, 40.0])
@@ -68,14 +68,14 @@ def test_row_after_a_long_silence_keeps_its_own_value() -> None:
 
 
 def test_rows_of_other_groups_do_not_count() -> None:
-    found = exponential_mean([1.0, 50.0, 1.0, 70.0], 5.0, [0, 0, 1, 1], ["a", "b", "a", "b"])
-    assert found[[0, 2]].tolist() == [1.0, 1.0]
-    assert 50.0 < found[3] < 70.0
+    smoothed = exponential_mean([1.0, 50.0, 1.0, 70.0], 5.0, [0, 0, 1, 1], ["a", "b", "a", "b"])
+    assert smoothed[[0, 2]].tolist() == [1.0, 1.0]
+    assert 50.0 < smoothed[3] < 70.0
 
 
 def test_nan_does_not_count_and_stays_nan() -> None:
-    found = exponential_mean([2.0, math.nan, 2.0], 1.0, [0, 1, 2])
-    np.testing.assert_array_equal(found, [2.0, math.nan, 2.0])
+    smoothed = exponential_mean([2.0, math.nan, 2.0], 1.0, [0, 1, 2])
+    np.testing.assert_array_equal(smoothed, [2.0, math.nan, 2.0])
 
 
 def test_variance_of_smoothed_noise_is_that_of_the_theory() -> None:
@@ -99,10 +99,10 @@ def test_arguments_of_different_lengths_are_refused() -> None:
 def test_running_mean_in_pieces_equals_the_mean_of_the_whole() -> None:
     values = np.random.default_rng(3).exponential(size=200)
     means = exponential_mean(values, 3.0)
-    running, found, start = RunningMean(3.0), [], 0
+    running, counts, start = RunningMean(3.0), [], 0
     for size in (1, 5, 44, 150):
-        found.append(running.count_above_one([*values[start : start + size].tolist(), math.nan]))
-        assert found[-1] == (means[start : start + size] > 1).sum()
+        counts.append(running.count_above_one([*values[start : start + size].tolist(), math.nan]))
+        assert counts[-1] == (means[start : start + size] > 1).sum()
         start += size
-    assert sum(found) > 20
+    assert sum(counts) > 20
     assert RunningMean(0.0).count_above_one([2.0, 0.5, math.inf, 0.5]) == 2

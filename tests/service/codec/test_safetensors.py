@@ -93,9 +93,9 @@ def test_invalid_file_is_refused(body: bytes) -> None:
 
 def test_dumped_file_can_be_read() -> None:
     body = safetensors.dumps({"a": X, "b": X.T}, {"model": "vae"})
-    found = read(body)
-    np.testing.assert_array_equal(found["a"], X)
-    np.testing.assert_array_equal(found["b"], X.T)
+    tensors = read(body)
+    np.testing.assert_array_equal(tensors["a"], X)
+    np.testing.assert_array_equal(tensors["b"], X.T)
     assert (8 + struct.unpack("<Q", body[:8])[0]) % 8 == 0
     assert json.loads(body[8 : 8 + struct.unpack("<Q", body[:8])[0]])["__metadata__"] == {"model": "vae"}
 
@@ -106,9 +106,9 @@ def test_response_contains_every_array_under_its_name(client: httpx.Client, digi
     expected = client.post("/reconstruct", json={"inputs": rows.tolist()}).json()
     answer = client.post("/reconstruct", content=body, headers={**TYPE, "accept": safetensors.MEDIA_TYPE})
     assert answer.headers["content-type"] == safetensors.MEDIA_TYPE
-    found = read(answer.content)
-    assert set(found) == {"outputs", "errors"}
-    for name, array in found.items():
+    tensors = read(answer.content)
+    assert set(tensors) == {"outputs", "errors"}
+    for name, array in tensors.items():
         np.testing.assert_allclose(array, expected[name], atol=1e-6)
     verdicts = client.post("/anomaly?explain=0", content=body, headers={**TYPE, "accept": safetensors.MEDIA_TYPE})
     results = client.post("/anomaly", json={"inputs": rows.tolist()}).json()["results"]
