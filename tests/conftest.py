@@ -18,12 +18,12 @@ def require(condition: object, reason: str) -> None:
 @pytest.fixture(scope="session")
 def demonstration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact folder with the models that `elbo demo` trains, on the digits."""
-    from tests.training.reporters import Silent
+    from tests.training.reporters import RecordingReporter
     from training.config import DEMONSTRATION
     from training.data.table import read_table
     from training.train import train
 
     root = tmp_path_factory.mktemp("artifacts")
     for config in DEMONSTRATION:
-        train(config, read_table("digits"), root, Silent())
+        train(config, read_table("digits"), root, RecordingReporter())
     return root

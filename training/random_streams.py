@@ -1,22 +1,23 @@
-"""Random streams without a state: each is a function of the seed and of what it is for.
+"""Random number generators that depend only on a seed, a purpose and an index.
 
-A run that starts again at step n draws what it would have drawn, and processes that share a batch draw the same noise,
-with nothing to save and nothing to send. Streams are on the CPU, so that a seed means the same on every device.
+There is no generator state to save or to send: a run that resumes at step n draws the same numbers as a run that was
+never stopped, and processes that share a batch draw the same noise. Numbers are drawn on the CPU, so a seed gives the
+same numbers on every device.
 """
 
 import hashlib
 
 import torch
 
-ORDER, NOISE, VALIDATION, SHUFFLE = range(4)  # what a stream is for
+ORDER, NOISE, VALIDATION, SHUFFLE = range(4)  # the purposes
 
 
 def random_stream(seed: int, purpose: int, index: int = 0) -> torch.Generator:
-    """The generator of `seed` for number `index` of `purpose`: an epoch's order, a step's noise."""
-    mixed = hashlib.blake2b(f"{seed} {purpose} {index}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(mixed, "big") >> 1)  # manual_seed takes 63 bits
+    """Return the generator for one use: `purpose` is a constant of this module, `index` an epoch or a step."""
+    digest = hashlib.blake2b(f"{seed} {purpose} {index}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)  # manual_seed takes 63 bits
 
 
-def epoch_order(seed: int, epoch: int, rows: int) -> torch.Tensor:
-    """The order [rows] in which `epoch` visits the rows."""
-    return torch.randperm(rows, generator=random_stream(seed, ORDER, epoch))
+def epoch_order(seed: int, epoch: int, count: int) -> torch.Tensor:
+    """Return a permutation [count]: the order in which `epoch` visits its rows or blocks."""
+    return torch.randperm(count, generator=random_stream(seed, ORDER, epoch))

@@ -15,10 +15,10 @@ from training.data.table import Table, split_rows
 from training.errors import FitError
 from training.evaluation.metrics import held_out_metrics, rival_metrics
 from training.evaluation.model_selection import Candidate, compare
-from training.fitting import checkpoint
+from training.fitting.checkpoint import CheckpointStore
 from training.fitting.distributed import ProcessGroup
-from training.fitting.pipeline import PreparedData, fit_pipeline, prepare_data
-from training.fitting.trainer import Run
+from training.fitting.pipeline import fit_pipeline
+from training.fitting.prepared_data import PreparedData, prepare_data
 from training.progress import Reporter, SilentReporter
 from training.publishing.publish import publish
 from training.reports.history import Recorder
@@ -54,48 +54,51 @@ def train(
         report.note(note)
     kinds = KINDS if config.model == "auto" else (config.model,)
     configs = [config.model_copy(update={"model": kind}) for kind in kinds]
-    states = [_run(each, table, runs, len(kinds) > 1, checkpoint_seconds) for each in configs]
+    stores = [_checkpoint_store(each, table, runs, len(kinds) > 1, checkpoint_seconds) for each in configs]
     if resume:
-        states = _resumed(states)
+        stores = _resumed(stores)
     with _one_thread():
         data = prepare_data(table, split_rows(len(table.x), config.seed, table.x.width), config.robust)
         candidates = [
-            _candidate(each, data, report, state, tensorboard, processes)
-            for each, state in zip(configs, states, strict=True)
+            _candidate(each, data, report, store, tensorboard, processes)
+            for each, store in zip(configs, stores, strict=True)
         ]
-        path = _finished(candidates, states, data, artifacts, report) if processes.is_first else None
+        path = _finished(candidates, stores, data, artifacts, report) if processes.is_first else None
         return processes.broadcast_path(path)
 
 
-def _run(config: TrainConfig, table: Table, runs: Path | None, several: bool, seconds: float) -> Run | None:
-    """Where the run keeps its state: runs/<name>, or a folder in it for each of several kinds."""
+def _checkpoint_store(
+    config: TrainConfig, table: Table, runs: Path | None, several: bool, seconds: float
+) -> CheckpointStore | None:
+    """Return where the run saves its checkpoints: in runs/<name>, or in a folder per kind if there are several."""
     if runs is None:
         return None
     folder = runs / config.name / config.model if several else runs / config.name
     identity = f"{config.model_dump_json()} {table.fingerprint} {torch.__version__}"
-    return Run(folder, hashlib.sha256(identity.encode()).hexdigest(), seconds=seconds)
+    return CheckpointStore(folder, hashlib.sha256(identity.encode()).hexdigest(), interval_seconds=seconds)
 
 
-def _resumed(states: Sequence[Run | None]) -> list[Run | None]:
-    """The runs, continuing those that have a state. Raises FitError if none has."""
-    if not any(state and checkpoint.exists(state.folder) for state in states):
-        folder = next((state.folder for state in states if state), "runs")
-        raise FitError(f"nothing to resume: there is no {folder}/{checkpoint.FILE_NAME}; train without --resume")
-    return [state and replace(state, resume=checkpoint.exists(state.folder)) for state in states]
+def _resumed(stores: Sequence[CheckpointStore | None]) -> list[CheckpointStore | None]:
+    """Return the stores, set to resume where there is a checkpoint. Raise FitError if there is none at all."""
+    if not any(store and store.exists() for store in stores):
+        path = next((store.path for store in stores if store), "a checkpoint")
+        raise FitError(f"nothing to resume: {path} does not exist; train without --resume")
+    return [store and replace(store, resume=store.exists()) for store in stores]
 
 
 def _candidate(
     config: TrainConfig,
     data: PreparedData,
     report: Reporter,
-    run: Run | None,
+    checkpoints: CheckpointStore | None,
     tensorboard: bool,
     processes: ProcessGroup,
 ) -> Candidate:
     """A model of one kind, fitted and judged."""
-    kept = run is not None and processes.is_first
-    recorder = Recorder(report, run.folder if run and kept else None, bool(run and run.resume), tensorboard and kept)
-    pipeline = fit_pipeline(config, data, recorder, run, processes)
+    recorded = checkpoints is not None and processes.is_first
+    folder = checkpoints.folder if checkpoints and recorded else None
+    recorder = Recorder(report, folder, bool(checkpoints and checkpoints.resume), tensorboard and recorded)
+    pipeline = fit_pipeline(config, data, recorder, checkpoints=checkpoints, processes=processes)
     rival = data.pca(pipeline.scaling, pipeline.prior.means.shape[1])
     centre = data.moments.mean.float()
     metrics = held_out_metrics(pipeline, data.held_out, centre, None if config.model == "pca" else rival, config.seed)
@@ -107,16 +110,20 @@ def _candidate(
 
 
 def _finished(
-    candidates: Sequence[Candidate], states: Sequence[Run | None], data: PreparedData, artifacts: Path, report: Reporter
+    candidates: Sequence[Candidate],
+    stores: Sequence[CheckpointStore | None],
+    data: PreparedData,
+    artifacts: Path,
+    report: Reporter,
 ) -> Path:
     """Publish the best candidate, write its report, and forget the state of the run."""
     chosen, comparison = compare(candidates, data, report)
     path, manifest = publish(chosen, comparison, data, artifacts, report)
-    for candidate, state in zip(candidates, states, strict=True):
-        if state is None:
+    for candidate, store in zip(candidates, stores, strict=True):
+        if store is None:
             continue
-        checkpoint.remove(state.folder)
-        folder = (state.folder.parent if len(candidates) > 1 else state.folder) / path.parent.name
+        store.remove()
+        folder = (store.folder.parent if len(candidates) > 1 else store.folder) / path.parent.name
         candidate.recorder.move(folder if candidate is chosen else folder / candidate.config.model)
         if candidate is chosen:
             notes = [*data.table.notes, *candidate.recorder.notes]
@@ -129,7 +136,7 @@ def _report(
 ) -> None:
     """The card and the pictures, in `folder`, whose name is the version."""
     table, labels = data.table, data.table.labels
-    shown = None if labels is None else labels[data.rows.held_out]
+    shown = None if labels is None else labels[data.split.held_out]
     version = int(folder.name)
     write_run(folder, manifest, version, pipeline, data.held_out, shown, table.label_names, notes, report)
 

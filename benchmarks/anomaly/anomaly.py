@@ -29,7 +29,8 @@ from benchmarks.data import ROOT, where
 from models.pipeline import Pipeline
 from training.config import TrainConfig
 from training.data.table import read_table, split_rows
-from training.fitting.pipeline import fit_pipeline, prepare_data
+from training.fitting.pipeline import fit_pipeline
+from training.fitting.prepared_data import prepare_data
 from training.progress import SilentReporter
 
 KINDS = ("pca", "vae", "ae", "ensemble")

@@ -16,7 +16,8 @@ from models.pipeline import Pipeline
 from training.config import TrainConfig
 from training.data.row_store import RowStore
 from training.data.table import Split, Table, split_rows
-from training.fitting.pipeline import fit_pipeline, prepare_data
+from training.fitting.pipeline import fit_pipeline
+from training.fitting.prepared_data import prepare_data
 from training.progress import SilentReporter
 
 KINDS = ("pca", "ae", "vae", "ensemble")

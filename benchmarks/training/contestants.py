@@ -74,7 +74,7 @@ def elbo(x: Tensor, held_out: Tensor) -> Segment:
     from training.data.batches import Batches
     from training.data.row_store import RowStore
     from training.fitting.architecture import build_decoder, build_encoder
-    from training.fitting.autoencoders import ElboObjective
+    from training.fitting.objectives import ElboObjective
     from training.fitting.trainer import Trainer
     from training.progress import SilentReporter
 
@@ -101,7 +101,15 @@ def elbo(x: Tensor, held_out: Tensor) -> Segment:
         shape = (x.shape[1],)
         encoder, decoder = build_encoder(config, shape, 2 * LATENTS), build_decoder(config, shape, LATENTS)
         model, report = VAE(encoder, decoder, BernoulliLikelihood()), Last()
-        Trainer(model, ElboObjective(model, LATENTS, config), batches, held_out, config).run(report, None)
+        trainer = Trainer(
+            model=model,
+            objective=ElboObjective(model, LATENTS, config),
+            batches=batches,
+            held_out=held_out,
+            config=config,
+            reporter=report,
+        )
+        trainer.train()
         return report.loss
 
     return segment

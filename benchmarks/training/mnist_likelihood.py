@@ -10,7 +10,7 @@ import argparse
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +23,11 @@ from models.vae import VAE
 from training.config import TrainConfig
 from training.data.row_store import RowStore
 from training.data.table import Split, Table
+from training.fitting.checkpoint import CheckpointStore
 from training.fitting.latents import count_active_latents
-from training.fitting.objectives import binarise, log_weights
-from training.fitting.pipeline import fit_pipeline, prepare_data
-from training.fitting.trainer import Run
+from training.fitting.losses import binarise, log_weights
+from training.fitting.pipeline import fit_pipeline
+from training.fitting.prepared_data import prepare_data
 from training.progress import PlainReporter
 
 HELD_OUT = 500  # training digits by which the best epoch is chosen; as many again calibrate p-values, unused here
@@ -82,22 +83,24 @@ def table_of(pictures: npt.NDArray[np.float32]) -> tuple[Table, Split]:
     return table, Split(order[2 * HELD_OUT :], order[:HELD_OUT], order[HELD_OUT : 2 * HELD_OUT])
 
 
-def trained(config: TrainConfig, pictures: npt.NDArray[np.float32], run: Run | None) -> VAE:
+def trained(config: TrainConfig, pictures: npt.NDArray[np.float32], checkpoints: CheckpointStore | None) -> VAE:
     """A VAE of the pictures."""
     table, rows = table_of(pictures)
-    vae = fit_pipeline(config, prepare_data(table, rows), PlainReporter(), run).core
+    vae = fit_pipeline(config, prepare_data(table, rows), PlainReporter(), checkpoints=checkpoints).core
     assert isinstance(vae, VAE)
     return vae
 
 
-def resumed(config: TrainConfig, pictures: npt.NDArray[np.float32], run: Run | None) -> tuple[VAE, float]:
+def resumed(
+    config: TrainConfig, pictures: npt.NDArray[np.float32], checkpoints: CheckpointStore | None
+) -> tuple[VAE, float]:
     """The trained VAE and its CPU minutes; kept in the run's folder, and taken from there if they are in it."""
-    kept = run.folder / "trained.pt" if run else None
+    kept = checkpoints.folder / "trained.pt" if checkpoints else None
     if kept and kept.exists():
         vae, minutes = torch.load(kept, weights_only=False)
         return vae, minutes
     began = time.process_time()
-    vae = trained(config, pictures, run)
+    vae = trained(config, pictures, checkpoints)
     minutes = (time.process_time() - began) / 60.0
     print(f"trained in {minutes:.1f} CPU minutes", file=sys.stderr, flush=True)
     if kept:
@@ -125,10 +128,10 @@ def likelihoods(vae: VAE, x: Tensor, draws: int) -> tuple[Tensor, Tensor]:
     return torch.cat(bounds), torch.cat(elbos)
 
 
-def measure(recipe: str, config: TrainConfig, draws: int, run: Run | None, smoke: bool) -> Result:
+def measure(recipe: str, config: TrainConfig, draws: int, checkpoints: CheckpointStore | None, smoke: bool) -> Result:
     """Train, then judge on all test digits."""
     train, test = digits(smoke)
-    vae, minutes = resumed(config, train, run)
+    vae, minutes = resumed(config, train, checkpoints)
     grey = torch.from_numpy(test.reshape(len(test), -1)) / 255.0
     x = binarise(grey, torch.Generator().manual_seed(SEED))
     bounds, elbos = likelihoods(vae, x, draws)
@@ -151,15 +154,16 @@ def main() -> None:
     for name, config in RECIPES.items():
         if arguments.recipe not in (name, "all"):
             continue
-        run = None
+        checkpoints = None
         if arguments.runs:
             path = arguments.runs / name
-            run = Run(path, config.model_dump_json(), resume=(path / "checkpoint.pt").exists())
+            store = CheckpointStore(path, config.model_dump_json())
+            checkpoints = replace(store, resume=store.exists())
         if arguments.smoke:
             shortened = config.model_copy(update={"epochs": 2, "warm_up": 10})
-            print(measure(name, shortened, 20, run, smoke=True), flush=True)
+            print(measure(name, shortened, 20, checkpoints, smoke=True), flush=True)
         else:
-            print(measure(name, config, arguments.draws, run, smoke=False), flush=True)
+            print(measure(name, config, arguments.draws, checkpoints, smoke=False), flush=True)
 
 
 if __name__ == "__main__":

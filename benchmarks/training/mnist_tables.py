@@ -24,8 +24,9 @@ from models.vae import VAE
 from training.config import TrainConfig
 from training.data.row_store import RowStore
 from training.data.table import Split, Table
-from training.fitting.objectives import elbo_terms
-from training.fitting.pipeline import PreparedData, fit_pipeline, prepare_data
+from training.fitting.losses import elbo_terms
+from training.fitting.pipeline import fit_pipeline
+from training.fitting.prepared_data import PreparedData, prepare_data
 from training.progress import PlainReporter
 
 RESERVED = 1_000  # rows that choose the epoch; as many calibrate

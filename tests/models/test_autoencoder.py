@@ -8,7 +8,8 @@ from sklearn.covariance import LedoitWolf
 
 from models.autoencoder import Autoencoder, no_whitening
 from models.networks import mlp
-from training.fitting.statistics import CODE_NOISE, ORDINARY_PERCENT, PSEUDO_ROWS, fit_score_statistics, fit_whitening
+from training.fitting.score_statistics import CODE_NOISE, ORDINARY_PERCENT, fit_score_statistics
+from training.fitting.whitening import PSEUDO_ROWS, fit_whitening
 
 Doubles = npt.NDArray[np.float64]
 

@@ -11,14 +11,14 @@ from sklearn.neighbors import NearestNeighbors
 from models.autoencoder import no_whitening
 from models.ensemble import Ensemble, Neighbours
 from tests.models.builders import D, batch, core, pipeline
-from training.fitting.statistics import (
+from training.fitting.score_statistics import (
     MAX_NEIGHBOURS,
     NEIGHBOUR_NOISE,
     NEIGHBOUR_RANK,
-    PSEUDO_ROWS,
     fit_neighbours,
     fit_score_statistics,
 )
+from training.fitting.whitening import PSEUDO_ROWS
 
 
 def ensemble() -> Ensemble:

@@ -9,7 +9,7 @@ from scipy.stats import multivariate_normal
 from models.pca import PCA
 from models.vae import VAE
 from tests.models.builders import B, D, K, batch, core, pipeline
-from training.fitting.objectives import elbo_terms, importance_weighted_terms, log_weights
+from training.fitting.losses import elbo_terms, importance_weighted_terms, log_weights
 
 VAES = ("vae-gaussian", "vae-per-feature", "vae-bernoulli")
 

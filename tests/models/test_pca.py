@@ -14,7 +14,7 @@ from models.pca import PCA
 from tests.data import mnist
 from training.errors import FitError
 from training.fitting.pca import fit_pca
-from training.fitting.statistics import fit_shrinkage
+from training.fitting.score_statistics import fit_shrinkage
 
 Array = npt.NDArray[np.float64]
 
@@ -138,5 +138,5 @@ def test_fit_raises_only_if_all_columns_are_constant() -> None:
 
 @pytest.mark.parametrize(("shape", "latents"), [((30, 3), 4), ((4, 9), 4)])
 def test_fit_with_too_many_latents_raises_with_the_largest_number_allowed(shape: tuple[int, int], latents: int) -> None:
-    with pytest.raises(FitError, match="--latents 3 or fewer"):
+    with pytest.raises(FitError, match="lower --latents to 3"):
         fitted(np.random.RandomState(0).standard_normal(shape), latents)

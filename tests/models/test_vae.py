@@ -10,7 +10,7 @@ from torch.nn import Linear
 from models.likelihood import BernoulliLikelihood, GaussianLikelihood
 from models.networks import mlp
 from models.vae import VAE, gaussian_kl
-from training.fitting.objectives import elbo_terms
+from training.fitting.losses import elbo_terms
 
 B, D, K = 40, 6, 3
 

@@ -15,7 +15,7 @@ from service.settings import Settings
 from tests.data import values
 from tests.service.hosts import host_table
 from tests.service.running import running
-from tests.training.reporters import Silent
+from tests.training.reporters import RecordingReporter
 from training.config import KINDS, TrainConfig
 from training.data.table import read_table
 from training.train import train
@@ -27,8 +27,8 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("artifacts")
     digits = read_table("digits")
     for kind in KINDS:
-        train(TrainConfig(model=kind, name=kind, epochs=15, hidden=(48,)), digits, root, Silent())
-    train(TrainConfig(model="pca", name="hosts", latents=2), host_table(), root, Silent())
+        train(TrainConfig(model=kind, name=kind, epochs=15, hidden=(48,)), digits, root, RecordingReporter())
+    train(TrainConfig(model="pca", name="hosts", latents=2), host_table(), root, RecordingReporter())
     return root
 
 

@@ -1,25 +1,25 @@
-"""A reporter that keeps what it is told."""
+"""A reporter for tests."""
 
 from collections.abc import Mapping
 
 
-class Silent:
-    """Says nothing, remembers everything."""
+class RecordingReporter:
+    """Records the epochs and the notes, and shows nothing."""
 
     def __init__(self) -> None:
         self.epochs: list[dict[str, float]] = []
         self.notes: list[str] = []
 
     def start(self, title: str, total_steps: int) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
-    def epoch(self, epoch: int, step: int, terms: Mapping[str, float]) -> None:  # noqa: ARG002  # the protocol names them
-        """Keep the terms."""
+    def epoch(self, epoch: int, step: int, terms: Mapping[str, float]) -> None:  # noqa: ARG002  # names of the protocol
+        """Record the terms."""
         self.epochs.append(dict(terms))
 
     def note(self, message: str) -> None:
-        """Keep the message."""
+        """Record the message."""
         self.notes.append(message)
 
     def done(self, summary: Mapping[str, float]) -> None:
-        """Nothing to do."""
+        """Do nothing."""

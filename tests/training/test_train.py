@@ -13,7 +13,7 @@ from models import artifact
 from models.errors import ElboError
 from models.manifest import read_manifest
 from tests.data import values
-from tests.training.reporters import Silent
+from tests.training.reporters import RecordingReporter
 from training.config import EVERY_KIND, KINDS, Kind, TrainConfig
 from training.data.row_store import RowStore
 from training.data.table import Table, read_table, split_rows
@@ -43,7 +43,7 @@ def table(rows: int, seed: int = 0, width: int = 8) -> Table:
 
 def run(root: Path, model: Kind, rows: Table, **options: object) -> Path:
     settings = {"latents": 2, "hidden": (32,), "epochs": 20} | options
-    return train(TrainConfig(model=model, name=model, **settings), rows, root, Silent())
+    return train(TrainConfig(model=model, name=model, **settings), rows, root, RecordingReporter())
 
 
 def alarms(path: Path, x: npt.NDArray[np.float32], alpha: float) -> int:
@@ -150,17 +150,17 @@ def test_samples_of_the_demonstration_models_look_like_digits(demonstration: Pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"latents": 9, "model": "pca"}, "--latents 8 or fewer"),
-        ({"latents": 140, "model": "vae"}, "need more rows to fit than 140"),
+        ({"latents": 9, "model": "pca"}, "lower --latents to 8"),
+        ({"latents": 140, "model": "vae"}, "140 latents need at least 141 rows to fit, got 140"),
         ({"learning_rate": 1e12, "model": "ae"}, "lower --learning-rate"),
-        ({"likelihood": "bernoulli", "scale": "none", "model": "vae"}, "use range"),
-        ({"output": "sigmoid", "scale": "none", "model": "ae"}, "use range"),
+        ({"likelihood": "bernoulli", "scale": "none", "model": "vae"}, "use --scale range"),
+        ({"output": "sigmoid", "scale": "none", "model": "ae"}, "use --scale range"),
     ],
 )
 def test_an_impossible_run_says_what_to_change(options: dict[str, object], message: str, tmp_path: Path) -> None:
     options = {"latents": 2, "hidden": (32,), "epochs": 20, "name": "x"} | options
     with pytest.raises(ElboError, match=message) as caught:
-        train(TrainConfig(**options), table(200), tmp_path, Silent())
+        train(TrainConfig(**options), table(200), tmp_path, RecordingReporter())
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""Waiting for what another process writes."""
+"""Wait for files that another process writes."""
 
 import subprocess
 import time
@@ -6,7 +6,11 @@ from pathlib import Path
 
 
 def wait_until_newer(path: Path, than: int, process: "subprocess.Popen[bytes] | subprocess.Popen[str]") -> None:
-    """Until `path` has been written a few more times."""
+    """Wait until `process` has written `path` three times.
+
+    Args:
+        than: ignore writes up to this modification time, in nanoseconds.
+    """
     for _ in range(3):
         deadline = time.monotonic() + 180
         while not (path.exists() and path.stat().st_mtime_ns > than):

@@ -45,20 +45,20 @@ class Moments:
         )
 
 
-def compute_moments(blocks: Iterable[Block], full: bool = True) -> Moments:
+def compute_moments(blocks: Iterable[Block], with_covariance: bool = True) -> Moments:
     """The moments of all rows in `blocks`, each [n, D], finite. Holds a block and a few [D, D] matrices.
 
     Sums are of deviations from the mean of the first rows, or near it: wherever the columns lie, little is lost when
     the square of the mean deviation is subtracted from the mean square.
 
     Args:
-        full: whether the covariance is wanted. Without it the memory is a block.
+        with_covariance: whether the covariance is wanted. Without it the memory is a block.
 
     Raises ValueError if there are no rows.
     """
     sums: _Sums | None = None
     for block in filter(len, blocks):
-        sums = sums or _Sums(block, full)
+        sums = sums or _Sums(block, with_covariance)
         sums.add(block)
     if sums is None:
         raise ValueError("expected at least one row, got none")
@@ -68,7 +68,7 @@ def compute_moments(blocks: Iterable[Block], full: bool = True) -> Moments:
 class _Sums:
     """Sums over the rows so far, of deviations from a shift that the first block decides."""
 
-    def __init__(self, first: Block, full: bool) -> None:
+    def __init__(self, first: Block, with_covariance: bool) -> None:
         first = first[:MOST_ROWS]
         mean = first.mean(axis=0, dtype=np.float64)  # [D]
         variance = np.square(first - mean).mean(axis=0)  # [D]
@@ -80,7 +80,7 @@ class _Sums:
         self._float32_rows = min(rows, MOST_ROWS) if whole and rows >= FEWEST_ROWS else 0
         self._rows = 0
         self._sum, self._squares = np.zeros_like(mean), np.zeros_like(mean)
-        self._products = np.zeros((len(mean), len(mean))) if full else None  # the lower triangle
+        self._products = np.zeros((len(mean), len(mean))) if with_covariance else None  # the lower triangle
         self._low, self._high = np.full_like(mean, np.inf), np.full_like(mean, -np.inf)
 
     def add(self, block: Block) -> None:

@@ -14,7 +14,7 @@ from models.pipeline import Pipeline
 from models.scaling import Scaling
 from models.vae import VAE
 from training.fitting.latents import count_active_latents
-from training.fitting.objectives import elbo_terms
+from training.fitting.losses import elbo_terms
 from training.random_streams import VALIDATION, random_stream
 
 DRAWS = 16  # from the posterior, for the expectation in the ELBO

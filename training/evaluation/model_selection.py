@@ -14,7 +14,7 @@ from models.pipeline import Pipeline
 from models.vae import VAE
 from training.config import TrainConfig
 from training.evaluation.metrics import importance_weighted, latents
-from training.fitting.pipeline import PreparedData
+from training.fitting.prepared_data import PreparedData
 from training.progress import Reporter
 from training.reports.history import Recorder
 
@@ -53,7 +53,7 @@ def compare(
     """
     if len(candidates) == 1:
         return candidates[0], candidates[0].others
-    rows, seed = data.filled(data.held_out), candidates[0].config.seed
+    rows, seed = data.fill_missing(data.held_out), candidates[0].config.seed
     scale = candidates[0].pipeline.scaling.scale  # one for all, whatever each scales by
     measures: dict[str, Measures] = {c.config.model: _measured(c.pipeline, rows, scale, seed) for c in candidates}
     beaten = victories(measures)

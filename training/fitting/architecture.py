@@ -1,4 +1,4 @@
-"""Encoder and decoder as a configuration asks for them: perceptrons, or convolutions for pictures."""
+"""The encoder and the decoder that a configuration describes: perceptrons, or convolutions for images."""
 
 import math
 
@@ -10,44 +10,57 @@ from training.errors import FitError
 
 
 def build_encoder(config: TrainConfig, shape: tuple[int, ...], outputs: int) -> nn.Sequential:
-    """[B, D] to [B, outputs] for rows of `shape`, whose product is D. Raises FitError where conv does not fit them."""
+    """Return a network that maps rows [B, D] to [B, outputs].
+
+    Args:
+        shape: of one row; its product is D.
+
+    Raises:
+        FitError: convolutions cannot take rows of this shape.
+    """
     if config.network == "conv":
-        _require_room(config, shape)
+        _check_image_shape(config, shape)
         return conv_encoder(shape, config.widths, outputs, config.activation, config.dense)
     return mlp([math.prod(shape), *config.widths, outputs], config.activation)
 
 
-def build_decoder(config: TrainConfig, shape: tuple[int, ...], latents: int, unit: bool = False) -> nn.Sequential:
-    """[B, latents] to [B, D] for rows of `shape`: the encoder mirrored. Raises FitError like it.
+def build_decoder(config: TrainConfig, shape: tuple[int, ...], latents: int, unit_range: bool = False) -> nn.Sequential:
+    """Return a network that maps latents [B, K] to rows [B, D], with the layers of the encoder mirrored.
 
     Args:
-        unit: whether rows are pictures with values in [0, 1].
+        shape: of one row; its product is D.
+        unit_range: whether the rows are images with values in [0, 1].
+
+    Raises:
+        FitError: convolutions cannot take rows of this shape.
     """
     if config.network == "conv":
-        _require_room(config, shape)
+        _check_image_shape(config, shape)
         network = conv_decoder(shape, config.widths, latents, config.activation, config.dense)
     else:
         network = mlp([latents, *reversed(config.widths), math.prod(shape)], config.activation)
-    return network.append(nn.Sigmoid()) if _ends_in_sigmoid(config, unit) else network
+    return network.append(nn.Sigmoid()) if _ends_in_sigmoid(config, unit_range) else network
 
 
-def _ends_in_sigmoid(config: TrainConfig, unit: bool) -> bool:
+def _ends_in_sigmoid(config: TrainConfig, unit_range: bool) -> bool:
     if config.model == "vae" and config.likelihood == "bernoulli":
-        return False  # that likelihood takes logits
+        return False  # the Bernoulli likelihood takes logits
     if config.output == "auto":
-        return unit and bool(config.widths or config.dense)
+        return unit_range and bool(config.widths or config.dense)  # linear networks stay linear
     return config.output == "sigmoid"
 
 
-def _require_room(config: TrainConfig, shape: tuple[int, ...]) -> None:
-    """Raise FitError unless rows are pictures which can be halved as often as the network does."""
+def _check_image_shape(config: TrainConfig, shape: tuple[int, ...]) -> None:
+    """Raise FitError unless rows are images that can be halved once per convolution."""
     if len(shape) not in (2, 3):
         raise FitError(
-            f"--network conv needs pictures, rows of shape [H, W] or [H, W, C], got {list(shape)}: use --network mlp"
+            f"--network conv needs images, rows of shape [H, W] or [H, W, C], got shape {list(shape)}: "
+            "use --network mlp"
         )
-    stages, room = len(config.widths), (min(shape[:2]) - 1).bit_length()
-    if stages > room:
+    stages = len(config.widths)
+    possible = (min(shape[:2]) - 1).bit_length()
+    if stages > possible:
         raise FitError(
-            f"--network conv halves the picture once for each of its {stages} widths, and {shape[0]} x {shape[1]} has "
-            f"room for {room}: give --hidden no more widths than that"
+            f"--network conv halves the image once per width of --hidden, {stages} times, but {shape[0]} x {shape[1]} "
+            f"pixels can be halved {possible} times: give --hidden at most {possible} widths"
         )

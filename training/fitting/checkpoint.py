@@ -1,7 +1,8 @@
-"""A run's state on disk: written atomically while it trains, so that a killed run loses minutes and not days."""
+"""Checkpoints: the state of a training run on disk, so that a killed run can resume."""
 
 import os
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,43 +13,70 @@ from training.errors import FitError
 FILE_NAME = "checkpoint.pt"
 
 
-def save(folder: Path, state: dict[str, Any]) -> None:
-    """Write `state`, tensors and plain values, so that a reader sees this or the one before, never half of it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{FILE_NAME}.{os.getpid()}"
-    with partial.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(folder / FILE_NAME)
+@dataclass(frozen=True)
+class CheckpointStore:
+    """The checkpoint file of one training run.
 
-
-def exists(folder: Path) -> bool:
-    """Whether a run left its state in `folder`."""
-    return (folder / FILE_NAME).is_file()
-
-
-def load(folder: Path, identity: str) -> dict[str, Any]:
-    """The state that was saved for the run `identity`. Nothing in the file is executed.
-
-    Raises FitError if there is none, if it is damaged, or if it belongs to another run.
+    Args:
+        folder: where the file is written; created when needed.
+        identity: a hash of the data and the options. A checkpoint with another identity is refused.
+        resume: whether training starts from the checkpoint in `folder`.
+        interval_seconds: time between two checkpoints.
     """
-    path = folder / FILE_NAME
-    if not path.is_file():
-        raise FitError(f"nothing to resume: there is no {path}; train without --resume")
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        found = state["identity"]
-    except Exception as error:  # whatever a damaged file makes torch raise
-        raise FitError(f"{path} is damaged: train without --resume ({type(error).__name__})") from error
-    if found != identity:
-        raise FitError(f"{path} belongs to a run with other data or options: repeat those, or train without --resume")
-    return state
 
+    folder: Path
+    identity: str
+    resume: bool = False
+    interval_seconds: float = 30.0
 
-def remove(folder: Path) -> None:
-    """Forget the run: it has been published, so a file that cannot be removed does no harm."""
-    with suppress(OSError):
-        (folder / FILE_NAME).unlink()
-    with suppress(OSError):
-        folder.rmdir()  # if nothing else is in it
+    @property
+    def path(self) -> Path:
+        """The checkpoint file."""
+        return self.folder / FILE_NAME
+
+    def exists(self) -> bool:
+        """Return whether there is a checkpoint to resume from."""
+        return self.path.is_file()
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the checkpoint atomically: a reader sees the old or the new file, never a part of one.
+
+        Args:
+            state: tensors, plain values, and dictionaries and lists of these.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / f"{FILE_NAME}.{os.getpid()}"
+        with partial.open("wb") as file:
+            torch.save({"identity": self.identity, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self.path)
+
+    def load(self) -> dict[str, Any]:
+        """Return the saved state. No code in the file is executed.
+
+        Raises:
+            FitError: there is no checkpoint, it is damaged, or it belongs to another run.
+        """
+        if not self.exists():
+            raise FitError(f"nothing to resume: {self.path} does not exist; train without --resume")
+        try:
+            state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+            identity = state["identity"]
+        except Exception as error:  # torch.load raises many types for a damaged file
+            raise FitError(
+                f"the checkpoint {self.path} is damaged ({type(error).__name__}): train without --resume"
+            ) from error
+        if identity != self.identity:
+            raise FitError(
+                f"the checkpoint {self.path} belongs to a run with other data or options: "
+                "repeat the command with that data and those options, or train without --resume"
+            )
+        return state
+
+    def remove(self) -> None:
+        """Delete the checkpoint, and its folder if that is empty. Errors are ignored: the model is published."""
+        with suppress(OSError):
+            self.path.unlink()
+        with suppress(OSError):
+            self.folder.rmdir()

@@ -1,4 +1,4 @@
-"""The collapse forecast: how many latents the data, beta and the likelihood's variance can keep alive."""
+"""Posterior collapse: predict how many latents of a VAE stay active, and warn when far fewer do."""
 
 from torch import Tensor
 
@@ -6,32 +6,38 @@ from training.fitting.pca import spectrum
 
 
 def predict_active_latents(x: Tensor, latents: int, beta: float, variance: float | None) -> int:
-    """How many of `latents` a linear VAE keeps on rows x [N, D]: as many eigenvalues as exceed beta times the variance.
+    """Return how many of `latents` a linear VAE keeps active on rows x [N, D].
 
-    With `variance` None it is learned: at the optimum D s2 = (the eigenvalues of dead latents) + (k live ones) beta s2;
-    the most latents that agree with the s2 that they leave are the answer (Lucas et al. 2019, "Don't blame the ELBO!",
-    section 4, with beta). A network that is not linear may do a little better; one that does much worse has collapsed.
+    A latent stays active if its eigenvalue of the covariance exceeds beta times the likelihood's variance s2. If s2 is
+    learned, its optimum satisfies D s2 = (sum of the eigenvalues of inactive latents) + (active latents) beta s2; the
+    result is the largest number of latents that is consistent with it. Lucas et al. 2019, "Don't blame the ELBO!",
+    section 4, extended by beta. A nonlinear network may keep a few more; far fewer mean that it has collapsed.
+
+    Args:
+        variance: the fixed variance of the likelihood; None if it is learned.
     """
     features = x.shape[1]
     eigenvalues = spectrum(x)  # [R], descending
     if variance is not None:
         return int((eigenvalues[:latents] > beta * variance).sum())
-    for kept in range(min(latents, len(eigenvalues)), 0, -1):
-        free = features - kept * beta
-        if free > 0 and float(eigenvalues[kept - 1]) > beta * float(eigenvalues[kept:].sum()) / free:
-            return kept
+    for active in range(min(latents, len(eigenvalues)), 0, -1):
+        free = features - active * beta
+        if free > 0 and float(eigenvalues[active - 1]) > beta * float(eigenvalues[active:].sum()) / free:
+            return active
     return 0
 
 
-def forecast_message(kept: int, latents: int, beta: float) -> str:
-    """What to expect, said before training."""
-    text = f"forecast: the data's spectrum keeps about {kept} of {latents} latents alive"
-    return text if kept == latents else f"{text} at beta {beta:g}; ask for fewer, or lower --beta"
+def forecast_message(predicted: int, latents: int, beta: float) -> str:
+    """Return the note that is shown before training."""
+    text = f"forecast: about {predicted} of {latents} latents will stay active, by the spectrum of the data"
+    return text if predicted == latents else f"{text} and beta {beta:g}; lower --latents or --beta"
 
 
-def collapse_warning(active: int, kept: int, latents: int) -> str | None:
-    """A warning that nobody can miss, if fewer than half of the latents are alive that could be."""
-    if active == latents or 2 * active >= kept > 0:
+def collapse_warning(active: int, predicted: int, latents: int) -> str | None:
+    """Return a warning if fewer than half of the latents are active that were predicted to be, else None."""
+    if active == latents or 2 * active >= predicted > 0:
         return None
-    advice = "lower --beta or --variance, or add --warm-up steps"
-    return f"WARNING: COLLAPSE. {active} of {latents} latents are active, the forecast was {kept}: {advice}"
+    return (
+        f"WARNING: posterior collapse: {active} of {latents} latents are active, {predicted} were predicted: "
+        "lower --beta or --variance, or add --warm-up steps"
+    )

@@ -1,4 +1,4 @@
-"""What open options mean for the data: tables of measurements and pictures want different networks. Needs no torch."""
+"""Defaults that depend on the data: tables and images need different networks. Imports no torch."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -9,53 +9,54 @@ from models.manifest import Manifest
 from training.config import WIDTHS, TrainConfig
 
 TABLE_WIDTHS = (128, 64)
-TABLE_RATE = 3e-3
-TABLE_STEPS = 1_500
-FEWEST_EPOCHS, MOST_EPOCHS = 10, 1_500  # of a table
+TABLE_LEARNING_RATE, IMAGE_LEARNING_RATE = 3e-3, 1e-3
+TABLE_STEPS = 1_500  # optimiser steps that the default number of epochs makes
+MIN_TABLE_EPOCHS, MAX_TABLE_EPOCHS = 10, 1_500
 TABLE_NOISE = 2.0  # in standard deviations of a column
-SHARES = {"pca": 0.9, "vae": 0.95, "ae": 0.99, "ensemble": 0.99}  # of a table's variance, which the latents explain
-MOST_LATENTS = 64
-PICTURE_LATENTS, PICTURE_RATE = 16, 1e-3
+EXPLAINED_VARIANCE = {"pca": 0.9, "vae": 0.95, "ae": 0.99, "ensemble": 0.99}  # share that a table's latents explain
+MAX_TABLE_LATENTS = 64
+IMAGE_LATENTS = 16
 
 
-def with_defaults(config: TrainConfig, pictures: bool, rows: int) -> TrainConfig:
-    """`config` with a value for every option that it leaves to the data, but for the latents.
+def with_defaults(config: TrainConfig, images: bool, rows: int) -> TrainConfig:
+    """Return `config` with a value for every option that was left open, except `latents` and the epochs of images.
 
     Args:
-        pictures: whether rows are pictures.
-        rows: how many fit the networks.
+        images: whether the rows are images.
+        rows: the number of fit rows.
     """
-    steps_an_epoch = -(-rows // min(config.batch_size, rows))
-    epochs = min(max(-(-TABLE_STEPS // steps_an_epoch), FEWEST_EPOCHS), MOST_EPOCHS)
-    usual: dict[str, Any] = {
-        "noise": TABLE_NOISE if not pictures and config.model in ("ae", "ensemble") else 0.0,
-        "learning_rate": PICTURE_RATE if pictures else TABLE_RATE,
-        "variance": "learned" if pictures else "feature",
-        "hidden": WIDTHS[config.network] if pictures or config.network == "conv" else TABLE_WIDTHS,
-        "epochs": None if pictures else epochs,
-        "kept": "best" if pictures or config.patience is not None else "last",
+    steps_per_epoch = -(-rows // min(config.batch_size, rows))
+    table_epochs = min(max(-(-TABLE_STEPS // steps_per_epoch), MIN_TABLE_EPOCHS), MAX_TABLE_EPOCHS)
+    defaults: dict[str, Any] = {
+        "noise": TABLE_NOISE if not images and config.model in ("ae", "ensemble") else 0.0,
+        "learning_rate": IMAGE_LEARNING_RATE if images else TABLE_LEARNING_RATE,
+        "variance": "learned" if images else "feature",
+        "hidden": WIDTHS[config.network] if images or config.network == "conv" else TABLE_WIDTHS,
+        "epochs": None if images else table_epochs,
+        "kept": "best" if images or config.patience is not None else "last",
     }
-    return config.model_copy(update={name: value for name, value in usual.items() if getattr(config, name) is None})
+    return config.model_copy(update={name: value for name, value in defaults.items() if getattr(config, name) is None})
 
 
 def resolved_config(manifest: Manifest) -> TrainConfig:
-    """The options of a published model as they were understood."""
+    """Return the options that a published model was trained with, its defaults included."""
     config = TrainConfig.model_validate(manifest.training | {"model": manifest.kind, "name": manifest.name})
     return with_defaults(config, manifest.is_image, max(1, manifest.data.fit))
 
 
 def default_image_latents(width: int) -> int:
-    """How many latents a model of pictures of D = `width` pixels has unless it is told."""
-    return min(PICTURE_LATENTS, -(-width // 2))
+    """Return the number of latents for images of `width` values."""
+    return min(IMAGE_LATENTS, -(-width // 2))
 
 
-def default_table_latents(kind: str, shares: Sequence[float], rows: int, width: int) -> int:
-    """How many latents a model of a table has unless it is told.
+def default_table_latents(kind: str, variance_shares: Sequence[float], rows: int, width: int) -> int:
+    """Return the number of latents for a table: as many as explain the kind's share of the variance.
 
     Args:
-        shares: of the variance, of the first components, largest first.
-        rows: how many fit the model.
-        width: D.
+        kind: of the model.
+        variance_shares: the share of the variance that each principal component explains, largest first.
+        rows: the number of fit rows.
+        width: the number of features.
     """
-    needed = bisect_left(list(accumulate(shares)), SHARES[kind]) + 1
-    return max(1, min(needed, width - 1, MOST_LATENTS, (rows - 1) // 2))
+    needed = bisect_left(list(accumulate(variance_shares)), EXPLAINED_VARIANCE[kind]) + 1
+    return max(1, min(needed, width - 1, MAX_TABLE_LATENTS, (rows - 1) // 2))

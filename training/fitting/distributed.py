@@ -1,4 +1,4 @@
-"""The processes that share one run: started by torchrun, each takes its part of every batch."""
+"""Data-parallel training: torchrun starts several processes, and each computes its share of every batch."""
 
 import importlib
 import os
@@ -13,18 +13,18 @@ from torch import Tensor, distributed
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """How many processes train together, and which of them this one is."""
+    """The processes that train one model together, and the rank of this one. One process by default."""
 
     rank: int = 0
     count: int = 1
 
     @property
     def is_first(self) -> bool:
-        """Whether this process reports, keeps the checkpoints and publishes."""
+        """Whether this is the process that reports progress, saves checkpoints and publishes."""
         return self.rank == 0
 
     def slice_of(self, rows: int) -> slice:
-        """The part of a batch of `rows` that is this process's; empty where there are fewer rows than processes."""
+        """Return the share of this process in a batch of `rows`; empty if there are fewer rows than processes."""
         return slice(rows * self.rank // self.count, rows * (self.rank + 1) // self.count)
 
     def all_reduce(self, tensor: Tensor) -> None:
@@ -33,23 +33,24 @@ class ProcessGroup:
             distributed.all_reduce(tensor)
 
     def broadcast_path(self, path: Path | None) -> Path:
-        """What the first process says, once it does, to all of them."""
-        said = [path]
+        """Return the `path` of the first process in all processes; the others wait for it and may pass None."""
+        paths = [path]
         if self.count > 1:
-            distributed.broadcast_object_list(said)
-        assert said[0] is not None
-        return said[0]
+            distributed.broadcast_object_list(paths)
+        assert paths[0] is not None
+        return paths[0]
 
 
 @contextmanager
 def join_process_group() -> Iterator[ProcessGroup]:
-    """The processes that torchrun started, joined (NCCL on GPUs, gloo elsewhere); this one alone without torchrun."""
+    """Join the processes that torchrun started (NCCL on GPUs, else gloo). Without torchrun: this process alone."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield ProcessGroup()
         return
-    # An optimiser imports this module, whose functions keep the group of that moment as a default. Were it ours, Gloo's
-    # threads would outlive it, and one that frees a tensor while the interpreter ends aborts the process.
+    # Creating an optimiser imports this module, and its functions hold the process group that exists at that moment as
+    # a default argument. If that were our group, gloo's threads would outlive it, and a thread that frees a tensor
+    # while the interpreter exits aborts the process. Importing the module before the group exists avoids this.
     importlib.import_module("torch.distributed.nn.functional")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

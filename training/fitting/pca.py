@@ -1,4 +1,4 @@
-"""PCA in closed form: one covariance, its largest eigenvalues and their eigenvectors, in float64."""
+"""PCA in closed form, in float64: from the eigenvalues and eigenvectors of the covariance."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,84 +12,92 @@ from models.pca import PCA
 from training.data.moments import Moments, compute_moments
 from training.errors import FitError
 
-NOISE_FLOOR = 1e-6  # of the mean variance: the noise where nothing is left over, for Q divides by it
-BLOCK_VALUES = 4 << 20  # of a tensor, that are turned into float64 at a time
+MIN_NOISE = 1e-6  # smallest noise variance, as a share of the mean variance per feature: Q divides by the noise
+BLOCK_VALUES = 4 << 20  # values of a tensor that are converted to float64 at a time
 
-NO_COVARIANCE = "expected moments with their covariance, made with full=True"
+NO_COVARIANCE = "expected moments with a covariance"
 
 Doubles = npt.NDArray[np.float64]
 
 
 def pca_from_moments(moments: Moments, latents: int) -> PCA:
-    """PCA of rows that have these moments, exact. Tipping & Bishop 1999, eq. 7 and 8, with the N - 1 covariance.
+    """Return the exact PCA of rows with these moments.
 
-    Raises FitError for fewer features or rows than latents, or when no column varies.
+    Tipping & Bishop 1999, eq. 7 and 8, with the covariance divided by N - 1.
+
+    Raises:
+        FitError: there are too few features or rows for the latents, or no column varies.
     """
     assert moments.covariance is not None, NO_COVARIANCE
-    _check(moments.rows, len(moments.mean), latents)
-    values, vectors = _largest(moments.covariance.numpy(), latents)
+    _check_size(moments.rows, len(moments.mean), latents)
+    values, vectors = _largest_eigenpairs(moments.covariance.numpy(), latents)
     return _pca(moments, values, vectors)
 
 
 def fit_pca(x: Tensor, latents: int) -> PCA:
-    """PCA of x [N, D], as `pca_of` its moments; where D > N, from the singular values of x. On the CPU.
+    """Return the PCA of rows x [N, D], on the CPU; from the singular values of x where D > N.
 
-    Raises FitError as `pca_of` does.
+    Raises:
+        FitError: as `pca_from_moments`.
     """
     rows, features = x.shape
-    _check(rows, features, latents)
+    _check_size(rows, features, latents)
     if features <= rows:
-        return pca_from_moments(_moments(x), latents)
-    measured = _moments(x, full=False)
-    _, singular, vectors = torch.linalg.svd(x.double().cpu() - measured.mean, full_matrices=False)
-    return _pca(measured, singular[:latents].square() / (rows - 1), vectors[:latents])
+        return pca_from_moments(_moments(x, with_covariance=True), latents)
+    moments = _moments(x, with_covariance=False)
+    _, singular_values, vectors = torch.linalg.svd(x.double().cpu() - moments.mean, full_matrices=False)
+    return _pca(moments, singular_values[:latents].square() / (rows - 1), vectors[:latents])
 
 
 def spectrum_from_moments(moments: Moments) -> Tensor:
-    """All eigenvalues [D] of the covariance, descending, float64."""
+    """Return all eigenvalues [D] of the covariance, descending, float64."""
     assert moments.covariance is not None, NO_COVARIANCE
     return _eigenvalues(moments.covariance.numpy())
 
 
 def spectrum(x: Tensor) -> Tensor:
-    """The eigenvalues [R] of the covariance of rows x [N, D], descending, float64; R is the smaller of N and D."""
+    """Return the min(N, D) largest eigenvalues of the covariance of rows x [N, D], descending, float64."""
     rows, features = x.shape
     if features <= rows:
-        return spectrum_from_moments(_moments(x))
+        return spectrum_from_moments(_moments(x, with_covariance=True))
     centred = (x.double() - x.double().mean(dim=0)).cpu().numpy()  # [N, D]
     return _eigenvalues(centred @ centred.T / (rows - 1))
 
 
-def _check(rows: int, features: int, latents: int) -> None:
-    if latents > min(features, rows - 1):
+def _check_size(rows: int, features: int, latents: int) -> None:
+    possible = min(features, rows - 1)
+    if latents > possible:
         raise FitError(
-            f"{latents} latents need at least as many features and one row more, got {features} features and {rows} "
-            f"rows to fit: ask for --latents {max(1, min(features, rows - 1))} or fewer"
+            f"PCA with {latents} latents needs at least {latents} features and {latents + 1} rows to fit, got "
+            f"{features} features and {rows} rows: lower --latents to {max(1, possible)}, or add data"
         )
 
 
 def _pca(moments: Moments, values: Tensor, vectors: Tensor) -> PCA:
-    """The model with the largest eigenvalues [K] and their eigenvectors [K, D], of any sign."""
+    """Return the model with the largest eigenvalues [K] and their eigenvectors [K, D], in either sign."""
     features, total = len(moments.mean), moments.variance.sum()
     if float(total) <= 0.0:
-        raise FitError(f"all {features} columns are constant over {moments.rows} rows: there is nothing to learn")
-    left = (total - values.sum()) / max(features - len(values), 1)  # the mean of the eigenvalues left out
-    noise = left.clamp(min=NOISE_FLOOR * total / features)
-    largest = vectors.abs().argmax(dim=1, keepdim=True)  # signs are free: the largest entry becomes positive
+        raise FitError(
+            f"all {features} columns are constant over {moments.rows} rows: expected at least one column that varies"
+        )
+    noise = (total - values.sum()) / max(features - len(values), 1)  # the mean of the remaining eigenvalues
+    noise = noise.clamp(min=MIN_NOISE * total / features)
+    largest = vectors.abs().argmax(dim=1, keepdim=True)  # fix the sign: the largest entry is positive
     components = vectors * vectors.gather(1, largest).sign()
     return PCA(moments.mean, components, values.clamp(min=noise), noise)
 
 
-def _moments(x: Tensor, full: bool = True) -> Moments:
-    return compute_moments((rows.numpy(force=True) for rows in x.split(max(1, BLOCK_VALUES // x.shape[1]))), full)
+def _moments(x: Tensor, *, with_covariance: bool) -> Moments:
+    blocks = (rows.numpy(force=True) for rows in x.split(max(1, BLOCK_VALUES // x.shape[1])))
+    return compute_moments(blocks, with_covariance)
 
 
-def _largest(symmetric: Doubles, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest eigenvalues, descending, and their eigenvectors, as rows."""
+def _largest_eigenpairs(symmetric: Doubles, count: int) -> tuple[Tensor, Tensor]:
+    """Return the `count` largest eigenvalues, descending, and their eigenvectors as rows."""
     from scipy.linalg import eigh
 
     size = len(symmetric)
-    with _one_thread():
+    with _one_blas_thread():
         values, vectors = eigh(symmetric, subset_by_index=(size - count, size - 1), check_finite=False)
     return torch.from_numpy(values[::-1].copy()), torch.from_numpy(vectors.T[::-1].copy())
 
@@ -97,14 +105,14 @@ def _largest(symmetric: Doubles, count: int) -> tuple[Tensor, Tensor]:
 def _eigenvalues(symmetric: Doubles) -> Tensor:
     from scipy.linalg import eigvalsh
 
-    with _one_thread():
+    with _one_blas_thread():
         values = eigvalsh(symmetric, check_finite=False)
     return torch.from_numpy(values[::-1].copy()).clamp(min=0.0)
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """LAPACK rounds as its threads divide the work; with one, a machine's number of cores changes no bit."""
+def _one_blas_thread() -> Iterator[None]:
+    """Use one thread in LAPACK: its rounding depends on the number of threads, and results must not."""
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1, user_api="blas"):

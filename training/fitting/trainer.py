@@ -1,16 +1,15 @@
-"""Gradient descent: the algorithm of the seed text, with what it takes to trust a long run to it.
+"""The training loop: minibatch gradient descent with validation, early stopping, checkpoints and several processes.
 
-Shuffle, minibatch, step, epoch after epoch. The best model on held-out rows is the one that is kept; a run that goes
-wrong stops and keeps it; a run that is killed continues from its checkpoint to the same weights, to the bit; processes
-that share the batches compute what one would.
+- After every epoch the model is validated on the held-out rows, and the best model is kept.
+- If the loss becomes NaN or infinite, training stops and keeps the best model so far.
+- A run that is killed resumes from its checkpoint and ends with the same weights, bit for bit.
+- Processes that share the batches compute what one process would, up to rounding.
 """
 
 import copy
 import math
-from dataclasses import dataclass
-from pathlib import Path
 from time import monotonic
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,185 +17,181 @@ from torch import Tensor, nn
 from training.config import TrainConfig
 from training.data.batches import Batches
 from training.errors import FitError
-from training.fitting import checkpoint
+from training.fitting.checkpoint import CheckpointStore
 from training.fitting.distributed import ProcessGroup
-from training.fitting.objectives import LossTerms
+from training.fitting.objectives import Objective
 from training.progress import Reporter
 from training.random_streams import NOISE, VALIDATION, random_stream
 
-STEPS = 3_000  # that the default number of epochs aims at: the demonstration models stop improving there
-FEWEST_EPOCHS, MOST_EPOCHS = 10, 400
-RATE = 1e-3  # where none is set
-LARGEST_GRADIENT = 1000.0  # norm; far above a healthy step's, so only an exploding one is cut
-VALIDATION_ROWS = 256  # at a time: what is computed of them stays in the processor's cache
-
-
-class Objective(Protocol):
-    """What is minimised, its randomness apart, so that processes can share what one drew."""
-
-    def draw(self, rows: Tensor, random: torch.Generator, warmth: float) -> tuple[Tensor, ...]:
-        """All that the loss of rows [B, D] needs, each with B as its first dimension: the rows, the noise.
-
-        Args:
-            warmth: how much of the warm-up is behind, from 0 to 1.
-        """
-
-    def terms(self, drawn: tuple[Tensor, ...], warmth: float) -> LossTerms:
-        """The loss of what `draw` gave, or of some of its rows."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """Where a run keeps its state, and whether it continues one.
-
-    Args:
-        folder: of the checkpoint.
-        identity: of data and options; another's checkpoint is refused.
-        resume: continue from the checkpoint.
-        seconds: between checkpoints.
-    """
-
-    folder: Path
-    identity: str
-    resume: bool = False
-    seconds: float = 30.0
+DEFAULT_STEPS = 3_000  # the default number of epochs makes about this many; the demonstration models gain nothing more
+MIN_EPOCHS, MAX_EPOCHS = 10, 400  # of the default
+DEFAULT_LEARNING_RATE = 1e-3
+MAX_GRADIENT_NORM = 1000.0  # far above that of a healthy step, so only an exploding gradient is clipped
+VALIDATION_BATCH = 256  # rows; small enough for the activations to stay in the processor's cache
 
 
 class Trainer:
-    """One run of Adam (Kingma & Ba 2015) on a one-cycle schedule (Smith & Topin 2018).
+    """Trains one model with Adam (Kingma & Ba 2015) on a one-cycle learning rate schedule (Smith & Topin 2018).
 
     Args:
-        model: what is trained, on the device of the batches.
-        batches: the rows to fit.
-        held_out: rows [M, D], in model units, by which the best epoch is chosen.
-        processes: those that share every batch; each calls this with the same arguments.
+        model: the model to train, moved to the device of the held-out rows.
+        objective: the loss to minimise.
+        batches: the rows to fit, on the same device.
+        held_out: rows [M, D], in model units, on which the model is validated.
+        config: the options of the run.
+        reporter: receives the progress.
+        checkpoints: where the state of the run is saved; None to save none.
+        processes: the processes that share every batch. Each creates its trainer with the same arguments.
     """
 
     def __init__(
         self,
+        *,
         model: nn.Module,
         objective: Objective,
         batches: Batches,
         held_out: Tensor,
         config: TrainConfig,
+        reporter: Reporter,
+        checkpoints: CheckpointStore | None = None,
         processes: ProcessGroup = ProcessGroup(),  # noqa: B008  # frozen
     ) -> None:
         self._model = model.to(held_out.device)
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._objective, self._batches, self._held_out = objective, batches, held_out
-        self._config, self._processes = config, processes
-        self._batch = min(config.batch_size, len(batches))
-        if self._batch < processes.count:
-            raise FitError(f"{processes.count} processes cannot share a batch of {self._batch} rows: start fewer")
-        self._steps_an_epoch = -(-len(batches) // self._batch)
-        default = min(max(-(-STEPS // self._steps_an_epoch), FEWEST_EPOCHS), MOST_EPOCHS)
-        self._steps = (config.epochs or default) * self._steps_an_epoch
-        self._warm_up = min(config.warm_up, self._steps)
+        self._config, self._reporter = config, reporter
+        self._checkpoints, self._processes = checkpoints, processes
+
+        self._batch_size = min(config.batch_size, len(batches))
+        if self._batch_size < processes.count:
+            raise FitError(
+                f"{processes.count} processes cannot share a batch of {self._batch_size} rows: "
+                "start fewer processes, or raise --batch-size"
+            )
+        self._steps_per_epoch = -(-len(batches) // self._batch_size)
+        default_epochs = min(max(-(-DEFAULT_STEPS // self._steps_per_epoch), MIN_EPOCHS), MAX_EPOCHS)
+        self._steps = (config.epochs or default_epochs) * self._steps_per_epoch
+        self._warm_up_steps = min(config.warm_up, self._steps)
         self._optimiser = torch.optim.Adam(model.parameters(), fused=True)
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self._optimiser, config.learning_rate or RATE, total_steps=self._steps
+            self._optimiser, config.learning_rate or DEFAULT_LEARNING_RATE, total_steps=self._steps
         )
-        self._step = 0
-        self._names: list[str] = []  # of the loss and its terms
-        self._sums: list[float] = []  # of those, over the rows of the epoch so far
-        self._best: dict[str, Any] | None = None
+
+        self._step = 0  # optimiser steps so far
+        self._term_names: list[str] = []  # "loss" first
+        self._term_sums: list[float] = []  # over the rows of the current epoch so far
+        self._best: dict[str, Any] | None = None  # state of the model to keep
         self._best_loss = math.inf
         self._epochs_without_gain = 0
 
-    def run(self, report: Reporter, run: Run | None) -> None:
-        """Train to the end and leave the best model in place. Raises FitError when there is none."""
-        if run and run.resume:
-            self._restore(checkpoint.load(run.folder, run.identity))
-            report.note(f"resumed at step {self._step} of {self._steps}")
-        report.start(f"{self._config.name} ({self._config.model})", self._steps)
-        saved = monotonic()
-        while self._step < self._steps and not self._stale():
-            if not self._one_step():
-                self._lost(report)
+    def train(self) -> None:
+        """Train to the end and leave the best weights in the model, in evaluation mode.
+
+        Raises:
+            FitError: the loss became NaN or infinite before the first epoch ended, or the checkpoint is unusable.
+        """
+        if self._checkpoints and self._checkpoints.resume:
+            self._restore(self._checkpoints.load())
+            self._reporter.note(f"resumed at step {self._step} of {self._steps}")
+        self._reporter.start(f"{self._config.name} ({self._config.model})", self._steps)
+        saved_at = monotonic()
+        while self._step < self._steps and not self._out_of_patience():
+            if not self._train_step():
+                self._report_bad_loss()
                 break
-            if self._step % self._steps_an_epoch == 0:
-                self._end_epoch(report)
-            if run and monotonic() - saved >= run.seconds:
-                self._save(run, report)
-                saved = monotonic()
-        if run:  # what follows may take long too
-            self._save(run, report)
+            if self._step % self._steps_per_epoch == 0:
+                self._end_epoch()
+            if self._checkpoints and monotonic() - saved_at >= self._checkpoints.interval_seconds:
+                self._save_checkpoint(self._checkpoints)
+                saved_at = monotonic()
+        if self._checkpoints:  # the statistics and metrics that follow may take long too
+            self._save_checkpoint(self._checkpoints)
         if self._best is not None:
             self._model.load_state_dict(self._best)
         self._model.eval()
 
-    def _one_step(self) -> bool:
-        """One update; False if the loss or its gradient is not finite, in which case nothing is changed."""
-        epoch, position = divmod(self._step, self._steps_an_epoch)
-        if position == 0:
-            self._sums = []
-        if not self._model.training:  # validation ends an epoch
+    def _train_step(self) -> bool:
+        """Make one optimiser step. Return False, and change nothing, if the loss or its gradient is not finite."""
+        epoch, step_in_epoch = divmod(self._step, self._steps_per_epoch)
+        if step_in_epoch == 0:
+            self._term_sums = []
+        if not self._model.training:  # the validation of the last epoch left it in evaluation mode
             self._model.train()
-        start = position * self._batch
-        rows = self._batches.take(epoch, start, min(start + self._batch, len(self._batches)))
+        start = step_in_epoch * self._batch_size
+        rows = self._batches.take(epoch, start, min(start + self._batch_size, len(self._batches)))
         self._optimiser.zero_grad(set_to_none=True)
-        values = self._loss(rows, random_stream(self._config.seed, NOISE, self._step), self._warmth())
+        random = random_stream(self._config.seed, NOISE, self._step)
+        values = self._loss_terms(rows, random, self._warm_up_progress(), backward=True)
         norm = self._gradient_norm()
         if not (math.isfinite(values[0]) and math.isfinite(norm)):
             return False
-        if norm > LARGEST_GRADIENT:
-            nn.utils.clip_grads_with_norm_(self._parameters, LARGEST_GRADIENT, torch.tensor(norm))
+        if norm > MAX_GRADIENT_NORM:
+            nn.utils.clip_grads_with_norm_(self._parameters, MAX_GRADIENT_NORM, torch.tensor(norm))
         self._optimiser.step()
         self._schedule.step()
         self._step += 1
-        sums = self._sums or [0.0] * len(values)
-        self._sums = [total + value * len(rows) for total, value in zip(sums, values, strict=True)]  # one may be short
+        sums = self._term_sums or [0.0] * len(values)
+        # weighted by the rows: the last batch of an epoch may be shorter
+        self._term_sums = [total + value * len(rows) for total, value in zip(sums, values, strict=True)]
         return True
 
-    def _gradient_norm(self) -> float:
-        """The Euclidean norm of all gradients together."""
-        gradients = [p.grad.reshape(-1) for p in self._parameters if p.grad is not None]
-        return math.sqrt(torch.stack([each.dot(each) for each in gradients]).sum().item())
+    def _loss_terms(self, rows: Tensor, random: torch.Generator, warm_up: float, *, backward: bool) -> list[float]:
+        """Return the loss terms of rows [B, D], the loss first.
 
-    def _loss(self, rows: Tensor, random: torch.Generator, warmth: float, backward: bool = True) -> list[float]:
-        """The loss of rows [B, D] and its terms, of which each process computes its share; gradients likewise."""
-        drawn = self._objective.draw(rows, random, warmth)
+        Each process computes its share of the rows, and the results are added up.
+
+        Args:
+            backward: whether to compute the gradients too.
+        """
+        drawn = self._objective.draw(rows, random, warm_up)
         share = self._processes.slice_of(len(rows))
         weight = (share.stop - share.start) / len(rows)
         if self._processes.count > 1:
             drawn = tuple(part[share] for part in drawn)
         if weight > 0:
-            terms = self._objective.terms(drawn, warmth)
-            self._names = list(terms)
+            terms = self._objective.terms(drawn, warm_up)
+            self._term_names = list(terms)
             if backward:
                 (terms["loss"] if weight == 1.0 else weight * terms["loss"]).backward()
-            values = torch.stack([term.detach() for term in terms.values()])  # loss first
+            values = torch.stack([term.detach() for term in terms.values()])
         else:
-            values = torch.zeros(len(self._names), device=rows.device)
+            values = torch.zeros(len(self._term_names), device=rows.device)
         if self._processes.count > 1:
             values = values.double() * weight
             self._processes.all_reduce(values)
             if backward:
-                self._add_up_gradients()
+                self._all_reduce_gradients()
         return cast(list[float], values.tolist())
 
-    def _add_up_gradients(self) -> None:
+    def _all_reduce_gradients(self) -> None:
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        flat = nn.utils.parameters_to_vector(parameter.grad for parameter in self._parameters)  # type: ignore[misc] # a generator will do
+        flat = nn.utils.parameters_to_vector(parameter.grad for parameter in self._parameters)  # type: ignore[misc] # a generator works too
         self._processes.all_reduce(flat)
         start = 0
         for parameter in self._parameters:
             parameter.grad = flat[start : start + parameter.numel()].view_as(parameter)
             start += parameter.numel()
 
-    def _warmth(self) -> float:
-        """How much of the warm-up is behind, from 0 to 1."""
-        return 1.0 if not self._warm_up else min(1.0, self._step / self._warm_up)
+    def _gradient_norm(self) -> float:
+        """Return the Euclidean norm of all gradients together."""
+        gradients = [p.grad.reshape(-1) for p in self._parameters if p.grad is not None]
+        return math.sqrt(torch.stack([each.dot(each) for each in gradients]).sum().item())
 
-    def _end_epoch(self, report: Reporter) -> None:
-        means = {name: total / len(self._batches) for name, total in zip(self._names, self._sums, strict=True)}
+    def _warm_up_progress(self) -> float:
+        """Return the share of the warm-up that is over, from 0 to 1."""
+        return 1.0 if not self._warm_up_steps else min(1.0, self._step / self._warm_up_steps)
+
+    def _end_epoch(self) -> None:
+        """Validate the model, report the epoch, and keep the model if it is the one to publish so far."""
+        pairs = zip(self._term_names, self._term_sums, strict=True)
+        means = {name: total / len(self._batches) for name, total in pairs}
         means["held_out_loss"] = loss = self._validate()
         del means["loss"]
-        report.epoch(self._step // self._steps_an_epoch, self._step, means)
-        if self._step < self._warm_up:
-            return  # the loss still changes its meaning
+        self._reporter.epoch(self._step // self._steps_per_epoch, self._step, means)
+        if self._step < self._warm_up_steps:
+            return  # losses before the end of the warm-up cannot be compared with later ones
         better = loss < self._best_loss
         if better or (self._config.kept == "last" and math.isfinite(loss)):
             self._best = copy.deepcopy(self._model.state_dict())
@@ -204,40 +199,44 @@ class Trainer:
         self._epochs_without_gain = 0 if better else self._epochs_without_gain + 1
 
     def _validate(self) -> float:
-        """The loss of the held-out rows, with the same noise after every epoch."""
+        """Return the loss of the held-out rows, with the same noise after every epoch."""
         self._model.eval()
         random, total = random_stream(self._config.seed, VALIDATION), 0.0
         with torch.no_grad():
-            for rows in self._held_out.split(VALIDATION_ROWS):
-                total += self._loss(rows, random, 1.0, backward=False)[0] * len(rows)
+            for rows in self._held_out.split(VALIDATION_BATCH):
+                total += self._loss_terms(rows, random, warm_up=1.0, backward=False)[0] * len(rows)
         return total / len(self._held_out)
 
-    def _stale(self) -> bool:
+    def _out_of_patience(self) -> bool:
         return self._config.patience is not None and self._epochs_without_gain > self._config.patience
 
-    def _lost(self, report: Reporter) -> None:
-        epoch = self._step // self._steps_an_epoch + 1
-        message = f"the loss stopped being finite at step {self._step + 1}, in epoch {epoch}"
+    def _report_bad_loss(self) -> None:
+        epoch = self._step // self._steps_per_epoch + 1
+        message = f"the loss became NaN or infinite at step {self._step + 1}, in epoch {epoch}"
         if self._best is None:
             raise FitError(f"{message}: lower --learning-rate")
-        report.note(f"warning: {message}; the best model until then is kept. Lower --learning-rate")
+        self._reporter.note(
+            f"warning: {message}: training stopped and the best model so far is kept; lower --learning-rate"
+        )
 
-    def _save(self, run: Run, report: Reporter) -> None:
-        """A checkpoint; a full disk costs the checkpoint, not the run."""
+    def _save_checkpoint(self, checkpoints: CheckpointStore) -> None:
+        """Save the state of the run. A failure, such as a full disk, is reported and does not stop the training."""
         try:
-            checkpoint.save(run.folder, self._state(run.identity))
+            checkpoints.save(self._state())
         except OSError as error:
-            report.note(f"warning: no checkpoint in {run.folder} ({error.strerror}): make room there, or set --runs")
+            self._reporter.note(
+                f"warning: no checkpoint was written to {checkpoints.folder} ({error.strerror}): "
+                "free some space or change its permissions, or choose another folder with --runs"
+            )
 
-    def _state(self, identity: str) -> dict[str, Any]:
+    def _state(self) -> dict[str, Any]:
         return {
-            "identity": identity,
             "step": self._step,
             "model": self._model.state_dict(),
             "optimiser": self._optimiser.state_dict(),
             "schedule": self._schedule.state_dict(),
-            "names": self._names,
-            "sums": self._sums,
+            "names": self._term_names,
+            "sums": self._term_sums,
             "best": self._best,
             "best_loss": self._best_loss,
             "epochs_without_gain": self._epochs_without_gain,
@@ -248,7 +247,7 @@ class Trainer:
         self._model.load_state_dict(state["model"])
         self._optimiser.load_state_dict(state["optimiser"])
         self._schedule.load_state_dict(state["schedule"])
-        self._names = state["names"]
-        self._sums = state["sums"]
+        self._term_names = state["names"]
+        self._term_sums = state["sums"]
         self._best, self._best_loss = state["best"], state["best_loss"]
         self._epochs_without_gain = state["epochs_without_gain"]

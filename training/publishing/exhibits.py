@@ -9,7 +9,7 @@ import torch
 from models.artifact import CALIBRATION, CARD, HELD_OUT
 from models.manifest import Manifest
 from models.pipeline import Pipeline
-from training.fitting.pipeline import PreparedData
+from training.fitting.prepared_data import PreparedData
 from training.reports.model_card import card
 
 MOST_CODES = 2_000  # held-out rows whose codes are shown
@@ -37,7 +37,7 @@ def _held_out(pipeline: Pipeline, data: PreparedData) -> bytes:
     labels = data.table.labels
     fields = {
         "rows": len(data.held_out),
-        "labels": None if labels is None else labels[data.rows.held_out[: len(rows)]],
+        "labels": None if labels is None else labels[data.split.held_out[: len(rows)]],
         "label_names": data.table.label_names,
         "latents": latents.contiguous().numpy(),
         "inputs": rows[: max(1, MOST_VALUES // rows.shape[1])].numpy(),

@@ -14,7 +14,7 @@ from models.pipeline import Pipeline
 from training.evaluation.metrics import density_scale
 from training.evaluation.model_selection import Candidate
 from training.fitting.latents import describe_latents
-from training.fitting.pipeline import PreparedData
+from training.fitting.prepared_data import PreparedData
 from training.progress import Reporter
 from training.publishing.exhibits import exhibits
 from training.publishing.onnx_export import export
@@ -27,7 +27,7 @@ def publish(
 ) -> tuple[Path, Manifest]:
     """Write the model as the next version of its name under `artifacts`; gives the path of the file."""
     module = artifact.script(chosen.pipeline)
-    rows = data.filled(data.held_out[:GOLDEN_ROWS])
+    rows = data.fill_missing(data.held_out[:GOLDEN_ROWS])
     manifest = _manifest(chosen, comparison, data, _golden(module, rows, chosen.config.seed))
     twin = _twin(chosen.pipeline, rows, report)
     notes = [*data.table.notes, *chosen.recorder.notes]
@@ -67,9 +67,9 @@ def _data(data: PreparedData) -> Data:
         source=data.table.source,
         rows=len(data.table.x),
         fingerprint=data.table.fingerprint,
-        fit=len(data.rows.fit),
-        held_out=len(data.rows.held_out),
-        calibration=len(data.rows.calibration),
+        fit=len(data.split.fit),
+        held_out=len(data.split.held_out),
+        calibration=len(data.split.calibration),
     )
 
 
@@ -86,7 +86,7 @@ def software() -> dict[str, str]:
 def _manifest(
     chosen: Candidate, comparison: dict[str, dict[str, float]], data: PreparedData, golden: Golden
 ) -> Manifest:
-    table, pipeline, calibration = data.table, chosen.pipeline, len(data.rows.calibration)
+    table, pipeline, calibration = data.table, chosen.pipeline, len(data.split.calibration)
     scaled = data.moments.scaled(pipeline.scaling.shift, pipeline.scaling.scale)
     return Manifest(
         format_version=FORMAT_VERSION,

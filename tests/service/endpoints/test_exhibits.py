@@ -12,7 +12,7 @@ from fastapi import FastAPI
 
 from models.artifact import Artifact
 from tests.service.hosts import host_table
-from tests.training.reporters import Silent
+from tests.training.reporters import RecordingReporter
 from training.config import TrainConfig
 from training.data.row_store import RowStore
 from training.data.table import Table
@@ -68,7 +68,7 @@ def test_what_is_shown_is_bounded(tmp_path: Path) -> None:
     names = [f"f{i}" for i in range(300)]
     missing = np.zeros(300, np.int64)
     table = Table(RowStore(rows), (300,), names, [None] * 300, None, None, "made up", missing=missing)
-    path = train(TrainConfig(model="pca", name="wide", latents=2), table, tmp_path, Silent())
+    path = train(TrainConfig(model="pca", name="wide", latents=2), table, tmp_path, RecordingReporter())
     held, scores = (json.loads(members(path)[name]) for name in ("held-out.json", "calibration.json"))
     assert held["rows"] == 2600
     assert np.shape(held["latents"]) == (2000, 2)
@@ -80,7 +80,7 @@ def test_what_is_shown_is_bounded(tmp_path: Path) -> None:
 
 def test_a_private_run_leaves_its_rows_out(tmp_path: Path) -> None:
     config = TrainConfig(model="pca", name="secret", latents=2, private=True)
-    shown = members(train(config, host_table(), tmp_path, Silent()))
+    shown = members(train(config, host_table(), tmp_path, RecordingReporter()))
     assert set(shown) == {"calibration.json", "card.md"}
 
 

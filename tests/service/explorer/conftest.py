@@ -11,7 +11,7 @@ from service.settings import Settings
 from tests.service.explorer.browser import ExplorerPage, chromium
 from tests.service.hosts import host_table
 from tests.service.running import running
-from tests.training.reporters import Silent
+from tests.training.reporters import RecordingReporter
 from training.config import TrainConfig
 from training.data.table import read_table
 from training.train import train
@@ -30,8 +30,13 @@ def site_url(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     root = tmp_path_factory.mktemp("explorer")
     for folder in artifacts.iterdir():
         (root / folder.name).symlink_to(folder)
-    train(TrainConfig(model="ae", name="linear", hidden=(), epochs=15), read_table("digits"), root, Silent())
-    train(TrainConfig(model="ae", name="secret", latents=2, epochs=2, private=True), host_table(), root, Silent())
+    train(TrainConfig(model="ae", name="linear", hidden=(), epochs=15), read_table("digits"), root, RecordingReporter())
+    train(
+        TrainConfig(model="ae", name="secret", latents=2, epochs=2, private=True),
+        host_table(),
+        root,
+        RecordingReporter(),
+    )
     with running(create_app(Settings(artifacts=root, log_level="error", backend="torchscript"))) as client:
         yield str(client.base_url)
 

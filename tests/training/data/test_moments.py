@@ -28,8 +28,8 @@ TRUE |= {"bright rows first": TRUE["dark rows first"][::-1], "whole, then not": 
 TRUE |= {"small, then large": np.concatenate((COUNTS, 1e7 * COUNTS)), "large": 1e30 * COUNTS, "single": COUNTS[:1]}
 
 
-def of(x: npt.NDArray[Any], block: int, full: bool = True) -> Moments:
-    return compute_moments((x[start : start + block] for start in range(0, len(x), block)), full)
+def of(x: npt.NDArray[Any], block: int, with_covariance: bool = True) -> Moments:
+    return compute_moments((x[start : start + block] for start in range(0, len(x), block)), with_covariance)
 
 
 def extended(x: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
@@ -83,7 +83,7 @@ def test_blocks_do_not_matter_and_may_be_empty() -> None:
 
 @pytest.mark.parametrize("name", TRUE)
 def test_without_the_covariance_the_rest_is_the_same(name: str) -> None:
-    full, slim = of(TRUE[name], 1000), of(TRUE[name], 1000, full=False)
+    full, slim = of(TRUE[name], 1000), of(TRUE[name], 1000, with_covariance=False)
     assert slim.covariance is None
     assert torch.allclose(slim.variance, full.variance, rtol=1e-12, atol=0)
     for field in ("mean", "low", "high"):

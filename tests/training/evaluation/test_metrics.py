@@ -28,7 +28,7 @@ from training.evaluation.metrics import (
     rival_metrics,
 )
 from training.fitting.latents import describe_latents
-from training.fitting.objectives import log_weights
+from training.fitting.losses import log_weights
 from training.fitting.pca import fit_pca
 from training.reports.model_card import MEASURES
 

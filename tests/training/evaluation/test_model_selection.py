@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models.manifest import read_manifest
-from tests.training.reporters import Silent
+from tests.training.reporters import RecordingReporter
 from training.config import TrainConfig
 from training.data.row_store import RowStore
 from training.data.table import Table, read_table
@@ -57,7 +57,7 @@ def test_a_network_is_published_where_it_beats_pca_and_only_there(tmp_path: Path
         else random.standard_normal((1500, 2))
     )
     x = factors @ random.standard_normal((2, 8)) + 0.05 * random.standard_normal((1500, 8))
-    report = Silent()
+    report = RecordingReporter()
     config = TrainConfig(model="auto", name="m", latents=1 if curved else 2, hidden=(32, 32), epochs=60)
     path = train(config, table(x, "made for this test"), tmp_path, report, tmp_path / "runs")
     manifest = read_manifest(path)
@@ -71,9 +71,9 @@ def test_a_network_is_published_where_it_beats_pca_and_only_there(tmp_path: Path
 
 def test_the_measures_of_auto_are_those_of_the_models_alone(tmp_path: Path) -> None:
     config = TrainConfig(model="auto", name="m", epochs=3)
-    auto = read_manifest(train(config, read_table("digits"), tmp_path, Silent()))
+    auto = read_manifest(train(config, read_table("digits"), tmp_path, RecordingReporter()))
     alone = read_manifest(
-        train(config.model_copy(update={"model": auto.kind}), read_table("digits"), tmp_path, Silent())
+        train(config.model_copy(update={"model": auto.kind}), read_table("digits"), tmp_path, RecordingReporter())
     )
     assert auto.weights_sha256 == alone.weights_sha256
     assert auto.metrics == alone.metrics

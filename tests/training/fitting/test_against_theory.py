@@ -18,7 +18,7 @@ from models.autoencoder import Autoencoder, no_whitening
 from models.likelihood import GaussianLikelihood, OptimalGaussianLikelihood
 from models.networks import mlp
 from models.vae import VAE, gaussian_kl
-from training.fitting.objectives import (
+from training.fitting.losses import (
     corrupt,
     elbo_terms,
     importance_weighted_terms,

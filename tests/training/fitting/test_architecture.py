@@ -43,7 +43,7 @@ def test_dense_layers_stand_between_convolutions_and_code_in_mirrored_order() ->
 @pytest.mark.parametrize("network", ["mlp", "conv"])
 def test_a_sigmoid_keeps_pictures_within_0_and_1(network: str) -> None:
     config = TrainConfig.model_validate({"model": "ae", "name": "x", "network": network})
-    x = build_decoder(config, (6, 6), 2, unit=True)(100 * torch.randn(50, 2))
+    x = build_decoder(config, (6, 6), 2, unit_range=True)(100 * torch.randn(50, 2))
     assert 0 <= x.min() < 0.1 < 0.9 < x.max() <= 1
 
 
@@ -69,11 +69,11 @@ def test_decoders_end_in_a_sigmoid_where_it_fits(options: dict[str, object], uni
 @pytest.mark.parametrize(
     ("shape", "hidden", "words"),
     [
-        ((9,), (4,), r"needs pictures, rows of shape \[H, W\] or \[H, W, C\], got \[9\]: use --network mlp"),
-        ((2, 2, 2, 2), (4,), r"got \[2, 2, 2, 2\]"),
-        ((8, 8), (4, 4, 4, 4), "each of its 4 widths, and 8 x 8 has room for 3: give --hidden no more"),
-        ((28, 5), (4, 4, 4, 4), "28 x 5 has room for 3"),
-        ((1, 5), (4,), "1 x 5 has room for 0"),
+        ((9,), (4,), r"needs images, rows of shape \[H, W\] or \[H, W, C\], got shape \[9\]: use --network mlp"),
+        ((2, 2, 2, 2), (4,), r"got shape \[2, 2, 2, 2\]"),
+        ((8, 8), (4, 4, 4, 4), "4 times, but 8 x 8 pixels can be halved 3 times: give --hidden at most 3"),
+        ((28, 5), (4, 4, 4, 4), "28 x 5 pixels can be halved 3 times"),
+        ((1, 5), (4,), "1 x 5 pixels can be halved 0 times"),
     ],
 )
 def test_rows_that_convolutions_cannot_take_are_refused(

@@ -7,7 +7,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from models.manifest import read_manifest
-from tests.training.reporters import Silent
+from tests.training.reporters import RecordingReporter
 from training.config import TrainConfig
 from training.data.table import read_table
 from training.fitting.collapse import collapse_warning, predict_active_latents
@@ -41,18 +41,18 @@ def test_a_warning_comes_when_fewer_than_half_are_alive(active: int, kept: int, 
 
 
 def test_a_collapsed_run_is_forecast_and_warned_of(tmp_path: Path) -> None:
-    report = Silent()
+    report = RecordingReporter()
     settings = {"model": "vae", "name": "v", "hidden": (16,), "epochs": 20, "variance": 1.0, "beta": 4.0}
     manifest = read_manifest(train(TrainConfig.model_validate(settings), read_table("digits"), tmp_path, report))
     assert manifest.metrics["active_latents"] == 0
-    assert any("keeps about 0 of 16 latents" in note for note in report.notes)
-    assert any(note.startswith("WARNING: COLLAPSE. 0 of 16") for note in report.notes)
+    assert any("about 0 of 16 latents will stay active" in note for note in report.notes)
+    assert any(note.startswith("WARNING: posterior collapse: 0 of 16") for note in report.notes)
 
 
 def test_a_healthy_run_is_not_warned_of(tmp_path: Path) -> None:
-    report = Silent()
+    report = RecordingReporter()
     train(
         TrainConfig.model_validate({"model": "vae", "name": "v", "epochs": 60}), read_table("digits"), tmp_path, report
     )
-    assert any("keeps about 16 of 16 latents" in note for note in report.notes)
-    assert not any("COLLAPSE" in note for note in report.notes)
+    assert any("about 16 of 16 latents will stay active" in note for note in report.notes)
+    assert not any("collapse" in note for note in report.notes)

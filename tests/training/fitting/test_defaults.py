@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from training.config import EVERY_KIND, Kind, TrainConfig
-from training.fitting.defaults import MOST_LATENTS, default_image_latents, default_table_latents, with_defaults
+from training.fitting.defaults import MAX_TABLE_LATENTS, default_image_latents, default_table_latents, with_defaults
 
 
 def config(kind: Kind = "ae", **options: object) -> TrainConfig:
@@ -51,7 +51,7 @@ def test_latents_follow_the_explained_variance(kind: Kind, expected: int) -> Non
 
 def test_latents_never_exceed_what_rows_and_columns_allow() -> None:
     flat = 200 * [1 / 200]
-    assert default_table_latents("ae", flat, rows=10_000, width=200) == MOST_LATENTS
+    assert default_table_latents("ae", flat, rows=10_000, width=200) == MAX_TABLE_LATENTS
     assert default_table_latents("ae", flat, rows=21, width=200) == 10
     assert default_table_latents("ae", [1.0], rows=21, width=1) == 1
     assert default_table_latents("ae", [0.5, 0.5], rows=21, width=2) == 1

@@ -10,7 +10,8 @@ import torch
 from models.pipeline import Pipeline
 from training.config import EVERY_KIND, Kind, TrainConfig
 from training.data.table import read_table, split_rows
-from training.fitting.pipeline import fit_pipeline, prepare_data
+from training.fitting.pipeline import fit_pipeline
+from training.fitting.prepared_data import prepare_data
 from training.progress import SilentReporter
 
 ALPHA = 0.05

@@ -10,8 +10,9 @@ from training.config import TrainConfig
 from training.data.moments import compute_moments
 from training.data.row_store import RowStore
 from training.data.table import Table, split_rows
-from training.fitting.pipeline import fit_pipeline, prepare_data
-from training.fitting.statistics import EXPLANATION_NOISE, MAX_EXPLAINED_FEATURES, fit_explanation
+from training.fitting.explanation import EXPLANATION_NOISE, MAX_EXPLAINED_FEATURES, fit_explanation
+from training.fitting.pipeline import fit_pipeline
+from training.fitting.prepared_data import prepare_data
 from training.progress import SilentReporter
 
 UNITS = np.array([1.0, 50.0, 0.01, 3.0, 1.0])
@@ -26,7 +27,7 @@ def correlated(rows: int = 3_000, seed: int = 0) -> np.ndarray:
 
 
 def expectations(x: np.ndarray) -> Expectations:
-    explanation = fit_explanation(compute_moments([x]), standardise(torch.from_numpy(x)), pictures=False)
+    explanation = fit_explanation(compute_moments([x]), standardise(torch.from_numpy(x)), images=False)
     assert isinstance(explanation, Expectations)
     return explanation
 
@@ -82,7 +83,7 @@ def test_raw_units_do_not_matter_without_a_scaling() -> None:
     x = correlated()
     plain = expectations(x)
     still = standardise(torch.zeros(2, 5))  # changes nothing
-    raw = fit_explanation(compute_moments([x]), still, pictures=False)
+    raw = fit_explanation(compute_moments([x]), still, images=False)
     u = standardise(torch.from_numpy(x))(torch.from_numpy(x))
     torch.testing.assert_close(raw(torch.from_numpy(x), u)[0], plain(u, u)[0], rtol=1e-2, atol=1e-3)
 

@@ -14,11 +14,11 @@ from models.artifact import load
 from models.manifest import Manifest, read_manifest
 from tests.conftest import require
 from tests.data import ROOT
-from tests.training.reporters import Silent
+from tests.training.reporters import RecordingReporter
 from tests.training.waiting import wait_until_newer
 from training.config import TrainConfig
 from training.data.table import Table, read_table
-from training.fitting import checkpoint
+from training.fitting.checkpoint import FILE_NAME
 from training.train import train
 
 
@@ -39,7 +39,7 @@ def on_disk(path: Path) -> Table:
 
 def trained(table: Table, root: Path, **options: object) -> Manifest:
     config = TrainConfig.model_validate({"name": "m", "epochs": 20, "latents": 8} | options)
-    path = train(config, table, root, Silent())
+    path = train(config, table, root, RecordingReporter())
     load(path)  # its golden answers are those of what was trained
     return read_manifest(path)
 
@@ -76,7 +76,7 @@ train(config, on_disk(Path({str(digits_file)!r})), root, SilentReporter(), root 
 """
     command = [sys.executable, "-c", program, str(tmp_path / "killed")]
     process = subprocess.Popen(command, cwd=ROOT)
-    wait_until_newer(tmp_path / "killed" / "runs" / "m" / checkpoint.FILE_NAME, 0, process)
+    wait_until_newer(tmp_path / "killed" / "runs" / "m" / FILE_NAME, 0, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     subprocess.run([*command, "resume"], cwd=ROOT, check=True)

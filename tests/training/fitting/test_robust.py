@@ -11,8 +11,9 @@ from sklearn.metrics import roc_auc_score
 
 from training.config import EVERY_KIND, Kind, TrainConfig
 from training.data.table import read_table, split_rows
-from training.fitting.pipeline import fit_pipeline, prepare_data
-from training.fitting.statistics import KEPT_PERCENT, most_concentrated_rows
+from training.fitting.pipeline import fit_pipeline
+from training.fitting.prepared_data import prepare_data
+from training.fitting.whitening import KEPT_PERCENT, most_concentrated_rows
 from training.progress import SilentReporter
 
 D, NORMAL, ANOMALIES = 6, 900, 100
@@ -46,8 +47,8 @@ def test_robust_preparation_leaves_held_out_and_calibration_alone(tmp_path: Path
     table = read_table(str(tmp_path / "rows.npy"))
     rows = split_rows(len(table.x), 0)
     plain, robust = prepare_data(table, rows), prepare_data(table, rows, robust=True)
-    assert set(robust.rows.fit) < set(plain.rows.fit)
-    assert len(robust.rows.fit) == -(-len(plain.rows.fit) * KEPT_PERCENT // 100)
+    assert set(robust.split.fit) < set(plain.split.fit)
+    assert len(robust.split.fit) == -(-len(plain.split.fit) * KEPT_PERCENT // 100)
     assert torch.equal(robust.held_out, plain.held_out)
     assert torch.equal(robust.calibration, plain.calibration)
     assert robust.moments.variance.max() < plain.moments.variance.max()

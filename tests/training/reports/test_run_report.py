@@ -18,7 +18,7 @@ from models.manifest import Manifest, read_manifest
 from tests.commands import two_factor_rows, write
 from tests.data import ROOT
 from tests.training.manifests import manifest_of
-from tests.training.reporters import Silent
+from tests.training.reporters import RecordingReporter
 from training.config import TrainConfig
 from training.data.table import read_table
 from training.reports.model_card import MEASURES, card, command_of
@@ -36,7 +36,7 @@ PICTURES = {
 def run(kind: str, source: str, folder: Path, **options: object) -> tuple[Manifest, Path]:
     """A real run; gives its manifest and the folder that it leaves."""
     config = TrainConfig.model_validate(SMALL | {"model": kind, "name": "m"} | options)
-    path = train(config, read_table(source), folder / "artifacts", Silent(), folder / "runs")
+    path = train(config, read_table(source), folder / "artifacts", RecordingReporter(), folder / "runs")
     return read_manifest(path), folder / "runs" / "m" / path.parent.name
 
 
@@ -128,7 +128,7 @@ def test_the_card_warns_of_what_is_wrong_with_this_model(tmp_path: Path) -> None
 
 def test_a_report_that_cannot_be_written_costs_no_model(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file where a folder should be")
-    report, config = Silent(), TrainConfig.model_validate({"model": "pca", "name": "m"})
+    report, config = RecordingReporter(), TrainConfig.model_validate({"model": "pca", "name": "m"})
     path = train(config, read_table("digits"), tmp_path / "artifacts", report, tmp_path / "runs")
     assert path.is_file()
     assert any(note.startswith(f"warning: no card in {tmp_path}/runs/m/1 (") for note in report.notes)
@@ -150,13 +150,13 @@ def test_where_matplotlib_is_missing_there_is_a_card_and_a_note(tmp_path: Path) 
 LONG = """
 import sys
 from pathlib import Path
-from tests.training.reporters import Silent
+from tests.training.reporters import RecordingReporter
 from training.config import TrainConfig
 from training.data.table import read_table
 from training.train import train
 config = TrainConfig(model="ae", name="m", hidden=(16,), latents=4, epochs=40)
-folder = Path(sys.argv[1])
-train(config, read_table("digits"), folder / "artifacts", Silent(), folder / "runs", "resume" in sys.argv, 0.05)
+folder, resume = Path(sys.argv[1]), "resume" in sys.argv
+train(config, read_table("digits"), folder / "artifacts", RecordingReporter(), folder / "runs", resume, 0.05)
 """
 
 

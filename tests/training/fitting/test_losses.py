@@ -9,7 +9,7 @@ from torch import Tensor
 from models.likelihood import BernoulliLikelihood, GaussianLikelihood, Likelihood
 from models.networks import mlp
 from models.vae import VAE
-from training.fitting.objectives import (
+from training.fitting.losses import (
     binarise,
     elbo_terms,
     importance_weighted_terms,

@@ -1,0 +1,130 @@
+"""The losses that training minimises, each as a dictionary of its terms.
+
+Every function takes rows [B, D] in model units and returns scalars: sums over features, averaged over rows. "loss" is
+the one to minimise. Noise is an argument, so that the same noise gives the same loss wherever it was drawn.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from models.autoencoder import Autoencoder
+from models.likelihood import BernoulliLikelihood, Likelihood
+from models.vae import VAE, gaussian_kl
+
+LossTerms = dict[str, Tensor]  # "loss" and the terms that it is made of, scalars, by name
+
+
+def elbo_terms(vae: VAE, x: Tensor, noise: Tensor, beta: float = 1.0, free_bits: float = 0.0) -> LossTerms:
+    """Return the negative ELBO in nats, with the KL weighted by beta and one posterior sample per row.
+
+    `reconstruction` is E_q[log p(x|z)]; `elbo` is reconstruction - KL for any beta. Kingma & Welling 2014, eq. 7 and 10
+    (beta: Higgins et al. 2017, eq. 4).
+
+    Args:
+        noise: standard normal [B, K], for the reparameterisation z = mean + std * noise.
+        free_bits: nats of KL per latent that cost nothing: Kingma et al. 2016, "Improved variational inference with
+            inverse autoregressive flow", eq. 15.
+    """
+    mean, log_variance = vae.posterior(x)  # [B, K], [B, K]
+    z = mean + (0.5 * log_variance).exp() * noise  # [B, K]
+    reconstruction = log_likelihood(vae.likelihood, x, vae.decoder(z)).mean()
+    kl_per_latent = gaussian_kl(mean, log_variance).mean(dim=0)  # [K]
+    kl = kl_per_latent.sum()
+    charged = kl_per_latent.clamp(min=free_bits).sum() if free_bits else kl
+    loss = beta * charged - reconstruction
+    return {"loss": loss, "reconstruction": reconstruction, "kl": kl, "elbo": reconstruction - kl}
+
+
+def log_weights(vae: VAE, x: Tensor, noise: Tensor) -> Tensor:
+    """Return log p(x, z) - log q(z|x) in nats for S samples per row: noise [S, B, K] to [S, B]."""
+    mean, log_variance = vae.posterior(x)  # [B, K], [B, K]
+    z = mean + (0.5 * log_variance).exp() * noise  # [S, B, K]
+    return _log_weights(vae, x, z, mean, log_variance)
+
+
+def importance_weighted_terms(vae: VAE, x: Tensor, noise: Tensor) -> LossTerms:
+    """Return the negative importance-weighted bound in nats, which is tighter than the ELBO for S > 1 samples per row.
+
+    Burda, Grosse & Salakhutdinov 2016, "Importance weighted autoencoders", eq. 8. The encoder gets the doubly
+    reparameterised gradient of Tucker et al. 2019, "Doubly reparameterized gradient estimators for Monte Carlo
+    objectives", eq. 8. It has the same expectation. Its variance falls as S grows, and is zero where the posterior is
+    exact. For S = 1 it is "sticking the landing" (Roeder, Wu & Duvenaud 2017).
+
+    Args:
+        noise: standard normal [S, B, K].
+    """
+    mean, log_variance = vae.posterior(x)  # [B, K], [B, K]
+    z = mean + (0.5 * log_variance).exp() * noise  # [S, B, K]
+    weights = _log_weights(vae, x, z, mean.detach(), log_variance.detach())  # [S, B]
+    shares = weights.detach().softmax(dim=0).unsqueeze(2)  # [S, B, 1]
+    if z.requires_grad:  # the bound weighs each sample's gradient by its share; eq. 8 weighs it by the share squared
+        z.register_hook(lambda gradient: gradient * shares)
+    bound = (weights.logsumexp(dim=0) - math.log(len(noise))).mean()
+    return {"loss": -bound, "bound": bound, "elbo": weights.mean()}
+
+
+def _log_weights(vae: VAE, x: Tensor, z: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Return log p(x, z) - log q(z) [S, B] for samples z [S, B, K] of q = N(mean, exp(log_variance)), both [B, K]."""
+    output = vae.decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2])  # [S, B, D]
+    squares = (z - mean).square() * (-log_variance).exp() + log_variance  # [S, B, K]: -2 log q, up to a constant
+    return log_likelihood(vae.likelihood, x, output) + 0.5 * (squares - z.square()).sum(dim=2)  # [S, B]
+
+
+def log_likelihood(likelihood: Likelihood, x: Tensor, output: Tensor) -> Tensor:
+    """Return log p(x | z) in nats [..., B] for rows x [B, D] and the decoder's output [..., B, D]."""
+    if isinstance(likelihood, BernoulliLikelihood):  # equal to its log_prob, with one backward op instead of several
+        low, high = x.aminmax()
+        inside = x if low >= 0.0 and high <= 1.0 else x.clamp(0.0, 1.0)  # [B, D]
+        entropy = binary_cross_entropy_with_logits(output, inside.expand(output.shape), reduction="none")
+        density = -entropy.sum(dim=-1)  # [..., B]
+        return density if inside is x else density - 0.5 * (x - inside).square().sum(dim=1)
+    rows = x.expand(output.shape)  # [..., B, D]
+    return likelihood.log_prob(rows.flatten(0, -2), output.flatten(0, -2)).reshape(output.shape[:-1])
+
+
+def squared_error_terms(autoencoder: Autoencoder, x: Tensor, corrupted: Tensor | None = None) -> LossTerms:
+    """Return the squared reconstruction error, summed over features: L(x, x_hat).
+
+    With `corrupted` [B, D] it is the loss of a denoising autoencoder, which reconstructs x from `corrupted`: Vincent et
+    al. 2010, "Stacked denoising autoencoders", section 3.
+    """
+    x_hat = autoencoder.decoder(autoencoder.encoder(x if corrupted is None else corrupted))  # [B, D]
+    error = (x - x_hat).square().sum(dim=1).mean()
+    return {"loss": error, "squared_error": error}
+
+
+def weight_penalty(model: nn.Module) -> Tensor:
+    """Return the sum of the squares of all weights, without the biases."""
+    squares = [parameter.square().sum() for parameter in model.parameters() if parameter.dim() > 1]
+    return torch.stack(squares).sum()
+
+
+def corrupt(x: Tensor, noise_range: tuple[float, float], masking: float, random: torch.Generator) -> Tensor:
+    """Return x [B, D] with Gaussian noise added and some features set to 0.
+
+    Args:
+        noise_range: smallest and largest standard deviation, in model units. Each row draws its own from a log-uniform
+            distribution between them. (0, 0) adds no noise.
+        masking: probability that a feature is set to 0.
+        random: a CPU generator.
+    """
+    low, high = noise_range
+    if high > 0:
+        share = torch.rand(len(x), 1, generator=random)  # [B, 1]
+        deviation = torch.exp(math.log(low) + share * (math.log(high) - math.log(low))) if low > 0 else high * share
+        x = x + (deviation * torch.randn(x.shape, generator=random)).to(x)
+    if masking > 0:
+        x = x * (torch.rand(x.shape, generator=random) >= masking).to(x)
+    return x
+
+
+def binarise(x: Tensor, random: torch.Generator) -> Tensor:
+    """Return a binary sample of x [B, D]: each value becomes 1 with itself as the probability, else 0.
+
+    Args:
+        random: a CPU generator.
+    """
+    return (torch.rand(x.shape, generator=random).to(x) < x).to(x)

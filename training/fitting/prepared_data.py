@@ -1,0 +1,119 @@
+"""Read from a table, once, what fitting any kind of model needs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from models.pca import PCA
+from models.scaling import Scaling, standardise
+from training.data.moments import Moments, compute_moments
+from training.data.row_store import Floats, RowStore, column_medians
+from training.data.table import MAX_HELD_OUT_BYTES, MAX_HELD_OUT_ROWS, Split, Table
+from training.fitting.pca import pca_from_moments, spectrum_from_moments
+from training.fitting.whitening import most_concentrated_rows
+
+SPECTRUM_SIZE = 256  # eigenvalues that are kept
+MAX_COVARIANCE_FEATURES = 4096  # for more features the eigenvectors of the covariance would take hours
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedData:
+    """A table and what is computed from it for every kind of model.
+
+    Args:
+        split: which rows fit the model, validate it and calibrate it.
+        medians: of the fit rows, [D]; NaN for a column without any value.
+        fill: the values that replace missing ones, [D], which are the medians; None where no value is missing.
+        moments: of the fit rows in raw units; without covariance above MAX_COVARIANCE_FEATURES features.
+        held_out: rows [M, D] in raw units, NaN where a value is missing.
+        calibration: rows [C, D], likewise.
+        sample: the fit rows [S, D], likewise; not all of them if they are too many for the memory.
+    """
+
+    table: Table
+    split: Split
+    medians: Tensor
+    fill: Tensor | None
+    moments: Moments
+    held_out: Tensor
+    calibration: Tensor
+    sample: Tensor
+
+    @property
+    def images(self) -> bool:
+        """Whether the rows are images."""
+        return self.table.pixel_range is not None
+
+    def fill_missing(self, rows: Tensor) -> Tensor:
+        """Return rows [B, D] with the medians in place of missing values."""
+        return rows if self.fill is None else torch.where(rows.isnan(), self.fill, rows)
+
+    def scaled_moments(self, scaling: Scaling) -> Moments:
+        """Return the moments of the fit rows in the model units of `scaling`."""
+        return self.moments.scaled(scaling.shift, scaling.scale)
+
+    def pca(self, scaling: Scaling, latents: int) -> PCA | None:
+        """Return the PCA of the fit rows in model units; None if there is no covariance or too little data for it."""
+        if self.moments.covariance is None or latents > min(self.table.x.width, self.moments.rows - 1):
+            return None
+        return pca_from_moments(self.scaled_moments(scaling), latents)
+
+    def spectrum(self, scaling: Scaling) -> Tensor:
+        """Return the largest eigenvalues of the fit rows' covariance in model units, descending, float64."""
+        if self.moments.covariance is None:
+            return torch.zeros(0, dtype=torch.float64)
+        return spectrum_from_moments(self.scaled_moments(scaling))[:SPECTRUM_SIZE]
+
+
+def prepare_data(table: Table, split: Split, robust: bool = False) -> PreparedData:
+    """Read `table`: one pass for the moments, and the rows that are needed in memory.
+
+    Args:
+        robust: fit only the most concentrated of the fit rows, of which at most MAX_HELD_OUT_ROWS are considered.
+    """
+    x = table.x
+    medians = torch.from_numpy(column_medians(x, split.fit))
+    fill = medians if table.missing.any() else None
+    max_sample = min(MAX_HELD_OUT_ROWS, max(1, MAX_HELD_OUT_BYTES // (4 * x.width)))
+    if robust:
+        split = replace(split, fit=_most_concentrated(x, split.fit[:max_sample], medians))
+    blocks = _fit_blocks(x, split.fit, None if fill is None else fill.numpy())
+    return PreparedData(
+        table=table,
+        split=split,
+        medians=medians,
+        fill=fill,
+        moments=compute_moments(blocks, with_covariance=x.width <= MAX_COVARIANCE_FEATURES),
+        held_out=_read_rows(x, split.held_out),
+        calibration=_read_rows(x, split.calibration),
+        sample=_read_rows(x, split.fit[:max_sample]),
+    )
+
+
+def _fit_blocks(x: RowStore, fit: npt.NDArray[np.int64], fill: Floats | None) -> Iterator[Floats]:
+    """Yield the rows at `fit` in blocks, in the order of the table, with missing values filled."""
+    indices = np.sort(fit)
+    for start, block in x.blocks():
+        first, end = np.searchsorted(indices, (start, start + len(block)))
+        rows = block[indices[first:end] - start]
+        yield rows if fill is None else np.where(np.isnan(rows), fill, rows)
+
+
+def _most_concentrated(x: RowStore, fit: npt.NDArray[np.int64], medians: Tensor) -> npt.NDArray[np.int64]:
+    """Return those of the indices `fit` whose rows are most concentrated, in the same order."""
+    rows = _read_rows(x, fit)
+    rows = torch.where(rows.isnan(), medians, rows)
+    kept: npt.NDArray[np.int64] = most_concentrated_rows(standardise(rows)(rows), torch.tensor(1.0)).numpy()
+    return fit[kept]
+
+
+def _read_rows(x: RowStore, indices: npt.NDArray[np.int64]) -> Tensor:
+    """Return the rows at `indices`, in that order. They are read in the order of the table, which is faster on disk."""
+    order = np.argsort(indices)
+    rows = np.empty((len(indices), x.width), np.float32)
+    rows[order] = x.take(indices[order])
+    return torch.from_numpy(rows)

@@ -1,0 +1,41 @@
+"""Fit the prior: the distribution of latents that new rows are sampled from."""
+
+import torch
+from torch import Tensor
+
+from models.autoencoder import Autoencoder
+from models.core import Core
+from models.ensemble import Ensemble
+from models.pca import PCA
+from models.prior import Prior, gaussian_prior
+
+MAX_COMPONENTS = 10
+ROWS_PER_COMPONENT = 50  # with fewer rows the mixture has fewer components
+MIXTURE_ROWS = 10_000  # codes that the mixture is fitted to, at most
+BATCH = 4096  # rows per forward pass; bounds the memory
+
+
+def fit_prior(core: Core, u: Tensor, latents: int, seed: int) -> Prior:
+    """Return the prior whose samples decode to rows like the fit rows u [N, D].
+
+    That of probabilistic PCA for PCA, N(0, I) for a VAE, and a Gaussian mixture of the codes for an autoencoder.
+    """
+    if isinstance(core, PCA):
+        return gaussian_prior((core.eigenvalues - core.noise_variance).clamp(min=0.0).sqrt())
+    if isinstance(core, Autoencoder | Ensemble):
+        return _fit_mixture(core, u, seed)
+    return gaussian_prior(torch.ones(latents))
+
+
+def _fit_mixture(core: Core, u: Tensor, seed: int) -> Prior:
+    from sklearn.mixture import GaussianMixture
+
+    with torch.no_grad():
+        codes = torch.cat([core.encode(rows)[0] for rows in u[:MIXTURE_ROWS].split(BATCH)]).double().numpy()
+    components = min(MAX_COMPONENTS, max(1, len(codes) // ROWS_PER_COMPONENT))
+    spread = float(codes.var(axis=0).mean())
+    mixture = GaussianMixture(components, random_state=seed, reg_covar=1e-4 * spread + 1e-12, max_iter=300)
+    mixture.fit(codes)
+    parameters = mixture.weights_, mixture.means_, mixture.covariances_
+    weights, means, covariances = (torch.from_numpy(value).float() for value in parameters)
+    return Prior(weights, means, torch.linalg.cholesky(covariances))

@@ -1,0 +1,63 @@
+"""Fit the preprocessing: which map takes raw units to the units in which a model works."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from models.scaling import ImputingScaling, Scaling
+from training.config import TrainConfig
+from training.data.moments import Moments
+from training.errors import FitError
+
+CONSTANT_COLUMN_SCALE = 1e-3  # the "standard deviation" of a table's constant column, as a share of its value
+NEGLIGIBLE_DEVIATION = 1e-7  # share of a column's largest value; a smaller deviation is float32 rounding of a constant
+
+
+def scaling_method(config: TrainConfig, images: bool) -> Literal["standardise", "range", "none"]:
+    """Return the preprocessing that `config.scale` asks for, with auto resolved."""
+    if config.scale != "auto":
+        return config.scale
+    bernoulli = config.model == "vae" and config.likelihood == "bernoulli"
+    return "range" if images or bernoulli else "standardise"
+
+
+def fit_scaling(
+    moments: Moments, config: TrainConfig, pixel_range: tuple[float, float] | None, fill: Tensor | None = None
+) -> Scaling:
+    """Return the preprocessing for rows with these moments.
+
+    Args:
+        pixel_range: raw values of black and white; None for tables.
+        fill: [D], raw units: the values that replace missing ones; None where no value is missing.
+
+    Raises:
+        FitError: an option needs values in [0, 1], and another one does not produce them.
+    """
+    method = scaling_method(config, images=pixel_range is not None)
+    if method != "range":
+        advice = f"values in [0, 1], which --scale {method} does not give: use --scale range"
+        if config.model == "vae" and config.likelihood == "bernoulli":
+            raise FitError(f"--likelihood bernoulli needs {advice}")
+        if config.output == "sigmoid":
+            raise FitError(f"--output sigmoid needs {advice}")
+    shift, scale = torch.zeros_like(moments.mean), torch.ones_like(moments.mean)  # [D], [D]
+    if method == "standardise":
+        shift, scale = moments.mean, _standard_deviation(moments, images=pixel_range is not None)
+    elif method == "range":
+        ends = pixel_range or (moments.low, moments.high)
+        low, high = (torch.as_tensor(end, dtype=torch.float64).expand_as(shift) for end in ends)
+        shift, scale = low, torch.where(high > low, high - low, 1.0)
+    scaling = Scaling(shift.float(), scale.float())
+    return scaling if fill is None else ImputingScaling(scaling, fill)
+
+
+def _standard_deviation(moments: Moments, images: bool) -> Tensor:
+    """Return the standard deviation [D] of each column, and a positive stand-in for constant columns."""
+    deviation = (moments.variance * (moments.rows - 1) / moments.rows).sqrt()
+    largest = torch.maximum(moments.low.abs(), moments.high.abs())
+    if images:
+        stand_in = torch.ones_like(deviation)
+    else:  # small, so that a constant column of a table raises the score when it changes
+        stand_in = CONSTANT_COLUMN_SCALE * torch.where(largest > 0.0, largest, 1.0)
+    return torch.where(deviation <= NEGLIGIBLE_DEVIATION * largest, stand_in, deviation)

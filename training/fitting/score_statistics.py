@@ -1,0 +1,122 @@
+"""Fit what a score needs besides the networks: covariances, neighbours, weights, and the calibration."""
+
+import torch
+from torch import Tensor
+
+from models.autoencoder import Autoencoder
+from models.calibration import Calibration
+from models.core import Core
+from models.ensemble import Ensemble, Neighbours
+from models.pca import PCA
+from training.fitting.whitening import KEPT_PERCENT, fit_whitening
+
+CODE_NOISE = 1.0  # variance added to a code, in units of its own: the code follows an anomaly, so it counts for less
+ORDINARY_PERCENT = 90  # share of the rows whose residuals define which residuals are outliers
+OUTLIER_FACTOR = 100.0  # squared residuals beyond this multiple of the largest ordinary one are outliers
+NEIGHBOUR_RANK = 5  # the distance of a row to its 5th neighbour is the scale of distances to that row
+NEIGHBOUR_NOISE = 0.1  # variance added to a feature, in units of its own: smaller differences do not matter
+MAX_NEIGHBOURS = 2_048  # more rows hardly change the score, and every request computes the distance to each
+MAX_NEIGHBOUR_VALUES = 2 << 20  # of float32, in all neighbours together
+SHRINKAGE_ROWS = 5_000
+MIN_VARIANCE = 1e-12  # in model units; a coordinate with less is constant
+MIN_SCALE = 1e-5  # per feature: rounding of a squared distance in float32
+MIN_MEAN_DISTANCE = 1e-6
+BATCH = 4096  # rows per forward pass; bounds the memory
+
+
+def fit_score_statistics(core: Core, held_out: Tensor, sample: Tensor, robust: bool = False) -> None:
+    """Set the statistics of `core` that its score needs and that training does not set. A VAE needs none.
+
+    Args:
+        held_out: rows [N, D] in model units that did not train the networks.
+        sample: rows [S, D] in model units that did.
+        robust: whether there may be anomalies among the rows.
+    """
+    if isinstance(core, PCA):
+        core.shrinkage = fit_shrinkage(sample, core.mean)
+    elif isinstance(core, Autoencoder):
+        usual_variance = _mean_variance(sample)
+        _fit_autoencoder(core, _without_outliers(core, held_out), usual_variance, robust)
+    elif isinstance(core, Ensemble):
+        usual_variance = _mean_variance(sample)
+        _fit_ensemble(core, _without_outliers(core.network, held_out), usual_variance, robust)
+
+
+def fit_calibration(core: Core, u: Tensor) -> Calibration:
+    """Return the calibration from the scores of calibration rows u [N, D], in model units."""
+    with torch.no_grad():
+        return Calibration(torch.cat([core.score(rows)[0] for rows in u.split(BATCH)]))
+
+
+def fit_shrinkage(x: Tensor, mean: Tensor) -> Tensor:
+    """Return the share, a scalar in [0, 1], by which to shrink the covariance of rows x [N, D] towards the identity.
+
+    Ledoit & Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", 2004, lemma 3.3. The share
+    is proportional to 1 / N, so it is computed for at most SHRINKAGE_ROWS rows and scaled to N.
+    """
+    from sklearn.covariance import ledoit_wolf_shrinkage
+
+    some = (x[:SHRINKAGE_ROWS] - mean.to(x)).double().cpu().numpy()
+    return torch.tensor(float(ledoit_wolf_shrinkage(some, assume_centered=True)) * len(some) / len(x)).to(mean)
+
+
+def fit_neighbours(x: Tensor) -> Neighbours:
+    """Return neighbours: some of rows x [N, D] in model units, each with a scale for the distances to it.
+
+    The scale is the squared distance of the row to its 5th neighbour, plus the mean of that over all rows, so that
+    duplicate rows do not get a scale of 0.
+    """
+    whitening = fit_whitening(x[:SHRINKAGE_ROWS], _mean_variance(x), noise=NEIGHBOUR_NOISE)
+    rows = whitening(x[: max(1, min(MAX_NEIGHBOURS, MAX_NEIGHBOUR_VALUES // x.shape[1]))])
+    rank = min(NEIGHBOUR_RANK, len(rows) - 1) + 1  # the first is the row itself
+    distances = torch.cat([torch.cdist(part, rows).kthvalue(rank).values for part in rows.split(BATCH)])  # [R]
+    squared = distances.square()
+    return Neighbours(whitening, rows, (squared + squared.mean()).clamp(min=MIN_SCALE * x.shape[1]))
+
+
+def _fit_autoencoder(core: Autoencoder, u: Tensor, usual_variance: Tensor, robust: bool) -> None:
+    codes, residuals = _codes_and_residuals(core, u)
+    code_variance = codes.var(dim=0, correction=0).mean().clamp(min=MIN_VARIANCE)
+    expected = torch.cat((code_variance.expand(codes.shape[1]), usual_variance.expand(u.shape[1])))  # [K + D]
+    noise = torch.zeros_like(expected)
+    noise[: codes.shape[1]] = CODE_NOISE
+    core.whitening = fit_whitening(torch.cat((codes, residuals), dim=1), expected, robust, noise)
+
+
+def _fit_ensemble(core: Ensemble, u: Tensor, usual_variance: Tensor, robust: bool) -> None:
+    _fit_autoencoder(core.network, u, usual_variance, robust)
+    with torch.no_grad():
+        by_network = torch.cat([core.network.score(rows)[0] for rows in u.split(BATCH)])  # [N]
+        by_neighbours = torch.cat([core.neighbours(rows) for rows in u.split(BATCH)])  # [N]
+        means = [_mean_distance(distances, robust) for distances in (by_network, by_neighbours)]
+        core.weights = 1.0 / torch.stack([mean.clamp(min=MIN_MEAN_DISTANCE) for mean in means])
+
+
+def _codes_and_residuals(core: Autoencoder, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codes [N, K] and residuals [N, D] of rows u [N, D]."""
+    with torch.no_grad():
+        codes = torch.cat([core.encode(rows)[0] for rows in u.split(BATCH)])
+        return codes, u - torch.cat([core.decode(some) for some in codes.split(BATCH)])
+
+
+def _without_outliers(core: Autoencoder, u: Tensor) -> Tensor:
+    """Return the rows of u [N, D] without those that the network reconstructs extremely badly: 90 % of them at least.
+
+    A network extrapolates arbitrarily where a column changes that was constant in the fit rows. One such residual,
+    squared, would dominate the variances that all scores depend on.
+    """
+    squared = _codes_and_residuals(core, u)[1].double().square().sum(dim=1)  # [N]
+    largest_ordinary = squared.kthvalue(-(-len(u) * ORDINARY_PERCENT // 100)).values
+    return u[squared <= OUTLIER_FACTOR * largest_ordinary]
+
+
+def _mean_variance(x: Tensor) -> Tensor:
+    """Return the mean variance of the columns of x [S, D] that vary, a scalar."""
+    variance = x.double().var(dim=0, correction=0)
+    return variance[variance > MIN_VARIANCE].mean().nan_to_num(1.0)
+
+
+def _mean_distance(distances: Tensor, robust: bool) -> Tensor:
+    """Return the mean of distances [N], a scalar; if robust, of the smallest KEPT_PERCENT of them."""
+    kept = -(-len(distances) * KEPT_PERCENT // 100) if robust else len(distances)
+    return distances.sort().values[:kept].mean()
