@@ -1,4 +1,4 @@
-"""The Dockerfile and docker-compose.yml keep the promises that need no container batcher to check."""
+"""Properties of the Dockerfile and docker-compose.yml that can be checked without a container engine."""
 
 import json
 import re
@@ -22,13 +22,13 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def instructions(stage: str) -> list[tuple[str, str]]:
-    """Give a stage's instructions, those of the stages that it is built from first."""
+    """Return the instructions of a stage, after those of the stages that it is built from."""
     origin, body = re.findall(rf"^FROM (\S+) AS {stage}\n(.*?)(?=^FROM |\Z)", DOCKERFILE, re.MULTILINE | re.DOTALL)[0]
     inherited = [] if ":" in origin else instructions(origin)
     return inherited + re.findall(r"^([A-Z]+) (.*)$", body, re.MULTILINE)
 
 
-def last(stage: str, keyword: str) -> str:
+def last_argument(stage: str, keyword: str) -> str:
     return [argument for word, argument in instructions(stage) if word == keyword][-1]
 
 
@@ -42,7 +42,7 @@ def test_compose_file_obeys_the_compose_specification() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_a_misspelt_key_would_break_the_compose_specification(tmp_path: Path) -> None:
+def test_compose_check_refuses_a_misspelt_key(tmp_path: Path) -> None:
     wrong = tmp_path / "docker-compose.yml"
     wrong.write_text((ROOT / "docker-compose.yml").read_text().replace("read_only:", "readonly:"))
     result = check_compose(wrong)
@@ -51,7 +51,7 @@ def test_a_misspelt_key_would_break_the_compose_specification(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_every_container_can_do_no_more_than_it_must(name: str) -> None:
+def test_container_has_no_capabilities_and_a_read_only_root(name: str) -> None:
     service = SERVICES[name]
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
@@ -62,7 +62,7 @@ def test_every_container_can_do_no_more_than_it_must(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_ports_are_published_on_the_loopback_address_alone(name: str) -> None:
+def test_ports_are_published_on_the_loopback_address_only(name: str) -> None:
     for port in SERVICES[name].get("ports", []):
         inside = "8000" if name in BUILT else r"\d+"
         assert re.fullmatch(rf"127\.0\.0\.1:\d+:{inside}", port)
@@ -74,7 +74,7 @@ def test_no_two_services_publish_the_same_port() -> None:
 
 
 @pytest.mark.parametrize("name", APIS)
-def test_the_service_waits_for_the_demonstration_models_and_reads_them_only(name: str) -> None:
+def test_service_waits_for_the_demonstration_models_and_mounts_them_read_only(name: str) -> None:
     assert SERVICES[name]["depends_on"] == {"train": {"condition": "service_completed_successfully"}}
     assert SERVICES[name]["volumes"][0] == "artifacts:/artifacts:ro"
     assert SERVICES["train"]["volumes"] == ["artifacts:/artifacts"]
@@ -82,7 +82,7 @@ def test_the_service_waits_for_the_demonstration_models_and_reads_them_only(name
     assert SERVICES["train"]["restart"] == "no"
 
 
-def test_the_gpu_service_is_asked_for_by_name_and_gets_cuda_wheels() -> None:
+def test_gpu_service_is_opt_in_and_gets_cuda_wheels() -> None:
     gpu = SERVICES["api-gpu"]
     assert gpu["profiles"] == ["gpu"]
     assert re.fullmatch(r"cu\d+", gpu["build"]["args"]["TORCH"])
@@ -90,7 +90,7 @@ def test_the_gpu_service_is_asked_for_by_name_and_gets_cuda_wheels() -> None:
 
 
 @pytest.mark.parametrize("name", PULLED)
-def test_what_is_pulled_is_asked_for_by_name_at_one_version_and_finds_its_files(name: str) -> None:
+def test_pulled_service_is_opt_in_pinned_and_mounts_existing_folders(name: str) -> None:
     service = PULLED[name]
     assert service["profiles"] == ["monitoring"]
     assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+", service["image"])
@@ -103,7 +103,7 @@ def test_what_is_pulled_is_asked_for_by_name_at_one_version_and_finds_its_files(
             assert source in COMPOSE["volumes"]
 
 
-def test_the_addresses_of_the_monitoring_are_those_of_compose() -> None:
+def test_monitoring_configuration_uses_the_service_names_of_compose() -> None:
     text = "".join(path.read_text() for path in (ROOT / "deploy").rglob("*.yml"))
     named = set(re.findall(r"\b(api|prometheus|alertmanager|node-exporter):(\d+)", text))
     assert named == {("api", "8000"), ("prometheus", "9090"), ("alertmanager", "9093"), ("node-exporter", "9100")}
@@ -112,35 +112,38 @@ def test_the_addresses_of_the_monitoring_are_those_of_compose() -> None:
 
 
 @pytest.mark.parametrize("name", BUILT)
-def test_every_service_is_built_from_a_stage_of_the_dockerfile(name: str) -> None:
+def test_built_service_targets_a_stage_of_the_dockerfile(name: str) -> None:
     target = SERVICES[name]["build"]["target"]
     assert re.search(rf"^FROM \S+ AS {target}$", DOCKERFILE, re.MULTILINE)
 
 
-def test_the_default_image_is_the_one_that_trains_too() -> None:
+def test_default_image_can_train() -> None:
     assert re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.MULTILINE)[-1] == "train"
 
 
 @pytest.mark.parametrize("stage", ["serve", "train"])
-def test_an_image_runs_as_a_numeric_user_who_is_not_root(stage: str) -> None:
-    assert re.fullmatch(r"[1-9]\d{3,}:[1-9]\d{3,}", last(stage, "USER"))
+def test_image_runs_as_a_numeric_user_that_is_not_root(stage: str) -> None:
+    assert re.fullmatch(r"[1-9]\d{3,}:[1-9]\d{3,}", last_argument(stage, "USER"))
     assert instructions(stage)[-1][0] == "USER"
 
 
 @pytest.mark.parametrize("stage", ["serve", "train"])
-def test_an_image_starts_without_a_shell_so_that_signals_reach_python(stage: str) -> None:
-    assert [*json.loads(last(stage, "ENTRYPOINT")), *json.loads(last(stage, "CMD"))] == ["elbo", "serve"]
+def test_image_starts_without_a_shell_so_that_signals_reach_python(stage: str) -> None:
+    assert [*json.loads(last_argument(stage, "ENTRYPOINT")), *json.loads(last_argument(stage, "CMD"))] == [
+        "elbo",
+        "serve",
+    ]
 
 
 @pytest.mark.parametrize("stage", ["serve", "train"])
-def test_an_image_is_healthy_when_readyz_says_so(stage: str) -> None:
-    command = json.loads(last(stage, "HEALTHCHECK").partition("CMD ")[2])
+def test_image_health_check_requests_readyz(stage: str) -> None:
+    command = json.loads(last_argument(stage, "HEALTHCHECK").partition("CMD ")[2])
     assert command[:2] == ["python", "-c"]
     assert "'/readyz'" in command[2]
     compile(command[2], "HEALTHCHECK", "exec")
 
 
-def test_the_serving_image_installs_only_what_serving_needs() -> None:
+def test_serving_image_installs_only_the_serving_lock_file() -> None:
     locks = [lock for _, argument in instructions("packages") for lock in re.findall(r"\w+\.lock", argument)]
     assert set(locks) == {"serve.lock"}
     assert "lock" not in "".join(argument for _, argument in instructions("serve"))
@@ -154,7 +157,7 @@ def test_torch_is_pinned_to_one_version_everywhere() -> None:
     assert set(map(frozenset, pins.values())) == {frozenset({"2.13.0"})}, pins
 
 
-def test_whatever_the_wheel_is_built_from_reaches_the_image_build() -> None:
+def test_dockerignore_allows_exactly_the_files_of_the_wheel() -> None:
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     needed = {*PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"], "pyproject.toml", "requirements"}
     needed |= {*PROJECT["project"]["license-files"], PROJECT["project"].get("readme", "README.md")}
@@ -162,10 +165,10 @@ def test_whatever_the_wheel_is_built_from_reaches_the_image_build() -> None:
 
 
 @pytest.mark.parametrize("target", ["serve", "train"])
-def test_all_that_is_written_goes_into_the_volume(target: str) -> None:
-    """The root filesystem is read-only, so a path outside the volume would fail after minutes of training."""
+def test_artifacts_and_runs_are_written_to_the_volume(target: str) -> None:
+    """The root file system is read-only: with a path outside the volume, training would fail at its end."""
     variables = dict(
         pair.split("=", 1) for keyword, line in instructions(target) if keyword == "ENV" for pair in line.split()
     )
-    volume = last(target, "VOLUME")
+    volume = last_argument(target, "VOLUME")
     assert {variables["ELBO_ARTIFACTS"], variables["ELBO_RUNS"].rpartition("/")[0]} == {volume}

@@ -1,4 +1,4 @@
-"""The monitoring loop, with the real Prometheus, Alertmanager and node exporter; and what deploy/ holds is true."""
+"""The files of deploy/, and the whole monitoring loop with the real Prometheus, Alertmanager and node exporter."""
 
 import csv
 import json
@@ -32,44 +32,44 @@ PROGRAMS = ("prometheus", "promtool", "prometheus-alertmanager", "amtool", "prom
 SUFFIXES = {"histogram": ("_bucket", "_count", "_sum"), "counter": ("_total",), "gauge": ("",)}
 
 
-def need(*programs: str) -> None:
+def require_programs(*programs: str) -> None:
     for program in programs:
         require(shutil.which(program), f"no {program}: apt-get install prometheus prometheus-alertmanager "
                 "prometheus-node-exporter")  # fmt: skip
 
 
-def exported() -> set[str]:
-    """Every series that /metrics can have, by its name."""
+def exported_series() -> set[str]:
+    """Return the names of all series that /metrics can contain."""
     families: list[Metric] = list(Metrics(SharedCounters()).registry.collect())
     return {family.name + suffix for family in families for suffix in SUFFIXES[family.type]}
 
 
 def queries() -> dict[str, str]:
-    """Every expression of the dashboard and of the rules, by what it is for."""
-    found = {f"panel {p['title']}": target["expr"] for p in DASHBOARD["panels"] for target in p["targets"]}
+    """Return every expression of the dashboard and of the rules, by panel or rule."""
+    expressions = {f"panel {p['title']}": target["expr"] for p in DASHBOARD["panels"] for target in p["targets"]}
     for path in (DEPLOY / "prometheus").glob("*.rules.yml"):
         for group in yaml.safe_load(path.read_text())["groups"]:
-            found |= {f"rule {rule.get('alert', rule.get('record'))}": rule["expr"] for rule in group["rules"]}
-    return found
+            expressions |= {f"rule {rule.get('alert', rule.get('record'))}": rule["expr"] for rule in group["rules"]}
+    return expressions
 
 
-def test_every_metric_that_the_dashboard_or_a_rule_names_exists() -> None:
-    known, asked = exported(), queries()
-    named = {(where, name) for where, query in asked.items() for name in re.findall(r"\belbo_[a-z_]+\b", query)}
-    assert len(named) >= 15
-    assert {(where, name) for where, name in named if name not in known} == set()
+def test_dashboard_and_rules_use_only_metrics_that_exist() -> None:
+    series = exported_series()
+    used = {(where, name) for where, query in queries().items() for name in re.findall(r"\belbo_[a-z_]+\b", query)}
+    assert len(used) >= 15
+    assert {(where, name) for where, name in used if name not in series} == set()
 
 
-def test_the_dashboard_shows_what_an_operator_looks_for() -> None:
-    told = " ".join(queries())
+def test_dashboard_has_panels_for_load_latency_anomalies_and_drift() -> None:
+    panels = " ".join(queries())
     for subject in ("Requests", "Latency", "Queue", "anomalies", "p-values", "Drift"):
-        assert subject in told
+        assert subject in panels
     sources = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yml").read_text())["datasources"]
     assert {panel["datasource"]["uid"] for panel in DASHBOARD["panels"]} == {source["uid"] for source in sources}
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
 
 
-def test_the_series_of_the_mapping_are_those_that_the_rules_record() -> None:
+def test_series_of_the_remote_write_mapping_are_recorded_by_the_rules_and_sent() -> None:
     rules = yaml.safe_load((DEPLOY / "prometheus" / "node.rules.yml").read_text())["groups"][0]["rules"]
     (target,) = read_mappings(DEPLOY / "elbo" / "remote-write.toml").values()
     assert set(target.features.values()) == {rule["record"] for rule in rules}
@@ -78,8 +78,8 @@ def test_the_series_of_the_mapping_are_those_that_the_rules_record() -> None:
     assert all(kept.fullmatch(series) for series in target.features.values())
 
 
-def test_promtool_and_amtool_find_no_fault() -> None:
-    need("promtool", "amtool")
+def test_promtool_and_amtool_accept_the_configuration() -> None:
+    require_programs("promtool", "amtool")
     for command in (
         ["promtool", "check", "config", str(DEPLOY / "prometheus" / "prometheus.yml")],
         ["promtool", "check", "rules", *map(str, (DEPLOY / "prometheus").glob("*.rules.yml"))],
@@ -90,8 +90,8 @@ def test_promtool_and_amtool_find_no_fault() -> None:
         assert "FAILED" not in result.stdout + result.stderr
 
 
-def test_promtool_fires_the_rules_when_it_should(tmp_path: Path) -> None:
-    need("promtool")
+def test_alert_rules_fire_and_stop_on_simulated_series(tmp_path: Path) -> None:
+    require_programs("promtool")
     labels = {"instance": "api:8000", "model": "node", "version": "1"}
     series = "{" + ", ".join(f'{name}="{value}"' for name, value in labels.items()) + "}"
     stale = {"exp_labels": labels | {"severity": "ticket"}}
@@ -117,12 +117,12 @@ def test_promtool_fires_the_rules_when_it_should(tmp_path: Path) -> None:
         ],
     }
     rules = yaml.safe_load((DEPLOY / "prometheus" / "elbo.rules.yml").read_text())["groups"][0]["rules"]
-    told = {"ElboModelStale": labels, "ElboDown": {"instance": "api:8000"}}
+    labels_by_alert = {"ElboModelStale": labels, "ElboDown": {"instance": "api:8000"}}
     for case in tests["tests"][0]["alert_rule_test"]:  # type: ignore[index] # YAML
         rule = next(rule for rule in rules if rule.get("alert") == case["alertname"])
         for alert in case["exp_alerts"]:
             alert["exp_annotations"] = {
-                name: re.sub(r"\{\{ \$labels\.(\w+) \}\}", lambda m: told[case["alertname"]][m[1]], text)  # noqa: B023 - called at once
+                name: re.sub(r"\{\{ \$labels\.(\w+) \}\}", lambda m: labels_by_alert[case["alertname"]][m[1]], text)  # noqa: B023 - the function is called in this iteration
                 for name, text in rule["annotations"].items()
             }
     path = tmp_path / "tests.yml"
@@ -131,24 +131,26 @@ def test_promtool_fires_the_rules_when_it_should(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-# The loop
+# The whole loop
 
 FEATURES = ("app_queue_depth", "app_latency_seconds", "node_memory_MemTotal_bytes")
 
 
-class App:
-    """What the node exporter's textfile collector tells of an application; `ill` for one that is overrun."""
+class Application:
+    """An application whose metrics the node exporter reads from a text file. `overloaded` makes them abnormal."""
 
     def __init__(self, folder: Path) -> None:
-        self._path, self.ill, self._closing = folder / "app.prom", False, threading.Event()
+        self._path = folder / "app.prom"
+        self.overloaded = False
+        self._closing = threading.Event()
         self._random = random.Random(0)
         self._write()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
     def _write(self) -> None:
-        depth = self._random.gauss(900 if self.ill else 50, 5)
-        latency = self._random.gauss(3 if self.ill else 0.2, 0.02)
+        depth = self._random.gauss(900 if self.overloaded else 50, 5)
+        latency = self._random.gauss(3 if self.overloaded else 0.2, 0.02)
         new = self._path.with_suffix(".new")
         new.write_text(f"app_queue_depth {depth}\napp_latency_seconds {latency}\n")
         new.rename(self._path)
@@ -163,13 +165,13 @@ class App:
 
 
 @contextmanager
-def process(*command: str, **environment: str) -> Iterator[None]:
-    """A program that runs until the block ends."""
-    started = subprocess.Popen(
+def running_program(*command: str, **environment: str) -> Iterator[None]:
+    """Run a program until the block ends."""
+    program = subprocess.Popen(
         command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     output: list[str] = []
-    reader = threading.Thread(target=lambda: output.extend(started.stdout or ()))
+    reader = threading.Thread(target=lambda: output.extend(program.stdout or ()))
     reader.start()
     try:
         yield
@@ -177,15 +179,15 @@ def process(*command: str, **environment: str) -> Iterator[None]:
         print(command[0], "".join(output[-20:]))
         raise
     finally:
-        started.terminate()
+        program.terminate()
         try:
-            assert started.wait(20) in (0, -15, 143), "".join(output[-20:])
+            assert program.wait(20) in (0, -15, 143), "".join(output[-20:])
         finally:
-            started.kill()
-            started.wait()
+            program.kill()
+            program.wait()
         reader.join()
-        assert started.stdout
-        started.stdout.close()
+        assert program.stdout
+        program.stdout.close()
 
 
 def free_ports(count: int) -> list[int]:
@@ -196,18 +198,18 @@ def free_ports(count: int) -> list[int]:
         return [probe.getsockname()[1] for probe in probes]
 
 
-def up(port: int, path: str) -> Callable[[], bool]:
+def is_up(port: int, path: str) -> Callable[[], bool]:
     return lambda: httpx.get(f"http://127.0.0.1:{port}{path}").status_code == 200
 
 
-def alerts(port: int) -> list[dict[str, Any]]:
-    """What Alertmanager shows."""
-    found: list[dict[str, Any]] = httpx.get(f"http://127.0.0.1:{port}/api/v2/alerts").json()
-    return [alert for alert in found if alert["labels"]["alertname"] == "ElboAnomaly"]
+def anomaly_alerts(port: int) -> list[dict[str, Any]]:
+    """Return the alerts about anomalies that Alertmanager lists."""
+    alerts: list[dict[str, Any]] = httpx.get(f"http://127.0.0.1:{port}/api/v2/alerts").json()
+    return [alert for alert in alerts if alert["labels"]["alertname"] == "ElboAnomaly"]
 
 
-def configured(folder: Path, exporter: int, elbo: int) -> Path:
-    """deploy/'s Prometheus with the addresses and the pace of this test."""
+def write_prometheus_config(folder: Path, exporter: int, elbo: int) -> Path:
+    """Write the configuration of deploy/ with the ports of this test and short intervals."""
     config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "200ms", "scrape_timeout": "200ms", "evaluation_interval": "1s"}
     config["rule_files"] = [str(DEPLOY / "prometheus" / "node.rules.yml")]
@@ -215,17 +217,17 @@ def configured(folder: Path, exporter: int, elbo: int) -> Path:
         {"job_name": "node", "static_configs": [{"targets": [f"127.0.0.1:{exporter}"], "labels": {"instance": "web1"}}]}
     ]
     del config["alerting"]
-    (writing,) = config["remote_write"]
-    writing["url"] = f"http://127.0.0.1:{elbo}/api/v1/write"
-    writing["queue_config"] |= {"batch_send_deadline": "300ms", "max_backoff": "500ms"}
-    writing["write_relabel_configs"][0]["regex"] = "|".join(FEATURES)
+    (remote_write,) = config["remote_write"]
+    remote_write["url"] = f"http://127.0.0.1:{elbo}/api/v1/write"
+    remote_write["queue_config"] |= {"batch_send_deadline": "300ms", "max_backoff": "500ms"}
+    remote_write["write_relabel_configs"][0]["regex"] = "|".join(FEATURES)
     path = folder / "prometheus.yml"
     path.write_text(yaml.safe_dump(config))
     return path
 
 
-def test_node_metrics_reach_elbo_and_an_anomaly_becomes_an_alert_that_resolves(tmp_path: Path) -> None:
-    need(*PROGRAMS)
+def test_anomaly_in_node_metrics_becomes_an_alert_that_is_resolved(tmp_path: Path) -> None:
+    require_programs(*PROGRAMS)
     exporter, prometheus, alertmanager, elbo = free_ports(4)
     for name in ("text", "artifacts"):
         (tmp_path / name).mkdir()
@@ -234,46 +236,50 @@ def test_node_metrics_reach_elbo_and_an_anomaly_becomes_an_alert_that_resolves(t
     mapping.write_text(f"[node]\nalpha = 0.001\nwait_seconds = 2\n[node.features]\n{features}")
     local = "--web.listen-address=127.0.0.1:"
     with ExitStack() as stack:
-        app = App(tmp_path / "text")
+        app = Application(tmp_path / "text")
         stack.callback(app.close)
         start = stack.enter_context
         collectors = [f"--collector.{name}" for name in ("disable-defaults", "meminfo", "textfile")]
-        told = f"--collector.textfile.directory={tmp_path}/text"
-        start(process("prometheus-node-exporter", *collectors, told, f"{local}{exporter}"))
+        textfile = f"--collector.textfile.directory={tmp_path}/text"
+        start(running_program("prometheus-node-exporter", *collectors, textfile, f"{local}{exporter}"))
         config = f"--config.file={DEPLOY}/alertmanager/alertmanager.yml"
-        where = f"--storage.path={tmp_path}/am"
-        start(process("prometheus-alertmanager", config, where, "--cluster.listen-address=", f"{local}{alertmanager}"))
-        start(process(
+        storage = f"--storage.path={tmp_path}/am"
+        start(
+            running_program(
+                "prometheus-alertmanager", config, storage, "--cluster.listen-address=", f"{local}{alertmanager}"
+            )
+        )
+        start(running_program(
             sys.executable, "-m", "service", ELBO_PORT=str(elbo), ELBO_ARTIFACTS=str(tmp_path / "artifacts"),
             ELBO_POLL_SECONDS="0.2", ELBO_REMOTE_WRITE=str(mapping), ELBO_ALERT_CALM_SECONDS="3",
             ELBO_ALERTMANAGER_URL=f"http://127.0.0.1:{alertmanager}", ELBO_LOG_FORMAT="text",
         ))  # fmt: skip
-        # Last, so that it ends first: one that cannot write what it has goes on for a minute.
-        config = f"--config.file={configured(tmp_path, exporter, elbo)}"
-        start(process("prometheus", config, f"--storage.tsdb.path={tmp_path}/tsdb", f"{local}{prometheus}"))
-        wait_until(up(exporter, "/"), 60, httpx.TransportError)
-        wait_until(up(alertmanager, "/-/ready"), 60, httpx.TransportError)
-        wait_until(up(prometheus, "/-/ready"), 60, httpx.TransportError)
-        time.sleep(15)  # what is normal, to train on
-        train(tmp_path, mapping, prometheus)
-        wait_until(up(elbo, "/readyz"), 30, httpx.TransportError)
-        wait_until(lambda: scored(elbo) > 20, 60, httpx.TransportError)
-        wait_until(lambda: alerts(alertmanager) == [], 60, httpx.TransportError)
-        app.ill = True
-        wait_until(lambda: alerts(alertmanager) != [], 60, httpx.TransportError)
-        (alert,) = alerts(alertmanager)
+        # Start Prometheus last, so that it stops first: at its end it retries remote write for a minute.
+        config = f"--config.file={write_prometheus_config(tmp_path, exporter, elbo)}"
+        start(running_program("prometheus", config, f"--storage.tsdb.path={tmp_path}/tsdb", f"{local}{prometheus}"))
+        wait_until(is_up(exporter, "/"), 60, httpx.TransportError)
+        wait_until(is_up(alertmanager, "/-/ready"), 60, httpx.TransportError)
+        wait_until(is_up(prometheus, "/-/ready"), 60, httpx.TransportError)
+        time.sleep(15)  # collect normal rows for training
+        train_on_history(tmp_path, mapping, prometheus)
+        wait_until(is_up(elbo, "/readyz"), 30, httpx.TransportError)
+        wait_until(lambda: scored_rows(elbo) > 20, 60, httpx.TransportError)
+        wait_until(lambda: anomaly_alerts(alertmanager) == [], 60, httpx.TransportError)
+        app.overloaded = True
+        wait_until(lambda: anomaly_alerts(alertmanager) != [], 60, httpx.TransportError)
+        (alert,) = anomaly_alerts(alertmanager)
         assert alert["labels"] == {"alertname": "ElboAnomaly", "model": "node", "group": "web1"}
         assert alert["status"]["state"] == "active"
-        assert "most of all app_" in alert["annotations"]["description"]
-        app.ill = False
-        wait_until(lambda: alerts(alertmanager) == [], 60, httpx.TransportError)
+        assert "main causes: app_" in alert["annotations"]["description"]
+        app.overloaded = False
+        wait_until(lambda: anomaly_alerts(alertmanager) == [], 60, httpx.TransportError)
         text = httpx.get(f"http://127.0.0.1:{elbo}/metrics").text
         assert re.search(r'^elbo_anomalies_total\{group="web1",model="node",version="1"\} [1-9]', text, re.MULTILINE)
         assert re.search(r'^elbo_alerts\{model="node"\} 0', text, re.MULTILINE)
 
 
-def train(folder: Path, mapping: Path, prometheus: int) -> None:
-    """A PCA of what Prometheus has seen, published where the server looks."""
+def train_on_history(folder: Path, mapping: Path, prometheus: int) -> None:
+    """Train a PCA on the samples in Prometheus and publish it to the server's artifact folder."""
     from tests.commands import command
 
     table = folder / "node.csv"
@@ -285,12 +291,12 @@ def train(folder: Path, mapping: Path, prometheus: int) -> None:
     assert len(rows) > 40
     assert tuple(rows[0]) == FEATURES
     folders = {"ELBO_ARTIFACTS": str(folder / "artifacts"), "ELBO_RUNS": str(folder / "runs")}
-    done = command("train", str(table), "--model", "pca", "--latents", "1", "--name", "node", environment=folders)
-    assert done.returncode == 0, done.stdout + done.stderr
+    result = command("train", str(table), "--model", "pca", "--latents", "1", "--name", "node", environment=folders)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
-def scored(port: int) -> float:
-    """How many rows Elbo has judged."""
+def scored_rows(port: int) -> float:
+    """Return how many rows Elbo has scored."""
     text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
-    found = re.search(r"^elbo_scored_rows_total\{.*\} (\S+)", text, re.MULTILINE)
-    return float(found[1]) if found else 0.0
+    match = re.search(r"^elbo_scored_rows_total\{.*\} (\S+)", text, re.MULTILINE)
+    return float(match[1]) if match else 0.0
