@@ -46,7 +46,7 @@ other fields then go into the query. A response is JSON, application/x-npy, appl
 image/png: the Accept header chooses. An error is application/problem+json with a stable `code`."""
 
 
-def create_app(settings: Settings, counts: SharedCounters | None = None) -> FastAPI:
+def create_app(settings: Settings, counters: SharedCounters | None = None) -> FastAPI:
     """Return the application.
 
     `app.state.service` is its `ServiceContext`. `app.state.protocol` is uvicorn's HTTP protocol with admission control;
@@ -57,13 +57,13 @@ def create_app(settings: Settings, counts: SharedCounters | None = None) -> Fast
 
     Args:
         settings: the settings of the service.
-        counts: metrics shared with the other worker processes; by default the metrics of this process alone.
+        counters: metrics shared with the other worker processes; by default the metrics of this process alone.
 
     Raises:
         ElboError: if the device is not available.
     """
-    counts = counts or SharedCounters()
-    metrics = Metrics(counts, settings.alert_half_life)
+    counters = counters or SharedCounters()
+    metrics = Metrics(counters, settings.alert_half_life)
     access = AccessLog(settings.log_format, enabled=settings.log_level in ("debug", "info"))
     loader = ModelLoader(
         device=choose_device(settings.device),
@@ -72,7 +72,7 @@ def create_app(settings: Settings, counts: SharedCounters | None = None) -> Fast
         precision=settings.precision,
         max_batch_rows=settings.max_batch_rows,
         max_batch_bytes=settings.max_batch_bytes,
-        decisions=SharedDecisions(counts, "backend", BACKENDS),
+        decisions=SharedDecisions(counters, "backend", BACKENDS),
     )
     registry = ModelRegistry(
         settings.artifacts,

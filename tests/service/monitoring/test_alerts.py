@@ -210,7 +210,7 @@ def test_abnormal_rows_posted_to_the_service_become_an_alert_that_is_resolved(
 
 
 def test_alert_of_two_workers_is_sent_once_with_the_rows_of_both(alertmanager: Alertmanager, artifacts: Path) -> None:
-    settings = {"ALERTMANAGER_URL": f"http://127.0.0.1:{alertmanager.port}", "ALERT_RESOLVE_SECONDS_SECONDS": 2}
+    settings = {"ALERTMANAGER_URL": f"http://127.0.0.1:{alertmanager.port}", "ALERT_CALM_SECONDS": 2}
     with server_starter() as start:
         process = start(artifacts, WORKERS=2, DEFAULT_MODEL="hosts", **settings)
         process.wait_for_worker()

@@ -80,7 +80,8 @@ def test_invalid_setting_exits_with_a_one_line_error(name: str, value: str) -> N
     )
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
-    assert f"{name}={value}" in result.stderr
+    assert result.stderr.startswith(f"elbo: {name}: ")
+    assert f"got '{value}'" in result.stderr
 
 
 def test_model_is_served_after_it_is_published_and_not_after_it_is_removed(
