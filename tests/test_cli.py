@@ -292,7 +292,7 @@ def test_evaluate_on_the_rows_that_were_held_out_repeats_the_manifest(
 
 def test_evaluate_says_when_the_rows_are_those_of_the_training(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = in_process(capsys, "evaluate", "hosts", str(root / "train.csv"), "--artifacts", str(root))
-    assert out.splitlines()[0].endswith(": 1,000 rows, the ones that it was trained on")
+    assert out.splitlines()[0].endswith(": 1,000 rows, the rows it was trained on")
     assert "AUROC" not in out
 
 

@@ -1,1 +1,1 @@
-"""From data to artifact: readers, objectives, the fit, calibration, evaluation."""
+"""Training: from a table to a published artifact."""

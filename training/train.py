@@ -1,4 +1,4 @@
-"""One training run, from a table to a published artifact."""
+"""One training run, from a table to a published artifact: fit, select, publish, report."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from models.pipeline import Pipeline
 from training.config import KINDS, TrainConfig
 from training.data.table import Table, split_rows
 from training.errors import FitError
-from training.evaluation.metrics import held_out_metrics, rival_metrics
+from training.evaluation.metrics import held_out_metrics, pca_metrics
 from training.evaluation.model_selection import Candidate, compare
 from training.fitting.checkpoint import CheckpointStore
 from training.fitting.distributed import ProcessGroup
@@ -21,7 +21,7 @@ from training.fitting.pipeline import fit_pipeline
 from training.fitting.prepared_data import PreparedData, prepare_data
 from training.progress import Reporter, SilentReporter
 from training.publishing.publish import publish
-from training.reports.history import Recorder
+from training.reports.history import HistoryRecorder
 from training.reports.run_report import write_run
 
 
@@ -36,18 +36,25 @@ def train(
     tensorboard: bool = False,
     processes: ProcessGroup = ProcessGroup(),  # noqa: B008  # frozen
 ) -> Path:
-    """Fit, judge, calibrate and publish; gives the path of the new artifact.
+    """Fit, evaluate, calibrate and publish a model. Return the path of the new artifact.
 
-    Deterministic: the same table, configuration and versions give the same weights, however often the run was killed
-    and resumed on the way. Raises DataError and FitError.
+    Deterministic: the same table, options and library versions give the same weights, however often the run was killed
+    and resumed.
 
     Args:
-        runs: where the run keeps its state while it trains, in a folder of its name, and its report when it is done, in
-            a folder of its version in that; without it, it keeps none.
-        resume: continue from that state.
-        checkpoint_seconds: between two savings of it.
-        tensorboard: write TensorBoard's files too.
-        processes: those that train together; each calls this alike.
+        config: options of the run; the model `auto` trains several kinds and publishes the best.
+        table: training data.
+        artifacts: artifact folder.
+        report: receives the progress.
+        runs: folder for checkpoints, in <name>/, and for the report, in <name>/<version>/; None keeps neither.
+        resume: continue from the checkpoint in `runs`.
+        checkpoint_seconds: time between checkpoints.
+        tensorboard: also write TensorBoard event files.
+        processes: processes that train together; each of them calls this function with the same arguments.
+
+    Raises:
+        DataError: the table cannot be used.
+        FitError: the options do not fit the data, the fit failed, or there is nothing to resume.
     """
     report = report if processes.is_first else SilentReporter()
     for note in table.notes:
@@ -60,10 +67,10 @@ def train(
     with _one_thread():
         data = prepare_data(table, split_rows(len(table.x), config.seed, table.x.width), config.robust)
         candidates = [
-            _candidate(each, data, report, store, tensorboard, processes)
+            _fit_candidate(each, data, report, store, tensorboard, processes)
             for each, store in zip(configs, stores, strict=True)
         ]
-        path = _finished(candidates, stores, data, artifacts, report) if processes.is_first else None
+        path = _finish(candidates, stores, data, artifacts, report) if processes.is_first else None
         return processes.broadcast_path(path)
 
 
@@ -86,7 +93,7 @@ def _resumed(stores: Sequence[CheckpointStore | None]) -> list[CheckpointStore |
     return [store and replace(store, resume=store.exists()) for store in stores]
 
 
-def _candidate(
+def _fit_candidate(
     config: TrainConfig,
     data: PreparedData,
     report: Reporter,
@@ -94,29 +101,31 @@ def _candidate(
     tensorboard: bool,
     processes: ProcessGroup,
 ) -> Candidate:
-    """A model of one kind, fitted and judged."""
+    """Fit and evaluate a model of one kind."""
     recorded = checkpoints is not None and processes.is_first
     folder = checkpoints.folder if checkpoints and recorded else None
-    recorder = Recorder(report, folder, bool(checkpoints and checkpoints.resume), tensorboard and recorded)
+    recorder = HistoryRecorder(report, folder, bool(checkpoints and checkpoints.resume), tensorboard and recorded)
     pipeline = fit_pipeline(config, data, recorder, checkpoints=checkpoints, processes=processes)
-    rival = data.pca(pipeline.scaling, pipeline.prior.means.shape[1])
+    baseline_pca = data.pca(pipeline.scaling, pipeline.prior.means.shape[1])
     centre = data.moments.mean.float()
-    metrics = held_out_metrics(pipeline, data.held_out, centre, None if config.model == "pca" else rival, config.seed)
+    metrics = held_out_metrics(
+        pipeline, data.held_out, centre, None if config.model == "pca" else baseline_pca, config.seed
+    )
     others = {}
-    if rival is not None and config.model != "pca":
-        others["pca"] = rival_metrics(rival.float(), pipeline.scaling, data.held_out)
+    if baseline_pca is not None and config.model != "pca":
+        others["pca"] = pca_metrics(baseline_pca.float(), pipeline.scaling, data.held_out)
     recorder.done(metrics)
     return Candidate(config, pipeline, metrics, others, recorder)
 
 
-def _finished(
+def _finish(
     candidates: Sequence[Candidate],
     stores: Sequence[CheckpointStore | None],
     data: PreparedData,
     artifacts: Path,
     report: Reporter,
 ) -> Path:
-    """Publish the best candidate, write its report, and forget the state of the run."""
+    """Publish the best candidate, write its report, and remove the checkpoints."""
     chosen, comparison = compare(candidates, data, report)
     path, manifest = publish(chosen, comparison, data, artifacts, report)
     for candidate, store in zip(candidates, stores, strict=True):
@@ -127,23 +136,23 @@ def _finished(
         candidate.recorder.move(folder if candidate is chosen else folder / candidate.config.model)
         if candidate is chosen:
             notes = [*data.table.notes, *candidate.recorder.notes]
-            _report(folder, manifest, candidate.pipeline, data, notes, report)
+            _write_report(folder, manifest, candidate.pipeline, data, notes, report)
     return path
 
 
-def _report(
+def _write_report(
     folder: Path, manifest: Manifest, pipeline: Pipeline, data: PreparedData, notes: list[str], report: Reporter
 ) -> None:
-    """The card and the pictures, in `folder`, whose name is the version."""
+    """Write the card and the plots into `folder`, whose name is the version."""
     table, labels = data.table, data.table.labels
-    shown = None if labels is None else labels[data.split.held_out]
+    held_out_labels = None if labels is None else labels[data.split.held_out]
     version = int(folder.name)
-    write_run(folder, manifest, version, pipeline, data.held_out, shown, table.label_names, notes, report)
+    write_run(folder, manifest, version, pipeline, data.held_out, held_out_labels, table.label_names, notes, report)
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """One thread: as fast for networks of this size, and the sums do not depend on how many cores a machine has."""
+    """Limit torch to one thread: as fast for small networks, and results do not depend on the number of cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""A published model applied to a whole table: how well it reconstructs, explains and ranks."""
+"""`elbo evaluate`: a published model on a whole table. Reconstruction error, likelihood, alarm rates, ranking."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -15,8 +15,8 @@ from training.data.row_store import Floats
 from training.data.table import Table
 from training.evaluation.metrics import (
     BOUND_BATCH,
-    BOUND_DRAWS,
     BOUND_ROWS,
+    BOUND_SAMPLES,
     bits_per_dimension,
     importance_weighted,
 )
@@ -30,66 +30,67 @@ ALPHAS = (0.1, 0.05, 0.01)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a model does on a table. Errors are mean squared errors a value that is there, in raw units squared."""
+    """The result of an evaluation. Errors are mean squared errors per present value, in raw units squared."""
 
     model: str  # name@version
     source: str
     rows: int
     reconstruction_error: float
-    median_error: float  # of predicting the medians of the training rows
+    median_error: float  # error of predicting the medians of the training rows
     mean_score: float
-    alarm_rates: dict[str, float]  # by alpha: the share of the normal rows (of all, without labels) that is flagged
-    detection_rates: dict[str, float] | None  # by alpha: the share of the rows labelled 1 that is flagged
+    alarm_rates: dict[str, float]  # by alpha: flagged share of the normal rows (of all rows without labels)
+    detection_rates: dict[str, float] | None  # by alpha: flagged share of the rows labelled 1
     auroc: float | None
     average_precision: float | None
-    elbo: float | None  # nats a row, in model units; these five are None where the model has no density
-    log_likelihood: float | None  # importance-weighted by `draws`; exact for PCA
+    elbo: float | None  # nats per row, model units; this and the next four are None if the model has no density
+    log_likelihood: float | None  # importance-weighted bound from `draws` samples per row; exact for PCA
     log_likelihood_se: float | None  # standard error over rows
-    bits_per_dimension: float | None  # raw units
+    bits_per_dimension: float | None  # for values rounded to one raw unit
     draws: int | None
-    active_latents: int | None  # vae: latents that carry information about these rows
+    active_latents: int | None  # VAE only: latents that carry information about these rows
     latents: int
-    held_out: dict[str, float]  # what the manifest says of the rows that were held out at training
-    comparison: dict[str, dict[str, float]]  # by kind: what others reached on those rows
-    seen: bool  # whether these are the very rows that the model was trained, held out and calibrated on
-    calibrated: bool  # whether `elbo calibrate` has had these very rows since, so that its alarms keep to alpha on them
+    held_out: dict[str, float]  # the manifest's metrics on the held-out rows
+    comparison: dict[str, dict[str, float]]  # by kind: metrics of other models on the held-out rows
+    seen: bool  # whether the table is the one that the model was trained on
+    calibrated: bool  # whether `elbo calibrate` used this table, so that alarm rates match alpha by construction
 
 
-class _Sums:
-    """What one pass over the rows adds up, in float64."""
+class _RunningSums:
+    """Sums over the rows of a table, accumulated in float64 in one pass."""
 
     def __init__(self, medians: npt.NDArray[np.float64], latents: int) -> None:
         self.scores: list[Floats] = []
         self._medians = medians  # [D]
         self._values = self._squares = self._median_squares = 0.0
-        self._code, self._code_squares = np.zeros(latents), np.zeros(latents)  # [K], [K]
+        self._latents, self._latent_squares = np.zeros(latents), np.zeros(latents)  # [K], [K]
 
-    def add(self, rows: Floats, score: Floats, code: Floats, x_hat: Floats) -> None:
-        """Rows [B, D], their scores [B], codes [B, K] and reconstructions [B, D]."""
-        there = ~np.isnan(rows)
+    def add(self, rows: Floats, score: Floats, latents: Floats, x_hat: Floats) -> None:
+        """Add rows [B, D] with their scores [B], latents [B, K] and reconstructions [B, D]."""
+        present = ~np.isnan(rows)
         self.scores.append(score)
-        self._values += float(there.sum())
-        self._squares += float(np.square((rows - x_hat)[there], dtype=np.float64).sum())
-        self._median_squares += float(np.square((rows - self._medians)[there]).sum())
-        self._code += code.sum(axis=0, dtype=np.float64)
-        self._code_squares += np.square(code, dtype=np.float64).sum(axis=0)
+        self._values += float(present.sum())
+        self._squares += float(np.square((rows - x_hat)[present], dtype=np.float64).sum())
+        self._median_squares += float(np.square((rows - self._medians)[present]).sum())
+        self._latents += latents.sum(axis=0, dtype=np.float64)
+        self._latent_squares += np.square(latents, dtype=np.float64).sum(axis=0)
 
     def errors(self) -> tuple[float, float]:
-        """Mean squared errors a value: the model's, and that of predicting the medians."""
+        """Return two mean squared errors per value: that of the model, and that of predicting the medians."""
         return self._squares / max(self._values, 1), self._median_squares / max(self._values, 1)
 
     def active(self, rows: int) -> int:
-        """Latents whose posterior mean varies."""
-        return int((self._code_squares / rows - np.square(self._code / rows) > ACTIVE_VARIANCE).sum())
+        """Return how many latents have a posterior mean that varies over the `rows` rows."""
+        variance = self._latent_squares / rows - np.square(self._latents / rows)
+        return int((variance > ACTIVE_VARIANCE).sum())
 
 
-def evaluate(artifact: Artifact, table: Table, draws: int = BOUND_DRAWS) -> Evaluation:
-    """Judge `artifact` on `table`. Labels count if they are 0 (normal) and 1 (anomalous), both present.
+def evaluate(artifact: Artifact, table: Table, draws: int = BOUND_SAMPLES) -> Evaluation:
+    """Evaluate `artifact` on `table`. Labels are used if they are 0 (normal) and 1 (anomalous) and both occur.
 
     Args:
-        draws: of the importance-weighted bound, which is taken on at most BOUND_ROWS rows, spread over the table.
+        draws: importance samples per row of the log-likelihood, which is estimated on at most BOUND_ROWS random rows.
     """
-    sums = _sums(artifact, table)
+    sums = _sum_over_rows(artifact, table)
     scores, (error, median_error) = np.concatenate(sums.scores), sums.errors()
     labels = table.labels if table.labels is not None and set(np.unique(table.labels)) == {0, 1} else None
     normal = np.ones(len(scores), bool) if labels is None else labels == 0
@@ -117,9 +118,9 @@ def evaluate(artifact: Artifact, table: Table, draws: int = BOUND_DRAWS) -> Eval
     )
 
 
-def _sums(artifact: Artifact, table: Table) -> _Sums:
+def _sum_over_rows(artifact: Artifact, table: Table) -> _RunningSums:
     manifest = artifact.manifest
-    sums = _Sums(np.array([feature.median for feature in manifest.features]), manifest.latents)
+    sums = _RunningSums(np.array([feature.median for feature in manifest.features]), manifest.latents)
     progress = SlowProgress(f"evaluating {table.source}", len(table.x))
     with torch.inference_mode():
         for first, rows in batches(table):
@@ -133,22 +134,22 @@ def _sums(artifact: Artifact, table: Table) -> _Sums:
 
 
 def _density(artifact: Artifact, table: Table, draws: int) -> dict[str, Any]:
-    """The fields of Evaluation that need a density. An older artifact cannot tell its own either."""
+    """Return the fields of Evaluation that need a density. Artifacts of earlier versions have none."""
     manifest = artifact.manifest
     log_weight = getattr(artifact.module, "log_weight", None)
     if log_weight is None or manifest.kind not in ("pca", "vae"):
         return dict.fromkeys(("elbo", "log_likelihood", "log_likelihood_se", "bits_per_dimension", "draws"))
-    draws = 1 if manifest.kind == "pca" else draws  # PCA's posterior is exact: every draw has the same weight
+    draws = 1 if manifest.kind == "pca" else draws  # PCA's posterior is exact: every sample has the same weight
     chosen = np.random.RandomState(0).permutation(len(table.x))[:BOUND_ROWS]
     rows = torch.from_numpy(table.x.take(np.sort(chosen))).to(artifact.device)
-    progress = SlowProgress(f"{draws} draws a row", draws * -(-len(rows) // BOUND_BATCH))
+    progress = SlowProgress(f"{draws} importance samples per row", draws * -(-len(rows) // BOUND_BATCH))
 
-    def counted(x: Tensor, noise: Tensor) -> Tensor:
+    def log_weight_with_progress(x: Tensor, noise: Tensor) -> Tensor:
         progress.advance(1)
         weight: Tensor = log_weight(x, noise)  # [B]
         return weight
 
-    bound = importance_weighted(counted, rows, manifest.latents, draws)
+    bound = importance_weighted(log_weight_with_progress, rows, manifest.latents, draws)
     return {
         "elbo": bound.elbo,
         "log_likelihood": bound.mean,
@@ -172,29 +173,29 @@ def _ranking(labels: npt.NDArray[np.int64], scores: Floats) -> tuple[float, floa
 
 
 def evaluation_text(evaluation: Evaluation) -> str:
-    """`evaluation` in a few lines for a person."""
+    """Return `evaluation` as a few lines of text."""
     title = f"{evaluation.model} on {evaluation.source}: {evaluation.rows:,} rows"
     lines = [*_quality(evaluation), *_density_lines(evaluation), *_alarms(evaluation)]
-    title += ", the ones that it was trained on" if evaluation.seen else ""
-    title += ", the ones that it was calibrated on" if evaluation.calibrated else ""
+    title += ", the rows it was trained on" if evaluation.seen else ""
+    title += ", the rows it was calibrated on" if evaluation.calibrated else ""
     return "\n".join([title] + [f"{label:<21}  {text}" for label, text in lines])
 
 
 def _quality(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
-    yield "reconstruction error", f"{evaluation.reconstruction_error:.6g}  (mean square a value, raw units)"
+    yield "reconstruction error", f"{evaluation.reconstruction_error:.6g}  (mean square per value, raw units)"
     yield "predicting the median", f"{evaluation.median_error:.6g}"
     if verdict := against_pca(evaluation.held_out):
-        yield "beats PCA", f"{verdict} (rows held out at training)"
+        yield "beats PCA", f"{verdict} (on the held-out rows)"
 
 
 def _density_lines(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
     if evaluation.log_likelihood is None or evaluation.draws is None:
         return
-    how = "exact" if evaluation.draws == 1 else f"importance-weighted, {evaluation.draws} draws"
+    how = "exact" if evaluation.draws == 1 else f"importance-weighted, {evaluation.draws} samples"
     if evaluation.active_latents is not None:
-        yield "ELBO", f"{evaluation.elbo:.6g} nats a row"
+        yield "ELBO", f"{evaluation.elbo:.6g} nats per row"
     spread = f"{evaluation.log_likelihood:.6g} ± {evaluation.log_likelihood_se:.2g}"
-    yield "log-likelihood", f"{spread} nats a row ({how})"
+    yield "log-likelihood", f"{spread} nats per row ({how})"
     yield "bits per dimension", f"{evaluation.bits_per_dimension:.4g}"
     if evaluation.active_latents is not None:
         yield "active latents", f"{evaluation.active_latents} of {evaluation.latents}"
@@ -212,5 +213,5 @@ def _alarms(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
 
 
 def evaluation_json(evaluation: Evaluation) -> str:
-    """`evaluation` for a machine."""
+    """Return `evaluation` as JSON."""
     return orjson.dumps(asdict(evaluation), option=orjson.OPT_INDENT_2).decode()

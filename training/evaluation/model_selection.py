@@ -1,4 +1,4 @@
-"""Which of several models is published: compared row by row on what none of them was fitted to."""
+"""Model selection for `--model auto`: compare candidates row by row on held-out rows."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,59 +16,60 @@ from training.config import TrainConfig
 from training.evaluation.metrics import importance_weighted, latents
 from training.fitting.prepared_data import PreparedData
 from training.progress import Reporter
-from training.reports.history import Recorder
+from training.reports.history import HistoryRecorder
 
-BROKEN = 0.1  # share of a row's values that come from another row, when scores are to tell it from a whole one
-STANDARD_ERRORS = 2.0  # by which a difference must exceed zero to count
-DRAWS = 100  # a row, for the importance-weighted likelihood
+SWAPPED = 0.1  # share of a row's values replaced by those of another row, to measure detection
+STANDARD_ERRORS = 2.0  # a difference counts if it exceeds this many standard errors
+SAMPLES = 100  # importance samples per row
 MEANING = {
-    "reconstruction_error": "mean square a value in model units; lower is better",
-    "log_likelihood": "nats a row in model units, for a VAE a lower bound; higher is better",
-    "detection": "AUROC: the score ranks rows, a tenth of whose values was swapped, above whole ones",
+    "reconstruction_error": "mean square per value, model units; lower is better",
+    "log_likelihood": "nats per row, model units; a lower bound for a VAE; higher is better",
+    "detection": "AUROC: rows with a tenth of their values swapped rank above intact rows",
 }
-SIGN = {"reconstruction_error": -1.0, "log_likelihood": 1.0, "detection": 1.0}  # of what is better when higher
-BATCH = 4096  # rows at a time: bounds memory
+SIGN = {"reconstruction_error": -1.0, "log_likelihood": 1.0, "detection": 1.0}  # factor that makes higher better
+BATCH = 4096  # rows processed at once: bounds memory
 
-Measures = dict[str, Tensor]  # by name: a value for each row, paired between models, higher being better
+Measures = dict[str, Tensor]  # by name: one value per row, paired between models; higher is better
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model that could be published, and how it does on the held-out rows."""
+    """A fitted model with its metrics on the held-out rows."""
 
     config: TrainConfig
     pipeline: Pipeline
     metrics: dict[str, float]
-    others: dict[str, dict[str, float]]  # by kind: the metrics of what it was compared with
-    recorder: Recorder
+    others: dict[str, dict[str, float]]  # by kind: metrics of the models it was compared with
+    recorder: HistoryRecorder
 
 
 def compare(
     candidates: Sequence[Candidate], data: PreparedData, report: Reporter
 ) -> tuple[Candidate, dict[str, dict[str, float]]]:
-    """The candidate to publish, and the metrics by kind of what it was compared with; why is told to `report`.
+    """Return the candidate to publish, and the metrics of all candidates by kind. Explain the choice to `report`.
 
-    A model wins against another on a measure if it is better by more than STANDARD_ERRORS standard errors of the paired
-    difference. The most wins less defeats are published, of equals the simpler kind, which comes first.
+    A model beats another on a measure if it is better by more than STANDARD_ERRORS standard errors of the paired
+    difference. The candidate with the most wins minus losses is published. Ties go to the simpler kind, which comes
+    first.
     """
     if len(candidates) == 1:
         return candidates[0], candidates[0].others
     rows, seed = data.fill_missing(data.held_out), candidates[0].config.seed
-    scale = candidates[0].pipeline.scaling.scale  # one for all, whatever each scales by
-    measures: dict[str, Measures] = {c.config.model: _measured(c.pipeline, rows, scale, seed) for c in candidates}
-    beaten = victories(measures)
-    best = max(candidates, key=lambda candidate: _points(beaten, candidate.config.model))
+    scale = candidates[0].pipeline.scaling.scale  # the same units for all candidates
+    measures: dict[str, Measures] = {c.config.model: _measure(c.pipeline, rows, scale, seed) for c in candidates}
+    wins = significant_wins(measures)
+    best = max(candidates, key=lambda candidate: _points(wins, candidate.config.model))
     means: dict[str, dict[str, float]] = {
         kind: {name: SIGN[name] * float(values.mean()) for name, values in m.items()} for kind, m in measures.items()
     }
     for line in _table(means, len(rows)):
         report.note(line)
-    best.recorder.note(_verdict(beaten, best.config.model))
+    best.recorder.note(_explanation(wins, best.config.model))
     return best, {c.config.model: c.metrics | {"detection": means[c.config.model]["detection"]} for c in candidates}
 
 
-def victories(measures: Mapping[str, Measures]) -> list[tuple[str, str, str]]:
-    """Each (winner, loser, measure) among models whose paired values differ beyond chance."""
+def significant_wins(measures: Mapping[str, Measures]) -> list[tuple[str, str, str]]:
+    """Return each (winner, loser, measure) for which the paired difference exceeds chance."""
     found = []
     for one, other in combinations(measures, 2):
         for name in measures[one].keys() & measures[other].keys():
@@ -79,32 +80,36 @@ def victories(measures: Mapping[str, Measures]) -> list[tuple[str, str, str]]:
     return sorted(found)
 
 
-def _points(beaten: Sequence[tuple[str, str, str]], kind: str) -> int:
-    return sum((winner == kind) - (loser == kind) for winner, loser, _ in beaten)
+def _points(wins: Sequence[tuple[str, str, str]], kind: str) -> int:
+    return sum((winner == kind) - (loser == kind) for winner, loser, _ in wins)
 
 
-def _measured(pipeline: Pipeline, x: Tensor, scale: Tensor, seed: int) -> Measures:
-    """The measures of rows x [M, D], raw units, nothing missing."""
-    errors, whole, broken = [], [], []
+def _measure(pipeline: Pipeline, x: Tensor, scale: Tensor, seed: int) -> Measures:
+    """Return the measures of rows x [M, D], in raw units, without missing values."""
+    errors, intact_scores, swapped_scores = [], [], []
     core = pipeline.core
     with torch.inference_mode():
-        for rows, mixed in zip(x.split(BATCH), swapped(x, seed).split(BATCH), strict=True):
+        for rows, swapped in zip(x.split(BATCH), swap_values(x, seed).split(BATCH), strict=True):
             score, _, _, expected = pipeline.score(rows)
             errors.append(((rows - expected) / scale).double().square().mean(dim=1))
-            whole.append(score)
-            broken.append(pipeline.score(mixed)[0])
-        ranks = torch.searchsorted(torch.cat(whole).sort().values, torch.cat(broken))
-        measures = {"reconstruction_error": -torch.cat(errors), "detection": ranks / len(x)}  # its mean is the AUROC
+            intact_scores.append(score)
+            swapped_scores.append(pipeline.score(swapped)[0])
+        ranks = torch.searchsorted(torch.cat(intact_scores).sort().values, torch.cat(swapped_scores))
+        # The mean of `detection` is the AUROC.
+        measures = {"reconstruction_error": -torch.cat(errors), "detection": ranks / len(x)}
         if isinstance(core, PCA) or (isinstance(core, VAE) and isinstance(core.likelihood, GaussianLikelihood)):
-            bound = importance_weighted(core.log_weight, pipeline.scaling(x), latents(core, x), DRAWS, seed)
+            bound = importance_weighted(core.log_weight, pipeline.scaling(x), latents(core, x), SAMPLES, seed)
             measures["log_likelihood"] = bound.by_row
     return measures
 
 
-def swapped(x: Tensor, seed: int) -> Tensor:
-    """x [M, D] with a share BROKEN of each row's values, at least one, taken from the next rows: usual one by one."""
+def swap_values(x: Tensor, seed: int) -> Tensor:
+    """Return x [M, D] with a share SWAPPED of each row's values, at least one, taken from the row before.
+
+    Each value on its own is normal; only the combination is not.
+    """
     random = torch.Generator().manual_seed(seed)
-    count = max(1, round(BROKEN * x.shape[1]))
+    count = max(1, round(SWAPPED * x.shape[1]))
     chosen = torch.rand(x.shape, generator=random).argsort(dim=1) < count  # [M, D]
     return torch.where(chosen, x.roll(1, dims=0), x)
 
@@ -117,12 +122,12 @@ def _table(means: Mapping[str, Mapping[str, float]], rows: int) -> list[str]:
     return lines
 
 
-def _verdict(beaten: Sequence[tuple[str, str, str]], best: str) -> str:
-    """Why `best` is published, and what a network gains over PCA."""
+def _explanation(wins: Sequence[tuple[str, str, str]], best: str) -> str:
+    """Return why `best` is published."""
     won: dict[str, list[str]] = {}
-    for winner, loser, name in beaten:
+    for winner, loser, name in wins:
         if winner == best:
             won.setdefault(loser, []).append(name)
     reasons = [f"it beats {other} on {' and '.join(names)}" for other, names in won.items()]
-    text = f"publishing {best}: {'; '.join(reasons) or 'none is better beyond chance, and it is the simplest'}"
-    return text if best != "pca" else f"{text}. No network does better than PCA here"
+    text = f"publishing {best}: {'; '.join(reasons) or 'no model is significantly better, and this is the simplest'}"
+    return text if best != "pca" else f"{text}. No network beats PCA on these data"

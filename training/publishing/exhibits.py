@@ -1,4 +1,4 @@
-"""What an artifact carries for people to look at: rows that trained nothing, their codes, scores, the model card."""
+"""Exhibits, parts of an artifact that people look at: held-out rows and latents, calibration scores, model card."""
 
 from collections.abc import Sequence
 
@@ -12,16 +12,19 @@ from models.pipeline import Pipeline
 from training.fitting.prepared_data import PreparedData
 from training.reports.model_card import card
 
-MOST_CODES = 2_000  # held-out rows whose codes are shown
-MOST_VALUES = 400_000  # numbers in those rows that are shown themselves: 2 to 4 MB of text, before it is deflated
-MOST_SCORES = 2_000  # calibration scores: of more, evenly spaced order statistics
+MAX_LATENT_ROWS = 2_000  # held-out rows whose latents are stored
+MAX_VALUES = 400_000  # numbers of those rows that are stored: 2 to 4 MB of text before compression
+MAX_SCORES = 2_000  # calibration scores that are stored; of more, evenly spaced order statistics
 _COMPACT = orjson.OPT_SERIALIZE_NUMPY
 
 
 def exhibits(pipeline: Pipeline, manifest: Manifest, data: PreparedData, notes: Sequence[str]) -> dict[str, bytes]:
-    """The exhibits of `pipeline` by name, as `models.artifact.publish` takes them.
+    """Return the exhibits by name, as `models.artifact.publish` takes them.
 
-    Without held-out rows and their codes where the run was `private`. notes: what the user was told meanwhile.
+    With the option `private`, held-out rows and their latents are left out.
+
+    Args:
+        notes: messages that the user saw during training.
     """
     shown = {CALIBRATION: calibration(pipeline.calibration.scores), CARD: card(manifest, None, notes, ()).encode()}
     if manifest.training.get("private"):
@@ -30,8 +33,8 @@ def exhibits(pipeline: Pipeline, manifest: Manifest, data: PreparedData, notes: 
 
 
 def _held_out(pipeline: Pipeline, data: PreparedData) -> bytes:
-    """`latents` [M, K] and `labels` [M] of held-out rows, and `inputs` [R, D] of the first R of them, raw units."""
-    rows = data.held_out[:MOST_CODES]
+    """Return JSON: `latents` [M, K] and `labels` [M] of held-out rows, `inputs` [R, D] of the first R, raw units."""
+    rows = data.held_out[:MAX_LATENT_ROWS]
     with torch.inference_mode():
         latents = pipeline.encode(rows)[0]
     labels = data.table.labels
@@ -40,12 +43,12 @@ def _held_out(pipeline: Pipeline, data: PreparedData) -> bytes:
         "labels": None if labels is None else labels[data.split.held_out[: len(rows)]],
         "label_names": data.table.label_names,
         "latents": latents.contiguous().numpy(),
-        "inputs": rows[: max(1, MOST_VALUES // rows.shape[1])].numpy(),
+        "inputs": rows[: max(1, MAX_VALUES // rows.shape[1])].numpy(),
     }
     return orjson.dumps(fields, option=_COMPACT)
 
 
 def calibration(scores: torch.Tensor) -> bytes:
-    """Sorted `scores` [n]: all of them, or MOST_SCORES evenly spaced ones, the smallest and the largest among them."""
-    places = np.linspace(0, len(scores) - 1, min(len(scores), MOST_SCORES)).round().astype(int)
+    """Return JSON: the sorted `scores` [n], thinned evenly to at most MAX_SCORES, smallest and largest included."""
+    places = np.linspace(0, len(scores) - 1, min(len(scores), MAX_SCORES)).round().astype(int)
     return orjson.dumps({"rows": len(scores), "scores": np.ascontiguousarray(scores.numpy()[places])}, option=_COMPACT)

@@ -1,7 +1,7 @@
-"""The ONNX twin of a pipeline: graphs of its costly methods, which an artifact carries beside its TorchScript.
+"""Export the ONNX twin of a pipeline: graphs of its expensive methods, stored in the artifact beside the TorchScript.
 
-The graphs name the weights of the TorchScript module and hold none themselves, so nothing stands twice in the file.
-They come from torch's exporter by tracing; the one on top of `torch.export` takes 10 s a graph, for the same nodes.
+The graphs refer to the weights of the TorchScript module by name and contain none, so each weight is stored once.
+torch's tracing exporter makes them. The exporter based on `torch.export` gives the same nodes and takes 10 s per graph.
 """
 
 import copy
@@ -23,14 +23,16 @@ OPSET = 18
 
 
 def export(pipeline: Pipeline, x: Tensor, z: Tensor) -> dict[str, Graph]:
-    """The graph of each of TWIN_METHODS by name, for any number of rows.
+    """Return the graph of each of TWIN_METHODS by name, for any number of rows.
 
     Args:
         pipeline: on the CPU, in evaluation mode.
-        x: rows [B, D] to trace with; where the model imputes they may hold NaN.
-        z: latents [B, K].
+        x: rows [B, D] to trace with; they may hold NaN if the model imputes missing values.
+        z: latents [B, K] to trace with.
 
-    Raises ImportError without onnx, and what the exporter raises for operations that it does not know.
+    Raises:
+        ImportError: onnx is not installed.
+        Exception: whatever the exporter raises for an operator that it does not support.
     """
     return {method: _graph(pipeline, method, z if method == "decode" else x) for method in TWIN_METHODS}
 
@@ -38,9 +40,9 @@ def export(pipeline: Pipeline, x: Tensor, z: Tensor) -> dict[str, Graph]:
 def _graph(pipeline: Pipeline, method: str, rows: Tensor) -> Graph:
     import onnx
 
-    part = copy.copy(pipeline)  # shares every weight, under the same name
+    part = copy.copy(pipeline)  # shares the weights, under the same names
     work = partial(_reconstruct, pipeline) if method == "reconstruct" else getattr(pipeline, method)
-    part.forward = work  # type: ignore[assignment, method-assign] # the exporter traces forward alone
+    part.forward = work  # type: ignore[assignment, method-assign] # the exporter traces only forward
     buffer = io.BytesIO()
     with torch.inference_mode(), _warnings_silenced():
         torch.onnx.export(
@@ -49,7 +51,7 @@ def _graph(pipeline: Pipeline, method: str, rows: Tensor) -> Graph:
             buffer,  # type: ignore[arg-type] # annotated for the other exporter
             dynamo=False,
             opset_version=OPSET,
-            do_constant_folding=False,  # folded weights would be copies
+            do_constant_folding=False,  # folding would copy weights into the graph
             input_names=["rows"],
             dynamic_axes={"rows": {0: "B"}},
         )
@@ -57,7 +59,7 @@ def _graph(pipeline: Pipeline, method: str, rows: Tensor) -> Graph:
     for tensor in model.graph.initializer:
         tensor.ClearField("raw_data")
         tensor.data_location = onnx.TensorProto.EXTERNAL
-        tensor.external_data.add(key="location", value="model.pt")  # where who loads it takes the weights from
+        tensor.external_data.add(key="location", value="model.pt")  # the loader replaces it by the module's weights
     names = tuple(tensor.name for tensor in model.graph.initializer)
     return Graph(model.SerializeToString(deterministic=True), names)
 
@@ -69,6 +71,6 @@ def _reconstruct(pipeline: Pipeline, x: Tensor) -> tuple[Tensor, Tensor]:
 @contextmanager
 def _warnings_silenced() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning)  # of the exporter, as of all of TorchScript
-        warnings.filterwarnings("ignore", category=TracerWarning)  # on numbers that no row can change
+        warnings.filterwarnings("ignore", category=DeprecationWarning)  # the exporter is deprecated
+        warnings.filterwarnings("ignore", category=TracerWarning)  # warns about numbers that are the same for every row
         yield

@@ -1,4 +1,4 @@
-"""A fitted pipeline and all that is known about it, as an artifact."""
+"""Write a fitted pipeline, with its manifest, ONNX twin and exhibits, as an artifact."""
 
 import platform
 from datetime import UTC, datetime
@@ -25,7 +25,7 @@ GOLDEN_ROWS = 3
 def publish(
     chosen: Candidate, comparison: dict[str, dict[str, float]], data: PreparedData, artifacts: Path, report: Reporter
 ) -> tuple[Path, Manifest]:
-    """Write the model as the next version of its name under `artifacts`; gives the path of the file."""
+    """Publish the model as the next version of its name under `artifacts`. Return its path and manifest."""
     module = artifact.script(chosen.pipeline)
     rows = data.fill_missing(data.held_out[:GOLDEN_ROWS])
     manifest = _manifest(chosen, comparison, data, _golden(module, rows, chosen.config.seed))
@@ -38,9 +38,9 @@ def publish(
 def _twin(pipeline: Pipeline, rows: torch.Tensor, report: Reporter) -> dict[str, artifact.Graph] | None:
     try:
         return export(pipeline, rows, pipeline.encode(rows)[0])
-    except Exception as error:  # noqa: BLE001 - whatever the exporter raises, TorchScript serves without it
+    except Exception as error:  # noqa: BLE001 - the exporter raises many types; TorchScript serves without a twin
         reason = " ".join(str(error).split())[:200]
-        report.note(f"note: published without an ONNX twin, so a CPU serves it more slowly ({reason})")
+        report.note(f"note: published without an ONNX twin, so a CPU serves it more slowly: export failed ({reason})")
         return None
 
 
@@ -74,7 +74,7 @@ def _data(data: PreparedData) -> Data:
 
 
 def software() -> dict[str, str]:
-    """The versions of what writes an artifact here."""
+    """Return the versions of the software that writes the artifact."""
     return {
         "elbo": version("elbo"),
         "python": platform.python_version(),

@@ -1,7 +1,7 @@
-"""A published model calibrated anew: the same networks, what is normal for them today, as the next version.
+"""`elbo calibrate`: publish a model again with a new calibration set and the same networks.
 
-Its score is a fixed function, so any rows that did not train it calibrate it as validly as those that were kept aside
-for that: the p-values of rows exchangeable with them are exact again.
+The score is a fixed function, so any rows that did not train it are a valid calibration set. p-values are then exact
+for rows that are exchangeable with those rows.
 """
 
 import math
@@ -28,42 +28,44 @@ from training.publishing.publish import software
 from training.reports.model_card import card
 from training.reports.run_report import write_card
 
-SURPRISING = 1e-3  # probability of as many alarms, if the rows were like those of the calibration so far
+SURPRISING = 1e-3  # warn if so many alarms have a lower probability under the old calibration
 
 
 @dataclass(frozen=True)
-class Refreshed:
-    """What `recalibrate` did."""
+class Recalibrated:
+    """The result of `recalibrate`."""
 
     path: Path
     manifest: Manifest
-    notes: list[str]  # what the user must know
+    notes: list[str]  # messages for the user
 
 
-def recalibrate(parent: Artifact, table: Table, root: Path, alpha: float, runs: Path | None = None) -> Refreshed:
+def recalibrate(parent: Artifact, table: Table, root: Path, alpha: float, runs: Path | None = None) -> Recalibrated:
     """Publish `parent` under `root` as the next version of its name, calibrated on the normal rows of `table`.
 
-    Networks, weights and scores stay what they are; calibration, golden answers and manifest are new. Where the labels
-    are 0 and 1, the rows labelled 0 are the normal ones; without labels, all are. Of more than MOST_ROWS as many
-    are drawn.
+    Networks, weights and scores do not change; calibration, golden answers and manifest do. If labels are 0 and 1, rows
+    labelled 0 are normal; without labels, all rows are. Of more than MAX_HELD_OUT_ROWS normal rows, as many
+    random ones are used.
 
     Args:
-        table: read like `parent`'s own rows.
-        alpha: the smallest that alarms will be asked at: it decides how few rows are too few.
-        runs: where the new version's card is written, in <name>/<version>/, if anywhere.
+        table: rows, read with `read_like` for `parent`.
+        alpha: the smallest alpha that you will use; it decides how many rows are needed.
+        runs: folder for the card of the new version, <name>/<version>/card.md; None writes none.
 
-    Raises DataError, and FitError where the artifact is too old.
+    Raises:
+        DataError: the rows trained the model, or there are too few.
+        FitError: the artifact calibrates in another way than this version.
     """
     _refuse_training_rows(parent, table)
-    normal, notes = _normal(table)
+    normal, notes = _normal_rows(table)
     chosen = np.sort(np.random.RandomState(0).permutation(normal)[:MAX_HELD_OUT_ROWS])
     _refuse_few(table, len(chosen), alpha)
     scores = _scores(parent, table)[chosen]
-    notes = [*table.notes, *notes, *_compared(parent, table, scores, alpha)]
+    notes = [*table.notes, *notes, *_compare_with_old(parent, table, scores, alpha)]
     module = artifact.thaw(parent)
     _replace(module, parent, torch.from_numpy(scores))
     manifest = _manifest(parent, module, table, _name(parent), len(chosen))
-    twin = None if parent.twin is None else parent.twin.graphs  # they compute codes and scores, which have not changed
+    twin = None if parent.twin is None else parent.twin.graphs  # latents and scores have not changed
     shown = {name: content for name, content in parent.exhibits.items() if name == artifact.HELD_OUT}
     shown[artifact.CALIBRATION] = exhibits.calibration(module.calibration.scores)
     shown[artifact.CARD] = card(manifest, None, notes, ()).encode()
@@ -71,38 +73,38 @@ def recalibrate(parent: Artifact, table: Table, root: Path, alpha: float, runs: 
     if runs is not None:
         folder = runs / manifest.name / path.parent.name
         notes += write_card(folder, manifest, int(path.parent.name), notes, [])
-    return Refreshed(path, manifest, notes)
+    return Recalibrated(path, manifest, notes)
 
 
 def _refuse_training_rows(parent: Artifact, table: Table) -> None:
     if table.fingerprint == parent.manifest.data.fingerprint:
         raise DataError(
-            f"{table.source} holds the rows that {_reference(parent)} was trained on, on which its scores are too low: "
-            "expected rows that it has not seen, such as those of the last days"
+            f"{table.source} holds the rows that {_reference(parent)} was trained on, and scores of training rows "
+            "are too low: expected rows that the model has not seen, such as those of the last days"
         )
 
 
-def _normal(table: Table) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], list[str]]:
-    """The numbers of the rows that count as normal, and a note on the others."""
+def _normal_rows(table: Table) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], list[str]]:
+    """Return the indices of the normal rows, and a note on the anomalous ones."""
     labels = table.labels
     if labels is None or not set(np.unique(labels)) <= {0, 1}:
         return np.arange(len(table.x)), []
     anomalous = int(labels.sum())
-    return np.flatnonzero(labels == 0), [f"{anomalous:,} rows labelled 1 are left out"] if anomalous else []
+    return np.flatnonzero(labels == 0), [f"left out {anomalous:,} rows labelled 1"] if anomalous else []
 
 
 def _refuse_few(table: Table, rows: int, alpha: float) -> None:
     needed = math.ceil(1.0 / alpha - 1e-9) - 1  # the smallest n with 1 / (n + 1) <= alpha
     if rows < max(needed, 1):
-        allowed = f", which allow an alpha from {1 / (rows + 1):.3g} on" if rows else ""
+        allowed = f", enough for alpha {1 / (rows + 1):.3g} or more" if rows else ""
         raise DataError(
             f"{table.source} has {rows} normal rows{allowed}: expected at least {needed} for alpha {alpha:g}; "
-            "add rows, or say with --alpha the smallest that you will ask for"
+            "add rows, or set --alpha to the smallest alpha that you will use"
         )
 
 
 def _scores(parent: Artifact, table: Table) -> Floats:
-    """The score [N] of every row."""
+    """Return the score of every row, [N]."""
     scores = np.empty(len(table.x), np.float32)
     progress = SlowProgress(f"scoring {table.source}", len(table.x))
     with torch.inference_mode():
@@ -114,26 +116,26 @@ def _scores(parent: Artifact, table: Table) -> Floats:
     return scores
 
 
-def _compared(parent: Artifact, table: Table, scores: Floats, alpha: float) -> Iterator[str]:
-    """How the rows of scores [n] look to the calibration so far; a warning where they are not like its own."""
+def _compare_with_old(parent: Artifact, table: Table, scores: Floats, alpha: float) -> Iterator[str]:
+    """Yield the alarm rate of scores [n] under the old calibration, and a warning if chance does not explain it."""
     from scipy.stats import betabinom
 
     with torch.inference_mode():
         severity = parent.module.severity(torch.from_numpy(scores).to(parent.device), alpha).cpu().numpy()
     flagged, before = int((severity > 1).sum()), parent.manifest.calibration.rows
     share = 100 * flagged / len(scores)
-    yield f"{_reference(parent)} calls {share:.3g} % of the rows of {table.source} anomalous at alpha {alpha:g}"
+    yield f"{_reference(parent)} flags {share:.3g} % of the rows of {table.source} at alpha {alpha:g}"
     may = math.floor(alpha * (before + 1) + 1e-6)
     if may and betabinom(len(scores), may, before + 1 - may).sf(flagged - 1) < SURPRISING:
         yield (
-            "warning: that is more than chance explains. Either what is normal has moved, or there are anomalies among "
-            f"the rows, which count as normal from now on: look at them with elbo score {_reference(parent)} "
-            f"{table.source}"
+            "warning: chance does not explain so many alarms. Either normal behaviour has changed, or the rows contain "
+            "anomalies, which the new version treats as normal: check them with "
+            f"elbo score {_reference(parent)} {table.source}"
         )
 
 
 def _replace(module: torch.jit.ScriptModule, parent: Artifact, scores: Tensor) -> None:
-    """Put the calibration on `scores` [n] in the place of the one in `module`. Raises FitError if it does not fit."""
+    """Replace the calibration of `module` by one on `scores` [n]. Raise FitError if that is impossible."""
     fresh = Calibration(scores)
     new, old = dict(fresh.named_buffers()), dict(module.calibration.named_buffers())
     same = new.keys() == old.keys()
@@ -145,7 +147,7 @@ def _replace(module: torch.jit.ScriptModule, parent: Artifact, scores: Tensor) -
         and torch.equal(module.p_value(scores), fresh.p_value(scores))
         and torch.equal(module.severity(scores, alpha), fresh.severity(scores, alpha))
     ):
-        raise FitError(f"{_reference(parent)} calibrates in another way than this Elbo: train it again")
+        raise FitError(f"{_reference(parent)} comes from a version of Elbo that calibrates differently: train it again")
 
 
 def _manifest(parent: Artifact, module: torch.jit.ScriptModule, table: Table, name: str, rows: int) -> Manifest:
@@ -172,13 +174,13 @@ def _manifest(parent: Artifact, module: torch.jit.ScriptModule, table: Table, na
 
 
 def _golden(module: torch.jit.ScriptModule, old: Golden) -> Golden:
-    """What `module` answers now to the questions of the version before."""
+    """Return the golden answers of `module` to the golden inputs of the parent."""
     inputs = (torch.from_numpy(np.array(old.inputs[key], np.float32)) for key in ("x", "noise", "choice"))
     return artifact.record_golden(module, *inputs)
 
 
 def _name(parent: Artifact) -> str:
-    """What `parent` is served as: the name of its folder, where it lies in one of versions."""
+    """Return the name under which `parent` is served: that of its folder, if it lies in a folder of versions."""
     path = parent.path.resolve()
     return path.parents[1].name if VERSION.fullmatch(path.parent.name) else parent.manifest.name
 

@@ -1,4 +1,4 @@
-"""An artifact in words, for the person who holds one. Needs no torch."""
+"""`elbo inspect`: describe an artifact in text. Needs no torch."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +11,11 @@ KINDS = {
     "vae": "variational autoencoder",
     "ensemble": "ensemble of an autoencoder and nearest neighbours",
 }
-FEATURES = 12  # listed before the rest is only counted
+FEATURES = 12  # features listed; the rest is counted
 
 
 def describe(manifest: Manifest, path: Path) -> str:
-    """A readable report of some fifteen lines on the artifact at `path`, whose seal has been checked."""
+    """Return a report of about fifteen lines on the artifact at `path`. The caller has checked the seal."""
     facts = list(_facts(manifest, path))
     width = max(len(label) for label, _ in facts)
     lines = [f"{label:<{width}}  {text}" for label, text in facts]
@@ -26,10 +26,10 @@ def _facts(manifest: Manifest, path: Path) -> Iterator[tuple[str, str]]:
     data, calibration = manifest.data, manifest.calibration
     yield "model", f"{manifest.name}, {KINDS.get(manifest.kind, manifest.kind)}"
     yield "file", f"{path}, {path.stat().st_size / 1e6:.2f} MB, written {manifest.created}"
-    yield "seal", "intact: the SHA-256 of the file is the one that it was published with"
+    yield "seal", "intact: the SHA-256 of the file is the one recorded at publication"
     yield "row", _row(manifest)
-    told = manifest.latent_report and manifest.kind != "pca"  # whose latents all live
-    yield "code", f"{manifest.latents} latents" + (f", {latents_phrase(manifest)}" if told else "")
+    has_report = manifest.latent_report and manifest.kind != "pca"  # every latent of PCA is active
+    yield "code", f"{manifest.latents} latents" + (f", {latents_phrase(manifest)}" if has_report else "")
     yield "data", f"{data.source}: {data.rows:,} rows, SHA-256 {data.fingerprint[:12]}"
     yield "split", f"{data.fit:,} fit, {data.held_out:,} held out, {data.calibration:,} calibration"
     yield "training", _joined(manifest.training)
@@ -37,27 +37,27 @@ def _facts(manifest: Manifest, path: Path) -> Iterator[tuple[str, str]]:
         yield "" if index else "held out", f"{name} {value:.6g}"
     if "kl" in manifest.metrics:
         rate, distortion = manifest.metrics["kl"], -manifest.metrics["reconstruction"]
-        yield "ELBO", f"-(distortion {distortion:.4g} + rate {rate:.4g}) nats a row"
+        yield "ELBO", f"-(distortion {distortion:.4g} + rate {rate:.4g}) nats per row"
     if verdict := against_pca(manifest.metrics):
         yield "beats PCA", f"with as many latents: {verdict}"
     yield "score", f"{' + '.join(manifest.parts)}, calibrated on {calibration.rows:,} rows"
     if origin := manifest.recalibration:
         of = f"{calibration.rows:,} of {origin.rows:,} rows of {origin.source}, SHA-256 {origin.fingerprint[:12]}"
         yield "calibration", f"{of}; the networks are those of {origin.parent}"
-    yield "p-value", f"at least {calibration.floor:.3g}: below that alpha the tail is extrapolated"
+    yield "p-value", f"at least {calibration.floor:.3g}: for a smaller alpha, severity follows a fitted tail"
     yield "versions", _joined(manifest.versions)
 
 
 def against_pca(metrics: dict[str, float]) -> str | None:
-    """Whether the model reconstructs held-out rows better than PCA with as many latents; None if nobody compared."""
-    error, rival = metrics.get("reconstruction_error"), metrics.get("pca_error")
-    if error is None or rival is None:
+    """Return whether the model reconstructs held-out rows better than PCA with as many latents, or None."""
+    error, pca_error = metrics.get("reconstruction_error"), metrics.get("pca_error")
+    if error is None or pca_error is None:
         return None
-    return f"{'yes' if error < rival else 'NO'}, {error:.3g} against {rival:.3g}"
+    return f"{'yes' if error < pca_error else 'NO'}, {error:.3g} against {pca_error:.3g}"
 
 
 def latents_phrase(manifest: Manifest) -> str:
-    """`14 of 16 active, each 0.52 to 2.31 nats`: what the latents carry."""
+    """Return how many latents are active and their KL: `14 of 16 active, each 0.52 to 2.31 nats`."""
     report = manifest.latent_report
     active = [latent for latent in report if latent.active]
     text = f"{len(active)} of {len(report)} active"
@@ -85,4 +85,4 @@ def _feature_table(manifest: Manifest) -> Iterator[str]:
     for name, feature in zip(names, shown, strict=True):
         yield f"{name:<{width}}  {feature.minimum:>10.4g}  {feature.median:>10.4g}  {feature.maximum:>10.4g}"
     if len(manifest.features) > FEATURES:
-        yield f"and {len(manifest.features) - FEATURES} more: elbo inspect --json lists them all"
+        yield f"and {len(manifest.features) - FEATURES} more: `elbo inspect --json` lists all"

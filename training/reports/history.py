@@ -1,4 +1,4 @@
-"""The record of a run: one JSON line an epoch that outlives the process, and TensorBoard's scalars."""
+"""The history of a run: one JSON line per epoch, written as training goes, and TensorBoard scalars."""
 
 import math
 import os
@@ -18,23 +18,26 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
 FILE_NAME = "metrics.jsonl"
-TENSORBOARD = "tensorboard"  # folder of its events, beside the file
-POINTS = 400  # of a history that goes into a manifest
+TENSORBOARD = "tensorboard"  # folder of the TensorBoard events, beside the file
+POINTS = 400  # points of the history that the manifest stores
 
 Point = dict[str, float]
 
 
-class Recorder:
-    """A reporter that tells `inner` all that it hears, and writes every epoch to `folder`.
+class HistoryRecorder:
+    """A reporter that writes every epoch to `folder` and passes everything on to `inner`.
 
-    A line of metrics.jsonl is one object: epoch, step, the terms, seconds since the run began. It is written when
-    `epoch` returns. A folder that cannot be written costs the record, not the run.
+    Each line of metrics.jsonl is an object: epoch, step, loss terms, and seconds since the run began. The line is on
+    disk when `epoch` returns. If the folder cannot be written, the run continues without a history file.
 
     Args:
-        inner: who shows the progress.
-        folder: of the run; without it the history is kept, and nothing written.
-        resume: go on with the record that is there: the epochs that are made again take the place of their first lines.
-        tensorboard: write TensorBoard's scalars too. Raises FitError where it is not installed.
+        inner: the reporter that shows the progress.
+        folder: folder of the run; None keeps the history in memory and writes nothing.
+        resume: continue the history in `folder`; epochs that are trained again replace their earlier lines.
+        tensorboard: also write TensorBoard scalars.
+
+    Raises:
+        FitError: `tensorboard` is asked for, but the package is not installed.
     """
 
     def __init__(self, inner: Reporter, folder: Path | None, resume: bool = False, tensorboard: bool = False) -> None:
@@ -44,7 +47,9 @@ class Recorder:
         self.notes: list[str] = []
         self._path = (folder or Path()) / FILE_NAME
         self._points = _read(self._path) if folder and resume else []
-        self._earlier = self._points[-1].get("seconds", 0.0) if self._points else 0.0  # spent before this process
+        self._earlier = (
+            self._points[-1].get("seconds", 0.0) if self._points else 0.0
+        )  # seconds spent by earlier processes
         self._tensorboard = tensorboard
         self._writer: SummaryWriter | None = None
         self._writable = folder is not None
@@ -53,15 +58,15 @@ class Recorder:
 
     @property
     def history(self) -> list[Point]:
-        """The epochs so far, evenly thinned to at most POINTS with the first and the last; finite values only."""
+        """Return the epochs so far, thinned evenly to at most POINTS, first and last included; finite values only."""
         return thinned([{name: v for name, v in point.items() if math.isfinite(v)} for point in self._points])
 
     def start(self, title: str, total_steps: int) -> None:
-        """The run begins, or goes on."""
+        """Begin or continue the run."""
         self._inner.start(title, total_steps)
 
     def epoch(self, epoch: int, step: int, terms: Mapping[str, float]) -> None:
-        """Record the epoch, then tell it."""
+        """Write the epoch, then report it."""
         if not self._rewound:
             self.rewind(step - 1)
         seconds = round(self._earlier + time.monotonic() - self._began, 3)
@@ -74,30 +79,30 @@ class Recorder:
         self._inner.epoch(epoch, step, terms)
 
     def rewind(self, step: int) -> None:
-        """Forget what was recorded after `step`. The first epoch does so by itself; earlier is only earlier."""
+        """Drop epochs recorded after `step`. The first call of `epoch` does so too."""
         self._points = [point for point in self._points if point["step"] <= step]
-        self._write(self._points, anew=True)  # without a last line that was only half written
+        self._write(self._points, replace=True)  # drops a half-written last line
         if self._tensorboard and self._writable and self._writer is None:
             from torch.utils.tensorboard.writer import SummaryWriter
 
             folder = self._path.parent / TENSORBOARD
             if not self._points:
-                shutil.rmtree(folder, ignore_errors=True)  # another run's
+                shutil.rmtree(folder, ignore_errors=True)  # events of another run
             self._writer = SummaryWriter(str(folder), purge_step=step + 1)
         self._rewound = True
 
     def note(self, message: str) -> None:
-        """Pass it on, and keep it."""
+        """Keep the message and pass it on."""
         self.notes.append(message)
         self._inner.note(message)
 
     def done(self, summary: Mapping[str, float]) -> None:
-        """The run ended well."""
+        """Report success."""
         self._finish()
         self._inner.done(summary)
 
     def move(self, folder: Path) -> None:
-        """Put the record into `folder`, where the finished run is kept. What fails is noted."""
+        """Move the history into `folder`, where the finished run is kept. A failure becomes a note."""
         self._finish()
         if not self._writable:
             return
@@ -107,21 +112,23 @@ class Recorder:
                     folder.mkdir(parents=True, exist_ok=True)
                     path.rename(folder / path.name)
         except OSError as error:
-            self.note(f"warning: the record stays in {self._path.parent} ({error.strerror})")
+            self.note(
+                f"warning: failed to move the history to {folder} ({error.strerror}): it stays in {self._path.parent}"
+            )
 
     def _finish(self) -> None:
         if self._writer:
             self._writer.close()
             self._writer = None
 
-    def _write(self, points: list[Point], anew: bool = False) -> None:
+    def _write(self, points: list[Point], replace: bool = False) -> None:
         if not self._writable:
             return
         lines = b"".join(orjson.dumps(point, option=orjson.OPT_APPEND_NEWLINE) for point in points)
         partial = self._path.with_name(f"{FILE_NAME}.{os.getpid()}")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            if anew:
+            if replace:
                 partial.write_bytes(lines)
                 partial.replace(self._path)
             else:
@@ -129,11 +136,13 @@ class Recorder:
                     file.write(lines)
         except OSError as error:
             self._writable = False
-            self.note(f"warning: no record in {self._path} ({error.strerror}): make room there, or set --runs")
+            self.note(
+                f"warning: failed to write the history {self._path} ({error.strerror}): free space there, or set --runs"
+            )
 
 
 def _read(path: Path) -> list[Point]:
-    """The lines of the record at `path`, up to the first that is damaged; none where there is no record."""
+    """Return the points in the file at `path`, up to the first damaged line; none if there is no file."""
     points: list[Point] = []
     try:
         for line in path.read_bytes().splitlines():
@@ -149,7 +158,7 @@ def _counts(point: Point) -> Point:
 
 
 def thinned(points: list[Point], most: int = POINTS) -> list[Point]:
-    """At most `most` of `points`, evenly spread, the first and the last among them."""
+    """Return at most `most` of `points`, evenly spread, first and last included."""
     if len(points) <= most:
         return points
     return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]

@@ -1,6 +1,7 @@
-"""The pictures of a finished run. Each function draws one figure; a figure that would say nothing is None.
+"""Plots of a finished run. Each function draws one figure, or returns None if there is nothing to show.
 
-matplotlib without pyplot: no state, no display. Colours are Okabe & Ito's, which the colour-blind tell apart.
+matplotlib is used without pyplot, so there is no global state and no display. The colours are Okabe & Ito's palette,
+which colour-blind people can tell apart.
 """
 
 import io
@@ -39,11 +40,11 @@ STYLE: dict[str, Any] = {
     "legend.frameon": False,
 }
 DPI = 110
-SEEN = 1_000  # held-out rows that are drawn
-FEATURES = 12  # of a table that are drawn
-PAIRS = 10  # images that are shown beside their reconstruction
+PLOTTED = 1_000  # held-out rows per scatter plot
+FEATURES = 12  # features of a table that are plotted
+PAIRS = 10  # images shown with their reconstructions
 CURVES = (BLUE, ORANGE, GREEN, GREY, "black")
-GRID = 8  # images a side of the grid of draws
+GRID = 8  # images per side of the grid of samples
 NAMES = {
     "reconstruction": "distortion: -E[log p(x|z)]",
     "kl": "rate: KL(q(z|x) || p(z))",
@@ -53,15 +54,15 @@ NAMES = {
     "held_out_loss": "loss, held-out rows",
 }
 TIMES = ("epoch", "step", "seconds")
-NEGATED = {"reconstruction", "elbo", "bound"}  # what rises while the loss falls
-LOSSES = ("elbo", "bound", "squared_error", "held_out_loss", "loss")  # one axis: they are comparable
+NEGATED = {"reconstruction", "elbo", "bound"}  # terms that rise while the loss falls
+LOSSES = ("elbo", "bound", "squared_error", "held_out_loss", "loss")  # plotted on one axis, because they are comparable
 
 Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A finished model and what it makes of the rows that were held out."""
+class FittedModel:
+    """A fitted model with its held-out rows, latents and reconstructions."""
 
     manifest: Manifest
     pipeline: Pipeline
@@ -70,45 +71,45 @@ class Seen:
     label_names: list[str] | None = None
 
     @cached_property
-    def code(self) -> Floats:
-        """Posterior means [M, K]."""
+    def latents(self) -> Floats:
+        """Return posterior means [M, K]."""
         with torch.inference_mode():
             return self.pipeline.encode(self.x)[0].double().numpy()
 
     @cached_property
     def x_hat(self) -> Floats:
-        """Reconstructions [M, D]."""
+        """Return reconstructions [M, D]."""
         with torch.inference_mode():
             x_hat: Floats = self.pipeline(self.x).double().numpy()
             return x_hat
 
-    def drawn(self, count: int) -> Floats:
-        """Rows [count, D] of the generative prior, the same every time."""
+    def sample(self, count: int) -> Floats:
+        """Return rows [count, D] sampled from the generative prior with a fixed seed."""
         random = random_stream(0, VALIDATION)
         with torch.inference_mode():
             noise, choice = (
-                torch.randn(count, self.code.shape[1], generator=random),
+                torch.randn(count, self.latents.shape[1], generator=random),
                 torch.rand(count, generator=random),
             )
             rows: Floats = self.pipeline.decode(self.pipeline.draw(noise, choice)).double().numpy()
             return rows
 
 
-def _kept(manifest: Manifest) -> tuple[str, float]:
-    """Which epoch is published, best or last, and its number."""
+def _published_epoch(manifest: Manifest) -> tuple[str, float]:
+    """Return which epoch was published, "best" or "last", and its number."""
     if resolved_config(manifest).kept == "last":
         return "last", manifest.history[-1]["epoch"]
     return "best", min(manifest.history, key=lambda point: point.get("held_out_loss", np.inf))["epoch"]
 
 
-def losses(seen: Seen) -> Figure | None:
-    """Every term of the loss by epoch, with the epoch that was kept; those that are no loss by themselves apart."""
-    history = seen.manifest.history
+def losses(model: FittedModel) -> Figure | None:
+    """Plot every term of the loss by epoch: comparable losses on one axis, each other term on its own."""
+    history = model.manifest.history
     if len(history) < 2:
         return None
     terms = list(dict.fromkeys(name for point in history for name in point if name not in TIMES))
     together, alone = [name for name in terms if name in LOSSES], [name for name in terms if name not in LOSSES]
-    kept, epoch = _kept(seen.manifest)
+    kept, epoch = _published_epoch(model.manifest)
     figure, axes = _figure(1, 1 + len(alone), 5.2, 3.8)
     for axis, names in zip(axes, [together, *([name] for name in alone)], strict=True):
         _curves(axis, history, names)
@@ -116,12 +117,12 @@ def losses(seen: Seen) -> Figure | None:
         axis.set_title(NAMES.get(names[0], names[0]) if names != together else "loss")
         _count(axis, "epoch")
         axis.legend()
-    axes[0].set_ylabel("nats a row" if seen.manifest.kind == "vae" else "model units², a row")
+    axes[0].set_ylabel("nats per row" if model.manifest.kind == "vae" else "model units² per row")
     return figure
 
 
 def _curves(axis: Axes, history: list[dict[str, float]], names: list[str]) -> None:
-    """One line a term, so cut that the first fifth of the epochs does not press the others flat."""
+    """Plot one line per term. Clip the first fifth of the epochs, so that the rest stays readable."""
     lows, highs = [], []
     for name, colour in zip(names, CURVES, strict=False):
         points = [
@@ -136,9 +137,9 @@ def _curves(axis: Axes, history: list[dict[str, float]], names: list[str]) -> No
     axis.set_ylim(min(lows) - margin, max(highs) + margin)
 
 
-def latents(seen: Seen) -> Figure | None:
-    """What each latent carries, sorted: KL for a VAE, else the variance of the code."""
-    report = seen.manifest.latent_report
+def latents(model: FittedModel) -> Figure | None:
+    """Plot the information in each latent, sorted: its KL for a VAE, else the variance of the latent."""
+    report = model.manifest.latent_report
     if not report:
         return None
     by_kl = report[0].kl is not None
@@ -153,16 +154,16 @@ def latents(seen: Seen) -> Figure | None:
     else:
         axis.set_xticks([])
     axis.set_xlabel("latent, sorted")
-    axis.set_ylabel("KL [nats a row]" if by_kl else "variance of the code")
+    axis.set_ylabel("KL [nats per row]" if by_kl else "variance of the latent")
     active = sum(latent.active for latent in report)
-    rest = "" if active == len(report) else " (grey: carry nothing)"
+    rest = "" if active == len(report) else " (grey: inactive)"
     axis.set_title(f"{active} of {len(report)} latents active{rest}")
     return figure
 
 
-def scree(seen: Seen) -> Figure | None:
-    """The spectrum that a linear model sees: what each component explains, and what as many latents keep of it."""
-    manifest = seen.manifest
+def scree(model: FittedModel) -> Figure | None:
+    """Plot the PCA spectrum: the variance of each component, and the share that the first components explain."""
+    manifest = model.manifest
     values = np.array(manifest.spectrum)
     if len(values) == 0 or values[0] <= 0:
         return None
@@ -172,13 +173,13 @@ def scree(seen: Seen) -> Figure | None:
     left.plot(index, np.maximum(values, values[0] * 1e-8), color=BLUE, marker=".", linewidth=1.2)
     left.set_yscale("log")
     left.minorticks_off()
-    left.set_title("eigenvalues of the fitted rows")
+    left.set_title("eigenvalues of the fit rows")
     left.set_ylabel("variance [model units²]")
     right.plot(index, np.cumsum(values) / total, color=BLUE, marker=".", linewidth=1.2)
     right.set_ylim(0, 1.03)
     right.set_title("share of the variance explained by PCA")
-    if (line := _water_line(seen)) is not None:
-        left.axhline(line, color=ORANGE, linestyle="--", label=f"β σ² = {line:.3g}: above it a linear latent lives")
+    if (line := _activity_threshold(model)) is not None:
+        left.axhline(line, color=ORANGE, linestyle="--", label=f"β σ² = {line:.3g}: a linear latent above it is active")
     share = float(np.cumsum(values)[min(manifest.latents, len(values)) - 1] / total)
     labels = f"{manifest.latents} latents", f"{manifest.latents} latents: {share:.1%}"
     for axis, label in zip((left, right), labels, strict=True):
@@ -188,94 +189,96 @@ def scree(seen: Seen) -> Figure | None:
     return figure
 
 
-def _water_line(seen: Seen) -> float | None:
-    """beta times the variance of a Gaussian likelihood, model units."""
-    core = seen.pipeline.core
+def _activity_threshold(model: FittedModel) -> float | None:
+    """Return beta times the variance of a Gaussian likelihood, in model units; None for other models."""
+    core = model.pipeline.core
     if not isinstance(core, VAE) or not isinstance(core.likelihood, GaussianLikelihood):
         return None
-    return float(seen.manifest.training.get("beta", 1.0)) * float(core.likelihood.log_variance.detach().exp().mean())
+    return float(model.manifest.training.get("beta", 1.0)) * float(core.likelihood.log_variance.detach().exp().mean())
 
 
-def code_map(seen: Seen) -> Figure | None:
-    """Codes of held-out rows in two dimensions, coloured by label, else by score."""
-    code, axes_names = _plane(seen)
+def code_map(model: FittedModel) -> Figure | None:
+    """Plot the latents of held-out rows in two dimensions, coloured by label, or by score without labels."""
+    latents, axes_names = _two_dimensions(model)
     figure, (axis,) = _figure(1, 1, 7.2, 5.6)
     axis.set_xlabel(axes_names[0])
-    if code.shape[1] == 1:
-        axis.hist(code[:, 0], bins=40, color=BLUE)
+    if latents.shape[1] == 1:
+        axis.hist(latents[:, 0], bins=40, color=BLUE)
         axis.set_ylabel("rows")
-        axis.set_title("codes of held-out rows")
+        axis.set_title("latents of held-out rows")
         return figure
     axis.set_ylabel(axes_names[1])
-    classes = [] if seen.labels is None else np.unique(seen.labels).tolist()
-    if seen.labels is not None and 2 <= len(classes) <= len(CLASSES):
+    classes = [] if model.labels is None else np.unique(model.labels).tolist()
+    if model.labels is not None and 2 <= len(classes) <= len(CLASSES):
         for value, colour in zip(classes, CLASSES, strict=False):
-            rows = code[seen.labels == value]
-            name = seen.label_names[int(value)] if seen.label_names else str(value)
+            rows = latents[model.labels == value]
+            name = model.label_names[int(value)] if model.label_names else str(value)
             axis.scatter(rows[:, 0], rows[:, 1], s=22, color=colour, alpha=0.75, linewidths=0, label=name)
             axis.annotate(
                 name, np.median(rows, axis=0), ha="center", va="center", fontweight="bold", path_effects=_halo()
             )
         figure.legend(loc="outside right center", title="label")
-        axis.set_title("codes of held-out rows, by label")
+        axis.set_title("latents of held-out rows, by label")
         return figure
     with torch.inference_mode():
-        score = seen.pipeline.score(seen.x)[0].numpy()
+        score = model.pipeline.score(model.x)[0].numpy()
     dots = axis.scatter(
-        code[:, 0], code[:, 1], s=22, c=score, cmap="viridis", linewidths=0, vmax=np.quantile(score, 0.98)
+        latents[:, 0], latents[:, 1], s=22, c=score, cmap="viridis", linewidths=0, vmax=np.quantile(score, 0.98)
     )
     figure.colorbar(dots, label="score, higher is stranger", extend="max")
-    axis.set_title("codes of held-out rows, by score")
+    axis.set_title("latents of held-out rows, by score")
     return figure
 
 
-def _plane(seen: Seen) -> tuple[Floats, list[str]]:
-    """Codes [M, 1 or 2] and the names of the axes: the latents of most KL, or the principal directions of the codes."""
-    report = seen.manifest.latent_report
+def _two_dimensions(model: FittedModel) -> tuple[Floats, list[str]]:
+    """Return latents [M, 1 or 2] and axis names: the latents with the most KL, or the principal directions."""
+    report = model.manifest.latent_report
     if report and report[0].kl is not None:
         order = sorted(range(len(report)), key=lambda index: -(report[index].kl or 0.0))[:2]
-        return seen.code[:, order], [f"latent {index} (KL {report[index].kl:.2g} nats)" for index in order]
-    if seen.manifest.kind == "pca" or seen.code.shape[1] == 1:
-        return seen.code[:, :2], ["latent 0", "latent 1"]
-    centred = seen.code - seen.code.mean(axis=0)
+        return model.latents[:, order], [f"latent {index} (KL {report[index].kl:.2g} nats)" for index in order]
+    if model.manifest.kind == "pca" or model.latents.shape[1] == 1:
+        return model.latents[:, :2], ["latent 0", "latent 1"]
+    centred = model.latents - model.latents.mean(axis=0)
     _, singular, directions = np.linalg.svd(centred, full_matrices=False)
     shares = np.square(singular) / np.square(singular).sum()
-    return centred @ directions[:2].T, [f"principal direction {i + 1} of the codes ({shares[i]:.0%})" for i in range(2)]
+    return centred @ directions[:2].T, [
+        f"principal direction {i + 1} of the latents ({shares[i]:.0%})" for i in range(2)
+    ]
 
 
-def reconstructions(seen: Seen) -> Figure:
-    """Held-out rows beside what the model makes of them: images in pairs, features as seen against expected."""
-    return _image_pairs(seen) if seen.manifest.is_image else _seen_against_expected(seen)
+def reconstructions(model: FittedModel) -> Figure:
+    """Plot held-out rows and their reconstructions: image pairs, or observed against expected values per feature."""
+    return _image_pairs(model) if model.manifest.is_image else _observed_against_expected(model)
 
 
-def _image_pairs(seen: Seen) -> Figure:
-    count = min(PAIRS, len(seen.x))
-    rows, x_hat = seen.x[:count].double().numpy(), seen.x_hat[:count]
+def _image_pairs(model: FittedModel) -> Figure:
+    count = min(PAIRS, len(model.x))
+    rows, x_hat = model.x[:count].double().numpy(), model.x_hat[:count]
     figure, axes = _figure(3, count, 1.15, 1.3, axis="off")
     residual = rows - x_hat
     limit = float(np.nanmax(np.abs(residual))) or 1.0
     for column in range(count):
-        _image(axes[column], rows[column], seen.manifest)
-        _image(axes[count + column], x_hat[column], seen.manifest)
-        picture = residual[column].reshape(seen.manifest.shape)
-        picture = picture.mean(axis=2) if picture.ndim == 3 else picture
-        axes[2 * count + column].imshow(picture, cmap="RdBu_r", vmin=-limit, vmax=limit)
+        _image(axes[column], rows[column], model.manifest)
+        _image(axes[count + column], x_hat[column], model.manifest)
+        image = residual[column].reshape(model.manifest.shape)
+        image = image.mean(axis=2) if image.ndim == 3 else image
+        axes[2 * count + column].imshow(image, cmap="RdBu_r", vmin=-limit, vmax=limit)
         axes[2 * count + column].set_title(f"{np.nanmean(np.square(residual[column])):.2g}", fontsize=10, y=-0.28)
-    for line, name in enumerate(("row", "rebuilt", "difference")):
+    for line, name in enumerate(("row", "reconstruction", "difference")):
         axes[line * count].text(-0.12, 0.5, name, transform=axes[line * count].transAxes, ha="right", va="center")
-    figure.suptitle(f"held-out rows; below, the mean squared error (red: too dark, blue: too light, to ±{limit:.2g})")
+    figure.suptitle(f"held-out rows with mean squared errors (red: too dark, blue: too light, range ±{limit:.2g})")
     return figure
 
 
 def _image(axis: Axes, row: Floats, manifest: Manifest) -> None:
     black, white = manifest.pixel_range or (0.0, 1.0)
-    picture = np.clip((row.reshape(manifest.shape) - black) / (white - black), 0.0, 1.0)
-    axis.imshow(picture, cmap="gray", vmin=0.0, vmax=1.0)
+    image = np.clip((row.reshape(manifest.shape) - black) / (white - black), 0.0, 1.0)
+    axis.imshow(image, cmap="gray", vmin=0.0, vmax=1.0)
 
 
-def _seen_against_expected(seen: Seen) -> Figure:
-    """One panel a feature, those first that the model explains worst."""
-    x, x_hat = seen.x.double().numpy(), seen.x_hat
+def _observed_against_expected(model: FittedModel) -> Figure:
+    """Plot one panel per feature, the worst explained first."""
+    x, x_hat = model.x.double().numpy(), model.x_hat
     with np.errstate(invalid="ignore", divide="ignore"):
         explained = 1.0 - np.nanmean(np.square(x - x_hat), axis=0) / np.nanvar(x, axis=0)
     chosen = [int(index) for index in np.argsort(explained) if np.isfinite(explained[index])][:FEATURES]
@@ -283,25 +286,25 @@ def _seen_against_expected(seen: Seen) -> Figure:
     for axis, index in zip(axes, chosen, strict=False):
         low, high = np.nanmin(x[:, index]), np.nanmax(x[:, index])
         axis.plot([low, high], [low, high], color=GREY, linewidth=1.2)
-        axis.plot(x[:SEEN, index], x_hat[:SEEN, index], ".", color=BLUE, markersize=3.5, alpha=0.5)
-        axis.set_title(f"{seen.manifest.features[index].name}: R² {explained[index]:.3f}", fontsize=11)
-        axis.set_xlabel(_unit(seen.manifest, index, "seen"), fontsize=10)
+        axis.plot(x[:PLOTTED, index], x_hat[:PLOTTED, index], ".", color=BLUE, markersize=3.5, alpha=0.5)
+        axis.set_title(f"{model.manifest.features[index].name}: R² {explained[index]:.3f}", fontsize=11)
+        axis.set_xlabel(_unit(model.manifest, index, "observed"), fontsize=10)
         axis.set_ylabel("expected", fontsize=10)
-    more = "" if len(chosen) == seen.manifest.width else ", those that the model explains worst"
-    figure.suptitle(f"held-out rows: what was seen, and what the model expected of it{more}")
+    more = "" if len(chosen) == model.manifest.width else ", the worst explained features"
+    figure.suptitle(f"held-out rows: observed and expected values{more}")
     return figure
 
 
-def samples(seen: Seen) -> Figure:
-    """Draws from the generative prior beside held-out rows: pictures, or histograms by feature."""
-    return _image_draws(seen) if seen.manifest.is_image else _histograms(seen)
+def samples(model: FittedModel) -> Figure:
+    """Plot samples from the generative prior beside held-out rows: images, or histograms per feature."""
+    return _image_samples(model) if model.manifest.is_image else _histograms(model)
 
 
-def _image_draws(seen: Seen) -> Figure:
+def _image_samples(model: FittedModel) -> Figure:
     figure, axes = _figure(1, 2, 5.2, 5.4, axis="off")
-    drawn, rows = seen.drawn(GRID * GRID), seen.x[: GRID * GRID].double().numpy()
-    for axis, pictures, title in zip(axes, (drawn, rows), ("drawn from the prior", "held-out rows"), strict=True):
-        _image_grid(axis, pictures, seen.manifest)
+    drawn, rows = model.sample(GRID * GRID), model.x[: GRID * GRID].double().numpy()
+    for axis, images, title in zip(axes, (drawn, rows), ("samples from the prior", "held-out rows"), strict=True):
+        _image_grid(axis, images, model.manifest)
         axis.set_title(title)
     return figure
 
@@ -312,25 +315,25 @@ def _image_grid(axis: Axes, rows: Floats, manifest: Manifest) -> None:
     canvas = np.full((GRID * (height + 1) - 1, GRID * (width + 1) - 1, *channels), 0.6)
     for place, row in enumerate(rows):
         top, left = (place // GRID) * (height + 1), (place % GRID) * (width + 1)
-        picture = np.nan_to_num((row.reshape(manifest.shape) - black) / (white - black))
-        canvas[top : top + height, left : left + width] = np.clip(picture, 0.0, 1.0)
+        image = np.nan_to_num((row.reshape(manifest.shape) - black) / (white - black))
+        canvas[top : top + height, left : left + width] = np.clip(image, 0.0, 1.0)
     axis.imshow(canvas, cmap="gray", vmin=0.0, vmax=1.0)
 
 
-def _histograms(seen: Seen) -> Figure:
-    x, drawn = seen.x.double().numpy(), seen.drawn(max(len(seen.x), SEEN))
-    figure, axes = _panels(min(FEATURES, seen.manifest.width))
+def _histograms(model: FittedModel) -> Figure:
+    x, drawn = model.x.double().numpy(), model.sample(max(len(model.x), PLOTTED))
+    figure, axes = _panels(min(FEATURES, model.manifest.width))
     for index, axis in enumerate(axes):
-        there = x[~np.isnan(x[:, index]), index]
-        low, high = np.quantile(np.concatenate((there, drawn[:, index])), [0.002, 0.998])
+        present = x[~np.isnan(x[:, index]), index]
+        low, high = np.quantile(np.concatenate((present, drawn[:, index])), [0.002, 0.998])
         bins = np.linspace(low, high + 1e-9 * (1.0 + abs(high)), 31).tolist()
-        axis.hist(there, bins, density=True, color="#BBBBBB", label="held-out rows")
-        axis.hist(drawn[:, index], bins, density=True, histtype="step", color=ORANGE, linewidth=1.8, label="drawn")
-        axis.set_title(seen.manifest.features[index].name, fontsize=11)
-        axis.set_xlabel(_unit(seen.manifest, index, "value"), fontsize=10)
+        axis.hist(present, bins, density=True, color="#BBBBBB", label="held-out rows")
+        axis.hist(drawn[:, index], bins, density=True, histtype="step", color=ORANGE, linewidth=1.8, label="samples")
+        axis.set_title(model.manifest.features[index].name, fontsize=11)
+        axis.set_xlabel(_unit(model.manifest, index, "value"), fontsize=10)
         axis.set_yticks([])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.suptitle("drawn from the prior, without the noise of single observations, and held-out rows")
+    figure.suptitle("samples from the prior (means, without observation noise) and held-out rows")
     return figure
 
 
@@ -361,7 +364,7 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
 
 
 def _figure(rows: int, columns: int, width: float, height: float, axis: str = "on") -> tuple[Figure, list[Axes]]:
-    """A figure of panels, each of `width` by `height` inches."""
+    """Return a figure and its rows x columns panels, each `width` by `height` inches."""
     figure = Figure(
         figsize=(columns * width, rows * height), dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
     )
@@ -372,7 +375,7 @@ def _figure(rows: int, columns: int, width: float, height: float, axis: str = "o
     return figure, axes
 
 
-PICTURES: dict[str, Callable[[Seen], Figure | None]] = {
+PLOTS: dict[str, Callable[[FittedModel], Figure | None]] = {
     "losses": losses,
     "reconstructions": reconstructions,
     "samples": samples,
@@ -382,11 +385,11 @@ PICTURES: dict[str, Callable[[Seen], Figure | None]] = {
 }
 
 
-def drawn_pictures(seen: Seen) -> Iterator[tuple[str, bytes]]:
-    """The name of each picture and its PNG."""
-    for name, draw in PICTURES.items():
-        with rc_context(STYLE):  # type: ignore[arg-type]  # its keys are a Literal of them all
-            figure = draw(seen)
+def render_plots(model: FittedModel) -> Iterator[tuple[str, bytes]]:
+    """Yield the name and the PNG of each plot that has something to show."""
+    for name, draw in PLOTS.items():
+        with rc_context(STYLE):  # type: ignore[arg-type]  # typed with a Literal of every key
+            figure = draw(model)
             if figure is not None:
                 buffer = io.BytesIO()
                 figure.savefig(buffer, format="png", facecolor="white")

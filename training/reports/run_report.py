@@ -1,4 +1,4 @@
-"""What a finished run leaves for a person: the card and the pictures, in the folder of its version."""
+"""Write the report of a finished run, the model card and the plots, into the folder of its version."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from training.progress import Reporter
 from training.reports.model_card import card
 
 FILE_NAME = "card.md"
-LOOKED_AT = 5_000  # held-out rows that the pictures are made from: more change nothing that can be seen
+PLOTTED_ROWS = 5_000  # held-out rows that are plotted: more make no visible difference
 
 
 def write_run(
@@ -27,47 +27,52 @@ def write_run(
     notes: Sequence[str],
     report: Reporter,
 ) -> None:
-    """Write card.md and the pictures of the model `manifest`@`version` into `folder`, which is made.
+    """Write card.md and the plots of `version` of the model into `folder`, which is created.
 
-    What fails is noted to `report` and costs no more than itself: the model is published already.
+    The model is already published, so a failure becomes a note to `report` and the rest is still written.
 
     Args:
         held_out: rows [M, D], raw units, NaN where a value is missing.
-        labels: of those rows [M], for the colours of the map.
-        label_names: by label, where it has a name.
-        notes: what the user was told of the data and of the training.
+        labels: labels [M] of those rows, for the colours of the map.
+        label_names: name of each label, if labels have names.
+        notes: messages that the user saw about the data and the training.
     """
     written: list[str] = []
     try:
-        from training.reports.plots import Seen, drawn_pictures
+        from training.reports.plots import FittedModel, render_plots
 
         folder.mkdir(parents=True, exist_ok=True)
-        rows, colours = held_out[:LOOKED_AT], None if labels is None else labels[:LOOKED_AT]
-        _write(folder, drawn_pictures(Seen(manifest, pipeline, rows, colours, label_names)), written)
-    except (ImportError, OSError, ValueError, RuntimeError) as error:  # ValueError: what figures without sense raise
+        rows, colours = held_out[:PLOTTED_ROWS], None if labels is None else labels[:PLOTTED_ROWS]
+        _write(folder, render_plots(FittedModel(manifest, pipeline, rows, colours, label_names)), written)
+    except (
+        ImportError,
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # matplotlib raises ValueError for degenerate data
         reason = " ".join(str(error).split())
-        report.note(f"warning: not all pictures of the run could be drawn in {folder} ({reason})")
+        report.note(f"warning: failed to draw some plots in {folder} ({reason})")
     for warning in write_card(folder, manifest, version, notes, written):
         report.note(warning)
 
 
-def write_card(
-    folder: Path, manifest: Manifest, version: int, notes: Sequence[str], pictures: Sequence[str]
-) -> list[str]:
-    """Write card.md of `manifest`@`version` into `folder`, which is made; a warning in place of an error.
+def write_card(folder: Path, manifest: Manifest, version: int, notes: Sequence[str], plots: Sequence[str]) -> list[str]:
+    """Write card.md into `folder`, which is created. Return a warning, as a list, if that fails.
 
     Args:
-        pictures: names of those that lie there.
+        plots: names of the plots in `folder`.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / FILE_NAME).write_text(card(manifest, version, notes, pictures), encoding="utf-8")
+        (folder / FILE_NAME).write_text(card(manifest, version, notes, plots), encoding="utf-8")
     except OSError as error:
-        return [f"warning: no card in {folder} ({error.strerror}): make room there, or set --runs"]
+        return [
+            f"warning: failed to write the model card in {folder} ({error.strerror}): free space there, or set --runs"
+        ]
     return []
 
 
-def _write(folder: Path, pictures: Iterable[tuple[str, bytes]], written: list[str]) -> None:
-    for name, png in pictures:
+def _write(folder: Path, plots: Iterable[tuple[str, bytes]], written: list[str]) -> None:
+    for name, png in plots:
         (folder / f"{name}.png").write_bytes(png)
         written.append(name)

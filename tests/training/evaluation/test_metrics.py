@@ -25,7 +25,7 @@ from training.evaluation.metrics import (
     held_out_metrics,
     importance_weighted,
     latents,
-    rival_metrics,
+    pca_metrics,
 )
 from training.fitting.latents import describe_latents
 from training.fitting.losses import log_weights
@@ -64,7 +64,7 @@ def pipeline(core: Core, scaling: Scaling) -> Pipeline:
 @pytest.mark.parametrize(("widening", "tolerance"), [(1.0, 1e-5), (1.4, 0.02)])
 def test_the_bound_of_a_vae_whose_log_likelihood_is_known(widening: float, tolerance: float) -> None:
     vae, (x, log_p) = linear_vae(widening), rows(600)
-    bound = importance_weighted(lambda x, noise: log_weights(vae, x, noise[None])[0], x, K, draws=100)
+    bound = importance_weighted(lambda x, noise: log_weights(vae, x, noise[None])[0], x, K, samples=100)
     assert bound.mean == pytest.approx(log_p.mean(), abs=tolerance)
     assert bound.standard_error == pytest.approx(log_p.std(ddof=1) / math.sqrt(600), rel=0.02)
     gap = K * (0.5 * (widening**2 - 1) - math.log(widening))  # KL of the widened posterior from the true one
@@ -79,10 +79,10 @@ def test_the_bound_streams_what_burda_et_al_sum_at_once() -> None:
         drawn.append(log_weights(vae, x, noise[None])[0])
         return drawn[-1]
 
-    bound = importance_weighted(log_weight, x, K, draws=7)
+    bound = importance_weighted(log_weight, x, K, samples=7)
     weights = torch.cat([torch.stack(drawn[:7]), torch.stack(drawn[7:])], dim=1).double()  # two batches of rows
     assert bound.mean == pytest.approx(float((weights.logsumexp(0) - math.log(7)).mean()), abs=1e-9)
-    again = importance_weighted(log_weight, x, K, draws=7)
+    again = importance_weighted(log_weight, x, K, samples=7)
     assert torch.equal(again.by_row, bound.by_row), "the same seed, the same draws"
 
 
@@ -119,7 +119,7 @@ def test_the_rival_is_scikit_learns_pca_in_the_same_units() -> None:
     u_hat = reference.inverse_transform(reference.transform(u[300:]))
     raw = u_hat * scaling.scale.double().numpy() + scaling.shift.double().numpy()
     error = np.square(x[300:].double().numpy() - raw).mean()
-    figures = rival_metrics(pca, scaling, x[300:])
+    figures = pca_metrics(pca, scaling, x[300:])
     assert figures["reconstruction_error"] == pytest.approx(error, rel=1e-5)
     assert figures["log_likelihood"] == pytest.approx(reference.score(u[300:]), rel=1e-5)
     metrics = held_out_metrics(pipeline(linear_vae(1.0), scaling), x[300:], x[:300].mean(dim=0), pca, seed=0)

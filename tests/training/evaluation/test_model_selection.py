@@ -11,32 +11,32 @@ from tests.training.reporters import RecordingReporter
 from training.config import TrainConfig
 from training.data.row_store import RowStore
 from training.data.table import Table, read_table
-from training.evaluation.model_selection import swapped, victories
+from training.evaluation.model_selection import significant_wins, swap_values
 from training.train import train
 
 
 def test_only_differences_beyond_two_standard_errors_count() -> None:
     noise = torch.randn(400, generator=torch.Generator().manual_seed(0))
     noise = (noise - noise.mean()) / noise.std()  # mean 0, standard error of the mean 1/20
-    found = victories(
+    found = significant_wins(
         {"one": {"a": noise + 0.11, "b": noise + 0.09}, "two": {"a": 0 * noise, "b": 0 * noise, "c": noise}}
     )
     assert found == [("one", "two", "a")]
-    assert victories({"one": {"a": 0 * noise}, "two": {"a": noise + 0.11}}) == [("two", "one", "a")]
+    assert significant_wins({"one": {"a": 0 * noise}, "two": {"a": noise + 0.11}}) == [("two", "one", "a")]
 
 
 def test_what_two_models_share_cancels_in_the_pairing() -> None:
     shared = 100 * torch.randn(50, generator=torch.Generator().manual_seed(0))
     better = 0.1 + 0.1 * torch.randn(50, generator=torch.Generator().manual_seed(1))
-    assert victories({"one": {"a": shared}, "two": {"a": shared + better}}) == [("two", "one", "a")]
+    assert significant_wins({"one": {"a": shared}, "two": {"a": shared + better}}) == [("two", "one", "a")]
 
 
 def test_swapped_rows_take_a_tenth_of_their_values_from_the_next_row_and_no_column_changes_much() -> None:
     x = torch.arange(50.0).unsqueeze(1).expand(50, 20)
-    mixed = swapped(x, seed=0)
+    mixed = swap_values(x, seed=0)
     assert ((mixed != x).sum(dim=1) == 2).all()
     assert torch.equal(torch.where(mixed != x, mixed, x.roll(1, dims=0)), x.roll(1, dims=0))
-    assert ((swapped(x[:, :3], seed=0) != x[:, :3]).sum(dim=1) == 1).all(), "at least one value"
+    assert ((swap_values(x[:, :3], seed=0) != x[:, :3]).sum(dim=1) == 1).all(), "at least one value"
 
 
 def table(x: np.ndarray, source: str) -> Table:

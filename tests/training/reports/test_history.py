@@ -16,14 +16,14 @@ import pytest
 from tests.conftest import require
 from tests.data import ROOT
 from tests.training.reporters import RecordingReporter
-from training.reports.history import FILE_NAME, POINTS, Recorder, thinned
+from training.reports.history import FILE_NAME, POINTS, HistoryRecorder, thinned
 
 
 def lines(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / FILE_NAME).read_text().splitlines()]
 
 
-def record(recorder: Recorder, epochs: range) -> None:
+def record(recorder: HistoryRecorder, epochs: range) -> None:
     recorder.start("m (ae)", 1000)
     for epoch in epochs:
         recorder.epoch(epoch, 10 * epoch, {"squared_error": 1.0 / epoch, "held_out_loss": 2.0 / epoch})
@@ -31,7 +31,7 @@ def record(recorder: Recorder, epochs: range) -> None:
 
 def test_every_epoch_is_a_line_that_is_on_disk_at_once(tmp_path: Path) -> None:
     report = RecordingReporter()
-    recorder = Recorder(report, tmp_path / "m")
+    recorder = HistoryRecorder(report, tmp_path / "m")
     for epoch in (1, 2, 3):
         recorder.epoch(epoch, 10 * epoch, {"squared_error": 1.0 / epoch})
         assert [line["epoch"] for line in lines(tmp_path / "m")] == list(range(1, epoch + 1))
@@ -44,10 +44,10 @@ def test_every_epoch_is_a_line_that_is_on_disk_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("torn", [b"", b'{"epoch":6,"st', b'{"epoch":6,"step":60,"kl":0.1', b"\x00\x00", b"6"])
 def test_a_run_that_goes_on_has_every_epoch_once(tmp_path: Path, torn: bytes) -> None:
-    record(Recorder(RecordingReporter(), tmp_path), range(1, 6))
+    record(HistoryRecorder(RecordingReporter(), tmp_path), range(1, 6))
     with (tmp_path / FILE_NAME).open("ab") as file:
         file.write(torn)
-    recorder = Recorder(RecordingReporter(), tmp_path, resume=True)
+    recorder = HistoryRecorder(RecordingReporter(), tmp_path, resume=True)
     record(recorder, range(4, 9))  # the checkpoint was written after epoch 3
     assert [line["epoch"] for line in lines(tmp_path)] == list(range(1, 9))
     assert lines(tmp_path) == recorder.history
@@ -56,25 +56,25 @@ def test_a_run_that_goes_on_has_every_epoch_once(tmp_path: Path, torn: bytes) ->
 
 
 def test_a_run_that_begins_anew_has_a_record_of_its_own(tmp_path: Path) -> None:
-    record(Recorder(RecordingReporter(), tmp_path), range(1, 6))
-    record(Recorder(RecordingReporter(), tmp_path), range(1, 3))
+    record(HistoryRecorder(RecordingReporter(), tmp_path), range(1, 6))
+    record(HistoryRecorder(RecordingReporter(), tmp_path), range(1, 3))
     assert [line["epoch"] for line in lines(tmp_path)] == [1, 2]
 
 
 def test_rewinding_forgets_what_came_after_a_step(tmp_path: Path) -> None:
-    record(Recorder(RecordingReporter(), tmp_path), range(1, 6))
-    recorder = Recorder(RecordingReporter(), tmp_path, resume=True)
+    record(HistoryRecorder(RecordingReporter(), tmp_path), range(1, 6))
+    recorder = HistoryRecorder(RecordingReporter(), tmp_path, resume=True)
     recorder.rewind(30)
     assert [line["step"] for line in lines(tmp_path)] == [10, 20, 30]
     assert [point["epoch"] for point in recorder.history] == [1, 2, 3]
 
 
 def test_a_value_that_is_not_finite_is_null_in_the_file_and_absent_from_the_history(tmp_path: Path) -> None:
-    recorder = Recorder(RecordingReporter(), tmp_path)
+    recorder = HistoryRecorder(RecordingReporter(), tmp_path)
     recorder.epoch(1, 10, {"a": math.nan, "b": math.inf, "c": 1.0})
     assert lines(tmp_path)[0]["a"] is lines(tmp_path)[0]["b"] is None
     assert recorder.history[0].keys() == {"epoch", "step", "c", "seconds"}
-    again = Recorder(RecordingReporter(), tmp_path, resume=True)
+    again = HistoryRecorder(RecordingReporter(), tmp_path, resume=True)
     again.rewind(10)
     assert again.history == recorder.history
 
@@ -92,7 +92,7 @@ def test_a_long_history_is_thinned_evenly(count: int) -> None:
 def test_a_folder_that_cannot_be_written_costs_the_record_not_the_run(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file where a folder should be")
     report = RecordingReporter()
-    recorder = Recorder(report, tmp_path / "runs" / "m")
+    recorder = HistoryRecorder(report, tmp_path / "runs" / "m")
     record(recorder, range(1, 4))
     recorder.done({})
     recorder.move(tmp_path / "elsewhere")
@@ -103,7 +103,7 @@ def test_a_folder_that_cannot_be_written_costs_the_record_not_the_run(tmp_path: 
 
 def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    recorder = Recorder(RecordingReporter(), None)
+    recorder = HistoryRecorder(RecordingReporter(), None)
     record(recorder, range(1, 4))
     recorder.move(tmp_path / "1")
     assert [point["epoch"] for point in recorder.history] == [1, 2, 3]
@@ -111,7 +111,7 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_finished_record_moves_to_the_folder_of_its_version(tmp_path: Path) -> None:
-    recorder = Recorder(RecordingReporter(), tmp_path / "m")
+    recorder = HistoryRecorder(RecordingReporter(), tmp_path / "m")
     record(recorder, range(1, 4))
     recorder.move(tmp_path / "m" / "1")
     assert len(lines(tmp_path / "m" / "1")) == 3
@@ -122,8 +122,8 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from tests.training.reporters import RecordingReporter
-from training.reports.history import Recorder
-recorder = Recorder(RecordingReporter(), Path(sys.argv[1]))
+from training.reports.history import HistoryRecorder
+recorder = HistoryRecorder(RecordingReporter(), Path(sys.argv[1]))
 for epoch in range(1, 1_000_000):
     recorder.epoch(epoch, 10 * epoch, {"loss": 1.0 / epoch})
 """
@@ -139,7 +139,7 @@ def test_a_record_survives_sigkill_and_goes_on(tmp_path: Path) -> None:
     process.wait()
     known = path.read_bytes().count(b"\n")
     assert known > 100
-    record(Recorder(RecordingReporter(), tmp_path, resume=True), range(known - 20, known + 20))
+    record(HistoryRecorder(RecordingReporter(), tmp_path, resume=True), range(known - 20, known + 20))
     assert [line["epoch"] for line in lines(tmp_path)] == list(range(1, known + 20))
 
 
@@ -153,8 +153,8 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_tensorboard_reads_the_same_figures_each_epoch_once(tmp_path: Path) -> None:
     require(find_spec("tensorboard"), "the package tensorboard is not installed")
-    record(Recorder(RecordingReporter(), tmp_path, tensorboard=True), range(1, 6))  # killed: nobody closes it
-    recorder = Recorder(RecordingReporter(), tmp_path, resume=True, tensorboard=True)
+    record(HistoryRecorder(RecordingReporter(), tmp_path, tensorboard=True), range(1, 6))  # killed: nobody closes it
+    recorder = HistoryRecorder(RecordingReporter(), tmp_path, resume=True, tensorboard=True)
     record(recorder, range(4, 9))
     recorder.done({})
     recorder.move(tmp_path / "1")
@@ -169,8 +169,8 @@ def test_where_tensorboard_is_not_installed_one_line_says_how_to_get_it(tmp_path
         "import importlib.util as u; find = u.find_spec\n"
         "u.find_spec = lambda name, package=None: None if name == 'tensorboard' else find(name, package)\n"
         "from pathlib import Path; from training.errors import FitError\n"
-        "from training.reports.history import Recorder\n"
-        f"try: Recorder(None, Path({str(tmp_path)!r}), tensorboard=True)\n"
+        "from training.reports.history import HistoryRecorder\n"
+        f"try: HistoryRecorder(None, Path({str(tmp_path)!r}), tensorboard=True)\n"
         "except FitError as error: print(error)"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -25,7 +25,7 @@ from training.reports.model_card import MEASURES, card, command_of
 from training.train import train
 
 SMALL = {"hidden": (16,), "epochs": 6, "latents": 4}
-PICTURES = {
+PLOTS = {
     "pca": {"reconstructions", "samples", "latents", "map", "scree"},
     "ae": {"losses", "reconstructions", "samples", "latents", "map", "scree"},
     "vae": {"losses", "reconstructions", "samples", "latents", "map", "scree"},
@@ -48,7 +48,7 @@ def table(path: Path) -> str:
 @pytest.mark.parametrize("data", ["digits", "table"])
 def test_a_run_leaves_a_card_and_pictures_that_show_something(kind: str, data: str, tmp_path: Path) -> None:
     manifest, folder = run(kind, data if data == "digits" else table(tmp_path), tmp_path)
-    assert {path.stem for path in folder.glob("*.png")} == PICTURES[kind]
+    assert {path.stem for path in folder.glob("*.png")} == PLOTS[kind]
     for path in folder.glob("*.png"):
         with Image.open(path) as picture:
             pixels = np.asarray(picture.convert("L"))
@@ -56,7 +56,7 @@ def test_a_run_leaves_a_card_and_pictures_that_show_something(kind: str, data: s
         assert pixels[:3].min() == 255  # a light background to its edge
         assert (pixels < 128).mean() > 0.002
     text = (folder / "card.md").read_text()
-    assert {name.removesuffix(".png") for name in re.findall(r"\]\((\S+)\)", text)} == PICTURES[kind]
+    assert {name.removesuffix(".png") for name in re.findall(r"\]\((\S+)\)", text)} == PLOTS[kind]
     for name, value in manifest.metrics.items():
         assert f"| {MEASURES[name][0]} | {value:.6g} |" in text
     assert f"`{manifest.data.fingerprint}`" in text
