@@ -1,4 +1,4 @@
-"""The named examples of each body, valid for the demonstration models (8x8 digits, 16 latents), and short."""
+"""Example requests in the OpenAPI document, valid for the demonstration models (8x8 digits, 16 latents)."""
 
 from typing import Any
 
@@ -7,21 +7,21 @@ import orjson
 from service.codec import csv_rows, ndjson
 from service.schemas import AnomalyBody, Body, DecodeBody, EncodeBody, InterpolateBody, ReconstructBody, SampleBody
 
-# Each character is a grey value in ninths.
+# Two digits: each character is a grey value from 0 to 9, each string a line of the image.
 ZERO = ("00598100", "03920930", "06600650", "08400580", "08400580", "06600740", "02930910", "00598200")
 ONE = ("00028400", "00088500", "00498500", "05998500", "00088500", "00088500", "00088500", "00048600")
 
 
-def _picture(lines: tuple[str, ...]) -> list[list[float]]:
+def _image(lines: tuple[str, ...]) -> list[list[float]]:
     return [[round(int(digit) / 9, 2) for digit in line] for line in lines]
 
 
 def _flat(lines: tuple[str, ...]) -> list[float]:
-    return [value for line in _picture(lines) for value in line]
+    return [value for line in _image(lines) for value in line]
 
 
 def _record(lines: tuple[str, ...]) -> dict[str, float]:
-    return {f"pixel[{i},{j}]": value for i, line in enumerate(_picture(lines)) for j, value in enumerate(line)}
+    return {f"pixel[{i},{j}]": value for i, line in enumerate(_image(lines)) for j, value in enumerate(line)}
 
 
 def _latent(*leading: float) -> list[float]:
@@ -30,70 +30,70 @@ def _latent(*leading: float) -> list[float]:
 
 EXAMPLES: dict[type[Body], dict[str, dict[str, Any]]] = {
     EncodeBody: {
-        "nested": {"summary": "two rows, nested 8x8", "value": {"inputs": [_picture(ZERO), _picture(ONE)]}},
+        "nested": {"summary": "two rows, nested 8x8", "value": {"inputs": [_image(ZERO), _image(ONE)]}},
         "flat": {"summary": "one row, flat", "value": {"inputs": [_flat(ZERO)]}},
         "drawn": {
             "summary": "a draw from the posterior instead of its mean",
-            "value": {"inputs": [_picture(ONE)], "sample": True, "seed": 7},
+            "value": {"inputs": [_image(ONE)], "sample": True, "seed": 7},
         },
     },
     DecodeBody: {
-        "origin": {"summary": "the middle of the latent space", "value": {"latents": [_latent()]}},
-        "one": {"summary": "some point", "value": {"latents": [_latent(0.5, -1.2, 0.8)]}},
+        "origin": {"summary": "the origin of the latent space", "value": {"latents": [_latent()]}},
+        "one": {"summary": "one code", "value": {"latents": [_latent(0.5, -1.2, 0.8)]}},
         "several": {
-            "summary": "three points along the first latent",
+            "summary": "three codes that differ in the first latent",
             "value": {"latents": [_latent(-1.5), _latent(0.0), _latent(1.5)]},
         },
     },
     ReconstructBody: {
-        "nested": {"summary": "two rows, nested 8x8", "value": {"inputs": [_picture(ZERO), _picture(ONE)]}},
+        "nested": {"summary": "two rows, nested 8x8", "value": {"inputs": [_image(ZERO), _image(ONE)]}},
         "flat": {"summary": "one row, flat", "value": {"inputs": [_flat(ONE)]}},
-        "blank": {"summary": "an empty picture, which no digit is", "value": {"inputs": [[[0] * 8] * 8]}},
+        "blank": {"summary": "an empty image, which is not a digit", "value": {"inputs": [[[0] * 8] * 8]}},
     },
     SampleBody: {
         "one": {"summary": "one sample", "value": {"n": 1}},
-        "seeded": {"summary": "the same sixteen every time", "value": {"n": 16, "seed": 42}},
-        "calm": {"summary": "closer to the middle", "value": {"n": 4, "seed": 42, "temperature": 0.5}},
+        "seeded": {"summary": "sixteen samples, the same every time", "value": {"n": 16, "seed": 42}},
+        "calm": {"summary": "samples near the mean of the prior", "value": {"n": 4, "seed": 42, "temperature": 0.5}},
     },
     InterpolateBody: {
         "rows": {
             "summary": "from one row to another",
-            "value": {"start": {"input": _picture(ZERO)}, "end": {"input": _picture(ONE)}, "steps": 5},
+            "value": {"start": {"input": _image(ZERO)}, "end": {"input": _image(ONE)}, "steps": 5},
         },
         "latents": {
-            "summary": "between two codes, along the great circle",
+            "summary": "from one code to another along a great circle",
             "value": {
                 "start": {"latent": _latent(1.5, 0.5)}, "end": {"latent": _latent(-0.5, 1.5)},
                 "steps": 8, "method": "slerp",
             },
         },
         "mixed": {
-            "summary": "from a row to the middle of the latent space",
+            "summary": "from a row to the origin of the latent space",
             "value": {"start": {"input": _flat(ONE)}, "end": {"latent": _latent()}, "steps": 3},
         },
     },
     AnomalyBody: {
         "inputs": {
-            "summary": "a digit and an empty picture",
-            "value": {"inputs": [_picture(ZERO), [[0] * 8] * 8]},
+            "summary": "a digit and an empty image",
+            "value": {"inputs": [_image(ZERO), [[0] * 8] * 8]},
         },
         "strict": {
-            "summary": "at most 1 % false alarms, five features explained",
+            "summary": "false-alarm rate 1 %, five features reported",
             "value": {"inputs": [_flat(ONE)], "alpha": 0.01, "explain": 5},
         },
         "fdr": {
-            "summary": "of the rows called anomalous at most 10 % may be normal",
+            "summary": "false discovery rate 10 %: the expected share of normal rows among those flagged",
             "value": {"inputs": [_flat(ZERO), _flat(ONE), [1] * 64], "fdr": 0.1, "explain": 0},
         },
-        "records": {"summary": "by feature name, in any order", "value": {"records": [_record(ONE)]}},
+        "records": {"summary": "objects by feature name, in any order", "value": {"records": [_record(ONE)]}},
         "telegraf": {
-            "summary": "a batch of Telegraf: one host, one moment, one row",
+            "summary": "a Telegraf batch: the fields of one host at one time form a row",
             "value": {
                 "metrics": [{"name": "scan", "tags": {"host": "a"}, "fields": _record(ZERO), "timestamp": 1.7e9}]
             },
         },
         "smoothed": {
-            "summary": "rows of one host in time, decided by their mean severity",
+            "summary": "rows of one host over time, decided by their mean severity",
             "value": {
                 "records": [_record(ZERO) | {"host": "a", "timestamp": 1.7e9 + 30 * i} for i in range(3)],
                 "half_life": 60.0, "detail": "none",
@@ -102,12 +102,13 @@ EXAMPLES: dict[type[Body], dict[str, dict[str, Any]]] = {
     },
 }  # fmt: skip
 
+NDJSON_EXAMPLE = "\n".join(orjson.dumps(_record(digit)).decode() for digit in (ZERO, ONE))
+CSV_EXAMPLE = "\n".join(
+    (",".join(f'"{name}"' for name in _record(ONE)), ",".join(str(value) for value in _record(ONE).values()))
+)
+
+# OpenAPI content of text formats by media type.
 TEXTS: dict[str, dict[str, Any]] = {
-    media_type: {"schema": {"type": "string"}, "example": example}
-    for media_type, example in {
-        **dict.fromkeys(ndjson.MEDIA_TYPES, "\n".join(orjson.dumps(_record(digit)).decode() for digit in (ZERO, ONE))),
-        csv_rows.MEDIA_TYPE: "\n".join(
-            (",".join(f'"{name}"' for name in _record(ONE)), ",".join(map(str, _record(ONE).values())))
-        ),
-    }.items()
+    **{media_type: {"schema": {"type": "string"}, "example": NDJSON_EXAMPLE} for media_type in ndjson.MEDIA_TYPES},
+    csv_rows.MEDIA_TYPE: {"schema": {"type": "string"}, "example": CSV_EXAMPLE},
 }

@@ -28,8 +28,8 @@ from service.inference.served_model import ServedModel
 from service.schemas import AnomalyBody, DecodeBody, EncodeBody, End, InterpolateBody, ReconstructBody, SampleBody
 
 Array = npt.NDArray[np.float32]
-MAX_STRIP_STEPS = 32  # the picture of an interpolation is a single row of tiles up to this many steps
-FLOOR_TOLERANCE = 1e-6  # relative: an alpha written as a decimal may fall this far below the floor that it stands for
+MAX_STRIP_STEPS = 32  # up to this many steps, the image of an interpolation is a single row of tiles
+FLOOR_TOLERANCE = 1e-6  # relative: 0.005, say, must not count as below the floor 1 / 200 because of rounding
 
 
 class InferenceEndpoints:
@@ -80,7 +80,7 @@ class InferenceEndpoints:
         start, end = await self._end_codes(parsed)
         latents = interpolate(start, end, parsed.body.steps, parsed.body.method)
         (outputs,) = await run_operation(self._service, parsed, operations.DECODE, latents)
-        imputed = _imputed(parsed.served, *(end.values for end in parsed.inputs if not end.is_code))
+        imputed = _imputed(parsed.served, *(point.values for point in parsed.inputs if not point.is_code))
         columns = len(outputs) if len(outputs) <= MAX_STRIP_STEPS else None
         return await render_response(parsed, {"latents": latents, "outputs": outputs, **imputed}, outputs, columns)
 
