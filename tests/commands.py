@@ -1,4 +1,4 @@
-"""The command line run by tests, in its own process or in this one, and data for it."""
+"""Run the command line in a process or in the test's own process, and write data for it."""
 
 import os
 import subprocess
@@ -12,12 +12,13 @@ import pytest
 import elbo
 from tests.data import ROOT
 
-Run = subprocess.CompletedProcess[str]
+CompletedCommand = subprocess.CompletedProcess[str]
 Rows = npt.NDArray[np.float64]
 HEADER = "cpu [%],memory [GB],disk,network,errors"
 
 
-def command(*arguments: str, environment: dict[str, str] | None = None) -> Run:
+def command(*arguments: str, environment: dict[str, str] | None = None) -> CompletedCommand:
+    """Run `elbo` in a new process; of the ELBO_* variables it gets only those in `environment`."""
     return subprocess.run(
         [sys.executable, "-m", "elbo", *arguments],
         cwd=ROOT,
@@ -29,7 +30,7 @@ def command(*arguments: str, environment: dict[str, str] | None = None) -> Run:
 
 
 def two_factor_rows(rows: int, seed: int) -> Rows:
-    """Five metrics that two hidden loads drive: the fifth is 10 plus the first load, give or take a little."""
+    """Return rows of five metrics that depend on two loads; the fifth is 10 plus the first load plus noise."""
     random = np.random.RandomState(seed)
     loads = random.standard_normal((rows, 2))
     mixing = np.array([[2, 0, 1, 3, 1], [0, 5, 1, -2, 0]])
@@ -37,12 +38,14 @@ def two_factor_rows(rows: int, seed: int) -> Rows:
 
 
 def write(path: Path, rows: Rows, header: str = HEADER) -> str:
+    """Write rows as CSV and return the path as text."""
     np.savetxt(path, rows, delimiter=",", header=header, comments="", fmt="%.9g")
     return str(path)
 
 
 def in_process(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as end:
+    """Run `elbo` in this process; return its exit status, standard output and standard error."""
+    with pytest.raises(SystemExit) as stop:
         elbo.main(arguments)
     printed = capsys.readouterr()
-    return int(end.value.code or 0), printed.out, printed.err
+    return int(stop.value.code or 0), printed.out, printed.err

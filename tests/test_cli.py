@@ -1,4 +1,4 @@
-"""The command line: what a person types, what is printed, and how it ends."""
+"""The command line: arguments, output and exit status of every command."""
 
 import csv
 import json
@@ -26,7 +26,7 @@ NAMES = ("cpu", "memory", "disk", "network", "errors")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of artifacts in which a real run put hosts@1, PCA of 1,000 rows with two latents."""
+    """Return an artifact folder with hosts@1, trained by the command: PCA of 1,000 rows with two latents."""
     folder = tmp_path_factory.mktemp("artifacts")
     data = write(folder / "train.csv", two_factor_rows(1000, seed=0))
     run = command(
@@ -44,7 +44,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def today(tmp_path: Path) -> tuple[str, Rows]:
-    """300 fresh rows; in rows 0 to 9 the fifth metric breaks away from its load. Labelled so, with a column of text."""
+    """Return a CSV file and its 300 rows, of which the first ten are anomalous in the fifth metric.
+
+    The file also has a text column and a label column, 1 for the anomalous rows.
+    """
     rows = two_factor_rows(300, seed=1)
     rows[:10, 4] += 30
     lines = [f"x{i},{','.join(f'{value:.9g}' for value in row)},{int(i < 10)}" for i, row in enumerate(rows)]
@@ -74,7 +77,7 @@ def today(tmp_path: Path) -> tuple[str, Rows]:
         ("serve", {"ELBO_PORT": "high"}, "ELBO_PORT: input should be a valid integer"),
     ],
 )
-def test_what_is_asked_wrongly_is_told_in_one_line_and_exits_with_2(
+def test_invalid_argument_prints_one_line_and_exits_with_2(
     arguments: str,
     environment: dict[str, str],
     message: str,
@@ -89,14 +92,14 @@ def test_what_is_asked_wrongly_is_told_in_one_line_and_exits_with_2(
     assert err.count("\n") == 1
 
 
-def test_one_row_is_refused_with_the_number_that_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_on_one_row_says_how_many_rows_are_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write(tmp_path / "a.csv", np.ones((1, 5)))
     code, _, err = in_process(capsys, "train", data, "--model", "pca", "--name", "a")
     assert code == 2
     assert err == "elbo: error: expected at least 10 rows to train, judge and calibrate on, got 1: add rows\n"
 
 
-def test_a_damaged_artifact_is_told_in_one_line_and_exits_with_1(root: Path, tmp_path: Path) -> None:
+def test_truncated_artifact_prints_one_line_and_exits_with_1(root: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     path.write_bytes((root / "hosts/1/model.pt").read_bytes()[:-1000])
     run = command("inspect", str(path))
@@ -105,7 +108,7 @@ def test_a_damaged_artifact_is_told_in_one_line_and_exits_with_1(root: Path, tmp
     assert run.stderr.count("\n") == 1
 
 
-def test_an_unknown_option_is_a_usage_error() -> None:
+def test_unknown_option_is_a_usage_error() -> None:
     run = command("train", "digits", "--modle", "pca")
     assert run.returncode == 2
     assert "No such option: --modle" in run.stderr
@@ -114,7 +117,7 @@ def test_an_unknown_option_is_a_usage_error() -> None:
 # The commands
 
 
-def test_inspect_tells_a_person_what_the_artifact_is(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_describes_the_artifact(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = in_process(capsys, "inspect", "hosts", "--artifacts", str(root))
     assert code == 0
     facts = {line[:10].strip(): line[10:] for line in out.split("\n\n")[0].splitlines()}
@@ -133,13 +136,13 @@ def test_inspect_tells_a_person_what_the_artifact_is(root: Path, capsys: pytest.
     assert "cpu [%] " in out
 
 
-def test_inspect_prints_the_manifest_for_a_machine(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_json_prints_the_manifest(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = root / "hosts/1/model.pt"
     _, out, _ = in_process(capsys, "inspect", str(path), "--json")
     assert json.loads(out) == json.loads(read_manifest(path).model_dump_json())
 
 
-def test_inspect_works_where_torch_is_not_installed(root: Path) -> None:
+def test_inspect_works_without_torch(root: Path) -> None:
     code = "import sys; sys.modules['torch'] = None; import elbo; elbo.main(['inspect', 'hosts@1'])"
     environment = dict(os.environ) | {"ELBO_ARTIFACTS": str(root)}
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -147,17 +150,17 @@ def test_inspect_works_where_torch_is_not_installed(root: Path) -> None:
     assert run.stdout.startswith("model     hosts")
 
 
-def scored(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:
+def score_lines(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:
     code, out, _ = in_process(capsys, "score", *arguments)
     assert code == 0
     return [json.loads(line) for line in out.splitlines()]
 
 
-def test_score_finds_the_broken_metric_and_says_what_was_expected(
+def test_score_flags_the_anomalous_rows_and_explains_them(
     root: Path, today: tuple[str, Rows], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, rows = today
-    answers = scored(capsys, "hosts", path, "--artifacts", str(root), "--alpha", "0.01")
+    answers = score_lines(capsys, "hosts", path, "--artifacts", str(root), "--alpha", "0.01")
     assert [answer["row"] for answer in answers] == list(range(300))
     for answer in answers:
         assert answer["is_anomaly"] == (answer["severity"] > 1) == (answer["p_value"] <= 0.01)
@@ -173,18 +176,18 @@ def test_score_finds_the_broken_metric_and_says_what_was_expected(
     assert sum(answer["is_anomaly"] for answer in answers[10:]) <= 15  # of 290; binomial(290, 0.01) passes 1 - 1e-7
 
 
-def test_score_names_as_many_features_as_asked_and_at_most_all(
+def test_score_explain_limits_the_number_of_features(
     root: Path, today: tuple[str, Rows], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for asked, given in ((0, 0), (1, 1), (99, 5)):
-        answers = scored(capsys, "hosts", today[0], "--artifacts", str(root), "--explain", str(asked))
-        assert {len(answer["features"]) for answer in answers} == {given}
+    for explain, count in ((0, 0), (1, 1), (99, 5)):
+        answers = score_lines(capsys, "hosts", today[0], "--artifacts", str(root), "--explain", str(explain))
+        assert {len(answer["features"]) for answer in answers} == {count}
 
 
-def test_score_writes_the_same_figures_as_csv(
+def test_score_csv_has_the_values_of_ndjson(
     root: Path, today: tuple[str, Rows], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answers = scored(capsys, "hosts", today[0], "--artifacts", str(root))
+    answers = score_lines(capsys, "hosts", today[0], "--artifacts", str(root))
     _, out, _ = in_process(capsys, "score", "hosts", today[0], "--artifacts", str(root), "--format", "csv")
     lines = list(csv.DictReader(out.splitlines()))
     assert len(lines) == len(answers)
@@ -196,17 +199,17 @@ def test_score_writes_the_same_figures_as_csv(
         assert float(line["expected_2"]) == pytest.approx(answer["features"][1]["expected"], rel=1e-6)
 
 
-def test_rows_beyond_one_batch_are_scored_like_rows_alone(
+def test_score_of_a_row_does_not_depend_on_its_batch(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = two_factor_rows(1030, seed=2)
-    long = scored(capsys, "hosts", write(tmp_path / "a.csv", rows), "--artifacts", str(root))
-    last = scored(capsys, "hosts", write(tmp_path / "b.csv", rows[-1:]), "--artifacts", str(root))
+    long = score_lines(capsys, "hosts", write(tmp_path / "a.csv", rows), "--artifacts", str(root))
+    last = score_lines(capsys, "hosts", write(tmp_path / "b.csv", rows[-1:]), "--artifacts", str(root))
     assert [answer["row"] for answer in long] == list(range(1030))
     assert last[0]["score"] == pytest.approx(long[-1]["score"], rel=1e-4)
 
 
-def test_score_ends_quietly_when_its_reader_has_gone(root: Path, tmp_path: Path) -> None:
+def test_score_prints_no_error_when_its_reader_closes_the_pipe(root: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "a.csv", two_factor_rows(5000, seed=2))
     process = subprocess.Popen(
         [sys.executable, "-m", "elbo", "score", "hosts", data, "--artifacts", str(root)],
@@ -224,13 +227,13 @@ def test_score_ends_quietly_when_its_reader_has_gone(root: Path, tmp_path: Path)
     assert process.wait(timeout=60) == 1
 
 
-def test_evaluate_reports_what_the_scores_and_labels_imply(
+def test_evaluate_metrics_match_the_scores_and_labels(
     root: Path, today: tuple[str, Rows], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, rows = today
     _, out, _ = in_process(capsys, "evaluate", "hosts", path, "--json", "--artifacts", str(root))
     report = json.loads(out)
-    answers = scored(capsys, "hosts", path, "--artifacts", str(root), "--explain", "5")
+    answers = score_lines(capsys, "hosts", path, "--artifacts", str(root), "--explain", "5")
     score, p_value = (np.array([answer[name] for answer in answers]) for name in ("score", "p_value"))
     anomalous = np.arange(300) < 10
     x = torch.from_numpy(rows.astype(np.float32))
@@ -249,7 +252,7 @@ def test_evaluate_reports_what_the_scores_and_labels_imply(
     assert report["seen"] is False
 
 
-def test_evaluate_tells_a_person_the_same(
+def test_evaluate_prints_every_metric_as_text(
     root: Path, today: tuple[str, Rows], capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, out, _ = in_process(capsys, "evaluate", "hosts", today[0], "--artifacts", str(root))
@@ -269,7 +272,7 @@ def test_evaluate_tells_a_person_the_same(
 
 
 @pytest.mark.parametrize("kind", ["pca", "ae", "vae"])
-def test_evaluate_on_the_rows_that_were_held_out_repeats_the_manifest(
+def test_evaluate_on_the_held_out_rows_gives_the_metrics_in_the_manifest(
     kind: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--model", kind, "--name", kind, "--latents", "2", *([] if kind == "pca" else ["--epochs", "10"])]
@@ -283,20 +286,20 @@ def test_evaluate_on_the_rows_that_were_held_out_repeats_the_manifest(
     assert report["reconstruction_error"] == pytest.approx(metrics["reconstruction_error"], rel=1e-4)
     for name in ("elbo", "log_likelihood", "log_likelihood_se", "bits_per_dimension", "active_latents"):
         if name in metrics:
-            drawn_apart = 0.15 if name == "elbo" else 1e-3  # its noise here is not that of the training's figure
-            assert report[name] == pytest.approx(metrics[name], rel=drawn_apart)
+            tolerance = 0.15 if name == "elbo" else 1e-3  # the ELBO is estimated with other noise than in training
+            assert report[name] == pytest.approx(metrics[name], rel=tolerance)
         elif kind == "ae" or name == "active_latents":
             assert report[name] is None
     assert report["draws"] == {"pca": 1, "ae": None, "vae": 100}[kind]
 
 
-def test_evaluate_says_when_the_rows_are_those_of_the_training(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_on_the_training_rows_says_so(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = in_process(capsys, "evaluate", "hosts", str(root / "train.csv"), "--artifacts", str(root))
     assert out.splitlines()[0].endswith(": 1,000 rows, the rows it was trained on")
     assert "AUROC" not in out
 
 
-def test_rows_so_far_off_that_the_model_overflows_are_refused(
+def test_score_of_a_row_that_overflows_prints_the_row_and_exits_with_2(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write(tmp_path / "a.csv", np.vstack([two_factor_rows(3, seed=0), np.full((1, 5), 3e38)]))
@@ -305,7 +308,7 @@ def test_rows_so_far_off_that_the_model_overflows_are_refused(
     assert err == f"elbo: error: {data}: the score of row 3 overflows float32: expected values near the training data\n"
 
 
-def test_training_again_publishes_the_next_version_with_the_same_weights(root: Path) -> None:
+def test_repeated_training_publishes_the_next_version_with_the_same_weights(root: Path) -> None:
     first = load(root / "hosts/1/model.pt").manifest
     arguments = ["--model", "pca", "--name", "hosts", "--latents", "2", "--seed", "3", "--artifacts", str(root)]
     run = command("train", str(root / "train.csv"), *arguments)
@@ -315,7 +318,7 @@ def test_training_again_publishes_the_next_version_with_the_same_weights(root: P
     assert second.metrics == first.metrics
 
 
-def test_demo_trains_only_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_trains_only_missing_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for config in DEMONSTRATION[1:]:
         (tmp_path / config.name / "1").mkdir(parents=True)
         (tmp_path / config.name / "1" / "model.pt").touch()
@@ -332,7 +335,7 @@ def test_demo_trains_only_what_is_missing(tmp_path: Path, capsys: pytest.Capture
 @pytest.fixture
 def long_training(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     arguments = ["train", "digits", "--model", "ae", "--name", "a", "--epochs", "100000", "--artifacts", str(tmp_path)]
-    code = (  # heeds SIGINT even if the tests run as a shell's background job, which ignores it
+    code = (  # a background job of a shell ignores SIGINT, so restore its handler
         f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nimport elbo; elbo.main({arguments})"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -341,9 +344,7 @@ def long_training(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     process.wait()
 
 
-def test_control_c_ends_with_one_line_and_publishes_nothing(
-    long_training: subprocess.Popen[str], tmp_path: Path
-) -> None:
+def test_sigint_prints_one_line_and_publishes_nothing(long_training: subprocess.Popen[str], tmp_path: Path) -> None:
     assert long_training.stderr is not None
     while not long_training.stderr.readline().startswith("training a (ae)"):
         pass

@@ -1,4 +1,4 @@
-"""Real models, trained in seconds, behind the real application."""
+"""Fixtures: small trained models, and the application that serves them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +23,7 @@ from training.train import train
 
 @pytest.fixture(scope="session")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with pca, ae and vae of the digits, hardly trained, and hosts: pca of a table."""
+    """Return an artifact folder with pca, ae and vae, briefly trained on digits, and hosts, the PCA of a table."""
     root = tmp_path_factory.mktemp("artifacts")
     digits = read_table("digits")
     for kind in KINDS:
@@ -34,20 +34,20 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def digits() -> np.ndarray:
-    """The digits, float32 [1797, 64] in [0, 1]."""
+    """Return the digits, float32 [1797, 64] in [0, 1]."""
     return values(read_table("digits"))
 
 
 @pytest.fixture(scope="session")
 def vae(artifacts: Path) -> Artifact:
-    """The VAE, loaded apart from the service: what it answers is what the service must."""
+    """Return the VAE, loaded outside the service, for the expected values of responses."""
     torch.set_num_threads(1)
     return load(artifacts / "vae" / "1" / "model.pt")
 
 
 @pytest.fixture(scope="session")
 def app(artifacts: Path) -> FastAPI:
-    """The application over the session's models."""
+    """Return an application that serves the models of `artifacts`."""
     return create_app(
         Settings(artifacts=artifacts, max_rows=300, max_body_bytes=2**20, log_level="warning", backend="torchscript")
     )
@@ -55,6 +55,6 @@ def app(artifacts: Path) -> FastAPI:
 
 @pytest.fixture(scope="session")
 def client(app: FastAPI) -> Iterator[httpx.Client]:
-    """A client of the running application."""
+    """Return a client of the running application."""
     with running(app) as client:
         yield client

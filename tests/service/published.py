@@ -1,4 +1,4 @@
-"""Artifacts made by hand, for what no training run of the tests makes."""
+"""Publish a model that was built without training."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ def publish(
     shape: Sequence[int],
     pixel_range: tuple[float, float] | None = None,
 ) -> None:
-    """`model` as `name` under `root`, as a model of rows x [N, D]."""
+    """Publish `model` as `name` under `root`; x [N, D] are its training rows."""
     module = artifact.script(model.eval())
     latents = module.encode(x[:1])[0].shape[1]
     random = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Verdicts over HTTP: against the artifact, SciPy's Benjamini-Hochberg, and the definition of each field."""
+"""Verdicts of /anomaly, compared with the artifact, SciPy's Benjamini-Hochberg and the definition of each field."""
 
 import io
 from pathlib import Path
@@ -25,12 +25,12 @@ def column(answer: dict[str, Any], name: str) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def mixed(digits: np.ndarray) -> np.ndarray:
-    """20 digits and 10 rows of noise, which no digit is."""
+    """Return 20 digits and 10 rows of noise."""
     return np.concatenate((digits[:20], np.random.default_rng(0).random((10, 64)).astype(np.float32)))
 
 
 @pytest.mark.parametrize("alpha", [0.5, 0.05, 0.001])
-def test_every_field_is_what_the_artifact_says(
+def test_every_field_of_the_response_matches_the_artifact(
     client: httpx.Client, vae: Artifact, mixed: np.ndarray, alpha: float
 ) -> None:
     answer = post(client, "/anomaly", {"inputs": mixed.tolist(), "alpha": alpha})
@@ -52,7 +52,7 @@ def test_every_field_is_what_the_artifact_says(
 
 
 @pytest.mark.parametrize("model", ["pca", "ae", "vae"])
-def test_above_the_floor_the_verdict_is_that_of_the_p_value(
+def test_rows_are_anomalous_exactly_if_the_p_value_is_at_most_alpha(
     client: httpx.Client, mixed: np.ndarray, model: str
 ) -> None:
     answer = post(client, "/anomaly", {"inputs": mixed.tolist(), "alpha": 0.05}, params={"model": model})
@@ -60,7 +60,7 @@ def test_above_the_floor_the_verdict_is_that_of_the_p_value(
     assert column(answer, "is_anomaly")[20:].all()
 
 
-def test_features_are_those_that_contribute_most(client: httpx.Client, vae: Artifact, mixed: np.ndarray) -> None:
+def test_features_have_the_largest_contributions(client: httpx.Client, vae: Artifact, mixed: np.ndarray) -> None:
     answer = post(client, "/anomaly", {"inputs": mixed.tolist(), "explain": 5})
     with torch.inference_mode():
         _, _, contribution, expected = (part.numpy() for part in vae.module.score(torch.from_numpy(mixed)))
@@ -77,12 +77,12 @@ def test_features_are_those_that_contribute_most(client: httpx.Client, vae: Arti
 
 
 @pytest.mark.parametrize(("explain", "count"), [(0, 0), (1, 1), (64, 64), (1000, 64)])
-def test_as_many_features_are_named_as_asked_and_there_are(client: httpx.Client, explain: int, count: int) -> None:
+def test_explain_limits_the_number_of_features(client: httpx.Client, explain: int, count: int) -> None:
     answer = post(client, "/anomaly", {"inputs": [[0.5] * 64], "explain": explain})
     assert len(answer["results"][0]["features"]) == count
 
 
-def test_records_score_like_the_same_rows(client: httpx.Client) -> None:
+def test_records_give_the_same_response_as_rows(client: httpx.Client) -> None:
     rows = host_table().x.span(0, 20)
     records: list[dict[str, Any]] = [dict(zip(HOST_FEATURES, map(float, row), strict=True)) for row in rows]
     backwards = [dict(reversed(record.items())) | {"rack": "a", "hour": 12} for record in records]
@@ -94,7 +94,7 @@ def test_records_score_like_the_same_rows(client: httpx.Client) -> None:
     assert answer == by_row
 
 
-def test_a_bad_row_among_good_ones_costs_only_itself(client: httpx.Client, digits: np.ndarray) -> None:
+def test_invalid_rows_are_errors_and_the_other_rows_are_scored(client: httpx.Client, digits: np.ndarray) -> None:
     rows: list[Any] = digits[:5].tolist()
     alone = post(client, "/anomaly", {"inputs": rows})
     bad = [[None] * 64, "x", rows[0][:63], {"a": 1}, [1e39] * 64]
@@ -105,12 +105,12 @@ def test_a_bad_row_among_good_ones_costs_only_itself(client: httpx.Client, digit
     assert [error["pointer"] for error in answer["errors"]] == [
         "/inputs/1/0", "/inputs/3", "/inputs/4", "/inputs/6", "/inputs/9/0"
     ]  # fmt: skip
-    for mine, theirs in zip(answer["results"], alone["results"], strict=True):
-        assert mine["score"] == pytest.approx(theirs["score"], rel=1e-6)
-        assert mine["p_value"] == theirs["p_value"]
+    for result, expected in zip(answer["results"], alone["results"], strict=True):
+        assert result["score"] == pytest.approx(expected["score"], rel=1e-6)
+        assert result["p_value"] == expected["p_value"]
 
 
-def test_a_nan_that_python_wrote_costs_only_its_row(client: httpx.Client, digits: np.ndarray) -> None:
+def test_row_with_the_json_extension_nan_is_an_error(client: httpx.Client, digits: np.ndarray) -> None:
     rows: list[Any] = digits[:3].tolist()
     rows[1][7] = float("nan")
     body = str({"inputs": rows}).replace("'", '"').replace("nan", "NaN")
@@ -119,7 +119,7 @@ def test_a_nan_that_python_wrote_costs_only_its_row(client: httpx.Client, digits
     assert [error["pointer"] for error in response.json()["errors"]] == ["/inputs/1/7"]
 
 
-def test_a_record_without_a_feature_names_it(client: httpx.Client) -> None:
+def test_record_without_a_feature_and_impute_false_is_an_error_that_names_it(client: httpx.Client) -> None:
     good = dict.fromkeys(HOST_FEATURES, 1.0)
     records = [good, {key: value for key, value in good.items() if key != "memory/used"}, good]
     answer = post(client, "/anomaly", {"records": records, "impute": False}, params={"model": "hosts"})
@@ -128,27 +128,27 @@ def test_a_record_without_a_feature_names_it(client: httpx.Client) -> None:
     assert "memory/used" in answer["errors"][0]["detail"]
 
 
-def test_if_nothing_can_be_read_the_request_is_refused(client: httpx.Client) -> None:
+def test_request_with_only_invalid_rows_gives_422(client: httpx.Client) -> None:
     response = client.post("/anomaly", json={"inputs": [[None] * 64, [1]]})
     assert response.status_code == 422
     assert response.json()["pointer"] == "/inputs/0/0"
 
 
-def test_a_row_beyond_all_measure_is_the_strangest_and_no_error(client: httpx.Client, digits: np.ndarray) -> None:
+def test_row_whose_score_overflows_gets_the_largest_float32(client: httpx.Client, digits: np.ndarray) -> None:
     answer = post(client, "/anomaly", {"inputs": [digits[0].tolist(), [1e30] * 64]}, params={"model": "pca"})
     assert column(answer, "is_anomaly").tolist() == [False, True]
     assert np.float32(answer["results"][1]["score"]) == np.finfo(np.float32).max
     assert np.isfinite(column(answer, "severity")).all()
 
 
-def test_a_row_that_the_model_cannot_judge_costs_only_itself(client: httpx.Client, digits: np.ndarray) -> None:
+def test_row_that_overflows_in_the_model_is_the_only_error(client: httpx.Client, digits: np.ndarray) -> None:
     answer = post(client, "/anomaly", {"inputs": [[3e38, -3e38] * 32, digits[0].tolist()]}, params={"model": "vae"})
     judged = column(answer, "row").tolist()
     assert 1 in judged
     assert sorted(judged + [error["row"] for error in answer["errors"]]) == [0, 1]
 
 
-def test_fdr_decides_over_the_whole_request(client: httpx.Client, mixed: np.ndarray) -> None:
+def test_fdr_flags_the_rows_that_benjamini_hochberg_rejects(client: httpx.Client, mixed: np.ndarray) -> None:
     for q in (0.01, 0.1, 0.5):
         answer = post(client, "/anomaly", {"inputs": mixed.tolist(), "fdr": q})
         expected = false_discovery_control(column(answer, "p_value")) <= q * (1 + 1e-6)
@@ -156,8 +156,8 @@ def test_fdr_decides_over_the_whole_request(client: httpx.Client, mixed: np.ndar
         assert answer["fdr"] == q
 
 
-def test_fdr_takes_no_severity_for_a_p_value(client: httpx.Client) -> None:
-    """One row beyond all measure among 29: its p-value is the floor, which Benjamini and Hochberg do not let pass."""
+def test_fdr_ignores_the_severity_of_an_extreme_row(client: httpx.Client) -> None:
+    """The p-value of one extreme row among 30 is the floor 1 / 81, which Benjamini-Hochberg does not reject at 0.1."""
     rows = host_table().x.span(0, 30).astype(float)
     rows[7] += 1e4
     answer = post(client, "/anomaly", {"inputs": rows.tolist(), "fdr": 0.1, "alpha": 1e-6}, params={"model": "hosts"})
@@ -168,52 +168,54 @@ def test_fdr_takes_no_severity_for_a_p_value(client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("alpha", [1 / 81, 0.0123, 0.0124])
-def test_an_alpha_at_the_floor_is_not_extrapolated(client: httpx.Client, alpha: float) -> None:
+def test_alpha_at_the_floor_is_not_extrapolated(client: httpx.Client, alpha: float) -> None:
     body = {"inputs": host_table().x.span(0, 1).astype(float).tolist(), "alpha": alpha}
     answer = post(client, "/anomaly", body, params={"model": "hosts"})
     assert answer["calibration"]["floor"] == pytest.approx(1 / 81)
     assert answer["extrapolated"] == (alpha == 0.0123)
 
 
-FDR_WORLDS = 3_000
+FDR_TRIALS = 3_000
 
 
 def false_discovery_proportions(n: int, normal: int, anomalous: int, q: float) -> np.ndarray:
-    """The share of normal rows among those called anomalous, in as many worlds; 0 where none is."""
-    random, found = np.random.RandomState(0), []
-    for _ in range(FDR_WORLDS):
+    """Return, per trial, the share of normal rows among the flagged rows; 0 if none is flagged."""
+    random, proportions = np.random.RandomState(0), []
+    for _ in range(FDR_TRIALS):
         calibration = Calibration(torch.from_numpy(random.standard_normal(n)))
         scores = np.concatenate((random.standard_normal(normal), 3.5 + random.standard_normal(anomalous)))
         p_value = calibration.p_value(torch.from_numpy(scores)).float().numpy()
-        called = benjamini_hochberg(p_value, q)
-        found.append(called[:normal].sum() / max(1, called.sum()))
-    return np.array(found)
+        flagged = benjamini_hochberg(p_value, q)
+        proportions.append(flagged[:normal].sum() / max(1, flagged.sum()))
+    return np.array(proportions)
 
 
 @pytest.mark.parametrize(("n", "normal", "anomalous", "q"), [(199, 15, 5, 0.1), (199, 20, 0, 0.1), (99, 8, 2, 0.3)])
-def test_fdr_is_exactly_q_times_the_share_of_normal_rows(n: int, normal: int, anomalous: int, q: float) -> None:
-    """Where q (n + 1) / m is whole, m the rows: Mary & Roquain, "Semi-supervised multiple testing", 2022."""
+def test_false_discovery_rate_is_q_times_the_normal_share(n: int, normal: int, anomalous: int, q: float) -> None:
+    """Mary & Roquain, "Semi-supervised multiple testing", 2022: exact for m rows if q (n + 1) / m is an integer."""
     share = false_discovery_proportions(n, normal, anomalous, q)
-    error = share.std() / np.sqrt(FDR_WORLDS)
+    error = share.std() / np.sqrt(FDR_TRIALS)
     assert abs(share.mean() - q * normal / (normal + anomalous)) < 4 * error
 
 
 @pytest.mark.parametrize(("n", "normal", "anomalous", "q"), [(150, 14, 7, 0.1), (60, 30, 30, 0.2)])
-def test_fdr_is_at_most_that_for_other_numbers(n: int, normal: int, anomalous: int, q: float) -> None:
+def test_false_discovery_rate_is_at_most_q_times_the_normal_share(
+    n: int, normal: int, anomalous: int, q: float
+) -> None:
     share = false_discovery_proportions(n, normal, anomalous, q)
-    assert share.mean() < q * normal / (normal + anomalous) + 4 * share.std() / np.sqrt(FDR_WORLDS)
+    assert share.mean() < q * normal / (normal + anomalous) + 4 * share.std() / np.sqrt(FDR_TRIALS)
     assert share.mean() > 0
 
 
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=40), st.sampled_from([0.01, 0.05, 0.1, 0.3, 0.9]))
-def test_benjamini_hochberg_is_scipys(ranks: list[int], q: float) -> None:
+def test_benjamini_hochberg_matches_scipy(ranks: list[int], q: float) -> None:
     p_value = np.array(ranks, np.float32) / np.float32(100)
     exact = np.array(ranks) / 100
     expected = false_discovery_control(exact) <= q * (1 + 1e-9)
     np.testing.assert_array_equal(benjamini_hochberg(p_value, q), expected)
 
 
-def test_npy_answers_give_a_line_for_every_row(client: httpx.Client, mixed: np.ndarray) -> None:
+def test_npy_response_has_a_line_per_row_and_nan_for_invalid_rows(client: httpx.Client, mixed: np.ndarray) -> None:
     x = mixed[:6].copy()
     x[2, 5] = np.nan
     file = io.BytesIO()
@@ -227,7 +229,7 @@ def test_npy_answers_give_a_line_for_every_row(client: httpx.Client, mixed: np.n
     assert np.isnan(table[2]).all()
 
 
-def test_alarms_on_fresh_normal_rows_keep_to_alpha(client: httpx.Client, artifacts: Path) -> None:
+def test_false_alarm_rate_on_fresh_normal_rows_matches_alpha(client: httpx.Client, artifacts: Path) -> None:
     rng = np.random.default_rng(99)
     base = rng.normal(size=(300, 2))
     x = np.column_stack((base[:, 0], 100 + 20 * base[:, 1], base[:, 0] + base[:, 1], 3 * rng.normal(size=300)))

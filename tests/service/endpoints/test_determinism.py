@@ -1,4 +1,4 @@
-"""The same request, the same answer: to the byte alone, to 1e-6 in company, and seeded samples to the bit always."""
+"""The same request gives the same response: bit-exact if sent alone, to 1e-6 if it shares a batch with others."""
 
 import asyncio
 from collections.abc import Iterator
@@ -17,28 +17,28 @@ from tests.service.running import running
 PATHS = ["/encode", "/reconstruct", "/anomaly", "/interpolate", "/sample"]
 
 
-def request(rng: np.random.Generator, digits: np.ndarray, path: str) -> dict[str, Any]:
-    def some(n: int) -> list[list[float]]:
+def random_body(rng: np.random.Generator, digits: np.ndarray, path: str) -> dict[str, Any]:
+    def random_rows(n: int) -> list[list[float]]:
         rows: list[list[float]] = digits[rng.integers(0, len(digits), n)].tolist()
         return rows
 
     if path == "/sample":
         return {"n": int(rng.integers(1, 30)), "seed": int(rng.integers(0, 2**53))}
     if path == "/interpolate":
-        start, end = some(2)
+        start, end = random_rows(2)
         return {"start": {"input": start}, "end": {"input": end}, "steps": int(rng.integers(2, 20)), "method": "slerp"}
-    return {"inputs": some(int(rng.choice([1, 1, 1, 2, 7, 40])))}
+    return {"inputs": random_rows(int(rng.choice([1, 1, 1, 2, 7, 40])))}
 
 
 @pytest.fixture(scope="module")
 def small_batches(artifacts: Path) -> Iterator[httpx.Client]:
-    """A service whose batches are so small that requests are split as well as merged."""
+    """Return a client of a service with batches so small that requests are both split and merged."""
     with running(create_app(Settings(artifacts=artifacts, max_batch_rows=32))) as client:
         yield client
 
 
 def numbers(value: Any) -> list[float]:
-    """Every number in an answer, in order."""
+    """Return every number in a response, in order."""
     if isinstance(value, dict):
         return [number for inner in value.values() for number in numbers(inner)]
     if isinstance(value, list):
@@ -48,46 +48,48 @@ def numbers(value: Any) -> list[float]:
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("model", ["pca", "ae", "vae"])
-def test_the_same_request_gives_the_same_bytes(client: httpx.Client, digits: np.ndarray, path: str, model: str) -> None:
-    body = request(np.random.default_rng(3), digits, path)
+def test_repeated_request_gives_the_same_bytes(client: httpx.Client, digits: np.ndarray, path: str, model: str) -> None:
+    body = random_body(np.random.default_rng(3), digits, path)
     first = client.post(path, json=body, params={"model": model})
     assert first.status_code == 200
     assert {client.post(path, json=body, params={"model": model}).content for _ in range(5)} == {first.content}
 
 
-def test_200_requests_at_once_are_answered_as_each_alone(small_batches: httpx.Client, digits: np.ndarray) -> None:
+def test_concurrent_requests_get_the_responses_of_sequential_ones(
+    small_batches: httpx.Client, digits: np.ndarray
+) -> None:
     rng = np.random.default_rng(0)
     requests = []
     for _ in range(200):
         path = PATHS[rng.integers(len(PATHS))]
-        requests.append((path, str(rng.choice(["pca", "vae"])), request(rng, digits, path)))
+        requests.append((path, str(rng.choice(["pca", "vae"])), random_body(rng, digits, path)))
 
-    def ask(one: tuple[str, str, dict[str, Any]]) -> httpx.Response:
-        path, model, body = one
+    def send(request: tuple[str, str, dict[str, Any]]) -> httpx.Response:
+        path, model, body = request
         return small_batches.post(path, json=body, params={"model": model})
 
-    alone = [ask(one) for one in requests]
+    alone = [send(request) for request in requests]
     with ThreadPoolExecutor(16) as pool:
-        together = list(pool.map(ask, requests))
-    for (path, _, _), mine, theirs in zip(requests, alone, together, strict=True):
-        assert mine.status_code == theirs.status_code == 200
+        together = list(pool.map(send, requests))
+    for (path, _, _), first, second in zip(requests, alone, together, strict=True):
+        assert first.status_code == second.status_code == 200
         if path == "/sample":
-            assert mine.content == theirs.content
+            assert first.content == second.content
             continue
-        a, b = np.array(numbers(mine.json())), np.array(numbers(theirs.json()))
-        if path == "/anomaly":  # p-values are steps, and scores large: relative there
+        a, b = np.array(numbers(first.json())), np.array(numbers(second.json()))
+        if path == "/anomaly":  # scores are large: compared by relative error
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
         else:
             np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-def test_requests_at_once_really_share_batches(small_batches: httpx.Client, digits: np.ndarray) -> None:
-    async def storm() -> None:
+def test_concurrent_requests_share_batches(small_batches: httpx.Client, digits: np.ndarray) -> None:
+    async def send_all() -> None:
         async with httpx.AsyncClient(base_url=small_batches.base_url, timeout=30) as client:
             body = {"inputs": digits[:1].tolist()}
             await asyncio.gather(*(client.post("/encode", json=body) for _ in range(60)))
 
-    asyncio.run(storm())
+    asyncio.run(send_all())
     text = small_batches.get("/metrics").text
     found = {
         line.split()[0]: float(line.split()[1]) for line in text.splitlines() if line.startswith("elbo_batch_rows")

@@ -1,4 +1,4 @@
-"""What an artifact shows: true to the model, bounded, readable with zipfile alone, and absent where it must be."""
+"""The exhibits of an artifact: held-out rows, calibration scores and the model card."""
 
 import json
 import zipfile
@@ -19,34 +19,34 @@ from training.data.table import Table
 from training.train import train
 
 
-def members(path: Path) -> dict[str, bytes]:
-    """The exhibits in a file, by zipfile alone."""
+def read_exhibits(path: Path) -> dict[str, bytes]:
+    """Return the exhibits in an artifact, read with zipfile only."""
     with zipfile.ZipFile(path) as archive:
         names = [name for name in archive.namelist() if "/extra/exhibits/" in name]
         return {name.rpartition("/")[2]: archive.read(name) for name in names}
 
 
-def test_codes_and_labels_are_those_of_the_held_out_rows(
+def test_held_out_has_the_codes_and_labels_of_the_held_out_rows(
     client: httpx.Client, digits: np.ndarray, artifacts: Path
 ) -> None:
-    shown = client.get("/models/vae/held-out").json()
-    assert (shown["model"], shown["version"], shown["rows"]) == ("vae", 1, 180)
-    inputs = np.array(shown["inputs"], np.float32)
+    exhibit = client.get("/models/vae/held-out").json()
+    assert (exhibit["model"], exhibit["version"], exhibit["rows"]) == ("vae", 1, 180)
+    inputs = np.array(exhibit["inputs"], np.float32)
     assert inputs.shape == (180, 64)
-    codes = client.post("/encode?model=vae", json={"inputs": shown["inputs"]}).json()["latents"]
-    np.testing.assert_allclose(codes, shown["latents"], rtol=1e-4, atol=1e-5)
+    codes = client.post("/encode?model=vae", json={"inputs": exhibit["inputs"]}).json()["latents"]
+    np.testing.assert_allclose(codes, exhibit["latents"], rtol=1e-4, atol=1e-5)
     from sklearn.datasets import load_digits
 
     labels = {row.tobytes(): label for row, label in zip(digits, load_digits().target, strict=True)}
-    assert [labels[row.tobytes()] for row in inputs] == shown["labels"]
-    file = json.loads(members(artifacts / "vae" / "1" / "model.pt")["held-out.json"])
-    assert file == {key: value for key, value in shown.items() if key not in ("model", "version")}
+    assert [labels[row.tobytes()] for row in inputs] == exhibit["labels"]
+    file = json.loads(read_exhibits(artifacts / "vae" / "1" / "model.pt")["held-out.json"])
+    assert file == {key: value for key, value in exhibit.items() if key not in ("model", "version")}
 
 
-def test_the_scores_give_the_threshold_that_verdicts_name(client: httpx.Client, vae: Artifact) -> None:
-    shown = client.get("/models/vae@1/calibration").json()
-    scores = np.array(shown["scores"])
-    assert shown["rows"] == len(scores) == vae.manifest.calibration.rows
+def test_calibration_scores_give_p_values_and_threshold_of_verdicts(client: httpx.Client, vae: Artifact) -> None:
+    exhibit = client.get("/models/vae@1/calibration").json()
+    scores = np.array(exhibit["scores"])
+    assert exhibit["rows"] == len(scores) == vae.manifest.calibration.rows
     assert (np.diff(scores) >= 0).all()
     row = [[0.0] * 64]
     verdict = client.post("/anomaly?model=vae", json={"inputs": row, "alpha": 0.05}).json()
@@ -55,7 +55,7 @@ def test_the_scores_give_the_threshold_that_verdicts_name(client: httpx.Client, 
     assert verdict["threshold"] in scores.astype(np.float32)
 
 
-def test_the_card_is_markdown_about_the_model(client: httpx.Client) -> None:
+def test_card_is_markdown_with_the_training_command(client: httpx.Client) -> None:
     response = client.get("/models/pca/card")
     assert response.headers["content-type"] == "text/markdown; charset=utf-8"
     assert response.text.startswith("# pca\n")
@@ -63,13 +63,13 @@ def test_the_card_is_markdown_about_the_model(client: httpx.Client) -> None:
     assert "elbo train digits --model pca --name pca" in response.text
 
 
-def test_what_is_shown_is_bounded(tmp_path: Path) -> None:
+def test_exhibits_of_a_large_training_set_are_bounded(tmp_path: Path) -> None:
     rows = np.random.RandomState(0).normal(size=(26_000, 300)).astype(np.float32)
     names = [f"f{i}" for i in range(300)]
     missing = np.zeros(300, np.int64)
     table = Table(RowStore(rows), (300,), names, [None] * 300, None, None, "made up", missing=missing)
     path = train(TrainConfig(model="pca", name="wide", latents=2), table, tmp_path, RecordingReporter())
-    held, scores = (json.loads(members(path)[name]) for name in ("held-out.json", "calibration.json"))
+    held, scores = (json.loads(read_exhibits(path)[name]) for name in ("held-out.json", "calibration.json"))
     assert held["rows"] == 2600
     assert np.shape(held["latents"]) == (2000, 2)
     assert np.shape(held["inputs"]) == (1333, 300)  # 400,000 numbers
@@ -78,13 +78,13 @@ def test_what_is_shown_is_bounded(tmp_path: Path) -> None:
     assert len(scores["scores"]) == 2000
 
 
-def test_a_private_run_leaves_its_rows_out(tmp_path: Path) -> None:
+def test_private_artifact_has_no_held_out_rows(tmp_path: Path) -> None:
     config = TrainConfig(model="pca", name="secret", latents=2, private=True)
-    shown = members(train(config, host_table(), tmp_path, RecordingReporter()))
-    assert set(shown) == {"calibration.json", "card.md"}
+    exhibit = read_exhibits(train(config, host_table(), tmp_path, RecordingReporter()))
+    assert set(exhibit) == {"calibration.json", "card.md"}
 
 
-def test_what_an_artifact_lacks_is_refused_in_words(app: FastAPI, client: httpx.Client) -> None:
+def test_missing_exhibit_gives_404_with_a_hint(app: FastAPI, client: httpx.Client) -> None:
     registry = app.state.service.registry
     whole = registry.catalogue
     bare = {number: replace(served, exhibits={}) for number, served in whole.models["hosts"].items()}

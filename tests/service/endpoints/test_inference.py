@@ -1,4 +1,4 @@
-"""What each endpoint answers, against the artifact loaded apart from the service."""
+"""Responses of the POST endpoints, compared with the artifact loaded outside the service."""
 
 import io
 import json
@@ -24,13 +24,13 @@ def npy(array: np.ndarray) -> bytes:
 
 
 def call(artifact: Artifact, method: str, *arrays: np.ndarray) -> list[np.ndarray]:
-    """What the artifact itself answers, as a list of arrays."""
+    """Return the outputs of the artifact's method as a list of arrays."""
     with torch.inference_mode():
         answer = getattr(artifact.module, method)(*map(torch.from_numpy, arrays))
     return [part.numpy() for part in (answer if isinstance(answer, tuple) else (answer,))]
 
 
-def test_encode_gives_the_posterior(client: httpx.Client, vae: Artifact, digits: np.ndarray) -> None:
+def test_encode_returns_mean_and_std_of_the_posterior(client: httpx.Client, vae: Artifact, digits: np.ndarray) -> None:
     answer = post(client, "/encode", {"inputs": digits[:7].tolist()})
     mean, std = call(vae, "encode", digits[:7])
     assert (answer["model"], answer["version"]) == ("vae", 1)
@@ -39,7 +39,7 @@ def test_encode_gives_the_posterior(client: httpx.Client, vae: Artifact, digits:
     np.testing.assert_allclose(answer["std"], std, atol=1e-6)
 
 
-def test_encode_draws_from_the_posterior_when_asked(client: httpx.Client, vae: Artifact, digits: np.ndarray) -> None:
+def test_encode_with_sample_draws_from_the_posterior(client: httpx.Client, vae: Artifact, digits: np.ndarray) -> None:
     answer = post(client, "/encode", {"inputs": digits[:3].tolist(), "sample": True, "seed": 5})
     mean, std = call(vae, "encode", digits[:3])
     noise = NoiseSource().draw(5, 3, 16)[0]
@@ -47,27 +47,29 @@ def test_encode_draws_from_the_posterior_when_asked(client: httpx.Client, vae: A
     assert answer["seed"] == 5
 
 
-def test_a_draw_without_a_seed_tells_the_one_it_used(client: httpx.Client, digits: np.ndarray) -> None:
+def test_encode_with_sample_and_no_seed_returns_a_seed_that_reproduces_it(
+    client: httpx.Client, digits: np.ndarray
+) -> None:
     body = {"inputs": digits[:2].tolist(), "sample": True}
     first, second = post(client, "/encode", body), post(client, "/encode", body)
     assert first["seed"] != second["seed"]
     assert post(client, "/encode", body | {"seed": first["seed"]})["latents"] == first["latents"]
 
 
-def test_nested_rows_answer_like_flat_ones(client: httpx.Client, digits: np.ndarray) -> None:
+def test_nested_and_flat_rows_give_the_same_response(client: httpx.Client, digits: np.ndarray) -> None:
     flat = post(client, "/encode", {"inputs": digits[:3].tolist()})
     nested = post(client, "/encode", {"inputs": digits[:3].reshape(3, 8, 8).tolist()})
     assert flat == nested
 
 
-def test_decode_gives_flat_rows(client: httpx.Client, vae: Artifact) -> None:
+def test_decode_returns_flat_rows(client: httpx.Client, vae: Artifact) -> None:
     latents = NoiseSource().draw(1, 4, 16)[0]
     answer = post(client, "/decode", {"latents": latents.tolist()})
     np.testing.assert_allclose(answer["outputs"], call(vae, "decode", latents)[0], atol=1e-6)
     assert np.shape(answer["outputs"]) == (4, 64)
 
 
-def test_reconstruct_gives_rows_and_their_mean_squared_errors(
+def test_reconstruct_returns_rows_and_their_mean_squared_errors(
     client: httpx.Client, vae: Artifact, digits: np.ndarray
 ) -> None:
     answer = post(client, "/reconstruct", {"inputs": digits[:5].tolist()})
@@ -77,7 +79,7 @@ def test_reconstruct_gives_rows_and_their_mean_squared_errors(
 
 
 @pytest.mark.parametrize("model", ["pca", "ae", "vae"])
-def test_sample_draws_from_the_models_own_prior(client: httpx.Client, artifacts: Any, model: str) -> None:
+def test_sample_draws_from_the_prior_of_the_artifact(client: httpx.Client, artifacts: Any, model: str) -> None:
     from models.artifact import load
 
     answer = post(client, "/sample", {"n": 6, "seed": 2**40 + 3, "temperature": 0.7}, params={"model": model})
@@ -89,25 +91,25 @@ def test_sample_draws_from_the_models_own_prior(client: httpx.Client, artifacts:
     assert answer["seed"] == 2**40 + 3
 
 
-def test_temperature_zero_is_the_middle_of_the_prior(client: httpx.Client, vae: Artifact) -> None:
+def test_sample_at_temperature_zero_returns_the_mean_of_the_prior(client: httpx.Client, vae: Artifact) -> None:
     answer = post(client, "/sample", {"n": 2, "temperature": 0})
     assert (np.array(answer["latents"]) == 0).all()
     np.testing.assert_allclose(answer["outputs"], call(vae, "decode", np.zeros((2, 16), np.float32))[0], atol=1e-6)
 
 
-def test_fewer_samples_are_the_first_of_more(client: httpx.Client) -> None:
+def test_samples_of_a_seed_start_the_same_for_any_n(client: httpx.Client) -> None:
     two, five = (np.array(post(client, "/sample", {"n": n, "seed": 9})["latents"]) for n in (2, 5))
     np.testing.assert_allclose(two, five[:2], atol=1e-6)
 
 
-def test_sample_needs_no_body_at_all(client: httpx.Client) -> None:
+def test_sample_without_a_body_uses_the_defaults(client: httpx.Client) -> None:
     first = client.post("/sample").json()
     assert np.shape(first["outputs"]) == (1, 64)
     assert client.post("/sample", params={"seed": first["seed"]}).json() == first
 
 
 @pytest.mark.parametrize("method", ["linear", "slerp"])
-def test_interpolate_goes_from_one_row_to_another(
+def test_interpolate_between_rows_starts_and_ends_at_their_codes(
     client: httpx.Client, vae: Artifact, digits: np.ndarray, method: str
 ) -> None:
     body = {"start": {"input": digits[0].tolist()}, "end": {"input": digits[1].reshape(8, 8).tolist()}}
@@ -120,9 +122,7 @@ def test_interpolate_goes_from_one_row_to_another(
     np.testing.assert_allclose(answer["outputs"], call(vae, "decode", latents)[0], atol=1e-6)
 
 
-def test_interpolate_takes_codes_and_rows_in_any_mixture(
-    client: httpx.Client, vae: Artifact, digits: np.ndarray
-) -> None:
+def test_interpolate_from_a_code_to_a_row(client: httpx.Client, vae: Artifact, digits: np.ndarray) -> None:
     body = {"start": {"latent": [0.5] * 16}, "end": {"input": digits[3].tolist()}, "steps": 3}
     latents = np.array(post(client, "/interpolate", body)["latents"])
     end = call(vae, "encode", digits[3:4])[0][0]
@@ -132,14 +132,14 @@ def test_interpolate_takes_codes_and_rows_in_any_mixture(
 
 
 @pytest.mark.parametrize(("reference", "model"), [("pca", "pca"), ("ae", "ae"), ("vae@1", "vae"), ("hosts", "hosts")])
-def test_the_model_is_chosen_in_the_query(client: httpx.Client, reference: str, model: str) -> None:
+def test_query_parameter_model_selects_the_model(client: httpx.Client, reference: str, model: str) -> None:
     answer = post(client, "/sample", {"n": 1}, params={"model": reference})
     assert (answer["model"], answer["version"]) == (model, 1)
 
 
 @pytest.mark.parametrize("path", ["/encode", "/reconstruct"])
 @pytest.mark.parametrize("dtype", ["<f4", ">f8"])
-def test_npy_in_and_out_say_what_json_says(client: httpx.Client, digits: np.ndarray, path: str, dtype: str) -> None:
+def test_npy_request_and_response_match_json(client: httpx.Client, digits: np.ndarray, path: str, dtype: str) -> None:
     rows = digits[:4].astype(dtype).reshape(4, 8, 8)
     response = client.post(path, content=npy(rows), headers=NPY | {"accept": "application/x-npy"})
     assert response.headers["content-type"] == "application/x-npy"
@@ -150,13 +150,13 @@ def test_npy_in_and_out_say_what_json_says(client: httpx.Client, digits: np.ndar
     np.testing.assert_allclose(array, answer["latents" if path == "/encode" else "outputs"], atol=1e-6)
 
 
-def test_options_of_an_npy_body_stand_in_the_query(client: httpx.Client, digits: np.ndarray) -> None:
+def test_query_options_of_an_npy_request_match_json_fields(client: httpx.Client, digits: np.ndarray) -> None:
     response = client.post("/encode?sample=true&seed=8&model=ae", content=npy(digits[:2]), headers=NPY)
     body = {"inputs": digits[:2].tolist(), "sample": True, "seed": 8}
     assert response.json() == post(client, "/encode", body, params={"model": "ae"})
 
 
-def test_a_sample_as_npy_tells_its_seed_in_a_header(client: httpx.Client) -> None:
+def test_sample_as_npy_has_its_seed_in_a_header(client: httpx.Client) -> None:
     response = client.post("/sample?n=3", headers={"accept": "application/x-npy"})
     again = client.post(f"/sample?n=3&seed={response.headers['elbo-seed']}", headers={"accept": "application/x-npy"})
     assert again.content == response.content
@@ -171,7 +171,7 @@ def test_a_sample_as_npy_tells_its_seed_in_a_header(client: httpx.Client) -> Non
         ("/interpolate", {"start": {"latent": [1] * 16}, "end": {"latent": [0] * 16}, "steps": 9}, (1, 9)),
     ],
 )
-def test_an_image_model_answers_with_a_picture(
+def test_image_model_responds_with_a_png_of_tiles(
     client: httpx.Client, path: str, body: dict[str, Any], tiles: tuple[int, int]
 ) -> None:
     response = client.post(path, json=body, headers={"accept": "image/png"})
@@ -180,7 +180,7 @@ def test_an_image_model_answers_with_a_picture(
     assert ((height + 2) / 66, (width + 2) / 66) == tiles
 
 
-def test_the_catalogue_tells_what_is_served(client: httpx.Client, vae: Artifact) -> None:
+def test_models_lists_the_served_models(client: httpx.Client, vae: Artifact) -> None:
     catalogue = client.get("/models").json()
     assert catalogue["default"] == "vae"
     assert [model["name"] for model in catalogue["models"]] == ["ae", "hosts", "pca", "vae"]
@@ -191,7 +191,7 @@ def test_the_catalogue_tells_what_is_served(client: httpx.Client, vae: Artifact)
 
 
 @pytest.mark.parametrize("reference", ["hosts", "hosts@1"])
-def test_one_model_is_told_whole(client: httpx.Client, reference: str) -> None:
+def test_model_describes_one_model(client: httpx.Client, reference: str) -> None:
     model = client.get(f"/models/{reference}").json()
     assert [feature["name"] for feature in model["features"]] == ["cpu", "memory/used", "disk~io", "load"]
     assert [feature["unit"] for feature in model["features"]] == ["%", "MB", None, None]
@@ -202,7 +202,7 @@ def test_one_model_is_told_whole(client: httpx.Client, reference: str) -> None:
 @pytest.mark.parametrize(
     "path", ["/models", "/models/vae", "/livez", "/readyz", "/metrics", "/", "/docs", "/openapi.json"]
 )
-def test_every_get_answers_head_too(client: httpx.Client, path: str) -> None:
+def test_head_returns_the_headers_of_get(client: httpx.Client, path: str) -> None:
     head, get = client.head(path), client.get(path)
     assert (head.status_code, get.status_code) == (200, 200)
     assert head.content == b""

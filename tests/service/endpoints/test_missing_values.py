@@ -1,4 +1,4 @@
-"""Rows that lack values: where they may, what stands for them, and what the answers say of it."""
+"""Rows with missing values: where they are allowed, how they are imputed, and how responses report them."""
 
 import io
 from collections.abc import Iterator
@@ -26,18 +26,18 @@ from tests.service.published import publish
 from tests.service.running import post, running
 from training.fitting.pca import fit_pca
 
-LACKING = (1, 3)  # columns of which values are missing in training
+OPTIONAL = (1, 3)  # columns with missing values in training
 GOOD = [0.5, 110.0, 0.7, -2.0]
 NPY = {"content-type": "application/x-npy"}
 
 
 def rows_with_gaps() -> torch.Tensor:
-    """The hosts' 400 rows, a fifth of columns 1 and 3 missing; the first has both gaps, the second none."""
+    """Return the 400 host rows with a fifth of columns 1 and 3 missing: both in row 0, none in row 1."""
     x = torch.from_numpy(values(host_table()))
-    x[:, LACKING] = x[:, LACKING].masked_fill(
+    x[:, OPTIONAL] = x[:, OPTIONAL].masked_fill(
         torch.rand(400, 2, generator=torch.Generator().manual_seed(0)) < 0.2, torch.nan
     )
-    x[0, LACKING], x[1] = torch.nan, torch.tensor(GOOD)
+    x[0, OPTIONAL], x[1] = torch.nan, torch.tensor(GOOD)
     return x
 
 
@@ -48,7 +48,7 @@ def medians() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory, medians: np.ndarray) -> Iterator[httpx.Client]:
-    """A client of a service with one model, hosts, which imputes its columns 1 and 3."""
+    """Return a client of a service with one model, hosts, which imputes its columns 1 and 3."""
     root, x, fill = tmp_path_factory.mktemp("artifacts"), rows_with_gaps(), torch.from_numpy(medians)
     scaling = ImputingScaling(standardise(torch.where(x.isnan(), fill, x)), fill)
     core = fit_pca(scaling(x).double(), 2).float()
@@ -58,27 +58,27 @@ def client(tmp_path_factory: pytest.TempPathFactory, medians: np.ndarray) -> Ite
         yield client
 
 
-def filled(row: list[Any], medians: np.ndarray) -> list[float]:
+def impute(row: list[Any], medians: np.ndarray) -> list[float]:
     return [float(median) if value is None else value for value, median in zip(row, medians, strict=True)]
 
 
-GAPPED: list[list[Any]] = [[0.5, None, 0.7, -2.0], GOOD, [0.5, None, 0.7, None]]
+INCOMPLETE: list[list[Any]] = [[0.5, None, 0.7, -2.0], GOOD, [0.5, None, 0.7, None]]
 
 
-def test_a_missing_value_is_judged_as_the_training_median(client: httpx.Client, medians: np.ndarray) -> None:
-    gapped = post(client, "/anomaly", {"inputs": GAPPED, "explain": 4})
-    whole = post(client, "/anomaly", {"inputs": [filled(row, medians) for row in GAPPED], "explain": 4})
-    for mine, theirs in zip(gapped["results"], whole["results"], strict=True):
-        assert mine["score"] == pytest.approx(theirs["score"], rel=1e-5)
-        for feature, other in zip(mine["features"], theirs["features"], strict=True):
+def test_missing_value_is_scored_as_the_training_median(client: httpx.Client, medians: np.ndarray) -> None:
+    incomplete = post(client, "/anomaly", {"inputs": INCOMPLETE, "explain": 4})
+    whole = post(client, "/anomaly", {"inputs": [impute(row, medians) for row in INCOMPLETE], "explain": 4})
+    for result, expected in zip(incomplete["results"], whole["results"], strict=True):
+        assert result["score"] == pytest.approx(expected["score"], rel=1e-5)
+        for feature, other in zip(result["features"], expected["features"], strict=True):
             assert feature["name"] == other["name"]
             assert feature["expected"] == pytest.approx(other["expected"], rel=1e-5)
             assert feature["contribution"] == pytest.approx(other["contribution"], rel=1e-4)
     assert all("imputed" not in result for result in whole["results"])
 
 
-def test_a_verdict_names_what_was_missing_and_gives_it_no_value(client: httpx.Client) -> None:
-    results = post(client, "/anomaly", {"inputs": GAPPED, "explain": 4})["results"]
+def test_verdict_lists_missing_features_and_gives_them_no_value(client: httpx.Client) -> None:
+    results = post(client, "/anomaly", {"inputs": INCOMPLETE, "explain": 4})["results"]
     assert [result.get("imputed") for result in results] == [["memory/used"], None, ["memory/used", "load"]]
     values = [{feature["name"]: feature["value"] for feature in result["features"]} for result in results]
     assert values[0]["memory/used"] is None
@@ -87,13 +87,13 @@ def test_a_verdict_names_what_was_missing_and_gives_it_no_value(client: httpx.Cl
     assert (values[2]["memory/used"], values[2]["load"]) == (None, None)
 
 
-def test_records_may_lack_a_key_or_say_null(client: httpx.Client) -> None:
+def test_record_with_a_key_absent_scores_like_one_with_null(client: httpx.Client) -> None:
     whole = dict(zip(HOST_FEATURES, GOOD, strict=True))
     null = whole | {"memory/used": None, "load": None}
     absent = {name: value for name, value in whole.items() if name not in ("memory/used", "load")}
     answers = [post(client, "/anomaly", {"records": records}) for records in ([null], [absent])]
     assert answers[0] == answers[1]
-    assert answers[0]["results"] == post(client, "/anomaly", {"inputs": [GAPPED[2]]})["results"]
+    assert answers[0]["results"] == post(client, "/anomaly", {"inputs": [INCOMPLETE[2]]})["results"]
     mixed = post(client, "/anomaly", {"records": [absent, whole, absent | {"rack": "a"}]})
     assert mixed["unknown_fields"] == 1
     assert [result.get("imputed") for result in mixed["results"]] == [
@@ -101,21 +101,21 @@ def test_records_may_lack_a_key_or_say_null(client: httpx.Client) -> None:
     ]  # fmt: skip
 
 
-def test_encode_and_reconstruct_count_what_was_missing(client: httpx.Client, medians: np.ndarray) -> None:
-    whole = {"inputs": [filled(row, medians) for row in GAPPED]}
+def test_encode_reconstruct_and_interpolate_count_missing_values(client: httpx.Client, medians: np.ndarray) -> None:
+    whole = {"inputs": [impute(row, medians) for row in INCOMPLETE]}
     for path, field in (("/encode", "latents"), ("/reconstruct", "outputs")):
-        gapped, plain = post(client, path, {"inputs": GAPPED}), post(client, path, whole)
-        np.testing.assert_allclose(gapped[field], plain[field], rtol=1e-5, atol=1e-5)
-        assert gapped["imputed"] == 3
+        incomplete, plain = post(client, path, {"inputs": INCOMPLETE}), post(client, path, whole)
+        np.testing.assert_allclose(incomplete[field], plain[field], rtol=1e-5, atol=1e-5)
+        assert incomplete["imputed"] == 3
         assert "imputed" not in plain
-    assert post(client, "/encode", {"inputs": GAPPED, "sample": True, "seed": 1})["imputed"] == 3
-    ends = {"start": {"input": GAPPED[0]}, "end": {"latent": [0, 0]}, "steps": 2}
+    assert post(client, "/encode", {"inputs": INCOMPLETE, "sample": True, "seed": 1})["imputed"] == 3
+    ends = {"start": {"input": INCOMPLETE[0]}, "end": {"latent": [0, 0]}, "steps": 2}
     assert post(client, "/interpolate", ends)["imputed"] == 1
 
 
-def test_errors_of_reconstruct_are_over_the_values_that_were_there(client: httpx.Client) -> None:
-    answer = post(client, "/reconstruct", {"inputs": GAPPED})
-    x = np.array(GAPPED, np.float32)
+def test_reconstruction_error_is_the_mean_over_the_present_values(client: httpx.Client) -> None:
+    answer = post(client, "/reconstruct", {"inputs": INCOMPLETE})
+    x = np.array(INCOMPLETE, np.float32)
     expected = np.nanmean((np.array(answer["outputs"]) - x) ** 2, axis=1)
     np.testing.assert_allclose(answer["errors"], expected, rtol=1e-4)
 
@@ -127,12 +127,12 @@ def npy(x: np.ndarray) -> bytes:
 
 
 @pytest.mark.parametrize("dtype", ["<f4", ">f8"])
-def test_npy_rows_may_hold_nan_where_json_may_hold_null(client: httpx.Client, dtype: str) -> None:
-    body = npy(np.array(GAPPED, dtype))
+def test_nan_in_npy_rows_is_treated_like_null_in_json(client: httpx.Client, dtype: str) -> None:
+    body = npy(np.array(INCOMPLETE, dtype))
     for path in ("/anomaly", "/encode", "/reconstruct"):
         response = client.post(path, content=body, headers=NPY)
         assert response.status_code == 200, response.text
-        assert response.json() == post(client, path, {"inputs": GAPPED})
+        assert response.json() == post(client, path, {"inputs": INCOMPLETE})
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_npy_rows_may_hold_nan_where_json_may_hold_null(client: httpx.Client, dt
         ([None, None, None, None], "/inputs/1"),
     ],
 )
-def test_what_may_not_be_missing_is_refused_with_its_place(client: httpx.Client, row: list[Any], pointer: str) -> None:
+def test_missing_required_value_is_refused_with_its_pointer(client: httpx.Client, row: list[Any], pointer: str) -> None:
     problem = client.post("/encode", json={"inputs": [GOOD, row]}).json()
     assert (problem["code"], problem["pointer"]) == ("invalid_rows", pointer)
     answer = post(client, "/anomaly", {"inputs": [GOOD, row]})
@@ -164,21 +164,21 @@ def test_what_may_not_be_missing_is_refused_with_its_place(client: httpx.Client,
         ([np.nan] * 4, ""),
     ],
 )
-def test_in_npy_too_what_may_not_be_missing_is_refused(client: httpx.Client, row: list[float], place: str) -> None:
+def test_missing_required_value_in_npy_is_refused(client: httpx.Client, row: list[float], place: str) -> None:
     body = npy(np.array([GOOD, row]))
     assert client.post("/encode", content=body, headers=NPY).json()["pointer"] == f"/inputs/1{place}"
     errors = client.post("/anomaly", content=body, headers=NPY).json()["errors"]
     assert [error["pointer"] for error in errors] == [f"/inputs/1{place}"]
 
 
-def test_a_refusal_says_where_values_may_be_missing(client: httpx.Client) -> None:
+def test_refusal_hints_at_the_features_that_may_be_missing(client: httpx.Client) -> None:
     problem = client.post("/encode", json={"inputs": [[None, 1, 1, 1]]}).json()
     assert "missing > 0" in problem["hint"]
-    told = client.get("/models/hosts").json()["features"]
-    assert [feature["missing"] > 0 for feature in told] == [False, True, False, True]
+    features = client.get("/models/hosts").json()["features"]
+    assert [feature["missing"] > 0 for feature in features] == [False, True, False, True]
 
 
-def test_a_nan_in_json_is_refused_with_the_way_to_say_it(client: httpx.Client) -> None:
+def test_nan_in_json_is_refused_with_a_hint_to_use_null(client: httpx.Client) -> None:
     body = '{"inputs": [[0.5, NaN, 0.7, null]]}'
     problem = client.post("/encode", content=body, headers={"content-type": "application/json"}).json()
     assert problem["pointer"] == "/inputs/0/1"
@@ -186,7 +186,7 @@ def test_a_nan_in_json_is_refused_with_the_way_to_say_it(client: httpx.Client) -
 
 
 @pytest.mark.parametrize("without", ["cpu", "disk~io"])
-def test_a_record_without_what_must_be_there_names_it_alone(client: httpx.Client, without: str) -> None:
+def test_record_without_a_required_feature_and_impute_false_names_only_it(client: httpx.Client, without: str) -> None:
     record = {"cpu": 1.0, "disk~io": 1.0}
     del record[without]
     problem = client.post("/anomaly", json={"records": [record], "impute": False}).json()
@@ -195,7 +195,7 @@ def test_a_record_without_what_must_be_there_names_it_alone(client: httpx.Client
 
 
 @pytest.mark.parametrize("gap", [{}, {"cpu": None}])
-def test_a_record_may_lack_what_never_lacked_in_training_up_to_half_of_it(
+def test_record_without_up_to_half_of_the_required_features_is_imputed(
     client: httpx.Client, medians: np.ndarray, gap: dict[str, None]
 ) -> None:
     whole = dict(zip(HOST_FEATURES, GOOD, strict=True))
@@ -211,7 +211,7 @@ def test_a_record_may_lack_what_never_lacked_in_training_up_to_half_of_it(
     assert problem["expected"] == "numbers for at least 1 of the 2 required features"
 
 
-def test_nested_rows_may_lack_values_too() -> None:
+def test_nested_rows_may_have_missing_values() -> None:
     schema = RowSchema([2, 2], "abcd", [False, True, False, True])
     x = parse_rows(schema, [[[1, None], [3, 4]], [[1, 2], [3, None]], [1, None, 3, None]], "/inputs", True)
     np.testing.assert_array_equal(x, np.array([[1, np.nan, 3, 4], [1, 2, 3, np.nan], [1, np.nan, 3, np.nan]]))
@@ -220,7 +220,7 @@ def test_nested_rows_may_lack_values_too() -> None:
     assert caught.value.pointer == "/inputs/0/1/0"
 
 
-def test_a_row_of_which_all_may_be_missing_must_hold_something(client: httpx.Client) -> None:
+def test_row_with_every_value_missing_is_refused(client: httpx.Client) -> None:
     schema = RowSchema([2], "ab", [True, True])
     for read in (
         lambda: parse_rows(schema, [[None, None]], "/inputs", False),

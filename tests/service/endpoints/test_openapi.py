@@ -1,4 +1,4 @@
-"""The OpenAPI document: true to the service, every example really answered, and readable without a network."""
+"""The OpenAPI document: it matches the responses, its examples work, and /docs needs no network."""
 
 import re
 from typing import Any
@@ -23,7 +23,7 @@ def content(document: dict[str, Any], path: str) -> dict[str, Any]:
     return found
 
 
-def test_every_endpoint_of_the_contract_is_documented(document: dict[str, Any]) -> None:
+def test_document_lists_every_endpoint(document: dict[str, Any]) -> None:
     exhibits = {f"/models/{{reference}}/{name}" for name in ("held-out", "calibration", "card")}
     gets = exhibits | {"/models", "/models/{reference}", "/livez", "/readyz", "/metrics", "/"}
     assert set(document["paths"]) == {*POSTS, *gets, "/api/v1/write"}
@@ -34,7 +34,7 @@ def test_every_endpoint_of_the_contract_is_documented(document: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("path", POSTS)
-def test_every_body_has_at_least_three_named_examples(document: dict[str, Any], path: str) -> None:
+def test_every_body_has_at_least_three_examples_with_summaries(document: dict[str, Any], path: str) -> None:
     examples = content(document, path)["application/json"]["examples"]
     assert len(examples) >= 3
     assert all(example["summary"] for example in examples.values())
@@ -49,7 +49,7 @@ def validate(document: dict[str, Any], value: Any, schema: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("model", ["pca", "ae", "vae"])
 @pytest.mark.parametrize(("path", "name"), CASES)
-def test_every_example_is_answered_as_the_document_says(
+def test_response_to_every_example_matches_its_schema(
     client: httpx.Client, document: dict[str, Any], path: str, name: str, model: str
 ) -> None:
     body = content(document, path)["application/json"]
@@ -64,7 +64,7 @@ def test_every_example_is_answered_as_the_document_says(
 @pytest.mark.parametrize(
     "path", ["/models", "/models/vae", "/models/vae/held-out", "/models/vae/calibration", "/livez", "/readyz"]
 )
-def test_what_get_answers_is_as_the_document_says(client: httpx.Client, document: dict[str, Any], path: str) -> None:
+def test_get_response_matches_its_schema(client: httpx.Client, document: dict[str, Any], path: str) -> None:
     template = path.replace("vae", "{reference}")
     schema = document["paths"][template]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
     response = client.get(path)
@@ -73,7 +73,7 @@ def test_what_get_answers_is_as_the_document_says(client: httpx.Client, document
 
 
 @pytest.mark.parametrize("path", POSTS)
-def test_problems_are_as_the_document_says(client: httpx.Client, document: dict[str, Any], path: str) -> None:
+def test_problem_matches_its_schema(client: httpx.Client, document: dict[str, Any], path: str) -> None:
     responses = document["paths"][path]["post"]["responses"]
     assert set(responses) == {"200", "404", "406", "408", "413", "415", "422", "429", "500", "503", "504"}
     problem = client.post(path, json={"nonsense": 1}).json()
@@ -81,16 +81,16 @@ def test_problems_are_as_the_document_says(client: httpx.Client, document: dict[
 
 
 @pytest.mark.parametrize("media_type", sorted(TEXTS))
-def test_every_example_in_text_is_answered(client: httpx.Client, document: dict[str, Any], media_type: str) -> None:
+def test_every_text_example_is_scored(client: httpx.Client, document: dict[str, Any], media_type: str) -> None:
     example = content(document, "/anomaly")[media_type]["example"]
     response = client.post("/anomaly", content=example, headers={"content-type": media_type})
     assert response.status_code == 200, response.text
     assert response.json()["failed"] == 0
 
 
-def test_binary_formats_are_documented_where_they_are(document: dict[str, Any]) -> None:
-    inward = {path for path in POSTS if "application/x-npy" in content(document, path)}
-    assert inward == {"/encode", "/decode", "/reconstruct", "/anomaly"}
+def test_binary_formats_are_documented_for_the_endpoints_that_support_them(document: dict[str, Any]) -> None:
+    accepting_npy = {path for path in POSTS if "application/x-npy" in content(document, path)}
+    assert accepting_npy == {"/encode", "/decode", "/reconstruct", "/anomaly"}
     for path in POSTS:
         answers = document["paths"][path]["post"]["responses"]["200"]["content"]
         pictures = path not in ("/encode", "/anomaly")
@@ -99,7 +99,7 @@ def test_binary_formats_are_documented_where_they_are(document: dict[str, Any]) 
         )
 
 
-def test_every_field_says_what_it_is(document: dict[str, Any]) -> None:
+def test_every_body_field_has_a_description(document: dict[str, Any]) -> None:
     for path in POSTS:
         reference = content(document, path)["application/json"]["schema"]["$ref"]
         fields = document["components"]["schemas"][reference.rpartition("/")[2]]["properties"]
@@ -108,7 +108,7 @@ def test_every_field_says_what_it_is(document: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("page", ["/docs", "/"])
-def test_pages_load_nothing_from_elsewhere(client: httpx.Client, page: str) -> None:
+def test_page_loads_only_files_of_this_server(client: httpx.Client, page: str) -> None:
     html = client.get(page).text
     assert not re.search(r"(src|href)\s*=\s*[\"'](https?:)?//", html)
     links = re.findall(r"(?:src|href)=[\"'](/static/[^\"']+)[\"']", html)
@@ -117,7 +117,7 @@ def test_pages_load_nothing_from_elsewhere(client: httpx.Client, page: str) -> N
         assert client.get(link).status_code == 200
 
 
-def test_the_front_page_runs_under_a_policy_that_admits_nothing_inline(client: httpx.Client) -> None:
+def test_content_security_policy_of_the_explorer_forbids_inline_code(client: httpx.Client) -> None:
     response = client.get("/")
     policy = response.headers["content-security-policy"]
     assert {"default-src 'none'", "script-src 'self'", "style-src 'self'", "connect-src 'self'"} <= set(

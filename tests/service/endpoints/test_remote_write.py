@@ -1,4 +1,4 @@
-"""Prometheus remote write: what the specification asks of a receiver, and samples that come in every wrong way."""
+"""Prometheus remote write: the specification for receivers, and invalid, repeated and reordered samples."""
 
 import math
 import re
@@ -66,7 +66,7 @@ def labels(name: str, **more: str) -> tuple[tuple[str, str], ...]:
 
 
 def series(found: list[list[float]], instance: str = "a", first: int = START) -> list[Series]:
-    """Rows as the four series of a host, a second apart."""
+    """Return rows, one second apart, as the four series of a host."""
     names = [("cpu_busy", {"mode": "all"}), ("memory_used", {}), ("disk~io", {}), ("load", {})]
     return [
         (labels(name, instance=instance, **more), [(first + 1000 * i, row[j]) for i, row in enumerate(found)])
@@ -74,7 +74,7 @@ def series(found: list[list[float]], instance: str = "a", first: int = START) ->
     ]
 
 
-def write(client: httpx.Client, found: list[Series], **headers: str) -> httpx.Response:
+def send(client: httpx.Client, found: list[Series], **headers: str) -> httpx.Response:
     return client.post("/api/v1/write", content=remote_write.dumps(found), headers=HEADERS | headers)
 
 
@@ -83,11 +83,11 @@ def value(client: httpx.Client, name: str, **wanted: str) -> float:
     return scrape(client).get((name, frozenset(who.items())), 0.0)
 
 
-def test_the_message_is_read_as_the_bytes_of_the_specification_say() -> None:
-    """By hand from prompb/types.proto: fields 1 and 2; wire types 2 (length), 1 (fixed 64) and 0 (varint)."""
+def test_message_encoded_by_hand_is_decoded() -> None:
+    """Encode prompb/types.proto: fields 1 and 2; wire types 2 (length), 1 (fixed 64) and 0 (varint)."""
     label = b"\x0a\x08__name__\x12\x02up"
     sample = b"\x09" + struct.pack("<d", 1.5) + b"\x10\xe8\x07"
-    exemplar = b"\x1a\x02\x10\x01"  # a field that is not asked for
+    exemplar = b"\x1a\x02\x10\x01"  # a field that the receiver ignores
     one = b"\x0a" + bytes([len(label)]) + label + b"\x12" + bytes([len(sample)]) + sample + exemplar
     body = bytes(cramjam.snappy.compress_raw(b"\x0a" + bytes([len(one)]) + one))
     assert list(remote_write.loads(body, 1000)) == [((("__name__", "up"),), [(1000, 1.5)])]
@@ -102,12 +102,12 @@ def test_the_message_is_read_as_the_bytes_of_the_specification_say() -> None:
         max_size=4,
     )
 )
-def test_what_is_written_is_read(found: list[Series]) -> None:
+def test_encoded_series_decode_to_the_same_series(found: list[Series]) -> None:
     assert list(remote_write.loads(remote_write.dumps(found), 2**20)) == found
 
 
 @given(st.binary(max_size=60))
-def test_no_bytes_break_the_reader(body: bytes) -> None:
+def test_random_bytes_decode_or_raise_a_service_error(body: bytes) -> None:
     for content in (body, bytes(cramjam.snappy.compress_raw(body))):
         with suppress(InvalidEncoding, InvalidProtobuf, BodyTooLarge):
             for found, samples in remote_write.loads(content, 2**16):
@@ -115,9 +115,9 @@ def test_no_bytes_break_the_reader(body: bytes) -> None:
                 assert all(type(moment) is int for moment, _ in samples)
 
 
-def test_rows_are_judged_as_if_they_had_been_posted(hosts: httpx.Client) -> None:
+def test_rows_from_samples_are_scored_like_posted_rows(hosts: httpx.Client) -> None:
     before, scored = value(hosts, "elbo_p_value_sum"), value(hosts, "elbo_scored_rows_total")
-    response = write(hosts, series(host_rows(40)))
+    response = send(hosts, series(host_rows(40)))
     assert (response.status_code, response.content) == (204, b"")
     assert "content-length" not in response.headers
     assert value(hosts, "elbo_scored_rows_total") - scored == 40
@@ -141,7 +141,7 @@ def test_rows_are_judged_as_if_they_had_been_posted(hosts: httpx.Client) -> None
         ({}, bytes(2**20 + 1), 413),
     ],
 )
-def test_what_will_never_be_right_is_a_4xx_so_that_it_is_not_sent_again(
+def test_invalid_request_gives_4xx_which_prometheus_does_not_retry(
     hosts: httpx.Client, headers: dict[str, str], content: bytes | None, status: int
 ) -> None:
     body = remote_write.dumps([]) if content is None else content
@@ -149,13 +149,13 @@ def test_what_will_never_be_right_is_a_4xx_so_that_it_is_not_sent_again(
     assert response.status_code == status, response.text
 
 
-def test_what_may_be_right_later_is_a_503_so_that_it_is_sent_again(artifacts: Path, tmp_path: Path) -> None:
+def test_missing_model_and_full_memory_give_503_which_prometheus_retries(artifacts: Path, tmp_path: Path) -> None:
     with running(create_app(Settings(artifacts=tmp_path, log_level="error"))) as client:
-        assert write(client, series(host_rows(1))).status_code == 503
+        assert send(client, series(host_rows(1))).status_code == 503
     app = create_app(Settings(artifacts=artifacts, default_model="hosts", log_level="error"))
     with running(app) as client:
         app.state.service.admission.max_held_bytes = 10
-        response = write(client, series(host_rows(3)))
+        response = send(client, series(host_rows(3)))
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
 
 
@@ -164,42 +164,42 @@ def outcomes(client: httpx.Client) -> dict[str, float]:
     return {dict(key)["outcome"]: count for (name, key), count in found if name == "elbo_remote_samples_total"}
 
 
-def test_what_is_sent_again_makes_no_second_row(artifacts: Path, tmp_path: Path) -> None:
+def test_repeated_unknown_stale_and_partial_samples_are_counted_by_outcome(artifacts: Path, tmp_path: Path) -> None:
     mapping = tmp_path / "map.toml"
     mapping.write_text(MAPPING)
     with running(create_app(Settings(artifacts=artifacts, remote_write=mapping, log_level="error"))) as client:
         for _ in range(3):
-            assert write(client, series(host_rows(5))).status_code == 204
+            assert send(client, series(host_rows(5))).status_code == 204
         assert value(client, "elbo_scored_rows_total") == 5
         assert outcomes(client) == {"used": 20, "duplicate": 40}
-        write(client, [(labels(f"other_{i}"), [(START, 1.0)]) for i in range(7)])
-        write(client, [(labels("load"), [(START + 99_000, STALE_NAN), (START + 99_000, math.nan)])])
+        send(client, [(labels(f"other_{i}"), [(START, 1.0)]) for i in range(7)])
+        send(client, [(labels("load"), [(START + 99_000, STALE_NAN), (START + 99_000, math.nan)])])
         assert outcomes(client) == {"used": 20, "duplicate": 40, "unknown": 7, "stale": 1, "nan": 1}
         partial = series(host_rows(1), first=START + 500_000)
-        write(client, partial[:3])  # its last sample never comes
+        send(client, partial[:3])  # without the sample of the last feature
         deadline = time.monotonic() + 10
         while value(client, "elbo_scored_rows_total") == 5 and time.monotonic() < deadline:
             time.sleep(0.1)
         assert value(client, "elbo_missing_values_total", feature="load") == 1
         assert value(client, "elbo_scored_rows_total") == 6
-        write(client, partial[:1] + series(host_rows(1), first=START + 600_000)[:1])
+        send(client, partial[:1] + series(host_rows(1), first=START + 600_000)[:1])
         deadline = time.monotonic() + 10
         while value(client, "elbo_unreadable_rows_total") == 0 and time.monotonic() < deadline:
             time.sleep(0.1)
         assert value(client, "elbo_unreadable_rows_total") == 1  # one of four features is too few
 
 
-def test_what_waits_is_judged_before_the_end(artifacts: Path, tmp_path: Path) -> None:
+def test_waiting_rows_are_scored_at_shutdown(artifacts: Path, tmp_path: Path) -> None:
     mapping = tmp_path / "map.toml"
     mapping.write_text(MAPPING.replace("0.5", "3600"))
     app = create_app(Settings(artifacts=artifacts, remote_write=mapping, log_level="error"))
     with running(app) as client:
-        write(client, series(host_rows(2))[:3])
+        send(client, series(host_rows(2))[:3])
         assert scrape(client)["elbo_remote_waiting_rows", frozenset()] == 2
     assert app.state.service.metrics.anomalies._scored.sums()["hosts", "1"] == [2.0]
 
 
-def made(wait: float = 10.0) -> SampleAligner:
+def new_aligner(wait: float = 10.0) -> SampleAligner:
     return SampleAligner(HOST_FEATURES, FeatureSelectors({name: name for name in HOST_FEATURES}), ["instance"], wait)
 
 
@@ -210,60 +210,60 @@ def samples(row: list[float], moment: int, instance: str = "a") -> list[Series]:
     ]
 
 
-def test_samples_may_come_in_any_order_and_in_any_pieces() -> None:
+def test_samples_in_any_order_form_the_same_rows() -> None:
     rng = np.random.default_rng(0)
     found = host_rows(20)
     pieces = [one for i, row in enumerate(found) for one in samples(row, 1000 * i, "ab"[i % 2])]
-    alignment, taken = made(), []
+    aligner, rows = new_aligner(), []
     for index in rng.permutation(len(pieces)):
-        alignment.add([pieces[index]], 0.0)
-        taken += alignment.pop_ready(0.0)
-    assert sorted(row.milliseconds for row in taken) == [1000 * i for i in range(20)]
-    for row in taken:
+        aligner.add([pieces[index]], 0.0)
+        rows += aligner.pop_ready(0.0)
+    assert sorted(row.milliseconds for row in rows) == [1000 * i for i in range(20)]
+    for row in rows:
         index = row.milliseconds // 1000
         assert row.group == "ab"[index % 2]
         assert [row.values[name] for name in HOST_FEATURES] == found[index]
-    assert alignment.pending_rows == 0
+    assert aligner.pending_rows == 0
 
 
-def test_two_series_for_one_feature_are_told_and_the_first_counts() -> None:
-    alignment = made()
+def test_second_series_for_a_feature_is_counted_as_ambiguous() -> None:
+    aligner = new_aligner()
     extra = (((METRIC_NAME_LABEL, "load"), ("instance", "a"), ("device", "b")), [(5, 99.0)])
-    alignment.add([*samples([1.0, 2.0, 3.0, 4.0], 5)[3:], extra, *samples([1.0, 2.0, 3.0, 4.0], 5)[:3]], 0.0)
-    assert alignment.outcomes == {"used": 4, "ambiguous": 1}
-    assert alignment.pop_ready(0.0)[0].values["load"] == 4.0
+    aligner.add([*samples([1.0, 2.0, 3.0, 4.0], 5)[3:], extra, *samples([1.0, 2.0, 3.0, 4.0], 5)[:3]], 0.0)
+    assert aligner.outcomes == {"used": 4, "ambiguous": 1}
+    assert aligner.pop_ready(0.0)[0].values["load"] == 4.0
 
 
-def test_memory_is_bounded_whatever_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_the_aligner_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MAX_INCOMPLETE_ROWS", "MAX_SERIES", "MAX_GROUPS"):
         monkeypatch.setattr(alignment_module, name, 50)
-    alignment, taken = made(wait=1e9), 0
+    aligner, rows = new_aligner(wait=1e9), 0
     for i in range(2000):
-        alignment.add(samples([1.0] * 4, i, f"host{i}")[: 1 + i % 4], 0.0)
-        alignment.add([(((METRIC_NAME_LABEL, f"noise{i}"),), [(i, 1.0)])], 0.0)
-        taken += len(alignment.pop_ready(0.0))
-    assert len(alignment._incomplete) <= 50
-    assert len(alignment._targets) <= 50
-    assert len(alignment._completed_times) <= 51
-    assert taken + alignment.pending_rows == 2000
+        aligner.add(samples([1.0] * 4, i, f"host{i}")[: 1 + i % 4], 0.0)
+        aligner.add([(((METRIC_NAME_LABEL, f"noise{i}"),), [(i, 1.0)])], 0.0)
+        rows += len(aligner.pop_ready(0.0))
+    assert len(aligner._incomplete) <= 50
+    assert len(aligner._targets) <= 50
+    assert len(aligner._completed_times) <= 51
+    assert rows + aligner.pending_rows == 2000
 
 
-def test_what_is_older_than_what_is_remembered_is_late() -> None:
-    alignment = made()
+def test_sample_older_than_the_remembered_times_is_late() -> None:
+    aligner = new_aligner()
     for i in range(1, 100):
-        alignment.add(samples([1.0] * 4, 1000 * i), 0.0)
-    assert len(alignment.pop_ready(0.0)) == 99
-    alignment.add(samples([1.0] * 4, 0), 0.0)
-    assert (alignment.outcomes["late"], alignment.pending_rows) == (4, 0)
+        aligner.add(samples([1.0] * 4, 1000 * i), 0.0)
+    assert len(aligner.pop_ready(0.0)) == 99
+    aligner.add(samples([1.0] * 4, 0), 0.0)
+    assert (aligner.outcomes["late"], aligner.pending_rows) == (4, 0)
 
 
-def test_rows_that_could_not_be_judged_keep_their_place() -> None:
-    alignment = made()
-    alignment.add([*samples([1.0] * 4, 1), *samples([1.0] * 4, 2)], 0.0)
-    taken = alignment.pop_ready(0.0)
-    alignment.requeue(taken)
-    alignment.add(samples([1.0] * 4, 3), 0.0)
-    assert [row.milliseconds for row in alignment.pop_ready(0.0)] == [1, 2, 3]
+def test_requeued_rows_come_before_newer_rows() -> None:
+    aligner = new_aligner()
+    aligner.add([*samples([1.0] * 4, 1), *samples([1.0] * 4, 2)], 0.0)
+    rows = aligner.pop_ready(0.0)
+    aligner.requeue(rows)
+    aligner.add(samples([1.0] * 4, 3), 0.0)
+    assert [row.milliseconds for row in aligner.pop_ready(0.0)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_rows_that_could_not_be_judged_keep_their_place() -> None:
         ('[hosts]\ngroup = "a"', "group"),
     ],
 )
-def test_a_mapping_that_is_none_says_where(tmp_path: Path, text: str, words: str) -> None:
+def test_invalid_mapping_gives_an_error_with_file_and_field(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "map.toml"
     path.write_text(text)
     with pytest.raises(MappingError, match=words) as caught:
@@ -286,11 +286,11 @@ def test_a_mapping_that_is_none_says_where(tmp_path: Path, text: str, words: str
         read_mappings(tmp_path / "none.toml")
 
 
-def test_abnormal_rows_are_told_in_the_log(hosts: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+def test_anomalous_rows_are_logged_with_their_causes(hosts: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "elbo.receiver")
-    write(hosts, series([[1e3, 1e5, 1e3, 1e3]], instance="ill", first=START + 10**9))
-    (told,) = [record for record in caplog.records if record.message == "anomalous row"]
-    fields: dict[str, Any] = told.fields  # type: ignore[attr-defined] # ours, on a log record
+    send(hosts, series([[1e3, 1e5, 1e3, 1e3]], instance="ill", first=START + 10**9))
+    (record,) = [record for record in caplog.records if record.message == "anomalous row"]
+    fields: dict[str, Any] = record.fields  # type: ignore[attr-defined] # set by `extra`
     assert (fields["model"], fields["group"]) == ("hosts", "c,ill")
     assert fields["severity"] > 1
     assert set(fields["causes"]) < set(HOST_FEATURES)
