@@ -1,7 +1,7 @@
-"""Several worker processes at one address: the supervisor starts them, shares out connections, and replaces the dead.
+"""Run several worker processes at one address: start them, pass connections to them, and replace those that die.
 
 Only the supervisor accepts connections. It passes each one to the worker with the fewest. If the workers accepted for
-themselves, from one socket or from one socket each with SO_REUSEPORT, the kernel would share connections out unevenly,
+themselves, from one socket or from one socket each with SO_REUSEPORT, the kernel would spread the connections unevenly,
 and those in the queue of a killed worker would be lost. Passing costs time per connection, not per request.
 
 The supervisor imports what its workers need, starts no thread, and forks. A new worker therefore starts fast, shares
@@ -47,7 +47,7 @@ class State(Enum):
 
     STARTING = auto()  # the first worker loads the models; the address is bound, but clients are refused
     SERVING = auto()  # connections are accepted; a worker that ends is replaced
-    DRAINING = auto()  # as before for clients, but /readyz answers 503 and no worker is replaced
+    DRAINING = auto()  # requests are still served, but /readyz answers 503, and no worker is replaced
     STOPPING = auto()  # no connection is accepted; the workers finish their requests and end
 
 
@@ -62,12 +62,12 @@ class WorkerState(Enum):
     LOADING = auto()
     READY = auto()
     UNREACHABLE = auto()  # it has ended, and the end of its stream will be read soon
-    KILLED = auto()  # also if its READY arrives late
+    KILLED = auto()  # its READY may still arrive
 
 
 @dataclass(eq=False)
 class Worker:
-    """A worker process. `index` is that of its segment in the shared memory."""
+    """A worker process. `index` is its number and that of its segment in the shared memory."""
 
     index: int
     pid: int
@@ -259,7 +259,7 @@ class Supervisor:
         self._selector.register(control, selectors.EVENT_READ, worker)
 
     def _run_worker_and_exit(self, index: int, control: socket.socket) -> NoReturn:
-        """Be a worker, in the process that has just been forked."""
+        """Run a worker in the process that has just been forked, then exit."""
         code = 1
         try:
             signal.set_wakeup_fd(-1)

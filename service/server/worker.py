@@ -34,7 +34,7 @@ class Server(uvicorn.Server):
 
     Args:
         config: of uvicorn.
-        service: the service, which is told to drain.
+        service: its `draining` is set when the server begins to drain.
         control: socket to the supervisor, if there is one.
         closed_connections: counts the connections that are closed, for the supervisor.
     """
@@ -160,7 +160,7 @@ class _Connections(set[Any]):
         super().discard(connection)
 
     def count_closed(self) -> None:
-        """Count a closed connection; uvicorn adds none for a connection that is closed before it is open."""
+        """Count a closed connection. Call it directly for one that was closed before uvicorn added it to the set."""
         self._closed[0] += 1
 
 
@@ -174,8 +174,8 @@ def run_worker(
 
     Args:
         settings: of the server.
-        listener: a bound socket, for a server of one process; it stops on SIGTERM or SIGINT.
-        control: the socket to the supervisor, for a worker; it stops when the stream ends.
+        listener: a bound socket, for a server of one process; the server stops on SIGTERM or SIGINT.
+        control: the socket to the supervisor, for a worker; the worker stops when the stream ends.
         counters: memory that the workers share.
     """
     sys.setswitchinterval(SWITCH_INTERVAL)
