@@ -3,6 +3,7 @@
 import asyncio
 import math
 from time import perf_counter
+from typing import NamedTuple
 
 from service.errors import DeadlineExceeded, Overloaded
 from service.inference.backlog import Backlog
@@ -12,6 +13,26 @@ from service.shared_memory import SharedNumber
 MAX_AT_WORK = 64  # requests processed at once: the event loop comes round every few milliseconds, however many wait
 MAX_RETRY_AFTER = 60  # seconds
 TICKET = "elbo.ticket"  # key of a request's ticket in its ASGI scope
+
+
+class Refusal(NamedTuple):
+    """Why a request is refused, and in how many seconds to send it again.
+
+    It holds no varying figures but the seconds, so that `HeadRefusal` can cache the response.
+    """
+
+    detail: str
+    expected: str
+    retry_after: int
+
+    def error(self) -> Overloaded:
+        """Return the error that the client gets."""
+        return Overloaded(
+            self.detail,
+            expected=self.expected,
+            hint=f"try again in {self.retry_after} s",
+            headers={"Retry-After": str(self.retry_after)},
+        )
 
 
 class AdmissionControl:
@@ -58,42 +79,35 @@ class AdmissionControl:
         """Return the ticket of a new request."""
         return Ticket(self)
 
-    def refusal(self, *, rows: int = 0, body_bytes: int = 0, is_queued: bool = False) -> Overloaded | None:
-        """Return the error that refuses more work, or None if there is room for it.
+    def refusal(self, *, rows: int = 0, body_bytes: int = 0, is_queued: bool = False) -> Refusal | None:
+        """Return why more work is refused, or None if there is room for it.
 
         Args:
             rows: rows to be queued; 0 if only the body is to be checked.
-            body_bytes: bytes of a body to be held.
+            body_bytes: bytes of a body to be held in memory.
             is_queued: whether the request already holds a place in the queue, so that only rows are ahead of it.
         """
-        pending = self._batcher.pending_rows + rows
-        if rows and pending > self._max_rows:
-            wait = self._batcher.backlog.seconds_for(pending - self._max_rows)
-            return _overloaded(
-                f"{pending - rows} rows are pending", f"at most {self._max_rows} pending rows", f"{pending} rows", wait
-            )
-        if rows and (wait := self._expected_wait(is_queued)) > self._max_wait:
-            return _overloaded(
-                "the queue is too long",
-                f"a wait of at most {self._max_wait:g} s",
-                f"a wait of about {wait:.2g} s",
-                wait - self._max_wait,
-            )
-        held = self.body_bytes.amount + body_bytes
-        if body_bytes and held > self.max_held_bytes:
-            return _overloaded(
-                f"the request bodies in memory have {self.body_bytes.amount:.0f} bytes, {body_bytes} more do not fit",
-                f"at most {self.max_held_bytes} bytes",
-                f"{held:.0f} bytes",
-                self.body_bytes.seconds_for(body_bytes),
-            )
+        if rows:
+            excess = self._batcher.pending_rows + rows - self._max_rows
+            if excess > 0:
+                seconds = self._batcher.backlog.seconds_for(excess)
+                expected = f"at most {self._max_rows} pending rows"
+                return Refusal("too many rows are pending", expected, retry_after(seconds))
+            seconds = self._expected_wait(is_queued)
+            if seconds > self._max_wait:
+                expected = f"an expected wait of at most {self._max_wait:g} s"
+                return Refusal("the queue is too long", expected, retry_after(seconds - self._max_wait))
+        if self.body_bytes.amount + body_bytes > self.max_held_bytes and body_bytes:
+            seconds = self.body_bytes.seconds_for(body_bytes)
+            expected = f"at most {self.max_held_bytes} bytes of request bodies in memory"
+            return Refusal("request bodies take too much memory", expected, retry_after(seconds))
         return None
 
-    def check(self, *, rows: int, is_queued: bool) -> None:
-        """Raise the error that `refusal` returns, if any."""
-        error = self.refusal(rows=rows, is_queued=is_queued)
-        if error:
-            raise error
+    def check(self, *, rows: int = 0, body_bytes: int = 0, is_queued: bool = False) -> None:
+        """Raise Overloaded if `refusal` returns a reason."""
+        refusal = self.refusal(rows=rows, body_bytes=body_bytes, is_queued=is_queued)
+        if refusal:
+            raise refusal.error()
 
     def _expected_wait(self, is_queued: bool) -> float:
         """Return the seconds that the work ahead is expected to take."""
@@ -159,9 +173,7 @@ class Ticket:
 
     def hold(self, size: int) -> None:
         """Count `size` more bytes of the body as held in memory. Raises Overloaded."""
-        error = self._admission.refusal(body_bytes=size)
-        if error:
-            raise error
+        self._admission.check(body_bytes=size)
         self._admission.body_bytes.add(size)
         self.held_bytes += size
 
@@ -174,9 +186,3 @@ class Ticket:
 def retry_after(seconds: float) -> int:
     """Return the Retry-After value for an expected wait: whole seconds from 1 to MAX_RETRY_AFTER."""
     return min(MAX_RETRY_AFTER, max(1, math.ceil(seconds)))
-
-
-def _overloaded(detail: str, expected: str, got: str, seconds: float) -> Overloaded:
-    wait = retry_after(seconds)
-    headers = {"Retry-After": str(wait)}
-    return Overloaded(detail, expected=expected, got=got, hint=f"try again in {wait} s", headers=headers)

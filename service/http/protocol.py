@@ -10,8 +10,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.errors import Overloaded
-from service.http.admission import TICKET, AdmissionControl, Ticket
+from service.http.admission import TICKET, AdmissionControl, Refusal, Ticket
 from service.http.refusal import HeadRefusal
 
 LAST = (b"connection", b"close")  # header of every response once the server is shutting down
@@ -68,9 +67,9 @@ class Protocol(HttpToolsProtocol):
         self.head_since = None
         self._head_bytes = 0
         self._ticket = None
-        error = self._admission.refusal(rows=1)
-        if error and self._may_refuse():
-            self._refuse(error)
+        refusal = self._admission.refusal(rows=1)
+        if refusal and self._may_refuse():
+            self._refuse(refusal)
             return
         super().on_headers_complete()
         if self._is_controlled(self.scope.get("path", "")):
@@ -114,12 +113,12 @@ class Protocol(HttpToolsProtocol):
         is_stream = any(name == b"accept" and b"ndjson" in value for name, value in self.headers)
         return not is_stream and self._is_controlled(self._path())
 
-    def _refuse(self, error: Overloaded) -> None:
+    def _refuse(self, refusal: Refusal) -> None:
         self._is_refused = True
         scope: Any = self.scope
         scope["method"] = "POST"
         scope["path"] = self._path()
-        self.transport.write(self._head_refusal.response(scope, error, self.server_state.default_headers))
+        self.transport.write(self._head_refusal.response(scope, refusal, self.server_state.default_headers))
 
     def _path(self) -> str:
         return self.url.partition(b"?")[0].decode("latin-1")
