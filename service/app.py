@@ -85,7 +85,7 @@ def create_app(settings: Settings, counters: SharedCounters | None = None) -> Fa
         max_batch_bytes=settings.max_batch_bytes,
         threads=settings.threads,
         on_batch=metrics.count_batch,
-        level=metrics.pending_rows,
+        pending_rows=metrics.pending_rows,
     )
     admission = AdmissionControl(
         batcher,

@@ -182,7 +182,9 @@ async def run_operation(
     service.admission.check(rows=len(inputs[0]), is_queued=True)
     watch = _DisconnectWatch(parsed.request)
     try:
-        ran = await service.batcher.run(parsed.served, operation, *inputs, deadline=parsed.deadline, late=watch.start)
+        ran = await service.batcher.run(
+            parsed.served, operation, *inputs, deadline=parsed.deadline, on_delay=watch.start
+        )
     except asyncio.CancelledError:
         watch.raise_if_disconnected()
         raise

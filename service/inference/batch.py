@@ -1,4 +1,4 @@
-"""One batch on one backend: requests' rows together, and in halves where the device's memory is too small for them."""
+"""Run one batch on one backend: rows of several requests together, in halves where the device lacks memory for them."""
 
 from collections.abc import Sequence
 
@@ -8,34 +8,30 @@ from service.inference.backends import Array, Backend, is_out_of_memory
 from service.inference.operations import Operation
 
 
-def compute(backend: Backend, operation: Operation, inputs: list[tuple[Array, ...]]) -> tuple[Array, ...]:
-    """The outputs of `operation`, each [B, ...], for the rows of several requests together, in their order."""
-    columns = inputs[0] if len(inputs) == 1 else tuple(np.concatenate(column) for column in zip(*inputs, strict=True))
-    return _within_memory(backend, operation, columns)
+def run_batch(backend: Backend, operation: Operation, inputs: Sequence[tuple[Array, ...]]) -> tuple[Array, ...]:
+    """Return the outputs of `operation`, each [B, ...], for the inputs of several jobs in their order."""
+    return _run_within_memory(backend, operation, inputs[0] if len(inputs) == 1 else concatenate(inputs))
 
 
-def _within_memory(backend: Backend, operation: Operation, columns: tuple[Array, ...]) -> tuple[Array, ...]:
-    """`operation` on rows [B, ...]; where the device's memory is too small for them, half of them at a time.
+def _run_within_memory(backend: Backend, operation: Operation, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Run `operation` on rows [B, ...], and on two halves if the device runs out of memory.
 
-    What was too much is not tried again: the backend's batches stay as small as that.
+    The backend remembers how many rows were too many, so that later batches are smaller.
     """
-    rows = len(columns[0])
+    rows = len(inputs[0])
     try:
-        return backend.run(operation, columns)
+        return backend.run(operation, inputs)
     except Exception as error:
         if rows == 1 or not is_out_of_memory(error):
             raise
-        half = rows // 2
         backend.limit_rows(rows)
-    # Outside of the handler, whose traceback would keep the memory of the attempt.
-    parts = [_within_memory(backend, operation, tuple(c[part] for c in columns)) for part in _halves(half)]
-    return stacked(parts)
+    # Not in the except block: the traceback would keep the memory of the failed attempt.
+    half = rows // 2
+    first = _run_within_memory(backend, operation, tuple(array[:half] for array in inputs))
+    second = _run_within_memory(backend, operation, tuple(array[half:] for array in inputs))
+    return concatenate([first, second])
 
 
-def _halves(half: int) -> tuple[slice, slice]:
-    return slice(0, half), slice(half, None)
-
-
-def stacked(parts: Sequence[tuple[Array, ...]]) -> tuple[Array, ...]:
-    """Several outputs as one."""
-    return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+def concatenate(parts: Sequence[tuple[Array, ...]]) -> tuple[Array, ...]:
+    """Concatenate each array of `parts` along the rows."""
+    return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))

@@ -1,22 +1,22 @@
-"""How long batches take on one model: what the batcher expects of the next, judging by the last of its kind."""
+"""How long batches take on one model, so that the batcher knows which of them are short."""
 
 import math
 
-LATELY = 0.2  # weight of the last batch
+SMOOTHING = 0.2  # weight of the newest batch
 
 
 class LatencyEstimate:
-    """Seconds of a batch, by its backend's clock, by operation and, to a factor of two, rows."""
+    """Smoothed seconds per batch, by operation and, to a factor of two, by number of rows."""
 
     def __init__(self) -> None:
         self._seconds: dict[tuple[str, int], float] = {}
 
     def expected(self, operation: str, rows: int) -> float:
-        """Seconds; infinity for what has never run."""
+        """Return the expected seconds of a batch; infinity if none of its kind has run."""
         return self._seconds.get((operation, rows.bit_length()), math.inf)
 
-    def learn(self, operation: str, rows: int, seconds: float) -> None:
-        """A batch has taken `seconds`."""
+    def record(self, operation: str, rows: int, seconds: float) -> None:
+        """Take a finished batch into account."""
         kind = operation, rows.bit_length()
         before = self._seconds.get(kind, seconds)
-        self._seconds[kind] = before + LATELY * (seconds - before)
+        self._seconds[kind] = before + SMOOTHING * (seconds - before)

@@ -142,5 +142,5 @@ def _run_operations(served: ServedModel, rows: int) -> Array:
     for operation, inputs in inputs_by_operation.items():
         started = backend.clock()
         outputs = backend.run(operation, inputs)
-        backend.latency.learn(operation.name, rows, backend.clock() - started)
+        backend.latency.record(operation.name, rows, backend.clock() - started)
     return outputs[0]

@@ -18,7 +18,8 @@ from models.artifact import Artifact
 from service.errors import Overloaded
 from service.http.admission import MAX_AT_WORK, AdmissionControl
 from service.inference.backend_selection import select_backend
-from service.inference.batcher import Batcher, BatchResult
+from service.inference.batch_queue import BatchResult
+from service.inference.batcher import Batcher
 from service.inference.operations import Operation, reconstruct
 from service.settings import Settings
 from tests.service.batching import BareModel, random_rows, running_batcher

@@ -1,0 +1,168 @@
+"""The queue of inference jobs: which jobs run next and share a batch, and which have waited too long.
+
+Jobs for the same model version and operation share a batch, in their order of arrival. The batch with the job that has
+waited longest runs first, and never waits to become fuller.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Protocol
+
+from service.errors import DeadlineExceeded
+from service.inference.backends import Array, Backend
+from service.inference.operations import Operation
+
+
+class Model(Protocol):
+    """The part of a model that batching needs. Jobs share a batch only if they name the same object."""
+
+    @property
+    def backend(self) -> Backend:
+        """The backend that runs the model's operations."""
+
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of one row in the widest array of the model."""
+
+
+@dataclass(slots=True)
+class BatchResult:
+    """The result of a job, or of all jobs of a request.
+
+    Args:
+        outputs: arrays, each [B, ...].
+        queued: seconds in the queue.
+        computed: seconds in the model, for the whole batch.
+        cost: seconds of the whole batch by the backend's clock.
+    """
+
+    outputs: tuple[Array, ...]
+    queued: float
+    computed: float
+    cost: float = 0.0
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """Rows of one request that fit into one batch.
+
+    Args:
+        inputs: arrays, each [B, ...].
+        result: the future that the request waits for; it is done early if the request is cancelled or times out.
+        deadline: when the request times out, by `perf_counter`.
+        on_delay: called once if the job waits longer than most do.
+    """
+
+    inputs: tuple[Array, ...]
+    result: "asyncio.Future[BatchResult]"
+    deadline: float
+    on_delay: Callable[[], None] | None
+    queued_at: float = field(default_factory=perf_counter)
+    rows: int = field(init=False)  # B
+
+    def __post_init__(self) -> None:
+        self.rows = len(self.inputs[0])
+
+
+@dataclass(eq=False, slots=True)
+class Batch:
+    """Jobs that run together on one model."""
+
+    model: Model
+    operation: Operation
+    jobs: list[Job]
+
+    @property
+    def rows(self) -> int:
+        """The rows of all jobs."""
+        return sum([job.rows for job in self.jobs])
+
+
+@dataclass(eq=False, slots=True)
+class _Lane:
+    """Waiting jobs that may share a batch, in their order of arrival."""
+
+    model: Model
+    operation: Operation
+    jobs: deque[Job] = field(default_factory=deque)
+
+
+class BatchQueue:
+    """Waiting jobs, by model and operation.
+
+    Args:
+        max_batch_rows: most rows per batch.
+        max_batch_bytes: most bytes of rows per batch.
+    """
+
+    def __init__(self, max_batch_rows: int, max_batch_bytes: int) -> None:
+        self.max_batch_rows = max_batch_rows
+        self._max_batch_bytes = max_batch_bytes
+        self._lanes: dict[tuple[int, Operation], _Lane] = {}  # by the id of the model
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no job waits."""
+        return not self._lanes
+
+    def __iter__(self) -> Iterator[Job]:
+        """Yield every waiting job."""
+        for lane in self._lanes.values():
+            yield from lane.jobs
+
+    def max_rows(self, model: Model) -> int:
+        """Return how many rows of `model` may run at once: as many as the settings and its device's memory allow."""
+        return min(self.max_batch_rows, self._max_batch_bytes // model.row_bytes or 1, model.backend.max_rows)
+
+    def put(self, model: Model, operation: Operation, job: Job) -> None:
+        """Append a job."""
+        key = id(model), operation
+        lane = self._lanes.get(key)
+        if lane is None:
+            lane = self._lanes[key] = _Lane(model, operation)
+        lane.jobs.append(job)
+
+    def take(self) -> Batch | None:
+        """Remove and return the next batch; None if all waiting jobs have been cancelled or have timed out."""
+        while self._lanes:
+            lane = min(self._lanes.values(), key=lambda lane: lane.jobs[0].queued_at)
+            jobs = self._take_jobs(lane)
+            if not lane.jobs:
+                del self._lanes[id(lane.model), lane.operation]
+            if jobs:
+                return Batch(lane.model, lane.operation, jobs)
+        return None
+
+    def _take_jobs(self, lane: _Lane) -> list[Job]:
+        """Remove and return the first jobs of `lane` that fit into one batch."""
+        jobs: list[Job] = []
+        rows = 0
+        max_rows = self.max_rows(lane.model)
+        while lane.jobs and (not jobs or rows + lane.jobs[0].rows <= max_rows):
+            job = lane.jobs.popleft()
+            if job.result.done():
+                continue
+            jobs.append(job)
+            rows += job.rows
+            if not lane.operation.batched:
+                break
+        return jobs
+
+
+def check_delay(job: Job, now: float, delay: float) -> None:
+    """Fail `job` if its deadline has passed; call `on_delay` if it has waited longer than `delay` seconds."""
+    if job.result.done():
+        return
+    waited = now - job.queued_at
+    if job.deadline <= now:
+        error = DeadlineExceeded(
+            f"the response was not ready after {waited:.3g} s",
+            hint="send fewer rows, or allow more time with the header X-Request-Timeout (seconds)",
+        )
+        job.result.set_exception(error)
+    elif job.on_delay and waited > delay:
+        job.on_delay()
+        job.on_delay = None
