@@ -70,10 +70,10 @@ def endpoints() -> str:
         for method, operation in methods.items():
             parts.append(f"### {method.upper()} {path}\n\n{_sentence(operation['description'])}")
             body = operation.get("requestBody", {}).get("content", {})
-            parts += _content("Body", body, schemas)
+            parts += _content("Request body", body, schemas)
             answers = operation["responses"]
             answered: dict[str, Any] = next((answers[status] for status in answers if status.startswith("2")), {})
-            parts += _content("Answer", answered.get("content", {}), schemas)
+            parts += _content("Response", answered.get("content", {}), schemas)
             statuses = [status for status in answers if not status.startswith("2")]
             if statuses:
                 parts.append(f"Errors: {', '.join(statuses)}.")
