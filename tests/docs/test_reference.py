@@ -1,5 +1,6 @@
 """The generated reference lists everything that the code defines."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from service.app import create_app
 from service.errors import ERRORS
 from service.settings import Settings
 from tests.data import ROOT
+from tests.docs.snippets import BLOCK
 from tests.service.running import running
 from training.config import TrainConfig
 
@@ -141,3 +143,29 @@ def test_every_module_of_the_python_reference_exists() -> None:
     assert len(modules) >= 5
     for module in modules:
         assert Path(ROOT, *module.split(".")).with_suffix(".py").is_file()
+
+
+def test_the_example_of_a_verdict_has_only_fields_that_the_response_has(document: dict[str, Any]) -> None:
+    page = (PAGES / "http.md").read_text()
+    (example,) = (json.loads(code) for language, code in BLOCK.findall(page) if language == "json")
+    content = document["paths"]["/anomaly"]["post"]["responses"]["200"]["content"]
+    unknown = unknown_fields(example, content["application/json"]["schema"], document["components"]["schemas"])
+    assert unknown == []
+
+
+def unknown_fields(value: Any, schema: dict[str, Any], schemas: dict[str, Any]) -> list[str]:
+    """Return the keys of `value` that its schema does not know, those of nested objects included."""
+    if "$ref" in schema:
+        schema = schemas[schema["$ref"].rsplit("/", 1)[-1]]
+    for part in schema.get("anyOf", ()):
+        if part.get("type") != "null":
+            return unknown_fields(value, part, schemas)
+    if isinstance(value, list):
+        return [name for item in value for name in unknown_fields(item, schema["items"], schemas)]
+    if isinstance(value, dict) and "properties" in schema:
+        known = schema["properties"]
+        inner = [
+            name for key in value.keys() & known.keys() for name in unknown_fields(value[key], known[key], schemas)
+        ]
+        return sorted(value.keys() - known.keys()) + inner
+    return []
