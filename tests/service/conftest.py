@@ -47,9 +47,16 @@ def vae(artifacts: Path) -> Artifact:
 
 @pytest.fixture(scope="session")
 def app(artifacts: Path) -> FastAPI:
-    """Return an application that serves the models of `artifacts`."""
+    """Return an application that serves the models of `artifacts`; it never scans the folder again."""
     return create_app(
-        Settings(artifacts=artifacts, max_rows=300, max_body_bytes=2**20, log_level="warning", backend="torchscript")
+        Settings(
+            artifacts=artifacts,
+            max_rows=300,
+            max_body_bytes=2**20,
+            poll_seconds=3600,
+            log_level="warning",
+            backend="torchscript",
+        )
     )
 
 

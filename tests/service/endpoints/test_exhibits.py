@@ -59,7 +59,7 @@ def test_card_is_markdown_with_the_training_command(client: httpx.Client) -> Non
     response = client.get("/models/pca/card")
     assert response.headers["content-type"] == "text/markdown; charset=utf-8"
     assert response.text.startswith("# pca\n")
-    assert "359 calibrated it" in response.text
+    assert "calibrated on 359 rows" in response.text
     assert "elbo train digits --model pca --name pca" in response.text
 
 
@@ -80,20 +80,20 @@ def test_exhibits_of_a_large_training_set_are_bounded(tmp_path: Path) -> None:
 
 def test_private_artifact_has_no_held_out_rows(tmp_path: Path) -> None:
     config = TrainConfig(model="pca", name="secret", latents=2, private=True)
-    exhibit = read_exhibits(train(config, host_table(), tmp_path, RecordingReporter()))
-    assert set(exhibit) == {"calibration.json", "card.md"}
+    exhibits = read_exhibits(train(config, host_table(), tmp_path, RecordingReporter()))
+    assert set(exhibits) == {"calibration.json", "card.md"}
 
 
 def test_missing_exhibit_gives_404_with_a_hint(app: FastAPI, client: httpx.Client) -> None:
     registry = app.state.service.registry
-    whole = registry.catalogue
-    bare = {number: replace(served, exhibits={}) for number, served in whole.models["hosts"].items()}
-    registry.catalogue = replace(whole, models={**whole.models, "hosts": bare})
+    catalogue = registry.catalogue
+    without_exhibits = {version: replace(served, exhibits={}) for version, served in catalogue.models["hosts"].items()}
+    registry.catalogue = replace(catalogue, models={**catalogue.models, "hosts": without_exhibits})
     try:
         assert client.get("/models/hosts").json()["exhibits"] == []
         problem = client.get("/models/hosts/held-out")
     finally:
-        registry.catalogue = whole
+        registry.catalogue = catalogue
     assert problem.status_code == 404
     assert problem.json()["code"] == "not_shown"
     assert "--private" in problem.json()["hint"]
