@@ -91,7 +91,7 @@ bench-train: $(READY) $(PEERS)/.ready ## Measure training against other librarie
 	@$(VENV)/bin/python benchmarks/training/mnist_tables.py
 
 bench-serve: $(READY) $(SERVERS:%=$(PEERS)-%/.ready) ## Measure serving against other model servers; OPTIONS='--quick' is faster
-	@$(VENV)/bin/python benchmarks/serving/serving.py $(OPTIONS)
+	@$(VENV)/bin/python benchmarks/serving/compare_servers.py $(OPTIONS)
 
 bench-anomaly: $(READY) $(PEERS)/.ready ## Measure anomaly scores, calibration and explanations, as in benchmarks/*/results/*.md
 	@$(VENV)/bin/python benchmarks/anomaly/anomaly.py $(OPTIONS)

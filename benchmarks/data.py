@@ -1,4 +1,4 @@
-"""What the training benchmarks share: the rows that they measure on, and how a table says where it was measured."""
+"""The images that several benchmarks use, and a description of the machine for their results."""
 
 import os
 import platform
@@ -9,15 +9,15 @@ import numpy as np
 import numpy.typing as npt
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = Path(os.environ.get("ELBO_DATA", ROOT.parent / "shared" / "data"))
+DATA = Path(os.environ.get("ELBO_DATA", ROOT.parent / "shared" / "data"))
 
 
-def pictures(part: str) -> tuple[str, npt.NDArray[np.uint8]]:
-    """What they are called, and the pictures of `part` (train or test) [N, H, W], 0 to 255.
+def load_images(part: str) -> tuple[str, npt.NDArray[np.uint8]]:
+    """Return the name of the data set and the images of `part` ("train" or "test"), [N, H, W], 0 to 255.
 
-    MNIST, where ELBO_DATA or ../shared/data has mnist/{train,test}.npz; else scikit-learn's digits.
+    The data set is MNIST if ELBO_DATA or ../shared/data has mnist/{train,test}.npz, otherwise scikit-learn's digits.
     """
-    path = FOLDER / "mnist" / f"{part}.npz"
+    path = DATA / "mnist" / f"{part}.npz"
     if path.is_file():
         return "MNIST", np.load(path)["x"]
     from sklearn.datasets import load_digits
@@ -26,16 +26,16 @@ def pictures(part: str) -> tuple[str, npt.NDArray[np.uint8]]:
     return "digits", x[:-300] if part == "train" else x[-300:]
 
 
-def where(*packages: str) -> str:
-    """One line: the machine, and the versions of Python and of `packages`."""
+def describe_machine(*packages: str) -> str:
+    """Return one line with the processor and the versions of Python and of `packages`."""
     names = ", ".join(f"{name} {version(name)}" for name in packages)
-    cpu = platform.processor() or platform.machine()
-    models = [line for line in _cpuinfo() if line.startswith("model name")]
-    if models:
-        cpu = models[0].split(":")[1].strip()
-    return f"{os.cpu_count()} cores of {cpu}; Python {platform.python_version()}, {names}"
+    processor = platform.processor() or platform.machine()
+    lines = [line for line in _read_cpuinfo() if line.startswith("model name")]
+    if lines:
+        processor = lines[0].split(":")[1].strip()
+    return f"{os.cpu_count()} cores of {processor}; Python {platform.python_version()}, {names}"
 
 
-def _cpuinfo() -> list[str]:
+def _read_cpuinfo() -> list[str]:
     path = Path("/proc/cpuinfo")
     return path.read_text().splitlines() if path.is_file() else []

@@ -25,7 +25,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.neighbors import LocalOutlierFactor, NearestNeighbors
 
 from benchmarks.anomaly.datasets import Contest, contests
-from benchmarks.data import ROOT, where
+from benchmarks.data import ROOT, describe_machine
 from models.pipeline import Pipeline
 from training.config import TrainConfig
 from training.data.table import read_table, split_rows
@@ -197,7 +197,7 @@ def main() -> None:
     given = list(contests(range(1 if options.smoke else 3), options.smoke, options.robust))
     epochs = 5 if options.smoke else None
     results, absent = compete(given, options.kinds, options.robust, epochs, options.jobs, options.peers)
-    print(where("torch", "scikit-learn"), end="\n\n")
+    print(describe_machine("torch", "scikit-learn"), end="\n\n")
     learnt = (
         "all rows, anomalies among them; Elbo's kinds with --robust" if options.robust else "half of the normal rows"
     )

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.anomaly.one_class import KINDS, OneClass, adbench, fitted
-from benchmarks.data import where
+from benchmarks.data import describe_machine
 from service.anomaly.verdicts import benjamini_hochberg
 
 ALPHAS = (0.10, 0.05, 0.01)
@@ -106,7 +106,7 @@ def main() -> None:
         for data in adbench(seed, options.smoke):
             for kind, by_set in kinds.items():
                 by_set.setdefault(data.name, []).append(measured(kind, data, seed, options.smoke))
-    print(where("torch"), end="\n\n")
+    print(describe_machine("torch"), end="\n\n")
     print("False alarms on fresh normal rows; mean over the sets, its standard error over seeds, and the worst set:\n")
     print("| kind | alpha | theory | Elbo | ± | worst set | threshold from the fitted rows' scores | worst set |")
     print("|---|---|---|---|---|---|---|---|")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.data import FOLDER
+from benchmarks.data import DATA
 
 MOST_ROWS = 10_000
 ANOMALIES = 0.1  # share of the normal rows, in scikit-learn's sets
@@ -60,7 +60,7 @@ def _contest(name: str, seed: int, x: Rows, labels: Labels, contaminated: bool) 
 
 
 def _sets() -> dict[str, tuple[Rows, Labels]]:
-    paths = sorted((FOLDER / "adbench").glob("*.npz"), key=lambda path: int(path.stem.partition("_")[0]))
+    paths = sorted((DATA / "adbench").glob("*.npz"), key=lambda path: int(path.stem.partition("_")[0]))
     if not paths:
         return _bundled()
     loaded = {path.stem.partition("_")[2]: np.load(path) for path in paths}

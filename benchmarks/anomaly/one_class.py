@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.anomaly.datasets import contests
-from benchmarks.data import FOLDER
+from benchmarks.data import DATA
 from models.pipeline import Pipeline
 from training.config import TrainConfig
 from training.data.row_store import RowStore
@@ -49,7 +49,7 @@ def adbench(seed: int, few: bool = False) -> Iterator[OneClass]:
 
 def servers(few: bool = False) -> Iterator[OneClass]:
     """Nine servers' metrics in the order of time; where they are not, or for few rows, one that is made."""
-    paths = sorted((FOLDER / "server-metrics").glob("*.npz"))
+    paths = sorted((DATA / "server-metrics").glob("*.npz"))
     for path in () if few else paths:
         data = np.load(path)
         causes = tuple((int(first), int(last), int(feature)) for first, last, feature in data["causes"])

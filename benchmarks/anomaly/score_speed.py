@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks.data import ROOT, where
+from benchmarks.data import ROOT, describe_machine
 from models.artifact import Artifact, load
 from service.anomaly.inputs import InputRows
 from service.anomaly.verdicts import Scores, decide, results_and_errors
@@ -118,7 +118,7 @@ def main() -> None:
             fits[kind] = process_time() - started
             backends[kind], judges[kind], judges[f"{kind}, verdict"] = judges_of(load(path))
     times = {batch: best(judges, x[:batch], rounds) for batch in BATCHES}
-    print(where("torch", "onnxruntime"), end="\n\n")
+    print(describe_machine("torch", "onnxruntime"), end="\n\n")
     print(f"| detector | runs on | {' | '.join(f'us a row, {b} at a time' for b in BATCHES)} | fit of {len(x):,}, s |")
     print(f"|---|---|{'---|' * len(BATCHES)}---|")
     for name in judges:

@@ -31,7 +31,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
 from benchmarks.anomaly.one_class import KINDS, OneClass, fitted, servers, standardised
-from benchmarks.data import ROOT, where
+from benchmarks.data import ROOT, describe_machine
 from models.calibration import Calibration
 from service.anomaly.smoothing import exponential_mean
 
@@ -170,7 +170,7 @@ def main() -> None:
         found.setdefault("z²", {})[data.name] = deviation(data)
         for name, measures in () if options.smoke else pyod(options.peers, data):
             found.setdefault(name, {})[data.name] = measures
-    print(where("torch"), end="\n\n")
+    print(describe_machine("torch"), end="\n\n")
     print("Means over the servers:\n", *table(found, RANKINGS), sep="\n")
     print(f"\nFalse alarms on normal rows at alpha {ALPHA}:\n", *table(found, ALARMS), sep="\n")
     print("\nCauses named:\n", *table(found, [Column("hits", "HitRate@100 %")]), sep="\n")

@@ -1,10 +1,14 @@
-"""A load generator for what wrk cannot: a constant arrival rate. One process, one request sent again and again.
+"""A load generator with a constant arrival rate, which wrk does not support. It sends one request repeatedly.
 
-`python -m benchmarks.serving.load_client` reads a plan in JSON from standard input and prints one line of JSON.
-With a rate, requests are due at even intervals whatever the server does, and the time of an answer counts from the
-moment at which its request was due, so that a server that stalls is charged with everybody whom it kept waiting.
-When all its connections are taken, requests wait here, and their time runs.
-Without a rate, each connection sends the next request when it has its answer, as wrk does.
+`python -m benchmarks.serving.load_client` reads a plan in JSON from standard input and prints the outcome as one line
+of JSON. The plan has the port of the server, the request, the size of the expected response body, the duration in
+seconds, the most connections, and the rate in requests per second.
+
+With a rate it runs an open loop: requests are due at equal intervals, independently of the responses. Latency counts
+from the time when a request was due, so that it includes the time during which a slow server delays later requests.
+If all connections are busy, requests wait in the client, and their latency includes that.
+
+With the rate null it runs a closed loop: each connection sends the next request when it has the response.
 """
 
 import asyncio
@@ -19,98 +23,98 @@ import httptools
 import numpy as np
 import uvloop
 
-TICK = 0.001  # seconds between two looks at what is due
-PATIENCE = 30.0  # seconds that answers may take after the last request
+TICK = 0.001  # seconds between two checks for requests that are due
+DRAIN_SECONDS = 30.0  # most time to wait for responses after the last request
 
 
 class Tally:
-    """What came of the requests."""
+    """Counts of the outcomes of requests."""
 
     def __init__(self) -> None:
         self.statuses: Counter[int] = Counter()
-        self.times: list[float] = []  # of answers with 200, seconds since they were due
-        self.refusals: list[float] = []  # of other answers, seconds since they were sent
-        self.without_retry_after = 0  # refusals
-        self.wrong_size = 0  # answers with 200
-        self.broken = 0  # connections lost with a request on them
+        self.latencies: list[float] = []  # of responses with status 200, in seconds since the request was due
+        self.refusals: list[float] = []  # of other responses, in seconds since the request was sent
+        self.without_retry_after = 0  # refusals without this header
+        self.wrong_size = 0  # responses with status 200 and a body of unexpected size
+        self.broken = 0  # connections that ended before the response
         self.bytes = 0
 
 
 class Connection(asyncio.Protocol):
-    """One keep-alive connection, with one request at a time. httptools calls the methods named `on_`."""
+    """A keep-alive connection with one request at a time. httptools calls the methods named `on_*`."""
 
     def __init__(self, client: "Client") -> None:
         self._client = client
         self._due: float | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """It is free."""
+        """Create the parser. `Client` sends the first request."""
         self._transport = cast(asyncio.Transport, transport)  # uvloop's does not inherit from it
         self._parser = httptools.HttpResponseParser(self)
 
     def send(self, due: float) -> None:
-        """Send the request that was due at `due`."""
+        """Send the request that was due at time `due`."""
         self._due, self._sent = due, perf_counter()
         self._size, self._retry_after = 0, False
         self._transport.write(self._client.request)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of an answer."""
+        """Parse bytes of the response."""
         self._client.tally.bytes += len(data)
         self._parser.feed_data(data)
 
     def on_header(self, name: bytes, _: bytes) -> None:
-        """A header of the answer."""
+        """Note a Retry-After header."""
         self._retry_after |= name.lower() == b"retry-after"
 
     def on_body(self, body: bytes) -> None:
-        """A part of its body."""
+        """Add up the size of the body."""
         self._size += len(body)
 
     def on_message_complete(self) -> None:
-        """The answer is whole: note it and take the next request."""
+        """Count the response, and give the connection back to the client."""
         now, tally, status = perf_counter(), self._client.tally, self._parser.get_status_code()
         assert self._due is not None
         tally.statuses[status] += 1
         if status != 200:
             tally.refusals.append(now - self._sent)
             tally.without_retry_after += not self._retry_after
-        elif self._client.right_size(self._size):
-            tally.times.append(now - self._due)
+        elif self._client.is_expected_size(self._size):
+            tally.latencies.append(now - self._due)
         else:
             tally.wrong_size += 1
         self._due = None
         if self._parser.should_keep_alive():
-            self._client.free(self)
+            self._client.release(self)
         else:
             self._transport.close()
 
     def connection_lost(self, _: Exception | None) -> None:
-        """The server, or a refusal of it to keep the connection, ended it."""
+        """Count the request as broken if it has no response yet."""
         self._client.tally.broken += self._due is not None
-        self._client.lost(self)
+        self._client.replace(self)
 
 
 class Client:
-    """Sends what the plan says. `run` gives the outcome."""
+    """Carries out a plan."""
 
     def __init__(self, plan: dict[str, Any]) -> None:
         self.plan = plan
         self.request = plan["request"].encode("latin-1")
         self.tally = Tally()
         self._free: list[Connection] = []
-        self._waiting: deque[float] = deque()  # due, and no connection is free
+        self._waiting: deque[float] = deque()  # times when requests were due that wait for a free connection
         self._open = 0
         self._opening: set[asyncio.Task[None]] = set()
         self._sent = 0
-        self._lag = 0.0  # seconds, the longest that this process itself was late
+        self._lag = 0.0  # largest delay of this process itself, in seconds
 
-    def right_size(self, size: int) -> bool:
-        """Whether a body is as large as that of the right answer, or nearly: digits of numbers in JSON may differ."""
+    def is_expected_size(self, size: int) -> bool:
+        """Return whether a body has the expected size within 5 %: the number of digits in JSON varies."""
         return abs(size - int(self.plan["size"])) <= 0.05 * int(self.plan["size"])
 
-    def free(self, connection: Connection) -> None:
-        """It can take a request."""
+    def release(self, connection: Connection) -> None:
+        """Send the next request on `connection`, or keep it for later."""
         if self._waiting:
             connection.send(self._waiting.popleft())
         elif self.plan["rate"] is None and perf_counter() < self._end:
@@ -119,8 +123,8 @@ class Client:
         else:
             self._free.append(connection)
 
-    def lost(self, connection: Connection) -> None:
-        """It is gone. Another takes its place where one is needed."""
+    def replace(self, connection: Connection) -> None:
+        """Remove a closed connection, and open another if it is needed."""
         self._open -= 1
         if connection in self._free:
             self._free.remove(connection)
@@ -128,7 +132,13 @@ class Client:
             self._connect()
 
     async def run(self) -> dict[str, Any]:
-        """Load the server for as long as the plan says, and wait for its last answers."""
+        """Load the server, wait for the last responses, and return the outcome.
+
+        Its keys: sent (requests), answers (responses), statuses (responses by status), refused (responses with another
+        status than 200 or an unexpected size), broken, unanswered, wrong_size, without_retry_after, longest_refusal and
+        p99_refusal (seconds), good (correct responses during the load), seconds (duration of the load), bytes,
+        lag (largest delay of the client), p50 and p99 (latency in seconds).
+        """
         started = perf_counter()
         self._end = started + self.plan["seconds"]
         if self.plan["rate"] is None:
@@ -136,14 +146,14 @@ class Client:
                 self._connect()
             await asyncio.sleep(self.plan["seconds"])
         else:
-            await self._arrivals(started)
+            await self._send_at_rate(started)
         seconds = perf_counter() - started
-        good = len(self.tally.times)
-        while self._unanswered() > 0 and perf_counter() < self._end + PATIENCE:
+        good = len(self.tally.latencies)
+        while self._unanswered() > 0 and perf_counter() < self._end + DRAIN_SECONDS:
             await asyncio.sleep(0.01)
         return self._outcome(seconds, good)
 
-    async def _arrivals(self, started: float) -> None:
+    async def _send_at_rate(self, started: float) -> None:
         interval = 1.0 / self.plan["rate"]
         while (now := perf_counter()) < self._end:
             while (due := started + self._sent * interval) <= now:
@@ -159,11 +169,11 @@ class Client:
     def _connect(self) -> None:
         if self._open < self.plan["connections"]:
             self._open += 1
-            task = asyncio.get_running_loop().create_task(self._opened())
+            task = asyncio.get_running_loop().create_task(self._open_connection())
             self._opening.add(task)
             task.add_done_callback(self._opening.discard)
 
-    async def _opened(self) -> None:
+    async def _open_connection(self) -> None:
         loop = asyncio.get_running_loop()
         try:
             _, connection = await loop.create_connection(lambda: Connection(self), "127.0.0.1", self.plan["port"])
@@ -173,14 +183,16 @@ class Client:
                 self._waiting.popleft()
                 self.tally.broken += 1
         else:
-            self.free(connection)
+            self.release(connection)
 
     def _unanswered(self) -> int:
         return self._sent - self.tally.statuses.total() - self.tally.broken
 
     def _outcome(self, seconds: float, good: int) -> dict[str, Any]:
         tally = self.tally
-        p50, p99 = np.percentile(tally.times, (50, 99)).tolist() if tally.times else (float("nan"), float("nan"))
+        p50, p99 = (
+            np.percentile(tally.latencies, (50, 99)).tolist() if tally.latencies else (float("nan"), float("nan"))
+        )
         return {
             "sent": self._sent, "answers": tally.statuses.total(), "statuses": dict(tally.statuses),
             "refused": tally.statuses.total() - tally.statuses[200] + tally.wrong_size,
@@ -192,9 +204,9 @@ class Client:
 
 
 def main() -> None:
-    """Carry out the plan."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    """Carry out the plan from standard input."""
+    hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     client = Client(json.load(sys.stdin))
     print(json.dumps(uvloop.run(client.run())))
 

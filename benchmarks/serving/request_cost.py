@@ -1,7 +1,10 @@
-"""What a request costs in the service's own process, against a plain FastAPI endpoint around the same module.
+"""Measure the time per request of Elbo's application and of a plain FastAPI endpoint with the same model.
 
-Both applications are called directly as ASGI, without a socket, one after the other in each round, so that the mood of
-the machine hits both. Prints a Markdown table of medians. `--smoke` runs a few rounds only.
+    python benchmarks/serving/request_cost.py
+    python benchmarks/serving/request_cost.py --smoke    # a few rounds
+
+Both applications are called directly through ASGI, without sockets. In each round both are called once, so that changes
+in the machine's speed affect both alike. It prints a Markdown table of medians.
 """
 
 import argparse
@@ -23,7 +26,7 @@ from models.manifest import resolve
 from service.app import create_app
 from service.settings import Settings
 from training.config import TrainConfig
-from training.data import row_store as table_rows
+from training.data.row_store import RowStore
 from training.data.table import Table
 from training.progress import PlainReporter
 from training.train import train
@@ -33,13 +36,13 @@ ROWS = (1, 32, 256)
 
 
 class Rows(BaseModel):
-    """The body of the plain endpoint."""
+    """The request body of the plain endpoint."""
 
     inputs: list[list[float]]
 
 
-def plain_app(module: Any) -> FastAPI:
-    """What FastAPI's tutorial would have one write."""
+def create_plain_app(module: Any) -> FastAPI:
+    """Return a FastAPI application as in FastAPI's tutorial."""
     app = FastAPI()
 
     @app.post("/reconstruct")
@@ -53,7 +56,7 @@ def plain_app(module: Any) -> FastAPI:
 
 
 async def post(app: Any, body: bytes) -> tuple[int, bytes]:
-    """One request to /reconstruct: status and body of the answer."""
+    """Send one request to /reconstruct; return the status and the body of the response."""
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     scope = {
         "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
@@ -66,7 +69,7 @@ async def post(app: Any, body: bytes) -> tuple[int, bytes]:
 
     async def receive() -> dict[str, Any]:
         if not messages:
-            await asyncio.Event().wait()  # the client stays
+            await asyncio.Event().wait()  # the client does not disconnect
         return messages.pop()
 
     async def send(message: dict[str, Any]) -> None:
@@ -79,53 +82,53 @@ async def post(app: Any, body: bytes) -> tuple[int, bytes]:
 
 
 async def compare(elbo: Any, plain: Any, body: bytes, rounds: int) -> tuple[float, float]:
-    """Median milliseconds of both, after checking that they answer alike."""
-    ours, theirs = [np.array(orjson.loads((await post(app, body))[1])["outputs"]) for app in (elbo, plain)]
-    assert np.allclose(ours, theirs, atol=1e-5), "the two applications disagree"
-    seconds: dict[int, list[float]] = {0: [], 1: []}
+    """Return the median time per request of both in ms, after checking that their responses agree."""
+    elbo_outputs, plain_outputs = [
+        np.array(orjson.loads((await post(app, body))[1])["outputs"]) for app in (elbo, plain)
+    ]
+    assert np.allclose(elbo_outputs, plain_outputs, atol=1e-5), "the responses of the two applications differ"
+    elbo_seconds, plain_seconds = [], []
     for _ in range(rounds):
-        for index, app in enumerate((elbo, plain)):
-            seconds[index].append(await timed(app, body))
-    return 1e3 * statistics.median(seconds[0]), 1e3 * statistics.median(seconds[1])
+        elbo_seconds.append(await measure_request(elbo, body))
+        plain_seconds.append(await measure_request(plain, body))
+    return 1e3 * statistics.median(elbo_seconds), 1e3 * statistics.median(plain_seconds)
 
 
-async def timed(app: Any, body: bytes) -> float:
-    """Seconds that one request takes; it must succeed."""
+async def measure_request(app: Any, body: bytes) -> float:
+    """Return the duration of one request in seconds."""
     started = perf_counter()
     status, _ = await post(app, body)
     elapsed = perf_counter() - started
-    assert status == 200, status
+    assert status == 200, f"status {status}"
     return elapsed
 
 
-async def run(root: Path, rounds: int) -> None:
-    """The table."""
+async def print_table(root: Path, rounds: int) -> None:
+    """Measure all batch sizes and print the table."""
     elbo = create_app(Settings(artifacts=root, log_level="error"))
-    plain = plain_app(load(resolve(root, "bench")).module)
+    plain = create_plain_app(load(resolve(root, "bench")).module)
     print("| rows of 784 | Elbo, ms | plain FastAPI, ms | ratio |\n|---|---|---|---|")
     async with elbo.router.lifespan_context(elbo):
         for rows in ROWS:
             x = np.random.RandomState(0).uniform(size=(rows, FEATURES)).astype(np.float32)
             body = orjson.dumps({"inputs": x}, option=orjson.OPT_SERIALIZE_NUMPY)
-            ours, theirs = await compare(elbo, plain, body, max(3, rounds // rows))
-            print(f"| {rows} | {ours:.2f} | {theirs:.2f} | {theirs / ours:.1f}x |", flush=True)
+            elbo_ms, plain_ms = await compare(elbo, plain, body, max(3, rounds // rows))
+            print(f"| {rows} | {elbo_ms:.2f} | {plain_ms:.2f} | {plain_ms / elbo_ms:.1f}x |", flush=True)
 
 
 def main() -> None:
-    """Train a model to serve, then measure."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="a few rounds, to see that it works")
+    """Train a model, then measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="a few rounds, to check that the benchmark works")
     rounds = 30 if parser.parse_args().smoke else 3000
     torch.set_num_threads(1)
     x = np.random.RandomState(1).uniform(size=(500, FEATURES)).astype(np.float32)
     names = [f"x{index}" for index in range(FEATURES)]
     missing = np.zeros(FEATURES, np.int64)
-    table = Table(
-        table_rows.RowStore(x), (FEATURES,), names, [None] * FEATURES, None, None, "uniform noise", missing=missing
-    )
+    table = Table(RowStore(x), (FEATURES,), names, [None] * FEATURES, None, None, "uniform noise", missing=missing)
     with tempfile.TemporaryDirectory() as folder:
         train(TrainConfig(model="vae", name="bench", epochs=1), table, Path(folder), PlainReporter())
-        asyncio.run(run(Path(folder), rounds))
+        asyncio.run(print_table(Path(folder), rounds))
 
 
 if __name__ == "__main__":

@@ -1,110 +1,112 @@
-"""What the serving benchmark prints: Markdown tables of medians over the rounds."""
+"""The tables of `compare_servers.py` in Markdown. Figures are medians over the rounds, with minimum and maximum."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks.serving.contestants import Contestant
-from benchmarks.serving.limits import least
-from benchmarks.serving.load import Sample
-from benchmarks.serving.measures import FEW_COLUMNS, Column, Results
-from benchmarks.serving.targets import Line
+from benchmarks.serving.load_generators import Sample
+from benchmarks.serving.lower_bounds import least_cost
+from benchmarks.serving.measurement import ANOMALY_CONNECTIONS, Column, Results
+from benchmarks.serving.servers import ServerKind
+from benchmarks.serving.targets import Target
 
 MIB = 2**20
+MISSING = "–"
 
 
-def closed_loop(people: Mapping[str, Contestant], columns: Sequence[Column], results: Results) -> None:
-    """Rates, the times of an answer, and Elbo's rate over that of the others."""
+def print_closed_loop(servers: Mapping[str, ServerKind], columns: Sequence[Column], results: Results) -> None:
+    """Print rates, latencies and processor time of all servers, and the ratios of Elbo's rates to theirs."""
     samples = results.samples
-    titles = [column.title for column in columns]
-    measured = [name for name in people if samples.get(name)]
-    _table(
-        "Right answers a second (rounds from, to), with their share of the requests where it is not all",
-        ["", *titles],
-        [[people[name].title, *(_rate(samples[name].get(column)) for column in columns)] for name in measured],
-    )
-    _table(
-        "Time of an answer, ms: median / 99 of 100",
-        ["", *titles],
-        [[people[name].title, *(_times(samples[name].get(column)) for column in columns)] for name in measured],
-    )
-    _table(
-        "Processor time of an answer, ms of one core",
-        ["", *titles],
-        [[people[name].title, *(_cost(samples[name].get(column)) for column in columns)] for name in measured],
-    )
+    head = ["", *(column.title for column in columns)]
+    measured = [name for name in servers if samples.get(name)]
+    for title, format_cell in (
+        ("Correct responses per second, median (min, max), and their share of the requests if below 100 %", _rate),
+        ("Latency, ms: median / 99th percentile", _latency),
+        ("Processor time per response, ms of one core", _cost),
+    ):
+        rows = [
+            [servers[name].title, *(format_cell(samples[name].get(column)) for column in columns)] for name in measured
+        ]
+        _print_table(title, head, rows)
     if "elbo" in measured:
         others = [name for name in measured if name != "elbo"]
-        rows = [[people[name].title, *(_ratio(samples, name, column) for column in columns)] for name in others]
-        _table("Elbo's rate over theirs, of the same round (rounds from, to)", ["", *titles], rows)
+        rows = [[servers[name].title, *(_ratio(samples, name, column) for column in columns)] for name in others]
+        _print_table("Elbo's rate / the server's rate in the same round, median (min, max)", head, rows)
 
 
-def anomaly(results: Results) -> None:
-    """/anomaly against /reconstruct."""
-    if not results.few:
+def print_anomaly(results: Results) -> None:
+    """Print the rates of /anomaly and /reconstruct, and their ratio."""
+    samples = results.anomaly_samples
+    if not samples:
         return
-    paths = list(dict.fromkeys(path for path, _ in results.few))
-    rows = [[path, *(_rate(results.few[path, connections]) for connections in FEW_COLUMNS)] for path in paths]
-    pairs = [zip(*(results.few[path, connections] for path in paths), strict=False) for connections in FEW_COLUMNS]
-    shares = [_spread([theirs.rate / ours.rate for ours, theirs in pair if ours.rate], ".2f") for pair in pairs]
-    titles = ["", *(f"c={connections}, 1 row JSON" for connections in FEW_COLUMNS)]
-    _table("Elbo, a model of 20 features: right answers a second", titles, [*rows, ["second over first", *shares]])
+    reconstruct, anomaly = dict.fromkeys(path for path, _ in samples)
+    rows = [[path, *(_rate(samples[path, count]) for count in ANOMALY_CONNECTIONS)] for path in (reconstruct, anomaly)]
+    ratios = []
+    for count in ANOMALY_CONNECTIONS:
+        pairs = zip(samples[anomaly, count], samples[reconstruct, count], strict=False)
+        ratios.append(_spread([a.rate / b.rate for a, b in pairs if b.rate], ".2f"))
+    head = ["", *(f"c={count}, 1 row JSON" for count in ANOMALY_CONNECTIONS)]
+    title = "Elbo with a model of 20 features: correct responses per second"
+    _print_table(title, head, [*rows, ["/anomaly / /reconstruct", *ratios]])
 
 
-def limits(columns: Sequence[Column], results: Results) -> None:
-    """What there is without a server; and how much of an answer's processor time that leaves to be Elbo's own."""
-    works = list(dict.fromkeys(work for work, _ in results.limits))
-    sizes = list(dict.fromkeys(size for _, size in results.limits))
-    _table(
-        "In this process, on one thread: rows a second",
-        ["", *(f"{size} at a time" for size in sizes)],
-        [[work, *(_spread(results.limits[work, size]) for size in sizes)] for work in works],
+def print_lower_bounds(columns: Sequence[Column], results: Results) -> None:
+    """Print rates without a server, and how much processor time Elbo adds to the least that a response costs."""
+    parts = list(dict.fromkeys(part for part, _ in results.lower_bounds))
+    sizes = list(dict.fromkeys(size for _, size in results.lower_bounds))
+    _print_table(
+        "Without a server, in one thread: rows per second",
+        ["", *(f"batches of {size}" for size in sizes)],
+        [[part, *(_spread(results.lower_bounds[part, size]) for size in sizes)] for part in parts],
     )
-    shares = [least(column, results) for column in columns]
-    ours = [results.samples.get("elbo", {}).get(column) for column in columns]
-    if not all(shares) or not all(ours):
+    least = [least_cost(column, results) for column in columns]
+    samples = [results.samples.get("elbo", {}).get(column) for column in columns]
+    if not all(least) or not all(samples):
         return
-    own = [1e3 * median(sample.cost for sample in samples or ()) for samples in ours]
-    lines = [[name, *(f"{share[name]:.3f}" for share in shares)] for name in shares[0]]
-    rest = [f"{mine - sum(share.values()):.3f}" for mine, share in zip(own, shares, strict=True)]
-    title = "The least that an answer costs with these libraries, and what Elbo adds, ms of one core"
-    _table(title, ["", *(column.title for column in columns)], [*lines, ["Elbo's own", *rest]])
+    rows = [[part, *(f"{costs[part]:.3f}" for costs in least)] for part in least[0]]
+    totals = [1e3 * median(sample.cost for sample in column_samples or ()) for column_samples in samples]
+    added = [f"{total - sum(costs.values()):.3f}" for total, costs in zip(totals, least, strict=True)]
+    title = "The least processor time of a response with these libraries, and what Elbo adds, ms of one core"
+    _print_table(title, ["", *(column.title for column in columns)], [*rows, ["added by Elbo", *added]])
 
 
-def open_loop(outcomes: Mapping[str, Sequence[Mapping[str, Any]]], rows: int, seconds: float) -> None:
-    """The open loops: a line each."""
-    lines = [_open_line(title, outcome) for title, several in outcomes.items() for outcome in several]
-    titles = [
-        "", "of its capacity", "due/s", "sent/s", "right/s (of capacity)", "p50 / p99, ms", "answers by status",
-        "lost", "refusals: p99 / longest, ms", "without Retry-After", "RSS MiB before / peak / after",
-        "client late, ms",
+def print_open_loop(outcomes: Mapping[str, Sequence[Mapping[str, Any]]], rows: int, seconds: float) -> None:
+    """Print the outcomes of the open loops, one line each."""
+    if not outcomes:
+        return
+    head = [
+        "", "rate / capacity", "due/s", "sent/s", "correct/s (/ capacity)", "p50 / p99, ms", "responses by status",
+        "lost", "refusals: p99 / slowest, ms", "without Retry-After", "RSS before / peak / after, MiB",
+        "client delay, ms",
     ]  # fmt: skip
-    row = "1 row" if rows == 1 else f"{rows} rows"
-    if lines:
-        _table(f"Open loop, {row} JSON, {seconds:g} s", titles, lines)
-        print(
-            "\nThe capacity is what a closed loop of 32 connections by the same client reaches. Times of right answers"
-            "\ncount from when the request was due, those of refusals from when it was sent. `client late` is how far"
-            "\nthe client itself fell behind its plan at worst: it shares the cores with the server."
-        )
+    lines = [_open_loop_row(title, outcome) for title, several in outcomes.items() for outcome in several]
+    _print_table(f"Open loop, {'1 row' if rows == 1 else f'{rows} rows'} JSON, {seconds:g} s", head, lines)
+    print(
+        "\nCapacity is the rate of a closed loop of 32 connections with the same client. Latency of correct responses"
+        "\ncounts from the time when the request was due, that of refusals from the time when it was sent."
+        "\n`client delay` is the largest delay of the client itself, which shares the cores with the server."
+    )
 
 
-def targets(found: Iterable[Line]) -> None:
-    """What was aimed at, and what was reached."""
-    rows = [[what, target, f"{value:.3g}", "met" if met else "missed"] for what, target, value, met in found]
+def print_targets(targets: Iterable[Target]) -> None:
+    """Print the targets, and whether they are met."""
+    rows = [
+        [target.title, target.target, f"{target.measured:.3g}", "met" if target.met else "missed"] for target in targets
+    ]
     if rows:
-        _table("Targets", ["", "target", "measured", ""], rows)
+        _print_table("Targets", ["", "target", "measured", ""], rows)
 
 
-def _open_line(title: str, outcome: Mapping[str, Any]) -> list[str]:
-    seconds, good = outcome["seconds"], outcome["good"] / outcome["seconds"]
+def _open_loop_row(title: str, outcome: Mapping[str, Any]) -> list[str]:
+    seconds = outcome["seconds"]
+    rate = outcome["good"] / seconds
     due = outcome["share"] * outcome["capacity"]
     return [
         title,
         f"{outcome['share']:.0%}",
         f"{due:,.0f}",
         f"{outcome['sent'] / seconds:,.0f}",
-        f"{good:,.0f} ({good / outcome['capacity']:.0%})",
+        f"{rate:,.0f} ({rate / outcome['capacity']:.0%})",
         f"{1e3 * outcome['p50']:.1f} / {1e3 * outcome['p99']:.1f}",
         ", ".join(f"{status}: {count:,}" for status, count in outcome["statuses"].items()),
         f"{outcome['broken'] + outcome['unanswered'] + outcome['wrong_size']:,}",
@@ -117,36 +119,38 @@ def _open_line(title: str, outcome: Mapping[str, Any]) -> list[str]:
 
 def _rate(samples: Sequence[Sample] | None) -> str:
     if not samples:
-        return "–"
-    right = min(sample.right for sample in samples)
-    return _spread([sample.rate for sample in samples]) + ("" if right > 0.9999 else f" {right:.1%} right")
+        return MISSING
+    correct_share = min(sample.correct_share for sample in samples)
+    rate = _spread([sample.rate for sample in samples])
+    return rate if correct_share > 0.9999 else f"{rate} {correct_share:.1%} correct"
 
 
-def _times(samples: Sequence[Sample] | None) -> str:
+def _latency(samples: Sequence[Sample] | None) -> str:
     if not samples:
-        return "–"
-    middle, tail = median(sample.p50 for sample in samples), median(sample.p99 for sample in samples)
-    return f"{1e3 * middle:.2f} / {1e3 * tail:.1f}"
+        return MISSING
+    p50, p99 = median(sample.p50 for sample in samples), median(sample.p99 for sample in samples)
+    return f"{1e3 * p50:.2f} / {1e3 * p99:.1f}"
 
 
 def _cost(samples: Sequence[Sample] | None) -> str:
-    return _spread([1e3 * sample.cost for sample in samples], ".3f") if samples else "–"
+    return _spread([1e3 * sample.cost for sample in samples], ".3f") if samples else MISSING
 
 
 def _ratio(samples: Mapping[str, Mapping[Column, Sequence[Sample]]], name: str, column: Column) -> str:
-    ours, theirs = (samples[who].get(column, ()) for who in ("elbo", name))
-    pairs = zip(ours, theirs, strict=False)  # one may have dropped out
-    ratios = [first.rate / second.rate for first, second in pairs if second.rate]
-    return _spread(ratios, ".2f") if ratios else "–"
+    elbo, other = samples["elbo"].get(column, ()), samples[name].get(column, ())
+    pairs = zip(elbo, other, strict=False)  # a server that failed has fewer rounds
+    return _spread([a.rate / b.rate for a, b in pairs if b.rate], ".2f")
 
 
 def _spread(values: Sequence[float], form: str = ",.0f") -> str:
+    if not values:
+        return MISSING
     if len(values) == 1:
         return f"{values[0]:{form}}"
-    return f"{median(values):{form}} ({min(values):{form}}, {max(values):{form}})" if values else "–"
+    return f"{median(values):{form}} ({min(values):{form}}, {max(values):{form}})"
 
 
-def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     print(f"\n{title}:\n")
     print(f"| {' | '.join(head)} |")
     print(f"|{'---|' * len(head)}")

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from benchmarks.data import pictures
+from benchmarks.data import load_images
 from models.vae import VAE
 from training.config import TrainConfig
 from training.data.row_store import RowStore
@@ -68,7 +68,7 @@ class Result:
 
 def digits(smoke: bool) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Training and test pictures [N, H, W] from 0 to 255."""
-    train, test = (pictures(part)[1].astype(np.float32) for part in ("train", "test"))
+    train, test = (load_images(part)[1].astype(np.float32) for part in ("train", "test"))
     return (train[:2_000], test[:50]) if smoke else (train, test)
 
 

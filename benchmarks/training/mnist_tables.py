@@ -18,7 +18,7 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from benchmarks.data import pictures, where
+from benchmarks.data import describe_machine, load_images
 from models.pipeline import Pipeline
 from models.vae import VAE
 from training.config import TrainConfig
@@ -141,15 +141,15 @@ def main() -> None:
     parser.add_argument("--only", choices=AIMS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    name, train = pictures("train")
-    test = torch.from_numpy(pictures("test")[1].reshape(-1, train[0].size).astype(np.float32))
+    name, train = load_images("train")
+    test = torch.from_numpy(load_images("test")[1].reshape(-1, train[0].size).astype(np.float32))
     reserved = RESERVED
     if options.smoke:
         train, test, reserved = train[:1_400], test[:200], 100
     order = np.arange(len(train))
     fitted, held_out, calibration = np.split(order, [len(train) - 2 * reserved, len(train) - reserved])
     data = prepare_data(table_of(train, name), Split(fitted, held_out, calibration))
-    print(where("torch"), end="\n\n")
+    print(describe_machine("torch"), end="\n\n")
     print(f"{name}: {len(fitted):,} rows fit, {reserved:,} choose the epoch, {len(test):,} of the test file judge.\n")
     print("| what | options of elbo train | measured on the test file | reached | target | PCA | CPU s |")
     print("|---|---|---|---|---|---|---|")

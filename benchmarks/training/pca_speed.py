@@ -24,7 +24,7 @@ import torch
 from sklearn.decomposition import PCA, IncrementalPCA
 from threadpoolctl import threadpool_limits
 
-from benchmarks.data import ROOT, pictures, where
+from benchmarks.data import ROOT, describe_machine, load_images
 from training.fitting.pca import fit_pca
 
 LATENTS = 32
@@ -69,8 +69,8 @@ def error(mean: Rows, components: Rows, x: Rows) -> float:
 
 def in_memory(rounds: int, most: int) -> None:
     """The first table, of at most `most` rows."""
-    name, train = pictures("train")
-    test = pictures("test")[1].reshape(-1, train[0].size) / 255.0
+    name, train = load_images("train")
+    test = load_images("test")[1].reshape(-1, train[0].size) / 255.0
     raw = train[:most].reshape(-1, train[0].size)
     fits: dict[str, Fit] = {"Elbo": elbo, "sklearn covariance_eigh": sklearn("covariance_eigh")}
     fits |= {"sklearn randomized": sklearn("randomized")}
@@ -184,7 +184,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(where("torch", "numpy", "scipy", "scikit-learn"), end="\n\n")
+    print(describe_machine("torch", "numpy", "scipy", "scikit-learn"), end="\n\n")
     with threadpool_limits(1):
         in_memory(*((2, 5_000) if options.smoke else (7, 1_000_000)))
         if options.large:

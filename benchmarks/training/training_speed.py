@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.data import ROOT, pictures, where
+from benchmarks.data import ROOT, describe_machine, load_images
 from benchmarks.training.contestants import BATCH, EPOCHS, HELD_OUT, HIDDEN, LATENTS
 
 ONE_CORE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--peers", default=str(ROOT / ".venv-peers" / "bin" / "python"), metavar="PYTHON")
     options = parser.parse_args()
     rounds, rows = (2, 1_280) if options.smoke else (11, 12_800)
-    name, x = pictures("train")
+    name, x = load_images("train")
     x = x[: rows + HELD_OUT].reshape(-1, x[0].size)
     rows = len(x) - HELD_OUT
     contestants, failures = {}, {}
@@ -104,7 +104,7 @@ def main() -> None:
                 contestants[key] = Contestant(key, python, path)
             except RuntimeError as error:
                 failures[key] = str(error)
-        print(where("torch"), end="\n\n")
+        print(describe_machine("torch"), end="\n\n")
         layers = f"{x.shape[1]}-{HIDDEN}-{LATENTS}"
         print(
             f"VAE {layers}, Bernoulli, batches of {BATCH}, {rows:,} rows of {name} and {HELD_OUT:,} held out, one core,"

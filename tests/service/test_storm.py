@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.serving.client import Pool, storm
+from benchmarks.serving.checking_client import RowPool, send_with_disconnects
 from models.artifact import Artifact
 from tests.service.process import ServerProcess, server_starter
 from tests.service.scrape import scrape, total
@@ -30,11 +30,11 @@ def test_server_under_random_disconnects_answers_the_remaining_clients_and_leaks
         process.wait_for_worker()
     x = digits[:64]
     with torch.inference_mode():
-        pool = Pool(x, vae.module(torch.from_numpy(x)).numpy())
-    seen = asyncio.run(storm(process.port, pool, "vae", requests=400, together=40, seed=2))
-    assert (seen.wrong, seen.lost, dict(seen.statuses)) == (0, 0, {})
-    assert seen.right >= 200
-    assert seen.right + seen.left == 400
+        pool = RowPool(x, vae.module(torch.from_numpy(x)).numpy())
+    outcomes = asyncio.run(send_with_disconnects(process.port, pool, "vae", requests=400, concurrency=40, seed=2))
+    assert (outcomes.wrong, outcomes.lost, dict(outcomes.statuses)) == (0, 0, {})
+    assert outcomes.correct >= 200
+    assert outcomes.correct + outcomes.disconnected == 400
     with process.client() as client:
         wait_until(lambda: total(scrape(client), "elbo_pending_rows") == 0)
         assert total(scrape(client), "elbo_pending_bytes") == 0

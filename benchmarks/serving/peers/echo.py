@@ -1,6 +1,7 @@
-"""What no server on uvicorn can beat: the body comes back as it went. `python -m ... WORKERS PORT`.
+"""Return request bodies unchanged, as a lower bound for servers on uvicorn.
 
-`/` is a bare ASGI application, `/fastapi` the same through FastAPI's routing.
+Run `python -m benchmarks.serving.peers.echo WORKERS PORT`. `/` is a bare ASGI application; `/fastapi` is an endpoint of
+FastAPI.
 """
 
 import sys
@@ -14,12 +15,12 @@ fastapi = FastAPI()
 
 @fastapi.post("/fastapi")
 async def echo(request: Request) -> Response:
-    """The body."""
+    """Return the request body."""
     return Response(await request.body(), media_type="application/json")
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
-    """ASGI: the body, or FastAPI."""
+    """Return the request body for the path /, and pass other requests to FastAPI."""
     if scope["type"] != "http" or scope["path"] != "/":
         return await fastapi(scope, receive, send)
     parts, more = [], True

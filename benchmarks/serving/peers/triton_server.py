@@ -1,8 +1,9 @@
-"""NVIDIA Triton through PyTriton. `python -m benchmarks.serving.peers.triton MODEL PORT`.
+"""Serve the model with NVIDIA Triton through PyTriton: `python -m benchmarks.serving.peers.triton_server MODEL PORT`.
 
-The dynamic batcher without delay, up to 1,024 rows: it takes what waits, the best for throughput here. Two instances of
-the model, one a core. Its own protocol in both forms: JSON, and the binary extension. Triton's PyTorch backend, which
-needs no Python to run, is in NVIDIA's container alone; the wheel brings the Python backend.
+The dynamic batcher without delay batches the waiting rows, up to 1,024, which gives the highest rate here. Two
+instances of the model, one per core. The Open Inference Protocol in JSON and with the binary extension. The wheel
+contains only Triton's Python backend; its PyTorch backend, which runs without Python, is available only in NVIDIA's
+container.
 """
 
 import sys
@@ -14,13 +15,13 @@ from pytriton.decorators import batch
 from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
 from pytriton.triton import Triton, TritonConfig
 
-from benchmarks.serving.peers.module import free_port, load, reconstruct
+from benchmarks.serving.peers.torchscript_module import free_port, load, reconstruct
 
 FEATURES = 784
 
 
-def instance(path: str) -> Any:
-    """One instance's function: it is called in a process of its own, and loads there at its first call."""
+def create_instance(path: str) -> Any:
+    """Return the function of one instance. It runs in its own process, and loads the model in its first call."""
     loaded: list[Any] = []
 
     @batch  # type: ignore[untyped-decorator] # PyTriton has no types
@@ -33,7 +34,7 @@ def instance(path: str) -> Any:
 
 
 def main() -> None:
-    """Serve until told to stop."""
+    """Serve until the process is stopped."""
     path, port = sys.argv[1], int(sys.argv[2])
     config = TritonConfig(
         http_address="127.0.0.1", http_port=port, grpc_address="127.0.0.1", grpc_port=free_port(),
@@ -42,7 +43,7 @@ def main() -> None:
     with Triton(config=config) as triton:
         triton.bind(
             model_name="vae",
-            infer_func=[instance(path), instance(path)],
+            infer_func=[create_instance(path), create_instance(path)],
             inputs=[Tensor(name="x", dtype=np.float32, shape=(FEATURES,))],
             outputs=[Tensor(name="x_hat", dtype=np.float32, shape=(FEATURES,))],
             config=ModelConfig(max_batch_size=1024, batcher=DynamicBatcher(max_queue_delay_microseconds=0)),

@@ -1,5 +1,5 @@
--- wrk's script: the same request again and again; at the end, what came of it as one line of JSON.
--- LOAD_BODY names the file of the body, LOAD_HEADERS has one `Name: value` a line.
+-- A script for wrk: send one request repeatedly, and print the outcome as one line of JSON.
+-- LOAD_BODY is the file with the request body; LOAD_HEADERS has one `Name: value` per line.
 wrk.method = "POST"
 local file = assert(io.open(os.getenv("LOAD_BODY"), "rb"))
 wrk.body = file:read("*a")

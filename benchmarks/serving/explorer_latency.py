@@ -1,8 +1,14 @@
-"""From the pointer to the decoded picture, in a real Chromium on the demonstration models; what the page costs to open.
+"""Measure the explorer page in Chromium: the time from pointer to decoded image, first paint, size, and frame times.
 
-Each move of the pointer over the map of the latent space is timed by the browser's own clock: from the event to the
-frame after the new picture is in the page. Also the first paint of the page, its weight without models' data, and
-frames while 20,000 rows lie on the map. Prints Markdown. `--smoke` trains briefly and moves a few times only.
+    python benchmarks/serving/explorer_latency.py                         # trains the demonstration models first
+    python benchmarks/serving/explorer_latency.py --artifacts artifacts   # uses those of `elbo demo`
+    python benchmarks/serving/explorer_latency.py --smoke                 # trains briefly, few moves
+
+For each move of the pointer over the map of the latent space, the browser's clock measures the time from the event to
+the frame after the new image is in the page. Frame times are measured with 20,000 rows of a file on the map. The
+size of the page excludes the models' data.
+
+It needs Chromium (`apt-get install chromium`) and the packages of the tests. It prints Markdown.
 """
 
 import argparse
@@ -26,7 +32,7 @@ from training.progress import PlainReporter
 from training.train import train
 
 ROWS = 20_000
-WATCH = """() => {
+RECORD_LATENCIES = """() => {
   window.times = [];
   let stamp = null;
   addEventListener("pointermove", (event) => { stamp = event.timeStamp; }, true);
@@ -36,7 +42,7 @@ WATCH = """() => {
     if (since !== null) requestAnimationFrame(() => setTimeout(() => times.push(performance.now() - since)));
   }).observe(document.querySelector(".point-card .output"), { childList: true });
 }"""
-FRAMES = """() => {
+RECORD_FRAMES = """() => {
   window.frames_ = [];
   let last = performance.now();
   const tick = (now) => { frames_.push(now - last); last = now; requestAnimationFrame(tick); };
@@ -44,35 +50,35 @@ FRAMES = """() => {
 }"""
 
 
-def moved(page: Page, moves: int) -> list[float]:
-    """Milliseconds from each of `moves` moves of the pointer to its picture; one waits for the other."""
+def measure_moves(page: Page, moves: int) -> list[float]:
+    """Move the pointer `moves` times, each after the image of the move before; return all latencies in ms."""
     box = page.locator(".map-card .map").bounding_box()
     assert box
     random = np.random.RandomState(0).uniform(0.1, 0.9, (moves, 2))
     for x, y in random:
-        seen = page.evaluate("times.length")
+        count = page.evaluate("times.length")
         page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
-        while page.evaluate("times.length") == seen:
+        while page.evaluate("times.length") == count:
             page.wait_for_timeout(1)
     times: list[float] = page.evaluate("times")
     return times
 
 
-def latency(browser: Browser, base: str, model: str, moves: int) -> str:
-    """A line of the table."""
+def measure_latency(browser: Browser, base: str, model: str, moves: int) -> str:
+    """Return the row of the table for `model`."""
     page = browser.new_page(viewport={"width": 1280, "height": 1000})
     page.goto(f"{base}?view=latent&model={model}")
     page.wait_for_selector(".point-card .output > *")
-    page.evaluate(WATCH)
-    moved(page, 10)
+    page.evaluate(RECORD_LATENCIES)
+    measure_moves(page, 10)  # warm-up
     page.evaluate("times.length = 0")
-    times = moved(page, moves)
+    times = measure_moves(page, moves)
     page.close()
     return f"| {model} | {statistics.median(times):.1f} | {np.quantile(times, 0.95):.1f} | {len(times)} |"
 
 
-def opening(browser: Browser, base: str) -> tuple[float, float, int]:
-    """First paint and first contentful paint in ms, and bytes of the heaviest view without models' data."""
+def measure_opening(browser: Browser, base: str) -> tuple[float, float, int]:
+    """Return first paint and first contentful paint in ms, and the size of the latent view in bytes."""
     page = browser.new_page()
     page.goto(f"{base}?view=latent")
     page.wait_for_selector(".point-card .output > *")
@@ -83,12 +89,12 @@ def opening(browser: Browser, base: str) -> tuple[float, float, int]:
         "performance.getEntries().filter(e => e.decodedBodySize).map(e => [e.name, e.decodedBodySize])"
     )
     page.close()
-    weight = sum(size for name, size in entries if "/static/" in name or name.endswith("?view=latent"))
-    return paints["first-paint"], paints["first-contentful-paint"], weight
+    total = sum(size for name, size in entries if "/static/" in name or name.endswith("?view=latent"))
+    return paints["first-paint"], paints["first-contentful-paint"], total
 
 
-def crowded(browser: Browser, base: str, rows: int, moves: int) -> list[float]:
-    """Milliseconds between frames while the pointer moves over a map with `rows` rows of a file."""
+def measure_frames(browser: Browser, base: str, rows: int, moves: int) -> list[float]:
+    """Return the frame times in ms while the pointer moves over a map with `rows` rows of a file."""
     page = browser.new_page(viewport={"width": 1280, "height": 1000})
     page.goto(f"{base}?view=latent&model=vae")
     page.wait_for_selector(".point-card .output > *")
@@ -97,9 +103,9 @@ def crowded(browser: Browser, base: str, rows: int, moves: int) -> list[float]:
     content = io.BytesIO()
     np.save(content, x + np.random.RandomState(0).normal(0, 0.05, x.shape).astype(np.float32))
     file = {"name": "rows.npy", "mimeType": "application/octet-stream", "buffer": content.getvalue()}
-    page.get_by_label("file of rows to show on the map").set_input_files(file)  # type: ignore[arg-type] # a dict where playwright has its own
+    page.get_by_label("file of rows to show on the map").set_input_files(file)  # type: ignore[arg-type] # a dict instead of a TypedDict
     page.get_by_text(f"{rows} rows from your file").wait_for(timeout=120_000)
-    page.evaluate(FRAMES)
+    page.evaluate(RECORD_FRAMES)
     box = page.locator(".map-card .map").bounding_box()
     assert box
     for step in range(moves):
@@ -110,30 +116,30 @@ def crowded(browser: Browser, base: str, rows: int, moves: int) -> list[float]:
 
 
 def measure(root: Path, executable: str, moves: int, rows: int) -> None:
-    """Print everything about the models in `root`."""
+    """Measure the page with the models in `root`, and print the results."""
     app = create_app(Settings(artifacts=root, log_level="error"))
     with running(app) as client, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, args=FLAGS)
         base = str(client.base_url)
-        first, contentful, weight = opening(browser, base)
-        print("| model | pointer to picture, median ms | 95 % | moves |\n|---|---|---|---|")
+        first_paint, contentful_paint, size = measure_opening(browser, base)
+        print("| model | pointer to image, median ms | 95th percentile, ms | moves |\n|---|---|---|---|")
         for config in DEMONSTRATION:
-            print(latency(browser, base, config.name, moves), flush=True)
-        frames = crowded(browser, base, rows, moves)
-        print(f"\nfirst paint {first:.0f} ms, contentful {contentful:.0f} ms; {weight:,} bytes before models' data")
-        print(f"{rows:,} rows: {statistics.median(frames):.1f} ms a frame, the longest {max(frames):.0f} ms")
+            print(measure_latency(browser, base, config.name, moves), flush=True)
+        frames = measure_frames(browser, base, rows, moves)
+        print(f"\nFirst paint {first_paint:.0f} ms, first contentful paint {contentful_paint:.0f} ms, {size:,} bytes.")
+        print(f"{rows:,} rows: median frame {statistics.median(frames):.1f} ms, longest {max(frames):.0f} ms.")
         browser.close()
 
 
 def main() -> None:
-    """Train what is served where it is missing, then measure."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="brief, to see that it works")
-    parser.add_argument("--artifacts", type=Path, help="a folder where elbo demo has been, to train nothing")
+    """Train the models unless a folder is given, then measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="brief, to check that the benchmark works")
+    parser.add_argument("--artifacts", type=Path, help="an artifact folder with the models of `elbo demo`")
     options = parser.parse_args()
     executable = shutil.which("chromium") or shutil.which("chromium-browser")
     if executable is None:
-        raise SystemExit("benchmarks/serving/explorer.py needs Chromium: apt-get install chromium")
+        raise SystemExit("Chromium is missing: install it with apt-get install chromium")
     with tempfile.TemporaryDirectory() as folder:
         root = options.artifacts or Path(folder)
         for config in DEMONSTRATION if options.artifacts is None else ():

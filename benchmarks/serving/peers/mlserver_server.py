@@ -1,8 +1,8 @@
-"""MLServer. `python -m benchmarks.serving.peers.ml_server MODEL PORT`.
+"""Serve the model with MLServer: `python -m benchmarks.serving.peers.mlserver_server MODEL PORT`.
 
-Adaptive batching, up to 64 requests or 2 ms: it is off by default, and its documentation asks to choose both by trial.
-No parallel workers: the pool that they run in costs a queue between processes, and batching and HTTP stay in one
-process anyway. It speaks the same protocol as Triton in JSON; its HTTP server lacks the binary extension.
+Adaptive batching of up to 64 requests or 2 ms. It is off by default, and its documentation recommends to choose both
+values by experiment. No parallel workers: their pool adds a queue between processes, while batching and HTTP remain in
+one process. Its JSON protocol is that of Triton; its HTTP server does not support the binary extension.
 """
 
 import json
@@ -18,19 +18,19 @@ from mlserver import MLModel
 from mlserver.codecs import NumpyCodec
 from mlserver.types import InferenceRequest, InferenceResponse
 
-from benchmarks.serving.peers.module import free_port, load, reconstruct
+from benchmarks.serving.peers.torchscript_module import free_port, load, reconstruct
 
 
 class Vae(MLModel):  # type: ignore[misc] # MLServer has no types
-    """MLServer's runtime: it loads once and answers whole batches."""
+    """The MLServer runtime of the model."""
 
     async def load(self) -> bool:
-        """Load."""
+        """Load the model."""
         self.module: Any = load(os.environ["PEER_MODEL"])
         return True
 
     async def predict(self, payload: InferenceRequest) -> InferenceResponse:
-        """x [B, D] to x_hat [B, D]."""
+        """Return the reconstructions of a batch of rows."""
         x = NumpyCodec.decode_input(payload.inputs[0]).astype(np.float32, copy=False)
         x_hat = reconstruct(self.module, torch.from_numpy(x)).numpy()
         outputs = [NumpyCodec.encode_output("x_hat", x_hat)]
@@ -38,7 +38,7 @@ class Vae(MLModel):  # type: ignore[misc] # MLServer has no types
 
 
 def main() -> None:
-    """Write its configuration beside the folder of artifacts, and become it."""
+    """Write the configuration next to the artifact folder, and replace this process with MLServer."""
     os.environ["PEER_MODEL"] = sys.argv[1]
     folder = Path(tempfile.mkdtemp(prefix="mlserver-", dir=Path(sys.argv[1]).parents[3]))
     server = {
@@ -46,7 +46,7 @@ def main() -> None:
         "parallel_workers": 0, "debug": False, "load_models_at_startup": True,
     }  # fmt: skip
     model = {
-        "name": "vae", "implementation": "benchmarks.serving.peers.ml_server.Vae",
+        "name": "vae", "implementation": "benchmarks.serving.peers.mlserver_server.Vae",
         "max_batch_size": 64, "max_batch_time": 0.002,
     }  # fmt: skip
     (folder / "settings.json").write_text(json.dumps(server))

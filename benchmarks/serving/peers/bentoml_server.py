@@ -1,8 +1,8 @@
-"""BentoML. `python -m benchmarks.serving.peers.bento MODEL PORT`.
+"""Serve the model with BentoML: `python -m benchmarks.serving.peers.bentoml_server MODEL PORT`.
 
-Adaptive batching over rows, up to 1,024, as its documentation advises for models that take batches; it learns by itself
-how long to wait. Two workers, one a core, because the numbers are walked in Python. NumPy arrays in and out, its way
-for tensors. Its only binary form is pickle, which no server should take from strangers: none is measured.
+Adaptive batching of up to 1,024 rows, as its documentation recommends for models that accept batches; BentoML adapts
+the waiting time itself. Two workers, one per core, because it converts numbers in Python. Inputs and outputs are NumPy
+arrays, its type for tensors. Its only binary format is pickle, which is unsafe for untrusted input and not measured.
 """
 
 import os
@@ -14,23 +14,23 @@ import numpy as np
 import torch
 from bentoml.validators import DType
 
-from benchmarks.serving.peers.module import load, reconstruct
+from benchmarks.serving.peers.torchscript_module import load, reconstruct
 
 
 @bentoml.service(workers=2, traffic={"timeout": 60}, logging={"access": {"enabled": False}})
 class Vae:
-    """The service; one object in each worker."""
+    """The service; each worker has one object."""
 
     def __init__(self) -> None:
         self.module: Any = load(os.environ["PEER_MODEL"])
 
     @bentoml.api(batchable=True, max_batch_size=1024, max_latency_ms=10_000)  # type: ignore[untyped-decorator] # BentoML has no types
     def reconstruct(self, inputs: Annotated[np.ndarray, DType("float32")]) -> np.ndarray:
-        """x [B, D] to its reconstruction [B, D]."""
+        """Return the reconstructions [B, D] of inputs [B, D]."""
         return reconstruct(self.module, torch.from_numpy(np.ascontiguousarray(inputs))).numpy()
 
 
 if __name__ == "__main__":
     os.environ |= {"PEER_MODEL": sys.argv[1], "BENTOML_DO_NOT_TRACK": "true"}
-    command = [sys.executable, "-m", "bentoml", "serve", "benchmarks.serving.peers.bento:Vae"]
+    command = [sys.executable, "-m", "bentoml", "serve", "benchmarks.serving.peers.bentoml_server:Vae"]
     os.execv(sys.executable, [*command, "--host", "127.0.0.1", "--port", sys.argv[2]])

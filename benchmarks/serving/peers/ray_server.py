@@ -1,8 +1,9 @@
-"""Ray Serve. `python -m benchmarks.serving.peers.ray_serve MODEL PORT`.
+"""Serve the model with Ray Serve: `python -m benchmarks.serving.peers.ray_server MODEL PORT`.
 
-`@serve.batch` takes what waits, up to 64 requests, without a timeout. Two replicas, one a core; 100 requests may be
-under way in each (the default of 5 would starve the batches); throughput mode (RAY_SERVE_THROUGHPUT_OPTIMIZED), which
-its documentation offers for loads such as this one; no dashboard, no access log. It has no binary protocol.
+`@serve.batch` batches the waiting requests, up to 64, without a timeout. Two replicas, one per core, with up to 100
+concurrent requests each: with the default of 5, batches would be small. Throughput mode
+(RAY_SERVE_THROUGHPUT_OPTIMIZED), which its documentation recommends for such loads. No dashboard and no access log. It
+has no binary protocol.
 """
 
 import logging
@@ -18,7 +19,7 @@ import torch
 from ray import serve
 from starlette.requests import Request
 
-from benchmarks.serving.peers.module import load, reconstruct
+from benchmarks.serving.peers.torchscript_module import load, reconstruct
 
 
 @serve.deployment(
@@ -28,19 +29,19 @@ from benchmarks.serving.peers.module import load, reconstruct
     logging_config={"enable_access_log": False, "log_level": "WARNING"},
 )
 class Vae:
-    """A replica."""
+    """The deployment; each replica has one object."""
 
     def __init__(self, path: str) -> None:
         self.module: Any = load(path)
 
     @serve.batch(max_batch_size=64, batch_wait_timeout_s=0)  # type: ignore[untyped-decorator] # Ray has no types
-    async def reconstruct(self, several: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Rows [B, D] of many requests to their reconstructions."""
-        outputs = reconstruct(self.module, torch.cat(several))
-        return list(outputs.split([len(x) for x in several]))
+    async def reconstruct(self, requests: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the reconstructions of several requests, given their rows [B, D]."""
+        outputs = reconstruct(self.module, torch.cat(requests))
+        return list(outputs.split([len(x) for x in requests]))
 
     async def __call__(self, request: Request) -> dict[str, Any]:
-        """One request."""
+        """Answer one request."""
         rows = torch.tensor((await request.json())["inputs"])
         return {"outputs": (await self.reconstruct(rows)).tolist()}
 

@@ -1,32 +1,32 @@
-"""What the peers share: the same file, loaded as each of their users would load it, on one thread."""
+"""Load the artifact as a plain TorchScript module, on one thread; shared by the other servers."""
 
 import socket
 from typing import Any
 
 import torch
 
-WARM_ROWS = (1, 32, 256)
+WARM_UP_ROWS = (1, 32, 256)
 
 
 def load(path: str, features: int = 784) -> Any:
-    """The module of the artifact at `path`, frozen and warm: x [B, D] to its reconstruction [B, D]."""
+    """Return the module of the artifact at `path`, frozen and warmed up."""
     torch.set_num_threads(1)
     module = torch.jit.freeze(torch.jit.load(path).eval())
-    for rows in WARM_ROWS:
-        for _ in range(3):  # TorchScript re-optimises on its second and third call
+    for rows in WARM_UP_ROWS:
+        for _ in range(3):  # TorchScript optimises in its second and third call
             reconstruct(module, torch.rand(rows, features))
     return module
 
 
 def reconstruct(module: Any, x: torch.Tensor) -> torch.Tensor:
-    """`module` of x [B, D], without gradients."""
+    """Return the reconstruction [B, D] of x [B, D]."""
     with torch.inference_mode():
         output: torch.Tensor = module(x)
     return output
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on just now, for what a server insists on opening besides HTTP."""
+    """Return an unused port of 127.0.0.1, for the ports besides HTTP that some servers always open."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]

@@ -1,9 +1,9 @@
-"""LitServe. `python -m benchmarks.serving.peers.lit MODEL PORT`.
+"""Serve the model with LitServe: `python -m benchmarks.serving.peers.litserve_server MODEL PORT`.
 
-Batches of up to 16 requests, so that two workers share 32 connections, or what comes in 2 ms. Without a timeout (its
-default) a worker whose model batches asks its queue without pause, and two of them took both cores from the HTTP side.
-Two workers and two HTTP processes, because both walk the numbers in Python; the ZeroMQ queue (fast_queue), which its
-documentation recommends for many requests a second. It has no binary protocol.
+Batches of up to 16 requests, so that two workers share 32 connections, or those that arrive in 2 ms. With the default
+timeout of 0, workers poll their queue continuously, and two of them use both cores. Two workers and two HTTP processes,
+because both convert numbers in Python. The ZeroMQ queue (fast_queue), which its documentation recommends for high
+request rates. It has no binary protocol.
 """
 
 import sys
@@ -12,35 +12,35 @@ from typing import Any
 import litserve
 import torch
 
-from benchmarks.serving.peers.module import load, reconstruct
+from benchmarks.serving.peers.torchscript_module import load, reconstruct
 
 
 class Vae(litserve.LitAPI):  # type: ignore[misc] # LitServe has no types
-    """Requests of any number of rows, batched by concatenation."""
+    """Batches requests by concatenating their rows."""
 
     def setup(self, _: str) -> None:
-        """Load, once in each worker."""
+        """Load the model, once per worker."""
         self.module = load(sys.argv[1])
 
     def decode_request(self, request: dict[str, Any]) -> torch.Tensor:
-        """The rows [B, D] of a request."""
+        """Return the rows [B, D] of a request."""
         return torch.tensor(request["inputs"])
 
     def batch(self, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, list[int]]:
-        """All rows, and how many are whose."""
+        """Return the rows of all requests, and the number of rows per request."""
         return torch.cat(inputs), [len(x) for x in inputs]
 
     def predict(self, batch: tuple[torch.Tensor, list[int]]) -> tuple[torch.Tensor, ...]:
-        """The reconstructions of each request."""
+        """Return the reconstructions, one tensor per request."""
         x, sizes = batch
         return tuple(reconstruct(self.module, x).split(sizes))
 
     def unbatch(self, output: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-        """One for each."""
+        """Return the tensors as a list."""
         return list(output)
 
     def encode_response(self, output: torch.Tensor) -> dict[str, Any]:
-        """The answer."""
+        """Return the response body."""
         return {"outputs": output.tolist()}
 
 

@@ -1,0 +1,227 @@
+"""Measure one server: start it, check its responses, load it in closed and open loops, and stop it."""
+
+import http.client
+from dataclasses import dataclass, field, replace
+from time import monotonic, sleep
+from typing import Any
+
+import numpy as np
+import orjson
+
+from benchmarks.serving import load_generators
+from benchmarks.serving.load_generators import Request, Sample
+from benchmarks.serving.server_process import ServerProcess, free_port
+from benchmarks.serving.servers import JSON, ServerKind, environment
+from benchmarks.serving.workload import Workload
+
+START_SECONDS = 180.0  # most time from the start of a server to its first response
+IDLE_SECONDS = 10.0  # most time to wait until a started server is idle; Ray never is
+WARM_UP_SECONDS = 1.0  # of each load, before it is measured
+SETTLE_SECONDS = 3.0  # after an open loop, before memory is measured again
+CAPACITY_SHARES = (0.7, 3.0)  # rates of the open loops, relative to the capacity of the server
+TOLERANCE = 1e-4  # of a response against the output of the module
+
+
+@dataclass(frozen=True)
+class Column:
+    """One closed-loop load, a column of the tables.
+
+    Args:
+        connections: connections that each send the next request when the response arrives.
+        rows: rows per request.
+        binary: whether requests and responses are binary instead of JSON.
+    """
+
+    connections: int
+    rows: int
+    binary: bool = False
+
+    @property
+    def title(self) -> str:
+        """The head of the column."""
+        rows = "1 row" if self.rows == 1 else f"{self.rows} rows"
+        return f"c={self.connections}, {rows} {'binary' if self.binary else 'JSON'}"
+
+
+COLUMNS = (Column(1, 1), Column(32, 1), Column(32, 32), Column(32, 32, binary=True), Column(8, 256, binary=True))
+ANOMALY_CONNECTIONS = (1, 32)
+
+
+@dataclass
+class Results:
+    """The results of all rounds.
+
+    Args:
+        samples: by server and column, one sample per round.
+        anomaly_samples: of Elbo's model with few features, by path and number of connections, one sample per round.
+        lower_bounds: rows per second without a server, by part of the work and batch size, one figure per round.
+        failures: reasons why servers were left out, by server.
+    """
+
+    samples: dict[str, dict[Column, list[Sample]]] = field(default_factory=dict)
+    anomaly_samples: dict[tuple[str, int], list[Sample]] = field(default_factory=dict)
+    lower_bounds: dict[tuple[str, int], list[float]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MeasuredServer:
+    """A server to measure.
+
+    Args:
+        name: its key in `server_kinds`.
+        kind: how to start it and to send requests to it.
+        workload: the models and rows.
+        elbo_settings: environment variables, if the server is Elbo.
+    """
+
+    name: str
+    kind: ServerKind
+    workload: Workload
+    elbo_settings: dict[str, str]
+
+    def start(self, port: int) -> ServerProcess:
+        """Start its process."""
+        kind = self.kind
+        command = [kind.python(self.name), "-m", kind.module, *kind.arguments(self.workload.model, port)]
+        variables = environment(self.name, self.workload.folder / "artifacts", port, self.elbo_settings)
+        return ServerProcess(command, variables, self.workload.folder / f"{self.name}.log")
+
+
+def measure_server(server: MeasuredServer, results: Results, seconds: float, thorough: bool) -> None:
+    """Measure each column once for `seconds`, and add the samples to `results`.
+
+    With `thorough`, all columns are measured, each after a warm-up; otherwise every second one, without.
+
+    Raises:
+        RuntimeError: the server does not start, exits, or gives a wrong response.
+    """
+    port = free_port()
+    with server.start(port) as process:
+        wait_until_ready(process, port, server)
+        samples = results.samples.setdefault(server.name, {})
+        for column in COLUMNS if thorough else COLUMNS[::2]:
+            request = server.kind.protocol.create_request(server.workload.rows[column.rows], column.binary)
+            if request is not None:
+                size = check_response(port, request, server, column)
+                sample = _measure(process, port, request, size, column.connections, seconds, thorough)
+                samples.setdefault(column, []).append(sample)
+        if server.name == "elbo":
+            _measure_anomaly(process, port, server.workload, results, seconds, thorough)
+        process.require_alive()
+
+
+def wait_until_ready(process: ServerProcess, port: int, server: MeasuredServer) -> None:
+    """Wait until the server responds and is idle.
+
+    Raises:
+        RuntimeError: it has exited, or has not responded after START_SECONDS.
+    """
+    request = server.kind.protocol.create_request(server.workload.rows[1], binary=False)
+    assert request is not None
+    deadline, last_error = monotonic() + START_SECONDS, ""
+    while monotonic() < deadline:
+        process.require_alive()
+        try:
+            post(port, request)
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            last_error = str(error)
+            sleep(0.2)
+        else:
+            process.wait_until_idle(IDLE_SECONDS)
+            return
+    raise RuntimeError(f"no response {START_SECONDS:g} s after the start: {last_error}")
+
+
+def check_response(port: int, request: Request, server: MeasuredServer, column: Column) -> int:
+    """Compare the response to `request` with the output of the module; return its size in bytes.
+
+    Raises:
+        RuntimeError: they differ.
+    """
+    protocol, workload = server.kind.protocol, server.workload
+    expected = (workload.rows if protocol.echoes else workload.outputs)[column.rows]
+    body = post(port, request)
+    outputs = protocol.parse_response(body, column.binary)
+    if outputs.size != expected.size or not np.allclose(outputs.reshape(expected.shape), expected, atol=TOLERANCE):
+        raise RuntimeError(f"{column.title}: the response differs from the output of the module: {body[:80]!r}...")
+    return len(body)
+
+
+def post(port: int, request: Request) -> bytes:
+    """Send `request` and return the response body.
+
+    Raises:
+        RuntimeError: the status is not 200.
+    """
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        connection.request("POST", request.path, request.body, request.headers)
+        response = connection.getresponse()
+        body = response.read()
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise RuntimeError(f"status {response.status}: {body[:200].decode(errors='replace')}")
+    return body
+
+
+def measure_open_loop(server: MeasuredServer, *, rows: int, seconds: float, connections: int) -> list[dict[str, Any]]:
+    """Measure open loops at each of CAPACITY_SHARES for `seconds`.
+
+    Returns:
+        Per share, the outcome of the client (`load_client.Client.run`), and share, capacity (responses per second), and
+        memory before, at the peak and after, in bytes.
+
+    Raises:
+        RuntimeError: the server does not start, exits, or gives a wrong response.
+    """
+    port, outcomes = free_port(), []
+    with server.start(port) as process:
+        wait_until_ready(process, port, server)
+        column = Column(32, rows)
+        request = server.kind.protocol.create_request(server.workload.rows[rows], binary=False)
+        assert request is not None
+        size = check_response(port, request, server, column)
+        load_generators.measure_capacity(port, request, size, column.connections, min(seconds, 2.0))  # warm-up
+        capacity = load_generators.measure_capacity(port, request, size, column.connections, min(seconds, 5.0))
+        for share in CAPACITY_SHARES:
+            before, peak = process.memory(), 0
+            client = load_generators.start_open_loop(
+                port, request, size, rate=share * capacity, seconds=seconds, connections=connections
+            )
+            while client.poll() is None:
+                peak = max(peak, process.memory())
+                sleep(0.25)
+            outcome = load_generators.read_outcome(client)
+            sleep(min(seconds, SETTLE_SECONDS))
+            memory = {"before": before, "peak": peak, "after": process.memory()}
+            outcomes.append({**outcome, **memory, "share": share, "capacity": capacity})
+            process.require_alive()
+    return outcomes
+
+
+def _measure(
+    process: ServerProcess, port: int, request: Request, size: int, connections: int, seconds: float, warm_up: bool
+) -> Sample:
+    if warm_up:
+        load_generators.run_closed_loop(port, request, size, connections, WARM_UP_SECONDS)
+    before = process.processor_seconds()
+    sample = load_generators.run_closed_loop(port, request, size, connections, seconds)
+    responses = sample.rate * seconds
+    if not responses:
+        return sample
+    return replace(sample, cost=(process.processor_seconds() - before) / responses)
+
+
+def _measure_anomaly(
+    process: ServerProcess, port: int, workload: Workload, results: Results, seconds: float, thorough: bool
+) -> None:
+    """Measure /reconstruct, and /anomaly with five contributions, with one row of few features."""
+    body = orjson.dumps({"inputs": workload.few_features}, option=orjson.OPT_SERIALIZE_NUMPY)
+    for path in ("/reconstruct?model=hosts", "/anomaly?model=hosts&explain=5"):
+        request = Request(path, JSON, body)
+        size = len(post(port, request))
+        for connections in ANOMALY_CONNECTIONS:
+            sample = _measure(process, port, request, size, connections, seconds, thorough)
+            results.anomaly_samples.setdefault((path, connections), []).append(sample)

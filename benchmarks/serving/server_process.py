@@ -1,0 +1,151 @@
+"""Start, observe and stop server processes. Linux only, because it reads /proc.
+
+Helper processes of Ray and Triton outlive their parents. This process adopts such orphans (`adopt_orphans`), so that
+they remain its descendants and are killed with the server.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from time import monotonic, sleep
+
+from benchmarks.data import ROOT
+
+PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
+STOP_SECONDS = 10.0  # between SIGTERM and SIGKILL
+TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+IDLE_SHARE = 0.1  # processor seconds per second below which a server is idle
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+def adopt_orphans() -> None:
+    """Make orphaned descendants children of this process, and raise KeyboardInterrupt on SIGTERM."""
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl failed: this needs Linux")
+    signal.signal(signal.SIGTERM, _raise_interrupt)
+
+
+def _raise_interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that is currently unused."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+    return port
+
+
+class ServerProcess:
+    """A server process and its descendants. Leaving the context stops them all.
+
+    Args:
+        command: the command that starts the server.
+        environment: environment variables, added to those of this process.
+        log: file for its standard output and standard error.
+    """
+
+    def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
+        self.log = log
+        with log.open("w") as output:
+            self._process = subprocess.Popen(
+                command, cwd=ROOT, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=output,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def __enter__(self) -> "ServerProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_SECONDS)
+        _kill_descendants()
+        self._process.wait()
+
+    def require_alive(self) -> None:
+        """Raise RuntimeError with the last line of its log if it has exited."""
+        if self._process.poll() is not None:
+            lines = self.log.read_text(errors="replace").strip().splitlines()
+            last_line = lines[-1] if lines else "its log is empty"
+            raise RuntimeError(f"the server exited with {self._process.returncode}: {last_line}")
+
+    @property
+    def pid(self) -> int:
+        """Process ID of the server."""
+        return self._process.pid
+
+    def descendants(self) -> list[int]:
+        """Return the process IDs of its children, then of their children, and so on."""
+        return list(_descendants(self.pid))
+
+    def wait(self, seconds: float) -> int:
+        """Wait for its end and return the exit code.
+
+        Raises:
+            subprocess.TimeoutExpired: it has not ended after `seconds`.
+        """
+        return self._process.wait(seconds)
+
+    def wait_until_idle(self, seconds: float) -> None:
+        """Wait at most `seconds` until the server is idle: workers can still start when the first one responds."""
+        end, before = monotonic() + seconds, self.processor_seconds()
+        while monotonic() < end:
+            sleep(1.0)
+            now = self.processor_seconds()
+            if now - before < IDLE_SHARE:
+                return
+            before = now
+
+    def processor_seconds(self) -> float:
+        """Return the processor time that it and its descendants have used."""
+        return sum(_ticks(pid) for pid in (self.pid, *_descendants(self.pid))) / TICKS_PER_SECOND
+
+    def memory(self) -> int:
+        """Return the resident memory of it and its descendants in bytes. Shared pages count once per process."""
+        return sum(_resident(pid) for pid in (self._process.pid, *_descendants(self._process.pid)))
+
+
+def _ticks(pid: int) -> int:
+    with suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
+    return 0
+
+
+def _resident(pid: int) -> int:
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_BYTES
+    return 0
+
+
+def _descendants(ancestor: int) -> Iterator[int]:
+    """Yield the children of `ancestor`, then their children, and so on."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]  # after the name: state, parent
+                children.setdefault(int(parent), []).append(int(entry.name))
+    found = [ancestor]
+    for pid in found:
+        found += children.get(pid, [])
+    yield from found[1:]
+
+
+def _kill_descendants() -> None:
+    """Kill and reap all descendants of this process: only one server runs at a time."""
+    deadline = monotonic() + STOP_SECONDS
+    while (pids := list(_descendants(os.getpid()))) and monotonic() < deadline:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        sleep(0.02)

@@ -1,0 +1,83 @@
+"""The models and rows of the serving benchmarks. The models are trained and published as by `elbo train`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from models.artifact import load
+from models.manifest import resolve
+from service.inference.backend_selection import select_backend
+from service.inference.backends import Backend
+from training.config import TrainConfig
+from training.data.row_store import RowStore
+from training.data.table import Table
+from training.progress import SilentReporter
+from training.train import train
+
+BATCH_SIZES = (1, 32, 256)
+FEATURES = 784
+FEW_FEATURES = 20  # features of the model for /anomaly
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the servers serve, and the rows that clients send.
+
+    Args:
+        folder: temporary folder; `artifacts` in it is the artifact folder, with the models "vae" and "hosts".
+        model: the artifact of the model "vae", which all servers serve.
+        module: its module, loaded in this process.
+        twin: its ONNX twin, loaded in this process.
+        rows: inputs x [B, FEATURES], by batch size B.
+        outputs: reconstructions x_hat [B, FEATURES] by the module, by batch size B.
+        few_features: one row for the model "hosts", [1, FEW_FEATURES].
+    """
+
+    folder: Path
+    model: Path
+    module: Any
+    twin: Backend
+    rows: dict[int, Array]
+    outputs: dict[int, Array]
+    few_features: Array
+
+
+def create_workload(folder: Path) -> Workload:
+    """Train and publish the models under `folder`, for one epoch: their speed does not depend on the weights."""
+    torch.set_num_threads(1)
+    artifacts = folder / "artifacts"
+    _train_vae(artifacts, "vae", FEATURES, hidden=(400, 400), latents=20)
+    _train_vae(artifacts, "hosts", FEW_FEATURES, hidden=(64, 32), latents=4)
+    artifact = load(resolve(artifacts, "vae"))
+    module = artifact.module
+    rows = {count: _uniform(1, count, FEATURES) for count in BATCH_SIZES}
+    with torch.inference_mode():
+        outputs = {count: module(torch.from_numpy(x)).numpy() for count, x in rows.items()}
+    return Workload(
+        folder=folder,
+        model=resolve(artifacts, "vae"),
+        module=module,
+        twin=select_backend(artifact, requested="onnx").backend,
+        rows=rows,
+        outputs=outputs,
+        few_features=_uniform(1, 1, FEW_FEATURES),
+    )
+
+
+def _train_vae(artifacts: Path, name: str, features: int, hidden: tuple[int, ...], latents: int) -> None:
+    x = _uniform(0, 200, features)
+    names = [f"x{index}" for index in range(features)]
+    missing = np.zeros(features, np.int64)
+    table = Table(RowStore(x), (features,), names, [None] * features, None, None, "uniform noise", missing=missing)
+    config = TrainConfig(model="vae", name=name, hidden=hidden, latents=latents, epochs=1)
+    train(config, table, artifacts, SilentReporter())
+
+
+def _uniform(seed: int, rows: int, features: int) -> Array:
+    return np.random.RandomState(seed).uniform(size=(rows, features)).astype(np.float32)
