@@ -56,7 +56,7 @@ def create_app(settings: Settings, counters: SharedCounters | None = None) -> Fa
     in its own format before the middleware sees them.
 
     Args:
-        settings: the settings of the service.
+        settings: settings of the service.
         counters: metrics shared with the other worker processes; by default the metrics of this process alone.
 
     Raises:

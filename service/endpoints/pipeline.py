@@ -39,17 +39,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RequestSpec(Generic[B, T]):
-    """What one endpoint accepts, and the formats in which it responds.
+    """The request that one endpoint accepts.
 
     Args:
         schema: the fields of the request.
-        read: returns the model's inputs, given the model, the fields, and whether booleans, NaN or infinity may be
-            among the numbers.
-        row_fields: fields that hold rows; each may hold ELBO_MAX_ROWS rows.
-        count_field: a field that says how many rows to generate; it is limited to ELBO_MAX_ROWS as well.
-        array_field: the field that an npy or safetensors body is read as; without one these media types are refused.
-        readers: parsers for further media types of the body.
-        pictures: whether image models can respond with image/png.
+        read: reads the model's inputs from the fields. Its arguments are the model, the fields, and whether the JSON
+            arrays may contain booleans, NaN or infinity.
+        row_fields: fields that hold rows, at most ELBO_MAX_ROWS each.
+        count_field: the field with the number of rows to generate, at most ELBO_MAX_ROWS.
+        array_field: the field that holds the array of an npy or safetensors body; None refuses these media types.
+        readers: parsers of the body for further media types.
+        pictures: whether the response of an image model can be image/png.
     """
 
     schema: type[B]
@@ -63,14 +63,14 @@ class RequestSpec(Generic[B, T]):
 
 @dataclass(slots=True)
 class ParsedRequest(Generic[B, T]):
-    """A request that has been read and validated.
+    """A request after it was read and validated.
 
     Args:
         request: the HTTP request.
         record: what metrics and the access log keep of it.
         served: the model that answers.
-        media_type: the format of the response.
-        deadline: when the client gives up, by `perf_counter`.
+        media_type: the media type of the response.
+        deadline: when the request times out, by `perf_counter`.
         body: the validated fields.
         inputs: what the endpoint's `RequestSpec.read` returned.
     """
@@ -117,7 +117,7 @@ async def parse_request(
 
 
 async def _admit(service: ServiceContext, request: RequestContext, packed: bool, deadline: float) -> bytes:
-    """Return the body of a request once it has a place at work.
+    """Return the request body, once admission control lets the request run.
 
     Raises:
         Overloaded: the request is refused; if the queue is full, before its body is read.
@@ -135,7 +135,7 @@ async def _admit(service: ServiceContext, request: RequestContext, packed: bool,
 
 
 def _deadline(service: ServiceContext, request: RequestContext) -> float:
-    """Return when the client of `request` gives up, by `perf_counter`. Raises InvalidField."""
+    """Return when `request` times out, by `perf_counter`. Raises InvalidField for an invalid X-Request-Timeout."""
     header = request.headers.get(b"x-request-timeout")
     if header is None:
         return request.record.started + service.settings.request_timeout
@@ -203,14 +203,14 @@ async def render_response(
     columns: int | None = None,
     allow_nan: bool = False,
 ) -> HttpResponse:
-    """Return the response in the format that the client accepts.
+    """Return the response in the media type of `parsed`.
 
     Args:
         parsed: the request.
-        fields: all fields of a JSON response; a safetensors response holds those that are arrays.
+        fields: the fields of a JSON response; a safetensors response has its arrays, and its integers as metadata.
         main: the array of an npy or image/png response.
-        columns: how many tiles a row of the picture has; by default the picture is about square.
-        allow_nan: whether npy and safetensors responses may hold NaN: the table of verdicts does, for rows without one.
+        columns: tiles per line of the image; by default the image is about square.
+        allow_nan: whether an npy or safetensors response may contain NaN, which marks rows without a verdict.
 
     Raises:
         OverflowInModel: if a number of the response is not finite.
@@ -256,11 +256,11 @@ class _DisconnectWatch:
         self._is_disconnected = False
 
     def start(self) -> None:
-        """Start to watch, in a task."""
+        """Start watching in another task."""
         self._watcher = asyncio.get_running_loop().create_task(self._cancel_on_disconnect())
 
     def stop(self) -> None:
-        """Stop to watch."""
+        """Stop watching."""
         if self._watcher:
             self._watcher.cancel()
 

@@ -24,23 +24,23 @@ from service.monitoring.periodic import PeriodicTask
 from service.schemas import AnomalyBody
 
 POLL_SECONDS = 1.0  # between two checks for rows that have waited long enough for their last sample
-MAX_WAITING_ROWS = 20_000  # while more rows wait to be scored, samples are refused
-MAX_LOGGED_ROWS = 5  # anomalous rows per batch of rows that the log names
-LOGGED_FEATURES = 3  # per row
-TIME, GROUP = "\0time", "\0group"  # keys of a record; no feature has such a name
+MAX_WAITING_ROWS = 20_000  # while more rows wait to be scored, requests are refused
+MAX_LOGGED_ROWS = 5  # anomalous rows logged each time that rows are scored
+LOGGED_FEATURES = 3  # features per logged row
+TIME, GROUP = "\0time", "\0group"  # record keys that cannot be the name of a feature
 
 log = logging.getLogger("elbo.receiver")
 
 
 @dataclass
 class _TargetState:
-    """One target of the mapping, and the rows being assembled from samples for its model.
+    """One target of the mapping, with the rows that are being assembled for its model.
 
     Args:
-        reference: names the model; None is the default model.
-        target: the target's settings.
+        reference: the name of the model; None for the default model.
+        target: the settings of the target.
         served: the model, while it is served.
-        aligner: the rows; None until the model has been served once.
+        aligner: assembles samples to rows; None until the model has been served once.
     """
 
     reference: str | None
@@ -50,7 +50,7 @@ class _TargetState:
 
 
 class RemoteWriteEndpoint:
-    """Receive samples, assemble them to rows, and score every row once it is complete or has waited long enough."""
+    """The remote-write endpoint: scores each row once its samples are complete or it has waited long enough."""
 
     def __init__(self, service: ServiceContext, targets: dict[str | None, SeriesMapping]) -> None:
         self._service = service
@@ -85,7 +85,7 @@ class RemoteWriteEndpoint:
         return HttpResponse(b"", b"", status=204)
 
     def start(self) -> None:
-        """Start to score rows that have waited long enough."""
+        """Start scoring rows that have waited long enough."""
         self._polling.start()
 
     async def close(self) -> None:
@@ -119,7 +119,7 @@ class RemoteWriteEndpoint:
         return [state.aligner for state in self._states if state.served and state.aligner]
 
     async def _score_due(self, everything: bool = False) -> None:
-        """Score the rows that are due, or all rows. The lock keeps each group's rows in the order of time."""
+        """Score the rows that are due, or all rows. The lock keeps the rows of a group in the order of time."""
         async with self._lock:
             for state in self._states:
                 if state.served and state.aligner:

@@ -55,13 +55,13 @@ class Endpoint:
     """One path, its handler, and its description in the OpenAPI document.
 
     Args:
-        path: may hold a parameter in braces.
-        handler: answers requests.
-        errors: statuses of the errors that it may respond with.
+        path: the path, with parameters in braces.
+        handler: the function that answers requests.
+        errors: statuses of its error responses.
         answer: schema of a JSON response.
-        media_type: of a response without a schema.
-        spec: what an endpoint that runs a model accepts.
-        reads: media types of a request body that has no fields.
+        media_type: media type of a response without a schema.
+        spec: the request, for endpoints that run a model.
+        reads: media types of a request body that has no schema.
     """
 
     path: str
