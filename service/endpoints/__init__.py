@@ -1,1 +1,1 @@
-"""What each path does: the table of routes, the handlers, the OpenAPI document."""
+"""The endpoints: the table of routes, the handlers and the OpenAPI document."""

@@ -22,7 +22,7 @@ from service.http.request import HttpResponse, RequestContext
 from service.inference.served_model import ServedModel
 from service.schemas import AnomalyBody
 
-MAX_LINE_BYTES = 2**20  # more for rows of many features
+MAX_LINE_BYTES = 2**20  # wide rows may be longer
 MAX_NUMBER_BYTES = 32  # a JSON number and its comma
 
 
@@ -124,7 +124,7 @@ def _response_lines(
 ) -> bytes:
     """Return results and errors, one per line, in the order of their rows.
 
-    The verdicts number the rows from 0; in the response, `first_row` is the number of the first.
+    `first_row` is the index of the first row in the stream; the verdicts count from 0.
     """
     if body.detail == "none":
         return b""

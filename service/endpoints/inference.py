@@ -29,7 +29,7 @@ from service.schemas import AnomalyBody, DecodeBody, EncodeBody, End, Interpolat
 
 Array = npt.NDArray[np.float32]
 MAX_STRIP_STEPS = 32  # up to this many steps, the image of an interpolation is a single row of tiles
-FLOOR_TOLERANCE = 1e-6  # relative: 0.005, say, must not count as below the floor 1 / 200 because of rounding
+FLOOR_TOLERANCE = 1e-6  # relative; without it, rounding could put an alpha of 0.005 below the floor 1 / 200
 
 
 class InferenceEndpoints:
@@ -94,7 +94,7 @@ class InferenceEndpoints:
         return [end.values[0] if end.is_code else next(encoded) for end in parsed.inputs]
 
     async def anomaly(self, request: RequestContext) -> HttpResponse:
-        """Score rows: whether each is anomalous, how sure that is, and which features make it so."""
+        """Score rows: return per row the score, the p-value, the verdict and the features that contribute most."""
         if anomaly_stream.is_requested(request):
             return anomaly_stream.AnomalyStream(self._service, request).response()
         parsed = await parse_request(self._service, request, ANOMALY)
@@ -182,7 +182,7 @@ ANOMALY = RequestSpec(
 
 
 def _anomaly_fields(parsed: ParsedRequest[AnomalyBody, InputRows], verdicts: Verdicts) -> dict[str, Any]:
-    """Return the fields of an `AnomalyAnswer`; with `detail` "none" the counts alone."""
+    """Return the fields of an `AnomalyAnswer`; if `detail` is "none", only the counts."""
     body, served, input_rows = parsed.body, parsed.served, parsed.inputs
     counts = {
         "rows": input_rows.rows_received,
@@ -207,7 +207,7 @@ def _anomaly_fields(parsed: ParsedRequest[AnomalyBody, InputRows], verdicts: Ver
 
 
 def _imputed(served: ServedModel, *rows: Array) -> dict[str, int]:
-    """Return the field `imputed`, the number of missing values in `rows`, each [N, D]; nothing if none is missing."""
+    """Return the field `imputed`, the number of missing values in `rows`, each [N, D]; empty if none is missing."""
     count = sum(int(np.isnan(x).sum()) for x in rows) if served.row_schema.allows_missing else 0
     return {"imputed": count} if count else {}
 

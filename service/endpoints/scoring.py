@@ -17,7 +17,7 @@ from service.inference.served_model import ServedModel
 from service.schemas import AnomalyBody
 
 Array = npt.NDArray[np.float32]
-RETRY_SECONDS = 0.02  # before rows that found the queue full are queued again
+RETRY_SECONDS = 0.02  # between two attempts to queue rows while the queue is full
 
 
 async def score_rows(
@@ -30,8 +30,8 @@ async def score_rows(
     """Return the verdicts on `input_rows`, or None if no row could be read.
 
     Args:
-        service: whose metrics count the rows.
-        served: the model that scores them.
+        service: its metrics count the rows.
+        served: the model that scores the rows.
         input_rows: the rows.
         body: alpha and the other options of /anomaly.
         run: runs an operation on rows [B, D] with `served`.
@@ -47,11 +47,11 @@ async def score_rows(
 async def run_when_free(
     service: ServiceContext, served: ServedModel, operation: Operation, *inputs: Array
 ) -> tuple[Array, ...]:
-    """Run `operation` for a sender that can wait: while the queue is full, try again until ELBO_REQUEST_TIMEOUT.
+    """Run `operation`; while the queue is full, try again for at most ELBO_REQUEST_TIMEOUT.
 
     Raises:
-        Overloaded: if the queue is still full then.
-        DeadlineExceeded: if the rows were queued and the model has not finished by then.
+        Overloaded: if the queue is still full at the end of that time.
+        DeadlineExceeded: if the rows were queued but the model did not finish in that time.
     """
     deadline = perf_counter() + service.settings.request_timeout
     while True:

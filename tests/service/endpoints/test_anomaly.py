@@ -143,9 +143,9 @@ def test_row_whose_score_overflows_gets_the_largest_float32(client: httpx.Client
 
 def test_row_that_overflows_in_the_model_is_the_only_error(client: httpx.Client, digits: np.ndarray) -> None:
     answer = post(client, "/anomaly", {"inputs": [[3e38, -3e38] * 32, digits[0].tolist()]}, params={"model": "vae"})
-    judged = column(answer, "row").tolist()
-    assert 1 in judged
-    assert sorted(judged + [error["row"] for error in answer["errors"]]) == [0, 1]
+    scored = column(answer, "row").tolist()
+    assert 1 in scored
+    assert sorted(scored + [error["row"] for error in answer["errors"]]) == [0, 1]
 
 
 def test_fdr_flags_the_rows_that_benjamini_hochberg_rejects(client: httpx.Client, mixed: np.ndarray) -> None:

@@ -1,4 +1,7 @@
-"""The same request gives the same response: bit-exact if sent alone, to 1e-6 if it shares a batch with others."""
+"""The same request gives the same response: bit-exact if sent alone, to 1e-6 if it shares a batch.
+
+Samples with a seed are always bit-exact.
+"""
 
 import asyncio
 from collections.abc import Iterator
