@@ -80,7 +80,7 @@ class AnomalyStream:
             yield ndjson.dumps(error.problem(self._record.request_id))
 
     async def _unpacked_pieces(self) -> AsyncIterator[bytes]:
-        async for piece in self._request.pieces():
+        async for piece in self._request.stream():
             if self._gunzip is None:
                 yield piece
                 continue

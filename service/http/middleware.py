@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.errors import ClientGone, InternalError, ServiceError
 from service.http.admission import TICKET, AdmissionControl
-from service.http.request import BodyLimits, HttpResponse, RequestContext, visible_in
+from service.http.request import BodyLimits, HttpResponse, RequestContext, scope_with_request
 from service.monitoring.logs import AccessLog
 from service.monitoring.metrics import Metrics
 
@@ -60,19 +60,21 @@ class RequestMiddleware:
         try:
             if handler:
                 request.record.endpoint = path
-                await request.answer(await _respond(handler, request))
+                await request.respond(await _respond(handler, request))
             else:
                 await self._pass_on(request)
         except Exception as error:
-            if await _refuse(request, error):
+            problem = _as_service_error(request, error)
+            if request.response_started:
                 raise
+            await request.respond_with_error(problem)
         finally:
-            request.end()
+            request.finish()
             self._metrics.count(request.record)
             self._access.log(request.record)
 
     async def _pass_on(self, request: RequestContext) -> None:
-        scope = visible_in(request.scope, request)
+        scope = scope_with_request(request)
         if scope["method"] == "HEAD":  # answered like GET: the server omits the body
             scope["method"] = "GET"
         await self._app(scope, request.receive, request.send)
@@ -86,26 +88,16 @@ async def _respond(handler: Handler, request: RequestContext) -> HttpResponse:
         request.ticket.release()
 
 
-async def _refuse(request: RequestContext, error: Exception) -> bool:
-    """Answer with `error`, or with a 500 that gives only the request id if it is not a ServiceError.
-
-    Returns:
-        True if the response had already started, so that the error could not be sent.
-    """
-    problem = _as_service_error(error)
-    request.record.problem = problem.code
+def _as_service_error(request: RequestContext, error: Exception) -> ServiceError:
+    """Return the error that the client gets, and record its code. An unexpected error is logged with its traceback."""
+    if isinstance(error, ServiceError):
+        problem = error
+    elif isinstance(error, ClientDisconnect):
+        problem = ClientGone("the client disconnected before it had sent the whole request body")
+    else:
+        problem = InternalError("the server failed; its log has the details under this request id")
     if isinstance(problem, InternalError):
         fields = {"request_id": request.record.request_id, "path": request.scope["path"]}
         log.exception("unhandled error", extra={"fields": fields})
-    if request.started:
-        return True
-    await request.refuse(problem)
-    return False
-
-
-def _as_service_error(error: Exception) -> ServiceError:
-    if isinstance(error, ServiceError):
-        return error
-    if isinstance(error, ClientDisconnect):
-        return ClientGone("the client disconnected before it had sent the whole request body")
-    return InternalError("the server failed; its log has the details under this request id")
+    request.record.problem = problem.code
+    return problem

@@ -10,7 +10,7 @@ from starlette.types import Scope
 
 from service.errors import PROBLEM_JSON, Overloaded
 from service.http.admission import Refusal
-from service.http.request import Header, record_of
+from service.http.request import Header, new_record
 from service.monitoring.logs import AccessLog
 from service.monitoring.metrics import Metrics
 
@@ -37,7 +37,7 @@ class HeadRefusal:
             refusal: why the request is refused.
             default_headers: headers that the server adds to every response.
         """
-        record = record_of(scope, dict(reversed(scope["headers"])))
+        record = new_record(scope, dict(reversed(scope["headers"])))
         record.endpoint = scope["path"]
         record.status = Overloaded.status
         record.problem = Overloaded.code

@@ -1,4 +1,4 @@
-"""One HTTP request under way: what it asks, and the answer that it gets."""
+"""One HTTP request under way: its headers, query and body, and the response to it."""
 
 import asyncio
 import os
@@ -16,25 +16,31 @@ from service.errors import PROBLEM_JSON, BodyTooLarge, BodyTooSlow, ClientGone, 
 from service.http.admission import Ticket
 from service.monitoring.request_record import RequestRecord
 
-LONGEST_REQUEST_ID = 128
-_KEY = "elbo.request"
-SHORT_QUERY = 512  # bytes: what is shorter is decoded once, not for each request
+MAX_REQUEST_ID = 128  # characters
+MAX_CACHED_QUERY = 512  # bytes of a query whose parsed form is cached
+_REQUEST_KEY = "elbo.request"  # key of the RequestContext in an ASGI scope
+_SERVER_TIMING = b"parse;dur=%.3f, queue;dur=%.3f, compute;dur=%.3f, write;dur=%.3f, total;dur=%.3f"  # milliseconds
+
 Header = tuple[bytes, bytes]
-_SPANS = b"parse;dur=%.3f, queue;dur=%.3f, compute;dur=%.3f, write;dur=%.3f, "  # of Server-Timing, in milliseconds
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """The query, decoded: the model that it names, and what else it says in its order, values as JSON or as text."""
+    """A parsed query string.
+
+    Args:
+        model: the value of `model`, if given.
+        options: the other parameters in their order, with values parsed as JSON where they are JSON.
+    """
 
     model: str | None
     options: tuple[tuple[str, Any], ...]
 
 
 class HttpResponse(NamedTuple):
-    """What is sent back. `headers` besides those that every answer has: its length, its request id, its timing.
+    """A response without the headers that every response has: content-length, x-request-id and server-timing.
 
-    Content that is made as it is sent has no length.
+    Content that is an iterator is sent as it is made, without a content-length.
     """
 
     content: bytes | AsyncIterator[bytes]
@@ -45,11 +51,11 @@ class HttpResponse(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BodyLimits:
-    """Limits on the body of one request.
+    """Limits on sending and receiving one body.
 
     Args:
-        max_bytes: largest body.
-        seconds: longest time for a body to arrive.
+        max_bytes: largest request body.
+        seconds: longest time for a request body to arrive, and for the client to read a chunk of a streamed response.
     """
 
     max_bytes: int
@@ -57,200 +63,227 @@ class BodyLimits:
 
 
 class RequestContext:
-    """A request and its answer. `started` is true from the moment when the answer's head has been sent.
+    """One request and the response to it.
 
     Args:
-        scope, receive, send: of ASGI.
-        limits: on its body.
-        ticket: what it occupies; the bytes of its body until `end`.
+        scope: of ASGI.
+        receive: of ASGI.
+        send: of ASGI.
+        limits: limits on the bodies.
+        ticket: what the request occupies; it holds the bytes of the request body until `finish`.
+
+    Attributes:
+        headers: the request headers by lower-case name; of several with the same name, the first.
+        record: what metrics and logs keep of the request.
+        response_started: whether the head of the response has been sent.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, limits: BodyLimits, ticket: Ticket) -> None:
         self.scope = scope
-        self.headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))  # the first of a name counts
-        self.record = record_of(scope, self.headers)
-        self.started = False
+        self.headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))
+        self.record = new_record(scope, self.headers)
+        self.response_started = False
         self.ticket = ticket
         self._receive = receive
         self._send = send
         self._limits = limits
 
     def header(self, name: bytes, default: str = "") -> str:
-        """The first header called `name`, in lower case."""
+        """Return the value of the header `name`, given in lower case."""
         value = self.headers.get(name)
         return default if value is None else value.decode("latin-1")
 
     @property
     def query(self) -> Query:
-        """What stands behind the path."""
+        """The parsed query string."""
         text = self.scope["query_string"]
-        return _decoded_once(text) if len(text) < SHORT_QUERY else _decoded(text)
+        return _parse_query_cached(text) if len(text) < MAX_CACHED_QUERY else _parse_query(text)
+
+    @property
+    def max_body_bytes(self) -> int:
+        """The largest body that is accepted, after decompression."""
+        return self._limits.max_bytes
 
     async def body(self) -> bytes:
-        """The whole body.
+        """Return the whole body.
 
-        Raises BodyTooLarge, BodyTooSlow, Overloaded, and ClientDisconnect if the client leaves before its end.
+        Raises:
+            BodyTooLarge: it is larger than ELBO_MAX_BODY_BYTES.
+            BodyTooSlow: it did not arrive in time.
+            Overloaded: the bodies in memory leave no room for it.
+            ClientDisconnect: the client disconnected before its end.
         """
         length = self.headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > self._limits.max_bytes:
-            raise self._too_large(f"{int(length)} bytes")
+            raise self._body_too_large(f"{int(length)} bytes")
         message = await self.receive()
         if message["type"] == "http.request" and not message.get("more_body"):
-            whole: bytes = message.get("body", b"")
-            return whole
+            body: bytes = message.get("body", b"")
+            return body
         try:
             async with asyncio.timeout(self._limits.seconds):
-                return await self._rest(message)
+                return await self._read_rest(message)
         except TimeoutError:
             raise BodyTooSlow(
-                f"the body had not arrived after {self._limits.seconds:g} s", headers={"Connection": "close"}
+                f"the request body had not arrived after {self._limits.seconds:g} s", headers={"Connection": "close"}
             ) from None
 
-    async def _rest(self, message: Message) -> bytes:
-        parts = []
+    async def _read_rest(self, message: Message) -> bytes:
+        chunks = []
         while message["type"] == "http.request":
-            parts.append(message.get("body", b""))
+            chunks.append(message.get("body", b""))
             if not message.get("more_body"):
-                return b"".join(parts)
+                return b"".join(chunks)
             message = await self.receive()
         raise ClientDisconnect
 
-    async def pieces(self) -> AsyncIterator[bytes]:
-        """The body as it comes, however long: a piece is held until the next is asked for.
+    async def stream(self) -> AsyncIterator[bytes]:
+        """Yield the chunks of a body of any length; only one chunk is held in memory at a time.
 
-        Raises BodyTooSlow, Overloaded, and ClientDisconnect if the client leaves before its end.
+        Raises:
+            BodyTooSlow: the next chunk did not arrive in time.
+            Overloaded: the bodies in memory leave no room for the chunk.
+            ClientDisconnect: the client disconnected before the end of the body.
         """
-        more = True
-        while more:
+        more_body = True
+        while more_body:
             try:
                 async with asyncio.timeout(self._limits.seconds):
                     message = await self._receive()
             except TimeoutError:
-                raise BodyTooSlow(f"nothing more of the body came for {self._limits.seconds:g} s") from None
+                raise BodyTooSlow(f"no more of the request body arrived within {self._limits.seconds:g} s") from None
             if message["type"] != "http.request":
                 raise ClientDisconnect
             self.ticket.hold(len(message["body"]))
             yield message["body"]
             self.ticket.release_bytes()
-            more = message.get("more_body", False)
-
-    @property
-    def max_body_bytes(self) -> int:
-        """Of its body, unpacked."""
-        return self._limits.max_bytes
+            more_body = message.get("more_body", False)
 
     async def receive(self) -> Message:
-        """ASGI's `receive`. Raises BodyTooLarge at the first byte too many, Overloaded if others hold too much."""
+        """Receive an ASGI message, and count the bytes of the body as held in memory.
+
+        Raises:
+            BodyTooLarge: the body received so far is too large.
+            Overloaded: the bodies in memory leave no room for it.
+        """
         message = await self._receive()
         self.ticket.hold(len(message.get("body", b"")))
         if self.ticket.held_bytes > self._limits.max_bytes:
-            raise self._too_large("more")
+            raise self._body_too_large("more")
         return message
 
-    def end(self) -> None:
-        """Note the total time and release the bytes of the body."""
+    async def send(self, message: Message) -> None:
+        """Send an ASGI message of a response that FastAPI makes, with the headers that every response has."""
+        if message["type"] == "http.response.start":
+            self._start_response(message["status"])
+            message = {**message, "headers": [*message["headers"], *self._common_headers()]}
+        await self._send(message)
+
+    async def respond(self, response: HttpResponse) -> None:
+        """Send a whole response. Raises ClientGone if the client stops reading a streamed one."""
+        content = response.content
+        if not isinstance(content, bytes):
+            await self._respond_in_chunks(response, content)
+            return
+        self._start_response(response.status)
+        content_headers = (b"content-type", response.media_type), (b"content-length", b"%d" % len(content))
+        headers = [*(content_headers if content else ()), *response.headers, *self._common_headers()]
+        await self._send({"type": "http.response.start", "status": response.status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": content})
+
+    async def _respond_in_chunks(self, response: HttpResponse, chunks: AsyncIterator[bytes]) -> None:
+        """Send each chunk as it is made; the head goes with the first, so that an earlier error has its own status."""
+        try:
+            async for chunk in chunks:
+                async with asyncio.timeout(self._limits.seconds):
+                    if not self.response_started:
+                        self._start_response(response.status)
+                        headers = [
+                            (b"content-type", response.media_type),
+                            *response.headers,
+                            *self._common_headers(),
+                        ]
+                        await self._send({"type": "http.response.start", "status": response.status, "headers": headers})
+                    await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await self._send({"type": "http.response.body", "body": b""})
+        except TimeoutError:
+            raise ClientGone(f"the client read nothing of the response for {self._limits.seconds:g} s") from None
+
+    async def respond_with_error(self, error: ServiceError) -> None:
+        """Send `error` as application/problem+json."""
+        headers = tuple((name.lower().encode(), value.encode("latin-1")) for name, value in error.headers.items())
+        content = orjson.dumps(error.problem(self.record.request_id))
+        await self.respond(HttpResponse(content, PROBLEM_JSON.encode(), headers, error.status))
+
+    def finish(self) -> None:
+        """Record the total time, and count the bytes of the body as freed."""
         self.record.total = self.record.elapsed
         self.ticket.release_bytes()
 
-    async def send(self, message: Message) -> None:
-        """ASGI's `send`, for answers that are not an `HttpResponse`; adds the headers that every answer has."""
-        if message["type"] == "http.response.start":
-            self.started = True
-            self.record.status = message["status"]
-            message = {**message, "headers": [*message["headers"], *self._own_headers()]}
-        await self._send(message)
+    def _start_response(self, status: int) -> None:
+        self.response_started = True
+        self.record.status = status
 
-    async def answer(self, answer: HttpResponse) -> None:
-        """Send `answer` and be done."""
-        if not isinstance(answer.content, bytes):
-            await self._stream(answer, answer.content)
-            return
-        self.started = True
-        self.record.status = answer.status
-        length = b"%d" % len(answer.content)
-        fixed = ((b"content-type", answer.media_type), (b"content-length", length))
-        headers = [*(fixed if answer.content else ()), *answer.headers, *self._own_headers()]
-        await self._send({"type": "http.response.start", "status": answer.status, "headers": headers})
-        await self._send({"type": "http.response.body", "body": answer.content})
-
-    async def _stream(self, answer: HttpResponse, pieces: AsyncIterator[bytes]) -> None:
-        """Send the pieces as they are made. Raises ClientGone if the client does not take them."""
-        try:
-            async for piece in pieces:
-                async with asyncio.timeout(self._limits.seconds):
-                    if not self.started:
-                        self.started, self.record.status = True, answer.status
-                        headers = [(b"content-type", answer.media_type), *answer.headers, *self._own_headers()]
-                        await self._send({"type": "http.response.start", "status": answer.status, "headers": headers})
-                    await self._send({"type": "http.response.body", "body": piece, "more_body": True})
-            await self._send({"type": "http.response.body", "body": b""})
-        except TimeoutError:
-            raise ClientGone(f"the client took nothing for {self._limits.seconds:g} s") from None
-
-    async def refuse(self, error: ServiceError) -> None:
-        """Answer with `error`."""
-        headers = tuple((name.lower().encode(), value.encode("latin-1")) for name, value in error.headers.items())
-        content = orjson.dumps(error.problem(self.record.request_id))
-        await self.answer(HttpResponse(content, PROBLEM_JSON.encode(), headers, error.status))
-
-    def _own_headers(self) -> tuple[Header, Header]:
-        """The request id, and where the time went: the Server-Timing header, in milliseconds."""
+    def _common_headers(self) -> tuple[Header, Header]:
+        """Return the headers of every response: the request id, and Server-Timing in milliseconds."""
         record = self.record
-        timing = b"total;dur=%.3f" % (record.elapsed * 1e3)
+        total = record.elapsed * 1e3
         if record.compute:
-            spans = (record.parse * 1e3, record.queue * 1e3, record.compute * 1e3, record.write * 1e3)
-            timing = _SPANS % spans + timing
+            spans = record.parse * 1e3, record.queue * 1e3, record.compute * 1e3, record.write * 1e3
+            timing = _SERVER_TIMING % (*spans, total)
+        else:
+            timing = b"total;dur=%.3f" % total
         return (b"x-request-id", record.request_id.encode()), (b"server-timing", timing)
 
-    def _too_large(self, got: str) -> BodyTooLarge:
+    def _body_too_large(self, got: str) -> BodyTooLarge:
         return BodyTooLarge(
-            f"the body may have {self._limits.max_bytes} bytes, got {got}",
+            f"a request body may have at most {self._limits.max_bytes} bytes (ELBO_MAX_BODY_BYTES), got {got}",
             expected=f"at most {self._limits.max_bytes} bytes",
             got=got,
-            hint="send fewer rows at a time, or application/x-npy",
-            headers={"Connection": "close"},  # or the server would have to read the rest
+            hint="send fewer rows per request, or send them as application/x-npy",
+            headers={"Connection": "close"},  # otherwise the server would have to read the rest of the body
         )
 
 
-def _decoded(text: bytes) -> Query:
-    said = QueryParams(text)
-    options = [(name, _value(value)) for name, value in said.multi_items() if name != "model"]
-    return Query(said.get("model"), tuple(options))
+def _parse_query(text: bytes) -> Query:
+    parameters = QueryParams(text)
+    options = [(name, _parse_value(value)) for name, value in parameters.multi_items() if name != "model"]
+    return Query(parameters.get("model"), tuple(options))
 
 
-def _value(text: str) -> Any:
+def _parse_value(text: str) -> Any:
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError:
         return text
 
 
-_decoded_once = lru_cache(maxsize=1024)(_decoded)
+_parse_query_cached = lru_cache(maxsize=1024)(_parse_query)
 
 
-def visible_in(scope: Scope, request: RequestContext) -> Scope:
-    """Return a copy of `scope` from which `request_of` returns `request`.
+def scope_with_request(request: RequestContext) -> Scope:
+    """Return a copy of the request's scope, from which `request_of` returns the request.
 
-    A copy, because `request` refers to its scope: a reference cycle would wait for the garbage collector.
+    Storing the request in its own scope would be a reference cycle, which only the garbage collector frees.
     """
-    return {**scope, _KEY: request}
+    return {**request.scope, _REQUEST_KEY: request}
 
 
 def request_of(scope: Scope) -> RequestContext:
-    """Return the request that `visible_in` has put into `scope`."""
-    request: RequestContext = scope[_KEY]
+    """Return the request that `scope_with_request` stored."""
+    request: RequestContext = scope[_REQUEST_KEY]
     return request
 
 
-def record_of(scope: Scope, headers: Mapping[bytes, bytes]) -> RequestRecord:
-    """What is known of the request of `scope` from its head."""
+def new_record(scope: Scope, headers: Mapping[bytes, bytes]) -> RequestRecord:
+    """Return the record of a request of which only the head is known."""
     client = scope.get("client")
-    request_id = request_id_of(headers.get(b"x-request-id", b""))
+    request_id = _request_id(headers.get(b"x-request-id", b""))
     return RequestRecord(request_id, scope["method"], scope["path"], client[0] if client else None)
 
 
-def request_id_of(asked: bytes) -> str:
-    """The client's, if it is printable and short, or a new one."""
-    if 0 < len(asked) <= LONGEST_REQUEST_ID and asked.isascii() and (text := asked.decode()).isprintable():
+def _request_id(header: bytes) -> str:
+    """Return the client's X-Request-Id if it is short and printable, or else a new id."""
+    if 0 < len(header) <= MAX_REQUEST_ID and header.isascii() and (text := header.decode()).isprintable():
         return text
     return os.urandom(8).hex()
