@@ -113,7 +113,7 @@ class SharedCounters:
 
     Args:
         segments: one per process; without them the process is alone.
-        index: which of them belongs to this process. The first process is the leader: it alone does the work that must
+        index: which of them belongs to this process. The process with index 0 is the leader: it does the work that must
             be done once per server.
     """
 
@@ -133,7 +133,7 @@ class SharedCounters:
 
 
 class SharedDecisions:
-    """Choices on which all processes agree: a process that chooses later adopts the choice of the others.
+    """Choices that all processes share: before a process chooses, it looks up what the others have chosen.
 
     Args:
         counters: of all processes.

@@ -31,7 +31,7 @@ class AnomalyMetrics:
 
     Args:
         counters: the memory of this process and of those that serve beside it.
-        half_life: rows after which a row has half its weight in the mean severity of its group.
+        half_life: number of rows after which the weight of a row in the mean severity of its group has halved.
     """
 
     def __init__(self, counters: SharedCounters, half_life: float) -> None:

@@ -11,7 +11,7 @@ calibration rows never count as drift, however long a model is watched.
 
 The alternative is the same distribution with far fewer cells in total, which learns the live distribution quickly. The
 likelihood ratio of the two is a martingale that starts at 1, so by Ville's inequality (1939) the probability that it
-ever exceeds 1/delta is at most delta, however often it is evaluated. It depends on the counts alone, so the counts of
+ever exceeds 1/delta is at most delta, however often it is evaluated. It depends only on the counts, so the counts of
 several processes can be added up.
 """
 
@@ -95,10 +95,11 @@ class _Window:
 class DriftDetector:
     """Watches the p-values of one model. `evidence` is the largest log10 evidence of its windows.
 
-    The expected number of false alarms is at most 10^-ALARM per 4 calibration set sizes of rows, the longest window. A
-    window whose share of the longest one is w raises a false alarm with probability at most w 10^-ALARM / len(WINDOWS),
-    and 1 / w windows of that length fit into the longest one. This assumes that live rows are exchangeable with the
-    calibration rows. Rows of one host that are a second apart are more alike than that and raise more false alarms.
+    The expected number of false alarms is at most 10^-ALARM in the rows of the longest window, which is 4 times as long
+    as the calibration set. If w is the length of a window divided by that of the longest, it raises a false alarm with
+    probability at most w 10^-ALARM / len(WINDOWS), and 1 / w windows of its length fit into the longest. This assumes
+    that live rows are exchangeable with the calibration rows. Rows that one host sends every second are more alike than
+    that, and raise more false alarms.
 
     Args:
         bounds: upper bounds of the bins.

@@ -7,7 +7,7 @@ To add a metric, create a `Counter`, `Gauge` or `Histogram` in `Metrics.__init__
     self._alarms.sums()  # {("vae", "3"): [17.0]}, summed over all processes
 
 It is then exported as the sum over all processes, whichever of them Prometheus scrapes, and the replacement of a killed
-process continues the count. Metrics that are not sums, such as which models are loaded, are built in `collect`.
+process continues the count. Metrics that are not sums, like the list of loaded models, are built in `collect`.
 """
 
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ _OUTCOME_BY_FIRST_DIGIT = {2: "ok", 4: "refused", 5: "failed"}
 
 @dataclass(frozen=True, slots=True)
 class _RequestMetrics:
-    """Metric handles of the requests with the same labels, so that a request does not look up each one."""
+    """Metric handles, cached per label set, so that a request does not look up each metric."""
 
     endpoint_labels: Labels
     requests: Values

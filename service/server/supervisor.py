@@ -37,7 +37,7 @@ class State(Enum):
     """State of the supervisor.
 
     STARTING -> SERVING    the first worker is ready
-    STARTING -> STOPPING   the first worker has ended: it could not start, so others could not either
+    STARTING -> STOPPING   the first worker has ended: it could not start, and others would fail too
     STARTING -> DRAINING   first signal
     SERVING -> DRAINING    first signal
     DRAINING -> STOPPING   ELBO_DRAIN_SECONDS have passed, or second signal
@@ -115,7 +115,7 @@ class Supervisor:
 
         gc.freeze()  # a garbage collection in a worker would write to the shared pages, and so copy them
         log.info("starting %d workers for the models in %s", self._settings.workers, self._settings.artifacts)
-        self._start_times = {0: monotonic()}  # alone, because several would slow down each other
+        self._start_times = {0: monotonic()}  # the others start later, because loading workers slow down each other
         while self._workers or self._start_times:
             self._start_due_workers()
             self._handle_events()

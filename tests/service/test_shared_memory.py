@@ -1,4 +1,4 @@
-"""Shared counters: the sums are right in every process, and a killed process takes no count with it."""
+"""Shared counters: every process reads the right sums, also after a process has been killed."""
 
 import os
 import random
