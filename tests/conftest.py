@@ -1,4 +1,4 @@
-"""What every test may use: the rule for things that a machine may lack."""
+"""Fixtures for all tests, and `require` for what a machine may lack."""
 
 import os
 from pathlib import Path
@@ -7,17 +7,17 @@ import pytest
 
 
 def require(condition: object, reason: str) -> None:
-    """Skip the calling test unless `condition` holds; in CI, where a skip would hide a failure, fail it."""
+    """Skip the calling test if `condition` is false. In CI, fail it: a skipped test there would go unnoticed."""
     if condition:
         return
     if os.environ.get("CI"):
-        pytest.fail(f"in CI nothing may be missing: {reason}")
+        pytest.fail(f"a test that CI must run cannot run: {reason}")
     pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")
 def demonstration(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An artifact folder with the models that `elbo demo` trains, on the digits."""
+    """Return an artifact folder with the models that `elbo demo` trains on the digits."""
     from tests.training.reporters import RecordingReporter
     from training.config import DEMONSTRATION
     from training.data.table import read_table

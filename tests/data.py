@@ -1,4 +1,4 @@
-"""Real data for tests: scikit-learn's digits always, more where ELBO_DATA (or ../shared/data) has it."""
+"""Data for tests: the rows of a table, and MNIST where ELBO_DATA (default: ../shared/data) has it."""
 
 import os
 from pathlib import Path
@@ -10,17 +10,19 @@ from tests.conftest import require
 from training.data.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = Path(os.environ.get("ELBO_DATA", ROOT.parent / "shared" / "data"))
+DATA_FOLDER = Path(os.environ.get("ELBO_DATA", ROOT.parent / "shared" / "data"))
 
 
 def mnist(part: str) -> npt.NDArray[np.float64]:
-    """The MNIST digits of `part` (train or test), [N, 784] in [0, 1]; skips the test where they are not."""
-    path = FOLDER / "mnist" / f"{part}.npz"
-    require(path.is_file(), f"no {path}: set ELBO_DATA to a folder with mnist/{part}.npz (x: uint8 [N, 28, 28])")
+    """Return the MNIST images of `part` (train or test), [N, 784] in [0, 1]. Skip the test if the file is missing."""
+    path = DATA_FOLDER / "mnist" / f"{part}.npz"
+    require(
+        path.is_file(), f"{path} does not exist: set ELBO_DATA to a folder with mnist/{part}.npz (x: uint8 [N, 28, 28])"
+    )
     x = np.load(path)["x"]
     return np.asarray(x.reshape(len(x), -1) / 255.0)
 
 
 def values(table: Table) -> npt.NDArray[np.float32]:
-    """All rows of `table`, [N, D]."""
+    """Return all rows of `table`, [N, D]."""
     return table.x.span(0, len(table.x))

@@ -1,4 +1,4 @@
-"""Manifests of models that need not exist."""
+"""Manifests for tests that need no trained model."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from training.data.table import Table
 
 
 def manifest_of(table: Table) -> Manifest:
-    """What a model called m would say of itself had it been trained on `table`."""
+    """Return the manifest of a PCA model named m that was trained on `table`."""
     x = values(table)
     medians, lows, highs = np.nanmedian(x, axis=0), np.nanmin(x, axis=0), np.nanmax(x, axis=0)
     return Manifest(

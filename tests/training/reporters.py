@@ -1,10 +1,10 @@
-"""A reporter for tests."""
+"""A reporter that tests can inspect."""
 
 from collections.abc import Mapping
 
 
 class RecordingReporter:
-    """Records the epochs and the notes, and shows nothing."""
+    """Records epochs and notes; prints nothing."""
 
     def __init__(self) -> None:
         self.epochs: list[dict[str, float]] = []
@@ -13,8 +13,8 @@ class RecordingReporter:
     def start(self, title: str, total_steps: int) -> None:
         """Do nothing."""
 
-    def epoch(self, epoch: int, step: int, terms: Mapping[str, float]) -> None:  # noqa: ARG002  # names of the protocol
-        """Record the terms."""
+    def epoch(self, epoch: int, step: int, terms: Mapping[str, float]) -> None:  # noqa: ARG002  # the protocol names them
+        """Record the loss terms."""
         self.epochs.append(dict(terms))
 
     def note(self, message: str) -> None:

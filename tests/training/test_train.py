@@ -1,4 +1,4 @@
-"""Whole runs: what is published is reproducible, alive, and calibrated."""
+"""Whole training runs: published models are reproducible, calibrated, and have active latents."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,15 +19,15 @@ from training.data.row_store import RowStore
 from training.data.table import Table, read_table, split_rows
 from training.train import train
 
-FRESH = 2_000
+FRESH_ROWS = 2_000
 
 
 def table(rows: int, seed: int = 0, width: int = 8) -> Table:
-    """Rows on a curved surface with noise around it: no kind of model fits them exactly."""
+    """Return rows near a curved surface, with noise: no kind of model fits them exactly."""
     random = np.random.RandomState(seed)
-    hidden = random.standard_normal((rows, 2))
+    factors = random.standard_normal((rows, 2))
     mixing = np.random.RandomState(7).standard_normal((2, width))
-    x = np.sin(hidden @ mixing) * 10 + 100 + random.standard_normal((rows, width))
+    x = np.sin(factors @ mixing) * 10 + 100 + random.standard_normal((rows, width))
     names = [f"metric{i}" for i in range(width)]
     return Table(
         RowStore(x.astype(np.float32)),
@@ -36,17 +36,19 @@ def table(rows: int, seed: int = 0, width: int = 8) -> Table:
         ["ms"] * width,
         None,
         None,
-        "made for this test",
+        "synthetic rows",
         missing=np.zeros(width, np.int64),
     )
 
 
-def run(root: Path, model: Kind, rows: Table, **options: object) -> Path:
+def train_model(root: Path, model: Kind, rows: Table, **options: object) -> Path:
+    """Train a small model and return the path of its artifact."""
     settings = {"latents": 2, "hidden": (32,), "epochs": 20} | options
     return train(TrainConfig(model=model, name=model, **settings), rows, root, RecordingReporter())
 
 
-def alarms(path: Path, x: npt.NDArray[np.float32], alpha: float) -> int:
+def count_alarms(path: Path, x: npt.NDArray[np.float32], alpha: float) -> int:
+    """Return how many rows x [N, D] have a p-value of at most `alpha`."""
     with torch.inference_mode():
         module = artifact.load(path).module
         p = module.p_value(module.score(torch.from_numpy(x))[0]).numpy()
@@ -54,49 +56,51 @@ def alarms(path: Path, x: npt.NDArray[np.float32], alpha: float) -> int:
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_false_alarms_on_fresh_rows_lie_in_the_exact_band(kind: Kind, tmp_path: Path) -> None:
-    path = run(tmp_path, kind, table(2_000))
-    fresh = values(table(FRESH, seed=1))
+def test_false_alarms_on_fresh_rows_lie_in_the_exact_beta_binomial_interval(kind: Kind, tmp_path: Path) -> None:
+    path = train_model(tmp_path, kind, table(2_000))
+    fresh = values(table(FRESH_ROWS, seed=1))
     n = read_manifest(path).calibration.rows
     assert n == 400
     for alpha in (0.1, 0.05, 0.01):
         allowed = int(alpha * (n + 1))
-        low, high = betabinom(FRESH, allowed, n + 1 - allowed).interval(0.99)
-        assert low <= alarms(path, fresh, alpha) <= high, alpha
+        low, high = betabinom(FRESH_ROWS, allowed, n + 1 - allowed).interval(0.99)
+        assert low <= count_alarms(path, fresh, alpha) <= high, alpha
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_rows_off_the_surface_raise_the_alarm(kind: Kind, tmp_path: Path) -> None:
-    path = run(tmp_path, kind, table(2_000), epochs=60)
-    broken = values(table(200, seed=1))
-    broken[:, 3] += 40.0
-    assert alarms(path, broken, 0.05) > 190
+def test_rows_off_the_training_surface_raise_alarms(kind: Kind, tmp_path: Path) -> None:
+    path = train_model(tmp_path, kind, table(2_000), epochs=60)
+    anomalous = values(table(200, seed=1))
+    anomalous[:, 3] += 40.0
+    assert count_alarms(path, anomalous, 0.05) > 190
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_the_same_seed_gives_the_same_weights_and_another_seed_others(kind: Kind, tmp_path: Path) -> None:
-    torch.manual_seed(1)  # the state of the world outside must not matter
-    first = read_manifest(run(tmp_path, kind, table(200), seed=3, epochs=3))
+def test_training_with_the_same_seed_gives_the_same_weights_and_with_another_seed_different_ones(
+    kind: Kind, tmp_path: Path
+) -> None:
+    torch.manual_seed(1)  # the global generator and the thread count must not matter
+    first = read_manifest(train_model(tmp_path, kind, table(200), seed=3, epochs=3))
     torch.manual_seed(2)
     torch.set_num_threads(2)
-    second = read_manifest(run(tmp_path, kind, table(200), seed=3, epochs=3))
+    second = read_manifest(train_model(tmp_path, kind, table(200), seed=3, epochs=3))
     torch.set_num_threads(1)
-    other = read_manifest(run(tmp_path, kind, table(200), seed=4, epochs=3))
+    other = read_manifest(train_model(tmp_path, kind, table(200), seed=4, epochs=3))
     assert first.weights_sha256 == second.weights_sha256
     assert first.metrics == second.metrics
     assert first.golden == second.golden
     assert first.weights_sha256 != other.weights_sha256
 
 
-def test_the_manifest_tells_where_the_model_comes_from(tmp_path: Path) -> None:
+def test_manifest_of_a_run_records_data_features_split_and_options(tmp_path: Path) -> None:
     rows = table(200)
-    manifest = read_manifest(run(tmp_path, "vae", rows, seed=5))
-    fitted = rows.x.take(split_rows(200, 5).fit)
+    manifest = read_manifest(train_model(tmp_path, "vae", rows, seed=5))
+    fit_rows = rows.x.take(split_rows(200, 5).fit)
     assert (manifest.name, manifest.kind, manifest.shape, manifest.latents) == ("vae", "vae", [8], 2)
     assert [feature.name for feature in manifest.features] == rows.names
     assert {feature.unit for feature in manifest.features} == {"ms"}
-    assert [feature.median for feature in manifest.features] == pytest.approx(np.median(fitted, axis=0).tolist())
-    assert [feature.maximum for feature in manifest.features] == pytest.approx(fitted.max(axis=0).tolist())
+    assert [feature.median for feature in manifest.features] == pytest.approx(np.median(fit_rows, axis=0).tolist())
+    assert [feature.maximum for feature in manifest.features] == pytest.approx(fit_rows.max(axis=0).tolist())
     assert (manifest.data.fit, manifest.data.held_out, manifest.data.calibration) == (140, 20, 40)
     assert manifest.data.fingerprint == rows.fingerprint
     assert manifest.calibration.floor == pytest.approx(1 / 41)
@@ -104,9 +108,9 @@ def test_the_manifest_tells_where_the_model_comes_from(tmp_path: Path) -> None:
     assert {"elbo", "torch", "python", "numpy"} <= manifest.versions.keys()
 
 
-def test_held_out_error_is_that_of_the_published_model(tmp_path: Path) -> None:
+def test_reconstruction_error_in_the_manifest_is_that_of_the_published_model(tmp_path: Path) -> None:
     rows = table(200)
-    path = run(tmp_path, "ae", rows)
+    path = train_model(tmp_path, "ae", rows)
     held_out = rows.x.take(split_rows(200, 0).held_out)
     with torch.inference_mode():
         x_hat = artifact.load(path).module(torch.from_numpy(held_out)).numpy()
@@ -116,14 +120,14 @@ def test_held_out_error_is_that_of_the_published_model(tmp_path: Path) -> None:
     assert metrics["baseline_error"] == pytest.approx(float(((mean - held_out) ** 2).mean()), rel=1e-5)
 
 
-def test_the_demonstration_vae_is_alive_and_reconstructs(demonstration: Path) -> None:
+def test_demonstration_vae_reconstructs_digits_with_active_latents(demonstration: Path) -> None:
     metrics = read_manifest(demonstration / "vae" / "1" / "model.pt").metrics
     assert metrics["active_latents"] >= 8
     assert metrics["reconstruction_error"] <= 0.02
     assert metrics["baseline_error"] == pytest.approx(0.074, abs=0.001)
 
 
-def test_activity_is_the_variance_of_the_posterior_mean(demonstration: Path) -> None:
+def test_active_latents_are_those_whose_posterior_mean_varies(demonstration: Path) -> None:
     digits = read_table("digits")
     rows = torch.from_numpy(digits.x.take(split_rows(len(digits.x), 0).held_out))
     path = demonstration / "vae" / "1" / "model.pt"
@@ -132,8 +136,8 @@ def test_activity_is_the_variance_of_the_posterior_mean(demonstration: Path) -> 
     assert int((mean.var(axis=0) > 0.01).sum()) == read_manifest(path).metrics["active_latents"]
 
 
-def test_samples_of_the_demonstration_models_look_like_digits(demonstration: Path) -> None:
-    """Decoded draws lie nearer to real digits than those lie to the mean digit, and are no copies of one another."""
+def test_samples_of_the_demonstration_models_are_near_real_digits_and_varied(demonstration: Path) -> None:
+    """Samples are nearer to the nearest digit than digits are to the mean digit, and have half the digits' variance."""
     digits = torch.from_numpy(values(read_table("digits")))
     random = np.random.RandomState(0)
     noise = torch.from_numpy(random.standard_normal((200, 16)).astype(np.float32))
@@ -157,7 +161,9 @@ def test_samples_of_the_demonstration_models_look_like_digits(demonstration: Pat
         ({"output": "sigmoid", "scale": "none", "model": "ae"}, "use --scale range"),
     ],
 )
-def test_an_impossible_run_says_what_to_change(options: dict[str, object], message: str, tmp_path: Path) -> None:
+def test_train_with_impossible_options_fails_with_the_option_to_change(
+    options: dict[str, object], message: str, tmp_path: Path
+) -> None:
     options = {"latents": 2, "hidden": (32,), "epochs": 20, "name": "x"} | options
     with pytest.raises(ElboError, match=message) as caught:
         train(TrainConfig(**options), table(200), tmp_path, RecordingReporter())
@@ -167,7 +173,7 @@ def test_an_impossible_run_says_what_to_change(options: dict[str, object], messa
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
 @pytest.mark.parametrize("flaw", ["constant", "collinear", "huge", "tiny"])
-def test_awkward_columns_still_give_a_model_that_judges(kind: Kind, flaw: str, tmp_path: Path) -> None:
+def test_model_trained_with_an_extreme_column_gives_finite_scores(kind: Kind, flaw: str, tmp_path: Path) -> None:
     rows = table(300)
     x = values(rows)
     match flaw:
@@ -179,17 +185,17 @@ def test_awkward_columns_still_give_a_model_that_judges(kind: Kind, flaw: str, t
             x[:, 0] *= 1e12
         case "tiny":
             x[:, 0] *= 1e-12
-    path = run(tmp_path, kind, replace(rows, x=RowStore(x)))
+    path = train_model(tmp_path, kind, replace(rows, x=RowStore(x)))
     with torch.inference_mode():
         module = artifact.load(path).module
         score = module.score(torch.from_numpy(x))[0]
     assert bool(score.isfinite().all())
-    assert 0 <= alarms(path, x, 0.05) < 60
+    assert 0 <= count_alarms(path, x, 0.05) < 60
 
 
 @pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
-def test_both_likelihoods_train_on_images(likelihood: str, tmp_path: Path) -> None:
-    path = run(
+def test_vae_on_images_beats_the_baseline_with_either_likelihood(likelihood: str, tmp_path: Path) -> None:
+    path = train_model(
         tmp_path,
         "vae",
         read_table("digits"),
@@ -224,29 +230,30 @@ def test_both_likelihoods_train_on_images(likelihood: str, tmp_path: Path) -> No
         ("vae", {"warm_up": 50}),
     ],
 )
-def test_every_option_reaches_the_weights_and_gives_an_artifact_that_loads(
+def test_every_option_changes_the_weights_and_gives_an_artifact_that_loads(
     model: Kind, option: dict[str, object], tmp_path: Path
 ) -> None:
-    plain, chosen = (read_manifest(run(tmp_path, model, table(300), **extra)) for extra in ({}, option))
-    assert plain.weights_sha256 != chosen.weights_sha256
+    default = read_manifest(train_model(tmp_path, model, table(300)))
+    changed = read_manifest(train_model(tmp_path, model, table(300), **option))
+    assert default.weights_sha256 != changed.weights_sha256
     loaded = artifact.load(tmp_path / model / "2" / "model.pt")
     with torch.inference_mode():
         x_hat = loaded.module(torch.from_numpy(values(table(300))))
     assert bool(x_hat.isfinite().all())
 
 
-def test_the_optimal_variance_that_is_published_is_the_error_of_the_fitted_rows(tmp_path: Path) -> None:
+def test_published_optimal_variance_is_the_mean_squared_error_of_the_fit_rows(tmp_path: Path) -> None:
     rows = table(300)
-    path = run(tmp_path, "vae", rows, variance="optimal", epochs=40)
+    path = train_model(tmp_path, "vae", rows, variance="optimal", epochs=40)
     state = torch.jit.load(path).state_dict()
-    fitted = torch.from_numpy(rows.x.take(split_rows(300, 0).fit))
+    fit_rows = torch.from_numpy(rows.x.take(split_rows(300, 0).fit))
     module = artifact.load(path).module
     with torch.inference_mode():
-        mean, std = module.encode(fitted)
+        mean, std = module.encode(fit_rows)
         random = torch.Generator().manual_seed(0)
         errors = []
         for _ in range(20):
             x_hat = module.decode(mean + std * torch.randn(mean.shape, generator=random))
-            errors.append(((fitted - x_hat) / state["scaling.scale"]).square().mean())
+            errors.append(((fit_rows - x_hat) / state["scaling.scale"]).square().mean())
     published = float(state["core.likelihood.log_variance"].exp())
     assert published == pytest.approx(float(torch.stack(errors).mean()), rel=0.05)

@@ -1,4 +1,4 @@
-"""Measures of a model against closed forms, scipy and scikit-learn."""
+"""Metrics of a model against closed forms, scipy and scikit-learn."""
 
 import math
 import re
@@ -37,7 +37,7 @@ WEIGHTS = np.linalg.qr(np.random.RandomState(0).standard_normal((D, K)))[0] * [2
 
 
 def linear_vae(widening: float) -> VAE:
-    """p(x) = N(0, W W' + s2 I), and its exact posterior, the standard deviation of which is widened."""
+    """Return a VAE with p(x) = N(0, W W' + s2 I). Its posterior is exact but `widening` times as wide."""
     squares = np.square(WEIGHTS).sum(axis=0)  # [K]
     encoder, decoder = nn.Linear(D, 2 * K), nn.Linear(K, D)
     with torch.no_grad():
@@ -50,8 +50,8 @@ def linear_vae(widening: float) -> VAE:
     return VAE(encoder, decoder, GaussianLikelihood(torch.tensor([VARIANCE]), learn=False)).eval()
 
 
-def rows(count: int) -> tuple[Tensor, npt.NDArray[np.float64]]:
-    """Rows of that model, and log p of each."""
+def sample_rows(count: int) -> tuple[Tensor, npt.NDArray[np.float64]]:
+    """Return rows [count, D] sampled from p(x) of `linear_vae`, and log p(x) of each row, [count]."""
     density = multivariate_normal(np.zeros(D), WEIGHTS @ WEIGHTS.T + VARIANCE * np.eye(D))
     x = density.rvs(count, random_state=np.random.RandomState(1))
     return torch.from_numpy(x).float(), density.logpdf(x)
@@ -62,8 +62,10 @@ def pipeline(core: Core, scaling: Scaling) -> Pipeline:
 
 
 @pytest.mark.parametrize(("widening", "tolerance"), [(1.0, 1e-5), (1.4, 0.02)])
-def test_the_bound_of_a_vae_whose_log_likelihood_is_known(widening: float, tolerance: float) -> None:
-    vae, (x, log_p) = linear_vae(widening), rows(600)
+def test_importance_weighted_bound_of_a_linear_vae_matches_its_known_log_likelihood(
+    widening: float, tolerance: float
+) -> None:
+    vae, (x, log_p) = linear_vae(widening), sample_rows(600)
     bound = importance_weighted(lambda x, noise: log_weights(vae, x, noise[None])[0], x, K, samples=100)
     assert bound.mean == pytest.approx(log_p.mean(), abs=tolerance)
     assert bound.standard_error == pytest.approx(log_p.std(ddof=1) / math.sqrt(600), rel=0.02)
@@ -71,22 +73,23 @@ def test_the_bound_of_a_vae_whose_log_likelihood_is_known(widening: float, toler
     assert bound.elbo == pytest.approx(log_p.mean() - gap, abs=0.02)
 
 
-def test_the_bound_streams_what_burda_et_al_sum_at_once() -> None:
-    vae, (x, _) = linear_vae(2.0), rows(300)
-    drawn: list[Tensor] = []
+def test_importance_weighted_bound_summed_in_batches_equals_the_formula_of_burda_et_al() -> None:
+    vae, (x, _) = linear_vae(2.0), sample_rows(300)
+    log_weights_seen: list[Tensor] = []
 
     def log_weight(x: Tensor, noise: Tensor) -> Tensor:
-        drawn.append(log_weights(vae, x, noise[None])[0])
-        return drawn[-1]
+        log_weights_seen.append(log_weights(vae, x, noise[None])[0])
+        return log_weights_seen[-1]
 
     bound = importance_weighted(log_weight, x, K, samples=7)
-    weights = torch.cat([torch.stack(drawn[:7]), torch.stack(drawn[7:])], dim=1).double()  # two batches of rows
+    first_batch, second_batch = torch.stack(log_weights_seen[:7]), torch.stack(log_weights_seen[7:])
+    weights = torch.cat([first_batch, second_batch], dim=1).double()  # [7, 300]
     assert bound.mean == pytest.approx(float((weights.logsumexp(0) - math.log(7)).mean()), abs=1e-9)
     again = importance_weighted(log_weight, x, K, samples=7)
-    assert torch.equal(again.by_row, bound.by_row), "the same seed, the same draws"
+    assert torch.equal(again.by_row, bound.by_row), "the same seed gives the same samples"
 
 
-def test_bits_per_dimension_of_gaussian_rows_are_their_code_length_in_raw_units() -> None:
+def test_bits_per_dimension_of_pca_is_the_code_length_under_its_gaussian_in_raw_units() -> None:
     x = torch.from_numpy(np.random.RandomState(2).standard_normal((500, D)) * [1, 5, 20, 3, 0.1, 7] + 4).float()
     scaling = standardise(x.double())
     scaling = Scaling(scaling.shift.float(), scaling.scale.float())
@@ -100,16 +103,16 @@ def test_bits_per_dimension_of_gaussian_rows_are_their_code_length_in_raw_units(
     assert metrics["bits_per_dimension"] == pytest.approx(-log_p.mean() / (D * math.log(2)), rel=1e-4)
 
 
-def test_bits_per_dimension_by_hand() -> None:
-    """A uniform density over 256 raw units takes 8 bits; a fair coin takes one, whatever the scale."""
+def test_bits_per_dimension_of_a_uniform_density_and_of_a_coin_match_hand_computation() -> None:
+    """A uniform density over 256 raw units takes 8 bits. A fair coin takes one bit at any scale."""
     assert bits_per_dimension(-3 * math.log(256 / 50), 3 * math.log(50), 3) == pytest.approx(8)
     coin = VAE(nn.Linear(D, 2 * K), nn.Linear(K, D), BernoulliLikelihood())
-    wide = Scaling(torch.zeros(D), torch.full((D,), 255.0))
-    assert density_scale(coin, wide) == 0
-    assert bits_per_dimension(-D * math.log(2), density_scale(coin, wide), D) == pytest.approx(1)
+    scaling = Scaling(torch.zeros(D), torch.full((D,), 255.0))
+    assert density_scale(coin, scaling) == 0
+    assert bits_per_dimension(-D * math.log(2), density_scale(coin, scaling), D) == pytest.approx(1)
 
 
-def test_the_rival_is_scikit_learns_pca_in_the_same_units() -> None:
+def test_pca_metrics_equal_those_of_scikit_learn_in_raw_units() -> None:
     random = np.random.RandomState(3)
     x = torch.from_numpy(random.standard_normal((400, K)) @ WEIGHTS.T * 3 + random.standard_normal((400, D))).float()
     scaling = standardise(x)
@@ -126,22 +129,22 @@ def test_the_rival_is_scikit_learns_pca_in_the_same_units() -> None:
     assert metrics["pca_error"] == pytest.approx(error, rel=1e-5)
 
 
-def test_errors_are_means_over_the_values_that_are_there() -> None:
-    x, _ = rows(200)
+def test_errors_of_rows_with_missing_values_are_means_over_the_present_values() -> None:
+    x, _ = sample_rows(200)
     centre = x.mean(dim=0)
     gaps = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.2
-    filled, holed = torch.where(gaps, centre, x), x.masked_fill(gaps, math.nan)
+    imputed, incomplete = torch.where(gaps, centre, x), x.masked_fill(gaps, math.nan)
     model = pipeline(linear_vae(1.0), ImputingScaling(Scaling(torch.zeros(D), torch.ones(D)), centre))
-    metrics = held_out_metrics(model, holed, centre, None, seed=0)
-    residual = (filled - model(filled).detach()).double()[~gaps]
+    metrics = held_out_metrics(model, incomplete, centre, None, seed=0)
+    residual = (imputed - model(imputed).detach()).double()[~gaps]
     assert metrics["reconstruction_error"] == pytest.approx(float(residual.square().mean()), rel=1e-6)
     assert metrics["baseline_error"] == pytest.approx(float((x - centre).double()[~gaps].square().mean()), rel=1e-6)
     assert all(math.isfinite(value) for value in metrics.values())
 
 
-def test_the_latents_of_a_linear_vae_carry_what_theory_says() -> None:
-    """KL of latent k is half of ln(1 + w_k^2 / s2); the variance of its mean is w_k^2 / (w_k^2 + s2)."""
-    vae, (x, _) = linear_vae(1.0), rows(20_000)
+def test_latent_report_of_a_linear_vae_matches_theory() -> None:
+    """The KL of latent k is 0.5 ln(1 + w_k^2 / s2). The variance of its mean is w_k^2 / (w_k^2 + s2)."""
+    vae, (x, _) = linear_vae(1.0), sample_rows(20_000)
     squares = np.square(WEIGHTS).sum(axis=0)
     report = describe_latents(vae, x)
     assert [latent.kl for latent in report] == pytest.approx(0.5 * np.log1p(squares / VARIANCE), rel=0.02)
@@ -150,23 +153,23 @@ def test_the_latents_of_a_linear_vae_carry_what_theory_says() -> None:
     assert latents(vae, x) == K
 
 
-def test_a_code_without_a_prior_has_variances_and_no_kl() -> None:
-    x, _ = rows(500)
+def test_latent_report_of_pca_has_variances_and_no_kl() -> None:
+    x, _ = sample_rows(500)
     report = describe_latents(fit_pca(x.double(), K).float(), x)
     assert [latent.kl for latent in report] == [None, None]
     eigenvalues = np.linalg.eigvalsh(np.cov(x.double().numpy().T, ddof=0))[::-1][:K]
     assert [latent.variance for latent in report] == pytest.approx(eigenvalues, rel=1e-4)
 
 
-def test_every_measure_is_explained_in_the_documentation_and_in_the_card() -> None:
-    x, _ = rows(50)
+def test_every_measure_is_documented_and_has_a_title_in_the_model_card() -> None:
+    x, _ = sample_rows(50)
     scaling = Scaling(torch.zeros(D), torch.ones(D))
-    rival = fit_pca(x.double(), K).float()
+    pca = fit_pca(x.double(), K).float()
     measured = {
         name
-        for core in (rival, linear_vae(1.0))
-        for name in held_out_metrics(pipeline(core, scaling), x, x.mean(dim=0), rival, seed=0)
+        for core in (pca, linear_vae(1.0))
+        for name in held_out_metrics(pipeline(core, scaling), x, x.mean(dim=0), pca, seed=0)
     }
-    section = (ROOT / "docs" / "training.md").read_text().split("## The measures")[1]
-    documented = set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE))
-    assert measured | {"detection"} == documented == set(MEASURES), "detection is measured where models are compared"
+    page = (ROOT / "docs" / "reference" / "measures.md").read_text()
+    documented = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+    assert measured | {"detection"} == documented == set(MEASURES)  # `detection` comes from model selection

@@ -1,4 +1,4 @@
-"""--model auto: paired comparison on held-out rows, and a choice that follows from the data."""
+"""Model selection for `--model auto`: paired comparison on held-out rows."""
 
 from pathlib import Path
 
@@ -15,28 +15,28 @@ from training.evaluation.model_selection import significant_wins, swap_values
 from training.train import train
 
 
-def test_only_differences_beyond_two_standard_errors_count() -> None:
+def test_significant_wins_contain_only_differences_beyond_two_standard_errors() -> None:
     noise = torch.randn(400, generator=torch.Generator().manual_seed(0))
     noise = (noise - noise.mean()) / noise.std()  # mean 0, standard error of the mean 1/20
-    found = significant_wins(
+    wins = significant_wins(
         {"one": {"a": noise + 0.11, "b": noise + 0.09}, "two": {"a": 0 * noise, "b": 0 * noise, "c": noise}}
     )
-    assert found == [("one", "two", "a")]
+    assert wins == [("one", "two", "a")]
     assert significant_wins({"one": {"a": 0 * noise}, "two": {"a": noise + 0.11}}) == [("two", "one", "a")]
 
 
-def test_what_two_models_share_cancels_in_the_pairing() -> None:
+def test_significant_wins_with_noise_shared_by_both_models_find_the_small_paired_difference() -> None:
     shared = 100 * torch.randn(50, generator=torch.Generator().manual_seed(0))
     better = 0.1 + 0.1 * torch.randn(50, generator=torch.Generator().manual_seed(1))
     assert significant_wins({"one": {"a": shared}, "two": {"a": shared + better}}) == [("two", "one", "a")]
 
 
-def test_swapped_rows_take_a_tenth_of_their_values_from_the_next_row_and_no_column_changes_much() -> None:
+def test_swap_values_replaces_a_tenth_and_at_least_one_of_each_rows_values_by_those_of_the_row_before() -> None:
     x = torch.arange(50.0).unsqueeze(1).expand(50, 20)
-    mixed = swap_values(x, seed=0)
-    assert ((mixed != x).sum(dim=1) == 2).all()
-    assert torch.equal(torch.where(mixed != x, mixed, x.roll(1, dims=0)), x.roll(1, dims=0))
-    assert ((swap_values(x[:, :3], seed=0) != x[:, :3]).sum(dim=1) == 1).all(), "at least one value"
+    swapped, previous_row = swap_values(x, seed=0), x.roll(1, dims=0)
+    assert ((swapped != x).sum(dim=1) == 2).all()
+    assert torch.equal(torch.where(swapped != x, swapped, previous_row), previous_row)
+    assert ((swap_values(x[:, :3], seed=0) != x[:, :3]).sum(dim=1) == 1).all()
 
 
 def table(x: np.ndarray, source: str) -> Table:
@@ -47,8 +47,8 @@ def table(x: np.ndarray, source: str) -> Table:
 
 
 @pytest.mark.parametrize("curved", [False, True])
-def test_a_network_is_published_where_it_beats_pca_and_only_there(tmp_path: Path, curved: bool) -> None:
-    """Points on a plane are PCA's own; on a closed curve in eight dimensions, one latent of a network is worth two."""
+def test_auto_publishes_a_network_on_curved_data_and_pca_on_a_plane(tmp_path: Path, curved: bool) -> None:
+    """PCA describes a plane exactly. On a closed curve, one latent of a network does the work of two of PCA."""
     random = np.random.RandomState(0)
     t = random.uniform(-1, 1, (1500, 2))
     factors = (
@@ -59,7 +59,7 @@ def test_a_network_is_published_where_it_beats_pca_and_only_there(tmp_path: Path
     x = factors @ random.standard_normal((2, 8)) + 0.05 * random.standard_normal((1500, 8))
     report = RecordingReporter()
     config = TrainConfig(model="auto", name="m", latents=1 if curved else 2, hidden=(32, 32), epochs=60)
-    path = train(config, table(x, "made for this test"), tmp_path, report, tmp_path / "runs")
+    path = train(config, table(x, "synthetic rows"), tmp_path, report, tmp_path / "runs")
     manifest = read_manifest(path)
     assert (manifest.kind == "pca") is not curved
     assert set(manifest.comparison) == {"pca", "ae", "vae"}
@@ -69,7 +69,7 @@ def test_a_network_is_published_where_it_beats_pca_and_only_there(tmp_path: Path
     assert not list((tmp_path / "runs").rglob("checkpoint.pt"))
 
 
-def test_the_measures_of_auto_are_those_of_the_models_alone(tmp_path: Path) -> None:
+def test_auto_gives_the_same_weights_and_metrics_as_training_the_chosen_kind_alone(tmp_path: Path) -> None:
     config = TrainConfig(model="auto", name="m", epochs=3)
     auto = read_manifest(train(config, read_table("digits"), tmp_path, RecordingReporter()))
     alone = read_manifest(

@@ -1,4 +1,4 @@
-"""The ONNX twin: it says what TorchScript says, holds no weight of its own, and is always the same."""
+"""The ONNX twin agrees with TorchScript, contains no weights, and is deterministic."""
 
 import zipfile
 from collections.abc import Callable
@@ -24,103 +24,103 @@ from tests.models.publishing import publish_twin
 from training.publishing.onnx_export import export
 
 GAPS = ((0, 1), (0, 3))
-SHAPE = (7, 6, 3)  # odd and even, coloured
+SHAPE = (7, 6, 3)  # odd height, even width, RGB
 WIDTH = 7 * 6 * 3
 
 
-def picture(end: Callable[[], nn.Module] | None) -> Pipeline:
-    """A convolutional VAE of pictures; `end` is the last layer of its decoder, or its likelihood is Bernoulli."""
+def convolutional_vae(last_layer: Callable[[], nn.Module] | None) -> Pipeline:
+    """Return a VAE for images. `last_layer` ends its decoder; if None, its likelihood is Bernoulli."""
     torch.manual_seed(0)
     encoder, decoder = conv_encoder(SHAPE, (4, 8), 6, "relu", (10,)), conv_decoder(SHAPE, (4, 8), 3, "tanh", (10,))
-    likelihood = GaussianLikelihood(torch.tensor([0.1])) if end else BernoulliLikelihood()
-    core = VAE(encoder, nn.Sequential(*decoder, end()) if end else decoder, likelihood)
+    likelihood = GaussianLikelihood(torch.tensor([0.1])) if last_layer else BernoulliLikelihood()
+    core = VAE(encoder, nn.Sequential(*decoder, last_layer()) if last_layer else decoder, likelihood)
     scaling = Scaling(torch.zeros(WIDTH), torch.full((WIDTH,), 255.0))
     model = Pipeline(scaling, core, gaussian_prior(torch.ones(3)), Calibration(torch.rand(50)))
     return model.eval().requires_grad_(False)
 
 
-def assert_they_agree(model: Pipeline, rows: Callable[[int], tuple[torch.Tensor, ...]]) -> None:
-    """Assert that twin and TorchScript agree, traced with 3 rows and asked with 1, 2 and 33."""
+def assert_twin_agrees(model: Pipeline, rows: Callable[[int], tuple[torch.Tensor, ...]]) -> None:
+    """Assert that a twin traced with 3 rows agrees with TorchScript on 1, 2 and 33 rows."""
     x, z, _ = rows(3)
     module = artifact.freeze(artifact.script(model))
     twin = OnnxModule(artifact.Twin(export(model, x, z), model.state_dict()), module, 1)
     for count in (1, 2, 33):
         inputs = rows(count)
         expected = artifact.compute_outputs(module, *inputs)
-        for name, answer in artifact.compute_outputs(twin, *inputs).items():
+        for name, output in artifact.compute_outputs(twin, *inputs).items():
             scale = max(1.0, float(expected[name].nan_to_num().abs().max()))
-            torch.testing.assert_close(answer, expected[name], rtol=0, atol=3e-6 * scale, equal_nan=True, msg=name)
+            torch.testing.assert_close(output, expected[name], rtol=0, atol=3e-6 * scale, equal_nan=True, msg=name)
 
 
 @pytest.mark.parametrize("kind", CORES)
 @pytest.mark.parametrize("size", [1.0, 1e6], ids=["usual", "extreme"])
-def test_the_twin_agrees_with_torchscript(kind: str, size: float) -> None:
+def test_twin_agrees_with_torchscript_for_usual_and_extreme_values(kind: str, size: float) -> None:
     def rows(count: int) -> tuple[torch.Tensor, ...]:
         x, noise, choice = batch(count)
         return size * x, noise, choice
 
-    assert_they_agree(pipeline(kind), rows)
+    assert_twin_agrees(pipeline(kind), rows)
 
 
 @pytest.mark.parametrize("kind", ["pca-imputing", "ae-imputing", "vae-per-feature-imputing"])
-def test_the_twin_fills_gaps_as_torchscript_does(kind: str) -> None:
-    assert_they_agree(pipeline(kind), lambda count: batch(count, gaps=GAPS))
+def test_twin_of_an_imputing_model_agrees_on_rows_with_missing_values(kind: str) -> None:
+    assert_twin_agrees(pipeline(kind), lambda count: batch(count, gaps=GAPS))
 
 
-@pytest.mark.parametrize("end", [None, nn.Sigmoid], ids=["bernoulli", "sigmoid"])
-def test_the_twin_of_a_convolutional_network_agrees(end: Callable[[], nn.Module] | None) -> None:
+@pytest.mark.parametrize("last_layer", [None, nn.Sigmoid], ids=["bernoulli", "sigmoid"])
+def test_twin_of_a_convolutional_vae_agrees_with_torchscript(last_layer: Callable[[], nn.Module] | None) -> None:
     def rows(count: int) -> tuple[torch.Tensor, ...]:
         generator = torch.Generator().manual_seed(count)
         x = torch.randint(0, 256, (count, WIDTH), generator=generator).float()
         return x, torch.randn(count, 3, generator=generator), torch.rand(count, generator=generator)
 
-    assert_they_agree(picture(end), rows)
+    assert_twin_agrees(convolutional_vae(last_layer), rows)
 
 
-def test_the_likelihood_of_impossible_logits_is_finite_in_both() -> None:
+def test_score_with_extreme_logits_is_finite_in_twin_and_torchscript() -> None:
     model = pipeline("vae-bernoulli")
     assert isinstance(model.core, VAE)
-    model.core.decoder[-1].bias.copy_(torch.tensor([300.0, -300.0, 40.0, -40.0, 0.0]))  # type: ignore[index] # a Sequential, typed as a module
-    assert_they_agree(model, batch)
+    model.core.decoder[-1].bias.copy_(torch.tensor([300.0, -300.0, 40.0, -40.0, 0.0]))  # type: ignore[index] # a Sequential, typed as a Module
+    assert_twin_agrees(model, batch)
     x, _, _ = batch()
     assert bool(model.score(x)[0].isfinite().all())
 
 
-def test_the_twin_holds_no_weight() -> None:
+def test_twin_refers_to_the_weights_by_name_and_contains_none() -> None:
     model, (x, z, _) = pipeline("ae"), batch()
-    learnt = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    weights = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     for graph in export(model, x, z).values():
         initialisers = onnx.load_from_string(graph.onnx).graph.initializer
-        assert {tensor.name: tuple(tensor.dims) for tensor in initialisers}.items() <= learnt.items()
+        assert {tensor.name: tuple(tensor.dims) for tensor in initialisers}.items() <= weights.items()
         assert [tensor.name for tensor in initialisers] == list(graph.weights)
         assert not any(tensor.raw_data or tensor.float_data for tensor in initialisers)
         assert graph.weights
 
 
-def test_the_graphs_of_a_vae_ask_for_no_shapes() -> None:
-    """A row's width is known when they are written: to ask for it again takes ten nodes."""
+def test_graphs_of_a_vae_contain_no_shape_operator() -> None:
+    """The width of a row is known at export. Computing it at run time takes ten nodes."""
     model, (x, z, _) = pipeline("vae"), batch()
     for graph in export(model, x, z).values():
-        kinds = [node.op_type for node in onnx.load_from_string(graph.onnx).graph.node]
-        assert "Gemm" in kinds
-        assert "Shape" not in kinds
+        operators = [node.op_type for node in onnx.load_from_string(graph.onnx).graph.node]
+        assert "Gemm" in operators
+        assert "Shape" not in operators
 
 
-def test_the_same_model_gives_the_same_bytes() -> None:
+def test_export_of_the_same_model_gives_the_same_bytes() -> None:
     x, z, _ = batch()
     assert export(pipeline("ae"), x, z) == export(pipeline("ae"), x, z)
 
 
-def test_exporting_leaves_the_model_as_it_was() -> None:
+def test_export_does_not_change_the_model() -> None:
     model, (x, z, choice) = pipeline("vae-gaussian"), batch()
     before = artifact.compute_outputs(model, x, z, choice)
     export(model, x, z)
     after = artifact.compute_outputs(model, x, z, choice)
-    for name, answer in before.items():
-        np.testing.assert_array_equal(after[name].numpy(), answer.numpy())
+    for name, output in before.items():
+        np.testing.assert_array_equal(after[name].numpy(), output.numpy())
 
 
-def test_a_published_twin_comes_back_from_the_file(tmp_path: Path) -> None:
+def test_twin_loaded_from_a_published_artifact_equals_the_exported_one(tmp_path: Path) -> None:
     path = publish_twin(tmp_path, "ae")
     loaded = artifact.load(path).twin
     assert loaded is not None

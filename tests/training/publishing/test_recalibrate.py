@@ -1,4 +1,4 @@
-"""`elbo calibrate`: what it must change, what it must not, and what it refuses."""
+"""`elbo calibrate` replaces the calibration and nothing else, and refuses unsuitable rows."""
 
 import shutil
 from pathlib import Path
@@ -20,12 +20,12 @@ from training.errors import FitError
 from training.publishing.recalibrate import recalibrate
 
 KINDS = (*COMPARED, "ensemble")
-DRIFT = 1.5  # by what every metric has grown since the training
+DRIFT = 1.5  # factor by which every metric has grown since training
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with version 1 of a model of each kind, trained on 1,000 rows in train.csv beside it."""
+    """Return a folder with train.csv (1,000 rows) and, in a/, version 1 of a model of each kind trained on it."""
     folder = tmp_path_factory.mktemp("trained")
     data = write(folder / "train.csv", two_factor_rows(1000, seed=0))
     import elbo
@@ -39,23 +39,25 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def root(trained: Path, tmp_path: Path) -> Path:
+    """Return a copy of the artifact folder that the test may change."""
     return Path(shutil.copytree(trained / "a", tmp_path / "a"))
 
 
-def recent(folder: Path, rows: int = 400, seed: int = 7) -> str:
+def write_recent_rows(folder: Path, rows: int = 400, seed: int = 7) -> str:
+    """Write rows after the drift and return the path of the file."""
     return write(folder / "recent.csv", DRIFT * two_factor_rows(rows, seed=seed))
 
 
-def refreshed(root: Path, kind: str, source: str, alpha: float = 0.05) -> tuple[Artifact, Artifact]:
-    """Version 1 of `kind`, and the version that calibrating it on `source` made."""
+def recalibrate_on(root: Path, kind: str, source: str, alpha: float = 0.05) -> tuple[Artifact, Artifact]:
+    """Recalibrate version 1 of `kind` on `source`. Return versions 1 and 2."""
     parent = load(root / kind / "1" / "model.pt")
-    done = recalibrate(parent, read_for_model(source, parent.manifest), root, alpha)
-    assert done.path == root / kind / "2" / "model.pt"
-    return parent, load(done.path)
+    result = recalibrate(parent, read_for_model(source, parent.manifest), root, alpha)
+    assert result.path == root / kind / "2" / "model.pt"
+    return parent, load(result.path)
 
 
-def rates(artifact: Artifact, rows: np.ndarray, alpha: float) -> tuple[int, int]:
-    """How many of `rows` have p <= alpha, and how many a severity above 1."""
+def count_alarms(artifact: Artifact, rows: np.ndarray, alpha: float) -> tuple[int, int]:
+    """Return how many `rows` have a p-value of at most alpha, and how many have a severity above 1."""
     with torch.inference_mode():
         score = artifact.module.score(torch.from_numpy(rows.astype(np.float32)))[0]
         p_value, severity = artifact.module.p_value(score), artifact.module.severity(score, alpha)
@@ -63,11 +65,11 @@ def rates(artifact: Artifact, rows: np.ndarray, alpha: float) -> tuple[int, int]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_networks_and_scores_stay_to_the_bit_and_p_values_are_those_of_the_new_rows(
+def test_recalibration_keeps_weights_and_scores_bit_exact_and_takes_p_values_from_the_new_rows(
     kind: str, root: Path, tmp_path: Path
 ) -> None:
-    source = recent(tmp_path)
-    parent, child = refreshed(root, kind, source)
+    source = write_recent_rows(tmp_path)
+    parent, child = recalibrate_on(root, kind, source)
     before, after = thaw(parent).state_dict(), thaw(child).state_dict()
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -75,28 +77,28 @@ def test_networks_and_scores_stay_to_the_bit_and_p_values_are_those_of_the_new_r
     x = torch.from_numpy(two_factor_rows(50, seed=3).astype(np.float32))
     rows = torch.from_numpy(np.genfromtxt(source, delimiter=",", skip_header=1).astype(np.float32))
     with torch.inference_mode():
-        for mine, theirs in zip(child.module.score(x), parent.module.score(x), strict=True):
-            assert torch.equal(mine, theirs)
+        for new, old in zip(child.module.score(x), parent.module.score(x), strict=True):
+            assert torch.equal(new, old)
         calibration, score = child.module.score(rows)[0].numpy(), child.module.score(x)[0].numpy()
         p_value = child.module.p_value(torch.from_numpy(score)).numpy()
-    counted = (1 + (calibration[None, :] >= score[:, None]).sum(axis=1)) / 401
-    np.testing.assert_allclose(p_value, counted, atol=1.01 / 401)  # up to a tie that rounding makes
+    expected = (1 + (calibration[None, :] >= score[:, None]).sum(axis=1)) / 401
+    np.testing.assert_allclose(p_value, expected, atol=1.01 / 401)  # rounding can turn one comparison into a tie
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_false_alarms_keep_to_alpha_again(kind: str, root: Path, tmp_path: Path) -> None:
-    parent, child = refreshed(root, kind, recent(tmp_path))
+def test_false_alarm_rate_after_drift_and_recalibration_matches_alpha(kind: str, root: Path, tmp_path: Path) -> None:
+    parent, child = recalibrate_on(root, kind, write_recent_rows(tmp_path))
     fresh = DRIFT * two_factor_rows(2000, seed=8)
     low, high = betabinom(2000, 20, 381).interval(0.9999)  # 20 = 0.05 * 401
-    by_p_value, by_severity = rates(child, fresh, 0.05)
+    by_p_value, by_severity = count_alarms(child, fresh, 0.05)
     assert by_p_value == by_severity
     assert low <= by_p_value <= high
-    assert rates(parent, fresh, 0.05)[0] > high  # what it is for
+    assert count_alarms(parent, fresh, 0.05)[0] > high  # without recalibration
 
 
-def test_the_manifest_tells_where_it_comes_from(root: Path, tmp_path: Path) -> None:
-    source = recent(tmp_path)
-    parent, child = refreshed(root, "pca", source)
+def test_manifest_after_recalibration_records_its_origin_and_keeps_the_training(root: Path, tmp_path: Path) -> None:
+    source = write_recent_rows(tmp_path)
+    parent, child = recalibrate_on(root, "pca", source)
     old, new = parent.manifest, child.manifest
     assert new.recalibration is not None
     assert new.recalibration.model_dump() == {
@@ -108,16 +110,16 @@ def test_the_manifest_tells_where_it_comes_from(root: Path, tmp_path: Path) -> N
         "fingerprint": read_for_model(source, old).fingerprint,
     }
     assert (new.calibration.rows, new.calibration.floor) == (400, 1 / 401)
-    same = ("name", "kind", "features", "training", "data", "metrics", "history", "spectrum")
-    assert all(getattr(new, name) == getattr(old, name) for name in same)
+    unchanged = ("name", "kind", "features", "training", "data", "metrics", "history", "spectrum")
+    assert all(getattr(new, name) == getattr(old, name) for name in unchanged)
     assert new.weights_sha256 != old.weights_sha256
     third = recalibrate(child, read_for_model(write(tmp_path / "b.csv", two_factor_rows(30, 9)), new), root, 0.05)
     assert third.manifest.recalibration is not None
     assert (third.manifest.recalibration.parent, third.manifest.recalibration.trained) == ("pca@2", old.created)
 
 
-def test_a_twin_stays_true(tmp_path: Path) -> None:
-    """Twins take their weights from the module: the new version's must repeat the new version's golden answers."""
+def test_twin_after_recalibration_repeats_the_new_golden_answers(tmp_path: Path) -> None:
+    """A twin takes its weights from the module, so the graphs of the old version serve the new one."""
     for number, kind in enumerate(("pca", "ae", "vae-gaussian", "ensemble", "ae-imputing")):
         root = tmp_path / str(number)
         parent = load(publish_twin(root, kind, gaps=GAPS if kind.endswith("-imputing") else ()))
@@ -128,64 +130,65 @@ def test_a_twin_stays_true(tmp_path: Path) -> None:
         assert isinstance(child.twin, Twin)
         assert isinstance(parent.twin, Twin)
         assert child.twin.graphs == parent.twin.graphs
-        backend = select_backend(child, requested="onnx").backend  # raises if the twin is wrong
+        backend = select_backend(child, requested="onnx").backend  # raises if the twin gives wrong answers
         assert backend.name == "onnx"
 
 
-def test_rows_labelled_as_anomalies_are_left_out(root: Path, tmp_path: Path) -> None:
+def test_recalibration_leaves_out_rows_labelled_as_anomalies(root: Path, tmp_path: Path) -> None:
     rows = two_factor_rows(300, seed=4)
     rows[::3, 4] += 30
     labelled = np.column_stack((rows, np.arange(300) % 3 == 0))
     source = write(tmp_path / "labelled.csv", labelled, "cpu [%],memory [GB],disk,network,errors,label")
     parent = load(root / "pca" / "1" / "model.pt")
-    done = recalibrate(parent, read_for_model(source, parent.manifest), root, 0.05)
-    assert done.manifest.calibration.rows == 200
-    assert "100 rows labelled 1 are left out" in done.notes
+    from_labelled = recalibrate(parent, read_for_model(source, parent.manifest), root, 0.05)
+    assert from_labelled.manifest.calibration.rows == 200
+    assert "left out 100 rows labelled 1" in from_labelled.notes
     clean = write(tmp_path / "clean.csv", rows[np.arange(300) % 3 != 0])
-    other = recalibrate(parent, read_for_model(clean, parent.manifest), root, 0.05)
-    assert torch.equal(thaw(load(done.path)).calibration.scores, thaw(load(other.path)).calibration.scores)
+    from_clean = recalibrate(parent, read_for_model(clean, parent.manifest), root, 0.05)
+    scores, expected = (thaw(load(result.path)).calibration.scores for result in (from_labelled, from_clean))
+    assert torch.equal(scores, expected)
 
 
-def test_more_rows_than_calibrate_are_drawn_from_the_whole_table(root: Path, tmp_path: Path) -> None:
+def test_recalibration_on_more_rows_than_the_maximum_uses_a_sample_of_them(root: Path, tmp_path: Path) -> None:
     parent = load(root / "pca" / "1" / "model.pt")
     path = tmp_path / "many.npy"
     np.save(path, two_factor_rows(MAX_HELD_OUT_ROWS + 1000, seed=4).astype(np.float32))
-    done = recalibrate(parent, read_for_model(str(path), parent.manifest), root, 0.05)
-    assert done.manifest.calibration.rows == MAX_HELD_OUT_ROWS
-    assert done.manifest.recalibration is not None
-    assert done.manifest.recalibration.rows == MAX_HELD_OUT_ROWS + 1000
+    manifest = recalibrate(parent, read_for_model(str(path), parent.manifest), root, 0.05).manifest
+    assert manifest.calibration.rows == MAX_HELD_OUT_ROWS
+    assert manifest.recalibration is not None
+    assert manifest.recalibration.rows == MAX_HELD_OUT_ROWS + 1000
 
 
-# Refusals: nothing is published
+# Refusals, after which nothing is published
 
 
 @pytest.mark.parametrize(
     ("rows", "alpha", "message"),
     [
-        (18, 0.05, "has 18 normal rows, which allow an alpha from 0.0526 on: expected at least 19 for alpha 0.05"),
-        (98, 0.01, "has 98 normal rows, which allow an alpha from 0.0101 on: expected at least 99 for alpha 0.01"),
+        (18, 0.05, "has 18 normal rows, enough for alpha 0.0526 or more: expected at least 19 for alpha 0.05"),
+        (98, 0.01, "has 98 normal rows, enough for alpha 0.0101 or more: expected at least 99 for alpha 0.01"),
         (19, 0.05, None),
         (99, 0.01, None),
         (9, 0.1, None),
     ],
 )
-def test_too_few_rows_are_refused_with_the_alpha_that_they_allow(
+def test_recalibration_on_too_few_rows_fails_with_the_alpha_that_they_allow(
     rows: int, alpha: float, message: str | None, root: Path, tmp_path: Path
 ) -> None:
-    source = recent(tmp_path, rows)
+    source = write_recent_rows(tmp_path, rows)
     if message is None:
-        _, child = refreshed(root, "pca", source, alpha)
+        _, child = recalibrate_on(root, "pca", source, alpha)
         assert child.manifest.calibration.floor <= alpha * (1 + 1e-9)
         return
-    with pytest.raises(DataError) as refused:
-        refreshed(root, "pca", source, alpha)
-    assert message in str(refused.value)
+    with pytest.raises(DataError) as error:
+        recalibrate_on(root, "pca", source, alpha)
+    assert message in str(error.value)
     assert not (root / "pca" / "2").exists()
 
 
-def test_rows_that_trained_it_are_refused(trained: Path, root: Path) -> None:
+def test_recalibration_on_the_training_rows_fails(trained: Path, root: Path) -> None:
     with pytest.raises(DataError, match=r"holds the rows that pca@1 was trained on"):
-        refreshed(root, "pca", str(trained / "train.csv"))
+        recalibrate_on(root, "pca", str(trained / "train.csv"))
 
 
 @pytest.mark.parametrize(
@@ -197,29 +200,35 @@ def test_rows_that_trained_it_are_refused(trained: Path, root: Path) -> None:
         ("cpu,memory,disk,network,errors\n" + "1,2,3,4,5\n" * 30 + "3e38,-3e38,3e38,3e38,3e38\n", "row 30 overflows"),
     ],
 )
-def test_rows_that_the_model_cannot_read_are_refused(text: str, message: str, root: Path, tmp_path: Path) -> None:
+def test_recalibration_on_rows_that_do_not_fit_the_model_fails(
+    text: str, message: str, root: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "bad.csv"
     path.write_text(text)
-    with pytest.raises(DataError) as refused:
-        refreshed(root, "pca", str(path))
-    assert message in str(refused.value)
+    with pytest.raises(DataError) as error:
+        recalibrate_on(root, "pca", str(path))
+    assert message in str(error.value)
     assert not (root / "pca" / "2").exists()
 
 
-def test_a_calibration_of_another_kind_is_refused(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A later Calibration that counts otherwise than the one that is scripted in the artifact."""
+def test_recalibration_of_an_artifact_with_another_calibration_method_fails(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later version of Calibration computes other p-values than the one scripted into the artifact."""
 
-    class Strict(Calibration):
+    class LaterCalibration(Calibration):
         def p_value(self, score: torch.Tensor) -> torch.Tensor:
             return super().p_value(score) * 0.5
 
-    monkeypatch.setattr("training.publishing.recalibrate.Calibration", Strict)
-    with pytest.raises(FitError, match=r"pca@1 calibrates in another way than this Elbo: train it again"):
-        refreshed(root, "pca", recent(tmp_path))
+    monkeypatch.setattr("training.publishing.recalibrate.Calibration", LaterCalibration)
+    with pytest.raises(
+        FitError, match=r"pca@1 comes from a version of Elbo that calibrates differently: train it again"
+    ):
+        recalibrate_on(root, "pca", write_recent_rows(tmp_path))
     assert not (root / "pca" / "2").exists()
 
 
-def test_an_artifact_that_was_replaced_meanwhile_is_noticed(root: Path) -> None:
+def test_thaw_of_an_artifact_replaced_after_loading_fails(root: Path) -> None:
     parent = load(root / "pca" / "1" / "model.pt")
     shutil.copy(root / "ae" / "1" / "model.pt", parent.path)
     with pytest.raises(ArtifactCorrupt, match="has changed since it was loaded"):
@@ -229,10 +238,10 @@ def test_an_artifact_that_was_replaced_meanwhile_is_noticed(root: Path) -> None:
 # The command
 
 
-def test_the_command_says_what_it_did_and_leaves_a_card(
+def test_calibrate_command_reports_the_new_version_and_writes_a_card(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source, folders = recent(tmp_path), ["--artifacts", str(root), "--runs", str(tmp_path / "runs")]
+    source, folders = write_recent_rows(tmp_path), ["--artifacts", str(root), "--runs", str(tmp_path / "runs")]
     code, out, err = in_process(capsys, "calibrate", "pca", source, *folders)
     assert code == 0
     assert out.splitlines() == [
@@ -240,19 +249,19 @@ def test_the_command_says_what_it_did_and_leaves_a_card(
         "calibrated on 400 rows: the smallest p-value is 0.00249",
     ]
     flagged, warning = err.splitlines()
-    assert flagged.startswith("pca@1 calls ")
-    assert warning.startswith("warning: that is more than chance explains.")
-    _, told, _ = in_process(capsys, "inspect", "pca", "--artifacts", str(root))
-    assert f"400 of 400 rows of {source}" in told
-    assert "the networks are those of pca@1" in told
-    _, judged, _ = in_process(capsys, "evaluate", "pca", source, "--artifacts", str(root))
-    assert judged.splitlines()[0].endswith(": 400 rows, the ones that it was calibrated on")
+    assert flagged.startswith("pca@1 flags ")
+    assert warning.startswith("warning: chance does not explain so many alarms.")
+    _, description, _ = in_process(capsys, "inspect", "pca", "--artifacts", str(root))
+    assert f"400 of 400 rows of {source}" in description
+    assert "the networks are those of pca@1" in description
+    _, evaluation, _ = in_process(capsys, "evaluate", "pca", source, "--artifacts", str(root))
+    assert evaluation.splitlines()[0].endswith(": 400 rows, the rows it was calibrated on")
     card = (tmp_path / "runs" / "pca" / "2" / "card.md").read_text()
     assert f"elbo calibrate pca@1 {source}" in card
-    assert "No p-value is below 0.00249" in card
+    assert "The smallest possible p-value is 0.00249" in card
 
 
-def test_rows_like_those_before_raise_no_warning(
+def test_calibrate_command_on_rows_like_the_old_ones_does_not_warn(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write(tmp_path / "same.csv", two_factor_rows(400, seed=11))
@@ -261,9 +270,11 @@ def test_rows_like_those_before_raise_no_warning(
     assert "warning" not in err
 
 
-def test_a_renamed_folder_keeps_its_name(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_calibrate_command_for_a_renamed_folder_publishes_under_the_new_name(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (root / "pca").rename(root / "production")
     folders = ["--artifacts", str(root), "--runs", str(tmp_path)]
-    _, out, _ = in_process(capsys, "calibrate", "production", recent(tmp_path), *folders)
+    _, out, _ = in_process(capsys, "calibrate", "production", write_recent_rows(tmp_path), *folders)
     assert out.startswith("published production@2: ")
     assert not (root / "pca").exists()

@@ -1,4 +1,4 @@
-"""The record of a run: written as it goes, whole after a kill, the same for TensorBoard."""
+"""The history of a run: written per epoch, intact after a kill, and the same in TensorBoard."""
 
 import json
 import math
@@ -19,68 +19,68 @@ from tests.training.reporters import RecordingReporter
 from training.reports.history import FILE_NAME, POINTS, HistoryRecorder, thinned
 
 
-def lines(folder: Path) -> list[dict[str, float]]:
+def read_lines(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / FILE_NAME).read_text().splitlines()]
 
 
-def record(recorder: HistoryRecorder, epochs: range) -> None:
+def record_epochs(recorder: HistoryRecorder, epochs: range) -> None:
     recorder.start("m (ae)", 1000)
     for epoch in epochs:
         recorder.epoch(epoch, 10 * epoch, {"squared_error": 1.0 / epoch, "held_out_loss": 2.0 / epoch})
 
 
-def test_every_epoch_is_a_line_that_is_on_disk_at_once(tmp_path: Path) -> None:
+def test_epoch_is_on_disk_as_one_line_when_it_returns(tmp_path: Path) -> None:
     report = RecordingReporter()
     recorder = HistoryRecorder(report, tmp_path / "m")
     for epoch in (1, 2, 3):
         recorder.epoch(epoch, 10 * epoch, {"squared_error": 1.0 / epoch})
-        assert [line["epoch"] for line in lines(tmp_path / "m")] == list(range(1, epoch + 1))
-    assert [line["step"] for line in lines(tmp_path / "m")] == [10, 20, 30]
-    assert lines(tmp_path / "m") == recorder.history
+        assert [line["epoch"] for line in read_lines(tmp_path / "m")] == list(range(1, epoch + 1))
+    assert [line["step"] for line in read_lines(tmp_path / "m")] == [10, 20, 30]
+    assert read_lines(tmp_path / "m") == recorder.history
     assert report.epochs == [{"squared_error": 1.0 / epoch} for epoch in (1, 2, 3)]
-    seconds = [line["seconds"] for line in lines(tmp_path / "m")]
+    seconds = [line["seconds"] for line in read_lines(tmp_path / "m")]
     assert seconds == sorted(seconds)
 
 
-@pytest.mark.parametrize("torn", [b"", b'{"epoch":6,"st', b'{"epoch":6,"step":60,"kl":0.1', b"\x00\x00", b"6"])
-def test_a_run_that_goes_on_has_every_epoch_once(tmp_path: Path, torn: bytes) -> None:
-    record(HistoryRecorder(RecordingReporter(), tmp_path), range(1, 6))
+@pytest.mark.parametrize("last_line", [b"", b'{"epoch":6,"st', b'{"epoch":6,"step":60,"kl":0.1', b"\x00\x00", b"6"])
+def test_resumed_history_after_a_damaged_last_line_has_every_epoch_once(tmp_path: Path, last_line: bytes) -> None:
+    record_epochs(HistoryRecorder(RecordingReporter(), tmp_path), range(1, 6))
     with (tmp_path / FILE_NAME).open("ab") as file:
-        file.write(torn)
+        file.write(last_line)
     recorder = HistoryRecorder(RecordingReporter(), tmp_path, resume=True)
-    record(recorder, range(4, 9))  # the checkpoint was written after epoch 3
-    assert [line["epoch"] for line in lines(tmp_path)] == list(range(1, 9))
-    assert lines(tmp_path) == recorder.history
-    seconds = [line["seconds"] for line in lines(tmp_path)]
-    assert seconds == sorted(seconds)  # the time of both processes
+    record_epochs(recorder, range(4, 9))  # the checkpoint was written after epoch 3
+    assert [line["epoch"] for line in read_lines(tmp_path)] == list(range(1, 9))
+    assert read_lines(tmp_path) == recorder.history
+    seconds = [line["seconds"] for line in read_lines(tmp_path)]
+    assert seconds == sorted(seconds)  # continues to count across the two processes
 
 
-def test_a_run_that_begins_anew_has_a_record_of_its_own(tmp_path: Path) -> None:
-    record(HistoryRecorder(RecordingReporter(), tmp_path), range(1, 6))
-    record(HistoryRecorder(RecordingReporter(), tmp_path), range(1, 3))
-    assert [line["epoch"] for line in lines(tmp_path)] == [1, 2]
+def test_history_without_resume_replaces_that_of_an_earlier_run(tmp_path: Path) -> None:
+    record_epochs(HistoryRecorder(RecordingReporter(), tmp_path), range(1, 6))
+    record_epochs(HistoryRecorder(RecordingReporter(), tmp_path), range(1, 3))
+    assert [line["epoch"] for line in read_lines(tmp_path)] == [1, 2]
 
 
-def test_rewinding_forgets_what_came_after_a_step(tmp_path: Path) -> None:
-    record(HistoryRecorder(RecordingReporter(), tmp_path), range(1, 6))
+def test_rewind_drops_epochs_after_the_given_step(tmp_path: Path) -> None:
+    record_epochs(HistoryRecorder(RecordingReporter(), tmp_path), range(1, 6))
     recorder = HistoryRecorder(RecordingReporter(), tmp_path, resume=True)
     recorder.rewind(30)
-    assert [line["step"] for line in lines(tmp_path)] == [10, 20, 30]
+    assert [line["step"] for line in read_lines(tmp_path)] == [10, 20, 30]
     assert [point["epoch"] for point in recorder.history] == [1, 2, 3]
 
 
-def test_a_value_that_is_not_finite_is_null_in_the_file_and_absent_from_the_history(tmp_path: Path) -> None:
+def test_non_finite_value_is_null_in_the_file_and_absent_from_the_history(tmp_path: Path) -> None:
     recorder = HistoryRecorder(RecordingReporter(), tmp_path)
     recorder.epoch(1, 10, {"a": math.nan, "b": math.inf, "c": 1.0})
-    assert lines(tmp_path)[0]["a"] is lines(tmp_path)[0]["b"] is None
+    assert read_lines(tmp_path)[0]["a"] is read_lines(tmp_path)[0]["b"] is None
     assert recorder.history[0].keys() == {"epoch", "step", "c", "seconds"}
-    again = HistoryRecorder(RecordingReporter(), tmp_path, resume=True)
-    again.rewind(10)
-    assert again.history == recorder.history
+    resumed = HistoryRecorder(RecordingReporter(), tmp_path, resume=True)
+    resumed.rewind(10)
+    assert resumed.history == recorder.history
 
 
 @pytest.mark.parametrize("count", [1, POINTS, POINTS + 1, 10_000])
-def test_a_long_history_is_thinned_evenly(count: int) -> None:
+def test_thinned_keeps_first_and_last_and_spreads_the_rest_evenly(count: int) -> None:
     points = [{"epoch": float(epoch)} for epoch in range(1, count + 1)]
     kept = [point["epoch"] for point in thinned(points)]
     assert len(kept) == min(count, POINTS)
@@ -89,36 +89,36 @@ def test_a_long_history_is_thinned_evenly(count: int) -> None:
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
-def test_a_folder_that_cannot_be_written_costs_the_record_not_the_run(tmp_path: Path) -> None:
+def test_recorder_with_an_unwritable_folder_warns_once_and_still_reports_the_run(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file where a folder should be")
     report = RecordingReporter()
     recorder = HistoryRecorder(report, tmp_path / "runs" / "m")
-    record(recorder, range(1, 4))
+    record_epochs(recorder, range(1, 4))
     recorder.done({})
     recorder.move(tmp_path / "elsewhere")
     assert len(report.epochs) == len(recorder.history) == 3
     assert len(report.notes) == 1
-    assert report.notes[0].startswith(f"warning: no record in {tmp_path}/runs/m/metrics.jsonl (")
+    assert report.notes[0].startswith(f"warning: failed to write the history {tmp_path}/runs/m/metrics.jsonl (")
 
 
-def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recorder_without_a_folder_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recorder = HistoryRecorder(RecordingReporter(), None)
-    record(recorder, range(1, 4))
+    record_epochs(recorder, range(1, 4))
     recorder.move(tmp_path / "1")
     assert [point["epoch"] for point in recorder.history] == [1, 2, 3]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_finished_record_moves_to_the_folder_of_its_version(tmp_path: Path) -> None:
+def test_move_puts_the_history_into_the_folder_of_the_version(tmp_path: Path) -> None:
     recorder = HistoryRecorder(RecordingReporter(), tmp_path / "m")
-    record(recorder, range(1, 4))
+    record_epochs(recorder, range(1, 4))
     recorder.move(tmp_path / "m" / "1")
-    assert len(lines(tmp_path / "m" / "1")) == 3
+    assert len(read_lines(tmp_path / "m" / "1")) == 3
     assert [path.name for path in (tmp_path / "m").iterdir()] == ["1"]
 
 
-KILLED = """
+ENDLESS_RUN = """
 import sys, time
 from pathlib import Path
 from tests.training.reporters import RecordingReporter
@@ -129,21 +129,21 @@ for epoch in range(1, 1_000_000):
 """
 
 
-def test_a_record_survives_sigkill_and_goes_on(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT)
+def test_history_resumed_after_sigkill_has_every_epoch_once(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", ENDLESS_RUN, str(tmp_path)], cwd=ROOT)
     path, deadline = tmp_path / FILE_NAME, time.monotonic() + 60
     while not (path.exists() and path.stat().st_size > 20_000):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    known = path.read_bytes().count(b"\n")
-    assert known > 100
-    record(HistoryRecorder(RecordingReporter(), tmp_path, resume=True), range(known - 20, known + 20))
-    assert [line["epoch"] for line in lines(tmp_path)] == list(range(1, known + 20))
+    written = path.read_bytes().count(b"\n")
+    assert written > 100
+    record_epochs(HistoryRecorder(RecordingReporter(), tmp_path, resume=True), range(written - 20, written + 20))
+    assert [line["epoch"] for line in read_lines(tmp_path)] == list(range(1, written + 20))
 
 
-def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder))
@@ -151,20 +151,22 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_tensorboard_reads_the_same_figures_each_epoch_once(tmp_path: Path) -> None:
+def test_tensorboard_scalars_of_a_resumed_run_have_every_epoch_once(tmp_path: Path) -> None:
     require(find_spec("tensorboard"), "the package tensorboard is not installed")
-    record(HistoryRecorder(RecordingReporter(), tmp_path, tensorboard=True), range(1, 6))  # killed: nobody closes it
+    record_epochs(
+        HistoryRecorder(RecordingReporter(), tmp_path, tensorboard=True), range(1, 6)
+    )  # not closed, as after a kill
     recorder = HistoryRecorder(RecordingReporter(), tmp_path, resume=True, tensorboard=True)
-    record(recorder, range(4, 9))
+    record_epochs(recorder, range(4, 9))
     recorder.done({})
     recorder.move(tmp_path / "1")
-    read = scalars(tmp_path / "1" / "tensorboard")
-    assert read.keys() == {"squared_error", "held_out_loss"}
-    assert [step for step, _ in read["squared_error"]] == [10 * epoch for epoch in range(1, 9)]
-    assert [value for _, value in read["squared_error"]] == pytest.approx([1 / epoch for epoch in range(1, 9)])
+    scalars = read_scalars(tmp_path / "1" / "tensorboard")
+    assert scalars.keys() == {"squared_error", "held_out_loss"}
+    assert [step for step, _ in scalars["squared_error"]] == [10 * epoch for epoch in range(1, 9)]
+    assert [value for _, value in scalars["squared_error"]] == pytest.approx([1 / epoch for epoch in range(1, 9)])
 
 
-def test_where_tensorboard_is_not_installed_one_line_says_how_to_get_it(tmp_path: Path) -> None:
+def test_recorder_without_the_tensorboard_package_raises_an_error_with_the_install_command(tmp_path: Path) -> None:
     code = (
         "import importlib.util as u; find = u.find_spec\n"
         "u.find_spec = lambda name, package=None: None if name == 'tensorboard' else find(name, package)\n"
