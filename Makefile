@@ -94,8 +94,8 @@ bench-serve: $(READY) $(SERVERS:%=$(PEERS)-%/.ready) ## Measure serving against 
 	@$(VENV)/bin/python benchmarks/serving/compare_servers.py $(OPTIONS)
 
 bench-anomaly: $(READY) $(PEERS)/.ready ## Measure anomaly scores, calibration and explanations, as in benchmarks/*/results/*.md
-	@$(VENV)/bin/python benchmarks/anomaly/anomaly.py $(OPTIONS)
-	@$(VENV)/bin/python benchmarks/anomaly/anomaly.py --robust $(OPTIONS)
+	@$(VENV)/bin/python benchmarks/anomaly/score_ranking.py $(OPTIONS)
+	@$(VENV)/bin/python benchmarks/anomaly/score_ranking.py --robust $(OPTIONS)
 	@$(VENV)/bin/python benchmarks/anomaly/calibration.py
 	@$(VENV)/bin/python benchmarks/anomaly/server_metrics.py
 

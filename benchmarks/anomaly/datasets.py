@@ -1,8 +1,10 @@
-"""The sets that anomaly scores are compared on, split as the one-class protocol says.
+"""The data sets of the anomaly benchmarks, split by the one-class protocol.
 
-`RandomState(seed)` cuts a set to 10,000 rows, deals half of the normal rows out to train, and leaves the rest and every
-anomaly to test; all is standardised on the training half. ADBench's sets where ELBO_DATA (or ../shared/data) has
-adbench/*.npz (X, y: 1 is an anomaly); else scikit-learn's, of which one class is normal.
+A data set is reduced to at most 10,000 random rows. A random half of the normal rows is for training, all other rows
+are for testing, and all rows are standardised with the mean and standard deviation of the training rows.
+
+The data sets are those of ADBench if ELBO_DATA (or ../shared/data) has adbench/*.npz with X and y (1 for an anomaly),
+otherwise data sets of scikit-learn in which one class is normal.
 """
 
 from collections.abc import Iterator
@@ -14,16 +16,24 @@ import numpy.typing as npt
 
 from benchmarks.data import DATA
 
-MOST_ROWS = 10_000
-ANOMALIES = 0.1  # share of the normal rows, in scikit-learn's sets
+MAX_ROWS = 10_000
+ANOMALY_RATIO = 0.1  # anomalies / normal rows in the data sets of scikit-learn
 
 Rows = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Contest:
-    """Rows to learn from [N, D], rows to judge [M, D], and which of these are anomalies, 1, or normal, 0: [M]."""
+class LabelledSplit:
+    """A data set, split and standardised with one seed.
+
+    Args:
+        name: name of the data set.
+        seed: seed of the split.
+        train: training rows [N, D].
+        test: test rows [M, D].
+        labels: 1 for an anomaly and 0 for a normal row, per test row, [M].
+    """
 
     name: str
     seed: int
@@ -32,23 +42,24 @@ class Contest:
     labels: Labels
 
 
-def contests(seeds: range, bundled: bool = False, contaminated: bool = False) -> Iterator[Contest]:
-    """Every set with the first seed, then with the next.
+def labelled_splits(seeds: range, bundled: bool = False, contaminated: bool = False) -> Iterator[LabelledSplit]:
+    """Yield all data sets with the first seed, then with the next one, and so on.
 
     Args:
-        bundled: scikit-learn's sets, whatever else there is.
-        contaminated: all rows, anomalies included, are learnt from, and all are judged.
+        seeds: seeds of the splits.
+        bundled: use the data sets of scikit-learn even if those of ADBench are available.
+        contaminated: use all rows, including anomalies, both for training and for testing.
     """
-    sets = _bundled() if bundled else _sets()
+    datasets = _bundled() if bundled else _datasets()
     for seed in seeds:
-        for name, (x, labels) in sets.items():
-            yield _contest(name, seed, x, labels, contaminated)
+        for name, (x, labels) in datasets.items():
+            yield _split(name, seed, x, labels, contaminated)
 
 
-def _contest(name: str, seed: int, x: Rows, labels: Labels, contaminated: bool) -> Contest:
+def _split(name: str, seed: int, x: Rows, labels: Labels, contaminated: bool) -> LabelledSplit:
     random = np.random.RandomState(seed)
-    if len(x) > MOST_ROWS:
-        chosen = random.permutation(len(x))[:MOST_ROWS]
+    if len(x) > MAX_ROWS:
+        chosen = random.permutation(len(x))[:MAX_ROWS]
         x, labels = x[chosen], labels[chosen]
     normal = random.permutation(np.flatnonzero(labels == 0))
     half = len(normal) // 2
@@ -56,10 +67,10 @@ def _contest(name: str, seed: int, x: Rows, labels: Labels, contaminated: bool) 
     test = train if contaminated else np.concatenate((normal[half:], np.flatnonzero(labels == 1)))
     mean, deviation = x[train].mean(axis=0), x[train].std(axis=0)
     deviation = np.where(deviation > 1e-12 * np.maximum(np.abs(mean), 1.0), deviation, 1.0)
-    return Contest(name, seed, (x[train] - mean) / deviation, (x[test] - mean) / deviation, labels[test])
+    return LabelledSplit(name, seed, (x[train] - mean) / deviation, (x[test] - mean) / deviation, labels[test])
 
 
-def _sets() -> dict[str, tuple[Rows, Labels]]:
+def _datasets() -> dict[str, tuple[Rows, Labels]]:
     paths = sorted((DATA / "adbench").glob("*.npz"), key=lambda path: int(path.stem.partition("_")[0]))
     if not paths:
         return _bundled()
@@ -77,10 +88,10 @@ def _bundled() -> dict[str, tuple[Rows, Labels]]:
     }
 
 
-def _one_class(loaded: Any, normal: int) -> tuple[Rows, Labels]:
-    """The rows of one class, and a few of the others as anomalies."""
-    x, classes = loaded.data, loaded.target
+def _one_class(dataset: Any, normal: int) -> tuple[Rows, Labels]:
+    """Return the rows of the class `normal`, and a sample of the other rows as anomalies, with their labels."""
+    x, classes = dataset.data, dataset.target
     inside, outside = np.flatnonzero(classes == normal), np.flatnonzero(classes != normal)
-    few = outside[:: max(1, round(len(outside) / (ANOMALIES * len(inside))))]
-    labels = np.repeat([0, 1], [len(inside), len(few)])
-    return np.asarray(x[np.concatenate((inside, few))], np.float64), labels
+    sample = outside[:: max(1, round(len(outside) / (ANOMALY_RATIO * len(inside))))]
+    labels = np.repeat([0, 1], [len(inside), len(sample)])
+    return np.asarray(x[np.concatenate((inside, sample))], np.float64), labels

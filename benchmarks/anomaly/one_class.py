@@ -1,7 +1,7 @@
-"""What the benchmarks of calibration and of servers share: normal rows to train on, labelled rows to test on, a model.
+"""Data sets with normal training rows and labelled test rows, and models trained on them.
 
-The servers lie where ELBO_DATA or ../shared/data has server-metrics/*.npz. Elsewhere a made one shows that a benchmark
-works.
+The metrics of servers are read from server-metrics/*.npz in ELBO_DATA (or ../shared/data). Without them, a synthetic
+server shows that a benchmark works.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.anomaly.datasets import contests
+from benchmarks.anomaly.datasets import labelled_splits
 from benchmarks.data import DATA
 from models.pipeline import Pipeline
 from training.config import TrainConfig
@@ -23,43 +23,47 @@ from training.progress import SilentReporter
 KINDS = ("pca", "ae", "vae", "ensemble")
 
 Floats = npt.NDArray[np.float32]
-Cause = tuple[int, int, int]  # first row, last row, feature
+Cause = tuple[int, int, int]  # first row, last row and feature of an incident
 
 
 @dataclass(frozen=True)
 class OneClass:
-    """Normal rows to train on, rows to test on, and which of these are anomalous."""
+    """A data set for one-class learning.
+
+    Args:
+        name: its name.
+        train: normal training rows [N, D].
+        test: test rows [M, D].
+        labels: 1 for an anomaly and 0 for a normal row, per test row, [M].
+        causes: the features that caused the incidents, if known.
+    """
 
     name: str
-    train: Floats  # [N, D]
-    test: Floats  # [M, D]
-    labels: npt.NDArray[np.int64]  # [M], 1 for an anomaly
-    causes: tuple[Cause, ...] = ()  # of the anomalies, where they are known
+    train: Floats
+    test: Floats
+    labels: npt.NDArray[np.int64]
+    causes: tuple[Cause, ...] = ()
 
 
-def adbench(seed: int, few: bool = False) -> Iterator[OneClass]:
-    """The 19 sets under the one-class protocol: a random half of the normal rows trains, all others test.
-
-    `few`, and where they are not: scikit-learn's.
-    """
-    for contest in contests(range(seed, seed + 1), bundled=few):
-        rows = contest.train.astype(np.float32), contest.test.astype(np.float32)
-        yield OneClass(contest.name, *rows, contest.labels)
+def adbench(seed: int, smoke: bool = False) -> Iterator[OneClass]:
+    """Yield the 19 data sets of ADBench, split by the one-class protocol; those of scikit-learn for a smoke test."""
+    for split in labelled_splits(range(seed, seed + 1), bundled=smoke):
+        yield OneClass(split.name, split.train.astype(np.float32), split.test.astype(np.float32), split.labels)
 
 
-def servers(few: bool = False) -> Iterator[OneClass]:
-    """Nine servers' metrics in the order of time; where they are not, or for few rows, one that is made."""
+def servers(smoke: bool = False) -> Iterator[OneClass]:
+    """Yield the metrics of nine servers in order of time; a synthetic server for a smoke test or without data."""
     paths = sorted((DATA / "server-metrics").glob("*.npz"))
-    for path in () if few else paths:
+    for path in () if smoke else paths:
         data = np.load(path)
         causes = tuple((int(first), int(last), int(feature)) for first, last, feature in data["causes"])
         yield OneClass(path.stem, data["train"], data["test"], data["label"].astype(np.int64), causes)
-    if few or not paths:
-        yield _made_server()
+    if smoke or not paths:
+        yield _synthetic_server()
 
 
-def _made_server(rows: int = 1_200, features: int = 8) -> OneClass:
-    """Metrics that two slow loads drive; in the second half two features break away, twice."""
+def _synthetic_server(rows: int = 1_200, features: int = 8) -> OneClass:
+    """Return metrics that follow two slow loads; in two incidents in the test rows, two features are shifted."""
     random = np.random.RandomState(0)
     time = np.arange(2 * rows)
     loads = np.column_stack((np.sin(time / 90), np.sin(time / 37 + 1)))
@@ -71,24 +75,25 @@ def _made_server(rows: int = 1_200, features: int = 8) -> OneClass:
         for feature in broken:
             test[first : first + 40, feature] += 2.0
             causes.append((first, first + 39, feature))
-    return OneClass("made", train.astype(np.float32), test.astype(np.float32), labels, tuple(causes))
+    return OneClass("synthetic", train.astype(np.float32), test.astype(np.float32), labels, tuple(causes))
 
 
-def standardised(data: OneClass) -> tuple[Floats, Floats]:
-    """Train and test rows in deviations of the training rows; what never varies there is only centred."""
+def standardise(data: OneClass) -> tuple[Floats, Floats]:
+    """Return training and test rows, standardised on the training rows; constant features are only centred."""
     mean, deviation = data.train.mean(axis=0), data.train.std(axis=0)
     deviation = np.where(deviation <= 1e-7 * np.abs(data.train).max(axis=0), 1.0, deviation)
     return (data.train - mean) / deviation, (data.test - mean) / deviation
 
 
-def fitted(kind: str, data: OneClass, seed: int, few: bool = False) -> tuple[Pipeline, Split]:
-    """A model of `kind` with the defaults of `elbo train`, and how it dealt the training rows out."""
+def train_model(kind: str, data: OneClass, seed: int, smoke: bool = False) -> tuple[Pipeline, Split]:
+    """Train a model of `kind` with the defaults of `elbo train`; return it and the split of the training rows."""
     width = data.train.shape[1]
     names = [f"x{i}" for i in range(width)]
     missing = np.zeros(width, np.int64)
     table = Table(RowStore(data.train), (width,), names, [None] * width, None, None, data.name, missing=missing)
     rows = split_rows(len(data.train), seed, width)
-    config = TrainConfig.model_validate(
-        {"model": kind, "name": "bench", "seed": seed} | ({"epochs": 3} if few and kind != "pca" else {})
-    )
+    options = {"model": kind, "name": "bench", "seed": seed}
+    if smoke and kind != "pca":
+        options["epochs"] = 3
+    config = TrainConfig.model_validate(options)
     return fit_pipeline(config, prepare_data(table, rows), SilentReporter()), rows

@@ -1,10 +1,16 @@
-"""What a verdict costs in the process, and what a model costs to fit: every kind, beside PyOD on the same rows.
+"""Measure the time to score a row, and to fit a model, of Elbo's models and of PyOD's detectors, on one thread.
 
-The model computes score, parts, p-value, severity, contributions and expected values; a verdict makes of these what
-`/anomaly` answers, objects that name the three features that contribute most. Rounds go around all, so that the mood of
-the machine hits each; the best of them counts, on one thread. A fit is all that `elbo train` does: reading, splitting,
-training, calibration, publication; its CPU seconds are counted. Prints Markdown tables. `--smoke` makes few rows and
-rounds; `--peers PYTHON` is the interpreter that has PyOD.
+    python benchmarks/anomaly/score_speed.py            # `make bench-anomaly` also installs PyOD
+    python benchmarks/anomaly/score_speed.py --smoke    # few rows and rounds
+
+Elbo's models compute scores, their parts, p-values, severities, contributions and expected values. With the verdict,
+the time also includes the response objects of `/anomaly`, which list the three features with the largest contributions.
+PyOD's detectors compute scores only. In each round all detectors are measured once, so that changes in the machine's
+speed affect all alike; the best round counts.
+
+The time of a fit is the CPU time of `elbo train`: reading, splitting, training, calibration and publishing.
+
+It prints a Markdown table.
 """
 
 import argparse
@@ -36,101 +42,110 @@ from training.train import train
 KINDS = ("pca", "vae", "ae", "ensemble")
 ROWS, FEATURES, FACTORS = 10_000, 20, 8
 BATCHES = (1, 256)
-TARGETS = {1: 100.0, 256: 2.0}  # us a row, of what the model computes
-WARM = 5
+TARGETS = {1: 100.0, 256: 2.0}  # us per row without the verdict, by batch size
+WARM_UP_ROUNDS = 5
 ALPHA, EXPLAIN = 0.05, 3
 ONE_CORE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 Rows = npt.NDArray[np.float32]
-Judge = Callable[[Rows], object]
+Detector = Callable[[Rows], object]
 
 
-def rows_of(count: int) -> Rows:
-    """Rows [count, FEATURES] on something curved, with noise."""
+def create_rows(count: int) -> Rows:
+    """Return rows [count, FEATURES] on a curved manifold, with noise."""
     random = np.random.RandomState(0)
     factors = random.standard_normal((count, FACTORS))
     curved = np.tanh(factors @ random.standard_normal((FACTORS, FEATURES)))
     return (curved + 0.1 * random.standard_normal(curved.shape)).astype(np.float32)
 
 
-def judges_of(artifact: Artifact) -> tuple[str, Judge, Judge]:
-    """The backend that `artifact` is served by, what computes on rows, and what makes verdicts of them."""
+def create_detectors(artifact: Artifact) -> tuple[str, Detector, Detector]:
+    """Return the name of the selected backend, a function that scores rows, and one that also gives the verdicts."""
     backend, operation = select_backend(artifact).backend, operations.anomaly(ALPHA)
     names, body = [feature.name for feature in artifact.manifest.features], AnomalyBody(alpha=ALPHA, explain=EXPLAIN)
 
-    def compute(x: Rows) -> object:
+    def score(x: Rows) -> object:
         return backend.run(operation, (x,))
 
-    def judge(x: Rows) -> object:
+    def score_and_decide(x: Rows) -> object:
         scores = Scores(*backend.run(operation, (x,)))
         parsed = ParsedRows(x, list(range(len(x))), [], None)
         verdicts = decide(InputRows(parsed, len(x)), scores, body)
         return results_and_errors(verdicts, EXPLAIN, names, artifact.manifest.parts)
 
-    return backend.name, compute, judge
+    return backend.name, score, score_and_decide
 
 
-def best(judges: dict[str, Judge], x: Rows, rounds: int) -> dict[str, float]:
-    """The fewest microseconds a row that each took for x."""
-    taken = dict.fromkeys(judges, np.inf)
-    for turn in range(WARM + rounds):
-        for name, judge in judges.items():
+def best_microseconds(detectors: dict[str, Detector], x: Rows, rounds: int) -> dict[str, float]:
+    """Return the shortest time per row of each detector for x [B, D]."""
+    best = dict.fromkeys(detectors, np.inf)
+    for round_ in range(WARM_UP_ROUNDS + rounds):
+        for name, detector in detectors.items():
             started = perf_counter()
-            judge(x)
-            if turn >= WARM:
-                taken[name] = min(taken[name], 1e6 * (perf_counter() - started) / len(x))
-    return taken
+            detector(x)
+            if round_ >= WARM_UP_ROUNDS:
+                best[name] = min(best[name], 1e6 * (perf_counter() - started) / len(x))
+    return best
 
 
-def pyod(x: Rows, rounds: int, python: str) -> dict[str, list[float]]:
-    """For each of PyOD's detectors its microseconds a row in each of BATCHES, and the CPU seconds of its fit.
+def measure_pyod(x: Rows, rounds: int, python: str) -> dict[str, list[float]]:
+    """Return, per detector of PyOD, the microseconds per row for each of BATCHES, then the CPU seconds of its fit.
 
-    Raises RuntimeError where it cannot be run.
+    Raises:
+        RuntimeError: PyOD is missing or failed.
     """
     with tempfile.TemporaryDirectory() as folder:
         np.save(Path(folder) / "rows.npy", x)
-        command = [python, str(ROOT / "benchmarks" / "anomaly_pyod.py"), folder, *map(str, (rounds, *BATCHES))]
+        script = Path(__file__).with_name("pyod_detectors.py")
+        command = [python, str(script), folder, *map(str, (rounds, *BATCHES))]
         try:
-            done = subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ | ONE_CORE)
+            process = subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ | ONE_CORE)
         except FileNotFoundError as error:
-            raise RuntimeError(f"no {python}: run make bench-anomaly") from error
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    times: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])
+            raise RuntimeError(f"{python} does not exist: run make bench-anomaly") from error
+    if process.returncode:
+        raise RuntimeError(process.stderr.strip().splitlines()[-1])
+    times: dict[str, list[float]] = json.loads(process.stdout.splitlines()[-1])
     return times
 
 
 def main() -> None:
-    """Fit, judge and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="few rows and rounds, to see that it works")
-    parser.add_argument("--peers", default=str(ROOT / ".venv-peers" / "bin" / "python"), metavar="PYTHON")
+    """Fit and measure all detectors, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="few rows and rounds, to check that the benchmark works")
+    parser.add_argument(
+        "--peers",
+        default=str(ROOT / ".venv-peers" / "bin" / "python"),
+        metavar="PYTHON",
+        help="interpreter with PyOD (default that of make bench-anomaly)",
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
-    x, rounds = rows_of(500 if options.smoke else ROWS), 5 if options.smoke else 300
-    fits, backends, judges = {}, {}, {}
+    x = create_rows(500 if options.smoke else ROWS)
+    rounds = 5 if options.smoke else 300
+    fit_seconds, backends, detectors = {}, {}, {}
     with tempfile.TemporaryDirectory() as folder:
         np.save(Path(folder) / "rows.npy", x)
         for kind in KINDS:
             started = process_time()
             table = read_table(str(Path(folder) / "rows.npy"))
             path = train(TrainConfig(model=kind, name=kind), table, Path(folder), SilentReporter())
-            fits[kind] = process_time() - started
-            backends[kind], judges[kind], judges[f"{kind}, verdict"] = judges_of(load(path))
-    times = {batch: best(judges, x[:batch], rounds) for batch in BATCHES}
+            fit_seconds[kind] = process_time() - started
+            backends[kind], detectors[kind], detectors[f"{kind}, verdict"] = create_detectors(load(path))
+    times = {batch: best_microseconds(detectors, x[:batch], rounds) for batch in BATCHES}
     print(describe_machine("torch", "onnxruntime"), end="\n\n")
-    print(f"| detector | runs on | {' | '.join(f'us a row, {b} at a time' for b in BATCHES)} | fit of {len(x):,}, s |")
+    titles = " | ".join(f"us per row, batch of {batch}" for batch in BATCHES)
+    print(f"| detector | backend | {titles} | fit of {len(x):,} rows, s |")
     print(f"|---|---|{'---|' * len(BATCHES)}---|")
-    for name in judges:
-        kind, _, whole = name.partition(", ")
+    for name in detectors:
+        kind, _, with_verdict = name.partition(", ")
         figures = " | ".join(f"{times[batch][name]:.3g}" for batch in BATCHES)
-        print(f"| Elbo {name} | {backends[kind]} | {figures} | {'' if whole else f'{fits[kind]:.1f}'} |")
-    print(f"| aimed at | | {' | '.join(f'≤ {TARGETS[batch]:g}' for batch in BATCHES)} | ≤ 5 |")
+        print(f"| Elbo {name} | {backends[kind]} | {figures} | {'' if with_verdict else f'{fit_seconds[kind]:.1f}'} |")
+    print(f"| target | | {' | '.join(f'≤ {TARGETS[batch]:g}' for batch in BATCHES)} | ≤ 5 |")
     try:
-        for name, (*costs, fitted) in pyod(x, rounds, options.peers).items():
-            print(f"| {name}, score alone | | {' | '.join(f'{cost:.3g}' for cost in costs)} | {fitted:.1f} |")
+        for name, (*costs, pyod_fit_seconds) in measure_pyod(x, rounds, options.peers).items():
+            print(f"| {name}, score only | | {' | '.join(f'{cost:.3g}' for cost in costs)} | {pyod_fit_seconds:.1f} |")
     except RuntimeError as error:
-        print(f"| PyOD | does not run: {error} | {'| ' * len(BATCHES)}|")
+        print(f"| PyOD | missing: {error} | {'| ' * len(BATCHES)}|")
 
 
 if __name__ == "__main__":

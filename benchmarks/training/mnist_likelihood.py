@@ -1,9 +1,14 @@
-"""The likelihood of MNIST under VAEs that Elbo trains: nats a test digit, by importance sampling, as in the literature.
+"""Measure the negative log-likelihood (NLL) of MNIST test digits under VAEs trained by Elbo, in nats per digit.
 
-Training digits are binarised anew each time they are seen, test digits once (Salakhutdinov & Murray 2008). The NLL is
-the mean over test digits of -log of the mean of 1,000 importance weights (Burda, Grosse & Salakhutdinov 2016, section
-5). Prints a Markdown table; CPU minutes are those of training, on one core. Where there is no MNIST it runs on
-scikit-learn's digits. `--smoke` does everything on a few digits.
+    python benchmarks/training/mnist_likelihood.py
+    python benchmarks/training/mnist_likelihood.py --recipe conv
+    python benchmarks/training/mnist_likelihood.py --runs FOLDER    # saves checkpoints there, and resumes from them
+    python benchmarks/training/mnist_likelihood.py --smoke          # a few digits, two epochs
+
+Training digits are binarised anew in each epoch, test digits once (Salakhutdinov & Murray 2008). The NLL is the mean
+over test digits of -log of the mean of 1,000 importance weights (Burda, Grosse & Salakhutdinov 2016, section 5).
+
+Without MNIST it uses scikit-learn's digits. It prints a Markdown table; CPU minutes are those of training on one core.
 """
 
 import argparse
@@ -30,29 +35,38 @@ from training.fitting.pipeline import fit_pipeline
 from training.fitting.prepared_data import prepare_data
 from training.progress import PlainReporter
 
-HELD_OUT = 500  # training digits by which the best epoch is chosen; as many again calibrate p-values, unused here
-SEED = 0  # of the test set's binarisation and of the importance samples
-DECODED = 500  # draws a batch of the evaluation
-FITTED = 60_000 - 2 * HELD_OUT  # rows
+HELD_OUT_ROWS = 500  # select the best epoch; as many rows are for calibration, which is not measured here
+SEED = 0  # of the binarisation of the test digits, and of the importance samples
+DRAWS_PER_BATCH = 500  # in the evaluation: rows times importance samples
+FIT_ROWS = 60_000 - 2 * HELD_OUT_ROWS
 
 COMMON = {"model": "vae", "name": "mnist", "latents": 50, "likelihood": "bernoulli", "binarise": True}
 RECIPES = {
     "reference": TrainConfig.model_validate(
         COMMON
         | {"hidden": (200, 200), "activation": "tanh", "batch_size": 100, "learning_rate": 2e-3}
-        | {"epochs": 300, "warm_up": 100 * -(-FITTED // 100)}
+        | {"epochs": 300, "warm_up": 100 * -(-FIT_ROWS // 100)}
     ),
     "conv": TrainConfig.model_validate(
         COMMON
         | {"network": "conv", "hidden": (32, 64), "dense": (256,), "batch_size": 128, "learning_rate": 3e-3}
-        | {"epochs": 100, "samples": 4, "warm_up": 86 * -(-FITTED // 128)}
+        | {"epochs": 100, "samples": 4, "warm_up": 86 * -(-FIT_ROWS // 128)}
     ),
 }
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one recipe reached, in nats a digit; `error` is the NLL's standard error over digits."""
+    """The result of a recipe.
+
+    Args:
+        recipe: its name.
+        minutes: CPU minutes of training.
+        negative_elbo: in nats per digit.
+        nll: in nats per digit.
+        error: standard error of the NLL over digits.
+        active: number of active latents.
+    """
 
     recipe: str
     minutes: float
@@ -66,55 +80,56 @@ class Result:
         return f"| {self.recipe} | {self.minutes:.1f} | {self.negative_elbo:.2f} | {nll} | {self.active} |"
 
 
-def digits(smoke: bool) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Training and test pictures [N, H, W] from 0 to 255."""
+def load_digits(smoke: bool) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Return training and test images [N, H, W], 0 to 255."""
     train, test = (load_images(part)[1].astype(np.float32) for part in ("train", "test"))
     return (train[:2_000], test[:50]) if smoke else (train, test)
 
 
-def table_of(pictures: npt.NDArray[np.float32]) -> tuple[Table, Split]:
-    """The pictures as training reads them; nearly all of them fit."""
-    shape = pictures.shape[1:]
+def create_table(images: npt.NDArray[np.float32]) -> tuple[Table, Split]:
+    """Return the images as a table, and a split with 2 * HELD_OUT_ROWS rows that are not fit rows."""
+    shape = images.shape[1:]
     names = [f"pixel[{row},{column}]" for row, column in np.ndindex(*shape)]
-    x = pictures.reshape(len(pictures), -1)
+    x = images.reshape(len(images), -1)
     missing = np.zeros(len(names), np.int64)
     table = Table(RowStore(x), shape, names, [None] * len(names), None, (0.0, 255.0), "MNIST", missing=missing)
     order = np.random.RandomState(SEED).permutation(len(x))
-    return table, Split(order[2 * HELD_OUT :], order[:HELD_OUT], order[HELD_OUT : 2 * HELD_OUT])
+    held_out, calibration, fit = np.split(order, [HELD_OUT_ROWS, 2 * HELD_OUT_ROWS])
+    return table, Split(fit, held_out, calibration)
 
 
-def trained(config: TrainConfig, pictures: npt.NDArray[np.float32], checkpoints: CheckpointStore | None) -> VAE:
-    """A VAE of the pictures."""
-    table, rows = table_of(pictures)
-    vae = fit_pipeline(config, prepare_data(table, rows), PlainReporter(), checkpoints=checkpoints).core
+def train_vae(config: TrainConfig, images: npt.NDArray[np.float32], checkpoints: CheckpointStore | None) -> VAE:
+    """Return a VAE trained on the images."""
+    table, split = create_table(images)
+    vae = fit_pipeline(config, prepare_data(table, split), PlainReporter(), checkpoints=checkpoints).core
     assert isinstance(vae, VAE)
     return vae
 
 
-def resumed(
-    config: TrainConfig, pictures: npt.NDArray[np.float32], checkpoints: CheckpointStore | None
+def train_or_load(
+    config: TrainConfig, images: npt.NDArray[np.float32], checkpoints: CheckpointStore | None
 ) -> tuple[VAE, float]:
-    """The trained VAE and its CPU minutes; kept in the run's folder, and taken from there if they are in it."""
-    kept = checkpoints.folder / "trained.pt" if checkpoints else None
-    if kept and kept.exists():
-        vae, minutes = torch.load(kept, weights_only=False)
+    """Return the trained VAE and its CPU minutes, loaded from the folder of `checkpoints` if they were saved there."""
+    saved = checkpoints.folder / "trained.pt" if checkpoints else None
+    if saved and saved.exists():
+        vae, minutes = torch.load(saved, weights_only=False)
         return vae, minutes
-    began = time.process_time()
-    vae = trained(config, pictures, checkpoints)
-    minutes = (time.process_time() - began) / 60.0
+    started = time.process_time()
+    vae = train_vae(config, images, checkpoints)
+    minutes = (time.process_time() - started) / 60.0
     print(f"trained in {minutes:.1f} CPU minutes", file=sys.stderr, flush=True)
-    if kept:
-        torch.save((vae, minutes), kept)
+    if saved:
+        torch.save((vae, minutes), saved)
     return vae, minutes
 
 
 @torch.inference_mode()
-def likelihoods(vae: VAE, x: Tensor, draws: int) -> tuple[Tensor, Tensor]:
-    """The importance-weighted bound and the ELBO of each binary row x [N, D], by `draws` draws: two of [N], in nats."""
+def estimate_likelihoods(vae: VAE, x: Tensor, draws: int) -> tuple[Tensor, Tensor]:
+    """Return the importance-weighted bound [N] and the ELBO [N] of binary rows x [N, D], in nats."""
     random, step = torch.Generator().manual_seed(SEED), min(draws, 100)
-    vae = vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # convolutions run faster so
+    vae = vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # faster convolutions
     bounds, elbos = [], []
-    for index, rows in enumerate(x.split(max(1, DECODED // step))):
+    for index, rows in enumerate(x.split(max(1, DRAWS_PER_BATCH // step))):
         total, mean = torch.full((len(rows),), -math.inf), torch.zeros(len(rows))  # [B], [B]
         for _ in range(draws // step):
             noise = torch.randn(step, len(rows), vae.posterior(rows)[0].shape[1], generator=random)  # [S, B, K]
@@ -129,28 +144,33 @@ def likelihoods(vae: VAE, x: Tensor, draws: int) -> tuple[Tensor, Tensor]:
 
 
 def measure(recipe: str, config: TrainConfig, draws: int, checkpoints: CheckpointStore | None, smoke: bool) -> Result:
-    """Train, then judge on all test digits."""
-    train, test = digits(smoke)
-    vae, minutes = resumed(config, train, checkpoints)
+    """Train a VAE and evaluate it on all test digits."""
+    train, test = load_digits(smoke)
+    vae, minutes = train_or_load(config, train, checkpoints)
     grey = torch.from_numpy(test.reshape(len(test), -1)) / 255.0
     x = binarise(grey, torch.Generator().manual_seed(SEED))
-    bounds, elbos = likelihoods(vae, x, draws)
+    bounds, elbos = estimate_likelihoods(vae, x, draws)
     nll, error = -float(bounds.double().mean()), float(bounds.std()) / math.sqrt(len(bounds))
-    return Result(recipe, minutes, -float(elbos.double().mean()), nll, error, count_active_latents(vae, x))
+    return Result(
+        recipe=recipe,
+        minutes=minutes,
+        negative_elbo=-float(elbos.double().mean()),
+        nll=nll,
+        error=error,
+        active=count_active_latents(vae, x),
+    )
 
 
 def main() -> None:
-    """The table, a row for each recipe."""
+    """Measure the recipes and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", choices=[*RECIPES, "all"], default="all")
-    parser.add_argument("--draws", type=int, default=1_000, help="importance samples a digit")
-    parser.add_argument("--runs", type=Path, help="keep checkpoints and weights here, and continue from them")
-    parser.add_argument("--smoke", action="store_true", help="a few digits, one epoch, few draws")
+    parser.add_argument("--recipe", choices=[*RECIPES, "all"], default="all", help="recipe to measure (default all)")
+    parser.add_argument("--draws", type=int, default=1_000, help="importance samples per digit (default 1,000)")
+    parser.add_argument("--runs", type=Path, help="folder for checkpoints and weights, to resume from")
+    parser.add_argument("--smoke", action="store_true", help="a few digits, two epochs, 20 importance samples")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print(
-        "| recipe | CPU minutes | −ELBO | NLL, ± standard error | active latents |\n|---|---|---|---|---|", flush=True
-    )
+    print("| recipe | CPU minutes | −ELBO | NLL ± standard error | active latents |\n|---|---|---|---|---|", flush=True)
     for name, config in RECIPES.items():
         if arguments.recipe not in (name, "all"):
             continue
@@ -160,8 +180,8 @@ def main() -> None:
             store = CheckpointStore(path, config.model_dump_json())
             checkpoints = replace(store, resume=store.exists())
         if arguments.smoke:
-            shortened = config.model_copy(update={"epochs": 2, "warm_up": 10})
-            print(measure(name, shortened, 20, checkpoints, smoke=True), flush=True)
+            short_config = config.model_copy(update={"epochs": 2, "warm_up": 10})
+            print(measure(name, short_config, 20, checkpoints, smoke=True), flush=True)
         else:
             print(measure(name, config, arguments.draws, checkpoints, smoke=False), flush=True)
 

@@ -1,9 +1,12 @@
-"""How many rows a second a VAE trains on: Elbo, a bare PyTorch loop, pythae and Lightning, in turns.
+"""Compare the training speed of a VAE in Elbo, a bare PyTorch loop, pythae and Lightning, in rows per CPU second.
 
-Each is a process of its own (`contestants.py`) on one core, and is asked for one run at a time, in turns, so that the
-mood of the machine hits all; CPU seconds are counted. A run is two epochs with a look at the held-out rows after each.
-pythae and Lightning live in an environment of their own, which `make bench-train` makes. Prints a Markdown table.
-`--smoke` makes two short rounds; `--peers PYTHON` is the peers' interpreter.
+    python benchmarks/training/training_speed.py            # `make bench-train` also installs pythae and Lightning
+    python benchmarks/training/training_speed.py --smoke    # two short rounds
+
+Each trainer runs in its own process (`trainers.py`) on one core. In each round every trainer trains one model for two
+epochs, one trainer at a time, so that changes in the machine's speed affect all alike. CPU seconds are measured.
+
+pythae and Lightning run in their own environment. It prints a Markdown table.
 """
 
 import argparse
@@ -19,105 +22,120 @@ from typing import Any
 import numpy as np
 
 from benchmarks.data import ROOT, describe_machine, load_images
-from benchmarks.training.contestants import BATCH, EPOCHS, HELD_OUT, HIDDEN, LATENTS
+from benchmarks.training.trainers import BATCH_SIZE, EPOCHS, HELD_OUT_ROWS, HIDDEN, LATENTS
 
 ONE_CORE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-NAMES = {"elbo": "Elbo", "bare": "bare PyTorch loop", "pythae": "pythae", "lightning": "Lightning"}
+TITLES = {"elbo": "Elbo", "bare": "bare PyTorch loop", "pythae": "pythae", "lightning": "Lightning"}
 
 
-class Contestant:
-    """One of them, in its process. Raises RuntimeError, with the last thing that it said, when it does not work."""
+class TrainerProcess:
+    """A process of `trainers.py`.
+
+    Args:
+        name: a key of `trainers.TRAINERS`.
+        python: its interpreter.
+        rows: npy file with the images.
+
+    Raises:
+        RuntimeError: the process does not start; with the last line of its output.
+    """
 
     def __init__(self, name: str, python: str, rows: Path) -> None:
-        self._said = rows.with_name(f"{name}.log")
-        command = [python, str(ROOT / "benchmarks" / "contestants.py"), name, str(rows)]
+        self._log = rows.with_name(f"{name}.log")
+        command = [python, str(Path(__file__).with_name("trainers.py")), name, str(rows)]
         environment = {**os.environ, **ONE_CORE, "PYTHONPATH": str(ROOT)}
         try:
-            with self._said.open("w") as said:
+            with self._log.open("w") as log:
                 self._process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, env=environment
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
                 )
         except FileNotFoundError as error:
-            raise RuntimeError(f"no {python}: run make bench-train") from error
-        self._answer()
+            raise RuntimeError(f"{python} does not exist: run make bench-train") from error
+        self._read_line()
 
-    def run(self) -> dict[str, float]:
-        """One run: its CPU seconds and its held-out loss."""
+    def train(self) -> dict[str, float]:
+        """Train a new model; return its CPU seconds ("seconds") and held-out loss ("loss")."""
         assert self._process.stdin
-        self._process.stdin.write("run\n")
+        self._process.stdin.write("train\n")
         self._process.stdin.flush()
-        return self._answer()
+        return self._read_line()
 
     def stop(self) -> None:
-        """Let it end."""
+        """Stop the process."""
         assert self._process.stdin
         self._process.stdin.close()
         self._process.wait()
 
-    def _answer(self) -> dict[str, Any]:
+    def _read_line(self) -> dict[str, Any]:
         assert self._process.stdout
         line = self._process.stdout.readline()
         if line:
-            answer: dict[str, Any] = json.loads(line)
-            return answer
+            result: dict[str, Any] = json.loads(line)
+            return result
         self._process.wait()
-        raise RuntimeError(self._said.read_text().strip().splitlines()[-1])
+        raise RuntimeError(self._log.read_text().strip().splitlines()[-1])
 
 
-def compete(contestants: dict[str, Contestant], rounds: int, rows: int) -> None:
-    """The table, of rounds after a first that warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+def print_table(trainers: dict[str, TrainerProcess], rounds: int, rows: int) -> None:
+    """Measure all trainers and print the table. The first round is a warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
     losses: dict[str, float] = {}
-    for turn in range(rounds + 1):
-        for name, contestant in contestants.items():
-            answer = contestant.run()
-            losses[name] = answer["loss"]
-            if turn:
-                seconds[name].append(answer["seconds"])
-    print("| trainer | rows a second (from, to) | of the bare loop's speed (rounds from, to) | held-out loss, nats |")
+    for round_ in range(rounds + 1):
+        for name, trainer in trainers.items():
+            result = trainer.train()
+            losses[name] = result["loss"]
+            if round_:
+                seconds[name].append(result["seconds"])
+    print("| trainer | rows/s, median (min, max) | speed / speed of the bare loop (min, max) | held-out loss, nats |")
     print("|---|---|---|---|")
-    for name, taken in seconds.items():
-        rates = [rows * EPOCHS / value for value in taken]
-        ratios = [theirs / ours for theirs, ours in zip(seconds["bare"], taken, strict=True)]
+    for name, durations in seconds.items():
+        rates = [rows * EPOCHS / duration for duration in durations]
+        ratios = [bare / duration for bare, duration in zip(seconds["bare"], durations, strict=True)]
         speed = f"{statistics.median(rates):,.0f} ({min(rates):,.0f}, {max(rates):,.0f})"
         share = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}, {max(ratios):.2f})"
-        print(f"| {NAMES[name]} | {speed} | {'' if name == 'bare' else share} | {losses[name]:.1f} |")
+        print(f"| {TITLES[name]} | {speed} | {'' if name == 'bare' else share} | {losses[name]:.1f} |")
 
 
 def main() -> None:
-    """Start the contestants and let them compete."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="two short rounds, to see that it works")
-    parser.add_argument("--peers", default=str(ROOT / ".venv-peers" / "bin" / "python"), metavar="PYTHON")
+    """Start all trainers, measure them, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="two short rounds, to check that the benchmark works")
+    parser.add_argument(
+        "--peers",
+        default=str(ROOT / ".venv-peers" / "bin" / "python"),
+        metavar="PYTHON",
+        help="interpreter with pythae and Lightning (default that of make bench-train)",
+    )
     options = parser.parse_args()
     rounds, rows = (2, 1_280) if options.smoke else (11, 12_800)
     name, x = load_images("train")
-    x = x[: rows + HELD_OUT].reshape(-1, x[0].size)
-    rows = len(x) - HELD_OUT
-    contestants, failures = {}, {}
+    x = x[: rows + HELD_OUT_ROWS].reshape(-1, x[0].size)
+    rows = len(x) - HELD_OUT_ROWS
+    trainers, failures = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.npy"
         np.save(path, x)
-        for key in NAMES:
+        for key in TITLES:
             try:
                 python = sys.executable if key in ("elbo", "bare") else options.peers
-                contestants[key] = Contestant(key, python, path)
+                trainers[key] = TrainerProcess(key, python, path)
             except RuntimeError as error:
                 failures[key] = str(error)
         print(describe_machine("torch"), end="\n\n")
         layers = f"{x.shape[1]}-{HIDDEN}-{LATENTS}"
         print(
-            f"VAE {layers}, Bernoulli, batches of {BATCH}, {rows:,} rows of {name} and {HELD_OUT:,} held out, one core,"
+            f"VAE {layers}, Bernoulli, batches of {BATCH_SIZE}, {rows:,} rows of {name} and {HELD_OUT_ROWS:,} held-out "
+            f"rows, one core, {rounds} rounds of {EPOCHS} epochs."
         )
         print(
-            f"{rounds} rounds of {EPOCHS} epochs each. Elbo also clips gradients, schedules the rate, checks every loss"
+            "Elbo also clips gradients, schedules the learning rate, checks that each loss is finite, and keeps the "
+            "best epoch.\n"
         )
-        print("and keeps the best epoch.\n")
-        compete(contestants, rounds, rows)
+        print_table(trainers, rounds, rows)
     for key, failure in failures.items():
-        print(f"| {NAMES[key]} | does not run: {failure} | | |")
-    for contestant in contestants.values():
-        contestant.stop()
+        print(f"| {TITLES[key]} | missing: {failure} | | |")
+    for trainer in trainers.values():
+        trainer.stop()
 
 
 if __name__ == "__main__":

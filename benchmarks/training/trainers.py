@@ -1,9 +1,11 @@
-"""The same VAE trained by Elbo, a bare PyTorch loop, pythae and Lightning: one of them, in a process of its own.
+"""Train the same VAE with Elbo, a bare PyTorch loop, pythae or Lightning, for `training_speed.py`.
 
-`python benchmarks/training/contestants.py NAME` prints a line of JSON when it is ready.
-For every line on standard input it trains a new model and prints a line of JSON: the CPU seconds, and the held-out loss
-in nats per row. All make the same steps: 784-400-20, ReLU, Bernoulli, batches of 128, fused Adam; and look at the
-held-out rows after every epoch. Standard output is for those lines alone; what libraries say goes to standard error.
+`python benchmarks/training/trainers.py NAME ROWS` loads the images in the npy file ROWS and prints one line of JSON
+when it is ready. For each line on standard input it trains a new model and prints one line of JSON with the CPU seconds
+and the held-out loss in nats per row. Standard output carries only these lines; other output goes to standard error.
+
+All trainers use the network 784-400-20, ReLU, a Bernoulli likelihood, batches of 128, and fused Adam, and compute the
+held-out loss after each epoch.
 """
 
 import json
@@ -19,15 +21,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-HIDDEN, LATENTS, BATCH, EPOCHS, RATE = 400, 20, 128, 2, 1e-3
-HELD_OUT = 1_280  # rows
-VALIDATION_BATCH = 2_048  # rows
+HIDDEN = 400
+LATENTS = 20
+BATCH_SIZE = 128
+EPOCHS = 2
+LEARNING_RATE = 1e-3
+HELD_OUT_ROWS = 1_280
+HELD_OUT_BATCH_SIZE = 2_048
 
-Segment = Callable[[], float]  # trains a new model and gives its held-out loss
+Train = Callable[[], float]  # trains a new model and returns its held-out loss
 
 
 class Net(nn.Module):
-    """The encoder and the decoder, for those who bring none."""
+    """Encoder and decoder of the VAE, for all trainers except Elbo's."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -35,7 +41,7 @@ class Net(nn.Module):
         self.decoder = nn.Sequential(nn.Linear(LATENTS, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, features))
 
     def loss(self, x: Tensor) -> Tensor:
-        """The negative ELBO of rows [B, D], nats a row."""
+        """Return the negative ELBO of rows x [B, D] in nats per row."""
         mean, log_variance = self.encoder(x).chunk(2, dim=1)  # [B, K], [B, K]
         logits = self.decoder(mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean))  # [B, D]
         error = functional.binary_cross_entropy_with_logits(logits, x, reduction="sum")
@@ -43,16 +49,16 @@ class Net(nn.Module):
         return (error + kl) / len(x)
 
 
-def bare(x: Tensor, held_out: Tensor) -> Segment:
-    """What one writes by hand: tensors in memory, a permutation an epoch."""
+def bare_loop(x: Tensor, held_out: Tensor) -> Train:
+    """Train with a loop as written by hand: tensors in memory, one permutation per epoch."""
 
-    def segment() -> float:
+    def train() -> float:
         model = Net(x.shape[1])
-        optimiser = torch.optim.Adam(model.parameters(), RATE, fused=True)
+        optimiser = torch.optim.Adam(model.parameters(), LEARNING_RATE, fused=True)
         total = 0.0
         for _ in range(EPOCHS):
             model.train()
-            for chosen in torch.randperm(len(x)).split(BATCH):
+            for chosen in torch.randperm(len(x)).split(BATCH_SIZE):
                 loss = model.loss(x[chosen])
                 optimiser.zero_grad()
                 loss.backward()
@@ -60,14 +66,15 @@ def bare(x: Tensor, held_out: Tensor) -> Segment:
                 total += loss.item()
             model.eval()
             with torch.no_grad():
-                found = sum(model.loss(rows).item() * len(rows) for rows in held_out.split(VALIDATION_BATCH))
-        return found / len(held_out)
+                batches = held_out.split(HELD_OUT_BATCH_SIZE)
+                held_out_loss = sum(model.loss(rows).item() * len(rows) for rows in batches)
+        return held_out_loss / len(held_out)
 
-    return segment
+    return train
 
 
-def elbo(x: Tensor, held_out: Tensor) -> Segment:
-    """Ours: `training.fitting.trainer` with everything that it does, but for checkpoints."""
+def elbo(x: Tensor, held_out: Tensor) -> Train:
+    """Train with `training.fitting.trainer`, without checkpoints."""
     from models.likelihood import BernoulliLikelihood
     from models.vae import VAE
     from training.config import TrainConfig
@@ -78,8 +85,8 @@ def elbo(x: Tensor, held_out: Tensor) -> Segment:
     from training.fitting.trainer import Trainer
     from training.progress import SilentReporter
 
-    class Last(SilentReporter):
-        def epoch(self, epoch: int, step: int, terms: Any) -> None:  # noqa: ARG002 - Progress has these three
+    class LossReporter(SilentReporter):
+        def epoch(self, epoch: int, step: int, terms: Any) -> None:  # noqa: ARG002 - the signature of Progress
             self.loss = float(terms["held_out_loss"])
 
     config = TrainConfig.model_validate(
@@ -91,32 +98,32 @@ def elbo(x: Tensor, held_out: Tensor) -> Segment:
             "hidden": (HIDDEN,),
             "activation": "relu",
             "epochs": EPOCHS,
-            "batch_size": BATCH,
-            "learning_rate": RATE,
+            "batch_size": BATCH_SIZE,
+            "learning_rate": LEARNING_RATE,
         }
     )
     batches = Batches(RowStore(x.numpy()), np.arange(len(x)), lambda rows: rows, 0, "cpu")
 
-    def segment() -> float:
+    def train() -> float:
         shape = (x.shape[1],)
         encoder, decoder = build_encoder(config, shape, 2 * LATENTS), build_decoder(config, shape, LATENTS)
-        model, report = VAE(encoder, decoder, BernoulliLikelihood()), Last()
+        model, reporter = VAE(encoder, decoder, BernoulliLikelihood()), LossReporter()
         trainer = Trainer(
             model=model,
             objective=ElboObjective(model, LATENTS, config),
             batches=batches,
             held_out=held_out,
             config=config,
-            reporter=report,
+            reporter=reporter,
         )
         trainer.train()
-        return report.loss
+        return reporter.loss
 
-    return segment
+    return train
 
 
-def pythae(x: Tensor, held_out: Tensor) -> Segment:
-    """pythae's own trainer, with networks of the same size and a fused Adam."""
+def pythae(x: Tensor, held_out: Tensor) -> Train:
+    """Train with pythae's trainer."""
     from pythae.data.datasets import BaseDataset
     from pythae.models import VAE, VAEConfig
     from pythae.models.base.base_utils import ModelOutput
@@ -141,32 +148,32 @@ def pythae(x: Tensor, held_out: Tensor) -> Segment:
         def forward(self, z: Tensor) -> Any:
             return ModelOutput(reconstruction=torch.sigmoid(self.layers(z)))
 
-    class Last(TrainingCallback):  # type: ignore[misc] # pythae has no types
+    class LossCallback(TrainingCallback):  # type: ignore[misc] # pythae has no types
         def on_log(self, _: Any, logs: dict[str, float], **__: Any) -> None:
             self.loss = logs["eval_epoch_loss"]
 
     folder = tempfile.mkdtemp()
     datasets = [BaseDataset(rows, torch.zeros(len(rows))) for rows in (x, held_out)]
 
-    def segment() -> float:
-        net, last = Net(x.shape[1]), Last()
+    def train() -> float:
+        net, callback = Net(x.shape[1]), LossCallback()
         config = VAEConfig(input_dim=(x.shape[1],), latent_dim=LATENTS, reconstruction_loss="bce")
         settings = BaseTrainerConfig(
             output_dir=folder,
             num_epochs=EPOCHS,
-            per_device_train_batch_size=BATCH,
-            per_device_eval_batch_size=VALIDATION_BATCH,
-            learning_rate=RATE,
+            per_device_train_batch_size=BATCH_SIZE,
+            per_device_eval_batch_size=HELD_OUT_BATCH_SIZE,
+            learning_rate=LEARNING_RATE,
             optimizer_params={"fused": True},
         )
-        BaseTrainer(VAE(config, encoder=Encoder(net), decoder=Decoder(net)), *datasets, settings, [last]).train()
-        return last.loss
+        BaseTrainer(VAE(config, encoder=Encoder(net), decoder=Decoder(net)), *datasets, settings, [callback]).train()
+        return callback.loss
 
-    return segment
+    return train
 
 
-def lightning(x: Tensor, held_out: Tensor) -> Segment:
-    """Lightning's trainer as its introduction has it, silenced, without files."""
+def lightning(x: Tensor, held_out: Tensor) -> Train:
+    """Train with Lightning's trainer as in its introduction, without output and files."""
     from lightning import LightningModule, Trainer
     from torch.utils.data import DataLoader, TensorDataset
 
@@ -182,9 +189,9 @@ def lightning(x: Tensor, held_out: Tensor) -> Segment:
             self.log("held_out_loss", self.net.loss(batch[0]))
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.Adam(self.parameters(), RATE, fused=True)
+            return torch.optim.Adam(self.parameters(), LEARNING_RATE, fused=True)
 
-    def segment() -> float:
+    def train() -> float:
         trainer = Trainer(
             accelerator="cpu",
             max_epochs=EPOCHS,
@@ -194,36 +201,36 @@ def lightning(x: Tensor, held_out: Tensor) -> Segment:
             enable_model_summary=False,
             num_sanity_val_steps=0,
         )
-        rows, judges = TensorDataset(x), TensorDataset(held_out)
-        loaders = DataLoader(rows, BATCH, shuffle=True), DataLoader(judges, VALIDATION_BATCH)
-        trainer.fit(Module(), *loaders)
+        train_loader = DataLoader(TensorDataset(x), BATCH_SIZE, shuffle=True)
+        held_out_loader = DataLoader(TensorDataset(held_out), HELD_OUT_BATCH_SIZE)
+        trainer.fit(Module(), train_loader, held_out_loader)
         return float(trainer.callback_metrics["held_out_loss"])
 
-    return segment
+    return train
 
 
-CONTESTANTS: dict[str, Callable[[Tensor, Tensor], Segment]] = {
+TRAINERS: dict[str, Callable[[Tensor, Tensor], Train]] = {
     "elbo": elbo,
-    "bare": bare,
+    "bare": bare_loop,
     "pythae": pythae,
     "lightning": lightning,
 }
 
 
 def main() -> None:
-    """Serve segments until standard input ends."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
+    """Train one model per line of standard input."""
+    results = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # output of the libraries goes to standard error
     torch.set_num_threads(1)
     torch.manual_seed(0)
     name, path = sys.argv[1:]
     x = torch.from_numpy(np.load(path).astype(np.float32) / np.float32(255.0))  # [N, D]
-    segment = CONTESTANTS[name](x[:-HELD_OUT].clone(), x[-HELD_OUT:].clone())
-    print(json.dumps({"ready": name}), file=answers)
+    train = TRAINERS[name](x[:-HELD_OUT_ROWS].clone(), x[-HELD_OUT_ROWS:].clone())
+    print(json.dumps({"ready": name}), file=results)
     for _ in sys.stdin:
         started = process_time()
-        loss = segment()
-        print(json.dumps({"seconds": process_time() - started, "loss": loss}), file=answers)
+        loss = train()
+        print(json.dumps({"seconds": process_time() - started, "loss": loss}), file=results)
 
 
 if __name__ == "__main__":
