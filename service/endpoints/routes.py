@@ -117,7 +117,7 @@ def register(app: FastAPI, found: Iterable[Endpoint]) -> None:
     for endpoint in found:
         app.add_api_route(
             endpoint.path,
-            _documented_only if endpoint.method == "POST" else _labelled(endpoint),
+            _documented_only if endpoint.method == "POST" else _handler_with_label(endpoint),
             methods=[endpoint.method],
             response_model=None,
             responses=_responses(endpoint),
@@ -134,8 +134,8 @@ async def _documented_only() -> None:
     raise AssertionError("RequestMiddleware answers POST endpoints")
 
 
-def _labelled(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
-    """Return the handler of a GET endpoint; metrics label its requests with the endpoint's path."""
+def _handler_with_label(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
+    """Return the handler of a GET endpoint, which also sets the endpoint label of the request's metrics."""
 
     async def handle(request: Request) -> Response:
         request_of(request.scope).record.endpoint = endpoint.path

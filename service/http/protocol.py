@@ -1,6 +1,6 @@
 """uvicorn's HTTP protocol with admission control, and with limits on the head of a request.
 
-uvicorn itself reads a head of any size and waits for its end for any time.
+uvicorn itself limits neither the size of a head nor the time that it takes to arrive.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from service.http.admission import TICKET, AdmissionControl, Refusal, Ticket
 from service.http.refusal import HeadRefusal
 
-LAST = (b"connection", b"close")  # header of every response once the server is shutting down
+CONNECTION_CLOSE = (b"connection", b"close")  # header of every response once the server is shutting down
 MAX_HEAD = 64 * 1024  # bytes
 
 
@@ -22,18 +22,19 @@ class Protocol(HttpToolsProtocol):
 
     Args:
         admission: decides which requests are accepted.
-        head_refusal: writes the response to those that are not.
-        paths: where POST requests are under admission control.
-        options: uvicorn's.
+        head_refusal: writes the responses to refused requests.
+        paths: the paths whose POST requests are under admission control.
+        options: uvicorn's own arguments.
 
     Attributes:
-        head_since: when the connection began to wait for a head that is not yet complete; None during a request.
+        head_since: when the connection began to wait for a head, by `perf_counter`; None while a body arrives or a
+            request is processed.
     """
 
     head_since: float | None = None
-    _head_bytes = 0
-    _is_refused = False  # the request whose body arrives now
-    _ticket: Ticket | None = None  # of the request whose body arrives now
+    _head_bytes = 0  # bytes of the head so far
+    _is_refused = False  # whether the request whose body arrives now is refused
+    _ticket: Ticket | None = None  # ticket of the request whose body arrives now
 
     def __init__(
         self, *, admission: AdmissionControl, head_refusal: HeadRefusal, paths: Collection[str], **options: Any
@@ -82,16 +83,16 @@ class Protocol(HttpToolsProtocol):
             return
         cycle: Any = self.cycle
         if not cycle.body:
-            cycle.body = b""  # bytes + bytes gives `body` itself; uvicorn's bytearray would copy it, twice
+            cycle.body = b""  # b"" + body is `body` itself; uvicorn's bytearray would copy it twice
         elif type(cycle.body) is bytes:
-            cycle.body = bytearray(cycle.body)  # with bytes, each of many small pieces would copy all before it
+            cycle.body = bytearray(cycle.body)  # adding many small pieces to bytes would copy the body each time
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """Acquire the ticket of a request that is complete, or go on to the next request after a refused one."""
+        """Acquire the ticket of the complete request, or go on to the next request if this one was refused."""
         if self._is_refused:
             self._is_refused = False
-            if not self.parser.should_keep_alive() or LAST in self.server_state.default_headers:
+            if not self.parser.should_keep_alive() or CONNECTION_CLOSE in self.server_state.default_headers:
                 self.transport.close()
             self.on_response_complete()
             return

@@ -13,7 +13,7 @@ import uvicorn
 
 from service.app import create_app
 from service.endpoints.context import ServiceContext
-from service.http.protocol import LAST, close_slow
+from service.http.protocol import CONNECTION_CLOSE, close_slow
 from service.server import fd_passing
 from service.settings import Settings
 from service.shared_memory import SharedCounters, SharedNumber
@@ -107,8 +107,8 @@ class Server(uvicorn.Server):
 
     def _drain(self) -> None:
         self._service.draining = True
-        if LAST not in self.server_state.default_headers:
-            self.server_state.default_headers = [*self.server_state.default_headers, LAST]
+        if CONNECTION_CLOSE not in self.server_state.default_headers:
+            self.server_state.default_headers = [*self.server_state.default_headers, CONNECTION_CLOSE]
 
     def _exit(self) -> None:
         self.should_exit = True

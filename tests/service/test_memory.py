@@ -1,4 +1,4 @@
-"""Batches and memory: limits in bytes, a device that has too little, models that are no longer served."""
+"""Memory: batches that are too large for the device, and objects that must be freed without the garbage collector."""
 
 import asyncio
 import gc
@@ -30,53 +30,55 @@ from service.settings import Settings
 from tests.service.batching import BareModel, Batches, random_rows, reconstruction, running_batcher
 
 
-def small_memory(error: type[RuntimeError], text: str, most: int) -> tuple[Operation, list[int]]:
-    """A reconstruction for which more than `most` rows are too many, as a GPU would say it; and what was tried."""
+def reconstruction_with_small_memory(
+    error: type[RuntimeError], message: str, max_rows: int
+) -> tuple[Operation, list[int]]:
+    """Return a reconstruction that runs out of memory above `max_rows` rows, and the list of the sizes it tries."""
     tried: list[int] = []
 
     def run(module: Any, x: torch.Tensor) -> tuple[torch.Tensor]:
         tried.append(len(x))
-        if len(x) > most:
-            raise error(text)
+        if len(x) > max_rows:
+            raise error(message)
         return (module(x),)
 
     return Operation("reconstruct", run), tried
 
 
 @pytest.mark.parametrize(
-    ("error", "text"),
+    ("error", "message"),
     [
         (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB"),
         (RuntimeError, "The following operation failed in the TorchScript interpreter. CUDA out of memory"),
         (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
     ],
 )
-def test_what_does_not_fit_runs_in_halves_and_is_not_tried_again(
-    vae: Artifact, error: type[RuntimeError], text: str
+def test_batch_that_exceeds_device_memory_runs_in_halves_and_later_batches_are_smaller(
+    vae: Artifact, error: type[RuntimeError], message: str
 ) -> None:
     model = BareModel(select_backend(vae, requested="torchscript").backend)
-    operation, tried = small_memory(error, text, most=7)
+    operation, tried = reconstruction_with_small_memory(error, message, max_rows=7)
 
     async def scenario(batcher: Batcher) -> None:
-        answers = await asyncio.gather(*[batcher.run(model, operation, random_rows(n, seed=n)) for n in (5, 20, 3)])
-        for n, ran in zip((5, 20, 3), answers, strict=True):
-            np.testing.assert_allclose(ran.outputs[0], reconstruction(model, random_rows(n, seed=n)), atol=1e-6)
+        results = await asyncio.gather(*[batcher.run(model, operation, random_rows(n, seed=n)) for n in (5, 20, 3)])
+        for n, result in zip((5, 20, 3), results, strict=True):
+            np.testing.assert_allclose(result.outputs[0], reconstruction(model, random_rows(n, seed=n)), atol=1e-6)
         tried.clear()
-        ran = await batcher.run(model, operation, random_rows(40))
-        np.testing.assert_allclose(ran.outputs[0], reconstruction(model, random_rows(40)), atol=1e-6)
+        result = await batcher.run(model, operation, random_rows(40))
+        np.testing.assert_allclose(result.outputs[0], reconstruction(model, random_rows(40)), atol=1e-6)
         assert max(tried) == 7
         assert sum(tried) == 40
 
-    asyncio.run(in_engine(scenario))
+    asyncio.run(with_batcher(scenario))
 
 
-async def in_engine(scenario: Any) -> None:
+async def with_batcher(scenario: Any) -> None:
     async with running_batcher() as batcher:
         await scenario(batcher)
         assert batcher.pending_rows == 0
 
 
-def test_one_row_that_does_not_fit_fails_and_takes_nobody_with_it(vae: Artifact) -> None:
+def test_single_row_that_exceeds_device_memory_fails_alone(vae: Artifact) -> None:
     model = BareModel(select_backend(vae, requested="torchscript").backend)
 
     def run(module: Any, x: torch.Tensor) -> tuple[torch.Tensor]:
@@ -86,19 +88,19 @@ def test_one_row_that_does_not_fit_fails_and_takes_nobody_with_it(vae: Artifact)
 
     async def scenario(batcher: Batcher) -> None:
         operation = Operation("greedy", run)
-        asked = [random_rows(2, seed=1), random_rows(1) + 9, random_rows(3, seed=3)]
+        inputs = [random_rows(2, seed=1), random_rows(1) + 9, random_rows(3, seed=3)]
         first, second, third = await asyncio.gather(
-            *[batcher.run(model, operation, x) for x in asked], return_exceptions=True
+            *[batcher.run(model, operation, x) for x in inputs], return_exceptions=True
         )
         assert isinstance(second, torch.OutOfMemoryError)
-        for x, ran in ((asked[0], first), (asked[2], third)):
-            assert not isinstance(ran, BaseException)
-            np.testing.assert_allclose(ran.outputs[0], reconstruction(model, x), atol=1e-6)
+        for x, result in ((inputs[0], first), (inputs[2], third)):
+            assert not isinstance(result, BaseException)
+            np.testing.assert_allclose(result.outputs[0], reconstruction(model, x), atol=1e-6)
 
-    asyncio.run(in_engine(scenario))
+    asyncio.run(with_batcher(scenario))
 
 
-def test_batches_keep_to_their_size_in_bytes(vae: Artifact) -> None:
+def test_batches_respect_their_maximum_bytes(vae: Artifact) -> None:
     model = BareModel(select_backend(vae, requested="torchscript").backend, row_bytes=256)
     batches: Batches = []
 
@@ -112,18 +114,18 @@ def test_batches_keep_to_their_size_in_bytes(vae: Artifact) -> None:
     assert sum(size for _, size in batches) == 18
 
 
-def test_bfloat16_says_how_far_it_is_from_float32(vae: Artifact, digits: np.ndarray) -> None:
+def test_bfloat16_backend_reports_its_error_against_float32(vae: Artifact, digits: np.ndarray) -> None:
     exact, rounded = select_backend(vae, requested="torchscript"), select_backend(vae, precision="bfloat16")
     assert (rounded.backend.name, rounded.backend.precision) == ("torchscript", "bfloat16")
     assert exact.errors == {}
     assert 1e-6 < rounded.errors["forward"] < 0.05
     operation = reconstruct(gaps=False)
-    (there, _), (here, _) = (selection.backend.run(operation, (digits[:50],)) for selection in (exact, rounded))
-    assert here.dtype == np.float32
-    assert 0 < np.abs(here - there).max() < 0.1 * np.abs(there).max()
+    (expected, _), (outputs, _) = (selection.backend.run(operation, (digits[:50],)) for selection in (exact, rounded))
+    assert outputs.dtype == np.float32
+    assert 0 < np.abs(outputs - expected).max() < 0.1 * np.abs(expected).max()
 
 
-def test_every_size_of_batch_has_run_before_a_model_serves(artifacts: Path) -> None:
+def test_warm_up_measures_the_latency_of_every_batch_size(artifacts: Path) -> None:
     registry = ModelRegistry(artifacts, ModelLoader(max_batch_rows=300), default_model="vae", keep_versions=1)
     registry.refresh()
     latency = registry.catalogue.find("vae").backend.latency
@@ -133,29 +135,29 @@ def test_every_size_of_batch_has_run_before_a_model_serves(artifacts: Path) -> N
 
 
 @pytest.mark.parametrize("backend", ["torchscript", "onnx"])
-def test_a_model_that_is_replaced_is_freed(artifacts: Path, tmp_path: Path, backend: str) -> None:
-    """Without the collector, which leaves alone what was there when the server started."""
+def test_replaced_model_is_freed_without_the_garbage_collector(artifacts: Path, tmp_path: Path, backend: str) -> None:
+    """The server freezes the objects that exist at start-up, so that the collector never frees them."""
     shutil.copytree(artifacts / "vae", tmp_path / "vae")
     registry = ModelRegistry(tmp_path, ModelLoader(backend=backend), default_model="vae", keep_versions=1)
     registry.refresh()
     served = registry.catalogue.find("vae")
-    watched: list[weakref.ref[Any]] = [weakref.ref(served), weakref.ref(served.backend)]
+    references: list[weakref.ref[Any]] = [weakref.ref(served), weakref.ref(served.backend)]
     module = served.backend.module
-    watched.append(weakref.ref(module))
+    references.append(weakref.ref(module))
     del served, module
     gc.disable()
     try:
         shutil.copytree(artifacts / "vae" / "1", tmp_path / "vae" / "2")
         registry.refresh()
         assert registry.catalogue.find("vae").version == 2
-        assert [reference() for reference in watched] == [None] * 3
+        assert [reference() for reference in references] == [None] * 3
     finally:
         gc.enable()
 
 
 @pytest.mark.parametrize("path", ["/reconstruct", "/anomaly", "/encode"])
-def test_a_request_leaves_nothing_for_the_collector(artifacts: Path, digits: np.ndarray, path: str) -> None:
-    """What goes in circles would stay until Python looks for it: under load, thousands of requests."""
+def test_request_leaves_no_reference_cycles(artifacts: Path, digits: np.ndarray, path: str) -> None:
+    """Reference cycles of thousands of requests would stay in memory until the garbage collector runs."""
     body = orjson.dumps({"inputs": digits[:1].tolist()})
     statuses = []
 
@@ -168,8 +170,8 @@ def test_a_request_leaves_nothing_for_the_collector(artifacts: Path, digits: np.
     async def scenario() -> int:
         app = create_app(Settings(artifacts=artifacts, default_model="vae"))
         async with app.router.lifespan_context(app):
-            for turn in range(20):
-                if turn == 10:  # by now everything that is kept once is there
+            for number in range(20):
+                if number == 10:  # caches and other objects that are kept exist by now
                     gc.collect()
                     gc.disable()
                 scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": []}
@@ -177,26 +179,27 @@ def test_a_request_leaves_nothing_for_the_collector(artifacts: Path, digits: np.
             return gc.collect()
 
     try:
-        assert asyncio.run(scenario()) < 10  # of ten requests
+        assert asyncio.run(scenario()) < 10  # objects, for ten requests
     finally:
         gc.enable()
     assert statuses.count(200) == 20
 
 
-def test_a_body_in_one_piece_is_not_copied_on_its_way(artifacts: Path) -> None:
-    came, read = [], []
+def test_body_in_one_piece_reaches_the_app_without_a_copy(artifacts: Path) -> None:
+    parsed: list[bytes] = []  # by the protocol
+    received: list[bytes] = []  # by the app
 
-    class Recorded(Protocol):
+    class RecordingProtocol(Protocol):
         def on_body(self, body: bytes) -> None:
-            came.append(body)
+            parsed.append(body)
             super().on_body(body)
 
     async def app(_: Any, receive: Any, send: Any) -> None:
-        read.append((await receive())["body"])
+        received.append((await receive())["body"])
         await send({"type": "http.response.start", "status": 204, "headers": []})
         await send({"type": "http.response.body"})
 
-    http: Any = partial(Recorded, **create_app(Settings(artifacts=artifacts)).state.protocol.keywords)
+    http: Any = partial(RecordingProtocol, **create_app(Settings(artifacts=artifacts)).state.protocol.keywords)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, http=http, lifespan="off", log_config=None, access_log=False))
 
@@ -210,11 +213,11 @@ def test_a_body_in_one_piece_is_not_copied_on_its_way(artifacts: Path) -> None:
         await serving
 
     asyncio.run(scenario())
-    assert [len(body) for body in read] == [5000, 5000]
-    assert all(mine is theirs for mine, theirs in zip(read, came, strict=True))
+    assert [len(body) for body in received] == [5000, 5000]
+    assert all(ours is theirs for ours, theirs in zip(received, parsed, strict=True))
 
 
-def test_what_a_backend_is_made_from_keeps_its_pace() -> None:
+def test_backend_remembers_the_smallest_batch_that_exceeded_memory() -> None:
     cpu = torch.device("cpu")
     backend = TorchScriptBackend(None, cpu, TorchScriptCalibration(None, cpu))  # type: ignore[arg-type] # no model runs
     backend.limit_rows(64)

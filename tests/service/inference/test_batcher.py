@@ -1,4 +1,4 @@
-"""The batcher: who shares a batch, who waits, who fails, who is told."""
+"""The batcher: which jobs share a batch, in which order they run, and what happens when they fail or are cancelled."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -20,7 +20,7 @@ RECONSTRUCT = reconstruct(gaps=False)
 
 @pytest.fixture
 def vae(vae: Artifact) -> BareModel:
-    """The VAE of the session, as the batcher wants it, with nothing known yet of how long it takes."""
+    """The session's VAE with a backend whose latency has not been measured."""
     return BareModel(select_backend(vae, requested="torchscript").backend)
 
 
@@ -28,19 +28,19 @@ def run(scenario: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(scenario())  # type: ignore[arg-type] # a coroutine, typed as awaitable
 
 
-def test_an_answer_is_the_modules_own(vae: BareModel) -> None:
+def test_result_equals_the_output_of_the_module(vae: BareModel) -> None:
     async def scenario() -> None:
         async with running_batcher() as batcher:
-            ran = await batcher.run(vae, RECONSTRUCT, random_rows(5))
-        np.testing.assert_array_equal(ran.outputs[0], reconstruction(vae, random_rows(5)))
+            result = await batcher.run(vae, RECONSTRUCT, random_rows(5))
+        np.testing.assert_array_equal(result.outputs[0], reconstruction(vae, random_rows(5)))
         error = ((reconstruction(vae, random_rows(5)) - random_rows(5)) ** 2).mean(axis=1)
-        np.testing.assert_allclose(ran.outputs[1], error, rtol=1e-5)
-        assert ran.computed > 0
+        np.testing.assert_allclose(result.outputs[1], error, rtol=1e-5)
+        assert result.computed > 0
 
     run(scenario)
 
 
-def test_what_waits_for_the_same_operation_shares_a_batch_and_each_gets_its_own(vae: BareModel) -> None:
+def test_jobs_for_the_same_operation_share_a_batch_and_each_gets_its_own_rows(vae: BareModel) -> None:
     batches: Batches = []
 
     async def scenario() -> None:
@@ -52,39 +52,39 @@ def test_what_waits_for_the_same_operation_shares_a_batch_and_each_gets_its_own(
             other = asyncio.create_task(batcher.run(vae, ENCODE, random_rows(3)))
             await asyncio.sleep(0)
             gate.open.set()
-            answers = await asyncio.gather(*tasks)
+            results = await asyncio.gather(*tasks)
             await asyncio.gather(held, other)
-        for n, ran in zip(sizes, answers, strict=True):
-            np.testing.assert_allclose(ran.outputs[0], reconstruction(vae, random_rows(n, seed=n)), atol=1e-6)
+        for n, result in zip(sizes, results, strict=True):
+            np.testing.assert_allclose(result.outputs[0], reconstruction(vae, random_rows(n, seed=n)), atol=1e-6)
         assert batches == [("gate", 1), ("reconstruct", 15), ("encode", 3)]
 
     run(scenario)
 
 
-def test_batches_keep_to_their_size_and_to_the_order_of_arrival(vae: BareModel) -> None:
+def test_batches_respect_their_maximum_size_and_the_order_of_arrival(vae: BareModel) -> None:
     batches: Batches = []
 
     async def scenario() -> None:
         async with running_batcher(batches, max_batch_rows=8) as batcher:
             gate = Gate()
             held = await gate.hold(batcher, vae, random_rows(1))
-            ended: list[int] = []
+            finished: list[int] = []
 
-            async def ask(number: int, count: int) -> None:
+            async def run_numbered(number: int, count: int) -> None:
                 await batcher.run(vae, RECONSTRUCT, random_rows(count))
-                ended.append(number)
+                finished.append(number)
 
-            tasks = [asyncio.create_task(ask(i, count)) for i, count in enumerate([3, 4, 2, 8, 1])]
+            tasks = [asyncio.create_task(run_numbered(i, count)) for i, count in enumerate([3, 4, 2, 8, 1])]
             await asyncio.sleep(0)
             gate.open.set()
             await asyncio.gather(held, *tasks)
         assert [size for _, size in batches] == [1, 7, 2, 8, 1]
-        assert ended == [0, 1, 2, 3, 4]
+        assert finished == [0, 1, 2, 3, 4]
 
     run(scenario)
 
 
-def test_a_large_request_runs_in_pieces_between_which_others_have_their_turn(vae: BareModel) -> None:
+def test_large_request_runs_in_pieces_with_other_requests_in_between(vae: BareModel) -> None:
     batches: Batches = []
 
     async def scenario() -> None:
@@ -95,15 +95,15 @@ def test_a_large_request_runs_in_pieces_between_which_others_have_their_turn(vae
             small = asyncio.create_task(batcher.run(vae, ENCODE, random_rows(1)))
             await asyncio.sleep(0)
             gate.open.set()
-            ran = await large
+            result = await large
             await asyncio.gather(held, small)
-        np.testing.assert_allclose(ran.outputs[0], reconstruction(vae, random_rows(20)), atol=1e-6)
+        np.testing.assert_allclose(result.outputs[0], reconstruction(vae, random_rows(20)), atol=1e-6)
         assert batches == [("gate", 1), ("reconstruct", 8), ("encode", 1), ("reconstruct", 8), ("reconstruct", 4)]
 
     run(scenario)
 
 
-def test_samples_never_share_a_batch(vae: BareModel) -> None:
+def test_operation_that_is_not_batched_never_shares_a_batch(vae: BareModel) -> None:
     batches: Batches = []
 
     async def scenario() -> None:
@@ -114,7 +114,7 @@ def test_samples_never_share_a_batch(vae: BareModel) -> None:
             tasks = [asyncio.create_task(batcher.run(vae, SAMPLE, noise, choice)) for _ in range(3)]
             await asyncio.sleep(0)
             gate.open.set()
-            first, *others = [ran.outputs for ran in await asyncio.gather(*tasks)]
+            first, *others = [result.outputs for result in await asyncio.gather(*tasks)]
             await held
         for other in others:
             np.testing.assert_array_equal(first[1], other[1])
@@ -123,8 +123,8 @@ def test_samples_never_share_a_batch(vae: BareModel) -> None:
     run(scenario)
 
 
-def test_only_the_culprit_hears_of_its_failure(vae: BareModel) -> None:
-    def picky(module: Any, x: torch.Tensor) -> tuple[torch.Tensor]:
+def test_failing_job_does_not_fail_the_jobs_of_its_batch(vae: BareModel) -> None:
+    def fail_above_5(module: Any, x: torch.Tensor) -> tuple[torch.Tensor]:
         if (x > 5).any():
             raise RuntimeError("too large")
         return (module(x),)
@@ -133,7 +133,7 @@ def test_only_the_culprit_hears_of_its_failure(vae: BareModel) -> None:
         async with running_batcher() as batcher:
             gate = Gate()
             held = await gate.hold(batcher, vae, random_rows(1))
-            operation = Operation("picky", picky)
+            operation = Operation("picky", fail_above_5)
             inputs = [random_rows(2, seed=1), random_rows(1) + 9, random_rows(3, seed=3)]
             tasks = [asyncio.create_task(batcher.run(vae, operation, x)) for x in inputs]
             wrong_width = asyncio.create_task(batcher.run(vae, operation, np.zeros((1, 3), np.float32)))
@@ -142,38 +142,38 @@ def test_only_the_culprit_hears_of_its_failure(vae: BareModel) -> None:
             outcomes = await asyncio.gather(*tasks, wrong_width, return_exceptions=True)
             await held
             assert batcher.pending_rows == 0
-        np.testing.assert_allclose(outcomes[0].outputs[0], reconstruction(vae, inputs[0]), atol=1e-6)  # type: ignore[union-attr] # an answer, no error
-        np.testing.assert_allclose(outcomes[2].outputs[0], reconstruction(vae, inputs[2]), atol=1e-6)  # type: ignore[union-attr] # an answer, no error
+        np.testing.assert_allclose(outcomes[0].outputs[0], reconstruction(vae, inputs[0]), atol=1e-6)  # type: ignore[union-attr] # a result, not an error
+        np.testing.assert_allclose(outcomes[2].outputs[0], reconstruction(vae, inputs[2]), atol=1e-6)  # type: ignore[union-attr] # a result, not an error
         assert str(outcomes[1]) == "too large"
         assert isinstance(outcomes[3], RuntimeError)
 
     run(scenario)
 
 
-def test_a_request_whose_caller_has_left_is_never_computed(vae: BareModel) -> None:
+def test_cancelled_request_never_runs(vae: BareModel) -> None:
     batches: Batches = []
 
     async def scenario() -> None:
         async with running_batcher(batches, max_batch_rows=8) as batcher:
             gate = Gate()
             held = await gate.hold(batcher, vae, random_rows(1))
-            leaving = asyncio.create_task(batcher.run(vae, RECONSTRUCT, random_rows(20)))
-            staying = asyncio.create_task(batcher.run(vae, RECONSTRUCT, random_rows(3)))
+            cancelled = asyncio.create_task(batcher.run(vae, RECONSTRUCT, random_rows(20)))
+            kept = asyncio.create_task(batcher.run(vae, RECONSTRUCT, random_rows(3)))
             await asyncio.sleep(0)
-            leaving.cancel()
+            cancelled.cancel()
             await asyncio.sleep(0)
             gate.open.set()
-            ran = await staying
+            result = await kept
             await held
             assert batcher.pending_rows == 0
-        assert leaving.cancelled()
+        assert cancelled.cancelled()
         assert batches == [("gate", 1), ("reconstruct", 3)]
-        np.testing.assert_allclose(ran.outputs[0], reconstruction(vae, random_rows(3)), atol=1e-6)
+        np.testing.assert_allclose(result.outputs[0], reconstruction(vae, random_rows(3)), atol=1e-6)
 
     run(scenario)
 
 
-def test_closing_finishes_what_waits_and_refuses_what_comes(vae: BareModel) -> None:
+def test_closing_finishes_queued_jobs_and_refuses_new_ones(vae: BareModel) -> None:
     async def scenario() -> None:
         async with running_batcher() as batcher:
             gate = Gate()
@@ -192,7 +192,7 @@ def test_closing_finishes_what_waits_and_refuses_what_comes(vae: BareModel) -> N
     run(scenario)
 
 
-def test_a_storm_of_leavers_costs_nobody_else_an_answer(vae: BareModel) -> None:
+def test_half_of_300_requests_cancelled_at_random_leaves_the_other_results_correct(vae: BareModel) -> None:
     async def scenario() -> None:
         rng = np.random.default_rng(1)
         async with running_batcher(max_batch_rows=16) as batcher:
@@ -205,11 +205,13 @@ def test_a_storm_of_leavers_costs_nobody_else_an_answer(vae: BareModel) -> None:
                     await asyncio.sleep(0.001)
             outcomes = await asyncio.gather(*tasks, return_exceptions=True)
             assert batcher.pending_rows == 0
-        survivors = [(x, ran) for x, ran in zip(inputs, outcomes, strict=True) if not isinstance(ran, BaseException)]
+        survivors = [
+            (x, result) for x, result in zip(inputs, outcomes, strict=True) if not isinstance(result, BaseException)
+        ]
         assert len(survivors) >= 150
-        for x, ran in survivors:
-            np.testing.assert_allclose(ran.outputs[0], reconstruction(vae, x), atol=1e-6)
-        left = [ran for ran in outcomes if isinstance(ran, BaseException)]
-        assert all(isinstance(ran, asyncio.CancelledError) for ran in left)
+        for x, result in survivors:
+            np.testing.assert_allclose(result.outputs[0], reconstruction(vae, x), atol=1e-6)
+        cancelled = [result for result in outcomes if isinstance(result, BaseException)]
+        assert all(isinstance(result, asyncio.CancelledError) for result in cancelled)
 
     run(scenario)
