@@ -25,4 +25,4 @@ def mnist(part: str) -> npt.NDArray[np.float64]:
 
 def values(table: Table) -> npt.NDArray[np.float32]:
     """Return all rows of `table`, [N, D]."""
-    return table.x.span(0, len(table.x))
+    return table.x.read_range(0, len(table.x))

@@ -98,7 +98,7 @@ def measure_frames(browser: Browser, base: str, rows: int, moves: int) -> list[f
     page = browser.new_page(viewport={"width": 1280, "height": 1000})
     page.goto(f"{base}?view=latent&model=vae")
     page.wait_for_selector(".point-card .output > *")
-    digits = read_table("digits").x.span(0, 1797)
+    digits = read_table("digits").x.read_range(0, 1797)
     x = np.tile(digits, (rows // len(digits) + 1, 1))[:rows]
     content = io.BytesIO()
     np.save(content, x + np.random.RandomState(0).normal(0, 0.05, x.shape).astype(np.float32))

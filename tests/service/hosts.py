@@ -36,7 +36,7 @@ def host_table() -> Table:
 
 def host_rows(count: int) -> RowList:
     """Return the first `count` rows of the host table; after 400 rows the table repeats."""
-    return [[float(value) for value in row] for row in np.resize(host_table().x.span(0, 400), (count, 4))]
+    return [[float(value) for value in row] for row in np.resize(host_table().x.read_range(0, 400), (count, 4))]
 
 
 def host_records(rows: RowList) -> list[dict[str, float]]:

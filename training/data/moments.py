@@ -1,6 +1,6 @@
-"""Mean, covariance and range of any number of rows: one pass over blocks of them, exact to float64.
+"""Mean, covariance and range of the rows of a table, in one pass over blocks and in float64.
 
-What preprocessing and PCA need of the rows is here, so they are read once, and no more of them than a block is held.
+Preprocessing and PCA need nothing else, so they read the table once and hold one block of it.
 """
 
 from collections.abc import Iterable
@@ -12,10 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-EXACT = 2.0**24  # float32 tells whole numbers apart up to here: sums of whole products that stay below are exact
-MARGIN = 0.75  # of EXACT that is aimed at: not all rows are alike
-SMALL = 0.01  # share of the variance: a squared mean below it may stay, nothing is lost when it is subtracted
-FEWEST_ROWS, MOST_ROWS = 64, 2_048  # at a time in float32: fewer are not faster, more are not in the cache
+MAX_EXACT = 2.0**24  # float32 holds every integer up to this; sums of integer products below it are exact
+MARGIN = 0.75  # share of MAX_EXACT that the number of rows per product aims at, since rows differ
+SMALL_MEAN = 0.01  # a squared mean below this share of the variance is not subtracted: it costs no precision
+MIN_ROWS, MAX_ROWS = 64, 2_048  # per float32 product: fewer are not faster than float64, more exceed the cache
 
 Doubles = npt.NDArray[np.float64]
 Block = npt.NDArray[np.floating[Any]]
@@ -23,17 +23,17 @@ Block = npt.NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class Moments:
-    """What N rows of D features are like, column by column and two columns at a time. All float64."""
+    """The moments of N rows of D features, in float64."""
 
     rows: int  # N
     mean: Tensor  # [D]
-    variance: Tensor  # [D], divided by N - 1, as the covariance's diagonal is
-    covariance: Tensor | None  # [D, D], divided by N - 1; None where it was not asked for
+    variance: Tensor  # [D], divided by N - 1: the diagonal of the covariance
+    covariance: Tensor | None  # [D, D], divided by N - 1; None if it was not requested
     low: Tensor  # [D], the smallest values
     high: Tensor  # [D], the largest values
 
     def scaled(self, shift: Tensor, scale: Tensor) -> "Moments":
-        """The moments of (x - shift) / scale, for shift and scale > 0, [D] each."""
+        """Return the moments of (x - shift) / scale, for shift [D] and scale [D] > 0."""
         shift, scale = shift.double(), scale.double()
         return replace(
             self,
@@ -46,15 +46,16 @@ class Moments:
 
 
 def compute_moments(blocks: Iterable[Block], with_covariance: bool = True) -> Moments:
-    """The moments of all rows in `blocks`, each [n, D], finite. Holds a block and a few [D, D] matrices.
+    """Return the moments of all rows in `blocks`, each [n, D] and finite.
 
-    Sums are of deviations from the mean of the first rows, or near it: wherever the columns lie, little is lost when
-    the square of the mean deviation is subtracted from the mean square.
+    The sums are of deviations from a shift near the mean of the first rows, so that little precision is lost when the
+    squared mean deviation is subtracted from the mean square.
 
     Args:
-        with_covariance: whether the covariance is wanted. Without it the memory is a block.
+        with_covariance: without it the memory is that of one block; with it, that of a few [D, D] matrices more.
 
-    Raises ValueError if there are no rows.
+    Raises:
+        ValueError: there are no rows.
     """
     sums: _Sums | None = None
     for block in filter(len, blocks):
@@ -66,81 +67,87 @@ def compute_moments(blocks: Iterable[Block], with_covariance: bool = True) -> Mo
 
 
 class _Sums:
-    """Sums over the rows so far, of deviations from a shift that the first block decides."""
+    """Sums of deviations from a shift, over the rows so far. The first block determines the shift."""
 
     def __init__(self, first: Block, with_covariance: bool) -> None:
-        first = first[:MOST_ROWS]
+        first = first[:MAX_ROWS]
         mean = first.mean(axis=0, dtype=np.float64)  # [D]
         variance = np.square(first - mean).mean(axis=0)  # [D]
-        whole = _whole(first)
-        shift = np.float64(np.float32(np.rint(mean))) if whole else mean  # [D]
-        self._shift = np.where(mean**2 > SMALL * variance, shift, 0.0)  # [D]; 0 spares the columns that are mostly 0
-        largest = float((variance + (mean - self._shift) ** 2).max())  # mean square of a column
-        rows = int(MARGIN * EXACT / max(largest, 1.0))
-        self._float32_rows = min(rows, MOST_ROWS) if whole and rows >= FEWEST_ROWS else 0
+        integers = _are_integers(first)
+        shift = np.float64(np.float32(np.rint(mean))) if integers else mean  # [D]
+        # A shift of 0 keeps columns that are mostly 0 cheap: `add` skips a column where all deviations are 0.
+        self._shift = np.where(mean**2 > SMALL_MEAN * variance, shift, 0.0)  # [D]
+        largest = float((variance + (mean - self._shift) ** 2).max())  # largest mean square of a column
+        rows = int(MARGIN * MAX_EXACT / max(largest, 1.0))
+        self._float32_rows = min(rows, MAX_ROWS) if integers and rows >= MIN_ROWS else 0
         self._rows = 0
         self._sum, self._squares = np.zeros_like(mean), np.zeros_like(mean)
-        self._products = np.zeros((len(mean), len(mean))) if with_covariance else None  # the lower triangle
+        self._products = np.zeros((len(mean), len(mean))) if with_covariance else None  # lower triangle
         self._low, self._high = np.full_like(mean, np.inf), np.full_like(mean, -np.inf)
 
     def add(self, block: Block) -> None:
-        """Count `block` [n, D] in."""
+        """Add the rows of `block` [n, D]."""
         self._rows += len(block)
         low, high = block.min(axis=0), block.max(axis=0)  # [D], [D]
         self._low, self._high = np.minimum(self._low, low), np.maximum(self._high, high)
-        away = np.flatnonzero((low != self._shift) | (high != self._shift))  # [d], the columns that count
-        if len(away) == 0:
+        nonzero = np.flatnonzero((low != self._shift) | (high != self._shift))  # [d], columns with any deviation
+        if len(nonzero) == 0:
             return
-        part = block if len(away) == len(low) else block.take(away, axis=1)  # [n, d]
+        part = block if len(nonzero) == len(low) else block.take(nonzero, axis=1)  # [n, d]
         if self._products is None:
-            u = part - self._shift[away]  # [n, d]
-            self._sum[away] += u.sum(axis=0)
-            self._squares[away] += np.einsum("nd,nd->d", u, u)
+            u = part - self._shift[nonzero]  # [n, d]
+            self._sum[nonzero] += u.sum(axis=0)
+            self._squares[nonzero] += np.einsum("nd,nd->d", u, u)
             return
-        total, products = _sums(part, self._shift[away], self._float32_rows)
-        self._sum[away] += total
-        if len(away) == len(low):
+        total, products = _sum_and_products(part, self._shift[nonzero], self._float32_rows)
+        self._sum[nonzero] += total
+        if len(nonzero) == len(low):
             self._products += products
         else:
-            self._products[np.ix_(away, away)] += products
+            self._products[np.ix_(nonzero, nonzero)] += products
 
     def moments(self) -> Moments:
-        """Mean and covariance of what was counted."""
-        away = self._sum / self._rows  # [D], of the mean from the shift
-        free = max(self._rows - 1, 1)
+        """Return the moments of the rows so far."""
+        deviation = self._sum / self._rows  # [D], of the mean from the shift
+        divisor = max(self._rows - 1, 1)
         if self._products is None:
-            covariance, spread = None, (self._squares - self._rows * away**2) / free
+            covariance, variance = None, (self._squares - self._rows * deviation**2) / divisor
         else:
-            lower = np.tril(self._products - self._rows * np.outer(away, away)) / free
+            lower = np.tril(self._products - self._rows * np.outer(deviation, deviation)) / divisor
             np.fill_diagonal(lower, np.maximum(lower.diagonal(), 0.0))
-            covariance, spread = torch.from_numpy(lower + np.tril(lower, -1).T), lower.diagonal().copy()
-        values = (self._shift + away, np.maximum(spread, 0.0), self._low, self._high)
-        mean, variance, low, high = (torch.from_numpy(value) for value in values)
-        return Moments(self._rows, mean, variance, covariance, low, high)
+            covariance, variance = torch.from_numpy(lower + np.tril(lower, -1).T), lower.diagonal().copy()
+        return Moments(
+            rows=self._rows,
+            mean=torch.from_numpy(self._shift + deviation),
+            variance=torch.from_numpy(np.maximum(variance, 0.0)),
+            covariance=covariance,
+            low=torch.from_numpy(self._low),
+            high=torch.from_numpy(self._high),
+        )
 
 
-def _sums(x: Block, shift: Doubles, float32_rows: int) -> tuple[Doubles, Doubles]:
-    """The sums of u [D] and of u' u [D, D] for the deviations u = x - shift of rows x [n, D], in float64.
+def _sum_and_products(x: Block, shift: Doubles, float32_rows: int) -> tuple[Doubles, Doubles]:
+    """Return sum(u) [D] and u' u [D, D], lower triangle, in float64, for the deviations u = x - shift of x [n, D].
 
-    Of u' u it gives the lower triangle. Whole numbers are multiplied in float32, twice as fast, so few rows at a time
-    that it is exact: a sum of squares below EXACT was exact all the way, and in size no sum of products exceeds the
-    larger of its two sums of squares, nor does a sum of whole numbers. Where it was not exact, and for other numbers,
-    float64 does it.
+    Integers are multiplied in float32, which is twice as fast, in parts with so few rows that the result is exact: if
+    the sum of squares of every column stays below MAX_EXACT, so do all sums of products and all sums. Other parts, and
+    numbers that are not integers, are computed in float64.
 
     Args:
-        float32_rows: how many rows at a time; 0 to not try. Above 0 every shift is a whole float32.
+        float32_rows: rows per float32 product; 0 to use float64 only. If positive, every shift is an integer that
+            float32 can hold.
     """
-    from scipy.linalg.blas import dsyrk, ssyrk  # half of the work that x.T @ x would be, into memory that is there
+    from scipy.linalg.blas import dsyrk, ssyrk  # half the work of x.T @ x, and they add to an existing matrix
 
-    size, short = len(shift), shift.astype(np.float32)
+    size, shift32 = len(shift), shift.astype(np.float32)
     total, products = np.zeros(size), np.zeros((size, size), order="F")
     product = np.zeros((size, size), np.float32, order="F")
-    step = float32_rows or MOST_ROWS
+    step = float32_rows or MAX_ROWS
     for part in (x[start : start + step] for start in range(0, len(x), step)):
-        if float32_rows and _whole(part):
-            u = (part - short).astype(np.float32, copy=False)
-            product = ssyrk(1.0, u.T, c=product, overwrite_c=True)  # its upper triangle: Fortran's rows are columns
-            if product.diagonal().max(initial=0.0) < EXACT:
+        if float32_rows and _are_integers(part):
+            u = (part - shift32).astype(np.float32, copy=False)
+            product = ssyrk(1.0, u.T, c=product, overwrite_c=True)  # upper triangle: the matrix is in Fortran order
+            if product.diagonal().max(initial=0.0) < MAX_EXACT:
                 total += u.sum(axis=0)
                 products += product
                 continue
@@ -150,8 +157,8 @@ def _sums(x: Block, shift: Doubles, float32_rows: int) -> tuple[Doubles, Doubles
     return total, products.T
 
 
-def _whole(values: Block) -> bool:
-    """Whether all of `values` are whole numbers; most that are not are told by their first row."""
+def _are_integers(values: Block) -> bool:
+    """Return whether all `values` are integers. The first row is checked first, since it usually decides."""
     if values.dtype.kind in "iu":
         return True
     return bool((values[:1] == np.rint(values[:1])).all() and (values == np.rint(values)).all())

@@ -1,4 +1,4 @@
-"""Rows of any number: an array in memory, or a file of which what is asked for is read and never more is resident."""
+"""Rows of a table, in memory or in a file on disk; a file is read in parts and is never loaded as a whole."""
 
 import os
 import tempfile
@@ -12,18 +12,23 @@ import numpy.typing as npt
 
 from training.errors import DataError
 
-BLOCK_BYTES = 4 << 20  # of float32 values: what is read from disk at a time
-MEDIAN_ROWS = 100_000
-MEDIAN_BYTES = 64 << 20
+BLOCK_BYTES = 4 << 20  # of float32 values that are read from disk at a time
+MEDIAN_ROWS = 100_000  # rows that a median is computed from, at most
+MEDIAN_BYTES = 64 << 20  # of float32 values in these rows, at most
 
 Floats = npt.NDArray[np.float32]
 
 
 class FileArray:
-    """An array [N, ...] in C order in a file, which is read as it is indexed: by a slice of rows or by their numbers.
+    """An array [N, ...] in C order in a file. Indexing with a slice or with row numbers reads those rows.
 
-    Not mapped: at random a call costs half of a page fault, what was read is not resident, and a disk that fails or a
-    file that shrinks is an error and not a signal. The file may be closed, or have lost its name.
+    The file is read with pread, not mapped into memory: random reads take half the time of page faults, the rows do not
+    stay resident, and a disk error or a truncated file raises an exception instead of a signal.
+
+    The descriptor is duplicated, so the caller may close `file` or delete it.
+
+    Args:
+        offset: position of the first row in the file, in bytes.
     """
 
     def __init__(self, file: BinaryIO, dtype: npt.DTypeLike, offset: int, shape: tuple[int, ...]) -> None:
@@ -36,26 +41,33 @@ class FileArray:
         return self.shape[0]
 
     def __getitem__(self, rows: slice | npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """The rows [n, ...]. Raises DataError where the file has become shorter."""
+        """Return the rows [n, ...].
+
+        Raises:
+            DataError: the file has become shorter.
+        """
         if isinstance(rows, slice):
             first, end, _ = rows.indices(len(self))
-            found = np.empty((max(0, end - first), *self.shape[1:]), self.dtype)
-            self._read(_bytes(found), first)
-            return found
-        found = np.empty((len(rows), *self.shape[1:]), self.dtype)
-        content, size = _bytes(found), self._row_bytes
+            values = np.empty((max(0, end - first), *self.shape[1:]), self.dtype)
+            self._read_into(_bytes(values), first)
+            return values
+        values = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        content, size = _bytes(values), self._row_bytes
         for position, row in enumerate(rows.tolist()):
-            self._read(content[position * size : (position + 1) * size], row)
-        return found
+            self._read_into(content[position * size : (position + 1) * size], row)
+        return values
 
-    def _read(self, content: memoryview, row: int) -> None:
-        """Fill `content` with what begins at `row`."""
-        at = self._offset + row * self._row_bytes
+    def _read_into(self, content: memoryview, row: int) -> None:
+        """Fill `content` with the bytes from the start of `row` on."""
+        position = self._offset + row * self._row_bytes
         while content:
-            count = os.preadv(self._descriptor, [content], at)
+            count = os.preadv(self._descriptor, [content], position)
             if count == 0:
-                raise DataError(f"the file of rows ends before row {row}: expected it to stay as it was; start again")
-            content, at = content[count:], at + count
+                raise DataError(
+                    f"the data file ends before row {row}: it was truncated while it was read; "
+                    "restore the file and start again"
+                )
+            content, position = content[count:], position + count
 
 
 def _bytes(array: npt.NDArray[Any]) -> memoryview:
@@ -63,7 +75,7 @@ def _bytes(array: npt.NDArray[Any]) -> memoryview:
 
 
 class RowStore:
-    """N rows of D features, raw units, NaN where a value is missing. Everything that it gives is a float32 copy.
+    """N rows of D features in raw units, NaN where a value is missing. Every method returns a float32 copy.
 
     Args:
         values: [N, D] of any real dtype.
@@ -77,95 +89,100 @@ class RowStore:
 
     @property
     def width(self) -> int:
-        """D."""
+        """The number of features, D."""
         return int(self._values.shape[1])
 
     @property
     def on_disk(self) -> bool:
-        """Whether reading costs disk, so that it is done in blocks, in order."""
+        """Whether the rows are in a file, which is read fastest in order and in blocks."""
         return isinstance(self._values, FileArray)
 
     @property
-    def block(self) -> int:
-        """Rows that are read from disk at a time."""
+    def block_rows(self) -> int:
+        """The number of rows in a block."""
         return rows_per_block(self.width)
 
     def take(self, indices: npt.NDArray[np.int64]) -> Floats:
-        """The rows [n, D] at `indices` [n], in that order."""
+        """Return the rows [n, D] at `indices` [n], in that order."""
         return self._values[indices].astype(np.float32, copy=False)
 
-    def span(self, start: int, stop: int) -> Floats:
-        """The rows from `start` up to `stop`."""
+    def read_range(self, start: int, stop: int) -> Floats:
+        """Return the rows from `start` up to, not including, `stop`."""
         return np.array(self._values[start:stop], dtype=np.float32)
 
     def blocks(self) -> Iterator[tuple[int, Floats]]:
-        """All rows in order, in blocks, each with the number of its first row."""
-        for start in range(0, len(self), self.block):
-            yield start, self.span(start, start + self.block)
+        """Yield all rows in order, in blocks, each with the index of its first row."""
+        for start in range(0, len(self), self.block_rows):
+            yield start, self.read_range(start, start + self.block_rows)
 
 
 class RowWriter:
-    """Rows as they come in: in memory up to `limit` bytes of float32, beyond that in a file without a name.
+    """Collects rows: in memory up to `limit` bytes of float32 values, beyond that in a temporary file.
 
-    The file lies where `tempfile` puts files (TMPDIR). It is gone when the last that reads it is, whatever ends
-    the process.
+    The file is created where `tempfile` creates files (TMPDIR) and has no name, so the system frees its space when the
+    last user closes it, even if the process is killed.
 
     Args:
         width: D.
-        dtype: of the values in the file.
+        dtype: of the values that are stored.
     """
 
     def __init__(self, width: int, dtype: npt.DTypeLike, limit: int) -> None:
         self._width, self._dtype, self._limit = width, np.dtype(dtype), limit
         self._file: BytesIO | BinaryIO = BytesIO()
-        self._rows = 0
+        self._count = 0
 
     def add(self, block: npt.NDArray[Any]) -> None:
-        """Append rows [n, D]. Raises OSError where the disk is full."""
-        self._rows += len(block)
-        if isinstance(self._file, BytesIO) and not fits_in_memory(self._rows, self._width, self._limit):
-            held = self._file.getbuffer()
-            self._file = cast(BinaryIO, tempfile.TemporaryFile(buffering=0))  # noqa: SIM115  # see close
-            _write(self._file, held)
-        _write(self._file, _bytes(np.ascontiguousarray(block, self._dtype)))
+        """Append rows [n, D].
+
+        Raises:
+            OSError: the disk is full.
+        """
+        self._count += len(block)
+        if isinstance(self._file, BytesIO) and not fits_in_memory(self._count, self._width, self._limit):
+            in_memory = self._file.getbuffer()
+            self._file = cast(BinaryIO, tempfile.TemporaryFile(buffering=0))  # noqa: SIM115  # `close` closes it
+            _write_all(self._file, in_memory)
+        _write_all(self._file, _bytes(np.ascontiguousarray(block, self._dtype)))
 
     def rows(self) -> RowStore:
-        """All of them; nothing can be added afterwards, but the spool can be closed."""
-        shape = (self._rows, self._width)
+        """Return all rows. Afterwards the writer can be closed, but no rows can be added."""
+        shape = (self._count, self._width)
         if isinstance(self._file, BytesIO):
             values = np.frombuffer(self._file.getbuffer(), self._dtype).reshape(shape)
             return RowStore(values.astype(np.float32, copy=False))
         return RowStore(FileArray(self._file, self._dtype, 0, shape))
 
     def close(self) -> None:
-        """Let go of the file; rows that were given out keep it."""
-        if not isinstance(self._file, BytesIO):  # whose bytes are the rows
+        """Close the temporary file. Rows that were returned keep their own descriptor."""
+        if not isinstance(self._file, BytesIO):  # the buffer must stay: the returned rows use its memory
             self._file.close()
 
 
-def _write(file: BytesIO | BinaryIO, content: memoryview) -> None:
-    """All of `content`: a file without a buffer may take less than it was given."""
+def _write_all(file: BytesIO | BinaryIO, content: memoryview) -> None:
+    """Write all of `content`: an unbuffered file may write less than it is given."""
     while content:
         content = content[file.write(content) :]
 
 
 def fits_in_memory(rows: int, width: int, limit: int) -> bool:
-    """Whether float32 [rows, width] stays within `limit` bytes."""
+    """Return whether float32 [rows, width] takes at most `limit` bytes."""
     return 4 * rows * width <= limit
 
 
 def rows_per_block(width: int) -> int:
-    """How many rows of `width` float32 values make a block."""
+    """Return the number of rows of `width` float32 values in a block."""
     return max(1, BLOCK_BYTES // (4 * width))
 
 
 def column_medians(rows: RowStore, indices: npt.NDArray[np.int64]) -> Floats:
-    """The median [D] of the values that the rows at `indices` have; NaN where they have none.
+    """Return the median [D] of each column over the rows at `indices`, without missing values; NaN if there are none.
 
-    Of more than MEDIAN_ROWS rows, or MEDIAN_BYTES, as many at equal steps are looked at.
+    Of more than MEDIAN_ROWS rows, or MEDIAN_BYTES, every k-th is used.
     """
     most = max(1, min(MEDIAN_ROWS, MEDIAN_BYTES // (4 * rows.width)))
-    taken = rows.take(np.sort(indices[:: max(1, -(-len(indices) // most))]))
-    columns = np.ascontiguousarray(taken.T)  # [D, n]
+    step = max(1, -(-len(indices) // most))
+    values = rows.take(np.sort(indices[::step]))
+    columns = np.ascontiguousarray(values.T)  # [D, n]
     present = [column[~np.isnan(column)] for column in columns]
     return np.array([np.median(column) if len(column) else np.nan for column in present], np.float32)

@@ -1,7 +1,7 @@
 """The table that every model is trained on: rows in raw units, with the names of their features.
 
-`read` turns a source into a checked table, `read_like` does so for rows that an existing model shall see, and
-`split` decides which rows fit the model, which judge it and which calibrate it.
+`read_table` reads and checks a source, `read_for_model` does so for rows that an existing model will score, and
+`split_rows` chooses the rows that fit the model, validate it and calibrate it.
 """
 
 import hashlib
@@ -26,62 +26,70 @@ if TYPE_CHECKING:
 
 __all__ = ["MINIMUM_ROWS", "DataError", "Split", "Table", "read_for_model", "read_table", "split_rows"]
 
-MEMORY_BYTES = 512 << 20  # of float32 values: more stay on disk
-MINIMUM_ROWS = 10  # fewer leave no row to calibrate on, or none to judge by
-MAX_HELD_OUT_ROWS = 50_000  # that judge, and that calibrate: more would add nothing to either
-MAX_HELD_OUT_BYTES = 64 << 20  # of float32 values in each of these: they are held in memory
-DISTINCT = 256  # a column of which float32 tells fewer values apart deserves a warning
-NAMED = 3  # features that one note lists before it says "and N more"
+MEMORY_BYTES = 512 << 20  # of float32 values; larger tables stay on disk
+MINIMUM_ROWS = 10  # with fewer, a part of the split would be empty
+MAX_HELD_OUT_ROWS = 50_000  # held-out rows, and calibration rows; more would not improve either
+MAX_HELD_OUT_BYTES = 64 << 20  # of float32 values in each of these parts, which are kept in memory
+MIN_DISTINCT = 256  # a column in which float32 distinguishes fewer values is worth a note
+LISTED_NAMES = 3  # features that a note lists before "and N more"
 PIXEL_RANGES = ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0))
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows in raw units, finite or, where there is no value, NaN."""
+    """Rows in raw units: finite numbers, and NaN where a value is missing."""
 
     x: RowStore  # [N, D], in memory or on disk
     shape: tuple[int, ...]  # of one row; its product is D
-    names: list[str]  # D feature names
-    units: list[str | None]  # D units, None where unknown
-    labels: npt.NDArray[np.int64] | None  # [N] where the source has them; never trained on
+    names: list[str]  # of the D features
+    units: list[str | None]  # of the D features, None where unknown
+    labels: npt.NDArray[np.int64] | None  # [N] if the source has labels; never used to train
     pixel_range: tuple[float, float] | None  # images only: raw values of black and of white
-    source: str  # what the user wrote
-    notes: list[str] = field(default_factory=list)  # what was handled and the user must know
-    missing: npt.NDArray[np.int64] = field(kw_only=True)  # [D] how many rows have no value there
-    label_names: list[str] | None = field(default=None, kw_only=True)  # what labels 0, 1, ... mean, if they have names
+    source: str  # as the user gave it
+    notes: list[str] = field(default_factory=list)  # what the user should know about the data
+    missing: npt.NDArray[np.int64] = field(kw_only=True)  # [D] number of missing values
+    label_names: list[str] | None = field(default=None, kw_only=True)  # the meaning of labels 0, 1, ..., if known
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the shape, the names and the values: equal tables, equal fingerprints."""
+        """SHA-256 of the shape, the names and the values, as hexadecimal digits."""
         digest = hashlib.sha256(json.dumps([self.shape, self.names]).encode())
         for _, rows in self.x.blocks():
             values = np.ascontiguousarray(rows, dtype="<f4")
-            values[np.isnan(values)] = np.nan  # of the many bit patterns that say so, one
+            values[np.isnan(values)] = np.nan  # NaN has many bit patterns: use one
             digest.update(values.data)
         return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class Split:
-    """Row indices, disjoint and in random order; together they are all rows. They cost 8 bytes a row of the table."""
+    """Three disjoint sets of row indices, each in random order, that together are all rows."""
 
     fit: npt.NDArray[np.int64]
     held_out: npt.NDArray[np.int64]
     calibration: npt.NDArray[np.int64]
 
 
-def split_rows(n: int, seed: int, width: int = 1) -> Split:
-    """Deal `n` rows out at random: 70 % fit, 10 % are held out, 20 % calibrate, each at least one.
+def split_rows(count: int, seed: int, width: int = 1) -> Split:
+    """Split `count` rows at random: 70 % fit, 10 % held out, 20 % calibration, at least one row each.
 
-    The latter two are held in memory, so each has at most MOST_ROWS rows and, at `width` float32 values a row,
-    MOST_BYTES; the fit has the rest. The same arguments (`seed` from 0 to 2^32 - 1) give the same split. Raises
-    DataError below MINIMUM_ROWS.
+    Held-out and calibration rows are kept in memory, so each set has at most MAX_HELD_OUT_ROWS rows and
+    MAX_HELD_OUT_BYTES; all other rows fit the model. The same arguments give the same split.
+
+    Args:
+        seed: from 0 to 2^32 - 1.
+        width: values per row.
+
+    Raises:
+        DataError: there are fewer than MINIMUM_ROWS rows.
     """
-    if n < MINIMUM_ROWS:
-        raise DataError(f"expected at least {MINIMUM_ROWS} rows to train, judge and calibrate on, got {n}: add rows")
-    order = np.random.RandomState(seed).permutation(n)  # the legacy stream is frozen, Generator's may change
+    if count < MINIMUM_ROWS:
+        raise DataError(
+            f"expected at least {MINIMUM_ROWS} rows to fit, validate and calibrate a model, got {count}: add rows"
+        )
+    order = np.random.RandomState(seed).permutation(count)  # RandomState never changes; Generator may in new versions
     most = min(MAX_HELD_OUT_ROWS, max(MINIMUM_ROWS, MAX_HELD_OUT_BYTES // (4 * width)))
-    held_out, calibration = min(round(0.1 * n), most), min(round(0.2 * n), most)
+    held_out, calibration = min(round(0.1 * count), most), min(round(0.2 * count), most)
     return Split(
         fit=order[held_out + calibration :],
         held_out=order[:held_out],
@@ -96,45 +104,53 @@ def read_table(
     size: tuple[int, int] | None = None,
     limit: int = MEMORY_BYTES,
 ) -> Table:
-    """The table behind `source`: "digits", the path of an .npy, .npz, .csv or .parquet file, or a folder of pictures.
+    """Return the table in `source`: "digits", a .npy, .npz, .csv or .parquet file, or a folder of images.
 
-    Arrays of three or more dimensions are images, one a row. Raises DataError, in one line that says what to do.
+    Arrays with three or more dimensions are images, one per row.
 
     Args:
         drop: columns to leave out.
-        keep: columns that measure something though they look like identifiers.
-        size: height and width that pictures in a folder are resized to.
-        limit: bytes of float32 values that are held in memory; more stay on disk.
+        keep: columns that are measurements although they look like identifiers.
+        size: height and width to resize the images of a folder to.
+        limit: bytes of float32 values that are kept in memory; larger tables stay on disk.
+
+    Raises:
+        DataError: with a message of one line that says what to do.
     """
     with full_disk_as_data_error(source):
         raw = load(source, ReadOptions(drop=drop, keep=keep, size=size))
-    rows, census, marks = ingest(raw, source, limit)
-    names = raw.names or _numbered(raw.shape)
-    census.refuse_infinite(source, names, raw.first_line)
-    _refuse_empty(source, names, census)
-    labels, about_labels = _whole(marks)
-    _refuse_equal(source, census)
-    pixel_range = raw.pixel_range or (_pixel_range(raw.dtype, census) if len(raw.shape) > 1 else None)
+    rows, statistics, raw_labels = ingest(raw, source, limit)
+    names = raw.names or _numbered_names(raw.shape)
+    statistics.refuse_infinite(source, names, raw.first_line)
+    _refuse_empty_columns(source, names, statistics)
+    labels, label_notes = _integer_labels(raw_labels)
+    _refuse_equal_rows(source, statistics)
+    pixel_range = raw.pixel_range
+    if pixel_range is None and len(raw.shape) > 1:
+        pixel_range = _guess_pixel_range(raw.dtype, statistics)
     return Table(
-        rows,
-        raw.shape,
-        names,
-        raw.units or [None] * len(names),
-        labels,
-        pixel_range,
-        source,
-        [*raw.notes, *about_labels, *_notes(names, census)],
-        missing=census.missing,
+        x=rows,
+        shape=raw.shape,
+        names=names,
+        units=raw.units or [None] * len(names),
+        labels=labels,
+        pixel_range=pixel_range,
+        source=source,
+        notes=[*raw.notes, *label_notes, *_notes(names, statistics)],
+        missing=statistics.missing,
         label_names=raw.label_names,
     )
 
 
 def read_for_model(source: str, manifest: "Manifest", limit: int = MEMORY_BYTES) -> Table:
-    """The rows behind `source` as the model of `manifest` expects them.
+    """Return the rows in `source` as the model of `manifest` takes them.
 
-    CSV and Parquet columns are found by name, in any order; others are left alone, but for a column label or y,
-    which gives the labels. Pictures are resized to the model's shape. Values may be missing where some were when the
-    model was trained. Raises DataError.
+    Columns of CSV and Parquet files are found by name, in any order. Other columns are ignored, except one called label
+    or y, which contains the labels. Images are resized to the model's shape. Values may be missing in columns where
+    values were missing when the model was trained.
+
+    Raises:
+        DataError: with a message of one line that says what to do.
     """
     names = [feature.name for feature in manifest.features]
     units = [feature.unit for feature in manifest.features]
@@ -145,90 +161,94 @@ def read_for_model(source: str, manifest: "Manifest", limit: int = MEMORY_BYTES)
     if width != len(names):
         raise DataError(
             f"{source} has rows of {width} numbers: expected {len(names)}, "
-            f"since model {manifest.name!r} takes rows of shape {manifest.shape}"
+            f"because model {manifest.name!r} takes rows of shape {manifest.shape}"
         )
-    for name, unit, here in zip(names, units, raw.units or units, strict=True):
-        if unit and here and unit != here:
-            raise DataError(f"{source}: column {name!r} is in {here}: expected {unit}; convert it")
-    rows, census, marks = ingest(raw, source, limit)
-    census.refuse_infinite(source, names, raw.first_line)
+    for name, expected, unit in zip(names, units, raw.units or units, strict=True):
+        if expected and unit and expected != unit:
+            raise DataError(f"{source}: column {name!r} is in {unit}, expected {expected}: convert it")
+    rows, statistics, raw_labels = ingest(raw, source, limit)
+    statistics.refuse_infinite(source, names, raw.first_line)
     allowed = np.array([feature.missing > 0 for feature in manifest.features])
-    census.refuse_missing(source, names, raw.first_line, allowed)
-    labels, about_labels = _whole(marks)
+    statistics.refuse_missing(source, names, raw.first_line, allowed)
+    labels, label_notes = _integer_labels(raw_labels)
     return Table(
-        rows,
-        shape,
-        names,
-        units,
-        labels,
-        manifest.pixel_range,
-        source,
-        [*raw.notes, *about_labels],
-        missing=census.missing,
+        x=rows,
+        shape=shape,
+        names=names,
+        units=units,
+        labels=labels,
+        pixel_range=manifest.pixel_range,
+        source=source,
+        notes=[*raw.notes, *label_notes],
+        missing=statistics.missing,
         label_names=raw.label_names,
     )
 
 
-def _whole(labels: npt.NDArray[Any] | None) -> tuple[npt.NDArray[np.int64] | None, list[str]]:
-    """The labels, if they are whole numbers; else a note."""
+def _integer_labels(labels: npt.NDArray[Any] | None) -> tuple[npt.NDArray[np.int64] | None, list[str]]:
+    """Return the labels if they are integers; else None and a note."""
     if labels is None:
         return None, []
     if labels.dtype.kind not in "iub" and not (labels.dtype.kind == "f" and np.array_equal(labels, np.rint(labels))):
-        return None, [f"labels are ignored: expected whole numbers, got {labels.dtype}"]
+        return None, [f"labels are ignored: expected integers, got {labels.dtype}"]
     return labels.astype(np.int64), []
 
 
-def _numbered(shape: tuple[int, ...]) -> list[str]:
+def _numbered_names(shape: tuple[int, ...]) -> list[str]:
     word = "x" if len(shape) == 1 else "pixel"
     return [f"{word}[{','.join(map(str, index))}]" for index in np.ndindex(shape)]
 
 
-def _refuse_empty(source: str, names: Sequence[str], census: ColumnStatistics) -> None:
-    empty = [name for name, missing in zip(names, census.missing, strict=True) if missing == census.rows]
+def _refuse_empty_columns(source: str, names: Sequence[str], statistics: ColumnStatistics) -> None:
+    empty = [name for name, missing in zip(names, statistics.missing, strict=True) if missing == statistics.rows]
     if empty:
-        subject = f"column {empty[0]!r} has" if len(empty) == 1 else f"columns {join_names(empty, NAMED)} have"
+        subject = f"column {empty[0]!r} has" if len(empty) == 1 else f"columns {join_names(empty, LISTED_NAMES)} have"
         raise DataError(f"{source}: {subject} no value in any row: add {format_option('--drop', empty)}")
 
 
-def _refuse_equal(source: str, census: ColumnStatistics) -> None:
-    if census.rows > 1 and (census.low.astype(np.float32) == census.high.astype(np.float32)).all():
-        but = " but for missing values" if census.missing.any() else ""
-        raise DataError(f"{source}: all {census.rows} rows are the same{but}: expected rows that differ, to learn from")
-
-
-def _notes(names: Sequence[str], census: ColumnStatistics) -> list[str]:
-    notes = []
-    low, high = census.low, census.high
-    if counts := {name: int(count) for name, count in zip(names, census.missing, strict=True) if count}:
-        most = sorted(counts, key=lambda name: -counts[name])
-        where = join_names([f"{name} {counts[name]:,}" for name in most], NAMED)
-        notes.append(
-            f"{sum(counts.values()):,} missing values in {len(counts)} of {len(names)} columns ({where}): "
-            "the training median stands in"
+def _refuse_equal_rows(source: str, statistics: ColumnStatistics) -> None:
+    equal = statistics.low.astype(np.float32) == statistics.high.astype(np.float32)
+    if statistics.rows > 1 and equal.all():
+        exception = " except for missing values" if statistics.missing.any() else ""
+        raise DataError(
+            f"{source}: all {statistics.rows} rows are equal{exception}: expected rows that differ, to learn from"
         )
-        if sparse := [name for name in most if 2 * counts[name] > census.rows]:
+
+
+def _notes(names: Sequence[str], statistics: ColumnStatistics) -> list[str]:
+    notes = []
+    low, high = statistics.low, statistics.high
+    if counts := {name: int(count) for name, count in zip(names, statistics.missing, strict=True) if count}:
+        by_count = sorted(counts, key=lambda name: -counts[name])
+        listed = join_names([f"{name} {counts[name]:,}" for name in by_count], LISTED_NAMES)
+        notes.append(
+            f"{sum(counts.values()):,} missing values in {len(counts)} of {len(names)} columns ({listed}): "
+            "they are replaced by the column's training median"
+        )
+        if sparse := [name for name in by_count if 2 * counts[name] > statistics.rows]:
             notes.append(
-                f"more than half of the values are missing in {join_names(sparse, NAMED)}: "
+                f"more than half of the values are missing in {join_names(sparse, LISTED_NAMES)}: "
                 f"consider {format_option('--drop', sparse)}"
             )
     constant = [name for name, same in zip(names, low == high, strict=True) if same]
-    if constant and census.rows > 1:
-        notes.append(
-            f"{len(constant)} of {len(names)} features never change and teach nothing: {join_names(constant, NAMED)}"
-        )
+    if constant and statistics.rows > 1:
+        listed = join_names(constant, LISTED_NAMES)
+        notes.append(f"{len(constant)} of {len(names)} features are constant and carry no information: {listed}")
     step = np.spacing(np.maximum(np.abs(low), np.abs(high)).astype(np.float32))
-    if coarse := [name for name, few in zip(names, (low < high) & (high - low < DISTINCT * step), strict=True) if few]:
+    too_coarse = (low < high) & (high - low < MIN_DISTINCT * step)
+    if coarse := [name for name, found in zip(names, too_coarse, strict=True) if found]:
         notes.append(
-            f"features too large for what they vary by, in float32; subtract a constant: {join_names(coarse, NAMED)}"
+            "features whose values are large compared with how much they vary lose precision in float32: "
+            f"{join_names(coarse, LISTED_NAMES)}; subtract a constant from them"
         )
     return notes
 
 
-def _pixel_range(dtype: np.dtype[Any], census: ColumnStatistics) -> tuple[float, float]:
-    """Black and white: a customary range where the values fill most of one, else the values' own."""
+def _guess_pixel_range(dtype: np.dtype[Any], statistics: ColumnStatistics) -> tuple[float, float]:
+    """Return the values of black and white: a usual range if the values fill most of it, else their own range."""
     if dtype == np.uint8:
         return 0.0, 255.0
-    low, high = float(np.nanmin(census.low)), float(np.nanmax(census.high))
+    low, high = float(np.nanmin(statistics.low)), float(np.nanmax(statistics.high))
     for black, white in PIXEL_RANGES:
         if black <= low and (white + black) / 2 < high <= white:
             return black, white

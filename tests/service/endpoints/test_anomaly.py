@@ -83,7 +83,7 @@ def test_explain_limits_the_number_of_features(client: httpx.Client, explain: in
 
 
 def test_records_give_the_same_response_as_rows(client: httpx.Client) -> None:
-    rows = host_table().x.span(0, 20)
+    rows = host_table().x.read_range(0, 20)
     records: list[dict[str, Any]] = [dict(zip(HOST_FEATURES, map(float, row), strict=True)) for row in rows]
     backwards = [dict(reversed(record.items())) | {"rack": "a", "hour": 12} for record in records]
     by_row = post(client, "/anomaly", {"inputs": rows.astype(float).tolist()}, params={"model": "hosts"})
@@ -158,7 +158,7 @@ def test_fdr_flags_the_rows_that_benjamini_hochberg_rejects(client: httpx.Client
 
 def test_fdr_ignores_the_severity_of_an_extreme_row(client: httpx.Client) -> None:
     """The p-value of one extreme row among 30 is the floor 1 / 81, which Benjamini-Hochberg does not reject at 0.1."""
-    rows = host_table().x.span(0, 30).astype(float)
+    rows = host_table().x.read_range(0, 30).astype(float)
     rows[7] += 1e4
     answer = post(client, "/anomaly", {"inputs": rows.tolist(), "fdr": 0.1, "alpha": 1e-6}, params={"model": "hosts"})
     assert answer["extrapolated"]
@@ -169,7 +169,7 @@ def test_fdr_ignores_the_severity_of_an_extreme_row(client: httpx.Client) -> Non
 
 @pytest.mark.parametrize("alpha", [1 / 81, 0.0123, 0.0124])
 def test_alpha_at_the_floor_is_not_extrapolated(client: httpx.Client, alpha: float) -> None:
-    body = {"inputs": host_table().x.span(0, 1).astype(float).tolist(), "alpha": alpha}
+    body = {"inputs": host_table().x.read_range(0, 1).astype(float).tolist(), "alpha": alpha}
     answer = post(client, "/anomaly", body, params={"model": "hosts"})
     assert answer["calibration"]["floor"] == pytest.approx(1 / 81)
     assert answer["extrapolated"] == (alpha == 0.0123)

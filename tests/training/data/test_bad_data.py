@@ -1,4 +1,4 @@
-"""Data that cannot be learnt from: each case is a real file, each answer one line that says what to do."""
+"""Sources that are refused: every case is a real file, and every message is one line that says what to do."""
 
 import pickle
 import zipfile
@@ -34,15 +34,18 @@ def refusal(source: str) -> str:
         ("a,b\n", "FILE has no rows of numbers (shape [0, 2]): expected at least one"),
         (
             "a,b\n1,2\n3,x\n5,y\n7,8\n9,1\n",
-            "column 'b' expected numbers, got 'x' in row 1 (line 3): drop the column, or turn it",
+            "column 'b' expected numbers, got 'x' in row 1 (line 3): correct the cell, or drop the column",
         ),
         ("a,b\n1,true\n2,5\n", "column 'b' expected numbers, got 'true' in row 0 (line 2): write 0 and 1"),
         ('a,b\n1,"2,5"\n2,3\n3,4\n', "column 'b' expected numbers, got '2,5' in row 0 (line 2)"),
         ("a,b\n1,\n3,NaN\n", "FILE: column 'b' has no value in any row: add --drop b"),
         ("a,b c,d\n1,,\n3,,\n", "FILE: columns b c, d have no value in any row: add --drop 'b c,d'"),
-        ("a,b\n1,2\n1,\n1,2\n", "FILE: all 3 rows are the same but for missing values: expected rows that differ"),
+        ("a,b\n1,2\n1,\n1,2\n", "FILE: all 3 rows are equal except for missing values: expected rows that differ"),
         ("a,b\n1,2\n-inf,4\n", "column 'a' has the value -inf in row 1 (line 3): expected finite numbers"),
-        ("a,b\n1,2\n1e39,4\n", "column 'a' has the value 1e+39 (float32 ends at 3.4e38) in row 1 (line 3)"),
+        (
+            "a,b\n1,2\n1e39,4\n",
+            "column 'a' has the value 1e+39, beyond the range of float32 (3.4e38), in row 1 (line 3)",
+        ),
         ("a,b\n1,2\n3\n", "line 3 has 1 values, the header has 2: correct the line"),
         ("a,b\n1,2\n3,4,5\n", "line 3 has 3 values, the header has 2: correct the line"),
         ("a;b\n1;2\n", "FILE separates its columns by semicolons: expected commas; convert it"),
@@ -51,11 +54,11 @@ def refusal(source: str) -> str:
         ("a,b,a\n1,2,3\n", "columns 1 and 3 are both named 'a': rename one"),
         ("a [s],a [ms]\n1,2\n", "columns 1 and 2 are both named 'a': rename one"),
         (",a,b\n0,1,2\n", "column 1 has no name: name it (pandas: write with index=False)"),
-        ("a,b\n1,2\n1,2\n1,2\n", "FILE: all 3 rows are the same: expected rows that differ, to learn from"),
-        ('a,b\n1,"2\n3,4\n', "FILE is no valid CSV in UTF-8"),
+        ("a,b\n1,2\n1,2\n1,2\n", "FILE: all 3 rows are equal: expected rows that differ, to learn from"),
+        ('a,b\n1,"2\n3,4\n', "FILE is not valid CSV in UTF-8"),
     ],
 )
-def test_csv_that_is_no_table_of_numbers_is_refused(tmp_path: Path, content: str, message: str) -> None:
+def test_csv_without_a_table_of_numbers_raises(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "a.csv"
     path.write_text(content)
     assert message in refusal(str(path))
@@ -64,20 +67,20 @@ def test_csv_that_is_no_table_of_numbers_is_refused(tmp_path: Path, content: str
 @pytest.mark.parametrize(
     "content", ["a,b\u00e9\n1,2\n".encode("latin-1"), "a,b\n1,2\n".encode("utf-16"), b"\x89PNG\xff"]
 )
-def test_csv_in_another_encoding_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_csv_in_another_encoding_raises(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(content)
-    assert refusal(str(path)) == "FILE is no UTF-8 text: save it as CSV in UTF-8"
+    assert refusal(str(path)) == "FILE is not UTF-8 text: save it as CSV in UTF-8"
 
 
-def test_csv_with_a_broken_character_after_its_header_is_refused(tmp_path: Path) -> None:
+def test_csv_with_an_invalid_character_after_the_header_raises(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(b"a,b\n" + b"1,2\n" * 5000 + b"1,\xe9\n")
-    assert "FILE is no valid CSV in UTF-8" in refusal(str(path))
+    assert "FILE is not valid CSV in UTF-8" in refusal(str(path))
 
 
 @pytest.mark.parametrize("header", ["0,1,2", "1,2,3"])
-def test_columns_named_by_their_position_are_a_header(tmp_path: Path, header: str) -> None:
+def test_csv_header_of_column_positions_is_accepted(tmp_path: Path, header: str) -> None:
     path = tmp_path / "a.csv"
     path.write_text(header + "\n4,5,6\n7,8,9\n")
     assert read_table(str(path)).names == header.split(",")
@@ -100,11 +103,14 @@ def test_columns_named_by_their_position_are_a_header(tmp_path: Path, header: st
         (np.array([["a", 1]], dtype=object), "FILE holds Python objects: expected numbers; save x.astype('float32')"),
         (np.array([[1, np.nan], [3, np.nan]]), "column 'x[1]' has no value in any row: add --drop 'x[1]'"),
         (np.array([[1.0, 2], [np.inf, 4]]), "column 'x[0]' has the value inf in row 1: expected finite numbers"),
-        (np.array([[1.0, 2], [3, -1e300]]), "column 'x[1]' has the value -1e+300 (float32 ends at 3.4e38) in row 1"),
-        (np.full((5, 2, 2), 3.0), "FILE: all 5 rows are the same"),
+        (
+            np.array([[1.0, 2], [3, -1e300]]),
+            "column 'x[1]' has the value -1e+300, beyond the range of float32 (3.4e38), in row 1",
+        ),
+        (np.full((5, 2, 2), 3.0), "FILE: all 5 rows are equal"),
     ],
 )
-def test_arrays_that_are_no_rows_of_finite_numbers_are_refused(tmp_path: Path, array: Any, message: str) -> None:
+def test_array_without_rows_of_finite_numbers_raises(tmp_path: Path, array: Any, message: str) -> None:
     path = tmp_path / "a.npy"
     np.save(path, array, allow_pickle=True)
     assert message in refusal(str(path))
@@ -118,9 +124,7 @@ def test_arrays_that_are_no_rows_of_finite_numbers_are_refused(tmp_path: Path, a
         ({}, "nothing"),
     ],
 )
-def test_an_archive_in_which_the_rows_cannot_be_told_is_refused(
-    tmp_path: Path, arrays: dict[str, Any], found: str
-) -> None:
+def test_archive_without_a_single_table_or_x_raises(tmp_path: Path, arrays: dict[str, Any], found: str) -> None:
     path = tmp_path / "a.npz"
     np.savez(path, **arrays)
     expected = f"FILE: expected an array named x, got {found}: save the rows with numpy.savez(path, x=rows)"
@@ -130,68 +134,72 @@ def test_an_archive_in_which_the_rows_cannot_be_told_is_refused(
 @pytest.mark.parametrize(
     ("column", "message"),
     [
-        (["u", "v"], "column 'b' (text, 'u' in row 0) is no measurement: add --drop b"),
-        ([None, "v"], "column 'b' (text, 'v' in row 1) is no measurement: add --drop b"),
-        ([date(2026, 1, 1), None], "column 'b' (dates, 2026-01-01 in row 0) is no measurement: add --drop b"),
-        ([[1], [2]], "column 'b' (List(Int64), [1] in row 0) is no measurement: add --drop b"),
+        (["u", "v"], "column 'b' (text, 'u' in row 0) is not a measurement: add --drop b"),
+        ([None, "v"], "column 'b' (text, 'v' in row 1) is not a measurement: add --drop b"),
+        ([date(2026, 1, 1), None], "column 'b' (dates, 2026-01-01 in row 0) is not a measurement: add --drop b"),
+        ([[1], [2]], "column 'b' (List(Int64), [1] in row 0) is not a measurement: add --drop b"),
         ([None, None], "column 'b' has no value in any row: add --drop b"),
         ([1.0, float("inf")], "column 'b' has the value inf in row 1"),
     ],
 )
-def test_parquet_columns_that_are_no_numbers_are_refused(tmp_path: Path, column: list[Any], message: str) -> None:
+def test_parquet_column_without_numbers_raises(tmp_path: Path, column: list[Any], message: str) -> None:
     path = tmp_path / "a.parquet"
     pl.DataFrame({"a": [1, 2], "b": column}).write_parquet(path)
     assert message in refusal(str(path))
 
 
-def test_parquet_without_rows_is_refused(tmp_path: Path) -> None:
+def test_parquet_without_rows_raises(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pl.DataFrame({"a": []}, schema={"a": pl.Float64}).write_parquet(path)
     assert refusal(str(path)) == "FILE has no rows of numbers (shape [0, 1]): expected at least one"
 
 
-def npy(path: Path) -> None:
+def write_npy(path: Path) -> None:
     np.save(path, np.ones((50, 5)))
 
 
-def npz(path: Path) -> None:
+def write_npz(path: Path) -> None:
     np.savez(path, x=np.ones((50, 5)))
 
 
-def parquet(path: Path) -> None:
+def write_parquet(path: Path) -> None:
     pl.DataFrame({"a": range(500)}).write_parquet(path)
 
 
-WRITERS: list[tuple[str, Callable[[Path], None]]] = [("a.npy", npy), ("a.npz", npz), ("a.parquet", parquet)]
+WRITERS: list[tuple[str, Callable[[Path], None]]] = [
+    ("a.npy", write_npy),
+    ("a.npz", write_npz),
+    ("a.parquet", write_parquet),
+]
 
 
 @pytest.mark.parametrize(("name", "write"), WRITERS)
-@pytest.mark.parametrize("kept", [0, 3, 100, -8])
-def test_a_truncated_file_is_refused(tmp_path: Path, name: str, write: Callable[[Path], None], kept: int) -> None:
+@pytest.mark.parametrize("end", [0, 3, 100, -8])
+def test_truncated_file_raises(tmp_path: Path, name: str, write: Callable[[Path], None], end: int) -> None:
     path = tmp_path / name
     write(path)
-    path.write_bytes(path.read_bytes()[:kept])
-    assert refusal(str(path)).startswith("FILE is damaged or no ")
+    path.write_bytes(path.read_bytes()[:end])
+    assert refusal(str(path)).startswith("FILE is damaged or not a ")
 
 
 @pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.parquet"])
-def test_a_file_of_another_kind_is_refused(tmp_path: Path, name: str) -> None:
+def test_file_in_another_format_than_its_suffix_raises(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
-    path.write_text("not what the suffix says, at some length")
-    assert refusal(str(path)).startswith("FILE is damaged or no ")
+    path.write_text("text of some length instead of the format of the suffix")
+    assert refusal(str(path)).startswith("FILE is damaged or not a ")
 
 
-def test_an_archive_with_a_flipped_bit_is_refused(tmp_path: Path) -> None:
+def test_archive_with_a_flipped_bit_raises(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
-    npz(path)
+    write_npz(path)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    assert refusal(str(path)).startswith("FILE is damaged or no NumPy file")
+    assert refusal(str(path)).startswith("FILE is damaged or not a NumPy file")
 
 
-class Trap:
-    """Writes a file when it is unpickled."""
+class TouchWhenUnpickled:
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -201,33 +209,39 @@ class Trap:
 
 
 @pytest.mark.parametrize("name", ["a.npy", "a.npz"])
-def test_pickled_code_is_never_run(tmp_path: Path, name: str) -> None:
-    path, sprung = tmp_path / name, tmp_path / "sprung"
+def test_pickled_code_is_never_executed(tmp_path: Path, name: str) -> None:
+    path, touched = tmp_path / name, tmp_path / "touched"
     array = np.empty((1, 1), dtype=object)
-    array[0, 0] = Trap(sprung)
+    array[0, 0] = TouchWhenUnpickled(touched)
     np.save(tmp_path / "inner.npy", array, allow_pickle=True)
     if name == "a.npy":
-        path.write_bytes(pickle.dumps(Trap(sprung)))
+        path.write_bytes(pickle.dumps(TouchWhenUnpickled(touched)))
     else:
         with zipfile.ZipFile(path, "w") as archive:
             archive.write(tmp_path / "inner.npy", "x.npy")
     assert refusal(str(path)).startswith("FILE ")
-    assert not sprung.exists()
+    assert not touched.exists()
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gone.csv", "FILE does not exist: expected a file (.npy, .npz, .csv, .parquet) or 'digits'"),
+        (
+            "gone.csv",
+            "FILE does not exist: expected a file (.npy, .npz, .csv, .parquet), a folder of images, or 'digits'",
+        ),
         (
             "folder",
-            "FILE has no pictures: expected .png, .jpg, .jpeg, .bmp, .webp, .gif, .tif, .tiff in it or its folders",
+            "FILE has no images: expected .png, .jpg, .jpeg, .bmp, .webp, .gif, .tif, .tiff in it or its folders",
         ),
-        ("a.xlsx", "FILE has suffix '.xlsx': expected .npy, .npz, .csv, .parquet; convert it to one of these"),
-        ("bare", "FILE has no suffix: expected .npy, .npz, .csv, .parquet; convert it to one of these"),
+        (
+            "a.xlsx",
+            "FILE has the suffix '.xlsx': expected .npy, .npz, .csv, .parquet; convert the file to one of these",
+        ),
+        ("bare", "FILE has no suffix: expected .npy, .npz, .csv, .parquet; convert the file to one of these"),
     ],
 )
-def test_what_is_no_data_file_is_refused(tmp_path: Path, name: str, message: str) -> None:
+def test_source_that_is_not_a_data_file_raises(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "a.xlsx").touch()
     (tmp_path / "bare").touch()

@@ -1,4 +1,4 @@
-"""Minibatches from memory and disk: every fit row once an epoch, a new order each, the same wherever one begins."""
+"""Minibatches from memory and from disk: every fit row once per epoch, in an order that depends on the seed alone."""
 
 from pathlib import Path
 
@@ -15,17 +15,17 @@ ROWS, WIDTH = 1000, 3
 
 class SmallBlocks(RowStore):
     @property
-    def block(self) -> int:
+    def block_rows(self) -> int:
         return 7
 
 
-def raw(x: Tensor) -> Tensor:
+def unscaled(x: Tensor) -> Tensor:
     return x
 
 
 @pytest.fixture(params=["memory", "disk"])
 def rows(request: pytest.FixtureRequest, tmp_path: Path) -> RowStore:
-    """Row i holds i in each of its columns."""
+    """Return a table whose row i has the value i in every column."""
     values = np.repeat(np.arange(ROWS, dtype=np.float32)[:, None], WIDTH, axis=1)
     if request.param == "memory":
         return RowStore(values)
@@ -43,41 +43,41 @@ def epoch(batches: Batches, number: int, size: int = 64) -> Tensor:
     return torch.cat([batches.take(number, start, min(start + size, count)) for start in range(0, count, size)])
 
 
-def test_an_epoch_has_every_fit_row_once_and_no_other(rows: RowStore, fit: np.ndarray) -> None:
-    batches = Batches(rows, fit, raw, seed=1, device="cpu")
+def test_epoch_contains_every_fit_row_once_and_no_other(rows: RowStore, fit: np.ndarray) -> None:
+    batches = Batches(rows, fit, unscaled, seed=1, device="cpu")
     for number in (0, 5):
         seen = epoch(batches, number)
         assert seen.shape == (700, WIDTH)
         assert sorted(seen[:, 0].int().tolist()) == sorted(fit.tolist())
 
 
-def test_epochs_differ_and_a_seed_repeats_them(rows: RowStore, fit: np.ndarray) -> None:
-    batches = Batches(rows, fit, raw, seed=1, device="cpu")
+def test_epochs_differ_and_repeat_for_the_same_seed(rows: RowStore, fit: np.ndarray) -> None:
+    batches = Batches(rows, fit, unscaled, seed=1, device="cpu")
     first = epoch(batches, 0)
     assert not torch.equal(first, epoch(batches, 1))
-    assert torch.equal(first, epoch(Batches(rows, fit, raw, seed=1, device="cpu"), 0))
-    assert not torch.equal(first, epoch(Batches(rows, fit, raw, seed=2, device="cpu"), 0))
+    assert torch.equal(first, epoch(Batches(rows, fit, unscaled, seed=1, device="cpu"), 0))
+    assert not torch.equal(first, epoch(Batches(rows, fit, unscaled, seed=2, device="cpu"), 0))
 
 
-def test_any_place_of_any_epoch_can_be_the_first_that_is_asked_for(
+def test_batches_can_start_at_any_position_of_any_epoch(
     rows: RowStore,
     fit: np.ndarray,
 ) -> None:
-    whole = epoch(Batches(rows, fit, raw, seed=1, device="cpu"), 3)
+    whole = epoch(Batches(rows, fit, unscaled, seed=1, device="cpu"), 3)
     for start, stop in ((0, 1), (333, 444), (650, 700), (10, 690)):
-        assert torch.equal(Batches(rows, fit, raw, seed=1, device="cpu").take(3, start, stop), whole[start:stop])
+        assert torch.equal(Batches(rows, fit, unscaled, seed=1, device="cpu").take(3, start, stop), whole[start:stop])
 
 
-def test_rows_come_prepared(rows: RowStore, fit: np.ndarray) -> None:
+def test_rows_are_scaled(rows: RowStore, fit: np.ndarray) -> None:
     doubled = Batches(rows, fit, lambda x: 2 * x, seed=1, device="cpu")
-    assert torch.equal(epoch(doubled, 0), 2 * epoch(Batches(rows, fit, raw, seed=1, device="cpu"), 0))
+    assert torch.equal(epoch(doubled, 0), 2 * epoch(Batches(rows, fit, unscaled, seed=1, device="cpu"), 0))
 
 
-def test_from_disk_neighbours_part(tmp_path: Path) -> None:
-    """Rows that lie together are spread over a pool of blocks, and pools over the file."""
+def test_neighbouring_rows_on_disk_are_separated(tmp_path: Path) -> None:
+    """Neighbouring rows are spread over a pool of blocks, and the blocks of a pool over the file."""
     np.save(tmp_path / "rows.npy", np.arange(ROWS, dtype=np.float32)[:, None])
     batches = Batches(
-        SmallBlocks(np.load(tmp_path / "rows.npy", mmap_mode="r")), np.arange(ROWS), raw, seed=0, device="cpu"
+        SmallBlocks(np.load(tmp_path / "rows.npy", mmap_mode="r")), np.arange(ROWS), unscaled, seed=0, device="cpu"
     )
     seen = epoch(batches, 0)[:, 0]
     neighbours = (seen.diff().abs() == 1).double().mean()

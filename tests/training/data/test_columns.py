@@ -1,4 +1,4 @@
-"""Tables as people have them: text, dates and identifiers beside the measurements, and cells without a value."""
+"""Columns of text, dates and identifiers among the measurements, and missing values."""
 
 from datetime import datetime
 from pathlib import Path
@@ -21,12 +21,13 @@ HOSTS = "host,time,id,cpu [%],disk\n" + "".join(
 )
 
 
-def written(path: Path, text: str) -> str:
+def write(path: Path, text: str) -> str:
     path.write_text(text)
     return str(path)
 
 
-def counting(column: str, numbers: list[Any]) -> str:
+def csv_with(column: str, numbers: list[Any]) -> str:
+    """Return a CSV with a column of `numbers` and one that is a measurement."""
     return f"{column},cpu\n" + "".join(f"{number},{i * 7 % 11}\n" for i, number in enumerate(numbers))
 
 
@@ -36,15 +37,15 @@ def refusal(source: str, **options: Any) -> str:
     return str(caught.value).replace(source, "FILE")
 
 
-def test_all_columns_that_measure_nothing_are_named_at_once_with_the_flag_that_drops_them(tmp_path: Path) -> None:
-    assert refusal(written(tmp_path / "a.csv", HOSTS)) == (
+def test_text_dates_and_identifiers_are_refused_in_one_message_with_the_option_that_drops_them(tmp_path: Path) -> None:
+    assert refusal(write(tmp_path / "a.csv", HOSTS)) == (
         "FILE: columns 'host' (text, 'web-0' in row 0 (line 2)), 'time' (dates, '2026-01-02 03:00' in row 0 (line 2)), "
-        "'id' (an identifier: counts the rows) are no measurements: add --drop host,time,id; "
-        "to learn from id all the same: --keep id"
+        "'id' (an identifier: it counts the rows) are not measurements: add --drop host,time,id, "
+        "or --keep id to learn from id anyway"
     )
 
 
-def test_the_same_columns_in_parquet_are_refused_alike_and_named_by_their_types(tmp_path: Path) -> None:
+def test_text_dates_and_identifiers_in_parquet_are_refused_with_their_types(tmp_path: Path) -> None:
     frame = pl.read_csv(HOSTS.encode(), try_parse_dates=True).with_columns(pl.lit(None).alias("empty"))
     frame.with_columns(pl.col("host").cast(pl.Categorical)).write_parquet(tmp_path / "a.parquet")
     message = refusal(str(tmp_path / "a.parquet"))
@@ -53,37 +54,37 @@ def test_the_same_columns_in_parquet_are_refused_alike_and_named_by_their_types(
     assert table.names == ["cpu", "disk"]
 
 
-def test_what_is_dropped_is_gone_and_what_is_kept_stays(tmp_path: Path) -> None:
-    path = written(tmp_path / "a.csv", HOSTS)
+def test_drop_removes_columns_and_keep_keeps_identifiers_but_not_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", HOSTS)
     table = read_table(path, drop=["host", "time"], keep=["id"])
     assert (table.names, table.units) == (["id", "cpu", "disk"], [None, "%", None])
     assert values(table)[:3].tolist() == [[100, 0, 0], [101, 7, 5], [102, 3, 10]]
-    assert "'host' (text, " in refusal(path, drop=["time", "id"], keep=["host"])  # --keep makes no numbers of words
+    assert "'host' (text, " in refusal(path, drop=["time", "id"], keep=["host"])
 
 
 @pytest.mark.parametrize(
     ("column", "numbers", "why"),
     [
-        ("n", range(1000, 1010), "an identifier: counts the rows"),
-        ("n", range(1000, 1009), None),  # too few rows to tell
+        ("n", range(1000, 1010), "an identifier: it counts the rows"),
+        ("n", range(1000, 1009), None),  # too few rows
         ("n", [*range(9), 10], None),
         ("n", range(0, 20, 2), None),
-        ("host_id", range(0, 20, 2), "an identifier: another whole number in every row"),
-        ("ID", [5, 3, 9, 1, 7, 2, 8, 4, 6, 0], "an identifier: another whole number in every row"),
+        ("host_id", range(0, 20, 2), "an identifier: a different integer in every row"),
+        ("ID", [5, 3, 9, 1, 7, 2, 8, 4, 6, 0], "an identifier: a different integer in every row"),
         ("uuid", [5, 3, 9, 1, 7, 2, 8, 4, 6, 5], None),
         ("index", [0.5, 3, 9, 1, 7, 2, 8, 4, 6, 0], None),
         ("index", [5, "", 9, 1, 7, 2, 8, 4, 6, 0], None),
         ("humid", [5, 3, 9, 1, 7, 2, 8, 4, 6, 0], None),
     ],
 )
-def test_an_identifier_is_told_by_its_numbers_and_its_name(
+def test_identifier_is_detected_by_its_numbers_and_its_name(
     tmp_path: Path, column: str, numbers: Any, why: str | None
 ) -> None:
-    path = written(tmp_path / "a.csv", counting(column, list(numbers)))
+    path = write(tmp_path / "a.csv", csv_with(column, list(numbers)))
     if why is None:
         assert read_table(path).names == [column, "cpu"]
     else:
-        assert f"column {column!r} ({why}) is no measurement: add --drop {column}" in refusal(path)
+        assert f"column {column!r} ({why}) is not a measurement: add --drop {column}" in refusal(path)
         assert read_table(path, keep=[column]).names == [column, "cpu"]
 
 
@@ -92,16 +93,19 @@ def test_an_identifier_is_told_by_its_numbers_and_its_name(
     [
         ({"drop": ["hots"]}, "FILE has no column 'hots' to drop: did you mean 'host'?"),
         ({"keep": ["x"]}, "FILE has no column 'x' to keep: it has host, time, id, cpu, disk"),
-        ({"drop": ["host", "time", "id", "cpu", "disk"]}, "FILE: all 5 columns are dropped: keep one to learn from"),
+        (
+            {"drop": ["host", "time", "id", "cpu", "disk"]},
+            "FILE: all 5 columns are dropped: keep at least one to learn from",
+        ),
     ],
 )
-def test_names_of_columns_that_are_not_there_are_refused_with_those_that_are(
+def test_dropping_or_keeping_an_unknown_column_raises_with_similar_names(
     tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
-    assert refusal(written(tmp_path / "a.csv", HOSTS), **options) == message
+    assert refusal(write(tmp_path / "a.csv", HOSTS), **options) == message
 
 
-def test_columns_of_an_array_are_dropped_by_their_numbers(tmp_path: Path) -> None:
+def test_drop_removes_columns_of_an_array_by_their_index(tmp_path: Path) -> None:
     x = np.random.RandomState(0).standard_normal((10, 3)).astype(np.float32)
     np.save(tmp_path / "a.npy", x)
     np.savez(tmp_path / "a.npz", x=x)
@@ -115,14 +119,14 @@ def test_columns_of_an_array_are_dropped_by_their_numbers(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("words", [("true", "false"), ("TRUE", "False"), ("yes", "no"), ("1", "false")])
-def test_true_and_false_are_one_and_zero_and_said_so(tmp_path: Path, words: tuple[str, str]) -> None:
-    table = read_table(written(tmp_path / "a.csv", f"a,b\n1,{words[0]}\n2,{words[1]}\n3,\n"))
+def test_true_and_false_in_csv_are_read_as_1_and_0_with_a_note(tmp_path: Path, words: tuple[str, str]) -> None:
+    table = read_table(write(tmp_path / "a.csv", f"a,b\n1,{words[0]}\n2,{words[1]}\n3,\n"))
     assert values(table)[:2, 1].tolist() == [1, 0]
     assert np.isnan(values(table)[2, 1])
     assert table.notes[0] == "true and yes are read as 1, false and no as 0: b"
 
 
-def test_booleans_of_parquet_are_one_and_zero(tmp_path: Path) -> None:
+def test_booleans_in_parquet_are_read_as_1_and_0_with_a_note(tmp_path: Path) -> None:
     pl.DataFrame({"a": [1, 2], "b": [True, False]}).write_parquet(tmp_path / "a.parquet")
     table = read_table(str(tmp_path / "a.parquet"))
     assert values(table)[:, 1].tolist() == [1, 0]
@@ -135,30 +139,30 @@ def test_booleans_of_parquet_are_one_and_zero(tmp_path: Path) -> None:
 def test_missing_values_stay_nan_and_are_counted(tmp_path: Path) -> None:
     cells = ["", "NA", "n/a", "NaN", "null", "-", "?", "5", "6", "7", "8"]
     table = read_table(
-        written(tmp_path / "a.csv", "cpu,disk,net\n" + "".join(f"{c},{i * i},1\n" for i, c in enumerate(cells)))
+        write(tmp_path / "a.csv", "cpu,disk,net\n" + "".join(f"{c},{i * i},1\n" for i, c in enumerate(cells)))
     )
     assert table.missing.tolist() == [7, 0, 0]
     assert np.isnan(values(table)[:7, 0]).all()
     assert values(table)[7:, 0].tolist() == [5, 6, 7, 8]
     assert table.notes == [
-        "7 missing values in 1 of 3 columns (cpu 7): the training median stands in",
+        "7 missing values in 1 of 3 columns (cpu 7): they are replaced by the column's training median",
         "more than half of the values are missing in cpu: consider --drop cpu",
-        "1 of 3 features never change and teach nothing: net",
+        "1 of 3 features are constant and carry no information: net",
     ]
 
 
-def test_the_median_is_of_the_values_that_are_there() -> None:
+def test_column_medians_ignore_missing_values_and_are_nan_without_any_value() -> None:
     x = np.array([[1, NAN], [5, NAN], [NAN, NAN], [2, 4], [100, 100]], np.float32)
     assert column_medians(RowStore(x), np.array([0, 1, 2, 3])).tolist() == [2, 4]
     assert np.isnan(column_medians(RowStore(x), np.array([0, 1]))[1])
 
 
 def model_rows(tmp_path: Path, text: str) -> Any:
-    trained = read_table(written(tmp_path / "train.csv", "a,b\n1,2\n3,\n5,6\n"))
-    return read_for_model(written(tmp_path / "rows.csv", text), manifest_of(trained))
+    trained = read_table(write(tmp_path / "train.csv", "a,b\n1,2\n3,\n5,6\n"))
+    return read_for_model(write(tmp_path / "rows.csv", text), manifest_of(trained))
 
 
-def test_a_model_takes_missing_values_where_it_was_trained_with_some(tmp_path: Path) -> None:
+def test_read_for_model_accepts_missing_values_only_in_columns_trained_with_some(tmp_path: Path) -> None:
     table = model_rows(tmp_path, "a,b\n1,\n2,\n")
     assert table.missing.tolist() == [0, 2]
     assert np.isnan(values(table)[:, 1]).all()
@@ -166,7 +170,7 @@ def test_a_model_takes_missing_values_where_it_was_trained_with_some(tmp_path: P
         model_rows(tmp_path, "a,b\n1,2\n,2\n,3\n")
 
 
-# Every format is the same table
+# All formats give the same table
 
 CELLS = st.one_of(st.none(), st.floats(-(2.0**100), 2.0**100, width=32), st.integers(-(2**24), 2**24).map(float))
 TABLES = st.integers(1, 4).flatmap(
@@ -176,7 +180,7 @@ TABLES = st.integers(1, 4).flatmap(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=TABLES)
-def test_the_same_values_are_the_same_table_in_every_format(tmp_path: Path, rows: list[list[float | None]]) -> None:
+def test_all_formats_give_the_same_table_for_the_same_values(tmp_path: Path, rows: list[list[float | None]]) -> None:
     x = np.array([[NAN if cell is None else cell for cell in row] for row in rows])
     names = [f"x[{index}]" for index in range(x.shape[1])]
     np.save(tmp_path / "a.npy", x)
@@ -186,13 +190,13 @@ def test_the_same_values_are_the_same_table_in_every_format(tmp_path: Path, rows
     frame.write_parquet(tmp_path / "a.parquet")
     frame.write_csv(tmp_path / "a.csv")
     options = {"keep": names}
-    answers = {suffix: outcome(str(tmp_path / f"a.{suffix}"), options) for suffix in ("parquet", "csv")}
-    answers |= {suffix: outcome(str(tmp_path / f"a.{suffix}"), {}) for suffix in ("npy", "npz")}
-    expected = answers["npy"]
-    assert answers["npz"] == expected
-    assert answers["parquet"] == expected
-    last_is_empty = all(cell is None for cell in rows[-1])  # an empty line at the end of a CSV file is no row
-    assert answers["csv"] == expected or last_is_empty or x.shape[1] == 1
+    outcomes = {suffix: outcome(str(tmp_path / f"a.{suffix}"), options) for suffix in ("parquet", "csv")}
+    outcomes |= {suffix: outcome(str(tmp_path / f"a.{suffix}"), {}) for suffix in ("npy", "npz")}
+    expected = outcomes["npy"]
+    assert outcomes["npz"] == expected
+    assert outcomes["parquet"] == expected
+    last_is_empty = all(cell is None for cell in rows[-1])  # CSV: an empty line at the end is not a row
+    assert outcomes["csv"] == expected or last_is_empty or x.shape[1] == 1
 
 
 def outcome(source: str, options: dict[str, Any]) -> Any:
@@ -203,7 +207,7 @@ def outcome(source: str, options: dict[str, Any]) -> Any:
     return table.fingerprint, table.missing.tolist(), table.notes, values(table).tobytes()
 
 
-def test_dates_are_not_read_as_numbers(tmp_path: Path) -> None:
-    frame = pl.DataFrame({"a": [1, 2], "when": [datetime(2026, 1, 2), datetime(2026, 1, 3)]})  # noqa: DTZ001 - a table holds times without a zone
+def test_dates_in_parquet_are_not_read_as_numbers(tmp_path: Path) -> None:
+    frame = pl.DataFrame({"a": [1, 2], "when": [datetime(2026, 1, 2), datetime(2026, 1, 3)]})  # noqa: DTZ001 - tables contain times without a zone
     frame.write_parquet(tmp_path / "a.parquet")
     assert "'when' (dates, 2026-01-02 00:00:00 in row 0)" in refusal(str(tmp_path / "a.parquet"))

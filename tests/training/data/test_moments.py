@@ -1,4 +1,4 @@
-"""Moments against extended precision, whole-number arithmetic and numpy, whatever the blocks are."""
+"""Moments, compared with extended precision, integer arithmetic and numpy, for blocks of all sizes."""
 
 import subprocess
 import sys
@@ -24,11 +24,14 @@ FAR = (1e6 + 1e-2 * RANDOM.standard_normal((4000, 6))).astype(np.float32)
 TINY = (1e-3 + 1e-6 * RANDOM.standard_normal((4000, 6))).astype(np.float32)
 TRUE = {"normal": RANDOM.standard_normal((3000, 8)).astype(np.float32), "counts": COUNTS, "bytes": BYTES}
 TRUE |= {"sparse": SPARSE, "far": FAR, "tiny": TINY, "dark rows first": BYTES[np.argsort(BYTES.sum(axis=1))]}
-TRUE |= {"bright rows first": TRUE["dark rows first"][::-1], "whole, then not": np.concatenate((COUNTS, COUNTS + 0.1))}
+TRUE |= {
+    "bright rows first": TRUE["dark rows first"][::-1],
+    "integers, then not": np.concatenate((COUNTS, COUNTS + 0.1)),
+}
 TRUE |= {"small, then large": np.concatenate((COUNTS, 1e7 * COUNTS)), "large": 1e30 * COUNTS, "single": COUNTS[:1]}
 
 
-def of(x: npt.NDArray[Any], block: int, with_covariance: bool = True) -> Moments:
+def moments_of(x: npt.NDArray[Any], block: int, with_covariance: bool = True) -> Moments:
     return compute_moments((x[start : start + block] for start in range(0, len(x), block)), with_covariance)
 
 
@@ -42,10 +45,10 @@ def extended(x: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
 
 @pytest.mark.parametrize("block", [100, 1777, 100_000])
 @pytest.mark.parametrize("name", TRUE)
-def test_one_pass_gives_what_two_passes_give_in_extended_precision(name: str, block: int) -> None:
+def test_one_pass_agrees_with_two_passes_in_extended_precision(name: str, block: int) -> None:
     x = TRUE[name]
     mean, covariance = extended(x)
-    found = of(x, block)
+    found = moments_of(x, block)
     assert found.covariance is not None
     scale = np.sqrt(np.outer(covariance.diagonal(), covariance.diagonal())).astype(float)
     assert found.rows == len(x)
@@ -59,20 +62,20 @@ def test_one_pass_gives_what_two_passes_give_in_extended_precision(name: str, bl
 
 @pytest.mark.parametrize("name", ["bytes", "counts", "dark rows first", "bright rows first"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.uint8])
-def test_whole_numbers_are_summed_without_any_rounding(name: str, dtype: type) -> None:
+def test_integers_are_summed_without_rounding(name: str, dtype: type) -> None:
     x: npt.NDArray[Any] = TRUE[name].astype(dtype)
-    whole = x.astype(np.int64)
-    rows, totals = len(x), whole.sum(axis=0)
-    numerator = rows * (whole.T @ whole) - np.outer(totals, totals)  # rows (rows - 1) times the covariance
-    found = of(x, 5000).covariance
+    integers = x.astype(np.int64)
+    rows, totals = len(x), integers.sum(axis=0)
+    numerator = rows * (integers.T @ integers) - np.outer(totals, totals)  # rows (rows - 1) times the covariance
+    found = moments_of(x, 5000).covariance
     assert found is not None
     exact = numerator / (rows * (rows - 1))
     assert np.abs(found.numpy() - exact).max() <= 4 * np.spacing(exact.max())  # the last subtraction, and the division
 
 
-def test_blocks_do_not_matter_and_may_be_empty() -> None:
+def test_blocks_may_have_any_size_and_may_be_empty() -> None:
     x = TRUE["normal"]
-    whole, parts = of(x, len(x)), compute_moments([x[:0], x[:1], x[1:5], x[5:5], x[5:]])
+    whole, parts = moments_of(x, len(x)), compute_moments([x[:0], x[:1], x[1:5], x[5:5], x[5:]])
     assert whole.covariance is not None
     assert parts.covariance is not None
     assert torch.allclose(whole.mean, parts.mean, rtol=0, atol=1e-14)
@@ -82,18 +85,18 @@ def test_blocks_do_not_matter_and_may_be_empty() -> None:
 
 
 @pytest.mark.parametrize("name", TRUE)
-def test_without_the_covariance_the_rest_is_the_same(name: str) -> None:
-    full, slim = of(TRUE[name], 1000), of(TRUE[name], 1000, with_covariance=False)
-    assert slim.covariance is None
-    assert torch.allclose(slim.variance, full.variance, rtol=1e-12, atol=0)
+def test_moments_without_covariance_are_otherwise_the_same(name: str) -> None:
+    full, without = moments_of(TRUE[name], 1000), moments_of(TRUE[name], 1000, with_covariance=False)
+    assert without.covariance is None
+    assert torch.allclose(without.variance, full.variance, rtol=1e-12, atol=0)
     for field in ("mean", "low", "high"):
-        assert torch.equal(getattr(slim, field), getattr(full, field)) or field == "mean"
-    assert torch.allclose(slim.mean, full.mean, rtol=1e-14, atol=0)
+        assert torch.equal(getattr(without, field), getattr(full, field)) or field == "mean"
+    assert torch.allclose(without.mean, full.mean, rtol=1e-14, atol=0)
 
 
-def test_the_largest_float32_overflows_nothing() -> None:
+def test_the_largest_float32_does_not_overflow() -> None:
     end = float(np.finfo(np.float32).max)
-    found = of(np.array([[end, -end], [-end, -end], [end, end]], np.float32), 2)
+    found = moments_of(np.array([[end, -end], [-end, -end], [end, end]], np.float32), 2)
     assert float(found.mean[0]) == pytest.approx(end / 3)
     assert found.covariance is not None
     assert float(found.variance[0]) == pytest.approx(4 / 3 * end**2)
@@ -102,11 +105,11 @@ def test_the_largest_float32_overflows_nothing() -> None:
     assert bool(later.variance.isfinite().all())
 
 
-def test_scaled_moments_are_those_of_scaled_rows() -> None:
+def test_scaled_moments_equal_the_moments_of_scaled_rows() -> None:
     x = TRUE["normal"].astype(np.float64)
     shift, scale = RANDOM.standard_normal(8), RANDOM.uniform(0.1, 9.0, 8)
-    ours = of(x, 700).scaled(torch.from_numpy(shift), torch.from_numpy(scale))
-    direct = of((x - shift) / scale, 700)
+    ours = moments_of(x, 700).scaled(torch.from_numpy(shift), torch.from_numpy(scale))
+    direct = moments_of((x - shift) / scale, 700)
     assert ours.covariance is not None
     assert direct.covariance is not None
     assert torch.allclose(ours.covariance, direct.covariance, atol=1e-13)
@@ -114,7 +117,7 @@ def test_scaled_moments_are_those_of_scaled_rows() -> None:
         assert torch.allclose(getattr(ours, field), getattr(direct, field), atol=1e-13)
 
 
-def test_pca_of_a_file_by_blocks_is_the_pca_of_its_rows(tmp_path: Path) -> None:
+def test_pca_from_blocks_of_a_file_equals_pca_of_its_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.npy"
     np.save(path, TRUE["normal"])
     rows = read_table(str(path), limit=0).x
@@ -126,22 +129,22 @@ def test_pca_of_a_file_by_blocks_is_the_pca_of_its_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(300, 40), (30, 40), (40, 40)])
-def test_the_spectrum_is_the_covariances(shape: tuple[int, int]) -> None:
+def test_spectrum_equals_the_eigenvalues_of_the_covariance(shape: tuple[int, int]) -> None:
     x = RANDOM.standard_normal(shape) * np.linspace(0.1, 3.0, shape[1])
     expected = np.linalg.eigvalsh(np.cov(x.T))[::-1]
     assert spectrum(torch.from_numpy(x)).numpy() == pytest.approx(expected[: min(shape)], abs=1e-12)
-    assert spectrum_from_moments(of(x, 100)).numpy() == pytest.approx(expected, abs=1e-12)
+    assert spectrum_from_moments(moments_of(x, 100)).numpy() == pytest.approx(expected, abs=1e-12)
 
 
-def test_fewer_rows_than_features_give_the_same_from_moments_as_from_singular_values() -> None:
+def test_pca_of_fewer_rows_than_features_is_the_same_from_moments_and_singular_values() -> None:
     x = RANDOM.standard_normal((20, 50))
-    by_rows, by_moments = fit_pca(torch.from_numpy(x), 5), pca_from_moments(of(x, 7), 5)
+    by_rows, by_moments = fit_pca(torch.from_numpy(x), 5), pca_from_moments(moments_of(x, 7), 5)
     assert subspace_angles(by_rows.components.numpy().T, by_moments.components.numpy().T).max() < 1e-6
     assert torch.allclose(by_rows.eigenvalues, by_moments.eigenvalues)
     assert torch.allclose(by_rows.noise_variance, by_moments.noise_variance)
 
 
-def test_the_number_of_threads_changes_no_bit() -> None:
+def test_pca_is_bit_identical_for_any_number_of_threads() -> None:
     program = """
 import hashlib, numpy as np, torch
 from training.fitting.pca import fit_pca

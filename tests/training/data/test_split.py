@@ -1,4 +1,4 @@
-"""The deal of rows into fit, held out and calibration."""
+"""The split of rows into fit, held-out and calibration rows."""
 
 import numpy as np
 import pytest
@@ -11,14 +11,14 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 @given(n=st.integers(MINIMUM_ROWS, 5000), seed=SEEDS)
-def test_every_row_goes_to_exactly_one_part(n: int, seed: int) -> None:
+def test_split_puts_every_row_into_exactly_one_part(n: int, seed: int) -> None:
     rows = split_rows(n, seed)
-    dealt = np.concatenate([rows.fit, rows.held_out, rows.calibration])
-    assert np.array_equal(np.sort(dealt), np.arange(n))
+    indices = np.concatenate([rows.fit, rows.held_out, rows.calibration])
+    assert np.array_equal(np.sort(indices), np.arange(n))
 
 
 @given(n=st.integers(MINIMUM_ROWS, 100_000), seed=SEEDS)
-def test_parts_are_seven_one_and_two_tenths_to_the_row(n: int, seed: int) -> None:
+def test_split_sizes_are_70_10_and_20_percent_rounded_to_a_row(n: int, seed: int) -> None:
     rows = split_rows(n, seed)
     assert abs(len(rows.fit) - 0.7 * n) <= 1
     assert abs(len(rows.held_out) - 0.1 * n) <= 0.5
@@ -26,15 +26,15 @@ def test_parts_are_seven_one_and_two_tenths_to_the_row(n: int, seed: int) -> Non
     assert min(map(len, (rows.fit, rows.held_out, rows.calibration))) >= 1
 
 
-def test_the_same_seed_deals_the_same_and_another_does_not() -> None:
-    one, again, other = split_rows(1000, 7), split_rows(1000, 7), split_rows(1000, 8)
-    assert np.array_equal(one.fit, again.fit)
-    assert np.array_equal(one.calibration, again.calibration)
-    assert not np.array_equal(one.calibration, other.calibration)
+def test_split_repeats_for_the_same_seed_and_differs_for_another() -> None:
+    first, again, other = split_rows(1000, 7), split_rows(1000, 7), split_rows(1000, 8)
+    assert np.array_equal(first.fit, again.fit)
+    assert np.array_equal(first.calibration, again.calibration)
+    assert not np.array_equal(first.calibration, other.calibration)
 
 
-def test_sorted_data_are_shuffled() -> None:
-    """Each part's mean row number is that of a random draw: within five standard errors of the middle."""
+def test_split_is_random_within_every_part() -> None:
+    """The mean row index of each part is within five standard errors of the middle."""
     n = 10_000
     rows = split_rows(n, 0)
     for part in (rows.fit, rows.held_out, rows.calibration):
@@ -42,6 +42,6 @@ def test_sorted_data_are_shuffled() -> None:
 
 
 @pytest.mark.parametrize("n", [0, 1, MINIMUM_ROWS - 1])
-def test_too_few_rows_are_refused_with_the_minimum(n: int) -> None:
+def test_split_of_too_few_rows_raises_with_the_minimum(n: int) -> None:
     with pytest.raises(DataError, match=f"expected at least {MINIMUM_ROWS} rows .*, got {n}: add rows"):
         split_rows(n, 0)

@@ -1,4 +1,4 @@
-"""What every reader gives for data that are in order. Those that are not: test_bad_data.py."""
+"""Reading valid sources. Sources that are refused: test_bad_data.py."""
 
 import hashlib
 import subprocess
@@ -17,17 +17,17 @@ from training.data.table import DataError, Table, read_for_model, read_table
 RANDOM = np.random.RandomState(0)
 
 
-def saved(path: Path, array: np.ndarray) -> str:
+def save_array(path: Path, array: np.ndarray) -> str:
     np.save(path, array)
     return str(path)
 
 
-def written(path: Path, text: str) -> str:
+def write_text(path: Path, text: str) -> str:
     path.write_bytes(text.encode())
     return str(path)
 
 
-def test_digits_are_the_1797_images_of_scikit_learn_as_grey_values() -> None:
+def test_digits_are_the_1797_grey_images_of_scikit_learn_in_0_to_1() -> None:
     table = read_table("digits")
     assert values(table).shape == (1797, 64)
     assert values(table).dtype == np.float32
@@ -38,12 +38,12 @@ def test_digits_are_the_1797_images_of_scikit_learn_as_grey_values() -> None:
     assert table.names[-1] == "pixel[7,7]"
     assert table.labels is not None
     assert table.labels[:10].tolist() == list(range(10))  # the set begins 0, 1, 2, ...
-    assert table.notes == ["3 of 64 features never change and teach nothing: pixel[0,0], pixel[4,0], pixel[4,7]"]
+    assert table.notes == ["3 of 64 features are constant and carry no information: pixel[0,0], pixel[4,0], pixel[4,7]"]
 
 
-def test_a_matrix_of_floats_is_a_table_with_numbered_columns(tmp_path: Path) -> None:
+def test_matrix_of_floats_is_read_as_a_table_with_numbered_columns(tmp_path: Path) -> None:
     x = RANDOM.standard_normal((20, 3))
-    table = read_table(saved(tmp_path / "a.npy", x))
+    table = read_table(save_array(tmp_path / "a.npy", x))
     assert np.array_equal(values(table), x.astype(np.float32))
     assert (table.shape, table.pixel_range, table.labels) == ((3,), None, None)
     assert table.names == ["x[0]", "x[1]", "x[2]"]
@@ -51,18 +51,18 @@ def test_a_matrix_of_floats_is_a_table_with_numbered_columns(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("dtype", ["u1", "i2", "<i8", ">i4", "f2", ">f8"])
-def test_every_real_dtype_keeps_its_values(tmp_path: Path, dtype: str) -> None:
+def test_array_of_any_real_dtype_keeps_its_values(tmp_path: Path, dtype: str) -> None:
     x = np.arange(30).reshape(10, 3)
-    assert np.array_equal(values(read_table(saved(tmp_path / "a.npy", x.astype(dtype)))), x)
+    assert np.array_equal(values(read_table(save_array(tmp_path / "a.npy", x.astype(dtype)))), x)
 
 
-def test_a_matrix_of_bytes_is_no_image(tmp_path: Path) -> None:
-    assert read_table(saved(tmp_path / "a.npy", np.arange(30, dtype=np.uint8).reshape(10, 3))).pixel_range is None
+def test_matrix_of_bytes_is_not_read_as_an_image(tmp_path: Path) -> None:
+    assert read_table(save_array(tmp_path / "a.npy", np.arange(30, dtype=np.uint8).reshape(10, 3))).pixel_range is None
 
 
-def test_bytes_in_three_dimensions_are_images_from_0_to_255(tmp_path: Path) -> None:
+def test_bytes_in_three_dimensions_are_read_as_images_from_0_to_255(tmp_path: Path) -> None:
     x = RANDOM.randint(0, 100, (12, 5, 4)).astype(np.uint8)
-    table = read_table(saved(tmp_path / "a.npy", x))
+    table = read_table(save_array(tmp_path / "a.npy", x))
     assert (table.shape, table.pixel_range) == ((5, 4), (0, 255))
     assert table.names[-1] == "pixel[4,3]"
     assert np.array_equal(values(table).reshape(12, 5, 4), x)
@@ -79,21 +79,21 @@ def test_bytes_in_three_dimensions_are_images_from_0_to_255(tmp_path: Path) -> N
         (3, 7.0004, (3, 7)),
     ],
 )
-def test_images_of_floats_span_the_customary_range_that_they_fill_or_their_own(
+def test_pixel_range_of_floats_is_the_usual_range_that_they_fill_or_their_own(
     tmp_path: Path, low: float, high: float, expected: tuple[float, float]
 ) -> None:
     x = np.linspace(low, high, 10 * 6).reshape(10, 2, 3)
-    assert read_table(saved(tmp_path / "a.npy", x)).pixel_range == expected
+    assert read_table(save_array(tmp_path / "a.npy", x)).pixel_range == expected
 
 
-def test_images_with_channels_name_all_three_indices(tmp_path: Path) -> None:
-    table = read_table(saved(tmp_path / "a.npy", RANDOM.uniform(size=(10, 3, 2, 2))))
+def test_pixel_names_of_images_with_channels_have_three_indices(tmp_path: Path) -> None:
+    table = read_table(save_array(tmp_path / "a.npy", RANDOM.uniform(size=(10, 3, 2, 2))))
     assert table.shape == (3, 2, 2)
     assert table.names[-1] == "pixel[2,1,1]"
 
 
 @pytest.mark.parametrize("key", ["x", "X", "rows"])
-def test_an_archive_gives_its_rows_and_the_labels_beside_them(tmp_path: Path, key: str) -> None:
+def test_archive_is_read_with_its_labels(tmp_path: Path, key: str) -> None:
     x, y = RANDOM.standard_normal((10, 2)), np.arange(10) % 2
     arrays: dict[str, Any] = {key: x, "y": y}
     np.savez(tmp_path / "a.npz", **arrays)
@@ -105,7 +105,7 @@ def test_an_archive_gives_its_rows_and_the_labels_beside_them(tmp_path: Path, ke
 
 
 @pytest.mark.parametrize("y", [np.arange(9), np.full(10, 0.5), np.array(["a"] * 10)])
-def test_labels_that_are_none_are_left_out_and_said_so(tmp_path: Path, y: np.ndarray) -> None:
+def test_labels_that_are_not_integers_per_row_are_ignored_with_a_note(tmp_path: Path, y: np.ndarray) -> None:
     np.savez(tmp_path / "a.npz", x=RANDOM.standard_normal((10, 2)), y=y)
     table = read_table(str(tmp_path / "a.npz"))
     assert table.labels is None
@@ -130,22 +130,22 @@ ROWS = [[1, 20.5, 3], [2, 21, 4], [3, 100, 5]]
     ],
     ids=["plain", "byte order mark", "CRLF", "blank lines at the end", "no last newline", "spaces", "quotes"],
 )
-def test_csv_keeps_names_and_takes_units_out_of_brackets(tmp_path: Path, text: str) -> None:
-    table = read_table(written(tmp_path / "a.csv", text))
+def test_csv_names_are_kept_and_units_are_read_from_brackets(tmp_path: Path, text: str) -> None:
+    table = read_table(write_text(tmp_path / "a.csv", text))
     assert table.names == ["load", "temperature", "fans"]
     assert table.units == ["%", "deg C", None]
     assert values(table).tolist() == ROWS
     assert (table.shape, table.pixel_range, table.labels, table.notes) == ((3,), None, None, [])
 
 
-def test_csv_reads_numbers_to_the_nearest_float32(tmp_path: Path) -> None:
+def test_csv_numbers_are_rounded_to_the_nearest_float32(tmp_path: Path) -> None:
     texts = ["0.1", "-3.4e38", "16777217", "1e-45", "+5", ".5", "123456789012345678901234567890"]
-    table = read_table(written(tmp_path / "a.csv", "a\n" + "\n".join(texts)))
+    table = read_table(write_text(tmp_path / "a.csv", "a\n" + "\n".join(texts)))
     assert values(table)[:, 0].tolist() == [float(np.float32(text)) for text in texts]
 
 
 @pytest.mark.parametrize("dtype", [pl.Float32, pl.Int64, pl.UInt8, pl.Decimal(10, 2)])
-def test_parquet_reads_every_type_of_number(tmp_path: Path, dtype: pl.DataType) -> None:
+def test_parquet_columns_of_every_numeric_type_are_read(tmp_path: Path, dtype: pl.DataType) -> None:
     frame = pl.DataFrame({"a [ms]": [1, 2, 3], "b": [4, 5, 6]}).cast(dtype)
     frame.write_parquet(tmp_path / "a.parquet")
     table = read_table(str(tmp_path / "a.parquet"))
@@ -153,37 +153,41 @@ def test_parquet_reads_every_type_of_number(tmp_path: Path, dtype: pl.DataType) 
     assert values(table).tolist() == [[1, 4], [2, 5], [3, 6]]
 
 
-def test_a_constant_column_is_kept_and_said(tmp_path: Path) -> None:
-    table = read_table(written(tmp_path / "a.csv", "a,b\n1,7\n2,7\n"))
+def test_constant_column_is_kept_with_a_note(tmp_path: Path) -> None:
+    table = read_table(write_text(tmp_path / "a.csv", "a,b\n1,7\n2,7\n"))
     assert values(table).tolist() == [[1, 7], [2, 7]]
-    assert table.notes == ["1 of 2 features never change and teach nothing: b"]
+    assert table.notes == ["1 of 2 features are constant and carry no information: b"]
 
 
-def test_a_column_that_float32_cannot_tell_apart_is_said(tmp_path: Path) -> None:
+def test_column_with_few_distinct_float32_values_gets_a_note(tmp_path: Path) -> None:
     seconds = 1_700_000_000 + np.arange(100)  # float32 has a step of 128 there
-    table = read_table(saved(tmp_path / "a.npy", np.stack([seconds, np.arange(100)], axis=1)))
-    assert table.notes == ["features too large for what they vary by, in float32; subtract a constant: x[0]"]
+    table = read_table(save_array(tmp_path / "a.npy", np.stack([seconds, np.arange(100)], axis=1)))
+    (note,) = table.notes
+    assert note == (
+        "features whose values are large compared with how much they vary lose precision in float32: x[0]; "
+        "subtract a constant from them"
+    )
 
 
-def test_the_fingerprint_is_sha256_of_shape_names_and_values(tmp_path: Path) -> None:
-    table = read_table(written(tmp_path / "a.csv", "a,b\n1,2\n3,4\n"))
+def test_fingerprint_is_the_sha256_of_shape_names_and_values(tmp_path: Path) -> None:
+    table = read_table(write_text(tmp_path / "a.csv", "a,b\n1,2\n3,4\n"))
     by_hand = b'[[2], ["a", "b"]]' + np.array([1, 2, 3, 4], "<f4").tobytes()
     assert table.fingerprint == hashlib.sha256(by_hand).hexdigest()
 
 
 @pytest.mark.parametrize("text", ["a,b\n1,2\n3,5\n", "a,c\n1,2\n3,4\n", "a,b\n3,4\n1,2\n", "a,b\n1,2\n3,4\n5,6\n"])
-def test_the_fingerprint_tells_tables_apart(tmp_path: Path, text: str) -> None:
-    same = read_table(written(tmp_path / "a.csv", "a [s],b\n1.0,2\n3,4e0\n")).fingerprint
-    assert read_table(written(tmp_path / "b.csv", "a,b\n1,2\n3,4\n")).fingerprint == same
-    assert read_table(written(tmp_path / "c.csv", text)).fingerprint != same
+def test_fingerprint_differs_for_tables_that_differ(tmp_path: Path, text: str) -> None:
+    same = read_table(write_text(tmp_path / "a.csv", "a [s],b\n1.0,2\n3,4e0\n")).fingerprint
+    assert read_table(write_text(tmp_path / "b.csv", "a,b\n1,2\n3,4\n")).fingerprint == same
+    assert read_table(write_text(tmp_path / "c.csv", text)).fingerprint != same
 
 
 def model_rows(tmp_path: Path, text: str, name: str = "rows.csv") -> Table:
-    trained_on = read_table(written(tmp_path / "train.csv", "a [s],b\n1,2\n3,4\n"))
-    return read_for_model(written(tmp_path / name, text), manifest_of(trained_on))
+    trained_on = read_table(write_text(tmp_path / "train.csv", "a [s],b\n1,2\n3,4\n"))
+    return read_for_model(write_text(tmp_path / name, text), manifest_of(trained_on))
 
 
-def test_rows_for_a_model_find_their_columns_by_name(tmp_path: Path) -> None:
+def test_read_for_model_finds_columns_by_name(tmp_path: Path) -> None:
     table = model_rows(tmp_path, "host,b,time,a\nx,20,monday,10\ny,40,,30\n")
     assert table.names == ["a", "b"]
     assert table.units == ["s", None]
@@ -192,20 +196,20 @@ def test_rows_for_a_model_find_their_columns_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("column", ["label", "y"])
-def test_rows_for_a_model_take_labels_from_a_column_that_is_no_feature(tmp_path: Path, column: str) -> None:
+def test_read_for_model_takes_labels_from_a_column_that_is_not_a_feature(tmp_path: Path, column: str) -> None:
     table = model_rows(tmp_path, f"a,b,{column}\n1,2,0\n3,4,1\n")
     assert table.labels is not None
     assert table.labels.tolist() == [0, 1]
 
 
-def test_one_row_or_equal_rows_are_enough_for_a_model_that_exists(tmp_path: Path) -> None:
+def test_read_for_model_accepts_one_row_and_equal_rows(tmp_path: Path) -> None:
     assert values(model_rows(tmp_path, "a,b\n1,2\n")).tolist() == [[1, 2]]
     assert model_rows(tmp_path, "a,b\n1,2\n1,2\n").notes == []
 
 
-def test_rows_for_an_image_model_may_come_flat(tmp_path: Path) -> None:
+def test_read_for_model_accepts_flat_rows_for_an_image_model(tmp_path: Path) -> None:
     digits = read_table("digits")
-    table = read_for_model(saved(tmp_path / "a.npy", values(digits)), manifest_of(digits))
+    table = read_for_model(save_array(tmp_path / "a.npy", values(digits)), manifest_of(digits))
     assert (table.shape, table.pixel_range) == ((8, 8), (0, 1))
     assert table.fingerprint == digits.fingerprint
 
@@ -214,23 +218,23 @@ def test_rows_for_an_image_model_may_come_flat(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("a,c\n1,2\n", r"lacks 1 of the model's 2 columns, first 'b': expected a column of that name, got a, c$"),
-        ("a [ms],b\n1,2\n", r"column 'a' is in ms: expected s; convert it$"),
+        ("a [ms],b\n1,2\n", r"column 'a' is in ms, expected s: convert it$"),
         ("a,b\n1,x\n", r"column 'b' expected numbers, got 'x' in row 0 \(line 2\)"),
     ],
 )
-def test_rows_that_do_not_suit_the_model_are_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_read_for_model_raises_when_columns_do_not_match(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         model_rows(tmp_path, text)
 
 
-def test_rows_of_another_width_are_refused(tmp_path: Path) -> None:
+def test_read_for_model_raises_for_rows_of_another_width(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"has rows of 63 numbers: expected 64, since model 'm' takes rows of shape \[8, 8\]"
+        DataError, match=r"has rows of 63 numbers: expected 64, because model 'm' takes rows of shape \[8, 8\]"
     ):
-        read_for_model(saved(tmp_path / "a.npy", np.ones((3, 63))), manifest_of(read_table("digits")))
+        read_for_model(save_array(tmp_path / "a.npy", np.ones((3, 63))), manifest_of(read_table("digits")))
 
 
-def test_importing_the_readers_imports_neither_polars_nor_scikit_learn_nor_torch() -> None:
+def test_importing_the_readers_imports_no_heavy_library() -> None:
     code = "import sys, training.data; print({'polars', 'sklearn', 'torch', 'pydantic'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout == "set()\n"

@@ -26,7 +26,7 @@ from training.train import train
 def digits_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits as bytes, in a file."""
     path = tmp_path_factory.mktemp("data") / "digits.npy"
-    values = read_table("digits").x.span(0, 1797) * 255
+    values = read_table("digits").x.read_range(0, 1797) * 255
     np.save(path, values.reshape(-1, 8, 8).round().astype(np.uint8))
     return path
 

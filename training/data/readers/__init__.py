@@ -1,7 +1,7 @@
-"""Each source of data as raw numbers: the bundled digits, NumPy files, CSV, Parquet and folders of pictures.
+"""Readers of raw numbers: the bundled digits, NumPy files, CSV, Parquet and folders of images.
 
-Rows count from 0 in every message, as in the answers of the service; CSV messages add the line of the file.
-polars, scikit-learn and Pillow are imported by the reader that needs them, so importing this package is cheap.
+Messages count rows from 0, as the service does; messages about CSV files add the line. Each reader imports its library
+(polars, scikit-learn or Pillow) when it is called, so importing this package is cheap.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from training.data.readers.arrays import read_digits, read_numpy
 from training.data.readers.csv_text import read_csv
 from training.data.readers.images import read_images
 from training.data.readers.parquet import read_parquet
-from training.data.readers.source import Block, RawTable, ReadOptions, describe_row, format_option
+from training.data.readers.raw_table import Block, RawTable, ReadOptions, describe_row, format_option
 from training.errors import DataError
 
 __all__ = ["READERS", "Block", "RawTable", "ReadOptions", "describe_row", "format_option", "load"]
@@ -25,25 +25,29 @@ READERS: dict[str, Callable[[Path, ReadOptions], RawTable]] = {
 }
 
 
-def load(source: str, request: ReadOptions) -> RawTable:
-    """The numbers behind `source`: "digits", a file, or a folder of pictures.
+def load(source: str, options: ReadOptions) -> RawTable:
+    """Open `source`: "digits", a file, or a folder of images.
 
-    Where names are requested, a column called label or y beside them gives the labels. Raises DataError.
+    If `options.names` is given, another column called label or y contains the labels.
+
+    Raises:
+        DataError: the source does not exist, has an unknown format, or cannot be read.
     """
     path = Path(source)
-    if request.size and not path.is_dir():
-        raise DataError(f"--size resizes the pictures of a folder: leave it out for {source}")
+    if options.size and not path.is_dir():
+        raise DataError(f"--size resizes the images of a folder, and {source} is not a folder: leave --size out")
     if source == DIGITS:
-        return read_digits(request)
+        return read_digits(options)
+    suffixes = ", ".join(READERS)
     if not path.exists():
-        raise DataError(f"{source} does not exist: expected a file ({', '.join(READERS)}) or {DIGITS!r}")
+        raise DataError(f"{source} does not exist: expected a file ({suffixes}), a folder of images, or {DIGITS!r}")
     reader = read_images if path.is_dir() else READERS.get(path.suffix.lower())
     if reader is None:
-        got = f"suffix {path.suffix!r}" if path.suffix else "no suffix"
-        raise DataError(f"{source} has {got}: expected {', '.join(READERS)}; convert it to one of these")
+        got = f"the suffix {path.suffix!r}" if path.suffix else "no suffix"
+        raise DataError(f"{source} has {got}: expected {suffixes}; convert the file to one of these")
     try:
-        return reader(path, request)
+        return reader(path, options)
     except PermissionError as error:
         raise DataError(f"{source} cannot be read ({error.strerror}): check its permissions") from error
     except ModuleNotFoundError as error:
-        raise DataError(f"{source}: reading it needs {error.name}: pip install 'elbo[train]'") from error
+        raise DataError(f"reading {source} needs the package {error.name}: pip install 'elbo[train]'") from error

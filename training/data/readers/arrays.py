@@ -1,4 +1,4 @@
-"""The bundled digits, .npy files, which stay where they are, and .npz archives, of which a member is streamed."""
+"""Read the bundled digits, .npy files in place, and .npz archives as a stream."""
 
 import math
 import mmap
@@ -15,188 +15,209 @@ from typing import IO, Any, BinaryIO
 
 import numpy as np
 
-from training.data.readers.source import Array, Block, RawTable, ReadOptions
+from training.data.readers.raw_table import Array, Block, RawTable, ReadOptions
 from training.data.row_store import FileArray, rows_per_block
 from training.errors import DataError
 
+# what NumPy and zipfile raise for a damaged file
 DAMAGE = (ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError, NotImplementedError, UnicodeDecodeError)
 
 
-def read_digits(request: ReadOptions) -> RawTable:
-    """scikit-learn's 1797 digits, [8, 8], in [0, 1], with labels."""
+def read_digits(options: ReadOptions) -> RawTable:
+    """Return scikit-learn's 1797 digits, [8, 8], in [0, 1], with labels."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
     images = images.reshape(-1, 8, 8) / 16.0
-    _columns(images.shape, request, "digits")
-    return RawTable(_spans(images, labels, None), (8, 8), rows=len(images), pixel_range=(0.0, 1.0))
+    _kept_columns(images.shape, options, "digits")  # refuses --drop
+    return RawTable(blocks=_blocks(images, labels, None), shape=(8, 8), rows=len(images), pixel_range=(0.0, 1.0))
 
 
-def read_numpy(path: Path, request: ReadOptions) -> RawTable:
-    """An array [N, ...] of real numbers, alone or as the member x of an archive. Raises DataError."""
-    with _intact(path), path.open("rb") as file:
+def read_numpy(path: Path, options: ReadOptions) -> RawTable:
+    """Return an array [N, ...] of real numbers, from an .npy file or from the member x of an .npz archive.
+
+    Raises:
+        DataError: the file is damaged, or contains no such array.
+    """
+    with _damage_as_data_error(path), path.open("rb") as file:
         if file.read(2) == b"PK":
-            return _from_archive(path, request)
+            return _open_archive(path, options)
         file.seek(0)
-        header = _header(file)
-        _require_rows(header, str(path))
-        return _from_file(file, header, None, path, request, [])
+        header = _read_header(file)
+        _refuse_other_arrays(header, str(path))
+        return _open_file(file, header, None, path, options, [])
 
 
 @contextmanager
-def _intact(path: Path) -> Iterator[None]:
+def _damage_as_data_error(path: Path) -> Iterator[None]:
     try:
         yield
     except DAMAGE as error:
-        raise DataError(f"{path} is damaged or no NumPy file: write it again with numpy.save or numpy.savez") from error
+        raise DataError(
+            f"{path} is damaged or not a NumPy file: write it again with numpy.save or numpy.savez"
+        ) from error
 
 
 @dataclass(frozen=True)
 class _Header:
     shape: tuple[int, ...]
-    by_columns: bool  # Fortran's order: a row does not lie in one piece
+    fortran_order: bool  # column by column, so that a row is not contiguous
     dtype: np.dtype[Any]
 
 
-def _header(file: IO[bytes]) -> _Header:
+def _read_header(file: IO[bytes]) -> _Header:
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     return _Header(*read(file))
 
 
-def _require_rows(header: _Header, source: str) -> None:
-    kind, shape = header.dtype, header.shape
-    if kind.hasobject:
+def _refuse_other_arrays(header: _Header, source: str) -> None:
+    """Raise DataError unless the array has rows of real numbers."""
+    dtype, shape = header.dtype, header.shape
+    if dtype.hasobject:
         raise DataError(f"{source} holds Python objects: expected numbers; save x.astype('float32')")
-    if kind.kind not in "iuf":
+    if dtype.kind not in "iuf":
         advice = "convert them with x.astype('float32')"
-        raise DataError(f"{source}: expected an array of real numbers, got {kind}: {advice}")
+        raise DataError(f"{source}: expected an array of real numbers, got {dtype}: {advice}")
     if len(shape) < 2:
         raise DataError(f"{source}: expected rows of features, [N, D], got shape {list(shape)}: reshape the array")
     if 0 in shape:
         raise DataError(f"{source} has no rows of numbers (shape {list(shape)}): expected at least one")
 
 
-def _from_file(
-    file: BinaryIO, header: _Header, labels: Array | None, path: Path, request: ReadOptions, notes: list[str]
+def _open_file(
+    file: BinaryIO, header: _Header, labels: Array | None, path: Path, options: ReadOptions, notes: list[str]
 ) -> RawTable:
-    """The array that follows its header in a file on disk."""
+    """Return the array that follows its header in `file`."""
     size, start = os.fstat(file.fileno()).st_size, file.tell()
     if size - start < math.prod(header.shape) * header.dtype.itemsize:
         raise EOFError
-    chosen = _columns(header.shape, request, str(path))
-    stored = None if header.by_columns else FileArray(file, header.dtype, start, header.shape)
-    flat = (header.shape[0], math.prod(header.shape[1:]))
+    columns = _kept_columns(header.shape, options, str(path))
+    file_array: FileArray | None = None
+    values: FileArray | Array
+    if header.fortran_order:  # a row is not contiguous, so the file is mapped into memory
+        values = np.memmap(file, header.dtype, mode="r", offset=start, shape=header.shape, order="F")
+    else:
+        values = FileArray(file, header.dtype, start, header.shape)
+        if columns is None:
+            flat = (header.shape[0], math.prod(header.shape[1:]))
+            file_array = FileArray(file, header.dtype, start, flat)
     return RawTable(
-        _spans(_by_columns(file, header) if stored is None else stored, labels, chosen),
-        header.shape[1:] if chosen is None else (len(chosen),),
-        _file_dtype(header.dtype),
-        header.shape[0],
-        _names(chosen),
+        blocks=_blocks(values, labels, columns),
+        shape=header.shape[1:] if columns is None else (len(columns),),
+        dtype=_stored_dtype(header.dtype),
+        rows=header.shape[0],
+        names=_column_names(columns),
         notes=notes,
-        stored=FileArray(file, header.dtype, start, flat) if stored is not None and chosen is None else None,
+        file_array=file_array,
     )
 
 
-def _by_columns(file: BinaryIO, header: _Header) -> Array:
-    """Mapped, since a row does not lie in one piece."""
-    return np.memmap(file, header.dtype, mode="r", offset=file.tell(), shape=header.shape, order="F")
+def _column_names(columns: list[int] | None) -> list[str] | None:
+    return None if columns is None else [f"x[{index}]" for index in columns]
 
 
-def _names(chosen: list[int] | None) -> list[str] | None:
-    return None if chosen is None else [f"x[{index}]" for index in chosen]
-
-
-def _file_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+def _stored_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(np.uint8 if dtype == np.uint8 else np.float32)
 
 
-def _columns(shape: tuple[int, ...], request: ReadOptions, source: str) -> list[int] | None:
-    """The columns that are left when some are dropped, by their names x[0], x[1], ...; None for all."""
-    if not request.drop:
+def _kept_columns(shape: tuple[int, ...], options: ReadOptions, source: str) -> list[int] | None:
+    """Return the columns that remain after --drop, which names them x[0], x[1], ...; None for all."""
+    if not options.drop:
         return None
     if len(shape) > 2:
-        raise DataError(f"{source} has images, [N, ...], and no columns: leave --drop out")
+        raise DataError(f"{source} has images, [N, ...], and no columns to drop: leave --drop out")
     names = {f"x[{index}]": index for index in range(shape[1])}
-    if unknown := [name for name in request.drop if name not in names]:
+    if unknown := [name for name in options.drop if name not in names]:
         raise DataError(f"{source} has no column {unknown[0]!r} to drop: expected x[0] to x[{shape[1] - 1}]")
-    left = [index for name, index in names.items() if name not in request.drop]
-    if not left:
-        raise DataError(f"{source}: all {len(names)} columns are dropped: keep one to learn from")
-    return left
+    kept = [index for name, index in names.items() if name not in options.drop]
+    if not kept:
+        raise DataError(f"{source}: all {len(names)} columns are dropped: keep at least one to learn from")
+    return kept
 
 
-def _spans(values: Array | FileArray, labels: Array | None, chosen: list[int] | None) -> Iterator[Block]:
+def _blocks(values: Array | FileArray, labels: Array | None, columns: list[int] | None) -> Iterator[Block]:
     step = rows_per_block(math.prod(values.shape[1:]))
     for start in range(0, len(values), step):
         rows = values[start : start + step]
         rows = rows.reshape(len(rows), -1)
-        yield rows if chosen is None else rows[:, chosen], None if labels is None else labels[start : start + step]
+        yield (
+            rows if columns is None else rows[:, columns],
+            None if labels is None else labels[start : start + step],
+        )
         if isinstance(values, np.memmap):
             mapping = values._mmap  # type: ignore[attr-defined]  # np.memmap has no public name for it
-            mapping.madvise(mmap.MADV_DONTNEED)  # what was read need no longer be resident
+            mapping.madvise(mmap.MADV_DONTNEED)  # free the pages of the block
 
 
 # Archives
 
 
-def _from_archive(path: Path, request: ReadOptions) -> RawTable:
+def _open_archive(path: Path, options: ReadOptions) -> RawTable:
     with zipfile.ZipFile(path) as archive:
         headers = {}
         for name in archive.namelist():
             with archive.open(name) as file:
-                headers[name.removesuffix(".npy")] = _header(file)
-        key = _rows_key(headers, path)
+                headers[name.removesuffix(".npy")] = _read_header(file)
+        key = _find_rows(headers, path)
         header = headers[key]
-        _require_rows(header, str(path))
-        labels, notes = _labels(archive, headers, header.shape[0])
-        if header.by_columns:
+        _refuse_other_arrays(header, str(path))
+        labels, notes = _read_labels(archive, headers, header.shape[0])
+        if header.fortran_order:  # rows cannot be streamed from it, so it is unpacked
             with archive.open(f"{key}.npy") as member, tempfile.TemporaryFile() as copy:
                 shutil.copyfileobj(member, copy, 1 << 20)
                 copy.seek(0)
-                return _from_file(copy, _header(copy), labels, path, request, notes)
-    chosen = _columns(header.shape, request, str(path))
+                return _open_file(copy, _read_header(copy), labels, path, options, notes)
+    columns = _kept_columns(header.shape, options, str(path))
     return RawTable(
-        _streamed(path, key, header, labels, chosen),
-        header.shape[1:] if chosen is None else (len(chosen),),
-        _file_dtype(header.dtype),
-        header.shape[0],
-        _names(chosen),
+        blocks=_stream_member(path, key, header, labels, columns),
+        shape=header.shape[1:] if columns is None else (len(columns),),
+        dtype=_stored_dtype(header.dtype),
+        rows=header.shape[0],
+        names=_column_names(columns),
         notes=notes,
     )
 
 
-def _rows_key(headers: dict[str, _Header], path: Path) -> str:
+def _find_rows(headers: dict[str, _Header], path: Path) -> str:
+    """Return the name of the array that contains the rows: x or X, else the only table of numbers."""
     tables = [key for key, header in headers.items() if len(header.shape) >= 2 and header.dtype.kind in "iuf"]
     named = [key for key in ("x", "X") if key in headers]
     if not named and len(tables) != 1:
-        found = ", ".join(f"{key} {header.shape}" for key, header in headers.items()) or "nothing"
+        got = ", ".join(f"{key} {header.shape}" for key, header in headers.items()) or "nothing"
         advice = "save the rows with numpy.savez(path, x=rows)"
-        raise DataError(f"{path}: expected an array named x, got {found}: {advice}")
+        raise DataError(f"{path}: expected an array named x, got {got}: {advice}")
     return (named or tables)[0]
 
 
-def _labels(archive: zipfile.ZipFile, headers: dict[str, _Header], rows: int) -> tuple[Array | None, list[str]]:
+def _read_labels(archive: zipfile.ZipFile, headers: dict[str, _Header], rows: int) -> tuple[Array | None, list[str]]:
+    """Return the array y if there is one with a label per row; else None, and a note if y is something else."""
     if "y" not in headers:
         return None, []
     if headers["y"].shape != (rows,):
-        return None, [f"labels are ignored: expected {rows}, one a row, got shape {headers['y'].shape}"]
+        shape = list(headers["y"].shape)
+        return None, [f"labels are ignored: expected one per row, shape [{rows}], got shape {shape}"]
     if headers["y"].dtype.hasobject:
-        return None, ["labels are ignored: expected whole numbers, got object"]
+        return None, ["labels are ignored: expected integers, got object"]
     with archive.open("y.npy") as file:
         labels: Array = np.lib.format.read_array(file)
     return labels, []
 
 
-def _streamed(path: Path, key: str, header: _Header, labels: Array | None, chosen: list[int] | None) -> Iterator[Block]:
+def _stream_member(
+    path: Path, key: str, header: _Header, labels: Array | None, columns: list[int] | None
+) -> Iterator[Block]:
     width = math.prod(header.shape[1:])
     step = rows_per_block(width)
-    with _intact(path), zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as file:
-        _header(file)
+    with _damage_as_data_error(path), zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as file:
+        _read_header(file)
         for start in range(0, header.shape[0], step):
             count = min(step, header.shape[0] - start)
             content = file.read(count * width * header.dtype.itemsize)
             rows = np.frombuffer(content, header.dtype).reshape(count, width)
-            yield rows if chosen is None else rows[:, chosen], None if labels is None else labels[start : start + step]
-        while file.read(1 << 20):  # to the end, where the checksum is compared
+            yield (
+                rows if columns is None else rows[:, columns],
+                None if labels is None else labels[start : start + step],
+            )
+        while file.read(1 << 20):  # read to the end, where zipfile compares the checksum
             pass

@@ -1,16 +1,20 @@
-"""The columns of a CSV or Parquet file: which are wanted, and whether what streams through them is measurements."""
+"""The columns of a CSV or Parquet file: choose them, convert their cells to numbers, refuse those that are not numeric.
+
+A column is judged when all of its rows have been read, so that one message can name all columns to drop.
+"""
 
 import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from models.errors import join_names
-from training.data.readers.source import Block, RawTable, ReadOptions, describe_row, format_option
+from training.data.readers.raw_table import Block, RawTable, ReadOptions, describe_row, format_option
 from training.errors import DataError
 
 if TYPE_CHECKING:
@@ -22,185 +26,210 @@ TRUE = frozenset({"true", "yes"})
 FALSE = frozenset({"false", "no"})
 UNIT = re.compile(r"(?P<name>.*\S)\s+\[(?P<unit>[^\[\]]+)\]")
 DATE = re.compile(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([T ].*)?|\d{1,2}:\d{2}(:.*)?")
-IDENTIFIER = re.compile(r"(.*_)?id|uuid|index", re.IGNORECASE)
-ENOUGH = 10  # rows before whole numbers that go up may be called an identifier
+IDENTIFIER_NAME = re.compile(r"(.*_)?id|uuid|index", re.IGNORECASE)
+MIN_IDENTIFIER_ROWS = 10  # with fewer rows, consecutive integers may be a coincidence
+MAX_SHOWN = 40  # characters of a cell in a message
 
 Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Odd:
-    """The first cell of a column that is no number."""
+class NonNumericCell:
+    """A cell that is not a number."""
 
     row: int
     value: Any
-    kind: str  # of the column, as a refusal calls it: text, dates, or its type
+    kind: str  # of the column, for a message: text, dates, booleans or its type
 
 
 @dataclass
-class Counter:
-    """Whether a column numbers the rows: it goes up by one each, or, if `named` so, no whole number comes twice.
+class IdentifierDetector:
+    """Detects columns that identify a row instead of measuring something.
 
-    The latter is known from the numbers themselves, which are kept: 8 bytes a row.
+    Args:
+        has_identifier_name: whether the column is called id, uuid or the like. For such columns all values are kept,
+            8 bytes per row, to find out whether they are unique.
     """
 
-    named: bool
+    has_identifier_name: bool
     rows: int = 0
     last: float = float("nan")
-    by_one: bool = True
-    whole: bool = True
-    seen: list[Floats] = field(default_factory=list)
+    consecutive: bool = True  # every value so far is the one before plus 1
+    integers: bool = True
+    values: list[Floats] = field(default_factory=list)
 
     def add(self, values: Floats) -> None:
-        """Look at the next values [n] of the column."""
-        if not len(values) or not (self.by_one or (self.named and self.whole)):
+        """Add the next values [n] of the column."""
+        if not len(values) or not (self.consecutive or (self.has_identifier_name and self.integers)):
             return
         steps = np.diff(values, prepend=self.last if self.rows else values[0] - 1)
         self.rows += len(values)
         self.last = float(values[-1])
-        self.whole = self.whole and bool((values == np.rint(values)).all())  # NaN is not itself
-        self.by_one = self.by_one and self.whole and bool((steps == 1).all())
-        if self.named and self.whole:
-            self.seen.append(values)
+        self.integers = self.integers and bool((values == np.rint(values)).all())  # false for NaN
+        self.consecutive = self.consecutive and self.integers and bool((steps == 1).all())
+        if self.has_identifier_name and self.integers:
+            self.values.append(values)
 
-    def verdict(self) -> str | None:
-        """Why this is an identifier; None if it is none."""
-        if self.rows < ENOUGH or not self.whole:
+    def reason(self) -> str | None:
+        """Return why the column is an identifier, or None if it is not one."""
+        if self.rows < MIN_IDENTIFIER_ROWS or not self.integers:
             return None
-        if self.by_one:
-            return "an identifier: counts the rows"
-        if self.named and len(np.unique(np.concatenate(self.seen))) == self.rows:
-            return "an identifier: another whole number in every row"
+        if self.consecutive:
+            return "an identifier: it counts the rows"
+        if self.has_identifier_name and len(np.unique(np.concatenate(self.values))) == self.rows:
+            return "an identifier: a different integer in every row"
         return None
 
 
 @dataclass
 class Column:
-    """What one column has shown so far."""
+    """One column, and what its cells were so far."""
 
     name: str
     unit: str | None
     index: int  # in the file
-    typed: bool = False  # the file says of what type it is, so one cell speaks for all
-    numbers: int = 0
-    words: int = 0
-    first: Odd | None = None
-    truth: Odd | None = None  # the first cell that was true or false, yes or no
-    binary: bool = True  # no number but 0 and 1 so far
-    counter: Counter = field(init=False)
+    typed: bool = False  # whether the file declares a type, so that all cells have the same one
+    numbers: int = 0  # how many cells were numbers
+    non_numbers: int = 0  # how many cells were neither numbers nor missing
+    first_non_number: NonNumericCell | None = None
+    first_boolean: NonNumericCell | None = None  # the first cell that was true, false, yes or no
+    binary: bool = True  # whether all numbers were 0 or 1
+    identifier: IdentifierDetector = field(init=False)
 
     def __post_init__(self) -> None:
-        self.counter = Counter(named=IDENTIFIER.fullmatch(self.name) is not None)
+        self.identifier = IdentifierDetector(IDENTIFIER_NAME.fullmatch(self.name) is not None)
 
     def read(self, cells: "pl.Series", row: int) -> Floats:
-        """The numbers [n] in `cells`, which begin at `row`: NaN where a value is missing, or is no number."""
-        values = self._typed(cells, row) if self.typed else self._text(cells, row)
+        """Return `cells` as numbers [n], with NaN for missing values and for cells that are not numbers.
+
+        Args:
+            row: the row of the first cell.
+        """
+        values = self._read_typed(cells, row) if self.typed else self._read_text(cells, row)
         present = values[~np.isnan(values)]
         self.numbers += len(present)
         self.binary = self.binary and bool(((present == 0) | (present == 1)).all())
-        self.counter.add(values)
+        self.identifier.add(values)
         return values
 
-    def _text(self, cells: "pl.Series", row: int) -> Floats:
+    def _read_text(self, cells: "pl.Series", row: int) -> Floats:
         import polars as pl
 
         text = cells.str.strip_chars()
         number = text.cast(pl.Float64, strict=False)
         if number.null_count():
             lower = text.str.to_lowercase()
-            truth = lower.is_in(TRUE | FALSE)
-            wrong = (number.is_null() & ~(text.is_null() | lower.is_in(MISSING) | truth)).arg_true()
-            if truth.any():
-                at = int(truth.arg_true()[0])
-                self.truth = self.truth or Odd(row + at, text[at], "text")
+            boolean = lower.is_in(TRUE | FALSE)
+            non_number = (number.is_null() & ~(text.is_null() | lower.is_in(MISSING) | boolean)).arg_true()
+            if boolean.any():
+                first = int(boolean.arg_true()[0])
+                self.first_boolean = self.first_boolean or NonNumericCell(row + first, text[first], "text")
                 number = pl.select(
-                    pl.when(truth).then(lower.is_in(TRUE).cast(pl.Float64)).otherwise(number)
+                    pl.when(boolean).then(lower.is_in(TRUE).cast(pl.Float64)).otherwise(number)
                 ).to_series()
-            if len(wrong):
-                self.words += len(wrong)
-                value = text[int(wrong[0])]
-                kind = "dates" if DATE.fullmatch(value) else "text"
-                self.first = self.first or Odd(row + int(wrong[0]), value, kind)
+            if len(non_number):
+                self.non_numbers += len(non_number)
+                first = int(non_number[0])
+                kind = "dates" if DATE.fullmatch(text[first]) else "text"
+                self.first_non_number = self.first_non_number or NonNumericCell(row + first, text[first], kind)
         return number.fill_null(float("nan")).to_numpy()
 
-    def _typed(self, cells: "pl.Series", row: int) -> Floats:
+    def _read_typed(self, cells: "pl.Series", row: int) -> Floats:
         import polars as pl
 
-        kind = cells.dtype
-        if kind == pl.Boolean and cells.null_count() < len(cells):
-            at = int(cells.is_not_null().arg_max() or 0)
-            self.truth = self.truth or Odd(row + at, cells[at], "booleans")
-        if kind.is_numeric() or kind in (pl.Null, pl.Boolean):
+        dtype, present = cells.dtype, len(cells) - cells.null_count()
+        first = int(cells.is_not_null().arg_max() or 0)  # of the cells that are present
+        if dtype == pl.Boolean and present:
+            self.first_boolean = self.first_boolean or NonNumericCell(row + first, cells[first], "booleans")
+        if dtype.is_numeric() or dtype in (pl.Null, pl.Boolean):
             return cells.cast(pl.Float64).fill_null(float("nan")).to_numpy()
-        if cells.null_count() < len(cells):
-            at = int(cells.is_not_null().arg_max() or 0)
-            texts = kind in (pl.String, pl.Categorical, pl.Enum)
-            word = "text" if texts else "dates" if kind in (pl.Date, pl.Datetime, pl.Time) else str(kind)
-            self.first = self.first or Odd(row + at, cells.slice(at, 1).to_list()[0], word)
-            self.words += len(cells) - cells.null_count()
+        if present:
+            if dtype in (pl.String, pl.Categorical, pl.Enum):
+                kind = "text"
+            else:
+                kind = "dates" if dtype in (pl.Date, pl.Datetime, pl.Time) else str(dtype)
+            value = cells.slice(first, 1).to_list()[0]
+            self.first_non_number = self.first_non_number or NonNumericCell(row + first, value, kind)
+            self.non_numbers += present
         return np.full(len(cells), np.nan)
 
 
-def choose_columns(header: Sequence[str], path: Any, request: ReadOptions, typed: bool) -> list[Column]:
-    """The columns of the file that are asked for; with a label after them, as one more, if names are asked for."""
-    every = _named(header, path, typed)
-    names = [column.name for column in every]
-    if request.names is not None:
-        return [every[index] for index in _found(names, request.names, path)]
-    for verb, listed in (("drop", request.drop), ("keep", request.keep)):
+def choose_columns(header: Sequence[str], path: Path, options: ReadOptions, typed: bool) -> list[Column]:
+    """Return the columns to read. If the options name them, a label column follows if there is one.
+
+    Args:
+        header: the column names in the file, with units in brackets.
+        typed: whether the file declares the types of its columns.
+
+    Raises:
+        DataError: a column that an option names does not exist, or no column remains.
+    """
+    columns = _parse_header(header, path, typed)
+    names = [column.name for column in columns]
+    if options.names is not None:
+        return [columns[index] for index in _find_columns(names, options.names, path)]
+    for verb, listed in (("drop", options.drop), ("keep", options.keep)):
         if unknown := [name for name in listed if name not in names]:
-            near = difflib.get_close_matches(unknown[0], names, n=3)
-            there = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {join_names(names)}"
-            raise DataError(f"{path} has no column {unknown[0]!r} to {verb}: {there}")
-    left = [column for column in every if column.name not in request.drop]
-    if not left:
-        raise DataError(f"{path}: all {len(names)} columns are dropped: keep one to learn from")
-    return left
+            similar = difflib.get_close_matches(unknown[0], names, n=3)
+            hint = f"did you mean {' or '.join(map(repr, similar))}?" if similar else f"it has {join_names(names)}"
+            raise DataError(f"{path} has no column {unknown[0]!r} to {verb}: {hint}")
+    kept = [column for column in columns if column.name not in options.drop]
+    if not kept:
+        raise DataError(f"{path}: all {len(names)} columns are dropped: keep at least one to learn from")
+    return kept
 
 
-def _named(header: Sequence[str], path: Any, typed: bool) -> list[Column]:
-    """`load [%]` is the column "load" in "%"."""
+def _parse_header(header: Sequence[str], path: Path, typed: bool) -> list[Column]:
+    """Return the columns of the file: `load [%]` is the column "load" with the unit "%"."""
     columns: list[Column] = []
-    first: dict[str, int] = {}
+    positions: dict[str, int] = {}
     for index, title in enumerate(header):
-        line = " ".join(title.split())
-        match = UNIT.fullmatch(line)
-        name = match["name"] if match else line
+        text = " ".join(title.split())
+        match = UNIT.fullmatch(text)
+        name = match["name"] if match else text
         if not name:
             raise DataError(f"{path}: column {index + 1} has no name: name it (pandas: write with index=False)")
-        if name in first:
-            raise DataError(f"{path}: columns {first[name] + 1} and {index + 1} are both named {name!r}: rename one")
-        first[name] = index
+        if name in positions:
+            first = positions[name] + 1
+            raise DataError(f"{path}: columns {first} and {index + 1} are both named {name!r}: rename one")
+        positions[name] = index
         columns.append(Column(name, match["unit"].strip() if match else None, index, typed))
     return columns
 
 
-def _found(names: Sequence[str], wanted: Sequence[str], path: Any) -> list[int]:
-    where = {name: index for index, name in enumerate(names)}
-    absent = [name for name in wanted if name not in where]
+def _find_columns(names: Sequence[str], wanted: Sequence[str], path: Path) -> list[int]:
+    """Return the indices of the wanted columns, then that of the label column if there is one."""
+    indices = {name: index for index, name in enumerate(names)}
+    absent = [name for name in wanted if name not in indices]
     if absent:
         raise DataError(
             f"{path} lacks {len(absent)} of the model's {len(wanted)} columns, first {absent[0]!r}: "
             f"expected a column of that name, got {join_names(names)}"
         )
-    label = [name for name in LABEL_COLUMNS if name in where and name not in wanted]
-    return [where[name] for name in [*wanted, *label[:1]]]
+    label = [name for name in LABEL_COLUMNS if name in indices and name not in wanted]
+    return [indices[name] for name in [*wanted, *label[:1]]]
 
 
-def raw_table(
+def build_raw_table(
     frames: "Iterator[pl.DataFrame]",
     columns: list[Column],
-    request: ReadOptions,
-    path: Any,
+    options: ReadOptions,
+    path: Path,
     rows: int | None,
     first_line: int | None = None,
 ) -> RawTable:
-    """The numbers in `frames`, which hold just `columns`, as they stream through."""
-    features = columns if request.names is None else columns[: len(request.names)]
+    """Return the table that `frames` contain. Each frame has exactly `columns`.
+
+    Args:
+        rows: the number of rows, possibly estimated.
+        first_line: text files: the line of row 0.
+    """
+    features = columns if options.names is None else columns[: len(options.names)]
     notes: list[str] = []
+    check = _ColumnCheck(path, options, first_line, notes)
     return RawTable(
-        _stream(frames, columns, len(features), _Judge(path, request, first_line, notes)),
-        (len(features),),
+        blocks=_read_blocks(frames, columns, len(features), check),
+        shape=(len(features),),
         rows=rows,
         names=[column.name for column in features],
         units=[column.unit for column in features],
@@ -209,7 +238,10 @@ def raw_table(
     )
 
 
-def _stream(frames: "Iterator[pl.DataFrame]", columns: list[Column], width: int, judge: "_Judge") -> Iterator[Block]:
+def _read_blocks(
+    frames: "Iterator[pl.DataFrame]", columns: list[Column], width: int, check: "_ColumnCheck"
+) -> Iterator[Block]:
+    """Yield the first `width` columns as features, and the column after them, if there is one, as labels."""
     row = 0
     for frame in frames:
         values = np.empty((frame.height, len(columns)))
@@ -217,60 +249,66 @@ def _stream(frames: "Iterator[pl.DataFrame]", columns: list[Column], width: int,
             values[:, position] = column.read(frame.to_series(position), row)
         yield values[:, :width], values[:, width] if len(columns) > width else None
         row += frame.height
-    judge.sum_up(columns)
+    check.finish(columns)
 
 
 @dataclass(frozen=True)
-class _Judge:
-    """What is said of columns when all rows have been through them."""
+class _ColumnCheck:
+    """Decides, when all rows have been read, which columns are refused, and adds notes about the others."""
 
-    path: Any
-    request: ReadOptions
+    path: Path
+    options: ReadOptions
     first_line: int | None
     notes: list[str]
 
-    def sum_up(self, columns: Sequence[Column]) -> None:
-        """Raise DataError if a column is no measurements; else note what was turned into numbers."""
+    def finish(self, columns: Sequence[Column]) -> None:
+        """Raise DataError if a column does not contain measurements."""
         for column in columns:
-            if column.first and (self.request.names is not None or column.numbers > column.words):
-                self._refuse_cell(column, column.first, "drop the column, or turn it into numbers")
-            if column.truth and not column.binary:
-                self._refuse_cell(column, column.truth, "write 0 and 1")
-        if self.request.names is None:
-            self._refuse_what_measures_nothing(columns)
-        if truths := [column.name for column in columns if column.truth]:
-            self.notes.append(f"true and yes are read as 1, false and no as 0: {join_names(truths)}")
+            mostly_numbers = column.numbers > column.non_numbers
+            if column.first_non_number and (self.options.names is not None or mostly_numbers):
+                self._refuse_cell(column, column.first_non_number, "correct the cell, or drop the column")
+            if column.first_boolean and not column.binary:
+                self._refuse_cell(column, column.first_boolean, "write 0 and 1")
+        if self.options.names is None:
+            self._refuse_other_columns(columns)
+        if booleans := [column.name for column in columns if column.first_boolean]:
+            self.notes.append(f"true and yes are read as 1, false and no as 0: {join_names(booleans)}")
 
-    def _refuse_cell(self, column: Column, cell: Odd, advice: str) -> None:
-        where = describe_row(cell.row, self.first_line)
-        got = f"{cell.kind} ({_shown(cell.value)} in {where})" if column.typed else f"{_shown(cell.value)} in {where}"
+    def _refuse_cell(self, column: Column, cell: NonNumericCell, advice: str) -> None:
+        got = f"{_shorten(cell.value)} in {describe_row(cell.row, self.first_line)}"
+        if column.typed:
+            got = f"{cell.kind} ({got})"
         raise DataError(f"{self.path}: column {column.name!r} expected numbers, got {got}: {advice}")
 
-    def _refuse_what_measures_nothing(self, columns: Sequence[Column]) -> None:
+    def _refuse_other_columns(self, columns: Sequence[Column]) -> None:
+        """Raise DataError that names all columns of text, dates or identifiers."""
         texts = {
-            column.name: f"{odd.kind}, {_shown(odd.value)} in {describe_row(odd.row, self.first_line)}"
+            column.name: f"{cell.kind}, {_shorten(cell.value)} in {describe_row(cell.row, self.first_line)}"
             for column in columns
-            if (odd := column.first)
+            if (cell := column.first_non_number)
         }
-        counts = {
-            column.name: verdict
+        identifiers = {
+            column.name: reason
             for column in columns
-            if column.name not in self.request.keep and not column.first and (verdict := column.counter.verdict())
+            if column.name not in self.options.keep
+            and not column.first_non_number
+            and (reason := column.identifier.reason())
         }
-        if not texts and not counts:
+        reasons = texts | identifiers
+        if not reasons:
             return
-        said = texts | counts
-        bad = [column.name for column in columns if column.name in said]
-        which = ", ".join(f"{name!r} ({said[name]})" for name in bad)
-        subject = f"column {which} is no measurement" if len(bad) == 1 else f"columns {which} are no measurements"
-        keeping = (
-            f"; to learn from {join_names(list(counts))} all the same: {format_option('--keep', list(counts))}"
-            if counts
-            else ""
+        refused = [column.name for column in columns if column.name in reasons]
+        listed = ", ".join(f"{name!r} ({reasons[name]})" for name in refused)
+        subject = (
+            f"column {listed} is not a measurement" if len(refused) == 1 else f"columns {listed} are not measurements"
         )
-        raise DataError(f"{self.path}: {subject}: add {format_option('--drop', bad)}{keeping}")
+        advice = f"add {format_option('--drop', refused)}"
+        if identifiers:
+            keep = list(identifiers)
+            advice += f", or {format_option('--keep', keep)} to learn from {join_names(keep)} anyway"
+        raise DataError(f"{self.path}: {subject}: {advice}")
 
 
-def _shown(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = repr(value) if isinstance(value, str | list) else str(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."

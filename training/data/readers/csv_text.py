@@ -1,4 +1,4 @@
-"""CSV files, read piece by piece, each a whole number of lines."""
+"""Read CSV files in pieces that end at the end of a line."""
 
 import csv
 import io
@@ -7,52 +7,56 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from training.data.readers.columns import choose_columns, raw_table
-from training.data.readers.source import RawTable, ReadOptions
+from training.data.readers.columns import build_raw_table, choose_columns
+from training.data.readers.raw_table import RawTable, ReadOptions
 from training.errors import DataError
 
 if TYPE_CHECKING:
     import polars as pl
 
 PIECE_BYTES = 2 << 20
-LONGEST = 32 * PIECE_BYTES  # of a piece in which a quotation is still open
+MAX_PIECE_BYTES = 32 * PIECE_BYTES  # a piece with an open quotation grows up to this
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
-MARK = b"\xef\xbb\xbf"  # the byte order mark that some programs put before UTF-8
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some programs write it before UTF-8 text
 
 
-def read_csv(path: Path, request: ReadOptions) -> RawTable:
-    """The columns of a CSV file in UTF-8 with a header. Raises DataError."""
+def read_csv(path: Path, options: ReadOptions) -> RawTable:
+    """Return the columns of a CSV file in UTF-8 with a header.
+
+    Raises:
+        DataError: the file is not such a CSV file, or its columns are not as the options require.
+    """
     with path.open("rb") as file:
-        header, lines = _header(file, path)
+        header, header_end = _read_header(file, path)
         start = file.tell()
         sample = file.read(PIECE_BYTES)
-    rows = round(sample.count(b"\n") / max(1, len(sample)) * (path.stat().st_size - start))
-    columns = choose_columns(header, path, request, typed=False)
-    frames = _frames(path, start, len(header), lines)
-    chosen = [column.index for column in columns]
-    return raw_table((frame[:, chosen] for frame in frames), columns, request, path, rows, first_line=lines + 1)
+    estimated_rows = round(sample.count(b"\n") / max(1, len(sample)) * (path.stat().st_size - start))
+    columns = choose_columns(header, path, options, typed=False)
+    indices = [column.index for column in columns]
+    frames = (frame[:, indices] for frame in _read_frames(path, start, len(header), header_end))
+    return build_raw_table(frames, columns, options, path, estimated_rows, first_line=header_end + 1)
 
 
-def _header(file: IO[bytes], path: Path) -> tuple[list[str], int]:
-    """The column names, and the number of the line in which they end; the file is left just behind it."""
+def _read_header(file: IO[bytes], path: Path) -> tuple[list[str], int]:
+    """Return the column names and the number of the line where they end. `file` is left at the line after it."""
 
-    def text() -> Iterator[str]:
-        yield file.readline().removeprefix(MARK).decode()
+    def lines() -> Iterator[str]:
+        yield file.readline().removeprefix(BYTE_ORDER_MARK).decode()
         while line := file.readline():
             yield line.decode()
 
     try:
-        rows = csv.reader(text())
+        rows = csv.reader(lines())
         header = next((row for row in rows if row), [])
     except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} is no UTF-8 text: save it as CSV in UTF-8") from error
+        raise DataError(f"{path} is not UTF-8 text: save it as CSV in UTF-8") from error
     if not header:
         raise DataError(f"{path} is empty: expected a header line with column names, then rows of numbers")
     if len(header) == 1:
         for separator, word in SEPARATORS.items():
             if separator in header[0]:
                 raise DataError(f"{path} separates its columns by {word}: expected commas; convert it")
-    positions = [[str(start + i) for i in range(len(header))] for start in (0, 1)]
+    positions = [[str(start + i) for i in range(len(header))] for start in (0, 1)]  # names that pandas may write
     if all(_is_number(name) for name in header) and header not in positions:
         raise DataError(f"{path} has numbers in its first line: expected a header; put column names above the rows")
     return header, rows.line_num
@@ -66,8 +70,8 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _pieces(path: Path, start: int) -> Iterator[bytes]:
-    """The bytes from `start` on, cut behind ends of line that are in no quotation."""
+def _read_pieces(path: Path, start: int) -> Iterator[bytes]:
+    """Yield the bytes from `start` on, cut after line ends that are not inside a quotation."""
     with path.open("rb") as file:
         file.seek(start)
         rest = b""
@@ -75,12 +79,12 @@ def _pieces(path: Path, start: int) -> Iterator[bytes]:
             rest += content
             cut = rest.rfind(b"\n") + 1
             quotes = rest.count(b'"', 0, cut)
-            while quotes % 2:  # go back before the quotation that is open there
+            while quotes % 2:  # a quotation is open at the cut: move the cut to the line end before it
                 opened = rest.rfind(b'"', 0, cut)
                 before = rest.rfind(b"\n", 0, opened) + 1
                 quotes -= rest.count(b'"', before, cut)
                 cut = before
-            if len(rest) > LONGEST:
+            if len(rest) > MAX_PIECE_BYTES:
                 cut = cut or len(rest)
             if cut:
                 yield rest[:cut]
@@ -89,21 +93,25 @@ def _pieces(path: Path, start: int) -> Iterator[bytes]:
             yield rest
 
 
-def _frames(path: Path, start: int, width: int, line: int) -> Iterator["pl.DataFrame"]:
-    """The rows as text, null where a cell is empty; empty lines at the end of the file are no rows."""
+def _read_frames(path: Path, start: int, width: int, line: int) -> Iterator["pl.DataFrame"]:
+    """Yield the rows as text, with null for an empty cell. Empty lines at the end of the file are not rows.
+
+    Args:
+        line: the number of the line that ends before `start`.
+    """
     import polars as pl
 
     names = [str(index) for index in range(width)]
-    blank = pl.DataFrame(schema=dict.fromkeys(names, pl.String))
-    for piece in _pieces(path, start):
+    blank = pl.DataFrame(schema=dict.fromkeys(names, pl.String))  # empty rows that end the pieces so far
+    for piece in _read_pieces(path, start):
         try:
             frame = pl.read_csv(",".join(names).encode() + b"\n" + piece, infer_schema=False)
         except pl.exceptions.PolarsError as error:
-            _refuse_ragged(piece, width, path, line)
-            complaint = str(error).splitlines()[0]
-            raise DataError(f"{path} is no valid CSV in UTF-8 ({complaint}): write it again") from error
+            _refuse_ragged_lines(piece, width, path, line)
+            reason = str(error).splitlines()[0]
+            raise DataError(f"{path} is not valid CSV in UTF-8 ({reason}): write it again") from error
         if any(column.null_count() for column in frame):
-            _refuse_ragged(piece, width, path, line)
+            _refuse_ragged_lines(piece, width, path, line)
         line += piece.count(b"\n")
         frame = pl.concat([blank, frame])
         filled = frame.select(pl.any_horizontal(pl.all().is_not_null()).arg_true()).to_series()
@@ -113,8 +121,12 @@ def _frames(path: Path, start: int, width: int, line: int) -> Iterator["pl.DataF
             yield frame[:end]
 
 
-def _refuse_ragged(piece: bytes, width: int, path: Path, line: int) -> None:
-    """Name the first line whose number of fields is not the header's; `line` is the number of the one before."""
+def _refuse_ragged_lines(piece: bytes, width: int, path: Path, line: int) -> None:
+    """Raise DataError for the first line of `piece` that has more or fewer values than the header.
+
+    Args:
+        line: the number of the line before the piece.
+    """
     with suppress(csv.Error):
         rows = csv.reader(io.StringIO(piece.decode(errors="replace"), newline=""))
         for row in rows:

@@ -1,4 +1,4 @@
-"""A folder of pictures: one a row, in grey or colour, values from 0 to 255."""
+"""Read a folder of images: one per row, grey or in colour, values from 0 to 255."""
 
 import math
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from training.data.readers.source import Array, Block, RawTable, ReadOptions
+from training.data.readers.raw_table import Array, Block, RawTable, ReadOptions
 from training.data.row_store import rows_per_block
 from training.errors import DataError
 
@@ -18,123 +18,141 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
-GREY = {"1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N"}
-COLOUR = {"P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV", "LAB"}
-TOGETHER = 64  # pictures that are decoded before they are handed on
+GREY_MODES = {"1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N"}
+COLOUR_MODES = {"P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV", "LAB"}
+MAX_BLOCK_IMAGES = 64  # images that are decoded before they are passed on
 
 
-def read_images(path: Path, request: ReadOptions) -> RawTable:
-    """Every picture in the folder, or in its sub-folders, whose names then are the labels.
+def read_images(path: Path, options: ReadOptions) -> RawTable:
+    """Return the images in the folder `path`, or in its sub-folders, whose names are then the labels.
 
-    A row is [H, W] where all are grey, else [H, W, 3]. Pictures are turned as their EXIF data say; the first frame of
-    several counts; what is transparent is laid on white; 16 bits become 8. Raises DataError.
+    A row is [H, W] if all images are grey, else [H, W, 3]. Images are rotated as their EXIF data say. Of an animation
+    the first frame is used. Transparent pixels are blended with white. 16 bits per channel are reduced to 8.
+
+    Raises:
+        DataError: the folder has no images, or an image is damaged or has another size.
     """
-    if request.drop:
-        raise DataError(f"{path} is a folder of pictures and has no columns: leave --drop out")
-    found = _found(path)
+    if options.drop:
+        raise DataError(f"{path} is a folder of images and has no columns to drop: leave --drop out")
+    folder = _list_images(path)
+    first = folder.files[0]
     with ThreadPoolExecutor() as pool:
-        facts = set(pool.map(_facts, found.files))
-    colour, transparent = any(c for c, _ in facts), any(t for _, t in facts)
-    height, width, colour = _shape(found.files[0], request, colour)
-    shape = (height, width, 3) if colour else (height, width)
-    resize = request.size is not None or request.shape is not None
-    notes = [f"{found.others} files are no pictures and are left out"] if found.others else []
-    if transparent:
-        notes.append("some pictures are transparent: they are laid on white")
-    black, white = request.pixel_range or (0.0, 255.0)
-    as_they_are = (black, white) == (0.0, 255.0)
-    blocks = _blocks(found, partial(_pixels, first=found.files[0], shape=shape, resize=resize))
+        modes = set(pool.map(_has_colour_and_transparency, folder.files))
+    any_colour, any_transparency = any(colour for colour, _ in modes), any(transparent for _, transparent in modes)
+    shape = _row_shape(first, options, any_colour)
+    resize = options.size is not None or options.shape is not None
+    notes = [f"{folder.others} files are not images and are ignored"] if folder.others else []
+    if any_transparency:
+        notes.append("some images are transparent: they are blended with a white background")
+    black, white = options.pixel_range or (0.0, 255.0)
+    unchanged = (black, white) == (0.0, 255.0)
+    blocks = _blocks(folder, partial(_read_pixels, first=first, shape=shape, resize=resize), math.prod(shape))
     return RawTable(
-        blocks if as_they_are else _rescaled(blocks, black, white),
-        shape,
-        np.dtype(np.uint8 if as_they_are else np.float32),
-        rows=len(found.files),
+        blocks=blocks if unchanged else _rescaled(blocks, black, white),
+        shape=shape,
+        dtype=np.dtype(np.uint8 if unchanged else np.float32),
+        rows=len(folder.files),
         pixel_range=(black, white),
-        label_names=found.folders,
+        label_names=folder.label_names,
         notes=notes,
     )
 
 
 @dataclass(frozen=True)
-class _Found:
+class _ImageFolder:
     files: list[Path]
     labels: list[int] | None
-    folders: list[str] | None
-    others: int  # files that are no pictures
+    label_names: list[str] | None
+    others: int  # number of files that are not images
 
 
-def _found(path: Path) -> _Found:
-    inside = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
-    here = [entry for entry in inside if _is_picture(entry)]
-    others = sum(entry.is_file() for entry in inside) - len(here)
-    below: dict[str, list[Path]] = {}
-    for folder in (entry for entry in inside if entry.is_dir()):
-        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith(".") and entry.is_file())
-        if pictures := [entry for entry in entries if _is_picture(entry)]:
-            below[folder.name] = pictures
-        others += len(entries) - len(pictures)
-    if here and below:
-        both = f"pictures ({here[0].name}) and folders of them ({next(iter(below))})"
-        raise DataError(f"{path} holds {both}: expected one or the other")
-    if here:
-        return _Found(here, None, None, others)
-    if not below:
-        raise DataError(f"{path} has no pictures: expected {', '.join(SUFFIXES)} in it or its folders")
-    labels = [label for label, files in enumerate(below.values()) for _ in files]
-    return _Found([file for files in below.values() for file in files], labels, list(below), others)
+def _list_images(path: Path) -> _ImageFolder:
+    entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+    images = [entry for entry in entries if _is_image(entry)]
+    others = sum(entry.is_file() for entry in entries) - len(images)
+    by_folder: dict[str, list[Path]] = {}
+    for folder in (entry for entry in entries if entry.is_dir()):
+        files = sorted(entry for entry in folder.iterdir() if not entry.name.startswith(".") and entry.is_file())
+        if found := [file for file in files if _is_image(file)]:
+            by_folder[folder.name] = found
+        others += len(files) - len(found)
+    if images and by_folder:
+        raise DataError(
+            f"{path} contains images ({images[0].name}) and folders of images ({next(iter(by_folder))}): "
+            "expected one or the other; move the images into a folder, or the folders elsewhere"
+        )
+    if images:
+        return _ImageFolder(images, None, None, others)
+    if not by_folder:
+        raise DataError(f"{path} has no images: expected {', '.join(SUFFIXES)} in it or its folders")
+    labels = [label for label, files in enumerate(by_folder.values()) for _ in files]
+    return _ImageFolder([file for files in by_folder.values() for file in files], labels, list(by_folder), others)
 
 
-def _is_picture(path: Path) -> bool:
+def _is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and path.is_file()
 
 
-def _opened(path: Path) -> "Image.Image":
+def _open_image(path: Path) -> "Image.Image":
     from PIL import Image, UnidentifiedImageError
 
     try:
         image = Image.open(path)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{path} unpacks to more pixels than is safe: remove it, or make it smaller") from error
+        raise _too_large(path) from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
         raise _damaged(path) from error
     if Image.MAX_IMAGE_PIXELS and math.prod(image.size) > Image.MAX_IMAGE_PIXELS:
         image.close()
-        raise DataError(f"{path} unpacks to more pixels than is safe: remove it, or make it smaller")
+        raise _too_large(path)
     return image
 
 
+def _too_large(path: Path) -> DataError:
+    return DataError(f"{path} has more pixels than is safe to decode: remove it, or make it smaller")
+
+
 def _damaged(path: Path) -> DataError:
-    return DataError(f"{path} is damaged or no picture: remove it")
+    return DataError(f"{path} is damaged or not an image: remove it, or save it again")
 
 
-def _facts(path: Path) -> tuple[bool, bool]:
-    """Whether the picture at `path` has colour, and whether it has transparency, by its header."""
-    with _opened(path) as image:
-        if image.mode not in GREY | COLOUR:
-            raise DataError(f"{path} has pixels of mode {image.mode}: expected 8 or 16 bits a channel; convert it")
-        colour = image.mode in COLOUR
+def _has_colour_and_transparency(path: Path) -> tuple[bool, bool]:
+    """Return whether the image at `path` has colour and whether it has transparency, from its header alone."""
+    with _open_image(path) as image:
+        if image.mode not in GREY_MODES | COLOUR_MODES:
+            raise DataError(f"{path} has pixels of mode {image.mode}: expected 8 or 16 bits per channel; convert it")
+        colour = image.mode in COLOUR_MODES
         if image.mode in ("P", "PA") and (palette := image.getpalette("RGB")):
             colour = not palette[0::3] == palette[1::3] == palette[2::3]
         return colour, image.has_transparency_data
 
 
-def _shape(first: Path, request: ReadOptions, colour: bool) -> tuple[int, int, bool]:
-    """Height, width and whether in colour: as demanded, else as in the first picture."""
-    if request.shape is not None:
-        if len(request.shape) == 2 or (len(request.shape) == 3 and request.shape[2] == 3):
-            return request.shape[0], request.shape[1], len(request.shape) == 3
-        raise DataError(f"{first.parent} holds pictures: expected rows of shape {list(request.shape)}, as the model's")
-    if request.size is not None:
-        return *request.size, colour
-    height, width = _pixels(first, first, None, resize=False).shape[:2]
-    return height, width, colour
+def _row_shape(first: Path, options: ReadOptions, any_colour: bool) -> tuple[int, ...]:
+    """Return [H, W] or [H, W, 3]: as the options require, else as in the first image."""
+    if options.shape is not None:
+        if len(options.shape) == 2 or (len(options.shape) == 3 and options.shape[2] == 3):
+            return options.shape
+        raise DataError(
+            f"{first.parent} contains images: expected rows of shape {list(options.shape)}, as the model takes"
+        )
+    if options.size is not None:
+        height, width = options.size
+    else:
+        height, width = _read_pixels(first, first, None, resize=False).shape[:2]
+    return (height, width, 3) if any_colour else (height, width)
 
 
-def _pixels(path: Path, first: Path, shape: tuple[int, ...] | None, resize: bool) -> Array:
-    """uint8 [H, W] or [H, W, 3], as `shape` says; as it is where there is none."""
+def _read_pixels(path: Path, first: Path, shape: tuple[int, ...] | None, resize: bool) -> Array:
+    """Return the pixels of one image as uint8.
+
+    Args:
+        first: the first image of the folder, for messages.
+        shape: [H, W] or [H, W, 3]; None for a grey image of its own size.
+        resize: whether an image of another size is cropped and resized, or refused.
+    """
     from PIL import Image, ImageOps
 
-    with _opened(path) as image:
+    with _open_image(path) as image:
         try:
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I;16"):
@@ -152,22 +170,22 @@ def _pixels(path: Path, first: Path, shape: tuple[int, ...] | None, resize: bool
         upright = ImageOps.fit(upright, size, Image.Resampling.LANCZOS)
     elif upright.size != size:
         raise DataError(
-            f"{first} is {shape[0]}x{shape[1]} (height x width) and {path} {upright.height}x{upright.width}: expected "
-            f"pictures of one size; add --size {min(shape[0], upright.height)}x{min(shape[1], upright.width)} to resize"
+            f"{path} is {upright.height}x{upright.width} (height x width), {first} is {shape[0]}x{shape[1]}: expected "
+            f"images of one size; add --size {min(shape[0], upright.height)}x{min(shape[1], upright.width)} to resize"
         )
     return np.asarray(upright)
 
 
-def _blocks(found: _Found, pixels: "partial[Array]") -> Iterator[Block]:
-    width = math.prod(pixels.keywords["shape"])
-    step = min(TOGETHER, rows_per_block(width))
+def _blocks(folder: _ImageFolder, read_pixels: "partial[Array]", width: int) -> Iterator[Block]:
+    step = min(MAX_BLOCK_IMAGES, rows_per_block(width))
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(found.files), step):
-            rows = list(pool.map(pixels, found.files[start : start + step]))
-            labels = None if found.labels is None else np.array(found.labels[start : start + step])
+        for start in range(0, len(folder.files), step):
+            rows = list(pool.map(read_pixels, folder.files[start : start + step]))
+            labels = None if folder.labels is None else np.array(folder.labels[start : start + step])
             yield np.stack(rows).reshape(len(rows), -1), labels
 
 
 def _rescaled(blocks: Iterator[Block], black: float, white: float) -> Iterator[Block]:
+    """Yield the blocks with values from `black` to `white` instead of 0 to 255."""
     for values, labels in blocks:
         yield black + values.astype(np.float64) / 255.0 * (white - black), labels

@@ -1,12 +1,12 @@
-"""Parquet files, read slice by slice."""
+"""Read Parquet files slice by slice."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training.data.readers.columns import choose_columns, raw_table
-from training.data.readers.source import RawTable, ReadOptions
+from training.data.readers.columns import build_raw_table, choose_columns
+from training.data.readers.raw_table import RawTable, ReadOptions
 from training.data.row_store import rows_per_block
 from training.errors import DataError
 
@@ -14,32 +14,37 @@ if TYPE_CHECKING:
     import polars as pl
 
 
-def read_parquet(path: Path, request: ReadOptions) -> RawTable:
-    """The columns of a Parquet file. Raises DataError."""
+def read_parquet(path: Path, options: ReadOptions) -> RawTable:
+    """Return the columns of a Parquet file.
+
+    Raises:
+        DataError: the file is damaged, or its columns are not as the options require.
+    """
     import polars as pl
 
-    with _intact(path):
+    with _damage_as_data_error(path):
         scan = pl.scan_parquet(path, glob=False)
         header = scan.collect_schema().names()
         rows = int(scan.select(pl.len()).collect().item())
-    columns = choose_columns(header, path, request, typed=True)
+    columns = choose_columns(header, path, options, typed=True)
     wanted = scan.select(pl.nth([column.index for column in columns]))
-    return raw_table(_slices(wanted, rows, rows_per_block(len(columns)), path), columns, request, path, rows)
+    frames = _slices(wanted, rows, rows_per_block(len(columns)), path)
+    return build_raw_table(frames, columns, options, path, rows)
 
 
 @contextmanager
-def _intact(path: Path) -> Iterator[None]:
+def _damage_as_data_error(path: Path) -> Iterator[None]:
     import polars as pl
 
     try:
         yield
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
-        raise DataError(f"{path} is damaged or no Parquet file: write it again") from error
+        raise DataError(f"{path} is damaged or not a Parquet file: write it again") from error
 
 
 def _slices(scan: "pl.LazyFrame", rows: int, step: int, path: Path) -> Iterator["pl.DataFrame"]:
-    """Only the pages of a slice are decoded, so a slice costs its own size even where a row group is the whole file."""
+    """Yield the rows in slices. polars decodes the pages of a slice only, even if the file is one row group."""
     for start in range(0, rows, step):
-        with _intact(path):
+        with _damage_as_data_error(path):
             frame = scan.slice(start, step).collect()
         yield frame
