@@ -15,6 +15,16 @@ def require(condition: object, reason: str) -> None:
     pytest.skip(reason)
 
 
+SLOW_FIXTURES = {"artifacts", "browser", "demonstration"}  # train models or start a browser
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that need a slow fixture, directly or through another fixture."""
+    for item in items:
+        if isinstance(item, pytest.Function) and SLOW_FIXTURES & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def demonstration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return an artifact folder with the models that `elbo demo` trains on the digits."""

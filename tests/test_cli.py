@@ -21,6 +21,8 @@ from tests.data import ROOT
 from training.config import DEMONSTRATION, KINDS, TrainConfig
 from training.data.table import split_rows
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("cpu", "memory", "disk", "network", "errors")
 
 

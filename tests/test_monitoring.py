@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import yaml
 from prometheus_client.core import Metric
 
@@ -25,6 +26,8 @@ from service.shared_memory import SharedCounters
 from tests.conftest import require
 from tests.data import ROOT
 from tests.waiting import wait_until
+
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 DEPLOY = ROOT / "deploy"
 DASHBOARD = json.loads((DEPLOY / "grafana" / "dashboards" / "elbo.json").read_text())

@@ -1,5 +1,6 @@
 """The files a contributor meets first: interpreter search, workflow, templates, hooks, wheel."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -84,12 +85,15 @@ def test_the_workflow_runs_the_ci_script_on_every_supported_python() -> None:
 def test_every_pre_commit_hook_runs_a_locked_tool() -> None:
     repositories = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     assert [repository["repo"] for repository in repositories] == ["local"]
-    tools = [hook["entry"].split()[0] for hook in repositories[0]["hooks"]]
-    locked = (ROOT / "requirements" / "dev.lock").read_text()
-    for tool in tools:
-        folder, name = tool.rsplit("/", 1)
-        assert folder == ".venv/bin"
-        assert f"\n{name}==" in locked
+    python_lock = (ROOT / "requirements" / "dev.lock").read_text()
+    node_lock = json.loads((ROOT / "package-lock.json").read_text())["packages"]
+    for hook in repositories[0]["hooks"]:
+        folder, tool = hook["entry"].split()[0].rsplit("/", 1)
+        if folder == "node_modules/.bin":
+            assert any(tool in package.get("bin", {}) for package in node_lock.values())
+        else:
+            assert folder == ".venv/bin"
+            assert f"\n{tool}==" in python_lock
 
 
 def test_the_wheel_holds_every_package_with_its_types_and_nothing_else(tmp_path: Path) -> None:

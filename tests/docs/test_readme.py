@@ -5,10 +5,14 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from models.manifest import names
 from tests.conftest import require
 from tests.data import ROOT
 from tests.docs.snippets import BLOCK, run_page, serving
+
+pytestmark = pytest.mark.slow
 
 README = ROOT / "README.md"
 MOST_WORDS = 500  # outside of code blocks

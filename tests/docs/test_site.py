@@ -13,6 +13,8 @@ from playwright.sync_api import Browser, Route, expect
 from tests.data import ROOT
 from tests.service.explorer.browser import TIMEOUT, chromium
 
+pytestmark = pytest.mark.slow
+
 LOADING = {"src", "srcset", "data", "poster", "manifest"}  # attributes that make a browser load something
 EXTERNAL = re.compile(r"(?:https?:)?//\w", re.IGNORECASE)
 STYLE_LOADS = re.compile(r"(?:url\(\s*[\"']?|@import\s+[\"'])((?:https?:)?//[^\"')\s]+)", re.IGNORECASE)

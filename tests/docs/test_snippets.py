@@ -9,6 +9,8 @@ from tests.conftest import require
 from tests.data import ROOT
 from tests.docs.snippets import Servers, run_page
 
+pytestmark = pytest.mark.slow
+
 DOCS = ROOT / "docs"
 FIRST_TUTORIAL = DOCS / "tutorials" / "serve-and-sample.md"
 PAGES = sorted({*(DOCS / "tutorials").glob("*.md"), *(DOCS / "how-to").glob("*.md")} - {FIRST_TUTORIAL})

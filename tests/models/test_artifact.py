@@ -29,6 +29,8 @@ from models.pipeline import Pipeline
 from models.scaling import ImputingScaling
 from tests.models.builders import CORES, batch, manifest, pipeline
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = (*CORES, "pca-imputing")
 GAPS = ((0, 1), (2, 0), (2, 4))

@@ -29,6 +29,8 @@ from service.inference.registry import ModelRegistry
 from service.settings import Settings
 from tests.service.batching import BareModel, Batches, random_rows, reconstruction, running_batcher
 
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
+
 
 def reconstruction_with_small_memory(
     error: type[RuntimeError], message: str, max_rows: int

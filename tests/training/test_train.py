@@ -19,6 +19,8 @@ from training.data.row_store import RowStore
 from training.data.table import Table, read_table, split_rows
 from training.train import train
 
+pytestmark = pytest.mark.slow
+
 FRESH_ROWS = 2_000
 
 

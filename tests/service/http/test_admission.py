@@ -27,6 +27,8 @@ from tests.service.gate import Gate
 from tests.service.process import ServerProcess, server_starter
 from tests.service.serving import BODY, REQUEST, ROWS, serving, until
 
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
+
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Response = tuple[int, dict[str, str], bytes]  # status, headers, body
 

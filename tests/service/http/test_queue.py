@@ -13,6 +13,8 @@ from service.settings import Settings
 from tests.service.gate import Gate
 from tests.service.serving import BODY, REQUEST, ROWS, serving, until
 
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
+
 
 def test_request_of_a_disconnected_client_is_dropped_from_the_queue_before_it_runs(artifacts: Path) -> None:
     async def scenario() -> None:

@@ -21,6 +21,8 @@ from tests.service.running import running
 from tests.service.scrape import scrape
 from tests.waiting import wait_until
 
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
+
 RESOLVE_SECONDS = 60.0
 A: Labels = ("m", "1", "a")
 B: Labels = ("m", "1", "")

@@ -21,6 +21,8 @@ from tests.service.process import ServerProcess, background_threads, server_star
 from tests.service.raw_http import read_response, request_head
 from tests.waiting import wait_until
 
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
+
 ROW = [0.5] * 64
 
 

@@ -18,6 +18,8 @@ from tests.data import ROOT, values
 from training.data.row_store import FileArray, RowStore, RowWriter
 from training.data.table import MAX_HELD_OUT_ROWS, DataError, read_table, split_rows
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 1000  # bytes; all tables here are larger
 RANDOM = np.random.RandomState(0)
 

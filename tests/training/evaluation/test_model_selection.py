@@ -14,6 +14,8 @@ from training.data.table import Table, read_table
 from training.evaluation.model_selection import significant_wins, swap_values
 from training.train import train
 
+pytestmark = pytest.mark.slow
+
 
 def test_significant_wins_contain_only_differences_beyond_two_standard_errors() -> None:
     noise = torch.randn(400, generator=torch.Generator().manual_seed(0))

@@ -27,6 +27,8 @@ from training.fitting.losses import (
 )
 from training.fitting.pca import fit_pca
 
+pytestmark = pytest.mark.slow
+
 DIGITS = torch.from_numpy(load_digits().data / 16.0)  # [1797, 64]
 VALUES, VECTORS = torch.linalg.eigh(DIGITS.T.cov(correction=0))
 EIGENVALUES, TOP = VALUES.flip(0).clamp(min=0.0), VECTORS.flip(1).T  # largest first; TOP in rows

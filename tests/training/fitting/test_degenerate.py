@@ -14,6 +14,8 @@ from training.fitting.pipeline import fit_pipeline
 from training.fitting.prepared_data import prepare_data
 from training.progress import SilentReporter
 
+pytestmark = pytest.mark.slow
+
 ALPHA = 0.05
 RESTING = {4: 0.0, 5: 100.0, 6: -1e-4}  # value by column
 

@@ -16,6 +16,8 @@ from models.manifest import resolve, versions
 from tests.data import ROOT
 from training.fitting.distributed import ProcessGroup
 
+pytestmark = pytest.mark.slow
+
 
 def launched(processes: int, folder: Path, *options: str) -> "subprocess.Popen[str]":
     """`elbo train digits` in `processes` processes, publishing in `folder`."""

@@ -21,6 +21,8 @@ from training.data.table import Table, read_table
 from training.fitting.checkpoint import FILE_NAME
 from training.train import train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def digits_file(tmp_path_factory: pytest.TempPathFactory) -> Path:

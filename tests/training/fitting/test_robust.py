@@ -16,6 +16,8 @@ from training.fitting.prepared_data import prepare_data
 from training.fitting.whitening import KEPT_PERCENT, most_concentrated_rows
 from training.progress import SilentReporter
 
+pytestmark = pytest.mark.slow
+
 D, NORMAL, ANOMALIES = 6, 900, 100
 MIXING = np.eye(D) + 0.5 * np.triu(np.ones((D, D)))
 

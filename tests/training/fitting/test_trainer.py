@@ -28,6 +28,8 @@ from training.fitting.trainer import Trainer
 from training.random_streams import NOISE, ORDER, epoch_order, random_stream
 from training.train import train
 
+pytestmark = pytest.mark.slow
+
 ROWS, STEPS_PER_EPOCH = 100, 7  # with batches of 16 rows
 
 

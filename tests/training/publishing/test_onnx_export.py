@@ -23,6 +23,8 @@ from tests.models.builders import CORES, batch, pipeline
 from tests.models.publishing import publish_twin
 from training.publishing.onnx_export import export
 
+pytestmark = pytest.mark.slow
+
 GAPS = ((0, 1), (0, 3))
 SHAPE = (7, 6, 3)  # odd height, even width, RGB
 WIDTH = 7 * 6 * 3

@@ -19,6 +19,8 @@ from training.data.table import MAX_HELD_OUT_ROWS, DataError, read_for_model
 from training.errors import FitError
 from training.publishing.recalibrate import recalibrate
 
+pytestmark = pytest.mark.slow
+
 KINDS = (*COMPARED, "ensemble")
 DRIFT = 1.5  # factor by which every metric has grown since training
 

@@ -24,6 +24,8 @@ from training.data.table import read_table
 from training.reports.model_card import MEASURES, card, command_of
 from training.train import train
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"hidden": (16,), "epochs": 6, "latents": 4}
 PLOTS = {
     "pca": {"reconstructions", "samples", "latents", "map", "scree"},
