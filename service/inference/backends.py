@@ -1,4 +1,4 @@
-"""Backends: what runs a model's operations.
+"""Backends, which run the operations of a model.
 
 `TorchScriptBackend` runs the artifact's module on a CPU or a GPU. `OnnxBackend` runs the artifact's ONNX twin with ONNX
 Runtime on a CPU. `service.inference.backend_selection` chooses between them.

@@ -70,11 +70,11 @@ def test_score_is_the_mahalanobis_distance_of_code_and_residual() -> None:
 def test_few_rows_with_huge_residuals_do_not_change_the_scores_of_normal_rows() -> None:
     model, x = autoencoder(), torch.randn(100, D)
     fit_score_statistics(model, x, x)
-    alone = model.score(x)[0]
+    before = model.score(x)[0]
     wild = 1e6 * torch.randn(100 * (100 - ORDINARY_PERCENT) // ORDINARY_PERCENT, D)
     fit_score_statistics(model, torch.cat((wild, x)), x)
-    assert torch.allclose(model.score(x)[0], alone)
-    assert bool((model.score(wild)[0] > 1e6 * alone.max()).all())
+    assert torch.allclose(model.score(x)[0], before)
+    assert bool((model.score(wild)[0] > 1e6 * before.max()).all())
 
 
 def test_a_cluster_of_many_distant_rows_counts_as_normal() -> None:

@@ -65,8 +65,8 @@ def test_score_is_the_sum_of_both_distances_in_units_of_their_means() -> None:
     model, fitted, x = ensemble(), torch.randn(300, D), torch.randn(400, D)
     fit_score_statistics(model, x, fitted)
     score, parts, x_hat = model.score(x)
-    alone = [model.network.score(x)[0].double(), model.neighbours(x).double()]
-    exact = torch.stack([(1.0 + values / values.mean()).sqrt() for values in alone], dim=1)
+    distances = [model.network.score(x)[0].double(), model.neighbours(x).double()]
+    exact = torch.stack([(1.0 + values / values.mean()).sqrt() for values in distances], dim=1)
     assert torch.allclose(parts.double(), exact, rtol=1e-4)
     assert torch.allclose(parts.sum(dim=1), score)
     assert torch.equal(x_hat, model.network.decode(model.network.encode(x)[0]))
@@ -75,9 +75,9 @@ def test_score_is_the_sum_of_both_distances_in_units_of_their_means() -> None:
 def test_few_rows_with_huge_distances_do_not_change_the_weights() -> None:
     model, fitted, x = ensemble(), torch.randn(300, D), torch.randn(400, D)
     fit_score_statistics(model, x, fitted)
-    alone = model.score(x)[0]
+    before = model.score(x)[0]
     fit_score_statistics(model, torch.cat((x, 1e6 * torch.randn(5, D))), fitted)
-    assert torch.allclose(model.score(x)[0], alone)
+    assert torch.allclose(model.score(x)[0], before)
 
 
 def test_score_of_a_reference_row_is_exact_up_to_rounding() -> None:

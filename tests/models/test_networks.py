@@ -27,10 +27,10 @@ def filters(layer: nn.Module) -> tuple[np.ndarray, np.ndarray]:
     return layer.weight.detach().numpy(), layer.bias.detach().numpy()
 
 
-def convolved(picture: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """Convolve picture [H, W, C] with filters [F, C, 3, 3], stride 2 and zero padding, to [h, w, F]."""
-    height, width, _ = picture.shape
-    padded = np.pad(picture, ((1, 1), (1, 1), (0, 0)))
+def convolved(image: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """Convolve image [H, W, C] with filters [F, C, 3, 3], stride 2 and zero padding, to [h, w, F]."""
+    height, width, _ = image.shape
+    padded = np.pad(image, ((1, 1), (1, 1), (0, 0)))
     out = np.empty(((height + 1) // 2, (width + 1) // 2, len(weight)))
     for i, j, f in np.ndindex(*out.shape):
         patch = padded[2 * i : 2 * i + 3, 2 * j : 2 * j + 3]  # [3, 3, C]
@@ -39,12 +39,12 @@ def convolved(picture: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.n
 
 
 def transposed_convolved(
-    picture: np.ndarray, weight: np.ndarray, bias: np.ndarray, height: int, width: int
+    image: np.ndarray, weight: np.ndarray, bias: np.ndarray, height: int, width: int
 ) -> np.ndarray:
     """Apply the transpose of `convolved`: add the filter of each pixel of [h, w, F] to an image [height, width, C]."""
     out = np.zeros((height + 2, width + 2, weight.shape[1]))
-    for i, j, f in np.ndindex(*picture.shape):
-        out[2 * i : 2 * i + 3, 2 * j : 2 * j + 3] += picture[i, j, f] * weight[f].transpose(1, 2, 0)
+    for i, j, f in np.ndindex(*image.shape):
+        out[2 * i : 2 * i + 3, 2 * j : 2 * j + 3] += image[i, j, f] * weight[f].transpose(1, 2, 0)
     return np.asarray(out[1:-1, 1:-1] + bias)
 
 
@@ -81,12 +81,12 @@ def test_encoder_halves_the_image_rounding_up_and_the_decoder_reverses_it(shape:
 @pytest.mark.parametrize("shape", [(5, 4), (6, 7, 3)])
 def test_encoder_equals_the_numpy_convolution(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    network, picture = conv_encoder(shape, (4,), K, "relu"), np.random.default_rng(0).normal(size=shape)
+    network, image = conv_encoder(shape, (4,), K, "relu"), np.random.default_rng(0).normal(size=shape)
     last = network[-1]
     assert isinstance(last, nn.Linear)
-    hidden = np.maximum(convolved(picture.reshape(*shape[:2], -1), *filters(network[1])), 0).transpose(2, 0, 1)
+    hidden = np.maximum(convolved(image.reshape(*shape[:2], -1), *filters(network[1])), 0).transpose(2, 0, 1)
     expected = last.weight.detach().numpy() @ hidden.ravel() + last.bias.detach().numpy()
-    code = network(torch.from_numpy(picture.astype(np.float32).reshape(1, -1)))
+    code = network(torch.from_numpy(image.astype(np.float32).reshape(1, -1)))
     np.testing.assert_allclose(code[0].detach(), expected, atol=1e-5)
 
 
@@ -104,12 +104,12 @@ def test_decoder_equals_the_numpy_transposed_convolution(shape: tuple[int, ...])
 def test_shifting_the_image_by_the_stride_shifts_its_features_by_one() -> None:
     torch.manual_seed(0)
     features = conv_encoder((16, 16, 2), (4,), K)[:3]
-    picture = torch.zeros(16, 16, 2)
-    picture[4:8, 4:8] = torch.randn(4, 4, 2)
-    original = features(picture.reshape(1, -1))
-    moved = features(picture.roll((2, 4), (0, 1)).reshape(1, -1))
+    image = torch.zeros(16, 16, 2)
+    image[4:8, 4:8] = torch.randn(4, 4, 2)
+    original = features(image.reshape(1, -1))
+    moved = features(image.roll((2, 4), (0, 1)).reshape(1, -1))
     assert torch.allclose(original.roll((1, 2), (2, 3)), moved, atol=1e-6)
-    shuffled = features(picture.reshape(1, -1)[:, torch.randperm(512)])
+    shuffled = features(image.reshape(1, -1)[:, torch.randperm(512)])
     assert not torch.allclose(original.sort().values, shuffled.sort().values, atol=1e-3)
 
 

@@ -30,11 +30,11 @@ def fitted(x: Array, latents: int) -> PCA:
 @pytest.mark.parametrize("latents", [1, 2, 16, 40, 60])
 def test_components_and_eigenvalues_agree_with_scikit_learn(latents: int) -> None:
     x = digits()
-    ours, reference = fitted(x, latents), Reference(latents, svd_solver="full").fit(x)
-    angles = subspace_angles(ours.components.numpy().T, reference.components_.T)
+    pca, reference = fitted(x, latents), Reference(latents, svd_solver="full").fit(x)
+    angles = subspace_angles(pca.components.numpy().T, reference.components_.T)
     assert angles.max() < 1e-6
-    assert ours.eigenvalues.numpy() == pytest.approx(reference.explained_variance_, rel=1e-9)
-    assert float(ours.noise_variance) == pytest.approx(reference.noise_variance_, rel=1e-9)
+    assert pca.eigenvalues.numpy() == pytest.approx(reference.explained_variance_, rel=1e-9)
+    assert float(pca.noise_variance) == pytest.approx(reference.noise_variance_, rel=1e-9)
 
 
 @pytest.mark.parametrize("latents", [1, 16, 40])
@@ -44,9 +44,9 @@ def test_log_likelihood_equals_the_gaussian_density(latents: int) -> None:
     weights = pca.components.T * (pca.eigenvalues - pca.noise_variance).sqrt()  # [D, K]
     covariance = weights @ weights.T + pca.noise_variance * torch.eye(64, dtype=torch.float64)
     closed_form = multivariate_normal(pca.mean.numpy(), covariance.numpy()).logpdf(x[:200])
-    ours = pca.log_likelihood(torch.from_numpy(x[:200])).numpy()
-    assert np.abs(ours - closed_form).max() < 1e-6
-    assert np.abs(ours - Reference(latents, svd_solver="full").fit(x).score_samples(x[:200])).max() < 1e-6
+    log_likelihood = pca.log_likelihood(torch.from_numpy(x[:200])).numpy()
+    assert np.abs(log_likelihood - closed_form).max() < 1e-6
+    assert np.abs(log_likelihood - Reference(latents, svd_solver="full").fit(x).score_samples(x[:200])).max() < 1e-6
 
 
 def test_score_is_the_mahalanobis_distance_and_equals_the_sum_of_its_parts() -> None:
@@ -104,9 +104,9 @@ def test_pca_of_the_worked_example_gives_its_eigenvalues_and_scores() -> None:
 
 def test_pca_with_more_features_than_rows_agrees_with_scikit_learn() -> None:
     x = np.random.RandomState(0).standard_normal((20, 50))
-    ours, reference = fitted(x, 5), Reference(5, svd_solver="full").fit(x)
-    assert subspace_angles(ours.components.numpy().T, reference.components_.T).max() < 1e-6
-    assert ours.eigenvalues.numpy() == pytest.approx(reference.explained_variance_)
+    pca, reference = fitted(x, 5), Reference(5, svd_solver="full").fit(x)
+    assert subspace_angles(pca.components.numpy().T, reference.components_.T).max() < 1e-6
+    assert pca.eigenvalues.numpy() == pytest.approx(reference.explained_variance_)
 
 
 def test_mnist_reconstruction_error_with_32_components_is_the_documented_one() -> None:

@@ -123,8 +123,8 @@ def test_onnx_result_of_a_row_does_not_depend_on_its_batch(kind: str, tmp_path: 
     x = batch(33)[0].numpy()
     (together, _) = backend.run(operations.reconstruct(False), (x,))
     for row in range(33):
-        (alone, _) = backend.run(operations.reconstruct(False), (x[row : row + 1],))
-        np.testing.assert_allclose(alone[0], together[row], rtol=1e-6, atol=1e-6)
+        (single, _) = backend.run(operations.reconstruct(False), (x[row : row + 1],))
+        np.testing.assert_allclose(single[0], together[row], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("speedup", "name"), [(0.9, "torchscript"), (1.05, "torchscript"), (1.2, "onnx")])
@@ -169,8 +169,8 @@ def test_twin_without_a_reconstruct_graph_reconstructs_with_encode_and_decode(tm
     for name, twin in (("current", None), ("earlier", earlier)):
         backend = select_backend(artifact.load(publish_twin(tmp_path / name, "ae", twin)), requested="onnx").backend
         results.append(backend.run(operations.reconstruct(False), (x,)))
-    for found, expected in zip(*results, strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    for result, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_auto_with_a_twin_that_returns_wrong_reconstruction_errors_selects_torchscript(tmp_path: Path) -> None:
@@ -190,8 +190,8 @@ def test_reconstruction_of_rows_with_gaps_gives_equal_results_on_both_backends(k
     x = batch(7, gaps=GAPS)[0].numpy()
     plain, twin = (select_backend(loaded, requested=name).backend for name in ("torchscript", "onnx"))
     operation = operations.reconstruct(True)
-    for found, expected in zip(twin.run(operation, (x,)), plain.run(operation, (x,)), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    for result, expected in zip(twin.run(operation, (x,)), plain.run(operation, (x,)), strict=True):
+        np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_models_endpoint_reports_the_backend_and_the_twin_answers_requests(tmp_path: Path) -> None:

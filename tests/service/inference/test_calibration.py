@@ -50,20 +50,21 @@ def probes(scores: Scores) -> Scores:
         )
 
 
-def assert_agree(found: calibration.Calibration, module: torch.jit.ScriptModule, score: Scores, alpha: float) -> None:
+def assert_agree(tested: calibration.Calibration, module: torch.jit.ScriptModule, score: Scores, alpha: float) -> None:
     """Assert equal p-values, thresholds and verdicts, and severities within 1e-6, in a batch and for single scores."""
     with torch.inference_mode():
-        p_value, severity = module.p_value(torch.from_numpy(score)).numpy(), found.severity(score, alpha)
-        expected = module.severity(torch.from_numpy(score), alpha).numpy()
+        expected_p_value = module.p_value(torch.from_numpy(score)).numpy()
+        expected_severity = module.severity(torch.from_numpy(score), alpha).numpy()
         threshold = module.threshold(alpha).numpy()
-        alone = [found.severity(score[i : i + 1], alpha)[0] for i in range(0, len(score), 7)]
-    np.testing.assert_array_equal(found.p_value(score), p_value)
-    assert found.threshold(alpha) == threshold
-    np.testing.assert_array_equal(severity > 1, expected > 1)
+        severity = tested.severity(score, alpha)
+        single = [tested.severity(score[i : i + 1], alpha)[0] for i in range(0, len(score), 7)]
+    np.testing.assert_array_equal(tested.p_value(score), expected_p_value)
+    assert tested.threshold(alpha) == threshold
+    np.testing.assert_array_equal(severity > 1, expected_severity > 1)
     np.testing.assert_array_equal(severity > 1, score > threshold)
-    np.testing.assert_allclose(severity, expected, rtol=1e-6, atol=1e-37)
-    np.testing.assert_array_equal(alone, severity[::7])
-    assert severity.dtype == found.p_value(score).dtype == np.float32
+    np.testing.assert_allclose(severity, expected_severity, rtol=1e-6, atol=1e-37)
+    np.testing.assert_array_equal(single, severity[::7])
+    assert severity.dtype == tested.p_value(score).dtype == np.float32
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
@@ -73,21 +74,21 @@ def test_numpy_calibration_agrees_with_torchscript(case: str, alpha: float) -> N
     model.calibration = Reference(torch.from_numpy(SCORES[case]))
     module = artifact.freeze(artifact.script(model))
     buffers = {name: buffer.numpy() for name, buffer in model.calibration.named_buffers()}
-    found = calibration.NumpyCalibration(buffers, module.threshold)
-    assert_agree(found, module, probes(buffers["scores"]), alpha)
-    assert calibration.agrees_with_module(found, module, buffers["scores"])
+    numpy_calibration = calibration.NumpyCalibration(buffers, module.threshold)
+    assert_agree(numpy_calibration, module, probes(buffers["scores"]), alpha)
+    assert calibration.agrees_with_module(numpy_calibration, module, buffers["scores"])
 
 
 @pytest.mark.parametrize("kind", CORES)
 def test_numpy_calibration_agrees_with_the_artifact_for_every_model_kind(kind: str, tmp_path: Path) -> None:
     loaded = artifact.load(publish_twin(tmp_path, kind))
-    found = calibration.load_calibration(loaded)
-    assert isinstance(found, calibration.NumpyCalibration)
+    numpy_calibration = calibration.load_calibration(loaded)
+    assert isinstance(numpy_calibration, calibration.NumpyCalibration)
     x = torch.cat([size * batch(200)[0] for size in (0.1, 1.0, 10.0, 1e6)])
     with torch.inference_mode():
         score = loaded.module.score(x)[0].numpy()
     for alpha in ALPHAS:
-        assert_agree(found, loaded.module, score, alpha)
+        assert_agree(numpy_calibration, loaded.module, score, alpha)
 
 
 @pytest.mark.parametrize("backend", ["torchscript", "onnx"])
@@ -145,8 +146,8 @@ def test_torchscript_calibration_is_used_if_the_buffers_disagree_with_the_module
 
 
 def test_cache_of_thresholds_is_bounded(tmp_path: Path) -> None:
-    found = calibration.load_calibration(artifact.load(publish_twin(tmp_path, "pca")))
-    assert isinstance(found, calibration.NumpyCalibration)
+    numpy_calibration = calibration.load_calibration(artifact.load(publish_twin(tmp_path, "pca")))
+    assert isinstance(numpy_calibration, calibration.NumpyCalibration)
     for alpha in np.random.RandomState(0).uniform(0.01, 0.99, 1000).tolist():
-        found.threshold(alpha)
-    assert len(found._thresholds) <= calibration.MAX_CACHED_ALPHAS
+        numpy_calibration.threshold(alpha)
+    assert len(numpy_calibration._thresholds) <= calibration.MAX_CACHED_ALPHAS

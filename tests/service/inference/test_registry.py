@@ -45,7 +45,7 @@ def test_find_returns_the_newest_version_or_the_requested_one(artifacts: Path, t
     assert registry.catalogue.find(None).version == 10
 
 
-@pytest.mark.parametrize("reference", ["vae@1", "vae@3", "vae@02", "vae@", "nobody", "", "@2", "vae@2@2", "../vae"])
+@pytest.mark.parametrize("reference", ["vae@1", "vae@3", "vae@02", "vae@", "unknown", "", "@2", "vae@2@2", "../vae"])
 def test_find_with_an_unknown_reference_raises_and_lists_the_served_models(
     artifacts: Path, tmp_path: Path, reference: str
 ) -> None:
