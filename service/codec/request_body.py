@@ -13,6 +13,7 @@ from service.codec.row_errors import describe_value
 from service.errors import InvalidJson, UnsupportedMediaType
 
 JSON = "application/json"
+ARRAY_MEDIA_TYPES = (npy.MEDIA_TYPE, safetensors.MEDIA_TYPE)  # bodies that hold arrays in binary form
 
 
 class RequestFields(NamedTuple):
@@ -38,7 +39,7 @@ def media_type_of(content_type: str) -> str:
 @lru_cache(maxsize=256)
 def is_array(content_type: str) -> bool:
     """Return whether a body of this type holds arrays in binary form."""
-    return media_type_of(content_type) in (npy.MEDIA_TYPE, safetensors.MEDIA_TYPE)
+    return media_type_of(content_type) in ARRAY_MEDIA_TYPES
 
 
 def read_fields(
@@ -73,7 +74,7 @@ def read_fields(
         return RequestFields({main: safetensors.loads(body, main)})
     if media_type in extra_readers:
         return extra_readers[media_type](body)
-    accepted = " or ".join([JSON, *([npy.MEDIA_TYPE, safetensors.MEDIA_TYPE] if main else []), *extra_readers])
+    accepted = " or ".join([JSON, *(ARRAY_MEDIA_TYPES if main else ()), *extra_readers])
     raise UnsupportedMediaType(
         f"expected a body of type {accepted}, got {media_type}",
         expected=accepted,

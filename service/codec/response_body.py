@@ -7,14 +7,14 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from service.codec import npy, png, safetensors
+from service.codec import png
 from service.codec.float32 import is_finite
-from service.codec.request_body import JSON
+from service.codec.request_body import ARRAY_MEDIA_TYPES, JSON
 from service.errors import NotAcceptable, OverflowInModel
 
 # The formats that an endpoint offers, the default first.
 JSON_ONLY = (JSON,)
-ARRAY_FORMATS = (JSON, npy.MEDIA_TYPE, safetensors.MEDIA_TYPE)
+ARRAY_FORMATS = (JSON, *ARRAY_MEDIA_TYPES)
 PICTURE_FORMATS = (*ARRAY_FORMATS, png.MEDIA_TYPE)
 
 

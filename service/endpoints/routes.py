@@ -10,8 +10,9 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.codec import npy, png, remote_write, safetensors
-from service.codec.request_body import JSON
+from service.codec import remote_write
+from service.codec.request_body import ARRAY_MEDIA_TYPES, JSON
+from service.codec.response_body import ARRAY_FORMATS, PICTURE_FORMATS
 from service.endpoints.context import ServiceContext
 from service.endpoints.examples import EXAMPLES, TEXTS
 from service.endpoints.inference import (
@@ -159,12 +160,11 @@ def _responses(endpoint: Endpoint) -> dict[int | str, dict[str, Any]]:
     else:
         answer["content"][endpoint.media_type] = {"schema": {"type": "string"}}
     if endpoint.spec:
-        answer["content"][npy.MEDIA_TYPE] = answer["content"][safetensors.MEDIA_TYPE] = BINARY
+        binary_formats = (PICTURE_FORMATS if endpoint.spec.pictures else ARRAY_FORMATS)[1:]  # without JSON
+        answer["content"] |= dict.fromkeys(binary_formats, BINARY)
         answer["headers"] = {
             "Elbo-Model": {"schema": {"type": "string"}, "description": "name@version of the model that answered"}
         }
-        if endpoint.spec.pictures:
-            answer["content"][png.MEDIA_TYPE] = BINARY
     return {200: answer, **errors}
 
 
@@ -179,7 +179,7 @@ def _request(endpoint: Endpoint) -> dict[str, Any] | None:
     content: dict[str, Any] = {JSON: {"schema": schema, "examples": EXAMPLES[spec.schema]}}
     content |= {media_type: TEXTS[media_type] for media_type in spec.readers}
     if spec.array_field:
-        content[npy.MEDIA_TYPE] = content[safetensors.MEDIA_TYPE] = BINARY
+        content |= dict.fromkeys(ARRAY_MEDIA_TYPES, BINARY)
     model = {
         "name": "model",
         "in": "query",
