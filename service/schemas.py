@@ -304,7 +304,7 @@ class ModelSummary(BaseModel):
 
     name: str
     version: int
-    kind: str = Field(description="pca, ae or vae")
+    kind: str = Field(description="pca, ae, vae or ensemble")
     created: str = Field(description="ISO 8601, UTC")
     shape: list[int] = Field(description="shape of one row")
     width: int = Field(description="D: numbers per row")

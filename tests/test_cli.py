@@ -18,7 +18,7 @@ from models.artifact import load
 from models.manifest import read_manifest
 from tests.commands import HEADER, Rows, command, in_process, two_factor_rows, write
 from tests.data import ROOT
-from training.config import DEMONSTRATION, KINDS, TrainConfig
+from training.config import AUTO_KINDS, DEMONSTRATION, TrainConfig
 from training.data.table import split_rows
 
 pytestmark = pytest.mark.slow
@@ -326,9 +326,9 @@ def test_demo_trains_only_missing_models(tmp_path: Path, capsys: pytest.CaptureF
         (tmp_path / config.name / "1" / "model.pt").touch()
     first = command("demo", environment={"ELBO_ARTIFACTS": str(tmp_path)})
     assert first.returncode == 0, first.stderr
-    assert first.stdout == f"published {KINDS[0]}@1: {tmp_path}/{KINDS[0]}/1/model.pt\n"
-    manifest = load(tmp_path / KINDS[0] / "1" / "model.pt").manifest
-    assert manifest.training == TrainConfig(model=KINDS[0], name=KINDS[0]).model_dump(mode="json")
+    assert first.stdout == f"published {AUTO_KINDS[0]}@1: {tmp_path}/{AUTO_KINDS[0]}/1/model.pt\n"
+    manifest = load(tmp_path / AUTO_KINDS[0] / "1" / "model.pt").manifest
+    assert manifest.training == TrainConfig(model=AUTO_KINDS[0], name=AUTO_KINDS[0]).model_dump(mode="json")
     assert manifest.data.source == "digits"
     again = in_process(capsys, "demo", "--artifacts", str(tmp_path))
     assert again == (0, f"nothing to do: {tmp_path} has pca, ae, vae, linear\n", "")

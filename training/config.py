@@ -1,14 +1,14 @@
 """Options of a training run, with their defaults. Imports no torch, so that `elbo train --help` is fast."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.manifest import NAME
 
 Kind = Literal["pca", "ae", "vae", "ensemble"]
-KINDS: tuple[Kind, ...] = ("pca", "ae", "vae")  # compared by auto; trained by `elbo demo`
-EVERY_KIND: tuple[Kind, ...] = (*KINDS, "ensemble")
+EVERY_KIND: tuple[Kind, ...] = get_args(Kind)
+AUTO_KINDS: tuple[Kind, ...] = ("pca", "ae", "vae")  # compared by auto; trained by `elbo demo`
 WIDTHS = {"mlp": (256, 128), "conv": (32, 64)}  # when --hidden is not given
 
 
@@ -17,7 +17,7 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: Literal["pca", "ae", "vae", "ensemble", "auto"] = Field(
+    model: Literal[Kind, "auto"] = Field(
         description="pca (exact, closed form), ae (autoencoder), vae (variational autoencoder), ensemble (an ae "
         "plus nearest neighbours: the best anomaly scores), or auto: trains pca, ae and vae and "
         "publishes the one that does best on held-out rows"
@@ -137,6 +137,6 @@ class TrainConfig(BaseModel):
 # Models that `elbo demo` trains on the bundled digits. The linear autoencoder spans the same subspace as PCA;
 # the explorer compares the two.
 DEMONSTRATION: tuple[TrainConfig, ...] = (
-    *(TrainConfig(model=kind, name=kind) for kind in KINDS),
+    *(TrainConfig(model=kind, name=kind) for kind in AUTO_KINDS),
     TrainConfig(model="ae", name="linear", hidden=(), learning_rate=0.03),  # at 0.001 it has not converged
 )

@@ -10,7 +10,7 @@ import torch
 
 from models.manifest import Manifest
 from models.pipeline import Pipeline
-from training.config import KINDS, TrainConfig
+from training.config import AUTO_KINDS, TrainConfig
 from training.data.table import Table, split_rows
 from training.errors import FitError
 from training.evaluation.metrics import held_out_metrics, pca_metrics
@@ -59,7 +59,7 @@ def train(
     report = report if processes.is_first else SilentReporter()
     for note in table.notes:
         report.note(note)
-    kinds = KINDS if config.model == "auto" else (config.model,)
+    kinds = AUTO_KINDS if config.model == "auto" else (config.model,)
     configs = [config.model_copy(update={"model": kind}) for kind in kinds]
     stores = [_checkpoint_store(each, table, runs, len(kinds) > 1, checkpoint_seconds) for each in configs]
     if resume:

@@ -39,8 +39,10 @@ def core(kind: str) -> Core:
             return _vae(GaussianLikelihood(torch.tensor([0.3])))
         case "vae-per-feature":
             return _vae(GaussianLikelihood(torch.rand(D) + 0.1))
-        case _:
+        case "vae-bernoulli":
             return _vae(BernoulliLikelihood())
+        case _:
+            raise ValueError(f"expected one of {', '.join(CORES)}, got {kind}")
 
 
 def pipeline(kind: str, seed: int = 0) -> Pipeline:

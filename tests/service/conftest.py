@@ -16,7 +16,7 @@ from tests.data import values
 from tests.service.hosts import host_table
 from tests.service.running import running
 from tests.training.reporters import RecordingReporter
-from training.config import KINDS, TrainConfig
+from training.config import AUTO_KINDS, TrainConfig
 from training.data.table import read_table
 from training.train import train
 
@@ -26,7 +26,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return an artifact folder with pca, ae and vae, briefly trained on digits, and hosts, the PCA of a table."""
     root = tmp_path_factory.mktemp("artifacts")
     digits = read_table("digits")
-    for kind in KINDS:
+    for kind in AUTO_KINDS:
         train(TrainConfig(model=kind, name=kind, epochs=15, hidden=(48,)), digits, root, RecordingReporter())
     train(TrainConfig(model="pca", name="hosts", latents=2), host_table(), root, RecordingReporter())
     return root

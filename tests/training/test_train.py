@@ -14,7 +14,7 @@ from models.errors import ElboError
 from models.manifest import read_manifest
 from tests.data import values
 from tests.training.reporters import RecordingReporter
-from training.config import EVERY_KIND, KINDS, Kind, TrainConfig
+from training.config import AUTO_KINDS, EVERY_KIND, Kind, TrainConfig
 from training.data.row_store import RowStore
 from training.data.table import Table, read_table, split_rows
 from training.train import train
@@ -144,7 +144,7 @@ def test_samples_of_the_demonstration_models_are_near_real_digits_and_varied(dem
     random = np.random.RandomState(0)
     noise = torch.from_numpy(random.standard_normal((200, 16)).astype(np.float32))
     choice = torch.from_numpy(random.uniform(size=200).astype(np.float32))
-    for kind in KINDS:
+    for kind in AUTO_KINDS:
         module = artifact.load(demonstration / kind / "1" / "model.pt").module
         with torch.inference_mode():
             samples = module.decode(module.draw(noise, choice))

@@ -72,7 +72,13 @@ def fit_pipeline(
             checkpoints=checkpoints,
             processes=processes,
         )
-        core = fit_vae(task) if config.model == "vae" else fit_autoencoder(task)
+        match config.model:
+            case "vae":
+                core = fit_vae(task)
+            case "ae" | "ensemble":
+                core = fit_autoencoder(task)
+            case kind:
+                raise NotImplementedError(f"no fit is defined for the kind {kind!r}")
     core = core.cpu().float().eval()
     if config.model == "ensemble":
         assert isinstance(core, Autoencoder)

@@ -8,6 +8,7 @@ from models.core import Core
 from models.ensemble import Ensemble
 from models.pca import PCA
 from models.prior import Prior, gaussian_prior
+from models.vae import VAE
 
 MAX_COMPONENTS = 10
 ROWS_PER_COMPONENT = 50  # with fewer rows the mixture has fewer components
@@ -22,9 +23,11 @@ def fit_prior(core: Core, u: Tensor, latents: int, seed: int) -> Prior:
     """
     if isinstance(core, PCA):
         return gaussian_prior((core.eigenvalues - core.noise_variance).clamp(min=0.0).sqrt())
+    if isinstance(core, VAE):
+        return gaussian_prior(torch.ones(latents))
     if isinstance(core, Autoencoder | Ensemble):
         return _fit_mixture(core, u, seed)
-    return gaussian_prior(torch.ones(latents))
+    raise NotImplementedError(f"no prior is defined for {type(core).__name__}")
 
 
 def _fit_mixture(core: Core, u: Tensor, seed: int) -> Prior:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from models.manifest import Manifest
 
-KINDS = {
+KIND_NAMES = {
     "pca": "principal component analysis",
     "ae": "autoencoder",
     "vae": "variational autoencoder",
@@ -24,7 +24,7 @@ def describe(manifest: Manifest, path: Path) -> str:
 
 def _facts(manifest: Manifest, path: Path) -> Iterator[tuple[str, str]]:
     data, calibration = manifest.data, manifest.calibration
-    yield "model", f"{manifest.name}, {KINDS.get(manifest.kind, manifest.kind)}"
+    yield "model", f"{manifest.name}, {KIND_NAMES.get(manifest.kind, manifest.kind)}"
     yield "file", f"{path}, {path.stat().st_size / 1e6:.2f} MB, written {manifest.created}"
     yield "seal", "intact: the SHA-256 of the file is the one recorded at publication"
     yield "row", _row(manifest)

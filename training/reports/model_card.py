@@ -7,7 +7,7 @@ from models.errors import join_names
 from models.manifest import Manifest
 from training.config import TrainConfig
 from training.fitting.defaults import resolved_config
-from training.reports.describe import KINDS, against_pca, latents_phrase
+from training.reports.describe import KIND_NAMES, against_pca, latents_phrase
 
 FEATURES = 40  # features listed; the rest is counted
 FEW_CALIBRATION_ROWS = 100
@@ -60,7 +60,7 @@ def card(manifest: Manifest, version: int | None, notes: Sequence[str], plots: S
 
 
 def _summary(manifest: Manifest) -> Iterator[str]:
-    kind = KINDS.get(manifest.kind, manifest.kind)
+    kind = KIND_NAMES.get(manifest.kind, manifest.kind)
     article = "an" if kind[0] in "aeiou" else "a"
     kind = kind if manifest.kind == "pca" else f"{article} {kind}"
     origin = manifest.recalibration

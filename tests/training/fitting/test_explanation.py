@@ -6,7 +6,7 @@ import torch
 
 from models.explanation import Expectations
 from models.scaling import standardise
-from training.config import TrainConfig
+from training.config import EVERY_KIND, TrainConfig
 from training.data.moments import compute_moments
 from training.data.row_store import RowStore
 from training.data.table import Table, split_rows
@@ -59,7 +59,7 @@ def test_each_contribution_is_the_larger_of_two_that_are_one_in_the_mean() -> No
     torch.testing.assert_close(((u - expected) / about).square()[clear], contribution[clear], rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["pca", "ae", "vae", "ensemble"])
+@pytest.mark.parametrize("kind", EVERY_KIND)
 def test_the_feature_at_fault_is_named_and_no_innocent_one(kind: str) -> None:
     """With three latents for five features the reconstruction follows a fault; what is named must not."""
     x = correlated()

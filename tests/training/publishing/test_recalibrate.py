@@ -14,14 +14,13 @@ from models.errors import ArtifactCorrupt
 from service.inference.backend_selection import select_backend
 from tests.commands import in_process, two_factor_rows, write
 from tests.models.publishing import GAPS, publish_twin
-from training.config import KINDS as COMPARED
+from training.config import EVERY_KIND
 from training.data.table import MAX_HELD_OUT_ROWS, DataError, read_for_model
 from training.errors import FitError
 from training.publishing.recalibrate import recalibrate
 
 pytestmark = pytest.mark.slow
 
-KINDS = (*COMPARED, "ensemble")
 DRIFT = 1.5  # factor by which every metric has grown since training
 
 
@@ -32,7 +31,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = write(folder / "train.csv", two_factor_rows(1000, seed=0))
     import elbo
 
-    for kind in KINDS:
+    for kind in EVERY_KIND:
         arguments = ["train", data, "--model", kind, "--name", kind, "--latents", "2", "--artifacts", str(folder / "a")]
         with pytest.raises(SystemExit):
             elbo.main([*arguments, "--runs", str(folder / "runs"), *([] if kind == "pca" else ["--epochs", "20"])])
@@ -66,7 +65,7 @@ def count_alarms(artifact: Artifact, rows: np.ndarray, alpha: float) -> tuple[in
     return int((p_value <= alpha * (1 + 1e-6)).sum()), int((severity > 1).sum())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY_KIND)
 def test_recalibration_keeps_weights_and_scores_bit_exact_and_takes_p_values_from_the_new_rows(
     kind: str, root: Path, tmp_path: Path
 ) -> None:
@@ -87,7 +86,7 @@ def test_recalibration_keeps_weights_and_scores_bit_exact_and_takes_p_values_fro
     np.testing.assert_allclose(p_value, expected, atol=1.01 / 401)  # rounding can turn one comparison into a tie
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY_KIND)
 def test_false_alarm_rate_after_drift_and_recalibration_matches_alpha(kind: str, root: Path, tmp_path: Path) -> None:
     parent, child = recalibrate_on(root, kind, write_recent_rows(tmp_path))
     fresh = DRIFT * two_factor_rows(2000, seed=8)

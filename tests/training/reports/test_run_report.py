@@ -19,8 +19,9 @@ from tests.commands import two_factor_rows, write
 from tests.data import ROOT
 from tests.training.manifests import manifest_of
 from tests.training.reporters import RecordingReporter
-from training.config import TrainConfig
+from training.config import EVERY_KIND, TrainConfig
 from training.data.table import read_table
+from training.reports.describe import KIND_NAMES
 from training.reports.model_card import MEASURES, card, command_of
 from training.train import train
 
@@ -46,7 +47,7 @@ def write_table(path: Path) -> str:
     return write(path / "train.csv", two_factor_rows(400, seed=0))
 
 
-@pytest.mark.parametrize("kind", ["pca", "ae", "vae", "ensemble"])
+@pytest.mark.parametrize("kind", EVERY_KIND)
 @pytest.mark.parametrize("data", ["digits", "table"])
 def test_run_writes_a_card_with_the_metrics_and_plots_that_are_not_blank(kind: str, data: str, tmp_path: Path) -> None:
     manifest, folder = train_and_report(kind, data if data == "digits" else write_table(tmp_path), tmp_path)
@@ -157,7 +158,7 @@ LONG_RUN = """
 import sys
 from pathlib import Path
 from tests.training.reporters import RecordingReporter
-from training.config import TrainConfig
+from training.config import EVERY_KIND, TrainConfig
 from training.data.table import read_table
 from training.train import train
 config = TrainConfig(model="ae", name="m", hidden=(16,), latents=4, epochs=40)
@@ -184,3 +185,7 @@ def test_history_of_a_killed_and_resumed_run_has_every_epoch_once_with_the_same_
     subprocess.run([*command, "again"], cwd=ROOT, check=True)
     uninterrupted = [json.loads(line) for line in (path.parent / "2" / "metrics.jsonl").read_text().splitlines()]
     assert [line["held_out_loss"] for line in lines] == [line["held_out_loss"] for line in uninterrupted]
+
+
+def test_every_kind_has_a_name_in_words() -> None:
+    assert set(KIND_NAMES) == set(EVERY_KIND)
