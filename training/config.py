@@ -73,9 +73,9 @@ class TrainConfig(BaseModel):
     noise: float | None = Field(
         None,
         ge=0,
-        description="denoising (ae, ensemble): largest standard deviation of the noise added to the inputs, in "
-        "model units; drawn per row, log-uniform from a twentieth of it; default: 2 for tables, 0 for "
-        "images",
+        description="denoising (ae, ensemble): maximum standard deviation of the noise added to the inputs, in "
+        "model units; each row gets a random one, log-uniform between 1/20 of the maximum and the maximum; default: 2 "
+        "for tables, 0 for images",
     )
     masking: float = Field(0.0, ge=0, lt=1, description="denoising (ae): share of the inputs set to 0")
     beta: float = Field(1.0, ge=0, description="weight of the KL term (vae)")

@@ -35,14 +35,14 @@ def reporter() -> "PlainReporter | LiveReporter":
     return PlainReporter()
 
 
-def phrase(terms: Mapping[str, float]) -> str:
+def format_figures(terms: Mapping[str, float]) -> str:
     """Return named figures on one line: `reconstruction 23.1  kl 4.27`."""
     return "  ".join(f"{name} {value:.4g}" for name, value in terms.items())
 
 
-def loss_phrase(terms: Mapping[str, float]) -> str:
-    """Return the terms of a loss on one line, with the unit if they are those of an ELBO."""
-    return phrase(terms) + (" nats" if "elbo" in terms else "")
+def format_loss(terms: Mapping[str, float]) -> str:
+    """Return the terms of a loss on one line, with the unit if they include the ELBO."""
+    return format_figures(terms) + (" nats" if "elbo" in terms else "")
 
 
 class SilentReporter:
@@ -79,8 +79,9 @@ class PlainReporter:
         if tenth == self._lines_printed:
             return
         self._lines_printed = tenth
-        left = (time.monotonic() - self._began) * (self._total - step) / step
-        self.note(f"{100 * step // self._total:3d} %  epoch {epoch}  {loss_phrase(terms)}  {left:.0f} s left")
+        seconds_left = (time.monotonic() - self._began) * (self._total - step) / step
+        percent = 100 * step // self._total
+        self.note(f"{percent:3d} %  epoch {epoch}  {format_loss(terms)}  {seconds_left:.0f} s left")
 
     def note(self, message: str) -> None:
         """Print one line."""
@@ -88,7 +89,7 @@ class PlainReporter:
 
     def done(self, summary: Mapping[str, float]) -> None:
         """Print the duration and the metrics."""
-        self.note(f"trained in {time.monotonic() - self._began:.1f} s  {phrase(summary)}")
+        self.note(f"trained in {time.monotonic() - self._began:.1f} s  {format_figures(summary)}")
 
     def close(self) -> None:
         """Do nothing: there is nothing to release."""
@@ -121,7 +122,7 @@ class LiveReporter:
 
     def epoch(self, epoch: int, step: int, terms: Mapping[str, float]) -> None:
         """Move the bar."""
-        self._terms.plain = f"epoch {epoch}  {loss_phrase(terms)}"
+        self._terms.plain = f"epoch {epoch}  {format_loss(terms)}"
         self._bar.update(self._task, completed=step)
 
     def note(self, message: str) -> None:
@@ -132,7 +133,7 @@ class LiveReporter:
         """Fill the bar, leave it on the screen, and print the duration and the metrics."""
         self._bar.update(self._task, completed=self._bar.tasks[-1].total)
         self.close()
-        self.note(f"trained in {time.monotonic() - self._began:.1f} s  {phrase(summary)}")
+        self.note(f"trained in {time.monotonic() - self._began:.1f} s  {format_figures(summary)}")
 
     def close(self) -> None:
         """Stop drawing and show the cursor again."""
@@ -142,11 +143,11 @@ class LiveReporter:
 
 
 class SlowProgress:
-    """Prints a line on standard error every few seconds while work takes long, and nothing if it is quick.
+    """Prints a line on standard error every few seconds during long work, and nothing during short work.
 
     Args:
         title: what the work is.
-        total: number of items; `advance` counts up to it.
+        total: number of items of work.
         seconds: time before the first line and between lines.
     """
 
@@ -161,6 +162,6 @@ class SlowProgress:
         now = time.monotonic()
         if now - self._last_line >= self._seconds and self._done < self._total:
             self._last_line = now
-            left = (now - self._began) * (self._total - self._done) / self._done
-            share = 100 * self._done // self._total
-            print(f"{self._title}: {share} %, {left:.0f} s left", file=sys.stderr, flush=True)
+            seconds_left = (now - self._began) * (self._total - self._done) / self._done
+            percent = 100 * self._done // self._total
+            print(f"{self._title}: {percent} %, {seconds_left:.0f} s left", file=sys.stderr, flush=True)

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from models.manifest import Manifest
-from models.pipeline import Pipeline
 from training.config import AUTO_KINDS, TrainConfig
 from training.data.table import Table, split_rows
 from training.errors import FitError
@@ -30,6 +29,7 @@ def train(
     table: Table,
     artifacts: Path,
     report: Reporter,
+    *,
     runs: Path | None = None,
     resume: bool = False,
     checkpoint_seconds: float = 30.0,
@@ -45,10 +45,10 @@ def train(
         config: options of the run; the model `auto` trains several kinds and publishes the best.
         table: training data.
         artifacts: artifact folder.
-        report: receives the progress.
+        report: receives the progress and the notes.
         runs: folder for checkpoints, in <name>/, and for the report, in <name>/<version>/; None keeps neither.
         resume: continue from the checkpoint in `runs`.
-        checkpoint_seconds: time between checkpoints.
+        checkpoint_seconds: seconds between checkpoints.
         tensorboard: also write TensorBoard event files.
         processes: processes that train together; each of them calls this function with the same arguments.
 
@@ -61,13 +61,16 @@ def train(
         report.note(note)
     kinds = AUTO_KINDS if config.model == "auto" else (config.model,)
     configs = [config.model_copy(update={"model": kind}) for kind in kinds]
-    stores = [_checkpoint_store(each, table, runs, len(kinds) > 1, checkpoint_seconds) for each in configs]
+    stores = [
+        _checkpoint_store(each, table, runs, folder_per_kind=len(kinds) > 1, interval_seconds=checkpoint_seconds)
+        for each in configs
+    ]
     if resume:
-        stores = _resumed(stores)
+        stores = _set_to_resume(stores)
     with _one_thread():
         data = prepare_data(table, split_rows(len(table.x), config.seed, table.x.width), config.robust)
         candidates = [
-            _fit_candidate(each, data, report, store, tensorboard, processes)
+            _fit_candidate(each, data, report, checkpoints=store, tensorboard=tensorboard, processes=processes)
             for each, store in zip(configs, stores, strict=True)
         ]
         path = _finish(candidates, stores, data, artifacts, report) if processes.is_first else None
@@ -75,18 +78,18 @@ def train(
 
 
 def _checkpoint_store(
-    config: TrainConfig, table: Table, runs: Path | None, several: bool, seconds: float
+    config: TrainConfig, table: Table, runs: Path | None, *, folder_per_kind: bool, interval_seconds: float
 ) -> CheckpointStore | None:
-    """Return where the run saves its checkpoints: in runs/<name>, or in a folder per kind if there are several."""
+    """Return the store for the checkpoints of a run, in runs/<name>/ or runs/<name>/<kind>/; None without `runs`."""
     if runs is None:
         return None
-    folder = runs / config.name / config.model if several else runs / config.name
+    folder = runs / config.name / config.model if folder_per_kind else runs / config.name
     identity = f"{config.model_dump_json()} {table.fingerprint} {torch.__version__}"
-    return CheckpointStore(folder, hashlib.sha256(identity.encode()).hexdigest(), interval_seconds=seconds)
+    return CheckpointStore(folder, hashlib.sha256(identity.encode()).hexdigest(), interval_seconds=interval_seconds)
 
 
-def _resumed(stores: Sequence[CheckpointStore | None]) -> list[CheckpointStore | None]:
-    """Return the stores, set to resume where there is a checkpoint. Raise FitError if there is none at all."""
+def _set_to_resume(stores: Sequence[CheckpointStore | None]) -> list[CheckpointStore | None]:
+    """Return `stores`, each set to resume if it has a checkpoint. Raise FitError if none has one."""
     if not any(store and store.exists() for store in stores):
         path = next((store.path for store in stores if store), "a checkpoint")
         raise FitError(f"nothing to resume: {path} does not exist; train without --resume")
@@ -97,23 +100,30 @@ def _fit_candidate(
     config: TrainConfig,
     data: PreparedData,
     report: Reporter,
+    *,
     checkpoints: CheckpointStore | None,
     tensorboard: bool,
     processes: ProcessGroup,
 ) -> Candidate:
     """Fit and evaluate a model of one kind."""
-    recorded = checkpoints is not None and processes.is_first
-    folder = checkpoints.folder if checkpoints and recorded else None
-    recorder = HistoryRecorder(report, folder, bool(checkpoints and checkpoints.resume), tensorboard and recorded)
+    if checkpoints is not None and processes.is_first:
+        recorder = HistoryRecorder(report, checkpoints.folder, resume=checkpoints.resume, tensorboard=tensorboard)
+    else:
+        recorder = HistoryRecorder(report, None)
     pipeline = fit_pipeline(config, data, recorder, checkpoints=checkpoints, processes=processes)
-    baseline_pca = data.pca(pipeline.scaling, pipeline.prior.means.shape[1])
-    centre = data.moments.mean.float()
-    metrics = held_out_metrics(
-        pipeline, data.held_out, centre, None if config.model == "pca" else baseline_pca, config.seed
-    )
+    baseline_pca = None
     others = {}
-    if baseline_pca is not None and config.model != "pca":
+    if config.model != "pca":
+        baseline_pca = data.pca(pipeline.scaling, pipeline.prior.means.shape[1])
+    if baseline_pca is not None:
         others["pca"] = pca_metrics(baseline_pca.float(), pipeline.scaling, data.held_out)
+    metrics = held_out_metrics(
+        pipeline,
+        data.held_out,
+        centre=data.moments.mean.float(),
+        baseline_pca=baseline_pca,
+        seed=config.seed,
+    )
     recorder.done(metrics)
     return Candidate(config, pipeline, metrics, others, recorder)
 
@@ -135,19 +145,24 @@ def _finish(
         folder = (store.folder.parent if len(candidates) > 1 else store.folder) / path.parent.name
         candidate.recorder.move(folder if candidate is chosen else folder / candidate.config.model)
         if candidate is chosen:
-            notes = [*data.table.notes, *candidate.recorder.notes]
-            _write_report(folder, manifest, candidate.pipeline, data, notes, report)
+            _write_report(folder, manifest, candidate, data, report)
     return path
 
 
-def _write_report(
-    folder: Path, manifest: Manifest, pipeline: Pipeline, data: PreparedData, notes: list[str], report: Reporter
-) -> None:
-    """Write the card and the plots into `folder`, whose name is the version."""
-    table, labels = data.table, data.table.labels
-    held_out_labels = None if labels is None else labels[data.split.held_out]
-    version = int(folder.name)
-    write_run(folder, manifest, version, pipeline, data.held_out, held_out_labels, table.label_names, notes, report)
+def _write_report(folder: Path, manifest: Manifest, candidate: Candidate, data: PreparedData, report: Reporter) -> None:
+    """Write the model card and the plots into `folder`, whose name is the version."""
+    labels = data.table.labels
+    write_run(
+        folder,
+        manifest,
+        candidate.pipeline,
+        version=int(folder.name),
+        held_out=data.held_out,
+        labels=None if labels is None else labels[data.split.held_out],
+        label_names=data.table.label_names,
+        notes=[*data.table.notes, *candidate.recorder.notes],
+        report=report,
+    )
 
 
 @contextmanager

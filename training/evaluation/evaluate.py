@@ -1,4 +1,4 @@
-"""`elbo evaluate`: a published model on a whole table. Reconstruction error, likelihood, alarm rates, ranking."""
+"""`elbo evaluate`: measure a published model on a table (errors, likelihood, alarm rates, ranking)."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -134,7 +134,10 @@ def _sum_over_rows(artifact: Artifact, table: Table) -> _RunningSums:
 
 
 def _density(artifact: Artifact, table: Table, draws: int) -> dict[str, Any]:
-    """Return the fields of Evaluation that need a density. Artifacts of earlier versions have none."""
+    """Return the fields of Evaluation that need a density.
+
+    They are None if the model has no density, or if its artifact was written before `log_weight` existed.
+    """
     manifest = artifact.manifest
     log_weight = getattr(artifact.module, "log_weight", None)
     if log_weight is None or manifest.kind not in ("pca", "vae"):

@@ -27,18 +27,18 @@ LogWeight = Callable[[Tensor, Tensor], Tensor]
 
 
 class Bound(NamedTuple):
-    """The importance-weighted bound on log p(x), in nats: its mean over rows and the standard error of that mean."""
+    """The importance-weighted lower bound on log p(x), in nats, model units."""
 
-    mean: float
-    standard_error: float
-    elbo: float  # from the same samples, each on its own
+    mean: float  # over rows
+    standard_error: float  # of the mean
+    elbo: float  # mean over rows of the bound from a single sample
     by_row: Tensor  # [N], the bound of each row
 
 
 def held_out_metrics(
     pipeline: Pipeline, held_out: Tensor, centre: Tensor, baseline_pca: PCA | None, seed: int
 ) -> dict[str, float]:
-    """Return the metrics of rows held_out [M, D] in raw units, NaN where a value is missing.
+    """Return the metrics of a model on its held-out rows.
 
     - `reconstruction_error`, `baseline_error` (of predicting `centre`) and `pca_error` (of `baseline_pca`): mean
       squared error per present value, in raw units squared.
@@ -50,8 +50,11 @@ def held_out_metrics(
     Log-likelihoods and their parts are in nats per row, of the density in model units.
 
     Args:
+        pipeline: the model.
+        held_out: rows [M, D], raw units, NaN where a value is missing.
         centre: mean of the fit rows [D], raw units.
-        baseline_pca: PCA with the same number of latents, in the model units of `pipeline`.
+        baseline_pca: PCA with the same number of latents, in the model units of `pipeline`, or None.
+        seed: seed of the posterior samples.
     """
     with torch.inference_mode():
         x_hat = torch.cat([pipeline(rows) for rows in held_out.split(BATCH)])
@@ -89,7 +92,7 @@ def core_metrics(core: Core, scaling: Scaling, u: Tensor, seed: int) -> dict[str
         metrics["log_likelihood"] = float(by_row.double().mean())
     elif isinstance(core, VAE):
         metrics |= vae_metrics(core, u, seed)
-        bound = importance_weighted(core.log_weight, u[:BOUND_ROWS], latents(core, u))
+        bound = importance_weighted(core.log_weight, u[:BOUND_ROWS], count_latents(core, u))
         metrics |= {"log_likelihood": bound.mean, "log_likelihood_se": bound.standard_error}
     if metrics:
         metrics["bits_per_dimension"] = bits_per_dimension(
@@ -104,7 +107,7 @@ def vae_metrics(vae: VAE, u: Tensor, seed: int) -> dict[str, float]:
     totals = dict.fromkeys(("elbo", "reconstruction", "kl"), 0.0)
     for rows in u.split(BATCH):
         for _ in range(SAMPLES):
-            noise = torch.randn(len(rows), latents(vae, rows), generator=random).to(u)
+            noise = torch.randn(len(rows), count_latents(vae, rows), generator=random).to(u)
             terms = elbo_terms(vae, rows, noise)
             for name in totals:
                 totals[name] += float(terms[name]) * len(rows) / (SAMPLES * len(u))
@@ -114,14 +117,15 @@ def vae_metrics(vae: VAE, u: Tensor, seed: int) -> dict[str, float]:
 def importance_weighted(
     log_weight: LogWeight, rows: Tensor, latents: int, samples: int = BOUND_SAMPLES, seed: int = 0
 ) -> Bound:
-    """Return a lower bound on log p(x) from weighted samples: Burda, Grosse & Salakhutdinov 2016, eq. 8.
+    """Return the importance-weighted lower bound on log p(x): Burda, Grosse & Salakhutdinov 2016, eq. 8.
 
-    The weights are summed one sample at a time, so memory does not grow with `samples`. Samples of the exact posterior
-    give log p(x) itself.
+    The weights are summed one sample at a time, so memory does not grow with `samples`. If the posterior is exact, the
+    bound equals log p(x).
 
     Args:
+        log_weight: the log weight of one sample per row.
         rows: [N, D], in the units that `log_weight` takes.
-        latents: K.
+        latents: number of latents K.
         samples: importance samples per row.
     """
     random, bounds, elbo = random_stream(seed, VALIDATION), [], 0.0
@@ -145,8 +149,9 @@ def bits_per_dimension(log_likelihood: float, log_scale: float, features: int) -
     Theis et al. 2016, "A note on the evaluation of generative models", section 3.1.
 
     Args:
-        log_likelihood, log_scale: nats per row; `log_scale` is that of `density_scale`.
-        features: D.
+        log_likelihood: nats per row, of the density in model units.
+        log_scale: the result of `density_scale`.
+        features: number of features D.
     """
     return (log_scale - log_likelihood) / (features * math.log(2.0))
 
@@ -161,6 +166,6 @@ def density_scale(core: Core, scaling: Scaling) -> float:
     return float(scaling.scale.double().log().sum())
 
 
-def latents(core: Core, u: Tensor) -> int:
-    """Return K, the number of latents."""
+def count_latents(core: Core, u: Tensor) -> int:
+    """Return the number of latents K of `core`, which takes rows u [N, D]."""
     return core.encode(u[:1])[0].shape[1]

@@ -13,13 +13,13 @@ from models.pca import PCA
 from models.pipeline import Pipeline
 from models.vae import VAE
 from training.config import TrainConfig
-from training.evaluation.metrics import importance_weighted, latents
+from training.evaluation.metrics import count_latents, importance_weighted
 from training.fitting.prepared_data import PreparedData
 from training.progress import Reporter
 from training.reports.history import HistoryRecorder
 
-SWAPPED = 0.1  # share of a row's values replaced by those of another row, to measure detection
-STANDARD_ERRORS = 2.0  # a difference counts if it exceeds this many standard errors
+SWAPPED_SHARE = 0.1  # of the values of a row; `detection` measures whether the score notices them
+STANDARD_ERRORS = 2.0  # a difference between two models counts if it exceeds this many standard errors
 SAMPLES = 100  # importance samples per row
 MEANING = {
     "reconstruction_error": "mean square per value, model units; lower is better",
@@ -55,10 +55,10 @@ def compare(
     if len(candidates) == 1:
         return candidates[0], candidates[0].others
     rows, seed = data.fill_missing(data.held_out), candidates[0].config.seed
-    scale = candidates[0].pipeline.scaling.scale  # the same units for all candidates
+    scale = candidates[0].pipeline.scaling.scale  # errors of all candidates are compared in the units of the first
     measures: dict[str, Measures] = {c.config.model: _measure(c.pipeline, rows, scale, seed) for c in candidates}
     wins = significant_wins(measures)
-    best = max(candidates, key=lambda candidate: _points(wins, candidate.config.model))
+    best = max(candidates, key=lambda candidate: _wins_minus_losses(wins, candidate.config.model))
     means: dict[str, dict[str, float]] = {
         kind: {name: SIGN[name] * float(values.mean()) for name, values in m.items()} for kind, m in measures.items()
     }
@@ -80,12 +80,12 @@ def significant_wins(measures: Mapping[str, Measures]) -> list[tuple[str, str, s
     return sorted(found)
 
 
-def _points(wins: Sequence[tuple[str, str, str]], kind: str) -> int:
+def _wins_minus_losses(wins: Sequence[tuple[str, str, str]], kind: str) -> int:
     return sum((winner == kind) - (loser == kind) for winner, loser, _ in wins)
 
 
 def _measure(pipeline: Pipeline, x: Tensor, scale: Tensor, seed: int) -> Measures:
-    """Return the measures of rows x [M, D], in raw units, without missing values."""
+    """Return the measures of rows x [M, D], raw units, none missing. `scale` [D] is the unit of the errors."""
     errors, intact_scores, swapped_scores = [], [], []
     core = pipeline.core
     with torch.inference_mode():
@@ -98,18 +98,18 @@ def _measure(pipeline: Pipeline, x: Tensor, scale: Tensor, seed: int) -> Measure
         # The mean of `detection` is the AUROC.
         measures = {"reconstruction_error": -torch.cat(errors), "detection": ranks / len(x)}
         if isinstance(core, PCA) or (isinstance(core, VAE) and isinstance(core.likelihood, GaussianLikelihood)):
-            bound = importance_weighted(core.log_weight, pipeline.scaling(x), latents(core, x), SAMPLES, seed)
+            bound = importance_weighted(core.log_weight, pipeline.scaling(x), count_latents(core, x), SAMPLES, seed)
             measures["log_likelihood"] = bound.by_row
     return measures
 
 
 def swap_values(x: Tensor, seed: int) -> Tensor:
-    """Return x [M, D] with a share SWAPPED of each row's values, at least one, taken from the row before.
+    """Return x [M, D] with a share SWAPPED_SHARE of each row's values, at least one, taken from the row before.
 
     Each value on its own is normal; only the combination is not.
     """
     random = torch.Generator().manual_seed(seed)
-    count = max(1, round(SWAPPED * x.shape[1]))
+    count = max(1, round(SWAPPED_SHARE * x.shape[1]))
     chosen = torch.rand(x.shape, generator=random).argsort(dim=1) < count  # [M, D]
     return torch.where(chosen, x.roll(1, dims=0), x)
 
@@ -129,5 +129,5 @@ def _explanation(wins: Sequence[tuple[str, str, str]], best: str) -> str:
         if winner == best:
             won.setdefault(loser, []).append(name)
     reasons = [f"it beats {other} on {' and '.join(names)}" for other, names in won.items()]
-    text = f"publishing {best}: {'; '.join(reasons) or 'no model is significantly better, and this is the simplest'}"
+    text = f"publishing {best}: {'; '.join(reasons) or 'no model is significantly better, and it is the simplest'}"
     return text if best != "pca" else f"{text}. No network beats PCA on these data"

@@ -1,4 +1,4 @@
-"""Scores of a table's rows by a published model, as NDJSON or CSV: what `elbo score` writes."""
+"""`elbo score`: score the rows of a table with a published model, as NDJSON or CSV."""
 
 import csv
 import io
@@ -112,14 +112,14 @@ def _batches_of_results(artifact: Artifact, table: Table, alpha: float, explain:
 
 
 def batches(table: Table) -> Iterator[tuple[int, Floats]]:
-    """Yield the number of a batch's first row, and the batch [B, D], for the rows of `table` in order."""
+    """Yield the rows of `table` in order, in batches [B, D], each with the number of its first row."""
     for start, block in table.x.blocks():
         for first in range(0, len(block), BATCH_ROWS):
             yield start + first, block[first : first + BATCH_ROWS]
 
 
 def refuse_overflow(scores: Floats, first: int, source: str) -> None:
-    """Raise DataError if a score is not finite. `first` is the number of the first row, for the message."""
+    """Raise DataError if a score is not finite. `first` is the number of the row of scores[0]."""
     if not np.isfinite(scores).all():
         row = first + int(np.argmin(np.isfinite(scores)))
         raise DataError(f"{source}: the score of row {row} overflows float32: expected values near the training data")

@@ -1,4 +1,4 @@
-"""Exhibits, parts of an artifact that people look at: held-out rows and latents, calibration scores, model card."""
+"""The parts of an artifact that the explorer shows: held-out rows and latents, calibration scores, model card."""
 
 from collections.abc import Sequence
 
@@ -13,27 +13,26 @@ from training.fitting.prepared_data import PreparedData
 from training.reports.model_card import card
 
 MAX_LATENT_ROWS = 2_000  # held-out rows whose latents are stored
-MAX_VALUES = 400_000  # numbers of those rows that are stored: 2 to 4 MB of text before compression
-MAX_SCORES = 2_000  # calibration scores that are stored; of more, evenly spaced order statistics
-_COMPACT = orjson.OPT_SERIALIZE_NUMPY
+MAX_VALUES = 400_000  # feature values of held-out rows that are stored: 2 to 4 MB of text before compression
+MAX_SCORES = 2_000  # calibration scores that are stored
 
 
-def exhibits(pipeline: Pipeline, manifest: Manifest, data: PreparedData, notes: Sequence[str]) -> dict[str, bytes]:
-    """Return the exhibits by name, as `models.artifact.publish` takes them.
+def make_exhibits(pipeline: Pipeline, manifest: Manifest, data: PreparedData, notes: Sequence[str]) -> dict[str, bytes]:
+    """Return the exhibits by name, in the form that `models.artifact.publish` takes.
 
-    With the option `private`, held-out rows and their latents are left out.
+    With the training option `private`, held-out rows and their latents are left out.
 
     Args:
-        notes: messages that the user saw during training.
+        notes: messages about the data and the training, repeated in the card.
     """
-    shown = {CALIBRATION: calibration(pipeline.calibration.scores), CARD: card(manifest, None, notes, ()).encode()}
-    if manifest.training.get("private"):
-        return shown
-    return {HELD_OUT: _held_out(pipeline, data), **shown}
+    exhibits = {} if manifest.training.get("private") else {HELD_OUT: _held_out_json(pipeline, data)}
+    exhibits[CALIBRATION] = calibration_json(pipeline.calibration.scores)
+    exhibits[CARD] = card(manifest, None, notes, ()).encode()
+    return exhibits
 
 
-def _held_out(pipeline: Pipeline, data: PreparedData) -> bytes:
-    """Return JSON: `latents` [M, K] and `labels` [M] of held-out rows, `inputs` [R, D] of the first R, raw units."""
+def _held_out_json(pipeline: Pipeline, data: PreparedData) -> bytes:
+    """Return `latents` [M, K] and `labels` [M] of held-out rows and the first rows, `inputs` [R, D], in raw units."""
     rows = data.held_out[:MAX_LATENT_ROWS]
     with torch.inference_mode():
         latents = pipeline.encode(rows)[0]
@@ -45,10 +44,11 @@ def _held_out(pipeline: Pipeline, data: PreparedData) -> bytes:
         "latents": latents.contiguous().numpy(),
         "inputs": rows[: max(1, MAX_VALUES // rows.shape[1])].numpy(),
     }
-    return orjson.dumps(fields, option=_COMPACT)
+    return orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def calibration(scores: torch.Tensor) -> bytes:
-    """Return JSON: the sorted `scores` [n], thinned evenly to at most MAX_SCORES, smallest and largest included."""
-    places = np.linspace(0, len(scores) - 1, min(len(scores), MAX_SCORES)).round().astype(int)
-    return orjson.dumps({"rows": len(scores), "scores": np.ascontiguousarray(scores.numpy()[places])}, option=_COMPACT)
+def calibration_json(scores: torch.Tensor) -> bytes:
+    """Return the sorted `scores` [n], thinned evenly to at most MAX_SCORES, smallest and largest included."""
+    indices = np.linspace(0, len(scores) - 1, min(len(scores), MAX_SCORES)).round().astype(int)
+    fields = {"rows": len(scores), "scores": np.ascontiguousarray(scores.numpy()[indices])}
+    return orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY)

@@ -40,15 +40,15 @@ def export(pipeline: Pipeline, x: Tensor, z: Tensor) -> dict[str, Graph]:
 def _graph(pipeline: Pipeline, method: str, rows: Tensor) -> Graph:
     import onnx
 
-    part = copy.copy(pipeline)  # shares the weights, under the same names
-    work = partial(_reconstruct, pipeline) if method == "reconstruct" else getattr(pipeline, method)
-    part.forward = work  # type: ignore[assignment, method-assign] # the exporter traces only forward
+    traced = copy.copy(pipeline)  # shares the weights, under the same names
+    function = partial(_reconstruct, pipeline) if method == "reconstruct" else getattr(pipeline, method)
+    traced.forward = function  # type: ignore[assignment, method-assign] # the exporter traces only forward
     buffer = io.BytesIO()
-    with torch.inference_mode(), _warnings_silenced():
+    with torch.inference_mode(), _ignore_warnings():
         torch.onnx.export(
-            part,
+            traced,
             (rows,),
-            buffer,  # type: ignore[arg-type] # annotated for the other exporter
+            buffer,  # type: ignore[arg-type] # the annotation is that of the other exporter
             dynamo=False,
             opset_version=OPSET,
             do_constant_folding=False,  # folding would copy weights into the graph
@@ -69,8 +69,10 @@ def _reconstruct(pipeline: Pipeline, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _warnings_silenced() -> Iterator[None]:
+def _ignore_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # the exporter is deprecated
-        warnings.filterwarnings("ignore", category=TracerWarning)  # warns about numbers that are the same for every row
+        warnings.filterwarnings(
+            "ignore", category=TracerWarning
+        )  # about Python numbers, which are the same for every row
         yield

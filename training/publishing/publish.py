@@ -16,7 +16,7 @@ from training.evaluation.model_selection import Candidate
 from training.fitting.latents import describe_latents
 from training.fitting.prepared_data import PreparedData
 from training.progress import Reporter
-from training.publishing.exhibits import exhibits
+from training.publishing.exhibits import make_exhibits
 from training.publishing.onnx_export import export
 
 GOLDEN_ROWS = 3
@@ -31,8 +31,8 @@ def publish(
     manifest = _manifest(chosen, comparison, data, _golden(module, rows, chosen.config.seed))
     twin = _twin(chosen.pipeline, rows, report)
     notes = [*data.table.notes, *chosen.recorder.notes]
-    shown = exhibits(chosen.pipeline, manifest, data, notes)
-    return artifact.publish(module, manifest, artifacts, twin, shown), manifest
+    path = artifact.publish(module, manifest, artifacts, twin, make_exhibits(chosen.pipeline, manifest, data, notes))
+    return path, manifest
 
 
 def _twin(pipeline: Pipeline, rows: torch.Tensor, report: Reporter) -> dict[str, artifact.Graph] | None:
@@ -40,7 +40,9 @@ def _twin(pipeline: Pipeline, rows: torch.Tensor, report: Reporter) -> dict[str,
         return export(pipeline, rows, pipeline.encode(rows)[0])
     except Exception as error:  # noqa: BLE001 - the exporter raises many types; TorchScript serves without a twin
         reason = " ".join(str(error).split())[:200]
-        report.note(f"note: published without an ONNX twin, so a CPU serves it more slowly: export failed ({reason})")
+        report.note(
+            f"note: the ONNX export failed ({reason}): the artifact has no ONNX twin, so a CPU serves it more slowly"
+        )
         return None
 
 
@@ -73,7 +75,7 @@ def _data(data: PreparedData) -> Data:
     )
 
 
-def software() -> dict[str, str]:
+def software_versions() -> dict[str, str]:
     """Return the versions of the software that writes the artifact."""
     return {
         "elbo": version("elbo"),
@@ -104,7 +106,7 @@ def _manifest(
         comparison=comparison,
         calibration=CalibrationSize(rows=calibration, floor=1.0 / (calibration + 1)),
         golden=golden,
-        versions=software(),
+        versions=software_versions(),
         weights_sha256=artifact.weights_sha256(pipeline),
         history=chosen.recorder.history,
         latent_report=describe_latents(pipeline.core, pipeline.scaling(data.held_out)),

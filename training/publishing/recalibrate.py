@@ -1,7 +1,7 @@
 """`elbo calibrate`: publish a model again with a new calibration set and the same networks.
 
-The score is a fixed function, so any rows that did not train it are a valid calibration set. p-values are then exact
-for rows that are exchangeable with those rows.
+The score is a fixed function, so any rows that did not train the model are a valid calibration set: p-values are exact
+for rows that are exchangeable with the calibration set.
 """
 
 import math
@@ -23,12 +23,12 @@ from training.data.table import MAX_HELD_OUT_ROWS, Table
 from training.errors import DataError, FitError
 from training.evaluation.score import batches, refuse_overflow
 from training.progress import SlowProgress
-from training.publishing import exhibits
-from training.publishing.publish import software
+from training.publishing.exhibits import calibration_json
+from training.publishing.publish import software_versions
 from training.reports.model_card import card
 from training.reports.run_report import write_card
 
-SURPRISING = 1e-3  # warn if so many alarms have a lower probability under the old calibration
+WARNING_PROBABILITY = 1e-3  # warn if as many alarms are less probable than this under the old calibration
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,17 @@ def recalibrate(parent: Artifact, table: Table, root: Path, alpha: float, runs: 
     """Publish `parent` under `root` as the next version of its name, calibrated on the normal rows of `table`.
 
     Networks, weights and scores do not change; calibration, golden answers and manifest do. If labels are 0 and 1, rows
-    labelled 0 are normal; without labels, all rows are. Of more than MAX_HELD_OUT_ROWS normal rows, as many
-    random ones are used.
+    labelled 0 are normal; without labels, all rows are. At most MAX_HELD_OUT_ROWS normal rows, chosen at random, are
+    used.
 
     Args:
-        table: rows, read with `read_like` for `parent`.
+        table: rows, read with `read_for_model` for `parent`.
         alpha: the smallest alpha that you will use; it decides how many rows are needed.
         runs: folder for the card of the new version, <name>/<version>/card.md; None writes none.
 
     Raises:
         DataError: the rows trained the model, or there are too few.
-        FitError: the artifact calibrates in another way than this version.
+        FitError: the artifact comes from a version of Elbo that calibrates differently.
     """
     _refuse_training_rows(parent, table)
     normal, notes = _normal_rows(table)
@@ -66,10 +66,10 @@ def recalibrate(parent: Artifact, table: Table, root: Path, alpha: float, runs: 
     _replace(module, parent, torch.from_numpy(scores))
     manifest = _manifest(parent, module, table, _name(parent), len(chosen))
     twin = None if parent.twin is None else parent.twin.graphs  # latents and scores have not changed
-    shown = {name: content for name, content in parent.exhibits.items() if name == artifact.HELD_OUT}
-    shown[artifact.CALIBRATION] = exhibits.calibration(module.calibration.scores)
-    shown[artifact.CARD] = card(manifest, None, notes, ()).encode()
-    path = artifact.publish(module, manifest, root, twin, shown)
+    exhibits = {name: content for name, content in parent.exhibits.items() if name == artifact.HELD_OUT}
+    exhibits[artifact.CALIBRATION] = calibration_json(module.calibration.scores)
+    exhibits[artifact.CARD] = card(manifest, None, notes, ()).encode()
+    path = artifact.publish(module, manifest, root, twin, exhibits)
     if runs is not None:
         folder = runs / manifest.name / path.parent.name
         notes += write_card(folder, manifest, int(path.parent.name), notes, [])
@@ -109,9 +109,9 @@ def _scores(parent: Artifact, table: Table) -> Floats:
     progress = SlowProgress(f"scoring {table.source}", len(table.x))
     with torch.inference_mode():
         for first, rows in batches(table):
-            found = parent.module.score(torch.from_numpy(rows).to(parent.device))[0].cpu().numpy()
-            refuse_overflow(found, first, table.source)
-            scores[first : first + len(rows)] = found
+            batch_scores = parent.module.score(torch.from_numpy(rows).to(parent.device))[0].cpu().numpy()
+            refuse_overflow(batch_scores, first, table.source)
+            scores[first : first + len(rows)] = batch_scores
             progress.advance(len(rows))
     return scores
 
@@ -122,11 +122,14 @@ def _compare_with_old(parent: Artifact, table: Table, scores: Floats, alpha: flo
 
     with torch.inference_mode():
         severity = parent.module.severity(torch.from_numpy(scores).to(parent.device), alpha).cpu().numpy()
-    flagged, before = int((severity > 1).sum()), parent.manifest.calibration.rows
+    flagged = int((severity > 1).sum())
     share = 100 * flagged / len(scores)
     yield f"{_reference(parent)} flags {share:.3g} % of the rows of {table.source} at alpha {alpha:g}"
-    may = math.floor(alpha * (before + 1) + 1e-6)
-    if may and betabinom(len(scores), may, before + 1 - may).sf(flagged - 1) < SURPRISING:
+    # If the rows are exchangeable with the n old calibration rows, the number of alarms is beta-binomial with
+    # parameters k and n + 1 - k, where k = floor(alpha (n + 1)).
+    n = parent.manifest.calibration.rows
+    k = math.floor(alpha * (n + 1) + 1e-6)
+    if k and betabinom(len(scores), k, n + 1 - k).sf(flagged - 1) < WARNING_PROBABILITY:
         yield (
             "warning: chance does not explain so many alarms. Either normal behaviour has changed, or the rows contain "
             "anomalies, which the new version treats as normal: check them with "
@@ -167,7 +170,7 @@ def _manifest(parent: Artifact, module: torch.jit.ScriptModule, table: Table, na
             "calibration": CalibrationSize(rows=rows, floor=1.0 / (rows + 1)),
             "recalibration": origin,
             "golden": _golden(module, old.golden),
-            "versions": software(),
+            "versions": software_versions(),
             "weights_sha256": artifact.weights_sha256(module),
         }
     )

@@ -15,7 +15,7 @@ FEATURES = 12  # features listed; the rest is counted
 
 
 def describe(manifest: Manifest, path: Path) -> str:
-    """Return a report of about fifteen lines on the artifact at `path`. The caller has checked the seal."""
+    """Return a description, about fifteen lines, of the artifact at `path`, whose checksum the caller has verified."""
     facts = list(_facts(manifest, path))
     width = max(len(label) for label, _ in facts)
     lines = [f"{label:<{width}}  {text}" for label, text in facts]
@@ -42,14 +42,14 @@ def _facts(manifest: Manifest, path: Path) -> Iterator[tuple[str, str]]:
         yield "beats PCA", f"with as many latents: {verdict}"
     yield "score", f"{' + '.join(manifest.parts)}, calibrated on {calibration.rows:,} rows"
     if origin := manifest.recalibration:
-        of = f"{calibration.rows:,} of {origin.rows:,} rows of {origin.source}, SHA-256 {origin.fingerprint[:12]}"
-        yield "calibration", f"{of}; the networks are those of {origin.parent}"
+        rows = f"{calibration.rows:,} of {origin.rows:,} rows of {origin.source}, SHA-256 {origin.fingerprint[:12]}"
+        yield "calibration", f"{rows}; the networks are those of {origin.parent}"
     yield "p-value", f"at least {calibration.floor:.3g}: for a smaller alpha, severity follows a fitted tail"
     yield "versions", _joined(manifest.versions)
 
 
 def against_pca(metrics: dict[str, float]) -> str | None:
-    """Return whether the model reconstructs held-out rows better than PCA with as many latents, or None."""
+    """Return whether the model reconstructs held-out rows better than PCA with as many latents, if both are known."""
     error, pca_error = metrics.get("reconstruction_error"), metrics.get("pca_error")
     if error is None or pca_error is None:
         return None

@@ -37,7 +37,7 @@ class HistoryRecorder:
         tensorboard: also write TensorBoard scalars.
 
     Raises:
-        FitError: `tensorboard` is asked for, but the package is not installed.
+        FitError: `tensorboard` is true, but the package tensorboard is not installed.
     """
 
     def __init__(self, inner: Reporter, folder: Path | None, resume: bool = False, tensorboard: bool = False) -> None:
@@ -47,19 +47,18 @@ class HistoryRecorder:
         self.notes: list[str] = []
         self._path = (folder or Path()) / FILE_NAME
         self._points = _read(self._path) if folder and resume else []
-        self._earlier = (
-            self._points[-1].get("seconds", 0.0) if self._points else 0.0
-        )  # seconds spent by earlier processes
+        # Seconds that the run took before it was resumed.
+        self._earlier_seconds = self._points[-1].get("seconds", 0.0) if self._points else 0.0
         self._tensorboard = tensorboard
         self._writer: SummaryWriter | None = None
-        self._writable = folder is not None
+        self._writable = folder is not None  # becomes False after a failure
         self._rewound = False
         self._began = time.monotonic()
 
     @property
     def history(self) -> list[Point]:
         """Return the epochs so far, thinned evenly to at most POINTS, first and last included; finite values only."""
-        return thinned([{name: v for name, v in point.items() if math.isfinite(v)} for point in self._points])
+        return thin([{name: v for name, v in point.items() if math.isfinite(v)} for point in self._points])
 
     def start(self, title: str, total_steps: int) -> None:
         """Begin or continue the run."""
@@ -69,7 +68,7 @@ class HistoryRecorder:
         """Write the epoch, then report it."""
         if not self._rewound:
             self.rewind(step - 1)
-        seconds = round(self._earlier + time.monotonic() - self._began, 3)
+        seconds = round(self._earlier_seconds + time.monotonic() - self._began, 3)
         self._points.append({"epoch": epoch, "step": step, **terms, "seconds": seconds})
         self._write(self._points[-1:])
         if self._writer:
@@ -79,7 +78,10 @@ class HistoryRecorder:
         self._inner.epoch(epoch, step, terms)
 
     def rewind(self, step: int) -> None:
-        """Drop epochs recorded after `step`. The first call of `epoch` does so too."""
+        """Drop the epochs recorded after `step`.
+
+        Unless called before, it runs at the first `epoch`, so that epochs trained again replace their earlier lines.
+        """
         self._points = [point for point in self._points if point["step"] <= step]
         self._write(self._points, replace=True)  # drops a half-written last line
         if self._tensorboard and self._writable and self._writer is None:
@@ -98,12 +100,12 @@ class HistoryRecorder:
 
     def done(self, summary: Mapping[str, float]) -> None:
         """Report success."""
-        self._finish()
+        self._close_writer()
         self._inner.done(summary)
 
     def move(self, folder: Path) -> None:
         """Move the history into `folder`, where the finished run is kept. A failure becomes a note."""
-        self._finish()
+        self._close_writer()
         if not self._writable:
             return
         try:
@@ -116,7 +118,7 @@ class HistoryRecorder:
                 f"warning: failed to move the history to {folder} ({error.strerror}): it stays in {self._path.parent}"
             )
 
-    def _finish(self) -> None:
+    def _close_writer(self) -> None:
         if self._writer:
             self._writer.close()
             self._writer = None
@@ -142,7 +144,7 @@ class HistoryRecorder:
 
 
 def _read(path: Path) -> list[Point]:
-    """Return the points in the file at `path`, up to the first damaged line; none if there is no file."""
+    """Return the points in the file at `path`, up to the first damaged line; [] if there is no file."""
     points: list[Point] = []
     try:
         for line in path.read_bytes().splitlines():
@@ -157,8 +159,8 @@ def _counts(point: Point) -> Point:
     return {"epoch": int(point["epoch"]), "step": int(point["step"])}
 
 
-def thinned(points: list[Point], most: int = POINTS) -> list[Point]:
-    """Return at most `most` of `points`, evenly spread, first and last included."""
-    if len(points) <= most:
+def thin(points: list[Point], count: int = POINTS) -> list[Point]:
+    """Return at most `count` of `points`, evenly spread, first and last included."""
+    if len(points) <= count:
         return points
-    return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
+    return [points[round(i * (len(points) - 1) / (count - 1))] for i in range(count)]

@@ -39,7 +39,7 @@ def card(manifest: Manifest, version: int | None, notes: Sequence[str], plots: S
 
     Args:
         version: the published version, or None before publication.
-        notes: messages that the user saw during training.
+        notes: messages about the data and the training.
         plots: names of the plots that lie beside the card as <name>.png.
     """
     sections = {
@@ -158,8 +158,8 @@ def _limits(manifest: Manifest) -> Iterator[str]:
         yield "Its likelihood treats grey values as probabilities: compare it only with other Bernoulli models."
     if manifest.kind in ("ae", "ensemble"):
         yield "An autoencoder has no likelihood. Samples come from a mixture fitted to its latents."
-    yield "p-values hold only while new rows resemble the calibration rows; after drift, run `elbo calibrate` or train."
-    yield "Anomalies in the training data count as normal."
+    yield "p-values hold only while new rows resemble the calibration rows. After drift, run `elbo calibrate` or train."
+    yield "It treats anomalies in the training data as normal."
     if manifest.kind != "pca" and resolved_config(manifest).kept == "best":
         yield "The held-out rows also chose the epoch, so metrics on them are slightly optimistic."
 
@@ -204,13 +204,14 @@ def _versions(manifest: Manifest) -> str:
 
 
 def _plots(names: Sequence[str]) -> Iterator[str]:
-    for place, name in enumerate(names):
+    for index, name in enumerate(names):
         caption = CAPTIONS.get(name, name)
-        yield from ([""] if place else [])
+        yield from ([""] if index else [])
         yield f"![{caption}]({name}.png)"
         yield ""
         yield caption
 
 
 def _cell(text: str) -> str:
+    """Return `text` escaped for a Markdown table."""
     return text.replace("|", "\\|")

@@ -87,10 +87,8 @@ class FittedModel:
         """Return rows [count, D] sampled from the generative prior with a fixed seed."""
         random = random_stream(0, VALIDATION)
         with torch.inference_mode():
-            noise, choice = (
-                torch.randn(count, self.latents.shape[1], generator=random),
-                torch.rand(count, generator=random),
-            )
+            noise = torch.randn(count, self.latents.shape[1], generator=random)
+            choice = torch.rand(count, generator=random)
             rows: Floats = self.pipeline.decode(self.pipeline.draw(noise, choice)).double().numpy()
             return rows
 
@@ -108,21 +106,22 @@ def losses(model: FittedModel) -> Figure | None:
     if len(history) < 2:
         return None
     terms = list(dict.fromkeys(name for point in history for name in point if name not in TIMES))
-    together, alone = [name for name in terms if name in LOSSES], [name for name in terms if name not in LOSSES]
-    kept, epoch = _published_epoch(model.manifest)
+    together = [name for name in terms if name in LOSSES]
+    alone = [name for name in terms if name not in LOSSES]
+    published, epoch = _published_epoch(model.manifest)
     figure, axes = _figure(1, 1 + len(alone), 5.2, 3.8)
     for axis, names in zip(axes, [together, *([name] for name in alone)], strict=True):
         _curves(axis, history, names)
-        axis.axvline(epoch, color=GREY, linestyle=":", linewidth=1.4, label=f"{kept} epoch, {epoch:g}")
+        axis.axvline(epoch, color=GREY, linestyle=":", linewidth=1.4, label=f"{published} epoch, {epoch:g}")
         axis.set_title(NAMES.get(names[0], names[0]) if names != together else "loss")
-        _count(axis, "epoch")
+        _label_integer_axis(axis, "epoch")
         axis.legend()
     axes[0].set_ylabel("nats per row" if model.manifest.kind == "vae" else "model units² per row")
     return figure
 
 
 def _curves(axis: Axes, history: list[dict[str, float]], names: list[str]) -> None:
-    """Plot one line per term. Clip the first fifth of the epochs, so that the rest stays readable."""
+    """Plot one line per term. The axis ends at the highest value after the first fifth of the epochs."""
     lows, highs = [], []
     for name, colour in zip(names, CURVES, strict=False):
         points = [
@@ -184,7 +183,7 @@ def scree(model: FittedModel) -> Figure | None:
     labels = f"{manifest.latents} latents", f"{manifest.latents} latents: {share:.1%}"
     for axis, label in zip((left, right), labels, strict=True):
         axis.axvline(manifest.latents, color=GREY, linestyle=":", linewidth=1.6, label=label)
-        _count(axis, "component")
+        _label_integer_axis(axis, "component")
         axis.legend(loc="upper right" if axis is left else "lower right")
     return figure
 
@@ -197,7 +196,7 @@ def _activity_threshold(model: FittedModel) -> float | None:
     return float(model.manifest.training.get("beta", 1.0)) * float(core.likelihood.log_variance.detach().exp().mean())
 
 
-def code_map(model: FittedModel) -> Figure | None:
+def latent_map(model: FittedModel) -> Figure | None:
     """Plot the latents of held-out rows in two dimensions, coloured by label, or by score without labels."""
     latents, axes_names = _two_dimensions(model)
     figure, (axis,) = _figure(1, 1, 7.2, 5.6)
@@ -254,7 +253,7 @@ def reconstructions(model: FittedModel) -> Figure:
 def _image_pairs(model: FittedModel) -> Figure:
     count = min(PAIRS, len(model.x))
     rows, x_hat = model.x[:count].double().numpy(), model.x_hat[:count]
-    figure, axes = _figure(3, count, 1.15, 1.3, axis="off")
+    figure, axes = _figure(3, count, 1.15, 1.3, show_axes=False)
     residual = rows - x_hat
     limit = float(np.nanmax(np.abs(residual))) or 1.0
     for column in range(count):
@@ -264,8 +263,8 @@ def _image_pairs(model: FittedModel) -> Figure:
         image = image.mean(axis=2) if image.ndim == 3 else image
         axes[2 * count + column].imshow(image, cmap="RdBu_r", vmin=-limit, vmax=limit)
         axes[2 * count + column].set_title(f"{np.nanmean(np.square(residual[column])):.2g}", fontsize=10, y=-0.28)
-    for line, name in enumerate(("row", "reconstruction", "difference")):
-        axes[line * count].text(-0.12, 0.5, name, transform=axes[line * count].transAxes, ha="right", va="center")
+    for axis, name in zip(axes[::count], ("row", "reconstruction", "difference"), strict=True):
+        axis.text(-0.12, 0.5, name, transform=axis.transAxes, ha="right", va="center")
     figure.suptitle(f"held-out rows with mean squared errors (red: too dark, blue: too light, range ±{limit:.2g})")
     return figure
 
@@ -288,7 +287,7 @@ def _observed_against_expected(model: FittedModel) -> Figure:
         axis.plot([low, high], [low, high], color=GREY, linewidth=1.2)
         axis.plot(x[:PLOTTED, index], x_hat[:PLOTTED, index], ".", color=BLUE, markersize=3.5, alpha=0.5)
         axis.set_title(f"{model.manifest.features[index].name}: R² {explained[index]:.3f}", fontsize=11)
-        axis.set_xlabel(_unit(model.manifest, index, "observed"), fontsize=10)
+        axis.set_xlabel(_with_unit(model.manifest, index, "observed"), fontsize=10)
         axis.set_ylabel("expected", fontsize=10)
     more = "" if len(chosen) == model.manifest.width else ", the worst explained features"
     figure.suptitle(f"held-out rows: observed and expected values{more}")
@@ -301,9 +300,9 @@ def samples(model: FittedModel) -> Figure:
 
 
 def _image_samples(model: FittedModel) -> Figure:
-    figure, axes = _figure(1, 2, 5.2, 5.4, axis="off")
-    drawn, rows = model.sample(GRID * GRID), model.x[: GRID * GRID].double().numpy()
-    for axis, images, title in zip(axes, (drawn, rows), ("samples from the prior", "held-out rows"), strict=True):
+    figure, axes = _figure(1, 2, 5.2, 5.4, show_axes=False)
+    sampled, rows = model.sample(GRID * GRID), model.x[: GRID * GRID].double().numpy()
+    for axis, images, title in zip(axes, (sampled, rows), ("samples from the prior", "held-out rows"), strict=True):
         _image_grid(axis, images, model.manifest)
         axis.set_title(title)
     return figure
@@ -313,36 +312,36 @@ def _image_grid(axis: Axes, rows: Floats, manifest: Manifest) -> None:
     black, white = manifest.pixel_range or (0.0, 1.0)
     height, width, *channels = manifest.shape
     canvas = np.full((GRID * (height + 1) - 1, GRID * (width + 1) - 1, *channels), 0.6)
-    for place, row in enumerate(rows):
-        top, left = (place // GRID) * (height + 1), (place % GRID) * (width + 1)
+    for index, row in enumerate(rows):
+        top, left = (index // GRID) * (height + 1), (index % GRID) * (width + 1)
         image = np.nan_to_num((row.reshape(manifest.shape) - black) / (white - black))
         canvas[top : top + height, left : left + width] = np.clip(image, 0.0, 1.0)
     axis.imshow(canvas, cmap="gray", vmin=0.0, vmax=1.0)
 
 
 def _histograms(model: FittedModel) -> Figure:
-    x, drawn = model.x.double().numpy(), model.sample(max(len(model.x), PLOTTED))
+    x, sampled = model.x.double().numpy(), model.sample(max(len(model.x), PLOTTED))
     figure, axes = _panels(min(FEATURES, model.manifest.width))
     for index, axis in enumerate(axes):
         present = x[~np.isnan(x[:, index]), index]
-        low, high = np.quantile(np.concatenate((present, drawn[:, index])), [0.002, 0.998])
+        low, high = np.quantile(np.concatenate((present, sampled[:, index])), [0.002, 0.998])
         bins = np.linspace(low, high + 1e-9 * (1.0 + abs(high)), 31).tolist()
         axis.hist(present, bins, density=True, color="#BBBBBB", label="held-out rows")
-        axis.hist(drawn[:, index], bins, density=True, histtype="step", color=ORANGE, linewidth=1.8, label="samples")
+        axis.hist(sampled[:, index], bins, density=True, histtype="step", color=ORANGE, linewidth=1.8, label="samples")
         axis.set_title(model.manifest.features[index].name, fontsize=11)
-        axis.set_xlabel(_unit(model.manifest, index, "value"), fontsize=10)
+        axis.set_xlabel(_with_unit(model.manifest, index, "value"), fontsize=10)
         axis.set_yticks([])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.suptitle("samples from the prior (means, without observation noise) and held-out rows")
     return figure
 
 
-def _count(axis: Axes, label: str) -> None:
+def _label_integer_axis(axis: Axes, label: str) -> None:
     axis.set_xlabel(label)
     axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
 
 
-def _unit(manifest: Manifest, index: int, word: str) -> str:
+def _with_unit(manifest: Manifest, index: int, word: str) -> str:
     unit = manifest.features[index].unit
     return f"{word} [{unit}]" if unit else word
 
@@ -363,15 +362,15 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
     return figure, axes[:count]
 
 
-def _figure(rows: int, columns: int, width: float, height: float, axis: str = "on") -> tuple[Figure, list[Axes]]:
+def _figure(rows: int, columns: int, width: float, height: float, show_axes: bool = True) -> tuple[Figure, list[Axes]]:
     """Return a figure and its rows x columns panels, each `width` by `height` inches."""
     figure = Figure(
         figsize=(columns * width, rows * height), dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
     )
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for each in axes:
-        if axis == "off":
-            each.set_axis_off()
+    if not show_axes:
+        for axis in axes:
+            axis.set_axis_off()
     return figure, axes
 
 
@@ -380,7 +379,7 @@ PLOTS: dict[str, Callable[[FittedModel], Figure | None]] = {
     "reconstructions": reconstructions,
     "samples": samples,
     "latents": latents,
-    "map": code_map,
+    "map": latent_map,
     "scree": scree,
 }
 

@@ -1,6 +1,6 @@
-"""Write the report of a finished run, the model card and the plots, into the folder of its version."""
+"""Write the report of a finished run: the model card and the plots."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,45 +19,51 @@ PLOTTED_ROWS = 5_000  # held-out rows that are plotted: more make no visible dif
 def write_run(
     folder: Path,
     manifest: Manifest,
-    version: int,
     pipeline: Pipeline,
+    *,
+    version: int,
     held_out: Tensor,
     labels: npt.NDArray[Any] | None,
     label_names: list[str] | None,
     notes: Sequence[str],
     report: Reporter,
 ) -> None:
-    """Write card.md and the plots of `version` of the model into `folder`, which is created.
+    """Write card.md and the plots into `folder`, which is created if needed.
 
-    The model is already published, so a failure becomes a note to `report` and the rest is still written.
+    The model is already published: a failure becomes a warning to `report`, and the rest is still written.
 
     Args:
+        version: the published version of the model.
         held_out: rows [M, D], raw units, NaN where a value is missing.
-        labels: labels [M] of those rows, for the colours of the map.
+        labels: labels [M] of those rows, which colour the map of latents.
         label_names: name of each label, if labels have names.
-        notes: messages that the user saw about the data and the training.
+        notes: messages about the data and the training, repeated in the card.
     """
-    written: list[str] = []
+    plots: list[str] = []
     try:
         from training.reports.plots import FittedModel, render_plots
 
         folder.mkdir(parents=True, exist_ok=True)
-        rows, colours = held_out[:PLOTTED_ROWS], None if labels is None else labels[:PLOTTED_ROWS]
-        _write(folder, render_plots(FittedModel(manifest, pipeline, rows, colours, label_names)), written)
-    except (
-        ImportError,
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # matplotlib raises ValueError for degenerate data
+        model = FittedModel(
+            manifest=manifest,
+            pipeline=pipeline,
+            x=held_out[:PLOTTED_ROWS],
+            labels=None if labels is None else labels[:PLOTTED_ROWS],
+            label_names=label_names,
+        )
+        for name, png in render_plots(model):
+            (folder / f"{name}.png").write_bytes(png)
+            plots.append(name)
+    # matplotlib may be missing (ImportError), and raises ValueError for degenerate data.
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         report.note(f"warning: failed to draw some plots in {folder} ({reason})")
-    for warning in write_card(folder, manifest, version, notes, written):
+    for warning in write_card(folder, manifest, version, notes, plots):
         report.note(warning)
 
 
 def write_card(folder: Path, manifest: Manifest, version: int, notes: Sequence[str], plots: Sequence[str]) -> list[str]:
-    """Write card.md into `folder`, which is created. Return a warning, as a list, if that fails.
+    """Write card.md into `folder`, which is created if needed. Return the warnings: one if that fails, else none.
 
     Args:
         plots: names of the plots in `folder`.
@@ -70,9 +76,3 @@ def write_card(folder: Path, manifest: Manifest, version: int, notes: Sequence[s
             f"warning: failed to write the model card in {folder} ({error.strerror}): free space there, or set --runs"
         ]
     return []
-
-
-def _write(folder: Path, plots: Iterable[tuple[str, bytes]], written: list[str]) -> None:
-    for name, png in plots:
-        (folder / f"{name}.png").write_bytes(png)
-        written.append(name)

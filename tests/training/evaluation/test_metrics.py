@@ -21,10 +21,10 @@ from models.vae import VAE
 from tests.data import ROOT
 from training.evaluation.metrics import (
     bits_per_dimension,
+    count_latents,
     density_scale,
     held_out_metrics,
     importance_weighted,
-    latents,
     pca_metrics,
 )
 from training.fitting.latents import describe_latents
@@ -150,7 +150,7 @@ def test_latent_report_of_a_linear_vae_matches_theory() -> None:
     assert [latent.kl for latent in report] == pytest.approx(0.5 * np.log1p(squares / VARIANCE), rel=0.02)
     assert [latent.variance for latent in report] == pytest.approx(squares / (squares + VARIANCE), rel=0.02)
     assert [latent.active for latent in report] == [True, True]
-    assert latents(vae, x) == K
+    assert count_latents(vae, x) == K
 
 
 def test_latent_report_of_pca_has_variances_and_no_kl() -> None:

@@ -61,7 +61,7 @@ def test_auto_publishes_a_network_on_curved_data_and_pca_on_a_plane(tmp_path: Pa
     x = factors @ random.standard_normal((2, 8)) + 0.05 * random.standard_normal((1500, 8))
     report = RecordingReporter()
     config = TrainConfig(model="auto", name="m", latents=1 if curved else 2, hidden=(32, 32), epochs=60)
-    path = train(config, table(x, "synthetic rows"), tmp_path, report, tmp_path / "runs")
+    path = train(config, table(x, "synthetic rows"), tmp_path, report, runs=tmp_path / "runs")
     manifest = read_manifest(path)
     assert (manifest.kind == "pca") is not curved
     assert set(manifest.comparison) == {"pca", "ae", "vae"}

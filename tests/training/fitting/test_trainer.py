@@ -181,7 +181,7 @@ def test_a_run_that_is_killed_twice_and_resumed_ends_with_the_same_weights(tmp_p
 def test_resuming_from_the_checkpoint_of_another_run_raises_fit_error(tmp_path: Path) -> None:
     CheckpointStore(tmp_path / "m", "another").save({})
     with pytest.raises(FitError, match="other data or options"):
-        train(config(), read_table("digits"), tmp_path / "artifacts", RecordingReporter(), tmp_path, resume=True)
+        train(config(), read_table("digits"), tmp_path / "artifacts", RecordingReporter(), runs=tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x02cos\nsystem\n(S'true'\ntR."])
@@ -201,7 +201,7 @@ def test_a_run_that_cannot_write_checkpoints_continues_and_warns(tmp_path: Path)
     reporter = RecordingReporter()
     settings = config(epochs=1, hidden=(8,), batch_size=600)
     runs = tmp_path / "runs"
-    path = train(settings, read_table("digits"), tmp_path / "artifacts", reporter, runs, checkpoint_seconds=0)
+    path = train(settings, read_table("digits"), tmp_path / "artifacts", reporter, runs=runs, checkpoint_seconds=0)
     assert path.is_file()
     warnings = [note for note in reporter.notes if "no checkpoint was written" in note]
     assert len(warnings) == 4  # one per step and one at the end

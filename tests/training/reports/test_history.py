@@ -16,7 +16,7 @@ import pytest
 from tests.conftest import require
 from tests.data import ROOT
 from tests.training.reporters import RecordingReporter
-from training.reports.history import FILE_NAME, POINTS, HistoryRecorder, thinned
+from training.reports.history import FILE_NAME, POINTS, HistoryRecorder, thin
 
 
 def read_lines(folder: Path) -> list[dict[str, float]]:
@@ -80,9 +80,9 @@ def test_non_finite_value_is_null_in_the_file_and_absent_from_the_history(tmp_pa
 
 
 @pytest.mark.parametrize("count", [1, POINTS, POINTS + 1, 10_000])
-def test_thinned_keeps_first_and_last_and_spreads_the_rest_evenly(count: int) -> None:
+def test_thin_keeps_first_and_last_and_spreads_the_rest_evenly(count: int) -> None:
     points = [{"epoch": float(epoch)} for epoch in range(1, count + 1)]
-    kept = [point["epoch"] for point in thinned(points)]
+    kept = [point["epoch"] for point in thin(points)]
     assert len(kept) == min(count, POINTS)
     assert (kept[0], kept[-1]) == (1, count)
     gaps = {after - before for before, after in pairwise(kept)}

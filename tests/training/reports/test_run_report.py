@@ -39,7 +39,7 @@ PLOTS = {
 def train_and_report(kind: str, source: str, folder: Path, **options: object) -> tuple[Manifest, Path]:
     """Train a small model. Return its manifest and the folder of its report."""
     config = TrainConfig.model_validate(SMALL | {"model": kind, "name": "m"} | options)
-    path = train(config, read_table(source), folder / "artifacts", RecordingReporter(), folder / "runs")
+    path = train(config, read_table(source), folder / "artifacts", RecordingReporter(), runs=folder / "runs")
     return read_manifest(path), folder / "runs" / "m" / path.parent.name
 
 
@@ -134,7 +134,7 @@ def test_card_of_a_collapsed_vae_reports_dead_latents_and_the_better_pca(tmp_pat
 def test_run_with_an_unwritable_report_folder_publishes_the_model_and_warns(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file where a folder should be")
     report, config = RecordingReporter(), TrainConfig.model_validate({"model": "pca", "name": "m"})
-    path = train(config, read_table("digits"), tmp_path / "artifacts", report, tmp_path / "runs")
+    path = train(config, read_table("digits"), tmp_path / "artifacts", report, runs=tmp_path / "runs")
     assert path.is_file()
     assert any(
         note.startswith(f"warning: failed to write the model card in {tmp_path}/runs/m/1 (") for note in report.notes
@@ -162,8 +162,16 @@ from training.config import EVERY_KIND, TrainConfig
 from training.data.table import read_table
 from training.train import train
 config = TrainConfig(model="ae", name="m", hidden=(16,), latents=4, epochs=40)
-folder, resume = Path(sys.argv[1]), "resume" in sys.argv
-train(config, read_table("digits"), folder / "artifacts", RecordingReporter(), folder / "runs", resume, 0.05)
+folder = Path(sys.argv[1])
+train(
+    config,
+    read_table("digits"),
+    folder / "artifacts",
+    RecordingReporter(),
+    runs=folder / "runs",
+    resume="resume" in sys.argv,
+    checkpoint_seconds=0.05,
+)
 """
 
 
