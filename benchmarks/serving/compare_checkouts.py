@@ -1,0 +1,163 @@
+"""Compare the serving speed of this checkout with that of another one, for example of the commit before a change.
+
+    git worktree add ../before COMMIT
+    python benchmarks/serving/compare_checkouts.py ../before
+
+Both servers run with the same interpreter, models and requests. The two are measured in turn, request kind by request
+kind, and the order alternates from round to round, so that a change of the machine's speed hits both. The table shows
+the median over rounds of each rate and the ratio of the medians, this checkout over the other. The cost is the
+server's processor time per response: on a shared machine its ratio varies less than that of the rates.
+
+Options: --rounds (10), --seconds per measurement (2), --smoke (one short round against this checkout itself).
+"""
+
+import argparse
+import http.client
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from time import monotonic, sleep
+
+import orjson
+
+from benchmarks.data import ROOT
+from benchmarks.serving.load_generators import Request, run_closed_loop
+from benchmarks.serving.server_process import ServerProcess, adopt_orphans, free_port
+from benchmarks.serving.servers import JSON, NPY, ListProtocol
+from benchmarks.serving.workload import Workload, create_workload
+
+START_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Load:
+    """A kind of request, sent by a number of connections in a closed loop."""
+
+    title: str
+    request: Request
+    connections: int
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One measurement: responses per second, and processor seconds per response."""
+
+    rate: float
+    cost: float
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server of one checkout."""
+
+    process: ServerProcess
+    port: int
+
+    def wait_until_ready(self) -> None:
+        """Wait until /readyz answers 200. Raises RuntimeError if it does not in START_SECONDS."""
+        deadline = monotonic() + START_SECONDS
+        while monotonic() < deadline:
+            self.process.require_alive()
+            try:
+                connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+                connection.request("GET", "/readyz")
+                if connection.getresponse().status == 200:
+                    return
+            except OSError:
+                pass
+            sleep(0.1)
+        raise RuntimeError(f"the server was not ready after {START_SECONDS:g} s: see {self.process.log}")
+
+    def response_size(self, request: Request) -> int:
+        """Return the size of the response body. Raises RuntimeError if the status is not 200."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection.request("POST", request.path, request.body, request.headers)
+        response = connection.getresponse()
+        body = response.read()
+        if response.status != 200:
+            raise RuntimeError(f"{request.path} answered {response.status}: {body[:200]!r}")
+        return len(body)
+
+    def measure(self, load: Load, seconds: float) -> Measurement:
+        """Measure a closed loop. Raises RuntimeError if a response was wrong."""
+        size = self.response_size(load.request)
+        before = self.process.processor_seconds()
+        sample = run_closed_loop(self.port, load.request, size, load.connections, seconds)
+        if sample.correct_share < 1:
+            raise RuntimeError(f"{load.title}: only {sample.correct_share:.1%} of the responses were right")
+        spent = self.process.processor_seconds() - before
+        return Measurement(sample.rate, spent / (sample.rate * max(1, round(seconds))))
+
+
+def loads(workload: Workload) -> list[Load]:
+    """Return the loads to compare."""
+    protocol = ListProtocol("/reconstruct?model=vae", npy=True)
+    one = protocol.create_request(workload.rows[1], binary=False)
+    many = protocol.create_request(workload.rows[32], binary=False)
+    large = protocol.create_request(workload.rows[256], binary=True)
+    assert one
+    assert many
+    assert large
+    body = orjson.dumps({"inputs": workload.few_features}, option=orjson.OPT_SERIALIZE_NUMPY)
+    anomaly = Request("/anomaly?model=hosts", JSON, body)
+    return [
+        Load("1 row JSON, c=1", one, 1),
+        Load("1 row JSON, c=32", one, 32),
+        Load("32 rows JSON, c=32", many, 32),
+        Load("256 rows npy, c=8", Request(large.path, NPY, large.body), 8),
+        Load("/anomaly, 1 row JSON, c=1", anomaly, 1),
+        Load("/anomaly, 1 row JSON, c=32", anomaly, 32),
+    ]
+
+
+def start(checkout: Path, workload: Workload, stack: ExitStack, name: str) -> Server:
+    """Start the server of `checkout`."""
+    port = free_port()
+    environment = {
+        "ELBO_PORT": str(port), "ELBO_ARTIFACTS": str(workload.folder / "artifacts"), "ELBO_LOG_LEVEL": "info",
+        "ELBO_BACKEND": "onnx", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(checkout),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "service"]
+    process = ServerProcess(command, environment, workload.folder / f"{name}.log", folder=checkout)
+    server = Server(stack.enter_context(process), port)
+    server.wait_until_ready()
+    return server
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("other", nargs="?", type=Path, help="folder of the other checkout")
+    parser.add_argument("--rounds", type=int, default=10, help="rounds (10)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="seconds per measurement (2)")
+    parser.add_argument("--smoke", action="store_true", help="one short round against this checkout itself")
+    options = parser.parse_args()
+    if options.smoke:
+        options.other, options.rounds, options.seconds = options.other or ROOT, 1, 1.0
+    if options.other is None or not (options.other / "service").is_dir():
+        parser.error("give the folder of another checkout")
+    adopt_orphans()
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        workload = create_workload(Path(folder))
+        servers = {
+            "this": start(ROOT, workload, stack, "this"),
+            "other": start(options.other.resolve(), workload, stack, "other"),
+        }
+        print("| load | this, 1/s | other, 1/s | rate ratio | cost ratio |\n|---|---|---|---|---|")
+        for load in loads(workload):
+            found: dict[str, list[Measurement]] = {"this": [], "other": []}
+            for server in servers.values():
+                server.measure(load, 1.0)  # warm-up
+            for turn in range(options.rounds):
+                for name in ("this", "other") if turn % 2 else ("other", "this"):
+                    found[name].append(servers[name].measure(load, options.seconds))
+            rate = {name: median(one.rate for one in measurements) for name, measurements in found.items()}
+            cost = {name: median(one.cost for one in measurements) for name, measurements in found.items()}
+            ratios = f"{rate['this'] / rate['other']:.3f} | {cost['this'] / cost['other']:.3f}"
+            print(f"| {load.title} | {rate['this']:,.0f} | {rate['other']:,.0f} | {ratios} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
