@@ -1,1 +1,1 @@
-"""From a source (file, folder, bundled data) to a table of rows."""
+"""Read sources (files, folders, bundled data) into tables, and draw minibatches from them."""

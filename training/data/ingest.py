@@ -23,8 +23,8 @@ Array = npt.NDArray[Any]
 class InfiniteValues:
     """The values of one column that are infinite in float32."""
 
-    row: int  # of the first of them
-    value: float  # the first of them
+    first_row: int
+    first_value: float
     count: int
 
 
@@ -62,17 +62,17 @@ class ColumnStatistics:
         for column in np.flatnonzero(infinite.any(axis=0)).tolist():
             first = int(infinite[:, column].argmax())
             found = self.infinite.setdefault(
-                column, InfiniteValues(row=self.rows + first, value=float(block[first, column]), count=0)
+                column, InfiniteValues(self.rows + first, float(block[first, column]), count=0)
             )
             found.count += int(infinite[:, column].sum())
 
     def refuse_infinite(self, source: str, names: Sequence[str], first_line: int | None) -> None:
         """Raise DataError for the first column with a value that is infinite in float32."""
         for column, found in sorted(self.infinite.items())[:1]:
-            limit = ", beyond the range of float32 (3.4e38)," if np.isfinite(found.value) else ""
+            limit = ", beyond the range of float32 (3.4e38)," if np.isfinite(found.first_value) else ""
             raise DataError(
-                f"{source}: column {names[column]!r} has the value {found.value}{limit} in "
-                f"{describe_row(found.row, first_line)}{_and_others(found.count)}: "
+                f"{source}: column {names[column]!r} has the value {found.first_value}{limit} in "
+                f"{describe_row(found.first_row, first_line)}{_and_others(found.count)}: "
                 "expected finite numbers; correct the values, or drop those rows or the column"
             )
 
@@ -91,7 +91,7 @@ class ColumnStatistics:
 
 
 def _and_others(count: int) -> str:
-    """Return how many rows besides the first one are meant."""
+    """Return the words that follow the first of `count` rows in a message."""
     return f" and in {count - 1} more" if count > 1 else ""
 
 

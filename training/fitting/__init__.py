@@ -1,1 +1,1 @@
-"""From arrays to fitted parameters: PCA, networks, objectives, the training loop, score statistics."""
+"""Fit models: PCA, networks, the training loop, score statistics and calibration."""

@@ -1,4 +1,4 @@
-"""Read from a table, once, what fitting any kind of model needs."""
+"""Prepare a table for fitting: read once what every kind of model needs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from training.data.table import MAX_HELD_OUT_BYTES, MAX_HELD_OUT_ROWS, Split, Ta
 from training.fitting.pca import pca_from_moments, spectrum_from_moments
 from training.fitting.whitening import most_concentrated_rows
 
-SPECTRUM_SIZE = 256  # eigenvalues that are kept
+SPECTRUM_SIZE = 256  # eigenvalues that `PreparedData.spectrum` returns, at most
 MAX_COVARIANCE_FEATURES = 4096  # for more features the eigenvectors of the covariance would take hours
 
 
@@ -30,8 +30,8 @@ class PreparedData:
         fill: the values that replace missing ones, [D], which are the medians; None where no value is missing.
         moments: of the fit rows in raw units; without covariance above MAX_COVARIANCE_FEATURES features.
         held_out: rows [M, D] in raw units, NaN where a value is missing.
-        calibration: rows [C, D], likewise.
-        sample: the fit rows [S, D], likewise; not all of them if they are too many for the memory.
+        calibration: rows [C, D], in the same form.
+        sample: fit rows [S, D], in the same form: all of them, or as many as are kept in memory.
     """
 
     table: Table

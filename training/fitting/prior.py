@@ -19,7 +19,7 @@ BATCH = 4096  # rows per forward pass; bounds the memory
 def fit_prior(core: Core, u: Tensor, latents: int, seed: int) -> Prior:
     """Return the prior whose samples decode to rows like the fit rows u [N, D].
 
-    That of probabilistic PCA for PCA, N(0, I) for a VAE, and a Gaussian mixture of the codes for an autoencoder.
+    PCA has the prior of probabilistic PCA, a VAE has N(0, I), and an autoencoder a Gaussian mixture of the codes.
     """
     if isinstance(core, PCA):
         return gaussian_prior((core.eigenvalues - core.noise_variance).clamp(min=0.0).sqrt())

@@ -23,8 +23,8 @@ from training.fitting.objectives import Objective
 from training.progress import Reporter
 from training.random_streams import NOISE, VALIDATION, random_stream
 
-DEFAULT_STEPS = 3_000  # the default number of epochs makes about this many; the demonstration models gain nothing more
-MIN_EPOCHS, MAX_EPOCHS = 10, 400  # of the default
+DEFAULT_STEPS = 3_000  # by default; the demonstration models do not improve after that
+MIN_EPOCHS, MAX_EPOCHS = 10, 400  # limits of the default number of epochs
 DEFAULT_LEARNING_RATE = 1e-3
 MAX_GRADIENT_NORM = 1000.0  # far above that of a healthy step, so only an exploding gradient is clipped
 VALIDATION_BATCH = 256  # rows; small enough for the activations to stay in the processor's cache

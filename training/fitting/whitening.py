@@ -40,7 +40,7 @@ def most_concentrated_rows(vectors: Tensor, usual_variance: Tensor) -> Tensor:
     vectors, usual_variance = vectors.double(), usual_variance.double()
     count = -(-len(vectors) * KEPT_PERCENT // 100)
     centre = vectors.median(dim=0).values  # [V]
-    deviation = 1.4826 * (vectors - centre).abs().median(dim=0).values  # [V]; the factor makes it that of a Gaussian
+    deviation = 1.4826 * (vectors - centre).abs().median(dim=0).values  # [V]; the factor is that of a Gaussian
     variance = _with_pseudo_rows(deviation.square(), len(vectors), usual_variance)
     kept = Whitening(centre, variance.rsqrt()).distance(vectors).argsort()[:count]
     for _ in range(CONCENTRATION_STEPS):
@@ -62,7 +62,7 @@ def _fit(vectors: Tensor, usual_variance: Tensor, noise: Tensor | float = 0.0) -
     if width > MAX_FULL_WIDTH or rows == 1:
         return Whitening(mean, 1.0 / (deviation * torch.as_tensor(1.0 + noise).sqrt()))
     correlation = torch.from_numpy(ledoit_wolf(((vectors - mean) / deviation).numpy(), assume_centered=True)[0])
-    correlation.diagonal().clamp_(min=1.0).add_(noise)  # the pseudo rows made some of it smaller than 1
+    correlation.diagonal().clamp_(min=1.0).add_(noise)  # the pseudo rows made some variances smaller than 1
     inverse = torch.linalg.solve_triangular(
         torch.linalg.cholesky(correlation), torch.diag(1.0 / deviation), upper=False
     )

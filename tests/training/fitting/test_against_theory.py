@@ -1,7 +1,7 @@
-"""Objectives whose optimum is known in closed form: found by descending our own losses, compared with theory.
+"""Losses whose optimum is known in closed form: minimised numerically and compared with theory.
 
-All in float64 on the digits. Where a loss is an expectation over noise and the maps are linear, a few fixed points with
-the moments of the normal distribution give it exactly.
+All tests use float64 and the digits. Where a loss is an expectation over noise and the networks are linear, a few fixed
+points with the moments of the normal distribution give its exact value.
 """
 
 import math
@@ -32,14 +32,14 @@ pytestmark = pytest.mark.slow
 DIGITS = torch.from_numpy(load_digits().data / 16.0)  # [1797, 64]
 VALUES, VECTORS = torch.linalg.eigh(DIGITS.T.cov(correction=0))
 EIGENVALUES, TOP = VALUES.flip(0).clamp(min=0.0), VECTORS.flip(1).T  # largest first; TOP in rows
-# A linear model sees the mean and the covariance alone. These 128 rows have those of the digits; the 48 of LEADING have
-# their 24 largest eigenvalues, each in an axis of its own.
+# A linear model depends on the mean and the covariance only. These 128 rows have the mean and the covariance of the
+# digits. The 48 rows of LEADING have a diagonal covariance with their 24 largest eigenvalues.
 X = DIGITS.mean(dim=0) + math.sqrt(64) * torch.cat((TOP, -TOP)) * EIGENVALUES.sqrt().repeat(2).unsqueeze(1)
 LEADING = math.sqrt(24) * torch.cat((torch.eye(24), -torch.eye(24))).double() * EIGENVALUES[:24].sqrt()
 
 
 def minimise(model: nn.Module, loss: Callable[[], Tensor], steps: int = 1000) -> float:
-    """Descend to where LBFGS finds nothing more to gain."""
+    """Minimise `loss` with LBFGS until it converges, and return its value."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.LBFGS(
         parameters, max_iter=steps, tolerance_grad=1e-10, tolerance_change=1e-14, history_size=50,
@@ -70,19 +70,19 @@ def linear_vae(latents: int, variance: float, learn: bool, features: int = 64) -
 
 
 def normal_points(size: int) -> Tensor:
-    """[2 size, size]: points with mean zero and unit covariance, over which a quadratic averages to its expectation."""
+    """Return points [2 size, size] with mean 0 and unit covariance: quadratics have their expectation as their mean."""
     return math.sqrt(size) * torch.cat((torch.eye(size), -torch.eye(size))).double()
 
 
 def exact_elbo(vae: VAE, x: Tensor, latents: int, beta: float = 1.0) -> Tensor:
-    """The loss of `elbo_terms` with its expectation over z exact, for a linear decoder."""
+    """Return the loss of `elbo_terms` with the exact expectation over z, for a linear decoder."""
     points = normal_points(latents)  # [2 K, K]
     rows = x.repeat(len(points), 1)
     return elbo_terms(vae, rows, points.repeat_interleave(len(x), dim=0), beta)["loss"]
 
 
 def layer(network: nn.Module) -> nn.Linear:
-    """The one linear layer of a linear network."""
+    """Return the layer of a network that has only one."""
     (only,) = network.children()
     assert isinstance(only, nn.Linear)
     return only
@@ -93,14 +93,14 @@ def weights(network: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("latents", [2, 8])
-def test_the_linear_autoencoder_is_pca(latents: int) -> None:
+def test_linear_autoencoder_is_pca(latents: int) -> None:
     model = linear_autoencoder(64, latents)
     loss = minimise(model, lambda: squared_error_terms(model, X)["loss"])
     assert loss == pytest.approx(float(EIGENVALUES[latents:].sum()), rel=1e-4)
     assert subspace_angles(weights(model.decoder).numpy(), TOP[:latents].numpy().T).max() < 1e-2
 
 
-def test_the_regularised_linear_autoencoder_is_symmetric_and_shrunk() -> None:
+def test_regularised_linear_autoencoder_is_symmetric_and_shrunk() -> None:
     """Kunin et al. 2019, "Loss landscapes of regularized linear autoencoders", theorem 1."""
     latents, penalty = 4, 0.1
     model = linear_autoencoder(64, latents)
@@ -111,8 +111,8 @@ def test_the_regularised_linear_autoencoder_is_symmetric_and_shrunk() -> None:
     assert torch.allclose(singular, 1.0 - penalty / EIGENVALUES[:latents], atol=1e-4)
 
 
-def test_the_linear_vae_reaches_the_likelihood_of_probabilistic_pca() -> None:
-    """Lucas et al. 2019, "Don't blame the ELBO!", section 4: no gap remains, and the noise is what is left over."""
+def test_linear_vae_reaches_the_likelihood_of_probabilistic_pca() -> None:
+    """Lucas et al. 2019, "Don't blame the ELBO!", section 4: the bound is tight, with the variance of that PCA."""
     latents = 4
     vae = linear_vae(latents, variance=0.1, learn=True)
     loss = minimise(vae, lambda: exact_elbo(vae, X, latents))
@@ -122,24 +122,24 @@ def test_the_linear_vae_reaches_the_likelihood_of_probabilistic_pca() -> None:
     assert -loss == pytest.approx(log_likelihood, abs=1e-4)
     assert isinstance(vae.likelihood, GaussianLikelihood)
     assert float(vae.likelihood.log_variance.detach().exp()) == pytest.approx(float(noise), rel=1e-4)
-    scaled = fit_pca(X, latents)  # the same model with the N - 1 covariance: its own likelihood can only be lower
-    assert float(scaled.log_likelihood(X).mean()) <= log_likelihood + 1e-9
+    pca = fit_pca(X, latents)  # with the N - 1 covariance, so the likelihood is a little lower
+    assert float(pca.log_likelihood(X).mean()) <= log_likelihood + 1e-9
 
 
 @pytest.mark.parametrize(("variance", "beta"), [(0.1, 1.0), (0.05, 4.0), (0.2, 1.0), (0.1, 6.0)])
-def test_as_many_latents_live_as_eigenvalues_exceed_beta_times_the_variance(variance: float, beta: float) -> None:
+def test_linear_vae_keeps_as_many_latents_as_eigenvalues_exceed_beta_times_the_variance(
+    variance: float, beta: float
+) -> None:
     latents = 16
     expected = int((beta * variance < EIGENVALUES).sum())
     vae = linear_vae(latents, variance, learn=False, features=24)
     minimise(vae, lambda: exact_elbo(vae, LEADING, latents, beta), 500)
     with torch.no_grad():
-        rotated = torch.linalg.eigvalsh(
-            vae.posterior(LEADING)[0].T.cov()
-        )  # activity does not depend on the latents' axes
+        rotated = torch.linalg.eigvalsh(vae.posterior(LEADING)[0].T.cov())  # independent of a rotation of the latents
     assert int((rotated > 1e-3).sum()) == expected
 
 
-def test_the_linear_denoising_autoencoder_is_pca_with_wiener_shrinkage() -> None:
+def test_linear_denoising_autoencoder_is_pca_with_wiener_shrinkage() -> None:
     latents, level, x = 3, 0.5, X[:200, 18:26]
     model, points = linear_autoencoder(8, latents), level * normal_points(8)  # [16, 8]
     clean, noisy = x.repeat(len(points), 1), (x.unsqueeze(0) + points.unsqueeze(1)).flatten(0, 1)
@@ -150,8 +150,8 @@ def test_the_linear_denoising_autoencoder_is_pca_with_wiener_shrinkage() -> None
     assert torch.allclose(weights(model.decoder) @ weights(model.encoder), top * gain @ top.T, atol=1e-6)
 
 
-def test_the_optimal_variance_is_the_mean_squared_error() -> None:
-    """At it the derivative by the variance vanishes, and it is what a learned variance converges to."""
+def test_optimal_variance_is_the_mean_squared_error() -> None:
+    """A learned variance converges to it."""
     torch.manual_seed(0)
     output, likelihood = X + 0.3 * torch.randn_like(X), OptimalGaussianLikelihood(torch.ones(1)).double()
     learned = GaussianLikelihood(torch.ones(1)).double()
@@ -162,8 +162,8 @@ def test_the_optimal_variance_is_the_mean_squared_error() -> None:
     assert -float(likelihood.eval().log_prob(X, output).mean()) == pytest.approx(best, abs=1e-6)
 
 
-def test_the_importance_weighted_bound_closes_on_the_likelihood() -> None:
-    """A probabilistic PCA with known likelihood, and a posterior of 1.5 times the right variance."""
+def test_importance_weighted_bound_approaches_the_likelihood_with_more_samples() -> None:
+    """The model is a probabilistic PCA with known likelihood; its posterior variance is 1.5 times too large."""
     latents, pca = 4, fit_pca(X, 4)
     vae = linear_vae(latents, float(pca.noise_variance), learn=False)
     scale = (pca.eigenvalues - pca.noise_variance).sqrt()  # [K]: x = mean + V' scale z + noise
@@ -177,17 +177,17 @@ def test_the_importance_weighted_bound_closes_on_the_likelihood() -> None:
         encoder.bias.copy_(torch.cat((-gain @ pca.mean, variance.log())))
         exact = float(pca.log_likelihood(X).mean())
         random = torch.Generator().manual_seed(0)
-        bias = {}
+        gaps = {}
         for draws in (1, 5, 50, 500):
             noise = torch.randn(draws, len(X), latents, generator=random, dtype=torch.float64)
-            bias[draws] = exact - float(importance_weighted_terms(vae, X, noise)["bound"])
-    gap = 0.5 * latents * (1.5 - 1.0 - math.log(1.5))  # of the ELBO: the KL from the exact posterior
-    assert bias[1] == pytest.approx(gap, abs=0.05)
-    assert bias[1] > bias[5] > bias[50] > abs(bias[500])
-    assert abs(bias[500]) < 0.01
+            gaps[draws] = exact - float(importance_weighted_terms(vae, X, noise)["bound"])
+    kl = 0.5 * latents * (1.5 - 1.0 - math.log(1.5))  # from the exact posterior: the gap of the ELBO
+    assert gaps[1] == pytest.approx(kl, abs=0.05)
+    assert gaps[1] > gaps[5] > gaps[50] > abs(gaps[500])
+    assert abs(gaps[500]) < 0.01
 
 
-def test_free_bits_charge_nothing_below_their_level() -> None:
+def test_free_bits_make_the_kl_below_their_level_free() -> None:
     vae, noise = linear_vae(3, 0.1, learn=False), torch.zeros(len(X), 3).double()
     with torch.no_grad():
         kl = gaussian_kl(*vae.posterior(X)).mean(dim=0)
@@ -197,12 +197,12 @@ def test_free_bits_charge_nothing_below_their_level() -> None:
     assert float(terms["kl"]) == pytest.approx(float(kl.sum()))
 
 
-def test_corruption_has_the_levels_and_the_masks_that_were_asked_for() -> None:
+def test_corrupt_adds_noise_in_the_given_range_and_masks_the_given_share() -> None:
     random, ones = torch.Generator().manual_seed(0), torch.ones(4000, 400)
     noise = corrupt(ones, (0.05, 1.0), 0.0, random) - ones
     level = noise.std(dim=1).log().numpy()
     assert np.exp([level.min(), level.max()]) == pytest.approx([0.05, 1.0], rel=0.15)
-    assert level.mean() == pytest.approx(math.log(0.05) / 2, abs=0.05)  # log-uniform: the middle of the logarithms
+    assert level.mean() == pytest.approx(math.log(0.05) / 2, abs=0.05)  # log-uniform: the mean of the logarithms
     assert level.std() == pytest.approx(-math.log(0.05) / math.sqrt(12), rel=0.05)
     assert float((corrupt(ones, (0.0, 0.0), 0.3, random) == 0).double().mean()) == pytest.approx(0.3, abs=0.01)
     assert torch.equal(corrupt(ones, (0.0, 0.0), 0.0, random), ones)

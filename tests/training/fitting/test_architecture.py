@@ -1,4 +1,4 @@
-"""Which networks a configuration gets, and which rows convolutions refuse."""
+"""The networks of a configuration, and the shapes that convolutions refuse."""
 
 import pytest
 import torch
@@ -9,46 +9,46 @@ from training.errors import FitError
 from training.fitting.architecture import build_decoder, build_encoder
 
 
-def kinds(network: nn.Module) -> list[str]:
+def layer_types(network: nn.Module) -> list[str]:
     return [type(layer).__name__ for layer in network.children()]
 
 
-def test_a_perceptron_mirrors_its_widths() -> None:
+def test_perceptron_decoder_mirrors_the_widths_of_the_encoder() -> None:
     config = TrainConfig(model="vae", name="x", hidden=(7, 5), activation="tanh")
     encoder, decoder = build_encoder(config, (4, 3), 6), build_decoder(config, (4, 3), 2)
-    assert kinds(encoder) == kinds(decoder) == ["Linear", "Tanh", "Linear", "Tanh", "Linear"]
+    assert layer_types(encoder) == layer_types(decoder) == ["Linear", "Tanh", "Linear", "Tanh", "Linear"]
     assert [tuple(p.shape) for p in encoder.parameters() if p.dim() == 2] == [(7, 12), (5, 7), (6, 5)]
     assert [tuple(p.shape) for p in decoder.parameters() if p.dim() == 2] == [(5, 2), (7, 5), (12, 7)]
 
 
 @pytest.mark.parametrize("shape", [(28, 28), (5, 4, 3)])
-def test_conv_takes_its_default_channels_and_keeps_rows_flat(shape: tuple[int, ...]) -> None:
+def test_convolutions_use_the_default_channels_and_take_flat_rows(shape: tuple[int, ...]) -> None:
     config = TrainConfig(model="vae", name="x", network="conv")
     encoder, decoder = build_encoder(config, shape, 6), build_decoder(config, shape, 3)
-    assert kinds(encoder).count("Conv2d") == kinds(decoder).count("ConvTranspose2d") == 2
+    assert layer_types(encoder).count("Conv2d") == layer_types(decoder).count("ConvTranspose2d") == 2
     x = torch.randn(2, torch.Size(shape).numel())
     assert encoder(x).shape == (2, 6)
     assert decoder(torch.randn(2, 3)).shape == x.shape
 
 
-def test_dense_layers_stand_between_convolutions_and_code_in_mirrored_order() -> None:
+def test_dense_layers_lie_between_convolutions_and_code_in_mirrored_order() -> None:
     config = TrainConfig(model="ae", name="x", network="conv", hidden=(4,), dense=(9, 7))
     encoder, decoder = build_encoder(config, (6, 6), 2), build_decoder(config, (6, 6), 2)
-    assert kinds(encoder)[-6:] == ["Flatten", "Linear", "SiLU", "Linear", "SiLU", "Linear"]
-    assert kinds(decoder)[:7] == ["Linear", "SiLU", "Linear", "SiLU", "Linear", "Unflatten", "SiLU"]
+    assert layer_types(encoder)[-6:] == ["Flatten", "Linear", "SiLU", "Linear", "SiLU", "Linear"]
+    assert layer_types(decoder)[:7] == ["Linear", "SiLU", "Linear", "SiLU", "Linear", "Unflatten", "SiLU"]
     widths = [layer.out_features for layer in [*encoder, *decoder] if isinstance(layer, nn.Linear)]
     assert widths == [9, 7, 2, 7, 9, 36]
 
 
 @pytest.mark.parametrize("network", ["mlp", "conv"])
-def test_a_sigmoid_keeps_pictures_within_0_and_1(network: str) -> None:
+def test_images_are_decoded_by_a_sigmoid_to_values_from_0_to_1(network: str) -> None:
     config = TrainConfig.model_validate({"model": "ae", "name": "x", "network": network})
     x = build_decoder(config, (6, 6), 2, unit_range=True)(100 * torch.randn(50, 2))
     assert 0 <= x.min() < 0.1 < 0.9 < x.max() <= 1
 
 
 @pytest.mark.parametrize(
-    ("options", "unit", "sigmoid"),
+    ("options", "unit_range", "sigmoid"),
     [
         ({}, True, True),
         ({}, False, False),
@@ -56,18 +56,20 @@ def test_a_sigmoid_keeps_pictures_within_0_and_1(network: str) -> None:
         ({"output": "linear"}, True, False),
         ({"output": "sigmoid"}, False, True),
         ({"model": "vae"}, True, True),
-        ({"model": "vae", "likelihood": "bernoulli"}, True, False),  # whose decoder gives logits
+        ({"model": "vae", "likelihood": "bernoulli"}, True, False),  # its decoder returns logits
         ({"model": "vae", "likelihood": "bernoulli", "output": "sigmoid"}, True, False),
     ],
 )
-def test_decoders_end_in_a_sigmoid_where_it_fits(options: dict[str, object], unit: bool, sigmoid: bool) -> None:
+def test_decoder_ends_in_a_sigmoid_for_values_in_0_to_1(
+    options: dict[str, object], unit_range: bool, sigmoid: bool
+) -> None:
     config = TrainConfig.model_validate({"model": "ae", "name": "x", **options})
-    assert (kinds(build_decoder(config, (6, 6), 2, unit))[-1] == "Sigmoid") == sigmoid
+    assert (layer_types(build_decoder(config, (6, 6), 2, unit_range))[-1] == "Sigmoid") == sigmoid
 
 
 @pytest.mark.parametrize("build", [build_encoder, build_decoder])
 @pytest.mark.parametrize(
-    ("shape", "hidden", "words"),
+    ("shape", "hidden", "message"),
     [
         ((9,), (4,), r"needs images, rows of shape \[H, W\] or \[H, W, C\], got shape \[9\]: use --network mlp"),
         ((2, 2, 2, 2), (4,), r"got shape \[2, 2, 2, 2\]"),
@@ -76,14 +78,14 @@ def test_decoders_end_in_a_sigmoid_where_it_fits(options: dict[str, object], uni
         ((1, 5), (4,), "1 x 5 pixels can be halved 0 times"),
     ],
 )
-def test_rows_that_convolutions_cannot_take_are_refused(
-    build: object, shape: tuple[int, ...], hidden: tuple[int, ...], words: str
+def test_shapes_that_convolutions_cannot_take_raise(
+    build: object, shape: tuple[int, ...], hidden: tuple[int, ...], message: str
 ) -> None:
     assert callable(build)
-    with pytest.raises(FitError, match=words):
+    with pytest.raises(FitError, match=message):
         build(TrainConfig(model="ae", name="x", network="conv", hidden=hidden), shape, 2)
 
 
-def test_as_many_stages_as_there_is_room_for_are_given() -> None:
+def test_convolutions_may_halve_the_image_down_to_one_pixel() -> None:
     config = TrainConfig(model="ae", name="x", network="conv", hidden=(4, 4, 4))
     assert build_decoder(config, (5, 28), 2)(build_encoder(config, (5, 28), 2)(torch.randn(3, 140))).shape == (3, 140)

@@ -1,4 +1,4 @@
-"""The collapse forecast against the spectrum, and against networks that are made to collapse."""
+"""The forecast of active latents, compared with the spectrum, and the warning about collapsed networks."""
 
 from pathlib import Path
 
@@ -18,41 +18,43 @@ EIGENVALUES = torch.linalg.eigvalsh(X.T.cov()).flip(0)
 
 
 @pytest.mark.parametrize(("variance", "beta"), [(0.1, 1.0), (0.05, 4.0), (0.2, 1.0), (0.6, 1.0), (1.0, 1.0)])
-def test_with_a_fixed_variance_it_counts_eigenvalues(variance: float, beta: float) -> None:
+def test_prediction_for_a_fixed_variance_counts_eigenvalues(variance: float, beta: float) -> None:
     assert predict_active_latents(X, 16, beta, variance) == min(16, int((beta * variance < EIGENVALUES).sum()))
 
 
 @pytest.mark.parametrize("latents", [1, 16, 40])
-def test_with_a_learned_variance_and_beta_one_every_latent_lives(latents: int) -> None:
+def test_prediction_for_a_learned_variance_and_beta_1_is_all_latents(latents: int) -> None:
     assert predict_active_latents(X, latents, 1.0, None) == latents
 
 
 @pytest.mark.parametrize("beta", [2.0, 4.0, 8.0])
-def test_with_a_learned_variance_the_kept_latents_agree_with_the_variance_they_leave(beta: float) -> None:
-    kept = predict_active_latents(X, 30, beta, None)
-    left = float(EIGENVALUES[kept:].sum()) / (64 - kept * beta)
-    assert 0 < kept < 30
-    assert int((EIGENVALUES[:30] > beta * left).sum()) == kept
+def test_prediction_for_a_learned_variance_is_consistent_with_the_optimal_variance(beta: float) -> None:
+    active = predict_active_latents(X, 30, beta, None)
+    variance = float(EIGENVALUES[active:].sum()) / (64 - active * beta)
+    assert 0 < active < 30
+    assert int((EIGENVALUES[:30] > beta * variance).sum()) == active
 
 
-@pytest.mark.parametrize(("active", "kept", "warned"), [(16, 16, False), (8, 16, False), (7, 16, True), (0, 0, True)])
-def test_a_warning_comes_when_fewer_than_half_are_alive(active: int, kept: int, warned: bool) -> None:
-    assert (collapse_warning(active, kept, 16) is not None) is warned
+@pytest.mark.parametrize(
+    ("active", "predicted", "warned"), [(16, 16, False), (8, 16, False), (7, 16, True), (0, 0, True)]
+)
+def test_warning_appears_if_fewer_than_half_of_the_predicted_latents_are_active(
+    active: int, predicted: int, warned: bool
+) -> None:
+    assert (collapse_warning(active, predicted, 16) is not None) is warned
 
 
-def test_a_collapsed_run_is_forecast_and_warned_of(tmp_path: Path) -> None:
-    report = RecordingReporter()
+def test_a_run_that_collapses_is_predicted_and_warned_about(tmp_path: Path) -> None:
+    reporter = RecordingReporter()
     settings = {"model": "vae", "name": "v", "hidden": (16,), "epochs": 20, "variance": 1.0, "beta": 4.0}
-    manifest = read_manifest(train(TrainConfig.model_validate(settings), read_table("digits"), tmp_path, report))
+    manifest = read_manifest(train(TrainConfig.model_validate(settings), read_table("digits"), tmp_path, reporter))
     assert manifest.metrics["active_latents"] == 0
-    assert any("about 0 of 16 latents will stay active" in note for note in report.notes)
-    assert any(note.startswith("WARNING: posterior collapse: 0 of 16") for note in report.notes)
+    assert any("about 0 of 16 latents will stay active" in note for note in reporter.notes)
+    assert any(note.startswith("WARNING: posterior collapse: 0 of 16") for note in reporter.notes)
 
 
-def test_a_healthy_run_is_not_warned_of(tmp_path: Path) -> None:
-    report = RecordingReporter()
-    train(
-        TrainConfig.model_validate({"model": "vae", "name": "v", "epochs": 60}), read_table("digits"), tmp_path, report
-    )
-    assert any("about 16 of 16 latents will stay active" in note for note in report.notes)
-    assert not any("collapse" in note for note in report.notes)
+def test_a_healthy_run_is_not_warned_about(tmp_path: Path) -> None:
+    reporter = RecordingReporter()
+    train(TrainConfig(model="vae", name="v", epochs=60), read_table("digits"), tmp_path, reporter)
+    assert any("about 16 of 16 latents will stay active" in note for note in reporter.notes)
+    assert not any("collapse" in note for note in reporter.notes)

@@ -1,4 +1,4 @@
-"""What open options become: for tables, for pictures, and not at all where they were chosen."""
+"""Defaults that depend on the data: for tables, for images, and never for options that were given."""
 
 from typing import Any
 
@@ -13,16 +13,16 @@ def config(kind: Kind = "ae", **options: object) -> TrainConfig:
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-@pytest.mark.parametrize("pictures", [False, True])
-def test_everything_but_latents_and_the_epochs_of_pictures_is_settled(kind: Kind, pictures: bool) -> None:
-    found = with_defaults(config(kind), pictures, rows=1_000)
+@pytest.mark.parametrize("images", [False, True])
+def test_defaults_are_set_for_all_options_but_latents_and_the_epochs_of_images(kind: Kind, images: bool) -> None:
+    filled = with_defaults(config(kind), images, rows=1_000)
     for name in ("noise", "learning_rate", "variance", "hidden", "kept"):
-        assert getattr(found, name) is not None, name
-    assert (found.epochs is None) == pictures
+        assert getattr(filled, name) is not None, name
+    assert (filled.epochs is None) == images
 
 
-def test_what_was_chosen_stays() -> None:
-    chosen: dict[str, Any] = {
+def test_options_that_were_given_are_kept() -> None:
+    given: dict[str, Any] = {
         "noise": 0.0,
         "learning_rate": 0.1,
         "variance": "optimal",
@@ -30,26 +30,26 @@ def test_what_was_chosen_stays() -> None:
         "epochs": 7,
         "kept": "best",
     }
-    for pictures in (False, True):
-        assert with_defaults(config(**chosen), pictures, rows=50) == config(**chosen)
+    for images in (False, True):
+        assert with_defaults(config(**given), images, rows=50) == config(**given)
 
 
-def test_patience_wants_the_best_epoch() -> None:
+def test_patience_makes_the_best_epoch_the_default() -> None:
     assert [with_defaults(config(patience=patience), False, 100).kept for patience in (None, 3)] == ["last", "best"]
 
 
-def test_a_small_table_and_a_large_one_get_about_as_many_steps() -> None:
+def test_small_and_large_tables_get_about_the_same_number_of_steps() -> None:
     steps = [(with_defaults(config(), False, rows).epochs or 0) * -(-rows // 128) for rows in (1_000, 10_000, 19_000)]
     assert all(1_500 <= count < 1_800 for count in steps)
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("pca", 2), ("vae", 3), ("ae", 4), ("ensemble", 4)])
-def test_latents_follow_the_explained_variance(kind: Kind, expected: int) -> None:
-    shares = [0.6, 0.31, 0.05, 0.035, 0.005]
-    assert default_table_latents(kind, shares, rows=1_000, width=5) == expected
+def test_table_latents_explain_the_variance_share_of_the_kind(kind: Kind, expected: int) -> None:
+    variance_shares = [0.6, 0.31, 0.05, 0.035, 0.005]
+    assert default_table_latents(kind, variance_shares, rows=1_000, width=5) == expected
 
 
-def test_latents_never_exceed_what_rows_and_columns_allow() -> None:
+def test_default_latents_are_limited_by_rows_and_columns() -> None:
     flat = 200 * [1 / 200]
     assert default_table_latents("ae", flat, rows=10_000, width=200) == MAX_TABLE_LATENTS
     assert default_table_latents("ae", flat, rows=21, width=200) == 10

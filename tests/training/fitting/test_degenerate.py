@@ -1,4 +1,4 @@
-"""Columns at rest, copies of one another and missing ones: every kind stays finite on them, and rings where it must."""
+"""Constant columns, copies of columns and missing values: scores stay finite, and anomalies in them are detected."""
 
 from pathlib import Path
 
@@ -17,14 +17,14 @@ from training.progress import SilentReporter
 pytestmark = pytest.mark.slow
 
 ALPHA = 0.05
-RESTING = {4: 0.0, 5: 100.0, 6: -1e-4}  # value by column
+CONSTANT_COLUMNS = {4: 0.0, 5: 100.0, 6: -1e-4}  # value by column
 
 
 def rows(count: int, seed: int) -> npt.NDArray[np.float32]:
-    """Three columns that vary, a copy of the first, three at rest, and one that is the sum of two."""
+    """Return rows with three independent columns, a copy of the first, three constants, and the sum of two columns."""
     x = np.random.RandomState(seed).standard_normal((count, 8)).astype(np.float32)
     x[:, 3] = x[:, 0]
-    for column, value in RESTING.items():
+    for column, value in CONSTANT_COLUMNS.items():
         x[:, column] = value
     x[:, 7] = x[:, 1] + x[:, 2]
     return x
@@ -45,36 +45,36 @@ def p_values(pipeline: Pipeline, x: npt.NDArray[np.float32]) -> npt.NDArray[np.f
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_a_column_at_rest_rings_when_it_moves(kind: Kind, tmp_path: Path) -> None:
+def test_change_of_a_constant_column_is_detected(kind: Kind, tmp_path: Path) -> None:
     pipeline = fitted(kind, rows(400, 0), tmp_path)
     fresh = rows(200, 1)
     assert (p_values(pipeline, fresh) <= ALPHA).mean() < 0.15
-    for column, value in RESTING.items():
-        moved = fresh.copy()
-        moved[:, column] += 0.05 * abs(value) or 0.05
-        assert (p_values(pipeline, moved) <= ALPHA).mean() > 0.9, column
+    for column, value in CONSTANT_COLUMNS.items():
+        changed = fresh.copy()
+        changed[:, column] += 0.05 * abs(value) or 0.05
+        assert (p_values(pipeline, changed) <= ALPHA).mean() > 0.9, column
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_a_broken_copy_rings(kind: Kind, tmp_path: Path) -> None:
+def test_column_that_no_longer_copies_another_is_detected(kind: Kind, tmp_path: Path) -> None:
     pipeline = fitted(kind, rows(400, 0), tmp_path)
-    apart = rows(200, 1)
-    apart[:, 3] *= -1.0
-    far = np.abs(apart[:, 3]) > 1.0
-    assert (p_values(pipeline, apart[far]) <= ALPHA).mean() > 0.9
+    broken = rows(200, 1)
+    broken[:, 3] *= -1.0
+    clear = np.abs(broken[:, 3]) > 1.0
+    assert (p_values(pipeline, broken[clear]) <= ALPHA).mean() > 0.9
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_rows_without_some_values_are_judged(kind: Kind, tmp_path: Path) -> None:
-    x, gaps = rows(400, 0), np.random.RandomState(2)
-    x[gaps.uniform(size=x.shape) < 0.1] = np.nan
+def test_rows_with_missing_values_are_scored_with_few_false_alarms(kind: Kind, tmp_path: Path) -> None:
+    x, random = rows(400, 0), np.random.RandomState(2)
+    x[random.uniform(size=x.shape) < 0.1] = np.nan
     fresh = rows(500, 1)
-    fresh[gaps.uniform(size=fresh.shape) < 0.1] = np.nan
-    alarms = (p_values(fitted(kind, x, tmp_path), fresh) <= ALPHA).mean()
-    assert alarms < 0.15
+    fresh[random.uniform(size=fresh.shape) < 0.1] = np.nan
+    false_alarms = (p_values(fitted(kind, x, tmp_path), fresh) <= ALPHA).mean()
+    assert false_alarms < 0.15
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_a_row_far_beyond_everything_has_the_smallest_p_value(kind: Kind, tmp_path: Path) -> None:
+def test_extreme_row_has_the_smallest_p_value(kind: Kind, tmp_path: Path) -> None:
     pipeline = fitted(kind, rows(400, 0), tmp_path)
     assert p_values(pipeline, 1e6 * rows(5, 1)).max() == pytest.approx(1.0 / 81.0)

@@ -1,4 +1,4 @@
-"""What is expected of a feature, against conditioning done the long way; what it is for, on a fault that is known."""
+"""Expected values of features, compared with conditioning by regression, and on faults that are known."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ UNITS = np.array([1.0, 50.0, 0.01, 3.0, 1.0])
 
 
 def correlated(rows: int = 3_000, seed: int = 0) -> np.ndarray:
-    """Five features that two loads drive, in units of all sizes."""
+    """Return five features that depend on two latent loads, in units of different sizes."""
     random = np.random.RandomState(seed)
     mixing = np.array([[2, 0, 1, 3, 1], [0, 5, 1, -2, 0]])
     x = random.standard_normal((rows, 2)) @ mixing + 0.5 * random.standard_normal((rows, 5))
@@ -32,7 +32,7 @@ def expectations(x: np.ndarray) -> Expectations:
     return explanation
 
 
-def test_what_the_others_say_is_the_conditional_mean_of_a_gaussian() -> None:
+def test_expected_value_is_the_conditional_mean_of_a_gaussian() -> None:
     x = correlated()
     u = standardise(torch.from_numpy(x))(torch.from_numpy(x)).double().numpy()
     noisy = np.corrcoef(u.T) + EXPLANATION_NOISE * np.eye(5)
@@ -40,11 +40,11 @@ def test_what_the_others_say_is_the_conditional_mean_of_a_gaussian() -> None:
     conditional = torch.from_numpy(u).float() @ model.weights.T
     for i in range(5):
         others = [j for j in range(5) if j != i]
-        solved = np.linalg.solve(noisy[np.ix_(others, others)], noisy[others, i])  # regression on the others alone
+        solved = np.linalg.solve(noisy[np.ix_(others, others)], noisy[others, i])  # regression on the other features
         np.testing.assert_allclose(conditional[:, i], u[:, others] @ solved, atol=1e-4)
 
 
-def test_each_contribution_is_the_larger_of_two_that_are_one_in_the_mean() -> None:
+def test_contribution_is_the_larger_of_two_distances_whose_mean_is_1() -> None:
     x = correlated()
     u = standardise(torch.from_numpy(x))(torch.from_numpy(x))
     model = expectations(x)
@@ -54,17 +54,17 @@ def test_each_contribution_is_the_larger_of_two_that_are_one_in_the_mean() -> No
     torch.testing.assert_close(alone.mean(dim=0), torch.ones(5), rtol=1e-3, atol=0)
     torch.testing.assert_close(given.mean(dim=0), torch.ones(5), rtol=1e-3, atol=0)
     torch.testing.assert_close(contribution, torch.maximum(alone, given), rtol=1e-3, atol=1e-4)
-    about = torch.where(given > alone, model.residual.expand_as(u), torch.ones_like(u))
-    clear = (given - alone).abs() > 1e-2  # where rounding does not choose between the two
-    torch.testing.assert_close(((u - expected) / about).square()[clear], contribution[clear], rtol=1e-2, atol=1e-3)
+    deviation = torch.where(given > alone, model.residual.expand_as(u), torch.ones_like(u))
+    clear = (given - alone).abs() > 1e-2  # rows where rounding cannot swap the two
+    torch.testing.assert_close(((u - expected) / deviation).square()[clear], contribution[clear], rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_the_feature_at_fault_is_named_and_no_innocent_one(kind: str) -> None:
-    """With three latents for five features the reconstruction follows a fault; what is named must not."""
+def test_faulty_feature_has_the_largest_contribution(kind: str) -> None:
+    """With three latents for five features the reconstruction follows the fault; the explanation must not."""
     x = correlated()
     names = [f"x{i}" for i in range(5)]
-    table = Table(RowStore(x), (5,), names, [None] * 5, None, None, "made", missing=np.zeros(5, np.int64))
+    table = Table(RowStore(x), (5,), names, [None] * 5, None, None, "generated", missing=np.zeros(5, np.int64))
     options = {} if kind == "pca" else {"epochs": 3}
     config = TrainConfig.model_validate({"model": kind, "name": "a", "latents": 3, **options})
     pipeline = fit_pipeline(config, prepare_data(table, split_rows(len(x), 0)), SilentReporter())
@@ -76,38 +76,38 @@ def test_the_feature_at_fault_is_named_and_no_innocent_one(kind: str) -> None:
             _, _, contribution, expected = pipeline.score(torch.from_numpy(broken))
         assert (contribution.argmax(dim=1) == i).float().mean() > 0.98
         error = np.abs(expected[:, i].numpy() - fresh[:, i]) / x[:, i].std()
-        assert np.median(error) < 1.0  # it expects what the row had before the fault, not what it has now
+        assert np.median(error) < 1.0  # the expected value is near that before the fault
 
 
-def test_raw_units_do_not_matter_without_a_scaling() -> None:
+def test_contributions_are_the_same_without_a_scaling() -> None:
     x = correlated()
     plain = expectations(x)
-    still = standardise(torch.zeros(2, 5))  # changes nothing
-    raw = fit_explanation(compute_moments([x]), still, images=False)
+    identity = standardise(torch.zeros(2, 5))
+    raw = fit_explanation(compute_moments([x]), identity, images=False)
     u = standardise(torch.from_numpy(x))(torch.from_numpy(x))
     torch.testing.assert_close(raw(torch.from_numpy(x), u)[0], plain(u, u)[0], rtol=1e-2, atol=1e-3)
 
 
-def test_constant_and_equal_columns_are_safe() -> None:
+def test_constant_and_equal_columns_give_finite_contributions() -> None:
     x = correlated()
     x = np.column_stack((x, np.full(len(x), 7.0), x[:, 0])).astype(np.float32)
     u = standardise(torch.from_numpy(x))(torch.from_numpy(x))[:50]
     model = expectations(x)
-    quiet = model(u, u)[0]
-    assert bool(quiet.isfinite().all())
-    assert float(quiet[:, 5].max()) < 1e-6
+    unchanged = model(u, u)[0]
+    assert bool(unchanged.isfinite().all())
+    assert float(unchanged[:, 5].max()) < 1e-6
     u[:, 5] += 3.0
     contribution, expected = model(u, u)
     assert (contribution[:, 5] / 9.0).numpy() == pytest.approx(1.0, rel=1e-3)
     assert expected[:, 5].numpy() == pytest.approx(0.0, abs=1e-4)
 
 
-def test_pictures_and_very_wide_rows_are_explained_by_their_reconstruction() -> None:
+def test_images_and_very_wide_rows_are_explained_by_their_reconstruction() -> None:
     u, u_hat = torch.ones(2, 5), torch.full((2, 5), 3.0)
     x = correlated(100)
     wide = np.random.RandomState(0).standard_normal((20, MAX_EXPLAINED_FEATURES + 1)).astype(np.float32)
-    for rows, pictures in ((x, True), (wide, False)):
-        explanation = fit_explanation(compute_moments([rows]), standardise(torch.from_numpy(rows)), pictures)
+    for rows, images in ((x, True), (wide, False)):
+        explanation = fit_explanation(compute_moments([rows]), standardise(torch.from_numpy(rows)), images)
         contribution, expected = explanation(u, u_hat)
         assert torch.equal(contribution, torch.full((2, 5), 4.0))
         assert torch.equal(expected, u_hat)

@@ -1,4 +1,4 @@
-"""The gradients that training follows: unbiased, with the variance that theory promises, and as the plain formulas."""
+"""Losses and their gradients: unbiased, with the variance that theory predicts, and equal to plain formulas."""
 
 import math
 
@@ -30,7 +30,7 @@ def random(seed: int) -> torch.Generator:
 
 
 def gradients(vae: VAE, loss: Tensor) -> tuple[Tensor, Tensor]:
-    """By the encoder's and by the decoder's parameters, each in one vector."""
+    """Return the gradients for the encoder and for the decoder, each as one vector."""
     parts = [list(network.parameters()) for network in (vae.encoder, vae.decoder)]
     flat = torch.autograd.grad(loss, parts[0] + parts[1])
     size = len(parts[0])
@@ -38,19 +38,21 @@ def gradients(vae: VAE, loss: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (3, 4, 5)])
-def test_the_bernoulli_that_trains_is_the_one_that_scores(shape: tuple[int, ...]) -> None:
-    x = 3.0 * torch.rand(shape[-2:], generator=random(0)).double() - 1.0  # some of it outside [0, 1]
+def test_bernoulli_log_likelihood_equals_the_log_prob_of_the_model(shape: tuple[int, ...]) -> None:
+    x = 3.0 * torch.rand(shape[-2:], generator=random(0)).double() - 1.0  # some values outside [0, 1]
     logits = (30.0 * torch.randn(shape, generator=random(1)).double()).requires_grad_()
     plain = BernoulliLikelihood().log_prob(x.expand(shape).flatten(0, -2), logits.flatten(0, -2)).reshape(shape[:-1])
     training = log_likelihood(BernoulliLikelihood(), x, logits)
     assert torch.allclose(training, plain, rtol=0.0, atol=1e-10)
     weights = torch.randn(shape[:-1], generator=random(2)).double()
-    (of_training,), (of_plain,) = (torch.autograd.grad((weights * each).sum(), logits) for each in (training, plain))
-    assert torch.allclose(of_training, of_plain, rtol=0.0, atol=1e-10)
+    (training_gradient,), (plain_gradient,) = (
+        torch.autograd.grad((weights * each).sum(), logits) for each in (training, plain)
+    )
+    assert torch.allclose(training_gradient, plain_gradient, rtol=0.0, atol=1e-10)
 
 
 @pytest.mark.parametrize("logit", [0.0, -0.0, 90.0, -90.0, 1e30, -1e30])
-def test_the_bernoulli_that_trains_bears_any_logit(logit: float) -> None:
+def test_bernoulli_log_likelihood_is_finite_for_any_logit(logit: float) -> None:
     logits = torch.full((1, 2), logit, requires_grad=True)
     x = torch.tensor([[0.0, 1.0]])
     value = log_likelihood(BernoulliLikelihood(), x, logits)
@@ -62,8 +64,8 @@ def test_the_bernoulli_that_trains_bears_any_logit(logit: float) -> None:
 
 @pytest.mark.parametrize("likelihood", [BernoulliLikelihood(), GaussianLikelihood(torch.tensor([0.3, 0.1, 0.2]))])
 @pytest.mark.parametrize("draws", [1, 4])
-def test_the_doubly_reparameterised_gradient_is_unbiased(likelihood: Likelihood, draws: int) -> None:
-    """Tucker et al. 2019, eq. 8: the encoder's in expectation; the decoder's is the bound's own, to the last digit."""
+def test_doubly_reparameterised_gradient_is_unbiased(likelihood: Likelihood, draws: int) -> None:
+    """Tucker et al. 2019, eq. 8: the encoder's gradient is equal in expectation, the decoder's is equal exactly."""
     vae, batches = vae_of(likelihood), 60
     x = (torch.rand(ROWS, FEATURES, generator=random(3)) < 0.5).double().repeat(500, 1)
     differences = []
@@ -72,17 +74,19 @@ def test_the_doubly_reparameterised_gradient_is_unbiased(likelihood: Likelihood,
         bound = (log_weights(vae, x, noise).logsumexp(dim=0) - math.log(draws)).mean()
         terms = importance_weighted_terms(vae, x, noise)
         assert float(terms["bound"].detach()) == pytest.approx(float(bound.detach()))
-        (own, own_decoder), (doubly, decoder) = gradients(vae, -bound), gradients(vae, terms["loss"])
-        assert torch.allclose(own_decoder, decoder, atol=1e-10)
-        differences.append(doubly - own)
+        (plain, plain_decoder), (doubly, decoder) = gradients(vae, -bound), gradients(vae, terms["loss"])
+        assert torch.allclose(plain_decoder, decoder, atol=1e-10)
+        differences.append(doubly - plain)
     difference = torch.stack(differences)
     error = difference.std(dim=0) / math.sqrt(batches)
-    assert float((difference.mean(dim=0).abs() / (error + 1e-12)).max()) < 4.5  # of 26 parameters' t(59)
+    assert (
+        float((difference.mean(dim=0).abs() / (error + 1e-12)).max()) < 4.5
+    )  # the largest of 26 t-statistics with 59 degrees of freedom
 
 
 @pytest.mark.parametrize("draws", [1, 5])
-def test_the_encoder_is_left_alone_where_its_posterior_is_exact(draws: int) -> None:
-    """Roeder et al. 2017, section 3: no noise pushes it then, which it does under the ELBO's usual gradient."""
+def test_encoder_gradient_is_zero_where_the_posterior_is_exact(draws: int) -> None:
+    """Roeder et al. 2017, section 3. The usual gradient of the ELBO is noisy there."""
     variance, loading = 0.25, torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 0.0]]).double()  # orthogonal columns
     vae = VAE(
         mlp([FEATURES, 2 * LATENTS]), mlp([LATENTS, FEATURES]), GaussianLikelihood(torch.tensor([variance]).double())
@@ -104,7 +108,7 @@ def test_the_encoder_is_left_alone_where_its_posterior_is_exact(draws: int) -> N
     assert float(gradients(vae, elbo_terms(vae, x, noise[0])["loss"])[0].abs().max()) > 1e-3
 
 
-def test_binarising_keeps_the_mean_and_leaves_nothing_grey() -> None:
+def test_binarise_keeps_the_mean_and_returns_only_0_and_1() -> None:
     x = torch.linspace(0.0, 1.0, 11).expand(20_000, 11)
     binary = binarise(x, random(0))
     assert set(binary.unique().tolist()) == {0.0, 1.0}

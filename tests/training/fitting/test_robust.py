@@ -1,4 +1,4 @@
-"""Training on rows of which some are anomalies: what is kept, and what becomes of the scores."""
+"""Robust training on rows that contain anomalies: the rows that are kept, and the scores."""
 
 from pathlib import Path
 
@@ -23,18 +23,18 @@ MIXING = np.eye(D) + 0.5 * np.triu(np.ones((D, D)))
 
 
 def contaminated(seed: int = 0) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Correlated rows, and a clump of a tenth that lies where their correlations do not let rows be."""
+    """Return correlated rows, and a cluster of anomalies, a tenth of all rows, that contradicts their correlations."""
     random = np.random.RandomState(seed)
     normal = random.standard_normal((NORMAL, D)) @ MIXING
-    clump = 3.0 * np.linalg.norm(MIXING, axis=0) * np.array([1, -1] * (D // 2)) + 0.5 * random.standard_normal(
+    cluster = 3.0 * np.linalg.norm(MIXING, axis=0) * np.array([1, -1] * (D // 2)) + 0.5 * random.standard_normal(
         (ANOMALIES, D)
     )
     order = random.permutation(NORMAL + ANOMALIES)
     labels = np.repeat([0, 1], [NORMAL, ANOMALIES])[order]
-    return np.concatenate((normal, clump))[order].astype(np.float32), labels
+    return np.concatenate((normal, cluster))[order].astype(np.float32), labels
 
 
-def test_the_rows_that_are_kept_are_those_of_the_minimum_covariance_determinant() -> None:
+def test_most_concentrated_rows_have_the_minimum_covariance_determinant() -> None:
     x, labels = contaminated()
     kept = most_concentrated_rows(torch.from_numpy(x), torch.tensor(1.0)).numpy()
     assert len(kept) == len(x) * KEPT_PERCENT // 100
@@ -44,7 +44,7 @@ def test_the_rows_that_are_kept_are_those_of_the_minimum_covariance_determinant(
     assert ours == pytest.approx(theirs, abs=0.1)
 
 
-def test_robust_preparation_leaves_held_out_and_calibration_alone(tmp_path: Path) -> None:
+def test_robust_preparation_changes_the_fit_rows_only(tmp_path: Path) -> None:
     np.save(tmp_path / "rows.npy", contaminated()[0])
     table = read_table(str(tmp_path / "rows.npy"))
     rows = split_rows(len(table.x), 0)
@@ -57,7 +57,7 @@ def test_robust_preparation_leaves_held_out_and_calibration_alone(tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_anomalies_among_the_training_rows_are_found(kind: Kind, tmp_path: Path) -> None:
+def test_robust_training_detects_anomalies_among_the_training_rows(kind: Kind, tmp_path: Path) -> None:
     x, labels = contaminated()
     np.save(tmp_path / "rows.npy", x)
     table = read_table(str(tmp_path / "rows.npy"))

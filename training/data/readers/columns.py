@@ -1,6 +1,6 @@
 """The columns of a CSV or Parquet file: choose them, convert their cells to numbers, refuse those that are not numeric.
 
-A column is judged when all of its rows have been read, so that one message can name all columns to drop.
+Columns are checked after all rows have been read, so that one message can name all columns to drop.
 """
 
 import difflib
@@ -83,7 +83,7 @@ class IdentifierDetector:
 
 @dataclass
 class Column:
-    """One column, and what its cells were so far."""
+    """One column, and statistics of the cells that have been read."""
 
     name: str
     unit: str | None
@@ -103,7 +103,7 @@ class Column:
         """Return `cells` as numbers [n], with NaN for missing values and for cells that are not numbers.
 
         Args:
-            row: the row of the first cell.
+            row: the row number of the first cell.
         """
         values = self._read_typed(cells, row) if self.typed else self._read_text(cells, row)
         present = values[~np.isnan(values)]
@@ -198,7 +198,7 @@ def _parse_header(header: Sequence[str], path: Path, typed: bool) -> list[Column
 
 
 def _find_columns(names: Sequence[str], wanted: Sequence[str], path: Path) -> list[int]:
-    """Return the indices of the wanted columns, then that of the label column if there is one."""
+    """Return the indices of the wanted columns, followed by the index of the label column if there is one."""
     indices = {name: index for index, name in enumerate(names)}
     absent = [name for name in wanted if name not in indices]
     if absent:
@@ -254,7 +254,7 @@ def _read_blocks(
 
 @dataclass(frozen=True)
 class _ColumnCheck:
-    """Decides, when all rows have been read, which columns are refused, and adds notes about the others."""
+    """Refuses columns that are not measurements, once all rows have been read, and adds notes about the others."""
 
     path: Path
     options: ReadOptions

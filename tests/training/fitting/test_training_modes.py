@@ -1,4 +1,4 @@
-"""Ways to train that must end in a good model: from disk, with convolutions, in bfloat16, compiled."""
+"""Training from disk, with convolutions, in bfloat16 and compiled: each ends with a good model."""
 
 import shutil
 import signal
@@ -26,29 +26,30 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def digits_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The digits as bytes, in a file."""
+    """The digits as bytes, in an .npy file."""
     path = tmp_path_factory.mktemp("data") / "digits.npy"
     values = read_table("digits").x.read_range(0, 1797) * 255
     np.save(path, values.reshape(-1, 8, 8).round().astype(np.uint8))
     return path
 
 
-def on_disk(path: Path) -> Table:
+def read_on_disk(path: Path) -> Table:
     table = read_table(str(path), limit=0)
     assert table.x.on_disk
     return table
 
 
 def trained(table: Table, root: Path, **options: object) -> Manifest:
+    """Train a model, load it, which checks its golden answers, and return its manifest."""
     config = TrainConfig.model_validate({"name": "m", "epochs": 20, "latents": 8} | options)
     path = train(config, table, root, RecordingReporter())
-    load(path)  # its golden answers are those of what was trained
+    load(path)
     return read_manifest(path)
 
 
 @pytest.mark.parametrize("scale", ["standardise", "none"])
-def test_pca_from_disk_is_pca_from_memory(digits_file: Path, tmp_path: Path, scale: str) -> None:
-    disk = trained(on_disk(digits_file), tmp_path / "disk", model="pca", scale=scale)
+def test_pca_from_disk_equals_pca_from_memory(digits_file: Path, tmp_path: Path, scale: str) -> None:
+    disk = trained(read_on_disk(digits_file), tmp_path / "disk", model="pca", scale=scale)
     memory = trained(read_table(str(digits_file)), tmp_path / "memory", model="pca", scale=scale)
     assert disk.weights_sha256 == memory.weights_sha256
     assert disk.metrics == memory.metrics
@@ -56,61 +57,66 @@ def test_pca_from_disk_is_pca_from_memory(digits_file: Path, tmp_path: Path, sca
 
 
 @pytest.mark.parametrize("model", ["ae", "vae"])
-def test_a_network_from_disk_is_as_good_as_one_from_memory(digits_file: Path, tmp_path: Path, model: str) -> None:
+def test_network_trained_from_disk_is_as_good_as_from_memory(digits_file: Path, tmp_path: Path, model: str) -> None:
     options = {"model": model, "batch_size": 32, "learning_rate": 3e-3}
-    disk = trained(on_disk(digits_file), tmp_path / "disk", **options).metrics
+    disk = trained(read_on_disk(digits_file), tmp_path / "disk", **options).metrics
     memory = trained(read_table(str(digits_file)), tmp_path / "memory", **options).metrics
     assert disk["reconstruction_error"] == pytest.approx(memory["reconstruction_error"], rel=0.1)
     assert disk["reconstruction_error"] < 0.5 * disk["baseline_error"]
 
 
-def test_a_run_from_disk_that_was_killed_ends_in_the_same_weights(digits_file: Path, tmp_path: Path) -> None:
-    program = f"""
+TRAIN_FROM_DISK = """
 import sys
 from pathlib import Path
-from tests.training.fitting.test_resume_and_devices import on_disk
 from training.config import TrainConfig
+from training.data.table import read_table
 from training.progress import SilentReporter
 from training.train import train
+
+digits, root, resume = sys.argv[1], Path(sys.argv[2]), "resume" in sys.argv
 config = TrainConfig(model="ae", name="m", epochs=25, hidden=(32,), latents=4, noise=0.2)
-root, resume = Path(sys.argv[1]), "resume" in sys.argv
-train(config, on_disk(Path({str(digits_file)!r})), root, SilentReporter(), root / "runs", resume, 0.0)
+table = read_table(digits, limit=0)
+train(config, table, root, SilentReporter(), runs=root / "runs", resume=resume, checkpoint_seconds=0.0)
 """
-    command = [sys.executable, "-c", program, str(tmp_path / "killed")]
-    process = subprocess.Popen(command, cwd=ROOT)
+
+
+def test_killed_run_from_disk_resumes_to_the_same_weights(digits_file: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", TRAIN_FROM_DISK, str(digits_file)]
+    killed_run = [*command, str(tmp_path / "killed")]
+    process = subprocess.Popen(killed_run, cwd=ROOT)
     wait_until_newer(tmp_path / "killed" / "runs" / "m" / FILE_NAME, 0, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    subprocess.run([*command, "resume"], cwd=ROOT, check=True)
-    subprocess.run([sys.executable, "-c", program, str(tmp_path / "whole")], cwd=ROOT, check=True)
+    subprocess.run([*killed_run, "resume"], cwd=ROOT, check=True)
+    subprocess.run([*command, str(tmp_path / "whole")], cwd=ROOT, check=True)
     killed, whole = (read_manifest(tmp_path / name / "m" / "1" / "model.pt") for name in ("killed", "whole"))
     assert killed.weights_sha256 == whole.weights_sha256
 
 
 @pytest.mark.parametrize("model", ["ae", "vae"])
-def test_convolutions_learn_the_digits(tmp_path: Path, model: str) -> None:
+def test_convolutions_reconstruct_the_digits_better_than_pca(tmp_path: Path, model: str) -> None:
     options = {"network": "conv", "hidden": (16, 32), "epochs": 25, "batch_size": 32, "learning_rate": 5e-3}
     metrics = trained(read_table("digits"), tmp_path, model=model, **options).metrics
     assert metrics["reconstruction_error"] < metrics["pca_error"]
 
 
 @pytest.mark.parametrize("model", ["ae", "vae"])
-def test_bfloat16_learns_what_float32_does_to_three_digits_of_the_data(tmp_path: Path, model: str) -> None:
-    half = trained(read_table("digits"), tmp_path / "half", model=model, precision="bf16")
-    full = trained(read_table("digits"), tmp_path / "full", model=model)
-    assert half.weights_sha256 != full.weights_sha256
-    assert half.metrics["reconstruction_error"] == pytest.approx(full.metrics["reconstruction_error"], rel=0.1)
+def test_bfloat16_reconstructs_about_as_well_as_float32(tmp_path: Path, model: str) -> None:
+    bf16 = trained(read_table("digits"), tmp_path / "bf16", model=model, precision="bf16")
+    float32 = trained(read_table("digits"), tmp_path / "float32", model=model)
+    assert bf16.weights_sha256 != float32.weights_sha256
+    assert bf16.metrics["reconstruction_error"] == pytest.approx(float32.metrics["reconstruction_error"], rel=0.1)
 
 
-def test_a_compiled_network_learns_what_it_does_uncompiled(tmp_path: Path) -> None:
+def test_compiled_network_gives_the_same_outputs_as_an_uncompiled_one(tmp_path: Path) -> None:
     require(shutil.which("c++") or shutil.which("g++"), "torch.compile needs a C++ compiler")
     options = ["--model", "ae", "--name", "m", "--epochs", "2"]
     options += ["--hidden", "8", "--latents", "4", "--batch-size", "629"]
-    for name, more in (("plain", []), ("compiled", ["--compile"])):
+    for name, extra in (("plain", []), ("compiled", ["--compile"])):
         folders = ["--artifacts", str(tmp_path / name), "--runs", str(tmp_path / "runs")]
-        command = [sys.executable, "-m", "elbo", "train", "digits", *options, *more, *folders]
+        command = [sys.executable, "-m", "elbo", "train", "digits", *options, *extra, *folders]
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
     rows = torch.from_numpy(np.random.RandomState(0).uniform(size=(50, 64)).astype(np.float32))
-    answers = [load(tmp_path / name / "m" / "1" / "model.pt").module(rows) for name in ("plain", "compiled")]
-    torch.testing.assert_close(answers[1], answers[0], rtol=1e-4, atol=1e-4)
+    outputs = [load(tmp_path / name / "m" / "1" / "model.pt").module(rows) for name in ("plain", "compiled")]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
