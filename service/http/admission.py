@@ -1,4 +1,7 @@
-"""Admission control: decides which requests the server accepts and refuses the others with 429."""
+"""Admission control: decides which requests the server accepts; the others get 429.
+
+`protocol.py` asks as soon as a head is complete, and `refusal.py` writes the bytes of that early 429.
+"""
 
 import asyncio
 import math
@@ -10,7 +13,7 @@ from service.inference.backlog import Backlog
 from service.inference.batcher import Batcher
 from service.shared_memory import SharedNumber
 
-MAX_AT_WORK = 64  # requests processed at once: the event loop comes round every few milliseconds, however many wait
+WORK_SLOTS = 64  # requests processed at once; it keeps a pass of the event loop to a few milliseconds
 MAX_RETRY_AFTER = 60  # seconds
 TICKET = "elbo.ticket"  # key of a request's ticket in its ASGI scope
 
@@ -18,7 +21,7 @@ TICKET = "elbo.ticket"  # key of a request's ticket in its ASGI scope
 class Refusal(NamedTuple):
     """Why a request is refused, and in how many seconds to send it again.
 
-    It holds no varying figures but the seconds, so that `HeadRefusal` can cache the response.
+    The seconds are the only figure that varies, so that `HeadRefusal` can cache responses.
     """
 
     detail: str
@@ -43,19 +46,19 @@ class AdmissionControl:
     `max_wait` seconds.
 
     The work ahead is measured in requests and in rows, because reading and writing JSON may take longer than the model,
-    or the model longer than JSON. The rates are those measured last.
+    or the model longer than JSON. The expected wait uses the most recently measured rates of both.
 
     Args:
         batcher: reports the pending rows and how long they are expected to take.
-        max_rows: most rows that may be pending (ELBO_QUEUE_ROWS).
+        max_rows: maximum number of pending rows (ELBO_QUEUE_ROWS).
         max_wait: longest expected wait in seconds (ELBO_QUEUE_SECONDS).
-        max_held_bytes: most bytes of request bodies in memory (ELBO_HELD_BYTES).
-        held_bytes: keeps the bytes of request bodies in memory, for a metric.
+        max_held_bytes: maximum bytes of request bodies in memory (ELBO_HELD_BYTES).
+        held_bytes: where to store the number of bytes held, for a metric.
 
     Attributes:
-        requests: the requests that hold a place in the queue, those at work included.
+        requests: the requests that hold a place in the queue, those with a work slot included.
         body_bytes: the bytes of request bodies in memory.
-        places_at_work: for at most MAX_AT_WORK requests.
+        work_slots: semaphore of WORK_SLOTS; a request holds one slot while it is processed.
     """
 
     def __init__(
@@ -70,7 +73,7 @@ class AdmissionControl:
         self.max_held_bytes = max_held_bytes
         self.requests = Backlog()
         self.body_bytes = Backlog(held_bytes)
-        self.places_at_work = asyncio.Semaphore(MAX_AT_WORK)
+        self.work_slots = asyncio.Semaphore(WORK_SLOTS)
         self._batcher = batcher
         self._max_rows = max_rows
         self._max_wait = max_wait
@@ -112,23 +115,23 @@ class AdmissionControl:
     def _expected_wait(self, is_queued: bool) -> float:
         """Return the seconds that the work ahead is expected to take."""
         rows = self._batcher.expected_wait
-        if is_queued or self.requests.amount < MAX_AT_WORK:
+        if is_queued or self.requests.amount < WORK_SLOTS:
             return rows
         return max(rows, self.requests.expected_wait)
 
 
 class Ticket:
-    """What one request occupies: a place in the queue, one of the places at work, and the memory of its body.
+    """What one request occupies: a place in the queue, a work slot, and the memory of its body.
 
     A request takes its place in the queue when its last byte has arrived, so that a slow upload delays nobody, and
     gives it back when its response is made, so that a slow download delays nobody.
     """
 
-    __slots__ = ("_admission", "_is_at_work", "_is_released", "held_bytes", "is_queued")
+    __slots__ = ("_admission", "_has_slot", "_is_released", "held_bytes", "is_queued")
 
     def __init__(self, admission: AdmissionControl) -> None:
         self._admission = admission
-        self._is_at_work = False
+        self._has_slot = False
         self._is_released = False
         self.is_queued = False
         self.held_bytes = 0
@@ -140,36 +143,36 @@ class Ticket:
             self._admission.requests.add(1)
 
     async def start(self, deadline: float) -> None:
-        """Wait for a place at work.
+        """Wait for a work slot.
 
         Args:
-            deadline: by `perf_counter`.
+            deadline: a time on the `perf_counter` clock.
 
         Raises:
-            DeadlineExceeded: no place became free in time.
+            DeadlineExceeded: no slot became free in time.
         """
-        places = self._admission.places_at_work
-        if not places.locked():
-            await places.acquire()  # returns at once
+        slots = self._admission.work_slots
+        if not slots.locked():
+            await slots.acquire()  # returns at once
         else:
             try:
                 async with asyncio.timeout(max(0.0, deadline - perf_counter())):
-                    await places.acquire()
+                    await slots.acquire()
             except TimeoutError:
                 raise DeadlineExceeded(
                     "the request timed out while it waited in the queue", hint="try again later, or allow more time"
                 ) from None
-        self._is_at_work = True
+        self._has_slot = True
 
     def release(self) -> None:
-        """Give back the places in the queue and at work; the second call does nothing."""
+        """Give back the place in the queue and the work slot; a second call does nothing."""
         self._is_released = True
         if self.is_queued:
             self.is_queued = False
             self._admission.requests.finish(1)
-        if self._is_at_work:
-            self._is_at_work = False
-            self._admission.places_at_work.release()
+        if self._has_slot:
+            self._has_slot = False
+            self._admission.work_slots.release()
 
     def hold(self, size: int) -> None:
         """Count `size` more bytes of the body as held in memory. Raises Overloaded."""

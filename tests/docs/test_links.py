@@ -57,6 +57,6 @@ def test_the_glossary_is_short_and_in_order() -> None:
 
 
 def test_the_way_of_a_request_fits_on_a_screen_and_opens_at_most_ten_files() -> None:
-    section = (ROOT / "docs" / "architecture.md").read_text().split("## The way of a request")[1].split("\n## ")[0]
+    section = (ROOT / "docs" / "architecture.md").read_text().split("## The path of a request")[1].split("\n## ")[0]
     assert len(section.splitlines()) <= 30
     assert 5 <= len(set(PATH.findall(section))) <= 10

@@ -16,7 +16,7 @@ import torch
 
 from models.artifact import Artifact
 from service.errors import Overloaded
-from service.http.admission import MAX_AT_WORK, AdmissionControl
+from service.http.admission import WORK_SLOTS, AdmissionControl
 from service.inference.backend_selection import select_backend
 from service.inference.batch_queue import BatchResult
 from service.inference.batcher import Batcher
@@ -154,10 +154,10 @@ def test_ticket_acquired_or_released_twice_counts_once() -> None:
                 assert admission.requests.amount == 0
             ticket.acquire()  # the rest of a body that arrives after the response
             assert admission.requests.amount == 0
-            tickets = [admission.ticket() for _ in range(MAX_AT_WORK)]
+            tickets = [admission.ticket() for _ in range(WORK_SLOTS)]
             for each in tickets:
                 await each.start(perf_counter() + 1)
-            assert admission.places_at_work.locked()
+            assert admission.work_slots.locked()
 
     asyncio.run(scenario())
 
@@ -169,10 +169,10 @@ def test_flood_is_refused_at_once_and_accepted_requests_are_answered(
     request = REQUEST.replace(b"/encode", b"/reconstruct?model=vae")
     with torch.inference_mode():
         expected = vae.module(torch.from_numpy(ROWS)).numpy()
-    timed = asyncio.run(send_rounds(process.port, request, clients=6 * MAX_AT_WORK, rounds=8))
+    timed = asyncio.run(send_rounds(process.port, request, clients=6 * WORK_SLOTS, rounds=8))
     refused = [(response, seconds) for response, seconds in timed if response[0] == 429]
     assert {response[0] for response, _ in timed} == {200, 429}
-    assert len(refused) < len(timed) - 8 * MAX_AT_WORK / 2  # accepted requests are not starved by refusals
+    assert len(refused) < len(timed) - 8 * WORK_SLOTS / 2  # accepted requests are not starved by refusals
     for (status, headers, body), _ in timed:
         content = json.loads(body)
         if status == 200:
@@ -241,11 +241,11 @@ def test_deadline_that_passes_in_the_queue_gives_504_and_leaves_other_requests_q
         async with serving(Settings(artifacts=artifacts)) as (service, port):
             gate = Gate()
             held = await gate.hold(service.batcher, service.find(None), ROWS)
-            connections = [await connect(port) for _ in range(MAX_AT_WORK + 3)]
+            connections = [await connect(port) for _ in range(WORK_SLOTS + 3)]
             for _, writer in connections:
                 writer.write(REQUEST)
             await until(lambda: service.admission.requests.amount == len(connections))
-            assert service.batcher.pending_rows == 1 + MAX_AT_WORK
+            assert service.batcher.pending_rows == 1 + WORK_SLOTS
             reader, writer = await connect(port)
             writer.write(REQUEST.replace(b"Host", b"X-Request-Timeout: 0.1\r\nHost"))
             status, _, body = await read_response(reader)
@@ -264,7 +264,7 @@ def test_deadline_that_passes_in_the_queue_gives_504_and_leaves_other_requests_q
 def test_incomplete_bodies_delay_no_other_request(artifacts: Path) -> None:
     async def scenario() -> None:
         async with serving(Settings(artifacts=artifacts, queue_seconds=0.001)) as (service, port):
-            slow = [await connect(port) for _ in range(2 * MAX_AT_WORK)]
+            slow = [await connect(port) for _ in range(2 * WORK_SLOTS)]
             for _, writer in slow:
                 writer.write(REQUEST[:-10])
             timed = await send_rounds(port, REQUEST, clients=1, rounds=2000)

@@ -10,7 +10,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 from service.app import create_app
-from service.http.admission import MAX_AT_WORK
+from service.http.admission import WORK_SLOTS
 from service.settings import Settings
 from tests.service.running import running
 
@@ -50,5 +50,5 @@ def test_a_mounted_app_refuses_unknown_paths_and_methods_as_problems(mounted: ht
 
 
 def test_a_mounted_app_gives_back_the_place_of_every_answered_request(mounted: httpx.Client) -> None:
-    statuses = {mounted.post("/encode", json=BODY).status_code for _ in range(MAX_AT_WORK + 10)}
+    statuses = {mounted.post("/encode", json=BODY).status_code for _ in range(WORK_SLOTS + 10)}
     assert statuses == {200}
