@@ -1,4 +1,4 @@
-"""Data for tests: the rows of a table, and MNIST where ELBO_DATA (default: ../shared/data) has it."""
+"""Data for tests: the rows of a table, and MNIST if the folder ELBO_DATA (default: ../shared/data) contains it."""
 
 import os
 from pathlib import Path

@@ -28,19 +28,12 @@ from models.manifest import FORMAT_VERSION, names, read_manifest, resolve, versi
 from models.pipeline import Pipeline
 from models.scaling import ImputingScaling
 from tests.models.builders import CORES, batch, manifest, pipeline
+from tests.models.publishing import GAPS, publish
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = (*CORES, "pca-imputing")
-GAPS = ((0, 1), (2, 0), (2, 4))
-
-
-def publish(root: Path, kind: str = "pca", name: str = "model", format_version: int = FORMAT_VERSION) -> Path:
-    model = pipeline(kind)
-    module = artifact.script(model)
-    golden = artifact.record_golden(module, *batch(gaps=GAPS if kind == "pca-imputing" else ()))
-    return artifact.publish(module, manifest(name, artifact.weights_sha256(model), golden, format_version), root)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -95,7 +88,7 @@ def test_concurrent_publishers_get_different_versions(tmp_path: Path) -> None:
 
 def test_killing_a_publisher_leaves_only_complete_versions(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from tests.models.test_artifact import publish\n"
+        "import sys; from pathlib import Path; from tests.models.publishing import publish\n"
         "while True: publish(Path(sys.argv[1]))"
     )
     for delay in (0.0, 0.013):
