@@ -32,13 +32,13 @@ def table(rows: int, seed: int = 0, width: int = 8) -> Table:
     x = np.sin(factors @ mixing) * 10 + 100 + random.standard_normal((rows, width))
     names = [f"metric{i}" for i in range(width)]
     return Table(
-        RowStore(x.astype(np.float32)),
-        (width,),
-        names,
-        ["ms"] * width,
-        None,
-        None,
-        "synthetic rows",
+        x=RowStore(x.astype(np.float32)),
+        shape=(width,),
+        names=names,
+        units=["ms"] * width,
+        labels=None,
+        pixel_range=None,
+        source="synthetic rows",
         missing=np.zeros(width, np.int64),
     )
 

@@ -33,7 +33,7 @@ def test_significant_wins_with_noise_shared_by_both_models_find_the_small_paired
     assert significant_wins({"one": {"a": shared}, "two": {"a": shared + better}}) == [("two", "one", "a")]
 
 
-def test_swap_values_replaces_a_tenth_and_at_least_one_of_each_rows_values_by_those_of_the_row_before() -> None:
+def test_swap_values_takes_a_tenth_of_each_row_and_at_least_one_value_from_the_row_before() -> None:
     x = torch.arange(50.0).unsqueeze(1).expand(50, 20)
     swapped, previous_row = swap_values(x, seed=0), x.roll(1, dims=0)
     assert ((swapped != x).sum(dim=1) == 2).all()
@@ -45,7 +45,16 @@ def table(x: np.ndarray, source: str) -> Table:
     names = [f"x{index}" for index in range(x.shape[1])]
     missing = np.zeros(x.shape[1], np.int64)
     units: list[str | None] = [None] * len(names)
-    return Table(RowStore(x.astype(np.float32)), x.shape[1:], names, units, None, None, source, missing=missing)
+    return Table(
+        x=RowStore(x.astype(np.float32)),
+        shape=x.shape[1:],
+        names=names,
+        units=units,
+        labels=None,
+        pixel_range=None,
+        source=source,
+        missing=missing,
+    )
 
 
 @pytest.mark.parametrize("curved", [False, True])

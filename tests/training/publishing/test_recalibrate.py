@@ -197,7 +197,7 @@ def test_recalibration_on_the_training_rows_fails(trained: Path, root: Path) -> 
     [
         ("cpu,memory,disk,network\n" + "1,2,3,4\n" * 30, "errors"),
         ("cpu,memory,disk,network,errors\n" + "1,2,3,4,5\n" * 30 + "1,,3,4,5\n", "memory"),
-        ("cpu [mW],memory,disk,network,errors\n" + "1,2,3,4,5\n" * 30, "is in mW: expected %"),
+        ("cpu [mW],memory,disk,network,errors\n" + "1,2,3,4,5\n" * 30, "is in mW, expected %"),
         ("cpu,memory,disk,network,errors\n" + "1,2,3,4,5\n" * 30 + "3e38,-3e38,3e38,3e38,3e38\n", "row 30 overflows"),
     ],
 )

@@ -153,9 +153,8 @@ def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_tensorboard_scalars_of_a_resumed_run_have_every_epoch_once(tmp_path: Path) -> None:
     require(find_spec("tensorboard"), "the package tensorboard is not installed")
-    record_epochs(
-        HistoryRecorder(RecordingReporter(), tmp_path, tensorboard=True), range(1, 6)
-    )  # not closed, as after a kill
+    unclosed = HistoryRecorder(RecordingReporter(), tmp_path, tensorboard=True)  # as after a kill
+    record_epochs(unclosed, range(1, 6))
     recorder = HistoryRecorder(RecordingReporter(), tmp_path, resume=True, tensorboard=True)
     record_epochs(recorder, range(4, 9))
     recorder.done({})
