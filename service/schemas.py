@@ -97,8 +97,8 @@ class InterpolateBody(Body):
     steps: int = Field(8, ge=2, description="number of points, both ends included; at most ELBO_MAX_ROWS")
     method: Literal["linear", "slerp"] = Field(
         "linear",
-        description="path between the codes: a straight line, or a great circle (slerp), which becomes a straight line "
-        "for parallel, opposite and zero vectors",
+        description="path between the latents: a straight line, or spherical linear interpolation (slerp), which falls "
+        "back to a straight line for parallel, opposite and zero vectors",
     )
 
 
@@ -221,7 +221,7 @@ class Result(BaseModel):
     row: int = Field(description="index of the row in the request, from 0")
     score: float = Field(description="higher is more anomalous; a score beyond float32 is given as the largest float32")
     p_value: float = Field(
-        description="conformal p-value: the share of normal rows that score at least as high; never 0"
+        description="conformal p-value: (1 + calibration rows that score at least as high) / (1 + calibration rows)"
     )
     severity: float = Field(
         description="-log p of the score over -log p of the threshold; > 1 means anomalous at alpha, for every model"

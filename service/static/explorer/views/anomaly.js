@@ -16,11 +16,12 @@ import { FeatureCard } from "./anomaly/feature-card.js";
 
 export const title = "Anomaly";
 const P_VALUE =
-  "Split-conformal p-value: the share of calibration rows, none of which was used for training, that score at least " +
-  "as high. For any model, at most a share α of normal rows gets a p-value of α or less.";
+  "Split-conformal p-value: (1 + the number of calibration rows that score at least as high) / (calibration rows + 1). " +
+  "The model was not trained on the calibration rows. Whatever the model, on average at most a share α of normal rows " +
+  "gets a p-value of α or less.";
 const SEVERITY =
-  "The surprisal of the row's score divided by that of the threshold. It is above 1 exactly if the row is anomalous " +
-  "at α, for every model.";
+  "The surprisal of the row's score divided by the surprisal of the threshold. For every model, it is above 1 if and " +
+  "only if the row is anomalous at α.";
 const FALSE_ALARMS = "The share of normal rows that may be called anomalous.";
 
 export function render(container, { model }) {

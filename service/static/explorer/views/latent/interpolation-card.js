@@ -13,8 +13,8 @@ const METHODS = [
   ["slerp", "Spherical"],
 ];
 const SLERP =
-  "Spherical linear interpolation (White 2016): along the great circle between the two directions, while the length " +
-  "changes evenly.";
+  "Spherical linear interpolation (White 2016). Between two points at the same distance from the centre, the path is an " +
+  "arc of a circle about the centre.";
 
 export class InterpolationCard {
   /** `onpath(latents)` gets the latents between the ends, or an empty list. */
@@ -74,7 +74,7 @@ const description = () =>
     "p",
     { class: "muted" },
     "Set the two ends on the map: A, then B. In many dimensions a straight line passes near the centre, where a " +
-      "normal prior has little mass; ",
+      "normal prior has little mass. The method ",
     term("slerp", SLERP),
-    " stays at the distance from the centre where codes lie.",
+    " keeps the distance from the centre at which most latents lie.",
   );
