@@ -85,14 +85,14 @@ def create_app(settings: Settings, counters: SharedCounters | None = None) -> Fa
         max_batch_bytes=settings.max_batch_bytes,
         threads=settings.threads,
         on_batch=metrics.count_batch,
-        pending_rows=metrics.pending_rows,
+        exported_rows=metrics.pending_rows,
     )
     admission = AdmissionControl(
         batcher,
         max_rows=settings.queue_rows,
         max_wait=settings.queue_seconds,
         max_held_bytes=settings.held_bytes,
-        held_bytes=metrics.pending_bytes,
+        exported_bytes=metrics.pending_bytes,
     )
     service = ServiceContext(
         settings=settings,

@@ -1,6 +1,6 @@
 """Admission control: decides which requests the server accepts; the others get 429.
 
-`protocol.py` asks as soon as a head is complete, and `refusal.py` writes the bytes of that early 429.
+`protocol.py` checks a request as soon as its head is complete, and `refusal.py` writes the bytes of that early 429.
 """
 
 import asyncio
@@ -52,8 +52,8 @@ class AdmissionControl:
         batcher: reports the pending rows and how long they are expected to take.
         max_rows: maximum number of pending rows (ELBO_QUEUE_ROWS).
         max_wait: longest expected wait in seconds (ELBO_QUEUE_SECONDS).
-        max_held_bytes: maximum bytes of request bodies in memory (ELBO_HELD_BYTES).
-        held_bytes: where to store the number of bytes held, for a metric.
+        max_held_bytes: most bytes of request bodies in memory (ELBO_HELD_BYTES).
+        exported_bytes: a copy of the bytes of request bodies in memory for metrics, as its first number.
 
     Attributes:
         requests: the requests that hold a place in the queue, those with a work slot included.
@@ -68,12 +68,13 @@ class AdmissionControl:
         max_rows: int,
         max_wait: float,
         max_held_bytes: int,
-        held_bytes: SharedNumber | None = None,
+        exported_bytes: SharedNumber | None = None,
     ) -> None:
         self.max_held_bytes = max_held_bytes
         self.requests = Backlog()
-        self.body_bytes = Backlog(held_bytes)
+        self.body_bytes = Backlog()
         self.work_slots = asyncio.Semaphore(WORK_SLOTS)
+        self._exported_bytes: SharedNumber = [0.0] if exported_bytes is None else exported_bytes
         self._batcher = batcher
         self._max_rows = max_rows
         self._max_wait = max_wait
@@ -96,28 +97,36 @@ class AdmissionControl:
                 seconds = self._batcher.backlog.seconds_for(excess)
                 expected = f"at most {self._max_rows} pending rows"
                 return Refusal("too many rows are pending", expected, retry_after(seconds))
-            seconds = self._expected_wait(is_queued)
-            if seconds > self._max_wait:
+            wait = self._batcher.expected_wait
+            if not is_queued and self.requests.amount >= WORK_SLOTS:
+                wait = max(wait, self.requests.expected_wait)
+            if wait > self._max_wait:
                 expected = f"an expected wait of at most {self._max_wait:g} s"
-                return Refusal("the queue is too long", expected, retry_after(seconds - self._max_wait))
-        if self.body_bytes.amount + body_bytes > self.max_held_bytes and body_bytes:
+                return Refusal("the queue is too long", expected, retry_after(wait - self._max_wait))
+        if body_bytes and self.body_bytes.amount + body_bytes > self.max_held_bytes:
             seconds = self.body_bytes.seconds_for(body_bytes)
             expected = f"at most {self.max_held_bytes} bytes of request bodies in memory"
             return Refusal("request bodies take too much memory", expected, retry_after(seconds))
         return None
 
-    def check(self, *, rows: int = 0, body_bytes: int = 0, is_queued: bool = False) -> None:
-        """Raise Overloaded if `refusal` returns a reason."""
-        refusal = self.refusal(rows=rows, body_bytes=body_bytes, is_queued=is_queued)
+    def check(self, *, rows: int, is_queued: bool) -> None:
+        """Raise Overloaded if `rows` more rows are refused."""
+        refusal = self.refusal(rows=rows, is_queued=is_queued)
         if refusal:
             raise refusal.error()
 
-    def _expected_wait(self, is_queued: bool) -> float:
-        """Return the seconds that the work ahead is expected to take."""
-        rows = self._batcher.expected_wait
-        if is_queued or self.requests.amount < WORK_SLOTS:
-            return rows
-        return max(rows, self.requests.expected_wait)
+    def hold_bytes(self, size: int) -> None:
+        """Count `size` bytes of a request body as held in memory. Raises Overloaded if there is no room for them."""
+        refusal = self.refusal(body_bytes=size)
+        if refusal:
+            raise refusal.error()
+        self.body_bytes.add(size)
+        self._exported_bytes[0] = self.body_bytes.amount
+
+    def release_bytes(self, size: int) -> None:
+        """Count `size` bytes of a request body as freed."""
+        self.body_bytes.finish(size)
+        self._exported_bytes[0] = self.body_bytes.amount
 
 
 class Ticket:
@@ -176,13 +185,12 @@ class Ticket:
 
     def hold(self, size: int) -> None:
         """Count `size` more bytes of the body as held in memory. Raises Overloaded."""
-        self._admission.check(body_bytes=size)
-        self._admission.body_bytes.add(size)
+        self._admission.hold_bytes(size)
         self.held_bytes += size
 
     def release_bytes(self) -> None:
         """Count the bytes of the body as freed."""
-        self._admission.body_bytes.finish(self.held_bytes)
+        self._admission.release_bytes(self.held_bytes)
         self.held_bytes = 0
 
 

@@ -27,8 +27,8 @@ class Protocol(HttpToolsProtocol):
         options: uvicorn's own arguments.
 
     Attributes:
-        head_since: when the connection began to wait for a head, by `perf_counter`; None while a body arrives or a
-            request is processed.
+        head_since: when the connection began to wait for the end of a head, by `perf_counter`; None once the head is
+            complete, until the next one begins.
     """
 
     head_since: float | None = None

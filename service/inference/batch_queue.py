@@ -99,7 +99,7 @@ class BatchQueue:
     """
 
     def __init__(self, max_batch_rows: int, max_batch_bytes: int) -> None:
-        self.max_batch_rows = max_batch_rows
+        self._max_batch_rows = max_batch_rows
         self._max_batch_bytes = max_batch_bytes
         self._lanes: dict[tuple[int, Operation], _Lane] = {}  # by the id of the model
 
@@ -115,7 +115,7 @@ class BatchQueue:
 
     def max_rows(self, model: Model) -> int:
         """Return how many rows of `model` may run at once: as many as the settings and its device's memory allow."""
-        return min(self.max_batch_rows, self._max_batch_bytes // model.row_bytes or 1, model.backend.max_rows)
+        return min(self._max_batch_rows, self._max_batch_bytes // model.row_bytes or 1, model.backend.max_rows)
 
     def put(self, model: Model, operation: Operation, job: Job) -> None:
         """Append a job."""

@@ -39,9 +39,10 @@ class Batcher:
         max_batch_bytes: most bytes of rows per batch.
         threads: torch's threads per batch.
         on_batch: called with the operation's name and the rows of each successful batch.
-        pending_rows: keeps the number of pending rows, for a metric.
+        exported_rows: a copy of `pending_rows` for metrics, as its first number.
 
     Attributes:
+        pending_rows: rows of all requests that wait or run.
         backlog: rows ahead of a new job. A large request counts as its present piece only, because a new job runs
             before the next piece.
     """
@@ -53,13 +54,15 @@ class Batcher:
         max_batch_bytes: int,
         threads: int,
         on_batch: Callable[[str, int], None],
-        pending_rows: SharedNumber | None = None,
+        exported_rows: SharedNumber | None = None,
     ) -> None:
+        self.pending_rows = 0
         self.backlog = Backlog()
+        self._max_batch_rows = max_batch_rows
         self._queue = BatchQueue(max_batch_rows, max_batch_bytes)
         self._threads = threads
         self._on_batch = on_batch
-        self._pending_rows: SharedNumber = [0.0] if pending_rows is None else pending_rows
+        self._exported_rows: SharedNumber = [0.0] if exported_rows is None else exported_rows
         self._running: list[Job] = []  # in the inference thread
         self._is_step_scheduled = False
         self._is_check_scheduled = False
@@ -67,15 +70,9 @@ class Batcher:
         self._idle: asyncio.Event
 
     @property
-    def pending_rows(self) -> int:
-        """Rows of all requests that wait or run."""
-        return int(self._pending_rows[0])
-
-    @property
     def expected_wait(self) -> float:
         """Expected seconds until a new job runs; 0 if the rows ahead of it fit into one batch."""
-        backlog = self.backlog
-        return backlog.expected_wait if backlog.amount >= self._queue.max_batch_rows else 0.0
+        return self.backlog.expected_wait if self.backlog.amount >= self._max_batch_rows else 0.0
 
     def start(self) -> None:
         """Prepare to run jobs. Call it in the event loop that will call `run`."""
@@ -115,7 +112,7 @@ class Batcher:
         """
         rows = len(inputs[0])
         max_rows = self._queue.max_rows(model)
-        self._pending_rows[0] += rows
+        self._add_pending(rows)
         try:
             if rows <= max_rows:
                 return await self._run_job(
@@ -128,7 +125,11 @@ class Batcher:
                 results.append(await self._run_job(model, operation, job))
             return _joined(results)
         finally:
-            self._pending_rows[0] -= rows
+            self._add_pending(-rows)
+
+    def _add_pending(self, rows: int) -> None:
+        self.pending_rows += rows
+        self._exported_rows[0] = self.pending_rows
 
     async def _run_job(self, model: Model, operation: Operation, job: Job) -> BatchResult:
         if self._is_closing:
