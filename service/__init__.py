@@ -1,1 +1,1 @@
-"""Artifact in, HTTP out: serves frozen models. Of `models` it knows the artifact contract alone."""
+"""Serve trained models over HTTP. From `models`, this package uses the artifact format and the errors only."""

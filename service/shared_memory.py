@@ -1,8 +1,8 @@
-"""Numbers in memory that all server processes share: each process writes its own segment, and all read the sums.
+"""Numbers in memory that all server processes share: each process writes its own segment, and reads the sums of all.
 
 No lock is needed, because no two processes write to the same segment. A segment outlives its process: the replacement
 of a killed worker continues with the same numbers, so a sum of counters never falls. The supervisor imports this module
-before it forks, so it imports nothing large.
+before it forks, so this module imports nothing large.
 """
 
 import json
@@ -31,7 +31,7 @@ class SharedNumber(Protocol):
 
 
 class Entry(NamedTuple):
-    """An array of numbers in a segment. Those of a transient entry are meaningless once their process has ended."""
+    """An array of numbers in a segment. If it is transient, it is meaningless once its process has ended."""
 
     values: "memoryview[float]"
     transient: bool
@@ -40,8 +40,8 @@ class Entry(NamedTuple):
 class Segment:
     """The arrays of one process by key, in memory that the other processes can read.
 
-    Layout: the number of bytes in use, then one entry after the other. An entry is a header, its key as JSON, padded to
-    8 bytes, and its numbers as float64.
+    Layout: the total size of the entries in bytes, then the entries one after another. An entry is a header, the key as
+    JSON padded to a multiple of 8 bytes, and the numbers as float64.
     """
 
     def __init__(self, size: int = SEGMENT_BYTES) -> None:
@@ -52,11 +52,11 @@ class Segment:
         self._full = False
 
     def array(self, key: Key, length: int, transient: bool = False) -> "memoryview[float]":
-        """Return the array at `key`, created with zeros at the first call. All processes see what is written to it.
+        """Return the array at `key`, created with zeros at the first call. All processes can read it.
 
         Args:
             key: identifies the array.
-            length: how many numbers it has.
+            length: the number of elements.
             transient: whether the numbers describe the process itself, such as the length of its queue.
         """
         entries = self.entries()
@@ -104,7 +104,7 @@ class Segment:
             return
         _ENTRY_HEADER.pack_into(self._bytes, start, len(encoded_key), length, transient)
         self._bytes[key_start : key_start + len(encoded_key)] = encoded_key
-        # Other processes read up to this number, so it is written when the entry is complete.
+        # Other processes read as many bytes as this number states, so it is written last.
         _USED_BYTES.pack_into(self._bytes, 0, end - _USED_BYTES.size)
 
 
@@ -112,8 +112,8 @@ class SharedCounters:
     """The segments of all processes. This process writes to `local`.
 
     Args:
-        segments: one per process; without them the process is alone.
-        index: which of them belongs to this process. The process with index 0 is the leader: it does the work that must
+        segments: one per process; by default, one segment for this process alone.
+        index: the index of this process's segment. The process with index 0 is the leader: it does the work that must
             be done once per server.
     """
 
@@ -133,11 +133,11 @@ class SharedCounters:
 
 
 class SharedDecisions:
-    """Choices that all processes share: before a process chooses, it looks up what the others have chosen.
+    """Choices that all processes share: before a process chooses, it reads what the other processes chose.
 
     Args:
-        counters: of all processes.
-        family: a name that no metric has.
+        counters: the counters of all processes.
+        family: the name under which the choices are stored; no metric may have it.
         choices: the possible choices.
     """
 

@@ -1,1 +1,1 @@
-"""From the rows of a request to verdicts: inputs, decisions, smoothing over time, alignment of samples."""
+"""Turn the rows of a request into verdicts: parse rows, align samples, decide verdicts, smooth them over time."""

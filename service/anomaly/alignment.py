@@ -1,4 +1,4 @@
-"""Samples of many Prometheus series to rows: samples of the same group and time form one row.
+"""Assemble samples of many Prometheus series into rows: samples of the same group and time form one row.
 
 Samples may arrive in any order and in several requests. The memory for incomplete rows, groups and series is limited,
 and every sample that is not used is counted.
@@ -12,17 +12,17 @@ from dataclasses import dataclass, field
 from service.codec.feature_names import FeatureSelectors
 from service.codec.remote_write import METRIC_NAME_LABEL, Series, is_stale
 
-MAX_INCOMPLETE_ROWS = 10_000  # with more, the oldest row is completed with the samples that it has
+MAX_INCOMPLETE_ROWS = 10_000  # beyond this number, the oldest row is completed with the samples that it has
 MAX_SERIES = 100_000  # label sets whose feature and group are cached
 MAX_GROUPS = 10_000  # groups whose last completed times are remembered
-REMEMBERED_TIMES = 64  # completed times per group, so that a sample that is sent again starts no second row
+REMEMBERED_TIMES = 64  # completed times per group, so that a sample that is sent again does not start a second row
 
 LabelSet = tuple[tuple[str, str], ...]
 
 
 @dataclass
 class AlignedRow:
-    """The values of one group at one time. `first_seen` is the clock's time when the first sample arrived."""
+    """The values of one group at one time. `first_seen` is when its first sample arrived, by a monotonic clock."""
 
     group: str
     milliseconds: int
@@ -31,7 +31,7 @@ class AlignedRow:
 
 
 class SampleAligner:
-    """Assembles the rows of one model.
+    """Assembles rows for one model.
 
     Args:
         names: the names of the features.
@@ -49,13 +49,12 @@ class SampleAligner:
         self._incomplete: OrderedDict[tuple[str, int], AlignedRow] = OrderedDict()
         self._ready: list[AlignedRow] = []
         self._completed_times: OrderedDict[str, deque[int]] = OrderedDict()
-        self.outcomes: collections.Counter[str] = (
-            collections.Counter()
-        )  # sample counts; the metrics read and clear them
+        # Number of samples by outcome. `RemoteWriteEndpoint` adds it to the metrics, then clears it.
+        self.outcomes: collections.Counter[str] = collections.Counter()
 
     @property
     def pending_rows(self) -> int:
-        """The number of rows that wait for samples or to be scored."""
+        """The number of rows that wait for samples or for scoring."""
         return len(self._incomplete) + len(self._ready)
 
     def add(self, series: Iterable[Series], now: float) -> None:
@@ -70,9 +69,9 @@ class SampleAligner:
                 self.outcomes[self._add_sample(feature, group, milliseconds, value, now)] += 1
 
     def pop_ready(self, now: float, flush: bool = False) -> list[AlignedRow]:
-        """Return the rows that are complete or have waited long enough, in order of time, and forget them.
+        """Remove and return the rows that are complete or have waited long enough, in order of time.
 
-        `flush`: return incomplete rows too, however short they have waited.
+        `flush`: also return incomplete rows that have not waited long enough.
         """
         while self._incomplete:
             row = next(iter(self._incomplete.values()))

@@ -1,4 +1,4 @@
-"""Rows for /anomaly, from every format: JSON inputs, records or Telegraf metrics, NDJSON, CSV, npy, safetensors."""
+"""Read the rows of /anomaly requests: JSON inputs, records, Telegraf metrics, NDJSON, CSV, npy, safetensors."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple

@@ -22,7 +22,7 @@ class SeriesMapping(BaseModel):
     features: dict[str, str] = Field(
         {}, description="a selector per feature; by default the feature's name is the metric's name"
     )
-    group: list[str] = Field(["instance"], min_length=1, description="the labels that distinguish the monitored things")
+    group: list[str] = Field(["instance"], min_length=1, description="the labels that distinguish groups (hosts)")
     alpha: float = Field(0.05, gt=0.0, lt=1.0, description="the false-alarm rate: the share of normal rows flagged")
     wait_seconds: float = Field(10.0, ge=0.0, le=3600.0, description="how long a row waits for its last sample")
 
@@ -30,7 +30,7 @@ class SeriesMapping(BaseModel):
 def read_mappings(path: Path | None) -> dict[str | None, SeriesMapping]:
     """Return the mappings in a TOML file by model. Raises MappingError.
 
-    Without a file, the default model (None) receives the series that have the names of its features.
+    Without a file, the default model (None) gets the series that are named like its features.
     """
     if path is None:
         return {None: SeriesMapping()}

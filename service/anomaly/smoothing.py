@@ -30,8 +30,8 @@ def exponential_mean(
     Row i gets sum_j w_ij values_j / sum_j w_ij over the rows j of its group that are not later, with
     w_ij = 2^(-d_ij / half_life). This is Roberts' EWMA ("Control chart tests based on geometric moving averages",
     Technometrics 1959) for finite samples: the weights sum to 1 from the first row on. The distance d_ij is the time
-    between the two rows, so that after a long silence a row counts alone. With `by_rows`, or without times, d_ij is the
-    number of rows of the group from j to i. With times, the order of the rows in the arguments does not matter.
+    between the two rows, so that earlier rows hardly count after a long gap. With `by_rows`, or without times, d_ij is
+    the number of rows of the group from j to i. With times, the order of the rows in the arguments does not matter.
 
     Args:
         values: [N]. A NaN has weight 0, and its own mean is NaN.
@@ -40,7 +40,7 @@ def exponential_mean(
             other and get the same mean (with `by_rows`, they follow one another in the given order). A row whose time
             is NaN keeps its own value and does not count for other rows.
         group: [N], any hashable values; by default all rows are in one group.
-        by_rows: whether half_life is in rows although there are times.
+        by_rows: whether half_life is in rows, even if `time` is given.
 
     Raises:
         ValueError: if half_life is not above 0, or the lengths differ.
@@ -76,7 +76,7 @@ def _means_of_group(values: Numbers, times: Numbers | None, half_life: float) ->
         weight = decay * weight + 1.0
         means.append(total / weight)
     if times is not None:
-        # Only the last of several simultaneous rows has counted them all: the others get its mean.
+        # Of several simultaneous rows, only the mean of the last includes all of them: copy it to the others.
         for index in range(count - 2, -1, -1):
             if steps[index + 1] == 0.0:
                 means[index] = means[index + 1]
@@ -99,7 +99,7 @@ class RunningMean:
         self._total = self._weight = 0.0
 
     def count_above_one(self, values: list[float]) -> int:
-        """Add the next values, and return after how many of them the mean is above 1.
+        """Add the next values, and return how often the mean is above 1 after one of them.
 
         NaN is skipped. Infinity counts as the largest float32, so that its effect decays.
         """

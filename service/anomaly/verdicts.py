@@ -1,4 +1,4 @@
-"""Scores to verdicts: which rows are anomalous, how severely, and which features contribute most."""
+"""Decide verdicts from scores: which rows are anomalous, how severely, and which features contribute most."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -42,7 +42,10 @@ class Scores:
 
     @cached_property
     def usable(self) -> npt.NDArray[np.bool_]:
-        """[G]: the rows that can get a verdict: no NaN, and finite expected values. `clipped` replaces infinity."""
+        """Which rows [G] can get a verdict: those without NaN and with finite expected values.
+
+        Other values may be infinite: `clipped` replaces them.
+        """
         if self.all_finite:
             return np.ones(len(self.score), bool)
         numbers = np.column_stack((self.score, self.severity, self.parts, self.contribution))
@@ -94,7 +97,8 @@ class Verdicts(NamedTuple):
 def decide(input_rows: InputRows, scores: Scores, body: AnomalyBody) -> Verdicts:
     """Return the verdicts on the rows.
 
-    They follow from the smoothed severity if `body` has a half-life, from `fdr` if it has one, else from the severity.
+    They follow from the smoothed severity if `body` has a half-life, from Benjamini-Hochberg if it has `fdr`, and
+    otherwise from the severity.
     """
     smoothed = None
     half_life = body.half_life or body.half_life_rows
@@ -209,7 +213,7 @@ def _split(values: list[T], width: int, count: int) -> list[list[T]]:
 
 
 def _largest(array: Array, count: int) -> npt.NDArray[np.intp]:
-    """Return the columns of the `count` largest values per row of [G, D], largest first; of equal values the first."""
+    """Return the columns of the `count` largest values per row of [G, D], largest first; ties in column order."""
     if count < array.shape[1] and array.shape[1] > MAX_SORTED_FEATURES:
         columns = np.sort(np.argpartition(-array, max(count - 1, 0), axis=1)[:, :count], axis=1)
         order = np.argsort(-np.take_along_axis(array, columns, axis=1), axis=1, kind="stable")

@@ -7,7 +7,7 @@ import cramjam
 
 from service.errors import BodyTooLarge, InvalidEncoding, UnsupportedMediaType
 
-CHUNK_BYTES = 64 * 1024  # the most that is decompressed at once
+CHUNK_BYTES = 64 * 1024  # largest chunk that is decompressed at once
 GZIP_NAMES = ("gzip", "x-gzip")
 _GZIP_WBITS = 31  # zlib: a window of 32 KiB, with the header and checksum of gzip
 
@@ -76,7 +76,7 @@ def decompress_gzip(body: bytes, max_bytes: int) -> bytes:
 def decompress_snappy(body: bytes, max_bytes: int) -> bytes:
     """Return a snappy block decompressed.
 
-    The block begins with its decompressed size: one larger than `max_bytes` is refused before decompression.
+    A block begins with its decompressed size. If that is above `max_bytes`, the block is refused before decompression.
 
     Raises InvalidEncoding, BodyTooLarge.
     """

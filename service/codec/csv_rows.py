@@ -1,4 +1,4 @@
-"""CSV with a header line: every other line is a record, and an invalid line affects no other line."""
+"""CSV with a header line. Each line after it is a record; an invalid line does not affect the other lines."""
 
 import csv
 import io
@@ -24,7 +24,7 @@ class CsvRecords(list[Any]):
     def with_numbers(self, names: Collection[str]) -> list[Any]:
         """Return the records with numbers for the values of `names`, and None for empty cells, NaN and the like.
 
-        A cell that is not a number stays text: the parser of records then reports its place.
+        A cell that is not a number stays text, so that the record parser reports its position.
         """
         return [_with_numbers(record, names) if type(record) is dict else record for record in self]
 

@@ -12,7 +12,7 @@ class FeatureSelectors:
     """Finds the feature that a metric with labels belongs to.
 
     Args:
-        selectors: by feature name, a plain metric name or a Prometheus selector such as `node_load{host="a"}`.
+        selectors: by feature name, a metric name or a Prometheus selector such as `node_load{host="a"}`.
     """
 
     def __init__(self, selectors: Mapping[str, str]) -> None:

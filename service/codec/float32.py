@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-# Up to this many numbers, one dot product is faster than np.isfinite on each. BLAS may start threads for more.
+# Up to this many numbers, one dot product is faster than np.isfinite. For more, BLAS may start threads.
 DOT_PRODUCT_LIMIT = 8192
 _MAX_SQUARE_SUM = 1e76  # if a sum of squares is smaller, no number exceeds 1e38, and all of them fit float32
 
@@ -27,6 +27,6 @@ def as_float32(array: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float32], bool]:
 
 
 def missing_mask(array: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_] | None:
-    """Return which numbers are NaN, which stands for a missing value; None if none is."""
+    """Return which numbers are NaN, the mark of a missing value, or None if no number is NaN."""
     missing = np.isnan(array)
     return missing if missing.any() else None

@@ -1,4 +1,4 @@
-"""NDJSON: every line is a JSON value, and an invalid line affects no other line."""
+"""NDJSON: every line is a JSON value; an invalid line does not affect the other lines."""
 
 import orjson
 
@@ -8,7 +8,7 @@ from service.errors import InvalidJson
 
 MEDIA_TYPE = "application/x-ndjson"
 MEDIA_TYPES = (MEDIA_TYPE, "application/ndjson", "application/jsonl", "application/x-jsonlines")
-QUOTED_CHARACTERS = 40  # how much of an invalid line its error quotes
+QUOTED_CHARACTERS = 40  # characters of an invalid line that its error quotes
 
 
 class NdjsonRows(list[object]):
@@ -56,7 +56,7 @@ class LineSplitter:
         return values
 
     def finish(self) -> list[object]:
-        """Return the value of the last line, if no newline ended it, in a list."""
+        """Return a list with the value of the last line if no newline ended it, otherwise an empty list."""
         last, self._rest = self._rest, b""
         return self._parse(last)
 

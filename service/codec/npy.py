@@ -1,6 +1,6 @@
 """The .npy format, versions 1 and 2, for real numbers.
 
-No pickle, a limited header, and exactly as many bytes as the header says.
+It refuses pickled objects, long headers, and bodies of another size than the header states.
 """
 
 import io
@@ -31,7 +31,7 @@ def loads(body: bytes) -> npt.NDArray[Any]:
     needed, present = count * dtype.itemsize, len(body) - offset
     if needed != present or min(shape, default=0) < 0:
         raise InvalidNpy(
-            f"the header says shape {list(shape)} of {dtype}, which is {needed} bytes, but {present} bytes follow it",
+            f"the header states shape {list(shape)} of {dtype}, which is {needed} bytes, but {present} bytes follow it",
             expected=f"{needed} bytes",
             got=f"{present} bytes",
             hint="the file may be cut off: send the whole file",
@@ -57,7 +57,7 @@ def _header_for(shape: tuple[int, ...], dtype: str) -> bytes:
 
 
 def _header_bytes(body: bytes) -> bytes:
-    """Return the bytes of `body` before its numbers, or less if `body` is cut off or the header is too long."""
+    """Return the bytes of `body` before its numbers, or fewer if `body` is cut off or the header is too long."""
     length_bytes = 2 if body[6:7] == b"\x01" else 4
     start = 8 + length_bytes
     return body[: start + min(int.from_bytes(body[8:start], "little"), 2 * MAX_HEADER_BYTES)]

@@ -1,4 +1,4 @@
-"""Rows of an image model as one PNG picture: a grid of images, magnified so that single pixels are visible."""
+"""PNG images of rows: a grid with one tile per row, magnified so that single pixels are visible."""
 
 import io
 import math
@@ -8,14 +8,14 @@ import numpy as np
 import numpy.typing as npt
 
 MEDIA_TYPE = "image/png"
-TILE = 64  # pixels: smaller images are magnified to at least this size
-MAX_WIDTH = 2048  # pixels: images are not magnified beyond this width of the picture
+TILE = 64  # pixels: smaller tiles are magnified to at least this size
+MAX_WIDTH = 2048  # pixels: tiles are not magnified beyond this width of the grid
 CHANNELS = (1, 3)
-GAP = 2  # pixels between images
+GAP = 2  # pixels between tiles
 GAP_GREY = 96
 
 
-def is_picture(shape: Sequence[int], pixel_range: tuple[float, float] | None) -> bool:
+def is_image(shape: Sequence[int], pixel_range: tuple[float, float] | None) -> bool:
     """Return whether rows of `shape` are images: [H, W], [H, W, 1] or [H, W, 3], with a range of pixel values."""
     is_grey = len(shape) == 2
     return pixel_range is not None and (is_grey or (len(shape) == 3 and shape[2] in CHANNELS))
@@ -24,13 +24,13 @@ def is_picture(shape: Sequence[int], pixel_range: tuple[float, float] | None) ->
 def dumps(
     rows: npt.NDArray[np.float32], shape: Sequence[int], pixel_range: tuple[float, float], columns: int | None = None
 ) -> bytes:
-    """Return the rows as a PNG picture, a grid that is filled line by line.
+    """Return the rows as one PNG image, a grid that is filled line by line.
 
     Args:
         rows: [N, D] in raw units.
         shape: the shape of one row.
         pixel_range: the raw values of black and of white; values beyond them are clipped.
-        columns: images per line of the grid; by default the grid is as square as possible.
+        columns: tiles per line of the grid; by default the grid is as square as possible.
     """
     from PIL import Image
 
@@ -40,20 +40,20 @@ def dumps(
     missing = line_count * columns - len(tiles)
     tiles = np.pad(tiles, ((0, missing), (0, GAP), (0, GAP), (0, 0)), constant_values=GAP_GREY)
     _, height, width, channels = tiles.shape
-    grid = tiles.reshape(line_count, columns, height, width, channels).swapaxes(1, 2)
-    picture = grid.reshape(line_count * height, columns * width, channels)[:-GAP, :-GAP]
+    lines = tiles.reshape(line_count, columns, height, width, channels).swapaxes(1, 2)
+    grid = lines.reshape(line_count * height, columns * width, channels)[:-GAP, :-GAP]
     file = io.BytesIO()
-    Image.fromarray(picture if channels == 3 else picture[:, :, 0]).save(file, "PNG")
+    Image.fromarray(grid if channels == 3 else grid[:, :, 0]).save(file, "PNG")
     return file.getvalue()
 
 
 def _tiles(
     rows: npt.NDArray[np.float32], shape: Sequence[int], pixel_range: tuple[float, float], columns: int
 ) -> npt.NDArray[np.uint8]:
-    """Return the rows as magnified images, [N, h, w, C]."""
+    """Return the rows as magnified tiles, [N, h, w, C]."""
     black, white = pixel_range
     grey = ((rows - black) / (white - black)).clip(0.0, 1.0) * 255.0  # [N, D]
     height, width = shape[0], shape[1]
-    images = grey.round().astype(np.uint8).reshape(len(rows), height, width, -1)
+    tiles = grey.round().astype(np.uint8).reshape(len(rows), height, width, -1)
     scale = max(1, min(math.ceil(TILE / max(height, width)), (MAX_WIDTH // columns - GAP) // width))
-    return images.repeat(scale, axis=1).repeat(scale, axis=2)
+    return tiles.repeat(scale, axis=1).repeat(scale, axis=2)

@@ -1,4 +1,4 @@
-"""Prometheus remote write, version 1: the protobuf message prometheus.WriteRequest in a snappy block, to series.
+"""Prometheus remote write, version 1: a protobuf message prometheus.WriteRequest in a snappy block.
 
 Only the fields that Elbo reads are declared; protobuf skips all others (exemplars, histograms, metadata).
 """
@@ -29,7 +29,7 @@ _FIELDS = {  # by message: name, number, type and label of each field
 
 
 def _write_request() -> Any:
-    """Return the message class. It is in a separate pool: other libraries may declare its name in the default one."""
+    """Return the message class. It is in a pool of its own, because other libraries may declare the same name."""
     file = descriptor_pb2.FileDescriptorProto(name="elbo/remote_write.proto", package="prometheus", syntax="proto3")
     kinds = descriptor_pb2.FieldDescriptorProto
     for name, fields in _FIELDS.items():
@@ -52,7 +52,7 @@ WriteRequest = _write_request()
 
 
 def require_version_1(content_type: str, content_encoding: str) -> None:
-    """Raise UnsupportedMediaType unless the headers mean remote write version 1 with snappy compression."""
+    """Raise UnsupportedMediaType unless the headers announce remote write version 1 with snappy compression."""
     media_type, *parameters = (part.strip().lower() for part in content_type.split(";"))
     proto = next((p.partition("=")[2].strip('"') for p in parameters if p.startswith("proto=")), MESSAGE.lower())
     if media_type != MEDIA_TYPE or proto != MESSAGE.lower():

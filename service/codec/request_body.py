@@ -1,4 +1,4 @@
-"""Request bodies to fields: JSON, npy or safetensors, as the Content-Type header says."""
+"""Read the fields of request bodies: JSON, npy or safetensors, according to the Content-Type header."""
 
 import json
 from collections import Counter
@@ -54,8 +54,8 @@ def read_fields(
     Args:
         content_type: the Content-Type header.
         body: the body, decompressed.
-        main: the field that holds the rows, if the endpoint has one. The array in an npy or safetensors body is this
-            field; in a JSON body, its rows become an array if they are lists of `width` numbers.
+        main: the name of the field that holds the rows; None if the endpoint has none. The array of an npy or
+            safetensors body becomes this field. In a JSON body, the rows become an array if each has `width` numbers.
         width: the number of values per row.
         extra_readers: readers of further media types, by media type.
 
@@ -112,18 +112,18 @@ def _read_json(body: bytes) -> RequestFields:
 
 
 def _may_nest_booleans(body: bytes, document: dict[str, Any]) -> bool:
-    """Return whether `document` may contain a boolean anywhere but as the value of a field."""
-    # A search for one byte runs at memory speed. In a document of numbers only true has an r, and only false an f.
+    """Return whether a list or object in a field of `document` may contain a boolean."""
+    # A search for one byte runs at memory speed: without an r there is no `true`, without an f no `false`.
     if b"r" not in body and b"f" not in body:
         return False
-    of_fields = sum(type(value) is bool for value in document.values())
-    return body.count(b"true") + body.count(b"false") > of_fields
+    top_level = sum(type(value) is bool for value in document.values())
+    return body.count(b"true") + body.count(b"false") > top_level
 
 
 def _loads_non_finite(body: bytes, error: orjson.JSONDecodeError) -> Any:
     """Return the value of a body that orjson refused for NaN, Infinity or 1e999, as Python's json module reads it.
 
-    The parser of rows then reports the place of the number. The json module also accepts lone surrogates, so a body
+    The row parser then reports the position of the number. The json module also accepts lone surrogates, so a body
     with Unicode escapes is refused, and so is a body with any other error. Raises InvalidJson.
     """
     try:

@@ -1,4 +1,4 @@
-"""Response fields to bytes, in the format that the Accept header prefers."""
+"""Choose the format of a response by the Accept header, and write its fields as JSON."""
 
 from functools import lru_cache
 from typing import Any
@@ -15,7 +15,7 @@ from service.errors import NotAcceptable, OverflowInModel
 # The formats that an endpoint offers, the default first.
 JSON_ONLY = (JSON,)
 ARRAY_FORMATS = (JSON, *ARRAY_MEDIA_TYPES)
-PICTURE_FORMATS = (*ARRAY_FORMATS, png.MEDIA_TYPE)
+IMAGE_FORMATS = (*ARRAY_FORMATS, png.MEDIA_TYPE)
 
 
 @lru_cache(maxsize=256)

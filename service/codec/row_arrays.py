@@ -1,4 +1,4 @@
-"""Rows that npy, safetensors or the fast JSON reader hold as an array, to float32 arrays."""
+"""Parse rows that npy, safetensors or the fast JSON reader provide as one array."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from service.errors import InvalidRows
 def parse_array(schema: RowSchema, array: npt.NDArray[Any], pointer: str) -> Array:
     """Return an array of real numbers, [N, D] or [N, *shape], as float32 [N, D].
 
-    The result shares memory with `array` if that is aligned float32 in C order.
+    The result shares memory with `array` if `array` is aligned float32 in C order.
 
     Raises:
         InvalidRows: if the shape is wrong, or for the first value that is not finite and may not be missing.
@@ -66,7 +66,7 @@ def _to_float32(schema: RowSchema, array: npt.NDArray[Any], pointer: str) -> tup
 
 
 def _bad_values(schema: RowSchema, x: Array) -> npt.NDArray[np.bool_]:
-    """Return which values of x [N, D] are invalid, [N, D]: not finite, unless missing where a value may be.
+    """Return which values of x [N, D] are invalid, [N, D]: neither finite nor missing where a value may be.
 
     In a row without any value, all values are invalid.
     """

@@ -1,6 +1,6 @@
 """Errors for invalid rows: each points to the first bad value and says what was expected in its place.
 
-Functions that see one row return pointers relative to that row; the parser of the request prepends the row's pointer.
+Functions for one row return pointers relative to that row; the parser of the request prepends the row's pointer.
 """
 
 import json
@@ -24,7 +24,7 @@ MISSING_VALUE_HINT = (
 
 @dataclass(frozen=True)
 class MalformedRow:
-    """A placeholder, in a list of rows, for a row that a reader of bodies could not parse."""
+    """A placeholder in a list of rows for a row that the body reader could not parse."""
 
     detail: str
     expected: str
@@ -60,7 +60,7 @@ def refuse_single_row(schema: RowSchema, rows: Any, pointer: str) -> None:
 
 
 def wrong_shape(schema: RowSchema, row: Any) -> InvalidRows:
-    """Return the error for a row that is neither a flat list of D values nor nested as the schema says."""
+    """Return the error for a row that is neither a flat list of D values nor nested as the schema requires."""
     pointer, part = _first_wrong_part(row, schema.shape_of(row), "")
     got = describe_value(part)
     return InvalidRows(
@@ -80,7 +80,7 @@ def first_bad_value(schema: RowSchema, values: list[Any], row: Any, keys: Sequen
         schema: the schema of the row.
         values: the D values, flat.
         row: the row as it was sent, flat or nested, from which the value's pointer follows.
-        keys: the names of the values, where the row was sent as an object.
+        keys: the names of the values, if the row was sent as an object.
     """
     index = next(
         index
@@ -112,7 +112,7 @@ def first_bad_array_value(schema: RowSchema, row: npt.NDArray[Any], bad: npt.NDA
 
 
 def _first_wrong_part(row: Any, shape: tuple[int, ...], pointer: str) -> tuple[str, Any]:
-    """Return the first part of `row` that is not a list of the length in `shape`, after its pointer."""
+    """Return the pointer and the value of the first part of `row` that is not a list of the length in `shape`."""
     if type(row) is not list or len(row) != shape[0]:
         return pointer, row
     index = next(index for index, part in enumerate(row) if flatten(part, shape[1:]) is None)

@@ -1,11 +1,11 @@
-"""Rows that JSON holds as lists of numbers, to float32 arrays.
+"""Parse rows that JSON provides as lists of numbers into float32 arrays.
 
 The fast path costs 15 ns per number: `struct` packs a list of Python floats straight into a float32 buffer. It refuses
 strings, null, nested lists, a wrong number of values, and numbers that overflow. Only then does the slow path flatten
 nested lists, replace null by NaN where a value may be missing, or search for the first bad value.
 
-`struct` accepts true and false (integers to Python), NaN and infinity. Readers of bodies report whether a body may
-contain any of them (`may_contain_non_floats`), and only then each row is checked for them.
+`struct` accepts true and false (integers to Python), NaN and infinity. Body readers report whether a body may
+contain any of them (`may_contain_non_floats`); rows are checked for them only then.
 """
 
 import math
@@ -50,7 +50,7 @@ class RowPacker:
         Args:
             row: a flat or nested list.
             schema: the schema that the row must follow.
-            keys: the names of the values, where the row was sent as an object.
+            keys: the names of the values, if the row was sent as an object.
         """
         offset = self._row_count * schema.packer.size
         try:

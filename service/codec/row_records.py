@@ -1,4 +1,4 @@
-"""Rows that JSON, NDJSON or CSV hold as objects by feature name, to float32 arrays."""
+"""Parse rows that JSON, NDJSON or CSV provide as objects by feature name into float32 arrays."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -24,7 +24,7 @@ def parse_valid_records(
 
     Args:
         schema: the schema of a row.
-        records: a JSON value, which should be a list of objects; a `MalformedRow` may be in the place of an object.
+        records: a JSON value, which should be a list of objects; it may contain a `MalformedRow` instead of an object.
         pointer: the JSON pointer to `records`.
         may_contain_non_floats: whether values may be true, false, NaN or infinite.
         impute: whether required values may be missing too, up to half of them.

@@ -31,7 +31,7 @@ class ParsedRows(NamedTuple):
     """
 
     x: Array  # [G, D]
-    rows: list[int]  # [G]: the place of each row in the request
+    rows: list[int]  # [G]: the index of each row in the request
     errors: list[RowError]
     missing: npt.NDArray[np.bool_] | None
 
@@ -58,7 +58,7 @@ class RowSchema:
         self.names = tuple(names)
         self.name_set = frozenset(names)
         self.optional = tuple(optional) or (False,) * self.width
-        self.required_names = [name for name, may_miss in zip(names, self.optional, strict=False) if not may_miss]
+        self.required_names = [name for name, is_optional in zip(names, self.optional, strict=False) if not is_optional]
         self.allows_missing = any(self.optional)
         self.packer = struct.Struct(f"={self.width}f")
         self.description = f"a list of {self.width} numbers"
@@ -91,7 +91,7 @@ class RowSchema:
 
 
 def flatten(row: Any, shape: tuple[int, ...]) -> list[Any] | None:
-    """Return the values in lists that are nested as `shape` says, or None if a list has another length."""
+    """Return the values of lists nested to `shape`, or None if a list has another length or depth."""
     level = [row]
     for size in shape:
         if not all(type(part) is list and len(part) == size for part in level):

@@ -1,7 +1,7 @@
 """The safetensors format: the length of a JSON header in eight bytes, the header, then the bytes of the tensors.
 
 This reader replaces the safetensors library, which copies every tensor. Like the library, it checks everything that the
-header says: names, types, shapes, and that the tensor's bytes match its shape and fill the body.
+header states: names, types, shapes, and that the tensor's bytes match its shape and fill the body.
 
 Format: https://huggingface.co/docs/safetensors
 """
@@ -49,7 +49,7 @@ def loads(body: bytes, name: str) -> npt.NDArray[Any]:
     present = len(body) - start
     if needed != present or tensors[name].get("data_offsets") != [0, needed]:
         raise InvalidSafetensors(
-            f"the header says shape {shape} of {dtype}, which is {needed} bytes, but {present} bytes follow it",
+            f"the header states shape {shape} of {dtype}, which is {needed} bytes, but {present} bytes follow it",
             expected=f"{needed} bytes at data_offsets [0, {needed}]",
             got=f"{present} bytes at data_offsets {str(tensors[name].get('data_offsets'))[:40]}",
             hint="the file may be cut off: send the whole file",

@@ -1,8 +1,8 @@
-"""A fast reader for JSON bodies that consist of rows of numbers. It makes no Python object per number.
+"""A fast reader for JSON bodies that consist of rows of numbers. It creates no Python object per number.
 
 simdjson parses a document into its own memory and copies the numbers out of it, five times faster than a parser that
-makes lists. Every body that it refuses, or that is not plainly rows of numbers, goes to the reader in request_body.py,
-which reports errors.
+makes lists. A body that it refuses, or that does not consist of rows of numbers, is left to the reader in
+request_body.py, which reports errors.
 """
 
 import threading
@@ -35,8 +35,8 @@ def _read_fields(body: bytes, main: str, width: int) -> dict[str, Any] | None:
         if len(row) != width:
             return None
     count = len(rows)
-    # Rows of the right length may still contain lists, which simdjson would flatten: then there are more brackets.
-    # With a duplicate key or a string value there are more quotation marks.
+    # Rows of the right length may still contain lists, which simdjson would flatten: the body then has more brackets.
+    # If a key is duplicate or a value is a string, the body has more quotation marks.
     if not count * width or not _occurs(body, b"[", count + 1) or not _occurs(body, b'"', 2 * len(keys)):
         return None
     fields: dict[str, Any] = {main: np.frombuffer(rows.as_buffer(of_type="d"), np.float64).reshape(count, width)}

@@ -1,4 +1,4 @@
-"""Telegraf's JSON format: a batch of metrics, to one record per host and timestamp."""
+"""Telegraf's JSON format: turn a batch of metrics into one record per group and timestamp."""
 
 from typing import Any
 
@@ -16,13 +16,13 @@ class TelegrafBatch:
     Args:
         selectors: finds the feature that a metric's field belongs to.
         time: the name of the timestamp in a record.
-        group: the tag that distinguishes hosts, and its name in a record.
+        group: the tag that distinguishes groups, such as hosts, and its name in a record.
     """
 
     def __init__(self, selectors: FeatureSelectors, time: str, group: str) -> None:
         self._selectors, self._time, self._group = selectors, time, group
         self._records: dict[Any, Record | MalformedRow] = {}
-        self.first_metrics: list[int] = []  # per record, the place of its first metric in the batch
+        self.first_metrics: list[int] = []  # per record, the index of its first metric in the batch
         self.unknown_fields = 0
 
     @property

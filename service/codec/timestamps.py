@@ -1,11 +1,11 @@
-"""Timestamps in any common form to Unix seconds."""
+"""Convert timestamps in any common form to Unix seconds."""
 
 import math
 from datetime import UTC, datetime
 from typing import Any
 
-# Upper limit of a timestamp's absolute value, and the units per second that it then has: s, ms, us, ns. The size of a
-# number is unambiguous for every moment from March 1973 to the year 5138.
+# An upper limit of a timestamp's absolute value, and the units per second of timestamps below it: s, ms, us, ns.
+# The unit is unambiguous for every moment from March 1973 to the year 5138.
 _UNITS = ((1e11, 1.0), (1e14, 1e3), (1e17, 1e6), (math.inf, 1e9))
 
 

@@ -15,7 +15,7 @@ from service.codec.compression import decompress_gzip, is_gzip
 from service.codec.request_body import JSON, NO_EXTRA_READERS, BodyReader, is_array, read_fields
 from service.codec.response_body import (
     ARRAY_FORMATS,
-    PICTURE_FORMATS,
+    IMAGE_FORMATS,
     array_fields,
     negotiate_media_type,
     require_finite,
@@ -91,7 +91,7 @@ async def parse_request(
     record, query = request.record, request.query
     served = service.find(query.model)
     record.model, record.version = served.name, served.version
-    media_types = PICTURE_FORMATS if spec.pictures and served.has_png_output else ARRAY_FORMATS
+    media_types = IMAGE_FORMATS if spec.pictures and served.has_png_output else ARRAY_FORMATS
     media_type = negotiate_media_type(request.header(b"accept", "*/*"), media_types)
     packed = request.headers.get(b"content-encoding") is not None and is_gzip(request.header(b"content-encoding"))
     deadline = _deadline(service, request)

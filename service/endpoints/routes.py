@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from service.codec import remote_write
 from service.codec.request_body import ARRAY_MEDIA_TYPES, JSON
-from service.codec.response_body import ARRAY_FORMATS, PICTURE_FORMATS
+from service.codec.response_body import ARRAY_FORMATS, IMAGE_FORMATS
 from service.endpoints.context import ServiceContext
 from service.endpoints.examples import EXAMPLES, TEXTS
 from service.endpoints.inference import (
@@ -160,7 +160,7 @@ def _responses(endpoint: Endpoint) -> dict[int | str, dict[str, Any]]:
     else:
         answer["content"][endpoint.media_type] = {"schema": {"type": "string"}}
     if endpoint.spec:
-        binary_formats = (PICTURE_FORMATS if endpoint.spec.pictures else ARRAY_FORMATS)[1:]  # without JSON
+        binary_formats = (IMAGE_FORMATS if endpoint.spec.pictures else ARRAY_FORMATS)[1:]  # without JSON
         answer["content"] |= dict.fromkeys(binary_formats, BINARY)
         answer["headers"] = {
             "Elbo-Model": {"schema": {"type": "string"}, "description": "name@version of the model that answered"}

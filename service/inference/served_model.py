@@ -77,7 +77,7 @@ class ServedModel:
     @cached_property
     def has_png_output(self) -> bool:
         """Whether its outputs can be returned as image/png."""
-        return png.is_picture(self.manifest.shape, self.manifest.pixel_range)
+        return png.is_image(self.manifest.shape, self.manifest.pixel_range)
 
 
 def describe(served: ServedModel) -> dict[str, Any]:

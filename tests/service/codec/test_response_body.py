@@ -11,10 +11,10 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from service.codec import png
-from service.codec.response_body import ARRAY_FORMATS, JSON_ONLY, PICTURE_FORMATS, negotiate_media_type, to_json
+from service.codec.response_body import ARRAY_FORMATS, IMAGE_FORMATS, JSON_ONLY, negotiate_media_type, to_json
 from service.errors import NotAcceptable, OverflowInModel
 
-JSON, NPY, SAFETENSORS, PNG = PICTURE_FORMATS
+JSON, NPY, SAFETENSORS, PNG = IMAGE_FORMATS
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ JSON, NPY, SAFETENSORS, PNG = PICTURE_FORMATS
     ],
 )
 def test_accept_header_selects_the_format(accept: str, expected: str) -> None:
-    assert negotiate_media_type(accept, PICTURE_FORMATS) == expected
+    assert negotiate_media_type(accept, IMAGE_FORMATS) == expected
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_many_images_are_not_magnified_beyond_the_maximum_width() -> None:
     [([8, 8], (0, 1), True), ([8, 8], None, False), ([8, 8, 3], (0, 1), True), ([8, 8, 1], (0, 1), True),
      ([3, 8, 8], (0, 1), False), ([64], (0, 1), False)],
 )  # fmt: skip
-def test_is_picture_is_true_for_image_shapes_only(
+def test_is_image_is_true_for_image_shapes_only(
     shape: list[int], pixel_range: tuple[float, float] | None, expected: bool
 ) -> None:
-    assert png.is_picture(shape, pixel_range) is expected
+    assert png.is_image(shape, pixel_range) is expected
