@@ -41,23 +41,23 @@ from service.shared_memory import SharedCounters, SharedDecisions
 
 DESCRIPTION = """Run the served models: encode, decode, reconstruct, sample, interpolate, and score anomalies.
 
-A request body is JSON. Where it is a single array, it may also be application/x-npy or application/x-safetensors; the
-other fields then go into the query. A response is JSON, application/x-npy, application/x-safetensors or, for images,
+A request body is JSON. A single array may also be sent as application/x-npy or application/x-safetensors; the
+other fields are then query parameters. A response is JSON, application/x-npy, application/x-safetensors or, for images,
 image/png: the Accept header chooses. An error is application/problem+json with a stable `code`."""
 
 
 def create_app(settings: Settings, counters: SharedCounters | None = None) -> FastAPI:
     """Return the application.
 
-    `app.state.service` is its `ServiceContext`. `app.state.protocol` is uvicorn's HTTP protocol with admission control;
-    under another protocol the application answers the same, but refuses a request only once its task runs.
+    `app.state.service` is its `ServiceContext`. `app.state.protocol` is uvicorn's HTTP protocol with admission control.
+    With another protocol the responses are the same, but a request is refused only after its task has started.
 
-    `RequestMiddleware` takes the place of FastAPI's whole middleware stack, whose outermost layer would answer errors
-    in its own format before the middleware sees them.
+    `RequestMiddleware` replaces FastAPI's whole middleware stack. The outermost layer of that stack would turn errors
+    into responses of its own format before `RequestMiddleware` could handle them.
 
     Args:
-        settings: settings of the service.
-        counters: metrics shared with the other worker processes; by default the metrics of this process alone.
+        settings: the settings of the service.
+        counters: the counters that all workers share; by default, counters of this process alone.
 
     Raises:
         ElboError: if the device is not available.
@@ -151,7 +151,7 @@ def _lifespan(
         finally:
             service.draining = True
             await scanning.close()
-            await receiver.close()  # scores its last rows, so before the batcher closes
+            await receiver.close()  # before the batcher closes, because it scores its last rows
             await service.batcher.close()
             await monitor.close()
             await access.close()
@@ -160,7 +160,7 @@ def _lifespan(
 
 
 def _router_of(app: FastAPI) -> ASGIApp:
-    """Return the router of `app` without FastAPI's middleware; it raises its 404 and 405 as a ServiceError."""
+    """Return the router of `app` without FastAPI's middleware, with 404 and 405 raised as a ServiceError."""
     router = AsyncExitStackMiddleware(app.router)  # FastAPI's route handlers expect its exit stack in the scope
 
     async def route(scope: Scope, receive: Receive, send: Send) -> None:
@@ -177,12 +177,12 @@ def _router_of(app: FastAPI) -> ASGIApp:
 def _allowed_methods(app: FastAPI, scope: Scope) -> list[str]:
     matching = [route for route in app.router.routes if route.matches(scope)[0] is not Match.NONE]
     methods = {method for route in matching for method in getattr(route, "methods", None) or ()}
-    methods = methods or {"GET"}  # a mounted folder of static files
+    methods = methods or {"GET"}  # a mounted folder of static files has no `methods`
     return sorted(methods | {"HEAD"} if "GET" in methods else methods)
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """Return the OpenAPI document, with the schemas of request bodies, which no handler's signature mentions."""
+    """Return the OpenAPI document, with the request bodies, which FastAPI cannot find in the handlers' signatures."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         models = [(model, "validation") for model in routes.components()]

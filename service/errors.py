@@ -2,7 +2,7 @@
 
 ElboError (models.errors)
 └── ServiceError
-    ├── NotFound, ModelNotFound             404
+    ├── NotFound, ModelNotFound, NotShown   404
     ├── MethodNotAllowed                    405
     ├── NotAcceptable                       406
     ├── BodyTooSlow                         408
@@ -28,7 +28,7 @@ PROBLEM_JSON = "application/problem+json"
 
 
 class ServiceError(ElboError):
-    """Base of the errors that a request can fail with.
+    """Base class of the errors with which a request can fail.
 
     Args:
         detail: what happened, in one sentence.
@@ -172,7 +172,7 @@ class InvalidField(ServiceError):
 
 
 class InvalidRows(ServiceError):
-    """Rows, codes or records do not have the model's shape, or hold a value that is not a finite number."""
+    """Rows, latents or records do not have the model's shape, or hold a value that is not a finite number."""
 
     status, code, title = 422, "invalid_rows", "Invalid rows"
 
@@ -247,7 +247,7 @@ def from_http_exception(error: HTTPException, method: str, path: str, allowed: S
         return MethodNotAllowed(
             f"{path} supports {allow}, got {method}", expected=allow, got=method, headers={"Allow": allow}
         )
-    return InternalError("an error occurred in the server: its log has the details under this request id")
+    return InternalError("an error occurred in the server; its log has the details under this request id")
 
 
 def escape(key: str) -> str:

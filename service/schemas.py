@@ -51,17 +51,17 @@ class EncodeBody(Body):
 
     inputs: Rows = Field(description="N rows in raw units")
     sample: bool = Field(
-        False, description="whether latents are drawn from the posterior; false returns the posterior mean"
+        False, description="whether to sample latents from the posterior; false returns the posterior mean"
     )
     seed: Seed | None = Field(
-        None, description="seed of the draw; by default a random seed, which the response contains"
+        None, description="seed of the samples; by default a random seed, which the response contains"
     )
 
 
 class DecodeBody(Body):
-    """Codes to decode."""
+    """Latents to decode."""
 
-    latents: Vectors = Field(description="N codes of K numbers")
+    latents: Vectors = Field(description="N latent vectors of K numbers")
 
 
 class ReconstructBody(Body):
@@ -78,19 +78,22 @@ class SampleBody(Body):
         None, description="seed of the noise; by default a random seed, which the response contains"
     )
     temperature: float = Field(
-        1.0, ge=0.0, le=100.0, description="factor on the noise; 0 gives the centre of a component of the prior"
+        1.0,
+        ge=0.0,
+        le=100.0,
+        description="factor of the noise; 0 gives the centre of a component of the prior",
     )
 
 
 class End(Body):
-    """One end of an interpolation: either a row or a code."""
+    """One end of an interpolation: either a row or a latent vector."""
 
     input: Row = Field(None, description="a row in raw units; the path ends in its posterior mean")
-    latent: Vector = Field(None, description="a code of K numbers")
+    latent: Vector = Field(None, description="a latent vector of K numbers")
 
 
 class InterpolateBody(Body):
-    """Two ends, and the path between them."""
+    """The two ends of an interpolation, and the path between them."""
 
     start: End
     end: End
@@ -103,7 +106,7 @@ class InterpolateBody(Body):
 
 
 class AnomalyBody(Body):
-    """Rows to score: exactly one of `inputs`, `records` and `metrics`, and how to decide."""
+    """Rows to score, in exactly one of `inputs`, `records` and `metrics`, and how to decide which are anomalous."""
 
     inputs: Rows = Field(None, description="N rows in raw units")
     records: Records = Field(
@@ -129,11 +132,11 @@ class AnomalyBody(Body):
         description="false discovery rate: the accepted share of normal rows among those flagged, decided over the "
         "whole request (Benjamini-Hochberg) instead of per row by alpha",
     )
-    explain: int = Field(3, ge=0, description="number of features per row to report, those that contribute most")
+    explain: int = Field(3, ge=0, description="number of features to report per row: those that contribute most")
     impute: bool = Field(
         True,
-        description="whether missing values in `records`, `metrics`, NDJSON and CSV are replaced by training medians, "
-        "up to half of a row, even for features without missing values in training; false makes such a row an error",
+        description="whether a row in `records`, `metrics`, NDJSON or CSV may lack up to half of the features that "
+        "were never missing in training; training medians replace the missing values. If false, the row is an error",
     )
     half_life: float | None = Field(
         None,
@@ -145,7 +148,7 @@ class AnomalyBody(Body):
         None,
         gt=0.0,
         lt=1e12,
-        description="half-life in rows: as `half_life`, but without timestamps",
+        description="half-life in rows: like `half_life`, for rows without timestamps",
     )
     time: str = Field("timestamp", description="key of the time in records: Unix time in s, ms, us or ns, or ISO 8601")
     group: str = Field("host", description="key of the group in records; in `metrics` the name of a tag")
@@ -158,18 +161,18 @@ _IMPUTED = "number of missing values in the rows, replaced by training medians; 
 
 
 class ModelAnswer(BaseModel):
-    """Base of the responses that a model computes."""
+    """Base class of the responses that a model computes."""
 
-    model: str = Field(description="name of the model that answered")
-    version: int = Field(description="version of the model that answered")
+    model: str = Field(description="name of the model that computed the response")
+    version: int = Field(description="version of that model")
 
 
 class EncodeAnswer(ModelAnswer):
-    """Codes of the rows."""
+    """Latents of the rows."""
 
     latents: Vectors = Field(description="[N, K]")
     std: Vectors = Field(description="[N, K]: standard deviation of the posterior; zeros for an autoencoder")
-    seed: int | None = Field(None, description="seed of the draw, if `sample` was true")
+    seed: int | None = Field(None, description="seed of the samples, if `sample` was true")
     imputed: int | None = Field(None, description=_IMPUTED)
 
 
@@ -187,21 +190,21 @@ class ReconstructAnswer(DecodeAnswer):
 
 
 class InterpolateAnswer(DecodeAnswer):
-    """Rows on the path, and their codes."""
+    """Rows on the path, and their latents."""
 
     latents: Vectors = Field(description="[N, K]")
     imputed: int | None = Field(None, description=_IMPUTED)
 
 
 class SampleAnswer(DecodeAnswer):
-    """New rows, their codes, and the seed that reproduces them."""
+    """New rows, their latents, and the seed that reproduces them."""
 
     latents: Vectors = Field(description="[N, K]")
     seed: int = Field(description="send this seed to get the same samples again")
 
 
 class FeatureReport(BaseModel):
-    """How much one feature contributes to the score of a row."""
+    """The contribution of one feature to the score of a row."""
 
     name: str
     value: float | None = Field(description="value in the request, in raw units; null if it is missing")
@@ -224,11 +227,12 @@ class Result(BaseModel):
         description="conformal p-value: (1 + calibration rows that score at least as high) / (1 + calibration rows)"
     )
     severity: float = Field(
-        description="-log p of the score over -log p of the threshold; > 1 means anomalous at alpha, for every model"
+        description="-log p of the score divided by -log p of the threshold; > 1 means anomalous at alpha"
     )
     smoothed: float | None = Field(None, description="mean severity over the group's past, if a half-life was given")
     is_anomaly: bool = Field(
-        description="whether severity > 1; with `fdr` by Benjamini-Hochberg; with a half-life whether smoothed > 1"
+        description="whether severity > 1; with a half-life, whether smoothed > 1; with `fdr`, whether "
+        "Benjamini-Hochberg rejects the p-value"
     )
     parts: dict[str, float] = Field(description="parts of the score by name; their sum is the score")
     features: list[FeatureReport] = Field(description="the features that contribute most, largest contribution first")
@@ -308,7 +312,7 @@ class ModelSummary(BaseModel):
     created: str = Field(description="ISO 8601, UTC")
     shape: list[int] = Field(description="shape of one row")
     width: int = Field(description="D: numbers per row")
-    latents: int = Field(description="K: numbers per code")
+    latents: int = Field(description="K: latents per row")
     parts: list[str] = Field(description="names of the parts of the score")
     pixel_range: tuple[float, float] | None = Field(
         description="raw values of black and white; null unless rows are images"
@@ -337,7 +341,7 @@ class FailedVersion(BaseModel):
 class ModelList(BaseModel):
     """The models that are served, and the versions that failed to load."""
 
-    default: str | None = Field(description="model for requests that name none")
+    default: str | None = Field(description="model for requests that do not name one")
     models: list[ModelSummary] = Field(description="every loaded version, by name, newest version first")
     failures: list[FailedVersion]
 
@@ -368,7 +372,8 @@ class ModelDetail(ModelSummary):
     training: dict[str, Any] = Field(description="configuration of the training run")
     data: dict[str, Any] = Field(description="source of the training rows, and how they were split")
     recalibration: dict[str, Any] | None = Field(
-        description="source of the rows of `elbo calibrate`, and the version with the same networks; null if none"
+        description="source of the rows that `elbo calibrate` used, and the version with the same networks; null if "
+        "the model was not recalibrated"
     )
     versions: dict[str, str] = Field(description="versions of the software that trained the model")
     weights_sha256: str
@@ -382,14 +387,14 @@ class ModelDetail(ModelSummary):
 
 
 class HeldOut(ModelAnswer):
-    """The held-out rows in the artifact, and their codes."""
+    """The held-out rows in the artifact, and their latents."""
 
-    rows: int = Field(description="number of held-out rows; the artifact has the codes of at most 2,000")
+    rows: int = Field(description="number of held-out rows; the artifact has the latents of at most 2,000 of them")
     labels: list[int] | None = Field(
         description="[M]: labels from the training data, if it has any; training does not use them"
     )
     label_names: list[str] | None = Field(description="names of the labels 0, 1, ..., if they have names")
-    latents: Vectors = Field(description="[M, K]: codes of the first M held-out rows")
+    latents: Vectors = Field(description="[M, K]: latents of the first M held-out rows")
     inputs: Rows = Field(description="[R, D]: the first R held-out rows in raw units; null for a missing value")
 
 
@@ -397,7 +402,7 @@ class CalibrationScores(ModelAnswer):
     """The scores of the calibration set, with which the score of a new row is compared."""
 
     rows: int = Field(description="rows in the calibration set")
-    scores: Vector = Field(description="ascending; of more than 2,000 scores, 2,000 evenly spaced order statistics")
+    scores: Vector = Field(description="in ascending order; of more than 2,000 scores, 2,000 evenly spaced ones")
 
 
 class Health(BaseModel):

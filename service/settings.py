@@ -21,8 +21,8 @@ class Settings(BaseSettings):
     )
     backend: Literal["auto", "torchscript", "onnx"] = Field(
         "auto",
-        description="what runs models on a CPU; auto uses a model's ONNX twin if it agrees with TorchScript and is "
-        "faster",
+        description="backend that runs models on a CPU; auto uses a model's ONNX twin if it agrees with TorchScript "
+        "and is faster",
     )
     precision: Literal["float32", "bfloat16"] = Field(
         "float32",
@@ -80,8 +80,8 @@ class Settings(BaseSettings):
     )
     remote_write: Path | None = Field(
         None,
-        description="TOML file that maps remote-write series to features; without it a series is the feature of the "
-        "same name",
+        description="TOML file that maps remote-write series to features; without it, each series is read as the "
+        "feature of the same name",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="lowest level that is logged")
     log_format: Literal["json", "text"] = Field(

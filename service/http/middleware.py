@@ -95,7 +95,7 @@ def _as_service_error(request: RequestContext, error: Exception) -> ServiceError
     elif isinstance(error, ClientDisconnect):
         problem = ClientGone("the client disconnected before it had sent the whole request body")
     else:
-        problem = InternalError("the server failed; its log has the details under this request id")
+        problem = InternalError("an error occurred in the server; its log has the details under this request id")
     if isinstance(problem, InternalError):
         fields = {"request_id": request.record.request_id, "path": request.scope["path"]}
         log.exception("unhandled error", extra={"fields": fields})
