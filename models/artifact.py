@@ -3,8 +3,8 @@
 A file is written atomically and sealed with a SHA-256. `load` verifies the seal, the format version, the weights and
 the golden answers before it returns the model.
 
-All calls of `torch.jit` are in this module, so that `torch.export` can replace TorchScript, which Python 3.14 does not
-support, without a change elsewhere.
+All calls to `torch.jit` are in this module. TorchScript does not support Python 3.14; once `torch.export` replaces it,
+only this module has to change.
 """
 
 import hashlib
@@ -40,15 +40,24 @@ from models.manifest import (
     versions,
 )
 
-METHODS = ("encode", "decode", "draw", "score", "log_weight", "p_value", "severity", "threshold")  # besides forward
+METHODS = (
+    "encode",
+    "decode",
+    "draw",
+    "score",
+    "log_weight",
+    "p_value",
+    "severity",
+    "threshold",
+)  # exported besides forward
 TWIN_METHODS = ("encode", "decode", "score", "reconstruct")  # the methods of an ONNX twin
-OPTIONAL_TWIN_METHODS = ("reconstruct",)  # missing from twins that an earlier release wrote
+OPTIONAL_TWIN_METHODS = ("reconstruct",)  # absent from twins that earlier releases wrote
 TWIN_MEMBER, TWIN_WEIGHTS_MEMBER = "extra/twin/{}.onnx", "extra/twin/{}.json"
 # Exhibits are documents for people: no computation uses them, and each may be missing.
 HELD_OUT, CALIBRATION, CARD = "held-out.json", "calibration.json", "card.md"
 EXHIBIT_MEMBER = "extra/exhibits/{}"
 GOLDEN_ALPHA = 0.05
-GOLDEN_TOLERANCE = 1e-3  # relative; processors round differently, and T2 divides by small variances
+GOLDEN_TOLERANCE = 1e-3  # relative; T2 divides by small variances, which amplifies rounding errors
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,7 @@ def choose_device(requested: str) -> str:
 
 
 def script(model: nn.Module) -> torch.jit.ScriptModule:
-    """Compile `model` for inference, with `forward` and METHODS exported; it no longer tracks gradients."""
+    """Compile `model` for inference, and export `forward` and METHODS. Gradients are no longer tracked."""
     for method in METHODS:
         torch.jit.export(getattr(type(model), method))
     with _deprecations_silenced():
@@ -105,7 +114,7 @@ def script(model: nn.Module) -> torch.jit.ScriptModule:
 
 
 def freeze(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
-    """Return `module` with its weights folded in as constants; the methods among METHODS that it has are kept."""
+    """Return `module` with its weights folded in as constants. It keeps every method of METHODS that it has."""
     present = [method for method in METHODS if hasattr(module, method)]  # artifacts of earlier releases have fewer
     with _deprecations_silenced():
         frozen: torch.jit.ScriptModule = torch.jit.freeze(module.eval(), preserved_attrs=present)
@@ -124,8 +133,9 @@ def weights_sha256(module: nn.Module) -> str:
 def record_golden(module: torch.jit.ScriptModule, x: Tensor, noise: Tensor, choice: Tensor) -> Golden:
     """Return the golden answers: the outputs of `module` for rows x [B, D], noise [B, K] and choice [B].
 
-    `load` later verifies that the module still gives the same outputs. x may contain NaN where the model imputes; the
-    manifest stores it as null. Outputs that are NaN throughout, such as `log_weight` of an autoencoder, are omitted.
+    `load` later verifies that the module still gives the same outputs. If the model imputes missing values, x may
+    contain NaN, which the manifest stores as null. Outputs that are all NaN, such as `log_weight` of an autoencoder,
+    are omitted.
     """
     computed = compute_outputs(module, x, noise, choice)
     outputs = {name: output for name, output in computed.items() if not bool(output.isnan().all())}
@@ -144,15 +154,15 @@ def publish(
 ) -> Path:
     """Write `module` (scripted, not frozen) as the next version of `manifest.name` under `root`; return its path.
 
-    The file is written, sealed and synced in a staging folder that is then renamed, so that a reader sees either the
-    whole file or none. Concurrent publishers get different versions.
+    The file is written, sealed and synced to disk in a staging folder. The folder is then renamed, so that a reader
+    sees either the whole file or no file. Concurrent publishers get different versions.
 
     Args:
         module: the scripted model.
         manifest: its description; `manifest.name` is the name of the model's folder.
         root: the artifact folder.
-        twin: one graph per method in TWIN_METHODS.
-        exhibits: documents by name: any of HELD_OUT, CALIBRATION and CARD.
+        twin: the ONNX twin, one graph per method in TWIN_METHODS.
+        exhibits: documents by name. The names are HELD_OUT, CALIBRATION and CARD; each is optional.
     """
     folder = root / manifest.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -162,7 +172,7 @@ def publish(
         _write_synced(staging / FILE_NAME, _archive(module, manifest, twin or {}, exhibits or {}))
         version = _claim_version(staging, folder, versions(root, manifest.name))
     finally:
-        shutil.rmtree(staging, ignore_errors=True)  # absent if the rename succeeded
+        shutil.rmtree(staging, ignore_errors=True)  # the folder is gone if the rename succeeded
     _sync_folder(folder)
     return folder / str(version) / FILE_NAME
 
@@ -171,10 +181,12 @@ def load(path: Path, device: str = "cpu") -> Artifact:
     """Load the artifact at `path` and verify its seal, format version, weights and golden answers.
 
     Raises:
-        ArtifactError: the file is missing, or fails a verification; see its subclasses in `models.errors`.
+        ArtifactError: the file is missing or fails a verification. See its subclasses in `models.errors`.
     """
     if device != "cpu":
-        torch.backends.cudnn.allow_tf32 = False  # TF32 convolutions have errors of 1e-3; linear layers use no TF32
+        torch.backends.cudnn.allow_tf32 = (
+            False  # in TF32, convolutions have errors of 1e-3; linear layers do not use TF32
+        )
     content = read_sealed(path)  # read once, so that the bytes that are loaded are the bytes that were verified
     manifest = parse(content, path)
     try:
@@ -207,7 +219,7 @@ def load(path: Path, device: str = "cpu") -> Artifact:
 
 
 def thaw(artifact: Artifact) -> torch.jit.ScriptModule:
-    """Return the module of `artifact` on the CPU, not frozen, so that it can be changed and published again."""
+    """Load the module of `artifact` on the CPU without freezing it, so that it can be changed and published again."""
     with _deprecations_silenced():
         module: torch.jit.ScriptModule = torch.jit.load(io.BytesIO(read_sealed(artifact.path)), map_location="cpu")
     if weights_sha256(module) != artifact.manifest.weights_sha256:
@@ -271,7 +283,7 @@ def find_discrepancy(
         only: names of the outputs to compare; None compares all.
 
     Returns:
-        The name of the first output that differs and its error, in words; None if all agree.
+        A message that names the first output that differs, and its error; None if all outputs agree.
     """
     inputs = (_tensor(golden.inputs[name], device) for name in ("x", "noise", "choice"))
     for name, output in compute_outputs(module, *inputs).items():
@@ -291,7 +303,7 @@ def _tensor(values: Any, device: str) -> Tensor:
 
 
 def _read_twin(content: bytes, weights: Mapping[str, Tensor], path: Path) -> Twin | None:
-    """Return the ONNX twin in `content`, the bytes of the artifact at `path`; None if it has none."""
+    """Return the ONNX twin in `content`, the bytes of the artifact at `path`; None if there is no twin."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = {name.partition("/")[2]: name for name in archive.namelist()}
         if TWIN_MEMBER.format(TWIN_METHODS[0]) not in members:
@@ -324,7 +336,7 @@ def _read_exhibits(content: bytes, path: Path) -> dict[str, bytes]:
 def _archive(
     module: torch.jit.ScriptModule, manifest: Manifest, twin: Mapping[str, Graph], exhibits: Mapping[str, bytes]
 ) -> bytes:
-    """Return the bytes of the file: TorchScript's zip archive, with more members added and the seal as its comment."""
+    """Return the bytes of the artifact: TorchScript's zip archive with extra members, and the seal as its comment."""
     buffer = io.BytesIO()
     with _deprecations_silenced():
         torch.jit.save(module, buffer)

@@ -1,4 +1,4 @@
-"""The autoencoder. Its anomaly score combines the code and the reconstruction residual."""
+"""The autoencoder. Its anomaly score combines the latents and the reconstruction residual."""
 
 import math
 
@@ -9,12 +9,12 @@ from models.core import Core
 
 
 class Whitening(nn.Module):
-    """An affine map to zero mean and unit covariance of a vector, such as the residual, over normal rows.
+    """An affine map of vectors, such as residuals. Over normal rows, its output has mean 0 and unit covariance.
 
     Args:
-        mean: [V].
-        factor: inverse of the Cholesky factor of the covariance, [V, V] lower triangular; or, where that matrix would
-            be too large, the inverse standard deviations, [V].
+        mean: mean of the vectors, [V].
+        factor: inverse of the Cholesky factor of the covariance, [V, V] lower triangular. If that matrix would
+            be too large: the inverse standard deviations, [V].
     """
 
     mean: Tensor
@@ -43,16 +43,16 @@ def no_whitening(width: int) -> Whitening:
 class Autoencoder(Core):
     """z = encoder(x), x_hat = decoder(z).
 
-    The score is the squared Mahalanobis distance of the joint vector (code, residual x - x_hat) from its mean over
-    normal rows. By the chain rule of a Gaussian it is T2 + Q: T2 is the distance of the code from its mean, and Q is
-    the distance of the residual from its conditional mean given the code.
+    The score is the squared Mahalanobis distance of the joint vector (z, residual x - x_hat) from its mean over normal
+    rows. By the chain rule for Gaussians the score is T2 + Q. T2 is the squared distance of the latents z from their
+    mean, and Q is the squared distance of the residual from its conditional mean given the latents.
 
     Args:
         encoder: maps [B, D] to [B, K].
         decoder: maps [B, K] to [B, D].
-        whitening: whitens the joint vector [K + D], the code first; fitted on rows that the networks were not
-            trained on.
-        latents: K.
+        whitening: whitens the joint vector [K + D], in which the latents come first. It is fitted to rows that the
+            networks were not trained on.
+        latents: number of latents K.
     """
 
     parts = ("t2", "q")
@@ -65,12 +65,12 @@ class Autoencoder(Core):
         self.latents = latents
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the code [B, K] of x [B, D] and its standard deviation [B, K], which is zero."""
+        """Return the latents [B, K] of x [B, D] and their standard deviations [B, K], which are zero."""
         code: Tensor = self.encoder(x)  # [B, K]
         return code, torch.zeros_like(code)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Return x_hat [B, D] for codes z [B, K]."""
+        """Return x_hat [B, D] for latents z [B, K]."""
         x_hat: Tensor = self.decoder(z)  # [B, D]
         return x_hat
 

@@ -3,22 +3,22 @@
 import torch
 from torch import Tensor, nn
 
-ROUNDING = 1e-5  # largest relative change of a score between batch sizes and processors
-TAIL_SHARE = 0.1  # share of the calibration scores, the largest ones, to which the exponential tail is fitted
+ROUNDING = 1e-5  # largest relative difference between scores of one row in other batches or on other processors
+TAIL_SHARE = 0.1  # the exponential tail is fitted to this share of the calibration scores, the largest ones
 
 
 class Calibration(nn.Module):
     """Calibration by the scores of n rows that the model was not trained on.
 
-    The p-value of a score is (1 + number of calibration scores >= it) / (n + 1). If a row is exchangeable with the
+    The p-value of a score s is (1 + number of calibration scores >= s) / (n + 1). If a row is exchangeable with the
     calibration rows, P(p <= alpha) <= alpha for any model (Vovk, Gammerman & Shafer, "Algorithmic learning in a random
     world", 2005, prop. 2.4; Bates et al., "Testing for outliers with conformal p-values", 2023, eq. 2).
 
     Calibration scores are raised by the largest rounding error, so that the p-value of a row does not depend on the
-    batch in which it is scored. This can only raise p-values.
+    batch in which it is scored. Raising the scores can only raise p-values.
 
-    The smallest possible p-value, the floor, is 1 / (n + 1). Severity extrapolates below the floor with an exponential
-    tail, fitted to the largest calibration scores; it is not a p-value there.
+    The smallest possible p-value, the floor, is 1 / (n + 1). Below the floor, severity extrapolates with an exponential
+    tail that is fitted to the largest calibration scores, and no longer corresponds to a p-value.
 
     Args:
         scores: scores of the calibration set in any order, [n], n >= 1.
@@ -36,7 +36,7 @@ class Calibration(nn.Module):
         ordered = scores.sort().values
         ordered = ordered + ROUNDING * (ordered.abs() + ordered.abs().median())
         n = ordered.shape[0]
-        at_least = torch.arange(n, 0, -1, dtype=torch.float64)  # number of scores >= each one, [n]
+        at_least = torch.arange(n, 0, -1, dtype=torch.float64)  # number of scores >= ordered[i], [n]
         tail_rows = max(1, round(TAIL_SHARE * n))
         mean_excess = (ordered[-tail_rows:] - ordered[-min(tail_rows + 1, n)]).mean()
         surprisal = -(at_least / (n + 1)).log().to(ordered.dtype)  # [n]
@@ -45,7 +45,8 @@ class Calibration(nn.Module):
         self.register_buffer("scores", ordered)
         self.register_buffer("surprisal", surprisal)
         self.register_buffer("tail", tail)
-        # Index u holds the segment of the surprisal curve for scores >= exactly u calibration scores, [n + 1] each.
+        # The surprisal curve is piecewise linear. Element u of each buffer [n + 1] describes the piece for scores that
+        # are >= exactly u calibration scores.
         self.register_buffer("knot", torch.cat((ordered[:1], ordered)))
         self.register_buffer("height", torch.cat((surprisal[:1], surprisal)))
         self.register_buffer("slope", torch.cat((slopes.new_zeros(1), slopes, 1.0 / tail.reshape(1))))
@@ -57,28 +58,31 @@ class Calibration(nn.Module):
         return (at_least + 1).to(score.dtype) / (n + 1)
 
     def threshold(self, alpha: float) -> Tensor:
-        """Return the score above which p <= alpha, a scalar; below the floor of p, it follows the fitted tail."""
+        """Return the score above which p <= alpha, a scalar. Below the floor, the fitted tail determines it."""
         n = self.scores.shape[0]
-        allowed = int(alpha * (n + 1) + 1e-6) - 1  # most calibration scores >= a row's score for which p <= alpha
+        allowed = int(alpha * (n + 1) + 1e-6) - 1  # p <= alpha if at most this many calibration scores are >= the score
         if allowed >= 0:
             return self.scores[n - 1 - min(allowed, n - 1)]
         surprise = -torch.log(torch.tensor(alpha, dtype=torch.float64)).to(self.scores)
         return self.scores[-1] + self.tail * (surprise - self.surprisal[-1])
 
     def severity(self, score: Tensor, alpha: float) -> Tensor:
-        """Return the surprisal of scores [B] divided by the threshold's, [B]: > 1 exactly where score > threshold."""
+        """Return the severity [B] of scores [B]: > 1 exactly if score > threshold.
+
+        It is the surprisal of the score divided by the surprisal of the threshold.
+        """
         threshold = self.threshold(alpha)
-        surprisal = self._surprisal_at(torch.cat((score, threshold.reshape(1))))  # [B + 1], in one call: calls cost
+        surprisal = self._surprisal_at(torch.cat((score, threshold.reshape(1))))  # [B + 1]; one call is faster than two
         ratio = surprisal[:-1] / surprisal[-1]  # [B]
         above = ratio.clamp(min=1.0 + 1.2e-7)  # the next float32 after 1, so that rounding cannot change the verdict
         return torch.where(score > threshold, above, ratio.clamp(max=1.0))
 
     def _surprisal_at(self, score: Tensor) -> Tensor:
-        """Return -log P(a normal row scores higher) of scores [B], [B].
+        """Return -log P(a normal row scores higher), [B], for scores [B].
 
-        It is continuous and increasing, and exact at the calibration scores.
+        The result increases continuously with the score, and is exact at the calibration scores.
         """
-        place = torch.searchsorted(self.scores, score, right=True)  # [B], the number of calibration scores <= each
+        place = torch.searchsorted(self.scores, score, right=True)  # [B], number of calibration scores <= score
         above = score - self.knot[place]  # [B], negative only below the smallest calibration score
         below = self.surprisal[0] * (above / self.tail).clamp(max=0.0).exp()  # [B]
         return torch.where(place == 0, below, self.height[place] + self.slope[place] * above)

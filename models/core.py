@@ -26,7 +26,8 @@ class Core(nn.Module):
     def log_weight(self, x: Tensor, noise: Tensor) -> Tensor:
         """Return log p(x, z) - log q(z|x) in nats, [B], for x [B, D] and z = mean + std * noise, noise [B, K].
 
-        With standard normal noise, its mean is the ELBO, and log-mean-exp over S draws is the importance-weighted bound
-        (Burda, Grosse & Salakhutdinov 2016, "Importance weighted autoencoders", eq. 8). NaN for models without density.
+        Over standard normal noise, the mean of the result is the ELBO, and its log-mean-exp over S samples of the noise
+        is the importance-weighted bound (Burda, Grosse & Salakhutdinov 2016, "Importance weighted autoencoders",
+        eq. 8). The result is NaN for models without a density.
         """
         raise NotImplementedError

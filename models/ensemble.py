@@ -1,4 +1,4 @@
-"""An ensemble of an autoencoder and a nearest-neighbour detector; their anomaly scores are added."""
+"""An ensemble that adds the anomaly scores of an autoencoder and of a nearest-neighbour detector."""
 
 import math
 
@@ -12,8 +12,8 @@ from models.core import Core
 class Neighbours(nn.Module):
     """The distance from a row to its nearest reference row. The reference rows are a sample of the training rows.
 
-    The distance is a squared Mahalanobis distance, so that a deviation that breaks the correlations of the features is
-    long. It is divided by the scale of the reference row, so that the same distance is more anomalous near a dense
+    The distance is a squared Mahalanobis distance, which is large for deviations that break the correlations between
+    features. It is divided by the scale of the reference row, so that the same distance is more anomalous near a dense
     cluster than near a loose one.
 
     Args:
@@ -41,16 +41,16 @@ class Neighbours(nn.Module):
 
 
 class Ensemble(Core):
-    """An autoencoder, which encodes, decodes and reconstructs, and a nearest-neighbour detector.
+    """An autoencoder and a nearest-neighbour detector. Encoding, decoding and reconstruction use only the autoencoder.
 
-    Each detector gives a squared distance d in units of its mean over normal rows. The score is the sum of the two
-    sqrt(1 + d). For large d a term grows like the distance, so that neither detector dominates; for small d it grows
-    like the squared distance, so that rounding errors of distances near 0 do not matter.
+    Each of the two gives a squared distance d, divided by its mean over normal rows. The score is the sum of both
+    values of sqrt(1 + d). For large d, sqrt(1 + d) grows like the distance, so that neither detector dominates. For
+    small d, it grows like the squared distance, so that rounding errors of distances near 0 do not matter.
 
     Args:
         network: the autoencoder.
-        neighbours: the nearest-neighbour detector, with rows that the autoencoder was trained on.
-        weights: 1 / mean squared distance of each detector over rows that the autoencoder was not trained on, [2].
+        neighbours: the nearest-neighbour detector. Its reference rows also trained the autoencoder.
+        weights: 1 / mean squared distance of each detector, over rows that did not train the autoencoder, [2].
     """
 
     parts = ("network", "neighbours")
@@ -63,11 +63,11 @@ class Ensemble(Core):
         self.register_buffer("weights", weights)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the autoencoder's code of x [B, D], and zeros, [B, K] each."""
+        """Return the autoencoder's latents [B, K] of x [B, D], and their standard deviations [B, K], which are zero."""
         return self.network.encode(x)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Return the autoencoder's x_hat [B, D] for codes z [B, K]."""
+        """Return the autoencoder's x_hat [B, D] for latents z [B, K]."""
         return self.network.decode(z)
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -99,6 +99,6 @@ def first_fault(error: "ValidationError") -> FieldFault:
 
 
 def join_names(names: Sequence[str], limit: int = 5) -> str:
-    """Return `names` as a message lists them: "a, b, c and 4 more" where there are more than `limit`."""
+    """Return `names` joined for a message: "a, b, c and 4 more" if there are more than `limit`."""
     listed = ", ".join(names[:limit])
     return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"

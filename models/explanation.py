@@ -1,4 +1,4 @@
-"""Explanation of an anomaly score: an expected value per feature, and how far the row is from it."""
+"""Explanation of an anomaly score: an expected value per feature, and the distance of the row from it."""
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ class Explanation(nn.Module):
     def forward(self, u: Tensor, u_hat: Tensor) -> tuple[Tensor, Tensor]:
         """Return contributions [B, D] and expected values [B, D] for rows u [B, D] and their reconstructions u_hat.
 
-        All are in model units. The contribution is the squared residual.
+        All tensors are in model units. The contribution is the squared residual.
         """
         return (u - u_hat).square(), u_hat
 
@@ -18,11 +18,11 @@ class Explanation(nn.Module):
 class Expectations(Explanation):
     """Explanation by the mean of each feature and by its conditional mean given the other features.
 
-    The contribution of a feature is the larger of its two squared distances. The reconstruction is not used: it partly
-    follows an outlying feature, and spreads the residual to features that are normal.
+    The contribution of a feature is the larger of its squared distances from these two means. The reconstruction is not
+    used, because it partly follows an anomalous feature and spreads that feature's residual over normal features.
 
-    The conditional mean is that of N(mean, C), with each feature in units of its standard deviation. With
-    P = (C + noise I)^-1 it is E[x_i | other features] = x_i - (P (x - mean))_i / P_ii (Lauritzen, "Graphical models",
+    The conditional mean is computed for a Gaussian N(mean, C), with each feature in units of its standard deviation:
+    E[x_i | other features] = x_i - (P (x - mean))_i / P_ii with P = (C + noise I)^-1 (Lauritzen, "Graphical models",
     1996, eq. C.4). Without the noise, features that are anomalous together would explain each other.
 
     Args:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 LOG_VARIANCE_RANGE = (-14.0, 14.0)  # bounds the density of a constant column: exp(-14) is about 1e-6
-EXACT_BEYOND = 40.0  # softplus(v) equals v in float64 from here on; torch's default of 20 has an error of 2e-9
+EXACT_BEYOND = 40.0  # for larger v, softplus(v) is v in float64; with torch's default of 20, the error is 2e-9
 
 
 class Likelihood(nn.Module):
@@ -23,14 +23,15 @@ class Likelihood(nn.Module):
 
 
 class GaussianLikelihood(Likelihood):
-    """N(x; output, variance), with a learnt or fixed variance, shared by all features or one per feature.
+    """N(x; output, variance). The variance is learned or fixed; all features share one, or each has its own.
 
-    A fixed variance sets the weight of reconstruction against KL: a latent is active where its eigenvalue exceeds beta
-    times the variance (Lucas et al. 2019, "Don't blame the ELBO!"). With too large a variance all latents collapse.
+    A fixed variance sets the weight of the reconstruction relative to the KL. In a linear VAE, a latent is active if
+    the eigenvalue of the data covariance along its direction exceeds beta times the variance (Lucas et al. 2019, "Don't
+    blame the ELBO!"). If the variance is too large, all latents collapse.
 
     Args:
         variance: initial or fixed variance, [1] (shared) or [D] (per feature).
-        learn: whether the variance is a trained parameter.
+        learn: whether training changes the variance.
         lowest: lower bound of the log-variance.
     """
 
@@ -73,15 +74,15 @@ class OptimalGaussianLikelihood(GaussianLikelihood):
         return -0.5 * (squared * torch.exp(-best) + best + math.log(2.0 * math.pi)).sum(dim=1)  # [B]
 
     def settle(self, mean_squared_error: Tensor) -> None:
-        """Set the variance that maximises the likelihood of all rows: their mean squared error, a scalar."""
+        """Set the variance to the mean squared error of all rows, a scalar, which maximises their likelihood."""
         self.log_variance.copy_(mean_squared_error.log().clamp(self.low, self.high).reshape(1))
 
 
 class BernoulliLikelihood(Likelihood):
     """Bernoulli(x; sigmoid(output)) for x in [0, 1]; a grey value is the probability of white.
 
-    The density is undefined outside [0, 1]. A value there loses half of the square of its excess, as under a unit
-    Gaussian, so that the row gets a high anomaly score.
+    The Bernoulli probability is undefined outside [0, 1]. A value outside lowers the log-probability by half of its
+    squared distance from [0, 1], as a Gaussian with variance 1 would, so that the row gets a high anomaly score.
     """
 
     def __init__(self) -> None:
@@ -89,12 +90,12 @@ class BernoulliLikelihood(Likelihood):
         self.exact_beyond = EXACT_BEYOND
 
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
-        """Return the log-probability [B] of x [B, D] for logits output [B, D]."""
+        """Return log p(x | z) [B] of x [B, D], given the output [B, D], which holds logits."""
         inside = x.clamp(0.0, 1.0)  # [B, D]
         softplus = functional.softplus(-output, 1.0, self.exact_beyond)  # [B, D]
         cross_entropy = (1.0 - inside) * output + softplus  # [B, D], exact for any logit
         return -(cross_entropy + 0.5 * (x - inside).square()).sum(dim=1)  # [B]
 
     def mean(self, output: Tensor) -> Tensor:
-        """Return E[x | z], the grey values [B, D] of logits output [B, D]."""
+        """Return E[x | z], the grey values [B, D], given the output [B, D], which holds logits."""
         return torch.sigmoid(output)

@@ -1,8 +1,8 @@
 """The manifest of an artifact, and the layout of the artifact folder. This module does not import torch.
 
 An artifact is a zip file. Its manifest is the member `<archive>/extra/manifest.json`. Its zip comment is the seal:
-`elbo-sha256:` and 64 hexadecimal digits, the SHA-256 of all bytes before the digits. `zipfile` and `hashlib` are enough
-to read both.
+`elbo-sha256:` and 64 hexadecimal digits, the SHA-256 of all bytes before the digits. Python's `zipfile` and `hashlib`
+are enough to read the manifest and to verify the seal.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ class Feature(_Frozen):
     median: float
     minimum: float
     maximum: float
-    missing: int = 0  # training rows without a value for the feature
+    missing: int = 0  # rows of the training data without a value for the feature
 
 
 class Data(_Frozen):
@@ -71,20 +71,20 @@ class Recalibration(_Frozen):
     parent_weights_sha256: str
     trained: str  # when the networks were trained
     source: str
-    rows: int  # rows in the source; `Manifest.calibration` has the number that calibrate
+    rows: int  # rows in the source; the model was calibrated on `Manifest.calibration.rows` of them
     fingerprint: str  # SHA-256
 
 
 class Latent(_Frozen):
     """The use of one latent, measured on held-out rows."""
 
-    kl: float | None  # mean KL divergence over the rows in nats; None for models without one (PCA, autoencoder)
-    variance: float  # variance of the posterior mean, or of the code
+    kl: float | None  # mean KL divergence over the rows, in nats; None unless the model is a VAE
+    variance: float  # variance of the posterior mean over the rows
     active: bool
 
 
 class Golden(_Frozen):
-    """Golden answers: inputs, and the model's outputs for them when it was published. Each load verifies them."""
+    """Golden answers: inputs, and the outputs that the model gave for them at publication. Each load verifies them."""
 
     inputs: dict[str, Any]
     outputs: dict[str, Any]
@@ -114,7 +114,7 @@ class Manifest(_Frozen):
     spectrum: list[float] = []  # the largest eigenvalues of the training rows in model units, descending, at most 256
     total_variance: float = 0.0  # the sum of all eigenvalues
     log_scale: float = 0.0  # nats: log density in raw units = log density in model units - log_scale
-    comparison: dict[str, dict[str, float]] = {}  # by kind: metrics of other models on the same held-out rows
+    comparison: dict[str, dict[str, float]] = {}  # by kind of model: metrics of other models on the same held-out rows
     recalibration: Recalibration | None = None  # None if the calibration set is part of `data`
 
     @property
@@ -196,7 +196,7 @@ def read_sealed(path: Path) -> bytes:
 
 
 def seal(content: bytes) -> bytes:
-    """Fill in the digest of `content`, a zip archive whose comment is SEAL and 64 placeholder digits."""
+    """Return `content`, a zip archive that ends in SEAL and 64 placeholder digits, with the digits filled in."""
     body = content[:-DIGEST_LENGTH]
     return body + hashlib.sha256(body).hexdigest().encode()
 

@@ -1,4 +1,4 @@
-"""The networks of encoders and decoders. B rows; an image has H x W pixels and C colours."""
+"""The networks of encoders and decoders. In shapes, B is the number of rows; images have H x W pixels and C colours."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -26,7 +26,7 @@ def conv_encoder(
 
     Args:
         shape: shape of one row as an image: [H, W], or [H, W, C] with the colours last.
-        channels: channels per convolution; each one halves height and width, rounded up.
+        channels: number of channels of each convolution. Each convolution halves height and width, rounded up.
         outputs: width of the output.
         activation: a key of ACTIVATIONS.
         dense: hidden widths of the perceptron after the convolutions. Without `channels` and `dense`, the network is
@@ -43,9 +43,10 @@ def conv_encoder(
 def conv_decoder(
     shape: Sequence[int], channels: Sequence[int], latents: int, activation: str = "silu", dense: Sequence[int] = ()
 ) -> nn.Sequential:
-    """Return the mirror image of `conv_encoder`, from [B, latents] to [B, H * W * C], for the same arguments.
+    """Return a decoder from [B, latents] to [B, H * W * C] that mirrors the layers of `conv_encoder`.
 
-    Its last layer has no activation.
+    `latents` is the width of its input. The other arguments are those of `conv_encoder`. The last layer has no
+    activation.
     """
     colours, sizes = _colours(shape), _sizes(shape, len(channels))
     deepest, (height, width) = [colours, *channels][-1], sizes[-1]
@@ -55,7 +56,7 @@ def conv_decoder(
     ]
     stages = pairwise([*reversed(channels), colours])
     for (inputs, filters), (height, width) in zip(stages, reversed(sizes[:-1]), strict=True):
-        even = (1 - height % 2, 1 - width % 2)  # a transposed convolution gives 2 n - 1 lines; even sizes need one more
+        even = (1 - height % 2, 1 - width % 2)  # a transposed convolution maps n lines to 2 n - 1; even sizes need 2 n
         transposed = nn.ConvTranspose2d(inputs, filters, 3, stride=2, padding=1, output_padding=even)
         layers += [ACTIVATIONS[activation](), transposed]  # [B, filters, height, width]
     return nn.Sequential(*layers, ToRow())  # [B, H * W * C]
@@ -86,5 +87,5 @@ def _colours(shape: Sequence[int]) -> int:
 
 
 def _sizes(shape: Sequence[int], stages: int) -> list[tuple[int, int]]:
-    """Return the height and width of the input, and after each of the `stages` convolutions."""
+    """Return the height and width of the input, then of the output of each of the `stages` convolutions."""
     return [(-(-shape[0] // 2**stage), -(-shape[1] // 2**stage)) for stage in range(stages + 1)]

@@ -12,16 +12,17 @@ class PCA(Core):
     """K principal components of D features, and isotropic noise.
 
     The latents are principal scores, z = V (x - mean): uncorrelated, in the units of x, with variances `eigenvalues`.
-    The probabilistic model is Tipping & Bishop, "Probabilistic principal component analysis", JRSS-B 1999, with
-    covariance C = V' (L - s2 I) V + s2 I (their eq. 4 at the maximum-likelihood solution, eq. 7 and 8).
+    The probabilistic model is that of Tipping & Bishop, "Probabilistic principal component analysis", JRSS-B 1999. Its
+    covariance is C = V' (L - s2 I) V + s2 I: their eq. 4 at the maximum-likelihood solution, eq. 7 and 8.
 
     Args:
-        mean: [D].
+        mean: mean of the rows, [D].
         components: V, orthonormal rows in descending order of eigenvalue, [K, D].
         eigenvalues: the diagonal of L, each at least `noise_variance`, [K].
         noise_variance: s2 > 0, a scalar: the mean of the D - K discarded eigenvalues.
-        shrinkage: rho in [0, 1], a scalar. The score uses the covariance (1 - rho) C + rho mean(diag C) I, because
-            small eigenvalues are underestimated on few rows, which inflates the score (Ledoit & Wolf 2004).
+        shrinkage: rho in [0, 1], a scalar. The score uses the covariance (1 - rho) C + rho mean(diag C) I (Ledoit
+            & Wolf 2004). Without shrinkage, estimates of small eigenvalues from few rows are too small and inflate the
+            score.
     """
 
     parts = ("t2", "q")
@@ -49,7 +50,7 @@ class PCA(Core):
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the principal scores [B, K] of x [B, D] and the posterior standard deviations of the latents, [B, K].
 
-        In score coordinates the prior is N(0, L - s2), and the posterior variance is s2 (1 - s2 / L).
+        In the coordinates of the scores, the prior is N(0, L - s2) and the posterior variance is s2 (1 - s2 / L).
         """
         scores = (x - self.mean) @ self.components.T  # [B, K]
         variance = self.noise_variance * (1.0 - self.noise_variance / self.eigenvalues)  # [K]

@@ -1,4 +1,4 @@
-"""The complete model, with raw units in and out: scaling, core model, prior, calibration, explanation."""
+"""The complete model, which takes and returns raw units: scaling, core, prior, calibration and explanation."""
 
 from torch import Tensor, nn
 
@@ -12,8 +12,8 @@ from models.scaling import Scaling
 class Pipeline(nn.Module):
     """The module that an artifact contains; its methods are the methods of the artifact.
 
-    B rows, D features, K latents; all tensors are float32. If the scaling imputes, rows may contain NaN: a missing
-    value is scored as the value that replaces it.
+    In shapes: B rows, D features, K latents, P parts of the score. All tensors are float32. If the scaling imputes
+    missing values, rows may contain NaN: a missing value is scored as the value that replaces it.
 
     Args:
         scaling: converts raw units to model units.
@@ -39,7 +39,7 @@ class Pipeline(nn.Module):
         self.explanation: Explanation = explanation or Explanation()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the reconstruction [B, D] of x [B, D] from the posterior mean."""
+        """Return the reconstruction [B, D] of x [B, D], decoded from the posterior mean."""
         return self.decode(self.encode(x)[0])
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,8 +61,8 @@ class Pipeline(nn.Module):
         Returns:
             score: [B].
             parts: the parts of the score, which sum to it, [B, P].
-            contribution: squared distance of each feature from its expected value, [B, D]; for a missing value, of the
-                value that replaces it. See `models.explanation`.
+            contribution: squared distance of each feature from its expected value, [B, D]; a missing value counts as
+                the value that replaces it. See `models.explanation`.
             expected: expected value of each feature in raw units, [B, D].
         """
         u = self.scaling(x)  # [B, D]
@@ -73,7 +73,7 @@ class Pipeline(nn.Module):
     def log_weight(self, x: Tensor, noise: Tensor) -> Tensor:
         """Return log p(x, z) - log q(z|x) in nats, [B], for x [B, D] and noise [B, K]; densities are in model units.
 
-        Its mean over standard normal noise is the ELBO. NaN for an autoencoder, which has no density.
+        The mean over standard normal noise is the ELBO. The result is NaN for models without a density.
         """
         return self.core.log_weight(self.scaling(x), noise)
 
@@ -82,7 +82,7 @@ class Pipeline(nn.Module):
         return self.calibration.p_value(score)
 
     def severity(self, score: Tensor, alpha: float) -> Tensor:
-        """Return the severity [B] of scores [B]: > 1 exactly where the row is anomalous at alpha."""
+        """Return the severity [B] of scores [B]: > 1 exactly if the row is anomalous at alpha."""
         return self.calibration.severity(score, alpha)
 
     def threshold(self, alpha: float) -> Tensor:

@@ -21,8 +21,8 @@ def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
 class VAE(Core):
     """A VAE with posterior N(mean, std^2), prior N(0, I), and a Gaussian or Bernoulli likelihood.
 
-    The score is the negative ELBO, NLL + KL in nats, with the NLL at the posterior mean instead of its expectation. It
-    uses no noise, so that the score of a row is deterministic.
+    The score is the negative ELBO, NLL + KL in nats, but with the NLL at the posterior mean instead of its expectation.
+    The score therefore uses no noise and is deterministic.
 
     Args:
         encoder: maps [B, D] to [B, 2 K]: means, then log-variances.
@@ -42,8 +42,10 @@ class VAE(Core):
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean [B, K] and log-variance [B, K] of q(z | x) for x [B, D]."""
         code = self.encoder(x)  # [B, 2 K]
-        mean, log_variance = code.split(int(code.shape[1]) // 2, dim=1)  # one node in the ONNX graph; chunk needs ten
-        # hardtanh is clamp with one operation in the backward pass instead of five.
+        mean, log_variance = code.split(
+            int(code.shape[1]) // 2, dim=1
+        )  # one node in the ONNX graph; chunk would be ten
+        # hardtanh equals clamp, but its backward pass takes one operation instead of five.
         return mean, functional.hardtanh(log_variance, self.low, self.high)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
