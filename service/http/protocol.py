@@ -27,7 +27,7 @@ class Protocol(HttpToolsProtocol):
         options: uvicorn's own arguments.
 
     Attributes:
-        head_since: when the connection began to wait for the end of a head, by `perf_counter`; None once the head is
+        head_since: when the connection began to wait for the end of a head (`perf_counter`); None once the head is
             complete, until the next one begins.
     """
 

@@ -52,7 +52,7 @@ class Job:
     Args:
         inputs: arrays, each [B, ...].
         result: the future that the request waits for; it is done early if the request is cancelled or times out.
-        deadline: when the request times out, by `perf_counter`.
+        deadline: when the request times out, on the `perf_counter` clock.
         on_delay: called once if the job waits longer than most do.
     """
 

@@ -25,8 +25,8 @@ from service.inference.batch_queue import Batch, BatchQueue, BatchResult, Job, M
 from service.inference.operations import Operation
 from service.shared_memory import SharedNumber
 
-MAX_INLINE_SECONDS = 0.002  # longest expected batch that may hold up the event loop
-CHECK_SECONDS = 0.01  # between two checks for jobs that wait long
+MAX_INLINE_SECONDS = 0.002  # longest expected duration of a batch that runs in the event loop's thread
+CHECK_SECONDS = 0.01  # between two checks of deadlines; a job that waits longer than this is delayed
 
 Outcome = tuple[Job, BatchResult | BaseException]
 
@@ -102,7 +102,7 @@ class Batcher:
             model: runs the operation.
             operation: to run.
             inputs: arrays, each [B, ...] with the same B >= 1.
-            deadline: when the caller gives up, by `perf_counter`.
+            deadline: when the caller gives up, on the `perf_counter` clock.
             on_delay: called once if the result takes longer than CHECK_SECONDS.
 
         Raises:
@@ -115,9 +115,8 @@ class Batcher:
         self._add_pending(rows)
         try:
             if rows <= max_rows:
-                return await self._run_job(
-                    model, operation, Job(inputs, self._loop.create_future(), deadline, on_delay)
-                )
+                job = Job(inputs, self._loop.create_future(), deadline, on_delay)
+                return await self._run_job(model, operation, job)
             results = []
             for start in range(0, rows, max_rows):
                 piece = tuple(array[start : start + max_rows] for array in inputs)
