@@ -239,7 +239,8 @@ def _two_dimensions(model: FittedModel) -> tuple[Floats, list[str]]:
         return model.latents[:, :2], ["latent 0", "latent 1"]
     centred = model.latents - model.latents.mean(axis=0)
     _, singular, directions = np.linalg.svd(centred, full_matrices=False)
-    shares = np.square(singular) / np.square(singular).sum()
+    variances = np.square(singular)
+    shares = variances / max(variances.sum(), np.finfo(np.float64).tiny)  # all latents may be constant
     return centred @ directions[:2].T, [
         f"principal direction {i + 1} of the latents ({shares[i]:.0%})" for i in range(2)
     ]
