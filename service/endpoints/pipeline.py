@@ -233,6 +233,7 @@ async def render_response(
         require_finite("outputs", main, allow_nan)
         if parsed.media_type == npy.MEDIA_TYPE:
             return npy.dumps(main)
+        assert parsed.media_type == png.MEDIA_TYPE
         assert served.manifest.pixel_range is not None
         return png.dumps(main, served.manifest.shape, served.manifest.pixel_range, columns)
 

@@ -8,8 +8,18 @@ import jsonschema  # type: ignore[import-untyped] # comes with check-jsonschema,
 import pytest
 
 from service.endpoints.examples import EXAMPLES, TEXTS
+from service.endpoints.inference import ANOMALY, DECODE, ENCODE, INTERPOLATE, RECONSTRUCT, SAMPLE
+from service.endpoints.pipeline import RequestSpec
 
-POSTS = ["/encode", "/decode", "/reconstruct", "/sample", "/interpolate", "/anomaly"]
+SPECS: dict[str, RequestSpec[Any, Any]] = {
+    "/encode": ENCODE,
+    "/decode": DECODE,
+    "/reconstruct": RECONSTRUCT,
+    "/sample": SAMPLE,
+    "/interpolate": INTERPOLATE,
+    "/anomaly": ANOMALY,
+}
+POSTS = list(SPECS)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +50,7 @@ def test_every_body_has_at_least_three_examples_with_summaries(document: dict[st
     assert all(example["summary"] for example in examples.values())
 
 
-CASES = [(path, name) for path, examples in zip(POSTS, EXAMPLES.values(), strict=True) for name in examples]
+CASES = [(path, name) for path, spec in SPECS.items() for name in EXAMPLES[spec.schema]]
 
 
 def validate(document: dict[str, Any], value: Any, schema: dict[str, Any]) -> None:
