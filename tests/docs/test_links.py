@@ -10,11 +10,12 @@ from packaging.requirements import Requirement
 from docs.generate import on_page_markdown
 from tests.data import ROOT
 
-PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 LINK = re.compile(r"\]\(([^)#:\s]*)(?:#([^)]*))?\)")
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 PLACES = "service|training|models|tests|benchmarks|deploy|requirements|docs"
 PATH = re.compile(rf"`((?:{PLACES})/[\w./-]*)`")
+NAME_IN_FILE = re.compile(r"`(\w+)` in\s+`([\w./-]+\.\w+)`")
 GLOSSARY_LINES = 40
 
 
@@ -38,6 +39,12 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 def test_every_path_that_a_page_names_exists(page: Path) -> None:
     named = PATH.findall(FENCE.sub("", page.read_text()))
     assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_every_name_that_contributing_gives_with_its_file_is_in_that_file() -> None:
+    named = NAME_IN_FILE.findall((ROOT / "CONTRIBUTING.md").read_text())
+    assert len(named) > 10
+    assert [(name, path) for name, path in named if not re.search(rf"\b{name}\b", (ROOT / path).read_text())] == []
 
 
 def test_every_dependency_has_its_reason() -> None:
