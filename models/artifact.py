@@ -49,7 +49,7 @@ METHODS = (
     "p_value",
     "severity",
     "threshold",
-)  # exported besides forward
+)  # besides `forward`
 TWIN_METHODS = ("encode", "decode", "score", "reconstruct")  # the methods of an ONNX twin
 OPTIONAL_TWIN_METHODS = ("reconstruct",)  # absent from twins that earlier releases wrote
 TWIN_MEMBER, TWIN_WEIGHTS_MEMBER = "extra/twin/{}.onnx", "extra/twin/{}.json"
@@ -184,9 +184,7 @@ def load(path: Path, device: str = "cpu") -> Artifact:
         ArtifactError: the file is missing or fails a verification. See its subclasses in `models.errors`.
     """
     if device != "cpu":
-        torch.backends.cudnn.allow_tf32 = (
-            False  # in TF32, convolutions have errors of 1e-3; linear layers do not use TF32
-        )
+        torch.backends.cudnn.allow_tf32 = False  # convolutions would have errors of 1e-3; linear layers use no TF32
     content = read_sealed(path)  # read once, so that the bytes that are loaded are the bytes that were verified
     manifest = parse(content, path)
     try:

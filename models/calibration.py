@@ -45,8 +45,8 @@ class Calibration(nn.Module):
         self.register_buffer("scores", ordered)
         self.register_buffer("surprisal", surprisal)
         self.register_buffer("tail", tail)
-        # The surprisal curve is piecewise linear. Element u of each buffer [n + 1] describes the piece for scores that
-        # are >= exactly u calibration scores.
+        # From the smallest calibration score on, the surprisal curve is piecewise linear. Element u of each buffer
+        # [n + 1] describes the piece for scores that are >= exactly u calibration scores.
         self.register_buffer("knot", torch.cat((ordered[:1], ordered)))
         self.register_buffer("height", torch.cat((surprisal[:1], surprisal)))
         self.register_buffer("slope", torch.cat((slopes.new_zeros(1), slopes, 1.0 / tail.reshape(1))))

@@ -42,9 +42,7 @@ class VAE(Core):
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean [B, K] and log-variance [B, K] of q(z | x) for x [B, D]."""
         code = self.encoder(x)  # [B, 2 K]
-        mean, log_variance = code.split(
-            int(code.shape[1]) // 2, dim=1
-        )  # one node in the ONNX graph; chunk would be ten
+        mean, log_variance = code.split(int(code.shape[1]) // 2, dim=1)  # one node in the ONNX graph; chunk needs ten
         # hardtanh equals clamp, but its backward pass takes one operation instead of five.
         return mean, functional.hardtanh(log_variance, self.low, self.high)
 

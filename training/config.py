@@ -8,8 +8,8 @@ from models.manifest import NAME
 
 Kind = Literal["pca", "ae", "vae", "ensemble"]
 EVERY_KIND: tuple[Kind, ...] = get_args(Kind)
-AUTO_KINDS: tuple[Kind, ...] = ("pca", "ae", "vae")  # compared by auto; trained by `elbo demo`
-WIDTHS = {"mlp": (256, 128), "conv": (32, 64)}  # when --hidden is not given
+AUTO_KINDS: tuple[Kind, ...] = ("pca", "ae", "vae")  # the kinds that auto compares and that `elbo demo` trains
+WIDTHS = {"mlp": (256, 128), "conv": (32, 64)}  # hidden widths if `hidden` is None, by network
 
 
 class TrainConfig(BaseModel):
@@ -19,8 +19,8 @@ class TrainConfig(BaseModel):
 
     model: Literal[Kind, "auto"] = Field(
         description="pca (exact, closed form), ae (autoencoder), vae (variational autoencoder), ensemble (an ae "
-        "plus nearest neighbours: the best anomaly scores), or auto: trains pca, ae and vae and "
-        "publishes the one that does best on held-out rows"
+        "plus nearest neighbours: the best anomaly scores), or auto (train pca, ae and vae, and "
+        "publish the one that does best on held-out rows)"
     )
     name: str = Field(pattern=f"^{NAME.pattern}$", description="name under which the model is published and served")
     seed: int = Field(
@@ -38,8 +38,8 @@ class TrainConfig(BaseModel):
     )
     hidden: tuple[int, ...] | None = Field(
         None,
-        description="hidden layer widths of the encoder, mirrored by the decoder; for conv: channels per stage, "
-        "each stage halves the image; none: linear; default: 128,64 for tables, 256,128 for images, "
+        description="widths of the encoder's hidden layers, mirrored by the decoder (for conv: channels per stage; "
+        "each stage halves the image); none makes the networks linear; default: 128,64 for tables, 256,128 for images, "
         "32,64 for conv",
     )
     dense: tuple[int, ...] = Field(
@@ -49,13 +49,13 @@ class TrainConfig(BaseModel):
     activation: Literal["silu", "relu", "tanh"] = Field("silu", description="activation function between layers")
     output: Literal["auto", "linear", "sigmoid"] = Field(
         "auto",
-        description="last layer of the decoder (ae, gaussian vae); auto: sigmoid for images scaled to [0, 1], "
-        "unless the networks are linear",
+        description="last layer of the decoder (ae, ensemble, gaussian vae); auto: sigmoid for images scaled to "
+        "[0, 1] unless the networks are linear, else linear",
     )
     epochs: int | None = Field(
         None,
         ge=1,
-        description="passes over the rows; default: as many as make about 1,500 steps for tables, 3,000 for images",
+        description="passes over the fit rows; default: enough for about 1,500 steps for tables, 3,000 for images",
     )
     batch_size: int = Field(128, ge=1, description="rows per step")
     learning_rate: float | None = Field(
@@ -63,21 +63,25 @@ class TrainConfig(BaseModel):
     )
     l2: float = Field(0.0, ge=0, description="weight of the sum of squared weights in the loss")
     patience: int | None = Field(
-        None, ge=0, description="stop after this many epochs without a better held-out loss; default: never stop early"
+        None,
+        ge=0,
+        description="stop when more than this many epochs in a row bring no better held-out loss; default: never",
     )
     kept: Literal["best", "last"] | None = Field(
         None,
-        description="epoch to publish: best (lowest held-out loss) or last; default: best for images and with "
-        "--patience, last for tables otherwise",
+        description="epoch to publish: best (lowest held-out loss) or last; default: last for tables trained without "
+        "--patience, otherwise best",
     )
     noise: float | None = Field(
         None,
         ge=0,
         description="denoising (ae, ensemble): maximum standard deviation of the noise added to the inputs, in "
-        "model units; each row gets a random one, log-uniform between 1/20 of the maximum and the maximum; default: 2 "
-        "for tables, 0 for images",
+        "model units; each row draws its own standard deviation, log-uniform from 1/20 of the maximum to the maximum; "
+        "default: 2 for tables, 0 for images",
     )
-    masking: float = Field(0.0, ge=0, lt=1, description="denoising (ae): share of the inputs set to 0")
+    masking: float = Field(
+        0.0, ge=0, lt=1, description="denoising (ae, ensemble): probability that an input is set to 0"
+    )
     beta: float = Field(1.0, ge=0, description="weight of the KL term (vae)")
     warm_up: int = Field(
         0,
@@ -93,7 +97,7 @@ class TrainConfig(BaseModel):
         "gaussian", description="p(x|z) (vae): gaussian with a learned variance, or bernoulli for values in [0, 1]"
     )
     binarise: bool = Field(
-        False, description="resample every value at each step: 1 with the value as probability, else 0 (bernoulli)"
+        False, description="at each step, replace each value v by 1 with probability v, else by 0 (bernoulli)"
     )
     variance: Literal["learned", "feature", "optimal"] | float | None = Field(
         None,
@@ -103,7 +107,8 @@ class TrainConfig(BaseModel):
     )
     robust: bool = Field(
         False,
-        description="tolerate anomalies in the training data: fit the three quarters of the rows that are most alike",
+        description="tolerate anomalies in the training data: fit only the three quarters of the rows that are most "
+        "alike",
     )
     scale: Literal["auto", "standardise", "range", "none"] = Field(
         "auto",
@@ -111,10 +116,10 @@ class TrainConfig(BaseModel):
         "auto: range for images and for bernoulli, standardise for tables",
     )
     drop: tuple[str, ...] = Field((), description="columns to leave out: text, dates, identifiers")
-    keep: tuple[str, ...] = Field((), description="columns to train on although they look like identifiers")
+    keep: tuple[str, ...] = Field((), description="columns to train on even if they look like identifiers")
     size: tuple[int, int] | None = Field(
         None,
-        description="<height>x<width> for images in a folder: each is cropped around its centre and resized",
+        description="<height>x<width>: crop each image of a folder around its centre, and resize it to this size",
     )
     private: bool = Field(
         False,
@@ -130,7 +135,7 @@ class TrainConfig(BaseModel):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Return the hidden widths of the encoder, given or default."""
+        """Return the hidden widths of the encoder: `hidden`, or the default of the network."""
         return WIDTHS[self.network] if self.hidden is None else self.hidden
 
 
@@ -138,5 +143,5 @@ class TrainConfig(BaseModel):
 # the explorer compares the two.
 DEMONSTRATION: tuple[TrainConfig, ...] = (
     *(TrainConfig(model=kind, name=kind) for kind in AUTO_KINDS),
-    TrainConfig(model="ae", name="linear", hidden=(), learning_rate=0.03),  # at 0.001 it has not converged
+    TrainConfig(model="ae", name="linear", hidden=(), learning_rate=0.03),  # with 0.001 it does not converge in time
 )

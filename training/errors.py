@@ -4,7 +4,7 @@ from models.errors import ElboError
 
 
 class DataError(ElboError):
-    """The data cannot be used as they are. The message names the place and says what to do."""
+    """The data cannot be used as they are. The message says where the fault is and what to do."""
 
     code = "data_error"
 

@@ -29,7 +29,10 @@ class Reporter(Protocol):
 
 
 def reporter() -> "PlainReporter | LiveReporter":
-    """Return a bar if standard error is a terminal, else plain lines. Always close it: the bar hides the cursor."""
+    """Return a live bar if standard error is a terminal, else plain lines.
+
+    The caller must close it at the end, because the bar hides the cursor.
+    """
     if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
         return LiveReporter()
     return PlainReporter()
@@ -146,7 +149,7 @@ class SlowProgress:
     """Prints a line on standard error every few seconds during long work, and nothing during short work.
 
     Args:
-        title: what the work is.
+        title: name of the work, which begins each line.
         total: number of items of work.
         seconds: time before the first line and between lines.
     """

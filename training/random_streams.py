@@ -1,6 +1,6 @@
 """Random number generators that depend only on a seed, a purpose and an index.
 
-There is no generator state to save or to send: a run that resumes at step n draws the same numbers as a run that was
+No generator state has to be saved or sent. A run that resumes at step n draws the same numbers as a run that was
 never stopped, and processes that share a batch draw the same noise. Numbers are drawn on the CPU, so a seed gives the
 same numbers on every device.
 """
@@ -9,7 +9,7 @@ import hashlib
 
 import torch
 
-ORDER, NOISE, VALIDATION, SHUFFLE = range(4)  # the purposes
+ORDER, NOISE, VALIDATION, SHUFFLE = range(4)  # values of `purpose`
 
 
 def random_stream(seed: int, purpose: int, index: int = 0) -> torch.Generator:

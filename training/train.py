@@ -38,15 +38,15 @@ def train(
 ) -> Path:
     """Fit, evaluate, calibrate and publish a model. Return the path of the new artifact.
 
-    Deterministic: the same table, options and library versions give the same weights, however often the run was killed
+    The run is deterministic: the same table, options and library versions give the same weights, even if it was killed
     and resumed.
 
     Args:
-        config: options of the run; the model `auto` trains several kinds and publishes the best.
+        config: options of the run. If `config.model` is auto, several kinds are trained and the best is published.
         table: training data.
         artifacts: artifact folder.
         report: receives the progress and the notes.
-        runs: folder for checkpoints, in <name>/, and for the report, in <name>/<version>/; None keeps neither.
+        runs: folder for checkpoints (<name>/) and reports (<name>/<version>/); None to write neither.
         resume: continue from the checkpoint in `runs`.
         checkpoint_seconds: seconds between checkpoints.
         tensorboard: also write TensorBoard event files.
@@ -167,7 +167,7 @@ def _write_report(folder: Path, manifest: Manifest, candidate: Candidate, data: 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Limit torch to one thread: as fast for small networks, and results do not depend on the number of cores."""
+    """Limit torch to one thread. Small networks train as fast, and results do not depend on the number of cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,1 +1,1 @@
-"""How good a model is: metrics, model selection, scores of a table."""
+"""Evaluate models: metrics, model selection, and scores of a table."""

@@ -38,7 +38,7 @@ class Evaluation:
     reconstruction_error: float
     median_error: float  # error of predicting the medians of the training rows
     mean_score: float
-    alarm_rates: dict[str, float]  # by alpha: flagged share of the normal rows (of all rows without labels)
+    alarm_rates: dict[str, float]  # by alpha: flagged share of the normal rows, or of all rows if there are no labels
     detection_rates: dict[str, float] | None  # by alpha: flagged share of the rows labelled 1
     auroc: float | None
     average_precision: float | None
@@ -79,7 +79,7 @@ class _RunningSums:
         return self._squares / max(self._values, 1), self._median_squares / max(self._values, 1)
 
     def active(self, rows: int) -> int:
-        """Return how many latents have a posterior mean that varies over the `rows` rows."""
+        """Return the number of latents whose posterior mean varies. `rows` is the number of rows that were added."""
         variance = self._latent_squares / rows - np.square(self._latents / rows)
         return int((variance > ACTIVE_VARIANCE).sum())
 
@@ -88,7 +88,7 @@ def evaluate(artifact: Artifact, table: Table, draws: int = BOUND_SAMPLES) -> Ev
     """Evaluate `artifact` on `table`. Labels are used if they are 0 (normal) and 1 (anomalous) and both occur.
 
     Args:
-        draws: importance samples per row of the log-likelihood, which is estimated on at most BOUND_ROWS random rows.
+        draws: importance samples per row for the log-likelihood, which is estimated on up to BOUND_ROWS random rows.
     """
     sums = _sum_over_rows(artifact, table)
     scores, (error, median_error) = np.concatenate(sums.scores), sums.errors()
@@ -127,8 +127,8 @@ def _sum_over_rows(artifact: Artifact, table: Table) -> _RunningSums:
             x = torch.from_numpy(rows).to(artifact.device)
             score = artifact.module.score(x)[0].cpu().numpy()
             refuse_overflow(score, first, table.source)
-            code = artifact.module.encode(x)[0]
-            sums.add(rows, score, code.cpu().numpy(), artifact.module.decode(code).cpu().numpy())
+            latents = artifact.module.encode(x)[0]
+            sums.add(rows, score, latents.cpu().numpy(), artifact.module.decode(latents).cpu().numpy())
             progress.advance(len(rows))
     return sums
 
@@ -176,7 +176,7 @@ def _ranking(labels: npt.NDArray[np.int64], scores: Floats) -> tuple[float, floa
 
 
 def evaluation_text(evaluation: Evaluation) -> str:
-    """Return `evaluation` as a few lines of text."""
+    """Return `evaluation` as text of a few lines."""
     title = f"{evaluation.model} on {evaluation.source}: {evaluation.rows:,} rows"
     lines = [*_quality(evaluation), *_density_lines(evaluation), *_alarms(evaluation)]
     title += ", the rows it was trained on" if evaluation.seen else ""

@@ -18,7 +18,8 @@ from training.fitting.losses import elbo_terms
 from training.random_streams import VALIDATION, random_stream
 
 SAMPLES = 16  # posterior samples per row for the expectation in the ELBO
-BOUND_SAMPLES, BOUND_ROWS = 100, 1_000  # importance samples per row, and rows, of the importance-weighted bound
+BOUND_SAMPLES = 100  # importance samples per row for the importance-weighted bound
+BOUND_ROWS = 1_000  # the bound is averaged over at most this many rows
 BATCH = 4096  # rows processed at once: bounds memory
 BOUND_BATCH = 256  # rows processed at once for the bound
 
@@ -40,14 +41,18 @@ def held_out_metrics(
 ) -> dict[str, float]:
     """Return the metrics of a model on its held-out rows.
 
-    - `reconstruction_error`, `baseline_error` (of predicting `centre`) and `pca_error` (of `baseline_pca`): mean
-      squared error per present value, in raw units squared.
-    - A VAE adds `elbo` = `reconstruction` - `kl`, where `reconstruction` is minus the distortion and `kl` is the rate;
-      `active_latents`; and `log_likelihood`, the importance-weighted bound, with its standard error over rows.
-    - PCA adds its exact `log_likelihood`.
-    - Both add `bits_per_dimension`, the log-likelihood as a code length.
+    All models: `reconstruction_error`, `baseline_error` (error of predicting `centre`) and `pca_error` (error of
+    `baseline_pca`). Each is a mean squared error per present value, in raw units squared.
 
-    Log-likelihoods and their parts are in nats per row, of the density in model units.
+    PCA: the exact `log_likelihood`.
+
+    VAE: `elbo` = `reconstruction` - `kl` (`reconstruction` is minus the distortion, `kl` is the rate),
+    `active_latents`, the importance-weighted bound as `log_likelihood`, and its standard error over rows as
+    `log_likelihood_se`.
+
+    PCA and VAE: `bits_per_dimension`, the log-likelihood as a code length in bits per value.
+
+    The log-likelihood, the ELBO and its parts are in nats per row, for the density in model units.
 
     Args:
         pipeline: the model.
@@ -85,7 +90,7 @@ def squared_error(x: Tensor, x_hat: Tensor) -> float:
 
 
 def core_metrics(core: Core, scaling: Scaling, u: Tensor, seed: int) -> dict[str, float]:
-    """Return the metrics that only this kind of model has, for rows u [M, D] in the model units of `scaling`."""
+    """Return the metrics that only models of this kind have, for rows u [M, D] in the model units of `scaling`."""
     metrics: dict[str, float] = {}
     if isinstance(core, PCA):
         by_row = torch.cat([core.log_likelihood(rows) for rows in u.split(BATCH)])
@@ -149,7 +154,7 @@ def bits_per_dimension(log_likelihood: float, log_scale: float, features: int) -
     Theis et al. 2016, "A note on the evaluation of generative models", section 3.1.
 
     Args:
-        log_likelihood: nats per row, of the density in model units.
+        log_likelihood: nats per row, for the density in model units.
         log_scale: the result of `density_scale`.
         features: number of features D.
     """

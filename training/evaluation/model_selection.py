@@ -18,7 +18,7 @@ from training.fitting.prepared_data import PreparedData
 from training.progress import Reporter
 from training.reports.history import HistoryRecorder
 
-SWAPPED_SHARE = 0.1  # of the values of a row; `detection` measures whether the score notices them
+SWAPPED_SHARE = 0.1  # share of the values of a row that `swap_values` replaces
 STANDARD_ERRORS = 2.0  # a difference between two models counts if it exceeds this many standard errors
 SAMPLES = 100  # importance samples per row
 MEANING = {
@@ -29,7 +29,7 @@ MEANING = {
 SIGN = {"reconstruction_error": -1.0, "log_likelihood": 1.0, "detection": 1.0}  # factor that makes higher better
 BATCH = 4096  # rows processed at once: bounds memory
 
-Measures = dict[str, Tensor]  # by name: one value per row, paired between models; higher is better
+Measures = dict[str, Tensor]  # by name: one value per row, for the same rows in all models; higher is better
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class Candidate:
 def compare(
     candidates: Sequence[Candidate], data: PreparedData, report: Reporter
 ) -> tuple[Candidate, dict[str, dict[str, float]]]:
-    """Return the candidate to publish, and the metrics of all candidates by kind. Explain the choice to `report`.
+    """Return the candidate to publish, and the metrics of all candidates by kind. The reasons go to `report`.
 
     A model beats another on a measure if it is better by more than STANDARD_ERRORS standard errors of the paired
-    difference. The candidate with the most wins minus losses is published. Ties go to the simpler kind, which comes
-    first.
+    difference. The candidate with the most wins minus losses is published. On a tie, the candidate that
+    comes first wins; candidates are in order of complexity.
     """
     if len(candidates) == 1:
         return candidates[0], candidates[0].others
@@ -69,7 +69,7 @@ def compare(
 
 
 def significant_wins(measures: Mapping[str, Measures]) -> list[tuple[str, str, str]]:
-    """Return each (winner, loser, measure) for which the paired difference exceeds chance."""
+    """Return each (winner, loser, measure) whose paired difference is significant."""
     found = []
     for one, other in combinations(measures, 2):
         for name in measures[one].keys() & measures[other].keys():
@@ -85,7 +85,7 @@ def _wins_minus_losses(wins: Sequence[tuple[str, str, str]], kind: str) -> int:
 
 
 def _measure(pipeline: Pipeline, x: Tensor, scale: Tensor, seed: int) -> Measures:
-    """Return the measures of rows x [M, D], raw units, none missing. `scale` [D] is the unit of the errors."""
+    """Return the measures for rows x [M, D] in raw units, none missing. Errors are in units of `scale` [D]."""
     errors, intact_scores, swapped_scores = [], [], []
     core = pipeline.core
     with torch.inference_mode():
@@ -104,9 +104,9 @@ def _measure(pipeline: Pipeline, x: Tensor, scale: Tensor, seed: int) -> Measure
 
 
 def swap_values(x: Tensor, seed: int) -> Tensor:
-    """Return x [M, D] with a share SWAPPED_SHARE of each row's values, at least one, taken from the row before.
+    """Return x [M, D] with SWAPPED_SHARE of each row's values, at least one, replaced by those of the previous row.
 
-    Each value on its own is normal; only the combination is not.
+    Each value on its own remains normal; only the combination is anomalous.
     """
     random = torch.Generator().manual_seed(seed)
     count = max(1, round(SWAPPED_SHARE * x.shape[1]))

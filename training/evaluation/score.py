@@ -14,7 +14,7 @@ from models.artifact import Artifact
 from training.data.row_store import Floats
 from training.data.table import DataError, Table
 
-BATCH_ROWS = 1024  # rows that are scored at once
+BATCH_ROWS = 1024  # rows scored at once
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ def score_rows(artifact: Artifact, x: Floats, alpha: float) -> Scores:
 
 
 def ndjson_lines(artifact: Artifact, table: Table, alpha: float, explain: int) -> Iterator[str]:
-    """Yield one JSON object per row, several lines at a time, with the fields of a result of /anomaly."""
+    """Yield NDJSON, several lines at a time. The object of each row has the fields of a result of /anomaly."""
     option = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
     for results in _batches_of_results(artifact, table, alpha, explain):
         yield b"".join(orjson.dumps(result, option=option) for result in results).decode()
 
 
 def csv_lines(artifact: Artifact, table: Table, alpha: float, explain: int) -> Iterator[str]:
-    """Yield a header, then one line per row, several lines at a time, with four columns per explained feature."""
+    """Yield CSV, several lines at a time: a header, then a line per row. An explained feature has four columns."""
     explained = range(1, min(explain, len(table.names)) + 1)
     columns = [f"{column}_{k}" for k in explained for column in ("feature", "value", "expected", "contribution")]
     yield _csv([["row", "score", "p_value", "severity", "is_anomaly", *columns]])
@@ -83,7 +83,7 @@ def _batches_of_results(artifact: Artifact, table: Table, alpha: float, explain:
     """Yield the results of the rows of `table` in order, a batch at a time.
 
     Raises:
-        DataError: if a score is not finite.
+        DataError: a score is not finite.
     """
     for first, x in batches(table):
         scores = score_rows(artifact, x, alpha)
@@ -119,7 +119,7 @@ def batches(table: Table) -> Iterator[tuple[int, Floats]]:
 
 
 def refuse_overflow(scores: Floats, first: int, source: str) -> None:
-    """Raise DataError if a score is not finite. `first` is the number of the row of scores[0]."""
+    """Raise DataError if a score is not finite. `first` is the row number of scores[0]."""
     if not np.isfinite(scores).all():
         row = first + int(np.argmin(np.isfinite(scores)))
         raise DataError(f"{source}: the score of row {row} overflows float32: expected values near the training data")

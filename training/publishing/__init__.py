@@ -1,1 +1,1 @@
-"""Write the artifact: manifest, ONNX twin, exhibits; recalibrate a published model."""
+"""Publish an artifact with its manifest, ONNX twin and exhibits; recalibrate a published model."""

@@ -12,15 +12,15 @@ from models.pipeline import Pipeline
 from training.fitting.prepared_data import PreparedData
 from training.reports.model_card import card
 
-MAX_LATENT_ROWS = 2_000  # held-out rows whose latents are stored
-MAX_VALUES = 400_000  # feature values of held-out rows that are stored: 2 to 4 MB of text before compression
-MAX_SCORES = 2_000  # calibration scores that are stored
+MAX_LATENT_ROWS = 2_000  # held-out rows whose latents are stored, at most
+MAX_VALUES = 400_000  # feature values of held-out rows that are stored, at most: 2 to 4 MB of text before compression
+MAX_SCORES = 2_000  # calibration scores that are stored, at most
 
 
 def make_exhibits(pipeline: Pipeline, manifest: Manifest, data: PreparedData, notes: Sequence[str]) -> dict[str, bytes]:
     """Return the exhibits by name, in the form that `models.artifact.publish` takes.
 
-    With the training option `private`, held-out rows and their latents are left out.
+    Models trained with the option `private` get no held-out rows and no latents.
 
     Args:
         notes: messages about the data and the training, repeated in the card.
@@ -32,7 +32,7 @@ def make_exhibits(pipeline: Pipeline, manifest: Manifest, data: PreparedData, no
 
 
 def _held_out_json(pipeline: Pipeline, data: PreparedData) -> bytes:
-    """Return `latents` [M, K] and `labels` [M] of held-out rows and the first rows, `inputs` [R, D], in raw units."""
+    """Return JSON with the `latents` [M, K], `labels` [M] and `inputs` [R, D], R <= M, of the first held-out rows."""
     rows = data.held_out[:MAX_LATENT_ROWS]
     with torch.inference_mode():
         latents = pipeline.encode(rows)[0]

@@ -1,7 +1,8 @@
 """Export the ONNX twin of a pipeline: graphs of its expensive methods, stored in the artifact beside the TorchScript.
 
 The graphs refer to the weights of the TorchScript module by name and contain none, so each weight is stored once.
-torch's tracing exporter makes them. The exporter based on `torch.export` gives the same nodes and takes 10 s per graph.
+torch's tracing exporter makes the graphs. The exporter based on `torch.export` gives the same nodes, but takes 10 s per
+graph.
 """
 
 import copy
@@ -27,7 +28,7 @@ def export(pipeline: Pipeline, x: Tensor, z: Tensor) -> dict[str, Graph]:
 
     Args:
         pipeline: on the CPU, in evaluation mode.
-        x: rows [B, D] to trace with; they may hold NaN if the model imputes missing values.
+        x: rows [B, D] to trace with. They may contain NaN if the model imputes missing values.
         z: latents [B, K] to trace with.
 
     Raises:
@@ -48,7 +49,7 @@ def _graph(pipeline: Pipeline, method: str, rows: Tensor) -> Graph:
         torch.onnx.export(
             traced,
             (rows,),
-            buffer,  # type: ignore[arg-type] # the annotation is that of the other exporter
+            buffer,  # type: ignore[arg-type] # the annotation fits only the other exporter
             dynamo=False,
             opset_version=OPSET,
             do_constant_folding=False,  # folding would copy weights into the graph
@@ -59,7 +60,7 @@ def _graph(pipeline: Pipeline, method: str, rows: Tensor) -> Graph:
     for tensor in model.graph.initializer:
         tensor.ClearField("raw_data")
         tensor.data_location = onnx.TensorProto.EXTERNAL
-        tensor.external_data.add(key="location", value="model.pt")  # the loader replaces it by the module's weights
+        tensor.external_data.add(key="location", value="model.pt")  # placeholder: the loader uses the module's weights
     names = tuple(tensor.name for tensor in model.graph.initializer)
     return Graph(model.SerializeToString(deterministic=True), names)
 
@@ -72,7 +73,6 @@ def _reconstruct(pipeline: Pipeline, x: Tensor) -> tuple[Tensor, Tensor]:
 def _ignore_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # the exporter is deprecated
-        warnings.filterwarnings(
-            "ignore", category=TracerWarning
-        )  # about Python numbers, which are the same for every row
+        # The tracer warns that Python numbers become constants of the graph. They are the same for all rows.
+        warnings.filterwarnings("ignore", category=TracerWarning)
         yield

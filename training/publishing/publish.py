@@ -38,10 +38,10 @@ def publish(
 def _twin(pipeline: Pipeline, rows: torch.Tensor, report: Reporter) -> dict[str, artifact.Graph] | None:
     try:
         return export(pipeline, rows, pipeline.encode(rows)[0])
-    except Exception as error:  # noqa: BLE001 - the exporter raises many types; TorchScript serves without a twin
+    except Exception as error:  # noqa: BLE001 - the exporter raises many types, and the twin is optional
         reason = " ".join(str(error).split())[:200]
         report.note(
-            f"note: the ONNX export failed ({reason}): the artifact has no ONNX twin, so a CPU serves it more slowly"
+            f"note: the ONNX export failed ({reason}): the artifact has no ONNX twin, so serving on a CPU is slower"
         )
         return None
 

@@ -1,7 +1,7 @@
 """`elbo calibrate`: publish a model again with a new calibration set and the same networks.
 
-The score is a fixed function, so any rows that did not train the model are a valid calibration set: p-values are exact
-for rows that are exchangeable with the calibration set.
+After training, the score is a fixed function, so any rows that did not train the model can calibrate it. The p-values
+are valid for rows that are exchangeable with the calibration rows.
 """
 
 import math
@@ -28,7 +28,7 @@ from training.publishing.publish import software_versions
 from training.reports.model_card import card
 from training.reports.run_report import write_card
 
-WARNING_PROBABILITY = 1e-3  # warn if as many alarms are less probable than this under the old calibration
+WARNING_PROBABILITY = 1e-3  # warn if so many alarms are less probable than this under the old calibration
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,16 @@ def recalibrate(parent: Artifact, table: Table, root: Path, alpha: float, runs: 
     """Publish `parent` under `root` as the next version of its name, calibrated on the normal rows of `table`.
 
     Networks, weights and scores do not change; calibration, golden answers and manifest do. If labels are 0 and 1, rows
-    labelled 0 are normal; without labels, all rows are. At most MAX_HELD_OUT_ROWS normal rows, chosen at random, are
+    labelled 0 are normal; otherwise all rows are. At most MAX_HELD_OUT_ROWS normal rows, chosen at random, are
     used.
 
     Args:
         table: rows, read with `read_for_model` for `parent`.
-        alpha: the smallest alpha that you will use; it decides how many rows are needed.
-        runs: folder for the card of the new version, <name>/<version>/card.md; None writes none.
+        alpha: the smallest alpha that you will use; it determines how many rows are needed.
+        runs: folder for the card of the new version, <name>/<version>/card.md; None to write no card.
 
     Raises:
-        DataError: the rows trained the model, or there are too few.
+        DataError: the model was trained on these rows, or there are too few.
         FitError: the artifact comes from a version of Elbo that calibrates differently.
     """
     _refuse_training_rows(parent, table)
@@ -65,7 +65,7 @@ def recalibrate(parent: Artifact, table: Table, root: Path, alpha: float, runs: 
     module = artifact.thaw(parent)
     _replace(module, parent, torch.from_numpy(scores))
     manifest = _manifest(parent, module, table, _name(parent), len(chosen))
-    twin = None if parent.twin is None else parent.twin.graphs  # latents and scores have not changed
+    twin = None if parent.twin is None else parent.twin.graphs  # still valid: latents and scores do not change
     exhibits = {name: content for name, content in parent.exhibits.items() if name == artifact.HELD_OUT}
     exhibits[artifact.CALIBRATION] = calibration_json(module.calibration.scores)
     exhibits[artifact.CARD] = card(manifest, None, notes, ()).encode()
@@ -85,7 +85,7 @@ def _refuse_training_rows(parent: Artifact, table: Table) -> None:
 
 
 def _normal_rows(table: Table) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], list[str]]:
-    """Return the indices of the normal rows, and a note on the anomalous ones."""
+    """Return the indices of the normal rows, and a note on anomalous rows if there are any."""
     labels = table.labels
     if labels is None or not set(np.unique(labels)) <= {0, 1}:
         return np.arange(len(table.x)), []
@@ -117,7 +117,7 @@ def _scores(parent: Artifact, table: Table) -> Floats:
 
 
 def _compare_with_old(parent: Artifact, table: Table, scores: Floats, alpha: float) -> Iterator[str]:
-    """Yield the alarm rate of scores [n] under the old calibration, and a warning if chance does not explain it."""
+    """Yield how many of scores [n] the old calibration flags, and a warning if chance does not explain the number."""
     from scipy.stats import betabinom
 
     with torch.inference_mode():
@@ -138,7 +138,7 @@ def _compare_with_old(parent: Artifact, table: Table, scores: Floats, alpha: flo
 
 
 def _replace(module: torch.jit.ScriptModule, parent: Artifact, scores: Tensor) -> None:
-    """Replace the calibration of `module` by one on `scores` [n]. Raise FitError if that is impossible."""
+    """Replace the calibration of `module` by one computed from `scores` [n]. Raise FitError if that is impossible."""
     fresh = Calibration(scores)
     new, old = dict(fresh.named_buffers()), dict(module.calibration.named_buffers())
     same = new.keys() == old.keys()
@@ -177,13 +177,13 @@ def _manifest(parent: Artifact, module: torch.jit.ScriptModule, table: Table, na
 
 
 def _golden(module: torch.jit.ScriptModule, old: Golden) -> Golden:
-    """Return the golden answers of `module` to the golden inputs of the parent."""
+    """Return the golden answers of `module` for the golden inputs of its parent, `old`."""
     inputs = (torch.from_numpy(np.array(old.inputs[key], np.float32)) for key in ("x", "noise", "choice"))
     return artifact.record_golden(module, *inputs)
 
 
 def _name(parent: Artifact) -> str:
-    """Return the name under which `parent` is served: that of its folder, if it lies in a folder of versions."""
+    """Return the name under which `parent` is served: of its model folder if it is in one, else of its manifest."""
     path = parent.path.resolve()
     return path.parents[1].name if VERSION.fullmatch(path.parent.name) else parent.manifest.name
 

@@ -1,1 +1,1 @@
-"""What people read after a run: model card, plots, history."""
+"""Reports of a finished run: model card, plots and history."""

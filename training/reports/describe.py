@@ -11,11 +11,11 @@ KIND_NAMES = {
     "vae": "variational autoencoder",
     "ensemble": "ensemble of an autoencoder and nearest neighbours",
 }
-FEATURES = 12  # features listed; the rest is counted
+FEATURES = 12  # features listed; further features are only counted
 
 
 def describe(manifest: Manifest, path: Path) -> str:
-    """Return a description, about fifteen lines, of the artifact at `path`, whose checksum the caller has verified."""
+    """Return about fifteen lines of text on the artifact at `path`. The caller has verified the seal."""
     facts = list(_facts(manifest, path))
     width = max(len(label) for label, _ in facts)
     lines = [f"{label:<{width}}  {text}" for label, text in facts]

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
 FILE_NAME = "metrics.jsonl"
-TENSORBOARD = "tensorboard"  # folder of the TensorBoard events, beside the file
-POINTS = 400  # points of the history that the manifest stores
+TENSORBOARD = "tensorboard"  # folder of the TensorBoard events, beside FILE_NAME
+POINTS = 400  # points of the history that the manifest stores, at most
 
 Point = dict[str, float]
 
 
 class HistoryRecorder:
-    """A reporter that writes every epoch to `folder` and passes everything on to `inner`.
+    """A reporter that writes every epoch to `folder`, and passes all calls on to `inner`.
 
     Each line of metrics.jsonl is an object: epoch, step, loss terms, and seconds since the run began. The line is on
     disk when `epoch` returns. If the folder cannot be written, the run continues without a history file.
@@ -57,7 +57,7 @@ class HistoryRecorder:
 
     @property
     def history(self) -> list[Point]:
-        """Return the epochs so far, thinned evenly to at most POINTS, first and last included; finite values only."""
+        """Return the finite values of all epochs so far, thinned evenly to at most POINTS, first and last included."""
         return thin([{name: v for name, v in point.items() if math.isfinite(v)} for point in self._points])
 
     def start(self, title: str, total_steps: int) -> None:
@@ -80,7 +80,7 @@ class HistoryRecorder:
     def rewind(self, step: int) -> None:
         """Drop the epochs recorded after `step`.
 
-        Unless called before, it runs at the first `epoch`, so that epochs trained again replace their earlier lines.
+        The first `epoch` calls it if nothing else has, so that epochs trained again replace their earlier lines.
         """
         self._points = [point for point in self._points if point["step"] <= step]
         self._write(self._points, replace=True)  # drops a half-written last line
@@ -104,7 +104,7 @@ class HistoryRecorder:
         self._inner.done(summary)
 
     def move(self, folder: Path) -> None:
-        """Move the history into `folder`, where the finished run is kept. A failure becomes a note."""
+        """Move the history into `folder`, where the finished run is kept. A failure is reported as a note."""
         self._close_writer()
         if not self._writable:
             return

@@ -9,7 +9,7 @@ from training.config import TrainConfig
 from training.fitting.defaults import resolved_config
 from training.reports.describe import KIND_NAMES, against_pca, latents_phrase
 
-FEATURES = 40  # features listed; the rest is counted
+FEATURES = 40  # features listed; further features are only counted
 FEW_CALIBRATION_ROWS = 100
 MEASURES = {
     "reconstruction_error": ("reconstruction error", "mean square per value, raw units²"),
@@ -30,7 +30,7 @@ CAPTIONS = {
     "samples": "Samples from the generative prior beside held-out rows.",
     "latents": "The information that each latent carries.",
     "map": "Latents of held-out rows.",
-    "scree": "The spectrum of the fit rows: the variance that a linear model could keep.",
+    "scree": "The spectrum of the fit rows: how much of their variance a linear model can explain.",
 }
 
 
@@ -40,7 +40,7 @@ def card(manifest: Manifest, version: int | None, notes: Sequence[str], plots: S
     Args:
         version: the published version, or None before publication.
         notes: messages about the data and the training.
-        plots: names of the plots that lie beside the card as <name>.png.
+        plots: names of the plots. Each is beside the card as <name>.png.
     """
     sections = {
         "What it is": _summary(manifest),
@@ -121,25 +121,25 @@ def _latents(manifest: Manifest) -> Iterator[str]:
 
 def _alarms(manifest: Manifest) -> Iterator[str]:
     rows, floor = manifest.calibration.rows, manifest.calibration.floor
-    yield f"The score is {' + '.join(manifest.parts)}; higher is stranger."
+    yield f"The score is {' + '.join(manifest.parts)}; higher is more anomalous."
     if origin := manifest.recalibration:
         yield f"It was recalibrated on {rows:,} of {origin.rows:,} rows of {origin.source}. Its networks and weights"
         yield f"are those of {origin.parent}. SHA-256 of the calibration rows: `{origin.fingerprint}`."
     else:
         yield f"It was calibrated on {rows:,} rows that were not used for training."
-    yield "At alpha 0.05, at most 5 % of normal rows raise a false alarm, on average over calibration sets, as long as"
-    yield "they are exchangeable with the calibration rows."
+    yield "At alpha 0.05, at most 5 % of normal rows raise a false alarm, on average over calibration sets. This"
+    yield "holds for new rows that are exchangeable with the calibration rows."
     yield f"The smallest possible p-value is {floor:.3g}. For a smaller alpha, severity follows a fitted tail."
 
 
 DENOISING = (
-    "It was trained to remove noise, which improves its scores, and reconstructs rows less exactly than PCA with as "
+    "It was trained to remove noise. This improves its scores, but it reconstructs rows less exactly than PCA with as "
     "many latents. If reconstructions matter more to you, train with `--noise 0`."
 )
 
 
 def _limits(manifest: Manifest) -> Iterator[str]:
-    """Yield the limits that this model's metrics show, then those that hold for every model."""
+    """Yield the limits of this model, and those that all models have."""
     error, pca_error = manifest.metrics.get("reconstruction_error"), manifest.metrics.get("pca_error")
     if manifest.kind != "pca" and error is not None and pca_error is not None and error >= pca_error:
         if _denoises(manifest):
@@ -157,11 +157,14 @@ def _limits(manifest: Manifest) -> Iterator[str]:
     if manifest.kind == "vae" and grey:
         yield "Its likelihood treats grey values as probabilities: compare it only with other Bernoulli models."
     if manifest.kind in ("ae", "ensemble"):
-        yield "An autoencoder has no likelihood. Samples come from a mixture fitted to its latents."
-    yield "p-values hold only while new rows resemble the calibration rows. After drift, run `elbo calibrate` or train."
+        yield "An autoencoder has no likelihood. Samples come from a Gaussian mixture that is fitted to its latents."
+    yield (
+        "p-values hold only while new rows resemble the calibration rows. After drift, run `elbo calibrate`, or train "
+        "again."
+    )
     yield "It treats anomalies in the training data as normal."
     if manifest.kind != "pca" and resolved_config(manifest).kept == "best":
-        yield "The held-out rows also chose the epoch, so metrics on them are slightly optimistic."
+        yield "The held-out rows also served to choose the epoch, so metrics on them are slightly optimistic."
 
 
 def _denoises(manifest: Manifest) -> bool:

@@ -41,7 +41,7 @@ STYLE: dict[str, Any] = {
 }
 DPI = 110
 PLOTTED = 1_000  # held-out rows per scatter plot
-FEATURES = 12  # features of a table that are plotted
+FEATURES = 12  # features of a table that are plotted, at most
 PAIRS = 10  # images shown with their reconstructions
 CURVES = (BLUE, ORANGE, GREEN, GREY, "black")
 GRID = 8  # images per side of the grid of samples
@@ -55,7 +55,7 @@ NAMES = {
 }
 TIMES = ("epoch", "step", "seconds")
 NEGATED = {"reconstruction", "elbo", "bound"}  # terms that rise while the loss falls
-LOSSES = ("elbo", "bound", "squared_error", "held_out_loss", "loss")  # plotted on one axis, because they are comparable
+LOSSES = ("elbo", "bound", "squared_error", "held_out_loss", "loss")  # comparable, so they share one axis
 
 Floats = npt.NDArray[np.float64]
 
@@ -224,7 +224,7 @@ def latent_map(model: FittedModel) -> Figure | None:
     dots = axis.scatter(
         latents[:, 0], latents[:, 1], s=22, c=score, cmap="viridis", linewidths=0, vmax=np.quantile(score, 0.98)
     )
-    figure.colorbar(dots, label="score, higher is stranger", extend="max")
+    figure.colorbar(dots, label="score, higher is more anomalous", extend="max")
     axis.set_title("latents of held-out rows, by score")
     return figure
 
@@ -388,7 +388,7 @@ PLOTS: dict[str, Callable[[FittedModel], Figure | None]] = {
 def render_plots(model: FittedModel) -> Iterator[tuple[str, bytes]]:
     """Yield the name and the PNG of each plot that has something to show."""
     for name, draw in PLOTS.items():
-        with rc_context(STYLE):  # type: ignore[arg-type]  # typed with a Literal of every key
+        with rc_context(STYLE):  # type: ignore[arg-type]  # the stub allows only literal keys
             figure = draw(model)
             if figure is not None:
                 buffer = io.BytesIO()

@@ -30,12 +30,12 @@ def write_run(
 ) -> None:
     """Write card.md and the plots into `folder`, which is created if needed.
 
-    The model is already published: a failure becomes a warning to `report`, and the rest is still written.
+    The model is already published, so a failure is only reported as a warning, and the other files are still written.
 
     Args:
         version: the published version of the model.
         held_out: rows [M, D], raw units, NaN where a value is missing.
-        labels: labels [M] of those rows, which colour the map of latents.
+        labels: labels [M] of these rows, which colour the map of latents.
         label_names: name of each label, if labels have names.
         notes: messages about the data and the training, repeated in the card.
     """
@@ -63,7 +63,7 @@ def write_run(
 
 
 def write_card(folder: Path, manifest: Manifest, version: int, notes: Sequence[str], plots: Sequence[str]) -> list[str]:
-    """Write card.md into `folder`, which is created if needed. Return the warnings: one if that fails, else none.
+    """Write card.md into `folder`, which is created if needed. Return a warning if that fails, else [].
 
     Args:
         plots: names of the plots in `folder`.
