@@ -162,43 +162,43 @@ def test_score_flags_the_anomalous_rows_and_explains_them(
     root: Path, today: tuple[str, Rows], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, rows = today
-    answers = score_lines(capsys, "hosts", path, "--artifacts", str(root), "--alpha", "0.01")
-    assert [answer["row"] for answer in answers] == list(range(300))
-    for answer in answers:
-        assert answer["is_anomaly"] == (answer["severity"] > 1) == (answer["p_value"] <= 0.01)
-        assert sum(answer["parts"].values()) == pytest.approx(answer["score"], rel=1e-5)
-        assert len(answer["features"]) == 3
-        contributions = [feature["contribution"] for feature in answer["features"]]
+    results = score_lines(capsys, "hosts", path, "--artifacts", str(root), "--alpha", "0.01")
+    assert [result["row"] for result in results] == list(range(300))
+    for result in results:
+        assert result["is_anomaly"] == (result["severity"] > 1) == (result["p_value"] <= 0.01)
+        assert sum(result["parts"].values()) == pytest.approx(result["score"], rel=1e-5)
+        assert len(result["features"]) == 3
+        contributions = [feature["contribution"] for feature in result["features"]]
         assert contributions == sorted(contributions, reverse=True)
-    assert all(answer["is_anomaly"] for answer in answers[:10])
-    for row, answer in zip(rows, answers[:10], strict=False):
-        values = {feature["name"]: feature["value"] for feature in answer["features"]}
+    assert all(result["is_anomaly"] for result in results[:10])
+    for row, result in zip(rows, results[:10], strict=False):
+        values = {feature["name"]: feature["value"] for feature in result["features"]}
         assert values == pytest.approx({name: row[NAMES.index(name)] for name in values}, rel=1e-6)
         assert "errors" in values
-    assert sum(answer["is_anomaly"] for answer in answers[10:]) <= 15  # of 290; binomial(290, 0.01) passes 1 - 1e-7
+    assert sum(result["is_anomaly"] for result in results[10:]) <= 15  # of 290; binomial(290, 0.01) passes 1 - 1e-7
 
 
 def test_score_explain_limits_the_number_of_features(
     root: Path, today: tuple[str, Rows], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for explain, count in ((0, 0), (1, 1), (99, 5)):
-        answers = score_lines(capsys, "hosts", today[0], "--artifacts", str(root), "--explain", str(explain))
-        assert {len(answer["features"]) for answer in answers} == {count}
+        results = score_lines(capsys, "hosts", today[0], "--artifacts", str(root), "--explain", str(explain))
+        assert {len(result["features"]) for result in results} == {count}
 
 
 def test_score_csv_has_the_values_of_ndjson(
     root: Path, today: tuple[str, Rows], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answers = score_lines(capsys, "hosts", today[0], "--artifacts", str(root))
+    results = score_lines(capsys, "hosts", today[0], "--artifacts", str(root))
     _, out, _ = in_process(capsys, "score", "hosts", today[0], "--artifacts", str(root), "--format", "csv")
     lines = list(csv.DictReader(out.splitlines()))
-    assert len(lines) == len(answers)
-    for line, answer in zip(lines, answers, strict=True):
+    assert len(lines) == len(results)
+    for line, result in zip(lines, results, strict=True):
         for name in ("score", "p_value", "severity"):
-            assert float(line[name]) == pytest.approx(answer[name], rel=1e-6)
-        assert line["is_anomaly"] == str(int(answer["is_anomaly"]))
-        assert [line[f"feature_{k}"] for k in (1, 2, 3)] == [feature["name"] for feature in answer["features"]]
-        assert float(line["expected_2"]) == pytest.approx(answer["features"][1]["expected"], rel=1e-6)
+            assert float(line[name]) == pytest.approx(result[name], rel=1e-6)
+        assert line["is_anomaly"] == str(int(result["is_anomaly"]))
+        assert [line[f"feature_{k}"] for k in (1, 2, 3)] == [feature["name"] for feature in result["features"]]
+        assert float(line["expected_2"]) == pytest.approx(result["features"][1]["expected"], rel=1e-6)
 
 
 def test_score_of_a_row_does_not_depend_on_its_batch(
@@ -207,7 +207,7 @@ def test_score_of_a_row_does_not_depend_on_its_batch(
     rows = two_factor_rows(1030, seed=2)
     long = score_lines(capsys, "hosts", write(tmp_path / "a.csv", rows), "--artifacts", str(root))
     last = score_lines(capsys, "hosts", write(tmp_path / "b.csv", rows[-1:]), "--artifacts", str(root))
-    assert [answer["row"] for answer in long] == list(range(1030))
+    assert [result["row"] for result in long] == list(range(1030))
     assert last[0]["score"] == pytest.approx(long[-1]["score"], rel=1e-4)
 
 
@@ -235,8 +235,8 @@ def test_evaluate_metrics_match_the_scores_and_labels(
     path, rows = today
     _, out, _ = in_process(capsys, "evaluate", "hosts", path, "--json", "--artifacts", str(root))
     report = json.loads(out)
-    answers = score_lines(capsys, "hosts", path, "--artifacts", str(root), "--explain", "5")
-    score, p_value = (np.array([answer[name] for answer in answers]) for name in ("score", "p_value"))
+    results = score_lines(capsys, "hosts", path, "--artifacts", str(root), "--explain", "5")
+    score, p_value = (np.array([result[name] for result in results]) for name in ("score", "p_value"))
     anomalous = np.arange(300) < 10
     x = torch.from_numpy(rows.astype(np.float32))
     squares = (load(root / "hosts/1/model.pt").module(x) - x).square().numpy()

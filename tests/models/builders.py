@@ -46,7 +46,7 @@ def core(kind: str) -> Core:
 
 
 def pipeline(kind: str, seed: int = 0) -> Pipeline:
-    """Return a pipeline around `core(kind)`, the same for the same seed; it imputes if `kind` ends in -imputing."""
+    """Return a pipeline around `core(kind)`, determined by `seed`; it imputes if `kind` ends in -imputing."""
     torch.manual_seed(seed)
     weights, factors = torch.tensor([0.3, 0.7]), torch.randn(2, K, K).tril()
     prior = (

@@ -1,4 +1,4 @@
-"""Artifacts: publishing, loading, verification, and use with nothing but torch installed."""
+"""Artifacts: publishing, loading, verification, and use with only torch installed."""
 
 import json
 import os

@@ -24,17 +24,17 @@ def autoencoder() -> Autoencoder:
     return model.requires_grad_(False)
 
 
-def test_encode_gives_the_code_and_zero_standard_deviation() -> None:
+def test_encode_gives_the_latents_and_zero_standard_deviation() -> None:
     model, x = autoencoder(), torch.randn(7, D)
-    code, std = model.encode(x)
-    assert torch.equal(code, model.encoder(x))
+    latents, std = model.encode(x)
+    assert torch.equal(latents, model.encoder(x))
     assert torch.equal(std, torch.zeros(7, K))
 
 
 def vectors_of(model: Autoencoder, x: torch.Tensor) -> Doubles:
-    """Return the joint vectors (code, residual) of x [N, D]."""
-    code = model.encode(x)[0]
-    return torch.cat((code, x - model.decode(code)), dim=1).double().numpy()
+    """Return the joint vectors (latents, residual) of x [N, D]."""
+    latents = model.encode(x)[0]
+    return torch.cat((latents, x - model.decode(latents)), dim=1).double().numpy()
 
 
 def covariance_of(vectors: Doubles, usual: Doubles) -> Doubles:
@@ -47,7 +47,7 @@ def covariance_of(vectors: Doubles, usual: Doubles) -> Doubles:
     return np.asarray(correlation * np.outer(deviation, deviation))
 
 
-def test_score_is_the_mahalanobis_distance_of_code_and_residual() -> None:
+def test_score_is_the_mahalanobis_distance_of_latents_and_residual() -> None:
     model, x = autoencoder(), torch.randn(500, D) @ MIXING
     fit_score_statistics(model, x, x)
     vectors = vectors_of(model, x)
@@ -58,10 +58,10 @@ def test_score_is_the_mahalanobis_distance_of_code_and_residual() -> None:
     assert score.numpy() == pytest.approx(exact, rel=1e-3)
     assert torch.equal(parts.sum(dim=1), score)
     assert torch.equal(x_hat, model.decode(model.encode(x)[0]))
-    code, residual = centred[:, :K], centred[:, K:]
-    t2 = np.einsum("nv,vw,nw->n", code, np.linalg.inv(covariance[:K, :K]), code)
-    gain = covariance[K:, :K] @ np.linalg.inv(covariance[:K, :K])  # E[residual | code] = gain @ code
-    unexplained = residual - code @ gain.T
+    latents, residual = centred[:, :K], centred[:, K:]
+    t2 = np.einsum("nv,vw,nw->n", latents, np.linalg.inv(covariance[:K, :K]), latents)
+    gain = covariance[K:, :K] @ np.linalg.inv(covariance[:K, :K])  # E[residual | latents] = gain @ latents
+    unexplained = residual - latents @ gain.T
     conditional_covariance = covariance[K:, K:] - gain @ covariance[:K, K:]
     q = np.einsum("nv,vw,nw->n", unexplained, np.linalg.inv(conditional_covariance), unexplained)
     assert parts.numpy() == pytest.approx(np.column_stack((t2, q)), rel=1e-3, abs=1e-5)
@@ -71,13 +71,13 @@ def test_few_rows_with_huge_residuals_do_not_change_the_scores_of_normal_rows() 
     model, x = autoencoder(), torch.randn(100, D)
     fit_score_statistics(model, x, x)
     before = model.score(x)[0]
-    wild = 1e6 * torch.randn(100 * (100 - ORDINARY_PERCENT) // ORDINARY_PERCENT, D)
-    fit_score_statistics(model, torch.cat((wild, x)), x)
+    outliers = 1e6 * torch.randn(100 * (100 - ORDINARY_PERCENT) // ORDINARY_PERCENT, D)
+    fit_score_statistics(model, torch.cat((outliers, x)), x)
     assert torch.allclose(model.score(x)[0], before)
-    assert bool((model.score(wild)[0] > 1e6 * before.max()).all())
+    assert bool((model.score(outliers)[0] > 1e6 * before.max()).all())
 
 
-def test_a_cluster_of_many_distant_rows_counts_as_normal() -> None:
+def test_cluster_of_many_distant_rows_counts_as_normal() -> None:
     model, x = autoencoder(), torch.randn(100, D)
     x[:15] *= 1e3  # distant, but too many to be outliers
     fit_score_statistics(model, x, x)
@@ -103,7 +103,7 @@ def test_whitened_vectors_have_zero_mean_and_unit_covariance() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100])
-def test_a_change_in_a_constant_column_gives_a_large_finite_distance(rows: int) -> None:
+def test_change_in_a_constant_column_gives_a_large_finite_distance(rows: int) -> None:
     vectors = torch.randn(rows, D)
     vectors[:, 3] = 0.0
     whitening = fit_whitening(vectors, UNIT)

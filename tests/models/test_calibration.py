@@ -9,9 +9,9 @@ from models.artifact import freeze, script
 from models.calibration import Calibration
 from tests.models.builders import CORES, D, pipeline
 
-FRESH = 2_000
+NEW_ROWS = 2_000
 REPETITIONS = 4_000
-SIGNIFICANCE = 1e-4  # of the statistical tests; seeds are fixed
+SIGNIFICANCE = 1e-4  # level of the statistical tests, whose seeds are fixed
 
 
 def calibration(n: int, seed: int = 0) -> Calibration:
@@ -27,18 +27,19 @@ def test_p_value_is_the_share_of_calibration_scores_at_least_as_large() -> None:
 @pytest.mark.parametrize("n", [199, 400, 1000])
 def test_number_of_false_alarms_lies_in_its_99_percent_interval(alpha: float, n: int) -> None:
     """The number of false alarms among new rows is beta-binomial, because the calibration rows are a sample too."""
-    fresh = np.random.RandomState(n).exponential(size=FRESH).astype(np.float32)
+    new_scores = np.random.RandomState(n).exponential(size=NEW_ROWS).astype(np.float32)
     scores = np.random.RandomState(n + 1).exponential(size=n).astype(np.float32)
-    alarms = int((Calibration(torch.from_numpy(scores)).p_value(torch.from_numpy(fresh)) <= np.float32(alpha)).sum())
+    p_value = Calibration(torch.from_numpy(scores)).p_value(torch.from_numpy(new_scores))
+    alarms = int((p_value <= np.float32(alpha)).sum())
     allowed = int(alpha * (n + 1) + 1e-9)
-    low, high = betabinom(FRESH, allowed, n + 1 - allowed).interval(0.99)
+    low, high = betabinom(NEW_ROWS, allowed, n + 1 - allowed).interval(0.99)
     assert low <= alarms <= high
 
 
-def p_values(n: int, fresh: int) -> np.ndarray:
-    """Return p-values [REPETITIONS, fresh] of new rows; each repetition has n calibration rows of the same law."""
+def p_values(n: int, new_rows: int) -> np.ndarray:
+    """Return p-values [REPETITIONS, new_rows]; in each repetition, n calibration rows have the same distribution."""
     random = np.random.RandomState(n)
-    scores = torch.from_numpy(random.exponential(size=(REPETITIONS, n + fresh)).astype(np.float32))
+    scores = torch.from_numpy(random.exponential(size=(REPETITIONS, n + new_rows)).astype(np.float32))
     return np.array([Calibration(repetition[:n]).p_value(repetition[n:]).numpy() for repetition in scores])
 
 
@@ -50,18 +51,19 @@ def test_p_values_of_normal_rows_are_uniform(n: int) -> None:
 
 
 @pytest.mark.parametrize(("n", "alpha"), [(19, 0.05), (19, 0.25), (99, 0.1)])
-def test_false_alarms_of_rows_with_one_calibration_are_beta_binomial(n: int, alpha: float) -> None:
-    """Among m rows with one calibration, the false alarms are beta-binomial(m, k, n + 1 - k), k = floor(alpha (n + 1)).
+def test_number_of_false_alarms_with_a_shared_calibration_set_is_beta_binomial(n: int, alpha: float) -> None:
+    """For m rows, the number is beta-binomial(m, k, n + 1 - k), where k = floor(alpha (n + 1)).
 
     Marques F., "Universal distribution of the empirical coverage in split conformal prediction", 2025. The shared
-    calibration makes the false alarms dependent, so that their variance exceeds that of a binomial distribution.
+    calibration set makes the false alarms dependent, so that their variance exceeds that of a binomial distribution.
     """
     m, k = 20, int(alpha * (n + 1) + 1e-9)
     alarms = (p_values(n, m) <= alpha * (1 + 1e-6)).sum(axis=1)
-    law = betabinom(m, k, n + 1 - k)
-    last = int(law.isf(5 / REPETITIONS))  # the last cell holds all rarer counts: chi-square needs a few per cell
+    distribution = betabinom(m, k, n + 1 - k)
+    # The last cell also holds all rarer counts, because the chi-square test needs a few counts per cell.
+    last = int(distribution.isf(5 / REPETITIONS))
     counted = np.bincount(np.minimum(alarms, last), minlength=last + 1)
-    expected = np.append(law.pmf(np.arange(last)), law.sf(last - 1)) * REPETITIONS
+    expected = np.append(distribution.pmf(np.arange(last)), distribution.sf(last - 1)) * REPETITIONS
     assert chisquare(counted, expected).pvalue > SIGNIFICANCE
     assert alarms.var() > 1.05 * binom(m, alarms.mean() / m).var()
 

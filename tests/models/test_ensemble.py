@@ -37,10 +37,10 @@ def test_distance_is_the_smallest_squared_distance_divided_by_the_scale() -> Non
 
 
 def test_fitted_neighbours_give_scaled_mahalanobis_distances() -> None:
-    """The scale of a row is the mean of its own distance to a neighbour and the average of that over all rows."""
+    """The scale of a row is its squared distance to a neighbour, plus the mean of these distances over all rows."""
     torch.manual_seed(0)
     mixing = torch.randn(D, D)
-    x, others = torch.randn(200, D) @ mixing, torch.randn(50, D) @ mixing
+    x, new_rows = torch.randn(200, D) @ mixing, torch.randn(50, D) @ mixing
     centred = x.double().numpy() - x.double().numpy().mean(axis=0)
     deviation = np.sqrt((200 * centred.var(axis=0) + PSEUDO_ROWS * centred.var(axis=0).mean()) / (200 + PSEUDO_ROWS))
     correlation = LedoitWolf(assume_centered=True).fit(centred / deviation).covariance_
@@ -48,9 +48,9 @@ def test_fitted_neighbours_give_scaled_mahalanobis_distances() -> None:
     precision = np.linalg.inv(correlation) / np.outer(deviation, deviation)
     nearest = NearestNeighbors(metric="mahalanobis", metric_params={"VI": precision}, algorithm="brute").fit(x.numpy())
     own = nearest.kneighbors(x.numpy(), NEIGHBOUR_RANK + 1)[0][:, -1] ** 2
-    distances, places = nearest.kneighbors(others.numpy(), 200)
+    distances, places = nearest.kneighbors(new_rows.numpy(), 200)
     exact = (distances**2 / (own + own.mean())[places]).min(axis=1)
-    assert fit_neighbours(x)(others).numpy() == pytest.approx(exact, rel=1e-3, abs=1e-5)
+    assert fit_neighbours(x)(new_rows).numpy() == pytest.approx(exact, rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
@@ -81,7 +81,7 @@ def test_few_rows_with_huge_distances_do_not_change_the_weights() -> None:
 
 
 def test_score_of_a_reference_row_is_exact_up_to_rounding() -> None:
-    """The distance of a reference row to itself is a difference of large squares; a root would enlarge its error."""
+    """The distance of a reference row to itself is a small difference of large squares: a root would enlarge its error."""
     torch.manual_seed(0)
     model, fitted = ensemble(), torch.randn(300, D)
     fit_score_statistics(model, torch.randn(400, D), fitted)

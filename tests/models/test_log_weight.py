@@ -34,8 +34,8 @@ def test_log_weight_of_pca_is_the_log_density_for_any_noise() -> None:
     weights = model.components.T * (model.eigenvalues - model.noise_variance).sqrt()  # [D, K]
     covariance = weights @ weights.T + model.noise_variance * torch.eye(D)
     exact = multivariate_normal(model.mean.numpy(), covariance.double().numpy()).logpdf(x.numpy())
-    for draw in (noise, torch.zeros_like(noise), 5 * noise):
-        assert model.log_weight(x, draw).numpy() == pytest.approx(exact, abs=1e-4)
+    for any_noise in (noise, torch.zeros_like(noise), 5 * noise):
+        assert model.log_weight(x, any_noise).numpy() == pytest.approx(exact, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["ae", "ae-diagonal"])
@@ -48,15 +48,15 @@ def test_log_weight_of_an_autoencoder_is_nan(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", VAES)
 def test_mean_log_weight_is_the_elbo_and_log_mean_exp_the_importance_weighted_bound(kind: str) -> None:
-    draws, model, x = 20_000, vae(kind), batch()[0]
-    noise = torch.randn(draws, B, K, generator=torch.Generator().manual_seed(0))
+    samples, model, x = 20_000, vae(kind), batch()[0]
+    noise = torch.randn(samples, B, K, generator=torch.Generator().manual_seed(0))
     weights = torch.stack([model.log_weight(x, one) for one in noise[:500]])  # [S, B]
     bound = importance_weighted_terms(model, x, noise[:500])["bound"]
     assert float((weights.logsumexp(dim=0) - math.log(500)).mean()) == pytest.approx(float(bound), abs=1e-4)
-    repeated, flat = x.repeat(draws, 1), noise.flatten(0, 1)
-    many = model.log_weight(repeated, flat).double().reshape(draws, B).mean(dim=1)  # [S]
+    repeated, flat = x.repeat(samples, 1), noise.flatten(0, 1)
+    many = model.log_weight(repeated, flat).double().reshape(samples, B).mean(dim=1)  # [S]
     elbo = float(elbo_terms(model, repeated, flat)["elbo"])  # uses the closed form of the KL
-    assert float(many.mean()) == pytest.approx(elbo, abs=5 * float(many.std()) / math.sqrt(draws))
+    assert float(many.mean()) == pytest.approx(elbo, abs=5 * float(many.std()) / math.sqrt(samples))
 
 
 def test_log_weight_of_a_pipeline_is_that_of_the_core_for_scaled_rows() -> None:

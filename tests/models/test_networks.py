@@ -55,9 +55,9 @@ def test_encoder_and_decoder_outputs_have_the_requested_widths(
     shape: tuple[int, ...], channels: tuple[int, ...], dense: tuple[int, ...]
 ) -> None:
     x = torch.randn(5, int(np.prod(shape)))
-    code = conv_encoder(shape, channels, K, dense=dense)(x)
-    assert code.shape == (5, K)
-    assert conv_decoder(shape, channels, K, dense=dense)(code).shape == x.shape
+    latents = conv_encoder(shape, channels, K, dense=dense)(x)
+    assert latents.shape == (5, K)
+    assert conv_decoder(shape, channels, K, dense=dense)(latents).shape == x.shape
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (9, 7), (28, 28), (13, 10, 3)])
@@ -86,19 +86,19 @@ def test_encoder_equals_the_numpy_convolution(shape: tuple[int, ...]) -> None:
     assert isinstance(last, nn.Linear)
     hidden = np.maximum(convolved(image.reshape(*shape[:2], -1), *filters(network[1])), 0).transpose(2, 0, 1)
     expected = last.weight.detach().numpy() @ hidden.ravel() + last.bias.detach().numpy()
-    code = network(torch.from_numpy(image.astype(np.float32).reshape(1, -1)))
-    np.testing.assert_allclose(code[0].detach(), expected, atol=1e-5)
+    latents = network(torch.from_numpy(image.astype(np.float32).reshape(1, -1)))
+    np.testing.assert_allclose(latents[0].detach(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (6, 7, 3)])
 def test_decoder_equals_the_numpy_transposed_convolution(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    network, code = conv_decoder(shape, (4,), K, "tanh"), torch.randn(1, K)
+    network, latents = conv_decoder(shape, (4,), K, "tanh"), torch.randn(1, K)
     first = network[0]
     assert isinstance(first, nn.Linear)
-    top = (first(code).detach().numpy()[0]).reshape(4, -(-shape[0] // 2), -(-shape[1] // 2)).transpose(1, 2, 0)
+    top = (first(latents).detach().numpy()[0]).reshape(4, -(-shape[0] // 2), -(-shape[1] // 2)).transpose(1, 2, 0)
     expected = transposed_convolved(np.tanh(top), *filters(network[3]), shape[0], shape[1])
-    np.testing.assert_allclose(network(code)[0].detach(), expected.ravel(), atol=1e-5)
+    np.testing.assert_allclose(network(latents)[0].detach(), expected.ravel(), atol=1e-5)
 
 
 def test_shifting_the_image_by_the_stride_shifts_its_features_by_one() -> None:

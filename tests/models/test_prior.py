@@ -1,4 +1,4 @@
-"""Priors: the moments of their draws."""
+"""Priors: the moments of their samples."""
 
 import numpy as np
 import pytest
@@ -10,11 +10,11 @@ from models.prior import Prior, gaussian_prior
 N = 200_000
 
 
-def draw(prior: Prior, latents: int) -> Tensor:
+def sample(prior: Prior, latents: int) -> Tensor:
     random = np.random.RandomState(0)
     noise = torch.from_numpy(random.standard_normal((N, latents)))
-    drawn: Tensor = prior(noise, torch.from_numpy(random.uniform(size=N)))
-    return drawn
+    samples: Tensor = prior(noise, torch.from_numpy(random.uniform(size=N)))
+    return samples
 
 
 def test_standard_normal_prior_returns_the_noise() -> None:
@@ -27,13 +27,13 @@ def test_gaussian_prior_scales_the_noise_by_its_std() -> None:
     assert torch.allclose(gaussian_prior(std)(noise, torch.rand(50)), noise * std)
 
 
-def test_draws_from_a_mixture_have_its_weights_means_and_covariances() -> None:
+def test_samples_from_a_mixture_have_its_weights_means_and_covariances() -> None:
     weights, means = (
         torch.tensor([0.2, 0.5, 0.3]).double(),
         torch.tensor([[-50.0, 0.0], [0.0, 0.0], [50.0, 9.0]]).double(),
     )
     factors = torch.tensor([[[1.0, 0.0], [0.5, 2.0]], [[0.1, 0.0], [0.0, 0.1]], [[3.0, 0.0], [-1.0, 0.5]]]).double()
-    latents = draw(Prior(weights, means, factors), 2)
+    latents = sample(Prior(weights, means, factors), 2)
     nearest = (latents[:, :1] - means[:, 0]).abs().argmin(dim=1)
     for index in range(3):
         own = latents[nearest == index]

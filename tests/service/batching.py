@@ -1,4 +1,4 @@
-"""A running batcher with a model outside a registry, shared by the tests of batching, memory and admission."""
+"""A running batcher, and a model outside a registry, for the tests of batching, memory and admission control."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,7 +10,7 @@ import torch
 from service.inference.backends import Backend
 from service.inference.batcher import Batcher
 
-Batches = list[tuple[str, int]]  # the operation and the rows of each batch
+Batches = list[tuple[str, int]]  # operation and number of rows, per batch
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class BareModel:
 async def running_batcher(
     batches: Batches | None = None, max_batch_rows: int = 64, max_batch_bytes: int = 2**20
 ) -> AsyncIterator[Batcher]:
-    """A batcher that runs until the block ends, and appends every batch to `batches`."""
+    """Yield a batcher that runs until the block ends and appends every batch to `batches`."""
     seen: Batches = [] if batches is None else batches
     batcher = Batcher(
         max_batch_rows=max_batch_rows,
@@ -41,12 +41,12 @@ async def running_batcher(
 
 
 def random_rows(count: int, seed: int = 0) -> np.ndarray:
-    """Rows of the digits' width, [count, 64]."""
+    """Return random rows with as many features as the digits, [count, 64]."""
     return np.random.default_rng(seed).random((count, 64)).astype(np.float32)
 
 
 def reconstruction(model: BareModel, x: np.ndarray) -> np.ndarray:
-    """What the model's module itself gives for `x`."""
+    """Return the output of the model's module for `x`."""
     with torch.inference_mode():
         output: np.ndarray = model.backend.module(torch.from_numpy(x)).numpy()
     return output

@@ -23,7 +23,7 @@ from training.train import train
 
 @pytest.fixture(scope="session")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return an artifact folder with pca, ae and vae, briefly trained on digits, and hosts, the PCA of a table."""
+    """Return an artifact folder with pca, ae and vae, trained briefly on digits, and hosts, a PCA of a table."""
     root = tmp_path_factory.mktemp("artifacts")
     digits = read_table("digits")
     for kind in AUTO_KINDS:

@@ -59,5 +59,5 @@ def post_anomaly(client: httpx.Client, message: Message, query: str = "") -> dic
     body, media_type = message
     response = client.post(f"/anomaly{query}", content=body, headers={"content-type": media_type})
     assert response.status_code == 200, response.text
-    answer: dict[str, Any] = response.json()
-    return answer
+    content: dict[str, Any] = response.json()
+    return content

@@ -21,7 +21,7 @@ from tests.service.scrape import scrape, total
 
 
 class ServerProcess:
-    """A server process that listens. Its whole log is kept in `lines`.
+    """A server process that listens for requests. `lines` keeps its whole log.
 
     Args:
         artifacts: the artifact folder.
@@ -65,7 +65,7 @@ class ServerProcess:
                 return line
 
     def wait_for_worker(self) -> None:
-        """Wait until one more worker is ready. The first is ready before the server listens."""
+        """Wait until one more worker is ready. The first worker is ready before the server listens."""
         self.wait_for_log("is ready")
 
     def client(self) -> httpx.Client:

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 
 @contextmanager
 def running(app: ASGIApp) -> Iterator[httpx.Client]:
-    """Serve `app` until the block ends, and return a client of it."""
+    """Serve `app` until the block ends, and yield a client of it."""
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
     thread = threading.Thread(target=server.run, args=([listener],))
@@ -29,8 +29,8 @@ def running(app: ASGIApp) -> Iterator[httpx.Client]:
 
 
 def post(client: httpx.Client, path: str, body: dict[str, Any], **options: Any) -> dict[str, Any]:
-    """POST `body`, assert that the request succeeds, and return the JSON response; `options` are those of httpx."""
+    """POST `body`, assert that the request succeeds, and return the JSON response; `options` are passed to httpx."""
     response = client.post(path, json=body, **options)
     assert response.status_code == 200, response.text
-    answer: dict[str, Any] = response.json()
-    return answer
+    content: dict[str, Any] = response.json()
+    return content

@@ -20,7 +20,7 @@ REQUEST = b"POST /encode HTTP/1.1\r\nHost: elbo\r\nContent-Length: %d\r\n\r\n%b"
 
 @asynccontextmanager
 async def serving(settings: Settings) -> AsyncIterator[tuple[ServiceContext, int]]:
-    """The service and its port."""
+    """Serve an application with `settings`; yield its service context and its port."""
     app = create_app(settings)
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio does not set it: 40 ms per response

@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.alone]
 def reconstruction_with_small_memory(
     error: type[RuntimeError], message: str, max_rows: int
 ) -> tuple[Operation, list[int]]:
-    """Return a reconstruction that runs out of memory above `max_rows` rows, and the list of the sizes it tries."""
+    """Return a reconstruction that runs out of memory above `max_rows` rows, and the list of its batch sizes."""
     tried: list[int] = []
 
     def run(module: Any, x: torch.Tensor) -> tuple[torch.Tensor]:
@@ -173,7 +173,7 @@ def test_request_leaves_no_reference_cycles(artifacts: Path, digits: np.ndarray,
         app = create_app(Settings(artifacts=artifacts, default_model="vae"))
         async with app.router.lifespan_context(app):
             for number in range(20):
-                if number == 10:  # caches and other objects that are kept exist by now
+                if number == 10:  # by now, caches and other lasting objects exist
                     gc.collect()
                     gc.disable()
                 scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": []}
@@ -216,7 +216,7 @@ def test_body_in_one_piece_reaches_the_app_without_a_copy(artifacts: Path) -> No
 
     asyncio.run(scenario())
     assert [len(body) for body in received] == [5000, 5000]
-    assert all(ours is theirs for ours, theirs in zip(received, parsed, strict=True))
+    assert all(body is parsed_body for body, parsed_body in zip(received, parsed, strict=True))
 
 
 def test_backend_remembers_the_smallest_batch_that_exceeded_memory() -> None:

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 
 
 def run_in_child(function: Callable[[], None], kill_with: int | None = None) -> None:
-    """Call `function` in a forked process, which then exits, or kills itself with a signal. Wait for its end."""
+    """Call `function` in a forked process that then exits or kills itself with a signal; wait until it has ended."""
     pid = os.fork()
     if not pid:
         try:
@@ -96,7 +96,7 @@ def count_forever(counters: SharedCounters) -> NoReturn:
         number += 1
 
 
-def test_choice_after_another_process_has_chosen_is_that_choice() -> None:
+def test_choice_recorded_by_another_process_is_returned() -> None:
     segments = [Segment(), Segment(), Segment()]
 
     def decisions(index: int) -> SharedDecisions:
@@ -108,7 +108,7 @@ def test_choice_after_another_process_has_chosen_is_that_choice() -> None:
     assert decisions(0).choice("ae") is None
 
 
-def test_arrays_are_found_again_for_keys_and_arrays_of_any_length() -> None:
+def test_array_of_any_length_for_an_existing_key_is_returned_again() -> None:
     segment = Segment()
     for length in range(20):
         segment.array(("x" * length,), length + 1)[length] = length

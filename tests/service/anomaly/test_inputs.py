@@ -92,16 +92,16 @@ ENCODERS: list[Callable[[RowList], Message]] = [
 ]
 
 
-def without_time(answer: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in result.items() if key != "time"} for result in answer["results"]]
+def without_time(response: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in result.items() if key != "time"} for result in response["results"]]
 
 
 @pytest.mark.parametrize("encode", ENCODERS)
 def test_equal_rows_in_any_format_get_equal_verdicts(hosts: httpx.Client, encode: Callable[[RowList], Message]) -> None:
     rows = host_rows(50)
-    answer, expected = post_anomaly(hosts, encode(rows)), post_anomaly(hosts, as_inputs(rows))
-    assert without_time(answer) == expected["results"]
-    assert (answer["rows"], answer["failed"], answer["errors"]) == (50, 0, [])
+    response, expected = post_anomaly(hosts, encode(rows)), post_anomaly(hosts, as_inputs(rows))
+    assert without_time(response) == expected["results"]
+    assert (response["rows"], response["failed"], response["errors"]) == (50, 0, [])
 
 
 def inputs_with_bad_row() -> Message:
@@ -152,10 +152,10 @@ MESSAGES_WITH_BAD_ROW: list[tuple[str, Callable[[], Message], int]] = [
     ("message", "place"), [case[1:] for case in MESSAGES_WITH_BAD_ROW], ids=[case[0] for case in MESSAGES_WITH_BAD_ROW]
 )
 def test_one_bad_row_in_a_thousand_fails_alone(hosts: httpx.Client, message: Callable[[], Message], place: int) -> None:
-    answer = post_anomaly(hosts, message(), "?explain=0")
-    assert (answer["rows"], answer["failed"]) == (1000, 1)
-    assert len(answer["results"]) == 999
-    (error,) = answer["errors"]
+    response = post_anomaly(hosts, message(), "?explain=0")
+    assert (response["rows"], response["failed"]) == (1000, 1)
+    assert len(response["results"]) == 999
+    (error,) = response["errors"]
     if "metrics" not in error["pointer"]:
         assert error["row"] == place
     assert f"/{place}" in error["pointer"]
@@ -223,11 +223,13 @@ def test_missing_value_in_any_named_format_is_imputed_and_reported(hosts: httpx.
 
 def test_detail_none_returns_the_counts_of_the_full_response(hosts: httpx.Client) -> None:
     records = [*host_records(host_rows(5)), {"cpu": "x"}, dict.fromkeys(HOST_FEATURES, 1000000.0) | {"colour": 3}]
-    answer = post_anomaly(hosts, (json.dumps({"records": records, "detail": "none"}).encode(), JSON))
+    response = post_anomaly(hosts, (json.dumps({"records": records, "detail": "none"}).encode(), JSON))
     whole = post_anomaly(hosts, (json.dumps({"records": records}).encode(), JSON))
-    assert answer == {key: whole[key] for key in ("model", "version", "rows", "anomalies", "failed", "unknown_fields")}
-    assert (answer["rows"], answer["failed"], answer["unknown_fields"]) == (7, 1, 1)
-    assert answer["anomalies"] == sum(result["is_anomaly"] for result in whole["results"]) >= 1
+    assert response == {
+        key: whole[key] for key in ("model", "version", "rows", "anomalies", "failed", "unknown_fields")
+    }
+    assert (response["rows"], response["failed"], response["unknown_fields"]) == (7, 1, 1)
+    assert response["anomalies"] == sum(result["is_anomaly"] for result in whole["results"]) >= 1
 
 
 def records_with_time_and_host(count: int) -> list[dict[str, Any]]:
@@ -244,23 +246,23 @@ def records_with_time_and_host(count: int) -> list[dict[str, Any]]:
 def test_half_life_smooths_the_severity_per_host(hosts: httpx.Client, query: str, by_rows: bool) -> None:
     records = records_with_time_and_host(60)
     message = "\n".join(map(json.dumps, records)).encode(), NDJSON
-    answer, plain = post_anomaly(hosts, message, query), post_anomaly(hosts, message)
+    response, plain = post_anomaly(hosts, message, query), post_anomaly(hosts, message)
     severity = [result["severity"] for result in plain["results"]]
     time, host = [record["timestamp"] for record in records], [record["host"] for record in records]
     expected = exponential_mean(severity, 3.0 if by_rows else 60.0, time, host, by_rows=by_rows)
-    smoothed = np.array([result["smoothed"] for result in answer["results"]])
+    smoothed = np.array([result["smoothed"] for result in response["results"]])
     np.testing.assert_allclose(smoothed, expected, rtol=1e-6)
-    assert [result["is_anomaly"] for result in answer["results"]] == (smoothed > 1).tolist()
-    for result, plain_result in zip(answer["results"], plain["results"], strict=True):
+    assert [result["is_anomaly"] for result in response["results"]] == (smoothed > 1).tolist()
+    for result, plain_result in zip(response["results"], plain["results"], strict=True):
         assert result["p_value"] == plain_result["p_value"]
         assert result["time"] == plain_result["time"]
         assert result["group"] == plain_result["group"] in ("a", "b")
 
 
 def test_half_life_of_inputs_is_accepted_in_rows_only(hosts: httpx.Client) -> None:
-    answer = post_anomaly(hosts, as_inputs(host_rows(9)), "?half_life_rows=2")
-    expected = exponential_mean([result["severity"] for result in answer["results"]], 2.0)
-    np.testing.assert_allclose([result["smoothed"] for result in answer["results"]], expected, rtol=1e-6)
+    results = post_anomaly(hosts, as_inputs(host_rows(9)), "?half_life_rows=2")["results"]
+    expected = exponential_mean([result["severity"] for result in results], 2.0)
+    np.testing.assert_allclose([result["smoothed"] for result in results], expected, rtol=1e-6)
     body, media_type = as_inputs(host_rows(9))
     for query, pointer in (
         ("half_life=2", "/half_life"),
@@ -278,10 +280,10 @@ def test_different_values_for_one_feature_from_several_metrics_are_an_error(host
         {"name": "x", "tags": {"host": "a", "disk": "sdb"}, "fields": {"load": 9.5}, "timestamp": 5},
         {"name": "x", "tags": {"host": "b"}, "fields": base, "timestamp": 5},
     ]
-    answer = post_anomaly(hosts, (json.dumps({"metrics": metrics}).encode(), JSON))
-    assert [error["pointer"] for error in answer["errors"]] == ["/metrics/0"]
-    assert "several metrics" in answer["errors"][0]["detail"]
-    assert [(result["row"], result["group"], result["time"]) for result in answer["results"]] == [(1, "b", 5.0)]
+    response = post_anomaly(hosts, (json.dumps({"metrics": metrics}).encode(), JSON))
+    assert [error["pointer"] for error in response["errors"]] == ["/metrics/0"]
+    assert "several metrics" in response["errors"][0]["detail"]
+    assert [(result["row"], result["group"], result["time"]) for result in response["results"]] == [(1, "b", 5.0)]
     assert post_anomaly(hosts, (json.dumps({"metrics": [metrics[0], metrics[0]]}).encode(), JSON))["failed"] == 0
 
 

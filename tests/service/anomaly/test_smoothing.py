@@ -63,7 +63,7 @@ def test_weight_of_a_row_halves_after_a_half_life() -> None:
     assert exponential_mean([0.0, 3.0], 1.0).tolist() == [0.0, 2.0]
 
 
-def test_row_after_a_long_silence_keeps_its_own_value() -> None:
+def test_row_after_a_long_gap_keeps_its_own_value() -> None:
     assert exponential_mean([100.0, 1.0], 60.0, [0.0, 1e9]).tolist() == [100.0, 1.0]
 
 
@@ -78,7 +78,7 @@ def test_nan_does_not_count_and_stays_nan() -> None:
     np.testing.assert_array_equal(smoothed, [2.0, math.nan, 2.0])
 
 
-def test_variance_of_smoothed_noise_is_that_of_the_theory() -> None:
+def test_variance_of_smoothed_noise_matches_theory() -> None:
     """Smoothing multiplies the variance of white noise by (1 - k) / (1 + k), where k = 2^(-1/h) (Roberts 1959)."""
     noise = np.random.default_rng(2).normal(size=200_000)
     kept = 2.0 ** (-1 / 10)

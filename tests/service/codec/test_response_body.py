@@ -83,27 +83,27 @@ def pixels(content: bytes) -> np.ndarray:
 
 def test_png_shows_each_row_at_its_place_with_its_grey_values() -> None:
     rows = np.array([[0, 1, 2, 3], [4, 4, 4, 4], [-9, 99, 2, 2]], np.float32)
-    picture = pixels(png.dumps(rows, [2, 2], (0.0, 4.0), columns=2))
+    image = pixels(png.dumps(rows, [2, 2], (0.0, 4.0), columns=2))
     tile, gap = png.TILE, png.GAP
-    assert picture.shape == (2 * tile + gap, 2 * tile + gap)
+    assert image.shape == (2 * tile + gap, 2 * tile + gap)
     centres = [tile // 4, 3 * tile // 4]
-    assert [picture[y, x] for y in centres for x in centres] == [0, 64, 128, 191]
-    assert (picture[:tile, tile + gap :] == 255).all()
-    below = picture[tile + gap :, :tile]
+    assert [image[y, x] for y in centres for x in centres] == [0, 64, 128, 191]
+    assert (image[:tile, tile + gap :] == 255).all()
+    below = image[tile + gap :, :tile]
     assert [below[y, x] for y in centres for x in centres] == [0, 255, 128, 128]
-    assert (picture[tile + gap :, tile + gap :] == png.GAP_GREY).all()  # no image here
+    assert (image[tile + gap :, tile + gap :] == png.GAP_GREY).all()  # no image here
 
 
 def test_png_of_three_channels_has_colours() -> None:
     rows = np.array([[255, 0, 0, 0, 0, 255]], np.float32)
-    picture = pixels(png.dumps(rows, [1, 2, 3], (0.0, 255.0)))
-    assert picture[0, 0].tolist() == [255, 0, 0]
-    assert picture[0, -1].tolist() == [0, 0, 255]
+    image = pixels(png.dumps(rows, [1, 2, 3], (0.0, 255.0)))
+    assert image[0, 0].tolist() == [255, 0, 0]
+    assert image[0, -1].tolist() == [0, 0, 255]
 
 
 def test_pixel_range_may_have_white_as_the_smaller_value() -> None:
-    picture = pixels(png.dumps(np.array([[0.0, 1.0]], np.float32), [1, 2], (1.0, 0.0)))
-    assert (picture[0, 0], picture[0, -1]) == (255, 0)
+    image = pixels(png.dumps(np.array([[0.0, 1.0]], np.float32), [1, 2], (1.0, 0.0)))
+    assert (image[0, 0], image[0, -1]) == (255, 0)
 
 
 def test_many_images_are_not_magnified_beyond_the_maximum_width() -> None:

@@ -103,7 +103,7 @@ def test_first_of_several_bad_values_is_reported() -> None:
 
 
 @pytest.mark.parametrize("value", [MAX_FLOAT32, -MAX_FLOAT32, MAX_FLOAT32 * (1 + 2**-26), 1e-46, -0.0, 2**-149])
-def test_values_at_the_bounds_of_float32_are_rounded_as_ieee_754_says(value: float) -> None:
+def test_values_at_the_bounds_of_float32_are_rounded_as_ieee_754_requires(value: float) -> None:
     x = read(FLAT, json.dumps([[value, 0, 0, 0]]))
     assert x[0, 0] == np.float64(value).astype(np.float32)
     assert math.copysign(1, x[0, 0]) == math.copysign(1, value)

@@ -104,9 +104,9 @@ def test_response_contains_every_array_under_its_name(client: httpx.Client, digi
     rows = digits[:3]
     body = safetensors.dumps({"inputs": rows}, {})
     expected = client.post("/reconstruct", json={"inputs": rows.tolist()}).json()
-    answer = client.post("/reconstruct", content=body, headers={**TYPE, "accept": safetensors.MEDIA_TYPE})
-    assert answer.headers["content-type"] == safetensors.MEDIA_TYPE
-    tensors = read(answer.content)
+    response = client.post("/reconstruct", content=body, headers={**TYPE, "accept": safetensors.MEDIA_TYPE})
+    assert response.headers["content-type"] == safetensors.MEDIA_TYPE
+    tensors = read(response.content)
     assert set(tensors) == {"outputs", "errors"}
     for name, array in tensors.items():
         np.testing.assert_allclose(array, expected[name], atol=1e-6)
@@ -118,8 +118,8 @@ def test_response_contains_every_array_under_its_name(client: httpx.Client, digi
 
 def test_file_with_a_huge_shape_is_refused_with_422(client: httpx.Client) -> None:
     body = file(tensor(shape=[2**39, 2**20], offsets=(0, 2**61)))
-    answer = client.post("/encode", content=body, headers=TYPE)
-    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_safetensors")
+    response = client.post("/encode", content=body, headers=TYPE)
+    assert (response.status_code, response.json()["code"]) == (422, "invalid_safetensors")
 
 
 @pytest.mark.parametrize("accept", ["application/json", "application/x-npy", safetensors.MEDIA_TYPE])
@@ -127,5 +127,5 @@ def test_output_that_is_not_finite_is_an_error_in_every_format(client: httpx.Cli
     body = safetensors.dumps({"latents": np.full((1, 4), 3e38, np.float32)}, {})
     width = client.get("/models/hosts").json()["latents"]
     body = safetensors.dumps({"latents": np.full((1, width), 3e38, np.float32)}, {})
-    answer = client.post("/decode?model=hosts", content=body, headers={**TYPE, "accept": accept})
-    assert (answer.status_code, answer.json()["code"]) == (422, "overflow_in_model")
+    response = client.post("/decode?model=hosts", content=body, headers={**TYPE, "accept": accept})
+    assert (response.status_code, response.json()["code"]) == (422, "overflow_in_model")

@@ -19,8 +19,8 @@ from tests.service.hosts import HOST_FEATURES, host_table
 from tests.service.running import post
 
 
-def column(answer: dict[str, Any], name: str) -> np.ndarray:
-    return np.array([result[name] for result in answer["results"]])
+def column(response: dict[str, Any], name: str) -> np.ndarray:
+    return np.array([result[name] for result in response["results"]])
 
 
 @pytest.fixture(scope="module")
@@ -33,39 +33,39 @@ def mixed(digits: np.ndarray) -> np.ndarray:
 def test_every_field_of_the_response_matches_the_artifact(
     client: httpx.Client, vae: Artifact, mixed: np.ndarray, alpha: float
 ) -> None:
-    answer = post(client, "/anomaly", {"inputs": mixed.tolist(), "alpha": alpha})
+    response = post(client, "/anomaly", {"inputs": mixed.tolist(), "alpha": alpha})
     with torch.inference_mode():
         score, parts, _, _ = vae.module.score(torch.from_numpy(mixed))
         severity = vae.module.severity(score, alpha)
         p_value, threshold = vae.module.p_value(score), float(vae.module.threshold(alpha))
-    np.testing.assert_allclose(column(answer, "score"), score, rtol=1e-5)
-    np.testing.assert_allclose(column(answer, "p_value"), p_value, rtol=1e-6)
-    np.testing.assert_allclose(column(answer, "severity"), severity, rtol=1e-4)
-    np.testing.assert_allclose([list(p.values()) for p in column(answer, "parts")], parts, rtol=1e-4, atol=1e-4)
-    assert list(answer["results"][0]["parts"]) == vae.manifest.parts
-    assert answer["threshold"] == pytest.approx(threshold, rel=1e-6)
-    assert answer["alpha"] == alpha
-    assert answer["calibration"] == {"rows": 359, "floor": 1 / 360}
-    assert answer["extrapolated"] == (alpha < 1 / 360)
-    assert column(answer, "row").tolist() == list(range(30))
-    np.testing.assert_array_equal(column(answer, "is_anomaly"), column(answer, "severity") > 1)
+    np.testing.assert_allclose(column(response, "score"), score, rtol=1e-5)
+    np.testing.assert_allclose(column(response, "p_value"), p_value, rtol=1e-6)
+    np.testing.assert_allclose(column(response, "severity"), severity, rtol=1e-4)
+    np.testing.assert_allclose([list(p.values()) for p in column(response, "parts")], parts, rtol=1e-4, atol=1e-4)
+    assert list(response["results"][0]["parts"]) == vae.manifest.parts
+    assert response["threshold"] == pytest.approx(threshold, rel=1e-6)
+    assert response["alpha"] == alpha
+    assert response["calibration"] == {"rows": 359, "floor": 1 / 360}
+    assert response["extrapolated"] == (alpha < 1 / 360)
+    assert column(response, "row").tolist() == list(range(30))
+    np.testing.assert_array_equal(column(response, "is_anomaly"), column(response, "severity") > 1)
 
 
 @pytest.mark.parametrize("model", ["pca", "ae", "vae"])
 def test_rows_are_anomalous_exactly_if_the_p_value_is_at_most_alpha(
     client: httpx.Client, mixed: np.ndarray, model: str
 ) -> None:
-    answer = post(client, "/anomaly", {"inputs": mixed.tolist(), "alpha": 0.05}, params={"model": model})
-    np.testing.assert_array_equal(column(answer, "is_anomaly"), column(answer, "p_value") <= 0.05 * (1 + 1e-6))
-    assert column(answer, "is_anomaly")[20:].all()
+    response = post(client, "/anomaly", {"inputs": mixed.tolist(), "alpha": 0.05}, params={"model": model})
+    np.testing.assert_array_equal(column(response, "is_anomaly"), column(response, "p_value") <= 0.05 * (1 + 1e-6))
+    assert column(response, "is_anomaly")[20:].all()
 
 
 def test_features_have_the_largest_contributions(client: httpx.Client, vae: Artifact, mixed: np.ndarray) -> None:
-    answer = post(client, "/anomaly", {"inputs": mixed.tolist(), "explain": 5})
+    response = post(client, "/anomaly", {"inputs": mixed.tolist(), "explain": 5})
     with torch.inference_mode():
         _, _, contribution, expected = (part.numpy() for part in vae.module.score(torch.from_numpy(mixed)))
     names = [feature.name for feature in vae.manifest.features]
-    for row, result in enumerate(answer["results"]):
+    for row, result in enumerate(response["results"]):
         features = result["features"]
         largest = np.sort(contribution[row])[::-1][:5]
         np.testing.assert_allclose([feature["contribution"] for feature in features], largest, rtol=1e-4)
@@ -78,8 +78,8 @@ def test_features_have_the_largest_contributions(client: httpx.Client, vae: Arti
 
 @pytest.mark.parametrize(("explain", "count"), [(0, 0), (1, 1), (64, 64), (1000, 64)])
 def test_explain_limits_the_number_of_features(client: httpx.Client, explain: int, count: int) -> None:
-    answer = post(client, "/anomaly", {"inputs": [[0.5] * 64], "explain": explain})
-    assert len(answer["results"][0]["features"]) == count
+    response = post(client, "/anomaly", {"inputs": [[0.5] * 64], "explain": explain})
+    assert len(response["results"][0]["features"]) == count
 
 
 def test_records_give_the_same_response_as_rows(client: httpx.Client) -> None:
@@ -88,10 +88,10 @@ def test_records_give_the_same_response_as_rows(client: httpx.Client) -> None:
     backwards = [dict(reversed(record.items())) | {"rack": "a", "hour": 12} for record in records]
     by_row = post(client, "/anomaly", {"inputs": rows.astype(float).tolist()}, params={"model": "hosts"})
     assert post(client, "/anomaly", {"records": records}, params={"model": "hosts"}) == by_row
-    answer = post(client, "/anomaly", {"records": backwards}, params={"model": "hosts"})
-    assert answer.pop("unknown_fields") == 40
+    response = post(client, "/anomaly", {"records": backwards}, params={"model": "hosts"})
+    assert response.pop("unknown_fields") == 40
     by_row.pop("unknown_fields")
-    assert answer == by_row
+    assert response == by_row
 
 
 def test_invalid_rows_are_errors_and_the_other_rows_are_scored(client: httpx.Client, digits: np.ndarray) -> None:
@@ -99,13 +99,13 @@ def test_invalid_rows_are_errors_and_the_other_rows_are_scored(client: httpx.Cli
     alone = post(client, "/anomaly", {"inputs": rows})
     bad = [[None] * 64, "x", rows[0][:63], {"a": 1}, [1e39] * 64]
     mixed = [rows[0], bad[0], rows[1], bad[1], bad[2], rows[2], bad[3], rows[3], rows[4], bad[4]]
-    answer = post(client, "/anomaly", {"inputs": mixed})
-    assert column(answer, "row").tolist() == [0, 2, 5, 7, 8]
-    assert [error["row"] for error in answer["errors"]] == [1, 3, 4, 6, 9]
-    assert [error["pointer"] for error in answer["errors"]] == [
+    response = post(client, "/anomaly", {"inputs": mixed})
+    assert column(response, "row").tolist() == [0, 2, 5, 7, 8]
+    assert [error["row"] for error in response["errors"]] == [1, 3, 4, 6, 9]
+    assert [error["pointer"] for error in response["errors"]] == [
         "/inputs/1/0", "/inputs/3", "/inputs/4", "/inputs/6", "/inputs/9/0"
     ]  # fmt: skip
-    for result, expected in zip(answer["results"], alone["results"], strict=True):
+    for result, expected in zip(response["results"], alone["results"], strict=True):
         assert result["score"] == pytest.approx(expected["score"], rel=1e-6)
         assert result["p_value"] == expected["p_value"]
 
@@ -122,10 +122,10 @@ def test_row_with_the_json_extension_nan_is_an_error(client: httpx.Client, digit
 def test_record_without_a_feature_and_impute_false_is_an_error_that_names_it(client: httpx.Client) -> None:
     good = dict.fromkeys(HOST_FEATURES, 1.0)
     records = [good, {key: value for key, value in good.items() if key != "memory/used"}, good]
-    answer = post(client, "/anomaly", {"records": records, "impute": False}, params={"model": "hosts"})
-    assert column(answer, "row").tolist() == [0, 2]
-    assert answer["errors"][0]["row"] == 1
-    assert "memory/used" in answer["errors"][0]["detail"]
+    response = post(client, "/anomaly", {"records": records, "impute": False}, params={"model": "hosts"})
+    assert column(response, "row").tolist() == [0, 2]
+    assert response["errors"][0]["row"] == 1
+    assert "memory/used" in response["errors"][0]["detail"]
 
 
 def test_request_with_only_invalid_rows_gives_422(client: httpx.Client) -> None:
@@ -135,44 +135,44 @@ def test_request_with_only_invalid_rows_gives_422(client: httpx.Client) -> None:
 
 
 def test_row_whose_score_overflows_gets_the_largest_float32(client: httpx.Client, digits: np.ndarray) -> None:
-    answer = post(client, "/anomaly", {"inputs": [digits[0].tolist(), [1e30] * 64]}, params={"model": "pca"})
-    assert column(answer, "is_anomaly").tolist() == [False, True]
-    assert np.float32(answer["results"][1]["score"]) == np.finfo(np.float32).max
-    assert np.isfinite(column(answer, "severity")).all()
+    response = post(client, "/anomaly", {"inputs": [digits[0].tolist(), [1e30] * 64]}, params={"model": "pca"})
+    assert column(response, "is_anomaly").tolist() == [False, True]
+    assert np.float32(response["results"][1]["score"]) == np.finfo(np.float32).max
+    assert np.isfinite(column(response, "severity")).all()
 
 
 def test_row_that_overflows_in_the_model_is_the_only_error(client: httpx.Client, digits: np.ndarray) -> None:
-    answer = post(client, "/anomaly", {"inputs": [[3e38, -3e38] * 32, digits[0].tolist()]}, params={"model": "vae"})
-    scored = column(answer, "row").tolist()
+    response = post(client, "/anomaly", {"inputs": [[3e38, -3e38] * 32, digits[0].tolist()]}, params={"model": "vae"})
+    scored = column(response, "row").tolist()
     assert 1 in scored
-    assert sorted(scored + [error["row"] for error in answer["errors"]]) == [0, 1]
+    assert sorted(scored + [error["row"] for error in response["errors"]]) == [0, 1]
 
 
 def test_fdr_flags_the_rows_that_benjamini_hochberg_rejects(client: httpx.Client, mixed: np.ndarray) -> None:
     for q in (0.01, 0.1, 0.5):
-        answer = post(client, "/anomaly", {"inputs": mixed.tolist(), "fdr": q})
-        expected = false_discovery_control(column(answer, "p_value")) <= q * (1 + 1e-6)
-        np.testing.assert_array_equal(column(answer, "is_anomaly"), expected)
-        assert answer["fdr"] == q
+        response = post(client, "/anomaly", {"inputs": mixed.tolist(), "fdr": q})
+        expected = false_discovery_control(column(response, "p_value")) <= q * (1 + 1e-6)
+        np.testing.assert_array_equal(column(response, "is_anomaly"), expected)
+        assert response["fdr"] == q
 
 
 def test_fdr_ignores_the_severity_of_an_extreme_row(client: httpx.Client) -> None:
     """The p-value of one extreme row among 30 is the floor 1 / 81, which Benjamini-Hochberg does not reject at 0.1."""
     rows = host_table().x.read_range(0, 30).astype(float)
     rows[7] += 1e4
-    answer = post(client, "/anomaly", {"inputs": rows.tolist(), "fdr": 0.1, "alpha": 1e-6}, params={"model": "hosts"})
-    assert answer["extrapolated"]
-    assert answer["results"][7]["severity"] > 100
-    assert answer["results"][7]["p_value"] == pytest.approx(1 / 81)  # above 0.1 / 30
-    assert not column(answer, "is_anomaly").any()
+    response = post(client, "/anomaly", {"inputs": rows.tolist(), "fdr": 0.1, "alpha": 1e-6}, params={"model": "hosts"})
+    assert response["extrapolated"]
+    assert response["results"][7]["severity"] > 100
+    assert response["results"][7]["p_value"] == pytest.approx(1 / 81)  # above 0.1 / 30
+    assert not column(response, "is_anomaly").any()
 
 
 @pytest.mark.parametrize("alpha", [1 / 81, 0.0123, 0.0124])
 def test_alpha_at_the_floor_is_not_extrapolated(client: httpx.Client, alpha: float) -> None:
     body = {"inputs": host_table().x.read_range(0, 1).astype(float).tolist(), "alpha": alpha}
-    answer = post(client, "/anomaly", body, params={"model": "hosts"})
-    assert answer["calibration"]["floor"] == pytest.approx(1 / 81)
-    assert answer["extrapolated"] == (alpha == 0.0123)
+    response = post(client, "/anomaly", body, params={"model": "hosts"})
+    assert response["calibration"]["floor"] == pytest.approx(1 / 81)
+    assert response["extrapolated"] == (alpha == 0.0123)
 
 
 FDR_TRIALS = 3_000
@@ -223,9 +223,9 @@ def test_npy_response_has_a_line_per_row_and_nan_for_invalid_rows(client: httpx.
     headers = {"content-type": "application/x-npy", "accept": "application/x-npy"}
     response = client.post("/anomaly?alpha=0.1", content=file.getvalue(), headers=headers)
     table = np.load(io.BytesIO(response.content))
-    answer = post(client, "/anomaly", {"inputs": mixed[:6].tolist(), "alpha": 0.1})
+    expected = post(client, "/anomaly", {"inputs": mixed[:6].tolist(), "alpha": 0.1})
     for name, values in zip(("score", "p_value", "severity"), table.T, strict=True):
-        np.testing.assert_allclose(np.delete(values, 2), np.delete(column(answer, name), 2), rtol=1e-5)
+        np.testing.assert_allclose(np.delete(values, 2), np.delete(column(expected, name), 2), rtol=1e-5)
     assert np.isnan(table[2]).all()
 
 
@@ -233,10 +233,10 @@ def test_false_alarm_rate_on_fresh_normal_rows_matches_alpha(client: httpx.Clien
     rng = np.random.default_rng(99)
     base = rng.normal(size=(300, 2))
     x = np.column_stack((base[:, 0], 100 + 20 * base[:, 1], base[:, 0] + base[:, 1], 3 * rng.normal(size=300)))
-    answer = post(client, "/anomaly", {"inputs": x.tolist(), "alpha": 0.1}, params={"model": "hosts"})
+    response = post(client, "/anomaly", {"inputs": x.tolist(), "alpha": 0.1}, params={"model": "hosts"})
     n = load(artifacts / "hosts" / "1" / "model.pt").manifest.calibration.rows
     from scipy.stats import betabinom
 
     allowed = int(0.1 * (n + 1))
     low, high = betabinom(300, allowed, n + 1 - allowed).interval(0.999)
-    assert low <= column(answer, "is_anomaly").sum() <= high
+    assert low <= column(response, "is_anomaly").sum() <= high

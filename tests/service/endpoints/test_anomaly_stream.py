@@ -103,16 +103,16 @@ def test_option_that_a_stream_does_not_support_gives_422(hosts: httpx.Client, fi
     assert response.json()["pointer"] == f"/{field.partition('=')[0]}"
 
 
-def test_row_is_answered_before_the_next_row_is_sent(hosts: httpx.Client) -> None:
-    with connect(hosts) as connection, connection.makefile("rb") as answer:
+def test_row_gets_its_response_before_the_next_row_is_sent(hosts: httpx.Client) -> None:
+    with connect(hosts) as connection, connection.makefile("rb") as response:
         line = json.dumps(host_records(host_rows(1))[0]).encode() + b"\n"
         for row in range(3):
             connection.sendall(chunk(line))
-            while b'"row"' not in (got := answer.readline()):
+            while b'"row"' not in (got := response.readline()):
                 assert got
             assert json.loads(got)["row"] == row
         connection.sendall(b"0\r\n\r\n")
-        while b'"rows":3' not in (got := answer.readline()):
+        while b'"rows":3' not in (got := response.readline()):
             assert got
 
 
@@ -137,7 +137,7 @@ def test_memory_of_a_stream_does_not_grow_with_its_rows(hosts: httpx.Client) -> 
     assert large < small + 2**20
 
 
-def test_client_that_does_not_read_is_not_read_from_either(streaming_app: FastAPI, hosts: httpx.Client) -> None:
+def test_stream_to_a_client_that_does_not_read_stops_reading(streaming_app: FastAPI, hosts: httpx.Client) -> None:
     line = json.dumps(host_records(host_rows(1))[0]).encode() + b"\n"
     piece, sent = chunk(line * 200), 0
     with connect(hosts, "explain=4") as connection:
@@ -146,7 +146,7 @@ def test_client_that_does_not_read_is_not_read_from_either(streaming_app: FastAP
         with suppress(TimeoutError, ConnectionError):
             while sent < 400 * 2**20:
                 sent += connection.send(piece)
-        assert sent < 64 * 2**20  # what socket buffers hold, far less than 400 MiB
+        assert sent < 64 * 2**20  # socket buffers hold less than this, far less than 400 MiB
         assert hosts.post("/anomaly", json={"inputs": host_rows(1)}).status_code == 200
         held = streaming_app.state.service.admission.body_bytes.amount
         assert held <= 2**20
@@ -175,12 +175,12 @@ def test_client_that_stops_sending_gets_body_too_slow(hosts: httpx.Client) -> No
     with connect(hosts) as connection:
         connection.sendall(chunk(b'{"cpu": 1'))
         connection.settimeout(20)
-        answer = b""
+        response = b""
         while got := connection.recv(4096):
-            answer += got
-            if b"body_too_slow" in answer:
+            response += got
+            if b"body_too_slow" in response:
                 break
-        assert b"body_too_slow" in answer
+        assert b"body_too_slow" in response
 
 
 def test_concurrent_streams_get_their_own_responses(hosts: httpx.Client) -> None:
@@ -200,7 +200,7 @@ def test_concurrent_streams_get_their_own_responses(hosts: httpx.Client) -> None
     assert rows == {100 + number: 100 + number for number in range(8)}
 
 
-def test_line_longer_than_the_limit_is_an_error_and_the_others_are_scored(hosts: httpx.Client) -> None:
+def test_line_longer_than_the_limit_is_an_error_and_other_lines_are_scored(hosts: httpx.Client) -> None:
     good = json.dumps(dict.fromkeys(HOST_FEATURES, 1.0)).encode() + b"\n"
     body = good + b'{"cpu": ' + b"1" * (4 * MAX_LINE_BYTES) + b"}\n" + good
     *lines, last = response_lines(hosts.post("/anomaly", content=body, headers=HEADERS))

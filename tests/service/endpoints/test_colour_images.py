@@ -37,7 +37,7 @@ def pipeline() -> Pipeline:
 
 
 def images() -> np.ndarray:
-    """Return [7, 6, 5, 3] from 0 to 255; each channel has another mean."""
+    """Return images [7, 6, 5, 3], 0 to 255, whose channels have different means."""
     bright = np.random.default_rng(0).random((7, *SHAPE)) * [250, 120, 30]
     return bright.astype(np.float32)
 
@@ -101,7 +101,7 @@ def test_samples_as_png_are_an_rgb_grid(client: httpx.Client) -> None:
 
 def test_interpolation_and_decoding_return_flat_images(client: httpx.Client) -> None:
     x = images().astype(float).tolist()
-    answer = post(client, "/interpolate", {"start": {"input": x[0]}, "end": {"input": x[1]}, "steps": 3})
-    assert np.shape(answer["outputs"]) == (3, D)
-    decoded = post(client, "/decode", {"latents": answer["latents"]})["outputs"]
-    np.testing.assert_allclose(decoded, answer["outputs"], rtol=1e-5)
+    response = post(client, "/interpolate", {"start": {"input": x[0]}, "end": {"input": x[1]}, "steps": 3})
+    assert np.shape(response["outputs"]) == (3, D)
+    decoded = post(client, "/decode", {"latents": response["latents"]})["outputs"]
+    np.testing.assert_allclose(decoded, response["outputs"], rtol=1e-5)

@@ -1,4 +1,4 @@
-"""The same request gives the same response: bit-exact if sent alone, to 1e-6 if it shares a batch.
+"""Equal requests get equal responses: bit-exact if sent alone, within 1e-6 if a request shares its batch.
 
 Samples with a seed are always bit-exact.
 """

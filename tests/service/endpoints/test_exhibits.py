@@ -26,15 +26,15 @@ def read_exhibits(path: Path) -> dict[str, bytes]:
         return {name.rpartition("/")[2]: archive.read(name) for name in names}
 
 
-def test_held_out_has_the_codes_and_labels_of_the_held_out_rows(
+def test_held_out_has_the_latents_and_labels_of_the_held_out_rows(
     client: httpx.Client, digits: np.ndarray, artifacts: Path
 ) -> None:
     exhibit = client.get("/models/vae/held-out").json()
     assert (exhibit["model"], exhibit["version"], exhibit["rows"]) == ("vae", 1, 180)
     inputs = np.array(exhibit["inputs"], np.float32)
     assert inputs.shape == (180, 64)
-    codes = client.post("/encode?model=vae", json={"inputs": exhibit["inputs"]}).json()["latents"]
-    np.testing.assert_allclose(codes, exhibit["latents"], rtol=1e-4, atol=1e-5)
+    latents = client.post("/encode?model=vae", json={"inputs": exhibit["inputs"]}).json()["latents"]
+    np.testing.assert_allclose(latents, exhibit["latents"], rtol=1e-4, atol=1e-5)
     from sklearn.datasets import load_digits
 
     labels = {row.tobytes(): label for row, label in zip(digits, load_digits().target, strict=True)}

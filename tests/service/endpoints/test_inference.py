@@ -26,25 +26,25 @@ def npy(array: np.ndarray) -> bytes:
 def call(artifact: Artifact, method: str, *arrays: np.ndarray) -> list[np.ndarray]:
     """Return the outputs of the artifact's method as a list of arrays."""
     with torch.inference_mode():
-        answer = getattr(artifact.module, method)(*map(torch.from_numpy, arrays))
-    return [part.numpy() for part in (answer if isinstance(answer, tuple) else (answer,))]
+        outputs = getattr(artifact.module, method)(*map(torch.from_numpy, arrays))
+    return [output.numpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
 
 
 def test_encode_returns_mean_and_std_of_the_posterior(client: httpx.Client, vae: Artifact, digits: np.ndarray) -> None:
-    answer = post(client, "/encode", {"inputs": digits[:7].tolist()})
+    response = post(client, "/encode", {"inputs": digits[:7].tolist()})
     mean, std = call(vae, "encode", digits[:7])
-    assert (answer["model"], answer["version"]) == ("vae", 1)
-    assert list(answer) == ["model", "version", "latents", "std"]
-    np.testing.assert_allclose(answer["latents"], mean, atol=1e-6)
-    np.testing.assert_allclose(answer["std"], std, atol=1e-6)
+    assert (response["model"], response["version"]) == ("vae", 1)
+    assert list(response) == ["model", "version", "latents", "std"]
+    np.testing.assert_allclose(response["latents"], mean, atol=1e-6)
+    np.testing.assert_allclose(response["std"], std, atol=1e-6)
 
 
-def test_encode_with_sample_draws_from_the_posterior(client: httpx.Client, vae: Artifact, digits: np.ndarray) -> None:
-    answer = post(client, "/encode", {"inputs": digits[:3].tolist(), "sample": True, "seed": 5})
+def test_encode_with_sample_samples_from_the_posterior(client: httpx.Client, vae: Artifact, digits: np.ndarray) -> None:
+    response = post(client, "/encode", {"inputs": digits[:3].tolist(), "sample": True, "seed": 5})
     mean, std = call(vae, "encode", digits[:3])
     noise = NoiseSource().draw(5, 3, 16)[0]
-    np.testing.assert_allclose(answer["latents"], mean + std * noise, atol=1e-6)
-    assert answer["seed"] == 5
+    np.testing.assert_allclose(response["latents"], mean + std * noise, atol=1e-6)
+    assert response["seed"] == 5
 
 
 def test_encode_with_sample_and_no_seed_returns_a_seed_that_reproduces_it(
@@ -64,37 +64,37 @@ def test_nested_and_flat_rows_give_the_same_response(client: httpx.Client, digit
 
 def test_decode_returns_flat_rows(client: httpx.Client, vae: Artifact) -> None:
     latents = NoiseSource().draw(1, 4, 16)[0]
-    answer = post(client, "/decode", {"latents": latents.tolist()})
-    np.testing.assert_allclose(answer["outputs"], call(vae, "decode", latents)[0], atol=1e-6)
-    assert np.shape(answer["outputs"]) == (4, 64)
+    response = post(client, "/decode", {"latents": latents.tolist()})
+    np.testing.assert_allclose(response["outputs"], call(vae, "decode", latents)[0], atol=1e-6)
+    assert np.shape(response["outputs"]) == (4, 64)
 
 
 def test_reconstruct_returns_rows_and_their_mean_squared_errors(
     client: httpx.Client, vae: Artifact, digits: np.ndarray
 ) -> None:
-    answer = post(client, "/reconstruct", {"inputs": digits[:5].tolist()})
+    response = post(client, "/reconstruct", {"inputs": digits[:5].tolist()})
     (expected,) = call(vae, "forward", digits[:5])
-    np.testing.assert_allclose(answer["outputs"], expected, atol=1e-6)
-    np.testing.assert_allclose(answer["errors"], ((digits[:5] - expected) ** 2).mean(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(response["outputs"], expected, atol=1e-6)
+    np.testing.assert_allclose(response["errors"], ((digits[:5] - expected) ** 2).mean(axis=1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("model", ["pca", "ae", "vae"])
-def test_sample_draws_from_the_prior_of_the_artifact(client: httpx.Client, artifacts: Any, model: str) -> None:
+def test_sample_samples_from_the_prior_of_the_artifact(client: httpx.Client, artifacts: Any, model: str) -> None:
     from models.artifact import load
 
-    answer = post(client, "/sample", {"n": 6, "seed": 2**40 + 3, "temperature": 0.7}, params={"model": model})
+    response = post(client, "/sample", {"n": 6, "seed": 2**40 + 3, "temperature": 0.7}, params={"model": model})
     noise, choice = NoiseSource().draw(2**40 + 3, 6, 16)
     artifact = load(artifacts / model / "1" / "model.pt")
     (latents,) = call(artifact, "draw", noise * np.float32(0.7), choice)
-    np.testing.assert_allclose(answer["latents"], latents, atol=1e-6)
-    np.testing.assert_allclose(answer["outputs"], call(artifact, "decode", latents)[0], atol=1e-6)
-    assert answer["seed"] == 2**40 + 3
+    np.testing.assert_allclose(response["latents"], latents, atol=1e-6)
+    np.testing.assert_allclose(response["outputs"], call(artifact, "decode", latents)[0], atol=1e-6)
+    assert response["seed"] == 2**40 + 3
 
 
 def test_sample_at_temperature_zero_returns_the_mean_of_the_prior(client: httpx.Client, vae: Artifact) -> None:
-    answer = post(client, "/sample", {"n": 2, "temperature": 0})
-    assert (np.array(answer["latents"]) == 0).all()
-    np.testing.assert_allclose(answer["outputs"], call(vae, "decode", np.zeros((2, 16), np.float32))[0], atol=1e-6)
+    response = post(client, "/sample", {"n": 2, "temperature": 0})
+    assert (np.array(response["latents"]) == 0).all()
+    np.testing.assert_allclose(response["outputs"], call(vae, "decode", np.zeros((2, 16), np.float32))[0], atol=1e-6)
 
 
 def test_samples_of_a_seed_start_the_same_for_any_n(client: httpx.Client) -> None:
@@ -109,20 +109,20 @@ def test_sample_without_a_body_uses_the_defaults(client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("method", ["linear", "slerp"])
-def test_interpolate_between_rows_starts_and_ends_at_their_codes(
+def test_interpolate_between_rows_starts_and_ends_at_their_latents(
     client: httpx.Client, vae: Artifact, digits: np.ndarray, method: str
 ) -> None:
     body = {"start": {"input": digits[0].tolist()}, "end": {"input": digits[1].reshape(8, 8).tolist()}}
-    answer = post(client, "/interpolate", body | {"steps": 6, "method": method})
+    response = post(client, "/interpolate", body | {"steps": 6, "method": method})
     mean, _ = call(vae, "encode", digits[:2])
-    np.testing.assert_allclose(answer["latents"][0], mean[0], atol=1e-6)
-    np.testing.assert_allclose(answer["latents"][-1], mean[1], atol=1e-6)
-    assert len(answer["latents"]) == 6
-    latents = np.array(answer["latents"], np.float32)
-    np.testing.assert_allclose(answer["outputs"], call(vae, "decode", latents)[0], atol=1e-6)
+    np.testing.assert_allclose(response["latents"][0], mean[0], atol=1e-6)
+    np.testing.assert_allclose(response["latents"][-1], mean[1], atol=1e-6)
+    assert len(response["latents"]) == 6
+    latents = np.array(response["latents"], np.float32)
+    np.testing.assert_allclose(response["outputs"], call(vae, "decode", latents)[0], atol=1e-6)
 
 
-def test_interpolate_from_a_code_to_a_row(client: httpx.Client, vae: Artifact, digits: np.ndarray) -> None:
+def test_interpolate_from_latents_to_a_row(client: httpx.Client, vae: Artifact, digits: np.ndarray) -> None:
     body = {"start": {"latent": [0.5] * 16}, "end": {"input": digits[3].tolist()}, "steps": 3}
     latents = np.array(post(client, "/interpolate", body)["latents"])
     end = call(vae, "encode", digits[3:4])[0][0]
@@ -133,8 +133,8 @@ def test_interpolate_from_a_code_to_a_row(client: httpx.Client, vae: Artifact, d
 
 @pytest.mark.parametrize(("reference", "model"), [("pca", "pca"), ("ae", "ae"), ("vae@1", "vae"), ("hosts", "hosts")])
 def test_query_parameter_model_selects_the_model(client: httpx.Client, reference: str, model: str) -> None:
-    answer = post(client, "/sample", {"n": 1}, params={"model": reference})
-    assert (answer["model"], answer["version"]) == (model, 1)
+    response = post(client, "/sample", {"n": 1}, params={"model": reference})
+    assert (response["model"], response["version"]) == (model, 1)
 
 
 @pytest.mark.parametrize("path", ["/encode", "/reconstruct"])
@@ -145,9 +145,9 @@ def test_npy_request_and_response_match_json(client: httpx.Client, digits: np.nd
     assert response.headers["content-type"] == "application/x-npy"
     assert response.headers["elbo-model"] == "vae@1"
     array = np.load(io.BytesIO(response.content), allow_pickle=False)
-    answer = post(client, path, {"inputs": digits[:4].tolist()})
+    expected = post(client, path, {"inputs": digits[:4].tolist()})
     assert array.dtype == np.float32
-    np.testing.assert_allclose(array, answer["latents" if path == "/encode" else "outputs"], atol=1e-6)
+    np.testing.assert_allclose(array, expected["latents" if path == "/encode" else "outputs"], atol=1e-6)
 
 
 def test_query_options_of_an_npy_request_match_json_fields(client: httpx.Client, digits: np.ndarray) -> None:

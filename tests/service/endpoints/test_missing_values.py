@@ -91,9 +91,9 @@ def test_record_with_a_key_absent_scores_like_one_with_null(client: httpx.Client
     whole = dict(zip(HOST_FEATURES, GOOD, strict=True))
     null = whole | {"memory/used": None, "load": None}
     absent = {name: value for name, value in whole.items() if name not in ("memory/used", "load")}
-    answers = [post(client, "/anomaly", {"records": records}) for records in ([null], [absent])]
-    assert answers[0] == answers[1]
-    assert answers[0]["results"] == post(client, "/anomaly", {"inputs": [INCOMPLETE[2]]})["results"]
+    responses = [post(client, "/anomaly", {"records": records}) for records in ([null], [absent])]
+    assert responses[0] == responses[1]
+    assert responses[0]["results"] == post(client, "/anomaly", {"inputs": [INCOMPLETE[2]]})["results"]
     mixed = post(client, "/anomaly", {"records": [absent, whole, absent | {"rack": "a"}]})
     assert mixed["unknown_fields"] == 1
     assert [result.get("imputed") for result in mixed["results"]] == [
@@ -114,10 +114,10 @@ def test_encode_reconstruct_and_interpolate_count_missing_values(client: httpx.C
 
 
 def test_reconstruction_error_is_the_mean_over_the_present_values(client: httpx.Client) -> None:
-    answer = post(client, "/reconstruct", {"inputs": INCOMPLETE})
+    response = post(client, "/reconstruct", {"inputs": INCOMPLETE})
     x = np.array(INCOMPLETE, np.float32)
-    expected = np.nanmean((np.array(answer["outputs"]) - x) ** 2, axis=1)
-    np.testing.assert_allclose(answer["errors"], expected, rtol=1e-4)
+    expected = np.nanmean((np.array(response["outputs"]) - x) ** 2, axis=1)
+    np.testing.assert_allclose(response["errors"], expected, rtol=1e-4)
 
 
 def npy(x: np.ndarray) -> bytes:
@@ -150,8 +150,8 @@ def test_nan_in_npy_rows_is_treated_like_null_in_json(client: httpx.Client, dtyp
 def test_missing_required_value_is_refused_with_its_pointer(client: httpx.Client, row: list[Any], pointer: str) -> None:
     problem = client.post("/encode", json={"inputs": [GOOD, row]}).json()
     assert (problem["code"], problem["pointer"]) == ("invalid_rows", pointer)
-    answer = post(client, "/anomaly", {"inputs": [GOOD, row]})
-    assert [error["pointer"] for error in answer["errors"]] == [pointer]
+    response = post(client, "/anomaly", {"inputs": [GOOD, row]})
+    assert [error["pointer"] for error in response["errors"]] == [pointer]
 
 
 @pytest.mark.parametrize(

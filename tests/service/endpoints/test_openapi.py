@@ -67,8 +67,8 @@ def test_response_to_every_example_matches_its_schema(
     validate(document, value, body["schema"])
     response = client.post(path, json=value, params={"model": model})
     assert response.status_code == 200, response.text
-    answers = document["paths"][path]["post"]["responses"]
-    validate(document, response.json(), answers["200"]["content"]["application/json"]["schema"])
+    responses = document["paths"][path]["post"]["responses"]
+    validate(document, response.json(), responses["200"]["content"]["application/json"]["schema"])
 
 
 @pytest.mark.parametrize(
@@ -102,9 +102,9 @@ def test_binary_formats_are_documented_for_the_endpoints_that_support_them(docum
     accepting_npy = {path for path in POSTS if "application/x-npy" in content(document, path)}
     assert accepting_npy == {"/encode", "/decode", "/reconstruct", "/anomaly"}
     for path in POSTS:
-        answers = document["paths"][path]["post"]["responses"]["200"]["content"]
+        responses = document["paths"][path]["post"]["responses"]["200"]["content"]
         pictures = path not in ("/encode", "/anomaly")
-        assert set(answers) == {"application/json", "application/x-npy", "application/x-safetensors"} | (
+        assert set(responses) == {"application/json", "application/x-npy", "application/x-safetensors"} | (
             {"image/png"} if pictures else set()
         )
 

@@ -78,9 +78,9 @@ def send(client: httpx.Client, found: list[Series], **headers: str) -> httpx.Res
     return client.post("/api/v1/write", content=remote_write.dumps(found), headers=HEADERS | headers)
 
 
-def value(client: httpx.Client, name: str, **wanted: str) -> float:
-    who = {"model": "hosts", "version": "1", **wanted}
-    return scrape(client).get((name, frozenset(who.items())), 0.0)
+def value(client: httpx.Client, name: str, **more: str) -> float:
+    labels = {"model": "hosts", "version": "1", **more}
+    return scrape(client).get((name, frozenset(labels.items())), 0.0)
 
 
 def test_message_encoded_by_hand_is_decoded() -> None:

@@ -26,7 +26,7 @@ expect.set_options(timeout=TIMEOUT)
 MAP = ".map-card .map canvas:last-child"
 MAP_BASE = ".map-card .map canvas:first-child"
 OUTPUT = ".point-card .output canvas"
-# Resolves after the page has had 60 ms and a frame of its own, however slow the machine is.
+# Resolves after 60 ms and one more frame of the page, on a slow machine too.
 PAGE_PAUSE = "() => new Promise(done => setTimeout(() => requestAnimationFrame(() => setTimeout(done)), 60))"
 
 
@@ -50,7 +50,7 @@ class ApiRequest:
     path: str
     query: dict[str, str]
     body: bytes
-    sent: Request  # as Playwright has it
+    sent: Request  # Playwright's object for this request
 
     @property
     def json(self) -> Any:
@@ -66,7 +66,7 @@ class ApiRequest:
 
 @dataclass
 class ExplorerPage:
-    """The explorer in a browser page: its API requests and its console errors since it was created."""
+    """The explorer in a browser page, with its API requests and console errors since the page was created."""
 
     page: Page
     base_url: str
@@ -88,7 +88,7 @@ class ExplorerPage:
         expect(self.page.locator("#view h2")).to_be_visible()
 
     def requests_to(self, path: str, since: int = 0) -> list[ApiRequest]:
-        """Return the requests to `path`, from the request with index `since` on."""
+        """Return the requests to `path` among those with index `since` or later."""
         return [request for request in self.requests[since:] if request.path == path]
 
     def expect_request(self, action: Callable[[], object], path: str, **query: str) -> ApiRequest:

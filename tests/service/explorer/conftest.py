@@ -1,4 +1,4 @@
-"""A service with the session's models and two more, and its page in a browser."""
+"""Fixtures: a service with the session's models and two more, and its page in a browser."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,14 +19,14 @@ from training.train import train
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Headless Chromium, per module: its event loop occupies this thread, and later modules may start their own."""
+    """Yield headless Chromium, one per module: its event loop occupies the thread, which other modules need."""
     with chromium() as browser:
         yield browser
 
 
 @pytest.fixture(scope="session")
 def site_url(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a service with the session's models, a linear autoencoder and a private model."""
+    """Yield the URL of a service with the session's models, a linear autoencoder and a private model."""
     root = tmp_path_factory.mktemp("explorer")
     for folder in artifacts.iterdir():
         (root / folder.name).symlink_to(folder)
@@ -43,7 +43,7 @@ def site_url(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture
 def explorer(browser: Browser, site_url: str) -> Iterator[ExplorerPage]:
-    """The page in a browser context of its own. The test fails on any error or warning in the console."""
+    """Yield the page in its own browser context. The test fails on any error or warning in the console."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     explorer = ExplorerPage(context.new_page(), site_url)
     yield explorer

@@ -1,6 +1,6 @@
 """Accessibility, layout and size of every view, in both themes, on a wide and a narrow window.
 
-Leaves a screenshot of each in `screenshots/`, which git ignores.
+The tests write a screenshot of each to `screenshots/`, which git ignores.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.service.explorer.browser import ExplorerPage
 SCREENSHOTS = ROOT / "screenshots"
 A = ",".join(["1.5", "0", "-1", *["0"] * 13])
 B = ",".join(["-1", "1", "0.5", *["0"] * 13])
-VIEWS = {  # query, and a selector for content that appears last
+VIEWS = {  # query, and a selector of the content that appears last
     "models": ("?view=models", "article.model img"),
     "latent": (f"?view=latent&model=vae&a={A}&b={B}&seed=7", ".strip canvas"),
     "reconstruct": ("?view=reconstruct&model=vae&noise=0.2&draw=1", "table.errors"),

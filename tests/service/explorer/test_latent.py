@@ -238,7 +238,7 @@ def test_map_shows_20000_rows_from_a_file(explorer: ExplorerPage, tmp_path: Path
     click_button(page, "Codes")
     assert canvas_hash(page, MAP_BASE) != before
     click_button(page, "Codes")
-    assert canvas_hash(page, MAP_BASE) == before  # all codes are drawn again
+    assert canvas_hash(page, MAP_BASE) == before  # all points are visible again
     middle = page.locator(MAP).bounding_box()
     assert middle
     over = {"x": middle["width"] / 2, "y": middle["height"] / 2}

@@ -1,4 +1,4 @@
-"""The import graph and the line length of the page's JavaScript modules, and the tools that check them."""
+"""The import graph and line lengths of the page's JavaScript modules, and the locked tools that check the modules."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What all views of the explorer share: tooltips, themes, shareable addresses, error messages, aborted requests."""
+"""Features of all views of the explorer: tooltips, themes, shareable addresses, error messages, aborted requests."""
 
 import re
 from pathlib import Path
@@ -121,7 +121,7 @@ def test_outdated_request_is_aborted(explorer: ExplorerPage) -> None:
     expect(page.locator(".flow > li")).to_have_count(6)
 
 
-def test_page_without_models_says_how_to_train_one(browser: Browser, tmp_path: Path) -> None:
+def test_page_without_models_shows_how_to_train_one(browser: Browser, tmp_path: Path) -> None:
     app = create_app(Settings(artifacts=tmp_path, log_level="error"))
     with running(app) as client, browser.new_context() as context:
         explorer = ExplorerPage(context.new_page(), str(client.base_url))

@@ -11,7 +11,7 @@ from tests.service.explorer.browser import ExplorerPage, click_button
 def test_held_out_row_is_encoded_and_decoded(explorer: ExplorerPage) -> None:
     explorer.open("?view=reconstruct&model=vae")
     page = explorer.page
-    expect(page.locator(".flow > li")).to_have_count(6)  # input, encoder, code, sample, decoder, output
+    expect(page.locator(".flow > li")).to_have_count(6)  # input, encoder, latents, sample, decoder, output
     assert page.locator(".network").first.get_attribute("aria-label") == "encoder: 64 to 48 to 32"
     expect(page.locator("table.errors tbody tr")).to_have_count(5)
     request = explorer.expect_request(lambda: click_button(page, "next row"), "/encode", model="vae@1")
@@ -25,7 +25,7 @@ def test_held_out_row_is_encoded_and_decoded(explorer: ExplorerPage) -> None:
     np.testing.assert_allclose(request.json["inputs"][0], response.json()["inputs"][0])
     explorer.expect_request(lambda: click_button(page, "random row"), "/encode")
     number = page.get_by_label("row, 0 to 179")
-    wanted = 6 if number.input_value() == "5" else 5  # not the random one
+    wanted = 6 if number.input_value() == "5" else 5  # differs from the random row
     number.fill(str(wanted))
     request = explorer.expect_request(lambda: number.press("Enter"), "/encode")
     np.testing.assert_allclose(request.json["inputs"][0], response.json()["inputs"][wanted])
@@ -95,7 +95,7 @@ def test_row_is_drawn_with_pointer_and_keyboard(explorer: ExplorerPage) -> None:
     assert not np.any(request.json["inputs"][0])
 
 
-def test_pasted_row_is_read_and_a_wrong_one_rejected(explorer: ExplorerPage) -> None:
+def test_pasted_row_is_used_and_an_invalid_one_is_rejected(explorer: ExplorerPage) -> None:
     explorer.open("?view=reconstruct&model=hosts")
     page = explorer.page
     page.get_by_role("radio", name="Paste").check()

@@ -25,7 +25,7 @@ def test_algorithm_steps_select_loss_curves(explorer: ExplorerPage) -> None:
     assert "model=pca" in page.url
 
 
-def test_activity_report_is_that_of_the_artifact(explorer: ExplorerPage, site_url: str) -> None:
+def test_activity_report_equals_that_of_the_artifact(explorer: ExplorerPage, site_url: str) -> None:
     explorer.open("?view=training&model=vae")
     report = explorer.page.request.get(f"{site_url}/models/vae").json()["latent_report"]
     inactive = [i for i, latent in enumerate(report) if not latent["active"]]

@@ -35,8 +35,8 @@ Response = tuple[int, dict[str, str], bytes]  # status, headers, body
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., ServerProcess]]:
-    with server_starter() as begin:
-        yield begin
+    with server_starter() as start_server:
+        yield start_server
 
 
 async def connect(port: int) -> Connection:
@@ -53,7 +53,7 @@ async def read_response(reader: asyncio.StreamReader) -> Response:
 
 
 async def send_rounds(port: int, request: bytes, clients: int, rounds: int) -> list[tuple[Response, float]]:
-    """Let `clients` send `request` at the same time, `rounds` times; return each response and its seconds."""
+    """Send `request` on `clients` connections at the same time, `rounds` times; return responses and their seconds."""
     connections = [await connect(port) for _ in range(clients)]
 
     async def send(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[Response, float]:
@@ -162,7 +162,7 @@ def test_ticket_acquired_or_released_twice_counts_once() -> None:
     asyncio.run(scenario())
 
 
-def test_flood_is_refused_at_once_and_accepted_requests_are_answered(
+def test_flood_of_requests_gets_prompt_refusals_and_correct_responses(
     start: Callable[..., ServerProcess], artifacts: Path, vae: Artifact
 ) -> None:
     process = start(artifacts, QUEUE_SECONDS=0.001)

@@ -1,4 +1,4 @@
-"""RequestMiddleware stands in front of FastAPI: the application answers alike wherever it is mounted."""
+"""RequestMiddleware in an application that is mounted under a path of another application."""
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -19,7 +19,7 @@ BODY = {"inputs": [[0.5] * 64]}
 
 @pytest.fixture
 def mounted(artifacts: Path) -> Iterator[httpx.Client]:
-    """A client of an application that serves Elbo under /elbo."""
+    """Yield a client of an application that serves Elbo under /elbo."""
     app = create_app(Settings(artifacts=artifacts, log_level="error"))
 
     @asynccontextmanager
@@ -33,7 +33,7 @@ def mounted(artifacts: Path) -> Iterator[httpx.Client]:
         yield client
 
 
-def test_a_mounted_app_answers_every_endpoint(mounted: httpx.Client) -> None:
+def test_mounted_app_responds_on_every_endpoint_and_counts_requests(mounted: httpx.Client) -> None:
     assert mounted.post("/encode", json=BODY).status_code == 200
     assert mounted.get("/models/vae").json()["name"] == "vae"
     assert mounted.head("/livez").status_code == 200
@@ -42,13 +42,13 @@ def test_a_mounted_app_answers_every_endpoint(mounted: httpx.Client) -> None:
         assert f'elbo_requests_total{{endpoint="{endpoint}",' in text
 
 
-def test_a_mounted_app_refuses_unknown_paths_and_methods_as_problems(mounted: httpx.Client) -> None:
+def test_mounted_app_gives_problems_for_unknown_paths_and_methods(mounted: httpx.Client) -> None:
     assert mounted.post("/nope").json()["code"] == "not_found"
     refused = mounted.get("/encode")
     assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
     assert mounted.get("/models/nobody").json()["code"] == "model_not_found"
 
 
-def test_a_mounted_app_gives_back_the_place_of_every_answered_request(mounted: httpx.Client) -> None:
+def test_mounted_app_releases_the_place_of_every_request(mounted: httpx.Client) -> None:
     statuses = {mounted.post("/encode", json=BODY).status_code for _ in range(WORK_SLOTS + 10)}
     assert statuses == {200}

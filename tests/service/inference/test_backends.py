@@ -111,10 +111,10 @@ def test_all_operations_give_equal_results_on_both_backends(kind: str, tmp_path:
         (operations.anomaly(0.05), (x,)),
     ]
     for operation, inputs in calls:
-        for answer, expected in zip(twin.run(operation, inputs), plain.run(operation, inputs), strict=True):
-            assert answer.dtype == np.float32
-            assert answer.flags.c_contiguous
-            np.testing.assert_allclose(answer, expected, rtol=1e-4, atol=1e-5, err_msg=operation.name)
+        for output, expected in zip(twin.run(operation, inputs), plain.run(operation, inputs), strict=True):
+            assert output.dtype == np.float32
+            assert output.flags.c_contiguous
+            np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5, err_msg=operation.name)
 
 
 @pytest.mark.parametrize("kind", CORES)
@@ -151,7 +151,7 @@ def test_auto_without_onnxruntime_selects_torchscript(tmp_path: Path, monkeypatc
     assert "onnxruntime, which runs ONNX twins, is not installed" in selection.reason
 
 
-def test_gpu_gets_torchscript(tmp_path: Path) -> None:
+def test_artifact_on_a_gpu_gets_torchscript(tmp_path: Path) -> None:
     loaded = replace(artifact.load(publish_twin(tmp_path, "pca")), device=torch.device("cuda"))
     assert "the device is cuda" in select_backend(loaded, requested="onnx").reason
 
@@ -194,13 +194,13 @@ def test_reconstruction_of_rows_with_gaps_gives_equal_results_on_both_backends(k
         np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_models_endpoint_reports_the_backend_and_the_twin_answers_requests(tmp_path: Path) -> None:
+def test_models_endpoint_reports_the_twin_and_requests_run_on_it(tmp_path: Path) -> None:
     publish_twin(tmp_path, "vae-gaussian")
     description = {"name": "onnx", "reason": "requested by ELBO_BACKEND", "precision": "float32", "errors": {}}
     with running(create_app(Settings(artifacts=tmp_path, device="cpu", backend="onnx"))) as client:
         assert client.get("/models").json()["models"][0]["backend"] == description
         assert client.get("/models/model").json()["backend"] == description
-        answer: httpx.Response = client.post("/reconstruct", json={"inputs": batch()[0].tolist()})
-    outputs = np.array(answer.json()["outputs"], np.float32)
+        response: httpx.Response = client.post("/reconstruct", json={"inputs": batch()[0].tolist()})
+    outputs = np.array(response.json()["outputs"], np.float32)
     assert outputs.shape == (B, D)
     np.testing.assert_allclose(outputs, pipeline("vae-gaussian")(batch()[0]).numpy(), rtol=1e-5, atol=1e-5)

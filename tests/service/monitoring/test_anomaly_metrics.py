@@ -1,4 +1,4 @@
-"""Metrics of anomaly scoring, of the real service and of several processes; the number of labels is bounded."""
+"""Metrics of anomaly scoring, in a running service and in several processes, and the limit on their labels."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,15 +43,15 @@ def test_scored_request_counts_rows_anomalies_p_values_and_missing_values(hosts:
     records += [dict.fromkeys(HOST_FEATURES, 1e5) | {"host": "ill", "colour": 1}, {"cpu": "x"}]
     del records[0]["load"]
     before = scrape(hosts)
-    answer = post_records(hosts, records, alpha=0.001)
+    response = post_records(hosts, records, alpha=0.001)
     after = scrape(hosts)
-    results: list[dict[str, float]] = answer["results"]  # type: ignore[assignment] # JSON
+    results: list[dict[str, float]] = response["results"]  # type: ignore[assignment] # JSON
     assert increase(before, after, "elbo_scored_rows_total", **MODEL) == len(results) == count + 1
     assert increase(before, after, "elbo_unreadable_rows_total", **MODEL) == 1
     assert increase(before, after, "elbo_unknown_fields_total", **MODEL) == 1
     assert increase(before, after, "elbo_missing_values_total", **MODEL, feature="load") == 1
     assert increase(before, after, "elbo_anomalies_total", **MODEL, group="ill") == 1
-    assert increase(before, after, "elbo_anomalies_total", **MODEL, group="h") == answer["anomalies"] - 1  # type: ignore[operator] # JSON
+    assert increase(before, after, "elbo_anomalies_total", **MODEL, group="h") == response["anomalies"] - 1  # type: ignore[operator] # JSON
     p_values = np.array([result["p_value"] for result in results])
     for bound in P_VALUE_BOUNDS:
         expected = (p_values <= bound * (1 + 1e-6)).sum()
@@ -73,9 +73,8 @@ def test_group_labels_beyond_the_limit_are_counted_as_other(hosts: httpx.Client)
     for start in range(0, 3 * MAX_LABELS, 50):
         post_records(hosts, [abnormal | {"host": f"h{start + i}"} for i in range(50)])
     groups = {dict(labels)["group"] for name, labels in scrape(hosts) if name == "elbo_anomalies_total"}
-    assert (
-        MAX_LABELS - 10 < len(groups) <= MAX_LABELS + 1
-    )  # other tests have used some of the labels, for groups without an anomaly
+    # Other tests use some of the labels, for groups without an anomaly.
+    assert MAX_LABELS - 10 < len(groups) <= MAX_LABELS + 1
     assert "other" in groups
 
 

@@ -58,17 +58,17 @@ def test_request_writes_one_access_line_with_its_details(artifacts: Path, capfd:
     access_lines = [json.loads(line) for line in output if line.startswith("{")]
     lines = {line["request_id"]: line for line in access_lines if line.get("path") != "/livez"}
     assert set(lines) == {"r1", "r2", "r3"}
-    answered = lines["r1"]
-    assert (answered["level"], answered["logger"], answered["message"]) == ("info", "elbo.access", "request")
-    assert (answered["method"], answered["path"], answered["status"]) == ("POST", "/encode", 200)
-    assert (answered["model"], answered["version"], answered["rows"], answered["client"]) == ("ae", 1, 3, "127.0.0.1")
-    assert answered["ms"] >= answered["compute_ms"] > 0
+    accepted = lines["r1"]
+    assert (accepted["level"], accepted["logger"], accepted["message"]) == ("info", "elbo.access", "request")
+    assert (accepted["method"], accepted["path"], accepted["status"]) == ("POST", "/encode", 200)
+    assert (accepted["model"], accepted["version"], accepted["rows"], accepted["client"]) == ("ae", 1, 3, "127.0.0.1")
+    assert accepted["ms"] >= accepted["compute_ms"] > 0
     assert (lines["r2"]["status"], lines["r2"]["rows"]) == (422, 0)
     assert lines["r3"]["status"] == 404
 
 
 def ended_request(request_id: str) -> RequestRecord:
-    """Return the record of a request that has been answered."""
+    """Return the record of a request that has ended."""
     return RequestRecord(request_id, "GET", "/a", None)
 
 

@@ -34,7 +34,7 @@ def start() -> Iterator[Callable[..., ServerProcess]]:
 
 @pytest.fixture(scope="module")
 def server(artifacts: Path) -> Iterator[ServerProcess]:
-    """A server for the tests that do not change its state."""
+    """Yield a server for the tests that do not change its state."""
     with server_starter() as start_server:
         process = start_server(artifacts, MAX_BODY_BYTES=2**20)
         yield process
@@ -255,7 +255,7 @@ def test_bytes_that_are_not_http_leave_the_server_alive(server: ServerProcess, g
 
 
 def test_registry_without_model_classes_and_training_loads_every_artifact(artifacts: Path, tmp_path: Path) -> None:
-    """Beside the service, only the modules of `models` that define the artifact contract are copied."""
+    """The copy has the service, and of `models` only the modules that define the artifact contract."""
     shutil.copytree(ROOT / "service", tmp_path / "service", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "models").mkdir()
     for name in ("__init__.py", "errors.py", "manifest.py", "artifact.py"):

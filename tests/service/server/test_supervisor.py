@@ -195,7 +195,7 @@ StoppingSupervisor(options, run.bind(options.host, options.port)).run()
 
 
 def test_worker_that_becomes_ready_while_the_server_stops_is_not_a_failure(artifacts: Path) -> None:
-    """The supervisor kills the worker as one that still loads, and reads READY afterwards."""
+    """The supervisor kills the worker while it is still loading, and reads READY afterwards."""
     environment = os.environ | {
         "ELBO_PORT": "0", "ELBO_WORKERS": "2", "ELBO_DRAIN_SECONDS": "0", "ELBO_ARTIFACTS": str(artifacts),
     }  # fmt: skip
@@ -241,7 +241,7 @@ def test_workers_end_after_their_supervisor_is_killed(start: Callable[..., Serve
 
 
 def is_alive(pid: int) -> bool:
-    """Return whether a process runs. An orphan may stay a zombie if PID 1 does not reap it."""
+    """Return whether a process runs. A zombie does not: an orphan stays one if PID 1 does not reap it."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

@@ -19,16 +19,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., ServerProcess]]:
-    with server_starter() as begin:
-        yield begin
+    with server_starter() as start_server:
+        yield start_server
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_server_under_random_disconnects_answers_the_remaining_clients_and_leaks_nothing(
+def test_server_under_random_disconnects_serves_the_remaining_clients_and_releases_all_rows(
     start: Callable[..., ServerProcess], artifacts: Path, vae: Artifact, digits: np.ndarray, workers: int
 ) -> None:
     process = start(artifacts, WORKERS=workers)
-    for _ in range(workers - 1):  # `start` has waited for the first
+    for _ in range(workers - 1):  # `start` waits for the first worker
         process.wait_for_worker()
     x = digits[:64]
     with torch.inference_mode():
