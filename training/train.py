@@ -115,8 +115,6 @@ def _fit_candidate(
     others = {}
     if config.model != "pca":
         baseline_pca = data.pca(pipeline.scaling, pipeline.prior.means.shape[1])
-    if baseline_pca is not None:
-        others["pca"] = pca_metrics(baseline_pca.float(), pipeline.scaling, data.held_out)
     metrics = held_out_metrics(
         pipeline,
         data.held_out,
@@ -124,6 +122,8 @@ def _fit_candidate(
         baseline_pca=baseline_pca,
         seed=config.seed,
     )
+    if baseline_pca is not None:  # last: `float` converts the module itself, and the metrics above need float64
+        others["pca"] = pca_metrics(baseline_pca.float(), pipeline.scaling, data.held_out)
     recorder.done(metrics)
     return Candidate(config, pipeline, metrics, others, recorder)
 
