@@ -1,6 +1,7 @@
 """Minibatches of the fit rows, shuffled, from memory or from disk.
 
-A batch depends only on the seed, the epoch and its position, so training can resume anywhere without a saved state.
+A batch depends only on the seed, the epoch and its position in the epoch, so training can resume at any batch without
+a saved state.
 """
 
 from collections.abc import Callable
@@ -13,21 +14,21 @@ from torch import Tensor
 from training.data.row_store import Floats, RowStore
 from training.random_streams import SHUFFLE, epoch_order, random_stream
 
-POOL_BLOCKS = 32  # blocks that are shuffled together when the rows are on disk
+POOL_BLOCKS = 32  # if the rows are on disk, the rows of this many blocks are shuffled together
 
 
 class Batches:
     """The fit rows in model units, in a new order every epoch.
 
-    In memory, each epoch is a permutation of all rows. On disk, each epoch is a permutation of the blocks; POOL_BLOCKS
-    of them at a time form a pool, whose rows are read block by block and permuted in memory.
+    In memory, each epoch is a permutation of all rows. On disk, each epoch is a permutation of the blocks. Every
+    POOL_BLOCKS blocks form a pool; its rows are read block by block and permuted in memory.
 
     Args:
         rows: the table [N, D].
         fit: the indices of the fit rows.
         scale: maps raw rows [n, D] to model units.
         seed: determines the order.
-        device: where the batches are put.
+        device: the device that holds the batches.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class Batches:
     ) -> None:
         self._rows, self._scale, self._seed, self._device = rows, scale, seed, device
         self._count = len(fit)
-        self._epoch = self._pool = -1  # whose order and whose rows are in memory
+        self._epoch = self._pool = -1  # the epoch whose order, and the pool whose rows, are in memory; -1 for none
         self._pool_rows = np.empty((0, rows.width), np.float32)
         if rows.on_disk:
             self._fit = np.sort(fit)
@@ -81,7 +82,7 @@ class Batches:
         return (int(self._pool_ends[pool - 1]) if pool else 0), int(self._pool_ends[pool])
 
     def _shuffled_pool(self, pool: int) -> Floats:
-        """Return the rows of `pool`, permuted. The last pool stays in memory."""
+        """Return the rows of `pool`, permuted. The pool that was read last stays in memory."""
         if pool == self._pool:
             return self._pool_rows
         first, end = self._pool_range(pool)

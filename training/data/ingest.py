@@ -44,7 +44,7 @@ class ColumnStatistics:
         with np.errstate(over="ignore", invalid="ignore"):
             x = block.astype(np.float32)
             total = x.sum(dtype=np.float64)
-        if not np.isfinite(total):  # one sum is cheaper than two masks, and usually finite
+        if not np.isfinite(total):  # one sum is cheaper than two masks, and it is usually finite
             self._count_missing(np.isnan(x))
             self._count_infinite(np.isinf(x), block)
         self.low = np.fmin(self.low, np.fmin.reduce(block, axis=0).astype(np.float64))
@@ -91,16 +91,16 @@ class ColumnStatistics:
 
 
 def _and_others(count: int) -> str:
-    """Return the words that follow the first of `count` rows in a message."""
+    """Return how a message continues after the first of `count` rows: with the number of further rows, if any."""
     return f" and in {count - 1} more" if count > 1 else ""
 
 
 def ingest(raw: RawTable, source: str, limit: int) -> tuple[RowStore, ColumnStatistics, Array | None]:
-    """Read `raw`, and return its rows, their statistics and their labels [N] if there are any.
+    """Read `raw`. Return its rows, the statistics of its columns, and its labels [N] if there are any.
 
     Args:
         source: the name of the source, for messages.
-        limit: bytes of float32 values that are kept in memory; larger tables stay on disk.
+        limit: largest table that is kept in memory, in bytes of float32 values; larger tables stay on disk.
 
     Raises:
         DataError: the source is damaged, empty or not numeric, or the disk is full.
@@ -129,7 +129,7 @@ def full_disk_as_data_error(source: str, needed: int = 0) -> Iterator[None]:
     """Turn the OSError of a full disk into a DataError that names the folder.
 
     Args:
-        needed: the number of bytes that are needed; 0 if unknown.
+        needed: number of bytes that the rows need; 0 if unknown.
     """
     try:
         yield
@@ -138,6 +138,6 @@ def full_disk_as_data_error(source: str, needed: int = 0) -> Iterator[None]:
             raise
         size = f"about {max(needed / 1e9, 0.001):.3g} GB" if needed else "more space"
         raise DataError(
-            f"{source}: its rows do not fit into {tempfile.gettempdir()} ({error.strerror}): they need {size}; "
+            f"{source}: the rows do not fit into {tempfile.gettempdir()} ({error.strerror}): they need {size}; "
             "free some space there, or set TMPDIR to a folder with enough space"
         ) from error

@@ -1,6 +1,6 @@
 """Mean, covariance and range of the rows of a table, in one pass over blocks and in float64.
 
-Preprocessing and PCA need nothing else, so they read the table once and hold one block of it.
+Preprocessing and PCA need only these moments, so the table is read once and only one block of it is in memory.
 """
 
 from collections.abc import Iterable
@@ -12,10 +12,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-MAX_EXACT = 2.0**24  # float32 holds every integer up to this; sums of integer products below it are exact
-MARGIN = 0.75  # share of MAX_EXACT that the number of rows per product aims at, since rows differ
-SMALL_MEAN = 0.01  # a squared mean below this share of the variance is not subtracted: it costs no precision
-MIN_ROWS, MAX_ROWS = 64, 2_048  # per float32 product: fewer are not faster than float64, more exceed the cache
+MAX_EXACT = 2.0**24  # float32 represents all integers up to this, so sums of integers that stay below it are exact
+MARGIN = 0.75  # rows per product are chosen so that sums of squares reach about this share of MAX_EXACT
+SMALL_MEAN = 0.01  # a column whose squared mean is below this share of its variance loses no precision without a shift
+MIN_ROWS = 64  # rows per float32 product; with fewer rows, float32 is not faster than float64
+MAX_ROWS = 2_048  # rows per product; more rows exceed the processor's cache
 
 Doubles = npt.NDArray[np.float64]
 Block = npt.NDArray[np.floating[Any]]
@@ -48,11 +49,11 @@ class Moments:
 def compute_moments(blocks: Iterable[Block], with_covariance: bool = True) -> Moments:
     """Return the moments of all rows in `blocks`, each [n, D] and finite.
 
-    The sums are of deviations from a shift near the mean of the first rows, so that little precision is lost when the
-    squared mean deviation is subtracted from the mean square.
+    Deviations from a shift are summed, not the values themselves. The shift is near the mean of the first rows, so that
+    the squared mean deviation is small and little precision is lost when it is subtracted from the mean square.
 
     Args:
-        with_covariance: without it the memory is that of one block; with it, that of a few [D, D] matrices more.
+        with_covariance: whether to compute the covariance, which takes memory for a few [D, D] matrices.
 
     Raises:
         ValueError: there are no rows.
@@ -75,7 +76,8 @@ class _Sums:
         variance = np.square(first - mean).mean(axis=0)  # [D]
         integers = _are_integers(first)
         shift = np.float64(np.float32(np.rint(mean))) if integers else mean  # [D]
-        # A shift of 0 keeps columns that are mostly 0 cheap: `add` skips a column where all deviations are 0.
+        # `add` skips a column if all its values in a block equal the shift. Columns that are mostly 0 have small means,
+        # so their shift is 0, and they can be skipped often.
         self._shift = np.where(mean**2 > SMALL_MEAN * variance, shift, 0.0)  # [D]
         largest = float((variance + (mean - self._shift) ** 2).max())  # largest mean square of a column
         rows = int(MARGIN * MAX_EXACT / max(largest, 1.0))
@@ -108,7 +110,7 @@ class _Sums:
 
     def moments(self) -> Moments:
         """Return the moments of the rows so far."""
-        deviation = self._sum / self._rows  # [D], of the mean from the shift
+        deviation = self._sum / self._rows  # [D], mean - shift
         divisor = max(self._rows - 1, 1)
         if self._products is None:
             covariance, variance = None, (self._squares - self._rows * deviation**2) / divisor
@@ -129,15 +131,15 @@ class _Sums:
 def _sum_and_products(x: Block, shift: Doubles, float32_rows: int) -> tuple[Doubles, Doubles]:
     """Return sum(u) [D] and u' u [D, D], lower triangle, in float64, for the deviations u = x - shift of x [n, D].
 
-    Integers are multiplied in float32, which is twice as fast, in parts with so few rows that the result is exact: if
-    the sum of squares of every column stays below MAX_EXACT, so do all sums of products and all sums. Other parts, and
-    numbers that are not integers, are computed in float64.
+    Integers are multiplied in float32, which is twice as fast. Each part has so few rows that the result is exact:
+    while every column's sum of squares is below MAX_EXACT, all sums and all sums of products are too. Parts that exceed
+    the limit, or contain numbers that are not integers, are computed in float64.
 
     Args:
         float32_rows: rows per float32 product; 0 to use float64 only. If positive, every shift is an integer that
             float32 can hold.
     """
-    from scipy.linalg.blas import dsyrk, ssyrk  # half the work of x.T @ x, and they add to an existing matrix
+    from scipy.linalg.blas import dsyrk, ssyrk  # they do half the work of x.T @ x, and can add to a matrix
 
     size, shift32 = len(shift), shift.astype(np.float32)
     total, products = np.zeros(size), np.zeros((size, size), order="F")
@@ -146,7 +148,7 @@ def _sum_and_products(x: Block, shift: Doubles, float32_rows: int) -> tuple[Doub
     for part in (x[start : start + step] for start in range(0, len(x), step)):
         if float32_rows and _are_integers(part):
             u = (part - shift32).astype(np.float32, copy=False)
-            product = ssyrk(1.0, u.T, c=product, overwrite_c=True)  # upper triangle: the matrix is in Fortran order
+            product = ssyrk(1.0, u.T, c=product, overwrite_c=True)  # upper triangle, in Fortran order
             if product.diagonal().max(initial=0.0) < MAX_EXACT:
                 total += u.sum(axis=0)
                 products += product
@@ -158,7 +160,7 @@ def _sum_and_products(x: Block, shift: Doubles, float32_rows: int) -> tuple[Doub
 
 
 def _are_integers(values: Block) -> bool:
-    """Return whether all `values` are integers. The first row is checked first, since it usually decides."""
+    """Return whether all `values` are integers. The first row is checked first because it usually decides."""
     if values.dtype.kind in "iu":
         return True
     return bool((values[:1] == np.rint(values[:1])).all() and (values == np.rint(values)).all())

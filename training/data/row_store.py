@@ -1,4 +1,4 @@
-"""Rows of a table, in memory or in a file on disk; a file is read in parts and is never loaded as a whole."""
+"""Rows of a table, in memory or in a file on disk. A file is read in parts and is never loaded as a whole."""
 
 import os
 import tempfile
@@ -12,17 +12,17 @@ import numpy.typing as npt
 
 from training.errors import DataError
 
-BLOCK_BYTES = 4 << 20  # of float32 values that are read from disk at a time
-MEDIAN_ROWS = 100_000  # rows that a median is computed from, at most
-MEDIAN_BYTES = 64 << 20  # of float32 values in these rows, at most
+BLOCK_BYTES = 4 << 20  # bytes of float32 values that are read from disk at a time
+MEDIAN_ROWS = 100_000  # a median is computed from at most this many rows
+MEDIAN_BYTES = 64 << 20  # and from at most this many bytes of float32 values
 
 Floats = npt.NDArray[np.float32]
 
 
 class FileArray:
-    """An array [N, ...] in C order in a file. Indexing with a slice or with row numbers reads those rows.
+    """An array [N, ...] in C order in a file. Indexing it with a slice or with row numbers reads these rows.
 
-    The file is read with pread, not mapped into memory: random reads take half the time of page faults, the rows do not
+    The file is read with pread, not mapped into memory. Random reads take half the time of page faults, the rows do not
     stay resident, and a disk error or a truncated file raises an exception instead of a signal.
 
     The descriptor is duplicated, so the caller may close `file` or delete it.
@@ -117,14 +117,14 @@ class RowStore:
 
 
 class RowWriter:
-    """Collects rows: in memory up to `limit` bytes of float32 values, beyond that in a temporary file.
+    """Collects rows in memory, or in a temporary file once they exceed `limit` bytes of float32 values.
 
     The file is created where `tempfile` creates files (TMPDIR) and has no name, so the system frees its space when the
     last user closes it, even if the process is killed.
 
     Args:
-        width: D.
-        dtype: of the values that are stored.
+        width: number of features D.
+        dtype: type of the stored values.
     """
 
     def __init__(self, width: int, dtype: npt.DTypeLike, limit: int) -> None:
@@ -146,7 +146,7 @@ class RowWriter:
         _write_all(self._file, _bytes(np.ascontiguousarray(block, self._dtype)))
 
     def rows(self) -> RowStore:
-        """Return all rows. Afterwards the writer can be closed, but no rows can be added."""
+        """Return all rows. After that, the writer can be closed, but no rows can be added."""
         shape = (self._count, self._width)
         if isinstance(self._file, BytesIO):
             values = np.frombuffer(self._file.getbuffer(), self._dtype).reshape(shape)
@@ -160,7 +160,7 @@ class RowWriter:
 
 
 def _write_all(file: BytesIO | BinaryIO, content: memoryview) -> None:
-    """Write all of `content`: an unbuffered file may write less than it is given."""
+    """Write all of `content`. A single `write` to an unbuffered file may write only a part."""
     while content:
         content = content[file.write(content) :]
 
@@ -176,9 +176,9 @@ def rows_per_block(width: int) -> int:
 
 
 def column_medians(rows: RowStore, indices: npt.NDArray[np.int64]) -> Floats:
-    """Return the median [D] of each column over the rows at `indices`, without missing values; NaN if there are none.
+    """Return the median [D] of the values present in each column, over the rows at `indices`; NaN without values.
 
-    Of more than MEDIAN_ROWS rows, or MEDIAN_BYTES, every k-th is used.
+    If the rows exceed MEDIAN_ROWS or MEDIAN_BYTES, only every k-th row is used.
     """
     most = max(1, min(MEDIAN_ROWS, MEDIAN_BYTES // (4 * rows.width)))
     step = max(1, -(-len(indices) // most))

@@ -1,7 +1,7 @@
 """The table that every model is trained on: rows in raw units, with the names of their features.
 
-`read_table` reads and checks a source, `read_for_model` does so for rows that an existing model will score, and
-`split_rows` chooses the rows that fit the model, validate it and calibrate it.
+`read_table` reads and checks a source. `read_for_model` reads and checks rows that an existing model will score.
+`split_rows` chooses the rows that fit, validate and calibrate a model.
 """
 
 import hashlib
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 __all__ = ["MINIMUM_ROWS", "DataError", "Split", "Table", "read_for_model", "read_table", "split_rows"]
 
-MEMORY_BYTES = 512 << 20  # of float32 values; larger tables stay on disk
+MEMORY_BYTES = 512 << 20  # tables with more bytes of float32 values stay on disk
 MINIMUM_ROWS = 10  # with fewer, a part of the split would be empty
-MAX_HELD_OUT_ROWS = 50_000  # held-out rows, and calibration rows; more would not improve either
-MAX_HELD_OUT_BYTES = 64 << 20  # of float32 values in each of these parts, which are kept in memory
-MIN_DISTINCT = 256  # a column in which float32 distinguishes fewer values is worth a note
+MAX_HELD_OUT_ROWS = 50_000  # held-out rows at most, and calibration rows at most; more rows would improve neither set
+MAX_HELD_OUT_BYTES = 64 << 20  # bytes of float32 values in each of these two sets at most: they are kept in memory
+MIN_DISTINCT = 256  # if float32 distinguishes fewer values in a column, a note warns
 LISTED_NAMES = 3  # features that a note lists before "and N more"
 PIXEL_RANGES = ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0))
 
@@ -40,12 +40,12 @@ class Table:
     """Rows in raw units: finite numbers, and NaN where a value is missing."""
 
     x: RowStore  # [N, D], in memory or on disk
-    shape: tuple[int, ...]  # of one row; its product is D
-    names: list[str]  # of the D features
-    units: list[str | None]  # of the D features, None where unknown
+    shape: tuple[int, ...]  # shape of one row; the product is D
+    names: list[str]  # names of the D features
+    units: list[str | None]  # units of the D features; None where unknown
     labels: npt.NDArray[np.int64] | None  # [N] if the source has labels; never used to train
-    pixel_range: tuple[float, float] | None  # images only: raw values of black and of white
-    source: str  # as the user gave it
+    pixel_range: tuple[float, float] | None  # images only: the raw values of black and white
+    source: str  # as given by the user
     notes: list[str] = field(default_factory=list)  # what the user should know about the data
     missing: npt.NDArray[np.int64] = field(kw_only=True)  # [D] number of missing values
     label_names: list[str] | None = field(default=None, kw_only=True)  # the meaning of labels 0, 1, ..., if known
@@ -63,7 +63,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Split:
-    """Three disjoint sets of row indices, each in random order, that together are all rows."""
+    """Three disjoint sets of row indices, each in random order. Together they contain all rows."""
 
     fit: npt.NDArray[np.int64]
     held_out: npt.NDArray[np.int64]
@@ -73,8 +73,8 @@ class Split:
 def split_rows(count: int, seed: int, width: int = 1) -> Split:
     """Split `count` rows at random: 70 % fit, 10 % held out, 20 % calibration, at least one row each.
 
-    Held-out and calibration rows are kept in memory, so each set has at most MAX_HELD_OUT_ROWS rows and
-    MAX_HELD_OUT_BYTES; all other rows fit the model. The same arguments give the same split.
+    Held-out and calibration rows are kept in memory, so each of these sets has at most MAX_HELD_OUT_ROWS rows and
+    MAX_HELD_OUT_BYTES bytes. All other rows fit the model. The same arguments give the same split.
 
     Args:
         seed: from 0 to 2^32 - 1.
@@ -87,7 +87,7 @@ def split_rows(count: int, seed: int, width: int = 1) -> Split:
         raise DataError(
             f"expected at least {MINIMUM_ROWS} rows to fit, validate and calibrate a model, got {count}: add rows"
         )
-    order = np.random.RandomState(seed).permutation(count)  # RandomState never changes; Generator may in new versions
+    order = np.random.RandomState(seed).permutation(count)  # unlike Generator, RandomState never changes
     most = min(MAX_HELD_OUT_ROWS, max(MINIMUM_ROWS, MAX_HELD_OUT_BYTES // (4 * width)))
     held_out, calibration = min(round(0.1 * count), most), min(round(0.2 * count), most)
     return Split(
@@ -111,8 +111,8 @@ def read_table(
     Args:
         drop: columns to leave out.
         keep: columns that are measurements although they look like identifiers.
-        size: height and width to resize the images of a folder to.
-        limit: bytes of float32 values that are kept in memory; larger tables stay on disk.
+        size: height and width to which the images of a folder are resized.
+        limit: largest table that is kept in memory, in bytes of float32 values; larger tables stay on disk.
 
     Raises:
         DataError: with a message of one line that says what to do.
@@ -143,11 +143,11 @@ def read_table(
 
 
 def read_for_model(source: str, manifest: "Manifest", limit: int = MEMORY_BYTES) -> Table:
-    """Return the rows in `source` as the model of `manifest` takes them.
+    """Return the rows in `source` in the form that the model of `manifest` takes.
 
     Columns of CSV and Parquet files are found by name, in any order. Other columns are ignored, except one called label
-    or y, which contains the labels. Images are resized to the model's shape. Values may be missing in columns where
-    values were missing when the model was trained.
+    or y, which contains the labels. Images are resized to the model's shape. Values may be missing
+    only in columns where values were missing in the training data.
 
     Raises:
         DataError: with a message of one line that says what to do.
@@ -186,7 +186,7 @@ def read_for_model(source: str, manifest: "Manifest", limit: int = MEMORY_BYTES)
 
 
 def _integer_labels(labels: npt.NDArray[Any] | None) -> tuple[npt.NDArray[np.int64] | None, list[str]]:
-    """Return the labels if they are integers; else None and a note."""
+    """Return the labels if they are integers, else None; and notes for the user."""
     if labels is None:
         return None, []
     if labels.dtype.kind not in "iub" and not (labels.dtype.kind == "f" and np.array_equal(labels, np.rint(labels))):
@@ -238,14 +238,14 @@ def _notes(names: Sequence[str], statistics: ColumnStatistics) -> list[str]:
     too_coarse = (low < high) & (high - low < MIN_DISTINCT * step)
     if coarse := [name for name, found in zip(names, too_coarse, strict=True) if found]:
         notes.append(
-            "features whose values are large compared with how much they vary lose precision in float32: "
+            "some features lose precision in float32, because their values are large compared with their spread: "
             f"{join_names(coarse, LISTED_NAMES)}; subtract a constant from them"
         )
     return notes
 
 
 def _guess_pixel_range(dtype: np.dtype[Any], statistics: ColumnStatistics) -> tuple[float, float]:
-    """Return the values of black and white: a usual range if the values fill most of it, else their own range."""
+    """Return the values of black and white: a common range if the values fill most of it, else their own range."""
     if dtype == np.uint8:
         return 0.0, 255.0
     low, high = float(np.nanmin(statistics.low)), float(np.nanmax(statistics.high))

@@ -1,4 +1,4 @@
-"""Faster networks while they train: bfloat16 products and torch.compile."""
+"""Faster networks during training: bfloat16 matrix products and torch.compile."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +14,9 @@ from training.config import TrainConfig
 
 @contextmanager
 def accelerated(model: Autoencoder | VAE, config: TrainConfig) -> Iterator[None]:
-    """Wrap the encoder and the decoder as `config` asks for, and put the plain networks back at the end.
+    """Wrap the encoder and the decoder as `config` requires, and put the plain networks back at the end.
 
-    The wrappers share the parameters of the networks, so the networks are trained.
+    The wrappers share the parameters of the networks, so training the wrappers trains the networks.
     """
     encoder, decoder = model.encoder, model.decoder
     if config.precision == "bf16":

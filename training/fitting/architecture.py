@@ -13,7 +13,7 @@ def build_encoder(config: TrainConfig, shape: tuple[int, ...], outputs: int) -> 
     """Return a network that maps rows [B, D] to [B, outputs].
 
     Args:
-        shape: of one row; its product is D.
+        shape: shape of one row; the product is D.
 
     Raises:
         FitError: convolutions cannot take rows of this shape.
@@ -28,7 +28,7 @@ def build_decoder(config: TrainConfig, shape: tuple[int, ...], latents: int, uni
     """Return a network that maps latents [B, K] to rows [B, D], with the layers of the encoder mirrored.
 
     Args:
-        shape: of one row; its product is D.
+        shape: shape of one row; the product is D.
         unit_range: whether the rows are images with values in [0, 1].
 
     Raises:
@@ -54,7 +54,7 @@ def _check_image_shape(config: TrainConfig, shape: tuple[int, ...]) -> None:
     """Raise FitError unless rows are images that can be halved once per convolution."""
     if len(shape) not in (2, 3):
         raise FitError(
-            f"--network conv needs images, rows of shape [H, W] or [H, W, C], got shape {list(shape)}: "
+            f"--network conv needs images (rows of shape [H, W] or [H, W, C]), got shape {list(shape)}: "
             "use --network mlp"
         )
     stages = len(config.widths)

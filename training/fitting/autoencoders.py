@@ -27,7 +27,7 @@ from training.progress import Reporter
 from training.random_streams import NOISE, random_stream
 
 SPECTRUM_ROWS = 2_000  # enough to estimate how much variance a few latents leave unexplained
-MIN_FEATURE_VARIANCE = 1e-4  # in model units; with less, one feature's rounding errors would dominate the likelihood
+MIN_FEATURE_VARIANCE = 1e-4  # in model units; below it, rounding errors of one feature would dominate the likelihood
 BATCH = 4096  # rows per forward pass; bounds the memory
 
 
@@ -36,15 +36,15 @@ class FitTask:
     """The data and the options for fitting one network.
 
     Args:
-        config: the options, with a value for every default.
-        shape: of one row; its product is D.
+        config: the options, with all defaults filled in.
+        shape: shape of one row; the product is D.
         unit_range: whether the rows are images with values in [0, 1] in model units.
-        latents: K.
-        batches: the rows to fit, in model units, on the device that trains.
-        sample: up to all of these rows [S, D], on the CPU.
+        latents: number of latents K.
+        batches: the fit rows in model units, on the device that trains.
+        sample: some or all of the fit rows [S, D], in model units, on the CPU.
         held_out: rows [M, D] for validation, in model units, on the device that trains.
         reporter: receives the progress and the notes.
-        checkpoints: where the state of the run is saved; None to save none.
+        checkpoints: the store for the state of the run; None to save no checkpoints.
         processes: the processes that train the network together.
     """
 
@@ -61,7 +61,7 @@ class FitTask:
 
 
 def fit_autoencoder(task: FitTask) -> Autoencoder:
-    """Return a trained autoencoder. Its score statistics are placeholders: see `fit_score_statistics`."""
+    """Return a trained autoencoder. Its score statistics are placeholders until `fit_score_statistics` sets them."""
     width = task.sample.shape[1]
     with _seeded(task.config.seed):
         encoder = build_encoder(task.config, task.shape, task.latents)
@@ -75,7 +75,7 @@ def fit_vae(task: FitTask) -> VAE:
     """Return a trained VAE, and report how many of its latents the data support.
 
     Raises:
-        FitError: the options exclude each other, or cannot be computed by several processes.
+        FitError: the options exclude each other, or do not work with several processes.
     """
     config = task.config
     if task.processes.count > 1 and (config.variance == "optimal" or config.free_bits > 0):
@@ -93,7 +93,7 @@ def fit_vae(task: FitTask) -> VAE:
     if config.likelihood == "gaussian":
         task.reporter.note(forecast_message(predicted, task.latents, config.beta))
     else:
-        predicted = task.latents  # the prediction holds for a Gaussian likelihood only
+        predicted = task.latents  # the prediction holds only for a Gaussian likelihood
 
     _train(model, ElboObjective(model, task.latents, config), task)
     if isinstance(likelihood, OptimalGaussianLikelihood):
@@ -120,7 +120,7 @@ def _train(model: Autoencoder | VAE, objective: Objective, task: FitTask) -> Non
 
 
 def build_likelihood(config: TrainConfig, x: Tensor, latents: int) -> Likelihood:
-    """Return p(x | z) as configured. A learned variance starts at what a linear model leaves of rows x [N, D]."""
+    """Return p(x | z) as configured. A learned variance starts at `residual_variance` of rows x [N, D]."""
     if config.likelihood == "bernoulli":
         return BernoulliLikelihood()
     if config.binarise:
@@ -138,8 +138,8 @@ def build_likelihood(config: TrainConfig, x: Tensor, latents: int) -> Likelihood
 def residual_variance(x: Tensor, latents: int) -> Tensor:
     """Return the variance per feature [1] of x [N, D] that `latents` principal components do not explain.
 
-    It is the optimal variance of a linear VAE (Lucas et al. 2019, "Don't blame the ELBO!"), and where the learned
-    variance of a VAE starts: if it starts much higher, latents collapse before the variance has fallen.
+    This is the optimal variance of a linear VAE (Lucas et al. 2019, "Don't blame the ELBO!"). The learned variance of a
+    VAE starts here: if it started much higher, latents would collapse before it had fallen.
     """
     sample = x[:SPECTRUM_ROWS]
     components = min(latents, x.shape[1] - 1, len(sample) - 1)
@@ -147,7 +147,7 @@ def residual_variance(x: Tensor, latents: int) -> Tensor:
 
 
 def _mean_squared_error(vae: VAE, x: Tensor, seed: int) -> Tensor:
-    """Return E_q of the squared error per feature, averaged over rows x [N, D], with one sample per row: a scalar."""
+    """Return the mean of (x - x_hat)^2 over all values of x [N, D], a scalar, with one posterior sample per row."""
     random, total = random_stream(seed, NOISE), torch.zeros((), device=x.device)
     with torch.no_grad():
         for rows in x.split(BATCH):
@@ -159,7 +159,7 @@ def _mean_squared_error(vae: VAE, x: Tensor, seed: int) -> Tensor:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed torch's global generator, which draws initial weights, and restore its state at the end."""
+    """Seed torch's global generator, which initialises weights, and restore its state at the end."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

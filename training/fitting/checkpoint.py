@@ -18,7 +18,7 @@ class CheckpointStore:
     """The checkpoint file of one training run.
 
     Args:
-        folder: where the file is written; created when needed.
+        folder: the folder of the file. It is created when needed.
         identity: a hash of the data and the options. A checkpoint with another identity is refused.
         resume: whether training starts from the checkpoint in `folder`.
         interval_seconds: time between two checkpoints.
@@ -39,10 +39,10 @@ class CheckpointStore:
         return self.path.is_file()
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replace the checkpoint atomically: a reader sees the old or the new file, never a part of one.
+        """Replace the checkpoint atomically: a reader sees either the old or the new file, never a partial file.
 
         Args:
-            state: tensors, plain values, and dictionaries and lists of these.
+            state: a tree of dictionaries and lists that contain tensors and plain values.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / f"{FILE_NAME}.{os.getpid()}"
@@ -75,7 +75,7 @@ class CheckpointStore:
         return state
 
     def remove(self) -> None:
-        """Delete the checkpoint, and its folder if that is empty. Errors are ignored: the model is published."""
+        """Delete the checkpoint, and its folder if that is empty. Errors are ignored, as the model is published."""
         with suppress(OSError):
             self.path.unlink()
         with suppress(OSError):

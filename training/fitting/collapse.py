@@ -1,4 +1,4 @@
-"""Posterior collapse: predict how many latents of a VAE stay active, and warn when far fewer do."""
+"""Posterior collapse: predict how many latents of a VAE stay active, and warn if far fewer are."""
 
 from torch import Tensor
 
@@ -8,10 +8,12 @@ from training.fitting.pca import spectrum
 def predict_active_latents(x: Tensor, latents: int, beta: float, variance: float | None) -> int:
     """Return how many of `latents` a linear VAE keeps active on rows x [N, D].
 
-    A latent stays active if its eigenvalue of the covariance exceeds beta times the likelihood's variance s2. If s2 is
-    learned, its optimum satisfies D s2 = (sum of the eigenvalues of inactive latents) + (active latents) beta s2; the
-    result is the largest number of latents that is consistent with it. Lucas et al. 2019, "Don't blame the ELBO!",
-    section 4, extended by beta. A nonlinear network may keep a few more; far fewer mean that it has collapsed.
+    A latent stays active if the eigenvalue of the covariance along its direction exceeds beta times the likelihood's
+    variance s2. If s2 is learned, its optimum satisfies D s2 = (sum of the eigenvalues of inactive latents) + (number
+    of active latents) beta s2. The result is the largest number of latents that satisfies both conditions. Lucas et al.
+    2019, "Don't blame the ELBO!", section 4, extended by beta.
+
+    A nonlinear network may keep a few more latents active. If it keeps far fewer, it has collapsed.
 
     Args:
         variance: the fixed variance of the likelihood; None if it is learned.
@@ -29,15 +31,15 @@ def predict_active_latents(x: Tensor, latents: int, beta: float, variance: float
 
 def forecast_message(predicted: int, latents: int, beta: float) -> str:
     """Return the note that is shown before training."""
-    text = f"forecast: about {predicted} of {latents} latents will stay active, by the spectrum of the data"
+    text = f"forecast: about {predicted} of {latents} latents will stay active, given the spectrum of the data"
     return text if predicted == latents else f"{text} and beta {beta:g}; lower --latents or --beta"
 
 
 def collapse_warning(active: int, predicted: int, latents: int) -> str | None:
-    """Return a warning if fewer than half of the latents are active that were predicted to be, else None."""
+    """Return a warning if fewer than half of the predicted number of latents are active, else None."""
     if active == latents or 2 * active >= predicted > 0:
         return None
     return (
-        f"WARNING: posterior collapse: {active} of {latents} latents are active, {predicted} were predicted: "
+        f"WARNING: posterior collapse: {active} of {latents} latents are active, but {predicted} were predicted: "
         "lower --beta or --variance, or add --warm-up steps"
     )

@@ -10,16 +10,16 @@ from training.config import WIDTHS, TrainConfig
 
 TABLE_WIDTHS = (128, 64)
 TABLE_LEARNING_RATE, IMAGE_LEARNING_RATE = 3e-3, 1e-3
-TABLE_STEPS = 1_500  # optimiser steps that the default number of epochs makes
+TABLE_STEPS = 1_500  # the default number of epochs gives about this many optimiser steps
 MIN_TABLE_EPOCHS, MAX_TABLE_EPOCHS = 10, 1_500
 TABLE_NOISE = 2.0  # in standard deviations of a column
-EXPLAINED_VARIANCE = {"pca": 0.9, "vae": 0.95, "ae": 0.99, "ensemble": 0.99}  # share that a table's latents explain
+EXPLAINED_VARIANCE = {"pca": 0.9, "vae": 0.95, "ae": 0.99, "ensemble": 0.99}  # by the default latents
 MAX_TABLE_LATENTS = 64
 IMAGE_LATENTS = 16
 
 
 def with_defaults(config: TrainConfig, images: bool, rows: int) -> TrainConfig:
-    """Return `config` with a value for every option that was left open, except `latents` and the epochs of images.
+    """Return `config` with the defaults filled in, except the default of `latents` and, for images, that of `epochs`.
 
     Args:
         images: whether the rows are images.
@@ -39,21 +39,21 @@ def with_defaults(config: TrainConfig, images: bool, rows: int) -> TrainConfig:
 
 
 def resolved_config(manifest: Manifest) -> TrainConfig:
-    """Return the options that a published model was trained with, its defaults included."""
+    """Return the options that a published model was trained with, with the defaults filled in."""
     config = TrainConfig.model_validate(manifest.training | {"model": manifest.kind, "name": manifest.name})
     return with_defaults(config, manifest.is_image, max(1, manifest.data.fit))
 
 
 def default_image_latents(width: int) -> int:
-    """Return the number of latents for images of `width` values."""
+    """Return the default number of latents for images of `width` values."""
     return min(IMAGE_LATENTS, -(-width // 2))
 
 
 def default_table_latents(kind: str, variance_shares: Sequence[float], rows: int, width: int) -> int:
-    """Return the number of latents for a table: as many as explain the kind's share of the variance.
+    """Return the default number of latents for a table: as many as explain EXPLAINED_VARIANCE of the variance.
 
     Args:
-        kind: of the model.
+        kind: kind of the model.
         variance_shares: the share of the variance that each principal component explains, largest first.
         rows: the number of fit rows.
         width: the number of features.

@@ -24,7 +24,7 @@ class ProcessGroup:
         return self.rank == 0
 
     def slice_of(self, rows: int) -> slice:
-        """Return the share of this process in a batch of `rows`; empty if there are fewer rows than processes."""
+        """Return the share of this process in a batch of `rows` rows. It may be empty if the batch is small."""
         return slice(rows * self.rank // self.count, rows * (self.rank + 1) // self.count)
 
     def all_reduce(self, tensor: Tensor) -> None:
@@ -33,7 +33,7 @@ class ProcessGroup:
             distributed.all_reduce(tensor)
 
     def broadcast_path(self, path: Path | None) -> Path:
-        """Return the `path` of the first process in all processes; the others wait for it and may pass None."""
+        """Return the first process's `path` in all processes. The other processes wait for it, and pass None."""
         paths = [path]
         if self.count > 1:
             distributed.broadcast_object_list(paths)
@@ -43,14 +43,14 @@ class ProcessGroup:
 
 @contextmanager
 def join_process_group() -> Iterator[ProcessGroup]:
-    """Join the processes that torchrun started (NCCL on GPUs, else gloo). Without torchrun: this process alone."""
+    """Join the processes that torchrun started (NCCL on GPUs, else gloo). Without torchrun, this process is alone."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield ProcessGroup()
         return
-    # Creating an optimiser imports this module, and its functions hold the process group that exists at that moment as
-    # a default argument. If that were our group, gloo's threads would outlive it, and a thread that frees a tensor
-    # while the interpreter exits aborts the process. Importing the module before the group exists avoids this.
+    # Creating an optimiser imports this module. Default arguments of its functions hold the process group that exists
+    # at that moment. If they held our group, gloo's threads would outlive `destroy_process_group`. A thread that frees
+    # a tensor while the interpreter exits aborts the process. Importing the module before the group exists avoids this.
     importlib.import_module("torch.distributed.nn.functional")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

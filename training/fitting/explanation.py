@@ -1,4 +1,4 @@
-"""Fit the explanation: what value each feature is expected to have, given the other features of the row."""
+"""Fit the explanation: the expected value of each feature, given the other features of the row."""
 
 import torch
 
@@ -7,8 +7,8 @@ from models.scaling import Scaling
 from training.data.moments import Moments
 from training.fitting.scaling import NEGLIGIBLE_DEVIATION
 
-MAX_EXPLAINED_FEATURES = 512  # wider rows are explained by their reconstruction: the weights are a D x D matrix
-EXPLANATION_NOISE = 1.0  # variance added to each feature, in units of its own: as much noise as signal
+MAX_EXPLAINED_FEATURES = 512  # wider rows are explained by their reconstruction, because the weights are a D x D matrix
+EXPLANATION_NOISE = 1.0  # noise variance added to each feature, relative to its own variance: as much noise as signal
 
 
 def fit_explanation(moments: Moments, scaling: Scaling, images: bool) -> Explanation:
@@ -23,7 +23,7 @@ def fit_explanation(moments: Moments, scaling: Scaling, images: bool) -> Explana
     correlation = moments.covariance / torch.outer(deviation, deviation)  # [D, D]
     correlation[constant, :] = correlation[:, constant] = 0.0
     precision = torch.linalg.inv(correlation + EXPLANATION_NOISE * torch.eye(len(deviation)).double())
-    residual_map = precision / precision.diagonal().unsqueeze(1)  # [D, D]: x - mean to x - E[x | the other features]
+    residual_map = precision / precision.diagonal().unsqueeze(1)  # [D, D], maps x - mean to x - E[x | others]
     residual_variance = torch.einsum("ij,jk,ik->i", residual_map, correlation, residual_map)  # [D]
     residual = torch.where(constant, 1.0, residual_variance.sqrt())
     weights = -residual_map * torch.outer(deviation, 1.0 / deviation)

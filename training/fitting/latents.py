@@ -1,4 +1,4 @@
-"""Which latents of a fitted model carry information."""
+"""Find the latents of a fitted model that carry information."""
 
 import torch
 from torch import Tensor
@@ -7,15 +7,15 @@ from models.core import Core
 from models.manifest import Latent
 from models.vae import VAE, gaussian_kl
 
-ACTIVE_VARIANCE = 0.01  # a VAE's latent is active above this variance of its posterior mean: Burda et al. 2016, 5.1
-ACTIVE_SHARE = 1e-6  # another model's latent is active above this share of the largest variance
+ACTIVE_VARIANCE = 0.01  # a VAE's latent is active if its posterior mean varies more: Burda et al. 2016, 5.1
+ACTIVE_SHARE = 1e-6  # for other models: if its variance exceeds this share of the largest one
 BATCH = 4096  # rows per forward pass; bounds the memory
 
 
 def describe_latents(core: Core, u: Tensor) -> list[Latent]:
     """Return, for each latent, its variance over rows u [N, D] in model units, its KL and whether it is active.
 
-    Only a VAE's latents have a KL.
+    The KL is None unless the model is a VAE.
     """
     with torch.inference_mode():
         codes = [core.encode(rows) for rows in u.split(BATCH)]

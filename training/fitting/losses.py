@@ -1,7 +1,7 @@
 """The losses that training minimises, each as a dictionary of its terms.
 
-Every function takes rows [B, D] in model units and returns scalars: sums over features, averaged over rows. "loss" is
-the one to minimise. Noise is an argument, so that the same noise gives the same loss wherever it was drawn.
+Every loss takes rows [B, D] in model units. Its terms are scalars: sums over features, averaged over rows. Training
+minimises the term "loss". Noise is an argument, so that a loss depends only on its arguments.
 """
 
 import math
@@ -14,7 +14,7 @@ from models.autoencoder import Autoencoder
 from models.likelihood import BernoulliLikelihood, Likelihood
 from models.vae import VAE, gaussian_kl
 
-LossTerms = dict[str, Tensor]  # "loss" and the terms that it is made of, scalars, by name
+LossTerms = dict[str, Tensor]  # scalars by name: "loss" and the terms that it consists of
 
 
 def elbo_terms(vae: VAE, x: Tensor, noise: Tensor, beta: float = 1.0, free_bits: float = 0.0) -> LossTerms:
@@ -25,8 +25,8 @@ def elbo_terms(vae: VAE, x: Tensor, noise: Tensor, beta: float = 1.0, free_bits:
 
     Args:
         noise: standard normal [B, K], for the reparameterisation z = mean + std * noise.
-        free_bits: nats of KL per latent that cost nothing: Kingma et al. 2016, "Improved variational inference with
-            inverse autoregressive flow", eq. 15.
+        free_bits: nats of KL per latent that are not penalised (Kingma et al. 2016, "Improved variational inference
+            with inverse autoregressive flow", eq. 15).
     """
     mean, log_variance = vae.posterior(x)  # [B, K], [B, K]
     z = mean + (0.5 * log_variance).exp() * noise  # [B, K]
@@ -39,7 +39,7 @@ def elbo_terms(vae: VAE, x: Tensor, noise: Tensor, beta: float = 1.0, free_bits:
 
 
 def log_weights(vae: VAE, x: Tensor, noise: Tensor) -> Tensor:
-    """Return log p(x, z) - log q(z|x) in nats for S samples per row: noise [S, B, K] to [S, B]."""
+    """Return log p(x, z) - log q(z|x) in nats, [S, B], for S samples per row, given noise [S, B, K]."""
     mean, log_variance = vae.posterior(x)  # [B, K], [B, K]
     z = mean + (0.5 * log_variance).exp() * noise  # [S, B, K]
     return _log_weights(vae, x, z, mean, log_variance)
@@ -48,10 +48,11 @@ def log_weights(vae: VAE, x: Tensor, noise: Tensor) -> Tensor:
 def importance_weighted_terms(vae: VAE, x: Tensor, noise: Tensor) -> LossTerms:
     """Return the negative importance-weighted bound in nats, which is tighter than the ELBO for S > 1 samples per row.
 
-    Burda, Grosse & Salakhutdinov 2016, "Importance weighted autoencoders", eq. 8. The encoder gets the doubly
-    reparameterised gradient of Tucker et al. 2019, "Doubly reparameterized gradient estimators for Monte Carlo
-    objectives", eq. 8. It has the same expectation. Its variance falls as S grows, and is zero where the posterior is
-    exact. For S = 1 it is "sticking the landing" (Roeder, Wu & Duvenaud 2017).
+    The bound is that of Burda, Grosse & Salakhutdinov 2016, "Importance weighted autoencoders", eq. 8. The encoder gets
+    the doubly reparameterised gradient of Tucker et al. 2019, "Doubly reparameterized gradient estimators for Monte
+    Carlo objectives", eq. 8. This gradient has the same expectation as the gradient of the bound, but its variance
+    falls as S grows, and is zero if the posterior is exact. For S = 1 it is the gradient of Roeder, Wu & Duvenaud 2017,
+    "Sticking the landing".
 
     Args:
         noise: standard normal [S, B, K].
@@ -60,7 +61,7 @@ def importance_weighted_terms(vae: VAE, x: Tensor, noise: Tensor) -> LossTerms:
     z = mean + (0.5 * log_variance).exp() * noise  # [S, B, K]
     weights = _log_weights(vae, x, z, mean.detach(), log_variance.detach())  # [S, B]
     shares = weights.detach().softmax(dim=0).unsqueeze(2)  # [S, B, 1]
-    if z.requires_grad:  # the bound weighs each sample's gradient by its share; eq. 8 weighs it by the share squared
+    if z.requires_grad:  # the bound weights a sample's gradient by its share; eq. 8 weights it by the share squared
         z.register_hook(lambda gradient: gradient * shares)
     bound = (weights.logsumexp(dim=0) - math.log(len(noise))).mean()
     return {"loss": -bound, "bound": bound, "elbo": weights.mean()}
@@ -75,7 +76,7 @@ def _log_weights(vae: VAE, x: Tensor, z: Tensor, mean: Tensor, log_variance: Ten
 
 def log_likelihood(likelihood: Likelihood, x: Tensor, output: Tensor) -> Tensor:
     """Return log p(x | z) in nats [..., B] for rows x [B, D] and the decoder's output [..., B, D]."""
-    if isinstance(likelihood, BernoulliLikelihood):  # equal to its log_prob, with one backward op instead of several
+    if isinstance(likelihood, BernoulliLikelihood):  # equals its log_prob, but with one backward op
         low, high = x.aminmax()
         inside = x if low >= 0.0 and high <= 1.0 else x.clamp(0.0, 1.0)  # [B, D]
         entropy = binary_cross_entropy_with_logits(output, inside.expand(output.shape), reduction="none")
@@ -88,8 +89,8 @@ def log_likelihood(likelihood: Likelihood, x: Tensor, output: Tensor) -> Tensor:
 def squared_error_terms(autoencoder: Autoencoder, x: Tensor, corrupted: Tensor | None = None) -> LossTerms:
     """Return the squared reconstruction error, summed over features: L(x, x_hat).
 
-    With `corrupted` [B, D] it is the loss of a denoising autoencoder, which reconstructs x from `corrupted`: Vincent et
-    al. 2010, "Stacked denoising autoencoders", section 3.
+    Given `corrupted` [B, D], this is the loss of a denoising autoencoder, which reconstructs x from `corrupted`:
+    Vincent et al. 2010, "Stacked denoising autoencoders", section 3.
     """
     x_hat = autoencoder.decoder(autoencoder.encoder(x if corrupted is None else corrupted))  # [B, D]
     error = (x - x_hat).square().sum(dim=1).mean()
@@ -106,8 +107,8 @@ def corrupt(x: Tensor, noise_range: tuple[float, float], masking: float, random:
     """Return x [B, D] with Gaussian noise added and some features set to 0.
 
     Args:
-        noise_range: smallest and largest standard deviation, in model units. Each row draws its own from a log-uniform
-            distribution between them. (0, 0) adds no noise.
+        noise_range: smallest and largest standard deviation, in model units. Each row draws its own standard
+            deviation from a log-uniform distribution between them. (0, 0) adds no noise.
         masking: probability that a feature is set to 0.
         random: a CPU generator.
     """
@@ -122,7 +123,7 @@ def corrupt(x: Tensor, noise_range: tuple[float, float], masking: float, random:
 
 
 def binarise(x: Tensor, random: torch.Generator) -> Tensor:
-    """Return a binary sample of x [B, D]: each value becomes 1 with itself as the probability, else 0.
+    """Return a binary sample of x [B, D]: each value v becomes 1 with probability v, else 0.
 
     Args:
         random: a CPU generator.

@@ -1,4 +1,4 @@
-"""What the trainer minimises for each kind of network: the loss, and the random numbers that it needs.
+"""The objectives that the trainer minimises: for each kind of network, the loss and the random numbers that it needs.
 
 Drawing random numbers and computing the loss are separate steps, so that every process of a distributed run draws the
 same numbers for the whole batch and then computes the loss of its own rows only.
@@ -22,21 +22,21 @@ from training.fitting.losses import (
     weight_penalty,
 )
 
-NOISE_SPAN = 20.0  # largest over smallest standard deviation of a denoising autoencoder's noise
+NOISE_SPAN = 20.0  # ratio of the largest to the smallest standard deviation of the noise in denoising autoencoders
 
 
 class Objective(Protocol):
     """A loss to minimise. `warm_up` is the share of the warm-up that is over, from 0 to 1."""
 
     def draw(self, rows: Tensor, random: torch.Generator, warm_up: float) -> tuple[Tensor, ...]:
-        """Return what the loss of rows [B, D] is computed from: the rows and the noise, each with B entries."""
+        """Return the inputs of the loss for rows [B, D]: the rows and the noise, each with B entries."""
 
     def terms(self, drawn: tuple[Tensor, ...], warm_up: float) -> LossTerms:
-        """Return the loss for the result of `draw`, or for a slice of its rows."""
+        """Return the loss and its terms for the result of `draw`, or for a slice of it along the rows."""
 
 
 class SquaredErrorObjective:
-    """The objective of an autoencoder; a denoising one where the configuration has noise or masking."""
+    """The objective of an autoencoder, or of a denoising autoencoder if `config` has noise or masking."""
 
     def __init__(self, model: Autoencoder, config: TrainConfig) -> None:
         self._model, self._config = model, config
@@ -55,20 +55,20 @@ class SquaredErrorObjective:
 
 
 class ElboObjective:
-    """The objective of a VAE: the negative ELBO, or the importance-weighted bound for several samples per row."""
+    """The objective of a VAE: the negative ELBO, or minus the importance-weighted bound for several samples per row."""
 
     def __init__(self, vae: VAE, latents: int, config: TrainConfig) -> None:
         self._vae, self._latents, self._config = vae, latents, config
 
     def draw(self, rows: Tensor, random: torch.Generator, warm_up: float) -> tuple[Tensor, ...]:
-        """Return the rows [B, D], binary if so configured, and normal noise [B, S, K]; S is 1 during the warm-up."""
+        """Return the rows [B, D], binarised if configured, and normal noise [B, S, K]. S is 1 during the warm-up."""
         if self._config.binarise:
             rows = binarise(rows, random)
         samples = self._config.samples if warm_up >= 1.0 else 1
         return rows, torch.randn(len(rows), samples, self._latents, generator=random).to(rows)
 
     def terms(self, drawn: tuple[Tensor, ...], warm_up: float) -> LossTerms:
-        """Return the negative bound."""
+        """Return the negative ELBO or bound, and its terms."""
         rows, noise = drawn
         if self._config.samples > 1:
             terms = importance_weighted_terms(self._vae, rows, noise.transpose(0, 1))

@@ -12,7 +12,7 @@ from models.pca import PCA
 from training.data.moments import Moments, compute_moments
 from training.errors import FitError
 
-MIN_NOISE = 1e-6  # smallest noise variance, as a share of the mean variance per feature: Q divides by the noise
+MIN_NOISE = 1e-6  # smallest noise variance relative to the mean variance per feature: Q divides by the noise variance
 BLOCK_VALUES = 4 << 20  # values of a tensor that are converted to float64 at a time
 
 NO_COVARIANCE = "expected moments with a covariance"
@@ -35,10 +35,10 @@ def pca_from_moments(moments: Moments, latents: int) -> PCA:
 
 
 def fit_pca(x: Tensor, latents: int) -> PCA:
-    """Return the PCA of rows x [N, D], on the CPU; from the singular values of x where D > N.
+    """Return the PCA of rows x [N, D], on the CPU. If D > N, it is computed from the singular values of x.
 
     Raises:
-        FitError: as `pca_from_moments`.
+        FitError: see `pca_from_moments`.
     """
     rows, features = x.shape
     _check_size(rows, features, latents)
@@ -74,7 +74,7 @@ def _check_size(rows: int, features: int, latents: int) -> None:
 
 
 def _pca(moments: Moments, values: Tensor, vectors: Tensor) -> PCA:
-    """Return the model with the largest eigenvalues [K] and their eigenvectors [K, D], in either sign."""
+    """Return the PCA with these largest eigenvalues [K] and their eigenvectors [K, D], which may have either sign."""
     features, total = len(moments.mean), moments.variance.sum()
     if float(total) <= 0.0:
         raise FitError(
@@ -112,7 +112,7 @@ def _eigenvalues(symmetric: Doubles) -> Tensor:
 
 @contextmanager
 def _one_blas_thread() -> Iterator[None]:
-    """Use one thread in LAPACK: its rounding depends on the number of threads, and results must not."""
+    """Limit LAPACK to one thread: rounding depends on the number of threads, but results must not."""
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1, user_api="blas"):

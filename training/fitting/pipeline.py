@@ -35,11 +35,11 @@ def fit_pipeline(
 ) -> Pipeline:
     """Return the fitted pipeline, on the CPU.
 
-    The networks are fitted to the fit rows, the score statistics to the held-out rows (PCA: to the fit rows), and the
-    calibration to the calibration rows.
+    The networks are fitted to the fit rows. The score statistics are fitted to the held-out rows; for PCA, to the fit
+    rows. The calibration is fitted to the calibration rows.
 
     Args:
-        config: `config.model` is one kind, not auto.
+        config: the options. `config.model` must be one kind, not auto.
 
     Raises:
         FitError: the data or the options do not allow a fit, or the fit failed.
@@ -101,7 +101,7 @@ def _default_latents(kind: str, data: PreparedData, scaling: Scaling) -> int:
 
 
 def _fit_pca(data: PreparedData, scaling: Scaling, latents: int) -> PCA:
-    """Return the PCA from the covariance, or from the rows if they have too many features for a covariance."""
+    """Return the PCA. It is computed from the covariance, or from the rows if they have too many features."""
     if data.moments.covariance is not None:
         return pca_from_moments(data.scaled_moments(scaling), latents)
     width, rows = data.table.x.width, len(data.split.fit)

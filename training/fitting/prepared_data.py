@@ -1,4 +1,4 @@
-"""Prepare a table for fitting: read once what every kind of model needs."""
+"""Prepare a table for fitting: read, once, the rows and statistics that all kinds of models need."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,22 +16,22 @@ from training.data.table import MAX_HELD_OUT_BYTES, MAX_HELD_OUT_ROWS, Split, Ta
 from training.fitting.pca import pca_from_moments, spectrum_from_moments
 from training.fitting.whitening import most_concentrated_rows
 
-SPECTRUM_SIZE = 256  # eigenvalues that `PreparedData.spectrum` returns, at most
-MAX_COVARIANCE_FEATURES = 4096  # for more features the eigenvectors of the covariance would take hours
+SPECTRUM_SIZE = 256  # `PreparedData.spectrum` returns at most this many eigenvalues
+MAX_COVARIANCE_FEATURES = 4096  # with more features, computing the covariance's eigenvectors would take hours
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedData:
-    """A table and what is computed from it for every kind of model.
+    """A table, and the statistics and rows of it that all kinds of models need.
 
     Args:
-        split: which rows fit the model, validate it and calibrate it.
-        medians: of the fit rows, [D]; NaN for a column without any value.
-        fill: the values that replace missing ones, [D], which are the medians; None where no value is missing.
-        moments: of the fit rows in raw units; without covariance above MAX_COVARIANCE_FEATURES features.
+        split: the rows that fit, validate and calibrate the model.
+        medians: medians of the fit rows, [D]; NaN for a column without values in them.
+        fill: the values that replace missing values, [D], which are the medians; None if the table is complete.
+        moments: moments of the fit rows in raw units. There is no covariance above MAX_COVARIANCE_FEATURES features.
         held_out: rows [M, D] in raw units, NaN where a value is missing.
         calibration: rows [C, D], in the same form.
-        sample: fit rows [S, D], in the same form: all of them, or as many as are kept in memory.
+        sample: fit rows [S, D], in the same form: all, or as many as may be kept in memory.
     """
 
     table: Table
@@ -70,10 +70,10 @@ class PreparedData:
 
 
 def prepare_data(table: Table, split: Split, robust: bool = False) -> PreparedData:
-    """Read `table`: one pass for the moments, and the rows that are needed in memory.
+    """Read `table`: one pass computes the moments, and the rows that are needed are kept in memory.
 
     Args:
-        robust: fit only the most concentrated of the fit rows, of which at most MAX_HELD_OUT_ROWS are considered.
+        robust: reduce the fit rows to the most concentrated of them. At most MAX_HELD_OUT_ROWS are considered.
     """
     x = table.x
     medians = torch.from_numpy(column_medians(x, split.fit))

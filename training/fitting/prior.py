@@ -11,15 +11,15 @@ from models.prior import Prior, gaussian_prior
 from models.vae import VAE
 
 MAX_COMPONENTS = 10
-ROWS_PER_COMPONENT = 50  # with fewer rows the mixture has fewer components
-MIXTURE_ROWS = 10_000  # codes that the mixture is fitted to, at most
+ROWS_PER_COMPONENT = 50  # the mixture has at most one component per this many rows
+MIXTURE_ROWS = 10_000  # the mixture is fitted to the latents of at most this many rows
 BATCH = 4096  # rows per forward pass; bounds the memory
 
 
 def fit_prior(core: Core, u: Tensor, latents: int, seed: int) -> Prior:
     """Return the prior whose samples decode to rows like the fit rows u [N, D].
 
-    PCA has the prior of probabilistic PCA, a VAE has N(0, I), and an autoencoder a Gaussian mixture of the codes.
+    PCA has the prior of probabilistic PCA, a VAE has N(0, I), and an autoencoder has a mixture fitted to its latents.
     """
     if isinstance(core, PCA):
         return gaussian_prior((core.eigenvalues - core.noise_variance).clamp(min=0.0).sqrt())

@@ -1,4 +1,4 @@
-"""Fit the preprocessing: which map takes raw units to the units in which a model works."""
+"""Fit the preprocessing: the map from raw units to model units."""
 
 from typing import Literal
 
@@ -10,12 +10,12 @@ from training.config import TrainConfig
 from training.data.moments import Moments
 from training.errors import FitError
 
-CONSTANT_COLUMN_SCALE = 1e-3  # the "standard deviation" of a table's constant column, as a share of its value
-NEGLIGIBLE_DEVIATION = 1e-7  # share of a column's largest value; a smaller deviation is float32 rounding of a constant
+CONSTANT_COLUMN_SCALE = 1e-3  # scale of a constant column in a table, relative to its value
+NEGLIGIBLE_DEVIATION = 1e-7  # relative to a column's largest value; a smaller deviation is rounding of a constant
 
 
 def scaling_method(config: TrainConfig, images: bool) -> Literal["standardise", "range", "none"]:
-    """Return the preprocessing that `config.scale` asks for, with auto resolved."""
+    """Return the preprocessing that `config.scale` requires, with auto resolved."""
     if config.scale != "auto":
         return config.scale
     bernoulli = config.model == "vae" and config.likelihood == "bernoulli"
@@ -29,10 +29,10 @@ def fit_scaling(
 
     Args:
         pixel_range: raw values of black and white; None for tables.
-        fill: [D], raw units: the values that replace missing ones; None where no value is missing.
+        fill: the values that replace missing values, [D], in raw units; None if no value is missing.
 
     Raises:
-        FitError: an option needs values in [0, 1], and another one does not produce them.
+        FitError: one option needs values in [0, 1], but another option does not produce them.
     """
     method = scaling_method(config, images=pixel_range is not None)
     if method != "range":

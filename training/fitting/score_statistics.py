@@ -1,4 +1,4 @@
-"""Fit what a score needs besides the networks: covariances, neighbours, weights, and the calibration."""
+"""Fit the statistics that a score needs besides the networks: covariances, neighbours, weights and calibration."""
 
 import torch
 from torch import Tensor
@@ -10,26 +10,26 @@ from models.ensemble import Ensemble, Neighbours
 from models.pca import PCA
 from training.fitting.whitening import KEPT_PERCENT, fit_whitening
 
-CODE_NOISE = 1.0  # variance added to a code, in units of its own: the code follows an anomaly, so it counts for less
-ORDINARY_PERCENT = 90  # share of the rows whose residuals define which residuals are outliers
+CODE_NOISE = 1.0  # variance added to each latent, relative to its own: latents follow anomalies, so they count less
+ORDINARY_PERCENT = 90  # the largest residual of this share of the rows is the largest ordinary one
 OUTLIER_FACTOR = 100.0  # squared residuals beyond this multiple of the largest ordinary one are outliers
-NEIGHBOUR_RANK = 5  # the distance of a row to its 5th neighbour is the scale of distances to that row
-NEIGHBOUR_NOISE = 0.1  # variance added to a feature, in units of its own: smaller differences do not matter
-MAX_NEIGHBOURS = 2_048  # more rows hardly change the score, and every request computes the distance to each
-MAX_NEIGHBOUR_VALUES = 2 << 20  # of float32, in all neighbours together
-SHRINKAGE_ROWS = 5_000
-MIN_VARIANCE = 1e-12  # in model units; a coordinate with less is constant
-MIN_SCALE = 1e-5  # per feature: rounding of a squared distance in float32
+NEIGHBOUR_RANK = 5  # the distance of a reference row to its 5th neighbour is the scale of distances to it
+NEIGHBOUR_NOISE = 0.1  # variance added to each feature, relative to its own: smaller differences do not matter
+MAX_NEIGHBOURS = 2_048  # reference rows; more hardly change the score, and each row's distance to all is computed
+MAX_NEIGHBOUR_VALUES = 2 << 20  # float32 values in all reference rows together, at most
+SHRINKAGE_ROWS = 5_000  # covariances are shrunk based on at most this many rows
+MIN_VARIANCE = 1e-12  # in model units; a coordinate with less variance is constant
+MIN_SCALE = 1e-5  # per feature: float32 rounding error of a squared distance
 MIN_MEAN_DISTANCE = 1e-6
 BATCH = 4096  # rows per forward pass; bounds the memory
 
 
 def fit_score_statistics(core: Core, held_out: Tensor, sample: Tensor, robust: bool = False) -> None:
-    """Set the statistics of `core` that its score needs and that training does not set. A VAE needs none.
+    """Set the statistics that the score of `core` needs and that training does not set. A VAE needs none.
 
     Args:
         held_out: rows [N, D] in model units that did not train the networks.
-        sample: rows [S, D] in model units that did.
+        sample: rows [S, D] in model units that trained the networks.
         robust: whether there may be anomalies among the rows.
     """
     if isinstance(core, PCA):
@@ -49,10 +49,10 @@ def fit_calibration(core: Core, u: Tensor) -> Calibration:
 
 
 def fit_shrinkage(x: Tensor, mean: Tensor) -> Tensor:
-    """Return the share, a scalar in [0, 1], by which to shrink the covariance of rows x [N, D] towards the identity.
+    """Return the weight, in [0, 1], of the identity in the shrunk covariance of rows x [N, D], a scalar.
 
-    Ledoit & Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", 2004, lemma 3.3. The share
-    is proportional to 1 / N, so it is computed for at most SHRINKAGE_ROWS rows and scaled to N.
+    Ledoit & Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", 2004, lemma 3.3. The weight
+    is proportional to 1 / N, so it is computed for at most SHRINKAGE_ROWS rows and then scaled to N rows.
     """
     from sklearn.covariance import ledoit_wolf_shrinkage
 
@@ -61,14 +61,14 @@ def fit_shrinkage(x: Tensor, mean: Tensor) -> Tensor:
 
 
 def fit_neighbours(x: Tensor) -> Neighbours:
-    """Return neighbours: some of rows x [N, D] in model units, each with a scale for the distances to it.
+    """Return the detector whose reference rows are some of rows x [N, D], in model units.
 
-    The scale is the squared distance of the row to its 5th neighbour, plus the mean of that over all rows, so that
-    duplicate rows do not get a scale of 0.
+    The scale of a reference row is its squared distance to its 5th neighbour, plus the mean of these squared distances
+    over all reference rows. The mean prevents a scale of 0 for duplicate rows.
     """
     whitening = fit_whitening(x[:SHRINKAGE_ROWS], _mean_variance(x), noise=NEIGHBOUR_NOISE)
     rows = whitening(x[: max(1, min(MAX_NEIGHBOURS, MAX_NEIGHBOUR_VALUES // x.shape[1]))])
-    rank = min(NEIGHBOUR_RANK, len(rows) - 1) + 1  # the first is the row itself
+    rank = min(NEIGHBOUR_RANK, len(rows) - 1) + 1  # the nearest row is the row itself
     distances = torch.cat([torch.cdist(part, rows).kthvalue(rank).values for part in rows.split(BATCH)])  # [R]
     squared = distances.square()
     return Neighbours(whitening, rows, (squared + squared.mean()).clamp(min=MIN_SCALE * x.shape[1]))
@@ -100,10 +100,10 @@ def _codes_and_residuals(core: Autoencoder, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _without_outliers(core: Autoencoder, u: Tensor) -> Tensor:
-    """Return the rows of u [N, D] without those that the network reconstructs extremely badly: 90 % of them at least.
+    """Return the rows of u [N, D], at least 90 % of them, without those that the network reconstructs extremely badly.
 
-    A network extrapolates arbitrarily where a column changes that was constant in the fit rows. One such residual,
-    squared, would dominate the variances that all scores depend on.
+    If a column was constant in the fit rows and then changes, the network extrapolates arbitrarily. The square of one
+    such residual would dominate the variances, on which all scores depend.
     """
     squared = _codes_and_residuals(core, u)[1].double().square().sum(dim=1)  # [N]
     largest_ordinary = squared.kthvalue(-(-len(u) * ORDINARY_PERCENT // 100)).values
@@ -117,6 +117,6 @@ def _mean_variance(x: Tensor) -> Tensor:
 
 
 def _mean_distance(distances: Tensor, robust: bool) -> Tensor:
-    """Return the mean of distances [N], a scalar; if robust, of the smallest KEPT_PERCENT of them."""
+    """Return the mean of distances [N], a scalar; if `robust`, only of the smallest KEPT_PERCENT of them."""
     kept = -(-len(distances) * KEPT_PERCENT // 100) if robust else len(distances)
     return distances.sort().values[:kept].mean()

@@ -1,9 +1,9 @@
 """The training loop: minibatch gradient descent with validation, early stopping, checkpoints and several processes.
 
-- After every epoch the model is validated on the held-out rows, and the best model is kept.
+- After every epoch the model is validated on the held-out rows. The best weights, or the last ones, are kept.
 - If the loss becomes NaN or infinite, training stops and keeps the best model so far.
-- A run that is killed resumes from its checkpoint and ends with the same weights, bit for bit.
-- Processes that share the batches compute what one process would, up to rounding.
+- A killed run can resume from its checkpoint, and then ends with the same weights, bit for bit.
+- Several processes that share the batches compute the same as one process, up to rounding.
 """
 
 import copy
@@ -23,11 +23,11 @@ from training.fitting.objectives import Objective
 from training.progress import Reporter
 from training.random_streams import NOISE, VALIDATION, random_stream
 
-DEFAULT_STEPS = 3_000  # by default; the demonstration models do not improve after that
+DEFAULT_STEPS = 3_000  # default number of steps; the demonstration models do not improve after it
 MIN_EPOCHS, MAX_EPOCHS = 10, 400  # limits of the default number of epochs
 DEFAULT_LEARNING_RATE = 1e-3
-MAX_GRADIENT_NORM = 1000.0  # far above that of a healthy step, so only an exploding gradient is clipped
-VALIDATION_BATCH = 256  # rows; small enough for the activations to stay in the processor's cache
+MAX_GRADIENT_NORM = 1000.0  # far above the norm in a healthy step, so only exploding gradients are clipped
+VALIDATION_BATCH = 256  # rows per batch; with so few, the activations stay in the processor's cache
 
 
 class Trainer:
@@ -36,12 +36,12 @@ class Trainer:
     Args:
         model: the model to train, moved to the device of the held-out rows.
         objective: the loss to minimise.
-        batches: the rows to fit, on the same device.
-        held_out: rows [M, D], in model units, on which the model is validated.
+        batches: the fit rows, on the same device.
+        held_out: rows [M, D] for validation, in model units.
         config: the options of the run.
         reporter: receives the progress.
-        checkpoints: where the state of the run is saved; None to save none.
-        processes: the processes that share every batch. Each creates its trainer with the same arguments.
+        checkpoints: the store for the state of the run; None to save no checkpoints.
+        processes: the processes that share every batch. Each process creates a trainer with the same arguments.
     """
 
     def __init__(
@@ -79,13 +79,13 @@ class Trainer:
 
         self._step = 0  # optimiser steps so far
         self._term_names: list[str] = []  # "loss" first
-        self._term_sums: list[float] = []  # over the rows of the current epoch so far
+        self._term_sums: list[float] = []  # sum of each term over the rows of the epoch so far
         self._best: dict[str, Any] | None = None  # state of the model to keep
         self._best_loss = math.inf
         self._epochs_without_gain = 0
 
     def train(self) -> None:
-        """Train to the end and leave the best weights in the model, in evaluation mode.
+        """Train to the end. Leave the model in evaluation mode, with the weights of the epoch to publish.
 
         Raises:
             FitError: the loss became NaN or infinite before the first epoch ended, or the checkpoint is unusable.
@@ -104,7 +104,7 @@ class Trainer:
             if self._checkpoints and monotonic() - saved_at >= self._checkpoints.interval_seconds:
                 self._save_checkpoint(self._checkpoints)
                 saved_at = monotonic()
-        if self._checkpoints:  # the statistics and metrics that follow may take long too
+        if self._checkpoints:  # the statistics and metrics that follow may also take long
             self._save_checkpoint(self._checkpoints)
         if self._best is not None:
             self._model.load_state_dict(self._best)
@@ -115,7 +115,7 @@ class Trainer:
         epoch, step_in_epoch = divmod(self._step, self._steps_per_epoch)
         if step_in_epoch == 0:
             self._term_sums = []
-        if not self._model.training:  # the validation of the last epoch left it in evaluation mode
+        if not self._model.training:  # validation set it to evaluation mode
             self._model.train()
         start = step_in_epoch * self._batch_size
         rows = self._batches.take(epoch, start, min(start + self._batch_size, len(self._batches)))
@@ -131,17 +131,17 @@ class Trainer:
         self._schedule.step()
         self._step += 1
         sums = self._term_sums or [0.0] * len(values)
-        # weighted by the rows: the last batch of an epoch may be shorter
+        # weighted by the number of rows: the last batch of an epoch may be smaller
         self._term_sums = [total + value * len(rows) for total, value in zip(sums, values, strict=True)]
         return True
 
     def _loss_terms(self, rows: Tensor, random: torch.Generator, warm_up: float, *, backward: bool) -> list[float]:
         """Return the loss terms of rows [B, D], the loss first.
 
-        Each process computes its share of the rows, and the results are added up.
+        Each process computes the terms of its share of the rows. The results are averaged over all rows.
 
         Args:
-            backward: whether to compute the gradients too.
+            backward: whether to also compute the gradients.
         """
         drawn = self._objective.draw(rows, random, warm_up)
         share = self._processes.slice_of(len(rows))
@@ -167,7 +167,7 @@ class Trainer:
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        flat = nn.utils.parameters_to_vector(parameter.grad for parameter in self._parameters)  # type: ignore[misc] # a generator works too
+        flat = nn.utils.parameters_to_vector(parameter.grad for parameter in self._parameters)  # type: ignore[misc] # a generator works as well
         self._processes.all_reduce(flat)
         start = 0
         for parameter in self._parameters:
@@ -175,7 +175,7 @@ class Trainer:
             start += parameter.numel()
 
     def _gradient_norm(self) -> float:
-        """Return the Euclidean norm of all gradients together."""
+        """Return the Euclidean norm of all gradients, taken together."""
         gradients = [p.grad.reshape(-1) for p in self._parameters if p.grad is not None]
         return math.sqrt(torch.stack([each.dot(each) for each in gradients]).sum().item())
 
@@ -184,7 +184,7 @@ class Trainer:
         return 1.0 if not self._warm_up_steps else min(1.0, self._step / self._warm_up_steps)
 
     def _end_epoch(self) -> None:
-        """Validate the model, report the epoch, and keep the model if it is the one to publish so far."""
+        """Validate the model, report the epoch, and keep the weights if they are the ones to publish so far."""
         pairs = zip(self._term_names, self._term_sums, strict=True)
         means = {name: total / len(self._batches) for name, total in pairs}
         means["held_out_loss"] = loss = self._validate()
@@ -199,7 +199,7 @@ class Trainer:
         self._epochs_without_gain = 0 if better else self._epochs_without_gain + 1
 
     def _validate(self) -> float:
-        """Return the loss of the held-out rows, with the same noise after every epoch."""
+        """Return the loss of the held-out rows. The noise is the same after every epoch."""
         self._model.eval()
         random, total = random_stream(self._config.seed, VALIDATION), 0.0
         with torch.no_grad():
@@ -216,7 +216,7 @@ class Trainer:
         if self._best is None:
             raise FitError(f"{message}: lower --learning-rate")
         self._reporter.note(
-            f"warning: {message}: training stopped and the best model so far is kept; lower --learning-rate"
+            f"warning: {message}: training stopped, and the best model so far is kept; lower --learning-rate"
         )
 
     def _save_checkpoint(self, checkpoints: CheckpointStore) -> None:

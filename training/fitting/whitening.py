@@ -1,14 +1,14 @@
-"""Fit whitenings: estimates of a mean and a covariance that are stable with few rows and with anomalies among them."""
+"""Fit whitenings. Their means and covariances are stable for few rows, and for rows that include anomalies."""
 
 import torch
 from torch import Tensor
 
 from models.autoencoder import Whitening
 
-MAX_FULL_WIDTH = 2048  # with more coordinates only the variances are estimated: a full matrix would outgrow the network
-PSEUDO_ROWS = 3.0  # extra rows that each variance counts, one usual standard deviation from the mean
-KEPT_PERCENT = 75  # share of the rows that a robust estimate uses
-CONCENTRATION_STEPS = 5  # later steps change few of the rows
+MAX_FULL_WIDTH = 2048  # above it, only variances are estimated: a full matrix would be larger than the network
+PSEUDO_ROWS = 3.0  # see `fit_whitening`
+KEPT_PERCENT = 75  # percentage of the rows that a robust estimate uses
+CONCENTRATION_STEPS = 5  # more steps would replace few of the rows
 
 
 def fit_whitening(
@@ -16,14 +16,14 @@ def fit_whitening(
 ) -> Whitening:
     """Return the whitening of vectors [N, V].
 
-    Each variance is estimated as if PSEUDO_ROWS more rows had been seen, one usual standard deviation from the mean: a
-    coordinate that was constant over N rows may still change. The correlations are shrunk as in Ledoit & Wolf 2004,
-    because the plain matrix is singular for few rows.
+    A coordinate that was constant over N rows may still change. Each variance is therefore estimated as if there were
+    PSEUDO_ROWS more rows, each one usual standard deviation from the mean. The correlation matrix is shrunk as in
+    Ledoit & Wolf 2004, because it would be singular for few rows.
 
     Args:
-        usual_variance: the variance to expect of a coordinate without data, a scalar or [V].
+        usual_variance: the variance that is expected without data, a scalar or, per coordinate, [V].
         robust: use only the most concentrated rows.
-        noise: variance to add to each coordinate, in units of its own variance, a scalar or [V].
+        noise: variance to add to each coordinate, relative to its own variance, a scalar or [V].
     """
     vectors, usual_variance = vectors.double(), usual_variance.double()
     kept = vectors[most_concentrated_rows(vectors, usual_variance)] if robust else vectors
@@ -33,14 +33,15 @@ def fit_whitening(
 def most_concentrated_rows(vectors: Tensor, usual_variance: Tensor) -> Tensor:
     """Return the indices, ascending, of the KEPT_PERCENT of vectors [N, V] with the smallest covariance determinant.
 
-    Concentration steps: each keeps the rows that are nearest by the mean and covariance of the rows kept before.
-    Rousseeuw & Van Driessen, "A fast algorithm for the minimum covariance determinant estimator", 1999, theorem 1. The
-    first step uses the medians of the columns, which stay close to normal rows while less than half are anomalies.
+    Each concentration step keeps the rows with the smallest Mahalanobis distance under the mean and covariance of the
+    rows that the previous step kept: Rousseeuw & Van Driessen, "A fast algorithm for the minimum covariance determinant
+    estimator", 1999, theorem 1. The first step uses medians, which stay close to normal rows if less than half of the
+    rows are anomalies.
     """
     vectors, usual_variance = vectors.double(), usual_variance.double()
     count = -(-len(vectors) * KEPT_PERCENT // 100)
     centre = vectors.median(dim=0).values  # [V]
-    deviation = 1.4826 * (vectors - centre).abs().median(dim=0).values  # [V]; the factor is that of a Gaussian
+    deviation = 1.4826 * (vectors - centre).abs().median(dim=0).values  # [V]; 1.4826 makes it the std of a Gaussian
     variance = _with_pseudo_rows(deviation.square(), len(vectors), usual_variance)
     kept = Whitening(centre, variance.rsqrt()).distance(vectors).argsort()[:count]
     for _ in range(CONCENTRATION_STEPS):
@@ -49,7 +50,7 @@ def most_concentrated_rows(vectors: Tensor, usual_variance: Tensor) -> Tensor:
 
 
 def _with_pseudo_rows(variance: Tensor, rows: int, usual_variance: Tensor) -> Tensor:
-    """Return the variance [V] of `rows` rows and PSEUDO_ROWS more, each one usual deviation from the mean."""
+    """Return the variance [V] over `rows` rows and PSEUDO_ROWS more, each one usual deviation from the mean."""
     return (rows * variance + PSEUDO_ROWS * usual_variance) / (rows + PSEUDO_ROWS)
 
 
@@ -62,7 +63,7 @@ def _fit(vectors: Tensor, usual_variance: Tensor, noise: Tensor | float = 0.0) -
     if width > MAX_FULL_WIDTH or rows == 1:
         return Whitening(mean, 1.0 / (deviation * torch.as_tensor(1.0 + noise).sqrt()))
     correlation = torch.from_numpy(ledoit_wolf(((vectors - mean) / deviation).numpy(), assume_centered=True)[0])
-    correlation.diagonal().clamp_(min=1.0).add_(noise)  # the pseudo rows made some variances smaller than 1
+    correlation.diagonal().clamp_(min=1.0).add_(noise)  # pseudo rows make some variances smaller than 1
     inverse = torch.linalg.solve_triangular(
         torch.linalg.cholesky(correlation), torch.diag(1.0 / deviation), upper=False
     )

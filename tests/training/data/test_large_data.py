@@ -123,7 +123,7 @@ def test_ragged_line_far_into_a_csv_file_raises_with_its_number(tmp_path: Path, 
     write_csv(tmp_path / "a.csv", measurements(150_000))
     with (tmp_path / "a.csv").open("a") as file:
         file.write(line + "\n")
-    with pytest.raises(DataError, match=f"line 150002 has {fields} values, the header has 5: correct the line"):
+    with pytest.raises(DataError, match=f"line 150002 has {fields} values, but the header has 5: correct the line"):
         read_table(str(tmp_path / "a.csv"), limit=LIMIT)
 
 
@@ -316,6 +316,6 @@ def test_full_disk_raises_with_the_space_that_is_needed(
     assert run.returncode == 0, run.stderr
     size = "more space" if write is write_npz_in_fortran_order else "about 0.002 GB"
     assert run.stdout == (
-        f"{tmp_path / name}: its rows do not fit into {tmp_path} (File too large): they need {size}; "
+        f"{tmp_path / name}: the rows do not fit into {tmp_path} (File too large): they need {size}; "
         "free some space there, or set TMPDIR to a folder with enough space\n"
     )

@@ -164,7 +164,7 @@ def test_column_with_few_distinct_float32_values_gets_a_note(tmp_path: Path) -> 
     table = read_table(save_array(tmp_path / "a.npy", np.stack([seconds, np.arange(100)], axis=1)))
     (note,) = table.notes
     assert note == (
-        "features whose values are large compared with how much they vary lose precision in float32: x[0]; "
+        "some features lose precision in float32, because their values are large compared with their spread: x[0]; "
         "subtract a constant from them"
     )
 
@@ -217,9 +217,12 @@ def test_read_for_model_accepts_flat_rows_for_an_image_model(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a,c\n1,2\n", r"lacks 1 of the model's 2 columns, first 'b': expected a column of that name, got a, c$"),
+        (
+            "a,c\n1,2\n",
+            r"lacks 1 of the model's 2 columns \(the first is 'b'\): expected a column of that name, got a, c$",
+        ),
         ("a [ms],b\n1,2\n", r"column 'a' is in ms, expected s: convert it$"),
-        ("a,b\n1,x\n", r"column 'b' expected numbers, got 'x' in row 0 \(line 2\)"),
+        ("a,b\n1,x\n", r"column 'b': expected numbers, got 'x' in row 0 \(line 2\)"),
     ],
 )
 def test_read_for_model_raises_when_columns_do_not_match(tmp_path: Path, text: str, message: str) -> None:

@@ -1,7 +1,7 @@
 """Readers of raw numbers: the bundled digits, NumPy files, CSV, Parquet and folders of images.
 
-Messages count rows from 0, as the service does; messages about CSV files add the line. Each reader imports its library
-(polars, scikit-learn or Pillow) when it is called, so importing this package is cheap.
+Messages count rows from 0, as the service does. Messages about CSV files also give the line. Each reader imports its
+library (polars, scikit-learn or Pillow) when it is called, so importing this package is cheap.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ READERS: dict[str, Callable[[Path, ReadOptions], RawTable]] = {
 def load(source: str, options: ReadOptions) -> RawTable:
     """Open `source`: "digits", a file, or a folder of images.
 
-    If `options.names` is given, another column called label or y contains the labels.
+    If `options.names` is given, a column called label or y that is not among these names is read as the labels.
 
     Raises:
         DataError: the source does not exist, has an unknown format, or cannot be read.

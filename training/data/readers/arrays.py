@@ -19,12 +19,12 @@ from training.data.readers.raw_table import Array, Block, RawTable, ReadOptions
 from training.data.row_store import FileArray, rows_per_block
 from training.errors import DataError
 
-# what NumPy and zipfile raise for a damaged file
+# the exceptions that NumPy and zipfile raise for a damaged file
 DAMAGE = (ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError, NotImplementedError, UnicodeDecodeError)
 
 
 def read_digits(options: ReadOptions) -> RawTable:
-    """Return scikit-learn's 1797 digits, [8, 8], in [0, 1], with labels."""
+    """Return scikit-learn's 1797 images of digits, [8, 8] with values in [0, 1], and their labels."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -34,7 +34,7 @@ def read_digits(options: ReadOptions) -> RawTable:
 
 
 def read_numpy(path: Path, options: ReadOptions) -> RawTable:
-    """Return an array [N, ...] of real numbers, from an .npy file or from the member x of an .npz archive.
+    """Return an array [N, ...] of real numbers from an .npy file, or from the member x of an .npz archive.
 
     Raises:
         DataError: the file is damaged, or contains no such array.
@@ -61,7 +61,7 @@ def _damage_as_data_error(path: Path) -> Iterator[None]:
 @dataclass(frozen=True)
 class _Header:
     shape: tuple[int, ...]
-    fortran_order: bool  # column by column, so that a row is not contiguous
+    fortran_order: bool  # the array is stored column by column, so a row is not contiguous
     dtype: np.dtype[Any]
 
 
@@ -88,7 +88,7 @@ def _refuse_other_arrays(header: _Header, source: str) -> None:
 def _open_file(
     file: BinaryIO, header: _Header, labels: Array | None, path: Path, options: ReadOptions, notes: list[str]
 ) -> RawTable:
-    """Return the array that follows its header in `file`."""
+    """Return the array in `file`, which is positioned after the header."""
     size, start = os.fstat(file.fileno()).st_size, file.tell()
     if size - start < math.prod(header.shape) * header.dtype.itemsize:
         raise EOFError
@@ -122,7 +122,7 @@ def _stored_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def _kept_columns(shape: tuple[int, ...], options: ReadOptions, source: str) -> list[int] | None:
-    """Return the columns that remain after --drop, which names them x[0], x[1], ...; None for all."""
+    """Return the columns that remain after --drop, where columns are called x[0], x[1], ...; None for all columns."""
     if not options.drop:
         return None
     if len(shape) > 2:
@@ -163,7 +163,7 @@ def _open_archive(path: Path, options: ReadOptions) -> RawTable:
         header = headers[key]
         _refuse_other_arrays(header, str(path))
         labels, notes = _read_labels(archive, headers, header.shape[0])
-        if header.fortran_order:  # rows cannot be streamed from it, so it is unpacked
+        if header.fortran_order:  # rows cannot be streamed, so the member is unpacked
             with archive.open(f"{key}.npy") as member, tempfile.TemporaryFile() as copy:
                 shutil.copyfileobj(member, copy, 1 << 20)
                 copy.seek(0)
@@ -191,7 +191,7 @@ def _find_rows(headers: dict[str, _Header], path: Path) -> str:
 
 
 def _read_labels(archive: zipfile.ZipFile, headers: dict[str, _Header], rows: int) -> tuple[Array | None, list[str]]:
-    """Return the array y if there is one with a label per row; else None, and a note if y is something else."""
+    """Return the array y if it has one label per row, else None; and a note if y is not usable."""
     if "y" not in headers:
         return None, []
     if headers["y"].shape != (rows,):
@@ -219,5 +219,5 @@ def _stream_member(
                 rows if columns is None else rows[:, columns],
                 None if labels is None else labels[start : start + step],
             )
-        while file.read(1 << 20):  # read to the end, where zipfile compares the checksum
+        while file.read(1 << 20):  # at the end of the member, zipfile verifies its checksum
             pass

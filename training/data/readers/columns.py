@@ -1,4 +1,4 @@
-"""The columns of a CSV or Parquet file: choose them, convert their cells to numbers, refuse those that are not numeric.
+"""The columns of a CSV or Parquet file: choose them, convert cells to numbers, refuse columns of other values.
 
 Columns are checked after all rows have been read, so that one message can name all columns to drop.
 """
@@ -39,22 +39,22 @@ class NonNumericCell:
 
     row: int
     value: Any
-    kind: str  # of the column, for a message: text, dates, booleans or its type
+    kind: str  # kind of column, for a message: text, dates, booleans or a type
 
 
 @dataclass
 class IdentifierDetector:
-    """Detects columns that identify a row instead of measuring something.
+    """Detects whether a column identifies rows instead of measuring something.
 
     Args:
-        has_identifier_name: whether the column is called id, uuid or the like. For such columns all values are kept,
-            8 bytes per row, to find out whether they are unique.
+        has_identifier_name: whether the column is called id, uuid or the like. All values of such a column are kept, 8
+            bytes per row, to find out whether they are unique.
     """
 
     has_identifier_name: bool
     rows: int = 0
     last: float = float("nan")
-    consecutive: bool = True  # every value so far is the one before plus 1
+    consecutive: bool = True  # whether every value so far is the previous value plus 1
     integers: bool = True
     values: list[Floats] = field(default_factory=list)
 
@@ -87,10 +87,10 @@ class Column:
 
     name: str
     unit: str | None
-    index: int  # in the file
-    typed: bool = False  # whether the file declares a type, so that all cells have the same one
-    numbers: int = 0  # how many cells were numbers
-    non_numbers: int = 0  # how many cells were neither numbers nor missing
+    index: int  # position in the file
+    typed: bool = False  # whether the file declares the type of the column's cells
+    numbers: int = 0  # number of cells that were numbers
+    non_numbers: int = 0  # number of cells that were neither numbers, booleans nor missing
     first_non_number: NonNumericCell | None = None
     first_boolean: NonNumericCell | None = None  # the first cell that was true, false, yes or no
     binary: bool = True  # whether all numbers were 0 or 1
@@ -138,7 +138,7 @@ class Column:
         import polars as pl
 
         dtype, present = cells.dtype, len(cells) - cells.null_count()
-        first = int(cells.is_not_null().arg_max() or 0)  # of the cells that are present
+        first = int(cells.is_not_null().arg_max() or 0)  # index of the first cell that is present
         if dtype == pl.Boolean and present:
             self.first_boolean = self.first_boolean or NonNumericCell(row + first, cells[first], "booleans")
         if dtype.is_numeric() or dtype in (pl.Null, pl.Boolean):
@@ -155,7 +155,7 @@ class Column:
 
 
 def choose_columns(header: Sequence[str], path: Path, options: ReadOptions, typed: bool) -> list[Column]:
-    """Return the columns to read. If the options name them, a label column follows if there is one.
+    """Return the columns to read. If the options name the columns, the label column, if there is one, comes last.
 
     Args:
         header: the column names in the file, with units in brackets.
@@ -203,7 +203,7 @@ def _find_columns(names: Sequence[str], wanted: Sequence[str], path: Path) -> li
     absent = [name for name in wanted if name not in indices]
     if absent:
         raise DataError(
-            f"{path} lacks {len(absent)} of the model's {len(wanted)} columns, first {absent[0]!r}: "
+            f"{path} lacks {len(absent)} of the model's {len(wanted)} columns (the first is {absent[0]!r}): "
             f"expected a column of that name, got {join_names(names)}"
         )
     label = [name for name in LABEL_COLUMNS if name in indices and name not in wanted]
@@ -218,11 +218,11 @@ def build_raw_table(
     rows: int | None,
     first_line: int | None = None,
 ) -> RawTable:
-    """Return the table that `frames` contain. Each frame has exactly `columns`.
+    """Return the table in `frames`. Each frame has exactly the columns `columns`.
 
     Args:
         rows: the number of rows, possibly estimated.
-        first_line: text files: the line of row 0.
+        first_line: line of row 0 in a text file; None for other files.
     """
     features = columns if options.names is None else columns[: len(options.names)]
     notes: list[str] = []
@@ -254,7 +254,7 @@ def _read_blocks(
 
 @dataclass(frozen=True)
 class _ColumnCheck:
-    """Refuses columns that are not measurements, once all rows have been read, and adds notes about the others."""
+    """Once all rows have been read, refuses columns that are not measurements, and adds notes on boolean columns."""
 
     path: Path
     options: ReadOptions
@@ -278,7 +278,7 @@ class _ColumnCheck:
         got = f"{_shorten(cell.value)} in {describe_row(cell.row, self.first_line)}"
         if column.typed:
             got = f"{cell.kind} ({got})"
-        raise DataError(f"{self.path}: column {column.name!r} expected numbers, got {got}: {advice}")
+        raise DataError(f"{self.path}: column {column.name!r}: expected numbers, got {got}: {advice}")
 
     def _refuse_other_columns(self, columns: Sequence[Column]) -> None:
         """Raise DataError that names all columns of text, dates or identifiers."""

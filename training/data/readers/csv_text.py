@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 PIECE_BYTES = 2 << 20
-MAX_PIECE_BYTES = 32 * PIECE_BYTES  # a piece with an open quotation grows up to this
+MAX_PIECE_BYTES = 32 * PIECE_BYTES  # limit to which a piece grows while a quotation is open
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some programs write it before UTF-8 text
 
@@ -38,7 +38,7 @@ def read_csv(path: Path, options: ReadOptions) -> RawTable:
 
 
 def _read_header(file: IO[bytes], path: Path) -> tuple[list[str], int]:
-    """Return the column names and the number of the line where they end. `file` is left at the line after it."""
+    """Return the column names and the number of the line in which they end. `file` is then at the next line."""
 
     def lines() -> Iterator[str]:
         yield file.readline().removeprefix(BYTE_ORDER_MARK).decode()
@@ -56,7 +56,7 @@ def _read_header(file: IO[bytes], path: Path) -> tuple[list[str], int]:
         for separator, word in SEPARATORS.items():
             if separator in header[0]:
                 raise DataError(f"{path} separates its columns by {word}: expected commas; convert it")
-    positions = [[str(start + i) for i in range(len(header))] for start in (0, 1)]  # names that pandas may write
+    positions = [[str(start + i) for i in range(len(header))] for start in (0, 1)]  # pandas may write these
     if all(_is_number(name) for name in header) and header not in positions:
         raise DataError(f"{path} has numbers in its first line: expected a header; put column names above the rows")
     return header, rows.line_num
@@ -71,7 +71,7 @@ def _is_number(text: str) -> bool:
 
 
 def _read_pieces(path: Path, start: int) -> Iterator[bytes]:
-    """Yield the bytes from `start` on, cut after line ends that are not inside a quotation."""
+    """Yield the bytes from `start` on in pieces that end at the end of a line, outside any quotation."""
     with path.open("rb") as file:
         file.seek(start)
         rest = b""
@@ -102,7 +102,7 @@ def _read_frames(path: Path, start: int, width: int, line: int) -> Iterator["pl.
     import polars as pl
 
     names = [str(index) for index in range(width)]
-    blank = pl.DataFrame(schema=dict.fromkeys(names, pl.String))  # empty rows that end the pieces so far
+    blank = pl.DataFrame(schema=dict.fromkeys(names, pl.String))  # empty rows at the end of the pieces so far
     for piece in _read_pieces(path, start):
         try:
             frame = pl.read_csv(",".join(names).encode() + b"\n" + piece, infer_schema=False)
@@ -133,5 +133,5 @@ def _refuse_ragged_lines(piece: bytes, width: int, path: Path, line: int) -> Non
             if row and len(row) != width:
                 number = line + rows.line_num
                 raise DataError(
-                    f"{path}: line {number} has {len(row)} values, the header has {width}: correct the line"
+                    f"{path}: line {number} has {len(row)} values, but the header has {width}: correct the line"
                 )

@@ -1,4 +1,4 @@
-"""Read a folder of images: one per row, grey or in colour, values from 0 to 255."""
+"""Read a folder of images, one per row, in grey or in colour, with values from 0 to 255."""
 
 import math
 from collections.abc import Iterator
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 GREY_MODES = {"1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N"}
 COLOUR_MODES = {"P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV", "LAB"}
-MAX_BLOCK_IMAGES = 64  # images that are decoded before they are passed on
+MAX_BLOCK_IMAGES = 64  # images per block, at most
 
 
 def read_images(path: Path, options: ReadOptions) -> RawTable:
     """Return the images in the folder `path`, or in its sub-folders, whose names are then the labels.
 
-    A row is [H, W] if all images are grey, else [H, W, 3]. Images are rotated as their EXIF data say. Of an animation
-    the first frame is used. Transparent pixels are blended with white. 16 bits per channel are reduced to 8.
+    A row is [H, W] if all images are grey, else [H, W, 3]. Images are rotated as their EXIF data specify. For an
+    animation, the first frame is used. Transparent pixels are blended with white. 16 bits per channel are reduced to 8.
 
     Raises:
         DataError: the folder has no images, or an image is damaged or has another size.
@@ -128,7 +128,7 @@ def _has_colour_and_transparency(path: Path) -> tuple[bool, bool]:
 
 
 def _row_shape(first: Path, options: ReadOptions, any_colour: bool) -> tuple[int, ...]:
-    """Return [H, W] or [H, W, 3]: as the options require, else as in the first image."""
+    """Return [H, W] or [H, W, 3]: the shape that the options require, else that of the first image."""
     if options.shape is not None:
         if len(options.shape) == 2 or (len(options.shape) == 3 and options.shape[2] == 3):
             return options.shape
@@ -147,8 +147,8 @@ def _read_pixels(path: Path, first: Path, shape: tuple[int, ...] | None, resize:
 
     Args:
         first: the first image of the folder, for messages.
-        shape: [H, W] or [H, W, 3]; None for a grey image of its own size.
-        resize: whether an image of another size is cropped and resized, or refused.
+        shape: [H, W] or [H, W, 3]; None to return a grey image in its own size.
+        resize: whether to crop and resize an image of another size; if false, such an image is refused.
     """
     from PIL import Image, ImageOps
 

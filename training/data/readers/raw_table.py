@@ -1,4 +1,4 @@
-"""What every reader takes and returns: the options, and a table of raw numbers that are not checked yet."""
+"""The argument and the result of every reader: options, and a table of raw numbers that are not checked yet."""
 
 import csv
 import io
@@ -19,11 +19,11 @@ Block = tuple[Array, Array | None]  # rows [n, D] of any real dtype, and their l
 class ReadOptions:
     """Which columns to read, and how to convert images."""
 
-    names: Sequence[str] | None = None  # read these columns, in this order, if the source names columns; None: all
-    drop: Sequence[str] = ()  # leave these columns out
-    keep: Sequence[str] = ()  # accept these columns even if they look like identifiers
-    size: tuple[int, int] | None = None  # resize images to this height and width
-    shape: tuple[int, ...] | None = None  # of one row, if a model requires it
+    names: Sequence[str] | None = None  # columns to read, in this order, if the source has names; None for all
+    drop: Sequence[str] = ()  # columns to leave out
+    keep: Sequence[str] = ()  # columns to accept even if they look like identifiers
+    size: tuple[int, int] | None = None  # height and width to which images are resized
+    shape: tuple[int, ...] | None = None  # shape of one row, if a model requires it
     pixel_range: tuple[float, float] | None = None  # values of black and white, if a model requires them
 
 
@@ -32,25 +32,25 @@ class RawTable:
     """An opened source. Its rows are read while `blocks` is iterated."""
 
     blocks: Iterator[Block]  # raises DataError if the source is damaged or does not contain numbers
-    shape: tuple[int, ...]  # of one row; its product is D
-    dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.float32))  # can store all values in a file
-    rows: int | None = None  # N, if known in advance; an estimate for CSV
-    names: list[str] | None = None  # of the D columns, if the source names columns
+    shape: tuple[int, ...]  # shape of one row; the product is D
+    dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.float32))  # type that can store all values
+    rows: int | None = None  # number of rows N, if known in advance; an estimate for CSV
+    names: list[str] | None = None  # names of the D columns, if the source has names
     units: list[str | None] | None = None
     pixel_range: tuple[float, float] | None = None
-    first_line: int | None = None  # text files: the line of row 0
+    first_line: int | None = None  # line of row 0 in a text file; None for other files
     label_names: list[str] | None = None  # the meaning of labels 0, 1, ...
     notes: list[str] = field(default_factory=list)  # complete when all blocks have been read
     file_array: FileArray | None = None  # [N, D]: the source file itself, if its rows can be read in any order
 
 
 def describe_row(row: int, first_line: int | None) -> str:
-    """Return where `row`, counted from 0, is found, for a message."""
+    """Return the place of `row`, counted from 0, for a message."""
     return f"row {row}" if first_line is None else f"row {row} (line {row + first_line})"
 
 
 def format_option(option: str, columns: Sequence[str]) -> str:
-    """Return the command line option for these columns, quoted for a shell: --drop 'b c,d'."""
+    """Return the command-line option for these columns, quoted for a shell, such as --drop 'b c,d'."""
     text = io.StringIO()
     csv.writer(text, lineterminator="").writerow(columns)
     return f"{option} {shlex.quote(text.getvalue())}"
