@@ -81,7 +81,7 @@ def test_few_rows_with_huge_distances_do_not_change_the_weights() -> None:
 
 
 def test_score_of_a_reference_row_is_exact_up_to_rounding() -> None:
-    """The distance of a reference row to itself is a small difference of large squares: a root would enlarge its error."""
+    """The distance of a reference row to itself is a difference of large squares. A root would amplify its error."""
     torch.manual_seed(0)
     model, fitted = ensemble(), torch.randn(300, D)
     fit_score_statistics(model, torch.randn(400, D), fitted)

@@ -29,7 +29,7 @@ TERMS = "reconstruction 23.46  kl 4.25  elbo 19.21 nats"
 
 
 def run_on_terminal(code: str, **environment: str) -> tuple[str, str]:
-    """Run `code`. Return what it writes to standard error, a terminal of 80 columns, and to standard output, a pipe."""
+    """Run `code`. Return its standard error, a terminal of 80 columns, and its standard output, a pipe."""
     parent, child = pty.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     environment = (

@@ -25,7 +25,7 @@ FRESH_ROWS = 2_000
 
 
 def table(rows: int, seed: int = 0, width: int = 8) -> Table:
-    """Return rows near a curved surface, with noise: no kind of model fits them exactly."""
+    """Return noisy rows near a curved surface, which no kind of model fits exactly."""
     random = np.random.RandomState(seed)
     factors = random.standard_normal((rows, 2))
     mixing = np.random.RandomState(7).standard_normal((2, width))
@@ -81,7 +81,7 @@ def test_rows_off_the_training_surface_raise_alarms(kind: Kind, tmp_path: Path) 
 def test_training_with_the_same_seed_gives_the_same_weights_and_with_another_seed_different_ones(
     kind: Kind, tmp_path: Path
 ) -> None:
-    torch.manual_seed(1)  # the global generator and the thread count must not matter
+    torch.manual_seed(1)  # the state of the global generator and the number of threads must not matter
     first = read_manifest(train_model(tmp_path, kind, table(200), seed=3, epochs=3))
     torch.manual_seed(2)
     torch.set_num_threads(2)
@@ -139,7 +139,7 @@ def test_active_latents_are_those_whose_posterior_mean_varies(demonstration: Pat
 
 
 def test_samples_of_the_demonstration_models_are_near_real_digits_and_varied(demonstration: Path) -> None:
-    """Samples are nearer to the nearest digit than digits are to the mean digit, and have half the digits' variance."""
+    """Samples are closer to some digit than digits are to the mean digit, and have at least half of their variance."""
     digits = torch.from_numpy(values(read_table("digits")))
     random = np.random.RandomState(0)
     noise = torch.from_numpy(random.standard_normal((200, 16)).astype(np.float32))
@@ -232,7 +232,7 @@ def test_vae_on_images_beats_the_baseline_with_either_likelihood(likelihood: str
         ("vae", {"warm_up": 50}),
     ],
 )
-def test_every_option_changes_the_weights_and_gives_an_artifact_that_loads(
+def test_training_with_any_option_changes_the_weights_and_gives_an_artifact_that_loads(
     model: Kind, option: dict[str, object], tmp_path: Path
 ) -> None:
     default = read_manifest(train_model(tmp_path, model, table(300)))

@@ -1,4 +1,4 @@
-"""Sources that are refused: every case is a real file, and every message is one line that says what to do."""
+"""Sources that are refused. Every case is a real file, and every message is one line that says what to do."""
 
 import pickle
 import zipfile
@@ -80,7 +80,7 @@ def test_csv_with_an_invalid_character_after_the_header_raises(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("header", ["0,1,2", "1,2,3"])
-def test_csv_header_of_column_positions_is_accepted(tmp_path: Path, header: str) -> None:
+def test_csv_with_column_positions_as_header_is_accepted(tmp_path: Path, header: str) -> None:
     path = tmp_path / "a.csv"
     path.write_text(header + "\n4,5,6\n7,8,9\n")
     assert read_table(str(path)).names == header.split(",")
@@ -189,7 +189,7 @@ def test_file_in_another_format_than_its_suffix_raises(tmp_path: Path, name: str
     assert refusal(str(path)).startswith("FILE is damaged or not a ")
 
 
-def test_archive_with_a_flipped_bit_raises(tmp_path: Path) -> None:
+def test_archive_with_one_flipped_bit_raises(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     write_npz(path)
     content = bytearray(path.read_bytes())

@@ -1,4 +1,4 @@
-"""Minibatches from memory and from disk: every fit row once per epoch, in an order that depends on the seed alone."""
+"""Minibatches from memory and from disk. Each epoch contains every fit row once, in an order set by the seed."""
 
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def test_epoch_contains_every_fit_row_once_and_no_other(rows: RowStore, fit: np.
         assert sorted(seen[:, 0].int().tolist()) == sorted(fit.tolist())
 
 
-def test_epochs_differ_and_repeat_for_the_same_seed(rows: RowStore, fit: np.ndarray) -> None:
+def test_order_differs_between_epochs_and_repeats_for_the_same_seed(rows: RowStore, fit: np.ndarray) -> None:
     batches = Batches(rows, fit, unscaled, seed=1, device="cpu")
     first = epoch(batches, 0)
     assert not torch.equal(first, epoch(batches, 1))
@@ -73,7 +73,7 @@ def test_rows_are_scaled(rows: RowStore, fit: np.ndarray) -> None:
     assert torch.equal(epoch(doubled, 0), 2 * epoch(Batches(rows, fit, unscaled, seed=1, device="cpu"), 0))
 
 
-def test_neighbouring_rows_on_disk_are_separated(tmp_path: Path) -> None:
+def test_neighbouring_rows_on_disk_are_rarely_consecutive_in_an_epoch(tmp_path: Path) -> None:
     """Neighbouring rows are spread over a pool of blocks, and the blocks of a pool over the file."""
     np.save(tmp_path / "rows.npy", np.arange(ROWS, dtype=np.float32)[:, None])
     batches = Batches(

@@ -27,7 +27,7 @@ def write(path: Path, text: str) -> str:
 
 
 def csv_with(column: str, numbers: list[Any]) -> str:
-    """Return a CSV with a column of `numbers` and one that is a measurement."""
+    """Return a CSV with a column of `numbers` and a column of measurements."""
     return f"{column},cpu\n" + "".join(f"{number},{i * 7 % 11}\n" for i, number in enumerate(numbers))
 
 
@@ -77,7 +77,7 @@ def test_drop_removes_columns_and_keep_keeps_identifiers_but_not_text(tmp_path: 
         ("humid", [5, 3, 9, 1, 7, 2, 8, 4, 6, 0], None),
     ],
 )
-def test_identifier_is_detected_by_its_numbers_and_its_name(
+def test_identifier_column_is_detected_by_its_numbers_and_its_name(
     tmp_path: Path, column: str, numbers: Any, why: str | None
 ) -> None:
     path = write(tmp_path / "a.csv", csv_with(column, list(numbers)))

@@ -1,4 +1,4 @@
-"""Folders of images: the values that are read, and the folders that are refused."""
+"""Folders of images: the values that are read from them, and folders that are refused."""
 
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ def test_images_of_two_sizes_raise_with_the_option_that_resizes_them(tmp_path: P
 
 
 def test_resizing_crops_around_the_centre(tmp_path: Path) -> None:
-    """Of a wide image with a white square between black sides only the white remains."""
+    """In the wide image, a white square lies between black sides: only the square remains."""
     wide = np.zeros((40, 120), np.uint8)
     wide[:, 40:80] = 255
     table = read_table(save_images(tmp_path, np.stack([wide, 255 - wide])), size=(10, 10))
@@ -113,7 +113,7 @@ def test_resizing_crops_around_the_centre(tmp_path: Path) -> None:
     assert images_of(table)[1].max() < 25
 
 
-def test_images_are_rotated_as_exif_data_say(tmp_path: Path) -> None:
+def test_images_with_exif_data_are_rotated(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by 90 degrees
     for index, image in enumerate(GREY):
@@ -132,14 +132,14 @@ def test_transparent_pixels_become_white_with_a_note(tmp_path: Path) -> None:
     assert table.notes[0] == "some images are transparent: they are blended with a white background"
 
 
-def test_sixteen_bits_become_eight_and_one_bit_becomes_0_and_255(tmp_path: Path) -> None:
+def test_images_of_16_bits_are_read_as_8_bits_and_of_1_bit_as_0_and_255(tmp_path: Path) -> None:
     deep = GREY.astype(np.uint16) * 256 + 77
     assert np.array_equal(images_of(read_table(save_images(tmp_path / "deep", deep))), GREY)
     flat = read_table(save_images(tmp_path / "flat", GREY > 100))
     assert np.array_equal(images_of(flat), (GREY > 100) * 255)
 
 
-def test_first_frame_of_an_animation_is_read(tmp_path: Path) -> None:
+def test_animation_is_read_as_its_first_frame(tmp_path: Path) -> None:
     frames = [Image.fromarray(image) for image in GREY]
     for index in range(3):
         frames[index].save(tmp_path / f"{index}.gif", save_all=True, append_images=frames[5:])

@@ -1,4 +1,4 @@
-"""Data larger than memory: the table is the same as in memory, and the memory used does not grow with the data."""
+"""Data larger than memory: the table is the same as in memory, and memory use does not grow with the data."""
 
 import json
 import os
@@ -20,12 +20,12 @@ from training.data.table import MAX_HELD_OUT_ROWS, DataError, read_table, split_
 
 pytestmark = pytest.mark.slow
 
-LIMIT = 1000  # bytes; all tables here are larger
+LIMIT = 1000  # bytes; all tables in this module are larger
 RANDOM = np.random.RandomState(0)
 
 
 def measurements(rows: int) -> np.ndarray:
-    """Return [rows, 5] with missing values, a constant column and one that varies little compared with its values."""
+    """Return [rows, 5] with missing values, a constant column, and a column with large values that vary little."""
     x = np.round(RANDOM.standard_normal((rows, 5)), 4)
     x[::7, 1] = np.nan
     x[:, 3] = 5
@@ -283,7 +283,7 @@ def test_temporary_file_disappears_when_the_process_is_killed(tmp_path: Path) ->
         text=True,
     ) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "[]\n"  # the file has no name
+        assert process.stdout.readline() == "[]\n"  # the temporary file has no name
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert list(folder.iterdir()) == []

@@ -36,7 +36,7 @@ def moments_of(x: npt.NDArray[Any], block: int, with_covariance: bool = True) ->
 
 
 def extended(x: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Mean and covariance in two passes of 80-bit arithmetic."""
+    """Return mean and covariance, computed in two passes of 80-bit arithmetic."""
     wide = x.astype(np.longdouble)
     mean = wide.mean(axis=0)
     centred = wide - mean
@@ -85,7 +85,7 @@ def test_blocks_may_have_any_size_and_may_be_empty() -> None:
 
 
 @pytest.mark.parametrize("name", TRUE)
-def test_moments_without_covariance_are_otherwise_the_same(name: str) -> None:
+def test_moments_without_covariance_equal_those_with_covariance(name: str) -> None:
     full, without = moments_of(TRUE[name], 1000), moments_of(TRUE[name], 1000, with_covariance=False)
     assert without.covariance is None
     assert torch.allclose(without.variance, full.variance, rtol=1e-12, atol=0)
@@ -94,7 +94,7 @@ def test_moments_without_covariance_are_otherwise_the_same(name: str) -> None:
     assert torch.allclose(without.mean, full.mean, rtol=1e-14, atol=0)
 
 
-def test_the_largest_float32_does_not_overflow() -> None:
+def test_moments_of_the_largest_float32_are_finite() -> None:
     end = float(np.finfo(np.float32).max)
     found = moments_of(np.array([[end, -end], [-end, -end], [end, end]], np.float32), 2)
     assert float(found.mean[0]) == pytest.approx(end / 3)

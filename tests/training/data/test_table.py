@@ -1,4 +1,4 @@
-"""Reading valid sources. Sources that are refused: test_bad_data.py."""
+"""Reading valid sources. Sources that are refused are tested in test_bad_data.py."""
 
 import hashlib
 import subprocess
@@ -37,7 +37,7 @@ def test_digits_are_the_1797_grey_images_of_scikit_learn_in_0_to_1() -> None:
     assert table.names[:2] == ["pixel[0,0]", "pixel[0,1]"]
     assert table.names[-1] == "pixel[7,7]"
     assert table.labels is not None
-    assert table.labels[:10].tolist() == list(range(10))  # the set begins 0, 1, 2, ...
+    assert table.labels[:10].tolist() == list(range(10))  # the digits begin with 0, 1, 2, ...
     assert table.notes == ["3 of 64 features are constant and carry no information: pixel[0,0], pixel[4,0], pixel[4,7]"]
 
 
@@ -79,7 +79,7 @@ def test_bytes_in_three_dimensions_are_read_as_images_from_0_to_255(tmp_path: Pa
         (3, 7.0004, (3, 7)),
     ],
 )
-def test_pixel_range_of_floats_is_the_usual_range_that_they_fill_or_their_own(
+def test_pixel_range_of_floats_is_a_common_range_if_they_fill_it_else_their_own_range(
     tmp_path: Path, low: float, high: float, expected: tuple[float, float]
 ) -> None:
     x = np.linspace(low, high, 10 * 6).reshape(10, 2, 3)
@@ -105,7 +105,7 @@ def test_archive_is_read_with_its_labels(tmp_path: Path, key: str) -> None:
 
 
 @pytest.mark.parametrize("y", [np.arange(9), np.full(10, 0.5), np.array(["a"] * 10)])
-def test_labels_that_are_not_integers_per_row_are_ignored_with_a_note(tmp_path: Path, y: np.ndarray) -> None:
+def test_labels_other_than_one_integer_per_row_are_ignored_with_a_note(tmp_path: Path, y: np.ndarray) -> None:
     np.savez(tmp_path / "a.npz", x=RANDOM.standard_normal((10, 2)), y=y)
     table = read_table(str(tmp_path / "a.npz"))
     assert table.labels is None
@@ -196,18 +196,18 @@ def test_read_for_model_finds_columns_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("column", ["label", "y"])
-def test_read_for_model_takes_labels_from_a_column_that_is_not_a_feature(tmp_path: Path, column: str) -> None:
+def test_read_for_model_returns_labels_from_a_column_that_is_not_a_feature(tmp_path: Path, column: str) -> None:
     table = model_rows(tmp_path, f"a,b,{column}\n1,2,0\n3,4,1\n")
     assert table.labels is not None
     assert table.labels.tolist() == [0, 1]
 
 
-def test_read_for_model_accepts_one_row_and_equal_rows(tmp_path: Path) -> None:
+def test_read_for_model_with_one_row_or_equal_rows_returns_them(tmp_path: Path) -> None:
     assert values(model_rows(tmp_path, "a,b\n1,2\n")).tolist() == [[1, 2]]
     assert model_rows(tmp_path, "a,b\n1,2\n1,2\n").notes == []
 
 
-def test_read_for_model_accepts_flat_rows_for_an_image_model(tmp_path: Path) -> None:
+def test_read_for_model_with_flat_rows_for_an_image_model_returns_images(tmp_path: Path) -> None:
     digits = read_table("digits")
     table = read_for_model(save_array(tmp_path / "a.npy", values(digits)), manifest_of(digits))
     assert (table.shape, table.pixel_range) == ((8, 8), (0, 1))
@@ -237,7 +237,7 @@ def test_read_for_model_raises_for_rows_of_another_width(tmp_path: Path) -> None
         read_for_model(save_array(tmp_path / "a.npy", np.ones((3, 63))), manifest_of(read_table("digits")))
 
 
-def test_importing_the_readers_imports_no_heavy_library() -> None:
+def test_import_of_the_readers_imports_no_heavy_library() -> None:
     code = "import sys, training.data; print({'polars', 'sklearn', 'torch', 'pydantic'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout == "set()\n"

@@ -1,4 +1,4 @@
-"""Metrics of a model against closed forms, scipy and scikit-learn."""
+"""Metrics of a model, compared with closed forms, scipy and scikit-learn."""
 
 import math
 import re

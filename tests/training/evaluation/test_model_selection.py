@@ -17,7 +17,7 @@ from training.train import train
 pytestmark = pytest.mark.slow
 
 
-def test_significant_wins_contain_only_differences_beyond_two_standard_errors() -> None:
+def test_significant_wins_contain_only_differences_above_two_standard_errors() -> None:
     noise = torch.randn(400, generator=torch.Generator().manual_seed(0))
     noise = (noise - noise.mean()) / noise.std()  # mean 0, standard error of the mean 1/20
     wins = significant_wins(
@@ -27,13 +27,13 @@ def test_significant_wins_contain_only_differences_beyond_two_standard_errors() 
     assert significant_wins({"one": {"a": 0 * noise}, "two": {"a": noise + 0.11}}) == [("two", "one", "a")]
 
 
-def test_significant_wins_with_noise_shared_by_both_models_find_the_small_paired_difference() -> None:
+def test_significant_wins_for_models_with_shared_noise_contain_a_small_paired_difference() -> None:
     shared = 100 * torch.randn(50, generator=torch.Generator().manual_seed(0))
     better = 0.1 + 0.1 * torch.randn(50, generator=torch.Generator().manual_seed(1))
     assert significant_wins({"one": {"a": shared}, "two": {"a": shared + better}}) == [("two", "one", "a")]
 
 
-def test_swap_values_takes_a_tenth_of_each_row_and_at_least_one_value_from_the_row_before() -> None:
+def test_swap_values_replaces_a_tenth_of_each_row_but_at_least_one_value_by_the_previous_row() -> None:
     x = torch.arange(50.0).unsqueeze(1).expand(50, 20)
     swapped, previous_row = swap_values(x, seed=0), x.roll(1, dims=0)
     assert ((swapped != x).sum(dim=1) == 2).all()
@@ -59,7 +59,7 @@ def table(x: np.ndarray, source: str) -> Table:
 
 @pytest.mark.parametrize("curved", [False, True])
 def test_auto_publishes_a_network_on_curved_data_and_pca_on_a_plane(tmp_path: Path, curved: bool) -> None:
-    """PCA describes a plane exactly. On a closed curve, one latent of a network does the work of two of PCA."""
+    """PCA describes a plane exactly. On a closed curve, a network with one latent does the work of PCA with two."""
     random = np.random.RandomState(0)
     t = random.uniform(-1, 1, (1500, 2))
     factors = (

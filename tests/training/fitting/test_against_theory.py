@@ -31,9 +31,9 @@ pytestmark = pytest.mark.slow
 
 DIGITS = torch.from_numpy(load_digits().data / 16.0)  # [1797, 64]
 VALUES, VECTORS = torch.linalg.eigh(DIGITS.T.cov(correction=0))
-EIGENVALUES, TOP = VALUES.flip(0).clamp(min=0.0), VECTORS.flip(1).T  # largest first; TOP in rows
-# A linear model depends on the mean and the covariance only. These 128 rows have the mean and the covariance of the
-# digits. The 48 rows of LEADING have a diagonal covariance with their 24 largest eigenvalues.
+EIGENVALUES, TOP = VALUES.flip(0).clamp(min=0.0), VECTORS.flip(1).T  # largest first; the rows of TOP are eigenvectors
+# A linear model depends only on the mean and the covariance. The 128 rows of X have the mean and the covariance of the
+# digits. The 48 rows of LEADING have a diagonal covariance with the 24 largest eigenvalues of the digits.
 X = DIGITS.mean(dim=0) + math.sqrt(64) * torch.cat((TOP, -TOP)) * EIGENVALUES.sqrt().repeat(2).unsqueeze(1)
 LEADING = math.sqrt(24) * torch.cat((torch.eye(24), -torch.eye(24))).double() * EIGENVALUES[:24].sqrt()
 
@@ -70,7 +70,7 @@ def linear_vae(latents: int, variance: float, learn: bool, features: int = 64) -
 
 
 def normal_points(size: int) -> Tensor:
-    """Return points [2 size, size] with mean 0 and unit covariance: quadratics have their expectation as their mean."""
+    """Return points [2 size, size] over which the mean of any quadratic function is its expectation under N(0, I)."""
     return math.sqrt(size) * torch.cat((torch.eye(size), -torch.eye(size))).double()
 
 
@@ -163,7 +163,7 @@ def test_optimal_variance_is_the_mean_squared_error() -> None:
 
 
 def test_importance_weighted_bound_approaches_the_likelihood_with_more_samples() -> None:
-    """The model is a probabilistic PCA with known likelihood; its posterior variance is 1.5 times too large."""
+    """The VAE is a probabilistic PCA, whose likelihood is known; its posterior variance is 1.5 times too large."""
     latents, pca = 4, fit_pca(X, 4)
     vae = linear_vae(latents, float(pca.noise_variance), learn=False)
     scale = (pca.eigenvalues - pca.noise_variance).sqrt()  # [K]: x = mean + V' scale z + noise
@@ -178,16 +178,16 @@ def test_importance_weighted_bound_approaches_the_likelihood_with_more_samples()
         exact = float(pca.log_likelihood(X).mean())
         random = torch.Generator().manual_seed(0)
         gaps = {}
-        for draws in (1, 5, 50, 500):
-            noise = torch.randn(draws, len(X), latents, generator=random, dtype=torch.float64)
-            gaps[draws] = exact - float(importance_weighted_terms(vae, X, noise)["bound"])
-    kl = 0.5 * latents * (1.5 - 1.0 - math.log(1.5))  # from the exact posterior: the gap of the ELBO
+        for samples in (1, 5, 50, 500):
+            noise = torch.randn(samples, len(X), latents, generator=random, dtype=torch.float64)
+            gaps[samples] = exact - float(importance_weighted_terms(vae, X, noise)["bound"])
+    kl = 0.5 * latents * (1.5 - 1.0 - math.log(1.5))  # KL from the exact posterior, which is the gap of the ELBO
     assert gaps[1] == pytest.approx(kl, abs=0.05)
     assert gaps[1] > gaps[5] > gaps[50] > abs(gaps[500])
     assert abs(gaps[500]) < 0.01
 
 
-def test_free_bits_make_the_kl_below_their_level_free() -> None:
+def test_free_bits_do_not_charge_the_kl_of_latents_below_their_level() -> None:
     vae, noise = linear_vae(3, 0.1, learn=False), torch.zeros(len(X), 3).double()
     with torch.no_grad():
         kl = gaussian_kl(*vae.posterior(X)).mean(dim=0)

@@ -31,7 +31,7 @@ def test_convolutions_use_the_default_channels_and_take_flat_rows(shape: tuple[i
     assert decoder(torch.randn(2, 3)).shape == x.shape
 
 
-def test_dense_layers_lie_between_convolutions_and_code_in_mirrored_order() -> None:
+def test_dense_layers_lie_between_convolutions_and_latents_in_mirrored_order() -> None:
     config = TrainConfig(model="ae", name="x", network="conv", hidden=(4,), dense=(9, 7))
     encoder, decoder = build_encoder(config, (6, 6), 2), build_decoder(config, (6, 6), 2)
     assert layer_types(encoder)[-6:] == ["Flatten", "Linear", "SiLU", "Linear", "SiLU", "Linear"]
@@ -41,7 +41,7 @@ def test_dense_layers_lie_between_convolutions_and_code_in_mirrored_order() -> N
 
 
 @pytest.mark.parametrize("network", ["mlp", "conv"])
-def test_images_are_decoded_by_a_sigmoid_to_values_from_0_to_1(network: str) -> None:
+def test_decoder_of_images_gives_values_from_0_to_1(network: str) -> None:
     config = TrainConfig.model_validate({"model": "ae", "name": "x", "network": network})
     x = build_decoder(config, (6, 6), 2, unit_range=True)(100 * torch.randn(50, 2))
     assert 0 <= x.min() < 0.1 < 0.9 < x.max() <= 1
@@ -71,14 +71,14 @@ def test_decoder_ends_in_a_sigmoid_for_values_in_0_to_1(
 @pytest.mark.parametrize(
     ("shape", "hidden", "message"),
     [
-        ((9,), (4,), r"needs images, rows of shape \[H, W\] or \[H, W, C\], got shape \[9\]: use --network mlp"),
+        ((9,), (4,), r"needs images \(rows of shape \[H, W\] or \[H, W, C\]\), got shape \[9\]: use --network mlp"),
         ((2, 2, 2, 2), (4,), r"got shape \[2, 2, 2, 2\]"),
         ((8, 8), (4, 4, 4, 4), "4 times, but 8 x 8 pixels can be halved 3 times: give --hidden at most 3"),
         ((28, 5), (4, 4, 4, 4), "28 x 5 pixels can be halved 3 times"),
         ((1, 5), (4,), "1 x 5 pixels can be halved 0 times"),
     ],
 )
-def test_shapes_that_convolutions_cannot_take_raise(
+def test_convolutions_on_rows_of_an_unsuitable_shape_raise(
     build: object, shape: tuple[int, ...], hidden: tuple[int, ...], message: str
 ) -> None:
     assert callable(build)
@@ -86,6 +86,6 @@ def test_shapes_that_convolutions_cannot_take_raise(
         build(TrainConfig(model="ae", name="x", network="conv", hidden=hidden), shape, 2)
 
 
-def test_convolutions_may_halve_the_image_down_to_one_pixel() -> None:
+def test_convolutions_that_halve_the_image_to_one_pixel_are_accepted() -> None:
     config = TrainConfig(model="ae", name="x", network="conv", hidden=(4, 4, 4))
     assert build_decoder(config, (5, 28), 2)(build_encoder(config, (5, 28), 2)(torch.randn(3, 140))).shape == (3, 140)

@@ -23,7 +23,7 @@ def test_prediction_for_a_fixed_variance_counts_eigenvalues(variance: float, bet
 
 
 @pytest.mark.parametrize("latents", [1, 16, 40])
-def test_prediction_for_a_learned_variance_and_beta_1_is_all_latents(latents: int) -> None:
+def test_prediction_for_a_learned_variance_and_beta_1_contains_all_latents(latents: int) -> None:
     assert predict_active_latents(X, latents, 1.0, None) == latents
 
 
@@ -44,7 +44,7 @@ def test_warning_appears_if_fewer_than_half_of_the_predicted_latents_are_active(
     assert (collapse_warning(active, predicted, 16) is not None) is warned
 
 
-def test_a_run_that_collapses_is_predicted_and_warned_about(tmp_path: Path) -> None:
+def test_run_of_a_vae_that_collapses_gives_a_forecast_and_a_warning(tmp_path: Path) -> None:
     reporter = RecordingReporter()
     settings = {"model": "vae", "name": "v", "hidden": (16,), "epochs": 20, "variance": 1.0, "beta": 4.0}
     manifest = read_manifest(train(TrainConfig.model_validate(settings), read_table("digits"), tmp_path, reporter))
@@ -53,7 +53,7 @@ def test_a_run_that_collapses_is_predicted_and_warned_about(tmp_path: Path) -> N
     assert any(note.startswith("WARNING: posterior collapse: 0 of 16") for note in reporter.notes)
 
 
-def test_a_healthy_run_is_not_warned_about(tmp_path: Path) -> None:
+def test_run_of_a_vae_that_does_not_collapse_gives_no_warning(tmp_path: Path) -> None:
     reporter = RecordingReporter()
     train(TrainConfig(model="vae", name="v", epochs=60), read_table("digits"), tmp_path, reporter)
     assert any("about 16 of 16 latents will stay active" in note for note in reporter.notes)

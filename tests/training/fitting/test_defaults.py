@@ -1,4 +1,4 @@
-"""Defaults that depend on the data: for tables, for images, and never for options that were given."""
+"""Defaults that depend on the data: they differ for tables and images, and never replace options that were given."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def test_defaults_are_set_for_all_options_but_latents_and_the_epochs_of_images(k
     assert (filled.epochs is None) == images
 
 
-def test_options_that_were_given_are_kept() -> None:
+def test_defaults_do_not_replace_given_options() -> None:
     given: dict[str, Any] = {
         "noise": 0.0,
         "learning_rate": 0.1,
@@ -34,17 +34,17 @@ def test_options_that_were_given_are_kept() -> None:
         assert with_defaults(config(**given), images, rows=50) == config(**given)
 
 
-def test_patience_makes_the_best_epoch_the_default() -> None:
+def test_default_epoch_to_publish_with_patience_is_the_best() -> None:
     assert [with_defaults(config(patience=patience), False, 100).kept for patience in (None, 3)] == ["last", "best"]
 
 
-def test_small_and_large_tables_get_about_the_same_number_of_steps() -> None:
+def test_default_epochs_of_small_and_large_tables_give_about_the_same_number_of_steps() -> None:
     steps = [(with_defaults(config(), False, rows).epochs or 0) * -(-rows // 128) for rows in (1_000, 10_000, 19_000)]
     assert all(1_500 <= count < 1_800 for count in steps)
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("pca", 2), ("vae", 3), ("ae", 4), ("ensemble", 4)])
-def test_table_latents_explain_the_variance_share_of_the_kind(kind: Kind, expected: int) -> None:
+def test_default_latents_of_a_table_explain_the_variance_share_of_the_kind(kind: Kind, expected: int) -> None:
     variance_shares = [0.6, 0.31, 0.05, 0.035, 0.005]
     assert default_table_latents(kind, variance_shares, rows=1_000, width=5) == expected
 

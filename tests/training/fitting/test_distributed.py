@@ -1,4 +1,4 @@
-"""Two processes under torchrun with gloo, compared with one process that has the same global batch."""
+"""Training with two processes, started by torchrun with gloo, compared with training in one process."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 def start_training(processes: int, folder: Path, *options: str) -> "subprocess.Popen[str]":
-    """Start training on the digits in `processes` processes, with all output in `folder`."""
+    """Start training on the digits with `processes` processes that write all files to `folder`."""
     options = ("--name", "m", "--artifacts", str(folder / "artifacts"), "--runs", str(folder / "runs"), *options)
     return start_python(processes, "-m", "training", "digits", *options)
 
@@ -49,7 +49,7 @@ AE = ("--model", "ae", "--noise", "0.3", "--masking", "0.1", "--l2", "0.0001")
 
 @pytest.mark.parametrize("options", [VAE, AE], ids=["vae", "ae"])
 def test_two_processes_train_the_same_model_as_one(tmp_path: Path, options: tuple[str, ...]) -> None:
-    options = (*options, "--epochs", "4", "--batch-size", "101")  # an odd batch size, and a shorter last batch
+    options = (*options, "--epochs", "4", "--batch-size", "101")  # the batch size is odd, and the last batch is smaller
     runs = [start_training(count, tmp_path / str(count), *options) for count in (1, 2)]
     outputs = [wait_for_output(run) for run in runs]
     for line in ("published", "next:"):
@@ -65,7 +65,7 @@ def test_two_processes_train_the_same_model_as_one(tmp_path: Path, options: tupl
     assert versions(tmp_path / "2" / "artifacts", "m") == [1]
 
 
-def test_run_of_two_processes_resumes_in_one_after_one_was_killed(tmp_path: Path) -> None:
+def test_run_of_two_processes_with_one_killed_resumes_in_one_process(tmp_path: Path) -> None:
     options = (*VAE, "--epochs", "30", "--checkpoint-seconds", "0")
     run = start_training(2, tmp_path, *options)
     checkpoint = tmp_path / "runs" / "m" / "checkpoint.pt"
@@ -83,7 +83,9 @@ def test_run_of_two_processes_resumes_in_one_after_one_was_killed(tmp_path: Path
 
 
 @pytest.mark.parametrize("options", [("--variance", "optimal"), ("--free-bits", "0.1")])
-def test_options_that_need_the_whole_batch_raise_with_two_processes(tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_training_with_two_processes_and_options_that_need_the_whole_batch_fails(
+    tmp_path: Path, options: tuple[str, ...]
+) -> None:
     run = start_training(2, tmp_path, "--model", "vae", *options)
     output, _ = run.communicate(timeout=120)
     assert run.returncode != 0
@@ -91,7 +93,7 @@ def test_options_that_need_the_whole_batch_raise_with_two_processes(tmp_path: Pa
 
 
 @pytest.mark.parametrize(("rows", "count"), [(10, 3), (2, 3), (1, 2), (128, 2), (7, 7)])
-def test_slices_of_a_batch_are_a_partition_into_equal_shares(rows: int, count: int) -> None:
+def test_slice_of_over_all_ranks_covers_the_batch_once_in_shares_of_equal_size(rows: int, count: int) -> None:
     shares = [ProcessGroup(rank, count).slice_of(rows) for rank in range(count)]
     assert [i for share in shares for i in range(share.start, share.stop)] == list(range(rows))
     sizes = [share.stop - share.start for share in shares]
@@ -115,7 +117,7 @@ sys.stdout.write(f"{threads}\\n")  # one write, so that the lines of two process
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc to list threads")
-def test_no_gloo_thread_outlives_the_process_group(tmp_path: Path) -> None:
+def test_process_group_after_leaving_has_no_gloo_threads(tmp_path: Path) -> None:
     """A thread that frees a tensor while the interpreter exits would abort the process."""
     script = tmp_path / "leave_group.py"
     script.write_text(LEAVE_GROUP)

@@ -1,4 +1,4 @@
-"""Expected values of features, compared with conditioning by regression, and on faults that are known."""
+"""Expected values of features, compared with regression, and explanations of known faults."""
 
 import numpy as np
 import pytest
@@ -55,13 +55,13 @@ def test_contribution_is_the_larger_of_two_distances_whose_mean_is_1() -> None:
     torch.testing.assert_close(given.mean(dim=0), torch.ones(5), rtol=1e-3, atol=0)
     torch.testing.assert_close(contribution, torch.maximum(alone, given), rtol=1e-3, atol=1e-4)
     deviation = torch.where(given > alone, model.residual.expand_as(u), torch.ones_like(u))
-    clear = (given - alone).abs() > 1e-2  # rows where rounding cannot swap the two
+    clear = (given - alone).abs() > 1e-2  # rows in which rounding cannot swap the two distances
     torch.testing.assert_close(((u - expected) / deviation).square()[clear], contribution[clear], rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
 def test_faulty_feature_has_the_largest_contribution(kind: str) -> None:
-    """With three latents for five features the reconstruction follows the fault; the explanation must not."""
+    """With three latents for five features, the reconstruction follows the fault, but the explanation must not."""
     x = correlated()
     names = [f"x{i}" for i in range(5)]
     table = Table(RowStore(x), (5,), names, [None] * 5, None, None, "generated", missing=np.zeros(5, np.int64))
@@ -76,7 +76,7 @@ def test_faulty_feature_has_the_largest_contribution(kind: str) -> None:
             _, _, contribution, expected = pipeline.score(torch.from_numpy(broken))
         assert (contribution.argmax(dim=1) == i).float().mean() > 0.98
         error = np.abs(expected[:, i].numpy() - fresh[:, i]) / x[:, i].std()
-        assert np.median(error) < 1.0  # the expected value is near that before the fault
+        assert np.median(error) < 1.0  # the expected value is near the value before the fault
 
 
 def test_contributions_are_the_same_without_a_scaling() -> None:

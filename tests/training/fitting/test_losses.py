@@ -65,7 +65,7 @@ def test_bernoulli_log_likelihood_is_finite_for_any_logit(logit: float) -> None:
 @pytest.mark.parametrize("likelihood", [BernoulliLikelihood(), GaussianLikelihood(torch.tensor([0.3, 0.1, 0.2]))])
 @pytest.mark.parametrize("draws", [1, 4])
 def test_doubly_reparameterised_gradient_is_unbiased(likelihood: Likelihood, draws: int) -> None:
-    """Tucker et al. 2019, eq. 8: the encoder's gradient is equal in expectation, the decoder's is equal exactly."""
+    """Tucker et al. 2019, eq. 8: the encoder's gradient equals the usual one in expectation, the decoder's exactly."""
     vae, batches = vae_of(likelihood), 60
     x = (torch.rand(ROWS, FEATURES, generator=random(3)) < 0.5).double().repeat(500, 1)
     differences = []
@@ -108,7 +108,7 @@ def test_encoder_gradient_is_zero_where_the_posterior_is_exact(draws: int) -> No
     assert float(gradients(vae, elbo_terms(vae, x, noise[0])["loss"])[0].abs().max()) > 1e-3
 
 
-def test_binarise_keeps_the_mean_and_returns_only_0_and_1() -> None:
+def test_binarise_returns_only_0_and_1_with_the_same_mean() -> None:
     x = torch.linspace(0.0, 1.0, 11).expand(20_000, 11)
     binary = binarise(x, random(0))
     assert set(binary.unique().tolist()) == {0.0, 1.0}

@@ -1,4 +1,4 @@
-"""Robust training on rows that contain anomalies: the rows that are kept, and the scores."""
+"""Robust training on rows that contain anomalies: the rows that it keeps, and the scores of its models."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ MIXING = np.eye(D) + 0.5 * np.triu(np.ones((D, D)))
 
 
 def contaminated(seed: int = 0) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Return correlated rows, and a cluster of anomalies, a tenth of all rows, that contradicts their correlations."""
+    """Return shuffled rows and their labels. A tenth are anomalies: a cluster that contradicts the correlations."""
     random = np.random.RandomState(seed)
     normal = random.standard_normal((NORMAL, D)) @ MIXING
     cluster = 3.0 * np.linalg.norm(MIXING, axis=0) * np.array([1, -1] * (D // 2)) + 0.5 * random.standard_normal(
@@ -44,7 +44,7 @@ def test_most_concentrated_rows_have_the_minimum_covariance_determinant() -> Non
     assert ours == pytest.approx(theirs, abs=0.1)
 
 
-def test_robust_preparation_changes_the_fit_rows_only(tmp_path: Path) -> None:
+def test_robust_preparation_changes_only_the_fit_rows(tmp_path: Path) -> None:
     np.save(tmp_path / "rows.npy", contaminated()[0])
     table = read_table(str(tmp_path / "rows.npy"))
     rows = split_rows(len(table.x), 0)

@@ -116,8 +116,8 @@ def test_warm_up_rises_linearly_and_is_never_longer_than_the_run() -> None:
     assert [epoch["warm_up"] for epoch in capped.epochs] == pytest.approx([first, first + 0.5])
 
 
-def test_the_epoch_with_the_best_held_out_loss_is_kept() -> None:
-    """The held-out rows lie halfway between the start and the optimum, so training passes the best model."""
+def test_trainer_keeps_the_epoch_with_the_best_held_out_loss() -> None:
+    """The best model for the held-out rows lies halfway between the start and the optimum, so training passes it."""
     model = Quadratic()
     reporter = trained(model, config(epochs=60, learning_rate=0.1), held_out=2.5)
     losses = [epoch["held_out_loss"] for epoch in reporter.epochs]
@@ -133,7 +133,7 @@ def test_patience_stops_the_run_only_after_the_warm_up() -> None:
     assert len(trained(Quadratic(), settings, held_out=4.9).epochs) >= 100
 
 
-def test_a_loss_that_becomes_nan_stops_the_run_and_keeps_the_best_model() -> None:
+def test_run_with_a_loss_that_becomes_nan_stops_and_keeps_the_best_model() -> None:
     model, calls = Quadratic(), 0
 
     def loss(rows: Tensor, warm_up: float) -> LossTerms:
@@ -150,13 +150,13 @@ def test_a_loss_that_becomes_nan_stops_the_run_and_keeps_the_best_model() -> Non
     assert float(model.place.detach().square()) == pytest.approx(best, rel=1e-5)
 
 
-def test_a_loss_that_is_nan_in_the_first_epoch_raises_fit_error() -> None:
+def test_run_with_a_nan_loss_in_the_first_epoch_raises() -> None:
     model = Quadratic()
     with pytest.raises(FitError, match="step 1, in epoch 1: lower --learning-rate"):
         trained(model, config(), lambda *_: {"loss": model.place.sum() * math.nan})
 
 
-def test_a_run_that_is_killed_twice_and_resumed_ends_with_the_same_weights(tmp_path: Path) -> None:
+def test_run_that_is_killed_twice_and_resumed_ends_with_the_same_weights(tmp_path: Path) -> None:
     options = ["--epochs", "25", "--hidden", "32", "--latents", "4", "--warm-up", "50", "--seed", "3"]
     command = [sys.executable, "-m", "elbo", "train", "digits", "--model", "vae", "--name", "m", *options]
     command += ["--artifacts", str(tmp_path / "artifacts"), "--runs", str(tmp_path / "runs")]
@@ -178,25 +178,25 @@ def test_a_run_that_is_killed_twice_and_resumed_ends_with_the_same_weights(tmp_p
     assert resumed.metrics == whole.metrics
 
 
-def test_resuming_from_the_checkpoint_of_another_run_raises_fit_error(tmp_path: Path) -> None:
+def test_resuming_from_the_checkpoint_of_another_run_raises(tmp_path: Path) -> None:
     CheckpointStore(tmp_path / "m", "another").save({})
     with pytest.raises(FitError, match="other data or options"):
         train(config(), read_table("digits"), tmp_path / "artifacts", RecordingReporter(), runs=tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x02cos\nsystem\n(S'true'\ntR."])
-def test_a_damaged_checkpoint_raises_fit_error_and_is_never_executed(content: bytes, tmp_path: Path) -> None:
+def test_loading_a_damaged_checkpoint_raises_and_executes_nothing(content: bytes, tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).write_bytes(content)
     with pytest.raises(FitError, match=r"is damaged \(\w+\): train without --resume"):
         CheckpointStore(tmp_path, "any").load()
 
 
-def test_loading_a_missing_checkpoint_raises_fit_error(tmp_path: Path) -> None:
+def test_loading_a_missing_checkpoint_raises(tmp_path: Path) -> None:
     with pytest.raises(FitError, match=f"nothing to resume: .*{FILE_NAME} does not exist"):
         CheckpointStore(tmp_path, "any").load()
 
 
-def test_a_run_that_cannot_write_checkpoints_continues_and_warns(tmp_path: Path) -> None:
+def test_run_that_cannot_write_checkpoints_continues_with_warnings(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file where the folder should be")
     reporter = RecordingReporter()
     settings = config(epochs=1, hidden=(8,), batch_size=600)
@@ -207,7 +207,7 @@ def test_a_run_that_cannot_write_checkpoints_continues_and_warns(tmp_path: Path)
     assert len(warnings) == 4  # one per step and one at the end
 
 
-def test_a_process_killed_while_saving_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+def test_process_killed_while_saving_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     program = (
         "import sys, torch; from pathlib import Path; from training.fitting.checkpoint import CheckpointStore\n"
         "store = CheckpointStore(Path(sys.argv[1]), 'x')\n"

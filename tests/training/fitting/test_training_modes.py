@@ -1,4 +1,4 @@
-"""Training from disk, with convolutions, in bfloat16 and compiled: each ends with a good model."""
+"""Training from disk, with convolutions, in bfloat16 and with torch.compile gives good models."""
 
 import shutil
 import signal
@@ -40,7 +40,7 @@ def read_on_disk(path: Path) -> Table:
 
 
 def trained(table: Table, root: Path, **options: object) -> Manifest:
-    """Train a model, load it, which checks its golden answers, and return its manifest."""
+    """Train a model, load it to verify its golden answers, and return its manifest."""
     config = TrainConfig.model_validate({"name": "m", "epochs": 20, "latents": 8} | options)
     path = train(config, table, root, RecordingReporter())
     load(path)
@@ -48,7 +48,7 @@ def trained(table: Table, root: Path, **options: object) -> Manifest:
 
 
 @pytest.mark.parametrize("scale", ["standardise", "none"])
-def test_pca_from_disk_equals_pca_from_memory(digits_file: Path, tmp_path: Path, scale: str) -> None:
+def test_pca_trained_from_disk_equals_pca_trained_from_memory(digits_file: Path, tmp_path: Path, scale: str) -> None:
     disk = trained(read_on_disk(digits_file), tmp_path / "disk", model="pca", scale=scale)
     memory = trained(read_table(str(digits_file)), tmp_path / "memory", model="pca", scale=scale)
     assert disk.weights_sha256 == memory.weights_sha256
@@ -57,7 +57,9 @@ def test_pca_from_disk_equals_pca_from_memory(digits_file: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize("model", ["ae", "vae"])
-def test_network_trained_from_disk_is_as_good_as_from_memory(digits_file: Path, tmp_path: Path, model: str) -> None:
+def test_network_trained_from_disk_reconstructs_as_well_as_from_memory(
+    digits_file: Path, tmp_path: Path, model: str
+) -> None:
     options = {"model": model, "batch_size": 32, "learning_rate": 3e-3}
     disk = trained(read_on_disk(digits_file), tmp_path / "disk", **options).metrics
     memory = trained(read_table(str(digits_file)), tmp_path / "memory", **options).metrics
@@ -80,7 +82,7 @@ train(config, table, root, SilentReporter(), runs=root / "runs", resume=resume, 
 """
 
 
-def test_killed_run_from_disk_resumes_to_the_same_weights(digits_file: Path, tmp_path: Path) -> None:
+def test_run_from_disk_that_is_killed_and_resumed_gives_the_same_weights(digits_file: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", TRAIN_FROM_DISK, str(digits_file)]
     killed_run = [*command, str(tmp_path / "killed")]
     process = subprocess.Popen(killed_run, cwd=ROOT)
@@ -94,21 +96,21 @@ def test_killed_run_from_disk_resumes_to_the_same_weights(digits_file: Path, tmp
 
 
 @pytest.mark.parametrize("model", ["ae", "vae"])
-def test_convolutions_reconstruct_the_digits_better_than_pca(tmp_path: Path, model: str) -> None:
+def test_convolutional_network_reconstructs_digits_better_than_pca(tmp_path: Path, model: str) -> None:
     options = {"network": "conv", "hidden": (16, 32), "epochs": 25, "batch_size": 32, "learning_rate": 5e-3}
     metrics = trained(read_table("digits"), tmp_path, model=model, **options).metrics
     assert metrics["reconstruction_error"] < metrics["pca_error"]
 
 
 @pytest.mark.parametrize("model", ["ae", "vae"])
-def test_bfloat16_reconstructs_about_as_well_as_float32(tmp_path: Path, model: str) -> None:
+def test_network_trained_in_bfloat16_reconstructs_within_10_percent_of_float32(tmp_path: Path, model: str) -> None:
     bf16 = trained(read_table("digits"), tmp_path / "bf16", model=model, precision="bf16")
     float32 = trained(read_table("digits"), tmp_path / "float32", model=model)
     assert bf16.weights_sha256 != float32.weights_sha256
     assert bf16.metrics["reconstruction_error"] == pytest.approx(float32.metrics["reconstruction_error"], rel=0.1)
 
 
-def test_compiled_network_gives_the_same_outputs_as_an_uncompiled_one(tmp_path: Path) -> None:
+def test_network_trained_with_compile_gives_the_same_outputs_as_without(tmp_path: Path) -> None:
     require(shutil.which("c++") or shutil.which("g++"), "torch.compile needs a C++ compiler")
     options = ["--model", "ae", "--name", "m", "--epochs", "2"]
     options += ["--hidden", "8", "--latents", "4", "--batch-size", "629"]

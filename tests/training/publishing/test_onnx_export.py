@@ -100,8 +100,8 @@ def test_twin_refers_to_the_weights_by_name_and_contains_none() -> None:
 
 
 @pytest.mark.parametrize("kind", ["vae-gaussian", "vae-per-feature", "vae-bernoulli"])
-def test_graphs_of_a_vae_contain_no_shape_operator(kind: str) -> None:
-    """The width of a row is known at export. Computing it at run time takes ten nodes."""
+def test_graphs_of_a_vae_do_not_compute_the_row_width_at_run_time(kind: str) -> None:
+    """The width of a row is known at export. Computing it at run time would take ten nodes."""
     model, (x, z, _) = pipeline(kind), batch()
     for graph in export(model, x, z).values():
         operators = [node.op_type for node in onnx.load_from_string(graph.onnx).graph.node]

@@ -1,4 +1,4 @@
-"""`elbo calibrate` replaces the calibration and nothing else, and refuses unsuitable rows."""
+"""`elbo calibrate` replaces only the calibration, and refuses unsuitable rows."""
 
 import shutil
 from pathlib import Path
@@ -120,7 +120,7 @@ def test_manifest_after_recalibration_records_its_origin_and_keeps_the_training(
 
 
 def test_twin_after_recalibration_repeats_the_new_golden_answers(tmp_path: Path) -> None:
-    """A twin takes its weights from the module, so the graphs of the old version serve the new one."""
+    """A twin takes its weights from the module, so the graphs of the old version also work for the new version."""
     for number, kind in enumerate(("pca", "ae", "vae-gaussian", "ensemble", "ae-imputing")):
         root = tmp_path / str(number)
         parent = load(publish_twin(root, kind, gaps=GAPS if kind.endswith("-imputing") else ()))

@@ -1,4 +1,4 @@
-"""The history of a run: written per epoch, intact after a kill, and the same in TensorBoard."""
+"""The history of a run: written every epoch, intact after a kill, and the same in TensorBoard."""
 
 import json
 import math
@@ -55,7 +55,7 @@ def test_resumed_history_after_a_damaged_last_line_has_every_epoch_once(tmp_path
     assert seconds == sorted(seconds)  # continues to count across the two processes
 
 
-def test_history_without_resume_replaces_that_of_an_earlier_run(tmp_path: Path) -> None:
+def test_history_without_resume_replaces_the_history_of_an_earlier_run(tmp_path: Path) -> None:
     record_epochs(HistoryRecorder(RecordingReporter(), tmp_path), range(1, 6))
     record_epochs(HistoryRecorder(RecordingReporter(), tmp_path), range(1, 3))
     assert [line["epoch"] for line in read_lines(tmp_path)] == [1, 2]

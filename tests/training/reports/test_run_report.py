@@ -90,7 +90,7 @@ def test_spectrum_in_the_manifest_sums_to_the_variance_of_the_fit_rows_in_model_
     )  # the scaling divides by N, the covariance by N - 1
 
 
-def test_manifest_without_fields_added_later_loads_with_defaults() -> None:
+def test_manifest_without_the_fields_of_later_releases_loads_with_defaults() -> None:
     fields = json.loads(manifest_of(read_table("digits")).model_dump_json())
     added = {"history", "latent_report", "spectrum", "total_variance", "log_scale", "comparison"}
     old = Manifest.model_validate({name: value for name, value in fields.items() if name not in added})
@@ -123,7 +123,7 @@ def test_command_in_the_card_repeats_the_run_with_the_same_options(
     assert trained == [config]
 
 
-def test_card_of_a_collapsed_vae_reports_dead_latents_and_the_better_pca(tmp_path: Path) -> None:
+def test_card_of_a_collapsed_vae_reports_inactive_latents_and_that_pca_is_better(tmp_path: Path) -> None:
     _, folder = train_and_report("vae", "digits", tmp_path, variance=1.0, beta=4.0)
     text = (folder / "card.md").read_text()
     assert "4 of 4 latents carry no information" in text
@@ -195,5 +195,5 @@ def test_history_of_a_killed_and_resumed_run_has_every_epoch_once_with_the_same_
     assert [line["held_out_loss"] for line in lines] == [line["held_out_loss"] for line in uninterrupted]
 
 
-def test_every_kind_has_a_name_in_words() -> None:
+def test_kind_names_contain_every_kind() -> None:
     assert set(KIND_NAMES) == set(EVERY_KIND)
