@@ -1,8 +1,8 @@
 """Streamed anomaly scoring: NDJSON in, NDJSON out, one verdict per line, in constant memory for any number of rows.
 
-The rows in one piece of the body, at most 64 KiB, are scored and answered before the next piece is read. So a client
-that stops reading the response also stops the server from reading the request, and a client that disconnects ends the
-work.
+The rows in one piece of the body, at most 64 KiB, are scored and their verdicts sent before the next piece is
+read. The server therefore stops reading the request while the client does not read the response, and stops scoring when
+the client disconnects.
 """
 
 from collections.abc import AsyncIterator
@@ -22,7 +22,7 @@ from service.http.request import HttpResponse, RequestContext
 from service.inference.served_model import ServedModel
 from service.schemas import AnomalyBody
 
-MAX_LINE_BYTES = 2**20  # wide rows may be longer
+MAX_LINE_BYTES = 2**20  # unless the model has so many features that MAX_NUMBER_BYTES for each is more
 MAX_NUMBER_BYTES = 32  # a JSON number and its comma
 
 
@@ -124,7 +124,7 @@ def _response_lines(
 ) -> bytes:
     """Return results and errors, one per line, in the order of their rows.
 
-    `first_row` is the index of the first row in the stream; the verdicts count from 0.
+    `first_row` is the index in the stream of the first row, which has the index 0 in the verdicts.
     """
     if body.detail == "none":
         return b""

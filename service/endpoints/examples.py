@@ -32,16 +32,16 @@ EXAMPLES: dict[type[Body], dict[str, dict[str, Any]]] = {
     EncodeBody: {
         "nested": {"summary": "two rows, nested 8x8", "value": {"inputs": [_image(ZERO), _image(ONE)]}},
         "flat": {"summary": "one row, flat", "value": {"inputs": [_flat(ZERO)]}},
-        "drawn": {
-            "summary": "a draw from the posterior instead of its mean",
+        "sampled": {
+            "summary": "a sample from the posterior instead of its mean",
             "value": {"inputs": [_image(ONE)], "sample": True, "seed": 7},
         },
     },
     DecodeBody: {
         "origin": {"summary": "the origin of the latent space", "value": {"latents": [_latent()]}},
-        "one": {"summary": "one code", "value": {"latents": [_latent(0.5, -1.2, 0.8)]}},
+        "one": {"summary": "one latent vector", "value": {"latents": [_latent(0.5, -1.2, 0.8)]}},
         "several": {
-            "summary": "three codes that differ in the first latent",
+            "summary": "three latent vectors that differ in the first latent",
             "value": {"latents": [_latent(-1.5), _latent(0.0), _latent(1.5)]},
         },
     },
@@ -61,7 +61,7 @@ EXAMPLES: dict[type[Body], dict[str, dict[str, Any]]] = {
             "value": {"start": {"input": _image(ZERO)}, "end": {"input": _image(ONE)}, "steps": 5},
         },
         "latents": {
-            "summary": "from one code to another along a great circle",
+            "summary": "from one latent vector to another along a great circle",
             "value": {
                 "start": {"latent": _latent(1.5, 0.5)}, "end": {"latent": _latent(-0.5, 1.5)},
                 "steps": 8, "method": "slerp",

@@ -40,7 +40,7 @@ class InferenceEndpoints:
         self._noise = NoiseSource()
 
     async def encode(self, request: RequestContext) -> HttpResponse:
-        """Encode rows: return the mean of the posterior, or a draw from it, and its standard deviation."""
+        """Encode rows: return the mean of the posterior, or a sample from it, and its standard deviation."""
         parsed = await parse_request(self._service, request, ENCODE)
         mean, std = await run_operation(self._service, parsed, operations.ENCODE, parsed.inputs)
         imputed = _imputed(parsed.served, parsed.inputs)
@@ -52,7 +52,7 @@ class InferenceEndpoints:
         return await render_response(parsed, {"latents": latents, "std": std, "seed": seed, **imputed}, latents)
 
     async def decode(self, request: RequestContext) -> HttpResponse:
-        """Decode codes to rows."""
+        """Decode latents to rows."""
         parsed = await parse_request(self._service, request, DECODE)
         (outputs,) = await run_operation(self._service, parsed, operations.DECODE, parsed.inputs)
         return await render_response(parsed, {"outputs": outputs}, outputs)
@@ -66,7 +66,7 @@ class InferenceEndpoints:
         return await render_response(parsed, fields, outputs)
 
     async def sample(self, request: RequestContext) -> HttpResponse:
-        """Draw new rows from the prior. The same seed always gives the same bytes."""
+        """Sample new rows from the prior. The same seed always gives the same bytes."""
         parsed = await parse_request(self._service, request, SAMPLE)
         seed = _seed(parsed.body.seed)
         normal, uniform = self._noise.draw(seed, parsed.body.n, parsed.served.manifest.latents)
@@ -75,23 +75,23 @@ class InferenceEndpoints:
         return await render_response(parsed, {"latents": latents, "outputs": outputs, "seed": seed}, outputs)
 
     async def interpolate(self, request: RequestContext) -> HttpResponse:
-        """Decode points on the path from one row or code to another, both ends included."""
+        """Decode points on the path from one row or latent vector to another, both ends included."""
         parsed = await parse_request(self._service, request, INTERPOLATE)
-        start, end = await self._end_codes(parsed)
+        start, end = await self._end_latents(parsed)
         latents = interpolate(start, end, parsed.body.steps, parsed.body.method)
         (outputs,) = await run_operation(self._service, parsed, operations.DECODE, latents)
-        imputed = _imputed(parsed.served, *(point.values for point in parsed.inputs if not point.is_code))
+        imputed = _imputed(parsed.served, *(point.values for point in parsed.inputs if not point.is_latent))
         columns = len(outputs) if len(outputs) <= MAX_STRIP_STEPS else None
         return await render_response(parsed, {"latents": latents, "outputs": outputs, **imputed}, outputs, columns)
 
-    async def _end_codes(self, parsed: "ParsedRequest[InterpolateBody, list[_PathEnd]]") -> list[Array]:
-        """Return the codes [K] of both ends. If both are rows, they are encoded in one run."""
-        rows = [end.values for end in parsed.inputs if not end.is_code]
+    async def _end_latents(self, parsed: "ParsedRequest[InterpolateBody, list[_PathEnd]]") -> list[Array]:
+        """Return the latents [K] of both ends. If both are rows, they are encoded in one run."""
+        rows = [end.values for end in parsed.inputs if not end.is_latent]
         encoded = iter(())
         if rows:
             mean, _ = await run_operation(self._service, parsed, operations.ENCODE, np.concatenate(rows))
             encoded = iter(mean)
-        return [end.values[0] if end.is_code else next(encoded) for end in parsed.inputs]
+        return [end.values[0] if end.is_latent else next(encoded) for end in parsed.inputs]
 
     async def anomaly(self, request: RequestContext) -> HttpResponse:
         """Score rows: return per row the score, the p-value, the verdict and the features that contribute most."""
@@ -113,11 +113,11 @@ class InferenceEndpoints:
         return await render_response(parsed, fields, verdicts.scores.expected)
 
 
-# What each endpoint accepts
+# The requests that each endpoint accepts
 
 
 def _row_reader(field: str, schema_of: Callable[[ServedModel], RowSchema]) -> Callable[[ServedModel, Any, bool], Array]:
-    """Return a function that reads the rows in `field` as float32 [B, ...] and refuses the request for any bad row."""
+    """Return a function that reads the rows in `field` as float32 [B, ...] and raises an error if any is invalid."""
     pointer = f"/{field}"
 
     def read(served: ServedModel, body: Any, may_contain_non_floats: bool) -> Array:
@@ -134,15 +134,15 @@ _read_latents = _row_reader("latents", lambda served: served.latent_schema)
 
 
 def _read_nothing(_served: ServedModel, _body: SampleBody, _may_contain_non_floats: bool) -> None:
-    """A sample has no inputs."""
+    """Return no inputs: the request body of /sample has no rows."""
 
 
 @dataclass(frozen=True)
 class _PathEnd:
-    """One end of an interpolation: a row [1, D] or a code [1, K]."""
+    """One end of an interpolation: a row [1, D] or a latent vector [1, K]."""
 
     values: Array
-    is_code: bool
+    is_latent: bool
 
 
 def _read_ends(served: ServedModel, body: InterpolateBody, may_contain_non_floats: bool) -> list[_PathEnd]:
@@ -162,23 +162,23 @@ def _read_end(served: ServedModel, end: End, name: str, may_contain_non_floats: 
             got=got,
         )
     if end.latent is not None:
-        code = parse_row(served.latent_schema, end.latent, f"/{name}/latent", may_contain_non_floats)
-        return _PathEnd(code, is_code=True)
+        latents = parse_row(served.latent_schema, end.latent, f"/{name}/latent", may_contain_non_floats)
+        return _PathEnd(latents, is_latent=True)
     row = parse_row(served.row_schema, end.input, f"/{name}/input", may_contain_non_floats)
-    return _PathEnd(row, is_code=False)
+    return _PathEnd(row, is_latent=False)
 
 
 ENCODE = RequestSpec(EncodeBody, _read_inputs, row_fields=("inputs",), array_field="inputs")
-DECODE = RequestSpec(DecodeBody, _read_latents, row_fields=("latents",), array_field="latents", pictures=True)
-RECONSTRUCT = RequestSpec(ReconstructBody, _read_inputs, row_fields=("inputs",), array_field="inputs", pictures=True)
-SAMPLE = RequestSpec(SampleBody, _read_nothing, count_field="n", pictures=True)
-INTERPOLATE = RequestSpec(InterpolateBody, _read_ends, count_field="steps", pictures=True)
+DECODE = RequestSpec(DecodeBody, _read_latents, row_fields=("latents",), array_field="latents", png_output=True)
+RECONSTRUCT = RequestSpec(ReconstructBody, _read_inputs, row_fields=("inputs",), array_field="inputs", png_output=True)
+SAMPLE = RequestSpec(SampleBody, _read_nothing, count_field="n", png_output=True)
+INTERPOLATE = RequestSpec(InterpolateBody, _read_ends, count_field="steps", png_output=True)
 ANOMALY = RequestSpec(
     AnomalyBody, parse_input_rows, row_fields=ROW_FIELDS, array_field="inputs", readers=RECORD_READERS
 )
 
 
-# What the responses say
+# The fields of the responses
 
 
 def _anomaly_fields(parsed: ParsedRequest[AnomalyBody, InputRows], verdicts: Verdicts) -> dict[str, Any]:

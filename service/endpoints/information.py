@@ -44,12 +44,12 @@ class InformationEndpoints:
         return _json({"default": catalogue.default, "models": models, "failures": failures})
 
     async def model(self, request: Request) -> Response:
-        """Describe one version: its features, its training data and how the training went."""
+        """Describe one version: its features, its training data and the history of its training."""
         served = self._find(request)
         return _json({**describe(served), **served.manifest.model_dump(include=DETAIL_FIELDS)})
 
     async def held_out(self, request: Request) -> Response:
-        """Return the codes and labels of held-out rows, and the first of these rows themselves."""
+        """Return the latents and labels of held-out rows, and the first of these rows."""
         return self._json_exhibit(request, HELD_OUT)
 
     async def calibration(self, request: Request) -> Response:
@@ -83,7 +83,7 @@ class InformationEndpoints:
         return self._service.find(request.path_params["reference"])
 
     def _json_exhibit(self, request: Request, name: str) -> Response:
-        """Return a JSON exhibit of the artifact unparsed, with the model's name and version put in front."""
+        """Return a JSON exhibit of the artifact unparsed, with the model's name and version as its first fields."""
         served, content = self._exhibit(request, name)
         head = orjson.dumps({"model": served.name, "version": served.version})
         return Response(head[:-1] + b"," + content[1:], media_type=JSON)

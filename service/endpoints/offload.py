@@ -1,7 +1,8 @@
 """Decide whether CPU work for one request runs in the event loop or in another thread.
 
-While the event loop parses or writes a body, every other request waits. Handing work to a thread costs more than a
-small body does. So callers estimate the cost of their work, and only long work moves to a thread.
+While the event loop parses or writes a body, every other request waits. But for a small body, handing the work to a
+thread takes longer than the work. Callers therefore estimate the cost of their work, and only long work moves to a
+thread.
 """
 
 import asyncio
@@ -19,8 +20,8 @@ NUMBER = 10 * JSON_BYTE  # write a number as JSON, which takes about 10 characte
 VERDICT = 400 * JSON_BYTE  # build and write the result of one row
 RECORD_BYTE = 8 * JSON_BYTE  # parse NDJSON
 RECORD_VALUE = 8 * JSON_BYTE  # assign a value of a record to its feature
-SNAPPY_BYTE = 16 * JSON_BYTE  # unpack and parse remote-write samples
-GZIP_BODY = math.inf  # the size of the unpacked body is not known before it is unpacked
+SNAPPY_BYTE = 16 * JSON_BYTE  # decompress and parse remote-write samples
+GZIP_BODY = math.inf  # the size of the decompressed body is not known in advance
 
 
 async def run_in_thread_if_long(work: Callable[[], T], estimated_ns: float) -> T:

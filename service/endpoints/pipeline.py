@@ -42,14 +42,14 @@ class RequestSpec(Generic[B, T]):
     """The request that one endpoint accepts.
 
     Args:
-        schema: the fields of the request.
+        schema: the schema of the fields.
         read: reads the model's inputs from the fields. Its arguments are the model, the fields, and whether the JSON
             arrays may contain booleans, NaN or infinity.
         row_fields: fields that hold rows, at most ELBO_MAX_ROWS each.
         count_field: the field with the number of rows to generate, at most ELBO_MAX_ROWS.
         array_field: the field that holds the array of an npy or safetensors body; None refuses these media types.
         readers: parsers of the body for further media types.
-        pictures: whether the response of an image model can be image/png.
+        png_output: whether the response of an image model can be image/png.
     """
 
     schema: type[B]
@@ -58,17 +58,17 @@ class RequestSpec(Generic[B, T]):
     count_field: str | None = None
     array_field: str | None = None
     readers: Mapping[str, BodyReader] = field(default_factory=lambda: NO_EXTRA_READERS)
-    pictures: bool = False
+    png_output: bool = False
 
 
 @dataclass(slots=True)
 class ParsedRequest(Generic[B, T]):
-    """A request after it was read and validated.
+    """A request that has been read and validated.
 
     Args:
         request: the HTTP request.
         record: what metrics and the access log keep of it.
-        served: the model that answers.
+        served: the model that computes the response.
         media_type: the media type of the response.
         deadline: when the request times out, by `perf_counter`.
         body: the validated fields.
@@ -87,36 +87,36 @@ class ParsedRequest(Generic[B, T]):
 async def parse_request(
     service: ServiceContext, request: RequestContext, spec: RequestSpec[B, T]
 ) -> ParsedRequest[B, T]:
-    """Read the whole request and validate it against `spec`. Raises a ServiceError that says what is wrong."""
+    """Read the whole request and validate it against `spec`. Raises a ServiceError if it is refused."""
     record, query = request.record, request.query
     served = service.find(query.model)
     record.model, record.version = served.name, served.version
-    media_types = IMAGE_FORMATS if spec.pictures and served.has_png_output else ARRAY_FORMATS
+    media_types = IMAGE_FORMATS if spec.png_output and served.has_png_output else ARRAY_FORMATS
     media_type = negotiate_media_type(request.header(b"accept", "*/*"), media_types)
-    packed = request.headers.get(b"content-encoding") is not None and is_gzip(request.header(b"content-encoding"))
+    compressed = request.headers.get(b"content-encoding") is not None and is_gzip(request.header(b"content-encoding"))
     deadline = _deadline(service, request)
-    sent = await _admit(service, request, packed, deadline)
+    raw_body = await _admit(service, request, compressed, deadline)
     content_type = request.header(b"content-type")
 
     def parse() -> tuple[B, T]:
-        content = decompress_gzip(sent, request.max_body_bytes) if packed else sent
+        content = decompress_gzip(raw_body, request.max_body_bytes) if compressed else raw_body
         width = served.latent_schema.width if spec.array_field == "latents" else served.row_schema.width
         fields = read_fields(content_type, content, spec.array_field, width, spec.readers)
         body = validate(spec.schema, merge(fields.values, query.options) if query.options else fields.values)
         _require_row_limit(spec, body, service.settings.max_rows)
         return body, spec.read(served, body, fields.may_contain_non_floats)
 
-    if packed:
+    if compressed:
         cost = offload.GZIP_BODY
     else:
-        cost = len(sent) * (offload.ARRAY_BYTE if is_array(content_type) else offload.JSON_BYTE)
+        cost = len(raw_body) * (offload.ARRAY_BYTE if is_array(content_type) else offload.JSON_BYTE)
     started = perf_counter()
     body, inputs = await run_in_thread_if_long(parse, cost)
     record.parse += perf_counter() - started
     return ParsedRequest(request, record, served, media_type, deadline, body, inputs)
 
 
-async def _admit(service: ServiceContext, request: RequestContext, packed: bool, deadline: float) -> bytes:
+async def _admit(service: ServiceContext, request: RequestContext, compressed: bool, deadline: float) -> bytes:
     """Return the request body, once admission control lets the request run.
 
     Raises:
@@ -127,7 +127,7 @@ async def _admit(service: ServiceContext, request: RequestContext, packed: bool,
     ticket = request.ticket
     service.admission.check(rows=1, is_queued=ticket.is_queued)
     body = await request.body()
-    if packed:  # gzip ends with the size of its content, modulo 2^32; a wrong size fails when the body is unpacked
+    if compressed:  # gzip ends with the size of its content modulo 2^32; a false size is an error in decompression
         ticket.hold(min(int.from_bytes(body[-4:], "little"), request.max_body_bytes))
     ticket.acquire()
     await ticket.start(deadline)
@@ -154,7 +154,7 @@ def _deadline(service: ServiceContext, request: RequestContext) -> float:
 
 
 def _require_row_limit(spec: RequestSpec[Any, Any], body: Body, limit: int) -> None:
-    """Raise TooManyRows or InvalidField if a request sends or asks for more than `limit` rows."""
+    """Raise TooManyRows or InvalidField if a request sends or requests more than `limit` rows."""
     for name in spec.row_fields:
         rows = getattr(body, name)
         has_length = isinstance(rows, list) or (isinstance(rows, np.ndarray) and rows.ndim)
@@ -182,7 +182,7 @@ async def run_operation(
     service.admission.check(rows=len(inputs[0]), is_queued=True)
     watch = _DisconnectWatch(parsed.request)
     try:
-        ran = await service.batcher.run(
+        result = await service.batcher.run(
             parsed.served, operation, *inputs, deadline=parsed.deadline, on_delay=watch.start
         )
     except asyncio.CancelledError:
@@ -191,9 +191,9 @@ async def run_operation(
     finally:
         watch.stop()
     parsed.record.rows = len(inputs[0])
-    parsed.record.queue += ran.queued
-    parsed.record.compute += ran.computed
-    return ran.outputs
+    parsed.record.queue += result.queued
+    parsed.record.compute += result.computed
+    return result.outputs
 
 
 async def render_response(
@@ -247,7 +247,7 @@ async def render_response(
 class _DisconnectWatch:
     """Cancels the current task when the client disconnects.
 
-    It starts only for requests that wait long: most requests are answered without the cost of a second task.
+    It starts only if a request waits long, so that most requests avoid the cost of a second task.
     """
 
     def __init__(self, request: RequestContext) -> None:
@@ -266,7 +266,7 @@ class _DisconnectWatch:
             self._watcher.cancel()
 
     def raise_if_disconnected(self) -> None:
-        """Raise ClientGone if the disconnect is the only reason for which the task was cancelled."""
+        """Raise ClientGone if the disconnect is the only reason why the task was cancelled."""
         if self._is_disconnected and self._watched and self._watched.uncancel() == 0:
             raise ClientGone("the client disconnected before its response was ready")
 

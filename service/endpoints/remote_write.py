@@ -1,4 +1,4 @@
-"""Prometheus remote write: samples in, rows scored; the verdicts go to metrics, alerts and the log."""
+"""Prometheus remote write: assemble samples into rows, score them, and report verdicts in metrics and the log."""
 
 import asyncio
 import logging
@@ -23,9 +23,9 @@ from service.inference.served_model import ServedModel
 from service.monitoring.periodic import PeriodicTask
 from service.schemas import AnomalyBody
 
-POLL_SECONDS = 1.0  # between two checks for rows that have waited long enough for their last sample
+POLL_SECONDS = 1.0  # between two checks for rows that have waited long enough for more samples
 MAX_WAITING_ROWS = 20_000  # while more rows wait to be scored, requests are refused
-MAX_LOGGED_ROWS = 5  # anomalous rows logged each time that rows are scored
+MAX_LOGGED_ROWS = 5  # most anomalous rows that are logged each time rows are scored
 LOGGED_FEATURES = 3  # features per logged row
 TIME, GROUP = "\0time", "\0group"  # record keys that cannot be the name of a feature
 
@@ -33,18 +33,18 @@ log = logging.getLogger("elbo.receiver")
 
 
 @dataclass
-class _TargetState:
-    """One target of the mapping, with the rows that are being assembled for its model.
+class _MappedModel:
+    """A model with a series mapping, and the rows that are being assembled for it.
 
     Args:
         reference: the name of the model; None for the default model.
-        target: the settings of the target.
+        mapping: the series mapping of the model.
         served: the model, while it is served.
-        aligner: assembles samples to rows; None until the model has been served once.
+        aligner: assembles samples into rows; None until the model has been served once.
     """
 
     reference: str | None
-    target: SeriesMapping
+    mapping: SeriesMapping
     served: ServedModel | None = None
     aligner: SampleAligner | None = None
 
@@ -52,9 +52,9 @@ class _TargetState:
 class RemoteWriteEndpoint:
     """The remote-write endpoint: scores each row once its samples are complete or it has waited long enough."""
 
-    def __init__(self, service: ServiceContext, targets: dict[str | None, SeriesMapping]) -> None:
+    def __init__(self, service: ServiceContext, mappings: dict[str | None, SeriesMapping]) -> None:
         self._service = service
-        self._states = [_TargetState(reference, target) for reference, target in targets.items()]
+        self._models = [_MappedModel(reference, mapping) for reference, mapping in mappings.items()]
         self._lock = asyncio.Lock()
         self._polling = PeriodicTask(
             self._score_due,
@@ -93,47 +93,47 @@ class RemoteWriteEndpoint:
         await self._polling.close()
 
     def _aligners_of_served_models(self) -> list[SampleAligner]:
-        """Return the aligner of every target whose model is served.
+        """Return the aligner of every mapped model that is served.
 
         Raises:
-            NotReady: if no target's model is served; Prometheus then retries.
+            NotReady: if none is served; Prometheus then retries.
         """
         not_served: list[str] = []
-        for state in self._states:
+        for model in self._models:
             try:
-                state.served = served = self._service.find(state.reference)
+                model.served = served = self._service.find(model.reference)
             except ModelNotFound as error:
-                state.served = None
+                model.served = None
                 not_served.append(error.detail)
                 continue
-            if state.aligner is None or state.aligner.names != served.row_schema.names:
-                target = state.target
+            if model.aligner is None or model.aligner.names != served.row_schema.names:
+                mapping = model.mapping
                 selectors = FeatureSelectors(
-                    {name: target.features.get(name, name) for name in served.row_schema.names}
+                    {name: mapping.features.get(name, name) for name in served.row_schema.names}
                 )
-                state.aligner = SampleAligner(served.row_schema.names, selectors, target.group, target.wait_seconds)
-        if len(not_served) == len(self._states):
+                model.aligner = SampleAligner(served.row_schema.names, selectors, mapping.group, mapping.wait_seconds)
+        if len(not_served) == len(self._models):
             raise NotReady(
                 ", ".join(not_served), hint="publish the model with elbo train", headers={"Retry-After": "5"}
             )
-        return [state.aligner for state in self._states if state.served and state.aligner]
+        return [model.aligner for model in self._models if model.served and model.aligner]
 
     async def _score_due(self, everything: bool = False) -> None:
         """Score the rows that are due, or all rows. The lock keeps the rows of a group in the order of time."""
         async with self._lock:
-            for state in self._states:
-                if state.served and state.aligner:
-                    await self._score_target(state.served, state.aligner, state.target, everything)
-        waiting = sum(state.aligner.pending_rows for state in self._states if state.aligner)
+            for model in self._models:
+                if model.served and model.aligner:
+                    await self._score_model(model.served, model.aligner, model.mapping, everything)
+        waiting = sum(model.aligner.pending_rows for model in self._models if model.aligner)
         self._service.metrics.anomalies.set_waiting_rows(waiting)
 
-    async def _score_target(
-        self, served: ServedModel, aligner: SampleAligner, target: SeriesMapping, everything: bool
+    async def _score_model(
+        self, served: ServedModel, aligner: SampleAligner, mapping: SeriesMapping, everything: bool
     ) -> None:
         self._service.metrics.anomalies.count_samples(served, aligner.outcomes)
         aligner.outcomes.clear()
         due = aligner.pop_ready(monotonic(), flush=everything)
-        body = AnomalyBody(alpha=target.alpha, time=TIME, group=GROUP)
+        body = AnomalyBody(alpha=mapping.alpha, time=TIME, group=GROUP)
         run = partial(run_when_free, self._service, served)
         batch_rows = self._service.settings.max_rows
         for start in range(0, len(due), batch_rows):
@@ -153,7 +153,7 @@ def _record(row: AlignedRow) -> dict[str, Any]:
 
 
 def _retry_later(detail: str) -> NotReady:
-    """Return a 503, which Prometheus retries; after a 429 it would drop the samples."""
+    """Return an error with status 503, after which Prometheus retries; after a 429 it would drop the samples."""
     return NotReady(detail, hint="Prometheus retries by itself", headers={"Retry-After": "1"})
 
 

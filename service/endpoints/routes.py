@@ -57,9 +57,9 @@ class Endpoint:
 
     Args:
         path: the path, with parameters in braces.
-        handler: the function that answers requests.
+        handler: the function that responds to requests.
         errors: statuses of its error responses.
-        answer: schema of a JSON response.
+        response: schema of a JSON response.
         media_type: media type of a response without a schema.
         spec: the request, for endpoints that run a model.
         reads: media types of a request body that has no schema.
@@ -68,7 +68,7 @@ class Endpoint:
     path: str
     handler: Handler
     errors: tuple[int, ...] = ()
-    answer: type[BaseModel] | None = None
+    response: type[BaseModel] | None = None
     media_type: str = JSON
     spec: RequestSpec[Any, Any] | None = None
     reads: tuple[str, ...] = ()
@@ -91,13 +91,13 @@ def endpoints(service: ServiceContext, receiver: RemoteWriteEndpoint) -> list[En
         Endpoint("/sample", infer.sample, MODEL_ERRORS, SampleAnswer, spec=SAMPLE),
         Endpoint("/interpolate", infer.interpolate, MODEL_ERRORS, InterpolateAnswer, spec=INTERPOLATE),
         Endpoint("/api/v1/write", receiver.write, WRITE_ERRORS, reads=(remote_write.MEDIA_TYPE,)),
-        Endpoint("/models", inform.models, answer=ModelList),
+        Endpoint("/models", inform.models, response=ModelList),
         Endpoint(model, inform.model, LOOKUP_ERRORS, ModelDetail),
         Endpoint(f"{model}/held-out", inform.held_out, LOOKUP_ERRORS, HeldOut),
         Endpoint(f"{model}/calibration", inform.calibration, LOOKUP_ERRORS, CalibrationScores),
         Endpoint(f"{model}/card", inform.card, LOOKUP_ERRORS, media_type="text/markdown"),
-        Endpoint("/livez", inform.livez, answer=Health),
-        Endpoint("/readyz", inform.readyz, errors=(503,), answer=Health),
+        Endpoint("/livez", inform.livez, response=Health),
+        Endpoint("/readyz", inform.readyz, errors=(503,), response=Health),
         Endpoint("/metrics", inform.metrics, media_type="text/plain"),
         Endpoint("/", inform.page, media_type="text/html"),
     ]
@@ -114,7 +114,7 @@ def admission_paths(found: Iterable[Endpoint]) -> frozenset[str]:
 
 
 def register(app: FastAPI, found: Iterable[Endpoint]) -> None:
-    """Add every endpoint to `app`: GET endpoints to be served, POST endpoints to be documented."""
+    """Add every endpoint to `app`: GET endpoints with their handlers, POST endpoints for the OpenAPI document only."""
     for endpoint in found:
         app.add_api_route(
             endpoint.path,
@@ -132,7 +132,7 @@ def register(app: FastAPI, found: Iterable[Endpoint]) -> None:
 
 
 async def _documented_only() -> None:
-    raise AssertionError("RequestMiddleware answers POST endpoints")
+    raise AssertionError("RequestMiddleware handles POST requests")
 
 
 def _handler_with_label(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
@@ -154,18 +154,21 @@ def _responses(endpoint: Endpoint) -> dict[int | str, dict[str, Any]]:
     }
     if endpoint.reads:
         return {204: {"description": "the samples are accepted"}, **errors}
-    answer: dict[str, Any] = {"description": "success", "content": {}}
-    if endpoint.answer:
-        answer["model"] = endpoint.answer
+    success: dict[str, Any] = {"description": "success", "content": {}}
+    if endpoint.response:
+        success["model"] = endpoint.response
     else:
-        answer["content"][endpoint.media_type] = {"schema": {"type": "string"}}
+        success["content"][endpoint.media_type] = {"schema": {"type": "string"}}
     if endpoint.spec:
-        binary_formats = (IMAGE_FORMATS if endpoint.spec.pictures else ARRAY_FORMATS)[1:]  # without JSON
-        answer["content"] |= dict.fromkeys(binary_formats, BINARY)
-        answer["headers"] = {
-            "Elbo-Model": {"schema": {"type": "string"}, "description": "name@version of the model that answered"}
+        binary_formats = (IMAGE_FORMATS if endpoint.spec.png_output else ARRAY_FORMATS)[1:]  # without JSON
+        success["content"] |= dict.fromkeys(binary_formats, BINARY)
+        success["headers"] = {
+            "Elbo-Model": {
+                "schema": {"type": "string"},
+                "description": "name@version of the model",
+            }
         }
-    return {200: answer, **errors}
+    return {200: success, **errors}
 
 
 def _request(endpoint: Endpoint) -> dict[str, Any] | None:

@@ -30,7 +30,7 @@ async def score_rows(
     """Return the verdicts on `input_rows`, or None if no row could be read.
 
     Args:
-        service: its metrics count the rows.
+        service: the service, whose metrics count the rows.
         served: the model that scores the rows.
         input_rows: the rows.
         body: alpha and the other options of /anomaly.
@@ -57,10 +57,10 @@ async def run_when_free(
     while True:
         try:
             service.admission.check(rows=len(inputs[0]), is_queued=True)
-            ran = await service.batcher.run(served, operation, *inputs, deadline=deadline)
+            result = await service.batcher.run(served, operation, *inputs, deadline=deadline)
         except Overloaded:
             if perf_counter() > deadline:
                 raise
             await asyncio.sleep(RETRY_SECONDS)
         else:
-            return ran.outputs
+            return result.outputs

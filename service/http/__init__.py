@@ -1,1 +1,1 @@
-"""An HTTP request as such: protocol, middleware, admission control, request context. Knows no endpoint."""
+"""HTTP without any particular endpoint: protocol, middleware, admission control, request context."""

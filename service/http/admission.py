@@ -13,15 +13,15 @@ from service.inference.backlog import Backlog
 from service.inference.batcher import Batcher
 from service.shared_memory import SharedNumber
 
-WORK_SLOTS = 64  # requests processed at once; it keeps a pass of the event loop to a few milliseconds
+WORK_SLOTS = 64  # requests processed at once, few enough that a pass of the event loop takes a few milliseconds
 MAX_RETRY_AFTER = 60  # seconds
 TICKET = "elbo.ticket"  # key of a request's ticket in its ASGI scope
 
 
 class Refusal(NamedTuple):
-    """Why a request is refused, and in how many seconds to send it again.
+    """The reason why a request is refused, and the seconds after which the client should send it again.
 
-    The seconds are the only figure that varies, so that `HeadRefusal` can cache responses.
+    The seconds are the only number that varies, so that `HeadRefusal` can cache responses.
     """
 
     detail: str
@@ -29,7 +29,7 @@ class Refusal(NamedTuple):
     retry_after: int
 
     def error(self) -> Overloaded:
-        """Return the error that the client gets."""
+        """Return the error that the client receives."""
         return Overloaded(
             self.detail,
             expected=self.expected,
@@ -45,18 +45,18 @@ class AdmissionControl:
     request bodies in memory above `max_held_bytes`, or when the work ahead of it is expected to take longer than
     `max_wait` seconds.
 
-    The work ahead is measured in requests and in rows, because reading and writing JSON may take longer than the model,
-    or the model longer than JSON. The expected wait uses the most recently measured rates of both.
+    The expected wait is the longer one of two estimates, from the requests and from the rows ahead, because either JSON
+    or the model may be the slower part. Both estimates use the most recently measured rate.
 
     Args:
         batcher: reports the pending rows and how long they are expected to take.
         max_rows: maximum number of pending rows (ELBO_QUEUE_ROWS).
         max_wait: longest expected wait in seconds (ELBO_QUEUE_SECONDS).
         max_held_bytes: most bytes of request bodies in memory (ELBO_HELD_BYTES).
-        exported_bytes: a copy of the bytes of request bodies in memory for metrics, as its first number.
+        exported_bytes: its first number is set to the bytes of request bodies in memory, for metrics.
 
     Attributes:
-        requests: the requests that hold a place in the queue, those with a work slot included.
+        requests: the requests that hold a place in the queue, including those with a work slot.
         body_bytes: the bytes of request bodies in memory.
         work_slots: semaphore of WORK_SLOTS; a request holds one slot while it is processed.
     """
@@ -130,10 +130,10 @@ class AdmissionControl:
 
 
 class Ticket:
-    """What one request occupies: a place in the queue, a work slot, and the memory of its body.
+    """The resources of one request: a place in the queue, a work slot, and the memory of its body.
 
-    A request takes its place in the queue when its last byte has arrived, so that a slow upload delays nobody, and
-    gives it back when its response is made, so that a slow download delays nobody.
+    A request takes its place in the queue when its last byte has arrived, and returns it when its response is ready, so
+    that slow uploads and downloads delay no other request.
     """
 
     __slots__ = ("_admission", "_has_slot", "_is_released", "held_bytes", "is_queued")
@@ -155,7 +155,7 @@ class Ticket:
         """Wait for a work slot.
 
         Args:
-            deadline: a time on the `perf_counter` clock.
+            deadline: when the request times out, by `perf_counter`.
 
         Raises:
             DeadlineExceeded: no slot became free in time.
@@ -174,7 +174,7 @@ class Ticket:
         self._has_slot = True
 
     def release(self) -> None:
-        """Give back the place in the queue and the work slot; a second call does nothing."""
+        """Return the place in the queue and the work slot. A second call does nothing."""
         self._is_released = True
         if self.is_queued:
             self.is_queued = False

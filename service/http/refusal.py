@@ -1,6 +1,6 @@
 """Refuse a request from its head alone.
 
-The response is written to the connection without an ASGI task, at a fraction of the cost of an answer.
+The response is written to the connection without an ASGI task, at a fraction of the cost of a normal response.
 """
 
 from functools import lru_cache
@@ -33,7 +33,7 @@ class HeadRefusal:
         """Return the whole response.
 
         Args:
-            scope: of ASGI, with method, path and headers.
+            scope: the ASGI scope, with method, path and headers.
             refusal: why the request is refused.
             default_headers: headers that the server adds to every response.
         """

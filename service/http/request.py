@@ -1,4 +1,4 @@
-"""One HTTP request under way: its headers, query and body, and the response to it."""
+"""One HTTP request in progress: its headers, query and body, and the response to it."""
 
 import asyncio
 import os
@@ -30,7 +30,7 @@ class Query:
 
     Args:
         model: the value of `model`, if given.
-        options: the other parameters in their order, with values parsed as JSON where they are JSON.
+        options: the other parameters in their order; a value that is valid JSON is parsed, any other stays text.
     """
 
     model: str | None
@@ -40,7 +40,7 @@ class Query:
 class HttpResponse(NamedTuple):
     """A response without the headers that every response has: content-length, x-request-id and server-timing.
 
-    Content that is an iterator is sent as it is made, without a content-length.
+    If the content is an iterator, each chunk is sent as soon as it is ready, without a content-length.
     """
 
     content: bytes | AsyncIterator[bytes]
@@ -66,11 +66,11 @@ class RequestContext:
     """One request and the response to it.
 
     Args:
-        scope: of ASGI.
-        receive: of ASGI.
-        send: of ASGI.
+        scope: the ASGI scope.
+        receive: the ASGI callable that receives messages.
+        send: the ASGI callable that sends messages.
         limits: limits on the bodies.
-        ticket: what the request occupies; it holds the bytes of the request body until `finish`.
+        ticket: the resources of the request; it counts the bytes of the request body as held until `finish`.
 
     Attributes:
         headers: the request headers by lower-case name; of several with the same name, the first.
@@ -108,10 +108,10 @@ class RequestContext:
         """Return the whole body.
 
         Raises:
-            BodyTooLarge: it is larger than ELBO_MAX_BODY_BYTES.
-            BodyTooSlow: it did not arrive in time.
+            BodyTooLarge: the body is larger than ELBO_MAX_BODY_BYTES.
+            BodyTooSlow: the body did not arrive in time.
             Overloaded: the bodies in memory leave no room for it.
-            ClientDisconnect: the client disconnected before its end.
+            ClientDisconnect: the client disconnected before the end of the body.
         """
         length = self.headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > self._limits.max_bytes:
@@ -180,7 +180,7 @@ class RequestContext:
         await self._send(message)
 
     async def respond(self, response: HttpResponse) -> None:
-        """Send a whole response. Raises ClientGone if the client stops reading a streamed one."""
+        """Send a whole response. Raises ClientGone if the client stops reading a streamed response."""
         content = response.content
         if not isinstance(content, bytes):
             await self._respond_in_chunks(response, content)
@@ -192,7 +192,7 @@ class RequestContext:
         await self._send({"type": "http.response.body", "body": content})
 
     async def _respond_in_chunks(self, response: HttpResponse, chunks: AsyncIterator[bytes]) -> None:
-        """Send each chunk as it is made; the head goes with the first, so that an earlier error has its own status."""
+        """Send each chunk when it is ready. The head waits for the first one, so that an earlier error sets the status."""
         try:
             async for chunk in chunks:
                 async with asyncio.timeout(self._limits.seconds):
@@ -276,7 +276,7 @@ def request_of(scope: Scope) -> RequestContext:
 
 
 def new_record(scope: Scope, headers: Mapping[bytes, bytes]) -> RequestRecord:
-    """Return the record of a request of which only the head is known."""
+    """Return the record of a request whose head has arrived."""
     client = scope.get("client")
     request_id = _request_id(headers.get(b"x-request-id", b""))
     return RequestRecord(request_id, scope["method"], scope["path"], client[0] if client else None)

@@ -1,1 +1,1 @@
-"""Models at work: the registry, the batcher, the backends, calibration and sampling."""
+"""Load and run models: the registry, the batcher, the backends, calibration and sampling."""

@@ -19,16 +19,16 @@ from service.inference.calibration import Calibration, load_calibration
 
 log = logging.getLogger("elbo.backends")
 BACKENDS = (TorchScriptBackend.name, OnnxBackend.name)
-TOLERANCE = 1e-5  # of the twin's outputs against the golden answers, relative to the largest number in each
+TOLERANCE = 1e-5  # largest error of the twin against each golden answer, relative to the answer's largest number
 TWIN_OUTPUTS = (
     "forward", "encode.mean", "encode.std", "decode", "score", "score.parts", "score.contribution", "score.expected",
 )  # fmt: skip
-MIN_SPEEDUP = 1.1  # of the twin over TorchScript; smaller gains are within the noise of the measurement
+MIN_SPEEDUP = 1.1  # of a twin that is selected; smaller gains over TorchScript are within the noise of the measurement
 MEASURED_ROWS = (1, 32)
 WARM_UP_ROUNDS = 3  # TorchScript optimises in its second and third call: 1.4 ms, 5.3 ms, then 60 us
 MIN_ROUNDS = 3
 MAX_ROUNDS = 20
-SECONDS_PER_MEASUREMENT = 0.008  # no round starts later, after MIN_ROUNDS
+SECONDS_PER_MEASUREMENT = 0.008  # after MIN_ROUNDS, no round starts later than this
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Selection:
 
     Args:
         backend: the backend.
-        reason: shown in the log and in /models.
-        errors: of bfloat16 against float32, by output, relative to the largest number in it; empty for float32.
+        reason: why it was selected, for the log and /models.
+        errors: largest error of bfloat16 by output, relative to the output's largest number; empty for float32.
     """
 
     backend: Backend
@@ -93,7 +93,7 @@ def select_backend(
 
 
 def _bfloat16_errors(backend: TorchScriptBackend, golden: Golden) -> dict[str, float]:
-    """Return the errors of the outputs in bfloat16 against float32, for the golden inputs."""
+    """Return the largest errors of the outputs in bfloat16 against float32, for the golden inputs."""
     inputs = [
         torch.from_numpy(np.array(golden.inputs[name], np.float32)).to(backend.device)
         for name in ("x", "noise", "choice")
@@ -112,7 +112,7 @@ def _verified_onnx_backend(artifact: Artifact, twin: Twin, calibration: Calibrat
     """Return a backend for `twin` after comparing its outputs with the golden answers.
 
     Raises:
-        _UnusableTwin: with the reason.
+        _UnusableTwin: the twin cannot be run or its outputs are wrong.
     """
     golden = artifact.manifest.golden
     try:

@@ -54,7 +54,7 @@ class Backend(ABC):
         self.precision = precision
         self.latency = LatencyEstimate()
         self.max_rows = sys.maxsize
-        # On a CPU, time of this thread: time during which other threads have the core does not count.
+        # On a CPU, the CPU time of this thread, so that waiting for the core does not count.
         self.clock: Callable[[], float] = thread_time if device.type == "cpu" else perf_counter
 
     def run(self, operation: Operation, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -99,7 +99,7 @@ class TorchScriptBackend(Backend):
         return torch.cuda.Stream(self.device)
 
     def _compute_on_gpu(self, operation: Operation, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
-        """Compute with copies through pinned memory, which run asynchronously; torch reuses that memory."""
+        """Compute on the GPU. Copies use pinned memory, which torch reuses, so that they run asynchronously."""
         with torch.cuda.stream(self._stream):
             tensors = [_to_tensor(x).pin_memory().to(self.device, non_blocking=True) for x in inputs]
             outputs = [output.float() for output in operation.function(self.module, *tensors)]
@@ -139,7 +139,7 @@ class OnnxModule:
         threads: ONNX Runtime threads per batch.
 
     Attributes:
-        graphs: by method, a function from rows to outputs.
+        graphs: the function from rows to outputs, by method.
     """
 
     def __init__(self, twin: Twin, module: torch.jit.ScriptModule, threads: int) -> None:
@@ -206,7 +206,7 @@ def _create_session(graph: Graph, weights: dict[str, npt.NDArray[Any]], threads:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.enable_cpu_mem_arena = False  # the arena never frees the memory of the largest batch
-    options.enable_mem_pattern = False  # stores a memory plan per batch size
+    options.enable_mem_pattern = False  # it would store a memory plan per batch size
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads must not use a core
     values = [onnxruntime.OrtValue.ortvalue_from_numpy(weights[name]) for name in graph.weights]

@@ -1,4 +1,4 @@
-"""How much work is waiting, and how long it is expected to take at the rate measured last."""
+"""Measure how much work is waiting, and estimate how long it takes."""
 
 from time import perf_counter
 
@@ -18,8 +18,8 @@ class Backlog:
     def __init__(self) -> None:
         self.amount = 0.0
         self._counted_until = 0.0  # by perf_counter
-        self._busy_seconds = 0.0  # in the present window
-        self._finished = 0.0  # in the present window
+        self._busy_seconds = 0.0  # in the current window
+        self._finished = 0.0  # in the current window
         self._rate = 0.0  # per second; 0 until the first window is complete
 
     def add(self, amount: float) -> None:

@@ -1,4 +1,4 @@
-"""Run one batch on one backend: rows of several requests together, in halves where the device lacks memory for them."""
+"""Run one batch on one backend: rows of several requests together, in halves if they do not fit in memory."""
 
 from collections.abc import Sequence
 

@@ -1,7 +1,7 @@
 """The queue of inference jobs: which jobs run next and share a batch, and which have waited too long.
 
 Jobs for the same model version and operation share a batch, in their order of arrival. The batch with the job that has
-waited longest runs first, and never waits to become fuller.
+waited longest runs first. No batch waits for more jobs.
 """
 
 import asyncio
@@ -53,7 +53,7 @@ class Job:
         inputs: arrays, each [B, ...].
         result: the future that the request waits for; it is done early if the request is cancelled or times out.
         deadline: when the request times out, on the `perf_counter` clock.
-        on_delay: called once if the job waits longer than most do.
+        on_delay: called once if the job waits long: see `check_delay`.
     """
 
     inputs: tuple[Array, ...]
@@ -101,7 +101,7 @@ class BatchQueue:
     def __init__(self, max_batch_rows: int, max_batch_bytes: int) -> None:
         self._max_batch_rows = max_batch_rows
         self._max_batch_bytes = max_batch_bytes
-        self._lanes: dict[tuple[int, Operation], _Lane] = {}  # by the id of the model
+        self._lanes: dict[tuple[int, Operation], _Lane] = {}  # by the id of the model and the operation
 
     @property
     def is_empty(self) -> bool:

@@ -39,11 +39,11 @@ class Batcher:
         max_batch_bytes: most bytes of rows per batch.
         threads: torch's threads per batch.
         on_batch: called with the operation's name and the rows of each successful batch.
-        exported_rows: a copy of `pending_rows` for metrics, as its first number.
+        exported_rows: its first number is set to `pending_rows`, for metrics.
 
     Attributes:
         pending_rows: rows of all requests that wait or run.
-        backlog: rows ahead of a new job. A large request counts as its present piece only, because a new job runs
+        backlog: rows ahead of a new job. A large request counts as its current piece only, because a new job runs
             before the next piece.
     """
 
@@ -96,19 +96,19 @@ class Batcher:
         deadline: float = math.inf,
         on_delay: Callable[[], None] | None = None,
     ) -> BatchResult:
-        """Return the result of `operation` on `inputs`. Cancelling the caller drops what has not started.
+        """Return the result of `operation` on `inputs`. Cancelling the call drops jobs that have not started.
 
         Args:
-            model: runs the operation.
-            operation: to run.
+            model: the model that runs the operation.
+            operation: the operation to run.
             inputs: arrays, each [B, ...] with the same B >= 1.
-            deadline: when the caller gives up, on the `perf_counter` clock.
+            deadline: when the request times out, on the `perf_counter` clock.
             on_delay: called once if the result takes longer than CHECK_SECONDS.
 
         Raises:
             NotReady: the batcher is closing.
             DeadlineExceeded: the deadline passed before the result was ready.
-            Exception: whatever the operation raises.
+            Exception: any error of the operation.
         """
         rows = len(inputs[0])
         max_rows = self._queue.max_rows(model)
@@ -145,7 +145,7 @@ class Batcher:
             self.backlog.finish(job.rows)
 
     def _schedule_step(self) -> None:
-        """Run the next batch once every request that has arrived by now is in the queue."""
+        """Schedule the next batch, after all requests that have already arrived are in the queue."""
         if self._is_step_scheduled or self._running:
             return
         if self._queue.is_empty:

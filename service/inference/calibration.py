@@ -19,10 +19,10 @@ Array = npt.NDArray[np.float32]
 BUFFERS = ("scores", "surprisal", "tail", "knot", "height", "slope")
 ONE = np.float32(1)
 NEXT_AFTER_ONE = np.nextafter(ONE, np.float32(2))
-MAX_CACHED_ALPHAS = 64  # clients choose alpha, so that the cache of thresholds needs a limit
+MAX_CACHED_ALPHAS = 64  # clients choose alpha, so the cache of thresholds needs a limit
 COMPARED_SCORES = 2000  # calibration scores at and around which the two implementations are compared
 COMPARED_ALPHAS = (0.5, 0.05, 0.001, 1e-9)  # the last one is below the floor of every calibration set
-TOLERANCE = 1e-6  # relative, of severity: NumPy's and torch's exponentials differ in the last bit
+TOLERANCE = 1e-6  # relative error of severity: NumPy's and torch's exponentials differ in the last bit
 
 
 class Calibration(Protocol):
@@ -146,7 +146,7 @@ class TorchScriptCalibration:
 
 
 def load_calibration(artifact: Artifact) -> Calibration:
-    """Return the calibration of `artifact`, in NumPy if that agrees with the artifact's module on a CPU."""
+    """Return the calibration of `artifact`: on a CPU in NumPy, if that agrees with the artifact's module."""
     if artifact.device.type == "cpu" and artifact.calibration.keys() >= set(BUFFERS):
         buffers = {name: buffer.numpy() for name, buffer in artifact.calibration.items()}
         calibration = NumpyCalibration(buffers, artifact.module.threshold)
@@ -158,7 +158,7 @@ def load_calibration(artifact: Artifact) -> Calibration:
 def agrees_with_module(calibration: Calibration, module: torch.jit.ScriptModule, known: Array) -> bool:
     """Return whether `calibration` and `module` agree: p-values and verdicts exactly, severity within TOLERANCE.
 
-    They are compared at calibration scores, next to them, between them, and far from them.
+    The comparison covers calibration scores, their neighbours, the gaps between them, and scores far from them.
 
     Args:
         calibration: the calibration to test.

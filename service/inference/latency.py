@@ -1,4 +1,4 @@
-"""How long batches take on one model, so that the batcher knows which of them are short."""
+"""Estimate how long batches take on a model, so that the batcher knows which batches are short."""
 
 import math
 
@@ -6,17 +6,17 @@ SMOOTHING = 0.2  # weight of the newest batch
 
 
 class LatencyEstimate:
-    """Smoothed seconds per batch, by operation and, to a factor of two, by number of rows."""
+    """Smoothed seconds per batch, by operation and by number of rows to within a factor of two."""
 
     def __init__(self) -> None:
         self._seconds: dict[tuple[str, int], float] = {}
 
     def expected(self, operation: str, rows: int) -> float:
-        """Return the expected seconds of a batch; infinity if none of its kind has run."""
+        """Return the expected seconds of a batch; infinity if no similar batch has run."""
         return self._seconds.get((operation, rows.bit_length()), math.inf)
 
     def record(self, operation: str, rows: int, seconds: float) -> None:
-        """Take a finished batch into account."""
+        """Update the estimate with a finished batch."""
         kind = operation, rows.bit_length()
         before = self._seconds.get(kind, seconds)
         self._seconds[kind] = before + SMOOTHING * (seconds - before)

@@ -76,9 +76,9 @@ class ModelLoader:
         return replace(served, warm_seconds=perf_counter() - loaded)
 
     def _select_backend(self, artifact: Artifact) -> Selection:
-        """Select the backend that another worker has selected, so that all workers give the same answers.
+        """Select the backend that other workers have selected, so that all workers give the same outputs.
 
-        Speed is measured only if no worker has selected one yet.
+        Speed is measured only if no worker has selected a backend for these weights yet.
         """
         weights = artifact.manifest.weights_sha256
         decided = self._decisions.choice(weights) if self._backend == "auto" else None
@@ -118,7 +118,7 @@ class ModelLoader:
                 return
             rows = 2 * rows + 1  # the largest size with this number of bits: see LatencyEstimate
         log.info(
-            "warmed up %s@%d with batches of at most %d rows: larger ones take longer than %g s",
+            "warmed up %s@%d with batches of at most %d rows: the warm-up has reached its limit of %g s",
             served.name,
             served.version,
             rows // 2,
@@ -127,7 +127,7 @@ class ModelLoader:
 
 
 def _run_operations(served: ServedModel, rows: int) -> Array:
-    """Run all operations on a batch of `rows` and record their latency; return decoded rows."""
+    """Run all operations on a batch of `rows` rows and record their latency; return decoded rows."""
     manifest, backend = served.manifest, served.backend
     medians = np.array([[feature.median for feature in manifest.features]], np.float32)
     x = medians.repeat(rows, axis=0)

@@ -1,6 +1,6 @@
-"""The operations that the endpoints run on a model: functions of tensors with rows first, which can be batched.
+"""The operations that the endpoints run on a model. Rows are the first dimension, so that they can be batched.
 
-B rows, D features, K latents, P parts of the score.
+Shapes: B rows, D features, K latents, P parts of the score.
 """
 
 from collections.abc import Callable

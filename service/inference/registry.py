@@ -20,7 +20,7 @@ from service.inference.served_model import ServedModel
 
 log = logging.getLogger("elbo.registry")
 
-Signature = tuple[int, int, int]  # of a file: inode, size, time of the last change in nanoseconds
+Signature = tuple[int, int, int]  # inode, size and modification time (nanoseconds) of a file
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Failure:
 
     Args:
         name: name of the model.
-        version: its version.
+        version: version of the model.
         code: code of the error (`ElboError.code`), or "load_failed".
-        detail: the first line of its message.
+        detail: first line of the error's message.
     """
 
     name: str
@@ -87,8 +87,8 @@ class _Entry:
     """The state of one version in the artifact folder.
 
     Args:
-        signature: of its file when it was last loaded.
-        served: the loaded model; if the file has been replaced by a bad one, the model from the file before.
+        signature: the signature of the file when it was last loaded.
+        served: the loaded model; if a new file failed to load, still the model from the previous file.
         failure: why the file failed to load.
     """
 
@@ -103,7 +103,7 @@ class ModelRegistry:
     Args:
         root: the artifact folder.
         loader: loads artifacts.
-        default_model: name of the default model; the first one by name if it is not served.
+        default_model: name of the default model; if it is not served, the first model by name is the default.
         keep_versions: number of newest versions per model that are served.
     """
 
@@ -125,7 +125,7 @@ class ModelRegistry:
     def refresh(self) -> None:
         """Scan the artifact folder: load new artifacts, drop removed ones, and replace the catalogue.
 
-        It blocks while models load: do not call it in the event loop.
+        The call blocks while models load: do not make it in the event loop.
 
         Raises:
             OSError: the folder cannot be read.
@@ -143,7 +143,7 @@ class ModelRegistry:
         _log_changes(previous, self.catalogue)
 
     def _load_newest(self, name: str, entries: dict[tuple[str, int], _Entry]) -> dict[int, ServedModel]:
-        """Return the newest `keep_versions` versions of `name` that load, ascending; add all visited to `entries`."""
+        """Return the newest `keep_versions` versions of `name` that load, ascending; add each visited to `entries`."""
         served: dict[int, ServedModel] = {}
         for version in reversed(versions(self._root, name)):
             if len(served) == self._keep_versions:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float32]
 SEEDS = 2**53  # integers below it are exact in JavaScript, so that a browser can send a seed back
-MIN_SINE = 1e-6  # of the angle between two vectors; below it the great circle through them is not determined
+MIN_SINE = 1e-6  # smallest sine of the angle between two vectors that determines a great circle
 
 
 def fresh_seed() -> int:

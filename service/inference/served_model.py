@@ -18,10 +18,10 @@ class ServedModel:
     """One version of a model, loaded and warmed up.
 
     Args:
-        name: the name of its folder, which may differ from the name in the manifest.
-        version: its version.
-        manifest: its manifest.
-        selection: the backend that runs its operations, and why it was selected.
+        name: the name of the model's folder, which may differ from the name in the manifest.
+        version: the version of the model.
+        manifest: the manifest of the artifact.
+        selection: the backend that runs the operations, and why it was selected.
         load_seconds: time to load, to verify, and to select the backend.
         warm_seconds: time of the warm-up.
         exhibits: documents for people by file name, for example the model card.
@@ -37,7 +37,7 @@ class ServedModel:
 
     @cached_property
     def backend(self) -> Backend:
-        """What runs its operations."""
+        """The backend that runs the operations."""
         return self.selection.backend
 
     @cached_property
@@ -47,12 +47,12 @@ class ServedModel:
 
     @cached_property
     def headers(self) -> tuple[tuple[bytes, bytes], ...]:
-        """The headers that its responses carry."""
+        """The headers of responses that the model computes."""
         return ((b"elbo-model", f"{self.name}@{self.version}".encode()),)
 
     @cached_property
     def row_schema(self) -> RowSchema:
-        """The schema of its input rows."""
+        """The schema of input rows."""
         features = self.manifest.features
         names = [feature.name for feature in features]
         optional = [feature.missing > 0 for feature in features]
@@ -61,22 +61,22 @@ class ServedModel:
 
     @cached_property
     def latent_schema(self) -> RowSchema:
-        """The schema of its latents."""
+        """The schema of latents."""
         return RowSchema([self.manifest.latents])
 
     @cached_property
     def row_bytes(self) -> int:
-        """Bytes per row of its widest array."""
+        """Bytes per row of the widest array."""
         return 4 * max(self.manifest.width, self.manifest.latents)
 
     @cached_property
     def selectors(self) -> FeatureSelectors:
-        """Map the names and labels of metrics to features."""
+        """The mapping from names and labels of metrics to features."""
         return FeatureSelectors({name: name for name in self.row_schema.names})
 
     @cached_property
     def has_png_output(self) -> bool:
-        """Whether its outputs can be returned as image/png."""
+        """Whether outputs can be returned as image/png."""
         return png.is_image(self.manifest.shape, self.manifest.pixel_range)
 
 

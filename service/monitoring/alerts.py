@@ -1,7 +1,7 @@
-"""Alerts for Alertmanager: which groups are abnormal, and how the alerts get there.
+"""Alerts: decide which groups are abnormal, and send alerts about them to Alertmanager.
 
-The leader process decides once per second, from the counts of all processes. A thread sends, so that no request waits
-for Alertmanager. The thread's queue holds only the latest alert per model and group, which bounds it.
+The leader process decides once per second, from the counts of all processes. A separate thread sends the alerts, so
+that no request waits for Alertmanager. Its queue is bounded: it holds only the latest alert per model and group.
 """
 
 import http.client
@@ -18,8 +18,8 @@ from urllib.parse import unquote, urlsplit
 import orjson
 
 log = logging.getLogger("elbo.alerts")
-RESEND_SECONDS = 30.0  # an active alert is sent again after so long
-EXPIRY_SECONDS = 180.0  # Alertmanager resolves an alert that is not sent again for so long; several attempts may fail
+RESEND_SECONDS = 30.0  # an active alert is sent again after this time
+EXPIRY_SECONDS = 180.0  # Alertmanager resolves an alert that is not sent again within this time
 RETRY_SECONDS = (1.0, 60.0)  # pause after a failed attempt: the first one, and the longest
 TIMEOUT_SECONDS = 5.0  # per attempt
 MAX_BATCH = 100  # alerts per request
@@ -37,7 +37,7 @@ Counts = Mapping[Labels, Sequence[float]]
 class ActiveAlert:
     """An alert that is not resolved. Times are Unix seconds.
 
-    causes_before: when the alert began, how often each feature had been a cause, by model, version and feature.
+    `causes_before` has the counts of causes when the alert began, by model, version and feature.
     """
 
     started: float
@@ -101,7 +101,7 @@ class AlertSender:
     """Posts alerts to Alertmanager from a thread, and retries until they are accepted or refused.
 
     Args:
-        url: of Alertmanager; it may have a path prefix and user:password.
+        url: the URL of Alertmanager; it may have a path prefix and user:password.
         retry_seconds: pause after a failed attempt: the first one, and the longest.
     """
 
@@ -156,7 +156,7 @@ class AlertSender:
             pause = 0.0 if delivered else min(max(2 * pause, first_pause), longest_pause)
 
     def _send(self, batch: dict[Key, Alert]) -> bool:
-        """Make one attempt. Return False if it has to be repeated, True if the alerts are accepted or refused."""
+        """Try once to send `batch`. Return whether Alertmanager accepted or refused it; if not, try again later."""
         try:
             status, reason = self._post(orjson.dumps(list(batch.values())))
         except (OSError, http.client.HTTPException) as error:
@@ -172,7 +172,7 @@ class AlertSender:
             return False
         if status >= 300:
             self.outcomes["refused"] += len(batch)
-            log.error("Alertmanager refused alerts, they are dropped: %s", reason, extra={"fields": fields})
+            log.error("Alertmanager refused alerts, which are dropped: %s", reason, extra={"fields": fields})
         else:
             self.outcomes["sent"] += len(batch)
         with self._changed:

@@ -19,18 +19,18 @@ from service.shared_memory import SharedCounters
 P_VALUE_BOUNDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _TOLERANT_BOUNDS = tuple(bound * (1 + 1e-6) for bound in P_VALUE_BOUNDS)  # p-values are rounded to float32
 _TOLERANT_BOUNDS_ARRAY = np.array(_TOLERANT_BOUNDS)
-MAX_LOOP_ROWS = 4  # up to so many rows a Python loop is faster than NumPy
-MAX_LABELS = 100  # groups, and features, with a label of their own, per model version
+MAX_LOOP_ROWS = 4  # up to this many rows, a Python loop is faster than NumPy
+MAX_LABELS = 100  # label values of groups, and of features, per model version; further ones are counted under OTHER
 OTHER = "other"
 MODEL_LABELS = ("model", "version")
 ModelLabels = tuple[str, str]
 
 
 class AnomalyMetrics:
-    """Counts what anomaly scoring finds. Only the event loop's thread may count.
+    """The metrics of anomaly scoring. Only the event loop's thread may update them.
 
     Args:
-        counters: the memory of this process and of those that serve beside it.
+        counters: the counters of all processes.
         half_life: number of rows after which the weight of a row in the mean severity of its group has halved.
     """
 
@@ -161,7 +161,7 @@ class AnomalyMetrics:
             self.causes.add((*model, feature), count)
 
     def _limited(self, model: ModelLabels, label: str, value: str) -> str:
-        """Return `value`, or OTHER if the label has MAX_LABELS values already: clients choose the values of labels."""
+        """Return `value`, or OTHER if the label already has MAX_LABELS values: clients may send any number of them."""
         known = self._known_values.setdefault((*model, label), set())
         if value in known:
             return value

@@ -1,4 +1,4 @@
-"""Drift detection and alerts, once per second, in one process on behalf of all."""
+"""Update drift detection and alerts once per second, in one process for all processes."""
 
 import asyncio
 import time
@@ -13,7 +13,7 @@ UPDATE_SECONDS = 1.0
 
 
 class BackgroundMonitor:
-    """Updates the drift gauges and sends alerts, from `start` to `close`. Only the leader process does anything.
+    """Updates the drift gauges and sends alerts, from `start` to `close`. It is idle in processes other than the leader.
 
     Args:
         settings: has the URL of Alertmanager and the time after which an alert is resolved.
@@ -25,8 +25,8 @@ class BackgroundMonitor:
         self._metrics = metrics
         self._registry = registry
         self._alerts = AlertState(settings.alert_calm_seconds)
-        sends = settings.alertmanager_url and metrics.is_leader
-        self._sender = AlertSender(settings.alertmanager_url) if sends else None
+        sends_alerts = settings.alertmanager_url and metrics.is_leader
+        self._sender = AlertSender(settings.alertmanager_url) if sends_alerts else None
         failure = "failed to update drift and alerts"
         self._task = PeriodicTask(self._update, UPDATE_SECONDS, failure, final=self._update)
 
@@ -40,7 +40,7 @@ class BackgroundMonitor:
         self._task.start()
 
     async def close(self) -> None:
-        """Update a last time and try to send the alerts that are left."""
+        """Update one last time, and try to send the remaining alerts."""
         if not self._metrics.is_leader:
             return
         await self._task.close()

@@ -61,7 +61,7 @@ class _Window:
     """Evidence over up to `length` rows; a full window is followed by an empty one.
 
     Args:
-        length: rows.
+        length: number of rows.
         penalty: subtracted from log10 of the evidence, because short windows start more often and would otherwise raise
             more false alarms.
     """
@@ -71,7 +71,7 @@ class _Window:
         self._penalty = penalty
         self._start: list[float] | None = None  # totals at the start of the window
         self._alarm = False
-        self._alarm_before = False  # of the window before
+        self._alarm_before = False  # whether the previous window reached ALARM
 
     @property
     def alarm(self) -> bool:
@@ -79,7 +79,7 @@ class _Window:
         return self._alarm or self._alarm_before
 
     def update(self, totals: Sequence[float], cells: Sequence[int]) -> float:
-        """Return log10 of the evidence, with the penalty; `totals` are the p-values per bin since the start of time."""
+        """Return log10 of the evidence, less the penalty; `totals` are the p-values counted so far in each bin."""
         if self._start is None:
             self._start = list(totals)
         counts = [now - then for now, then in zip(totals, self._start, strict=True)]

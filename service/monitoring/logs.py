@@ -18,7 +18,7 @@ from service.monitoring.request_record import RequestRecord
 LOGGERS = ("elbo", "uvicorn.error", "py.warnings")
 ACCESS_LOGGER = "elbo.access"
 FORMAT_BATCH = 32  # access records that are formatted together
-FLUSH_SECONDS = 0.05  # access lines are collected for so long and written together
+FLUSH_SECONDS = 0.05  # access lines are collected for this time, then written together
 MAX_PENDING_LINES = 20_000  # access lines kept for a slow reader of standard output; further ones are only counted
 LOST_LINES = "access log lines were lost because standard output was blocked or failed; check its reader and the disk"
 
@@ -51,14 +51,14 @@ def format_line(
 
 
 class AccessLog:
-    """One line per request, written by another thread, so that no request waits for a slow reader.
+    """The access log: one line per request, written by another thread, so that no request waits for a slow reader.
 
     Lines are formatted in batches, after the responses have been sent.
 
     Args:
         log_format: "json" or "text".
-        enabled: whether anything is written.
-        write: writes complete lines; runs in that thread.
+        enabled: whether requests are logged.
+        write: the function that writes complete lines, called in another thread; by default to standard output.
     """
 
     def __init__(self, log_format: str, enabled: bool, write: Callable[[bytes], object] | None = None) -> None:
@@ -174,7 +174,7 @@ def configure(level: str, log_format: str) -> None:
     """Send the log of this process to standard output.
 
     Args:
-        level: as ELBO_LOG_LEVEL.
+        level: the lowest level that is logged, as in ELBO_LOG_LEVEL.
         log_format: "json" or "text".
     """
     handler = logging.StreamHandler(sys.stdout)

@@ -21,7 +21,16 @@ def observe(values: Values, bounds: tuple[float, ...], value: float) -> None:
 
 
 class Family:
-    """A metric: `size` numbers per label set and process."""
+    """A metric: an array of numbers per label set and process.
+
+    Args:
+        counters: the counters of all processes.
+        name: the name of the metric, without the suffix `_total`.
+        help_text: what the metric counts or measures.
+        labels: the names of its labels.
+        size: how many numbers it has per label set.
+        transient: whether the numbers describe the process itself, so that they are reset when it ends.
+    """
 
     def __init__(
         self,

@@ -2,12 +2,12 @@
 
 To add a metric, create a `Counter`, `Gauge` or `Histogram` in `Metrics.__init__` and yield its `metric()` in `collect`:
 
-    self._alarms = Counter(counters, "elbo_alarms", "Rows flagged as anomalous", ("model", "version"))
-    self._alarms.add(("vae", "3"), amount=2)  # call it in the event loop's thread
-    self._alarms.sums()  # {("vae", "3"): [17.0]}, summed over all processes
+    self._images = Counter(counters, "elbo_images", "Responses in image/png", ("model", "version"))
+    self._images.add(("vae", "3"), amount=2)  # call it in the event loop's thread
+    self._images.sums()  # {("vae", "3"): [17.0]}, summed over all processes
 
-It is then exported as the sum over all processes, whichever of them Prometheus scrapes, and the replacement of a killed
-process continues the count. Metrics that are not sums, like the list of loaded models, are built in `collect`.
+Whichever process Prometheus scrapes, the metric is the sum over all processes. The replacement of a killed process
+continues its count. Metrics that are not sums, such as the list of loaded models, are built in `collect`.
 """
 
 from collections.abc import Iterator
@@ -43,11 +43,11 @@ class _RequestMetrics:
 
 
 class Metrics(Collector):
-    """All metrics. Only the event loop's thread may count.
+    """All metrics. Only the event loop's thread may update them.
 
     Args:
-        counters: the memory of this process and of those that serve beside it.
-        alert_half_life: rows; see `AnomalyMetrics`.
+        counters: the counters of all processes.
+        alert_half_life: half-life in rows; see `AnomalyMetrics`.
     """
 
     def __init__(self, counters: SharedCounters, alert_half_life: float = 3.0) -> None:
@@ -85,7 +85,7 @@ class Metrics(Collector):
         self.registry.register(self)
 
     def count(self, record: RequestRecord) -> None:
-        """Count a request that has ended, also one whose client disconnected."""
+        """Count a request that has ended, even if its client disconnected."""
         metrics = self._request_metrics(record.endpoint, record.model, record.version, record.status, record.rows > 0)
         metrics.requests[0] += 1.0
         observe(metrics.total, LATENCY_BOUNDS, record.total)

@@ -9,10 +9,10 @@ log = logging.getLogger("elbo.periodic")
 
 
 class PeriodicTask:
-    """Runs `work` every `seconds` from `start` to `close`. An exception is logged, and the next run takes place.
+    """Runs `work` every `seconds` from `start` to `close`. An exception is logged and does not prevent the next run.
 
     Args:
-        work: one run.
+        work: the coroutine function to run.
         seconds: pause before each run.
         failure: log message for a run that raises.
         final: runs once in `close`, after the last run of `work`.
@@ -36,7 +36,7 @@ class PeriodicTask:
         self._task = asyncio.get_running_loop().create_task(self._repeat())
 
     async def close(self) -> None:
-        """Wait for a run in progress to finish, so that it is not cut off; start no other; run `final`."""
+        """Wait for a run in progress to finish, so that it is not cut off; do not start another; run `final`."""
         async with self._running:
             self._task.cancel()
         with suppress(asyncio.CancelledError):

@@ -1,4 +1,4 @@
-"""What the access log, the metrics and the Server-Timing header report about one request."""
+"""The facts about a request that the access log, the metrics and the Server-Timing header report."""
 
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -6,7 +6,7 @@ from time import perf_counter
 
 @dataclass(slots=True)
 class RequestRecord:
-    """Facts about one request, filled in while it is handled. Durations are in seconds."""
+    """The facts about one request, filled in while it is processed. Durations are in seconds."""
 
     request_id: str
     method: str

@@ -36,7 +36,7 @@ def accept_pending(listener: socket.socket) -> Iterator[socket.socket]:
     while True:
         try:
             connection, _ = listener.accept()
-        except OSError:  # none is left, its client has disconnected, or this process has too many open files
+        except OSError:  # no connection is left, its client has disconnected, or this process has too many open files
             return
         yield connection
 
@@ -56,8 +56,8 @@ def send_connection(control: socket.socket, connection: socket.socket) -> None:
 def receive(control: socket.socket) -> Received | None:
     """Return what the supervisor has sent so far, without waiting, or None at the end of the stream.
 
-    A message with a file descriptor has to be read on its own. A worker that read one per event loop iteration would
-    leave a thousand new connections waiting for seconds while it is busy, so this reads many.
+    Each message with a file descriptor needs a separate read. With one read per pass of the event loop, a thousand new
+    connections would wait for seconds in a busy worker, so one call reads many messages.
     """
     messages = b""
     connections: list[socket.socket] = []

@@ -33,7 +33,7 @@ def serve(settings: Settings) -> None:
 def bind(host: str, port: int) -> socket.socket:
     """Return a bound TCP socket that does not listen yet.
 
-    Until it listens, which is when the models are loaded, the kernel refuses clients, and they may try again.
+    The socket listens once the models are loaded. Until then the kernel refuses connections, so that clients retry.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

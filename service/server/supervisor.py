@@ -1,8 +1,9 @@
 """Run several worker processes at one address: start them, pass connections to them, and replace those that die.
 
-Only the supervisor accepts connections. It passes each one to the worker with the fewest. If the workers accepted for
-themselves, from one socket or from one socket each with SO_REUSEPORT, the kernel would spread the connections unevenly,
-and those in the queue of a killed worker would be lost. Passing costs time per connection, not per request.
+Only the supervisor accepts connections. It passes each to the worker with the fewest open connections. If the workers
+accepted connections themselves, from one shared socket or from one SO_REUSEPORT socket each, the kernel would spread
+connections unevenly, and connections in the queue of a killed worker would be lost. Passing costs time per connection,
+not per request.
 
 The supervisor imports what its workers need, starts no thread, and forks. A new worker therefore starts fast, shares
 the memory of the imported code, and inherits the shared counters.
@@ -26,7 +27,7 @@ from service.server import fd_passing
 from service.settings import Settings
 from service.shared_memory import RESTARTS, Segment, SharedCounters
 
-MIN_RETRY_SECONDS = 0.5  # pause before a worker is replaced that never became ready; doubled with each failure
+MIN_RETRY_SECONDS = 0.5  # pause before replacing a worker that never became ready; it doubles with each failure
 MAX_RETRY_SECONDS = 30.0
 NO_WORKER_SECONDS = 0.001  # pause if connections wait and no worker can take one
 
@@ -37,7 +38,7 @@ class State(Enum):
     """State of the supervisor.
 
     STARTING -> SERVING    the first worker is ready
-    STARTING -> STOPPING   the first worker has ended: it could not start, and others would fail too
+    STARTING -> STOPPING   the first worker has ended: it could not start, and the other workers would fail too
     STARTING -> DRAINING   first signal
     SERVING -> DRAINING    first signal
     DRAINING -> STOPPING   ELBO_DRAIN_SECONDS have passed, or second signal
@@ -47,7 +48,7 @@ class State(Enum):
 
     STARTING = auto()  # the first worker loads the models; the address is bound, but clients are refused
     SERVING = auto()  # connections are accepted; a worker that ends is replaced
-    DRAINING = auto()  # requests are still served, but /readyz answers 503, and no worker is replaced
+    DRAINING = auto()  # requests are still served, but /readyz responds with 503, and no worker is replaced
     STOPPING = auto()  # no connection is accepted; the workers finish their requests and end
 
 
@@ -67,7 +68,7 @@ class WorkerState(Enum):
 
 @dataclass(eq=False)
 class Worker:
-    """A worker process. `index` is its number and that of its segment in the shared memory."""
+    """A worker process. `index` is the number of the worker and of its segment in the shared memory."""
 
     index: int
     pid: int
@@ -86,7 +87,7 @@ class Supervisor:
     """Runs the workers.
 
     Args:
-        settings: of the server.
+        settings: the settings of the server.
         listener: a bound socket.
     """
 
@@ -95,9 +96,9 @@ class Supervisor:
         self._listener = listener
         self._state = State.STARTING
         self._workers: dict[int, Worker] = {}  # by index
-        self._start_times: dict[int, float] = {}  # of the workers to be started, by index; by `monotonic`
+        self._start_times: dict[int, float] = {}  # when workers are to be started, by index; by `monotonic`
         self._retry_seconds = MIN_RETRY_SECONDS
-        self._signals = 0  # how many have been received
+        self._signals_received = 0
         self._drain_deadline: float | None = None  # by `monotonic`; None unless DRAINING
         self._exit_code = 0
         self._segments = [Segment() for _ in range(settings.workers + 1)]  # the last one is the supervisor's
@@ -108,14 +109,16 @@ class Supervisor:
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT.
 
-        Exits with the code of the first worker if that cannot start, or with 1 if a worker dies while the server stops.
+        Exits with the code of the first worker if it cannot start, or with 1 if a worker dies while the server stops.
         """
         self._watch_signals()
-        import service.server.worker  # noqa: F401 - so that workers find it imported
+        import service.server.worker  # noqa: F401 - before the fork, so that workers start fast
 
         gc.freeze()  # a garbage collection in a worker would write to the shared pages, and so copy them
         log.info("starting %d workers for the models in %s", self._settings.workers, self._settings.artifacts)
-        self._start_times = {0: monotonic()}  # the others start later, because loading workers slow down each other
+        self._start_times = {
+            0: monotonic()
+        }  # the other workers start later: workers that load at the same time slow each other down
         while self._workers or self._start_times:
             self._start_due_workers()
             self._handle_events()
@@ -139,12 +142,12 @@ class Supervisor:
 
     def _on_signal(self, received: signal.Signals) -> None:
         """Begin to drain at the first signal, stop draining at the second, kill the workers at a third SIGINT."""
-        self._signals += 1
+        self._signals_received += 1
         if self._state in (State.STARTING, State.SERVING):
             self._enter_draining(received)
         elif self._state is State.DRAINING:
             self._drain_deadline = monotonic()
-        if self._signals > 2 and received == signal.SIGINT:
+        if self._signals_received > 2 and received == signal.SIGINT:
             for worker in self._workers.values():
                 os.kill(worker.pid, signal.SIGKILL)
 
@@ -263,8 +266,9 @@ class Supervisor:
         code = 1
         try:
             signal.set_wakeup_fd(-1)
-            for number in (signal.SIGTERM, signal.SIGINT):  # a terminal signals the whole process group
-                signal.signal(number, signal.SIG_IGN)  # the supervisor tells the workers when to stop
+            # A terminal signals the whole process group, but workers stop only when the supervisor requests it.
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
             self._close_inherited_sockets()
             from service.server.worker import run_worker
 
@@ -282,7 +286,7 @@ class Supervisor:
             os._exit(code)
 
     def _close_inherited_sockets(self) -> None:
-        """Close the supervisor's sockets in a worker: an end that stays open here would hide that the other is gone."""
+        """Close the supervisor's sockets in a worker: a copy left open would hide that the supervisor has closed it."""
         self._selector.close()
         controls = [worker.control for worker in self._workers.values()]
         for end in (self._listener, self._signal_reader, self._signal_writer, *controls):

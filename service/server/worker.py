@@ -26,15 +26,15 @@ LINGER_SECONDS = 0.5  # how long clients may send one more request on open conne
 class Server(uvicorn.Server):
     """Serves the connections of a listening socket, or those that the supervisor sends.
 
-    It stops in three steps. Draining: /readyz answers 503 and every response says `Connection: close`, but requests are
-    still served. Then no new connection is accepted. Then, when the requests in progress are answered, it ends.
+    It stops in three steps. While it drains, it still serves requests, but /readyz responds with 503, and every response
+    has the header `Connection: close`. Then it accepts no new connections. It ends when no request is in progress.
 
-    Without a supervisor, SIGTERM or SIGINT starts draining. Under a supervisor signals are ignored: its DRAIN message
-    starts draining, and the end of its stream ends it.
+    Without a supervisor, SIGTERM or SIGINT starts draining. With a supervisor, signals are ignored: the supervisor's
+    DRAIN message starts draining, and the end of its stream stops the server.
 
     Args:
-        config: of uvicorn.
-        service: its `draining` is set when the server begins to drain.
+        config: the configuration of uvicorn.
+        service: the service, whose `draining` is set when the server begins to drain.
         control: socket to the supervisor, if there is one.
         closed_connections: counts the connections that are closed, for the supervisor.
     """
@@ -51,7 +51,7 @@ class Server(uvicorn.Server):
         self._service = service
         self._control = control
         self._signalled = False
-        self._opening: set[asyncio.Task[Any]] = set()  # connections on their way to the event loop
+        self._opening: set[asyncio.Task[Any]] = set()  # accepted connections that uvicorn does not serve yet
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Load the models, then listen, or report to the supervisor that this worker is ready."""
@@ -74,7 +74,7 @@ class Server(uvicorn.Server):
         return should_exit
 
     def handle_exit(self, sig: int, _: FrameType | None) -> None:
-        """Handle a signal: the first starts draining, the second ends it at once, a third SIGINT drops requests too."""
+        """Handle a signal: the first starts draining, the second ends draining, a third SIGINT drops requests."""
         if self._control:
             return
         drain_seconds = self._service.settings.drain_seconds
@@ -89,7 +89,7 @@ class Server(uvicorn.Server):
         log.info("stopping", extra={"fields": fields})
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept the connections that have arrived, close the listener, and answer what open connections send."""
+        """Accept the connections that have arrived, close the listener, and serve requests on open connections."""
         self._drain()
         for listener in sockets or []:
             listener.setblocking(False)
@@ -173,10 +173,10 @@ def run_worker(
     """Serve until the server is stopped. Raises ElboError if the device is not available.
 
     Args:
-        settings: of the server.
+        settings: the settings of the server.
         listener: a bound socket, for a server of one process; the server stops on SIGTERM or SIGINT.
         control: the socket to the supervisor, for a worker; the worker stops when the stream ends.
-        counters: memory that the workers share.
+        counters: the counters of all workers; by default of this process alone.
     """
     sys.setswitchinterval(SWITCH_INTERVAL)
     counters = counters or SharedCounters()
