@@ -192,7 +192,7 @@ class RequestContext:
         await self._send({"type": "http.response.body", "body": content})
 
     async def _respond_in_chunks(self, response: HttpResponse, chunks: AsyncIterator[bytes]) -> None:
-        """Send each chunk when it is ready. The head waits for the first one, so that an earlier error sets the status."""
+        """Send each chunk when it is ready. The head waits for the first, so that an earlier error sets the status."""
         try:
             async for chunk in chunks:
                 async with asyncio.timeout(self._limits.seconds):

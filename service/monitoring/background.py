@@ -13,7 +13,7 @@ UPDATE_SECONDS = 1.0
 
 
 class BackgroundMonitor:
-    """Updates the drift gauges and sends alerts, from `start` to `close`. It is idle in processes other than the leader.
+    """Updates the drift gauges and sends alerts, from `start` to `close`. Processes other than the leader do nothing.
 
     Args:
         settings: has the URL of Alertmanager and the time after which an alert is resolved.

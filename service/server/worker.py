@@ -26,7 +26,7 @@ LINGER_SECONDS = 0.5  # how long clients may send one more request on open conne
 class Server(uvicorn.Server):
     """Serves the connections of a listening socket, or those that the supervisor sends.
 
-    It stops in three steps. While it drains, it still serves requests, but /readyz responds with 503, and every response
+    It stops in three steps. While it drains, it still serves requests, but /readyz responds with 503 and every response
     has the header `Connection: close`. Then it accepts no new connections. It ends when no request is in progress.
 
     Without a supervisor, SIGTERM or SIGINT starts draining. With a supervisor, signals are ignored: the supervisor's
