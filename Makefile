@@ -1,7 +1,7 @@
-# One target for each thing a developer does. Needs make, git and Python 3.11, 3.12 or 3.13; installs the rest into .venv.
+# One target per task of a developer. Needs make, git and Python 3.11, 3.12 or 3.13; installs the rest into .venv.
 
 TORCH := torch==2.13.0
-# An index of PyTorch wheels, where another build is wanted than the one that pip finds by itself.
+# The index of PyTorch wheels, for a build other than pip's default.
 TORCH_INDEX ?=
 VENV := .venv
 READY := $(VENV)/.ready
@@ -9,15 +9,15 @@ PEERS := .venv-peers
 PEER_PACKAGES := pythae==0.1.2 lightning==2.6.6 pyod==3.6.7
 INSTALL := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check install
 PEER_INSTALL := $(PEERS)/bin/python -m pip --quiet --disable-pip-version-check install
-# Model servers to compare with, an environment each: they disagree about their libraries. MLServer wants a FastAPI below
-# 0.116, PyTriton a NumPy below 2. BentoML 1.4.40 asks for a later certifi than there is. All work with the torch above.
+# Model servers to compare with. Each needs its own environment, because their requirements conflict: MLServer requires
+# FastAPI < 0.116, PyTriton NumPy < 2, and BentoML 1.4.40 a certifi that does not exist. All work with the torch above.
 SERVERS := litserve bentoml ray mlserver triton
 PACKAGE_litserve := litserve==0.2.19
 PACKAGE_bentoml := bentoml==1.4.39
 PACKAGE_ray := ray[serve]==2.60.0
 PACKAGE_mlserver := mlserver==1.7.1
 PACKAGE_triton := nvidia-pytriton==0.7.0
-# Triton embeds the Python of its environment, and needs one with a shared library, as Debian's.
+# Triton embeds the Python of its environment, which must have a shared library, such as Debian's Python.
 PYTHON_triton := /usr/bin/python3.11
 
 .DEFAULT_GOAL := help
@@ -40,7 +40,7 @@ test: $(READY) ## Run every test: first those that may share the machine, then t
 	@$(VENV)/bin/python -m pytest -n 2 -m "not alone"
 	@$(VENV)/bin/python -m pytest -m alone
 
-lint: $(READY) ## Check style and the likely mistakes
+lint: $(READY) ## Check style and likely mistakes
 	@$(VENV)/bin/ruff check
 	@$(VENV)/bin/ruff format --check
 	@$(call npm,lint)
@@ -48,12 +48,12 @@ lint: $(READY) ## Check style and the likely mistakes
 types: $(READY) ## Check the types
 	@$(VENV)/bin/mypy
 
-format: $(READY) ## Rewrite the sources in the house style
+format: $(READY) ## Format the sources
 	@$(VENV)/bin/ruff check --fix-only --quiet
 	@$(VENV)/bin/ruff format
 	@$(call npm,format)
 
-lock: $(READY) ## Write requirements/*.lock anew from pyproject.toml, keeping the versions that still fit
+lock: $(READY) ## Rewrite requirements/*.lock from pyproject.toml, keeping the versions that it still allows
 	@$(call compile,dev,--extra train --extra tensorboard --extra dev)
 	@cp requirements/dev.lock requirements/train.lock && $(call compile,train,--extra train)
 	@cp requirements/dev.lock requirements/serve.lock && $(call compile,serve,)
@@ -61,15 +61,15 @@ lock: $(READY) ## Write requirements/*.lock anew from pyproject.toml, keeping th
 	@cp requirements/dev.lock requirements/docs.lock && $(call compile,docs,--extra docs)
 
 upgrade: UPGRADE := --upgrade
-upgrade: lock ## The same with the newest versions
+upgrade: lock ## Rewrite requirements/*.lock with the newest versions
 
-# Seeded with dev.lock, the smaller locks keep its versions and its hashes. Made from CPU wheels of torch: the CUDA ones
-# would list NVIDIA's libraries.
+# The smaller lock files start as copies of dev.lock, so that they keep its versions and hashes. They need the CPU wheels
+# of torch, because the CUDA wheels would add NVIDIA's libraries.
 compile = echo "locking requirements/$(1).lock" && $(VENV)/bin/pip-compile --quiet $(2) \
 	$(if $(filter dev,$(1)),$(UPGRADE)) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
 	--output-file requirements/$(1).lock pyproject.toml \
 	&& $(VENV)/bin/python -c '$(joined)' requirements/$(1).lock
-# A package's hashes on one line: 2,500 lines of seven blanks and backslashes less to keep in git.
+# Put all hashes of a package on one line, which keeps 2,500 lines out of git.
 joined = import pathlib, re, sys; lock = pathlib.Path(sys.argv[1]); \
 	lock.write_text(re.sub(r"(--hash=\S+) \\\n +(?=--hash)", r"\1 ", lock.read_text()))
 
@@ -99,7 +99,7 @@ bench-anomaly: $(READY) $(PEERS)/.ready ## Measure anomaly scores, calibration a
 	@$(VENV)/bin/python benchmarks/anomaly/calibration.py
 	@$(VENV)/bin/python benchmarks/anomaly/server_metrics.py
 
-# A server that cannot be installed is left out, and the benchmark says so.
+# A server that cannot be installed is skipped, and the benchmark reports that.
 $(PEERS)-%/.ready: $(READY)
 	@rm -rf $(@D)
 	@echo "installing $(PACKAGE_$*)"
@@ -107,7 +107,7 @@ $(PEERS)-%/.ready: $(READY)
 		&& $$install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH) && $$install $(TORCH) '$(PACKAGE_$*)' \
 		&& touch $@ || echo "$(PACKAGE_$*) cannot be installed here" >&2
 
-# An environment of their own: what they need shall not decide what Elbo gets.
+# A separate environment, so that the requirements of these packages do not change Elbo's.
 $(PEERS)/.ready: $(READY)
 	@$(VENV)/bin/python -m venv $(PEERS)
 	@echo "installing $(PEER_PACKAGES)"
@@ -119,7 +119,7 @@ clean: ## Remove what the other targets made, except artifacts/
 	@rm -rf $(VENV) $(PEERS) $(PEERS)-* build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis node_modules
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The locked packages come first, so that torch finds its own dependencies installed, checked against their hashes.
+# Install the locked packages first: they include torch's dependencies, with their hashes checked.
 $(READY): pyproject.toml requirements/dev.lock requirements/browser.lock requirements/docs.lock
 	@python=$$(requirements/find-python) && echo "setting up $(VENV) with $$($$python --version)" && $$python -m venv $(VENV)
 	@echo "installing the locked packages"; $(INSTALL) --require-hashes -r requirements/dev.lock

@@ -58,8 +58,8 @@ def described_by(module: str, name: str, all_options: bool = False) -> type[Type
 
     Args:
         module: where the pydantic model is defined; imported only for --help, or when `all_options` is true.
-        name: of the pydantic model.
-        all_options: make every field an option. The command finds their values, as text, in `context.obj`.
+        name: name of the pydantic model.
+        all_options: whether every field is an option. The command finds the values, as text, in `context.obj`.
     """
 
     def fields_of() -> dict[str, "FieldInfo"]:
@@ -331,7 +331,9 @@ def score(
     alpha: Annotated[
         float, typer.Option(min=0, max=1, help="false-alarm rate: accepted share of normal rows that are flagged")
     ] = 0.05,
-    explain: Annotated[int, typer.Option(min=0, help="features per row to report, those that contribute most")] = 3,
+    explain: Annotated[
+        int, typer.Option(min=0, help="number of features to report per row: those that contribute most")
+    ] = 3,
     format_: Annotated[Format, typer.Option("--format", help="one JSON object per line, or CSV")] = Format.ndjson,
     artifacts: ArtifactFolder = DEFAULT_ARTIFACTS,
 ) -> None:
@@ -384,7 +386,7 @@ def _load(reference: str, data: str, artifacts: Path) -> "tuple[Artifact, Table]
 
 
 def _artifact_path(reference: str, artifacts: Path) -> Path:
-    """Return the file that NAME means: a path as it is, a model in the artifact folder."""
+    """Return the path of an artifact: `reference` itself if it is a path, else that of the model in `artifacts`."""
     from models.manifest import FILE_NAME, resolve
 
     path = Path(reference)

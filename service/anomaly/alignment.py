@@ -22,7 +22,7 @@ LabelSet = tuple[tuple[str, str], ...]
 
 @dataclass
 class AlignedRow:
-    """The values of one group at one time. `first_seen` is when its first sample arrived, by a monotonic clock."""
+    """The values of one group at one time. `first_seen` is when its first sample arrived, on a monotonic clock."""
 
     group: str
     milliseconds: int

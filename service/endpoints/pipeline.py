@@ -70,7 +70,7 @@ class ParsedRequest(Generic[B, T]):
         record: what metrics and the access log keep of it.
         served: the model that computes the response.
         media_type: the media type of the response.
-        deadline: when the request times out, by `perf_counter`.
+        deadline: when the request times out, on the `perf_counter` clock.
         body: the validated fields.
         inputs: what the endpoint's `RequestSpec.read` returned.
     """
@@ -135,7 +135,7 @@ async def _admit(service: ServiceContext, request: RequestContext, compressed: b
 
 
 def _deadline(service: ServiceContext, request: RequestContext) -> float:
-    """Return when `request` times out, by `perf_counter`. Raises InvalidField for an invalid X-Request-Timeout."""
+    """Return the deadline of `request`, on the `perf_counter` clock. Raises InvalidField for an invalid header."""
     header = request.headers.get(b"x-request-timeout")
     if header is None:
         return request.record.started + service.settings.request_timeout

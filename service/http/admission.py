@@ -155,7 +155,7 @@ class Ticket:
         """Wait for a work slot.
 
         Args:
-            deadline: when the request times out, by `perf_counter`.
+            deadline: when the request times out, on the `perf_counter` clock.
 
         Raises:
             DeadlineExceeded: no slot became free in time.

@@ -17,7 +17,7 @@ class Backlog:
 
     def __init__(self) -> None:
         self.amount = 0.0
-        self._counted_until = 0.0  # by perf_counter
+        self._counted_until = 0.0  # on the `perf_counter` clock
         self._busy_seconds = 0.0  # in the current window
         self._finished = 0.0  # in the current window
         self._rate = 0.0  # per second; 0 until the first window is complete

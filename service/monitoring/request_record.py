@@ -12,7 +12,7 @@ class RequestRecord:
     method: str
     path: str
     client: str | None
-    started: float = field(default_factory=perf_counter)  # when the request head was read, by `perf_counter`
+    started: float = field(default_factory=perf_counter)  # when the request head was read, on the `perf_counter` clock
     endpoint: str = "other"
     model: str = ""
     version: int = 0

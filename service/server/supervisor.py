@@ -96,10 +96,10 @@ class Supervisor:
         self._listener = listener
         self._state = State.STARTING
         self._workers: dict[int, Worker] = {}  # by index
-        self._start_times: dict[int, float] = {}  # when workers are to be started, by index; by `monotonic`
+        self._start_times: dict[int, float] = {}  # when workers are to be started, by index, on the `monotonic` clock
         self._retry_seconds = MIN_RETRY_SECONDS
         self._signals_received = 0
-        self._drain_deadline: float | None = None  # by `monotonic`; None unless DRAINING
+        self._drain_deadline: float | None = None  # on the `monotonic` clock; None unless DRAINING
         self._exit_code = 0
         self._segments = [Segment() for _ in range(settings.workers + 1)]  # the last one is the supervisor's
         self._restarts = self._segments[-1].array((RESTARTS,), length=1)
@@ -116,9 +116,8 @@ class Supervisor:
 
         gc.freeze()  # a garbage collection in a worker would write to the shared pages, and so copy them
         log.info("starting %d workers for the models in %s", self._settings.workers, self._settings.artifacts)
-        self._start_times = {
-            0: monotonic()
-        }  # the other workers start later: workers that load at the same time slow each other down
+        # The other workers start when the first is ready: workers that load at the same time slow each other down.
+        self._start_times = {0: monotonic()}
         while self._workers or self._start_times:
             self._start_due_workers()
             self._handle_events()
