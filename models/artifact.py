@@ -114,8 +114,8 @@ def script(model: nn.Module) -> torch.jit.ScriptModule:
 
 
 def freeze(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
-    """Return `module` with its weights folded in as constants. It keeps every method of METHODS that it has."""
-    present = [method for method in METHODS if hasattr(module, method)]  # artifacts of earlier releases have fewer
+    """Return `module` with its weights folded in as constants. The methods in METHODS that it has stay callable."""
+    present = [method for method in METHODS if hasattr(module, method)]  # earlier artifacts have fewer methods
     with _deprecations_silenced():
         frozen: torch.jit.ScriptModule = torch.jit.freeze(module.eval(), preserved_attrs=present)
     return frozen
@@ -184,7 +184,7 @@ def load(path: Path, device: str = "cpu") -> Artifact:
         ArtifactError: the file is missing or fails a verification. See its subclasses in `models.errors`.
     """
     if device != "cpu":
-        torch.backends.cudnn.allow_tf32 = False  # convolutions would have errors of 1e-3; linear layers use no TF32
+        torch.backends.cudnn.allow_tf32 = False  # TF32 convolutions err by 1e-3; linear layers do not use TF32
     content = read_sealed(path)  # read once, so that the bytes that are loaded are the bytes that were verified
     manifest = parse(content, path)
     try:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-ROUNDING = 1e-5  # largest relative difference between scores of one row in other batches or on other processors
+ROUNDING = 1e-5  # largest relative difference of a row's score between batches or between processors
 TAIL_SHARE = 0.1  # the exponential tail is fitted to this share of the calibration scores, the largest ones
 
 

@@ -31,7 +31,7 @@ class GaussianLikelihood(Likelihood):
 
     Args:
         variance: initial or fixed variance, [1] (shared) or [D] (per feature).
-        learn: whether training changes the variance.
+        learn: whether the variance is learned.
         lowest: lower bound of the log-variance.
     """
 

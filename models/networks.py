@@ -45,8 +45,8 @@ def conv_decoder(
 ) -> nn.Sequential:
     """Return a decoder from [B, latents] to [B, H * W * C] that mirrors the layers of `conv_encoder`.
 
-    `latents` is the width of its input. The other arguments are those of `conv_encoder`. The last layer has no
-    activation.
+    `latents` is the width of the decoder's input. The other arguments are those of `conv_encoder`. The last layer has
+    no activation.
     """
     colours, sizes = _colours(shape), _sizes(shape, len(channels))
     deepest, (height, width) = [colours, *channels][-1], sizes[-1]

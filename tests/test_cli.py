@@ -128,7 +128,7 @@ def test_inspect_describes_the_artifact(root: Path, capsys: pytest.CaptureFixtur
     assert facts["file"].startswith(f"{root}/hosts/1/model.pt, {size / 1e6:.2f} MB, written 20")
     assert facts["seal"].startswith("intact")
     assert facts["row"] == "5 features"
-    assert facts["code"] == "2 latents"
+    assert facts["latents"] == "2"
     assert facts["split"] == "700 fit, 100 held out, 200 calibration"
     assert "seed 3" in facts["training"]
     assert facts["held out"].startswith("reconstruction_error 0.0")

@@ -65,7 +65,8 @@ class TrainConfig(BaseModel):
     patience: int | None = Field(
         None,
         ge=0,
-        description="stop when more than this many epochs in a row bring no better held-out loss; default: never",
+        description="stop when the held-out loss has not improved for more than this many epochs; default: never "
+        "stop early",
     )
     kept: Literal["best", "last"] | None = Field(
         None,

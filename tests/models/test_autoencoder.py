@@ -8,7 +8,7 @@ from sklearn.covariance import LedoitWolf
 
 from models.autoencoder import Autoencoder, no_whitening
 from models.networks import mlp
-from training.fitting.score_statistics import CODE_NOISE, ORDINARY_PERCENT, fit_score_statistics
+from training.fitting.score_statistics import LATENT_NOISE, ORDINARY_PERCENT, fit_score_statistics
 from training.fitting.whitening import PSEUDO_ROWS, fit_whitening
 
 Doubles = npt.NDArray[np.float64]
@@ -43,7 +43,7 @@ def covariance_of(vectors: Doubles, usual: Doubles) -> Doubles:
     deviation = np.sqrt((rows * centred.var(axis=0) + PSEUDO_ROWS * usual) / (rows + PSEUDO_ROWS))
     correlation = LedoitWolf(assume_centered=True).fit(centred / deviation).covariance_
     np.fill_diagonal(correlation, np.maximum(correlation.diagonal(), 1.0))
-    correlation[:K, :K] += CODE_NOISE * np.eye(K)
+    correlation[:K, :K] += LATENT_NOISE * np.eye(K)
     return np.asarray(correlation * np.outer(deviation, deviation))
 
 
@@ -81,7 +81,7 @@ def test_cluster_of_many_distant_rows_counts_as_normal() -> None:
     model, x = autoencoder(), torch.randn(100, D)
     x[:15] *= 1e3  # distant, but too many to be outliers
     fit_score_statistics(model, x, x)
-    assert float(model.score(x)[0].mean()) == pytest.approx(K / (1 + CODE_NOISE) + D, rel=0.3)
+    assert float(model.score(x)[0].mean()) == pytest.approx(K / (1 + LATENT_NOISE) + D, rel=0.3)
 
 
 def test_whitening_distance_is_the_mahalanobis_distance_under_the_shrunk_covariance() -> None:

@@ -91,7 +91,7 @@ class ColumnStatistics:
 
 
 def _and_others(count: int) -> str:
-    """Return how a message continues after the first of `count` rows: with the number of further rows, if any."""
+    """Return the end of a message that names the first of `count` rows: how many more rows there are, if any."""
     return f" and in {count - 1} more" if count > 1 else ""
 
 

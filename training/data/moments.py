@@ -1,4 +1,4 @@
-"""Mean, covariance and range of the rows of a table, in one pass over blocks and in float64.
+"""Mean, covariance and range of the rows of a table, computed in float64 in one pass over blocks of rows.
 
 Preprocessing and PCA need only these moments, so the table is read once and only one block of it is in memory.
 """

@@ -28,9 +28,9 @@ __all__ = ["MINIMUM_ROWS", "DataError", "Split", "Table", "read_for_model", "rea
 
 MEMORY_BYTES = 512 << 20  # tables with more bytes of float32 values stay on disk
 MINIMUM_ROWS = 10  # with fewer, a part of the split would be empty
-MAX_HELD_OUT_ROWS = 50_000  # held-out rows at most, and calibration rows at most; more rows would improve neither set
-MAX_HELD_OUT_BYTES = 64 << 20  # bytes of float32 values in each of these two sets at most: they are kept in memory
-MIN_DISTINCT = 256  # if float32 distinguishes fewer values in a column, a note warns
+MAX_HELD_OUT_ROWS = 50_000  # most rows in the held-out set and in the calibration set; more would improve neither
+MAX_HELD_OUT_BYTES = 64 << 20  # most bytes of float32 values in each of these two sets, which are kept in memory
+MIN_DISTINCT = 256  # a note warns if float32 distinguishes fewer values in a column
 LISTED_NAMES = 3  # features that a note lists before "and N more"
 PIXEL_RANGES = ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0))
 
@@ -115,7 +115,7 @@ def read_table(
         limit: largest table that is kept in memory, in bytes of float32 values; larger tables stay on disk.
 
     Raises:
-        DataError: with a message of one line that says what to do.
+        DataError: the source cannot be used. The message is one line that says what to do.
     """
     with full_disk_as_data_error(source):
         raw = load(source, ReadOptions(drop=drop, keep=keep, size=size))
@@ -150,7 +150,7 @@ def read_for_model(source: str, manifest: "Manifest", limit: int = MEMORY_BYTES)
     only in columns where values were missing in the training data.
 
     Raises:
-        DataError: with a message of one line that says what to do.
+        DataError: the source cannot be used. The message is one line that says what to do.
     """
     names = [feature.name for feature in manifest.features]
     units = [feature.unit for feature in manifest.features]

@@ -176,7 +176,7 @@ def _ranking(labels: npt.NDArray[np.int64], scores: Floats) -> tuple[float, floa
 
 
 def evaluation_text(evaluation: Evaluation) -> str:
-    """Return `evaluation` as text of a few lines."""
+    """Return `evaluation` as a few lines of text."""
     title = f"{evaluation.model} on {evaluation.source}: {evaluation.rows:,} rows"
     lines = [*_quality(evaluation), *_density_lines(evaluation), *_alarms(evaluation)]
     title += ", the rows it was trained on" if evaluation.seen else ""

@@ -24,7 +24,7 @@ SAMPLES = 100  # importance samples per row
 MEANING = {
     "reconstruction_error": "mean square per value, model units; lower is better",
     "log_likelihood": "nats per row, model units; a lower bound for a VAE; higher is better",
-    "detection": "AUROC: rows with a tenth of their values swapped rank above intact rows",
+    "detection": "AUROC of the score: rows with a tenth of their values swapped against intact rows",
 }
 SIGN = {"reconstruction_error": -1.0, "log_likelihood": 1.0, "detection": 1.0}  # factor that makes higher better
 BATCH = 4096  # rows processed at once: bounds memory

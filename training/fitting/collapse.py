@@ -1,4 +1,4 @@
-"""Posterior collapse: predict how many latents of a VAE stay active, and warn if far fewer are."""
+"""Posterior collapse: predict how many latents of a VAE stay active, and warn if far fewer are active."""
 
 from torch import Tensor
 

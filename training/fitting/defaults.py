@@ -13,7 +13,7 @@ TABLE_LEARNING_RATE, IMAGE_LEARNING_RATE = 3e-3, 1e-3
 TABLE_STEPS = 1_500  # the default number of epochs gives about this many optimiser steps
 MIN_TABLE_EPOCHS, MAX_TABLE_EPOCHS = 10, 1_500
 TABLE_NOISE = 2.0  # in standard deviations of a column
-EXPLAINED_VARIANCE = {"pca": 0.9, "vae": 0.95, "ae": 0.99, "ensemble": 0.99}  # by the default latents
+EXPLAINED_VARIANCE = {"pca": 0.9, "vae": 0.95, "ae": 0.99, "ensemble": 0.99}  # by the default latents of a table
 MAX_TABLE_LATENTS = 64
 IMAGE_LATENTS = 16
 

@@ -18,9 +18,9 @@ def describe_latents(core: Core, u: Tensor) -> list[Latent]:
     The KL is None unless the model is a VAE.
     """
     with torch.inference_mode():
-        codes = [core.encode(rows) for rows in u.split(BATCH)]
-        mean = torch.cat([mean for mean, _ in codes]).double()  # [N, K]
-        std = torch.cat([std for _, std in codes]).double()  # [N, K]
+        encoded = [core.encode(rows) for rows in u.split(BATCH)]
+        mean = torch.cat([mean for mean, _ in encoded]).double()  # [N, K]
+        std = torch.cat([std for _, std in encoded]).double()  # [N, K]
     variance = mean.var(dim=0, correction=0)  # [K]
     if not isinstance(core, VAE):
         threshold = ACTIVE_SHARE * float(variance.max())

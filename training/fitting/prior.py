@@ -34,11 +34,11 @@ def _fit_mixture(core: Core, u: Tensor, seed: int) -> Prior:
     from sklearn.mixture import GaussianMixture
 
     with torch.no_grad():
-        codes = torch.cat([core.encode(rows)[0] for rows in u[:MIXTURE_ROWS].split(BATCH)]).double().numpy()
-    components = min(MAX_COMPONENTS, max(1, len(codes) // ROWS_PER_COMPONENT))
-    spread = float(codes.var(axis=0).mean())
+        latents = torch.cat([core.encode(rows)[0] for rows in u[:MIXTURE_ROWS].split(BATCH)]).double().numpy()
+    components = min(MAX_COMPONENTS, max(1, len(latents) // ROWS_PER_COMPONENT))
+    spread = float(latents.var(axis=0).mean())
     mixture = GaussianMixture(components, random_state=seed, reg_covar=1e-4 * spread + 1e-12, max_iter=300)
-    mixture.fit(codes)
+    mixture.fit(latents)
     parameters = mixture.weights_, mixture.means_, mixture.covariances_
     weights, means, covariances = (torch.from_numpy(value).float() for value in parameters)
     return Prior(weights, means, torch.linalg.cholesky(covariances))

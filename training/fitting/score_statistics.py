@@ -10,12 +10,12 @@ from models.ensemble import Ensemble, Neighbours
 from models.pca import PCA
 from training.fitting.whitening import KEPT_PERCENT, fit_whitening
 
-CODE_NOISE = 1.0  # variance added to each latent, relative to its own: latents follow anomalies, so they count less
-ORDINARY_PERCENT = 90  # the largest residual of this share of the rows is the largest ordinary one
-OUTLIER_FACTOR = 100.0  # squared residuals beyond this multiple of the largest ordinary one are outliers
+LATENT_NOISE = 1.0  # variance added to each latent, relative to its own: latents follow anomalies, so they count less
+ORDINARY_PERCENT = 90  # the rows with the smallest residuals, this share of all, are ordinary
+OUTLIER_FACTOR = 100.0  # rows whose squared residual exceeds that of all ordinary rows by this factor are outliers
 NEIGHBOUR_RANK = 5  # the distance of a reference row to its 5th neighbour is the scale of distances to it
 NEIGHBOUR_NOISE = 0.1  # variance added to each feature, relative to its own: smaller differences do not matter
-MAX_NEIGHBOURS = 2_048  # reference rows; more hardly change the score, and each row's distance to all is computed
+MAX_NEIGHBOURS = 2_048  # reference rows, at most; more would cost time and hardly change the score
 MAX_NEIGHBOUR_VALUES = 2 << 20  # float32 values in all reference rows together, at most
 SHRINKAGE_ROWS = 5_000  # covariances are shrunk based on at most this many rows
 MIN_VARIANCE = 1e-12  # in model units; a coordinate with less variance is constant
@@ -75,12 +75,12 @@ def fit_neighbours(x: Tensor) -> Neighbours:
 
 
 def _fit_autoencoder(core: Autoencoder, u: Tensor, usual_variance: Tensor, robust: bool) -> None:
-    codes, residuals = _codes_and_residuals(core, u)
-    code_variance = codes.var(dim=0, correction=0).mean().clamp(min=MIN_VARIANCE)
-    expected = torch.cat((code_variance.expand(codes.shape[1]), usual_variance.expand(u.shape[1])))  # [K + D]
+    latents, residuals = _latents_and_residuals(core, u)
+    latent_variance = latents.var(dim=0, correction=0).mean().clamp(min=MIN_VARIANCE)
+    expected = torch.cat((latent_variance.expand(latents.shape[1]), usual_variance.expand(u.shape[1])))  # [K + D]
     noise = torch.zeros_like(expected)
-    noise[: codes.shape[1]] = CODE_NOISE
-    core.whitening = fit_whitening(torch.cat((codes, residuals), dim=1), expected, robust, noise)
+    noise[: latents.shape[1]] = LATENT_NOISE
+    core.whitening = fit_whitening(torch.cat((latents, residuals), dim=1), expected, robust, noise)
 
 
 def _fit_ensemble(core: Ensemble, u: Tensor, usual_variance: Tensor, robust: bool) -> None:
@@ -92,11 +92,11 @@ def _fit_ensemble(core: Ensemble, u: Tensor, usual_variance: Tensor, robust: boo
         core.weights = 1.0 / torch.stack([mean.clamp(min=MIN_MEAN_DISTANCE) for mean in means])
 
 
-def _codes_and_residuals(core: Autoencoder, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Return codes [N, K] and residuals [N, D] of rows u [N, D]."""
+def _latents_and_residuals(core: Autoencoder, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Return latents [N, K] and residuals [N, D] of rows u [N, D]."""
     with torch.no_grad():
-        codes = torch.cat([core.encode(rows)[0] for rows in u.split(BATCH)])
-        return codes, u - torch.cat([core.decode(some) for some in codes.split(BATCH)])
+        latents = torch.cat([core.encode(rows)[0] for rows in u.split(BATCH)])
+        return latents, u - torch.cat([core.decode(some) for some in latents.split(BATCH)])
 
 
 def _without_outliers(core: Autoencoder, u: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def _without_outliers(core: Autoencoder, u: Tensor) -> Tensor:
     If a column was constant in the fit rows and then changes, the network extrapolates arbitrarily. The square of one
     such residual would dominate the variances, on which all scores depend.
     """
-    squared = _codes_and_residuals(core, u)[1].double().square().sum(dim=1)  # [N]
+    squared = _latents_and_residuals(core, u)[1].double().square().sum(dim=1)  # [N]
     largest_ordinary = squared.kthvalue(-(-len(u) * ORDINARY_PERCENT // 100)).values
     return u[squared <= OUTLIER_FACTOR * largest_ordinary]
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from models.autoencoder import Whitening
 
 MAX_FULL_WIDTH = 2048  # above it, only variances are estimated: a full matrix would be larger than the network
-PSEUDO_ROWS = 3.0  # see `fit_whitening`
+PSEUDO_ROWS = 3.0  # how many rows `fit_whitening` adds to each variance
 KEPT_PERCENT = 75  # percentage of the rows that a robust estimate uses
 CONCENTRATION_STEPS = 5  # more steps would replace few of the rows
 

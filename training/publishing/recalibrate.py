@@ -117,7 +117,7 @@ def _scores(parent: Artifact, table: Table) -> Floats:
 
 
 def _compare_with_old(parent: Artifact, table: Table, scores: Floats, alpha: float) -> Iterator[str]:
-    """Yield how many of scores [n] the old calibration flags, and a warning if chance does not explain the number."""
+    """Yield the share of scores [n] that the old calibration flags, and a warning if chance does not explain it."""
     from scipy.stats import betabinom
 
     with torch.inference_mode():
@@ -183,7 +183,10 @@ def _golden(module: torch.jit.ScriptModule, old: Golden) -> Golden:
 
 
 def _name(parent: Artifact) -> str:
-    """Return the name under which `parent` is served: of its model folder if it is in one, else of its manifest."""
+    """Return the name under which `parent` is served.
+
+    It is the name of the model folder that contains the artifact, or, outside a model folder, the manifest's name.
+    """
     path = parent.path.resolve()
     return path.parents[1].name if VERSION.fullmatch(path.parent.name) else parent.manifest.name
 

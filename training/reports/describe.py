@@ -29,7 +29,7 @@ def _facts(manifest: Manifest, path: Path) -> Iterator[tuple[str, str]]:
     yield "seal", "intact: the SHA-256 of the file is the one recorded at publication"
     yield "row", _row(manifest)
     has_report = manifest.latent_report and manifest.kind != "pca"  # every latent of PCA is active
-    yield "code", f"{manifest.latents} latents" + (f", {latents_phrase(manifest)}" if has_report else "")
+    yield "latents", latents_phrase(manifest) if has_report else str(manifest.latents)
     yield "data", f"{data.source}: {data.rows:,} rows, SHA-256 {data.fingerprint[:12]}"
     yield "split", f"{data.fit:,} fit, {data.held_out:,} held out, {data.calibration:,} calibration"
     yield "training", _joined(manifest.training)

@@ -63,7 +63,7 @@ def write_run(
 
 
 def write_card(folder: Path, manifest: Manifest, version: int, notes: Sequence[str], plots: Sequence[str]) -> list[str]:
-    """Write card.md into `folder`, which is created if needed. Return a warning if that fails, else [].
+    """Write card.md into `folder`, which is created if needed. Return one warning if that fails, else none.
 
     Args:
         plots: names of the plots in `folder`.

@@ -24,7 +24,7 @@ def read_csv(path: Path, options: ReadOptions) -> RawTable:
     """Return the columns of a CSV file in UTF-8 with a header.
 
     Raises:
-        DataError: the file is not such a CSV file, or its columns are not as the options require.
+        DataError: the file is not CSV in UTF-8 with a header, or its columns are not as the options require.
     """
     with path.open("rb") as file:
         header, header_end = _read_header(file, path)
@@ -56,7 +56,8 @@ def _read_header(file: IO[bytes], path: Path) -> tuple[list[str], int]:
         for separator, word in SEPARATORS.items():
             if separator in header[0]:
                 raise DataError(f"{path} separates its columns by {word}: expected commas; convert it")
-    positions = [[str(start + i) for i in range(len(header))] for start in (0, 1)]  # pandas may write these
+    # pandas may write the positions of the columns as the header.
+    positions = [[str(start + i) for i in range(len(header))] for start in (0, 1)]
     if all(_is_number(name) for name in header) and header not in positions:
         raise DataError(f"{path} has numbers in its first line: expected a header; put column names above the rows")
     return header, rows.line_num

@@ -30,7 +30,7 @@ def read_images(path: Path, options: ReadOptions) -> RawTable:
     animation, the first frame is used. Transparent pixels are blended with white. 16 bits per channel are reduced to 8.
 
     Raises:
-        DataError: the folder has no images, or an image is damaged or has another size.
+        DataError: the folder has no images, or an image is damaged or differs in size.
     """
     if options.drop:
         raise DataError(f"{path} is a folder of images and has no columns to drop: leave --drop out")

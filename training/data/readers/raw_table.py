@@ -45,7 +45,7 @@ class RawTable:
 
 
 def describe_row(row: int, first_line: int | None) -> str:
-    """Return the place of `row`, counted from 0, for a message."""
+    """Return the words with which a message refers to `row`, counted from 0."""
     return f"row {row}" if first_line is None else f"row {row} (line {row + first_line})"
 
 
