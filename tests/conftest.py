@@ -4,6 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("elbo", deadline=None)  # a busy machine is slow, which is not a fault
+settings.load_profile("elbo")
 
 
 def require(condition: object, reason: str) -> None:

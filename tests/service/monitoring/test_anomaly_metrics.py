@@ -78,7 +78,8 @@ def test_group_labels_beyond_the_limit_are_counted_as_other(hosts: httpx.Client)
     assert "other" in groups
 
 
-def test_drift_alarm_after_a_shift_of_the_rows_is_1(artifacts: Path) -> None:
+def test_drift_alarm_after_a_shift_of_the_rows_is_1(artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.monitoring.background.UPDATE_SECONDS", 3600.0)  # this test alone updates the drift
     app = create_app(Settings(artifacts=artifacts, default_model="hosts", log_level="error", backend="torchscript"))
     service = app.state.service
     with running(app) as client:
