@@ -22,7 +22,7 @@ let served = { models: [], failures: [], default: null };
 let destroyView = null;
 let lastRender = 0; // counts calls of render: an earlier call whose imports arrive late must not show its view
 
-/** Show the view and the model of the address. With `moveFocus` the focus goes to the view's heading. */
+/** Show the view and the model that the address names. With `moveFocus`, move the focus to the heading of the view. */
 async function render(moveFocus = false) {
   const thisRender = ++lastRender;
   const name = VIEWS[state.get("view")] ? state.get("view") : "models";
@@ -52,7 +52,7 @@ const viewContext = (model) => ({
   navigate,
 });
 
-/** The named model; the default model if there is none of that name. */
+/** The named model; the default model if no model has that name. */
 function findModel(name) {
   const find = (wanted) => served.models.find((model) => model.name === wanted);
   return find(name) ?? find(served.default);

@@ -14,7 +14,7 @@ from tests.service.running import running
 def test_tooltip_opens_for_pointer_and_keyboard(explorer: ExplorerPage) -> None:
     explorer.open("?view=latent&model=vae")
     word = explorer.page.get_by_role("button", name="prior", exact=True)
-    tooltip = explorer.page.get_by_role("tooltip").filter(has_text="before it sees a row")
+    tooltip = explorer.page.get_by_role("tooltip").filter(has_text="assumes for latents")
     expect(tooltip).to_be_hidden()
     word.hover()
     expect(tooltip).to_be_visible()
@@ -78,11 +78,11 @@ def test_address_restores_the_view(explorer: ExplorerPage, browser: Browser) -> 
 def test_private_model_is_explored_without_held_out_rows(explorer: ExplorerPage) -> None:
     explorer.open("?view=latent&model=secret")
     page = explorer.page
-    expect(page.locator(".view-latent")).to_contain_text("secret carries no held-out rows")
+    expect(page.locator(".view-latent")).to_contain_text("secret has no held-out rows")
     expect(page.locator(".point-card .feature")).to_have_count(4)
     for view in ("reconstruct", "anomaly"):
         page.locator(f"nav a[data-view={view}]").click()
-        expect(page.locator(f".view-{view}")).to_contain_text("carries no held-out rows")
+        expect(page.locator(f".view-{view}")).to_contain_text("has no held-out rows")
     expect(page.locator(".verdict")).to_be_visible()
     assert not [request for request in explorer.requests if request.path.endswith("held-out")]
 

@@ -46,7 +46,7 @@ def test_components_and_angles_are_those_of_the_served_models(explorer: Explorer
         f"16 of 64 components are kept. Together they explain {share:.1f} %"
     )
     click_button(page, "component 2")
-    expect(page.locator(".view-pca")).to_contain_text("Component 2: what one unit of its score adds to a row")
+    expect(page.locator(".view-pca")).to_contain_text("Component 2: change of each feature per unit of the score")
     bases = []
     for name in ("pca", "linear"):
         outputs = page.request.post(

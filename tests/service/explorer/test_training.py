@@ -32,7 +32,7 @@ def test_activity_report_equals_that_of_the_artifact(explorer: ExplorerPage, sit
     assert 0 < len(inactive) < 16
     card = explorer.page.locator("section", has=explorer.page.get_by_role("heading", name="Active latents"))
     expect(card).to_contain_text(f"{len(inactive)} of 16 latents are inactive.")
-    expect(card).to_contain_text(f"A code costs {sum(latent['kl'] for latent in report):.1f} nats")
+    expect(card).to_contain_text(f"The latents of a row cost {sum(latent['kl'] for latent in report):.1f} nats")
     order = sorted(range(16), key=lambda i: -report[i]["kl"])
     expect(card).to_contain_text(", ".join(f"{i + 1} (inactive)" if i in inactive else f"{i + 1}" for i in order))
     expect(card.locator("svg rect")).to_have_count(16)

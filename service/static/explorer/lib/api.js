@@ -20,7 +20,7 @@ async function fetchOrExplain(path, options) {
   } catch (error) {
     if (isAbort(error)) throw error;
     throw new UserError(
-      "Cannot reach the server. It may be stopped or restarting; try again in a moment.",
+      "Cannot reach the server. It may be stopped or restarting. Try again in a moment.",
       "unreachable",
     );
   }
@@ -114,7 +114,7 @@ export async function describeModel(model) {
   return { ...(await getCached(`/models/${reference(model)}`)), exhibits: model.exhibits };
 }
 
-/** What the artifact carries under `name` (held-out, calibration or card); null for a private or an older artifact. */
+/** The exhibit `name` of an artifact (held-out, calibration or card); null if the artifact does not have it. */
 export async function getExhibit(model, name) {
   if (!model.exhibits?.includes(name)) return null;
   return getCached(`/models/${reference(model)}/${name}`);

@@ -1,4 +1,4 @@
-// What the description of a model says about its rows.
+// Facts about a model and its rows, from the model's description.
 
 export const KIND_NAMES = {
   pca: "principal component analysis",

@@ -9,7 +9,7 @@ const NAMES_IN_MESSAGE = 3;
 /** The rows in `text`: JSON (a list, or {"inputs": …}) or CSV, with or without a header. Throws UserError. */
 export function parseRows(text, model) {
   const trimmed = text.trim();
-  if (!trimmed) throw new UserError("There is no text to read. Paste numbers separated by commas.");
+  if (!trimmed) throw new UserError("The text is empty. Paste numbers separated by commas.");
   const rows = /^[[{]/.test(trimmed) ? fromJson(trimmed, model) : fromCsv(trimmed, model);
   if (!rows.length) throw new UserError("There are no rows below the header.");
   rows.forEach((row, i) => {
@@ -51,7 +51,7 @@ function parseJson(text) {
   try {
     return JSON.parse(text);
   } catch {
-    throw new UserError("The text starts like JSON but is not valid JSON.");
+    throw new UserError("The text looks like JSON, but it is not valid JSON.");
   }
 }
 

@@ -32,7 +32,7 @@ export const state = {
     timer = setTimeout(() => history.replaceState(null, "", address()), WRITE_DELAY);
   },
 
-  /** Add a history entry for another view or model, without the parameters of the view that is left. */
+  /** Add a history entry for another view or model, without the parameters of the previous view. */
   push(values) {
     clearTimeout(timer);
     history.replaceState(null, "", address());
@@ -54,5 +54,5 @@ export const state = {
 
 const address = () => (current.size ? `?${current.toString().replaceAll("%2C", ",")}` : location.pathname);
 
-/** Numbers as they are kept in the address. */
+/** Numbers in the format of the address. */
 export const toParameter = (values) => Array.from(values, (v) => Number(v.toFixed(3))).join(",");

@@ -1,6 +1,6 @@
 // Asynchronous work of which only the latest result matters.
 
-const ABORT_AFTER = 250; // ms: a newer value aborts a request that has run longer than this
+const ABORT_AFTER = 250; // ms: a newer value aborts a request that has been running for longer than this
 
 /** Runs one task at a time: starting a task aborts the one before it. */
 export class LatestTask {

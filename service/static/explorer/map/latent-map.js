@@ -1,4 +1,4 @@
-// An interactive map of a plane through a latent space: codes, the prior's contours, decoded rows, and a movable point.
+// An interactive map of a plane through a latent space: points, contours of the prior, decoded rows, a movable point.
 
 import { cssColour, labelVariable } from "../ui/colours.js";
 import { h } from "../ui/dom.js";
@@ -16,19 +16,20 @@ import {
 import { contourSegments } from "./prior.js";
 import { moveInPlane, project } from "./projection.js";
 
-const DRAG_DISTANCE = 4; // pixels: a shorter move of the pressed pointer is a click
-const HIT_DISTANCE = 8; // pixels around a code in which the pointer is on it
-const KEY_STEP = 0.04; // of the visible half-width; with Shift FAST_KEY_STEP
+const DRAG_DISTANCE = 4; // pixels: if the pressed pointer moves less than this, it is a click
+const HIT_DISTANCE = 8; // pixels: the pointer is on a point if it is at most this far away
+const KEY_STEP = 0.04; // share of the visible half-width; with Shift it is FAST_KEY_STEP
 const FAST_KEY_STEP = 0.2;
 const MAX_ZOOM = 16;
 const MIN_SIZE_FOR_AXIS_NAMES = 320; // pixels
-const MANY_CODES = 4000; // drawn as squares: circles are too slow
+const MANY_CODES = 4000; // from this number on, points are drawn as squares, because circles are too slow
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] };
 
 /**
- * `onhover(z, i)` follows the pointer, where `i` is the code under it or null; `onleave()` is called when it leaves.
- * `onmove(z)` follows a drag or the arrow keys. `onpick(z)` is a click, Enter or Space.
- * `onkey(key)` gets the other keys and returns whether it used the key.
+ * `onhover(z, i)` is called when the pointer moves; `i` is the index of the point under the pointer, or null.
+ * `onleave()` is called when the pointer leaves the map.
+ * `onmove(z)` is called during a drag and for the arrow keys, `onpick(z)` for a click, Enter or Space.
+ * `onkey(key)` is called for all other keys, and returns whether it used the key.
  *
  * Fields that the owner sets before a call of `draw` or `drawOverlay`:
  * `showCodes`, `showContours`, `hiddenLabels`, `decodedGrid` {rows, count}; and, on the overlay,
@@ -62,7 +63,7 @@ export class LatentMap {
     this.resizeObserver.observe(this.element);
   }
 
-  /** Show another plane or other codes. `points`: [{z, label}]. */
+  /** Show another plane or other points. `points`: [{z, label}]. */
   show({ plane, prior, points, current }) {
     Object.assign(this, { plane, prior, points, current });
     this.projected = points.map((point) => project(plane, point.z));
@@ -170,7 +171,7 @@ export class LatentMap {
     event.preventDefault();
   }
 
-  /** The index of the visible code next to a pixel; null if none is near. */
+  /** The index of the visible point nearest to a pixel; null if no point is near. */
   codeAt(pixel) {
     if (!this.showCodes) return null;
     const [a, b] = this.toPlane(pixel);
@@ -287,7 +288,7 @@ export class LatentMap {
     const [x, y] = this.toPixel(centre);
     for (const deviations of [1, 2, 3]) {
       const [major, minor] = radii.map((radius) => deviations * radius * this.pixelsPerUnit);
-      context.strokeStyle = cssColour("--contour"); // the text before has changed it
+      context.strokeStyle = cssColour("--contour"); // drawing the previous text has changed it
       context.lineWidth = 1.5;
       context.beginPath();
       context.ellipse(x, y, major, Math.max(1e-6, minor), -angle, 0, 2 * Math.PI);
@@ -350,7 +351,7 @@ function drawDashedPath(context, pixels) {
   context.setLineDash([]);
 }
 
-/** Half the side of a square about the origin that holds 99.5 % of the codes and three deviations of the prior. */
+/** Half the side of a square about the origin that contains 99.5 % of the points and 3 deviations of the prior. */
 function visibleHalfWidth(points, prior) {
   const distances = points.map(([a, b]) => Math.max(Math.abs(a), Math.abs(b))).sort((a, b) => a - b);
   const last = distances.length - 1;

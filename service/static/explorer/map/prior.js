@@ -1,4 +1,4 @@
-// The prior distribution in the plane of the map: exact for a VAE and for PCA, estimated from samples for other models.
+// The prior in the plane of the map: exact for a VAE and for PCA, estimated from samples for other models.
 
 import { covariance, eigen, mean, range, zeros } from "../lib/linear-algebra.js";
 import { project } from "./projection.js";

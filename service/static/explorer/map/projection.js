@@ -2,7 +2,7 @@
 
 import { add, covariance, dot, eigen, mean, subtract, unitVector, zeros } from "../lib/linear-algebra.js";
 
-/** The value of `axes` for the plane of the first two principal components. */
+/** The value of `axes` that selects the plane of the first two principal components. */
 export const PRINCIPAL_AXES = "pc";
 
 /** The plane along two latents ("i,j"), or along the two principal components of `codes` ("pc"). */

@@ -93,7 +93,7 @@ export const lineChart = responsive(({ lines, marks = [], noteOffset = 0, height
   return axes.element;
 });
 
-/** Bars at 1, 2, 3 … `isHighlighted(i)` says which get the accent colour; `top` is the upper end of the y axis. */
+/** Bars at 1, 2, 3 … Bar i has the accent colour if `isHighlighted(i)`. `top` is the upper end of the y axis. */
 export const barChart = responsive(
   ({ values, isHighlighted = () => true, height = 230, xLabel, yLabel, label, top }) => {
     const highest = top ?? Math.max(EPSILON, ...values);
@@ -161,7 +161,7 @@ function drawBins({ element, toX, toY }, shares, low, size) {
   });
 }
 
-/** `mark`, moved to the edge with an arrow if it lies further outside [low, high] than 0.9 of the range. */
+/** `mark`, or `mark` moved to the edge with an arrow if it is outside [low, high] by more than 0.9 of the range. */
 function moveInside(mark, low, high) {
   const reach = 0.9 * (high - low || 1);
   const x = clamp(mark.x, low - reach, high + reach);

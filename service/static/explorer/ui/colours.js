@@ -1,4 +1,4 @@
-// Colours of the style sheet, for what is painted on a canvas.
+// Colours of the style sheet, for painting on a canvas.
 
 const LABEL_COLOURS = 12; // --label-0 to --label-11
 /** The label of the user's own rows on the map. */

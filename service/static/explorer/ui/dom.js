@@ -37,7 +37,7 @@ export function bar(share, className = "") {
 /** A term and its definition, for a <dl>. */
 export const definition = (name, ...value) => [h("dt", {}, name), h("dd", {}, ...value)];
 
-/** A <thead> of column names; an empty name makes a cell that is no header. */
+/** A <thead> of column names; an empty name makes a cell that is not a header. */
 export const tableHead = (names) =>
   h(
     "thead",
@@ -49,7 +49,7 @@ export const tableHead = (names) =>
     ),
   );
 
-/** A region that scrolls, with the keyboard too. */
+/** A region that scrolls, also with the keyboard. */
 export const scrollable = (label, content) =>
   h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label }, content);
 
@@ -57,7 +57,7 @@ const liveRegion = document.getElementById("live-region");
 const ANNOUNCE_DELAY = 400; // ms: only the last of several quick changes is read out
 let announcement;
 
-/** Have screen readers read `text`. */
+/** Make screen readers read `text`. */
 export function announce(text) {
   clearTimeout(announcement);
   announcement = setTimeout(() => {

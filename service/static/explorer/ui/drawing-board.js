@@ -3,14 +3,14 @@
 import { clamp } from "../lib/linear-algebra.js";
 import { h } from "./dom.js";
 
-const BOARD_SIZE = 256; // canvas pixels of the longer side, at least 8 per image pixel
+const BOARD_SIZE = 256; // canvas pixels on the longer side; at least 8 canvas pixels per image pixel
 const CURSOR_COLOUR = "#7aa5ff";
 const ARROWS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
 const DRAW_KEYS = [" ", "Enter"];
 const ERASE_KEYS = ["Delete", "Backspace"];
 
 export class DrawingBoard {
-  /** `row` is the image to begin with, or null for an empty one. `ondraw` gets a copy of the row after each stroke. */
+  /** `row` is the initial image, or null for an empty image. `ondraw` gets a copy of the row after each stroke. */
   constructor(model, row, ondraw) {
     [this.height, this.width] = model.shape;
     [this.low, this.high] = model.pixel_range;

@@ -2,7 +2,7 @@
 
 import { fixed } from "../lib/format.js";
 
-/** A <math> element. With `block` it is displayed on a line of its own that scrolls, with the keyboard too. */
+/** A <math> element. With `block` it has its own line, which scrolls, also with the keyboard. */
 export function math(markup, block = false) {
   const template = document.createElement("template");
   template.innerHTML = `<math${block ? ' display="block" tabindex="0"' : ""}>${markup}</math>`;

@@ -3,7 +3,7 @@
 import { UserError } from "../lib/errors.js";
 import { h } from "./dom.js";
 
-/** An error message, with the request id by which the request is found in the server's log. */
+/** An error message, with the request id, which is also in the server's log. */
 export function errorMessage(error) {
   if (!(error instanceof UserError)) console.error(error); // a bug in this page
   const requestId = error.requestId
@@ -12,7 +12,7 @@ export function errorMessage(error) {
   return h("p", { class: "error", role: "alert" }, error.message, requestId);
 }
 
-/** A message that there is nothing to show, and what to do about it. */
+/** A message for when there is nothing to show. It says what to do about it. */
 export const emptyMessage = (...text) => h("p", { class: "empty" }, ...text);
 
 /** An element whose content is the result of asynchronous work. It is dimmed while the work runs. */

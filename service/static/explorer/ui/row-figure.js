@@ -1,4 +1,4 @@
-// A row of numbers as a picture: the image itself, or one bar per feature.
+// A figure of a row: the image itself, or one bar per feature.
 
 import { number, withUnit } from "../lib/format.js";
 import { clamp } from "../lib/linear-algebra.js";
@@ -8,8 +8,8 @@ import { bar, h } from "./dom.js";
 
 const MAX_BARS = 48;
 const MAX_BARS_WITHOUT_SCROLLING = 8;
-const THUMBNAIL_SIZE = 64; // pixels, of a table row
-const DEFAULT_RANGE = [-3, 3]; // of a feature whose range the model does not know
+const THUMBNAIL_SIZE = 64; // pixels; the size of the figure of a table row
+const DEFAULT_RANGE = [-3, 3]; // the range of a feature whose range the model does not know
 const EPSILON = 1e-12; // avoids a division by zero
 
 /** Paint a row on `canvas`: an image pixel by pixel, a table row as one bar per feature. */
@@ -86,11 +86,11 @@ function featureRange(model, i) {
   return [feature?.minimum ?? DEFAULT_RANGE[0], feature?.maximum ?? DEFAULT_RANGE[1]];
 }
 
-/** A small picture of a row. Without a label it is hidden from screen readers. */
+/** A small figure of a row. Without a label it is hidden from screen readers. */
 export function thumbnail(model, row, label, painter = paint) {
   const accessibility = label ? { role: "img", "aria-label": label } : { "aria-hidden": "true" };
   const canvas = h("canvas", { class: isImage(model) ? "tile" : "tile bars", ...accessibility });
-  canvas.repaint = () => painter(canvas, model, row); // the theme may have changed since
+  canvas.repaint = () => painter(canvas, model, row); // for a change of the theme
   canvas.repaint();
   return canvas;
 }

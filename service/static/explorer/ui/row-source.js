@@ -1,4 +1,4 @@
-// Where the user takes a row from: held-out rows, a drawing, or pasted numbers.
+// The sources from which the user chooses a row: held-out rows, a drawing, or pasted numbers.
 
 import { heldOutRowName, isImage, labelOf, medians } from "../lib/model.js";
 import { parseRows } from "../lib/parse-rows.js";
@@ -11,7 +11,7 @@ import { errorMessage } from "./messages.js";
 const MAX_NUMBERS_IN_ADDRESS = 1000; // a longer row is not kept in the address
 
 export class RowSource {
-  /** `heldOut` are the model's held-out rows or null. `onrow(row, name)` is called with every new row. */
+  /** `heldOut` has the model's held-out rows, or is null. `onrow(row, name)` is called with every new row. */
   constructor({ model, heldOut, onrow }) {
     this.model = model;
     this.heldOut = heldOut;
@@ -34,7 +34,7 @@ export class RowSource {
     ];
   }
 
-  /** Restore the row of the address, or show the first one. */
+  /** Restore the row in the address, or show the first row. */
   start() {
     this.ownRow = state.numbers("data", this.model.width);
     this.select(this.source);
@@ -62,7 +62,7 @@ export class RowSource {
   medianRow() {
     this.emit(medians(this.model), "the row of medians");
     const text =
-      "This artifact carries no held-out rows. This row holds the median of each feature; draw or paste another.";
+      "This artifact has no held-out rows. The row shown has the median of each feature. Draw or paste another row.";
     return [h("p", { class: "muted" }, text)];
   }
 
@@ -126,7 +126,7 @@ export class RowSource {
 
 const toFourDigits = (value) => Number(Number(value).toPrecision(4));
 
-/** A row as it is kept in the address; null if it is too long. A missing value is empty. */
+/** A row in the format of the address; null if the row is too long. A missing value is empty. */
 function toAddress(row) {
   if (row.length > MAX_NUMBERS_IN_ADDRESS) return null;
   return Array.from(row, (v) => (v === null ? "" : toFourDigits(v))).join(",");

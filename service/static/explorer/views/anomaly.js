@@ -1,4 +1,4 @@
-// The anomaly view: the score of a row, its p-value and the reasons, a feature to vary, and a batch of rows.
+// The anomaly view: the score of a row, its p-value, the feature contributions, a feature to vary, and a batch of rows.
 
 import { getExhibit, postJson } from "../lib/api.js";
 import { number } from "../lib/format.js";
@@ -16,9 +16,9 @@ import { FeatureCard } from "./anomaly/feature-card.js";
 
 export const title = "Anomaly";
 const P_VALUE =
-  "Split-conformal p-value: (1 + the number of calibration rows that score at least as high) / (calibration rows + 1). " +
-  "The model was not trained on the calibration rows. Whatever the model, on average at most a share α of normal rows " +
-  "gets a p-value of α or less.";
+  "Split-conformal p-value: (1 + the number of calibration rows that score at least as high) / (calibration rows + " +
+  "1). The model was not trained on the calibration rows. Whatever the model, on average at most a share α of normal " +
+  "rows gets a p-value of α or less.";
 const SEVERITY =
   "The surprisal of the row's score divided by the surprisal of the threshold. For every model, it is above 1 if and " +
   "only if the row is anomalous at α.";
@@ -110,8 +110,8 @@ class AnomalyView {
   scoreHistogram({ score, is_anomaly: isAnomaly }, threshold) {
     if (!this.calibration) {
       return emptyMessage(
-        "This artifact carries no calibration scores to draw. ",
-        `The threshold is ${number(threshold)}; this row's score is ${number(score)}.`,
+        "This artifact has no calibration scores to show. ",
+        `The threshold is ${number(threshold)}, and the score of this row is ${number(score)}.`,
       );
     }
     const { scores, rows } = this.calibration;
@@ -166,10 +166,10 @@ function introduction(model) {
   return h(
     "p",
     { class: "lead" },
-    `The score says how badly ${model.name} explains a row. The `,
+    `The score measures how badly a row fits ${model.name}. The `,
     term("p-value", P_VALUE),
     " says how rare such a score is among normal rows: ",
     math(pValue),
-    ". Unlike a reconstruction error, it means the same for every model.",
+    ". Unlike a reconstruction error, a p-value means the same for every model.",
   );
 }

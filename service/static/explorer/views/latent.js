@@ -1,4 +1,4 @@
-// The latent space view: held-out codes, the prior, and what any point decodes to.
+// The latent space view: the latents of held-out rows, the prior, and the decoded row of any point.
 
 import { vector } from "../lib/format.js";
 import { heldOutRowName } from "../lib/model.js";
@@ -17,10 +17,12 @@ import { SideBySide } from "./latent/side-by-side.js";
 import { SlidersCard } from "./latent/sliders-card.js";
 
 export const title = "Latent space";
-const CODE = "The encoder turns a row into a code z: a few numbers from which the decoder rebuilds the row.";
+const LATENTS =
+  "The encoder turns a row into its latents z: a few numbers from which the decoder reconstructs the row.";
 const PRIOR =
-  "What the model assumes about codes before it sees a row. The prior of a VAE is a standard normal distribution; " +
-  "that of PCA has the variances of its components. An autoencoder has no prior, so a mixture is fitted to its codes.";
+  "The distribution that the model assumes for latents. The prior of a VAE is the standard normal distribution. The " +
+  "prior of PCA is normal with the variances of its components. An autoencoder has no prior, so a mixture is fitted " +
+  "to the latents of its training rows.";
 
 export function render(container, { model, models }) {
   const view = new LatentView(container, model, models);
@@ -33,7 +35,7 @@ class LatentView {
     this.container = container;
     this.model = model;
     this.models = models;
-    this.kept = []; // latents that the user has sampled on the map
+    this.kept = []; // latents at which the user has sampled on the map
     this.drawn = []; // latents of the samples from the prior
     this.ends = { A: null, B: null };
     this.cards = [];
@@ -112,7 +114,7 @@ class LatentView {
     if (state.get("grid")) this.mapCard.showGrid(true);
   }
 
-  /** A note about the point of the map with index `i`; a blank for null. */
+  /** A note about the row with index `i` on the map; a blank if `i` is null. */
   describeCode(i) {
     if (i === null) return " ";
     if (i >= this.codes.points.length) return "one of your rows lies here";
@@ -203,12 +205,11 @@ function introduction(model) {
   return h(
     "p",
     { class: "lead" },
-    "Every point of this space is a ",
-    term("code", CODE),
-    ", and every code decodes to a row. The dots are rows that the model was not trained on; " +
-      "the lines are the contours of the ",
+    "Every point of this space is a vector of ",
+    term("latents", LATENTS),
+    ", which decodes to a row. The dots are rows that the model was not trained on. The lines are the contours of the ",
     term("prior", PRIOR),
     model.kind === "vae" ? [" ", math(prior)] : null,
-    ". Move over the map to decode a point.",
+    ". Move the pointer over the map to decode a point.",
   );
 }

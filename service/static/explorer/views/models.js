@@ -11,11 +11,19 @@ export const title = "Models";
 const SAMPLES = 12;
 const MAX_METRICS = 5;
 const USE_CASES = [
-  ["Compress and explore", "A row becomes a code of a few numbers. Explore the space of codes.", "latent"],
-  ["Denoise", "The code is too small to hold the noise, so the reconstruction is cleaner.", "reconstruct"],
-  ["Learn features", "Each component or latent is a feature learned from the data.", "pca"],
+  ["Compress and explore", "The encoder turns a row into a few latents. Explore the space of the latents.", "latent"],
+  [
+    "Denoise",
+    "The few latents cannot hold the noise, so the reconstruction has less noise than the input.",
+    "reconstruct",
+  ],
+  ["Learn features", "Each component or latent is a feature that is learned from the data.", "pca"],
   ["Generate", "Decode samples from the prior to get new rows.", "latent"],
-  ["Detect anomalies", "A row that the model cannot explain scores high; a p-value says how rare that is.", "anomaly"],
+  [
+    "Detect anomalies",
+    "A row that does not fit the model has a high score; its p-value says how rare such a score is.",
+    "anomaly",
+  ],
   ["Follow the training", "The algorithm in eleven steps, the loss curves, and the active latents.", "training"],
 ];
 
@@ -24,8 +32,8 @@ export function render(container, { models, failures, defaultModel, navigate }) 
     h(
       "p",
       { class: "lead" },
-      "An autoencoder compresses each row to a short code and learns what matters in the data. These are the models " +
-        "that this server serves. Choose one to explore it.",
+      "An autoencoder compresses each row into a few latents, and so learns the structure of the data. Below are the " +
+        "models that this server serves. Choose one to explore it.",
     ),
     h(
       "div",
@@ -33,7 +41,7 @@ export function render(container, { models, failures, defaultModel, navigate }) 
       models.map((model) => modelCard(model, model.name === defaultModel, navigate)),
     ),
     ...failures.map(failureMessage),
-    h("h3", {}, "What they are for"),
+    h("h3", {}, "What the models are for"),
     h(
       "ul",
       { class: "use-cases" },

@@ -12,8 +12,8 @@ import { spectrumCharts } from "./pca/spectrum.js";
 
 export const title = "PCA";
 const SUBSPACE =
-  "The flat part of space that the components span. The axes of the autoencoder may be rotated and scaled within it; " +
-  "the subspace is the same (Baldi & Hornik 1989).";
+  "The flat part of the data space that the components span. The latents of the autoencoder may be rotated and " +
+  "scaled against the components, but they span the same subspace (Baldi & Hornik 1989).";
 
 export function render(container, { model, models }) {
   container.append(introduction(), workedExample());

@@ -18,18 +18,18 @@ const QUESTIONS = [
       {
         text: "An autoencoder can be nonlinear; PCA only projects linearly",
         explanation:
-          "Right. PCA finds the best flat subspace. An autoencoder with nonlinear layers can learn a curved one. " +
-          "Without them it learns the subspace of PCA, as the principal angles in the PCA view show.",
+          "Right. PCA finds the best flat subspace. An autoencoder with nonlinear layers can learn a curved surface. " +
+          "Without nonlinear layers it learns the subspace of PCA, as the principal angles in the PCA view show.",
       },
       {
         text: "PCA compresses, an autoencoder expands",
-        explanation: "Both compress: the code has fewer numbers than the row.",
+        explanation: "Both compress: there are fewer latents than numbers in the row.",
       },
       {
         text: "An autoencoder always reconstructs better",
         explanation:
-          "Not always. A linear autoencoder cannot beat PCA, and a nonlinear one may be trained too briefly or on " +
-          "too few rows. The model cards show which is better here.",
+          "Not always. A linear autoencoder cannot beat PCA, and a nonlinear autoencoder may be trained for too few " +
+          "epochs or on too few rows. The model cards show which model is better here.",
       },
     ],
     correct: 1,
@@ -44,7 +44,7 @@ const QUESTIONS = [
       },
       {
         text: "It removes the noise from sampling",
-        explanation: "The noise stays. It only comes from outside the network, as ε.",
+        explanation: "Sampling still adds noise, but the noise ε now comes from outside the network.",
       },
       {
         text: "It lets gradients flow through the sampling step",

@@ -1,4 +1,4 @@
-// The reconstruction view: a row on its way through the encoder, the code and the decoder.
+// The reconstruction view: the path of a row through the encoder, the latents and the decoder.
 
 import { decode, getExhibit, postJson } from "../lib/api.js";
 import { percent } from "../lib/format.js";
@@ -40,7 +40,8 @@ const NOISE_HELP =
   "The standard deviation of the normal noise added to every value, as a share of the value's range. A denoising " +
   "model removes it.";
 const OCCLUSION_HELP =
-  "Hides part of the row: a square of an image, or some features of a table row, which are replaced by their medians.";
+  "Hides part of the row: a square of an image, or some features of a table row. Hidden features are replaced by " +
+  "their medians.";
 
 export function render(container, { model, models }) {
   const view = new ReconstructView(container, model, models);
@@ -162,7 +163,7 @@ class ReconstructView {
     const formula = h("p", { class: "formula" }, math(isSampling ? REPARAMETERIZATION : equation(Z, MU)));
     const draw = toggle("Draw", isSampling, (isOn) => this.setSampling(isOn));
     const again = isSampling ? button("Draw again", () => this.nextSeed()) : null;
-    const note = isSampling ? ["a sample, ", math(NOISE)] : "the mean of the code";
+    const note = isSampling ? ["a sample, ", math(NOISE)] : "the mean of the latents";
     return stage(["Sample"], [formula, codeChart(z), draw, again], note);
   }
 
@@ -177,13 +178,17 @@ const stage = (name, content, note) =>
 
 const gaussianCodeStage = (model, mean, std) =>
   stage(
-    ["Code ", math(mrow(MU, mo(","), sup(SIGMA, mn(2))))],
+    ["Latents ", math(mrow(MU, mo(","), sup(SIGMA, mn(2))))],
     codeChart(mean, std),
     `${model.latents} numbers, whiskers show σ`,
   );
 
 const codeStage = (model, z) =>
-  stage(["Code ", math(mrow(Z, mo("∈"), sup(mi("ℝ"), mn(model.latents))))], codeChart(z), `${model.latents} numbers`);
+  stage(
+    ["Latents ", math(mrow(Z, mo("∈"), sup(mi("ℝ"), mn(model.latents))))],
+    codeChart(z),
+    `${model.latents} numbers`,
+  );
 
 function sizeText({ shape, width }) {
   return shape.length > 1 ? `${shape.join(" × ")} = ${width} numbers` : `${width} numbers`;
@@ -195,7 +200,7 @@ const errorHelp = () =>
     { class: "muted" },
     "Mean squared error per value, in raw units, against the row before it was corrupted. ",
     h("strong", {}, "corrupted"),
-    " is the error of the input itself: a model that denoises has a lower one.",
+    " is the error of the corrupted input. A model that removes noise has a lower error.",
   );
 
 function introduction(model) {
@@ -207,9 +212,9 @@ function introduction(model) {
     { class: "lead" },
     "The encoder compresses a row ",
     math(X),
-    ` to a code of ${model.latents} numbers, and the decoder turns the code into a reconstruction `,
+    ` to ${model.latents} latents, and the decoder turns the latents into a reconstruction `,
     math(hat(X)),
-    ". Details and noise that do not fit into the code are lost. Training minimises the loss ",
+    ". Details and noise that do not fit into the latents are lost. Training minimises the loss ",
     math(loss),
     ".",
   );

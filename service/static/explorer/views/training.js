@@ -12,8 +12,8 @@ import { LossCurves } from "./training/loss-curves.js";
 
 export const title = "Training";
 const ELBO =
-  "The evidence lower bound: E[log p(x|z)] minus the KL divergence of q(z|x) from the prior. It is a lower bound of " +
-  "log p(x), and training maximises it.";
+  "The evidence lower bound is E[log p(x|z)] minus the KL divergence of q(z|x) from the prior. It is a lower bound " +
+  "on log p(x), and training maximises it.";
 
 export function render(container, { model }) {
   const curves = new LossCurves(model);
@@ -26,7 +26,10 @@ function modelCard(model) {
   const panel = new AsyncPanel("markdown");
   panel.load(async () => {
     const text = await getExhibit(model, "card");
-    if (text === null) return emptyMessage("This artifact carries no model card. Training wrote one to runs/.");
+    if (text === null)
+      return emptyMessage(
+        "This artifact has no model card. The training run wrote a model card to its folder under runs/.",
+      );
     const [, ...withoutTitle] = renderMarkdown(text);
     return withoutTitle;
   });
@@ -43,7 +46,7 @@ function introduction() {
     { class: "lead" },
     "A VAE maximises the ",
     term("ELBO", ELBO),
-    ", the evidence lower bound after which this project is named: ",
+    ", the evidence lower bound, which gave this project its name: ",
     math(mrow(evidence, mo("≥"), expectation, mo("−"), divergence), true),
   );
 }

@@ -15,8 +15,8 @@ const MAX_ROWS = 5000;
 const MAX_LISTED = 50;
 const FEATURES_PER_ROW = 3;
 const FALSE_DISCOVERY_RATE =
-  "Benjamini-Hochberg procedure: on average at most a share α of the rows called anomalous is normal. Without it, a " +
-  "share α of all normal rows is called anomalous.";
+  "Benjamini-Hochberg procedure: on average, at most a share α of the rows that are called anomalous is normal. " +
+  "Without this procedure, a share α of all normal rows is called anomalous.";
 
 export class BatchCard {
   /** `alpha()` returns the current alpha; `oninspect(row)` gets the row that the user clicks. */
@@ -87,7 +87,7 @@ export class BatchCard {
     const anomalous = results.filter((result) => result.is_anomaly).length;
     const expected = this.fdr.checked
       ? ", with the false discovery rate controlled."
-      : `; about ${fixed(alpha * rows.length, 0)} would be if all rows were normal.`;
+      : `. If all rows were normal, about ${fixed(alpha * rows.length, 0)} would be called anomalous.`;
     const total = rows.length + omitted;
     const cut = omitted ? ` (the first of ${total} in the file; POST the rest to /anomaly)` : "";
     const failed = errors.length ? ` ${errors.length} rows could not be scored: ${errors[0].detail}.` : "";

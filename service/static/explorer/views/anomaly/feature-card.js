@@ -36,7 +36,7 @@ export class FeatureCard {
     const how = isImage(this.model)
       ? "Choose a pixel here, or click one in the row under “Feature contributions”."
       : "Choose a feature here, or click one under “Feature contributions”.";
-    return `${how} The curve is the score over the values of the feature.`;
+    return `${how} The curve shows the score for each value of the feature.`;
   }
 
   createDropdown() {
@@ -59,7 +59,7 @@ export class FeatureCard {
     return row;
   }
 
-  /** Vary feature `k`, from the row's own value unless `keepValue`. */
+  /** Vary feature `k`. It starts at the value in the row, unless `keepValue` is true. */
   select(k, keepValue = false) {
     this.feature = k;
     if (!keepValue || !Number.isFinite(this.value)) this.value = this.originalValue(k);

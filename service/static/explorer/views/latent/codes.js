@@ -1,4 +1,4 @@
-// The codes that a map of a latent space shows.
+// The latents that a map of a latent space shows.
 
 import { getExhibit, postJson } from "../../lib/api.js";
 import { mean, zeros } from "../../lib/linear-algebra.js";
@@ -8,7 +8,7 @@ const PRIOR_SAMPLES = 250; // enough to estimate the contours of a prior that ha
 
 /**
  * `heldOut`: the model's held-out rows or null. `samples`: latents drawn from the prior where they are needed.
- * `codes`: the codes of the held-out rows, or else the samples. `points`: the same as {z, label} for the map.
+ * `codes`: the latents of the held-out rows or, without held-out rows, of samples. `points`: the same as {z, label}.
  */
 export async function loadCodes(model) {
   const heldOut = await getExhibit(model, "held-out");
@@ -23,5 +23,5 @@ async function samplePrior(model) {
   return latents;
 }
 
-/** Where the current point starts: the mean of a VAE's prior; for other models the mean of the codes. */
+/** The first position of the current point: the mean of a VAE's prior; for other models the mean of `codes`. */
 export const centreOf = (model, codes) => (model.kind === "vae" ? zeros(model.latents) : mean(codes));

@@ -13,8 +13,8 @@ const METHODS = [
   ["slerp", "Spherical"],
 ];
 const SLERP =
-  "Spherical linear interpolation (White 2016). Between two points at the same distance from the centre, the path is an " +
-  "arc of a circle about the centre.";
+  "Spherical linear interpolation (White 2016). Between two points at the same distance from the centre, the path is " +
+  "an arc of a circle about the centre.";
 
 export class InterpolationCard {
   /** `onpath(latents)` gets the latents between the ends, or an empty list. */

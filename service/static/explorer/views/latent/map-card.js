@@ -17,7 +17,7 @@ const GRID_SIZE = 13; // decoded rows per side of the map
 const MAX_OWN_ROWS = 20000;
 
 export class MapCard {
-  /** `codes` as from `loadCodes`. `onaxes()` is called after the plane has changed. */
+  /** `codes` is the result of `loadCodes`. `onaxes()` is called after the plane has changed. */
   constructor({ model, codes, map, onaxes }) {
     this.model = model;
     this.codes = codes;
@@ -179,7 +179,7 @@ export class MapCard {
   }
 }
 
-/** The axes of the address, if the model has these latents. */
+/** The axes in the address, if the model has these latents. */
 function axesFromState(model) {
   const axes = state.get("axes", model.latents > 2 ? PRINCIPAL_AXES : "0,1");
   const isValid = axes.split(",").every((k) => Number(k) < model.latents);
@@ -195,5 +195,5 @@ function completeAxes([horizontal, vertical], wasPrincipal) {
 }
 
 const missingRowsText = (model) =>
-  `${model.name} carries no held-out rows: it was trained with --private, or by an older version of Elbo. ` +
+  `${model.name} has no held-out rows: it was trained with --private, or by an older version of Elbo. ` +
   "The dots are samples from its prior.";

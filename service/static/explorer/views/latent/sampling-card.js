@@ -11,7 +11,7 @@ import { thumbnail } from "../../ui/row-figure.js";
 
 const SAMPLES = 16;
 const TEMPERATURE =
-  "Scales the noise. Below 1, samples stay near the centre and look typical; above 1, they become more varied.";
+  "A factor on the noise. Below 1, samples stay near the centre and look typical. Above 1, samples are more varied.";
 
 export class SamplingCard {
   /** `onsamples(latents)` gets the latents of the samples; `onselect(z)` the one that the user clicks. */

@@ -18,9 +18,9 @@ import { centreOf, loadCodes } from "./codes.js";
 const GRID_SIZE = 9; // decoded rows per side of a map
 const PRELOAD_DISTANCE = "200px"; // below the visible part of the page
 const DESCRIPTION =
-  "The codes of the same rows in each model, and what lies between them. An autoencoder leaves gaps where it never " +
-  "learned to decode. A VAE fills the space of its prior, so that points between codes decode to plausible rows. PCA " +
-  "changes along straight lines. Move over a map to decode a point.";
+  "The latents of the same rows in each model. An autoencoder leaves gaps between them, and points in a gap may " +
+  "decode to implausible rows. A VAE fills the space of its prior, so points between the dots decode to plausible " +
+  "rows. PCA changes a row along straight lines. Move the pointer over a map to decode a point.";
 
 export class SideBySide {
   constructor(model, models) {

@@ -8,7 +8,7 @@ import { h } from "../../ui/dom.js";
 const MAX_SLIDERS = 32;
 const ACTIVITY =
   "How much information a latent carries: its KL divergence from the prior in nats or, for a model without a KL " +
-  "term, the variance of its code over held-out rows. The decoder ignores an inactive latent.";
+  "term, its variance over held-out rows. The decoder ignores an inactive latent.";
 
 export class SlidersCard {
   /** `oninput(k, value)` is called when the user moves the slider of latent k. */
@@ -35,7 +35,7 @@ export class SlidersCard {
     return Boolean(this.report[k]) && !this.report[k].active;
   }
 
-  /** All latents, or the most active ones where there are too many. */
+  /** All latents or, if there are too many, the most active ones. */
   listedLatents() {
     const all = range(this.model.latents);
     if (all.length <= MAX_SLIDERS) return all;
@@ -78,7 +78,7 @@ export class SlidersCard {
   }
 }
 
-/** The end of a slider: a little beyond the codes, and at least three standard deviations of a VAE's prior. */
+/** The end of a slider: a little beyond the largest code, and at least 3 standard deviations of a VAE's prior. */
 function sliderLimit(model, codes, k) {
   const least = model.kind === "vae" ? 3 : 0;
   return Math.max(least, ...codes.map((z) => Math.abs(z[k]))) * 1.05 || 3;

@@ -13,13 +13,15 @@ import { AsyncPanel, emptyMessage } from "../../ui/messages.js";
 import { decoderDirections } from "./directions.js";
 
 const PRINCIPAL_ANGLES =
-  "The first is the smallest angle between a direction of one subspace and a direction of the other; the next is the " +
-  "smallest at right angles to these, and so on (Björck & Golub 1973). All are zero if the subspaces are equal.";
+  "The first principal angle is the smallest angle between a direction in one subspace and a direction in the other. " +
+  "Each further angle is the smallest between directions at right angles to all previous ones (Björck & Golub " +
+  "1973). All angles are zero if the subspaces are equal.";
 const LINEAR_NOTE =
-  "This model is linear: the closer the angles are to 0°, the closer its subspace is to that of PCA. The last angle " +
-  "may be large, because a direction is not determined where two eigenvalues are nearly equal.";
+  "This model is linear. The closer the angles are to 0°, the closer its subspace is to the subspace of PCA. The " +
+  "last angle may be large: if two eigenvalues are nearly equal, the data do not determine the direction of a " +
+  "component.";
 
-/** A choice of another model of the same rows, and the angles between both decoders' directions. */
+/** A choice of another model of the same rows, and the angles between the directions of the two decoders. */
 export async function compareSubspaces(pca, models) {
   const candidates = models.filter((other) => other.name !== pca.name && sameShape(other, pca));
   if (!candidates.length) return noCandidateMessage();
@@ -41,12 +43,12 @@ export async function compareSubspaces(pca, models) {
 
 const noCandidateMessage = () =>
   emptyMessage(
-    "Serve a second model of the same rows to compare with, such as a linear autoencoder: ",
+    "To compare, serve a second model of the same rows, such as a linear autoencoder: ",
     h("code", {}, "elbo train DATA --model ae --hidden none --name linear"),
     ".",
   );
 
-/** The model of the address; else a linear autoencoder; else the first. */
+/** The model that the address names; otherwise a linear autoencoder; otherwise the first model. */
 async function initialCandidate(candidates) {
   const described = await Promise.all(candidates.map(describeModel));
   const wanted = state.get("against");
@@ -73,7 +75,7 @@ async function comparison(pca, pcaDirections, other) {
 }
 
 const nonlinearNote = (model) =>
-  `The decoder of this ${kindName(model)} is nonlinear: these are the angles to its directions at the origin of its ` +
+  `The decoder of this ${kindName(model)} is nonlinear. The angles are those of its directions at the origin of the ` +
   "latent space.";
 
 function help() {

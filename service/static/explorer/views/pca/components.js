@@ -1,4 +1,4 @@
-// The principal components, as pictures and as loadings.
+// The principal components, as images and as loadings.
 
 import { number, withUnit } from "../../lib/format.js";
 import { range } from "../../lib/linear-algebra.js";
@@ -18,7 +18,7 @@ export async function components(pca) {
   const loadings = h("div", { class: "features" });
   const select = (k) => {
     state.set({ component: k + 1 });
-    status.textContent = `Component ${k + 1}: what one unit of its score adds to a row, in raw units, largest first.`;
+    status.textContent = `Component ${k + 1}: change of each feature per unit of the score, largest first.`;
     loadings.replaceChildren(...largestLoadings(pca, directions[k]));
   };
   const selected = state.number("component", 0);

@@ -111,8 +111,8 @@ const EXPLANATIONS = [explainData, explainCentring, explainCovariance, explainEi
 function explainData({ data }) {
   const cells = data.map((row) => row.map((v) => mn(number(v))));
   const explanation =
-    "Three rows of two numbers. They lie almost on a line, so one number per row is nearly enough. Change them to " +
-    "see what happens:";
+    "Three rows of two numbers. The rows lie almost on a line, so one number describes a row almost completely. " +
+    "Change the numbers to see the effect:";
   return [heading("Step 1: the data"), blockMath(equation(mi("X"), matrix(cells))), text(explanation)];
 }
 
@@ -130,8 +130,8 @@ function explainCovariance({ data, sigma }) {
   const product = mrow(sup(mrow(CENTRED), mi("T")), CENTRED);
   const determinant = sigma[0][0] * sigma[1][1] - sigma[0][1] ** 2;
   const explanation =
-    "The diagonal holds the variance of each column, the other entries how the columns vary together. The trace is " +
-    `${number(sigma[0][0] + sigma[1][1])}, the determinant ${number(determinant)}.`;
+    "The diagonal contains the variance of each column. The other entries are the covariance of the two columns. The " +
+    `trace is ${number(sigma[0][0] + sigma[1][1])}, and the determinant is ${number(determinant)}.`;
   return [
     heading("Step 3: the covariance matrix"),
     blockMath(equation(mi("Σ"), factor, product, mo("="), matrix(sigma, DIGITS))),
@@ -161,7 +161,7 @@ function explainEigenvectors({ values: [first, second], vectors }) {
 function explainProjection({ values: [first, second], projected }) {
   const product = mrow(CENTRED, sub(mi("𝐯"), mn(1)));
   const explanation =
-    "The two numbers of each row have become one, with the largest variance that one number can keep: " +
+    "One number now replaces the two numbers of each row. It keeps the largest variance that one number can keep, " +
     `${fixed(first, DIGITS)}. The variance that is lost is ${fixed(second, DIGITS)}.`;
   return [
     heading("Step 5: project"),

@@ -1,10 +1,10 @@
-// Diagrams of a model's networks and of a code.
+// Diagrams of a model's networks and of the latents of a row.
 
 import { fixed, number } from "../../lib/format.js";
 import { svg } from "../../ui/dom.js";
 
-const DEFAULT_LAYERS = { mlp: [256, 128], conv: [32, 64] }; // of a training run without --hidden
-const MAX_LATENTS = 32; // bars of a code
+const DEFAULT_LAYERS = { mlp: [256, 128], conv: [32, 64] }; // the widths of a training run without --hidden
+const MAX_LATENTS = 32; // bars in the diagram of the latents
 const NETWORK = { width: 150, height: 130, centre: 58 };
 const CODE = { width: 150, height: 120 };
 
@@ -46,13 +46,13 @@ function networkDiagram(widths, label) {
   widths.forEach((w, i) => {
     const bar = { x: x(i) - 3, y: centre - halfHeight(w), width: 6, height: 2 * halfHeight(w), rx: 3 };
     diagram.append(svg("rect", { class: "layer", ...bar }));
-    // Neighbouring numbers stand at two heights, so that they do not overlap.
+    // Neighbouring numbers alternate between two heights, so that they do not overlap.
     diagram.append(svg("text", { class: "tick middle", x: x(i), y: i % 2 ? 127 : 118 }, String(w)));
   });
   return diagram;
 }
 
-/** A code as vertical bars about zero, with its standard deviation as whiskers. */
+/** The latents of a row as vertical bars about zero, with their standard deviations as whiskers. */
 export function codeChart(z, std = null) {
   const { width, height } = CODE;
   const shown = z.slice(0, MAX_LATENTS);
@@ -61,7 +61,7 @@ export function codeChart(z, std = null) {
   const middle = height / 2;
   const y = (v) => middle - (v / largest) * (middle - 4);
   const step = width / shown.length;
-  const label = `code: ${shown.map((v) => fixed(v)).join(", ")}`;
+  const label = `latents: ${shown.map((v) => fixed(v)).join(", ")}`;
   const chart = svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "code", role: "img", "aria-label": label });
   chart.append(svg("line", { class: "rule", x1: 0, x2: width, y1: middle, y2: middle }));
   shown.forEach((v, i) => {

@@ -9,8 +9,8 @@ import { emptyMessage } from "../../ui/messages.js";
 
 const TITLE = "Active latents";
 const POSTERIOR_COLLAPSE =
-  "A latent becomes inactive where its KL term costs more than it improves the reconstruction: where its eigenvalue " +
-  "is below β times the variance of the decoder. The decoder then ignores it (Lucas et al. 2019).";
+  "A latent becomes inactive if its KL term costs more than it gains in the reconstruction, which is the case if its " +
+  "eigenvalue is below β times the variance of the decoder. The decoder then ignores the latent (Lucas et al. 2019).";
 
 export function activityCard(model) {
   const report = model.latent_report ?? [];
@@ -45,5 +45,5 @@ function summary(report, hasKl) {
 
 function totalCost(report) {
   const nats = report.reduce((sum, latent) => sum + latent.kl, 0);
-  return ` A code costs ${fixed(nats, 1)} nats, ${fixed(nats / Math.LN2, 1)} bits.`;
+  return ` The latents of a row cost ${fixed(nats, 1)} nats, or ${fixed(nats / Math.LN2, 1)} bits.`;
 }

@@ -73,5 +73,5 @@ const reparameterizationNote = () =>
     h("strong", {}, "The reparameterization trick. "),
     "Written as ",
     math(REPARAMETERIZATION),
-    ", the sample is differentiable, so the gradient of step 11 reaches the encoder.",
+    ", the sample is a differentiable function of μ and σ, so the gradient of step 11 reaches the encoder.",
   );
