@@ -1,4 +1,4 @@
-"""Run the command line in a process or in the test's own process, and write data for it."""
+"""Run the command line in a new process or in that of the test, and write data for it."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ HEADER = "cpu [%],memory [GB],disk,network,errors"
 
 
 def command(*arguments: str, environment: dict[str, str] | None = None) -> CompletedCommand:
-    """Run `elbo` in a new process; of the ELBO_* variables it gets only those in `environment`."""
+    """Run `elbo` in a new process, without ELBO_* variables except those in `environment`."""
     return subprocess.run(
         [sys.executable, "-m", "elbo", *arguments],
         cwd=ROOT,
@@ -30,7 +30,7 @@ def command(*arguments: str, environment: dict[str, str] | None = None) -> Compl
 
 
 def two_factor_rows(rows: int, seed: int) -> Rows:
-    """Return rows of five metrics that depend on two loads; the fifth is 10 plus the first load plus noise."""
+    """Return rows of five metrics that depend on two loads; the fifth metric is 10 plus the first load plus noise."""
     random = np.random.RandomState(seed)
     loads = random.standard_normal((rows, 2))
     mixing = np.array([[2, 0, 1, 3, 1], [0, 5, 1, -2, 0]])

@@ -1,4 +1,4 @@
-"""Fixtures for all tests, and `require` for what a machine may lack."""
+"""Fixtures for all tests, and `require`, which skips a test if its machine lacks something."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ settings.load_profile("elbo")
 
 
 def require(condition: object, reason: str) -> None:
-    """Skip the calling test if `condition` is false. In CI, fail it: a skipped test there would go unnoticed."""
+    """Skip the calling test if `condition` is false. In CI, fail the test: nobody would notice a skip."""
     if condition:
         return
     if os.environ.get("CI"):
@@ -23,7 +23,7 @@ SLOW_FIXTURES = {"artifacts", "browser", "demonstration"}  # train models or sta
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that need a slow fixture, directly or through another fixture."""
+    """Mark the tests that use a slow fixture, directly or through another fixture, as slow."""
     for item in items:
         if isinstance(item, pytest.Function) and SLOW_FIXTURES & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)

@@ -46,9 +46,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def today(tmp_path: Path) -> tuple[str, Rows]:
-    """Return a CSV file and its 300 rows, of which the first ten are anomalous in the fifth metric.
+    """Return the path of a CSV file and its 300 rows; the first ten rows are anomalous in the fifth metric.
 
-    The file also has a text column and a label column, 1 for the anomalous rows.
+    The file also has a text column, and a label column with 1 for the anomalous rows.
     """
     rows = two_factor_rows(300, seed=1)
     rows[:10, 4] += 30
@@ -94,7 +94,9 @@ def test_invalid_argument_prints_one_line_and_exits_with_2(
     assert err.count("\n") == 1
 
 
-def test_training_on_one_row_says_how_many_rows_are_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_on_one_row_reports_how_many_rows_are_needed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = write(tmp_path / "a.csv", np.ones((1, 5)))
     code, _, err = in_process(capsys, "train", data, "--model", "pca", "--name", "a")
     assert code == 2
@@ -175,7 +177,7 @@ def test_score_flags_the_anomalous_rows_and_explains_them(
         values = {feature["name"]: feature["value"] for feature in result["features"]}
         assert values == pytest.approx({name: row[NAMES.index(name)] for name in values}, rel=1e-6)
         assert "errors" in values
-    assert sum(result["is_anomaly"] for result in results[10:]) <= 15  # of 290; binomial(290, 0.01) passes 1 - 1e-7
+    assert sum(result["is_anomaly"] for result in results[10:]) <= 15  # of 290: P(more) < 1e-7
 
 
 def test_score_explain_limits_the_number_of_features(
@@ -211,7 +213,7 @@ def test_score_of_a_row_does_not_depend_on_its_batch(
     assert last[0]["score"] == pytest.approx(long[-1]["score"], rel=1e-4)
 
 
-def test_score_prints_no_error_when_its_reader_closes_the_pipe(root: Path, tmp_path: Path) -> None:
+def test_score_into_a_pipe_that_the_reader_closes_prints_no_error(root: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "a.csv", two_factor_rows(5000, seed=2))
     process = subprocess.Popen(
         [sys.executable, "-m", "elbo", "score", "hosts", data, "--artifacts", str(root)],
@@ -295,7 +297,9 @@ def test_evaluate_on_the_held_out_rows_gives_the_metrics_in_the_manifest(
     assert report["draws"] == {"pca": 1, "ae": None, "vae": 100}[kind]
 
 
-def test_evaluate_on_the_training_rows_says_so(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_on_the_training_rows_reports_that_the_model_was_trained_on_them(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     _, out, _ = in_process(capsys, "evaluate", "hosts", str(root / "train.csv"), "--artifacts", str(root))
     assert out.splitlines()[0].endswith(": 1,000 rows, the rows it was trained on")
     assert "AUROC" not in out
@@ -337,7 +341,7 @@ def test_demo_trains_only_missing_models(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.fixture
 def long_training(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     arguments = ["train", "digits", "--model", "ae", "--name", "a", "--epochs", "100000", "--artifacts", str(tmp_path)]
-    code = (  # a background job of a shell ignores SIGINT, so restore its handler
+    code = (  # background jobs of a shell ignore SIGINT, so restore the default handler
         f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nimport elbo; elbo.main({arguments})"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)

@@ -22,7 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def instructions(stage: str) -> list[tuple[str, str]]:
-    """Return the instructions of a stage, after those of the stages that it is built from."""
+    """Return the instructions of a stage, preceded by those of the stages that it is built from."""
     origin, body = re.findall(rf"^FROM (\S+) AS {stage}\n(.*?)(?=^FROM |\Z)", DOCKERFILE, re.MULTILINE | re.DOTALL)[0]
     inherited = [] if ":" in origin else instructions(origin)
     return inherited + re.findall(r"^([A-Z]+) (.*)$", body, re.MULTILINE)
@@ -166,7 +166,7 @@ def test_dockerignore_allows_exactly_the_files_of_the_wheel() -> None:
 
 @pytest.mark.parametrize("target", ["serve", "train"])
 def test_artifacts_and_runs_are_written_to_the_volume(target: str) -> None:
-    """The root file system is read-only: with a path outside the volume, training would fail at its end."""
+    """The root file system is read-only: training to a path outside the volume would fail at the end."""
     variables = dict(
         pair.split("=", 1) for keyword, line in instructions(target) if keyword == "ENV" for pair in line.split()
     )

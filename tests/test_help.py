@@ -15,12 +15,10 @@ COMMANDS = ("train", "demo", "inspect", "serve", "evaluate", "score", "calibrate
 
 
 def test_help_takes_less_than_300_ms_of_cpu_time() -> None:
-    def cpu_seconds() -> float:  # unlike elapsed time, it does not depend on other processes
+    def cpu_seconds() -> float:  # unlike elapsed time, CPU time hardly depends on other processes
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert command("--help").returncode == 0
-        after = resource.getrusage(
-            resource.RUSAGE_CHILDREN
-        )  # CPU time, which does not depend on the load of the machine
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert min(cpu_seconds() for _ in range(5)) < 0.3
@@ -66,6 +64,6 @@ def test_help_of_serve_lists_every_setting_with_its_default(capsys: pytest.Captu
         assert f"{' '.join(str(field.description).split())} [default: {field.default}]" in words
 
 
-def test_python_m_training_is_elbo_train() -> None:
+def test_python_m_training_has_the_help_of_elbo_train() -> None:
     run = subprocess.run([sys.executable, "-m", "training", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert run.stdout == command("train", "--help").stdout

@@ -1,4 +1,4 @@
-"""Who may import whom: every import points down the table below, and no two files import each other."""
+"""The imports that a file may have: those of its folder in MAY_IMPORT, without a cycle."""
 
 import ast
 import re
@@ -12,8 +12,8 @@ import pytest
 
 from tests.data import ROOT
 
-# One line per folder (or file): what it may import, in the same package where no other is named.
-# Within a folder, files may import each other, without a cycle.
+# By folder or file, the modules that it may import. A name without a package is in the same package.
+# Files in a folder may import each other, without a cycle.
 MAY_IMPORT = {
     "models": "",
     "training.config": "models.manifest",
@@ -59,7 +59,7 @@ def is_within(module: str, place: str) -> bool:
 
 
 def allowed(place: str) -> list[str]:
-    """Return what the files of `place` may import, as full module names, itself included."""
+    """Return the full names of the modules that files in `place` may import, including `place`."""
     package = place.partition(".")[0]
     named = [
         name if name.split(".")[0] in {"models", "elbo"} else f"{package}.{name}" for name in MAY_IMPORT[place].split()
@@ -68,12 +68,12 @@ def allowed(place: str) -> list[str]:
 
 
 def place_of(module: str) -> str | None:
-    """Return the line of MAY_IMPORT that covers `module`; None for a package's own __init__.py."""
+    """Return the key of MAY_IMPORT that contains `module`; None for the __init__.py of a package."""
     return next((place for place in MAY_IMPORT if is_within(module, place)), None)
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Yield the modules of ours that a file imports; `from a import b` is a.b where that is a module, else a."""
+    """Yield the modules of this project that a file imports. `from a import b` yields a.b if it is a module, else a."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -87,19 +87,19 @@ def imported(path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_imports_only_what_its_folder_may(path: Path) -> None:
+def test_file_imports_only_modules_allowed_for_its_folder(path: Path) -> None:
     place = place_of(module_of(path))
     may = allowed(place) if place else []
     assert [name for name in imported(path) if not any(is_within(name, one) for one in may)] == []
 
 
-def test_every_folder_and_top_level_file_has_a_line() -> None:
+def test_every_folder_and_top_level_file_is_in_the_table() -> None:
     roots = {"training", "service"}
     children = {".".join(name.split(".")[:2]) for name in MODULES if name.split(".")[0] in roots} - roots
     assert children | {"models"} == set(MAY_IMPORT)
 
 
-def test_the_table_has_no_cycle() -> None:
+def test_table_has_no_cycle() -> None:
     graph = {
         place: [
             other for other in MAY_IMPORT if other != place and any(is_within(name, other) for name in allowed(place))
@@ -114,13 +114,13 @@ def test_no_two_files_import_each_other() -> None:
     list(TopologicalSorter(graph).static_order())  # raises CycleError
 
 
-def test_every_folder_says_what_it_is_for_in_its_init_file() -> None:
+def test_every_folder_has_an_init_file() -> None:
     folders = {path.parent for path in SOURCES}
     assert [str(folder.relative_to(ROOT)) for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_module_has_a_docstring(path: Path) -> None:
+def test_every_module_has_a_docstring(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
@@ -130,7 +130,7 @@ def test_no_test_imports_from_another_test_module() -> None:
     assert [(path.name, found) for path in files for found in pattern.findall(path.read_text())] == []
 
 
-def test_the_help_of_the_command_imports_no_heavy_library() -> None:
+def test_help_of_the_command_imports_no_heavy_library() -> None:
     program = """
 import sys
 sys.argv = ["elbo", "--help"]

@@ -48,7 +48,7 @@ def exported_series() -> set[str]:
 
 
 def queries() -> dict[str, str]:
-    """Return every expression of the dashboard and of the rules, by panel or rule."""
+    """Return the expressions of the dashboard and of the rules, by panel or rule."""
     expressions = {f"panel {p['title']}": target["expr"] for p in DASHBOARD["panels"] for target in p["targets"]}
     for path in (DEPLOY / "prometheus").glob("*.rules.yml"):
         for group in yaml.safe_load(path.read_text())["groups"]:
@@ -257,7 +257,7 @@ def test_anomaly_in_node_metrics_becomes_an_alert_that_is_resolved(tmp_path: Pat
             ELBO_POLL_SECONDS="0.2", ELBO_REMOTE_WRITE=str(mapping), ELBO_ALERT_CALM_SECONDS="3",
             ELBO_ALERTMANAGER_URL=f"http://127.0.0.1:{alertmanager}", ELBO_LOG_FORMAT="text",
         ))  # fmt: skip
-        # Start Prometheus last, so that it stops first: at its end it retries remote write for a minute.
+        # Start Prometheus last, so that it stops before Elbo: otherwise it retries remote write for a minute.
         config = f"--config.file={write_prometheus_config(tmp_path, exporter, elbo)}"
         start(running_program("prometheus", config, f"--storage.tsdb.path={tmp_path}/tsdb", f"{local}{prometheus}"))
         wait_until(is_up(exporter, "/"), 60, httpx.TransportError)

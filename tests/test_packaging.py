@@ -18,7 +18,7 @@ LOCKED = {
     "serve": PROJECT["dependencies"],
     "train": PROJECT["dependencies"] + EXTRAS["train"],
     "dev": PROJECT["dependencies"] + EXTRAS["train"] + EXTRAS["dev"],
-    "browser": PROJECT["dependencies"] + EXTRAS["browser"],  # its own lock: dev.lock would exceed the file size limit
+    "browser": PROJECT["dependencies"] + EXTRAS["browser"],  # not in dev.lock, which would become too large
     "docs": PROJECT["dependencies"] + EXTRAS["docs"],
 }
 

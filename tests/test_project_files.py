@@ -1,4 +1,4 @@
-"""The files a contributor meets first: interpreter search, workflow, templates, hooks, wheel."""
+"""The project files that contributors use: interpreter search, workflow, templates, hooks and wheel."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tests.data import ROOT
 FIND_PYTHON = ROOT / "requirements" / "find-python"
 
 
-def executable(path: Path, script: str) -> None:
+def write_executable(path: Path, script: str) -> None:
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
 
@@ -35,15 +35,15 @@ def test_find_python_accepts_a_supported_interpreter_under_any_usual_name(tmp_pa
     assert (result.returncode, result.stdout.strip()) == (0, str(tmp_path / name))
 
 
-def test_find_python_asks_uv_when_no_interpreter_on_the_path_is_supported(tmp_path: Path) -> None:
-    executable(tmp_path / "python3", "exit 1")
-    executable(tmp_path / "uv", f"echo {sys.executable}")
+def test_find_python_without_a_supported_interpreter_on_the_path_uses_uv(tmp_path: Path) -> None:
+    write_executable(tmp_path / "python3", "exit 1")
+    write_executable(tmp_path / "uv", f"echo {sys.executable}")
     result = find_python(tmp_path)
     assert (result.returncode, result.stdout.strip()) == (0, sys.executable)
 
 
-def test_find_python_without_a_supported_interpreter_says_in_one_line_how_to_get_one(tmp_path: Path) -> None:
-    executable(tmp_path / "python3", 'test "$1" = --version && echo Python 3.14.0')
+def test_find_python_without_a_supported_interpreter_and_uv_explains_in_one_line(tmp_path: Path) -> None:
+    write_executable(tmp_path / "python3", 'test "$1" = --version && echo Python 3.14.0')
     result = find_python(tmp_path)
     assert result.returncode == 1
     assert result.stdout == ""
@@ -53,10 +53,10 @@ def test_find_python_without_a_supported_interpreter_says_in_one_line_how_to_get
     assert "install uv" in line
 
 
-def test_find_python_uses_the_interpreter_that_the_variable_names_and_no_other(tmp_path: Path) -> None:
+def test_find_python_with_the_variable_python_set_uses_only_that_interpreter(tmp_path: Path) -> None:
     (tmp_path / "python3").symlink_to(sys.executable)
-    (tmp_path / "mine").symlink_to(sys.executable)
-    assert find_python(tmp_path, PYTHON="mine").stdout.strip() == str(tmp_path / "mine")
+    (tmp_path / "custom").symlink_to(sys.executable)
+    assert find_python(tmp_path, PYTHON="custom").stdout.strip() == str(tmp_path / "custom")
     assert find_python(tmp_path, PYTHON="absent").returncode == 1
 
 
@@ -76,7 +76,7 @@ def test_github_files_match_their_schemas(schema: str, pattern: str) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_the_workflow_runs_the_ci_script_on_every_supported_python() -> None:
+def test_workflow_runs_the_ci_script_on_every_supported_python() -> None:
     job = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["check"]
     assert job["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13"]
     assert "bash .ci/run" in [step.get("run") for step in job["steps"]]
@@ -96,7 +96,7 @@ def test_every_pre_commit_hook_runs_a_locked_tool() -> None:
             assert f"\n{tool}==" in python_lock
 
 
-def test_the_wheel_holds_every_package_with_its_types_and_nothing_else(tmp_path: Path) -> None:
+def test_wheel_contains_every_package_with_its_types_and_nothing_else(tmp_path: Path) -> None:
     require(shutil.which("git"), "the wheel is built from a checkout")
     build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
     result = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": ""})

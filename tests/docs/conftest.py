@@ -1,4 +1,4 @@
-"""A server for the pages, and the files that a reader of the how-to guides already has."""
+"""Fixtures: a server for the code blocks of the pages, and the data files that the how-to guides assume."""
 
 import shutil
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ HEADER = "cpu [%],latency [ms],errors,memory [GB]"
 
 
 def metrics(rows: int, seed: int) -> np.ndarray:
-    """Rows of four metrics; load drives the first two."""
+    """Return rows of four metrics, [rows, 4]; the first two depend on a common load."""
     random = np.random.RandomState(seed)
     load, noise = random.standard_normal(rows), random.standard_normal((4, rows))
     columns = [50 + 5 * load + noise[0], 200 + 20 * load + 5 * noise[1], 3 + 0.5 * noise[2], 20 + noise[3]]
@@ -24,7 +24,7 @@ def metrics(rows: int, seed: int) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The reader's own data: what the how-to guides call metrics.csv, lastweek.csv, hosts.csv, rows.npy and so on."""
+    """Return a folder with the data files that the how-to guides name, such as metrics.csv and hosts.csv."""
     folder = tmp_path_factory.mktemp("files")
     write(folder / "metrics.csv", metrics(800, 0), HEADER)
     write(folder / "lastweek.csv", metrics(400, 1), HEADER)
@@ -33,23 +33,23 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.save(folder / "rows.npy", rows)
     (folder / "rows.ndjson").write_text("".join(f"{row.tolist()}\n" for row in rows[:5]))
     lines = [
-        f"web-{place % 3},2026-01-01T00:00:00Z,{place},{','.join(map(str, row))}" for place, row in enumerate(rows)
+        f"web-{index % 3},2026-01-01T00:00:00Z,{index},{','.join(map(str, row))}" for index, row in enumerate(rows)
     ]
     (folder / "hosts.csv").write_text("\n".join([f"host,time,rack,{HEADER}", *lines]) + "\n")
-    gaps = [",".join("" if place == 1 else f"{value:.4f}" for place, value in enumerate(row)) for row in rows[:40]]
+    gaps = [",".join("" if column == 1 else f"{value:.4f}" for column, value in enumerate(row)) for row in rows[:40]]
     whole = [",".join(f"{value:.4f}" for value in row) for row in rows[40:]]
     (folder / "gaps.csv").write_text("\n".join([HEADER, *gaps, *whole]) + "\n")
-    pictures = np.random.RandomState(3).randint(0, 256, (2, 30, 16, 16), dtype=np.uint8)
-    for label, of_label in zip(("cat", "dog"), pictures, strict=True):
+    images = np.random.RandomState(3).randint(0, 256, (2, 30, 16, 16), dtype=np.uint8)
+    for label, images_of_label in zip(("cat", "dog"), images, strict=True):
         (folder / "pictures" / label).mkdir(parents=True)
-        for place, picture in enumerate(of_label):
-            Image.fromarray(picture).save(folder / "pictures" / label / f"{place}.png")
+        for index, image in enumerate(images_of_label):
+            Image.fromarray(image).save(folder / "pictures" / label / f"{index}.png")
     return folder
 
 
 @pytest.fixture(scope="module")
 def servers(demonstration: Path, files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    """A server with the demonstration models and `web`, which the how-to guides use."""
+    """Yield a server with the demonstration models and `web`, which the how-to guides use."""
     artifacts = tmp_path_factory.mktemp("served") / "artifacts"
     shutil.copytree(demonstration, artifacts)
     folders = "--artifacts", str(artifacts), "--runs", str(artifacts.parent / "runs")

@@ -1,7 +1,7 @@
 """Run the code blocks of a page against a real server.
 
 Blocks in `bash` and `python` run, in order, in one folder. A `json` block directly after one of them shows a part of
-its answer, and is compared with it. Blocks in `console`, `sh` and `text` are not run.
+the JSON that it prints, and is compared with that. Blocks in `console`, `sh` and `text` do not run.
 """
 
 import json
@@ -27,7 +27,7 @@ from tests.waiting import wait_until
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RUN = ("bash", "python")
-TOLERANCE = 0.1  # relative: a page shows rounded numbers, and networks differ a little from processor to processor
+TOLERANCE = 0.1  # relative: pages show rounded numbers, and trained networks differ slightly between processors
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Servers:
     alertmanager_port: int
 
     def has_loaded_everything(self) -> bool:
-        """Whether the newest version of every model in the folder is served."""
+        """Return whether the newest version of every model in the folder is served."""
         models = httpx.get(f"http://127.0.0.1:{self.port}/models").json()["models"]
         served = {(model["name"], model["version"]) for model in models}
         return {(name, max(versions(self.artifacts, name))) for name in names(self.artifacts)} <= served
@@ -47,7 +47,10 @@ class Servers:
 
 @contextmanager
 def alertmanager() -> Iterator[int]:
-    """Accept alerts like Alertmanager, and return them to whoever asks; an early question waits for the first alert."""
+    """Run a server that accepts alerts like Alertmanager, and yield its port.
+
+    A GET request returns all alerts; it waits for the first alert, at most 30 s.
+    """
     alerts: list[Any] = []
     arrived = threading.Event()
 
@@ -55,13 +58,13 @@ def alertmanager() -> Iterator[int]:
         def do_POST(self) -> None:
             alerts.extend(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             arrived.set()
-            self._answer(b"")
+            self._respond(b"")
 
         def do_GET(self) -> None:
             arrived.wait(30)
-            self._answer(json.dumps(alerts).encode())
+            self._respond(json.dumps(alerts).encode())
 
-        def _answer(self, body: bytes) -> None:
+        def _respond(self, body: bytes) -> None:
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -99,12 +102,12 @@ def run_page(page: Path, servers: Servers, folder: Path) -> list[str]:
     blocks = BLOCK.findall(page.read_text())
     assert blocks, f"{page} has no code block"
     outputs = []
-    for place, (language, code) in enumerate(blocks):
+    for index, (language, code) in enumerate(blocks):
         if language in RUN:
             outputs.append(_run(language, code, servers, folder))
             wait_until(servers.has_loaded_everything, 60, httpx.TransportError)
-        elif language == "json" and place and blocks[place - 1][0] in RUN:
-            difference = _difference(json.loads(code), json.loads(outputs[-1]), "answer")
+        elif language == "json" and index and blocks[index - 1][0] in RUN:
+            difference = _difference(json.loads(code), json.loads(outputs[-1]), "output")
             assert difference is None, f"{page.name}: {difference}"
     return outputs
 
@@ -120,13 +123,13 @@ def _run(language: str, code: str, servers: Servers, folder: Path) -> str:
         "PYTHONWARNINGS": "ignore",
         "ELBO_ARTIFACTS": str(servers.artifacts),
     }
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, f"{code}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
 
 
 def _difference(shown: Any, got: Any, where: str) -> str | None:
-    """Return where `got` lacks something that the page shows; None if the page is right."""
+    """Return how the output `got` differs from the part of it that the page shows; None if it does not."""
     if isinstance(shown, dict) and isinstance(got, dict):
         missing = [f"{where} lacks {key!r}" for key in shown if key not in got]
         inner = [_difference(value, got.get(key), f"{where}.{key}") for key, value in shown.items()]
@@ -134,7 +137,7 @@ def _difference(shown: Any, got: Any, where: str) -> str | None:
     if isinstance(shown, list) and isinstance(got, list):
         if len(shown) > len(got):
             return f"{where} has {len(got)} items, the page shows {len(shown)}"
-        inner = [_difference(a, b, f"{where}[{place}]") for place, (a, b) in enumerate(zip(shown, got, strict=False))]
+        inner = [_difference(a, b, f"{where}[{index}]") for index, (a, b) in enumerate(zip(shown, got, strict=False))]
         return next(filter(None, inner), None)
     if isinstance(shown, float) and isinstance(got, float):
         same = math.isclose(shown, got, rel_tol=TOLERANCE, abs_tol=TOLERANCE / 10)

@@ -1,4 +1,4 @@
-"""Links and paths in the documents lead somewhere, and every dependency has its reason."""
+"""Links and paths in the documents exist, and the architecture page explains every dependency."""
 
 import re
 import tomllib
@@ -26,7 +26,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_link_leads_somewhere(page: Path) -> None:
+def test_target_of_every_link_exists(page: Path) -> None:
     broken = []
     for link, anchor in LINK.findall(FENCE.sub("", page.read_text())):
         target = page.parent / link if link else page
@@ -47,7 +47,7 @@ def test_every_name_that_contributing_gives_with_its_file_is_in_that_file() -> N
     assert [(name, path) for name, path in named if not re.search(rf"\b{name}\b", (ROOT / path).read_text())] == []
 
 
-def test_every_dependency_has_its_reason() -> None:
+def test_architecture_page_names_every_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"].values()
     listed = [*project["dependencies"], *(line for lines in extras for line in lines)]
@@ -56,14 +56,14 @@ def test_every_dependency_has_its_reason() -> None:
     assert [name for name in names if not re.search(rf"(?<![\w-]){name}(?![\w-])", section)] == []
 
 
-def test_the_glossary_is_short_and_in_order() -> None:
+def test_glossary_is_short_and_sorted() -> None:
     section = (ROOT / "docs" / "architecture.md").read_text().split("## Glossary")[1].split("\n## ")[0]
     terms = [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("| ")][1:]
     assert terms == sorted(terms, key=str.lower)
     assert 20 <= len(terms) <= GLOSSARY_LINES
 
 
-def test_the_way_of_a_request_fits_on_a_screen_and_opens_at_most_ten_files() -> None:
+def test_path_of_a_request_fits_on_a_screen_and_names_at_most_ten_files() -> None:
     section = (ROOT / "docs" / "architecture.md").read_text().split("## The path of a request")[1].split("\n## ")[0]
     assert len(section.splitlines()) <= 30
     assert 5 <= len(set(PATH.findall(section))) <= 10

@@ -1,4 +1,4 @@
-"""The README is short, and its code runs and answers as it shows."""
+"""The README is short, and its code blocks run and print the output that it shows."""
 
 import re
 import shutil
@@ -15,7 +15,7 @@ from tests.docs.snippets import BLOCK, run_page, serving
 pytestmark = pytest.mark.slow
 
 README = ROOT / "README.md"
-MOST_WORDS = 500  # outside of code blocks
+MAX_WORDS = 500  # outside code blocks
 
 
 def test_every_code_block_of_the_readme_runs(demonstration: Path, tmp_path: Path) -> None:
@@ -28,14 +28,14 @@ def test_every_code_block_of_the_readme_runs(demonstration: Path, tmp_path: Path
     assert "web" in names(artifacts)
 
 
-def test_the_first_screen_has_a_picture_a_command_and_a_request_with_its_answer() -> None:
+def test_first_screen_has_an_image_a_command_and_a_request_with_its_response() -> None:
     text = README.read_text().split("\n## ")[0]
-    (picture,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
-    assert (ROOT / picture).read_bytes().startswith(b"\x89PNG")
+    (image,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
+    assert (ROOT / image).read_bytes().startswith(b"\x89PNG")
     assert [language for language, _ in BLOCK.findall(text)] == ["console", "bash", "json"]
 
 
-def test_the_make_targets_of_the_readme_exist() -> None:
+def test_make_targets_in_the_readme_exist() -> None:
     text = README.read_text()
     console = "\n".join(code for language, code in BLOCK.findall(text) if language == "console")
     targets = re.findall(r"^make ([\w-]+)", console, re.MULTILINE) + re.findall(r"`make ([\w-]+)", text)
@@ -44,5 +44,5 @@ def test_the_make_targets_of_the_readme_exist() -> None:
         subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
 
 
-def test_the_readme_is_short() -> None:
-    assert len(BLOCK.sub("", README.read_text()).split()) <= MOST_WORDS
+def test_readme_is_short() -> None:
+    assert len(BLOCK.sub("", README.read_text()).split()) <= MAX_WORDS

@@ -23,12 +23,12 @@ PAGES = ROOT / "docs" / "reference"
 
 @pytest.fixture(scope="module")
 def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The OpenAPI document of a service."""
+    """Return the OpenAPI document of a service."""
     return create_app(Settings(artifacts=tmp_path_factory.mktemp("artifacts"))).openapi()
 
 
 def rows(table: str) -> list[list[str]]:
-    """Return the cells of a table in Markdown, without its head."""
+    """Return the cells of a Markdown table, without its header."""
     lines = [line for line in table.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|"))] for line in lines[2:]]
 
@@ -38,13 +38,13 @@ def built(page: str) -> str:
 
 
 @pytest.mark.parametrize("name", generate.TABLES)
-def test_every_generated_table_stands_on_a_page_of_the_reference(name: str) -> None:
+def test_every_generated_table_is_on_one_page_of_the_reference(name: str) -> None:
     pages = [path for path in PAGES.glob("*.md") if f"<!-- generated: {name} -->" in path.read_text()]
     assert len(pages) == 1
     assert "<!-- generated" not in built(pages[0].stem)
 
 
-def test_an_unknown_marker_fails_the_build() -> None:
+def test_unknown_marker_fails_the_build() -> None:
     with pytest.raises(KeyError, match="secrets"):
         generate.on_page_markdown("<!-- generated: secrets -->")
 
@@ -94,7 +94,7 @@ def test_every_label_with_fixed_values_is_explained() -> None:
 
 
 def sections() -> dict[str, str]:
-    """Return the section of every endpoint by method and path."""
+    """Return the section of each endpoint, by method and path."""
     parts = re.split(r"^### ", generate.endpoints(), flags=re.MULTILINE)[1:]
     return {part.split("\n")[0]: part for part in parts}
 
@@ -108,7 +108,7 @@ def test_every_endpoint_is_listed(document: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("path", ["/encode", "/decode", "/reconstruct", "/sample", "/interpolate", "/anomaly"])
-def test_every_field_of_a_body_and_an_answer_is_listed(document: dict[str, Any], path: str) -> None:
+def test_every_field_of_request_and_response_is_listed(document: dict[str, Any], path: str) -> None:
     operation = document["paths"][path]["post"]
     contents = operation["requestBody"]["content"], operation["responses"]["200"]["content"]
     section = sections()[f"POST {path}"]
@@ -134,7 +134,7 @@ def test_every_command_and_every_training_option_is_listed() -> None:
         assert f"--{option.replace('_', '-')} " in text
 
 
-def test_help_is_wide_enough_for_a_page_and_narrow_enough_for_a_screen() -> None:
+def test_help_fits_the_width_of_the_page() -> None:
     assert max(map(len, generate.commands().splitlines())) <= generate.HELP_COLUMNS + 1
 
 
@@ -145,7 +145,7 @@ def test_every_module_of_the_python_reference_exists() -> None:
         assert Path(ROOT, *module.split(".")).with_suffix(".py").is_file()
 
 
-def test_the_example_of_a_verdict_has_only_fields_that_the_response_has(document: dict[str, Any]) -> None:
+def test_example_verdict_has_only_fields_of_the_response(document: dict[str, Any]) -> None:
     page = (PAGES / "http.md").read_text()
     (example,) = (json.loads(code) for language, code in BLOCK.findall(page) if language == "json")
     content = document["paths"]["/anomaly"]["post"]["responses"]["200"]["content"]
@@ -154,7 +154,7 @@ def test_the_example_of_a_verdict_has_only_fields_that_the_response_has(document
 
 
 def unknown_fields(value: Any, schema: dict[str, Any], schemas: dict[str, Any]) -> list[str]:
-    """Return the keys of `value` that its schema does not know, those of nested objects included."""
+    """Return the keys of `value`, and of objects in it, that its schema does not define."""
     if "$ref" in schema:
         schema = schemas[schema["$ref"].rsplit("/", 1)[-1]]
     for part in schema.get("anyOf", ()):

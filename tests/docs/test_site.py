@@ -18,24 +18,24 @@ pytestmark = pytest.mark.slow
 LOADING = {"src", "srcset", "data", "poster", "manifest"}  # attributes that make a browser load something
 EXTERNAL = re.compile(r"(?:https?:)?//\w", re.IGNORECASE)
 STYLE_LOADS = re.compile(r"(?:url\(\s*[\"']?|@import\s+[\"'])((?:https?:)?//[^\"')\s]+)", re.IGNORECASE)
-# Hosts that Material's script names and does not reach from this site: the first is asked about the repository that
-# mkdocs.yml names (none), the second for Mermaid diagrams (none) and by browsers without ResizeObserver.
-UNREACHED = {"api.github.com", "unpkg.com"}
+# Hosts that Material's scripts name but do not contact from this site. They contact api.github.com about the repository
+# in mkdocs.yml, which names none, and unpkg.com for Mermaid diagrams, of which there are none, and for old browsers.
+UNCONTACTED = {"api.github.com", "unpkg.com"}
 COMMENTS = re.compile(r"/\*.*?\*/", re.DOTALL)
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site as `make docs` builds it."""
+    """Return the folder of the site, built like `make docs` does."""
     target = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(target)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
     return target
 
 
 class Loads(HTMLParser):
-    """Collects the addresses that a browser loads when it shows a page."""
+    """The addresses that a browser loads to show a page, and the classes of its elements."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def files(site: Path, suffix: str) -> Iterator[tuple[str, str]]:
     return ((str(path.relative_to(site)), path.read_text()) for path in found)
 
 
-def test_every_part_of_the_site_has_its_pages(site: Path) -> None:
+def test_site_has_every_page_and_no_python_file(site: Path) -> None:
     for page in (ROOT / "docs").rglob("*.md"):
         assert (site / page.relative_to(ROOT / "docs").with_suffix(".html")).is_file()
     assert not list(site.rglob("*.py"))
@@ -84,7 +84,7 @@ def test_no_script_names_a_host_that_it_could_load_from(site: Path) -> None:
     pattern = re.compile(r"[\"'`]https?://([\w.-]+)")
     scripts = [(name, COMMENTS.sub("", text)) for name, text in files(site, ".js") if "search_index" not in name]
     hosts = {(name, host) for name, text in scripts for host in pattern.findall(text)}
-    assert {(name, host) for name, host in hosts if host not in {*UNREACHED, "www.w3.org"}} == set()
+    assert {(name, host) for name, host in hosts if host not in {*UNCONTACTED, "www.w3.org"}} == set()
     for _, text in files(site, ".html"):
         assert "mermaid" not in Loads(text).classes
         assert 'data-md-component="source"' not in text
@@ -96,11 +96,11 @@ def browser() -> Iterator[Browser]:
         yield browser
 
 
-def test_the_site_opened_as_a_file_asks_no_host_and_its_search_finds_a_setting(site: Path, browser: Browser) -> None:
-    asked: list[str] = []
+def test_site_opened_as_a_file_contacts_no_host_and_its_search_finds_a_setting(site: Path, browser: Browser) -> None:
+    requested: list[str] = []
 
     def refuse(route: Route) -> None:
-        asked.append(route.request.url)
+        requested.append(route.request.url)
         route.abort()
 
     page = browser.new_page(viewport={"width": 1280, "height": 900})
@@ -111,4 +111,4 @@ def test_the_site_opened_as_a_file_asks_no_host_and_its_search_finds_a_setting(s
     expect(page.locator(".md-search-result__item").first).to_be_visible()
     page.goto((site / "reference" / "http.html").as_uri())
     expect(page.get_by_role("heading", name="POST /anomaly").first).to_be_visible()
-    assert asked == []
+    assert requested == []

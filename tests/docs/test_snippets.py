@@ -1,4 +1,4 @@
-"""The code of the tutorials and of the how-to guides runs, and answers as the pages show."""
+"""The code blocks of the tutorials and how-to guides run, and print the output that the pages show."""
 
 import shutil
 from pathlib import Path
@@ -28,7 +28,7 @@ def test_every_code_block_of_a_page_runs(page: Path, servers: Servers, files: Pa
     run_page(page, servers, folder)
 
 
-def test_the_first_tutorial_runs_and_ends_with_an_anomaly_and_three_pictures(servers: Servers, tmp_path: Path) -> None:
+def test_first_tutorial_ends_with_an_anomaly_and_three_images(servers: Servers, tmp_path: Path) -> None:
     outputs = run_page(FIRST_TUTORIAL, servers, tmp_path)
     assert [line.split()[0] for line in outputs[-1].splitlines()] == ["False", "True"]
     for name in ("digits.png", "cleaner.png", "walk.png"):
