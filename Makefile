@@ -1,7 +1,7 @@
-# One target per task of a developer. Needs make, git and Python 3.11, 3.12 or 3.13; installs the rest into .venv.
+# One target per developer task. Needs make, git and Python 3.11, 3.12 or 3.13; everything else is installed into .venv.
 
 TORCH := torch==2.13.0
-# The index of PyTorch wheels, for a build other than pip's default.
+# The URL of an index of PyTorch wheels. Set it to install another build of torch than pip's default.
 TORCH_INDEX ?=
 VENV := .venv
 READY := $(VENV)/.ready
@@ -9,15 +9,16 @@ PEERS := .venv-peers
 PEER_PACKAGES := pythae==0.1.2 lightning==2.6.6 pyod==3.6.7
 INSTALL := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check install
 PEER_INSTALL := $(PEERS)/bin/python -m pip --quiet --disable-pip-version-check install
-# Model servers to compare with. Each needs its own environment, because their requirements conflict: MLServer requires
-# FastAPI < 0.116, PyTriton NumPy < 2, and BentoML 1.4.40 a certifi that does not exist. All work with the torch above.
+# The model servers that bench-serve compares with Elbo. Each server has its own environment, because their requirements
+# conflict: MLServer requires FastAPI < 0.116, and PyTriton requires NumPy < 2. BentoML 1.4.40 requires a version of
+# certifi that does not exist, so an older BentoML is installed. All servers work with the version of torch above.
 SERVERS := litserve bentoml ray mlserver triton
 PACKAGE_litserve := litserve==0.2.19
 PACKAGE_bentoml := bentoml==1.4.39
 PACKAGE_ray := ray[serve]==2.60.0
 PACKAGE_mlserver := mlserver==1.7.1
 PACKAGE_triton := nvidia-pytriton==0.7.0
-# Triton embeds the Python of its environment, which must have a shared library, such as Debian's Python.
+# Triton embeds the Python of its environment. This Python must have a shared library, as Debian's Python has.
 PYTHON_triton := /usr/bin/python3.11
 
 .DEFAULT_GOAL := help
@@ -63,8 +64,8 @@ lock: $(READY) ## Rewrite requirements/*.lock from pyproject.toml, keeping the v
 upgrade: UPGRADE := --upgrade
 upgrade: lock ## Rewrite requirements/*.lock with the newest versions
 
-# The smaller lock files start as copies of dev.lock, so that they keep its versions and hashes. They need the CPU wheels
-# of torch, because the CUDA wheels would add NVIDIA's libraries.
+# The smaller lock files start as copies of dev.lock, so that they keep the versions and hashes of dev.lock. Locking needs
+# the CPU wheels of torch, because the CUDA wheels would add NVIDIA's libraries.
 compile = echo "locking requirements/$(1).lock" && $(VENV)/bin/pip-compile --quiet $(2) \
 	$(if $(filter dev,$(1)),$(UPGRADE)) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
 	--output-file requirements/$(1).lock pyproject.toml \
@@ -73,7 +74,7 @@ compile = echo "locking requirements/$(1).lock" && $(VENV)/bin/pip-compile --qui
 joined = import pathlib, re, sys; lock = pathlib.Path(sys.argv[1]); \
 	lock.write_text(re.sub(r"(--hash=\S+) \\\n +(?=--hash)", r"\1 ", lock.read_text()))
 
-# Run a script of package.json. Without npm only CI fails: the JavaScript tools are optional on a developer's machine.
+# Run a script of package.json. If npm is missing, make fails in CI but skips the script on a developer's machine.
 npm = if command -v npm >/dev/null; then $(MAKE) --no-print-directory node_modules/.ready && npm run --silent $(1); \
 	elif [ -n "$$CI" ]; then echo "npm is missing: install Node.js to check service/static" >&2; exit 1; \
 	else echo "npm is missing: skipped the $(1) of service/static"; fi
@@ -119,7 +120,7 @@ clean: ## Remove what the other targets made, except artifacts/
 	@rm -rf $(VENV) $(PEERS) $(PEERS)-* build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis node_modules
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Install the locked packages first: they include torch's dependencies, with their hashes checked.
+# The locked packages are installed first. They include torch's dependencies, and pip checks the hashes of all of them.
 $(READY): pyproject.toml requirements/dev.lock requirements/browser.lock requirements/docs.lock
 	@python=$$(requirements/find-python) && echo "setting up $(VENV) with $$($$python --version)" && $$python -m venv $(VENV)
 	@echo "installing the locked packages"; $(INSTALL) --require-hashes -r requirements/dev.lock

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from training.config import TrainConfig
     from training.data.table import Table
 
-USAGE_ERRORS = {"option_error", "data_error", "artifact_missing"}  # error codes that exit with status 2
+USAGE_ERRORS = {"option_error", "data_error", "artifact_missing"}  # codes of the errors that exit with status 2
 
 app = typer.Typer(
     help="Train PCA, autoencoders and variational autoencoders, and serve them over HTTP.",
@@ -57,9 +57,10 @@ def described_by(module: str, name: str, all_options: bool = False) -> type[Type
     Fields that are not options of the command are listed as environment variables.
 
     Args:
-        module: where the pydantic model is defined; imported only for --help, or when `all_options` is true.
+        module: the module that defines the pydantic model; imported only for --help, or if `all_options` is true.
         name: name of the pydantic model.
-        all_options: whether every field is an option. The command finds the values, as text, in `context.obj`.
+        all_options: whether every field is an option of the command. The command reads their values, as text, from
+            `context.obj`.
     """
 
     def fields_of() -> dict[str, "FieldInfo"]:
@@ -348,7 +349,7 @@ def score(
     lines = csv_lines if format_ is Format.csv else ndjson_lines
     for text in lines(artifact, table, alpha, explain):
         sys.stdout.write(text)
-        sys.stdout.flush()  # if the reader has closed the pipe, this ends the command; at exit it would print an error
+        sys.stdout.flush()  # a closed pipe ends the command here; without a flush, Python would print an error at exit
 
 
 @app.command(epilog="Examples: elbo calibrate hosts lastweek.csv | elbo calibrate hosts@3 lastweek.csv --alpha 0.01")
@@ -363,8 +364,9 @@ def calibrate(
 ) -> None:
     """Recalibrate a model on recent normal rows, without training.
 
-    Publishes a new version with the same networks, whose p-values come from DATA. If DATA has a column y or label with
-    0 and 1, rows with label 1 are left out. A running server loads the new version by itself.
+    Publishes a new version of the model. The networks are the same, and the p-values are computed from DATA. If DATA
+    has a column y or label with 0 and 1, rows with label 1 are left out. A running server loads the new version by
+    itself.
     """
     from training.publishing.recalibrate import recalibrate
 
@@ -386,7 +388,7 @@ def _load(reference: str, data: str, artifacts: Path) -> "tuple[Artifact, Table]
 
 
 def _artifact_path(reference: str, artifacts: Path) -> Path:
-    """Return the path of an artifact: `reference` itself if it is a path, else that of the model in `artifacts`."""
+    """Return the path of an artifact: `reference` if it is a path, otherwise the path of the model that it names."""
     from models.manifest import FILE_NAME, resolve
 
     path = Path(reference)
@@ -414,7 +416,7 @@ def _option_errors(options: Collection[str]) -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line with `arguments`, by default those of the process."""
+    """Run the command line with `arguments`, by default the arguments of the process."""
     try:
         app(args=arguments, prog_name="elbo")
     except ElboError as error:

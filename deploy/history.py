@@ -13,7 +13,7 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-MAX_POINTS = 11_000  # per series and query; Prometheus refuses more
+MAX_POINTS = 11_000  # maximum number of points per series and query; Prometheus refuses a query for more
 
 
 def query_range(url: str, selector: str, start: float, end: float, step: float) -> list[dict]:

@@ -15,7 +15,7 @@ def main() -> None:
     except ValidationError as error:
         fault = first_fault(error)
         sys.exit(f"elbo: ELBO_{'_'.join(fault.path).upper()}: {fault.message}, got {fault.value!r}")
-    from service.server.run import serve  # imports torch; an invalid setting is reported before that
+    from service.server.run import serve  # slow, because it imports torch; an invalid setting is reported earlier
 
     try:
         serve(settings)

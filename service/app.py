@@ -151,7 +151,7 @@ def _lifespan(
         finally:
             service.draining = True
             await scanning.close()
-            await receiver.close()  # before the batcher closes, because it scores its last rows
+            await receiver.close()  # while the batcher is still open, because it scores the receiver's last rows
             await service.batcher.close()
             await monitor.close()
             await access.close()
@@ -160,7 +160,7 @@ def _lifespan(
 
 
 def _router_of(app: FastAPI) -> ASGIApp:
-    """Return the router of `app` without FastAPI's middleware, with 404 and 405 raised as a ServiceError."""
+    """Return the router of `app`, without FastAPI's middleware. The router raises 404 and 405 as a ServiceError."""
     router = AsyncExitStackMiddleware(app.router)  # FastAPI's route handlers expect its exit stack in the scope
 
     async def route(scope: Scope, receive: Receive, send: Send) -> None:
@@ -182,7 +182,7 @@ def _allowed_methods(app: FastAPI, scope: Scope) -> list[str]:
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """Return the OpenAPI document, with the request bodies, which FastAPI cannot find in the handlers' signatures."""
+    """Return the OpenAPI document, including the schemas that FastAPI cannot find in the handlers' signatures."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         models = [(model, "validation") for model in routes.components()]

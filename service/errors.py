@@ -1,4 +1,4 @@
-"""The errors that the service responds with, as application/problem+json: each has a status, a code and a title.
+"""The error responses of the service, in application/problem+json. Each error has a status, a code and a title.
 
 ElboError (models.errors)
 └── ServiceError
@@ -82,13 +82,13 @@ class NotFound(ServiceError):
 
 
 class ModelNotFound(ServiceError):
-    """The model or version is not served; `expected` lists the ones that are."""
+    """The model or the version is not served; `expected` lists what is served."""
 
     status, code, title = 404, "model_not_found", "No such model"
 
 
 class NotShown(ServiceError):
-    """The artifact has no such exhibit: the model was trained with --private, or by an earlier version of Elbo."""
+    """The exhibit is not in the artifact: the model was trained with --private, or by an earlier version of Elbo."""
 
     status, code, title = 404, "not_shown", "Not in the artifact"
 
@@ -100,7 +100,7 @@ class MethodNotAllowed(ServiceError):
 
 
 class NotAcceptable(ServiceError):
-    """The Accept header excludes every format that this endpoint can respond with for this model."""
+    """The Accept header allows none of the response formats that this endpoint supports for this model."""
 
     status, code, title = 406, "not_acceptable", "No acceptable format"
 
@@ -124,7 +124,7 @@ class TooManyRows(ServiceError):
 
 
 class UnsupportedMediaType(ServiceError):
-    """The Content-Type is not one that this endpoint reads; `expected` lists those."""
+    """The endpoint does not read bodies with this Content-Type; `expected` lists the types that it reads."""
 
     status, code, title = 415, "unsupported_media_type", "Unsupported media type"
 
@@ -136,13 +136,13 @@ class InvalidJson(ServiceError):
 
 
 class InvalidNpy(ServiceError):
-    """The body is not an npy file of real numbers, or it is truncated."""
+    """The body is not an npy file of real numbers, or the file is truncated."""
 
     status, code, title = 422, "invalid_npy", "Invalid npy"
 
 
 class InvalidSafetensors(ServiceError):
-    """The body is not a safetensors file with one tensor of real numbers under the right name, or it is truncated."""
+    """The body is not a safetensors file with one real-valued tensor of the right name, or the file is truncated."""
 
     status, code, title = 422, "invalid_safetensors", "Invalid safetensors"
 
@@ -154,7 +154,7 @@ class InvalidCsv(ServiceError):
 
 
 class InvalidEncoding(ServiceError):
-    """The body is not compressed as its Content-Encoding states, or it is truncated."""
+    """The body is not compressed as the Content-Encoding header states, or the body is truncated."""
 
     status, code, title = 422, "invalid_encoding", "Invalid encoding"
 
@@ -206,7 +206,7 @@ class NotReady(ServiceError):
 
 
 class DeadlineExceeded(ServiceError):
-    """The response was not ready within the X-Request-Timeout header or ELBO_REQUEST_TIMEOUT."""
+    """The response was not ready within the time limit: the X-Request-Timeout header, or else ELBO_REQUEST_TIMEOUT."""
 
     status, code, title = 504, "deadline_exceeded", "Deadline exceeded"
 

@@ -1,6 +1,6 @@
-"""Schemas of request bodies and responses: they validate requests and describe both in the OpenAPI document.
+"""Schemas of request bodies and responses. They validate requests, and they are part of the OpenAPI document.
 
-Arrays have the type `Any`, so that pydantic does not visit every number; `service.codec` reads and writes them.
+Arrays have the type `Any`, so that pydantic does not visit every number. `service.codec` reads and writes arrays.
 """
 
 from typing import Annotated, Any, Literal
@@ -41,7 +41,7 @@ Seed = Annotated[
 
 
 class Body(BaseModel):
-    """Base of all request bodies. Strict: a quoted number is not a number, and unknown fields are refused."""
+    """Base class of all request bodies. Validation is strict: numbers in quotes and unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -106,7 +106,10 @@ class InterpolateBody(Body):
 
 
 class AnomalyBody(Body):
-    """Rows to score, in exactly one of `inputs`, `records` and `metrics`, and how to decide which are anomalous."""
+    """Rows to score, and options that determine which rows are anomalous.
+
+    The rows are in exactly one of the fields `inputs`, `records` and `metrics`.
+    """
 
     inputs: Rows = Field(None, description="N rows in raw units")
     records: Records = Field(
@@ -190,14 +193,14 @@ class ReconstructAnswer(DecodeAnswer):
 
 
 class InterpolateAnswer(DecodeAnswer):
-    """Rows on the path, and their latents."""
+    """The decoded rows along the path, and the latents of these rows."""
 
     latents: Vectors = Field(description="[N, K]")
     imputed: int | None = Field(None, description=_IMPUTED)
 
 
 class SampleAnswer(DecodeAnswer):
-    """New rows, their latents, and the seed that reproduces them."""
+    """New rows, the latents of these rows, and the seed with which the same rows can be sampled again."""
 
     latents: Vectors = Field(description="[N, K]")
     seed: int = Field(description="send this seed to get the same samples again")
@@ -250,7 +253,7 @@ class RowProblem(BaseModel):
 
 
 class Calibration(BaseModel):
-    """The calibration set, from which p-values are computed."""
+    """The calibration set. P-values are computed from the scores of its rows."""
 
     rows: int = Field(description="rows in the calibration set; none of them trained the model")
     floor: float = Field(description="smallest possible p-value: 1 / (rows + 1)")
@@ -387,7 +390,7 @@ class ModelDetail(ModelSummary):
 
 
 class HeldOut(ModelAnswer):
-    """The held-out rows in the artifact, and their latents."""
+    """The held-out rows in the artifact, and the latents of these rows."""
 
     rows: int = Field(description="number of held-out rows; the artifact has the latents of at most 2,000 of them")
     labels: list[int] | None = Field(
@@ -399,7 +402,7 @@ class HeldOut(ModelAnswer):
 
 
 class CalibrationScores(ModelAnswer):
-    """The scores of the calibration set, with which the score of a new row is compared."""
+    """The scores of the calibration set. The score of a new row is compared with these scores."""
 
     rows: int = Field(description="rows in the calibration set")
     scores: Vector = Field(description="in ascending order; of more than 2,000 scores, 2,000 evenly spaced ones")

@@ -1,4 +1,4 @@
-"""All settings of the service, each listed once with its default, its bounds and its meaning."""
+"""The table of all settings of the service: the default, the bounds and the meaning of each setting."""
 
 from pathlib import Path
 from typing import Literal
@@ -9,7 +9,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
 class Settings(BaseSettings):
-    """The settings, read once from the environment variables ELBO_* when an object is created."""
+    """The settings. They are read from the environment variables ELBO_* when the object is created."""
 
     model_config = SettingsConfigDict(env_prefix="ELBO_", frozen=True, extra="forbid")
 

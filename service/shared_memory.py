@@ -1,4 +1,4 @@
-"""Numbers in memory that all server processes share: each process writes its own segment, and reads the sums of all.
+"""Numbers in shared memory. Each server process writes to its own segment, and reads the sums over all segments.
 
 No lock is needed, because no two processes write to the same segment. A segment outlives its process: the replacement
 of a killed worker continues with the same numbers, so a sum of counters never falls. The supervisor imports this module
@@ -12,8 +12,8 @@ import struct
 from collections import defaultdict
 from typing import NamedTuple, Protocol
 
-SEGMENT_BYTES = 16 * 2**20  # about 20,000 histograms; the kernel allocates only the pages that are written
-_ENTRY_HEADER = struct.Struct("<IIQ")  # bytes of the key, length of the array, whether it is transient
+SEGMENT_BYTES = 16 * 2**20  # room for about 20,000 histograms; the kernel allocates only the pages that are written
+_ENTRY_HEADER = struct.Struct("<IIQ")  # size of the key in bytes, length of the array, whether the array is transient
 _USED_BYTES = struct.Struct("<Q")  # at the start of a segment: the total size of its entries
 _FLOAT_BYTES = 8
 
@@ -31,7 +31,7 @@ class SharedNumber(Protocol):
 
 
 class Entry(NamedTuple):
-    """An array of numbers in a segment. If it is transient, it is meaningless once its process has ended."""
+    """An array of numbers in a segment. A transient array has no meaning once the process has ended."""
 
     values: "memoryview[float]"
     transient: bool
@@ -104,7 +104,7 @@ class Segment:
             return
         _ENTRY_HEADER.pack_into(self._bytes, start, len(encoded_key), length, transient)
         self._bytes[key_start : key_start + len(encoded_key)] = encoded_key
-        # Other processes read as many bytes as this number states, so it is written last.
+        # This number is written last, because other processes read as many bytes of entries as it states.
         _USED_BYTES.pack_into(self._bytes, 0, end - _USED_BYTES.size)
 
 
@@ -133,11 +133,11 @@ class SharedCounters:
 
 
 class SharedDecisions:
-    """Choices that all processes share: before a process chooses, it reads what the other processes chose.
+    """Choices that all processes share. Before a process chooses, it reads what the other processes have chosen.
 
     Args:
         counters: the counters of all processes.
-        family: the name under which the choices are stored; no metric may have it.
+        family: the name under which the choices are stored; no metric may have this name.
         choices: the possible choices.
     """
 

@@ -1,8 +1,8 @@
-"""Streamed anomaly scoring: NDJSON in, NDJSON out, one verdict per line, in constant memory for any number of rows.
+"""Streamed anomaly scoring: each NDJSON line of the request is a row, and each line of the response is a verdict.
 
-The rows in one piece of the body, at most 64 KiB, are scored and their verdicts sent before the next piece is
-read. The server therefore stops reading the request while the client does not read the response, and stops scoring when
-the client disconnects.
+Memory use does not grow with the number of rows. The body is read in pieces of at most 64 KiB. The rows of one piece
+are scored, and their verdicts are sent, before the next piece is read. The server therefore stops reading the request
+while the client does not read the response, and stops scoring when the client disconnects.
 """
 
 from collections.abc import AsyncIterator
@@ -22,8 +22,9 @@ from service.http.request import HttpResponse, RequestContext
 from service.inference.served_model import ServedModel
 from service.schemas import AnomalyBody
 
-MAX_LINE_BYTES = 2**20  # unless the model has so many features that MAX_NUMBER_BYTES for each is more
-MAX_NUMBER_BYTES = 32  # a JSON number and its comma
+# The maximum length of a line is MAX_LINE_BYTES, or MAX_NUMBER_BYTES per feature of the model if that is more.
+MAX_LINE_BYTES = 2**20
+MAX_NUMBER_BYTES = 32  # space for a JSON number and its comma
 
 
 def is_requested(request: RequestContext) -> bool:
@@ -35,7 +36,7 @@ def is_requested(request: RequestContext) -> bool:
 
 
 class AnomalyStream:
-    """One request whose rows are scored as they arrive. Raises a ServiceError if its query or headers are invalid."""
+    """A request whose rows are scored as they arrive. An invalid query or header raises a ServiceError at once."""
 
     def __init__(self, service: ServiceContext, request: RequestContext) -> None:
         self._service = service
@@ -64,7 +65,7 @@ class AnomalyStream:
         return HttpResponse(self._lines(), ndjson.MEDIA_TYPE.encode(), self._served.headers)
 
     async def _lines(self) -> AsyncIterator[bytes]:
-        """Yield one line per row, in order; the last line has the counts, or the error that ended the stream."""
+        """Yield the lines of the rows, in order. The last line has the counts, or the error that ended the stream."""
         max_line_bytes = max(MAX_LINE_BYTES, MAX_NUMBER_BYTES * self._served.row_schema.width)
         splitter = ndjson.LineSplitter(max_line_bytes)
         try:
@@ -122,9 +123,10 @@ class AnomalyStream:
 def _response_lines(
     served: ServedModel, body: AnomalyBody, input_rows: InputRows, verdicts: Verdicts | None, first_row: int
 ) -> bytes:
-    """Return results and errors, one per line, in the order of their rows.
+    """Return one line per row, with the result or the error of that row, in the order of the rows.
 
-    `first_row` is the index in the stream of the first row, which has the index 0 in the verdicts.
+    If `detail` is "none", there are no lines. `verdicts` numbers the rows from 0; `first_row` is the number of row 0 in
+    the whole stream.
     """
     if body.detail == "none":
         return b""

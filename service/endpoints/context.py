@@ -13,7 +13,7 @@ from service.settings import Settings
 
 @dataclass
 class ServiceContext:
-    """The components of one application. `draining` is true from the moment that shutdown begins."""
+    """The components of one application. `draining` becomes true when the server begins to shut down."""
 
     settings: Settings
     registry: ModelRegistry
@@ -27,7 +27,7 @@ class ServiceContext:
         return self.registry.catalogue.find(reference)
 
     def require_ready(self) -> None:
-        """Raise NotReady while no model is served and during shutdown."""
+        """Raise NotReady if no model is served, or if the server is shutting down."""
         if self.draining:
             raise NotReady("the server is shutting down")
         self.find(None)

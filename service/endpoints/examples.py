@@ -7,7 +7,7 @@ import orjson
 from service.codec import csv_rows, ndjson
 from service.schemas import AnomalyBody, Body, DecodeBody, EncodeBody, InterpolateBody, ReconstructBody, SampleBody
 
-# Two digits: each character is a grey value from 0 to 9, each string a line of the image.
+# Images of two digits. Each string is a line of pixels, and each character is the grey value of a pixel, from 0 to 9.
 ZERO = ("00598100", "03920930", "06600650", "08400580", "08400580", "06600740", "02930910", "00598200")
 ONE = ("00028400", "00088500", "00498500", "05998500", "00088500", "00088500", "00088500", "00048600")
 
@@ -107,7 +107,7 @@ CSV_EXAMPLE = "\n".join(
     (",".join(f'"{name}"' for name in _record(ONE)), ",".join(str(value) for value in _record(ONE).values()))
 )
 
-# OpenAPI content of text formats by media type.
+# The OpenAPI descriptions of request bodies in text formats, by media type.
 TEXTS: dict[str, dict[str, Any]] = {
     **{media_type: {"schema": {"type": "string"}, "example": NDJSON_EXAMPLE} for media_type in ndjson.MEDIA_TYPES},
     csv_rows.MEDIA_TYPE: {"schema": {"type": "string"}, "example": CSV_EXAMPLE},

@@ -28,8 +28,9 @@ from service.inference.served_model import ServedModel
 from service.schemas import AnomalyBody, DecodeBody, EncodeBody, End, InterpolateBody, ReconstructBody, SampleBody
 
 Array = npt.NDArray[np.float32]
-MAX_STRIP_STEPS = 32  # up to this many steps, the image of an interpolation is a single row of tiles
-FLOOR_TOLERANCE = 1e-6  # relative; without it, rounding could put an alpha of 0.005 below the floor 1 / 200
+MAX_STRIP_STEPS = 32  # an image of at most this many interpolation steps is a single row of tiles
+# Relative tolerance. Without it, rounding could make an alpha of 0.005 smaller than a floor of 1 / 200.
+FLOOR_TOLERANCE = 1e-6
 
 
 class InferenceEndpoints:
@@ -40,7 +41,7 @@ class InferenceEndpoints:
         self._noise = NoiseSource()
 
     async def encode(self, request: RequestContext) -> HttpResponse:
-        """Encode rows: return the mean of the posterior, or a sample from it, and its standard deviation."""
+        """Encode rows: return the posterior mean or a posterior sample, and the posterior standard deviation."""
         parsed = await parse_request(self._service, request, ENCODE)
         mean, std = await run_operation(self._service, parsed, operations.ENCODE, parsed.inputs)
         imputed = _imputed(parsed.served, parsed.inputs)
@@ -58,7 +59,7 @@ class InferenceEndpoints:
         return await render_response(parsed, {"outputs": outputs}, outputs)
 
     async def reconstruct(self, request: RequestContext) -> HttpResponse:
-        """Encode and decode rows; return the reconstructions and their mean squared errors."""
+        """Encode and decode rows; return the reconstructions, and the mean squared error per row."""
         parsed = await parse_request(self._service, request, RECONSTRUCT)
         operation = operations.reconstruct(parsed.served.row_schema.allows_missing)
         outputs, errors = await run_operation(self._service, parsed, operation, parsed.inputs)
@@ -117,7 +118,7 @@ class InferenceEndpoints:
 
 
 def _row_reader(field: str, schema_of: Callable[[ServedModel], RowSchema]) -> Callable[[ServedModel, Any, bool], Array]:
-    """Return a function that reads the rows in `field` as float32 [B, ...] and raises an error if any is invalid."""
+    """Return a function that reads the rows in `field` as float32 [B, ...]. It raises an error if a row is invalid."""
     pointer = f"/{field}"
 
     def read(served: ServedModel, body: Any, may_contain_non_floats: bool) -> Array:
@@ -207,7 +208,7 @@ def _anomaly_fields(parsed: ParsedRequest[AnomalyBody, InputRows], verdicts: Ver
 
 
 def _imputed(served: ServedModel, *rows: Array) -> dict[str, int]:
-    """Return the field `imputed`, the number of missing values in `rows`, each [N, D]; empty if none is missing."""
+    """Return {"imputed": number of missing values in the arrays `rows`, each [N, D]}, or {} if no value is missing."""
     count = sum(int(np.isnan(x).sum()) for x in rows) if served.row_schema.allows_missing else 0
     return {"imputed": count} if count else {}
 

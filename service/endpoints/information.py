@@ -33,7 +33,7 @@ class InformationEndpoints:
         self._page = (STATIC / "index.html").read_bytes()
 
     async def models(self, _: Request) -> Response:
-        """List every loaded version, and the versions that failed to load."""
+        """List the model versions that are loaded, and the model versions that failed to load."""
         catalogue = self._service.registry.catalogue
         models = [
             describe(served)
@@ -44,16 +44,16 @@ class InformationEndpoints:
         return _json({"default": catalogue.default, "models": models, "failures": failures})
 
     async def model(self, request: Request) -> Response:
-        """Describe one version: its features, its training data and the history of its training."""
+        """Describe one model version: the features, the training data and the history of the training run."""
         served = self._find(request)
         return _json({**describe(served), **served.manifest.model_dump(include=DETAIL_FIELDS)})
 
     async def held_out(self, request: Request) -> Response:
-        """Return the latents and labels of held-out rows, and the first of these rows."""
+        """Return the latents and labels of held-out rows, and the values of the first few of these rows."""
         return self._json_exhibit(request, HELD_OUT)
 
     async def calibration(self, request: Request) -> Response:
-        """Return the calibration scores, from which p-values and thresholds are computed, in ascending order."""
+        """Return the calibration scores in ascending order. P-values and thresholds are computed from these scores."""
         return self._json_exhibit(request, CALIBRATION)
 
     async def card(self, request: Request) -> Response:
@@ -83,7 +83,10 @@ class InformationEndpoints:
         return self._service.find(request.path_params["reference"])
 
     def _json_exhibit(self, request: Request, name: str) -> Response:
-        """Return a JSON exhibit of the artifact unparsed, with the model's name and version as its first fields."""
+        """Return a JSON exhibit of the artifact, with the model's name and version inserted as the first fields.
+
+        The JSON text itself is not parsed.
+        """
         served, content = self._exhibit(request, name)
         head = orjson.dumps({"model": served.name, "version": served.version})
         return Response(head[:-1] + b"," + content[1:], media_type=JSON)

@@ -1,8 +1,8 @@
 """Decide whether CPU work for one request runs in the event loop or in another thread.
 
-While the event loop parses or writes a body, every other request waits. But for a small body, handing the work to a
-thread takes longer than the work. Callers therefore estimate the cost of their work, and only long work moves to a
-thread.
+While the event loop parses or writes a body, every other request waits. If the body is small, however, it takes longer
+to hand the work to a thread than to do the work. Callers therefore estimate how long their work takes, and only work
+that takes long runs in another thread.
 """
 
 import asyncio
@@ -11,17 +11,17 @@ from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
-MAX_LOOP_NS = 2_000_000  # how long one request may block the event loop
+MAX_LOOP_NS = 2_000_000  # maximum time for which one request may block the event loop, in nanoseconds
 
-# Estimated nanoseconds per unit of work.
-JSON_BYTE = 4  # parse JSON: 512 KiB take about 2 ms
-ARRAY_BYTE = JSON_BYTE / 8  # read or write npy and safetensors, whose bytes are copied as they are
-NUMBER = 10 * JSON_BYTE  # write a number as JSON, which takes about 10 characters, or as pixels
-VERDICT = 400 * JSON_BYTE  # build and write the result of one row
-RECORD_BYTE = 8 * JSON_BYTE  # parse NDJSON
-RECORD_VALUE = 8 * JSON_BYTE  # assign a value of a record to its feature
-SNAPPY_BYTE = 16 * JSON_BYTE  # decompress and parse remote-write samples
-GZIP_BODY = math.inf  # the size of the decompressed body is not known in advance
+# Estimated times in nanoseconds.
+JSON_BYTE = 4  # time to parse one byte of JSON; 512 KiB take about 2 ms
+ARRAY_BYTE = JSON_BYTE / 8  # time to read or write one byte of npy or safetensors, by copying it
+NUMBER = 10 * JSON_BYTE  # time to write one number, as about 10 characters of JSON or as pixels
+VERDICT = 400 * JSON_BYTE  # time to build and write the result of one row
+RECORD_BYTE = 8 * JSON_BYTE  # time to parse one byte of NDJSON
+RECORD_VALUE = 8 * JSON_BYTE  # time to assign one value of a record to its feature
+SNAPPY_BYTE = 16 * JSON_BYTE  # time to decompress and parse one byte of a remote-write body
+GZIP_BODY = math.inf  # time to decompress and parse a gzip body; unknown, because the decompressed size is unknown
 
 
 async def run_in_thread_if_long(work: Callable[[], T], estimated_ns: float) -> T:

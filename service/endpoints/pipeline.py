@@ -45,10 +45,10 @@ class RequestSpec(Generic[B, T]):
         schema: the schema of the fields.
         read: reads the model's inputs from the fields. Its arguments are the model, the fields, and whether the JSON
             arrays may contain booleans, NaN or infinity.
-        row_fields: fields that hold rows, at most ELBO_MAX_ROWS each.
-        count_field: the field with the number of rows to generate, at most ELBO_MAX_ROWS.
-        array_field: the field that holds the array of an npy or safetensors body; None refuses these media types.
-        readers: parsers of the body for further media types.
+        row_fields: the fields that hold rows. Each may hold at most ELBO_MAX_ROWS rows.
+        count_field: the field that is the number of rows to generate. It may be at most ELBO_MAX_ROWS.
+        array_field: the field that holds the array of an npy or safetensors body; if None, such a body is refused.
+        readers: functions that parse bodies of other media types, by media type.
         png_output: whether the response of an image model can be image/png.
     """
 
@@ -67,7 +67,7 @@ class ParsedRequest(Generic[B, T]):
 
     Args:
         request: the HTTP request.
-        record: what metrics and the access log keep of it.
+        record: what metrics and the access log keep of the request.
         served: the model that computes the response.
         media_type: the media type of the response.
         deadline: when the request times out, on the `perf_counter` clock.
@@ -117,17 +117,18 @@ async def parse_request(
 
 
 async def _admit(service: ServiceContext, request: RequestContext, compressed: bool, deadline: float) -> bytes:
-    """Return the request body, once admission control lets the request run.
+    """Read the request body, wait for a work slot, and return the body.
 
     Raises:
-        Overloaded: the request is refused; if the queue is full, before its body is read.
+        Overloaded: admission control refuses the request. If the queue is full, the body is not read.
         DeadlineExceeded: the request timed out in the queue.
         BodyTooLarge, BodyTooSlow, ClientDisconnect: see `RequestContext.body`.
     """
     ticket = request.ticket
     service.admission.check(rows=1, is_queued=ticket.is_queued)
     body = await request.body()
-    if compressed:  # gzip ends with the size of its content modulo 2^32; a false size is an error in decompression
+    if compressed:
+        # The last 4 bytes of gzip data are the decompressed size modulo 2^32. If they are wrong, decompression fails.
         ticket.hold(min(int.from_bytes(body[-4:], "little"), request.max_body_bytes))
     ticket.acquire()
     await ticket.start(deadline)
@@ -154,7 +155,7 @@ def _deadline(service: ServiceContext, request: RequestContext) -> float:
 
 
 def _require_row_limit(spec: RequestSpec[Any, Any], body: Body, limit: int) -> None:
-    """Raise TooManyRows or InvalidField if a request sends or requests more than `limit` rows."""
+    """Raise TooManyRows if the request has more than `limit` rows, InvalidField if its response would have more."""
     for name in spec.row_fields:
         rows = getattr(body, name)
         has_length = isinstance(rows, list) or (isinstance(rows, np.ndarray) and rows.ndim)
@@ -207,7 +208,8 @@ async def render_response(
 
     Args:
         parsed: the request.
-        fields: the fields of a JSON response; a safetensors response has its arrays, and its integers as metadata.
+        fields: the fields of a JSON response. A safetensors response contains the arrays among them as tensors, and the
+            integers as metadata.
         main: the array of an npy or image/png response.
         columns: tiles per line of the image; by default the image is about square.
         allow_nan: whether an npy or safetensors response may contain NaN, which marks rows without a verdict.
@@ -247,7 +249,7 @@ async def render_response(
 class _DisconnectWatch:
     """Cancels the current task when the client disconnects.
 
-    It starts only if a request waits long, so that most requests avoid the cost of a second task.
+    The watch starts only if a request waits long, so that most requests avoid the cost of a second task.
     """
 
     def __init__(self, request: RequestContext) -> None:

@@ -23,11 +23,11 @@ from service.inference.served_model import ServedModel
 from service.monitoring.periodic import PeriodicTask
 from service.schemas import AnomalyBody
 
-POLL_SECONDS = 1.0  # between two checks for rows that have waited long enough for more samples
-MAX_WAITING_ROWS = 20_000  # while more rows wait to be scored, requests are refused
-MAX_LOGGED_ROWS = 5  # most anomalous rows that are logged each time rows are scored
-LOGGED_FEATURES = 3  # features per logged row
-TIME, GROUP = "\0time", "\0group"  # record keys that cannot be the name of a feature
+POLL_SECONDS = 1.0  # interval between two checks for rows that have waited long enough for their missing samples
+MAX_WAITING_ROWS = 20_000  # maximum number of rows that wait to be scored; above it, requests are refused
+MAX_LOGGED_ROWS = 5  # maximum number of anomalous rows to log each time that rows are scored
+LOGGED_FEATURES = 3  # number of features to log per anomalous row
+TIME, GROUP = "\0time", "\0group"  # keys of the time and the group in a record; no feature can have such a name
 
 log = logging.getLogger("elbo.receiver")
 
@@ -50,7 +50,10 @@ class _MappedModel:
 
 
 class RemoteWriteEndpoint:
-    """The remote-write endpoint: scores each row once its samples are complete or it has waited long enough."""
+    """The remote-write endpoint: assembles samples into rows, and scores the rows.
+
+    A row is scored when all its samples have arrived, or when it has waited long enough for the missing samples.
+    """
 
     def __init__(self, service: ServiceContext, mappings: dict[str | None, SeriesMapping]) -> None:
         self._service = service
@@ -93,10 +96,10 @@ class RemoteWriteEndpoint:
         await self._polling.close()
 
     def _aligners_of_served_models(self) -> list[SampleAligner]:
-        """Return the aligner of every mapped model that is served.
+        """Return the aligners of the mapped models that are served.
 
         Raises:
-            NotReady: if none is served; Prometheus then retries.
+            NotReady: if no mapped model is served. Prometheus then retries.
         """
         not_served: list[str] = []
         for model in self._models:
@@ -119,7 +122,7 @@ class RemoteWriteEndpoint:
         return [model.aligner for model in self._models if model.served and model.aligner]
 
     async def _score_due(self, everything: bool = False) -> None:
-        """Score the rows that are due, or all rows. The lock keeps the rows of a group in the order of time."""
+        """Score the rows that are due, or all rows if `everything`. The lock keeps each group's rows in time order."""
         async with self._lock:
             for model in self._models:
                 if model.served and model.aligner:
@@ -153,12 +156,12 @@ def _record(row: AlignedRow) -> dict[str, Any]:
 
 
 def _retry_later(detail: str) -> NotReady:
-    """Return an error with status 503, after which Prometheus retries; after a 429 it would drop the samples."""
+    """Return an error with status 503. Prometheus retries after status 503, but drops the samples after status 429."""
     return NotReady(detail, hint="Prometheus retries by itself", headers={"Retry-After": "1"})
 
 
 def _log_anomalies(served: ServedModel, verdicts: Verdicts | None) -> None:
-    """Log the first anomalous rows: a remote-write response cannot carry verdicts."""
+    """Log the first few anomalous rows, because a remote-write response cannot contain verdicts."""
     if verdicts is None or True not in verdicts.is_anomaly:
         return
     scored, _ = results_and_errors(verdicts, LOGGED_FEATURES, served.row_schema.names, served.manifest.parts)

@@ -1,4 +1,4 @@
-"""All endpoints, each listed once: its path, its handler, and what the OpenAPI document says about it."""
+"""The table of all endpoints: the path, the handler and the OpenAPI description of each endpoint."""
 
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
@@ -61,8 +61,8 @@ class Endpoint:
         errors: statuses of its error responses.
         response: schema of a JSON response.
         media_type: media type of a response without a schema.
-        spec: the request, for endpoints that run a model.
-        reads: media types of a request body that has no schema.
+        spec: the request that an endpoint accepts; None for an endpoint that does not run a model.
+        reads: media types of the request body, for an endpoint whose request body has no schema.
     """
 
     path: str
@@ -104,7 +104,7 @@ def endpoints(service: ServiceContext, receiver: RemoteWriteEndpoint) -> list[En
 
 
 def handlers(found: Iterable[Endpoint]) -> dict[str, Handler]:
-    """Return the handlers of the POST endpoints by path: `RequestMiddleware` calls them, not FastAPI."""
+    """Return the handlers of the POST endpoints by path. `RequestMiddleware` calls these handlers; FastAPI does not."""
     return {endpoint.path: endpoint.handler for endpoint in found if endpoint.method == "POST"}
 
 
@@ -136,7 +136,7 @@ async def _documented_only() -> None:
 
 
 def _handler_with_label(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
-    """Return the handler of a GET endpoint, which also sets the endpoint label of the request's metrics."""
+    """Return a function that sets the endpoint label of a request's metrics, then calls the endpoint's handler."""
 
     async def handle(request: Request) -> Response:
         request_of(request.scope).record.endpoint = endpoint.path
@@ -194,5 +194,5 @@ def _request(endpoint: Endpoint) -> dict[str, Any] | None:
 
 
 def components() -> list[type[BaseModel]]:
-    """Return the schemas that the document refers to by name and FastAPI cannot find in a handler's signature."""
+    """Return the schemas that the OpenAPI document names, but that FastAPI cannot find in the handlers' signatures."""
     return [Problem, *EXAMPLES]

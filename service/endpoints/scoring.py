@@ -17,7 +17,7 @@ from service.inference.served_model import ServedModel
 from service.schemas import AnomalyBody
 
 Array = npt.NDArray[np.float32]
-RETRY_SECONDS = 0.02  # between two attempts to queue rows while the queue is full
+RETRY_SECONDS = 0.02  # pause between two attempts to queue rows, if the queue is full
 
 
 async def score_rows(
@@ -47,11 +47,11 @@ async def score_rows(
 async def run_when_free(
     service: ServiceContext, served: ServedModel, operation: Operation, *inputs: Array
 ) -> tuple[Array, ...]:
-    """Run `operation`; while the queue is full, try again for at most ELBO_REQUEST_TIMEOUT.
+    """Run `operation`. If the queue is full, try again until ELBO_REQUEST_TIMEOUT has passed.
 
     Raises:
-        Overloaded: if the queue is still full at the end of that time.
-        DeadlineExceeded: if the rows were queued but the model did not finish in that time.
+        Overloaded: the queue was still full when ELBO_REQUEST_TIMEOUT had passed.
+        DeadlineExceeded: the rows were queued, but the model did not finish within ELBO_REQUEST_TIMEOUT.
     """
     deadline = perf_counter() + service.settings.request_timeout
     while True:

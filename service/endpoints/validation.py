@@ -1,4 +1,4 @@
-"""Validate request fields from the body and the query against a schema, with errors that say what to change."""
+"""Validate the fields of a request, from its body and its query, against a schema."""
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -15,10 +15,10 @@ B = TypeVar("B", bound=Body)
 
 
 def merge(fields: dict[str, Any], query: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the fields of the body and the query together.
+    """Return the fields of the body and of the query in one dictionary.
 
     Raises:
-        InvalidField: if a field is in both, or twice in the query.
+        InvalidField: if a field is in the body and in the query, or twice in the query.
     """
     merged = dict(fields)
     for name, value in query:

@@ -1,6 +1,7 @@
-"""Admission control: decides which requests the server accepts; the others get 429.
+"""Admission control: decide which requests the server accepts. Refused requests get status 429.
 
-`protocol.py` checks a request as soon as its head is complete, and `refusal.py` writes the bytes of that early 429.
+`protocol.py` checks a request as soon as its head is complete. If the request is refused at that point, `refusal.py`
+writes the response.
 """
 
 import asyncio
@@ -13,15 +14,15 @@ from service.inference.backlog import Backlog
 from service.inference.batcher import Batcher
 from service.shared_memory import SharedNumber
 
-WORK_SLOTS = 64  # requests processed at once, few enough that a pass of the event loop takes a few milliseconds
+WORK_SLOTS = 64  # maximum number of requests processed at once; it keeps a pass of the event loop to a few ms
 MAX_RETRY_AFTER = 60  # seconds
 TICKET = "elbo.ticket"  # key of a request's ticket in its ASGI scope
 
 
 class Refusal(NamedTuple):
-    """The reason why a request is refused, and the seconds after which the client should send it again.
+    """The reason why a request is refused, and the number of seconds after which the client should send it again.
 
-    The seconds are the only number that varies, so that `HeadRefusal` can cache responses.
+    Refusals for the same reason differ only in these seconds, so `HeadRefusal` can cache the responses.
     """
 
     detail: str
@@ -41,18 +42,20 @@ class Refusal(NamedTuple):
 class AdmissionControl:
     """The admission control of one process.
 
-    A request is refused when its rows would bring the pending rows above `max_rows`, when its body would bring the
-    request bodies in memory above `max_held_bytes`, or when the work ahead of it is expected to take longer than
-    `max_wait` seconds.
+    A request is refused in three cases:
 
-    The expected wait is the longer one of two estimates, from the requests and from the rows ahead, because either JSON
-    or the model may be the slower part. Both estimates use the most recently measured rate.
+    - Its rows would raise the number of pending rows above `max_rows`.
+    - Its body would raise the size of all request bodies in memory above `max_held_bytes`.
+    - Its expected wait is longer than `max_wait` seconds.
+
+    The expected wait is estimated twice: from the requests ahead, and from the rows ahead. The longer estimate is used,
+    because either JSON or the model may be the slower part. Both estimates use recently measured rates.
 
     Args:
         batcher: reports the pending rows and how long they are expected to take.
         max_rows: maximum number of pending rows (ELBO_QUEUE_ROWS).
-        max_wait: longest expected wait in seconds (ELBO_QUEUE_SECONDS).
-        max_held_bytes: most bytes of request bodies in memory (ELBO_HELD_BYTES).
+        max_wait: maximum expected wait in seconds (ELBO_QUEUE_SECONDS).
+        max_held_bytes: maximum number of bytes of request bodies in memory (ELBO_HELD_BYTES).
         exported_bytes: its first number is set to the bytes of request bodies in memory, for metrics.
 
     Attributes:
@@ -89,7 +92,7 @@ class AdmissionControl:
         Args:
             rows: rows to be queued; 0 if only the body is to be checked.
             body_bytes: bytes of a body to be held in memory.
-            is_queued: whether the request already holds a place in the queue, so that only rows are ahead of it.
+            is_queued: whether the request already holds a place in the queue. Then only the rows ahead of it count.
         """
         if rows:
             excess = self._batcher.pending_rows + rows - self._max_rows
@@ -132,8 +135,8 @@ class AdmissionControl:
 class Ticket:
     """The resources of one request: a place in the queue, a work slot, and the memory of its body.
 
-    A request takes its place in the queue when its last byte has arrived, and returns it when its response is ready, so
-    that slow uploads and downloads delay no other request.
+    A request holds a place in the queue from the arrival of its last byte until its response is ready. Slow uploads and
+    downloads therefore delay no other request.
     """
 
     __slots__ = ("_admission", "_has_slot", "_is_released", "held_bytes", "is_queued")
@@ -155,7 +158,7 @@ class Ticket:
         """Wait for a work slot.
 
         Args:
-            deadline: when the request times out, on the `perf_counter` clock.
+            deadline: the time at which the request times out, on the `perf_counter` clock.
 
         Raises:
             DeadlineExceeded: no slot became free in time.
@@ -184,7 +187,7 @@ class Ticket:
             self._admission.work_slots.release()
 
     def hold(self, size: int) -> None:
-        """Count `size` more bytes of the body as held in memory. Raises Overloaded."""
+        """Count `size` more bytes of the body as held in memory. Raises Overloaded if there is no room for them."""
         self._admission.hold_bytes(size)
         self.held_bytes += size
 

@@ -18,7 +18,7 @@ MAX_HEAD = 64 * 1024  # bytes
 
 
 class Protocol(HttpToolsProtocol):
-    """One connection.
+    """One HTTP connection.
 
     Args:
         admission: decides which requests are accepted.
@@ -27,12 +27,12 @@ class Protocol(HttpToolsProtocol):
         options: uvicorn's own arguments.
 
     Attributes:
-        head_since: when the connection began to wait for the end of a head (`perf_counter`); None once the head is
-            complete, until the next one begins.
+        head_since: the time at which the connection began to wait for the end of a head, on the `perf_counter` clock;
+            None from the end of a head until the next head begins.
     """
 
     head_since: float | None = None
-    _head_bytes = 0  # bytes of the head so far
+    _head_bytes = 0  # number of bytes of the incomplete head that have arrived
     _is_refused = False  # whether the request whose body arrives now is refused
     _ticket: Ticket | None = None  # ticket of the request whose body arrives now
 
@@ -83,7 +83,7 @@ class Protocol(HttpToolsProtocol):
             return
         cycle: Any = self.cycle
         if not cycle.body:
-            cycle.body = b""  # b"" + body is `body` itself; uvicorn's bytearray would copy it twice
+            cycle.body = b""  # b"" + body does not copy the body; uvicorn's bytearray would copy it twice
         elif type(cycle.body) is bytes:
             cycle.body = bytearray(cycle.body)  # adding many small pieces to bytes would copy the body each time
         super().on_body(body)
@@ -106,7 +106,7 @@ class Protocol(HttpToolsProtocol):
     def _may_refuse(self) -> bool:
         """Return whether the request is under admission control and the response can be written now.
 
-        A stream of rows is not refused: the server reads it as slowly as the queue permits.
+        A request that streams rows is not refused, because the server reads its rows only as fast as the queue permits.
         """
         cycle: Any = self.cycle  # None before the first request
         if (cycle and not cycle.response_complete) or self.expect_100_continue or self.flow.write_paused:

@@ -54,6 +54,6 @@ class HeadRefusal:
 
 @lru_cache(maxsize=256)
 def _template(refusal: Refusal) -> tuple[bytes, bytes, bytes]:
-    """Return the head, and the body before and after the request id."""
+    """Return the head, the part of the body before the request id, and the part of the body after the request id."""
     body_start, body_end = orjson.dumps(refusal.error().problem("<id>")).split(b'"<id>"')
     return _HEAD % refusal.retry_after, body_start, body_end

@@ -30,7 +30,7 @@ class Query:
 
     Args:
         model: the value of `model`, if given.
-        options: the other parameters in their order; a value that is valid JSON is parsed, any other stays text.
+        options: the other parameters, in order. A value that is valid JSON is parsed; any other value stays text.
     """
 
     model: str | None
@@ -38,9 +38,9 @@ class Query:
 
 
 class HttpResponse(NamedTuple):
-    """A response without the headers that every response has: content-length, x-request-id and server-timing.
+    """A response. `RequestContext.respond` adds the headers content-length, x-request-id and server-timing.
 
-    If the content is an iterator, each chunk is sent as soon as it is ready, without a content-length.
+    If the content is an iterator, each chunk is sent as soon as it is ready, and there is no content-length.
     """
 
     content: bytes | AsyncIterator[bytes]
@@ -54,8 +54,8 @@ class BodyLimits:
     """Limits on sending and receiving one body.
 
     Args:
-        max_bytes: largest request body.
-        seconds: longest time for a request body to arrive, and for the client to read a chunk of a streamed response.
+        max_bytes: maximum size of a request body.
+        seconds: time limit for a request body to arrive, and for a client to read one chunk of a streamed response.
     """
 
     max_bytes: int
@@ -73,7 +73,7 @@ class RequestContext:
         ticket: the resources of the request; it counts the bytes of the request body as held until `finish`.
 
     Attributes:
-        headers: the request headers by lower-case name; of several with the same name, the first.
+        headers: the request headers by lower-case name. If a name occurs several times, the first header is kept.
         record: what metrics and logs keep of the request.
         response_started: whether the head of the response has been sent.
     """
@@ -110,7 +110,7 @@ class RequestContext:
         Raises:
             BodyTooLarge: the body is larger than ELBO_MAX_BODY_BYTES.
             BodyTooSlow: the body did not arrive in time.
-            Overloaded: the bodies in memory leave no room for it.
+            Overloaded: the request bodies in memory leave no room for this body.
             ClientDisconnect: the client disconnected before the end of the body.
         """
         length = self.headers.get(b"content-length", b"")
@@ -142,7 +142,7 @@ class RequestContext:
 
         Raises:
             BodyTooSlow: the next chunk did not arrive in time.
-            Overloaded: the bodies in memory leave no room for the chunk.
+            Overloaded: the request bodies in memory leave no room for the chunk.
             ClientDisconnect: the client disconnected before the end of the body.
         """
         more_body = True
@@ -163,8 +163,8 @@ class RequestContext:
         """Receive an ASGI message, and count the bytes of the body as held in memory.
 
         Raises:
-            BodyTooLarge: the body received so far is too large.
-            Overloaded: the bodies in memory leave no room for it.
+            BodyTooLarge: the bytes received so far exceed ELBO_MAX_BODY_BYTES.
+            Overloaded: the request bodies in memory leave no room for the received bytes.
         """
         message = await self._receive()
         self.ticket.hold(len(message.get("body", b"")))
@@ -173,7 +173,7 @@ class RequestContext:
         return message
 
     async def send(self, message: Message) -> None:
-        """Send an ASGI message of a response that FastAPI makes, with the headers that every response has."""
+        """Send an ASGI message of a response from FastAPI, and add the headers that every response has."""
         if message["type"] == "http.response.start":
             self._start_response(message["status"])
             message = {**message, "headers": [*message["headers"], *self._common_headers()]}
@@ -192,7 +192,10 @@ class RequestContext:
         await self._send({"type": "http.response.body", "body": content})
 
     async def _respond_in_chunks(self, response: HttpResponse, chunks: AsyncIterator[bytes]) -> None:
-        """Send each chunk when it is ready. The head waits for the first, so that an earlier error sets the status."""
+        """Send each chunk when it is ready.
+
+        The head is sent with the first chunk, so that an error before the first chunk can still set the status.
+        """
         try:
             async for chunk in chunks:
                 async with asyncio.timeout(self._limits.seconds):
@@ -264,7 +267,7 @@ _parse_query_cached = lru_cache(maxsize=1024)(_parse_query)
 def scope_with_request(request: RequestContext) -> Scope:
     """Return a copy of the request's scope, from which `request_of` returns the request.
 
-    Storing the request in its own scope would be a reference cycle, which only the garbage collector frees.
+    Storing the request in its own scope would create a reference cycle, and only the garbage collector frees cycles.
     """
     return {**request.scope, _REQUEST_KEY: request}
 

@@ -1,7 +1,8 @@
 """Alerts: decide which groups are abnormal, and send alerts about them to Alertmanager.
 
 The leader process decides once per second, from the counts of all processes. A separate thread sends the alerts, so
-that no request waits for Alertmanager. Its queue is bounded: it holds only the latest alert per model and group.
+that no request waits for Alertmanager. The queue of alerts cannot grow without bound, because it holds only the latest
+alert per model and group.
 """
 
 import http.client
@@ -20,12 +21,12 @@ import orjson
 log = logging.getLogger("elbo.alerts")
 RESEND_SECONDS = 30.0  # an active alert is sent again after this time
 EXPIRY_SECONDS = 180.0  # Alertmanager resolves an alert that is not sent again within this time
-RETRY_SECONDS = (1.0, 60.0)  # pause after a failed attempt: the first one, and the longest
-TIMEOUT_SECONDS = 5.0  # per attempt
-MAX_BATCH = 100  # alerts per request
+RETRY_SECONDS = (1.0, 60.0)  # first and longest pause after a failed attempt to send
+TIMEOUT_SECONDS = 5.0  # time limit of an attempt to send
+MAX_BATCH = 100  # maximum number of alerts per request
 API_PATH = "/api/v2/alerts"
 ALERT_NAME = "ElboAnomaly"
-MAX_CAUSES = 3  # features that an alert names
+MAX_CAUSES = 3  # maximum number of features that an alert names
 
 Key = tuple[str, str]  # model, group
 Labels = tuple[str, ...]
@@ -37,7 +38,7 @@ Counts = Mapping[Labels, Sequence[float]]
 class ActiveAlert:
     """An alert that is not resolved. Times are Unix seconds.
 
-    `causes_before` has the counts of causes when the alert began, by model, version and feature.
+    `causes_before`: the counters of causes at the time when the alert began, by model, version and feature.
     """
 
     started: float
@@ -51,7 +52,8 @@ class ActiveAlert:
 class AlertState:
     """Decides which alerts are active, from counters of abnormal rows. It does no I/O and reads no clock.
 
-    An alert begins when the counter of its group grows, and is resolved when it has not grown for a while.
+    An alert begins when the counter of its group grows. The alert is resolved when the counter has not grown for
+    `resolve_seconds`.
 
     Args:
         resolve_seconds: time without an abnormal row after which an alert is resolved.
@@ -102,7 +104,7 @@ class AlertSender:
 
     Args:
         url: the URL of Alertmanager; it may have a path prefix and user:password.
-        retry_seconds: pause after a failed attempt: the first one, and the longest.
+        retry_seconds: the first and the longest pause after a failed attempt to send.
     """
 
     def __init__(self, url: str, retry_seconds: tuple[float, float] = RETRY_SECONDS) -> None:
@@ -112,14 +114,14 @@ class AlertSender:
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="alerts", daemon=True)
-        self.outcomes = {"sent": 0, "refused": 0, "retried": 0}  # counts of alerts; only the thread writes to it
+        self.outcomes = {"sent": 0, "refused": 0, "retried": 0}  # counts of alerts; only the thread changes them
 
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
 
     def enqueue(self, alerts: Mapping[Key, Alert]) -> None:
-        """Queue alerts; each replaces an undelivered one for the same model and group."""
+        """Queue alerts. An alert replaces an undelivered alert for the same model and group."""
         if not alerts:
             return
         with self._changed:
@@ -128,7 +130,7 @@ class AlertSender:
 
     @property
     def pending(self) -> int:
-        """Number of alerts that are neither accepted nor refused yet."""
+        """Number of alerts that Alertmanager has not yet accepted or refused."""
         return len(self._queue)
 
     def close(self) -> None:
@@ -156,7 +158,7 @@ class AlertSender:
             pause = 0.0 if delivered else min(max(2 * pause, first_pause), longest_pause)
 
     def _send(self, batch: dict[Key, Alert]) -> bool:
-        """Try once to send `batch`. Return whether Alertmanager accepted or refused it; if not, try again later."""
+        """Try once to send `batch`. Return whether Alertmanager accepted or refused it; if not, send it again later."""
         try:
             status, reason = self._post(orjson.dumps(list(batch.values())))
         except (OSError, http.client.HTTPException) as error:
@@ -182,7 +184,7 @@ class AlertSender:
         return True
 
     def _post(self, body: bytes) -> tuple[int, str]:
-        """Return the status and the beginning of the response body."""
+        """Post `body` to Alertmanager. Return the status and the beginning of the response body."""
         address = self._address
         connection_class = http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
         connection = connection_class(address.hostname or "", address.port, timeout=TIMEOUT_SECONDS)
@@ -199,7 +201,10 @@ class AlertSender:
 
 
 def _payload(key: Key, alert: ActiveAlert, causes: Mapping[Labels, float], ends: float) -> Alert:
-    """Return an alert as /api/v2/alerts expects it. Alertmanager identifies it by its labels, so they never change."""
+    """Return an alert in the format of /api/v2/alerts.
+
+    The labels of an alert never change, because Alertmanager identifies the alert by them.
+    """
     model, group = key
     of_model = {labels[2]: count for labels, count in causes.items() if labels[:2] == (model, alert.version)}
     new_counts = {

@@ -17,10 +17,12 @@ from service.monitoring.metric_types import Counter, Gauge, Histogram
 from service.shared_memory import SharedCounters
 
 P_VALUE_BOUNDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-_TOLERANT_BOUNDS = tuple(bound * (1 + 1e-6) for bound in P_VALUE_BOUNDS)  # p-values are rounded to float32
+# Slightly larger bounds, because rounding to float32 may make a p-value larger than its bound.
+_TOLERANT_BOUNDS = tuple(bound * (1 + 1e-6) for bound in P_VALUE_BOUNDS)
 _TOLERANT_BOUNDS_ARRAY = np.array(_TOLERANT_BOUNDS)
-MAX_LOOP_ROWS = 4  # up to this many rows, a Python loop is faster than NumPy
-MAX_LABELS = 100  # label values of groups, and of features, per model version; further ones are counted under OTHER
+MAX_LOOP_ROWS = 4  # for at most this many rows, a Python loop is faster than NumPy
+# Each model version has at most this many group labels and this many feature labels; the rest are counted under OTHER.
+MAX_LABELS = 100
 OTHER = "other"
 MODEL_LABELS = ("model", "version")
 ModelLabels = tuple[str, str]
@@ -31,7 +33,7 @@ class AnomalyMetrics:
 
     Args:
         counters: the counters of all processes.
-        half_life: number of rows after which the weight of a row in the mean severity of its group has halved.
+        half_life: half-life, in rows, of a row's weight in the running mean severity of its group.
     """
 
     def __init__(self, counters: SharedCounters, half_life: float) -> None:
@@ -80,7 +82,7 @@ class AnomalyMetrics:
         self._detectors: dict[ModelLabels, DriftDetector] = {}
 
     def count(self, served: ServedModel, input_rows: InputRows, verdicts: Verdicts | None) -> None:
-        """Count the rows of `input_rows`; `verdicts` is None if none of them could be read."""
+        """Count the rows of `input_rows`. `verdicts` is None if no row could be read."""
         model = served.metric_labels
         scored = 0
         if verdicts is not None:
@@ -126,7 +128,7 @@ class AnomalyMetrics:
         buckets[-1] += float(p_values.sum())
 
     def _count_alarms(self, model: ModelLabels, verdicts: Verdicts) -> None:
-        """Update each group's mean severity, in the order of its rows' times, and count the rows where it exceeds 1."""
+        """Update the mean severity of each group, row by row in time order. Count the rows at which it exceeds 1."""
         severities = verdicts.scores.severity.tolist()
         time, groups = verdicts.input_rows.time, verdicts.input_rows.group
         order = range(len(severities)) if time is None else np.argsort(time, kind="stable").tolist()
@@ -161,7 +163,10 @@ class AnomalyMetrics:
             self.causes.add((*model, feature), count)
 
     def _limited(self, model: ModelLabels, label: str, value: str) -> str:
-        """Return `value`, or OTHER if the label already has MAX_LABELS values: clients may send any number of them."""
+        """Return `value`, or OTHER if `value` is new and the label already has MAX_LABELS values.
+
+        The limit is needed because clients may send any number of different values.
+        """
         known = self._known_values.setdefault((*model, label), set())
         if value in known:
             return value
@@ -190,9 +195,9 @@ class AnomalyMetrics:
         """Update the metrics of alerts. Only the leader may call it.
 
         Args:
-            active: model and group of each alert that is not resolved.
-            pending: alerts not yet delivered.
-            outcomes: alerts sent, refused and retried since the start.
+            active: the model and the group of each alert that is not resolved.
+            pending: the number of alerts that are not yet delivered.
+            outcomes: the numbers of alerts that were sent, refused and retried since the start.
         """
         active_per_model = Tally(model for model, _ in active)
         for model in {*active_per_model, *(labels[0] for labels in self._alerts.sums())}:

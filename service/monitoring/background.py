@@ -1,4 +1,4 @@
-"""Update drift detection and alerts once per second, in one process for all processes."""
+"""Update drift detection and alerts once per second. The leader process does this for all processes."""
 
 import asyncio
 import time
@@ -13,10 +13,10 @@ UPDATE_SECONDS = 1.0
 
 
 class BackgroundMonitor:
-    """Updates the drift gauges and sends alerts, from `start` to `close`. Processes other than the leader do nothing.
+    """Updates the drift gauges and sends alerts, from `start` to `close`. Only the leader process does so.
 
     Args:
-        settings: has the URL of Alertmanager and the time after which an alert is resolved.
+        settings: the URL of Alertmanager, and the time after which an alert is resolved.
         metrics: the counts of all processes.
         registry: the models whose drift is watched.
     """

@@ -1,25 +1,28 @@
 """Drift detection: a test martingale on the counts of p-values per bin.
 
-The hypothesis is that live rows are exchangeable with the n calibration rows. The calibration scores then cut the line
-into n + 1 cells. Live row t + 1 falls into a cell that holds k of the t earlier live rows with probability
-(k + 1) / (n + 1 + t). This is Polya's urn (Vovk, Gammerman & Shafer, "Algorithmic learning in a random world", 2005,
-proposition 2.4).
+The null hypothesis is that live rows are exchangeable with the n calibration rows. The calibration scores divide the
+range of scores into n + 1 cells. If a cell holds k of the first t live rows, live row t + 1 falls into that cell with
+probability (k + 1) / (n + 1 + t). This is Polya's urn (Vovk, Gammerman & Shafer, "Algorithmic learning in a random
+world", 2005, proposition 2.4).
 
-The counts of p-values in bins of c_1 ... c_B cells therefore follow the Dirichlet-multinomial distribution with exactly
-these parameters. It accounts for discrete p-values and for the finite calibration set: the chance deviations of the
-calibration rows never count as drift, however long a model is watched.
+Let c_1 ... c_B be the numbers of cells in the B bins of p-values. Under the null hypothesis, the counts of p-values per
+bin follow the Dirichlet-multinomial distribution with the parameters c_1 ... c_B. This distribution accounts for
+discrete p-values and for the finite calibration set. The chance deviations of the calibration rows therefore never
+count as drift, however long a model is watched.
 
-The alternative is the same distribution with far fewer cells in total, which learns the live distribution quickly. The
-likelihood ratio of the two is a martingale that starts at 1, so by Ville's inequality (1939) the probability that it
-ever exceeds 1/delta is at most delta, however often it is evaluated. It depends only on the counts, so the counts of
-several processes can be added up.
+The alternative hypothesis is the same distribution with far fewer cells in total, so that it adapts quickly to the live
+rows. The likelihood ratio of the alternative to the null hypothesis is a martingale that starts at 1. By Ville's
+inequality (1939), the probability that the ratio ever exceeds 1/delta is at most delta, however often the ratio is
+evaluated. The ratio depends only on the counts, so the counts of several processes can be added up.
 """
 
 import math
 from collections.abc import Sequence
 
-LEARNED_CELLS = 8.0  # total cells of the alternative: the fewer, the faster it learns
-WINDOWS = (0.25, 1.0, 4.0)  # window lengths in calibration set sizes: short for sudden drift, long for slight drift
+LEARNED_CELLS = 8.0  # total number of cells under the alternative hypothesis; with fewer cells, it adapts faster
+# Window lengths as multiples of the size of the calibration set. Short windows detect sudden drift, long windows detect
+# slight drift.
+WINDOWS = (0.25, 1.0, 4.0)
 MIN_WINDOW_ROWS = 100
 ALARM = 3.0  # log10 of the evidence at which a model counts as stale
 
@@ -29,18 +32,18 @@ def cells_per_bin(bounds: Sequence[float], n: int) -> list[int]:
 
     Args:
         bounds: upper bounds of the bins, ascending; the last one is 1.
-        n: calibration rows.
+        n: number of calibration rows.
     """
     cumulative = [math.floor(bound * (n + 1) * (1 + 1e-6)) for bound in bounds]
     return [high - low for low, high in zip([0, *cumulative], cumulative, strict=False)]
 
 
 def log10_evidence(counts: Sequence[float], cells: Sequence[int]) -> float:
-    """Return log10 of the martingale.
+    """Return log10 of the likelihood ratio.
 
     Args:
-        counts: live p-values per bin.
-        cells: cells per bin; bins without cells are ignored.
+        counts: number of live p-values per bin.
+        cells: number of cells per bin; bins without cells are ignored.
     """
     total_cells = sum(cells)
     pairs = [(count, cell) for count, cell in zip(counts, cells, strict=True) if cell]
@@ -58,18 +61,18 @@ def _log_rising_factorial(start: float, count: float) -> float:
 
 
 class _Window:
-    """Evidence over up to `length` rows; a full window is followed by an empty one.
+    """The evidence from up to `length` rows. When the window is full, a new and empty window starts.
 
     Args:
         length: number of rows.
-        penalty: subtracted from log10 of the evidence, because short windows start more often and would otherwise raise
-            more false alarms.
+        penalty: number subtracted from log10 of the evidence. Short windows have a larger penalty, because they start
+            more often and would otherwise raise more false alarms.
     """
 
     def __init__(self, length: float, penalty: float) -> None:
         self._length = length
         self._penalty = penalty
-        self._start: list[float] | None = None  # totals at the start of the window
+        self._start: list[float] | None = None  # number of p-values per bin at the start of the window
         self._alarm = False
         self._alarm_before = False  # whether the previous window reached ALARM
 
@@ -79,7 +82,7 @@ class _Window:
         return self._alarm or self._alarm_before
 
     def update(self, totals: Sequence[float], cells: Sequence[int]) -> float:
-        """Return log10 of the evidence, less the penalty; `totals` are the p-values counted so far in each bin."""
+        """Return log10 of the evidence minus the penalty. `totals` are the numbers of p-values so far, per bin."""
         if self._start is None:
             self._start = list(totals)
         counts = [now - then for now, then in zip(totals, self._start, strict=True)]
@@ -93,17 +96,20 @@ class _Window:
 
 
 class DriftDetector:
-    """Watches the p-values of one model. `evidence` is the largest log10 evidence of its windows.
+    """Watches the p-values of one model. `evidence` is the largest log10 evidence of the windows.
 
-    The expected number of false alarms is at most 10^-ALARM in the rows of the longest window, which is 4 times as long
-    as the calibration set. If w is the length of a window divided by that of the longest, it raises a false alarm with
-    probability at most w 10^-ALARM / len(WINDOWS), and 1 / w windows of its length fit into the longest. This assumes
-    that live rows are exchangeable with the calibration rows. Rows that one host sends every second are more alike than
-    that, and raise more false alarms.
+    The longest window has 4 times as many rows as the calibration set. Over that many rows, the expected number of
+    false alarms is at most 10^-ALARM. The reason: let w be the length of a window divided by the length of the longest
+    window. The window raises a false alarm with probability at most w 10^-ALARM / len(WINDOWS), and 1 / w such windows
+    follow each other during the longest window. Each window length therefore contributes at most
+    10^-ALARM / len(WINDOWS).
+
+    This bound assumes that live rows are exchangeable with the calibration rows. Rows that one host sends every second
+    are more alike than exchangeable rows, and raise more false alarms.
 
     Args:
         bounds: upper bounds of the bins.
-        n: calibration rows.
+        n: number of calibration rows.
     """
 
     def __init__(self, bounds: Sequence[float], n: int) -> None:
@@ -119,10 +125,10 @@ class DriftDetector:
         self.evidence = 0.0
 
     def update(self, totals: Sequence[float]) -> None:
-        """Update the evidence; `totals` are the p-values counted so far in each bin. The first call is the baseline."""
+        """Update the evidence. `totals` are the numbers of p-values so far, per bin. The first call is the baseline."""
         self.evidence = max(window.update(totals, self._cells) for window in self._windows)
 
     @property
     def alarm(self) -> bool:
-        """Whether any window, or the one before it, has reached ALARM: the model is stale."""
+        """Whether the model is stale: a window, or the window before it, has reached ALARM."""
         return any(window.alarm for window in self._windows)

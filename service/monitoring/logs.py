@@ -17,9 +17,9 @@ from service.monitoring.request_record import RequestRecord
 
 LOGGERS = ("elbo", "uvicorn.error", "py.warnings")
 ACCESS_LOGGER = "elbo.access"
-FORMAT_BATCH = 32  # access records that are formatted together
-FLUSH_SECONDS = 0.05  # access lines are collected for this time, then written together
-MAX_PENDING_LINES = 20_000  # access lines kept for a slow reader of standard output; further ones are only counted
+FORMAT_BATCH = 32  # number of access records that are formatted together
+FLUSH_SECONDS = 0.05  # time for which access lines are collected before they are written together
+MAX_PENDING_LINES = 20_000  # maximum number of access lines that wait to be written; further lines are only counted
 LOST_LINES = "access log lines were lost because standard output was blocked or failed; check its reader and the disk"
 
 
@@ -31,7 +31,7 @@ def format_line(
     Args:
         log_format: "json" for one JSON object, or "text" for time, level, message and the fields as key=value.
         seconds: Unix time.
-        level: in upper case.
+        level: level of the message, in upper case.
         logger: name of the logger; left out of text.
         message: what happened.
         fields: names and values that belong to the message.
@@ -105,7 +105,7 @@ class AccessLog:
         records, self._records = self._records, []
         room = MAX_PENDING_LINES - len(self._lines)
         self._lost += len(records[room:])
-        clock_offset = time() - perf_counter()  # from the clock of the records to Unix time
+        clock_offset = time() - perf_counter()  # added to the times of the records to get Unix times
         for record in records[:room]:
             ended = clock_offset + record.started + record.total
             fields = _access_fields(record)
@@ -132,9 +132,9 @@ def _access_fields(record: RequestRecord) -> dict[str, Any]:
 
 
 def _write_to_standard_output(lines: bytes) -> None:
-    """Write complete lines so that they do not mix with those of other workers.
+    """Write complete lines so that they do not mix with the lines of other workers.
 
-    Appending to a regular file is atomic at any size; writing to a pipe only up to PIPE_BUF bytes.
+    An append to a regular file is atomic at any size. A write to a pipe is atomic only up to PIPE_BUF bytes.
     """
     output = sys.stdout.fileno()
     is_file = stat.S_ISREG(os.fstat(output).st_mode)
@@ -142,7 +142,7 @@ def _write_to_standard_output(lines: bytes) -> None:
     start = 0
     while start < len(lines):
         end = len(lines)
-        if end - start > max_bytes:  # end with the last line that fits, or with a line that is too long to fit
+        if end - start > max_bytes:  # write the lines that fit; if the first line does not fit, write it alone
             end = lines.rfind(b"\n", start, start + max_bytes) + 1 or lines.index(b"\n", start) + 1
         start += os.write(output, lines[start:end])
 
@@ -166,7 +166,7 @@ class Formatter(logging.Formatter):
             fields["exception"] = traceback
         message = record.getMessage()
         encoded = format_line(self._log_format, record.created, record.levelname, record.name, message, fields)
-        line = encoded.decode().removesuffix("\n")  # the handler appends it
+        line = encoded.decode().removesuffix("\n")  # the handler appends the newline
         return f"{line}\n{traceback}" if traceback and self._log_format == "text" else line
 
 

@@ -1,4 +1,4 @@
-"""Metric types: each process counts into its own segment of `SharedCounters`; Prometheus reads the sums."""
+"""Metric types. Each process counts into its own segment of `SharedCounters`; Prometheus reads the sums."""
 
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from service.shared_memory import SharedCounters
 
 Labels = tuple[str, ...]
-# The numbers of one label set. Quoted, because memoryview is not generic before Python 3.14.
+# The numbers of one label set. The type is quoted, because memoryview is not generic before Python 3.14.
 Values: TypeAlias = "memoryview[float]"
 
 
@@ -27,9 +27,9 @@ class Family:
         counters: the counters of all processes.
         name: the name of the metric, without the suffix `_total`.
         help_text: what the metric counts or measures.
-        labels: the names of its labels.
-        size: how many numbers it has per label set.
-        transient: whether the numbers describe the process itself, so that they are reset when it ends.
+        labels: the names of the labels.
+        size: how many numbers the metric has per label set.
+        transient: whether the numbers describe the process itself. If so, they are reset when the process ends.
     """
 
     def __init__(
@@ -49,10 +49,10 @@ class Family:
         self._transient = transient
         self._local: dict[Labels, Values] = {}
         if not labels:
-            self.local(())  # exported as 0 from start-up
+            self.local(())  # creates the number, so that the metric is exported as 0 from the start
 
     def local(self, labels: Labels) -> Values:
-        """Return the numbers of this process for one label set. To count, write to them."""
+        """Return this process's numbers for one label set. The caller counts by changing these numbers."""
         values = self._local.get(labels)
         if values is None:
             key = (self.name, *labels)
@@ -94,7 +94,7 @@ class Gauge(Family):
 
 
 class Histogram(Family):
-    """Counts of values per bucket, and their sum. `bounds` are the upper bounds of the buckets, ascending."""
+    """The number of values in each bucket, and the sum of all values. `bounds` are the ascending upper bounds."""
 
     def __init__(
         self, counters: SharedCounters, name: str, help_text: str, labels: Labels, bounds: tuple[float, ...]

@@ -6,8 +6,9 @@ To add a metric, create a `Counter`, `Gauge` or `Histogram` in `Metrics.__init__
     self._images.add(("vae", "3"), amount=2)  # call it in the event loop's thread
     self._images.sums()  # {("vae", "3"): [17.0]}, summed over all processes
 
-Whichever process Prometheus scrapes, the metric is the sum over all processes. The replacement of a killed process
-continues its count. Metrics that are not sums, such as the list of loaded models, are built in `collect`.
+Prometheus may scrape any process: every process exports the sums over all processes. A process that replaces a killed
+process continues the counts of the killed process. Metrics that are not sums, such as the list of loaded models, are
+built in `collect`.
 """
 
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ _OUTCOME_BY_FIRST_DIGIT = {2: "ok", 4: "refused", 5: "failed"}
 
 @dataclass(frozen=True, slots=True)
 class _RequestMetrics:
-    """Metric handles, cached per label set, so that a request does not look up each metric."""
+    """The numbers that a request changes, cached per label set, so that a request need not look up each metric."""
 
     endpoint_labels: Labels
     requests: Values
@@ -47,7 +48,7 @@ class Metrics(Collector):
 
     Args:
         counters: the counters of all processes.
-        alert_half_life: half-life in rows; see `AnomalyMetrics`.
+        alert_half_life: half-life of the mean severity, in rows; see `AnomalyMetrics`.
     """
 
     def __init__(self, counters: SharedCounters, alert_half_life: float = 3.0) -> None:

@@ -15,7 +15,7 @@ class PeriodicTask:
         work: the coroutine function to run.
         seconds: pause before each run.
         failure: log message for a run that raises.
-        final: runs once in `close`, after the last run of `work`.
+        final: the coroutine function that `close` runs once, after the last run of `work`.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class PeriodicTask:
         self._task = asyncio.get_running_loop().create_task(self._repeat())
 
     async def close(self) -> None:
-        """Wait for a run in progress to finish, so that it is not cut off; do not start another; run `final`."""
+        """Wait until a run in progress has finished, start no other run of `work`, then run `final`."""
         async with self._running:
             self._task.cancel()
         with suppress(asyncio.CancelledError):

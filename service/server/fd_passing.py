@@ -1,8 +1,8 @@
 """The protocol between the supervisor and a worker, over a Unix socket pair: one byte per message.
 
 The worker sends READY when it can serve. The supervisor sends DRAIN when the server begins to stop, and CONNECTION with
-the file descriptor of an accepted connection. The order is kept, and the end of the stream follows the last connection.
-The stream also ends when the supervisor dies.
+the file descriptor of an accepted connection. Messages arrive in the order in which they were sent. After the last
+connection, the supervisor ends the stream. The stream also ends when the supervisor dies.
 """
 
 import select
@@ -13,13 +13,13 @@ from typing import NamedTuple
 READY = b"R"
 CONNECTION = b"c"
 DRAIN = b"d"
-BACKLOG = 2048  # connections that the kernel keeps until they are accepted
+BACKLOG = 2048  # maximum number of connections that the kernel keeps until they are accepted
 CLOSED_CONNECTIONS = ("connections_closed",)  # key of the shared number of connections that a worker has closed
-_MAX_MESSAGES = 256  # per call of `receive`
+_MAX_MESSAGES = 256  # maximum number of messages that one call of `receive` reads
 
 
 class Received(NamedTuple):
-    """Messages of the supervisor, and the connections that came with them."""
+    """Messages from the supervisor, and the connections that arrived with the messages."""
 
     messages: bytes
     connections: list[socket.socket]
@@ -36,7 +36,7 @@ def accept_pending(listener: socket.socket) -> Iterator[socket.socket]:
     while True:
         try:
             connection, _ = listener.accept()
-        except OSError:  # no connection is left, its client has disconnected, or this process has too many open files
+        except OSError:  # no connection waits, a client has disconnected, or this process has too many open files
             return
         yield connection
 
@@ -54,7 +54,7 @@ def send_connection(control: socket.socket, connection: socket.socket) -> None:
 
 
 def receive(control: socket.socket) -> Received | None:
-    """Return what the supervisor has sent so far, without waiting, or None at the end of the stream.
+    """Return what the supervisor has sent so far, or None at the end of the stream. Does not wait.
 
     Each message with a file descriptor needs a separate read. With one read per pass of the event loop, a thousand new
     connections would wait for seconds in a busy worker, so one call reads many messages.

@@ -1,12 +1,12 @@
 """Run several worker processes at one address: start them, pass connections to them, and replace those that die.
 
-Only the supervisor accepts connections. It passes each to the worker with the fewest open connections. If the workers
-accepted connections themselves, from one shared socket or from one SO_REUSEPORT socket each, the kernel would spread
-connections unevenly, and connections in the queue of a killed worker would be lost. Passing costs time per connection,
-not per request.
+Only the supervisor accepts connections. It passes each connection to the worker with the fewest open connections. If
+the workers accepted connections themselves, the kernel would spread connections unevenly. With one SO_REUSEPORT socket
+per worker, the connections in the queue of a killed worker would also be lost. Passing a connection takes time once per
+connection, not once per request.
 
-The supervisor imports what its workers need, starts no thread, and forks. A new worker therefore starts fast, shares
-the memory of the imported code, and inherits the shared counters.
+The supervisor imports the code that the workers need, starts no thread, and forks. A new worker therefore starts fast,
+shares the memory of the imported code, and inherits the shared counters.
 """
 
 import gc
@@ -27,7 +27,7 @@ from service.server import fd_passing
 from service.settings import Settings
 from service.shared_memory import RESTARTS, Segment, SharedCounters
 
-MIN_RETRY_SECONDS = 0.5  # pause before replacing a worker that never became ready; it doubles with each failure
+MIN_RETRY_SECONDS = 0.5  # first pause before replacing a worker that never became ready; each failure doubles the pause
 MAX_RETRY_SECONDS = 30.0
 NO_WORKER_SECONDS = 0.001  # pause if connections wait and no worker can take one
 
@@ -43,7 +43,7 @@ class State(Enum):
     SERVING -> DRAINING    first signal
     DRAINING -> STOPPING   ELBO_DRAIN_SECONDS have passed, or second signal
 
-    `run` returns when no worker is left. That ends STOPPING; it may also end DRAINING, if all workers die.
+    `run` returns when no worker is left: at the end of STOPPING, or during DRAINING if all workers die.
     """
 
     STARTING = auto()  # the first worker loads the models; the address is bound, but clients are refused
@@ -56,14 +56,14 @@ class WorkerState(Enum):
     """State of a worker. A worker that has ended is removed from the supervisor's table.
 
     LOADING -> READY       the worker reports that it is ready
-    READY -> UNREACHABLE   sending it a connection has failed
+    READY -> UNREACHABLE   the supervisor has failed to send a connection to the worker
     LOADING -> KILLED      the server stops before the worker is ready
     """
 
     LOADING = auto()
     READY = auto()
-    UNREACHABLE = auto()  # it has ended, and the end of its stream will be read soon
-    KILLED = auto()  # its READY may still arrive
+    UNREACHABLE = auto()  # the worker has ended, and the supervisor will soon read the end of its stream
+    KILLED = auto()  # the READY message of the worker may still arrive
 
 
 @dataclass(eq=False)
@@ -112,9 +112,9 @@ class Supervisor:
         Exits with the code of the first worker if it cannot start, or with 1 if a worker dies while the server stops.
         """
         self._watch_signals()
-        import service.server.worker  # noqa: F401 - before the fork, so that workers start fast
+        import service.server.worker  # noqa: F401 - imported before the fork, so that workers start fast
 
-        gc.freeze()  # a garbage collection in a worker would write to the shared pages, and so copy them
+        gc.freeze()  # without this, a garbage collection in a worker would write to the shared pages and so copy them
         log.info("starting %d workers for the models in %s", self._settings.workers, self._settings.artifacts)
         # The other workers start when the first is ready: workers that load at the same time slow each other down.
         self._start_times = {0: monotonic()}
@@ -151,7 +151,7 @@ class Supervisor:
                 os.kill(worker.pid, signal.SIGKILL)
 
     def _on_worker_message(self, worker: Worker) -> None:
-        """Handle READY, the only message of a worker, or the end of its stream."""
+        """Handle a READY message or the end of the worker's stream. Workers send no other message."""
         try:
             message = worker.control.recv(64)
         except OSError:
@@ -196,7 +196,7 @@ class Supervisor:
         self._start_times = dict.fromkeys(range(1, self._settings.workers), monotonic())
 
     def _enter_draining(self, received: signal.Signals) -> None:
-        """Let the workers report that they are not ready, while they still serve."""
+        """Send DRAIN to the workers. They then report that they are not ready, but still serve requests."""
         self._state = State.DRAINING
         drain_seconds = self._settings.drain_seconds
         log.info("stopping", extra={"fields": {"signal": received.name, "drain_seconds": drain_seconds}})
@@ -207,7 +207,7 @@ class Supervisor:
                 worker.control.send(fd_passing.DRAIN)
 
     def _enter_stopping(self) -> None:
-        """Accept the connections that have arrived, then no more. The workers finish their requests and end."""
+        """Accept the connections that have arrived, then no new ones. The workers finish their requests and end."""
         self._state = State.STOPPING
         self._drain_deadline = None
         if self._listener in self._selector.get_map():
@@ -285,14 +285,17 @@ class Supervisor:
             os._exit(code)
 
     def _close_inherited_sockets(self) -> None:
-        """Close the supervisor's sockets in a worker: a copy left open would hide that the supervisor has closed it."""
+        """Close the copies of the supervisor's sockets in a worker.
+
+        While a copy is open, the other end does not notice that the supervisor has closed the socket.
+        """
         self._selector.close()
         controls = [worker.control for worker in self._workers.values()]
         for end in (self._listener, self._signal_reader, self._signal_writer, *controls):
             end.close()
 
     def _schedule_replacement(self, worker: Worker, code: int, was_ready: bool, lost_connections: int) -> None:
-        """Restart a worker at once if it has served, else after a pause that grows with each failure."""
+        """Replace a worker: at once if it had been ready, otherwise after a pause that doubles with each failure."""
         self._restarts[0] += 1
         pause = 0.0
         if not was_ready:

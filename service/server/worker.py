@@ -19,24 +19,25 @@ from service.settings import Settings
 from service.shared_memory import SharedCounters, SharedNumber
 
 log = logging.getLogger("elbo.service")
-SWITCH_INTERVAL = 0.0005  # seconds; with Python's 5 ms the inference thread would wait that long for the event loop
+SWITCH_INTERVAL = 0.0005  # in seconds; Python's default lets the event loop delay the inference thread by 5 ms
 LINGER_SECONDS = 0.5  # how long clients may send one more request on open connections when the server stops
 
 
 class Server(uvicorn.Server):
     """Serves the connections of a listening socket, or those that the supervisor sends.
 
-    It stops in three steps. While it drains, it still serves requests, but /readyz responds with 503 and every response
-    has the header `Connection: close`. Then it accepts no new connections. It ends when no request is in progress.
+    The server stops in three steps. First it drains: it still serves requests, but /readyz responds with 503, and every
+    response has the header `Connection: close`. Then the server accepts no new connections. Finally it ends, when no
+    request is in progress.
 
-    Without a supervisor, SIGTERM or SIGINT starts draining. With a supervisor, signals are ignored: the supervisor's
-    DRAIN message starts draining, and the end of its stream stops the server.
+    Without a supervisor, SIGTERM or SIGINT starts draining. With a supervisor, signals are ignored. The DRAIN message
+    from the supervisor starts draining, and the end of the supervisor's stream stops the server.
 
     Args:
         config: the configuration of uvicorn.
         service: the service, whose `draining` is set when the server begins to drain.
-        control: socket to the supervisor, if there is one.
-        closed_connections: counts the connections that are closed, for the supervisor.
+        control: the socket to the supervisor; None without a supervisor.
+        closed_connections: the shared number of closed connections, which the supervisor reads.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Load the models, then listen, or report to the supervisor that this worker is ready."""
         await super().startup(sockets)
-        # Exclude everything loaded so far from garbage collection: traversing it pauses every request for 0.1 s.
+        # Exclude the objects that exist now from garbage collection: visiting them would pause every request for 0.1 s.
         gc.freeze()
         if self._control:
             self._control.setblocking(False)
@@ -147,7 +148,7 @@ class Server(uvicorn.Server):
 
 
 class _Connections(set[Any]):
-    """uvicorn's set of open connections, which also counts the closed ones, so that the supervisor knows the load."""
+    """uvicorn's set of open connections. It also counts closed connections, so that the supervisor knows the load."""
 
     def __init__(self, closed: SharedNumber) -> None:
         super().__init__()
@@ -160,7 +161,7 @@ class _Connections(set[Any]):
         super().discard(connection)
 
     def count_closed(self) -> None:
-        """Count a closed connection. Call it directly for one that was closed before uvicorn added it to the set."""
+        """Count a closed connection. Call it directly only for a connection that uvicorn never added to the set."""
         self._closed[0] += 1
 
 
@@ -176,13 +177,13 @@ def run_worker(
         settings: the settings of the server.
         listener: a bound socket, for a server of one process; the server stops on SIGTERM or SIGINT.
         control: the socket to the supervisor, for a worker; the worker stops when the stream ends.
-        counters: the counters of all workers; by default of this process alone.
+        counters: the counters of all workers; by default, the counters of this process alone.
     """
     sys.setswitchinterval(SWITCH_INTERVAL)
     counters = counters or SharedCounters()
     app = create_app(settings, counters)
     service: ServiceContext = app.state.service
-    entry_point: Any = app.middleware_stack  # FastAPI.__call__ itself costs 5 µs per request, for OpenTelemetry checks
+    entry_point: Any = app.middleware_stack  # not `app`: FastAPI.__call__ checks for OpenTelemetry, 5 µs per request
     config = uvicorn.Config(
         entry_point,
         loop="uvloop",
