@@ -1,4 +1,4 @@
-"""Options of a training run, with their defaults. Imports no torch, so that `elbo train --help` is fast."""
+"""Options of a training run, with their defaults. The module imports no torch, so that `elbo train --help` is fast."""
 
 from typing import Literal, get_args
 
@@ -9,7 +9,7 @@ from models.manifest import NAME
 Kind = Literal["pca", "ae", "vae", "ensemble"]
 EVERY_KIND: tuple[Kind, ...] = get_args(Kind)
 AUTO_KINDS: tuple[Kind, ...] = ("pca", "ae", "vae")  # the kinds that auto compares and that `elbo demo` trains
-WIDTHS = {"mlp": (256, 128), "conv": (32, 64)}  # hidden widths if `hidden` is None, by network
+WIDTHS = {"mlp": (256, 128), "conv": (32, 64)}  # default hidden widths by network; tables: see fitting/defaults.py
 
 
 class TrainConfig(BaseModel):
@@ -144,5 +144,5 @@ class TrainConfig(BaseModel):
 # the explorer compares the two.
 DEMONSTRATION: tuple[TrainConfig, ...] = (
     *(TrainConfig(model=kind, name=kind) for kind in AUTO_KINDS),
-    TrainConfig(model="ae", name="linear", hidden=(), learning_rate=0.03),  # with 0.001 it does not converge in time
+    TrainConfig(model="ae", name="linear", hidden=(), learning_rate=0.03),  # a rate of 0.001 converges too slowly
 )

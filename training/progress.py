@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from rich.live import Live as Display
 
-LINES = 10  # plain progress lines per run
+LINES = 10  # number of plain progress lines per run
 
 
 class Reporter(Protocol):
@@ -31,7 +31,7 @@ class Reporter(Protocol):
 def reporter() -> "PlainReporter | LiveReporter":
     """Return a live bar if standard error is a terminal, else plain lines.
 
-    The caller must close it at the end, because the bar hides the cursor.
+    The caller must close the reporter at the end, because the live bar hides the cursor.
     """
     if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
         return LiveReporter()
@@ -44,7 +44,7 @@ def format_figures(terms: Mapping[str, float]) -> str:
 
 
 def format_loss(terms: Mapping[str, float]) -> str:
-    """Return the terms of a loss on one line, with the unit if they include the ELBO."""
+    """Return the terms of a loss on one line, followed by "nats" if they include the ELBO."""
     return format_figures(terms) + (" nats" if "elbo" in terms else "")
 
 
@@ -65,7 +65,7 @@ class SilentReporter:
 
 
 class PlainReporter:
-    """Prints about LINES lines per run on standard error and flushes each."""
+    """Prints about LINES lines per run on standard error, and flushes after each line."""
 
     def __init__(self) -> None:
         self._total = self._lines_printed = 0

@@ -13,7 +13,7 @@ ORDER, NOISE, VALIDATION, SHUFFLE = range(4)  # values of `purpose`
 
 
 def random_stream(seed: int, purpose: int, index: int = 0) -> torch.Generator:
-    """Return the generator for one use: `purpose` is a constant of this module, `index` an epoch or a step."""
+    """Return the generator for one use. `purpose` is a constant of this module. `index` is an epoch, step or pool."""
     digest = hashlib.blake2b(f"{seed} {purpose} {index}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)  # manual_seed takes 63 bits
 

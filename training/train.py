@@ -122,7 +122,8 @@ def _fit_candidate(
         baseline_pca=baseline_pca,
         seed=config.seed,
     )
-    if baseline_pca is not None:  # last: `float` converts the module itself, and the metrics above need float64
+    # This must come last: `float` converts the PCA in place, and the metrics above need it in float64.
+    if baseline_pca is not None:
         others["pca"] = pca_metrics(baseline_pca.float(), pipeline.scaling, data.held_out)
     recorder.done(metrics)
     return Candidate(config, pipeline, metrics, others, recorder)
@@ -167,7 +168,7 @@ def _write_report(folder: Path, manifest: Manifest, candidate: Candidate, data: 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Limit torch to one thread. Small networks train as fast, and results do not depend on the number of cores."""
+    """Limit torch to one thread, so that results do not depend on the number of cores. Small networks lose no speed."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,7 +1,7 @@
-"""Minibatches of the fit rows, shuffled, from memory or from disk.
+"""Shuffled minibatches of the fit rows, from memory or from disk.
 
-A batch depends only on the seed, the epoch and its position in the epoch, so training can resume at any batch without
-a saved state.
+A batch depends only on the seed, the number of the epoch, and the position of the batch in that epoch. Training can
+therefore resume at any batch without a saved state.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,15 @@ from torch import Tensor
 from training.data.row_store import Floats, RowStore
 from training.random_streams import SHUFFLE, epoch_order, random_stream
 
-POOL_BLOCKS = 32  # if the rows are on disk, the rows of this many blocks are shuffled together
+POOL_BLOCKS = 32  # number of blocks in a pool; see `Batches`
 
 
 class Batches:
     """The fit rows in model units, in a new order every epoch.
 
-    In memory, each epoch is a permutation of all rows. On disk, each epoch is a permutation of the blocks. Every
-    POOL_BLOCKS blocks form a pool; its rows are read block by block and permuted in memory.
+    If the rows are in memory, each epoch permutes all rows. If the rows are on disk, each epoch permutes the blocks and
+    divides them into pools of POOL_BLOCKS blocks. The rows of a pool are read block by block and then permuted in
+    memory.
 
     Args:
         rows: the table [N, D].
@@ -36,12 +37,13 @@ class Batches:
     ) -> None:
         self._rows, self._scale, self._seed, self._device = rows, scale, seed, device
         self._count = len(fit)
-        self._epoch = self._pool = -1  # the epoch whose order, and the pool whose rows, are in memory; -1 for none
+        # `_epoch`: epoch whose order is in memory; `_pool`: pool whose rows are in memory; -1 if none
+        self._epoch = self._pool = -1
         self._pool_rows = np.empty((0, rows.width), np.float32)
         if rows.on_disk:
             self._fit = np.sort(fit)
             edges = np.arange(0, len(rows) + rows.block_rows, rows.block_rows)
-            # block b contains the fit rows from _block_starts[b] to _block_starts[b + 1]
+            # block b contains the fit rows _fit[_block_starts[b] : _block_starts[b + 1]]
             self._block_starts = np.searchsorted(self._fit, edges)
         else:
             self._x = scale(torch.from_numpy(rows.take(fit))).to(device)
@@ -51,7 +53,7 @@ class Batches:
         return self._count
 
     def take(self, epoch: int, start: int, stop: int) -> Tensor:
-        """Return the rows [stop - start, D] at the positions from `start` to `stop` of `epoch`, in model units."""
+        """Return the rows [stop - start, D] of `epoch` at the positions `start` to `stop - 1`, in model units."""
         if self._rows.on_disk:
             return self._take_from_disk(epoch, start, stop)
         if epoch != self._epoch:
@@ -82,7 +84,7 @@ class Batches:
         return (int(self._pool_ends[pool - 1]) if pool else 0), int(self._pool_ends[pool])
 
     def _shuffled_pool(self, pool: int) -> Floats:
-        """Return the rows of `pool`, permuted. The pool that was read last stays in memory."""
+        """Return the rows of `pool`, permuted. Only the last pool that was read stays in memory."""
         if pool == self._pool:
             return self._pool_rows
         first, end = self._pool_range(pool)

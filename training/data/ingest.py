@@ -37,14 +37,15 @@ class ColumnStatistics:
         self.high = np.full(width, np.nan)
         self.missing = np.zeros(width, np.int64)  # [D] number of missing values
         self.first_missing = np.full(width, -1)  # [D] row of the first missing value; -1 if there is none
-        self.infinite: dict[int, InfiniteValues] = {}  # by column
+        self.infinite: dict[int, InfiniteValues] = {}  # infinite values by column number
 
     def add(self, block: Array) -> npt.NDArray[np.float32]:
         """Update the statistics with rows [n, D] of any real dtype, and return the rows as float32."""
         with np.errstate(over="ignore", invalid="ignore"):
             x = block.astype(np.float32)
             total = x.sum(dtype=np.float64)
-        if not np.isfinite(total):  # one sum is cheaper than two masks, and it is usually finite
+        # The sum is finite unless a value is missing or infinite. Checking the sum is cheaper than making two masks.
+        if not np.isfinite(total):
             self._count_missing(np.isnan(x))
             self._count_infinite(np.isinf(x), block)
         self.low = np.fmin(self.low, np.fmin.reduce(block, axis=0).astype(np.float64))
@@ -79,7 +80,7 @@ class ColumnStatistics:
     def refuse_missing(
         self, source: str, names: Sequence[str], first_line: int | None, allowed: npt.NDArray[np.bool_]
     ) -> None:
-        """Raise DataError for the first column with a missing value where `allowed` [D] is false."""
+        """Raise DataError for the first column that has missing values although `allowed` [D] is false for it."""
         for column in np.flatnonzero((self.missing > 0) & ~allowed)[:1]:
             raise DataError(
                 f"{source}: column {names[column]!r} has no value (NaN) in "
@@ -91,7 +92,7 @@ class ColumnStatistics:
 
 
 def _and_others(count: int) -> str:
-    """Return the end of a message that names the first of `count` rows: how many more rows there are, if any."""
+    """Return the words that follow the first of `count` rows in a message: the number of other rows, if any."""
     return f" and in {count - 1} more" if count > 1 else ""
 
 
@@ -100,7 +101,7 @@ def ingest(raw: RawTable, source: str, limit: int) -> tuple[RowStore, ColumnStat
 
     Args:
         source: the name of the source, for messages.
-        limit: largest table that is kept in memory, in bytes of float32 values; larger tables stay on disk.
+        limit: maximum size of a table in memory, in bytes of float32 values. Larger tables stay on disk.
 
     Raises:
         DataError: the source is damaged, empty or not numeric, or the disk is full.

@@ -1,6 +1,6 @@
 """Mean, covariance and range of the rows of a table, computed in float64 in one pass over blocks of rows.
 
-Preprocessing and PCA need only these moments, so the table is read once and only one block of it is in memory.
+Preprocessing and PCA need only these moments. The table is therefore read only once, one block at a time.
 """
 
 from collections.abc import Iterable
@@ -12,11 +12,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-MAX_EXACT = 2.0**24  # float32 represents all integers up to this, so sums of integers that stay below it are exact
-MARGIN = 0.75  # rows per product are chosen so that sums of squares reach about this share of MAX_EXACT
-SMALL_MEAN = 0.01  # a column whose squared mean is below this share of its variance loses no precision without a shift
-MIN_ROWS = 64  # rows per float32 product; with fewer rows, float32 is not faster than float64
-MAX_ROWS = 2_048  # rows per product; more rows exceed the processor's cache
+MAX_EXACT = 2.0**24  # float32 represents every integer up to this value, so sums of integers below it are exact
+MARGIN = 0.75  # the largest sum of squares in a float32 product should be about this share of MAX_EXACT
+SMALL_MEAN = 0.01  # columns whose squared mean is below this share of their variance need no shift
+MIN_ROWS = 64  # minimum number of rows per float32 product; with fewer rows, float32 is not faster than float64
+MAX_ROWS = 2_048  # maximum number of rows per product; more rows exceed the processor's cache
 
 Doubles = npt.NDArray[np.float64]
 Block = npt.NDArray[np.floating[Any]]
@@ -49,8 +49,9 @@ class Moments:
 def compute_moments(blocks: Iterable[Block], with_covariance: bool = True) -> Moments:
     """Return the moments of all rows in `blocks`, each [n, D] and finite.
 
-    Deviations from a shift are summed, not the values themselves. The shift is near the mean of the first rows, so that
-    the squared mean deviation is small and little precision is lost when it is subtracted from the mean square.
+    The sums are over deviations from a shift, not over the values themselves. The variance is the mean of the squared
+    deviations minus the square of the mean deviation. A shift near the mean of the first rows keeps the second term
+    small, so the subtraction loses little precision.
 
     Args:
         with_covariance: whether to compute the covariance, which takes memory for a few [D, D] matrices.
@@ -68,7 +69,7 @@ def compute_moments(blocks: Iterable[Block], with_covariance: bool = True) -> Mo
 
 
 class _Sums:
-    """Sums of deviations from a shift, over the rows so far. The first block determines the shift."""
+    """Sums of deviations from a shift, over the rows added so far. The first block determines the shift."""
 
     def __init__(self, first: Block, with_covariance: bool) -> None:
         first = first[:MAX_ROWS]
@@ -76,10 +77,10 @@ class _Sums:
         variance = np.square(first - mean).mean(axis=0)  # [D]
         integers = _are_integers(first)
         shift = np.float64(np.float32(np.rint(mean))) if integers else mean  # [D]
-        # `add` skips a column if all its values in a block equal the shift. Columns that are mostly 0 have small means,
-        # so their shift is 0, and they can be skipped often.
+        # `add` skips a column in a block if all values of the column there equal the shift. A column that is mostly 0
+        # has a small mean. Its shift is therefore 0, so that `add` can often skip the column.
         self._shift = np.where(mean**2 > SMALL_MEAN * variance, shift, 0.0)  # [D]
-        largest = float((variance + (mean - self._shift) ** 2).max())  # largest mean square of a column
+        largest = float((variance + (mean - self._shift) ** 2).max())  # largest mean squared deviation of a column
         rows = int(MARGIN * MAX_EXACT / max(largest, 1.0))
         self._float32_rows = min(rows, MAX_ROWS) if integers and rows >= MIN_ROWS else 0
         self._rows = 0
@@ -92,7 +93,7 @@ class _Sums:
         self._rows += len(block)
         low, high = block.min(axis=0), block.max(axis=0)  # [D], [D]
         self._low, self._high = np.minimum(self._low, low), np.maximum(self._high, high)
-        nonzero = np.flatnonzero((low != self._shift) | (high != self._shift))  # [d], columns with any deviation
+        nonzero = np.flatnonzero((low != self._shift) | (high != self._shift))  # [d], columns that deviate from shift
         if len(nonzero) == 0:
             return
         part = block if len(nonzero) == len(low) else block.take(nonzero, axis=1)  # [n, d]
@@ -129,17 +130,17 @@ class _Sums:
 
 
 def _sum_and_products(x: Block, shift: Doubles, float32_rows: int) -> tuple[Doubles, Doubles]:
-    """Return sum(u) [D] and u' u [D, D], lower triangle, in float64, for the deviations u = x - shift of x [n, D].
+    """Return sum(u) [D] and the lower triangle of u' u [D, D], in float64, where u = x - shift for rows x [n, D].
 
-    Integers are multiplied in float32, which is twice as fast. Each part has so few rows that the result is exact:
-    while every column's sum of squares is below MAX_EXACT, all sums and all sums of products are too. Parts that exceed
-    the limit, or contain numbers that are not integers, are computed in float64.
+    Integers are multiplied in float32, which is twice as fast as float64. Parts are kept short so that their sums are
+    normally exact: if every column's sum of squares is below MAX_EXACT, so is every other sum. Parts that exceed this
+    limit are computed in float64. So are parts that contain numbers other than integers.
 
     Args:
-        float32_rows: rows per float32 product; 0 to use float64 only. If positive, every shift is an integer that
-            float32 can hold.
+        float32_rows: rows per float32 product; 0 to use float64 only. A positive value requires every shift to be an
+            integer that float32 represents exactly.
     """
-    from scipy.linalg.blas import dsyrk, ssyrk  # they do half the work of x.T @ x, and can add to a matrix
+    from scipy.linalg.blas import dsyrk, ssyrk  # each computes one triangle of x.T @ x, and can add it to a matrix
 
     size, shift32 = len(shift), shift.astype(np.float32)
     total, products = np.zeros(size), np.zeros((size, size), order="F")
@@ -160,7 +161,7 @@ def _sum_and_products(x: Block, shift: Doubles, float32_rows: int) -> tuple[Doub
 
 
 def _are_integers(values: Block) -> bool:
-    """Return whether all `values` are integers. The first row is checked first because it usually decides."""
+    """Return whether all `values` are integers. Fractions usually occur in the first row, so it is checked first."""
     if values.dtype.kind in "iu":
         return True
     return bool((values[:1] == np.rint(values[:1])).all() and (values == np.rint(values)).all())

@@ -12,20 +12,21 @@ import numpy.typing as npt
 
 from training.errors import DataError
 
-BLOCK_BYTES = 4 << 20  # bytes of float32 values that are read from disk at a time
-MEDIAN_ROWS = 100_000  # a median is computed from at most this many rows
-MEDIAN_BYTES = 64 << 20  # and from at most this many bytes of float32 values
+BLOCK_BYTES = 4 << 20  # size of a block that is read from disk, in bytes of float32 values
+MEDIAN_ROWS = 100_000  # medians are computed from at most this many rows
+MEDIAN_BYTES = 64 << 20  # medians are computed from rows with at most this many bytes of float32 values
 
 Floats = npt.NDArray[np.float32]
 
 
 class FileArray:
-    """An array [N, ...] in C order in a file. Indexing it with a slice or with row numbers reads these rows.
+    """An array [N, ...] in C order in a file. Indexing the array with a slice or with row numbers reads those rows.
 
-    The file is read with pread, not mapped into memory. Random reads take half the time of page faults, the rows do not
-    stay resident, and a disk error or a truncated file raises an exception instead of a signal.
+    The file is read with pread and not mapped into memory, for three reasons. Random reads take half the time of page
+    faults. Rows that were read do not stay resident. A disk error or a truncated file raises an exception, not a
+    signal.
 
-    The descriptor is duplicated, so the caller may close `file` or delete it.
+    The descriptor is duplicated, so the caller may close or delete the file.
 
     Args:
         offset: position of the first row in the file, in bytes.
@@ -94,7 +95,7 @@ class RowStore:
 
     @property
     def on_disk(self) -> bool:
-        """Whether the rows are in a file, which is read fastest in order and in blocks."""
+        """Whether the rows are in a file. The fastest way to read a file is in order, block by block."""
         return isinstance(self._values, FileArray)
 
     @property
@@ -117,10 +118,10 @@ class RowStore:
 
 
 class RowWriter:
-    """Collects rows in memory, or in a temporary file once they exceed `limit` bytes of float32 values.
+    """Collects rows in memory. If they exceed `limit` bytes of float32 values, they move to a temporary file.
 
-    The file is created where `tempfile` creates files (TMPDIR) and has no name, so the system frees its space when the
-    last user closes it, even if the process is killed.
+    The file is created in the folder of `tempfile` (TMPDIR) and has no name. The system therefore frees its space when
+    the last descriptor of the file is closed, even if the process is killed.
 
     Args:
         width: number of features D.
@@ -171,12 +172,12 @@ def fits_in_memory(rows: int, width: int, limit: int) -> bool:
 
 
 def rows_per_block(width: int) -> int:
-    """Return the number of rows of `width` float32 values in a block."""
+    """Return the number of rows in a block, for rows of `width` float32 values."""
     return max(1, BLOCK_BYTES // (4 * width))
 
 
 def column_medians(rows: RowStore, indices: npt.NDArray[np.int64]) -> Floats:
-    """Return the median [D] of the values present in each column, over the rows at `indices`; NaN without values.
+    """Return each column's median [D] over the present values of the rows at `indices`; NaN if none is present.
 
     If the rows exceed MEDIAN_ROWS or MEDIAN_BYTES, only every k-th row is used.
     """

@@ -1,7 +1,7 @@
 """The table that every model is trained on: rows in raw units, with the names of their features.
 
 `read_table` reads and checks a source. `read_for_model` reads and checks rows that an existing model will score.
-`split_rows` chooses the rows that fit, validate and calibrate a model.
+`split_rows` divides the rows into fit rows, held-out rows and calibration rows.
 """
 
 import hashlib
@@ -27,11 +27,13 @@ if TYPE_CHECKING:
 __all__ = ["MINIMUM_ROWS", "DataError", "Split", "Table", "read_for_model", "read_table", "split_rows"]
 
 MEMORY_BYTES = 512 << 20  # tables with more bytes of float32 values stay on disk
-MINIMUM_ROWS = 10  # with fewer, a part of the split would be empty
-MAX_HELD_OUT_ROWS = 50_000  # most rows in the held-out set and in the calibration set; more would improve neither
-MAX_HELD_OUT_BYTES = 64 << 20  # most bytes of float32 values in each of these two sets, which are kept in memory
-MIN_DISTINCT = 256  # a note warns if float32 distinguishes fewer values in a column
-LISTED_NAMES = 3  # features that a note lists before "and N more"
+MINIMUM_ROWS = 10  # with fewer rows, a part of the split would be empty
+# The held-out set and the calibration set are kept in memory. Each set has at most this many rows and this many bytes
+# of float32 values. More rows would improve neither set.
+MAX_HELD_OUT_ROWS = 50_000
+MAX_HELD_OUT_BYTES = 64 << 20
+MIN_DISTINCT = 256  # a note warns if float32 can represent fewer distinct values in the range of a column
+LISTED_NAMES = 3  # number of features that a note lists before "and N more"
 PIXEL_RANGES = ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0))
 
 
@@ -74,7 +76,7 @@ def split_rows(count: int, seed: int, width: int = 1) -> Split:
     """Split `count` rows at random: 70 % fit, 10 % held out, 20 % calibration, at least one row each.
 
     Held-out and calibration rows are kept in memory, so each of these sets has at most MAX_HELD_OUT_ROWS rows and
-    MAX_HELD_OUT_BYTES bytes. All other rows fit the model. The same arguments give the same split.
+    MAX_HELD_OUT_BYTES bytes. All other rows are fit rows. The same arguments give the same split.
 
     Args:
         seed: from 0 to 2^32 - 1.
@@ -87,7 +89,7 @@ def split_rows(count: int, seed: int, width: int = 1) -> Split:
         raise DataError(
             f"expected at least {MINIMUM_ROWS} rows to fit, validate and calibrate a model, got {count}: add rows"
         )
-    order = np.random.RandomState(seed).permutation(count)  # unlike Generator, RandomState never changes
+    order = np.random.RandomState(seed).permutation(count)  # NumPy never changes RandomState, but may change Generator
     most = min(MAX_HELD_OUT_ROWS, max(MINIMUM_ROWS, MAX_HELD_OUT_BYTES // (4 * width)))
     held_out, calibration = min(round(0.1 * count), most), min(round(0.2 * count), most)
     return Split(
@@ -112,7 +114,7 @@ def read_table(
         drop: columns to leave out.
         keep: columns that are measurements although they look like identifiers.
         size: height and width to which the images of a folder are resized.
-        limit: largest table that is kept in memory, in bytes of float32 values; larger tables stay on disk.
+        limit: maximum size of a table in memory, in bytes of float32 values. Larger tables stay on disk.
 
     Raises:
         DataError: the source cannot be used. The message is one line that says what to do.
@@ -145,9 +147,9 @@ def read_table(
 def read_for_model(source: str, manifest: "Manifest", limit: int = MEMORY_BYTES) -> Table:
     """Return the rows in `source` in the form that the model of `manifest` takes.
 
-    Columns of CSV and Parquet files are found by name, in any order. Other columns are ignored, except one called label
-    or y, which contains the labels. Images are resized to the model's shape. Values may be missing
-    only in columns where values were missing in the training data.
+    Columns of CSV and Parquet files are found by name, in any order. A further column called label or y contains the
+    labels. All other columns are ignored. Images are resized to the model's shape. Values may be missing only in
+    columns where values were missing in the training data.
 
     Raises:
         DataError: the source cannot be used. The message is one line that says what to do.
@@ -245,7 +247,11 @@ def _notes(names: Sequence[str], statistics: ColumnStatistics) -> list[str]:
 
 
 def _guess_pixel_range(dtype: np.dtype[Any], statistics: ColumnStatistics) -> tuple[float, float]:
-    """Return the values of black and white: a common range if the values fill most of it, else their own range."""
+    """Return the values of black and white.
+
+    They are the ends of the first of PIXEL_RANGES that contains all values and whose middle is below the largest value.
+    If no range qualifies, they are the smallest and the largest value, rounded.
+    """
     if dtype == np.uint8:
         return 0.0, 255.0
     low, high = float(np.nanmin(statistics.low)), float(np.nanmax(statistics.high))

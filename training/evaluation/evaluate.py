@@ -38,11 +38,11 @@ class Evaluation:
     reconstruction_error: float
     median_error: float  # error of predicting the medians of the training rows
     mean_score: float
-    alarm_rates: dict[str, float]  # by alpha: flagged share of the normal rows, or of all rows if there are no labels
+    alarm_rates: dict[str, float]  # by alpha: flagged share of the normal rows, or, without labels, of all rows
     detection_rates: dict[str, float] | None  # by alpha: flagged share of the rows labelled 1
     auroc: float | None
     average_precision: float | None
-    elbo: float | None  # nats per row, model units; this and the next four are None if the model has no density
+    elbo: float | None  # nats per row, model units; this field and the next four are None without a density
     log_likelihood: float | None  # importance-weighted bound from `draws` samples per row; exact for PCA
     log_likelihood_se: float | None  # standard error over rows
     bits_per_dimension: float | None  # for values rounded to one raw unit
@@ -79,7 +79,7 @@ class _RunningSums:
         return self._squares / max(self._values, 1), self._median_squares / max(self._values, 1)
 
     def active(self, rows: int) -> int:
-        """Return the number of latents whose posterior mean varies. `rows` is the number of rows that were added."""
+        """Return the number of latents whose posterior mean varies. `rows` is the number of rows added so far."""
         variance = self._latent_squares / rows - np.square(self._latents / rows)
         return int((variance > ACTIVE_VARIANCE).sum())
 
@@ -136,7 +136,7 @@ def _sum_over_rows(artifact: Artifact, table: Table) -> _RunningSums:
 def _density(artifact: Artifact, table: Table, draws: int) -> dict[str, Any]:
     """Return the fields of Evaluation that need a density.
 
-    They are None if the model has no density, or if its artifact was written before `log_weight` existed.
+    The fields are None if the model has no density, or if its artifact was written before `log_weight` existed.
     """
     manifest = artifact.manifest
     log_weight = getattr(artifact.module, "log_weight", None)

@@ -20,8 +20,8 @@ from training.random_streams import VALIDATION, random_stream
 SAMPLES = 16  # posterior samples per row for the expectation in the ELBO
 BOUND_SAMPLES = 100  # importance samples per row for the importance-weighted bound
 BOUND_ROWS = 1_000  # the bound is averaged over at most this many rows
-BATCH = 4096  # rows processed at once: bounds memory
-BOUND_BATCH = 256  # rows processed at once for the bound
+BATCH = 4096  # rows processed at once; limits the memory
+BOUND_BATCH = 256  # rows processed at once to compute the bound
 
 # Maps rows [B, D] and standard normal noise [B, K] to log p(x, z) - log q(z|x) [B], in nats.
 LogWeight = Callable[[Tensor, Tensor], Tensor]
@@ -30,8 +30,8 @@ LogWeight = Callable[[Tensor, Tensor], Tensor]
 class Bound(NamedTuple):
     """The importance-weighted lower bound on log p(x), in nats, model units."""
 
-    mean: float  # over rows
-    standard_error: float  # of the mean
+    mean: float  # mean over rows
+    standard_error: float  # standard error of `mean`
     elbo: float  # mean over rows of the bound from a single sample
     by_row: Tensor  # [N], the bound of each row
 
@@ -73,7 +73,7 @@ def held_out_metrics(
 
 
 def pca_metrics(pca: PCA, scaling: Scaling, held_out: Tensor) -> dict[str, float]:
-    """Return the metrics of `pca`, fitted in the model units of `scaling`, on rows held_out [M, D], raw units."""
+    """Return the metrics of `pca` on rows held_out [M, D], in raw units. `pca` takes the model units of `scaling`."""
     u = scaling(held_out)
     x_hat = torch.cat([scaling.inverse(pca.decode(pca.encode(rows)[0])) for rows in u.split(BATCH)])
     return {"reconstruction_error": squared_error(held_out, x_hat)} | core_metrics(pca, scaling, u, seed=0)
@@ -90,7 +90,7 @@ def squared_error(x: Tensor, x_hat: Tensor) -> float:
 
 
 def core_metrics(core: Core, scaling: Scaling, u: Tensor, seed: int) -> dict[str, float]:
-    """Return the metrics that only models of this kind have, for rows u [M, D] in the model units of `scaling`."""
+    """Return the metrics that depend on the kind of `core`, for rows u [M, D] in the model units of `scaling`."""
     metrics: dict[str, float] = {}
     if isinstance(core, PCA):
         by_row = torch.cat([core.log_likelihood(rows) for rows in u.split(BATCH)])
@@ -164,7 +164,7 @@ def bits_per_dimension(log_likelihood: float, log_scale: float, features: int) -
 def density_scale(core: Core, scaling: Scaling) -> float:
     """Return log p(x) in model units minus log p(x) in raw units: the sum of ln(scale), in nats.
 
-    It is 0 for a Bernoulli likelihood, which is a probability and not a density.
+    The result is 0 for a Bernoulli likelihood, which is a probability and not a density.
     """
     if isinstance(core, VAE) and isinstance(core.likelihood, BernoulliLikelihood):
         return 0.0

@@ -26,8 +26,8 @@ MEANING = {
     "log_likelihood": "nats per row, model units; a lower bound for a VAE; higher is better",
     "detection": "AUROC of the score: rows with a tenth of their values swapped against intact rows",
 }
-SIGN = {"reconstruction_error": -1.0, "log_likelihood": 1.0, "detection": 1.0}  # factor that makes higher better
-BATCH = 4096  # rows processed at once: bounds memory
+SIGN = {"reconstruction_error": -1.0, "log_likelihood": 1.0, "detection": 1.0}  # -1 if lower values are better
+BATCH = 4096  # rows processed at once; limits the memory
 
 Measures = dict[str, Tensor]  # by name: one value per row, for the same rows in all models; higher is better
 
@@ -39,7 +39,7 @@ class Candidate:
     config: TrainConfig
     pipeline: Pipeline
     metrics: dict[str, float]
-    others: dict[str, dict[str, float]]  # by kind: metrics of the models it was compared with
+    others: dict[str, dict[str, float]]  # by kind: metrics of the models that this model was compared with
     recorder: HistoryRecorder
 
 
@@ -49,13 +49,13 @@ def compare(
     """Return the candidate to publish, and the metrics of all candidates by kind. The reasons go to `report`.
 
     A model beats another on a measure if it is better by more than STANDARD_ERRORS standard errors of the paired
-    difference. The candidate with the most wins minus losses is published. On a tie, the candidate that
-    comes first wins; candidates are in order of complexity.
+    difference. The candidate with the highest number of wins minus losses is published. On a tie, the first of the tied
+    candidates is published. Candidates are in order of increasing complexity.
     """
     if len(candidates) == 1:
         return candidates[0], candidates[0].others
     rows, seed = data.fill_missing(data.held_out), candidates[0].config.seed
-    scale = candidates[0].pipeline.scaling.scale  # errors of all candidates are compared in the units of the first
+    scale = candidates[0].pipeline.scaling.scale  # all errors are in the model units of the first candidate
     measures: dict[str, Measures] = {c.config.model: _measure(c.pipeline, rows, scale, seed) for c in candidates}
     wins = significant_wins(measures)
     best = max(candidates, key=lambda candidate: _wins_minus_losses(wins, candidate.config.model))
@@ -85,7 +85,7 @@ def _wins_minus_losses(wins: Sequence[tuple[str, str, str]], kind: str) -> int:
 
 
 def _measure(pipeline: Pipeline, x: Tensor, scale: Tensor, seed: int) -> Measures:
-    """Return the measures for rows x [M, D] in raw units, none missing. Errors are in units of `scale` [D]."""
+    """Return the measures for rows x [M, D] in raw units without missing values. Errors are in units of `scale` [D]."""
     errors, intact_scores, swapped_scores = [], [], []
     core = pipeline.core
     with torch.inference_mode():

@@ -23,7 +23,7 @@ class Scores:
 
     score: Floats  # [B]
     p_value: Floats  # [B]
-    severity: Floats  # [B], > 1 exactly where a row is anomalous
+    severity: Floats  # [B], above 1 if and only if the row is anomalous
     parts: Floats  # [B, P]
     contribution: Floats  # [B, D]
     expected: Floats  # [B, D], raw units
@@ -46,14 +46,14 @@ def score_rows(artifact: Artifact, x: Floats, alpha: float) -> Scores:
 
 
 def ndjson_lines(artifact: Artifact, table: Table, alpha: float, explain: int) -> Iterator[str]:
-    """Yield NDJSON, several lines at a time. The object of each row has the fields of a result of /anomaly."""
+    """Yield NDJSON, several lines at a time. Each row is an object with the same fields as a result of /anomaly."""
     option = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
     for results in _batches_of_results(artifact, table, alpha, explain):
         yield b"".join(orjson.dumps(result, option=option) for result in results).decode()
 
 
 def csv_lines(artifact: Artifact, table: Table, alpha: float, explain: int) -> Iterator[str]:
-    """Yield CSV, several lines at a time: a header, then a line per row. An explained feature has four columns."""
+    """Yield CSV, several lines at a time: a header, then a line per row. Each explained feature takes four columns."""
     explained = range(1, min(explain, len(table.names)) + 1)
     columns = [f"{column}_{k}" for k in explained for column in ("feature", "value", "expected", "contribution")]
     yield _csv([["row", "score", "p_value", "severity", "is_anomaly", *columns]])
@@ -77,8 +77,8 @@ def _csv(lines: Iterable[Sequence[object]]) -> str:
     return buffer.getvalue()
 
 
-# The fields are those of `results_and_errors` in service/anomaly/verdicts.py. The code is not shared: training must not
-# import service, and service imports only the artifact, manifest and errors of models.
+# The fields are those of `results_and_errors` in service/anomaly/verdicts.py. The code is not shared, because training
+# must not import service, and service imports nothing from models except the artifact, the manifest and the errors.
 def _batches_of_results(artifact: Artifact, table: Table, alpha: float, explain: int) -> Iterator[list[dict[str, Any]]]:
     """Yield the results of the rows of `table` in order, a batch at a time.
 

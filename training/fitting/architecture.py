@@ -25,7 +25,7 @@ def build_encoder(config: TrainConfig, shape: tuple[int, ...], outputs: int) -> 
 
 
 def build_decoder(config: TrainConfig, shape: tuple[int, ...], latents: int, unit_range: bool = False) -> nn.Sequential:
-    """Return a network that maps latents [B, K] to rows [B, D], with the layers of the encoder mirrored.
+    """Return a network that maps latents [B, K] to rows [B, D]. Its layers mirror those of the encoder.
 
     Args:
         shape: shape of one row; the product is D.
@@ -51,7 +51,7 @@ def _ends_in_sigmoid(config: TrainConfig, unit_range: bool) -> bool:
 
 
 def _check_image_shape(config: TrainConfig, shape: tuple[int, ...]) -> None:
-    """Raise FitError unless rows are images that can be halved once per convolution."""
+    """Raise FitError unless rows are images whose sides can be halved once per convolution."""
     if len(shape) not in (2, 3):
         raise FitError(
             f"--network conv needs images (rows of shape [H, W] or [H, W, C]), got shape {list(shape)}: "

@@ -26,9 +26,9 @@ from training.fitting.trainer import Trainer
 from training.progress import Reporter
 from training.random_streams import NOISE, random_stream
 
-SPECTRUM_ROWS = 2_000  # enough to estimate how much variance a few latents leave unexplained
-MIN_FEATURE_VARIANCE = 1e-4  # in model units; below it, rounding errors of one feature would dominate the likelihood
-BATCH = 4096  # rows per forward pass; bounds the memory
+SPECTRUM_ROWS = 2_000  # number of rows that suffice to estimate the variance that a few latents leave unexplained
+MIN_FEATURE_VARIANCE = 1e-4  # in model units; below this, rounding errors of one feature would dominate the likelihood
+BATCH = 4096  # rows per forward pass; limits the memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ def fit_autoencoder(task: FitTask) -> Autoencoder:
 
 
 def fit_vae(task: FitTask) -> VAE:
-    """Return a trained VAE, and report how many of its latents the data support.
+    """Return a trained VAE. Report how many latents should stay active, and warn if far fewer latents do.
 
     Raises:
         FitError: the options exclude each other, or do not work with several processes.
@@ -136,10 +136,11 @@ def build_likelihood(config: TrainConfig, x: Tensor, latents: int) -> Likelihood
 
 
 def residual_variance(x: Tensor, latents: int) -> Tensor:
-    """Return the variance per feature [1] of x [N, D] that `latents` principal components do not explain.
+    """Return the mean variance per feature, [1], that `latents` principal components of x [N, D] do not explain.
 
-    This is the optimal variance of a linear VAE (Lucas et al. 2019, "Don't blame the ELBO!"). The learned variance of a
-    VAE starts here: if it started much higher, latents would collapse before it had fallen.
+    This is the optimal variance of a linear VAE (Lucas et al. 2019, "Don't blame the ELBO!"). A learned variance starts
+    at this value. If the variance started much higher, latents would collapse before training had lowered the
+    variance.
     """
     sample = x[:SPECTRUM_ROWS]
     components = min(latents, x.shape[1] - 1, len(sample) - 1)

@@ -75,7 +75,7 @@ class CheckpointStore:
         return state
 
     def remove(self) -> None:
-        """Delete the checkpoint, and its folder if that is empty. Errors are ignored, as the model is published."""
+        """Delete the checkpoint, and its folder if empty. Errors are ignored: the model is already published."""
         with suppress(OSError):
             self.path.unlink()
         with suppress(OSError):

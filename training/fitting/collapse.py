@@ -8,12 +8,17 @@ from training.fitting.pca import spectrum
 def predict_active_latents(x: Tensor, latents: int, beta: float, variance: float | None) -> int:
     """Return how many of `latents` a linear VAE keeps active on rows x [N, D].
 
-    A latent stays active if the eigenvalue of the covariance along its direction exceeds beta times the likelihood's
-    variance s2. If s2 is learned, its optimum satisfies D s2 = (sum of the eigenvalues of inactive latents) + (number
-    of active latents) beta s2. The result is the largest number of latents that satisfies both conditions. Lucas et al.
-    2019, "Don't blame the ELBO!", section 4, extended by beta.
+    Let s2 be the variance of the likelihood. There are two conditions:
 
-    A nonlinear network may keep a few more latents active. If it keeps far fewer, it has collapsed.
+    1. A latent is active if the eigenvalue of the covariance along its direction exceeds beta s2.
+    2. A learned s2 satisfies D s2 = (sum of the eigenvalues of all inactive directions) + (number of active latents)
+       beta s2 at its optimum.
+
+    If s2 is fixed, count the latents that satisfy the first condition. If s2 is learned, return the largest number of
+    active latents for which both conditions hold. The conditions are those of Lucas et al. 2019, "Don't blame the
+    ELBO!", section 4, extended by beta.
+
+    A nonlinear VAE may keep a few more latents active than a linear VAE. If it keeps far fewer, it has collapsed.
 
     Args:
         variance: the fixed variance of the likelihood; None if it is learned.

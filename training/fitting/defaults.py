@@ -1,4 +1,4 @@
-"""Defaults that depend on the data: tables and images need different networks. Imports no torch."""
+"""Defaults that depend on the data: tables and images need different networks. The module imports no torch."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ TABLE_WIDTHS = (128, 64)
 TABLE_LEARNING_RATE, IMAGE_LEARNING_RATE = 3e-3, 1e-3
 TABLE_STEPS = 1_500  # the default number of epochs gives about this many optimiser steps
 MIN_TABLE_EPOCHS, MAX_TABLE_EPOCHS = 10, 1_500
-TABLE_NOISE = 2.0  # in standard deviations of a column
-EXPLAINED_VARIANCE = {"pca": 0.9, "vae": 0.95, "ae": 0.99, "ensemble": 0.99}  # by the default latents of a table
+TABLE_NOISE = 2.0  # default `noise` for tables, in standard deviations of a column
+EXPLAINED_VARIANCE = {"pca": 0.9, "vae": 0.95, "ae": 0.99, "ensemble": 0.99}  # share that a table's latents explain
 MAX_TABLE_LATENTS = 64
 IMAGE_LATENTS = 16
 
 
 def with_defaults(config: TrainConfig, images: bool, rows: int) -> TrainConfig:
-    """Return `config` with the defaults filled in, except the default of `latents` and, for images, that of `epochs`.
+    """Return `config` with all defaults filled in, except those of `latents` and, for images, `epochs`.
 
     Args:
         images: whether the rows are images.

@@ -13,7 +13,7 @@ from torch import Tensor, distributed
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """The processes that train one model together, and the rank of this one. One process by default."""
+    """The processes that train one model together, and the rank of this process. By default there is one process."""
 
     rank: int = 0
     count: int = 1
@@ -24,7 +24,7 @@ class ProcessGroup:
         return self.rank == 0
 
     def slice_of(self, rows: int) -> slice:
-        """Return the share of this process in a batch of `rows` rows. It may be empty if the batch is small."""
+        """Return the slice of a batch of `rows` rows that this process computes. For a small batch it may be empty."""
         return slice(rows * self.rank // self.count, rows * (self.rank + 1) // self.count)
 
     def all_reduce(self, tensor: Tensor) -> None:
@@ -48,9 +48,10 @@ def join_process_group() -> Iterator[ProcessGroup]:
     if count == 1:
         yield ProcessGroup()
         return
-    # Creating an optimiser imports this module. Default arguments of its functions hold the process group that exists
-    # at that moment. If they held our group, gloo's threads would outlive `destroy_process_group`. A thread that frees
-    # a tensor while the interpreter exits aborts the process. Importing the module before the group exists avoids this.
+    # Creating an optimiser imports torch.distributed.nn.functional. Default arguments of the functions there keep the
+    # process group that exists at the import. If they kept our group, gloo's threads would outlive
+    # `destroy_process_group`, and a thread that frees a tensor while the interpreter exits aborts the process. To
+    # prevent this, we import the module before the group exists.
     importlib.import_module("torch.distributed.nn.functional")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -8,7 +8,7 @@ from training.data.moments import Moments
 from training.fitting.scaling import NEGLIGIBLE_DEVIATION
 
 MAX_EXPLAINED_FEATURES = 512  # wider rows are explained by their reconstruction, because the weights are a D x D matrix
-EXPLANATION_NOISE = 1.0  # noise variance added to each feature, relative to its own variance: as much noise as signal
+EXPLANATION_NOISE = 1.0  # variance of the noise added to each feature, divided by the variance of the feature
 
 
 def fit_explanation(moments: Moments, scaling: Scaling, images: bool) -> Explanation:

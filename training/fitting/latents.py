@@ -7,13 +7,13 @@ from models.core import Core
 from models.manifest import Latent
 from models.vae import VAE, gaussian_kl
 
-ACTIVE_VARIANCE = 0.01  # a VAE's latent is active if its posterior mean varies more: Burda et al. 2016, 5.1
-ACTIVE_SHARE = 1e-6  # for other models: if its variance exceeds this share of the largest one
-BATCH = 4096  # rows per forward pass; bounds the memory
+ACTIVE_VARIANCE = 0.01  # a VAE's latent is active if its posterior mean has a larger variance: Burda et al. 2016, 5.1
+ACTIVE_SHARE = 1e-6  # another model's latent is active if its variance exceeds this share of the largest variance
+BATCH = 4096  # rows per forward pass; limits the memory
 
 
 def describe_latents(core: Core, u: Tensor) -> list[Latent]:
-    """Return, for each latent, its variance over rows u [N, D] in model units, its KL and whether it is active.
+    """Return each latent's variance over rows u [N, D] in model units, its KL, and whether it is active.
 
     The KL is None unless the model is a VAE.
     """

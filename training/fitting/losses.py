@@ -1,7 +1,7 @@
 """The losses that training minimises, each as a dictionary of its terms.
 
 Every loss takes rows [B, D] in model units. Its terms are scalars: sums over features, averaged over rows. Training
-minimises the term "loss". Noise is an argument, so that a loss depends only on its arguments.
+minimises the term "loss". Noise is an argument, so equal arguments always give equal losses.
 """
 
 import math
@@ -46,13 +46,13 @@ def log_weights(vae: VAE, x: Tensor, noise: Tensor) -> Tensor:
 
 
 def importance_weighted_terms(vae: VAE, x: Tensor, noise: Tensor) -> LossTerms:
-    """Return the negative importance-weighted bound in nats, which is tighter than the ELBO for S > 1 samples per row.
+    """Return minus the importance-weighted bound in nats. With S > 1 samples per row, it is tighter than the ELBO.
 
     The bound is that of Burda, Grosse & Salakhutdinov 2016, "Importance weighted autoencoders", eq. 8. The encoder gets
     the doubly reparameterised gradient of Tucker et al. 2019, "Doubly reparameterized gradient estimators for Monte
-    Carlo objectives", eq. 8. This gradient has the same expectation as the gradient of the bound, but its variance
-    falls as S grows, and is zero if the posterior is exact. For S = 1 it is the gradient of Roeder, Wu & Duvenaud 2017,
-    "Sticking the landing".
+    Carlo objectives", eq. 8. This gradient has the same expectation as the usual gradient of the bound. Its variance
+    falls as S grows, and is zero if the posterior is exact. With S = 1, it is the gradient of Roeder, Wu & Duvenaud
+    2017, "Sticking the landing".
 
     Args:
         noise: standard normal [S, B, K].
@@ -61,14 +61,15 @@ def importance_weighted_terms(vae: VAE, x: Tensor, noise: Tensor) -> LossTerms:
     z = mean + (0.5 * log_variance).exp() * noise  # [S, B, K]
     weights = _log_weights(vae, x, z, mean.detach(), log_variance.detach())  # [S, B]
     shares = weights.detach().softmax(dim=0).unsqueeze(2)  # [S, B, 1]
-    if z.requires_grad:  # the bound weights a sample's gradient by its share; eq. 8 weights it by the share squared
+    # The bound weights the gradient of a sample by the share of that sample. Eq. 8 weights it by the squared share.
+    if z.requires_grad:
         z.register_hook(lambda gradient: gradient * shares)
     bound = (weights.logsumexp(dim=0) - math.log(len(noise))).mean()
     return {"loss": -bound, "bound": bound, "elbo": weights.mean()}
 
 
 def _log_weights(vae: VAE, x: Tensor, z: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """Return log p(x, z) - log q(z) [S, B] for samples z [S, B, K] of q = N(mean, exp(log_variance)), both [B, K]."""
+    """Return log p(x, z) - log q(z) [S, B] for samples z [S, B, K] from q = N(mean [B, K], exp(log_variance))."""
     output = vae.decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2])  # [S, B, D]
     squares = (z - mean).square() * (-log_variance).exp() + log_variance  # [S, B, K]: -2 log q, up to a constant
     return log_likelihood(vae.likelihood, x, output) + 0.5 * (squares - z.square()).sum(dim=2)  # [S, B]
@@ -76,7 +77,7 @@ def _log_weights(vae: VAE, x: Tensor, z: Tensor, mean: Tensor, log_variance: Ten
 
 def log_likelihood(likelihood: Likelihood, x: Tensor, output: Tensor) -> Tensor:
     """Return log p(x | z) in nats [..., B] for rows x [B, D] and the decoder's output [..., B, D]."""
-    if isinstance(likelihood, BernoulliLikelihood):  # equals its log_prob, but with one backward op
+    if isinstance(likelihood, BernoulliLikelihood):  # equals `likelihood.log_prob`, with one backward operation
         low, high = x.aminmax()
         inside = x if low >= 0.0 and high <= 1.0 else x.clamp(0.0, 1.0)  # [B, D]
         entropy = binary_cross_entropy_with_logits(output, inside.expand(output.shape), reduction="none")
@@ -87,7 +88,7 @@ def log_likelihood(likelihood: Likelihood, x: Tensor, output: Tensor) -> Tensor:
 
 
 def squared_error_terms(autoencoder: Autoencoder, x: Tensor, corrupted: Tensor | None = None) -> LossTerms:
-    """Return the squared reconstruction error, summed over features: L(x, x_hat).
+    """Return the squared reconstruction error, summed over features and averaged over rows.
 
     Given `corrupted` [B, D], this is the loss of a denoising autoencoder, which reconstructs x from `corrupted`:
     Vincent et al. 2010, "Stacked denoising autoencoders", section 3.

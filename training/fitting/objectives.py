@@ -1,4 +1,4 @@
-"""The objectives that the trainer minimises: for each kind of network, the loss and the random numbers that it needs.
+"""The objectives that the trainer minimises: the loss of each kind of network, and the random numbers for the loss.
 
 Drawing random numbers and computing the loss are separate steps, so that every process of a distributed run draws the
 same numbers for the whole batch and then computes the loss of its own rows only.

@@ -12,8 +12,8 @@ from models.pca import PCA
 from training.data.moments import Moments, compute_moments
 from training.errors import FitError
 
-MIN_NOISE = 1e-6  # smallest noise variance relative to the mean variance per feature: Q divides by the noise variance
-BLOCK_VALUES = 4 << 20  # values of a tensor that are converted to float64 at a time
+MIN_NOISE = 1e-6  # minimum noise variance, relative to the mean variance per feature; the score divides by the noise
+BLOCK_VALUES = 4 << 20  # number of values of a tensor that are converted to float64 at a time
 
 NO_COVARIANCE = "expected moments with a covariance"
 
@@ -35,7 +35,7 @@ def pca_from_moments(moments: Moments, latents: int) -> PCA:
 
 
 def fit_pca(x: Tensor, latents: int) -> PCA:
-    """Return the PCA of rows x [N, D], on the CPU. If D > N, it is computed from the singular values of x.
+    """Return the PCA of rows x [N, D], on the CPU. If D > N, the PCA is computed from a singular value decomposition.
 
     Raises:
         FitError: see `pca_from_moments`.
@@ -74,7 +74,7 @@ def _check_size(rows: int, features: int, latents: int) -> None:
 
 
 def _pca(moments: Moments, values: Tensor, vectors: Tensor) -> PCA:
-    """Return the PCA with these largest eigenvalues [K] and their eigenvectors [K, D], which may have either sign."""
+    """Return the PCA with the K largest eigenvalues, `values` [K], and their eigenvectors, `vectors` [K, D]."""
     features, total = len(moments.mean), moments.variance.sum()
     if float(total) <= 0.0:
         raise FitError(

@@ -35,8 +35,8 @@ def fit_pipeline(
 ) -> Pipeline:
     """Return the fitted pipeline, on the CPU.
 
-    The networks are fitted to the fit rows. The score statistics are fitted to the held-out rows; for PCA, to the fit
-    rows. The calibration is fitted to the calibration rows.
+    Networks and PCA are fitted to the fit rows. Score statistics of networks are fitted to the held-out rows, and those
+    of PCA to the fit rows. The calibration is fitted to the calibration rows.
 
     Args:
         config: the options. `config.model` must be one kind, not auto.
@@ -101,7 +101,7 @@ def _default_latents(kind: str, data: PreparedData, scaling: Scaling) -> int:
 
 
 def _fit_pca(data: PreparedData, scaling: Scaling, latents: int) -> PCA:
-    """Return the PCA. It is computed from the covariance, or from the rows if they have too many features."""
+    """Return the PCA, computed from the covariance, or from the rows themselves if they have too many features."""
     if data.moments.covariance is not None:
         return pca_from_moments(data.scaled_moments(scaling), latents)
     width, rows = data.table.x.width, len(data.split.fit)

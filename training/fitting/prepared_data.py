@@ -1,4 +1,4 @@
-"""Prepare a table for fitting: read, once, the rows and statistics that all kinds of models need."""
+"""Prepare a table for fitting: read the rows and compute the statistics that all kinds of models need."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,15 +22,15 @@ MAX_COVARIANCE_FEATURES = 4096  # with more features, computing the covariance's
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedData:
-    """A table, and the statistics and rows of it that all kinds of models need.
+    """A table, with the rows and statistics that all kinds of models need.
 
     Args:
-        split: the rows that fit, validate and calibrate the model.
-        medians: medians of the fit rows, [D]; NaN for a column without values in them.
-        fill: the values that replace missing values, [D], which are the medians; None if the table is complete.
+        split: the indices of the fit rows, the held-out rows and the calibration rows.
+        medians: median of each column over the fit rows, [D]; NaN for a column without values in the fit rows.
+        fill: the values that replace missing values, [D]: the medians; None if the table is complete.
         moments: moments of the fit rows in raw units. There is no covariance above MAX_COVARIANCE_FEATURES features.
-        held_out: rows [M, D] in raw units, NaN where a value is missing.
-        calibration: rows [C, D], in the same form.
+        held_out: held-out rows [M, D] in raw units, NaN where a value is missing.
+        calibration: calibration rows [C, D], in the same form.
         sample: fit rows [S, D], in the same form: all, or as many as may be kept in memory.
     """
 
@@ -57,7 +57,7 @@ class PreparedData:
         return self.moments.scaled(scaling.shift, scaling.scale)
 
     def pca(self, scaling: Scaling, latents: int) -> PCA | None:
-        """Return the PCA of the fit rows in model units; None if there is no covariance or too little data for it."""
+        """Return the PCA of the fit rows in model units; None if there is no covariance, or if the data are too few."""
         if self.moments.covariance is None or latents > min(self.table.x.width, self.moments.rows - 1):
             return None
         return pca_from_moments(self.scaled_moments(scaling), latents)
@@ -70,10 +70,10 @@ class PreparedData:
 
 
 def prepare_data(table: Table, split: Split, robust: bool = False) -> PreparedData:
-    """Read `table`: one pass computes the moments, and the rows that are needed are kept in memory.
+    """Read `table`. One pass computes the moments. Held-out, calibration and sample rows are kept in memory.
 
     Args:
-        robust: reduce the fit rows to the most concentrated of them. At most MAX_HELD_OUT_ROWS are considered.
+        robust: use only the most concentrated fit rows, selected from at most MAX_HELD_OUT_ROWS fit rows.
     """
     x = table.x
     medians = torch.from_numpy(column_medians(x, split.fit))
@@ -104,7 +104,7 @@ def _fit_blocks(x: RowStore, fit: npt.NDArray[np.int64], fill: Floats | None) ->
 
 
 def _most_concentrated(x: RowStore, fit: npt.NDArray[np.int64], medians: Tensor) -> npt.NDArray[np.int64]:
-    """Return those of the indices `fit` whose rows are most concentrated, in the same order."""
+    """Return the indices of the most concentrated fit rows, in the order of `fit`."""
     rows = _read_rows(x, fit)
     rows = torch.where(rows.isnan(), medians, rows)
     kept: npt.NDArray[np.int64] = most_concentrated_rows(standardise(rows)(rows), torch.tensor(1.0)).numpy()
@@ -112,7 +112,7 @@ def _most_concentrated(x: RowStore, fit: npt.NDArray[np.int64], medians: Tensor)
 
 
 def _read_rows(x: RowStore, indices: npt.NDArray[np.int64]) -> Tensor:
-    """Return the rows at `indices`, in that order. They are read in the order of the table, which is faster on disk."""
+    """Return the rows at `indices`, in that order. Reading them in the order of the table is faster on disk."""
     order = np.argsort(indices)
     rows = np.empty((len(indices), x.width), np.float32)
     rows[order] = x.take(indices[order])

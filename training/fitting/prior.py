@@ -1,4 +1,4 @@
-"""Fit the prior: the distribution of latents that new rows are sampled from."""
+"""Fit the prior: the distribution from which the latents of new rows are sampled."""
 
 import torch
 from torch import Tensor
@@ -13,11 +13,11 @@ from models.vae import VAE
 MAX_COMPONENTS = 10
 ROWS_PER_COMPONENT = 50  # the mixture has at most one component per this many rows
 MIXTURE_ROWS = 10_000  # the mixture is fitted to the latents of at most this many rows
-BATCH = 4096  # rows per forward pass; bounds the memory
+BATCH = 4096  # rows per forward pass; limits the memory
 
 
 def fit_prior(core: Core, u: Tensor, latents: int, seed: int) -> Prior:
-    """Return the prior whose samples decode to rows like the fit rows u [N, D].
+    """Return the prior. Its samples decode to rows that resemble the fit rows u [N, D].
 
     PCA has the prior of probabilistic PCA, a VAE has N(0, I), and an autoencoder has a mixture fitted to its latents.
     """

@@ -11,11 +11,11 @@ from training.data.moments import Moments
 from training.errors import FitError
 
 CONSTANT_COLUMN_SCALE = 1e-3  # scale of a constant column in a table, relative to its value
-NEGLIGIBLE_DEVIATION = 1e-7  # relative to a column's largest value; a smaller deviation is rounding of a constant
+NEGLIGIBLE_DEVIATION = 1e-7  # a column whose deviation is below this share of its largest value is constant
 
 
 def scaling_method(config: TrainConfig, images: bool) -> Literal["standardise", "range", "none"]:
-    """Return the preprocessing that `config.scale` requires, with auto resolved."""
+    """Return the method of preprocessing: `config.scale`, or the method that auto stands for."""
     if config.scale != "auto":
         return config.scale
     bernoulli = config.model == "vae" and config.likelihood == "bernoulli"
@@ -53,7 +53,7 @@ def fit_scaling(
 
 
 def _standard_deviation(moments: Moments, images: bool) -> Tensor:
-    """Return the standard deviation [D] of each column, and a positive stand-in for constant columns."""
+    """Return the standard deviation [D] of each column. A constant column gets a positive stand-in."""
     deviation = (moments.variance * (moments.rows - 1) / moments.rows).sqrt()
     largest = torch.maximum(moments.low.abs(), moments.high.abs())
     if images:

@@ -10,26 +10,27 @@ from models.ensemble import Ensemble, Neighbours
 from models.pca import PCA
 from training.fitting.whitening import KEPT_PERCENT, fit_whitening
 
-LATENT_NOISE = 1.0  # variance added to each latent, relative to its own: latents follow anomalies, so they count less
-ORDINARY_PERCENT = 90  # the rows with the smallest residuals, this share of all, are ordinary
-OUTLIER_FACTOR = 100.0  # rows whose squared residual exceeds that of all ordinary rows by this factor are outliers
-NEIGHBOUR_RANK = 5  # the distance of a reference row to its 5th neighbour is the scale of distances to it
-NEIGHBOUR_NOISE = 0.1  # variance added to each feature, relative to its own: smaller differences do not matter
-MAX_NEIGHBOURS = 2_048  # reference rows, at most; more would cost time and hardly change the score
-MAX_NEIGHBOUR_VALUES = 2 << 20  # float32 values in all reference rows together, at most
-SHRINKAGE_ROWS = 5_000  # covariances are shrunk based on at most this many rows
+# Latents follow anomalies, so they should count less in the score. The added variance achieves this.
+LATENT_NOISE = 1.0  # variance added to each latent, relative to the variance of the latent
+ORDINARY_PERCENT = 90  # this percentage of the rows is ordinary: the rows with the smallest residuals
+OUTLIER_FACTOR = 100.0  # an outlier's squared residual is more than this many times the largest of the ordinary rows
+NEIGHBOUR_RANK = 5  # the distance from a reference row to its 5th neighbour is the scale of distances to that row
+NEIGHBOUR_NOISE = 0.1  # variance added to each feature, relative to its variance, to ignore small differences
+MAX_NEIGHBOURS = 2_048  # maximum number of reference rows; more rows would cost time and hardly change the score
+MAX_NEIGHBOUR_VALUES = 2 << 20  # maximum number of float32 values in all reference rows together
+SHRINKAGE_ROWS = 5_000  # shrinkage is estimated from at most this many rows
 MIN_VARIANCE = 1e-12  # in model units; a coordinate with less variance is constant
-MIN_SCALE = 1e-5  # per feature: float32 rounding error of a squared distance
+MIN_SCALE = 1e-5  # minimum scale per feature: the float32 rounding error of a squared distance
 MIN_MEAN_DISTANCE = 1e-6
-BATCH = 4096  # rows per forward pass; bounds the memory
+BATCH = 4096  # rows per forward pass; limits the memory
 
 
 def fit_score_statistics(core: Core, held_out: Tensor, sample: Tensor, robust: bool = False) -> None:
     """Set the statistics that the score of `core` needs and that training does not set. A VAE needs none.
 
     Args:
-        held_out: rows [N, D] in model units that did not train the networks.
-        sample: rows [S, D] in model units that trained the networks.
+        held_out: rows [N, D] in model units, not used to train the networks.
+        sample: rows [S, D] in model units, used to train the networks.
         robust: whether there may be anomalies among the rows.
     """
     if isinstance(core, PCA):
@@ -49,7 +50,7 @@ def fit_calibration(core: Core, u: Tensor) -> Calibration:
 
 
 def fit_shrinkage(x: Tensor, mean: Tensor) -> Tensor:
-    """Return the weight, in [0, 1], of the identity in the shrunk covariance of rows x [N, D], a scalar.
+    """Return the shrinkage of the covariance of rows x [N, D]: the weight of the identity, a scalar in [0, 1].
 
     Ledoit & Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", 2004, lemma 3.3. The weight
     is proportional to 1 / N, so it is computed for at most SHRINKAGE_ROWS rows and then scaled to N rows.
@@ -61,7 +62,7 @@ def fit_shrinkage(x: Tensor, mean: Tensor) -> Tensor:
 
 
 def fit_neighbours(x: Tensor) -> Neighbours:
-    """Return the detector whose reference rows are some of rows x [N, D], in model units.
+    """Return the nearest-neighbour detector. Its reference rows are the first rows of x [N, D], in model units.
 
     The scale of a reference row is its squared distance to its 5th neighbour, plus the mean of these squared distances
     over all reference rows. The mean prevents a scale of 0 for duplicate rows.
@@ -100,10 +101,10 @@ def _latents_and_residuals(core: Autoencoder, u: Tensor) -> tuple[Tensor, Tensor
 
 
 def _without_outliers(core: Autoencoder, u: Tensor) -> Tensor:
-    """Return the rows of u [N, D], at least 90 % of them, without those that the network reconstructs extremely badly.
+    """Return at least 90 % of the rows of u [N, D]: all except those that the network reconstructs extremely badly.
 
     If a column was constant in the fit rows and then changes, the network extrapolates arbitrarily. The square of one
-    such residual would dominate the variances, on which all scores depend.
+    of the resulting residuals would dominate the variances, on which all scores depend.
     """
     squared = _latents_and_residuals(core, u)[1].double().square().sum(dim=1)  # [N]
     largest_ordinary = squared.kthvalue(-(-len(u) * ORDINARY_PERCENT // 100)).values
@@ -111,12 +112,12 @@ def _without_outliers(core: Autoencoder, u: Tensor) -> Tensor:
 
 
 def _mean_variance(x: Tensor) -> Tensor:
-    """Return the mean variance of the columns of x [S, D] that vary, a scalar."""
+    """Return the mean variance, a scalar, of those columns of x [S, D] that vary."""
     variance = x.double().var(dim=0, correction=0)
     return variance[variance > MIN_VARIANCE].mean().nan_to_num(1.0)
 
 
 def _mean_distance(distances: Tensor, robust: bool) -> Tensor:
-    """Return the mean of distances [N], a scalar; if `robust`, only of the smallest KEPT_PERCENT of them."""
+    """Return the mean of distances [N], a scalar. If `robust`, only the smallest KEPT_PERCENT of them count."""
     kept = -(-len(distances) * KEPT_PERCENT // 100) if robust else len(distances)
     return distances.sort().values[:kept].mean()

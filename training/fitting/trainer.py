@@ -1,9 +1,9 @@
 """The training loop: minibatch gradient descent with validation, early stopping, checkpoints and several processes.
 
-- After every epoch the model is validated on the held-out rows. The best weights, or the last ones, are kept.
+- After every epoch, the model is validated on the held-out rows. Either the best or the last weights are kept.
 - If the loss becomes NaN or infinite, training stops and keeps the best model so far.
-- A killed run can resume from its checkpoint, and then ends with the same weights, bit for bit.
-- Several processes that share the batches compute the same as one process, up to rounding.
+- A killed run can resume from its checkpoint. It ends with exactly the weights of a run that was never killed.
+- Several processes that share the batches compute the same weights as a single process, up to rounding.
 """
 
 import copy
@@ -23,20 +23,20 @@ from training.fitting.objectives import Objective
 from training.progress import Reporter
 from training.random_streams import NOISE, VALIDATION, random_stream
 
-DEFAULT_STEPS = 3_000  # default number of steps; the demonstration models do not improve after it
+DEFAULT_STEPS = 3_000  # default number of steps; more steps do not improve the demonstration models
 MIN_EPOCHS, MAX_EPOCHS = 10, 400  # limits of the default number of epochs
 DEFAULT_LEARNING_RATE = 1e-3
 MAX_GRADIENT_NORM = 1000.0  # far above the norm in a healthy step, so only exploding gradients are clipped
-VALIDATION_BATCH = 256  # rows per batch; with so few, the activations stay in the processor's cache
+VALIDATION_BATCH = 256  # rows per validation batch; activations of so few rows stay in the processor's cache
 
 
 class Trainer:
     """Trains one model with Adam (Kingma & Ba 2015) on a one-cycle learning rate schedule (Smith & Topin 2018).
 
     Args:
-        model: the model to train, moved to the device of the held-out rows.
+        model: the model to train. It is moved to the device of the held-out rows.
         objective: the loss to minimise.
-        batches: the fit rows, on the same device.
+        batches: the fit rows, on the device of the held-out rows.
         held_out: rows [M, D] for validation, in model units.
         config: the options of the run.
         reporter: receives the progress.
@@ -80,7 +80,7 @@ class Trainer:
         self._step = 0  # optimiser steps so far
         self._term_names: list[str] = []  # "loss" first
         self._term_sums: list[float] = []  # sum of each term over the rows of the epoch so far
-        self._best: dict[str, Any] | None = None  # state of the model to keep
+        self._best: dict[str, Any] | None = None  # weights to publish if no later epoch replaces them
         self._best_loss = math.inf
         self._epochs_without_gain = 0
 
@@ -104,7 +104,7 @@ class Trainer:
             if self._checkpoints and monotonic() - saved_at >= self._checkpoints.interval_seconds:
                 self._save_checkpoint(self._checkpoints)
                 saved_at = monotonic()
-        if self._checkpoints:  # the statistics and metrics that follow may also take long
+        if self._checkpoints:  # the statistics and metrics that follow may take long, and the run may be killed then
             self._save_checkpoint(self._checkpoints)
         if self._best is not None:
             self._model.load_state_dict(self._best)
@@ -115,7 +115,7 @@ class Trainer:
         epoch, step_in_epoch = divmod(self._step, self._steps_per_epoch)
         if step_in_epoch == 0:
             self._term_sums = []
-        if not self._model.training:  # validation set it to evaluation mode
+        if not self._model.training:  # validation leaves the model in evaluation mode
             self._model.train()
         start = step_in_epoch * self._batch_size
         rows = self._batches.take(epoch, start, min(start + self._batch_size, len(self._batches)))
@@ -131,7 +131,7 @@ class Trainer:
         self._schedule.step()
         self._step += 1
         sums = self._term_sums or [0.0] * len(values)
-        # weighted by the number of rows: the last batch of an epoch may be smaller
+        # Batches are weighted by their number of rows: the last batch of an epoch may be smaller than the others.
         self._term_sums = [total + value * len(rows) for total, value in zip(sums, values, strict=True)]
         return True
 
@@ -184,7 +184,7 @@ class Trainer:
         return 1.0 if not self._warm_up_steps else min(1.0, self._step / self._warm_up_steps)
 
     def _end_epoch(self) -> None:
-        """Validate the model, report the epoch, and keep the weights if they are the ones to publish so far."""
+        """Validate the model and report the epoch. Keep the weights if they are now the ones to publish."""
         pairs = zip(self._term_names, self._term_sums, strict=True)
         means = {name: total / len(self._batches) for name, total in pairs}
         means["held_out_loss"] = loss = self._validate()

@@ -1,14 +1,15 @@
-"""Fit whitenings. Their means and covariances are stable for few rows, and for rows that include anomalies."""
+"""Fit whitenings whose means and covariances are stable even with few rows or with anomalies among the rows."""
 
 import torch
 from torch import Tensor
 
 from models.autoencoder import Whitening
 
-MAX_FULL_WIDTH = 2048  # above it, only variances are estimated: a full matrix would be larger than the network
-PSEUDO_ROWS = 3.0  # how many rows `fit_whitening` adds to each variance
+# For wider vectors, only variances are estimated, because a full covariance matrix would be larger than the network.
+MAX_FULL_WIDTH = 2048
+PSEUDO_ROWS = 3.0  # number of pseudo rows that contribute to each variance; see `fit_whitening`
 KEPT_PERCENT = 75  # percentage of the rows that a robust estimate uses
-CONCENTRATION_STEPS = 5  # more steps would replace few of the rows
+CONCENTRATION_STEPS = 5  # number of steps of a robust estimate; further steps would replace few rows
 
 
 def fit_whitening(
@@ -17,13 +18,14 @@ def fit_whitening(
     """Return the whitening of vectors [N, V].
 
     A coordinate that was constant over N rows may still change. Each variance is therefore estimated as if there were
-    PSEUDO_ROWS more rows, each one usual standard deviation from the mean. The correlation matrix is shrunk as in
-    Ledoit & Wolf 2004, because it would be singular for few rows.
+    PSEUDO_ROWS more rows. The distance of these pseudo rows from the mean is the usual standard deviation. The
+    correlation matrix is shrunk as in Ledoit & Wolf 2004. Without shrinkage, the matrix would be singular for few
+    rows.
 
     Args:
-        usual_variance: the variance that is expected without data, a scalar or, per coordinate, [V].
+        usual_variance: the variance that is expected without data: a scalar, or one value per coordinate, [V].
         robust: use only the most concentrated rows.
-        noise: variance to add to each coordinate, relative to its own variance, a scalar or [V].
+        noise: variance to add to each coordinate, relative to the coordinate's own variance: a scalar or [V].
     """
     vectors, usual_variance = vectors.double(), usual_variance.double()
     kept = vectors[most_concentrated_rows(vectors, usual_variance)] if robust else vectors
@@ -31,17 +33,17 @@ def fit_whitening(
 
 
 def most_concentrated_rows(vectors: Tensor, usual_variance: Tensor) -> Tensor:
-    """Return the indices, ascending, of the KEPT_PERCENT of vectors [N, V] with the smallest covariance determinant.
+    """Return the ascending indices of the KEPT_PERCENT of vectors [N, V] that lie closest together.
 
-    Each concentration step keeps the rows with the smallest Mahalanobis distance under the mean and covariance of the
-    rows that the previous step kept: Rousseeuw & Van Driessen, "A fast algorithm for the minimum covariance determinant
-    estimator", 1999, theorem 1. The first step uses medians, which stay close to normal rows if less than half of the
-    rows are anomalies.
+    They approximately minimise the determinant of the covariance. Each concentration step computes the mean and the
+    covariance of the rows that the previous step kept, and keeps the rows with the smallest Mahalanobis distances:
+    Rousseeuw & Van Driessen, "A fast algorithm for the minimum covariance determinant estimator", 1999, theorem 1. The
+    first step uses medians instead. They stay close to the normal rows if less than half of the rows are anomalies.
     """
     vectors, usual_variance = vectors.double(), usual_variance.double()
     count = -(-len(vectors) * KEPT_PERCENT // 100)
     centre = vectors.median(dim=0).values  # [V]
-    deviation = 1.4826 * (vectors - centre).abs().median(dim=0).values  # [V]; 1.4826 makes it the std of a Gaussian
+    deviation = 1.4826 * (vectors - centre).abs().median(dim=0).values  # [V]; for a Gaussian, the standard deviation
     variance = _with_pseudo_rows(deviation.square(), len(vectors), usual_variance)
     kept = Whitening(centre, variance.rsqrt()).distance(vectors).argsort()[:count]
     for _ in range(CONCENTRATION_STEPS):
@@ -50,7 +52,7 @@ def most_concentrated_rows(vectors: Tensor, usual_variance: Tensor) -> Tensor:
 
 
 def _with_pseudo_rows(variance: Tensor, rows: int, usual_variance: Tensor) -> Tensor:
-    """Return the variance [V] over `rows` rows and PSEUDO_ROWS more, each one usual deviation from the mean."""
+    """Return the variance [V] over `rows` rows and PSEUDO_ROWS pseudo rows. See `fit_whitening`."""
     return (rows * variance + PSEUDO_ROWS * usual_variance) / (rows + PSEUDO_ROWS)
 
 

@@ -12,9 +12,9 @@ from models.pipeline import Pipeline
 from training.fitting.prepared_data import PreparedData
 from training.reports.model_card import card
 
-MAX_LATENT_ROWS = 2_000  # held-out rows whose latents are stored, at most
-MAX_VALUES = 400_000  # feature values of held-out rows that are stored, at most: 2 to 4 MB of text before compression
-MAX_SCORES = 2_000  # calibration scores that are stored, at most
+MAX_LATENT_ROWS = 2_000  # maximum number of held-out rows whose latents are stored
+MAX_VALUES = 400_000  # maximum number of stored values of held-out rows: 2 to 4 MB of text before compression
+MAX_SCORES = 2_000  # maximum number of calibration scores that are stored
 
 
 def make_exhibits(pipeline: Pipeline, manifest: Manifest, data: PreparedData, notes: Sequence[str]) -> dict[str, bytes]:
@@ -32,7 +32,7 @@ def make_exhibits(pipeline: Pipeline, manifest: Manifest, data: PreparedData, no
 
 
 def _held_out_json(pipeline: Pipeline, data: PreparedData) -> bytes:
-    """Return JSON with the `latents` [M, K], `labels` [M] and `inputs` [R, D], R <= M, of the first held-out rows."""
+    """Return JSON: `latents` [M, K] and `labels` [M] of the first M held-out rows, `inputs` [R, D] of the first R."""
     rows = data.held_out[:MAX_LATENT_ROWS]
     with torch.inference_mode():
         latents = pipeline.encode(rows)[0]
@@ -48,7 +48,7 @@ def _held_out_json(pipeline: Pipeline, data: PreparedData) -> bytes:
 
 
 def calibration_json(scores: torch.Tensor) -> bytes:
-    """Return the sorted `scores` [n], thinned evenly to at most MAX_SCORES, smallest and largest included."""
+    """Return the sorted `scores` [n], thinned evenly to at most MAX_SCORES. The smallest and the largest stay."""
     indices = np.linspace(0, len(scores) - 1, min(len(scores), MAX_SCORES)).round().astype(int)
     fields = {"rows": len(scores), "scores": np.ascontiguousarray(scores.numpy()[indices])}
     return orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY)

@@ -1,4 +1,4 @@
-"""Export the ONNX twin of a pipeline: graphs of its expensive methods, stored in the artifact beside the TorchScript.
+"""Export the ONNX twin of a pipeline: graphs of its expensive methods, stored beside the TorchScript module.
 
 The graphs refer to the weights of the TorchScript module by name and contain none, so each weight is stored once.
 torch's tracing exporter makes the graphs. The exporter based on `torch.export` gives the same nodes, but takes 10 s per
@@ -27,7 +27,7 @@ def export(pipeline: Pipeline, x: Tensor, z: Tensor) -> dict[str, Graph]:
     """Return the graph of each of TWIN_METHODS by name, for any number of rows.
 
     Args:
-        pipeline: on the CPU, in evaluation mode.
+        pipeline: the pipeline to export, on the CPU and in evaluation mode.
         x: rows [B, D] to trace with. They may contain NaN if the model imputes missing values.
         z: latents [B, K] to trace with.
 

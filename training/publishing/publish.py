@@ -25,7 +25,7 @@ GOLDEN_ROWS = 3
 def publish(
     chosen: Candidate, comparison: dict[str, dict[str, float]], data: PreparedData, artifacts: Path, report: Reporter
 ) -> tuple[Path, Manifest]:
-    """Publish the model as the next version of its name under `artifacts`. Return its path and manifest."""
+    """Publish the model as the next version of its name under `artifacts`. Return the artifact's path and manifest."""
     module = artifact.script(chosen.pipeline)
     rows = data.fill_missing(data.held_out[:GOLDEN_ROWS])
     manifest = _manifest(chosen, comparison, data, _golden(module, rows, chosen.config.seed))

@@ -1,7 +1,7 @@
 """`elbo calibrate`: publish a model again with a new calibration set and the same networks.
 
-After training, the score is a fixed function, so any rows that did not train the model can calibrate it. The p-values
-are valid for rows that are exchangeable with the calibration rows.
+After training, the score is a fixed function. It can therefore be calibrated on any rows that were not used to train
+the model. The p-values are valid for rows that are exchangeable with the calibration rows.
 """
 
 import math
@@ -28,7 +28,7 @@ from training.publishing.publish import software_versions
 from training.reports.model_card import card
 from training.reports.run_report import write_card
 
-WARNING_PROBABILITY = 1e-3  # warn if so many alarms are less probable than this under the old calibration
+WARNING_PROBABILITY = 1e-3  # warn if the probability of so many alarms, given the old calibration, is below this
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Recalibrated:
 def recalibrate(parent: Artifact, table: Table, root: Path, alpha: float, runs: Path | None = None) -> Recalibrated:
     """Publish `parent` under `root` as the next version of its name, calibrated on the normal rows of `table`.
 
-    Networks, weights and scores do not change; calibration, golden answers and manifest do. If labels are 0 and 1, rows
-    labelled 0 are normal; otherwise all rows are. At most MAX_HELD_OUT_ROWS normal rows, chosen at random, are
-    used.
+    Networks, weights and scores do not change. Calibration, golden answers and manifest are replaced. If the labels are
+    0 and 1, the rows labelled 0 are normal. Otherwise all rows are normal. At most MAX_HELD_OUT_ROWS normal rows,
+    chosen at random, are used.
 
     Args:
         table: rows, read with `read_for_model` for `parent`.
@@ -53,7 +53,7 @@ def recalibrate(parent: Artifact, table: Table, root: Path, alpha: float, runs: 
         runs: folder for the card of the new version, <name>/<version>/card.md; None to write no card.
 
     Raises:
-        DataError: the model was trained on these rows, or there are too few.
+        DataError: the model was trained on these rows, or there are too few normal rows.
         FitError: the artifact comes from a version of Elbo that calibrates differently.
     """
     _refuse_training_rows(parent, table)
@@ -117,7 +117,7 @@ def _scores(parent: Artifact, table: Table) -> Floats:
 
 
 def _compare_with_old(parent: Artifact, table: Table, scores: Floats, alpha: float) -> Iterator[str]:
-    """Yield the share of scores [n] that the old calibration flags, and a warning if chance does not explain it."""
+    """Yield the share of scores [n] that the old calibration flags, and a warning if chance cannot explain it."""
     from scipy.stats import betabinom
 
     with torch.inference_mode():
@@ -177,7 +177,7 @@ def _manifest(parent: Artifact, module: torch.jit.ScriptModule, table: Table, na
 
 
 def _golden(module: torch.jit.ScriptModule, old: Golden) -> Golden:
-    """Return the golden answers of `module` for the golden inputs of its parent, `old`."""
+    """Return the golden answers of `module` for the inputs in `old`, which are the golden inputs of the parent."""
     inputs = (torch.from_numpy(np.array(old.inputs[key], np.float32)) for key in ("x", "noise", "choice"))
     return artifact.record_golden(module, *inputs)
 
@@ -185,7 +185,7 @@ def _golden(module: torch.jit.ScriptModule, old: Golden) -> Golden:
 def _name(parent: Artifact) -> str:
     """Return the name under which `parent` is served.
 
-    It is the name of the model folder that contains the artifact, or, outside a model folder, the manifest's name.
+    This is the name of the model folder that contains the artifact. Outside a model folder, it is the manifest's name.
     """
     path = parent.path.resolve()
     return path.parents[1].name if VERSION.fullmatch(path.parent.name) else parent.manifest.name

@@ -11,7 +11,7 @@ KIND_NAMES = {
     "vae": "variational autoencoder",
     "ensemble": "ensemble of an autoencoder and nearest neighbours",
 }
-FEATURES = 12  # features listed; further features are only counted
+FEATURES = 12  # number of features that are listed; further features are only counted
 
 
 def describe(manifest: Manifest, path: Path) -> str:
@@ -49,7 +49,7 @@ def _facts(manifest: Manifest, path: Path) -> Iterator[tuple[str, str]]:
 
 
 def against_pca(metrics: dict[str, float]) -> str | None:
-    """Return whether the model reconstructs held-out rows better than PCA with as many latents, if both are known."""
+    """Return whether the held-out error is lower than that of PCA with as many latents; None if either is unknown."""
     error, pca_error = metrics.get("reconstruction_error"), metrics.get("pca_error")
     if error is None or pca_error is None:
         return None

@@ -1,4 +1,4 @@
-"""The history of a run: one JSON line per epoch, written as training goes, and TensorBoard scalars."""
+"""The history of a run, written during training: one JSON line per epoch, and TensorBoard scalars."""
 
 import math
 import os
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 FILE_NAME = "metrics.jsonl"
 TENSORBOARD = "tensorboard"  # folder of the TensorBoard events, beside FILE_NAME
-POINTS = 400  # points of the history that the manifest stores, at most
+POINTS = 400  # maximum number of points of the history that the manifest stores
 
 Point = dict[str, float]
 
@@ -57,7 +57,7 @@ class HistoryRecorder:
 
     @property
     def history(self) -> list[Point]:
-        """Return the finite values of all epochs so far, thinned evenly to at most POINTS, first and last included."""
+        """Return the finite values of all epochs so far, thinned evenly to at most POINTS. The first and last stay."""
         return thin([{name: v for name, v in point.items() if math.isfinite(v)} for point in self._points])
 
     def start(self, title: str, total_steps: int) -> None:
@@ -80,7 +80,8 @@ class HistoryRecorder:
     def rewind(self, step: int) -> None:
         """Drop the epochs recorded after `step`.
 
-        The first `epoch` calls it if nothing else has, so that epochs trained again replace their earlier lines.
+        The first call of `epoch` also calls `rewind`, unless `rewind` was called before. An epoch that is trained
+        again thus replaces its earlier line.
         """
         self._points = [point for point in self._points if point["step"] <= step]
         self._write(self._points, replace=True)  # drops a half-written last line
@@ -89,7 +90,7 @@ class HistoryRecorder:
 
             folder = self._path.parent / TENSORBOARD
             if not self._points:
-                shutil.rmtree(folder, ignore_errors=True)  # events of another run
+                shutil.rmtree(folder, ignore_errors=True)  # the events there belong to another run
             self._writer = SummaryWriter(str(folder), purge_step=step + 1)
         self._rewound = True
 
@@ -160,7 +161,7 @@ def _counts(point: Point) -> Point:
 
 
 def thin(points: list[Point], count: int = POINTS) -> list[Point]:
-    """Return at most `count` of `points`, evenly spread, first and last included."""
+    """Return at most `count` of `points`, evenly spread. The first and the last point are included."""
     if len(points) <= count:
         return points
     return [points[round(i * (len(points) - 1) / (count - 1))] for i in range(count)]

@@ -9,7 +9,7 @@ from training.config import TrainConfig
 from training.fitting.defaults import resolved_config
 from training.reports.describe import KIND_NAMES, against_pca, latents_phrase
 
-FEATURES = 40  # features listed; further features are only counted
+FEATURES = 40  # number of features that are listed; further features are only counted
 FEW_CALIBRATION_ROWS = 100
 MEASURES = {
     "reconstruction_error": ("reconstruction error", "mean square per value, raw units²"),
@@ -139,7 +139,7 @@ DENOISING = (
 
 
 def _limits(manifest: Manifest) -> Iterator[str]:
-    """Yield the limits of this model, and those that all models have."""
+    """Yield the limits of this model and the limits of all models."""
     error, pca_error = manifest.metrics.get("reconstruction_error"), manifest.metrics.get("pca_error")
     if manifest.kind != "pca" and error is not None and pca_error is not None and error >= pca_error:
         if _denoises(manifest):

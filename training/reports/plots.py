@@ -40,11 +40,11 @@ STYLE: dict[str, Any] = {
     "legend.frameon": False,
 }
 DPI = 110
-PLOTTED = 1_000  # held-out rows per scatter plot
-FEATURES = 12  # features of a table that are plotted, at most
-PAIRS = 10  # images shown with their reconstructions
+PLOTTED = 1_000  # number of held-out rows per scatter plot
+FEATURES = 12  # maximum number of features of a table that are plotted
+PAIRS = 10  # maximum number of images shown with their reconstructions
 CURVES = (BLUE, ORANGE, GREEN, GREY, "black")
-GRID = 8  # images per side of the grid of samples
+GRID = 8  # number of images per side of the grid of samples
 NAMES = {
     "reconstruction": "distortion: -E[log p(x|z)]",
     "kl": "rate: KL(q(z|x) || p(z))",
@@ -54,8 +54,8 @@ NAMES = {
     "held_out_loss": "loss, held-out rows",
 }
 TIMES = ("epoch", "step", "seconds")
-NEGATED = {"reconstruction", "elbo", "bound"}  # terms that rise while the loss falls
-LOSSES = ("elbo", "bound", "squared_error", "held_out_loss", "loss")  # comparable, so they share one axis
+NEGATED = {"reconstruction", "elbo", "bound"}  # terms that rise as the loss falls, so they are plotted negated
+LOSSES = ("elbo", "bound", "squared_error", "held_out_loss", "loss")  # comparable terms, plotted on one axis
 
 Floats = npt.NDArray[np.float64]
 
@@ -66,7 +66,7 @@ class FittedModel:
 
     manifest: Manifest
     pipeline: Pipeline
-    x: Tensor  # [M, D], raw units, NaN where missing
+    x: Tensor  # held-out rows [M, D], raw units, NaN where a value is missing
     labels: npt.NDArray[Any] | None  # [M]
     label_names: list[str] | None = None
 
@@ -101,7 +101,7 @@ def _published_epoch(manifest: Manifest) -> tuple[str, float]:
 
 
 def losses(model: FittedModel) -> Figure | None:
-    """Plot every term of the loss by epoch: comparable losses on one axis, each other term on its own."""
+    """Plot every term of the loss by epoch: comparable terms in one panel, each other term in a panel of its own."""
     history = model.manifest.history
     if len(history) < 2:
         return None
@@ -121,7 +121,7 @@ def losses(model: FittedModel) -> Figure | None:
 
 
 def _curves(axis: Axes, history: list[dict[str, float]], names: list[str]) -> None:
-    """Plot one line per term. The axis ends at the highest value after the first fifth of the epochs."""
+    """Plot one line per term. The y axis ends at the highest value that occurs after the first fifth of the epochs."""
     lows, highs = [], []
     for name, colour in zip(names, CURVES, strict=False):
         points = [
@@ -197,7 +197,7 @@ def _activity_threshold(model: FittedModel) -> float | None:
 
 
 def latent_map(model: FittedModel) -> Figure | None:
-    """Plot the latents of held-out rows in two dimensions, coloured by label, or by score without labels."""
+    """Plot the latents of held-out rows in two dimensions, coloured by label, or by score if there are no labels."""
     latents, axes_names = _two_dimensions(model)
     figure, (axis,) = _figure(1, 1, 7.2, 5.6)
     axis.set_xlabel(axes_names[0])
@@ -277,7 +277,7 @@ def _image(axis: Axes, row: Floats, manifest: Manifest) -> None:
 
 
 def _observed_against_expected(model: FittedModel) -> Figure:
-    """Plot one panel per feature, the worst explained first."""
+    """Plot one panel per feature, starting with the feature that the model explains worst."""
     x, x_hat = model.x.double().numpy(), model.x_hat
     with np.errstate(invalid="ignore", divide="ignore"):
         explained = 1.0 - np.nanmean(np.square(x - x_hat), axis=0) / np.nanvar(x, axis=0)

@@ -13,7 +13,7 @@ from training.progress import Reporter
 from training.reports.model_card import card
 
 FILE_NAME = "card.md"
-PLOTTED_ROWS = 5_000  # held-out rows that are plotted: more make no visible difference
+PLOTTED_ROWS = 5_000  # maximum number of held-out rows to plot; more rows make no visible difference
 
 
 def write_run(
@@ -30,7 +30,7 @@ def write_run(
 ) -> None:
     """Write card.md and the plots into `folder`, which is created if needed.
 
-    The model is already published, so a failure is only reported as a warning, and the other files are still written.
+    The model is already published. A failure is therefore reported as a warning, and the other files are still written.
 
     Args:
         version: the published version of the model.
@@ -63,7 +63,7 @@ def write_run(
 
 
 def write_card(folder: Path, manifest: Manifest, version: int, notes: Sequence[str], plots: Sequence[str]) -> list[str]:
-    """Write card.md into `folder`, which is created if needed. Return one warning if that fails, else none.
+    """Write card.md into `folder`, which is created if needed. Return a list: a warning if writing fails, else empty.
 
     Args:
         plots: names of the plots in `folder`.

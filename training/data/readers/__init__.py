@@ -1,6 +1,6 @@
-"""Readers of raw numbers: the bundled digits, NumPy files, CSV, Parquet and folders of images.
+"""Readers of raw numbers from the bundled digits, NumPy files, CSV, Parquet and folders of images.
 
-Messages count rows from 0, as the service does. Messages about CSV files also give the line. Each reader imports its
+Messages count rows from 0, as the service does. Messages about CSV files also name the line. Each reader imports its
 library (polars, scikit-learn or Pillow) when it is called, so importing this package is cheap.
 """
 

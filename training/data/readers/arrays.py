@@ -1,4 +1,4 @@
-"""Read the bundled digits, .npy files in place, and .npz archives as a stream."""
+"""Read the bundled digits, .npy files and .npz archives. Files are read in place, and archives as a stream."""
 
 import math
 import mmap
@@ -122,7 +122,7 @@ def _stored_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def _kept_columns(shape: tuple[int, ...], options: ReadOptions, source: str) -> list[int] | None:
-    """Return the columns that remain after --drop, where columns are called x[0], x[1], ...; None for all columns."""
+    """Return the indices of the columns that --drop leaves; None for all. Columns are called x[0], x[1], ..."""
     if not options.drop:
         return None
     if len(shape) > 2:
@@ -180,7 +180,7 @@ def _open_archive(path: Path, options: ReadOptions) -> RawTable:
 
 
 def _find_rows(headers: dict[str, _Header], path: Path) -> str:
-    """Return the name of the array that contains the rows: x or X, else the only table of numbers."""
+    """Return the name of the array of rows: x or X if present, else the only numeric array of 2 or more dimensions."""
     tables = [key for key, header in headers.items() if len(header.shape) >= 2 and header.dtype.kind in "iuf"]
     named = [key for key in ("x", "X") if key in headers]
     if not named and len(tables) != 1:

@@ -28,7 +28,7 @@ UNIT = re.compile(r"(?P<name>.*\S)\s+\[(?P<unit>[^\[\]]+)\]")
 DATE = re.compile(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([T ].*)?|\d{1,2}:\d{2}(:.*)?")
 IDENTIFIER_NAME = re.compile(r"(.*_)?id|uuid|index", re.IGNORECASE)
 MIN_IDENTIFIER_ROWS = 10  # with fewer rows, consecutive integers may be a coincidence
-MAX_SHOWN = 40  # characters of a cell in a message
+MAX_SHOWN = 40  # maximum number of characters of a cell in a message
 
 Floats = npt.NDArray[np.float64]
 
@@ -65,7 +65,7 @@ class IdentifierDetector:
         steps = np.diff(values, prepend=self.last if self.rows else values[0] - 1)
         self.rows += len(values)
         self.last = float(values[-1])
-        self.integers = self.integers and bool((values == np.rint(values)).all())  # false for NaN
+        self.integers = self.integers and bool((values == np.rint(values)).all())  # NaN is not an integer
         self.consecutive = self.consecutive and self.integers and bool((steps == 1).all())
         if self.has_identifier_name and self.integers:
             self.values.append(values)
@@ -155,7 +155,7 @@ class Column:
 
 
 def choose_columns(header: Sequence[str], path: Path, options: ReadOptions, typed: bool) -> list[Column]:
-    """Return the columns to read. If the options name the columns, the label column, if there is one, comes last.
+    """Return the columns to read. With `options.names`, the label column comes last if the file has one.
 
     Args:
         header: the column names in the file, with units in brackets.
@@ -218,7 +218,7 @@ def build_raw_table(
     rows: int | None,
     first_line: int | None = None,
 ) -> RawTable:
-    """Return the table in `frames`. Each frame has exactly the columns `columns`.
+    """Return the table in `frames`. Each frame has exactly these `columns`.
 
     Args:
         rows: the number of rows, possibly estimated.
@@ -254,7 +254,7 @@ def _read_blocks(
 
 @dataclass(frozen=True)
 class _ColumnCheck:
-    """Once all rows have been read, refuses columns that are not measurements, and adds notes on boolean columns."""
+    """Refuses columns that are not measurements, and adds notes on boolean columns, after all rows have been read."""
 
     path: Path
     options: ReadOptions
@@ -281,7 +281,7 @@ class _ColumnCheck:
         raise DataError(f"{self.path}: column {column.name!r}: expected numbers, got {got}: {advice}")
 
     def _refuse_other_columns(self, columns: Sequence[Column]) -> None:
-        """Raise DataError that names all columns of text, dates or identifiers."""
+        """If there are columns of text, dates or identifiers, raise a DataError that names all of them."""
         texts = {
             column.name: f"{cell.kind}, {_shorten(cell.value)} in {describe_row(cell.row, self.first_line)}"
             for column in columns

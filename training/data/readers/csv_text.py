@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 PIECE_BYTES = 2 << 20
-MAX_PIECE_BYTES = 32 * PIECE_BYTES  # limit to which a piece grows while a quotation is open
+MAX_PIECE_BYTES = 32 * PIECE_BYTES  # size at which a piece is cut even if a quotation is open
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some programs write it before UTF-8 text
 
@@ -38,7 +38,7 @@ def read_csv(path: Path, options: ReadOptions) -> RawTable:
 
 
 def _read_header(file: IO[bytes], path: Path) -> tuple[list[str], int]:
-    """Return the column names and the number of the line in which they end. `file` is then at the next line."""
+    """Return the column names and the number of the header's last line. Leave `file` at the line after the header."""
 
     def lines() -> Iterator[str]:
         yield file.readline().removeprefix(BYTE_ORDER_MARK).decode()
@@ -56,7 +56,7 @@ def _read_header(file: IO[bytes], path: Path) -> tuple[list[str], int]:
         for separator, word in SEPARATORS.items():
             if separator in header[0]:
                 raise DataError(f"{path} separates its columns by {word}: expected commas; convert it")
-    # pandas may write the positions of the columns as the header.
+    # A header that counts the columns from 0 or 1 is allowed: pandas writes it if the columns have no names.
     positions = [[str(start + i) for i in range(len(header))] for start in (0, 1)]
     if all(_is_number(name) for name in header) and header not in positions:
         raise DataError(f"{path} has numbers in its first line: expected a header; put column names above the rows")
@@ -72,7 +72,7 @@ def _is_number(text: str) -> bool:
 
 
 def _read_pieces(path: Path, start: int) -> Iterator[bytes]:
-    """Yield the bytes from `start` on in pieces that end at the end of a line, outside any quotation."""
+    """Yield the bytes from `start` on, in pieces. Each piece ends at the end of a line, outside any quotation."""
     with path.open("rb") as file:
         file.seek(start)
         rest = b""
@@ -80,7 +80,7 @@ def _read_pieces(path: Path, start: int) -> Iterator[bytes]:
             rest += content
             cut = rest.rfind(b"\n") + 1
             quotes = rest.count(b'"', 0, cut)
-            while quotes % 2:  # a quotation is open at the cut: move the cut to the line end before it
+            while quotes % 2:  # a quotation is open at the cut: move the cut to the line end before the quotation
                 opened = rest.rfind(b'"', 0, cut)
                 before = rest.rfind(b"\n", 0, opened) + 1
                 quotes -= rest.count(b'"', before, cut)

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 GREY_MODES = {"1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N"}
 COLOUR_MODES = {"P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV", "LAB"}
-MAX_BLOCK_IMAGES = 64  # images per block, at most
+MAX_BLOCK_IMAGES = 64  # maximum number of images per block
 
 
 def read_images(path: Path, options: ReadOptions) -> RawTable:
-    """Return the images in the folder `path`, or in its sub-folders, whose names are then the labels.
+    """Return the images in the folder `path`. If they are in sub-folders, the names of these folders are the labels.
 
     A row is [H, W] if all images are grey, else [H, W, 3]. Images are rotated as their EXIF data specify. For an
-    animation, the first frame is used. Transparent pixels are blended with white. 16 bits per channel are reduced to 8.
+    animation, the first frame is used. Transparent pixels are blended with white. 16-bit channels become 8-bit ones.
 
     Raises:
         DataError: the folder has no images, or an image is damaged or differs in size.
@@ -117,7 +117,7 @@ def _damaged(path: Path) -> DataError:
 
 
 def _has_colour_and_transparency(path: Path) -> tuple[bool, bool]:
-    """Return whether the image at `path` has colour and whether it has transparency, from its header alone."""
+    """Return whether the image at `path` has colour, and whether it has transparency. Only the header is read."""
     with _open_image(path) as image:
         if image.mode not in GREY_MODES | COLOUR_MODES:
             raise DataError(f"{path} has pixels of mode {image.mode}: expected 8 or 16 bits per channel; convert it")
@@ -186,6 +186,6 @@ def _blocks(folder: _ImageFolder, read_pixels: "partial[Array]", width: int) -> 
 
 
 def _rescaled(blocks: Iterator[Block], black: float, white: float) -> Iterator[Block]:
-    """Yield the blocks with values from `black` to `white` instead of 0 to 255."""
+    """Yield the blocks with their values mapped from [0, 255] to [black, white]."""
     for values, labels in blocks:
         yield black + values.astype(np.float64) / 255.0 * (white - black), labels

@@ -1,4 +1,4 @@
-"""The argument and the result of every reader: options, and a table of raw numbers that are not checked yet."""
+"""The argument (`ReadOptions`) and the result (`RawTable`) of every reader. The numbers are not checked yet."""
 
 import csv
 import io
@@ -19,7 +19,7 @@ Block = tuple[Array, Array | None]  # rows [n, D] of any real dtype, and their l
 class ReadOptions:
     """Which columns to read, and how to convert images."""
 
-    names: Sequence[str] | None = None  # columns to read, in this order, if the source has names; None for all
+    names: Sequence[str] | None = None  # columns to read, in this order; None for all; ignored by sources without names
     drop: Sequence[str] = ()  # columns to leave out
     keep: Sequence[str] = ()  # columns to accept even if they look like identifiers
     size: tuple[int, int] | None = None  # height and width to which images are resized
@@ -33,14 +33,14 @@ class RawTable:
 
     blocks: Iterator[Block]  # raises DataError if the source is damaged or does not contain numbers
     shape: tuple[int, ...]  # shape of one row; the product is D
-    dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.float32))  # type that can store all values
+    dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.float32))  # a dtype that can store all values
     rows: int | None = None  # number of rows N, if known in advance; an estimate for CSV
     names: list[str] | None = None  # names of the D columns, if the source has names
     units: list[str | None] | None = None
     pixel_range: tuple[float, float] | None = None
     first_line: int | None = None  # line of row 0 in a text file; None for other files
     label_names: list[str] | None = None  # the meaning of labels 0, 1, ...
-    notes: list[str] = field(default_factory=list)  # complete when all blocks have been read
+    notes: list[str] = field(default_factory=list)  # notes for the user; complete when all blocks have been read
     file_array: FileArray | None = None  # [N, D]: the source file itself, if its rows can be read in any order
 
 
