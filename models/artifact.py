@@ -1,10 +1,10 @@
-"""Write, load and verify artifacts: one TorchScript file per model version.
+"""Write, load and verify artifacts. An artifact is one TorchScript file that contains one version of a model.
 
 A file is written atomically and sealed with a SHA-256. `load` verifies the seal, the format version, the weights and
 the golden answers before it returns the model.
 
-All calls to `torch.jit` are in this module. TorchScript does not support Python 3.14; once `torch.export` replaces it,
-only this module has to change.
+TorchScript does not support Python 3.14, so `torch.export` will have to replace it. All calls to `torch.jit` are in
+this module, so that no other module will have to change.
 """
 
 import hashlib
@@ -49,15 +49,16 @@ METHODS = (
     "p_value",
     "severity",
     "threshold",
-)  # besides `forward`
+)  # the exported methods, besides `forward`
 TWIN_METHODS = ("encode", "decode", "score", "reconstruct")  # the methods of an ONNX twin
-OPTIONAL_TWIN_METHODS = ("reconstruct",)  # absent from twins that earlier releases wrote
+OPTIONAL_TWIN_METHODS = ("reconstruct",)  # twins that earlier releases wrote lack these methods
 TWIN_MEMBER, TWIN_WEIGHTS_MEMBER = "extra/twin/{}.onnx", "extra/twin/{}.json"
-# Exhibits are documents for people: no computation uses them, and each may be missing.
+# Exhibits are documents for people. No computation uses them, and an artifact may lack any of them.
 HELD_OUT, CALIBRATION, CARD = "held-out.json", "calibration.json", "card.md"
 EXHIBIT_MEMBER = "extra/exhibits/{}"
 GOLDEN_ALPHA = 0.05
-GOLDEN_TOLERANCE = 1e-3  # relative; T2 divides by small variances, which amplifies rounding errors
+# Largest allowed relative error of an output. T2 divides by small variances, and so amplifies rounding errors.
+GOLDEN_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ class Twin:
 class Artifact:
     """A loaded and verified model. `module` has the methods of `models.pipeline.Pipeline`.
 
-    `load` does not verify `twin`: compare its outputs with the golden answers (`find_discrepancy`) before using it.
+    `load` does not verify the twin. Before you use the twin, compare its outputs with the golden answers
+    (`find_discrepancy`).
     """
 
     manifest: Manifest
@@ -88,7 +90,7 @@ class Artifact:
     path: Path
     device: torch.device
     twin: Twin | None = None
-    exhibits: Mapping[str, bytes] = field(default_factory=dict)  # keys are among HELD_OUT, CALIBRATION and CARD
+    exhibits: Mapping[str, bytes] = field(default_factory=dict)  # by name: HELD_OUT, CALIBRATION, CARD
     calibration: Mapping[str, Tensor] = field(default_factory=dict)  # the buffers of the module's calibration, by name
 
 
@@ -105,7 +107,7 @@ def choose_device(requested: str) -> str:
 
 
 def script(model: nn.Module) -> torch.jit.ScriptModule:
-    """Compile `model` for inference, and export `forward` and METHODS. Gradients are no longer tracked."""
+    """Compile `model` for inference, and export `forward` and METHODS. `model` then tracks no gradients."""
     for method in METHODS:
         torch.jit.export(getattr(type(model), method))
     with _deprecations_silenced():
@@ -114,15 +116,15 @@ def script(model: nn.Module) -> torch.jit.ScriptModule:
 
 
 def freeze(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
-    """Return `module` with its weights folded in as constants. The methods in METHODS that it has stay callable."""
-    present = [method for method in METHODS if hasattr(module, method)]  # earlier artifacts have fewer methods
+    """Return `module` with its weights as constants. Every method in METHODS that `module` has stays callable."""
+    present = [method for method in METHODS if hasattr(module, method)]  # artifacts of earlier releases lack some
     with _deprecations_silenced():
         frozen: torch.jit.ScriptModule = torch.jit.freeze(module.eval(), preserved_attrs=present)
     return frozen
 
 
 def weights_sha256(module: nn.Module) -> str:
-    """Return the SHA-256 over the name, type, shape and bytes of all parameters and buffers, in order of name."""
+    """Return the SHA-256 over the name, type, shape and bytes of every parameter and buffer, sorted by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -152,14 +154,14 @@ def publish(
     twin: Mapping[str, Graph] | None = None,
     exhibits: Mapping[str, bytes] | None = None,
 ) -> Path:
-    """Write `module` (scripted, not frozen) as the next version of `manifest.name` under `root`; return its path.
+    """Write `module` (scripted, not frozen) as the next version of `manifest.name` under `root`. Return the path.
 
     The file is written, sealed and synced to disk in a staging folder. The folder is then renamed, so that a reader
     sees either the whole file or no file. Concurrent publishers get different versions.
 
     Args:
         module: the scripted model.
-        manifest: its description; `manifest.name` is the name of the model's folder.
+        manifest: the description of the model; `manifest.name` is the name of the model's folder.
         root: the artifact folder.
         twin: the ONNX twin, one graph per method in TWIN_METHODS.
         exhibits: documents by name. The names are HELD_OUT, CALIBRATION and CARD; each is optional.
@@ -172,7 +174,7 @@ def publish(
         _write_synced(staging / FILE_NAME, _archive(module, manifest, twin or {}, exhibits or {}))
         version = _claim_version(staging, folder, versions(root, manifest.name))
     finally:
-        shutil.rmtree(staging, ignore_errors=True)  # the folder is gone if the rename succeeded
+        shutil.rmtree(staging, ignore_errors=True)  # no effect if the rename succeeded
     _sync_folder(folder)
     return folder / str(version) / FILE_NAME
 
@@ -181,7 +183,7 @@ def load(path: Path, device: str = "cpu") -> Artifact:
     """Load the artifact at `path` and verify its seal, format version, weights and golden answers.
 
     Raises:
-        ArtifactError: the file is missing or fails a verification. See its subclasses in `models.errors`.
+        ArtifactError: the file is missing or fails a verification. Each reason has a subclass in `models.errors`.
     """
     if device != "cpu":
         torch.backends.cudnn.allow_tf32 = False  # TF32 convolutions err by 1e-3; linear layers do not use TF32
@@ -229,10 +231,10 @@ def compute_outputs(module: Any, x: Tensor, noise: Tensor, choice: Tensor) -> di
     """Return the outputs of all methods of `module` by name.
 
     Args:
-        module: a Pipeline: eager, scripted or frozen.
+        module: a Pipeline, which may be eager, scripted or frozen.
         x: rows [B, D].
-        noise: standard normal, [B, K].
-        choice: uniform in [0, 1), [B].
+        noise: standard normal numbers, [B, K].
+        choice: uniform numbers in [0, 1), [B].
     """
     with torch.inference_mode():
         mean, std = module.encode(x)
@@ -274,14 +276,14 @@ def find_discrepancy(
     """Compare the outputs of `module` with the golden answers.
 
     Args:
-        module: a Pipeline: eager, scripted, frozen or an ONNX twin.
+        module: a Pipeline, which may be eager, scripted or frozen, or an ONNX twin.
         golden: the inputs and the expected outputs.
         device: the device of `module`.
-        tolerance: largest allowed error, relative to the largest number in an output.
+        tolerance: largest allowed error of an output, relative to the largest number in its golden answer.
         only: names of the outputs to compare; None compares all.
 
     Returns:
-        A message that names the first output that differs, and its error; None if all outputs agree.
+        A message with the name and the error of the first output that differs; None if all outputs agree.
     """
     inputs = (_tensor(golden.inputs[name], device) for name in ("x", "noise", "choice"))
     for name, output in compute_outputs(module, *inputs).items():
@@ -290,7 +292,7 @@ def find_discrepancy(
         expected = _tensor(golden.outputs[name], device)
         scale = float(expected.abs().max())
         error = float((output - expected).abs().max())
-        if not error <= tolerance * max(scale, 1e-3):  # `not <=` rather than `>`, so that NaN fails too
+        if not error <= tolerance * max(scale, 1e-3):  # `not <=` instead of `>`, so that NaN also differs
             return f"{name} differs from its golden answer by {error:.3g} (scale {scale:.3g})"
     return None
 

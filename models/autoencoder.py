@@ -13,8 +13,8 @@ class Whitening(nn.Module):
 
     Args:
         mean: mean of the vectors, [V].
-        factor: inverse of the Cholesky factor of the covariance, [V, V] lower triangular. If that matrix would
-            be too large: the inverse standard deviations, [V].
+        factor: inverse of the Cholesky factor of the covariance, [V, V] lower triangular. If this matrix would be
+            too large, `factor` contains the inverse standard deviations, [V], instead.
     """
 
     mean: Tensor
@@ -50,8 +50,8 @@ class Autoencoder(Core):
     Args:
         encoder: maps [B, D] to [B, K].
         decoder: maps [B, K] to [B, D].
-        whitening: whitens the joint vector [K + D], in which the latents come first. It is fitted to rows that the
-            networks were not trained on.
+        whitening: whitens the joint vector [K + D], in which the latents come first. The whitening is fitted to rows on
+            which the networks were not trained.
         latents: number of latents K.
     """
 

@@ -1,14 +1,15 @@
-"""Calibration of anomaly scores: split-conformal p-values, and a severity that extrapolates beyond them."""
+"""Calibration of anomaly scores: split-conformal p-values, and a severity that grows without bound."""
 
 import torch
 from torch import Tensor, nn
 
-ROUNDING = 1e-5  # largest relative difference of a row's score between batches or between processors
-TAIL_SHARE = 0.1  # the exponential tail is fitted to this share of the calibration scores, the largest ones
+# Largest relative difference between two scores of the same row, in different batches or on different processors.
+ROUNDING = 1e-5
+TAIL_SHARE = 0.1  # share of the calibration scores to which the exponential tail is fitted, the largest scores
 
 
 class Calibration(nn.Module):
-    """Calibration by the scores of n rows that the model was not trained on.
+    """Calibration by the scores of n rows on which the model was not trained.
 
     The p-value of a score s is (1 + number of calibration scores >= s) / (n + 1). If a row is exchangeable with the
     calibration rows, P(p <= alpha) <= alpha for any model (Vovk, Gammerman & Shafer, "Algorithmic learning in a random
@@ -17,8 +18,9 @@ class Calibration(nn.Module):
     Calibration scores are raised by the largest rounding error, so that the p-value of a row does not depend on the
     batch in which it is scored. Raising the scores can only raise p-values.
 
-    The smallest possible p-value, the floor, is 1 / (n + 1). Below the floor, severity extrapolates with an exponential
-    tail that is fitted to the largest calibration scores, and no longer corresponds to a p-value.
+    The smallest possible p-value, the floor, is 1 / (n + 1). For scores above the largest calibration score, severity
+    is computed from an exponential tail, which is fitted to the largest calibration scores. There, severity does not
+    correspond to a p-value.
 
     Args:
         scores: scores of the calibration set in any order, [n], n >= 1.
@@ -45,8 +47,9 @@ class Calibration(nn.Module):
         self.register_buffer("scores", ordered)
         self.register_buffer("surprisal", surprisal)
         self.register_buffer("tail", tail)
-        # From the smallest calibration score on, the surprisal curve is piecewise linear. Element u of each buffer
-        # [n + 1] describes the piece for scores that are >= exactly u calibration scores.
+        # At and above the smallest calibration score, the surprisal is a piecewise linear function of the score. In
+        # `knot`, `height` and `slope`, each [n + 1], element u describes the piece for scores that are >= exactly u
+        # calibration scores.
         self.register_buffer("knot", torch.cat((ordered[:1], ordered)))
         self.register_buffer("height", torch.cat((surprisal[:1], surprisal)))
         self.register_buffer("slope", torch.cat((slopes.new_zeros(1), slopes, 1.0 / tail.reshape(1))))

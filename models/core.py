@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 
 class Core(nn.Module):
-    """A model that encodes, decodes and scores rows. B rows, D features, K latents, P parts of the score."""
+    """A model that encodes, decodes and scores rows. In shapes: B rows, D features, K latents, P parts of the score."""
 
     parts: tuple[str, ...] = ()  # names of the parts of the score
 
@@ -17,17 +17,17 @@ class Core(nn.Module):
         raise NotImplementedError
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the anomaly score [B] of x [B, D], its parts [B, P], which sum to it, and the reconstruction [B, D].
+        """Return the anomaly score [B] of x [B, D], its parts [B, P], and the reconstruction [B, D].
 
-        A higher score is more anomalous.
+        The sum of the parts is the score. A row with a higher score is more anomalous.
         """
         raise NotImplementedError
 
     def log_weight(self, x: Tensor, noise: Tensor) -> Tensor:
         """Return log p(x, z) - log q(z|x) in nats, [B], for x [B, D] and z = mean + std * noise, noise [B, K].
 
-        Over standard normal noise, the mean of the result is the ELBO, and its log-mean-exp over S samples of the noise
-        is the importance-weighted bound (Burda, Grosse & Salakhutdinov 2016, "Importance weighted autoencoders",
-        eq. 8). The result is NaN for models without a density.
+        The mean of the result over standard normal noise is the ELBO. The log-mean-exp of the result over S samples of
+        the noise is the importance-weighted bound (Burda, Grosse & Salakhutdinov 2016, "Importance weighted
+        autoencoders", eq. 8). The result is NaN for models without a density.
         """
         raise NotImplementedError

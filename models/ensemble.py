@@ -13,8 +13,8 @@ class Neighbours(nn.Module):
     """The distance from a row to its nearest reference row. The reference rows are a sample of the training rows.
 
     The distance is a squared Mahalanobis distance, which is large for deviations that break the correlations between
-    features. It is divided by the scale of the reference row, so that the same distance is more anomalous near a dense
-    cluster than near a loose one.
+    features. The distance is divided by the scale of the reference row, so that a row near a dense cluster is more
+    anomalous than a row at the same distance from a loose cluster.
 
     Args:
         whitening: whitens rows in model units.
@@ -29,7 +29,7 @@ class Neighbours(nn.Module):
         super().__init__()
         self.whitening = whitening
         inverse = 1.0 / scale  # [R]
-        # |x - r|^2 / s is linear in (x, |x|^2), so that one matrix product gives all distances.
+        # For a reference row r of scale s, |x - r|^2 / s is linear in (x, |x|^2), so one product gives all distances.
         self.register_buffer("slopes", torch.cat((-2.0 * rows.T * inverse, inverse.unsqueeze(0))))  # [D + 1, R]
         self.register_buffer("offsets", rows.square().sum(dim=1) * inverse)  # [R]
 
@@ -43,14 +43,15 @@ class Neighbours(nn.Module):
 class Ensemble(Core):
     """An autoencoder and a nearest-neighbour detector. Encoding, decoding and reconstruction use only the autoencoder.
 
-    Each of the two gives a squared distance d, divided by its mean over normal rows. The score is the sum of both
-    values of sqrt(1 + d). For large d, sqrt(1 + d) grows like the distance, so that neither detector dominates. For
-    small d, it grows like the squared distance, so that rounding errors of distances near 0 do not matter.
+    Each of the two detectors gives a squared distance. Division by the mean of this squared distance over normal rows
+    gives d. The score is the sum of both values of sqrt(1 + d). For large d, sqrt(1 + d) grows like the distance, so
+    that neither detector dominates. For small d, sqrt(1 + d) grows like the squared distance, so that rounding errors
+    of distances near 0 do not matter.
 
     Args:
         network: the autoencoder.
-        neighbours: the nearest-neighbour detector. Its reference rows also trained the autoencoder.
-        weights: 1 / mean squared distance of each detector, over rows that did not train the autoencoder, [2].
+        neighbours: the nearest-neighbour detector. The autoencoder was trained on its reference rows, among others.
+        weights: 1 / mean squared distance of each detector, over rows on which the autoencoder was not trained, [2].
     """
 
     parts = ("network", "neighbours")

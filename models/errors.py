@@ -5,7 +5,7 @@ ElboError
 │   ├── ArtifactMissing     no such model, version or file
 │   ├── ArtifactForeign     the file was not written by Elbo
 │   ├── ArtifactCorrupt     truncated or altered after it was sealed
-│   ├── ArtifactTooNew      a later format version than this release reads
+│   ├── ArtifactTooNew      a later format version than this release can read
 │   └── ArtifactMismatch    intact, but its outputs differ from its golden answers on this machine
 ├── DeviceMissing
 ├── training.errors.DataError and training.errors.FitError
@@ -59,13 +59,13 @@ class ArtifactCorrupt(ArtifactError):
 
 
 class ArtifactTooNew(ArtifactError):
-    """The format version of the file is later than this release reads."""
+    """The file has a later format version than this release can read."""
 
     code = "artifact_too_new"
 
 
 class ArtifactMismatch(ArtifactError):
-    """The outputs of the model differ from the golden answers, which were recorded when it was published."""
+    """The outputs of the model differ from the golden answers, which were recorded at publication."""
 
     code = "artifact_mismatch"
 
@@ -74,7 +74,7 @@ class FieldFault(NamedTuple):
     """One field that pydantic rejects.
 
     Args:
-        path: field names and indices that lead to the value, outermost first.
+        path: the field names and indices on the way to the value, outermost first.
         kind: pydantic's name of the error, such as "missing" or "extra_forbidden".
         message: what was expected, such as "input should be greater than 0".
         value: the rejected value.
@@ -99,6 +99,6 @@ def first_fault(error: "ValidationError") -> FieldFault:
 
 
 def join_names(names: Sequence[str], limit: int = 5) -> str:
-    """Return `names` joined for a message: "a, b, c and 4 more" if there are more than `limit`."""
+    """Return `names` as one string. If there are more than `limit` names, the string is like "a, b, c and 4 more"."""
     listed = ", ".join(names[:limit])
     return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"

@@ -16,14 +16,15 @@ class Explanation(nn.Module):
 
 
 class Expectations(Explanation):
-    """Explanation by the mean of each feature and by its conditional mean given the other features.
+    """Explanation by two means of each feature: unconditional, and conditional on the other features.
 
     The contribution of a feature is the larger of its squared distances from these two means. The reconstruction is not
     used, because it partly follows an anomalous feature and spreads that feature's residual over normal features.
 
     The conditional mean is computed for a Gaussian N(mean, C), with each feature in units of its standard deviation:
-    E[x_i | other features] = x_i - (P (x - mean))_i / P_ii with P = (C + noise I)^-1 (Lauritzen, "Graphical models",
-    1996, eq. C.4). Without the noise, features that are anomalous together would explain each other.
+    E[x_i | other features] = x_i - (P (x - mean))_i / P_ii (Lauritzen, "Graphical models", 1996, eq. C.4). In this
+    equation, P is (C + noise I)^-1: noise is added to every feature. Without the noise, features that are anomalous
+    together would explain each other.
 
     Args:
         mean: mean of each feature in model units, [D].

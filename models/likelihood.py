@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-LOG_VARIANCE_RANGE = (-14.0, 14.0)  # bounds the density of a constant column: exp(-14) is about 1e-6
-EXACT_BEYOND = 40.0  # for larger v, softplus(v) is v in float64; with torch's default of 20, the error is 2e-9
+# Range of the log-variance. The lower end, a variance of about 1e-6, bounds the density of a constant column.
+LOG_VARIANCE_RANGE = (-14.0, 14.0)
+# For v above this limit, softplus(v) equals v in float64. With torch's default limit of 20, the error is 2e-9.
+EXACT_BEYOND = 40.0
 
 
 class Likelihood(nn.Module):
@@ -23,11 +25,11 @@ class Likelihood(nn.Module):
 
 
 class GaussianLikelihood(Likelihood):
-    """N(x; output, variance). The variance is learned or fixed; all features share one, or each has its own.
+    """N(x; output, variance). The variance is learned or fixed, and it is either shared or separate for each feature.
 
-    A fixed variance sets the weight of the reconstruction relative to the KL. In a linear VAE, a latent is active if
-    the eigenvalue of the data covariance along its direction exceeds beta times the variance (Lucas et al. 2019, "Don't
-    blame the ELBO!"). If the variance is too large, all latents collapse.
+    A fixed variance sets the weight of the reconstruction relative to the KL term. In a linear VAE, a latent is active
+    if the eigenvalue of the data covariance along its direction exceeds beta times the variance (Lucas et al. 2019,
+    "Don't blame the ELBO!"). If the variance is too large, all latents collapse.
 
     Args:
         variance: initial or fixed variance, [1] (shared) or [D] (per feature).
@@ -52,10 +54,11 @@ class GaussianLikelihood(Likelihood):
 
 
 class OptimalGaussianLikelihood(GaussianLikelihood):
-    """N(x; output, variance) with the maximum-likelihood variance: in training, the mean squared error of the batch.
+    """N(x; output, variance). In training, the variance is its maximum-likelihood value for the batch.
 
-    Rybkin, Daniilidis & Levine 2021, "Simple and effective VAE training with calibrated decoders", eq. 6. In evaluation
-    mode the variance is that of the last batch, until `settle` sets it from all rows at the end of training.
+    This value is the mean squared error of the batch (Rybkin, Daniilidis & Levine 2021, "Simple and effective VAE
+    training with calibrated decoders", eq. 6). In evaluation mode, the variance keeps its value for the last training
+    batch. At the end of training, `settle` sets the variance from all rows.
 
     Args:
         variance: the variance before the first batch, [1].
@@ -74,15 +77,19 @@ class OptimalGaussianLikelihood(GaussianLikelihood):
         return -0.5 * (squared * torch.exp(-best) + best + math.log(2.0 * math.pi)).sum(dim=1)  # [B]
 
     def settle(self, mean_squared_error: Tensor) -> None:
-        """Set the variance to the mean squared error of all rows, a scalar, which maximises their likelihood."""
+        """Set the variance to `mean_squared_error`, a scalar.
+
+        The mean squared error of all rows is the variance that maximises their likelihood.
+        """
         self.log_variance.copy_(mean_squared_error.log().clamp(self.low, self.high).reshape(1))
 
 
 class BernoulliLikelihood(Likelihood):
     """Bernoulli(x; sigmoid(output)) for x in [0, 1]; a grey value is the probability of white.
 
-    The Bernoulli probability is undefined outside [0, 1]. A value outside lowers the log-probability by half of its
-    squared distance from [0, 1], as a Gaussian with variance 1 would, so that the row gets a high anomaly score.
+    The Bernoulli probability is undefined outside [0, 1]. A value outside this range lowers the log-probability by
+    half of its squared distance from the range, as a Gaussian with variance 1 would. The row therefore gets a high
+    anomaly score.
     """
 
     def __init__(self) -> None:

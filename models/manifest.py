@@ -1,8 +1,8 @@
 """The manifest of an artifact, and the layout of the artifact folder. This module does not import torch.
 
-An artifact is a zip file. Its manifest is the member `<archive>/extra/manifest.json`. Its zip comment is the seal:
-`elbo-sha256:` and 64 hexadecimal digits, the SHA-256 of all bytes before the digits. Python's `zipfile` and `hashlib`
-are enough to read the manifest and to verify the seal.
+An artifact is a zip file. The manifest is the member `<archive>/extra/manifest.json`. The zip comment is the seal:
+`elbo-sha256:` and 64 hexadecimal digits. The digits are the SHA-256 of all bytes before them. Python's `zipfile` and
+`hashlib` are enough to read the manifest and to verify the seal.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ class Feature(_Frozen):
 
 
 class Data(_Frozen):
-    """The training data: its source and SHA-256, and the number of rows per use."""
+    """The training data: source, SHA-256, and number of rows for each use."""
 
     source: str
     rows: int
@@ -115,7 +115,7 @@ class Manifest(_Frozen):
     total_variance: float = 0.0  # the sum of all eigenvalues
     log_scale: float = 0.0  # nats: log density in raw units = log density in model units - log_scale
     comparison: dict[str, dict[str, float]] = {}  # by kind of model: metrics of other models on the same held-out rows
-    recalibration: Recalibration | None = None  # None if the calibration set is part of `data`
+    recalibration: Recalibration | None = None  # None if the calibration rows are counted in `data`
 
     @property
     def width(self) -> int:
@@ -152,7 +152,7 @@ def parse(content: bytes, path: Path) -> Manifest:
 
 
 def _fields(content: bytes) -> dict[str, Any] | None:
-    """Return the manifest in the archive, not validated; None if `content` is not an archive or has no manifest."""
+    """Return the manifest in the archive without validation; None if `content` is not an archive or has no manifest."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             member = next(name for name in archive.namelist() if name.partition("/")[2] == MEMBER)
@@ -172,7 +172,7 @@ def _refuse_newer(fields: dict[str, Any], path: Path) -> None:
 
 
 def read_sealed(path: Path) -> bytes:
-    """Read the bytes of the artifact at `path`, and verify that they are unchanged since it was sealed.
+    """Read the bytes of the artifact at `path`, and verify the seal.
 
     Raises:
         ArtifactError: ArtifactMissing, ArtifactForeign, ArtifactCorrupt or ArtifactTooNew.
@@ -196,7 +196,7 @@ def read_sealed(path: Path) -> bytes:
 
 
 def seal(content: bytes) -> bytes:
-    """Return `content`, a zip archive that ends in SEAL and 64 placeholder digits, with the digits filled in."""
+    """Return `content`, a zip archive that ends in SEAL and 64 placeholders, with the placeholders replaced."""
     body = content[:-DIGEST_LENGTH]
     return body + hashlib.sha256(body).hexdigest().encode()
 
@@ -218,7 +218,7 @@ def versions(root: Path, name: str) -> list[int]:
 
 
 def resolve(root: Path, reference: str) -> Path:
-    """Return the artifact that `reference` names: `name` (its newest version) or `name@version`.
+    """Return the path of the artifact that `reference` selects: `name` (the newest version) or `name@version`.
 
     Raises:
         ArtifactMissing: the model or the version does not exist.

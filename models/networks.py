@@ -11,7 +11,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "ta
 def mlp(sizes: Sequence[int], activation: str = "silu") -> nn.Sequential:
     """Return a multilayer perceptron from [B, sizes[0]] to [B, sizes[-1]].
 
-    `activation` follows each linear layer except the last; with two sizes the network is one linear map.
+    `activation` follows each linear layer except the last; with two sizes, the network is one linear map.
     """
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(sizes):
@@ -26,7 +26,7 @@ def conv_encoder(
 
     Args:
         shape: shape of one row as an image: [H, W], or [H, W, C] with the colours last.
-        channels: number of channels of each convolution. Each convolution halves height and width, rounded up.
+        channels: number of output channels of each convolution. Each convolution halves height and width, rounded up.
         outputs: width of the output.
         activation: a key of ACTIVATIONS.
         dense: hidden widths of the perceptron after the convolutions. Without `channels` and `dense`, the network is
@@ -63,7 +63,7 @@ def conv_decoder(
 
 
 class ToPicture(nn.Module):
-    """Reshape rows with the colours last to images."""
+    """Reshape rows, in which the colours are the last index, to images."""
 
     def __init__(self, height: int, width: int, colours: int) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class ToPicture(nn.Module):
 
 
 class ToRow(nn.Module):
-    """Flatten images to rows with the colours last."""
+    """Flatten images to rows, in which the colours are the last index."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return rows [B, H * W * C] for images x [B, C, H, W]."""

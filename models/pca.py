@@ -11,9 +11,10 @@ from models.core import Core
 class PCA(Core):
     """K principal components of D features, and isotropic noise.
 
-    The latents are principal scores, z = V (x - mean): uncorrelated, in the units of x, with variances `eigenvalues`.
-    The probabilistic model is that of Tipping & Bishop, "Probabilistic principal component analysis", JRSS-B 1999. Its
-    covariance is C = V' (L - s2 I) V + s2 I: their eq. 4 at the maximum-likelihood solution, eq. 7 and 8.
+    The latents are the principal scores, z = V (x - mean). They are uncorrelated, they have the units of x, and their
+    variances are `eigenvalues`. The probabilistic model is that of Tipping & Bishop, "Probabilistic principal component
+    analysis", JRSS-B 1999. The covariance of x is C = V' (L - s2 I) V + s2 I. This is their eq. 4 with the
+    maximum-likelihood solution of eq. 7 and 8.
 
     Args:
         mean: mean of the rows, [D].
@@ -21,8 +22,8 @@ class PCA(Core):
         eigenvalues: the diagonal of L, each at least `noise_variance`, [K].
         noise_variance: s2 > 0, a scalar: the mean of the D - K discarded eigenvalues.
         shrinkage: rho in [0, 1], a scalar. The score uses the covariance (1 - rho) C + rho mean(diag C) I (Ledoit
-            & Wolf 2004). Without shrinkage, estimates of small eigenvalues from few rows are too small and inflate the
-            score.
+            & Wolf 2004). Without shrinkage, small eigenvalues are underestimated if there are few rows, and the score
+            is too high.
     """
 
     parts = ("t2", "q")

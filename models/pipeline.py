@@ -13,7 +13,7 @@ class Pipeline(nn.Module):
     """The module that an artifact contains; its methods are the methods of the artifact.
 
     In shapes: B rows, D features, K latents, P parts of the score. All tensors are float32. If the scaling imputes
-    missing values, rows may contain NaN: a missing value is scored as the value that replaces it.
+    missing values, rows may contain NaN. A missing value is scored as the value that replaces it.
 
     Args:
         scaling: converts raw units to model units.

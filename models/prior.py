@@ -1,4 +1,4 @@
-"""The generative prior over latents: a mixture of Gaussians. N(0, I) is a mixture of one."""
+"""The generative prior over latents: a mixture of Gaussians. N(0, I) is a mixture of one Gaussian."""
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +9,8 @@ class Prior(nn.Module):
 
     Args:
         weights: mixture weights, positive, with sum 1, [M].
-        means: [M, K].
-        factors: lower Cholesky factors of the covariances, [M, K, K].
+        means: means of the Gaussians, [M, K].
+        factors: lower Cholesky factors of the covariances of the Gaussians, [M, K, K].
     """
 
     cumulative: Tensor

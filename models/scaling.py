@@ -49,13 +49,13 @@ class ImputingScaling(Scaling):
 
 
 def standardise(x: Tensor) -> Scaling:
-    """Return the scaling of each column of x [N, D] to mean 0 and variance 1; constant columns keep scale 1."""
+    """Return the scaling of each column of x [N, D] to mean 0 and variance 1. Constant columns get scale 1."""
     deviation = x.std(dim=0, correction=0)
-    constant = deviation <= 1e-7 * x.abs().amax(dim=0)  # up to float32 rounding
+    constant = deviation <= 1e-7 * x.abs().amax(dim=0)  # constant up to float32 rounding
     return Scaling(x.mean(dim=0), torch.where(constant, torch.ones_like(deviation), deviation))
 
 
 def to_unit_range(low: Tensor, high: Tensor) -> Scaling:
-    """Return the scaling of [low, high] per feature, [D] each, to [0, 1]; features with low = high keep scale 1."""
+    """Return the scaling of [low, high], [D] each, to [0, 1]. Features with low = high get scale 1."""
     span = high - low
     return Scaling(low, torch.where(span > 0, span, torch.ones_like(span)))

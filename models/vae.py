@@ -21,8 +21,8 @@ def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
 class VAE(Core):
     """A VAE with posterior N(mean, std^2), prior N(0, I), and a Gaussian or Bernoulli likelihood.
 
-    The score is the negative ELBO, NLL + KL in nats, but with the NLL at the posterior mean instead of its expectation.
-    The score therefore uses no noise and is deterministic.
+    The score is NLL + KL in nats. It differs from the negative ELBO: it uses the NLL at the posterior mean, not the
+    expected NLL. The score therefore uses no noise and is deterministic.
 
     Args:
         encoder: maps [B, D] to [B, 2 K]: means, then log-variances.
