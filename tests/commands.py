@@ -1,4 +1,4 @@
-"""Run the command line in a new process or in that of the test, and write data for it."""
+"""Run the `elbo` command, in a new process or in the process of the test, and write data files for it."""
 
 import os
 import subprocess
@@ -30,7 +30,10 @@ def command(*arguments: str, environment: dict[str, str] | None = None) -> Compl
 
 
 def two_factor_rows(rows: int, seed: int) -> Rows:
-    """Return rows of five metrics that depend on two loads; the fifth metric is 10 plus the first load plus noise."""
+    """Return random rows of five metrics that depend on two random loads.
+
+    The fifth metric is the sum of 10, the first load and noise.
+    """
     random = np.random.RandomState(seed)
     loads = random.standard_normal((rows, 2))
     mixing = np.array([[2, 0, 1, 3, 1], [0, 5, 1, -2, 0]])
@@ -38,7 +41,7 @@ def two_factor_rows(rows: int, seed: int) -> Rows:
 
 
 def write(path: Path, rows: Rows, header: str = HEADER) -> str:
-    """Write rows as CSV and return the path as text."""
+    """Write `rows` to `path` as CSV; return the path as a string."""
     np.savetxt(path, rows, delimiter=",", header=header, comments="", fmt="%.9g")
     return str(path)
 

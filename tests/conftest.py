@@ -1,4 +1,4 @@
-"""Fixtures for all tests, and `require`, which skips a test if its machine lacks something."""
+"""Fixtures for all tests, and `require`, which skips a test on machines that lack what the test needs."""
 
 import os
 from pathlib import Path
@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-settings.register_profile("elbo", deadline=None)  # a busy machine is slow, which is not a fault
+settings.register_profile("elbo", deadline=None)  # no time limit: a busy machine must not fail a test
 settings.load_profile("elbo")
 
 
 def require(condition: object, reason: str) -> None:
-    """Skip the calling test if `condition` is false. In CI, fail the test: nobody would notice a skip."""
+    """Skip the calling test if `condition` is false. In CI, fail the test, because nobody would notice a skip."""
     if condition:
         return
     if os.environ.get("CI"):
@@ -19,7 +19,7 @@ def require(condition: object, reason: str) -> None:
     pytest.skip(reason)
 
 
-SLOW_FIXTURES = {"artifacts", "browser", "demonstration"}  # train models or start a browser
+SLOW_FIXTURES = {"artifacts", "browser", "demonstration"}  # fixtures that train models or start a browser
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,6 +1,6 @@
-"""Data for tests: the rows of a table, and MNIST if the folder ELBO_DATA (default: ../shared/data) contains it.
+"""Data for tests: the rows of a table, and the MNIST images in the folder ELBO_DATA (default: ../shared/data).
 
-ELBO_DATA=none declares that a machine has no data: the tests that need it are then skipped in CI too.
+ELBO_DATA=none declares that the machine has no data. Tests that need data are then skipped, in CI too.
 """
 
 import os

@@ -28,7 +28,7 @@ NAMES = ("cpu", "memory", "disk", "network", "errors")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return an artifact folder with hosts@1, trained by the command: PCA of 1,000 rows with two latents."""
+    """Return an artifact folder with hosts@1, a PCA with two latents that `elbo train` made from 1,000 rows."""
     folder = tmp_path_factory.mktemp("artifacts")
     data = write(folder / "train.csv", two_factor_rows(1000, seed=0))
     run = command(
@@ -46,9 +46,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def today(tmp_path: Path) -> tuple[str, Rows]:
-    """Return the path of a CSV file and its 300 rows; the first ten rows are anomalous in the fifth metric.
+    """Return the path of a CSV file, and its 300 rows. The first ten rows are anomalous in the fifth metric.
 
-    The file also has a text column, and a label column with 1 for the anomalous rows.
+    The file also has a text column, and a label column that is 1 for the anomalous rows.
     """
     rows = two_factor_rows(300, seed=1)
     rows[:10, 4] += 30
@@ -134,7 +134,7 @@ def test_inspect_describes_the_artifact(root: Path, capsys: pytest.CaptureFixtur
     assert facts["split"] == "700 fit, 100 held out, 200 calibration"
     assert "seed 3" in facts["training"]
     assert facts["held out"].startswith("reconstruction_error 0.0")
-    assert facts["p-value"].startswith("at least 0.00498")  # 1 / 201
+    assert facts["p-value"].startswith("at least 0.00498")  # the smallest p-value, 1 / 201
     features = [line.split()[0] for line in out.split("\n\n")[1].splitlines()]
     assert features == ["feature", *NAMES]
     assert "cpu [%] " in out
@@ -160,7 +160,7 @@ def score_lines(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dic
     return [json.loads(line) for line in out.splitlines()]
 
 
-def test_score_flags_the_anomalous_rows_and_explains_them(
+def test_score_command_flags_and_explains_the_anomalous_rows(
     root: Path, today: tuple[str, Rows], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, rows = today
@@ -177,10 +177,11 @@ def test_score_flags_the_anomalous_rows_and_explains_them(
         values = {feature["name"]: feature["value"] for feature in result["features"]}
         assert values == pytest.approx({name: row[NAMES.index(name)] for name in values}, rel=1e-6)
         assert "errors" in values
-    assert sum(result["is_anomaly"] for result in results[10:]) <= 15  # of 290: P(more) < 1e-7
+    # More than 15 false alarms among the 290 normal rows have a probability below 1e-7.
+    assert sum(result["is_anomaly"] for result in results[10:]) <= 15
 
 
-def test_score_explain_limits_the_number_of_features(
+def test_score_command_with_explain_limits_the_number_of_features(
     root: Path, today: tuple[str, Rows], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for explain, count in ((0, 0), (1, 1), (99, 5)):
@@ -188,7 +189,7 @@ def test_score_explain_limits_the_number_of_features(
         assert {len(result["features"]) for result in results} == {count}
 
 
-def test_score_csv_has_the_values_of_ndjson(
+def test_score_command_gives_the_same_values_as_csv_and_as_ndjson(
     root: Path, today: tuple[str, Rows], capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = score_lines(capsys, "hosts", today[0], "--artifacts", str(root))
@@ -203,7 +204,7 @@ def test_score_csv_has_the_values_of_ndjson(
         assert float(line["expected_2"]) == pytest.approx(result["features"][1]["expected"], rel=1e-6)
 
 
-def test_score_of_a_row_does_not_depend_on_its_batch(
+def test_score_of_a_row_does_not_depend_on_the_other_rows_of_the_file(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = two_factor_rows(1030, seed=2)
@@ -213,7 +214,7 @@ def test_score_of_a_row_does_not_depend_on_its_batch(
     assert last[0]["score"] == pytest.approx(long[-1]["score"], rel=1e-4)
 
 
-def test_score_into_a_pipe_that_the_reader_closes_prints_no_error(root: Path, tmp_path: Path) -> None:
+def test_score_command_whose_output_pipe_is_closed_prints_no_error(root: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "a.csv", two_factor_rows(5000, seed=2))
     process = subprocess.Popen(
         [sys.executable, "-m", "elbo", "score", "hosts", data, "--artifacts", str(root)],
@@ -231,7 +232,7 @@ def test_score_into_a_pipe_that_the_reader_closes_prints_no_error(root: Path, tm
     assert process.wait(timeout=60) == 1
 
 
-def test_evaluate_metrics_match_the_scores_and_labels(
+def test_metrics_of_evaluate_agree_with_the_scores_and_labels(
     root: Path, today: tuple[str, Rows], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, rows = today
@@ -243,7 +244,7 @@ def test_evaluate_metrics_match_the_scores_and_labels(
     x = torch.from_numpy(rows.astype(np.float32))
     squares = (load(root / "hosts/1/model.pt").module(x) - x).square().numpy()
     medians = [feature.median for feature in read_manifest(root / "hosts/1/model.pt").features]
-    wins = (score[anomalous, None] > score[~anomalous]).mean()  # Mann-Whitney: the AUROC, since no two scores are equal
+    wins = (score[anomalous, None] > score[~anomalous]).mean()  # equals the AUROC, because no two scores are equal
     assert (report["model"], report["source"], report["rows"]) == ("hosts@1", path, 300)
     assert report["reconstruction_error"] == pytest.approx(np.mean(squares), rel=1e-3)
     assert report["median_error"] == pytest.approx(np.square(rows - medians).mean(), rel=1e-5)
@@ -256,7 +257,7 @@ def test_evaluate_metrics_match_the_scores_and_labels(
     assert report["seen"] is False
 
 
-def test_evaluate_prints_every_metric_as_text(
+def test_evaluate_without_json_prints_every_metric_as_text(
     root: Path, today: tuple[str, Rows], capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, out, _ = in_process(capsys, "evaluate", "hosts", today[0], "--artifacts", str(root))
@@ -290,7 +291,7 @@ def test_evaluate_on_the_held_out_rows_gives_the_metrics_in_the_manifest(
     assert report["reconstruction_error"] == pytest.approx(metrics["reconstruction_error"], rel=1e-4)
     for name in ("elbo", "log_likelihood", "log_likelihood_se", "bits_per_dimension", "active_latents"):
         if name in metrics:
-            tolerance = 0.15 if name == "elbo" else 1e-3  # the ELBO is estimated with other noise than in training
+            tolerance = 0.15 if name == "elbo" else 1e-3  # training estimated the ELBO with different noise
             assert report[name] == pytest.approx(metrics[name], rel=tolerance)
         elif kind == "ae" or name == "active_latents":
             assert report[name] is None
@@ -305,7 +306,7 @@ def test_evaluate_on_the_training_rows_reports_that_the_model_was_trained_on_the
     assert "AUROC" not in out
 
 
-def test_score_of_a_row_that_overflows_prints_the_row_and_exits_with_2(
+def test_score_command_on_a_row_that_overflows_prints_the_row_number_and_exits_with_2(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write(tmp_path / "a.csv", np.vstack([two_factor_rows(3, seed=0), np.full((1, 5), 3e38)]))
@@ -350,7 +351,9 @@ def long_training(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     process.wait()
 
 
-def test_sigint_prints_one_line_and_publishes_nothing(long_training: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_sigint_during_training_prints_one_line_and_publishes_nothing(
+    long_training: subprocess.Popen[str], tmp_path: Path
+) -> None:
     assert long_training.stderr is not None
     while not long_training.stderr.readline().startswith("training a (ae)"):
         pass

@@ -22,7 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def instructions(stage: str) -> list[tuple[str, str]]:
-    """Return the instructions of a stage, preceded by those of the stages that it is built from."""
+    """Return the instructions of the stages on which `stage` is based, followed by the instructions of `stage`."""
     origin, body = re.findall(rf"^FROM (\S+) AS {stage}\n(.*?)(?=^FROM |\Z)", DOCKERFILE, re.MULTILINE | re.DOTALL)[0]
     inherited = [] if ":" in origin else instructions(origin)
     return inherited + re.findall(r"^([A-Z]+) (.*)$", body, re.MULTILINE)
@@ -74,7 +74,7 @@ def test_no_two_services_publish_the_same_port() -> None:
 
 
 @pytest.mark.parametrize("name", APIS)
-def test_service_waits_for_the_demonstration_models_and_mounts_them_read_only(name: str) -> None:
+def test_service_starts_after_the_demonstration_training_and_mounts_the_artifacts_read_only(name: str) -> None:
     assert SERVICES[name]["depends_on"] == {"train": {"condition": "service_completed_successfully"}}
     assert SERVICES[name]["volumes"][0] == "artifacts:/artifacts:ro"
     assert SERVICES["train"]["volumes"] == ["artifacts:/artifacts"]
@@ -82,7 +82,7 @@ def test_service_waits_for_the_demonstration_models_and_mounts_them_read_only(na
     assert SERVICES["train"]["restart"] == "no"
 
 
-def test_gpu_service_is_opt_in_and_gets_cuda_wheels() -> None:
+def test_gpu_service_is_opt_in_and_installs_cuda_wheels() -> None:
     gpu = SERVICES["api-gpu"]
     assert gpu["profiles"] == ["gpu"]
     assert re.fullmatch(r"cu\d+", gpu["build"]["args"]["TORCH"])
@@ -90,7 +90,7 @@ def test_gpu_service_is_opt_in_and_gets_cuda_wheels() -> None:
 
 
 @pytest.mark.parametrize("name", PULLED)
-def test_pulled_service_is_opt_in_pinned_and_mounts_existing_folders(name: str) -> None:
+def test_pulled_service_is_opt_in_has_a_pinned_version_and_mounts_existing_folders(name: str) -> None:
     service = PULLED[name]
     assert service["profiles"] == ["monitoring"]
     assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+", service["image"])
@@ -103,7 +103,7 @@ def test_pulled_service_is_opt_in_pinned_and_mounts_existing_folders(name: str) 
             assert source in COMPOSE["volumes"]
 
 
-def test_monitoring_configuration_uses_the_service_names_of_compose() -> None:
+def test_monitoring_configuration_uses_the_service_names_of_the_compose_file() -> None:
     text = "".join(path.read_text() for path in (ROOT / "deploy").rglob("*.yml"))
     named = set(re.findall(r"\b(api|prometheus|alertmanager|node-exporter):(\d+)", text))
     assert named == {("api", "8000"), ("prometheus", "9090"), ("alertmanager", "9093"), ("node-exporter", "9100")}
@@ -112,12 +112,12 @@ def test_monitoring_configuration_uses_the_service_names_of_compose() -> None:
 
 
 @pytest.mark.parametrize("name", BUILT)
-def test_built_service_targets_a_stage_of_the_dockerfile(name: str) -> None:
+def test_build_target_of_a_service_is_a_stage_of_the_dockerfile(name: str) -> None:
     target = SERVICES[name]["build"]["target"]
     assert re.search(rf"^FROM \S+ AS {target}$", DOCKERFILE, re.MULTILINE)
 
 
-def test_default_image_can_train() -> None:
+def test_last_and_default_stage_of_the_dockerfile_is_train() -> None:
     assert re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.MULTILINE)[-1] == "train"
 
 
@@ -136,7 +136,7 @@ def test_image_starts_without_a_shell_so_that_signals_reach_python(stage: str) -
 
 
 @pytest.mark.parametrize("stage", ["serve", "train"])
-def test_image_health_check_requests_readyz(stage: str) -> None:
+def test_health_check_of_an_image_requests_readyz(stage: str) -> None:
     command = json.loads(last_argument(stage, "HEALTHCHECK").partition("CMD ")[2])
     assert command[:2] == ["python", "-c"]
     assert "'/readyz'" in command[2]
@@ -166,7 +166,7 @@ def test_dockerignore_allows_exactly_the_files_of_the_wheel() -> None:
 
 @pytest.mark.parametrize("target", ["serve", "train"])
 def test_artifacts_and_runs_are_written_to_the_volume(target: str) -> None:
-    """The root file system is read-only: training to a path outside the volume would fail at the end."""
+    """The root file system is read-only: training that writes outside the volume would fail after the last epoch."""
     variables = dict(
         pair.split("=", 1) for keyword, line in instructions(target) if keyword == "ENV" for pair in line.split()
     )

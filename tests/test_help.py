@@ -1,4 +1,4 @@
-"""The help of the command line: fast, complete, with examples."""
+"""The help texts of the commands: they are fast and complete, and contain examples."""
 
 import resource
 import subprocess
@@ -64,6 +64,6 @@ def test_help_of_serve_lists_every_setting_with_its_default(capsys: pytest.Captu
         assert f"{' '.join(str(field.description).split())} [default: {field.default}]" in words
 
 
-def test_python_m_training_has_the_help_of_elbo_train() -> None:
+def test_help_of_python_m_training_equals_the_help_of_elbo_train() -> None:
     run = subprocess.run([sys.executable, "-m", "training", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert run.stdout == command("train", "--help").stdout

@@ -1,4 +1,4 @@
-"""The imports that a file may have: those of its folder in MAY_IMPORT, without a cycle."""
+"""A file imports only the modules that MAY_IMPORT allows for its folder, and no imports form a cycle."""
 
 import ast
 import re
@@ -12,8 +12,8 @@ import pytest
 
 from tests.data import ROOT
 
-# By folder or file, the modules that it may import. A name without a package is in the same package.
-# Files in a folder may import each other, without a cycle.
+# Key: a folder or file. Value: the modules that its files may import. A name that is not a package means the module of
+# that name in the key's package. Files of one folder may import each other, but not in a cycle.
 MAY_IMPORT = {
     "models": "",
     "training.config": "models.manifest",
@@ -73,7 +73,10 @@ def place_of(module: str) -> str | None:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Yield the modules of this project that a file imports. `from a import b` yields a.b if it is a module, else a."""
+    """Yield the modules of this project that a file imports.
+
+    `from a import b` yields a.b if a.b is a module, else a.
+    """
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -93,13 +96,13 @@ def test_file_imports_only_modules_allowed_for_its_folder(path: Path) -> None:
     assert [name for name in imported(path) if not any(is_within(name, one) for one in may)] == []
 
 
-def test_every_folder_and_top_level_file_is_in_the_table() -> None:
+def test_may_import_lists_every_folder_and_top_level_file() -> None:
     roots = {"training", "service"}
     children = {".".join(name.split(".")[:2]) for name in MODULES if name.split(".")[0] in roots} - roots
     assert children | {"models"} == set(MAY_IMPORT)
 
 
-def test_table_has_no_cycle() -> None:
+def test_may_import_allows_no_cycle() -> None:
     graph = {
         place: [
             other for other in MAY_IMPORT if other != place and any(is_within(name, other) for name in allowed(place))
@@ -109,7 +112,7 @@ def test_table_has_no_cycle() -> None:
     list(TopologicalSorter(graph).static_order())  # raises CycleError
 
 
-def test_no_two_files_import_each_other() -> None:
+def test_imports_between_files_form_no_cycle() -> None:
     graph = {module: {name for name in imported(path) if name != module} for module, path in MODULES.items()}
     list(TopologicalSorter(graph).static_order())  # raises CycleError
 
@@ -124,9 +127,11 @@ def test_every_module_has_a_docstring(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
-def test_no_test_imports_from_another_test_module() -> None:
+def test_no_file_of_the_tests_imports_from_a_test_module() -> None:
     files = sorted((ROOT / "tests").rglob("*.py"))
-    pattern = re.compile(r"\b(?:from|import) tests[\w.]*\.test_\w+")  # also in programs that tests run
+    pattern = re.compile(
+        r"\b(?:from|import) tests[\w.]*\.test_\w+"
+    )  # also matches in the source of programs that tests run
     assert [(path.name, found) for path in files for found in pattern.findall(path.read_text())] == []
 
 

@@ -48,7 +48,7 @@ def exported_series() -> set[str]:
 
 
 def queries() -> dict[str, str]:
-    """Return the expressions of the dashboard and of the rules, by panel or rule."""
+    """Return the query of each panel of the dashboard and of each rule, by the name of the panel or rule."""
     expressions = {f"panel {p['title']}": target["expr"] for p in DASHBOARD["panels"] for target in p["targets"]}
     for path in (DEPLOY / "prometheus").glob("*.rules.yml"):
         for group in yaml.safe_load(path.read_text())["groups"]:
@@ -72,7 +72,7 @@ def test_dashboard_has_panels_for_load_latency_anomalies_and_drift() -> None:
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
 
 
-def test_series_of_the_remote_write_mapping_are_recorded_by_the_rules_and_sent() -> None:
+def test_every_series_in_the_remote_write_mapping_is_recorded_by_a_rule_and_sent() -> None:
     rules = yaml.safe_load((DEPLOY / "prometheus" / "node.rules.yml").read_text())["groups"][0]["rules"]
     (target,) = read_mappings(DEPLOY / "elbo" / "remote-write.toml").values()
     assert set(target.features.values()) == {rule["record"] for rule in rules}
@@ -212,7 +212,7 @@ def anomaly_alerts(port: int) -> list[dict[str, Any]]:
 
 
 def write_prometheus_config(folder: Path, exporter: int, elbo: int) -> Path:
-    """Write the configuration of deploy/ with the ports of this test and short intervals."""
+    """Write the Prometheus configuration of deploy/, changed to the ports of this test and to short intervals."""
     config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "200ms", "scrape_timeout": "200ms", "evaluation_interval": "1s"}
     config["rule_files"] = [str(DEPLOY / "prometheus" / "node.rules.yml")]
@@ -257,13 +257,13 @@ def test_anomaly_in_node_metrics_becomes_an_alert_that_is_resolved(tmp_path: Pat
             ELBO_POLL_SECONDS="0.2", ELBO_REMOTE_WRITE=str(mapping), ELBO_ALERT_CALM_SECONDS="3",
             ELBO_ALERTMANAGER_URL=f"http://127.0.0.1:{alertmanager}", ELBO_LOG_FORMAT="text",
         ))  # fmt: skip
-        # Start Prometheus last, so that it stops before Elbo: otherwise it retries remote write for a minute.
+        # Start Prometheus last: it is then stopped before Elbo, and does not retry remote write for a minute.
         config = f"--config.file={write_prometheus_config(tmp_path, exporter, elbo)}"
         start(running_program("prometheus", config, f"--storage.tsdb.path={tmp_path}/tsdb", f"{local}{prometheus}"))
         wait_until(is_up(exporter, "/"), 60, httpx.TransportError)
         wait_until(is_up(alertmanager, "/-/ready"), 60, httpx.TransportError)
         wait_until(is_up(prometheus, "/-/ready"), 60, httpx.TransportError)
-        time.sleep(15)  # collect normal rows for training
+        time.sleep(15)  # Prometheus collects normal rows for training
         train_on_history(tmp_path, mapping, prometheus)
         wait_until(is_up(elbo, "/readyz"), 30, httpx.TransportError)
         wait_until(lambda: scored_rows(elbo) > 20, 60, httpx.TransportError)

@@ -18,7 +18,8 @@ LOCKED = {
     "serve": PROJECT["dependencies"],
     "train": PROJECT["dependencies"] + EXTRAS["train"],
     "dev": PROJECT["dependencies"] + EXTRAS["train"] + EXTRAS["dev"],
-    "browser": PROJECT["dependencies"] + EXTRAS["browser"],  # not in dev.lock, which would become too large
+    "browser": PROJECT["dependencies"]
+    + EXTRAS["browser"],  # has its own lock file, because dev.lock would become too large
     "docs": PROJECT["dependencies"] + EXTRAS["docs"],
 }
 
@@ -58,7 +59,7 @@ def test_every_locked_package_has_a_hash_and_no_url(lock: str) -> None:
     assert not re.search(r"://|^-|^ *--(?!hash)", text, re.MULTILINE)
 
 
-def test_locks_agree_on_the_versions_that_they_share() -> None:
+def test_lock_files_pin_shared_packages_to_the_same_versions() -> None:
     serve, dev = pinned_versions("serve"), pinned_versions("dev")
     assert serve.items() <= pinned_versions("train").items() <= dev.items()
     for lock in ("browser", "docs"):

@@ -23,7 +23,7 @@ def write_executable(path: Path, script: str) -> None:
 
 
 def find_python(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run requirements/find-python where only the programs in `folder` exist."""
+    """Run requirements/find-python with only `folder` on the PATH."""
     environment = {"PATH": str(folder), **variables}
     return subprocess.run(["/bin/sh", FIND_PYTHON], env=environment, capture_output=True, text=True, timeout=60)
 
@@ -42,7 +42,7 @@ def test_find_python_without_a_supported_interpreter_on_the_path_uses_uv(tmp_pat
     assert (result.returncode, result.stdout.strip()) == (0, sys.executable)
 
 
-def test_find_python_without_a_supported_interpreter_and_uv_explains_in_one_line(tmp_path: Path) -> None:
+def test_find_python_prints_one_line_of_help_when_neither_python_nor_uv_is_found(tmp_path: Path) -> None:
     write_executable(tmp_path / "python3", 'test "$1" = --version && echo Python 3.14.0')
     result = find_python(tmp_path)
     assert result.returncode == 1
@@ -53,7 +53,7 @@ def test_find_python_without_a_supported_interpreter_and_uv_explains_in_one_line
     assert "install uv" in line
 
 
-def test_find_python_with_the_variable_python_set_uses_only_that_interpreter(tmp_path: Path) -> None:
+def test_find_python_tries_only_the_interpreter_named_by_the_python_variable(tmp_path: Path) -> None:
     (tmp_path / "python3").symlink_to(sys.executable)
     (tmp_path / "custom").symlink_to(sys.executable)
     assert find_python(tmp_path, PYTHON="custom").stdout.strip() == str(tmp_path / "custom")

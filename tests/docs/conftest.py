@@ -15,7 +15,7 @@ HEADER = "cpu [%],latency [ms],errors,memory [GB]"
 
 
 def metrics(rows: int, seed: int) -> np.ndarray:
-    """Return rows of four metrics, [rows, 4]; the first two depend on a common load."""
+    """Return random rows of four metrics, [rows, 4]. The first two metrics depend on a shared load."""
     random = np.random.RandomState(seed)
     load, noise = random.standard_normal(rows), random.standard_normal((4, rows))
     columns = [50 + 5 * load + noise[0], 200 + 20 * load + 5 * noise[1], 3 + 0.5 * noise[2], 20 + noise[3]]
@@ -49,7 +49,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def servers(demonstration: Path, files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    """Yield a server with the demonstration models and `web`, which the how-to guides use."""
+    """Yield a server with the demonstration models and the model `web`, which the how-to guides use."""
     artifacts = tmp_path_factory.mktemp("served") / "artifacts"
     shutil.copytree(demonstration, artifacts)
     folders = "--artifacts", str(artifacts), "--runs", str(artifacts.parent / "runs")

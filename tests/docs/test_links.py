@@ -20,7 +20,7 @@ GLOSSARY_LINES = 40
 
 
 def anchors(page: Path) -> set[str]:
-    """Return the anchors of the headings of a page, as MkDocs and GitHub make them."""
+    """Return the anchors that MkDocs and GitHub give the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", FENCE.sub("", on_page_markdown(page.read_text())), re.MULTILINE)
     return {re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip()) for heading in headings}
 
@@ -41,7 +41,7 @@ def test_every_path_that_a_page_names_exists(page: Path) -> None:
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
-def test_every_name_that_contributing_gives_with_its_file_is_in_that_file() -> None:
+def test_every_name_in_contributing_occurs_in_the_file_given_with_it() -> None:
     named = NAME_IN_FILE.findall((ROOT / "CONTRIBUTING.md").read_text())
     assert len(named) > 10
     assert [(name, path) for name, path in named if not re.search(rf"\b{name}\b", (ROOT / path).read_text())] == []

@@ -38,13 +38,13 @@ def built(page: str) -> str:
 
 
 @pytest.mark.parametrize("name", generate.TABLES)
-def test_every_generated_table_is_on_one_page_of_the_reference(name: str) -> None:
+def test_every_generated_table_is_on_exactly_one_page_of_the_reference(name: str) -> None:
     pages = [path for path in PAGES.glob("*.md") if f"<!-- generated: {name} -->" in path.read_text()]
     assert len(pages) == 1
     assert "<!-- generated" not in built(pages[0].stem)
 
 
-def test_unknown_marker_fails_the_build() -> None:
+def test_marker_of_an_unknown_table_fails_the_build() -> None:
     with pytest.raises(KeyError, match="secrets"):
         generate.on_page_markdown("<!-- generated: secrets -->")
 

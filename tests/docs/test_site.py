@@ -15,18 +15,19 @@ from tests.service.explorer.browser import TIMEOUT, chromium
 
 pytestmark = pytest.mark.slow
 
-LOADING = {"src", "srcset", "data", "poster", "manifest"}  # attributes that make a browser load something
+LOADING = {"src", "srcset", "data", "poster", "manifest"}  # attributes that make a browser load a file
 EXTERNAL = re.compile(r"(?:https?:)?//\w", re.IGNORECASE)
 STYLE_LOADS = re.compile(r"(?:url\(\s*[\"']?|@import\s+[\"'])((?:https?:)?//[^\"')\s]+)", re.IGNORECASE)
-# Hosts that Material's scripts name but do not contact from this site. They contact api.github.com about the repository
-# in mkdocs.yml, which names none, and unpkg.com for Mermaid diagrams, of which there are none, and for old browsers.
+# Hosts that Material's scripts name but do not contact from this site. The scripts contact api.github.com only if
+# mkdocs.yml names a repository, and unpkg.com only for Mermaid diagrams or for old browsers. This site names no
+# repository and has no Mermaid diagrams.
 UNCONTACTED = {"api.github.com", "unpkg.com"}
 COMMENTS = re.compile(r"/\*.*?\*/", re.DOTALL)
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of the site, built like `make docs` does."""
+    """Return the folder of the site, built as by `make docs`."""
     target = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(target)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -35,7 +36,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Loads(HTMLParser):
-    """The addresses that a browser loads to show a page, and the classes of its elements."""
+    """The addresses that a browser loads to show a page, and the CSS classes of the page's elements."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -96,7 +97,7 @@ def browser() -> Iterator[Browser]:
         yield browser
 
 
-def test_site_opened_as_a_file_contacts_no_host_and_its_search_finds_a_setting(site: Path, browser: Browser) -> None:
+def test_site_opened_as_a_file_contacts_no_host_and_finds_a_setting_by_search(site: Path, browser: Browser) -> None:
     requested: list[str] = []
 
     def refuse(route: Route) -> None:

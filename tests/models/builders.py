@@ -1,4 +1,4 @@
-"""Small untrained models of all kinds, for tests that run over all kinds."""
+"""Small untrained models of every kind, for tests that run for every kind."""
 
 from collections.abc import Sequence
 
@@ -46,7 +46,7 @@ def core(kind: str) -> Core:
 
 
 def pipeline(kind: str, seed: int = 0) -> Pipeline:
-    """Return a pipeline around `core(kind)`, determined by `seed`; it imputes if `kind` ends in -imputing."""
+    """Return a random pipeline around `core(kind)`, seeded with `seed`. It imputes if `kind` ends in -imputing."""
     torch.manual_seed(seed)
     weights, factors = torch.tensor([0.3, 0.7]), torch.randn(2, K, K).tril()
     prior = (
@@ -64,7 +64,7 @@ def pipeline(kind: str, seed: int = 0) -> Pipeline:
 
 
 def batch(rows: int = B, gaps: Sequence[tuple[int, int]] = ()) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return rows [B, D], with NaN at `gaps`, standard normal noise [B, K], and uniform choice [B]."""
+    """Return rows [B, D] with NaN at `gaps`, standard normal noise [B, K], and uniform random choice [B]."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(rows, D, generator=generator)
     for place in gaps:
@@ -73,7 +73,7 @@ def batch(rows: int = B, gaps: Sequence[tuple[int, int]] = ()) -> tuple[torch.Te
 
 
 def manifest(name: str, weights_sha256: str, golden: Golden, format_version: int = FORMAT_VERSION) -> Manifest:
-    """Return a manifest that matches `pipeline`."""
+    """Return a manifest that matches every model of `pipeline`."""
     features = [Feature(name=f"x{i}", unit=None, median=0.0, minimum=-3.0, maximum=3.0) for i in range(D)]
     return Manifest(
         format_version=format_version,

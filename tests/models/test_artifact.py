@@ -42,7 +42,7 @@ def test_eager_scripted_and_frozen_models_give_equal_outputs(kind: str) -> None:
     scripted = artifact.script(model)
     eager = artifact.compute_outputs(model, *inputs)
     for other in (scripted, artifact.freeze(scripted)):
-        for _ in range(3):  # TorchScript specialises on its second and third call
+        for _ in range(3):  # TorchScript optimises the code during the second and third calls
             outputs = artifact.compute_outputs(other, *inputs)
         assert outputs.keys() == eager.keys()
         for name in eager:
@@ -72,7 +72,7 @@ def test_publish_increments_the_version_and_resolve_returns_the_newest(tmp_path:
 @pytest.mark.parametrize(
     "reference", ["absent", "model@9", "model@01", "model@", "../model", "", "model/1", ".", "mo del"]
 )
-def test_resolve_with_an_unknown_or_malformed_reference_raises_missing(reference: str, tmp_path: Path) -> None:
+def test_resolve_with_an_unknown_or_malformed_reference_raises_artifact_missing(reference: str, tmp_path: Path) -> None:
     publish(tmp_path)
     with pytest.raises(ArtifactMissing):
         resolve(tmp_path, reference)
@@ -106,7 +106,7 @@ def test_killing_a_publisher_leaves_only_complete_versions(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.9, 0.999])
-def test_loading_a_truncated_file_raises(share: float, tmp_path: Path) -> None:
+def test_loading_a_truncated_file_raises_an_artifact_error(share: float, tmp_path: Path) -> None:
     path = publish(tmp_path)
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
@@ -114,7 +114,7 @@ def test_loading_a_truncated_file_raises(share: float, tmp_path: Path) -> None:
         artifact.load(path)
 
 
-def test_loading_a_file_with_one_flipped_bit_raises(tmp_path: Path) -> None:
+def test_loading_a_file_with_one_flipped_bit_raises_an_artifact_error(tmp_path: Path) -> None:
     path = publish(tmp_path)
     content = path.read_bytes()
     offsets = np.random.RandomState(0).choice(len(content), 200, replace=False)
@@ -134,20 +134,20 @@ def test_loading_a_file_of_another_format_raises_with_advice(content: bytes, tmp
         artifact.load(path)
 
 
-def test_loading_a_torchscript_file_without_a_seal_raises_foreign(tmp_path: Path) -> None:
+def test_loading_a_torchscript_file_without_a_seal_raises_artifact_foreign(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.jit.save(artifact.script(pipeline("pca")), path)
     with pytest.raises(ArtifactForeign, match="without Elbo's seal"):
         artifact.load(path)
 
 
-def test_loading_a_later_format_version_raises_too_new(tmp_path: Path) -> None:
+def test_loading_a_later_format_version_raises_artifact_too_new(tmp_path: Path) -> None:
     path = publish(tmp_path, format_version=FORMAT_VERSION + 1)
     with pytest.raises(ArtifactTooNew, match=f"format version {FORMAT_VERSION + 1}.*upgrade Elbo"):
         artifact.load(path)
 
 
-def test_loading_a_later_format_version_with_an_unknown_seal_raises_too_new(tmp_path: Path) -> None:
+def test_loading_a_later_format_version_with_an_unknown_seal_raises_artifact_too_new(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(
@@ -158,12 +158,12 @@ def test_loading_a_later_format_version_with_an_unknown_seal_raises_too_new(tmp_
         artifact.load(path)
 
 
-def test_loading_an_absent_file_raises_missing(tmp_path: Path) -> None:
+def test_loading_an_absent_file_raises_artifact_missing(tmp_path: Path) -> None:
     with pytest.raises(ArtifactMissing, match="elbo train"):
         artifact.load(tmp_path / "absent.pt")
 
 
-def test_loading_a_model_that_differs_from_its_golden_answers_raises_mismatch(tmp_path: Path) -> None:
+def test_loading_a_model_that_differs_from_its_golden_answers_raises_artifact_mismatch(tmp_path: Path) -> None:
     model = pipeline("pca")
     module = artifact.script(model)
     golden = artifact.record_golden(module, *batch())
@@ -173,7 +173,7 @@ def test_loading_a_model_that_differs_from_its_golden_answers_raises_mismatch(tm
         artifact.load(path)
 
 
-def test_loading_weights_that_differ_from_the_manifest_raises_corrupt(tmp_path: Path) -> None:
+def test_loading_weights_that_differ_from_the_manifest_raises_artifact_corrupt(tmp_path: Path) -> None:
     module = artifact.script(pipeline("pca"))
     path = artifact.publish(module, manifest("model", "0" * 64, artifact.record_golden(module, *batch())), tmp_path)
     with pytest.raises(ArtifactCorrupt, match="weights"):
@@ -242,7 +242,7 @@ def test_load_leaves_the_random_state_and_the_thread_count_unchanged(tmp_path: P
     assert torch.get_num_threads() == threads
 
 
-def test_choose_device_returns_an_available_device_or_raises() -> None:
+def test_choose_device_returns_an_available_device_or_raises_device_missing() -> None:
     assert artifact.choose_device("cpu") == "cpu"
     if torch.cuda.is_available():
         assert artifact.choose_device("auto") == artifact.choose_device("cuda") == "cuda"
@@ -253,7 +253,7 @@ def test_choose_device_returns_an_available_device_or_raises() -> None:
 
 
 class PipelineWithoutLogWeight(Pipeline):
-    """A pipeline of an earlier release, which had no log_weight."""
+    """A pipeline as in earlier releases, where pipelines had no log_weight."""
 
     log_weight = None  # type: ignore[assignment] # absent from artifacts of earlier releases
 
@@ -278,7 +278,7 @@ def test_golden_answers_include_log_weights_only_for_models_with_a_density(kind:
     assert ("log_weight" in golden.outputs) is has_density
 
 
-def test_golden_rows_with_gaps_load_as_nan_and_are_imputed(tmp_path: Path) -> None:
+def test_gaps_in_golden_rows_are_nan_after_loading_and_are_imputed(tmp_path: Path) -> None:
     loaded = artifact.load(publish(tmp_path, "pca-imputing"))
     assert loaded.manifest.golden.inputs["x"][2][4] is None
     scaling, rows = pipeline("pca-imputing").scaling, batch(gaps=GAPS)[0]

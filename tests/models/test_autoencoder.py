@@ -38,7 +38,10 @@ def vectors_of(model: Autoencoder, x: torch.Tensor) -> Doubles:
 
 
 def covariance_of(vectors: Doubles, usual: Doubles) -> Doubles:
-    """Compute the regularised covariance of joint vectors [N, K + D] with scikit-learn and numpy."""
+    """Compute the regularised covariance of joint vectors [N, K + D] with scikit-learn and numpy.
+
+    The variances of the vectors are shrunk towards the variances `usual`, [K + D].
+    """
     rows, centred = len(vectors), vectors - vectors.mean(axis=0)
     deviation = np.sqrt((rows * centred.var(axis=0) + PSEUDO_ROWS * usual) / (rows + PSEUDO_ROWS))
     correlation = LedoitWolf(assume_centered=True).fit(centred / deviation).covariance_
@@ -123,7 +126,7 @@ def test_robust_whitening_recovers_the_clean_covariance() -> None:
     def error(robust: bool) -> float:
         factor = fit_whitening(contaminated, UNIT, robust).factor
         covariance = torch.linalg.inv(factor.T @ factor)
-        shape = covariance * (truth.trace() / covariance.trace())  # trimming makes the covariance too small
+        shape = covariance * (truth.trace() / covariance.trace())  # corrects the scale, which trimming reduces
         return float((shape - truth).norm() / truth.norm())
 
     assert error(robust=True) < 0.1

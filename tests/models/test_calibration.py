@@ -1,4 +1,4 @@
-"""Conformal p-values against their definition and guarantee; severity against the verdict of the p-value."""
+"""Conformal p-values, compared with their definition and guarantee; severities, compared with p-values."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def calibration(n: int, seed: int = 0) -> Calibration:
     return Calibration(torch.from_numpy(np.random.RandomState(seed).standard_normal(n).astype(np.float32)))
 
 
-def test_p_value_is_the_share_of_calibration_scores_at_least_as_large() -> None:
+def test_p_value_is_the_share_of_scores_that_are_at_least_as_large() -> None:
     p = Calibration(torch.tensor([3.0, 1.0, 2.0, 2.0])).p_value(torch.tensor([0.0, 1.0, 2.0, 2.5, 3.0, 4.0]))
     assert p.tolist() == pytest.approx([5 / 5, 5 / 5, 4 / 5, 2 / 5, 2 / 5, 1 / 5])
 
@@ -26,7 +26,7 @@ def test_p_value_is_the_share_of_calibration_scores_at_least_as_large() -> None:
 @pytest.mark.parametrize("alpha", [0.1, 0.05, 0.01])
 @pytest.mark.parametrize("n", [199, 400, 1000])
 def test_number_of_false_alarms_lies_in_its_99_percent_interval(alpha: float, n: int) -> None:
-    """The number of false alarms among new rows is beta-binomial, because the calibration rows are a sample too."""
+    """The number of false alarms among new rows is beta-binomial, because the calibration rows are random too."""
     new_scores = np.random.RandomState(n).exponential(size=NEW_ROWS).astype(np.float32)
     scores = np.random.RandomState(n + 1).exponential(size=n).astype(np.float32)
     p_value = Calibration(torch.from_numpy(scores)).p_value(torch.from_numpy(new_scores))
@@ -37,7 +37,10 @@ def test_number_of_false_alarms_lies_in_its_99_percent_interval(alpha: float, n:
 
 
 def p_values(n: int, new_rows: int) -> np.ndarray:
-    """Return p-values [REPETITIONS, new_rows]; in each repetition, n calibration rows have the same distribution."""
+    """Return p-values [REPETITIONS, new_rows]. Each repetition has its own n calibration scores.
+
+    All scores, of calibration rows and of new rows, have the same distribution.
+    """
     random = np.random.RandomState(n)
     scores = torch.from_numpy(random.exponential(size=(REPETITIONS, n + new_rows)).astype(np.float32))
     return np.array([Calibration(repetition[:n]).p_value(repetition[n:]).numpy() for repetition in scores])
@@ -45,22 +48,25 @@ def p_values(n: int, new_rows: int) -> np.ndarray:
 
 @pytest.mark.parametrize("n", [4, 19])
 def test_p_values_of_normal_rows_are_uniform(n: int) -> None:
-    """The rank of a row among n + 1 exchangeable rows is uniform: P(p <= k / (n + 1)) = k / (n + 1) exactly."""
+    """The rank of a row among n + 1 exchangeable rows is uniform.
+
+    The p-value of a normal row is therefore at most k / (n + 1) with probability k / (n + 1), exactly.
+    """
     ranks = np.rint(p_values(n, 1) * (n + 1)).astype(int).ravel()
     assert chisquare(np.bincount(ranks, minlength=n + 2)[1:]).pvalue > SIGNIFICANCE
 
 
 @pytest.mark.parametrize(("n", "alpha"), [(19, 0.05), (19, 0.25), (99, 0.1)])
 def test_number_of_false_alarms_with_a_shared_calibration_set_is_beta_binomial(n: int, alpha: float) -> None:
-    """For m rows, the number is beta-binomial(m, k, n + 1 - k), where k = floor(alpha (n + 1)).
+    """For m new rows, the number is beta-binomial(m, k, n + 1 - k), where k = floor(alpha (n + 1)).
 
     Marques F., "Universal distribution of the empirical coverage in split conformal prediction", 2025. The shared
-    calibration set makes the false alarms dependent, so that their variance exceeds that of a binomial distribution.
+    calibration set makes the false alarms dependent: the variance of their number exceeds the binomial variance.
     """
     m, k = 20, int(alpha * (n + 1) + 1e-9)
     alarms = (p_values(n, m) <= alpha * (1 + 1e-6)).sum(axis=1)
     distribution = betabinom(m, k, n + 1 - k)
-    # The last cell also holds all rarer counts, because the chi-square test needs a few counts per cell.
+    # The last cell also holds all larger numbers: the chi-square test needs several repetitions per cell.
     last = int(distribution.isf(5 / REPETITIONS))
     counted = np.bincount(np.minimum(alarms, last), minlength=last + 1)
     expected = np.append(distribution.pmf(np.arange(last)), distribution.sf(last - 1)) * REPETITIONS
@@ -70,7 +76,9 @@ def test_number_of_false_alarms_with_a_shared_calibration_set_is_beta_binomial(n
 
 @pytest.mark.parametrize("alpha", [0.5, 0.1, 0.05, 0.001])
 @pytest.mark.parametrize("kind", CORES)
-def test_severity_of_every_model_kind_exceeds_one_exactly_where_a_row_is_anomalous(kind: str, alpha: float) -> None:
+def test_severity_of_every_model_kind_exceeds_one_exactly_if_the_score_exceeds_the_threshold(
+    kind: str, alpha: float
+) -> None:
     model = pipeline(kind)
     rows = 3 * torch.randn(400, D, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
@@ -90,7 +98,7 @@ REACHABLE = [
 
 
 @pytest.mark.parametrize(("n", "alpha"), REACHABLE)
-def test_severity_exceeds_one_exactly_where_the_p_value_is_at_most_alpha(n: int, alpha: float) -> None:
+def test_severity_exceeds_one_exactly_if_the_p_value_is_at_most_alpha(n: int, alpha: float) -> None:
     model = calibration(n)
     near = torch.cat([model.scores + shift for shift in (0.0, 1e-6, -1e-6, 0.1)])
     scores = torch.cat([near, torch.linspace(-6, 6, 500)])
@@ -103,11 +111,11 @@ def test_severity_exceeds_one_exactly_where_the_p_value_is_at_most_alpha(n: int,
 def test_severity_never_falls_as_the_score_rises(alpha: float) -> None:
     severity = calibration(99).severity(torch.linspace(-10, 30, 2000), alpha)
     assert bool((severity.diff() >= 0).all())
-    assert float(severity[-1]) > 2 * float(severity[1000])  # still rises beyond the largest calibration score
+    assert float(severity[-1]) > 2 * float(severity[1000])  # rises beyond the largest calibration score too
 
 
-def test_threshold_below_the_floor_of_exponential_scores_is_the_exact_quantile() -> None:
-    """Exponential scores have exactly the tail that the calibration fits, so that the exact quantile is known."""
+def test_threshold_of_exponential_scores_for_alpha_below_the_floor_is_near_the_exact_quantile() -> None:
+    """Exponential scores have exactly the tail that the calibration fits, and their quantiles are known."""
     model = Calibration(torch.from_numpy(np.random.RandomState(0).exponential(size=20_000).astype(np.float32)))
     assert float(model.threshold(1e-6)) == pytest.approx(expon.isf(1e-6), rel=0.1)
 
@@ -126,11 +134,11 @@ def test_severity_far_below_every_calibration_score_is_between_zero_and_one() ->
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
 @pytest.mark.parametrize("shift", [0.0, -3.0, 30.0])
-def test_rounding_of_a_score_equal_to_a_calibration_score_does_not_change_its_p_value(
+def test_p_value_of_a_score_equal_to_a_calibration_score_does_not_change_with_rounding(
     scale: float, shift: float
 ) -> None:
     scores = scale * (torch.from_numpy(np.random.RandomState(0).permutation(300)).float() + 100 * shift)
     model = Calibration(scores)
-    expected = 1.0 - (scores.argsort().argsort()) / 301  # scores at least as large = 300 - rank
+    expected = 1.0 - (scores.argsort().argsort()) / 301  # 300 - rank scores are at least as large
     for rounded in (scores, scores * (1 + 2e-6), scores * (1 - 2e-6)):
         assert torch.allclose(model.p_value(rounded), expected, atol=1.5 / 301 * 1e-3)

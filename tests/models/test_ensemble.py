@@ -1,4 +1,4 @@
-"""The ensemble's score, and its nearest-neighbour detector against scikit-learn."""
+"""The ensemble's score, and the ensemble's nearest-neighbour detector, compared with scikit-learn."""
 
 import copy
 
@@ -37,7 +37,11 @@ def test_distance_is_the_smallest_squared_distance_divided_by_the_scale() -> Non
 
 
 def test_fitted_neighbours_give_scaled_mahalanobis_distances() -> None:
-    """The scale of a row is its squared distance to a neighbour, plus the mean of these distances over all rows."""
+    """A distance is divided by the scale of the reference row.
+
+    The scale is the squared distance d of the reference row to its neighbour of rank NEIGHBOUR_RANK, plus the mean of
+    d over all reference rows.
+    """
     torch.manual_seed(0)
     mixing = torch.randn(D, D)
     x, new_rows = torch.randn(200, D) @ mixing, torch.randn(50, D) @ mixing
@@ -61,7 +65,7 @@ def test_neighbours_of_few_or_equal_rows_give_finite_distances(rows: int) -> Non
     assert distances[1] > distances[0]
 
 
-def test_score_is_the_sum_of_both_distances_in_units_of_their_means() -> None:
+def test_score_is_the_sum_of_both_distances_after_scaling_by_their_means() -> None:
     model, fitted, x = ensemble(), torch.randn(300, D), torch.randn(400, D)
     fit_score_statistics(model, x, fitted)
     score, parts, x_hat = model.score(x)
@@ -81,7 +85,10 @@ def test_few_rows_with_huge_distances_do_not_change_the_weights() -> None:
 
 
 def test_score_of_a_reference_row_is_exact_up_to_rounding() -> None:
-    """The distance of a reference row to itself is a difference of large squares. A root would amplify its error."""
+    """The distance of a reference row to itself is computed as a difference of large squares.
+
+    A square root would amplify the rounding error of that difference.
+    """
     torch.manual_seed(0)
     model, fitted = ensemble(), torch.randn(300, D)
     fit_score_statistics(model, torch.randn(400, D), fitted)

@@ -1,4 +1,4 @@
-"""`log_weight` against the training objective, SciPy's density, the ELBO and the importance-weighted bound."""
+"""`log_weight`, compared with the training objective, SciPy's density, the ELBO and the importance-weighted bound."""
 
 import math
 
@@ -47,7 +47,7 @@ def test_log_weight_of_an_autoencoder_is_nan(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", VAES)
-def test_mean_log_weight_is_the_elbo_and_log_mean_exp_the_importance_weighted_bound(kind: str) -> None:
+def test_mean_of_log_weights_is_the_elbo_and_their_log_mean_exp_is_the_importance_weighted_bound(kind: str) -> None:
     samples, model, x = 20_000, vae(kind), batch()[0]
     noise = torch.randn(samples, B, K, generator=torch.Generator().manual_seed(0))
     weights = torch.stack([model.log_weight(x, one) for one in noise[:500]])  # [S, B]
@@ -55,10 +55,10 @@ def test_mean_log_weight_is_the_elbo_and_log_mean_exp_the_importance_weighted_bo
     assert float((weights.logsumexp(dim=0) - math.log(500)).mean()) == pytest.approx(float(bound), abs=1e-4)
     repeated, flat = x.repeat(samples, 1), noise.flatten(0, 1)
     many = model.log_weight(repeated, flat).double().reshape(samples, B).mean(dim=1)  # [S]
-    elbo = float(elbo_terms(model, repeated, flat)["elbo"])  # uses the closed form of the KL
+    elbo = float(elbo_terms(model, repeated, flat)["elbo"])  # computed with the closed form of the KL term
     assert float(many.mean()) == pytest.approx(elbo, abs=5 * float(many.std()) / math.sqrt(samples))
 
 
-def test_log_weight_of_a_pipeline_is_that_of_the_core_for_scaled_rows() -> None:
+def test_log_weight_of_a_pipeline_equals_the_log_weight_of_its_core_for_scaled_rows() -> None:
     model, (x, noise, _) = pipeline("vae-gaussian"), batch()
     assert torch.equal(model.log_weight(x, noise), model.core.log_weight(model.scaling(x), noise))

@@ -1,4 +1,4 @@
-"""The networks against numpy implementations; their shapes, gradients, and scripted and frozen forms."""
+"""The networks, compared with numpy implementations; their shapes, gradients, and scripted and frozen forms."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def filters(layer: nn.Module) -> tuple[np.ndarray, np.ndarray]:
 
 
 def convolved(image: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """Convolve image [H, W, C] with filters [F, C, 3, 3], stride 2 and zero padding, to [h, w, F]."""
+    """Return `image` [H, W, C], convolved with filters `weight` [F, C, 3, 3], stride 2 and zero padding: [h, w, F]."""
     height, width, _ = image.shape
     padded = np.pad(image, ((1, 1), (1, 1), (0, 0)))
     out = np.empty(((height + 1) // 2, (width + 1) // 2, len(weight)))
@@ -41,7 +41,7 @@ def convolved(image: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.nda
 def transposed_convolved(
     image: np.ndarray, weight: np.ndarray, bias: np.ndarray, height: int, width: int
 ) -> np.ndarray:
-    """Apply the transpose of `convolved`: add the filter of each pixel of [h, w, F] to an image [height, width, C]."""
+    """Apply the transpose of `convolved` to `image` [h, w, F]; return an image [height, width, C]."""
     out = np.zeros((height + 2, width + 2, weight.shape[1]))
     for i, j, f in np.ndindex(*image.shape):
         out[2 * i : 2 * i + 3, 2 * j : 2 * j + 3] += image[i, j, f] * weight[f].transpose(1, 2, 0)
@@ -61,7 +61,7 @@ def test_encoder_and_decoder_outputs_have_the_requested_widths(
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (9, 7), (28, 28), (13, 10, 3)])
-def test_encoder_halves_the_image_rounding_up_and_the_decoder_reverses_it(shape: tuple[int, ...]) -> None:
+def test_encoder_halves_the_image_sides_rounding_up_and_decoder_restores_them(shape: tuple[int, ...]) -> None:
     stages, sizes = (4, 5, 6), []
     x = torch.randn(2, int(np.prod(shape)))
     for layer in conv_encoder(shape, stages, K):

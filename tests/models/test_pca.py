@@ -1,4 +1,4 @@
-"""PCA against scikit-learn, SciPy and a worked example."""
+"""PCA, compared with scikit-learn, SciPy and a worked example."""
 
 import numpy as np
 import numpy.typing as npt
@@ -63,7 +63,7 @@ def test_score_is_the_mahalanobis_distance_and_equals_the_sum_of_its_parts() -> 
 
 
 def test_score_with_shrinkage_is_the_distance_under_the_ledoit_wolf_covariance() -> None:
-    """With D - 1 latents, one eigenvalue is discarded, and PCA's covariance is the sample covariance."""
+    """With D - 1 latents, only one eigenvalue is discarded, so PCA's covariance equals the sample covariance."""
     x = np.random.RandomState(0).standard_normal((60, 8)) @ np.diag(np.arange(1.0, 9.0))
     pca, centred = fitted(x, 7), x - x.mean(axis=0)
     pca.shrinkage = fit_shrinkage(torch.from_numpy(x), pca.mean)
@@ -81,7 +81,7 @@ def test_score_with_shrinkage_is_the_distance_under_the_ledoit_wolf_covariance()
 def test_posterior_std_equals_that_of_the_linear_gaussian_model() -> None:
     x = digits()
     pca = fitted(x, 5)
-    loading = pca.components.T  # scores z ~ N(0, L - s2), x = V' z + mean + noise
+    loading = pca.components.T  # x = loading @ z + mean + noise, where z has the prior precision below
     prior_precision = torch.diag(1.0 / (pca.eigenvalues - pca.noise_variance))
     posterior = torch.linalg.inv(prior_precision + loading.T @ loading / pca.noise_variance)
     std = pca.encode(torch.from_numpy(x[:1]))[1]
@@ -94,8 +94,9 @@ def test_pca_of_the_worked_example_gives_its_eigenvalues_and_scores() -> None:
     pca = fitted(x, 1)
     assert pca.mean.tolist() == pytest.approx([2.0, 10.0 / 3.0])
     assert float(pca.eigenvalues[0]) == pytest.approx(3.3081, abs=5e-5)
-    assert float(pca.noise_variance) == pytest.approx(0.0252, abs=5e-5)  # the one discarded eigenvalue
-    assert float(pca.eigenvalues[0] * pca.noise_variance) == pytest.approx(1.0 * 7.0 / 3.0 - 1.5**2)  # determinant
+    assert float(pca.noise_variance) == pytest.approx(0.0252, abs=5e-5)  # the only discarded eigenvalue
+    # The product of all eigenvalues is the determinant of the covariance.
+    assert float(pca.eigenvalues[0] * pca.noise_variance) == pytest.approx(1.0 * 7.0 / 3.0 - 1.5**2)
     sign = np.sign(float(pca.components[0, 0]))
     assert sign * pca.components[0].numpy() == pytest.approx([0.5449, 0.8385], abs=5e-5)
     scores = -sign * pca.encode(torch.from_numpy(x))[0].squeeze(1).numpy()
@@ -109,7 +110,7 @@ def test_pca_with_more_features_than_rows_agrees_with_scikit_learn() -> None:
     assert pca.eigenvalues.numpy() == pytest.approx(reference.explained_variance_)
 
 
-def test_mnist_reconstruction_error_with_32_components_is_the_documented_one() -> None:
+def test_mnist_reconstruction_error_with_32_components_equals_the_documented_value() -> None:
     train, test = mnist("train"), mnist("test")
     pca = fitted(train, 32)
     x = torch.from_numpy(test)
@@ -121,7 +122,7 @@ def test_mnist_reconstruction_error_with_32_components_is_the_documented_one() -
 
 @pytest.mark.parametrize("latents", [1, 2, 3])
 def test_scores_of_data_without_noise_are_finite(latents: int) -> None:
-    flat = np.random.RandomState(0).standard_normal((30, 1)) * np.ones((30, 3))  # one dimension, three columns
+    flat = np.random.RandomState(0).standard_normal((30, 1)) * np.ones((30, 3))  # three equal columns
     pca = fitted(flat, latents)
     score, parts, _ = pca.score(torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64))
     assert bool(parts.isfinite().all())

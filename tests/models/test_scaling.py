@@ -20,7 +20,7 @@ def test_standardise_centres_a_constant_column_and_keeps_scale_one(constant: flo
     assert scaling(torch.tensor([[constant + 1.0]])).item() == pytest.approx(1.0, abs=0.1)
 
 
-def test_to_unit_range_maps_the_ends_to_zero_and_one() -> None:
+def test_to_unit_range_maps_minimum_to_zero_and_maximum_to_one() -> None:
     scaling = to_unit_range(torch.tensor([0.0, -2.0, 3.0]), torch.tensor([255.0, 2.0, 3.0]))
     assert scaling(torch.tensor([[0.0, -2.0, 3.0], [255.0, 2.0, 4.0]])).tolist() == [[0, 0, 0], [1, 1, 1]]
 
@@ -31,7 +31,7 @@ def test_inverse_reverses_the_scaling() -> None:
     assert torch.allclose(scaling.inverse(scaling(x)), x, atol=1e-4)
 
 
-def test_imputing_scaling_replaces_missing_values_with_the_fill() -> None:
+def test_imputing_scaling_replaces_missing_values_with_the_fill_values() -> None:
     rows, fill = torch.randn(50, 3) * 4 + 1, torch.tensor([7.0, -2.0, 0.5])
     gaps = torch.rand(50, 3) < 0.3
     filled = torch.where(gaps, fill, rows)

@@ -1,4 +1,4 @@
-"""The terms of the VAE against torch.distributions, and its ELBO against an exactly known likelihood."""
+"""The terms of the VAE, compared with torch.distributions, and the ELBO, compared with an exact likelihood."""
 
 import math
 
@@ -55,14 +55,14 @@ def test_encode_returns_mean_and_standard_deviation_of_the_posterior() -> None:
 
 
 def linear_vae(posterior_scale: float) -> tuple[VAE, Tensor, distributions.MultivariateNormal]:
-    """Return a linear VAE, rows, and their exact density.
+    """Return a linear VAE, rows, and the exact density of the rows.
 
-    The VAE has the exact posterior mean, and the exact posterior variance times `posterior_scale`.
+    The VAE's encoder gives the exact posterior mean, and the exact posterior variance times `posterior_scale`.
     """
     torch.manual_seed(1)
     weights, offset, noise = torch.randn(D, K).double(), torch.randn(D).double(), 0.3
     precision = torch.eye(K).double() + weights.T @ weights / noise
-    weights = weights @ torch.linalg.eigh(precision).eigenvectors  # rotated to a diagonal posterior covariance
+    weights = weights @ torch.linalg.eigh(precision).eigenvectors  # make the posterior covariance diagonal
     covariance = torch.linalg.inv(torch.eye(K).double() + weights.T @ weights / noise)
     encoder, decoder = Linear(D, 2 * K).double(), Linear(K, D).double()
     vae = VAE(encoder, decoder, GaussianLikelihood(torch.tensor([noise]).double()))
@@ -77,7 +77,10 @@ def linear_vae(posterior_scale: float) -> tuple[VAE, Tensor, distributions.Multi
 
 
 def expected_elbo(vae: VAE, x: Tensor) -> float:
-    """Return the ELBO with its exact expectation: +-sqrt(K) e_i have the first two moments of N(0, I)."""
+    """Return the exact expectation of the ELBO of a linear VAE over standard normal noise.
+
+    It is the mean over the noise vectors +-sqrt(K) e_i, which have the first two moments of N(0, I).
+    """
     points = math.sqrt(K) * torch.cat((torch.eye(K), -torch.eye(K))).double()
     return sum(float(elbo_terms(vae, x, point.expand(B, K))["elbo"].detach()) for point in points) / (2 * K)
 
@@ -88,14 +91,16 @@ def test_elbo_of_the_exact_posterior_is_the_log_likelihood() -> None:
 
 
 @pytest.mark.parametrize("posterior_scale", [0.2, 0.7, 1.5, 4.0])
-def test_elbo_of_an_inexact_posterior_is_lower_by_its_kl_from_the_exact_one(posterior_scale: float) -> None:
+def test_elbo_of_an_inexact_posterior_is_lower_by_the_kl_divergence_from_the_exact_posterior(
+    posterior_scale: float,
+) -> None:
     vae, x, marginal = linear_vae(posterior_scale)
     gap = 0.5 * K * (posterior_scale - 1.0 - math.log(posterior_scale))
     assert expected_elbo(vae, x) == pytest.approx(float(marginal.log_prob(x).mean()) - gap, abs=1e-6)
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, 4.0])
-def test_loss_weights_kl_by_beta_but_the_reported_elbo_does_not(beta: float) -> None:
+def test_beta_scales_the_kl_term_of_the_loss_but_not_of_the_reported_elbo(beta: float) -> None:
     vae, x, _ = linear_vae(posterior_scale=1.0)
     with torch.no_grad():
         terms = elbo_terms(vae, x, torch.zeros(B, K).double(), beta)

@@ -10,12 +10,12 @@ import torch
 from service.inference.backends import Backend
 from service.inference.batcher import Batcher
 
-Batches = list[tuple[str, int]]  # operation and number of rows, per batch
+Batches = list[tuple[str, int]]  # the operation and the number of rows of each batch
 
 
 @dataclass(frozen=True)
 class BareModel:
-    """A model outside a registry."""
+    """A model that belongs to no registry."""
 
     backend: Backend
     row_bytes: int = 256

@@ -47,7 +47,7 @@ def vae(artifacts: Path) -> Artifact:
 
 @pytest.fixture(scope="session")
 def app(artifacts: Path) -> FastAPI:
-    """Return an application that serves the models of `artifacts`; it never scans the folder again."""
+    """Return an application that serves the models of `artifacts`. It scans the folder only at start-up."""
     return create_app(
         Settings(
             artifacts=artifacts,

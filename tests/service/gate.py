@@ -1,4 +1,4 @@
-"""An operation that waits until a test opens it, so that the test controls what is in the batcher's queue."""
+"""An operation that runs until a test opens a gate, so that the test controls the content of the batcher's queue."""
 
 import asyncio
 import threading

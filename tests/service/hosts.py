@@ -1,4 +1,4 @@
-"""The training table of the `hosts` model, and rows of it in the formats that /anomaly reads."""
+"""The training table of the `hosts` model, and its rows in the formats that /anomaly reads."""
 
 import json
 from typing import Any
@@ -40,7 +40,7 @@ def host_rows(count: int) -> RowList:
 
 
 def host_records(rows: RowList) -> list[dict[str, float]]:
-    """Return each row as an object by feature name."""
+    """Return each row as a dictionary of its values by feature name."""
     return [dict(zip(HOST_FEATURES, row, strict=True)) for row in rows]
 
 

@@ -21,7 +21,7 @@ from tests.service.scrape import scrape, total
 
 
 class ServerProcess:
-    """A server process that listens for requests. `lines` keeps its whole log.
+    """A server process that listens for requests. `lines` holds the log lines that have been read.
 
     Args:
         artifacts: the artifact folder.
@@ -77,7 +77,7 @@ class ServerProcess:
         return socket.create_connection(("127.0.0.1", self.port), timeout=20)
 
     def metric_total(self, name: str) -> float:
-        """Return a metric summed over its label sets, as one of the workers reports it."""
+        """Return the sum of a metric over its label sets, as reported by one of the workers."""
         with self.client() as client:
             return total(scrape(client), name)
 
@@ -92,7 +92,7 @@ class ServerProcess:
         return self._stderr.read()
 
     def close(self) -> None:
-        """Kill the server and print its log without the access lines: pytest shows it if the test fails."""
+        """Kill the server and print its log without the access lines. If the test fails, pytest shows this output."""
         self.popen.kill()
         self.popen.wait()
         with suppress(queue.Empty):
@@ -122,7 +122,7 @@ def server_starter() -> Iterator[Callable[..., ServerProcess]]:
 
 @contextmanager
 def background_threads(*functions: Callable[[threading.Event], None]) -> Iterator[None]:
-    """Run each function in a thread. When the block ends, also by an exception, set their stop event and join them."""
+    """Run each function in a thread. When the block ends, also by an exception, stop and join the threads."""
     stop = threading.Event()
     threads = [threading.Thread(target=function, args=(stop,)) for function in functions]
     for thread in threads:

@@ -21,7 +21,7 @@ def publish(
     shape: Sequence[int],
     pixel_range: tuple[float, float] | None = None,
 ) -> None:
-    """Publish `model` as `name` under `root`; x [N, D] are its training rows."""
+    """Publish `model` as `name` under `root`; its training rows are `x` [N, D]."""
     module = artifact.script(model.eval())
     latents = module.encode(x[:1])[0].shape[1]
     random = torch.Generator().manual_seed(0)

@@ -102,7 +102,7 @@ def test_single_row_that_exceeds_device_memory_fails_alone(vae: Artifact) -> Non
     asyncio.run(with_batcher(scenario))
 
 
-def test_batches_respect_their_maximum_bytes(vae: Artifact) -> None:
+def test_batches_do_not_exceed_the_maximum_number_of_bytes(vae: Artifact) -> None:
     model = BareModel(select_backend(vae, requested="torchscript").backend, row_bytes=256)
     batches: Batches = []
 
@@ -138,7 +138,7 @@ def test_warm_up_measures_the_latency_of_every_batch_size(artifacts: Path) -> No
 
 @pytest.mark.parametrize("backend", ["torchscript", "onnx"])
 def test_replaced_model_is_freed_without_the_garbage_collector(artifacts: Path, tmp_path: Path, backend: str) -> None:
-    """The server freezes the objects that exist at start-up, so that the collector never frees them."""
+    """The server freezes the objects that exist at start-up: the garbage collector never frees frozen objects."""
     shutil.copytree(artifacts / "vae", tmp_path / "vae")
     registry = ModelRegistry(tmp_path, ModelLoader(backend=backend), default_model="vae", keep_versions=1)
     registry.refresh()
@@ -181,15 +181,15 @@ def test_request_leaves_no_reference_cycles(artifacts: Path, digits: np.ndarray,
             return gc.collect()
 
     try:
-        assert asyncio.run(scenario()) < 10  # objects, for ten requests
+        assert asyncio.run(scenario()) < 10  # unreachable objects after ten requests
     finally:
         gc.enable()
     assert statuses.count(200) == 20
 
 
 def test_body_in_one_piece_reaches_the_app_without_a_copy(artifacts: Path) -> None:
-    parsed: list[bytes] = []  # by the protocol
-    received: list[bytes] = []  # by the app
+    parsed: list[bytes] = []  # bodies that the protocol parsed
+    received: list[bytes] = []  # bodies that the app received
 
     class RecordingProtocol(Protocol):
         def on_body(self, body: bytes) -> None:
@@ -208,7 +208,7 @@ def test_body_in_one_piece_reaches_the_app_without_a_copy(artifacts: Path) -> No
     async def scenario() -> None:
         serving = asyncio.create_task(server.serve([listener]))
         async with httpx.AsyncClient() as client:
-            for _ in range(2):  # the second on the same connection
+            for _ in range(2):  # the second request uses the same connection
                 port = listener.getsockname()[1]
                 assert (await client.post(f"http://127.0.0.1:{port}/", content=b"x" * 5000)).status_code == 204
         server.should_exit = True

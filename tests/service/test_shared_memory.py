@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 
 
 def run_in_child(function: Callable[[], None], kill_with: int | None = None) -> None:
-    """Call `function` in a forked process that then exits or kills itself with a signal; wait until it has ended."""
+    """Call `function` in a child process, which then exits or sends itself the signal `kill_with`. Wait for its end."""
     pid = os.fork()
     if not pid:
         try:
@@ -30,12 +30,12 @@ def run_in_child(function: Callable[[], None], kill_with: int | None = None) -> 
 
 
 def exit_unless(condition: bool) -> None:
-    """Assert in a child: its exit code fails the test."""
+    """Assert `condition` in a child process. If it is false, the exit code of the child fails the test."""
     if not condition:
         os._exit(3)
 
 
-def test_sums_in_every_process_include_the_counts_of_all() -> None:
+def test_sums_in_every_process_include_the_counts_of_all_processes() -> None:
     segments = [Segment(), Segment(), Segment()]
 
     def count(index: int) -> None:
@@ -63,7 +63,7 @@ def test_reset_transient_after_a_kill_clears_transient_numbers_and_keeps_counts(
     assert (reader.sums("rows"), reader.sums("pending")) == ({(): [5.0]}, {(): [5.0]})
     segments[1].reset_transient()
     assert (reader.sums("rows"), reader.sums("pending")) == ({(): [5.0]}, {(): [0.0]})
-    run_in_child(lambda: serve(2))  # the replacement
+    run_in_child(lambda: serve(2))  # the replacement process
     assert (reader.sums("rows"), reader.sums("pending")) == ({(): [7.0]}, {(): [2.0]})
 
 
@@ -96,7 +96,7 @@ def count_forever(counters: SharedCounters) -> NoReturn:
         number += 1
 
 
-def test_choice_recorded_by_another_process_is_returned() -> None:
+def test_choice_recorded_by_one_process_is_read_by_another() -> None:
     segments = [Segment(), Segment(), Segment()]
 
     def decisions(index: int) -> SharedDecisions:
@@ -108,7 +108,7 @@ def test_choice_recorded_by_another_process_is_returned() -> None:
     assert decisions(0).choice("ae") is None
 
 
-def test_array_of_any_length_for_an_existing_key_is_returned_again() -> None:
+def test_second_request_for_a_key_returns_the_same_array_for_any_length() -> None:
     segment = Segment()
     for length in range(20):
         segment.array(("x" * length,), length + 1)[length] = length

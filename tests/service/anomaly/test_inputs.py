@@ -71,7 +71,7 @@ def as_telegraf(rows: RowList) -> Message:
         }
         for name, fields in fields_by_name.items():
             metrics.append({"name": name, "tags": {"cluster": "a"}, "fields": fields, "timestamp": 1.7e9 + second})
-    metrics.sort(key=lambda metric: str(metric["name"]))  # the metrics of one row are not adjacent
+    metrics.sort(key=lambda metric: str(metric["name"]))  # so that the metrics of one row are not adjacent
     return json.dumps({"metrics": metrics}).encode(), JSON
 
 
@@ -194,7 +194,7 @@ def test_request_without_a_valid_row_is_refused(
         ("x,y", "", "columns 'cpu', 'memory/used', 'disk~io', 'load' are missing", ""),
     ],
 )
-def test_csv_header_without_required_features_is_refused_by_name(
+def test_csv_header_without_required_features_is_refused_with_their_names(
     hosts: httpx.Client, header: str, query: str, detail: str, pointer: str
 ) -> None:
     line = ",".join("1" for _ in header.split(","))
@@ -204,7 +204,7 @@ def test_csv_header_without_required_features_is_refused_by_name(
     assert problem["detail"] == f"{detail} from the CSV header: the model needs cpu, memory/used, disk~io, load"
 
 
-def test_missing_value_in_any_named_format_is_imputed_and_reported(hosts: httpx.Client) -> None:
+def test_missing_value_is_imputed_and_reported_in_every_format_with_feature_names(hosts: httpx.Client) -> None:
     record = host_records(host_rows(1))[0]
     del record["load"]
     metric = {"name": "m", "tags": {}, "fields": record, "timestamp": 1}
@@ -259,7 +259,7 @@ def test_half_life_smooths_the_severity_per_host(hosts: httpx.Client, query: str
         assert result["group"] == plain_result["group"] in ("a", "b")
 
 
-def test_half_life_of_inputs_is_accepted_in_rows_only(hosts: httpx.Client) -> None:
+def test_half_life_for_inputs_is_accepted_in_rows_but_not_in_seconds(hosts: httpx.Client) -> None:
     results = post_anomaly(hosts, as_inputs(host_rows(9)), "?half_life_rows=2")["results"]
     expected = exponential_mean([result["severity"] for result in results], 2.0)
     np.testing.assert_allclose([result["smoothed"] for result in results], expected, rtol=1e-6)
@@ -287,7 +287,7 @@ def test_different_values_for_one_feature_from_several_metrics_are_an_error(host
     assert post_anomaly(hosts, (json.dumps({"metrics": [metrics[0], metrics[0]]}).encode(), JSON))["failed"] == 0
 
 
-def test_feature_selectors_prefer_the_selector_with_most_labels() -> None:
+def test_feature_selectors_prefer_the_matching_selector_with_the_most_labels() -> None:
     selectors = FeatureSelectors(
         {"any": "load", "sda": 'load{disk="sda"}', "both": 'load{disk="sda", host="a"}', "odd": "a{b"}
     )
@@ -311,7 +311,7 @@ SECONDS = 1_700_000_000.0
         (float("inf"), None), ("nan", None),
     ],
 )  # fmt: skip
-def test_unit_of_a_timestamp_follows_from_its_size(value: Any, expected: float | None) -> None:
+def test_unit_of_a_timestamp_is_inferred_from_its_magnitude(value: Any, expected: float | None) -> None:
     seconds = timestamps.to_unix_seconds(value)
     assert (np.isnan(seconds) and expected is None) or seconds == pytest.approx(expected, abs=1e-6)
 

@@ -1,4 +1,4 @@
-"""Smoothing, compared with a direct sum of its definition and with Polars."""
+"""Smoothing, compared with a direct evaluation of its definition and with Polars."""
 
 import math
 
@@ -22,7 +22,7 @@ ROWS = st.lists(
 
 
 def by_definition(values: list[float], half_life: float, time: list[float], group: list[str]) -> list[float]:
-    """Return the sum over all pairs of rows, as in the docstring of `exponential_mean`."""
+    """Return the smoothed values by summing over all pairs of rows, as `exponential_mean` defines them."""
     means = []
     for i, (value, now) in enumerate(zip(values, time, strict=True)):
         if math.isnan(now):
@@ -35,7 +35,7 @@ def by_definition(values: list[float], half_life: float, time: list[float], grou
 
 
 @given(ROWS, st.floats(0.1, 1e4), st.randoms())
-def test_mean_of_rows_in_any_order_is_the_weighted_sum_over_the_past(
+def test_smoothed_value_is_the_weighted_mean_of_the_past_rows_in_any_order(
     rows: list[tuple[float, float, str]], half_life: float, random: object
 ) -> None:
     values, time, group = map(list, zip(*rows, strict=True))
@@ -63,23 +63,26 @@ def test_weight_of_a_row_halves_after_a_half_life() -> None:
     assert exponential_mean([0.0, 3.0], 1.0).tolist() == [0.0, 2.0]
 
 
-def test_row_after_a_long_gap_keeps_its_own_value() -> None:
+def test_row_after_a_long_gap_keeps_its_value() -> None:
     assert exponential_mean([100.0, 1.0], 60.0, [0.0, 1e9]).tolist() == [100.0, 1.0]
 
 
-def test_rows_of_other_groups_do_not_count() -> None:
+def test_rows_of_other_groups_do_not_affect_the_mean() -> None:
     smoothed = exponential_mean([1.0, 50.0, 1.0, 70.0], 5.0, [0, 0, 1, 1], ["a", "b", "a", "b"])
     assert smoothed[[0, 2]].tolist() == [1.0, 1.0]
     assert 50.0 < smoothed[3] < 70.0
 
 
-def test_nan_does_not_count_and_stays_nan() -> None:
+def test_nan_stays_nan_and_does_not_affect_the_mean() -> None:
     smoothed = exponential_mean([2.0, math.nan, 2.0], 1.0, [0, 1, 2])
     np.testing.assert_array_equal(smoothed, [2.0, math.nan, 2.0])
 
 
 def test_variance_of_smoothed_noise_matches_theory() -> None:
-    """Smoothing multiplies the variance of white noise by (1 - k) / (1 + k), where k = 2^(-1/h) (Roberts 1959)."""
+    """A half-life of h rows multiplies the variance of white noise by (1 - k) / (1 + k), where k = 2^(-1/h).
+
+    Source: Roberts 1959.
+    """
     noise = np.random.default_rng(2).normal(size=200_000)
     kept = 2.0 ** (-1 / 10)
     assert exponential_mean(noise, 10.0)[1000:].var() == pytest.approx((1 - kept) / (1 + kept), rel=0.05)
@@ -96,7 +99,7 @@ def test_arguments_of_different_lengths_are_refused() -> None:
         exponential_mean([1.0, 2.0], 1.0, [0.0])
 
 
-def test_running_mean_in_pieces_equals_the_mean_of_the_whole() -> None:
+def test_running_mean_of_consecutive_pieces_equals_the_mean_of_all_rows() -> None:
     values = np.random.default_rng(3).exponential(size=200)
     means = exponential_mean(values, 3.0)
     running, counts, start = RunningMean(3.0), [], 0

@@ -54,11 +54,11 @@ def test_other_content_encodings_are_refused_with_an_accept_encoding_header(clie
 
 
 @given(st.lists(st.binary(max_size=500), min_size=1, max_size=4))
-def test_several_gzip_members_are_one_stream(parts: list[bytes]) -> None:
+def test_several_gzip_members_are_decompressed_as_one_stream(parts: list[bytes]) -> None:
     assert decompress_gzip(b"".join(map(gzip.compress, parts)), 2**20) == b"".join(parts)
 
 
-def test_gzip_bomb_is_decompressed_up_to_the_limit_only() -> None:
+def test_gzip_bomb_is_decompressed_only_up_to_the_limit() -> None:
     bomb = zlib.compressobj(9, zlib.DEFLATED, 31)
     compressed = b"".join(bomb.compress(bytes(2**20)) for _ in range(256)) + bomb.flush()
     with pytest.raises(BodyTooLarge):
@@ -75,7 +75,7 @@ def test_snappy_block_that_declares_a_large_size_is_refused() -> None:
 
 
 @given(st.binary(max_size=100))
-def test_decompressors_accept_or_refuse_any_bytes(body: bytes) -> None:
+def test_any_bytes_are_decompressed_up_to_the_limit_or_refused(body: bytes) -> None:
     for decompress in (decompress_gzip, decompress_snappy):
         with suppress(InvalidEncoding, BodyTooLarge):
             assert len(decompress(body, 2**16)) <= 2**16

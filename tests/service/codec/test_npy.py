@@ -29,7 +29,7 @@ def test_array_that_numpy_saved_is_read_unchanged(dtype: str, version: tuple[int
     np.testing.assert_array_equal(loaded, array)
 
 
-def test_numpy_loads_what_dumps_writes() -> None:
+def test_numpy_can_read_the_output_of_dumps() -> None:
     array = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
     np.testing.assert_array_equal(np.load(io.BytesIO(npy.dumps(array)), allow_pickle=False), array)
 
@@ -42,7 +42,7 @@ def test_numpy_loads_what_dumps_writes() -> None:
     ],
     ids=lambda array: str(array.dtype),
 )  # fmt: skip
-def test_array_of_another_type_than_real_numbers_is_refused(array: np.ndarray[Any, Any]) -> None:
+def test_array_of_unsupported_dtype_is_refused(array: np.ndarray[Any, Any]) -> None:
     with pytest.raises(InvalidNpy):
         npy.loads(saved(array, allow_pickle=True))
 
@@ -89,7 +89,7 @@ def test_malicious_header_is_refused(body: bytes) -> None:
 
 @given(st.data())
 @settings(max_examples=300)
-def test_damaged_file_is_read_or_refused(data: st.DataObject) -> None:
+def test_damaged_file_raises_nothing_but_invalid_npy(data: st.DataObject) -> None:
     body = bytearray(saved(np.arange(6, dtype=np.float32).reshape(2, 3)))
     for _ in range(data.draw(st.integers(1, 4))):
         body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))

@@ -1,4 +1,4 @@
-"""Request bodies to fields: content types, invalid JSON, duplicate keys, non-finite numbers."""
+"""Reading request bodies: content types, invalid JSON, duplicate keys, non-finite numbers."""
 
 import json
 from typing import Any
@@ -88,7 +88,7 @@ def test_duplicate_key_is_refused_by_name(body: str, key: str) -> None:
         '{"a": {"a": {"a": 1}}}',
     ],
 )
-def test_quotation_marks_in_strings_are_not_taken_for_duplicate_keys(body: str) -> None:
+def test_quotation_marks_in_strings_are_not_mistaken_for_duplicate_keys(body: str) -> None:
     assert read_fields("application/json", body.encode(), "inputs").values == json.loads(body)
 
 

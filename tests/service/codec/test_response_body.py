@@ -1,4 +1,4 @@
-"""Response fields to bytes: content negotiation, JSON numbers, PNG pixels."""
+"""Writing response bodies: content negotiation, JSON numbers, PNG pixels."""
 
 import io
 import json
@@ -101,7 +101,7 @@ def test_png_of_three_channels_has_colours() -> None:
     assert image[0, -1].tolist() == [0, 0, 255]
 
 
-def test_pixel_range_may_have_white_as_the_smaller_value() -> None:
+def test_white_may_be_the_smaller_value_of_the_pixel_range() -> None:
     image = pixels(png.dumps(np.array([[0.0, 1.0]], np.float32), [1, 2], (1.0, 0.0)))
     assert (image[0, 0], image[0, -1]) == (255, 0)
 

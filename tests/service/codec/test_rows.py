@@ -1,4 +1,4 @@
-"""JSON rows, records and arrays to float32 rows, compared with json.loads and numpy."""
+"""Reading JSON rows, records and arrays as float32 rows, compared with json.loads and numpy."""
 
 import json
 import math
@@ -110,7 +110,7 @@ def test_values_at_the_bounds_of_float32_are_rounded_as_ieee_754_requires(value:
 
 
 def test_value_half_a_step_beyond_the_largest_float32_overflows() -> None:
-    beyond = MAX_FLOAT32 + 2.0**103  # a tie, and the even neighbour is infinity
+    beyond = MAX_FLOAT32 + 2.0**103  # halfway to the next power of two, rounds to infinity
     with np.errstate(over="ignore"):
         assert np.isinf(np.float64(beyond).astype(np.float32))
     assert "overflows float32" in refusal(FLAT, json.dumps([[0, 0, beyond, 0]])).detail
@@ -139,7 +139,7 @@ def test_value_half_a_step_beyond_the_largest_float32_overflows() -> None:
         (NESTED, "[[[[1,2,3]],[[4,5,6]]]]", "/inputs/0/0", "a list of 1"),
     ],
 )
-def test_row_of_the_wrong_shape_is_refused_with_expected_and_got(
+def test_row_of_the_wrong_shape_is_refused_with_the_expected_and_actual_shapes(
     schema: RowSchema, text: str, pointer: str, word: str
 ) -> None:
     error = refusal(schema, text)
@@ -213,7 +213,7 @@ def test_array_of_any_real_dtype_and_order_becomes_float32(dtype: str, order: st
 
 
 @pytest.mark.parametrize("shape", [(6,), (2, 3), (0, 6), (2, 5), (2, 3, 2), (2, 6, 1), ()])
-def test_array_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+def test_array_of_the_wrong_shape_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(InvalidRows, match="expected an array"):
         parse_array(NESTED, np.zeros(shape, np.float32), "/inputs")
 

@@ -51,7 +51,7 @@ def test_tensors_of_every_real_dtype_are_read(dtype: str, numpy: str) -> None:
     np.testing.assert_array_equal(safetensors.loads(file(tensor(dtype, offsets=(0, len(data))), data), "inputs"), X)
 
 
-def test_bfloat16_tensor_is_read_as_the_upper_half_of_float32() -> None:
+def test_bfloat16_values_are_read_as_the_upper_16_bits_of_float32_values() -> None:
     data = X.view(np.uint32) >> 16
     body = file(tensor("BF16", offsets=(0, 12)), data.astype("<u2").tobytes())
     np.testing.assert_array_equal(safetensors.loads(body, "inputs"), X)  # bfloat16 holds small integers exactly

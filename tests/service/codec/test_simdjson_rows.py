@@ -30,7 +30,7 @@ def test_rows_of_numbers_are_read_as_by_orjson(rows: list[list[float]]) -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        b'{"inputs": [[1, [2]], [3, 4]]}',  # simdjson would flatten it
+        b'{"inputs": [[1, [2]], [3, 4]]}',  # simdjson would flatten the nested list
         b'{"inputs": [[1, []], [3, 4]]}',
         b'{"inputs": [' + b"[1, 2], " * simdjson_rows.MAX_SEARCHES + b"[1, [2]]]}",
         b'{"inputs": [[[1, 2]], [[3, 4]]]}',
@@ -63,7 +63,7 @@ def test_body_other_than_plain_rows_of_numbers_returns_none(body: bytes) -> None
     assert simdjson_rows.read_fields(body, "inputs", 2) is None
 
 
-def test_rows_stay_valid_after_the_next_document() -> None:
+def test_rows_stay_valid_after_the_next_document_is_parsed() -> None:
     first: Any = simdjson_rows.read_fields(b'{"inputs": [[1, 2]]}', "inputs", 2)
     simdjson_rows.read_fields(b'{"inputs": [[3, 4]]}', "inputs", 2)
     np.testing.assert_array_equal(first["inputs"], [[1, 2]])

@@ -60,7 +60,9 @@ def test_rows_are_anomalous_exactly_if_the_p_value_is_at_most_alpha(
     assert column(response, "is_anomaly")[20:].all()
 
 
-def test_features_have_the_largest_contributions(client: httpx.Client, vae: Artifact, mixed: np.ndarray) -> None:
+def test_verdict_lists_the_features_with_the_largest_contributions(
+    client: httpx.Client, vae: Artifact, mixed: np.ndarray
+) -> None:
     response = post(client, "/anomaly", {"inputs": mixed.tolist(), "explain": 5})
     with torch.inference_mode():
         _, _, contribution, expected = (part.numpy() for part in vae.module.score(torch.from_numpy(mixed)))
@@ -119,7 +121,7 @@ def test_row_with_the_json_extension_nan_is_an_error(client: httpx.Client, digit
     assert [error["pointer"] for error in response.json()["errors"]] == ["/inputs/1/7"]
 
 
-def test_record_without_a_feature_and_impute_false_is_an_error_that_names_it(client: httpx.Client) -> None:
+def test_record_without_a_feature_and_impute_false_is_an_error_that_names_the_feature(client: httpx.Client) -> None:
     good = dict.fromkeys(HOST_FEATURES, 1.0)
     records = [good, {key: value for key, value in good.items() if key != "memory/used"}, good]
     response = post(client, "/anomaly", {"records": records, "impute": False}, params={"model": "hosts"})
@@ -141,7 +143,9 @@ def test_row_whose_score_overflows_gets_the_largest_float32(client: httpx.Client
     assert np.isfinite(column(response, "severity")).all()
 
 
-def test_row_that_overflows_in_the_model_is_the_only_error(client: httpx.Client, digits: np.ndarray) -> None:
+def test_row_that_overflows_in_the_model_does_not_affect_the_other_row(
+    client: httpx.Client, digits: np.ndarray
+) -> None:
     response = post(client, "/anomaly", {"inputs": [[3e38, -3e38] * 32, digits[0].tolist()]}, params={"model": "vae"})
     scored = column(response, "row").tolist()
     assert 1 in scored
@@ -157,13 +161,16 @@ def test_fdr_flags_the_rows_that_benjamini_hochberg_rejects(client: httpx.Client
 
 
 def test_fdr_ignores_the_severity_of_an_extreme_row(client: httpx.Client) -> None:
-    """The p-value of one extreme row among 30 is the floor 1 / 81, which Benjamini-Hochberg does not reject at 0.1."""
+    """The p-value of the extreme row is the floor, 1 / 81.
+
+    Among 30 rows, Benjamini-Hochberg rejects a single row at q = 0.1 only if its p-value is at most 0.1 / 30.
+    """
     rows = host_table().x.read_range(0, 30).astype(float)
     rows[7] += 1e4
     response = post(client, "/anomaly", {"inputs": rows.tolist(), "fdr": 0.1, "alpha": 1e-6}, params={"model": "hosts"})
     assert response["extrapolated"]
     assert response["results"][7]["severity"] > 100
-    assert response["results"][7]["p_value"] == pytest.approx(1 / 81)  # above 0.1 / 30
+    assert response["results"][7]["p_value"] == pytest.approx(1 / 81)  # larger than 0.1 / 30
     assert not column(response, "is_anomaly").any()
 
 
@@ -179,7 +186,7 @@ FDR_TRIALS = 3_000
 
 
 def false_discovery_proportions(n: int, normal: int, anomalous: int, q: float) -> np.ndarray:
-    """Return, per trial, the share of normal rows among the flagged rows; 0 if none is flagged."""
+    """Return, per trial, the share of normal rows among the flagged rows; 0 if no row is flagged."""
     random, proportions = np.random.RandomState(0), []
     for _ in range(FDR_TRIALS):
         calibration = Calibration(torch.from_numpy(random.standard_normal(n)))
@@ -192,7 +199,10 @@ def false_discovery_proportions(n: int, normal: int, anomalous: int, q: float) -
 
 @pytest.mark.parametrize(("n", "normal", "anomalous", "q"), [(199, 15, 5, 0.1), (199, 20, 0, 0.1), (99, 8, 2, 0.3)])
 def test_false_discovery_rate_is_q_times_the_normal_share(n: int, normal: int, anomalous: int, q: float) -> None:
-    """Mary & Roquain, "Semi-supervised multiple testing", 2022: exact for m rows if q (n + 1) / m is an integer."""
+    """With n calibration rows and m new rows, the rate is exact if q (n + 1) / m is an integer.
+
+    Source: Mary & Roquain, "Semi-supervised multiple testing", 2022.
+    """
     share = false_discovery_proportions(n, normal, anomalous, q)
     error = share.std() / np.sqrt(FDR_TRIALS)
     assert abs(share.mean() - q * normal / (normal + anomalous)) < 4 * error
@@ -215,7 +225,7 @@ def test_benjamini_hochberg_matches_scipy(ranks: list[int], q: float) -> None:
     np.testing.assert_array_equal(benjamini_hochberg(p_value, q), expected)
 
 
-def test_npy_response_has_a_line_per_row_and_nan_for_invalid_rows(client: httpx.Client, mixed: np.ndarray) -> None:
+def test_npy_response_has_one_line_per_row_with_nan_for_invalid_rows(client: httpx.Client, mixed: np.ndarray) -> None:
     x = mixed[:6].copy()
     x[2, 5] = np.nan
     file = io.BytesIO()

@@ -86,7 +86,7 @@ def test_stream_with_detail_none_responds_with_the_counts_only(hosts: httpx.Clie
     assert last["rows"] == 300
 
 
-def test_gzip_stream_is_scored_until_it_is_truncated(hosts: httpx.Client) -> None:
+def test_truncated_gzip_stream_is_scored_up_to_the_truncation(hosts: httpx.Client) -> None:
     body, _ = as_ndjson(host_rows(3000))
     packed = gzip.compress(body)
     headers = HEADERS | {"content-encoding": "gzip"}
@@ -120,7 +120,7 @@ def test_memory_of_a_stream_does_not_grow_with_its_rows(hosts: httpx.Client) -> 
     line = json.dumps(host_records(host_rows(1))[0]).encode() + b"\n"
 
     def peak(count: int) -> int:
-        """Return the peak memory in bytes during a stream of `count` rows; the client keeps none of them."""
+        """Return the peak memory in bytes during a stream of `count` rows. The client stores no rows."""
         pieces = (line * 500 for _ in range(count // 500))
         tracemalloc.reset_peak()
         with hosts.stream("POST", "/anomaly?detail=none", content=pieces, headers=HEADERS) as response:
@@ -137,7 +137,9 @@ def test_memory_of_a_stream_does_not_grow_with_its_rows(hosts: httpx.Client) -> 
     assert large < small + 2**20
 
 
-def test_stream_to_a_client_that_does_not_read_stops_reading(streaming_app: FastAPI, hosts: httpx.Client) -> None:
+def test_server_stops_reading_from_a_client_that_does_not_read_its_responses(
+    streaming_app: FastAPI, hosts: httpx.Client
+) -> None:
     line = json.dumps(host_records(host_rows(1))[0]).encode() + b"\n"
     piece, sent = chunk(line * 200), 0
     with connect(hosts, "explain=4") as connection:
@@ -146,7 +148,7 @@ def test_stream_to_a_client_that_does_not_read_stops_reading(streaming_app: Fast
         with suppress(TimeoutError, ConnectionError):
             while sent < 400 * 2**20:
                 sent += connection.send(piece)
-        assert sent < 64 * 2**20  # socket buffers hold less than this, far less than 400 MiB
+        assert sent < 64 * 2**20  # socket buffers hold less than 64 MiB, so the server stopped reading
         assert hosts.post("/anomaly", json={"inputs": host_rows(1)}).status_code == 200
         held = streaming_app.state.service.admission.body_bytes.amount
         assert held <= 2**20

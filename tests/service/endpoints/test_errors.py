@@ -261,7 +261,7 @@ def test_unexpected_exception_gives_500_without_details_and_is_logged(
     app: FastAPI, client: httpx.Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     service = app.state.service
-    batcher, service.batcher = service.batcher, None  # every use of it raises AttributeError
+    batcher, service.batcher = service.batcher, None  # every use of the batcher raises AttributeError
     try:
         response = client.post("/encode", json={"inputs": [ROW]}, headers={"x-request-id": "find-me"})
     finally:

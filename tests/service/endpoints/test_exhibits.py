@@ -26,7 +26,7 @@ def read_exhibits(path: Path) -> dict[str, bytes]:
         return {name.rpartition("/")[2]: archive.read(name) for name in names}
 
 
-def test_held_out_has_the_latents_and_labels_of_the_held_out_rows(
+def test_held_out_exhibit_contains_the_latents_and_labels_of_the_held_out_rows(
     client: httpx.Client, digits: np.ndarray, artifacts: Path
 ) -> None:
     exhibit = client.get("/models/vae/held-out").json()
@@ -43,7 +43,9 @@ def test_held_out_has_the_latents_and_labels_of_the_held_out_rows(
     assert file == {key: value for key, value in exhibit.items() if key not in ("model", "version")}
 
 
-def test_calibration_scores_give_p_values_and_threshold_of_verdicts(client: httpx.Client, vae: Artifact) -> None:
+def test_calibration_exhibit_reproduces_the_p_value_and_threshold_of_a_verdict(
+    client: httpx.Client, vae: Artifact
+) -> None:
     exhibit = client.get("/models/vae@1/calibration").json()
     scores = np.array(exhibit["scores"])
     assert exhibit["rows"] == len(scores) == vae.manifest.calibration.rows
@@ -55,7 +57,7 @@ def test_calibration_scores_give_p_values_and_threshold_of_verdicts(client: http
     assert verdict["threshold"] in scores.astype(np.float32)
 
 
-def test_card_is_markdown_with_the_training_command(client: httpx.Client) -> None:
+def test_model_card_is_markdown_with_the_training_command(client: httpx.Client) -> None:
     response = client.get("/models/pca/card")
     assert response.headers["content-type"] == "text/markdown; charset=utf-8"
     assert response.text.startswith("# pca\n")
@@ -63,7 +65,7 @@ def test_card_is_markdown_with_the_training_command(client: httpx.Client) -> Non
     assert "elbo train digits --model pca --name pca" in response.text
 
 
-def test_exhibits_of_a_large_training_set_are_bounded(tmp_path: Path) -> None:
+def test_exhibits_of_a_large_training_set_have_a_limited_size(tmp_path: Path) -> None:
     rows = np.random.RandomState(0).normal(size=(26_000, 300)).astype(np.float32)
     names = [f"f{i}" for i in range(300)]
     missing = np.zeros(300, np.int64)
@@ -72,7 +74,7 @@ def test_exhibits_of_a_large_training_set_are_bounded(tmp_path: Path) -> None:
     held, scores = (json.loads(read_exhibits(path)[name]) for name in ("held-out.json", "calibration.json"))
     assert held["rows"] == 2600
     assert np.shape(held["latents"]) == (2000, 2)
-    assert np.shape(held["inputs"]) == (1333, 300)  # 400,000 numbers
+    assert np.shape(held["inputs"]) == (1333, 300)  # at most 400,000 numbers
     assert held["labels"] is None
     assert scores["rows"] == 5200
     assert len(scores["scores"]) == 2000

@@ -39,7 +39,9 @@ def test_encode_returns_mean_and_std_of_the_posterior(client: httpx.Client, vae:
     np.testing.assert_allclose(response["std"], std, atol=1e-6)
 
 
-def test_encode_with_sample_samples_from_the_posterior(client: httpx.Client, vae: Artifact, digits: np.ndarray) -> None:
+def test_encode_with_sample_set_returns_a_sample_from_the_posterior(
+    client: httpx.Client, vae: Artifact, digits: np.ndarray
+) -> None:
     response = post(client, "/encode", {"inputs": digits[:3].tolist(), "sample": True, "seed": 5})
     mean, std = call(vae, "encode", digits[:3])
     noise = NoiseSource().draw(5, 3, 16)[0]
@@ -47,7 +49,7 @@ def test_encode_with_sample_samples_from_the_posterior(client: httpx.Client, vae
     assert response["seed"] == 5
 
 
-def test_encode_with_sample_and_no_seed_returns_a_seed_that_reproduces_it(
+def test_encode_with_sample_set_and_no_seed_returns_a_seed_that_reproduces_the_sample(
     client: httpx.Client, digits: np.ndarray
 ) -> None:
     body = {"inputs": digits[:2].tolist(), "sample": True}
@@ -79,7 +81,9 @@ def test_reconstruct_returns_rows_and_their_mean_squared_errors(
 
 
 @pytest.mark.parametrize("model", ["pca", "ae", "vae"])
-def test_sample_samples_from_the_prior_of_the_artifact(client: httpx.Client, artifacts: Any, model: str) -> None:
+def test_sample_endpoint_returns_samples_from_the_prior_of_the_artifact(
+    client: httpx.Client, artifacts: Any, model: str
+) -> None:
     from models.artifact import load
 
     response = post(client, "/sample", {"n": 6, "seed": 2**40 + 3, "temperature": 0.7}, params={"model": model})
@@ -91,18 +95,18 @@ def test_sample_samples_from_the_prior_of_the_artifact(client: httpx.Client, art
     assert response["seed"] == 2**40 + 3
 
 
-def test_sample_at_temperature_zero_returns_the_mean_of_the_prior(client: httpx.Client, vae: Artifact) -> None:
+def test_sample_endpoint_at_temperature_zero_returns_the_mean_of_the_prior(client: httpx.Client, vae: Artifact) -> None:
     response = post(client, "/sample", {"n": 2, "temperature": 0})
     assert (np.array(response["latents"]) == 0).all()
     np.testing.assert_allclose(response["outputs"], call(vae, "decode", np.zeros((2, 16), np.float32))[0], atol=1e-6)
 
 
-def test_samples_of_a_seed_start_the_same_for_any_n(client: httpx.Client) -> None:
+def test_first_samples_of_a_seed_are_the_same_for_any_n(client: httpx.Client) -> None:
     two, five = (np.array(post(client, "/sample", {"n": n, "seed": 9})["latents"]) for n in (2, 5))
     np.testing.assert_allclose(two, five[:2], atol=1e-6)
 
 
-def test_sample_without_a_body_uses_the_defaults(client: httpx.Client) -> None:
+def test_sample_endpoint_without_a_body_uses_the_defaults(client: httpx.Client) -> None:
     first = client.post("/sample").json()
     assert np.shape(first["outputs"]) == (1, 64)
     assert client.post("/sample", params={"seed": first["seed"]}).json() == first
@@ -156,7 +160,7 @@ def test_query_options_of_an_npy_request_match_json_fields(client: httpx.Client,
     assert response.json() == post(client, "/encode", body, params={"model": "ae"})
 
 
-def test_sample_as_npy_has_its_seed_in_a_header(client: httpx.Client) -> None:
+def test_npy_response_of_the_sample_endpoint_has_the_seed_in_a_header(client: httpx.Client) -> None:
     response = client.post("/sample?n=3", headers={"accept": "application/x-npy"})
     again = client.post(f"/sample?n=3&seed={response.headers['elbo-seed']}", headers={"accept": "application/x-npy"})
     assert again.content == response.content
@@ -180,7 +184,7 @@ def test_image_model_responds_with_a_png_of_tiles(
     assert ((height + 2) / 66, (width + 2) / 66) == tiles
 
 
-def test_models_lists_the_served_models(client: httpx.Client, vae: Artifact) -> None:
+def test_models_endpoint_lists_the_served_models(client: httpx.Client, vae: Artifact) -> None:
     catalogue = client.get("/models").json()
     assert catalogue["default"] == "vae"
     assert [model["name"] for model in catalogue["models"]] == ["ae", "hosts", "pca", "vae"]
@@ -191,7 +195,7 @@ def test_models_lists_the_served_models(client: httpx.Client, vae: Artifact) -> 
 
 
 @pytest.mark.parametrize("reference", ["hosts", "hosts@1"])
-def test_model_describes_one_model(client: httpx.Client, reference: str) -> None:
+def test_model_endpoint_describes_one_model(client: httpx.Client, reference: str) -> None:
     model = client.get(f"/models/{reference}").json()
     assert [feature["name"] for feature in model["features"]] == ["cpu", "memory/used", "disk~io", "load"]
     assert [feature["unit"] for feature in model["features"]] == ["%", "MB", None, None]

@@ -32,7 +32,7 @@ NPY = {"content-type": "application/x-npy"}
 
 
 def rows_with_gaps() -> torch.Tensor:
-    """Return the 400 host rows with a fifth of columns 1 and 3 missing: both in row 0, none in row 1."""
+    """Return the 400 host rows. In columns 1 and 3, a fifth of the values is missing: both in row 0, none in row 1."""
     x = torch.from_numpy(values(host_table()))
     x[:, OPTIONAL] = x[:, OPTIONAL].masked_fill(
         torch.rand(400, 2, generator=torch.Generator().manual_seed(0)) < 0.2, torch.nan
@@ -87,7 +87,7 @@ def test_verdict_lists_missing_features_and_gives_them_no_value(client: httpx.Cl
     assert (values[2]["memory/used"], values[2]["load"]) == (None, None)
 
 
-def test_record_with_a_key_absent_scores_like_one_with_null(client: httpx.Client) -> None:
+def test_record_with_an_absent_key_scores_like_a_record_with_null(client: httpx.Client) -> None:
     whole = dict(zip(HOST_FEATURES, GOOD, strict=True))
     null = whole | {"memory/used": None, "load": None}
     absent = {name: value for name, value in whole.items() if name not in ("memory/used", "load")}
@@ -186,7 +186,9 @@ def test_nan_in_json_is_refused_with_a_hint_to_use_null(client: httpx.Client) ->
 
 
 @pytest.mark.parametrize("without", ["cpu", "disk~io"])
-def test_record_without_a_required_feature_and_impute_false_names_only_it(client: httpx.Client, without: str) -> None:
+def test_refusal_of_a_record_with_impute_false_names_only_the_missing_feature(
+    client: httpx.Client, without: str
+) -> None:
     record = {"cpu": 1.0, "disk~io": 1.0}
     del record[without]
     problem = client.post("/anomaly", json={"records": [record], "impute": False}).json()
@@ -195,7 +197,7 @@ def test_record_without_a_required_feature_and_impute_false_names_only_it(client
 
 
 @pytest.mark.parametrize("gap", [{}, {"cpu": None}])
-def test_record_without_up_to_half_of_the_required_features_is_imputed(
+def test_record_with_at_most_half_of_its_required_features_missing_is_imputed(
     client: httpx.Client, medians: np.ndarray, gap: dict[str, None]
 ) -> None:
     whole = dict(zip(HOST_FEATURES, GOOD, strict=True))

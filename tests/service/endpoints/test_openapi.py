@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 import httpx
-import jsonschema  # type: ignore[import-untyped] # comes with check-jsonschema, without types
+import jsonschema  # type: ignore[import-untyped] # installed with check-jsonschema, has no types
 import pytest
 
 from service.endpoints.examples import EXAMPLES, TEXTS

@@ -66,7 +66,7 @@ def labels(name: str, **more: str) -> tuple[tuple[str, str], ...]:
 
 
 def series(found: list[list[float]], instance: str = "a", first: int = START) -> list[Series]:
-    """Return rows, one second apart, as the four series of a host."""
+    """Return the rows `found`, one second apart, as the four series of one host."""
     names = [("cpu_busy", {"mode": "all"}), ("memory_used", {}), ("disk~io", {}), ("load", {})]
     return [
         (labels(name, instance=instance, **more), [(first + 1000 * i, row[j]) for i, row in enumerate(found)])
@@ -84,7 +84,7 @@ def value(client: httpx.Client, name: str, **more: str) -> float:
 
 
 def test_message_encoded_by_hand_is_decoded() -> None:
-    """Encode prompb/types.proto: fields 1 and 2; wire types 2 (length), 1 (fixed 64) and 0 (varint)."""
+    """The bytes follow prompb/types.proto: fields 1 and 2, with wire types 2 (length), 1 (fixed 64) and 0 (varint)."""
     label = b"\x0a\x08__name__\x12\x02up"
     sample = b"\x09" + struct.pack("<d", 1.5) + b"\x10\xe8\x07"
     exemplar = b"\x1a\x02\x10\x01"  # a field that the receiver ignores
@@ -141,7 +141,7 @@ def test_rows_from_samples_are_scored_like_posted_rows(hosts: httpx.Client) -> N
         ({}, bytes(2**20 + 1), 413),
     ],
 )
-def test_invalid_request_gives_4xx_which_prometheus_does_not_retry(
+def test_invalid_request_gets_a_4xx_status_that_prometheus_does_not_retry(
     hosts: httpx.Client, headers: dict[str, str], content: bytes | None, status: int
 ) -> None:
     body = remote_write.dumps([]) if content is None else content
@@ -149,7 +149,7 @@ def test_invalid_request_gives_4xx_which_prometheus_does_not_retry(
     assert response.status_code == status, response.text
 
 
-def test_missing_model_and_full_memory_give_503_which_prometheus_retries(artifacts: Path, tmp_path: Path) -> None:
+def test_missing_model_and_full_memory_give_a_503_that_prometheus_retries(artifacts: Path, tmp_path: Path) -> None:
     with running(create_app(Settings(artifacts=tmp_path, log_level="error"))) as client:
         assert send(client, series(host_rows(1))).status_code == 503
     app = create_app(Settings(artifacts=artifacts, default_model="hosts", log_level="error"))
@@ -164,7 +164,9 @@ def outcomes(client: httpx.Client) -> dict[str, float]:
     return {dict(key)["outcome"]: count for (name, key), count in found if name == "elbo_remote_samples_total"}
 
 
-def test_repeated_unknown_stale_and_partial_samples_are_counted_by_outcome(artifacts: Path, tmp_path: Path) -> None:
+def test_samples_are_counted_by_outcome_and_incomplete_rows_are_imputed_or_unreadable(
+    artifacts: Path, tmp_path: Path
+) -> None:
     mapping = tmp_path / "map.toml"
     mapping.write_text(MAPPING)
     with running(create_app(Settings(artifacts=artifacts, remote_write=mapping, log_level="error"))) as client:
@@ -248,7 +250,7 @@ def test_memory_of_the_aligner_is_bounded(monkeypatch: pytest.MonkeyPatch) -> No
     assert rows + aligner.pending_rows == 2000
 
 
-def test_sample_older_than_the_remembered_times_is_late() -> None:
+def test_sample_older_than_the_remembered_times_is_counted_as_late() -> None:
     aligner = new_aligner()
     for i in range(1, 100):
         aligner.add(samples([1.0] * 4, 1000 * i), 0.0)

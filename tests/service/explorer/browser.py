@@ -26,7 +26,7 @@ expect.set_options(timeout=TIMEOUT)
 MAP = ".map-card .map canvas:last-child"
 MAP_BASE = ".map-card .map canvas:first-child"
 OUTPUT = ".point-card .output canvas"
-# Resolves after 60 ms and one more frame of the page, on a slow machine too.
+# A promise that resolves after 60 ms plus one frame of the page, also on a slow machine.
 PAGE_PAUSE = "() => new Promise(done => setTimeout(() => requestAnimationFrame(() => setTimeout(done)), 60))"
 
 
@@ -88,11 +88,11 @@ class ExplorerPage:
         expect(self.page.locator("#view h2")).to_be_visible()
 
     def requests_to(self, path: str, since: int = 0) -> list[ApiRequest]:
-        """Return the requests to `path` among those with index `since` or later."""
+        """Return the requests to `path` whose index in `requests` is at least `since`."""
         return [request for request in self.requests[since:] if request.path == path]
 
     def expect_request(self, action: Callable[[], object], path: str, **query: str) -> ApiRequest:
-        """Return the request to `path` that `action` causes, after its response with status 200."""
+        """Run `action`; return the request to `path` that it causes, once the response has arrived with status 200."""
         self.wait_until_idle()
         before = len(self.requests)
         action()
@@ -108,7 +108,7 @@ class ExplorerPage:
         raise AssertionError(f"no request to {path}, only to {[request.path for request in self.requests[before:]]}")
 
     def wait_until_idle(self) -> None:
-        """Wait until every request has its response and the page makes no new one."""
+        """Wait until every request has its response and the page makes no new request."""
         for _ in range(TIMEOUT // 60):
             count = len(self.requests)
             self.page.evaluate(PAGE_PAUSE)
@@ -119,7 +119,7 @@ class ExplorerPage:
     def wait_for(self, condition: str, argument: object = None) -> None:
         """Wait until the JavaScript `condition` holds.
 
-        Not `page.wait_for_function`: it evaluates a string in the page, which the Content-Security-Policy forbids.
+        `page.wait_for_function` does not work here: the Content-Security-Policy forbids it to evaluate a string.
         """
         for _ in range(TIMEOUT // 20):
             if self.page.evaluate(condition, argument):

@@ -1,4 +1,4 @@
-"""Fixtures: a service with the session's models and two more, and its page in a browser."""
+"""Fixtures: a service with the session's models and two more models, and the explorer in a browser."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,10 @@ from training.train import train
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Yield headless Chromium, one per module: its event loop occupies the thread, which other modules need."""
+    """Yield headless Chromium, started once per module.
+
+    While the browser is open, its event loop occupies the thread that other modules need.
+    """
     with chromium() as browser:
         yield browser
 
@@ -43,7 +46,7 @@ def site_url(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture
 def explorer(browser: Browser, site_url: str) -> Iterator[ExplorerPage]:
-    """Yield the page in its own browser context. The test fails on any error or warning in the console."""
+    """Yield the explorer in its own browser context. The test fails on any error or warning in the console."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     explorer = ExplorerPage(context.new_page(), site_url)
     yield explorer

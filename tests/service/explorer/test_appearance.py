@@ -1,6 +1,6 @@
-"""Accessibility, layout and size of every view, in both themes, on a wide and a narrow window.
+"""Accessibility, layout and size of every view, in both themes, in a wide and a narrow window.
 
-The tests write a screenshot of each to `screenshots/`, which git ignores.
+The tests write a screenshot of every combination to `screenshots/`, which git ignores.
 """
 
 from pathlib import Path
@@ -76,7 +76,7 @@ def check_view(explorer: ExplorerPage, name: str, query: str, selector: str) -> 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("view", VIEWS)
-def test_view_of_an_image_model_is_accessible_and_fits(
+def test_view_of_an_image_model_is_accessible_and_fits_the_window(
     browser: Browser, site_url: str, view: str, scheme: Literal["light", "dark"]
 ) -> None:
     with browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme=scheme) as context:
@@ -86,7 +86,7 @@ def test_view_of_an_image_model_is_accessible_and_fits(
 
 
 @pytest.mark.parametrize("view", TABLES)
-def test_view_of_a_table_model_is_accessible_and_fits(browser: Browser, site_url: str, view: str) -> None:
+def test_view_of_a_table_model_is_accessible_and_fits_the_window(browser: Browser, site_url: str, view: str) -> None:
     with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
         explorer = ExplorerPage(context.new_page(), site_url)
         check_view(explorer, f"table-{view}", *TABLES[view])
@@ -130,7 +130,7 @@ FOCUS = """() => {
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_every_control_is_reached_by_keyboard(explorer: ExplorerPage, view: str) -> None:
+def test_tab_key_reaches_the_controls_of_a_view_with_visible_focus(explorer: ExplorerPage, view: str) -> None:
     query, selector = VIEWS[view]
     explorer.open(query)
     expect(explorer.page.locator(selector).first).to_be_visible()
@@ -152,7 +152,7 @@ def test_skip_link_and_footer_links_work(explorer: ExplorerPage) -> None:
     page = explorer.page
     page.locator("#view h2").evaluate("heading => { heading.dataset.kept = 'yes' }")
     page.keyboard.press("Tab")
-    page.keyboard.press("Enter")  # the skip link is the first element
+    page.keyboard.press("Enter")  # the skip link is the first element that Tab reaches
     explorer.wait_for("document.activeElement.id == 'view'")
     expect(page.locator("#view h2")).to_have_attribute("data-kept", "yes")  # the view was not rendered again
     for name, path, text in (

@@ -32,12 +32,12 @@ def open_map(explorer: ExplorerPage) -> tuple[Page, Locator, FloatRect]:
     return explorer.page, map_, box
 
 
-def test_pointer_decodes_and_click_samples(explorer: ExplorerPage) -> None:
+def test_hovering_over_the_map_decodes_and_clicking_adds_a_point(explorer: ExplorerPage) -> None:
     page, map_, box = open_map(explorer)
     request = explorer.expect_request(lambda: map_.hover(position={"x": 100, "y": 100}), "/decode", model="vae@1")
     z = request.rows
     assert z.shape == (1, 16)
-    assert z[0, 0] < 0 < z[0, 1]  # to the left and above the centre
+    assert z[0, 0] < 0 < z[0, 1]  # left of the centre and above it
     np.testing.assert_allclose(z[0, 0], -z[0, 1], rtol=1e-3)  # the map is square
     expect(page.locator(".point-card .z")).to_contain_text(f"{z[0, 0]:.2f}".replace("-", "−"))
     before = canvas_hash(page, OUTPUT)
@@ -164,7 +164,7 @@ def test_each_latent_has_a_slider_and_inactive_latents_are_marked(explorer: Expl
     np.testing.assert_allclose(widths, 100 * nats / nats.max(), atol=0.01)
 
 
-def test_interpolation_between_two_points(explorer: ExplorerPage) -> None:
+def test_interpolation_follows_its_end_points_method_and_steps(explorer: ExplorerPage) -> None:
     explorer.open("?view=latent&model=vae&axes=0,1")
     page, map_ = explorer.page, explorer.page.locator(MAP)
     expect(page.locator(".strip").first).to_contain_text("Neither end is set")
@@ -242,11 +242,11 @@ def test_map_shows_20000_rows_from_a_file(explorer: ExplorerPage, tmp_path: Path
     middle = page.locator(MAP).bounding_box()
     assert middle
     over = {"x": middle["width"] / 2, "y": middle["height"] / 2}
-    explorer.expect_request(lambda: page.locator(MAP).hover(position=over), "/decode")  # type: ignore[arg-type] # a dict where playwright has its own
+    explorer.expect_request(lambda: page.locator(MAP).hover(position=over), "/decode")  # type: ignore[arg-type] # a dict instead of playwright's type
     expect(page.locator(".point-card")).to_contain_text("of your rows lies here")
 
 
-def test_rows_of_a_long_file_are_cut_with_a_note(explorer: ExplorerPage, tmp_path: Path) -> None:
+def test_map_shows_only_the_first_20000_rows_of_a_long_file_with_a_note(explorer: ExplorerPage, tmp_path: Path) -> None:
     explorer.open("?view=latent&model=hosts")
     file = save_npy(tmp_path / "long.npy", np.full((20_001, 4), [0, 0, 100, 0], np.float32))
     explorer.page.get_by_label("file of rows to show on the map").set_input_files(file)

@@ -13,7 +13,7 @@ STATIC = ROOT / "service" / "static"
 EXPLORER = STATIC / "explorer"
 MODULES = sorted(STATIC.rglob("*.js"))
 MAX_LINE_LENGTH = 120
-# Each folder of `explorer/` and the folders that its modules may import from, besides itself.
+# Key: a folder of `explorer/`. Value: the other folders from which its modules may import.
 MAY_IMPORT = {
     "lib": set(),
     "ui": {"lib"},
@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "views": {"lib", "ui", "map"},
     ".": {"lib", "ui", "views"},  # main.js and theme.js
 }
-# `import {a, b} from "./x.js"`, `export … from "./x.js"`, `import "./x.js"` and `import("./x.js")`.
+# Matches `import {a, b} from "./x.js"`, `export … from "./x.js"`, `import "./x.js"` and `import("./x.js")`.
 IMPORT = re.compile(
     r"""^import\b[^"'();]*["']([^"']+)["']|^export\b[^"'();=]*\bfrom\s*["']([^"']+)["']|\bimport\(\s*["']([^"']+)["']""",
     re.MULTILINE,

@@ -1,4 +1,4 @@
-"""The quizzes: each answer is explained."""
+"""The quizzes: the page explains every answer and keeps it in the address."""
 
 import pytest
 from playwright.sync_api import expect

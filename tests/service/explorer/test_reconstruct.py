@@ -77,7 +77,7 @@ def test_row_is_drawn_with_pointer_and_keyboard(explorer: ExplorerPage) -> None:
     drawn = np.array(explorer.requests_to("/encode")[-1].json["inputs"][0]).reshape(8, 8)
     assert drawn[1:7, 3:5].mean() > 0.5  # a stroke down the middle
     assert drawn[:, 0].max() == 0
-    page.keyboard.down("Shift")  # erase
+    page.keyboard.down("Shift")  # Shift erases
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.mouse.down()
     page.mouse.up()
@@ -95,7 +95,7 @@ def test_row_is_drawn_with_pointer_and_keyboard(explorer: ExplorerPage) -> None:
     assert not np.any(request.json["inputs"][0])
 
 
-def test_pasted_row_is_used_and_an_invalid_one_is_rejected(explorer: ExplorerPage) -> None:
+def test_pasted_row_is_used_and_an_invalid_pasted_row_is_rejected(explorer: ExplorerPage) -> None:
     explorer.open("?view=reconstruct&model=hosts")
     page = explorer.page
     page.get_by_role("radio", name="Paste").check()
@@ -105,7 +105,7 @@ def test_pasted_row_is_used_and_an_invalid_one_is_rejected(explorer: ExplorerPag
     expect(page.get_by_role("alert")).to_have_text("Row 1 has 3 numbers; hosts expects 4.")
     area.fill("load,cpu [%],memory/used [MB],disk~io\n2,0.5,110,1")
     request = explorer.expect_request(lambda: click_button(page, "Use this row"), "/encode", model="hosts@1")
-    assert request.json["inputs"] == [[0.5, 110, 1, 2]]  # by name, in the model's order
+    assert request.json["inputs"] == [[0.5, 110, 1, 2]]  # matched by name, in the model's order
     expect(page.locator(".flow .feature").first).to_contain_text("0.5 %")
     explorer.wait_for("location.search.includes('data=0.5,110,1,2')")
     page.reload()

@@ -53,7 +53,7 @@ async def read_response(reader: asyncio.StreamReader) -> Response:
 
 
 async def send_rounds(port: int, request: bytes, clients: int, rounds: int) -> list[tuple[Response, float]]:
-    """Send `request` on `clients` connections at the same time, `rounds` times; return responses and their seconds."""
+    """Send `request` on `clients` connections at the same time, `rounds` times; return responses with their seconds."""
     connections = [await connect(port) for _ in range(clients)]
 
     async def send(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[Response, float]:
@@ -80,7 +80,7 @@ async def run_if_admitted(
     return await batcher.run(model, operation, x)
 
 
-def test_rows_beyond_a_full_queue_are_refused_with_a_time_to_retry(vae: Artifact) -> None:
+def test_rows_beyond_a_full_queue_are_refused_with_a_retry_after(vae: Artifact) -> None:
     model = BareModel(select_backend(vae, requested="torchscript").backend)
     operation = reconstruct(gaps=False)
 
@@ -102,7 +102,9 @@ def test_rows_beyond_a_full_queue_are_refused_with_a_time_to_retry(vae: Artifact
     asyncio.run(scenario())
 
 
-def test_rows_that_would_wait_too_long_are_refused_but_not_a_large_request_to_an_idle_batcher(vae: Artifact) -> None:
+def test_rows_that_would_wait_too_long_are_refused_and_a_large_request_to_an_idle_batcher_is_accepted(
+    vae: Artifact,
+) -> None:
     model = BareModel(select_backend(vae, requested="torchscript").backend)
 
     def sleep_per_row(_: Any, x: torch.Tensor) -> tuple[torch.Tensor]:
@@ -126,7 +128,7 @@ def test_rows_that_would_wait_too_long_are_refused_but_not_a_large_request_to_an
             results = await asyncio.gather(*[run(x) for x in inputs], return_exceptions=True)
             accepted = [index for index, result in enumerate(results) if not isinstance(result, Overloaded)]
             assert accepted == list(range(len(accepted)))  # in order of arrival
-            assert 1 < len(accepted) <= 7  # 50 rows per second for 0.1 s, and the row that runs
+            assert 1 < len(accepted) <= 7  # about 5 rows (50 per second for 0.1 s) wait while one runs
             for index in accepted:
                 result = results[index]
                 assert not isinstance(result, BaseException)
@@ -152,7 +154,7 @@ def test_ticket_acquired_or_released_twice_counts_once() -> None:
             for _ in range(2):
                 ticket.release()
                 assert admission.requests.amount == 0
-            ticket.acquire()  # the rest of a body that arrives after the response
+            ticket.acquire()  # as when the rest of a body arrives after the response
             assert admission.requests.amount == 0
             tickets = [admission.ticket() for _ in range(WORK_SLOTS)]
             for each in tickets:
@@ -172,7 +174,7 @@ def test_flood_of_requests_gets_prompt_refusals_and_correct_responses(
     timed = asyncio.run(send_rounds(process.port, request, clients=6 * WORK_SLOTS, rounds=8))
     refused = [(response, seconds) for response, seconds in timed if response[0] == 429]
     assert {response[0] for response, _ in timed} == {200, 429}
-    assert len(refused) < len(timed) - 8 * WORK_SLOTS / 2  # accepted requests are not starved by refusals
+    assert len(refused) < len(timed) - 8 * WORK_SLOTS / 2  # refusals do not starve accepted requests
     for (status, headers, body), _ in timed:
         content = json.loads(body)
         if status == 200:

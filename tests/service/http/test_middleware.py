@@ -49,6 +49,6 @@ def test_mounted_app_gives_problems_for_unknown_paths_and_methods(mounted: httpx
     assert mounted.get("/models/nobody").json()["code"] == "model_not_found"
 
 
-def test_mounted_app_releases_the_place_of_every_request(mounted: httpx.Client) -> None:
+def test_mounted_app_releases_the_work_slot_of_every_request(mounted: httpx.Client) -> None:
     statuses = {mounted.post("/encode", json=BODY).status_code for _ in range(WORK_SLOTS + 10)}
     assert statuses == {200}

@@ -115,7 +115,7 @@ def test_body_that_does_not_arrive_gives_408_and_closes_only_its_connection(arti
     asyncio.run(scenario())
 
 
-def test_body_beyond_the_held_bytes_is_refused_until_other_bodies_are_freed(artifacts: Path) -> None:
+def test_body_beyond_the_limit_on_held_bytes_is_refused_until_other_bodies_are_freed(artifacts: Path) -> None:
     async def scenario() -> None:
         size = 2 * len(BODY)
         settings = Settings(artifacts=artifacts, max_body_bytes=max(size, 1024), held_bytes=max(size, 1024))

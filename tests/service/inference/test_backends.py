@@ -80,7 +80,7 @@ def test_auto_with_a_wrong_twin_selects_torchscript_and_logs_the_reason_once(
 
 
 @pytest.mark.parametrize(("twin", "reason"), WRONG_TWINS, ids=["truncated", "tampered", "misnamed"])
-def test_requesting_onnx_with_a_wrong_twin_raises_mismatch(
+def test_requesting_onnx_with_a_wrong_twin_raises_artifact_mismatch(
     twin: Callable[[], Graphs], reason: str, tmp_path: Path
 ) -> None:
     loaded = artifact.load(publish_twin(tmp_path, "vae-gaussian", twin()))
@@ -156,7 +156,7 @@ def test_artifact_on_a_gpu_gets_torchscript(tmp_path: Path) -> None:
     assert "the device is cuda" in select_backend(loaded, requested="onnx").reason
 
 
-def test_loading_a_twin_without_a_required_graph_raises_corrupt(tmp_path: Path) -> None:
+def test_loading_a_twin_without_a_required_graph_raises_artifact_corrupt(tmp_path: Path) -> None:
     path = publish_twin(tmp_path, "pca", {name: graph for name, graph in graphs("pca").items() if name != "score"})
     with pytest.raises(ArtifactCorrupt, match="ONNX twin is incomplete"):
         artifact.load(path)

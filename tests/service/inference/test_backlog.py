@@ -29,7 +29,7 @@ def test_retry_after_without_a_measured_rate_is_one_second() -> None:
 def test_retry_after_follows_from_the_measured_rate(clock: Clock) -> None:
     backlog = Backlog()
     backlog.add(2500)
-    for _ in range(100):  # 20 rows per 0.1 s: 200 per second
+    for _ in range(100):  # 20 rows in 0.1 s: 200 rows per second
         clock.now += 0.1
         backlog.finish(20)
     assert backlog.amount == 500

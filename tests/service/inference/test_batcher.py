@@ -123,7 +123,7 @@ def test_operation_that_is_not_batched_never_shares_a_batch(vae: BareModel) -> N
     run(scenario)
 
 
-def test_failing_job_does_not_fail_the_jobs_of_its_batch(vae: BareModel) -> None:
+def test_failing_job_does_not_fail_the_other_jobs_of_its_batch(vae: BareModel) -> None:
     def fail_above_5(module: Any, x: torch.Tensor) -> tuple[torch.Tensor]:
         if (x > 5).any():
             raise RuntimeError("too large")

@@ -1,4 +1,4 @@
-"""The NumPy calibration against the TorchScript methods of artifacts, and the fallback to those methods."""
+"""The NumPy calibration, compared with the TorchScript methods of artifacts, and the fallback to those methods."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -37,7 +37,7 @@ SCORES: dict[str, Scores] = {
 
 
 def probes(scores: Scores) -> Scores:
-    """Return scores at, next to, between and beyond the calibration scores; also extremes, NaN and infinity."""
+    """Return scores at, next to, between and beyond the calibration scores, and extreme values, NaN and infinity."""
     random = np.random.RandomState(1)
     known = np.sort(scores)
     sides = [np.nextafter(known, np.float32(side)) for side in (-np.inf, np.inf)]
@@ -51,7 +51,7 @@ def probes(scores: Scores) -> Scores:
 
 
 def assert_agree(tested: calibration.Calibration, module: torch.jit.ScriptModule, score: Scores, alpha: float) -> None:
-    """Assert equal p-values, thresholds and verdicts, and severities within 1e-6, in a batch and for single scores."""
+    """Assert equal p-values, thresholds and verdicts, and severities within 1e-6, for a batch and for single scores."""
     with torch.inference_mode():
         expected_p_value = module.p_value(torch.from_numpy(score)).numpy()
         expected_severity = module.severity(torch.from_numpy(score), alpha).numpy()
@@ -99,7 +99,7 @@ def test_backends_return_the_p_values_and_severities_of_the_artifact(kind: str, 
     x = 3 * batch(50)[0]
     score, p_value, severity, *explained = chosen.run(operations.anomaly(0.05), (x.numpy(),))
     with torch.inference_mode():
-        exact = torch.from_numpy(score)  # scores of the two backends differ in their last bits
+        exact = torch.from_numpy(score)  # the tested backend's score, because scores differ in their last bits
         np.testing.assert_array_equal(p_value, loaded.module.p_value(exact).numpy())
         np.testing.assert_allclose(severity, loaded.module.severity(exact, 0.05).numpy(), rtol=1e-6)
         assert chosen.calibration.threshold(0.05) == float(loaded.module.threshold(0.05))

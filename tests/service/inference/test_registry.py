@@ -68,14 +68,14 @@ def test_find_without_the_default_model_returns_the_first_by_name(artifacts: Pat
     assert registry.catalogue.find(None).name == "apple"
 
 
-def test_model_in_a_renamed_folder_has_the_name_of_the_folder(artifacts: Path, tmp_path: Path) -> None:
+def test_model_in_a_renamed_folder_is_served_under_the_name_of_the_folder(artifacts: Path, tmp_path: Path) -> None:
     publish(artifacts, tmp_path, name="other")
     registry = create_registry(tmp_path)
     registry.refresh()
     assert registry.catalogue.find("other").name == "other"
 
 
-def test_bad_new_version_is_logged_once_and_the_old_one_stays_served(
+def test_bad_new_version_is_logged_once_and_the_old_version_stays_served(
     artifacts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     publish(artifacts, tmp_path)

@@ -1,4 +1,4 @@
-"""Noise against its distribution and stream; interpolation against its formulas."""
+"""Noise, compared with its distribution and with NumPy's stream; interpolation, compared with its formulas."""
 
 import math
 
@@ -28,7 +28,7 @@ def test_noise_of_a_seed_equals_the_stream_of_numpy_random_state(seed: int) -> N
     np.testing.assert_array_equal(uniform, expected)
 
 
-def test_first_rows_do_not_depend_on_the_number_of_rows() -> None:
+def test_first_rows_of_noise_do_not_depend_on_the_number_of_rows() -> None:
     for few, many in zip(NOISE.draw(7, 2, 5), NOISE.draw(7, 9, 5), strict=True):
         np.testing.assert_array_equal(few, many[:2])
 
@@ -60,7 +60,7 @@ def test_linear_interpolation_has_equal_steps() -> None:
     np.testing.assert_allclose(np.diff(interpolate(A, B, 5, "linear"), axis=0), np.tile((B - A) / 4, (4, 1)), rtol=1e-6)
 
 
-def test_slerp_between_points_of_a_circle_stays_on_it_with_equal_angles() -> None:
+def test_slerp_between_points_of_a_circle_stays_on_the_circle_with_equal_angles() -> None:
     start, end = np.array([2, 0], np.float32), np.array([0, 2], np.float32)
     angles = np.linspace(0, math.pi / 2, 7)
     expected = 2 * np.column_stack((np.cos(angles), np.sin(angles)))

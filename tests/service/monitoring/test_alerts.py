@@ -1,4 +1,4 @@
-"""Alerts: when they begin and are resolved, and an Alertmanager that is down, slow, failing or refusing."""
+"""Alerts: when they begin and are resolved, and what happens if Alertmanager is down, slow, failing or refusing."""
 
 import json
 import threading
@@ -32,9 +32,9 @@ def seconds(text: str) -> float:
     return datetime.fromisoformat(text).timestamp()
 
 
-def test_alert_from_first_abnormal_row_to_resolution_is_sent_at_each_step() -> None:
+def test_alert_is_sent_when_it_begins_again_while_it_lasts_and_when_it_is_resolved() -> None:
     state = AlertState(RESOLVE_SECONDS)
-    assert state.update(0, {A: [5.0]}, {}) == {}  # the baseline: counted before this process started
+    assert state.update(0, {A: [5.0]}, {}) == {}  # the baseline: rows counted before this process started
     due = state.update(1, {A: [6.0]}, {("m", "1", "cpu"): [1.0]})
     alert = due["m", "a"]
     assert alert["labels"] == {"alertname": "ElboAnomaly", "model": "m", "group": "a"}
@@ -62,7 +62,7 @@ def test_alerts_are_per_model_and_group_and_shared_by_versions() -> None:
     assert state.active["m", "a"].rows == 3
 
 
-def test_alert_names_only_causes_since_it_began() -> None:
+def test_alert_names_only_causes_counted_since_it_began() -> None:
     state = AlertState(RESOLVE_SECONDS)
     old: dict[Labels, list[float]] = {("m", "1", f"old{i}"): [100.0] for i in range(5)}
     old["n", "1", "other"] = [1.0]
@@ -72,7 +72,7 @@ def test_alert_names_only_causes_since_it_began() -> None:
 
 
 class Alertmanager:
-    """A fake Alertmanager: responds after `delay` seconds with the next of `statuses`, and repeats the last one."""
+    """A fake Alertmanager: responds after `delay` seconds with the next of `statuses`, and repeats the last status."""
 
     def __init__(self) -> None:
         self.statuses, self.delay = [200], 0.0
@@ -189,7 +189,7 @@ def test_requests_with_slow_alertmanager_do_not_wait_for_it(slow_alertmanager: A
         wait_until(lambda: scrape(client).get(("elbo_alert_pushes_total", frozenset({("outcome", "retried")}))))
         assert scrape(client)["elbo_alerts", frozenset({("model", "hosts")})] == 1
         assert scrape(client)["elbo_alerts_waiting", frozenset()] == 1
-    assert sorted(durations)[45] < 0.3  # a request that waited for a push would take its whole timeout
+    assert sorted(durations)[45] < 0.3  # a request that waited for a push would take the push's whole timeout
 
 
 def test_abnormal_rows_posted_to_the_service_become_an_alert_that_is_resolved(

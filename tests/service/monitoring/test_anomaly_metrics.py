@@ -38,7 +38,9 @@ def post_records(client: httpx.Client, records: Sequence[Mapping[str, object]], 
 
 
 @pytest.mark.parametrize("count", [1, 3, 50])
-def test_scored_request_counts_rows_anomalies_p_values_and_missing_values(hosts: httpx.Client, count: int) -> None:
+def test_metrics_count_the_rows_anomalies_p_values_and_missing_values_of_a_request(
+    hosts: httpx.Client, count: int
+) -> None:
     records: list[dict[str, object]] = [{**record, "host": "h"} for record in host_records(host_rows(count))]
     records += [dict.fromkeys(HOST_FEATURES, 1e5) | {"host": "ill", "colour": 1}, {"cpu": "x"}]
     del records[0]["load"]
@@ -61,7 +63,7 @@ def test_scored_request_counts_rows_anomalies_p_values_and_missing_values(hosts:
     assert increase(before, after, "elbo_anomaly_causes_total", **MODEL, feature=cause) >= 1
 
 
-def test_alarms_of_a_group_with_abnormal_mean_count_each_row(hosts: httpx.Client) -> None:
+def test_alarms_count_every_row_of_a_group_while_its_mean_severity_is_abnormal(hosts: httpx.Client) -> None:
     before = scrape(hosts)
     abnormal = dict.fromkeys(HOST_FEATURES, 1e5) | {"host": "lasting"}
     post_records(hosts, [abnormal] * 5)
@@ -73,13 +75,13 @@ def test_group_labels_beyond_the_limit_are_counted_as_other(hosts: httpx.Client)
     for start in range(0, 3 * MAX_LABELS, 50):
         post_records(hosts, [abnormal | {"host": f"h{start + i}"} for i in range(50)])
     groups = {dict(labels)["group"] for name, labels in scrape(hosts) if name == "elbo_anomalies_total"}
-    # Other tests use some of the labels, for groups without an anomaly.
+    # Groups of other tests already use some of the labels, and not all of those groups have anomalies.
     assert MAX_LABELS - 10 < len(groups) <= MAX_LABELS + 1
     assert "other" in groups
 
 
-def test_drift_alarm_after_a_shift_of_the_rows_is_1(artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.monitoring.background.UPDATE_SECONDS", 3600.0)  # this test alone updates the drift
+def test_drift_alarm_metric_is_1_after_the_rows_have_shifted(artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.monitoring.background.UPDATE_SECONDS", 3600.0)  # only calls below update the drift
     app = create_app(Settings(artifacts=artifacts, default_model="hosts", log_level="error", backend="torchscript"))
     service = app.state.service
     with running(app) as client:
@@ -93,7 +95,7 @@ def test_drift_alarm_after_a_shift_of_the_rows_is_1(artifacts: Path, monkeypatch
         assert scrape(client)["elbo_drift_evidence", frozenset(MODEL.items())] >= 3
 
 
-def test_metrics_of_several_processes_are_summed_in_each() -> None:
+def test_every_process_reports_the_sum_of_the_metrics_of_all_processes() -> None:
     segments = [Segment(2**20) for _ in range(3)]
     processes = [Metrics(SharedCounters(segments, index)) for index in range(3)]
     assert [metrics.is_leader for metrics in processes] == [True, False, False]

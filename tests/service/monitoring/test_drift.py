@@ -50,8 +50,8 @@ def test_counts_of_exchangeable_scores_follow_polyas_urn() -> None:
         assert (low == k).mean() == pytest.approx(order * rising[0] * rising[1] / rising[2], abs=0.005)
 
 
-def test_log10_evidence_is_a_martingale() -> None:
-    """After any counts, the expected evidence after one more row, under Polya's urn, is the evidence now."""
+def test_evidence_is_a_martingale() -> None:
+    """Under Polya's urn, after any counts, the expected evidence after one more row equals the present evidence."""
     cells = cells_per_bin(BOUNDS, 39)
     rng = np.random.default_rng(1)
     for _ in range(20):
@@ -64,7 +64,7 @@ def test_log10_evidence_is_a_martingale() -> None:
 
 @pytest.mark.parametrize("n", [50, 400])
 def test_evidence_of_exchangeable_rows_rarely_reaches_1_over_delta(n: int) -> None:
-    """Ville's inequality: the evidence exceeds 10 in at most a tenth of the streams, for any calibration set."""
+    """Ville's inequality: the evidence reaches 10 in at most a tenth of the streams, for any calibration set."""
     rng = np.random.default_rng(n)
     cells, streams, exceeded = cells_per_bin(P_VALUE_BOUNDS, n), 300, 0
     for _ in range(streams):
@@ -75,7 +75,10 @@ def test_evidence_of_exchangeable_rows_rarely_reaches_1_over_delta(n: int) -> No
 
 
 def test_detector_on_a_long_stream_without_drift_raises_no_alarm() -> None:
-    """At most 10^-3 false alarms are expected per 4 calibration set sizes: at most 0.1 in 10 models with 40 each."""
+    """For n calibration rows, at most 10^-3 false alarms are expected in 4 n rows.
+
+    10 models with 40 n rows each are expected to raise at most 0.1 false alarms.
+    """
     rng, alarms = np.random.default_rng(3), 0
     for _ in range(10):
         n = 300
@@ -87,8 +90,10 @@ def test_detector_on_a_long_stream_without_drift_raises_no_alarm() -> None:
 
 
 @pytest.mark.parametrize(("shift", "within"), [(3.0, 50), (1.0, 300), (0.5, 1000)])
-def test_shift_after_a_long_stream_without_drift_is_detected_within_a_number_of_rows(shift: float, within: int) -> None:
-    """Scores are normal, and their mean rises by `shift` standard deviations after 10 calibration set sizes."""
+def test_shift_after_a_long_stream_without_drift_is_detected_within_the_expected_rows(
+    shift: float, within: int
+) -> None:
+    """Scores are normally distributed. After 10 n rows, their mean rises by `shift` standard deviations."""
     n, rows_until_alarm = 1000, []
     for seed in range(20):
         rng = np.random.default_rng(seed)
@@ -107,7 +112,7 @@ def test_shift_after_a_long_stream_without_drift_is_detected_within_a_number_of_
     assert sorted(rows_until_alarm)[-2] <= within  # in 19 of 20 streams
 
 
-def test_scores_that_fall_raise_an_alarm() -> None:
+def test_scores_below_the_calibration_scores_raise_an_alarm() -> None:
     rng = np.random.default_rng(5)
     detector = DriftDetector(P_VALUE_BOUNDS, 500)
     for counts in totals(p_bins(rng.normal(-1, size=400), rng.normal(size=500)), len(P_VALUE_BOUNDS))[::10]:

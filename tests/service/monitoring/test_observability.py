@@ -135,7 +135,7 @@ for turn in range(50):
 
 
 @pytest.mark.parametrize("kind", ["file", "pipe"])
-def test_lines_of_workers_that_write_at_the_same_time_stay_whole(kind: str, tmp_path: Path) -> None:
+def test_log_lines_of_workers_that_write_at_the_same_time_stay_whole(kind: str, tmp_path: Path) -> None:
     path, names, pipe = tmp_path / "log", ("abc", "xyz"), subprocess.PIPE
     with path.open("wb") as file:
         reader = subprocess.Popen(["cat"], stdin=pipe, stdout=file)
@@ -157,7 +157,7 @@ def test_lines_of_workers_that_write_at_the_same_time_stay_whole(kind: str, tmp_
     assert sorted(path.read_text().splitlines()) == sorted(expected)
 
 
-def test_access_log_as_text_writes_key_value_pairs_and_disabled_writes_nothing() -> None:
+def test_access_log_writes_key_value_pairs_as_text_and_nothing_if_disabled() -> None:
     written: list[bytes] = []
 
     async def scenario() -> None:
@@ -248,5 +248,5 @@ def test_two_applications_in_one_process_count_separately(app: FastAPI, artifact
     other = create_app(Settings(artifacts=artifacts))
     with running(other) as client:
         label_sets = {key for key in scrape(client) if key[0] == "elbo_requests_total"}
-        assert len(label_sets) == 1  # GET /livez, by which `running` waits; /metrics is counted after its response
+        assert len(label_sets) == 1  # GET /livez from `running`; GET /metrics is counted after its response
     assert other.state.service.metrics.registry is not app.state.service.metrics.registry

@@ -35,7 +35,7 @@ def test_run_that_raises_is_logged_and_the_next_run_takes_place(caplog: pytest.L
     assert "the second run fails" in str(logged.exc_info and logged.exc_info[1])
 
 
-def test_close_during_a_run_waits_for_it_and_then_runs_only_final() -> None:
+def test_close_during_a_run_waits_for_the_run_and_then_calls_only_final() -> None:
     events: list[str] = []
 
     async def final() -> None:

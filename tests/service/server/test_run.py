@@ -192,7 +192,7 @@ def test_connection_without_a_complete_head_is_closed_after_the_request_timeout(
     assert process.stop() == 0
 
 
-def test_endless_head_closes_the_connection(server: ServerProcess) -> None:
+def test_connection_with_an_endless_head_is_closed(server: ServerProcess) -> None:
     with server.connect() as connection:
         connection.sendall(b"POST /encode HTTP/1.1\r\n")
         sent = 0
@@ -213,7 +213,7 @@ def test_body_declared_too_large_is_refused_before_it_is_sent(server: ServerProc
     assert b"body_too_large" in response
 
 
-def test_endless_body_closes_the_connection(server: ServerProcess) -> None:
+def test_connection_with_an_endless_body_is_closed(server: ServerProcess) -> None:
     with server.connect() as connection:
         connection.sendall(request_head("/encode", "Transfer-Encoding: chunked"))
         chunk = b"10000\r\n" + b" " * 2**16 + b"\r\n"
@@ -255,7 +255,7 @@ def test_bytes_that_are_not_http_leave_the_server_alive(server: ServerProcess, g
 
 
 def test_registry_without_model_classes_and_training_loads_every_artifact(artifacts: Path, tmp_path: Path) -> None:
-    """The copy has the service, and of `models` only the modules that define the artifact contract."""
+    """The test runs on a copy of `service` and of the modules of `models` that define the artifact contract."""
     shutil.copytree(ROOT / "service", tmp_path / "service", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "models").mkdir()
     for name in ("__init__.py", "errors.py", "manifest.py", "artifact.py"):

@@ -74,7 +74,7 @@ class Load:
                     if response.status_code != 200 or len(response.json()["outputs"]) != len(rows):
                         self.failures.append(response.text)
                     self.correct += 1
-                except httpx.ConnectError:  # refused before the request was sent: nothing is lost
+                except httpx.ConnectError:  # refused before the request was sent, so no request is lost
                     time.sleep(0.01)
                 except httpx.TransportError as error:
                     self.failures.append(repr(error))
@@ -87,7 +87,7 @@ def under_load(process: ServerProcess, clients: int) -> Iterator[Load]:
         yield load
 
 
-def test_receive_after_many_connections_were_sent_returns_all_of_them() -> None:
+def test_receive_returns_all_connections_that_were_sent() -> None:
     control, control_of_worker = socket.socketpair()
     control_of_worker.setblocking(False)
     pairs = [socket.socketpair() for _ in range(100)]
@@ -126,13 +126,13 @@ def test_connections_are_spread_evenly_and_every_worker_exports_the_sums(
     assert process.stop() == 0
 
 
-def test_killed_worker_is_replaced_closes_its_connections_and_keeps_its_counts(
+def test_killing_a_worker_closes_its_connections_keeps_its_counts_and_starts_a_replacement(
     start: Callable[..., ServerProcess], artifacts: Path
 ) -> None:
     process = start(artifacts, WORKERS=2)
     process.wait_for_worker()
     with under_load(process, 4) as load:
-        half_sent = [process.connect() for _ in range(2)]  # one per worker
+        half_sent = [process.connect() for _ in range(2)]  # one connection per worker
         for connection in half_sent:
             connection.sendall(request_head("/encode", f"Content-Length: {len(BODY)}") + BODY[:20])
         wait_until(lambda: load.correct > 20)
@@ -148,7 +148,7 @@ def test_killed_worker_is_replaced_closes_its_connections_and_keeps_its_counts(
         assert len(worker_pids(process)) == 2
         correct_before = load.correct
         wait_until(lambda: load.correct > correct_before + 20)
-    assert len(load.failures) <= 4  # at most the one request that each client was waiting for
+    assert len(load.failures) <= 4  # each of the 4 clients loses at most one request
     assert process.metric_total("elbo_worker_restarts_total") == 1
     assert process.metric_total("elbo_requests_total") > before
     half_sent.remove(lost)
@@ -241,7 +241,7 @@ def test_workers_end_after_their_supervisor_is_killed(start: Callable[..., Serve
 
 
 def is_alive(pid: int) -> bool:
-    """Return whether a process runs. A zombie does not: an orphan stays one if PID 1 does not reap it."""
+    """Return whether a process runs. A zombie has ended, but remains in /proc if PID 1 does not reap it."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
