@@ -19,7 +19,7 @@ def test_algorithm_steps_select_loss_curves(explorer: ExplorerPage) -> None:
     expect(curves).to_have_attribute("aria-label", re.compile("^reconstruction from"))
     explorer.wait_for("location.search.includes('terms=reconstruction')")
     page.get_by_role("radio", name="All").check()
-    expect(page.locator(".markdown")).to_contain_text("On the 180 rows that were held out")
+    expect(page.locator(".markdown")).to_contain_text("On the 180 held-out rows")
     page.get_by_label("Model").select_option("pca")
     expect(page.locator(".view-training")).to_contain_text("PCA has no loss curve")
     assert "model=pca" in page.url

@@ -18,7 +18,7 @@ export async function components(pca) {
   const loadings = h("div", { class: "features" });
   const select = (k) => {
     state.set({ component: k + 1 });
-    status.textContent = `Component ${k + 1}: change of each feature per unit of the score, largest first.`;
+    status.textContent = `Component ${k + 1}: change of each feature per unit of the score, in raw units.`;
     loadings.replaceChildren(...largestLoadings(pca, directions[k]));
   };
   const selected = state.number("component", 0);
