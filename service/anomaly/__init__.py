@@ -1,1 +1,1 @@
-"""Turn the rows of a request into verdicts: parse rows, align samples, decide verdicts, smooth them over time."""
+"""Turn the rows of a request into verdicts: parse rows, align samples, smooth severities over time, decide verdicts."""

@@ -13,16 +13,16 @@ from service.codec.feature_names import FeatureSelectors
 from service.codec.remote_write import METRIC_NAME_LABEL, Series, is_stale
 
 MAX_INCOMPLETE_ROWS = 10_000  # beyond this number, the oldest row is completed with the samples that it has
-MAX_SERIES = 100_000  # label sets whose feature and group are cached
-MAX_GROUPS = 10_000  # groups whose last completed times are remembered
-REMEMBERED_TIMES = 64  # completed times per group, so that a sample that is sent again does not start a second row
+MAX_SERIES = 100_000  # maximum number of label sets whose feature and group are cached
+MAX_GROUPS = 10_000  # maximum number of groups whose last completed times are remembered
+REMEMBERED_TIMES = 64  # completed times that are remembered per group, so that repeated samples start no second row
 
 LabelSet = tuple[tuple[str, str], ...]
 
 
 @dataclass
 class AlignedRow:
-    """The values of one group at one time. `first_seen` is when its first sample arrived, on a monotonic clock."""
+    """The values of one group at one time. `first_seen` is when the first sample arrived, on a monotonic clock."""
 
     group: str
     milliseconds: int
@@ -49,7 +49,7 @@ class SampleAligner:
         self._incomplete: OrderedDict[tuple[str, int], AlignedRow] = OrderedDict()
         self._ready: list[AlignedRow] = []
         self._completed_times: OrderedDict[str, deque[int]] = OrderedDict()
-        # Number of samples by outcome. `RemoteWriteEndpoint` adds it to the metrics, then clears it.
+        # The number of samples by outcome. `RemoteWriteEndpoint` adds these numbers to the metrics, then clears them.
         self.outcomes: collections.Counter[str] = collections.Counter()
 
     @property
@@ -58,7 +58,7 @@ class SampleAligner:
         return len(self._incomplete) + len(self._ready)
 
     def add(self, series: Iterable[Series], now: float) -> None:
-        """Add samples that arrived at `now`, in seconds of a monotonic clock."""
+        """Add samples that arrived at the time `now`, in seconds on a monotonic clock."""
         for labels, samples in series:
             target = self._target(labels)
             if target is None:
@@ -83,7 +83,7 @@ class SampleAligner:
         return sorted(ready, key=lambda row: row.milliseconds)
 
     def requeue(self, rows: list[AlignedRow]) -> None:
-        """Put back rows that could not be scored now."""
+        """Put back rows from `pop_ready` that could not be scored."""
         self._ready = rows + self._ready
 
     def _add_sample(self, feature: str, group: str, milliseconds: int, value: float, now: float) -> str:
@@ -115,7 +115,7 @@ class SampleAligner:
             self._completed_times.popitem(last=False)
 
     def _target(self, labels: LabelSet) -> tuple[str, str] | None:
-        """Return the feature and the group of a series, or None if it belongs to no feature."""
+        """Return the feature and the group of a series, or None if the series belongs to no feature."""
         if labels in self._targets:
             return self._targets[labels]
         values = dict(labels)

@@ -19,8 +19,8 @@ from service.errors import InvalidField, InvalidRows
 from service.inference.served_model import ServedModel
 from service.schemas import AnomalyBody
 
-ROW_FIELDS = ("inputs", "records", "metrics")  # a body gives exactly one of these fields
-RECORD_READERS: Mapping[str, BodyReader] = {  # by media type; each returns the field `records`
+ROW_FIELDS = ("inputs", "records", "metrics")  # a request body must have exactly one of these fields
+RECORD_READERS: Mapping[str, BodyReader] = {  # by media type; each reader returns the field `records`
     **dict.fromkeys(ndjson.MEDIA_TYPES, ndjson.read_fields),
     csv_rows.MEDIA_TYPE: csv_rows.read_fields,
 }
@@ -33,8 +33,8 @@ class InputRows(NamedTuple):
         parsed: the G valid rows, and the errors of the invalid rows.
         rows_received: how many rows the request has, valid or not.
         unknown_fields: how many values belong to no feature.
-        time: [G], Unix seconds, NaN for a row without a timestamp; None if no row has one.
-        group: [G], None for a row without a group; None if no row has one.
+        time: [G], Unix seconds, with NaN for a row without a timestamp; None if no row has a timestamp.
+        group: [G], with None for a row without a group; None instead of the list if no row has a group.
     """
 
     parsed: ParsedRows
@@ -120,7 +120,11 @@ def _parse_metrics(served: ServedModel, body: AnomalyBody) -> InputRows:
 
 
 def _validate_smoothing(body: AnomalyBody) -> None:
-    """Raise InvalidField if the requested smoothing conflicts with another field, or needs times that inputs lack."""
+    """Raise InvalidField if the requested smoothing is impossible.
+
+    Smoothing is impossible if it conflicts with another field, or if it needs timestamps, which rows in `inputs` do not
+    have.
+    """
     given = [name for name in ("half_life", "half_life_rows", "fdr") if getattr(body, name) is not None]
     if len(given) > 1:
         raise InvalidField(
@@ -145,7 +149,7 @@ def _validate_header(schema: RowSchema, header: list[str], impute: bool, pointer
     missing = [name for name in schema.required_names if name not in header]
     if has_feature and len(missing) <= max_missing(schema, impute):
         return
-    missing = missing or list(schema.names)  # even if all features are optional, a row needs at least one
+    missing = missing or list(schema.names)  # even if all features are optional, a row needs at least one value
     columns = "column" if len(missing) == 1 else "columns"
     verb = "is" if len(missing) == 1 else "are"
     needed = join_names(schema.names)
@@ -160,7 +164,7 @@ def _validate_header(schema: RowSchema, header: list[str], impute: bool, pointer
 
 
 def _non_feature(schema: RowSchema, record: Any, name: str) -> Any:
-    """Return the value of `name` in a record; None if it is missing, or if `name` is a feature."""
+    """Return the value of `name` in a record, or None if the value is missing or `name` is a feature."""
     return record.get(name) if type(record) is dict and name not in schema.name_set else None
 
 

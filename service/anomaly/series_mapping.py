@@ -28,9 +28,10 @@ class SeriesMapping(BaseModel):
 
 
 def read_mappings(path: Path | None) -> dict[str | None, SeriesMapping]:
-    """Return the mappings in a TOML file by model. Raises MappingError.
+    """Return the mappings in a TOML file, by model. Raises MappingError.
 
-    Without a file, the default model (None) gets the series that are named like its features.
+    Without a file, the only mapping is for the default model, under the key None. This mapping assigns each series to
+    the feature with the same name.
     """
     if path is None:
         return {None: SeriesMapping()}

@@ -1,10 +1,11 @@
-"""Smoothing in time: an exponentially weighted mean per group, for anomalies that last longer than one row.
+"""Smoothing over time: an exponentially weighted mean per group detects anomalies that last longer than one row.
 
-/anomaly smooths the severity: a row's surprisal -log p, divided by the surprisal at the threshold alpha. Below the
-smallest p-value that the calibration set can give, a fitted tail extrapolates p. A smoothed severity above 1 means that
-the group's recent rows are, on average, stranger than a row at the threshold.
+/anomaly smooths severities. The severity of a row is its surprisal -log p, divided by the surprisal at the threshold
+for alpha. Below the smallest p-value that the calibration set can give, a fitted tail extrapolates p. A smoothed
+severity above 1 means that the group's recent rows are, on average, stranger than a row at the threshold.
 
-P-values are not smoothed: neighbouring rows depend on each other, and no calibration set exists for their means.
+P-values are not smoothed, because neighbouring rows depend on each other, and because no calibration set exists for
+means of p-values.
 """
 
 from collections.abc import Sequence
@@ -25,25 +26,26 @@ def exponential_mean(
     *,
     by_rows: bool = False,
 ) -> Numbers:
-    """Return for each row the exponentially weighted mean over its group up to and including that row: [N].
+    """Return, for each row, the exponentially weighted mean of its group's values up to and including that row, [N].
 
-    Row i gets sum_j w_ij values_j / sum_j w_ij over the rows j of its group that are not later, with
-    w_ij = 2^(-d_ij / half_life). This is Roberts' EWMA ("Control chart tests based on geometric moving averages",
-    Technometrics 1959) for finite samples: the weights sum to 1 from the first row on. The distance d_ij is the time
-    between the two rows, so that earlier rows hardly count after a long gap. With `by_rows`, or without times, d_ij is
-    the number of rows of the group from j to i. With times, the order of the rows in the arguments does not matter.
+    The mean of row i is sum_j w_ij values_j / sum_j w_ij, where w_ij = 2^(-d_ij / half_life), and j runs over the rows
+    of the same group that are not later than row i. This is Roberts' EWMA ("Control chart tests based on geometric
+    moving averages", Technometrics 1959), with weights that are normalised to sum to 1 from the first row on. The
+    distance d_ij is the time between rows j and i, so that after a long gap, earlier rows hardly count. With `by_rows`,
+    or without times, d_ij is the number of steps from row j to row i within the group. If `time` is given, the rows may
+    be in any order.
 
     Args:
-        values: [N]. A NaN has weight 0, and its own mean is NaN.
-        half_life: > 0, in the unit of `time`, such as seconds, or in rows.
-        time: [N]; by default rows are in order of time. Rows of the same group and time all count in full for each
-            other and get the same mean (with `by_rows`, they follow one another in the given order). A row whose time
-            is NaN keeps its own value and does not count for other rows.
+        values: [N]. A NaN has weight 0, and the mean of its row is NaN.
+        half_life: above 0; in rows with `by_rows` or without times, otherwise in the unit of `time`.
+        time: [N]; by default, rows are in order of time. Rows of the same group and time have distance 0 and get the
+            same mean. With `by_rows`, they follow each other in the given order instead. A row whose time is NaN keeps
+            its own value and does not count for other rows.
         group: [N], any hashable values; by default all rows are in one group.
-        by_rows: whether half_life is in rows, even if `time` is given.
+        by_rows: whether distances and `half_life` are in rows even if `time` is given.
 
     Raises:
-        ValueError: if half_life is not above 0, or the lengths differ.
+        ValueError: `half_life` is not above 0, or the lengths differ.
     """
     numbers = np.asarray(values, np.float64)
     times = np.arange(len(numbers), dtype=np.float64) if time is None else np.asarray(time, np.float64)
@@ -76,7 +78,7 @@ def _means_of_group(values: Numbers, times: Numbers | None, half_life: float) ->
         weight = decay * weight + 1.0
         means.append(total / weight)
     if times is not None:
-        # Of several simultaneous rows, only the mean of the last includes all of them: copy it to the others.
+        # Of several simultaneous rows, only the last row's mean includes all of them. Copy that mean to the other rows.
         for index in range(count - 2, -1, -1):
             if steps[index + 1] == 0.0:
                 means[index] = means[index + 1]
@@ -84,13 +86,16 @@ def _means_of_group(values: Numbers, times: Numbers | None, half_life: float) ->
 
 
 def _number_groups(group: Sequence[Any] | npt.NDArray[Any]) -> npt.NDArray[np.intp]:
-    """Return the number of each row's group, [N]."""
+    """Return, for each row, the number that identifies its group, [N]."""
     numbers: dict[Any, int] = {}
     return np.array([numbers.setdefault(name, len(numbers)) for name in group], np.intp)
 
 
 class RunningMean:
-    """The exponentially weighted mean of a stream of values in order; `half_life` is in values, 0 means no memory."""
+    """The exponentially weighted mean of a stream of values.
+
+    `half_life` is a number of values. If it is 0, the mean is the last value.
+    """
 
     __slots__ = ("_decay", "_total", "_weight")
 
@@ -99,7 +104,7 @@ class RunningMean:
         self._total = self._weight = 0.0
 
     def count_above_one(self, values: list[float]) -> int:
-        """Add the next values, and return how often the mean is above 1 after one of them.
+        """Add `values` one by one, and return after how many of them the mean is above 1.
 
         NaN is skipped. Infinity counts as the largest float32, so that its effect decays.
         """

@@ -17,7 +17,7 @@ from service.schemas import AnomalyBody
 Array = npt.NDArray[np.float32]
 T = TypeVar("T")
 OVERFLOW_DETAIL = "the row is so far from the training data that the model's output for it overflows float32"
-MAX_SORTED_FEATURES = 64  # with more features, the largest contributions are selected before they are sorted
+MAX_SORTED_FEATURES = 64  # with more features than this, the largest contributions are selected before sorting
 _MAX_FLOAT32 = np.finfo(np.float32).max
 
 
@@ -25,7 +25,7 @@ _MAX_FLOAT32 = np.finfo(np.float32).max
 class Scores:
     """The output of `operations.anomaly` for the G valid rows, with D features and P parts of the score.
 
-    `all_finite`: whether no number is infinite or NaN, which is the case for almost every request.
+    `all_finite`: whether every number is finite. This is the case for almost every request.
     """
 
     score: Array  # [G]
@@ -42,9 +42,9 @@ class Scores:
 
     @cached_property
     def usable(self) -> npt.NDArray[np.bool_]:
-        """Which rows [G] can get a verdict: those without NaN and with finite expected values.
+        """A mask [G] of the rows that can get a verdict: no number is NaN, and all expected values are finite.
 
-        Other values may be infinite: `clipped` replaces them.
+        Numbers other than expected values may be infinite, because `clipped` replaces infinity.
         """
         if self.all_finite:
             return np.ones(len(self.score), bool)
@@ -74,8 +74,8 @@ class Scores:
 def benjamini_hochberg(p_value: Array, q: float) -> npt.NDArray[np.bool_]:
     """Return which of the p-values [G] to reject so that the expected share of false rejections is at most q.
 
-    Benjamini & Hochberg, "Controlling the false discovery rate", 1995, eq. 1; valid for conformal p-values (Bates et
-    al., 2023, theorem 2).
+    The procedure is from Benjamini & Hochberg, "Controlling the false discovery rate", 1995, eq. 1. It is valid for
+    conformal p-values (Bates et al., 2023, theorem 2).
     """
     ordered = np.sort(p_value.astype(np.float64))
     bounds = q * np.arange(1, len(ordered) + 1) / len(ordered)
@@ -95,10 +95,10 @@ class Verdicts(NamedTuple):
 
 
 def decide(input_rows: InputRows, scores: Scores, body: AnomalyBody) -> Verdicts:
-    """Return the verdicts on the rows.
+    """Decide the verdicts on the rows.
 
-    They follow from the smoothed severity if `body` has a half-life, from Benjamini-Hochberg if it has `fdr`, and
-    otherwise from the severity.
+    The verdicts follow from the smoothed severity if `body` has a half-life, from Benjamini-Hochberg if `body` has
+    `fdr`, and otherwise from the severity.
     """
     smoothed = None
     half_life = body.half_life or body.half_life_rows
@@ -119,12 +119,13 @@ def decide(input_rows: InputRows, scores: Scores, body: AnomalyBody) -> Verdicts
     return Verdicts(input_rows, scores, is_anomaly.tolist(), smoothed)
 
 
-# The fields of a result are those that `elbo score` writes (training/evaluation/score.py). The two writers share no
-# code: neither package may import the other, and `elbo score` needs none of the fields that a request adds.
+# A result has the same fields as a result of `elbo score` (training/evaluation/score.py). The two writers share no
+# code, because `service` and `training` may not import each other, and because `elbo score` needs none of the fields
+# that `_add_optional_fields` adds here.
 def results_and_errors(
     verdicts: Verdicts, explain: int, names: Sequence[str], parts: Sequence[str]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the response's `results` and `errors`, each in the order of the request's rows, with float32 numbers.
+    """Return the response's `results` and `errors`, both in the order of the request's rows. Numbers are float32.
 
     Args:
         verdicts: the verdicts on the valid rows.
@@ -188,7 +189,7 @@ def _errors(parsed: ParsedRows, scores: Scores) -> list[dict[str, Any]]:
 def _largest_contributions(
     x: Array, scores: Scores, explain: int, names: Sequence[str]
 ) -> Iterable[list[dict[str, Any]]]:
-    """Return for each row of x [G, D] the `explain` features with the largest contributions, largest first."""
+    """Return, for each row of x [G, D], the `explain` features with the largest contributions, largest first."""
     contribution = scores.contribution
     count, width = contribution.shape
     top = _largest(contribution, explain)
@@ -213,7 +214,10 @@ def _split(values: list[T], width: int, count: int) -> list[list[T]]:
 
 
 def _largest(array: Array, count: int) -> npt.NDArray[np.intp]:
-    """Return the columns of the `count` largest values per row of [G, D], largest first; ties in column order."""
+    """Return, for each row of `array` [G, D], the columns of the `count` largest values, largest first.
+
+    Equal values are in column order.
+    """
     if count < array.shape[1] and array.shape[1] > MAX_SORTED_FEATURES:
         columns = np.sort(np.argpartition(-array, max(count - 1, 0), axis=1)[:, :count], axis=1)
         order = np.argsort(-np.take_along_axis(array, columns, axis=1), axis=1, kind="stable")

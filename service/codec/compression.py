@@ -1,4 +1,4 @@
-"""Decompression of request bodies with a limit on their size: gzip for every endpoint, snappy for Prometheus."""
+"""Decompress request bodies up to a maximum size: gzip for every endpoint, snappy for Prometheus."""
 
 import zlib
 from collections.abc import Iterator
@@ -7,20 +7,23 @@ import cramjam
 
 from service.errors import BodyTooLarge, InvalidEncoding, UnsupportedMediaType
 
-CHUNK_BYTES = 64 * 1024  # largest chunk that is decompressed at once
+CHUNK_BYTES = 64 * 1024  # maximum size of a decompressed chunk
 GZIP_NAMES = ("gzip", "x-gzip")
-_GZIP_WBITS = 31  # zlib: a window of 32 KiB, with the header and checksum of gzip
+_GZIP_WBITS = 31  # zlib's code for a window of 32 KiB with the header and checksum of gzip
 
 
 class GzipDecompressor:
-    """Decompresses a gzip stream in chunks of at most CHUNK_BYTES; several members are one stream (RFC 1952, 2.2)."""
+    """Decompresses a gzip stream in chunks of at most CHUNK_BYTES.
+
+    A stream may have several members (RFC 1952, 2.2).
+    """
 
     def __init__(self) -> None:
         self._member = zlib.decompressobj(_GZIP_WBITS)
         self._started = False
 
     def feed(self, compressed: bytes) -> Iterator[bytes]:
-        """Yield the chunks that `compressed` adds to the stream. Raises InvalidEncoding."""
+        """Yield the decompressed chunks of `compressed`, the next part of the stream. Raises InvalidEncoding."""
         while compressed:
             if self._member.eof:
                 self._member = zlib.decompressobj(_GZIP_WBITS)
@@ -44,9 +47,9 @@ class GzipDecompressor:
 
 
 def is_gzip(content_encoding: str) -> bool:
-    """Return whether a Content-Encoding header means gzip rather than no encoding.
+    """Return True if a Content-Encoding header means gzip, or False if it means no encoding.
 
-    Raises UnsupportedMediaType for every other encoding.
+    Raises UnsupportedMediaType for any other encoding.
     """
     encoding = content_encoding.strip().lower()
     if encoding in ("", "identity"):
@@ -62,7 +65,10 @@ def is_gzip(content_encoding: str) -> bool:
 
 
 def decompress_gzip(body: bytes, max_bytes: int) -> bytes:
-    """Return `body` decompressed. Raises InvalidEncoding, and BodyTooLarge as soon as it exceeds `max_bytes`."""
+    """Return the decompressed `body`.
+
+    Raises InvalidEncoding, or BodyTooLarge as soon as the decompressed size exceeds `max_bytes`.
+    """
     stream, chunks, size = GzipDecompressor(), [], 0
     for chunk in stream.feed(body):
         chunks.append(chunk)
@@ -74,9 +80,9 @@ def decompress_gzip(body: bytes, max_bytes: int) -> bytes:
 
 
 def decompress_snappy(body: bytes, max_bytes: int) -> bytes:
-    """Return a snappy block decompressed.
+    """Return the decompressed content of a snappy block.
 
-    A block begins with its decompressed size. If that is above `max_bytes`, the block is refused before decompression.
+    A block begins with its decompressed size. If that size is above `max_bytes`, the block is not decompressed.
 
     Raises InvalidEncoding, BodyTooLarge.
     """

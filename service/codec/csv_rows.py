@@ -1,4 +1,4 @@
-"""CSV with a header line. Each line after it is a record; an invalid line does not affect the other lines."""
+"""CSV with a header line. Each further line is a record. An invalid line does not affect the other lines."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ from service.codec.row_errors import MalformedRow
 from service.errors import InvalidCsv
 
 MEDIA_TYPE = "text/csv"
-MISSING_CELLS = frozenset(("", "nan", "null", "none", "na", "n/a"))  # in lower case
+MISSING_CELLS = frozenset(("", "nan", "null", "none", "na", "n/a"))  # cells without a value, in lower case
 
 
 class CsvRecords(list[Any]):
@@ -22,9 +22,9 @@ class CsvRecords(list[Any]):
         self.header = header
 
     def with_numbers(self, names: Collection[str]) -> list[Any]:
-        """Return the records with numbers for the values of `names`, and None for empty cells, NaN and the like.
+        """Return the records with the values of the columns `names` as numbers, or None where a value is missing.
 
-        A cell that is not a number stays text, so that the record parser reports its position.
+        A cell that is neither a number nor missing stays text, so that the record parser can report its position.
         """
         return [_with_numbers(record, names) if type(record) is dict else record for record in self]
 

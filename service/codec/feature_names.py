@@ -12,11 +12,11 @@ class FeatureSelectors:
     """Finds the feature that a metric with labels belongs to.
 
     Args:
-        selectors: by feature name, a metric name or a Prometheus selector such as `node_load{host="a"}`.
+        selectors: for each feature name, a metric name or a Prometheus selector such as `node_load{host="a"}`.
     """
 
     def __init__(self, selectors: Mapping[str, str]) -> None:
-        self._by_metric: dict[str, list[tuple[dict[str, str], str]]] = {}  # required labels and feature
+        self._by_metric: dict[str, list[tuple[dict[str, str], str]]] = {}  # by metric name: required labels, feature
         for feature, selector in selectors.items():
             match = _SELECTOR.fullmatch(selector.strip())
             name, labels = (match[1].strip(), dict(_LABEL.findall(match[2]))) if match else (selector.strip(), {})
@@ -25,9 +25,9 @@ class FeatureSelectors:
             candidates.sort(key=lambda candidate: -len(candidate[0]))
 
     def find(self, names: Iterable[str], labels: Labels) -> str | None:
-        """Return the feature that the first matching name selects, or None.
+        """Return the feature for the first name in `names` that matches a selector, or None if no name matches.
 
-        Of several features that match a name, the one whose selector requires the most labels wins.
+        If several selectors match the name, the selector that requires the most labels determines the feature.
         """
         for name in names:
             for required, feature in self._by_metric.get(name, ()):

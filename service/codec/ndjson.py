@@ -1,4 +1,4 @@
-"""NDJSON: every line is a JSON value; an invalid line does not affect the other lines."""
+"""NDJSON: every line is a JSON value. An invalid line does not affect the other lines."""
 
 import orjson
 
@@ -8,7 +8,7 @@ from service.errors import InvalidJson
 
 MEDIA_TYPE = "application/x-ndjson"
 MEDIA_TYPES = (MEDIA_TYPE, "application/ndjson", "application/jsonl", "application/x-jsonlines")
-QUOTED_CHARACTERS = 40  # characters of an invalid line that its error quotes
+QUOTED_CHARACTERS = 40  # maximum number of characters of an invalid line that the error quotes
 
 
 class NdjsonRows(list[object]):
@@ -39,16 +39,16 @@ class LineSplitter:
     """Splits a stream of bytes into lines. A line that is too long becomes a `MalformedRow` and is not kept in memory.
 
     Args:
-        max_line_bytes: the length of the longest line that is parsed.
+        max_line_bytes: the maximum length of a line.
     """
 
     def __init__(self, max_line_bytes: int) -> None:
         self._max_line_bytes = max_line_bytes
         self._rest = b""
-        self._skipping = False  # whether the current line is too long and its bytes are dropped
+        self._skipping = False  # whether bytes are dropped until the next newline, because the line is too long
 
     def feed(self, chunk: bytes) -> list[object]:
-        """Return the values of the lines that end in `chunk`, as `parse_line` returns them."""
+        """Return the values, from `parse_line`, of the lines whose newline is in `chunk`."""
         *lines, self._rest = (self._rest + chunk).split(b"\n")
         values = [value for line in lines for value in self._parse(line)]
         if len(self._rest) > self._max_line_bytes:
@@ -56,12 +56,12 @@ class LineSplitter:
         return values
 
     def finish(self) -> list[object]:
-        """Return a list with the value of the last line if no newline ended it, otherwise an empty list."""
+        """Return a list with the value of the last line if the line has no newline, otherwise an empty list."""
         last, self._rest = self._rest, b""
         return self._parse(last)
 
     def _parse(self, line: bytes) -> list[object]:
-        """Return the value of a line in a list, which is empty if the line is blank."""
+        """Return a list with the value of `line`, or an empty list if `line` is blank."""
         if self._skipping or len(line) > self._max_line_bytes:
             self._skipping = False
             limit = f"at most {self._max_line_bytes} bytes"

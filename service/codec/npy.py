@@ -1,6 +1,6 @@
 """The .npy format, versions 1 and 2, for real numbers.
 
-It refuses pickled objects, long headers, and bodies of another size than the header states.
+The reader refuses pickled objects, long headers, and bodies whose size differs from the size that the header states.
 """
 
 import io
@@ -16,7 +16,7 @@ from numpy.lib import format as npy_format
 from service.errors import InvalidNpy
 
 MEDIA_TYPE = "application/x-npy"
-MAX_HEADER_BYTES = 4096  # usually 128
+MAX_HEADER_BYTES = 4096  # most headers have 128 bytes
 _HEADER_READERS = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}
 
 
@@ -50,14 +50,14 @@ def dumps(array: npt.NDArray[np.float32]) -> bytes:
 
 @lru_cache(maxsize=256)
 def _header_for(shape: tuple[int, ...], dtype: str) -> bytes:
-    """Return the bytes before the numbers of a C-ordered array. Cached, because few shapes occur."""
+    """Return the bytes that precede the numbers of a C-ordered array. They are cached, because few shapes occur."""
     file = io.BytesIO()
     npy_format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
     return file.getvalue()
 
 
 def _header_bytes(body: bytes) -> bytes:
-    """Return the bytes of `body` before its numbers, or fewer if `body` is cut off or the header is too long."""
+    """Return the bytes that precede the numbers in `body`, or fewer if `body` is cut off or the header is too long."""
     length_bytes = 2 if body[6:7] == b"\x01" else 4
     start = 8 + length_bytes
     return body[: start + min(int.from_bytes(body[8:start], "little"), 2 * MAX_HEADER_BYTES)]
@@ -65,7 +65,7 @@ def _header_bytes(body: bytes) -> bytes:
 
 @lru_cache(maxsize=64)  # numpy parses the header as a Python literal, which is slow
 def _parse_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
-    """Return the shape, whether the order is Fortran's, the dtype, and the offset of the numbers. Raises InvalidNpy."""
+    """Return the shape, whether the order is Fortran, the dtype, and the offset of the numbers. Raises InvalidNpy."""
     file = io.BytesIO(header)
     try:
         version = npy_format.read_magic(file)
@@ -73,7 +73,7 @@ def _parse_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], 
     except KeyError:
         got = f"version {version[0]}.{version[1]}"
         raise InvalidNpy(f"npy {got} is not supported", expected="version 1.0 or 2.0", got=got) from None
-    # numpy does not catch the errors of the Python parser that it calls for the header.
+    # numpy parses the header with Python's parser, and does not catch the errors that the parser raises.
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError, UserWarning) as error:
         raise InvalidNpy(
             "the npy header is not valid",

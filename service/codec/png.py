@@ -1,4 +1,4 @@
-"""PNG images of rows: a grid with one tile per row, magnified so that single pixels are visible."""
+"""PNG images of rows: a grid with one tile per row. Small tiles are magnified so that single pixels are visible."""
 
 import io
 import math
@@ -8,15 +8,15 @@ import numpy as np
 import numpy.typing as npt
 
 MEDIA_TYPE = "image/png"
-TILE = 64  # pixels: smaller tiles are magnified to at least this size
-MAX_WIDTH = 2048  # pixels: tiles are not magnified beyond this width of the grid
+TILE = 64  # pixels; a tile whose longer side is shorter than this is magnified
+MAX_WIDTH = 2048  # maximum width of a grid with magnified tiles, in pixels
 CHANNELS = (1, 3)
-GAP = 2  # pixels between tiles
-GAP_GREY = 96
+GAP = 2  # number of pixels between tiles
+GAP_GREY = 96  # grey level of the gaps, from 0 to 255
 
 
 def is_image(shape: Sequence[int], pixel_range: tuple[float, float] | None) -> bool:
-    """Return whether rows of `shape` are images: [H, W], [H, W, 1] or [H, W, 3], with a range of pixel values."""
+    """Return whether rows are images: `shape` is [H, W], [H, W, 1] or [H, W, 3], and there is a `pixel_range`."""
     is_grey = len(shape) == 2
     return pixel_range is not None and (is_grey or (len(shape) == 3 and shape[2] in CHANNELS))
 

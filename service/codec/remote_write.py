@@ -18,7 +18,7 @@ ENCODING = "snappy"
 STALE_BITS = 0x7FF0000000000002  # the NaN that Prometheus sends to mark the end of a series
 METRIC_NAME_LABEL = "__name__"
 
-Series = tuple[tuple[tuple[str, str], ...], list[tuple[int, float]]]  # labels; samples as milliseconds and value
+Series = tuple[tuple[tuple[str, str], ...], list[tuple[int, float]]]  # labels; samples as (milliseconds, value)
 
 _FIELDS = {  # by message: name, number, type and label of each field
     "Label": (("name", 1, "STRING", "OPTIONAL"), ("value", 2, "STRING", "OPTIONAL")),
@@ -29,7 +29,7 @@ _FIELDS = {  # by message: name, number, type and label of each field
 
 
 def _write_request() -> Any:
-    """Return the message class. It is in a pool of its own, because other libraries may declare the same name."""
+    """Return the message class. It has its own descriptor pool, because other libraries may declare the same name."""
     file = descriptor_pb2.FileDescriptorProto(name="elbo/remote_write.proto", package="prometheus", syntax="proto3")
     kinds = descriptor_pb2.FieldDescriptorProto
     for name, fields in _FIELDS.items():
@@ -73,9 +73,9 @@ def require_version_1(content_type: str, content_encoding: str) -> None:
 
 
 def loads(body: bytes, max_bytes: int) -> Iterator[Series]:
-    """Return the series in `body`, which may decompress to at most `max_bytes`.
+    """Return the series in `body`, whose decompressed size may be at most `max_bytes`.
 
-    Raises InvalidEncoding, BodyTooLarge or InvalidProtobuf on the call, never while the caller iterates.
+    Raises InvalidEncoding, BodyTooLarge or InvalidProtobuf immediately, not while the caller iterates.
     """
     try:
         request = WriteRequest.FromString(compression.decompress_snappy(body, max_bytes))

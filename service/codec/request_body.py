@@ -19,7 +19,7 @@ ARRAY_MEDIA_TYPES = (npy.MEDIA_TYPE, safetensors.MEDIA_TYPE)  # bodies that hold
 class RequestFields(NamedTuple):
     """The fields of a request body.
 
-    `may_contain_non_floats`: whether true, false, NaN or infinity may be among the numbers of its rows.
+    `may_contain_non_floats`: whether true, false, NaN or infinity may be among the numbers of the rows.
     """
 
     values: dict[str, Any]
@@ -38,7 +38,7 @@ def media_type_of(content_type: str) -> str:
 
 @lru_cache(maxsize=256)
 def is_array(content_type: str) -> bool:
-    """Return whether a body of this type holds arrays in binary form."""
+    """Return whether a body with this Content-Type holds arrays in binary form."""
     return media_type_of(content_type) in ARRAY_MEDIA_TYPES
 
 
@@ -49,13 +49,13 @@ def read_fields(
     width: int = 0,
     extra_readers: Mapping[str, BodyReader] = NO_EXTRA_READERS,
 ) -> RequestFields:
-    """Return the fields of `body`. An empty body has none.
+    """Return the fields of `body`. An empty body has no fields.
 
     Args:
         content_type: the Content-Type header.
         body: the body, decompressed.
-        main: the name of the field that holds the rows; None if the endpoint has none. The array of an npy or
-            safetensors body becomes this field. In a JSON body, the rows become an array if each has `width` numbers.
+        main: the name of the field that holds the rows; None if the endpoint takes no rows. The array of an npy or
+            safetensors body becomes this field. The rows of a JSON body become an array if each has `width` numbers.
         width: the number of values per row.
         extra_readers: readers of further media types, by media type.
 
@@ -86,7 +86,7 @@ def read_fields(
 def loads_value(text: bytes) -> Any:
     """Return the value of the JSON `text`, in which NaN and infinity are allowed.
 
-    Raises InvalidJson, also if an object has a duplicate key.
+    Raises InvalidJson if `text` is not JSON, or if an object in it has a duplicate key.
     """
     try:
         value = orjson.loads(text)
@@ -113,7 +113,7 @@ def _read_json(body: bytes) -> RequestFields:
 
 def _may_nest_booleans(body: bytes, document: dict[str, Any]) -> bool:
     """Return whether a list or object in a field of `document` may contain a boolean."""
-    # A search for one byte runs at memory speed: without an r there is no `true`, without an f no `false`.
+    # A search for one byte is fast. A body without r contains no `true`, and a body without f contains no `false`.
     if b"r" not in body and b"f" not in body:
         return False
     top_level = sum(type(value) is bool for value in document.values())
@@ -121,10 +121,11 @@ def _may_nest_booleans(body: bytes, document: dict[str, Any]) -> bool:
 
 
 def _loads_non_finite(body: bytes, error: orjson.JSONDecodeError) -> Any:
-    """Return the value of a body that orjson refused for NaN, Infinity or 1e999, as Python's json module reads it.
+    """Parse, with Python's json module, a body that orjson refused because of NaN, Infinity or 1e999.
 
-    The row parser then reports the position of the number. The json module also accepts lone surrogates, so a body
-    with Unicode escapes is refused, and so is a body with any other error. Raises InvalidJson.
+    The row parser reports the position of that number later. Raises InvalidJson if orjson refused the body for any
+    other reason. Raises InvalidJson also if the body contains Unicode escapes, because the json module accepts lone
+    surrogates.
     """
     try:
         if not (b"NaN" in body or b"Infinity" in body or "infinity" in str(error)) or rb"\u" in body:
@@ -139,7 +140,10 @@ def _loads_non_finite(body: bytes, error: orjson.JSONDecodeError) -> Any:
 
 
 def _count_strings(value: Any) -> int:
-    """Return the number of strings in `value`, keys included, except those in lists of lists, which hold numbers."""
+    """Return the number of strings in `value`, including keys.
+
+    Strings in a list count only if the first element of the list is an object. Other lists should hold numbers.
+    """
     if type(value) is str:
         return 1
     if type(value) is dict:
@@ -152,7 +156,7 @@ def _count_strings(value: Any) -> int:
 def _refuse_duplicate_keys(body: bytes) -> None:
     """Raise InvalidJson if an object has a duplicate key, because JSON readers disagree about which value counts.
 
-    This parses the body again, so it is only called if the body has more quotation marks than its strings account for.
+    This function parses the body again. It is called only if the body does not have two quotation marks per string.
     """
 
     def check(pairs: list[tuple[str, Any]]) -> None:

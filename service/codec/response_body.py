@@ -12,7 +12,7 @@ from service.codec.float32 import is_finite
 from service.codec.request_body import ARRAY_MEDIA_TYPES, JSON
 from service.errors import NotAcceptable, OverflowInModel
 
-# The formats that an endpoint offers, the default first.
+# The formats that endpoints offer. The default is first.
 JSON_ONLY = (JSON,)
 ARRAY_FORMATS = (JSON, *ARRAY_MEDIA_TYPES)
 IMAGE_FORMATS = (*ARRAY_FORMATS, png.MEDIA_TYPE)
@@ -20,9 +20,10 @@ IMAGE_FORMATS = (*ARRAY_FORMATS, png.MEDIA_TYPE)
 
 @lru_cache(maxsize=256)
 def negotiate_media_type(accept: str, offered: tuple[str, ...]) -> str:
-    """Return the media type in `offered` to which the Accept header gives the highest quality; on a tie the first.
+    """Return the media type in `offered` to which the Accept header gives the highest quality.
 
-    A specific media range precedes a wildcard (RFC 9110, 12.5.1). Raises NotAcceptable.
+    If several have the highest quality, return the first of them. A specific media range takes precedence over a
+    wildcard (RFC 9110, 12.5.1). Raises NotAcceptable.
     """
     ranges = [_media_range(part) for part in accept.split(",") if part.strip()] or [("*/*", 1.0)]
     qualities = [_quality(media_type, ranges) for media_type in offered]
@@ -56,7 +57,7 @@ def _quality(media_type: str, ranges: list[tuple[str, float]]) -> float:
 
 
 def to_json(fields: dict[str, Any]) -> bytes:
-    """Return `fields` as JSON. Raises OverflowInModel if an array is not finite: JSON has no NaN and no infinity."""
+    """Return `fields` as JSON. Raises OverflowInModel if an array is not finite: JSON has neither NaN nor infinity."""
     for name, value in fields.items():
         if type(value) is np.ndarray:
             require_finite(name, value)
@@ -69,7 +70,7 @@ def array_fields(fields: dict[str, Any]) -> dict[str, npt.NDArray[np.float32]]:
 
 
 def require_finite(name: str, array: npt.NDArray[np.float32], allow_nan: bool = False) -> None:
-    """Raise OverflowInModel if `array` [N, ...] contains infinity, or NaN unless `allow_nan` is set."""
+    """Raise OverflowInModel if `array` [N, ...] contains infinity. Raise it also for NaN, unless `allow_nan` is set."""
     if is_finite(array) or (allow_nan and not np.isinf(array).any()):
         return
     row = int(np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(axis=1))[0])

@@ -17,7 +17,8 @@ def parse_array(schema: RowSchema, array: npt.NDArray[Any], pointer: str) -> Arr
     The result shares memory with `array` if `array` is aligned float32 in C order.
 
     Raises:
-        InvalidRows: if the shape is wrong, or for the first value that is not finite and may not be missing.
+        InvalidRows: the shape is wrong, or a value is infinite, or a value is NaN where no value may be missing. The
+            error points to the first invalid value.
     """
     x, finite = _to_float32(schema, array, pointer)
     if finite:
@@ -32,7 +33,7 @@ def parse_valid_array_rows(schema: RowSchema, array: npt.NDArray[Any], pointer: 
     """Return the valid rows of an array, [N, D] or [N, *shape], and an error for each invalid row.
 
     Raises:
-        InvalidRows: if the shape is wrong, or no row is valid.
+        InvalidRows: the shape is wrong, or no row is valid.
     """
     x, finite = _to_float32(schema, array, pointer)
     if finite:
@@ -49,7 +50,7 @@ def parse_valid_array_rows(schema: RowSchema, array: npt.NDArray[Any], pointer: 
 
 
 def _to_float32(schema: RowSchema, array: npt.NDArray[Any], pointer: str) -> tuple[Array, bool]:
-    """Return `array` as float32 [N, D], and whether all of it is finite. Raises InvalidRows if its shape is wrong."""
+    """Return `array` as float32 [N, D], and whether every value is finite. Raises InvalidRows if the shape is wrong."""
     if array.shape[1:] not in ((schema.width,), schema.shape) or not len(array):
         row_shapes = dict.fromkeys(((schema.width,), schema.shape))
         expected = " or ".join(f"[N, {', '.join(map(str, shape))}]" for shape in row_shapes)
@@ -66,7 +67,7 @@ def _to_float32(schema: RowSchema, array: npt.NDArray[Any], pointer: str) -> tup
 
 
 def _bad_values(schema: RowSchema, x: Array) -> npt.NDArray[np.bool_]:
-    """Return which values of x [N, D] are invalid, [N, D]: neither finite nor missing where a value may be.
+    """Return a mask [N, D] of the invalid values of x [N, D]: infinity, and NaN where no value may be missing.
 
     In a row without any value, all values are invalid.
     """

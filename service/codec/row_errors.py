@@ -1,6 +1,6 @@
-"""Errors for invalid rows: each points to the first bad value and says what was expected in its place.
+"""Errors for invalid rows. Each error points to the first invalid value and states what was expected.
 
-Functions for one row return pointers relative to that row; the parser of the request prepends the row's pointer.
+Functions that receive one row return pointers relative to that row. Their callers prepend the pointer to the row.
 """
 
 import json
@@ -24,7 +24,7 @@ MISSING_VALUE_HINT = (
 
 @dataclass(frozen=True)
 class MalformedRow:
-    """A placeholder in a list of rows for a row that the body reader could not parse."""
+    """A placeholder, in a list of rows, for a row that the body reader could not parse."""
 
     detail: str
     expected: str
@@ -69,17 +69,17 @@ def wrong_shape(schema: RowSchema, row: Any) -> InvalidRows:
 
 
 def all_values_missing() -> InvalidRows:
-    """Return the error for a row without any value."""
+    """Return the error for a row in which every value is missing."""
     return InvalidRows("every value of the row is missing", pointer="", expected="at least one number", got="none")
 
 
 def first_bad_value(schema: RowSchema, values: list[Any], row: Any, keys: Sequence[str] = ()) -> InvalidRows:
-    """Return the error for the first of a row's values that float32 cannot hold.
+    """Return the error for the first value of a row that is neither a finite float32 number nor an allowed null.
 
     Args:
         schema: the schema of the row.
         values: the D values, flat.
-        row: the row as it was sent, flat or nested, from which the value's pointer follows.
+        row: the row as it was sent, flat or nested. Its nesting determines the pointer to the value.
         keys: the names of the values, if the row was sent as an object.
     """
     index = next(
@@ -101,7 +101,10 @@ def first_bad_value(schema: RowSchema, values: list[Any], row: Any, keys: Sequen
 
 
 def first_bad_array_value(schema: RowSchema, row: npt.NDArray[Any], bad: npt.NDArray[np.bool_]) -> InvalidRows:
-    """Return the error for the first bad value of an array's row, [D] or nested; `bad` [D] marks the bad values."""
+    """Return the error for the first invalid value of one row of an array.
+
+    `row` is [D] or has the shape of the schema. `bad` [D] marks the invalid values.
+    """
     values = row.reshape(-1)
     if schema.allows_missing and np.isnan(values).all():
         return all_values_missing()
@@ -112,7 +115,10 @@ def first_bad_array_value(schema: RowSchema, row: npt.NDArray[Any], bad: npt.NDA
 
 
 def _first_wrong_part(row: Any, shape: tuple[int, ...], pointer: str) -> tuple[str, Any]:
-    """Return the pointer and the value of the first part of `row` that is not a list of the length in `shape`."""
+    """Return the pointer to the first wrong part of `row`, and that part.
+
+    A part is wrong if `shape` requires a list in its place, and the part is not a list or has the wrong length.
+    """
     if type(row) is not list or len(row) != shape[0]:
         return pointer, row
     index = next(index for index, part in enumerate(row) if flatten(part, shape[1:]) is None)
@@ -130,7 +136,10 @@ def _fits_float32(value: Any) -> bool:
 
 
 def _missing_value_hint(schema: RowSchema, value: Any) -> str | None:
-    """Return the hint for null and NaN. Latent vectors, which have no names, can never lack a value."""
+    """Return the hint about missing values if `value` is null or NaN, otherwise None.
+
+    Latents get no hint, because latents may not be missing. The schema of latents has no names.
+    """
     return MISSING_VALUE_HINT if schema.names and (value is None or value != value) else None
 
 

@@ -1,11 +1,13 @@
 """Parse rows that JSON provides as lists of numbers into float32 arrays.
 
-The fast path costs 15 ns per number: `struct` packs a list of Python floats straight into a float32 buffer. It refuses
-strings, null, nested lists, a wrong number of values, and numbers that overflow. Only then does the slow path flatten
-nested lists, replace null by NaN where a value may be missing, or search for the first bad value.
+On the fast path, `struct` packs a list of Python floats straight into a float32 buffer, which costs 15 ns per number.
+`struct` refuses strings, null, nested lists, a wrong number of values, and numbers that overflow. A row that `struct`
+refuses takes the slow path, which flattens nested lists, replaces null by NaN where a value may be missing, and finds
+the first invalid value.
 
-`struct` accepts true and false (integers to Python), NaN and infinity. Body readers report whether a body may
-contain any of them (`may_contain_non_floats`); rows are checked for them only then.
+`struct` accepts NaN, infinity, and also true and false, which are integers in Python. Body readers set
+`may_contain_non_floats` if a body may contain any of these four values. Rows are checked for the four values only if
+`may_contain_non_floats` is set.
 """
 
 import math
@@ -32,7 +34,7 @@ class RowPacker:
 
     Args:
         width: the number of values per row.
-        capacity: how many rows the buffer holds.
+        capacity: the number of rows that fit in the buffer.
         may_contain_non_floats: whether values may be true, false, NaN or infinite.
     """
 
@@ -45,7 +47,7 @@ class RowPacker:
         self._row_count = 0
 
     def append(self, row: Any, schema: RowSchema, keys: Sequence[str] = ()) -> None:
-        """Append `row`. Raises InvalidRows, whose pointer is relative to the row, and then appends nothing.
+        """Append `row`. If it is invalid, append nothing and raise InvalidRows with a pointer relative to the row.
 
         Args:
             row: a flat or nested list.
@@ -79,7 +81,7 @@ class RowPacker:
 
 
 def parse_rows(schema: RowSchema, rows: Any, pointer: str, may_contain_non_floats: bool) -> Array:
-    """Return every row of `rows`, [N, D].
+    """Return all rows of `rows` as an array [N, D].
 
     Args:
         schema: the schema of each row.
@@ -88,7 +90,7 @@ def parse_rows(schema: RowSchema, rows: Any, pointer: str, may_contain_non_float
         may_contain_non_floats: whether values may be true, false, NaN or infinite.
 
     Raises:
-        InvalidRows: for the first row that is invalid.
+        InvalidRows: `rows` is not a list of rows, or a row is invalid. The error points to the first invalid row.
     """
     packer = RowPacker(schema.width, count_rows(schema, rows, pointer), may_contain_non_floats)
     for index, row in enumerate(rows):
@@ -117,7 +119,7 @@ def parse_valid_rows(schema: RowSchema, rows: Any, pointer: str, may_contain_non
     """Return the valid rows of `rows`, and an error for each invalid row; the arguments are those of `parse_rows`.
 
     Raises:
-        InvalidRows: if `rows` is not a list of rows, or no row is valid.
+        InvalidRows: `rows` is not a list of rows, or no row is valid.
     """
     packer = RowPacker(schema.width, count_rows(schema, rows, pointer), may_contain_non_floats)
     return append_valid_rows(packer, rows, pointer, lambda row: packer.append(row, schema))
@@ -126,9 +128,10 @@ def parse_valid_rows(schema: RowSchema, rows: Any, pointer: str, may_contain_non
 def append_valid_rows(
     packer: RowPacker, rows: Sequence[Any], pointer: str, append: Callable[[Any], None], minimum: int = 1
 ) -> ParsedRows:
-    """Call `append`, which appends to `packer`, for each of `rows`, and return the rows for which it raised no error.
+    """Call `append` with each of `rows`. Return the valid rows, and an error for each invalid row.
 
-    Raises InvalidRows, the first error, if fewer than `minimum` rows are valid.
+    `append` appends a valid row to `packer`, and raises InvalidRows for an invalid row. If fewer than `minimum` rows
+    are valid, this function raises the first of these errors.
     """
     valid: list[int] = []
     errors: list[RowError] = []
@@ -158,7 +161,7 @@ def count_rows(schema: RowSchema, rows: Any, pointer: str) -> int:
 
 
 def _null_to_nan(values: list[Any], schema: RowSchema) -> list[Any]:
-    """Return `values` with NaN for null wherever the schema lets a value be missing."""
+    """Return `values` with NaN in place of null wherever the schema allows a missing value."""
     if not schema.allows_missing:
         return values
     pairs = zip(values, schema.optional, strict=True)

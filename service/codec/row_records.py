@@ -1,4 +1,4 @@
-"""Parse rows that JSON, NDJSON or CSV provide as objects by feature name into float32 arrays."""
+"""Parse records into float32 arrays. A record maps feature names to values, and comes from JSON, NDJSON or CSV."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -27,12 +27,12 @@ def parse_valid_records(
         records: a JSON value, which should be a list of objects; it may contain a `MalformedRow` instead of an object.
         pointer: the JSON pointer to `records`.
         may_contain_non_floats: whether values may be true, false, NaN or infinite.
-        impute: whether required values may be missing too, up to half of them.
-        allow_lists: whether `records` may also contain rows as lists, in which no required value may be missing.
-        minimum: how many records must be valid.
+        impute: whether up to half of the required values of a record may be missing.
+        allow_lists: whether `records` may also contain lists. A list must contain every required value.
+        minimum: the minimum number of valid records.
 
     Raises:
-        InvalidRows: if `records` is not a list of records, or fewer than `minimum` are valid.
+        InvalidRows: `records` is not a list of records, or fewer than `minimum` records are valid.
     """
     if not isinstance(records, list) or not records:
         got = describe_value(records)
@@ -56,12 +56,12 @@ def count_unknown_fields(schema: RowSchema, records: Sequence[Any], ignored: Col
 
 
 def max_missing(schema: RowSchema, impute: bool) -> int:
-    """Return how many of the required values a record may lack."""
+    """Return the maximum number of required values that may be missing from a record."""
     return len(schema.required_names) // 2 if impute else 0
 
 
 def _values_in_order(schema: RowSchema, record: Any, impute: bool) -> list[Any]:
-    """Return the D values of a record, None for missing ones. Raises InvalidRows if too many are missing."""
+    """Return the D values of a record, with None for a missing value. Raises InvalidRows if too many are missing."""
     if type(record) is MalformedRow:
         raise record.error()
     if type(record) is not dict:

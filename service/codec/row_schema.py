@@ -25,7 +25,7 @@ class RowError:
 
 
 class ParsedRows(NamedTuple):
-    """The G rows of a request that could be parsed, and one error for each of the other rows.
+    """The G rows of a request that could be parsed, and one error for each other row.
 
     `missing` [G, D] marks the missing values, which are NaN in `x`; it is None if no value is missing.
     """
@@ -37,13 +37,13 @@ class ParsedRows(NamedTuple):
 
 
 class RowSchema:
-    """The schema of a row of D numbers, which clients send as a flat list or as nested lists of `shape`.
+    """The schema of a row of D numbers, which clients send as a flat list or as nested lists of shape `shape`.
 
     Args:
-        shape: the shape of one row, such as [28, 28]; D is the product.
-        names: the D feature names. Latent vectors have none.
-        optional: whether each of the D values may be missing; by default none may.
-        medians: the D medians of the training rows, for `impute`.
+        shape: the shape of one row, such as [28, 28]. D is the product of these numbers.
+        names: the D feature names; empty for latents.
+        optional: for each of the D values, whether it may be missing. By default, no value may be missing.
+        medians: the D medians of the training rows, used by `impute`.
     """
 
     def __init__(
@@ -72,18 +72,18 @@ class RowSchema:
         return RowSchema(self.shape, self.names, (True,) * self.width)
 
     def shape_of(self, row: Any) -> tuple[int, ...]:
-        """Return the shape that `row` should have: `shape` if it is nested, else [D]."""
+        """Return the shape that `row` should have: `shape` if `row` is nested, otherwise [D]."""
         nested = len(self.shape) > 1 and type(row) is list and bool(row) and type(row[0]) is list
         return self.shape if nested else (self.width,)
 
     def flatten(self, row: Any) -> list[Any] | None:
-        """Return the D values of a flat or nested row, of any type; None if a list in it has the wrong length."""
+        """Return the D values of a flat or nested row. They may have any type. Return None if the shape is wrong."""
         return flatten(row, self.shape_of(row))
 
     def impute(self, parsed: ParsedRows) -> Array:
-        """Return the rows [G, D] with training medians for the missing values that the model cannot impute itself.
+        """Return the rows [G, D], with training medians in place of missing values that the model cannot impute.
 
-        A model imputes the features that had missing values in training.
+        A model can impute only features that had missing values in training.
         """
         if parsed.missing is None:
             return parsed.x
@@ -91,7 +91,7 @@ class RowSchema:
 
 
 def flatten(row: Any, shape: tuple[int, ...]) -> list[Any] | None:
-    """Return the values of lists nested to `shape`, or None if a list has another length or depth."""
+    """Return the values of `row`, which should be nested lists of shape `shape`, or None if the shape is wrong."""
     level = [row]
     for size in shape:
         if not all(type(part) is list and len(part) == size for part in level):

@@ -1,7 +1,8 @@
-"""The safetensors format: the length of a JSON header in eight bytes, the header, then the bytes of the tensors.
+"""The safetensors format: eight bytes with the length of the header, the JSON header, then the bytes of the tensors.
 
-This reader replaces the safetensors library, which copies every tensor. Like the library, it checks everything that the
-header states: names, types, shapes, and that the tensor's bytes match its shape and fill the body.
+This module replaces the safetensors library, because the library copies every tensor. Like the library, the reader
+checks the names, types and shapes in the header. It also checks that the tensor has as many bytes as its shape requires
+and that these bytes fill the rest of the body.
 
 Format: https://huggingface.co/docs/safetensors
 """
@@ -18,7 +19,7 @@ import orjson
 from service.errors import InvalidSafetensors
 
 MEDIA_TYPE = "application/x-safetensors"
-MAX_HEADER_BYTES = 4096  # one tensor needs 70
+MAX_HEADER_BYTES = 4096  # the header of one tensor needs 70 bytes
 MAX_DIMENSIONS = 8
 _SIZE = struct.Struct("<Q")
 _METADATA = "__metadata__"
@@ -29,9 +30,9 @@ _TYPES = {
 
 
 def loads(body: bytes, name: str) -> npt.NDArray[Any]:
-    """Return the only tensor in `body`, which must be called `name`, as a view of `body`. BF16 is converted to float32.
+    """Return the only tensor in `body` as a view of `body`. The tensor must be called `name`.
 
-    Raises InvalidSafetensors.
+    A BF16 tensor is converted to float32, and is therefore a copy. Raises InvalidSafetensors.
     """
     header, start = _parse_header(body)
     tensors = {key: value for key, value in header.items() if key != _METADATA}
@@ -55,13 +56,13 @@ def loads(body: bytes, name: str) -> npt.NDArray[Any]:
             hint="the file may be cut off: send the whole file",
         )
     array = np.frombuffer(body, _TYPES[dtype], math.prod(shape), start).reshape(shape)
-    if dtype == "BF16":  # the upper 16 bits of a float32
+    if dtype == "BF16":  # a BF16 number is the upper 16 bits of a float32
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array
 
 
 def dumps(arrays: Mapping[str, npt.NDArray[np.float32]], metadata: Mapping[str, str]) -> bytes:
-    """Return a safetensors file with `arrays` as F32 tensors, and `metadata`."""
+    """Return a safetensors file that contains `metadata`, and `arrays` as F32 tensors."""
     header: dict[str, Any] = {_METADATA: dict(metadata)}
     parts, end = [], 0
     for name, array in arrays.items():
@@ -74,7 +75,7 @@ def dumps(arrays: Mapping[str, npt.NDArray[np.float32]], metadata: Mapping[str, 
 
 
 def _parse_header(body: bytes) -> tuple[dict[str, Any], int]:
-    """Return the header, an object whose values are objects, and the offset of the tensors."""
+    """Return the header and the offset of the tensors. Every value in the header is an object."""
     size = _SIZE.unpack_from(body)[0] if len(body) >= _SIZE.size else 0
     start = _SIZE.size + size
     if 0 < size <= MAX_HEADER_BYTES and start <= len(body):

@@ -16,7 +16,7 @@ class TelegrafBatch:
     Args:
         selectors: finds the feature that a metric's field belongs to.
         time: the name of the timestamp in a record.
-        group: the tag that distinguishes groups, such as hosts, and its name in a record.
+        group: the name of the tag that distinguishes groups, such as hosts. Records use the same name.
     """
 
     def __init__(self, selectors: FeatureSelectors, time: str, group: str) -> None:
@@ -31,7 +31,7 @@ class TelegrafBatch:
         return list(self._records.values())
 
     def add(self, metrics: Any) -> None:
-        """Add a list of metrics. An invalid metric becomes a malformed record. Raises InvalidRows."""
+        """Add a list of metrics. An invalid metric becomes a `MalformedRow`. Raises InvalidRows for an empty list."""
         if type(metrics) is not list or not metrics:
             got = describe_value(metrics)
             raise InvalidRows("there are no metrics", pointer="/metrics", expected="a list of metrics", got=got)
@@ -60,7 +60,7 @@ class TelegrafBatch:
 
 
 def _parts(metric: Any) -> tuple[str, Record, Record, Any] | MalformedRow:
-    """Return the name, tags, fields and timestamp of a metric."""
+    """Return the name, tags, fields and timestamp of a metric, or a `MalformedRow` if the metric is invalid."""
     if type(metric) is not dict:
         return MalformedRow(f"expected a metric, got {describe_value(metric)}", METRIC_SHAPE, describe_value(metric))
     name, tags, fields = metric.get("name", ""), metric.get("tags") or {}, metric.get("fields")

@@ -4,15 +4,17 @@ import math
 from datetime import UTC, datetime
 from typing import Any
 
-# An upper limit of a timestamp's absolute value, and the units per second of timestamps below it: s, ms, us, ns.
-# The unit is unambiguous for every moment from March 1973 to the year 5138.
+# Each pair is an upper limit of a timestamp's absolute value, and the units per second of timestamps below that limit.
+# The units are s, ms, us and ns. The unit of a timestamp is unambiguous for every moment from March 1973 to the year
+# 5138.
 _UNITS = ((1e11, 1.0), (1e14, 1e3), (1e17, 1e6), (math.inf, 1e9))
 
 
 def to_unix_seconds(value: Any) -> float:
-    """Return a timestamp as Unix seconds: a number in s, ms, us or ns, or an ISO 8601 text. NaN if it is neither.
+    """Return a timestamp as Unix seconds. Return NaN if `value` is not a timestamp.
 
-    A text without a time zone is UTC.
+    A timestamp is a number in s, ms, us or ns, a text that contains such a number, or a text in ISO 8601. An ISO 8601
+    text without a time zone is in UTC.
     """
     if isinstance(value, str):
         number = _parse_number(value)

@@ -1,4 +1,4 @@
-"""Select the backend of a model: TorchScript, or on a CPU the ONNX twin if it is correct and measurably faster."""
+"""Select the backend of a model: on a CPU the ONNX twin if the twin is correct and faster, otherwise TorchScript."""
 
 import logging
 import math
@@ -19,16 +19,16 @@ from service.inference.calibration import Calibration, load_calibration
 
 log = logging.getLogger("elbo.backends")
 BACKENDS = (TorchScriptBackend.name, OnnxBackend.name)
-TOLERANCE = 1e-5  # largest error of the twin against each golden answer, relative to the answer's largest number
+TOLERANCE = 1e-5  # maximum error of an output of the twin, relative to the largest number in the golden answer
 TWIN_OUTPUTS = (
     "forward", "encode.mean", "encode.std", "decode", "score", "score.parts", "score.contribution", "score.expected",
 )  # fmt: skip
-MIN_SPEEDUP = 1.1  # of a twin that is selected; smaller gains over TorchScript are within the noise of the measurement
-MEASURED_ROWS = (1, 32)
-WARM_UP_ROUNDS = 3  # TorchScript optimises in its second and third call: 1.4 ms, 5.3 ms, then 60 us
+MIN_SPEEDUP = 1.1  # minimum speedup of the twin over TorchScript; smaller speedups may be measurement noise
+MEASURED_ROWS = (1, 32)  # batch sizes at which the speedup is measured
+WARM_UP_ROUNDS = 3  # TorchScript optimises in its second and third calls, which are therefore slow
 MIN_ROUNDS = 3
 MAX_ROUNDS = 20
-SECONDS_PER_MEASUREMENT = 0.008  # after MIN_ROUNDS, no round starts later than this
+SECONDS_PER_MEASUREMENT = 0.008  # time limit: only the first MIN_ROUNDS rounds may start later than this
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Selection:
     Args:
         backend: the backend.
         reason: why it was selected, for the log and /models.
-        errors: largest error of bfloat16 by output, relative to the output's largest number; empty for float32.
+        errors: for bfloat16, by output, the largest error relative to the output's largest number; empty for float32.
     """
 
     backend: Backend
@@ -57,13 +57,13 @@ def select_backend(
 
     Args:
         artifact: a loaded and verified artifact.
-        requested: "torchscript"; "onnx", which selects the twin regardless of its speed if there is one and the device
-            is a CPU; or "auto", which also requires that the twin is faster.
+        requested: "torchscript", "onnx" or "auto". "onnx" selects the twin, regardless of its speed, if the artifact
+            has a twin and the device is a CPU. "auto" selects the twin only if the twin is also faster.
         threads: threads per batch.
-        precision: float32, or bfloat16, which only TorchScript supports.
+        precision: "float32" or "bfloat16". Only TorchScript supports "bfloat16".
 
     Raises:
-        ArtifactMismatch: "onnx" was requested and the twin cannot be run or does not give the golden answers.
+        ArtifactMismatch: "onnx" was requested, but the twin cannot be run or does not give the golden answers.
     """
     calibration = load_calibration(artifact)
     torchscript = TorchScriptBackend(artifact.module, artifact.device, calibration, precision)
@@ -93,7 +93,7 @@ def select_backend(
 
 
 def _bfloat16_errors(backend: TorchScriptBackend, golden: Golden) -> dict[str, float]:
-    """Return the largest errors of the outputs in bfloat16 against float32, for the golden inputs."""
+    """Return, by output, the largest bfloat16 error on the golden inputs, relative to the largest float32 number."""
     inputs = [
         torch.from_numpy(np.array(golden.inputs[name], np.float32)).to(backend.device)
         for name in ("x", "noise", "choice")
@@ -131,9 +131,10 @@ def _verified_onnx_backend(artifact: Artifact, twin: Twin, calibration: Calibrat
 
 
 def _reconstruction_errors_are_correct(module: OnnxModule, golden: Golden) -> bool:
-    """Compare the errors that the `reconstruct` graph returns with those of its reconstructions.
+    """Return whether the errors that the `reconstruct` graph returns are the errors of its reconstructions.
 
-    The golden answers do not contain them. Artifacts of earlier releases have no such graph.
+    The golden answers contain no reconstruction errors. Twins of earlier releases have no `reconstruct` graph: then the
+    result is True.
     """
     if "reconstruct" not in module.graphs:
         return True
@@ -144,7 +145,7 @@ def _reconstruction_errors_are_correct(module: OnnxModule, golden: Golden) -> bo
 
 
 def _measure_speedup(torchscript: Backend, onnx: Backend, golden: Golden, threads: int) -> float:
-    """Return time of `torchscript` / time of `onnx`: the geometric mean over operations and batch sizes."""
+    """Return time of `torchscript` / time of `onnx`, as the geometric mean over operations and batch sizes."""
     torch.set_num_threads(threads)  # as in the inference thread, where the backends will run
     x = np.array(golden.inputs["x"], np.float32)  # [G, D]
     has_gaps = bool(np.isnan(x).any())
@@ -161,7 +162,10 @@ def _measure_speedup(torchscript: Backend, onnx: Backend, golden: Golden, thread
 
 
 def _best_seconds(*functions: Callable[[], Array | tuple[Array, ...]]) -> list[float]:
-    """Return the shortest duration of each function, warmed up. Calls alternate, so that load affects all alike."""
+    """Return the shortest duration of each function after a warm-up.
+
+    The functions are called in turn, so that load on the machine affects all functions equally.
+    """
     for function in functions * WARM_UP_ROUNDS:
         function()
     best = [math.inf] * len(functions)

@@ -28,21 +28,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("elbo.backends")
 Array = npt.NDArray[np.float32]
-OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "can't allocate memory")  # messages of CUDA, cuBLAS, cuDNN, the CPU
+# Parts of out-of-memory messages: of CUDA, of cuBLAS and cuDNN, and of torch on a CPU.
+OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
 
 
 class Backend(ABC):
     """Runs operations on one model.
 
     Args:
-        module: has the methods of the artifact contract (`models.pipeline.Pipeline`).
+        module: an object with the methods of the artifact contract (`models.pipeline.Pipeline`).
         device: the device of `module`.
         calibration: p-values and severities of the model's scores.
         precision: precision of matrix products, float32 or bfloat16; everything else is float32.
 
     Attributes:
         latency: how long batches take, measured by `clock`.
-        max_rows: the largest batch that fits in the device's memory, as far as is known.
+        max_rows: the maximum number of rows per batch. It is lowered if a batch does not fit in the device's memory.
     """
 
     name: ClassVar[str]
@@ -54,7 +55,7 @@ class Backend(ABC):
         self.precision = precision
         self.latency = LatencyEstimate()
         self.max_rows = sys.maxsize
-        # On a CPU, the CPU time of this thread, so that waiting for the core does not count.
+        # On a CPU, the clock measures the CPU time of the thread, so that time spent waiting for a core does not count.
         self.clock: Callable[[], float] = thread_time if device.type == "cpu" else perf_counter
 
     def run(self, operation: Operation, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -66,7 +67,7 @@ class Backend(ABC):
         """Return the outputs of `operation.function` for `inputs`."""
 
     def limit_rows(self, rows: int) -> None:
-        """Halve the largest batch after a batch of `rows` did not fit in the device's memory."""
+        """Lower `max_rows` to half of `rows`, after a batch of `rows` rows did not fit in the device's memory."""
         self.max_rows = max(1, min(self.max_rows, rows // 2))
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -95,11 +96,11 @@ class TorchScriptBackend(Backend):
 
     @cached_property
     def _stream(self) -> torch.cuda.Stream:
-        """A CUDA stream per model, so that no model waits for the work of another."""
+        """The CUDA stream of this model. Every model has its own stream, so that models do not wait for each other."""
         return torch.cuda.Stream(self.device)
 
     def _compute_on_gpu(self, operation: Operation, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
-        """Compute on the GPU. Copies use pinned memory, which torch reuses, so that they run asynchronously."""
+        """Compute on the GPU. Copies to and from the GPU are asynchronous, because they use pinned memory."""
         with torch.cuda.stream(self._stream):
             tensors = [_to_tensor(x).pin_memory().to(self.device, non_blocking=True) for x in inputs]
             outputs = [output.float() for output in operation.function(self.module, *tensors)]
@@ -135,15 +136,15 @@ class OnnxModule:
 
     Args:
         twin: the graphs and their weights.
-        module: the frozen module of the artifact, for methods that the twin lacks.
-        threads: ONNX Runtime threads per batch.
+        module: the frozen module of the artifact, which runs the methods that the twin lacks.
+        threads: the number of ONNX Runtime threads per batch.
 
     Attributes:
-        graphs: the function from rows to outputs, by method.
+        graphs: for each method with a graph, a function that runs the graph on rows.
     """
 
     def __init__(self, twin: Twin, module: torch.jit.ScriptModule, threads: int) -> None:
-        # Sessions use the memory of the weights and do not keep it alive.
+        # Sessions use the memory of these arrays, but do not keep the arrays alive.
         self._weights = {name: weight.contiguous().numpy() for name, weight in twin.weights.items()}
         self._module = module
         self.graphs: dict[str, Callable[[Array], list[Array]]] = {
@@ -177,7 +178,10 @@ class OnnxModule:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether a smaller batch may succeed. TorchScript raises RuntimeError with the original message."""
+    """Return whether `error` means that memory ran out, so that a smaller batch may succeed.
+
+    TorchScript raises a RuntimeError in place of the original error, with the original message.
+    """
     text = str(error)
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(message in text for message in OUT_OF_MEMORY)
@@ -190,7 +194,7 @@ def _compute_on_cpu(module: Any, operation: Operation, inputs: tuple[Array, ...]
 
 
 def _to_tensor(rows: Array) -> Tensor:
-    """Return a tensor that shares the memory of `rows`, or of a copy if it is read-only, as request bodies are."""
+    """Return `rows` as a tensor. Read-only rows, such as those in request bodies, are copied; other rows are not."""
     return torch.from_numpy(rows if rows.flags.writeable else rows.copy())
 
 
@@ -206,7 +210,7 @@ def _create_session(graph: Graph, weights: dict[str, npt.NDArray[Any]], threads:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.enable_cpu_mem_arena = False  # the arena never frees the memory of the largest batch
-    options.enable_mem_pattern = False  # it would store a memory plan per batch size
+    options.enable_mem_pattern = False  # ONNX Runtime would store a memory plan per batch size
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads must not use a core
     values = [onnxruntime.OrtValue.ortvalue_from_numpy(weights[name]) for name in graph.weights]

@@ -1,15 +1,15 @@
-"""Measure how much work is waiting, and estimate how long it takes."""
+"""Measure the amount of unfinished work, and estimate how long that work will take."""
 
 from time import perf_counter
 
-WINDOW = 0.25  # seconds of work per measurement of the rate
-SMOOTHING = 0.5  # weight of the newest measurement
+WINDOW = 0.25  # minimum busy time per measurement of the rate, in seconds
+SMOOTHING = 0.5  # weight of the newest measurement in the rate
 
 
 class Backlog:
-    """An amount of unfinished work, and the measured rate at which it is finished.
+    """An amount of unfinished work, and the measured rate at which work is finished.
 
-    Only time with unfinished work counts towards the rate: an idle hour does not make the server slow.
+    Idle time does not count towards the rate, so that after an idle hour the server does not appear to be slow.
 
     Attributes:
         amount: the unfinished work.
@@ -19,8 +19,8 @@ class Backlog:
         self.amount = 0.0
         self._counted_until = 0.0  # on the `perf_counter` clock
         self._busy_seconds = 0.0  # in the current window
-        self._finished = 0.0  # in the current window
-        self._rate = 0.0  # per second; 0 until the first window is complete
+        self._finished = 0.0  # amount of work in the current window
+        self._rate = 0.0  # amount of work finished per second; 0 until the first window is complete
 
     def add(self, amount: float) -> None:
         """Add work."""
@@ -43,10 +43,10 @@ class Backlog:
             self._busy_seconds = self._finished = 0.0
 
     def seconds_for(self, amount: float) -> float:
-        """Return the expected seconds until `amount` is finished; 0 until a rate has been measured."""
+        """Return the expected seconds to finish `amount`; 0 if no rate has been measured yet."""
         return amount / self._rate if self._rate else 0.0
 
     @property
     def expected_wait(self) -> float:
-        """Expected seconds until all unfinished work is finished; 0 until a rate has been measured."""
+        """Expected seconds to finish all unfinished work; 0 if no rate has been measured yet."""
         return self.seconds_for(self.amount)

@@ -1,4 +1,4 @@
-"""Run one batch on one backend: rows of several requests together, in halves if they do not fit in memory."""
+"""Run the rows of several requests as one batch, or in halves if the batch does not fit in memory."""
 
 from collections.abc import Sequence
 
@@ -9,14 +9,14 @@ from service.inference.operations import Operation
 
 
 def run_batch(backend: Backend, operation: Operation, inputs: Sequence[tuple[Array, ...]]) -> tuple[Array, ...]:
-    """Return the outputs of `operation`, each [B, ...], for the inputs of several jobs in their order."""
+    """Return the outputs of `operation`, each [B, ...], for the inputs of all jobs, in the order of the jobs."""
     return _run_within_memory(backend, operation, inputs[0] if len(inputs) == 1 else concatenate(inputs))
 
 
 def _run_within_memory(backend: Backend, operation: Operation, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Run `operation` on rows [B, ...], and on two halves if the device runs out of memory.
+    """Run `operation` on `inputs`, each [B, ...]. If the device runs out of memory, run it on two halves.
 
-    The backend remembers how many rows were too many, so that later batches are smaller.
+    If the device runs out of memory, the backend also lowers its `max_rows`, so that later batches are smaller.
     """
     rows = len(inputs[0])
     try:
@@ -25,7 +25,7 @@ def _run_within_memory(backend: Backend, operation: Operation, inputs: tuple[Arr
         if rows == 1 or not is_out_of_memory(error):
             raise
         backend.limit_rows(rows)
-    # Not in the except block: the traceback would keep the memory of the failed attempt.
+    # These calls are outside the except block, because the traceback keeps the memory of the failed attempt in use.
     half = rows // 2
     first = _run_within_memory(backend, operation, tuple(array[:half] for array in inputs))
     second = _run_within_memory(backend, operation, tuple(array[half:] for array in inputs))
@@ -33,5 +33,5 @@ def _run_within_memory(backend: Backend, operation: Operation, inputs: tuple[Arr
 
 
 def concatenate(parts: Sequence[tuple[Array, ...]]) -> tuple[Array, ...]:
-    """Concatenate each array of `parts` along the rows."""
+    """Concatenate the tuples in `parts`, array by array, along the rows."""
     return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))

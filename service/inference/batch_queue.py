@@ -1,7 +1,7 @@
-"""The queue of inference jobs: which jobs run next and share a batch, and which have waited too long.
+"""The queue of inference jobs: select the jobs of the next batch, and check how long jobs have waited.
 
-Jobs for the same model version and operation share a batch, in their order of arrival. The batch with the job that has
-waited longest runs first. No batch waits for more jobs.
+Jobs for the same model version and operation share a batch, in their order of arrival. The next batch is the one that
+contains the job with the longest wait. A batch does not wait for further jobs to arrive.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from service.inference.operations import Operation
 
 
 class Model(Protocol):
-    """The part of a model that batching needs. Jobs share a batch only if they name the same object."""
+    """The attributes of a model that batching needs. Jobs share a batch only if their model is the same object."""
 
     @property
     def backend(self) -> Backend:
@@ -25,7 +25,7 @@ class Model(Protocol):
 
     @property
     def row_bytes(self) -> int:
-        """The bytes of one row in the widest array of the model."""
+        """Bytes per row of the widest array."""
 
 
 @dataclass(slots=True)
@@ -34,9 +34,9 @@ class BatchResult:
 
     Args:
         outputs: arrays, each [B, ...].
-        queued: seconds in the queue.
-        computed: seconds in the model, for the whole batch.
-        cost: seconds of the whole batch by the backend's clock.
+        queued: time in the queue, in seconds.
+        computed: duration of the whole batch, in seconds.
+        cost: duration of the whole batch, in seconds on the backend's clock.
     """
 
     outputs: tuple[Array, ...]
@@ -51,9 +51,9 @@ class Job:
 
     Args:
         inputs: arrays, each [B, ...].
-        result: the future that the request waits for; it is done early if the request is cancelled or times out.
+        result: the future that the request waits for. It completes early if the request is cancelled or times out.
         deadline: when the request times out, on the `perf_counter` clock.
-        on_delay: called once if the job waits long: see `check_delay`.
+        on_delay: called at most once, when `check_delay` finds that the job has waited too long.
     """
 
     inputs: tuple[Array, ...]
@@ -77,7 +77,7 @@ class Batch:
 
     @property
     def rows(self) -> int:
-        """The rows of all jobs."""
+        """The number of rows of all jobs together."""
         return sum([job.rows for job in self.jobs])
 
 
@@ -94,8 +94,8 @@ class BatchQueue:
     """Waiting jobs, by model and operation.
 
     Args:
-        max_batch_rows: most rows per batch.
-        max_batch_bytes: most bytes of rows per batch.
+        max_batch_rows: maximum number of rows per batch.
+        max_batch_bytes: maximum number of bytes per batch, where each row counts as `Model.row_bytes`.
     """
 
     def __init__(self, max_batch_rows: int, max_batch_bytes: int) -> None:
@@ -114,7 +114,7 @@ class BatchQueue:
             yield from lane.jobs
 
     def max_rows(self, model: Model) -> int:
-        """Return how many rows of `model` may run at once: as many as the settings and its device's memory allow."""
+        """Return the maximum number of rows per batch of `model`, given the settings and the device's memory."""
         return min(self._max_batch_rows, self._max_batch_bytes // model.row_bytes or 1, model.backend.max_rows)
 
     def put(self, model: Model, operation: Operation, job: Job) -> None:
@@ -126,7 +126,7 @@ class BatchQueue:
         lane.jobs.append(job)
 
     def take(self) -> Batch | None:
-        """Remove and return the next batch; None if all waiting jobs have been cancelled or have timed out."""
+        """Remove and return the next batch, or return None if every waiting job has been cancelled or has timed out."""
         while self._lanes:
             lane = min(self._lanes.values(), key=lambda lane: lane.jobs[0].queued_at)
             jobs = self._take_jobs(lane)
@@ -137,7 +137,7 @@ class BatchQueue:
         return None
 
     def _take_jobs(self, lane: _Lane) -> list[Job]:
-        """Remove and return the first jobs of `lane` that fit into one batch."""
+        """Remove and return the first jobs of `lane` that fit into one batch. Drop jobs that are already done."""
         jobs: list[Job] = []
         rows = 0
         max_rows = self.max_rows(lane.model)
@@ -153,7 +153,10 @@ class BatchQueue:
 
 
 def check_delay(job: Job, now: float, delay: float) -> None:
-    """Fail `job` if its deadline has passed; call `on_delay` if it has waited longer than `delay` seconds."""
+    """Fail `job` if its deadline has passed. Otherwise call `on_delay` if the job has waited more than `delay` seconds.
+
+    `on_delay` is called at most once per job.
+    """
     if job.result.done():
         return
     waited = now - job.queued_at

@@ -1,12 +1,12 @@
 """The inference batcher: runs queued jobs in batches, in the event loop's thread or in the inference thread.
 
-A batch runs as soon as the model is free. If it is expected to be short, it runs in the event loop's own thread:
-handing it to another thread and back takes longer than a small model does. The warm-up measures how long each size of
-batch takes.
+One batch runs at a time. A batch that is expected to be short runs in the event loop's thread, because passing a batch
+to another thread and back takes longer than running a small model. The warm-up measures how long batches of each size
+take.
 
-A large request runs in pieces and joins the end of the queue after each, so that it delays other requests by one batch
-at most. A request that is cancelled or has timed out is dropped before it runs, and a job that fails does not fail the
-jobs that share its batch.
+A large request is split into pieces. Each piece joins the end of the queue after the previous piece has finished, so
+that a large request delays other requests by at most one batch. A job does not run if its request is cancelled or times
+out before the job starts. A job that fails does not fail the other jobs of its batch.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from service.inference.operations import Operation
 from service.shared_memory import SharedNumber
 
 MAX_INLINE_SECONDS = 0.002  # longest expected duration of a batch that runs in the event loop's thread
-CHECK_SECONDS = 0.01  # between two checks of deadlines; a job that waits longer than this is delayed
+CHECK_SECONDS = 0.01  # interval between checks of deadlines; a job that has waited longer counts as delayed
 
 Outcome = tuple[Job, BatchResult | BaseException]
 
@@ -35,16 +35,16 @@ class Batcher:
     """Runs operations on models for the coroutines of one event loop.
 
     Args:
-        max_batch_rows: most rows per batch.
-        max_batch_bytes: most bytes of rows per batch.
-        threads: torch's threads per batch.
-        on_batch: called with the operation's name and the rows of each successful batch.
-        exported_rows: its first number is set to `pending_rows`, for metrics.
+        max_batch_rows: maximum number of rows per batch.
+        max_batch_bytes: maximum number of bytes per batch, where each row counts as `Model.row_bytes`.
+        threads: the number of torch threads per batch.
+        on_batch: called after each successful batch with the operation's name and the number of rows.
+        exported_rows: an array whose first number is set to `pending_rows`, for metrics.
 
     Attributes:
-        pending_rows: rows of all requests that wait or run.
-        backlog: rows ahead of a new job. A large request counts as its current piece only, because a new job runs
-            before the next piece.
+        pending_rows: the number of rows of all unfinished requests.
+        backlog: the rows that run before a new job. Of a large request, only the current piece counts, because a new
+            job runs before the next piece.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Batcher:
         return self.backlog.expected_wait if self.backlog.amount >= self._max_batch_rows else 0.0
 
     def start(self) -> None:
-        """Prepare to run jobs. Call it in the event loop that will call `run`."""
+        """Prepare to run jobs. Call this method in the event loop in which `run` will be called."""
         self._loop = asyncio.get_running_loop()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -96,7 +96,7 @@ class Batcher:
         deadline: float = math.inf,
         on_delay: Callable[[], None] | None = None,
     ) -> BatchResult:
-        """Return the result of `operation` on `inputs`. Cancelling the call drops jobs that have not started.
+        """Return the result of `operation` on `inputs`. Cancelling this call drops its jobs that have not started.
 
         Args:
             model: the model that runs the operation.
@@ -145,7 +145,7 @@ class Batcher:
             self.backlog.finish(job.rows)
 
     def _schedule_step(self) -> None:
-        """Schedule the next batch, after all requests that have already arrived are in the queue."""
+        """Schedule the next batch. It starts after all requests that have already arrived have joined the queue."""
         if self._is_step_scheduled or self._running:
             return
         if self._queue.is_empty:
@@ -183,7 +183,7 @@ class Batcher:
         cost = 0.0
         is_successful = True
         for job, outcome in outcomes:
-            is_awaited = not job.result.done()  # neither cancelled nor timed out while it ran
+            is_awaited = not job.result.done()  # the request was neither cancelled nor timed out while the job ran
             if isinstance(outcome, BatchResult):
                 cost = outcome.cost
                 if is_awaited:
@@ -198,7 +198,7 @@ class Batcher:
             batch.model.backend.latency.record(name, rows, cost)
 
     def _check_delays(self) -> None:
-        """Fail the jobs whose deadline has passed, and report those that wait long; repeat while there are jobs."""
+        """Fail each job whose deadline has passed, and call `on_delay` of each delayed job. Repeat while jobs exist."""
         now = perf_counter()
         jobs = [*self._queue, *self._running]
         for job in jobs:
@@ -209,7 +209,10 @@ class Batcher:
 
 
 def _run(batch: Batch) -> list[Outcome]:
-    """Return the outcome of each job; if the batch fails, run each job separately. Called in either thread."""
+    """Run `batch`, and return the outcome of each job. If the batch fails, run its jobs one by one.
+
+    This function runs in the event loop's thread or in the inference thread.
+    """
     backend, jobs = batch.model.backend, batch.jobs
     clock = backend.clock
     started = perf_counter()
@@ -233,7 +236,7 @@ def _run(batch: Batch) -> list[Outcome]:
 
 
 def _joined(results: list[BatchResult]) -> BatchResult:
-    """Return the results of a request's pieces as one."""
+    """Join the results of a request's pieces into one result."""
     outputs = concatenate([result.outputs for result in results])
     return BatchResult(
         outputs,

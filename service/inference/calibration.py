@@ -1,8 +1,9 @@
 """p-values, severity and thresholds of anomaly scores.
 
-`NumpyCalibration` implements `models.calibration` in NumPy, because a TorchScript call takes longer than the arithmetic
-for a small batch. `load_calibration` selects it on a CPU if it agrees with the artifact's own module, and otherwise
-selects `TorchScriptCalibration`, which calls the module.
+`NumpyCalibration` implements `models.calibration` in NumPy, because for a small batch, a TorchScript call takes longer
+than the arithmetic. `TorchScriptCalibration` calls the artifact's module. On a CPU, `load_calibration` selects
+`NumpyCalibration` if its results agree with the results of the module. Otherwise `load_calibration` selects
+`TorchScriptCalibration`.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,10 +20,11 @@ Array = npt.NDArray[np.float32]
 BUFFERS = ("scores", "surprisal", "tail", "knot", "height", "slope")
 ONE = np.float32(1)
 NEXT_AFTER_ONE = np.nextafter(ONE, np.float32(2))
-MAX_CACHED_ALPHAS = 64  # clients choose alpha, so the cache of thresholds needs a limit
-COMPARED_SCORES = 2000  # calibration scores at and around which the two implementations are compared
-COMPARED_ALPHAS = (0.5, 0.05, 0.001, 1e-9)  # the last one is below the floor of every calibration set
-TOLERANCE = 1e-6  # relative error of severity: NumPy's and torch's exponentials differ in the last bit
+MAX_CACHED_ALPHAS = 64  # limit of the cache of thresholds, which is needed because clients choose alpha
+COMPARED_SCORES = 2000  # maximum number of calibration scores at which the two implementations are compared
+# The last alpha is smaller than the smallest p-value that any calibration set can give.
+COMPARED_ALPHAS = (0.5, 0.05, 0.001, 1e-9)
+TOLERANCE = 1e-6  # maximum relative error of severities: the exponentials of NumPy and torch differ in the last bit
 
 
 class Calibration(Protocol):
@@ -32,7 +34,7 @@ class Calibration(Protocol):
         """Return the conformal p-values [B] of scores [B]."""
 
     def severity(self, score: Array, alpha: float, /) -> Array:
-        """Return the severity [B] of scores [B]: > 1 exactly where the row is anomalous at alpha."""
+        """Return the severities [B] of scores [B]. A severity is above 1 exactly if its row is anomalous at alpha."""
 
     def threshold(self, alpha: float, /) -> np.float32:
         """Return the score above which a row is anomalous at alpha."""
@@ -43,7 +45,7 @@ class NumpyCalibration:
 
     Args:
         buffers: the buffers of the module's calibration, by name.
-        threshold: the module's `threshold` method, called once per alpha.
+        threshold: the module's `threshold` method, whose results are cached by alpha.
     """
 
     def __init__(self, buffers: Mapping[str, Array], threshold: Callable[[float], Tensor]) -> None:
@@ -57,7 +59,7 @@ class NumpyCalibration:
         # Index i holds the p-value of a score that exceeds i calibration scores.
         self._p_values = np.arange(n + 1, 0, -1).astype(np.float32) / np.float32(n + 1)
         self._module_threshold = threshold
-        self._thresholds: dict[float, tuple[np.float32, np.float32]] = {}  # alpha -> threshold and its surprisal
+        self._thresholds: dict[float, tuple[np.float32, np.float32]] = {}  # by alpha: threshold, and its surprisal
 
     def p_value(self, score: Array) -> Array:
         """Return the conformal p-values [B] of scores [B]."""
@@ -65,10 +67,10 @@ class NumpyCalibration:
         return p_values
 
     def severity(self, score: Array, alpha: float) -> Array:
-        """Return the severity [B] of scores [B]: > 1 exactly where score > threshold."""
+        """Return the severities [B] of scores [B]. A severity is > 1 exactly if its score is above the threshold."""
         threshold, threshold_surprisal = self._threshold_and_surprisal(alpha)
         with np.errstate(over="ignore", invalid="ignore"):  # overflow gives infinity, as in torch
-            if len(score) == 1:  # NumPy scalars take a third of the time of arrays of one number
+            if len(score) == 1:  # for one number, NumPy scalars take a third of the time that arrays take
                 return self._severity_of_one(score[0], threshold, threshold_surprisal)
             ratio = self._surprisal_at(score) / threshold_surprisal
         severity: Array = np.where(score > threshold, np.maximum(ratio, NEXT_AFTER_ONE), np.minimum(ratio, ONE))
@@ -104,7 +106,7 @@ class NumpyCalibration:
         return cached
 
     def _surprisal_at(self, score: Array) -> Array:
-        """Return -log P(a normal row scores higher) of scores [B], [B]."""
+        """Return, for each of scores [B], -log of the probability that a normal row scores higher, [B]."""
         place = self._scores.searchsorted(score, "right")
         above = score - self._knot[place]
         surprisal = self._height[place] + self._slope[place] * above
@@ -131,7 +133,7 @@ class TorchScriptCalibration:
         return self._call(self._module.p_value, score)
 
     def severity(self, score: Array, alpha: float) -> Array:
-        """Return the severity [B] of scores [B]."""
+        """Return the severities [B] of scores [B]."""
         return self._call(self._module.severity, score, alpha)
 
     def threshold(self, alpha: float) -> np.float32:
@@ -146,7 +148,11 @@ class TorchScriptCalibration:
 
 
 def load_calibration(artifact: Artifact) -> Calibration:
-    """Return the calibration of `artifact`: on a CPU in NumPy, if that agrees with the artifact's module."""
+    """Return the calibration of `artifact`.
+
+    On a CPU, it is a `NumpyCalibration` if the results of that class agree with the results of the artifact's module.
+    Otherwise it is a `TorchScriptCalibration`.
+    """
     if artifact.device.type == "cpu" and artifact.calibration.keys() >= set(BUFFERS):
         buffers = {name: buffer.numpy() for name, buffer in artifact.calibration.items()}
         calibration = NumpyCalibration(buffers, artifact.module.threshold)
@@ -156,9 +162,10 @@ def load_calibration(artifact: Artifact) -> Calibration:
 
 
 def agrees_with_module(calibration: Calibration, module: torch.jit.ScriptModule, known: Array) -> bool:
-    """Return whether `calibration` and `module` agree: p-values and verdicts exactly, severity within TOLERANCE.
+    """Return whether `calibration` gives the p-values and verdicts of `module`, and severities within TOLERANCE.
 
-    The comparison covers calibration scores, their neighbours, the gaps between them, and scores far from them.
+    The compared scores are calibration scores, the float32 numbers next to them, the midpoints between them, and scores
+    far from all calibration scores.
 
     Args:
         calibration: the calibration to test.

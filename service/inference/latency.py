@@ -2,17 +2,17 @@
 
 import math
 
-SMOOTHING = 0.2  # weight of the newest batch
+SMOOTHING = 0.2  # weight of the newest batch in the estimate
 
 
 class LatencyEstimate:
-    """Smoothed seconds per batch, by operation and by number of rows to within a factor of two."""
+    """Smoothed seconds per batch, by operation and batch size. Sizes with the same number of bits share an estimate."""
 
     def __init__(self) -> None:
         self._seconds: dict[tuple[str, int], float] = {}
 
     def expected(self, operation: str, rows: int) -> float:
-        """Return the expected seconds of a batch; infinity if no similar batch has run."""
+        """Return the expected seconds of a batch, or infinity if no similar batch has been recorded."""
         return self._seconds.get((operation, rows.bit_length()), math.inf)
 
     def record(self, operation: str, rows: int, seconds: float) -> None:

@@ -18,7 +18,7 @@ from service.inference.served_model import ServedModel
 from service.shared_memory import SharedCounters, SharedDecisions
 
 log = logging.getLogger("elbo.registry")
-OPTIMISED_ROWS = (1, 16)  # batch sizes that run WARM_UP_ROUNDS times
+OPTIMISED_ROWS = (1, 16)  # batch sizes that the warm-up runs WARM_UP_ROUNDS times
 MAX_WARM_UP_SECONDS = 5.0
 
 
@@ -28,11 +28,11 @@ class ModelLoader:
     Args:
         device: "cpu" or "cuda".
         backend: "auto", "torchscript" or "onnx"; see `select_backend`.
-        threads: threads per batch.
+        threads: the number of threads per batch.
         precision: "float32" or "bfloat16".
-        max_batch_rows: largest batch that the batcher runs, in rows.
-        max_batch_bytes: largest batch that the batcher runs, in bytes.
-        decisions: backends that the workers of this server have selected, by the SHA-256 of the weights.
+        max_batch_rows: maximum number of rows per batch.
+        max_batch_bytes: maximum number of bytes per batch, where each row counts as `ServedModel.row_bytes`.
+        decisions: the backends that workers of this server have already selected, by the SHA-256 of the weights.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ModelLoader:
         """Load the artifact at `path` as `name`@`version`, select its backend, and warm it up.
 
         Raises:
-            ArtifactError: the artifact cannot be read, verified, or run by the requested backend.
+            ArtifactError: the artifact cannot be read or verified, or the requested backend cannot run the artifact.
         """
         started = perf_counter()
         artifact = load(path, self._device)
@@ -76,7 +76,7 @@ class ModelLoader:
         return replace(served, warm_seconds=perf_counter() - loaded)
 
     def _select_backend(self, artifact: Artifact) -> Selection:
-        """Select the backend that other workers have selected, so that all workers give the same outputs.
+        """Select the same backend as other workers, so that all workers give the same outputs.
 
         Speed is measured only if no worker has selected a backend for these weights yet.
         """
@@ -91,10 +91,10 @@ class ModelLoader:
         return selection
 
     def _warm_up(self, served: ServedModel) -> None:
-        """Run all operations until TorchScript has optimised them, then with batches of all sizes.
+        """Run all operations until TorchScript has optimised them, then run them with batches of increasing size.
 
-        The batcher learns the latency of each size. Sizes that do not fit in memory, or in MAX_WARM_UP_SECONDS, are
-        skipped.
+        Every run records its latency for the batcher. The second part ends early if a batch does not fit in memory, or
+        when the warm-up has taken MAX_WARM_UP_SECONDS.
         """
         torch.set_num_threads(self._threads)
         end = perf_counter() + MAX_WARM_UP_SECONDS
@@ -102,7 +102,7 @@ class ModelLoader:
             outputs = _run_operations(served, rows)
         if served.has_png_output:
             assert served.manifest.pixel_range is not None
-            # Imports Pillow, which takes 0.2 s.
+            # The first call imports Pillow, which takes 0.2 s.
             png.dumps(outputs[:1], served.manifest.shape, served.manifest.pixel_range)
         max_rows = max(1, min(self._max_batch_rows, self._max_batch_bytes // served.row_bytes))
         rows = 1
@@ -116,7 +116,7 @@ class ModelLoader:
                 return
             if rows >= max_rows:
                 return
-            rows = 2 * rows + 1  # the largest size with this number of bits: see LatencyEstimate
+            rows = 2 * rows + 1  # the largest number with one more bit; see LatencyEstimate
         log.info(
             "warmed up %s@%d with batches of at most %d rows: the warm-up has reached its limit of %g s",
             served.name,
@@ -127,7 +127,7 @@ class ModelLoader:
 
 
 def _run_operations(served: ServedModel, rows: int) -> Array:
-    """Run all operations on a batch of `rows` rows and record their latency; return decoded rows."""
+    """Run all operations on a batch of `rows` rows, and record their latencies. Return the decoded rows."""
     manifest, backend = served.manifest, served.backend
     medians = np.array([[feature.median for feature in manifest.features]], np.float32)
     x = medians.repeat(rows, axis=0)

@@ -1,6 +1,7 @@
-"""The operations that the endpoints run on a model. Rows are the first dimension, so that they can be batched.
+"""The operations that the endpoints run on a model.
 
-Shapes: B rows, D features, K latents, P parts of the score.
+The first dimension of every tensor is the rows, so that the rows of several requests can share a batch. Shapes: B rows,
+D features, K latents, P parts of the score.
 """
 
 from collections.abc import Callable
@@ -19,16 +20,17 @@ Tensors = tuple[Tensor, ...]  # each [B, ...]
 Arrays = tuple[npt.NDArray[np.float32], ...]  # each [B, ...]
 
 
-@dataclass(frozen=True, eq=False)  # compared by identity: a key of the batch queues that is hashed per request
+@dataclass(frozen=True, eq=False)  # operations are compared by identity, because every request hashes an operation
 class Operation:
-    """A function of a model's module and of row tensors.
+    """A function that takes a model's module and tensors of rows.
 
     Args:
-        name: value of the metric label `operation`.
+        name: the value of the metric label `operation`.
         function: called with the module and the inputs, each [B, ...]; returns the outputs, each [B, ...].
-        batched: whether requests may share a batch. Bit-exact operations are never batched, because the last bit of a
-            sum can depend on the size of the batch.
-        onnx_method: the graph of the ONNX twin that computes the whole operation; empty if there is none.
+        batched: whether requests may share a batch. Requests do not share a batch if outputs must be the same to the
+            last bit, because the last bit of a sum can depend on the size of the batch.
+        onnx_method: the name of the ONNX twin's graph that computes the whole operation; empty if there is no such
+            graph.
     """
 
     name: str
@@ -43,7 +45,7 @@ class Operation:
 
 @dataclass(frozen=True, eq=False)
 class AnomalyOperation(Operation):
-    """Scores rows and adds p-values and severities.
+    """An operation that scores rows, and adds p-values and severities.
 
     Args:
         alpha: the false-alarm rate.
@@ -89,7 +91,7 @@ DECODE = Operation("decode", _decode, onnx_method="decode")  # z [B, K] -> x_hat
 SAMPLE = Operation("sample", _sample, batched=False)  # noise [B, K], choice [B] -> z [B, K], x_hat [B, D]
 
 
-@lru_cache(maxsize=64)  # requests share a batch only if they have the same object
+@lru_cache(maxsize=64)  # requests share a batch only if their operation is the same object
 def anomaly(alpha: float) -> Operation:
     """Return the operation x [B, D] -> score, p_value, severity, parts, contribution, expected.
 

@@ -1,8 +1,8 @@
-"""The registry of served models: finds artifacts in the artifact folder, loads new ones, and drops removed ones.
+"""The registry of served models: loads new artifacts from the artifact folder, and drops removed artifacts.
 
-The folder is polled every few seconds, outside the event loop. Requests read one immutable `Catalogue`, which is
-replaced as a whole. A version that fails to load does not affect other versions: the failure is logged once, listed in
-/models, and not retried until the file changes.
+The folder is polled every few seconds, outside the event loop. Requests read an immutable `Catalogue`, which each poll
+replaces as a whole. A version that fails to load does not affect other versions. The failure is logged once and listed
+in /models. The file is not loaded again until it changes.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ class Failure:
     Args:
         name: name of the model.
         version: version of the model.
-        code: code of the error (`ElboError.code`), or "load_failed".
+        code: code of the error if it is an `ElboError`, otherwise "load_failed".
         detail: first line of the error's message.
     """
 
@@ -45,7 +45,7 @@ class Catalogue:
     """An immutable snapshot of the served models.
 
     Args:
-        models: served models by name and version, versions ascending.
+        models: served models by name and version, with versions in ascending order.
         failures: versions that failed to load.
         default: name of the model that answers requests without a reference; None if no model is served.
     """
@@ -55,7 +55,10 @@ class Catalogue:
     default: str | None = None
 
     def find(self, reference: str | None) -> ServedModel:
-        """Return the model that `reference` names: `name` (its newest version), `name@version`, or None (the default).
+        """Return the model that `reference` names.
+
+        `name` means the newest version of that model, `name@version` means that version, and None means the newest
+        version of the default model.
 
         Raises:
             NotReady: no model is served.
@@ -84,12 +87,13 @@ class Catalogue:
 
 @dataclass(frozen=True)
 class _Entry:
-    """The state of one version in the artifact folder.
+    """The state of one model version in the artifact folder.
 
     Args:
         signature: the signature of the file when it was last loaded.
-        served: the loaded model; if a new file failed to load, still the model from the previous file.
-        failure: why the file failed to load.
+        served: the loaded model. If the file has changed and failed to load, this is the model from the previous file.
+            It is None if no file of this version has loaded.
+        failure: why the file failed to load; None if it loaded.
     """
 
     signature: Signature
@@ -104,7 +108,7 @@ class ModelRegistry:
         root: the artifact folder.
         loader: loads artifacts.
         default_model: name of the default model; if it is not served, the first model by name is the default.
-        keep_versions: number of newest versions per model that are served.
+        keep_versions: how many of the newest versions of each model are served.
     """
 
     def __init__(self, root: Path, loader: ModelLoader, *, default_model: str, keep_versions: int) -> None:
@@ -116,7 +120,7 @@ class ModelRegistry:
         self.catalogue = Catalogue()
 
     async def poll(self) -> None:
-        """Refresh the catalogue in a thread. If the folder cannot be read, log it and keep the catalogue."""
+        """Refresh the catalogue in a thread. If the folder cannot be read, log a warning and keep the old catalogue."""
         try:
             await asyncio.to_thread(self.refresh)
         except OSError as error:
@@ -143,12 +147,15 @@ class ModelRegistry:
         _log_changes(previous, self.catalogue)
 
     def _load_newest(self, name: str, entries: dict[tuple[str, int], _Entry]) -> dict[int, ServedModel]:
-        """Return the newest `keep_versions` versions of `name` that load, ascending; add each visited to `entries`."""
+        """Return the newest `keep_versions` versions of `name` that load, in ascending order.
+
+        The state of every version that was visited is added to `entries`.
+        """
         served: dict[int, ServedModel] = {}
         for version in reversed(versions(self._root, name)):
             if len(served) == self._keep_versions:
                 break
-            with suppress(FileNotFoundError):  # removed after it was listed
+            with suppress(FileNotFoundError):  # the file was removed after it was listed
                 entry = entries[name, version] = self._load_if_changed(name, version)
                 if entry.served:
                     served[version] = entry.served

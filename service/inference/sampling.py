@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float32]
-SEEDS = 2**53  # integers below it are exact in JavaScript, so that a browser can send a seed back
-MIN_SINE = 1e-6  # smallest sine of the angle between two vectors that determines a great circle
+SEEDS = 2**53  # number of seeds: JavaScript represents integers below 2**53 exactly, so browsers can send a seed back
+MIN_SINE = 1e-6  # two vectors determine a great circle if the sine of the angle between them is at least this
 
 
 def fresh_seed() -> int:
@@ -19,7 +19,7 @@ def fresh_seed() -> int:
 
 
 class NoiseSource:
-    """A source of seeded random numbers. It is thread-safe; creating one takes half a millisecond."""
+    """A source of seeded random numbers. It is thread-safe. Creating a source takes half a millisecond."""
 
     def __init__(self) -> None:
         self._random = np.random.RandomState(0)
@@ -38,20 +38,20 @@ class NoiseSource:
             normal = self._random.standard_normal((rows, latents))
             self._random.seed([low, high, 1])
             uniform = self._random.random_sample(rows)
-        below_one = np.nextafter(np.float32(1), np.float32(0))  # rounding to float32 can give 1
+        below_one = np.nextafter(np.float32(1), np.float32(0))  # rounding a choice to float32 can give 1
         return normal.astype(np.float32), np.minimum(uniform.astype(np.float32), below_one)
 
 
 def interpolate(start: Array, end: Array, steps: int, method: str) -> Array:
-    """Return `steps` points [steps, K] from `start` [K] to `end` [K], both included exactly.
+    """Return `steps` points [steps, K]. The first point is exactly `start` [K], and the last is exactly `end` [K].
 
     Args:
         start: the first point, [K].
         end: the last point, [K].
         steps: the number of points, at least 2.
         method: "linear" for the straight line, or "slerp" for spherical interpolation (White, "Sampling generative
-            networks", 2016, section 2.1). Between parallel, opposite or zero vectors the great circle is not
-            determined, and "slerp" is linear.
+            networks", 2016, section 2.1). Parallel, opposite or zero vectors determine no great circle. For them,
+            "slerp" gives the straight line.
     """
     t = np.linspace(0.0, 1.0, steps)[:, None]  # [steps, 1]
     a, b = start.astype(np.float64), end.astype(np.float64)

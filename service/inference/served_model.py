@@ -22,9 +22,9 @@ class ServedModel:
         version: the version of the model.
         manifest: the manifest of the artifact.
         selection: the backend that runs the operations, and why it was selected.
-        load_seconds: time to load, to verify, and to select the backend.
-        warm_seconds: time of the warm-up.
-        exhibits: documents for people by file name, for example the model card.
+        load_seconds: duration of loading and verifying the artifact and of selecting the backend.
+        warm_seconds: duration of the warm-up.
+        exhibits: documents for human readers, such as the model card, by file name.
     """
 
     name: str
@@ -47,7 +47,7 @@ class ServedModel:
 
     @cached_property
     def headers(self) -> tuple[tuple[bytes, bytes], ...]:
-        """The headers of responses that the model computes."""
+        """The headers of every response that the model computes."""
         return ((b"elbo-model", f"{self.name}@{self.version}".encode()),)
 
     @cached_property
@@ -61,7 +61,7 @@ class ServedModel:
 
     @cached_property
     def latent_schema(self) -> RowSchema:
-        """The schema of latents."""
+        """The schema of a row of latents."""
         return RowSchema([self.manifest.latents])
 
     @cached_property
@@ -71,7 +71,7 @@ class ServedModel:
 
     @cached_property
     def selectors(self) -> FeatureSelectors:
-        """The mapping from names and labels of metrics to features."""
+        """The mapping from metric names and labels to features."""
         return FeatureSelectors({name: name for name in self.row_schema.names})
 
     @cached_property
