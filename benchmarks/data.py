@@ -1,4 +1,4 @@
-"""The images that several benchmarks use, and a description of the machine for their results."""
+"""Load the images of several benchmarks, and describe the machine that runs them."""
 
 import os
 import platform
@@ -15,7 +15,8 @@ DATA = Path(os.environ.get("ELBO_DATA", ROOT.parent / "shared" / "data"))
 def load_images(part: str) -> tuple[str, npt.NDArray[np.uint8]]:
     """Return the name of the data set and the images of `part` ("train" or "test"), [N, H, W], 0 to 255.
 
-    The data set is MNIST if ELBO_DATA or ../shared/data has mnist/{train,test}.npz, otherwise scikit-learn's digits.
+    The data set is MNIST if the folder ELBO_DATA (default ../shared/data) contains mnist/{train,test}.npz. Otherwise it
+    is scikit-learn's digits.
     """
     path = DATA / "mnist" / f"{part}.npz"
     if path.is_file():

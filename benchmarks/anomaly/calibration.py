@@ -3,17 +3,19 @@
     python benchmarks/anomaly/calibration.py
     python benchmarks/anomaly/calibration.py --smoke    # few data sets, few epochs, one seed
 
-The 19 data sets are split by the one-class protocol: half of the normal rows are training rows, which `elbo train`
-splits into fit, held-out and calibration rows; the other half are new rows. A row is flagged if its severity exceeds 1.
+Half of the normal rows of each data set are training rows. As in `elbo train`, they are split into fit, held-out and
+calibration rows. The other half are new normal rows. A row is flagged if its severity exceeds 1.
 
-The false-alarm rate is the share of new normal rows that are flagged at alpha. It is compared with the expectation for
-n calibration rows, floor(alpha (n + 1)) / (n + 1), and with the rate of a common method of other libraries: a threshold
-at the 1 - alpha quantile of the scores of the fit rows.
+The false-alarm rate is the share of new normal rows that are flagged at alpha. The tables compare it with two rates:
 
-The false discovery rate (FDR) is the mean share of normal rows among the rows that the Benjamini-Hochberg procedure
-calls anomalous at q, over batches of test rows with 10 % anomalies.
+- the rate to expect with n calibration rows, floor(alpha (n + 1)) / (n + 1);
+- the rate of a common method of other libraries, a threshold at the 1 - alpha quantile of the fit rows' scores.
 
-Without ELBO_DATA it uses data sets of scikit-learn. It prints Markdown tables.
+The false discovery rate (FDR) is measured on batches of test rows. In each batch, 10 % of the rows are anomalies. The
+Benjamini-Hochberg procedure at level q calls some rows of a batch anomalous. The FDR is the share of normal rows among
+them, averaged over the batches.
+
+Without ADBench's files the benchmark uses data sets of scikit-learn. It prints Markdown tables.
 """
 
 import argparse
@@ -40,10 +42,10 @@ class Rates:
     """The rates of one model on one data set with one seed.
 
     Args:
-        conformal: share of new normal rows that are flagged, per alpha in ALPHAS, [3].
-        fit_quantile: the same with a threshold at a quantile of the scores of the fit rows, [3].
-        false_discovery: false discovery rate, the mean over batches.
-        found: share of the anomalies that are called anomalous, the mean over batches.
+        conformal: share of new normal rows that Elbo flags, per alpha in ALPHAS, [3].
+        fit_quantile: share of new normal rows above the 1 - alpha quantile of the fit rows' scores, per alpha, [3].
+        false_discovery: share of normal rows among the rows that are called anomalous, averaged over batches.
+        found: share of the anomalies that are called anomalous, averaged over batches.
         calibration_rows: number of calibration rows.
     """
 
@@ -77,7 +79,7 @@ def measure_rates(kind: str, data: OneClass, seed: int, smoke: bool) -> Rates:
 def _discoveries(
     p_value: npt.NDArray[np.float32], normal: npt.NDArray[np.bool_], seed: int
 ) -> Iterator[tuple[float, float]]:
-    """Yield the false discovery proportion and the share of anomalies found, per random batch of test rows."""
+    """Yield two shares per random batch of test rows: normal rows among the discoveries, and anomalies found."""
     random = np.random.RandomState(seed)
     for _ in range(BATCHES):
         normal_rows = random.choice(np.flatnonzero(normal), BATCH_ROWS - BATCH_ANOMALIES)
@@ -88,7 +90,7 @@ def _discoveries(
 
 
 def false_alarm_rows(kind: str, by_set: dict[str, list[Rates]]) -> Iterator[str]:
-    """Yield a table row per alpha: the mean over the data sets, its standard error over seeds, and the largest rate."""
+    """Yield one table row per alpha. `by_set` has the rates per data set, one for each seed."""
     rates_array = np.array([[r.conformal for r in rates] for rates in by_set.values()])  # [S, seeds, 3]
     conformal, by_seed = rates_array.mean(axis=1), rates_array.mean(axis=0)  # [S, 3], [seeds, 3]
     fit_quantile = np.array([np.mean([r.fit_quantile for r in rates], axis=0) for rates in by_set.values()])  # [S, 3]
@@ -102,7 +104,7 @@ def false_alarm_rows(kind: str, by_set: dict[str, list[Rates]]) -> Iterator[str]
 
 
 def discovery_row(kind: str, by_set: dict[str, list[Rates]]) -> str:
-    """Return the row of the table of false discovery rates."""
+    """Return the row of `kind` in the table of false discovery rates."""
     all_rates = [r for rates in by_set.values() for r in rates]
     false_discovery = np.mean([r.false_discovery for r in all_rates])
     found = np.mean([r.found for r in all_rates])
@@ -111,7 +113,11 @@ def discovery_row(kind: str, by_set: dict[str, list[Rates]]) -> str:
 
 
 def data_set_row(name: str, kinds: dict[str, dict[str, list[Rates]]]) -> str:
-    """Return a data set's number of calibration rows, floor, and false-alarm rates per kind at the second alpha."""
+    """Return the table row of a data set.
+
+    The cells are the number n of calibration rows, the floor 1 / (n + 1), and the false-alarm rate of each kind at the
+    second alpha.
+    """
     figures = (f"{np.mean([r.conformal[1] for r in by_set[name]]):.3f}" for by_set in kinds.values())
     rows = next(iter(kinds.values()))[name][0].calibration_rows
     return f"| {name} | {rows} | {1 / (rows + 1):.4f} | {' | '.join(figures)} |"

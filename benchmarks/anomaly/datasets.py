@@ -1,10 +1,12 @@
 """The data sets of the anomaly benchmarks, split by the one-class protocol.
 
-A data set is reduced to at most 10,000 random rows. A random half of the normal rows is for training, all other rows
-are for testing, and all rows are standardised with the mean and standard deviation of the training rows.
+A data set with more than 10,000 rows is reduced to 10,000 random rows. A random half of the normal rows are training
+rows. The other normal rows and all anomalies are test rows. All rows are standardised with the mean and standard
+deviation of the training rows.
 
-The data sets are those of ADBench if ELBO_DATA (or ../shared/data) has adbench/*.npz with X and y (1 for an anomaly),
-otherwise data sets of scikit-learn in which one class is normal.
+If the folder ELBO_DATA (default ../shared/data) contains adbench/*.npz, the data sets are those of ADBench. Each file
+holds the rows X and the labels y, which are 1 for an anomaly. Without such files, the data sets are those of
+scikit-learn, with one class as the normal rows.
 """
 
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ import numpy.typing as npt
 from benchmarks.data import DATA
 
 MAX_ROWS = 10_000
-ANOMALY_RATIO = 0.1  # anomalies / normal rows in the data sets of scikit-learn
+ANOMALY_RATIO = 0.1  # number of anomalies / number of normal rows, in the data sets of scikit-learn
 
 Rows = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
@@ -25,14 +27,14 @@ Labels = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class LabelledSplit:
-    """A data set, split and standardised with one seed.
+    """A data set that was split with one seed and standardised.
 
     Args:
         name: name of the data set.
         seed: seed of the split.
         train: training rows [N, D].
         test: test rows [M, D].
-        labels: 1 for an anomaly and 0 for a normal row, per test row, [M].
+        labels: per test row, 1 for an anomaly and 0 for a normal row, [M].
     """
 
     name: str
@@ -43,7 +45,7 @@ class LabelledSplit:
 
 
 def labelled_splits(seeds: range, bundled: bool = False, contaminated: bool = False) -> Iterator[LabelledSplit]:
-    """Yield all data sets with the first seed, then with the next one, and so on.
+    """Yield all data sets split with the first seed, then all data sets split with the second seed, and so on.
 
     Args:
         seeds: seeds of the splits.
@@ -89,7 +91,7 @@ def _bundled() -> dict[str, tuple[Rows, Labels]]:
 
 
 def _one_class(dataset: Any, normal: int) -> tuple[Rows, Labels]:
-    """Return the rows of the class `normal`, and a sample of the other rows as anomalies, with their labels."""
+    """Return rows and labels: all rows of the class `normal`, and a sample of the other rows as anomalies."""
     x, classes = dataset.data, dataset.target
     inside, outside = np.flatnonzero(classes == normal), np.flatnonzero(classes != normal)
     sample = outside[:: max(1, round(len(outside) / (ANOMALY_RATIO * len(inside))))]

@@ -1,7 +1,7 @@
 """Data sets with normal training rows and labelled test rows, and models trained on them.
 
-The metrics of servers are read from server-metrics/*.npz in ELBO_DATA (or ../shared/data). Without them, a synthetic
-server shows that a benchmark works.
+The metrics of servers are read from server-metrics/*.npz in the folder ELBO_DATA (default ../shared/data). Without such
+files, the metrics are those of a synthetic server, which only shows that the benchmark works.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from training.progress import SilentReporter
 KINDS = ("pca", "ae", "vae", "ensemble")
 
 Floats = npt.NDArray[np.float32]
-Cause = tuple[int, int, int]  # first row, last row and feature of an incident
+Cause = tuple[int, int, int]  # first and last row of an incident, and a feature that caused it
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class OneClass:
     """A data set for one-class learning.
 
     Args:
-        name: its name.
+        name: name of the data set.
         train: normal training rows [N, D].
         test: test rows [M, D].
-        labels: 1 for an anomaly and 0 for a normal row, per test row, [M].
-        causes: the features that caused the incidents, if known.
+        labels: per test row, 1 for an anomaly and 0 for a normal row, [M].
+        causes: one entry per incident and feature that caused it; empty if the causes are unknown.
     """
 
     name: str
@@ -46,13 +46,16 @@ class OneClass:
 
 
 def adbench(seed: int, smoke: bool = False) -> Iterator[OneClass]:
-    """Yield the 19 data sets of ADBench, split by the one-class protocol; those of scikit-learn for a smoke test."""
+    """Yield the 19 data sets of ADBench, split with `seed`. For a smoke test, yield those of scikit-learn."""
     for split in labelled_splits(range(seed, seed + 1), bundled=smoke):
         yield OneClass(split.name, split.train.astype(np.float32), split.test.astype(np.float32), split.labels)
 
 
 def servers(smoke: bool = False) -> Iterator[OneClass]:
-    """Yield the metrics of nine servers in order of time; a synthetic server for a smoke test or without data."""
+    """Yield the metrics of nine servers, one data set per server. Rows are in order of time.
+
+    Without these data, or for a smoke test, yield only a synthetic server.
+    """
     paths = sorted((DATA / "server-metrics").glob("*.npz"))
     for path in () if smoke else paths:
         data = np.load(path)
@@ -63,7 +66,10 @@ def servers(smoke: bool = False) -> Iterator[OneClass]:
 
 
 def _synthetic_server(rows: int = 1_200, features: int = 8) -> OneClass:
-    """Return metrics that follow two slow loads; in two incidents in the test rows, two features are shifted."""
+    """Return a synthetic server with two incidents in its test rows.
+
+    All metrics follow two slow loads. During an incident, two of the metrics are shifted.
+    """
     random = np.random.RandomState(0)
     time = np.arange(2 * rows)
     loads = np.column_stack((np.sin(time / 90), np.sin(time / 37 + 1)))
@@ -79,14 +85,17 @@ def _synthetic_server(rows: int = 1_200, features: int = 8) -> OneClass:
 
 
 def standardise(data: OneClass) -> tuple[Floats, Floats]:
-    """Return training and test rows, standardised on the training rows; constant features are only centred."""
+    """Standardise training and test rows with the mean and standard deviation of the training rows.
+
+    Features that are constant in the training rows are only centred.
+    """
     mean, deviation = data.train.mean(axis=0), data.train.std(axis=0)
     deviation = np.where(deviation <= 1e-7 * np.abs(data.train).max(axis=0), 1.0, deviation)
     return (data.train - mean) / deviation, (data.test - mean) / deviation
 
 
 def train_model(kind: str, data: OneClass, seed: int, smoke: bool = False) -> tuple[Pipeline, Split]:
-    """Train a model of `kind` with the defaults of `elbo train`; return it and the split of the training rows."""
+    """Return a model of `kind`, trained with the defaults of `elbo train`, and the split of the training rows."""
     width = data.train.shape[1]
     names = [f"x{i}" for i in range(width)]
     missing = np.zeros(width, np.int64)

@@ -1,10 +1,11 @@
-"""PyOD's PCA, VAE and autoencoder with default options, on one thread. Runs in the environment that has PyOD.
+"""Run PyOD's PCA, VAE and autoencoder with default options, on one thread. The environment must have PyOD.
 
-`python pyod_detectors.py FOLDER` reads the training and test rows in each <n>.npz in FOLDER, and writes scores/<n>.npz:
-per detector, a score per test row; a higher score is more anomalous.
+`python pyod_detectors.py FOLDER` reads the training and test rows in each file FOLDER/<n>.npz, and writes
+FOLDER/scores/<n>.npz. This file holds one array per detector: the scores of the test rows. Higher scores are more
+anomalous.
 
-`python pyod_detectors.py FOLDER ROUNDS BATCH...` fits the detectors to rows.npy in FOLDER, and prints one line of JSON:
-per detector, the microseconds per row for each batch size, and the CPU seconds of the fit.
+`python pyod_detectors.py FOLDER ROUNDS BATCH...` fits the detectors to the rows in FOLDER/rows.npy, and prints one line
+of JSON. This line maps each detector to a list: microseconds per row for each batch size, then CPU seconds of the fit.
 """
 
 import json
@@ -41,7 +42,7 @@ def score(folder: Path) -> None:
 
 
 def measure_time(folder: Path, rounds: int, batches: list[int]) -> None:
-    """Print the time per row of each detector for each batch size, and the CPU time of its fit."""
+    """Print, per detector, the time per row for each batch size, and the CPU time of the fit."""
     rows, costs = np.load(folder / "rows.npy"), {}
     for name in DETECTORS:
         started = process_time()
@@ -52,7 +53,7 @@ def measure_time(folder: Path, rounds: int, batches: list[int]) -> None:
 
 
 def _best_microseconds(detector: Any, rows: Any, rounds: int) -> float:
-    """Return the shortest time per row."""
+    """Return the shortest measured time per row, in microseconds."""
     durations = []
     for _ in range(WARM_UP_ROUNDS + rounds):
         started = perf_counter()

@@ -1,13 +1,15 @@
-"""Compare how well the anomaly scores of Elbo, PyOD and scikit-learn rank anomalies: AUROC and average precision.
+"""Compare AUROC and average precision of the anomaly scores of Elbo, PyOD and scikit-learn.
 
     python benchmarks/anomaly/score_ranking.py             # `make bench-anomaly` also installs PyOD
     python benchmarks/anomaly/score_ranking.py --robust    # anomalies among the training rows
     python benchmarks/anomaly/score_ranking.py --smoke     # small data sets, few epochs
 
-Elbo's models have the defaults of `elbo train`. The data sets and splits are those of `datasets.py`. Elbo splits the
-training rows into 70 % fit, 10 % held-out and 20 % calibration rows; the other detectors use all of them.
+Elbo's models have the defaults of `elbo train`. `datasets.py` describes the data sets and their splits. Elbo splits the
+training rows into 70 % fit, 10 % held-out and 20 % calibration rows. The other detectors are fitted to all training
+rows.
 
-PyOD runs in its own environment; without that, the tables lack its detectors. It prints Markdown tables.
+PyOD runs in its own environment. Without this environment, the tables lack PyOD's detectors. The benchmark prints
+Markdown tables.
 """
 
 import argparse
@@ -39,12 +41,12 @@ from training.progress import SilentReporter
 
 KINDS = ("pca", "vae", "ae", "ensemble")
 BASELINE = "kNN"
-TIE = 0.05  # percentage points; smaller differences are ties
+TIE = 0.05  # largest difference in percentage points that counts as a tie
 ONE_CORE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 Scores = npt.NDArray[np.float64]
 Figures = tuple[float, float]  # AUROC and average precision in percent
-Results = dict[str, dict[str, list[Figures]]]  # by detector and data set, per seed
+Results = dict[str, dict[str, list[Figures]]]  # figures of each seed, by detector and data set
 
 
 def train_model(kind: str, rows: Scores, robust: bool = False, epochs: int | None = None) -> Pipeline:
@@ -59,7 +61,7 @@ def train_model(kind: str, rows: Scores, robust: bool = False, epochs: int | Non
 
 
 def elbo_detector(kind: str, robust: bool = False, epochs: int | None = None) -> Callable[[LabelledSplit], Scores]:
-    """Return a function that scores the test rows with a model of `kind`."""
+    """Return a function that trains a model of `kind` on the training rows and scores the test rows."""
 
     def scores(split: LabelledSplit) -> Scores:
         pipeline = train_model(kind, split.train, robust, epochs)
@@ -70,7 +72,7 @@ def elbo_detector(kind: str, robust: bool = False, epochs: int | None = None) ->
 
 
 def nearest_neighbours(split: LabelledSplit) -> Scores:
-    """Return the distance to the fifth nearest training row, as PyOD's KNN does; a row is not its own neighbour."""
+    """Return the distance of each test row to the fifth nearest training row, as PyOD's KNN does."""
     distances = NearestNeighbors(n_neighbors=6).fit(split.train).kneighbors(split.test)[0]
     includes_itself = split.test is split.train
     return np.asarray(distances[:, 5 if includes_itself else 4])
@@ -87,14 +89,14 @@ def isolation_forest(split: LabelledSplit) -> Scores:
 
 
 def measure(split: LabelledSplit, scores: Scores) -> Figures:
-    """Return AUROC and average precision in percent; NaN if a score is not finite."""
+    """Return AUROC and average precision in percent. Both are NaN if a score is not finite."""
     if not np.isfinite(scores).all():
         return np.nan, np.nan
     return 100 * roc_auc_score(split.labels, scores), 100 * average_precision_score(split.labels, scores)
 
 
 def _measure_split(task: tuple[LabelledSplit, Sequence[str], bool, int | None]) -> tuple[str, dict[str, Figures]]:
-    """Measure all detectors except PyOD's on one split; return the name of the data set and the figures."""
+    """Measure all detectors except PyOD's on one split. Return the name of the data set and the figures."""
     torch.set_num_threads(1)
     split, kinds, robust, epochs = task
     detectors = {f"Elbo {kind}": elbo_detector(kind, robust, epochs) for kind in kinds}
@@ -105,7 +107,7 @@ def _measure_split(task: tuple[LabelledSplit, Sequence[str], bool, int | None]) 
 
 
 class PyodProcess:
-    """A process that scores the test rows of some splits with PyOD's detectors.
+    """A process that scores the test rows of the given splits with PyOD's detectors.
 
     Args:
         splits: the splits.
@@ -124,7 +126,7 @@ class PyodProcess:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | ONE_CORE)
 
     def read_figures(self) -> Iterator[tuple[str, dict[str, Figures]]]:
-        """Wait for the process; yield the name of the data set and the figures per split.
+        """Wait for the process to end. Then yield, per split, the name of the data set and the figures.
 
         Raises:
             RuntimeError: the process failed.
@@ -146,7 +148,11 @@ def measure_all(
     jobs: int,
     pyod_python: str,
 ) -> tuple[Results, str]:
-    """Measure all detectors on all splits; return the results, and why PyOD is missing, or an empty string."""
+    """Measure all detectors on all splits.
+
+    Returns:
+        The results, and the reason why PyOD is missing. The reason is empty if PyOD was measured.
+    """
     results: Results = {}
     problem, pyod = "", None
     try:
@@ -171,12 +177,12 @@ def measure_all(
 
 
 def _means(results: Results, detector: str) -> npt.NDArray[np.float64]:
-    """Return the means over seeds, [data sets, 2]; NaN where a score was not finite."""
+    """Return the mean figures of `detector` over seeds, [data sets, 2]. They are NaN if a score was not finite."""
     return np.array([np.mean(figures, axis=0) for figures in results[detector].values()])
 
 
 def print_means(results: Results) -> None:
-    """Print the means over data sets, and comparisons with the baseline per data set."""
+    """Print the means of each detector over data sets, and the comparison with the baseline."""
     baseline = _means(results, BASELINE)
     print(
         f"| detector | AUROC | AP | data sets | AUROC: wins, ties, losses against {BASELINE} | p "
@@ -192,7 +198,11 @@ def print_means(results: Results) -> None:
 
 
 def _compare(differences: npt.NDArray[np.float64]) -> str:
-    """Return wins, ties and losses, and the two-sided p-value of Wilcoxon's signed-rank test, for AUROC and for AP."""
+    """Return the table cells for the differences [data sets, 2] between a detector and the baseline.
+
+    There are two cells for AUROC, then two for AP. The first has the numbers of wins, ties and losses. The second has
+    the two-sided p-value of Wilcoxon's signed-rank test.
+    """
     cells = ""
     for difference in differences.T:
         won, lost = int((difference > TIE).sum()), int((difference < -TIE).sum())
@@ -202,7 +212,7 @@ def _compare(differences: npt.NDArray[np.float64]) -> str:
 
 
 def print_data_sets(results: Results) -> None:
-    """Print AUROC / AP per data set, means over seeds."""
+    """Print the mean AUROC / AP over seeds, per data set and detector."""
     print(f"| data set | {' | '.join(results)} |")
     print(f"|---|{'---|' * len(results)}")
     means = {detector: _means(results, detector) for detector in results}

@@ -1,16 +1,19 @@
-"""Measure the time to score a row, and to fit a model, of Elbo's models and of PyOD's detectors, on one thread.
+"""Measure the scoring time per row and the fit time of Elbo's models and PyOD's detectors, on one thread.
 
     python benchmarks/anomaly/score_speed.py            # `make bench-anomaly` also installs PyOD
     python benchmarks/anomaly/score_speed.py --smoke    # few rows and rounds
 
-Elbo's models compute scores, their parts, p-values, severities, contributions and expected values. With the verdict,
-the time also includes the response objects of `/anomaly`, which list the three features with the largest contributions.
-PyOD's detectors compute scores only. In each round all detectors are measured once, so that changes in the machine's
-speed affect all alike; the best round counts.
+The time of an Elbo model includes scores, the parts of scores, p-values, severities, contributions and expected values.
+The time with the verdict also includes the response objects of `/anomaly`, which list the three features with the
+largest contributions. PyOD's detectors compute only scores.
 
-The time of a fit is the CPU time of `elbo train`: reading, splitting, training, calibration and publishing.
+In each round all detectors are measured once, so that changes in the machine's speed affect all detectors alike. The
+table shows the shortest time of all rounds.
 
-It prints a Markdown table.
+The fit time of an Elbo model is the CPU time of `elbo train`: reading, splitting, training, calibration and publishing.
+The fit time of a PyOD detector is the CPU time of its `fit` method.
+
+The benchmark prints a Markdown table.
 """
 
 import argparse
@@ -42,7 +45,7 @@ from training.train import train
 KINDS = ("pca", "vae", "ae", "ensemble")
 ROWS, FEATURES, FACTORS = 10_000, 20, 8
 BATCHES = (1, 256)
-TARGETS = {1: 100.0, 256: 2.0}  # us per row without the verdict, by batch size
+TARGETS = {1: 100.0, 256: 2.0}  # maximum us per row without the verdict, by batch size
 WARM_UP_ROUNDS = 5
 ALPHA, EXPLAIN = 0.05, 3
 ONE_CORE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -60,7 +63,7 @@ def create_rows(count: int) -> Rows:
 
 
 def create_detectors(artifact: Artifact) -> tuple[str, Detector, Detector]:
-    """Return the name of the selected backend, a function that scores rows, and one that also gives the verdicts."""
+    """Return the selected backend's name, a function that scores rows, and a function that also makes verdicts."""
     backend, operation = select_backend(artifact).backend, operations.anomaly(ALPHA)
     names, body = [feature.name for feature in artifact.manifest.features], AnomalyBody(alpha=ALPHA, explain=EXPLAIN)
 
@@ -77,7 +80,7 @@ def create_detectors(artifact: Artifact) -> tuple[str, Detector, Detector]:
 
 
 def best_microseconds(detectors: dict[str, Detector], x: Rows, rounds: int) -> dict[str, float]:
-    """Return the shortest time per row of each detector for x [B, D]."""
+    """Return, per detector, the shortest time per row to score x [B, D], in microseconds."""
     best = dict.fromkeys(detectors, np.inf)
     for round_ in range(WARM_UP_ROUNDS + rounds):
         for name, detector in detectors.items():
@@ -89,7 +92,7 @@ def best_microseconds(detectors: dict[str, Detector], x: Rows, rounds: int) -> d
 
 
 def measure_pyod(x: Rows, rounds: int, python: str) -> dict[str, list[float]]:
-    """Return, per detector of PyOD, the microseconds per row for each of BATCHES, then the CPU seconds of its fit.
+    """Return a list per PyOD detector: the microseconds per row for each of BATCHES, then the CPU seconds of the fit.
 
     Raises:
         RuntimeError: PyOD is missing or failed.

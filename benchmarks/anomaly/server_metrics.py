@@ -3,23 +3,30 @@
     python benchmarks/anomaly/server_metrics.py            # `make bench-anomaly` also installs PyOD
     python benchmarks/anomaly/server_metrics.py --smoke    # a synthetic server, few epochs
 
-Each server has training rows, and later test rows with labelled incidents and their causes. The detectors are Elbo's
-models with the defaults of `elbo train`, the distance to the fifth nearest neighbour (kNN), the squared deviation from
-the training mean (z²), and PyOD's detectors with default options. All but Elbo's get standardised rows.
+Each server has training rows and later test rows. The test rows have labelled incidents with known causes. The
+detectors are:
 
-Ranking: AUROC and average precision (AP) of the score, per row and smoothed by an exponentially weighted mean with a
-half-life of HALF_LIFE rows. Elbo's severity is smoothed, as in the service; for the other detectors, the score.
+- Elbo's models with the defaults of `elbo train`;
+- kNN: the distance to the fifth nearest training row;
+- z²: the squared deviation from the training mean;
+- PyOD's detectors with default options.
 
-False alarms: the share of normal test rows with a severity above 1 at ALPHA, as trained, and after `elbo calibrate` on
-the first quarter of the normal test rows, counted on the others.
+All detectors except Elbo's get standardised rows.
 
-Explanations: HitRate@100 %. For an incident with g true causes, it is the share of them among the g features with the
-largest contributions. Contributions are averaged over the rows of an incident, hit rates over incidents (Su et al.,
-"Robust anomaly detection for multivariate time series through stochastic recurrent neural network", KDD 2019; per
-incident as in Li et al., "Multivariate time series anomaly detection and interpretation using hierarchical inter-metric
-and temporal embedding", KDD 2021).
+Ranking: AUROC and average precision (AP), for scores and for smoothed scores. A smoothed score is an exponentially
+weighted mean with a half-life of HALF_LIFE rows. For Elbo's models the severity replaces the score, as in the service.
 
-Without ELBO_DATA it uses a synthetic server. It prints Markdown tables.
+False alarms: the share of normal test rows with a severity above 1 at ALPHA. It is measured for the models as trained,
+and for models that were recalibrated on the first quarter of the normal test rows. After recalibration, which works
+like `elbo calibrate`, only the last three quarters are counted.
+
+Explanations: HitRate@100 %. For an incident with g true causes, the hit rate is the share of the true causes that are
+among the g features with the largest contributions. Contributions are averaged over the rows of an incident. Hit rates
+are averaged over the incidents. The measure is from Su et al., "Robust anomaly detection for multivariate time series
+through stochastic recurrent neural network", KDD 2019. The averages per incident are from Li et al., "Multivariate time
+series anomaly detection and interpretation using hierarchical inter-metric and temporal embedding", KDD 2021.
+
+Without the servers' files the benchmark uses a synthetic server. It prints Markdown tables.
 """
 
 import argparse
@@ -42,15 +49,15 @@ from service.anomaly.smoothing import exponential_mean
 
 ALPHA = 0.05
 NEIGHBOURS = 5
-HALF_LIFE = 3.0  # rows
-RECALIBRATION_SHARE = 0.25  # of the normal test rows, the first ones
+HALF_LIFE = 3.0  # half-life of a row's weight in the smoothed score, in rows
+RECALIBRATION_SHARE = 0.25  # share of the normal test rows that serve for recalibration: the earliest rows
 
 Doubles = npt.NDArray[np.float64]
 Measures = dict[str, float]
 
 
 def ranking(labels: npt.NDArray[np.int64], score: Doubles) -> Measures:
-    """Return AUROC and average precision of scores [M], per row and smoothed in time."""
+    """Return AUROC and average precision of scores [M], before and after smoothing in time."""
     smooth = exponential_mean(score, HALF_LIFE)
     measures = {}
     for prefix, values in (("", score), ("smooth ", smooth)):
@@ -60,7 +67,7 @@ def ranking(labels: npt.NDArray[np.int64], score: Doubles) -> Measures:
 
 
 def hit_rate(contribution: npt.NDArray[np.floating], data: OneClass) -> float:
-    """Return HitRate@100 % for contributions [M, D] of the test rows, the mean over incidents."""
+    """Return HitRate@100 % of the contributions [M, D] of the test rows, averaged over incidents."""
     incidents: dict[tuple[int, int], set[int]] = {}
     for first, last, feature in data.causes:
         incidents.setdefault((first, last), set()).add(feature)
@@ -73,7 +80,7 @@ def hit_rate(contribution: npt.NDArray[np.floating], data: OneClass) -> float:
 
 
 def measure_elbo(kind: str, data: OneClass, smoke: bool) -> Measures:
-    """Train a model of `kind` and measure it."""
+    """Train a model of `kind`, and measure its ranking, false alarms and explanations."""
     pipeline, _ = train_model(kind, data, seed=0, smoke=smoke)
     with torch.no_grad():
         score, _, contribution, _ = pipeline.score(torch.from_numpy(data.test))
@@ -90,7 +97,7 @@ def measure_elbo(kind: str, data: OneClass, smoke: bool) -> Measures:
 
 
 def measure_nearest_neighbours(data: OneClass) -> Measures:
-    """Measure the distance to the fifth nearest training row as a score."""
+    """Measure the ranking by the distance to the fifth nearest training row."""
     train, test = standardise(data)
     neighbours = NearestNeighbors(n_neighbors=NEIGHBOURS, algorithm="brute").fit(train)
     distance = neighbours.kneighbors(test)[0][:, -1].astype(np.float64)
@@ -98,14 +105,17 @@ def measure_nearest_neighbours(data: OneClass) -> Measures:
 
 
 def measure_squared_deviation(data: OneClass) -> Measures:
-    """Measure the squared deviation from the training mean: its sum as the score, per feature as the explanation."""
+    """Measure the squared deviation from the training mean.
+
+    Its sum over the features is the score. Its value for one feature is the contribution of that feature.
+    """
     square = np.square(standardise(data)[1], dtype=np.float64)
     total = square.sum(axis=1)
     return ranking(data.labels, total) | {"hits": hit_rate(square, data)}
 
 
 def measure_pyod(python: str, data: OneClass) -> Iterator[tuple[str, Measures]]:
-    """Measure PyOD's detectors; yield nothing if the interpreter `python` does not exist."""
+    """Yield the measures of PyOD's detectors, or nothing if the interpreter `python` does not exist."""
     if not Path(python).exists():
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -121,7 +131,7 @@ def measure_pyod(python: str, data: OneClass) -> Iterator[tuple[str, Measures]]:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: the key of a measure, and the head."""
+    """A column of a table: the key of its measure, and its title."""
 
     key: str
     title: str
@@ -138,11 +148,11 @@ ALARMS = [
 
 
 def mean_table(results: Mapping[str, Mapping[str, Measures]], columns: list[Column]) -> Iterator[str]:
-    """Yield the lines of a table with the means over servers per detector.
+    """Yield the lines of a table with one row per detector, which shows means over servers.
 
     Args:
         results: measures by detector and server.
-        columns: columns of the table. Detectors without these measures are omitted.
+        columns: columns of the table. A detector that lacks one of these measures is omitted.
     """
     yield f"| | {' | '.join(column.title for column in columns)} |"
     yield f"|---|{'---|' * len(columns)}"
@@ -155,7 +165,7 @@ def mean_table(results: Mapping[str, Mapping[str, Measures]], columns: list[Colu
 
 
 def server_table(results: Mapping[str, Mapping[str, Measures]], keys: tuple[str, ...]) -> Iterator[str]:
-    """Yield the lines of a table with the measures `keys` per server, of all detectors that have them."""
+    """Yield the lines of a table with one row per server, which shows the measures `keys` of each detector."""
     names = [name for name, by_server in results.items() if keys[0] in next(iter(by_server.values()))]
     yield f"| server | {' | '.join(names)} |"
     yield f"|---|{'---|' * len(names)}"

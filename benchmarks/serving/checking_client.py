@@ -1,6 +1,6 @@
-"""A client that compares each response with the output of the module, for random requests.
+"""A client that sends random requests and compares each response with the output of the module.
 
-The load generators send one request repeatedly and check only the size of the responses.
+The load generators, in contrast, send one request repeatedly and check only the size of the responses.
 """
 
 import asyncio
@@ -14,21 +14,21 @@ import numpy.typing as npt
 import orjson
 
 Array = npt.NDArray[np.float32]
-TOLERANCE = 1e-4  # of a response against the output of the module
-MAX_PATIENCE = 0.03  # seconds after which the client disconnects, at most
+TOLERANCE = 1e-4  # absolute tolerance between a response and the output of the module
+MAX_PATIENCE = 0.03  # maximum time in seconds until the client disconnects
 
 
 class NotConnected(ConnectionError):
-    """The connection was refused, so that nothing was sent."""
+    """The connection was refused, so nothing was sent."""
 
 
 @dataclass
 class RowPool:
-    """The rows of requests.
+    """The rows from which requests are made, and the expected outputs.
 
     Args:
         x: rows [N, D].
-        outputs: their reconstructions by the module, [N, D].
+        outputs: reconstructions of x by the module, [N, D].
     """
 
     x: Array
@@ -52,13 +52,13 @@ class Outcomes:
     """Counts of the outcomes of requests.
 
     Args:
-        correct: responses with status 200 that equal the output of the module.
-        wrong: responses with status 200 that do not.
-        lost: requests that were sent and got no response.
-        disconnected: requests during which the client disconnected.
-        statuses: responses with another status than 200, by status.
-        correct_times: when the correct responses arrived, by `perf_counter`.
-        lost_times: when connections with a request on them ended, by `perf_counter`.
+        correct: number of responses with status 200 that equal the output of the module.
+        wrong: number of responses with status 200 that differ from the output of the module.
+        lost: number of requests that were sent but got no response.
+        disconnected: number of requests during which the client disconnected.
+        statuses: number of responses by status, for statuses other than 200.
+        correct_times: arrival times of the correct responses, by `perf_counter`.
+        lost_times: times at which requests were lost, by `perf_counter`.
     """
 
     correct: int = 0
@@ -120,11 +120,11 @@ class Connection:
 
 
 class BackgroundLoad:
-    """Connections that send random requests until `stop`.
+    """Connections that send random requests until `stop` is called.
 
     Args:
         port: port of the server.
-        pool: the rows.
+        pool: the rows from which requests are made.
         model: name of the model.
         connections: number of connections.
     """
@@ -138,7 +138,7 @@ class BackgroundLoad:
         self._tasks = [asyncio.create_task(self._send_requests(seed)) for seed in range(connections)]
 
     async def stop(self) -> Outcomes:
-        """Wait for the responses to the last requests, and return the outcomes."""
+        """Stop sending, wait for the outstanding responses, and return the outcomes."""
         self._stopped.set()
         await asyncio.gather(*self._tasks)
         return self.outcomes
@@ -162,14 +162,14 @@ class BackgroundLoad:
 async def send_with_disconnects(
     port: int, pool: RowPool, model: str, *, requests: int, concurrency: int, seed: int
 ) -> Outcomes:
-    """Send random requests; disconnect during half of them at a random time.
+    """Send random requests. During half of them, disconnect at a random time.
 
     Args:
         port: port of the server.
-        pool: the rows.
+        pool: the rows from which requests are made.
         model: name of the model.
         requests: number of requests.
-        concurrency: most requests at a time.
+        concurrency: maximum number of requests at a time.
         seed: seed of the random numbers.
     """
     generator, outcomes = np.random.default_rng(seed), Outcomes()

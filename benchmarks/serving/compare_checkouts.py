@@ -1,14 +1,16 @@
-"""Compare the serving speed of this checkout with that of another one, for example of the commit before a change.
+"""Compare the serving speed of this checkout with that of another checkout, for example of the commit before a change.
 
     git worktree add ../before COMMIT
     python benchmarks/serving/compare_checkouts.py ../before
 
-Both servers run with the same interpreter, models and requests. The two are measured in turn, request kind by request
-kind, and the order alternates from round to round, so that a change of the machine's speed hits both. The table shows
-the median over rounds of each rate and the ratio of the medians, this checkout over the other. The cost is the
-server's processor time per response: on a shared machine its ratio varies less than that of the rates.
+Both servers run with the same interpreter, models and requests. For each kind of load, the two servers are measured in
+turn. Their order alternates from round to round, so that a change in the machine's speed affects both. The table shows
+the median rate of each server over the rounds, and the ratio of the two medians, this checkout / other checkout. The
+cost ratio compares the processor time per response in the same way. On a shared machine, the cost ratio varies less
+than the rate ratio.
 
-Options: --rounds (10), --seconds per measurement (2), --smoke (one short round against this checkout itself).
+Options: --rounds (default 10), --seconds per measurement (default 2), --smoke (one short round, against this checkout
+itself).
 """
 
 import argparse
@@ -57,7 +59,7 @@ class Server:
     port: int
 
     def wait_until_ready(self) -> None:
-        """Wait until /readyz answers 200. Raises RuntimeError if it does not in START_SECONDS."""
+        """Wait until /readyz responds with status 200. Raise RuntimeError if this takes longer than START_SECONDS."""
         deadline = monotonic() + START_SECONDS
         while monotonic() < deadline:
             self.process.require_alive()
@@ -72,7 +74,7 @@ class Server:
         raise RuntimeError(f"the server was not ready after {START_SECONDS:g} s: see {self.process.log}")
 
     def response_size(self, request: Request) -> int:
-        """Return the size of the response body. Raises RuntimeError if the status is not 200."""
+        """Return the size of the response body in bytes. Raise RuntimeError if the status is not 200."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         connection.request("POST", request.path, request.body, request.headers)
         response = connection.getresponse()
@@ -82,7 +84,7 @@ class Server:
         return len(body)
 
     def measure(self, load: Load, seconds: float) -> Measurement:
-        """Measure a closed loop. Raises RuntimeError if a response was wrong."""
+        """Measure `load` in a closed loop. Raise RuntimeError if a response is wrong."""
         size = self.response_size(load.request)
         before = self.process.processor_seconds()
         sample = run_closed_loop(self.port, load.request, size, load.connections, seconds)
@@ -114,7 +116,7 @@ def loads(workload: Workload) -> list[Load]:
 
 
 def start(checkout: Path, workload: Workload, stack: ExitStack, name: str) -> Server:
-    """Start the server of `checkout`."""
+    """Start the server of `checkout`, and wait until it is ready."""
     port = free_port()
     environment = {
         "ELBO_PORT": str(port), "ELBO_ARTIFACTS": str(workload.folder / "artifacts"), "ELBO_LOG_LEVEL": "info",

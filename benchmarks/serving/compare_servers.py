@@ -1,23 +1,23 @@
-"""Compare Elbo with other model servers over HTTP, on the same two cores.
+"""Compare the speed of Elbo's server with that of other model servers, over HTTP and on two cores.
 
     python benchmarks/serving/compare_servers.py            # `make bench-serve` also installs the other servers
     python benchmarks/serving/compare_servers.py --quick    # one short round
     python benchmarks/serving/compare_servers.py --smoke    # only checks that the benchmark works
 
 All servers serve the same artifact, a VAE 784-400-400-20-400-400-784 that Elbo published, with one torch thread per
-worker. The other servers' programs are in `peers/`; the docstring of each gives its configuration and the reasons for
-it. Elbo runs as `python -m service` with its access log; the others run without access logs.
+worker. The programs of the other servers are in `peers/`. The docstring of each program explains its configuration.
+Elbo runs as `python -m service` with its access log. The other servers run without access logs.
 
-Only one server runs at a time, because an idle server can use processor time (Ray does). It is started anew for each
-measurement. In each round all servers are measured, so that changes in the machine's speed affect all alike. The tables
-show medians over the rounds. Before a measurement, the responses of the server are compared with the outputs of the
-module in this process; they must agree within 1e-4.
+Only one server runs at a time, because even an idle server can use processor time, as Ray does. In each round, every
+server is started anew and measured, so that changes in the machine's speed affect all servers alike. The tables show
+medians over the rounds. Before each measurement, a response of the server is compared with the output of the module in
+this process. The two must agree within 1e-4.
 
-The benchmark measures a closed loop for several numbers of connections and rows, and for Elbo an open loop: requests at
-a constant rate of 70 % and of 300 % of its capacity. It also measures the least that a response costs: the network,
-JSON, and HTTP, each alone.
+The benchmark measures closed loops with several numbers of connections and rows. For Elbo it also measures open loops:
+requests at a constant rate of 70 % and of 300 % of the server's capacity. It also measures the minimum cost of a
+response: the cost of the network, of JSON, and of HTTP, each alone.
 
-It needs Linux. Install wrk for results worth quoting; without it a slower Python client generates the load.
+The benchmark needs Linux. Install wrk for results worth quoting. Without wrk, a slow Python client generates the load.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def measure_closed_loops(servers: Mapping[str, ServerKind], workload: Workload, options: argparse.Namespace) -> Results:
-    """Measure all rounds. A server that fails is left out of the later rounds, with the reason in the results."""
+    """Measure all servers in all rounds. A server that fails is omitted later; `Results.failures` gives the reason."""
     results = Results()
     for name, kind in servers.items():
         if reason := kind.why_unavailable(name):
@@ -137,10 +137,10 @@ def measure_all(servers: Mapping[str, ServerKind], workload: Workload, options: 
 
 
 def main() -> None:
-    """Run the benchmark. Exit with 1 if Elbo, or another server that needs no installation, has failed."""
+    """Run the benchmark. Exit with code 1 if Elbo or another server that needs no installation fails."""
     options = parse_options()
     adopt_orphans()
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])  # servers and clients inherit it
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])  # servers and clients inherit these cores
     kinds = server_kinds(workers=int(options.elbo_settings.get("ELBO_WORKERS", os.environ.get("ELBO_WORKERS", "1"))))
     names = list(kinds)
     if options.smoke:

@@ -1,14 +1,14 @@
-"""Measure the explorer page in Chromium: the time from pointer to decoded image, first paint, size, and frame times.
+"""Measure the explorer page in Chromium: latency from pointer to image, first paint, page size, and frame times.
 
     python benchmarks/serving/explorer_latency.py                         # trains the demonstration models first
-    python benchmarks/serving/explorer_latency.py --artifacts artifacts   # uses those of `elbo demo`
-    python benchmarks/serving/explorer_latency.py --smoke                 # trains briefly, few moves
+    python benchmarks/serving/explorer_latency.py --artifacts artifacts   # uses the models of `elbo demo`
+    python benchmarks/serving/explorer_latency.py --smoke                 # brief training, few moves
 
-For each move of the pointer over the map of the latent space, the browser's clock measures the time from the event to
-the frame after the new image is in the page. Frame times are measured with 20,000 rows of a file on the map. The
-size of the page excludes the models' data.
+The pointer moves over the map of the latent space. For each move, the browser's clock measures the latency: the time
+from the pointer event until the frame with the new image. Frame times are measured while the map shows 20,000 rows from
+a file. The page size excludes the models' data.
 
-It needs Chromium (`apt-get install chromium`) and the packages of the tests. It prints Markdown.
+The benchmark needs Chromium (`apt-get install chromium`) and the packages that the tests need. It prints Markdown.
 """
 
 import argparse
@@ -51,7 +51,7 @@ RECORD_FRAMES = """() => {
 
 
 def measure_moves(page: Page, moves: int) -> list[float]:
-    """Move the pointer `moves` times, each after the image of the move before; return all latencies in ms."""
+    """Move the pointer `moves` times, and wait for the new image after each move. Return all latencies in ms."""
     box = page.locator(".map-card .map").bounding_box()
     assert box
     random = np.random.RandomState(0).uniform(0.1, 0.9, (moves, 2))
@@ -65,7 +65,7 @@ def measure_moves(page: Page, moves: int) -> list[float]:
 
 
 def measure_latency(browser: Browser, base: str, model: str, moves: int) -> str:
-    """Return the row of the table for `model`."""
+    """Measure the latencies for `model`, and return its row of the table."""
     page = browser.new_page(viewport={"width": 1280, "height": 1000})
     page.goto(f"{base}?view=latent&model={model}")
     page.wait_for_selector(".point-card .output > *")
@@ -78,7 +78,7 @@ def measure_latency(browser: Browser, base: str, model: str, moves: int) -> str:
 
 
 def measure_opening(browser: Browser, base: str) -> tuple[float, float, int]:
-    """Return first paint and first contentful paint in ms, and the size of the latent view in bytes."""
+    """Return the times of first paint and first contentful paint in ms, and the size of the latent view in bytes."""
     page = browser.new_page()
     page.goto(f"{base}?view=latent")
     page.wait_for_selector(".point-card .output > *")
@@ -94,7 +94,7 @@ def measure_opening(browser: Browser, base: str) -> tuple[float, float, int]:
 
 
 def measure_frames(browser: Browser, base: str, rows: int, moves: int) -> list[float]:
-    """Return the frame times in ms while the pointer moves over a map with `rows` rows of a file."""
+    """Move the pointer over a map that shows `rows` rows from a file. Return the frame times in ms."""
     page = browser.new_page(viewport={"width": 1280, "height": 1000})
     page.goto(f"{base}?view=latent&model=vae")
     page.wait_for_selector(".point-card .output > *")
@@ -132,7 +132,7 @@ def measure(root: Path, executable: str, moves: int, rows: int) -> None:
 
 
 def main() -> None:
-    """Train the models unless a folder is given, then measure."""
+    """Train the models unless an artifact folder is given. Then measure the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="brief, to check that the benchmark works")
     parser.add_argument("--artifacts", type=Path, help="an artifact folder with the models of `elbo demo`")

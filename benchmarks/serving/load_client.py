@@ -1,14 +1,15 @@
-"""A load generator with a constant arrival rate, which wrk does not support. It sends one request repeatedly.
+"""A load generator that sends one request repeatedly. Unlike wrk, it supports a constant arrival rate.
 
 `python -m benchmarks.serving.load_client` reads a plan in JSON from standard input and prints the outcome as one line
-of JSON. The plan has the port of the server, the request, the size of the expected response body, the duration in
-seconds, the most connections, and the rate in requests per second.
+of JSON. The plan contains the port of the server, the request, the size of the expected response body, the duration in
+seconds, the maximum number of connections, and the rate in requests per second.
 
-With a rate it runs an open loop: requests are due at equal intervals, independently of the responses. Latency counts
-from the time when a request was due, so that it includes the time during which a slow server delays later requests.
-If all connections are busy, requests wait in the client, and their latency includes that.
+If the rate is a number, the client runs an open loop: requests are due at equal intervals, independently of the
+responses. The latency of a request counts from the time when the request was due. It therefore includes the time for
+which a slow server delays the request. If all connections are busy, requests wait in the client. The latency includes
+this wait too.
 
-With the rate null it runs a closed loop: each connection sends the next request when it has the response.
+If the rate is null, the client runs a closed loop: each connection sends the next request when a response arrives.
 """
 
 import asyncio
@@ -23,8 +24,8 @@ import httptools
 import numpy as np
 import uvloop
 
-TICK = 0.001  # seconds between two checks for requests that are due
-DRAIN_SECONDS = 30.0  # most time to wait for responses after the last request
+TICK = 0.001  # seconds between two checks for due requests
+DRAIN_SECONDS = 30.0  # maximum time in seconds to wait for outstanding responses after the load
 
 
 class Tally:
@@ -32,16 +33,16 @@ class Tally:
 
     def __init__(self) -> None:
         self.statuses: Counter[int] = Counter()
-        self.latencies: list[float] = []  # of responses with status 200, in seconds since the request was due
-        self.refusals: list[float] = []  # of other responses, in seconds since the request was sent
-        self.without_retry_after = 0  # refusals without this header
-        self.wrong_size = 0  # responses with status 200 and a body of unexpected size
-        self.broken = 0  # connections that ended before the response
+        self.latencies: list[float] = []  # latencies of correct responses, in seconds from the due time
+        self.refusals: list[float] = []  # latencies of other statuses, in seconds from the time of sending
+        self.without_retry_after = 0  # number of refusals without a Retry-After header
+        self.wrong_size = 0  # number of responses with status 200 and a body of unexpected size
+        self.broken = 0  # number of connections that ended before the response
         self.bytes = 0
 
 
 class Connection(asyncio.Protocol):
-    """A keep-alive connection with one request at a time. httptools calls the methods named `on_*`."""
+    """A keep-alive connection that carries one request at a time. httptools calls the methods named `on_*`."""
 
     def __init__(self, client: "Client") -> None:
         self._client = client
@@ -49,7 +50,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Create the parser. `Client` sends the first request."""
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's does not inherit from it
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's transport does not inherit from this class
         self._parser = httptools.HttpResponseParser(self)
 
     def send(self, due: float) -> None:
@@ -90,27 +91,27 @@ class Connection(asyncio.Protocol):
             self._transport.close()
 
     def connection_lost(self, _: Exception | None) -> None:
-        """Count the request as broken if it has no response yet."""
+        """Count the current request as broken if its response has not arrived."""
         self._client.tally.broken += self._due is not None
         self._client.replace(self)
 
 
 class Client:
-    """Carries out a plan."""
+    """A client that carries out a plan."""
 
     def __init__(self, plan: dict[str, Any]) -> None:
         self.plan = plan
         self.request = plan["request"].encode("latin-1")
         self.tally = Tally()
         self._free: list[Connection] = []
-        self._waiting: deque[float] = deque()  # times when requests were due that wait for a free connection
+        self._waiting: deque[float] = deque()  # due times of the requests that wait for a free connection
         self._open = 0
         self._opening: set[asyncio.Task[None]] = set()
         self._sent = 0
-        self._lag = 0.0  # largest delay of this process itself, in seconds
+        self._lag = 0.0  # largest delay that this process itself caused, in seconds
 
     def is_expected_size(self, size: int) -> bool:
-        """Return whether a body has the expected size within 5 %: the number of digits in JSON varies."""
+        """Return whether a body has the expected size. The number of digits in JSON varies, so 5 % is tolerated."""
         return abs(size - int(self.plan["size"])) <= 0.05 * int(self.plan["size"])
 
     def release(self, connection: Connection) -> None:
@@ -124,7 +125,7 @@ class Client:
             self._free.append(connection)
 
     def replace(self, connection: Connection) -> None:
-        """Remove a closed connection, and open another if it is needed."""
+        """Remove a closed connection. Open another connection if requests need it."""
         self._open -= 1
         if connection in self._free:
             self._free.remove(connection)
@@ -134,10 +135,21 @@ class Client:
     async def run(self) -> dict[str, Any]:
         """Load the server, wait for the last responses, and return the outcome.
 
-        Its keys: sent (requests), answers (responses), statuses (responses by status), refused (responses with another
-        status than 200 or an unexpected size), broken, unanswered, wrong_size, without_retry_after, longest_refusal and
-        p99_refusal (seconds), good (correct responses during the load), seconds (duration of the load), bytes,
-        lag (largest delay of the client), p50 and p99 (latency in seconds).
+        Returns:
+            sent: number of requests, including requests that never got a connection.
+            answers: number of responses.
+            statuses: number of responses by status.
+            refused: number of responses with a status other than 200 or with a body of unexpected size.
+            broken: number of connections that ended before the response.
+            unanswered: number of requests without a response, apart from broken ones.
+            wrong_size: number of responses with status 200 and a body of unexpected size.
+            without_retry_after: number of refusals without a Retry-After header.
+            longest_refusal, p99_refusal: maximum and 99th percentile of the latency of refusals, in seconds.
+            good: number of correct responses during the load.
+            seconds: duration of the load.
+            bytes: number of bytes received.
+            lag: largest delay that the client itself caused, in seconds.
+            p50, p99: median and 99th percentile of the latency of correct responses, in seconds.
         """
         started = perf_counter()
         self._end = started + self.plan["seconds"]

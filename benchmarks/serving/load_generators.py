@@ -1,11 +1,11 @@
-"""Generate load: closed loops with wrk, open loops with `benchmarks.serving.load_client`.
+"""Generate load: closed loops with wrk, and open loops with `benchmarks.serving.load_client`.
 
-Client and server share two cores, so that the client must be cheap: wrk, a C program, uses a fraction of the processor
-time of a Python client. Without wrk (`apt-get install wrk`), `load_client` also runs the closed loops.
+Client and server share two cores, so the client must use little processor time. wrk, a C program, uses a fraction of
+the processor time of a Python client. Without wrk (`apt-get install wrk`), `load_client` also runs the closed loops.
 
-No generator with a constant arrival rate that Debian, PyPI or npm packages is suitable for an open loop. hey measures
-latency from the time when a request is sent, and autocannon is a closed loop that corrects its figures by an estimate.
-Both hide the time that requests wait because the server is slow.
+Debian, PyPI and npm have no suitable load generator for an open loop. hey measures latency from the time when a request
+is sent. autocannon runs a closed loop and corrects its figures by an estimate. Both programs hide the time for which
+requests wait because the server is slow.
 """
 
 import json
@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.data import ROOT
 
 WRK = shutil.which("wrk")
-WRK_TIMEOUT = 30  # seconds that wrk waits for a response
+WRK_TIMEOUT = 30  # maximum time in seconds that wrk waits for a response
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Sample:
         rate: correct responses per second.
         p50: median latency in seconds.
         p99: 99th percentile of the latency in seconds.
-        correct_share: share of the requests with status 200 and a body of the expected size.
+        correct_share: share of the requests whose response has status 200 and a body of the expected size.
         cost: the server's processor time per correct response, in seconds.
     """
 
@@ -60,14 +60,14 @@ class Sample:
 
 
 def run_closed_loop(port: int, request: Request, size: int, connections: int, seconds: float) -> Sample:
-    """Measure a closed loop: each connection sends `request` again as soon as it has the response.
+    """Measure a closed loop: each connection sends `request` again as soon as the response arrives.
 
     Args:
         port: port of the server.
         request: the request.
         size: size in bytes of the expected response body.
         connections: number of connections.
-        seconds: duration.
+        seconds: duration of the load.
     """
     if WRK:
         outcome = _run_wrk(port, request, connections, seconds)
@@ -78,7 +78,7 @@ def run_closed_loop(port: int, request: Request, size: int, connections: int, se
         return Sample(rate=0.0, p50=math.nan, p99=math.nan, correct_share=0.0)
     wrong = outcome["refused"]
     if WRK and outcome["bytes"] < 0.95 * size * (outcome["answers"] - wrong):
-        wrong = outcome["answers"]  # wrk reports only the sum of all bytes, and it is too small
+        wrong = outcome["answers"]  # wrk reports only the sum of all bytes, so every response counts as wrong
     correct = outcome["answers"] - wrong
     if correct < attempts:
         print(f"{request.path}, {connections} connections: {outcome}", file=sys.stderr)
@@ -93,21 +93,21 @@ def run_closed_loop(port: int, request: Request, size: int, connections: int, se
 def start_open_loop(
     port: int, request: Request, size: int, *, rate: float, seconds: float, connections: int
 ) -> "subprocess.Popen[str]":
-    """Start a client that sends `request` at `rate` per second; pass the process to `read_outcome` when it ends.
+    """Start a client that sends `request` at a constant rate. When the process ends, pass it to `read_outcome`.
 
     Args:
         port: port of the server.
         request: the request.
         size: size in bytes of the expected response body.
         rate: requests per second.
-        seconds: duration.
-        connections: most connections that the client opens.
+        seconds: duration of the load.
+        connections: maximum number of connections.
     """
     return _start_client(port, request, size, rate, seconds, connections)
 
 
 def read_outcome(client: "subprocess.Popen[str]") -> dict[str, Any]:
-    """Return the outcome that `client` prints when it ends, see `load_client.Client.run`.
+    """Wait until `client` ends, and return the outcome that it prints (see `load_client.Client.run`).
 
     Raises:
         RuntimeError: the client failed.
@@ -122,9 +122,9 @@ def read_outcome(client: "subprocess.Popen[str]") -> dict[str, Any]:
 
 
 def measure_capacity(port: int, request: Request, size: int, connections: int, seconds: float) -> float:
-    """Return the correct responses per second in a closed loop.
+    """Return the number of correct responses per second in a closed loop.
 
-    The client is that of the open loop, so that both take the same processor time from the server.
+    The open loop uses the same client. The client thus takes the same processor time from the server in both loops.
 
     Raises:
         RuntimeError: there was no correct response.

@@ -1,4 +1,4 @@
-"""The least that a response costs: the network and JSON, measured alone on one core, and HTTP of an echo server."""
+"""Measure the minimum cost of a response: network and JSON, each alone on one core, and HTTP with an echo server."""
 
 from collections.abc import Callable
 from statistics import median
@@ -21,7 +21,7 @@ JSON = "JSON, parsed by simdjson and written by orjson"
 
 
 def measure_rates(workload: Workload, rows: int, seconds: float) -> dict[str, float]:
-    """Measure each part of the work for `seconds` in this process, with batches of `rows`; return rows per second."""
+    """Run each part of the work in this process for `seconds`, with batches of `rows`. Return rows per second."""
     x, x_hat = workload.rows[rows], workload.outputs[rows]
     tensor = torch.from_numpy(x)
     body = orjson.dumps({"inputs": x}, option=orjson.OPT_SERIALIZE_NUMPY)
@@ -34,9 +34,10 @@ def measure_rates(workload: Workload, rows: int, seconds: float) -> dict[str, fl
 
 
 def least_cost(column: Column, results: Results) -> dict[str, float]:
-    """Return the least processor time of a response, in ms of one core, by part; empty without the echo server.
+    """Return the minimum processor time of a response by part of the work, in ms of one core.
 
-    The network runs with the largest measured batch size that the concurrent requests can fill.
+    The result is empty if the echo server was not measured. The network runs with the largest measured batch size that
+    the concurrent requests can fill.
     """
     echo: list[Sample] = results.samples.get("echo", {}).get(column, [])
     if not echo or not results.lower_bounds:

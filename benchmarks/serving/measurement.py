@@ -14,20 +14,20 @@ from benchmarks.serving.server_process import ServerProcess, free_port
 from benchmarks.serving.servers import JSON, ServerKind, environment
 from benchmarks.serving.workload import Workload
 
-START_SECONDS = 180.0  # most time from the start of a server to its first response
-IDLE_SECONDS = 10.0  # most time to wait until a started server is idle; Ray never is
-WARM_UP_SECONDS = 1.0  # of each load, before it is measured
-SETTLE_SECONDS = 3.0  # after an open loop, before memory is measured again
-CAPACITY_SHARES = (0.7, 3.0)  # rates of the open loops, relative to the capacity of the server
-TOLERANCE = 1e-4  # of a response against the output of the module
+START_SECONDS = 180.0  # maximum time from the start of a server to its first response
+IDLE_SECONDS = 10.0  # maximum time to wait until a started server is idle; Ray never becomes idle
+WARM_UP_SECONDS = 1.0  # duration of the warm-up before each measurement
+SETTLE_SECONDS = 3.0  # time between the end of an open loop and the last measurement of memory
+CAPACITY_SHARES = (0.7, 3.0)  # rates of the open loops, as shares of the server's capacity
+TOLERANCE = 1e-4  # absolute tolerance between a response and the output of the module
 
 
 @dataclass(frozen=True)
 class Column:
-    """One closed-loop load, a column of the tables.
+    """A closed-loop load, which is a column of the tables.
 
     Args:
-        connections: connections that each send the next request when the response arrives.
+        connections: number of connections. Each sends the next request when the response arrives.
         rows: rows per request.
         binary: whether requests and responses are binary instead of JSON.
     """
@@ -38,7 +38,7 @@ class Column:
 
     @property
     def title(self) -> str:
-        """The head of the column."""
+        """The title of the column."""
         rows = "1 row" if self.rows == 1 else f"{self.rows} rows"
         return f"c={self.connections}, {rows} {'binary' if self.binary else 'JSON'}"
 
@@ -52,10 +52,10 @@ class Results:
     """The results of all rounds.
 
     Args:
-        samples: by server and column, one sample per round.
-        anomaly_samples: of Elbo's model with few features, by path and number of connections, one sample per round.
+        samples: samples by server and column, one per round.
+        anomaly_samples: samples of Elbo's model with few features, by path and number of connections, one per round.
         lower_bounds: rows per second without a server, by part of the work and batch size, one figure per round.
-        failures: reasons why servers were left out, by server.
+        failures: reasons why servers were omitted, by server.
     """
 
     samples: dict[str, dict[Column, list[Sample]]] = field(default_factory=dict)
@@ -69,10 +69,10 @@ class MeasuredServer:
     """A server to measure.
 
     Args:
-        name: its key in `server_kinds`.
-        kind: how to start it and to send requests to it.
+        name: key of the server in `server_kinds`.
+        kind: how the server is started, and its protocol.
         workload: the models and rows.
-        elbo_settings: environment variables, if the server is Elbo.
+        elbo_settings: environment variables that are used only if the server is Elbo.
     """
 
     name: str
@@ -81,7 +81,7 @@ class MeasuredServer:
     elbo_settings: dict[str, str]
 
     def start(self, port: int) -> ServerProcess:
-        """Start its process."""
+        """Start the process of the server."""
         kind = self.kind
         command = [kind.python(self.name), "-m", kind.module, *kind.arguments(self.workload.model, port)]
         variables = environment(self.name, self.workload.folder / "artifacts", port, self.elbo_settings)
@@ -89,9 +89,9 @@ class MeasuredServer:
 
 
 def measure_server(server: MeasuredServer, results: Results, seconds: float, thorough: bool) -> None:
-    """Measure each column once for `seconds`, and add the samples to `results`.
+    """Measure the columns for `seconds` each, and add the samples to `results`.
 
-    With `thorough`, all columns are measured, each after a warm-up; otherwise every second one, without.
+    If `thorough`, measure all columns, each after a warm-up. Otherwise measure every second column, without warm-ups.
 
     Raises:
         RuntimeError: the server does not start, exits, or gives a wrong response.
@@ -115,7 +115,7 @@ def wait_until_ready(process: ServerProcess, port: int, server: MeasuredServer) 
     """Wait until the server responds and is idle.
 
     Raises:
-        RuntimeError: it has exited, or has not responded after START_SECONDS.
+        RuntimeError: the server has exited, or has not responded after START_SECONDS.
     """
     request = server.kind.protocol.create_request(server.workload.rows[1], binary=False)
     assert request is not None
@@ -134,10 +134,10 @@ def wait_until_ready(process: ServerProcess, port: int, server: MeasuredServer) 
 
 
 def check_response(port: int, request: Request, server: MeasuredServer, column: Column) -> int:
-    """Compare the response to `request` with the output of the module; return its size in bytes.
+    """Compare the response to `request` with the output of the module. Return the size of the response in bytes.
 
     Raises:
-        RuntimeError: they differ.
+        RuntimeError: the response differs from the output of the module.
     """
     protocol, workload = server.kind.protocol, server.workload
     expected = (workload.rows if protocol.echoes else workload.outputs)[column.rows]
@@ -167,11 +167,11 @@ def post(port: int, request: Request) -> bytes:
 
 
 def measure_open_loop(server: MeasuredServer, *, rows: int, seconds: float, connections: int) -> list[dict[str, Any]]:
-    """Measure open loops at each of CAPACITY_SHARES for `seconds`.
+    """Measure one open loop of `seconds` at each of CAPACITY_SHARES.
 
     Returns:
-        Per share, the outcome of the client (`load_client.Client.run`), and share, capacity (responses per second), and
-        memory before, at the peak and after, in bytes.
+        Per share, the outcome of the client (`load_client.Client.run`) with these additional keys: `share`, `capacity`
+        in responses per second, and `before`, `peak` and `after`, the memory in bytes at these moments.
 
     Raises:
         RuntimeError: the server does not start, exits, or gives a wrong response.
@@ -217,7 +217,7 @@ def _measure(
 def _measure_anomaly(
     process: ServerProcess, port: int, workload: Workload, results: Results, seconds: float, thorough: bool
 ) -> None:
-    """Measure /reconstruct, and /anomaly with five contributions, with one row of few features."""
+    """Measure /reconstruct and /anomaly with one row of few features. /anomaly returns five contributions."""
     body = orjson.dumps({"inputs": workload.few_features}, option=orjson.OPT_SERIALIZE_NUMPY)
     for path in ("/reconstruct?model=hosts", "/anomaly?model=hosts&explain=5"):
         request = Request(path, JSON, body)

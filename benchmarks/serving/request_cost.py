@@ -3,8 +3,8 @@
     python benchmarks/serving/request_cost.py
     python benchmarks/serving/request_cost.py --smoke    # a few rounds
 
-Both applications are called directly through ASGI, without sockets. In each round both are called once, so that changes
-in the machine's speed affect both alike. It prints a Markdown table of medians.
+Both applications are called directly through ASGI, without sockets. In each round, each application is called once, so
+that changes in the machine's speed affect both alike. The benchmark prints a Markdown table of medians.
 """
 
 import argparse
@@ -82,7 +82,7 @@ async def post(app: Any, body: bytes) -> tuple[int, bytes]:
 
 
 async def compare(elbo: Any, plain: Any, body: bytes, rounds: int) -> tuple[float, float]:
-    """Return the median time per request of both in ms, after checking that their responses agree."""
+    """Check that the responses of `elbo` and `plain` agree. Return the median time per request of each, in ms."""
     elbo_outputs, plain_outputs = [
         np.array(orjson.loads((await post(app, body))[1])["outputs"]) for app in (elbo, plain)
     ]
@@ -117,7 +117,7 @@ async def print_table(root: Path, rounds: int) -> None:
 
 
 def main() -> None:
-    """Train a model, then measure."""
+    """Train a model, then measure both applications."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a few rounds, to check that the benchmark works")
     rounds = 30 if parser.parse_args().smoke else 3000

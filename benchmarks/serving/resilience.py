@@ -1,17 +1,21 @@
 """Measure how Elbo's server behaves under load when clients disconnect, models change, and processes are killed.
 
     python benchmarks/serving/resilience.py                        # all scenarios
-    python benchmarks/serving/resilience.py --only kill,sigterm    # some of them
-    python benchmarks/serving/resilience.py --smoke                # a few seconds of each
+    python benchmarks/serving/resilience.py --only kill,sigterm    # two of the scenarios
+    python benchmarks/serving/resilience.py --smoke                # a few seconds per scenario
 
-Scenarios: disconnects (clients disconnect at random times), swaps (model versions are published and removed), sigterm
-(the server is asked to stop), kill (a worker is killed).
+The scenarios are:
 
-Each response is compared with the output of the module. A request that was sent and got no response is lost; a request
-whose connection was refused was not sent. The program exits with 1 if a request is lost or a response is wrong, except
-that a killed worker may lose the requests that it was processing.
+- disconnects: clients disconnect at random times;
+- swaps: model versions are published and removed;
+- sigterm: the server receives SIGTERM;
+- kill: a worker is killed.
 
-It needs Linux. It prints a Markdown table.
+Each response is compared with the output of the module. A request is lost if it was sent and got no response. If the
+connection was refused, the request was not sent. The program exits with code 1 if a request is lost or a response is
+wrong. There is one exception: a killed worker may lose the requests that it was processing.
+
+The benchmark needs Linux. It prints a Markdown table.
 """
 
 import argparse
@@ -40,18 +44,18 @@ from models.artifact import load
 from models.manifest import resolve
 
 MIB = 2**20
-CONNECTIONS = 16  # of the background load
-SETTLE_SECONDS = 0.5  # of background load before and after the event
+CONNECTIONS = 16  # number of connections of the background load
+SETTLE_SECONDS = 0.5  # duration of the background load before the event, and again after it
 
 
 class Elbo:
     """A running server of Elbo.
 
     Args:
-        workload: provides the folder of the log.
+        workload: workload whose folder contains the log.
         artifacts: the artifact folder.
         workers: number of workers.
-        settings: more settings, in lower case and without the prefix ELBO_.
+        settings: additional settings. Names are in lower case and without the prefix ELBO_.
     """
 
     def __init__(self, workload: Workload, artifacts: Path, workers: int, **settings: str) -> None:
@@ -67,7 +71,7 @@ class Elbo:
         self.process = ServerProcess([sys.executable, "-m", "service"], environment, workload.folder / "elbo.log")
 
     async def wait_for_log(self, text: str, count: int) -> None:
-        """Wait until the log contains `text` `count` times."""
+        """Wait until the log contains `text` at least `count` times."""
         while self.process.log.read_text().count(text) < count:
             self.process.require_alive()
             await asyncio.sleep(0.02)
@@ -77,7 +81,7 @@ class Elbo:
         await self.wait_for_log("is ready" if self.workers > 1 else "listening on", count)
 
     def metric(self, name: str) -> float:
-        """Return the sum of a metric over its labels."""
+        """Return the sum of a metric over all label values."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=20) as response:
             text: str = response.read().decode()
         return sum(map(float, re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)))
@@ -143,12 +147,12 @@ async def run_disconnects(workload: Workload, options: argparse.Namespace) -> No
 
 
 async def run_swaps(workload: Workload, options: argparse.Namespace) -> None:
-    """Publish new versions of a model and remove the old ones under load."""
+    """Under load, publish new versions of a model and remove the old versions."""
     artifacts = workload.folder / "swaps"
     folder = artifacts / "hosts"
     shutil.copytree(workload.folder / "artifacts" / "hosts", folder)
     pool = create_pool(artifacts, "hosts", FEW_FEATURES)
-    first = max(1, options.swaps // 10)  # memory is compared with that after the first tenth
+    first = max(1, options.swaps // 10)  # the memory at the end is compared with that after the first tenth
     async with running_elbo(workload, artifacts, options.workers, poll_seconds="0.05") as elbo:
         background, before = BackgroundLoad(elbo.port, pool, "hosts", connections=4), 0
         for version in range(2, options.swaps + 2):
@@ -171,7 +175,7 @@ async def run_swaps(workload: Workload, options: argparse.Namespace) -> None:
 
 
 async def run_sigterm(workload: Workload, options: argparse.Namespace) -> None:
-    """Stop the server under load, without a drain delay and with one of 1 s."""
+    """Stop the server under load, first without a drain delay, then with a drain delay of 1 s."""
     artifacts = workload.folder / "artifacts"
     pool = create_pool(artifacts, "vae", FEATURES)
     for drain_seconds in ("0", "1"):
@@ -194,7 +198,7 @@ async def run_sigterm(workload: Workload, options: argparse.Namespace) -> None:
 
 
 async def run_kill(workload: Workload, options: argparse.Namespace) -> None:
-    """Kill a worker under load; measure the longest time without a correct response, and the time to a new worker."""
+    """Kill a worker under load. Measure the longest time without a correct response, and the time to recovery."""
     artifacts = workload.folder / "artifacts"
     pool = create_pool(artifacts, "vae", FEATURES)
     async with running_elbo(workload, artifacts, options.workers) as elbo:

@@ -1,7 +1,7 @@
-"""Start, observe and stop server processes. Linux only, because it reads /proc.
+"""Start, observe and stop server processes. This module needs Linux, because it reads /proc.
 
-Helper processes of Ray and Triton outlive their parents. This process adopts such orphans (`adopt_orphans`), so that
-they remain its descendants and are killed with the server.
+Helper processes of Ray and Triton outlive their parents. `adopt_orphans` makes such orphans children of this process.
+They thus remain descendants of this process, and are killed with the server.
 """
 
 import ctypes
@@ -16,10 +16,10 @@ from time import monotonic, sleep
 
 from benchmarks.data import ROOT
 
-PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
-STOP_SECONDS = 10.0  # between SIGTERM and SIGKILL
+PR_SET_CHILD_SUBREAPER = 36  # the constant in linux/prctl.h
+STOP_SECONDS = 10.0  # seconds between SIGTERM and SIGKILL
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
-IDLE_SHARE = 0.1  # processor seconds per second below which a server is idle
+IDLE_SHARE = 0.1  # processor seconds per second below which a server counts as idle
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -47,8 +47,8 @@ class ServerProcess:
     Args:
         command: the command that starts the server.
         environment: environment variables, added to those of this process.
-        log: file for its standard output and standard error.
-        folder: its working directory.
+        log: file for the standard output and standard error of the server.
+        folder: working directory of the server.
     """
 
     def __init__(self, command: list[str], environment: dict[str, str], log: Path, folder: Path = ROOT) -> None:
@@ -70,7 +70,7 @@ class ServerProcess:
         self._process.wait()
 
     def require_alive(self) -> None:
-        """Raise RuntimeError with the last line of its log if it has exited."""
+        """Raise RuntimeError with the last line of the log if the server has exited."""
         if self._process.poll() is not None:
             lines = self.log.read_text(errors="replace").strip().splitlines()
             last_line = lines[-1] if lines else "its log is empty"
@@ -82,19 +82,22 @@ class ServerProcess:
         return self._process.pid
 
     def descendants(self) -> list[int]:
-        """Return the process IDs of its children, then of their children, and so on."""
+        """Return the process IDs of the server's children, grandchildren and further descendants."""
         return list(_descendants(self.pid))
 
     def wait(self, seconds: float) -> int:
-        """Wait for its end and return the exit code.
+        """Wait until the server exits, and return the exit code.
 
         Raises:
-            subprocess.TimeoutExpired: it has not ended after `seconds`.
+            subprocess.TimeoutExpired: the server has not exited after `seconds`.
         """
         return self._process.wait(seconds)
 
     def wait_until_idle(self, seconds: float) -> None:
-        """Wait at most `seconds` until the server is idle: workers can still start when the first one responds."""
+        """Wait until the server is idle, but at most `seconds`.
+
+        When the first worker responds, other workers may still be starting.
+        """
         end, before = monotonic() + seconds, self.processor_seconds()
         while monotonic() < end:
             sleep(1.0)
@@ -104,11 +107,11 @@ class ServerProcess:
             before = now
 
     def processor_seconds(self) -> float:
-        """Return the processor time that it and its descendants have used."""
+        """Return the processor time that the server and its descendants have used, in seconds."""
         return sum(_ticks(pid) for pid in (self.pid, *_descendants(self.pid))) / TICKS_PER_SECOND
 
     def memory(self) -> int:
-        """Return the resident memory of it and its descendants in bytes. Shared pages count once per process."""
+        """Return the resident bytes of the server and its descendants. Shared pages count once per process."""
         return sum(_resident(pid) for pid in (self._process.pid, *_descendants(self._process.pid)))
 
 
@@ -126,7 +129,7 @@ def _resident(pid: int) -> int:
 
 
 def _descendants(ancestor: int) -> Iterator[int]:
-    """Yield the children of `ancestor`, then their children, and so on."""
+    """Yield the process IDs of the children, grandchildren and further descendants of `ancestor`."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -140,7 +143,7 @@ def _descendants(ancestor: int) -> Iterator[int]:
 
 
 def _kill_descendants() -> None:
-    """Kill and reap all descendants of this process: only one server runs at a time."""
+    """Kill and reap all descendants of this process, which include the descendants of any other server."""
     deadline = monotonic() + STOP_SECONDS
     while (pids := list(_descendants(os.getpid()))) and monotonic() < deadline:
         for pid in pids:

@@ -1,4 +1,4 @@
-"""The servers that `compare_servers.py` measures: how each is started, and its protocol."""
+"""The servers that `compare_servers.py` measures. Each entry defines how a server is started, and its protocol."""
 
 import io
 import json
@@ -27,7 +27,7 @@ class Protocol(ABC):
 
     @abstractmethod
     def create_request(self, x: Array, binary: bool) -> Request | None:
-        """Return the request for rows x [B, D]; None if `binary` and the protocol has no binary form."""
+        """Return the request for rows x [B, D], or None if `binary` is true and the protocol has no binary form."""
 
     @abstractmethod
     def parse_response(self, body: bytes, binary: bool) -> Array:
@@ -36,11 +36,11 @@ class Protocol(ABC):
 
 @dataclass(frozen=True)
 class ListProtocol(Protocol):
-    """JSON objects `{"inputs": [[…], …]}` and `{"outputs": [[…], …]}`, or bare lists as responses.
+    """JSON objects: `{"inputs": [[…], …]}` as requests, and `{"outputs": [[…], …]}` or bare lists as responses.
 
     Args:
         path: path and query of the endpoint.
-        npy: whether the server also accepts and returns npy arrays, the binary form.
+        npy: whether the protocol has a binary form, in which requests and responses are npy arrays.
         echoes: whether responses contain the input rows.
     """
 
@@ -70,7 +70,7 @@ class OpenInferenceProtocol(Protocol):
 
     Args:
         path: path of the endpoint.
-        binary: whether the server supports binary tensors: JSON followed by the bytes of the floats.
+        binary: whether the server supports binary tensors, which consist of JSON followed by the bytes of the floats.
     """
 
     path: str
@@ -100,14 +100,15 @@ class OpenInferenceProtocol(Protocol):
 
 @dataclass(frozen=True)
 class ServerKind:
-    """How to start a server, and its protocol.
+    """How a server is started, and its protocol.
 
     Args:
-        title: its name in the tables.
-        protocol: its protocol.
-        module: the module that `python -m` runs.
-        arguments: returns the arguments of the module, given the artifact and the port.
-        package: the package to install into the server's own environment, .venv-peers-<name>; None if it runs in ours.
+        title: name of the server in the tables.
+        protocol: protocol of the server.
+        module: module that `python -m` runs.
+        arguments: function that returns the arguments of the module, given the artifact and the port.
+        package: package to install into the server's own environment, .venv-peers-<name>. None if the server runs in
+            the environment of this process.
     """
 
     title: str
@@ -117,11 +118,11 @@ class ServerKind:
     package: str | None = None
 
     def python(self, name: str) -> str:
-        """Return the path of its Python interpreter."""
+        """Return the path of the server's Python interpreter."""
         return str(ROOT / f".venv-peers-{name}" / "bin" / "python") if self.package else sys.executable
 
     def why_unavailable(self, name: str) -> str | None:
-        """Return why it cannot be measured; None if it can."""
+        """Return the reason why the server cannot be measured, or None if it can."""
         folder = Path(self.python(name)).parent.parent
         if not self.package or (folder / ".ready").is_file():
             return None
@@ -131,10 +132,10 @@ class ServerKind:
 
 
 def server_kinds(workers: int) -> dict[str, ServerKind]:
-    """Return all servers by name, Elbo first.
+    """Return all servers by name. Elbo is the first one.
 
     Args:
-        workers: number of processes of the echo servers, the same as Elbo's.
+        workers: number of processes of each echo server, which should equal the number of Elbo's workers.
     """
 
     def peer(title: str, module: str, protocol: Protocol, package: str | None = None) -> ServerKind:
@@ -160,7 +161,7 @@ def server_kinds(workers: int) -> dict[str, ServerKind]:
 
 
 def environment(name: str, artifacts: Path, port: int, elbo_settings: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment variables of a server: one torch thread per worker, and Elbo's settings."""
+    """Return the environment variables of a server: one torch thread per worker and, for Elbo, its settings."""
     shared = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     if name != "elbo":
         return shared
@@ -168,7 +169,7 @@ def environment(name: str, artifacts: Path, port: int, elbo_settings: Mapping[st
 
 
 def package_versions(servers: Mapping[str, ServerKind]) -> str:
-    """Return `package version` of the servers with their own environments, comma-separated."""
+    """Return names and versions of the packages of the servers that have their own environments, comma-separated."""
     found = []
     for name, kind in servers.items():
         if kind.package:

@@ -15,7 +15,7 @@ MISSING = "–"
 
 
 def print_closed_loop(servers: Mapping[str, ServerKind], columns: Sequence[Column], results: Results) -> None:
-    """Print rates, latencies and processor time of all servers, and the ratios of Elbo's rates to theirs."""
+    """Print each server's rates, latencies and processor times, and the ratio of Elbo's rate to the server's rate."""
     samples = results.samples
     head = ["", *(column.title for column in columns)]
     measured = [name for name in servers if samples.get(name)]
@@ -51,7 +51,7 @@ def print_anomaly(results: Results) -> None:
 
 
 def print_lower_bounds(columns: Sequence[Column], results: Results) -> None:
-    """Print rates without a server, and how much processor time Elbo adds to the least that a response costs."""
+    """Print the rates without a server, and the processor time that Elbo adds to the minimum cost of a response."""
     parts = list(dict.fromkeys(part for part, _ in results.lower_bounds))
     sizes = list(dict.fromkeys(size for _, size in results.lower_bounds))
     _print_table(
@@ -138,7 +138,7 @@ def _cost(samples: Sequence[Sample] | None) -> str:
 
 def _ratio(samples: Mapping[str, Mapping[Column, Sequence[Sample]]], name: str, column: Column) -> str:
     elbo, other = samples["elbo"].get(column, ()), samples[name].get(column, ())
-    pairs = zip(elbo, other, strict=False)  # a server that failed has fewer rounds
+    pairs = zip(elbo, other, strict=False)  # a server that failed has samples from fewer rounds
     return _spread([a.rate / b.rate for a, b in pairs if b.rate], ".2f")
 
 

@@ -11,7 +11,7 @@ C1_1_ROW, C32_1_ROW, C32_32_ROWS, C32_32_ROWS_BINARY, C8_256_ROWS_BINARY = COLUM
 
 
 class Target(NamedTuple):
-    """A target and its measurement: what is measured, the target, the figure, and whether the target is met."""
+    """A target: what is measured, the required value, the measured value, and whether the target is met."""
 
     title: str
     target: str
@@ -19,7 +19,7 @@ class Target(NamedTuple):
     met: bool
 
 
-# Per column: another server, its title, and the least ratio of Elbo's rate to its rate.
+# Per column, for several other servers: name, title, and minimum ratio of Elbo's rate to the rate of that server.
 RATE_RATIOS: Mapping[Column, Sequence[tuple[str, str, float]]] = {
     C32_1_ROW: (("triton", "Triton", 3.5), ("litserve", "LitServe", 25), ("echo", "the echo server", 0.45)),
     C32_32_ROWS: (("triton", "Triton", 5.5), ("litserve", "LitServe", 40), ("plain", "plain FastAPI", 40)),

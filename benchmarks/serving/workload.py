@@ -20,22 +20,22 @@ from training.train import train
 
 BATCH_SIZES = (1, 32, 256)
 FEATURES = 784
-FEW_FEATURES = 20  # features of the model for /anomaly
+FEW_FEATURES = 20  # number of features of the model for /anomaly
 
 Array = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What the servers serve, and the rows that clients send.
+    """The models that the servers serve, and the rows that the clients send.
 
     Args:
-        folder: temporary folder; `artifacts` in it is the artifact folder, with the models "vae" and "hosts".
-        model: the artifact of the model "vae", which all servers serve.
-        module: its module, loaded in this process.
-        twin: its ONNX twin, loaded in this process.
+        folder: temporary folder. Its subfolder `artifacts` is the artifact folder, with the models "vae" and "hosts".
+        model: path of the artifact of the model "vae", which all servers serve.
+        module: module of the model "vae", loaded in this process.
+        twin: ONNX twin of the model "vae", loaded in this process.
         rows: inputs x [B, FEATURES], by batch size B.
-        outputs: reconstructions x_hat [B, FEATURES] by the module, by batch size B.
+        outputs: reconstructions x_hat [B, FEATURES] of the rows by the module, by batch size B.
         few_features: one row for the model "hosts", [1, FEW_FEATURES].
     """
 
@@ -49,7 +49,10 @@ class Workload:
 
 
 def create_workload(folder: Path) -> Workload:
-    """Train and publish the models under `folder`, for one epoch: their speed does not depend on the weights."""
+    """Train the models for one epoch, and publish them under `folder`.
+
+    One epoch is enough, because the speed of a model does not depend on its weights.
+    """
     torch.set_num_threads(1)
     artifacts = folder / "artifacts"
     _train_vae(artifacts, "vae", FEATURES, hidden=(400, 400), latents=20)

@@ -5,10 +5,12 @@
     python benchmarks/training/mnist_likelihood.py --runs FOLDER    # saves checkpoints there, and resumes from them
     python benchmarks/training/mnist_likelihood.py --smoke          # a few digits, two epochs
 
-Training digits are binarised anew in each epoch, test digits once (Salakhutdinov & Murray 2008). The NLL is the mean
-over test digits of -log of the mean of 1,000 importance weights (Burda, Grosse & Salakhutdinov 2016, section 5).
+Training digits are binarised anew in each epoch. Test digits are binarised once (Salakhutdinov & Murray 2008). The NLL
+of a test digit is -log of the mean of 1,000 importance weights (Burda, Grosse & Salakhutdinov 2016, section 5). The
+table shows the mean NLL over the test digits.
 
-Without MNIST it uses scikit-learn's digits. It prints a Markdown table; CPU minutes are those of training on one core.
+Without MNIST the benchmark uses scikit-learn's digits. It prints a Markdown table. CPU minutes are those of training
+on one core.
 """
 
 import argparse
@@ -35,9 +37,9 @@ from training.fitting.pipeline import fit_pipeline
 from training.fitting.prepared_data import prepare_data
 from training.progress import PlainReporter
 
-HELD_OUT_ROWS = 500  # select the best epoch; as many rows are for calibration, which is not measured here
-SEED = 0  # of the binarisation of the test digits, and of the importance samples
-DRAWS_PER_BATCH = 500  # in the evaluation: rows times importance samples
+HELD_OUT_ROWS = 500  # number of held-out rows, whose loss selects the epoch, and number of unused calibration rows
+SEED = 0  # seed of the split, of the binarisation of the test digits, and of the importance samples
+DRAWS_PER_BATCH = 500  # number of digits times number of importance samples that are evaluated at once
 FIT_ROWS = 60_000 - 2 * HELD_OUT_ROWS
 
 COMMON = {"model": "vae", "name": "mnist", "latents": 50, "likelihood": "bernoulli", "binarise": True}
@@ -57,13 +59,13 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a recipe.
+    """The measured results of one recipe.
 
     Args:
-        recipe: its name.
+        recipe: name of the recipe.
         minutes: CPU minutes of training.
-        negative_elbo: in nats per digit.
-        nll: in nats per digit.
+        negative_elbo: negative ELBO in nats per digit.
+        nll: negative log-likelihood in nats per digit.
         error: standard error of the NLL over digits.
         active: number of active latents.
     """
@@ -87,7 +89,7 @@ def load_digits(smoke: bool) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.fl
 
 
 def create_table(images: npt.NDArray[np.float32]) -> tuple[Table, Split]:
-    """Return the images as a table, and a split with 2 * HELD_OUT_ROWS rows that are not fit rows."""
+    """Return the images as a table, and a split with HELD_OUT_ROWS held-out rows and as many calibration rows."""
     shape = images.shape[1:]
     names = [f"pixel[{row},{column}]" for row, column in np.ndindex(*shape)]
     x = images.reshape(len(images), -1)
@@ -109,7 +111,11 @@ def train_vae(config: TrainConfig, images: npt.NDArray[np.float32], checkpoints:
 def train_or_load(
     config: TrainConfig, images: npt.NDArray[np.float32], checkpoints: CheckpointStore | None
 ) -> tuple[VAE, float]:
-    """Return the trained VAE and its CPU minutes, loaded from the folder of `checkpoints` if they were saved there."""
+    """Return the trained VAE and the CPU minutes of its training.
+
+    If the folder of `checkpoints` contains a trained VAE, load it. Otherwise train a VAE, and save it there. Without
+    `checkpoints`, only train.
+    """
     saved = checkpoints.folder / "trained.pt" if checkpoints else None
     if saved and saved.exists():
         vae, minutes = torch.load(saved, weights_only=False)

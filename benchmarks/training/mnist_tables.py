@@ -1,13 +1,15 @@
-"""Measure a VAE, an autoencoder and a denoising autoencoder after a few epochs on MNIST, and PCA with as many latents.
+"""Measure a VAE, an autoencoder and a denoising autoencoder on MNIST after a few epochs, and compare them with PCA.
 
     python benchmarks/training/mnist_tables.py
     python benchmarks/training/mnist_tables.py --only ae    # vae, ae or dae
     python benchmarks/training/mnist_tables.py --smoke      # two epochs with few rows
 
-Of the 60,000 training rows, the last 2,000 are held-out rows (1,000), which select the epoch, and calibration rows
-(1,000); the others are fit rows. The 10,000 test rows are used once, at the end.
+PCA has as many latents as the autoencoder that it is compared with. The VAE is not compared with PCA.
 
-Without MNIST it uses scikit-learn's digits, to which the targets do not apply. It prints a Markdown table.
+The last 2,000 of the 60,000 training rows are 1,000 held-out rows and 1,000 calibration rows. All other training rows
+are fit rows. The epoch with the lowest held-out loss is selected. The 10,000 test rows are used once, at the end.
+
+Without MNIST the benchmark uses scikit-learn's digits, to which the targets do not apply. It prints a Markdown table.
 """
 
 import argparse
@@ -17,7 +19,7 @@ from time import process_time
 from typing import Any
 
 import numpy as np
-import scipy.linalg  # noqa: F401  # loads its BLAS, so that the thread limit applies to it
+import scipy.linalg  # noqa: F401  # loads scipy's BLAS, so that the thread limit applies to it
 import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
@@ -33,11 +35,11 @@ from training.fitting.pipeline import fit_pipeline
 from training.fitting.prepared_data import PreparedData, prepare_data
 from training.progress import PlainReporter
 
-RESERVED_ROWS = 1_000  # held-out rows; as many are calibration rows
+RESERVED_ROWS = 1_000  # number of held-out rows, and number of calibration rows
 NOISE = 0.5  # standard deviation of the noise on pixels from 0 to 1
 BATCH_SIZE = 1_000
 
-Measure = Callable[[Pipeline, Tensor], float]  # takes test rows [M, D], 0 to 255
+Measure = Callable[[Pipeline, Tensor], float]  # measures a pipeline on test rows [M, D] with values from 0 to 255
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,12 @@ class Experiment:
     """A row of the table.
 
     Args:
-        title: the model.
+        title: description of the model.
         options: options of `elbo train`.
-        measure: what is measured on the test rows.
-        unit: of the measure.
-        target: the largest value that meets the target.
-        compare_pca: whether PCA is measured too.
+        measure: function that computes the result from the test rows.
+        unit: unit of the result.
+        target: largest result that meets the target.
+        compare_pca: whether to measure PCA too.
     """
 
     title: str
@@ -74,13 +76,13 @@ def negative_elbo(pipeline: Pipeline, x: Tensor) -> float:
 
 
 def squared_error(pipeline: Pipeline, x: Tensor) -> float:
-    """Return the mean squared error per pixel (0 to 1) of the reconstructions of rows x [M, D]."""
+    """Return the mean squared error per pixel of the reconstructions of rows x [M, D], for pixels from 0 to 1."""
     total = sum(float((pipeline(rows) - rows).double().square().sum()) for rows in x.split(BATCH_SIZE))
     return total / x.numel() / 255**2
 
 
 def denoising_error(pipeline: Pipeline, x: Tensor) -> float:
-    """Return the mean squared error per pixel of the reconstructions of noisy rows, against the rows without noise."""
+    """Return the mean squared error per pixel between the reconstructions of noisy rows and the rows without noise."""
     random, total = torch.Generator().manual_seed(0), 0.0
     for rows in x.split(BATCH_SIZE):
         noisy = rows + 255 * NOISE * torch.randn(rows.shape, generator=random)  # [B, D]
@@ -131,7 +133,7 @@ def command_line(options: dict[str, Any]) -> str:
 
 
 def run_experiment(experiment: Experiment, data: PreparedData, test: Tensor, smoke: bool) -> str:
-    """Train and measure a model; return the row of the table."""
+    """Train and measure one model. Return its row of the table."""
     started = process_time()
     options = {"epochs": 10} | experiment.options | ({"epochs": 2} if smoke else {})
     pipeline = fit_pipeline(TrainConfig.model_validate({"name": "bench", **options}), data, PlainReporter())

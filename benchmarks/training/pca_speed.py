@@ -1,16 +1,17 @@
 """Compare the speed, accuracy and memory of Elbo's PCA with scikit-learn's, on one core.
 
     python benchmarks/training/pca_speed.py
-    python benchmarks/training/pca_speed.py --large    # also fits a file of 4 GB; needs that much disk space
+    python benchmarks/training/pca_speed.py --large    # also fits a file of 4 GB, which needs as much disk space
     python benchmarks/training/pca_speed.py --smoke    # few rows
 
-On MNIST (without it, on scikit-learn's digits) all implementations fit the same rows. In each round each one runs once,
-so that changes in the machine's speed affect all alike. CPU seconds are measured.
+All implementations fit the same rows of MNIST, or without MNIST those of scikit-learn's digits. In each round, each
+implementation runs once, so that changes in the machine's speed affect all implementations alike. Times are CPU
+seconds.
 
-With --large it writes a file of rows, which `elbo train` and scikit-learn's IncrementalPCA each fit in their own
-process.
+With --large the benchmark also writes a file of rows. `elbo train` and scikit-learn's IncrementalPCA fit this file,
+each in its own process.
 
-It prints Markdown tables.
+The benchmark prints Markdown tables.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import scipy.linalg  # noqa: F401  # loads its BLAS, so that the thread limit applies to it
+import scipy.linalg  # noqa: F401  # loads scipy's BLAS, so that the thread limit applies to it
 import torch
 from sklearn.decomposition import PCA, IncrementalPCA
 from threadpoolctl import threadpool_limits
@@ -35,12 +36,13 @@ from benchmarks.data import ROOT, describe_machine, load_images
 from training.fitting.pca import fit_pca
 
 LATENTS = 32
-FEATURES = 784  # of the large file
-FACTORS = 200  # of the large file
-BLOCK_ROWS = 5 * FEATURES  # the default batch size of IncrementalPCA
+FEATURES = 784  # number of features in the large file
+FACTORS = 200  # number of directions in which the rows of the large file vary, apart from noise
+BLOCK_ROWS = 5 * FEATURES  # rows per block: the default batch size of IncrementalPCA
 TEST_ROWS = 10_000
 ONE_CORE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-# A child process inherits the peak memory of its parent, so a small process starts the measured one.
+# The reported peak memory of a child process is never below that of its parent. The benchmark uses much memory, so this
+# small program starts the measured process.
 LAUNCHER = """
 import resource, subprocess, sys, time
 started = time.perf_counter()
@@ -50,11 +52,11 @@ print(time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_m
 """
 
 Rows = npt.NDArray[Any]
-Fit = Callable[[Rows], tuple[Rows, Rows]]  # maps rows [N, D] to mean [D] and components [K, D]
+Fit = Callable[[Rows], tuple[Rows, Rows]]  # returns the mean [D] and the components [K, D] of rows [N, D]
 
 
 def elbo_fit(x: Rows) -> tuple[Rows, Rows]:
-    """Fit Elbo's PCA."""
+    """Fit Elbo's PCA to the rows x [N, D]. Return the mean and the components."""
     pca = fit_pca(torch.from_numpy(x), LATENTS)
     return pca.mean.numpy(), pca.components.numpy()
 
@@ -70,7 +72,7 @@ def sklearn_fit(solver: str) -> Fit:
 
 
 def projection_error(mean: Rows, components: Rows, x: Rows) -> float:
-    """Return the mean squared error per feature of the projections of rows x [N, D], computed in float64."""
+    """Project rows x [N, D] onto the components. Return the mean squared error per feature, computed in float64."""
     centred = x.astype(np.float64) - mean
     return float(np.square(centred - centred @ components.T @ components).mean())
 
@@ -115,7 +117,7 @@ def compare_in_memory(rounds: int, max_rows: int) -> None:
 
 
 def generate_blocks(rows: int, seed: int) -> Iterator[npt.NDArray[np.float32]]:
-    """Yield blocks of random rows with FACTORS directions of variance 1, 1/2, 1/3, ..., and noise."""
+    """Yield blocks of rows that vary randomly in FACTORS directions, the i-th with variance 1 / i, plus noise."""
     directions = np.random.RandomState(0).standard_normal((FACTORS, FEATURES)).astype(np.float32)
     directions /= np.sqrt(np.arange(1, FACTORS + 1, dtype=np.float32))[:, None]
     random = np.random.Generator(np.random.SFC64(seed))
@@ -135,7 +137,7 @@ def write_rows(path: Path, rows: int) -> None:
 
 
 def fit_incremental(path: str) -> None:
-    """Fit scikit-learn's IncrementalPCA to the rows in an npy file; write the result to the npz file of that name."""
+    """Fit scikit-learn's IncrementalPCA to the rows of an npy file. Write the result to the npz file next to it."""
     pca, rows = IncrementalPCA(LATENTS), np.load(path, mmap_mode="r").shape[0]
     with Path(path).open("rb") as file:
         file.seek(-4 * rows * FEATURES, os.SEEK_END)
@@ -147,7 +149,7 @@ def fit_incremental(path: str) -> None:
 
 
 def measure_process(arguments: list[str], folder: Path) -> tuple[float, float, float]:
-    """Run Python with `arguments`; return wall seconds, CPU seconds and peak resident memory in GB."""
+    """Run Python with `arguments`. Return wall seconds, CPU seconds, and peak resident memory in GB."""
     environment = {**os.environ, **ONE_CORE, "PYTHONPATH": str(ROOT)}
     launcher = [sys.executable, "-c", LAUNCHER, sys.executable, *arguments]
     process = subprocess.run(launcher, cwd=folder, env=environment, check=True, stdout=subprocess.PIPE, text=True)
@@ -156,7 +158,7 @@ def measure_process(arguments: list[str], folder: Path) -> tuple[float, float, f
 
 
 def compare_on_large_file(rows: int) -> None:
-    """Fit a file of `rows` rows with `elbo train` and with IncrementalPCA, and print the table."""
+    """Write a file of `rows` rows, fit it with `elbo train` and with IncrementalPCA, and print the table."""
     from models.artifact import load
     from models.manifest import resolve
 

@@ -1,10 +1,11 @@
 """Train the same VAE with Elbo, a bare PyTorch loop, pythae or Lightning, for `training_speed.py`.
 
-`python benchmarks/training/trainers.py NAME ROWS` loads the images in the npy file ROWS and prints one line of JSON
-when it is ready. For each line on standard input it trains a new model and prints one line of JSON with the CPU seconds
-and the held-out loss in nats per row. Standard output carries only these lines; other output goes to standard error.
+`python benchmarks/training/trainers.py NAME ROWS` loads the images in the npy file ROWS. When the trainer is ready, the
+program prints one line of JSON. For each line on standard input, it then trains a new model and prints one line of JSON
+with the CPU seconds and the held-out loss in nats per row. Standard output contains only these lines. All other output
+goes to standard error.
 
-All trainers use the network 784-400-20, ReLU, a Bernoulli likelihood, batches of 128, and fused Adam, and compute the
+All trainers use the network 784-400-20, ReLU, a Bernoulli likelihood, batches of 128, and fused Adam. They compute the
 held-out loss after each epoch.
 """
 
@@ -29,7 +30,7 @@ LEARNING_RATE = 1e-3
 HELD_OUT_ROWS = 1_280
 HELD_OUT_BATCH_SIZE = 2_048
 
-Train = Callable[[], float]  # trains a new model and returns its held-out loss
+Train = Callable[[], float]  # a function that trains a new model and returns its held-out loss
 
 
 class Net(nn.Module):
@@ -50,7 +51,7 @@ class Net(nn.Module):
 
 
 def bare_loop(x: Tensor, held_out: Tensor) -> Train:
-    """Train with a loop as written by hand: tensors in memory, one permutation per epoch."""
+    """Return a function that trains with a hand-written loop: tensors in memory, one permutation per epoch."""
 
     def train() -> float:
         model = Net(x.shape[1])
@@ -74,7 +75,7 @@ def bare_loop(x: Tensor, held_out: Tensor) -> Train:
 
 
 def elbo(x: Tensor, held_out: Tensor) -> Train:
-    """Train with `training.fitting.trainer`, without checkpoints."""
+    """Return a function that trains with `training.fitting.trainer`, without checkpoints."""
     from models.likelihood import BernoulliLikelihood
     from models.vae import VAE
     from training.config import TrainConfig
@@ -123,7 +124,7 @@ def elbo(x: Tensor, held_out: Tensor) -> Train:
 
 
 def pythae(x: Tensor, held_out: Tensor) -> Train:
-    """Train with pythae's trainer."""
+    """Return a function that trains with pythae's trainer."""
     from pythae.data.datasets import BaseDataset
     from pythae.models import VAE, VAEConfig
     from pythae.models.base.base_utils import ModelOutput
@@ -173,7 +174,7 @@ def pythae(x: Tensor, held_out: Tensor) -> Train:
 
 
 def lightning(x: Tensor, held_out: Tensor) -> Train:
-    """Train with Lightning's trainer as in its introduction, without output and files."""
+    """Return a function that trains as in Lightning's introduction, but without output and files."""
     from lightning import LightningModule, Trainer
     from torch.utils.data import DataLoader, TensorDataset
 

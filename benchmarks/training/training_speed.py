@@ -1,12 +1,13 @@
-"""Compare the training speed of a VAE in Elbo, a bare PyTorch loop, pythae and Lightning, in rows per CPU second.
+"""Compare how fast Elbo, a bare PyTorch loop, pythae and Lightning train the same VAE, in rows per CPU second.
 
     python benchmarks/training/training_speed.py            # `make bench-train` also installs pythae and Lightning
     python benchmarks/training/training_speed.py --smoke    # two short rounds
 
-Each trainer runs in its own process (`trainers.py`) on one core. In each round every trainer trains one model for two
-epochs, one trainer at a time, so that changes in the machine's speed affect all alike. CPU seconds are measured.
+Each trainer runs in its own process (`trainers.py`) on one core. The trainers run one at a time. In each round, every
+trainer trains one model for two epochs, so that changes in the machine's speed affect all trainers alike. Times are CPU
+seconds.
 
-pythae and Lightning run in their own environment. It prints a Markdown table.
+pythae and Lightning run in their own environment. The benchmark prints a Markdown table.
 """
 
 import argparse
@@ -33,11 +34,11 @@ class TrainerProcess:
 
     Args:
         name: a key of `trainers.TRAINERS`.
-        python: its interpreter.
+        python: path of the Python interpreter.
         rows: npy file with the images.
 
     Raises:
-        RuntimeError: the process does not start; with the last line of its output.
+        RuntimeError: the process does not start. The message gives the reason.
     """
 
     def __init__(self, name: str, python: str, rows: Path) -> None:
@@ -54,7 +55,7 @@ class TrainerProcess:
         self._read_line()
 
     def train(self) -> dict[str, float]:
-        """Train a new model; return its CPU seconds ("seconds") and held-out loss ("loss")."""
+        """Train a new model. Return the CPU seconds of the training ("seconds") and the held-out loss ("loss")."""
         assert self._process.stdin
         self._process.stdin.write("train\n")
         self._process.stdin.flush()

@@ -1,8 +1,9 @@
 """Serve the model with BentoML: `python -m benchmarks.serving.peers.bentoml_server MODEL PORT`.
 
-Adaptive batching of up to 1,024 rows, as its documentation recommends for models that accept batches; BentoML adapts
-the waiting time itself. Two workers, one per core, because it converts numbers in Python. Inputs and outputs are NumPy
-arrays, its type for tensors. Its only binary format is pickle, which is unsafe for untrusted input and not measured.
+BentoML batches up to 1,024 rows, as its documentation recommends for models that accept batches. It adapts the waiting
+time itself. There are two workers, one per core, because BentoML converts numbers in Python. Inputs and outputs are
+NumPy arrays, BentoML's type for tensors. The only binary format is pickle. It is not measured, because it is unsafe for
+untrusted input.
 """
 
 import os
@@ -19,7 +20,7 @@ from benchmarks.serving.peers.torchscript_module import load, reconstruct
 
 @bentoml.service(workers=2, traffic={"timeout": 60}, logging={"access": {"enabled": False}})
 class Vae:
-    """The service; each worker has one object."""
+    """The BentoML service. Each worker creates one object of this class."""
 
     def __init__(self) -> None:
         self.module: Any = load(os.environ["PEER_MODEL"])

@@ -1,7 +1,7 @@
-"""Return request bodies unchanged, as a lower bound for servers on uvicorn.
+"""Return request bodies unchanged. The cost of this is a lower bound for servers that run on uvicorn.
 
-Run `python -m benchmarks.serving.peers.echo WORKERS PORT`. `/` is a bare ASGI application; `/fastapi` is an endpoint of
-FastAPI.
+Run `python -m benchmarks.serving.peers.echo WORKERS PORT`. The path `/` is a bare ASGI application. The path `/fastapi`
+is a FastAPI endpoint.
 """
 
 import sys

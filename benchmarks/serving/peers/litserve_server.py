@@ -1,9 +1,10 @@
 """Serve the model with LitServe: `python -m benchmarks.serving.peers.litserve_server MODEL PORT`.
 
-Batches of up to 16 requests, so that two workers share 32 connections, or those that arrive in 2 ms. With the default
-timeout of 0, workers poll their queue continuously, and two of them use both cores. Two workers and two HTTP processes,
-because both convert numbers in Python. The ZeroMQ queue (fast_queue), which its documentation recommends for high
-request rates. It has no binary protocol.
+LitServe batches up to 16 requests, or the requests that arrive within 2 ms. With batches of 16, two workers share the
+32 connections of the benchmark. With the default timeout of 0, workers would poll their queue continuously, and two
+workers would use both cores. There are two workers and two HTTP processes, because both convert numbers in Python.
+Requests pass through a ZeroMQ queue (`fast_queue`), which LitServe's documentation recommends for high request rates.
+LitServe has no binary protocol.
 """
 
 import sys
@@ -16,7 +17,7 @@ from benchmarks.serving.peers.torchscript_module import load, reconstruct
 
 
 class Vae(litserve.LitAPI):  # type: ignore[misc] # LitServe has no types
-    """Batches requests by concatenating their rows."""
+    """A LitServe API that concatenates the rows of several requests to a batch."""
 
     def setup(self, _: str) -> None:
         """Load the model, once per worker."""

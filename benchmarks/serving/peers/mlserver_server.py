@@ -1,8 +1,9 @@
 """Serve the model with MLServer: `python -m benchmarks.serving.peers.mlserver_server MODEL PORT`.
 
-Adaptive batching of up to 64 requests or 2 ms. It is off by default, and its documentation recommends to choose both
-values by experiment. No parallel workers: their pool adds a queue between processes, while batching and HTTP remain in
-one process. Its JSON protocol is that of Triton; its HTTP server does not support the binary extension.
+MLServer batches up to 64 requests, or the requests that arrive within 2 ms. Batching is off by default. MLServer's
+documentation recommends finding the values of both options by experiment. There are no parallel workers: a pool of
+workers would add a queue between processes, but batching and HTTP would still run in one process. MLServer uses the
+same JSON protocol as Triton. Its HTTP server does not support the binary extension.
 """
 
 import json

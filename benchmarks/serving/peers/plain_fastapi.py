@@ -1,8 +1,8 @@
 """Serve the model with plain FastAPI: `python -m benchmarks.serving.peers.plain_fastapi MODEL PORT`.
 
-Lists validated by pydantic, and a call of the module, as a first version is often written. Two uvicorn workers, one per
-core, because of the global interpreter lock; uvloop and httptools, without access log. There is no batching, because
-FastAPI has none.
+pydantic validates lists of numbers, and the endpoint calls the module, as is typical of a first version. There are two
+uvicorn workers, one per core, because of the global interpreter lock. They use uvloop and httptools, and write no
+access log. Requests are not batched, because FastAPI does not support batching.
 """
 
 import os
@@ -39,5 +39,5 @@ if __name__ == "__main__":
     uvicorn.run(
         "benchmarks.serving.peers.plain_fastapi:create", factory=True, port=int(sys.argv[2]), workers=2, loop="uvloop",
         http="httptools", access_log=False,
-        timeout_worker_healthcheck=60,  # s; with the default of 5, uvicorn can kill a worker that imports torch
+        timeout_worker_healthcheck=60,  # seconds; with the default of 5, uvicorn may kill a worker that imports torch
     )  # fmt: skip

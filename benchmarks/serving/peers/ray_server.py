@@ -1,9 +1,9 @@
 """Serve the model with Ray Serve: `python -m benchmarks.serving.peers.ray_server MODEL PORT`.
 
-`@serve.batch` batches the waiting requests, up to 64, without a timeout. Two replicas, one per core, with up to 100
-concurrent requests each: with the default of 5, batches would be small. Throughput mode
-(RAY_SERVE_THROUGHPUT_OPTIMIZED), which its documentation recommends for such loads. No dashboard and no access log. It
-has no binary protocol.
+`@serve.batch` makes a batch of up to 64 requests that are already waiting, and does not wait for more requests. There
+are two replicas, one per core. Each replica accepts up to 100 concurrent requests, because the default of 5 would keep
+batches small. Throughput mode (RAY_SERVE_THROUGHPUT_OPTIMIZED) is on, as Ray's documentation recommends for such loads.
+The dashboard and the access log are off. Ray Serve has no binary protocol.
 """
 
 import logging
@@ -12,7 +12,7 @@ import sys
 import time
 from typing import Any
 
-os.environ["RAY_SERVE_THROUGHPUT_OPTIMIZED"] = "1"  # read at import
+os.environ["RAY_SERVE_THROUGHPUT_OPTIMIZED"] = "1"  # Ray reads this variable when it is imported
 
 import ray
 import torch
@@ -29,19 +29,19 @@ from benchmarks.serving.peers.torchscript_module import load, reconstruct
     logging_config={"enable_access_log": False, "log_level": "WARNING"},
 )
 class Vae:
-    """The deployment; each replica has one object."""
+    """The Ray deployment. Each replica creates one object of this class."""
 
     def __init__(self, path: str) -> None:
         self.module: Any = load(path)
 
     @serve.batch(max_batch_size=64, batch_wait_timeout_s=0)  # type: ignore[untyped-decorator] # Ray has no types
     async def reconstruct(self, requests: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the reconstructions of several requests, given their rows [B, D]."""
+        """Return the reconstructions of several requests, one tensor per request. Each request is a tensor [B, D]."""
         outputs = reconstruct(self.module, torch.cat(requests))
         return list(outputs.split([len(x) for x in requests]))
 
     async def __call__(self, request: Request) -> dict[str, Any]:
-        """Answer one request."""
+        """Return the response to one request."""
         rows = torch.tensor((await request.json())["inputs"])
         return {"outputs": (await self.reconstruct(rows)).tolist()}
 

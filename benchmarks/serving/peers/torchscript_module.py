@@ -1,4 +1,4 @@
-"""Load the artifact as a plain TorchScript module, on one thread; shared by the other servers."""
+"""Load the artifact as a plain TorchScript module, on one thread. The programs of the other servers share this code."""
 
 import socket
 from typing import Any
@@ -26,7 +26,7 @@ def reconstruct(module: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def free_port() -> int:
-    """Return an unused port of 127.0.0.1, for the ports besides HTTP that some servers always open."""
+    """Return an unused port of 127.0.0.1. Some servers always open other ports besides the HTTP port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]

@@ -1,9 +1,9 @@
 """Serve the model with NVIDIA Triton through PyTriton: `python -m benchmarks.serving.peers.triton_server MODEL PORT`.
 
-The dynamic batcher without delay batches the waiting rows, up to 1,024, which gives the highest rate here. Two
-instances of the model, one per core. The Open Inference Protocol in JSON and with the binary extension. The wheel
-contains only Triton's Python backend; its PyTorch backend, which runs without Python, is available only in NVIDIA's
-container.
+Triton's dynamic batcher makes batches of up to 1,024 rows that are already waiting. It does not delay requests, which
+gives the highest rate here. There are two instances of the model, one per core. Triton supports the Open Inference
+Protocol in JSON and with the binary extension. The wheel contains only Triton's Python backend. Triton's PyTorch
+backend, which runs models without Python, is available only in NVIDIA's container.
 """
 
 import sys
@@ -21,7 +21,7 @@ FEATURES = 784
 
 
 def create_instance(path: str) -> Any:
-    """Return the function of one instance. It runs in its own process, and loads the model in its first call."""
+    """Return the function of one model instance, which runs in its own process. The first call loads the model."""
     loaded: list[Any] = []
 
     @batch  # type: ignore[untyped-decorator] # PyTriton has no types
