@@ -1,5 +1,6 @@
 """Fixtures for all tests, and `require`, which skips a test on machines that lack what the test needs."""
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -31,13 +32,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def demonstration(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return an artifact folder with the models that `elbo demo` trains on the digits."""
+    """Return an artifact folder with the models that `elbo demo` trains on the digits.
+
+    The processes of one test run share the folder: the first one trains, and the others wait for it.
+    """
     from tests.training.reporters import RecordingReporter
     from training.config import DEMONSTRATION
     from training.data.table import read_table
     from training.train import train
 
-    root = tmp_path_factory.mktemp("artifacts")
-    for config in DEMONSTRATION:
-        train(config, read_table("digits"), root, RecordingReporter())
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # the base folder of each process is in it
+    root = shared / "demonstration"
+    with (shared / "demonstration.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not root.exists():
+            unfinished = tmp_path_factory.mktemp("artifacts")
+            for config in DEMONSTRATION:
+                train(config, read_table("digits"), unfinished, RecordingReporter())
+            unfinished.rename(root)
     return root

@@ -100,7 +100,7 @@ def test_training_on_one_row_reports_how_many_rows_are_needed(
     data = write(tmp_path / "a.csv", np.ones((1, 5)))
     code, _, err = in_process(capsys, "train", data, "--model", "pca", "--name", "a")
     assert code == 2
-    assert err == "elbo: error: expected at least 10 rows to train, judge and calibrate on, got 1: add rows\n"
+    assert err == "elbo: error: expected at least 10 rows to fit, validate and calibrate a model, got 1: add rows\n"
 
 
 def test_truncated_artifact_prints_one_line_and_exits_with_1(root: Path, tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ def test_reset_transient_after_a_kill_clears_transient_numbers_and_keeps_counts(
     assert (reader.sums("rows"), reader.sums("pending")) == ({(): [7.0]}, {(): [2.0]})
 
 
+@pytest.mark.slow
 def test_sums_never_fall_while_writers_are_killed_at_random_moments() -> None:
     segments = [Segment(), Segment()]
     reader, rng = SharedCounters(segments, 0), random.Random(0)

@@ -144,6 +144,7 @@ def test_pca_of_fewer_rows_than_features_is_the_same_from_moments_and_singular_v
     assert torch.allclose(by_rows.noise_variance, by_moments.noise_variance)
 
 
+@pytest.mark.slow
 def test_pca_is_bit_identical_for_any_number_of_threads() -> None:
     program = """
 import hashlib, numpy as np, torch

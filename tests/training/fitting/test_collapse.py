@@ -44,6 +44,7 @@ def test_warning_appears_if_fewer_than_half_of_the_predicted_latents_are_active(
     assert (collapse_warning(active, predicted, 16) is not None) is warned
 
 
+@pytest.mark.slow
 def test_run_of_a_vae_that_collapses_gives_a_forecast_and_a_warning(tmp_path: Path) -> None:
     reporter = RecordingReporter()
     settings = {"model": "vae", "name": "v", "hidden": (16,), "epochs": 20, "variance": 1.0, "beta": 4.0}
@@ -53,6 +54,7 @@ def test_run_of_a_vae_that_collapses_gives_a_forecast_and_a_warning(tmp_path: Pa
     assert any(note.startswith("WARNING: posterior collapse: 0 of 16") for note in reporter.notes)
 
 
+@pytest.mark.slow
 def test_run_of_a_vae_that_does_not_collapse_gives_no_warning(tmp_path: Path) -> None:
     reporter = RecordingReporter()
     train(TrainConfig(model="vae", name="v", epochs=60), read_table("digits"), tmp_path, reporter)
