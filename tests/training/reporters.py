@@ -13,7 +13,7 @@ class RecordingReporter:
     def start(self, title: str, total_steps: int) -> None:
         """Do nothing."""
 
-    def epoch(self, epoch: int, step: int, terms: Mapping[str, float]) -> None:  # noqa: ARG002  # the protocol names them
+    def epoch(self, epoch: int, step: int, terms: Mapping[str, float]) -> None:  # noqa: ARG002  # names set by the protocol
         """Record the loss terms."""
         self.epochs.append(dict(terms))
 

@@ -1,4 +1,4 @@
-"""The output of the progress reporters, through a real pipe and on a real pseudo-terminal."""
+"""The output of the progress reporters on a real pipe and on a real pseudo-terminal."""
 
 import fcntl
 import os
@@ -29,7 +29,7 @@ TERMS = "reconstruction 23.46  kl 4.25  elbo 19.21 nats"
 
 
 def run_on_terminal(code: str, **environment: str) -> tuple[str, str]:
-    """Run `code`. Return its standard error, a terminal of 80 columns, and its standard output, a pipe."""
+    """Run `code` with standard error on an 80-column terminal and standard output on a pipe. Return both outputs."""
     parent, child = pty.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     environment = (
@@ -91,7 +91,7 @@ def test_reporter_on_a_terminal_redraws_a_bar_in_place_with_the_loss_terms_below
     assert "vae (vae)" in screen
     assert "100%" in screen
     assert f"epoch 40  {TERMS}" in screen
-    assert " 10 %  epoch" not in screen  # format of the plain lines
+    assert " 10 %  epoch" not in screen  # the plain lines have this format
 
 
 def test_reporter_on_a_terminal_prints_each_note_once_and_verbatim() -> None:
@@ -123,7 +123,7 @@ def test_reporter_on_a_dumb_terminal_prints_plain_lines() -> None:
     assert " 10 %  epoch 4" in screen
 
 
-def test_run_of_one_step_prints_its_start_and_end() -> None:
+def test_reporter_for_a_run_of_one_step_prints_the_start_and_the_end() -> None:
     code = """
 from training.progress import reporter
 report = reporter()

@@ -25,7 +25,7 @@ FRESH_ROWS = 2_000
 
 
 def table(rows: int, seed: int = 0, width: int = 8) -> Table:
-    """Return noisy rows near a curved surface, which no kind of model fits exactly."""
+    """Return noisy rows near a curved surface. No kind of model fits them exactly."""
     random = np.random.RandomState(seed)
     factors = random.standard_normal((rows, 2))
     mixing = np.random.RandomState(7).standard_normal((2, width))
@@ -58,7 +58,7 @@ def count_alarms(path: Path, x: npt.NDArray[np.float32], alpha: float) -> int:
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_false_alarms_on_fresh_rows_lie_in_the_exact_beta_binomial_interval(kind: Kind, tmp_path: Path) -> None:
+def test_count_of_false_alarms_on_fresh_rows_is_in_the_exact_beta_binomial_interval(kind: Kind, tmp_path: Path) -> None:
     path = train_model(tmp_path, kind, table(2_000))
     fresh = values(table(FRESH_ROWS, seed=1))
     n = read_manifest(path).calibration.rows
@@ -70,7 +70,7 @@ def test_false_alarms_on_fresh_rows_lie_in_the_exact_beta_binomial_interval(kind
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_rows_off_the_training_surface_raise_alarms(kind: Kind, tmp_path: Path) -> None:
+def test_rows_far_from_the_training_surface_raise_alarms(kind: Kind, tmp_path: Path) -> None:
     path = train_model(tmp_path, kind, table(2_000), epochs=60)
     anomalous = values(table(200, seed=1))
     anomalous[:, 3] += 40.0
@@ -78,10 +78,10 @@ def test_rows_off_the_training_surface_raise_alarms(kind: Kind, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_training_with_the_same_seed_gives_the_same_weights_and_with_another_seed_different_ones(
+def test_training_gives_the_same_weights_for_the_same_seed_and_other_weights_for_another_seed(
     kind: Kind, tmp_path: Path
 ) -> None:
-    torch.manual_seed(1)  # the state of the global generator and the number of threads must not matter
+    torch.manual_seed(1)  # neither the global generator nor the number of threads may change the result
     first = read_manifest(train_model(tmp_path, kind, table(200), seed=3, epochs=3))
     torch.manual_seed(2)
     torch.set_num_threads(2)
@@ -110,7 +110,7 @@ def test_manifest_of_a_run_records_data_features_split_and_options(tmp_path: Pat
     assert {"elbo", "torch", "python", "numpy"} <= manifest.versions.keys()
 
 
-def test_reconstruction_error_in_the_manifest_is_that_of_the_published_model(tmp_path: Path) -> None:
+def test_manifest_contains_the_reconstruction_error_of_the_published_model(tmp_path: Path) -> None:
     rows = table(200)
     path = train_model(tmp_path, "ae", rows)
     held_out = rows.x.take(split_rows(200, 0).held_out)
@@ -129,7 +129,7 @@ def test_demonstration_vae_reconstructs_digits_with_active_latents(demonstration
     assert metrics["baseline_error"] == pytest.approx(0.074, abs=0.001)
 
 
-def test_active_latents_are_those_whose_posterior_mean_varies(demonstration: Path) -> None:
+def test_metric_active_latents_counts_the_latents_whose_posterior_mean_varies(demonstration: Path) -> None:
     digits = read_table("digits")
     rows = torch.from_numpy(digits.x.take(split_rows(len(digits.x), 0).held_out))
     path = demonstration / "vae" / "1" / "model.pt"
@@ -138,8 +138,11 @@ def test_active_latents_are_those_whose_posterior_mean_varies(demonstration: Pat
     assert int((mean.var(axis=0) > 0.01).sum()) == read_manifest(path).metrics["active_latents"]
 
 
-def test_samples_of_the_demonstration_models_are_near_real_digits_and_varied(demonstration: Path) -> None:
-    """Samples are closer to some digit than digits are to the mean digit, and have at least half of their variance."""
+def test_samples_of_the_demonstration_models_are_near_real_digits_and_vary(demonstration: Path) -> None:
+    """On average, a sample is closer to the nearest digit than a digit is to the mean digit.
+
+    The samples have more than half of the variance of the digits.
+    """
     digits = torch.from_numpy(values(read_table("digits")))
     random = np.random.RandomState(0)
     noise = torch.from_numpy(random.standard_normal((200, 16)).astype(np.float32))
@@ -163,7 +166,7 @@ def test_samples_of_the_demonstration_models_are_near_real_digits_and_varied(dem
         ({"output": "sigmoid", "scale": "none", "model": "ae"}, "use --scale range"),
     ],
 )
-def test_train_with_impossible_options_fails_with_the_option_to_change(
+def test_train_with_impossible_options_fails_with_a_one_line_message_and_writes_nothing(
     options: dict[str, object], message: str, tmp_path: Path
 ) -> None:
     options = {"latents": 2, "hidden": (32,), "epochs": 20, "name": "x"} | options

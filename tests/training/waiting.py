@@ -9,7 +9,7 @@ def wait_until_newer(path: Path, modified_ns: int, process: "subprocess.Popen[by
     """Wait until `process` has written `path` three times.
 
     Args:
-        modified_ns: earlier writes, up to this modification time in nanoseconds, do not count.
+        modified_ns: a modification time in nanoseconds. Writes up to this time do not count.
     """
     for _ in range(3):
         deadline = time.monotonic() + 180

@@ -20,7 +20,7 @@ const main = document.getElementById("view");
 const modelSelect = document.getElementById("model");
 let served = { models: [], failures: [], default: null };
 let destroyView = null;
-let lastRender = 0; // counts calls of render: an earlier call whose imports arrive late must not show its view
+let lastRender = 0; // the number of calls of render: only the latest call may show its view
 
 /** Show the view and the model that the address names. With `moveFocus`, move the focus to the heading of the view. */
 async function render(moveFocus = false) {
@@ -52,7 +52,7 @@ const viewContext = (model) => ({
   navigate,
 });
 
-/** The named model; the default model if no model has that name. */
+/** The model of the given name, or the default model if no model has that name. */
 function findModel(name) {
   const find = (wanted) => served.models.find((model) => model.name === wanted);
   return find(name) ?? find(served.default);
@@ -114,7 +114,7 @@ function addListeners() {
     render(true);
   });
   document.querySelector(".skip").addEventListener("click", (event) => {
-    event.preventDefault(); // a #fragment would add a history entry and render the view again
+    event.preventDefault(); // following the link would add a history entry and render the view again
     main.focus();
   });
   document.querySelector("nav").addEventListener("click", (event) => {

@@ -5,7 +5,7 @@ import { isDark } from "./ui/colours.js";
 const STORAGE_KEY = "theme";
 const button = document.getElementById("theme");
 
-/** Apply the stored theme, or the system's, and make the button switch it. */
+/** Apply the stored theme or, if none is stored, the system's theme. Make the button switch the theme. */
 export function initTheme() {
   applyTheme(localStorage.getItem(STORAGE_KEY));
   button.addEventListener("click", () => {
@@ -17,7 +17,7 @@ export function initTheme() {
   systemTheme.addEventListener("change", () => applyTheme(localStorage.getItem(STORAGE_KEY)));
 }
 
-/** Use `theme` ("light", "dark", or null for the system's) and repaint canvases: CSS does not reach their pixels. */
+/** Use `theme` ("light", "dark", or null: the system's) and repaint the canvases, because CSS cannot change them. */
 function applyTheme(theme) {
   if (theme) document.documentElement.dataset.theme = theme;
   button.textContent = isDark() ? "Light" : "Dark";

@@ -124,7 +124,9 @@ def test_array_without_rows_of_finite_numbers_raises(tmp_path: Path, array: Any,
         ({}, "nothing"),
     ],
 )
-def test_archive_without_a_single_table_or_x_raises(tmp_path: Path, arrays: dict[str, Any], found: str) -> None:
+def test_archive_in_which_no_array_is_clearly_the_table_raises(
+    tmp_path: Path, arrays: dict[str, Any], found: str
+) -> None:
     path = tmp_path / "a.npz"
     np.savez(path, **arrays)
     expected = f"FILE: expected an array named x, got {found}: save the rows with numpy.savez(path, x=rows)"
@@ -183,7 +185,7 @@ def test_truncated_file_raises(tmp_path: Path, name: str, write: Callable[[Path]
 
 
 @pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.parquet"])
-def test_file_in_another_format_than_its_suffix_raises(tmp_path: Path, name: str) -> None:
+def test_file_whose_format_differs_from_its_suffix_raises(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_text("text of some length instead of the format of the suffix")
     assert refusal(str(path)).startswith("FILE is damaged or not a ")

@@ -1,4 +1,4 @@
-"""Minibatches from memory and from disk. Each epoch contains every fit row once, in an order set by the seed."""
+"""Minibatches from memory and from disk. Each epoch contains every fit row once, in an order set by seed and epoch."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def epoch(batches: Batches, number: int, size: int = 64) -> Tensor:
     return torch.cat([batches.take(number, start, min(start + size, count)) for start in range(0, count, size)])
 
 
-def test_epoch_contains_every_fit_row_once_and_no_other(rows: RowStore, fit: np.ndarray) -> None:
+def test_epoch_contains_every_fit_row_once_and_no_other_row(rows: RowStore, fit: np.ndarray) -> None:
     batches = Batches(rows, fit, unscaled, seed=1, device="cpu")
     for number in (0, 5):
         seen = epoch(batches, number)
@@ -51,7 +51,7 @@ def test_epoch_contains_every_fit_row_once_and_no_other(rows: RowStore, fit: np.
         assert sorted(seen[:, 0].int().tolist()) == sorted(fit.tolist())
 
 
-def test_order_differs_between_epochs_and_repeats_for_the_same_seed(rows: RowStore, fit: np.ndarray) -> None:
+def test_order_of_rows_differs_between_epochs_and_repeats_for_the_same_seed(rows: RowStore, fit: np.ndarray) -> None:
     batches = Batches(rows, fit, unscaled, seed=1, device="cpu")
     first = epoch(batches, 0)
     assert not torch.equal(first, epoch(batches, 1))
@@ -68,13 +68,13 @@ def test_batches_can_start_at_any_position_of_any_epoch(
         assert torch.equal(Batches(rows, fit, unscaled, seed=1, device="cpu").take(3, start, stop), whole[start:stop])
 
 
-def test_rows_are_scaled(rows: RowStore, fit: np.ndarray) -> None:
+def test_batches_contain_scaled_rows(rows: RowStore, fit: np.ndarray) -> None:
     doubled = Batches(rows, fit, lambda x: 2 * x, seed=1, device="cpu")
     assert torch.equal(epoch(doubled, 0), 2 * epoch(Batches(rows, fit, unscaled, seed=1, device="cpu"), 0))
 
 
 def test_neighbouring_rows_on_disk_are_rarely_consecutive_in_an_epoch(tmp_path: Path) -> None:
-    """Neighbouring rows are spread over a pool of blocks, and the blocks of a pool over the file."""
+    """The rows of a block are spread over a pool, and the blocks of a pool are spread over the file."""
     np.save(tmp_path / "rows.npy", np.arange(ROWS, dtype=np.float32)[:, None])
     batches = Batches(
         SmallBlocks(np.load(tmp_path / "rows.npy", mmap_mode="r")), np.arange(ROWS), unscaled, seed=0, device="cpu"

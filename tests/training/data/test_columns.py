@@ -37,7 +37,7 @@ def refusal(source: str, **options: Any) -> str:
     return str(caught.value).replace(source, "FILE")
 
 
-def test_text_dates_and_identifiers_are_refused_in_one_message_with_the_option_that_drops_them(tmp_path: Path) -> None:
+def test_columns_of_text_or_dates_or_identifiers_are_refused_in_one_message_that_suggests_drop(tmp_path: Path) -> None:
     assert refusal(write(tmp_path / "a.csv", HOSTS)) == (
         "FILE: columns 'host' (text, 'web-0' in row 0 (line 2)), 'time' (dates, '2026-01-02 03:00' in row 0 (line 2)), "
         "'id' (an identifier: it counts the rows) are not measurements: add --drop host,time,id, "
@@ -45,7 +45,7 @@ def test_text_dates_and_identifiers_are_refused_in_one_message_with_the_option_t
     )
 
 
-def test_text_dates_and_identifiers_in_parquet_are_refused_with_their_types(tmp_path: Path) -> None:
+def test_parquet_columns_of_text_or_dates_or_identifiers_are_refused_with_their_types(tmp_path: Path) -> None:
     frame = pl.read_csv(HOSTS.encode(), try_parse_dates=True).with_columns(pl.lit(None).alias("empty"))
     frame.with_columns(pl.col("host").cast(pl.Categorical)).write_parquet(tmp_path / "a.parquet")
     message = refusal(str(tmp_path / "a.parquet"))
@@ -54,7 +54,7 @@ def test_text_dates_and_identifiers_in_parquet_are_refused_with_their_types(tmp_
     assert table.names == ["cpu", "disk"]
 
 
-def test_drop_removes_columns_and_keep_keeps_identifiers_but_not_text(tmp_path: Path) -> None:
+def test_drop_removes_columns_and_keep_retains_identifiers_but_not_text(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", HOSTS)
     table = read_table(path, drop=["host", "time"], keep=["id"])
     assert (table.names, table.units) == (["id", "cpu", "disk"], [None, "%", None])
@@ -99,7 +99,7 @@ def test_identifier_column_is_detected_by_its_numbers_and_its_name(
         ),
     ],
 )
-def test_dropping_or_keeping_an_unknown_column_raises_with_similar_names(
+def test_dropping_all_columns_or_naming_an_unknown_column_raises_with_advice(
     tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     assert refusal(write(tmp_path / "a.csv", HOSTS), **options) == message
@@ -151,7 +151,7 @@ def test_missing_values_stay_nan_and_are_counted(tmp_path: Path) -> None:
     ]
 
 
-def test_column_medians_ignore_missing_values_and_are_nan_without_any_value() -> None:
+def test_column_median_ignores_missing_values_and_is_nan_if_all_values_are_missing() -> None:
     x = np.array([[1, NAN], [5, NAN], [NAN, NAN], [2, 4], [100, 100]], np.float32)
     assert column_medians(RowStore(x), np.array([0, 1, 2, 3])).tolist() == [2, 4]
     assert np.isnan(column_medians(RowStore(x), np.array([0, 1]))[1])
@@ -162,7 +162,7 @@ def model_rows(tmp_path: Path, text: str) -> Any:
     return read_for_model(write(tmp_path / "rows.csv", text), manifest_of(trained))
 
 
-def test_read_for_model_accepts_missing_values_only_in_columns_trained_with_some(tmp_path: Path) -> None:
+def test_read_for_model_accepts_missing_values_only_in_columns_that_had_some_in_training(tmp_path: Path) -> None:
     table = model_rows(tmp_path, "a,b\n1,\n2,\n")
     assert table.missing.tolist() == [0, 2]
     assert np.isnan(values(table)[:, 1]).all()

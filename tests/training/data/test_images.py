@@ -35,7 +35,7 @@ def refusal(source: str, **options: Any) -> str:
 
 
 @pytest.mark.parametrize("suffix", [".png", ".PNG", ".bmp", ".tif", ".tiff", ".gif"])
-def test_grey_images_are_rows_of_height_by_width_from_0_to_255(tmp_path: Path, suffix: str) -> None:
+def test_grey_images_are_read_as_height_by_width_values_from_0_to_255(tmp_path: Path, suffix: str) -> None:
     table = read_table(save_images(tmp_path / "photos", GREY, suffix))
     assert (table.shape, table.pixel_range, table.labels, table.notes) == ((6, 4), (0, 255), None, [])
     assert np.array_equal(images_of(table), GREY)
@@ -54,7 +54,7 @@ def test_colour_images_have_three_channels_as_the_last_dimension(tmp_path: Path,
     assert table.names[-1] == "pixel[5,3,2]"
 
 
-def test_one_colour_image_makes_all_rows_colour(tmp_path: Path) -> None:
+def test_grey_images_beside_a_colour_image_are_read_as_colour_images(tmp_path: Path) -> None:
     folder = save_images(tmp_path, GREY)
     Image.fromarray(COLOUR[0]).save(tmp_path / "100.png")
     table = read_table(folder)
@@ -68,7 +68,7 @@ def test_jpeg_has_the_pixels_that_pillow_decodes(tmp_path: Path) -> None:
     assert np.array_equal(images_of(table)[3], np.asarray(Image.open(tmp_path / "003.jpg")))
 
 
-def test_sub_folders_are_labels_in_the_order_of_their_names(tmp_path: Path) -> None:
+def test_names_of_sub_folders_become_labels_in_alphabetical_order(tmp_path: Path) -> None:
     save_images(tmp_path / "dogs", GREY[:5])
     save_images(tmp_path / "cats", GREY[5:])
     (tmp_path / "empty").mkdir()
@@ -105,7 +105,7 @@ def test_images_of_two_sizes_raise_with_the_option_that_resizes_them(tmp_path: P
 
 
 def test_resizing_crops_around_the_centre(tmp_path: Path) -> None:
-    """In the wide image, a white square lies between black sides: only the square remains."""
+    """Each image is a square between two sides of the opposite colour. Only the square remains."""
     wide = np.zeros((40, 120), np.uint8)
     wide[:, 40:80] = 255
     table = read_table(save_images(tmp_path, np.stack([wide, 255 - wide])), size=(10, 10))
@@ -113,9 +113,9 @@ def test_resizing_crops_around_the_centre(tmp_path: Path) -> None:
     assert images_of(table)[1].max() < 25
 
 
-def test_images_with_exif_data_are_rotated(tmp_path: Path) -> None:
+def test_images_with_an_exif_orientation_are_rotated(tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # rotated by 90 degrees
+    exif[0x0112] = 6  # the orientation: rotated by 90 degrees
     for index, image in enumerate(GREY):
         Image.fromarray(image).save(tmp_path / f"{index:03}.png", exif=exif)
     table = read_table(str(tmp_path))
@@ -132,7 +132,7 @@ def test_transparent_pixels_become_white_with_a_note(tmp_path: Path) -> None:
     assert table.notes[0] == "some images are transparent: they are blended with a white background"
 
 
-def test_images_of_16_bits_are_read_as_8_bits_and_of_1_bit_as_0_and_255(tmp_path: Path) -> None:
+def test_images_of_16_bits_are_read_as_8_bits_and_images_of_1_bit_as_0_and_255(tmp_path: Path) -> None:
     deep = GREY.astype(np.uint16) * 256 + 77
     assert np.array_equal(images_of(read_table(save_images(tmp_path / "deep", deep))), GREY)
     flat = read_table(save_images(tmp_path / "flat", GREY > 100))
@@ -151,7 +151,7 @@ def test_images_with_a_colour_palette_are_colour(tmp_path: Path) -> None:
         Image.fromarray(image).quantize(24).save(tmp_path / f"{index:03}.png")
     table = read_table(str(tmp_path))
     assert table.shape == (6, 4, 3)
-    assert np.array_equal(images_of(table), COLOUR)  # 24 pixels, 24 colours
+    assert np.array_equal(images_of(table), COLOUR)  # exact: 24 pixels have at most 24 colours
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"half"])
@@ -168,13 +168,13 @@ def test_decompression_bomb_raises_before_it_is_decoded(tmp_path: Path) -> None:
     assert refusal(folder) == "FOLDER/100.png has more pixels than is safe to decode: remove it, or make it smaller"
 
 
-def test_floating_point_pixels_raise(tmp_path: Path) -> None:
+def test_image_with_floating_point_pixels_raises(tmp_path: Path) -> None:
     assert "000.tif has pixels of mode F: expected 8 or 16 bits" in refusal(
         save_images(tmp_path, GREY.astype(np.float32), ".tif")
     )
 
 
-def test_images_beside_folders_of_images_raise(tmp_path: Path) -> None:
+def test_folder_with_both_images_and_folders_of_images_raises(tmp_path: Path) -> None:
     save_images(tmp_path, GREY)
     save_images(tmp_path / "more", GREY)
     assert (
@@ -199,7 +199,7 @@ def test_read_for_model_converts_images_to_the_size_colours_and_range_of_the_mod
     table = read_for_model(save_images(tmp_path / "large", large), grey)
     assert table.shape == (6, 4)
     from_colours = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in COLOUR])
-    assert np.abs(images_of(table) - from_colours).mean() < 16  # Lanczos over the edges of the enlarged pixels
+    assert np.abs(images_of(table) - from_colours).mean() < 16  # Lanczos blurs the edges of the enlarged pixels
     digits = read_for_model(str(tmp_path / "grey"), manifest_of(read_table("digits")))
     assert (digits.shape, digits.pixel_range) == ((8, 8), (0, 1))
     assert 0 <= values(digits).min() < 0.2

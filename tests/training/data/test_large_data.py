@@ -1,4 +1,4 @@
-"""Data larger than memory: the table is the same as in memory, and memory use does not grow with the data."""
+"""Tables that are kept on disk: they equal tables in memory, and larger files need no more memory."""
 
 import json
 import os
@@ -20,12 +20,12 @@ from training.data.table import MAX_HELD_OUT_ROWS, DataError, read_table, split_
 
 pytestmark = pytest.mark.slow
 
-LIMIT = 1000  # bytes; all tables in this module are larger
+LIMIT = 1000  # bytes of memory for a table; every table in this module is larger
 RANDOM = np.random.RandomState(0)
 
 
 def measurements(rows: int) -> np.ndarray:
-    """Return [rows, 5] with missing values, a constant column, and a column with large values that vary little."""
+    """Return [rows, 5] with missing values, a constant column, and a column of large values that vary little."""
     x = np.round(RANDOM.standard_normal((rows, 5)), 4)
     x[::7, 1] = np.nan
     x[:, 3] = 5
@@ -80,7 +80,7 @@ WRITERS: list[tuple[str, Callable[[Path, np.ndarray], None]]] = [
 def test_table_on_disk_equals_table_in_memory(
     tmp_path: Path, name: str, write: Callable[[Path, np.ndarray], None]
 ) -> None:
-    x = measurements(250_000)  # several blocks of every reader
+    x = measurements(250_000)  # enough for several blocks of every reader
     write(tmp_path / name, x)
     in_memory, on_disk = read_table(str(tmp_path / name)), read_table(str(tmp_path / name), limit=LIMIT)
     assert (in_memory.x.on_disk, on_disk.x.on_disk) == (False, True)
@@ -119,7 +119,7 @@ def test_bad_value_far_into_a_file_is_reported_with_its_row(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("line", "fields"), [("1,2,3", 3), ("1,2,3,4,5,6", 6), ('1,2,"3,4,5', 3)])
-def test_ragged_line_far_into_a_csv_file_raises_with_its_number(tmp_path: Path, line: str, fields: int) -> None:
+def test_ragged_line_far_into_a_csv_file_raises_with_the_line_number(tmp_path: Path, line: str, fields: int) -> None:
     write_csv(tmp_path / "a.csv", measurements(150_000))
     with (tmp_path / "a.csv").open("a") as file:
         file.write(line + "\n")
@@ -128,7 +128,7 @@ def test_ragged_line_far_into_a_csv_file_raises_with_its_number(tmp_path: Path, 
 
 
 def test_quoted_line_ends_and_commas_do_not_split_rows(tmp_path: Path) -> None:
-    """A dropped text column may contain anything at the end of a piece of the file."""
+    """The file is read in pieces. A piece may end inside a quoted cell of the dropped column."""
     words = ['"a ""b"", c\n d"', "plain", '"\r\n"', '""']
     lines = [f"{words[i % 4]},{i * i % 1009}\n" for i in range(400_000)]
     (tmp_path / "a.csv").write_text("note,value\n" + "".join(lines), newline="")
@@ -172,7 +172,7 @@ def test_row_writer_moves_rows_to_disk_beyond_its_limit() -> None:
     assert rows.read_range(8, 11).tolist() == [[1, 1], [1, 1], [0, 0]]
 
 
-def test_held_out_and_calibration_rows_are_limited_to_what_fits_in_memory() -> None:
+def test_numbers_of_held_out_and_calibration_rows_are_limited() -> None:
     assert [len(part) for part in vars(split_rows(10**6, 0)).values()] == [
         900_000,
         MAX_HELD_OUT_ROWS,
@@ -182,7 +182,7 @@ def test_held_out_and_calibration_rows_are_limited_to_what_fits_in_memory() -> N
     assert np.array_equal(split_rows(1000, 3).fit, split_rows(1000, 3, 12_288).fit)
 
 
-# In a separate process
+# Tests that read in a separate process
 
 READING = """
 import json, re, sys
@@ -303,7 +303,7 @@ except DataError as error:
 @pytest.mark.parametrize(
     ("name", "write"), [("a.csv", write_csv), ("a.npz", write_npz), ("a.npz", write_npz_in_fortran_order)]
 )
-def test_full_disk_raises_with_the_space_that_is_needed(
+def test_reading_onto_a_full_disk_raises_with_the_space_that_is_needed(
     tmp_path: Path, name: str, write: Callable[[Path, np.ndarray], None]
 ) -> None:
     write(tmp_path / name, measurements(100_000))

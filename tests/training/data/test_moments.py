@@ -1,4 +1,4 @@
-"""Moments, compared with extended precision, integer arithmetic and numpy, for blocks of all sizes."""
+"""Moments of blocks of many sizes, compared with extended precision, integer arithmetic and numpy."""
 
 import subprocess
 import sys
@@ -36,7 +36,7 @@ def moments_of(x: npt.NDArray[Any], block: int, with_covariance: bool = True) ->
 
 
 def extended(x: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Return mean and covariance, computed in two passes of 80-bit arithmetic."""
+    """Return the mean and the covariance, computed in two passes with extended precision."""
     wide = x.astype(np.longdouble)
     mean = wide.mean(axis=0)
     centred = wide - mean
@@ -45,7 +45,7 @@ def extended(x: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
 
 @pytest.mark.parametrize("block", [100, 1777, 100_000])
 @pytest.mark.parametrize("name", TRUE)
-def test_one_pass_agrees_with_two_passes_in_extended_precision(name: str, block: int) -> None:
+def test_moments_from_one_pass_agree_with_two_passes_in_extended_precision(name: str, block: int) -> None:
     x = TRUE[name]
     mean, covariance = extended(x)
     found = moments_of(x, block)
@@ -66,11 +66,11 @@ def test_integers_are_summed_without_rounding(name: str, dtype: type) -> None:
     x: npt.NDArray[Any] = TRUE[name].astype(dtype)
     integers = x.astype(np.int64)
     rows, totals = len(x), integers.sum(axis=0)
-    numerator = rows * (integers.T @ integers) - np.outer(totals, totals)  # rows (rows - 1) times the covariance
+    numerator = rows * (integers.T @ integers) - np.outer(totals, totals)  # the covariance times rows * (rows - 1)
     found = moments_of(x, 5000).covariance
     assert found is not None
     exact = numerator / (rows * (rows - 1))
-    assert np.abs(found.numpy() - exact).max() <= 4 * np.spacing(exact.max())  # the last subtraction, and the division
+    assert np.abs(found.numpy() - exact).max() <= 4 * np.spacing(exact.max())  # rounding: last subtraction, division
 
 
 def test_blocks_may_have_any_size_and_may_be_empty() -> None:
@@ -85,7 +85,7 @@ def test_blocks_may_have_any_size_and_may_be_empty() -> None:
 
 
 @pytest.mark.parametrize("name", TRUE)
-def test_moments_without_covariance_equal_those_with_covariance(name: str) -> None:
+def test_moments_are_the_same_whether_or_not_the_covariance_is_computed(name: str) -> None:
     full, without = moments_of(TRUE[name], 1000), moments_of(TRUE[name], 1000, with_covariance=False)
     assert without.covariance is None
     assert torch.allclose(without.variance, full.variance, rtol=1e-12, atol=0)
@@ -136,7 +136,7 @@ def test_spectrum_equals_the_eigenvalues_of_the_covariance(shape: tuple[int, int
     assert spectrum_from_moments(moments_of(x, 100)).numpy() == pytest.approx(expected, abs=1e-12)
 
 
-def test_pca_of_fewer_rows_than_features_is_the_same_from_moments_and_singular_values() -> None:
+def test_pca_of_fewer_rows_than_features_is_the_same_from_moments_and_from_rows() -> None:
     x = RANDOM.standard_normal((20, 50))
     by_rows, by_moments = fit_pca(torch.from_numpy(x), 5), pca_from_moments(moments_of(x, 7), 5)
     assert subspace_angles(by_rows.components.numpy().T, by_moments.components.numpy().T).max() < 1e-6

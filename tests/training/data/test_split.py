@@ -26,15 +26,15 @@ def test_split_sizes_are_70_10_and_20_percent_rounded_to_a_row(n: int, seed: int
     assert min(map(len, (rows.fit, rows.held_out, rows.calibration))) >= 1
 
 
-def test_split_repeats_for_the_same_seed_and_differs_for_another() -> None:
+def test_split_repeats_for_the_same_seed_and_differs_for_another_seed() -> None:
     first, again, other = split_rows(1000, 7), split_rows(1000, 7), split_rows(1000, 8)
     assert np.array_equal(first.fit, again.fit)
     assert np.array_equal(first.calibration, again.calibration)
     assert not np.array_equal(first.calibration, other.calibration)
 
 
-def test_split_is_random_within_every_part() -> None:
-    """The mean row index of each part is within five standard errors of the middle."""
+def test_every_part_of_the_split_contains_rows_from_the_whole_table() -> None:
+    """The mean row index of each part is within five standard errors of the middle of the table."""
     n = 10_000
     rows = split_rows(n, 0)
     for part in (rows.fit, rows.held_out, rows.calibration):

@@ -27,17 +27,17 @@ def write_text(path: Path, text: str) -> str:
     return str(path)
 
 
-def test_digits_are_the_1797_grey_images_of_scikit_learn_in_0_to_1() -> None:
+def test_digits_are_the_1797_grey_images_of_scikit_learn_with_values_from_0_to_1() -> None:
     table = read_table("digits")
     assert values(table).shape == (1797, 64)
     assert values(table).dtype == np.float32
     assert (values(table).min(), values(table).max()) == (0, 1)
-    assert np.array_equal(values(table) * 16, np.rint(values(table) * 16))  # sixteenths: exact in float32
+    assert np.array_equal(values(table) * 16, np.rint(values(table) * 16))  # multiples of 1/16, exact in float32
     assert (table.shape, table.pixel_range) == ((8, 8), (0, 1))
     assert table.names[:2] == ["pixel[0,0]", "pixel[0,1]"]
     assert table.names[-1] == "pixel[7,7]"
     assert table.labels is not None
-    assert table.labels[:10].tolist() == list(range(10))  # the digits begin with 0, 1, 2, ...
+    assert table.labels[:10].tolist() == list(range(10))  # the first ten images are 0 to 9
     assert table.notes == ["3 of 64 features are constant and carry no information: pixel[0,0], pixel[4,0], pixel[4,7]"]
 
 
@@ -79,7 +79,7 @@ def test_bytes_in_three_dimensions_are_read_as_images_from_0_to_255(tmp_path: Pa
         (3, 7.0004, (3, 7)),
     ],
 )
-def test_pixel_range_of_floats_is_a_common_range_if_they_fill_it_else_their_own_range(
+def test_pixel_range_of_floats_is_a_usual_range_if_they_fill_it_and_else_their_rounded_minimum_and_maximum(
     tmp_path: Path, low: float, high: float, expected: tuple[float, float]
 ) -> None:
     x = np.linspace(low, high, 10 * 6).reshape(10, 2, 3)
@@ -130,7 +130,7 @@ ROWS = [[1, 20.5, 3], [2, 21, 4], [3, 100, 5]]
     ],
     ids=["plain", "byte order mark", "CRLF", "blank lines at the end", "no last newline", "spaces", "quotes"],
 )
-def test_csv_names_are_kept_and_units_are_read_from_brackets(tmp_path: Path, text: str) -> None:
+def test_csv_columns_get_their_names_and_bracketed_units_from_the_header(tmp_path: Path, text: str) -> None:
     table = read_table(write_text(tmp_path / "a.csv", text))
     assert table.names == ["load", "temperature", "fans"]
     assert table.units == ["%", "deg C", None]
@@ -160,7 +160,7 @@ def test_constant_column_is_kept_with_a_note(tmp_path: Path) -> None:
 
 
 def test_column_with_few_distinct_float32_values_gets_a_note(tmp_path: Path) -> None:
-    seconds = 1_700_000_000 + np.arange(100)  # float32 has a step of 128 there
+    seconds = 1_700_000_000 + np.arange(100)  # neighbouring float32 values are 128 apart here
     table = read_table(save_array(tmp_path / "a.npy", np.stack([seconds, np.arange(100)], axis=1)))
     (note,) = table.notes
     assert note == (
@@ -202,7 +202,7 @@ def test_read_for_model_returns_labels_from_a_column_that_is_not_a_feature(tmp_p
     assert table.labels.tolist() == [0, 1]
 
 
-def test_read_for_model_with_one_row_or_equal_rows_returns_them(tmp_path: Path) -> None:
+def test_read_for_model_accepts_a_single_row_and_equal_rows(tmp_path: Path) -> None:
     assert values(model_rows(tmp_path, "a,b\n1,2\n")).tolist() == [[1, 2]]
     assert model_rows(tmp_path, "a,b\n1,2\n1,2\n").notes == []
 

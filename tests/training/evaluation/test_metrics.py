@@ -37,7 +37,10 @@ WEIGHTS = np.linalg.qr(np.random.RandomState(0).standard_normal((D, K)))[0] * [2
 
 
 def linear_vae(widening: float) -> VAE:
-    """Return a VAE with p(x) = N(0, W W' + s2 I). Its posterior is exact but `widening` times as wide."""
+    """Return a VAE with p(x) = N(0, W W' + s2 I), where W is WEIGHTS and s2 is VARIANCE.
+
+    The encoder returns the exact posterior, but with `widening` times the exact standard deviation.
+    """
     squares = np.square(WEIGHTS).sum(axis=0)  # [K]
     encoder, decoder = nn.Linear(D, 2 * K), nn.Linear(K, D)
     with torch.no_grad():
@@ -69,7 +72,7 @@ def test_importance_weighted_bound_of_a_linear_vae_matches_its_known_log_likelih
     bound = importance_weighted(lambda x, noise: log_weights(vae, x, noise[None])[0], x, K, samples=100)
     assert bound.mean == pytest.approx(log_p.mean(), abs=tolerance)
     assert bound.standard_error == pytest.approx(log_p.std(ddof=1) / math.sqrt(600), rel=0.02)
-    gap = K * (0.5 * (widening**2 - 1) - math.log(widening))  # KL of the widened posterior from the true one
+    gap = K * (0.5 * (widening**2 - 1) - math.log(widening))  # KL of the widened posterior from the exact posterior
     assert bound.elbo == pytest.approx(log_p.mean() - gap, abs=0.02)
 
 
@@ -143,7 +146,10 @@ def test_errors_of_rows_with_missing_values_are_means_over_the_present_values() 
 
 
 def test_latent_report_of_a_linear_vae_matches_theory() -> None:
-    """The KL of latent k is 0.5 ln(1 + w_k^2 / s2). The variance of its mean is w_k^2 / (w_k^2 + s2)."""
+    """Let w_k be the length of column k of WEIGHTS, and s2 be VARIANCE.
+
+    The KL of latent k is 0.5 ln(1 + w_k^2 / s2). The variance of the mean of latent k is w_k^2 / (w_k^2 + s2).
+    """
     vae, (x, _) = linear_vae(1.0), sample_rows(20_000)
     squares = np.square(WEIGHTS).sum(axis=0)
     report = describe_latents(vae, x)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 def test_significant_wins_contain_only_differences_above_two_standard_errors() -> None:
     noise = torch.randn(400, generator=torch.Generator().manual_seed(0))
-    noise = (noise - noise.mean()) / noise.std()  # mean 0, standard error of the mean 1/20
+    noise = (noise - noise.mean()) / noise.std()  # the mean is 0, with a standard error of 1/20
     wins = significant_wins(
         {"one": {"a": noise + 0.11, "b": noise + 0.09}, "two": {"a": 0 * noise, "b": 0 * noise, "c": noise}}
     )
@@ -33,7 +33,7 @@ def test_significant_wins_for_models_with_shared_noise_contain_a_small_paired_di
     assert significant_wins({"one": {"a": shared}, "two": {"a": shared + better}}) == [("two", "one", "a")]
 
 
-def test_swap_values_replaces_a_tenth_of_each_row_but_at_least_one_value_by_the_previous_row() -> None:
+def test_swap_values_takes_a_tenth_of_each_row_and_at_least_one_value_from_the_previous_row() -> None:
     x = torch.arange(50.0).unsqueeze(1).expand(50, 20)
     swapped, previous_row = swap_values(x, seed=0), x.roll(1, dims=0)
     assert ((swapped != x).sum(dim=1) == 2).all()
@@ -59,7 +59,7 @@ def table(x: np.ndarray, source: str) -> Table:
 
 @pytest.mark.parametrize("curved", [False, True])
 def test_auto_publishes_a_network_on_curved_data_and_pca_on_a_plane(tmp_path: Path, curved: bool) -> None:
-    """PCA describes a plane exactly. On a closed curve, a network with one latent does the work of PCA with two."""
+    """PCA describes a plane well. One latent of a network can follow the curve, but one latent of PCA cannot."""
     random = np.random.RandomState(0)
     t = random.uniform(-1, 1, (1500, 2))
     factors = (

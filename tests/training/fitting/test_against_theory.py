@@ -1,7 +1,7 @@
-"""Losses whose optimum is known in closed form: minimised numerically and compared with theory.
+"""Losses whose optimum is known in closed form. They are minimised numerically, and the result is compared with theory.
 
-All tests use float64 and the digits. Where a loss is an expectation over noise and the networks are linear, a few fixed
-points with the moments of the normal distribution give its exact value.
+Most tests use float64 and the digits. If the networks are linear, the expectation of a loss over normal noise is
+computed exactly: it is the mean over a few fixed points that have the moments of the normal distribution.
 """
 
 import math
@@ -32,14 +32,15 @@ pytestmark = pytest.mark.slow
 DIGITS = torch.from_numpy(load_digits().data / 16.0)  # [1797, 64]
 VALUES, VECTORS = torch.linalg.eigh(DIGITS.T.cov(correction=0))
 EIGENVALUES, TOP = VALUES.flip(0).clamp(min=0.0), VECTORS.flip(1).T  # largest first; the rows of TOP are eigenvectors
-# A linear model depends only on the mean and the covariance. The 128 rows of X have the mean and the covariance of the
-# digits. The 48 rows of LEADING have a diagonal covariance with the 24 largest eigenvalues of the digits.
+# The optimum of a linear model depends only on the mean and the covariance of the rows. The 128 rows of X have the mean
+# and the covariance of the digits. The covariance of the 48 rows of LEADING is diagonal. Its diagonal contains the 24
+# largest eigenvalues of the covariance of the digits.
 X = DIGITS.mean(dim=0) + math.sqrt(64) * torch.cat((TOP, -TOP)) * EIGENVALUES.sqrt().repeat(2).unsqueeze(1)
 LEADING = math.sqrt(24) * torch.cat((torch.eye(24), -torch.eye(24))).double() * EIGENVALUES[:24].sqrt()
 
 
 def minimise(model: nn.Module, loss: Callable[[], Tensor], steps: int = 1000) -> float:
-    """Minimise `loss` with LBFGS until it converges, and return its value."""
+    """Minimise `loss` with LBFGS until convergence, and return the minimum."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.LBFGS(
         parameters, max_iter=steps, tolerance_grad=1e-10, tolerance_change=1e-14, history_size=50,
@@ -70,7 +71,7 @@ def linear_vae(latents: int, variance: float, learn: bool, features: int = 64) -
 
 
 def normal_points(size: int) -> Tensor:
-    """Return points [2 size, size] over which the mean of any quadratic function is its expectation under N(0, I)."""
+    """Return points [2 size, size]. The mean of a quadratic function over them is its expectation under N(0, I)."""
     return math.sqrt(size) * torch.cat((torch.eye(size), -torch.eye(size))).double()
 
 
@@ -82,7 +83,7 @@ def exact_elbo(vae: VAE, x: Tensor, latents: int, beta: float = 1.0) -> Tensor:
 
 
 def layer(network: nn.Module) -> nn.Linear:
-    """Return the layer of a network that has only one."""
+    """Return the only layer of `network`."""
     (only,) = network.children()
     assert isinstance(only, nn.Linear)
     return only
@@ -93,14 +94,14 @@ def weights(network: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("latents", [2, 8])
-def test_linear_autoencoder_is_pca(latents: int) -> None:
+def test_linear_autoencoder_has_the_error_and_the_subspace_of_pca(latents: int) -> None:
     model = linear_autoencoder(64, latents)
     loss = minimise(model, lambda: squared_error_terms(model, X)["loss"])
     assert loss == pytest.approx(float(EIGENVALUES[latents:].sum()), rel=1e-4)
     assert subspace_angles(weights(model.decoder).numpy(), TOP[:latents].numpy().T).max() < 1e-2
 
 
-def test_regularised_linear_autoencoder_is_symmetric_and_shrunk() -> None:
+def test_regularised_linear_autoencoder_has_transposed_weights_with_shrunk_singular_values() -> None:
     """Kunin et al. 2019, "Loss landscapes of regularized linear autoencoders", theorem 1."""
     latents, penalty = 4, 0.1
     model = linear_autoencoder(64, latents)
@@ -112,7 +113,7 @@ def test_regularised_linear_autoencoder_is_symmetric_and_shrunk() -> None:
 
 
 def test_linear_vae_reaches_the_likelihood_of_probabilistic_pca() -> None:
-    """Lucas et al. 2019, "Don't blame the ELBO!", section 4: the bound is tight, with the variance of that PCA."""
+    """Lucas et al. 2019, "Don't blame the ELBO!", section 4. The learned variance is that of the PCA."""
     latents = 4
     vae = linear_vae(latents, variance=0.1, learn=True)
     loss = minimise(vae, lambda: exact_elbo(vae, X, latents))
@@ -122,7 +123,7 @@ def test_linear_vae_reaches_the_likelihood_of_probabilistic_pca() -> None:
     assert -loss == pytest.approx(log_likelihood, abs=1e-4)
     assert isinstance(vae.likelihood, GaussianLikelihood)
     assert float(vae.likelihood.log_variance.detach().exp()) == pytest.approx(float(noise), rel=1e-4)
-    pca = fit_pca(X, latents)  # with the N - 1 covariance, so the likelihood is a little lower
+    pca = fit_pca(X, latents)  # divides the covariance by N - 1, so the likelihood is a little lower
     assert float(pca.log_likelihood(X).mean()) <= log_likelihood + 1e-9
 
 
@@ -151,7 +152,7 @@ def test_linear_denoising_autoencoder_is_pca_with_wiener_shrinkage() -> None:
 
 
 def test_optimal_variance_is_the_mean_squared_error() -> None:
-    """A learned variance converges to it."""
+    """A learned variance converges to the optimal variance."""
     torch.manual_seed(0)
     output, likelihood = X + 0.3 * torch.randn_like(X), OptimalGaussianLikelihood(torch.ones(1)).double()
     learned = GaussianLikelihood(torch.ones(1)).double()
@@ -163,10 +164,10 @@ def test_optimal_variance_is_the_mean_squared_error() -> None:
 
 
 def test_importance_weighted_bound_approaches_the_likelihood_with_more_samples() -> None:
-    """The VAE is a probabilistic PCA, whose likelihood is known; its posterior variance is 1.5 times too large."""
+    """The VAE is a probabilistic PCA, so the likelihood is known. The encoder's variance is 1.5 times too large."""
     latents, pca = 4, fit_pca(X, 4)
     vae = linear_vae(latents, float(pca.noise_variance), learn=False)
-    scale = (pca.eigenvalues - pca.noise_variance).sqrt()  # [K]: x = mean + V' scale z + noise
+    scale = (pca.eigenvalues - pca.noise_variance).sqrt()  # [K]: x = mean + components' (scale z) + noise
     with torch.no_grad():
         gain = (scale / pca.eigenvalues).unsqueeze(1) * pca.components  # [K, D]
         variance = 1.5 * pca.noise_variance / pca.eigenvalues  # [K]
@@ -181,13 +182,13 @@ def test_importance_weighted_bound_approaches_the_likelihood_with_more_samples()
         for samples in (1, 5, 50, 500):
             noise = torch.randn(samples, len(X), latents, generator=random, dtype=torch.float64)
             gaps[samples] = exact - float(importance_weighted_terms(vae, X, noise)["bound"])
-    kl = 0.5 * latents * (1.5 - 1.0 - math.log(1.5))  # KL from the exact posterior, which is the gap of the ELBO
+    kl = 0.5 * latents * (1.5 - 1.0 - math.log(1.5))  # KL from the exact posterior: the gap of the ELBO
     assert gaps[1] == pytest.approx(kl, abs=0.05)
     assert gaps[1] > gaps[5] > gaps[50] > abs(gaps[500])
     assert abs(gaps[500]) < 0.01
 
 
-def test_free_bits_do_not_charge_the_kl_of_latents_below_their_level() -> None:
+def test_loss_with_free_bits_charges_each_latent_at_least_the_given_kl() -> None:
     vae, noise = linear_vae(3, 0.1, learn=False), torch.zeros(len(X), 3).double()
     with torch.no_grad():
         kl = gaussian_kl(*vae.posterior(X)).mean(dim=0)
@@ -197,12 +198,12 @@ def test_free_bits_do_not_charge_the_kl_of_latents_below_their_level() -> None:
     assert float(terms["kl"]) == pytest.approx(float(kl.sum()))
 
 
-def test_corrupt_adds_noise_in_the_given_range_and_masks_the_given_share() -> None:
+def test_corrupt_adds_noise_with_levels_in_the_given_range_and_masks_the_given_share() -> None:
     random, ones = torch.Generator().manual_seed(0), torch.ones(4000, 400)
     noise = corrupt(ones, (0.05, 1.0), 0.0, random) - ones
     level = noise.std(dim=1).log().numpy()
     assert np.exp([level.min(), level.max()]) == pytest.approx([0.05, 1.0], rel=0.15)
-    assert level.mean() == pytest.approx(math.log(0.05) / 2, abs=0.05)  # log-uniform: the mean of the logarithms
+    assert level.mean() == pytest.approx(math.log(0.05) / 2, abs=0.05)  # the levels are log-uniform
     assert level.std() == pytest.approx(-math.log(0.05) / math.sqrt(12), rel=0.05)
     assert float((corrupt(ones, (0.0, 0.0), 0.3, random) == 0).double().mean()) == pytest.approx(0.3, abs=0.01)
     assert torch.equal(corrupt(ones, (0.0, 0.0), 0.0, random), ones)

@@ -56,11 +56,11 @@ def test_decoder_of_images_gives_values_from_0_to_1(network: str) -> None:
         ({"output": "linear"}, True, False),
         ({"output": "sigmoid"}, False, True),
         ({"model": "vae"}, True, True),
-        ({"model": "vae", "likelihood": "bernoulli"}, True, False),  # its decoder returns logits
+        ({"model": "vae", "likelihood": "bernoulli"}, True, False),  # the decoder returns logits
         ({"model": "vae", "likelihood": "bernoulli", "output": "sigmoid"}, True, False),
     ],
 )
-def test_decoder_ends_in_a_sigmoid_for_values_in_0_to_1(
+def test_decoder_ends_in_a_sigmoid_for_values_from_0_to_1(
     options: dict[str, object], unit_range: bool, sigmoid: bool
 ) -> None:
     config = TrainConfig.model_validate({"model": "ae", "name": "x", **options})
@@ -78,7 +78,7 @@ def test_decoder_ends_in_a_sigmoid_for_values_in_0_to_1(
         ((1, 5), (4,), "1 x 5 pixels can be halved 0 times"),
     ],
 )
-def test_convolutions_on_rows_of_an_unsuitable_shape_raise(
+def test_building_convolutions_for_rows_of_an_unsuitable_shape_raises(
     build: object, shape: tuple[int, ...], hidden: tuple[int, ...], message: str
 ) -> None:
     assert callable(build)

@@ -18,12 +18,14 @@ EIGENVALUES = torch.linalg.eigvalsh(X.T.cov()).flip(0)
 
 
 @pytest.mark.parametrize(("variance", "beta"), [(0.1, 1.0), (0.05, 4.0), (0.2, 1.0), (0.6, 1.0), (1.0, 1.0)])
-def test_prediction_for_a_fixed_variance_counts_eigenvalues(variance: float, beta: float) -> None:
+def test_prediction_for_a_fixed_variance_counts_eigenvalues_above_beta_times_the_variance(
+    variance: float, beta: float
+) -> None:
     assert predict_active_latents(X, 16, beta, variance) == min(16, int((beta * variance < EIGENVALUES).sum()))
 
 
 @pytest.mark.parametrize("latents", [1, 16, 40])
-def test_prediction_for_a_learned_variance_and_beta_1_contains_all_latents(latents: int) -> None:
+def test_prediction_for_a_learned_variance_and_beta_1_counts_all_latents(latents: int) -> None:
     assert predict_active_latents(X, latents, 1.0, None) == latents
 
 
@@ -45,7 +47,7 @@ def test_warning_appears_if_fewer_than_half_of_the_predicted_latents_are_active(
 
 
 @pytest.mark.slow
-def test_run_of_a_vae_that_collapses_gives_a_forecast_and_a_warning(tmp_path: Path) -> None:
+def test_training_a_vae_that_collapses_gives_a_forecast_and_a_warning(tmp_path: Path) -> None:
     reporter = RecordingReporter()
     settings = {"model": "vae", "name": "v", "hidden": (16,), "epochs": 20, "variance": 1.0, "beta": 4.0}
     manifest = read_manifest(train(TrainConfig.model_validate(settings), read_table("digits"), tmp_path, reporter))
@@ -55,7 +57,7 @@ def test_run_of_a_vae_that_collapses_gives_a_forecast_and_a_warning(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_run_of_a_vae_that_does_not_collapse_gives_no_warning(tmp_path: Path) -> None:
+def test_training_a_vae_that_does_not_collapse_gives_no_warning(tmp_path: Path) -> None:
     reporter = RecordingReporter()
     train(TrainConfig(model="vae", name="v", epochs=60), read_table("digits"), tmp_path, reporter)
     assert any("about 16 of 16 latents will stay active" in note for note in reporter.notes)

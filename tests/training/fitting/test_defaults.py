@@ -14,7 +14,7 @@ def config(kind: Kind = "ae", **options: object) -> TrainConfig:
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
 @pytest.mark.parametrize("images", [False, True])
-def test_defaults_are_set_for_all_options_but_latents_and_the_epochs_of_images(kind: Kind, images: bool) -> None:
+def test_options_have_defaults_for_every_kind_except_the_epochs_for_images(kind: Kind, images: bool) -> None:
     filled = with_defaults(config(kind), images, rows=1_000)
     for name in ("noise", "learning_rate", "variance", "hidden", "kept"):
         assert getattr(filled, name) is not None, name
@@ -34,7 +34,7 @@ def test_defaults_do_not_replace_given_options() -> None:
         assert with_defaults(config(**given), images, rows=50) == config(**given)
 
 
-def test_default_epoch_to_publish_with_patience_is_the_best() -> None:
+def test_default_epoch_to_publish_is_the_last_without_patience_and_the_best_with_patience() -> None:
     assert [with_defaults(config(patience=patience), False, 100).kept for patience in (None, 3)] == ["last", "best"]
 
 
@@ -44,7 +44,9 @@ def test_default_epochs_of_small_and_large_tables_give_about_the_same_number_of_
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("pca", 2), ("vae", 3), ("ae", 4), ("ensemble", 4)])
-def test_default_latents_of_a_table_explain_the_variance_share_of_the_kind(kind: Kind, expected: int) -> None:
+def test_default_latents_of_a_table_explain_the_share_of_variance_that_the_kind_requires(
+    kind: Kind, expected: int
+) -> None:
     variance_shares = [0.6, 0.31, 0.05, 0.035, 0.005]
     assert default_table_latents(kind, variance_shares, rows=1_000, width=5) == expected
 

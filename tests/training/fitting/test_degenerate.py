@@ -1,4 +1,4 @@
-"""Constant columns, copies of columns and missing values: scores stay finite, and anomalies in them are detected."""
+"""Constant columns, copied columns and missing values: scores stay finite, and anomalies are still detected."""
 
 from pathlib import Path
 
@@ -17,11 +17,11 @@ from training.progress import SilentReporter
 pytestmark = pytest.mark.slow
 
 ALPHA = 0.05
-CONSTANT_COLUMNS = {4: 0.0, 5: 100.0, 6: -1e-4}  # value by column
+CONSTANT_COLUMNS = {4: 0.0, 5: 100.0, 6: -1e-4}  # the value of each constant column
 
 
 def rows(count: int, seed: int) -> npt.NDArray[np.float32]:
-    """Return rows with three independent columns, a copy of the first, three constants, and the sum of two columns."""
+    """Return rows of three independent columns, a copy of the first, three constants, and the sum of the other two."""
     x = np.random.RandomState(seed).standard_normal((count, 8)).astype(np.float32)
     x[:, 3] = x[:, 0]
     for column, value in CONSTANT_COLUMNS.items():
@@ -75,6 +75,6 @@ def test_rows_with_missing_values_are_scored_with_few_false_alarms(kind: Kind, t
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_extreme_row_has_the_smallest_p_value(kind: Kind, tmp_path: Path) -> None:
+def test_extreme_row_has_the_smallest_possible_p_value(kind: Kind, tmp_path: Path) -> None:
     pipeline = fitted(kind, rows(400, 0), tmp_path)
     assert p_values(pipeline, 1e6 * rows(5, 1)).max() == pytest.approx(1.0 / 81.0)

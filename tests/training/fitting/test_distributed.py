@@ -65,7 +65,7 @@ def test_two_processes_train_the_same_model_as_one(tmp_path: Path, options: tupl
     assert versions(tmp_path / "2" / "artifacts", "m") == [1]
 
 
-def test_run_of_two_processes_with_one_killed_resumes_in_one_process(tmp_path: Path) -> None:
+def test_run_of_two_processes_of_which_one_is_killed_can_be_resumed_in_one_process(tmp_path: Path) -> None:
     options = (*VAE, "--epochs", "30", "--checkpoint-seconds", "0")
     run = start_training(2, tmp_path, *options)
     checkpoint = tmp_path / "runs" / "m" / "checkpoint.pt"
@@ -93,7 +93,7 @@ def test_training_with_two_processes_and_options_that_need_the_whole_batch_fails
 
 
 @pytest.mark.parametrize(("rows", "count"), [(10, 3), (2, 3), (1, 2), (128, 2), (7, 7)])
-def test_slice_of_over_all_ranks_covers_the_batch_once_in_shares_of_equal_size(rows: int, count: int) -> None:
+def test_slices_of_all_ranks_cover_the_batch_once_and_differ_by_at_most_one_row(rows: int, count: int) -> None:
     shares = [ProcessGroup(rank, count).slice_of(rows) for rank in range(count)]
     assert [i for share in shares for i in range(share.start, share.stop)] == list(range(rows))
     sizes = [share.stop - share.start for share in shares]
@@ -117,7 +117,7 @@ sys.stdout.write(f"{threads}\\n")  # one write, so that the lines of two process
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc to list threads")
-def test_process_group_after_leaving_has_no_gloo_threads(tmp_path: Path) -> None:
+def test_process_that_has_left_its_group_has_no_gloo_threads(tmp_path: Path) -> None:
     """A thread that frees a tensor while the interpreter exits would abort the process."""
     script = tmp_path / "leave_group.py"
     script.write_text(LEAVE_GROUP)

@@ -44,7 +44,7 @@ def test_expected_value_is_the_conditional_mean_of_a_gaussian() -> None:
         np.testing.assert_allclose(conditional[:, i], u[:, others] @ solved, atol=1e-4)
 
 
-def test_contribution_is_the_larger_of_two_distances_whose_mean_is_1() -> None:
+def test_contribution_is_the_larger_of_two_squared_distances_that_have_a_mean_of_1() -> None:
     x = correlated()
     u = standardise(torch.from_numpy(x))(torch.from_numpy(x))
     model = expectations(x)
@@ -55,7 +55,7 @@ def test_contribution_is_the_larger_of_two_distances_whose_mean_is_1() -> None:
     torch.testing.assert_close(given.mean(dim=0), torch.ones(5), rtol=1e-3, atol=0)
     torch.testing.assert_close(contribution, torch.maximum(alone, given), rtol=1e-3, atol=1e-4)
     deviation = torch.where(given > alone, model.residual.expand_as(u), torch.ones_like(u))
-    clear = (given - alone).abs() > 1e-2  # rows in which rounding cannot swap the two distances
+    clear = (given - alone).abs() > 1e-2  # rounding cannot change which distance is larger
     torch.testing.assert_close(((u - expected) / deviation).square()[clear], contribution[clear], rtol=1e-2, atol=1e-3)
 
 

@@ -23,7 +23,10 @@ MIXING = np.eye(D) + 0.5 * np.triu(np.ones((D, D)))
 
 
 def contaminated(seed: int = 0) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Return shuffled rows and their labels. A tenth are anomalies: a cluster that contradicts the correlations."""
+    """Return shuffled rows and their labels.
+
+    A tenth of the rows are anomalies: a cluster that contradicts the correlations of the normal rows.
+    """
     random = np.random.RandomState(seed)
     normal = random.standard_normal((NORMAL, D)) @ MIXING
     cluster = 3.0 * np.linalg.norm(MIXING, axis=0) * np.array([1, -1] * (D // 2)) + 0.5 * random.standard_normal(

@@ -30,7 +30,7 @@ from training.train import train
 
 pytestmark = pytest.mark.slow
 
-ROWS, STEPS_PER_EPOCH = 100, 7  # with batches of 16 rows
+ROWS, STEPS_PER_EPOCH = 100, 7  # the steps of an epoch with batches of 16 rows
 
 
 def config(**options: object) -> TrainConfig:
@@ -38,7 +38,7 @@ def config(**options: object) -> TrainConfig:
 
 
 class Quadratic(nn.Module):
-    """A model with one parameter, `place`, whose loss is the mean squared distance of the rows from it."""
+    """A model with one parameter, `place`. The loss is the mean squared distance of the rows from `place`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def trained(
     rows: Tensor | None = None,
     held_out: float = 0.0,
 ) -> RecordingReporter:
-    """Train `model` on `rows`, zeros by default, and return what was reported."""
+    """Train `model` on `rows` (by default, zeros) and return the reporter that recorded the run."""
     rows = torch.zeros(ROWS, 1) if rows is None else rows
     reporter = RecordingReporter()
     trainer = Trainer(
@@ -84,7 +84,7 @@ def trained(
     return reporter
 
 
-def test_random_streams_repeat_and_differ_by_seed_purpose_and_index() -> None:
+def test_random_stream_repeats_for_the_same_key_and_differs_for_another_seed_or_purpose_or_index() -> None:
     draws = {
         key: tuple(torch.rand(4, generator=random_stream(*key)).tolist())
         for key in [(0, NOISE, 0), (0, NOISE, 1), (0, ORDER, 0), (1, NOISE, 0)]
@@ -117,7 +117,7 @@ def test_warm_up_rises_linearly_and_is_never_longer_than_the_run() -> None:
 
 
 def test_trainer_keeps_the_epoch_with_the_best_held_out_loss() -> None:
-    """The best model for the held-out rows lies halfway between the start and the optimum, so training passes it."""
+    """Training passes the best value for the held-out rows on the way to the optimum for the fit rows."""
     model = Quadratic()
     reporter = trained(model, config(epochs=60, learning_rate=0.1), held_out=2.5)
     losses = [epoch["held_out_loss"] for epoch in reporter.epochs]
@@ -143,7 +143,7 @@ def test_run_with_a_loss_that_becomes_nan_stops_and_keeps_the_best_model() -> No
         return terms if calls <= 40 else terms | {"loss": terms["loss"] * math.nan}
 
     reporter = trained(model, config(epochs=20, learning_rate=0.1), loss)
-    assert len(reporter.epochs) == 5  # each calls the loss 7 times to train and once to validate
+    assert len(reporter.epochs) == 5  # each epoch calls the loss 7 times to train and once to validate
     assert "step 36, in epoch 6" in reporter.notes[0]
     assert math.isfinite(float(model.place.detach()))
     best = min(epoch["held_out_loss"] for epoch in reporter.epochs)
@@ -156,7 +156,9 @@ def test_run_with_a_nan_loss_in_the_first_epoch_raises() -> None:
         trained(model, config(), lambda *_: {"loss": model.place.sum() * math.nan})
 
 
-def test_run_that_is_killed_twice_and_resumed_ends_with_the_same_weights(tmp_path: Path) -> None:
+def test_run_that_is_killed_three_times_and_resumed_ends_with_the_weights_of_an_uninterrupted_run(
+    tmp_path: Path,
+) -> None:
     options = ["--epochs", "25", "--hidden", "32", "--latents", "4", "--warm-up", "50", "--seed", "3"]
     command = [sys.executable, "-m", "elbo", "train", "digits", "--model", "vae", "--name", "m", *options]
     command += ["--artifacts", str(tmp_path / "artifacts"), "--runs", str(tmp_path / "runs")]
@@ -207,7 +209,7 @@ def test_run_that_cannot_write_checkpoints_continues_with_warnings(tmp_path: Pat
     assert len(warnings) == 4  # one per step and one at the end
 
 
-def test_process_killed_while_saving_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+def test_process_killed_while_saving_leaves_a_complete_checkpoint(tmp_path: Path) -> None:
     program = (
         "import sys, torch; from pathlib import Path; from training.fitting.checkpoint import CheckpointStore\n"
         "store = CheckpointStore(Path(sys.argv[1]), 'x')\n"

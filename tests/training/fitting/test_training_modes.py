@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def digits_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The digits as bytes, in an .npy file."""
+    """Return the path of an .npy file with the digits as bytes."""
     path = tmp_path_factory.mktemp("data") / "digits.npy"
     values = read_table("digits").x.read_range(0, 1797) * 255
     np.save(path, values.reshape(-1, 8, 8).round().astype(np.uint8))
@@ -40,7 +40,7 @@ def read_on_disk(path: Path) -> Table:
 
 
 def trained(table: Table, root: Path, **options: object) -> Manifest:
-    """Train a model, load it to verify its golden answers, and return its manifest."""
+    """Train a model and return its manifest. Loading the model verifies its golden answers."""
     config = TrainConfig.model_validate({"name": "m", "epochs": 20, "latents": 8} | options)
     path = train(config, table, root, RecordingReporter())
     load(path)
@@ -57,7 +57,7 @@ def test_pca_trained_from_disk_equals_pca_trained_from_memory(digits_file: Path,
 
 
 @pytest.mark.parametrize("model", ["ae", "vae"])
-def test_network_trained_from_disk_reconstructs_as_well_as_from_memory(
+def test_network_trained_from_disk_reconstructs_as_well_as_a_network_trained_from_memory(
     digits_file: Path, tmp_path: Path, model: str
 ) -> None:
     options = {"model": model, "batch_size": 32, "learning_rate": 3e-3}
@@ -82,7 +82,9 @@ train(config, table, root, SilentReporter(), runs=root / "runs", resume=resume, 
 """
 
 
-def test_run_from_disk_that_is_killed_and_resumed_gives_the_same_weights(digits_file: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed_training_from_disk_gives_the_weights_of_an_uninterrupted_run(
+    digits_file: Path, tmp_path: Path
+) -> None:
     command = [sys.executable, "-c", TRAIN_FROM_DISK, str(digits_file)]
     killed_run = [*command, str(tmp_path / "killed")]
     process = subprocess.Popen(killed_run, cwd=ROOT)
@@ -103,14 +105,16 @@ def test_convolutional_network_reconstructs_digits_better_than_pca(tmp_path: Pat
 
 
 @pytest.mark.parametrize("model", ["ae", "vae"])
-def test_network_trained_in_bfloat16_reconstructs_within_10_percent_of_float32(tmp_path: Path, model: str) -> None:
+def test_reconstruction_error_after_training_in_bfloat16_is_within_10_percent_of_float32(
+    tmp_path: Path, model: str
+) -> None:
     bf16 = trained(read_table("digits"), tmp_path / "bf16", model=model, precision="bf16")
     float32 = trained(read_table("digits"), tmp_path / "float32", model=model)
     assert bf16.weights_sha256 != float32.weights_sha256
     assert bf16.metrics["reconstruction_error"] == pytest.approx(float32.metrics["reconstruction_error"], rel=0.1)
 
 
-def test_network_trained_with_compile_gives_the_same_outputs_as_without(tmp_path: Path) -> None:
+def test_network_trained_with_compile_gives_the_same_outputs_as_without_compile(tmp_path: Path) -> None:
     require(shutil.which("c++") or shutil.which("g++"), "torch.compile needs a C++ compiler")
     options = ["--model", "ae", "--name", "m", "--epochs", "2"]
     options += ["--hidden", "8", "--latents", "4", "--batch-size", "629"]

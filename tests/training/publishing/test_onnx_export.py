@@ -25,13 +25,13 @@ from training.publishing.onnx_export import export
 
 pytestmark = pytest.mark.slow
 
-GAPS = ((0, 1), (0, 3))
+GAPS = ((0, 1), (0, 3))  # row and column of each missing value
 SHAPE = (7, 6, 3)  # odd height, even width, RGB
 WIDTH = 7 * 6 * 3
 
 
 def convolutional_vae(last_layer: Callable[[], nn.Module] | None) -> Pipeline:
-    """Return a VAE for images. `last_layer` ends its decoder; if None, its likelihood is Bernoulli."""
+    """Return a VAE for images. `last_layer` ends the decoder; None gives a VAE with a Bernoulli likelihood."""
     torch.manual_seed(0)
     encoder, decoder = conv_encoder(SHAPE, (4, 8), 6, "relu", (10,)), conv_decoder(SHAPE, (4, 8), 3, "tanh", (10,))
     likelihood = GaussianLikelihood(torch.tensor([0.1])) if last_layer else BernoulliLikelihood()
@@ -88,7 +88,7 @@ def test_score_with_extreme_logits_is_finite_in_twin_and_torchscript() -> None:
     assert bool(model.score(x)[0].isfinite().all())
 
 
-def test_twin_refers_to_the_weights_by_name_and_contains_none() -> None:
+def test_twin_refers_to_the_weights_by_name_and_contains_no_weights() -> None:
     model, (x, z, _) = pipeline("ae"), batch()
     weights = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     for graph in export(model, x, z).values():
@@ -101,7 +101,7 @@ def test_twin_refers_to_the_weights_by_name_and_contains_none() -> None:
 
 @pytest.mark.parametrize("kind", ["vae-gaussian", "vae-per-feature", "vae-bernoulli"])
 def test_graphs_of_a_vae_do_not_compute_the_row_width_at_run_time(kind: str) -> None:
-    """The width of a row is known at export. Computing it at run time would take ten nodes."""
+    """The width of a row is known at export. Computing the width at run time would take ten nodes."""
     model, (x, z, _) = pipeline(kind), batch()
     for graph in export(model, x, z).values():
         operators = [node.op_type for node in onnx.load_from_string(graph.onnx).graph.node]
@@ -123,7 +123,7 @@ def test_export_does_not_change_the_model() -> None:
         np.testing.assert_array_equal(after[name].numpy(), output.numpy())
 
 
-def test_twin_loaded_from_a_published_artifact_equals_the_exported_one(tmp_path: Path) -> None:
+def test_twin_loaded_from_a_published_artifact_equals_the_exported_twin(tmp_path: Path) -> None:
     path = publish_twin(tmp_path, "ae")
     loaded = artifact.load(path).twin
     assert loaded is not None

@@ -26,7 +26,10 @@ DRIFT = 1.5  # factor by which every metric has grown since training
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with train.csv (1,000 rows) and, in a/, version 1 of a model of each kind trained on it."""
+    """Return a folder with train.csv (1,000 rows) and the artifact folder a/.
+
+    For each kind of model, a/ has one version, trained on train.csv.
+    """
     folder = tmp_path_factory.mktemp("trained")
     data = write(folder / "train.csv", two_factor_rows(1000, seed=0))
     import elbo
@@ -45,7 +48,7 @@ def root(trained: Path, tmp_path: Path) -> Path:
 
 
 def write_recent_rows(folder: Path, rows: int = 400, seed: int = 7) -> str:
-    """Write rows after the drift and return the path of the file."""
+    """Write rows measured after the drift, and return the path of the file."""
     return write(folder / "recent.csv", DRIFT * two_factor_rows(rows, seed=seed))
 
 
@@ -66,7 +69,7 @@ def count_alarms(artifact: Artifact, rows: np.ndarray, alpha: float) -> tuple[in
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_recalibration_keeps_weights_and_scores_bit_exact_and_takes_p_values_from_the_new_rows(
+def test_recalibration_keeps_weights_and_scores_bit_exact_and_computes_p_values_from_the_new_rows(
     kind: str, root: Path, tmp_path: Path
 ) -> None:
     source = write_recent_rows(tmp_path)
@@ -90,7 +93,7 @@ def test_recalibration_keeps_weights_and_scores_bit_exact_and_takes_p_values_fro
 def test_false_alarm_rate_after_drift_and_recalibration_matches_alpha(kind: str, root: Path, tmp_path: Path) -> None:
     parent, child = recalibrate_on(root, kind, write_recent_rows(tmp_path))
     fresh = DRIFT * two_factor_rows(2000, seed=8)
-    low, high = betabinom(2000, 20, 381).interval(0.9999)  # 20 = 0.05 * 401
+    low, high = betabinom(2000, 20, 381).interval(0.9999)  # 20 is 0.05 * 401, rounded down
     by_p_value, by_severity = count_alarms(child, fresh, 0.05)
     assert by_p_value == by_severity
     assert low <= by_p_value <= high
@@ -160,7 +163,7 @@ def test_recalibration_on_more_rows_than_the_maximum_uses_a_sample_of_them(root:
     assert manifest.recalibration.rows == MAX_HELD_OUT_ROWS + 1000
 
 
-# Refusals, after which nothing is published
+# Refused recalibrations publish nothing
 
 
 @pytest.mark.parametrize(
@@ -173,7 +176,7 @@ def test_recalibration_on_more_rows_than_the_maximum_uses_a_sample_of_them(root:
         (9, 0.1, None),
     ],
 )
-def test_recalibration_on_too_few_rows_fails_with_the_alpha_that_they_allow(
+def test_recalibration_on_too_few_rows_fails_with_the_smallest_alpha_that_the_rows_allow(
     rows: int, alpha: float, message: str | None, root: Path, tmp_path: Path
 ) -> None:
     source = write_recent_rows(tmp_path, rows)
@@ -215,7 +218,7 @@ def test_recalibration_on_rows_that_do_not_fit_the_model_fails(
 def test_recalibration_of_an_artifact_with_another_calibration_method_fails(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A later version of Calibration computes other p-values than the one scripted into the artifact."""
+    """A later version of Calibration computes p-values that differ from those of the artifact."""
 
     class LaterCalibration(Calibration):
         def p_value(self, score: torch.Tensor) -> torch.Tensor:
@@ -236,7 +239,7 @@ def test_thaw_of_an_artifact_replaced_after_loading_fails(root: Path) -> None:
         thaw(parent)
 
 
-# The command
+# The command `elbo calibrate`
 
 
 def test_calibrate_command_reports_the_new_version_and_writes_a_card(
@@ -262,7 +265,7 @@ def test_calibrate_command_reports_the_new_version_and_writes_a_card(
     assert "The smallest possible p-value is 0.00249" in card
 
 
-def test_calibrate_command_on_rows_like_the_old_ones_does_not_warn(
+def test_calibrate_command_on_rows_without_drift_does_not_warn(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write(tmp_path / "same.csv", two_factor_rows(400, seed=11))

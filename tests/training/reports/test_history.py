@@ -1,4 +1,4 @@
-"""The history of a run: written every epoch, intact after a kill, and the same in TensorBoard."""
+"""The history of a run: it is written every epoch, survives a kill, and is the same in TensorBoard."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def record_epochs(recorder: HistoryRecorder, epochs: range) -> None:
         recorder.epoch(epoch, 10 * epoch, {"squared_error": 1.0 / epoch, "held_out_loss": 2.0 / epoch})
 
 
-def test_epoch_is_on_disk_as_one_line_when_it_returns(tmp_path: Path) -> None:
+def test_epoch_is_on_disk_as_one_line_when_the_call_returns(tmp_path: Path) -> None:
     report = RecordingReporter()
     recorder = HistoryRecorder(report, tmp_path / "m")
     for epoch in (1, 2, 3):
@@ -52,7 +52,7 @@ def test_resumed_history_after_a_damaged_last_line_has_every_epoch_once(tmp_path
     assert [line["epoch"] for line in read_lines(tmp_path)] == list(range(1, 9))
     assert read_lines(tmp_path) == recorder.history
     seconds = [line["seconds"] for line in read_lines(tmp_path)]
-    assert seconds == sorted(seconds)  # continues to count across the two processes
+    assert seconds == sorted(seconds)  # the second recorder continues the count of the first
 
 
 def test_history_without_resume_replaces_the_history_of_an_earlier_run(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_non_finite_value_is_null_in_the_file_and_absent_from_the_history(tmp_pa
 
 
 @pytest.mark.parametrize("count", [1, POINTS, POINTS + 1, 10_000])
-def test_thin_keeps_first_and_last_and_spreads_the_rest_evenly(count: int) -> None:
+def test_thin_keeps_the_first_and_the_last_point_and_spreads_the_rest_evenly(count: int) -> None:
     points = [{"epoch": float(epoch)} for epoch in range(1, count + 1)]
     kept = [point["epoch"] for point in thin(points)]
     assert len(kept) == min(count, POINTS)
@@ -153,7 +153,7 @@ def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_tensorboard_scalars_of_a_resumed_run_have_every_epoch_once(tmp_path: Path) -> None:
     require(find_spec("tensorboard"), "the package tensorboard is not installed")
-    unclosed = HistoryRecorder(RecordingReporter(), tmp_path, tensorboard=True)  # as after a kill
+    unclosed = HistoryRecorder(RecordingReporter(), tmp_path, tensorboard=True)  # left open, as after a kill
     record_epochs(unclosed, range(1, 6))
     recorder = HistoryRecorder(RecordingReporter(), tmp_path, resume=True, tensorboard=True)
     record_epochs(recorder, range(4, 9))

@@ -49,7 +49,9 @@ def write_table(path: Path) -> str:
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
 @pytest.mark.parametrize("data", ["digits", "table"])
-def test_run_writes_a_card_with_the_metrics_and_plots_that_are_not_blank(kind: str, data: str, tmp_path: Path) -> None:
+def test_run_writes_plots_that_are_not_blank_and_a_card_with_plots_and_metrics(
+    kind: str, data: str, tmp_path: Path
+) -> None:
     manifest, folder = train_and_report(kind, data if data == "digits" else write_table(tmp_path), tmp_path)
     assert {path.stem for path in folder.glob("*.png")} == PLOTS[kind]
     for path in folder.glob("*.png"):
@@ -67,7 +69,7 @@ def test_run_writes_a_card_with_the_metrics_and_plots_that_are_not_blank(kind: s
 
 
 @pytest.mark.parametrize("kind", ["ae", "vae"])
-def test_manifest_contains_the_history_on_disk(kind: str, tmp_path: Path) -> None:
+def test_history_in_the_manifest_equals_the_history_on_disk(kind: str, tmp_path: Path) -> None:
     manifest, folder = train_and_report(kind, "digits", tmp_path)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert manifest.history == lines
@@ -175,7 +177,7 @@ train(
 """
 
 
-def test_history_of_a_killed_and_resumed_run_has_every_epoch_once_with_the_same_losses(tmp_path: Path) -> None:
+def test_history_of_a_killed_and_resumed_run_has_every_epoch_once_and_the_uninterrupted_losses(tmp_path: Path) -> None:
     command = [sys.executable, "-c", LONG_RUN, str(tmp_path)]
     path = tmp_path / "runs" / "m" / "metrics.jsonl"
     process, deadline = subprocess.Popen(command, cwd=ROOT), time.monotonic() + 60

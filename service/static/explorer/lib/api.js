@@ -63,7 +63,7 @@ async function postNpy(endpoint, model, rows, signal) {
 /** The rows that `latents` decode to. */
 export const decode = (model, latents, signal) => postNpy("/decode", model, latents, signal);
 
-/** The latents of many rows. A batch that the service refuses as too large is halved; `onProgress` gets the count. */
+/** The latents of many rows. A batch that is too large for the service is halved. `onProgress` gets the rows done. */
 export async function encodeInBatches(model, rows, onProgress) {
   const latents = [];
   let batchSize = ROWS_PER_REQUEST;
@@ -114,7 +114,7 @@ export async function describeModel(model) {
   return { ...(await getCached(`/models/${reference(model)}`)), exhibits: model.exhibits };
 }
 
-/** The exhibit `name` of an artifact (held-out, calibration or card); null if the artifact does not have it. */
+/** The exhibit `name` of an artifact (held-out, calibration or card). Null if the artifact has no such exhibit. */
 export async function getExhibit(model, name) {
   if (!model.exhibits?.includes(name)) return null;
   return getCached(`/models/${reference(model)}/${name}`);

@@ -2,7 +2,7 @@
 
 const withMinusSign = (text) => text.replace("-", "−");
 
-/** `value` with `digits` decimals; never "−0.00". */
+/** `value` with `digits` decimals. A value that rounds to zero gets no minus sign. */
 export function fixed(value, digits = 2) {
   const text = value.toFixed(digits);
   return withMinusSign(Number(text) === 0 ? text.replace("-", "") : text);

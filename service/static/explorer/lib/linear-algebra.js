@@ -1,7 +1,7 @@
 // Small linear algebra for the latent map, the PCA example and principal angles. A matrix is an array of rows.
 
 const MAX_SWEEPS = 60;
-const CONVERGED = 1e-24; // share of the squared entries that may remain off the diagonal
+const CONVERGED = 1e-24; // the share of the sum of squares that may remain off the diagonal
 
 export function dot(a, b) {
   let sum = 0;
@@ -90,7 +90,7 @@ function rotate(a, vectors, p, q) {
   }
 }
 
-/** An orthonormal basis of the span of `rows` (Gram-Schmidt with reorthogonalization); dependent rows are dropped. */
+/** An orthonormal basis of the span of `rows` (Gram-Schmidt with reorthogonalization). Dependent rows are dropped. */
 export function orthonormalBasis(rows) {
   const basis = [];
   for (const row of rows) {

@@ -7,7 +7,7 @@ export const KIND_NAMES = {
   ensemble: "ensemble",
 };
 
-/** The name of the model's kind in words; the kind itself if this page does not know it. */
+/** The name of the model's kind in words. A kind that this page does not know is returned unchanged. */
 export const kindName = (model) => KIND_NAMES[model.kind] ?? model.kind;
 
 /** Whether the rows are images: [height, width] or [height, width, 1 or 3 channels]. */

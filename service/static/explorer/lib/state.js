@@ -13,7 +13,7 @@ export const state = {
     return Number.isFinite(value) ? value : fallback;
   },
 
-  /** A comma-separated list of numbers, or null. With `count`, null unless there are exactly that many. */
+  /** A comma-separated list of numbers, or null. If `count` is given, a list of another length gives null. */
   numbers(name, count = null) {
     const text = current.get(name);
     if (!text) return null;
@@ -22,7 +22,7 @@ export const state = {
     return count === null || values.length === count ? values : null;
   },
 
-  /** Replace the given values in the current history entry; null or "" removes one. */
+  /** Replace the given values in the current history entry; null or "" removes a value. */
   set(values) {
     for (const [name, value] of Object.entries(values)) {
       if (value === null || value === "") current.delete(name);

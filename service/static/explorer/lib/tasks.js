@@ -4,7 +4,7 @@ const ABORT_AFTER = 250; // ms: a newer value aborts a request that has been run
 
 /** Runs one task at a time: starting a task aborts the one before it. */
 export class LatestTask {
-  /** The result of `work(signal)`; undefined if a newer task or `stop` aborted it. */
+  /** The result of `work(signal)`. Undefined if a newer task or a call of `stop` aborted the work. */
   async run(work) {
     this.stop();
     const controller = new AbortController();

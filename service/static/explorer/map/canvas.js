@@ -20,7 +20,7 @@ export function clearCanvas(canvas, size) {
   return context;
 }
 
-/** Stroke `trace` with a background-coloured outline below it. */
+/** Stroke the path of `trace`, with an outline in the background colour below it. */
 function strokeOutlined(context, colour, width, trace) {
   for (const [style, lineWidth] of [
     [cssColour("--card"), 5],

@@ -16,20 +16,20 @@ import {
 import { contourSegments } from "./prior.js";
 import { moveInPlane, project } from "./projection.js";
 
-const DRAG_DISTANCE = 4; // pixels: if the pressed pointer moves less than this, it is a click
+const DRAG_DISTANCE = 4; // pixels: a press during which the pointer moves less than this is a click
 const HIT_DISTANCE = 8; // pixels: the pointer is on a point if it is at most this far away
-const KEY_STEP = 0.04; // share of the visible half-width; with Shift it is FAST_KEY_STEP
+const KEY_STEP = 0.04; // share of the visible half-width per key press; FAST_KEY_STEP with Shift
 const FAST_KEY_STEP = 0.2;
 const MAX_ZOOM = 16;
-const MIN_SIZE_FOR_AXIS_NAMES = 320; // pixels
-const MANY_CODES = 4000; // from this number on, points are drawn as squares, because circles are too slow
+const MIN_SIZE_FOR_AXIS_NAMES = 320; // pixels: a smaller map has no names at its axes
+const MANY_CODES = 4000; // if there are so many points, they are drawn as squares, because circles are too slow
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] };
 
 /**
  * `onhover(z, i)` is called when the pointer moves; `i` is the index of the point under the pointer, or null.
  * `onleave()` is called when the pointer leaves the map.
- * `onmove(z)` is called during a drag and for the arrow keys, `onpick(z)` for a click, Enter or Space.
- * `onkey(key)` is called for all other keys, and returns whether it used the key.
+ * `onmove(z)` is called during a drag and for the arrow keys. `onpick(z)` is called for a click, Enter or Space.
+ * `onkey(key)` is called for all other keys. It returns true if it has used the key.
  *
  * Fields that the owner sets before a call of `draw` or `drawOverlay`:
  * `showCodes`, `showContours`, `hiddenLabels`, `decodedGrid` {rows, count}; and, on the overlay,
@@ -105,7 +105,7 @@ export class LatentMap {
     return [centreA + (x - middle) / this.pixelsPerUnit, centreB - (y - middle) / this.pixelsPerUnit];
   }
 
-  /** The latent vector at a pixel: in the plane that is parallel to the map and contains the current point. */
+  /** The latent vector at a pixel. It lies in the plane parallel to the map that contains the current point. */
   toLatent(pixel) {
     const [a, b] = this.toPlane(pixel);
     const [currentA, currentB] = project(this.plane, this.current);
@@ -351,7 +351,7 @@ function drawDashedPath(context, pixels) {
   context.setLineDash([]);
 }
 
-/** Half the side of a square about the origin that contains 99.5 % of the points and 3 deviations of the prior. */
+/** Half the side of a square around the origin with 99.5 % of the points and 3 deviations of the prior. */
 function visibleHalfWidth(points, prior) {
   const distances = points.map(([a, b]) => Math.max(Math.abs(a), Math.abs(b))).sort((a, b) => a - b);
   const last = distances.length - 1;

@@ -1,4 +1,4 @@
-// The prior in the plane of the map: exact for a VAE and for PCA, estimated from samples for other models.
+// The prior in the plane of the map. It is exact for a VAE and for PCA, and estimated from samples for other models.
 
 import { covariance, eigen, mean, range, zeros } from "../lib/linear-algebra.js";
 import { project } from "./projection.js";
@@ -10,7 +10,7 @@ const GRID_SIZE = 44; // cells per side of an estimated density
 export const hasExactPrior = (model) =>
   model.kind === "vae" || (model.kind === "pca" && model.spectrum?.length >= model.latents);
 
-/** {ellipse} for an exact prior, {density} estimated from `samples`, or null without samples. */
+/** {ellipse} if the prior is exact, otherwise {density}, estimated from `samples`. Null if there are no samples. */
 export function priorInPlane(model, plane, samples) {
   if (hasExactPrior(model)) return { ellipse: ellipseInPlane(priorVariance(model), plane) };
   if (!samples.length) return null;

@@ -17,7 +17,7 @@ phone.addEventListener("change", () => {
   }
 });
 
-/** A chart function whose charts are redrawn when the window becomes narrower or wider than a phone. */
+/** A function that makes charts. They are redrawn when the window becomes narrower or wider than a phone. */
 function responsive(draw) {
   const drawWithRedraw = (options) => Object.assign(draw(options), { redraw: () => drawWithRedraw(options) });
   return drawWithRedraw;
@@ -76,7 +76,7 @@ function extent(values) {
 
 /**
  * Lines over x. `lines`: [{name, points: [[x, y]], series, dashed}].
- * `marks`: [{x, text, series}] are vertical lines with a note; `noteOffset` moves the notes down by so many lines.
+ * `marks`: [{x, text, series}] are vertical lines with a note. The notes move down by `noteOffset` lines of text.
  */
 export const lineChart = responsive(({ lines, marks = [], noteOffset = 0, height = 260, xLabel, yLabel, label }) => {
   const points = lines.flatMap((line) => line.points);
@@ -135,7 +135,7 @@ export const histogram = responsive(({ values, marks, height = 220, xLabel, labe
   return axes.element;
 });
 
-/** The range of the bins: up to the 98th percentile if the largest value lies far beyond it. */
+/** The range of the bins. It ends at the 98th percentile if the largest value lies far beyond that. */
 function binRange(values) {
   const low = values[0];
   const usual = values[Math.floor(0.98 * (values.length - 1))];
@@ -161,7 +161,7 @@ function drawBins({ element, toX, toY }, shares, low, size) {
   });
 }
 
-/** `mark`, or `mark` moved to the edge with an arrow if it is outside [low, high] by more than 0.9 of the range. */
+/** `mark`. If it is outside [low, high] by more than 0.9 of the range, it moves to that distance and gets an arrow. */
 function moveInside(mark, low, high) {
   const reach = 0.9 * (high - low || 1);
   const x = clamp(mark.x, low - reach, high + reach);
@@ -181,7 +181,7 @@ function drawMarks({ element, toX, width, bottom }, marks, noteOffset = 0) {
   });
 }
 
-/** The names of `lines` beside their colours. */
+/** The legend: the name of each line beside the colour of the line. */
 export function legend(lines) {
   const item = (line) => h("li", {}, h("span", { class: `swatch series-${line.series}` }), line.name);
   return h("ul", { class: "legend" }, lines.map(item));

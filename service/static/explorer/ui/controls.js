@@ -11,7 +11,7 @@ export const button = (text, onclick, attributes = {}) => h("button", { type: "b
 export const card = (title, ...content) =>
   h("section", { class: "card" }, title ? h("h3", {}, title) : null, ...content);
 
-/** A word with a tooltip that explains it, for the pointer and for the keyboard. */
+/** A word with a tooltip that explains it. The pointer and the keyboard open the tooltip. */
 export function term(word, explanation) {
   const id = uniqueId("tooltip");
   const tooltip = h("span", { class: "tooltip", role: "tooltip", id }, explanation);
@@ -52,7 +52,8 @@ export const field = (name, control) => h("label", { class: "field" }, h("span",
 
 /**
  * A range input with its label and its value as text.
- * `format` turns the value into text, `oninput` gets it as a number. The element's `set` changes it without a call.
+ * `format` turns the value into text. `oninput` gets the value as a number. The element's method `set` changes the
+ * value without a call of `oninput`.
  */
 export function slider(label, { min, max, step, value, format = number, oninput, className = "" }) {
   const output = h("output", {});
@@ -71,7 +72,7 @@ export function slider(label, { min, max, step, value, format = number, oninput,
   return Object.assign(h("div", { class: `field slider ${className}` }, name, input, output), { set });
 }
 
-/** A drop-down list. `options` are [value, text] pairs. The <select> is the element's `select`. */
+/** A drop-down list. `options` are [value, text] pairs. The property `select` of the element is the <select>. */
 export function dropdown(label, options, value, onchange) {
   const items = options.map(([key, text]) => h("option", { value: key }, text));
   const select = h("select", { onchange: () => onchange(select.value) }, items);

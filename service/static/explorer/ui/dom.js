@@ -37,7 +37,7 @@ export function bar(share, className = "") {
 /** A term and its definition, for a <dl>. */
 export const definition = (name, ...value) => [h("dt", {}, name), h("dd", {}, ...value)];
 
-/** A <thead> of column names; an empty name makes a cell that is not a header. */
+/** A <thead> of column names. An empty name makes a <td>, not a <th>. */
 export const tableHead = (names) =>
   h(
     "thead",
@@ -49,7 +49,7 @@ export const tableHead = (names) =>
     ),
   );
 
-/** A region that scrolls, also with the keyboard. */
+/** A region that the pointer and the keyboard can scroll. */
 export const scrollable = (label, content) =>
   h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label }, content);
 

@@ -3,7 +3,7 @@
 import { clamp } from "../lib/linear-algebra.js";
 import { h } from "./dom.js";
 
-const BOARD_SIZE = 256; // canvas pixels on the longer side; at least 8 canvas pixels per image pixel
+const BOARD_SIZE = 256; // canvas pixels on the longer side; larger if an image pixel would get fewer than 8 of them
 const CURSOR_COLOUR = "#7aa5ff";
 const ARROWS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
 const DRAW_KEYS = [" ", "Enter"];

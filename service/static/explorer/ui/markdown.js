@@ -2,7 +2,7 @@
 
 import { h, scrollable } from "./dom.js";
 
-const HEADING_OFFSET = 2; // "#" becomes <h3>: the page and the view have <h1> and <h2>
+const HEADING_OFFSET = 2; // "#" becomes <h3>, because the page has the <h1> and the view has the <h2>
 const MAX_HEADING = 6;
 const FENCE = "```";
 const STARTS_BLOCK = /^(#|- |\||```)/;
@@ -62,12 +62,12 @@ function table([head, , ...body]) {
   return scrollable("table", h("table", {}, h("thead", {}, h("tr", {}, headCells)), h("tbody", {}, bodyRows)));
 }
 
-/** The cells of a table line; "\|" is a literal bar. */
+/** The cells of a table line. "\|" stands for a literal bar. */
 const splitCells = (line) =>
   line
     .replace(/^\||\|$/g, "")
     .split(/(?<!\\)\|/)
     .map((cell) => cell.trim().replaceAll("\\|", "|"));
 
-/** Text with `code` spans. */
+/** The nodes of a text in which `code` may occur. */
 const inline = (text) => text.split(/`([^`]+)`/).map((part, i) => (i % 2 ? h("code", {}, part) : part));

@@ -2,7 +2,7 @@
 
 import { fixed } from "../lib/format.js";
 
-/** A <math> element. With `block` it has its own line, which scrolls, also with the keyboard. */
+/** A <math> element. With `block` it has a line of its own that the pointer and the keyboard can scroll. */
 export function math(markup, block = false) {
   const template = document.createElement("template");
   template.innerHTML = `<math${block ? ' display="block" tabindex="0"' : ""}>${markup}</math>`;

@@ -3,7 +3,7 @@
 import { UserError } from "../lib/errors.js";
 import { h } from "./dom.js";
 
-/** An error message, with the request id, which is also in the server's log. */
+/** An error message with the request id. The same id is in the server's log. */
 export function errorMessage(error) {
   if (!(error instanceof UserError)) console.error(error); // a bug in this page
   const requestId = error.requestId
@@ -12,7 +12,7 @@ export function errorMessage(error) {
   return h("p", { class: "error", role: "alert" }, error.message, requestId);
 }
 
-/** A message for when there is nothing to show. It says what to do about it. */
+/** A message that says why there is nothing to show and what the user can do. */
 export const emptyMessage = (...text) => h("p", { class: "empty" }, ...text);
 
 /** An element whose content is the result of asynchronous work. It is dimmed while the work runs. */
@@ -21,7 +21,7 @@ export class AsyncPanel {
     this.element = h("div", { class: `panel ${className}`, ...attributes });
   }
 
-  /** Show the elements that `work` resolves to, or its error; undefined (aborted work) leaves the content as it is. */
+  /** Show the elements to which `work` resolves, or its error. If `work` was aborted (undefined), change nothing. */
   async load(work) {
     const isLatest = this.begin();
     try {
@@ -33,7 +33,7 @@ export class AsyncPanel {
     if (isLatest()) this.element.removeAttribute("aria-busy");
   }
 
-  /** Mark the panel busy and return a function that says whether no later load has begun. */
+  /** Mark the panel busy. Return a function that tells whether this is still the latest load. */
   begin() {
     const token = {};
     this.token = token;
@@ -41,7 +41,7 @@ export class AsyncPanel {
     return () => this.token === token;
   }
 
-  /** Replace the content by an element or a list of elements; null and false are skipped. */
+  /** Replace the content by an element or a list of elements. Null and false are skipped. */
   show(content) {
     this.element.replaceChildren(...[content].flat().filter(Boolean));
   }

@@ -8,11 +8,11 @@ import { bar, h } from "./dom.js";
 
 const MAX_BARS = 48;
 const MAX_BARS_WITHOUT_SCROLLING = 8;
-const THUMBNAIL_SIZE = 64; // pixels; the size of the figure of a table row
-const DEFAULT_RANGE = [-3, 3]; // the range of a feature whose range the model does not know
+const THUMBNAIL_SIZE = 64; // pixels: the width and height of the small figure of a table row
+const DEFAULT_RANGE = [-3, 3]; // for a feature whose range is not in the model's description
 const EPSILON = 1e-12; // avoids a division by zero
 
-/** Paint a row on `canvas`: an image pixel by pixel, a table row as one bar per feature. */
+/** Paint a row on `canvas`: an image is painted pixel by pixel, a table row as one bar per feature. */
 export function paint(canvas, model, row) {
   if (!isImage(model)) {
     const ranges = Array.from(row, (_, i) => featureRange(model, i));
@@ -63,7 +63,7 @@ function paintPixels(canvas, [height, width], colourOf) {
   context.putImageData(image, 0, 0);
 }
 
-/** Paint horizontal bars. `ranges[i]` spans the width for row[i]; a bar starts at `baseline(range)`. */
+/** Paint horizontal bars. The canvas is as wide as `ranges[i]` for row[i]. A bar starts at `baseline(range)`. */
 function paintBars(canvas, row, ranges, baseline) {
   const size = THUMBNAIL_SIZE;
   canvas.width = size;
@@ -90,7 +90,7 @@ function featureRange(model, i) {
 export function thumbnail(model, row, label, painter = paint) {
   const accessibility = label ? { role: "img", "aria-label": label } : { "aria-hidden": "true" };
   const canvas = h("canvas", { class: isImage(model) ? "tile" : "tile bars", ...accessibility });
-  canvas.repaint = () => painter(canvas, model, row); // for a change of the theme
+  canvas.repaint = () => painter(canvas, model, row); // called when the theme changes
   canvas.repaint();
   return canvas;
 }

@@ -126,7 +126,7 @@ export class RowSource {
 
 const toFourDigits = (value) => Number(Number(value).toPrecision(4));
 
-/** A row in the format of the address; null if the row is too long. A missing value is empty. */
+/** A row in the format of the address; null if the row is too long. A missing value becomes an empty field. */
 function toAddress(row) {
   if (row.length > MAX_NUMBERS_IN_ADDRESS) return null;
   return Array.from(row, (v) => (v === null ? "" : toFourDigits(v))).join(",");

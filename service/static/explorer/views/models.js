@@ -102,7 +102,7 @@ function copyButton(command, name) {
   return element;
 }
 
-/** A picture of samples, with a button that draws others. */
+/** An image of samples, with a button that draws new samples. */
 class SamplePicture {
   constructor(model) {
     this.model = model;

@@ -51,7 +51,7 @@ function loaded(work) {
   return panel.element;
 }
 
-/** The chosen model if it is a PCA; else a PCA of the same rows; else any PCA. */
+/** The chosen model if it is a PCA, otherwise a PCA of the same rows, otherwise any PCA. */
 function choosePca(model, models) {
   if (model.kind === "pca") return model;
   const all = models.filter((other) => other.kind === "pca");

@@ -10,7 +10,7 @@ import { paintSigned, thumbnail } from "../../ui/row-figure.js";
 
 const MAX_LISTED = 12;
 
-/** A table of the features that contribute most and, for an image, pictures. `onselect` gets the clicked feature. */
+/** A table of the largest contributions and, for an image, three images. `onselect` gets the clicked feature. */
 export function contributions(model, row, result, onselect) {
   const table = contributionTable(model, result, onselect);
   const byName = new Map(result.features.map((feature) => [feature.name, feature]));
@@ -64,7 +64,7 @@ function contributionImages(model, row, features, onselect) {
 
 const captioned = (image, ...caption) => h("figure", {}, image, h("figcaption", {}, ...caption));
 
-/** The feature of the pixel under the pointer; the first channel of a colour image. */
+/** The feature of the pixel under the pointer. In a colour image, it is the pixel's first channel. */
 function featureAt(model, image, event) {
   const box = image.getBoundingClientRect();
   const [height, width, channels = 1] = model.shape;

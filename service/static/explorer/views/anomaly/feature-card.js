@@ -11,7 +11,7 @@ import { button, card, dropdown, slider } from "../../ui/controls.js";
 import { h } from "../../ui/dom.js";
 import { AsyncPanel } from "../../ui/messages.js";
 
-const SWEEP_POINTS = 41; // values of the feature that are scored
+const SWEEP_POINTS = 41; // the number of values of the feature that are scored
 const NONE = -1;
 const toParameter = (value) => Number(value.toPrecision(4));
 
@@ -96,7 +96,7 @@ export class FeatureCard {
     });
   }
 
-  /** The values to try: the range of a pixel; for a table feature twice the range of the training data. */
+  /** The range of values to try: for a pixel its range, for a table feature twice the range of the training data. */
   valueRange() {
     const { model, feature } = this;
     const { minimum, maximum } = model.features[feature];

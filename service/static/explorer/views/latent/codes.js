@@ -7,8 +7,10 @@ import { hasExactPrior } from "../../map/prior.js";
 const PRIOR_SAMPLES = 250; // enough to estimate the contours of a prior that has no formula
 
 /**
- * `heldOut`: the model's held-out rows or null. `samples`: latents drawn from the prior where they are needed.
- * `codes`: the latents of the held-out rows or, without held-out rows, of samples. `points`: the same as {z, label}.
+ * `heldOut`: the model's held-out rows, or null.
+ * `samples`: latents drawn from the prior, or an empty list if the map does not need them.
+ * `codes`: the latents of the held-out rows; without held-out rows, `samples`.
+ * `points`: `codes` as a list of {z, label}.
  */
 export async function loadCodes(model) {
   const heldOut = await getExhibit(model, "held-out");
@@ -23,5 +25,5 @@ async function samplePrior(model) {
   return latents;
 }
 
-/** The first position of the current point: the mean of a VAE's prior; for other models the mean of `codes`. */
+/** The initial position of the current point: for a VAE the mean of the prior, for other models the mean of `codes`. */
 export const centreOf = (model, codes) => (model.kind === "vae" ? zeros(model.latents) : mean(codes));

@@ -1,4 +1,4 @@
-// The card of the current point: what it decodes to, its coordinates, and the samples that the user has kept.
+// The card of the current point: its decoded row, its coordinates, and the samples that the user has kept.
 
 import { decode } from "../../lib/api.js";
 import { isAbort } from "../../lib/errors.js";
@@ -11,7 +11,7 @@ import { errorMessage } from "../../ui/messages.js";
 import { rowFigure, thumbnail } from "../../ui/row-figure.js";
 
 const MAX_TRAY = 24;
-const DIGITS_IN_LABEL = 4; // numbers of z that a picture's label names
+const DIGITS_IN_LABEL = 4; // how many numbers of z are in the label of an image
 
 export class PointCard {
   constructor({ model, onsample, onend, oncentre, onclear }) {
@@ -37,7 +37,7 @@ export class PointCard {
     this.element = h("section", { class: "card point-card" }, title, this.output, this.note, facts, buttons, this.tray);
   }
 
-  /** Show `z` and what it decodes to, with a note about the row that lies there. */
+  /** Show `z` and its decoded row, with a note about the row whose latents are `z`. */
   show(z, note = " ") {
     this.coordinates.textContent = vector(z);
     this.note.textContent = note;

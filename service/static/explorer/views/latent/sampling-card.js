@@ -14,7 +14,7 @@ const TEMPERATURE =
   "A factor on the noise. Below 1, samples stay near the centre and look typical. Above 1, samples are more varied.";
 
 export class SamplingCard {
-  /** `onsamples(latents)` gets the latents of the samples; `onselect(z)` the one that the user clicks. */
+  /** `onsamples(latents)` gets the latents of the samples; `onselect(z)` gets the latents of the clicked sample. */
   constructor({ model, onsamples, onselect }) {
     this.model = model;
     this.onsamples = onsamples;

@@ -1,4 +1,4 @@
-// A slider for each latent, with its activity.
+// A slider for each latent, with the activity of the latent.
 
 import { fixed, number } from "../../lib/format.js";
 import { range } from "../../lib/linear-algebra.js";
@@ -78,7 +78,7 @@ export class SlidersCard {
   }
 }
 
-/** The end of a slider: a little beyond the largest code, and at least 3 standard deviations of a VAE's prior. */
+/** The end of slider `k`: a little beyond the largest |value| of latent k in `codes` and, for a VAE, beyond 3. */
 function sliderLimit(model, codes, k) {
   const least = model.kind === "vae" ? 3 : 0;
   return Math.max(least, ...codes.map((z) => Math.abs(z[k]))) * 1.05 || 3;

@@ -11,7 +11,7 @@ import { decoderDirections } from "./directions.js";
 
 const MAX_LOADINGS = 12;
 
-/** The components; a click on one lists its largest loadings. */
+/** The components. A click on a component lists its largest loadings. */
 export async function components(pca) {
   const directions = await decoderDirections(pca);
   const status = h("p", { class: "muted", role: "status" }, help(pca));

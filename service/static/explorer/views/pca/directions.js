@@ -3,7 +3,7 @@
 import { decode } from "../../lib/api.js";
 import { range, subtract, unitVector, zeros } from "../../lib/linear-algebra.js";
 
-/** decode(e_k) - decode(0) for each latent k, in raw units. For a linear model these span its subspace. */
+/** decode(e_k) - decode(0) for each latent k, in raw units. The directions of a linear model span its subspace. */
 export async function decoderDirections(model) {
   const { latents } = model;
   const units = range(latents).map((k) => unitVector(k, latents));

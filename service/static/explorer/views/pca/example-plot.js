@@ -29,7 +29,7 @@ function dataPlane(data) {
   return { toPixel: ([a, b]) => [30 + a * scale, SIZE - 30 - b * scale] };
 }
 
-/** A plane with the origin in the middle; `reach` is the largest coordinate that it shows. */
+/** A plane with the origin in the middle. `reach` is the largest coordinate in the plot. */
 function centredPlane(centred) {
   const reach = Math.max(1, ...centred.flat().map(Math.abs)) * 1.35;
   const scale = (SIZE / 2 - MARGIN) / reach;

@@ -7,7 +7,7 @@ import { emptyMessage } from "../../ui/messages.js";
 
 const MIN_BARS = 24;
 
-/** Bar charts of the explained variance by component, and in total. */
+/** Two bar charts of the explained variance: of each component, and of all components up to it. */
 export function spectrumCharts({ spectrum, total_variance: total, latents }) {
   if (!spectrum?.length)
     return emptyMessage("This artifact has no eigenvalues: its rows are too wide for a covariance.");

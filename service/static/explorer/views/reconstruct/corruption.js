@@ -4,7 +4,7 @@ import { clamp } from "../../lib/linear-algebra.js";
 import { isImage } from "../../lib/model.js";
 import { normalCdf, normals } from "../../lib/random.js";
 
-/** `row` with normal noise on every value and a share `hide` of it hidden; missing values stay missing. */
+/** `row` with normal noise on every value and the share `hide` of the values hidden. Missing values stay missing. */
 export function corrupt(model, row, { noise, hide, seed }) {
   const random = normals(model.width * 2, seed);
   const noises = random.slice(0, model.width);
@@ -18,7 +18,7 @@ export function corrupt(model, row, { noise, hide, seed }) {
 
 const hiddenValue = (model, i) => (isImage(model) ? model.pixel_range[0] : model.features[i].median);
 
-/** `value` with noise as a share of its range; a pixel stays in its range. */
+/** `value` with noise, whose size is a share of the feature's range. A pixel stays in its range. */
 function addNoise(model, i, value, noise) {
   if (noise === 0) return value;
   const [low, high] = isImage(model) ? model.pixel_range : featureRange(model.features[i]);
@@ -28,7 +28,7 @@ function addNoise(model, i, value, noise) {
 
 const featureRange = ({ minimum, maximum }) => [minimum, maximum];
 
-/** A predicate for the pixels in a square at the centre of the image that covers `share` of it. */
+/** A predicate for the pixels of a central square that covers `share` of the image. */
 function hiddenPixels([height, width, channels = 1], share) {
   const halfHeight = (Math.sqrt(share) * height) / 2;
   const halfWidth = (Math.sqrt(share) * width) / 2;

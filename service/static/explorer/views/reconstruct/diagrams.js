@@ -3,8 +3,8 @@
 import { fixed, number } from "../../lib/format.js";
 import { svg } from "../../ui/dom.js";
 
-const DEFAULT_LAYERS = { mlp: [256, 128], conv: [32, 64] }; // the widths of a training run without --hidden
-const MAX_LATENTS = 32; // bars in the diagram of the latents
+const DEFAULT_LAYERS = { mlp: [256, 128], conv: [32, 64] }; // layer widths of a training run without --hidden
+const MAX_LATENTS = 32; // the maximum number of bars in the diagram of the latents
 const NETWORK = { width: 150, height: 130, centre: 58 };
 const CODE = { width: 150, height: 120 };
 
@@ -23,7 +23,7 @@ export function describeLayers(model) {
 /** A diagram of the encoder and one of the decoder. */
 export function networkDiagrams(model) {
   const layers = [...hiddenLayers(model), ...(model.training.dense ?? [])];
-  const codeWidth = model.latents * (model.kind === "vae" ? 2 : 1); // a mean and a variance per latent of a VAE
+  const codeWidth = model.latents * (model.kind === "vae" ? 2 : 1); // a VAE has a mean and a variance per latent
   const encoder = [model.width, ...layers, codeWidth];
   const decoder = [model.latents, ...layers.toReversed(), model.width];
   return [
@@ -32,7 +32,7 @@ export function networkDiagrams(model) {
   ];
 }
 
-/** Layers as vertical bars whose height is logarithmic in their width. */
+/** Layers as vertical bars. The height of a bar grows with the logarithm of the layer's width. */
 function networkDiagram(widths, label) {
   const { width, height, centre } = NETWORK;
   const largest = Math.log2(Math.max(...widths) + 1);

@@ -22,7 +22,7 @@ export function reconstructWithAll(models, input, signal) {
   return Promise.all(models.map(reconstruct));
 }
 
-/** A table of the errors of `outputs` against the `clean` row, below the error of the corrupted `input` itself. */
+/** A table of errors against the `clean` row: the error of the corrupted `input`, then the errors of `outputs`. */
 export function errorTable({ model, models, clean, input, outputs }) {
   const errorOf = meanSquaredError(clean);
   const inputError = errorOf(fillMissing(input, (i) => clean[i]));

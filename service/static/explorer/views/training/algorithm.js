@@ -33,7 +33,7 @@ const loss = (name) => sub(mi("ℒ"), mtext(name));
 const squared = (name) => sup(mi(name), mn(2));
 const KL_TERMS = parens(mn(1), mo("+"), LOG, squared("σ"), mo("−"), squared("μ"), mo("−"), squared("σ"));
 
-/** [indentation, ...content] of each step. */
+/** The steps, each as [indentation, ...content]. */
 const steps = () => [
   [0, "Initialize encoder ", math(ENCODER), " and decoder ", math(DECODER)],
   [0, "for ", math(equation(mi("e"), mn(1), mo("…"), mi("E"))), ":"],
@@ -48,7 +48,7 @@ const steps = () => [
   [2, "Update ", math(mrow(PHI, mo(","), THETA)), " via backpropagation"],
 ];
 
-/** The steps. `onselect(step)` is called with the number, as text, of a step whose loss curves are to be shown. */
+/** The list of steps. When the user selects a step, `onselect` gets its number as text, to show its loss curves. */
 export function algorithmCard(model, onselect) {
   const hasCurve = (step) => CURVES_OF_STEP[step]?.some((name) => model.history?.some((epoch) => name in epoch));
   const items = steps().map(([indentation, ...content], i) => {

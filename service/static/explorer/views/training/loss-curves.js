@@ -7,7 +7,7 @@ import { card, radioGroup } from "../../ui/controls.js";
 import { h } from "../../ui/dom.js";
 import { emptyMessage } from "../../ui/messages.js";
 
-/** The recorded values that a step of the algorithm computes. */
+/** For each step of the algorithm: the recorded losses that it computes. */
 export const CURVES_OF_STEP = {
   8: ["reconstruction", "reconstruction_error"],
   9: ["kl"],
