@@ -27,7 +27,7 @@ from tests.conftest import require
 from tests.data import ROOT
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 DEPLOY = ROOT / "deploy"
 DASHBOARD = json.loads((DEPLOY / "grafana" / "dashboards" / "elbo.json").read_text())
