@@ -47,6 +47,7 @@ def p_values(n: int, new_rows: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("n", [4, 19])
+@pytest.mark.slow
 def test_p_values_of_normal_rows_are_uniform(n: int) -> None:
     """The rank of a row among n + 1 exchangeable rows is uniform.
 
@@ -57,6 +58,7 @@ def test_p_values_of_normal_rows_are_uniform(n: int) -> None:
 
 
 @pytest.mark.parametrize(("n", "alpha"), [(19, 0.05), (19, 0.25), (99, 0.1)])
+@pytest.mark.slow
 def test_number_of_false_alarms_with_a_shared_calibration_set_is_beta_binomial(n: int, alpha: float) -> None:
     """For m new rows, the number is beta-binomial(m, k, n + 1 - k), where k = floor(alpha (n + 1)).
 

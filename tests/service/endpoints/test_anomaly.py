@@ -198,6 +198,7 @@ def false_discovery_proportions(n: int, normal: int, anomalous: int, q: float) -
 
 
 @pytest.mark.parametrize(("n", "normal", "anomalous", "q"), [(199, 15, 5, 0.1), (199, 20, 0, 0.1), (99, 8, 2, 0.3)])
+@pytest.mark.slow
 def test_false_discovery_rate_is_q_times_the_normal_share(n: int, normal: int, anomalous: int, q: float) -> None:
     """With n calibration rows and m new rows, the rate is exact if q (n + 1) / m is an integer.
 
@@ -209,6 +210,7 @@ def test_false_discovery_rate_is_q_times_the_normal_share(n: int, normal: int, a
 
 
 @pytest.mark.parametrize(("n", "normal", "anomalous", "q"), [(150, 14, 7, 0.1), (60, 30, 30, 0.2)])
+@pytest.mark.slow
 def test_false_discovery_rate_is_at_most_q_times_the_normal_share(
     n: int, normal: int, anomalous: int, q: float
 ) -> None:

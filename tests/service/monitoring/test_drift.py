@@ -63,6 +63,7 @@ def test_evidence_is_a_martingale() -> None:
 
 
 @pytest.mark.parametrize("n", [50, 400])
+@pytest.mark.slow
 def test_evidence_of_exchangeable_rows_rarely_reaches_1_over_delta(n: int) -> None:
     """Ville's inequality: the evidence reaches 10 in at most a tenth of the streams, for any calibration set."""
     rng = np.random.default_rng(n)
@@ -74,6 +75,7 @@ def test_evidence_of_exchangeable_rows_rarely_reaches_1_over_delta(n: int) -> No
     assert exceeded / streams <= 0.1 + 3 * math.sqrt(0.09 / streams)
 
 
+@pytest.mark.slow
 def test_detector_on_a_long_stream_without_drift_raises_no_alarm() -> None:
     """For n calibration rows, at most 10^-3 false alarms are expected in 4 n rows.
 
@@ -90,6 +92,7 @@ def test_detector_on_a_long_stream_without_drift_raises_no_alarm() -> None:
 
 
 @pytest.mark.parametrize(("shift", "within"), [(3.0, 50), (1.0, 300), (0.5, 1000)])
+@pytest.mark.slow
 def test_shift_after_a_long_stream_without_drift_is_detected_within_the_expected_rows(
     shift: float, within: int
 ) -> None:
