@@ -200,7 +200,7 @@ def train(
 
 
 def _train_config(arguments: dict[str, Any]) -> "TrainConfig":
-    """Return the validated configuration from option values as text; None means that an option was not given."""
+    """Validate option values, which are text, and return the configuration. None: the option was not given."""
     from training.config import TrainConfig
 
     options = {key: value for key, value in arguments.items() if value is not None}
@@ -253,7 +253,7 @@ def _train(
 def demo(artifacts: ArtifactFolder = DEFAULT_ARTIFACTS, runs: Runs = Path("runs")) -> None:
     """Train the demonstration models that are not in the artifact folder yet.
 
-    The models are pca, ae, vae and linear, an autoencoder without hidden layers. All are trained on scikit-learn's
+    The models are pca, ae, vae and linear (an autoencoder without hidden layers). All are trained on scikit-learn's
     digits.
     """
     from models.manifest import versions

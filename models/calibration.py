@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 # Largest relative difference between two scores of the same row, in different batches or on different processors.
 ROUNDING = 1e-5
-TAIL_SHARE = 0.1  # share of the calibration scores to which the exponential tail is fitted, the largest scores
+TAIL_SHARE = 0.1  # the exponential tail is fitted to this share of the calibration scores, the largest ones
 
 
 class Calibration(nn.Module):
@@ -48,8 +48,8 @@ class Calibration(nn.Module):
         self.register_buffer("surprisal", surprisal)
         self.register_buffer("tail", tail)
         # At and above the smallest calibration score, the surprisal is a piecewise linear function of the score. In
-        # `knot`, `height` and `slope`, each [n + 1], element u describes the piece for scores that are >= exactly u
-        # calibration scores.
+        # `knot`, `height` and `slope`, each [n + 1], element u describes the piece for scores s such that
+        # exactly u calibration scores are <= s.
         self.register_buffer("knot", torch.cat((ordered[:1], ordered)))
         self.register_buffer("height", torch.cat((surprisal[:1], surprisal)))
         self.register_buffer("slope", torch.cat((slopes.new_zeros(1), slopes, 1.0 / tail.reshape(1))))
@@ -61,7 +61,7 @@ class Calibration(nn.Module):
         return (at_least + 1).to(score.dtype) / (n + 1)
 
     def threshold(self, alpha: float) -> Tensor:
-        """Return the score above which p <= alpha, a scalar. Below the floor, the fitted tail determines it."""
+        """Return the score above which p <= alpha, a scalar. For alpha below the floor, the fitted tail gives it."""
         n = self.scores.shape[0]
         allowed = int(alpha * (n + 1) + 1e-6) - 1  # p <= alpha if at most this many calibration scores are >= the score
         if allowed >= 0:

@@ -177,7 +177,7 @@ def test_score_command_flags_and_explains_the_anomalous_rows(
         values = {feature["name"]: feature["value"] for feature in result["features"]}
         assert values == pytest.approx({name: row[NAMES.index(name)] for name in values}, rel=1e-6)
         assert "errors" in values
-    # More than 15 false alarms among the 290 normal rows have a probability below 1e-7.
+    # With 290 normal rows, the chance of more than 15 false alarms is below 1e-7.
     assert sum(result["is_anomaly"] for result in results[10:]) <= 15
 
 

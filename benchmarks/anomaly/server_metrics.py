@@ -23,7 +23,7 @@ like `elbo calibrate`, only the last three quarters are counted.
 Explanations: HitRate@100 %. For an incident with g true causes, the hit rate is the share of the true causes that are
 among the g features with the largest contributions. Contributions are averaged over the rows of an incident. Hit rates
 are averaged over the incidents. The measure is from Su et al., "Robust anomaly detection for multivariate time series
-through stochastic recurrent neural network", KDD 2019. The averages per incident are from Li et al., "Multivariate time
+through stochastic recurrent neural network", KDD 2019. Averaging per incident follows Li et al., "Multivariate time
 series anomaly detection and interpretation using hierarchical inter-metric and temporal embedding", KDD 2021.
 
 Without the servers' files the benchmark uses a synthetic server. It prints Markdown tables.

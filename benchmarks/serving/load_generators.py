@@ -4,8 +4,8 @@ Client and server share two cores, so the client must use little processor time.
 the processor time of a Python client. Without wrk (`apt-get install wrk`), `load_client` also runs the closed loops.
 
 Debian, PyPI and npm have no suitable load generator for an open loop. hey measures latency from the time when a request
-is sent. autocannon runs a closed loop and corrects its figures by an estimate. Both programs hide the time for which
-requests wait because the server is slow.
+is sent. autocannon runs a closed loop and corrects its figures by an estimate. So both leave out
+the time that a request waits to be sent while the server is behind.
 """
 
 import json
@@ -78,7 +78,7 @@ def run_closed_loop(port: int, request: Request, size: int, connections: int, se
         return Sample(rate=0.0, p50=math.nan, p99=math.nan, correct_share=0.0)
     wrong = outcome["refused"]
     if WRK and outcome["bytes"] < 0.95 * size * (outcome["answers"] - wrong):
-        wrong = outcome["answers"]  # wrk reports only the sum of all bytes, so every response counts as wrong
+        wrong = outcome["answers"]  # wrk reports only the total size, so all count as wrong
     correct = outcome["answers"] - wrong
     if correct < attempts:
         print(f"{request.path}, {connections} connections: {outcome}", file=sys.stderr)

@@ -44,7 +44,7 @@ class Scores:
     def usable(self) -> npt.NDArray[np.bool_]:
         """A mask [G] of the rows that can get a verdict: no number is NaN, and all expected values are finite.
 
-        Numbers other than expected values may be infinite, because `clipped` replaces infinity.
+        In fields other than `expected`, numbers may be infinite, because `clipped` replaces infinity.
         """
         if self.all_finite:
             return np.ones(len(self.score), bool)

@@ -36,8 +36,8 @@ def _read_fields(body: bytes, main: str, width: int) -> dict[str, Any] | None:
             return None
     count = len(rows)
     # A row of the right length may still contain nested lists, which simdjson would flatten. Nested lists are detected
-    # by opening brackets beyond the expected `count + 1`. A duplicate key or a string value adds quotation marks beyond
-    # the two per key.
+    # by opening brackets beyond the expected `count + 1`. Likewise, more than two quotation marks
+    # per distinct key reveal a duplicate key or a string value.
     if not count * width or not _occurs(body, b"[", count + 1) or not _occurs(body, b'"', 2 * len(keys)):
         return None
     fields: dict[str, Any] = {main: np.frombuffer(rows.as_buffer(of_type="d"), np.float64).reshape(count, width)}

@@ -56,7 +56,7 @@ class AdmissionControl:
         max_rows: maximum number of pending rows (ELBO_QUEUE_ROWS).
         max_wait: maximum expected wait in seconds (ELBO_QUEUE_SECONDS).
         max_held_bytes: maximum number of bytes of request bodies in memory (ELBO_HELD_BYTES).
-        exported_bytes: its first number is set to the bytes of request bodies in memory, for metrics.
+        exported_bytes: array for the metrics; its element 0 holds the bytes of request bodies in memory.
 
     Attributes:
         requests: the requests that hold a place in the queue, including those with a work slot.
@@ -92,7 +92,8 @@ class AdmissionControl:
         Args:
             rows: rows to be queued; 0 if only the body is to be checked.
             body_bytes: bytes of a body to be held in memory.
-            is_queued: whether the request already holds a place in the queue. Then only the rows ahead of it count.
+            is_queued: whether the request already holds a place in the queue. If so, its wait is estimated from the
+                rows ahead alone.
         """
         if rows:
             excess = self._batcher.pending_rows + rows - self._max_rows

@@ -42,7 +42,7 @@ def test_samples_from_a_mixture_have_its_weights_means_and_covariances() -> None
         assert torch.allclose(own.T.cov(), factors[index] @ factors[index].T, atol=0.1)
 
 
-def test_smallest_and_largest_choice_select_the_first_and_last_component() -> None:
+def test_uniform_numbers_near_0_and_1_select_the_first_and_last_component() -> None:
     prior = Prior(torch.full((3,), 1 / 3), torch.arange(3.0).unsqueeze(1), torch.zeros(3, 1, 1))
     latents = prior(torch.zeros(3, 1), torch.tensor([0.0, 0.5, 0.99999994]))
     assert latents.squeeze(1).tolist() == [0.0, 1.0, 2.0]

@@ -26,7 +26,7 @@ def reconstruct(module: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def free_port() -> int:
-    """Return an unused port of 127.0.0.1. Some servers always open other ports besides the HTTP port."""
+    """Return an unused port of 127.0.0.1. It serves as one of the extra ports that some servers always open."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
