@@ -109,12 +109,16 @@ def test_may_import_allows_no_cycle() -> None:
         ]
         for place in MAY_IMPORT
     }
-    list(TopologicalSorter(graph).static_order())  # raises CycleError
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError
+    assert set(order) == set(MAY_IMPORT)
+    assert all(order.index(other) < order.index(place) for place, others in graph.items() for other in others)
 
 
 def test_imports_between_files_form_no_cycle() -> None:
     graph = {module: {name for name in imported(path) if name != module} for module, path in MODULES.items()}
-    list(TopologicalSorter(graph).static_order())  # raises CycleError
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError
+    assert set(order) >= set(MODULES)
+    assert order.index("service.errors") < order.index("service.app") < order.index("service.server.run")
 
 
 def test_every_folder_has_an_init_file() -> None:

@@ -25,7 +25,8 @@ def _curl() -> None:
 def test_every_code_block_of_a_page_runs(page: Path, servers: Servers, files: Path, tmp_path: Path) -> None:
     folder = tmp_path / "reader"
     shutil.copytree(files, folder)
-    run_page(page, servers, folder)
+    outputs = run_page(page, servers, folder)
+    assert outputs, f"{page} has no block that a reader can run"
 
 
 def test_first_tutorial_ends_with_an_anomaly_and_three_images(servers: Servers, tmp_path: Path) -> None:
