@@ -5,9 +5,9 @@
 
 Both servers run with the same interpreter, models and requests. For each kind of load, the two servers are measured in
 turn. Their order alternates from round to round, so that a change in the machine's speed affects both. The table shows
-the median rate of each server over the rounds, and the ratio of the two medians, this checkout / other checkout. The
-cost ratio compares the processor time per response in the same way. On a shared machine, the cost ratio varies less
-than the rate ratio.
+the median rate of each server over the rounds, and the ratio of the rates, this checkout / other checkout: its median
+over the rounds, with the quartiles in brackets. The cost ratio compares the processor time per response in the same
+way. On a shared machine, the cost ratio varies less than the rate ratio.
 
 Options: --rounds (default 10), --seconds per measurement (default 2), --smoke (one short round, against this checkout
 itself).
@@ -20,7 +20,7 @@ import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from time import monotonic, sleep
 
 import orjson
@@ -129,6 +129,14 @@ def start(checkout: Path, workload: Workload, stack: ExitStack, name: str) -> Se
     return server
 
 
+def describe(ratios: list[float]) -> str:
+    """Return the median of `ratios`, and their quartiles in brackets."""
+    if len(ratios) == 1:
+        return f"{ratios[0]:.3f}"
+    low, _, high = quantiles(ratios, n=4)
+    return f"{median(ratios):.3f} ({low:.2f}-{high:.2f})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("other", nargs="?", type=Path, help="folder of the other checkout")
@@ -156,9 +164,10 @@ def main() -> None:
                 for name in ("this", "other") if turn % 2 else ("other", "this"):
                     found[name].append(servers[name].measure(load, options.seconds))
             rate = {name: median(one.rate for one in measurements) for name, measurements in found.items()}
-            cost = {name: median(one.cost for one in measurements) for name, measurements in found.items()}
-            ratios = f"{rate['this'] / rate['other']:.3f} | {cost['this'] / cost['other']:.3f}"
-            print(f"| {load.title} | {rate['this']:,.0f} | {rate['other']:,.0f} | {ratios} |", flush=True)
+            pairs = list(zip(found["this"], found["other"], strict=True))
+            rates = describe([this.rate / other.rate for this, other in pairs])
+            costs = describe([this.cost / other.cost for this, other in pairs])
+            print(f"| {load.title} | {rate['this']:,.0f} | {rate['other']:,.0f} | {rates} | {costs} |", flush=True)
 
 
 if __name__ == "__main__":
