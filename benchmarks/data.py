@@ -1,4 +1,4 @@
-"""Load the images of several benchmarks, and describe the machine that runs them."""
+"""Load the images that several benchmarks use, and describe the machine on which a benchmark runs."""
 
 import os
 import platform
@@ -13,10 +13,10 @@ DATA = Path(os.environ.get("ELBO_DATA", ROOT.parent / "shared" / "data"))
 
 
 def load_images(part: str) -> tuple[str, npt.NDArray[np.uint8]]:
-    """Return the name of the data set and the images of `part` ("train" or "test"), [N, H, W], 0 to 255.
+    """Return the name of a data set, and the images of its `part`, which is "train" or "test".
 
-    The data set is MNIST if the folder ELBO_DATA (default ../shared/data) contains mnist/{train,test}.npz. Otherwise it
-    is scikit-learn's digits.
+    The images are [N, H, W], with values from 0 to 255. The data set is MNIST if the folder ELBO_DATA (default
+    ../shared/data) contains mnist/{train,test}.npz. Otherwise the data set is scikit-learn's digits.
     """
     path = DATA / "mnist" / f"{part}.npz"
     if path.is_file():

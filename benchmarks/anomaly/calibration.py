@@ -3,17 +3,20 @@
     python benchmarks/anomaly/calibration.py
     python benchmarks/anomaly/calibration.py --smoke    # few data sets, few epochs, one seed
 
-Half of the normal rows of each data set are training rows. As in `elbo train`, they are split into fit, held-out and
-calibration rows. The other half are new normal rows. A row is flagged if its severity exceeds 1.
+Half of the normal rows of each data set are training rows. The training rows are split into fit, held-out and
+calibration rows, as in `elbo train`. The other half of the normal rows are new normal rows. A row is flagged if its
+severity exceeds 1.
 
-The false-alarm rate is the share of new normal rows that are flagged at alpha. The tables compare it with two rates:
+The false-alarm rate is the share of new normal rows that are flagged at alpha. The tables compare this rate with two
+other rates:
 
-- the rate to expect with n calibration rows, floor(alpha (n + 1)) / (n + 1);
-- the rate of a common method of other libraries, a threshold at the 1 - alpha quantile of the fit rows' scores.
+- the rate that n calibration rows give in theory: floor(alpha (n + 1)) / (n + 1);
+- the rate of a method that is common in other libraries: a threshold at the quantile 1 minus alpha of the fit rows'
+  scores.
 
 The false discovery rate (FDR) is measured on batches of test rows. In each batch, 10 % of the rows are anomalies. The
 Benjamini-Hochberg procedure at level q calls some rows of a batch anomalous. The FDR is the share of normal rows among
-them, averaged over the batches.
+these rows, averaged over the batches.
 
 Without ADBench's files the benchmark uses data sets of scikit-learn. It prints Markdown tables.
 """
@@ -43,7 +46,7 @@ class Rates:
 
     Args:
         conformal: share of new normal rows that Elbo flags, per alpha in ALPHAS, [3].
-        fit_quantile: share of new normal rows above the 1 - alpha quantile of the fit rows' scores, per alpha, [3].
+        fit_quantile: share of new normal rows that score above the threshold from the fit rows, per alpha, [3].
         false_discovery: share of normal rows among the rows that are called anomalous, averaged over batches.
         found: share of the anomalies that are called anomalous, averaged over batches.
         calibration_rows: number of calibration rows.
@@ -79,7 +82,11 @@ def measure_rates(kind: str, data: OneClass, seed: int, smoke: bool) -> Rates:
 def _discoveries(
     p_value: npt.NDArray[np.float32], normal: npt.NDArray[np.bool_], seed: int
 ) -> Iterator[tuple[float, float]]:
-    """Yield two shares per random batch of test rows: normal rows among the discoveries, and anomalies found."""
+    """Draw random batches of test rows. Yield two shares per batch.
+
+    The first is the share of normal rows among the discoveries. The second is the share of the anomalies that are
+    found.
+    """
     random = np.random.RandomState(seed)
     for _ in range(BATCHES):
         normal_rows = random.choice(np.flatnonzero(normal), BATCH_ROWS - BATCH_ANOMALIES)
@@ -90,7 +97,7 @@ def _discoveries(
 
 
 def false_alarm_rows(kind: str, by_set: dict[str, list[Rates]]) -> Iterator[str]:
-    """Yield one table row per alpha. `by_set` has the rates per data set, one for each seed."""
+    """Yield one table row per alpha. `by_set` maps each data set to its rates, one entry per seed."""
     rates_array = np.array([[r.conformal for r in rates] for rates in by_set.values()])  # [S, seeds, 3]
     conformal, by_seed = rates_array.mean(axis=1), rates_array.mean(axis=0)  # [S, 3], [seeds, 3]
     fit_quantile = np.array([np.mean([r.fit_quantile for r in rates], axis=0) for rates in by_set.values()])  # [S, 3]
@@ -115,8 +122,8 @@ def discovery_row(kind: str, by_set: dict[str, list[Rates]]) -> str:
 def data_set_row(name: str, kinds: dict[str, dict[str, list[Rates]]]) -> str:
     """Return the table row of a data set.
 
-    The cells are the number n of calibration rows, the floor 1 / (n + 1), and the false-alarm rate of each kind at the
-    second alpha.
+    The row shows the number n of calibration rows, the smallest possible p-value, which is 1 / (n + 1), and the
+    false-alarm rate of each kind at the second of ALPHAS.
     """
     figures = (f"{np.mean([r.conformal[1] for r in by_set[name]]):.3f}" for by_set in kinds.values())
     rows = next(iter(kinds.values()))[name][0].calibration_rows

@@ -1,7 +1,7 @@
-"""Data sets with normal training rows and labelled test rows, and models trained on them.
+"""Load data sets with normal training rows and labelled test rows, and train models on the training rows.
 
 The metrics of servers are read from server-metrics/*.npz in the folder ELBO_DATA (default ../shared/data). Without such
-files, the metrics are those of a synthetic server, which only shows that the benchmark works.
+files, the metrics of a synthetic server are used. They only show that the benchmark works.
 """
 
 from collections.abc import Iterator
@@ -54,7 +54,7 @@ def adbench(seed: int, smoke: bool = False) -> Iterator[OneClass]:
 def servers(smoke: bool = False) -> Iterator[OneClass]:
     """Yield the metrics of nine servers, one data set per server. Rows are in order of time.
 
-    Without these data, or for a smoke test, yield only a synthetic server.
+    If the files are missing, or for a smoke test, yield only the metrics of a synthetic server.
     """
     paths = sorted((DATA / "server-metrics").glob("*.npz"))
     for path in () if smoke else paths:
@@ -68,7 +68,7 @@ def servers(smoke: bool = False) -> Iterator[OneClass]:
 def _synthetic_server(rows: int = 1_200, features: int = 8) -> OneClass:
     """Return a synthetic server with two incidents in its test rows.
 
-    All metrics follow two slow loads. During an incident, two of the metrics are shifted.
+    Each metric is a weighted sum of two slowly varying loads, plus noise. During an incident, two metrics are raised.
     """
     random = np.random.RandomState(0)
     time = np.arange(2 * rows)
@@ -95,7 +95,10 @@ def standardise(data: OneClass) -> tuple[Floats, Floats]:
 
 
 def train_model(kind: str, data: OneClass, seed: int, smoke: bool = False) -> tuple[Pipeline, Split]:
-    """Return a model of `kind`, trained with the defaults of `elbo train`, and the split of the training rows."""
+    """Train a model of `kind` with the defaults of `elbo train`.
+
+    Return the model, and the split of the training rows.
+    """
     width = data.train.shape[1]
     names = [f"x{i}" for i in range(width)]
     missing = np.zeros(width, np.int64)

@@ -1,8 +1,8 @@
-"""Run PyOD's PCA, VAE and autoencoder with default options, on one thread. The environment must have PyOD.
+"""Run PyOD's PCA, VAE and autoencoder with default options, on one thread. PyOD must be installed.
 
 `python pyod_detectors.py FOLDER` reads the training and test rows in each file FOLDER/<n>.npz, and writes
-FOLDER/scores/<n>.npz. This file holds one array per detector: the scores of the test rows. Higher scores are more
-anomalous.
+FOLDER/scores/<n>.npz. The written file holds one array per detector, the scores of the test rows. Higher scores are
+more anomalous.
 
 `python pyod_detectors.py FOLDER ROUNDS BATCH...` fits the detectors to the rows in FOLDER/rows.npy, and prints one line
 of JSON. This line maps each detector to a list: microseconds per row for each batch size, then CPU seconds of the fit.

@@ -72,7 +72,7 @@ def elbo_detector(kind: str, robust: bool = False, epochs: int | None = None) ->
 
 
 def nearest_neighbours(split: LabelledSplit) -> Scores:
-    """Return the distance of each test row to the fifth nearest training row, as PyOD's KNN does."""
+    """Return the distance of each test row to the fifth nearest training row, which is the score of PyOD's KNN."""
     distances = NearestNeighbors(n_neighbors=6).fit(split.train).kneighbors(split.test)[0]
     includes_itself = split.test is split.train
     return np.asarray(distances[:, 5 if includes_itself else 4])
@@ -151,7 +151,7 @@ def measure_all(
     """Measure all detectors on all splits.
 
     Returns:
-        The results, and the reason why PyOD is missing. The reason is empty if PyOD was measured.
+        The results, and the reason why the results of PyOD are missing. The reason is empty if PyOD was measured.
     """
     results: Results = {}
     problem, pyod = "", None
@@ -177,7 +177,7 @@ def measure_all(
 
 
 def _means(results: Results, detector: str) -> npt.NDArray[np.float64]:
-    """Return the mean figures of `detector` over seeds, [data sets, 2]. They are NaN if a score was not finite."""
+    """Return the figures of `detector` as means over seeds, [data sets, 2]. They are NaN if a score was not finite."""
     return np.array([np.mean(figures, axis=0) for figures in results[detector].values()])
 
 
@@ -198,10 +198,10 @@ def print_means(results: Results) -> None:
 
 
 def _compare(differences: npt.NDArray[np.float64]) -> str:
-    """Return the table cells for the differences [data sets, 2] between a detector and the baseline.
+    """Return four table cells that compare a detector with the baseline, given their differences [data sets, 2].
 
-    There are two cells for AUROC, then two for AP. The first has the numbers of wins, ties and losses. The second has
-    the two-sided p-value of Wilcoxon's signed-rank test.
+    The first two cells are about AUROC: the numbers of wins, ties and losses, and the two-sided p-value of Wilcoxon's
+    signed-rank test. The other two cells show the same for AP.
     """
     cells = ""
     for difference in differences.T:
@@ -212,7 +212,7 @@ def _compare(differences: npt.NDArray[np.float64]) -> str:
 
 
 def print_data_sets(results: Results) -> None:
-    """Print the mean AUROC / AP over seeds, per data set and detector."""
+    """Print AUROC / AP per data set and detector, as means over seeds."""
     print(f"| data set | {' | '.join(results)} |")
     print(f"|---|{'---|' * len(results)}")
     means = {detector: _means(results, detector) for detector in results}

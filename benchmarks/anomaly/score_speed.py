@@ -45,7 +45,7 @@ from training.train import train
 KINDS = ("pca", "vae", "ae", "ensemble")
 ROWS, FEATURES, FACTORS = 10_000, 20, 8
 BATCHES = (1, 256)
-TARGETS = {1: 100.0, 256: 2.0}  # maximum us per row without the verdict, by batch size
+TARGETS = {1: 100.0, 256: 2.0}  # maximum time per row in us, without the verdict, by batch size
 WARM_UP_ROUNDS = 5
 ALPHA, EXPLAIN = 0.05, 3
 ONE_CORE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -63,7 +63,7 @@ def create_rows(count: int) -> Rows:
 
 
 def create_detectors(artifact: Artifact) -> tuple[str, Detector, Detector]:
-    """Return the selected backend's name, a function that scores rows, and a function that also makes verdicts."""
+    """Return the name of the selected backend, a function that scores rows, and one that also makes verdicts."""
     backend, operation = select_backend(artifact).backend, operations.anomaly(ALPHA)
     names, body = [feature.name for feature in artifact.manifest.features], AnomalyBody(alpha=ALPHA, explain=EXPLAIN)
 
@@ -80,7 +80,7 @@ def create_detectors(artifact: Artifact) -> tuple[str, Detector, Detector]:
 
 
 def best_microseconds(detectors: dict[str, Detector], x: Rows, rounds: int) -> dict[str, float]:
-    """Return, per detector, the shortest time per row to score x [B, D], in microseconds."""
+    """Score x [B, D] with each detector. Return the shortest time per row of each, in microseconds."""
     best = dict.fromkeys(detectors, np.inf)
     for round_ in range(WARM_UP_ROUNDS + rounds):
         for name, detector in detectors.items():

@@ -14,11 +14,12 @@ detectors are:
 All detectors except Elbo's get standardised rows.
 
 Ranking: AUROC and average precision (AP), for scores and for smoothed scores. A smoothed score is an exponentially
-weighted mean with a half-life of HALF_LIFE rows. For Elbo's models the severity replaces the score, as in the service.
+weighted mean with a half-life of HALF_LIFE rows. For Elbo's models the severity is ranked and smoothed instead of the
+score, as in the service.
 
-False alarms: the share of normal test rows with a severity above 1 at ALPHA. It is measured for the models as trained,
-and for models that were recalibrated on the first quarter of the normal test rows. After recalibration, which works
-like `elbo calibrate`, only the last three quarters are counted.
+False alarms: the share of normal test rows with a severity above 1 at ALPHA. The share is measured for the models as
+trained, and for the same models after recalibration on the first quarter of the normal test rows. Recalibration works
+like `elbo calibrate`. After recalibration, only the last three quarters are counted.
 
 Explanations: HitRate@100 %. For an incident with g true causes, the hit rate is the share of the true causes that are
 among the g features with the largest contributions. Contributions are averaged over the rows of an incident. Hit rates
@@ -50,7 +51,7 @@ from service.anomaly.smoothing import exponential_mean
 ALPHA = 0.05
 NEIGHBOURS = 5
 HALF_LIFE = 3.0  # half-life of a row's weight in the smoothed score, in rows
-RECALIBRATION_SHARE = 0.25  # share of the normal test rows that serve for recalibration: the earliest rows
+RECALIBRATION_SHARE = 0.25  # recalibration uses this share of the normal test rows, the earliest ones
 
 Doubles = npt.NDArray[np.float64]
 Measures = dict[str, float]
@@ -67,7 +68,7 @@ def ranking(labels: npt.NDArray[np.int64], score: Doubles) -> Measures:
 
 
 def hit_rate(contribution: npt.NDArray[np.floating], data: OneClass) -> float:
-    """Return HitRate@100 % of the contributions [M, D] of the test rows, averaged over incidents."""
+    """Return HitRate@100 %, averaged over incidents, given the contributions [M, D] of the test rows."""
     incidents: dict[tuple[int, int], set[int]] = {}
     for first, last, feature in data.causes:
         incidents.setdefault((first, last), set()).add(feature)
@@ -107,7 +108,7 @@ def measure_nearest_neighbours(data: OneClass) -> Measures:
 def measure_squared_deviation(data: OneClass) -> Measures:
     """Measure the squared deviation from the training mean.
 
-    Its sum over the features is the score. Its value for one feature is the contribution of that feature.
+    The sum over the features is the score. The value for one feature is the contribution of that feature.
     """
     square = np.square(standardise(data)[1], dtype=np.float64)
     total = square.sum(axis=1)
@@ -131,7 +132,7 @@ def measure_pyod(python: str, data: OneClass) -> Iterator[tuple[str, Measures]]:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: the key of its measure, and its title."""
+    """A column of a table: the key of the measure that it shows, and the title."""
 
     key: str
     title: str
@@ -148,11 +149,11 @@ ALARMS = [
 
 
 def mean_table(results: Mapping[str, Mapping[str, Measures]], columns: list[Column]) -> Iterator[str]:
-    """Yield the lines of a table with one row per detector, which shows means over servers.
+    """Yield the lines of a table that shows means over servers, with one row per detector.
 
     Args:
         results: measures by detector and server.
-        columns: columns of the table. A detector that lacks one of these measures is omitted.
+        columns: columns of the table. A detector that lacks the measure of a column is omitted.
     """
     yield f"| | {' | '.join(column.title for column in columns)} |"
     yield f"|---|{'---|' * len(columns)}"
@@ -165,7 +166,7 @@ def mean_table(results: Mapping[str, Mapping[str, Measures]], columns: list[Colu
 
 
 def server_table(results: Mapping[str, Mapping[str, Measures]], keys: tuple[str, ...]) -> Iterator[str]:
-    """Yield the lines of a table with one row per server, which shows the measures `keys` of each detector."""
+    """Yield the lines of a table that shows the measures `keys` of each detector, with one row per server."""
     names = [name for name, by_server in results.items() if keys[0] in next(iter(by_server.values()))]
     yield f"| server | {' | '.join(names)} |"
     yield f"|---|{'---|' * len(names)}"

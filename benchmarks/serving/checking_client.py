@@ -15,7 +15,7 @@ import orjson
 
 Array = npt.NDArray[np.float32]
 TOLERANCE = 1e-4  # absolute tolerance between a response and the output of the module
-MAX_PATIENCE = 0.03  # maximum time in seconds until the client disconnects
+MAX_PATIENCE = 0.03  # maximum time in seconds that a client waits before it disconnects on purpose
 
 
 class NotConnected(ConnectionError):
@@ -55,7 +55,7 @@ class Outcomes:
         correct: number of responses with status 200 that equal the output of the module.
         wrong: number of responses with status 200 that differ from the output of the module.
         lost: number of requests that were sent but got no response.
-        disconnected: number of requests during which the client disconnected.
+        disconnected: number of requests during which the client disconnected on purpose.
         statuses: number of responses by status, for statuses other than 200.
         correct_times: arrival times of the correct responses, by `perf_counter`.
         lost_times: times at which requests were lost, by `perf_counter`.

@@ -5,9 +5,10 @@
 
 Both servers run with the same interpreter, models and requests. For each kind of load, the two servers are measured in
 turn. Their order alternates from round to round, so that a change in the machine's speed affects both. The table shows
-the median rate of each server over the rounds, and the ratio of the rates, this checkout / other checkout: its median
-over the rounds, with the quartiles in brackets. The cost ratio compares the processor time per response in the same
-way. On a shared machine, the cost ratio varies less than the rate ratio.
+the median rate of each server over the rounds. The rate ratio is the rate of this checkout divided by the rate of the
+other checkout in the same round. The table shows the median of this ratio over the rounds, with the quartiles in
+brackets. The cost ratio compares the processor time per response in the same way. On a shared machine, the cost ratio
+varies less than the rate ratio.
 
 Options: --rounds (default 10), --seconds per measurement (default 2), --smoke (one short round, against this checkout
 itself).

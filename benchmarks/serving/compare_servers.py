@@ -4,20 +4,21 @@
     python benchmarks/serving/compare_servers.py --quick    # one short round
     python benchmarks/serving/compare_servers.py --smoke    # only checks that the benchmark works
 
-All servers serve the same artifact, a VAE 784-400-400-20-400-400-784 that Elbo published, with one torch thread per
-worker. The programs of the other servers are in `peers/`. The docstring of each program explains its configuration.
-Elbo runs as `python -m service` with its access log. The other servers run without access logs.
+All servers serve the same artifact, published by Elbo: a VAE with the layer widths 784-400-400-20-400-400-784. Each
+worker uses one torch thread. The programs of the other servers are in `peers/`. The docstring of each program explains
+its configuration. Elbo runs as `python -m service` with its access log. The other servers run without access logs.
 
-Only one server runs at a time, because even an idle server can use processor time, as Ray does. In each round, every
-server is started anew and measured, so that changes in the machine's speed affect all servers alike. The tables show
-medians over the rounds. Before each measurement, a response of the server is compared with the output of the module in
-this process. The two must agree within 1e-4.
+Only one server runs at a time, because some servers, such as Ray, use processor time even when idle. In each round,
+every server is started anew and measured, so that changes in the machine's speed affect all servers alike. The tables
+show medians over the rounds. Before each measurement, a response of the server is compared with the output of the
+module in this process. Response and output must agree within 1e-4.
 
 The benchmark measures closed loops with several numbers of connections and rows. For Elbo it also measures open loops:
 requests at a constant rate of 70 % and of 300 % of the server's capacity. It also measures the minimum cost of a
-response: the cost of the network, of JSON, and of HTTP, each alone.
+response: the cost of the neural network, of JSON, and of HTTP, each alone.
 
-The benchmark needs Linux. Install wrk for results worth quoting. Without wrk, a slow Python client generates the load.
+The benchmark needs Linux. Install wrk if you want to quote the results. Without wrk, a slow Python client generates the
+load.
 """
 
 import argparse

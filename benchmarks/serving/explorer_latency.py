@@ -65,7 +65,7 @@ def measure_moves(page: Page, moves: int) -> list[float]:
 
 
 def measure_latency(browser: Browser, base: str, model: str, moves: int) -> str:
-    """Measure the latencies for `model`, and return its row of the table."""
+    """Measure the latencies for `model`, and return the table row of `model`."""
     page = browser.new_page(viewport={"width": 1280, "height": 1000})
     page.goto(f"{base}?view=latent&model={model}")
     page.wait_for_selector(".point-card .output > *")

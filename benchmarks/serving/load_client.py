@@ -5,9 +5,8 @@ of JSON. The plan contains the port of the server, the request, the size of the 
 seconds, the maximum number of connections, and the rate in requests per second.
 
 If the rate is a number, the client runs an open loop: requests are due at equal intervals, independently of the
-responses. The latency of a request counts from the time when the request was due. It therefore includes the time for
-which a slow server delays the request. If all connections are busy, requests wait in the client. The latency includes
-this wait too.
+responses. The latency of a request counts from the time when the request was due. If all connections are busy because
+the server is slow, the request waits in the client. The latency includes this wait.
 
 If the rate is null, the client runs a closed loop: each connection sends the next request when a response arrives.
 """
@@ -34,7 +33,7 @@ class Tally:
     def __init__(self) -> None:
         self.statuses: Counter[int] = Counter()
         self.latencies: list[float] = []  # latencies of correct responses, in seconds from the due time
-        self.refusals: list[float] = []  # latencies of other statuses, in seconds from the time of sending
+        self.refusals: list[float] = []  # latencies of refusals (status other than 200), in seconds from sending
         self.without_retry_after = 0  # number of refusals without a Retry-After header
         self.wrong_size = 0  # number of responses with status 200 and a body of unexpected size
         self.broken = 0  # number of connections that ended before the response
@@ -111,11 +110,11 @@ class Client:
         self._lag = 0.0  # largest delay that this process itself caused, in seconds
 
     def is_expected_size(self, size: int) -> bool:
-        """Return whether a body has the expected size. The number of digits in JSON varies, so 5 % is tolerated."""
+        """Return whether a body has the expected size. The number of digits in JSON varies, so ±5 % is tolerated."""
         return abs(size - int(self.plan["size"])) <= 0.05 * int(self.plan["size"])
 
     def release(self, connection: Connection) -> None:
-        """Send the next request on `connection`, or keep it for later."""
+        """Send the next request on `connection`. If no request is due, keep the connection for later."""
         if self._waiting:
             connection.send(self._waiting.popleft())
         elif self.plan["rate"] is None and perf_counter() < self._end:
@@ -125,7 +124,7 @@ class Client:
             self._free.append(connection)
 
     def replace(self, connection: Connection) -> None:
-        """Remove a closed connection. Open another connection if requests need it."""
+        """Remove a closed connection. Open another connection if there are more requests to send."""
         self._open -= 1
         if connection in self._free:
             self._free.remove(connection)
@@ -141,7 +140,7 @@ class Client:
             statuses: number of responses by status.
             refused: number of responses with a status other than 200 or with a body of unexpected size.
             broken: number of connections that ended before the response.
-            unanswered: number of requests without a response, apart from broken ones.
+            unanswered: number of requests without a response, apart from those that `broken` counts.
             wrong_size: number of responses with status 200 and a body of unexpected size.
             without_retry_after: number of refusals without a Retry-After header.
             longest_refusal, p99_refusal: maximum and 99th percentile of the latency of refusals, in seconds.

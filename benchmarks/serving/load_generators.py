@@ -3,9 +3,9 @@
 Client and server share two cores, so the client must use little processor time. wrk, a C program, uses a fraction of
 the processor time of a Python client. Without wrk (`apt-get install wrk`), `load_client` also runs the closed loops.
 
-Debian, PyPI and npm have no suitable load generator for an open loop. hey measures latency from the time when a request
-is sent. autocannon runs a closed loop and corrects its figures by an estimate. So both leave out
-the time that a request waits to be sent while the server is behind.
+No load generator in Debian, PyPI or npm is suitable for an open loop. Two candidates were hey and autocannon. hey
+measures latency from the time when a request is sent. autocannon runs a closed loop and corrects the latencies by an
+estimate. Therefore neither measures how long a request waits to be sent because the server is slow.
 """
 
 import json
@@ -78,7 +78,7 @@ def run_closed_loop(port: int, request: Request, size: int, connections: int, se
         return Sample(rate=0.0, p50=math.nan, p99=math.nan, correct_share=0.0)
     wrong = outcome["refused"]
     if WRK and outcome["bytes"] < 0.95 * size * (outcome["answers"] - wrong):
-        wrong = outcome["answers"]  # wrk reports only the total size, so all count as wrong
+        wrong = outcome["answers"]  # wrk reports only the total size, so all responses count as wrong
     correct = outcome["answers"] - wrong
     if correct < attempts:
         print(f"{request.path}, {connections} connections: {outcome}", file=sys.stderr)
@@ -93,7 +93,7 @@ def run_closed_loop(port: int, request: Request, size: int, connections: int, se
 def start_open_loop(
     port: int, request: Request, size: int, *, rate: float, seconds: float, connections: int
 ) -> "subprocess.Popen[str]":
-    """Start a client that sends `request` at a constant rate. When the process ends, pass it to `read_outcome`.
+    """Start a client that sends `request` at a constant rate. Return its process, from which `read_outcome` reads.
 
     Args:
         port: port of the server.
@@ -124,7 +124,8 @@ def read_outcome(client: "subprocess.Popen[str]") -> dict[str, Any]:
 def measure_capacity(port: int, request: Request, size: int, connections: int, seconds: float) -> float:
     """Return the number of correct responses per second in a closed loop.
 
-    The open loop uses the same client. The client thus takes the same processor time from the server in both loops.
+    The closed loop uses the client of the open loop. The server thus shares its cores with the same client in both
+    loops.
 
     Raises:
         RuntimeError: there was no correct response.

@@ -1,4 +1,7 @@
-"""Measure the minimum cost of a response: network and JSON, each alone on one core, and HTTP with an echo server."""
+"""Measure the minimum cost of a response.
+
+The parts of the cost are the neural network and JSON, each alone on one core, and HTTP, with an echo server.
+"""
 
 from collections.abc import Callable
 from statistics import median
@@ -21,7 +24,7 @@ JSON = "JSON, parsed by simdjson and written by orjson"
 
 
 def measure_rates(workload: Workload, rows: int, seconds: float) -> dict[str, float]:
-    """Run each part of the work in this process for `seconds`, with batches of `rows`. Return rows per second."""
+    """Run each part of the work for `seconds`, with batches of `rows`. Return the rows per second of each part."""
     x, x_hat = workload.rows[rows], workload.outputs[rows]
     tensor = torch.from_numpy(x)
     body = orjson.dumps({"inputs": x}, option=orjson.OPT_SERIALIZE_NUMPY)
@@ -34,10 +37,10 @@ def measure_rates(workload: Workload, rows: int, seconds: float) -> dict[str, fl
 
 
 def least_cost(column: Column, results: Results) -> dict[str, float]:
-    """Return the minimum processor time of a response by part of the work, in ms of one core.
+    """Return the minimum processor time of a response for each part of the work, in ms of one core.
 
-    The result is empty if the echo server was not measured. The network runs with the largest measured batch size that
-    the concurrent requests can fill.
+    The result is empty if the echo server was not measured. For the neural network, the batch size is the largest
+    measured size that the concurrent requests can fill.
     """
     echo: list[Sample] = results.samples.get("echo", {}).get(column, [])
     if not echo or not results.lower_bounds:
@@ -59,7 +62,7 @@ def _parse(body: bytes) -> Array:
 
 
 def _calls_per_second(function: Callable[[], object], seconds: float) -> float:
-    for _ in range(3):  # TorchScript optimises in its second and third call
+    for _ in range(3):  # TorchScript optimises a module during the second and third call
         function()
     calls, started = 0, perf_counter()
     while perf_counter() < started + seconds:

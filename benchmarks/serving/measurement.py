@@ -27,7 +27,7 @@ class Column:
     """A closed-loop load, which is a column of the tables.
 
     Args:
-        connections: number of connections. Each sends the next request when the response arrives.
+        connections: number of connections. Each connection sends the next request when the response arrives.
         rows: rows per request.
         binary: whether requests and responses are binary instead of JSON.
     """
@@ -52,9 +52,9 @@ class Results:
     """The results of all rounds.
 
     Args:
-        samples: samples by server and column, one per round.
-        anomaly_samples: samples of Elbo's model with few features, by path and number of connections, one per round.
-        lower_bounds: rows per second without a server, by part of the work and batch size, one figure per round.
+        samples: one sample per round, by server and column.
+        anomaly_samples: one sample of Elbo's model with few features per round, by path and number of connections.
+        lower_bounds: rows per second without a server, one figure per round, by part of the work and batch size.
         failures: reasons why servers were omitted, by server.
     """
 
@@ -70,7 +70,7 @@ class MeasuredServer:
 
     Args:
         name: key of the server in `server_kinds`.
-        kind: how the server is started, and its protocol.
+        kind: how the server is started, and which protocol it has.
         workload: the models and rows.
         elbo_settings: environment variables that are used only if the server is Elbo.
     """
@@ -89,7 +89,7 @@ class MeasuredServer:
 
 
 def measure_server(server: MeasuredServer, results: Results, seconds: float, thorough: bool) -> None:
-    """Measure the columns for `seconds` each, and add the samples to `results`.
+    """Measure each column for `seconds`, and add the samples to `results`.
 
     If `thorough`, measure all columns, each after a warm-up. Otherwise measure every second column, without warm-ups.
 
@@ -167,11 +167,11 @@ def post(port: int, request: Request) -> bytes:
 
 
 def measure_open_loop(server: MeasuredServer, *, rows: int, seconds: float, connections: int) -> list[dict[str, Any]]:
-    """Measure one open loop of `seconds` at each of CAPACITY_SHARES.
+    """Measure one open loop per share in CAPACITY_SHARES, for `seconds` each.
 
     Returns:
-        Per share, the outcome of the client (`load_client.Client.run`) with these additional keys: `share`, `capacity`
-        in responses per second, and `before`, `peak` and `after`, the memory in bytes at these moments.
+        Per share, the outcome of the client (`load_client.Client.run`) with additional keys: `share`; `capacity`, in
+        responses per second; and the server's memory in bytes: `before` the load, at its `peak`, and `after` the load.
 
     Raises:
         RuntimeError: the server does not start, exits, or gives a wrong response.

@@ -42,7 +42,7 @@ class Rows(BaseModel):
 
 
 def create_plain_app(module: Any) -> FastAPI:
-    """Return a FastAPI application as in FastAPI's tutorial."""
+    """Return an application written like those in FastAPI's tutorial."""
     app = FastAPI()
 
     @app.post("/reconstruct")
@@ -82,7 +82,7 @@ async def post(app: Any, body: bytes) -> tuple[int, bytes]:
 
 
 async def compare(elbo: Any, plain: Any, body: bytes, rounds: int) -> tuple[float, float]:
-    """Check that the responses of `elbo` and `plain` agree. Return the median time per request of each, in ms."""
+    """Check that both applications agree. Return the median time per request of each, in ms."""
     elbo_outputs, plain_outputs = [
         np.array(orjson.loads((await post(app, body))[1])["outputs"]) for app in (elbo, plain)
     ]

@@ -45,17 +45,17 @@ from models.manifest import resolve
 
 MIB = 2**20
 CONNECTIONS = 16  # number of connections of the background load
-SETTLE_SECONDS = 0.5  # duration of the background load before the event, and again after it
+SETTLE_SECONDS = 0.5  # seconds of background load before the signal, and again after the recovery
 
 
 class Elbo:
     """A running server of Elbo.
 
     Args:
-        workload: workload whose folder contains the log.
+        workload: the server writes its log to the folder of this workload.
         artifacts: the artifact folder.
         workers: number of workers.
-        settings: additional settings. Names are in lower case and without the prefix ELBO_.
+        settings: additional settings. Their names are in lower case and without the prefix ELBO_.
     """
 
     def __init__(self, workload: Workload, artifacts: Path, workers: int, **settings: str) -> None:
@@ -152,7 +152,7 @@ async def run_swaps(workload: Workload, options: argparse.Namespace) -> None:
     folder = artifacts / "hosts"
     shutil.copytree(workload.folder / "artifacts" / "hosts", folder)
     pool = create_pool(artifacts, "hosts", FEW_FEATURES)
-    first = max(1, options.swaps // 10)  # the memory at the end is compared with that after the first tenth
+    first = max(1, options.swaps // 10)  # the final memory is compared with the memory after this number of swaps
     async with running_elbo(workload, artifacts, options.workers, poll_seconds="0.05") as elbo:
         background, before = BackgroundLoad(elbo.port, pool, "hosts", connections=4), 0
         for version in range(2, options.swaps + 2):

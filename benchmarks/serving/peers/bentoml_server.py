@@ -1,9 +1,9 @@
 """Serve the model with BentoML: `python -m benchmarks.serving.peers.bentoml_server MODEL PORT`.
 
-BentoML batches up to 1,024 rows, as its documentation recommends for models that accept batches. It adapts the waiting
-time itself. There are two workers, one per core, because BentoML converts numbers in Python. Inputs and outputs are
-NumPy arrays, BentoML's type for tensors. The only binary format is pickle. It is not measured, because it is unsafe for
-untrusted input.
+BentoML batches up to 1,024 rows, as its documentation recommends for models that accept batches. BentoML itself adapts
+how long a request waits for a batch. There are two workers, one per core, because BentoML converts numbers in Python.
+Inputs and outputs are NumPy arrays, BentoML's type for tensors. The only binary format is pickle, which is not
+measured, because it is unsafe for untrusted input.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Return request bodies unchanged. The cost of this is a lower bound for servers that run on uvicorn.
+"""Return request bodies unchanged. No server that runs on uvicorn can respond at a lower cost than this one.
 
 Run `python -m benchmarks.serving.peers.echo WORKERS PORT`. The path `/` is a bare ASGI application. The path `/fastapi`
 is a FastAPI endpoint.

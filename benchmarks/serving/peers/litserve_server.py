@@ -1,8 +1,8 @@
 """Serve the model with LitServe: `python -m benchmarks.serving.peers.litserve_server MODEL PORT`.
 
-LitServe batches up to 16 requests, or the requests that arrive within 2 ms. With batches of 16, two workers share the
-32 connections of the benchmark. With the default timeout of 0, workers would poll their queue continuously, and two
-workers would use both cores. There are two workers and two HTTP processes, because both convert numbers in Python.
+LitServe closes a batch when it has 16 requests, or after 2 ms. With batches of 16, two workers share the 32 connections
+of the benchmark. With the default of 0 ms, workers would poll their queue continuously, and two workers would use both
+cores. There are two workers and two HTTP processes, because workers and HTTP processes convert numbers in Python.
 Requests pass through a ZeroMQ queue (`fast_queue`), which LitServe's documentation recommends for high request rates.
 LitServe has no binary protocol.
 """

@@ -1,9 +1,9 @@
 """Serve the model with MLServer: `python -m benchmarks.serving.peers.mlserver_server MODEL PORT`.
 
-MLServer batches up to 64 requests, or the requests that arrive within 2 ms. Batching is off by default. MLServer's
-documentation recommends finding the values of both options by experiment. There are no parallel workers: a pool of
-workers would add a queue between processes, but batching and HTTP would still run in one process. MLServer uses the
-same JSON protocol as Triton. Its HTTP server does not support the binary extension.
+MLServer closes a batch when it has 64 requests, or after 2 ms. Batching is off by default. MLServer's documentation
+recommends finding the batch size and the waiting time by experiment. There are no parallel workers: a pool of workers
+would add a queue between processes, but batching and HTTP would still run in one process. MLServer uses the same JSON
+protocol as Triton. The HTTP server of MLServer does not support the binary extension.
 """
 
 import json

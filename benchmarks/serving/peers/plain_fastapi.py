@@ -1,8 +1,8 @@
 """Serve the model with plain FastAPI: `python -m benchmarks.serving.peers.plain_fastapi MODEL PORT`.
 
-pydantic validates lists of numbers, and the endpoint calls the module, as is typical of a first version. There are two
-uvicorn workers, one per core, because of the global interpreter lock. They use uvloop and httptools, and write no
-access log. Requests are not batched, because FastAPI does not support batching.
+As is typical of a first version, pydantic validates lists of numbers, and the endpoint calls the module directly. There
+are two uvicorn workers, one per core, because of the global interpreter lock. They use uvloop and httptools, and write
+no access log. Requests are not batched, because FastAPI does not support batching.
 """
 
 import os

@@ -2,8 +2,8 @@
 
 `@serve.batch` makes a batch of up to 64 requests that are already waiting, and does not wait for more requests. There
 are two replicas, one per core. Each replica accepts up to 100 concurrent requests, because the default of 5 would keep
-batches small. Throughput mode (RAY_SERVE_THROUGHPUT_OPTIMIZED) is on, as Ray's documentation recommends for such loads.
-The dashboard and the access log are off. Ray Serve has no binary protocol.
+batches small. Throughput mode (RAY_SERVE_THROUGHPUT_OPTIMIZED) is on, as Ray's documentation recommends for high
+throughput. The dashboard and the access log are off. Ray Serve has no binary protocol.
 """
 
 import logging
@@ -49,6 +49,6 @@ class Vae:
 if __name__ == "__main__":
     ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.WARNING, object_store_memory=200 << 20)
     serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[2])})
-    serve.run(Vae.bind(sys.argv[1]))  # type: ignore[attr-defined]  # the decorator makes it a deployment
+    serve.run(Vae.bind(sys.argv[1]))  # type: ignore[attr-defined]  # the decorator makes Vae a deployment
     while True:
         time.sleep(3600)

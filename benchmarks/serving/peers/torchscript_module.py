@@ -13,7 +13,7 @@ def load(path: str, features: int = 784) -> Any:
     torch.set_num_threads(1)
     module = torch.jit.freeze(torch.jit.load(path).eval())
     for rows in WARM_UP_ROWS:
-        for _ in range(3):  # TorchScript optimises in its second and third call
+        for _ in range(3):  # TorchScript optimises a module during the second and third call
             reconstruct(module, torch.rand(rows, features))
     return module
 
@@ -26,7 +26,7 @@ def reconstruct(module: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def free_port() -> int:
-    """Return an unused port of 127.0.0.1. It serves as one of the extra ports that some servers always open."""
+    """Return an unused port of 127.0.0.1. Some servers always open extra ports, which need unused numbers."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]

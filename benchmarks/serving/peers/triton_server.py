@@ -1,9 +1,9 @@
 """Serve the model with NVIDIA Triton through PyTriton: `python -m benchmarks.serving.peers.triton_server MODEL PORT`.
 
-Triton's dynamic batcher makes batches of up to 1,024 rows that are already waiting. It does not delay requests, which
-gives the highest rate here. There are two instances of the model, one per core. Triton supports the Open Inference
-Protocol in JSON and with the binary extension. The wheel contains only Triton's Python backend. Triton's PyTorch
-backend, which runs models without Python, is available only in NVIDIA's container.
+Triton's dynamic batcher makes batches of up to 1,024 rows that are already waiting. The batcher does not delay requests
+to fill a batch, because this gives the highest rate here. There are two instances of the model, one per core. Triton
+supports the Open Inference Protocol in JSON and with the binary extension. PyTriton's wheel contains only Triton's
+Python backend. Triton's PyTorch backend, which runs models without Python, is available only in NVIDIA's container.
 """
 
 import sys
@@ -21,7 +21,7 @@ FEATURES = 784
 
 
 def create_instance(path: str) -> Any:
-    """Return the function of one model instance, which runs in its own process. The first call loads the model."""
+    """Return the function that one model instance runs in its own process. The first call loads the model."""
     loaded: list[Any] = []
 
     @batch  # type: ignore[untyped-decorator] # PyTriton has no types
