@@ -13,13 +13,13 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-MAX_POINTS = 11_000  # maximum number of points per series and query; Prometheus refuses a query for more
+MAX_POINTS = 11_000  # maximum number of points per series in one query; Prometheus refuses a query for more points
 
 
 def query_range(url: str, selector: str, start: float, end: float, step: float) -> list[dict]:
-    """Return the series that match `selector`, fetched in ranges that are small enough for Prometheus.
+    """Return the series that match `selector`. Each query covers a time range that is short enough for Prometheus.
 
-    A series appears once per range, as {"metric": labels, "values": [[Unix seconds, value], ...]}.
+    A series appears once per time range, as {"metric": labels, "values": [[Unix seconds, value], ...]}.
     """
     series = []
     while start < end:
@@ -32,7 +32,7 @@ def query_range(url: str, selector: str, start: float, end: float, step: float) 
 
 
 def main() -> None:
-    """Write the complete rows to standard output, and their number to standard error."""
+    """Write the rows that have every feature to standard output, and the number of such rows to standard error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mapping", type=Path, help="the file that ELBO_REMOTE_WRITE points to")
     parser.add_argument("model", help="the name of a table in that file")

@@ -1,7 +1,7 @@
 """Write the reference tables of the documentation from the code that defines them.
 
-A page asks for a table with a comment such as `<!-- generated: settings -->`. MkDocs calls `on_page_markdown` for every
-page while it builds the site, so no table can be out of date. `TABLES` lists what a page can ask for.
+In a page, a comment such as `<!-- generated: settings -->` marks the place of a table. `TABLES` lists the names of the
+tables. MkDocs calls `on_page_markdown` for every page while it builds the site, so no table can be out of date.
 """
 
 import re
@@ -62,7 +62,7 @@ def metrics() -> str:
 
 
 def endpoints() -> str:
-    """Return a section for every endpoint: media types, fields of the body and of the answer, error statuses."""
+    """Return a section for every endpoint: media types, fields of the request and of the response, error statuses."""
     document = _application().openapi()
     schemas = document["components"]["schemas"]
     parts = []
@@ -81,7 +81,7 @@ def endpoints() -> str:
 
 
 def schemas() -> str:
-    """Return a section for every object that occurs inside a body or an answer."""
+    """Return a section for every object that occurs inside a request or a response."""
     all_schemas = _application().openapi()["components"]["schemas"]
     inner = {name for schema in all_schemas.values() for name in REFERENCE.findall(str(schema))}
     return "\n\n".join(
@@ -91,7 +91,7 @@ def schemas() -> str:
 
 
 def commands() -> str:
-    """Return the help of every command of the command line, as a terminal shows it."""
+    """Return the help of every command, as a terminal shows it."""
     group: Any = typer.main.get_command(elbo.app)
     context = typer.Context(group, info_name="elbo", terminal_width=HELP_COLUMNS, max_content_width=HELP_COLUMNS)
     parts = [f"```text\n{group.get_help(context)}\n```"]
@@ -116,7 +116,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 @cache
 def _application() -> FastAPI:
-    """The application without models: endpoints and metrics do not depend on which models it serves."""
+    """Return an application without models. Its endpoints and metrics are the same as with models."""
     return create_app(Settings(artifacts=Path(gettempdir()) / "elbo-documentation-has-no-models"))
 
 
@@ -126,7 +126,7 @@ def _table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return `text` on one line, with what Markdown would read as a table or as HTML escaped outside of code."""
+    """Return `text` on one line. Escape every vertical bar, and every `<` outside of code."""
     parts = " ".join(text.split()).replace("|", "\\|").split("`")
     return "`".join(part.replace("<", "&lt;") if place % 2 == 0 else part for place, part in enumerate(parts))
 
@@ -158,7 +158,7 @@ def _name_of(annotation: Any) -> str:
 
 
 def _content(title: str, content: dict[str, Any], schemas: dict[str, Any]) -> list[str]:
-    """Return one line with the media types, and the fields where the JSON is one of our objects."""
+    """Return a line with the media types. If the JSON has a named schema, also return a table of its fields."""
     content = {name: body for name, body in content.items() if body.get("schema")}  # FastAPI adds JSON without a schema
     if not content:
         return []

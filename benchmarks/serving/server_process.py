@@ -1,7 +1,7 @@
 """Start, observe and stop server processes. This module needs Linux, because it reads /proc.
 
-Helper processes of Ray and Triton outlive their parents. `adopt_orphans` makes such orphans children of this process.
-They thus remain descendants of this process, and are killed with the server.
+Ray and Triton start helper processes, which outlive the processes that started them. `adopt_orphans` makes this process
+the parent of such orphans, so that stopping the server kills them too.
 """
 
 import ctypes
@@ -16,15 +16,15 @@ from time import monotonic, sleep
 
 from benchmarks.data import ROOT
 
-PR_SET_CHILD_SUBREAPER = 36  # the constant in linux/prctl.h
+PR_SET_CHILD_SUBREAPER = 36  # the value of this constant in linux/prctl.h
 STOP_SECONDS = 10.0  # seconds between SIGTERM and SIGKILL
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
-IDLE_SHARE = 0.1  # processor seconds per second below which a server counts as idle
+IDLE_SHARE = 0.1  # a server is idle if it uses less processor time than this, in seconds per second
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 def adopt_orphans() -> None:
-    """Make orphaned descendants children of this process, and raise KeyboardInterrupt on SIGTERM."""
+    """Make this process the parent of orphaned descendants, and raise KeyboardInterrupt on SIGTERM."""
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl failed: this needs Linux")
     signal.signal(signal.SIGTERM, _raise_interrupt)
@@ -96,7 +96,7 @@ class ServerProcess:
     def wait_until_idle(self, seconds: float) -> None:
         """Wait until the server is idle, but at most `seconds`.
 
-        When the first worker responds, other workers may still be starting.
+        The first worker may respond while other workers are still starting.
         """
         end, before = monotonic() + seconds, self.processor_seconds()
         while monotonic() < end:
@@ -107,11 +107,11 @@ class ServerProcess:
             before = now
 
     def processor_seconds(self) -> float:
-        """Return the processor time that the server and its descendants have used, in seconds."""
+        """Return how many seconds of processor time the server and its descendants have used."""
         return sum(_ticks(pid) for pid in (self.pid, *_descendants(self.pid))) / TICKS_PER_SECOND
 
     def memory(self) -> int:
-        """Return the resident bytes of the server and its descendants. Shared pages count once per process."""
+        """Return the resident bytes of the server and its descendants. A shared page counts once per process."""
         return sum(_resident(pid) for pid in (self._process.pid, *_descendants(self._process.pid)))
 
 
@@ -143,7 +143,7 @@ def _descendants(ancestor: int) -> Iterator[int]:
 
 
 def _kill_descendants() -> None:
-    """Kill and reap all descendants of this process, which include the descendants of any other server."""
+    """Kill and reap all descendants of this process, whichever server started them."""
     deadline = monotonic() + STOP_SECONDS
     while (pids := list(_descendants(os.getpid()))) and monotonic() < deadline:
         for pid in pids:

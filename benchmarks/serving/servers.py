@@ -1,4 +1,4 @@
-"""The servers that `compare_servers.py` measures. Each entry defines how a server is started, and its protocol."""
+"""The servers that `compare_servers.py` measures: how each server is started, and which protocol it uses."""
 
 import io
 import json
@@ -21,7 +21,7 @@ NPY = {"Content-Type": "application/x-npy", "Accept": "application/x-npy"}
 
 
 class Protocol(ABC):
-    """The format of requests for reconstructions, and of responses."""
+    """The format in which a server receives rows and returns reconstructions."""
 
     echoes = False  # whether responses contain the input rows instead of reconstructions
 
@@ -36,12 +36,12 @@ class Protocol(ABC):
 
 @dataclass(frozen=True)
 class ListProtocol(Protocol):
-    """JSON objects: `{"inputs": [[…], …]}` as requests, and `{"outputs": [[…], …]}` or bare lists as responses.
+    """A protocol in JSON. A request is `{"inputs": [[…], …]}`. A response is `{"outputs": [[…], …]}` or a bare list.
 
     Args:
         path: path and query of the endpoint.
         npy: whether the protocol has a binary form, in which requests and responses are npy arrays.
-        echoes: whether responses contain the input rows.
+        echoes: whether a response repeats the request, and so contains the input rows.
     """
 
     path: str
@@ -70,7 +70,7 @@ class OpenInferenceProtocol(Protocol):
 
     Args:
         path: path of the endpoint.
-        binary: whether the server supports binary tensors, which consist of JSON followed by the bytes of the floats.
+        binary: whether the server supports binary tensors. A binary tensor is JSON followed by the bytes of the floats.
     """
 
     path: str
@@ -100,7 +100,7 @@ class OpenInferenceProtocol(Protocol):
 
 @dataclass(frozen=True)
 class ServerKind:
-    """How a server is started, and its protocol.
+    """How a server is started, and which protocol it uses.
 
     Args:
         title: name of the server in the tables.
@@ -135,7 +135,7 @@ def server_kinds(workers: int) -> dict[str, ServerKind]:
     """Return all servers by name. Elbo is the first one.
 
     Args:
-        workers: number of processes of each echo server, which should equal the number of Elbo's workers.
+        workers: number of processes of each echo server. Use the number of Elbo's workers.
     """
 
     def peer(title: str, module: str, protocol: Protocol, package: str | None = None) -> ServerKind:
@@ -161,7 +161,10 @@ def server_kinds(workers: int) -> dict[str, ServerKind]:
 
 
 def environment(name: str, artifacts: Path, port: int, elbo_settings: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment variables of a server: one torch thread per worker and, for Elbo, its settings."""
+    """Return the environment variables of the server `name`.
+
+    They limit each worker to one torch thread. Elbo also gets its settings.
+    """
     shared = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     if name != "elbo":
         return shared
@@ -169,7 +172,7 @@ def environment(name: str, artifacts: Path, port: int, elbo_settings: Mapping[st
 
 
 def package_versions(servers: Mapping[str, ServerKind]) -> str:
-    """Return names and versions of the packages of the servers that have their own environments, comma-separated."""
+    """Return the name and version of each server's `package`, separated by commas."""
     found = []
     for name, kind in servers.items():
         if kind.package:

@@ -1,4 +1,4 @@
-"""The tables of `compare_servers.py` in Markdown. Figures are medians over the rounds, with minimum and maximum."""
+"""The Markdown tables of `compare_servers.py`. Figures are medians over the rounds, most with minimum and maximum."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
@@ -15,7 +15,7 @@ MISSING = "–"
 
 
 def print_closed_loop(servers: Mapping[str, ServerKind], columns: Sequence[Column], results: Results) -> None:
-    """Print each server's rates, latencies and processor times, and the ratio of Elbo's rate to the server's rate."""
+    """Print the rates, latencies and processor times of each server, and Elbo's rate divided by the server's rate."""
     samples = results.samples
     head = ["", *(column.title for column in columns)]
     measured = [name for name in servers if samples.get(name)]
@@ -51,7 +51,7 @@ def print_anomaly(results: Results) -> None:
 
 
 def print_lower_bounds(columns: Sequence[Column], results: Results) -> None:
-    """Print the rates without a server, and the processor time that Elbo adds to the minimum cost of a response."""
+    """Print the rates without a server, and the processor time per response that Elbo adds to the minimum."""
     parts = list(dict.fromkeys(part for part, _ in results.lower_bounds))
     sizes = list(dict.fromkeys(size for _, size in results.lower_bounds))
     _print_table(
@@ -71,7 +71,7 @@ def print_lower_bounds(columns: Sequence[Column], results: Results) -> None:
 
 
 def print_open_loop(outcomes: Mapping[str, Sequence[Mapping[str, Any]]], rows: int, seconds: float) -> None:
-    """Print the outcomes of the open loops, one line each."""
+    """Print one line for the outcome of each open loop."""
     if not outcomes:
         return
     head = [
@@ -138,7 +138,7 @@ def _cost(samples: Sequence[Sample] | None) -> str:
 
 def _ratio(samples: Mapping[str, Mapping[Column, Sequence[Sample]]], name: str, column: Column) -> str:
     elbo, other = samples["elbo"].get(column, ()), samples[name].get(column, ())
-    pairs = zip(elbo, other, strict=False)  # a server that failed has samples from fewer rounds
+    pairs = zip(elbo, other, strict=False)  # a server that failed has fewer samples than Elbo
     return _spread([a.rate / b.rate for a, b in pairs if b.rate], ".2f")
 
 

@@ -19,7 +19,7 @@ class Target(NamedTuple):
     met: bool
 
 
-# Per column, for several other servers: name, title, and minimum ratio of Elbo's rate to the rate of that server.
+# For each column, a tuple per other server: its name, its title, and the minimum of Elbo's rate / this server's rate.
 RATE_RATIOS: Mapping[Column, Sequence[tuple[str, str, float]]] = {
     C32_1_ROW: (("triton", "Triton", 3.5), ("litserve", "LitServe", 25), ("echo", "the echo server", 0.45)),
     C32_32_ROWS: (("triton", "Triton", 5.5), ("litserve", "LitServe", 40), ("plain", "plain FastAPI", 40)),

@@ -1,4 +1,4 @@
-"""The models and rows of the serving benchmarks. The models are trained and published as by `elbo train`."""
+"""The models and rows of the serving benchmarks. The code of `elbo train` trains and publishes the models."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from training.train import train
 
 BATCH_SIZES = (1, 32, 256)
 FEATURES = 784
-FEW_FEATURES = 20  # number of features of the model for /anomaly
+FEW_FEATURES = 20  # number of features of the model "hosts"
 
 Array = npt.NDArray[np.float32]
 
@@ -32,10 +32,10 @@ class Workload:
     Args:
         folder: temporary folder. Its subfolder `artifacts` is the artifact folder, with the models "vae" and "hosts".
         model: path of the artifact of the model "vae", which all servers serve.
-        module: module of the model "vae", loaded in this process.
-        twin: ONNX twin of the model "vae", loaded in this process.
+        module: TorchScript module of the model "vae", loaded in this process.
+        twin: copy of the model "vae" for ONNX Runtime, loaded in this process.
         rows: inputs x [B, FEATURES], by batch size B.
-        outputs: reconstructions x_hat [B, FEATURES] of the rows by the module, by batch size B.
+        outputs: reconstructions [B, FEATURES] that `module` computes from `rows`, by batch size B.
         few_features: one row for the model "hosts", [1, FEW_FEATURES].
     """
 

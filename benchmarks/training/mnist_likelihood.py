@@ -6,11 +6,11 @@
     python benchmarks/training/mnist_likelihood.py --smoke          # a few digits, two epochs
 
 Training digits are binarised anew in each epoch. Test digits are binarised once (Salakhutdinov & Murray 2008). The NLL
-of a test digit is -log of the mean of 1,000 importance weights (Burda, Grosse & Salakhutdinov 2016, section 5). The
-table shows the mean NLL over the test digits.
+of a test digit is minus the logarithm of the mean of 1,000 importance weights (Burda, Grosse & Salakhutdinov 2016,
+section 5). The benchmark prints a Markdown table with the mean NLL over the test digits. CPU minutes are the processor
+time of training on one core.
 
-Without MNIST the benchmark uses scikit-learn's digits. It prints a Markdown table. CPU minutes are those of training
-on one core.
+If MNIST is not available, the benchmark uses scikit-learn's digits.
 """
 
 import argparse
@@ -37,9 +37,9 @@ from training.fitting.pipeline import fit_pipeline
 from training.fitting.prepared_data import prepare_data
 from training.progress import PlainReporter
 
-HELD_OUT_ROWS = 500  # number of held-out rows, whose loss selects the epoch, and number of unused calibration rows
-SEED = 0  # seed of the split, of the binarisation of the test digits, and of the importance samples
-DRAWS_PER_BATCH = 500  # number of digits times number of importance samples that are evaluated at once
+HELD_OUT_ROWS = 500  # number of held-out rows (they select the epoch), and of calibration rows (they are not used)
+SEED = 0  # seed of the split, the binarised test digits, and the importance samples
+DRAWS_PER_BATCH = 500  # number of pairs of a digit and an importance sample that are evaluated at once
 FIT_ROWS = 60_000 - 2 * HELD_OUT_ROWS
 
 COMMON = {"model": "vae", "name": "mnist", "latents": 50, "likelihood": "bernoulli", "binarise": True}
@@ -66,7 +66,7 @@ class Result:
         minutes: CPU minutes of training.
         negative_elbo: negative ELBO in nats per digit.
         nll: negative log-likelihood in nats per digit.
-        error: standard error of the NLL over digits.
+        error: standard error of `nll`, which is a mean over the test digits.
         active: number of active latents.
     """
 
@@ -83,7 +83,7 @@ class Result:
 
 
 def load_digits(smoke: bool) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Return training and test images [N, H, W], 0 to 255."""
+    """Return the training images and the test images, each [N, H, W] with values from 0 to 255."""
     train, test = (load_images(part)[1].astype(np.float32) for part in ("train", "test"))
     return (train[:2_000], test[:50]) if smoke else (train, test)
 
@@ -113,8 +113,8 @@ def train_or_load(
 ) -> tuple[VAE, float]:
     """Return the trained VAE and the CPU minutes of its training.
 
-    If the folder of `checkpoints` contains a trained VAE, load it. Otherwise train a VAE, and save it there. Without
-    `checkpoints`, only train.
+    If the folder of `checkpoints` contains a trained VAE, load it. Otherwise train a VAE, and save it in that
+    folder. If `checkpoints` is None, save nothing.
     """
     saved = checkpoints.folder / "trained.pt" if checkpoints else None
     if saved and saved.exists():
@@ -131,7 +131,7 @@ def train_or_load(
 
 @torch.inference_mode()
 def estimate_likelihoods(vae: VAE, x: Tensor, draws: int) -> tuple[Tensor, Tensor]:
-    """Return the importance-weighted bound [N] and the ELBO [N] of binary rows x [N, D], in nats."""
+    """Return two tensors for binary rows x [N, D], in nats: the importance-weighted bound [N] and the ELBO [N]."""
     random, step = torch.Generator().manual_seed(SEED), min(draws, 100)
     vae = vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # faster convolutions
     bounds, elbos = [], []

@@ -4,12 +4,13 @@
     python benchmarks/training/mnist_tables.py --only ae    # vae, ae or dae
     python benchmarks/training/mnist_tables.py --smoke      # two epochs with few rows
 
-PCA has as many latents as the autoencoder that it is compared with. The VAE is not compared with PCA.
+Each autoencoder is compared with a PCA that has the same number of latents. The VAE is not compared with PCA.
 
-The last 2,000 of the 60,000 training rows are 1,000 held-out rows and 1,000 calibration rows. All other training rows
-are fit rows. The epoch with the lowest held-out loss is selected. The 10,000 test rows are used once, at the end.
+Of the 60,000 training rows, the first 58,000 are fit rows, the next 1,000 are held-out rows, and the last 1,000 are
+calibration rows. The epoch with the lowest held-out loss is selected. The 10,000 test rows are used once, at the end.
 
-Without MNIST the benchmark uses scikit-learn's digits, to which the targets do not apply. It prints a Markdown table.
+The benchmark prints a Markdown table. If MNIST is not available, it uses scikit-learn's digits, to which the targets do
+not apply.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from training.fitting.pipeline import fit_pipeline
 from training.fitting.prepared_data import PreparedData, prepare_data
 from training.progress import PlainReporter
 
-RESERVED_ROWS = 1_000  # number of held-out rows, and number of calibration rows
+RESERVED_ROWS = 1_000  # number of held-out rows; there are as many calibration rows
 NOISE = 0.5  # standard deviation of the noise on pixels from 0 to 1
 BATCH_SIZE = 1_000
 
@@ -76,13 +77,16 @@ def negative_elbo(pipeline: Pipeline, x: Tensor) -> float:
 
 
 def squared_error(pipeline: Pipeline, x: Tensor) -> float:
-    """Return the mean squared error per pixel of the reconstructions of rows x [M, D], for pixels from 0 to 1."""
+    """Reconstruct rows x [M, D], and return the mean squared error per pixel, for pixel values scaled to 0 to 1."""
     total = sum(float((pipeline(rows) - rows).double().square().sum()) for rows in x.split(BATCH_SIZE))
     return total / x.numel() / 255**2
 
 
 def denoising_error(pipeline: Pipeline, x: Tensor) -> float:
-    """Return the mean squared error per pixel between the reconstructions of noisy rows and the rows without noise."""
+    """Add noise to rows x [M, D], and reconstruct them. Return the mean squared error per pixel.
+
+    The error is the difference between the reconstructions and the rows without noise, for pixel values from 0 to 1.
+    """
     random, total = torch.Generator().manual_seed(0), 0.0
     for rows in x.split(BATCH_SIZE):
         noisy = rows + 255 * NOISE * torch.randn(rows.shape, generator=random)  # [B, D]
@@ -127,7 +131,7 @@ def create_table(x: np.ndarray[Any, Any], name: str) -> Table:
 
 
 def command_line(options: dict[str, Any]) -> str:
-    """Return `options` as options of the command line."""
+    """Return `options` as they are written on the command line."""
     texts = {key: ",".join(map(str, value)) if isinstance(value, tuple) else value for key, value in options.items()}
     return " ".join(f"--{key.replace('_', '-')} {text}" for key, text in texts.items())
 

@@ -4,7 +4,7 @@
     python benchmarks/training/pca_speed.py --large    # also fits a file of 4 GB, which needs as much disk space
     python benchmarks/training/pca_speed.py --smoke    # few rows
 
-All implementations fit the same rows of MNIST, or without MNIST those of scikit-learn's digits. In each round, each
+All implementations fit the same rows: MNIST, or scikit-learn's digits if MNIST is not available. In each round, each
 implementation runs once, so that changes in the machine's speed affect all implementations alike. Times are CPU
 seconds.
 
@@ -38,11 +38,11 @@ from training.fitting.pca import fit_pca
 LATENTS = 32
 FEATURES = 784  # number of features in the large file
 FACTORS = 200  # number of directions in which the rows of the large file vary, apart from noise
-BLOCK_ROWS = 5 * FEATURES  # rows per block: the default batch size of IncrementalPCA
+BLOCK_ROWS = 5 * FEATURES  # rows per block; equal to the default batch size of IncrementalPCA
 TEST_ROWS = 10_000
 ONE_CORE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-# The reported peak memory of a child process is never below that of its parent. The benchmark uses much memory, so this
-# small program starts the measured process.
+# A small program that starts the measured process. The benchmark does not start this process itself: the benchmark uses
+# much memory, and the system never reports a lower peak memory for a process than for its parent.
 LAUNCHER = """
 import resource, subprocess, sys, time
 started = time.perf_counter()
@@ -117,7 +117,10 @@ def compare_in_memory(rounds: int, max_rows: int) -> None:
 
 
 def generate_blocks(rows: int, seed: int) -> Iterator[npt.NDArray[np.float32]]:
-    """Yield blocks of rows that vary randomly in FACTORS directions, the i-th with variance 1 / i, plus noise."""
+    """Yield blocks of random rows.
+
+    The rows vary in FACTORS directions, with variance 1 / i in direction i. Every value also contains noise.
+    """
     directions = np.random.RandomState(0).standard_normal((FACTORS, FEATURES)).astype(np.float32)
     directions /= np.sqrt(np.arange(1, FACTORS + 1, dtype=np.float32))[:, None]
     random = np.random.Generator(np.random.SFC64(seed))
@@ -137,7 +140,7 @@ def write_rows(path: Path, rows: int) -> None:
 
 
 def fit_incremental(path: str) -> None:
-    """Fit scikit-learn's IncrementalPCA to the rows of an npy file. Write the result to the npz file next to it."""
+    """Fit scikit-learn's IncrementalPCA to an npy file. Write the result to an npz file of the same name."""
     pca, rows = IncrementalPCA(LATENTS), np.load(path, mmap_mode="r").shape[0]
     with Path(path).open("rb") as file:
         file.seek(-4 * rows * FEATURES, os.SEEK_END)

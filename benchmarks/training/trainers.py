@@ -1,12 +1,11 @@
 """Train the same VAE with Elbo, a bare PyTorch loop, pythae or Lightning, for `training_speed.py`.
 
-`python benchmarks/training/trainers.py NAME ROWS` loads the images in the npy file ROWS. When the trainer is ready, the
-program prints one line of JSON. For each line on standard input, it then trains a new model and prints one line of JSON
-with the CPU seconds and the held-out loss in nats per row. Standard output contains only these lines. All other output
-goes to standard error.
+`python benchmarks/training/trainers.py NAME ROWS` loads the images in the npy file ROWS, and prints one line of JSON
+when the trainer NAME is ready. For each line on standard input, it then trains a new model, and prints one line of JSON
+with the CPU seconds and the held-out loss in nats per row. All other output goes to standard error.
 
-All trainers use the network 784-400-20, ReLU, a Bernoulli likelihood, batches of 128, and fused Adam. They compute the
-held-out loss after each epoch.
+All trainers use a network with 784 features, 400 hidden units and 20 latents, ReLU, a Bernoulli likelihood, batches of
+128, and fused Adam. All trainers compute the held-out loss after each epoch.
 """
 
 import json
@@ -34,7 +33,7 @@ Train = Callable[[], float]  # a function that trains a new model and returns it
 
 
 class Net(nn.Module):
-    """Encoder and decoder of the VAE, for all trainers except Elbo's."""
+    """The VAE of all trainers except Elbo: an encoder and a decoder."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -51,7 +50,7 @@ class Net(nn.Module):
 
 
 def bare_loop(x: Tensor, held_out: Tensor) -> Train:
-    """Return a function that trains with a hand-written loop: tensors in memory, one permutation per epoch."""
+    """Return a function that trains with a hand-written loop. The loop shuffles the rows in memory once per epoch."""
 
     def train() -> float:
         model = Net(x.shape[1])
@@ -174,7 +173,7 @@ def pythae(x: Tensor, held_out: Tensor) -> Train:
 
 
 def lightning(x: Tensor, held_out: Tensor) -> Train:
-    """Return a function that trains as in Lightning's introduction, but without output and files."""
+    """Return a function that trains like Lightning's introduction, but prints nothing and writes no files."""
     from lightning import LightningModule, Trainer
     from torch.utils.data import DataLoader, TensorDataset
 
@@ -219,9 +218,9 @@ TRAINERS: dict[str, Callable[[Tensor, Tensor], Train]] = {
 
 
 def main() -> None:
-    """Train one model per line of standard input."""
+    """Train one model for each line on standard input."""
     results = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # output of the libraries goes to standard error
+    os.dup2(2, 1)  # what the libraries print goes to standard error
     torch.set_num_threads(1)
     torch.manual_seed(0)
     name, path = sys.argv[1:]

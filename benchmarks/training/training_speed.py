@@ -7,7 +7,7 @@ Each trainer runs in its own process (`trainers.py`) on one core. The trainers r
 trainer trains one model for two epochs, so that changes in the machine's speed affect all trainers alike. Times are CPU
 seconds.
 
-pythae and Lightning run in their own environment. The benchmark prints a Markdown table.
+pythae and Lightning run in a separate Python environment. The benchmark prints a Markdown table.
 """
 
 import argparse
