@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from training.config import TrainConfig
     from training.data.table import Table
 
-USAGE_ERRORS = {"option_error", "data_error", "artifact_missing"}  # codes of the errors that exit with status 2
+USAGE_ERRORS = {"option_error", "data_error", "artifact_missing"}  # errors with these codes exit with status 2
 
 app = typer.Typer(
     help="Train PCA, autoencoders and variational autoencoders, and serve them over HTTP.",
@@ -59,8 +59,8 @@ def described_by(module: str, name: str, all_options: bool = False) -> type[Type
     Args:
         module: the module that defines the pydantic model; imported only for --help, or if `all_options` is true.
         name: name of the pydantic model.
-        all_options: whether every field is an option of the command. The command reads their values, as text, from
-            `context.obj`.
+        all_options: whether every field is an option of the command. The command then reads the values of these
+            options, as text, from `context.obj`.
     """
 
     def fields_of() -> dict[str, "FieldInfo"]:
@@ -93,7 +93,7 @@ def described_by(module: str, name: str, all_options: bool = False) -> type[Type
 
 
 def _options(fields: "dict[str, FieldInfo]") -> list[Any]:
-    """Return an option per field. Values stay text (or True, for a flag); pydantic validates them later."""
+    """Return one option per field. Values stay text (or True, for a flag); pydantic validates them later."""
 
     def command() -> None:
         """Carry the signature from which typer creates the options."""
@@ -200,7 +200,7 @@ def train(
 
 
 def _train_config(arguments: dict[str, Any]) -> "TrainConfig":
-    """Validate option values, which are text, and return the configuration. None: the option was not given."""
+    """Return the configuration for `arguments`, the values of the options as text. None: the option was not given."""
     from training.config import TrainConfig
 
     options = {key: value for key, value in arguments.items() if value is not None}
@@ -223,7 +223,7 @@ def _train(
     checkpoint_seconds: float = 30.0,
     tensorboard: bool = False,
 ) -> bool:
-    """Train and publish a model; return whether this is the first of the processes that train together."""
+    """Train and publish a model. Return whether this process is the first of those that train together."""
     from training.fitting.distributed import join_process_group
     from training.progress import reporter
     from training.train import train
@@ -315,8 +315,9 @@ def evaluate(
 ) -> None:
     """Evaluate a model on the rows of DATA.
 
-    Prints the reconstruction error, the log-likelihood and the false-alarm rates. If DATA has a column y or label with
-    0 for normal and 1 for anomalous rows, also prints the detection rates, the AUROC and the average precision.
+    Prints the reconstruction error, the log-likelihood and the false-alarm rates. Also prints the detection rates, the
+    AUROC and the average precision if DATA has a column y or label in which 0 marks normal rows and 1 marks anomalous
+    rows.
     """
     from training.evaluation import evaluate
 
@@ -340,8 +341,8 @@ def score(
 ) -> None:
     """Score every row of DATA for anomalies.
 
-    Prints per row the score, whether the row is anomalous at alpha, and the features that contribute most. Rows are
-    numbered from 0.
+    For each row, prints the score, whether the row is anomalous at alpha, and the features that contribute most. Rows
+    are numbered from 0.
     """
     from training.evaluation.score import csv_lines, ndjson_lines
 
@@ -364,7 +365,7 @@ def calibrate(
 ) -> None:
     """Recalibrate a model on recent normal rows, without training.
 
-    Publishes a new version of the model. The networks are the same, and the p-values are computed from DATA. If DATA
+    Publishes a new version of the model, with the same networks and with p-values that are computed from DATA. If DATA
     has a column y or label with 0 and 1, rows with label 1 are left out. A running server loads the new version by
     itself.
     """
@@ -398,7 +399,7 @@ def _artifact_path(reference: str, artifacts: Path) -> Path:
 
 @contextmanager
 def _option_errors(options: Collection[str]) -> Iterator[None]:
-    """Raise OptionError in place of pydantic's ValidationError, naming the option or environment variable at fault.
+    """Turn pydantic's ValidationError into an OptionError that names the option or environment variable at fault.
 
     Args:
         options: the fields that were given as options; the other fields come from environment variables.

@@ -4,7 +4,7 @@ A file is written atomically and sealed with a SHA-256. `load` verifies the seal
 the golden answers before it returns the model.
 
 TorchScript does not support Python 3.14, so `torch.export` will have to replace it. All calls to `torch.jit` are in
-this module, so that no other module will have to change.
+this module, so that no other module will have to change then.
 """
 
 import hashlib
@@ -50,14 +50,14 @@ METHODS = (
     "severity",
     "threshold",
 )  # the exported methods, besides `forward`
-TWIN_METHODS = ("encode", "decode", "score", "reconstruct")  # the methods of an ONNX twin
-OPTIONAL_TWIN_METHODS = ("reconstruct",)  # twins that earlier releases wrote lack these methods
+TWIN_METHODS = ("encode", "decode", "score", "reconstruct")  # the methods of an ONNX twin (see `Twin`)
+OPTIONAL_TWIN_METHODS = ("reconstruct",)  # twins written by earlier releases lack these methods
 TWIN_MEMBER, TWIN_WEIGHTS_MEMBER = "extra/twin/{}.onnx", "extra/twin/{}.json"
 # Exhibits are documents for people. No computation uses them, and an artifact may lack any of them.
 HELD_OUT, CALIBRATION, CARD = "held-out.json", "calibration.json", "card.md"
 EXHIBIT_MEMBER = "extra/exhibits/{}"
 GOLDEN_ALPHA = 0.05
-# Largest allowed relative error of an output. T2 divides by small variances, and so amplifies rounding errors.
+# Largest allowed relative error of an output. The score divides by small variances, which amplifies rounding errors.
 GOLDEN_TOLERANCE = 1e-3
 
 
@@ -71,7 +71,10 @@ class Graph:
 
 @dataclass(frozen=True)
 class Twin:
-    """The ONNX twin of a model: one graph per method in TWIN_METHODS, and the module's weights by name."""
+    """The ONNX twin of a model: a copy, for ONNX Runtime, of the methods that TWIN_METHODS lists.
+
+    The twin has one graph per method. `weights` are the weights of the model's module, by name.
+    """
 
     graphs: Mapping[str, Graph]
     weights: Mapping[str, Tensor]
@@ -107,7 +110,7 @@ def choose_device(requested: str) -> str:
 
 
 def script(model: nn.Module) -> torch.jit.ScriptModule:
-    """Compile `model` for inference, and export `forward` and METHODS. `model` then tracks no gradients."""
+    """Compile `model` for inference, and export `forward` and METHODS. Afterwards, `model` tracks no gradients."""
     for method in METHODS:
         torch.jit.export(getattr(type(model), method))
     with _deprecations_silenced():
@@ -116,8 +119,9 @@ def script(model: nn.Module) -> torch.jit.ScriptModule:
 
 
 def freeze(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
-    """Return `module` with its weights as constants. Every method in METHODS that `module` has stays callable."""
-    present = [method for method in METHODS if hasattr(module, method)]  # artifacts of earlier releases lack some
+    """Return `module` with its weights as constants. The methods that METHODS lists can still be called."""
+    # Artifacts of earlier releases lack some of the methods.
+    present = [method for method in METHODS if hasattr(module, method)]
     with _deprecations_silenced():
         frozen: torch.jit.ScriptModule = torch.jit.freeze(module.eval(), preserved_attrs=present)
     return frozen
@@ -133,7 +137,7 @@ def weights_sha256(module: nn.Module) -> str:
 
 
 def record_golden(module: torch.jit.ScriptModule, x: Tensor, noise: Tensor, choice: Tensor) -> Golden:
-    """Return the golden answers: the outputs of `module` for rows x [B, D], noise [B, K] and choice [B].
+    """Return the golden answers: the outputs of `module` for given x [B, D], noise [B, K] and choice [B].
 
     `load` later verifies that the module still gives the same outputs. If the model imputes missing values, x may
     contain NaN, which the manifest stores as null. Outputs that are all NaN, such as `log_weight` of an autoencoder,
@@ -231,7 +235,7 @@ def compute_outputs(module: Any, x: Tensor, noise: Tensor, choice: Tensor) -> di
     """Return the outputs of all methods of `module` by name.
 
     Args:
-        module: a Pipeline, which may be eager, scripted or frozen.
+        module: a Pipeline that is eager, scripted or frozen.
         x: rows [B, D].
         noise: standard normal numbers, [B, K].
         choice: uniform numbers in [0, 1), [B].
@@ -258,7 +262,7 @@ def compute_outputs(module: Any, x: Tensor, noise: Tensor, choice: Tensor) -> di
 
 
 def reconstruct(module: Any, x: Tensor, gaps: bool) -> tuple[Tensor, Tensor]:
-    """Return the reconstruction [B, D] of rows x [B, D] and its mean squared error per row, [B].
+    """Return two arrays for rows x [B, D]: the reconstruction [B, D], and its mean squared error per row, [B].
 
     With `gaps`, x may contain NaN, and the error is the mean over the values that are present.
     """
@@ -276,7 +280,7 @@ def find_discrepancy(
     """Compare the outputs of `module` with the golden answers.
 
     Args:
-        module: a Pipeline, which may be eager, scripted or frozen, or an ONNX twin.
+        module: an ONNX twin, or a Pipeline that is eager, scripted or frozen.
         golden: the inputs and the expected outputs.
         device: the device of `module`.
         tolerance: largest allowed error of an output, relative to the largest number in its golden answer.

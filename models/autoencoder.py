@@ -13,8 +13,8 @@ class Whitening(nn.Module):
 
     Args:
         mean: mean of the vectors, [V].
-        factor: inverse of the Cholesky factor of the covariance, [V, V] lower triangular. If this matrix would be
-            too large, `factor` contains the inverse standard deviations, [V], instead.
+        factor: inverse of the Cholesky factor of the covariance, lower triangular, [V, V]. If this matrix would be too
+            large, `factor` contains the inverse standard deviations, [V], instead.
     """
 
     mean: Tensor
@@ -31,7 +31,7 @@ class Whitening(nn.Module):
         return centred @ self.factor.T if self.factor.dim() == 2 else centred * self.factor
 
     def distance(self, vector: Tensor) -> Tensor:
-        """Return the squared Mahalanobis distance of vector [B, V] from the mean, [B]."""
+        """Return the squared Mahalanobis distances [B] of vector [B, V] from the mean."""
         return self.forward(vector).square().sum(dim=1)
 
 
@@ -43,9 +43,10 @@ def no_whitening(width: int) -> Whitening:
 class Autoencoder(Core):
     """z = encoder(x), x_hat = decoder(z).
 
-    The score is the squared Mahalanobis distance of the joint vector (z, residual x - x_hat) from its mean over normal
-    rows. By the chain rule for Gaussians the score is T2 + Q. T2 is the squared distance of the latents z from their
-    mean, and Q is the squared distance of the residual from its conditional mean given the latents.
+    The residual is x - x_hat. The score is the squared Mahalanobis distance of the joint vector (z, residual) from the
+    mean of such vectors over normal rows. By the chain rule for Gaussians the score is T2 + Q. T2 is the squared
+    distance of the latents z from their mean, and Q is the squared distance of the residual from its conditional mean
+    given the latents.
 
     Args:
         encoder: maps [B, D] to [B, K].
@@ -75,7 +76,7 @@ class Autoencoder(Core):
         return x_hat
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return, for x [B, D], the score T2 + Q [B], the two parts [B, 2], and the reconstruction [B, D]."""
+        """Return three arrays for x [B, D]: the score [B], its parts T2 and Q [B, 2], and the reconstruction [B, D]."""
         code: Tensor = self.encoder(x)  # [B, K]
         x_hat: Tensor = self.decoder(code)  # [B, D]
         squares = self.whitening(torch.cat((code, x - x_hat), dim=1)).square()  # [B, K + D]

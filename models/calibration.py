@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-# Largest relative difference between two scores of the same row, in different batches or on different processors.
+# Largest relative difference between the scores that one row gets in different batches or on different processors.
 ROUNDING = 1e-5
-TAIL_SHARE = 0.1  # the exponential tail is fitted to this share of the calibration scores, the largest ones
+TAIL_SHARE = 0.1  # share of the calibration scores, the largest ones, to which the exponential tail is fitted
 
 
 class Calibration(nn.Module):
@@ -15,11 +15,12 @@ class Calibration(nn.Module):
     calibration rows, P(p <= alpha) <= alpha for any model (Vovk, Gammerman & Shafer, "Algorithmic learning in a random
     world", 2005, prop. 2.4; Bates et al., "Testing for outliers with conformal p-values", 2023, eq. 2).
 
-    Calibration scores are raised by the largest rounding error, so that the p-value of a row does not depend on the
-    batch in which it is scored. Raising the scores can only raise p-values.
+    The score of a row may differ between batches, because of rounding. Each calibration score is therefore raised by
+    the largest rounding error. A row whose score equals a calibration score, up to rounding, is then below the raised
+    score in every batch, and always gets the same p-value. Raising the calibration scores can only raise p-values.
 
     The smallest possible p-value, the floor, is 1 / (n + 1). For scores above the largest calibration score, severity
-    is computed from an exponential tail, which is fitted to the largest calibration scores. There, severity does not
+    is computed from an exponential tail, which is fitted to the largest calibration scores. Such a severity does not
     correspond to a p-value.
 
     Args:
@@ -47,21 +48,21 @@ class Calibration(nn.Module):
         self.register_buffer("scores", ordered)
         self.register_buffer("surprisal", surprisal)
         self.register_buffer("tail", tail)
-        # At and above the smallest calibration score, the surprisal is a piecewise linear function of the score. In
-        # `knot`, `height` and `slope`, each [n + 1], element u describes the piece for scores s such that
-        # exactly u calibration scores are <= s.
+        # From the smallest calibration score upwards, the surprisal is a piecewise linear function of the score. The
+        # arrays `knot`, `height` and `slope`, all [n + 1], describe its pieces. Element u, for u from 1 to n, describes
+        # the piece that begins at the u-th smallest calibration score. Element 0 is a placeholder.
         self.register_buffer("knot", torch.cat((ordered[:1], ordered)))
         self.register_buffer("height", torch.cat((surprisal[:1], surprisal)))
         self.register_buffer("slope", torch.cat((slopes.new_zeros(1), slopes, 1.0 / tail.reshape(1))))
 
     def p_value(self, score: Tensor) -> Tensor:
-        """Return p-values [B] in [1 / (n + 1), 1] of scores [B]."""
+        """Return the p-values [B] of scores [B]. They are at least 1 / (n + 1) and at most 1."""
         n = self.scores.shape[0]
         at_least = n - torch.searchsorted(self.scores, score)  # [B]
         return (at_least + 1).to(score.dtype) / (n + 1)
 
     def threshold(self, alpha: float) -> Tensor:
-        """Return the score above which p <= alpha, a scalar. For alpha below the floor, the fitted tail gives it."""
+        """Return the score above which p <= alpha, a scalar. If alpha < 1 / (n + 1), it comes from the fitted tail."""
         n = self.scores.shape[0]
         allowed = int(alpha * (n + 1) + 1e-6) - 1  # p <= alpha if at most this many calibration scores are >= the score
         if allowed >= 0:
@@ -70,9 +71,9 @@ class Calibration(nn.Module):
         return self.scores[-1] + self.tail * (surprise - self.surprisal[-1])
 
     def severity(self, score: Tensor, alpha: float) -> Tensor:
-        """Return the severity [B] of scores [B]: > 1 exactly if score > threshold.
+        """Return the severity [B] of scores [B], which is above 1 if and only if the score is above the threshold.
 
-        It is the surprisal of the score divided by the surprisal of the threshold.
+        The severity is the surprisal of the score divided by the surprisal of the threshold.
         """
         threshold = self.threshold(alpha)
         surprisal = self._surprisal_at(torch.cat((score, threshold.reshape(1))))  # [B + 1]; one call is faster than two
@@ -81,7 +82,7 @@ class Calibration(nn.Module):
         return torch.where(score > threshold, above, ratio.clamp(max=1.0))
 
     def _surprisal_at(self, score: Tensor) -> Tensor:
-        """Return -log P(a normal row scores higher), [B], for scores [B].
+        """Return the surprisal [B] of scores [B]: minus the log of the probability that a normal row scores higher.
 
         The result increases continuously with the score, and is exact at the calibration scores.
         """

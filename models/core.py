@@ -17,17 +17,18 @@ class Core(nn.Module):
         raise NotImplementedError
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the anomaly score [B] of x [B, D], its parts [B, P], and the reconstruction [B, D].
+        """Return three arrays for x [B, D]: the anomaly score [B], its parts [B, P], and the reconstruction [B, D].
 
         The sum of the parts is the score. A row with a higher score is more anomalous.
         """
         raise NotImplementedError
 
     def log_weight(self, x: Tensor, noise: Tensor) -> Tensor:
-        """Return log p(x, z) - log q(z|x) in nats, [B], for x [B, D] and z = mean + std * noise, noise [B, K].
+        """Return log p(x, z) - log q(z|x) in nats, [B], for x [B, D] and standard normal noise [B, K].
 
-        The mean of the result over standard normal noise is the ELBO. The log-mean-exp of the result over S samples of
-        the noise is the importance-weighted bound (Burda, Grosse & Salakhutdinov 2016, "Importance weighted
-        autoencoders", eq. 8). The result is NaN for models without a density.
+        Here z = mean + std * noise, with the mean and the standard deviation from `encode`. The mean of the result over
+        the noise is the ELBO. The log-mean-exp of the result over S samples of the noise is the importance-weighted
+        bound (Burda, Grosse & Salakhutdinov 2016, "Importance weighted autoencoders", eq. 8). The result is NaN for
+        models without a density.
         """
         raise NotImplementedError

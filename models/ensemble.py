@@ -34,7 +34,7 @@ class Neighbours(nn.Module):
         self.register_buffer("offsets", rows.square().sum(dim=1) * inverse)  # [R]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the smallest scaled squared distance from x [B, D], in model units, to the reference rows, [B]."""
+        """Return, for x [B, D] in model units, the smallest scaled squared distance to a reference row, [B]."""
         white = self.whitening(x)  # [B, D]
         joined = torch.cat((white, white.square().sum(dim=1, keepdim=True)), dim=1)  # [B, D + 1]
         return torch.addmm(self.offsets, joined, self.slopes).amin(dim=1).clamp(min=0.0)  # [B]
@@ -43,15 +43,17 @@ class Neighbours(nn.Module):
 class Ensemble(Core):
     """An autoencoder and a nearest-neighbour detector. Encoding, decoding and reconstruction use only the autoencoder.
 
-    Each of the two detectors gives a squared distance. Division by the mean of this squared distance over normal rows
-    gives d. The score is the sum of both values of sqrt(1 + d). For large d, sqrt(1 + d) grows like the distance, so
-    that neither detector dominates. For small d, sqrt(1 + d) grows like the squared distance, so that rounding errors
-    of distances near 0 do not matter.
+    Each of the two detectors gives a squared distance. Let d be this squared distance divided by its mean over normal
+    rows. The score is the sum of sqrt(1 + d) over the two detectors. The square root keeps a detector with very large d
+    from dominating the score. The added 1 keeps the slope finite at d = 0, so that rounding errors of a small d hardly
+    change the score.
 
     Args:
         network: the autoencoder.
-        neighbours: the nearest-neighbour detector. The autoencoder was trained on its reference rows, among others.
-        weights: 1 / mean squared distance of each detector, over rows on which the autoencoder was not trained, [2].
+        neighbours: the nearest-neighbour detector. Its reference rows are some of the rows on which the autoencoder was
+            trained.
+        weights: for each detector, 1 divided by the mean of its squared distances over rows on which the autoencoder
+            was not trained, [2].
     """
 
     parts = ("network", "neighbours")
@@ -72,7 +74,7 @@ class Ensemble(Core):
         return self.network.decode(z)
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return, for x [B, D], the score [B], its two parts [B, 2], and the autoencoder's reconstruction [B, D]."""
+        """Return three arrays for x [B, D]: the score [B], its parts [B, 2], and the reconstruction [B, D]."""
         distance, _, x_hat = self.network.score(x)
         distances = torch.stack((distance, self.neighbours(x)), dim=1)  # [B, 2]
         parts = (1.0 + self.weights * distances).sqrt()  # [B, 2]

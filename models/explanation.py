@@ -1,4 +1,4 @@
-"""Explanation of an anomaly score: an expected value per feature, and the distance of the row from it."""
+"""Explanation of an anomaly score: an expected value of each feature, and how far the row is from that value."""
 
 import torch
 from torch import Tensor, nn
@@ -10,21 +10,22 @@ class Explanation(nn.Module):
     def forward(self, u: Tensor, u_hat: Tensor) -> tuple[Tensor, Tensor]:
         """Return contributions [B, D] and expected values [B, D] for rows u [B, D] and their reconstructions u_hat.
 
-        All tensors are in model units. The contribution is the squared residual.
+        All tensors are in model units. The expected value is u_hat, and the contribution is (u - u_hat)^2.
         """
         return (u - u_hat).square(), u_hat
 
 
 class Expectations(Explanation):
-    """Explanation by two means of each feature: unconditional, and conditional on the other features.
+    """Explanation by two means of each feature: the overall mean, and the mean given the other features.
 
     The contribution of a feature is the larger of its squared distances from these two means. The reconstruction is not
-    used, because it partly follows an anomalous feature and spreads that feature's residual over normal features.
+    used, because an anomalous feature distorts it: the residual of that feature is too small, and the residuals of
+    normal features are too large.
 
-    The conditional mean is computed for a Gaussian N(mean, C), with each feature in units of its standard deviation:
-    E[x_i | other features] = x_i - (P (x - mean))_i / P_ii (Lauritzen, "Graphical models", 1996, eq. C.4). In this
-    equation, P is (C + noise I)^-1: noise is added to every feature. Without the noise, features that are anomalous
-    together would explain each other.
+    The second mean is the conditional mean of a Gaussian N(mean, C). With each feature in units of its standard
+    deviation, it is E[x_i | other features] = x_i - (P (x - mean))_i / P_ii (Lauritzen, "Graphical models", 1996, eq.
+    C.4), where P = (C + noise I)^-1. The noise is added to every feature. Without it, several features that are
+    anomalous together would make each other look normal.
 
     Args:
         mean: mean of each feature in model units, [D].

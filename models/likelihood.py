@@ -1,4 +1,4 @@
-"""The likelihoods p(x | z) of a row given the decoder's output, in nats, summed over features."""
+"""The likelihoods p(x | z): log-densities of a row given the decoder's output, in nats, summed over features."""
 
 import math
 
@@ -57,7 +57,7 @@ class OptimalGaussianLikelihood(GaussianLikelihood):
     """N(x; output, variance). In training, the variance is its maximum-likelihood value for the batch.
 
     This value is the mean squared error of the batch (Rybkin, Daniilidis & Levine 2021, "Simple and effective VAE
-    training with calibrated decoders", eq. 6). In evaluation mode, the variance keeps its value for the last training
+    training with calibrated decoders", eq. 6). In evaluation mode, the variance keeps the value of the last training
     batch. At the end of training, `settle` sets the variance from all rows.
 
     Args:
@@ -97,12 +97,12 @@ class BernoulliLikelihood(Likelihood):
         self.exact_beyond = EXACT_BEYOND
 
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
-        """Return log p(x | z) [B] of x [B, D], given the output [B, D], which holds logits."""
+        """Return log p(x | z) [B] for x [B, D] and the decoder's output [B, D], which consists of logits."""
         inside = x.clamp(0.0, 1.0)  # [B, D]
         softplus = functional.softplus(-output, 1.0, self.exact_beyond)  # [B, D]
         cross_entropy = (1.0 - inside) * output + softplus  # [B, D], exact for any logit
         return -(cross_entropy + 0.5 * (x - inside).square()).sum(dim=1)  # [B]
 
     def mean(self, output: Tensor) -> Tensor:
-        """Return E[x | z], the grey values [B, D], given the output [B, D], which holds logits."""
+        """Return E[x | z] [B, D], the grey values, for the decoder's output [B, D], which consists of logits."""
         return torch.sigmoid(output)

@@ -43,7 +43,7 @@ class Feature(_Frozen):
     median: float
     minimum: float
     maximum: float
-    missing: int = 0  # rows of the training data without a value for the feature
+    missing: int = 0  # number of training rows without a value for the feature
 
 
 class Data(_Frozen):
@@ -76,7 +76,7 @@ class Recalibration(_Frozen):
 
 
 class Latent(_Frozen):
-    """The use of one latent, measured on held-out rows."""
+    """How much the model uses one latent, measured on held-out rows."""
 
     kl: float | None  # mean KL divergence over the rows, in nats; None unless the model is a VAE
     variance: float  # variance of the posterior mean over the rows
@@ -84,7 +84,7 @@ class Latent(_Frozen):
 
 
 class Golden(_Frozen):
-    """Golden answers: inputs, and the outputs that the model gave for them at publication. Each load verifies them."""
+    """Golden answers: inputs, and the model's outputs at publication. `load` checks that the outputs still agree."""
 
     inputs: dict[str, Any]
     outputs: dict[str, Any]
@@ -111,11 +111,11 @@ class Manifest(_Frozen):
     weights_sha256: str
     history: list[dict[str, float]] = []  # per epoch: epoch, step, each term of the loss, held_out_loss, seconds
     latent_report: list[Latent] = []  # one entry per latent
-    spectrum: list[float] = []  # the largest eigenvalues of the training rows in model units, descending, at most 256
+    spectrum: list[float] = []  # at most 256 eigenvalues of the covariance in model units, largest first
     total_variance: float = 0.0  # the sum of all eigenvalues
     log_scale: float = 0.0  # nats: log density in raw units = log density in model units - log_scale
-    comparison: dict[str, dict[str, float]] = {}  # by kind of model: metrics of other models on the same held-out rows
-    recalibration: Recalibration | None = None  # None if the calibration rows are counted in `data`
+    comparison: dict[str, dict[str, float]] = {}  # metrics of other models on the same held-out rows, by kind
+    recalibration: Recalibration | None = None  # None if the model was not recalibrated
 
     @property
     def width(self) -> int:
@@ -196,7 +196,7 @@ def read_sealed(path: Path) -> bytes:
 
 
 def seal(content: bytes) -> bytes:
-    """Return `content`, a zip archive that ends in SEAL and 64 placeholders, with the placeholders replaced."""
+    """Return `content`, a zip archive that ends in SEAL and 64 placeholders, with the SHA-256 in their place."""
     body = content[:-DIGEST_LENGTH]
     return body + hashlib.sha256(body).hexdigest().encode()
 

@@ -56,7 +56,8 @@ def conv_decoder(
     ]
     stages = pairwise([*reversed(channels), colours])
     for (inputs, filters), (height, width) in zip(stages, reversed(sizes[:-1]), strict=True):
-        even = (1 - height % 2, 1 - width % 2)  # a transposed convolution maps n lines to 2 n - 1; even sizes need 2 n
+        # A transposed convolution turns n lines of pixels into 2 n - 1. An even size needs one more line.
+        even = (1 - height % 2, 1 - width % 2)
         transposed = nn.ConvTranspose2d(inputs, filters, 3, stride=2, padding=1, output_padding=even)
         layers += [ACTIVATIONS[activation](), transposed]  # [B, filters, height, width]
     return nn.Sequential(*layers, ToRow())  # [B, H * W * C]
@@ -87,5 +88,5 @@ def _colours(shape: Sequence[int]) -> int:
 
 
 def _sizes(shape: Sequence[int], stages: int) -> list[tuple[int, int]]:
-    """Return the height and width of the input, then of the output of each of the `stages` convolutions."""
+    """Return the height and width of the input, followed by those of the output of each convolution."""
     return [(-(-shape[0] // 2**stage), -(-shape[1] // 2**stage)) for stage in range(stages + 1)]

@@ -13,17 +13,17 @@ class PCA(Core):
 
     The latents are the principal scores, z = V (x - mean). They are uncorrelated, they have the units of x, and their
     variances are `eigenvalues`. The probabilistic model is that of Tipping & Bishop, "Probabilistic principal component
-    analysis", JRSS-B 1999. The covariance of x is C = V' (L - s2 I) V + s2 I. This is their eq. 4 with the
+    analysis", JRSS-B 1999. The covariance of x is C = V' (L - s2 I) V + s2 I. This is eq. 4 of that paper, with the
     maximum-likelihood solution of eq. 7 and 8.
 
     Args:
         mean: mean of the rows, [D].
         components: V, orthonormal rows in descending order of eigenvalue, [K, D].
         eigenvalues: the diagonal of L, each at least `noise_variance`, [K].
-        noise_variance: s2 > 0, a scalar: the mean of the D - K discarded eigenvalues.
+        noise_variance: s2 > 0, a scalar. It is the mean of the D - K discarded eigenvalues.
         shrinkage: rho in [0, 1], a scalar. The score uses the covariance (1 - rho) C + rho mean(diag C) I (Ledoit
-            & Wolf 2004). Without shrinkage, small eigenvalues are underestimated if there are few rows, and the score
-            is too high.
+            & Wolf 2004). If there are few rows, small eigenvalues are underestimated, and without shrinkage the score
+            would be too high.
     """
 
     parts = ("t2", "q")
@@ -49,7 +49,7 @@ class PCA(Core):
         self.register_buffer("shrinkage", torch.zeros_like(noise_variance) if shrinkage is None else shrinkage)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the principal scores [B, K] of x [B, D] and the posterior standard deviations of the latents, [B, K].
+        """Return two arrays for x [B, D]: the principal scores [B, K], and the posterior standard deviations [B, K].
 
         In the coordinates of the scores, the prior is N(0, L - s2) and the posterior variance is s2 (1 - s2 / L).
         """
@@ -58,13 +58,14 @@ class PCA(Core):
         return scores, variance.clamp(min=0.0).sqrt().expand_as(scores)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Return the rows [B, D] with principal scores z [B, K]."""
+        """Return the rows [B, D] that have the principal scores z [B, K]."""
         return z @ self.components + self.mean
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return, for x [B, D], the score T2 + Q / s2 [B], the two parts [B, 2], and the projection of x, [B, D].
+        """Return three arrays for x [B, D]: the score [B], its two parts [B, 2], and the projection of x [B, D].
 
-        The score is the squared Mahalanobis distance under the shrunk covariance.
+        The parts are T2 and Q / s2. The score is their sum, the squared Mahalanobis distance under the shrunk
+        covariance.
         """
         mean = self._mean_variance(x.shape[1])
         eigenvalues = self.eigenvalues + self.shrinkage * (mean - self.eigenvalues)  # [K]

@@ -51,7 +51,7 @@ class Pipeline(nn.Module):
         return self.scaling.inverse(self.core.decode(z))
 
     def draw(self, noise: Tensor, choice: Tensor) -> Tensor:
-        """Return latents [B, K] from the prior for standard normal noise [B, K] and uniform choice [B] in [0, 1)."""
+        """Draw latents [B, K] from the prior. See `Prior.forward` for `noise` [B, K] and `choice` [B]."""
         latents: Tensor = self.prior(noise, choice)  # [B, K]
         return latents
 
@@ -60,7 +60,7 @@ class Pipeline(nn.Module):
 
         Returns:
             score: [B].
-            parts: the parts of the score, which sum to it, [B, P].
+            parts: the parts of the score, [B, P]. Their sum is the score.
             contribution: squared distance of each feature from its expected value, [B, D]; a missing value counts as
                 the value that replaces it. See `models.explanation`.
             expected: expected value of each feature in raw units, [B, D].
@@ -82,7 +82,7 @@ class Pipeline(nn.Module):
         return self.calibration.p_value(score)
 
     def severity(self, score: Tensor, alpha: float) -> Tensor:
-        """Return the severity [B] of scores [B]: > 1 exactly if the row is anomalous at alpha."""
+        """Return the severity [B] of scores [B], which is above 1 if and only if the row is anomalous at alpha."""
         return self.calibration.severity(score, alpha)
 
     def threshold(self, alpha: float) -> Tensor:

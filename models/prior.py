@@ -1,4 +1,4 @@
-"""The generative prior over latents: a mixture of Gaussians. N(0, I) is a mixture of one Gaussian."""
+"""The generative prior over latents: a mixture of Gaussians. The prior N(0, I) is the case of one Gaussian."""
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,12 @@ class Prior(nn.Module):
         self.register_buffer("factors", factors)
 
     def forward(self, noise: Tensor, choice: Tensor) -> Tensor:
-        """Return latents [B, K] for standard normal noise [B, K] and uniform choice [B] in [0, 1)."""
+        """Draw latents [B, K].
+
+        Args:
+            noise: standard normal numbers, [B, K].
+            choice: uniform numbers in [0, 1), which select the Gaussian of each row, [B].
+        """
         component = torch.searchsorted(self.cumulative[:-1].contiguous(), choice, right=True)  # [B]
         latents = torch.zeros_like(noise)  # [B, K]
         for index in range(self.means.shape[0]):

@@ -44,18 +44,18 @@ class ImputingScaling(Scaling):
         self.register_buffer("fill", fill)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convert x [B, D], NaN where missing, from raw units to model units."""
+        """Convert x [B, D] from raw units to model units. In x, a missing value is NaN."""
         return (torch.where(x.isnan(), self.fill, x) - self.shift) / self.scale
 
 
 def standardise(x: Tensor) -> Scaling:
-    """Return the scaling of each column of x [N, D] to mean 0 and variance 1. Constant columns get scale 1."""
+    """Return the scaling that gives each column of x [N, D] mean 0 and variance 1. Constant columns get scale 1."""
     deviation = x.std(dim=0, correction=0)
     constant = deviation <= 1e-7 * x.abs().amax(dim=0)  # constant up to float32 rounding
     return Scaling(x.mean(dim=0), torch.where(constant, torch.ones_like(deviation), deviation))
 
 
 def to_unit_range(low: Tensor, high: Tensor) -> Scaling:
-    """Return the scaling of [low, high], [D] each, to [0, 1]. Features with low = high get scale 1."""
+    """Return the scaling that maps `low` [D] to 0 and `high` [D] to 1. Features with low = high get scale 1."""
     span = high - low
     return Scaling(low, torch.where(span > 0, span, torch.ones_like(span)))

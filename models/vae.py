@@ -7,7 +7,7 @@ from torch.nn import functional
 from models.core import Core
 from models.likelihood import Likelihood
 
-LOG_VARIANCE_RANGE = (-14.0, 8.0)  # bounds of the posterior's log-variance: exp() stays finite
+LOG_VARIANCE_RANGE = (-14.0, 8.0)  # bounds of the posterior's log-variance, so that its exp() is finite
 
 
 def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -21,8 +21,8 @@ def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
 class VAE(Core):
     """A VAE with posterior N(mean, std^2), prior N(0, I), and a Gaussian or Bernoulli likelihood.
 
-    The score is NLL + KL in nats. It differs from the negative ELBO: it uses the NLL at the posterior mean, not the
-    expected NLL. The score therefore uses no noise and is deterministic.
+    The score is NLL + KL in nats. Unlike the negative ELBO, it uses the NLL at the posterior mean instead of the
+    expected NLL. It therefore needs no noise and is deterministic.
 
     Args:
         encoder: maps [B, D] to [B, 2 K]: means, then log-variances.
@@ -42,7 +42,7 @@ class VAE(Core):
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean [B, K] and log-variance [B, K] of q(z | x) for x [B, D]."""
         code = self.encoder(x)  # [B, 2 K]
-        mean, log_variance = code.split(int(code.shape[1]) // 2, dim=1)  # one node in the ONNX graph; chunk needs ten
+        mean, log_variance = code.split(int(code.shape[1]) // 2, dim=1)  # one ONNX node; `chunk` would give ten
         # hardtanh equals clamp, but its backward pass takes one operation instead of five.
         return mean, functional.hardtanh(log_variance, self.low, self.high)
 
@@ -56,7 +56,7 @@ class VAE(Core):
         return self.likelihood.mean(self.decoder(z))
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return, for x [B, D], the score NLL + KL [B], the parts KL and NLL [B, 2], and the reconstruction [B, D]."""
+        """Return three arrays for x [B, D]: the score [B], its parts KL, NLL [B, 2], and the reconstruction [B, D]."""
         mean, log_variance = self.posterior(x)  # [B, K], [B, K]
         output = self.decoder(mean)  # [B, D]
         kl = gaussian_kl(mean, log_variance).sum(dim=1)  # [B]
@@ -64,7 +64,7 @@ class VAE(Core):
         return kl + nll, torch.stack((kl, nll), dim=1), self.likelihood.mean(output)
 
     def log_weight(self, x: Tensor, noise: Tensor) -> Tensor:
-        """Return log p(x, z) - log q(z|x) [B] for x [B, D] and z = mean + std * noise, noise [B, K]."""
+        """Return log p(x, z) - log q(z|x), [B], for x [B, D] and noise [B, K]. Here z = mean + std * noise."""
         mean, log_variance = self.posterior(x)  # [B, K], [B, K]
         z = mean + torch.exp(0.5 * log_variance) * noise  # [B, K]
         log_likelihood: Tensor = self.likelihood.log_prob(x, self.decoder(z))  # [B]

@@ -151,7 +151,7 @@ def _lifespan(
         finally:
             service.draining = True
             await scanning.close()
-            await receiver.close()  # while the batcher is still open, because it scores the receiver's last rows
+            await receiver.close()  # before the batcher, which scores the receiver's last rows
             await service.batcher.close()
             await monitor.close()
             await access.close()
@@ -161,7 +161,7 @@ def _lifespan(
 
 def _router_of(app: FastAPI) -> ASGIApp:
     """Return the router of `app`, without FastAPI's middleware. The router raises 404 and 405 as a ServiceError."""
-    router = AsyncExitStackMiddleware(app.router)  # FastAPI's route handlers expect its exit stack in the scope
+    router = AsyncExitStackMiddleware(app.router)  # route handlers expect FastAPI's exit stack in the scope
 
     async def route(scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = app

@@ -15,7 +15,7 @@ from service.codec.remote_write import METRIC_NAME_LABEL, Series, is_stale
 MAX_INCOMPLETE_ROWS = 10_000  # beyond this number, the oldest row is completed with the samples that it has
 MAX_SERIES = 100_000  # maximum number of label sets whose feature and group are cached
 MAX_GROUPS = 10_000  # maximum number of groups whose last completed times are remembered
-REMEMBERED_TIMES = 64  # completed times that are remembered per group, so that repeated samples start no second row
+REMEMBERED_TIMES = 64  # number of completed times remembered per group, so that repeated samples start no second row
 
 LabelSet = tuple[tuple[str, str], ...]
 
@@ -37,7 +37,7 @@ class SampleAligner:
         names: the names of the features.
         selectors: finds the feature that a series belongs to.
         group: the labels that distinguish groups.
-        wait_seconds: how long a row waits for its last sample.
+        wait_seconds: how many seconds after its first sample a row waits for missing samples.
     """
 
     def __init__(

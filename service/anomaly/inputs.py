@@ -45,7 +45,12 @@ class InputRows(NamedTuple):
 
 
 def parse_input_rows(served: ServedModel, body: AnomalyBody, may_contain_non_floats: bool) -> InputRows:
-    """Return the rows of `body`. Raises InvalidField, and InvalidRows if no row is valid."""
+    """Return the rows of `body`.
+
+    Raises:
+        InvalidField: `body` does not have exactly one of ROW_FIELDS, or some of its fields conflict.
+        InvalidRows: no row is valid.
+    """
     given = [name for name in ROW_FIELDS if getattr(body, name) is not None]
     if len(given) != 1:
         expected, got = "inputs, records or metrics", " and ".join(given) or "none"
@@ -164,7 +169,7 @@ def _validate_header(schema: RowSchema, header: list[str], impute: bool, pointer
 
 
 def _non_feature(schema: RowSchema, record: Any, name: str) -> Any:
-    """Return the value of `name` in a record, or None if the value is missing or `name` is a feature."""
+    """Return the value of `name` in a record; None if there is no value, or if `name` is the name of a feature."""
     return record.get(name) if type(record) is dict and name not in schema.name_set else None
 
 

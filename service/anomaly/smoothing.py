@@ -26,7 +26,7 @@ def exponential_mean(
     *,
     by_rows: bool = False,
 ) -> Numbers:
-    """Return, for each row, the exponentially weighted mean of its group's values up to and including that row, [N].
+    """Return, for each row, the exponentially weighted mean of that row and the earlier rows of its group, [N].
 
     The mean of row i is sum_j w_ij values_j / sum_j w_ij, where w_ij = 2^(-d_ij / half_life), and j runs over the rows
     of the same group that are not later than row i. This is Roberts' EWMA ("Control chart tests based on geometric
@@ -36,13 +36,14 @@ def exponential_mean(
     be in any order.
 
     Args:
-        values: [N]. A NaN has weight 0, and the mean of its row is NaN.
-        half_life: above 0; in rows with `by_rows` or without times, otherwise in the unit of `time`.
+        values: [N]. A NaN has weight 0 in the means of other rows. The row itself gets the mean NaN.
+        half_life: above 0. It is a number of rows if `by_rows` is true or there are no times, and otherwise it is in
+            the unit of `time`.
         time: [N]; by default, rows are in order of time. Rows of the same group and time have distance 0 and get the
-            same mean. With `by_rows`, they follow each other in the given order instead. A row whose time is NaN keeps
-            its own value and does not count for other rows.
+            same mean. With `by_rows`, rows of the same time instead count as successive rows, in the given order. A row
+            whose time is NaN keeps its own value and does not count for other rows.
         group: [N], any hashable values; by default all rows are in one group.
-        by_rows: whether distances and `half_life` are in rows even if `time` is given.
+        by_rows: whether to measure distances and `half_life` in rows, even if `time` is given.
 
     Raises:
         ValueError: `half_life` is not above 0, or the lengths differ.

@@ -72,14 +72,14 @@ class Scores:
 
 
 def benjamini_hochberg(p_value: Array, q: float) -> npt.NDArray[np.bool_]:
-    """Return which of the p-values [G] to reject so that the expected share of false rejections is at most q.
+    """Return a mask [G] of the p-values to reject, such that the expected share of false rejections is at most q.
 
     The procedure is from Benjamini & Hochberg, "Controlling the false discovery rate", 1995, eq. 1. It is valid for
     conformal p-values (Bates et al., 2023, theorem 2).
     """
     ordered = np.sort(p_value.astype(np.float64))
     bounds = q * np.arange(1, len(ordered) + 1) / len(ordered)
-    passing = np.flatnonzero(ordered <= bounds * (1 + 1e-6))  # tolerance: p-values are fractions rounded to float32
+    passing = np.flatnonzero(ordered <= bounds * (1 + 1e-6))  # tolerance, because p-values are rounded to float32
     if not len(passing):
         return np.zeros(len(p_value), bool)
     return np.asarray(p_value <= ordered[passing[-1]])
@@ -193,7 +193,8 @@ def _largest_contributions(
     contribution = scores.contribution
     count, width = contribution.shape
     top = _largest(contribution, explain)
-    positions = (top if count == 1 else top + width * np.arange(count)[:, None]).ravel()  # in the flat arrays
+    # Indices into the flattened arrays.
+    positions = (top if count == 1 else top + width * np.arange(count)[:, None]).ravel()
     columns = zip(
         top.ravel().tolist(),
         x.take(positions),
