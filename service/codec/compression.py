@@ -9,13 +9,13 @@ from service.errors import BodyTooLarge, InvalidEncoding, UnsupportedMediaType
 
 CHUNK_BYTES = 64 * 1024  # maximum size of a decompressed chunk
 GZIP_NAMES = ("gzip", "x-gzip")
-_GZIP_WBITS = 31  # zlib's code for a window of 32 KiB with the header and checksum of gzip
+_GZIP_WBITS = 31  # zlib's value for the gzip format: a window of 32 KiB, a gzip header and a gzip checksum
 
 
 class GzipDecompressor:
     """Decompresses a gzip stream in chunks of at most CHUNK_BYTES.
 
-    A stream may have several members (RFC 1952, 2.2).
+    A stream may consist of several gzip members, one after another (RFC 1952, 2.2).
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class GzipDecompressor:
         self._started = False
 
     def feed(self, compressed: bytes) -> Iterator[bytes]:
-        """Yield the decompressed chunks of `compressed`, the next part of the stream. Raises InvalidEncoding."""
+        """Decompress `compressed`, the next part of the stream, and yield the chunks. Raises InvalidEncoding."""
         while compressed:
             if self._member.eof:
                 self._member = zlib.decompressobj(_GZIP_WBITS)

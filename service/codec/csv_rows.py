@@ -11,7 +11,7 @@ from service.codec.row_errors import MalformedRow
 from service.errors import InvalidCsv
 
 MEDIA_TYPE = "text/csv"
-MISSING_CELLS = frozenset(("", "nan", "null", "none", "na", "n/a"))  # cells without a value, in lower case
+MISSING_CELLS = frozenset(("", "nan", "null", "none", "na", "n/a"))  # cells that mean a missing value, in lower case
 
 
 class CsvRecords(list[Any]):
@@ -22,15 +22,18 @@ class CsvRecords(list[Any]):
         self.header = header
 
     def with_numbers(self, names: Collection[str]) -> list[Any]:
-        """Return the records with the values of the columns `names` as numbers, or None where a value is missing.
+        """Return the records after converting the columns `names` to numbers. A missing value becomes None.
 
-        A cell that is neither a number nor missing stays text, so that the record parser can report its position.
+        A cell that holds neither a number nor a missing value stays text. The record parser then reports its position.
         """
         return [_with_numbers(record, names) if type(record) is dict else record for record in self]
 
 
 def read_fields(body: bytes) -> RequestFields:
-    """Return the lines of `body` as the field `records`. Raises InvalidCsv if the header is missing or invalid."""
+    """Return the lines of `body` after the header as the field `records`.
+
+    Raises InvalidCsv if the header is missing or invalid.
+    """
     text = io.StringIO(body.decode("utf-8-sig", errors="replace"), newline="")
     lines = _lines(csv.reader(text))
     first = next((line for line in lines if line), None)

@@ -9,14 +9,15 @@ _LABEL = re.compile(r'(\w+)\s*=\s*"([^"]*)"')
 
 
 class FeatureSelectors:
-    """Finds the feature that a metric with labels belongs to.
+    """Finds the feature for the name and labels of a metric.
 
     Args:
         selectors: for each feature name, a metric name or a Prometheus selector such as `node_load{host="a"}`.
     """
 
     def __init__(self, selectors: Mapping[str, str]) -> None:
-        self._by_metric: dict[str, list[tuple[dict[str, str], str]]] = {}  # by metric name: required labels, feature
+        # For each metric name: pairs of the labels that a selector requires and the feature that it selects.
+        self._by_metric: dict[str, list[tuple[dict[str, str], str]]] = {}
         for feature, selector in selectors.items():
             match = _SELECTOR.fullmatch(selector.strip())
             name, labels = (match[1].strip(), dict(_LABEL.findall(match[2]))) if match else (selector.strip(), {})
@@ -25,9 +26,10 @@ class FeatureSelectors:
             candidates.sort(key=lambda candidate: -len(candidate[0]))
 
     def find(self, names: Iterable[str], labels: Labels) -> str | None:
-        """Return the feature for the first name in `names` that matches a selector, or None if no name matches.
+        """Return the feature whose selector matches `labels` and one of `names`, or None if no selector matches.
 
-        If several selectors match the name, the selector that requires the most labels determines the feature.
+        The first name that matches takes precedence. Among the selectors of that name, the selector that requires the
+        most labels takes precedence.
         """
         for name in names:
             for required, feature in self._by_metric.get(name, ()):

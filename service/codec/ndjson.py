@@ -8,11 +8,11 @@ from service.errors import InvalidJson
 
 MEDIA_TYPE = "application/x-ndjson"
 MEDIA_TYPES = (MEDIA_TYPE, "application/ndjson", "application/jsonl", "application/x-jsonlines")
-QUOTED_CHARACTERS = 40  # maximum number of characters of an invalid line that the error quotes
+QUOTED_CHARACTERS = 40  # an error quotes at most this many characters of an invalid line
 
 
 class NdjsonRows(list[object]):
-    """The values of the lines: records, rows as lists, and a `MalformedRow` for each line that is not valid JSON."""
+    """One value per line: a record, a row as a list, or a `MalformedRow` if the line is not valid JSON."""
 
 
 def read_fields(body: bytes) -> RequestFields:
@@ -22,7 +22,7 @@ def read_fields(body: bytes) -> RequestFields:
 
 
 def parse_line(line: bytes) -> object:
-    """Return the value of one line, or a `MalformedRow`."""
+    """Return the value of one line, or a `MalformedRow` if the line is not valid JSON."""
     try:
         return loads_value(line)
     except InvalidJson as error:
@@ -31,7 +31,7 @@ def parse_line(line: bytes) -> object:
 
 
 def dumps(value: object) -> bytes:
-    """Return `value` as one line."""
+    """Return `value` as one line of NDJSON."""
     return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
 
 
@@ -45,10 +45,10 @@ class LineSplitter:
     def __init__(self, max_line_bytes: int) -> None:
         self._max_line_bytes = max_line_bytes
         self._rest = b""
-        self._skipping = False  # whether bytes are dropped until the next newline, because the line is too long
+        self._skipping = False  # whether the current line is too long and is dropped up to its newline
 
     def feed(self, chunk: bytes) -> list[object]:
-        """Return the values, from `parse_line`, of the lines whose newline is in `chunk`."""
+        """Parse the lines that end in `chunk`, and return one value per line that is not blank."""
         *lines, self._rest = (self._rest + chunk).split(b"\n")
         values = [value for line in lines for value in self._parse(line)]
         if len(self._rest) > self._max_line_bytes:
@@ -56,7 +56,7 @@ class LineSplitter:
         return values
 
     def finish(self) -> list[object]:
-        """Return a list with the value of the last line if the line has no newline, otherwise an empty list."""
+        """Parse a last line that has no newline. Return a list with its value, or an empty list if there is none."""
         last, self._rest = self._rest, b""
         return self._parse(last)
 

@@ -50,14 +50,14 @@ def dumps(array: npt.NDArray[np.float32]) -> bytes:
 
 @lru_cache(maxsize=256)
 def _header_for(shape: tuple[int, ...], dtype: str) -> bytes:
-    """Return the bytes that precede the numbers of a C-ordered array. They are cached, because few shapes occur."""
+    """Return the bytes before the numbers of a C-ordered array. They are cached, because few different shapes occur."""
     file = io.BytesIO()
     npy_format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
     return file.getvalue()
 
 
 def _header_bytes(body: bytes) -> bytes:
-    """Return the bytes that precede the numbers in `body`, or fewer if `body` is cut off or the header is too long."""
+    """Return the bytes before the numbers in `body`; fewer bytes if `body` is cut off or the header is too long."""
     length_bytes = 2 if body[6:7] == b"\x01" else 4
     start = 8 + length_bytes
     return body[: start + min(int.from_bytes(body[8:start], "little"), 2 * MAX_HEADER_BYTES)]
@@ -65,7 +65,10 @@ def _header_bytes(body: bytes) -> bytes:
 
 @lru_cache(maxsize=64)  # numpy parses the header as a Python literal, which is slow
 def _parse_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
-    """Return the shape, whether the order is Fortran, the dtype, and the offset of the numbers. Raises InvalidNpy."""
+    """Return the shape, whether the array is in Fortran order, the dtype, and the offset of the numbers.
+
+    Raises InvalidNpy.
+    """
     file = io.BytesIO(header)
     try:
         version = npy_format.read_magic(file)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 MEDIA_TYPE = "image/png"
-TILE = 64  # pixels; a tile whose longer side is shorter than this is magnified
+TILE = 64  # in pixels; a tile is magnified if its longer side is shorter than this
 MAX_WIDTH = 2048  # maximum width of a grid with magnified tiles, in pixels
 CHANNELS = (1, 3)
 GAP = 2  # number of pixels between tiles

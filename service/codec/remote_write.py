@@ -15,12 +15,13 @@ from service.errors import InvalidProtobuf, UnsupportedMediaType
 MEDIA_TYPE = "application/x-protobuf"
 MESSAGE = "prometheus.WriteRequest"
 ENCODING = "snappy"
-STALE_BITS = 0x7FF0000000000002  # the NaN that Prometheus sends to mark the end of a series
+STALE_BITS = 0x7FF0000000000002  # bits of the NaN with which Prometheus marks the end of a series
 METRIC_NAME_LABEL = "__name__"
 
-Series = tuple[tuple[tuple[str, str], ...], list[tuple[int, float]]]  # labels; samples as (milliseconds, value)
+# The labels as pairs (name, value), and the samples as pairs (milliseconds, value).
+Series = tuple[tuple[tuple[str, str], ...], list[tuple[int, float]]]
 
-_FIELDS = {  # by message: name, number, type and label of each field
+_FIELDS = {  # for each message: the name, number, type and label of each of its fields
     "Label": (("name", 1, "STRING", "OPTIONAL"), ("value", 2, "STRING", "OPTIONAL")),
     "Sample": (("value", 1, "DOUBLE", "OPTIONAL"), ("timestamp", 2, "INT64", "OPTIONAL")),
     "TimeSeries": (("labels", 1, "Label", "REPEATED"), ("samples", 2, "Sample", "REPEATED")),
@@ -29,7 +30,10 @@ _FIELDS = {  # by message: name, number, type and label of each field
 
 
 def _write_request() -> Any:
-    """Return the message class. It has its own descriptor pool, because other libraries may declare the same name."""
+    """Return the class of the message.
+
+    The class has its own descriptor pool, because other libraries may declare a message of the same name.
+    """
     file = descriptor_pb2.FileDescriptorProto(name="elbo/remote_write.proto", package="prometheus", syntax="proto3")
     kinds = descriptor_pb2.FieldDescriptorProto
     for name, fields in _FIELDS.items():

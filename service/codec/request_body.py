@@ -1,4 +1,4 @@
-"""Read the fields of request bodies: JSON, npy or safetensors, according to the Content-Type header."""
+"""Read the fields of a request body in JSON, npy or safetensors. The Content-Type header determines the format."""
 
 import json
 from collections import Counter
@@ -13,7 +13,7 @@ from service.codec.row_errors import describe_value
 from service.errors import InvalidJson, UnsupportedMediaType
 
 JSON = "application/json"
-ARRAY_MEDIA_TYPES = (npy.MEDIA_TYPE, safetensors.MEDIA_TYPE)  # bodies that hold arrays in binary form
+ARRAY_MEDIA_TYPES = (npy.MEDIA_TYPE, safetensors.MEDIA_TYPE)  # types of bodies that hold arrays in binary form
 
 
 class RequestFields(NamedTuple):
@@ -55,9 +55,10 @@ def read_fields(
         content_type: the Content-Type header.
         body: the body, decompressed.
         main: the name of the field that holds the rows; None if the endpoint takes no rows. The array of an npy or
-            safetensors body becomes this field. The rows of a JSON body become an array if each has `width` numbers.
+            safetensors body becomes this field. The rows of a JSON body become an array if each row has
+            `width` numbers.
         width: the number of values per row.
-        extra_readers: readers of further media types, by media type.
+        extra_readers: for each further media type, the function that reads its bodies.
 
     Raises:
         UnsupportedMediaType, InvalidJson, InvalidNpy, InvalidSafetensors, and the errors of `extra_readers`.
@@ -123,7 +124,7 @@ def _may_nest_booleans(body: bytes, document: dict[str, Any]) -> bool:
 def _loads_non_finite(body: bytes, error: orjson.JSONDecodeError) -> Any:
     """Parse, with Python's json module, a body that orjson refused because of NaN, Infinity or 1e999.
 
-    The row parser reports the position of that number later. Raises InvalidJson if orjson refused the body for any
+    The row parser later reports the position of that value. Raises InvalidJson if orjson refused the body for any
     other reason. Raises InvalidJson also if the body contains Unicode escapes, because the json module accepts lone
     surrogates.
     """
@@ -156,7 +157,8 @@ def _count_strings(value: Any) -> int:
 def _refuse_duplicate_keys(body: bytes) -> None:
     """Raise InvalidJson if an object has a duplicate key, because JSON readers disagree about which value counts.
 
-    This function parses the body again. It is called only if the body does not have two quotation marks per string.
+    A duplicate key makes the number of quotation marks in the body differ from twice the number of parsed strings.
+    Callers call this function only if these numbers differ, because the function parses the body again.
     """
 
     def check(pairs: list[tuple[str, Any]]) -> None:

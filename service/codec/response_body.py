@@ -39,7 +39,7 @@ def negotiate_media_type(accept: str, offered: tuple[str, ...]) -> str:
 
 
 def _media_range(part: str) -> tuple[str, float]:
-    """Return the media range in a part of an Accept header, and its quality."""
+    """Return the media range and the quality in one part of an Accept header."""
     name, *parameters = (piece.strip().lower() for piece in part.split(";"))
     weight = next((parameter[2:] for parameter in parameters if parameter.startswith("q=")), "1")
     try:

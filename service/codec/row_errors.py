@@ -24,7 +24,7 @@ MISSING_VALUE_HINT = (
 
 @dataclass(frozen=True)
 class MalformedRow:
-    """A placeholder, in a list of rows, for a row that the body reader could not parse."""
+    """The entry in a list of rows for a row that the body reader could not parse."""
 
     detail: str
     expected: str
@@ -117,7 +117,7 @@ def first_bad_array_value(schema: RowSchema, row: npt.NDArray[Any], bad: npt.NDA
 def _first_wrong_part(row: Any, shape: tuple[int, ...], pointer: str) -> tuple[str, Any]:
     """Return the pointer to the first wrong part of `row`, and that part.
 
-    A part is wrong if `shape` requires a list in its place, and the part is not a list or has the wrong length.
+    A part is wrong if `shape` requires a list of a certain length there, and the part is not such a list.
     """
     if type(row) is not list or len(row) != shape[0]:
         return pointer, row
@@ -138,7 +138,8 @@ def _fits_float32(value: Any) -> bool:
 def _missing_value_hint(schema: RowSchema, value: Any) -> str | None:
     """Return the hint about missing values if `value` is null or NaN, otherwise None.
 
-    Latents get no hint, because latents may not be missing. The schema of latents has no names.
+    There is no hint for latents, because latents may not be missing. The schema of latents has no names, unlike the
+    schema of rows.
     """
     return MISSING_VALUE_HINT if schema.names and (value is None or value != value) else None
 

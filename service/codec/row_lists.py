@@ -128,10 +128,10 @@ def parse_valid_rows(schema: RowSchema, rows: Any, pointer: str, may_contain_non
 def append_valid_rows(
     packer: RowPacker, rows: Sequence[Any], pointer: str, append: Callable[[Any], None], minimum: int = 1
 ) -> ParsedRows:
-    """Call `append` with each of `rows`. Return the valid rows, and an error for each invalid row.
+    """Call `append` with each row of `rows`. Return the valid rows, and an error for each invalid row.
 
     `append` appends a valid row to `packer`, and raises InvalidRows for an invalid row. If fewer than `minimum` rows
-    are valid, this function raises the first of these errors.
+    are valid, this function raises the error of the first invalid row.
     """
     valid: list[int] = []
     errors: list[RowError] = []

@@ -24,7 +24,7 @@ def parse_valid_records(
 
     Args:
         schema: the schema of a row.
-        records: a JSON value, which should be a list of objects; it may contain a `MalformedRow` instead of an object.
+        records: a JSON value, which should be a list of objects. A `MalformedRow` may take the place of an object.
         pointer: the JSON pointer to `records`.
         may_contain_non_floats: whether values may be true, false, NaN or infinite.
         impute: whether up to half of the required values of a record may be missing.

@@ -25,7 +25,7 @@ class RowError:
 
 
 class ParsedRows(NamedTuple):
-    """The G rows of a request that could be parsed, and one error for each other row.
+    """The G rows of a request that could be parsed, and an error for each row that could not be parsed.
 
     `missing` [G, D] marks the missing values, which are NaN in `x`; it is None if no value is missing.
     """
@@ -43,7 +43,7 @@ class RowSchema:
         shape: the shape of one row, such as [28, 28]. D is the product of these numbers.
         names: the D feature names; empty for latents.
         optional: for each of the D values, whether it may be missing. By default, no value may be missing.
-        medians: the D medians of the training rows, used by `impute`.
+        medians: the medians of the D features in the training rows, which `impute` uses.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class RowSchema:
         return self.shape if nested else (self.width,)
 
     def flatten(self, row: Any) -> list[Any] | None:
-        """Return the D values of a flat or nested row. They may have any type. Return None if the shape is wrong."""
+        """Return the D values, of any type, of a flat or nested row. Return None if the shape is wrong."""
         return flatten(row, self.shape_of(row))
 
     def impute(self, parsed: ParsedRows) -> Array:

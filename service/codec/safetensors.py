@@ -19,7 +19,7 @@ import orjson
 from service.errors import InvalidSafetensors
 
 MEDIA_TYPE = "application/x-safetensors"
-MAX_HEADER_BYTES = 4096  # the header of one tensor needs 70 bytes
+MAX_HEADER_BYTES = 4096  # a header that describes one tensor needs only 70 bytes
 MAX_DIMENSIONS = 8
 _SIZE = struct.Struct("<Q")
 _METADATA = "__metadata__"
@@ -75,7 +75,7 @@ def dumps(arrays: Mapping[str, npt.NDArray[np.float32]], metadata: Mapping[str, 
 
 
 def _parse_header(body: bytes) -> tuple[dict[str, Any], int]:
-    """Return the header and the offset of the tensors. Every value in the header is an object."""
+    """Return the header, in which every value is an object, and the offset of the tensors."""
     size = _SIZE.unpack_from(body)[0] if len(body) >= _SIZE.size else 0
     start = _SIZE.size + size
     if 0 < size <= MAX_HEADER_BYTES and start <= len(body):

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import simdjson
 
-MAX_SEARCHES = 64  # up to this many occurrences, repeated find() is used; above it, bytes.count
-_THREAD_LOCAL = threading.local()  # each thread has a parser, because parsing invalidates the previous document
+MAX_SEARCHES = 64  # `_occurs` calls find() repeatedly for up to this many occurrences, and bytes.count for more
+_THREAD_LOCAL = threading.local()  # one parser per thread: parsing invalidates the parser's previous document
 _PARSING_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError)
 
 
@@ -35,9 +35,9 @@ def _read_fields(body: bytes, main: str, width: int) -> dict[str, Any] | None:
         if len(row) != width:
             return None
     count = len(rows)
-    # A row of the right length may still contain nested lists, which simdjson would flatten. Nested lists are detected
-    # by opening brackets beyond the expected `count + 1`. Likewise, more than two quotation marks
-    # per distinct key reveal a duplicate key or a string value.
+    # A row of the right length may still contain nested lists, which simdjson would flatten. A nested list adds an
+    # opening bracket to the expected `count + 1` brackets. Likewise, a duplicate key or a string value adds quotation
+    # marks to the expected two per distinct key.
     if not count * width or not _occurs(body, b"[", count + 1) or not _occurs(body, b'"', 2 * len(keys)):
         return None
     fields: dict[str, Any] = {main: np.frombuffer(rows.as_buffer(of_type="d"), np.float64).reshape(count, width)}

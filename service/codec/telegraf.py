@@ -14,15 +14,15 @@ class TelegrafBatch:
     """Groups metrics into records.
 
     Args:
-        selectors: finds the feature that a metric's field belongs to.
-        time: the name of the timestamp in a record.
-        group: the name of the tag that distinguishes groups, such as hosts. Records use the same name.
+        selectors: finds the feature for a field of a metric.
+        time: the key of the timestamp in a record.
+        group: the name of the tag that identifies the group, such as the host; also the key of the group in a record.
     """
 
     def __init__(self, selectors: FeatureSelectors, time: str, group: str) -> None:
         self._selectors, self._time, self._group = selectors, time, group
         self._records: dict[Any, Record | MalformedRow] = {}
-        self.first_metrics: list[int] = []  # per record, the index of its first metric in the batch
+        self.first_metrics: list[int] = []  # for each record, the index of its first metric in the batch
         self.unknown_fields = 0
 
     @property

@@ -4,9 +4,9 @@ import math
 from datetime import UTC, datetime
 from typing import Any
 
-# Each pair is an upper limit of a timestamp's absolute value, and the units per second of timestamps below that limit.
-# The units are s, ms, us and ns. The unit of a timestamp is unambiguous for every moment from March 1973 to the year
-# 5138.
+# Pairs of a limit and the number of units per second. The first limit above the absolute value of a timestamp
+# determines the unit of the timestamp: s, ms, us or ns. The unit is unambiguous for every moment from March 1973 to the
+# year 5138.
 _UNITS = ((1e11, 1.0), (1e14, 1e3), (1e17, 1e6), (math.inf, 1e9))
 
 
