@@ -22,7 +22,7 @@ from service.http.request import HttpResponse, RequestContext
 from service.inference.served_model import ServedModel
 from service.schemas import AnomalyBody
 
-# The maximum length of a line is MAX_LINE_BYTES, or MAX_NUMBER_BYTES per feature of the model if that is more.
+# The maximum length of a line is the larger of MAX_LINE_BYTES and MAX_NUMBER_BYTES times the number of features.
 MAX_LINE_BYTES = 2**20
 MAX_NUMBER_BYTES = 32  # space for a JSON number and its comma
 
@@ -36,7 +36,10 @@ def is_requested(request: RequestContext) -> bool:
 
 
 class AnomalyStream:
-    """A request whose rows are scored as they arrive. An invalid query or header raises a ServiceError at once."""
+    """A request whose rows are scored as they arrive.
+
+    The constructor raises a ServiceError if the query or a header is invalid.
+    """
 
     def __init__(self, service: ServiceContext, request: RequestContext) -> None:
         self._service = service
@@ -125,8 +128,8 @@ def _response_lines(
 ) -> bytes:
     """Return one line per row, with the result or the error of that row, in the order of the rows.
 
-    If `detail` is "none", there are no lines. `verdicts` numbers the rows from 0; `first_row` is the number of row 0 in
-    the whole stream.
+    If `detail` is "none", there are no lines. The first row has the number 0 in `verdicts`, and
+    the number `first_row` in the whole stream.
     """
     if body.detail == "none":
         return b""

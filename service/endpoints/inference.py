@@ -28,8 +28,9 @@ from service.inference.served_model import ServedModel
 from service.schemas import AnomalyBody, DecodeBody, EncodeBody, End, InterpolateBody, ReconstructBody, SampleBody
 
 Array = npt.NDArray[np.float32]
-MAX_STRIP_STEPS = 32  # an image of at most this many interpolation steps is a single row of tiles
-# Relative tolerance. Without it, rounding could make an alpha of 0.005 smaller than a floor of 1 / 200.
+MAX_STRIP_STEPS = 32  # for up to this many interpolation steps, the image is a single row of tiles
+# Relative tolerance for comparing alpha with the floor, the smallest possible p-value. Without the tolerance, rounding
+# could make an alpha of 0.005 smaller than a floor of 1 / 200.
 FLOOR_TOLERANCE = 1e-6
 
 
@@ -86,7 +87,7 @@ class InferenceEndpoints:
         return await render_response(parsed, {"latents": latents, "outputs": outputs, **imputed}, outputs, columns)
 
     async def _end_latents(self, parsed: "ParsedRequest[InterpolateBody, list[_PathEnd]]") -> list[Array]:
-        """Return the latents [K] of both ends. If both are rows, they are encoded in one run."""
+        """Return the latents [K] of each end. If both ends are rows, one run of the model encodes both rows."""
         rows = [end.values for end in parsed.inputs if not end.is_latent]
         encoded = iter(())
         if rows:
@@ -101,7 +102,7 @@ class InferenceEndpoints:
         parsed = await parse_request(self._service, request, ANOMALY)
         run = partial(run_operation, self._service, parsed)
         verdicts = await score_rows(self._service, parsed.served, parsed.inputs, parsed.body, run)
-        assert verdicts is not None  # a request without a readable row has been refused
+        assert verdicts is not None  # `parse_request` has refused a request without a readable row
         parsed.record.rows = parsed.inputs.rows_received
         if parsed.media_type != JSON:
             numbers = score_array(verdicts)
@@ -118,7 +119,7 @@ class InferenceEndpoints:
 
 
 def _row_reader(field: str, schema_of: Callable[[ServedModel], RowSchema]) -> Callable[[ServedModel, Any, bool], Array]:
-    """Return a function that reads the rows in `field` as float32 [B, ...]. It raises an error if a row is invalid."""
+    """Return a function that reads the rows in `field` as float32 [B, ...] and raises an error if a row is invalid."""
     pointer = f"/{field}"
 
     def read(served: ServedModel, body: Any, may_contain_non_floats: bool) -> Array:
@@ -183,7 +184,7 @@ ANOMALY = RequestSpec(
 
 
 def _anomaly_fields(parsed: ParsedRequest[AnomalyBody, InputRows], verdicts: Verdicts) -> dict[str, Any]:
-    """Return the fields of an `AnomalyAnswer`; if `detail` is "none", only the counts."""
+    """Return the fields of an `AnomalyAnswer`, or only the counts if `detail` is "none"."""
     body, served, input_rows = parsed.body, parsed.served, parsed.inputs
     counts = {
         "rows": input_rows.rows_received,
@@ -208,7 +209,10 @@ def _anomaly_fields(parsed: ParsedRequest[AnomalyBody, InputRows], verdicts: Ver
 
 
 def _imputed(served: ServedModel, *rows: Array) -> dict[str, int]:
-    """Return {"imputed": number of missing values in the arrays `rows`, each [N, D]}, or {} if no value is missing."""
+    """Return the field "imputed", which is the number of missing values in all `rows`, each [N, D].
+
+    If no value is missing, the result is empty.
+    """
     count = sum(int(np.isnan(x).sum()) for x in rows) if served.row_schema.allows_missing else 0
     return {"imputed": count} if count else {}
 

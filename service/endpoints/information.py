@@ -83,9 +83,9 @@ class InformationEndpoints:
         return self._service.find(request.path_params["reference"])
 
     def _json_exhibit(self, request: Request, name: str) -> Response:
-        """Return a JSON exhibit of the artifact, with the model's name and version inserted as the first fields.
+        """Return a JSON exhibit of the artifact, with the model's name and version as additional first fields.
 
-        The JSON text itself is not parsed.
+        The two fields are inserted into the JSON text without parsing it.
         """
         served, content = self._exhibit(request, name)
         head = orjson.dumps({"model": served.name, "version": served.version})

@@ -15,17 +15,17 @@ MAX_LOOP_NS = 2_000_000  # maximum time for which one request may block the even
 
 # Estimated times in nanoseconds.
 JSON_BYTE = 4  # time to parse one byte of JSON; 512 KiB take about 2 ms
-ARRAY_BYTE = JSON_BYTE / 8  # time to read or write one byte of npy or safetensors, by copying it
+ARRAY_BYTE = JSON_BYTE / 8  # time to copy one byte of npy or safetensors
 NUMBER = 10 * JSON_BYTE  # time to write one number, as about 10 characters of JSON or as pixels
 VERDICT = 400 * JSON_BYTE  # time to build and write the result of one row
 RECORD_BYTE = 8 * JSON_BYTE  # time to parse one byte of NDJSON
 RECORD_VALUE = 8 * JSON_BYTE  # time to assign one value of a record to its feature
 SNAPPY_BYTE = 16 * JSON_BYTE  # time to decompress and parse one byte of a remote-write body
-GZIP_BODY = math.inf  # time to decompress and parse a gzip body; unknown, because the decompressed size is unknown
+GZIP_BODY = math.inf  # a gzip body counts as infinitely long work, because its decompressed size is unknown
 
 
 async def run_in_thread_if_long(work: Callable[[], T], estimated_ns: float) -> T:
-    """Return `work()`, computed in another thread if it is expected to block the event loop for too long."""
+    """Return the result of `work`, which runs in another thread if `estimated_ns` is above MAX_LOOP_NS."""
     if estimated_ns > MAX_LOOP_NS:
         return await asyncio.to_thread(work)
     return work()

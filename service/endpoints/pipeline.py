@@ -46,9 +46,9 @@ class RequestSpec(Generic[B, T]):
         read: reads the model's inputs from the fields. Its arguments are the model, the fields, and whether the JSON
             arrays may contain booleans, NaN or infinity.
         row_fields: the fields that hold rows. Each may hold at most ELBO_MAX_ROWS rows.
-        count_field: the field that is the number of rows to generate. It may be at most ELBO_MAX_ROWS.
+        count_field: the field that holds the number of rows to generate, which may be at most ELBO_MAX_ROWS.
         array_field: the field that holds the array of an npy or safetensors body; if None, such a body is refused.
-        readers: functions that parse bodies of other media types, by media type.
+        readers: for each further media type, the function that parses its bodies.
         png_output: whether the response of an image model can be image/png.
     """
 
@@ -67,7 +67,7 @@ class ParsedRequest(Generic[B, T]):
 
     Args:
         request: the HTTP request.
-        record: what metrics and the access log keep of the request.
+        record: the data about the request for the metrics and the access log.
         served: the model that computes the response.
         media_type: the media type of the response.
         deadline: when the request times out, on the `perf_counter` clock.
@@ -87,7 +87,7 @@ class ParsedRequest(Generic[B, T]):
 async def parse_request(
     service: ServiceContext, request: RequestContext, spec: RequestSpec[B, T]
 ) -> ParsedRequest[B, T]:
-    """Read the whole request and validate it against `spec`. Raises a ServiceError if it is refused."""
+    """Read the whole request and validate it against `spec`. Raises a ServiceError if the request is refused."""
     record, query = request.record, request.query
     served = service.find(query.model)
     record.model, record.version = served.name, served.version
@@ -128,7 +128,7 @@ async def _admit(service: ServiceContext, request: RequestContext, compressed: b
     service.admission.check(rows=1, is_queued=ticket.is_queued)
     body = await request.body()
     if compressed:
-        # The last 4 bytes of gzip data are the decompressed size modulo 2^32. If they are wrong, decompression fails.
+        # The last 4 bytes of gzip data are the decompressed size modulo 2^32. If it is wrong, decompression fails.
         ticket.hold(min(int.from_bytes(body[-4:], "little"), request.max_body_bytes))
     ticket.acquire()
     await ticket.start(deadline)
@@ -155,7 +155,12 @@ def _deadline(service: ServiceContext, request: RequestContext) -> float:
 
 
 def _require_row_limit(spec: RequestSpec[Any, Any], body: Body, limit: int) -> None:
-    """Raise TooManyRows if the request has more than `limit` rows, InvalidField if its response would have more."""
+    """Raise an error if the request or its response would have more than `limit` rows.
+
+    Raises:
+        TooManyRows: a field of the request has more than `limit` rows.
+        InvalidField: the request asks for more than `limit` rows.
+    """
     for name in spec.row_fields:
         rows = getattr(body, name)
         has_length = isinstance(rows, list) or (isinstance(rows, np.ndarray) and rows.ndim)
@@ -208,8 +213,8 @@ async def render_response(
 
     Args:
         parsed: the request.
-        fields: the fields of a JSON response. A safetensors response contains the arrays among them as tensors, and the
-            integers as metadata.
+        fields: the fields of a JSON response. A safetensors response contains the arrays among these fields as tensors,
+            and the integers as metadata.
         main: the array of an npy or image/png response.
         columns: tiles per line of the image; by default the image is about square.
         allow_nan: whether an npy or safetensors response may contain NaN, which marks rows without a verdict.

@@ -23,7 +23,7 @@ from service.inference.served_model import ServedModel
 from service.monitoring.periodic import PeriodicTask
 from service.schemas import AnomalyBody
 
-POLL_SECONDS = 1.0  # interval between two checks for rows that have waited long enough for their missing samples
+POLL_SECONDS = 1.0  # interval between two checks for rows that have waited long enough for missing samples
 MAX_WAITING_ROWS = 20_000  # maximum number of rows that wait to be scored; above it, requests are refused
 MAX_LOGGED_ROWS = 5  # maximum number of anomalous rows to log each time that rows are scored
 LOGGED_FEATURES = 3  # number of features to log per anomalous row
@@ -39,7 +39,7 @@ class _MappedModel:
     Args:
         reference: the name of the model; None for the default model.
         mapping: the series mapping of the model.
-        served: the model, while it is served.
+        served: the model, or None while it is not served.
         aligner: assembles samples into rows; None until the model has been served once.
     """
 
@@ -88,7 +88,7 @@ class RemoteWriteEndpoint:
         return HttpResponse(b"", b"", status=204)
 
     def start(self) -> None:
-        """Start scoring rows that have waited long enough."""
+        """Start to check regularly for rows that have waited long enough, and to score them."""
         self._polling.start()
 
     async def close(self) -> None:
@@ -122,7 +122,10 @@ class RemoteWriteEndpoint:
         return [model.aligner for model in self._models if model.served and model.aligner]
 
     async def _score_due(self, everything: bool = False) -> None:
-        """Score the rows that are due, or all rows if `everything`. The lock keeps each group's rows in time order."""
+        """Score the rows that are due, or all waiting rows if `everything` is true.
+
+        The lock keeps the rows of each group in time order.
+        """
         async with self._lock:
             for model in self._models:
                 if model.served and model.aligner:

@@ -58,7 +58,7 @@ class Endpoint:
     Args:
         path: the path, with parameters in braces.
         handler: the function that responds to requests.
-        errors: statuses of its error responses.
+        errors: statuses of error responses.
         response: schema of a JSON response.
         media_type: media type of a response without a schema.
         spec: the request that an endpoint accepts; None for an endpoint that does not run a model.
@@ -109,12 +109,12 @@ def handlers(found: Iterable[Endpoint]) -> dict[str, Handler]:
 
 
 def admission_paths(found: Iterable[Endpoint]) -> frozenset[str]:
-    """Return the paths under admission control. Remote write is exempt: refusing it would lose samples."""
+    """Return the paths under admission control. Remote write is exempt, because refused samples would be lost."""
     return frozenset(endpoint.path for endpoint in found if endpoint.spec)
 
 
 def register(app: FastAPI, found: Iterable[Endpoint]) -> None:
-    """Add every endpoint to `app`: GET endpoints with their handlers, POST endpoints for the OpenAPI document only."""
+    """Add every endpoint to `app`, which calls the GET handlers but only documents the POST endpoints."""
     for endpoint in found:
         app.add_api_route(
             endpoint.path,
@@ -194,5 +194,5 @@ def _request(endpoint: Endpoint) -> dict[str, Any] | None:
 
 
 def components() -> list[type[BaseModel]]:
-    """Return the schemas that the OpenAPI document names, but that FastAPI cannot find in the handlers' signatures."""
+    """Return the schemas that the OpenAPI document needs but FastAPI cannot find in the signatures of the handlers."""
     return [Problem, *EXAMPLES]

@@ -1,4 +1,4 @@
-"""Validate the fields of a request, from its body and its query, against a schema."""
+"""Validate the fields in the body and the query of a request against a schema."""
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -18,7 +18,7 @@ def merge(fields: dict[str, Any], query: Iterable[tuple[str, Any]]) -> dict[str,
     """Return the fields of the body and of the query in one dictionary.
 
     Raises:
-        InvalidField: if a field is in the body and in the query, or twice in the query.
+        InvalidField: if a field is both in the body and in the query, or is twice in the query.
     """
     merged = dict(fields)
     for name, value in query:

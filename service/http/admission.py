@@ -14,7 +14,7 @@ from service.inference.backlog import Backlog
 from service.inference.batcher import Batcher
 from service.shared_memory import SharedNumber
 
-WORK_SLOTS = 64  # maximum number of requests processed at once; it keeps a pass of the event loop to a few ms
+WORK_SLOTS = 64  # maximum number of requests processed at once, so that a pass of the event loop takes a few ms
 MAX_RETRY_AFTER = 60  # seconds
 TICKET = "elbo.ticket"  # key of a request's ticket in its ASGI scope
 
@@ -49,7 +49,7 @@ class AdmissionControl:
     - Its expected wait is longer than `max_wait` seconds.
 
     The expected wait is estimated twice: from the requests ahead, and from the rows ahead. The longer estimate is used,
-    because either JSON or the model may be the slower part. Both estimates use recently measured rates.
+    because either parsing JSON or running the model may be slower. Both estimates use recently measured rates.
 
     Args:
         batcher: reports the pending rows and how long they are expected to take.
@@ -87,13 +87,13 @@ class AdmissionControl:
         return Ticket(self)
 
     def refusal(self, *, rows: int = 0, body_bytes: int = 0, is_queued: bool = False) -> Refusal | None:
-        """Return why more work is refused, or None if there is room for it.
+        """Return why the server refuses `rows` more rows or `body_bytes` more bytes, or None if it accepts them.
 
         Args:
             rows: rows to be queued; 0 if only the body is to be checked.
             body_bytes: bytes of a body to be held in memory.
-            is_queued: whether the request already holds a place in the queue. If so, its wait is estimated from the
-                rows ahead alone.
+            is_queued: whether the request already holds a place in the queue. If so, only the rows ahead
+                of the request determine the expected wait.
         """
         if rows:
             excess = self._batcher.pending_rows + rows - self._max_rows
@@ -114,7 +114,7 @@ class AdmissionControl:
         return None
 
     def check(self, *, rows: int, is_queued: bool) -> None:
-        """Raise Overloaded if `rows` more rows are refused."""
+        """Raise Overloaded if the server refuses `rows` more rows."""
         refusal = self.refusal(rows=rows, is_queued=is_queued)
         if refusal:
             raise refusal.error()
@@ -150,7 +150,7 @@ class Ticket:
         self.held_bytes = 0
 
     def acquire(self) -> None:
-        """Take a place in the queue. Does nothing if the ticket has one or has been released."""
+        """Take a place in the queue. Does nothing if the ticket already has a place or has been released."""
         if not self.is_queued and not self._is_released:
             self.is_queued = True
             self._admission.requests.add(1)
@@ -178,7 +178,7 @@ class Ticket:
         self._has_slot = True
 
     def release(self) -> None:
-        """Return the place in the queue and the work slot. A second call does nothing."""
+        """Give up the place in the queue and the work slot. A second call does nothing."""
         self._is_released = True
         if self.is_queued:
             self.is_queued = False

@@ -23,7 +23,7 @@ class RequestMiddleware:
     middleware stack, router, dependency resolution and response validation. Inference uses none of these four.
 
     Args:
-        app: the application that handles all other requests.
+        app: the application that handles all requests without an entry in `handlers`.
         handlers: the handlers of POST requests by path.
         metrics: counts the requests.
         access: logs the requests.
@@ -55,7 +55,7 @@ class RequestMiddleware:
             return
         ticket = scope.get(TICKET) or self._admission.ticket()  # only `Protocol` adds a ticket to the scope
         request = RequestContext(scope, receive, send, self._limits, ticket)
-        path = scope["path"].removeprefix(scope.get("root_path", ""))  # root_path: where the app is mounted
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # root_path: prefix at which the app is mounted
         handler = self._handlers.get(path) if scope["method"] == "POST" else None
         try:
             if handler:
@@ -81,7 +81,7 @@ class RequestMiddleware:
 
 
 async def _respond(handler: Handler, request: RequestContext) -> HttpResponse:
-    """Return the response. Release the ticket, so that a client that reads the response slowly does not hold it."""
+    """Return the response, and release the ticket, because a client that reads slowly should not keep the ticket."""
     try:
         return await handler(request)
     finally:

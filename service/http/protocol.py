@@ -1,6 +1,6 @@
 """uvicorn's HTTP protocol with admission control, and with limits on the head of a request.
 
-uvicorn itself limits neither the size of a head nor the time that it takes to arrive.
+uvicorn itself limits neither the size of a head nor the time that a head takes to arrive.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ class Protocol(HttpToolsProtocol):
     """
 
     head_since: float | None = None
-    _head_bytes = 0  # number of bytes of the incomplete head that have arrived
+    _head_bytes = 0  # number of bytes received so far of an incomplete head
     _is_refused = False  # whether the request whose body arrives now is refused
     _ticket: Ticket | None = None  # ticket of the request whose body arrives now
 
@@ -44,7 +44,7 @@ class Protocol(HttpToolsProtocol):
         self._head_refusal = head_refusal
         self._paths = paths
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as in uvicorn
         """Begin to wait for the first head."""
         super().connection_made(transport)
         self.head_since = perf_counter()
@@ -83,13 +83,13 @@ class Protocol(HttpToolsProtocol):
             return
         cycle: Any = self.cycle
         if not cycle.body:
-            cycle.body = b""  # b"" + body does not copy the body; uvicorn's bytearray would copy it twice
+            cycle.body = b""  # b"" + body does not copy the body; uvicorn's bytearray would copy the body twice
         elif type(cycle.body) is bytes:
-            cycle.body = bytearray(cycle.body)  # adding many small pieces to bytes would copy the body each time
+            cycle.body = bytearray(cycle.body)  # appending a piece to bytes would copy all previous pieces
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """Acquire the ticket of the complete request, or go on to the next request if this one was refused."""
+        """Acquire the ticket of the complete request. If the request was refused, go on to the next request."""
         if self._is_refused:
             self._is_refused = False
             if not self.parser.should_keep_alive() or CONNECTION_CLOSE in self.server_state.default_headers:
@@ -104,7 +104,7 @@ class Protocol(HttpToolsProtocol):
         return path in self._paths and self.parser.get_method() == b"POST"
 
     def _may_refuse(self) -> bool:
-        """Return whether the request is under admission control and the response can be written now.
+        """Return whether the request is under admission control and the refusal can be written now.
 
         A request that streams rows is not refused, because the server reads its rows only as fast as the queue permits.
         """

@@ -1,4 +1,4 @@
-"""Refuse a request from its head alone.
+"""Refuse a request as soon as its head has arrived.
 
 The response is written to the connection without an ASGI task, at a fraction of the cost of a normal response.
 """
@@ -54,6 +54,6 @@ class HeadRefusal:
 
 @lru_cache(maxsize=256)
 def _template(refusal: Refusal) -> tuple[bytes, bytes, bytes]:
-    """Return the head, the part of the body before the request id, and the part of the body after the request id."""
+    """Return the head of the response, the body up to the request id, and the body after the request id."""
     body_start, body_end = orjson.dumps(refusal.error().problem("<id>")).split(b'"<id>"')
     return _HEAD % refusal.retry_after, body_start, body_end

@@ -17,7 +17,7 @@ from service.http.admission import Ticket
 from service.monitoring.request_record import RequestRecord
 
 MAX_REQUEST_ID = 128  # characters
-MAX_CACHED_QUERY = 512  # bytes of a query whose parsed form is cached
+MAX_CACHED_QUERY = 512  # bytes; the parsed forms of shorter queries are cached
 _REQUEST_KEY = "elbo.request"  # key of the RequestContext in an ASGI scope
 _SERVER_TIMING = b"parse;dur=%.3f, queue;dur=%.3f, compute;dur=%.3f, write;dur=%.3f, total;dur=%.3f"  # milliseconds
 
@@ -69,12 +69,12 @@ class RequestContext:
         scope: the ASGI scope.
         receive: the ASGI callable that receives messages.
         send: the ASGI callable that sends messages.
-        limits: limits on the bodies.
-        ticket: the resources of the request; it counts the bytes of the request body as held until `finish`.
+        limits: limits on the bodies of the request and the response.
+        ticket: the resources of the request. The ticket counts the bytes of the body as held until `finish` is called.
 
     Attributes:
         headers: the request headers by lower-case name. If a name occurs several times, the first header is kept.
-        record: what metrics and logs keep of the request.
+        record: the data about the request for the metrics and the access log.
         response_started: whether the head of the response has been sent.
     """
 
@@ -101,7 +101,7 @@ class RequestContext:
 
     @property
     def max_body_bytes(self) -> int:
-        """The largest body that is accepted, after decompression."""
+        """The maximum size of a request body after decompression."""
         return self._limits.max_bytes
 
     async def body(self) -> bytes:
@@ -228,7 +228,7 @@ class RequestContext:
         self.record.status = status
 
     def _common_headers(self) -> tuple[Header, Header]:
-        """Return the headers of every response: the request id, and Server-Timing in milliseconds."""
+        """Return the headers that every response has: the request id, and Server-Timing in milliseconds."""
         record = self.record
         total = record.elapsed * 1e3
         if record.compute:
@@ -265,7 +265,7 @@ _parse_query_cached = lru_cache(maxsize=1024)(_parse_query)
 
 
 def scope_with_request(request: RequestContext) -> Scope:
-    """Return a copy of the request's scope, from which `request_of` returns the request.
+    """Return a copy of the request's scope in which `request_of` finds the request.
 
     Storing the request in its own scope would create a reference cycle, and only the garbage collector frees cycles.
     """

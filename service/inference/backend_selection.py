@@ -1,4 +1,8 @@
-"""Select the backend of a model: on a CPU the ONNX twin if the twin is correct and faster, otherwise TorchScript."""
+"""Select the backend of a model: the ONNX twin or TorchScript.
+
+The ONNX twin is the copy of the networks for ONNX Runtime. By default, the twin is selected if the device is a CPU and
+the twin is correct and faster than TorchScript.
+"""
 
 import logging
 import math
@@ -19,16 +23,16 @@ from service.inference.calibration import Calibration, load_calibration
 
 log = logging.getLogger("elbo.backends")
 BACKENDS = (TorchScriptBackend.name, OnnxBackend.name)
-TOLERANCE = 1e-5  # maximum error of an output of the twin, relative to the largest number in the golden answer
+TOLERANCE = 1e-5  # maximum error of a twin's output, relative to the largest number in the golden answer
 TWIN_OUTPUTS = (
     "forward", "encode.mean", "encode.std", "decode", "score", "score.parts", "score.contribution", "score.expected",
 )  # fmt: skip
 MIN_SPEEDUP = 1.1  # minimum speedup of the twin over TorchScript; smaller speedups may be measurement noise
 MEASURED_ROWS = (1, 32)  # batch sizes at which the speedup is measured
-WARM_UP_ROUNDS = 3  # TorchScript optimises in its second and third calls, which are therefore slow
+WARM_UP_ROUNDS = 3  # TorchScript optimises during the second and third calls, which are therefore slow
 MIN_ROUNDS = 3
 MAX_ROUNDS = 20
-SECONDS_PER_MEASUREMENT = 0.008  # time limit: only the first MIN_ROUNDS rounds may start later than this
+SECONDS_PER_MEASUREMENT = 0.008  # no round starts after this time, except the first MIN_ROUNDS rounds
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class Selection:
     Args:
         backend: the backend.
         reason: why it was selected, for the log and /models.
-        errors: for bfloat16, by output, the largest error relative to the output's largest number; empty for float32.
+        errors: for bfloat16, the largest error of each output, relative to the largest number of that output in
+            float32. Empty for float32.
     """
 
     backend: Backend
@@ -93,7 +98,10 @@ def select_backend(
 
 
 def _bfloat16_errors(backend: TorchScriptBackend, golden: Golden) -> dict[str, float]:
-    """Return, by output, the largest bfloat16 error on the golden inputs, relative to the largest float32 number."""
+    """Return the largest bfloat16 error of each output on the golden inputs.
+
+    The error is relative to the largest number of that output in float32.
+    """
     inputs = [
         torch.from_numpy(np.array(golden.inputs[name], np.float32)).to(backend.device)
         for name in ("x", "noise", "choice")
@@ -109,7 +117,7 @@ def _bfloat16_errors(backend: TorchScriptBackend, golden: Golden) -> dict[str, f
 
 
 def _verified_onnx_backend(artifact: Artifact, twin: Twin, calibration: Calibration, threads: int) -> OnnxBackend:
-    """Return a backend for `twin` after comparing its outputs with the golden answers.
+    """Compare the outputs of `twin` with the golden answers, and return a backend for `twin`.
 
     Raises:
         _UnusableTwin: the twin cannot be run or its outputs are wrong.
@@ -131,10 +139,10 @@ def _verified_onnx_backend(artifact: Artifact, twin: Twin, calibration: Calibrat
 
 
 def _reconstruction_errors_are_correct(module: OnnxModule, golden: Golden) -> bool:
-    """Return whether the errors that the `reconstruct` graph returns are the errors of its reconstructions.
+    """Return whether the errors from the `reconstruct` graph are the mean squared errors of its reconstructions.
 
-    The golden answers contain no reconstruction errors. Twins of earlier releases have no `reconstruct` graph: then the
-    result is True.
+    The golden answers contain no reconstruction errors, so this function computes the expected errors. It returns True
+    for a twin without a `reconstruct` graph, such as the twins of earlier releases.
     """
     if "reconstruct" not in module.graphs:
         return True
@@ -145,8 +153,11 @@ def _reconstruction_errors_are_correct(module: OnnxModule, golden: Golden) -> bo
 
 
 def _measure_speedup(torchscript: Backend, onnx: Backend, golden: Golden, threads: int) -> float:
-    """Return time of `torchscript` / time of `onnx`, as the geometric mean over operations and batch sizes."""
-    torch.set_num_threads(threads)  # as in the inference thread, where the backends will run
+    """Return the time of `torchscript` divided by the time of `onnx`.
+
+    The result is the geometric mean of this ratio over operations and batch sizes.
+    """
+    torch.set_num_threads(threads)  # as many as in the inference thread, where the backends will run
     x = np.array(golden.inputs["x"], np.float32)  # [G, D]
     has_gaps = bool(np.isnan(x).any())
     measured = (operations.ENCODE, operations.reconstruct(has_gaps), operations.anomaly(0.05))
@@ -154,7 +165,7 @@ def _measure_speedup(torchscript: Backend, onnx: Backend, golden: Golden, thread
     for operation, rows in product(measured, MEASURED_ROWS):
         inputs = (np.resize(x, (rows, x.shape[1])),)
         torchscript_seconds, onnx_seconds = _best_seconds(
-            lambda: torchscript.run(operation, inputs),  # noqa: B023 - called before the next iteration
+            lambda: torchscript.run(operation, inputs),  # noqa: B023 (called before the next iteration)
             lambda: onnx.run(operation, inputs),  # noqa: B023
         )
         log_speedups.append(math.log(torchscript_seconds / onnx_seconds))

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("elbo.backends")
 Array = npt.NDArray[np.float32]
-# Parts of out-of-memory messages: of CUDA, of cuBLAS and cuDNN, and of torch on a CPU.
+# Texts in the out-of-memory messages of three sources: CUDA, then cuBLAS and cuDNN, then torch on a CPU.
 OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
 
 
@@ -110,7 +110,9 @@ class TorchScriptBackend(Backend):
 
 
 class OnnxBackend(Backend):
-    """Runs the graphs of the ONNX twin. Operations without a graph run on the `OnnxModule` itself.
+    """Runs the graphs of the ONNX twin, which is the copy of the networks for ONNX Runtime.
+
+    An operation without a graph calls the methods of the `OnnxModule`.
 
     Args:
         module: the ONNX twin.
@@ -144,7 +146,7 @@ class OnnxModule:
     """
 
     def __init__(self, twin: Twin, module: torch.jit.ScriptModule, threads: int) -> None:
-        # Sessions use the memory of these arrays, but do not keep the arrays alive.
+        # ONNX Runtime sessions use the memory of these arrays, but do not keep the arrays alive.
         self._weights = {name: weight.contiguous().numpy() for name, weight in twin.weights.items()}
         self._module = module
         self.graphs: dict[str, Callable[[Array], list[Array]]] = {
@@ -162,15 +164,15 @@ class OnnxModule:
         return self.decode(self.encode(x)[0])
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return the posterior mean [B, K] and standard deviation [B, K] of x [B, D]."""
+        """Return two arrays for x [B, D]: the posterior mean [B, K] and the posterior standard deviation [B, K]."""
         return self._run("encode", x)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Return E[x | z] [B, D] for z [B, K]."""
+        """Return the rows [B, D] that z [B, K] decodes to: the mean of x given z."""
         return self._run("decode", z)[0]
 
     def score(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return score [B], parts [B, P], contribution [B, D] and expected [B, D] of x [B, D]."""
+        """Return four arrays for x [B, D]: score [B], parts [B, P], contribution [B, D] and expected [B, D]."""
         return self._run("score", x)
 
     def _run(self, method: str, rows: Tensor) -> tuple[Tensor, ...]:

@@ -2,7 +2,7 @@
 
 from time import perf_counter
 
-WINDOW = 0.25  # minimum busy time per measurement of the rate, in seconds
+WINDOW = 0.25  # in seconds; each measurement of the rate covers at least this much busy time
 SMOOTHING = 0.5  # weight of the newest measurement in the rate
 
 
@@ -17,9 +17,9 @@ class Backlog:
 
     def __init__(self) -> None:
         self.amount = 0.0
-        self._counted_until = 0.0  # on the `perf_counter` clock
-        self._busy_seconds = 0.0  # in the current window
-        self._finished = 0.0  # amount of work in the current window
+        self._counted_until = 0.0  # time up to which busy time has been counted, on the `perf_counter` clock
+        self._busy_seconds = 0.0  # busy time in the current window
+        self._finished = 0.0  # amount of work finished in the current window
         self._rate = 0.0  # amount of work finished per second; 0 until the first window is complete
 
     def add(self, amount: float) -> None:
@@ -43,10 +43,10 @@ class Backlog:
             self._busy_seconds = self._finished = 0.0
 
     def seconds_for(self, amount: float) -> float:
-        """Return the expected seconds to finish `amount`; 0 if no rate has been measured yet."""
+        """Return the expected number of seconds to finish `amount`; 0 if no rate has been measured yet."""
         return amount / self._rate if self._rate else 0.0
 
     @property
     def expected_wait(self) -> float:
-        """Expected seconds to finish all unfinished work; 0 if no rate has been measured yet."""
+        """The expected number of seconds to finish all unfinished work; 0 if no rate has been measured yet."""
         return self.seconds_for(self.amount)

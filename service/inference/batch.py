@@ -14,9 +14,9 @@ def run_batch(backend: Backend, operation: Operation, inputs: Sequence[tuple[Arr
 
 
 def _run_within_memory(backend: Backend, operation: Operation, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Run `operation` on `inputs`, each [B, ...]. If the device runs out of memory, run it on two halves.
+    """Run `operation` on `inputs`, each [B, ...], or on one half of the rows after the other if memory runs out.
 
-    If the device runs out of memory, the backend also lowers its `max_rows`, so that later batches are smaller.
+    If memory runs out, the backend also lowers its `max_rows`, so that later batches are smaller.
     """
     rows = len(inputs[0])
     try:
@@ -25,7 +25,7 @@ def _run_within_memory(backend: Backend, operation: Operation, inputs: tuple[Arr
         if rows == 1 or not is_out_of_memory(error):
             raise
         backend.limit_rows(rows)
-    # These calls are outside the except block, because the traceback keeps the memory of the failed attempt in use.
+    # These calls are outside the except block, in which the traceback would keep the memory of the failed attempt.
     half = rows // 2
     first = _run_within_memory(backend, operation, tuple(array[:half] for array in inputs))
     second = _run_within_memory(backend, operation, tuple(array[half:] for array in inputs))
@@ -33,5 +33,5 @@ def _run_within_memory(backend: Backend, operation: Operation, inputs: tuple[Arr
 
 
 def concatenate(parts: Sequence[tuple[Array, ...]]) -> tuple[Array, ...]:
-    """Concatenate the tuples in `parts`, array by array, along the rows."""
+    """Concatenate along the rows: the first arrays of all `parts`, then the second arrays, and so on."""
     return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))

@@ -25,7 +25,7 @@ class Model(Protocol):
 
     @property
     def row_bytes(self) -> int:
-        """Bytes per row of the widest array."""
+        """The number of bytes that one row takes in the widest array."""
 
 
 @dataclass(slots=True)
@@ -101,7 +101,7 @@ class BatchQueue:
     def __init__(self, max_batch_rows: int, max_batch_bytes: int) -> None:
         self._max_batch_rows = max_batch_rows
         self._max_batch_bytes = max_batch_bytes
-        self._lanes: dict[tuple[int, Operation], _Lane] = {}  # by the id of the model and the operation
+        self._lanes: dict[tuple[int, Operation], _Lane] = {}  # the key is the id of the model and the operation
 
     @property
     def is_empty(self) -> bool:
@@ -114,7 +114,7 @@ class BatchQueue:
             yield from lane.jobs
 
     def max_rows(self, model: Model) -> int:
-        """Return the maximum number of rows per batch of `model`, given the settings and the device's memory."""
+        """Return the maximum number of rows in a batch of `model`. It depends on the settings and on device memory."""
         return min(self._max_batch_rows, self._max_batch_bytes // model.row_bytes or 1, model.backend.max_rows)
 
     def put(self, model: Model, operation: Operation, job: Job) -> None:

@@ -25,8 +25,8 @@ from service.inference.batch_queue import Batch, BatchQueue, BatchResult, Job, M
 from service.inference.operations import Operation
 from service.shared_memory import SharedNumber
 
-MAX_INLINE_SECONDS = 0.002  # longest expected duration of a batch that runs in the event loop's thread
-CHECK_SECONDS = 0.01  # interval between checks of deadlines; a job that has waited longer counts as delayed
+MAX_INLINE_SECONDS = 0.002  # a batch runs in the event loop's thread if it is expected to take at most this long
+CHECK_SECONDS = 0.01  # interval between checks of deadlines; a job that has waited longer than this counts as delayed
 
 Outcome = tuple[Job, BatchResult | BaseException]
 
@@ -63,7 +63,7 @@ class Batcher:
         self._threads = threads
         self._on_batch = on_batch
         self._exported_rows: SharedNumber = [0.0] if exported_rows is None else exported_rows
-        self._running: list[Job] = []  # in the inference thread
+        self._running: list[Job] = []  # the jobs that run in the inference thread
         self._is_step_scheduled = False
         self._is_check_scheduled = False
         self._is_closing = False
@@ -96,7 +96,9 @@ class Batcher:
         deadline: float = math.inf,
         on_delay: Callable[[], None] | None = None,
     ) -> BatchResult:
-        """Return the result of `operation` on `inputs`. Cancelling this call drops its jobs that have not started.
+        """Return the result of `operation` on `inputs`.
+
+        If this call is cancelled, its jobs do not run unless they have already started.
 
         Args:
             model: the model that runs the operation.
@@ -145,7 +147,7 @@ class Batcher:
             self.backlog.finish(job.rows)
 
     def _schedule_step(self) -> None:
-        """Schedule the next batch. It starts after all requests that have already arrived have joined the queue."""
+        """Schedule the next batch to start as soon as all requests that have already arrived are in the queue."""
         if self._is_step_scheduled or self._running:
             return
         if self._queue.is_empty:
@@ -183,7 +185,7 @@ class Batcher:
         cost = 0.0
         is_successful = True
         for job, outcome in outcomes:
-            is_awaited = not job.result.done()  # the request was neither cancelled nor timed out while the job ran
+            is_awaited = not job.result.done()  # the request was not cancelled and did not time out while the job ran
             if isinstance(outcome, BatchResult):
                 cost = outcome.cost
                 if is_awaited:

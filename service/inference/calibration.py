@@ -20,7 +20,7 @@ Array = npt.NDArray[np.float32]
 BUFFERS = ("scores", "surprisal", "tail", "knot", "height", "slope")
 ONE = np.float32(1)
 NEXT_AFTER_ONE = np.nextafter(ONE, np.float32(2))
-MAX_CACHED_ALPHAS = 64  # limit of the cache of thresholds, which is needed because clients choose alpha
+MAX_CACHED_ALPHAS = 64  # maximum number of cached thresholds; needed because clients choose alpha
 COMPARED_SCORES = 2000  # maximum number of calibration scores at which the two implementations are compared
 # The last alpha is smaller than the smallest p-value that any calibration set can give.
 COMPARED_ALPHAS = (0.5, 0.05, 0.001, 1e-9)
@@ -34,7 +34,10 @@ class Calibration(Protocol):
         """Return the conformal p-values [B] of scores [B]."""
 
     def severity(self, score: Array, alpha: float, /) -> Array:
-        """Return the severities [B] of scores [B]. A severity is above 1 exactly if its row is anomalous at alpha."""
+        """Return the severities [B] of scores [B].
+
+        A severity is above 1 if and only if the row is anomalous at alpha.
+        """
 
     def threshold(self, alpha: float, /) -> np.float32:
         """Return the score above which a row is anomalous at alpha."""
@@ -59,7 +62,8 @@ class NumpyCalibration:
         # Index i holds the p-value of a score that exceeds i calibration scores.
         self._p_values = np.arange(n + 1, 0, -1).astype(np.float32) / np.float32(n + 1)
         self._module_threshold = threshold
-        self._thresholds: dict[float, tuple[np.float32, np.float32]] = {}  # by alpha: threshold, and its surprisal
+        # For each alpha: the threshold, and the surprisal of the threshold (see `_surprisal_at`).
+        self._thresholds: dict[float, tuple[np.float32, np.float32]] = {}
 
     def p_value(self, score: Array) -> Array:
         """Return the conformal p-values [B] of scores [B]."""
@@ -67,10 +71,13 @@ class NumpyCalibration:
         return p_values
 
     def severity(self, score: Array, alpha: float) -> Array:
-        """Return the severities [B] of scores [B]. A severity is > 1 exactly if its score is above the threshold."""
+        """Return the severities [B] of scores [B].
+
+        A severity is above 1 if and only if the score is above the threshold.
+        """
         threshold, threshold_surprisal = self._threshold_and_surprisal(alpha)
         with np.errstate(over="ignore", invalid="ignore"):  # overflow gives infinity, as in torch
-            if len(score) == 1:  # for one number, NumPy scalars take a third of the time that arrays take
+            if len(score) == 1:  # NumPy scalars take a third of the time that arrays of one number take
                 return self._severity_of_one(score[0], threshold, threshold_surprisal)
             ratio = self._surprisal_at(score) / threshold_surprisal
         severity: Array = np.where(score > threshold, np.maximum(ratio, NEXT_AFTER_ONE), np.minimum(ratio, ONE))
@@ -106,7 +113,7 @@ class NumpyCalibration:
         return cached
 
     def _surprisal_at(self, score: Array) -> Array:
-        """Return, for each of scores [B], -log of the probability that a normal row scores higher, [B]."""
+        """Return the surprisals [B] of scores [B]: minus the log of the probability that a normal row scores higher."""
         place = self._scores.searchsorted(score, "right")
         above = score - self._knot[place]
         surprisal = self._height[place] + self._slope[place] * above
@@ -162,10 +169,10 @@ def load_calibration(artifact: Artifact) -> Calibration:
 
 
 def agrees_with_module(calibration: Calibration, module: torch.jit.ScriptModule, known: Array) -> bool:
-    """Return whether `calibration` gives the p-values and verdicts of `module`, and severities within TOLERANCE.
+    """Return whether `calibration` gives the same p-values and verdicts as `module`, and severities within TOLERANCE.
 
-    The compared scores are calibration scores, the float32 numbers next to them, the midpoints between them, and scores
-    far from all calibration scores.
+    The compared scores are calibration scores, the float32 numbers next to these scores, the midpoints between
+    these scores, and scores far from all calibration scores.
 
     Args:
         calibration: the calibration to test.
