@@ -260,7 +260,7 @@ class Calibration(BaseModel):
 
 
 class AnomalyAnswer(ModelAnswer):
-    """Verdicts; if `detail` is none, only the counts."""
+    """The verdicts and their counts, or only the counts if `detail` is none."""
 
     rows: int = Field(description="rows in the request")
     anomalies: int = Field(description="rows flagged as anomalous")

@@ -20,11 +20,11 @@ _FLOAT_BYTES = 8
 RESTARTS = "elbo_worker_restarts"  # the only metric that the supervisor counts
 
 log = logging.getLogger("elbo.shared_memory")
-Key = tuple[str, ...]  # a family (the name of a metric), then its label values
+Key = tuple[str, ...]  # the family, such as the name of a metric, then the label values
 
 
 class SharedNumber(Protocol):
-    """A list or memory view whose first element is one number that can be read and set."""
+    """A number that can be read and set: the first element of a list or of a memory view."""
 
     def __getitem__(self, index: int, /) -> float: ...
     def __setitem__(self, index: int, value: float, /) -> None: ...
@@ -45,7 +45,7 @@ class Segment:
     """
 
     def __init__(self, size: int = SEGMENT_BYTES) -> None:
-        self._memory = mmap.mmap(-1, size)  # anonymous and shared: processes forked later inherit it
+        self._memory = mmap.mmap(-1, size)  # shared with the processes that are forked later
         self._bytes = memoryview(self._memory)
         self._parsed_bytes = 0
         self._entries: dict[Key, Entry] = {}
@@ -57,7 +57,7 @@ class Segment:
         Args:
             key: identifies the array.
             length: the number of elements.
-            transient: whether the numbers describe the process itself, such as the length of its queue.
+            transient: whether the numbers describe the present state of the process, such as the length of its queue.
         """
         entries = self.entries()
         if key not in entries:
@@ -104,7 +104,7 @@ class Segment:
             return
         _ENTRY_HEADER.pack_into(self._bytes, start, len(encoded_key), length, transient)
         self._bytes[key_start : key_start + len(encoded_key)] = encoded_key
-        # This number is written last, because other processes read as many bytes of entries as it states.
+        # Write this size last: other processes read that many bytes, so the entries must be complete.
         _USED_BYTES.pack_into(self._bytes, 0, end - _USED_BYTES.size)
 
 
@@ -147,7 +147,7 @@ class SharedDecisions:
         self._choices = choices
 
     def choice(self, subject: str) -> str | None:
-        """Return what most processes chose for `subject`, or None if none has chosen."""
+        """Return the choice of most processes for `subject`, or None if no process has chosen."""
         votes = self._counters.sums(self._family).get((subject,), [])
         return self._choices[votes.index(max(votes))] if any(votes) else None
 
@@ -158,5 +158,5 @@ class SharedDecisions:
 
 
 def _padded(size: int) -> int:
-    """Round up to a multiple of 8 bytes, the alignment of float64."""
+    """Round `size` up to a multiple of 8 bytes, the alignment of float64."""
     return (size + 7) // 8 * 8

@@ -6,13 +6,16 @@ SMOOTHING = 0.2  # weight of the newest batch in the estimate
 
 
 class LatencyEstimate:
-    """Smoothed seconds per batch, by operation and batch size. Sizes with the same number of bits share an estimate."""
+    """Weighted averages of the seconds per batch, by operation and batch size.
+
+    Batch sizes with the same number of binary digits, such as 4 to 7, share an average.
+    """
 
     def __init__(self) -> None:
         self._seconds: dict[tuple[str, int], float] = {}
 
     def expected(self, operation: str, rows: int) -> float:
-        """Return the expected seconds of a batch, or infinity if no similar batch has been recorded."""
+        """Return the expected seconds of a batch, or infinity if no batch of similar size has been recorded."""
         return self._seconds.get((operation, rows.bit_length()), math.inf)
 
     def record(self, operation: str, rows: int, seconds: float) -> None:

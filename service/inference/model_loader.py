@@ -18,7 +18,7 @@ from service.inference.served_model import ServedModel
 from service.shared_memory import SharedCounters, SharedDecisions
 
 log = logging.getLogger("elbo.registry")
-OPTIMISED_ROWS = (1, 16)  # batch sizes that the warm-up runs WARM_UP_ROUNDS times
+OPTIMISED_ROWS = (1, 16)  # the warm-up runs each of these batch sizes WARM_UP_ROUNDS times
 MAX_WARM_UP_SECONDS = 5.0
 
 
@@ -31,8 +31,9 @@ class ModelLoader:
         threads: the number of threads per batch.
         precision: "float32" or "bfloat16".
         max_batch_rows: maximum number of rows per batch.
-        max_batch_bytes: maximum number of bytes per batch, where each row counts as `ServedModel.row_bytes`.
-        decisions: the backends that workers of this server have already selected, by the SHA-256 of the weights.
+        max_batch_bytes: maximum number of bytes per batch; each row counts as `ServedModel.row_bytes` bytes.
+        decisions: the backend that workers of this server have already selected for a model, by the SHA-256 of the
+            weights.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class ModelLoader:
         """Load the artifact at `path` as `name`@`version`, select its backend, and warm it up.
 
         Raises:
-            ArtifactError: the artifact cannot be read or verified, or the requested backend cannot run the artifact.
+            ArtifactError: the artifact cannot be read or verified, or the requested backend cannot run it.
         """
         started = perf_counter()
         artifact = load(path, self._device)
@@ -76,7 +77,7 @@ class ModelLoader:
         return replace(served, warm_seconds=perf_counter() - loaded)
 
     def _select_backend(self, artifact: Artifact) -> Selection:
-        """Select the same backend as other workers, so that all workers give the same outputs.
+        """Select the same backend in all workers, so that all workers give the same outputs.
 
         Speed is measured only if no worker has selected a backend for these weights yet.
         """
@@ -91,10 +92,10 @@ class ModelLoader:
         return selection
 
     def _warm_up(self, served: ServedModel) -> None:
-        """Run all operations until TorchScript has optimised them, then run them with batches of increasing size.
+        """Run all operations until TorchScript has optimised them, then run larger and larger batches.
 
-        Every run records its latency for the batcher. The second part ends early if a batch does not fit in memory, or
-        when the warm-up has taken MAX_WARM_UP_SECONDS.
+        The batches grow until one has the maximum size or does not fit in memory, or until the warm-up has taken
+        MAX_WARM_UP_SECONDS. The latency of every run is recorded for the batcher.
         """
         torch.set_num_threads(self._threads)
         end = perf_counter() + MAX_WARM_UP_SECONDS
@@ -116,7 +117,7 @@ class ModelLoader:
                 return
             if rows >= max_rows:
                 return
-            rows = 2 * rows + 1  # the largest number with one more bit; see LatencyEstimate
+            rows = 2 * rows + 1  # the largest size with one more binary digit; see LatencyEstimate
         log.info(
             "warmed up %s@%d with batches of at most %d rows: the warm-up has reached its limit of %g s",
             served.name,

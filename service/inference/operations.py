@@ -1,7 +1,7 @@
 """The operations that the endpoints run on a model.
 
-The first dimension of every tensor is the rows, so that the rows of several requests can share a batch. Shapes: B rows,
-D features, K latents, P parts of the score.
+The first dimension of every tensor counts rows, so that the rows of several requests can share a batch. The letters in
+shapes mean: B rows, D features, K latents, P parts of the score.
 """
 
 from collections.abc import Callable
@@ -20,17 +20,17 @@ Tensors = tuple[Tensor, ...]  # each [B, ...]
 Arrays = tuple[npt.NDArray[np.float32], ...]  # each [B, ...]
 
 
-@dataclass(frozen=True, eq=False)  # operations are compared by identity, because every request hashes an operation
+@dataclass(frozen=True, eq=False)  # every request hashes an operation, and hashing by identity is faster
 class Operation:
     """A function that takes a model's module and tensors of rows.
 
     Args:
         name: the value of the metric label `operation`.
         function: called with the module and the inputs, each [B, ...]; returns the outputs, each [B, ...].
-        batched: whether requests may share a batch. Requests do not share a batch if outputs must be the same to the
-            last bit, because the last bit of a sum can depend on the size of the batch.
-        onnx_method: the name of the ONNX twin's graph that computes the whole operation; empty if there is no such
-            graph.
+        batched: whether requests may share a batch. False if the outputs must be reproducible to the last bit: the last
+            bit of a sum can depend on the size of the batch.
+        onnx_method: the name of the graph that computes the whole operation in the ONNX twin, the copy of the networks
+            for ONNX Runtime; empty if there is no such graph.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Operation:
     onnx_method: str = ""
 
     def finish(self, outputs: Arrays, calibration: Calibration) -> Arrays:  # noqa: ARG002 - for subclasses
-        """Return the results of the operation, given the outputs of `function` as arrays."""
+        """Return the results of the operation, computed from the outputs of `function`."""
         return outputs
 
 
@@ -93,17 +93,18 @@ SAMPLE = Operation("sample", _sample, batched=False)  # noise [B, K], choice [B]
 
 @lru_cache(maxsize=64)  # requests share a batch only if their operation is the same object
 def anomaly(alpha: float) -> Operation:
-    """Return the operation x [B, D] -> score, p_value, severity, parts, contribution, expected.
+    """Return the operation that scores x [B, D]. The severities are for the false-alarm rate `alpha`.
 
-    score, p_value and severity are [B], parts is [B, P], contribution and expected are [B, D].
+    It returns six arrays: score [B], p_value [B], severity [B], parts [B, P], contribution [B, D], expected [B, D].
     """
     return AnomalyOperation("anomaly", _score, onnx_method="score", alpha=alpha)
 
 
 @lru_cache(maxsize=2)
 def reconstruct(gaps: bool) -> Operation:
-    """Return the operation x [B, D] -> x_hat [B, D], mean squared error [B].
+    """Return the operation that reconstructs x [B, D].
 
-    With `gaps`, x may contain NaN, and the error is the mean over the values that are present.
+    It returns two arrays: the reconstruction [B, D] and the mean squared error [B]. If `gaps` is true, x may contain
+    NaN, and the error is the mean over the values that are present.
     """
     return Operation("reconstruct", _reconstruct_gaps if gaps else _reconstruct, onnx_method="reconstruct")

@@ -1,8 +1,8 @@
-"""The registry of served models: loads new artifacts from the artifact folder, and drops removed artifacts.
+"""The registry of served models: loads new artifacts from the artifact folder, and drops removed ones.
 
-The folder is polled every few seconds, outside the event loop. Requests read an immutable `Catalogue`, which each poll
-replaces as a whole. A version that fails to load does not affect other versions. The failure is logged once and listed
-in /models. The file is not loaded again until it changes.
+The folder is polled every few seconds, outside the event loop. Requests read an immutable `Catalogue`, and each poll
+replaces it by a new one. A version that fails to load does not affect other versions. The failure is logged once and
+listed in /models. The file is not loaded again until it changes.
 """
 
 import asyncio
@@ -47,7 +47,7 @@ class Catalogue:
     Args:
         models: served models by name and version, with versions in ascending order.
         failures: versions that failed to load.
-        default: name of the model that answers requests without a reference; None if no model is served.
+        default: name of the model that answers requests that name no model; None if no model is served.
     """
 
     models: Mapping[str, Mapping[int, ServedModel]] = field(default_factory=dict)
@@ -57,8 +57,8 @@ class Catalogue:
     def find(self, reference: str | None) -> ServedModel:
         """Return the model that `reference` names.
 
-        `name` means the newest version of that model, `name@version` means that version, and None means the newest
-        version of the default model.
+        A reference `name` means the newest version of that model, and `name@version` means that version. None means the
+        newest version of the default model.
 
         Raises:
             NotReady: no model is served.
@@ -91,9 +91,9 @@ class _Entry:
 
     Args:
         signature: the signature of the file when it was last loaded.
-        served: the loaded model. If the file has changed and failed to load, this is the model from the previous file.
-            It is None if no file of this version has loaded.
-        failure: why the file failed to load; None if it loaded.
+        served: the last model of this version that has loaded; None if none has loaded. If the present file failed to
+            load, this model is from an older file.
+        failure: why the present file failed to load; None if it has loaded.
     """
 
     signature: Signature
@@ -149,7 +149,7 @@ class ModelRegistry:
     def _load_newest(self, name: str, entries: dict[tuple[str, int], _Entry]) -> dict[int, ServedModel]:
         """Return the newest `keep_versions` versions of `name` that load, in ascending order.
 
-        The state of every version that was visited is added to `entries`.
+        The state of every version that this method tries is added to `entries`.
         """
         served: dict[int, ServedModel] = {}
         for version in reversed(versions(self._root, name)):

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float32]
-SEEDS = 2**53  # number of seeds: JavaScript represents integers below 2**53 exactly, so browsers can send a seed back
-MIN_SINE = 1e-6  # two vectors determine a great circle if the sine of the angle between them is at least this
+SEEDS = 2**53  # limit of seeds: JavaScript represents integers below 2**53 exactly, so a browser can send a seed back
+MIN_SINE = 1e-6  # if the sine of the angle between two vectors is smaller, they determine no great circle
 
 
 def fresh_seed() -> int:
@@ -26,11 +26,13 @@ class NoiseSource:
         self._lock = threading.Lock()
 
     def draw(self, seed: int, rows: int, latents: int) -> tuple[Array, Array]:
-        """Return standard normal noise [rows, latents] and uniform choices [rows] in [0, 1) for `seed`.
+        """Return two arrays for `seed`: standard normal noise [rows, latents], and choices [rows].
+
+        A choice is uniformly distributed between 0 and 1, and is never 1.
 
         The same seed gives the same numbers in every release: NumPy's policy (NEP 19) freezes the streams of
-        RandomState. Noise and choices have separate streams, so that the first rows do not depend on the number of
-        rows.
+        RandomState. Noise and choices have separate streams, so that the numbers of the first rows are the same
+        for any number of rows.
         """
         low, high = seed & 0xFFFFFFFF, seed >> 32
         with self._lock:
@@ -43,15 +45,17 @@ class NoiseSource:
 
 
 def interpolate(start: Array, end: Array, steps: int, method: str) -> Array:
-    """Return `steps` points [steps, K]. The first point is exactly `start` [K], and the last is exactly `end` [K].
+    """Return points on a path from `start` to `end`, as an array [steps, K].
+
+    The first point equals `start` exactly, and the last point equals `end` exactly.
 
     Args:
         start: the first point, [K].
         end: the last point, [K].
         steps: the number of points, at least 2.
         method: "linear" for the straight line, or "slerp" for spherical interpolation (White, "Sampling generative
-            networks", 2016, section 2.1). Parallel, opposite or zero vectors determine no great circle. For them,
-            "slerp" gives the straight line.
+            networks", 2016, section 2.1). If the vectors are parallel or opposite, or if one is zero, they determine
+            no great circle, and "slerp" gives the straight line.
     """
     t = np.linspace(0.0, 1.0, steps)[:, None]  # [steps, 1]
     a, b = start.astype(np.float64), end.astype(np.float64)

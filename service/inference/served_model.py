@@ -22,8 +22,8 @@ class ServedModel:
         version: the version of the model.
         manifest: the manifest of the artifact.
         selection: the backend that runs the operations, and why it was selected.
-        load_seconds: duration of loading and verifying the artifact and of selecting the backend.
-        warm_seconds: duration of the warm-up.
+        load_seconds: time to load and verify the artifact and to select the backend.
+        warm_seconds: time of the warm-up.
         exhibits: documents for human readers, such as the model card, by file name.
     """
 
@@ -47,7 +47,7 @@ class ServedModel:
 
     @cached_property
     def headers(self) -> tuple[tuple[bytes, bytes], ...]:
-        """The headers of every response that the model computes."""
+        """The headers that every response computed by this model has."""
         return ((b"elbo-model", f"{self.name}@{self.version}".encode()),)
 
     @cached_property
@@ -66,7 +66,7 @@ class ServedModel:
 
     @cached_property
     def row_bytes(self) -> int:
-        """Bytes per row of the widest array."""
+        """Size of one row or of its latents, whichever is larger, in bytes."""
         return 4 * max(self.manifest.width, self.manifest.latents)
 
     @cached_property
@@ -81,7 +81,7 @@ class ServedModel:
 
 
 def describe(served: ServedModel) -> dict[str, Any]:
-    """Return the description of `served` in /models: everything a client needs to know before a request."""
+    """Return the entry of `served` in GET /models: everything that a client must know before its first request."""
     manifest = served.manifest
     return {
         "name": served.name,

@@ -21,8 +21,8 @@ import orjson
 log = logging.getLogger("elbo.alerts")
 RESEND_SECONDS = 30.0  # an active alert is sent again after this time
 EXPIRY_SECONDS = 180.0  # Alertmanager resolves an alert that is not sent again within this time
-RETRY_SECONDS = (1.0, 60.0)  # first and longest pause after a failed attempt to send
-TIMEOUT_SECONDS = 5.0  # time limit of an attempt to send
+RETRY_SECONDS = (1.0, 60.0)  # pauses after a failed attempt to send: the first, and the longest
+TIMEOUT_SECONDS = 5.0  # time limit of one attempt to send alerts
 MAX_BATCH = 100  # maximum number of alerts per request
 API_PATH = "/api/v2/alerts"
 ALERT_NAME = "ElboAnomaly"
@@ -38,7 +38,7 @@ Counts = Mapping[Labels, Sequence[float]]
 class ActiveAlert:
     """An alert that is not resolved. Times are Unix seconds.
 
-    `causes_before`: the counters of causes at the time when the alert began, by model, version and feature.
+    `causes_before`: the counters of anomalous rows by model, version and feature, just before the alert began.
     """
 
     started: float
@@ -65,7 +65,9 @@ class AlertState:
         self.active: dict[Key, ActiveAlert] = {}
 
     def update(self, now: float, alarms: Counts, causes: Counts) -> dict[Key, Alert]:
-        """Return the alerts to send now: new, still active, or resolved. The first call only sets the baseline.
+        """Return the alerts to send now: those that have begun, are due again, or are resolved.
+
+        The first call returns no alerts: it only records the counters.
 
         Args:
             now: Unix seconds.
@@ -88,7 +90,7 @@ class AlertState:
         return {key: alert for key, alert in due.items() if alert is not None}
 
     def _due(self, now: float, key: Key, causes: Mapping[Labels, float]) -> Alert | None:
-        """Return the alert to send for `key`, if any, and remove it if it is resolved."""
+        """Return the alert of `key` if it must be sent now, else None. Remove the alert if it is resolved."""
         alert = self.active[key]
         if now - alert.last_abnormal >= self._resolve_seconds:
             del self.active[key]
@@ -104,7 +106,7 @@ class AlertSender:
 
     Args:
         url: the URL of Alertmanager; it may have a path prefix and user:password.
-        retry_seconds: the first and the longest pause after a failed attempt to send.
+        retry_seconds: the pauses after a failed attempt to send: the first, and the longest.
     """
 
     def __init__(self, url: str, retry_seconds: tuple[float, float] = RETRY_SECONDS) -> None:
@@ -114,7 +116,7 @@ class AlertSender:
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="alerts", daemon=True)
-        self.outcomes = {"sent": 0, "refused": 0, "retried": 0}  # counts of alerts; only the thread changes them
+        self.outcomes = {"sent": 0, "refused": 0, "retried": 0}  # numbers of alerts; only the thread changes them
 
     def start(self) -> None:
         """Start the thread."""
@@ -134,7 +136,7 @@ class AlertSender:
         return len(self._queue)
 
     def close(self) -> None:
-        """Stop the thread after one last attempt to send what is queued."""
+        """Try one last time to send the queued alerts, then stop the thread."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -158,7 +160,7 @@ class AlertSender:
             pause = 0.0 if delivered else min(max(2 * pause, first_pause), longest_pause)
 
     def _send(self, batch: dict[Key, Alert]) -> bool:
-        """Try once to send `batch`. Return whether Alertmanager accepted or refused it; if not, send it again later."""
+        """Try once to send `batch`. Return False if it must be sent again: it was neither accepted nor refused."""
         try:
             status, reason = self._post(orjson.dumps(list(batch.values())))
         except (OSError, http.client.HTTPException) as error:
@@ -179,7 +181,7 @@ class AlertSender:
             self.outcomes["sent"] += len(batch)
         with self._changed:
             for key, alert in batch.items():
-                if self._queue.get(key) is alert:  # not replaced in the meantime
+                if self._queue.get(key) is alert:  # no newer alert has replaced it
                     del self._queue[key]
         return True
 

@@ -1,4 +1,4 @@
-"""Metrics of anomaly scoring: rows, anomalies by group, their causes, p-values, missing values, drift and alerts."""
+"""Metrics of anomaly scoring: rows, anomalies by group and by cause, p-values, missing values, drift and alerts."""
 
 from bisect import bisect_left
 from collections import Counter as Tally
@@ -17,11 +17,11 @@ from service.monitoring.metric_types import Counter, Gauge, Histogram
 from service.shared_memory import SharedCounters
 
 P_VALUE_BOUNDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-# Slightly larger bounds, because rounding to float32 may make a p-value larger than its bound.
+# Bucket bounds, each slightly above the exact value, because float32 may round a p-value up.
 _TOLERANT_BOUNDS = tuple(bound * (1 + 1e-6) for bound in P_VALUE_BOUNDS)
 _TOLERANT_BOUNDS_ARRAY = np.array(_TOLERANT_BOUNDS)
 MAX_LOOP_ROWS = 4  # for at most this many rows, a Python loop is faster than NumPy
-# Each model version has at most this many group labels and this many feature labels; the rest are counted under OTHER.
+# Limit of the group labels, and of the feature labels, per model version. All further values are counted under OTHER.
 MAX_LABELS = 100
 OTHER = "other"
 MODEL_LABELS = ("model", "version")
@@ -33,7 +33,7 @@ class AnomalyMetrics:
 
     Args:
         counters: the counters of all processes.
-        half_life: half-life, in rows, of a row's weight in the running mean severity of its group.
+        half_life: number of rows after which the weight of a row in the running mean severity of its group has halved.
     """
 
     def __init__(self, counters: SharedCounters, half_life: float) -> None:
@@ -108,7 +108,7 @@ class AnomalyMetrics:
             self._samples.add((*served.metric_labels, outcome), count)
 
     def set_waiting_rows(self, rows: int) -> None:
-        """Set how many rows of remote write wait for more samples in this process."""
+        """Set the number of remote-write rows in this process that wait for more samples."""
         self._waiting.local(())[0] = rows
 
     def _count_p_values(self, model: ModelLabels, verdicts: Verdicts) -> None:
@@ -128,7 +128,7 @@ class AnomalyMetrics:
         buckets[-1] += float(p_values.sum())
 
     def _count_alarms(self, model: ModelLabels, verdicts: Verdicts) -> None:
-        """Update the mean severity of each group, row by row in time order. Count the rows at which it exceeds 1."""
+        """Update the mean severity of each group, row by row in time order. Count the rows where the mean exceeds 1."""
         severities = verdicts.scores.severity.tolist()
         time, groups = verdicts.input_rows.time, verdicts.input_rows.group
         order = range(len(severities)) if time is None else np.argsort(time, kind="stable").tolist()
@@ -197,7 +197,7 @@ class AnomalyMetrics:
         Args:
             active: the model and the group of each alert that is not resolved.
             pending: the number of alerts that are not yet delivered.
-            outcomes: the numbers of alerts that were sent, refused and retried since the start.
+            outcomes: the number of alerts since the start by outcome: sent, refused or retried.
         """
         active_per_model = Tally(model for model, _ in active)
         for model in {*active_per_model, *(labels[0] for labels in self._alerts.sums())}:

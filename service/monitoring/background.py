@@ -1,4 +1,4 @@
-"""Update drift detection and alerts once per second. The leader process does this for all processes."""
+"""Update drift detection and alerts once per second. Only the leader process does so, for all processes."""
 
 import asyncio
 import time
@@ -31,7 +31,7 @@ class BackgroundMonitor:
         self._task = PeriodicTask(self._update, UPDATE_SECONDS, failure, final=self._update)
 
     async def start(self) -> None:
-        """Take the counts so far as the baseline, then update once per second."""
+        """Record the present counts as the baseline, then update once per second."""
         if not self._metrics.is_leader:
             return
         if self._sender:

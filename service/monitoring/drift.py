@@ -1,25 +1,26 @@
 """Drift detection: a test martingale on the counts of p-values per bin.
 
-The null hypothesis is that live rows are exchangeable with the n calibration rows. The calibration scores divide the
-range of scores into n + 1 cells. If a cell holds k of the first t live rows, live row t + 1 falls into that cell with
-probability (k + 1) / (n + 1 + t). This is Polya's urn (Vovk, Gammerman & Shafer, "Algorithmic learning in a random
-world", 2005, proposition 2.4).
+The null hypothesis is that live rows are exchangeable with the n calibration rows. The n calibration scores divide the
+range of scores into n + 1 intervals, called cells. If a cell holds k of the first t live rows, the next live row falls
+into that cell with probability (k + 1) / (n + 1 + t). This is Polya's urn (Vovk, Gammerman & Shafer, "Algorithmic
+learning in a random world", 2005, proposition 2.4).
 
-Let c_1 ... c_B be the numbers of cells in the B bins of p-values. Under the null hypothesis, the counts of p-values per
-bin follow the Dirichlet-multinomial distribution with the parameters c_1 ... c_B. This distribution accounts for
-discrete p-values and for the finite calibration set. The chance deviations of the calibration rows therefore never
-count as drift, however long a model is watched.
+The p-values are counted in B bins, which contain c_1 ... c_B cells. Under the null hypothesis, the counts per bin
+follow the Dirichlet-multinomial distribution with the parameters c_1 ... c_B. This distribution takes into account that
+p-values are discrete and that the calibration set is finite. Deviations that the calibration rows have by chance
+therefore never count as drift, however long a model is watched.
 
-The alternative hypothesis is the same distribution with far fewer cells in total, so that it adapts quickly to the live
-rows. The likelihood ratio of the alternative to the null hypothesis is a martingale that starts at 1. By Ville's
-inequality (1939), the probability that the ratio ever exceeds 1/delta is at most delta, however often the ratio is
-evaluated. The ratio depends only on the counts, so the counts of several processes can be added up.
+The alternative hypothesis is the same distribution with far fewer cells in total: it adapts quickly to the live rows.
+If the null hypothesis is true, the likelihood ratio of the alternative to the null hypothesis is a martingale that
+starts at 1. By Ville's inequality (1939), the probability that the ratio ever exceeds 1/delta is then at most delta,
+however often the ratio is evaluated. The ratio depends only on the counts, so the counts of several processes can be
+added up.
 """
 
 import math
 from collections.abc import Sequence
 
-LEARNED_CELLS = 8.0  # total number of cells under the alternative hypothesis; with fewer cells, it adapts faster
+LEARNED_CELLS = 8.0  # total number of cells under the alternative hypothesis; fewer cells make it adapt faster
 # Window lengths as multiples of the size of the calibration set. Short windows detect sudden drift, long windows detect
 # slight drift.
 WINDOWS = (0.25, 1.0, 4.0)
@@ -39,7 +40,7 @@ def cells_per_bin(bounds: Sequence[float], n: int) -> list[int]:
 
 
 def log10_evidence(counts: Sequence[float], cells: Sequence[int]) -> float:
-    """Return log10 of the likelihood ratio.
+    """Return log10 of the likelihood ratio of the alternative to the null hypothesis.
 
     Args:
         counts: number of live p-values per bin.
@@ -56,7 +57,7 @@ def log10_evidence(counts: Sequence[float], cells: Sequence[int]) -> float:
 
 
 def _log_rising_factorial(start: float, count: float) -> float:
-    """Return log of start (start + 1) ... (start + count - 1)."""
+    """Return the logarithm of the product start * (start + 1) * ... * (start + count - 1)."""
     return math.lgamma(start + count) - math.lgamma(start)
 
 
@@ -65,8 +66,8 @@ class _Window:
 
     Args:
         length: number of rows.
-        penalty: number subtracted from log10 of the evidence. Short windows have a larger penalty, because they start
-            more often and would otherwise raise more false alarms.
+        penalty: number subtracted from log10 of the evidence. A short window has a larger penalty than a long one,
+            because it starts more often and would otherwise raise more false alarms.
     """
 
     def __init__(self, length: float, penalty: float) -> None:
@@ -82,7 +83,7 @@ class _Window:
         return self._alarm or self._alarm_before
 
     def update(self, totals: Sequence[float], cells: Sequence[int]) -> float:
-        """Return log10 of the evidence minus the penalty. `totals` are the numbers of p-values so far, per bin."""
+        """Return log10 of the evidence, less the penalty. `totals` are the numbers of p-values so far, per bin."""
         if self._start is None:
             self._start = list(totals)
         counts = [now - then for now, then in zip(totals, self._start, strict=True)]
@@ -98,14 +99,13 @@ class _Window:
 class DriftDetector:
     """Watches the p-values of one model. `evidence` is the largest log10 evidence of the windows.
 
-    The longest window has 4 times as many rows as the calibration set. Over that many rows, the expected number of
-    false alarms is at most 10^-ALARM. The reason: let w be the length of a window divided by the length of the longest
-    window. The window raises a false alarm with probability at most w 10^-ALARM / len(WINDOWS), and 1 / w such windows
-    follow each other during the longest window. Each window length therefore contributes at most
-    10^-ALARM / len(WINDOWS).
+    The longest window has 4 times as many rows as the calibration set. During one such window, the expected number of
+    false alarms is at most 10^-ALARM, for this reason: consider windows whose length is a fraction w of the longest.
+    Each raises a false alarm with probability at most w * 10^-ALARM / len(WINDOWS), and 1 / w of them fit in the
+    longest window. Each window length therefore contributes at most 10^-ALARM / len(WINDOWS).
 
     This bound assumes that live rows are exchangeable with the calibration rows. Rows that one host sends every second
-    are more alike than exchangeable rows, and raise more false alarms.
+    are more alike than exchangeable rows, and raise more false alarms than the bound allows.
 
     Args:
         bounds: upper bounds of the bins.

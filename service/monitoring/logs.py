@@ -18,7 +18,7 @@ from service.monitoring.request_record import RequestRecord
 LOGGERS = ("elbo", "uvicorn.error", "py.warnings")
 ACCESS_LOGGER = "elbo.access"
 FORMAT_BATCH = 32  # number of access records that are formatted together
-FLUSH_SECONDS = 0.05  # time for which access lines are collected before they are written together
+FLUSH_SECONDS = 0.05  # access lines are collected for this time, then written together
 MAX_PENDING_LINES = 20_000  # maximum number of access lines that wait to be written; further lines are only counted
 LOST_LINES = "access log lines were lost because standard output was blocked or failed; check its reader and the disk"
 
@@ -51,14 +51,15 @@ def format_line(
 
 
 class AccessLog:
-    """The access log: one line per request, written by another thread, so that no request waits for a slow reader.
+    """The access log: one line per request, written by another thread, so that a slow reader delays no request.
 
     Lines are formatted in batches, after the responses have been sent.
 
     Args:
         log_format: "json" or "text".
         enabled: whether requests are logged.
-        write: the function that writes complete lines, called in another thread; by default to standard output.
+        write: a function that writes complete lines. It is called in another thread. The default writes to standard
+            output.
     """
 
     def __init__(self, log_format: str, enabled: bool, write: Callable[[bytes], object] | None = None) -> None:
@@ -97,7 +98,7 @@ class AccessLog:
             try:
                 await asyncio.to_thread(self._write, b"".join([*lines, notice]))
                 self._lost -= lost
-            except OSError:  # the disk is full or the reader has gone: keep serving, and try again with the next lines
+            except OSError:  # the disk is full or the reader has gone: drop these lines and keep serving
                 self._lost += len(lines)
         self._writer = None
 
@@ -105,7 +106,7 @@ class AccessLog:
         records, self._records = self._records, []
         room = MAX_PENDING_LINES - len(self._lines)
         self._lost += len(records[room:])
-        clock_offset = time() - perf_counter()  # added to the times of the records to get Unix times
+        clock_offset = time() - perf_counter()  # the time of a record plus this offset is a Unix time
         for record in records[:room]:
             ended = clock_offset + record.started + record.total
             fields = _access_fields(record)
@@ -142,13 +143,13 @@ def _write_to_standard_output(lines: bytes) -> None:
     start = 0
     while start < len(lines):
         end = len(lines)
-        if end - start > max_bytes:  # write the lines that fit; if the first line does not fit, write it alone
+        if end - start > max_bytes:  # write the lines that fit in max_bytes, or a single line if it is longer
             end = lines.rfind(b"\n", start, start + max_bytes) + 1 or lines.index(b"\n", start) + 1
         start += os.write(output, lines[start:end])
 
 
 class Formatter(logging.Formatter):
-    """Formats the records of `logging` like those of `AccessLog`. The attribute `fields` of a record is included.
+    """Formats the records of `logging` like those of `AccessLog`. A record may have extra values in `fields`.
 
     Args:
         log_format: "json" or "text".
@@ -159,7 +160,7 @@ class Formatter(logging.Formatter):
         self._log_format = log_format
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line, without the newline; in text, a traceback follows on further lines."""
+        """Return the line without its newline. In the format "text", a traceback follows on further lines."""
         fields = dict(getattr(record, "fields", {}))
         traceback = self.formatException(record.exc_info) if record.exc_info else ""
         if traceback and self._log_format == "json":

@@ -1,4 +1,4 @@
-"""Metric types. Each process counts into its own segment of `SharedCounters`; Prometheus reads the sums."""
+"""Metric types. Each process counts in its own segment of `SharedCounters`; Prometheus reads the sums."""
 
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ def observe(values: Values, bounds: tuple[float, ...], value: float) -> None:
 
 
 class Family:
-    """A metric: an array of numbers per label set and process.
+    """A metric: an array of numbers for each label set and process.
 
     Args:
         counters: the counters of all processes.
@@ -29,7 +29,8 @@ class Family:
         help_text: what the metric counts or measures.
         labels: the names of the labels.
         size: how many numbers the metric has per label set.
-        transient: whether the numbers describe the process itself. If so, they are reset when the process ends.
+        transient: whether the numbers describe the present state of a process, such as the length of its queue. If so,
+            they are set to zero when the process ends.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Counter(Family):
 
 
 class Gauge(Family):
-    """A number that rises and falls. The exported value is the sum over the processes that run."""
+    """A number that rises and falls. The exported value is the sum over the running processes."""
 
     def __init__(self, counters: SharedCounters, name: str, help_text: str, labels: Labels = ()) -> None:
         super().__init__(counters, name, help_text, labels, transient=True)
@@ -94,12 +95,12 @@ class Gauge(Family):
 
 
 class Histogram(Family):
-    """The number of values in each bucket, and the sum of all values. `bounds` are the ascending upper bounds."""
+    """The number of values in each bucket, and the sum of all values. `bounds` are the ascending upper limits."""
 
     def __init__(
         self, counters: SharedCounters, name: str, help_text: str, labels: Labels, bounds: tuple[float, ...]
     ) -> None:
-        buckets = len(bounds) + 1  # the last one has no upper bound
+        buckets = len(bounds) + 1  # the last bucket has no upper bound
         super().__init__(counters, name, help_text, labels, size=buckets + 1)
         self.bounds = bounds
 

@@ -1,14 +1,15 @@
 """The metrics of the service, in a registry that belongs to the app.
 
-To add a metric, create a `Counter`, `Gauge` or `Histogram` in `Metrics.__init__` and yield its `metric()` in `collect`:
+To add a metric, create a `Counter`, `Gauge` or `Histogram` in `Metrics.__init__` and yield its `metric()` in `collect`.
+For example:
 
     self._images = Counter(counters, "elbo_images", "Responses in image/png", ("model", "version"))
     self._images.add(("vae", "3"), amount=2)  # call it in the event loop's thread
     self._images.sums()  # {("vae", "3"): [17.0]}, summed over all processes
 
 Prometheus may scrape any process: every process exports the sums over all processes. A process that replaces a killed
-process continues the counts of the killed process. Metrics that are not sums, such as the list of loaded models, are
-built in `collect`.
+process continues to count from the numbers of the killed process. Metrics that are not sums, such as the list of loaded
+models, are built in `collect`.
 """
 
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ _OUTCOME_BY_FIRST_DIGIT = {2: "ok", 4: "refused", 5: "failed"}
 
 @dataclass(frozen=True, slots=True)
 class _RequestMetrics:
-    """The numbers that a request changes, cached per label set, so that a request need not look up each metric."""
+    """The numbers that a request changes. They are cached per label set, which saves a look-up in every metric."""
 
     endpoint_labels: Labels
     requests: Values

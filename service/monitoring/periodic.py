@@ -14,7 +14,7 @@ class PeriodicTask:
     Args:
         work: the coroutine function to run.
         seconds: pause before each run.
-        failure: log message for a run that raises.
+        failure: the message that is logged when a run raises an exception.
         final: the coroutine function that `close` runs once, after the last run of `work`.
     """
 
@@ -36,7 +36,7 @@ class PeriodicTask:
         self._task = asyncio.get_running_loop().create_task(self._repeat())
 
     async def close(self) -> None:
-        """Wait until a run in progress has finished, start no other run of `work`, then run `final`."""
+        """Wait until the current run of `work`, if any, has finished. Then stop repeating, and run `final`."""
         async with self._running:
             self._task.cancel()
         with suppress(asyncio.CancelledError):

@@ -1,4 +1,4 @@
-"""The facts about a request that the access log, the metrics and the Server-Timing header report."""
+"""What the access log, the metrics and the Server-Timing header report about a request."""
 
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -6,7 +6,7 @@ from time import perf_counter
 
 @dataclass(slots=True)
 class RequestRecord:
-    """The facts about one request, filled in while it is processed. Durations are in seconds."""
+    """The facts about one request. They are filled in while the request is processed. Durations are in seconds."""
 
     request_id: str
     method: str

@@ -1,8 +1,8 @@
 """The protocol between the supervisor and a worker, over a Unix socket pair: one byte per message.
 
-The worker sends READY when it can serve. The supervisor sends DRAIN when the server begins to stop, and CONNECTION with
-the file descriptor of an accepted connection. Messages arrive in the order in which they were sent. After the last
-connection, the supervisor ends the stream. The stream also ends when the supervisor dies.
+The worker sends READY when it can serve. The supervisor sends DRAIN when the server begins to stop. With each accepted
+connection, it sends CONNECTION and the file descriptor. Messages arrive in the order in which they were sent. After the
+last connection, the supervisor ends the stream. The stream also ends when the supervisor dies.
 """
 
 import select
@@ -14,7 +14,7 @@ READY = b"R"
 CONNECTION = b"c"
 DRAIN = b"d"
 BACKLOG = 2048  # maximum number of connections that the kernel keeps until they are accepted
-CLOSED_CONNECTIONS = ("connections_closed",)  # key of the shared number of connections that a worker has closed
+CLOSED_CONNECTIONS = ("connections_closed",)  # key of a worker's number of closed connections, in shared memory
 _MAX_MESSAGES = 256  # maximum number of messages that one call of `receive` reads
 
 
@@ -54,10 +54,10 @@ def send_connection(control: socket.socket, connection: socket.socket) -> None:
 
 
 def receive(control: socket.socket) -> Received | None:
-    """Return what the supervisor has sent so far, or None at the end of the stream. Does not wait.
+    """Return what the supervisor has sent so far, or None at the end of the stream. The call does not wait.
 
-    Each message with a file descriptor needs a separate read. With one read per pass of the event loop, a thousand new
-    connections would wait for seconds in a busy worker, so one call reads many messages.
+    Each message with a file descriptor needs a separate read, so one call makes many reads. If each pass of the event
+    loop made only one read, a thousand new connections would wait for seconds in a busy worker.
     """
     messages = b""
     connections: list[socket.socket] = []
@@ -66,7 +66,7 @@ def receive(control: socket.socket) -> Received | None:
             data, descriptors, _, _ = socket.recv_fds(control, _MAX_MESSAGES - len(messages), 1)
         except BlockingIOError:
             break
-        if not data:  # end of the stream: if there are messages, the next call returns None
+        if not data:  # end of the stream: return the messages of this call; the next call returns None
             return Received(messages, connections) if messages else None
         messages += data
         connections += [socket.socket(fileno=descriptor) for descriptor in descriptors]

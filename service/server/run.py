@@ -33,13 +33,13 @@ def serve(settings: Settings) -> None:
 def bind(host: str, port: int) -> socket.socket:
     """Return a bound TCP socket that does not listen yet.
 
-    The socket listens once the models are loaded. Until then the kernel refuses connections, so that clients retry.
+    The socket listens once the models are loaded. Until then the kernel refuses connections, and clients retry.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted connections inherit it
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted connections inherit this option
         listener.bind(address)
     except OSError as error:
         raise ServeError(

@@ -1,9 +1,9 @@
 """Run several worker processes at one address: start them, pass connections to them, and replace those that die.
 
 Only the supervisor accepts connections. It passes each connection to the worker with the fewest open connections. If
-the workers accepted connections themselves, the kernel would spread connections unevenly. With one SO_REUSEPORT socket
-per worker, the connections in the queue of a killed worker would also be lost. Passing a connection takes time once per
-connection, not once per request.
+the workers accepted connections themselves, the kernel would spread connections unevenly. If they did so with one
+SO_REUSEPORT socket each, the connections in the queue of a killed worker would also be lost. Passing a connection takes
+time once per connection, not once per request.
 
 The supervisor imports the code that the workers need, starts no thread, and forks. A new worker therefore starts fast,
 shares the memory of the imported code, and inherits the shared counters.
@@ -62,8 +62,8 @@ class WorkerState(Enum):
 
     LOADING = auto()
     READY = auto()
-    UNREACHABLE = auto()  # the worker has ended, and the supervisor will soon read the end of its stream
-    KILLED = auto()  # the READY message of the worker may still arrive
+    UNREACHABLE = auto()  # the worker has ended; the supervisor will soon read the end of the worker's stream
+    KILLED = auto()  # a READY message that the worker had sent may still arrive
 
 
 @dataclass(eq=False)
@@ -96,12 +96,12 @@ class Supervisor:
         self._listener = listener
         self._state = State.STARTING
         self._workers: dict[int, Worker] = {}  # by index
-        self._start_times: dict[int, float] = {}  # when workers are to be started, by index, on the `monotonic` clock
+        self._start_times: dict[int, float] = {}  # when to start a worker, by its index, on the `monotonic` clock
         self._retry_seconds = MIN_RETRY_SECONDS
         self._signals_received = 0
         self._drain_deadline: float | None = None  # on the `monotonic` clock; None unless DRAINING
         self._exit_code = 0
-        self._segments = [Segment() for _ in range(settings.workers + 1)]  # the last one is the supervisor's
+        self._segments = [Segment() for _ in range(settings.workers + 1)]  # the last is the supervisor's
         self._restarts = self._segments[-1].array((RESTARTS,), length=1)
         self._selector = selectors.DefaultSelector()
         self._signal_reader, self._signal_writer = socket.socketpair()
@@ -109,7 +109,7 @@ class Supervisor:
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT.
 
-        Exits with the code of the first worker if it cannot start, or with 1 if a worker dies while the server stops.
+        If the first worker cannot start, exit with its exit code. If a worker dies while the server stops, exit with 1.
         """
         self._watch_signals()
         import service.server.worker  # noqa: F401 - imported before the fork, so that workers start fast
@@ -140,7 +140,10 @@ class Supervisor:
             self._enter_stopping()
 
     def _on_signal(self, received: signal.Signals) -> None:
-        """Begin to drain at the first signal, stop draining at the second, kill the workers at a third SIGINT."""
+        """Begin to drain at the first signal. Stop draining at the second.
+
+        If the third or a later signal is SIGINT, kill the workers.
+        """
         self._signals_received += 1
         if self._state in (State.STARTING, State.SERVING):
             self._enter_draining(received)
@@ -207,7 +210,7 @@ class Supervisor:
                 worker.control.send(fd_passing.DRAIN)
 
     def _enter_stopping(self) -> None:
-        """Accept the connections that have arrived, then no new ones. The workers finish their requests and end."""
+        """Accept the connections that have arrived, then stop accepting. The workers finish their requests and end."""
         self._state = State.STOPPING
         self._drain_deadline = None
         if self._listener in self._selector.get_map():
@@ -230,7 +233,7 @@ class Supervisor:
             end.setblocking(False)
         signal.set_wakeup_fd(self._signal_writer.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)  # Python writes to the wakeup fd only if there is a handler
+            signal.signal(number, lambda *_: None)  # Python writes to the wakeup fd only for signals with a handler
         self._selector.register(self._signal_reader, selectors.EVENT_READ)
 
     def _seconds_to_next_deadline(self) -> float | None:
@@ -265,7 +268,7 @@ class Supervisor:
         code = 1
         try:
             signal.set_wakeup_fd(-1)
-            # A terminal signals the whole process group, but workers stop only when the supervisor requests it.
+            # Ctrl-C in a terminal signals all server processes, but workers stop only when the supervisor requests it.
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)
             self._close_inherited_sockets()
@@ -285,7 +288,7 @@ class Supervisor:
             os._exit(code)
 
     def _close_inherited_sockets(self) -> None:
-        """Close the copies of the supervisor's sockets in a worker.
+        """Close the copies of the supervisor's sockets that a worker has inherited.
 
         While a copy is open, the other end does not notice that the supervisor has closed the socket.
         """
@@ -295,7 +298,7 @@ class Supervisor:
             end.close()
 
     def _schedule_replacement(self, worker: Worker, code: int, was_ready: bool, lost_connections: int) -> None:
-        """Replace a worker: at once if it had been ready, otherwise after a pause that doubles with each failure."""
+        """Replace a worker: at once if the worker had been ready, else after a pause that doubles with each failure."""
         self._restarts[0] += 1
         pause = 0.0
         if not was_ready:
@@ -308,7 +311,7 @@ class Supervisor:
     # Connections
 
     def _pass_connections(self) -> None:
-        """Pass pending connections to workers. While no worker can take one, they wait in the kernel's backlog."""
+        """Pass pending connections to workers. If no worker can take one, they stay in the kernel's backlog."""
         connection: socket.socket | None = None
         while worker := self._least_busy_worker():
             connection = connection or next(fd_passing.accept_pending(self._listener), None)

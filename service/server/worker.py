@@ -19,7 +19,7 @@ from service.settings import Settings
 from service.shared_memory import SharedCounters, SharedNumber
 
 log = logging.getLogger("elbo.service")
-SWITCH_INTERVAL = 0.0005  # in seconds; Python's default lets the event loop delay the inference thread by 5 ms
+SWITCH_INTERVAL = 0.0005  # in seconds; with Python's default, the event loop may delay the inference thread by 5 ms
 LINGER_SECONDS = 0.5  # how long clients may send one more request on open connections when the server stops
 
 
@@ -55,9 +55,9 @@ class Server(uvicorn.Server):
         self._opening: set[asyncio.Task[Any]] = set()  # accepted connections that uvicorn does not serve yet
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Load the models, then listen, or report to the supervisor that this worker is ready."""
+        """Load the models. Then listen, or, under a supervisor, report that this worker is ready."""
         await super().startup(sockets)
-        # Exclude the objects that exist now from garbage collection: visiting them would pause every request for 0.1 s.
+        # Exclude the objects that exist now from garbage collection: visiting them would pause all requests for 0.1 s.
         gc.freeze()
         if self._control:
             self._control.setblocking(False)
@@ -75,7 +75,10 @@ class Server(uvicorn.Server):
         return should_exit
 
     def handle_exit(self, sig: int, _: FrameType | None) -> None:
-        """Handle a signal: the first starts draining, the second ends draining, a third SIGINT drops requests."""
+        """Begin to drain at the first signal. Stop draining at the second.
+
+        If the third or a later signal is SIGINT, drop the requests that are in progress.
+        """
         if self._control:
             return
         drain_seconds = self._service.settings.drain_seconds
@@ -175,15 +178,15 @@ def run_worker(
 
     Args:
         settings: the settings of the server.
-        listener: a bound socket, for a server of one process; the server stops on SIGTERM or SIGINT.
-        control: the socket to the supervisor, for a worker; the worker stops when the stream ends.
+        listener: the bound socket of a server with one process. The server stops on SIGTERM or SIGINT.
+        control: the socket to the supervisor; None without one. The worker stops when the supervisor ends the stream.
         counters: the counters of all workers; by default, the counters of this process alone.
     """
     sys.setswitchinterval(SWITCH_INTERVAL)
     counters = counters or SharedCounters()
     app = create_app(settings, counters)
     service: ServiceContext = app.state.service
-    entry_point: Any = app.middleware_stack  # not `app`: FastAPI.__call__ checks for OpenTelemetry, 5 µs per request
+    entry_point: Any = app.middleware_stack  # not `app`: its check for OpenTelemetry takes 5 µs per request
     config = uvicorn.Config(
         entry_point,
         loop="uvloop",

@@ -26,7 +26,7 @@ async function fetchOrExplain(path, options) {
   }
 }
 
-/** The problem document of an error response as a UserError. */
+/** A UserError with the content of an error response. */
 async function errorOf(response) {
   const problem = await response.json().catch(() => ({
     detail: `The server responded with status ${response.status}`,
@@ -63,7 +63,7 @@ async function postNpy(endpoint, model, rows, signal) {
 /** The rows that `latents` decode to. */
 export const decode = (model, latents, signal) => postNpy("/decode", model, latents, signal);
 
-/** The latents of many rows. A batch that is too large for the service is halved. `onProgress` gets the rows done. */
+/** The latents of many rows. Halves a batch that is too large. `onProgress` gets the number of rows already encoded. */
 export async function encodeInBatches(model, rows, onProgress) {
   const latents = [];
   let batchSize = ROWS_PER_REQUEST;
@@ -109,7 +109,7 @@ function parseByContentType(response) {
 
 export const listModels = async () => (await request("/models")).json();
 
-/** The description of `model` with everything that GET /models leaves out. */
+/** The full description of `model`, of which GET /models gives only a part. */
 export async function describeModel(model) {
   return { ...(await getCached(`/models/${reference(model)}`)), exhibits: model.exhibits };
 }

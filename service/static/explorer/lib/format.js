@@ -25,8 +25,8 @@ export function vector(z, limit = 8) {
 
 export const percent = (share) => `${fixed(100 * share, 0)} %`;
 
-/** "value unit", or only the value where the feature has no unit. */
+/** "value unit", or only the value if the feature has no unit. */
 export const withUnit = (text, unit) => (unit ? `${text} ${unit}` : text);
 
-/** "name, unit", or only the name where the feature has no unit. */
+/** "name, unit", or only the name if the feature has no unit. */
 export const nameWithUnit = ({ name, unit }) => (unit ? `${name}, ${unit}` : name);

@@ -10,7 +10,7 @@ export const KIND_NAMES = {
 /** The name of the model's kind in words. A kind that this page does not know is returned unchanged. */
 export const kindName = (model) => KIND_NAMES[model.kind] ?? model.kind;
 
-/** Whether the rows are images: [height, width] or [height, width, 1 or 3 channels]. */
+/** Whether the rows are images: of shape [height, width], or [height, width, channels] with 1 or 3 channels. */
 export function isImage(model) {
   const { shape } = model;
   const hasImageShape = shape.length === 2 || (shape.length === 3 && [1, 3].includes(shape[2]));
@@ -21,12 +21,12 @@ export const featureName = (model, i) => model.features?.[i]?.name ?? `value ${i
 
 export const medians = (model) => model.features.map((feature) => feature.median);
 
-/** `row` with `fallback(i)` in place of each missing value. */
+/** `row` with each missing value replaced by `fallback(i)`, where `i` is its index. */
 export const fillMissing = (row, fallback) => row.map((value, i) => value ?? fallback(i));
 
 export const sameShape = (a, b) => a.shape.join() === b.shape.join();
 
-/** Whether the model is linear, so that its decoder spans a flat subspace. */
+/** Whether the model is linear. The outputs of a linear decoder form a flat subspace. */
 export const isLinear = (model) => model.kind === "pca" || (model.kind === "ae" && model.training.hidden?.length === 0);
 
 /** The label of held-out row `i`, or "". */
@@ -37,7 +37,7 @@ export function labelOf(heldOut, i) {
 
 export const labelName = (heldOut, label) => heldOut.label_names?.[label] ?? String(label);
 
-/** "held-out row 3, label 7" */
+/** The name of a held-out row, such as "held-out row 3, label 7". */
 export function heldOutRowName(heldOut, i) {
   const label = labelOf(heldOut, i);
   return `held-out row ${i}${label ? `, label ${label}` : ""}`;

@@ -3,7 +3,7 @@
 import { UserError } from "./errors.js";
 
 const MAGIC = [0x93, 0x4e, 0x55, 0x4d, 0x50, 0x59]; // "\x93NUMPY"
-const PREAMBLE = 10; // bytes before the header text of format 1.0: magic, version, length
+const PREAMBLE = 10; // bytes before the header text in format 1.0: magic, version, length
 const READERS = {
   f4: ["getFloat32", 4],
   f8: ["getFloat64", 8],

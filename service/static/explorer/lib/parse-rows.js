@@ -55,7 +55,7 @@ function parseJson(text) {
   }
 }
 
-/** Whether `list` is one image, given as a list of lines, and not a list of rows. */
+/** Whether `list` is a single image (a list of lines of pixels) instead of a list of rows. */
 function isSingleNestedRow(list, model) {
   const [height, width] = model.shape;
   if (model.shape.length < 2 || !Array.isArray(list[0])) return false;
@@ -79,7 +79,7 @@ const isHeader = (cells) =>
 
 const toNumber = (cell) => (!cell || cell.toLowerCase() === "nan" ? null : Number(cell));
 
-/** The column index of each feature. A header cell may have a unit: "cpu [%]". Throws UserError if one is missing. */
+/** The column index of each feature. A name may have a unit: "cpu [%]". Throws UserError if a feature has no column. */
 function findColumns(header, model) {
   const withoutUnits = header.map((name) => name.replace(/\s*\[[^\]]*\]$/, ""));
   const columns = model.features.map(({ name }) => {

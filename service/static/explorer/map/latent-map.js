@@ -16,13 +16,13 @@ import {
 import { contourSegments } from "./prior.js";
 import { moveInPlane, project } from "./projection.js";
 
-const DRAG_DISTANCE = 4; // pixels: a press during which the pointer moves less than this is a click
+const DRAG_DISTANCE = 4; // pixels: if the pointer moves less than this during a press, the press is a click
 const HIT_DISTANCE = 8; // pixels: the pointer is on a point if it is at most this far away
-const KEY_STEP = 0.04; // share of the visible half-width per key press; FAST_KEY_STEP with Shift
+const KEY_STEP = 0.04; // step of an arrow key as a share of the visible half-width; FAST_KEY_STEP applies with Shift
 const FAST_KEY_STEP = 0.2;
 const MAX_ZOOM = 16;
 const MIN_SIZE_FOR_AXIS_NAMES = 320; // pixels: a smaller map has no names at its axes
-const MANY_CODES = 4000; // if there are so many points, they are drawn as squares, because circles are too slow
+const MANY_CODES = 4000; // if there are more points, they are drawn as squares, because circles are too slow
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] };
 
 /**
@@ -31,9 +31,9 @@ const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowD
  * `onmove(z)` is called during a drag and for the arrow keys. `onpick(z)` is called for a click, Enter or Space.
  * `onkey(key)` is called for all other keys. It returns true if it has used the key.
  *
- * Fields that the owner sets before a call of `draw` or `drawOverlay`:
- * `showCodes`, `showContours`, `hiddenLabels`, `decodedGrid` {rows, count}; and, on the overlay,
- * `current` z, `samples` [z], `marks` [{z, text}], `path` [z].
+ * The owner sets these fields before it calls `draw`: `showCodes`, `showContours`, `hiddenLabels`,
+ * `decodedGrid` {rows, count}. It sets these fields before it calls `drawOverlay`: `current` z, `samples` [z],
+ * `marks` [{z, text}], `path` [z].
  */
 export class LatentMap {
   constructor({ model, label, onhover, onleave, onmove, onpick, onkey }) {
@@ -105,7 +105,7 @@ export class LatentMap {
     return [centreA + (x - middle) / this.pixelsPerUnit, centreB - (y - middle) / this.pixelsPerUnit];
   }
 
-  /** The latent vector at a pixel. It lies in the plane parallel to the map that contains the current point. */
+  /** The latent vector at a pixel. It lies in the plane through the current point that is parallel to the map. */
   toLatent(pixel) {
     const [a, b] = this.toPlane(pixel);
     const [currentA, currentB] = project(this.plane, this.current);
@@ -288,7 +288,7 @@ export class LatentMap {
     const [x, y] = this.toPixel(centre);
     for (const deviations of [1, 2, 3]) {
       const [major, minor] = radii.map((radius) => deviations * radius * this.pixelsPerUnit);
-      context.strokeStyle = cssColour("--contour"); // drawing the previous text has changed it
+      context.strokeStyle = cssColour("--contour"); // the name of the previous ellipse has changed it
       context.lineWidth = 1.5;
       context.beginPath();
       context.ellipse(x, y, major, Math.max(1e-6, minor), -angle, 0, 2 * Math.PI);
@@ -317,7 +317,7 @@ export class LatentMap {
     context.fillRect(0, 0, this.size, this.size);
   }
 
-  /** The latent vectors at the centres of count x count cells of the map, line by line. */
+  /** Divide the map into `count` by `count` squares. Return the latent vectors at their centres, line by line. */
   gridLatents(count) {
     const side = this.size / count;
     const centre = (k) => [((k % count) + 0.5) * side, (Math.floor(k / count) + 0.5) * side];
@@ -351,7 +351,7 @@ function drawDashedPath(context, pixels) {
   context.setLineDash([]);
 }
 
-/** Half the side of a square around the origin with 99.5 % of the points and 3 deviations of the prior. */
+/** Half the side of a square around the origin that shows 99.5 % of the points and three σ of the prior. */
 function visibleHalfWidth(points, prior) {
   const distances = points.map(([a, b]) => Math.max(Math.abs(a), Math.abs(b))).sort((a, b) => a - b);
   const last = distances.length - 1;

@@ -26,5 +26,5 @@ export function project(plane, z) {
   return [dot(plane.u, difference), dot(plane.v, difference)];
 }
 
-/** `z`, moved by (a, b) parallel to the plane. A single latent has no second direction. */
+/** `z`, moved by (a, b) parallel to the plane. If there is only one latent, `b` is ignored. */
 export const moveInPlane = (plane, z, a, b) => add(add(z, plane.u, a), plane.v, z.length > 1 ? b : 0);

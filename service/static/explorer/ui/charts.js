@@ -17,7 +17,7 @@ phone.addEventListener("change", () => {
   }
 });
 
-/** A function that makes charts. They are redrawn when the window becomes narrower or wider than a phone. */
+/** A function like `draw` whose charts are redrawn when the window becomes narrower or wider than a phone. */
 function responsive(draw) {
   const drawWithRedraw = (options) => Object.assign(draw(options), { redraw: () => drawWithRedraw(options) });
   return drawWithRedraw;
@@ -36,7 +36,7 @@ function ticks(low, high, count = 5) {
   return values;
 }
 
-/** An SVG with axes. `x` and `y` are [low, high]; `toX` and `toY` map a value to a coordinate. */
+/** An SVG with axes. `x` and `y` are their ranges [low, high]; `toX` and `toY` map a value to a coordinate. */
 function createAxes({ x, y, height, xLabel, yLabel, label, xTicks }) {
   const width = chartWidth();
   const plotWidth = width - MARGIN.left - MARGIN.right;
@@ -75,7 +75,7 @@ function extent(values) {
 }
 
 /**
- * Lines over x. `lines`: [{name, points: [[x, y]], series, dashed}].
+ * A line chart. `lines`: [{name, points: [[x, y]], series, dashed}].
  * `marks`: [{x, text, series}] are vertical lines with a note. The notes move down by `noteOffset` lines of text.
  */
 export const lineChart = responsive(({ lines, marks = [], noteOffset = 0, height = 260, xLabel, yLabel, label }) => {
@@ -135,7 +135,7 @@ export const histogram = responsive(({ values, marks, height = 220, xLabel, labe
   return axes.element;
 });
 
-/** The range of the bins. It ends at the 98th percentile if the largest value lies far beyond that. */
+/** The range of the bins. It ends at the 98th percentile if the largest value is far above that. */
 function binRange(values) {
   const low = values[0];
   const usual = values[Math.floor(0.98 * (values.length - 1))];
@@ -161,7 +161,7 @@ function drawBins({ element, toX, toY }, shares, low, size) {
   });
 }
 
-/** `mark`. If it is outside [low, high] by more than 0.9 of the range, it moves to that distance and gets an arrow. */
+/** `mark`, moved to at most 0.9 times the range outside [low, high]. A mark that has been moved gets an arrow. */
 function moveInside(mark, low, high) {
   const reach = 0.9 * (high - low || 1);
   const x = clamp(mark.x, low - reach, high + reach);

@@ -54,7 +54,7 @@ export const scrollable = (label, content) =>
   h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label }, content);
 
 const liveRegion = document.getElementById("live-region");
-const ANNOUNCE_DELAY = 400; // ms: only the last of several quick changes is read out
+const ANNOUNCE_DELAY = 400; // ms to wait for the next change: of several quick changes, only the last is read out
 let announcement;
 
 /** Make screen readers read `text`. */

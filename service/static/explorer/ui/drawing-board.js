@@ -3,7 +3,7 @@
 import { clamp } from "../lib/linear-algebra.js";
 import { h } from "./dom.js";
 
-const BOARD_SIZE = 256; // canvas pixels on the longer side; larger if an image pixel would get fewer than 8 of them
+const BOARD_SIZE = 256; // canvas pixels on the longer side; more if this gives each image pixel fewer than 8
 const CURSOR_COLOUR = "#7aa5ff";
 const ARROWS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
 const DRAW_KEYS = [" ", "Enter"];
@@ -55,7 +55,7 @@ export class DrawingBoard {
     canvas.addEventListener("blur", () => this.paint());
   }
 
-  /** The line and column under the pointer, as fractions. */
+  /** The line and the column under the pointer. They need not be whole numbers. */
   positionOf(event) {
     const box = this.element.getBoundingClientRect();
     const line = ((event.clientY - box.top) / box.height) * this.height - 0.5;

@@ -21,7 +21,7 @@ export class AsyncPanel {
     this.element = h("div", { class: `panel ${className}`, ...attributes });
   }
 
-  /** Show the elements to which `work` resolves, or its error. If `work` was aborted (undefined), change nothing. */
+  /** Show the elements to which `work` resolves, or its error. If it resolves to undefined, change nothing. */
   async load(work) {
     const isLatest = this.begin();
     try {

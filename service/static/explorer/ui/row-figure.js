@@ -63,7 +63,7 @@ function paintPixels(canvas, [height, width], colourOf) {
   context.putImageData(image, 0, 0);
 }
 
-/** Paint horizontal bars. The canvas is as wide as `ranges[i]` for row[i]. A bar starts at `baseline(range)`. */
+/** Paint each row[i] as a horizontal bar. The canvas spans `ranges[i]`. The bar starts at `baseline(ranges[i])`. */
 function paintBars(canvas, row, ranges, baseline) {
   const size = THUMBNAIL_SIZE;
   canvas.width = size;
@@ -106,7 +106,7 @@ export function rowFigure(model, row, label, reference = null) {
   return h("div", attributes, features, note);
 }
 
-/** The name, the value and a bar from the feature's minimum to its maximum, with a mark at the reference. */
+/** A feature's name, its value, and a bar on a scale from its minimum to its maximum, with a mark at the reference. */
 function featureBar(model, i, value, reference) {
   const { name, unit, minimum, maximum } = model.features[i];
   const share = (v) => clamp((v - minimum) / (maximum - minimum || 1), 0, 1);

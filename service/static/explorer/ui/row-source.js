@@ -34,7 +34,7 @@ export class RowSource {
     ];
   }
 
-  /** Restore the row in the address, or show the first row. */
+  /** Show the row that the address holds, or the first row if it holds none. */
   start() {
     this.ownRow = state.numbers("data", this.model.width);
     this.select(this.source);

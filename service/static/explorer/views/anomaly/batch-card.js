@@ -26,7 +26,7 @@ export class BatchCard {
     this.heldOut = heldOut;
     this.oninspect = oninspect;
     this.rows = null;
-    this.omitted = 0; // rows of the file beyond MAX_ROWS
+    this.omitted = 0; // number of rows in the file beyond MAX_ROWS; they are not scored
     this.task = new LatestTask();
     this.results = new AsyncPanel();
     this.element = card("Score a batch", this.controls(), this.results.element);

@@ -9,7 +9,7 @@ const PRIOR_SAMPLES = 250; // enough to estimate the contours of a prior that ha
 /**
  * `heldOut`: the model's held-out rows, or null.
  * `samples`: latents drawn from the prior, or an empty list if the map does not need them.
- * `codes`: the latents of the held-out rows; without held-out rows, `samples`.
+ * `codes`: the latents of the held-out rows, or `samples` if there are no held-out rows.
  * `points`: `codes` as a list of {z, label}.
  */
 export async function loadCodes(model) {

@@ -179,7 +179,7 @@ export class MapCard {
   }
 }
 
-/** The axes in the address; the principal components if the model lacks one of these latents. */
+/** The axes that the address names, or the principal components if the model lacks one of the named latents. */
 function axesFromState(model) {
   const axes = state.get("axes", model.latents > 2 ? PRINCIPAL_AXES : "0,1");
   const isValid = axes.split(",").every((k) => Number(k) < model.latents);

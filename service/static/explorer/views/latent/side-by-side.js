@@ -16,7 +16,7 @@ import { rowFigure } from "../../ui/row-figure.js";
 import { centreOf, loadCodes } from "./codes.js";
 
 const GRID_SIZE = 9; // decoded rows per side of a map
-const PRELOAD_DISTANCE = "200px"; // maps are loaded at this distance below the visible part of the page
+const PRELOAD_DISTANCE = "200px"; // a map is loaded at this distance from the visible part of the page
 const DESCRIPTION =
   "The latents of the same rows in each model. An autoencoder leaves gaps between them, and points in a gap may " +
   "decode to implausible rows. A VAE fills the space of its prior, so points between the dots decode to plausible " +

@@ -78,7 +78,7 @@ export class SlidersCard {
   }
 }
 
-/** The end of slider `k`: a little beyond the largest |value| of latent k in `codes` and, for a VAE, beyond 3. */
+/** The end of slider `k`: 5 % above the largest |value| of latent k in `codes`; for a VAE, at least 3.15. */
 function sliderLimit(model, codes, k) {
   const least = model.kind === "vae" ? 3 : 0;
   return Math.max(least, ...codes.map((z) => Math.abs(z[k]))) * 1.05 || 3;

@@ -21,7 +21,7 @@ const LINEAR_NOTE =
   "last angle may be large: if two eigenvalues are nearly equal, the data do not determine the direction of a " +
   "component.";
 
-/** A choice of another model of the same rows, and the angles between the directions of the two decoders. */
+/** A list of other models of the same rows, and the principal angles between `pca` and the selected model. */
 export async function compareSubspaces(pca, models) {
   const candidates = models.filter((other) => other.name !== pca.name && sameShape(other, pca));
   if (!candidates.length) return noCandidateMessage();

@@ -17,7 +17,7 @@ const STEPS = ["Data", "Centre", "Covariance", "Eigenvectors", "Project"];
 const DIGITS = 4;
 const CENTRED = sub(mi("X"), mi("c"));
 
-/** PCA of `data` [3][2]. The first nonzero number of each eigenvector is positive. */
+/** PCA of `data`, three rows of two numbers. The first nonzero number of each eigenvector is positive. */
 function solve(data) {
   const centre = mean(data);
   const centred = data.map((row) => subtract(row, centre));

@@ -3,7 +3,7 @@
 import { fixed, number } from "../../lib/format.js";
 import { svg } from "../../ui/dom.js";
 
-const DEFAULT_LAYERS = { mlp: [256, 128], conv: [32, 64] }; // layer widths of a training run without --hidden
+const DEFAULT_LAYERS = { mlp: [256, 128], conv: [32, 64] }; // layer widths if training has no --hidden
 const MAX_LATENTS = 32; // the maximum number of bars in the diagram of the latents
 const NETWORK = { width: 150, height: 130, centre: 58 };
 const CODE = { width: 150, height: 120 };
@@ -11,7 +11,7 @@ const CODE = { width: 150, height: 120 };
 const hiddenLayers = ({ kind, training }) =>
   kind === "pca" ? [] : (training.hidden ?? DEFAULT_LAYERS[training.network] ?? []);
 
-/** "layers of 256, 128" */
+/** The networks in words, such as "layers of 256, 128". */
 export function describeLayers(model) {
   if (model.kind === "pca") return "a projection on the principal components";
   const { network, dense } = model.training;
