@@ -1,4 +1,4 @@
-"""Run the `elbo` command, in a new process or in the process of the test, and write data files for it."""
+"""Run the `elbo` command in a new process or in the process of the test, and write data files for the command."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ HEADER = "cpu [%],memory [GB],disk,network,errors"
 
 
 def command(*arguments: str, environment: dict[str, str] | None = None) -> CompletedCommand:
-    """Run `elbo` in a new process, without ELBO_* variables except those in `environment`."""
+    """Run `elbo` in a new process, in which only the ELBO_* variables in `environment` are set."""
     return subprocess.run(
         [sys.executable, "-m", "elbo", *arguments],
         cwd=ROOT,
@@ -32,7 +32,7 @@ def command(*arguments: str, environment: dict[str, str] | None = None) -> Compl
 def two_factor_rows(rows: int, seed: int) -> Rows:
     """Return random rows of five metrics that depend on two random loads.
 
-    The fifth metric is the sum of 10, the first load and noise.
+    The fifth metric is the first load plus 10 plus noise.
     """
     random = np.random.RandomState(seed)
     loads = random.standard_normal((rows, 2))

@@ -12,7 +12,7 @@ settings.load_profile("elbo")
 
 
 def require(condition: object, reason: str) -> None:
-    """Skip the calling test if `condition` is false. In CI, fail the test, because nobody would notice a skip."""
+    """Skip the calling test if `condition` is false. In CI, fail the test instead: nobody would notice a skip."""
     if condition:
         return
     if os.environ.get("CI"):
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def demonstration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return an artifact folder with the models that `elbo demo` trains on the digits.
 
-    The processes of one test run share the folder: the first one trains, and the others wait for it.
+    If several processes run the tests, they share the folder: the first trains the models, and the others wait for it.
     """
     from tests.training.reporters import RecordingReporter
     from training.config import DEMONSTRATION
@@ -42,7 +42,7 @@ def demonstration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from training.train import train
 
     base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # the base folder of each process is in it
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # all workers have the same base.parent
     root = shared / "demonstration"
     with (shared / "demonstration.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -49,7 +49,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def servers(demonstration: Path, files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    """Yield a server with the demonstration models and the model `web`, which the how-to guides use."""
+    """Yield a server with the demonstration models and with `web`, the model of the how-to guides."""
     artifacts = tmp_path_factory.mktemp("served") / "artifacts"
     shutil.copytree(demonstration, artifacts)
     folders = "--artifacts", str(artifacts), "--runs", str(artifacts.parent / "runs")

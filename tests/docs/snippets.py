@@ -1,7 +1,7 @@
 """Run the code blocks of a page against a real server.
 
-Blocks in `bash` and `python` run in order, in one folder. If a `json` block follows directly, it shows a part of the
-JSON that the code printed, and is compared with that output. Blocks in `console`, `sh` and `text` do not run.
+The `bash` and `python` blocks run in order, in one folder. A `json` block directly after one of them shows a part of
+the JSON that the code printed, and is compared with that output. The `console`, `sh` and `text` blocks do not run.
 """
 
 import json
@@ -27,7 +27,7 @@ from tests.waiting import wait_until
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RUN = ("bash", "python")
-TOLERANCE = 0.1  # relative, as pages show rounded numbers and trained networks differ slightly between processors
+TOLERANCE = 0.1  # relative: pages round their numbers, and trained networks differ slightly between processors
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Servers:
 def alertmanager() -> Iterator[int]:
     """Run a server that accepts alerts like Alertmanager, and yield its port.
 
-    A GET request waits up to 30 s for the first alert, and returns all alerts.
+    A GET request returns all alerts. If none has arrived, it first waits up to 30 s for one.
     """
     alerts: list[Any] = []
     arrived = threading.Event()
@@ -71,7 +71,7 @@ def alertmanager() -> Iterator[int]:
             self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
-            """Keep the test's output short."""
+            """Write nothing, to keep the output of the test short."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever)
@@ -129,7 +129,7 @@ def _run(language: str, code: str, servers: Servers, folder: Path) -> str:
 
 
 def _difference(shown: Any, got: Any, where: str) -> str | None:
-    """Return how the output `got` differs from `shown`, the part that the page shows; None if nothing differs."""
+    """Return how the output `got` differs from the part that the page shows, or None if they agree."""
     if isinstance(shown, dict) and isinstance(got, dict):
         missing = [f"{where} lacks {key!r}" for key in shown if key not in got]
         inner = [_difference(value, got.get(key), f"{where}.{key}") for key, value in shown.items()]

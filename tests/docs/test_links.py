@@ -1,4 +1,4 @@
-"""Links and paths in the documents exist, and the architecture page explains every dependency."""
+"""Links and paths in the documents lead to files that exist, and the architecture page explains every dependency."""
 
 import re
 import tomllib
@@ -41,7 +41,7 @@ def test_every_path_that_a_page_names_exists(page: Path) -> None:
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
-def test_every_name_in_contributing_occurs_in_the_file_given_with_it() -> None:
+def test_file_that_contributing_gives_for_a_name_contains_the_name() -> None:
     named = NAME_IN_FILE.findall((ROOT / "CONTRIBUTING.md").read_text())
     assert len(named) > 10
     assert [(name, path) for name, path in named if not re.search(rf"\b{name}\b", (ROOT / path).read_text())] == []
@@ -63,7 +63,7 @@ def test_glossary_is_short_and_sorted() -> None:
     assert 20 <= len(terms) <= GLOSSARY_LINES
 
 
-def test_path_of_a_request_fits_on_a_screen_and_names_at_most_ten_files() -> None:
+def test_section_on_the_path_of_a_request_fits_on_a_screen_and_names_at_most_ten_files() -> None:
     section = (ROOT / "docs" / "architecture.md").read_text().split("## The path of a request")[1].split("\n## ")[0]
     assert len(section.splitlines()) <= 30
     assert 5 <= len(set(PATH.findall(section))) <= 10

@@ -28,14 +28,14 @@ def test_every_code_block_of_the_readme_runs(demonstration: Path, tmp_path: Path
     assert "web" in names(artifacts)
 
 
-def test_first_screen_has_an_image_a_command_and_a_request_with_its_response() -> None:
+def test_first_screen_has_an_image_a_command_a_request_and_a_response() -> None:
     text = README.read_text().split("\n## ")[0]
     (image,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
     assert (ROOT / image).read_bytes().startswith(b"\x89PNG")
     assert [language for language, _ in BLOCK.findall(text)] == ["console", "bash", "json"]
 
 
-def test_make_targets_in_the_readme_exist() -> None:
+def test_every_make_target_that_the_readme_names_exists() -> None:
     text = README.read_text()
     console = "\n".join(code for language, code in BLOCK.findall(text) if language == "console")
     targets = re.findall(r"^make ([\w-]+)", console, re.MULTILINE) + re.findall(r"`make ([\w-]+)", text)

@@ -44,7 +44,7 @@ def test_every_generated_table_is_on_exactly_one_page_of_the_reference(name: str
     assert "<!-- generated" not in built(pages[0].stem)
 
 
-def test_marker_of_an_unknown_table_fails_the_build() -> None:
+def test_build_fails_if_a_page_has_the_marker_of_an_unknown_table() -> None:
     with pytest.raises(KeyError, match="secrets"):
         generate.on_page_markdown("<!-- generated: secrets -->")
 
@@ -145,7 +145,7 @@ def test_every_module_of_the_python_reference_exists() -> None:
         assert Path(ROOT, *module.split(".")).with_suffix(".py").is_file()
 
 
-def test_example_verdict_has_only_fields_of_the_response(document: dict[str, Any]) -> None:
+def test_example_of_a_verdict_has_only_fields_that_the_schema_defines(document: dict[str, Any]) -> None:
     page = (PAGES / "http.md").read_text()
     (example,) = (json.loads(code) for language, code in BLOCK.findall(page) if language == "json")
     content = document["paths"]["/anomaly"]["post"]["responses"]["200"]["content"]
@@ -154,7 +154,7 @@ def test_example_verdict_has_only_fields_of_the_response(document: dict[str, Any
 
 
 def unknown_fields(value: Any, schema: dict[str, Any], schemas: dict[str, Any]) -> list[str]:
-    """Return the keys of `value`, and of objects in it, that its schema does not define."""
+    """Return the keys of `value` and of its nested objects that the schema does not define."""
     if "$ref" in schema:
         schema = schemas[schema["$ref"].rsplit("/", 1)[-1]]
     for part in schema.get("anyOf", ()):

@@ -27,7 +27,7 @@ COMMENTS = re.compile(r"/\*.*?\*/", re.DOTALL)
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of the site, built as by `make docs`."""
+    """Build the site as `make docs` does; return its folder."""
     target = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(target)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -81,7 +81,7 @@ def test_no_style_sheet_loads_anything_from_another_host(site: Path) -> None:
     assert sheets | inline == set()
 
 
-def test_no_script_names_a_host_that_it_could_load_from(site: Path) -> None:
+def test_no_script_names_a_host_from_which_it_could_load_a_file(site: Path) -> None:
     pattern = re.compile(r"[\"'`]https?://([\w.-]+)")
     scripts = [(name, COMMENTS.sub("", text)) for name, text in files(site, ".js") if "search_index" not in name]
     hosts = {(name, host) for name, text in scripts for host in pattern.findall(text)}
@@ -97,7 +97,7 @@ def browser() -> Iterator[Browser]:
         yield browser
 
 
-def test_site_opened_as_a_file_contacts_no_host_and_finds_a_setting_by_search(site: Path, browser: Browser) -> None:
+def test_search_works_and_no_host_is_contacted_if_the_site_is_opened_as_a_file(site: Path, browser: Browser) -> None:
     requested: list[str] = []
 
     def refuse(route: Route) -> None:

@@ -46,7 +46,10 @@ def core(kind: str) -> Core:
 
 
 def pipeline(kind: str, seed: int = 0) -> Pipeline:
-    """Return a random pipeline around `core(kind)`, seeded with `seed`. It imputes if `kind` ends in -imputing."""
+    """Return a pipeline around `core(kind)`, with random parameters from `seed`.
+
+    If `kind` ends in -imputing, the pipeline imputes missing values.
+    """
     torch.manual_seed(seed)
     weights, factors = torch.tensor([0.3, 0.7]), torch.randn(2, K, K).tril()
     prior = (
@@ -64,7 +67,7 @@ def pipeline(kind: str, seed: int = 0) -> Pipeline:
 
 
 def batch(rows: int = B, gaps: Sequence[tuple[int, int]] = ()) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return rows [B, D] with NaN at `gaps`, standard normal noise [B, K], and uniform random choice [B]."""
+    """Return three tensors: rows [B, D] with NaN at `gaps`, standard normal noise [B, K], and uniform choices [B]."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(rows, D, generator=generator)
     for place in gaps:

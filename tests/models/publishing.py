@@ -1,4 +1,4 @@
-"""Publish the models of `builders`, with or without an ONNX twin."""
+"""Publish the models of `builders`, with or without an ONNX twin (the copy of the networks for ONNX Runtime)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -37,7 +37,7 @@ KINDS = (*CORES, "pca-imputing")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_eager_scripted_and_frozen_models_give_equal_outputs(kind: str) -> None:
+def test_model_gives_equal_outputs_whether_eager_scripted_or_frozen(kind: str) -> None:
     model, inputs = pipeline(kind), batch(gaps=GAPS if kind == "pca-imputing" else ())
     scripted = artifact.script(model)
     eager = artifact.compute_outputs(model, *inputs)
@@ -60,7 +60,7 @@ def test_loaded_artifact_gives_the_outputs_of_the_published_model(kind: str, tmp
     assert loaded.manifest.weights_sha256 == artifact.weights_sha256(model)
 
 
-def test_publish_increments_the_version_and_resolve_returns_the_newest(tmp_path: Path) -> None:
+def test_publish_increments_the_version_and_resolve_returns_the_newest_version(tmp_path: Path) -> None:
     first, second = publish(tmp_path), publish(tmp_path)
     assert [first, second] == [tmp_path / "model" / version / "model.pt" for version in ("1", "2")]
     assert versions(tmp_path, "model") == [1, 2]
@@ -72,7 +72,9 @@ def test_publish_increments_the_version_and_resolve_returns_the_newest(tmp_path:
 @pytest.mark.parametrize(
     "reference", ["absent", "model@9", "model@01", "model@", "../model", "", "model/1", ".", "mo del"]
 )
-def test_resolve_with_an_unknown_or_malformed_reference_raises_artifact_missing(reference: str, tmp_path: Path) -> None:
+def test_resolve_raises_artifact_missing_if_the_reference_is_unknown_or_malformed(
+    reference: str, tmp_path: Path
+) -> None:
     publish(tmp_path)
     with pytest.raises(ArtifactMissing):
         resolve(tmp_path, reference)
@@ -127,27 +129,27 @@ def test_loading_a_file_with_one_flipped_bit_raises_an_artifact_error(tmp_path: 
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x04\x95", b"PK\x03\x04rest"])
-def test_loading_a_file_of_another_format_raises_with_advice(content: bytes, tmp_path: Path) -> None:
+def test_loading_a_file_of_another_format_raises_an_error_with_advice(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     path.write_bytes(content)
     with pytest.raises((ArtifactForeign, ArtifactCorrupt), match=r"elbo train|copy it again"):
         artifact.load(path)
 
 
-def test_loading_a_torchscript_file_without_a_seal_raises_artifact_foreign(tmp_path: Path) -> None:
+def test_load_raises_artifact_foreign_if_a_torchscript_file_has_no_seal(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.jit.save(artifact.script(pipeline("pca")), path)
     with pytest.raises(ArtifactForeign, match="without Elbo's seal"):
         artifact.load(path)
 
 
-def test_loading_a_later_format_version_raises_artifact_too_new(tmp_path: Path) -> None:
+def test_load_raises_artifact_too_new_for_a_later_format_version(tmp_path: Path) -> None:
     path = publish(tmp_path, format_version=FORMAT_VERSION + 1)
     with pytest.raises(ArtifactTooNew, match=f"format version {FORMAT_VERSION + 1}.*upgrade Elbo"):
         artifact.load(path)
 
 
-def test_loading_a_later_format_version_with_an_unknown_seal_raises_artifact_too_new(tmp_path: Path) -> None:
+def test_load_raises_artifact_too_new_for_a_later_format_version_even_if_the_seal_is_unknown(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(
@@ -163,7 +165,7 @@ def test_loading_an_absent_file_raises_artifact_missing(tmp_path: Path) -> None:
         artifact.load(tmp_path / "absent.pt")
 
 
-def test_loading_a_model_that_differs_from_its_golden_answers_raises_artifact_mismatch(tmp_path: Path) -> None:
+def test_load_raises_artifact_mismatch_if_the_model_does_not_give_its_golden_answers(tmp_path: Path) -> None:
     model = pipeline("pca")
     module = artifact.script(model)
     golden = artifact.record_golden(module, *batch())
@@ -173,14 +175,14 @@ def test_loading_a_model_that_differs_from_its_golden_answers_raises_artifact_mi
         artifact.load(path)
 
 
-def test_loading_weights_that_differ_from_the_manifest_raises_artifact_corrupt(tmp_path: Path) -> None:
+def test_load_raises_artifact_corrupt_if_the_weights_do_not_match_the_manifest(tmp_path: Path) -> None:
     module = artifact.script(pipeline("pca"))
     path = artifact.publish(module, manifest("model", "0" * 64, artifact.record_golden(module, *batch())), tmp_path)
     with pytest.raises(ArtifactCorrupt, match="weights"):
         artifact.load(path)
 
 
-def test_manifest_is_a_json_member_of_a_zip_file(tmp_path: Path) -> None:
+def test_artifact_is_a_zip_file_that_contains_the_manifest_as_json(tmp_path: Path) -> None:
     path = publish(tmp_path)
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
@@ -224,7 +226,7 @@ print(max(float((output - torch.tensor(golden["outputs"][name])).abs().max()) fo
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_artifact_gives_its_golden_answers_with_only_torch_installed(kind: str, tmp_path: Path) -> None:
+def test_artifact_gives_its_golden_answers_if_only_torch_is_installed(kind: str, tmp_path: Path) -> None:
     path = publish(tmp_path, kind)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-c", PLAIN_TORCH, str(path)]
@@ -253,7 +255,7 @@ def test_choose_device_returns_an_available_device_or_raises_device_missing() ->
 
 
 class PipelineWithoutLogWeight(Pipeline):
-    """A pipeline as in earlier releases, where pipelines had no log_weight."""
+    """A pipeline of an earlier release, when pipelines had no log_weight."""
 
     log_weight = None  # type: ignore[assignment] # absent from artifacts of earlier releases
 
@@ -273,12 +275,12 @@ def test_artifact_without_log_weight_loads(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(("kind", "has_density"), [("pca", True), ("vae-bernoulli", True), ("ae", False)])
-def test_golden_answers_include_log_weights_only_for_models_with_a_density(kind: str, has_density: bool) -> None:
+def test_golden_answers_include_log_weights_only_if_the_model_has_a_density(kind: str, has_density: bool) -> None:
     golden = artifact.record_golden(artifact.script(pipeline(kind)), *batch())
     assert ("log_weight" in golden.outputs) is has_density
 
 
-def test_gaps_in_golden_rows_are_nan_after_loading_and_are_imputed(tmp_path: Path) -> None:
+def test_golden_rows_store_missing_values_as_null_and_the_loaded_model_imputes_them(tmp_path: Path) -> None:
     loaded = artifact.load(publish(tmp_path, "pca-imputing"))
     assert loaded.manifest.golden.inputs["x"][2][4] is None
     scaling, rows = pipeline("pca-imputing").scaling, batch(gaps=GAPS)[0]

@@ -1,4 +1,4 @@
-"""The autoencoder's score and its whitening, against numpy and scikit-learn."""
+"""The score of the autoencoder and the whitening, compared with numpy and scikit-learn."""
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,7 @@ def test_encode_gives_the_latents_and_zero_standard_deviation() -> None:
 
 
 def vectors_of(model: Autoencoder, x: torch.Tensor) -> Doubles:
-    """Return the joint vectors (latents, residual) of x [N, D]."""
+    """Return the joint vectors [N, K + D] of x [N, D]: the latents, then the residual."""
     latents = model.encode(x)[0]
     return torch.cat((latents, x - model.decode(latents)), dim=1).double().numpy()
 
@@ -40,7 +40,7 @@ def vectors_of(model: Autoencoder, x: torch.Tensor) -> Doubles:
 def covariance_of(vectors: Doubles, usual: Doubles) -> Doubles:
     """Compute the regularised covariance of joint vectors [N, K + D] with scikit-learn and numpy.
 
-    The variances of the vectors are shrunk towards the variances `usual`, [K + D].
+    The variances of the vectors are shrunk towards the variances in `usual` [K + D].
     """
     rows, centred = len(vectors), vectors - vectors.mean(axis=0)
     deviation = np.sqrt((rows * centred.var(axis=0) + PSEUDO_ROWS * usual) / (rows + PSEUDO_ROWS))
@@ -106,7 +106,7 @@ def test_whitened_vectors_have_zero_mean_and_unit_covariance() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100])
-def test_change_in_a_constant_column_gives_a_large_finite_distance(rows: int) -> None:
+def test_distance_is_large_but_finite_if_a_constant_column_changes(rows: int) -> None:
     vectors = torch.randn(rows, D)
     vectors[:, 3] = 0.0
     whitening = fit_whitening(vectors, UNIT)
@@ -126,7 +126,7 @@ def test_robust_whitening_recovers_the_clean_covariance() -> None:
     def error(robust: bool) -> float:
         factor = fit_whitening(contaminated, UNIT, robust).factor
         covariance = torch.linalg.inv(factor.T @ factor)
-        shape = covariance * (truth.trace() / covariance.trace())  # corrects the scale, which trimming reduces
+        shape = covariance * (truth.trace() / covariance.trace())  # trimming reduces the covariance: undo that
         return float((shape - truth).norm() / truth.norm())
 
     assert error(robust=True) < 0.1

@@ -11,21 +11,21 @@ from tests.models.builders import CORES, D, pipeline
 
 NEW_ROWS = 2_000
 REPETITIONS = 4_000
-SIGNIFICANCE = 1e-4  # level of the statistical tests, whose seeds are fixed
+SIGNIFICANCE = 1e-4  # significance level of the statistical tests; their seeds are fixed
 
 
 def calibration(n: int, seed: int = 0) -> Calibration:
     return Calibration(torch.from_numpy(np.random.RandomState(seed).standard_normal(n).astype(np.float32)))
 
 
-def test_p_value_is_the_share_of_scores_that_are_at_least_as_large() -> None:
+def test_p_value_is_the_share_of_calibration_scores_that_are_at_least_as_large() -> None:
     p = Calibration(torch.tensor([3.0, 1.0, 2.0, 2.0])).p_value(torch.tensor([0.0, 1.0, 2.0, 2.5, 3.0, 4.0]))
     assert p.tolist() == pytest.approx([5 / 5, 5 / 5, 4 / 5, 2 / 5, 2 / 5, 1 / 5])
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.05, 0.01])
 @pytest.mark.parametrize("n", [199, 400, 1000])
-def test_number_of_false_alarms_lies_in_its_99_percent_interval(alpha: float, n: int) -> None:
+def test_number_of_false_alarms_lies_in_the_99_percent_interval(alpha: float, n: int) -> None:
     """The number of false alarms among new rows is beta-binomial, because the calibration rows are random too."""
     new_scores = np.random.RandomState(n).exponential(size=NEW_ROWS).astype(np.float32)
     scores = np.random.RandomState(n + 1).exponential(size=n).astype(np.float32)
@@ -51,7 +51,7 @@ def p_values(n: int, new_rows: int) -> np.ndarray:
 def test_p_values_of_normal_rows_are_uniform(n: int) -> None:
     """The rank of a row among n + 1 exchangeable rows is uniform.
 
-    The p-value of a normal row is therefore at most k / (n + 1) with probability k / (n + 1), exactly.
+    The p-value of a normal row is therefore at most k / (n + 1) with probability exactly k / (n + 1).
     """
     ranks = np.rint(p_values(n, 1) * (n + 1)).astype(int).ravel()
     assert chisquare(np.bincount(ranks, minlength=n + 2)[1:]).pvalue > SIGNIFICANCE
@@ -59,7 +59,7 @@ def test_p_values_of_normal_rows_are_uniform(n: int) -> None:
 
 @pytest.mark.parametrize(("n", "alpha"), [(19, 0.05), (19, 0.25), (99, 0.1)])
 @pytest.mark.slow
-def test_number_of_false_alarms_with_a_shared_calibration_set_is_beta_binomial(n: int, alpha: float) -> None:
+def test_number_of_false_alarms_is_beta_binomial_if_the_rows_share_a_calibration_set(n: int, alpha: float) -> None:
     """For m new rows, the number is beta-binomial(m, k, n + 1 - k), where k = floor(alpha (n + 1)).
 
     Marques F., "Universal distribution of the empirical coverage in split conformal prediction", 2025. The shared
@@ -68,7 +68,7 @@ def test_number_of_false_alarms_with_a_shared_calibration_set_is_beta_binomial(n
     m, k = 20, int(alpha * (n + 1) + 1e-9)
     alarms = (p_values(n, m) <= alpha * (1 + 1e-6)).sum(axis=1)
     distribution = betabinom(m, k, n + 1 - k)
-    # The last cell also holds all larger numbers: the chi-square test needs several repetitions per cell.
+    # Count `last` alarms and more together, because the chi-square test needs several repetitions for each number.
     last = int(distribution.isf(5 / REPETITIONS))
     counted = np.bincount(np.minimum(alarms, last), minlength=last + 1)
     expected = np.append(distribution.pmf(np.arange(last)), distribution.sf(last - 1)) * REPETITIONS
@@ -78,9 +78,7 @@ def test_number_of_false_alarms_with_a_shared_calibration_set_is_beta_binomial(n
 
 @pytest.mark.parametrize("alpha", [0.5, 0.1, 0.05, 0.001])
 @pytest.mark.parametrize("kind", CORES)
-def test_severity_of_every_model_kind_exceeds_one_exactly_if_the_score_exceeds_the_threshold(
-    kind: str, alpha: float
-) -> None:
+def test_severity_is_above_one_if_and_only_if_the_score_is_above_the_threshold(kind: str, alpha: float) -> None:
     model = pipeline(kind)
     rows = 3 * torch.randn(400, D, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
@@ -100,7 +98,7 @@ REACHABLE = [
 
 
 @pytest.mark.parametrize(("n", "alpha"), REACHABLE)
-def test_severity_exceeds_one_exactly_if_the_p_value_is_at_most_alpha(n: int, alpha: float) -> None:
+def test_severity_is_above_one_if_and_only_if_the_p_value_is_at_most_alpha(n: int, alpha: float) -> None:
     model = calibration(n)
     near = torch.cat([model.scores + shift for shift in (0.0, 1e-6, -1e-6, 0.1)])
     scores = torch.cat([near, torch.linspace(-6, 6, 500)])
@@ -113,34 +111,34 @@ def test_severity_exceeds_one_exactly_if_the_p_value_is_at_most_alpha(n: int, al
 def test_severity_never_falls_as_the_score_rises(alpha: float) -> None:
     severity = calibration(99).severity(torch.linspace(-10, 30, 2000), alpha)
     assert bool((severity.diff() >= 0).all())
-    assert float(severity[-1]) > 2 * float(severity[1000])  # rises beyond the largest calibration score too
+    assert float(severity[-1]) > 2 * float(severity[1000])  # it also rises above the largest calibration score
 
 
-def test_threshold_of_exponential_scores_for_alpha_below_the_floor_is_near_the_exact_quantile() -> None:
-    """Exponential scores have exactly the tail that the calibration fits, and their quantiles are known."""
+def test_threshold_is_near_the_exact_quantile_even_if_alpha_is_below_the_smallest_p_value() -> None:
+    """The scores are exponential: the calibration fits exactly this tail, and the quantiles are known."""
     model = Calibration(torch.from_numpy(np.random.RandomState(0).exponential(size=20_000).astype(np.float32)))
     assert float(model.threshold(1e-6)) == pytest.approx(expon.isf(1e-6), rel=0.1)
 
 
-def test_severity_with_constant_calibration_scores_is_finite_and_flags_larger_scores() -> None:
+def test_severity_is_finite_and_flags_larger_scores_if_all_calibration_scores_are_equal() -> None:
     model = Calibration(torch.full((50,), 2.0))
     severity = model.severity(torch.tensor([1.0, 2.0, 2.5]), 0.05)
     assert severity[1] <= 1.0 < severity[2]
     assert bool(severity.isfinite().all())
 
 
-def test_severity_far_below_every_calibration_score_is_between_zero_and_one() -> None:
+def test_severity_is_between_zero_and_one_if_the_score_is_below_every_calibration_score() -> None:
     severity = calibration(99).severity(torch.tensor([-1e30, -1e3, -3.0]), 0.05)
     assert bool(((severity >= 0) & (severity < 1)).all())
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
 @pytest.mark.parametrize("shift", [0.0, -3.0, 30.0])
-def test_p_value_of_a_score_equal_to_a_calibration_score_does_not_change_with_rounding(
+def test_rounding_does_not_change_the_p_value_of_a_score_that_equals_a_calibration_score(
     scale: float, shift: float
 ) -> None:
     scores = scale * (torch.from_numpy(np.random.RandomState(0).permutation(300)).float() + 100 * shift)
     model = Calibration(scores)
-    expected = 1.0 - (scores.argsort().argsort()) / 301  # 300 - rank scores are at least as large
+    expected = 1.0 - (scores.argsort().argsort()) / 301  # of the 300 scores, 300 minus the rank are as large or larger
     for rounded in (scores, scores * (1 + 2e-6), scores * (1 - 2e-6)):
         assert torch.allclose(model.p_value(rounded), expected, atol=1.5 / 301 * 1e-3)

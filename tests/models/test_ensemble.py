@@ -28,7 +28,7 @@ def ensemble() -> Ensemble:
     return model.eval().requires_grad_(False)
 
 
-def test_distance_is_the_smallest_squared_distance_divided_by_the_scale() -> None:
+def test_neighbours_give_the_smallest_scaled_squared_distance_to_a_reference_row() -> None:
     rows, scale, x = torch.randn(50, D), torch.rand(50) + 0.1, torch.randn(20, D)
     exact = (torch.cdist(x.double(), rows.double()).square() / scale).amin(dim=1)
     near = Neighbours(no_whitening(D), rows, scale)
@@ -37,10 +37,10 @@ def test_distance_is_the_smallest_squared_distance_divided_by_the_scale() -> Non
 
 
 def test_fitted_neighbours_give_scaled_mahalanobis_distances() -> None:
-    """A distance is divided by the scale of the reference row.
+    """Each distance is divided by the scale of the reference row.
 
-    The scale is the squared distance d of the reference row to its neighbour of rank NEIGHBOUR_RANK, plus the mean of
-    d over all reference rows.
+    Let d be the squared distance of a reference row to its neighbour of rank NEIGHBOUR_RANK. The scale of the row is d
+    plus the mean of d over all reference rows.
     """
     torch.manual_seed(0)
     mixing = torch.randn(D, D)
@@ -58,14 +58,14 @@ def test_fitted_neighbours_give_scaled_mahalanobis_distances() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
-def test_neighbours_of_few_or_equal_rows_give_finite_distances(rows: int) -> None:
+def test_distances_are_finite_if_the_reference_rows_are_few_or_equal(rows: int) -> None:
     near = fit_neighbours(torch.ones(rows, D))
     distances = near(torch.stack((torch.ones(D), torch.zeros(D))))
     assert bool(distances.isfinite().all())
     assert distances[1] > distances[0]
 
 
-def test_score_is_the_sum_of_both_distances_after_scaling_by_their_means() -> None:
+def test_score_adds_the_distances_of_both_detectors_after_scaling_each_by_its_mean() -> None:
     model, fitted, x = ensemble(), torch.randn(300, D), torch.randn(400, D)
     fit_score_statistics(model, x, fitted)
     score, parts, x_hat = model.score(x)
@@ -76,7 +76,7 @@ def test_score_is_the_sum_of_both_distances_after_scaling_by_their_means() -> No
     assert torch.equal(x_hat, model.network.decode(model.network.encode(x)[0]))
 
 
-def test_few_rows_with_huge_distances_do_not_change_the_weights() -> None:
+def test_few_rows_with_huge_distances_do_not_change_the_scores_of_normal_rows() -> None:
     model, fitted, x = ensemble(), torch.randn(300, D), torch.randn(400, D)
     fit_score_statistics(model, x, fitted)
     before = model.score(x)[0]

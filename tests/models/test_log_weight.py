@@ -22,7 +22,7 @@ def vae(kind: str) -> VAE:
 
 
 @pytest.mark.parametrize("kind", VAES)
-def test_log_weight_of_a_vae_equals_that_of_the_training_objective(kind: str) -> None:
+def test_log_weight_of_a_vae_equals_the_log_weight_in_the_training_objective(kind: str) -> None:
     model, (x, noise, _) = vae(kind), batch()
     assert torch.allclose(model.log_weight(x, noise), log_weights(model, x, noise.unsqueeze(0))[0], atol=1e-5)
 
@@ -47,7 +47,7 @@ def test_log_weight_of_an_autoencoder_is_nan(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", VAES)
-def test_mean_of_log_weights_is_the_elbo_and_their_log_mean_exp_is_the_importance_weighted_bound(kind: str) -> None:
+def test_log_weights_have_the_elbo_as_mean_and_the_importance_weighted_bound_as_log_mean_exp(kind: str) -> None:
     samples, model, x = 20_000, vae(kind), batch()[0]
     noise = torch.randn(samples, B, K, generator=torch.Generator().manual_seed(0))
     weights = torch.stack([model.log_weight(x, one) for one in noise[:500]])  # [S, B]
@@ -59,6 +59,6 @@ def test_mean_of_log_weights_is_the_elbo_and_their_log_mean_exp_is_the_importanc
     assert float(many.mean()) == pytest.approx(elbo, abs=5 * float(many.std()) / math.sqrt(samples))
 
 
-def test_log_weight_of_a_pipeline_equals_the_log_weight_of_its_core_for_scaled_rows() -> None:
+def test_pipeline_gives_the_log_weight_of_its_core_for_the_scaled_rows() -> None:
     model, (x, noise, _) = pipeline("vae-gaussian"), batch()
     assert torch.equal(model.log_weight(x, noise), model.core.log_weight(model.scaling(x), noise))

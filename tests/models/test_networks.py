@@ -1,4 +1,4 @@
-"""The networks, compared with numpy implementations; their shapes, gradients, and scripted and frozen forms."""
+"""The networks: outputs compared with numpy, shapes, gradients, and the scripted and frozen forms."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def filters(layer: nn.Module) -> tuple[np.ndarray, np.ndarray]:
 
 
 def convolved(image: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """Return `image` [H, W, C], convolved with filters `weight` [F, C, 3, 3], stride 2 and zero padding: [h, w, F]."""
+    """Convolve `image` [H, W, C] with filters `weight` [F, C, 3, 3], stride 2 and zero padding; return [h, w, F]."""
     height, width, _ = image.shape
     padded = np.pad(image, ((1, 1), (1, 1), (0, 0)))
     out = np.empty(((height + 1) // 2, (width + 1) // 2, len(weight)))
@@ -61,7 +61,7 @@ def test_encoder_and_decoder_outputs_have_the_requested_widths(
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (9, 7), (28, 28), (13, 10, 3)])
-def test_encoder_halves_the_image_sides_rounding_up_and_decoder_restores_them(shape: tuple[int, ...]) -> None:
+def test_encoder_halves_the_sides_of_an_image_rounded_up_and_decoder_restores_them(shape: tuple[int, ...]) -> None:
     stages, sizes = (4, 5, 6), []
     x = torch.randn(2, int(np.prod(shape)))
     for layer in conv_encoder(shape, stages, K):
@@ -101,7 +101,7 @@ def test_decoder_equals_the_numpy_transposed_convolution(shape: tuple[int, ...])
     np.testing.assert_allclose(network(latents)[0].detach(), expected.ravel(), atol=1e-5)
 
 
-def test_shifting_the_image_by_the_stride_shifts_its_features_by_one() -> None:
+def test_features_shift_by_one_if_the_image_shifts_by_the_stride() -> None:
     torch.manual_seed(0)
     features = conv_encoder((16, 16, 2), (4,), K)[:3]
     image = torch.zeros(16, 16, 2)
@@ -127,7 +127,7 @@ def test_every_weight_has_a_nonzero_gradient(activation: str) -> None:
 
 
 @pytest.mark.parametrize(("activation", "function"), [("silu", nn.SiLU()), ("relu", torch.relu), ("tanh", torch.tanh)])
-def test_mlp_has_activations_between_layers_and_none_after_the_last(activation: str, function: object) -> None:
+def test_mlp_has_activations_between_layers_and_none_after_the_last_layer(activation: str, function: object) -> None:
     torch.manual_seed(0)
     network, x = mlp([4, 6, 2], activation), torch.randn(5, 4)
     first, _, last = network
@@ -161,7 +161,7 @@ def test_loaded_convolutional_artifact_gives_equal_outputs_on_every_device(devic
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (7, 5, 3)])
-def test_eager_scripted_and_frozen_convolutions_give_equal_outputs(shape: tuple[int, ...]) -> None:
+def test_convolutions_give_equal_outputs_whether_eager_scripted_or_frozen(shape: tuple[int, ...]) -> None:
     model, given = pipeline(shape), inputs(shape)
     scripted = artifact.script(model)
     eager = artifact.compute_outputs(model, *given)

@@ -62,8 +62,8 @@ def test_score_is_the_mahalanobis_distance_and_equals_the_sum_of_its_parts() -> 
     assert np.allclose(x_hat.numpy(), reference.inverse_transform(reference.transform(x)))
 
 
-def test_score_with_shrinkage_is_the_distance_under_the_ledoit_wolf_covariance() -> None:
-    """With D - 1 latents, only one eigenvalue is discarded, so PCA's covariance equals the sample covariance."""
+def test_score_with_shrinkage_is_the_mahalanobis_distance_under_the_ledoit_wolf_covariance() -> None:
+    """With D minus 1 latents, only one eigenvalue is discarded, so PCA's covariance equals the sample covariance."""
     x = np.random.RandomState(0).standard_normal((60, 8)) @ np.diag(np.arange(1.0, 9.0))
     pca, centred = fitted(x, 7), x - x.mean(axis=0)
     pca.shrinkage = fit_shrinkage(torch.from_numpy(x), pca.mean)
@@ -73,7 +73,7 @@ def test_score_with_shrinkage_is_the_distance_under_the_ledoit_wolf_covariance()
     exact = (1 - rho) * plain + rho * np.trace(plain) / 8 * np.eye(8)
     distance = np.einsum("nd,de,ne->n", centred, np.linalg.inv(exact), centred)
     assert pca.score(torch.from_numpy(x))[0].numpy() == pytest.approx(distance, rel=1e-6)
-    assert exact == pytest.approx(shrunk * 60 / 59, rel=1e-6)  # scikit-learn divides by N, not N - 1
+    assert exact == pytest.approx(shrunk * 60 / 59, rel=1e-6)  # scikit-learn divides by N, not by N minus 1
     before = fitted(x, 7).log_likelihood(torch.from_numpy(x))
     assert torch.equal(pca.log_likelihood(torch.from_numpy(x)), before)
 
@@ -88,8 +88,8 @@ def test_posterior_std_equals_that_of_the_linear_gaussian_model() -> None:
     assert torch.allclose(std.squeeze(0), posterior.diagonal().sqrt(), rtol=1e-9)
 
 
-def test_pca_of_the_worked_example_gives_its_eigenvalues_and_scores() -> None:
-    """Three points in the plane, computed by hand."""
+def test_pca_gives_the_eigenvalues_and_scores_of_the_worked_example() -> None:
+    """The example is three points in the plane, with values computed by hand."""
     x = np.array([[1.0, 2.0], [2.0, 3.0], [3.0, 5.0]])
     pca = fitted(x, 1)
     assert pca.mean.tolist() == pytest.approx([2.0, 10.0 / 3.0])
@@ -138,6 +138,8 @@ def test_fit_raises_only_if_all_columns_are_constant() -> None:
 
 
 @pytest.mark.parametrize(("shape", "latents"), [((30, 3), 4), ((4, 9), 4)])
-def test_fit_with_too_many_latents_raises_with_the_largest_number_allowed(shape: tuple[int, int], latents: int) -> None:
+def test_fit_with_too_many_latents_raises_an_error_that_names_the_largest_number(
+    shape: tuple[int, int], latents: int
+) -> None:
     with pytest.raises(FitError, match="lower --latents to 3"):
         fitted(np.random.RandomState(0).standard_normal(shape), latents)

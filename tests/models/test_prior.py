@@ -22,12 +22,12 @@ def test_standard_normal_prior_returns_the_noise() -> None:
     assert torch.equal(gaussian_prior(torch.ones(3))(noise, torch.rand(50)), noise)
 
 
-def test_gaussian_prior_scales_the_noise_by_its_std() -> None:
+def test_gaussian_prior_multiplies_the_noise_by_the_standard_deviations() -> None:
     noise, std = torch.randn(50, 3), torch.tensor([0.5, 1.0, 4.0])
     assert torch.allclose(gaussian_prior(std)(noise, torch.rand(50)), noise * std)
 
 
-def test_samples_from_a_mixture_have_its_weights_means_and_covariances() -> None:
+def test_samples_have_the_weights_means_and_covariances_of_the_mixture() -> None:
     weights, means = (
         torch.tensor([0.2, 0.5, 0.3]).double(),
         torch.tensor([[-50.0, 0.0], [0.0, 0.0], [50.0, 9.0]]).double(),
@@ -42,7 +42,7 @@ def test_samples_from_a_mixture_have_its_weights_means_and_covariances() -> None
         assert torch.allclose(own.T.cov(), factors[index] @ factors[index].T, atol=0.1)
 
 
-def test_uniform_numbers_near_0_and_1_select_the_first_and_last_component() -> None:
+def test_choice_near_0_selects_the_first_component_and_near_1_the_last() -> None:
     prior = Prior(torch.full((3,), 1 / 3), torch.arange(3.0).unsqueeze(1), torch.zeros(3, 1, 1))
     latents = prior(torch.zeros(3, 1), torch.tensor([0.0, 0.5, 0.99999994]))
     assert latents.squeeze(1).tolist() == [0.0, 1.0, 2.0]

@@ -40,7 +40,7 @@ def test_bernoulli_likelihood_agrees_with_torch_distributions() -> None:
     assert torch.allclose(BernoulliLikelihood().mean(logits), distributions.Bernoulli(logits=logits).mean)
 
 
-def test_bernoulli_likelihood_of_values_outside_its_support_falls_with_the_squared_excess() -> None:
+def test_bernoulli_likelihood_falls_quadratically_outside_the_range_from_0_to_1() -> None:
     output = torch.full((1, 1), 5.0)
     inside, outside = (BernoulliLikelihood().log_prob(torch.tensor([[value]]), output) for value in (1.0, 4.0))
     assert float(inside - outside) == pytest.approx(0.5 * 3.0**2)
@@ -55,7 +55,7 @@ def test_encode_returns_mean_and_standard_deviation_of_the_posterior() -> None:
 
 
 def linear_vae(posterior_scale: float) -> tuple[VAE, Tensor, distributions.MultivariateNormal]:
-    """Return a linear VAE, rows, and the exact density of the rows.
+    """Return three values: a linear VAE, rows [B, D], and the exact density of these rows.
 
     The VAE's encoder gives the exact posterior mean, and the exact posterior variance times `posterior_scale`.
     """
@@ -79,7 +79,7 @@ def linear_vae(posterior_scale: float) -> tuple[VAE, Tensor, distributions.Multi
 def expected_elbo(vae: VAE, x: Tensor) -> float:
     """Return the exact expectation of the ELBO of a linear VAE over standard normal noise.
 
-    It is the mean over the noise vectors +-sqrt(K) e_i, which have the first two moments of N(0, I).
+    The mean over the noise vectors +-sqrt(K) e_i is exact, because their first two moments are those of N(0, I).
     """
     points = math.sqrt(K) * torch.cat((torch.eye(K), -torch.eye(K))).double()
     return sum(float(elbo_terms(vae, x, point.expand(B, K))["elbo"].detach()) for point in points) / (2 * K)
@@ -91,7 +91,7 @@ def test_elbo_of_the_exact_posterior_is_the_log_likelihood() -> None:
 
 
 @pytest.mark.parametrize("posterior_scale", [0.2, 0.7, 1.5, 4.0])
-def test_elbo_of_an_inexact_posterior_is_lower_by_the_kl_divergence_from_the_exact_posterior(
+def test_elbo_is_lower_by_the_kl_divergence_if_the_posterior_is_inexact(
     posterior_scale: float,
 ) -> None:
     vae, x, marginal = linear_vae(posterior_scale)

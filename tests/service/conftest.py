@@ -23,7 +23,10 @@ from training.train import train
 
 @pytest.fixture(scope="session")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return an artifact folder with pca, ae and vae, trained briefly on digits, and hosts, a PCA of a table."""
+    """Return an artifact folder with four models.
+
+    pca, ae and vae are trained briefly on digits. hosts is a PCA of a table.
+    """
     root = tmp_path_factory.mktemp("artifacts")
     digits = read_table("digits")
     for kind in AUTO_KINDS:
@@ -40,14 +43,14 @@ def digits() -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def vae(artifacts: Path) -> Artifact:
-    """Return the VAE, loaded outside the service, for the expected values of responses."""
+    """Return the VAE, loaded outside the service to compute the expected values of responses."""
     torch.set_num_threads(1)
     return load(artifacts / "vae" / "1" / "model.pt")
 
 
 @pytest.fixture(scope="session")
 def app(artifacts: Path) -> FastAPI:
-    """Return an application that serves the models of `artifacts`. It scans the folder only at start-up."""
+    """Return an application that serves the models of `artifacts` and scans the folder only at start-up."""
     return create_app(
         Settings(
             artifacts=artifacts,

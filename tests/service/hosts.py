@@ -40,7 +40,7 @@ def host_rows(count: int) -> RowList:
 
 
 def host_records(rows: RowList) -> list[dict[str, float]]:
-    """Return each row as a dictionary of its values by feature name."""
+    """Return each row as a dictionary from feature name to value."""
     return [dict(zip(HOST_FEATURES, row, strict=True)) for row in rows]
 
 

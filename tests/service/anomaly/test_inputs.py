@@ -151,7 +151,9 @@ MESSAGES_WITH_BAD_ROW: list[tuple[str, Callable[[], Message], int]] = [
 @pytest.mark.parametrize(
     ("message", "place"), [case[1:] for case in MESSAGES_WITH_BAD_ROW], ids=[case[0] for case in MESSAGES_WITH_BAD_ROW]
 )
-def test_one_bad_row_in_a_thousand_fails_alone(hosts: httpx.Client, message: Callable[[], Message], place: int) -> None:
+def test_one_bad_row_among_a_thousand_fails_alone(
+    hosts: httpx.Client, message: Callable[[], Message], place: int
+) -> None:
     response = post_anomaly(hosts, message(), "?explain=0")
     assert (response["rows"], response["failed"]) == (1000, 1)
     assert len(response["results"]) == 999
@@ -194,7 +196,7 @@ def test_request_without_a_valid_row_is_refused(
         ("x,y", "", "columns 'cpu', 'memory/used', 'disk~io', 'load' are missing", ""),
     ],
 )
-def test_csv_header_without_required_features_is_refused_with_their_names(
+def test_csv_header_that_lacks_required_features_is_refused_with_the_missing_names(
     hosts: httpx.Client, header: str, query: str, detail: str, pointer: str
 ) -> None:
     line = ",".join("1" for _ in header.split(","))
@@ -204,7 +206,7 @@ def test_csv_header_without_required_features_is_refused_with_their_names(
     assert problem["detail"] == f"{detail} from the CSV header: the model needs cpu, memory/used, disk~io, load"
 
 
-def test_missing_value_is_imputed_and_reported_in_every_format_with_feature_names(hosts: httpx.Client) -> None:
+def test_missing_value_is_imputed_and_reported_in_every_format_that_has_feature_names(hosts: httpx.Client) -> None:
     record = host_records(host_rows(1))[0]
     del record["load"]
     metric = {"name": "m", "tags": {}, "fields": record, "timestamp": 1}
@@ -221,7 +223,7 @@ def test_missing_value_is_imputed_and_reported_in_every_format_with_feature_name
         assert refused.status_code == 422, refused.text
 
 
-def test_detail_none_returns_the_counts_of_the_full_response(hosts: httpx.Client) -> None:
+def test_response_has_only_the_counts_if_detail_is_none(hosts: httpx.Client) -> None:
     records = [*host_records(host_rows(5)), {"cpu": "x"}, dict.fromkeys(HOST_FEATURES, 1000000.0) | {"colour": 3}]
     response = post_anomaly(hosts, (json.dumps({"records": records, "detail": "none"}).encode(), JSON))
     whole = post_anomaly(hosts, (json.dumps({"records": records}).encode(), JSON))
@@ -243,7 +245,7 @@ def records_with_time_and_host(count: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("query", "by_rows"), [("?half_life=60", False), ("?half_life_rows=3", True)], ids=["seconds", "rows"]
 )
-def test_half_life_smooths_the_severity_per_host(hosts: httpx.Client, query: str, by_rows: bool) -> None:
+def test_half_life_smooths_the_severity_of_each_host(hosts: httpx.Client, query: str, by_rows: bool) -> None:
     records = records_with_time_and_host(60)
     message = "\n".join(map(json.dumps, records)).encode(), NDJSON
     response, plain = post_anomaly(hosts, message, query), post_anomaly(hosts, message)
@@ -259,7 +261,7 @@ def test_half_life_smooths_the_severity_per_host(hosts: httpx.Client, query: str
         assert result["group"] == plain_result["group"] in ("a", "b")
 
 
-def test_half_life_for_inputs_is_accepted_in_rows_but_not_in_seconds(hosts: httpx.Client) -> None:
+def test_half_life_may_be_in_rows_but_not_in_seconds_if_the_rows_have_no_time(hosts: httpx.Client) -> None:
     results = post_anomaly(hosts, as_inputs(host_rows(9)), "?half_life_rows=2")["results"]
     expected = exponential_mean([result["severity"] for result in results], 2.0)
     np.testing.assert_allclose([result["smoothed"] for result in results], expected, rtol=1e-6)
@@ -273,7 +275,7 @@ def test_half_life_for_inputs_is_accepted_in_rows_but_not_in_seconds(hosts: http
         assert (response.status_code, response.json()["pointer"]) == (422, pointer)
 
 
-def test_different_values_for_one_feature_from_several_metrics_are_an_error(hosts: httpx.Client) -> None:
+def test_row_is_an_error_if_several_metrics_give_one_feature_different_values(hosts: httpx.Client) -> None:
     base = host_records(host_rows(1))[0]
     metrics = [
         {"name": "x", "tags": {"host": "a"}, "fields": base, "timestamp": 5},
@@ -287,7 +289,7 @@ def test_different_values_for_one_feature_from_several_metrics_are_an_error(host
     assert post_anomaly(hosts, (json.dumps({"metrics": [metrics[0], metrics[0]]}).encode(), JSON))["failed"] == 0
 
 
-def test_feature_selectors_prefer_the_matching_selector_with_the_most_labels() -> None:
+def test_matching_selector_with_the_most_labels_is_preferred() -> None:
     selectors = FeatureSelectors(
         {"any": "load", "sda": 'load{disk="sda"}', "both": 'load{disk="sda", host="a"}', "odd": "a{b"}
     )

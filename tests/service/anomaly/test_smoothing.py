@@ -22,7 +22,7 @@ ROWS = st.lists(
 
 
 def by_definition(values: list[float], half_life: float, time: list[float], group: list[str]) -> list[float]:
-    """Return the smoothed values by summing over all pairs of rows, as `exponential_mean` defines them."""
+    """Return what `exponential_mean` should return, computed by its definition: sums over all pairs of rows."""
     means = []
     for i, (value, now) in enumerate(zip(values, time, strict=True)):
         if math.isnan(now):
@@ -35,7 +35,7 @@ def by_definition(values: list[float], half_life: float, time: list[float], grou
 
 
 @given(ROWS, st.floats(0.1, 1e4), st.randoms())
-def test_smoothed_value_is_the_weighted_mean_of_the_past_rows_in_any_order(
+def test_smoothed_value_is_the_weighted_mean_of_past_rows_whatever_the_order_of_the_input(
     rows: list[tuple[float, float, str]], half_life: float, random: object
 ) -> None:
     values, time, group = map(list, zip(*rows, strict=True))
@@ -50,7 +50,7 @@ def test_smoothed_value_is_the_weighted_mean_of_the_past_rows_in_any_order(
 
 
 @pytest.mark.parametrize("half_life", [0.5, 3.0, 40.0])
-def test_mean_by_rows_equals_polars_ewm_mean_with_adjusted_weights(half_life: float) -> None:
+def test_mean_with_a_half_life_in_rows_equals_the_ewm_mean_of_polars(half_life: float) -> None:
     values = np.random.default_rng(0).normal(size=500)
     expected = pl.Series(values).ewm_mean(half_life=half_life, adjust=True).to_numpy()
     np.testing.assert_allclose(exponential_mean(values, half_life), expected, rtol=1e-12)
@@ -99,7 +99,7 @@ def test_arguments_of_different_lengths_are_refused() -> None:
         exponential_mean([1.0, 2.0], 1.0, [0.0])
 
 
-def test_running_mean_of_consecutive_pieces_equals_the_mean_of_all_rows() -> None:
+def test_running_mean_over_pieces_equals_the_mean_over_all_rows_at_once() -> None:
     values = np.random.default_rng(3).exponential(size=200)
     means = exponential_mean(values, 3.0)
     running, counts, start = RunningMean(3.0), [], 0

@@ -1,4 +1,4 @@
-"""Decompression of request bodies: complete, cut off, corrupt, and far larger than their compressed size."""
+"""Decompression of bodies that are complete, cut off, corrupt, or far larger than their compressed size."""
 
 import gzip
 import json
@@ -21,7 +21,7 @@ GZIP = {"content-type": "application/json", "content-encoding": "gzip"}
 
 
 @pytest.mark.parametrize("path", ["/encode", "/reconstruct", "/anomaly"])
-def test_gzip_body_gets_the_response_of_the_plain_body(client: httpx.Client, path: str) -> None:
+def test_gzip_body_gets_the_same_response_as_the_plain_body(client: httpx.Client, path: str) -> None:
     plain = client.post(path, content=BODY, headers={"content-type": "application/json"})
     compressed = client.post(path, content=gzip.compress(BODY), headers=GZIP)
     assert compressed.status_code == 200
@@ -81,7 +81,7 @@ def test_any_bytes_are_decompressed_up_to_the_limit_or_refused(body: bytes) -> N
             assert len(decompress(body, 2**16)) <= 2**16
 
 
-def test_snappy_block_cut_off_anywhere_is_refused() -> None:
+def test_snappy_block_is_refused_if_it_is_cut_off_anywhere() -> None:
     body = bytes(cramjam.snappy.compress_raw(os.urandom(50) + bytes(50)))
     for cut in range(len(body)):
         with pytest.raises(InvalidEncoding):

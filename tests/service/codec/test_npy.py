@@ -47,7 +47,7 @@ def test_array_of_unsupported_dtype_is_refused(array: np.ndarray[Any, Any]) -> N
         npy.loads(saved(array, allow_pickle=True))
 
 
-def test_file_cut_off_anywhere_is_refused() -> None:
+def test_file_is_refused_if_it_is_cut_off_anywhere() -> None:
     body = saved(np.ones((2, 3), np.float32))
     for length in range(len(body)):
         with pytest.raises(InvalidNpy):
@@ -89,7 +89,7 @@ def test_malicious_header_is_refused(body: bytes) -> None:
 
 @given(st.data())
 @settings(max_examples=300)
-def test_damaged_file_raises_nothing_but_invalid_npy(data: st.DataObject) -> None:
+def test_damaged_file_is_read_or_raises_invalid_npy(data: st.DataObject) -> None:
     body = bytearray(saved(np.arange(6, dtype=np.float32).reshape(2, 3)))
     for _ in range(data.draw(st.integers(1, 4))):
         body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))

@@ -72,7 +72,7 @@ def test_json_value_that_is_not_an_object_is_refused(body: bytes) -> None:
         ('{"": 1, "": 2}', "''"),
     ],
 )
-def test_duplicate_key_is_refused_by_name(body: str, key: str) -> None:
+def test_duplicate_key_is_refused_and_named(body: str, key: str) -> None:
     with pytest.raises(InvalidJson, match="duplicate key") as caught:
         read_fields("application/json", body.encode(), "inputs")
     assert key in caught.value.detail
@@ -88,7 +88,7 @@ def test_duplicate_key_is_refused_by_name(body: str, key: str) -> None:
         '{"a": {"a": {"a": 1}}}',
     ],
 )
-def test_quotation_marks_in_strings_are_not_mistaken_for_duplicate_keys(body: str) -> None:
+def test_repeated_or_quoted_strings_are_not_mistaken_for_duplicate_keys(body: str) -> None:
     assert read_fields("application/json", body.encode(), "inputs").values == json.loads(body)
 
 
@@ -109,7 +109,7 @@ def test_quotation_marks_in_strings_are_not_mistaken_for_duplicate_keys(body: st
         max_size=4,
     )
 )
-def test_any_object_is_read_as_by_json_loads(document: dict[str, Any]) -> None:
+def test_any_object_is_read_as_json_loads_reads_it(document: dict[str, Any]) -> None:
     for text in (json.dumps(document), json.dumps(document, ensure_ascii=False, indent=2)):
         assert read_fields("application/json", text.encode(), "inputs").values == document
 
@@ -129,5 +129,5 @@ def test_any_object_is_read_as_by_json_loads(document: dict[str, Any]) -> None:
         ('{"inputs": [[1e999]]}', True),
     ],
 )
-def test_may_contain_non_floats_is_set_for_nested_booleans_and_non_finite_numbers(body: str, expected: bool) -> None:
+def test_body_is_marked_if_it_may_contain_nested_booleans_or_non_finite_numbers(body: str, expected: bool) -> None:
     assert read_fields("application/json", body.encode(), "inputs").may_contain_non_floats is expected

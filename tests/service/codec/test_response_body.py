@@ -46,7 +46,7 @@ def test_accept_header_selects_the_format(accept: str, expected: str) -> None:
 @pytest.mark.parametrize(
     "accept", ["text/html", "image/png", "application/json;q=0", "*/*;q=0", "application/json;q=x"]
 )
-def test_accept_header_without_an_offered_format_is_refused_with_the_offered_ones(accept: str) -> None:
+def test_accept_header_is_refused_with_the_offered_formats_if_it_accepts_none_of_them(accept: str) -> None:
     with pytest.raises(NotAcceptable) as caught:
         negotiate_media_type(accept, JSON_ONLY)
     assert caught.value.expected == "application/json"
@@ -64,7 +64,7 @@ def test_array_formats_do_not_include_png() -> None:
         elements=st.floats(width=32, allow_nan=False, allow_infinity=False),
     )
 )
-def test_float32_values_survive_json_exactly(array: np.ndarray) -> None:
+def test_float32_values_are_exact_after_conversion_to_json_and_back(array: np.ndarray) -> None:
     for text in (to_json({"a": array}), to_json({"a": [list(row) for row in array]})):
         np.testing.assert_array_equal(np.array(json.loads(text)["a"], np.float32), array)
 
@@ -81,7 +81,7 @@ def pixels(content: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(content)))
 
 
-def test_png_shows_each_row_at_its_place_with_its_grey_values() -> None:
+def test_png_shows_the_grey_values_of_each_row_in_one_tile() -> None:
     rows = np.array([[0, 1, 2, 3], [4, 4, 4, 4], [-9, 99, 2, 2]], np.float32)
     image = pixels(png.dumps(rows, [2, 2], (0.0, 4.0), columns=2))
     tile, gap = png.TILE, png.GAP
@@ -91,7 +91,7 @@ def test_png_shows_each_row_at_its_place_with_its_grey_values() -> None:
     assert (image[:tile, tile + gap :] == 255).all()
     below = image[tile + gap :, :tile]
     assert [below[y, x] for y in centres for x in centres] == [0, 255, 128, 128]
-    assert (image[tile + gap :, tile + gap :] == png.GAP_GREY).all()  # no image here
+    assert (image[tile + gap :, tile + gap :] == png.GAP_GREY).all()  # three rows, so the fourth tile is empty
 
 
 def test_png_of_three_channels_has_colours() -> None:
@@ -115,7 +115,7 @@ def test_many_images_are_not_magnified_beyond_the_maximum_width() -> None:
     [([8, 8], (0, 1), True), ([8, 8], None, False), ([8, 8, 3], (0, 1), True), ([8, 8, 1], (0, 1), True),
      ([3, 8, 8], (0, 1), False), ([64], (0, 1), False)],
 )  # fmt: skip
-def test_is_image_is_true_for_image_shapes_only(
+def test_only_rows_with_an_image_shape_and_a_pixel_range_are_images(
     shape: list[int], pixel_range: tuple[float, float] | None, expected: bool
 ) -> None:
     assert png.is_image(shape, pixel_range) is expected

@@ -22,7 +22,7 @@ MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 def read(schema: RowSchema, text: str) -> Any:
-    """Return the rows in the JSON `text`, parsed as the service parses a request."""
+    """Parse the rows in the JSON `text` as the service does; return the rows."""
     fields = read_fields("application/json", f'{{"inputs": {text}}}'.encode(), "inputs")
     return parse_rows(schema, fields.values["inputs"], "/inputs", fields.may_contain_non_floats)
 
@@ -41,14 +41,14 @@ numbers = st.one_of(
 
 
 @given(st.lists(st.lists(numbers, min_size=4, max_size=4), min_size=1, max_size=5))
-def test_finite_numbers_are_rounded_like_numpy(rows: list[list[float]]) -> None:
+def test_finite_numbers_are_rounded_as_numpy_rounds_them(rows: list[list[float]]) -> None:
     text = json.dumps(rows)
     expected = np.array(json.loads(text), dtype=np.float64).astype(np.float32)
     np.testing.assert_array_equal(read(FLAT, text), expected)
 
 
 @given(st.lists(st.lists(st.lists(numbers, min_size=3, max_size=3), min_size=2, max_size=2), min_size=1, max_size=4))
-def test_nested_rows_equal_the_same_rows_flattened(rows: list[list[list[float]]]) -> None:
+def test_nested_rows_are_read_like_flat_rows(rows: list[list[list[float]]]) -> None:
     flat = [[value for line in row for value in line] for row in rows]
     np.testing.assert_array_equal(read(NESTED, json.dumps(rows)), read(NESTED, json.dumps(flat)))
 
@@ -110,7 +110,7 @@ def test_values_at_the_bounds_of_float32_are_rounded_as_ieee_754_requires(value:
 
 
 def test_value_half_a_step_beyond_the_largest_float32_overflows() -> None:
-    beyond = MAX_FLOAT32 + 2.0**103  # halfway to the next power of two, rounds to infinity
+    beyond = MAX_FLOAT32 + 2.0**103  # IEEE 754 rounds this number to infinity
     with np.errstate(over="ignore"):
         assert np.isinf(np.float64(beyond).astype(np.float32))
     assert "overflows float32" in refusal(FLAT, json.dumps([[0, 0, beyond, 0]])).detail
@@ -151,7 +151,7 @@ def test_row_of_the_wrong_shape_is_refused_with_the_expected_and_actual_shapes(
 @pytest.mark.parametrize(
     ("schema", "text"), [(FLAT, "[1,2,3,4]"), (NESTED, "[1,2,3,4,5,6]"), (NESTED, "[[1,2,3],[4,5,6]]")]
 )
-def test_single_row_without_a_list_of_rows_gets_a_hint(schema: RowSchema, text: str) -> None:
+def test_single_row_that_is_not_in_a_list_gets_a_hint(schema: RowSchema, text: str) -> None:
     error = refusal(schema, text)
     assert error.got == "one row"
     assert error.hint == "put the row into a list: [[...]]"
@@ -183,7 +183,7 @@ def test_record_values_are_ordered_by_name_and_unknown_fields_are_counted() -> N
     assert count_unknown_fields(NAMED, records) == 2
 
 
-def test_bad_records_are_reported_with_missing_names_and_pointers() -> None:
+def test_bad_record_is_reported_with_its_pointer_and_its_missing_features() -> None:
     records = [
         {"a": 1, "b/c": 2, "d~": 3},
         {"a": 1, "d~": 3},
@@ -201,7 +201,7 @@ def test_bad_records_are_reported_with_missing_names_and_pointers() -> None:
 
 @pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f8", ">f8", "<f2", "i1", "<i4", ">i8", "u1", "<u8"])
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_array_of_any_real_dtype_and_order_becomes_float32(dtype: str, order: str) -> None:
+def test_array_of_any_real_dtype_and_memory_order_becomes_float32(dtype: str, order: str) -> None:
     values = np.arange(12).reshape(2, 6)
     array = np.array(values, dtype=dtype, order=order)  # type: ignore[call-overload] # an order that is a str
     x = parse_array(NESTED, array, "/inputs")

@@ -1,4 +1,4 @@
-"""The safetensors reader and writer, compared with files that are assembled from the format's description."""
+"""The safetensors reader and writer, tested with files built from the description of the format."""
 
 import json
 import struct

@@ -19,7 +19,7 @@ numbers = st.one_of(
 
 
 @given(st.integers(1, 5).flatmap(lambda width: st.lists(st.lists(numbers, min_size=width, max_size=width), min_size=1)))
-def test_rows_of_numbers_are_read_as_by_orjson(rows: list[list[float]]) -> None:
+def test_rows_of_numbers_are_read_as_orjson_reads_them(rows: list[list[float]]) -> None:
     body = json.dumps({"alpha": 0.05, "inputs": rows, "sample": True}).encode()
     fields = simdjson_rows.read_fields(body, "inputs", len(rows[0]))
     assert fields is not None
@@ -59,7 +59,7 @@ def test_rows_of_numbers_are_read_as_by_orjson(rows: list[list[float]]) -> None:
         b"\xff",
     ],
 )
-def test_body_other_than_plain_rows_of_numbers_returns_none(body: bytes) -> None:
+def test_reader_returns_none_if_the_body_is_not_plain_rows_of_numbers(body: bytes) -> None:
     assert simdjson_rows.read_fields(body, "inputs", 2) is None
 
 

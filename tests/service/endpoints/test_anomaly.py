@@ -52,7 +52,7 @@ def test_every_field_of_the_response_matches_the_artifact(
 
 
 @pytest.mark.parametrize("model", ["pca", "ae", "vae"])
-def test_rows_are_anomalous_exactly_if_the_p_value_is_at_most_alpha(
+def test_row_is_anomalous_if_and_only_if_its_p_value_is_at_most_alpha(
     client: httpx.Client, mixed: np.ndarray, model: str
 ) -> None:
     response = post(client, "/anomaly", {"inputs": mixed.tolist(), "alpha": 0.05}, params={"model": model})
@@ -79,7 +79,7 @@ def test_verdict_lists_the_features_with_the_largest_contributions(
 
 
 @pytest.mark.parametrize(("explain", "count"), [(0, 0), (1, 1), (64, 64), (1000, 64)])
-def test_explain_limits_the_number_of_features(client: httpx.Client, explain: int, count: int) -> None:
+def test_option_explain_limits_the_number_of_features(client: httpx.Client, explain: int, count: int) -> None:
     response = post(client, "/anomaly", {"inputs": [[0.5] * 64], "explain": explain})
     assert len(response["results"][0]["features"]) == count
 
@@ -112,7 +112,7 @@ def test_invalid_rows_are_errors_and_the_other_rows_are_scored(client: httpx.Cli
         assert result["p_value"] == expected["p_value"]
 
 
-def test_row_with_the_json_extension_nan_is_an_error(client: httpx.Client, digits: np.ndarray) -> None:
+def test_row_is_an_error_if_it_contains_nan(client: httpx.Client, digits: np.ndarray) -> None:
     rows: list[Any] = digits[:3].tolist()
     rows[1][7] = float("nan")
     body = str({"inputs": rows}).replace("'", '"').replace("nan", "NaN")
@@ -121,7 +121,7 @@ def test_row_with_the_json_extension_nan_is_an_error(client: httpx.Client, digit
     assert [error["pointer"] for error in response.json()["errors"]] == ["/inputs/1/7"]
 
 
-def test_record_without_a_feature_and_impute_false_is_an_error_that_names_the_feature(client: httpx.Client) -> None:
+def test_record_that_lacks_a_feature_is_an_error_that_names_it_if_impute_is_off(client: httpx.Client) -> None:
     good = dict.fromkeys(HOST_FEATURES, 1.0)
     records = [good, {key: value for key, value in good.items() if key != "memory/used"}, good]
     response = post(client, "/anomaly", {"records": records, "impute": False}, params={"model": "hosts"})
@@ -136,16 +136,14 @@ def test_request_with_only_invalid_rows_gives_422(client: httpx.Client) -> None:
     assert response.json()["pointer"] == "/inputs/0/0"
 
 
-def test_row_whose_score_overflows_gets_the_largest_float32(client: httpx.Client, digits: np.ndarray) -> None:
+def test_score_is_the_largest_float32_if_it_overflows(client: httpx.Client, digits: np.ndarray) -> None:
     response = post(client, "/anomaly", {"inputs": [digits[0].tolist(), [1e30] * 64]}, params={"model": "pca"})
     assert column(response, "is_anomaly").tolist() == [False, True]
     assert np.float32(response["results"][1]["score"]) == np.finfo(np.float32).max
     assert np.isfinite(column(response, "severity")).all()
 
 
-def test_row_that_overflows_in_the_model_does_not_affect_the_other_row(
-    client: httpx.Client, digits: np.ndarray
-) -> None:
+def test_row_that_overflows_in_the_model_does_not_affect_another_row(client: httpx.Client, digits: np.ndarray) -> None:
     response = post(client, "/anomaly", {"inputs": [[3e38, -3e38] * 32, digits[0].tolist()]}, params={"model": "vae"})
     scored = column(response, "row").tolist()
     assert 1 in scored
@@ -160,8 +158,8 @@ def test_fdr_flags_the_rows_that_benjamini_hochberg_rejects(client: httpx.Client
         assert response["fdr"] == q
 
 
-def test_fdr_ignores_the_severity_of_an_extreme_row(client: httpx.Client) -> None:
-    """The p-value of the extreme row is the floor, 1 / 81.
+def test_control_of_the_false_discovery_rate_ignores_the_severity_of_an_extreme_row(client: httpx.Client) -> None:
+    """The p-value of the extreme row is the smallest possible p-value, 1 / 81.
 
     Among 30 rows, Benjamini-Hochberg rejects a single row at q = 0.1 only if its p-value is at most 0.1 / 30.
     """
@@ -175,7 +173,9 @@ def test_fdr_ignores_the_severity_of_an_extreme_row(client: httpx.Client) -> Non
 
 
 @pytest.mark.parametrize("alpha", [1 / 81, 0.0123, 0.0124])
-def test_alpha_at_the_floor_is_not_extrapolated(client: httpx.Client, alpha: float) -> None:
+def test_threshold_is_extrapolated_only_if_alpha_is_below_the_smallest_p_value(
+    client: httpx.Client, alpha: float
+) -> None:
     body = {"inputs": host_table().x.read_range(0, 1).astype(float).tolist(), "alpha": alpha}
     response = post(client, "/anomaly", body, params={"model": "hosts"})
     assert response["calibration"]["floor"] == pytest.approx(1 / 81)
@@ -186,7 +186,7 @@ FDR_TRIALS = 3_000
 
 
 def false_discovery_proportions(n: int, normal: int, anomalous: int, q: float) -> np.ndarray:
-    """Return, per trial, the share of normal rows among the flagged rows; 0 if no row is flagged."""
+    """Return, for each trial, the share of normal rows among the flagged rows, or 0 if no row is flagged."""
     random, proportions = np.random.RandomState(0), []
     for _ in range(FDR_TRIALS):
         calibration = Calibration(torch.from_numpy(random.standard_normal(n)))
@@ -199,8 +199,10 @@ def false_discovery_proportions(n: int, normal: int, anomalous: int, q: float) -
 
 @pytest.mark.parametrize(("n", "normal", "anomalous", "q"), [(199, 15, 5, 0.1), (199, 20, 0, 0.1), (99, 8, 2, 0.3)])
 @pytest.mark.slow
-def test_false_discovery_rate_is_q_times_the_normal_share(n: int, normal: int, anomalous: int, q: float) -> None:
-    """With n calibration rows and m new rows, the rate is exact if q (n + 1) / m is an integer.
+def test_false_discovery_rate_is_q_times_the_share_of_normal_rows(
+    n: int, normal: int, anomalous: int, q: float
+) -> None:
+    """With n calibration rows and m new rows, the rate has exactly this value if q (n + 1) / m is an integer.
 
     Source: Mary & Roquain, "Semi-supervised multiple testing", 2022.
     """
@@ -211,7 +213,7 @@ def test_false_discovery_rate_is_q_times_the_normal_share(n: int, normal: int, a
 
 @pytest.mark.parametrize(("n", "normal", "anomalous", "q"), [(150, 14, 7, 0.1), (60, 30, 30, 0.2)])
 @pytest.mark.slow
-def test_false_discovery_rate_is_at_most_q_times_the_normal_share(
+def test_false_discovery_rate_is_at_most_q_times_the_share_of_normal_rows(
     n: int, normal: int, anomalous: int, q: float
 ) -> None:
     share = false_discovery_proportions(n, normal, anomalous, q)
@@ -227,7 +229,9 @@ def test_benjamini_hochberg_matches_scipy(ranks: list[int], q: float) -> None:
     np.testing.assert_array_equal(benjamini_hochberg(p_value, q), expected)
 
 
-def test_npy_response_has_one_line_per_row_with_nan_for_invalid_rows(client: httpx.Client, mixed: np.ndarray) -> None:
+def test_npy_response_has_a_line_for_each_row_and_nan_if_the_row_is_invalid(
+    client: httpx.Client, mixed: np.ndarray
+) -> None:
     x = mixed[:6].copy()
     x[2, 5] = np.nan
     file = io.BytesIO()

@@ -57,7 +57,7 @@ def chunk(content: bytes) -> bytes:
     return b"%x\r\n%s\r\n" % (len(content), content)
 
 
-def test_stream_responds_with_one_line_per_row_and_the_counts_last(hosts: httpx.Client) -> None:
+def test_stream_responds_with_one_line_per_row_and_ends_with_the_counts(hosts: httpx.Client) -> None:
     records: list[Any] = host_records(host_rows(2000))
     records[7] = {"cpu": "x"}
     records[1500] = 12
@@ -80,7 +80,7 @@ def test_stream_of_invalid_lines_responds_with_one_error_per_line(hosts: httpx.C
     assert (last["rows"], last["failed"]) == (3, 3)
 
 
-def test_stream_with_detail_none_responds_with_the_counts_only(hosts: httpx.Client) -> None:
+def test_stream_responds_with_only_the_counts_if_detail_is_none(hosts: httpx.Client) -> None:
     body, _ = as_ndjson(host_rows(300))
     (last,) = response_lines(hosts.post("/anomaly?detail=none", content=body, headers=HEADERS))
     assert last["rows"] == 300
@@ -116,7 +116,7 @@ def test_row_gets_its_response_before_the_next_row_is_sent(hosts: httpx.Client) 
             assert got
 
 
-def test_memory_of_a_stream_does_not_grow_with_its_rows(hosts: httpx.Client) -> None:
+def test_memory_of_a_stream_does_not_grow_with_the_number_of_rows(hosts: httpx.Client) -> None:
     line = json.dumps(host_records(host_rows(1))[0]).encode() + b"\n"
 
     def peak(count: int) -> int:
@@ -137,7 +137,7 @@ def test_memory_of_a_stream_does_not_grow_with_its_rows(hosts: httpx.Client) -> 
     assert large < small + 2**20
 
 
-def test_server_stops_reading_from_a_client_that_does_not_read_its_responses(
+def test_server_stops_reading_if_the_client_does_not_read_the_responses(
     streaming_app: FastAPI, hosts: httpx.Client
 ) -> None:
     line = json.dumps(host_records(host_rows(1))[0]).encode() + b"\n"
@@ -212,7 +212,7 @@ def test_line_longer_than_the_limit_is_an_error_and_other_lines_are_scored(hosts
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 50])
-def test_line_splitter_gives_the_same_lines_for_any_piece_size(size: int) -> None:
+def test_line_splitter_gives_the_same_lines_for_pieces_of_any_size(size: int) -> None:
     body = b'{"a": 1}\n\n[1, 2]\r\n' + b"9" * 30 + b"\nnull\n3"
     splitter, lines = LineSplitter(20), []
     for start in range(0, len(body), size):

@@ -1,4 +1,4 @@
-"""Every endpoint with a convolutional model of RGB images."""
+"""Every endpoint, called with a convolutional model of RGB images."""
 
 import io
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ def pipeline() -> Pipeline:
 
 
 def images() -> np.ndarray:
-    """Return images [7, 6, 5, 3], 0 to 255, whose channels have different means."""
+    """Return images [7, 6, 5, 3] with values from 0 to 255 and a different mean in each channel."""
     bright = np.random.default_rng(0).random((7, *SHAPE)) * [250, 120, 30]
     return bright.astype(np.float32)
 
@@ -51,7 +51,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         yield client
 
 
-def test_nested_flat_and_npy_rows_give_the_same_latents(client: httpx.Client) -> None:
+def test_latents_are_the_same_for_nested_rows_flat_rows_and_npy_rows(client: httpx.Client) -> None:
     x = images()
     nested = post(client, "/encode", {"inputs": x.astype(float).tolist()})
     assert post(client, "/encode", {"inputs": x.reshape(7, D).astype(float).tolist()}) == nested
@@ -69,14 +69,14 @@ def test_pointer_of_an_invalid_value_names_line_column_and_channel(client: httpx
     assert client.post("/encode", json={"inputs": rows}).json()["pointer"] == "/inputs/1/4/2/1"
 
 
-def test_feature_names_have_line_column_and_channel(client: httpx.Client) -> None:
+def test_feature_name_contains_the_line_the_column_and_the_channel(client: httpx.Client) -> None:
     x = images()[:1]
     result = post(client, "/anomaly", {"inputs": x.astype(float).tolist(), "explain": D})["results"][0]
     value = {feature["name"]: feature["value"] for feature in result["features"]}
     assert value["pixel[4,2,1]"] == pytest.approx(float(x[0, 4, 2, 1]))
 
 
-def test_reconstruction_as_png_has_the_colours_of_the_outputs(client: httpx.Client) -> None:
+def test_png_of_a_reconstruction_has_the_colours_of_the_outputs(client: httpx.Client) -> None:
     body = {"inputs": images()[:1].astype(float).tolist()}
     outputs = np.array(post(client, "/reconstruct", body)["outputs"]).reshape(SHAPE)
     response = client.post("/reconstruct", json=body, headers={"accept": "image/png"})
@@ -88,7 +88,7 @@ def test_reconstruction_as_png_has_the_colours_of_the_outputs(client: httpx.Clie
     np.testing.assert_allclose(shown, outputs, atol=0.51)
 
 
-def test_samples_as_png_are_an_rgb_grid(client: httpx.Client) -> None:
+def test_png_of_samples_is_a_grid_of_rgb_images(client: httpx.Client) -> None:
     response = client.post("/sample?n=4", headers={"accept": "image/png"})
     image = Image.open(io.BytesIO(response.content))
     assert image.mode == "RGB"

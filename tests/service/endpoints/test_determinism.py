@@ -36,7 +36,7 @@ def random_body(rng: np.random.Generator, digits: np.ndarray, path: str) -> dict
 
 @pytest.fixture(scope="module")
 def small_batches(artifacts: Path) -> Iterator[httpx.Client]:
-    """Return a client of a service with batches so small that requests are both split and merged."""
+    """Return a client of a service whose batches are so small that it splits large requests and merges small ones."""
     with running(create_app(Settings(artifacts=artifacts, max_batch_rows=32))) as client:
         yield client
 

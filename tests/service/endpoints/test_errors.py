@@ -53,7 +53,7 @@ def test_unknown_path_gives_not_found(client: httpx.Client, method: str, path: s
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE", "PATCH", "OPTIONS"])
-def test_unsupported_method_gives_405_with_allow_header(client: httpx.Client, method: str, path: str) -> None:
+def test_unsupported_method_gives_405_with_an_allow_header(client: httpx.Client, method: str, path: str) -> None:
     response = client.request(method, path)
     assert response.headers["allow"] == "POST"
     if method != "HEAD":
@@ -64,7 +64,9 @@ def test_unsupported_method_gives_405_with_allow_header(client: httpx.Client, me
 @pytest.mark.parametrize(
     "path", ["/models", "/models/vae", "/livez", "/readyz", "/metrics", "/", "/docs", "/openapi.json"]
 )
-def test_post_to_a_get_endpoint_gives_405_that_allows_get_and_head(client: httpx.Client, path: str) -> None:
+def test_post_to_a_get_endpoint_gives_405_with_get_and_head_in_the_allow_header(
+    client: httpx.Client, path: str
+) -> None:
     response = client.post(path)
     assert_problem(response, 405, "method_not_allowed")
     assert response.headers["allow"] == "GET, HEAD"
@@ -86,14 +88,14 @@ def test_description_of_an_unknown_model_gives_404(client: httpx.Client) -> None
 @pytest.mark.parametrize(
     ("path", "accept"), [(path, "text/html") for path in PATHS] + [("/anomaly", "image/png"), ("/encode", "image/*")]
 )
-def test_unavailable_response_format_gives_406_that_lists_the_available_ones(
+def test_unavailable_response_format_gives_406_that_lists_the_available_formats(
     client: httpx.Client, path: str, accept: str
 ) -> None:
     problem = assert_problem(client.post(path, json={}, headers={"accept": accept}), 406, "not_acceptable")
     assert "application/json" in problem["expected"]
 
 
-def test_png_of_a_table_model_gives_406(client: httpx.Client) -> None:
+def test_request_for_a_png_gives_406_if_the_model_is_for_tables(client: httpx.Client) -> None:
     response = client.post("/sample?model=hosts", headers={"accept": "image/png"})
     assert (
         assert_problem(response, 406, "not_acceptable")["expected"]
@@ -108,7 +110,7 @@ def test_form_data_gives_415(client: httpx.Client, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/sample", "/interpolate"])
-def test_npy_body_for_an_endpoint_without_array_field_gives_415(client: httpx.Client, path: str) -> None:
+def test_npy_body_gives_415_if_the_endpoint_has_no_array_field(client: httpx.Client, path: str) -> None:
     response = client.post(path, content=npy(np.zeros((1, 16))), headers=NPY)
     assert assert_problem(response, 415, "unsupported_media_type")["expected"] == "application/json"
 
@@ -164,7 +166,7 @@ def test_truncated_npy_body_gives_invalid_npy(client: httpx.Client, path: str) -
         ("/anomaly", {"inputs": [ROW], "explain": -1}, "/explain", "greater than or equal to 0"),
     ],
 )
-def test_invalid_field_gives_its_pointer_and_what_was_expected(
+def test_invalid_field_is_refused_with_its_pointer_and_the_expected_value(
     client: httpx.Client, path: str, body: dict[str, Any], pointer: str | None, words: str
 ) -> None:
     response = client.post(path, json=body)
@@ -242,7 +244,7 @@ def test_chunked_body_larger_than_max_body_bytes_gives_413(client: httpx.Client)
     assert (problem["expected"], problem["got"]) == ("at most 1048576 bytes", "more")
 
 
-def test_latents_whose_output_overflows_give_422_with_the_row(client: httpx.Client) -> None:
+def test_decode_gives_422_that_names_the_row_if_an_output_overflows(client: httpx.Client) -> None:
     body = {"latents": [[0] * 16, [3e38, -3e38] * 8]}
     problem = assert_problem(client.post("/decode?model=pca", json=body), 422, "overflow_in_model")
     assert "row 1" in problem["detail"]

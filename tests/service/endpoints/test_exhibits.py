@@ -20,7 +20,7 @@ from training.train import train
 
 
 def read_exhibits(path: Path) -> dict[str, bytes]:
-    """Return the exhibits in an artifact, read with zipfile only."""
+    """Return the exhibits of an artifact, read with nothing but zipfile."""
     with zipfile.ZipFile(path) as archive:
         names = [name for name in archive.namelist() if "/extra/exhibits/" in name]
         return {name.rpartition("/")[2]: archive.read(name) for name in names}
@@ -43,7 +43,7 @@ def test_held_out_exhibit_contains_the_latents_and_labels_of_the_held_out_rows(
     assert file == {key: value for key, value in exhibit.items() if key not in ("model", "version")}
 
 
-def test_calibration_exhibit_reproduces_the_p_value_and_threshold_of_a_verdict(
+def test_p_value_and_threshold_of_a_verdict_follow_from_the_calibration_exhibit(
     client: httpx.Client, vae: Artifact
 ) -> None:
     exhibit = client.get("/models/vae@1/calibration").json()

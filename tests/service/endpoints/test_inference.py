@@ -24,7 +24,7 @@ def npy(array: np.ndarray) -> bytes:
 
 
 def call(artifact: Artifact, method: str, *arrays: np.ndarray) -> list[np.ndarray]:
-    """Return the outputs of the artifact's method as a list of arrays."""
+    """Call `method` of the artifact's module; return the outputs as a list of arrays."""
     with torch.inference_mode():
         outputs = getattr(artifact.module, method)(*map(torch.from_numpy, arrays))
     return [output.numpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
@@ -39,7 +39,7 @@ def test_encode_returns_mean_and_std_of_the_posterior(client: httpx.Client, vae:
     np.testing.assert_allclose(response["std"], std, atol=1e-6)
 
 
-def test_encode_with_sample_set_returns_a_sample_from_the_posterior(
+def test_encode_returns_a_sample_from_the_posterior_if_sample_is_true(
     client: httpx.Client, vae: Artifact, digits: np.ndarray
 ) -> None:
     response = post(client, "/encode", {"inputs": digits[:3].tolist(), "sample": True, "seed": 5})
@@ -49,7 +49,7 @@ def test_encode_with_sample_set_returns_a_sample_from_the_posterior(
     assert response["seed"] == 5
 
 
-def test_encode_with_sample_set_and_no_seed_returns_a_seed_that_reproduces_the_sample(
+def test_encode_returns_a_seed_that_reproduces_the_sample_if_the_request_has_no_seed(
     client: httpx.Client, digits: np.ndarray
 ) -> None:
     body = {"inputs": digits[:2].tolist(), "sample": True}
@@ -71,7 +71,7 @@ def test_decode_returns_flat_rows(client: httpx.Client, vae: Artifact) -> None:
     assert np.shape(response["outputs"]) == (4, 64)
 
 
-def test_reconstruct_returns_rows_and_their_mean_squared_errors(
+def test_reconstruct_returns_the_rows_and_the_mean_squared_error_of_each(
     client: httpx.Client, vae: Artifact, digits: np.ndarray
 ) -> None:
     response = post(client, "/reconstruct", {"inputs": digits[:5].tolist()})
@@ -101,7 +101,7 @@ def test_sample_endpoint_at_temperature_zero_returns_the_mean_of_the_prior(clien
     np.testing.assert_allclose(response["outputs"], call(vae, "decode", np.zeros((2, 16), np.float32))[0], atol=1e-6)
 
 
-def test_first_samples_of_a_seed_are_the_same_for_any_n(client: httpx.Client) -> None:
+def test_first_samples_of_a_seed_are_the_same_for_any_number_of_samples(client: httpx.Client) -> None:
     two, five = (np.array(post(client, "/sample", {"n": n, "seed": 9})["latents"]) for n in (2, 5))
     np.testing.assert_allclose(two, five[:2], atol=1e-6)
 
@@ -113,7 +113,7 @@ def test_sample_endpoint_without_a_body_uses_the_defaults(client: httpx.Client) 
 
 
 @pytest.mark.parametrize("method", ["linear", "slerp"])
-def test_interpolate_between_rows_starts_and_ends_at_their_latents(
+def test_interpolation_between_two_rows_starts_and_ends_at_the_latents_of_the_rows(
     client: httpx.Client, vae: Artifact, digits: np.ndarray, method: str
 ) -> None:
     body = {"start": {"input": digits[0].tolist()}, "end": {"input": digits[1].reshape(8, 8).tolist()}}
@@ -126,7 +126,9 @@ def test_interpolate_between_rows_starts_and_ends_at_their_latents(
     np.testing.assert_allclose(response["outputs"], call(vae, "decode", latents)[0], atol=1e-6)
 
 
-def test_interpolate_from_latents_to_a_row(client: httpx.Client, vae: Artifact, digits: np.ndarray) -> None:
+def test_interpolation_may_start_at_latents_and_end_at_a_row(
+    client: httpx.Client, vae: Artifact, digits: np.ndarray
+) -> None:
     body = {"start": {"latent": [0.5] * 16}, "end": {"input": digits[3].tolist()}, "steps": 3}
     latents = np.array(post(client, "/interpolate", body)["latents"])
     end = call(vae, "encode", digits[3:4])[0][0]
@@ -143,7 +145,9 @@ def test_query_parameter_model_selects_the_model(client: httpx.Client, reference
 
 @pytest.mark.parametrize("path", ["/encode", "/reconstruct"])
 @pytest.mark.parametrize("dtype", ["<f4", ">f8"])
-def test_npy_request_and_response_match_json(client: httpx.Client, digits: np.ndarray, path: str, dtype: str) -> None:
+def test_npy_response_to_an_npy_request_equals_the_json_response(
+    client: httpx.Client, digits: np.ndarray, path: str, dtype: str
+) -> None:
     rows = digits[:4].astype(dtype).reshape(4, 8, 8)
     response = client.post(path, content=npy(rows), headers=NPY | {"accept": "application/x-npy"})
     assert response.headers["content-type"] == "application/x-npy"
@@ -154,7 +158,7 @@ def test_npy_request_and_response_match_json(client: httpx.Client, digits: np.nd
     np.testing.assert_allclose(array, expected["latents" if path == "/encode" else "outputs"], atol=1e-6)
 
 
-def test_query_options_of_an_npy_request_match_json_fields(client: httpx.Client, digits: np.ndarray) -> None:
+def test_query_options_of_an_npy_request_act_like_json_fields(client: httpx.Client, digits: np.ndarray) -> None:
     response = client.post("/encode?sample=true&seed=8&model=ae", content=npy(digits[:2]), headers=NPY)
     body = {"inputs": digits[:2].tolist(), "sample": True, "seed": 8}
     assert response.json() == post(client, "/encode", body, params={"model": "ae"})
@@ -206,7 +210,7 @@ def test_model_endpoint_describes_one_model(client: httpx.Client, reference: str
 @pytest.mark.parametrize(
     "path", ["/models", "/models/vae", "/livez", "/readyz", "/metrics", "/", "/docs", "/openapi.json"]
 )
-def test_head_returns_the_headers_of_get(client: httpx.Client, path: str) -> None:
+def test_head_returns_the_same_content_type_as_get(client: httpx.Client, path: str) -> None:
     head, get = client.head(path), client.get(path)
     assert (head.status_code, get.status_code) == (200, 200)
     assert head.content == b""

@@ -32,7 +32,10 @@ NPY = {"content-type": "application/x-npy"}
 
 
 def rows_with_gaps() -> torch.Tensor:
-    """Return the 400 host rows. In columns 1 and 3, a fifth of the values is missing: both in row 0, none in row 1."""
+    """Return the 400 host rows, with a fifth of the values in columns 1 and 3 missing.
+
+    Row 0 lacks both values, and row 1 lacks neither.
+    """
     x = torch.from_numpy(values(host_table()))
     x[:, OPTIONAL] = x[:, OPTIONAL].masked_fill(
         torch.rand(400, 2, generator=torch.Generator().manual_seed(0)) < 0.2, torch.nan
@@ -65,7 +68,9 @@ def impute(row: list[Any], medians: np.ndarray) -> list[float]:
 INCOMPLETE: list[list[Any]] = [[0.5, None, 0.7, -2.0], GOOD, [0.5, None, 0.7, None]]
 
 
-def test_missing_value_is_scored_as_the_training_median(client: httpx.Client, medians: np.ndarray) -> None:
+def test_missing_value_is_scored_like_the_median_of_the_training_rows(
+    client: httpx.Client, medians: np.ndarray
+) -> None:
     incomplete = post(client, "/anomaly", {"inputs": INCOMPLETE, "explain": 4})
     whole = post(client, "/anomaly", {"inputs": [impute(row, medians) for row in INCOMPLETE], "explain": 4})
     for result, expected in zip(incomplete["results"], whole["results"], strict=True):
@@ -87,7 +92,7 @@ def test_verdict_lists_missing_features_and_gives_them_no_value(client: httpx.Cl
     assert (values[2]["memory/used"], values[2]["load"]) == (None, None)
 
 
-def test_record_with_an_absent_key_scores_like_a_record_with_null(client: httpx.Client) -> None:
+def test_record_gets_the_same_verdict_whether_a_key_is_absent_or_null(client: httpx.Client) -> None:
     whole = dict(zip(HOST_FEATURES, GOOD, strict=True))
     null = whole | {"memory/used": None, "load": None}
     absent = {name: value for name, value in whole.items() if name not in ("memory/used", "load")}
@@ -101,7 +106,9 @@ def test_record_with_an_absent_key_scores_like_a_record_with_null(client: httpx.
     ]  # fmt: skip
 
 
-def test_encode_reconstruct_and_interpolate_count_missing_values(client: httpx.Client, medians: np.ndarray) -> None:
+def test_responses_of_encode_reconstruct_and_interpolate_count_missing_values(
+    client: httpx.Client, medians: np.ndarray
+) -> None:
     whole = {"inputs": [impute(row, medians) for row in INCOMPLETE]}
     for path, field in (("/encode", "latents"), ("/reconstruct", "outputs")):
         incomplete, plain = post(client, path, {"inputs": INCOMPLETE}), post(client, path, whole)
@@ -171,7 +178,7 @@ def test_missing_required_value_in_npy_is_refused(client: httpx.Client, row: lis
     assert [error["pointer"] for error in errors] == [f"/inputs/1{place}"]
 
 
-def test_refusal_hints_at_the_features_that_may_be_missing(client: httpx.Client) -> None:
+def test_refused_request_gets_a_hint_about_the_features_that_may_be_missing(client: httpx.Client) -> None:
     problem = client.post("/encode", json={"inputs": [[None, 1, 1, 1]]}).json()
     assert "missing > 0" in problem["hint"]
     features = client.get("/models/hosts").json()["features"]
@@ -186,9 +193,7 @@ def test_nan_in_json_is_refused_with_a_hint_to_use_null(client: httpx.Client) ->
 
 
 @pytest.mark.parametrize("without", ["cpu", "disk~io"])
-def test_refusal_of_a_record_with_impute_false_names_only_the_missing_feature(
-    client: httpx.Client, without: str
-) -> None:
+def test_error_names_only_the_missing_feature_of_a_record_if_impute_is_off(client: httpx.Client, without: str) -> None:
     record = {"cpu": 1.0, "disk~io": 1.0}
     del record[without]
     problem = client.post("/anomaly", json={"records": [record], "impute": False}).json()
@@ -197,7 +202,7 @@ def test_refusal_of_a_record_with_impute_false_names_only_the_missing_feature(
 
 
 @pytest.mark.parametrize("gap", [{}, {"cpu": None}])
-def test_record_with_at_most_half_of_its_required_features_missing_is_imputed(
+def test_record_is_imputed_if_at_most_half_of_its_required_features_are_missing(
     client: httpx.Client, medians: np.ndarray, gap: dict[str, None]
 ) -> None:
     whole = dict(zip(HOST_FEATURES, GOOD, strict=True))
@@ -222,7 +227,7 @@ def test_nested_rows_may_have_missing_values() -> None:
     assert caught.value.pointer == "/inputs/0/1/0"
 
 
-def test_row_with_every_value_missing_is_refused(client: httpx.Client) -> None:
+def test_row_is_refused_if_every_value_is_missing(client: httpx.Client) -> None:
     schema = RowSchema([2], "ab", [True, True])
     for read in (
         lambda: parse_rows(schema, [[None, None]], "/inputs", False),

@@ -59,7 +59,7 @@ def validate(document: dict[str, Any], value: Any, schema: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("model", ["pca", "ae", "vae"])
 @pytest.mark.parametrize(("path", "name"), CASES)
-def test_response_to_every_example_matches_its_schema(
+def test_response_to_every_example_matches_the_schema(
     client: httpx.Client, document: dict[str, Any], path: str, name: str, model: str
 ) -> None:
     body = content(document, path)["application/json"]

@@ -1,4 +1,4 @@
-"""Prometheus remote write: the specification for receivers, and invalid, repeated and reordered samples."""
+"""Prometheus remote write: what it requires of receivers, and invalid, repeated and reordered samples."""
 
 import math
 import re
@@ -66,7 +66,7 @@ def labels(name: str, **more: str) -> tuple[tuple[str, str], ...]:
 
 
 def series(found: list[list[float]], instance: str = "a", first: int = START) -> list[Series]:
-    """Return the rows `found`, one second apart, as the four series of one host."""
+    """Return the four series of one host: row i of `found` holds their values i seconds after `first`."""
     names = [("cpu_busy", {"mode": "all"}), ("memory_used", {}), ("disk~io", {}), ("load", {})]
     return [
         (labels(name, instance=instance, **more), [(first + 1000 * i, row[j]) for i, row in enumerate(found)])
@@ -102,12 +102,12 @@ def test_message_encoded_by_hand_is_decoded() -> None:
         max_size=4,
     )
 )
-def test_encoded_series_decode_to_the_same_series(found: list[Series]) -> None:
+def test_series_are_the_same_after_encoding_and_decoding(found: list[Series]) -> None:
     assert list(remote_write.loads(remote_write.dumps(found), 2**20)) == found
 
 
 @given(st.binary(max_size=60))
-def test_random_bytes_decode_or_raise_a_service_error(body: bytes) -> None:
+def test_random_bytes_are_decoded_or_raise_a_service_error(body: bytes) -> None:
     for content in (body, bytes(cramjam.snappy.compress_raw(body))):
         with suppress(InvalidEncoding, InvalidProtobuf, BodyTooLarge):
             for found, samples in remote_write.loads(content, 2**16):
@@ -149,7 +149,7 @@ def test_invalid_request_gets_a_4xx_status_that_prometheus_does_not_retry(
     assert response.status_code == status, response.text
 
 
-def test_missing_model_and_full_memory_give_a_503_that_prometheus_retries(artifacts: Path, tmp_path: Path) -> None:
+def test_request_gets_a_503_if_the_model_is_missing_or_the_memory_is_full(artifacts: Path, tmp_path: Path) -> None:
     with running(create_app(Settings(artifacts=tmp_path, log_level="error"))) as client:
         assert send(client, series(host_rows(1))).status_code == 503
     app = create_app(Settings(artifacts=artifacts, default_model="hosts", log_level="error"))
@@ -164,7 +164,7 @@ def outcomes(client: httpx.Client) -> dict[str, float]:
     return {dict(key)["outcome"]: count for (name, key), count in found if name == "elbo_remote_samples_total"}
 
 
-def test_samples_are_counted_by_outcome_and_incomplete_rows_are_imputed_or_unreadable(
+def test_samples_are_counted_by_outcome_and_rows_with_too_few_samples_as_unreadable(
     artifacts: Path, tmp_path: Path
 ) -> None:
     mapping = tmp_path / "map.toml"

@@ -1,4 +1,4 @@
-"""Drive the explorer in Chromium and record its requests and its console errors."""
+"""Drive the explorer in Chromium, and record the requests and console errors of the explorer."""
 
 import io
 import json
@@ -26,7 +26,7 @@ expect.set_options(timeout=TIMEOUT)
 MAP = ".map-card .map canvas:last-child"
 MAP_BASE = ".map-card .map canvas:first-child"
 OUTPUT = ".point-card .output canvas"
-# A promise that resolves after 60 ms plus one frame of the page, also on a slow machine.
+# A promise that resolves after 60 ms plus one frame of the page, however slow the machine is.
 PAGE_PAUSE = "() => new Promise(done => setTimeout(() => requestAnimationFrame(() => setTimeout(done)), 60))"
 
 
@@ -92,7 +92,7 @@ class ExplorerPage:
         return [request for request in self.requests[since:] if request.path == path]
 
     def expect_request(self, action: Callable[[], object], path: str, **query: str) -> ApiRequest:
-        """Run `action`; return the request to `path` that it causes, once the response has arrived with status 200."""
+        """Run `action`, wait until a request to `path` has a response with status 200, and return the request."""
         self.wait_until_idle()
         before = len(self.requests)
         action()

@@ -21,7 +21,7 @@ from training.train import train
 def browser() -> Iterator[Browser]:
     """Yield headless Chromium, started once per module.
 
-    While the browser is open, its event loop occupies the thread that other modules need.
+    The browser closes after each module, because its event loop occupies the thread that other modules need.
     """
     with chromium() as browser:
         yield browser
@@ -46,7 +46,7 @@ def site_url(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture
 def explorer(browser: Browser, site_url: str) -> Iterator[ExplorerPage]:
-    """Yield the explorer in its own browser context. The test fails on any error or warning in the console."""
+    """Yield the explorer in a new browser context. The test fails on any error or warning in the console."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     explorer = ExplorerPage(context.new_page(), site_url)
     yield explorer

@@ -10,7 +10,7 @@ from playwright.sync_api import expect
 from tests.service.explorer.browser import ExplorerPage, click_button, save_npy
 
 
-def test_verdict_follows_the_row_alpha_and_a_varied_feature(explorer: ExplorerPage) -> None:
+def test_verdict_depends_on_alpha_on_the_row_and_on_a_varied_feature(explorer: ExplorerPage) -> None:
     explorer.open("?view=anomaly&model=hosts")
     page = explorer.page
     request = explorer.expect_request(lambda: click_button(page, "next row"), "/anomaly", model="hosts@1")
@@ -28,7 +28,7 @@ def test_verdict_follows_the_row_alpha_and_a_varied_feature(explorer: ExplorerPa
     assert len(varied) == 41
     assert (np.ptp(varied, axis=0) > 0).tolist() == [False, False, False, True]
     request = explorer.expect_request(lambda: explorer.set_slider("load", 60), "/anomaly")
-    assert request.json["inputs"][0][3] == pytest.approx(varied[-1, 3])  # at the end of its range
+    assert request.json["inputs"][0][3] == pytest.approx(varied[-1, 3])  # the slider stops at the end of the range
     expect(page.locator(".verdict")).to_have_text("Anomalous")
     click_button(page, "Reset")
     expect(page.locator(".verdict")).to_have_text("Normal")
@@ -84,7 +84,9 @@ def test_csv_columns_are_matched_by_name(explorer: ExplorerPage, tmp_path: Path)
     expect(page.get_by_role("alert")).to_have_text("The header lacks memory/used, disk~io.")
 
 
-def test_batch_from_a_long_file_is_cut_with_a_note(explorer: ExplorerPage, tmp_path: Path) -> None:
+def test_only_the_first_5000_rows_of_a_long_file_are_scored_and_a_note_says_so(
+    explorer: ExplorerPage, tmp_path: Path
+) -> None:
     explorer.open("?view=anomaly&model=hosts")
     file = save_npy(tmp_path / "long.npy", np.full((5001, 4), [0, 0, 100, 0], np.float32))
     explorer.page.get_by_label("file of rows to score").set_input_files(file)

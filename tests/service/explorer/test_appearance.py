@@ -16,7 +16,7 @@ from tests.service.explorer.browser import ExplorerPage
 SCREENSHOTS = ROOT / "screenshots"
 A = ",".join(["1.5", "0", "-1", *["0"] * 13])
 B = ",".join(["-1", "1", "0.5", *["0"] * 13])
-VIEWS = {  # query, and a selector of the content that appears last
+VIEWS = {  # query, and the selector of the element that appears last
     "models": ("?view=models", "article.model img"),
     "latent": (f"?view=latent&model=vae&a={A}&b={B}&seed=7", ".strip canvas"),
     "reconstruct": ("?view=reconstruct&model=vae&noise=0.2&draw=1", "table.errors"),
@@ -61,7 +61,7 @@ def check_view(explorer: ExplorerPage, name: str, query: str, selector: str) -> 
     page.screenshot(path=SCREENSHOTS / f"{name}-wide.png", full_page=True)
     page.set_viewport_size({"width": 390, "height": 800})
     charts = "[...document.querySelectorAll('svg.chart:not(.square)')]"
-    explorer.wait_for(charts + ".every(chart => chart.viewBox.baseVal.width === 380)")  # redrawn with readable text
+    explorer.wait_for(charts + ".every(chart => chart.viewBox.baseVal.width === 380)")  # redrawn for this width
     explorer.wait_until_idle()
     bar = page.locator("nav").bounding_box()
     current = page.locator("nav a[aria-current]").bounding_box()
@@ -130,7 +130,7 @@ FOCUS = """() => {
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_tab_key_reaches_the_controls_of_a_view_with_visible_focus(explorer: ExplorerPage, view: str) -> None:
+def test_tab_key_reaches_the_controls_of_a_view_and_the_focus_is_visible(explorer: ExplorerPage, view: str) -> None:
     query, selector = VIEWS[view]
     explorer.open(query)
     expect(explorer.page.locator(selector).first).to_be_visible()

@@ -32,7 +32,7 @@ def open_map(explorer: ExplorerPage) -> tuple[Page, Locator, FloatRect]:
     return explorer.page, map_, box
 
 
-def test_hovering_over_the_map_decodes_and_clicking_adds_a_point(explorer: ExplorerPage) -> None:
+def test_hovering_over_the_map_decodes_a_point_and_clicking_adds_a_point(explorer: ExplorerPage) -> None:
     page, map_, box = open_map(explorer)
     request = explorer.expect_request(lambda: map_.hover(position={"x": 100, "y": 100}), "/decode", model="vae@1")
     z = request.rows
@@ -56,7 +56,7 @@ def test_hovering_over_the_map_decodes_and_clicking_adds_a_point(explorer: Explo
     expect(page.locator(".tray canvas")).to_have_count(0)
 
 
-def test_point_moves_by_drag_keys_and_sliders(explorer: ExplorerPage) -> None:
+def test_point_is_moved_by_dragging_by_keys_and_by_sliders(explorer: ExplorerPage) -> None:
     page, map_, box = open_map(explorer)
     page.mouse.move(box["x"] + 200, box["y"] + 200)
     page.mouse.down()
@@ -121,7 +121,7 @@ def test_map_controls_change_the_map(explorer: ExplorerPage) -> None:
     explorer.open("?view=latent&model=vae")
     page = explorer.page
     expect(page.locator(OUTPUT)).to_be_visible()
-    assert count_colours(page, MAP_BASE) > 10  # ten labels, contours and axes
+    assert count_colours(page, MAP_BASE) > 10  # colours of ten labels, the contours and the axes
     for name in ("Codes", "Contours"):
         before = canvas_hash(page, MAP_BASE)
         click_button(page, name)
@@ -164,7 +164,7 @@ def test_each_latent_has_a_slider_and_inactive_latents_are_marked(explorer: Expl
     np.testing.assert_allclose(widths, 100 * nats / nats.max(), atol=0.01)
 
 
-def test_interpolation_follows_its_end_points_method_and_steps(explorer: ExplorerPage) -> None:
+def test_interpolation_uses_the_chosen_ends_method_and_number_of_steps(explorer: ExplorerPage) -> None:
     explorer.open("?view=latent&model=vae&axes=0,1")
     page, map_ = explorer.page, explorer.page.locator(MAP)
     expect(page.locator(".strip").first).to_contain_text("Neither end is set")
@@ -188,7 +188,7 @@ def test_interpolation_follows_its_end_points_method_and_steps(explorer: Explore
     expect(page.locator(".strip canvas")).to_have_count(5)
 
 
-def test_samples_follow_seed_and_temperature(explorer: ExplorerPage) -> None:
+def test_samples_use_the_chosen_seed_and_temperature(explorer: ExplorerPage) -> None:
     explorer.open("?view=latent&model=vae")
     page = explorer.page
     request = explorer.expect_request(lambda: click_button(page, "Draw"), "/sample", model="vae@1")
@@ -246,7 +246,9 @@ def test_map_shows_20000_rows_from_a_file(explorer: ExplorerPage, tmp_path: Path
     expect(page.locator(".point-card")).to_contain_text("of your rows lies here")
 
 
-def test_map_shows_only_the_first_20000_rows_of_a_long_file_with_a_note(explorer: ExplorerPage, tmp_path: Path) -> None:
+def test_map_shows_only_the_first_20000_rows_of_a_long_file_and_a_note_says_so(
+    explorer: ExplorerPage, tmp_path: Path
+) -> None:
     explorer.open("?view=latent&model=hosts")
     file = save_npy(tmp_path / "long.npy", np.full((20_001, 4), [0, 0, 100, 0], np.float32))
     explorer.page.get_by_label("file of rows to show on the map").set_input_files(file)

@@ -5,7 +5,7 @@ from playwright.sync_api import expect
 from tests.service.explorer.browser import ExplorerPage, click_button
 
 
-def test_buttons_of_a_model_card_sample_copy_the_command_and_open_a_view(explorer: ExplorerPage) -> None:
+def test_buttons_of_a_model_draw_new_samples_copy_a_command_and_open_a_view(explorer: ExplorerPage) -> None:
     explorer.open()
     page = explorer.page
     expect(page.locator("article.model h3")).to_have_count(6)

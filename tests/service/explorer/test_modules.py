@@ -13,7 +13,7 @@ STATIC = ROOT / "service" / "static"
 EXPLORER = STATIC / "explorer"
 MODULES = sorted(STATIC.rglob("*.js"))
 MAX_LINE_LENGTH = 120
-# Key: a folder of `explorer/`. Value: the other folders from which its modules may import.
+# The other folders from which the modules of each folder of `explorer/` may import.
 MAY_IMPORT = {
     "lib": set(),
     "ui": {"lib"},
@@ -39,7 +39,7 @@ def folder_of(module: Path) -> str:
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(STATIC)))
-def test_module_imports_existing_files_of_lower_folders(module: Path) -> None:
+def test_module_imports_only_existing_files_of_its_own_or_lower_folders(module: Path) -> None:
     for imported in imports_of(module):
         assert imported in MODULES, f"{imported} does not exist"
         assert folder_of(imported) in {folder_of(module), *MAY_IMPORT[folder_of(module)]}, imported
@@ -55,7 +55,7 @@ def test_import_parser_finds_every_import_statement() -> None:
 def test_modules_have_no_import_cycle() -> None:
     graph = {module: imports_of(module) for module in MODULES}
     order = list(TopologicalSorter(graph).static_order())  # raises CycleError
-    assert order[-1] == EXPLORER / "main.js"  # it imports the others, and nothing imports it
+    assert order[-1] == EXPLORER / "main.js"  # no module imports main.js
 
 
 def test_every_module_is_reachable_from_main() -> None:

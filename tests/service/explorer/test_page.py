@@ -1,4 +1,4 @@
-"""Features of all views of the explorer: tooltips, themes, shareable addresses, error messages, aborted requests."""
+"""What all views of the explorer share: tooltips, themes, shareable addresses, error messages, aborted requests."""
 
 import re
 from pathlib import Path
@@ -39,12 +39,12 @@ def test_chosen_theme_is_remembered(explorer: ExplorerPage) -> None:
     assert page.evaluate(background) == light
 
 
-def test_theme_change_repaints_and_keeps_the_state(explorer: ExplorerPage) -> None:
+def test_theme_change_repaints_the_map_and_keeps_the_state(explorer: ExplorerPage) -> None:
     explorer.open("?view=latent&model=vae&axes=0,1")
     page = explorer.page
     explorer.expect_request(lambda: page.locator(MAP).click(position={"x": 150, "y": 150}), "/decode")
     expect(page.locator(".tray canvas")).to_have_count(1)
-    page.mouse.move(0, 0)  # leaving the map decodes the point again
+    page.mouse.move(0, 0)  # when the pointer leaves the map, the point is decoded again
     explorer.wait_until_idle()
     light, swatch = canvas_hash(page, MAP_BASE), page.locator(".labels .swatch").first
     tint = swatch.evaluate("e => getComputedStyle(e).backgroundColor")
@@ -75,7 +75,7 @@ def test_address_restores_the_view(explorer: ExplorerPage, browser: Browser) -> 
         assert canvas_hash(other, OUTPUT) == shown
 
 
-def test_private_model_is_explored_without_held_out_rows(explorer: ExplorerPage) -> None:
+def test_private_model_can_be_explored_without_held_out_rows(explorer: ExplorerPage) -> None:
     explorer.open("?view=latent&model=secret")
     page = explorer.page
     expect(page.locator(".view-latent")).to_contain_text("secret has no held-out rows")

@@ -1,4 +1,4 @@
-"""The PCA view: the worked example, and components and principal angles against NumPy."""
+"""The PCA view: the worked example, and the components and principal angles, compared with NumPy."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The reconstruction view: a held-out, drawn or pasted row, corrupted, encoded and decoded."""
+"""The reconstruction view: a held-out, drawn or pasted row is corrupted, encoded and decoded."""
 
 import re
 
@@ -62,7 +62,7 @@ def test_noise_occlusion_and_sampling_change_the_row(explorer: ExplorerPage) -> 
     assert again[0]["seed"] != drawn[0]["seed"]
 
 
-def test_row_is_drawn_with_pointer_and_keyboard(explorer: ExplorerPage) -> None:
+def test_row_can_be_drawn_with_pointer_or_keyboard(explorer: ExplorerPage) -> None:
     explorer.open("?view=reconstruct&model=vae")
     page = explorer.page
     page.get_by_role("radio", name="Draw").check()
@@ -95,7 +95,7 @@ def test_row_is_drawn_with_pointer_and_keyboard(explorer: ExplorerPage) -> None:
     assert not np.any(request.json["inputs"][0])
 
 
-def test_pasted_row_is_used_and_an_invalid_pasted_row_is_rejected(explorer: ExplorerPage) -> None:
+def test_pasted_row_is_used_if_valid_and_rejected_if_invalid(explorer: ExplorerPage) -> None:
     explorer.open("?view=reconstruct&model=hosts")
     page = explorer.page
     page.get_by_role("radio", name="Paste").check()

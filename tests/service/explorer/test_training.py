@@ -7,7 +7,7 @@ from playwright.sync_api import expect
 from tests.service.explorer.browser import ExplorerPage, click_button
 
 
-def test_algorithm_steps_select_loss_curves(explorer: ExplorerPage) -> None:
+def test_button_of_an_algorithm_step_selects_the_loss_curve_of_the_step(explorer: ExplorerPage) -> None:
     explorer.open("?view=training&model=vae")
     page = explorer.page
     expect(page.locator(".algorithm li")).to_have_count(11)
@@ -25,7 +25,7 @@ def test_algorithm_steps_select_loss_curves(explorer: ExplorerPage) -> None:
     assert "model=pca" in page.url
 
 
-def test_activity_report_equals_that_of_the_artifact(explorer: ExplorerPage, site_url: str) -> None:
+def test_card_of_active_latents_shows_the_report_of_the_artifact(explorer: ExplorerPage, site_url: str) -> None:
     explorer.open("?view=training&model=vae")
     report = explorer.page.request.get(f"{site_url}/models/vae").json()["latent_report"]
     inactive = [i for i, latent in enumerate(report) if not latent["active"]]

@@ -53,7 +53,7 @@ async def read_response(reader: asyncio.StreamReader) -> Response:
 
 
 async def send_rounds(port: int, request: bytes, clients: int, rounds: int) -> list[tuple[Response, float]]:
-    """Send `request` on `clients` connections at the same time, `rounds` times; return responses with their seconds."""
+    """Send `request` on `clients` connections at once, `rounds` times; return each response and its time in seconds."""
     connections = [await connect(port) for _ in range(clients)]
 
     async def send(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[Response, float]:
@@ -80,7 +80,7 @@ async def run_if_admitted(
     return await batcher.run(model, operation, x)
 
 
-def test_rows_beyond_a_full_queue_are_refused_with_a_retry_after(vae: Artifact) -> None:
+def test_request_is_refused_with_a_retry_after_if_the_queue_is_full(vae: Artifact) -> None:
     model = BareModel(select_backend(vae, requested="torchscript").backend)
     operation = reconstruct(gaps=False)
 
@@ -102,7 +102,7 @@ def test_rows_beyond_a_full_queue_are_refused_with_a_retry_after(vae: Artifact) 
     asyncio.run(scenario())
 
 
-def test_rows_that_would_wait_too_long_are_refused_and_a_large_request_to_an_idle_batcher_is_accepted(
+def test_request_is_refused_if_it_would_wait_too_long_and_accepted_if_the_batcher_is_idle(
     vae: Artifact,
 ) -> None:
     model = BareModel(select_backend(vae, requested="torchscript").backend)
@@ -121,14 +121,15 @@ def test_rows_that_would_wait_too_long_are_refused_and_a_large_request_to_an_idl
                 return run_if_admitted(admission, batcher, model, operation, x)
 
             unmeasured = await asyncio.gather(*[run(random_rows(1)) for _ in range(30)])
-            assert len(unmeasured) == 30  # without a measured rate every request is accepted
+            assert len(unmeasured) == 30  # every request is accepted until a rate is measured
             large = await run(random_rows(20, seed=1))  # takes 0.4 s
             np.testing.assert_array_equal(large.outputs[0], random_rows(20, seed=1))
             inputs = [random_rows(1, seed=seed) for seed in range(30)]
             results = await asyncio.gather(*[run(x) for x in inputs], return_exceptions=True)
             accepted = [index for index, result in enumerate(results) if not isinstance(result, Overloaded)]
             assert accepted == list(range(len(accepted)))  # in order of arrival
-            assert 1 < len(accepted) <= 7  # about 5 rows (50 per second for 0.1 s) wait while one runs
+            # At 50 rows per second and a maximum wait of 0.1 s, about 5 rows may wait while one runs.
+            assert 1 < len(accepted) <= 7
             for index in accepted:
                 result = results[index]
                 assert not isinstance(result, BaseException)
@@ -142,7 +143,7 @@ def test_rows_that_would_wait_too_long_are_refused_and_a_large_request_to_an_idl
     asyncio.run(scenario())
 
 
-def test_ticket_acquired_or_released_twice_counts_once() -> None:
+def test_ticket_counts_once_if_it_is_acquired_or_released_twice() -> None:
     async def scenario() -> None:
         async with running_batcher() as batcher:
             admission = admission_for(batcher)
@@ -154,7 +155,7 @@ def test_ticket_acquired_or_released_twice_counts_once() -> None:
             for _ in range(2):
                 ticket.release()
                 assert admission.requests.amount == 0
-            ticket.acquire()  # as when the rest of a body arrives after the response
+            ticket.acquire()  # happens if the rest of a body arrives after the response was sent
             assert admission.requests.amount == 0
             tickets = [admission.ticket() for _ in range(WORK_SLOTS)]
             for each in tickets:
@@ -193,7 +194,7 @@ def test_flood_of_requests_gets_prompt_refusals_and_correct_responses(
     assert process.stop() == 0
 
 
-def test_request_to_a_full_queue_is_refused_before_its_body_arrives_and_may_be_sent_again(artifacts: Path) -> None:
+def test_request_is_refused_before_its_body_arrives_and_may_be_repeated_if_the_queue_is_full(artifacts: Path) -> None:
     async def scenario() -> None:
         async with serving(Settings(artifacts=artifacts, max_rows=3, queue_rows=3)) as (service, port):
             gate = Gate()
@@ -218,7 +219,7 @@ def test_request_to_a_full_queue_is_refused_before_its_body_arrives_and_may_be_s
     asyncio.run(scenario())
 
 
-def test_stream_of_rows_waits_for_a_full_queue_instead_of_being_refused(artifacts: Path) -> None:
+def test_stream_of_rows_waits_instead_of_being_refused_if_the_queue_is_full(artifacts: Path) -> None:
     async def scenario() -> None:
         async with serving(Settings(artifacts=artifacts, max_rows=3, queue_rows=3)) as (service, port):
             gate = Gate()
@@ -238,7 +239,7 @@ def test_stream_of_rows_waits_for_a_full_queue_instead_of_being_refused(artifact
     asyncio.run(scenario())
 
 
-def test_deadline_that_passes_in_the_queue_gives_504_and_leaves_other_requests_queued(artifacts: Path) -> None:
+def test_deadline_that_passes_in_the_queue_gives_504_only_to_its_own_request(artifacts: Path) -> None:
     async def scenario() -> None:
         async with serving(Settings(artifacts=artifacts)) as (service, port):
             gate = Gate()
@@ -263,7 +264,7 @@ def test_deadline_that_passes_in_the_queue_gives_504_and_leaves_other_requests_q
     asyncio.run(scenario())
 
 
-def test_incomplete_bodies_delay_no_other_request(artifacts: Path) -> None:
+def test_incomplete_bodies_do_not_delay_complete_requests(artifacts: Path) -> None:
     async def scenario() -> None:
         async with serving(Settings(artifacts=artifacts, queue_seconds=0.001)) as (service, port):
             slow = [await connect(port) for _ in range(2 * WORK_SLOTS)]

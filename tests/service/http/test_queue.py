@@ -46,7 +46,7 @@ def test_request_of_a_disconnected_client_is_dropped_from_the_queue_before_it_ru
     asyncio.run(scenario())
 
 
-def test_request_beyond_a_full_queue_gives_429_with_a_retry_after(artifacts: Path) -> None:
+def test_request_gets_429_with_a_retry_after_if_the_queue_is_full(artifacts: Path) -> None:
     async def scenario() -> None:
         async with serving(Settings(artifacts=artifacts, max_rows=3, queue_rows=3)) as (service, port):
             gate = Gate()
@@ -63,7 +63,7 @@ def test_request_beyond_a_full_queue_gives_429_with_a_retry_after(artifacts: Pat
     asyncio.run(scenario())
 
 
-def test_deadline_that_passes_in_the_queue_gives_504_at_once_and_never_runs(artifacts: Path) -> None:
+def test_request_gets_504_at_once_and_never_runs_if_its_deadline_passes_in_the_queue(artifacts: Path) -> None:
     async def scenario() -> None:
         async with serving(Settings(artifacts=artifacts, request_timeout=20)) as (service, port):
             gate = Gate()
@@ -86,7 +86,7 @@ def test_deadline_that_passes_in_the_queue_gives_504_at_once_and_never_runs(arti
     asyncio.run(scenario())
 
 
-def test_deadline_that_passes_in_the_model_raises_deadline_exceeded(artifacts: Path) -> None:
+def test_job_raises_deadline_exceeded_if_its_deadline_passes_while_the_model_runs(artifacts: Path) -> None:
     async def scenario() -> None:
         async with serving(Settings(artifacts=artifacts)) as (service, _):
             gate = Gate()
@@ -97,7 +97,7 @@ def test_deadline_that_passes_in_the_model_raises_deadline_exceeded(artifacts: P
     asyncio.run(scenario())
 
 
-def test_body_that_does_not_arrive_gives_408_and_closes_only_its_connection(artifacts: Path) -> None:
+def test_only_the_connection_whose_body_does_not_arrive_gets_408_and_is_closed(artifacts: Path) -> None:
     async def scenario() -> None:
         async with serving(Settings(artifacts=artifacts, request_timeout=0.2)) as (service, port):
             slow = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]
@@ -115,7 +115,7 @@ def test_body_that_does_not_arrive_gives_408_and_closes_only_its_connection(arti
     asyncio.run(scenario())
 
 
-def test_body_beyond_the_limit_on_held_bytes_is_refused_until_other_bodies_are_freed(artifacts: Path) -> None:
+def test_body_is_refused_while_other_bodies_fill_the_limit_on_held_bytes(artifacts: Path) -> None:
     async def scenario() -> None:
         size = 2 * len(BODY)
         settings = Settings(artifacts=artifacts, max_body_bytes=max(size, 1024), held_bytes=max(size, 1024))

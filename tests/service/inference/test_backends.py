@@ -1,4 +1,4 @@
-"""Selection of the backend, and agreement of the ONNX twin with TorchScript."""
+"""Selection of the backend; agreement of TorchScript with the ONNX twin (a copy of the networks for ONNX Runtime)."""
 
 import re
 import sys
@@ -63,7 +63,7 @@ WRONG_TWINS: list[tuple[Callable[[], Graphs], str]] = [
 
 
 @pytest.mark.parametrize(("twin", "reason"), WRONG_TWINS, ids=["truncated", "tampered", "misnamed"])
-def test_auto_with_a_wrong_twin_selects_torchscript_and_logs_the_reason_once(
+def test_auto_selects_torchscript_and_logs_the_reason_once_if_the_onnx_twin_is_wrong(
     twin: Callable[[], Graphs], reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     publish_twin(tmp_path, "vae-gaussian", twin())
@@ -80,7 +80,7 @@ def test_auto_with_a_wrong_twin_selects_torchscript_and_logs_the_reason_once(
 
 
 @pytest.mark.parametrize(("twin", "reason"), WRONG_TWINS, ids=["truncated", "tampered", "misnamed"])
-def test_requesting_onnx_with_a_wrong_twin_raises_artifact_mismatch(
+def test_request_for_onnx_raises_artifact_mismatch_if_the_onnx_twin_is_wrong(
     twin: Callable[[], Graphs], reason: str, tmp_path: Path
 ) -> None:
     loaded = artifact.load(publish_twin(tmp_path, "vae-gaussian", twin()))
@@ -128,7 +128,7 @@ def test_onnx_result_of_a_row_does_not_depend_on_its_batch(kind: str, tmp_path: 
 
 
 @pytest.mark.parametrize(("speedup", "name"), [(0.9, "torchscript"), (1.05, "torchscript"), (1.2, "onnx")])
-def test_auto_selects_the_twin_only_if_it_is_measurably_faster(
+def test_auto_selects_onnx_only_if_it_is_measurably_faster_than_torchscript(
     speedup: float, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backend_selection, "_best_seconds", lambda *_: [speedup, 1.0])
@@ -137,14 +137,16 @@ def test_auto_selects_the_twin_only_if_it_is_measurably_faster(
     assert f"{speedup:.2f} times as fast as TorchScript, measured with 1 and 32 rows" in selection.reason
 
 
-def test_artifact_without_a_twin_gets_torchscript(tmp_path: Path) -> None:
+def test_artifact_without_an_onnx_twin_gets_torchscript(tmp_path: Path) -> None:
     loaded = replace(artifact.load(publish_twin(tmp_path, "pca")), twin=None)
     for requested in ("auto", "onnx"):
         selection = select_backend(loaded, requested=requested)
         assert (selection.backend.name, selection.reason) == ("torchscript", "the artifact has no ONNX twin")
 
 
-def test_auto_without_onnxruntime_selects_torchscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_selects_torchscript_if_onnxruntime_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     selection = select_backend(artifact.load(publish_twin(tmp_path, "pca")))
     assert selection.backend.name == "torchscript"
@@ -156,13 +158,13 @@ def test_artifact_on_a_gpu_gets_torchscript(tmp_path: Path) -> None:
     assert "the device is cuda" in select_backend(loaded, requested="onnx").reason
 
 
-def test_loading_a_twin_without_a_required_graph_raises_artifact_corrupt(tmp_path: Path) -> None:
+def test_load_raises_artifact_corrupt_if_the_onnx_twin_lacks_a_required_graph(tmp_path: Path) -> None:
     path = publish_twin(tmp_path, "pca", {name: graph for name, graph in graphs("pca").items() if name != "score"})
     with pytest.raises(ArtifactCorrupt, match="ONNX twin is incomplete"):
         artifact.load(path)
 
 
-def test_twin_without_a_reconstruct_graph_reconstructs_with_encode_and_decode(tmp_path: Path) -> None:
+def test_reconstruction_uses_encode_and_decode_if_the_onnx_twin_has_no_graph_for_it(tmp_path: Path) -> None:
     earlier = {name: graph for name, graph in graphs("ae").items() if name != "reconstruct"}
     x = batch(7)[0].numpy()
     results = []
@@ -173,7 +175,7 @@ def test_twin_without_a_reconstruct_graph_reconstructs_with_encode_and_decode(tm
         np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_auto_with_a_twin_that_returns_wrong_reconstruction_errors_selects_torchscript(tmp_path: Path) -> None:
+def test_auto_selects_torchscript_if_the_onnx_twin_returns_wrong_reconstruction_errors(tmp_path: Path) -> None:
     graph = onnx.load_from_string(graphs("ae")["reconstruct"].onnx)
     for node in graph.graph.node:
         if node.op_type == "ReduceMean":
@@ -185,7 +187,7 @@ def test_auto_with_a_twin_that_returns_wrong_reconstruction_errors_selects_torch
 
 
 @pytest.mark.parametrize("kind", ["pca-imputing", "ae-imputing"])
-def test_reconstruction_of_rows_with_gaps_gives_equal_results_on_both_backends(kind: str, tmp_path: Path) -> None:
+def test_both_backends_give_equal_reconstructions_of_rows_with_missing_values(kind: str, tmp_path: Path) -> None:
     loaded = artifact.load(publish_twin(tmp_path, kind, gaps=GAPS))
     x = batch(7, gaps=GAPS)[0].numpy()
     plain, twin = (select_backend(loaded, requested=name).backend for name in ("torchscript", "onnx"))
@@ -194,7 +196,7 @@ def test_reconstruction_of_rows_with_gaps_gives_equal_results_on_both_backends(k
         np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_models_endpoint_reports_the_twin_and_requests_run_on_it(tmp_path: Path) -> None:
+def test_requests_run_on_the_onnx_backend_that_the_models_endpoint_reports(tmp_path: Path) -> None:
     publish_twin(tmp_path, "vae-gaussian")
     description = {"name": "onnx", "reason": "requested by ELBO_BACKEND", "precision": "float32", "errors": {}}
     with running(create_app(Settings(artifacts=tmp_path, device="cpu", backend="onnx"))) as client:

@@ -22,7 +22,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return made
 
 
-def test_retry_after_without_a_measured_rate_is_one_second() -> None:
+def test_retry_after_is_one_second_if_no_rate_was_measured() -> None:
     assert retry_after(Backlog().seconds_for(1e9)) == 1
 
 

@@ -20,7 +20,7 @@ RECONSTRUCT = reconstruct(gaps=False)
 
 @pytest.fixture
 def vae(vae: Artifact) -> BareModel:
-    """The session's VAE with a backend whose latency has not been measured."""
+    """Return the session's VAE, with a backend whose latency has not been measured."""
     return BareModel(select_backend(vae, requested="torchscript").backend)
 
 
@@ -103,7 +103,7 @@ def test_large_request_runs_in_pieces_with_other_requests_in_between(vae: BareMo
     run(scenario)
 
 
-def test_operation_that_is_not_batched_never_shares_a_batch(vae: BareModel) -> None:
+def test_jobs_never_share_a_batch_if_their_operation_is_not_batched(vae: BareModel) -> None:
     batches: Batches = []
 
     async def scenario() -> None:
@@ -173,7 +173,7 @@ def test_cancelled_request_never_runs(vae: BareModel) -> None:
     run(scenario)
 
 
-def test_closing_finishes_queued_jobs_and_refuses_new_ones(vae: BareModel) -> None:
+def test_closing_finishes_queued_jobs_and_refuses_new_jobs(vae: BareModel) -> None:
     async def scenario() -> None:
         async with running_batcher() as batcher:
             gate = Gate()
@@ -192,7 +192,7 @@ def test_closing_finishes_queued_jobs_and_refuses_new_ones(vae: BareModel) -> No
     run(scenario)
 
 
-def test_half_of_300_requests_cancelled_at_random_leaves_the_other_results_correct(vae: BareModel) -> None:
+def test_results_are_correct_if_half_of_300_requests_are_cancelled_at_random(vae: BareModel) -> None:
     async def scenario() -> None:
         rng = np.random.default_rng(1)
         async with running_batcher(max_batch_rows=16) as batcher:

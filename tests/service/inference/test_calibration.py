@@ -37,7 +37,7 @@ SCORES: dict[str, Scores] = {
 
 
 def probes(scores: Scores) -> Scores:
-    """Return scores at, next to, between and beyond the calibration scores, and extreme values, NaN and infinity."""
+    """Return scores at, beside, between and beyond the calibration scores, plus extreme values, NaN and infinity."""
     random = np.random.RandomState(1)
     known = np.sort(scores)
     sides = [np.nextafter(known, np.float32(side)) for side in (-np.inf, np.inf)]
@@ -51,7 +51,10 @@ def probes(scores: Scores) -> Scores:
 
 
 def assert_agree(tested: calibration.Calibration, module: torch.jit.ScriptModule, score: Scores, alpha: float) -> None:
-    """Assert equal p-values, thresholds and verdicts, and severities within 1e-6, for a batch and for single scores."""
+    """Assert that `tested` agrees with `module`, for a batch and for single scores.
+
+    P-values, thresholds and verdicts must be equal, and severities must agree within 1e-6.
+    """
     with torch.inference_mode():
         expected_p_value = module.p_value(torch.from_numpy(score)).numpy()
         expected_severity = module.severity(torch.from_numpy(score), alpha).numpy()
@@ -99,7 +102,7 @@ def test_backends_return_the_p_values_and_severities_of_the_artifact(kind: str, 
     x = 3 * batch(50)[0]
     score, p_value, severity, *explained = chosen.run(operations.anomaly(0.05), (x.numpy(),))
     with torch.inference_mode():
-        exact = torch.from_numpy(score)  # the tested backend's score, because scores differ in their last bits
+        exact = torch.from_numpy(score)  # not `loaded`'s own score, which differs in its last bits
         np.testing.assert_array_equal(p_value, loaded.module.p_value(exact).numpy())
         np.testing.assert_allclose(severity, loaded.module.severity(exact, 0.05).numpy(), rtol=1e-6)
         assert chosen.calibration.threshold(0.05) == float(loaded.module.threshold(0.05))

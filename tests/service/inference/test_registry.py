@@ -26,7 +26,7 @@ def served(registry: ModelRegistry) -> list[str]:
     return [f"{name}@{version}" for name, numbers in registry.catalogue.models.items() for version in numbers]
 
 
-def test_find_with_an_absent_folder_raises_not_ready_with_advice(tmp_path: Path) -> None:
+def test_find_raises_not_ready_with_advice_if_the_folder_is_absent(tmp_path: Path) -> None:
     registry = create_registry(tmp_path / "absent")
     registry.refresh()
     with pytest.raises(NotReady) as caught:
@@ -46,7 +46,7 @@ def test_find_returns_the_newest_version_or_the_requested_one(artifacts: Path, t
 
 
 @pytest.mark.parametrize("reference", ["vae@1", "vae@3", "vae@02", "vae@", "unknown", "", "@2", "vae@2@2", "../vae"])
-def test_find_with_an_unknown_reference_raises_and_lists_the_served_models(
+def test_find_raises_an_error_that_lists_the_served_models_if_the_reference_is_unknown(
     artifacts: Path, tmp_path: Path, reference: str
 ) -> None:
     publish(artifacts, tmp_path, version=2)
@@ -60,7 +60,7 @@ def test_find_with_an_unknown_reference_raises_and_lists_the_served_models(
     assert caught.value.expected == "one of vae@2"
 
 
-def test_find_without_the_default_model_returns_the_first_by_name(artifacts: Path, tmp_path: Path) -> None:
+def test_find_returns_the_first_model_by_name_if_the_default_model_is_absent(artifacts: Path, tmp_path: Path) -> None:
     publish(artifacts, tmp_path, name="zebra")
     publish(artifacts, tmp_path, name="apple")
     registry = create_registry(tmp_path)
@@ -94,7 +94,7 @@ def test_bad_new_version_is_logged_once_and_the_old_version_stays_served(
     assert sum("failed to load vae@2" in record.message for record in caplog.records) == 1
 
 
-def test_half_copied_file_is_served_once_it_is_complete(artifacts: Path, tmp_path: Path) -> None:
+def test_half_copied_file_is_served_as_soon_as_it_is_complete(artifacts: Path, tmp_path: Path) -> None:
     path = publish(artifacts, tmp_path)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 3])
@@ -154,7 +154,7 @@ def test_removed_versions_and_models_are_no_longer_served(artifacts: Path, tmp_p
     assert registry.catalogue.find(None).version == 1
 
 
-def test_keep_versions_counts_only_versions_that_load(artifacts: Path, tmp_path: Path) -> None:
+def test_limit_on_kept_versions_counts_only_versions_that_load(artifacts: Path, tmp_path: Path) -> None:
     for version in (1, 2, 3, 4):
         path = publish(artifacts, tmp_path, version=version)
     path.write_bytes(b"PK")

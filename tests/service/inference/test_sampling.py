@@ -33,7 +33,7 @@ def test_first_rows_of_noise_do_not_depend_on_the_number_of_rows() -> None:
         np.testing.assert_array_equal(few, many[:2])
 
 
-def test_seeds_that_differ_above_32_bits_give_different_noise() -> None:
+def test_seeds_give_different_noise_even_if_only_their_upper_bits_differ() -> None:
     assert not np.array_equal(NOISE.draw(5, 1, 8)[0], NOISE.draw(5 + 2**32, 1, 8)[0])
 
 
@@ -60,18 +60,18 @@ def test_linear_interpolation_has_equal_steps() -> None:
     np.testing.assert_allclose(np.diff(interpolate(A, B, 5, "linear"), axis=0), np.tile((B - A) / 4, (4, 1)), rtol=1e-6)
 
 
-def test_slerp_between_points_of_a_circle_stays_on_the_circle_with_equal_angles() -> None:
+def test_slerp_between_points_of_a_circle_follows_the_circle_in_equal_angles() -> None:
     start, end = np.array([2, 0], np.float32), np.array([0, 2], np.float32)
     angles = np.linspace(0, math.pi / 2, 7)
     expected = 2 * np.column_stack((np.cos(angles), np.sin(angles)))
     np.testing.assert_allclose(interpolate(start, end, 7, "slerp"), expected, atol=1e-6)
 
 
-def test_slerp_between_vectors_of_different_length_follows_whites_formula() -> None:
+def test_slerp_follows_the_formula_of_white_if_the_vectors_differ_in_length() -> None:
     middle = interpolate(A, B, 3, "slerp")[1]
     np.testing.assert_allclose(middle, math.sqrt(0.5) * (A + B), rtol=1e-6)
 
 
 @pytest.mark.parametrize("end", [2 * A, -A, 0 * A, A])
-def test_slerp_between_parallel_opposite_or_zero_vectors_is_linear(end: np.ndarray) -> None:
+def test_slerp_is_linear_if_the_vectors_are_parallel_opposite_or_zero(end: np.ndarray) -> None:
     np.testing.assert_array_equal(interpolate(A, end, 6, "slerp"), interpolate(A, end, 6, "linear"))

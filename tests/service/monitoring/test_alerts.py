@@ -1,4 +1,4 @@
-"""Alerts: when they begin and are resolved, and what happens if Alertmanager is down, slow, failing or refusing."""
+"""Alerts: when they begin and are resolved, and what happens if Alertmanager is down or slow, or refuses alerts."""
 
 import json
 import threading
@@ -32,7 +32,7 @@ def seconds(text: str) -> float:
     return datetime.fromisoformat(text).timestamp()
 
 
-def test_alert_is_sent_when_it_begins_again_while_it_lasts_and_when_it_is_resolved() -> None:
+def test_alert_is_sent_when_it_begins_then_at_intervals_and_when_it_is_resolved() -> None:
     state = AlertState(RESOLVE_SECONDS)
     assert state.update(0, {A: [5.0]}, {}) == {}  # the baseline: rows counted before this process started
     due = state.update(1, {A: [6.0]}, {("m", "1", "cpu"): [1.0]})
@@ -53,7 +53,7 @@ def test_alert_is_sent_when_it_begins_again_while_it_lasts_and_when_it_is_resolv
     assert state.update(2 + RESEND_SECONDS + RESOLVE_SECONDS, {A: [9.0]}, {}) == {}
 
 
-def test_alerts_are_per_model_and_group_and_shared_by_versions() -> None:
+def test_each_group_of_a_model_has_one_alert_for_all_versions() -> None:
     state = AlertState(RESOLVE_SECONDS)
     state.update(0, {}, {})
     due = state.update(1, {A: [1.0], B: [1.0], ("m", "2", "a"): [2.0], ("n", "1", "a"): [1.0]}, {})
@@ -72,7 +72,7 @@ def test_alert_names_only_causes_counted_since_it_began() -> None:
 
 
 class Alertmanager:
-    """A fake Alertmanager: responds after `delay` seconds with the next of `statuses`, and repeats the last status."""
+    """A fake Alertmanager that responds after `delay` seconds with the next of `statuses`; the last status repeats."""
 
     def __init__(self) -> None:
         self.statuses, self.delay = [200], 0.0
@@ -109,7 +109,7 @@ def alertmanager() -> Iterator[Alertmanager]:
     server.server.server_close()
 
 
-def test_sender_posts_to_the_api_below_the_prefix_with_credentials(alertmanager: Alertmanager) -> None:
+def test_sender_posts_with_credentials_to_the_api_below_the_prefix_of_the_url(alertmanager: Alertmanager) -> None:
     sender = AlertSender(f"http://user:p%40ss@127.0.0.1:{alertmanager.port}/prefix/")
     sender.start()
     sender.enqueue({("m", "a"): {"labels": {"x": "1"}}, ("m", "b"): {"labels": {"x": "2"}}})
@@ -122,7 +122,7 @@ def test_sender_posts_to_the_api_below_the_prefix_with_credentials(alertmanager:
 
 
 @pytest.mark.parametrize("status", [500, 503, 429])
-def test_sender_with_failing_alertmanager_retries_with_the_latest_alert_only(
+def test_sender_retries_with_only_the_latest_alert_if_alertmanager_fails(
     alertmanager: Alertmanager, status: int
 ) -> None:
     alertmanager.statuses = [status] * 3 + [200]
@@ -149,7 +149,9 @@ def test_refused_alerts_are_not_sent_again(alertmanager: Alertmanager) -> None:
     assert alertmanager.accepted == []
 
 
-def test_sender_with_alertmanager_down_keeps_one_alert_per_group_and_closes_quickly(alertmanager: Alertmanager) -> None:
+def test_sender_keeps_one_alert_per_group_and_closes_quickly_if_alertmanager_is_down(
+    alertmanager: Alertmanager,
+) -> None:
     port = alertmanager.port
     alertmanager.server.shutdown()
     alertmanager.server.server_close()
@@ -172,7 +174,7 @@ def slow_alertmanager(alertmanager: Alertmanager, monkeypatch: pytest.MonkeyPatc
     return alertmanager
 
 
-def test_requests_with_slow_alertmanager_do_not_wait_for_it(slow_alertmanager: Alertmanager, artifacts: Path) -> None:
+def test_requests_do_not_wait_for_alertmanager_if_it_is_slow(slow_alertmanager: Alertmanager, artifacts: Path) -> None:
     options = {
         "alertmanager_url": f"http://127.0.0.1:{slow_alertmanager.port}",
         "default_model": "hosts",
@@ -189,10 +191,10 @@ def test_requests_with_slow_alertmanager_do_not_wait_for_it(slow_alertmanager: A
         wait_until(lambda: scrape(client).get(("elbo_alert_pushes_total", frozenset({("outcome", "retried")}))))
         assert scrape(client)["elbo_alerts", frozenset({("model", "hosts")})] == 1
         assert scrape(client)["elbo_alerts_waiting", frozenset()] == 1
-    assert sorted(durations)[45] < 0.3  # a request that waited for a push would take the push's whole timeout
+    assert sorted(durations)[45] < 0.3  # a request that waited for Alertmanager would take 0.3 s, the timeout
 
 
-def test_abnormal_rows_posted_to_the_service_become_an_alert_that_is_resolved(
+def test_posted_abnormal_rows_raise_an_alert_that_is_resolved_later(
     alertmanager: Alertmanager, artifacts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(background, "UPDATE_SECONDS", 0.05)
@@ -233,6 +235,6 @@ def test_alert_of_two_workers_is_sent_once_with_the_rows_of_both(alertmanager: A
 
 
 @pytest.mark.parametrize("url", ["alertmanager:9093", "ftp://x", "http://"])
-def test_settings_with_invalid_alertmanager_url_are_refused(url: str) -> None:
+def test_settings_are_refused_if_the_alertmanager_url_is_invalid(url: str) -> None:
     with pytest.raises(ValueError, match="http://alertmanager:9093"):
         Settings(alertmanager_url=url)

@@ -38,7 +38,7 @@ def post_records(client: httpx.Client, records: Sequence[Mapping[str, object]], 
 
 
 @pytest.mark.parametrize("count", [1, 3, 50])
-def test_metrics_count_the_rows_anomalies_p_values_and_missing_values_of_a_request(
+def test_request_increases_the_counts_of_rows_anomalies_p_values_and_missing_values(
     hosts: httpx.Client, count: int
 ) -> None:
     records: list[dict[str, object]] = [{**record, "host": "h"} for record in host_records(host_rows(count))]
@@ -63,25 +63,25 @@ def test_metrics_count_the_rows_anomalies_p_values_and_missing_values_of_a_reque
     assert increase(before, after, "elbo_anomaly_causes_total", **MODEL, feature=cause) >= 1
 
 
-def test_alarms_count_every_row_of_a_group_while_its_mean_severity_is_abnormal(hosts: httpx.Client) -> None:
+def test_every_row_counts_as_an_alarm_while_the_mean_severity_of_its_group_is_abnormal(hosts: httpx.Client) -> None:
     before = scrape(hosts)
     abnormal = dict.fromkeys(HOST_FEATURES, 1e5) | {"host": "lasting"}
     post_records(hosts, [abnormal] * 5)
     assert increase(before, scrape(hosts), "elbo_alarms_total", **MODEL, group="lasting") == 5
 
 
-def test_group_labels_beyond_the_limit_are_counted_as_other(hosts: httpx.Client) -> None:
+def test_groups_beyond_the_limit_are_counted_under_the_label_other(hosts: httpx.Client) -> None:
     abnormal = dict.fromkeys(HOST_FEATURES, 1e5)
     for start in range(0, 3 * MAX_LABELS, 50):
         post_records(hosts, [abnormal | {"host": f"h{start + i}"} for i in range(50)])
     groups = {dict(labels)["group"] for name, labels in scrape(hosts) if name == "elbo_anomalies_total"}
-    # Groups of other tests already use some of the labels, and not all of those groups have anomalies.
+    # Other tests have already used some of the labels, for groups that do not all have anomalies.
     assert MAX_LABELS - 10 < len(groups) <= MAX_LABELS + 1
     assert "other" in groups
 
 
 def test_drift_alarm_metric_is_1_after_the_rows_have_shifted(artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.monitoring.background.UPDATE_SECONDS", 3600.0)  # only calls below update the drift
+    monkeypatch.setattr("service.monitoring.background.UPDATE_SECONDS", 3600.0)  # no update in the background
     app = create_app(Settings(artifacts=artifacts, default_model="hosts", log_level="error", backend="torchscript"))
     service = app.state.service
     with running(app) as client:

@@ -1,4 +1,4 @@
-"""Drift detection against theory: a martingale, Ville's bound on false alarms, and how soon a shift is detected."""
+"""Drift detection: the evidence is a martingale, false alarms obey Ville's bound, and shifts are detected in time."""
 
 import math
 
@@ -19,14 +19,14 @@ def p_bins(scores: np.ndarray, calibration: np.ndarray, bounds: tuple[float, ...
 
 
 def totals(bins: np.ndarray, count: int) -> np.ndarray:
-    """Return how many p-values each bin holds after each row, [T + 1, count]."""
+    """Return the number of p-values in each bin before the first row and after each row, [T + 1, count]."""
     hits = np.zeros((len(bins) + 1, count))
     hits[np.arange(1, len(bins) + 1), bins] = 1
     return hits.cumsum(axis=0)
 
 
 @pytest.mark.parametrize("n", [1, 9, 19, 359, 1000])
-def test_cells_per_bin_equals_the_number_of_possible_p_values(n: int) -> None:
+def test_possible_p_values_in_each_bin_are_counted(n: int) -> None:
     cells = cells_per_bin(P_VALUE_BOUNDS, n)
     p_values = np.arange(1, n + 2, dtype=np.float32) / np.float32(n + 1)
     places = np.searchsorted(np.array(P_VALUE_BOUNDS) * (1 + 1e-6), p_values.astype(float))
@@ -51,7 +51,7 @@ def test_counts_of_exchangeable_scores_follow_polyas_urn() -> None:
 
 
 def test_evidence_is_a_martingale() -> None:
-    """Under Polya's urn, after any counts, the expected evidence after one more row equals the present evidence."""
+    """In Polya's urn, whatever the counts, the expected evidence after the next row equals the present evidence."""
     cells = cells_per_bin(BOUNDS, 39)
     rng = np.random.default_rng(1)
     for _ in range(20):
@@ -64,7 +64,7 @@ def test_evidence_is_a_martingale() -> None:
 
 @pytest.mark.parametrize("n", [50, 400])
 @pytest.mark.slow
-def test_evidence_of_exchangeable_rows_rarely_reaches_1_over_delta(n: int) -> None:
+def test_evidence_rarely_reaches_ten_if_the_rows_are_exchangeable(n: int) -> None:
     """Ville's inequality: the evidence reaches 10 in at most a tenth of the streams, for any calibration set."""
     rng = np.random.default_rng(n)
     cells, streams, exceeded = cells_per_bin(P_VALUE_BOUNDS, n), 300, 0
@@ -76,10 +76,10 @@ def test_evidence_of_exchangeable_rows_rarely_reaches_1_over_delta(n: int) -> No
 
 
 @pytest.mark.slow
-def test_detector_on_a_long_stream_without_drift_raises_no_alarm() -> None:
-    """For n calibration rows, at most 10^-3 false alarms are expected in 4 n rows.
+def test_detector_raises_no_alarm_on_a_long_stream_without_drift() -> None:
+    """With n calibration rows, at most 10^-3 false alarms are expected in 4 n rows.
 
-    10 models with 40 n rows each are expected to raise at most 0.1 false alarms.
+    In the 10 streams of 40 n rows, at most 0.1 false alarms are therefore expected.
     """
     rng, alarms = np.random.default_rng(3), 0
     for _ in range(10):
@@ -93,9 +93,7 @@ def test_detector_on_a_long_stream_without_drift_raises_no_alarm() -> None:
 
 @pytest.mark.parametrize(("shift", "within"), [(3.0, 50), (1.0, 300), (0.5, 1000)])
 @pytest.mark.slow
-def test_shift_after_a_long_stream_without_drift_is_detected_within_the_expected_rows(
-    shift: float, within: int
-) -> None:
+def test_shift_after_a_long_stream_is_detected_within_the_expected_number_of_rows(shift: float, within: int) -> None:
     """Scores are normally distributed. After 10 n rows, their mean rises by `shift` standard deviations."""
     n, rows_until_alarm = 1000, []
     for seed in range(20):
@@ -138,7 +136,7 @@ def test_alarm_ends_after_a_whole_window_without_drift() -> None:
     assert len(path) > 2 * max(WINDOWS) * n
 
 
-def test_evidence_depends_only_on_the_sums_of_counts() -> None:
+def test_evidence_does_not_depend_on_how_the_rows_are_split_into_updates() -> None:
     cells = cells_per_bin(BOUNDS, 20)
     assert log10_evidence([3.0, 1.0, 4.0, 2.0], cells) == log10_evidence([2.0 + 1, 1.0, 0.0 + 4, 2.0], cells)
     detector = DriftDetector(BOUNDS, 20)

@@ -72,7 +72,7 @@ def ended_request(request_id: str) -> RequestRecord:
     return RequestRecord(request_id, "GET", "/a", None)
 
 
-def test_access_log_with_blocked_reader_keeps_some_lines_and_counts_the_lost_ones(
+def test_access_log_keeps_some_lines_and_counts_the_lost_lines_if_its_reader_is_blocked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(logs, "MAX_PENDING_LINES", 5)
@@ -97,7 +97,7 @@ def test_access_log_with_blocked_reader_keeps_some_lines_and_counts_the_lost_one
     assert [line["lost"] for line in written if "lost" in line] == [7]
 
 
-def test_access_log_on_a_full_disk_counts_lost_lines_and_writes_later_ones() -> None:
+def test_access_log_counts_lost_lines_while_the_disk_is_full_and_writes_later_lines() -> None:
     written: list[dict[str, Any]] = []
     full = True
 
@@ -135,7 +135,7 @@ for turn in range(50):
 
 
 @pytest.mark.parametrize("kind", ["file", "pipe"])
-def test_log_lines_of_workers_that_write_at_the_same_time_stay_whole(kind: str, tmp_path: Path) -> None:
+def test_log_lines_stay_whole_if_workers_write_at_the_same_time(kind: str, tmp_path: Path) -> None:
     path, names, pipe = tmp_path / "log", ("abc", "xyz"), subprocess.PIPE
     with path.open("wb") as file:
         reader = subprocess.Popen(["cat"], stdin=pipe, stdout=file)
@@ -157,7 +157,7 @@ def test_log_lines_of_workers_that_write_at_the_same_time_stay_whole(kind: str, 
     assert sorted(path.read_text().splitlines()) == sorted(expected)
 
 
-def test_access_log_writes_key_value_pairs_as_text_and_nothing_if_disabled() -> None:
+def test_access_log_in_text_form_writes_key_value_pairs_and_a_disabled_log_writes_nothing() -> None:
     written: list[bytes] = []
 
     async def scenario() -> None:
@@ -184,7 +184,7 @@ def test_json_formatter_writes_one_object_on_one_line() -> None:
     assert fields == {"level": "info", "logger": "elbo.x", "message": "loaded pca", "ms": 1.5, "path": "/a\nb"}
 
 
-def test_json_formatter_with_exception_keeps_the_traceback_on_the_line() -> None:
+def test_json_formatter_writes_the_traceback_of_an_exception_on_the_same_line() -> None:
     try:
         raise ValueError("deep")
     except ValueError as error:
@@ -201,7 +201,7 @@ def test_text_formatter_writes_time_level_message_and_fields() -> None:
     )
 
 
-def test_requests_are_counted_by_endpoint_model_and_status_with_rows_and_times(client: httpx.Client) -> None:
+def test_metrics_count_requests_by_endpoint_model_and_status_and_record_rows_and_times(client: httpx.Client) -> None:
     before = scrape(client)
     client.post("/reconstruct?model=pca", json={"inputs": [ROW] * 5})
     client.post("/reconstruct?model=pca", json={"inputs": [ROW[1:]]})
@@ -244,7 +244,7 @@ def test_requests_for_unknown_models_and_paths_add_no_label_sets(client: httpx.C
     assert set(scrape(client)) == before
 
 
-def test_two_applications_in_one_process_count_separately(app: FastAPI, artifacts: Path) -> None:
+def test_two_applications_in_one_process_count_requests_separately(app: FastAPI, artifacts: Path) -> None:
     other = create_app(Settings(artifacts=artifacts))
     with running(other) as client:
         label_sets = {key for key in scrape(client) if key[0] == "elbo_requests_total"}

@@ -48,7 +48,7 @@ const steps = () => [
   [2, "Update ", math(mrow(PHI, mo(","), THETA)), " via backpropagation"],
 ];
 
-/** The list of steps. When the user selects a step, `onselect` gets its number as text, to show its loss curves. */
+/** The list of steps. A click on "Show curve" calls `onselect` with the number of the step, as text. */
 export function algorithmCard(model, onselect) {
   const hasCurve = (step) => CURVES_OF_STEP[step]?.some((name) => model.history?.some((epoch) => name in epoch));
   const items = steps().map(([indentation, ...content], i) => {

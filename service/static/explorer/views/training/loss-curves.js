@@ -7,7 +7,7 @@ import { card, radioGroup } from "../../ui/controls.js";
 import { h } from "../../ui/dom.js";
 import { emptyMessage } from "../../ui/messages.js";
 
-/** For each step of the algorithm: the recorded losses that it computes. */
+/** The recorded losses that a step of the algorithm computes, by the number of the step. */
 export const CURVES_OF_STEP = {
   8: ["reconstruction", "reconstruction_error"],
   9: ["kl"],
