@@ -28,7 +28,7 @@ NAMES = ("cpu", "memory", "disk", "network", "errors")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return an artifact folder with hosts@1, a PCA with two latents that `elbo train` made from 1,000 rows."""
+    """Return an artifact folder with hosts@1. `elbo train` made this PCA with two latents from 1,000 rows."""
     folder = tmp_path_factory.mktemp("artifacts")
     data = write(folder / "train.csv", two_factor_rows(1000, seed=0))
     run = command(
@@ -121,7 +121,7 @@ def test_unknown_option_is_a_usage_error() -> None:
 # The commands
 
 
-def test_inspect_describes_the_artifact(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_command_describes_the_artifact(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = in_process(capsys, "inspect", "hosts", "--artifacts", str(root))
     assert code == 0
     facts = {line[:10].strip(): line[10:] for line in out.split("\n\n")[0].splitlines()}
@@ -140,13 +140,13 @@ def test_inspect_describes_the_artifact(root: Path, capsys: pytest.CaptureFixtur
     assert "cpu [%] " in out
 
 
-def test_inspect_json_prints_the_manifest(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_command_with_json_prints_the_manifest(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = root / "hosts/1/model.pt"
     _, out, _ = in_process(capsys, "inspect", str(path), "--json")
     assert json.loads(out) == json.loads(read_manifest(path).model_dump_json())
 
 
-def test_inspect_works_without_torch(root: Path) -> None:
+def test_inspect_command_works_without_torch(root: Path) -> None:
     code = "import sys; sys.modules['torch'] = None; import elbo; elbo.main(['inspect', 'hosts@1'])"
     environment = dict(os.environ) | {"ELBO_ARTIFACTS": str(root)}
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -181,7 +181,7 @@ def test_score_command_flags_and_explains_the_anomalous_rows(
     assert sum(result["is_anomaly"] for result in results[10:]) <= 15
 
 
-def test_score_command_with_explain_limits_the_number_of_features(
+def test_option_explain_of_the_score_command_limits_the_number_of_features(
     root: Path, today: tuple[str, Rows], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for explain, count in ((0, 0), (1, 1), (99, 5)):
@@ -214,7 +214,7 @@ def test_score_of_a_row_does_not_depend_on_the_other_rows_of_the_file(
     assert last[0]["score"] == pytest.approx(long[-1]["score"], rel=1e-4)
 
 
-def test_score_command_whose_output_pipe_is_closed_prints_no_error(root: Path, tmp_path: Path) -> None:
+def test_score_command_prints_no_error_if_the_output_pipe_is_closed(root: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "a.csv", two_factor_rows(5000, seed=2))
     process = subprocess.Popen(
         [sys.executable, "-m", "elbo", "score", "hosts", data, "--artifacts", str(root)],
@@ -232,7 +232,7 @@ def test_score_command_whose_output_pipe_is_closed_prints_no_error(root: Path, t
     assert process.wait(timeout=60) == 1
 
 
-def test_metrics_of_evaluate_agree_with_the_scores_and_labels(
+def test_evaluate_command_reports_metrics_that_agree_with_the_scores_and_labels(
     root: Path, today: tuple[str, Rows], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, rows = today
@@ -257,7 +257,7 @@ def test_metrics_of_evaluate_agree_with_the_scores_and_labels(
     assert report["seen"] is False
 
 
-def test_evaluate_without_json_prints_every_metric_as_text(
+def test_evaluate_command_prints_every_metric_as_text_by_default(
     root: Path, today: tuple[str, Rows], capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, out, _ = in_process(capsys, "evaluate", "hosts", today[0], "--artifacts", str(root))
@@ -277,7 +277,7 @@ def test_evaluate_without_json_prints_every_metric_as_text(
 
 
 @pytest.mark.parametrize("kind", ["pca", "ae", "vae"])
-def test_evaluate_on_the_held_out_rows_gives_the_metrics_in_the_manifest(
+def test_evaluate_command_gives_the_metrics_in_the_manifest_for_the_held_out_rows(
     kind: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--model", kind, "--name", kind, "--latents", "2", *([] if kind == "pca" else ["--epochs", "10"])]
@@ -298,7 +298,7 @@ def test_evaluate_on_the_held_out_rows_gives_the_metrics_in_the_manifest(
     assert report["draws"] == {"pca": 1, "ae": None, "vae": 100}[kind]
 
 
-def test_evaluate_on_the_training_rows_reports_that_the_model_was_trained_on_them(
+def test_evaluate_command_reports_whether_the_model_was_trained_on_the_rows(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, out, _ = in_process(capsys, "evaluate", "hosts", str(root / "train.csv"), "--artifacts", str(root))
@@ -306,7 +306,7 @@ def test_evaluate_on_the_training_rows_reports_that_the_model_was_trained_on_the
     assert "AUROC" not in out
 
 
-def test_score_command_on_a_row_that_overflows_prints_the_row_number_and_exits_with_2(
+def test_score_command_prints_the_row_number_and_exits_with_2_if_a_score_overflows(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write(tmp_path / "a.csv", np.vstack([two_factor_rows(3, seed=0), np.full((1, 5), 3e38)]))

@@ -51,7 +51,7 @@ def test_compose_check_refuses_a_misspelt_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_container_has_no_capabilities_and_a_read_only_root(name: str) -> None:
+def test_container_has_a_read_only_root_and_no_capabilities(name: str) -> None:
     service = SERVICES[name]
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
@@ -74,7 +74,7 @@ def test_no_two_services_publish_the_same_port() -> None:
 
 
 @pytest.mark.parametrize("name", APIS)
-def test_service_starts_after_the_demonstration_training_and_mounts_the_artifacts_read_only(name: str) -> None:
+def test_service_starts_after_the_demonstration_training_and_cannot_write_artifacts(name: str) -> None:
     assert SERVICES[name]["depends_on"] == {"train": {"condition": "service_completed_successfully"}}
     assert SERVICES[name]["volumes"][0] == "artifacts:/artifacts:ro"
     assert SERVICES["train"]["volumes"] == ["artifacts:/artifacts"]
@@ -90,7 +90,7 @@ def test_gpu_service_is_opt_in_and_installs_cuda_wheels() -> None:
 
 
 @pytest.mark.parametrize("name", PULLED)
-def test_pulled_service_is_opt_in_has_a_pinned_version_and_mounts_existing_folders(name: str) -> None:
+def test_pulled_service_is_opt_in_and_pinned_and_mounts_only_folders_that_exist(name: str) -> None:
     service = PULLED[name]
     assert service["profiles"] == ["monitoring"]
     assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+", service["image"])
@@ -117,7 +117,7 @@ def test_build_target_of_a_service_is_a_stage_of_the_dockerfile(name: str) -> No
     assert re.search(rf"^FROM \S+ AS {target}$", DOCKERFILE, re.MULTILINE)
 
 
-def test_last_and_default_stage_of_the_dockerfile_is_train() -> None:
+def test_default_stage_of_the_dockerfile_is_train() -> None:
     assert re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.MULTILINE)[-1] == "train"
 
 

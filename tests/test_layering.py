@@ -12,8 +12,8 @@ import pytest
 
 from tests.data import ROOT
 
-# Key: a folder or file. Value: the modules that its files may import. A name that is not a package means the module of
-# that name in the key's package. Files of one folder may import each other, but not in a cycle.
+# Each key is a folder or a file. The value lists the modules that may be imported there: full names if they begin with
+# models or elbo, else names within the key's package. Files of one folder may import each other, but not in a cycle.
 MAY_IMPORT = {
     "models": "",
     "training.config": "models.manifest",
@@ -59,7 +59,7 @@ def is_within(module: str, place: str) -> bool:
 
 
 def allowed(place: str) -> list[str]:
-    """Return the full names of the modules that files in `place` may import, including `place`."""
+    """Return the full names of the modules that files in `place` may import, including `place` itself."""
     package = place.partition(".")[0]
     named = [
         name if name.split(".")[0] in {"models", "elbo"} else f"{package}.{name}" for name in MAY_IMPORT[place].split()
@@ -96,13 +96,13 @@ def test_file_imports_only_modules_allowed_for_its_folder(path: Path) -> None:
     assert [name for name in imported(path) if not any(is_within(name, one) for one in may)] == []
 
 
-def test_may_import_lists_every_folder_and_top_level_file() -> None:
+def test_table_of_allowed_imports_lists_every_folder_and_top_level_file() -> None:
     roots = {"training", "service"}
     children = {".".join(name.split(".")[:2]) for name in MODULES if name.split(".")[0] in roots} - roots
     assert children | {"models"} == set(MAY_IMPORT)
 
 
-def test_may_import_allows_no_cycle() -> None:
+def test_table_of_allowed_imports_contains_no_cycle() -> None:
     graph = {
         place: [
             other for other in MAY_IMPORT if other != place and any(is_within(name, other) for name in allowed(place))
@@ -131,15 +131,15 @@ def test_every_module_has_a_docstring(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
-def test_no_file_of_the_tests_imports_from_a_test_module() -> None:
+def test_tests_do_not_import_from_test_modules() -> None:
     files = sorted((ROOT / "tests").rglob("*.py"))
     pattern = re.compile(
         r"\b(?:from|import) tests[\w.]*\.test_\w+"
-    )  # also matches in the source of programs that tests run
+    )  # also finds imports in programs that the tests contain as strings
     assert [(path.name, found) for path in files for found in pattern.findall(path.read_text())] == []
 
 
-def test_help_of_the_command_imports_no_heavy_library() -> None:
+def test_help_of_elbo_imports_no_heavy_library() -> None:
     program = """
 import sys
 sys.argv = ["elbo", "--help"]

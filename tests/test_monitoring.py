@@ -48,7 +48,7 @@ def exported_series() -> set[str]:
 
 
 def queries() -> dict[str, str]:
-    """Return the query of each panel of the dashboard and of each rule, by the name of the panel or rule."""
+    """Return the queries of all dashboard panels and all rules, keyed by the name of the panel or rule."""
     expressions = {f"panel {p['title']}": target["expr"] for p in DASHBOARD["panels"] for target in p["targets"]}
     for path in (DEPLOY / "prometheus").glob("*.rules.yml"):
         for group in yaml.safe_load(path.read_text())["groups"]:
@@ -72,7 +72,7 @@ def test_dashboard_has_panels_for_load_latency_anomalies_and_drift() -> None:
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
 
 
-def test_every_series_in_the_remote_write_mapping_is_recorded_by_a_rule_and_sent() -> None:
+def test_prometheus_records_and_sends_every_series_in_the_remote_write_mapping() -> None:
     rules = yaml.safe_load((DEPLOY / "prometheus" / "node.rules.yml").read_text())["groups"][0]["rules"]
     (target,) = read_mappings(DEPLOY / "elbo" / "remote-write.toml").values()
     assert set(target.features.values()) == {rule["record"] for rule in rules}
@@ -140,7 +140,7 @@ FEATURES = ("app_queue_depth", "app_latency_seconds", "node_memory_MemTotal_byte
 
 
 class Application:
-    """An application whose metrics the node exporter reads from a text file. `overloaded` makes them abnormal."""
+    """Writes the metrics of an application to a text file for the node exporter. `overloaded` makes them abnormal."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "app.prom"
@@ -212,7 +212,7 @@ def anomaly_alerts(port: int) -> list[dict[str, Any]]:
 
 
 def write_prometheus_config(folder: Path, exporter: int, elbo: int) -> Path:
-    """Write the Prometheus configuration of deploy/, changed to the ports of this test and to short intervals."""
+    """Write the Prometheus configuration of deploy/, but with the ports of this test and with short intervals."""
     config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "200ms", "scrape_timeout": "200ms", "evaluation_interval": "1s"}
     config["rule_files"] = [str(DEPLOY / "prometheus" / "node.rules.yml")]
@@ -229,7 +229,7 @@ def write_prometheus_config(folder: Path, exporter: int, elbo: int) -> Path:
     return path
 
 
-def test_anomaly_in_node_metrics_becomes_an_alert_that_is_resolved(tmp_path: Path) -> None:
+def test_anomaly_in_node_metrics_raises_an_alert_that_ends_with_the_anomaly(tmp_path: Path) -> None:
     require_programs(*PROGRAMS)
     exporter, prometheus, alertmanager, elbo = free_ports(4)
     for name in ("text", "artifacts"):
@@ -257,7 +257,8 @@ def test_anomaly_in_node_metrics_becomes_an_alert_that_is_resolved(tmp_path: Pat
             ELBO_POLL_SECONDS="0.2", ELBO_REMOTE_WRITE=str(mapping), ELBO_ALERT_CALM_SECONDS="3",
             ELBO_ALERTMANAGER_URL=f"http://127.0.0.1:{alertmanager}", ELBO_LOG_FORMAT="text",
         ))  # fmt: skip
-        # Start Prometheus last: it is then stopped before Elbo, and does not retry remote write for a minute.
+        # Prometheus starts last and therefore stops first. If Elbo stopped first, Prometheus would retry remote write
+        # for a minute.
         config = f"--config.file={write_prometheus_config(tmp_path, exporter, elbo)}"
         start(running_program("prometheus", config, f"--storage.tsdb.path={tmp_path}/tsdb", f"{local}{prometheus}"))
         wait_until(is_up(exporter, "/"), 60, httpx.TransportError)

@@ -19,7 +19,7 @@ LOCKED = {
     "train": PROJECT["dependencies"] + EXTRAS["train"],
     "dev": PROJECT["dependencies"] + EXTRAS["train"] + EXTRAS["dev"],
     "browser": PROJECT["dependencies"]
-    + EXTRAS["browser"],  # has its own lock file, because dev.lock would become too large
+    + EXTRAS["browser"],  # locked separately: dev.lock would become too large with these packages
     "docs": PROJECT["dependencies"] + EXTRAS["docs"],
 }
 
@@ -38,7 +38,7 @@ def tracked_files() -> list[Path]:
 
 
 @pytest.mark.parametrize("lock", LOCKED)
-def test_lock_of_every_extra_pins_each_dependency_to_an_allowed_version(lock: str) -> None:
+def test_lock_file_pins_every_dependency_to_an_allowed_version(lock: str) -> None:
     locked = pinned_versions(lock)
     for requirement in map(Requirement, LOCKED[lock]):
         name = canonicalize_name(requirement.name)
@@ -94,7 +94,7 @@ def test_make_help_describes_every_phony_target() -> None:
     assert re.findall(r"^make ([\w-]+) +\S", result.stdout, re.MULTILINE) == declared
 
 
-def test_require_with_a_false_condition_fails_in_ci_and_skips_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unmet_requirement_fails_the_test_in_ci_and_skips_it_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CI", "true")
     with pytest.raises(pytest.fail.Exception, match="no accelerator"):
         require(False, "no accelerator")

@@ -35,14 +35,14 @@ def test_find_python_accepts_a_supported_interpreter_under_any_usual_name(tmp_pa
     assert (result.returncode, result.stdout.strip()) == (0, str(tmp_path / name))
 
 
-def test_find_python_without_a_supported_interpreter_on_the_path_uses_uv(tmp_path: Path) -> None:
+def test_find_python_uses_uv_if_the_path_has_no_supported_interpreter(tmp_path: Path) -> None:
     write_executable(tmp_path / "python3", "exit 1")
     write_executable(tmp_path / "uv", f"echo {sys.executable}")
     result = find_python(tmp_path)
     assert (result.returncode, result.stdout.strip()) == (0, sys.executable)
 
 
-def test_find_python_prints_one_line_of_help_when_neither_python_nor_uv_is_found(tmp_path: Path) -> None:
+def test_find_python_prints_one_line_of_help_if_it_finds_neither_a_supported_python_nor_uv(tmp_path: Path) -> None:
     write_executable(tmp_path / "python3", 'test "$1" = --version && echo Python 3.14.0')
     result = find_python(tmp_path)
     assert result.returncode == 1

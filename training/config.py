@@ -9,7 +9,7 @@ from models.manifest import NAME
 Kind = Literal["pca", "ae", "vae", "ensemble"]
 EVERY_KIND: tuple[Kind, ...] = get_args(Kind)
 AUTO_KINDS: tuple[Kind, ...] = ("pca", "ae", "vae")  # the kinds that auto compares and that `elbo demo` trains
-WIDTHS = {"mlp": (256, 128), "conv": (32, 64)}  # default hidden widths by network; tables: see fitting/defaults.py
+WIDTHS = {"mlp": (256, 128), "conv": (32, 64)}  # default hidden widths; for tables, see fitting/defaults.py
 
 
 class TrainConfig(BaseModel):

@@ -25,7 +25,7 @@ class ServerProcess:
 
     Args:
         artifacts: the artifact folder.
-        settings: values of ELBO_* variables, by the name without the prefix.
+        settings: values of environment variables; for example, PORT sets ELBO_PORT.
     """
 
     def __init__(self, artifacts: Path, **settings: Any) -> None:
@@ -56,7 +56,7 @@ class ServerProcess:
         self._unread_lines.put(None)
 
     def wait_for_log(self, message: str, **fields: Any) -> dict[str, Any]:
-        """Return the next log line whose message contains `message` and whose fields have these values."""
+        """Return the next log line whose message contains `message` and whose fields have the values in `fields`."""
         while True:
             line = self._unread_lines.get(timeout=20)
             assert line is not None, f"the server ended before it logged {message!r}"
@@ -65,7 +65,7 @@ class ServerProcess:
                 return line
 
     def wait_for_worker(self) -> None:
-        """Wait until one more worker is ready. The first worker is ready before the server listens."""
+        """Wait until another worker is ready. The constructor has already waited for the first worker."""
         self.wait_for_log("is ready")
 
     def client(self) -> httpx.Client:
@@ -92,7 +92,7 @@ class ServerProcess:
         return self._stderr.read()
 
     def close(self) -> None:
-        """Kill the server and print its log without the access lines. If the test fails, pytest shows this output."""
+        """Kill the server and print the log except for the access log. If the test fails, pytest shows this output."""
         self.popen.kill()
         self.popen.wait()
         with suppress(queue.Empty):
@@ -122,7 +122,7 @@ def server_starter() -> Iterator[Callable[..., ServerProcess]]:
 
 @contextmanager
 def background_threads(*functions: Callable[[threading.Event], None]) -> Iterator[None]:
-    """Run each function in a thread. When the block ends, also by an exception, stop and join the threads."""
+    """Run each function in a thread. At the end of the block, even after an exception, stop and join the threads."""
     stop = threading.Event()
     threads = [threading.Thread(target=function, args=(stop,)) for function in functions]
     for thread in threads:

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 
 @contextmanager
 def running(app: ASGIApp) -> Iterator[httpx.Client]:
-    """Serve `app` until the block ends, and yield a client of it."""
+    """Serve `app` until the block ends. Yield an HTTP client of the server."""
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
     thread = threading.Thread(target=server.run, args=([listener],))

@@ -55,7 +55,7 @@ def reconstruction_with_small_memory(
         (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
     ],
 )
-def test_batch_that_exceeds_device_memory_runs_in_halves_and_later_batches_are_smaller(
+def test_batch_that_exceeds_device_memory_is_halved_and_limits_the_size_of_later_batches(
     vae: Artifact, error: type[RuntimeError], message: str
 ) -> None:
     model = BareModel(select_backend(vae, requested="torchscript").backend)
@@ -80,7 +80,7 @@ async def with_batcher(scenario: Any) -> None:
         assert batcher.pending_rows == 0
 
 
-def test_single_row_that_exceeds_device_memory_fails_alone(vae: Artifact) -> None:
+def test_row_that_exceeds_device_memory_does_not_make_other_requests_fail(vae: Artifact) -> None:
     model = BareModel(select_backend(vae, requested="torchscript").backend)
 
     def run(module: Any, x: torch.Tensor) -> tuple[torch.Tensor]:
@@ -116,7 +116,7 @@ def test_batches_do_not_exceed_the_maximum_number_of_bytes(vae: Artifact) -> Non
     assert sum(size for _, size in batches) == 18
 
 
-def test_bfloat16_backend_reports_its_error_against_float32(vae: Artifact, digits: np.ndarray) -> None:
+def test_bfloat16_backend_reports_how_far_its_outputs_differ_from_float32(vae: Artifact, digits: np.ndarray) -> None:
     exact, rounded = select_backend(vae, requested="torchscript"), select_backend(vae, precision="bfloat16")
     assert (rounded.backend.name, rounded.backend.precision) == ("torchscript", "bfloat16")
     assert exact.errors == {}
@@ -138,7 +138,7 @@ def test_warm_up_measures_the_latency_of_every_batch_size(artifacts: Path) -> No
 
 @pytest.mark.parametrize("backend", ["torchscript", "onnx"])
 def test_replaced_model_is_freed_without_the_garbage_collector(artifacts: Path, tmp_path: Path, backend: str) -> None:
-    """The server freezes the objects that exist at start-up: the garbage collector never frees frozen objects."""
+    """The server calls gc.freeze at start-up, and the garbage collector never frees frozen objects."""
     shutil.copytree(artifacts / "vae", tmp_path / "vae")
     registry = ModelRegistry(tmp_path, ModelLoader(backend=backend), default_model="vae", keep_versions=1)
     registry.refresh()
@@ -187,7 +187,7 @@ def test_request_leaves_no_reference_cycles(artifacts: Path, digits: np.ndarray,
     assert statuses.count(200) == 20
 
 
-def test_body_in_one_piece_reaches_the_app_without_a_copy(artifacts: Path) -> None:
+def test_body_is_not_copied_if_it_arrives_in_one_piece(artifacts: Path) -> None:
     parsed: list[bytes] = []  # bodies that the protocol parsed
     received: list[bytes] = []  # bodies that the app received
 

@@ -15,7 +15,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 
 
 def run_in_child(function: Callable[[], None], kill_with: int | None = None) -> None:
-    """Call `function` in a child process, which then exits or sends itself the signal `kill_with`. Wait for its end."""
+    """Call `function` in a child process, and wait until the child ends.
+
+    With `kill_with`, the child then ends itself with this signal instead of exiting.
+    """
     pid = os.fork()
     if not pid:
         try:
@@ -30,7 +33,7 @@ def run_in_child(function: Callable[[], None], kill_with: int | None = None) -> 
 
 
 def exit_unless(condition: bool) -> None:
-    """Assert `condition` in a child process. If it is false, the exit code of the child fails the test."""
+    """Unless `condition` is true, end the child process with an exit code that fails the test."""
     if not condition:
         os._exit(3)
 
@@ -50,7 +53,7 @@ def test_sums_in_every_process_include_the_counts_of_all_processes() -> None:
     run_in_child(lambda: exit_unless(SharedCounters(segments, 2).sums("requests") == expected))
 
 
-def test_reset_transient_after_a_kill_clears_transient_numbers_and_keeps_counts() -> None:
+def test_reset_after_a_process_is_killed_clears_transient_numbers_but_keeps_counts() -> None:
     segments = [Segment(), Segment()]
 
     def serve(rows: float) -> None:
@@ -109,7 +112,7 @@ def test_choice_recorded_by_one_process_is_read_by_another() -> None:
     assert decisions(0).choice("ae") is None
 
 
-def test_second_request_for_a_key_returns_the_same_array_for_any_length() -> None:
+def test_segment_returns_the_same_array_if_a_key_is_requested_again() -> None:
     segment = Segment()
     for length in range(20):
         segment.array(("x" * length,), length + 1)[length] = length
@@ -117,7 +120,7 @@ def test_second_request_for_a_key_returns_the_same_array_for_any_length() -> Non
         assert list(segment.array(("x" * length,), length + 1)) == [0.0] * length + [float(length)]
 
 
-def test_full_segment_keeps_counting_in_its_process_and_warns_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_process_warns_once_and_keeps_counting_when_its_segment_is_full(caplog: pytest.LogCaptureFixture) -> None:
     segments = [Segment(1024), Segment(1024)]
 
     def count() -> None:

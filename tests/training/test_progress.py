@@ -55,7 +55,7 @@ def run_through_pipe(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
 
 
-def test_reporter_on_a_pipe_prints_one_line_per_tenth_of_the_run_and_every_note() -> None:
+def test_reporter_prints_every_note_and_one_line_per_tenth_of_the_run_to_a_pipe() -> None:
     lines = run_through_pipe(SCRIPT).stderr.splitlines()
     assert lines[:2] == ["a note on pixel[0,3] [bold]", "training vae (vae)"]
     assert lines[7] == "halfway"
@@ -83,7 +83,7 @@ def test_note_on_a_pipe_is_flushed_immediately() -> None:
     process.communicate("\n", timeout=30)
 
 
-def test_reporter_on_a_terminal_redraws_a_bar_in_place_with_the_loss_terms_below() -> None:
+def test_reporter_redraws_a_bar_with_the_loss_terms_below_it_on_a_terminal() -> None:
     screen, rich_imported = run_on_terminal(SCRIPT)
     assert rich_imported == "True\n"
     assert "\u2501" in screen
@@ -101,7 +101,7 @@ def test_reporter_on_a_terminal_prints_each_note_once_and_verbatim() -> None:
     assert re.search(r"trained in \d+\.\d s  reconstruction_error 0\.0123\r\n$", screen)
 
 
-def test_close_after_a_failed_run_shows_the_cursor_again() -> None:
+def test_cursor_is_shown_again_after_a_failed_run() -> None:
     code = """
 from training.progress import reporter
 report = reporter()
@@ -135,7 +135,7 @@ report.done({})
     assert re.fullmatch(r"trained in \d+\.\d s *", last)
 
 
-def test_slow_progress_prints_lines_for_long_work_and_nothing_for_short_work() -> None:
+def test_progress_lines_appear_only_if_the_work_takes_long() -> None:
     code = """
 import time
 from training.progress import SlowProgress

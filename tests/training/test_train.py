@@ -1,4 +1,4 @@
-"""Whole training runs: published models are reproducible, calibrated, and have active latents."""
+"""Whole training runs: published models are reproducible and calibrated, and have active latents."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -58,7 +58,9 @@ def count_alarms(path: Path, x: npt.NDArray[np.float32], alpha: float) -> int:
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_count_of_false_alarms_on_fresh_rows_is_in_the_exact_beta_binomial_interval(kind: Kind, tmp_path: Path) -> None:
+def test_number_of_false_alarms_on_fresh_rows_agrees_with_the_beta_binomial_distribution(
+    kind: Kind, tmp_path: Path
+) -> None:
     path = train_model(tmp_path, kind, table(2_000))
     fresh = values(table(FRESH_ROWS, seed=1))
     n = read_manifest(path).calibration.rows
@@ -78,9 +80,7 @@ def test_rows_far_from_the_training_surface_raise_alarms(kind: Kind, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_training_gives_the_same_weights_for_the_same_seed_and_other_weights_for_another_seed(
-    kind: Kind, tmp_path: Path
-) -> None:
+def test_weights_are_equal_for_equal_seeds_and_differ_for_different_seeds(kind: Kind, tmp_path: Path) -> None:
     torch.manual_seed(1)  # neither the global generator nor the number of threads may change the result
     first = read_manifest(train_model(tmp_path, kind, table(200), seed=3, epochs=3))
     torch.manual_seed(2)
@@ -129,7 +129,7 @@ def test_demonstration_vae_reconstructs_digits_with_active_latents(demonstration
     assert metrics["baseline_error"] == pytest.approx(0.074, abs=0.001)
 
 
-def test_metric_active_latents_counts_the_latents_whose_posterior_mean_varies(demonstration: Path) -> None:
+def test_latent_counts_as_active_if_its_posterior_mean_varies(demonstration: Path) -> None:
     digits = read_table("digits")
     rows = torch.from_numpy(digits.x.take(split_rows(len(digits.x), 0).held_out))
     path = demonstration / "vae" / "1" / "model.pt"
@@ -166,7 +166,7 @@ def test_samples_of_the_demonstration_models_are_near_real_digits_and_vary(demon
         ({"output": "sigmoid", "scale": "none", "model": "ae"}, "use --scale range"),
     ],
 )
-def test_train_with_impossible_options_fails_with_a_one_line_message_and_writes_nothing(
+def test_training_fails_with_one_line_and_writes_nothing_if_the_options_are_impossible(
     options: dict[str, object], message: str, tmp_path: Path
 ) -> None:
     options = {"latents": 2, "hidden": (32,), "epochs": 20, "name": "x"} | options
@@ -235,7 +235,7 @@ def test_vae_on_images_beats_the_baseline_with_either_likelihood(likelihood: str
         ("vae", {"warm_up": 50}),
     ],
 )
-def test_training_with_any_option_changes_the_weights_and_gives_an_artifact_that_loads(
+def test_every_training_option_changes_the_weights_and_the_artifact_still_loads(
     model: Kind, option: dict[str, object], tmp_path: Path
 ) -> None:
     default = read_manifest(train_model(tmp_path, model, table(300)))

@@ -37,7 +37,7 @@ class Batches:
     ) -> None:
         self._rows, self._scale, self._seed, self._device = rows, scale, seed, device
         self._count = len(fit)
-        # `_epoch`: epoch whose order is in memory; `_pool`: pool whose rows are in memory; -1 if none
+        # the epoch whose order is in memory, and the pool whose rows are in memory; -1 if there is none
         self._epoch = self._pool = -1
         self._pool_rows = np.empty((0, rows.width), np.float32)
         if rows.on_disk:
@@ -53,7 +53,7 @@ class Batches:
         return self._count
 
     def take(self, epoch: int, start: int, stop: int) -> Tensor:
-        """Return the rows [stop - start, D] of `epoch` at the positions `start` to `stop - 1`, in model units."""
+        """Return the rows of `epoch` from position `start` up to but not including `stop`, in model units."""
         if self._rows.on_disk:
             return self._take_from_disk(epoch, start, stop)
         if epoch != self._epoch:

@@ -44,7 +44,7 @@ class ColumnStatistics:
         with np.errstate(over="ignore", invalid="ignore"):
             x = block.astype(np.float32)
             total = x.sum(dtype=np.float64)
-        # The sum is finite unless a value is missing or infinite. Checking the sum is cheaper than making two masks.
+        # The sum is finite unless a value is missing or infinite. One sum is cheaper than checking every value twice.
         if not np.isfinite(total):
             self._count_missing(np.isnan(x))
             self._count_infinite(np.isinf(x), block)
@@ -80,7 +80,7 @@ class ColumnStatistics:
     def refuse_missing(
         self, source: str, names: Sequence[str], first_line: int | None, allowed: npt.NDArray[np.bool_]
     ) -> None:
-        """Raise DataError for the first column that has missing values although `allowed` [D] is false for it."""
+        """Raise DataError for the first column that has missing values and is false in `allowed` [D]."""
         for column in np.flatnonzero((self.missing > 0) & ~allowed)[:1]:
             raise DataError(
                 f"{source}: column {names[column]!r} has no value (NaN) in "
@@ -92,7 +92,7 @@ class ColumnStatistics:
 
 
 def _and_others(count: int) -> str:
-    """Return the words that follow the first of `count` rows in a message: the number of other rows, if any."""
+    """Return the end of a message that names the first of `count` rows: how many other rows there are, if any."""
     return f" and in {count - 1} more" if count > 1 else ""
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-MAX_EXACT = 2.0**24  # float32 represents every integer up to this value, so sums of integers below it are exact
+MAX_EXACT = 2.0**24  # float32 sums of integers are exact up to this value
 MARGIN = 0.75  # the largest sum of squares in a float32 product should be about this share of MAX_EXACT
 SMALL_MEAN = 0.01  # columns whose squared mean is below this share of their variance need no shift
 MIN_ROWS = 64  # minimum number of rows per float32 product; with fewer rows, float32 is not faster than float64
@@ -50,8 +50,8 @@ def compute_moments(blocks: Iterable[Block], with_covariance: bool = True) -> Mo
     """Return the moments of all rows in `blocks`, each [n, D] and finite.
 
     The sums are over deviations from a shift, not over the values themselves. The variance is the mean of the squared
-    deviations minus the square of the mean deviation. A shift near the mean of the first rows keeps the second term
-    small, so the subtraction loses little precision.
+    deviations minus the square of the mean deviation. The shift is near the mean of the first rows, so the mean
+    deviation is small and the subtraction loses little precision.
 
     Args:
         with_covariance: whether to compute the covariance, which takes memory for a few [D, D] matrices.
@@ -130,11 +130,14 @@ class _Sums:
 
 
 def _sum_and_products(x: Block, shift: Doubles, float32_rows: int) -> tuple[Doubles, Doubles]:
-    """Return sum(u) [D] and the lower triangle of u' u [D, D], in float64, where u = x - shift for rows x [n, D].
+    """Return the sums of the deviations and of their products over the rows x [n, D], in float64.
 
-    Integers are multiplied in float32, which is twice as fast as float64. Parts are kept short so that their sums are
-    normally exact: if every column's sum of squares is below MAX_EXACT, so is every other sum. Parts that exceed this
-    limit are computed in float64. So are parts that contain numbers other than integers.
+    The deviations are u = x minus the shift. Their sum has the shape [D]. The products are the lower triangle of the
+    matrix u' u [D, D].
+
+    Integers are multiplied in float32, which is twice as fast as float64. The rows are divided into parts so short that
+    the float32 sums of a part are normally exact: if every column's sum of squares is below MAX_EXACT, so is every
+    other sum. Parts with larger sums are computed in float64, and so are parts that contain fractions.
 
     Args:
         float32_rows: rows per float32 product; 0 to use float64 only. A positive value requires every shift to be an

@@ -8,7 +8,7 @@ import pytest
 from service.monitoring.periodic import PeriodicTask
 
 
-def test_run_that_raises_is_logged_and_the_next_run_takes_place(caplog: pytest.LogCaptureFixture) -> None:
+def test_error_in_a_run_is_logged_and_does_not_prevent_the_next_run(caplog: pytest.LogCaptureFixture) -> None:
     runs = 0
 
     async def work() -> None:
@@ -35,7 +35,7 @@ def test_run_that_raises_is_logged_and_the_next_run_takes_place(caplog: pytest.L
     assert "the second run fails" in str(logged.exc_info and logged.exc_info[1])
 
 
-def test_close_during_a_run_waits_for_the_run_and_then_calls_only_final() -> None:
+def test_close_waits_until_the_current_run_ends_and_then_calls_the_final_function() -> None:
     events: list[str] = []
 
     async def final() -> None:

@@ -1,4 +1,4 @@
-"""`python -m service` as a process: start, signals, hot reload, clients that disconnect, stall or send too much."""
+"""`python -m service` as a process: start, signals, hot reload, and clients that disconnect, stall or send too much."""
 
 import contextlib
 import json
@@ -42,7 +42,7 @@ def server(artifacts: Path) -> Iterator[ServerProcess]:
         assert process.stderr() == ""
 
 
-def test_sigterm_drains_then_finishes_the_requests_in_progress(
+def test_server_drains_after_sigterm_and_then_finishes_the_requests_in_progress(
     start: Callable[..., ServerProcess], artifacts: Path
 ) -> None:
     process = start(artifacts, DRAIN_SECONDS=1)
@@ -62,7 +62,7 @@ def test_sigterm_drains_then_finishes_the_requests_in_progress(
     assert process.popen.wait(20) == 0
 
 
-def test_port_in_use_exits_with_a_one_line_error(artifacts: Path) -> None:
+def test_server_exits_with_a_one_line_error_if_the_port_is_in_use(artifacts: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other_server:
         port = other_server.getsockname()[1]
         environment = os.environ | {"ELBO_PORT": str(port), "ELBO_ARTIFACTS": str(artifacts)}
@@ -76,7 +76,7 @@ def test_port_in_use_exits_with_a_one_line_error(artifacts: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("ELBO_PORT", "http"), ("ELBO_DEVICE", "tpu"), ("ELBO_QUEUE_ROWS", "5")])
-def test_invalid_setting_exits_with_a_one_line_error(name: str, value: str) -> None:
+def test_server_exits_with_a_one_line_error_if_a_setting_is_invalid(name: str, value: str) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "service"], cwd=ROOT, env=os.environ | {name: value}, capture_output=True, text=True
     )
@@ -86,7 +86,7 @@ def test_invalid_setting_exits_with_a_one_line_error(name: str, value: str) -> N
     assert f"got '{value}'" in result.stderr
 
 
-def test_model_is_served_after_it_is_published_and_not_after_it_is_removed(
+def test_model_is_served_from_its_publication_until_its_removal(
     start: Callable[..., ServerProcess], artifacts: Path, tmp_path: Path
 ) -> None:
     process = start(tmp_path / "models")
@@ -160,7 +160,9 @@ def test_no_request_fails_while_versions_are_published_and_removed(
     assert process.stop(signal.SIGINT) == 0
 
 
-def test_client_that_disconnects_during_its_body_is_logged_with_status_499(server: ServerProcess) -> None:
+def test_request_is_logged_with_status_499_if_the_client_disconnects_while_it_sends_the_body(
+    server: ServerProcess,
+) -> None:
     with server.connect() as connection:
         connection.sendall(request_head("/encode", "Content-Length: 1000", "X-Request-Id: half") + b'{"inputs": [[')
         time.sleep(0.05)
@@ -180,7 +182,7 @@ def test_stalled_clients_do_not_delay_other_requests(server: ServerProcess) -> N
         connection.close()
 
 
-def test_connection_without_a_complete_head_is_closed_after_the_request_timeout(
+def test_connection_is_closed_after_the_request_timeout_if_the_request_head_is_incomplete(
     start: Callable[..., ServerProcess], artifacts: Path
 ) -> None:
     process = start(artifacts, REQUEST_TIMEOUT=0.5)
@@ -192,7 +194,7 @@ def test_connection_without_a_complete_head_is_closed_after_the_request_timeout(
     assert process.stop() == 0
 
 
-def test_connection_with_an_endless_head_is_closed(server: ServerProcess) -> None:
+def test_connection_is_closed_if_the_request_head_does_not_end(server: ServerProcess) -> None:
     with server.connect() as connection:
         connection.sendall(b"POST /encode HTTP/1.1\r\n")
         sent = 0
@@ -205,7 +207,7 @@ def test_connection_with_an_endless_head_is_closed(server: ServerProcess) -> Non
         assert client.get("/livez", headers={"x-long": "v" * 30_000}).status_code == 200
 
 
-def test_body_declared_too_large_is_refused_before_it_is_sent(server: ServerProcess) -> None:
+def test_request_is_refused_before_the_body_is_sent_if_the_content_length_is_too_large(server: ServerProcess) -> None:
     with server.connect() as connection:
         connection.sendall(request_head("/encode", "Content-Length: 9999999999", "Expect: 100-continue"))
         response = read_response(connection)
@@ -213,7 +215,7 @@ def test_body_declared_too_large_is_refused_before_it_is_sent(server: ServerProc
     assert b"body_too_large" in response
 
 
-def test_connection_with_an_endless_body_is_closed(server: ServerProcess) -> None:
+def test_connection_is_closed_if_the_request_body_does_not_end(server: ServerProcess) -> None:
     with server.connect() as connection:
         connection.sendall(request_head("/encode", "Transfer-Encoding: chunked"))
         chunk = b"10000\r\n" + b" " * 2**16 + b"\r\n"
@@ -230,7 +232,7 @@ def test_connection_with_an_endless_body_is_closed(server: ServerProcess) -> Non
 
 
 @pytest.mark.parametrize("size", [1, 7, 100_000])
-def test_body_in_chunks_of_any_size_gives_the_same_response(server: ServerProcess, size: int) -> None:
+def test_response_does_not_depend_on_the_chunk_size_of_the_request_body(server: ServerProcess, size: int) -> None:
     body = b'{"inputs": [[%s]]}' % b", ".join([b"%.15f" % value for value in ROW])
     chunks = [body[start : start + size] for start in range(0, len(body), size)]
     with server.connect() as connection, server.client() as client:
@@ -245,7 +247,7 @@ def test_body_in_chunks_of_any_size_gives_the_same_response(server: ServerProces
 @pytest.mark.parametrize(
     "garbage", [b"\x00" * 100, b"GET /\r\n\r\n", b"POST /encode HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\x00"]
 )
-def test_bytes_that_are_not_http_leave_the_server_alive(server: ServerProcess, garbage: bytes) -> None:
+def test_server_survives_bytes_that_are_not_http(server: ServerProcess, garbage: bytes) -> None:
     with server.connect() as connection:
         connection.sendall(garbage)
         with contextlib.suppress(ConnectionError):
@@ -254,7 +256,9 @@ def test_bytes_that_are_not_http_leave_the_server_alive(server: ServerProcess, g
         assert client.get("/livez").status_code == 200
 
 
-def test_registry_without_model_classes_and_training_loads_every_artifact(artifacts: Path, tmp_path: Path) -> None:
+def test_registry_loads_every_artifact_if_the_model_classes_and_training_are_absent(
+    artifacts: Path, tmp_path: Path
+) -> None:
     """The test runs on a copy of `service` and of the modules of `models` that define the artifact contract."""
     shutil.copytree(ROOT / "service", tmp_path / "service", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "models").mkdir()

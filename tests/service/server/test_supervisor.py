@@ -52,7 +52,7 @@ def count_open_sockets(pid: int) -> int:
 
 
 class Load:
-    """Clients that send requests without a pause. Counts the correct responses and collects the failures."""
+    """Sends requests from several clients without a pause, counts the responses and collects the failures."""
 
     def __init__(self, process: ServerProcess) -> None:
         self.correct = 0
@@ -108,7 +108,7 @@ def test_receive_returns_all_connections_that_were_sent() -> None:
     control_of_worker.close()
 
 
-def test_connections_are_spread_evenly_and_every_worker_exports_the_sums(
+def test_workers_get_equally_many_connections_and_export_the_sums_over_all_workers(
     start: Callable[..., ServerProcess], artifacts: Path
 ) -> None:
     process = start(artifacts, WORKERS=2)
@@ -126,7 +126,7 @@ def test_connections_are_spread_evenly_and_every_worker_exports_the_sums(
     assert process.stop() == 0
 
 
-def test_killing_a_worker_closes_its_connections_keeps_its_counts_and_starts_a_replacement(
+def test_killed_worker_is_replaced_and_loses_its_connections_but_not_its_counts(
     start: Callable[..., ServerProcess], artifacts: Path
 ) -> None:
     process = start(artifacts, WORKERS=2)
@@ -194,8 +194,8 @@ StoppingSupervisor(options, run.bind(options.host, options.port)).run()
 """
 
 
-def test_worker_that_becomes_ready_while_the_server_stops_is_not_a_failure(artifacts: Path) -> None:
-    """The supervisor kills the worker while it is still loading, and reads READY afterwards."""
+def test_server_exits_without_an_error_if_a_worker_becomes_ready_while_the_server_stops(artifacts: Path) -> None:
+    """The worker has sent READY, but the supervisor reads this message only after it has killed the worker."""
     environment = os.environ | {
         "ELBO_PORT": "0", "ELBO_WORKERS": "2", "ELBO_DRAIN_SECONDS": "0", "ELBO_ARTIFACTS": str(artifacts),
     }  # fmt: skip
@@ -205,7 +205,7 @@ def test_worker_that_becomes_ready_while_the_server_stops_is_not_a_failure(artif
     assert "worker 1 is ready" in result.stdout
 
 
-def test_draining_workers_report_not_ready_and_keep_serving(
+def test_worker_reports_that_it_is_not_ready_but_keeps_serving_while_it_drains(
     start: Callable[..., ServerProcess], artifacts: Path
 ) -> None:
     process = start(artifacts, WORKERS=2, DRAIN_SECONDS=1)
@@ -220,7 +220,7 @@ def test_draining_workers_report_not_ready_and_keep_serving(
     assert process.popen.wait(20) == 0
 
 
-def test_server_whose_first_worker_cannot_start_exits_with_the_error(artifacts: Path) -> None:
+def test_server_exits_with_an_error_if_the_first_worker_cannot_start(artifacts: Path) -> None:
     environment = os.environ | {
         "ELBO_PORT": "0", "ELBO_WORKERS": "2", "ELBO_DEVICE": "cuda", "ELBO_ARTIFACTS": str(artifacts),
         "CUDA_VISIBLE_DEVICES": "",
@@ -248,7 +248,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def test_responses_of_workers_equal_the_output_of_the_module(
+def test_every_worker_responds_with_the_output_of_the_module(
     start: Callable[..., ServerProcess], artifacts: Path, vae: Artifact, digits: np.ndarray
 ) -> None:
     import torch

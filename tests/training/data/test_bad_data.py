@@ -67,7 +67,7 @@ def test_csv_without_a_table_of_numbers_raises(tmp_path: Path, content: str, mes
 @pytest.mark.parametrize(
     "content", ["a,b\u00e9\n1,2\n".encode("latin-1"), "a,b\n1,2\n".encode("utf-16"), b"\x89PNG\xff"]
 )
-def test_csv_in_another_encoding_raises(tmp_path: Path, content: bytes) -> None:
+def test_csv_in_an_encoding_other_than_utf8_raises(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(content)
     assert refusal(str(path)) == "FILE is not UTF-8 text: save it as CSV in UTF-8"
@@ -80,7 +80,7 @@ def test_csv_with_an_invalid_character_after_the_header_raises(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("header", ["0,1,2", "1,2,3"])
-def test_csv_with_column_positions_as_header_is_accepted(tmp_path: Path, header: str) -> None:
+def test_csv_is_accepted_if_the_header_consists_of_column_positions(tmp_path: Path, header: str) -> None:
     path = tmp_path / "a.csv"
     path.write_text(header + "\n4,5,6\n7,8,9\n")
     assert read_table(str(path)).names == header.split(",")
@@ -124,7 +124,7 @@ def test_array_without_rows_of_finite_numbers_raises(tmp_path: Path, array: Any,
         ({}, "nothing"),
     ],
 )
-def test_archive_in_which_no_array_is_clearly_the_table_raises(
+def test_archive_raises_if_it_is_unclear_which_array_holds_the_rows(
     tmp_path: Path, arrays: dict[str, Any], found: str
 ) -> None:
     path = tmp_path / "a.npz"

@@ -1,4 +1,7 @@
-"""Minibatches from memory and from disk. Each epoch contains every fit row once, in an order set by seed and epoch."""
+"""Minibatches from memory and from disk.
+
+Each epoch contains every fit row once, in an order that depends on the seed and the epoch.
+"""
 
 from pathlib import Path
 
@@ -51,7 +54,7 @@ def test_epoch_contains_every_fit_row_once_and_no_other_row(rows: RowStore, fit:
         assert sorted(seen[:, 0].int().tolist()) == sorted(fit.tolist())
 
 
-def test_order_of_rows_differs_between_epochs_and_repeats_for_the_same_seed(rows: RowStore, fit: np.ndarray) -> None:
+def test_order_of_rows_depends_on_the_seed_and_the_epoch(rows: RowStore, fit: np.ndarray) -> None:
     batches = Batches(rows, fit, unscaled, seed=1, device="cpu")
     first = epoch(batches, 0)
     assert not torch.equal(first, epoch(batches, 1))
@@ -73,7 +76,7 @@ def test_batches_contain_scaled_rows(rows: RowStore, fit: np.ndarray) -> None:
     assert torch.equal(epoch(doubled, 0), 2 * epoch(Batches(rows, fit, unscaled, seed=1, device="cpu"), 0))
 
 
-def test_neighbouring_rows_on_disk_are_rarely_consecutive_in_an_epoch(tmp_path: Path) -> None:
+def test_rows_that_are_neighbours_on_disk_are_rarely_neighbours_in_an_epoch(tmp_path: Path) -> None:
     """The rows of a block are spread over a pool, and the blocks of a pool are spread over the file."""
     np.save(tmp_path / "rows.npy", np.arange(ROWS, dtype=np.float32)[:, None])
     batches = Batches(

@@ -37,7 +37,7 @@ def refusal(source: str, **options: Any) -> str:
     return str(caught.value).replace(source, "FILE")
 
 
-def test_columns_of_text_or_dates_or_identifiers_are_refused_in_one_message_that_suggests_drop(tmp_path: Path) -> None:
+def test_one_message_names_all_columns_of_text_dates_or_identifiers_and_suggests_drop(tmp_path: Path) -> None:
     assert refusal(write(tmp_path / "a.csv", HOSTS)) == (
         "FILE: columns 'host' (text, 'web-0' in row 0 (line 2)), 'time' (dates, '2026-01-02 03:00' in row 0 (line 2)), "
         "'id' (an identifier: it counts the rows) are not measurements: add --drop host,time,id, "
@@ -45,7 +45,7 @@ def test_columns_of_text_or_dates_or_identifiers_are_refused_in_one_message_that
     )
 
 
-def test_parquet_columns_of_text_or_dates_or_identifiers_are_refused_with_their_types(tmp_path: Path) -> None:
+def test_message_about_refused_parquet_columns_names_the_kind_of_each_column(tmp_path: Path) -> None:
     frame = pl.read_csv(HOSTS.encode(), try_parse_dates=True).with_columns(pl.lit(None).alias("empty"))
     frame.with_columns(pl.col("host").cast(pl.Categorical)).write_parquet(tmp_path / "a.parquet")
     message = refusal(str(tmp_path / "a.parquet"))
@@ -54,7 +54,7 @@ def test_parquet_columns_of_text_or_dates_or_identifiers_are_refused_with_their_
     assert table.names == ["cpu", "disk"]
 
 
-def test_drop_removes_columns_and_keep_retains_identifiers_but_not_text(tmp_path: Path) -> None:
+def test_option_drop_removes_any_column_and_option_keep_retains_only_identifiers(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", HOSTS)
     table = read_table(path, drop=["host", "time"], keep=["id"])
     assert (table.names, table.units) == (["id", "cpu", "disk"], [None, "%", None])
@@ -162,7 +162,7 @@ def model_rows(tmp_path: Path, text: str) -> Any:
     return read_for_model(write(tmp_path / "rows.csv", text), manifest_of(trained))
 
 
-def test_read_for_model_accepts_missing_values_only_in_columns_that_had_some_in_training(tmp_path: Path) -> None:
+def test_missing_values_are_accepted_only_in_columns_that_had_some_in_training(tmp_path: Path) -> None:
     table = model_rows(tmp_path, "a,b\n1,\n2,\n")
     assert table.missing.tolist() == [0, 2]
     assert np.isnan(values(table)[:, 1]).all()
@@ -195,7 +195,7 @@ def test_all_formats_give_the_same_table_for_the_same_values(tmp_path: Path, row
     expected = outcomes["npy"]
     assert outcomes["npz"] == expected
     assert outcomes["parquet"] == expected
-    last_is_empty = all(cell is None for cell in rows[-1])  # CSV: an empty line at the end is not a row
+    last_is_empty = all(cell is None for cell in rows[-1])  # in CSV, an empty last line is not a row
     assert outcomes["csv"] == expected or last_is_empty or x.shape[1] == 1
 
 

@@ -35,7 +35,7 @@ def refusal(source: str, **options: Any) -> str:
 
 
 @pytest.mark.parametrize("suffix", [".png", ".PNG", ".bmp", ".tif", ".tiff", ".gif"])
-def test_grey_images_are_read_as_height_by_width_values_from_0_to_255(tmp_path: Path, suffix: str) -> None:
+def test_grey_images_are_read_as_matrices_of_values_from_0_to_255(tmp_path: Path, suffix: str) -> None:
     table = read_table(save_images(tmp_path / "photos", GREY, suffix))
     assert (table.shape, table.pixel_range, table.labels, table.notes) == ((6, 4), (0, 255), None, [])
     assert np.array_equal(images_of(table), GREY)
@@ -54,7 +54,7 @@ def test_colour_images_have_three_channels_as_the_last_dimension(tmp_path: Path,
     assert table.names[-1] == "pixel[5,3,2]"
 
 
-def test_grey_images_beside_a_colour_image_are_read_as_colour_images(tmp_path: Path) -> None:
+def test_grey_images_become_colour_images_if_the_folder_contains_a_colour_image(tmp_path: Path) -> None:
     folder = save_images(tmp_path, GREY)
     Image.fromarray(COLOUR[0]).save(tmp_path / "100.png")
     table = read_table(folder)
@@ -94,7 +94,7 @@ def test_images_on_disk_equal_images_in_memory(tmp_path: Path) -> None:
     assert in_memory.fingerprint == on_disk.fingerprint
 
 
-def test_images_of_two_sizes_raise_with_the_option_that_resizes_them(tmp_path: Path) -> None:
+def test_error_about_images_of_two_sizes_names_the_option_that_resizes_them(tmp_path: Path) -> None:
     folder = save_images(tmp_path, GREY)
     Image.fromarray(np.zeros((5, 9), np.uint8)).save(tmp_path / "100.png")
     assert refusal(folder) == (
@@ -105,11 +105,11 @@ def test_images_of_two_sizes_raise_with_the_option_that_resizes_them(tmp_path: P
 
 
 def test_resizing_crops_around_the_centre(tmp_path: Path) -> None:
-    """Each image is a square between two sides of the opposite colour. Only the square remains."""
+    """Each image has a square in the middle, and the opposite colour on both sides of it. Only the square remains."""
     wide = np.zeros((40, 120), np.uint8)
     wide[:, 40:80] = 255
     table = read_table(save_images(tmp_path, np.stack([wide, 255 - wide])), size=(10, 10))
-    assert images_of(table)[0].min() > 230  # the filter reaches a little beyond the crop
+    assert images_of(table)[0].min() > 230  # the resizing filter mixes in a few pixels from outside the square
     assert images_of(table)[1].max() < 25
 
 
@@ -132,7 +132,7 @@ def test_transparent_pixels_become_white_with_a_note(tmp_path: Path) -> None:
     assert table.notes[0] == "some images are transparent: they are blended with a white background"
 
 
-def test_images_of_16_bits_are_read_as_8_bits_and_images_of_1_bit_as_0_and_255(tmp_path: Path) -> None:
+def test_images_of_16_bits_or_1_bit_are_converted_to_8_bits(tmp_path: Path) -> None:
     deep = GREY.astype(np.uint16) * 256 + 77
     assert np.array_equal(images_of(read_table(save_images(tmp_path / "deep", deep))), GREY)
     flat = read_table(save_images(tmp_path / "flat", GREY > 100))
@@ -155,7 +155,7 @@ def test_images_with_a_colour_palette_are_colour(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"half"])
-def test_damaged_image_raises_with_its_name(tmp_path: Path, content: bytes) -> None:
+def test_error_about_a_damaged_image_names_the_file(tmp_path: Path, content: bytes) -> None:
     folder = save_images(tmp_path, GREY)
     whole = (tmp_path / "007.png").read_bytes()
     (tmp_path / "007.png").write_bytes(whole[: len(whole) // 2] if content == b"half" else content)
@@ -184,7 +184,7 @@ def test_folder_with_both_images_and_folders_of_images_raises(tmp_path: Path) ->
     )
 
 
-def test_table_options_for_images_and_image_options_for_tables_raise(tmp_path: Path) -> None:
+def test_options_for_tables_raise_for_images_and_vice_versa(tmp_path: Path) -> None:
     assert (
         refusal(save_images(tmp_path, GREY), drop=["a"])
         == "FOLDER is a folder of images and has no columns to drop: leave --drop out"
@@ -193,7 +193,7 @@ def test_table_options_for_images_and_image_options_for_tables_raise(tmp_path: P
     assert refusal(str(tmp_path / "a.npy"), size=(8, 8)).startswith("--size resizes the images of a folder")
 
 
-def test_read_for_model_converts_images_to_the_size_colours_and_range_of_the_model(tmp_path: Path) -> None:
+def test_images_are_converted_to_the_size_colours_and_range_that_the_model_takes(tmp_path: Path) -> None:
     grey = manifest_of(read_table(save_images(tmp_path / "grey", GREY)))
     large = np.repeat(np.repeat(COLOUR, 10, axis=1), 10, axis=2)
     table = read_for_model(save_images(tmp_path / "large", large), grey)
@@ -206,7 +206,7 @@ def test_read_for_model_converts_images_to_the_size_colours_and_range_of_the_mod
     assert 0.8 < values(digits).max() <= 1
 
 
-def test_read_for_model_raises_for_images_when_the_model_takes_tables(tmp_path: Path) -> None:
+def test_reading_images_raises_if_the_model_takes_tables(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", RANDOM.standard_normal((10, 3)))
     manifest = manifest_of(read_table(str(tmp_path / "a.npy")))
     with pytest.raises(DataError, match=r"contains images: expected rows of shape \[3\], as the model takes"):

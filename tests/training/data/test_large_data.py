@@ -1,4 +1,4 @@
-"""Tables that are kept on disk: they equal tables in memory, and larger files need no more memory."""
+"""Tables on disk equal tables in memory, and reading larger files does not need more memory."""
 
 import json
 import os
@@ -25,7 +25,7 @@ RANDOM = np.random.RandomState(0)
 
 
 def measurements(rows: int) -> np.ndarray:
-    """Return [rows, 5] with missing values, a constant column, and a column of large values that vary little."""
+    """Return an array [rows, 5] with missing values, a constant column, and a column of large, similar values."""
     x = np.round(RANDOM.standard_normal((rows, 5)), 4)
     x[::7, 1] = np.nan
     x[:, 3] = 5
@@ -107,7 +107,7 @@ def test_array_of_byte_images_keeps_its_values_on_disk(tmp_path: Path) -> None:
     assert np.array_equal(values(table).reshape(x.shape), x)
 
 
-def test_bad_value_far_into_a_file_is_reported_with_its_row(tmp_path: Path) -> None:
+def test_error_about_a_value_far_into_a_file_names_the_row(tmp_path: Path) -> None:
     x = measurements(150_000)
     x[123_456, 2] = np.inf
     np.save(tmp_path / "a.npy", x)
@@ -119,7 +119,7 @@ def test_bad_value_far_into_a_file_is_reported_with_its_row(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("line", "fields"), [("1,2,3", 3), ("1,2,3,4,5,6", 6), ('1,2,"3,4,5', 3)])
-def test_ragged_line_far_into_a_csv_file_raises_with_the_line_number(tmp_path: Path, line: str, fields: int) -> None:
+def test_error_about_a_ragged_line_far_into_a_csv_file_names_the_line(tmp_path: Path, line: str, fields: int) -> None:
     write_csv(tmp_path / "a.csv", measurements(150_000))
     with (tmp_path / "a.csv").open("a") as file:
         file.write(line + "\n")
@@ -151,7 +151,7 @@ def test_file_array_reads_rows_in_any_order_after_the_file_is_deleted(tmp_path: 
     assert rows.take(np.array([], np.int64)).shape == (0, 3)
 
 
-def test_file_truncated_after_opening_raises_instead_of_crashing(tmp_path: Path) -> None:
+def test_reading_raises_instead_of_crashing_if_the_file_was_truncated_after_opening(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", measurements(1000))
     table = read_table(str(tmp_path / "a.npy"), limit=LIMIT)
     os.truncate(tmp_path / "a.npy", 2000)
@@ -159,7 +159,7 @@ def test_file_truncated_after_opening_raises_instead_of_crashing(tmp_path: Path)
         table.x.take(np.array([999]))
 
 
-def test_row_writer_moves_rows_to_disk_beyond_its_limit() -> None:
+def test_row_writer_moves_rows_to_disk_when_they_exceed_the_limit() -> None:
     writer = RowWriter(2, np.float32, 80)
     writer.add(np.ones((10, 2)))
     assert not writer.rows().on_disk
@@ -244,7 +244,7 @@ def write_repeated_csv(path: Path, x: np.ndarray, times: int) -> None:
         ("a.csv", write_repeated_csv),
     ],
 )
-def test_reading_uses_the_same_memory_for_larger_files(
+def test_reading_a_larger_file_needs_no_more_memory(
     tmp_path: Path, name: str, write: Callable[[Path, np.ndarray, int], None]
 ) -> None:
     rows, growth = RANDOM.randint(0, 1000, (10_000, 20)).astype(np.float32), []
@@ -303,7 +303,7 @@ except DataError as error:
 @pytest.mark.parametrize(
     ("name", "write"), [("a.csv", write_csv), ("a.npz", write_npz), ("a.npz", write_npz_in_fortran_order)]
 )
-def test_reading_onto_a_full_disk_raises_with_the_space_that_is_needed(
+def test_error_about_a_full_disk_says_how_much_space_the_rows_need(
     tmp_path: Path, name: str, write: Callable[[Path, np.ndarray], None]
 ) -> None:
     write(tmp_path / name, measurements(100_000))

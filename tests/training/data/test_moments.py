@@ -70,7 +70,8 @@ def test_integers_are_summed_without_rounding(name: str, dtype: type) -> None:
     found = moments_of(x, 5000).covariance
     assert found is not None
     exact = numerator / (rows * (rows - 1))
-    assert np.abs(found.numpy() - exact).max() <= 4 * np.spacing(exact.max())  # rounding: last subtraction, division
+    # Only the last subtraction and the division round.
+    assert np.abs(found.numpy() - exact).max() <= 4 * np.spacing(exact.max())
 
 
 def test_blocks_may_have_any_size_and_may_be_empty() -> None:
@@ -85,7 +86,7 @@ def test_blocks_may_have_any_size_and_may_be_empty() -> None:
 
 
 @pytest.mark.parametrize("name", TRUE)
-def test_moments_are_the_same_whether_or_not_the_covariance_is_computed(name: str) -> None:
+def test_moments_are_the_same_with_and_without_the_covariance(name: str) -> None:
     full, without = moments_of(TRUE[name], 1000), moments_of(TRUE[name], 1000, with_covariance=False)
     assert without.covariance is None
     assert torch.allclose(without.variance, full.variance, rtol=1e-12, atol=0)
@@ -94,7 +95,7 @@ def test_moments_are_the_same_whether_or_not_the_covariance_is_computed(name: st
     assert torch.allclose(without.mean, full.mean, rtol=1e-14, atol=0)
 
 
-def test_moments_of_the_largest_float32_are_finite() -> None:
+def test_moments_of_the_largest_float32_values_are_finite() -> None:
     end = float(np.finfo(np.float32).max)
     found = moments_of(np.array([[end, -end], [-end, -end], [end, end]], np.float32), 2)
     assert float(found.mean[0]) == pytest.approx(end / 3)
@@ -117,7 +118,7 @@ def test_scaled_moments_equal_the_moments_of_scaled_rows() -> None:
         assert torch.allclose(getattr(ours, field), getattr(direct, field), atol=1e-13)
 
 
-def test_pca_from_blocks_of_a_file_equals_pca_of_its_rows(tmp_path: Path) -> None:
+def test_pca_from_blocks_on_disk_equals_pca_from_rows_in_memory(tmp_path: Path) -> None:
     path = tmp_path / "rows.npy"
     np.save(path, TRUE["normal"])
     rows = read_table(str(path), limit=0).x
@@ -136,7 +137,7 @@ def test_spectrum_equals_the_eigenvalues_of_the_covariance(shape: tuple[int, int
     assert spectrum_from_moments(moments_of(x, 100)).numpy() == pytest.approx(expected, abs=1e-12)
 
 
-def test_pca_of_fewer_rows_than_features_is_the_same_from_moments_and_from_rows() -> None:
+def test_pca_from_moments_equals_pca_from_rows_if_there_are_fewer_rows_than_features() -> None:
     x = RANDOM.standard_normal((20, 50))
     by_rows, by_moments = fit_pca(torch.from_numpy(x), 5), pca_from_moments(moments_of(x, 7), 5)
     assert subspace_angles(by_rows.components.numpy().T, by_moments.components.numpy().T).max() < 1e-6

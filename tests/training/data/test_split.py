@@ -18,7 +18,7 @@ def test_split_puts_every_row_into_exactly_one_part(n: int, seed: int) -> None:
 
 
 @given(n=st.integers(MINIMUM_ROWS, 100_000), seed=SEEDS)
-def test_split_sizes_are_70_10_and_20_percent_rounded_to_a_row(n: int, seed: int) -> None:
+def test_split_sizes_are_70_10_and_20_percent_rounded_to_whole_rows(n: int, seed: int) -> None:
     rows = split_rows(n, seed)
     assert abs(len(rows.fit) - 0.7 * n) <= 1
     assert abs(len(rows.held_out) - 0.1 * n) <= 0.5
@@ -42,6 +42,6 @@ def test_every_part_of_the_split_contains_rows_from_the_whole_table() -> None:
 
 
 @pytest.mark.parametrize("n", [0, 1, MINIMUM_ROWS - 1])
-def test_split_of_too_few_rows_raises_with_the_minimum(n: int) -> None:
+def test_error_about_too_few_rows_names_the_minimum(n: int) -> None:
     with pytest.raises(DataError, match=f"expected at least {MINIMUM_ROWS} rows .*, got {n}: add rows"):
         split_rows(n, 0)

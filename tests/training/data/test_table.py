@@ -60,7 +60,7 @@ def test_matrix_of_bytes_is_not_read_as_an_image(tmp_path: Path) -> None:
     assert read_table(save_array(tmp_path / "a.npy", np.arange(30, dtype=np.uint8).reshape(10, 3))).pixel_range is None
 
 
-def test_bytes_in_three_dimensions_are_read_as_images_from_0_to_255(tmp_path: Path) -> None:
+def test_bytes_in_three_dimensions_are_read_as_images_with_values_from_0_to_255(tmp_path: Path) -> None:
     x = RANDOM.randint(0, 100, (12, 5, 4)).astype(np.uint8)
     table = read_table(save_array(tmp_path / "a.npy", x))
     assert (table.shape, table.pixel_range) == ((5, 4), (0, 255))
@@ -79,7 +79,7 @@ def test_bytes_in_three_dimensions_are_read_as_images_from_0_to_255(tmp_path: Pa
         (3, 7.0004, (3, 7)),
     ],
 )
-def test_pixel_range_of_floats_is_a_usual_range_if_they_fill_it_and_else_their_rounded_minimum_and_maximum(
+def test_pixel_range_of_floats_is_a_usual_range_or_else_the_rounded_minimum_and_maximum(
     tmp_path: Path, low: float, high: float, expected: tuple[float, float]
 ) -> None:
     x = np.linspace(low, high, 10 * 6).reshape(10, 2, 3)
@@ -93,7 +93,7 @@ def test_pixel_names_of_images_with_channels_have_three_indices(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("key", ["x", "X", "rows"])
-def test_archive_is_read_with_its_labels(tmp_path: Path, key: str) -> None:
+def test_array_y_of_an_archive_is_read_as_labels(tmp_path: Path, key: str) -> None:
     x, y = RANDOM.standard_normal((10, 2)), np.arange(10) % 2
     arrays: dict[str, Any] = {key: x, "y": y}
     np.savez(tmp_path / "a.npz", **arrays)
@@ -105,7 +105,7 @@ def test_archive_is_read_with_its_labels(tmp_path: Path, key: str) -> None:
 
 
 @pytest.mark.parametrize("y", [np.arange(9), np.full(10, 0.5), np.array(["a"] * 10)])
-def test_labels_other_than_one_integer_per_row_are_ignored_with_a_note(tmp_path: Path, y: np.ndarray) -> None:
+def test_labels_are_ignored_with_a_note_unless_there_is_one_integer_per_row(tmp_path: Path, y: np.ndarray) -> None:
     np.savez(tmp_path / "a.npz", x=RANDOM.standard_normal((10, 2)), y=y)
     table = read_table(str(tmp_path / "a.npz"))
     assert table.labels is None
@@ -130,7 +130,7 @@ ROWS = [[1, 20.5, 3], [2, 21, 4], [3, 100, 5]]
     ],
     ids=["plain", "byte order mark", "CRLF", "blank lines at the end", "no last newline", "spaces", "quotes"],
 )
-def test_csv_columns_get_their_names_and_bracketed_units_from_the_header(tmp_path: Path, text: str) -> None:
+def test_names_and_units_of_csv_columns_come_from_the_header(tmp_path: Path, text: str) -> None:
     table = read_table(write_text(tmp_path / "a.csv", text))
     assert table.names == ["load", "temperature", "fans"]
     assert table.units == ["%", "deg C", None]
@@ -207,7 +207,7 @@ def test_read_for_model_accepts_a_single_row_and_equal_rows(tmp_path: Path) -> N
     assert model_rows(tmp_path, "a,b\n1,2\n1,2\n").notes == []
 
 
-def test_read_for_model_with_flat_rows_for_an_image_model_returns_images(tmp_path: Path) -> None:
+def test_read_for_model_reshapes_flat_rows_to_images_if_the_model_takes_images(tmp_path: Path) -> None:
     digits = read_table("digits")
     table = read_for_model(save_array(tmp_path / "a.npy", values(digits)), manifest_of(digits))
     assert (table.shape, table.pixel_range) == ((8, 8), (0, 1))
@@ -225,12 +225,12 @@ def test_read_for_model_with_flat_rows_for_an_image_model_returns_images(tmp_pat
         ("a,b\n1,x\n", r"column 'b': expected numbers, got 'x' in row 0 \(line 2\)"),
     ],
 )
-def test_read_for_model_raises_when_columns_do_not_match(tmp_path: Path, text: str, message: str) -> None:
+def test_read_for_model_raises_if_the_columns_do_not_fit_the_model(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         model_rows(tmp_path, text)
 
 
-def test_read_for_model_raises_for_rows_of_another_width(tmp_path: Path) -> None:
+def test_read_for_model_raises_if_the_rows_have_the_wrong_width(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"has rows of 63 numbers: expected 64, because model 'm' takes rows of shape \[8, 8\]"
     ):

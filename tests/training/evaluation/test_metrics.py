@@ -54,7 +54,7 @@ def linear_vae(widening: float) -> VAE:
 
 
 def sample_rows(count: int) -> tuple[Tensor, npt.NDArray[np.float64]]:
-    """Return rows [count, D] sampled from p(x) of `linear_vae`, and log p(x) of each row, [count]."""
+    """Sample rows from p(x) of `linear_vae`. Return the rows [count, D], and log p(x) of every row [count]."""
     density = multivariate_normal(np.zeros(D), WEIGHTS @ WEIGHTS.T + VARIANCE * np.eye(D))
     x = density.rvs(count, random_state=np.random.RandomState(1))
     return torch.from_numpy(x).float(), density.logpdf(x)
@@ -65,7 +65,7 @@ def pipeline(core: Core, scaling: Scaling) -> Pipeline:
 
 
 @pytest.mark.parametrize(("widening", "tolerance"), [(1.0, 1e-5), (1.4, 0.02)])
-def test_importance_weighted_bound_of_a_linear_vae_matches_its_known_log_likelihood(
+def test_importance_weighted_bound_of_a_linear_vae_matches_the_exact_log_likelihood(
     widening: float, tolerance: float
 ) -> None:
     vae, (x, log_p) = linear_vae(widening), sample_rows(600)
@@ -92,7 +92,7 @@ def test_importance_weighted_bound_summed_in_batches_equals_the_formula_of_burda
     assert torch.equal(again.by_row, bound.by_row), "the same seed gives the same samples"
 
 
-def test_bits_per_dimension_of_pca_is_the_code_length_under_its_gaussian_in_raw_units() -> None:
+def test_bits_per_dimension_of_pca_agree_with_the_gaussian_density_in_raw_units() -> None:
     x = torch.from_numpy(np.random.RandomState(2).standard_normal((500, D)) * [1, 5, 20, 3, 0.1, 7] + 4).float()
     scaling = standardise(x.double())
     scaling = Scaling(scaling.shift.float(), scaling.scale.float())
@@ -106,7 +106,7 @@ def test_bits_per_dimension_of_pca_is_the_code_length_under_its_gaussian_in_raw_
     assert metrics["bits_per_dimension"] == pytest.approx(-log_p.mean() / (D * math.log(2)), rel=1e-4)
 
 
-def test_bits_per_dimension_of_a_uniform_density_and_of_a_coin_match_hand_computation() -> None:
+def test_bits_per_dimension_are_8_for_a_uniform_density_and_1_for_a_coin() -> None:
     """A uniform density over 256 raw units takes 8 bits. A fair coin takes one bit at any scale."""
     assert bits_per_dimension(-3 * math.log(256 / 50), 3 * math.log(50), 3) == pytest.approx(8)
     coin = VAE(nn.Linear(D, 2 * K), nn.Linear(K, D), BernoulliLikelihood())
@@ -115,7 +115,7 @@ def test_bits_per_dimension_of_a_uniform_density_and_of_a_coin_match_hand_comput
     assert bits_per_dimension(-D * math.log(2), density_scale(coin, scaling), D) == pytest.approx(1)
 
 
-def test_pca_metrics_equal_those_of_scikit_learn_in_raw_units() -> None:
+def test_pca_metrics_equal_the_metrics_of_scikit_learn() -> None:
     random = np.random.RandomState(3)
     x = torch.from_numpy(random.standard_normal((400, K)) @ WEIGHTS.T * 3 + random.standard_normal((400, D))).float()
     scaling = standardise(x)
@@ -132,7 +132,7 @@ def test_pca_metrics_equal_those_of_scikit_learn_in_raw_units() -> None:
     assert metrics["pca_error"] == pytest.approx(error, rel=1e-5)
 
 
-def test_errors_of_rows_with_missing_values_are_means_over_the_present_values() -> None:
+def test_errors_are_means_over_the_present_values_if_values_are_missing() -> None:
     x, _ = sample_rows(200)
     centre = x.mean(dim=0)
     gaps = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.2
@@ -159,7 +159,7 @@ def test_latent_report_of_a_linear_vae_matches_theory() -> None:
     assert count_latents(vae, x) == K
 
 
-def test_latent_report_of_pca_has_variances_and_no_kl() -> None:
+def test_latent_report_of_pca_has_variances_but_no_kl() -> None:
     x, _ = sample_rows(500)
     report = describe_latents(fit_pca(x.double(), K).float(), x)
     assert [latent.kl for latent in report] == [None, None]

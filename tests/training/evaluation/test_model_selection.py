@@ -27,13 +27,13 @@ def test_significant_wins_contain_only_differences_above_two_standard_errors() -
     assert significant_wins({"one": {"a": 0 * noise}, "two": {"a": noise + 0.11}}) == [("two", "one", "a")]
 
 
-def test_significant_wins_for_models_with_shared_noise_contain_a_small_paired_difference() -> None:
+def test_small_paired_difference_is_significant_if_the_models_share_the_noise() -> None:
     shared = 100 * torch.randn(50, generator=torch.Generator().manual_seed(0))
     better = 0.1 + 0.1 * torch.randn(50, generator=torch.Generator().manual_seed(1))
     assert significant_wins({"one": {"a": shared}, "two": {"a": shared + better}}) == [("two", "one", "a")]
 
 
-def test_swap_values_takes_a_tenth_of_each_row_and_at_least_one_value_from_the_previous_row() -> None:
+def test_swap_values_takes_a_tenth_of_the_values_but_at_least_one_from_the_previous_row() -> None:
     x = torch.arange(50.0).unsqueeze(1).expand(50, 20)
     swapped, previous_row = swap_values(x, seed=0), x.roll(1, dims=0)
     assert ((swapped != x).sum(dim=1) == 2).all()

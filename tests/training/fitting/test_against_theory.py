@@ -1,7 +1,7 @@
 """Losses whose optimum is known in closed form. They are minimised numerically, and the result is compared with theory.
 
 Most tests use float64 and the digits. If the networks are linear, the expectation of a loss over normal noise is
-computed exactly: it is the mean over a few fixed points that have the moments of the normal distribution.
+computed exactly: it is the mean over a few fixed points that have the mean and covariance of the normal distribution.
 """
 
 import math
@@ -33,8 +33,8 @@ DIGITS = torch.from_numpy(load_digits().data / 16.0)  # [1797, 64]
 VALUES, VECTORS = torch.linalg.eigh(DIGITS.T.cov(correction=0))
 EIGENVALUES, TOP = VALUES.flip(0).clamp(min=0.0), VECTORS.flip(1).T  # largest first; the rows of TOP are eigenvectors
 # The optimum of a linear model depends only on the mean and the covariance of the rows. The 128 rows of X have the mean
-# and the covariance of the digits. The covariance of the 48 rows of LEADING is diagonal. Its diagonal contains the 24
-# largest eigenvalues of the covariance of the digits.
+# and the covariance of the digits. The 48 rows of LEADING have a diagonal covariance: the 24 largest eigenvalues of the
+# covariance of the digits.
 X = DIGITS.mean(dim=0) + math.sqrt(64) * torch.cat((TOP, -TOP)) * EIGENVALUES.sqrt().repeat(2).unsqueeze(1)
 LEADING = math.sqrt(24) * torch.cat((torch.eye(24), -torch.eye(24))).double() * EIGENVALUES[:24].sqrt()
 
@@ -71,7 +71,7 @@ def linear_vae(latents: int, variance: float, learn: bool, features: int = 64) -
 
 
 def normal_points(size: int) -> Tensor:
-    """Return points [2 size, size]. The mean of a quadratic function over them is its expectation under N(0, I)."""
+    """Return twice `size` points. For a quadratic function, the mean over them is the expectation under N(0, I)."""
     return math.sqrt(size) * torch.cat((torch.eye(size), -torch.eye(size))).double()
 
 
@@ -101,7 +101,7 @@ def test_linear_autoencoder_has_the_error_and_the_subspace_of_pca(latents: int) 
     assert subspace_angles(weights(model.decoder).numpy(), TOP[:latents].numpy().T).max() < 1e-2
 
 
-def test_regularised_linear_autoencoder_has_transposed_weights_with_shrunk_singular_values() -> None:
+def test_weight_penalty_ties_and_shrinks_the_weights_of_a_linear_autoencoder() -> None:
     """Kunin et al. 2019, "Loss landscapes of regularized linear autoencoders", theorem 1."""
     latents, penalty = 4, 0.1
     model = linear_autoencoder(64, latents)
@@ -113,7 +113,7 @@ def test_regularised_linear_autoencoder_has_transposed_weights_with_shrunk_singu
 
 
 def test_linear_vae_reaches_the_likelihood_of_probabilistic_pca() -> None:
-    """Lucas et al. 2019, "Don't blame the ELBO!", section 4. The learned variance is that of the PCA."""
+    """Lucas et al. 2019, "Don't blame the ELBO!", section 4. The learned variance is the noise variance of the PCA."""
     latents = 4
     vae = linear_vae(latents, variance=0.1, learn=True)
     loss = minimise(vae, lambda: exact_elbo(vae, X, latents))
@@ -128,15 +128,13 @@ def test_linear_vae_reaches_the_likelihood_of_probabilistic_pca() -> None:
 
 
 @pytest.mark.parametrize(("variance", "beta"), [(0.1, 1.0), (0.05, 4.0), (0.2, 1.0), (0.1, 6.0)])
-def test_linear_vae_keeps_as_many_latents_as_eigenvalues_exceed_beta_times_the_variance(
-    variance: float, beta: float
-) -> None:
+def test_linear_vae_keeps_one_latent_per_eigenvalue_above_beta_times_the_variance(variance: float, beta: float) -> None:
     latents = 16
     expected = int((beta * variance < EIGENVALUES).sum())
     vae = linear_vae(latents, variance, learn=False, features=24)
     minimise(vae, lambda: exact_elbo(vae, LEADING, latents, beta), 500)
     with torch.no_grad():
-        rotated = torch.linalg.eigvalsh(vae.posterior(LEADING)[0].T.cov())  # independent of a rotation of the latents
+        rotated = torch.linalg.eigvalsh(vae.posterior(LEADING)[0].T.cov())  # a rotation of the latents changes nothing
     assert int((rotated > 1e-3).sum()) == expected
 
 
@@ -182,13 +180,14 @@ def test_importance_weighted_bound_approaches_the_likelihood_with_more_samples()
         for samples in (1, 5, 50, 500):
             noise = torch.randn(samples, len(X), latents, generator=random, dtype=torch.float64)
             gaps[samples] = exact - float(importance_weighted_terms(vae, X, noise)["bound"])
-    kl = 0.5 * latents * (1.5 - 1.0 - math.log(1.5))  # KL from the exact posterior: the gap of the ELBO
+    # The gap between the log-likelihood and the ELBO is the KL of the encoder's posterior from the exact posterior.
+    kl = 0.5 * latents * (1.5 - 1.0 - math.log(1.5))
     assert gaps[1] == pytest.approx(kl, abs=0.05)
     assert gaps[1] > gaps[5] > gaps[50] > abs(gaps[500])
     assert abs(gaps[500]) < 0.01
 
 
-def test_loss_with_free_bits_charges_each_latent_at_least_the_given_kl() -> None:
+def test_loss_charges_each_latent_at_least_the_free_bits() -> None:
     vae, noise = linear_vae(3, 0.1, learn=False), torch.zeros(len(X), 3).double()
     with torch.no_grad():
         kl = gaussian_kl(*vae.posterior(X)).mean(dim=0)
@@ -198,7 +197,7 @@ def test_loss_with_free_bits_charges_each_latent_at_least_the_given_kl() -> None
     assert float(terms["kl"]) == pytest.approx(float(kl.sum()))
 
 
-def test_corrupt_adds_noise_with_levels_in_the_given_range_and_masks_the_given_share() -> None:
+def test_corrupt_adds_noise_of_the_given_levels_and_masks_the_given_share_of_values() -> None:
     random, ones = torch.Generator().manual_seed(0), torch.ones(4000, 400)
     noise = corrupt(ones, (0.05, 1.0), 0.0, random) - ones
     level = noise.std(dim=1).log().numpy()

@@ -31,7 +31,7 @@ def test_convolutions_use_the_default_channels_and_take_flat_rows(shape: tuple[i
     assert decoder(torch.randn(2, 3)).shape == x.shape
 
 
-def test_dense_layers_lie_between_convolutions_and_latents_in_mirrored_order() -> None:
+def test_decoder_mirrors_the_dense_layers_between_convolutions_and_latents() -> None:
     config = TrainConfig(model="ae", name="x", network="conv", hidden=(4,), dense=(9, 7))
     encoder, decoder = build_encoder(config, (6, 6), 2), build_decoder(config, (6, 6), 2)
     assert layer_types(encoder)[-6:] == ["Flatten", "Linear", "SiLU", "Linear", "SiLU", "Linear"]
@@ -60,7 +60,7 @@ def test_decoder_of_images_gives_values_from_0_to_1(network: str) -> None:
         ({"model": "vae", "likelihood": "bernoulli", "output": "sigmoid"}, True, False),
     ],
 )
-def test_decoder_ends_in_a_sigmoid_for_values_from_0_to_1(
+def test_last_layer_of_the_decoder_depends_on_the_value_range_and_the_options(
     options: dict[str, object], unit_range: bool, sigmoid: bool
 ) -> None:
     config = TrainConfig.model_validate({"model": "ae", "name": "x", **options})

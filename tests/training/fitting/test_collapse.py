@@ -18,19 +18,19 @@ EIGENVALUES = torch.linalg.eigvalsh(X.T.cov()).flip(0)
 
 
 @pytest.mark.parametrize(("variance", "beta"), [(0.1, 1.0), (0.05, 4.0), (0.2, 1.0), (0.6, 1.0), (1.0, 1.0)])
-def test_prediction_for_a_fixed_variance_counts_eigenvalues_above_beta_times_the_variance(
+def test_prediction_counts_eigenvalues_above_beta_times_the_variance_if_the_variance_is_fixed(
     variance: float, beta: float
 ) -> None:
     assert predict_active_latents(X, 16, beta, variance) == min(16, int((beta * variance < EIGENVALUES).sum()))
 
 
 @pytest.mark.parametrize("latents", [1, 16, 40])
-def test_prediction_for_a_learned_variance_and_beta_1_counts_all_latents(latents: int) -> None:
+def test_prediction_counts_all_latents_if_the_variance_is_learned_and_beta_is_1(latents: int) -> None:
     assert predict_active_latents(X, latents, 1.0, None) == latents
 
 
 @pytest.mark.parametrize("beta", [2.0, 4.0, 8.0])
-def test_prediction_for_a_learned_variance_is_consistent_with_the_optimal_variance(beta: float) -> None:
+def test_prediction_agrees_with_the_optimal_variance_if_the_variance_is_learned(beta: float) -> None:
     active = predict_active_latents(X, 30, beta, None)
     variance = float(EIGENVALUES[active:].sum()) / (64 - active * beta)
     assert 0 < active < 30
@@ -47,7 +47,7 @@ def test_warning_appears_if_fewer_than_half_of_the_predicted_latents_are_active(
 
 
 @pytest.mark.slow
-def test_training_a_vae_that_collapses_gives_a_forecast_and_a_warning(tmp_path: Path) -> None:
+def test_training_gives_a_forecast_and_a_warning_if_the_vae_collapses(tmp_path: Path) -> None:
     reporter = RecordingReporter()
     settings = {"model": "vae", "name": "v", "hidden": (16,), "epochs": 20, "variance": 1.0, "beta": 4.0}
     manifest = read_manifest(train(TrainConfig.model_validate(settings), read_table("digits"), tmp_path, reporter))
@@ -57,7 +57,7 @@ def test_training_a_vae_that_collapses_gives_a_forecast_and_a_warning(tmp_path: 
 
 
 @pytest.mark.slow
-def test_training_a_vae_that_does_not_collapse_gives_no_warning(tmp_path: Path) -> None:
+def test_training_gives_no_warning_if_the_vae_does_not_collapse(tmp_path: Path) -> None:
     reporter = RecordingReporter()
     train(TrainConfig(model="vae", name="v", epochs=60), read_table("digits"), tmp_path, reporter)
     assert any("about 16 of 16 latents will stay active" in note for note in reporter.notes)

@@ -14,7 +14,7 @@ def config(kind: Kind = "ae", **options: object) -> TrainConfig:
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
 @pytest.mark.parametrize("images", [False, True])
-def test_options_have_defaults_for_every_kind_except_the_epochs_for_images(kind: Kind, images: bool) -> None:
+def test_every_option_has_a_default_except_the_number_of_epochs_for_images(kind: Kind, images: bool) -> None:
     filled = with_defaults(config(kind), images, rows=1_000)
     for name in ("noise", "learning_rate", "variance", "hidden", "kept"):
         assert getattr(filled, name) is not None, name
@@ -34,11 +34,11 @@ def test_defaults_do_not_replace_given_options() -> None:
         assert with_defaults(config(**given), images, rows=50) == config(**given)
 
 
-def test_default_epoch_to_publish_is_the_last_without_patience_and_the_best_with_patience() -> None:
+def test_best_epoch_is_published_by_default_with_patience_and_the_last_epoch_without_it() -> None:
     assert [with_defaults(config(patience=patience), False, 100).kept for patience in (None, 3)] == ["last", "best"]
 
 
-def test_default_epochs_of_small_and_large_tables_give_about_the_same_number_of_steps() -> None:
+def test_default_epochs_give_about_the_same_number_of_steps_for_tables_of_any_size() -> None:
     steps = [(with_defaults(config(), False, rows).epochs or 0) * -(-rows // 128) for rows in (1_000, 10_000, 19_000)]
     assert all(1_500 <= count < 1_800 for count in steps)
 

@@ -21,7 +21,7 @@ CONSTANT_COLUMNS = {4: 0.0, 5: 100.0, 6: -1e-4}  # the value of each constant co
 
 
 def rows(count: int, seed: int) -> npt.NDArray[np.float32]:
-    """Return rows of three independent columns, a copy of the first, three constants, and the sum of the other two."""
+    """Return rows of three independent columns, a copy of the first, three constants, and the second plus the third."""
     x = np.random.RandomState(seed).standard_normal((count, 8)).astype(np.float32)
     x[:, 3] = x[:, 0]
     for column, value in CONSTANT_COLUMNS.items():
@@ -56,7 +56,7 @@ def test_change_of_a_constant_column_is_detected(kind: Kind, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_column_that_no_longer_copies_another_is_detected(kind: Kind, tmp_path: Path) -> None:
+def test_difference_between_two_columns_that_were_equal_in_training_is_detected(kind: Kind, tmp_path: Path) -> None:
     pipeline = fitted(kind, rows(400, 0), tmp_path)
     broken = rows(200, 1)
     broken[:, 3] *= -1.0

@@ -48,7 +48,7 @@ AE = ("--model", "ae", "--noise", "0.3", "--masking", "0.1", "--l2", "0.0001")
 
 
 @pytest.mark.parametrize("options", [VAE, AE], ids=["vae", "ae"])
-def test_two_processes_train_the_same_model_as_one(tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_two_processes_train_the_same_model_as_one_process(tmp_path: Path, options: tuple[str, ...]) -> None:
     options = (*options, "--epochs", "4", "--batch-size", "101")  # the batch size is odd, and the last batch is smaller
     runs = [start_training(count, tmp_path / str(count), *options) for count in (1, 2)]
     outputs = [wait_for_output(run) for run in runs]
@@ -65,7 +65,7 @@ def test_two_processes_train_the_same_model_as_one(tmp_path: Path, options: tupl
     assert versions(tmp_path / "2" / "artifacts", "m") == [1]
 
 
-def test_run_of_two_processes_of_which_one_is_killed_can_be_resumed_in_one_process(tmp_path: Path) -> None:
+def test_run_can_be_resumed_in_one_process_after_one_of_two_processes_is_killed(tmp_path: Path) -> None:
     options = (*VAE, "--epochs", "30", "--checkpoint-seconds", "0")
     run = start_training(2, tmp_path, *options)
     checkpoint = tmp_path / "runs" / "m" / "checkpoint.pt"
@@ -83,7 +83,7 @@ def test_run_of_two_processes_of_which_one_is_killed_can_be_resumed_in_one_proce
 
 
 @pytest.mark.parametrize("options", [("--variance", "optimal"), ("--free-bits", "0.1")])
-def test_training_with_two_processes_and_options_that_need_the_whole_batch_fails(
+def test_training_in_two_processes_fails_if_an_option_needs_the_whole_batch(
     tmp_path: Path, options: tuple[str, ...]
 ) -> None:
     run = start_training(2, tmp_path, "--model", "vae", *options)
@@ -93,7 +93,7 @@ def test_training_with_two_processes_and_options_that_need_the_whole_batch_fails
 
 
 @pytest.mark.parametrize(("rows", "count"), [(10, 3), (2, 3), (1, 2), (128, 2), (7, 7)])
-def test_slices_of_all_ranks_cover_the_batch_once_and_differ_by_at_most_one_row(rows: int, count: int) -> None:
+def test_batch_is_divided_into_one_slice_per_process_and_sizes_differ_by_at_most_one_row(rows: int, count: int) -> None:
     shares = [ProcessGroup(rank, count).slice_of(rows) for rank in range(count)]
     assert [i for share in shares for i in range(share.start, share.stop)] == list(range(rows))
     sizes = [share.stop - share.start for share in shares]
@@ -117,7 +117,7 @@ sys.stdout.write(f"{threads}\\n")  # one write, so that the lines of two process
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc to list threads")
-def test_process_that_has_left_its_group_has_no_gloo_threads(tmp_path: Path) -> None:
+def test_process_has_no_gloo_threads_after_it_has_left_the_process_group(tmp_path: Path) -> None:
     """A thread that frees a tensor while the interpreter exits would abort the process."""
     script = tmp_path / "leave_group.py"
     script.write_text(LEAVE_GROUP)

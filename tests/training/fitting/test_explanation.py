@@ -55,13 +55,13 @@ def test_contribution_is_the_larger_of_two_squared_distances_that_have_a_mean_of
     torch.testing.assert_close(given.mean(dim=0), torch.ones(5), rtol=1e-3, atol=0)
     torch.testing.assert_close(contribution, torch.maximum(alone, given), rtol=1e-3, atol=1e-4)
     deviation = torch.where(given > alone, model.residual.expand_as(u), torch.ones_like(u))
-    clear = (given - alone).abs() > 1e-2  # rounding cannot change which distance is larger
+    clear = (given - alone).abs() > 1e-2  # where rounding cannot change which distance is larger
     torch.testing.assert_close(((u - expected) / deviation).square()[clear], contribution[clear], rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
 def test_faulty_feature_has_the_largest_contribution(kind: str) -> None:
-    """With three latents for five features, the reconstruction follows the fault, but the explanation must not."""
+    """With three latents for five features, the reconstruction follows the fault. The explanation must not do so."""
     x = correlated()
     names = [f"x{i}" for i in range(5)]
     table = Table(RowStore(x), (5,), names, [None] * 5, None, None, "generated", missing=np.zeros(5, np.int64))
@@ -79,7 +79,7 @@ def test_faulty_feature_has_the_largest_contribution(kind: str) -> None:
         assert np.median(error) < 1.0  # the expected value is near the value before the fault
 
 
-def test_contributions_are_the_same_without_a_scaling() -> None:
+def test_contributions_do_not_depend_on_the_scaling() -> None:
     x = correlated()
     plain = expectations(x)
     identity = standardise(torch.zeros(2, 5))

@@ -38,7 +38,7 @@ def gradients(vae: VAE, loss: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (3, 4, 5)])
-def test_bernoulli_log_likelihood_equals_the_log_prob_of_the_model(shape: tuple[int, ...]) -> None:
+def test_training_computes_the_same_bernoulli_log_likelihood_as_the_model(shape: tuple[int, ...]) -> None:
     x = 3.0 * torch.rand(shape[-2:], generator=random(0)).double() - 1.0  # some values outside [0, 1]
     logits = (30.0 * torch.randn(shape, generator=random(1)).double()).requires_grad_()
     plain = BernoulliLikelihood().log_prob(x.expand(shape).flatten(0, -2), logits.flatten(0, -2)).reshape(shape[:-1])
@@ -87,7 +87,7 @@ def test_doubly_reparameterised_gradient_is_unbiased(likelihood: Likelihood, dra
 
 
 @pytest.mark.parametrize("draws", [1, 5])
-def test_encoder_gradient_of_the_importance_weighted_loss_is_zero_for_an_exact_posterior(draws: int) -> None:
+def test_importance_weighted_loss_has_no_encoder_gradient_if_the_posterior_is_exact(draws: int) -> None:
     """Roeder et al. 2017, section 3. The usual gradient of the ELBO is noisy even for an exact posterior."""
     variance, loading = 0.25, torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 0.0]]).double()  # orthogonal columns
     vae = VAE(
@@ -110,7 +110,7 @@ def test_encoder_gradient_of_the_importance_weighted_loss_is_zero_for_an_exact_p
     assert float(gradients(vae, elbo_terms(vae, x, noise[0])["loss"])[0].abs().max()) > 1e-3
 
 
-def test_binarise_returns_only_0_and_1_with_the_mean_of_the_input() -> None:
+def test_binarise_returns_values_0_and_1_whose_mean_is_the_input() -> None:
     x = torch.linspace(0.0, 1.0, 11).expand(20_000, 11)
     binary = binarise(x, random(0))
     assert set(binary.unique().tolist()) == {0.0, 1.0}

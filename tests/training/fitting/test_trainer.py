@@ -84,7 +84,7 @@ def trained(
     return reporter
 
 
-def test_random_stream_repeats_for_the_same_key_and_differs_for_another_seed_or_purpose_or_index() -> None:
+def test_random_stream_depends_on_seed_purpose_and_index() -> None:
     draws = {
         key: tuple(torch.rand(4, generator=random_stream(*key)).tolist())
         for key in [(0, NOISE, 0), (0, NOISE, 1), (0, ORDER, 0), (1, NOISE, 0)]
@@ -95,7 +95,7 @@ def test_random_stream_repeats_for_the_same_key_and_differs_for_another_seed_or_
     assert epoch_order(0, 3, 50).tolist() != epoch_order(0, 4, 50).tolist()
 
 
-def test_reported_terms_are_means_over_rows_when_the_last_batch_is_shorter() -> None:
+def test_reported_loss_terms_are_means_over_rows_even_if_the_last_batch_is_shorter() -> None:
     rows = torch.cat((torch.zeros(96, 1), torch.full((4, 1), 10.0)))
     model = Quadratic()
 
@@ -133,7 +133,7 @@ def test_patience_stops_the_run_only_after_the_warm_up() -> None:
     assert len(trained(Quadratic(), settings, held_out=4.9).epochs) >= 100
 
 
-def test_run_with_a_loss_that_becomes_nan_stops_and_keeps_the_best_model() -> None:
+def test_run_stops_and_keeps_the_best_model_when_the_loss_becomes_nan() -> None:
     model, calls = Quadratic(), 0
 
     def loss(rows: Tensor, warm_up: float) -> LossTerms:
@@ -150,13 +150,13 @@ def test_run_with_a_loss_that_becomes_nan_stops_and_keeps_the_best_model() -> No
     assert float(model.place.detach().square()) == pytest.approx(best, rel=1e-5)
 
 
-def test_run_with_a_nan_loss_in_the_first_epoch_raises() -> None:
+def test_run_raises_if_the_loss_is_nan_in_the_first_epoch() -> None:
     model = Quadratic()
     with pytest.raises(FitError, match="step 1, in epoch 1: lower --learning-rate"):
         trained(model, config(), lambda *_: {"loss": model.place.sum() * math.nan})
 
 
-def test_run_that_is_killed_three_times_and_resumed_ends_with_the_weights_of_an_uninterrupted_run(
+def test_run_gives_the_same_weights_if_it_is_killed_three_times_and_resumed(
     tmp_path: Path,
 ) -> None:
     options = ["--epochs", "25", "--hidden", "32", "--latents", "4", "--warm-up", "50", "--seed", "3"]

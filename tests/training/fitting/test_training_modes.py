@@ -57,7 +57,7 @@ def test_pca_trained_from_disk_equals_pca_trained_from_memory(digits_file: Path,
 
 
 @pytest.mark.parametrize("model", ["ae", "vae"])
-def test_network_trained_from_disk_reconstructs_as_well_as_a_network_trained_from_memory(
+def test_networks_trained_from_disk_and_from_memory_reconstruct_equally_well(
     digits_file: Path, tmp_path: Path, model: str
 ) -> None:
     options = {"model": model, "batch_size": 32, "learning_rate": 3e-3}
@@ -82,7 +82,7 @@ train(config, table, root, SilentReporter(), runs=root / "runs", resume=resume, 
 """
 
 
-def test_killed_and_resumed_training_from_disk_gives_the_weights_of_an_uninterrupted_run(
+def test_training_from_disk_gives_the_same_weights_if_it_is_killed_and_resumed(
     digits_file: Path, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-c", TRAIN_FROM_DISK, str(digits_file)]
@@ -105,16 +105,14 @@ def test_convolutional_network_reconstructs_digits_better_than_pca(tmp_path: Pat
 
 
 @pytest.mark.parametrize("model", ["ae", "vae"])
-def test_reconstruction_error_after_training_in_bfloat16_is_within_10_percent_of_float32(
-    tmp_path: Path, model: str
-) -> None:
+def test_bfloat16_training_changes_the_reconstruction_error_by_at_most_10_percent(tmp_path: Path, model: str) -> None:
     bf16 = trained(read_table("digits"), tmp_path / "bf16", model=model, precision="bf16")
     float32 = trained(read_table("digits"), tmp_path / "float32", model=model)
     assert bf16.weights_sha256 != float32.weights_sha256
     assert bf16.metrics["reconstruction_error"] == pytest.approx(float32.metrics["reconstruction_error"], rel=0.1)
 
 
-def test_network_trained_with_compile_gives_the_same_outputs_as_without_compile(tmp_path: Path) -> None:
+def test_outputs_do_not_depend_on_whether_the_network_was_compiled_for_training(tmp_path: Path) -> None:
     require(shutil.which("c++") or shutil.which("g++"), "torch.compile needs a C++ compiler")
     options = ["--model", "ae", "--name", "m", "--epochs", "2"]
     options += ["--hidden", "8", "--latents", "4", "--batch-size", "629"]

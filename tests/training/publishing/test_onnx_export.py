@@ -1,4 +1,7 @@
-"""The ONNX twin agrees with TorchScript, contains no weights, and is deterministic."""
+"""The ONNX twin, the copy of the networks for ONNX Runtime, agrees with TorchScript and contains no weights.
+
+The export is deterministic.
+"""
 
 import zipfile
 from collections.abc import Callable
@@ -31,7 +34,7 @@ WIDTH = 7 * 6 * 3
 
 
 def convolutional_vae(last_layer: Callable[[], nn.Module] | None) -> Pipeline:
-    """Return a VAE for images. `last_layer` ends the decoder; None gives a VAE with a Bernoulli likelihood."""
+    """Return a VAE for images: Gaussian with `last_layer` at the end of the decoder, or Bernoulli if that is None."""
     torch.manual_seed(0)
     encoder, decoder = conv_encoder(SHAPE, (4, 8), 6, "relu", (10,)), conv_decoder(SHAPE, (4, 8), 3, "tanh", (10,))
     likelihood = GaussianLikelihood(torch.tensor([0.1])) if last_layer else BernoulliLikelihood()
@@ -42,7 +45,7 @@ def convolutional_vae(last_layer: Callable[[], nn.Module] | None) -> Pipeline:
 
 
 def assert_twin_agrees(model: Pipeline, rows: Callable[[int], tuple[torch.Tensor, ...]]) -> None:
-    """Assert that a twin traced with 3 rows agrees with TorchScript on 1, 2 and 33 rows."""
+    """Assert that a twin exported with 3 example rows agrees with TorchScript on 1, 2 and 33 rows."""
     x, z, _ = rows(3)
     module = artifact.freeze(artifact.script(model))
     twin = OnnxModule(artifact.Twin(export(model, x, z), model.state_dict()), module, 1)
@@ -65,7 +68,7 @@ def test_twin_agrees_with_torchscript_for_usual_and_extreme_values(kind: str, si
 
 
 @pytest.mark.parametrize("kind", ["pca-imputing", "ae-imputing", "vae-per-feature-imputing"])
-def test_twin_of_an_imputing_model_agrees_on_rows_with_missing_values(kind: str) -> None:
+def test_twin_agrees_with_torchscript_on_rows_with_missing_values(kind: str) -> None:
     assert_twin_agrees(pipeline(kind), lambda count: batch(count, gaps=GAPS))
 
 
@@ -79,7 +82,7 @@ def test_twin_of_a_convolutional_vae_agrees_with_torchscript(last_layer: Callabl
     assert_twin_agrees(convolutional_vae(last_layer), rows)
 
 
-def test_score_with_extreme_logits_is_finite_in_twin_and_torchscript() -> None:
+def test_twin_and_torchscript_give_finite_scores_for_extreme_logits() -> None:
     model = pipeline("vae-bernoulli")
     assert isinstance(model.core, VAE)
     model.core.decoder[-1].bias.copy_(torch.tensor([300.0, -300.0, 40.0, -40.0, 0.0]))  # type: ignore[index] # a Sequential, typed as a Module

@@ -28,7 +28,7 @@ DRIFT = 1.5  # factor by which every metric has grown since training
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with train.csv (1,000 rows) and the artifact folder a/.
 
-    For each kind of model, a/ has one version, trained on train.csv.
+    For every kind of model, a/ contains one version that was trained on train.csv.
     """
     folder = tmp_path_factory.mktemp("trained")
     data = write(folder / "train.csv", two_factor_rows(1000, seed=0))
@@ -69,7 +69,7 @@ def count_alarms(artifact: Artifact, rows: np.ndarray, alpha: float) -> tuple[in
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_recalibration_keeps_weights_and_scores_bit_exact_and_computes_p_values_from_the_new_rows(
+def test_recalibration_keeps_weights_and_scores_but_computes_p_values_from_the_new_rows(
     kind: str, root: Path, tmp_path: Path
 ) -> None:
     source = write_recent_rows(tmp_path)
@@ -86,11 +86,14 @@ def test_recalibration_keeps_weights_and_scores_bit_exact_and_computes_p_values_
         calibration, score = child.module.score(rows)[0].numpy(), child.module.score(x)[0].numpy()
         p_value = child.module.p_value(torch.from_numpy(score)).numpy()
     expected = (1 + (calibration[None, :] >= score[:, None]).sum(axis=1)) / 401
-    np.testing.assert_allclose(p_value, expected, atol=1.01 / 401)  # rounding can turn one comparison into a tie
+    # Rounding can make a score equal to one calibration score, which changes the p-value by 1 / 401.
+    np.testing.assert_allclose(p_value, expected, atol=1.01 / 401)
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_false_alarm_rate_after_drift_and_recalibration_matches_alpha(kind: str, root: Path, tmp_path: Path) -> None:
+def test_false_alarm_rate_matches_alpha_after_a_drift_if_the_model_is_recalibrated(
+    kind: str, root: Path, tmp_path: Path
+) -> None:
     parent, child = recalibrate_on(root, kind, write_recent_rows(tmp_path))
     fresh = DRIFT * two_factor_rows(2000, seed=8)
     low, high = betabinom(2000, 20, 381).interval(0.9999)  # 20 is 0.05 * 401, rounded down
@@ -100,7 +103,9 @@ def test_false_alarm_rate_after_drift_and_recalibration_matches_alpha(kind: str,
     assert count_alarms(parent, fresh, 0.05)[0] > high  # without recalibration
 
 
-def test_manifest_after_recalibration_records_its_origin_and_keeps_the_training(root: Path, tmp_path: Path) -> None:
+def test_manifest_of_a_recalibrated_model_names_the_parent_version_and_keeps_the_training_facts(
+    root: Path, tmp_path: Path
+) -> None:
     source = write_recent_rows(tmp_path)
     parent, child = recalibrate_on(root, "pca", source)
     old, new = parent.manifest, child.manifest
@@ -122,8 +127,8 @@ def test_manifest_after_recalibration_records_its_origin_and_keeps_the_training(
     assert (third.manifest.recalibration.parent, third.manifest.recalibration.trained) == ("pca@2", old.created)
 
 
-def test_twin_after_recalibration_repeats_the_new_golden_answers(tmp_path: Path) -> None:
-    """A twin takes its weights from the module, so the graphs of the old version also work for the new version."""
+def test_twin_gives_the_new_golden_answers_after_recalibration(tmp_path: Path) -> None:
+    """The ONNX graphs read all weights from the TorchScript module, so the old graphs also serve the new version."""
     for number, kind in enumerate(("pca", "ae", "vae-gaussian", "ensemble", "ae-imputing")):
         root = tmp_path / str(number)
         parent = load(publish_twin(root, kind, gaps=GAPS if kind.endswith("-imputing") else ()))
@@ -153,7 +158,7 @@ def test_recalibration_leaves_out_rows_labelled_as_anomalies(root: Path, tmp_pat
     assert torch.equal(scores, expected)
 
 
-def test_recalibration_on_more_rows_than_the_maximum_uses_a_sample_of_them(root: Path, tmp_path: Path) -> None:
+def test_recalibration_uses_a_sample_if_there_are_more_rows_than_the_maximum(root: Path, tmp_path: Path) -> None:
     parent = load(root / "pca" / "1" / "model.pt")
     path = tmp_path / "many.npy"
     np.save(path, two_factor_rows(MAX_HELD_OUT_ROWS + 1000, seed=4).astype(np.float32))
@@ -176,7 +181,7 @@ def test_recalibration_on_more_rows_than_the_maximum_uses_a_sample_of_them(root:
         (9, 0.1, None),
     ],
 )
-def test_recalibration_on_too_few_rows_fails_with_the_smallest_alpha_that_the_rows_allow(
+def test_error_about_too_few_rows_names_the_smallest_alpha_that_the_rows_allow(
     rows: int, alpha: float, message: str | None, root: Path, tmp_path: Path
 ) -> None:
     source = write_recent_rows(tmp_path, rows)
@@ -204,7 +209,7 @@ def test_recalibration_on_the_training_rows_fails(trained: Path, root: Path) -> 
         ("cpu,memory,disk,network,errors\n" + "1,2,3,4,5\n" * 30 + "3e38,-3e38,3e38,3e38,3e38\n", "row 30 overflows"),
     ],
 )
-def test_recalibration_on_rows_that_do_not_fit_the_model_fails(
+def test_recalibration_fails_if_the_rows_do_not_fit_the_model(
     text: str, message: str, root: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "bad.csv"
@@ -215,7 +220,7 @@ def test_recalibration_on_rows_that_do_not_fit_the_model_fails(
     assert not (root / "pca" / "2").exists()
 
 
-def test_recalibration_of_an_artifact_with_another_calibration_method_fails(
+def test_recalibration_fails_if_the_artifact_uses_another_calibration_method(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A later version of Calibration computes p-values that differ from those of the artifact."""
@@ -232,7 +237,7 @@ def test_recalibration_of_an_artifact_with_another_calibration_method_fails(
     assert not (root / "pca" / "2").exists()
 
 
-def test_thaw_of_an_artifact_replaced_after_loading_fails(root: Path) -> None:
+def test_thaw_fails_if_the_artifact_was_replaced_after_it_was_loaded(root: Path) -> None:
     parent = load(root / "pca" / "1" / "model.pt")
     shutil.copy(root / "ae" / "1" / "model.pt", parent.path)
     with pytest.raises(ArtifactCorrupt, match="has changed since it was loaded"):
@@ -265,7 +270,7 @@ def test_calibrate_command_reports_the_new_version_and_writes_a_card(
     assert "The smallest possible p-value is 0.00249" in card
 
 
-def test_calibrate_command_on_rows_without_drift_does_not_warn(
+def test_calibrate_command_does_not_warn_if_the_rows_show_no_drift(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write(tmp_path / "same.csv", two_factor_rows(400, seed=11))
@@ -274,7 +279,7 @@ def test_calibrate_command_on_rows_without_drift_does_not_warn(
     assert "warning" not in err
 
 
-def test_calibrate_command_for_a_renamed_folder_publishes_under_the_new_name(
+def test_calibrate_command_publishes_under_the_new_name_if_the_folder_was_renamed(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (root / "pca").rename(root / "production")

@@ -29,7 +29,7 @@ def record_epochs(recorder: HistoryRecorder, epochs: range) -> None:
         recorder.epoch(epoch, 10 * epoch, {"squared_error": 1.0 / epoch, "held_out_loss": 2.0 / epoch})
 
 
-def test_epoch_is_on_disk_as_one_line_when_the_call_returns(tmp_path: Path) -> None:
+def test_recording_an_epoch_writes_one_line_to_disk_immediately(tmp_path: Path) -> None:
     report = RecordingReporter()
     recorder = HistoryRecorder(report, tmp_path / "m")
     for epoch in (1, 2, 3):
@@ -43,7 +43,7 @@ def test_epoch_is_on_disk_as_one_line_when_the_call_returns(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("last_line", [b"", b'{"epoch":6,"st', b'{"epoch":6,"step":60,"kl":0.1', b"\x00\x00", b"6"])
-def test_resumed_history_after_a_damaged_last_line_has_every_epoch_once(tmp_path: Path, last_line: bytes) -> None:
+def test_resumed_history_has_every_epoch_once_if_the_last_line_was_damaged(tmp_path: Path, last_line: bytes) -> None:
     record_epochs(HistoryRecorder(RecordingReporter(), tmp_path), range(1, 6))
     with (tmp_path / FILE_NAME).open("ab") as file:
         file.write(last_line)
@@ -52,10 +52,10 @@ def test_resumed_history_after_a_damaged_last_line_has_every_epoch_once(tmp_path
     assert [line["epoch"] for line in read_lines(tmp_path)] == list(range(1, 9))
     assert read_lines(tmp_path) == recorder.history
     seconds = [line["seconds"] for line in read_lines(tmp_path)]
-    assert seconds == sorted(seconds)  # the second recorder continues the count of the first
+    assert seconds == sorted(seconds)  # the second recorder continues where the first stopped counting
 
 
-def test_history_without_resume_replaces_the_history_of_an_earlier_run(tmp_path: Path) -> None:
+def test_new_run_without_resume_replaces_the_history_of_an_earlier_run(tmp_path: Path) -> None:
     record_epochs(HistoryRecorder(RecordingReporter(), tmp_path), range(1, 6))
     record_epochs(HistoryRecorder(RecordingReporter(), tmp_path), range(1, 3))
     assert [line["epoch"] for line in read_lines(tmp_path)] == [1, 2]
@@ -89,7 +89,7 @@ def test_thin_keeps_the_first_and_the_last_point_and_spreads_the_rest_evenly(cou
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
-def test_recorder_with_an_unwritable_folder_warns_once_and_still_reports_the_run(tmp_path: Path) -> None:
+def test_recorder_warns_once_and_still_reports_the_run_if_the_folder_is_unwritable(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file where a folder should be")
     report = RecordingReporter()
     recorder = HistoryRecorder(report, tmp_path / "runs" / "m")
@@ -165,7 +165,7 @@ def test_tensorboard_scalars_of_a_resumed_run_have_every_epoch_once(tmp_path: Pa
     assert [value for _, value in scalars["squared_error"]] == pytest.approx([1 / epoch for epoch in range(1, 9)])
 
 
-def test_recorder_without_the_tensorboard_package_raises_an_error_with_the_install_command(tmp_path: Path) -> None:
+def test_error_about_the_missing_tensorboard_package_names_the_install_command(tmp_path: Path) -> None:
     code = (
         "import importlib.util as u; find = u.find_spec\n"
         "u.find_spec = lambda name, package=None: None if name == 'tensorboard' else find(name, package)\n"

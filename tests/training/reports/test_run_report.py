@@ -49,9 +49,7 @@ def write_table(path: Path) -> str:
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
 @pytest.mark.parametrize("data", ["digits", "table"])
-def test_run_writes_plots_that_are_not_blank_and_a_card_with_plots_and_metrics(
-    kind: str, data: str, tmp_path: Path
-) -> None:
+def test_run_writes_a_card_with_metrics_and_plots_that_are_not_blank(kind: str, data: str, tmp_path: Path) -> None:
     manifest, folder = train_and_report(kind, data if data == "digits" else write_table(tmp_path), tmp_path)
     assert {path.stem for path in folder.glob("*.png")} == PLOTS[kind]
     for path in folder.glob("*.png"):
@@ -82,7 +80,7 @@ def test_history_in_the_manifest_equals_the_history_on_disk(kind: str, tmp_path:
         assert sum(latent.active for latent in manifest.latent_report) == manifest.metrics["active_latents"]
 
 
-def test_spectrum_in_the_manifest_sums_to_the_variance_of_the_fit_rows_in_model_units(tmp_path: Path) -> None:
+def test_spectrum_in_the_manifest_sums_to_the_total_variance_of_the_fit_rows(tmp_path: Path) -> None:
     manifest, _ = train_and_report("pca", write_table(tmp_path), tmp_path, latents=2)
     assert len(manifest.spectrum) == 5
     assert manifest.spectrum == sorted(manifest.spectrum, reverse=True)
@@ -92,7 +90,7 @@ def test_spectrum_in_the_manifest_sums_to_the_variance_of_the_fit_rows_in_model_
     )  # the scaling divides by N, the covariance by N - 1
 
 
-def test_manifest_without_the_fields_of_later_releases_loads_with_defaults() -> None:
+def test_manifest_of_an_earlier_release_loads_with_defaults_for_new_fields() -> None:
     fields = json.loads(manifest_of(read_table("digits")).model_dump_json())
     added = {"history", "latent_report", "spectrum", "total_variance", "log_scale", "comparison"}
     old = Manifest.model_validate({name: value for name, value in fields.items() if name not in added})
@@ -125,7 +123,7 @@ def test_command_in_the_card_repeats_the_run_with_the_same_options(
     assert trained == [config]
 
 
-def test_card_of_a_collapsed_vae_reports_inactive_latents_and_that_pca_is_better(tmp_path: Path) -> None:
+def test_card_reports_inactive_latents_and_a_better_pca_if_the_vae_has_collapsed(tmp_path: Path) -> None:
     _, folder = train_and_report("vae", "digits", tmp_path, variance=1.0, beta=4.0)
     text = (folder / "card.md").read_text()
     assert "4 of 4 latents carry no information" in text
@@ -133,7 +131,7 @@ def test_card_of_a_collapsed_vae_reports_inactive_latents_and_that_pca_is_better
     assert "? NO, 0." in text
 
 
-def test_run_with_an_unwritable_report_folder_publishes_the_model_and_warns(tmp_path: Path) -> None:
+def test_run_publishes_the_model_and_warns_if_the_report_folder_is_unwritable(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file where a folder should be")
     report, config = RecordingReporter(), TrainConfig.model_validate({"model": "pca", "name": "m"})
     path = train(config, read_table("digits"), tmp_path / "artifacts", report, runs=tmp_path / "runs")
@@ -143,7 +141,7 @@ def test_run_with_an_unwritable_report_folder_publishes_the_model_and_warns(tmp_
     )
 
 
-def test_run_without_matplotlib_writes_the_card_and_warns_about_the_plots(tmp_path: Path) -> None:
+def test_run_writes_the_card_and_warns_about_the_plots_if_matplotlib_is_absent(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['matplotlib'] = None; import elbo\n"
         "elbo.main(['train', 'digits', '--model', 'pca', '--name', 'm'])"
@@ -177,7 +175,7 @@ train(
 """
 
 
-def test_history_of_a_killed_and_resumed_run_has_every_epoch_once_and_the_uninterrupted_losses(tmp_path: Path) -> None:
+def test_history_has_the_same_epochs_and_losses_if_the_run_is_killed_and_resumed(tmp_path: Path) -> None:
     command = [sys.executable, "-c", LONG_RUN, str(tmp_path)]
     path = tmp_path / "runs" / "m" / "metrics.jsonl"
     process, deadline = subprocess.Popen(command, cwd=ROOT), time.monotonic() + 60
@@ -197,5 +195,5 @@ def test_history_of_a_killed_and_resumed_run_has_every_epoch_once_and_the_uninte
     assert [line["held_out_loss"] for line in lines] == [line["held_out_loss"] for line in uninterrupted]
 
 
-def test_kind_names_contain_every_kind() -> None:
+def test_every_kind_of_model_has_a_display_name() -> None:
     assert set(KIND_NAMES) == set(EVERY_KIND)

@@ -122,7 +122,7 @@ def _stored_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def _kept_columns(shape: tuple[int, ...], options: ReadOptions, source: str) -> list[int] | None:
-    """Return the indices of the columns that --drop leaves; None for all. Columns are called x[0], x[1], ..."""
+    """Return the indices of the columns that remain after --drop; None if all do. The names are x[0], x[1], ..."""
     if not options.drop:
         return None
     if len(shape) > 2:
@@ -191,7 +191,7 @@ def _find_rows(headers: dict[str, _Header], path: Path) -> str:
 
 
 def _read_labels(archive: zipfile.ZipFile, headers: dict[str, _Header], rows: int) -> tuple[Array | None, list[str]]:
-    """Return the array y if it has one label per row, else None; and a note if y is not usable."""
+    """Return the labels and a list of notes. The labels are the array y, or None if y is absent or unusable."""
     if "y" not in headers:
         return None, []
     if headers["y"].shape != (rows,):

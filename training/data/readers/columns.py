@@ -39,7 +39,7 @@ class NonNumericCell:
 
     row: int
     value: Any
-    kind: str  # kind of column, for a message: text, dates, booleans or a type
+    kind: str  # kind of column, for a message: text, dates, booleans or the name of a type
 
 
 @dataclass
@@ -155,7 +155,7 @@ class Column:
 
 
 def choose_columns(header: Sequence[str], path: Path, options: ReadOptions, typed: bool) -> list[Column]:
-    """Return the columns to read. With `options.names`, the label column comes last if the file has one.
+    """Return the columns to read. If `options.names` is given, a label column in the file comes last.
 
     Args:
         header: the column names in the file, with units in brackets.
@@ -222,7 +222,7 @@ def build_raw_table(
 
     Args:
         rows: the number of rows, possibly estimated.
-        first_line: line of row 0 in a text file; None for other files.
+        first_line: number of the line that contains row 0, for text files; None for other files.
     """
     features = columns if options.names is None else columns[: len(options.names)]
     notes: list[str] = []
