@@ -140,7 +140,7 @@ def test_inspect_command_describes_the_artifact(root: Path, capsys: pytest.Captu
     assert "cpu [%] " in out
 
 
-def test_inspect_command_with_json_prints_the_manifest(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_option_json_of_the_inspect_command_prints_the_manifest(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = root / "hosts/1/model.pt"
     _, out, _ = in_process(capsys, "inspect", str(path), "--json")
     assert json.loads(out) == json.loads(read_manifest(path).model_dump_json())

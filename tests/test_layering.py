@@ -90,7 +90,7 @@ def imported(path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_file_imports_only_modules_allowed_for_its_folder(path: Path) -> None:
+def test_file_imports_only_modules_that_its_folder_may_import(path: Path) -> None:
     place = place_of(module_of(path))
     may = allowed(place) if place else []
     assert [name for name in imported(path) if not any(is_within(name, one) for one in may)] == []

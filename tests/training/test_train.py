@@ -235,7 +235,7 @@ def test_vae_on_images_beats_the_baseline_with_either_likelihood(likelihood: str
         ("vae", {"warm_up": 50}),
     ],
 )
-def test_every_training_option_changes_the_weights_and_the_artifact_still_loads(
+def test_training_option_changes_the_weights_and_the_artifact_still_loads(
     model: Kind, option: dict[str, object], tmp_path: Path
 ) -> None:
     default = read_manifest(train_model(tmp_path, model, table(300)))

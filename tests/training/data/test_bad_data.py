@@ -185,7 +185,7 @@ def test_truncated_file_raises(tmp_path: Path, name: str, write: Callable[[Path]
 
 
 @pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.parquet"])
-def test_file_whose_format_differs_from_its_suffix_raises(tmp_path: Path, name: str) -> None:
+def test_file_raises_if_the_format_differs_from_the_suffix(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_text("text of some length instead of the format of the suffix")
     assert refusal(str(path)).startswith("FILE is damaged or not a ")

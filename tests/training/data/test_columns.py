@@ -37,7 +37,7 @@ def refusal(source: str, **options: Any) -> str:
     return str(caught.value).replace(source, "FILE")
 
 
-def test_one_message_names_all_columns_of_text_dates_or_identifiers_and_suggests_drop(tmp_path: Path) -> None:
+def test_one_message_names_all_columns_of_text_dates_or_identifiers_and_suggests_dropping_them(tmp_path: Path) -> None:
     assert refusal(write(tmp_path / "a.csv", HOSTS)) == (
         "FILE: columns 'host' (text, 'web-0' in row 0 (line 2)), 'time' (dates, '2026-01-02 03:00' in row 0 (line 2)), "
         "'id' (an identifier: it counts the rows) are not measurements: add --drop host,time,id, "
@@ -99,7 +99,7 @@ def test_identifier_column_is_detected_by_its_numbers_and_its_name(
         ),
     ],
 )
-def test_dropping_all_columns_or_naming_an_unknown_column_raises_with_advice(
+def test_error_about_an_unknown_column_or_no_remaining_column_gives_advice(
     tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     assert refusal(write(tmp_path / "a.csv", HOSTS), **options) == message

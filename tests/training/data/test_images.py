@@ -80,7 +80,7 @@ def test_names_of_sub_folders_become_labels_in_alphabetical_order(tmp_path: Path
     assert np.array_equal(images_of(table), np.concatenate([GREY[5:], GREY[:5]]))
 
 
-def test_other_files_are_ignored_with_a_note(tmp_path: Path) -> None:
+def test_files_that_are_not_images_are_ignored_with_a_note(tmp_path: Path) -> None:
     folder = save_images(tmp_path, GREY)
     for name in ("notes.txt", "list.csv", ".DS_Store"):
         (tmp_path / name).write_text("text")
@@ -146,7 +146,7 @@ def test_animation_is_read_as_its_first_frame(tmp_path: Path) -> None:
     assert np.array_equal(images_of(read_table(str(tmp_path))), GREY[:3])
 
 
-def test_images_with_a_colour_palette_are_colour(tmp_path: Path) -> None:
+def test_images_with_a_colour_palette_are_read_as_colour_images(tmp_path: Path) -> None:
     for index, image in enumerate(COLOUR):
         Image.fromarray(image).quantize(24).save(tmp_path / f"{index:03}.png")
     table = read_table(str(tmp_path))
@@ -174,7 +174,7 @@ def test_image_with_floating_point_pixels_raises(tmp_path: Path) -> None:
     )
 
 
-def test_folder_with_both_images_and_folders_of_images_raises(tmp_path: Path) -> None:
+def test_folder_raises_if_it_contains_both_images_and_folders_of_images(tmp_path: Path) -> None:
     save_images(tmp_path, GREY)
     save_images(tmp_path / "more", GREY)
     assert (

@@ -26,7 +26,7 @@ def test_split_sizes_are_70_10_and_20_percent_rounded_to_whole_rows(n: int, seed
     assert min(map(len, (rows.fit, rows.held_out, rows.calibration))) >= 1
 
 
-def test_split_repeats_for_the_same_seed_and_differs_for_another_seed() -> None:
+def test_splits_are_equal_for_equal_seeds_and_differ_for_different_seeds() -> None:
     first, again, other = split_rows(1000, 7), split_rows(1000, 7), split_rows(1000, 8)
     assert np.array_equal(first.fit, again.fit)
     assert np.array_equal(first.calibration, again.calibration)

@@ -86,7 +86,7 @@ def test_pixel_range_of_floats_is_a_usual_range_or_else_the_rounded_minimum_and_
     assert read_table(save_array(tmp_path / "a.npy", x)).pixel_range == expected
 
 
-def test_pixel_names_of_images_with_channels_have_three_indices(tmp_path: Path) -> None:
+def test_pixel_names_have_three_indices_if_images_have_channels(tmp_path: Path) -> None:
     table = read_table(save_array(tmp_path / "a.npy", RANDOM.uniform(size=(10, 3, 2, 2))))
     assert table.shape == (3, 2, 2)
     assert table.names[-1] == "pixel[2,1,1]"
@@ -237,7 +237,7 @@ def test_read_for_model_raises_if_the_rows_have_the_wrong_width(tmp_path: Path) 
         read_for_model(save_array(tmp_path / "a.npy", np.ones((3, 63))), manifest_of(read_table("digits")))
 
 
-def test_import_of_the_readers_imports_no_heavy_library() -> None:
+def test_importing_the_readers_imports_no_heavy_library() -> None:
     code = "import sys, training.data; print({'polars', 'sklearn', 'torch', 'pydantic'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout == "set()\n"

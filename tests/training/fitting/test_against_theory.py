@@ -197,7 +197,7 @@ def test_loss_charges_each_latent_at_least_the_free_bits() -> None:
     assert float(terms["kl"]) == pytest.approx(float(kl.sum()))
 
 
-def test_corrupt_adds_noise_of_the_given_levels_and_masks_the_given_share_of_values() -> None:
+def test_corruption_adds_noise_of_the_given_levels_and_masks_the_given_share_of_values() -> None:
     random, ones = torch.Generator().manual_seed(0), torch.ones(4000, 400)
     noise = corrupt(ones, (0.05, 1.0), 0.0, random) - ones
     level = noise.std(dim=1).log().numpy()

@@ -34,7 +34,7 @@ def test_defaults_do_not_replace_given_options() -> None:
         assert with_defaults(config(**given), images, rows=50) == config(**given)
 
 
-def test_best_epoch_is_published_by_default_with_patience_and_the_last_epoch_without_it() -> None:
+def test_default_is_to_publish_the_best_epoch_if_patience_is_given_and_else_the_last() -> None:
     assert [with_defaults(config(patience=patience), False, 100).kept for patience in (None, 3)] == ["last", "best"]
 
 

@@ -93,7 +93,7 @@ def test_training_in_two_processes_fails_if_an_option_needs_the_whole_batch(
 
 
 @pytest.mark.parametrize(("rows", "count"), [(10, 3), (2, 3), (1, 2), (128, 2), (7, 7)])
-def test_batch_is_divided_into_one_slice_per_process_and_sizes_differ_by_at_most_one_row(rows: int, count: int) -> None:
+def test_batch_is_divided_into_slices_whose_sizes_differ_by_at_most_one_row(rows: int, count: int) -> None:
     shares = [ProcessGroup(rank, count).slice_of(rows) for rank in range(count)]
     assert [i for share in shares for i in range(share.start, share.stop)] == list(range(rows))
     sizes = [share.stop - share.start for share in shares]

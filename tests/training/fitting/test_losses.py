@@ -110,7 +110,7 @@ def test_importance_weighted_loss_has_no_encoder_gradient_if_the_posterior_is_ex
     assert float(gradients(vae, elbo_terms(vae, x, noise[0])["loss"])[0].abs().max()) > 1e-3
 
 
-def test_binarise_returns_values_0_and_1_whose_mean_is_the_input() -> None:
+def test_binarised_values_are_0_or_1_and_their_mean_is_the_input() -> None:
     x = torch.linspace(0.0, 1.0, 11).expand(20_000, 11)
     binary = binarise(x, random(0))
     assert set(binary.unique().tolist()) == {0.0, 1.0}

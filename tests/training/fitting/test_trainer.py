@@ -198,7 +198,7 @@ def test_loading_a_missing_checkpoint_raises(tmp_path: Path) -> None:
         CheckpointStore(tmp_path, "any").load()
 
 
-def test_run_that_cannot_write_checkpoints_continues_with_warnings(tmp_path: Path) -> None:
+def test_run_continues_with_warnings_if_it_cannot_write_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file where the folder should be")
     reporter = RecordingReporter()
     settings = config(epochs=1, hidden=(8,), batch_size=600)
@@ -209,7 +209,7 @@ def test_run_that_cannot_write_checkpoints_continues_with_warnings(tmp_path: Pat
     assert len(warnings) == 4  # one per step and one at the end
 
 
-def test_process_killed_while_saving_leaves_a_complete_checkpoint(tmp_path: Path) -> None:
+def test_checkpoint_is_complete_even_if_the_process_is_killed_while_saving(tmp_path: Path) -> None:
     program = (
         "import sys, torch; from pathlib import Path; from training.fitting.checkpoint import CheckpointStore\n"
         "store = CheckpointStore(Path(sys.argv[1]), 'x')\n"

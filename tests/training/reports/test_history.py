@@ -80,7 +80,7 @@ def test_non_finite_value_is_null_in_the_file_and_absent_from_the_history(tmp_pa
 
 
 @pytest.mark.parametrize("count", [1, POINTS, POINTS + 1, 10_000])
-def test_thin_keeps_the_first_and_the_last_point_and_spreads_the_rest_evenly(count: int) -> None:
+def test_thinned_history_keeps_the_first_and_the_last_point_and_spreads_the_rest_evenly(count: int) -> None:
     points = [{"epoch": float(epoch)} for epoch in range(1, count + 1)]
     kept = [point["epoch"] for point in thin(points)]
     assert len(kept) == min(count, POINTS)
@@ -110,7 +110,7 @@ def test_recorder_without_a_folder_writes_nothing(tmp_path: Path, monkeypatch: p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_move_puts_the_history_into_the_folder_of_the_version(tmp_path: Path) -> None:
+def test_history_is_moved_to_the_folder_of_the_version(tmp_path: Path) -> None:
     recorder = HistoryRecorder(RecordingReporter(), tmp_path / "m")
     record_epochs(recorder, range(1, 4))
     recorder.move(tmp_path / "m" / "1")
