@@ -39,7 +39,7 @@ def reporter() -> "PlainReporter | LiveReporter":
 
 
 def format_figures(terms: Mapping[str, float]) -> str:
-    """Return named figures on one line: `reconstruction 23.1  kl 4.27`."""
+    """Return named figures on one line, such as `reconstruction 23.1  kl 4.27`."""
     return "  ".join(f"{name} {value:.4g}" for name, value in terms.items())
 
 
@@ -149,7 +149,7 @@ class SlowProgress:
     """Prints a line on standard error every few seconds during long work, and nothing during short work.
 
     Args:
-        title: name of the work, which begins each line.
+        title: name of the work, with which each line begins.
         total: number of items of work.
         seconds: time before the first line and between lines.
     """

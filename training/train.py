@@ -38,8 +38,8 @@ def train(
 ) -> Path:
     """Fit, evaluate, calibrate and publish a model. Return the path of the new artifact.
 
-    The run is deterministic: the same table, options and library versions give the same weights, even if it was killed
-    and resumed.
+    The run is deterministic: the same table, options and library versions give the same weights, even if the run was
+    killed and resumed.
 
     Args:
         config: options of the run. If `config.model` is auto, several kinds are trained and the best is published.
@@ -89,7 +89,7 @@ def _checkpoint_store(
 
 
 def _set_to_resume(stores: Sequence[CheckpointStore | None]) -> list[CheckpointStore | None]:
-    """Return `stores`, each set to resume if it has a checkpoint. Raise FitError if none has one."""
+    """Return `stores`, each set to resume if it has a checkpoint. Raise FitError if no store has a checkpoint."""
     if not any(store and store.exists() for store in stores):
         path = next((store.path for store in stores if store), "a checkpoint")
         raise FitError(f"nothing to resume: {path} does not exist; train without --resume")
@@ -122,7 +122,7 @@ def _fit_candidate(
         baseline_pca=baseline_pca,
         seed=config.seed,
     )
-    # This must come last: `float` converts the PCA in place, and the metrics above need it in float64.
+    # This must come last: `float` converts the PCA in place, and `held_out_metrics` needs the PCA in float64.
     if baseline_pca is not None:
         others["pca"] = pca_metrics(baseline_pca.float(), pipeline.scaling, data.held_out)
     recorder.done(metrics)

@@ -14,7 +14,7 @@ from training.errors import DataError
 
 BLOCK_BYTES = 4 << 20  # size of a block that is read from disk, in bytes of float32 values
 MEDIAN_ROWS = 100_000  # medians are computed from at most this many rows
-MEDIAN_BYTES = 64 << 20  # medians are computed from rows with at most this many bytes of float32 values
+MEDIAN_BYTES = 64 << 20  # medians are computed from rows that together have at most this many bytes of float32 values
 
 Floats = npt.NDArray[np.float32]
 
@@ -22,11 +22,11 @@ Floats = npt.NDArray[np.float32]
 class FileArray:
     """An array [N, ...] in C order in a file. Indexing the array with a slice or with row numbers reads those rows.
 
-    The file is read with pread and not mapped into memory, for three reasons. Random reads take half the time of page
-    faults. Rows that were read do not stay resident. A disk error or a truncated file raises an exception, not a
-    signal.
+    The file is read with pread. Mapping it into memory would have three disadvantages: random reads take twice as
+    long, rows that were read stay resident, and a disk error or a truncated file raises a signal instead of an
+    exception.
 
-    The descriptor is duplicated, so the caller may close or delete the file.
+    The file's descriptor is duplicated, so the caller may close or delete the file.
 
     Args:
         offset: position of the first row in the file, in bytes.
@@ -42,10 +42,10 @@ class FileArray:
         return self.shape[0]
 
     def __getitem__(self, rows: slice | npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """Return the rows [n, ...].
+        """Return the selected rows, [n, ...].
 
         Raises:
-            DataError: the file has become shorter.
+            DataError: the file was truncated after it was opened.
         """
         if isinstance(rows, slice):
             first, end, _ = rows.indices(len(self))
@@ -59,7 +59,7 @@ class FileArray:
         return values
 
     def _read_into(self, content: memoryview, row: int) -> None:
-        """Fill `content` with the bytes from the start of `row` on."""
+        """Fill `content` with bytes of the file, from the start of `row` on."""
         position = self._offset + row * self._row_bytes
         while content:
             count = os.preadv(self._descriptor, [content], position)
@@ -95,7 +95,7 @@ class RowStore:
 
     @property
     def on_disk(self) -> bool:
-        """Whether the rows are in a file. The fastest way to read a file is in order, block by block."""
+        """Whether the rows are in a file. A file is read fastest in order, block by block."""
         return isinstance(self._values, FileArray)
 
     @property
@@ -118,10 +118,10 @@ class RowStore:
 
 
 class RowWriter:
-    """Collects rows in memory. If they exceed `limit` bytes of float32 values, they move to a temporary file.
+    """Collects rows in memory, or in a temporary file once they exceed `limit` bytes of float32 values.
 
-    The file is created in the folder of `tempfile` (TMPDIR) and has no name. The system therefore frees its space when
-    the last descriptor of the file is closed, even if the process is killed.
+    The temporary file is created in the folder of `tempfile` (TMPDIR) and has no name. The system therefore frees the
+    space when the last descriptor of the file is closed, even if the process is killed.
 
     Args:
         width: number of features D.
@@ -155,8 +155,8 @@ class RowWriter:
         return RowStore(FileArray(self._file, self._dtype, 0, shape))
 
     def close(self) -> None:
-        """Close the temporary file. Rows that were returned keep their own descriptor."""
-        if not isinstance(self._file, BytesIO):  # the buffer must stay: the returned rows use its memory
+        """Close the temporary file. The result of `rows` stays readable, because it has a descriptor of its own."""
+        if not isinstance(self._file, BytesIO):  # a BytesIO must stay open: the returned rows use its memory
             self._file.close()
 
 
@@ -167,7 +167,7 @@ def _write_all(file: BytesIO | BinaryIO, content: memoryview) -> None:
 
 
 def fits_in_memory(rows: int, width: int, limit: int) -> bool:
-    """Return whether float32 [rows, width] takes at most `limit` bytes."""
+    """Return whether `rows` rows of `width` float32 values take at most `limit` bytes."""
     return 4 * rows * width <= limit
 
 
@@ -177,9 +177,10 @@ def rows_per_block(width: int) -> int:
 
 
 def column_medians(rows: RowStore, indices: npt.NDArray[np.int64]) -> Floats:
-    """Return each column's median [D] over the present values of the rows at `indices`; NaN if none is present.
+    """Return the median of each column, [D], over the rows at `indices`.
 
-    If the rows exceed MEDIAN_ROWS or MEDIAN_BYTES, only every k-th row is used.
+    Missing values are ignored. A column without values has the median NaN. If the rows exceed MEDIAN_ROWS
+    or MEDIAN_BYTES, only every k-th row is used.
     """
     most = max(1, min(MEDIAN_ROWS, MEDIAN_BYTES // (4 * rows.width)))
     step = max(1, -(-len(indices) // most))

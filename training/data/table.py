@@ -28,11 +28,11 @@ __all__ = ["MINIMUM_ROWS", "DataError", "Split", "Table", "read_for_model", "rea
 
 MEMORY_BYTES = 512 << 20  # tables with more bytes of float32 values stay on disk
 MINIMUM_ROWS = 10  # with fewer rows, a part of the split would be empty
-# The held-out set and the calibration set are kept in memory. Each set has at most this many rows and this many bytes
-# of float32 values. More rows would improve neither set.
+# The held-out set and the calibration set are kept in memory, so each has at most this many rows and this many bytes of
+# float32 values. More rows would improve neither validation nor calibration.
 MAX_HELD_OUT_ROWS = 50_000
 MAX_HELD_OUT_BYTES = 64 << 20
-MIN_DISTINCT = 256  # a note warns if float32 can represent fewer distinct values in the range of a column
+MIN_DISTINCT = 256  # a note warns if float32 has fewer distinct values than this in the range of a column
 LISTED_NAMES = 3  # number of features that a note lists before "and N more"
 PIXEL_RANGES = ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0))
 
@@ -54,11 +54,11 @@ class Table:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the shape, the names and the values, as hexadecimal digits."""
+        """SHA-256 of the row shape, the feature names and the values, as hexadecimal digits."""
         digest = hashlib.sha256(json.dumps([self.shape, self.names]).encode())
         for _, rows in self.x.blocks():
             values = np.ascontiguousarray(rows, dtype="<f4")
-            values[np.isnan(values)] = np.nan  # NaN has many bit patterns: use one
+            values[np.isnan(values)] = np.nan  # NaN has many bit patterns: give every NaN the same one
             digest.update(values.data)
         return digest.hexdigest()
 
@@ -79,7 +79,7 @@ def split_rows(count: int, seed: int, width: int = 1) -> Split:
     MAX_HELD_OUT_BYTES bytes. All other rows are fit rows. The same arguments give the same split.
 
     Args:
-        seed: from 0 to 2^32 - 1.
+        seed: at least 0 and below 2^32.
         width: values per row.
 
     Raises:
@@ -89,7 +89,7 @@ def split_rows(count: int, seed: int, width: int = 1) -> Split:
         raise DataError(
             f"expected at least {MINIMUM_ROWS} rows to fit, validate and calibrate a model, got {count}: add rows"
         )
-    order = np.random.RandomState(seed).permutation(count)  # NumPy never changes RandomState, but may change Generator
+    order = np.random.RandomState(seed).permutation(count)  # NumPy may change Generator's numbers, never RandomState's
     most = min(MAX_HELD_OUT_ROWS, max(MINIMUM_ROWS, MAX_HELD_OUT_BYTES // (4 * width)))
     held_out, calibration = min(round(0.1 * count), most), min(round(0.2 * count), most)
     return Split(
@@ -147,9 +147,9 @@ def read_table(
 def read_for_model(source: str, manifest: "Manifest", limit: int = MEMORY_BYTES) -> Table:
     """Return the rows in `source` in the form that the model of `manifest` takes.
 
-    Columns of CSV and Parquet files are found by name, in any order. A further column called label or y contains the
-    labels. All other columns are ignored. Images are resized to the model's shape. Values may be missing only in
-    columns where values were missing in the training data.
+    Columns of CSV and Parquet files are found by name, in any order. If a column called label or y is not a
+    feature, it contains the labels. All other columns are ignored. Images are resized to the model's shape. Values
+    may be missing only in columns where values were missing in the training data.
 
     Raises:
         DataError: the source cannot be used. The message is one line that says what to do.
@@ -188,7 +188,7 @@ def read_for_model(source: str, manifest: "Manifest", limit: int = MEMORY_BYTES)
 
 
 def _integer_labels(labels: npt.NDArray[Any] | None) -> tuple[npt.NDArray[np.int64] | None, list[str]]:
-    """Return the labels if they are integers, else None; and notes for the user."""
+    """Return the labels, or None if they are not integers, and notes for the user."""
     if labels is None:
         return None, []
     if labels.dtype.kind not in "iub" and not (labels.dtype.kind == "f" and np.array_equal(labels, np.rint(labels))):
@@ -247,10 +247,10 @@ def _notes(names: Sequence[str], statistics: ColumnStatistics) -> list[str]:
 
 
 def _guess_pixel_range(dtype: np.dtype[Any], statistics: ColumnStatistics) -> tuple[float, float]:
-    """Return the values of black and white.
+    """Return the values that stand for black and white.
 
-    They are the ends of the first of PIXEL_RANGES that contains all values and whose middle is below the largest value.
-    If no range qualifies, they are the smallest and the largest value, rounded.
+    Choose the first range in PIXEL_RANGES that contains all values and whose middle is below the largest value. If
+    there is no such range, return the smallest and the largest value, rounded.
     """
     if dtype == np.uint8:
         return 0.0, 255.0

@@ -36,15 +36,15 @@ class Evaluation:
     source: str
     rows: int
     reconstruction_error: float
-    median_error: float  # error of predicting the medians of the training rows
+    median_error: float  # error if every value is predicted by the training median of its column
     mean_score: float
-    alarm_rates: dict[str, float]  # by alpha: flagged share of the normal rows, or, without labels, of all rows
-    detection_rates: dict[str, float] | None  # by alpha: flagged share of the rows labelled 1
+    alarm_rates: dict[str, float]  # by alpha: share of the normal rows (without labels: all rows) that is flagged
+    detection_rates: dict[str, float] | None  # by alpha: share of the rows labelled 1 that is flagged
     auroc: float | None
     average_precision: float | None
     elbo: float | None  # nats per row, model units; this field and the next four are None without a density
     log_likelihood: float | None  # importance-weighted bound from `draws` samples per row; exact for PCA
-    log_likelihood_se: float | None  # standard error over rows
+    log_likelihood_se: float | None  # standard error of `log_likelihood` over rows
     bits_per_dimension: float | None  # for values rounded to one raw unit
     draws: int | None
     active_latents: int | None  # VAE only: latents that carry information about these rows
@@ -85,7 +85,7 @@ class _RunningSums:
 
 
 def evaluate(artifact: Artifact, table: Table, draws: int = BOUND_SAMPLES) -> Evaluation:
-    """Evaluate `artifact` on `table`. Labels are used if they are 0 (normal) and 1 (anomalous) and both occur.
+    """Evaluate `artifact` on `table`. Labels are used only if they are 0 (normal) and 1 (anomalous), and both occur.
 
     Args:
         draws: importance samples per row for the log-likelihood, which is estimated on up to BOUND_ROWS random rows.
@@ -142,7 +142,7 @@ def _density(artifact: Artifact, table: Table, draws: int) -> dict[str, Any]:
     log_weight = getattr(artifact.module, "log_weight", None)
     if log_weight is None or manifest.kind not in ("pca", "vae"):
         return dict.fromkeys(("elbo", "log_likelihood", "log_likelihood_se", "bits_per_dimension", "draws"))
-    draws = 1 if manifest.kind == "pca" else draws  # PCA's posterior is exact: every sample has the same weight
+    draws = 1 if manifest.kind == "pca" else draws  # PCA's posterior is exact, so one sample is enough
     chosen = np.random.RandomState(0).permutation(len(table.x))[:BOUND_ROWS]
     rows = torch.from_numpy(table.x.take(np.sort(chosen))).to(artifact.device)
     progress = SlowProgress(f"{draws} importance samples per row", draws * -(-len(rows) // BOUND_BATCH))

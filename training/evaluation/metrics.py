@@ -19,11 +19,11 @@ from training.random_streams import VALIDATION, random_stream
 
 SAMPLES = 16  # posterior samples per row for the expectation in the ELBO
 BOUND_SAMPLES = 100  # importance samples per row for the importance-weighted bound
-BOUND_ROWS = 1_000  # the bound is averaged over at most this many rows
+BOUND_ROWS = 1_000  # the importance-weighted bound is averaged over at most this many rows
 BATCH = 4096  # rows processed at once; limits the memory
 BOUND_BATCH = 256  # rows processed at once to compute the bound
 
-# Maps rows [B, D] and standard normal noise [B, K] to log p(x, z) - log q(z|x) [B], in nats.
+# Maps rows [B, D] and standard normal noise [B, K] to the log weights log p(x, z) - log q(z|x), [B], in nats.
 LogWeight = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -32,7 +32,7 @@ class Bound(NamedTuple):
 
     mean: float  # mean over rows
     standard_error: float  # standard error of `mean`
-    elbo: float  # mean over rows of the bound from a single sample
+    elbo: float  # the ELBO: the bound from a single sample, averaged over rows and samples
     by_row: Tensor  # [N], the bound of each row
 
 
@@ -41,18 +41,22 @@ def held_out_metrics(
 ) -> dict[str, float]:
     """Return the metrics of a model on its held-out rows.
 
-    All models: `reconstruction_error`, `baseline_error` (error of predicting `centre`) and `pca_error` (error of
-    `baseline_pca`). Each is a mean squared error per present value, in raw units squared.
+    Every model has three errors. Each is a mean square over the values that are present, in raw units squared:
 
-    PCA: the exact `log_likelihood`.
+    - `reconstruction_error`: the error of the model.
+    - `baseline_error`: the error of predicting `centre` for every row.
+    - `pca_error`: the error of `baseline_pca`, if given.
 
-    VAE: `elbo` = `reconstruction` - `kl` (`reconstruction` is minus the distortion, `kl` is the rate),
-    `active_latents`, the importance-weighted bound as `log_likelihood`, and its standard error over rows as
-    `log_likelihood_se`.
+    PCA and VAEs also have a density, in model units. The log-likelihood, the ELBO and the parts of the ELBO are in nats
+    per row:
 
-    PCA and VAE: `bits_per_dimension`, the log-likelihood as a code length in bits per value.
-
-    The log-likelihood, the ELBO and its parts are in nats per row, for the density in model units.
+    - `log_likelihood`: exact for PCA; the importance-weighted bound for a VAE.
+    - `bits_per_dimension`: the log-likelihood as a code length in bits per value.
+    - `log_likelihood_se` (VAE): the standard error of `log_likelihood` over rows.
+    - `reconstruction` (VAE): minus the distortion.
+    - `kl` (VAE): the rate.
+    - `elbo` (VAE): `reconstruction` minus `kl`.
+    - `active_latents` (VAE): the number of latents that carry information.
 
     Args:
         pipeline: the model.
@@ -73,14 +77,19 @@ def held_out_metrics(
 
 
 def pca_metrics(pca: PCA, scaling: Scaling, held_out: Tensor) -> dict[str, float]:
-    """Return the metrics of `pca` on rows held_out [M, D], in raw units. `pca` takes the model units of `scaling`."""
+    """Return the metrics of `pca` on rows held_out [M, D] in raw units. `scaling` maps them to the units of `pca`."""
     u = scaling(held_out)
     x_hat = torch.cat([scaling.inverse(pca.decode(pca.encode(rows)[0])) for rows in u.split(BATCH)])
     return {"reconstruction_error": squared_error(held_out, x_hat)} | core_metrics(pca, scaling, u, seed=0)
 
 
 def squared_error(x: Tensor, x_hat: Tensor) -> float:
-    """Return the mean of (x - x_hat)^2 over the present values of x [M, D], in float64. x_hat is [M, D] or [D]."""
+    """Return the mean of (x - x_hat)^2 over the values that are present in x, in float64.
+
+    Args:
+        x: [M, D], NaN where a value is missing.
+        x_hat: [M, D], or [D] if it is the same for all rows.
+    """
     total, count = 0.0, 0
     for rows, expected in zip(x.split(BATCH), x_hat.expand_as(x).split(BATCH), strict=True):
         present = ~rows.isnan()
@@ -90,7 +99,7 @@ def squared_error(x: Tensor, x_hat: Tensor) -> float:
 
 
 def core_metrics(core: Core, scaling: Scaling, u: Tensor, seed: int) -> dict[str, float]:
-    """Return the metrics that depend on the kind of `core`, for rows u [M, D] in the model units of `scaling`."""
+    """Return the metrics that only PCA and VAEs have, for rows u [M, D] in the model units of `scaling`."""
     metrics: dict[str, float] = {}
     if isinstance(core, PCA):
         by_row = torch.cat([core.log_likelihood(rows) for rows in u.split(BATCH)])
@@ -128,7 +137,7 @@ def importance_weighted(
     bound equals log p(x).
 
     Args:
-        log_weight: the log weight of one sample per row.
+        log_weight: a function that returns the log weight of one sample per row.
         rows: [N, D], in the units that `log_weight` takes.
         latents: number of latents K.
         samples: importance samples per row.
@@ -172,5 +181,5 @@ def density_scale(core: Core, scaling: Scaling) -> float:
 
 
 def count_latents(core: Core, u: Tensor) -> int:
-    """Return the number of latents K of `core`, which takes rows u [N, D]."""
+    """Return the number of latents K that `core` gives for rows u [N, D]."""
     return core.encode(u[:1])[0].shape[1]

@@ -29,7 +29,7 @@ MEANING = {
 SIGN = {"reconstruction_error": -1.0, "log_likelihood": 1.0, "detection": 1.0}  # -1 if lower values are better
 BATCH = 4096  # rows processed at once; limits the memory
 
-Measures = dict[str, Tensor]  # by name: one value per row, for the same rows in all models; higher is better
+Measures = dict[str, Tensor]  # by name: one value per row, higher is better; the rows are the same for all models
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ def compare(
     """Return the candidate to publish, and the metrics of all candidates by kind. The reasons go to `report`.
 
     A model beats another on a measure if it is better by more than STANDARD_ERRORS standard errors of the paired
-    difference. The candidate with the highest number of wins minus losses is published. On a tie, the first of the tied
-    candidates is published. Candidates are in order of increasing complexity.
+    difference. The candidate with the highest count of wins minus losses is published. Candidates are in order of
+    increasing complexity, and on a tie the first of the tied candidates is published.
     """
     if len(candidates) == 1:
         return candidates[0], candidates[0].others
@@ -85,7 +85,7 @@ def _wins_minus_losses(wins: Sequence[tuple[str, str, str]], kind: str) -> int:
 
 
 def _measure(pipeline: Pipeline, x: Tensor, scale: Tensor, seed: int) -> Measures:
-    """Return the measures for rows x [M, D] in raw units without missing values. Errors are in units of `scale` [D]."""
+    """Return the measures for rows x [M, D] in raw units, without missing values. Errors are divided by `scale` [D]."""
     errors, intact_scores, swapped_scores = [], [], []
     core = pipeline.core
     with torch.inference_mode():
@@ -95,7 +95,7 @@ def _measure(pipeline: Pipeline, x: Tensor, scale: Tensor, seed: int) -> Measure
             intact_scores.append(score)
             swapped_scores.append(pipeline.score(swapped)[0])
         ranks = torch.searchsorted(torch.cat(intact_scores).sort().values, torch.cat(swapped_scores))
-        # The mean of `detection` is the AUROC.
+        # `detection` is the share of intact rows that score lower than the swapped row. The mean is the AUROC.
         measures = {"reconstruction_error": -torch.cat(errors), "detection": ranks / len(x)}
         if isinstance(core, PCA) or (isinstance(core, VAE) and isinstance(core.likelihood, GaussianLikelihood)):
             bound = importance_weighted(core.log_weight, pipeline.scaling(x), count_latents(core, x), SAMPLES, seed)
@@ -104,9 +104,10 @@ def _measure(pipeline: Pipeline, x: Tensor, scale: Tensor, seed: int) -> Measure
 
 
 def swap_values(x: Tensor, seed: int) -> Tensor:
-    """Return x [M, D] with SWAPPED_SHARE of each row's values, at least one, replaced by those of the previous row.
+    """Return x [M, D] with some values of each row replaced by the values of the previous row.
 
-    Each value on its own remains normal; only the combination is anomalous.
+    SWAPPED_SHARE of the values are replaced, but at least one. Each value on its own remains normal; only the
+    combination is anomalous.
     """
     random = torch.Generator().manual_seed(seed)
     count = max(1, round(SWAPPED_SHARE * x.shape[1]))

@@ -77,8 +77,8 @@ def _csv(lines: Iterable[Sequence[object]]) -> str:
     return buffer.getvalue()
 
 
-# The fields are those of `results_and_errors` in service/anomaly/verdicts.py. The code is not shared, because training
-# must not import service, and service imports nothing from models except the artifact, the manifest and the errors.
+# The fields are those of `results_and_errors` in service/anomaly/verdicts.py. No module can hold the code for both:
+# training must not import service, and service imports only the artifact, the manifest and the errors from models.
 def _batches_of_results(artifact: Artifact, table: Table, alpha: float, explain: int) -> Iterator[list[dict[str, Any]]]:
     """Yield the results of the rows of `table` in order, a batch at a time.
 
@@ -112,7 +112,7 @@ def _batches_of_results(artifact: Artifact, table: Table, alpha: float, explain:
 
 
 def batches(table: Table) -> Iterator[tuple[int, Floats]]:
-    """Yield the rows of `table` in order, in batches [B, D], each with the number of its first row."""
+    """Yield the rows of `table` in order, in batches [B, D]. Each batch comes with the number of its first row."""
     for start, block in table.x.blocks():
         for first in range(0, len(block), BATCH_ROWS):
             yield start + first, block[first : first + BATCH_ROWS]

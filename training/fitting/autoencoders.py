@@ -26,8 +26,8 @@ from training.fitting.trainer import Trainer
 from training.progress import Reporter
 from training.random_streams import NOISE, random_stream
 
-SPECTRUM_ROWS = 2_000  # number of rows that suffice to estimate the variance that a few latents leave unexplained
-MIN_FEATURE_VARIANCE = 1e-4  # in model units; below this, rounding errors of one feature would dominate the likelihood
+SPECTRUM_ROWS = 2_000  # this many rows suffice to estimate the variance that the latents leave unexplained
+MIN_FEATURE_VARIANCE = 1e-4  # in model units; if lower, rounding errors of one feature would dominate the likelihood
 BATCH = 4096  # rows per forward pass; limits the memory
 
 
@@ -38,7 +38,7 @@ class FitTask:
     Args:
         config: the options, with all defaults filled in.
         shape: shape of one row; the product is D.
-        unit_range: whether the rows are images with values in [0, 1] in model units.
+        unit_range: whether the rows are images whose values are in [0, 1] in model units.
         latents: number of latents K.
         batches: the fit rows in model units, on the device that trains.
         sample: some or all of the fit rows [S, D], in model units, on the CPU.
@@ -72,7 +72,7 @@ def fit_autoencoder(task: FitTask) -> Autoencoder:
 
 
 def fit_vae(task: FitTask) -> VAE:
-    """Return a trained VAE. Report how many latents should stay active, and warn if far fewer latents do.
+    """Return a trained VAE. Report how many latents should stay active, and warn if far fewer are active.
 
     Raises:
         FitError: the options exclude each other, or do not work with several processes.
@@ -136,7 +136,7 @@ def build_likelihood(config: TrainConfig, x: Tensor, latents: int) -> Likelihood
 
 
 def residual_variance(x: Tensor, latents: int) -> Tensor:
-    """Return the mean variance per feature, [1], that `latents` principal components of x [N, D] do not explain.
+    """Return the mean variance [1] of the directions that `latents` principal components of x [N, D] leave out.
 
     This is the optimal variance of a linear VAE (Lucas et al. 2019, "Don't blame the ELBO!"). A learned variance starts
     at this value. If the variance started much higher, latents would collapse before training had lowered the
@@ -148,7 +148,7 @@ def residual_variance(x: Tensor, latents: int) -> Tensor:
 
 
 def _mean_squared_error(vae: VAE, x: Tensor, seed: int) -> Tensor:
-    """Return the mean of (x - x_hat)^2 over all values of x [N, D], a scalar, with one posterior sample per row."""
+    """Return the mean of (x - x_hat)^2 over all values of x [N, D]. x_hat comes from one posterior sample per row."""
     random, total = random_stream(seed, NOISE), torch.zeros((), device=x.device)
     with torch.no_grad():
         for rows in x.split(BATCH):

@@ -18,7 +18,7 @@ class CheckpointStore:
     """The checkpoint file of one training run.
 
     Args:
-        folder: the folder of the file. It is created when needed.
+        folder: the folder of the file, created when needed.
         identity: a hash of the data and the options. A checkpoint with another identity is refused.
         resume: whether training starts from the checkpoint in `folder`.
         interval_seconds: time between two checkpoints.
@@ -63,7 +63,7 @@ class CheckpointStore:
         try:
             state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
             identity = state["identity"]
-        except Exception as error:  # torch.load raises many types for a damaged file
+        except Exception as error:  # torch.load raises exceptions of many types for a damaged file
             raise FitError(
                 f"the checkpoint {self.path} is damaged ({type(error).__name__}): train without --resume"
             ) from error
@@ -75,7 +75,7 @@ class CheckpointStore:
         return state
 
     def remove(self) -> None:
-        """Delete the checkpoint, and its folder if empty. Errors are ignored: the model is already published."""
+        """Delete the checkpoint, and its folder if empty. Errors are ignored: the published model needs neither."""
         with suppress(OSError):
             self.path.unlink()
         with suppress(OSError):

@@ -11,8 +11,8 @@ def predict_active_latents(x: Tensor, latents: int, beta: float, variance: float
     Let s2 be the variance of the likelihood. There are two conditions:
 
     1. A latent is active if the eigenvalue of the covariance along its direction exceeds beta s2.
-    2. A learned s2 satisfies D s2 = (sum of the eigenvalues of all inactive directions) + (number of active latents)
-       beta s2 at its optimum.
+    2. At its optimum, a learned s2 satisfies D s2 = (sum of the eigenvalues of all inactive directions) + (number of
+       active latents) beta s2.
 
     If s2 is fixed, count the latents that satisfy the first condition. If s2 is learned, return the largest number of
     active latents for which both conditions hold. The conditions are those of Lucas et al. 2019, "Don't blame the
@@ -21,7 +21,7 @@ def predict_active_latents(x: Tensor, latents: int, beta: float, variance: float
     A nonlinear VAE may keep a few more latents active than a linear VAE. If it keeps far fewer, it has collapsed.
 
     Args:
-        variance: the fixed variance of the likelihood; None if it is learned.
+        variance: the fixed variance of the likelihood; None if the variance is learned.
     """
     features = x.shape[1]
     eigenvalues = spectrum(x)  # [R], descending

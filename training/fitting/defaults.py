@@ -13,7 +13,8 @@ TABLE_LEARNING_RATE, IMAGE_LEARNING_RATE = 3e-3, 1e-3
 TABLE_STEPS = 1_500  # the default number of epochs gives about this many optimiser steps
 MIN_TABLE_EPOCHS, MAX_TABLE_EPOCHS = 10, 1_500
 TABLE_NOISE = 2.0  # default `noise` for tables, in standard deviations of a column
-EXPLAINED_VARIANCE = {"pca": 0.9, "vae": 0.95, "ae": 0.99, "ensemble": 0.99}  # share that a table's latents explain
+# The share of the variance that the default number of latents explains, for tables.
+EXPLAINED_VARIANCE = {"pca": 0.9, "vae": 0.95, "ae": 0.99, "ensemble": 0.99}
 MAX_TABLE_LATENTS = 64
 IMAGE_LATENTS = 16
 
@@ -50,7 +51,7 @@ def default_image_latents(width: int) -> int:
 
 
 def default_table_latents(kind: str, variance_shares: Sequence[float], rows: int, width: int) -> int:
-    """Return the default number of latents for a table: as many as explain EXPLAINED_VARIANCE of the variance.
+    """Return the default number of latents for a table: enough to explain EXPLAINED_VARIANCE of the variance.
 
     Args:
         kind: kind of the model.

@@ -24,7 +24,7 @@ class ProcessGroup:
         return self.rank == 0
 
     def slice_of(self, rows: int) -> slice:
-        """Return the slice of a batch of `rows` rows that this process computes. For a small batch it may be empty."""
+        """Return the slice of a batch of `rows` rows that this process computes. The slice may be empty."""
         return slice(rows * self.rank // self.count, rows * (self.rank + 1) // self.count)
 
     def all_reduce(self, tensor: Tensor) -> None:
@@ -33,7 +33,7 @@ class ProcessGroup:
             distributed.all_reduce(tensor)
 
     def broadcast_path(self, path: Path | None) -> Path:
-        """Return the first process's `path` in all processes. The other processes wait for it, and pass None."""
+        """Return, in every process, the `path` of the first process. The other processes pass None and wait."""
         paths = [path]
         if self.count > 1:
             distributed.broadcast_object_list(paths)
@@ -48,10 +48,10 @@ def join_process_group() -> Iterator[ProcessGroup]:
     if count == 1:
         yield ProcessGroup()
         return
-    # Creating an optimiser imports torch.distributed.nn.functional. Default arguments of the functions there keep the
-    # process group that exists at the import. If they kept our group, gloo's threads would outlive
-    # `destroy_process_group`, and a thread that frees a tensor while the interpreter exits aborts the process. To
-    # prevent this, we import the module before the group exists.
+    # Import torch.distributed.nn.functional before our process group exists. Otherwise, the first optimiser imports
+    # that module later, and the functions of the module keep our group as a default argument. Then gloo's threads
+    # outlive `destroy_process_group`, and the process aborts if one of these threads frees a tensor while the
+    # interpreter exits.
     importlib.import_module("torch.distributed.nn.functional")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -7,8 +7,10 @@ from models.core import Core
 from models.manifest import Latent
 from models.vae import VAE, gaussian_kl
 
-ACTIVE_VARIANCE = 0.01  # a VAE's latent is active if its posterior mean has a larger variance: Burda et al. 2016, 5.1
-ACTIVE_SHARE = 1e-6  # another model's latent is active if its variance exceeds this share of the largest variance
+# A latent of a VAE is active if the variance of its posterior mean exceeds this: Burda et al. 2016, section 5.1.
+ACTIVE_VARIANCE = 0.01
+# A latent of any other model is active if its variance exceeds this share of the largest variance of a latent.
+ACTIVE_SHARE = 1e-6
 BATCH = 4096  # rows per forward pass; limits the memory
 
 

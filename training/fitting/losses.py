@@ -20,8 +20,8 @@ LossTerms = dict[str, Tensor]  # scalars by name: "loss" and the terms that it c
 def elbo_terms(vae: VAE, x: Tensor, noise: Tensor, beta: float = 1.0, free_bits: float = 0.0) -> LossTerms:
     """Return the negative ELBO in nats, with the KL weighted by beta and one posterior sample per row.
 
-    `reconstruction` is E_q[log p(x|z)]; `elbo` is reconstruction - KL for any beta. Kingma & Welling 2014, eq. 7 and 10
-    (beta: Higgins et al. 2017, eq. 4).
+    The term `reconstruction` is E_q[log p(x|z)]. The term `elbo` is `reconstruction` minus `kl`, for any beta. See
+    Kingma & Welling 2014, eq. 7 and 10, and for beta Higgins et al. 2017, eq. 4.
 
     Args:
         noise: standard normal [B, K], for the reparameterisation z = mean + std * noise.
@@ -39,20 +39,20 @@ def elbo_terms(vae: VAE, x: Tensor, noise: Tensor, beta: float = 1.0, free_bits:
 
 
 def log_weights(vae: VAE, x: Tensor, noise: Tensor) -> Tensor:
-    """Return log p(x, z) - log q(z|x) in nats, [S, B], for S samples per row, given noise [S, B, K]."""
+    """Return log p(x, z) - log q(z|x) in nats, [S, B], for S samples per row, drawn with noise [S, B, K]."""
     mean, log_variance = vae.posterior(x)  # [B, K], [B, K]
     z = mean + (0.5 * log_variance).exp() * noise  # [S, B, K]
     return _log_weights(vae, x, z, mean, log_variance)
 
 
 def importance_weighted_terms(vae: VAE, x: Tensor, noise: Tensor) -> LossTerms:
-    """Return minus the importance-weighted bound in nats. With S > 1 samples per row, it is tighter than the ELBO.
+    """Return minus the importance-weighted bound in nats. With S > 1 samples, the bound is tighter than the ELBO.
 
     The bound is that of Burda, Grosse & Salakhutdinov 2016, "Importance weighted autoencoders", eq. 8. The encoder gets
     the doubly reparameterised gradient of Tucker et al. 2019, "Doubly reparameterized gradient estimators for Monte
-    Carlo objectives", eq. 8. This gradient has the same expectation as the usual gradient of the bound. Its variance
-    falls as S grows, and is zero if the posterior is exact. With S = 1, it is the gradient of Roeder, Wu & Duvenaud
-    2017, "Sticking the landing".
+    Carlo objectives", eq. 8. This gradient has the same expectation as the usual gradient of the bound. The
+    variance of the gradient falls as S grows, and is zero if the posterior is exact. With S = 1, the gradient is that
+    of Roeder, Wu & Duvenaud 2017, "Sticking the landing".
 
     Args:
         noise: standard normal [S, B, K].
@@ -61,7 +61,8 @@ def importance_weighted_terms(vae: VAE, x: Tensor, noise: Tensor) -> LossTerms:
     z = mean + (0.5 * log_variance).exp() * noise  # [S, B, K]
     weights = _log_weights(vae, x, z, mean.detach(), log_variance.detach())  # [S, B]
     shares = weights.detach().softmax(dim=0).unsqueeze(2)  # [S, B, 1]
-    # The bound weights the gradient of a sample by the share of that sample. Eq. 8 weights it by the squared share.
+    # Differentiating the bound multiplies the gradient of each sample by the sample's share of the weights. Eq. 8
+    # needs the square of that share, so the hook multiplies by the share once more.
     if z.requires_grad:
         z.register_hook(lambda gradient: gradient * shares)
     bound = (weights.logsumexp(dim=0) - math.log(len(noise))).mean()
@@ -69,15 +70,19 @@ def importance_weighted_terms(vae: VAE, x: Tensor, noise: Tensor) -> LossTerms:
 
 
 def _log_weights(vae: VAE, x: Tensor, z: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """Return log p(x, z) - log q(z) [S, B] for samples z [S, B, K] from q = N(mean [B, K], exp(log_variance))."""
+    """Return log p(x, z) - log q(z), [S, B], for samples z [S, B, K] from q.
+
+    q is the Gaussian with `mean` [B, K] and `log_variance` [B, K].
+    """
     output = vae.decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2])  # [S, B, D]
     squares = (z - mean).square() * (-log_variance).exp() + log_variance  # [S, B, K]: -2 log q, up to a constant
     return log_likelihood(vae.likelihood, x, output) + 0.5 * (squares - z.square()).sum(dim=2)  # [S, B]
 
 
 def log_likelihood(likelihood: Likelihood, x: Tensor, output: Tensor) -> Tensor:
-    """Return log p(x | z) in nats [..., B] for rows x [B, D] and the decoder's output [..., B, D]."""
-    if isinstance(likelihood, BernoulliLikelihood):  # equals `likelihood.log_prob`, with one backward operation
+    """Return log p(x | z) in nats, [..., B], for rows x [B, D] and the decoder's `output` [..., B, D]."""
+    if isinstance(likelihood, BernoulliLikelihood):
+        # The result equals `likelihood.log_prob`, but the backward pass is a single operation.
         low, high = x.aminmax()
         inside = x if low >= 0.0 and high <= 1.0 else x.clamp(0.0, 1.0)  # [B, D]
         entropy = binary_cross_entropy_with_logits(output, inside.expand(output.shape), reduction="none")
@@ -99,7 +104,7 @@ def squared_error_terms(autoencoder: Autoencoder, x: Tensor, corrupted: Tensor |
 
 
 def weight_penalty(model: nn.Module) -> Tensor:
-    """Return the sum of the squares of all weights, without the biases."""
+    """Return the sum of the squares of all weights except biases."""
     squares = [parameter.square().sum() for parameter in model.parameters() if parameter.dim() > 1]
     return torch.stack(squares).sum()
 
@@ -108,8 +113,8 @@ def corrupt(x: Tensor, noise_range: tuple[float, float], masking: float, random:
     """Return x [B, D] with Gaussian noise added and some features set to 0.
 
     Args:
-        noise_range: smallest and largest standard deviation, in model units. Each row draws its own standard
-            deviation from a log-uniform distribution between them. (0, 0) adds no noise.
+        noise_range: smallest and largest standard deviation, in model units. The standard deviation of
+            each row is drawn log-uniformly between the two. (0, 0) adds no noise.
         masking: probability that a feature is set to 0.
         random: a CPU generator.
     """

@@ -1,7 +1,7 @@
 """The objectives that the trainer minimises: the loss of each kind of network, and the random numbers for the loss.
 
-Drawing random numbers and computing the loss are separate steps, so that every process of a distributed run draws the
-same numbers for the whole batch and then computes the loss of its own rows only.
+Drawing random numbers and computing the loss are separate steps, because in a distributed run every process draws the
+same numbers for the whole batch, but computes the loss of its own rows only.
 """
 
 from typing import Protocol
@@ -29,10 +29,10 @@ class Objective(Protocol):
     """A loss to minimise. `warm_up` is the share of the warm-up that is over, from 0 to 1."""
 
     def draw(self, rows: Tensor, random: torch.Generator, warm_up: float) -> tuple[Tensor, ...]:
-        """Return the inputs of the loss for rows [B, D]: the rows and the noise, each with B entries."""
+        """Return the inputs of the loss for rows [B, D], such as the rows and noise. Each input has B entries."""
 
     def terms(self, drawn: tuple[Tensor, ...], warm_up: float) -> LossTerms:
-        """Return the loss and its terms for the result of `draw`, or for a slice of it along the rows."""
+        """Return the loss and its terms. `drawn` is the result of `draw`, or the part of that result for some rows."""
 
 
 class SquaredErrorObjective:
@@ -68,7 +68,7 @@ class ElboObjective:
         return rows, torch.randn(len(rows), samples, self._latents, generator=random).to(rows)
 
     def terms(self, drawn: tuple[Tensor, ...], warm_up: float) -> LossTerms:
-        """Return the negative ELBO or bound, and its terms."""
+        """Return the loss (the negative ELBO, or minus the bound) and its terms."""
         rows, noise = drawn
         if self._config.samples > 1:
             terms = importance_weighted_terms(self._vae, rows, noise.transpose(0, 1))

@@ -12,7 +12,7 @@ from models.pca import PCA
 from training.data.moments import Moments, compute_moments
 from training.errors import FitError
 
-MIN_NOISE = 1e-6  # minimum noise variance, relative to the mean variance per feature; the score divides by the noise
+MIN_NOISE = 1e-6  # minimum of the noise variance, by which the score divides, relative to the mean variance per feature
 BLOCK_VALUES = 4 << 20  # number of values of a tensor that are converted to float64 at a time
 
 NO_COVARIANCE = "expected moments with a covariance"
@@ -74,7 +74,7 @@ def _check_size(rows: int, features: int, latents: int) -> None:
 
 
 def _pca(moments: Moments, values: Tensor, vectors: Tensor) -> PCA:
-    """Return the PCA with the K largest eigenvalues, `values` [K], and their eigenvectors, `vectors` [K, D]."""
+    """Return the PCA. `values` [K] are the K largest eigenvalues, and `vectors` [K, D] are their eigenvectors."""
     features, total = len(moments.mean), moments.variance.sum()
     if float(total) <= 0.0:
         raise FitError(
@@ -82,7 +82,7 @@ def _pca(moments: Moments, values: Tensor, vectors: Tensor) -> PCA:
         )
     noise = (total - values.sum()) / max(features - len(values), 1)  # the mean of the remaining eigenvalues
     noise = noise.clamp(min=MIN_NOISE * total / features)
-    largest = vectors.abs().argmax(dim=1, keepdim=True)  # fix the sign: the largest entry is positive
+    largest = vectors.abs().argmax(dim=1, keepdim=True)  # fix the sign: make the largest entry positive
     components = vectors * vectors.gather(1, largest).sign()
     return PCA(moments.mean, components, values.clamp(min=noise), noise)
 

@@ -101,7 +101,7 @@ def _default_latents(kind: str, data: PreparedData, scaling: Scaling) -> int:
 
 
 def _fit_pca(data: PreparedData, scaling: Scaling, latents: int) -> PCA:
-    """Return the PCA, computed from the covariance, or from the rows themselves if they have too many features."""
+    """Return the PCA, computed from the covariance, or from the rows if there are too many features for that."""
     if data.moments.covariance is not None:
         return pca_from_moments(data.scaled_moments(scaling), latents)
     width, rows = data.table.x.width, len(data.split.fit)

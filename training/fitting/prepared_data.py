@@ -27,11 +27,11 @@ class PreparedData:
     Args:
         split: the indices of the fit rows, the held-out rows and the calibration rows.
         medians: median of each column over the fit rows, [D]; NaN for a column without values in the fit rows.
-        fill: the values that replace missing values, [D]: the medians; None if the table is complete.
-        moments: moments of the fit rows in raw units. There is no covariance above MAX_COVARIANCE_FEATURES features.
+        fill: the medians, [D], which replace missing values; None if the table is complete.
+        moments: moments of the fit rows in raw units. Above MAX_COVARIANCE_FEATURES features, they lack a covariance.
         held_out: held-out rows [M, D] in raw units, NaN where a value is missing.
-        calibration: calibration rows [C, D], in the same form.
-        sample: fit rows [S, D], in the same form: all, or as many as may be kept in memory.
+        calibration: calibration rows [C, D], in the same form as `held_out`.
+        sample: all fit rows, or as many as may be kept in memory, [S, D], in the same form as `held_out`.
     """
 
     table: Table
@@ -57,7 +57,10 @@ class PreparedData:
         return self.moments.scaled(scaling.shift, scaling.scale)
 
     def pca(self, scaling: Scaling, latents: int) -> PCA | None:
-        """Return the PCA of the fit rows in model units; None if there is no covariance, or if the data are too few."""
+        """Return the PCA of the fit rows in model units.
+
+        The result is None if there is no covariance, or if there are too few features or rows for the latents.
+        """
         if self.moments.covariance is None or latents > min(self.table.x.width, self.moments.rows - 1):
             return None
         return pca_from_moments(self.scaled_moments(scaling), latents)
@@ -70,10 +73,10 @@ class PreparedData:
 
 
 def prepare_data(table: Table, split: Split, robust: bool = False) -> PreparedData:
-    """Read `table`. One pass computes the moments. Held-out, calibration and sample rows are kept in memory.
+    """Read `table`: compute the moments in one pass, and keep held-out, calibration and sample rows in memory.
 
     Args:
-        robust: use only the most concentrated fit rows, selected from at most MAX_HELD_OUT_ROWS fit rows.
+        robust: use only the fit rows that `most_concentrated_rows` selects from at most MAX_HELD_OUT_ROWS fit rows.
     """
     x = table.x
     medians = torch.from_numpy(column_medians(x, split.fit))
@@ -104,7 +107,7 @@ def _fit_blocks(x: RowStore, fit: npt.NDArray[np.int64], fill: Floats | None) ->
 
 
 def _most_concentrated(x: RowStore, fit: npt.NDArray[np.int64], medians: Tensor) -> npt.NDArray[np.int64]:
-    """Return the indices of the most concentrated fit rows, in the order of `fit`."""
+    """Return the indices of the fit rows that lie closest together, in the order of `fit`."""
     rows = _read_rows(x, fit)
     rows = torch.where(rows.isnan(), medians, rows)
     kept: npt.NDArray[np.int64] = most_concentrated_rows(standardise(rows)(rows), torch.tensor(1.0)).numpy()
@@ -112,7 +115,7 @@ def _most_concentrated(x: RowStore, fit: npt.NDArray[np.int64], medians: Tensor)
 
 
 def _read_rows(x: RowStore, indices: npt.NDArray[np.int64]) -> Tensor:
-    """Return the rows at `indices`, in that order. Reading them in the order of the table is faster on disk."""
+    """Return the rows at `indices`, in that order. A file is read from start to end, which is faster."""
     order = np.argsort(indices)
     rows = np.empty((len(indices), x.width), np.float32)
     rows[order] = x.take(indices[order])

@@ -10,8 +10,8 @@ from training.config import TrainConfig
 from training.data.moments import Moments
 from training.errors import FitError
 
-CONSTANT_COLUMN_SCALE = 1e-3  # scale of a constant column in a table, relative to its value
-NEGLIGIBLE_DEVIATION = 1e-7  # a column whose deviation is below this share of its largest value is constant
+CONSTANT_COLUMN_SCALE = 1e-3  # scale of a constant column in a table, relative to the column's value
+NEGLIGIBLE_DEVIATION = 1e-7  # a column is constant if its deviation is at most this share of its largest value
 
 
 def scaling_method(config: TrainConfig, images: bool) -> Literal["standardise", "range", "none"]:
@@ -32,7 +32,7 @@ def fit_scaling(
         fill: the values that replace missing values, [D], in raw units; None if no value is missing.
 
     Raises:
-        FitError: one option needs values in [0, 1], but another option does not produce them.
+        FitError: an option needs values in [0, 1], but `config.scale` does not produce them.
     """
     method = scaling_method(config, images=pixel_range is not None)
     if method != "range":
@@ -53,11 +53,11 @@ def fit_scaling(
 
 
 def _standard_deviation(moments: Moments, images: bool) -> Tensor:
-    """Return the standard deviation [D] of each column. A constant column gets a positive stand-in."""
+    """Return the standard deviation [D] of each column. A constant column gets a positive value instead."""
     deviation = (moments.variance * (moments.rows - 1) / moments.rows).sqrt()
     largest = torch.maximum(moments.low.abs(), moments.high.abs())
     if images:
         stand_in = torch.ones_like(deviation)
-    else:  # small, so that a constant column of a table raises the score when it changes
+    else:  # small, so that the score rises if a column that was constant changes
         stand_in = CONSTANT_COLUMN_SCALE * torch.where(largest > 0.0, largest, 1.0)
     return torch.where(deviation <= NEGLIGIBLE_DEVIATION * largest, stand_in, deviation)

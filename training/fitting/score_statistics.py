@@ -10,23 +10,24 @@ from models.ensemble import Ensemble, Neighbours
 from models.pca import PCA
 from training.fitting.whitening import KEPT_PERCENT, fit_whitening
 
-# Latents follow anomalies, so they should count less in the score. The added variance achieves this.
+# The encoder adapts the latents to an anomaly, so latents should count less in the score than residuals. The added
+# variance achieves this.
 LATENT_NOISE = 1.0  # variance added to each latent, relative to the variance of the latent
 ORDINARY_PERCENT = 90  # this percentage of the rows is ordinary: the rows with the smallest residuals
-OUTLIER_FACTOR = 100.0  # an outlier's squared residual is more than this many times the largest of the ordinary rows
-NEIGHBOUR_RANK = 5  # the distance from a reference row to its 5th neighbour is the scale of distances to that row
-NEIGHBOUR_NOISE = 0.1  # variance added to each feature, relative to its variance, to ignore small differences
+OUTLIER_FACTOR = 100.0  # an outlier has a squared residual above this factor times the largest of the ordinary rows
+NEIGHBOUR_RANK = 5  # distances to a reference row are relative to that row's distance to its 5th neighbour
+NEIGHBOUR_NOISE = 0.1  # variance added to each feature, relative to the feature's own, to ignore small differences
 MAX_NEIGHBOURS = 2_048  # maximum number of reference rows; more rows would cost time and hardly change the score
 MAX_NEIGHBOUR_VALUES = 2 << 20  # maximum number of float32 values in all reference rows together
 SHRINKAGE_ROWS = 5_000  # shrinkage is estimated from at most this many rows
-MIN_VARIANCE = 1e-12  # in model units; a coordinate with less variance is constant
+MIN_VARIANCE = 1e-12  # in model units; a coordinate with less variance counts as constant
 MIN_SCALE = 1e-5  # minimum scale per feature: the float32 rounding error of a squared distance
 MIN_MEAN_DISTANCE = 1e-6
 BATCH = 4096  # rows per forward pass; limits the memory
 
 
 def fit_score_statistics(core: Core, held_out: Tensor, sample: Tensor, robust: bool = False) -> None:
-    """Set the statistics that the score of `core` needs and that training does not set. A VAE needs none.
+    """Set the statistics that training leaves unset and the score of `core` needs. A VAE needs none.
 
     Args:
         held_out: rows [N, D] in model units, not used to train the networks.
@@ -65,7 +66,7 @@ def fit_neighbours(x: Tensor) -> Neighbours:
     """Return the nearest-neighbour detector. Its reference rows are the first rows of x [N, D], in model units.
 
     The scale of a reference row is its squared distance to its 5th neighbour, plus the mean of these squared distances
-    over all reference rows. The mean prevents a scale of 0 for duplicate rows.
+    over all reference rows. Thanks to the mean, duplicate rows have a scale above 0.
     """
     whitening = fit_whitening(x[:SHRINKAGE_ROWS], _mean_variance(x), noise=NEIGHBOUR_NOISE)
     rows = whitening(x[: max(1, min(MAX_NEIGHBOURS, MAX_NEIGHBOUR_VALUES // x.shape[1]))])
@@ -103,8 +104,8 @@ def _latents_and_residuals(core: Autoencoder, u: Tensor) -> tuple[Tensor, Tensor
 def _without_outliers(core: Autoencoder, u: Tensor) -> Tensor:
     """Return at least 90 % of the rows of u [N, D]: all except those that the network reconstructs extremely badly.
 
-    If a column was constant in the fit rows and then changes, the network extrapolates arbitrarily. The square of one
-    of the resulting residuals would dominate the variances, on which all scores depend.
+    If a column was constant in the fit rows but changes in `u`, the network extrapolates arbitrarily. The square of a
+    single residual could then dominate the variances, on which all scores depend.
     """
     squared = _latents_and_residuals(core, u)[1].double().square().sum(dim=1)  # [N]
     largest_ordinary = squared.kthvalue(-(-len(u) * ORDINARY_PERCENT // 100)).values
@@ -118,6 +119,6 @@ def _mean_variance(x: Tensor) -> Tensor:
 
 
 def _mean_distance(distances: Tensor, robust: bool) -> Tensor:
-    """Return the mean of distances [N], a scalar. If `robust`, only the smallest KEPT_PERCENT of them count."""
+    """Return the mean of distances [N] as a scalar. If `robust`, use only the smallest KEPT_PERCENT percent of them."""
     kept = -(-len(distances) * KEPT_PERCENT // 100) if robust else len(distances)
     return distances.sort().values[:kept].mean()

@@ -2,7 +2,7 @@
 
 - After every epoch, the model is validated on the held-out rows. Either the best or the last weights are kept.
 - If the loss becomes NaN or infinite, training stops and keeps the best model so far.
-- A killed run can resume from its checkpoint. It ends with exactly the weights of a run that was never killed.
+- A killed run can resume from its checkpoint, and then ends with exactly the weights of an uninterrupted run.
 - Several processes that share the batches compute the same weights as a single process, up to rounding.
 """
 
@@ -85,7 +85,7 @@ class Trainer:
         self._epochs_without_gain = 0
 
     def train(self) -> None:
-        """Train to the end. Leave the model in evaluation mode, with the weights of the epoch to publish.
+        """Train to the end. Leave the model in evaluation mode, with the weights to publish.
 
         Raises:
             FitError: the loss became NaN or infinite before the first epoch ended, or the checkpoint is unusable.
@@ -104,7 +104,7 @@ class Trainer:
             if self._checkpoints and monotonic() - saved_at >= self._checkpoints.interval_seconds:
                 self._save_checkpoint(self._checkpoints)
                 saved_at = monotonic()
-        if self._checkpoints:  # the statistics and metrics that follow may take long, and the run may be killed then
+        if self._checkpoints:  # the statistics that follow may take long, and the run may be killed meanwhile
             self._save_checkpoint(self._checkpoints)
         if self._best is not None:
             self._model.load_state_dict(self._best)
@@ -138,7 +138,7 @@ class Trainer:
     def _loss_terms(self, rows: Tensor, random: torch.Generator, warm_up: float, *, backward: bool) -> list[float]:
         """Return the loss terms of rows [B, D], the loss first.
 
-        Each process computes the terms of its share of the rows. The results are averaged over all rows.
+        Each process computes the terms of its share of the rows. The processes then average the terms over all rows.
 
         Args:
             backward: whether to also compute the gradients.
@@ -184,7 +184,7 @@ class Trainer:
         return 1.0 if not self._warm_up_steps else min(1.0, self._step / self._warm_up_steps)
 
     def _end_epoch(self) -> None:
-        """Validate the model and report the epoch. Keep the weights if they are now the ones to publish."""
+        """Validate the model and report the epoch. Keep the weights if this epoch is now the one to publish."""
         pairs = zip(self._term_names, self._term_sums, strict=True)
         means = {name: total / len(self._batches) for name, total in pairs}
         means["held_out_loss"] = loss = self._validate()

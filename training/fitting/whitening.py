@@ -5,11 +5,11 @@ from torch import Tensor
 
 from models.autoencoder import Whitening
 
-# For wider vectors, only variances are estimated, because a full covariance matrix would be larger than the network.
+# For vectors wider than this, only variances are estimated: a covariance matrix would be larger than the network.
 MAX_FULL_WIDTH = 2048
 PSEUDO_ROWS = 3.0  # number of pseudo rows that contribute to each variance; see `fit_whitening`
 KEPT_PERCENT = 75  # percentage of the rows that a robust estimate uses
-CONCENTRATION_STEPS = 5  # number of steps of a robust estimate; further steps would replace few rows
+CONCENTRATION_STEPS = 5  # number of steps of a robust estimate; further steps would change few of the kept rows
 
 
 def fit_whitening(
@@ -17,15 +17,14 @@ def fit_whitening(
 ) -> Whitening:
     """Return the whitening of vectors [N, V].
 
-    A coordinate that was constant over N rows may still change. Each variance is therefore estimated as if there were
-    PSEUDO_ROWS more rows. The distance of these pseudo rows from the mean is the usual standard deviation. The
-    correlation matrix is shrunk as in Ledoit & Wolf 2004. Without shrinkage, the matrix would be singular for few
-    rows.
+    A coordinate that is constant over these N rows may change in later rows. Each variance is therefore estimated as
+    if there were PSEUDO_ROWS more rows, each of them one usual standard deviation away from the mean. The correlation
+    matrix is shrunk as in Ledoit & Wolf 2004. Without shrinkage, the matrix would be singular for few rows.
 
     Args:
         usual_variance: the variance that is expected without data: a scalar, or one value per coordinate, [V].
         robust: use only the most concentrated rows.
-        noise: variance to add to each coordinate, relative to the coordinate's own variance: a scalar or [V].
+        noise: variance to add to each coordinate, relative to the coordinate's own variance: a scalar, or [V].
     """
     vectors, usual_variance = vectors.double(), usual_variance.double()
     kept = vectors[most_concentrated_rows(vectors, usual_variance)] if robust else vectors
@@ -33,12 +32,13 @@ def fit_whitening(
 
 
 def most_concentrated_rows(vectors: Tensor, usual_variance: Tensor) -> Tensor:
-    """Return the ascending indices of the KEPT_PERCENT of vectors [N, V] that lie closest together.
+    """Return the indices, ascending, of the KEPT_PERCENT percent of vectors [N, V] that lie closest together.
 
-    They approximately minimise the determinant of the covariance. Each concentration step computes the mean and the
-    covariance of the rows that the previous step kept, and keeps the rows with the smallest Mahalanobis distances:
-    Rousseeuw & Van Driessen, "A fast algorithm for the minimum covariance determinant estimator", 1999, theorem 1. The
-    first step uses medians instead. They stay close to the normal rows if less than half of the rows are anomalies.
+    Of all sets of that size, this set approximately minimises the determinant of its covariance. Each concentration
+    step computes the mean and the covariance of the rows that the previous step kept, and keeps the rows with the
+    smallest Mahalanobis distances: Rousseeuw & Van Driessen, "A fast algorithm for the minimum covariance determinant
+    estimator", 1999, theorem 1. The first step uses medians instead of the mean and the covariance, because medians
+    stay close to the normal rows if less than half of the rows are anomalies.
     """
     vectors, usual_variance = vectors.double(), usual_variance.double()
     count = -(-len(vectors) * KEPT_PERCENT // 100)
@@ -65,7 +65,7 @@ def _fit(vectors: Tensor, usual_variance: Tensor, noise: Tensor | float = 0.0) -
     if width > MAX_FULL_WIDTH or rows == 1:
         return Whitening(mean, 1.0 / (deviation * torch.as_tensor(1.0 + noise).sqrt()))
     correlation = torch.from_numpy(ledoit_wolf(((vectors - mean) / deviation).numpy(), assume_centered=True)[0])
-    correlation.diagonal().clamp_(min=1.0).add_(noise)  # pseudo rows make some variances smaller than 1
+    correlation.diagonal().clamp_(min=1.0).add_(noise)  # with pseudo rows, some variances are below 1
     inverse = torch.linalg.solve_triangular(
         torch.linalg.cholesky(correlation), torch.diag(1.0 / deviation), upper=False
     )

@@ -13,7 +13,7 @@ from training.fitting.prepared_data import PreparedData
 from training.reports.model_card import card
 
 MAX_LATENT_ROWS = 2_000  # maximum number of held-out rows whose latents are stored
-MAX_VALUES = 400_000  # maximum number of stored values of held-out rows: 2 to 4 MB of text before compression
+MAX_VALUES = 400_000  # maximum number of values of held-out rows that are stored: 2 to 4 MB as text before compression
 MAX_SCORES = 2_000  # maximum number of calibration scores that are stored
 
 
@@ -32,7 +32,10 @@ def make_exhibits(pipeline: Pipeline, manifest: Manifest, data: PreparedData, no
 
 
 def _held_out_json(pipeline: Pipeline, data: PreparedData) -> bytes:
-    """Return JSON: `latents` [M, K] and `labels` [M] of the first M held-out rows, `inputs` [R, D] of the first R."""
+    """Return JSON with `latents` [M, K] and `labels` [M] of the first M held-out rows.
+
+    The JSON also contains the first R of these rows, as `inputs` [R, D].
+    """
     rows = data.held_out[:MAX_LATENT_ROWS]
     with torch.inference_mode():
         latents = pipeline.encode(rows)[0]
@@ -48,7 +51,7 @@ def _held_out_json(pipeline: Pipeline, data: PreparedData) -> bytes:
 
 
 def calibration_json(scores: torch.Tensor) -> bytes:
-    """Return the sorted `scores` [n], thinned evenly to at most MAX_SCORES. The smallest and the largest stay."""
+    """Return JSON with at most MAX_SCORES of the sorted `scores` [n], evenly spread, with the first and the last."""
     indices = np.linspace(0, len(scores) - 1, min(len(scores), MAX_SCORES)).round().astype(int)
     fields = {"rows": len(scores), "scores": np.ascontiguousarray(scores.numpy()[indices])}
     return orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY)

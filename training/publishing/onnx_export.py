@@ -1,8 +1,8 @@
-"""Export the ONNX twin of a pipeline: graphs of its expensive methods, stored beside the TorchScript module.
+"""Export the ONNX twin of a pipeline: a copy of its expensive methods as graphs for ONNX Runtime.
 
-The graphs refer to the weights of the TorchScript module by name and contain none, so each weight is stored once.
-torch's tracing exporter makes the graphs. The exporter based on `torch.export` gives the same nodes, but takes 10 s per
-graph.
+The graphs are stored beside the TorchScript module. They contain no weights, but refer by name to the weights of that
+module, so each weight is stored only once. torch's tracing exporter makes the graphs, because the exporter based on
+`torch.export` takes 10 s per graph and gives the same nodes.
 """
 
 import copy
@@ -24,11 +24,11 @@ OPSET = 18
 
 
 def export(pipeline: Pipeline, x: Tensor, z: Tensor) -> dict[str, Graph]:
-    """Return the graph of each of TWIN_METHODS by name, for any number of rows.
+    """Return the graphs of TWIN_METHODS by method name. Each graph takes any number of rows.
 
     Args:
         pipeline: the pipeline to export, on the CPU and in evaluation mode.
-        x: rows [B, D] to trace with. They may contain NaN if the model imputes missing values.
+        x: rows [B, D] to trace with, which may contain NaN if the model imputes missing values.
         z: latents [B, K] to trace with.
 
     Raises:
@@ -60,7 +60,7 @@ def _graph(pipeline: Pipeline, method: str, rows: Tensor) -> Graph:
     for tensor in model.graph.initializer:
         tensor.ClearField("raw_data")
         tensor.data_location = onnx.TensorProto.EXTERNAL
-        tensor.external_data.add(key="location", value="model.pt")  # placeholder: the loader uses the module's weights
+        tensor.external_data.add(key="location", value="model.pt")  # placeholder: the loader takes the module's weights
     names = tuple(tensor.name for tensor in model.graph.initializer)
     return Graph(model.SerializeToString(deterministic=True), names)
 
@@ -73,6 +73,6 @@ def _reconstruct(pipeline: Pipeline, x: Tensor) -> tuple[Tensor, Tensor]:
 def _ignore_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # the exporter is deprecated
-        # The tracer warns that Python numbers become constants of the graph. They are the same for all rows.
+        # The tracer warns that Python numbers become constants of the graph. These numbers are the same for all rows.
         warnings.filterwarnings("ignore", category=TracerWarning)
         yield

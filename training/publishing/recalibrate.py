@@ -28,7 +28,7 @@ from training.publishing.publish import software_versions
 from training.reports.model_card import card
 from training.reports.run_report import write_card
 
-WARNING_PROBABILITY = 1e-3  # warn if the probability of so many alarms, given the old calibration, is below this
+WARNING_PROBABILITY = 1e-3  # warn if the old calibration makes the observed number of alarms less probable than this
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ def recalibrate(parent: Artifact, table: Table, root: Path, alpha: float, runs: 
     chosen at random, are used.
 
     Args:
-        table: rows, read with `read_for_model` for `parent`.
+        table: the result of `read_for_model` for the manifest of `parent`.
         alpha: the smallest alpha that you will use; it determines how many rows are needed.
-        runs: folder for the card of the new version, <name>/<version>/card.md; None to write no card.
+        runs: folder in which the card of the new version is written to <name>/<version>/card.md; None to write no card.
 
     Raises:
         DataError: the model was trained on these rows, or there are too few normal rows.
@@ -117,7 +117,7 @@ def _scores(parent: Artifact, table: Table) -> Floats:
 
 
 def _compare_with_old(parent: Artifact, table: Table, scores: Floats, alpha: float) -> Iterator[str]:
-    """Yield the share of scores [n] that the old calibration flags, and a warning if chance cannot explain it."""
+    """Yield what share of the scores the old calibration flags, and a warning if chance cannot explain that share."""
     from scipy.stats import betabinom
 
     with torch.inference_mode():
@@ -177,7 +177,7 @@ def _manifest(parent: Artifact, module: torch.jit.ScriptModule, table: Table, na
 
 
 def _golden(module: torch.jit.ScriptModule, old: Golden) -> Golden:
-    """Return the golden answers of `module` for the inputs in `old`, which are the golden inputs of the parent."""
+    """Return the golden answers of `module`, for the same inputs as `old`, the golden answers of the parent."""
     inputs = (torch.from_numpy(np.array(old.inputs[key], np.float32)) for key in ("x", "noise", "choice"))
     return artifact.record_golden(module, *inputs)
 
@@ -185,7 +185,7 @@ def _golden(module: torch.jit.ScriptModule, old: Golden) -> Golden:
 def _name(parent: Artifact) -> str:
     """Return the name under which `parent` is served.
 
-    This is the name of the model folder that contains the artifact. Outside a model folder, it is the manifest's name.
+    This is the name of the model folder that contains the artifact, or the manifest's name if there is no such folder.
     """
     path = parent.path.resolve()
     return path.parents[1].name if VERSION.fullmatch(path.parent.name) else parent.manifest.name

@@ -15,7 +15,7 @@ FEATURES = 12  # number of features that are listed; further features are only c
 
 
 def describe(manifest: Manifest, path: Path) -> str:
-    """Return about fifteen lines of text on the artifact at `path`. The caller has verified the seal."""
+    """Return about fifteen lines of text on the artifact at `path`. The caller must have verified the seal."""
     facts = list(_facts(manifest, path))
     width = max(len(label) for label, _ in facts)
     lines = [f"{label:<{width}}  {text}" for label, text in facts]
@@ -28,7 +28,7 @@ def _facts(manifest: Manifest, path: Path) -> Iterator[tuple[str, str]]:
     yield "file", f"{path}, {path.stat().st_size / 1e6:.2f} MB, written {manifest.created}"
     yield "seal", "intact: the SHA-256 of the file is the one recorded at publication"
     yield "row", _row(manifest)
-    has_report = manifest.latent_report and manifest.kind != "pca"  # every latent of PCA is active
+    has_report = manifest.latent_report and manifest.kind != "pca"  # all latents of PCA are active
     yield "latents", latents_phrase(manifest) if has_report else str(manifest.latents)
     yield "data", f"{data.source}: {data.rows:,} rows, SHA-256 {data.fingerprint[:12]}"
     yield "split", f"{data.fit:,} fit, {data.held_out:,} held out, {data.calibration:,} calibration"
@@ -57,7 +57,7 @@ def against_pca(metrics: dict[str, float]) -> str | None:
 
 
 def latents_phrase(manifest: Manifest) -> str:
-    """Return how many latents are active and their KL: `14 of 16 active, each 0.52 to 2.31 nats`."""
+    """Return how many latents are active, and the range of their KL: `14 of 16 active, each 0.52 to 2.31 nats`."""
     report = manifest.latent_report
     active = [latent for latent in report if latent.active]
     text = f"{len(active)} of {len(report)} active"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 FILE_NAME = "metrics.jsonl"
 TENSORBOARD = "tensorboard"  # folder of the TensorBoard events, beside FILE_NAME
-POINTS = 400  # maximum number of points of the history that the manifest stores
+POINTS = 400  # the manifest stores at most this many points of the history
 
 Point = dict[str, float]
 
@@ -27,8 +27,8 @@ Point = dict[str, float]
 class HistoryRecorder:
     """A reporter that writes every epoch to `folder`, and passes all calls on to `inner`.
 
-    Each line of metrics.jsonl is an object: epoch, step, loss terms, and seconds since the run began. The line is on
-    disk when `epoch` returns. If the folder cannot be written, the run continues without a history file.
+    Each line of metrics.jsonl is an object with epoch, step, loss terms, and seconds since the run began. `epoch`
+    returns only after the line is on disk. If the folder cannot be written, the run continues without a history file.
 
     Args:
         inner: the reporter that shows the progress.
@@ -57,7 +57,7 @@ class HistoryRecorder:
 
     @property
     def history(self) -> list[Point]:
-        """Return the finite values of all epochs so far, thinned evenly to at most POINTS. The first and last stay."""
+        """Return the finite values of at most POINTS epochs, evenly spread, including the first and the last."""
         return thin([{name: v for name, v in point.items() if math.isfinite(v)} for point in self._points])
 
     def start(self, title: str, total_steps: int) -> None:
@@ -80,11 +80,11 @@ class HistoryRecorder:
     def rewind(self, step: int) -> None:
         """Drop the epochs recorded after `step`.
 
-        The first call of `epoch` also calls `rewind`, unless `rewind` was called before. An epoch that is trained
-        again thus replaces its earlier line.
+        The first call of `epoch` also calls `rewind`, unless `rewind` was called before. If an epoch is trained
+        again, its new line therefore replaces the earlier one.
         """
         self._points = [point for point in self._points if point["step"] <= step]
-        self._write(self._points, replace=True)  # drops a half-written last line
+        self._write(self._points, replace=True)  # also drops a half-written last line
         if self._tensorboard and self._writable and self._writer is None:
             from torch.utils.tensorboard.writer import SummaryWriter
 

@@ -40,7 +40,7 @@ def card(manifest: Manifest, version: int | None, notes: Sequence[str], plots: S
     Args:
         version: the published version, or None before publication.
         notes: messages about the data and the training.
-        plots: names of the plots. Each is beside the card as <name>.png.
+        plots: names of the plots, which are the files <name>.png beside the card.
     """
     sections = {
         "What it is": _summary(manifest),
@@ -139,7 +139,7 @@ DENOISING = (
 
 
 def _limits(manifest: Manifest) -> Iterator[str]:
-    """Yield the limits of this model and the limits of all models."""
+    """Yield when not to trust this model: first the limits of this model, then those of all models."""
     error, pca_error = manifest.metrics.get("reconstruction_error"), manifest.metrics.get("pca_error")
     if manifest.kind != "pca" and error is not None and pca_error is not None and error >= pca_error:
         if _denoises(manifest):

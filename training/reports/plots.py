@@ -54,7 +54,7 @@ NAMES = {
     "held_out_loss": "loss, held-out rows",
 }
 TIMES = ("epoch", "step", "seconds")
-NEGATED = {"reconstruction", "elbo", "bound"}  # terms that rise as the loss falls, so they are plotted negated
+NEGATED = {"reconstruction", "elbo", "bound"}  # terms that rise as the loss falls; the plot shows minus the term
 LOSSES = ("elbo", "bound", "squared_error", "held_out_loss", "loss")  # comparable terms, plotted on one axis
 
 Floats = npt.NDArray[np.float64]
@@ -137,7 +137,7 @@ def _curves(axis: Axes, history: list[dict[str, float]], names: list[str]) -> No
 
 
 def latents(model: FittedModel) -> Figure | None:
-    """Plot the information in each latent, sorted: its KL for a VAE, else the variance of the latent."""
+    """Plot how much information each latent carries, in descending order: the KL for a VAE, else the variance."""
     report = model.manifest.latent_report
     if not report:
         return None
@@ -189,7 +189,7 @@ def scree(model: FittedModel) -> Figure | None:
 
 
 def _activity_threshold(model: FittedModel) -> float | None:
-    """Return beta times the variance of a Gaussian likelihood, in model units; None for other models."""
+    """Return beta times the variance of the Gaussian likelihood of a VAE, in model units; None for other models."""
     core = model.pipeline.core
     if not isinstance(core, VAE) or not isinstance(core.likelihood, GaussianLikelihood):
         return None
@@ -230,7 +230,7 @@ def latent_map(model: FittedModel) -> Figure | None:
 
 
 def _two_dimensions(model: FittedModel) -> tuple[Floats, list[str]]:
-    """Return latents [M, 1 or 2] and axis names: the latents with the most KL, or the principal directions."""
+    """Return the one or two coordinates to plot, [M, 1 or 2], and their names: latents or principal directions."""
     report = model.manifest.latent_report
     if report and report[0].kl is not None:
         order = sorted(range(len(report)), key=lambda index: -(report[index].kl or 0.0))[:2]
@@ -240,14 +240,14 @@ def _two_dimensions(model: FittedModel) -> tuple[Floats, list[str]]:
     centred = model.latents - model.latents.mean(axis=0)
     _, singular, directions = np.linalg.svd(centred, full_matrices=False)
     variances = np.square(singular)
-    shares = variances / max(variances.sum(), np.finfo(np.float64).tiny)  # all latents may be constant
+    shares = variances / max(variances.sum(), np.finfo(np.float64).tiny)  # not 0, even if all latents are constant
     return centred @ directions[:2].T, [
         f"principal direction {i + 1} of the latents ({shares[i]:.0%})" for i in range(2)
     ]
 
 
 def reconstructions(model: FittedModel) -> Figure:
-    """Plot held-out rows and their reconstructions: image pairs, or observed against expected values per feature."""
+    """Plot held-out rows and their reconstructions, as pairs of images or as one scatter plot per feature."""
     return _image_pairs(model) if model.manifest.is_image else _observed_against_expected(model)
 
 
@@ -296,7 +296,7 @@ def _observed_against_expected(model: FittedModel) -> Figure:
 
 
 def samples(model: FittedModel) -> Figure:
-    """Plot samples from the generative prior beside held-out rows: images, or histograms per feature."""
+    """Plot samples from the generative prior beside held-out rows, as images or as one histogram per feature."""
     return _image_samples(model) if model.manifest.is_image else _histograms(model)
 
 
@@ -364,7 +364,7 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
 
 
 def _figure(rows: int, columns: int, width: float, height: float, show_axes: bool = True) -> tuple[Figure, list[Axes]]:
-    """Return a figure and its rows x columns panels, each `width` by `height` inches."""
+    """Return a figure and its panels in `rows` rows and `columns` columns, each `width` by `height` inches."""
     figure = Figure(
         figsize=(columns * width, rows * height), dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
     )

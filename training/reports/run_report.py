@@ -35,8 +35,8 @@ def write_run(
     Args:
         version: the published version of the model.
         held_out: rows [M, D], raw units, NaN where a value is missing.
-        labels: labels [M] of these rows, which colour the map of latents.
-        label_names: name of each label, if labels have names.
+        labels: labels [M] of the held-out rows; they set the colours in the map of latents.
+        label_names: the names of labels 0, 1, ..., if known.
         notes: messages about the data and the training, repeated in the card.
     """
     plots: list[str] = []
@@ -63,7 +63,7 @@ def write_run(
 
 
 def write_card(folder: Path, manifest: Manifest, version: int, notes: Sequence[str], plots: Sequence[str]) -> list[str]:
-    """Write card.md into `folder`, which is created if needed. Return a list: a warning if writing fails, else empty.
+    """Write card.md into `folder`, which is created if needed. Return a list with a warning if that fails, else [].
 
     Args:
         plots: names of the plots in `folder`.

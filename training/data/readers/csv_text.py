@@ -98,12 +98,12 @@ def _read_frames(path: Path, start: int, width: int, line: int) -> Iterator["pl.
     """Yield the rows as text, with null for an empty cell. Empty lines at the end of the file are not rows.
 
     Args:
-        line: the number of the line that ends before `start`.
+        line: the number of the last line before `start`, counted from 1.
     """
     import polars as pl
 
     names = [str(index) for index in range(width)]
-    blank = pl.DataFrame(schema=dict.fromkeys(names, pl.String))  # empty rows at the end of the pieces so far
+    blank = pl.DataFrame(schema=dict.fromkeys(names, pl.String))  # trailing empty rows, kept until a filled row follows
     for piece in _read_pieces(path, start):
         try:
             frame = pl.read_csv(",".join(names).encode() + b"\n" + piece, infer_schema=False)
@@ -126,7 +126,7 @@ def _refuse_ragged_lines(piece: bytes, width: int, path: Path, line: int) -> Non
     """Raise DataError for the first line of `piece` that has more or fewer values than the header.
 
     Args:
-        line: the number of the line before the piece.
+        line: the number of the last line before the piece, counted from 1.
     """
     with suppress(csv.Error):
         rows = csv.reader(io.StringIO(piece.decode(errors="replace"), newline=""))

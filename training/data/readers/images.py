@@ -24,13 +24,13 @@ MAX_BLOCK_IMAGES = 64  # maximum number of images per block
 
 
 def read_images(path: Path, options: ReadOptions) -> RawTable:
-    """Return the images in the folder `path`. If they are in sub-folders, the names of these folders are the labels.
+    """Return the images in the folder `path`. If the images are in sub-folders, each sub-folder is a label.
 
     A row is [H, W] if all images are grey, else [H, W, 3]. Images are rotated as their EXIF data specify. For an
     animation, the first frame is used. Transparent pixels are blended with white. 16-bit channels become 8-bit ones.
 
     Raises:
-        DataError: the folder has no images, or an image is damaged or differs in size.
+        DataError: the folder has no images, an image is damaged, or images differ in size and the options set no size.
     """
     if options.drop:
         raise DataError(f"{path} is a folder of images and has no columns to drop: leave --drop out")
@@ -128,7 +128,7 @@ def _has_colour_and_transparency(path: Path) -> tuple[bool, bool]:
 
 
 def _row_shape(first: Path, options: ReadOptions, any_colour: bool) -> tuple[int, ...]:
-    """Return [H, W] or [H, W, 3]: the shape that the options require, else that of the first image."""
+    """Return the shape of a row, [H, W] or [H, W, 3]. H and W come from the options, else from the first image."""
     if options.shape is not None:
         if len(options.shape) == 2 or (len(options.shape) == 3 and options.shape[2] == 3):
             return options.shape
@@ -148,7 +148,7 @@ def _read_pixels(path: Path, first: Path, shape: tuple[int, ...] | None, resize:
     Args:
         first: the first image of the folder, for messages.
         shape: [H, W] or [H, W, 3]; None to return a grey image in its own size.
-        resize: whether to crop and resize an image of another size; if false, such an image is refused.
+        resize: whether an image of another size is cropped and resized; if false, such an image raises DataError.
     """
     from PIL import Image, ImageOps
 

@@ -43,7 +43,7 @@ def _damage_as_data_error(path: Path) -> Iterator[None]:
 
 
 def _slices(scan: "pl.LazyFrame", rows: int, step: int, path: Path) -> Iterator["pl.DataFrame"]:
-    """Yield the rows in slices. polars decodes only the pages of a slice, even if the file is a single row group."""
+    """Yield the rows in slices. polars decodes only the pages that a slice needs, even within a row group."""
     for start in range(0, rows, step):
         with _damage_as_data_error(path):
             frame = scan.slice(start, step).collect()

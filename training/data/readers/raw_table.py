@@ -1,4 +1,4 @@
-"""The argument (`ReadOptions`) and the result (`RawTable`) of every reader. The numbers are not checked yet."""
+"""Every reader takes `ReadOptions` and returns a `RawTable`, whose numbers are not checked yet."""
 
 import csv
 import io
@@ -31,21 +31,21 @@ class ReadOptions:
 class RawTable:
     """An opened source. Its rows are read while `blocks` is iterated."""
 
-    blocks: Iterator[Block]  # raises DataError if the source is damaged or does not contain numbers
+    blocks: Iterator[Block]  # iteration raises DataError if the source is damaged or does not contain numbers
     shape: tuple[int, ...]  # shape of one row; the product is D
     dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.float32))  # a dtype that can store all values
     rows: int | None = None  # number of rows N, if known in advance; an estimate for CSV
     names: list[str] | None = None  # names of the D columns, if the source has names
     units: list[str | None] | None = None
     pixel_range: tuple[float, float] | None = None
-    first_line: int | None = None  # line of row 0 in a text file; None for other files
+    first_line: int | None = None  # line number of row 0 if the source is a text file, else None
     label_names: list[str] | None = None  # the meaning of labels 0, 1, ...
     notes: list[str] = field(default_factory=list)  # notes for the user; complete when all blocks have been read
-    file_array: FileArray | None = None  # [N, D]: the source file itself, if its rows can be read in any order
+    file_array: FileArray | None = None  # values [N, D] in the source file, if the rows can be read in any order
 
 
 def describe_row(row: int, first_line: int | None) -> str:
-    """Return the words with which a message refers to `row`, counted from 0."""
+    """Return how a message refers to `row`, counted from 0: `row 3`, or `row 3 (line 5)` for a text file."""
     return f"row {row}" if first_line is None else f"row {row} (line {row + first_line})"
 
 
