@@ -24,10 +24,16 @@ SLOW_FIXTURES = {"artifacts", "browser", "demonstration"}  # fixtures that train
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that use a slow fixture, directly or through another fixture, as slow."""
+    """Mark the tests that use a slow fixture, directly or through another fixture, as slow, and put slow files first.
+
+    The two processes of `make test` take one file after another. If a slow file came last, one process would wait for
+    the other.
+    """
     for item in items:
         if isinstance(item, pytest.Function) and SLOW_FIXTURES & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)
+    slow_files = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow_files)  # a stable sort: the tests of a file stay together
 
 
 @pytest.fixture(scope="session")

@@ -39,8 +39,8 @@ class TrainConfig(BaseModel):
     hidden: tuple[int, ...] | None = Field(
         None,
         description="widths of the encoder's hidden layers, mirrored by the decoder (for conv: channels per stage; "
-        "each stage halves the image); none makes the networks linear; default: 128,64 for tables, 256,128 for images, "
-        "32,64 for conv",
+        "each stage halves the image); the value 'none' makes the networks linear; default: 128,64 for tables, "
+        "256,128 for images, 32,64 for conv",
     )
     dense: tuple[int, ...] = Field(
         (),
@@ -87,8 +87,8 @@ class TrainConfig(BaseModel):
     warm_up: int = Field(
         0,
         ge=0,
-        description="steps over which the weight of the KL term rises from 0 to beta; with --samples above 1: "
-        "steps that use a single sample (vae)",
+        description="number of steps, from the start of training, over which the weight of the KL term rises from 0 to "
+        "beta; if --samples is above 1, these first steps draw only one sample per row (vae)",
     )
     free_bits: float = Field(0.0, ge=0, description="nats of KL per latent that are not penalised (vae)")
     samples: int = Field(

@@ -1,6 +1,7 @@
 """Measure the minimum cost of a response.
 
-The parts of the cost are the neural network and JSON, each alone on one core, and HTTP, with an echo server.
+The cost has three parts: the neural network, JSON and HTTP. The network and JSON are each measured alone on one core.
+HTTP is measured with an echo server.
 """
 
 from collections.abc import Callable

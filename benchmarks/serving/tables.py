@@ -51,7 +51,7 @@ def print_anomaly(results: Results) -> None:
 
 
 def print_lower_bounds(columns: Sequence[Column], results: Results) -> None:
-    """Print the rates without a server, and the processor time per response that Elbo adds to the minimum."""
+    """Print the rates without a server, the least processor time per response, and the time that Elbo adds to it."""
     parts = list(dict.fromkeys(part for part, _ in results.lower_bounds))
     sizes = list(dict.fromkeys(size for _, size in results.lower_bounds))
     _print_table(

@@ -14,7 +14,7 @@ READY = b"R"
 CONNECTION = b"c"
 DRAIN = b"d"
 BACKLOG = 2048  # maximum number of connections that the kernel keeps until they are accepted
-CLOSED_CONNECTIONS = ("connections_closed",)  # key of a worker's number of closed connections, in shared memory
+CLOSED_CONNECTIONS = ("connections_closed",)  # key under which a worker counts the connections it has closed
 _MAX_MESSAGES = 256  # maximum number of messages that one call of `receive` reads
 
 

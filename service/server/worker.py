@@ -20,7 +20,7 @@ from service.shared_memory import SharedCounters, SharedNumber
 
 log = logging.getLogger("elbo.service")
 SWITCH_INTERVAL = 0.0005  # in seconds; with Python's default, the event loop may delay the inference thread by 5 ms
-LINGER_SECONDS = 0.5  # how long clients may send one more request on open connections when the server stops
+LINGER_SECONDS = 0.5  # when the server stops, open connections stay open for this time for one more request
 
 
 class Server(uvicorn.Server):

@@ -58,6 +58,6 @@ def _standard_deviation(moments: Moments, images: bool) -> Tensor:
     largest = torch.maximum(moments.low.abs(), moments.high.abs())
     if images:
         stand_in = torch.ones_like(deviation)
-    else:  # small, so that the score rises if a column that was constant changes
+    else:  # small, so that the score rises when a column varies that was constant in training
         stand_in = CONSTANT_COLUMN_SCALE * torch.where(largest > 0.0, largest, 1.0)
     return torch.where(deviation <= NEGLIGIBLE_DEVIATION * largest, stand_in, deviation)

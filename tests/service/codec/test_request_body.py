@@ -109,7 +109,7 @@ def test_repeated_or_quoted_strings_are_not_mistaken_for_duplicate_keys(body: st
         max_size=4,
     )
 )
-def test_any_object_is_read_as_json_loads_reads_it(document: dict[str, Any]) -> None:
+def test_result_for_any_object_equals_that_of_json_loads(document: dict[str, Any]) -> None:
     for text in (json.dumps(document), json.dumps(document, ensure_ascii=False, indent=2)):
         assert read_fields("application/json", text.encode(), "inputs").values == document
 

@@ -74,7 +74,7 @@ def test_no_line_is_longer_than_120_characters(path: Path) -> None:
     assert not too_long, f"lines {too_long} of {path}"
 
 
-def test_npm_packages_are_locked_without_a_registry_host() -> None:
+def test_npm_lock_file_names_no_registry_host() -> None:
     lock = json.loads((ROOT / "package-lock.json").read_text())
     manifest = json.loads((ROOT / "package.json").read_text())
     packages = {name: package for name, package in lock["packages"].items() if name}

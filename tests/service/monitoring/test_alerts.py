@@ -62,7 +62,7 @@ def test_each_group_of_a_model_has_one_alert_for_all_versions() -> None:
     assert state.active["m", "a"].rows == 3
 
 
-def test_alert_names_only_causes_counted_since_it_began() -> None:
+def test_alert_lists_only_the_causes_counted_since_the_alert_began() -> None:
     state = AlertState(RESOLVE_SECONDS)
     old: dict[Labels, list[float]] = {("m", "1", f"old{i}"): [100.0] for i in range(5)}
     old["n", "1", "other"] = [1.0]

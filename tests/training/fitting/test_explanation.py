@@ -44,7 +44,7 @@ def test_expected_value_is_the_conditional_mean_of_a_gaussian() -> None:
         np.testing.assert_allclose(conditional[:, i], u[:, others] @ solved, atol=1e-4)
 
 
-def test_contribution_is_the_larger_of_two_squared_distances_that_have_a_mean_of_1() -> None:
+def test_contribution_is_the_larger_of_two_squared_distances_each_scaled_to_a_mean_of_1() -> None:
     x = correlated()
     u = standardise(torch.from_numpy(x))(torch.from_numpy(x))
     model = expectations(x)
