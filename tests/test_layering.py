@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "service.errors": "models.errors",
     "service.settings": "",
     "service.shared_memory": "",
-    "service.codec": "models.errors errors",
+    "service.codec": "models.columns models.errors errors",
     "service.inference": "models.artifact models.manifest models.errors codec errors shared_memory",
     "service.schemas": "models.manifest inference",
     "service.anomaly": "models.errors schemas inference codec errors",

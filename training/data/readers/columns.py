@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from models.columns import FALSE, MISSING, TRUE, parse_title
 from models.errors import join_names
 from training.data.readers.raw_table import Block, RawTable, ReadOptions, describe_row, format_option
 from training.errors import DataError
@@ -21,10 +22,6 @@ if TYPE_CHECKING:
     import polars as pl
 
 LABEL_COLUMNS = ("label", "y")
-MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?", "-"})
-TRUE = frozenset({"true", "yes"})
-FALSE = frozenset({"false", "no"})
-UNIT = re.compile(r"(?P<name>.*\S)\s+\[(?P<unit>[^\[\]]+)\]")
 DATE = re.compile(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([T ].*)?|\d{1,2}:\d{2}(:.*)?")
 IDENTIFIER_NAME = re.compile(r"(.*_)?id|uuid|index", re.IGNORECASE)
 MIN_IDENTIFIER_ROWS = 10  # with fewer rows, consecutive integers may be a coincidence
@@ -184,16 +181,14 @@ def _parse_header(header: Sequence[str], path: Path, typed: bool) -> list[Column
     columns: list[Column] = []
     positions: dict[str, int] = {}
     for index, title in enumerate(header):
-        text = " ".join(title.split())
-        match = UNIT.fullmatch(text)
-        name = match["name"] if match else text
+        name, unit = parse_title(title)
         if not name:
             raise DataError(f"{path}: column {index + 1} has no name: name it (pandas: write with index=False)")
         if name in positions:
             first = positions[name] + 1
             raise DataError(f"{path}: columns {first} and {index + 1} are both named {name!r}: rename one")
         positions[name] = index
-        columns.append(Column(name, match["unit"].strip() if match else None, index, typed))
+        columns.append(Column(name, unit, index, typed))
     return columns
 
 

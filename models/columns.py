@@ -1,0 +1,49 @@
+"""Titles of columns, and cells that are text: one set of rules for training files and for requests.
+
+A title is a name, optionally followed by a unit in brackets: `temp [°C]`. The manifest of an artifact stores the two
+parts separately, so training and serving must take titles apart in the same way.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+# Cells in lower case, without the spaces around them.
+MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?", "-"})
+TRUE = frozenset({"true", "yes"})
+FALSE = frozenset({"false", "no"})
+_UNIT = re.compile(r"(?P<name>.*\S)\s+\[(?P<unit>[^\[\]]+)\]")
+
+
+class Title(NamedTuple):
+    """The two parts of a column's title."""
+
+    name: str
+    unit: str | None
+
+
+def parse_title(title: str) -> Title:
+    """Return the name and the unit in `title`: `load [%]` is the name "load" with the unit "%".
+
+    Each run of white space counts as one space, and spaces around the title do not count.
+    """
+    text = " ".join(title.split())
+    match = _UNIT.fullmatch(text)
+    return Title(match["name"], match["unit"].strip()) if match else Title(text, None)
+
+
+def parse_cell(cell: str) -> float | str:
+    """Return the number in `cell`, or NaN for a missing value. Return `cell` itself if it is neither.
+
+    True and yes are 1, false and no are 0.
+    """
+    text = cell.strip()
+    try:
+        value = float(text)
+    except ValueError:
+        word = text.lower()
+        if word in MISSING:
+            return math.nan
+        return float(word in TRUE) if word in TRUE or word in FALSE else cell
+    # Python reads 1_000 and digits of other scripts, but polars, which reads training files, does not.
+    return value if text.isascii() and "_" not in text else cell
