@@ -59,7 +59,8 @@ class IdentifierDetector:
         """Add the next values [n] of the column."""
         if not len(values) or not (self.consecutive or (self.has_identifier_name and self.integers)):
             return
-        steps = np.diff(values, prepend=self.last if self.rows else values[0] - 1)
+        with np.errstate(invalid="ignore"):  # infinity - infinity; infinite cells are refused later
+            steps = np.diff(values, prepend=self.last if self.rows else values[0] - 1)
         self.rows += len(values)
         self.last = float(values[-1])
         self.integers = self.integers and bool((values == np.rint(values)).all())  # NaN is not an integer
