@@ -10,7 +10,8 @@ import { emptyMessage } from "../../ui/messages.js";
 const TITLE = "Active latents";
 const POSTERIOR_COLLAPSE =
   "A latent becomes inactive if it costs more in the KL term than it saves in the reconstruction error. That happens " +
-  "if its eigenvalue is below β times the variance of the decoder. The decoder then ignores the latent (Lucas et al. 2019).";
+  "if its eigenvalue is below β times the variance of the decoder. The decoder then ignores the latent " +
+  "(Lucas et al. 2019).";
 
 export function activityCard(model) {
   const report = model.latent_report ?? [];
