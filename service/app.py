@@ -110,6 +110,7 @@ def create_app(settings: Settings, counters: SharedCounters | None = None) -> Fa
         redirect_slashes=False,
         redoc_url=None,
         static_url="/static/docs",
+        telemetry={"auto_configure": False, "tracing": False, "metrics": False, "logs": False},  # sends nothing
     )
     app.state.service = service
     endpoints = routes.endpoints(service, receiver)

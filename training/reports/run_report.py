@@ -1,6 +1,9 @@
 """Write the report of a finished run: the model card and the plots."""
 
-from collections.abc import Sequence
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +44,8 @@ def write_run(
     """
     plots: list[str] = []
     try:
-        from training.reports.plots import FittedModel, render_plots
+        with _temporary_matplotlib_folder():
+            from training.reports.plots import FittedModel, render_plots
 
         folder.mkdir(parents=True, exist_ok=True)
         model = FittedModel(
@@ -60,6 +64,23 @@ def write_run(
         report.note(f"warning: failed to draw some plots in {folder} ({reason})")
     for warning in write_card(folder, manifest, version, notes, plots):
         report.note(warning)
+
+
+@contextmanager
+def _temporary_matplotlib_folder() -> Iterator[None]:
+    """Let matplotlib write its list of fonts into a temporary folder when it is imported, not into the home folder.
+
+    If MPLCONFIGDIR is set, matplotlib uses that folder.
+    """
+    if "MPLCONFIGDIR" in os.environ:
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MPLCONFIGDIR"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["MPLCONFIGDIR"]
 
 
 def write_card(folder: Path, manifest: Manifest, version: int, notes: Sequence[str], plots: Sequence[str]) -> list[str]:

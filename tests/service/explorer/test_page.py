@@ -128,3 +128,18 @@ def test_page_without_models_shows_how_to_train_one(browser: Browser, tmp_path: 
         explorer.open("?view=latent")
         expect(explorer.page.locator(".empty")).to_contain_text("elbo demo")
         assert explorer.errors == []
+
+
+def test_page_and_reference_load_nothing_from_another_host(browser: Browser, site_url: str) -> None:
+    requested: list[str] = []
+    with browser.new_context() as context:
+        page = context.new_page()
+        page.on("request", lambda request: requested.append(request.url))
+        for view in ("models", "reconstruct", "latent", "anomaly", "training", "pca", "quizzes"):
+            page.goto(f"{site_url}/?view={view}")
+            page.wait_for_load_state("networkidle")
+        page.goto(f"{site_url}/docs")
+        expect(page.locator(".opblock").first).to_be_visible()
+        page.wait_for_load_state("networkidle")
+    assert f"{site_url}/openapi.json" in requested
+    assert [url for url in requested if not url.startswith((site_url, "data:", "blob:"))] == []
