@@ -63,7 +63,7 @@ def create_app(settings: Settings, counters: SharedCounters | None = None) -> Fa
         ElboError: if the device is not available.
     """
     counters = counters or SharedCounters()
-    metrics = Metrics(counters, settings.alert_half_life)
+    metrics = Metrics(counters, settings.alert_half_life, settings.alert_max_age_seconds)
     access = AccessLog(settings.log_format, enabled=settings.log_level in ("debug", "info"))
     loader = ModelLoader(
         device=choose_device(settings.device),

@@ -158,6 +158,11 @@ class AnomalyBody(Body):
     detail: Literal["full", "none"] = Field(
         "full", description="none responds with counts only, for clients that do not read verdicts"
     )
+    observe: bool | None = Field(
+        None,
+        description="whether the rows are live traffic. If false, they raise no alerts, are no evidence of drift, and "
+        "count only in `elbo_unobserved_rows_total`. By default ELBO_OBSERVE",
+    )
 
 
 _IMPUTED = "number of missing values in the rows, replaced by training medians; absent if none was missing"

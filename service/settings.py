@@ -69,6 +69,9 @@ class Settings(BaseSettings):
     alertmanager_url: str = Field(
         "", description="Alertmanager to push alerts to, such as http://host:9093; empty pushes none"
     )
+    alert_severity: str = Field(
+        "page", min_length=1, description="value of the label `severity` of the alerts that are pushed to Alertmanager"
+    )
     alert_half_life: float = Field(
         3.0,
         ge=0,
@@ -77,6 +80,18 @@ class Settings(BaseSettings):
     )
     alert_calm_seconds: float = Field(
         120.0, gt=0, le=86400, description="seconds that a group must be normal before its alert is resolved"
+    )
+    alert_max_age_seconds: float = Field(
+        3600.0,
+        gt=0,
+        le=1e9,
+        description="largest age of a row that can raise an alert and be evidence of drift, in seconds since the row's "
+        "timestamp; older rows are history",
+    )
+    observe: bool = Field(
+        True,
+        description="whether rows sent to /anomaly are live traffic if the request does not have the option `observe`; "
+        "other rows raise no alerts and are no evidence of drift. Remote write is always live traffic",
     )
     remote_write: Path | None = Field(
         None,

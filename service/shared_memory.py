@@ -122,13 +122,18 @@ class SharedCounters:
         self.local = self._segments[index]
         self.is_leader = index == 0
 
-    def sums(self, family: str) -> dict[Key, list[float]]:
-        """Return the arrays of `family` by label values, summed over the processes."""
+    def arrays(self, family: str) -> dict[Key, list["memoryview[float]"]]:
+        """Return the arrays of `family` by label values: one array per process that has created it."""
         arrays: defaultdict[Key, list[memoryview[float]]] = defaultdict(list)
         for segment in self._segments:
             for (name, *labels), entry in list(segment.entries().items()):
                 if name == family:
                     arrays[tuple(labels)].append(entry.values)
+        return arrays
+
+    def sums(self, family: str) -> dict[Key, list[float]]:
+        """Return the arrays of `family` by label values, summed over the processes."""
+        arrays = self.arrays(family)
         return {labels: [sum(column) for column in zip(*found, strict=True)] for labels, found in arrays.items()}
 
 

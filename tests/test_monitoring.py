@@ -21,6 +21,7 @@ import yaml
 from prometheus_client.core import Metric
 
 from service.anomaly.series_mapping import read_mappings
+from service.monitoring.alerts import AlertState
 from service.monitoring.metrics import Metrics
 from service.shared_memory import SharedCounters
 from tests.conftest import require
@@ -93,45 +94,146 @@ def test_promtool_and_amtool_accept_the_configuration() -> None:
         assert "FAILED" not in result.stdout + result.stderr
 
 
-def test_alert_rules_fire_and_stop_on_simulated_series(tmp_path: Path) -> None:
+Firing = dict[str, str]  # the labels of an alert that fires, without `severity`
+
+
+def check_rules(folder: Path, series: dict[str, str], cases: list[tuple[str, str, list[Firing]]]) -> None:
+    """Let promtool evaluate the alert rules on simulated series.
+
+    Args:
+        folder: where the test file is written.
+        series: the values of each series, one per minute, in promtool's notation.
+        cases: the time, the name of an alert, and the labels of the alerts of that name that must fire then.
+    """
     require_programs("promtool")
-    labels = {"instance": "api:8000", "model": "node", "version": "1"}
-    series = "{" + ", ".join(f'{name}="{value}"' for name, value in labels.items()) + "}"
-    stale = {"exp_labels": labels | {"severity": "ticket"}}
-    down = {"exp_labels": {"instance": "api:8000", "job": "elbo", "severity": "page"}}
-    tests = {
-        "rule_files": [str(DEPLOY / "prometheus" / "elbo.rules.yml")],
-        "evaluation_interval": "1m",
-        "tests": [
-            {
-                "interval": "1m",
-                "input_series": [
-                    {"series": f"elbo_drift_alarm{series}", "values": "0x9 1x40 0x10"},
-                    {"series": 'up{job="elbo", instance="api:8000"}', "values": "1x4 0x4 1x60"},
-                ],
-                "alert_rule_test": [
-                    {"eval_time": "30m", "alertname": "ElboModelStale", "exp_alerts": []},
-                    {"eval_time": "45m", "alertname": "ElboModelStale", "exp_alerts": [stale]},
-                    {"eval_time": "55m", "alertname": "ElboModelStale", "exp_alerts": []},
-                    {"eval_time": "7m", "alertname": "ElboDown", "exp_alerts": [down]},
-                    {"eval_time": "12m", "alertname": "ElboDown", "exp_alerts": []},
-                ],
-            }
+    rules = yaml.safe_load((DEPLOY / "prometheus" / "elbo.rules.yml").read_text())["groups"][0]["rules"]
+    rule_of = {rule["alert"]: rule for rule in rules}
+
+    def expected(alert: str, labels: Firing) -> dict[str, dict[str, str]]:
+        annotations = {
+            name: re.sub(r"\{\{ \$labels\.(\w+) \}\}", lambda match: labels[match[1]], text)
+            for name, text in rule_of[alert]["annotations"].items()
+        }
+        return {"exp_labels": labels | rule_of[alert]["labels"], "exp_annotations": annotations}
+
+    test = {
+        "interval": "1m",
+        "input_series": [{"series": name, "values": values} for name, values in series.items()],
+        "alert_rule_test": [
+            {"eval_time": when, "alertname": alert, "exp_alerts": [expected(alert, labels) for labels in firing]}
+            for when, alert, firing in cases
         ],
     }
-    rules = yaml.safe_load((DEPLOY / "prometheus" / "elbo.rules.yml").read_text())["groups"][0]["rules"]
-    labels_by_alert = {"ElboModelStale": labels, "ElboDown": {"instance": "api:8000"}}
-    for case in tests["tests"][0]["alert_rule_test"]:  # type: ignore[index] # YAML
-        rule = next(rule for rule in rules if rule.get("alert") == case["alertname"])
-        for alert in case["exp_alerts"]:
-            alert["exp_annotations"] = {
-                name: re.sub(r"\{\{ \$labels\.(\w+) \}\}", lambda m: labels_by_alert[case["alertname"]][m[1]], text)  # noqa: B023 - the function is called in this iteration
-                for name, text in rule["annotations"].items()
-            }
-    path = tmp_path / "tests.yml"
-    path.write_text(yaml.safe_dump(tests))
+    path = folder / "tests.yml"
+    rules_file = str(DEPLOY / "prometheus" / "elbo.rules.yml")
+    path.write_text(yaml.safe_dump({"rule_files": [rules_file], "evaluation_interval": "1m", "tests": [test]}))
     result = subprocess.run(["promtool", "test", "rules", str(path)], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+API = {"instance": "api:8000"}
+
+
+def requests(endpoint: str, status: int) -> str:
+    """Return the name of the series that counts the requests to `endpoint` with `status`."""
+    return f'elbo_requests_total{{instance="api:8000", endpoint="{endpoint}", model="", version="", status="{status}"}}'
+
+
+def test_alert_rules_fire_and_stop_on_simulated_series(tmp_path: Path) -> None:
+    model = API | {"model": "node", "version": "1"}
+    series = {
+        'elbo_drift_alarm{instance="api:8000", model="node", version="1"}': "0x9 1x40 0x10",
+        'up{job="elbo", instance="api:8000"}': "1x4 0x4 1x60",
+    }
+    down = API | {"job": "elbo"}
+    cases: list[tuple[str, str, list[Firing]]] = [
+        ("30m", "ElboModelStale", []), ("45m", "ElboModelStale", [model]), ("55m", "ElboModelStale", []),
+        ("7m", "ElboDown", [down]), ("12m", "ElboDown", []),
+    ]  # fmt: skip
+    check_rules(tmp_path, series, cases)
+
+
+def test_every_rule_has_the_severity_page_or_ticket() -> None:
+    rules = yaml.safe_load((DEPLOY / "prometheus" / "elbo.rules.yml").read_text())["groups"][0]["rules"]
+    assert {rule["labels"]["severity"] for rule in rules} == {"page", "ticket"}
+
+
+@pytest.mark.parametrize("endpoint", ["/api/v1/write", "/anomaly", "/anomaly:stream", "/readyz"])
+def test_failure_alert_does_not_fire_before_the_first_model_is_published(tmp_path: Path, endpoint: str) -> None:
+    """On the first day, every sender gets 503 for hours, while Prometheus scrapes /metrics."""
+    series = {requests(endpoint, 503): "0+12x300", requests("/metrics", 200): "0+4x300"}
+    check_rules(tmp_path, series, [(f"{minutes}m", "ElboFails", []) for minutes in (6, 30, 290)])
+
+
+def test_failure_alert_does_not_fire_when_the_first_model_is_published(tmp_path: Path) -> None:
+    """The last responses with 503 and the first with 204 are in the same window of five minutes."""
+    series = {requests("/api/v1/write", 503): "0+12x60 720x60", requests("/api/v1/write", 204): "_x60 0+12x60"}
+    check_rules(tmp_path, series, [(f"{minutes}m", "ElboFails", []) for minutes in range(55, 90, 5)])
+
+
+@pytest.mark.parametrize("endpoint", ["/api/v1/write", "/anomaly"])
+def test_failure_alert_fires_if_an_endpoint_that_has_succeeded_responds_with_503(tmp_path: Path, endpoint: str) -> None:
+    """The model is served for an hour, then it is gone. The 1st window with 503 ends 1 minute later."""
+    series = {requests(endpoint, 200): "0+12x60 720x60", requests(endpoint, 503): "0x60 12+12x60"}
+    check_rules(tmp_path, series, [("60m", "ElboFails", []), ("68m", "ElboFails", [API]), ("115m", "ElboFails", [API])])
+
+
+def test_failure_alert_fires_if_the_server_restarts_without_the_model_that_it_served(tmp_path: Path) -> None:
+    """A restart removes the series of successes, because they are counted in memory."""
+    series = {requests("/api/v1/write", 204): "0+12x60 _x60", requests("/api/v1/write", 503): "_x60 0+12x60"}
+    check_rules(tmp_path, series, [("68m", "ElboFails", [API])])
+
+
+@pytest.mark.parametrize("status", [500, 504])
+def test_failure_alert_fires_for_other_errors_of_the_server_even_on_the_first_day(tmp_path: Path, status: int) -> None:
+    series = {requests("/anomaly", status): "0+1x60", requests("/anomaly", 200): "0+9x60"}
+    check_rules(tmp_path, series, [("4m", "ElboFails", []), ("20m", "ElboFails", [API])])
+
+
+def test_failure_alert_does_not_fire_for_one_error_in_a_thousand_requests(tmp_path: Path) -> None:
+    series = {requests("/anomaly", 500): "0+1x60", requests("/anomaly", 200): "0+999x60"}
+    check_rules(tmp_path, series, [("20m", "ElboFails", []), ("50m", "ElboFails", [])])
+
+
+@contextmanager
+def running_alertmanager(folder: Path) -> Iterator[httpx.Client]:
+    """Run the real Alertmanager with the configuration of deploy/, and yield a client of its API."""
+    require_programs("prometheus-alertmanager")
+    (port,) = free_ports(1)
+    command = [
+        "prometheus-alertmanager", f"--config.file={DEPLOY}/alertmanager/alertmanager.yml", "--cluster.listen-address=",
+        f"--storage.path={folder}/am", f"--web.listen-address=127.0.0.1:{port}",
+    ]  # fmt: skip
+    with running_program(*command), httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+        wait_until(is_up(port, "/-/ready"), 60, httpx.TransportError)
+        yield client
+
+
+def test_no_other_alert_about_a_model_mutes_the_alert_about_its_anomalies(tmp_path: Path) -> None:
+    """Every alert of the rules fires for the model at once; Alertmanager must still notify of the anomaly."""
+    rules = yaml.safe_load((DEPLOY / "prometheus" / "elbo.rules.yml").read_text())["groups"][0]["rules"]
+    labels = {"model": "node", "version": "1", "instance": "api:8000", "job": "elbo", "code": "overloaded"}
+    others = [{"labels": labels | rule["labels"] | {"alertname": rule["alert"]}} for rule in rules]
+    state = AlertState(60)
+    state.update(0, {}, lambda _: [])
+    now = time.time()
+    (anomaly,) = state.update(now, {("node", "1", "web1"): [1.0]}, lambda _: ["cpu 9 (expected 1)"]).values()
+    with running_alertmanager(tmp_path) as client:
+        assert client.post("/api/v2/alerts", json=others).status_code == 200
+        assert client.post("/api/v2/alerts", json=[anomaly]).status_code == 200
+
+        def listed() -> dict[str, dict[str, Any]]:
+            return {alert["labels"]["alertname"]: alert for alert in client.get("/api/v2/alerts").json()}
+
+        wait_until(lambda: len(listed()) == len(rules) + 1)
+        wait_until(lambda: all(alert["status"]["state"] != "unprocessed" for alert in listed().values()))
+        found = listed()
+    status = found["ElboAnomaly"]["status"]
+    assert (status["state"], status["inhibitedBy"]) == ("active", [])
+    receivers = {name: [receiver["name"] for receiver in alert["receivers"]] for name, alert in found.items()}
+    assert receivers == {
+        "ElboAnomaly": ["page"], **{rule["alert"]: [rule["labels"]["severity"]] for rule in rules}
+    }  # fmt: skip
 
 
 # The whole loop
@@ -272,9 +374,11 @@ def test_anomaly_in_node_metrics_raises_an_alert_that_ends_with_the_anomaly(tmp_
         app.overloaded = True
         wait_until(lambda: anomaly_alerts(alertmanager) != [], 60, httpx.TransportError)
         (alert,) = anomaly_alerts(alertmanager)
-        assert alert["labels"] == {"alertname": "ElboAnomaly", "model": "node", "group": "web1"}
+        labels = {"alertname": "ElboAnomaly", "severity": "page", "model": "node", "group": "web1"}
+        assert alert["labels"] == labels
         assert alert["status"]["state"] == "active"
-        assert "main causes: app_" in alert["annotations"]["description"]
+        causes = r"main causes: app_\w+ \S+ \(expected \S+\)"
+        assert re.search(causes, alert["annotations"]["description"])
         app.overloaded = False
         wait_until(lambda: anomaly_alerts(alertmanager) == [], 60, httpx.TransportError)
         text = httpx.get(f"http://127.0.0.1:{elbo}/metrics").text

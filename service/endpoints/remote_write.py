@@ -139,7 +139,7 @@ class RemoteWriteEndpoint:
         self._service.metrics.anomalies.count_samples(served, aligner.outcomes)
         aligner.outcomes.clear()
         due = aligner.pop_ready(monotonic(), flush=everything)
-        body = AnomalyBody(alpha=mapping.alpha, time=TIME, group=GROUP)
+        body = AnomalyBody(alpha=mapping.alpha, time=TIME, group=GROUP, observe=True)
         run = partial(run_when_free, self._service, served)
         batch_rows = self._service.settings.max_rows
         for start in range(0, len(due), batch_rows):

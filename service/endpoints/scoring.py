@@ -1,4 +1,4 @@
-"""Score rows for anomalies and count the verdicts in the metrics."""
+"""Score rows for anomalies, and count the verdicts in the metrics if the rows are live traffic."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -40,7 +40,10 @@ async def score_rows(
     if input_rows.parsed.rows:
         outputs = await run(operations.anomaly(body.alpha), served.row_schema.impute(input_rows.parsed))
         verdicts = decide(input_rows, Scores(*outputs), body)
-    service.metrics.anomalies.count(served, input_rows, verdicts)
+    if service.settings.observe if body.observe is None else body.observe:
+        service.metrics.anomalies.count(served, input_rows, verdicts)
+    else:
+        service.metrics.anomalies.count_unobserved(served, input_rows)
     return verdicts
 
 

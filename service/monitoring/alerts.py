@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -26,7 +26,6 @@ TIMEOUT_SECONDS = 5.0  # time limit of one attempt to send alerts
 MAX_BATCH = 100  # maximum number of alerts per request
 API_PATH = "/api/v2/alerts"
 ALERT_NAME = "ElboAnomaly"
-MAX_CAUSES = 3  # maximum number of features that an alert names
 
 Key = tuple[str, str]  # model, group
 Labels = tuple[str, ...]
@@ -38,13 +37,13 @@ Counts = Mapping[Labels, Sequence[float]]
 class ActiveAlert:
     """An alert that is not resolved. Times are Unix seconds.
 
-    `causes_before`: the counters of anomalous rows by model, version and feature, just before the alert began.
+    `causes`: the features that explain the latest abnormal row, with the values seen and expected.
     """
 
     started: float
     last_abnormal: float
     version: str
-    causes_before: Mapping[Labels, float]
+    causes: Sequence[str] = ()
     rows: float = 0.0
     last_sent: float = -math.inf
 
@@ -57,14 +56,16 @@ class AlertState:
 
     Args:
         resolve_seconds: time without an abnormal row after which an alert is resolved.
+        severity: the value of the label `severity`.
     """
 
-    def __init__(self, resolve_seconds: float) -> None:
+    def __init__(self, resolve_seconds: float, severity: str = "page") -> None:
         self._resolve_seconds = resolve_seconds
-        self._counts_before: tuple[dict[Labels, float], dict[Labels, float]] | None = None
+        self._severity = severity
+        self._counts_before: dict[Labels, float] | None = None
         self.active: dict[Key, ActiveAlert] = {}
 
-    def update(self, now: float, alarms: Counts, causes: Counts) -> dict[Key, Alert]:
+    def update(self, now: float, alarms: Counts, causes_of: Callable[[Labels], Sequence[str]]) -> dict[Key, Alert]:
         """Return the alerts to send now: those that have begun, are due again, or are resolved.
 
         The first call returns no alerts: it only records the counters.
@@ -72,33 +73,33 @@ class AlertState:
         Args:
             now: Unix seconds.
             alarms: counters of abnormal rows by model, version and group.
-            causes: counters of anomalous rows by model, version and feature.
+            causes_of: returns the features that explain the latest abnormal row of a model, version and group, as text.
         """
-        alarm_counts = {labels: values[0] for labels, values in alarms.items()}
-        cause_counts = {labels: values[0] for labels, values in causes.items()}
-        alarms_before, causes_before = self._counts_before or (alarm_counts, cause_counts)
-        self._counts_before = alarm_counts, cause_counts
-        for labels, count in alarm_counts.items():
-            new_rows = count - alarms_before.get(labels, 0.0)
+        counts = {labels: values[0] for labels, values in alarms.items()}
+        counts_before = counts if self._counts_before is None else self._counts_before
+        self._counts_before = counts
+        for labels, count in counts.items():
+            new_rows = count - counts_before.get(labels, 0.0)
             if new_rows > 0:
                 model, version, group = labels
-                alert = self.active.setdefault((model, group), ActiveAlert(now, now, version, causes_before))
+                alert = self.active.setdefault((model, group), ActiveAlert(now, now, version))
                 alert.last_abnormal = now
                 alert.version = version
+                alert.causes = causes_of(labels)
                 alert.rows += new_rows
-        due = {key: self._due(now, key, cause_counts) for key in list(self.active)}
+        due = {key: self._due(now, key) for key in list(self.active)}
         return {key: alert for key, alert in due.items() if alert is not None}
 
-    def _due(self, now: float, key: Key, causes: Mapping[Labels, float]) -> Alert | None:
+    def _due(self, now: float, key: Key) -> Alert | None:
         """Return the alert of `key` if it must be sent now, else None. Remove the alert if it is resolved."""
         alert = self.active[key]
         if now - alert.last_abnormal >= self._resolve_seconds:
             del self.active[key]
-            return _payload(key, alert, causes, ends=now)
+            return _payload(key, alert, self._severity, ends=now)
         if now - alert.last_sent < RESEND_SECONDS:
             return None
         alert.last_sent = now
-        return _payload(key, alert, causes, ends=now + EXPIRY_SECONDS)
+        return _payload(key, alert, self._severity, ends=now + EXPIRY_SECONDS)
 
 
 class AlertSender:
@@ -202,22 +203,21 @@ class AlertSender:
             connection.close()
 
 
-def _payload(key: Key, alert: ActiveAlert, causes: Mapping[Labels, float], ends: float) -> Alert:
+def _payload(key: Key, alert: ActiveAlert, severity: str, ends: float) -> Alert:
     """Return an alert in the format of /api/v2/alerts.
 
     The labels of an alert never change, because Alertmanager identifies the alert by them.
     """
     model, group = key
-    of_model = {labels[2]: count for labels, count in causes.items() if labels[:2] == (model, alert.version)}
-    new_counts = {
-        feature: count - alert.causes_before.get((model, alert.version, feature), 0.0)
-        for feature, count in of_model.items()
-    }
-    features = sorted((feature for feature, count in new_counts.items() if count > 0), key=lambda f: -new_counts[f])
-    main_causes = f"; main causes: {', '.join(features[:MAX_CAUSES])}" if features else ""
+    main_causes = f"; main causes: {', '.join(alert.causes)}" if alert.causes else ""
     where = f" of {group}" if group else ""
     return {
-        "labels": {"alertname": ALERT_NAME, "model": model, **({"group": group} if group else {})},
+        "labels": {
+            "alertname": ALERT_NAME,
+            "severity": severity,
+            "model": model,
+            **({"group": group} if group else {}),
+        },
         "annotations": {
             "summary": f"model {model} finds rows{where} abnormal",
             "description": (

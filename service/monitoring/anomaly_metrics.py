@@ -1,19 +1,24 @@
 """Metrics of anomaly scoring: rows, anomalies by group and by cause, p-values, missing values, drift and alerts."""
 
+import logging
+import math
+import time
 from bisect import bisect_left
 from collections import Counter as Tally
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 from prometheus_client.core import Metric
 
 from service.anomaly.inputs import InputRows
 from service.anomaly.smoothing import RunningMean
-from service.anomaly.verdicts import Verdicts
+from service.anomaly.verdicts import Scores, Verdicts
 from service.inference.registry import Catalogue
 from service.inference.served_model import ServedModel
+from service.monitoring.alert_causes import MAX_CAUSES, MIN_SHARE, AlertCauses, Cause, format_cause
 from service.monitoring.drift import DriftDetector
-from service.monitoring.metric_types import Counter, Gauge, Histogram
+from service.monitoring.metric_types import Counter, Gauge, Histogram, Values
 from service.shared_memory import SharedCounters
 
 P_VALUE_BOUNDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -24,8 +29,11 @@ MAX_LOOP_ROWS = 4  # for at most this many rows, a Python loop is faster than Nu
 # Limit of the group labels, and of the feature labels, per model version. All further values are counted under OTHER.
 MAX_LABELS = 100
 OTHER = "other"
+HISTORY_P_VALUES = "history_p_values"  # key in shared memory; no metric may have this name
 MODEL_LABELS = ("model", "version")
 ModelLabels = tuple[str, str]
+
+log = logging.getLogger("elbo.anomalies")
 
 
 class AnomalyMetrics:
@@ -34,9 +42,11 @@ class AnomalyMetrics:
     Args:
         counters: the counters of all processes.
         half_life: number of rows after which the weight of a row in the running mean severity of its group has halved.
+        max_age: age in seconds above which a row with a timestamp is history. History is scored and counted, but raises
+            no alerts and is no evidence of drift.
     """
 
-    def __init__(self, counters: SharedCounters, half_life: float) -> None:
+    def __init__(self, counters: SharedCounters, half_life: float, max_age: float = math.inf) -> None:
         by_group = (*MODEL_LABELS, "group")
         by_feature = (*MODEL_LABELS, "feature")
         by_outcome = (*MODEL_LABELS, "outcome")
@@ -47,6 +57,15 @@ class AnomalyMetrics:
         )
         self.causes = Counter(
             counters, "elbo_anomaly_causes", "Anomalous rows, by the feature that contributed most", by_feature
+        )
+        self._unobserved = Counter(
+            counters, "elbo_unobserved_rows", "Rows of requests that are not live traffic (observe=false)", MODEL_LABELS
+        )
+        self._history = Counter(
+            counters,
+            "elbo_history_rows",
+            "Scored rows whose timestamp is older than ELBO_ALERT_MAX_AGE_SECONDS: they raise no alerts",
+            MODEL_LABELS,
         )
         self._failed = Counter(counters, "elbo_unreadable_rows", "Rows that could not be read or scored", MODEL_LABELS)
         self._unknown = Counter(
@@ -76,19 +95,26 @@ class AnomalyMetrics:
         self._undelivered = Gauge(counters, "elbo_alerts_waiting", "Alerts not yet delivered to Alertmanager")
         self._pushes = Counter(counters, "elbo_alert_pushes", "Alerts posted to Alertmanager, by outcome", ("outcome",))
         self._counted_pushes = dict.fromkeys(("sent", "refused", "retried"), 0)
+        # The p-values of history, which the drift statistic subtracts from `elbo_p_value`.
+        self._history_p_values = Histogram(counters, HISTORY_P_VALUES, "", MODEL_LABELS, P_VALUE_BOUNDS)
+        self._alert_causes = AlertCauses(counters)
         self._half_life = half_life
+        self._max_age = max_age
+        self._models_with_history: set[ModelLabels] = set()  # models whose history has been logged
         self._means: dict[tuple[ModelLabels, str], RunningMean] = {}  # by model and group label
         self._known_values: dict[tuple[str, str, str], set[str]] = {}  # by model, version and label name
         self._detectors: dict[ModelLabels, DriftDetector] = {}
 
     def count(self, served: ServedModel, input_rows: InputRows, verdicts: Verdicts | None) -> None:
-        """Count the rows of `input_rows`. `verdicts` is None if no row could be read."""
+        """Count the rows of `input_rows`, which are live traffic. `verdicts` is None if no row could be read."""
         model = served.metric_labels
         scored = 0
         if verdicts is not None:
             scored = verdicts.scores.usable_count
-            self._count_p_values(model, verdicts)
-            self._count_alarms(model, verdicts)
+            scores = verdicts.scores
+            p_values = scores.p_value if scores.all_finite else scores.p_value[scores.usable]
+            _count_p_values(self._p_values.local(model), p_values)
+            self._count_alarms(served, verdicts, self._live_rows(model, verdicts))
             if True in verdicts.is_anomaly:
                 self._count_anomalies(served, verdicts)
         self._scored.add(model, scored)
@@ -102,6 +128,10 @@ class AnomalyMetrics:
                 feature = self._limited(model, "feature", served.row_schema.names[column])
                 self._missing.add((*model, feature), float(missing_per_column[column]))
 
+    def count_unobserved(self, served: ServedModel, input_rows: InputRows) -> None:
+        """Count the rows of a request that is not live traffic. They count in no other metric of this class."""
+        self._unobserved.add(served.metric_labels, input_rows.rows_received)
+
     def count_samples(self, served: ServedModel, outcomes: Mapping[str, int]) -> None:
         """Count samples of remote write by outcome."""
         for outcome, count in outcomes.items():
@@ -111,37 +141,73 @@ class AnomalyMetrics:
         """Set the number of remote-write rows in this process that wait for more samples."""
         self._waiting.local(())[0] = rows
 
-    def _count_p_values(self, model: ModelLabels, verdicts: Verdicts) -> None:
-        buckets = self._p_values.local(model)
-        scores = verdicts.scores
-        p_values = scores.p_value if scores.all_finite else scores.p_value[scores.usable]
-        last = len(P_VALUE_BOUNDS) - 1
-        if len(p_values) <= MAX_LOOP_ROWS:
-            for p_value in p_values.tolist():
-                buckets[min(bisect_left(_TOLERANT_BOUNDS, p_value), last)] += 1.0
-                buckets[-1] += p_value
-            return
-        places = np.searchsorted(_TOLERANT_BOUNDS_ARRAY, p_values).clip(max=last)
-        for place, count in enumerate(np.bincount(places).tolist()):
-            if count:
-                buckets[place] += count
-        buckets[-1] += float(p_values.sum())
+    def _live_rows(self, model: ModelLabels, verdicts: Verdicts) -> list[int] | None:
+        """Return the rows that may raise an alert, in order of time; None if these are all rows in the given order."""
+        times = verdicts.input_rows.time
+        if times is None:
+            return None
+        order = np.argsort(times, kind="stable")
+        is_history = times < time.time() - self._max_age  # False for a row without a timestamp
+        if is_history.any():
+            self._count_history(model, verdicts.scores, is_history)
+            order = order[~is_history[order]]
+        rows: list[int] = order.tolist()
+        return rows
 
-    def _count_alarms(self, model: ModelLabels, verdicts: Verdicts) -> None:
-        """Update the mean severity of each group, row by row in time order. Count the rows where the mean exceeds 1."""
-        severities = verdicts.scores.severity.tolist()
-        time, groups = verdicts.input_rows.time, verdicts.input_rows.group
-        order = range(len(severities)) if time is None else np.argsort(time, kind="stable").tolist()
-        severities_by_group: dict[str, list[float]] = {}
-        if groups is None:
-            severities_by_group[""] = severities if time is None else [severities[row] for row in order]
-        else:
-            for row in order:
-                severities_by_group.setdefault(groups[row] or "", []).append(severities[row])
-        for name, group_severities in severities_by_group.items():
+    def _count_history(self, model: ModelLabels, scores: Scores, is_history: npt.NDArray[np.bool_]) -> None:
+        self._history.add(model, float(is_history.sum()))
+        _count_p_values(self._history_p_values.local(model), scores.p_value[is_history & scores.usable])
+        if model not in self._models_with_history:
+            self._models_with_history.add(model)
+            log.warning(
+                "rows are older than ELBO_ALERT_MAX_AGE_SECONDS (%g s): they are scored and counted, but raise no "
+                "alerts; if these rows are live, check the clock and the time zone of the sender",
+                self._max_age,
+                extra={"fields": {"model": model[0], "version": model[1], "rows": int(is_history.sum())}},
+            )
+
+    def _count_alarms(self, served: ServedModel, verdicts: Verdicts, rows: Sequence[int] | None) -> None:
+        """Update the mean severity of each group, row by row. Count the rows where the mean exceeds 1.
+
+        `rows`: the rows to use, in order; None for all rows.
+        """
+        model = served.metric_labels
+        severities, groups = verdicts.scores.severity.tolist(), verdicts.input_rows.group
+        rows = range(len(severities)) if rows is None else rows
+        rows_by_group: dict[str, Sequence[int]] = {"": rows}
+        if groups is not None:
+            lists: dict[str, list[int]] = {}
+            for row in rows:
+                lists.setdefault(groups[row] or "", []).append(row)
+            rows_by_group = {**lists}
+        for name, group_rows in rows_by_group.items():
             group = self._limited(model, "group", name)
-            if alarms := self._mean(model, group).count_above_one(group_severities):
+            if alarms := self._mean(model, group).count_above_one([severities[row] for row in group_rows]):
+                self._record_causes((*model, group), verdicts, group_rows)
                 self.alarms.add((*model, group), alarms)
+
+    def _record_causes(self, labels: tuple[str, str, str], verdicts: Verdicts, rows: Sequence[int]) -> None:
+        """Keep the causes of the most severe row of `rows` for the alert of a group, unless every row is normal."""
+        scores = verdicts.scores
+        usable = [row for row in rows if scores.severity[row] > 1 and scores.usable[row]]
+        if usable:
+            row = max(usable, key=lambda row: float(scores.severity[row]))
+            self._alert_causes.record(labels, time.time(), _causes(scores, verdicts.input_rows.parsed.x[row], row))
+
+    def causes_of_alert(self, catalogue: Catalogue, labels: tuple[str, ...]) -> list[str]:
+        """Return the causes of the latest abnormal row of a group as text, largest contribution first.
+
+        Args:
+            catalogue: the models that this process has loaded.
+            labels: model, version and group.
+        """
+        name, version, _ = labels
+        served = catalogue.models.get(name, {}).get(int(version))
+        if served is None:
+            return []
+        features = served.manifest.features
+        causes = [(features[cause.column], cause) for cause in self._alert_causes.latest(labels)]
+        return [format_cause(feature.name, feature.unit, cause) for feature, cause in causes]
 
     def _mean(self, model: ModelLabels, group: str) -> RunningMean:
         mean = self._means.get((model, group))
@@ -177,6 +243,7 @@ class AnomalyMetrics:
 
     def update_drift(self, catalogue: Catalogue) -> None:
         """Update the drift gauges from the p-values of all processes. Only the leader may call it."""
+        history = self._history_p_values.sums()
         for (name, version), (*buckets, _, _) in self._p_values.sums().items():
             served = catalogue.models.get(name, {}).get(int(version))
             if served is None:
@@ -187,7 +254,8 @@ class AnomalyMetrics:
                 detector = DriftDetector(P_VALUE_BOUNDS, served.manifest.calibration.rows)
                 detector.update([0.0] * len(P_VALUE_BOUNDS))
                 self._detectors[model] = detector
-            detector.update(buckets)
+            old = history.get(model, [0.0] * len(buckets))
+            detector.update([count - count_of_old for count, count_of_old in zip(buckets, old, strict=False)])
             self._evidence.local(model)[0] = detector.evidence
             self._stale.local(model)[0] = float(detector.alarm)
 
@@ -210,9 +278,33 @@ class AnomalyMetrics:
     def metrics(self) -> Iterator[Metric]:
         """Yield every metric of this class."""
         families = (
-            self._scored, self._anomalies, self.alarms, self.causes, self._failed, self._unknown, self._missing,
+            self._scored, self._anomalies, self.alarms, self.causes, self._unobserved, self._history, self._failed,
+            self._unknown, self._missing,
             self._p_values, self._evidence, self._stale, self._samples,
             self._waiting, self._alerts, self._undelivered, self._pushes,
         )  # fmt: skip
         for family in families:
             yield family.metric()
+
+
+def _count_p_values(buckets: Values, p_values: npt.NDArray[np.float32]) -> None:
+    """Count p-values [G] in the numbers of a histogram with the bounds P_VALUE_BOUNDS."""
+    last = len(P_VALUE_BOUNDS) - 1
+    if len(p_values) <= MAX_LOOP_ROWS:
+        for p_value in p_values.tolist():
+            buckets[min(bisect_left(_TOLERANT_BOUNDS, p_value), last)] += 1.0
+            buckets[-1] += p_value
+        return
+    places = np.searchsorted(_TOLERANT_BOUNDS_ARRAY, p_values).clip(max=last)
+    for place, count in enumerate(np.bincount(places).tolist()):
+        if count:
+            buckets[place] += count
+    buckets[-1] += float(p_values.sum())
+
+
+def _causes(scores: Scores, x: npt.NDArray[np.float32], row: int) -> list[Cause]:
+    """Return the features that contribute most to the score of a row x [D], largest contribution first."""
+    contribution, expected = scores.contribution[row], scores.expected[row]
+    columns = np.argsort(-contribution, kind="stable")[:MAX_CAUSES]
+    columns = columns[contribution[columns] >= MIN_SHARE * contribution[columns[0]]]
+    return [Cause(column, float(x[column]), float(expected[column])) for column in columns.tolist()]

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from functools import partial
 
 from service.inference.registry import ModelRegistry
 from service.monitoring.alerts import AlertSender, AlertState
@@ -16,7 +17,7 @@ class BackgroundMonitor:
     """Updates the drift gauges and sends alerts, from `start` to `close`. Only the leader process does so.
 
     Args:
-        settings: the URL of Alertmanager, and the time after which an alert is resolved.
+        settings: the URL of Alertmanager, the severity of alerts, and the time after which an alert is resolved.
         metrics: the counts of all processes.
         registry: the models whose drift is watched.
     """
@@ -24,7 +25,7 @@ class BackgroundMonitor:
     def __init__(self, settings: Settings, metrics: Metrics, registry: ModelRegistry) -> None:
         self._metrics = metrics
         self._registry = registry
-        self._alerts = AlertState(settings.alert_calm_seconds)
+        self._alerts = AlertState(settings.alert_calm_seconds, settings.alert_severity)
         sends_alerts = settings.alertmanager_url and metrics.is_leader
         self._sender = AlertSender(settings.alertmanager_url) if sends_alerts else None
         failure = "failed to update drift and alerts"
@@ -51,6 +52,7 @@ class BackgroundMonitor:
         anomalies = self._metrics.anomalies
         anomalies.update_drift(self._registry.catalogue)
         if self._sender:
-            due = self._alerts.update(time.time(), anomalies.alarms.sums(), anomalies.causes.sums())
+            causes_of = partial(anomalies.causes_of_alert, self._registry.catalogue)
+            due = self._alerts.update(time.time(), anomalies.alarms.sums(), causes_of)
             self._sender.enqueue(due)
             anomalies.update_alerts(self._alerts.active, self._sender.pending, self._sender.outcomes)

@@ -86,7 +86,9 @@ class _Window:
         """Return log10 of the evidence, less the penalty. `totals` are the numbers of p-values so far, per bin."""
         if self._start is None:
             self._start = list(totals)
-        counts = [now - then for now, then in zip(totals, self._start, strict=True)]
+        # Rows of history are subtracted from `totals`. For a moment, another process may have counted a row in only one
+        # of the two sums, so a difference can be negative.
+        counts = [max(0.0, now - then) for now, then in zip(totals, self._start, strict=True)]
         evidence = log10_evidence(counts, cells) - self._penalty
         self._alarm = self._alarm or evidence >= ALARM
         if sum(counts) >= self._length:

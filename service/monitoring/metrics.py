@@ -12,6 +12,7 @@ process continues to count from the numbers of the killed process. Metrics that 
 models, are built in `collect`.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -50,9 +51,10 @@ class Metrics(Collector):
     Args:
         counters: the counters of all processes.
         alert_half_life: half-life of the mean severity, in rows; see `AnomalyMetrics`.
+        alert_max_age: age in seconds above which a row is history; see `AnomalyMetrics`.
     """
 
-    def __init__(self, counters: SharedCounters, alert_half_life: float = 3.0) -> None:
+    def __init__(self, counters: SharedCounters, alert_half_life: float = 3.0, alert_max_age: float = math.inf) -> None:
         self.is_leader = counters.is_leader
         self.registry = CollectorRegistry()
         self._requests = Counter(
@@ -81,7 +83,7 @@ class Metrics(Collector):
         self._restarts = Counter(counters, RESTARTS, "Worker processes that ended unexpectedly and were replaced")
         self.pending_rows = self._pending_rows.local(())
         self.pending_bytes = self._pending_bytes.local(())
-        self.anomalies = AnomalyMetrics(counters, alert_half_life)
+        self.anomalies = AnomalyMetrics(counters, alert_half_life, alert_max_age)
         self._catalogue = Catalogue()
         self._request_metrics = lru_cache(maxsize=4096)(self._find_request_metrics)
         self.registry.register(self)

@@ -3,11 +3,13 @@
 import re
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from playwright.sync_api import expect
 
 from tests.service.explorer.browser import ExplorerPage, click_button, save_npy
+from tests.service.scrape import scrape, total
 
 
 def test_verdict_depends_on_alpha_on_the_row_and_on_a_varied_feature(explorer: ExplorerPage) -> None:
@@ -92,3 +94,20 @@ def test_only_the_first_5000_rows_of_a_long_file_are_scored_and_a_note_says_so(
     explorer.page.get_by_label("file of rows to score").set_input_files(file)
     note = "of 5000 rows are anomalous (the first of 5001 in the file"
     expect(explorer.page.locator(".view-anomaly")).to_contain_text(note)
+
+
+def test_anomaly_view_counts_no_row_as_live_traffic(explorer: ExplorerPage, site_url: str) -> None:
+    """A visitor who looks at abnormal rows must not raise an alert."""
+    with httpx.Client(base_url=site_url) as client:
+        before = scrape(client)
+        explorer.open("?view=anomaly&model=hosts")
+        page = explorer.page
+        expect(page.locator(".verdict")).to_be_visible()
+        page.get_by_label("Feature").select_option("0")
+        expect(page.get_by_role("img", name="score over values of cpu")).to_be_visible()
+        explorer.expect_request(lambda: click_button(page, "Use the held-out rows"), "/anomaly")
+        expect(page.locator(".view-anomaly")).to_contain_text("rows are anomalous")
+        after = scrape(client)
+    for name in ("elbo_scored_rows_total", "elbo_alarms_total", "elbo_anomalies_total", "elbo_p_value_count"):
+        assert total(after, name) == total(before, name), name
+    assert total(after, "elbo_unobserved_rows_total") - total(before, "elbo_unobserved_rows_total") > 40

@@ -1,6 +1,7 @@
 """Alerts: when they begin and are resolved, and what happens if Alertmanager is down or slow, or refuses alerts."""
 
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -32,43 +33,46 @@ def seconds(text: str) -> float:
     return datetime.fromisoformat(text).timestamp()
 
 
+def no_causes(_: Labels) -> list[str]:
+    return []
+
+
 def test_alert_is_sent_when_it_begins_then_at_intervals_and_when_it_is_resolved() -> None:
     state = AlertState(RESOLVE_SECONDS)
-    assert state.update(0, {A: [5.0]}, {}) == {}  # the baseline: rows counted before this process started
-    due = state.update(1, {A: [6.0]}, {("m", "1", "cpu"): [1.0]})
+    assert state.update(0, {A: [5.0]}, no_causes) == {}  # the baseline: rows counted before this process started
+    due = state.update(1, {A: [6.0]}, lambda labels: [f"cpu of {labels[2]}"])
     alert = due["m", "a"]
-    assert alert["labels"] == {"alertname": "ElboAnomaly", "model": "m", "group": "a"}
+    assert alert["labels"] == {"alertname": "ElboAnomaly", "severity": "page", "model": "m", "group": "a"}
     assert (seconds(alert["startsAt"]), seconds(alert["endsAt"])) == (1, 1 + EXPIRY_SECONDS)
-    assert "main causes: cpu" in alert["annotations"]["description"]
-    assert state.update(2, {A: [6.0]}, {}) == {}
-    again = state.update(1 + RESEND_SECONDS, {A: [9.0]}, {})["m", "a"]
+    assert "main causes: cpu of a (" in alert["annotations"]["description"]
+    assert state.update(2, {A: [6.0]}, no_causes) == {}
+    again = state.update(1 + RESEND_SECONDS, {A: [9.0]}, no_causes)["m", "a"]
     assert (again["labels"], again["startsAt"]) == (alert["labels"], alert["startsAt"])
     assert seconds(again["endsAt"]) == 1 + RESEND_SECONDS + EXPIRY_SECONDS
     assert "4 abnormal rows" in again["annotations"]["description"]
     for moment in range(2 + int(RESEND_SECONDS), int(RESEND_SECONDS + RESOLVE_SECONDS)):
-        assert "endsAt" not in state.update(moment, {A: [9.0]}, {}).get(("m", "b"), {})
-    ended = state.update(1 + RESEND_SECONDS + RESOLVE_SECONDS, {A: [9.0]}, {})["m", "a"]
+        assert "endsAt" not in state.update(moment, {A: [9.0]}, no_causes).get(("m", "b"), {})
+    ended = state.update(1 + RESEND_SECONDS + RESOLVE_SECONDS, {A: [9.0]}, no_causes)["m", "a"]
     assert seconds(ended["endsAt"]) == 1 + RESEND_SECONDS + RESOLVE_SECONDS
     assert state.active == {}
-    assert state.update(2 + RESEND_SECONDS + RESOLVE_SECONDS, {A: [9.0]}, {}) == {}
+    assert state.update(2 + RESEND_SECONDS + RESOLVE_SECONDS, {A: [9.0]}, no_causes) == {}
 
 
 def test_each_group_of_a_model_has_one_alert_for_all_versions() -> None:
     state = AlertState(RESOLVE_SECONDS)
-    state.update(0, {}, {})
-    due = state.update(1, {A: [1.0], B: [1.0], ("m", "2", "a"): [2.0], ("n", "1", "a"): [1.0]}, {})
+    state.update(0, {}, no_causes)
+    due = state.update(1, {A: [1.0], B: [1.0], ("m", "2", "a"): [2.0], ("n", "1", "a"): [1.0]}, no_causes)
     assert set(due) == {("m", "a"), ("m", ""), ("n", "a")}
     assert "group" not in due["m", ""]["labels"]
     assert state.active["m", "a"].rows == 3
 
 
-def test_alert_lists_only_the_causes_counted_since_the_alert_began() -> None:
+def test_alert_keeps_the_causes_of_the_latest_abnormal_row_until_it_is_resolved() -> None:
     state = AlertState(RESOLVE_SECONDS)
-    old: dict[Labels, list[float]] = {("m", "1", f"old{i}"): [100.0] for i in range(5)}
-    old["n", "1", "other"] = [1.0]
-    state.update(0, {}, old)
-    new = old | {("m", "1", "x"): [3.0], ("m", "1", "y"): [1.0], ("n", "1", "other"): [9.0]}
-    assert "main causes: x, y (" in state.update(1, {A: [4.0]}, new)["m", "a"]["annotations"]["description"]
+    state.update(0, {}, no_causes)
+    state.update(1, {A: [1.0]}, lambda _: ["x 1 (expected 2)", "y 3 (expected 4)"])
+    ended = state.update(1 + RESOLVE_SECONDS, {A: [1.0]}, no_causes)["m", "a"]
+    assert "main causes: x 1 (expected 2), y 3 (expected 4) (" in ended["annotations"]["description"]
 
 
 class Alertmanager:
@@ -207,10 +211,83 @@ def test_posted_abnormal_rows_raise_an_alert_that_is_resolved_later(
         client.post("/anomaly?alpha=0.001", json={"records": [abnormal] * 3})
         wait_until(lambda: len(alertmanager.accepted) >= 2)
     first, *_, last = [alert for batch in alertmanager.accepted for alert in batch]
+    assert {alert["labels"]["severity"] for batch in alertmanager.accepted for alert in batch} == {"page"}
     assert {alert["labels"]["group"] for batch in alertmanager.accepted for alert in batch} == {"web1"}
     assert first["labels"] == last["labels"]
     assert seconds(first["endsAt"]) > time.time() + 60
     assert seconds(last["endsAt"]) <= time.time()
+
+
+def posted_alerts(
+    alertmanager: Alertmanager, artifacts: Path, monkeypatch: pytest.MonkeyPatch, content: Any, **settings: Any
+) -> list[dict[str, Any]]:
+    """Post `content` to /anomaly and return the first alert of each group that Alertmanager gets, sorted by group."""
+    monkeypatch.setattr(background, "UPDATE_SECONDS", 0.05)
+    url = f"http://127.0.0.1:{alertmanager.port}"
+    options = {"alertmanager_url": url, "default_model": "hosts", "log_level": "error", **settings}
+    with running(create_app(Settings(artifacts=artifacts, **options))) as client:
+        assert client.post("/anomaly", json=content).status_code == 200
+        wait_until(lambda: alertmanager.accepted)
+    first: dict[str, dict[str, Any]] = {}
+    for alert in (alert for batch in alertmanager.accepted for alert in batch):
+        first.setdefault(alert["labels"].get("group", ""), alert)
+    return [first[group] for group in sorted(first)]
+
+
+def test_alert_names_the_value_seen_and_expected_of_the_features_of_its_own_group(
+    alertmanager: Alertmanager, artifacts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two groups are abnormal at once, each because of another feature; normal rows come before and after."""
+    normal = host_records(host_rows(1))[0]
+    hot, full = normal | {"cpu": 90.0}, normal | {"load": 5000.0}
+    records = [
+        *(normal | {"host": host} for host in ("a", "b")), hot | {"host": "a"}, full | {"host": "b"},
+        *(normal | {"host": host} for host in ("a", "b")),
+    ]  # fmt: skip
+    verdicts: list[dict[str, Any]] = []
+    with running(create_app(Settings(artifacts=artifacts, default_model="hosts", log_level="error"))) as client:
+        verdicts = client.post("/anomaly", json={"records": records, "explain": 1}).json()["results"]
+    alerts_by_group = posted_alerts(alertmanager, artifacts, monkeypatch, {"records": records})
+    assert [alert["labels"]["group"] for alert in alerts_by_group] == ["a", "b"]
+    for alert, row, unit in zip(alerts_by_group, (2, 3), (" %", ""), strict=True):
+        (cause,) = verdicts[row]["features"]
+        description = alert["annotations"]["description"]
+        match = re.search(r"main causes: (\S+) (\S+)( %)? \(expected (\S+)( %)?\)", description)
+        assert match, description
+        assert (match[1], float(match[2]), match[3] or "") == (cause["name"], cause["value"], unit)
+        assert float(match[4]) == pytest.approx(cause["expected"], rel=1e-4)
+
+
+def test_alert_names_the_expected_value_of_a_feature_that_is_missing(
+    alertmanager: Alertmanager, artifacts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = {"cpu": 3.0, "memory/used": 160.0, "load": 9e3, "host": "a"}
+    (alert,) = posted_alerts(alertmanager, artifacts, monkeypatch, {"records": [record], "impute": True})
+    assert "nan" not in alert["annotations"]["description"]
+
+
+def test_severity_of_alerts_is_a_setting(
+    alertmanager: Alertmanager, artifacts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    abnormal = dict.fromkeys(host_records(host_rows(1))[0], 1e5)
+    (alert,) = posted_alerts(alertmanager, artifacts, monkeypatch, {"records": [abnormal]}, alert_severity="critical")
+    assert alert["labels"] == {"alertname": "ElboAnomaly", "severity": "critical", "model": "hosts"}
+
+
+def test_trial_requests_and_history_raise_no_alert(
+    alertmanager: Alertmanager, artifacts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "UPDATE_SECONDS", 0.05)
+    options = {"alertmanager_url": f"http://127.0.0.1:{alertmanager.port}", "default_model": "hosts"}
+    settings = Settings(artifacts=artifacts, log_level="error", **options)  # type: ignore[arg-type] # values of several types
+    abnormal = dict.fromkeys(host_records(host_rows(1))[0], 1e5)
+    with running(create_app(settings)) as client:
+        client.post("/anomaly?observe=false", json={"records": [abnormal | {"host": "trial"}] * 9})
+        client.post("/anomaly", json={"records": [abnormal | {"host": "old", "timestamp": "2025-01-01T00:00:00Z"}] * 9})
+        client.post("/anomaly", json={"records": [abnormal | {"host": "live"}] * 9})
+        wait_until(lambda: alertmanager.accepted)
+    groups = {alert["labels"]["group"] for batch in alertmanager.accepted for alert in batch}
+    assert groups == {"live"}
 
 
 def test_alert_of_two_workers_is_sent_once_with_the_rows_of_both(alertmanager: Alertmanager, artifacts: Path) -> None:
@@ -229,8 +306,11 @@ def test_alert_of_two_workers_is_sent_once_with_the_rows_of_both(alertmanager: A
             client.close()
         assert process.stop() == 0
     assert samples["elbo_alarms_total", frozenset({"model": "hosts", "version": "1", "group": "web1"}.items())] == 30
-    assert first["labels"] == last["labels"] == {"alertname": "ElboAnomaly", "model": "hosts", "group": "web1"}
+    labels = {"alertname": "ElboAnomaly", "severity": "page", "model": "hosts", "group": "web1"}
+    assert first["labels"] == last["labels"] == labels
     assert "30 abnormal rows" in last["annotations"]["description"]
+    # The causes were recorded by either worker; the leader reads them.
+    assert re.search(r"main causes: \S+ 100000( %| MB)? \(expected ", last["annotations"]["description"])
     assert seconds(last["endsAt"]) <= time.time()
 
 

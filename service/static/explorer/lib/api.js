@@ -49,6 +49,9 @@ export async function postJson(endpoint, model, body, signal) {
   return response.json();
 }
 
+/** The response of /anomaly. The rows are not live traffic: a visitor who looks at rows must not raise an alert. */
+export const scoreRows = (model, body, signal) => postJson("/anomaly", model, { ...body, observe: false }, signal);
+
 /** POST rows of numbers as npy and return the rows of the response, each a Float32Array. */
 async function postNpy(endpoint, model, rows, signal) {
   const response = await request(`${endpoint}?model=${reference(model)}`, {

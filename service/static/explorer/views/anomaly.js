@@ -1,6 +1,6 @@
 // The anomaly view: the score of a row, its p-value, the feature contributions, a feature to vary, and a batch of rows.
 
-import { getExhibit, postJson } from "../lib/api.js";
+import { getExhibit, scoreRows } from "../lib/api.js";
 import { number } from "../lib/format.js";
 import { state } from "../lib/state.js";
 import { LatestTask } from "../lib/tasks.js";
@@ -90,7 +90,7 @@ class AnomalyView {
     this.verdict.load(() =>
       this.scoring.run(async (signal) => {
         const body = { inputs: [row], alpha: this.alpha, explain: this.model.width };
-        const response = await postJson("/anomaly", this.model, body, signal);
+        const response = await scoreRows(this.model, body, signal);
         const [result] = response.results;
         if (!result) return emptyMessage(response.errors[0]?.detail ?? "The model cannot score this row.");
         this.showDetails(row, result, response);

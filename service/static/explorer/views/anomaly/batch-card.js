@@ -1,6 +1,6 @@
 // The card that scores many rows and lists the most anomalous first.
 
-import { postJson } from "../../lib/api.js";
+import { scoreRows } from "../../lib/api.js";
 import { fixed, number } from "../../lib/format.js";
 import { fillMissing } from "../../lib/model.js";
 import { readRowFile } from "../../lib/parse-rows.js";
@@ -75,7 +75,7 @@ export class BatchCard {
     const body = { inputs: rows, alpha, explain: FEATURES_PER_ROW, ...fdr };
     this.results.load(() =>
       this.task.run(async (signal) => {
-        const { results, errors } = await postJson("/anomaly", this.model, body, signal);
+        const { results, errors } = await scoreRows(this.model, body, signal);
         const bySeverity = results.toSorted((a, b) => b.severity - a.severity);
         return [this.summary(bySeverity, errors, alpha), this.table(bySeverity), cutNote(bySeverity.length)];
       }),

@@ -1,6 +1,6 @@
 // The card that varies one feature of the row and shows the score over the feature's values.
 
-import { postJson } from "../../lib/api.js";
+import { scoreRows } from "../../lib/api.js";
 import { nameWithUnit, number } from "../../lib/format.js";
 import { range } from "../../lib/linear-algebra.js";
 import { isImage } from "../../lib/model.js";
@@ -114,7 +114,7 @@ export class FeatureCard {
     const inputs = values.map((value) => this.original.map((v, i) => (i === feature ? value : v)));
     this.chart.load(() =>
       this.task.run(async (signal) => {
-        const { results } = await postJson("/anomaly", model, { inputs, alpha: this.alpha(), explain: 0 }, signal);
+        const { results } = await scoreRows(model, { inputs, alpha: this.alpha(), explain: 0 }, signal);
         this.swept = { feature, points: results.map((result) => [values[result.row], result.score]) };
         return this.drawChart();
       }),
