@@ -37,8 +37,8 @@ from models.manifest import (
     parse,
     read_sealed,
     seal,
-    versions,
 )
+from models.versions import claim_version, unwritable_as_artifact_error
 
 METHODS = (
     "encode",
@@ -57,6 +57,7 @@ TWIN_MEMBER, TWIN_WEIGHTS_MEMBER = "extra/twin/{}.onnx", "extra/twin/{}.json"
 HELD_OUT, CALIBRATION, CARD = "held-out.json", "calibration.json", "card.md"
 EXHIBIT_MEMBER = "extra/exhibits/{}"
 GOLDEN_ALPHA = 0.05
+TRIAL_BYTES = 1 << 20  # size of the file that `require_writable` writes: that of a typical artifact
 # Largest allowed relative error of an output. The score divides by small variances, which amplifies rounding errors.
 GOLDEN_TOLERANCE = 1e-3
 
@@ -151,6 +152,22 @@ def record_golden(module: torch.jit.ScriptModule, x: Tensor, noise: Tensor, choi
     )
 
 
+def require_writable(root: Path, name: str) -> None:
+    """Check that the next version of model `name` can be published under `root`. Call this before long work.
+
+    The check creates the model's folder, and writes and deletes a file of TRIAL_BYTES bytes there, because neither
+    permissions nor the free space of a disk tell whether a user may write.
+
+    Raises:
+        ArtifactUnwritable: the disk is full, or this user may not write to the folder.
+    """
+    folder = root / name
+    with unwritable_as_artifact_error(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".trial-", dir=folder) as trial:
+            _write_synced(Path(trial) / FILE_NAME, bytes(TRIAL_BYTES))
+
+
 def publish(
     module: torch.jit.ScriptModule,
     manifest: Manifest,
@@ -169,17 +186,22 @@ def publish(
         root: the artifact folder.
         twin: the ONNX twin, one graph per method in TWIN_METHODS.
         exhibits: documents by name. The names are HELD_OUT, CALIBRATION and CARD; each is optional.
+
+    Raises:
+        ArtifactUnwritable: the disk is full, or this user may not write to the folder.
     """
+    content = _archive(module, manifest, twin or {}, exhibits or {})
     folder = root / manifest.name
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder))
-    try:
-        staging.chmod(0o755)  # mkdtemp's 0700 would lock out a server that runs as another user
-        _write_synced(staging / FILE_NAME, _archive(module, manifest, twin or {}, exhibits or {}))
-        version = _claim_version(staging, folder, versions(root, manifest.name))
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)  # no effect if the rename succeeded
-    _sync_folder(folder)
+    with unwritable_as_artifact_error(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder))
+        try:
+            staging.chmod(0o755)  # mkdtemp's 0700 would lock out a server that runs as another user
+            _write_synced(staging / FILE_NAME, content)
+            version = claim_version(staging, root, manifest.name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)  # no effect if the rename succeeded
+        _sync_folder(folder)
     return folder / str(version) / FILE_NAME
 
 
@@ -354,19 +376,6 @@ def _archive(
             archive.writestr(f"{prefix}/{EXHIBIT_MEMBER.format(name)}", exhibit, zipfile.ZIP_DEFLATED)
         archive.comment = SEAL + b"0" * DIGEST_LENGTH
     return seal(buffer.getvalue())
-
-
-def _claim_version(staging: Path, folder: Path, present: list[int]) -> int:
-    version = max(present, default=0) + 1
-    while True:
-        try:
-            staging.rename(folder / str(version))
-        except OSError:
-            if not (folder / str(version)).exists():
-                raise
-            version += 1  # another publisher has taken this version
-        else:
-            return version
 
 
 def _write_synced(path: Path, content: bytes) -> None:

@@ -6,7 +6,8 @@ ElboError
 │   ├── ArtifactForeign     the file was not written by Elbo
 │   ├── ArtifactCorrupt     truncated or altered after it was sealed
 │   ├── ArtifactTooNew      a later format version than this release can read
-│   └── ArtifactMismatch    intact, but its outputs differ from its golden answers on this machine
+│   ├── ArtifactMismatch    intact, but its outputs differ from its golden answers on this machine
+│   └── ArtifactUnwritable  the artifact folder is full, or this user may not write to it
 ├── DeviceMissing
 ├── training.errors.DataError and training.errors.FitError
 └── the HTTP errors in service.errors
@@ -68,6 +69,12 @@ class ArtifactMismatch(ArtifactError):
     """The outputs of the model differ from the golden answers, which were recorded at publication."""
 
     code = "artifact_mismatch"
+
+
+class ArtifactUnwritable(ArtifactError):
+    """An artifact cannot be written to the artifact folder."""
+
+    code = "artifact_unwritable"
 
 
 class FieldFault(NamedTuple):

@@ -1,5 +1,6 @@
 """Checkpoints: the state of a training run on disk, so that a killed run can resume."""
 
+import io
 import os
 from contextlib import suppress
 from dataclasses import dataclass
@@ -38,19 +39,35 @@ class CheckpointStore:
         """Return whether there is a checkpoint to resume from."""
         return self.path.is_file()
 
+    def belongs_to_run(self) -> bool:
+        """Return whether there is a checkpoint that this run can resume from."""
+        try:
+            self.load()
+        except FitError:
+            return False
+        return True
+
     def save(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint atomically: a reader sees either the old or the new file, never a partial file.
 
         Args:
             state: a tree of dictionaries and lists that contain tensors and plain values.
+
+        Raises:
+            OSError: the disk is full, or the folder is not writable. The previous checkpoint is still there.
         """
+        content = io.BytesIO()  # torch.save turns the OSError of a full disk into a RuntimeError
+        torch.save({"identity": self.identity, **state}, content)
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / f"{FILE_NAME}.{os.getpid()}"
-        with partial.open("wb") as file:
-            torch.save({"identity": self.identity, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.path)
+        try:
+            with partial.open("wb") as file:
+                file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(self.path)
+        finally:
+            partial.unlink(missing_ok=True)  # a part of a checkpoint; after the rename there is no such file
 
     def load(self) -> dict[str, Any]:
         """Return the saved state. No code in the file is executed.
@@ -75,8 +92,12 @@ class CheckpointStore:
         return state
 
     def remove(self) -> None:
-        """Delete the checkpoint, and its folder if empty. Errors are ignored: the published model needs neither."""
-        with suppress(OSError):
-            self.path.unlink()
+        """Delete the checkpoint, and its folder if empty. Errors are ignored: the published model needs neither.
+
+        Parts of checkpoints that killed processes left in the folder are deleted, too.
+        """
+        for path in (self.path, *self.folder.glob(f"{FILE_NAME}.*")):
+            with suppress(OSError):
+                path.unlink()
         with suppress(OSError):
             self.folder.rmdir()

@@ -1,16 +1,20 @@
 """Write a fitted pipeline, with its manifest, ONNX twin and exhibits, as an artifact."""
 
 import platform
+import tempfile
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import torch
 
 from models import artifact
+from models.errors import ArtifactUnwritable
 from models.manifest import FORMAT_VERSION, CalibrationSize, Data, Feature, Golden, Manifest
 from models.pipeline import Pipeline
+from models.versions import next_version
 from training.evaluation.metrics import density_scale
 from training.evaluation.model_selection import Candidate
 from training.fitting.latents import describe_latents
@@ -23,16 +27,43 @@ GOLDEN_ROWS = 3
 
 
 def publish(
-    chosen: Candidate, comparison: dict[str, dict[str, float]], data: PreparedData, artifacts: Path, report: Reporter
+    chosen: Candidate,
+    comparison: dict[str, dict[str, float]],
+    data: PreparedData,
+    artifacts: Path,
+    report: Reporter,
+    *,
+    can_resume: bool = False,
 ) -> tuple[Path, Manifest]:
-    """Publish the model as the next version of its name under `artifacts`. Return the artifact's path and manifest."""
+    """Publish the model as the next version of its name under `artifacts`. Return the artifact's path and manifest.
+
+    Args:
+        can_resume: whether the trained networks are in a checkpoint. If they are not, and the model cannot be written
+            to `artifacts`, the model is written to a new folder in TMPDIR.
+
+    Raises:
+        ArtifactUnwritable: the disk is full, or this user may not write to the folder. The message says where the
+            trained model is.
+    """
     module = artifact.script(chosen.pipeline)
     rows = data.fill_missing(data.held_out[:GOLDEN_ROWS])
     manifest = _manifest(chosen, comparison, data, _golden(module, rows, chosen.config.seed))
     twin = _twin(chosen.pipeline, rows, report)
     notes = [*data.table.notes, *chosen.recorder.notes]
-    path = artifact.publish(module, manifest, artifacts, twin, make_exhibits(chosen.pipeline, manifest, data, notes))
-    return path, manifest
+    exhibits = make_exhibits(chosen.pipeline, manifest, data, notes)
+    try:
+        return artifact.publish(module, manifest, artifacts, twin, exhibits), manifest
+    except ArtifactUnwritable as error:
+        if can_resume:
+            advice = "The trained networks are kept: repeat elbo train with --resume to publish them"
+            raise ArtifactUnwritable(f"{error}. {advice}") from error
+        try:
+            kept = artifact.publish(module, manifest, Path(tempfile.mkdtemp(prefix="elbo-")), twin, exhibits)
+        except (ArtifactUnwritable, OSError):
+            raise error from None
+        folder = artifacts / manifest.name / str(next_version(artifacts, manifest.name))
+        commands = f"mkdir -p {quote(str(folder.parent))} && mv {quote(str(kept.parent))} {quote(str(folder))}"
+        raise ArtifactUnwritable(f"{error}. The trained model is kept: publish it with {commands}") from error
 
 
 def _twin(pipeline: Pipeline, rows: torch.Tensor, report: Reporter) -> dict[str, artifact.Graph] | None:

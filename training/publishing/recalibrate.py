@@ -55,7 +55,9 @@ def recalibrate(parent: Artifact, table: Table, root: Path, alpha: float, runs: 
     Raises:
         DataError: the model was trained on these rows, or there are too few normal rows.
         FitError: the artifact comes from a version of Elbo that calibrates differently.
+        ArtifactUnwritable: the new version cannot be written to `root`.
     """
+    artifact.require_writable(root, _name(parent))
     _refuse_training_rows(parent, table)
     normal, notes = _normal_rows(table)
     chosen = np.sort(np.random.RandomState(0).permutation(normal)[:MAX_HELD_OUT_ROWS])

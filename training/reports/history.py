@@ -132,8 +132,11 @@ class HistoryRecorder:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if replace:
-                partial.write_bytes(lines)
-                partial.replace(self._path)
+                try:
+                    partial.write_bytes(lines)
+                    partial.replace(self._path)
+                finally:
+                    partial.unlink(missing_ok=True)  # a part of a history; after the rename there is no such file
             else:
                 with self._path.open("ab") as file:
                     file.write(lines)
