@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand, TyperOption
@@ -28,14 +28,32 @@ if TYPE_CHECKING:
 
 USAGE_ERRORS = {"option_error", "data_error", "artifact_missing"}  # errors with these codes exit with status 2
 
+OWN_PACKAGES = {"models", "training", "service"}
+
 app = typer.Typer(
-    help="Train PCA, autoencoders and variational autoencoders, and serve them over HTTP.",
     epilog="Start here: elbo demo, then elbo serve. Every command has its own help: elbo train --help",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     add_completion=False,
     no_args_is_help=True,
 )
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        typer.echo(f"elbo {version('elbo')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options_without_command(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Train PCA, autoencoders and variational autoencoders, and serve them over HTTP."""
 
 
 class OptionError(ElboError):
@@ -175,6 +193,10 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted run of this name")] = False,
     checkpoint_seconds: Annotated[float, typer.Option(min=0, help="seconds between checkpoints")] = 30.0,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="also write TensorBoard event files")] = False,
+    replace_features: Annotated[
+        bool,
+        typer.Option("--replace-features", help="publish even if the newest version of this name has other features"),
+    ] = False,
 ) -> None:
     """Train a model on DATA and publish it.
 
@@ -193,6 +215,7 @@ def train(
         resume=resume,
         checkpoint_seconds=checkpoint_seconds,
         tensorboard=tensorboard,
+        replace_features=replace_features,
     )
     if is_first_process:
         where = "" if artifacts == DEFAULT_ARTIFACTS else f" --artifacts {artifacts}"
@@ -222,6 +245,7 @@ def _train(
     resume: bool = False,
     checkpoint_seconds: float = 30.0,
     tensorboard: bool = False,
+    replace_features: bool = False,
 ) -> bool:
     """Train and publish a model. Return whether this process is the first of those that train together."""
     from training.fitting.distributed import join_process_group
@@ -240,6 +264,7 @@ def _train(
                 resume=resume,
                 checkpoint_seconds=checkpoint_seconds,
                 tensorboard=tensorboard,
+                replace_features=replace_features,
                 processes=processes,
             )
     finally:
@@ -279,6 +304,46 @@ def inspect(name: Name, json: Json = False, artifacts: ArtifactFolder = DEFAULT_
     path = _artifact_path(name, artifacts)
     manifest = read_manifest(path)
     typer.echo(manifest.model_dump_json(indent=2) if json else describe(manifest, path))
+
+
+@app.command("list", epilog="Examples: elbo list | elbo list --json")
+def list_(json: Json = False, artifacts: ArtifactFolder = DEFAULT_ARTIFACTS) -> None:
+    """List the versions of all models, newest first.
+
+    The status of a version is newest (requests for the name get this version), older, withdrawn (by elbo rollback) or
+    damaged.
+    """
+    from training.reports.listing import list_versions, listing_json, listing_text
+
+    found = list_versions(artifacts)
+    if json:
+        typer.echo(listing_json(found))
+    elif found:
+        typer.echo(listing_text(found))
+    else:
+        typer.echo(f"no models in {artifacts}: train one with elbo demo or elbo train", err=True)
+
+
+@app.command(epilog="Examples: elbo rollback hosts | elbo rollback hosts 3")
+def rollback(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="name of the model")],
+    version: Annotated[
+        int | None,
+        typer.Argument(metavar="VERSION", min=1, help="version to roll back to; default: the one before the newest"),
+    ] = None,
+    artifacts: ArtifactFolder = DEFAULT_ARTIFACTS,
+) -> None:
+    """Make an earlier version of a model the newest one by withdrawing the later versions.
+
+    A running server follows by itself. Nothing is deleted: to restore a withdrawn version, roll back to its number. The
+    number of a withdrawn version is never used again.
+    """
+    from models.versions import roll_back
+
+    done = roll_back(artifacts, name, version)
+    if done.withdrawn:
+        typer.echo(f"withdrawn: {', '.join(f'{name}@{number}' for number in done.withdrawn)}")
+    typer.echo(f"the newest version is {name}@{done.version}")
 
 
 @app.command(
@@ -416,14 +481,28 @@ def _option_errors(options: Collection[str]) -> Iterator[None]:
         raise OptionError(message) from error
 
 
+def _exit_with_error(message: str, status: int) -> NoReturn:
+    print(f"elbo: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line with `arguments`, by default the arguments of the process."""
     try:
         app(args=arguments, prog_name="elbo")
     except ElboError as error:
-        message = " ".join(str(error).split())
-        print(f"elbo: error: {message}", file=sys.stderr)
-        sys.exit(2 if error.code in USAGE_ERRORS else 1)
+        _exit_with_error(str(error), 2 if error.code in USAGE_ERRORS else 1)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in OWN_PACKAGES:
+            raise
+        _exit_with_error(
+            f"this command needs the package {error.name}: install Elbo with pip install 'elbo[train]', or use the "
+            "container image that trains",
+            1,
+        )
+    except OSError as error:
+        place = f" {error.filename}" if error.filename else " the output"
+        _exit_with_error(f"cannot read or write{place} ({error.strerror}): check the disk and the permissions", 1)
     except SystemExit as end:
         if end.code == 130:  # typer exits with 130 on SIGINT
             print("elbo: interrupted", file=sys.stderr)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from models import artifact
 from models.manifest import Manifest
 from training.config import AUTO_KINDS, TrainConfig
 from training.data.table import Table, split_rows
@@ -19,6 +20,7 @@ from training.fitting.distributed import ProcessGroup
 from training.fitting.pipeline import fit_pipeline
 from training.fitting.prepared_data import PreparedData, prepare_data
 from training.progress import Reporter, SilentReporter
+from training.publishing.compatibility import refuse_other_features
 from training.publishing.publish import publish
 from training.reports.history import HistoryRecorder
 from training.reports.run_report import write_run
@@ -34,6 +36,7 @@ def train(
     resume: bool = False,
     checkpoint_seconds: float = 30.0,
     tensorboard: bool = False,
+    replace_features: bool = False,
     processes: ProcessGroup = ProcessGroup(),  # noqa: B008  # frozen
 ) -> Path:
     """Fit, evaluate, calibrate and publish a model. Return the path of the new artifact.
@@ -50,12 +53,17 @@ def train(
         resume: continue from the checkpoint in `runs`.
         checkpoint_seconds: seconds between checkpoints.
         tensorboard: also write TensorBoard event files.
+        replace_features: allow features that differ from those of the newest version of `config.name`.
         processes: processes that train together; each of them calls this function with the same arguments.
 
     Raises:
-        DataError: the table cannot be used.
+        DataError: the table cannot be used, or its features differ from those of the newest version.
         FitError: the options do not fit the data, the fit failed, or there is nothing to resume.
+        ArtifactUnwritable: the model cannot be written to `artifacts`. This is checked before the training.
     """
+    if not replace_features:
+        refuse_other_features(table, artifacts, config.name)
+    artifact.require_writable(artifacts, config.name)
     report = report if processes.is_first else SilentReporter()
     for note in table.notes:
         report.note(note)
@@ -138,7 +146,8 @@ def _finish(
 ) -> Path:
     """Publish the best candidate, write its report, and remove the checkpoints."""
     chosen, comparison = compare(candidates, data, report)
-    path, manifest = publish(chosen, comparison, data, artifacts, report)
+    can_resume = any(store is not None and store.belongs_to_run() for store in stores)
+    path, manifest = publish(chosen, comparison, data, artifacts, report, can_resume=can_resume)
     for candidate, store in zip(candidates, stores, strict=True):
         if store is None:
             continue

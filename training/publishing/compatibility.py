@@ -1,0 +1,48 @@
+"""Compare the features of training data with those of the version that is served under the same name."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from models.errors import ArtifactError, join_names
+from models.manifest import FILE_NAME, Manifest, read_manifest, versions
+from training.data.table import PIXEL_RANGES, Table
+from training.errors import DataError
+
+
+def refuse_other_features(table: Table, root: Path, name: str) -> None:
+    """Check that a model trained on `table` takes the same rows as the newest readable version of model `name`.
+
+    Raises:
+        DataError: clients that send rows to `name` would get errors or wrong responses.
+    """
+    for version in reversed(versions(root, name)):
+        try:
+            manifest = read_manifest(root / name / str(version) / FILE_NAME)
+        except ArtifactError:
+            continue
+        if differences := "; ".join(_differences(manifest, table)):
+            raise DataError(
+                f"{table.source} has other features than {name}@{version} ({differences}), so requests to {name!r} "
+                "would fail or get wrong responses: choose another --name, or add --replace-features"
+            )
+        return
+
+
+def _differences(manifest: Manifest, table: Table) -> Iterator[str]:
+    old, new = [feature.name for feature in manifest.features], table.names
+    if list(table.shape) != manifest.shape and (len(table.shape) > 1 or len(manifest.shape) > 1):
+        yield f"rows have the shape {list(table.shape)} instead of {manifest.shape}"
+        return
+    if absent := [name for name in old if name not in set(new)]:
+        yield f"it lacks {join_names(absent)}"
+    if added := [name for name in new if name not in set(old)]:
+        yield f"it adds {join_names(added)}"
+    if not absent and not added and old != new:
+        yield f"they are in another order: {join_names(new)} instead of {join_names(old)}"
+    old_units = {feature.name: feature.unit for feature in manifest.features}
+    for name, unit in zip(new, table.units, strict=True):
+        if (old_unit := old_units.get(name)) and unit and old_unit != unit:
+            yield f"{name} is in {unit} instead of {old_unit}"
+    # Other ranges are guesses from the values, which differ from one file to the next.
+    if manifest.pixel_range != table.pixel_range and {manifest.pixel_range, table.pixel_range} <= {*PIXEL_RANGES, None}:
+        yield f"pixels have the range {table.pixel_range} instead of {manifest.pixel_range}"

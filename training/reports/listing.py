@@ -1,0 +1,82 @@
+"""`elbo list`: the versions in the artifact folder, as a table or as JSON. Needs no torch."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from models.errors import ElboError
+from models.manifest import FILE_NAME, names, read_manifest, versions
+from models.versions import WITHDRAWN, withdrawn_versions
+
+
+@dataclass(frozen=True)
+class ListedVersion:
+    """One version of a model. The fields from `kind` on are None if the artifact cannot be read."""
+
+    name: str
+    version: int
+    status: str  # newest (requests for the name get this version), older, withdrawn, or damaged
+    path: str
+    kind: str | None = None
+    created: str | None = None
+    features: int | None = None
+    rows: int | None = None  # rows of the training data
+    error: str | None = None  # why the artifact cannot be read
+
+
+def list_versions(root: Path) -> list[ListedVersion]:
+    """Return all versions under `root`, sorted by name, newest version first. Withdrawn versions are included."""
+    found = []
+    for name in sorted({*names(root), *_names_of_withdrawn(root)}):
+        present = [(version, root / name / str(version)) for version in versions(root, name)]
+        withdrawn = [(version, root / name / WITHDRAWN / str(version)) for version in withdrawn_versions(root, name)]
+        newest = max(present, default=(0, root))[0]
+        for version, folder in sorted(present + withdrawn, reverse=True):
+            status = "newest" if version == newest else "older"
+            if (version, folder) in withdrawn:
+                status = "withdrawn"
+            found.append(_read(name, version, status, folder / FILE_NAME))
+    return found
+
+
+def _names_of_withdrawn(root: Path) -> list[str]:
+    """Return the names of the models under `root` that have a withdrawn version."""
+    return [path.parent.name for path in root.glob(f"*/{WITHDRAWN}") if withdrawn_versions(root, path.parent.name)]
+
+
+def _read(name: str, version: int, status: str, path: Path) -> ListedVersion:
+    try:
+        manifest = read_manifest(path)
+    except (ElboError, OSError) as error:
+        return ListedVersion(name, version, "damaged", str(path), error=" ".join(str(error).split()))
+    return ListedVersion(
+        name=name,
+        version=version,
+        status=status,
+        path=str(path),
+        kind=manifest.kind,
+        created=manifest.created,
+        features=manifest.width,
+        rows=manifest.data.rows,
+    )
+
+
+def listing_json(found: list[ListedVersion]) -> str:
+    """Return the versions as a JSON list."""
+    return json.dumps([asdict(version) for version in found], indent=2)
+
+
+def listing_text(found: list[ListedVersion]) -> str:
+    """Return the versions as a table, followed by the reasons why artifacts are damaged."""
+    table = [("model", "kind", "status", "written", "features", "rows")]
+    for each in found:
+        features, rows = (f"{number:,}" if number is not None else "-" for number in (each.features, each.rows))
+        table.append(
+            (f"{each.name}@{each.version}", each.kind or "-", each.status, each.created or "-", features, rows)
+        )
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for *words, features, rows in table:
+        padded = [word.ljust(width) for word, width in zip(words, widths, strict=False)]
+        lines.append("  ".join([*padded, features.rjust(widths[-2]), rows.rjust(widths[-1])]))
+    return "\n".join(lines + [f"{each.name}@{each.version}: {each.error}" for each in found if each.error])
