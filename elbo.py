@@ -26,7 +26,12 @@ if TYPE_CHECKING:
     from training.config import TrainConfig
     from training.data.table import Table
 
-USAGE_ERRORS = {"option_error", "data_error", "artifact_missing"}  # errors with these codes exit with status 2
+USAGE_ERRORS = {
+    "option_error",
+    "data_error",
+    "artifact_missing",
+    "artifact_unreadable",
+}  # errors with these codes exit with status 2
 
 OWN_PACKAGES = {"models", "training", "service"}
 

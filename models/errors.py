@@ -3,6 +3,7 @@
 ElboError
 ├── ArtifactError
 │   ├── ArtifactMissing     no such model, version or file
+│   ├── ArtifactUnreadable  the operating system refuses to read the file or folder
 │   ├── ArtifactForeign     the file was not written by Elbo
 │   ├── ArtifactCorrupt     truncated or altered after it was sealed
 │   ├── ArtifactTooNew      a later format version than this release can read
@@ -45,6 +46,12 @@ class ArtifactMissing(ArtifactError):
     """No such model, version or file."""
 
     code = "artifact_missing"
+
+
+class ArtifactUnreadable(ArtifactError):
+    """The operating system refuses to read the file or folder: no permission, or an I/O error."""
+
+    code = "artifact_unreadable"
 
 
 class ArtifactForeign(ArtifactError):

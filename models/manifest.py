@@ -8,16 +8,26 @@ An artifact is a zip file. The manifest is the member `<archive>/extra/manifest.
 import hashlib
 import io
 import json
+import os
 import re
+import stat
 import struct
 import zipfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from models.errors import ArtifactCorrupt, ArtifactForeign, ArtifactMissing, ArtifactTooNew, first_fault
+from models.errors import (
+    ArtifactCorrupt,
+    ArtifactForeign,
+    ArtifactMissing,
+    ArtifactTooNew,
+    ArtifactUnreadable,
+    first_fault,
+)
 
 FORMAT_VERSION = 2
 FILE_NAME = "model.pt"
@@ -132,7 +142,7 @@ def read_manifest(path: Path) -> Manifest:
     """Read the manifest of the artifact at `path`, and verify the seal and the format version.
 
     Raises:
-        ArtifactError: ArtifactMissing, ArtifactForeign, ArtifactCorrupt or ArtifactTooNew.
+        ArtifactError: ArtifactMissing, ArtifactUnreadable, ArtifactForeign, ArtifactCorrupt or ArtifactTooNew.
     """
     return parse(read_sealed(path), path)
 
@@ -175,12 +185,14 @@ def read_sealed(path: Path) -> bytes:
     """Read the bytes of the artifact at `path`, and verify the seal.
 
     Raises:
-        ArtifactError: ArtifactMissing, ArtifactForeign, ArtifactCorrupt or ArtifactTooNew.
+        ArtifactError: ArtifactMissing, ArtifactUnreadable, ArtifactForeign, ArtifactCorrupt or ArtifactTooNew.
     """
     try:
         content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise ArtifactMissing(f"{path} does not exist; create artifacts with `elbo train`") from error
     except OSError as error:
-        raise ArtifactMissing(f"cannot read {path}: {error.strerror}; create artifacts with `elbo train`") from error
+        raise _unreadable(path, error) from error
     body, digest = content[:-DIGEST_LENGTH], content[-DIGEST_LENGTH:]
     if body.endswith(SEAL) and hashlib.sha256(body).hexdigest().encode() == digest:
         return content
@@ -201,20 +213,70 @@ def seal(content: bytes) -> bytes:
     return body + hashlib.sha256(body).hexdigest().encode()
 
 
+def folders(root: Path) -> list[str]:
+    """Return the names of the entries of `root` that can be the folder of a model, sorted.
+
+    Raises:
+        OSError: `root` cannot be read, or does not exist.
+    """
+    return sorted(name for name in os.listdir(root) if NAME.fullmatch(name))  # noqa: PTH208 - needs only the names
+
+
 def names(root: Path) -> list[str]:
-    """Return the names of the models under `root` that have at least one version, sorted."""
-    if not root.is_dir():
+    """Return the names of the models under `root` that have at least one version, sorted.
+
+    Models whose folder cannot be read are left out.
+
+    Raises:
+        ArtifactUnreadable: `root` cannot be read.
+    """
+    try:
+        candidates = folders(root)
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(entry.name for entry in root.iterdir() if versions(root, entry.name))
+    except OSError as error:
+        raise _unreadable(root, error) from error
+    found = []
+    for name in candidates:
+        with suppress(ArtifactUnreadable):
+            if versions(root, name):
+                found.append(name)
+    return found
 
 
 def versions(root: Path, name: str) -> list[int]:
-    """Return the published versions of model `name`, ascending."""
+    """Return the published versions of model `name`, ascending. A version whose file cannot be read is included.
+
+    Raises:
+        ArtifactUnreadable: the folder of the model cannot be read.
+    """
     folder = root / name
-    if not NAME.fullmatch(name) or not folder.is_dir():
+    if not NAME.fullmatch(name):
         return []
-    found = (entry for entry in folder.iterdir() if VERSION.fullmatch(entry.name))
-    return sorted(int(entry.name) for entry in found if (entry / FILE_NAME).is_file())
+    try:
+        entries = os.listdir(folder)  # noqa: PTH208 - needs only the names
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    found = (entry for entry in entries if VERSION.fullmatch(entry))
+    return sorted(int(entry) for entry in found if _may_be_artifact(folder / entry / FILE_NAME))
+
+
+def _may_be_artifact(path: Path) -> bool:
+    """Return whether `path` is a regular file, or true if the operating system refuses to tell."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+
+
+def _unreadable(path: Path, error: OSError) -> ArtifactUnreadable:
+    return ArtifactUnreadable(
+        f"cannot read {path}: {error.strerror}; check the permissions and the file system (ls -l, dmesg)"
+    )
 
 
 def resolve(root: Path, reference: str) -> Path:
@@ -222,6 +284,7 @@ def resolve(root: Path, reference: str) -> Path:
 
     Raises:
         ArtifactMissing: the model or the version does not exist.
+        ArtifactUnreadable: the folder of the model cannot be read.
     """
     name, at, version = reference.partition("@")
     present = versions(root, name)

@@ -338,16 +338,16 @@ class ModelSummary(BaseModel):
 
 
 class FailedVersion(BaseModel):
-    """A version in the artifact folder that failed to load."""
+    """A version that failed to load, or a folder that the server cannot read."""
 
-    name: str
-    version: int
+    name: str | None = Field(description="null if the artifact folder itself cannot be read")
+    version: int | None = Field(description="null if a folder cannot be read, so that its versions are unknown")
     code: str
     detail: str
 
 
 class ModelList(BaseModel):
-    """The models that are served, and the versions that failed to load."""
+    """The models that are served, and what failed to load. A model that was loaded before a failure stays served."""
 
     default: str | None = Field(description="model for requests that do not name one")
     models: list[ModelSummary] = Field(description="every loaded version, by name, newest version first")

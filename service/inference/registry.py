@@ -3,6 +3,9 @@
 The folder is polled every few seconds, outside the event loop. Requests read an immutable `Catalogue`, and each poll
 replaces it by a new one. A version that fails to load does not affect other versions. The failure is logged once and
 listed in /models. The file is not loaded again until it changes.
+
+A file or folder that the operating system refuses to read is a failure too. It is tried again at every poll, because a
+change of permissions and the repair of a disk do not change the file. Meanwhile, what is already loaded stays served.
 """
 
 import asyncio
@@ -12,32 +15,41 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from models.errors import ElboError
-from models.manifest import FILE_NAME, names, versions
+from models.errors import ArtifactMissing, ArtifactUnreadable, ElboError
+from models.manifest import FILE_NAME, folders, versions
 from service.errors import ModelNotFound, NotReady
 from service.inference.model_loader import ModelLoader
 from service.inference.served_model import ServedModel
 
 log = logging.getLogger("elbo.registry")
 
+LOAD_FAILED = "load_failed"  # code of a failure that is not an ElboError
+FolderId = tuple[int, int]  # device and inode of a folder
 Signature = tuple[int, int, int]  # inode, size and modification time (nanoseconds) of a file
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A version that failed to load.
+    """A version that failed to load, or a folder that cannot be read.
 
     Args:
-        name: name of the model.
-        version: version of the model.
-        code: code of the error if it is an `ElboError`, otherwise "load_failed".
+        name: name of the model; None if the artifact folder itself cannot be read.
+        version: version of the model; None if a folder cannot be read, so that its versions are unknown.
+        code: code of the error if it is an `ElboError`, otherwise LOAD_FAILED.
         detail: first line of the error's message.
     """
 
-    name: str
-    version: int
+    name: str | None
+    version: int | None
     code: str
     detail: str
+
+    def __str__(self) -> str:
+        """Return the failure as one line for the log."""
+        if self.name is None:
+            return self.detail
+        reference = self.name if self.version is None else f"{self.name}@{self.version}"
+        return f"failed to load {reference}: {self.detail}"
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,7 @@ class Catalogue:
 
     Args:
         models: served models by name and version, with versions in ascending order.
-        failures: versions that failed to load.
+        failures: versions that failed to load, and folders that cannot be read.
         default: name of the model that answers requests that name no model; None if no model is served.
     """
 
@@ -67,7 +79,9 @@ class Catalogue:
         if self.default is None:
             raise NotReady(
                 "no model is served yet",
-                hint="publish a model with `elbo demo` or `elbo train`: the server loads it without a restart",
+                hint="GET /models lists the reasons under failures"
+                if self.failures
+                else "publish a model with `elbo demo` or `elbo train`: the server loads it without a restart",
             )
         name, _, version = (reference if reference is not None else self.default).partition("@")
         present = self.models.get(name, {})
@@ -90,13 +104,14 @@ class _Entry:
     """The state of one model version in the artifact folder.
 
     Args:
-        signature: the signature of the file when it was last loaded.
+        signature: the signature of the file when it was last loaded; None if the operating system refused to read it.
+            The file is then loaded again at the next poll.
         served: the last model of this version that has loaded; None if none has loaded. If the present file failed to
             load, this model is from an older file.
         failure: why the present file failed to load; None if it has loaded.
     """
 
-    signature: Signature
+    signature: Signature | None
     served: ServedModel | None
     failure: Failure | None
 
@@ -117,42 +132,86 @@ class ModelRegistry:
         self._default_model = default_model
         self._keep_versions = keep_versions
         self._entries: dict[tuple[str, int], _Entry] = {}
+        self._folder_id: FolderId | None = None  # of the artifact folder, when a model was last found in it
         self.catalogue = Catalogue()
 
     async def poll(self) -> None:
-        """Refresh the catalogue in a thread. If the folder cannot be read, log a warning and keep the old catalogue."""
-        try:
-            await asyncio.to_thread(self.refresh)
-        except OSError as error:
-            log.warning("failed to scan the artifact folder %s: %s", self._root, error)
+        """Refresh the catalogue in a thread."""
+        await asyncio.to_thread(self.refresh)
 
     def refresh(self) -> None:
         """Scan the artifact folder: load new artifacts, drop removed ones, and replace the catalogue.
 
-        The call blocks while models load: do not make it in the event loop.
-
-        Raises:
-            OSError: the folder cannot be read.
+        If the artifact folder is missing or cannot be read, the loaded models stay served. The call blocks while models
+        load: do not make it in the event loop.
         """
+        scanned = self._scan()
+        if isinstance(scanned, Failure):
+            failures = (scanned, *(failure for failure in self.catalogue.failures if failure.name is not None))
+            self._replace_catalogue(Catalogue(self.catalogue.models, failures, self.catalogue.default))
+            return
         models = {}
         entries: dict[tuple[str, int], _Entry] = {}
-        for name in names(self._root):
-            served = self._load_newest(name, entries)
+        failures = ()
+        for name, found in scanned.items():
+            if isinstance(found, Failure):
+                failures = (*failures, found)
+                entries |= {key: entry for key, entry in self._entries.items() if key[0] == name}
+                served = self.catalogue.models.get(name, {})
+            else:
+                served = self._load_newest(name, found, entries)
             if served:
                 models[name] = served
         self._entries = entries
-        failures = tuple(entry.failure for entry in entries.values() if entry.failure)
+        failures = (*failures, *(entry.failure for entry in entries.values() if entry.failure))
         default = self._default_model if self._default_model in models else next(iter(models), None)
-        previous, self.catalogue = self.catalogue, Catalogue(models, failures, default)
-        _log_changes(previous, self.catalogue)
+        self._replace_catalogue(Catalogue(models, failures, default))
 
-    def _load_newest(self, name: str, entries: dict[tuple[str, int], _Entry]) -> dict[int, ServedModel]:
+    def _scan(self) -> "dict[str, list[int] | Failure] | Failure":
+        """Return the versions of each model, or a failure in place of the versions if the model's folder is unreadable.
+
+        Return only a failure if the artifact folder is unreadable, missing, or another folder without any model, such
+        as an empty mount point. Before the first model is found, a missing or empty folder is no failure.
+        """
+        try:
+            status = self._root.stat()
+            names = folders(self._root)
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and not self.catalogue.models:
+                return {}
+            self._folder_id = None
+            return self._folder_failure(error.strerror or str(error))
+        found: dict[str, list[int] | Failure] = {}
+        for name in names:
+            try:
+                if numbers := versions(self._root, name):
+                    found[name] = numbers
+            except ArtifactUnreadable as error:
+                found[name] = Failure(name, None, error.code, str(error))
+        folder_id = status.st_dev, status.st_ino
+        if not found and self.catalogue.models and folder_id != self._folder_id:
+            return self._folder_failure("it was replaced by a folder without models")
+        if found:
+            self._folder_id = folder_id
+        return found
+
+    def _folder_failure(self, reason: str) -> Failure:
+        stays = "; the loaded models stay served" if self.catalogue.models else ""
+        detail = f"cannot read the artifact folder {self._root}: {reason}{stays}"
+        return Failure(None, None, ArtifactUnreadable.code, detail)
+
+    def _load_newest(
+        self, name: str, numbers: list[int], entries: dict[tuple[str, int], _Entry]
+    ) -> dict[int, ServedModel]:
         """Return the newest `keep_versions` versions of `name` that load, in ascending order.
 
-        The state of every version that this method tries is added to `entries`.
+        Args:
+            name: the name of the model.
+            numbers: its versions in the artifact folder, ascending.
+            entries: the state of every version that this method tries is added.
         """
         served: dict[int, ServedModel] = {}
-        for version in reversed(versions(self._root, name)):
+        for version in reversed(numbers):
             if len(served) == self._keep_versions:
                 break
             with suppress(FileNotFoundError):  # the file was removed after it was listed
@@ -163,22 +222,43 @@ class ModelRegistry:
 
     def _load_if_changed(self, name: str, version: int) -> _Entry:
         path = self._root / name / str(version) / FILE_NAME
-        status = path.stat()
-        signature = (status.st_ino, status.st_size, status.st_mtime_ns)
         previous = self._entries.get((name, version))
-        if previous and previous.signature == signature:
-            return previous
+        signature = None
         try:
+            status = path.stat()
+            signature = (status.st_ino, status.st_size, status.st_mtime_ns)
+            if previous and previous.signature == signature:
+                return previous
             return _Entry(signature, self._loader.load(path, name, version), None)
+        except FileNotFoundError:
+            raise
         except Exception as error:
-            is_expected = isinstance(error, ElboError)
-            log.error("failed to load %s@%d: %s", name, version, error, exc_info=not is_expected)
-            code = error.code if isinstance(error, ElboError) else "load_failed"
-            detail = str(error).splitlines()[0] if str(error) else type(error).__name__
-            return _Entry(signature, previous.served if previous else None, Failure(name, version, code, detail))
+            if isinstance(error, OSError | ArtifactUnreadable | ArtifactMissing):
+                signature = None
+            failure = _failure(name, version, error)
+            if not isinstance(error, OSError | ElboError):
+                log.exception("%s", failure)
+            return _Entry(signature, previous.served if previous else None, failure)
+
+    def _replace_catalogue(self, catalogue: Catalogue) -> None:
+        previous, self.catalogue = self.catalogue, catalogue
+        _log_changes(previous, catalogue)
+
+
+def _failure(name: str, version: int, error: Exception) -> Failure:
+    detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, ElboError):
+        return Failure(name, version, error.code, detail)
+    return Failure(name, version, ArtifactUnreadable.code if isinstance(error, OSError) else LOAD_FAILED, detail)
 
 
 def _log_changes(before: Catalogue, after: Catalogue) -> None:
+    for failure in after.failures:
+        if failure not in before.failures and failure.code != LOAD_FAILED:  # `_load_if_changed` has logged LOAD_FAILED
+            log.error("%s", failure)
+    for failure in before.failures:
+        if failure.version is None and failure not in after.failures:
+            log.info("resolved: %s", failure)
     old, new = _served_models(before), _served_models(after)
     for served in sorted(new - old, key=lambda served: (served.name, served.version)):
         log.info(

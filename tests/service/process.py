@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,16 @@ class ServerProcess:
 
     Args:
         artifacts: the artifact folder.
+        prefix: the command that starts the server's command, such as `setpriv` with options.
         settings: values of environment variables; for example, PORT sets ELBO_PORT.
     """
 
-    def __init__(self, artifacts: Path, **settings: Any) -> None:
+    def __init__(self, artifacts: Path, *, prefix: Sequence[str] = (), **settings: Any) -> None:
         options = {"ARTIFACTS": artifacts, "PORT": 0, "POLL_SECONDS": 0.1, **settings}
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("ELBO_")}
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `close`
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", "service"],
+            [*prefix, sys.executable, "-m", "service"],
             cwd=ROOT,
             env=inherited | {f"ELBO_{key}": str(value) for key, value in options.items()},
             stdout=subprocess.PIPE,

@@ -1,5 +1,6 @@
 """The registry on real folders: artifacts are added, replaced, damaged and removed."""
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -175,3 +176,115 @@ def test_other_files_in_the_artifact_folder_are_ignored(artifacts: Path, tmp_pat
     registry.refresh()
     assert served(registry) == ["vae@1"]
     assert not registry.catalogue.failures
+
+
+def unreadable_path(root: Path, kind: str) -> Path:
+    """Return the path at which a symbolic link to itself makes one part of the model `bad` unreadable."""
+    path = {"folder": root / "bad", "version": root / "bad" / "1", "file": root / "bad" / "1" / "model.pt"}[kind]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@pytest.mark.parametrize(("kind", "version"), [("folder", None), ("version", 1), ("file", 1)])
+def test_model_that_cannot_be_read_is_a_failure_and_does_not_affect_other_models(
+    artifacts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str, version: int | None
+) -> None:
+    publish(artifacts, tmp_path)
+    path = unreadable_path(tmp_path, kind)
+    path.symlink_to(path)
+    registry = create_registry(tmp_path)
+    for _ in range(3):
+        registry.refresh()
+    assert served(registry) == ["vae@1"]
+    (failure,) = registry.catalogue.failures
+    assert (failure.name, failure.version, failure.code) == ("bad", version, "artifact_unreadable")
+    assert "Too many levels of symbolic links" in failure.detail
+    assert sum("failed to load bad" in record.message for record in caplog.records) == 1
+    publish(artifacts, tmp_path, version=2)
+    registry.refresh()
+    assert served(registry) == ["vae@1", "vae@2"]
+    path.unlink()
+    registry.refresh()
+    assert not registry.catalogue.failures
+
+
+@pytest.mark.parametrize("kind", ["folder", "version", "file"])
+def test_loaded_model_stays_served_while_it_cannot_be_read(artifacts: Path, tmp_path: Path, kind: str) -> None:
+    publish(artifacts, tmp_path, name="bad")
+    registry = create_registry(tmp_path)
+    registry.refresh()
+    first = registry.catalogue.find("bad")
+    path = unreadable_path(tmp_path, kind)
+    path.rename(tmp_path / ".away")
+    path.symlink_to(path)
+    registry.refresh()
+    assert registry.catalogue.find("bad") is first
+    assert [failure.name for failure in registry.catalogue.failures] == ["bad"]
+    path.unlink()
+    (tmp_path / ".away").rename(path)
+    registry.refresh()
+    assert registry.catalogue.find("bad").name == "bad"
+    assert not registry.catalogue.failures
+
+
+@pytest.mark.parametrize("replacement", ["nothing", "empty folder", "file", "symbolic link to itself"])
+def test_loaded_models_stay_served_while_the_artifact_folder_is_missing(
+    artifacts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, replacement: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    root = tmp_path / "artifacts"
+    publish(artifacts, root)
+    registry = create_registry(root)
+    registry.refresh()
+    first = registry.catalogue.find(None)
+    root.rename(tmp_path / "away")
+    if replacement == "empty folder":
+        root.mkdir()
+    elif replacement == "file":
+        root.write_text("")
+    elif replacement != "nothing":
+        root.symlink_to(root)
+    for _ in range(3):
+        registry.refresh()
+    assert registry.catalogue.find(None) is first
+    (failure,) = registry.catalogue.failures
+    assert (failure.name, failure.version, failure.code) == (None, None, "artifact_unreadable")
+    assert str(root) in failure.detail
+    assert "the loaded models stay served" in failure.detail
+    assert sum("cannot read the artifact folder" in record.message for record in caplog.records) == 1
+    if replacement == "empty folder":
+        root.rmdir()
+    elif replacement != "nothing":
+        root.unlink()
+    (tmp_path / "away").rename(root)
+    registry.refresh()
+    assert registry.catalogue.find(None) is first
+    assert not registry.catalogue.failures
+
+
+def test_models_stay_served_until_a_recreated_artifact_folder_has_a_model(artifacts: Path, tmp_path: Path) -> None:
+    root = tmp_path / "artifacts"
+    publish(artifacts, root)
+    publish(artifacts, root, name="other")
+    registry = create_registry(root)
+    registry.refresh()
+    shutil.rmtree(root)
+    registry.refresh()
+    root.mkdir()
+    registry.refresh()
+    assert served(registry) == ["other@1", "vae@1"]
+    publish(artifacts, root, version=2)
+    registry.refresh()
+    assert served(registry) == ["vae@2"]
+    assert not registry.catalogue.failures
+
+
+def test_artifact_folder_that_cannot_be_read_at_start_is_a_failure(tmp_path: Path) -> None:
+    root = tmp_path / "artifacts"
+    root.symlink_to(root)
+    registry = create_registry(root)
+    registry.refresh()
+    assert [failure.name for failure in registry.catalogue.failures] == [None]
+    with pytest.raises(NotReady) as caught:
+        registry.catalogue.find(None)
+    assert "failures" in str(caught.value.hint)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.conftest import require
 from tests.data import ROOT
 from tests.service.process import ServerProcess, background_threads, server_starter
 from tests.service.raw_http import read_response, request_head
@@ -107,6 +108,60 @@ def test_model_is_served_from_its_publication_until_its_removal(
         shutil.rmtree(tmp_path / "models" / "digits")
         process.wait_for_log("no longer serving digits@3")
         assert client.get("/readyz").status_code == 503
+
+
+def without_access_to_all_files() -> list[str]:
+    """Return a command prefix without root's power to read every file. Other users do not have that power."""
+    if os.geteuid() != 0:
+        return []
+    require(shutil.which("setpriv"), "setpriv, which takes root's power to read every file away, is not installed")
+    return ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+
+
+def test_folder_without_read_permission_affects_only_its_model(
+    start: Callable[..., ServerProcess], artifacts: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(artifacts / "pca", tmp_path / "pca")
+    shutil.copytree(artifacts / "pca", tmp_path / "private")
+    (tmp_path / "private").chmod(0)
+    process = start(tmp_path, prefix=without_access_to_all_files())
+    with process.client() as client:
+        (failure,) = client.get("/models").json()["failures"]
+        assert (failure["name"], failure["version"], failure["code"]) == ("private", None, "artifact_unreadable")
+        assert "Permission denied" in failure["detail"]
+        shutil.copytree(artifacts / "ae", tmp_path / "ae")
+        process.wait_for_log("serving ae@1")
+        (tmp_path / "private").chmod(0o755)
+        process.wait_for_log("serving private@1")
+        assert client.get("/models").json()["failures"] == []
+        file = tmp_path / "pca" / "1" / "model.pt"
+        shutil.copytree(artifacts / "pca" / "1", tmp_path / "pca" / "2")
+        (tmp_path / "pca" / "2" / "model.pt").chmod(0)
+        process.wait_for_log("failed to load pca@2")
+        assert client.post("/sample?model=pca").json()["version"] == 1
+        file.chmod(0)
+        (tmp_path / "pca" / "2" / "model.pt").chmod(0o644)  # the server notices although the file has not changed
+        process.wait_for_log("serving pca@2")
+    assert process.stop() == 0
+    errors = [line["message"] for line in process.lines if line["level"] == "error"]
+    assert [message.partition(":")[0] for message in errors] == ["failed to load private", "failed to load pca@2"]
+
+
+def test_server_stays_ready_while_the_artifact_folder_is_missing(
+    start: Callable[..., ServerProcess], artifacts: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "models"
+    shutil.copytree(artifacts / "pca", root / "pca")
+    process = start(root)
+    with process.client() as client:
+        root.rename(tmp_path / "away")
+        process.wait_for_log("cannot read the artifact folder")
+        assert client.get("/readyz").status_code == 200
+        assert client.post("/sample").json()["model"] == "pca"
+        assert process.metric_total("elbo_model_load_failures") == 1
+        (tmp_path / "away").rename(root)
+        process.wait_for_log("resolved: cannot read the artifact folder")
+        assert client.get("/models").json()["failures"] == []
 
 
 def test_recalibrated_model_is_served_without_a_restart(

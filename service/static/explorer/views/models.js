@@ -51,7 +51,7 @@ export function render(container, { models, failures, defaultModel, navigate }) 
 }
 
 const failureMessage = ({ name, version, detail }) =>
-  h("p", { class: "error" }, `${name}@${version} is not served: ${detail}`);
+  h("p", { class: "error" }, version === null ? detail : `${name}@${version} is not served: ${detail}`);
 
 function useCaseItem([name, text, view], navigate) {
   const onclick = (event) => {
