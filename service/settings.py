@@ -1,11 +1,31 @@
 """The table of all settings of the service: the default, the bounds and the meaning of each setting."""
 
+import os
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+# In a namespace with a Service named `elbo`, Kubernetes gives every container the variable ELBO_PORT with such a value,
+# and also ELBO_SERVICE_HOST, ELBO_SERVICE_PORT and ELBO_PORT_80_TCP, which are no settings.
+_SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://", re.IGNORECASE)
+
+
+class _EnvironmentWithoutServiceLinks(EnvSettingsSource):
+    """The environment variables ELBO_*, without those that Kubernetes sets for a Service named `elbo`."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        """Return the value of the variable of `field_name`, the key of the value, and whether the value is JSON."""
+        value, key, is_complex = super().get_field_value(field, field_name)
+        return (None if _is_service_link(field_name, value) else value), key, is_complex
+
+
+def _is_service_link(field_name: str, value: str | None) -> bool:
+    return value is not None and field_name.endswith("port") and _SERVICE_LINK.match(value) is not None
 
 
 class Settings(BaseSettings):
@@ -14,7 +34,13 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="ELBO_", frozen=True, extra="forbid")
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 listens on every interface")
-    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free port")
+    port: int = Field(
+        8000,
+        ge=0,
+        le=65535,
+        description="port to listen on; 0 picks a free port. A value such as tcp://10.0.0.1:80, which Kubernetes sets "
+        "for a Service named elbo, is ignored",
+    )
     artifacts: Path = Field(Path("artifacts"), description="artifact folder: `<name>/<version>/model.pt`")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="device that models run on; auto uses CUDA if it is available"
@@ -102,6 +128,25 @@ class Settings(BaseSettings):
     log_format: Literal["json", "text"] = Field(
         "json", description="json writes one object per line; text is for reading in a terminal"
     )
+
+    @classmethod
+    def settings_customise_sources(  # type: ignore[override] # the other sources are passed by name
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        **_: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Return the sources of values: first the arguments, then the environment."""
+        return init_settings, _EnvironmentWithoutServiceLinks(settings_cls)
+
+    def ignored_variables(self) -> dict[str, str]:
+        """Return the environment variables that were ignored because Kubernetes has set them, by name."""
+        variables = {f"ELBO_{name.upper()}": name for name in type(self).model_fields.keys() - self.model_fields_set}
+        return {
+            variable: value
+            for variable, value in os.environ.items()
+            if _is_service_link(variables.get(variable.upper(), ""), value)
+        }
 
     @field_validator("alertmanager_url")
     @classmethod

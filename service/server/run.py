@@ -1,11 +1,14 @@
 """Bind the address and serve: in this process, or in several workers under a supervisor."""
 
+import logging
 import resource
 import socket
 
 from models.errors import ElboError
 from service.monitoring import logs
 from service.settings import Settings
+
+log = logging.getLogger("elbo.service")
 
 
 class ServeError(ElboError):
@@ -17,6 +20,13 @@ class ServeError(ElboError):
 def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. Raises ElboError if the address or the device is not available."""
     logs.configure(settings.log_level, settings.log_format)
+    for name, value in settings.ignored_variables().items():
+        log.warning(
+            "ignored %s=%s, which Kubernetes sets for a Service named elbo: the default is used; set "
+            "enableServiceLinks: false in the pod, or give the variable a value in the container",
+            name,
+            value,
+        )
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))  # every connection is an open file
     with bind(settings.host, settings.port) as listener:

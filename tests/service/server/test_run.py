@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from service.settings import Settings
 from tests.conftest import require
 from tests.data import ROOT
 from tests.service.process import ServerProcess, background_threads, server_starter
@@ -85,6 +86,44 @@ def test_server_exits_with_a_one_line_error_if_a_setting_is_invalid(name: str, v
     assert result.stderr.count("\n") == 1
     assert result.stderr.startswith(f"elbo: {name}: ")
     assert f"got '{value}'" in result.stderr
+
+
+SERVICE_LINK = "tcp://10.96.12.3:80"  # the value that Kubernetes gives ELBO_PORT for a Service named elbo
+
+
+def health_check(address: str, **variables: str) -> int:
+    """Run the health check of the Dockerfile for a server at `address`, and return its exit status."""
+    lines = (ROOT / "Dockerfile").read_text().replace("\\\n", "").splitlines()
+    command = json.loads(next(line for line in lines if line.startswith("HEALTHCHECK")).partition("CMD ")[2])
+    code = command[2].replace("127.0.0.1", address)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("ELBO_")}
+    return subprocess.run([sys.executable, "-c", code], env=environment | variables, capture_output=True).returncode
+
+
+def test_server_and_health_check_use_the_default_port_if_kubernetes_has_set_the_port_variable(
+    start: Callable[..., ServerProcess], artifacts: Path
+) -> None:
+    address = "127.0.0.77"  # port 8000 of 127.0.0.1 may be in use
+    variables = {"SERVICE_HOST": "10.96.12.3", "SERVICE_PORT": "80", "SERVICE_PORT_HTTP": "80"}
+    process = start(artifacts, PORT=SERVICE_LINK, HOST=address, PORT_80_TCP=SERVICE_LINK, **variables)
+    assert process.port == 8000
+    (warning,) = [line for line in process.lines if line["level"] == "warning"]
+    assert f"ignored ELBO_PORT={SERVICE_LINK}" in warning["message"]
+    assert "enableServiceLinks: false" in warning["message"]
+    assert health_check(address, ELBO_PORT=SERVICE_LINK) == 0
+    assert health_check(address) == 0
+    assert health_check(address, ELBO_PORT="8000") == 0
+    assert health_check(address, ELBO_PORT="9") != 0
+    assert process.stop() == 0
+
+
+@pytest.mark.parametrize("value", ["udp://10.0.0.1:53", "TCP://[fd00::1]:80", "sctp://10.0.0.1:1"])
+def test_port_variable_of_kubernetes_is_ignored_for_every_protocol(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("ELBO_PORT", value)
+    assert Settings().port == 8000
+    assert Settings().ignored_variables() == {"ELBO_PORT": value}
+    assert Settings(port=9000).port == 9000
+    assert Settings(port=9000).ignored_variables() == {}
 
 
 def test_model_is_served_from_its_publication_until_its_removal(
