@@ -32,10 +32,11 @@ def parse_title(title: str) -> Title:
     return Title(match["name"], match["unit"].strip()) if match else Title(text, None)
 
 
-def parse_cell(cell: str) -> float | str:
-    """Return the number in `cell`, or NaN for a missing value. Return `cell` itself if it is neither.
+def parse_cell(cell: str) -> float | bool | str:
+    """Return the number in `cell`, NaN for a missing value, or a boolean for true, yes, false and no.
 
-    True and yes are 1, false and no are 0.
+    Return `cell` itself if it is none of these. Training reads a boolean as 1 or 0, but only in a column without any
+    other number.
     """
     text = cell.strip()
     try:
@@ -44,6 +45,6 @@ def parse_cell(cell: str) -> float | str:
         word = text.lower()
         if word in MISSING:
             return math.nan
-        return float(word in TRUE) if word in TRUE or word in FALSE else cell
+        return word in TRUE if word in TRUE or word in FALSE else cell
     # Python reads 1_000 and digits of other scripts, but polars, which reads training files, does not.
     return value if text.isascii() and "_" not in text else cell

@@ -114,8 +114,9 @@ class AnomalyBody(Body):
     inputs: Rows = Field(None, description="N rows in raw units")
     records: Records = Field(
         None,
-        description="N objects with a number per feature name; a missing value is null or absent; other names are "
-        "ignored",
+        description="N objects with a number per feature name, which may be followed by the feature's unit: "
+        "`temp [°C]`; a missing value is null or absent. Other names are ignored, but a record that has other names "
+        "and lacks features is an error unless the request has `impute` true",
     )
     metrics: Metrics = Field(
         None,
@@ -139,7 +140,8 @@ class AnomalyBody(Body):
     impute: bool = Field(
         True,
         description="whether a row in `records`, `metrics`, NDJSON or CSV may lack up to half of the features that "
-        "were never missing in training; training medians replace the missing values. If false, the row is an error",
+        "were never missing in training; training medians replace the missing values. If false, the row is an error. "
+        "If the request has `impute` true, a row may lack features although it has names that are not features",
     )
     half_life: float | None = Field(
         None,

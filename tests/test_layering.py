@@ -33,8 +33,8 @@ MAY_IMPORT = {
     "service.codec": "models.columns models.errors errors",
     "service.inference": "models.artifact models.manifest models.errors codec errors shared_memory",
     "service.schemas": "models.manifest inference",
-    "service.anomaly": "models.errors schemas inference codec errors",
-    "service.monitoring": "anomaly inference settings shared_memory",
+    "service.anomaly": "models.columns models.errors schemas inference codec errors",
+    "service.monitoring": "anomaly inference codec settings shared_memory",
     "service.http": "monitoring inference errors shared_memory",
     "service.endpoints": (
         "models.artifact models.errors http monitoring anomaly schemas inference codec errors settings"

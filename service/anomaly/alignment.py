@@ -15,6 +15,7 @@ from service.codec.remote_write import METRIC_NAME_LABEL, Series, is_stale
 MAX_INCOMPLETE_ROWS = 10_000  # beyond this number, the oldest row is completed with the samples that it has
 MAX_SERIES = 100_000  # maximum number of label sets whose feature and group are cached
 MAX_GROUPS = 10_000  # maximum number of groups whose last completed times are remembered
+MAX_UNKNOWN_METRICS = 1000  # maximum number of unknown metric names that wait to be logged
 REMEMBERED_TIMES = 64  # number of completed times remembered per group, so that repeated samples start no second row
 
 LabelSet = tuple[tuple[str, str], ...]
@@ -51,6 +52,8 @@ class SampleAligner:
         self._completed_times: OrderedDict[str, deque[int]] = OrderedDict()
         # The number of samples by outcome. `RemoteWriteEndpoint` adds these numbers to the metrics, then clears them.
         self.outcomes: collections.Counter[str] = collections.Counter()
+        # The names of metrics that belong to no feature. `RemoteWriteEndpoint` logs these names, then clears them.
+        self.unknown_metrics: dict[str, None] = {}
 
     @property
     def pending_rows(self) -> int:
@@ -122,6 +125,8 @@ class SampleAligner:
         feature = self._selectors.find([values.get(METRIC_NAME_LABEL, "")], values)
         group = ",".join(values.get(name, "") for name in self._group_labels)
         target = None if feature is None else (feature, group)
+        if target is None and len(self.unknown_metrics) < MAX_UNKNOWN_METRICS:
+            self.unknown_metrics[values.get(METRIC_NAME_LABEL, "")] = None
         if len(self._targets) >= MAX_SERIES:
             self._targets.clear()
         self._targets[labels] = target

@@ -1,25 +1,26 @@
 """Read the rows of /anomaly requests: JSON inputs, records, Telegraf metrics, NDJSON, CSV, npy, safetensors."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from models.errors import join_names
+from service.anomaly.record_keys import RecordKeys
 from service.codec import csv_rows, ndjson
 from service.codec.request_body import BodyReader
 from service.codec.row_arrays import parse_valid_array_rows
 from service.codec.row_lists import parse_valid_rows
-from service.codec.row_records import count_unknown_fields, max_missing, parse_valid_records
+from service.codec.row_records import max_missing, parse_valid_records
 from service.codec.row_schema import ParsedRows, RowSchema
 from service.codec.telegraf import TelegrafBatch
-from service.codec.timestamps import to_unix_seconds
 from service.errors import InvalidField, InvalidRows
 from service.inference.served_model import ServedModel
 from service.schemas import AnomalyBody
 
 ROW_FIELDS = ("inputs", "records", "metrics")  # a request body must have exactly one of these fields
+HEADER_HINT = "the first line must name the columns; GET /models/{name} lists the features"
 RECORD_READERS: Mapping[str, BodyReader] = {  # by media type; each reader returns the field `records`
     **dict.fromkeys(ndjson.MEDIA_TYPES, ndjson.read_fields),
     csv_rows.MEDIA_TYPE: csv_rows.read_fields,
@@ -33,6 +34,7 @@ class InputRows(NamedTuple):
         parsed: the G valid rows, and the errors of the invalid rows.
         rows_received: how many rows the request has, valid or not.
         unknown_fields: how many values belong to no feature.
+        unknown_metrics: the names of metrics that belong to no feature, each once.
         time: [G], Unix seconds, with NaN for a row without a timestamp; None if no row has a timestamp.
         group: [G], with None for a row without a group; None instead of the list if no row has a group.
     """
@@ -42,6 +44,7 @@ class InputRows(NamedTuple):
     unknown_fields: int = 0
     time: npt.NDArray[np.float64] | None = None
     group: list[str | None] | None = None
+    unknown_metrics: Sequence[str] = ()
 
 
 def parse_input_rows(served: ServedModel, body: AnomalyBody, may_contain_non_floats: bool) -> InputRows:
@@ -85,43 +88,49 @@ def parse_record_rows(
 
     Raises InvalidRows if fewer than `minimum` records are valid.
     """
+    allow_lists = isinstance(records, ndjson.NdjsonRows)
+    allow_unknown = body.impute and "impute" in body.model_fields_set
+    keys = RecordKeys(schema, body.time, body.group, allow_unknown=allow_unknown)
     if isinstance(records, csv_rows.CsvRecords):
-        _validate_header(schema, records.header, body.impute, pointer)
-        records = records.with_numbers(schema.name_set)
+        names = keys.names(records.header)
+        _validate_header(schema, names, body.impute, pointer, keys)
+        records = records.with_values(names, schema.name_set, body.time)
+    if isinstance(records, list):
+        records = [keys.read(record) for record in records]
     parsed = parse_valid_records(
         schema,
         records,
         pointer,
         may_contain_non_floats=may_contain_non_floats,
         impute=body.impute,
-        allow_lists=isinstance(records, ndjson.NdjsonRows),
+        allow_lists=allow_lists,
         minimum=minimum,
     )
-    input_rows = InputRows(parsed, len(records), count_unknown_fields(schema, records, (body.time, body.group)))
     valid = [records[row] for row in parsed.rows]
-    if not any(type(record) is dict and (body.time in record or body.group in record) for record in valid):
-        return input_rows
-    time = np.array([to_unix_seconds(_non_feature(schema, record, body.time)) for record in valid])
+    time = np.array([keys.times[row] for row in parsed.rows])
     group = [_group_name(_non_feature(schema, record, body.group)) for record in valid]
-    return input_rows._replace(
+    return InputRows(
+        parsed,
+        len(records),
+        keys.unknown_fields,
         time=None if np.isnan(time).all() else time,
         group=group if any(name is not None for name in group) else None,
     )
 
 
 def _parse_metrics(served: ServedModel, body: AnomalyBody) -> InputRows:
-    batch = TelegrafBatch(served.selectors, body.time, body.group)
+    batch = TelegrafBatch(served.selectors, served.row_schema.titles, body.time, body.group)
     batch.add(body.metrics)
     try:
         input_rows = parse_record_rows(
             served.row_schema, body, batch.records, may_contain_non_floats=True, pointer="/metrics"
         )
     except InvalidRows as error:
-        error.pointer = f"/metrics/{batch.first_metrics[0]}"
+        error.pointer = batch.pointer(0)
         raise
     for row_error in input_rows.parsed.errors:
-        row_error.error.pointer = f"/metrics/{batch.first_metrics[row_error.row]}"
-    return input_rows._replace(unknown_fields=input_rows.unknown_fields + batch.unknown_fields)
+        row_error.error.pointer = batch.pointer(row_error.row)
+    return input_rows._replace(unknown_fields=batch.unknown_fields, unknown_metrics=list(batch.unknown_metrics))
 
 
 def _validate_smoothing(body: AnomalyBody) -> None:
@@ -148,13 +157,18 @@ def _validate_smoothing(body: AnomalyBody) -> None:
         )
 
 
-def _validate_header(schema: RowSchema, header: list[str], impute: bool, pointer: str) -> None:
-    """Raise InvalidRows if a CSV header lacks so many features that no line can be valid."""
+def _validate_header(schema: RowSchema, header: list[str], impute: bool, pointer: str, keys: RecordKeys) -> None:
+    """Raise InvalidRows if a CSV header lacks so many features that no line can be valid.
+
+    Raise it also if the header lacks a feature and has an unknown name, unless the request allows that.
+    """
     has_feature = not schema.name_set.isdisjoint(header)
     missing = [name for name in schema.required_names if name not in header]
-    if has_feature and len(missing) <= max_missing(schema, impute):
+    mismatch = keys.mismatch([name for name in schema.names if name not in header], header)
+    if has_feature and len(missing) <= max_missing(schema, impute) and not mismatch:
         return
-    missing = missing or list(schema.names)  # even if all features are optional, a row needs at least one value
+    # Optional features count only if there is no other reason: a row needs at least one value, and no unknown name.
+    missing = missing or [name for name in schema.names if name not in header]
     columns = "column" if len(missing) == 1 else "columns"
     verb = "is" if len(missing) == 1 else "are"
     needed = join_names(schema.names)
@@ -164,7 +178,7 @@ def _validate_header(schema: RowSchema, header: list[str], impute: bool, pointer
         pointer=f"{pointer}/0" if has_feature else "",
         expected=needed,
         got=join_names(header),
-        hint="the first line must name the columns; GET /models/{name} lists the features",
+        hint=f"{HEADER_HINT}; {mismatch}" if mismatch else HEADER_HINT,
     )
 
 

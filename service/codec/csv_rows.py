@@ -3,15 +3,16 @@
 import csv
 import io
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
+from models.columns import MISSING, parse_cell
+from models.errors import join_names
 from service.codec.request_body import RequestFields
 from service.codec.row_errors import MalformedRow
 from service.errors import InvalidCsv
 
 MEDIA_TYPE = "text/csv"
-MISSING_CELLS = frozenset(("", "nan", "null", "none", "na", "n/a"))  # cells that mean a missing value, in lower case
 
 
 class CsvRecords(list[Any]):
@@ -21,12 +22,22 @@ class CsvRecords(list[Any]):
         super().__init__(records)
         self.header = header
 
-    def with_numbers(self, names: Collection[str]) -> list[Any]:
-        """Return the records after converting the columns `names` to numbers. A missing value becomes None.
+    def with_values(self, keys: Sequence[str], features: Collection[str], time: str) -> list[Any]:
+        """Return the records with `keys` as keys, one per column, and with numbers in place of the text of features.
 
-        A cell that holds neither a number nor a missing value stays text. The record parser then reports its position.
+        A missing value of a feature or of `time` becomes None. True, yes, false and no become 1 and 0 in a column whose
+        other values are 0 and 1. Any other cell of a feature stays as it is. The record parser then reports its
+        position.
         """
-        return [_with_numbers(record, names) if type(record) is dict else record for record in self]
+        readers = [_number if key in features else _none_if_missing if key == time else str for key in keys]
+        records = [
+            {key: read(cell) for key, read, cell in zip(keys, readers, record.values(), strict=True)}
+            if type(record) is dict
+            else record
+            for record in self
+        ]
+        _convert_booleans([record for record in records if type(record) is dict])
+        return records
 
 
 def read_fields(body: bytes) -> RequestFields:
@@ -40,6 +51,8 @@ def read_fields(body: bytes) -> RequestFields:
     if first is None or isinstance(first, MalformedRow):
         raise InvalidCsv("the CSV has no header", expected="a first line that names the columns", got="none")
     header = [name.strip() for name in first]
+    if any("\ufffd" in name for name in header):
+        raise InvalidCsv("the CSV header is not UTF-8", expected="CSV in UTF-8", got=join_names(header)[:200])
     duplicates = [name for name, count in Counter(header).items() if count > 1]
     if duplicates:
         raise InvalidCsv(
@@ -74,13 +87,19 @@ def _record(header: list[str], line: list[str] | MalformedRow) -> dict[str, str]
     return dict(zip(header, line, strict=True))
 
 
-def _with_numbers(record: dict[str, str], names: Collection[str]) -> dict[str, Any]:
-    return {name: _number(cell) if name in names else cell for name, cell in record.items()}
+def _convert_booleans(records: list[dict[str, Any]]) -> None:
+    """Replace booleans by 1 and 0 in every column that contains no number except 0 and 1."""
+    for key in {key for record in records for key, value in record.items() if type(value) is bool}:
+        if all(type(record[key]) is not float or record[key] in (0.0, 1.0) for record in records):
+            for record in records:
+                if type(record[key]) is bool:
+                    record[key] = float(record[key])
 
 
-def _number(cell: str) -> float | str | None:
-    try:
-        value = float(cell)
-    except ValueError:
-        return None if cell.strip().lower() in MISSING_CELLS else cell
-    return value if value == value else None
+def _number(cell: str) -> float | bool | str | None:
+    value = parse_cell(cell)
+    return None if value != value else value
+
+
+def _none_if_missing(cell: str) -> str | None:
+    return None if cell.strip().lower() in MISSING else cell

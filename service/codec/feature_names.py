@@ -1,8 +1,19 @@
-"""The mapping from metric names and labels to the model's features."""
+"""Find the feature that a client means: by the title of a column, or by the name and labels of a metric."""
 
 import re
-from collections.abc import Iterable, Mapping
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from itertools import islice
 
+from models.columns import parse_title
+from service.errors import InvalidRows, escape
+
+MAX_CACHED_TITLES = 1000  # per model
+MAX_TITLE = 200  # characters; a longer title is neither cached nor quoted in full, because clients choose it
+MAX_COMPARED = 50  # maximum number of names that `closest` compares, because a comparison takes up to 20 µs
+MIN_SHARED = 3  # characters; shorter names are not similar to a name only because it contains them
 Labels = Mapping[str, str]
 _SELECTOR = re.compile(r'([^{}"]+)\{((?:\s*\w+\s*=\s*"[^"]*"\s*,?)+)\}')
 _LABEL = re.compile(r'(\w+)\s*=\s*"([^"]*)"')
@@ -36,3 +47,76 @@ class FeatureSelectors:
                 if required.items() <= labels.items():
                     return feature
         return None
+
+
+class FeatureTitles:
+    """Finds the feature for a title: the name of a feature, optionally with its unit, such as `temp [°C]`.
+
+    Names and units are compared after Unicode normalisation (NFKC), so `µs` is the same unit whichever of the two
+    characters for micro it contains.
+
+    Args:
+        names: the names of the features.
+        units: the units of the features; None where unknown.
+    """
+
+    def __init__(self, names: Sequence[str], units: Sequence[str | None]) -> None:
+        self._units = dict(zip(names, units, strict=True))
+        normal = [_normalise(name) for name in names]
+        counts = Counter(normal)
+        self._by_normal_name = {key: name for key, name in zip(normal, names, strict=True) if counts[key] == 1}
+        self._cache: dict[str, str | None] = {}
+
+    def find(self, title: str) -> str | None:
+        """Return the name of the feature that `title` means, or None if it means no feature.
+
+        Raises:
+            InvalidRows: `title` has another unit than the feature.
+        """
+        if title in self._units:
+            return title
+        if title in self._cache:
+            return self._cache[title]
+        feature = self._find(title)
+        if len(self._cache) < MAX_CACHED_TITLES and len(title) <= MAX_TITLE:
+            self._cache[title] = feature
+        return feature
+
+    def _find(self, title: str) -> str | None:
+        whole = self._by_normal_name.get(_normalise(title))
+        if whole is not None:
+            return whole
+        name, unit = parse_title(title)
+        feature = self._by_normal_name.get(_normalise(name))
+        if feature is None or unit is None:
+            return feature
+        expected = self._units[feature]
+        if expected is not None and _normalise(unit) != _normalise(expected):
+            short, short_unit = title[:MAX_TITLE], unit[:MAX_TITLE]
+            raise InvalidRows(
+                f"{short!r} is in {short_unit}, but the model takes {feature} in {expected}: convert the values",
+                pointer=f"/{escape(title)}",
+                expected=f"{feature} [{expected}]",
+                got=short,
+                hint="GET /models/{name} lists the features and their units",
+            )
+        return feature
+
+
+def closest(title: str, features: Iterable[str]) -> str | None:
+    """Return the feature whose name is most similar to `title`, or None if no name is similar.
+
+    Upper and lower case, and a unit in the title, make no difference. At most MAX_COMPARED features are compared.
+    """
+    name = parse_title(title[:MAX_TITLE]).name.casefold()
+    by_name: dict[str, str] = {}
+    for feature in islice(features, MAX_COMPARED):
+        by_name.setdefault(feature[:MAX_TITLE].casefold(), feature)
+    similar = get_close_matches(name, by_name, n=1) or [
+        other for other in by_name if min(len(name), len(other)) >= MIN_SHARED and (name in other or other in name)
+    ]
+    return by_name[similar[0]] if similar else None
+
+
+def _normalise(text: str) -> str:
+    return unicodedata.normalize("NFKC", " ".join(text.split()))

@@ -20,19 +20,30 @@ PACKING_ERRORS = (struct.error, TypeError, OverflowError)  # raised by `struct` 
 MISSING_VALUE_HINT = (
     "send null (NaN in npy) for a missing value; only features with missing > 0 in GET /models/{name} may lack one"
 )
+TIME_FORMATS = "Unix time in s, ms, us or ns, or ISO 8601"
 
 
 @dataclass(frozen=True)
 class MalformedRow:
-    """The entry in a list of rows for a row that the body reader could not parse."""
+    """The entry in a list of rows for a row that could not be read.
+
+    `pointer` is relative to the row.
+    """
 
     detail: str
     expected: str
     got: str
+    pointer: str = ""
+    hint: str | None = None
+
+    @classmethod
+    def of(cls, error: InvalidRows) -> "MalformedRow":
+        """Return the entry for a row that failed with `error`."""
+        return cls(error.detail, error.expected or "", error.got or "", error.pointer or "", error.hint)
 
     def error(self) -> InvalidRows:
         """Return the error to raise for the row."""
-        return InvalidRows(self.detail, pointer="", expected=self.expected, got=self.got)
+        return InvalidRows(self.detail, pointer=self.pointer, expected=self.expected, got=self.got, hint=self.hint)
 
 
 def describe_value(value: Any) -> str:
@@ -65,6 +76,18 @@ def wrong_shape(schema: RowSchema, row: Any) -> InvalidRows:
     got = describe_value(part)
     return InvalidRows(
         f"expected {schema.description}, got {got}", pointer=pointer, expected=schema.description, got=got
+    )
+
+
+def not_a_timestamp(key: str, value: Any) -> InvalidRows:
+    """Return the error for a row whose time, the value of `key`, cannot be read."""
+    got = describe_value(value)
+    return InvalidRows(
+        f"{key} is not a timestamp: expected {TIME_FORMATS}, got {got}",
+        pointer=f"/{escape(key)}",
+        expected=TIME_FORMATS,
+        got=got,
+        hint="send null, or leave the key out, if the row has no time",
     )
 
 

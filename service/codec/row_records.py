@@ -1,6 +1,5 @@
 """Parse records into float32 arrays. A record maps feature names to values, and comes from JSON, NDJSON or CSV."""
 
-from collections.abc import Collection, Sequence
 from typing import Any
 
 from models.errors import join_names
@@ -47,12 +46,6 @@ def parse_valid_records(
             packer.append(_values_in_order(schema, record, impute), record_schema, keys=schema.names)
 
     return append_valid_rows(packer, records, pointer, append, minimum)
-
-
-def count_unknown_fields(schema: RowSchema, records: Sequence[Any], ignored: Collection[str] = ()) -> int:
-    """Return how many values of `records` belong neither to a feature nor to a name in `ignored`."""
-    known = schema.name_set.union(ignored)
-    return sum(len(record.keys() - known) for record in records if type(record) is dict)
 
 
 def max_missing(schema: RowSchema, impute: bool) -> int:

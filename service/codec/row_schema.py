@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from service.codec.feature_names import FeatureTitles
 from service.errors import InvalidRows
 
 Array = npt.NDArray[np.float32]
@@ -44,6 +45,7 @@ class RowSchema:
         names: the D feature names; empty for latents.
         optional: for each of the D values, whether it may be missing. By default, no value may be missing.
         medians: the medians of the D features in the training rows, which `impute` uses.
+        units: the units of the D features; None where unknown. By default, all are unknown.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class RowSchema:
         names: Sequence[str] = (),
         optional: Sequence[bool] = (),
         medians: Sequence[float] = (),
+        units: Sequence[str | None] = (),
     ) -> None:
         self.shape = tuple(shape)
         self.width = math.prod(self.shape)
@@ -65,6 +68,12 @@ class RowSchema:
         if len(self.shape) > 1:
             self.description += f", or lists nested {'x'.join(map(str, self.shape))}"
         self._medians = np.array(medians, np.float32)
+        self._units = tuple(units) or (None,) * len(self.names)
+
+    @cached_property
+    def titles(self) -> FeatureTitles:
+        """Finds the feature that a key of a record or the title of a column means."""
+        return FeatureTitles(self.names, self._units)
 
     @cached_property
     def all_optional(self) -> "RowSchema":

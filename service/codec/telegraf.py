@@ -1,12 +1,15 @@
 """Telegraf's JSON format: turn a batch of metrics into one record per group and timestamp."""
 
+import math
 from typing import Any
 
-from service.codec.feature_names import FeatureSelectors
-from service.codec.row_errors import MalformedRow, describe_value
+from service.codec.feature_names import FeatureSelectors, FeatureTitles
+from service.codec.row_errors import MalformedRow, describe_value, not_a_timestamp
+from service.codec.timestamps import to_unix_seconds
 from service.errors import InvalidRows
 
 Record = dict[str, Any]
+MAX_UNKNOWN_METRICS = 1000  # maximum number of names remembered per batch
 METRIC_SHAPE = "an object with name, tags, fields and timestamp"
 
 
@@ -15,20 +18,28 @@ class TelegrafBatch:
 
     Args:
         selectors: finds the feature for a field of a metric.
+        titles: finds the feature for a field whose name contains a unit.
         time: the key of the timestamp in a record.
         group: the name of the tag that identifies the group, such as the host; also the key of the group in a record.
     """
 
-    def __init__(self, selectors: FeatureSelectors, time: str, group: str) -> None:
-        self._selectors, self._time, self._group = selectors, time, group
+    def __init__(self, selectors: FeatureSelectors, titles: FeatureTitles, time: str, group: str) -> None:
+        self._selectors, self._titles, self._time, self._group = selectors, titles, time, group
         self._records: dict[Any, Record | MalformedRow] = {}
-        self.first_metrics: list[int] = []  # for each record, the index of its first metric in the batch
+        self._first_metrics: list[int] = []  # for each record, the index of its first metric in the batch
         self.unknown_fields = 0
+        self.unknown_metrics: dict[str, None] = {}  # the names of fields that belong to no feature, in order
 
     @property
     def records(self) -> list[Record | MalformedRow]:
         """The records, in the order of their first metrics."""
         return list(self._records.values())
+
+    def pointer(self, row: int) -> str:
+        """Return the JSON pointer to the invalid part of record number `row`, or else to its first metric."""
+        record = list(self._records.values())[row]
+        inside = record.pointer if isinstance(record, MalformedRow) else ""
+        return f"/metrics/{self._first_metrics[row]}{inside}"
 
     def add(self, metrics: Any) -> None:
         """Add a list of metrics. An invalid metric becomes a `MalformedRow`. Raises InvalidRows for an empty list."""
@@ -39,24 +50,35 @@ class TelegrafBatch:
             parts = _parts(metric)
             if isinstance(parts, MalformedRow):
                 self._records[index] = parts
-                self.first_metrics.append(index)
+                self._first_metrics.append(index)
                 continue
             self._add(index, *parts)
 
     def _add(self, index: int, name: str, tags: Record, fields: Record, time: Any) -> None:
         key = (tags.get(self._group), time)
         if key not in self._records:
-            self.first_metrics.append(index)
+            self._first_metrics.append(index)
             timestamp = {self._time: time} if time is not None else {}
             host = {self._group: key[0]} if key[0] is not None else {}
             self._records[key] = timestamp | host
         record = self._records[key]
         for field, value in fields.items():
-            feature = self._selectors.find((f"{name}_{field}", f"{name}.{field}", f"{name}/{field}", field), tags)
+            try:
+                feature = self._feature(name, field, tags)
+            except InvalidRows as error:
+                self._records[key] = record = MalformedRow(error.detail, error.expected or "", error.got or "")
+                continue
             if feature is None:
                 self.unknown_fields += 1
-            elif isinstance(record, dict) and record.setdefault(feature, value) != value:
+                if len(self.unknown_metrics) < MAX_UNKNOWN_METRICS:
+                    self.unknown_metrics[f"{name}_{field}" if name else field] = None
+            elif isinstance(record, dict) and not _is_same(record.setdefault(feature, value), value):
                 self._records[key] = record = _ambiguous(feature, record[feature], value)
+
+    def _feature(self, name: str, field: str, tags: Record) -> str | None:
+        """Return the feature for a field of the metric `name`, or None. Raises InvalidRows if its unit is wrong."""
+        feature = self._selectors.find((f"{name}_{field}", f"{name}.{field}", f"{name}/{field}", field), tags)
+        return self._titles.find(field) if feature is None else feature
 
 
 def _parts(metric: Any) -> tuple[str, Record, Record, Any] | MalformedRow:
@@ -67,11 +89,16 @@ def _parts(metric: Any) -> tuple[str, Record, Record, Any] | MalformedRow:
     if type(name) is not str or type(tags) is not dict or type(fields) is not dict:
         return MalformedRow("the metric is not in Telegraf's JSON format", METRIC_SHAPE, describe_value(metric))
     time = metric.get("timestamp")
-    if type(time) in (list, dict):
-        return MalformedRow("the timestamp is not a number", "a number", describe_value(time))
+    if time is not None and math.isnan(to_unix_seconds(time)):
+        return MalformedRow.of(not_a_timestamp("timestamp", time))
     if any(type(value) is not str for value in tags.values()):
         return MalformedRow("the value of a tag is not text", METRIC_SHAPE, describe_value(tags))
     return name, tags, fields, time
+
+
+def _is_same(first: Any, second: Any) -> bool:
+    """Return whether two values of a field are equal. Lists and objects never are: comparing them could recurse."""
+    return type(second) not in (list, dict) and bool(first == second)
 
 
 def _ambiguous(feature: str, first: Any, second: Any) -> MalformedRow:

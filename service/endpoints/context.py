@@ -1,6 +1,6 @@
 """The components that all endpoints share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from service.errors import NotReady
 from service.http.admission import AdmissionControl
@@ -8,6 +8,7 @@ from service.inference.batcher import Batcher
 from service.inference.registry import ModelRegistry
 from service.inference.served_model import ServedModel
 from service.monitoring.metrics import Metrics
+from service.monitoring.unknown_metrics import UnknownMetricsLog
 from service.settings import Settings
 
 
@@ -21,6 +22,7 @@ class ServiceContext:
     metrics: Metrics
     admission: AdmissionControl
     draining: bool = False
+    unknown_metrics: UnknownMetricsLog = field(default_factory=UnknownMetricsLog)
 
     def find(self, reference: str | None) -> ServedModel:
         """Return the model that `reference` names, or the default model. Raises NotReady, ModelNotFound."""

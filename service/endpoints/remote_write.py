@@ -138,6 +138,9 @@ class RemoteWriteEndpoint:
     ) -> None:
         self._service.metrics.anomalies.count_samples(served, aligner.outcomes)
         aligner.outcomes.clear()
+        if aligner.unknown_metrics:
+            self._service.unknown_metrics.report(served, aligner.unknown_metrics)
+            aligner.unknown_metrics.clear()
         due = aligner.pop_ready(monotonic(), flush=everything)
         body = AnomalyBody(alpha=mapping.alpha, time=TIME, group=GROUP, observe=True)
         run = partial(run_when_free, self._service, served)

@@ -44,6 +44,8 @@ async def score_rows(
         service.metrics.anomalies.count(served, input_rows, verdicts)
     else:
         service.metrics.anomalies.count_unobserved(served, input_rows)
+    if input_rows.unknown_metrics:
+        service.unknown_metrics.report(served, input_rows.unknown_metrics)
     return verdicts
 
 

@@ -57,7 +57,8 @@ class ServedModel:
         names = [feature.name for feature in features]
         optional = [feature.missing > 0 for feature in features]
         medians = [feature.median for feature in features]
-        return RowSchema(self.manifest.shape, names, optional, medians)
+        units = [feature.unit for feature in features]
+        return RowSchema(self.manifest.shape, names, optional, medians, units)
 
     @cached_property
     def latent_schema(self) -> RowSchema:

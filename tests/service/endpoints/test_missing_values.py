@@ -99,7 +99,7 @@ def test_record_gets_the_same_verdict_whether_a_key_is_absent_or_null(client: ht
     responses = [post(client, "/anomaly", {"records": records}) for records in ([null], [absent])]
     assert responses[0] == responses[1]
     assert responses[0]["results"] == post(client, "/anomaly", {"inputs": [INCOMPLETE[2]]})["results"]
-    mixed = post(client, "/anomaly", {"records": [absent, whole, absent | {"rack": "a"}]})
+    mixed = post(client, "/anomaly", {"records": [absent, whole, null | {"rack": "a"}]})
     assert mixed["unknown_fields"] == 1
     assert [result.get("imputed") for result in mixed["results"]] == [
         ["memory/used", "load"], None, ["memory/used", "load"],

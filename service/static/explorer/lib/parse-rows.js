@@ -44,7 +44,13 @@ function fromJson(text, model) {
   const isList = Array.isArray(value) && (Array.isArray(value[0]) || typeof value[0] === "object");
   const list = isList ? value : [value];
   const rows = isSingleNestedRow(list, model) ? [list] : list;
-  return rows.map((row) => (Array.isArray(row) ? row.flat(3) : model.features.map((f) => row[f.name] ?? null)));
+  return rows.map((row) => (Array.isArray(row) ? row.flat(3) : fromRecord(row, model)));
+}
+
+/** The values of a record in the order of the features. A key may have a unit: "cpu [%]". */
+function fromRecord(record, model) {
+  const byName = Object.fromEntries(Object.entries(record).map(([key, value]) => [withoutUnit(key), value]));
+  return model.features.map(({ name }) => record[name] ?? byName[name] ?? null);
 }
 
 function parseJson(text) {
@@ -72,6 +78,8 @@ function fromCsv(text, model) {
   return lines.slice(1).map((cells) => columns.map((column) => toNumber(cells[column])));
 }
 
+const withoutUnit = (title) => title.replace(/\s*\[[^\]]*\]$/, "").trim();
+
 const splitCells = (line) => line.split(/[,;\t]/).map((cell) => cell.trim().replace(/^"(.*)"$/, "$1"));
 
 const isHeader = (cells) =>
@@ -81,7 +89,7 @@ const toNumber = (cell) => (!cell || cell.toLowerCase() === "nan" ? null : Numbe
 
 /** The column index of each feature. A name may have a unit: "cpu [%]". Throws UserError if a feature has no column. */
 function findColumns(header, model) {
-  const withoutUnits = header.map((name) => name.replace(/\s*\[[^\]]*\]$/, ""));
+  const withoutUnits = header.map(withoutUnit);
   const columns = model.features.map(({ name }) => {
     const column = withoutUnits.indexOf(name);
     return column < 0 ? header.indexOf(name) : column;

@@ -1,0 +1,156 @@
+"""The keys of records: find the feature that each key means, and refuse a row whose keys are not understood.
+
+A value under an unknown name is not a missing value. A record that lacks a feature and has an unknown key was probably
+made for other feature names, so a verdict on it would ignore a value that the client sent.
+"""
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from models.columns import parse_title
+from models.errors import join_names
+from service.codec.feature_names import closest
+from service.codec.row_errors import MalformedRow, not_a_timestamp
+from service.codec.row_schema import RowSchema
+from service.codec.timestamps import to_unix_seconds
+from service.errors import InvalidRows, escape
+
+MAX_QUOTED = 100  # characters of an unknown key that an error quotes
+MAX_SUGGESTIONS = 10  # maximum number of unknown keys per request for which a similar feature is searched
+
+
+class RecordKeys:
+    """Reads the keys of the records of one request.
+
+    Args:
+        schema: the schema of a row.
+        time: the key of the time.
+        group: the key of the group.
+        allow_unknown: whether a record that lacks a feature may have unknown keys.
+
+    Attributes:
+        unknown_fields: the number of values read so far that belong to no feature.
+        times: for each record read so far, its time in Unix seconds; NaN for a record without a time.
+    """
+
+    def __init__(self, schema: RowSchema, time: str, group: str, *, allow_unknown: bool) -> None:
+        self._schema = schema
+        self._time = None if time in schema.name_set else time
+        self._other = {name for name in (time, group) if name not in schema.name_set}
+        self._known = schema.name_set | self._other
+        self._allow_unknown = allow_unknown
+        self._meanings: dict[str, str | None] = {}
+        self._suggestions: dict[str, str | None] = {}
+        self.unknown_fields = 0
+        self.times: list[float] = []
+
+    def read(self, record: Any) -> Any:
+        """Return `record` with the names of features as keys. Return a `MalformedRow` if a key is not understood.
+
+        A value that is not an object is returned as it is: the record parser reports it.
+        """
+        self.times.append(math.nan)
+        if type(record) is not dict:
+            return record
+        try:
+            extra = record.keys() - self._known
+            if extra:
+                record = self._rename(record, [key for key in record if key in extra])
+            if self._time is not None and record.get(self._time) is not None:
+                self._read_time(self._time, record[self._time])
+        except InvalidRows as error:
+            return MalformedRow.of(error)
+        return record
+
+    def names(self, titles: Sequence[str]) -> list[str]:
+        """Return the key for each title in the header of a CSV. A title that means nothing known stays as it is.
+
+        Raises:
+            InvalidRows: two titles mean the same feature, or the unit of a title is not the unit of its feature.
+        """
+        try:
+            aliases = self._aliases([title for title in titles if title not in self._known], set(titles))
+        except InvalidRows as error:
+            error.pointer = ""  # the header is not part of a row
+            raise
+        return [aliases.get(title, title) for title in titles]
+
+    def mismatch(self, lacking: Sequence[str], keys: Collection[str]) -> str:
+        """Return a clause about the unknown names among `keys` if they forbid that features are missing, else "".
+
+        `lacking`: the features without a key.
+        """
+        unknown = [key for key in keys if key not in self._known]
+        if self._allow_unknown or not lacking or not unknown:
+            return ""
+        listed = join_names([repr(name[:MAX_QUOTED]) for name in unknown])
+        verb = "is not a feature" if len(unknown) == 1 else "are not features"
+        pairs = [(name, self._closest(name, lacking)) for name in unknown[:MAX_SUGGESTIONS]]
+        similar = [f"{feature!r} for {name[:MAX_QUOTED]!r}" for name, feature in pairs if feature]
+        if not similar:
+            return f"{listed} {verb} of the model"
+        suggestion = repr(pairs[0][1]) if len(unknown) == 1 else join_names(similar)
+        return f"{listed} {verb} of the model; did you mean {suggestion}?"
+
+    def _read_time(self, key: str, value: Any) -> None:
+        self.times[-1] = to_unix_seconds(value)
+        if math.isnan(self.times[-1]):
+            raise not_a_timestamp(key, value)
+
+    def _rename(self, record: dict[str, Any], extra: list[str]) -> dict[str, Any]:
+        """Return `record` after replacing the keys `extra`, which are not known, by those that they mean."""
+        aliases = self._aliases(extra, record)
+        self.unknown_fields += len(extra) - len(aliases)
+        if aliases:
+            record = {aliases.get(key, key): value for key, value in record.items()}
+        if self._allow_unknown or len(aliases) == len(extra) or self._schema.name_set <= record.keys():
+            return record
+        lacking = [name for name in self._schema.names if name not in record]
+        if mismatch := self.mismatch(lacking, record.keys()):
+            total = len(self._schema.names)
+            raise InvalidRows(
+                f"the record has no value for {join_names(lacking)}, and {mismatch}",
+                pointer="",
+                expected=f"values for {join_names(self._schema.names)}",
+                got=f"{total - len(lacking)} of {total} features, and {len(extra) - len(aliases)} unknown names",
+                hint="rename the keys, or send impute=true to replace missing values by training medians",
+            )
+        return record
+
+    def _aliases(self, extra: Sequence[str], keys: Collection[str]) -> dict[str, str]:
+        """Return, for each key in `extra` that means something known, what it means. `keys`: all keys of the record."""
+        aliases: dict[str, str] = {}
+        first_keys: dict[str, str] = {}  # for each meaning, the first key that has it
+        for key in extra:
+            meaning = self._meaning(key)
+            if meaning is None:
+                continue
+            first = first_keys.setdefault(meaning, meaning if meaning in keys else key)
+            if first != key:
+                raise InvalidRows(
+                    f"{first!r} and {key!r} both name {meaning}",
+                    pointer=f"/{escape(key)}",
+                    expected=f"one value for {meaning}",
+                    got="two values",
+                    hint="remove or rename one of them",
+                )
+            aliases[key] = meaning
+        return aliases
+
+    def _meaning(self, key: str) -> str | None:
+        """Return the feature, or the key of the time or the group, that `key` means. Raises InvalidRows."""
+        if key in self._meanings:
+            return self._meanings[key]
+        meaning = self._schema.titles.find(key)
+        if meaning is None and (name := parse_title(key).name) in self._other:
+            meaning = name
+        self._meanings[key] = meaning
+        return meaning
+
+    def _closest(self, key: str, lacking: Sequence[str]) -> str | None:
+        if key not in self._suggestions:
+            if len(self._suggestions) >= MAX_SUGGESTIONS:
+                return None
+            self._suggestions[key] = closest(key, lacking)
+        return self._suggestions[key]
