@@ -212,16 +212,23 @@ def train(
     from training.data.table import read_table
 
     table = read_table(data, config.drop, config.keep, config.size)
-    is_first_process = _train(
-        config,
-        table,
-        artifacts,
-        runs,
-        resume=resume,
-        checkpoint_seconds=checkpoint_seconds,
-        tensorboard=tensorboard,
-        replace_features=replace_features,
-    )
+    try:
+        is_first_process = _train(
+            config,
+            table,
+            artifacts,
+            runs,
+            resume=resume,
+            checkpoint_seconds=checkpoint_seconds,
+            tensorboard=tensorboard,
+            replace_features=replace_features,
+        )
+    except KeyboardInterrupt:
+        from training.train import can_resume
+
+        if can_resume(config, table, runs):
+            typer.echo("the run is saved: to continue it, repeat the command with --resume", err=True)
+        raise
     if is_first_process:
         where = "" if artifacts == DEFAULT_ARTIFACTS else f" --artifacts {artifacts}"
         typer.echo(f"next: elbo inspect {config.name}{where}, or elbo serve{where}")

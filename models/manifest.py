@@ -54,6 +54,7 @@ class Feature(_Frozen):
     minimum: float
     maximum: float
     missing: int = 0  # number of training rows without a value for the feature
+    mean: float | None = None  # None in artifacts of earlier releases
 
 
 class Data(_Frozen):

@@ -140,6 +140,24 @@ def test_inspect_command_describes_the_artifact(root: Path, capsys: pytest.Captu
     assert "cpu [%] " in out
 
 
+def test_inspect_command_breaks_long_lists_of_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write(tmp_path / "train.csv", two_factor_rows(1000, seed=0))
+    options = ["--model", "ae", "--hidden", "16", "--epochs", "2", "--batch-size", "64", "--learning-rate", "0.002"]
+    options += ["--l2", "1e-6", "--patience", "5", "--noise", "0.5", "--masking", "0.1", "--activation", "relu"]
+    folders = ["--artifacts", str(tmp_path), "--runs", str(tmp_path / "runs")]
+    assert in_process(capsys, "train", data, "--name", "hosts", *options, *folders)[0] == 0
+    _, out, _ = in_process(capsys, "inspect", "hosts", "--artifacts", str(tmp_path))
+    lines = out.split("\n\n")[0].splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("training "))
+    assert lines[first + 1].startswith("           ")
+    training = " ".join(line[11:] for line in lines[first : first + 2])
+    assert training == (
+        "model ae, name hosts, seed 0, hidden [16], activation relu, epochs 2, batch_size 64, "
+        "learning_rate 0.002, l2 1e-06, patience 5, noise 0.5, masking 0.1"
+    )
+    assert max(len(line) for line in lines if not line.startswith(("file", "data"))) <= 100
+
+
 def test_option_json_of_the_inspect_command_prints_the_manifest(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = root / "hosts/1/model.pt"
     _, out, _ = in_process(capsys, "inspect", str(path), "--json")
@@ -248,6 +266,8 @@ def test_evaluate_command_reports_metrics_that_agree_with_the_scores_and_labels(
     assert (report["model"], report["source"], report["rows"]) == ("hosts@1", path, 300)
     assert report["reconstruction_error"] == pytest.approx(np.mean(squares), rel=1e-3)
     assert report["median_error"] == pytest.approx(np.square(rows - medians).mean(), rel=1e-5)
+    means = np.genfromtxt(root / "train.csv", delimiter=",", skip_header=1)[split_rows(1000, 3).fit].mean(axis=0)
+    assert report["mean_error"] == pytest.approx(np.square(rows - means).mean(), rel=1e-5)
     assert report["mean_score"] == pytest.approx(score.mean(), rel=1e-5)
     assert report["alarm_rates"] == {
         str(a): pytest.approx((p_value[~anomalous] <= a).mean()) for a in (0.1, 0.05, 0.01)
@@ -265,7 +285,7 @@ def test_evaluate_command_prints_every_metric_as_text_by_default(
     assert lines[0] == f"hosts@1 on {today[0]}: 300 rows"
     assert [line[:21].strip() for line in lines[1:]] == [
         "reconstruction error",
-        "predicting the median",
+        "predicting the mean",
         "log-likelihood",
         "bits per dimension",
         "mean score",
@@ -341,7 +361,8 @@ def test_demo_trains_only_missing_models(tmp_path: Path, capsys: pytest.CaptureF
 
 @pytest.fixture
 def long_training(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    arguments = ["train", "digits", "--model", "ae", "--name", "a", "--epochs", "100000", "--artifacts", str(tmp_path)]
+    folders = ["--artifacts", str(tmp_path), "--runs", str(tmp_path / "runs")]
+    arguments = ["train", "digits", "--model", "ae", "--name", "a", "--epochs", "100000", *folders]
     code = (  # background jobs of a shell ignore SIGINT, so restore the default handler
         f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nimport elbo; elbo.main({arguments})"
     )
@@ -359,6 +380,6 @@ def test_sigint_during_training_prints_one_line_and_publishes_nothing(
         pass
     long_training.send_signal(signal.SIGINT)
     _, rest = long_training.communicate(timeout=60)
-    assert rest == "elbo: interrupted\n"
+    assert rest == "the run is saved: to continue it, repeat the command with --resume\nelbo: interrupted\n"
     assert long_training.returncode == 130
-    assert not list(tmp_path.rglob("*.pt"))
+    assert [path.name for path in tmp_path.rglob("*.pt")] == ["checkpoint.pt"]

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from rich.live import Live as Display
 
 LINES = 10  # number of plain progress lines per run
+STAGES = 6  # statistics, calibration, evaluation, ONNX twin, artifact, plots
+STAGE_SHARE = 0.03  # length of a stage on the bar, as a share of the training
 
 
 class Reporter(Protocol):
@@ -21,11 +23,14 @@ class Reporter(Protocol):
     def epoch(self, epoch: int, step: int, terms: Mapping[str, float]) -> None:
         """Report the end of epoch `epoch`, counted from 1, after `step` updates. `terms` are the parts of the loss."""
 
+    def stage(self, title: str) -> None:
+        """Begin a stage after the training, such as "calibrating". `title` is shown until the next stage begins."""
+
     def note(self, message: str) -> None:
         """Show a message that the user must see."""
 
     def done(self, summary: Mapping[str, float]) -> None:
-        """Report that the run succeeded, with the figures in `summary`."""
+        """Report that a model is trained and evaluated, with the figures in `summary`. Stages may follow."""
 
 
 def reporter() -> "PlainReporter | LiveReporter":
@@ -57,6 +62,9 @@ class SilentReporter:
     def epoch(self, epoch: int, step: int, terms: Mapping[str, float]) -> None:
         """Do nothing."""
 
+    def stage(self, title: str) -> None:
+        """Do nothing."""
+
     def note(self, message: str) -> None:
         """Do nothing."""
 
@@ -69,11 +77,13 @@ class PlainReporter:
 
     def __init__(self) -> None:
         self._total = self._lines_printed = 0
+        self._running = False
         self._began = time.monotonic()
 
     def start(self, title: str, total_steps: int) -> None:
         """Print the title of the run."""
         self._total, self._lines_printed, self._began = total_steps, 0, time.monotonic()
+        self._running = True
         self.note(f"training {title}")
 
     def epoch(self, epoch: int, step: int, terms: Mapping[str, float]) -> None:
@@ -86,12 +96,18 @@ class PlainReporter:
         percent = 100 * step // self._total
         self.note(f"{percent:3d} %  epoch {epoch}  {format_loss(terms)}  {seconds_left:.0f} s left")
 
+    def stage(self, title: str) -> None:
+        """Print the stage, unless the model is already evaluated: the line of the published version follows soon."""
+        if self._running:
+            self.note(title)
+
     def note(self, message: str) -> None:
         """Print one line."""
         print(message, file=sys.stderr, flush=True)
 
     def done(self, summary: Mapping[str, float]) -> None:
         """Print the duration and the metrics."""
+        self._running = False
         self.note(f"trained in {time.monotonic() - self._began:.1f} s  {format_figures(summary)}")
 
     def close(self) -> None:
@@ -99,7 +115,10 @@ class PlainReporter:
 
 
 class LiveReporter:
-    """Shows a progress bar with the time left, and the loss terms below it, on standard error."""
+    """Shows a progress bar with the time left, and the loss terms below it, on standard error.
+
+    The bar of a model is full when all stages after its training are over, too.
+    """
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -112,37 +131,56 @@ class LiveReporter:
         self._terms = Text()
         self._display: Display | None = None
         self._began = time.monotonic()
+        self._title, self._total_steps, self._stages = "", 0, 0
+        self._result: str | None = None  # what `done` reported for the model whose bar is shown
 
     def start(self, title: str, total_steps: int) -> None:
-        """Show the bar."""
+        """Show the bar of a model."""
         from rich.console import Group
         from rich.live import Live as Display
 
+        self._finish_bar()
         self._began = time.monotonic()
-        self._task = self._bar.add_task(title, total=total_steps)
-        self._display = Display(Group(self._bar, self._terms), console=self._console, redirect_stdout=False)
-        self._display.start()
+        self._title, self._total_steps, self._stages = title, total_steps, 0
+        self._task = self._bar.add_task(title, total=total_steps * (1 + STAGES * STAGE_SHARE))
+        if self._display is None:
+            self._display = Display(Group(self._bar, self._terms), console=self._console, redirect_stdout=False)
+            self._display.start()
 
     def epoch(self, epoch: int, step: int, terms: Mapping[str, float]) -> None:
         """Move the bar."""
         self._terms.plain = f"epoch {epoch}  {format_loss(terms)}"
         self._bar.update(self._task, completed=step)
 
+    def stage(self, title: str) -> None:
+        """Move the bar to the beginning of the stage, and show the stage in the title."""
+        completed = self._total_steps * (1 + min(self._stages, STAGES - 1) * STAGE_SHARE)
+        self._stages += 1
+        self._bar.update(self._task, completed=completed, description=f"{self._title}: {title}")
+        if self._display is not None:
+            self._display.refresh()
+
     def note(self, message: str) -> None:
         """Print one line above the bar."""
         self._console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     def done(self, summary: Mapping[str, float]) -> None:
-        """Fill the bar, leave it on the screen, and print the duration and the metrics."""
-        self._bar.update(self._task, completed=self._bar.tasks[-1].total)
-        self.close()
-        self.note(f"trained in {time.monotonic() - self._began:.1f} s  {format_figures(summary)}")
+        """Keep the duration and the metrics, which are printed when the bar is full."""
+        self._result = f"trained in {time.monotonic() - self._began:.1f} s  {format_figures(summary)}"
 
     def close(self) -> None:
-        """Stop drawing and show the cursor again."""
-        if self._display is not None:
+        """Fill the bar if the model is trained, stop drawing, show the cursor again, and print the result."""
+        self._finish_bar(stop=True)
+
+    def _finish_bar(self, stop: bool = False) -> None:
+        result, self._result = self._result, None
+        if result is not None:
+            self._bar.update(self._task, completed=self._bar.tasks[-1].total, description=self._title)
+        if stop and self._display is not None:
             self._display.stop()
             self._display = None
+        if result is not None:
+            self.note(result)
 
 
 class SlowProgress:

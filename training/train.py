@@ -67,12 +67,8 @@ def train(
     report = report if processes.is_first else SilentReporter()
     for note in table.notes:
         report.note(note)
-    kinds = AUTO_KINDS if config.model == "auto" else (config.model,)
-    configs = [config.model_copy(update={"model": kind}) for kind in kinds]
-    stores = [
-        _checkpoint_store(each, table, runs, folder_per_kind=len(kinds) > 1, interval_seconds=checkpoint_seconds)
-        for each in configs
-    ]
+    configs = _configs_per_kind(config)
+    stores = _checkpoint_stores(configs, table, runs, checkpoint_seconds)
     if resume:
         stores = _set_to_resume(stores)
     with _one_thread():
@@ -83,6 +79,28 @@ def train(
         ]
         path = _finish(candidates, stores, data, artifacts, report) if processes.is_first else None
         return processes.broadcast_path(path)
+
+
+def can_resume(config: TrainConfig, table: Table, runs: Path) -> bool:
+    """Return whether `runs` has a checkpoint from which a run with these arguments can continue."""
+    stores = _checkpoint_stores(_configs_per_kind(config), table, runs, interval_seconds=0.0)
+    return any(store is not None and store.belongs_to_run() for store in stores)
+
+
+def _configs_per_kind(config: TrainConfig) -> list[TrainConfig]:
+    """Return the options for each kind that is trained: several if `config.model` is auto."""
+    kinds = AUTO_KINDS if config.model == "auto" else (config.model,)
+    return [config.model_copy(update={"model": kind}) for kind in kinds]
+
+
+def _checkpoint_stores(
+    configs: Sequence[TrainConfig], table: Table, runs: Path | None, interval_seconds: float
+) -> list[CheckpointStore | None]:
+    several = len(configs) > 1
+    return [
+        _checkpoint_store(each, table, runs, folder_per_kind=several, interval_seconds=interval_seconds)
+        for each in configs
+    ]
 
 
 def _checkpoint_store(
@@ -119,6 +137,7 @@ def _fit_candidate(
     else:
         recorder = HistoryRecorder(report, None)
     pipeline = fit_pipeline(config, data, recorder, checkpoints=checkpoints, processes=processes)
+    recorder.stage("evaluating on the held-out rows")
     baseline_pca = None
     others = {}
     if config.model != "pca":

@@ -17,6 +17,9 @@ class RecordingReporter:
         """Record the loss terms."""
         self.epochs.append(dict(terms))
 
+    def stage(self, title: str) -> None:
+        """Do nothing."""
+
     def note(self, message: str) -> None:
         """Record the message."""
         self.notes.append(message)

@@ -8,6 +8,9 @@ import struct
 import subprocess
 import sys
 import termios
+from pathlib import Path
+
+import pytest
 
 from tests.data import ROOT
 
@@ -99,6 +102,38 @@ def test_reporter_on_a_terminal_prints_each_note_once_and_verbatim() -> None:
     assert screen.count("a note on pixel[0,3] [bold]") == 1
     assert screen.count("halfway") == 1
     assert re.search(r"trained in \d+\.\d s  reconstruction_error 0\.0123\r\n$", screen)
+
+
+STAGES = [
+    "computing the score statistics",
+    "calibrating",
+    "evaluating on the held-out rows",
+    "exporting the ONNX twin",
+    "writing the artifact",
+    "drawing the plots",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pca", "ae"])
+def test_bar_on_a_terminal_is_full_only_after_the_last_stage(kind: str, tmp_path: Path) -> None:
+    options = ["--model", kind, "--name", "m", "--artifacts", str(tmp_path), "--runs", str(tmp_path / "runs")]
+    epochs = [] if kind == "pca" else ["--epochs", "10"]
+    screen, out = run_on_terminal(f"import elbo; elbo.main({['train', 'digits', *options, *epochs]})")
+    assert out.startswith("published m@1")
+    places = [screen.index(f"m ({kind}): {stage}") for stage in STAGES]
+    assert places == sorted(places)
+    assert "100%" not in screen[: places[-1]]
+    assert "100%" in screen[places[-1] :]
+
+
+@pytest.mark.slow
+def test_reporter_on_a_pipe_prints_the_stages_before_the_metrics(tmp_path: Path) -> None:
+    options = ["--model", "pca", "--name", "m", "--artifacts", str(tmp_path), "--runs", str(tmp_path / "runs")]
+    run = run_through_pipe(f"import elbo; elbo.main({['train', 'digits', *options]})")
+    lines = run.stderr.splitlines()
+    assert lines[1:-1] == ["training m (pca)", *STAGES[:3]]  # the first line is a note on the data
+    assert lines[-1].startswith("trained in ")
 
 
 def test_cursor_is_shown_again_after_a_failed_run() -> None:

@@ -36,6 +36,7 @@ class Evaluation:
     source: str
     rows: int
     reconstruction_error: float
+    mean_error: float | None  # error if every value is predicted by the training mean; None for earlier artifacts
     median_error: float  # error if every value is predicted by the training median of its column
     mean_score: float
     alarm_rates: dict[str, float]  # by alpha: share of the normal rows (without labels: all rows) that is flagged
@@ -58,10 +59,11 @@ class Evaluation:
 class _RunningSums:
     """Sums over the rows of a table, accumulated in float64 in one pass."""
 
-    def __init__(self, medians: npt.NDArray[np.float64], latents: int) -> None:
+    def __init__(self, constants: npt.NDArray[np.float64], latents: int) -> None:
         self.scores: list[Floats] = []
-        self._medians = medians  # [D]
-        self._values = self._squares = self._median_squares = 0.0
+        self._constants = constants  # [C, D]: C rows, each of which is a constant prediction
+        self._values = self._squares = 0.0
+        self._constant_squares = np.zeros(len(constants))  # [C]
         self._latents, self._latent_squares = np.zeros(latents), np.zeros(latents)  # [K], [K]
 
     def add(self, rows: Floats, score: Floats, latents: Floats, x_hat: Floats) -> None:
@@ -70,13 +72,13 @@ class _RunningSums:
         self.scores.append(score)
         self._values += float(present.sum())
         self._squares += float(np.square((rows - x_hat)[present], dtype=np.float64).sum())
-        self._median_squares += float(np.square((rows - self._medians)[present]).sum())
+        self._constant_squares += [np.square((rows - row)[present]).sum() for row in self._constants]
         self._latents += latents.sum(axis=0, dtype=np.float64)
         self._latent_squares += np.square(latents, dtype=np.float64).sum(axis=0)
 
-    def errors(self) -> tuple[float, float]:
-        """Return two mean squared errors per value: that of the model, and that of predicting the medians."""
-        return self._squares / max(self._values, 1), self._median_squares / max(self._values, 1)
+    def errors(self) -> list[float]:
+        """Return mean squared errors per value: that of the model, then that of each constant prediction."""
+        return [float(total / max(self._values, 1)) for total in (self._squares, *self._constant_squares)]
 
     def active(self, rows: int) -> int:
         """Return the number of latents whose posterior mean varies. `rows` is the number of rows added so far."""
@@ -91,7 +93,7 @@ def evaluate(artifact: Artifact, table: Table, draws: int = BOUND_SAMPLES) -> Ev
         draws: importance samples per row for the log-likelihood, which is estimated on up to BOUND_ROWS random rows.
     """
     sums = _sum_over_rows(artifact, table)
-    scores, (error, median_error) = np.concatenate(sums.scores), sums.errors()
+    scores, (error, median_error, *mean_errors) = np.concatenate(sums.scores), sums.errors()
     labels = table.labels if table.labels is not None and set(np.unique(table.labels)) == {0, 1} else None
     normal = np.ones(len(scores), bool) if labels is None else labels == 0
     flagged = {str(alpha): _flagged(artifact, scores, alpha) for alpha in ALPHAS}
@@ -102,6 +104,7 @@ def evaluate(artifact: Artifact, table: Table, draws: int = BOUND_SAMPLES) -> Ev
         source=table.source,
         rows=len(table.x),
         reconstruction_error=error,
+        mean_error=mean_errors[0] if mean_errors else None,
         median_error=median_error,
         mean_score=float(scores.mean(dtype=np.float64)),
         alarm_rates={alpha: float(rows[normal].mean()) for alpha, rows in flagged.items()},
@@ -120,7 +123,11 @@ def evaluate(artifact: Artifact, table: Table, draws: int = BOUND_SAMPLES) -> Ev
 
 def _sum_over_rows(artifact: Artifact, table: Table) -> _RunningSums:
     manifest = artifact.manifest
-    sums = _RunningSums(np.array([feature.median for feature in manifest.features]), manifest.latents)
+    constants = [[feature.median for feature in manifest.features]]
+    means = [feature.mean for feature in manifest.features if feature.mean is not None]
+    if len(means) == manifest.width:
+        constants.append(means)
+    sums = _RunningSums(np.array(constants), manifest.latents)
     progress = SlowProgress(f"evaluating {table.source}", len(table.x))
     with torch.inference_mode():
         for first, rows in batches(table):
@@ -186,7 +193,10 @@ def evaluation_text(evaluation: Evaluation) -> str:
 
 def _quality(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
     yield "reconstruction error", f"{evaluation.reconstruction_error:.6g}  (mean square per value, raw units)"
-    yield "predicting the median", f"{evaluation.median_error:.6g}"
+    if evaluation.mean_error is None:
+        yield "predicting the median", f"{evaluation.median_error:.6g}"
+    else:
+        yield "predicting the mean", f"{evaluation.mean_error:.6g}"
     if verdict := against_pca(evaluation.held_out):
         yield "beats PCA", f"{verdict} (on the held-out rows)"
 

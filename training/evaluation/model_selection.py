@@ -54,6 +54,7 @@ def compare(
     """
     if len(candidates) == 1:
         return candidates[0], candidates[0].others
+    report.stage("comparing the models")
     rows, seed = data.fill_missing(data.held_out), candidates[0].config.seed
     scale = candidates[0].pipeline.scaling.scale  # all errors are in the model units of the first candidate
     measures: dict[str, Measures] = {c.config.model: _measure(c.pipeline, rows, scale, seed) for c in candidates}

@@ -79,6 +79,7 @@ def fit_pipeline(
                 core = fit_autoencoder(task)
             case kind:
                 raise NotImplementedError(f"no fit is defined for the kind {kind!r}")
+    reporter.stage("computing the score statistics")
     core = core.cpu().float().eval()
     if config.model == "ensemble":
         assert isinstance(core, Autoencoder)
@@ -86,6 +87,7 @@ def fit_pipeline(
     fit_score_statistics(core, held_out, sample, config.robust)
 
     prior = fit_prior(core, sample, latents, config.seed)
+    reporter.stage("calibrating")
     calibration = fit_calibration(core, scaling(data.calibration))
     explanation = fit_explanation(data.moments, scaling, data.images)
     return Pipeline(scaling, core, prior, calibration, explanation).eval()

@@ -8,7 +8,12 @@
 
 import copy
 import math
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Event, current_thread, main_thread
 from time import monotonic
+from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -28,6 +33,30 @@ MIN_EPOCHS, MAX_EPOCHS = 10, 400  # limits of the default number of epochs
 DEFAULT_LEARNING_RATE = 1e-3
 MAX_GRADIENT_NORM = 1000.0  # far above the norm in a healthy step, so only exploding gradients are clipped
 VALIDATION_BATCH = 256  # rows per validation batch; activations of so few rows stay in the processor's cache
+
+
+@contextmanager
+def _delay_interrupt() -> Iterator[Event]:
+    """Let the first Ctrl-C set the event instead of stopping Python in the middle of a step.
+
+    A second Ctrl-C raises KeyboardInterrupt at once. Nothing changes if another handler is set, or in a thread that
+    cannot set one.
+    """
+    interrupted = Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if interrupted.is_set():
+            signal.default_int_handler(number, frame)
+        interrupted.set()
+
+    if current_thread() is not main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield interrupted
+        return
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Trainer:
@@ -93,7 +122,21 @@ class Trainer:
         if self._checkpoints and self._checkpoints.resume:
             self._restore(self._checkpoints.load())
             self._reporter.note(f"resumed at step {self._step} of {self._steps}")
-        self._reporter.start(f"{self._config.name} ({self._config.model})", self._steps)
+        with _delay_interrupt() as interrupted:
+            self._reporter.start(f"{self._config.name} ({self._config.model})", self._steps)
+            self._train_steps(interrupted)
+        if self._checkpoints:  # the statistics that follow may take long, and the run may be killed meanwhile
+            self._save_checkpoint(self._checkpoints)
+        if self._best is not None:
+            self._model.load_state_dict(self._best)
+        self._model.eval()
+
+    def _train_steps(self, interrupted: Event) -> None:
+        """Train until all steps are done, the patience is exhausted, or the loss is not finite.
+
+        Raises:
+            KeyboardInterrupt: `interrupted` was set. The state of the run is saved.
+        """
         saved_at = monotonic()
         while self._step < self._steps and not self._out_of_patience():
             if not self._train_step():
@@ -101,14 +144,12 @@ class Trainer:
                 break
             if self._step % self._steps_per_epoch == 0:
                 self._end_epoch()
-            if self._checkpoints and monotonic() - saved_at >= self._checkpoints.interval_seconds:
+            due = self._checkpoints and monotonic() - saved_at >= self._checkpoints.interval_seconds
+            if self._checkpoints and (due or interrupted.is_set()):
                 self._save_checkpoint(self._checkpoints)
                 saved_at = monotonic()
-        if self._checkpoints:  # the statistics that follow may take long, and the run may be killed meanwhile
-            self._save_checkpoint(self._checkpoints)
-        if self._best is not None:
-            self._model.load_state_dict(self._best)
-        self._model.eval()
+            if interrupted.is_set():
+                raise KeyboardInterrupt
 
     def _train_step(self) -> bool:
         """Make one optimiser step. Return False, and change nothing, if the loss or its gradient is not finite."""

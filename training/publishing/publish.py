@@ -48,8 +48,10 @@ def publish(
     module = artifact.script(chosen.pipeline)
     rows = data.fill_missing(data.held_out[:GOLDEN_ROWS])
     manifest = _manifest(chosen, comparison, data, _golden(module, rows, chosen.config.seed))
+    report.stage("exporting the ONNX twin")
     twin = _twin(chosen.pipeline, rows, report)
     notes = [*data.table.notes, *chosen.recorder.notes]
+    report.stage("writing the artifact")
     exhibits = make_exhibits(chosen.pipeline, manifest, data, notes)
     try:
         return artifact.publish(module, manifest, artifacts, twin, exhibits), manifest
@@ -86,12 +88,19 @@ def _golden(module: torch.jit.ScriptModule, rows: torch.Tensor, seed: int) -> Go
 
 
 def _features(data: PreparedData) -> list[Feature]:
-    columns = data.table.names, data.table.units, data.medians, data.moments.low, data.moments.high, data.table.missing
+    table, moments = data.table, data.moments
+    columns = table.names, table.units, data.medians, moments.low, moments.high, table.missing, moments.mean
     return [
         Feature(
-            name=name, unit=unit, median=float(median), minimum=float(low), maximum=float(high), missing=int(missing)
+            name=name,
+            unit=unit,
+            median=float(median),
+            minimum=float(low),
+            maximum=float(high),
+            missing=int(missing),
+            mean=float(mean),
         )
-        for name, unit, median, low, high, missing in zip(*columns, strict=True)
+        for name, unit, median, low, high, missing, mean in zip(*columns, strict=True)
     ]
 
 

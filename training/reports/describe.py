@@ -1,9 +1,11 @@
 """`elbo inspect`: describe an artifact in text. Needs no torch."""
 
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from models.manifest import Manifest
+from training.config import TrainConfig
 
 KIND_NAMES = {
     "pca": "principal component analysis",
@@ -11,6 +13,7 @@ KIND_NAMES = {
     "vae": "variational autoencoder",
     "ensemble": "ensemble of an autoencoder and nearest neighbours",
 }
+LINE_WIDTH = 100  # longer lists continue on further lines
 FEATURES = 12  # number of features that are listed; further features are only counted
 
 
@@ -18,8 +21,17 @@ def describe(manifest: Manifest, path: Path) -> str:
     """Return about fifteen lines of text on the artifact at `path`. The caller must have verified the seal."""
     facts = list(_facts(manifest, path))
     width = max(len(label) for label, _ in facts)
-    lines = [f"{label:<{width}}  {text}" for label, text in facts]
+    lines = [f"{label:<{width}}  {text}" for label, text in _wrapped(facts, LINE_WIDTH - width)]
     return "\n".join(lines + ([] if manifest.is_image else ["", *_feature_table(manifest)]))
+
+
+def _wrapped(facts: Iterable[tuple[str, str]], width: int) -> Iterator[tuple[str, str]]:
+    """Yield the facts with long lists on several lines."""
+    for label, text in facts:
+        lines = [text]
+        if label in ("training", "versions"):
+            lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+        yield from zip([label, *[""] * (len(lines) - 1)], lines, strict=True)
 
 
 def _facts(manifest: Manifest, path: Path) -> Iterator[tuple[str, str]]:
@@ -32,7 +44,7 @@ def _facts(manifest: Manifest, path: Path) -> Iterator[tuple[str, str]]:
     yield "latents", latents_phrase(manifest) if has_report else str(manifest.latents)
     yield "data", f"{data.source}: {data.rows:,} rows, SHA-256 {data.fingerprint[:12]}"
     yield "split", f"{data.fit:,} fit, {data.held_out:,} held out, {data.calibration:,} calibration"
-    yield "training", _joined(manifest.training)
+    yield "training", _joined(_given_options(manifest.training))
     for index, (name, value) in enumerate(manifest.metrics.items()):
         yield "" if index else "held out", f"{name} {value:.6g}"
     if "kl" in manifest.metrics:
@@ -71,6 +83,20 @@ def _row(manifest: Manifest) -> str:
         return f"{shape} features"
     black, white = manifest.pixel_range
     return f"{shape} pixels, from {black:g} (black) to {white:g} (white)"
+
+
+def _given_options(training: dict[str, object]) -> dict[str, object]:
+    """Return the options of the training that differ from their defaults. `elbo inspect --json` lists all."""
+    fields = TrainConfig.model_fields
+    return {
+        name: value
+        for name, value in training.items()
+        if name in ("model", "name", "seed") or name not in fields or value != _as_json(fields[name].default)
+    }
+
+
+def _as_json(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _joined(values: dict[str, object] | dict[str, str]) -> str:

@@ -77,6 +77,10 @@ class HistoryRecorder:
             self._writer.flush()
         self._inner.epoch(epoch, step, terms)
 
+    def stage(self, title: str) -> None:
+        """Pass the stage on."""
+        self._inner.stage(title)
+
     def rewind(self, step: int) -> None:
         """Drop the epochs recorded after `step`.
 

@@ -43,6 +43,7 @@ def write_run(
         notes: messages about the data and the training, repeated in the card.
     """
     plots: list[str] = []
+    report.stage("drawing the plots")
     try:
         with _temporary_matplotlib_folder():
             from training.reports.plots import FittedModel, render_plots

@@ -180,6 +180,30 @@ def test_run_gives_the_same_weights_if_it_is_killed_three_times_and_resumed(
     assert resumed.metrics == whole.metrics
 
 
+def test_run_gives_the_same_weights_if_ctrl_c_stops_it_and_it_is_resumed(tmp_path: Path) -> None:
+    options = ["--epochs", "40", "--hidden", "32", "--latents", "4", "--seed", "3", "--checkpoint-seconds", "1000"]
+    arguments = ["train", "digits", "--model", "vae", "--name", "m", *options]
+    arguments += ["--artifacts", str(tmp_path / "artifacts"), "--runs", str(tmp_path / "runs")]
+    code = (  # background jobs of a shell ignore SIGINT, so restore the default handler
+        f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nimport elbo; elbo.main({arguments})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    while not process.stderr.readline().startswith(" 10 %"):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130
+    hint = "the run is saved: to continue it, repeat the command with --resume"
+    assert rest.splitlines()[-2:] == [hint, "elbo: interrupted"]
+    assert torch.load(tmp_path / "runs" / "m" / FILE_NAME, weights_only=True)["step"] > 3
+    subprocess.run([sys.executable, "-m", "elbo", *arguments, "--resume"], cwd=ROOT, check=True, capture_output=True)
+    resumed = read_manifest(tmp_path / "artifacts" / "m" / "1" / "model.pt")
+    settings = TrainConfig.model_validate(resumed.training)
+    whole = read_manifest(train(settings, read_table("digits"), tmp_path / "whole", RecordingReporter()))
+    assert resumed.weights_sha256 == whole.weights_sha256
+
+
 def test_resuming_from_the_checkpoint_of_another_run_raises(tmp_path: Path) -> None:
     CheckpointStore(tmp_path / "m", "another").save({})
     with pytest.raises(FitError, match="other data or options"):
