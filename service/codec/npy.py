@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib import format as npy_format
 
+from service.codec.array_shape import is_possible
 from service.errors import InvalidNpy
 
 MEDIA_TYPE = "application/x-npy"
@@ -27,9 +28,12 @@ def loads(body: bytes) -> npt.NDArray[Any]:
         raise InvalidNpy(
             f"the array has dtype {dtype}", expected="float16, float32, float64 or integers", got=str(dtype)
         )
+    if not is_possible(shape):
+        got = str(list(shape))[:80]
+        raise InvalidNpy(f"the header states the shape {got}, which is not possible", expected="[N, D]", got=got)
     count = math.prod(shape)
     needed, present = count * dtype.itemsize, len(body) - offset
-    if needed != present or min(shape, default=0) < 0:
+    if needed != present:
         raise InvalidNpy(
             f"the header states shape {list(shape)} of {dtype}, which is {needed} bytes, but {present} bytes follow it",
             expected=f"{needed} bytes",

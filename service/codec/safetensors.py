@@ -16,11 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from service.codec.array_shape import MAX_DIMENSIONS, is_possible
+from service.codec.row_errors import describe_value
 from service.errors import InvalidSafetensors
 
 MEDIA_TYPE = "application/x-safetensors"
 MAX_HEADER_BYTES = 4096  # a header that describes one tensor needs only 70 bytes
-MAX_DIMENSIONS = 8
 _SIZE = struct.Struct("<Q")
 _METADATA = "__metadata__"
 _TYPES = {
@@ -48,11 +49,13 @@ def loads(body: bytes, name: str) -> npt.NDArray[Any]:
     dtype, shape = _type_and_shape(tensors[name])
     needed = math.prod(shape) * np.dtype(_TYPES[dtype]).itemsize
     present = len(body) - start
-    if needed != present or tensors[name].get("data_offsets") != [0, needed]:
+    offsets = tensors[name].get("data_offsets")
+    offsets = offsets if isinstance(offsets, list) else [offsets]
+    if needed != present or offsets != [0, needed] or not all(type(offset) is int for offset in offsets):
         raise InvalidSafetensors(
             f"the header states shape {shape} of {dtype}, which is {needed} bytes, but {present} bytes follow it",
             expected=f"{needed} bytes at data_offsets [0, {needed}]",
-            got=f"{present} bytes at data_offsets {str(tensors[name].get('data_offsets'))[:40]}",
+            got=f"{present} bytes at data_offsets [{', '.join(map(describe_value, offsets[:3]))}]",
             hint="the file may be cut off: send the whole file",
         )
     array = np.frombuffer(body, _TYPES[dtype], math.prod(shape), start).reshape(shape)
@@ -97,12 +100,13 @@ def _type_and_shape(tensor: Mapping[str, Any]) -> tuple[str, list[int]]:
     dtype, shape = tensor.get("dtype"), tensor.get("shape")
     if not isinstance(dtype, str) or dtype not in _TYPES:
         known = ", ".join(_TYPES)
-        raise InvalidSafetensors(
-            f"the tensor has dtype {str(dtype)[:40]}", expected=f"one of {known}", got=str(dtype)[:40]
+        got = describe_value(dtype)
+        raise InvalidSafetensors(f"the tensor has dtype {got}", expected=f"one of {known}", got=got)
+    if not isinstance(shape, list) or not is_possible(shape):
+        # `describe_value` does not recurse into nested lists; str() would.
+        got = (
+            describe_value(shape) if not isinstance(shape, list) else f"[{', '.join(map(describe_value, shape))}]"[:80]
         )
-    is_list = isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS
-    if not is_list or not all(type(length) is int and 0 <= length < 2**40 for length in shape or ()):
         expected = f"a list of at most {MAX_DIMENSIONS} lengths"
-        got = str(shape)[:80]
-        raise InvalidSafetensors(f"the tensor's shape {got} is not valid", expected=expected, got=got)
-    return dtype, list(shape or ())
+        raise InvalidSafetensors(f"the tensor's shape {got} is not possible", expected=expected, got=got)
+    return dtype, shape

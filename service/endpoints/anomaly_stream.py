@@ -8,6 +8,8 @@ while the client does not read the response, and stops scoring when the client d
 from collections.abc import AsyncIterator
 from functools import partial
 
+from starlette.requests import ClientDisconnect
+
 from service.anomaly.inputs import InputRows, parse_record_rows
 from service.anomaly.verdicts import Verdicts, parsing_errors, results_and_errors
 from service.codec import compression, ndjson
@@ -17,7 +19,8 @@ from service.endpoints.context import ServiceContext
 from service.endpoints.offload import run_in_thread_if_long
 from service.endpoints.scoring import run_when_free, score_rows
 from service.endpoints.validation import merge, validate
-from service.errors import InvalidField, ServiceError
+from service.errors import InvalidField
+from service.http.middleware import as_service_error
 from service.http.request import HttpResponse, RequestContext
 from service.inference.served_model import ServedModel
 from service.schemas import AnomalyBody
@@ -79,9 +82,11 @@ class AnomalyStream:
             if rest := splitter.finish():
                 yield await self._score(rest)
             yield ndjson.dumps({"model": self._served.name, "version": self._served.version, **self._counts})
-        except ServiceError as error:
-            self._record.problem = error.code
-            yield ndjson.dumps(error.problem(self._record.request_id))
+        except ClientDisconnect:
+            raise  # nobody reads another line
+        except Exception as error:  # noqa: BLE001 - a client must not take a broken stream for a complete one
+            problem = as_service_error(self._request, error)
+            yield ndjson.dumps(problem.problem(self._record.request_id))
 
     async def _unpacked_pieces(self) -> AsyncIterator[bytes]:
         async for piece in self._request.stream():

@@ -64,7 +64,7 @@ class RequestMiddleware:
             else:
                 await self._pass_on(request)
         except Exception as error:
-            problem = _as_service_error(request, error)
+            problem = as_service_error(request, error)
             if request.response_started:
                 raise
             await request.respond_with_error(problem)
@@ -88,7 +88,7 @@ async def _respond(handler: Handler, request: RequestContext) -> HttpResponse:
         request.ticket.release()
 
 
-def _as_service_error(request: RequestContext, error: Exception) -> ServiceError:
+def as_service_error(request: RequestContext, error: Exception) -> ServiceError:
     """Return the error that the client receives, and record its code. Log an unexpected error with traceback."""
     if isinstance(error, ServiceError):
         problem = error
