@@ -7,6 +7,9 @@ VENV := .venv
 READY := $(VENV)/.ready
 PEERS := .venv-peers
 PEER_PACKAGES := pythae==0.1.2 lightning==2.6.6 pyod==3.6.7
+# Generates a client from openapi.json for a test. It requires an older typer than Elbo, so it has its own environment.
+GENERATOR := .venv-openapi
+GENERATOR_PACKAGE := openapi-python-client==0.29.1
 INSTALL := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check install
 PEER_INSTALL := $(PEERS)/bin/python -m pip --quiet --disable-pip-version-check install
 # The model servers that bench-serve compares with Elbo. Each server has its own environment, because their requirements
@@ -37,7 +40,7 @@ check: lint types ## Lint, type-check and run the tests that need no training, b
 docs: $(READY) ## Build the documentation site into site/
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet && echo "open site/index.html"
 
-test: $(READY) ## Run every test: first those that may share the machine, then those that measure time or memory
+test: $(READY) $(GENERATOR)/.ready ## Run every test: first those that may share the machine, then those that measure time or memory
 	@$(VENV)/bin/python -m pytest -n 2 -m "not alone"
 	@$(VENV)/bin/python -m pytest -m alone
 
@@ -116,8 +119,14 @@ $(PEERS)/.ready: $(READY)
 	@$(PEER_INSTALL) $(PEER_PACKAGES)
 	@touch $@
 
+$(GENERATOR)/.ready: $(READY)
+	@$(VENV)/bin/python -m venv $(GENERATOR)
+	@echo "installing $(GENERATOR_PACKAGE)"
+	@$(GENERATOR)/bin/python -m pip --quiet --disable-pip-version-check install $(GENERATOR_PACKAGE)
+	@touch $@
+
 clean: ## Remove what the other targets made, except artifacts/
-	@rm -rf $(VENV) $(PEERS) $(PEERS)-* build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis node_modules
+	@rm -rf $(VENV) $(GENERATOR) $(PEERS) $(PEERS)-* build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis node_modules
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The locked packages are installed first. They include torch's dependencies, and pip checks the hashes of all of them.

@@ -42,8 +42,10 @@ from service.shared_memory import SharedCounters, SharedDecisions
 DESCRIPTION = """Run the served models: encode, decode, reconstruct, sample, interpolate, and score anomalies.
 
 A request body is JSON. A single array may also be sent as application/x-npy or application/x-safetensors; the
-other fields are then query parameters. A response is JSON, application/x-npy, application/x-safetensors or, for images,
-image/png: the Accept header chooses. An error is application/problem+json with a stable `code`."""
+other fields are then query parameters. A field must not be in the body and in the query at once.
+
+A response is JSON, application/x-npy, application/x-safetensors or, for images, image/png: the Accept header chooses.
+An error is application/problem+json with a stable `code`."""
 
 
 def create_app(settings: Settings, counters: SharedCounters | None = None) -> FastAPI:

@@ -40,10 +40,17 @@ Seed = Annotated[
 ]
 
 
+def _drop_null_defaults(schema: dict[str, Any]) -> None:
+    """Remove each `"default": null`: it would be invalid for a field that must be an array if it is present."""
+    for field in schema.get("properties", {}).values():
+        if field.get("default", ...) is None:
+            del field["default"]
+
+
 class Body(BaseModel):
     """Base class of all request bodies. Validation is strict: numbers in quotes and unknown fields are refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, json_schema_extra=_drop_null_defaults)
 
 
 class EncodeBody(Body):

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.codec import remote_write
+from service.codec import ndjson, remote_write
 from service.codec.request_body import ARRAY_MEDIA_TYPES, JSON
 from service.codec.response_body import ARRAY_FORMATS, IMAGE_FORMATS
 from service.endpoints.context import ServiceContext
@@ -31,6 +31,7 @@ from service.errors import PROBLEM_JSON
 from service.http.request import request_of
 from service.schemas import (
     AnomalyAnswer,
+    Body,
     CalibrationScores,
     DecodeAnswer,
     EncodeAnswer,
@@ -49,6 +50,31 @@ MODEL_ERRORS = (404, 406, 408, 413, 415, 422, 429, 500, 503, 504)
 WRITE_ERRORS = (408, 413, 415, 422, 500, 503)
 LOOKUP_ERRORS = (404, 503)
 BINARY = {"schema": {"type": "string", "format": "binary"}}
+TEXT = {"schema": {"type": "string"}}
+STREAMED = (ndjson.MEDIA_TYPES[0],)  # media types of streamed responses
+MODEL_PARAMETER = {
+    "name": "model",
+    "in": "query",
+    "required": False,
+    "schema": {"type": "string"},
+    "description": "`name` (its newest version) or `name@version`; by default the default model",
+}
+REFERENCE_PARAMETER = {
+    "name": "reference",
+    "in": "path",
+    "required": True,
+    "schema": {"type": "string"},
+    "description": "`name` (its newest version) or `name@version`; GET /models lists the names",
+}
+COMPRESSION_HEADER = {  # of remote write
+    "name": "Content-Encoding",
+    "in": "header",
+    "required": True,
+    "schema": {"type": "string", "enum": ["snappy"]},
+    "description": "remote write is always compressed with snappy",
+}
+# Values that /docs fills in. A request that somebody only tries must not raise an alert.
+PARAMETER_EXAMPLES = {"observe": False}
 
 
 @dataclass(frozen=True)
@@ -121,8 +147,9 @@ def register(app: FastAPI, found: Iterable[Endpoint]) -> None:
             _documented_only if endpoint.method == "POST" else _handler_with_label(endpoint),
             methods=[endpoint.method],
             response_model=None,
+            response_class=Response,  # otherwise the document would claim that every response can be JSON
             responses=_responses(endpoint),
-            openapi_extra=_request(endpoint),
+            openapi_extra={**_request_body(endpoint), "parameters": _parameters(endpoint)},
             summary=(endpoint.handler.__doc__ or "").partition("\n")[0],
             description=getdoc(endpoint.handler),
             tags=["models" if endpoint.method == "POST" else "service"],
@@ -156,12 +183,14 @@ def _responses(endpoint: Endpoint) -> dict[int | str, dict[str, Any]]:
         return {204: {"description": "the samples are accepted"}, **errors}
     success: dict[str, Any] = {"description": "success", "content": {}}
     if endpoint.response:
+        success["content"][JSON] = {}  # FastAPI adds the schema; generated clients read the first format
         success["model"] = endpoint.response
     else:
-        success["content"][endpoint.media_type] = {"schema": {"type": "string"}}
+        success["content"][endpoint.media_type] = TEXT
     if endpoint.spec:
         binary_formats = (IMAGE_FORMATS if endpoint.spec.png_output else ARRAY_FORMATS)[1:]  # without JSON
         success["content"] |= dict.fromkeys(binary_formats, BINARY)
+        success["content"] |= {name: TEXT for name in endpoint.spec.readers if name in STREAMED}
         success["headers"] = {
             "Elbo-Model": {
                 "schema": {"type": "string"},
@@ -171,26 +200,52 @@ def _responses(endpoint: Endpoint) -> dict[int | str, dict[str, Any]]:
     return {200: success, **errors}
 
 
-def _request(endpoint: Endpoint) -> dict[str, Any] | None:
-    """Return the OpenAPI request body and query parameters of a POST endpoint."""
+def _request_body(endpoint: Endpoint) -> dict[str, Any]:
+    """Return the OpenAPI request body of a POST endpoint; nothing for a GET endpoint."""
     if endpoint.reads:
         return {"requestBody": {"required": True, "content": dict.fromkeys(endpoint.reads, BINARY)}}
     spec = endpoint.spec
     if spec is None:
-        return None
+        return {}
     schema = {"$ref": f"#/components/schemas/{spec.schema.__name__}"}
     content: dict[str, Any] = {JSON: {"schema": schema, "examples": EXAMPLES[spec.schema]}}
     content |= {media_type: TEXTS[media_type] for media_type in spec.readers}
     if spec.array_field:
         content |= dict.fromkeys(ARRAY_MEDIA_TYPES, BINARY)
-    model = {
-        "name": "model",
-        "in": "query",
-        "required": False,
-        "schema": {"type": "string"},
-        "description": "`name` (its newest version) or `name@version`; by default the default model",
-    }
-    return {"requestBody": {"required": True, "content": content}, "parameters": [model]}
+    needs_body = bool(spec.row_fields) or any(field.is_required() for field in spec.schema.model_fields.values())
+    return {"requestBody": {"required": needs_body, "content": content}}
+
+
+def _parameters(endpoint: Endpoint) -> list[dict[str, Any]]:
+    """Return the OpenAPI parameters: in the path, in the query, or in a header."""
+    if endpoint.spec:
+        return [MODEL_PARAMETER, *_query_options(endpoint.spec.schema)]
+    if endpoint.reads:
+        return [COMPRESSION_HEADER]
+    return [REFERENCE_PARAMETER] if "{reference}" in endpoint.path else []
+
+
+def _query_options(schema: type[Body]) -> list[dict[str, Any]]:
+    """Return a query parameter for each field that is neither an array nor an object.
+
+    A default is described but not declared: /docs and generated clients would send a declared default, and the same
+    field in the body would then be given twice.
+    """
+    options = []
+    for name, field in schema.model_json_schema()["properties"].items():
+        description, default = field.pop("description", ""), field.pop("default", None)
+        field.pop("title", None)
+        types = [part for part in field.pop("anyOf", ()) if part != {"type": "null"}]
+        value = types[0] if len(types) == 1 else field
+        if value.get("type") not in ("boolean", "integer", "number", "string"):
+            continue
+        if default is not None:
+            description += f". By default {str(default).lower() if isinstance(default, bool) else default}"
+        option = {"name": name, "in": "query", "required": False, "schema": value, "description": description}
+        if name in PARAMETER_EXAMPLES:
+            option["example"] = PARAMETER_EXAMPLES[name]
+        options.append(option)
+    return options
 
 
 def components() -> list[type[BaseModel]]:

@@ -40,7 +40,65 @@ def test_document_lists_every_endpoint(document: dict[str, Any]) -> None:
     assert set(document["paths"]["/api/v1/write"]) == {"post"}
     for path in POSTS:
         assert list(document["paths"][path]) == ["post"]
-        assert [parameter["name"] for parameter in document["paths"][path]["post"]["parameters"]] == ["model"]
+
+
+def test_document_is_valid_openapi(document: dict[str, Any]) -> None:
+    from openapi_spec_validator import OpenAPIV31SpecValidator
+
+    assert document["openapi"].startswith("3.1.")
+    assert list(OpenAPIV31SpecValidator(document).iter_errors()) == []
+
+
+def test_every_parameter_in_a_path_is_declared_and_required(document: dict[str, Any]) -> None:
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            declared = [parameter for parameter in operation.get("parameters", ()) if parameter["in"] == "path"]
+            assert [parameter["name"] for parameter in declared] == re.findall(r"\{(\w+)\}", path), path
+            assert all(parameter["required"] for parameter in declared)
+
+
+OPTIONS = {
+    "/encode": {"sample", "seed"},
+    "/decode": set(),
+    "/reconstruct": set(),
+    "/sample": {"n", "seed", "temperature"},
+    "/interpolate": {"steps", "method"},
+    "/anomaly": {
+        "alpha", "fdr", "explain", "impute", "half_life", "half_life_rows", "time", "group", "detail", "observe",
+    },
+}  # fmt: skip
+VALUES: dict[str, Any] = {"boolean": True, "integer": 2, "number": 0.5, "string": "x"}
+
+
+@pytest.mark.parametrize("path", POSTS)
+def test_every_option_is_declared_as_an_optional_query_parameter(document: dict[str, Any], path: str) -> None:
+    parameters = document["paths"][path]["post"]["parameters"]
+    assert {parameter["name"] for parameter in parameters} == {"model"} | OPTIONS[path]
+    for parameter in parameters:
+        assert (parameter["in"], parameter["required"]) == ("query", False)
+        assert parameter["description"]
+        assert "default" not in parameter["schema"]  # a client would send it, even if the body has the field
+
+
+@pytest.mark.parametrize(("path", "name"), [(path, name) for path in POSTS for name in sorted(OPTIONS[path])])
+def test_declared_option_works_in_the_query(
+    client: httpx.Client, document: dict[str, Any], path: str, name: str
+) -> None:
+    (schema,) = (p["schema"] for p in document["paths"][path]["post"]["parameters"] if p["name"] == name)
+    value = schema["enum"][0] if "enum" in schema else VALUES[schema["type"]]
+    examples = content(document, path)["application/json"]["examples"]
+    # `half_life` needs timestamps, which only records have.
+    example = examples["records" if name == "half_life" else next(iter(examples))]["value"]
+    rest = {key: field for key, field in example.items() if key != name}
+    text = str(value).lower() if isinstance(value, bool) else value
+    response = client.post(path, json=rest, params={"model": "vae", name: text})
+    assert response.status_code == 200, response.text
+
+
+def test_body_is_required_only_if_the_request_needs_rows(document: dict[str, Any], client: httpx.Client) -> None:
+    required = {path: document["paths"][path]["post"]["requestBody"]["required"] for path in POSTS}
+    assert required == {path: path != "/sample" for path in POSTS}
+    assert client.post("/sample", params={"n": 2}).status_code == 200
 
 
 @pytest.mark.parametrize("path", POSTS)
@@ -104,7 +162,8 @@ def test_binary_formats_are_documented_for_the_endpoints_that_support_them(docum
     for path in POSTS:
         responses = document["paths"][path]["post"]["responses"]["200"]["content"]
         pictures = path not in ("/encode", "/anomaly")
-        assert set(responses) == {"application/json", "application/x-npy", "application/x-safetensors"} | (
+        stream = {"application/x-ndjson"} if path == "/anomaly" else set()
+        assert set(responses) == {"application/json", "application/x-npy", "application/x-safetensors"} | stream | (
             {"image/png"} if pictures else set()
         )
 
