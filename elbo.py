@@ -67,6 +67,13 @@ class OptionError(ElboError):
     code = "option_error"
 
 
+class Escape(StrEnum):
+    """How a CSV file writes a quotation mark inside a quoted cell: twice, or after a backslash."""
+
+    double = "double"
+    backslash = "backslash"
+
+
 class Format(StrEnum):
     """Output formats of `elbo score`."""
 
@@ -182,6 +189,12 @@ Runs = Annotated[
     Path,
     typer.Option("--runs", envvar="ELBO_RUNS", help="folder for checkpoints and reports of training runs: <name>/"),
 ]
+EscapeOption = Annotated[
+    Escape | None,
+    typer.Option(
+        "--escape", help='quotation marks in quoted CSV cells: double ("") or backslash (\\"); default: as trained'
+    ),
+]
 DEFAULT_ARTIFACTS = Path("artifacts")
 
 
@@ -211,7 +224,7 @@ def train(
     config = _train_config(context.obj)
     from training.data.table import read_table
 
-    table = read_table(data, config.drop, config.keep, config.size)
+    table = read_table(data, config.drop, config.keep, config.size, escape=config.escape)
     try:
         is_first_process = _train(
             config,
@@ -388,6 +401,7 @@ def evaluate(
     data: Data,
     draws: Annotated[int, typer.Option(min=1, help="importance samples per row for the log-likelihood")] = 100,
     json: Json = False,
+    escape: EscapeOption = None,
     artifacts: ArtifactFolder = DEFAULT_ARTIFACTS,
 ) -> None:
     """Evaluate a model on the rows of DATA.
@@ -398,7 +412,7 @@ def evaluate(
     """
     from training.evaluation import evaluate
 
-    artifact, table = _load(name, data, artifacts)
+    artifact, table = _load(name, data, artifacts, escape)
     evaluation = evaluate.evaluate(artifact, table, draws)
     typer.echo(evaluate.evaluation_json(evaluation) if json else evaluate.evaluation_text(evaluation))
 
@@ -414,6 +428,7 @@ def score(
         int, typer.Option(min=0, help="number of features to report per row: those that contribute most")
     ] = 3,
     format_: Annotated[Format, typer.Option("--format", help="one JSON object per line, or CSV")] = Format.ndjson,
+    escape: EscapeOption = None,
     artifacts: ArtifactFolder = DEFAULT_ARTIFACTS,
 ) -> None:
     """Score every row of DATA for anomalies.
@@ -423,7 +438,7 @@ def score(
     """
     from training.evaluation.score import csv_lines, ndjson_lines
 
-    artifact, table = _load(name, data, artifacts)
+    artifact, table = _load(name, data, artifacts, escape)
     lines = csv_lines if format_ is Format.csv else ndjson_lines
     for text in lines(artifact, table, alpha, explain):
         sys.stdout.write(text)
@@ -437,6 +452,7 @@ def calibrate(
     alpha: Annotated[
         float, typer.Option(min=1e-6, max=0.5, help="smallest alpha that you will use; needs at least 1/alpha - 1 rows")
     ] = 0.05,
+    escape: EscapeOption = None,
     artifacts: ArtifactFolder = DEFAULT_ARTIFACTS,
     runs: Runs = Path("runs"),
 ) -> None:
@@ -448,7 +464,7 @@ def calibrate(
     """
     from training.publishing.recalibrate import recalibrate
 
-    artifact, table = _load(name, data, artifacts)
+    artifact, table = _load(name, data, artifacts, escape)
     published = recalibrate(artifact, table, artifacts, alpha, runs)
     for note in published.notes:
         typer.echo(note, err=True)
@@ -457,12 +473,12 @@ def calibrate(
     typer.echo(f"calibrated on {calibration.rows:,} rows: the smallest p-value is {calibration.floor:.3g}")
 
 
-def _load(reference: str, data: str, artifacts: Path) -> "tuple[Artifact, Table]":
+def _load(reference: str, data: str, artifacts: Path, escape: Escape | None = None) -> "tuple[Artifact, Table]":
     from models.artifact import load
     from training.data.table import read_for_model
 
     artifact = load(_artifact_path(reference, artifacts))
-    return artifact, read_for_model(data, artifact.manifest)
+    return artifact, read_for_model(data, artifact.manifest, escape=escape)
 
 
 def _artifact_path(reference: str, artifacts: Path) -> Path:

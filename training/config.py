@@ -122,6 +122,11 @@ class TrainConfig(BaseModel):
         None,
         description="<height>x<width>: crop each image of a folder around its centre, and resize it to this size",
     )
+    escape: Literal["double", "backslash"] | None = Field(
+        None,
+        description='how a CSV file writes a quotation mark inside a quoted cell: double ("") or backslash (\\"); '
+        "default: double, but files whose lines could be merged by mistake are refused",
+    )
     private: bool = Field(
         False,
         description="leave held-out rows and their latents out of the artifact; the explorer then cannot show them",

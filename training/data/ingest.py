@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from training.data.readers import RawTable, describe_row
+from training.data.readers import LineNumbers, RawTable, describe_row
 from training.data.row_store import RowStore, RowWriter, fits_in_memory
 from training.errors import DataError
 
@@ -67,24 +67,24 @@ class ColumnStatistics:
             )
             found.count += int(infinite[:, column].sum())
 
-    def refuse_infinite(self, source: str, names: Sequence[str], first_line: int | None) -> None:
+    def refuse_infinite(self, source: str, names: Sequence[str], lines: LineNumbers | None) -> None:
         """Raise DataError for the first column with a value that is infinite in float32."""
         for column, found in sorted(self.infinite.items())[:1]:
             limit = ", beyond the range of float32 (3.4e38)," if np.isfinite(found.first_value) else ""
             raise DataError(
                 f"{source}: column {names[column]!r} has the value {found.first_value}{limit} in "
-                f"{describe_row(found.first_row, first_line)}{_and_others(found.count)}: "
+                f"{describe_row(found.first_row, lines)}{_and_others(found.count)}: "
                 "expected finite numbers; correct the values, or drop those rows or the column"
             )
 
     def refuse_missing(
-        self, source: str, names: Sequence[str], first_line: int | None, allowed: npt.NDArray[np.bool_]
+        self, source: str, names: Sequence[str], lines: LineNumbers | None, allowed: npt.NDArray[np.bool_]
     ) -> None:
         """Raise DataError for the first column that has missing values and is false in `allowed` [D]."""
         for column in np.flatnonzero((self.missing > 0) & ~allowed)[:1]:
             raise DataError(
                 f"{source}: column {names[column]!r} has no value (NaN) in "
-                f"{describe_row(int(self.first_missing[column]), first_line)}"
+                f"{describe_row(int(self.first_missing[column]), lines)}"
                 f"{_and_others(int(self.missing[column]))}: "
                 "expected a number, because the model was trained without missing values in this column; "
                 "fill in the values, or drop those rows"

@@ -105,6 +105,7 @@ def read_table(
     keep: Sequence[str] = (),
     size: tuple[int, int] | None = None,
     limit: int = MEMORY_BYTES,
+    escape: str | None = None,
 ) -> Table:
     """Return the table in `source`: "digits", a .npy, .npz, .csv or .parquet file, or a folder of images.
 
@@ -115,15 +116,16 @@ def read_table(
         keep: columns that are measurements although they look like identifiers.
         size: height and width to which the images of a folder are resized.
         limit: maximum size of a table in memory, in bytes of float32 values. Larger tables stay on disk.
+        escape: how CSV writes a quotation mark inside a quoted cell: "double" (two marks) or "backslash".
 
     Raises:
         DataError: the source cannot be used. The message is one line that says what to do.
     """
     with full_disk_as_data_error(source):
-        raw = load(source, ReadOptions(drop=drop, keep=keep, size=size))
+        raw = load(source, ReadOptions(drop=drop, keep=keep, size=size, escape=escape))
     rows, statistics, raw_labels = ingest(raw, source, limit)
     names = raw.names or _numbered_names(raw.shape)
-    statistics.refuse_infinite(source, names, raw.first_line)
+    statistics.refuse_infinite(source, names, raw.lines)
     _refuse_empty_columns(source, names, statistics)
     labels, label_notes = _integer_labels(raw_labels)
     _refuse_equal_rows(source, statistics)
@@ -144,12 +146,16 @@ def read_table(
     )
 
 
-def read_for_model(source: str, manifest: "Manifest", limit: int = MEMORY_BYTES) -> Table:
+def read_for_model(source: str, manifest: "Manifest", limit: int = MEMORY_BYTES, escape: str | None = None) -> Table:
     """Return the rows in `source` in the form that the model of `manifest` takes.
 
     Columns of CSV and Parquet files are found by name, in any order. If a column called label or y is not a
     feature, it contains the labels. All other columns are ignored. Images are resized to the model's shape. Values
     may be missing only in columns where values were missing in the training data.
+
+    Args:
+        limit: as for `read_table`.
+        escape: as for `read_table`; by default as in training.
 
     Raises:
         DataError: the source cannot be used. The message is one line that says what to do.
@@ -158,7 +164,13 @@ def read_for_model(source: str, manifest: "Manifest", limit: int = MEMORY_BYTES)
     units = [feature.unit for feature in manifest.features]
     shape = tuple(manifest.shape)
     with full_disk_as_data_error(source):
-        raw = load(source, ReadOptions(names=names, shape=shape, pixel_range=manifest.pixel_range))
+        options = ReadOptions(
+            names=names,
+            shape=shape,
+            pixel_range=manifest.pixel_range,
+            escape=escape or manifest.training.get("escape"),
+        )
+        raw = load(source, options)
     width = math.prod(raw.shape)
     if width != len(names):
         raise DataError(
@@ -169,9 +181,9 @@ def read_for_model(source: str, manifest: "Manifest", limit: int = MEMORY_BYTES)
         if expected and unit and expected != unit:
             raise DataError(f"{source}: column {name!r} is in {unit}, expected {expected}: convert it")
     rows, statistics, raw_labels = ingest(raw, source, limit)
-    statistics.refuse_infinite(source, names, raw.first_line)
+    statistics.refuse_infinite(source, names, raw.lines)
     allowed = np.array([feature.missing > 0 for feature in manifest.features])
-    statistics.refuse_missing(source, names, raw.first_line, allowed)
+    statistics.refuse_missing(source, names, raw.lines, allowed)
     labels, label_notes = _integer_labels(raw_labels)
     return Table(
         x=rows,

@@ -55,7 +55,10 @@ def refusal(source: str) -> str:
         ("a [s],a [ms]\n1,2\n", "columns 1 and 2 are both named 'a': rename one"),
         (",a,b\n0,1,2\n", "column 1 has no name: name it (pandas: write with index=False)"),
         ("a,b\n1,2\n1,2\n1,2\n", "FILE: all 3 rows are equal: expected rows that differ, to learn from"),
-        ('a,b\n1,"2\n3,4\n', "FILE is not valid CSV in UTF-8"),
+        (
+            'a,b\n1,"2\n3,4\n',
+            "FILE: line 2 opens a quotation that does not end: write a quotation mark inside a quoted",
+        ),
     ],
 )
 def test_csv_without_a_table_of_numbers_raises(tmp_path: Path, content: str, message: str) -> None:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from models.columns import FALSE, MISSING, TRUE, parse_title
 from models.errors import join_names
-from training.data.readers.raw_table import Block, RawTable, ReadOptions, describe_row, format_option
+from training.data.readers.raw_table import Block, LineNumbers, RawTable, ReadOptions, describe_row, format_option
 from training.errors import DataError
 
 if TYPE_CHECKING:
@@ -212,24 +212,26 @@ def build_raw_table(
     options: ReadOptions,
     path: Path,
     rows: int | None,
-    first_line: int | None = None,
+    lines: LineNumbers | None = None,
+    notes: list[str] | None = None,
 ) -> RawTable:
     """Return the table in `frames`. Each frame has exactly these `columns`.
 
     Args:
         rows: the number of rows, possibly estimated.
-        first_line: number of the line that contains row 0, for text files; None for other files.
+        lines: the lines of the rows, for text files; None for other files. Complete when `frames` is exhausted.
+        notes: notes for the user; the list grows while `frames` is iterated.
     """
     features = columns if options.names is None else columns[: len(options.names)]
-    notes: list[str] = []
-    check = _ColumnCheck(path, options, first_line, notes)
+    notes = [] if notes is None else notes
+    check = _ColumnCheck(path, options, lines, notes)
     return RawTable(
         blocks=_read_blocks(frames, columns, len(features), check),
         shape=(len(features),),
         rows=rows,
         names=[column.name for column in features],
         units=[column.unit for column in features],
-        first_line=first_line,
+        lines=lines,
         notes=notes,
     )
 
@@ -254,7 +256,7 @@ class _ColumnCheck:
 
     path: Path
     options: ReadOptions
-    first_line: int | None
+    lines: LineNumbers | None
     notes: list[str]
 
     def finish(self, columns: Sequence[Column]) -> None:
@@ -271,7 +273,7 @@ class _ColumnCheck:
             self.notes.append(f"true and yes are read as 1, false and no as 0: {join_names(booleans)}")
 
     def _refuse_cell(self, column: Column, cell: NonNumericCell, advice: str) -> None:
-        got = f"{_shorten(cell.value)} in {describe_row(cell.row, self.first_line)}"
+        got = f"{_shorten(cell.value)} in {describe_row(cell.row, self.lines)}"
         if column.typed:
             got = f"{cell.kind} ({got})"
         raise DataError(f"{self.path}: column {column.name!r}: expected numbers, got {got}: {advice}")
@@ -279,7 +281,7 @@ class _ColumnCheck:
     def _refuse_other_columns(self, columns: Sequence[Column]) -> None:
         """If there are columns of text, dates or identifiers, raise a DataError that names all of them."""
         texts = {
-            column.name: f"{cell.kind}, {_shorten(cell.value)} in {describe_row(cell.row, self.first_line)}"
+            column.name: f"{cell.kind}, {_shorten(cell.value)} in {describe_row(cell.row, self.lines)}"
             for column in columns
             if (cell := column.first_non_number)
         }

@@ -1,138 +1,334 @@
-"""Read CSV files in pieces that end at the end of a line."""
+"""Read CSV files in pieces that end at the end of a record.
+
+polars reads the pieces without quotation marks, in which every line is a record. Python's csv module in strict mode
+reads the other pieces, because polars swallows lines without an error if a quotation mark inside a cell is not doubled.
+"""
 
 import csv
 import io
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
 
 from training.data.readers.columns import build_raw_table, choose_columns
-from training.data.readers.raw_table import RawTable, ReadOptions
+from training.data.readers.raw_table import LineNumbers, RawTable, ReadOptions
 from training.errors import DataError
 
 if TYPE_CHECKING:
     import polars as pl
 
 PIECE_BYTES = 2 << 20
-MAX_PIECE_BYTES = 32 * PIECE_BYTES  # size at which a piece is cut even if a quotation is open
+MAX_LINE_BYTES = 64 << 20
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some programs write it before UTF-8 text
 
 
 def read_csv(path: Path, options: ReadOptions) -> RawTable:
-    """Return the columns of a CSV file in UTF-8 with a header.
+    """Return the columns of a CSV file in UTF-8 with a header. Lines end in LF, CRLF or CR. Blank lines are skipped.
 
     Raises:
         DataError: the file is not CSV in UTF-8 with a header, or its columns are not as the options require.
     """
-    with path.open("rb") as file:
-        header, header_end = _read_header(file, path)
-        start = file.tell()
-        sample = file.read(PIECE_BYTES)
-    estimated_rows = round(sample.count(b"\n") / max(1, len(sample)) * (path.stat().st_size - start))
-    columns = choose_columns(header, path, options, typed=False)
+    reader = _CsvReader(path, options.escape)
+    columns = choose_columns(reader.header, path, options, typed=False)
     indices = [column.index for column in columns]
-    frames = (frame[:, indices] for frame in _read_frames(path, start, len(header), header_end))
-    return build_raw_table(frames, columns, options, path, estimated_rows, first_line=header_end + 1)
+    frames = (frame[:, indices] for frame in reader.frames())
+    return build_raw_table(
+        frames, columns, options, path, reader.estimated_rows, lines=reader.lines, notes=reader.notes
+    )
 
 
-def _read_header(file: IO[bytes], path: Path) -> tuple[list[str], int]:
-    """Return the column names and the number of the header's last line. Leave `file` at the line after the header."""
+class _LineSource:
+    """The lines of an open file, as bytes with their line ends, one by one or many at once."""
 
-    def lines() -> Iterator[str]:
-        yield file.readline().removeprefix(BYTE_ORDER_MARK).decode()
-        while line := file.readline():
-            yield line.decode()
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self._file, self._path = file, path
+        self._content = file.read(PIECE_BYTES).removeprefix(BYTE_ORDER_MARK)
+        self._newline = b"\r" if b"\n" not in self._content and b"\r" in self._content else b"\n"
 
-    try:
-        rows = csv.reader(lines())
-        header = next((row for row in rows if row), [])
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} is not UTF-8 text: save it as CSV in UTF-8") from error
-    if not header:
-        raise DataError(f"{path} is empty: expected a header line with column names, then rows of numbers")
-    if len(header) == 1:
-        for separator, word in SEPARATORS.items():
-            if separator in header[0]:
-                raise DataError(f"{path} separates its columns by {word}: expected commas; convert it")
-    # A header that counts the columns from 0 or 1 is allowed: pandas writes it if the columns have no names.
-    positions = [[str(start + i) for i in range(len(header))] for start in (0, 1)]
-    if all(_is_number(name) for name in header) and header not in positions:
-        raise DataError(f"{path} has numbers in its first line: expected a header; put column names above the rows")
-    return header, rows.line_num
+    def line(self) -> bytes:
+        """Return the next line, or b"" at the end of the file."""
+        end = self._content.find(self._newline) + 1
+        while not end and self._read_more():
+            end = self._content.find(self._newline) + 1
+        return self._take(end or len(self._content))
+
+    def piece(self) -> bytes:
+        """Return all lines that end in the next PIECE_BYTES of the file, at least one; b"" at the end of the file."""
+        if len(self._content) < PIECE_BYTES:
+            self._read_more()
+        end = self._content.rfind(self._newline) + 1
+        while not end and self._read_more():
+            end = self._content.rfind(self._newline) + 1
+        return self._take(end or len(self._content))
+
+    def _read_more(self) -> bool:
+        if len(self._content) > MAX_LINE_BYTES:
+            raise DataError(f"{self._path} has a line of more than {MAX_LINE_BYTES >> 20} MiB: expected CSV")
+        more = self._file.read(PIECE_BYTES)
+        self._content += more
+        return bool(more)
+
+    def _take(self, end: int) -> bytes:
+        taken, self._content = self._content[:end], self._content[end:]
+        return taken
+
+
+class _CsvReader:
+    """Reads the records of one CSV file. Lines are counted from 1, and rows from 0.
+
+    Args:
+        escape: how a quotation mark inside a quoted cell is written; None if unknown.
+    """
+
+    def __init__(self, path: Path, escape: str | None) -> None:
+        self._path, self._escape = path, escape
+        self.lines = LineNumbers()  # complete when all frames have been read
+        self.notes: list[str] = []  # likewise
+        self._blank_lines = 0
+        with path.open("rb") as file:
+            source = _LineSource(file, path)
+            self.header, self._header_lines = self._read_header(source)
+            sample = source.piece()
+        newlines = sample.count(b"\n") or sample.count(b"\r")
+        self.estimated_rows = round(newlines / max(1, len(sample)) * path.stat().st_size)
+
+    def frames(self) -> Iterator["pl.DataFrame"]:
+        """Yield the rows as text. Empty rows at the end of the file, such as `,,`, are not rows."""
+        import polars as pl
+
+        blank = pl.DataFrame(schema=dict.fromkeys(map(str, range(len(self.header))), pl.String))
+        for new in self._all_frames():
+            frame = pl.concat([blank, new])
+            filled = frame.select(pl.any_horizontal((pl.all() != "").fill_null(value=False)).arg_true()).to_series()
+            end = int(filled[-1]) + 1 if len(filled) else 0
+            blank = frame[end:]  # kept until a filled row follows
+            if end:
+                yield frame[:end]
+        if self._blank_lines:
+            self.notes.append(f"blank lines are skipped: {self._blank_lines:,}")
+
+    def _all_frames(self) -> Iterator["pl.DataFrame"]:
+        row = blank_lines = 0
+        with self._path.open("rb") as file:
+            source = _LineSource(file, self._path)
+            for _ in range(self._header_lines):
+                source.line()
+            line = self._header_lines + 1
+            while piece := source.piece():
+                if b'"' in piece or (self._escape == "backslash" and b"\\" in piece):
+                    records = self._read_quoted(piece, source, line)
+                else:
+                    records = self._read_plain(piece, line)
+                if len(records.lines):
+                    self.lines.extend(row, records.lines)
+                    self._blank_lines += blank_lines + records.blank_before
+                    blank_lines = 0
+                    row += len(records.lines)
+                    yield records.frame
+                blank_lines += records.blank_after
+                line += records.lines_read
+
+    # Header
+
+    def _read_header(self, source: _LineSource) -> tuple[list[str], int]:
+        """Return the column names and the number of the header's last line."""
+        try:
+            rows = self._csv(_decoded(iter(source.line, b"")))
+            header: list[str] = next((row for row in rows if not _is_blank(row)), [])
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self._path} is not UTF-8 text: save it as CSV in UTF-8") from error
+        except csv.Error as error:
+            raise DataError(f"{self._path}: the header is not valid CSV ({error}): correct the first line") from error
+        if not header:
+            raise DataError(f"{self._path} is empty: expected a header line with column names, then rows of numbers")
+        if len(header) == 1:
+            for separator, word in SEPARATORS.items():
+                if separator in header[0]:
+                    raise DataError(f"{self._path} separates its columns by {word}: expected commas; convert it")
+        self._refuse_numbers(header)
+        return header, rows.line_num
+
+    def _refuse_numbers(self, header: Sequence[str]) -> None:
+        """Raise DataError if the first line contains measurements instead of names.
+
+        Names may be numbers if they count up in steps of 1. pandas writes such names if the columns have none, and
+        years can be names, too.
+        """
+        numbers = [float(name) for name in header if _is_number(name)]
+        counted = len(numbers) > 1 and all(b - a == 1 for a, b in pairwise(numbers))
+        if len(numbers) == len(header):
+            counted = header in [[str(start + i) for i in range(len(header))] for start in (0, 1)]
+        if numbers and not counted:
+            number = next(name for name in header if _is_number(name))
+            where = "numbers" if len(numbers) == len(header) else f"the number {number.strip()}"
+            raise DataError(
+                f"{self._path} has {where} in its first line: expected a header; put column names above the rows"
+            )
+
+    # Records
+
+    def _csv(self, lines: Iterator[str], escape: str | None = None) -> "csv._reader":
+        escaped = (escape or self._escape) == "backslash"
+        return csv.reader(lines, strict=True, skipinitialspace=True, escapechar="\\" if escaped else None)
+
+    def _read_plain(self, piece: bytes, first_line: int) -> "_Records":
+        """Read a piece without quotation marks."""
+        import polars as pl
+
+        if b"\r" in piece:
+            piece = piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        count = piece.count(b"\n") + (not piece.endswith(b"\n"))
+        lines = np.arange(first_line, first_line + count)
+        if piece.startswith((b"\n", b" ", b"\t")) or b"\n\n" in piece or b"\n " in piece or b"\n\t" in piece:
+            texts = piece.split(b"\n")[:count]
+            filled = np.array([bool(text.strip()) for text in texts])
+            piece, lines = b"\n".join(text for text in texts if text.strip()), lines[filled]
+        if not len(lines):
+            return _Records.of([], lines, count, 0, count, len(self.header))
+        names = ",".join(map(str, range(len(self.header)))).encode()
+        try:
+            frame = pl.read_csv(names + b"\n" + piece, infer_schema=False, quote_char=None)
+        except pl.exceptions.PolarsError as error:
+            self._refuse_ragged(piece, lines)
+            raise self._invalid(str(error).splitlines()[0]) from error
+        if len(frame) != len(lines) or any(column.null_count() for column in frame):
+            self._refuse_ragged(piece, lines)
+        if len(frame) != len(lines):
+            raise self._invalid(f"{len(lines)} lines contain {len(frame)} records")
+        blank_after = first_line + count - 1 - int(lines[-1])
+        return _Records(frame, lines, count, count - len(lines) - blank_after, blank_after)
+
+    def _read_quoted(self, piece: bytes, source: _LineSource, first_line: int) -> "_Records":
+        """Read a piece with quotation marks, and further lines of `source` if its last record continues in them."""
+        try:
+            texts = list(io.StringIO(piece.decode(), newline=""))
+        except UnicodeDecodeError as error:
+            raise self._invalid(str(error)) from error
+        count = len(texts)
+        rest = _appended_to(texts, _decoded(iter(source.line, b"")))
+        records = self._csv(chain(texts[:], rest))
+        cells: list[list[str]] = []
+        lines: list[int] = []
+        blank_before = blank_after = read = 0
+        try:
+            while read < count and (record := next(records, None)) is not None:
+                start, read = read, records.line_num
+                if _is_blank(record) and read - start == 1:
+                    blank_after += 1
+                    continue
+                self._refuse_width(len(record), first_line + start)
+                if read - start > 1 and self._escape is None:
+                    self._refuse_swallowed(record, texts[start:read], first_line + start)
+                cells.append(record)
+                lines.append(first_line + start)
+                blank_before, blank_after = blank_before + blank_after, 0
+        except csv.Error as error:
+            raise self._invalid_record(texts[read:], first_line + read, error) from error
+        except UnicodeDecodeError as error:
+            raise self._invalid(str(error)) from error
+        return _Records.of(cells, np.array(lines, np.int64), read, blank_before, blank_after, len(self.header))
+
+    def _refuse_swallowed(self, record: list[str], texts: list[str], line: int) -> None:
+        """Raise DataError if each of the lines that `record` consists of looks like a record of its own.
+
+        Then a quotation mark that is not doubled has probably opened a quotation in one line, and another one has
+        closed it in a later line. A line looks like a record if it has as many values as the header, and numbers in the
+        columns where `record` has numbers.
+        """
+        numeric = [index for index, cell in enumerate(record) if _is_number(cell)]
+        split = [text.split(",") for text in texts]
+        if numeric and all(
+            len(cells) == len(record) and all(_is_number(cells[index]) for index in numeric) for cells in split
+        ):
+            raise DataError(
+                f"{self._path}: the quotation that opens in line {line} ends in line {line + len(texts) - 1}, but each "
+                f"of these lines has {len(self.header)} values of its own: write a quotation mark inside a cell twice; "
+                f"add --escape double if the cell does contain line ends{self._or_backslash(texts)}"
+            )
+
+    def _invalid_record(self, texts: list[str], line: int, error: csv.Error) -> DataError:
+        """Return the error for the record that starts with `texts`, at `line`."""
+        what = "opens a quotation that does not end where a cell ends"
+        if "field limit" in str(error) or "end of data" in str(error):
+            what = "opens a quotation that does not end"
+        advice = "write a quotation mark inside a quoted cell twice"
+        return DataError(f"{self._path}: line {line} {what}: {advice}{self._or_backslash(texts)}")
+
+    def _or_backslash(self, texts: list[str]) -> str:
+        """Return the advice to add --escape backslash if the record that starts with `texts` can be read with it."""
+        if self._escape is None and '\\"' in "".join(texts):
+            with suppress(csv.Error):
+                if len(next(self._csv(iter(texts), "backslash"), [])) == len(self.header):
+                    return ', or add --escape backslash, which reads \\" as a quotation mark'
+        return ""
+
+    def _refuse_ragged(self, piece: bytes, lines: npt.NDArray[np.int64]) -> None:
+        for line, text in zip(lines.tolist(), piece.split(b"\n"), strict=False):
+            self._refuse_width(text.count(b",") + 1, line)
+
+    def _refuse_width(self, width: int, line: int) -> None:
+        if width != len(self.header):
+            raise DataError(
+                f"{self._path}: line {line} has {width} values, but the header has {len(self.header)}: correct the line"
+            )
+
+    def _invalid(self, reason: str) -> DataError:
+        return DataError(f"{self._path} is not valid CSV in UTF-8 ({reason}): write it again")
+
+
+@dataclass(frozen=True)
+class _Records:
+    """The rows of one piece, all columns as text."""
+
+    frame: "pl.DataFrame"
+    lines: npt.NDArray[np.int64]  # the line number where each row starts
+    lines_read: int
+    blank_before: int  # number of blank lines before the last row
+    blank_after: int  # number of blank lines after the last row
+
+    @classmethod
+    def of(
+        cls,
+        cells: list[list[str]],
+        lines: npt.NDArray[np.int64],
+        lines_read: int,
+        blank_before: int,
+        blank_after: int,
+        width: int,
+    ) -> "_Records":
+        """Return the records with these cells, [N][width]."""
+        import polars as pl
+
+        columns = list(zip(*cells, strict=True)) or [()] * width
+        frame = pl.DataFrame([pl.Series(str(i), column, dtype=pl.String) for i, column in enumerate(columns)])
+        return cls(frame, lines, lines_read, blank_before, blank_after)
+
+
+def _appended_to(texts: list[str], lines: Iterator[str]) -> Iterator[str]:
+    """Yield `lines`, and append each of them to `texts`."""
+    for line in lines:
+        texts.append(line)
+        yield line
+
+
+def _decoded(lines: Iterator[bytes]) -> Iterator[str]:
+    return (line.decode() for line in lines)
+
+
+def _is_blank(record: list[str]) -> bool:
+    return not record or (len(record) == 1 and not record[0].strip())
 
 
 def _is_number(text: str) -> bool:
     try:
-        float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False
-    return True
-
-
-def _read_pieces(path: Path, start: int) -> Iterator[bytes]:
-    """Yield the bytes from `start` on, in pieces. Each piece ends at the end of a line, outside any quotation."""
-    with path.open("rb") as file:
-        file.seek(start)
-        rest = b""
-        while content := file.read(PIECE_BYTES):
-            rest += content
-            cut = rest.rfind(b"\n") + 1
-            quotes = rest.count(b'"', 0, cut)
-            while quotes % 2:  # a quotation is open at the cut: move the cut to the line end before the quotation
-                opened = rest.rfind(b'"', 0, cut)
-                before = rest.rfind(b"\n", 0, opened) + 1
-                quotes -= rest.count(b'"', before, cut)
-                cut = before
-            if len(rest) > MAX_PIECE_BYTES:
-                cut = cut or len(rest)
-            if cut:
-                yield rest[:cut]
-                rest = rest[cut:]
-        if rest:
-            yield rest
-
-
-def _read_frames(path: Path, start: int, width: int, line: int) -> Iterator["pl.DataFrame"]:
-    """Yield the rows as text, with null for an empty cell. Empty lines at the end of the file are not rows.
-
-    Args:
-        line: the number of the last line before `start`, counted from 1.
-    """
-    import polars as pl
-
-    names = [str(index) for index in range(width)]
-    blank = pl.DataFrame(schema=dict.fromkeys(names, pl.String))  # trailing empty rows, kept until a filled row follows
-    for piece in _read_pieces(path, start):
-        try:
-            frame = pl.read_csv(",".join(names).encode() + b"\n" + piece, infer_schema=False)
-        except pl.exceptions.PolarsError as error:
-            _refuse_ragged_lines(piece, width, path, line)
-            reason = str(error).splitlines()[0]
-            raise DataError(f"{path} is not valid CSV in UTF-8 ({reason}): write it again") from error
-        if any(column.null_count() for column in frame):
-            _refuse_ragged_lines(piece, width, path, line)
-        line += piece.count(b"\n")
-        frame = pl.concat([blank, frame])
-        filled = frame.select(pl.any_horizontal(pl.all().is_not_null()).arg_true()).to_series()
-        end = int(filled[-1]) + 1 if len(filled) else 0
-        blank = frame[end:]
-        if end:
-            yield frame[:end]
-
-
-def _refuse_ragged_lines(piece: bytes, width: int, path: Path, line: int) -> None:
-    """Raise DataError for the first line of `piece` that has more or fewer values than the header.
-
-    Args:
-        line: the number of the last line before the piece, counted from 1.
-    """
-    with suppress(csv.Error):
-        rows = csv.reader(io.StringIO(piece.decode(errors="replace"), newline=""))
-        for row in rows:
-            if row and len(row) != width:
-                number = line + rows.line_num
-                raise DataError(
-                    f"{path}: line {number} has {len(row)} values, but the header has {width}: correct the line"
-                )

@@ -1,5 +1,6 @@
 """Every reader takes `ReadOptions` and returns a `RawTable`, whose numbers are not checked yet."""
 
+import bisect
 import csv
 import io
 import shlex
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from training.data.row_store import FileArray
 
@@ -25,6 +27,30 @@ class ReadOptions:
     size: tuple[int, int] | None = None  # height and width to which images are resized
     shape: tuple[int, ...] | None = None  # shape of one row, if a model requires it
     pixel_range: tuple[float, float] | None = None  # values of black and white, if a model requires them
+    escape: str | None = None  # how CSV writes a quotation mark inside a quoted cell: double or backslash
+
+
+class LineNumbers:
+    """The line of a text file where each row starts, both counted as they are read: rows from 0, lines from 1.
+
+    Only the rows are stored whose line is not the line after that of the previous row.
+    """
+
+    def __init__(self) -> None:
+        self._rows: list[int] = []
+        self._lines: list[int] = []
+
+    def extend(self, first_row: int, lines: npt.NDArray[np.int64]) -> None:
+        """Add the lines of the rows from `first_row` on."""
+        previous = self.of(first_row - 1) if self._rows else -1
+        jumps = np.flatnonzero(np.diff(lines, prepend=previous) != 1)
+        self._rows += (first_row + jumps).tolist()
+        self._lines += lines[jumps].tolist()
+
+    def of(self, row: int) -> int:
+        """Return the line where `row` starts."""
+        index = bisect.bisect_right(self._rows, row) - 1
+        return self._lines[index] + row - self._rows[index]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +64,15 @@ class RawTable:
     names: list[str] | None = None  # names of the D columns, if the source has names
     units: list[str | None] | None = None
     pixel_range: tuple[float, float] | None = None
-    first_line: int | None = None  # line number of row 0 if the source is a text file, else None
+    lines: LineNumbers | None = None  # for text files; complete when all blocks have been read
     label_names: list[str] | None = None  # the meaning of labels 0, 1, ...
     notes: list[str] = field(default_factory=list)  # notes for the user; complete when all blocks have been read
     file_array: FileArray | None = None  # values [N, D] in the source file, if the rows can be read in any order
 
 
-def describe_row(row: int, first_line: int | None) -> str:
+def describe_row(row: int, lines: LineNumbers | None) -> str:
     """Return how a message refers to `row`, counted from 0: `row 3`, or `row 3 (line 5)` for a text file."""
-    return f"row {row}" if first_line is None else f"row {row} (line {row + first_line})"
+    return f"row {row}" if lines is None else f"row {row} (line {lines.of(row)})"
 
 
 def format_option(option: str, columns: Sequence[str]) -> str:
