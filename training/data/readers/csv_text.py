@@ -22,6 +22,8 @@ from training.data.readers.raw_table import LineNumbers, RawTable, ReadOptions
 from training.errors import DataError
 
 if TYPE_CHECKING:
+    import _csv
+
     import polars as pl
 
 PIECE_BYTES = 2 << 20
@@ -175,7 +177,7 @@ class _CsvReader:
 
     # Records
 
-    def _csv(self, lines: Iterator[str], escape: str | None = None) -> "csv._reader":
+    def _csv(self, lines: Iterator[str], escape: str | None = None) -> "_csv.Reader":
         escaped = (escape or self._escape) == "backslash"
         return csv.reader(lines, strict=True, skipinitialspace=True, escapechar="\\" if escaped else None)
 
