@@ -66,6 +66,8 @@ class Data(_Frozen):
     fit: int
     held_out: int
     calibration: int
+    distinct: int | None = None  # rows that remain if each row is kept once; None in artifacts of earlier releases
+    neighbour_correlation: float | None = None  # largest rank correlation between a row and the next row in the source
 
 
 class CalibrationSize(_Frozen):

@@ -65,14 +65,14 @@ def train(
         refuse_other_features(table, artifacts, config.name)
     artifact.require_writable(artifacts, config.name)
     report = report if processes.is_first else SilentReporter()
-    for note in table.notes:
+    for note in [*table.notes, *table.warnings]:
         report.note(note)
     configs = _configs_per_kind(config)
     stores = _checkpoint_stores(configs, table, runs, checkpoint_seconds)
     if resume:
         stores = _set_to_resume(stores)
     with _one_thread():
-        data = prepare_data(table, split_rows(len(table.x), config.seed, table.x.width), config.robust)
+        data = prepare_data(table, split_rows(len(table.x), config.seed, table.x.width, table.copies), config.robust)
         candidates = [
             _fit_candidate(each, data, report, checkpoints=store, tensorboard=tensorboard, processes=processes)
             for each, store in zip(configs, stores, strict=True)
@@ -175,6 +175,9 @@ def _finish(
         candidate.recorder.move(folder if candidate is chosen else folder / candidate.config.model)
         if candidate is chosen:
             _write_report(folder, manifest, candidate, data, report)
+    for warning in data.table.warnings:
+        if warning.startswith("WARNING"):
+            report.note(warning)  # again, because the progress of a long run has hidden the first
     return path
 
 
@@ -189,7 +192,7 @@ def _write_report(folder: Path, manifest: Manifest, candidate: Candidate, data: 
         held_out=data.held_out,
         labels=None if labels is None else labels[data.split.held_out],
         label_names=data.table.label_names,
-        notes=[*data.table.notes, *candidate.recorder.notes],
+        notes=[*data.table.notes, *data.table.warnings, *candidate.recorder.notes],
         report=report,
     )
 

@@ -16,9 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from models.errors import join_names
+from training.data.copies import Copies, find_copies
 from training.data.ingest import ColumnStatistics, full_disk_as_data_error, ingest
 from training.data.readers import ReadOptions, format_option, load
 from training.data.row_store import RowStore
+from training.data.series import SERIES_CORRELATION, neighbour_correlations
 from training.errors import DataError
 
 if TYPE_CHECKING:
@@ -62,18 +64,45 @@ class Table:
             digest.update(values.data)
         return digest.hexdigest()
 
+    @cached_property
+    def copies(self) -> Copies:
+        """Which rows are copies of each other."""
+        return find_copies(self.x)
+
+    @cached_property
+    def neighbour_correlations(self) -> npt.NDArray[np.float64]:
+        """For each column, the rank correlation between a distinct row and the next one in the file, [D]."""
+        return neighbour_correlations(self.x, self.copies.first_rows, self.labels)
+
+    @cached_property
+    def warnings(self) -> list[str]:
+        """What the user should know about rows that depend on each other, because the false-alarm rate suffers."""
+        warnings = []
+        if self.copies.distinct < len(self.x):
+            warnings.append(_describe_copies(self.copies, len(self.x)))
+        if self.neighbour_correlations.max() >= SERIES_CORRELATION:
+            warnings.append(_describe_series(self.names, self.neighbour_correlations))
+        return warnings
+
 
 @dataclass(frozen=True)
 class Split:
-    """Three disjoint sets of row indices, each in random order. Together they contain all rows."""
+    """Three disjoint sets of row indices, each in random order.
+
+    Together they contain all rows, except for further copies of held-out and calibration rows.
+    """
 
     fit: npt.NDArray[np.int64]
     held_out: npt.NDArray[np.int64]
     calibration: npt.NDArray[np.int64]
 
 
-def split_rows(count: int, seed: int, width: int = 1) -> Split:
+def split_rows(count: int, seed: int, width: int = 1, copies: Copies | None = None) -> Split:
     """Split `count` rows at random: 70 % fit, 10 % held out, 20 % calibration, at least one row each.
+
+    Copies of a row stay together. The percentages are those of the distinct rows. The fit rows contain all copies of
+    their rows. Of a held-out row or a calibration row, only the first copy is used, because a calibration row counts
+    only once.
 
     Held-out and calibration rows are kept in memory, so each of these sets has at most MAX_HELD_OUT_ROWS rows and
     MAX_HELD_OUT_BYTES bytes. All other rows are fit rows. The same arguments give the same split.
@@ -81,21 +110,39 @@ def split_rows(count: int, seed: int, width: int = 1) -> Split:
     Args:
         seed: at least 0 and below 2^32.
         width: values per row.
+        copies: which rows are copies of each other; None if no row has a copy.
 
     Raises:
-        DataError: there are fewer than MINIMUM_ROWS rows.
+        DataError: there are fewer than MINIMUM_ROWS distinct rows.
     """
     if count < MINIMUM_ROWS:
         raise DataError(
             f"expected at least {MINIMUM_ROWS} rows to fit, validate and calibrate a model, got {count}: add rows"
         )
-    order = np.random.RandomState(seed).permutation(count)  # NumPy may change Generator's numbers, never RandomState's
+    distinct = count if copies is None else copies.distinct
+    if distinct < MINIMUM_ROWS:
+        raise DataError(
+            f"the {count} rows are copies of only {distinct} rows: expected at least {MINIMUM_ROWS} rows that differ, "
+            "because a copy of a training row cannot validate or calibrate a model; add rows"
+        )
+    random = np.random.RandomState(seed)  # NumPy may change the numbers of Generator, never those of RandomState
+    order = random.permutation(distinct)
     most = min(MAX_HELD_OUT_ROWS, max(MINIMUM_ROWS, MAX_HELD_OUT_BYTES // (4 * width)))
-    held_out, calibration = min(round(0.1 * count), most), min(round(0.2 * count), most)
-    return Split(
+    held_out, calibration = min(round(0.1 * distinct), most), min(round(0.2 * distinct), most)
+    split = Split(
         fit=order[held_out + calibration :],
         held_out=order[:held_out],
         calibration=order[held_out : held_out + calibration],
+    )
+    if copies is None or distinct == count:
+        return split
+    in_fit = np.zeros(distinct, bool)
+    in_fit[split.fit] = True
+    first = copies.first_rows
+    return Split(
+        fit=random.permutation(np.flatnonzero(in_fit[copies.groups])),
+        held_out=first[split.held_out],
+        calibration=first[split.calibration],
     )
 
 
@@ -196,6 +243,27 @@ def read_for_model(source: str, manifest: "Manifest", limit: int = MEMORY_BYTES,
         notes=[*raw.notes, *label_notes],
         missing=statistics.missing,
         label_names=raw.label_names,
+    )
+
+
+def _describe_copies(copies: Copies, rows: int) -> str:
+    near = "" if copies.equal == copies.distinct else " or nearly equal"
+    return (
+        f"only {copies.distinct:,} of the {rows:,} rows are distinct, and the others are equal{near} to one of them: "
+        "copies of a row are never both trained on and calibrated on, and the calibration counts them once"
+    )
+
+
+def _describe_series(names: Sequence[str], correlations: npt.NDArray[np.float64]) -> str:
+    strongest = [
+        index for index in np.argsort(-correlations, kind="stable") if correlations[index] >= SERIES_CORRELATION
+    ]
+    listed = join_names([f"{names[index]} {correlations[index]:.2f}" for index in strongest], LISTED_NAMES)
+    return (
+        f"WARNING: rows that follow each other in the file resemble each other (rank correlation: {listed}), as in a "
+        "time series. The false-alarm rate is promised only for rows exchangeable with the calibration rows, and rows "
+        "of other days are not: expect many more false alarms on them. Take days that are not in the file, measure the "
+        "rate on them with elbo evaluate, and calibrate on them with elbo calibrate"
     )
 
 

@@ -50,7 +50,7 @@ def publish(
     manifest = _manifest(chosen, comparison, data, _golden(module, rows, chosen.config.seed))
     report.stage("exporting the ONNX twin")
     twin = _twin(chosen.pipeline, rows, report)
-    notes = [*data.table.notes, *chosen.recorder.notes]
+    notes = [*data.table.notes, *data.table.warnings, *chosen.recorder.notes]
     report.stage("writing the artifact")
     exhibits = make_exhibits(chosen.pipeline, manifest, data, notes)
     try:
@@ -112,6 +112,8 @@ def _data(data: PreparedData) -> Data:
         fit=len(data.split.fit),
         held_out=len(data.split.held_out),
         calibration=len(data.split.calibration),
+        distinct=data.table.copies.distinct,
+        neighbour_correlation=float(data.table.neighbour_correlations.max()),
     )
 
 

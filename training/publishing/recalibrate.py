@@ -44,8 +44,8 @@ def recalibrate(parent: Artifact, table: Table, root: Path, alpha: float, runs: 
     """Publish `parent` under `root` as the next version of its name, calibrated on the normal rows of `table`.
 
     Networks, weights and scores do not change. Calibration, golden answers and manifest are replaced. If the labels are
-    0 and 1, the rows labelled 0 are normal. Otherwise all rows are normal. At most MAX_HELD_OUT_ROWS normal rows,
-    chosen at random, are used.
+    0 and 1, the rows labelled 0 are normal. Otherwise all rows are normal. Of copies of a row, one is used. At most
+    MAX_HELD_OUT_ROWS normal rows, chosen at random, are used.
 
     Args:
         table: the result of `read_for_model` for the manifest of `parent`.
@@ -60,10 +60,11 @@ def recalibrate(parent: Artifact, table: Table, root: Path, alpha: float, runs: 
     artifact.require_writable(root, _name(parent))
     _refuse_training_rows(parent, table)
     normal, notes = _normal_rows(table)
+    normal = normal[np.sort(np.unique(table.copies.groups[normal], return_index=True)[1])]  # copies count once
     chosen = np.sort(np.random.RandomState(0).permutation(normal)[:MAX_HELD_OUT_ROWS])
     _refuse_few(table, len(chosen), alpha)
     scores = _scores(parent, table)[chosen]
-    notes = [*table.notes, *notes, *_compare_with_old(parent, table, scores, alpha)]
+    notes = [*table.notes, *table.warnings, *notes, *_compare_with_old(parent, table, scores, alpha)]
     module = artifact.thaw(parent)
     _replace(module, parent, torch.from_numpy(scores))
     manifest = _manifest(parent, module, table, _name(parent), len(chosen))
@@ -100,7 +101,7 @@ def _refuse_few(table: Table, rows: int, alpha: float) -> None:
     if rows < max(needed, 1):
         allowed = f", enough for alpha {1 / (rows + 1):.3g} or more" if rows else ""
         raise DataError(
-            f"{table.source} has {rows} normal rows{allowed}: expected at least {needed} for alpha {alpha:g}; "
+            f"{table.source} has {rows} distinct normal rows{allowed}: expected at least {needed} for alpha {alpha:g}; "
             "add rows, or set --alpha to the smallest alpha that you will use"
         )
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from models.errors import join_names
 from models.manifest import Manifest
 from training.config import TrainConfig
+from training.data.series import SERIES_CORRELATION
 from training.fitting.defaults import resolved_config
 from training.reports.describe import KIND_NAMES, against_pca, latents_phrase
 
@@ -78,6 +79,8 @@ def _data(manifest: Manifest, notes: Sequence[str]) -> Iterator[str]:
     data = manifest.data
     yield f"- source: {data.source}, {data.rows:,} rows"
     yield f"- SHA-256 of the values: `{data.fingerprint}`"
+    if data.distinct is not None and data.distinct < data.rows:
+        yield f"- distinct rows: {data.distinct:,}"
     yield f"- split: {data.fit:,} rows to fit, {data.held_out:,} held out, {data.calibration:,} to calibrate"
     yield from (f"- {note}" for note in notes)
     if manifest.is_image:
@@ -127,8 +130,10 @@ def _alarms(manifest: Manifest) -> Iterator[str]:
         yield f"are those of {origin.parent}. SHA-256 of the calibration rows: `{origin.fingerprint}`."
     else:
         yield f"It was calibrated on {rows:,} rows that were not used for training."
-    yield "At alpha 0.05, at most 5 % of normal rows raise a false alarm, on average over calibration sets. This"
-    yield "holds for new rows that are exchangeable with the calibration rows."
+    yield "At alpha 0.05, at most 5 % of the normal rows that are exchangeable with the calibration rows raise a false"
+    yield "alarm, on average over calibration sets."
+    if _is_series(manifest):
+        yield "**Rows of other days are not exchangeable with these rows, which are a series: see below.**"
     yield f"The smallest possible p-value is {floor:.3g}. For a smaller alpha, severity follows a fitted tail."
 
 
@@ -140,6 +145,12 @@ DENOISING = (
 
 def _limits(manifest: Manifest) -> Iterator[str]:
     """Yield when not to trust this model: first the limits of this model, then those of all models."""
+    if _is_series(manifest):
+        yield (
+            "**The rows that trained it depend on each other: the rank correlation of a row and the next row is "
+            f"{manifest.data.neighbour_correlation:.2f}. The false-alarm rate does not hold for rows of other days: "
+            "measure it with `elbo evaluate`, and calibrate on other days with `elbo calibrate`.**"
+        )
     error, pca_error = manifest.metrics.get("reconstruction_error"), manifest.metrics.get("pca_error")
     if manifest.kind != "pca" and error is not None and pca_error is not None and error >= pca_error:
         if _denoises(manifest):
@@ -165,6 +176,11 @@ def _limits(manifest: Manifest) -> Iterator[str]:
     yield "It treats anomalies in the training data as normal."
     if manifest.kind != "pca" and resolved_config(manifest).kept == "best":
         yield "The held-out rows also served to choose the epoch, so metrics on them are slightly optimistic."
+
+
+def _is_series(manifest: Manifest) -> bool:
+    """Return whether neighbouring rows of the training data resemble each other, as in a time series."""
+    return (manifest.data.neighbour_correlation or 0.0) >= SERIES_CORRELATION
 
 
 def _denoises(manifest: Manifest) -> bool:

@@ -21,6 +21,7 @@ from training.publishing.recalibrate import recalibrate
 
 pytestmark = pytest.mark.slow
 
+DISTINCT_LINES = "".join(f"{number},2,3,4,5\n" for number in range(30))
 DRIFT = 1.5  # factor by which every metric has grown since training
 
 
@@ -174,8 +175,8 @@ def test_recalibration_uses_a_sample_if_there_are_more_rows_than_the_maximum(roo
 @pytest.mark.parametrize(
     ("rows", "alpha", "message"),
     [
-        (18, 0.05, "has 18 normal rows, enough for alpha 0.0526 or more: expected at least 19 for alpha 0.05"),
-        (98, 0.01, "has 98 normal rows, enough for alpha 0.0101 or more: expected at least 99 for alpha 0.01"),
+        (18, 0.05, "has 18 distinct normal rows, enough for alpha 0.0526 or more: expected at least 19 for alpha 0.05"),
+        (98, 0.01, "has 98 distinct normal rows, enough for alpha 0.0101 or more: expected at least 99 for alpha 0.01"),
         (19, 0.05, None),
         (99, 0.01, None),
         (9, 0.1, None),
@@ -206,7 +207,7 @@ def test_recalibration_on_the_training_rows_fails(trained: Path, root: Path) -> 
         ("cpu,memory,disk,network\n" + "1,2,3,4\n" * 30, "errors"),
         ("cpu,memory,disk,network,errors\n" + "1,2,3,4,5\n" * 30 + "1,,3,4,5\n", "memory"),
         ("cpu [mW],memory,disk,network,errors\n" + "1,2,3,4,5\n" * 30, "is in mW, expected %"),
-        ("cpu,memory,disk,network,errors\n" + "1,2,3,4,5\n" * 30 + "3e38,-3e38,3e38,3e38,3e38\n", "row 30 overflows"),
+        ("cpu,memory,disk,network,errors\n" + DISTINCT_LINES + "3e38,-3e38,3e38,3e38,3e38\n", "row 30 overflows"),
     ],
 )
 def test_recalibration_fails_if_the_rows_do_not_fit_the_model(
