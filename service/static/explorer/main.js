@@ -1,6 +1,7 @@
 // Entry point: loads the list of models and shows the view that the address names.
 
 import { describeModel, listModels } from "./lib/api.js";
+import { UserError } from "./lib/errors.js";
 import { state } from "./lib/state.js";
 import { initTheme } from "./theme.js";
 import { announce, h } from "./ui/dom.js";
@@ -15,12 +16,14 @@ const VIEWS = {
   training: () => import("./views/training.js"),
   quizzes: () => import("./views/quizzes.js"),
 };
+const POLL_INTERVAL = 3000; // ms between two looks for new models
 const WITHOUT_MODEL_CHOICE = ["models", "quizzes"];
 const main = document.getElementById("view");
 const modelSelect = document.getElementById("model");
 let served = { models: [], failures: [], default: null };
 let destroyView = null;
 let lastRender = 0; // the number of calls of render: only the latest call may show its view
+let needsReload = false; // a browser does not load a module again after a failure: only a new page can show the view
 
 /** Show the view and the model that the address names. With `moveFocus`, move the focus to the heading of the view. */
 async function render(moveFocus = false) {
@@ -32,7 +35,7 @@ async function render(moveFocus = false) {
   const model = findModel(state.get("model"));
   showModelChoice(name, model);
   try {
-    const view = await VIEWS[name]();
+    const view = await VIEWS[name]().catch(explainMissingModule);
     const needsDescription = model && !WITHOUT_MODEL_CHOICE.includes(name);
     const described = needsDescription ? await describeModel(model) : model;
     if (thisRender !== lastRender) return;
@@ -42,6 +45,16 @@ async function render(moveFocus = false) {
   } catch (error) {
     if (thisRender === lastRender) main.replaceChildren(errorMessage(error));
   }
+}
+
+/** Throw a UserError in place of the error of an `import` that failed: the server does not answer. */
+function explainMissingModule() {
+  needsReload = true;
+  throw new UserError(
+    "Cannot load this view: the server does not answer. It may be stopped or restarting. The page reloads when the " +
+      "server answers again.",
+    "unreachable",
+  );
 }
 
 const viewContext = (model) => ({
@@ -136,9 +149,39 @@ async function loadModels() {
   modelSelect.replaceChildren(...newest.map(option));
 }
 
+/** Look for new models every POLL_INTERVAL, as long as the page is visible. */
+function pollModels() {
+  setInterval(async () => {
+    if (document.hidden) return;
+    try {
+      await takeUpNewModels();
+    } catch (error) {
+      if (!(error instanceof UserError)) throw error; // an unreachable server is asked again at the next turn
+    }
+  }, POLL_INTERVAL);
+}
+
+/** Show models that have appeared or disappeared. A view of a model that is still served keeps its state. */
+async function takeUpNewModels() {
+  const listed = () => JSON.stringify([served.models.map(identity), served.failures, served.default]);
+  const shown = findModel(state.get("model"));
+  const before = listed();
+  await loadModels();
+  if (needsReload) location.reload();
+  modelSelect.value = shown?.name ?? "";
+  if (listed() === before) return;
+  const isStillServed = shown && served.models.some((model) => identity(model) === identity(shown));
+  const showsList = !VIEWS[state.get("view")] || state.get("view") === "models";
+  if (showsList || !isStillServed) await render();
+  else showModelChoice(state.get("view"), shown);
+}
+
+const identity = ({ name, version }) => `${name}@${version}`;
+
 async function start() {
   initTheme();
   addListeners();
+  pollModels();
   await loadModels();
   await render();
 }

@@ -70,7 +70,7 @@ class ExplorerPage:
 
     page: Page
     base_url: str
-    requests: list[ApiRequest] = field(default_factory=list)
+    requests: list[ApiRequest] = field(default_factory=list)  # without the regular looks for new models
     errors: list[str] = field(default_factory=list)
     _pending: set[Request] = field(default_factory=set)
 
@@ -135,7 +135,7 @@ class ExplorerPage:
 
     def _record_request(self, request: Request) -> None:
         url = urlsplit(request.url)
-        if url.scheme == "blob" or url.path.startswith("/static"):
+        if url.scheme == "blob" or url.path.startswith("/static") or url.path == "/models":
             return
         self._pending.add(request)
         body = request.post_data_buffer or b""

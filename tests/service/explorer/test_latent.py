@@ -241,9 +241,12 @@ def test_map_shows_20000_rows_from_a_file(explorer: ExplorerPage, tmp_path: Path
     assert canvas_hash(page, MAP_BASE) == before  # all points are visible again
     middle = page.locator(MAP).bounding_box()
     assert middle
-    over = {"x": middle["width"] / 2, "y": middle["height"] / 2}
-    explorer.expect_request(lambda: page.locator(MAP).hover(position=over), "/decode")  # type: ignore[arg-type] # a dict instead of playwright's type
-    expect(page.locator(".point-card")).to_contain_text("of your rows lies here")
+    texts = []
+    for share in np.linspace(0.3, 0.7, 9):  # along a diagonal through the middle, where most rows are
+        page.locator(MAP).hover(position={"x": share * middle["width"], "y": share * middle["height"]})
+        explorer.wait_until_idle()
+        texts.append(page.locator(".point-card").inner_text())
+    assert any("of your rows lies here" in text for text in texts)
 
 
 def test_map_shows_only_the_first_20000_rows_of_a_long_file_and_a_note_says_so(
@@ -273,3 +276,23 @@ def test_rows_are_encoded_in_batches_that_the_service_accepts(
         np.testing.assert_array_equal(np.vstack(accepted), digits[:1000])  # each row once, in order
         assert max(map(len, accepted)) <= 300
         assert all("413" in error for error in explorer.errors)
+
+
+PLANE_AND_PRIOR = """async () => {
+  const { createPlane, project } = await import("/static/explorer/map/projection.js");
+  const { priorInPlane } = await import("/static/explorer/map/prior.js");
+  const codes = [[5, 1, 0], [6, 2, 1], [9, 4, 1], [7, 3, 3]];
+  const plane = createPlane(codes, "pc", [0, 0, 0]);
+  return [project(plane, [0, 0, 0]), priorInPlane({ kind: "vae", latents: 3 }, plane, []).ellipse.centre];
+}"""
+
+
+def test_axes_of_the_map_cross_at_the_centre_of_the_contours_of_the_prior(explorer: ExplorerPage) -> None:
+    explorer.open("?view=latent&model=vae")
+    crossing, centre = explorer.page.evaluate(PLANE_AND_PRIOR)
+    assert crossing == centre == [0, 0]
+    box = explorer.page.get_by_label("Horizontal axis").bounding_box()
+    assert box
+    text = "e => { const c = document.createElement('canvas').getContext('2d'); c.font = getComputedStyle(e).font; "
+    text += "return c.measureText(e.selectedOptions[0].text).width; }"
+    assert explorer.page.get_by_label("Horizontal axis").evaluate(text) < box["width"] - 16  # the text is not cut

@@ -21,6 +21,10 @@ def test_buttons_of_a_model_draw_new_samples_copy_a_command_and_open_a_view(expl
     click_button(page, "copy the command for vae")
     copied = page.evaluate("navigator.clipboard.readText()")
     assert copied == f"curl -X POST '{explorer.base_url}/sample?model=vae&n=2'"
+    for takeaway in ("Learn compressed representations", "richer features", "by sampling"):
+        expect(page.locator("#view")).to_contain_text(takeaway)
+    for use in ("Reduce dimensions", "Compress"):
+        expect(page.get_by_role("link", name=use, exact=True)).to_be_visible()
     page.get_by_role("link", name="Detect anomalies").click()
     expect(page.locator("#view h2")).to_have_text("Anomaly")
     page.go_back()
@@ -29,3 +33,16 @@ def test_buttons_of_a_model_draw_new_samples_copy_a_command_and_open_a_view(expl
     expect(page.locator("#view h2")).to_have_text("Latent space")
     assert "model=ae" in page.url
     expect(page.locator("#model")).to_have_value("ae")
+
+
+def test_card_of_a_table_model_shows_sampled_rows_by_feature(explorer: ExplorerPage) -> None:
+    explorer.open()
+    card = explorer.page.locator("article.model").filter(has=explorer.page.get_by_role("heading", name="hosts"))
+    expect(card.locator("table.sampled tr")).to_have_count(4)
+    expect(card.locator("table.sampled th").first).to_have_text("cpu")
+    before = card.locator("table.sampled").text_content()
+    request = explorer.expect_request(
+        lambda: click_button(explorer.page, "sample again from hosts"), "/sample", model="hosts@1"
+    )
+    assert request.json["n"] == 3
+    explorer.wait_for("old => document.querySelector('table.sampled').textContent !== old", before)

@@ -143,3 +143,43 @@ def test_page_and_reference_load_nothing_from_another_host(browser: Browser, sit
         page.wait_for_load_state("networkidle")
     assert f"{site_url}/openapi.json" in requested
     assert [url for url in requested if not url.startswith((site_url, "data:", "blob:"))] == []
+
+
+def test_model_published_after_the_page_was_opened_appears_without_a_reload(
+    browser: Browser, artifacts: Path, tmp_path: Path
+) -> None:
+    app = create_app(Settings(artifacts=tmp_path, log_level="error", backend="torchscript", poll_seconds=0.2))
+    with running(app) as client, browser.new_context() as context:
+        explorer = ExplorerPage(context.new_page(), str(client.base_url))
+        explorer.open("?view=models")
+        expect(explorer.page.locator(".empty")).to_contain_text("elbo demo")
+        (tmp_path / "pca").symlink_to(artifacts / "pca")
+        expect(explorer.page.locator("article.model h3")).to_contain_text("pca")
+        assert explorer.errors == []
+
+
+def test_view_that_cannot_be_loaded_says_so_and_appears_when_the_server_is_back(
+    browser: Browser, site_url: str
+) -> None:
+    with browser.new_context() as context:
+        explorer = ExplorerPage(context.new_page(), site_url)
+        explorer.open("?view=quizzes")
+        context.set_offline(True)  # the browser cannot reach the server
+        explorer.page.locator("nav a[data-view=training]").click()
+        expect(explorer.page.get_by_role("alert")).to_contain_text("the server does not answer")
+        context.set_offline(False)
+        expect(explorer.page.locator(".algorithm li").first).to_be_visible()
+
+
+def test_rejected_row_removes_the_results_of_the_previous_row(explorer: ExplorerPage) -> None:
+    for view, result in (("anomaly", ".verdict"), ("reconstruct", ".flow > li")):
+        explorer.open(f"?view={view}&model=hosts&from=paste&data=0.5,110,1,2")
+        page = explorer.page
+        expect(page.locator(result).first).to_be_visible()
+        page.get_by_label("a row of 4 numbers, as CSV or JSON").fill("1, 2, 3")
+        click_button(page, "Use this row")
+        expect(page.get_by_role("alert")).to_contain_text("Row 1 has 3 numbers")
+        expect(page.locator(result)).to_have_count(0)
+        page.get_by_label("a row of 4 numbers, as CSV or JSON").fill("1, 110, 2, 3")
+        click_button(page, "Use this row")
+        expect(page.locator(result).first).to_be_visible()

@@ -3,6 +3,7 @@
 import re
 
 import numpy as np
+import pytest
 from playwright.sync_api import expect
 
 from tests.service.explorer.browser import ExplorerPage, click_button
@@ -113,3 +114,11 @@ def test_pasted_row_is_used_if_valid_and_rejected_if_invalid(explorer: ExplorerP
     area.fill('{"inputs": [[0.25, 90, 2, 1]]}')
     request = explorer.expect_request(lambda: click_button(page, "Use this row"), "/encode", model="hosts@1")
     assert request.json["inputs"] == [[0.25, 90, 2, 1]]
+
+
+@pytest.mark.parametrize(("model", "has_kl"), [("vae", True), ("ae", False), ("pca", False)])
+def test_introduction_shows_the_loss_that_trained_the_model(explorer: ExplorerPage, model: str, has_kl: bool) -> None:
+    explorer.open(f"?view=reconstruct&model={model}")
+    lead = explorer.page.locator(".lead")
+    expect(lead).to_contain_text("Training minimises the loss")
+    assert ("KL" in (lead.text_content() or "")) == has_kl

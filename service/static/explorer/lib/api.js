@@ -93,6 +93,12 @@ export async function samplePng(model, count) {
   return { image: await response.blob(), seed: response.headers.get("elbo-seed") };
 }
 
+/** `count` sampled rows and the seed that gives them again. */
+export async function sampleRows(model, count) {
+  const seed = Math.floor(Math.random() * 10000);
+  return postJson("/sample", model, { n: count, seed });
+}
+
 const cache = new Map();
 
 /** GET `path` and cache the result: a published model version never changes. */

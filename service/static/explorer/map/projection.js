@@ -5,18 +5,21 @@ import { add, covariance, dot, eigen, mean, subtract, unitVector, zeros } from "
 /** The value of `axes` that selects the plane of the first two principal components. */
 export const PRINCIPAL_AXES = "pc";
 
-/** The plane along two latents ("i,j"), or along the two principal components of `codes` ("pc"). */
-export function createPlane(codes, axes, size) {
+/**
+ * The plane along two latents ("i,j"), or along the two principal components of `codes` ("pc"). The axes of the map
+ * cross at latent 0, or, for principal components, at `centre`: the contours of the prior have the same centre.
+ */
+export function createPlane(codes, axes, centre) {
+  const size = centre.length;
   if (size === 1) return { origin: [0], u: [1], v: [0], names: ["z₁", ""] };
-  if (axes === PRINCIPAL_AXES) return principalPlane(codes);
+  if (axes === PRINCIPAL_AXES) return principalPlane(codes, centre);
   const [i, j] = axes.split(",").map(Number);
   const names = [`latent ${i + 1}`, `latent ${j + 1}`];
   return { origin: zeros(size), u: unitVector(i, size), v: unitVector(j, size), names };
 }
 
-function principalPlane(codes) {
-  const origin = mean(codes);
-  const { vectors } = eigen(covariance(codes, origin));
+function principalPlane(codes, origin) {
+  const { vectors } = eigen(covariance(codes, mean(codes)));
   return { origin, u: vectors[0], v: vectors[1], names: ["principal component 1", "principal component 2"] };
 }
 

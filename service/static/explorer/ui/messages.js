@@ -46,7 +46,10 @@ export class AsyncPanel {
     this.element.replaceChildren(...[content].flat().filter(Boolean));
   }
 
+  /** Remove the content. The result of work that still runs is not shown. */
   clear() {
+    this.token = null;
+    this.element.removeAttribute("aria-busy");
     this.element.replaceChildren();
   }
 }

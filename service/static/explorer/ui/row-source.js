@@ -11,11 +11,15 @@ import { errorMessage } from "./messages.js";
 const MAX_NUMBERS_IN_ADDRESS = 1000; // a longer row is not kept in the address
 
 export class RowSource {
-  /** `heldOut` has the model's held-out rows, or is null. `onrow(row, name)` is called with every new row. */
-  constructor({ model, heldOut, onrow }) {
+  /**
+   * `heldOut` has the model's held-out rows, or is null. `onrow(row, name)` is called with every new row, and
+   * `onreject()` when the user has entered a row that cannot be read: the results of the previous row are then stale.
+   */
+  constructor({ model, heldOut, onrow, onreject }) {
     this.model = model;
     this.heldOut = heldOut;
     this.onrow = onrow;
+    this.onreject = onreject;
     this.body = h("div", { class: "source-body" });
     this.error = h("div");
     const sources = this.availableSources();
@@ -120,6 +124,7 @@ export class RowSource {
       this.emit(parseRows(text, this.model)[0], "the pasted row");
     } catch (error) {
       this.error.replaceChildren(errorMessage(error));
+      this.onreject();
     }
   }
 }

@@ -46,7 +46,8 @@ class AnomalyView {
     const alpha = () => this.alpha;
     container.append(introduction(model));
     await this.loadExhibits();
-    this.source = new RowSource({ model, heldOut: this.heldOut, onrow: (row) => this.feature.setRow(row) });
+    const onrow = (row) => this.feature.setRow(row);
+    this.source = new RowSource({ model, heldOut: this.heldOut, onrow, onreject: () => this.clear() });
     this.feature = new FeatureCard({ model, alpha, onchange: (row) => this.score(row) });
     this.batch = new BatchCard({ model, alpha, heldOut: this.heldOut, oninspect: (row) => this.inspect(row) });
     container.append(this.rowAndVerdict(), this.feature.element, this.batch.element);
@@ -81,7 +82,7 @@ class AnomalyView {
       oninput: (exponent) => {
         this.alpha = toAlpha(exponent);
         state.set({ alpha: this.alpha });
-        this.score(this.feature.row);
+        if (this.feature.row) this.score(this.feature.row);
       },
     });
   }
@@ -97,6 +98,13 @@ class AnomalyView {
         return verdict(result, response);
       }),
     );
+  }
+
+  /** Remove the results: there is no row to which they belong. */
+  clear() {
+    this.scoring.stop();
+    this.feature.clear();
+    for (const panel of [this.verdict, this.distribution, this.reasons]) panel.clear();
   }
 
   showDetails(row, result, { threshold }) {

@@ -1,7 +1,7 @@
 // The latent space view: the latents of held-out rows, the prior, and the decoded row of any point.
 
 import { vector } from "../lib/format.js";
-import { heldOutRowName } from "../lib/model.js";
+import { heldOutRowName, sameShape } from "../lib/model.js";
 import { state, toParameter } from "../lib/state.js";
 import { LatentMap } from "../map/latent-map.js";
 import { term } from "../ui/controls.js";
@@ -92,7 +92,8 @@ class LatentView {
       onsamples: (latents) => this.showSamples(latents),
       onselect: (z) => this.moveTo(z),
     });
-    this.sideBySide = new SideBySide(model, this.models);
+    const sameRows = this.models.filter((other) => sameShape(other, model));
+    this.sideBySide = sameRows.length > 1 ? new SideBySide(sameRows) : null;
     this.cards = [this.mapCard, this.pointCard, this.interpolation, this.sampling];
     this.container.append(
       h(
@@ -102,7 +103,7 @@ class LatentView {
         h("div", { class: "stack" }, this.pointCard.element, this.interpolation.element),
       ),
       h("div", { class: "columns" }, this.sliders.element, this.sampling.element),
-      this.sideBySide.element,
+      this.sideBySide?.element ?? "",
     );
   }
 

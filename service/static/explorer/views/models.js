@@ -1,17 +1,20 @@
 // The start view: the served models with samples, and what each kind of model is for.
 
-import { samplePng } from "../lib/api.js";
+import { describeModel, samplePng, sampleRows } from "../lib/api.js";
 import { number } from "../lib/format.js";
-import { isImage, kindName } from "../lib/model.js";
+import { featureName, isImage, kindName } from "../lib/model.js";
 import { button } from "../ui/controls.js";
-import { definition, h } from "../ui/dom.js";
+import { definition, h, scrollable } from "../ui/dom.js";
 import { AsyncPanel } from "../ui/messages.js";
 
 export const title = "Models";
 const SAMPLES = 12;
+const SAMPLED_ROWS = 3;
+const SAMPLED_FEATURES = 6;
 const MAX_METRICS = 5;
 const USE_CASES = [
-  ["Compress and explore", "The encoder turns a row into a few latents. Explore the space of the latents.", "latent"],
+  ["Reduce dimensions", "The encoder turns a row into a few latents. Explore the space of the latents.", "latent"],
+  ["Compress", "Store the few latents instead of the row, and decode them when the row is needed.", "reconstruct"],
   [
     "Denoise",
     "The few latents cannot hold the noise, so the reconstruction has less noise than the input.",
@@ -24,7 +27,12 @@ const USE_CASES = [
     "A row that does not fit the model has a high score; its p-value says how rare such a score is.",
     "anomaly",
   ],
-  ["Follow the training", "The algorithm in eleven steps, the loss curves, and the active latents.", "training"],
+  ["Follow the training", "The algorithm step by step, the loss curves, and the active latents.", "training"],
+];
+const TAKEAWAYS = [
+  ["Autoencoders", "Learn compressed representations through an encoder and a decoder."],
+  ["PCA", "A linear autoencoder learns the subspace of PCA; nonlinear ones learn richer features."],
+  ["VAEs", "A probabilistic latent space makes it possible to generate rows by sampling."],
 ];
 
 export function render(container, { models, failures, defaultModel, navigate }) {
@@ -47,6 +55,12 @@ export function render(container, { models, failures, defaultModel, navigate }) 
       { class: "use-cases" },
       USE_CASES.map((useCase) => useCaseItem(useCase, navigate)),
     ),
+    h("h3", {}, "Key takeaways"),
+    h(
+      "ul",
+      { class: "use-cases" },
+      TAKEAWAYS.map(([name, text]) => h("li", {}, h("strong", {}, name), h("p", {}, text))),
+    ),
   );
 }
 
@@ -63,7 +77,7 @@ function useCaseItem([name, text, view], navigate) {
 
 function modelCard(model, isDefault, navigate) {
   const command = `curl -X POST '${location.origin}/sample?model=${model.name}&n=2'`;
-  const samples = isImage(model) && model.pictures ? new SamplePicture(model) : null;
+  const samples = createSamples(model);
   const explore = () => navigate({ view: "latent", model: model.name });
   return h(
     "article",
@@ -102,22 +116,40 @@ function copyButton(command, name) {
   return element;
 }
 
-/** An image of samples, with a button that draws new samples. */
-class SamplePicture {
-  constructor(model) {
-    this.model = model;
-    this.panel = new AsyncPanel("samples");
-    this.element = this.panel.element;
-    this.button = button("Sample again", () => this.draw(), { "aria-label": `sample again from ${model.name}` });
-    this.draw();
-  }
+/** Samples of a model, with a button that draws new ones. Null for images that the server cannot draw. */
+function createSamples(model) {
+  if (!isImage(model)) return new Samples(model, sampleTable);
+  return model.pictures ? new Samples(model, samplePicture) : null;
+}
 
-  draw() {
-    this.panel.load(async () => {
-      const { image, seed } = await samplePng(this.model, SAMPLES);
-      return sampleFigure(this.model, image, seed);
-    });
+/** Samples that `draw(model)` draws and shows, with a button that draws new ones. */
+class Samples {
+  constructor(model, draw) {
+    const panel = new AsyncPanel("samples");
+    const load = () => panel.load(() => draw(model));
+    this.element = panel.element;
+    this.button = button("Sample again", load, { "aria-label": `sample again from ${model.name}` });
+    load();
   }
+}
+
+async function samplePicture(model) {
+  const { image, seed } = await samplePng(model, SAMPLES);
+  return sampleFigure(model, image, seed);
+}
+
+/** A table of sampled rows: one line for each of the first features, one column for each sample. */
+async function sampleTable(model) {
+  const [{ outputs, seed }, described] = await Promise.all([sampleRows(model, SAMPLED_ROWS), describeModel(model)]);
+  const lines = outputs[0].slice(0, SAMPLED_FEATURES).map((_, i) => {
+    const cells = outputs.map((row) => h("td", { class: "num" }, number(row[i])));
+    return h("tr", {}, h("th", { scope: "row" }, featureName(described, i)), cells);
+  });
+  const omitted = model.width - lines.length;
+  const note = omitted > 0 ? `, the first ${lines.length} of ${model.width} features` : "";
+  const caption = h("figcaption", {}, `${SAMPLED_ROWS} samples, seed ${seed}${note}`);
+  const table = h("table", { class: "sampled" }, h("tbody", {}, lines));
+  return h("figure", {}, scrollable(`${SAMPLED_ROWS} samples from ${model.name}`, table), caption);
 }
 
 function sampleFigure(model, blob, seed) {

@@ -12,6 +12,7 @@ import {
   ENCODER,
   equation,
   hat,
+  LOG,
   MU,
   math,
   mfrac,
@@ -19,7 +20,9 @@ import {
   mn,
   mo,
   mrow,
+  mtext,
   NOISE,
+  parens,
   REPARAMETERIZATION,
   SIGMA,
   sub,
@@ -73,7 +76,8 @@ class ReconstructView {
     } catch (error) {
       container.append(errorMessage(error));
     }
-    this.source = new RowSource({ model, heldOut, onrow: (row, name) => this.setRow(row, name) });
+    const onrow = (row, name) => this.setRow(row, name);
+    this.source = new RowSource({ model, heldOut, onrow, onreject: () => this.clear() });
     const source = card("Row", this.source.element, this.corruptionControls());
     const errors = card("Reconstruction errors", errorHelp(), this.errors.element);
     const layout = h("div", { class: "sidebar-layout" }, source, errors);
@@ -85,6 +89,14 @@ class ReconstructView {
     this.row = row;
     this.rowName = name;
     this.update();
+  }
+
+  /** Remove the results: there is no row to which they belong. */
+  clear() {
+    this.row = null;
+    this.flowTask.stop();
+    this.errorTask.stop();
+    for (const panel of [this.flow, this.errors]) panel.clear();
   }
 
   corruptionControls() {
@@ -118,6 +130,7 @@ class ReconstructView {
 
   update() {
     const { model, models, row, noise, hide, seed } = this;
+    if (!row) return;
     const input = corrupt(model, row, { noise, hide, seed });
     this.flow.load(() => this.flowTask.run((signal) => this.encodeAndDecode(input, signal)));
     this.errors.load(() =>
@@ -203,10 +216,22 @@ const errorHelp = () =>
     " is the error of the corrupted input. A model that removes noise has a lower error.",
   );
 
-function introduction(model) {
+/** The squared error of an autoencoder or PCA. */
+function squaredError() {
   const difference = mrow(mo("‖"), sub(X, mi("i")), mo("−"), sub(hat(X), mi("i")), mo("‖"));
   const sum = sumOver(equation(mi("i"), mn(1)), mi("N"));
-  const loss = equation(mi("ℒ"), mfrac(mn(1), mi("N")), sum, sup(difference, mn(2)));
+  return equation(mi("ℒ"), mfrac(mn(1), mi("N")), sum, sup(difference, mn(2)));
+}
+
+/** The negative ELBO of a VAE. */
+function negativeElbo() {
+  const expectation = mrow(sub(mi("𝔼"), mi("q")), mo("["), LOG, DECODER, mo("]"));
+  const divergence = mrow(sub(mi("D"), mtext("KL")), parens(ENCODER, mo("‖"), mrow(mi("p"), parens(Z))));
+  return equation(mi("ℒ"), mo("−"), expectation, mo("+"), mi("β"), divergence);
+}
+
+function introduction(model) {
+  const loss = model.kind === "vae" ? negativeElbo() : squaredError();
   return h(
     "p",
     { class: "lead" },
@@ -214,8 +239,7 @@ function introduction(model) {
     math(X),
     ` to ${model.latents} latents, and the decoder turns the latents into a reconstruction `,
     math(hat(X)),
-    ". Details and noise that do not fit into the latents are lost. Training minimises the loss ",
-    math(loss),
-    ".",
+    ". Details and noise that do not fit into the latents are lost. Training minimises the loss",
+    math(loss, true),
   );
 }

@@ -16,10 +16,15 @@ const ELBO =
   "on log p(x), and training maximises it.";
 
 export function render(container, { model }) {
+  container.append(introduction(model), algorithmAndCurves(model), activityCard(model), modelCard(model));
+}
+
+/** The algorithm beside the loss curves. PCA is computed in one step, without a loss curve. */
+function algorithmAndCurves(model) {
+  if (model.kind === "pca") return algorithmCard(model);
   const curves = new LossCurves(model);
   const algorithm = algorithmCard(model, (step) => curves.select(step));
-  const columns = h("div", { class: "columns" }, algorithm, curves.element);
-  container.append(introduction(), columns, activityCard(model), modelCard(model));
+  return h("div", { class: "columns" }, algorithm, curves.element);
 }
 
 function modelCard(model) {
@@ -36,7 +41,22 @@ function modelCard(model) {
   return card("Model card", panel.element);
 }
 
-function introduction() {
+const PCA_INTRODUCTION =
+  "PCA is computed in one step: the eigenvectors of the covariance matrix span the subspace with the least squared " +
+  "error of the reconstruction.";
+const AUTOENCODER_INTRODUCTION =
+  "An autoencoder learns by gradient descent: it minimises the squared error between rows and their reconstructions.";
+const ENSEMBLE_INTRODUCTION =
+  "An ensemble adds the anomaly scores of an autoencoder and of a nearest-neighbour detector. The autoencoder learns " +
+  "by gradient descent; the detector keeps a sample of the training rows.";
+
+function introduction({ kind }) {
+  if (kind === "vae") return elboIntroduction();
+  const texts = { pca: PCA_INTRODUCTION, ensemble: ENSEMBLE_INTRODUCTION };
+  return h("p", { class: "lead" }, texts[kind] ?? AUTOENCODER_INTRODUCTION);
+}
+
+function elboIntroduction() {
   const evidence = mrow(LOG, mi("p"), parens(X));
   const expectation = mrow(sub(mi("𝔼"), mi("q")), mo("["), LOG, DECODER, mo("]"));
   const prior = mrow(mi("p"), parens(Z));

@@ -52,8 +52,17 @@ export class FeatureCard {
     this.select(isValid ? this.feature : NONE, true);
   }
 
-  /** The row with the varied feature. */
+  /** Forget the row. */
+  clear() {
+    this.task.stop();
+    this.original = null;
+    this.sliderSlot.replaceChildren();
+    this.chart.clear();
+  }
+
+  /** The row with the varied feature; null if there is no row. */
   get row() {
+    if (!this.original) return null;
     const row = [...this.original];
     if (this.feature !== NONE && Number.isFinite(this.value)) row[this.feature] = this.value;
     return row;
@@ -62,6 +71,7 @@ export class FeatureCard {
   /** Vary feature `k`. It starts at the value in the row, unless `keepValue` is true. */
   select(k, keepValue = false) {
     this.feature = k;
+    if (!this.original) return;
     if (!keepValue || !Number.isFinite(this.value)) this.value = this.originalValue(k);
     this.dropdown.select.value = String(k);
     this.sliderSlot.replaceChildren();

@@ -25,5 +25,5 @@ async function samplePrior(model) {
   return latents;
 }
 
-/** The initial position of the current point: for a VAE the mean of the prior, for other models the mean of `codes`. */
-export const centreOf = (model, codes) => (model.kind === "vae" ? zeros(model.latents) : mean(codes));
+/** The centre of the prior, where the current point starts. If the prior has no formula, it is the mean of `codes`. */
+export const centreOf = (model, codes) => (hasExactPrior(model) ? zeros(model.latents) : mean(codes));

@@ -12,6 +12,7 @@ import { labelVariable, OWN_ROWS } from "../../ui/colours.js";
 import { button, dropdown, rowFileInput, toggle } from "../../ui/controls.js";
 import { h } from "../../ui/dom.js";
 import { emptyMessage, errorMessage } from "../../ui/messages.js";
+import { centreOf } from "./codes.js";
 
 const GRID_SIZE = 13; // decoded rows per side of the map
 const MAX_OWN_ROWS = 20000;
@@ -42,7 +43,7 @@ export class MapCard {
   /** Show the plane of the chosen axes. */
   updatePlane(current) {
     const { model, codes } = this;
-    const plane = createPlane(codes.codes, this.axes, model.latents);
+    const plane = createPlane(codes.codes, this.axes, centreOf(model, codes.codes));
     const prior = priorInPlane(model, plane, codes.samples);
     this.map.show({ plane, prior, points: [...codes.points, ...this.ownPoints], current });
   }
@@ -73,7 +74,7 @@ export class MapCard {
   axisDropdowns() {
     const { latents } = this.model;
     const options = range(latents).map((k) => [String(k), `latent ${k + 1}`]);
-    if (latents > 2) options.unshift([PRINCIPAL_AXES, "principal"]);
+    if (latents > 2) options.unshift([PRINCIPAL_AXES, "principal components"]);
     const [first, second] = this.axes === PRINCIPAL_AXES ? [PRINCIPAL_AXES, PRINCIPAL_AXES] : this.axes.split(",");
     const onchange = () => {
       const chosen = [horizontal.select.value, vertical.select.value];

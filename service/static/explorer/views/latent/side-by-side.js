@@ -3,7 +3,7 @@
 import { decode, describeModel } from "../../lib/api.js";
 import { isAbort } from "../../lib/errors.js";
 import { vector } from "../../lib/format.js";
-import { kindName, sameShape } from "../../lib/model.js";
+import { kindName } from "../../lib/model.js";
 import { ThrottledTask } from "../../lib/tasks.js";
 import { LatentMap } from "../../map/latent-map.js";
 import { priorInPlane } from "../../map/prior.js";
@@ -23,8 +23,9 @@ const DESCRIPTION =
   "rows. PCA changes a row along straight lines. Move the pointer over a map to decode a point.";
 
 export class SideBySide {
-  constructor(model, models) {
-    this.models = models.filter((other) => sameShape(other, model));
+  /** `models` have rows of the same shape. */
+  constructor(models) {
+    this.models = models;
     this.maps = [];
     this.container = h("div", { class: "side-by-side" });
     const gridToggle = toggle("Decoded grids", false, (isOn) => this.showGrids(isOn));
@@ -89,8 +90,8 @@ class SmallMap {
       onmove,
       onpick: onmove,
     });
-    const plane = createPlane(codes, model.latents > 2 ? PRINCIPAL_AXES : "0,1", model.latents);
     const current = centreOf(model, codes);
+    const plane = createPlane(codes, model.latents > 2 ? PRINCIPAL_AXES : "0,1", current);
     map.show({ plane, prior: priorInPlane(model, plane, samples), points, current });
     return map;
   }

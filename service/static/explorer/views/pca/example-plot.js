@@ -11,7 +11,7 @@ export function drawStep(step, solution) {
   const label = `the three rows in the plane at step ${step}`;
   const viewBox = `0 0 ${SIZE} ${SIZE}`;
   const plot = svg("svg", { viewBox, class: "chart square", role: "img", "aria-label": label });
-  plot.append(...axes(plane));
+  plot.append(...axes(plane), ...axisNames(plane, step === 1 ? "column" : "centred column"));
   if (step === 3 || step === 4) plot.append(covarianceEllipse(plane, solution));
   if (step >= 4) plot.append(firstDirection(plane, solution));
   if (step === 4) plot.append(secondDirection(plane, solution));
@@ -44,6 +44,14 @@ const deviation = (variance) => Math.sqrt(Math.max(0, variance));
 function axes(plane) {
   const [x, y] = plane.toPixel([0, 0]);
   return [line([0, y], [SIZE, y], "rule"), line([x, 0], [x, SIZE], "rule")];
+}
+
+/** The name of each axis at its positive end: "column 1" and "column 2", or "centred column 1" and so on. */
+function axisNames(plane, name) {
+  const [x, y] = plane.toPixel([0, 0]);
+  const horizontal = { class: "axis", x: SIZE - 4, y: y + 14, "text-anchor": "end" };
+  const vertical = { class: "axis", x: x + 5, y: 12 };
+  return [svg("text", horizontal, `${name} 1`), svg("text", vertical, `${name} 2`)];
 }
 
 function covarianceEllipse({ toPixel, scale }, { vectors, values }) {

@@ -46,7 +46,7 @@ class WorkedExample {
     this.stepButtons = STEPS.map((name, i) => button(`${i + 1} ${name}`, () => this.goTo(i + 1), { class: "toggle" }));
     this.back = button("Back", () => this.goTo(this.step - 1));
     this.next = button("Next", () => this.goTo(this.step + 1), { class: "primary" });
-    this.goTo(state.number("step", STEPS.length));
+    this.goTo(state.number("step", 1));
     this.element = card(
       "Worked example: three rows, two columns",
       h("div", { class: "controls" }, this.stepButtons),

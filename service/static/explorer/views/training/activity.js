@@ -37,11 +37,12 @@ function summary(report, hasKl) {
   const count = inactive
     ? `${inactive} of ${report.length} latents are inactive. `
     : `All ${report.length} latents are active. `;
+  if (!hasKl) return h("p", {}, h("strong", {}, count));
   const advice = inactive
     ? " is the cause: train with fewer latents, a lower β, or a warm-up of the KL term."
     : " has not occurred.";
   const collapse = term("Posterior collapse", POSTERIOR_COLLAPSE);
-  return h("p", {}, h("strong", {}, count), collapse, advice, hasKl ? totalCost(report) : "");
+  return h("p", {}, h("strong", {}, count), collapse, advice, totalCost(report));
 }
 
 function totalCost(report) {

@@ -8,11 +8,16 @@ import { h } from "../../ui/dom.js";
 import { emptyMessage } from "../../ui/messages.js";
 
 /** The recorded losses that a step of the algorithm computes, by the number of the step. */
-export const CURVES_OF_STEP = {
+const VAE_CURVES = {
   8: ["reconstruction", "reconstruction_error"],
   9: ["kl"],
   10: ["loss", "elbo", "held_out_loss"],
 };
+const AUTOENCODER_CURVES = { 7: ["squared_error", "loss", "held_out_loss"] };
+
+/** The names of the losses that step number `step` computes. */
+export const curvesOfStep = ({ kind }, step) => (kind === "vae" ? VAE_CURVES : AUTOENCODER_CURVES)[step] ?? [];
+
 const NOT_LOSSES = ["epoch", "step", "seconds", "learning_rate", "beta", "kl_weight"];
 const FINAL_METRICS = ["elbo", "reconstruction", "kl"];
 const ALL = "all";
@@ -25,7 +30,7 @@ export class LossCurves {
     this.names = lossNames(this.history);
     this.radios = h("div");
     this.chart = h("div");
-    this.element = card("Loss curves", this.names.length ? this.content() : emptyMessage(missingText(model)));
+    this.element = card("Loss curves", this.names.length ? this.content() : emptyMessage(MISSING));
     if (this.names.length) this.select(state.get("terms", ALL));
   }
 
@@ -35,7 +40,7 @@ export class LossCurves {
 
   /** Show the curves of `selection`: the name of a loss, the number of a step, or "all". */
   select(selection) {
-    const isKnown = selection in CURVES_OF_STEP || this.names.includes(selection);
+    const isKnown = curvesOfStep(this.model, selection).length > 0 || this.names.includes(selection);
     state.set({ terms: isKnown ? selection : null });
     const selected = this.namesOf(selection);
     const options = [[ALL, "All"], ...this.names.map((name) => [name, readable(name)])];
@@ -46,7 +51,8 @@ export class LossCurves {
   }
 
   namesOf(selection) {
-    if (selection in CURVES_OF_STEP) return this.names.filter((name) => CURVES_OF_STEP[selection].includes(name));
+    const ofStep = curvesOfStep(this.model, selection);
+    if (ofStep.length) return this.names.filter((name) => ofStep.includes(name));
     return this.names.includes(selection) ? [selection] : this.names;
   }
 
@@ -61,13 +67,13 @@ export class LossCurves {
   }
 
   drawChart(lines) {
-    const best = bestEpoch(this.history);
+    const published = publishedEpoch(this.model);
     const changes = lines.map(
       ({ name, points }) => `${name} from ${number(points[0][1])} to ${number(points.at(-1)[1])}`,
     );
     return lineChart({
       lines,
-      marks: [{ x: best, text: `best epoch ${best}`, series: 2 }],
+      marks: [{ x: published.epoch, text: `${published.kept} epoch ${published.epoch}`, series: 2 }],
       height: 300,
       xLabel: "epoch",
       yLabel: this.model.kind === "vae" ? "nats per row" : "loss",
@@ -90,15 +96,17 @@ function lossNames(history) {
   return Object.keys(last).filter((name) => !NOT_LOSSES.includes(name) && Number.isFinite(last[name]));
 }
 
-/** The epoch with the lowest held-out loss. */
-function bestEpoch(history) {
+/** The epoch whose weights were published, and whether it is the "best" or the "last" one, as option --kept says. */
+function publishedEpoch(model) {
+  const { history, training } = model;
+  const byDefault = model.pixel_range || training.patience !== null ? "best" : "last";
+  const kept = training.kept ?? byDefault;
+  if (kept === "last") return { kept, epoch: history.at(-1).epoch };
   const heldOutLoss = (epoch) => epoch.held_out_loss ?? Number.POSITIVE_INFINITY;
-  return history.reduce((best, epoch) => (heldOutLoss(epoch) < heldOutLoss(best) ? epoch : best)).epoch;
+  const best = history.reduce((lowest, epoch) => (heldOutLoss(epoch) < heldOutLoss(lowest) ? epoch : lowest));
+  return { kept, epoch: best.epoch };
 }
 
 const readable = (name) => ({ kl: "KL", elbo: "ELBO" })[name] ?? name.replaceAll("_", " ");
 
-const missingText = (model) =>
-  model.kind === "pca"
-    ? "PCA has no loss curve: it is computed in one step, by eigendecomposition. Choose a VAE or an autoencoder above."
-    : "This artifact has no training history.";
+const MISSING = "This artifact has no training history.";
