@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Union, get_
 import typer
 from typer.core import TyperCommand, TyperOption
 
-from models.errors import ElboError, first_fault
+from models.errors import ElboError, first_fault, printable
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -510,7 +510,7 @@ def _option_errors(options: Collection[str]) -> Iterator[None]:
 
 
 def _exit_with_error(message: str, status: int) -> NoReturn:
-    print(f"elbo: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"elbo: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(status)
 
 

@@ -116,3 +116,13 @@ def join_names(names: Sequence[str], limit: int = 5) -> str:
     """Return `names` as one string. If there are more than `limit` names, the string is like "a, b, c and 4 more"."""
     listed = ", ".join(names[:limit])
     return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"
+
+
+def printable(text: str) -> str:
+    r"""Return `text` with an escape such as \n or \x1b in place of every character that does not print.
+
+    Text from a file or a client can then neither begin a line of its own nor control the terminal.
+    """
+    if text.isprintable():
+        return text
+    return "".join([char if char.isprintable() else char.encode("unicode_escape").decode() for char in text])

@@ -4,7 +4,7 @@ import sys
 
 from pydantic import ValidationError
 
-from models.errors import ElboError, first_fault
+from models.errors import ElboError, first_fault, printable
 from service.settings import Settings
 
 
@@ -20,7 +20,7 @@ def main() -> None:
     try:
         serve(settings)
     except ElboError as error:
-        sys.exit(f"elbo: {error}")
+        sys.exit(f"elbo: {printable(str(error))}")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "service.inference": "models.artifact models.manifest models.errors codec errors shared_memory",
     "service.schemas": "models.manifest inference",
     "service.anomaly": "models.columns models.errors schemas inference codec errors",
-    "service.monitoring": "anomaly inference codec settings shared_memory",
+    "service.monitoring": "models.errors anomaly inference codec settings shared_memory",
     "service.http": "monitoring inference errors shared_memory",
     "service.endpoints": (
         "models.artifact models.errors http monitoring anomaly schemas inference codec errors settings"

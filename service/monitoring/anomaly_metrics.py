@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from prometheus_client.core import Metric
 
+from models.errors import printable
 from service.anomaly.inputs import InputRows
 from service.anomaly.smoothing import RunningMean
 from service.anomaly.verdicts import Scores, Verdicts
@@ -102,7 +103,8 @@ class AnomalyMetrics:
         self._max_age = max_age
         self._models_with_history: set[ModelLabels] = set()  # models whose history has been logged
         self._means: dict[tuple[ModelLabels, str], RunningMean] = {}  # by model and group label
-        self._known_values: dict[tuple[str, str, str], set[str]] = {}  # by model, version and label name
+        # Label values by the values that clients have sent, by model, version and label name.
+        self._known_values: dict[tuple[str, str, str], dict[str, str]] = {}
         self._detectors: dict[ModelLabels, DriftDetector] = {}
 
     def count(self, served: ServedModel, input_rows: InputRows, verdicts: Verdicts | None) -> None:
@@ -229,17 +231,18 @@ class AnomalyMetrics:
             self.causes.add((*model, feature), count)
 
     def _limited(self, model: ModelLabels, label: str, value: str) -> str:
-        """Return `value`, or OTHER if `value` is new and the label already has MAX_LABELS values.
+        """Return the label value for `value`, or OTHER if `value` is new and the label already has MAX_LABELS values.
 
-        The limit is needed because clients may send any number of different values.
+        The limit is needed because clients may send any number of different values. Control characters are escaped, so
+        that they reach neither Prometheus nor the people who read an alert.
         """
-        known = self._known_values.setdefault((*model, label), set())
+        known = self._known_values.setdefault((*model, label), {})
         if value in known:
-            return value
+            return known[value]
         if len(known) >= MAX_LABELS:
             return OTHER
-        known.add(value)
-        return value
+        known[value] = printable(value)
+        return known[value]
 
     def update_drift(self, catalogue: Catalogue) -> None:
         """Update the drift gauges from the p-values of all processes. Only the leader may call it."""

@@ -81,6 +81,10 @@ class Metrics(Collector):
         self._pending_rows = Gauge(counters, "elbo_pending_rows", "Rows admitted and not yet answered")
         self._pending_bytes = Gauge(counters, "elbo_pending_bytes", "Bytes of request bodies held in memory")
         self._restarts = Counter(counters, RESTARTS, "Worker processes that ended unexpectedly and were replaced")
+        self._lost_log_lines = Counter(
+            counters, "elbo_log_lines_lost", "Log lines that were lost because standard output was blocked or failed"
+        )
+        self.lost_log_lines = self._lost_log_lines.local(())
         self.pending_rows = self._pending_rows.local(())
         self.pending_bytes = self._pending_bytes.local(())
         self.anomalies = AnomalyMetrics(counters, alert_half_life, alert_max_age)
@@ -134,6 +138,7 @@ class Metrics(Collector):
         yield self._pending_rows.metric()
         yield self._pending_bytes.metric()
         yield self._restarts.metric()
+        yield self._lost_log_lines.metric()
         yield from self.anomalies.metrics()
         yield from _model_metrics(self._catalogue)
 

@@ -6,6 +6,7 @@ import socket
 
 from models.errors import ElboError
 from service.monitoring import logs
+from service.server import standard_streams
 from service.settings import Settings
 
 log = logging.getLogger("elbo.service")
@@ -19,6 +20,7 @@ class ServeError(ElboError):
 
 def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. Raises ElboError if the address or the device is not available."""
+    standard_streams.reserve()
     logs.configure(settings.log_level, settings.log_format)
     for name, value in settings.ignored_variables().items():
         log.warning(

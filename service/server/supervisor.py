@@ -22,8 +22,8 @@ from enum import Enum, auto
 from time import monotonic, sleep
 from typing import NoReturn
 
-from models.errors import ElboError
-from service.server import fd_passing
+from models.errors import ElboError, printable
+from service.server import fd_passing, standard_streams
 from service.settings import Settings
 from service.shared_memory import RESTARTS, Segment, SharedCounters
 
@@ -277,14 +277,13 @@ class Supervisor:
             run_worker(self._settings, control=control, counters=SharedCounters(self._segments, index))
             code = 0
         except ElboError as error:
-            print(f"elbo: {error}", file=sys.stderr)
+            print(f"elbo: {printable(str(error))}", file=sys.stderr)
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
         except BaseException:
             log.exception("a worker failed with an unexpected error")
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            standard_streams.flush(sys.stdout, sys.stderr)
             os._exit(code)
 
     def _close_inherited_sockets(self) -> None:

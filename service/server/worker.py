@@ -14,6 +14,7 @@ import uvicorn
 from service.app import create_app
 from service.endpoints.context import ServiceContext
 from service.http.protocol import CONNECTION_CLOSE, close_slow
+from service.monitoring import logs
 from service.server import fd_passing
 from service.settings import Settings
 from service.shared_memory import SharedCounters, SharedNumber
@@ -186,6 +187,7 @@ def run_worker(
     counters = counters or SharedCounters()
     app = create_app(settings, counters)
     service: ServiceContext = app.state.service
+    logs.count_lost_messages(service.metrics.lost_log_lines)
     entry_point: Any = app.middleware_stack  # not `app`: its check for OpenTelemetry takes 5 µs per request
     config = uvicorn.Config(
         entry_point,

@@ -1,5 +1,6 @@
 """Request ids, Server-Timing, log lines and metrics of requests."""
 
+import ast
 import asyncio
 import json
 import logging
@@ -9,6 +10,7 @@ import sys
 import threading
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -126,11 +128,11 @@ def test_access_log_counts_lost_lines_while_the_disk_is_full_and_writes_later_li
 
 WRITER = """
 import sys
-from service.monitoring import logs
+from service.monitoring.log_output import LogOutput
 print("ready", file=sys.stderr, flush=True)
 sys.stdin.read()
 for turn in range(50):
-    logs._write_to_standard_output(b"".join([b"%s %d %d\\n" % (b"NAME" * 100, turn, line) for line in range(400)]))
+    LogOutput().write(b"".join([b"%s %d %d\\n" % (b"NAME" * 100, turn, line) for line in range(400)]), seconds=60)
 """
 
 
@@ -250,3 +252,71 @@ def test_two_applications_in_one_process_count_requests_separately(app: FastAPI,
         label_sets = {key for key in scrape(client) if key[0] == "elbo_requests_total"}
         assert len(label_sets) == 1  # GET /livez from `running`; GET /metrics is counted after its response
     assert other.state.service.metrics.registry is not app.state.service.metrics.registry
+
+
+FORGED_PATHS = [
+    "/x\n2026-01-01 00:00:00.000 INFO    listening on http://0.0.0.0:1",
+    "/x\r2026-01-01 00:00:00.000 INFO    forged",
+    "/x\x1b[2J\x1b[1;31m",
+    "/x\x00\x07\x08",
+    "/x\x7f\x9b31m",  # DEL, and the one-character form of ESC [
+    "/x\u2028forged\u2029\x85",
+    "/x\u202egnp.exe",  # text after this character is shown from right to left
+    "/x status=200 client=10.0.0.1",
+    '/x" status=200 "',
+    "/x\\n\t",
+]
+
+
+@pytest.mark.parametrize("path", FORGED_PATHS)
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_path_of_a_request_cannot_forge_a_log_line_or_a_field(
+    artifacts: Path, capfd: pytest.CaptureFixture[str], log_format: str, path: str
+) -> None:
+    settings = Settings(artifacts=artifacts, log_format=log_format, backend="torchscript")
+    with running(create_app(settings)) as client:
+        capfd.readouterr()
+        client.get(quote(path), headers={"x-request-id": "forged"})
+    output = capfd.readouterr().out
+    assert all(char.isprintable() for char in output.replace("\n", ""))
+    (line,) = [line for line in output.splitlines() if "forged" in line]
+    if log_format == "json":
+        assert json.loads(line)["path"] == path
+        return
+    value = re.search(r' path=("(?:\\.|[^"\\])*"|\S+)', line)
+    assert value
+    assert (ast.literal_eval(value[1]) if value[1].startswith('"') else value[1]) == path
+    others = line.replace(value[0], "").partition(" request ")[2].split(" ")
+    assert re.fullmatch(r"request_id=forged method=GET status=404 client=127.0.0.1 ms=[\d.]+", " ".join(others))
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_message_and_traceback_with_control_characters_cannot_forge_a_log_line(log_format: str) -> None:
+    record = logging.LogRecord("elbo.x", logging.ERROR, "file", 1, "failed: %s", ("a\nb\x1b\ud800",), None)
+    try:
+        raise ValueError("deep\n2026-01-01 INFO forged\x1b[2J")
+    except ValueError as error:
+        record.exc_info = (ValueError, error, error.__traceback__)
+    first, *others = logs.Formatter(log_format).format(record).split("\n")
+    if log_format == "json":
+        assert others == []
+        assert json.loads(first)["message"] == "failed: a\nb\x1b\ud800"
+        return
+    assert first.endswith(r"failed: a\nb\x1b\ud800")
+    assert others[-1] == r"    2026-01-01 INFO forged\x1b[2J"
+    assert all(line.startswith("    ") and line.isprintable() for line in others)
+
+
+def test_group_with_control_characters_is_escaped_in_metrics(client: httpx.Client) -> None:
+    record = {f"pixel[{row},{column}]": 0.5 for row in range(8) for column in range(8)}
+    body = {"records": [{**record, "pixel[0,0]": 1e6, "host": 'web\n# EOF\x00\x1b"\x85'}]}
+    assert client.post("/anomaly?model=pca", json=body).json()["anomalies"] == 1
+    text = client.get("/metrics").text
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert {
+        labels["group"] for name, labels in map(parsed_labels, scrape(client)) if name == "elbo_anomalies_total"
+    } >= {r'web\n# EOF\x00\x1b"\x85'}
+
+
+def parsed_labels(sample: tuple[str, frozenset[tuple[str, str]]]) -> tuple[str, dict[str, str]]:
+    return sample[0], dict(sample[1])

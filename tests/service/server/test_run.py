@@ -1,6 +1,7 @@
 """`python -m service` as a process: start, signals, hot reload, and clients that disconnect, stall or send too much."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
@@ -21,11 +23,13 @@ from tests.conftest import require
 from tests.data import ROOT
 from tests.service.process import ServerProcess, background_threads, server_starter
 from tests.service.raw_http import read_response, request_head
+from tests.service.scrape import scrape, total
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 ROW = [0.5] * 64
+FILE_LIMIT = 16_384  # bytes
 
 
 @pytest.fixture
@@ -394,3 +398,107 @@ def test_large_bodies_do_not_delay_small_requests(server: ServerProcess) -> None
             assert client.get("/livez").status_code == 200
             durations.append(time.perf_counter() - started)
     assert sorted(durations)[15] < 0.25
+
+
+class UnwritableLog:
+    """A standard output of a server that cannot be written.
+
+    Args:
+        kind: "closed", "full" (a full disk), "reader gone" (a pipe without a reader) or "blocked" (a pipe that nobody
+            reads).
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.shell = ["sh", "-c", 'exec "$@" >&-', "sh"] if kind == "closed" else []
+        reader, writer = os.pipe()
+        if kind == "full":
+            os.close(writer)
+            writer = os.open("/dev/full", os.O_WRONLY)
+        if kind == "reader gone":
+            os.close(reader)
+            reader = os.dup(writer)
+        if kind == "blocked":
+            fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 4096)
+        self.descriptor = writer
+        self._descriptors = (reader, writer)
+
+    def close(self) -> None:
+        """Close both ends."""
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+
+
+@pytest.mark.parametrize(
+    ("kind", "workers"), [("closed", 1), ("closed", 2), ("full", 1), ("full", 2), ("reader gone", 1), ("blocked", 1)]
+)
+def test_server_counts_lost_log_lines_and_stops_in_order_if_its_log_cannot_be_written(
+    artifacts: Path, tmp_path: Path, kind: str, workers: int
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    log = UnwritableLog(kind)
+    variables = {
+        "PORT": port,
+        "ARTIFACTS": artifacts,
+        "WORKERS": workers,
+        "LOG_FORMAT": "text",
+        "BACKEND": "torchscript",
+    }
+    with (tmp_path / "stderr").open("wb") as stderr:
+        process = subprocess.Popen(
+            [*log.shell, sys.executable, "-m", "service"],
+            cwd=ROOT,
+            env=os.environ | {f"ELBO_{key}": str(value) for key, value in variables.items()},
+            stdout=log.descriptor,
+            stderr=stderr,
+        )
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+            wait_until(lambda: client.get("/readyz").status_code == 200, ignore=httpx.TransportError)
+            for _ in range(100):
+                assert client.post("/sample", json={"n": 1}).status_code == 200
+            if kind != "blocked":  # these lines are kept until the reader continues or the server stops
+                wait_until(lambda: total(scrape(client), "elbo_log_lines_lost_total") > 100)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+        log.close()
+    assert (tmp_path / "stderr").read_text() == ""
+
+
+def test_log_continues_with_the_number_of_lost_lines_when_the_disk_has_room_again(
+    artifacts: Path, tmp_path: Path
+) -> None:
+    """A size limit of the log file stands in for the full disk: writes beyond it fail until the file is emptied."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    variables = {"PORT": port, "ARTIFACTS": artifacts, "BACKEND": "torchscript"}
+    path = tmp_path / "log"
+    with path.open("ab") as log:
+        process = subprocess.Popen(
+            ["prlimit", f"--fsize={FILE_LIMIT}", sys.executable, "-m", "service"],
+            cwd=ROOT,
+            env=os.environ | {f"ELBO_{key}": str(value) for key, value in variables.items()},
+            stdout=log,
+            stderr=subprocess.DEVNULL,
+        )
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+            wait_until(lambda: client.get("/readyz").status_code == 200, ignore=httpx.TransportError)
+            while path.stat().st_size < FILE_LIMIT:
+                client.get("/livez")
+            client.get("/livez")
+            wait_until(lambda: total(scrape(client), "elbo_log_lines_lost_total") > 0)
+            os.truncate(path, 0)
+            client.get("/livez", headers={"x-request-id": "after"})
+            wait_until(lambda: "after" in path.read_text())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line]
+    assert sum(line.get("lost", 0) for line in lines) > 0
+    assert "Application shutdown complete." in [line["message"] for line in lines]
