@@ -326,6 +326,44 @@ def test_evaluate_command_reports_whether_the_model_was_trained_on_the_rows(
     assert "AUROC" not in out
 
 
+def shifted(root: Path, rows: int) -> Rows:
+    """Return normal rows of the model `hosts`, all shifted by three standard deviations of each feature."""
+    normal = np.genfromtxt(root / "train.csv", delimiter=",", skip_header=1)[:rows]
+    return normal + 3 * normal.std(axis=0)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_evaluate_command_says_what_to_do_if_far_more_normal_rows_raise_alarms_than_alpha(
+    root: Path, tmp_path: Path, labelled: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = shifted(root, 200)
+    header = (root / "train.csv").read_text().splitlines()[0]
+    if labelled:
+        rows, header = np.column_stack((rows, np.arange(200) < 10)), f"{header},y"
+    path = write(tmp_path / "shifted.csv", rows, header)
+    _, out, _ = in_process(capsys, "evaluate", "hosts", path, "--artifacts", str(root))
+    _, report, _ = in_process(capsys, "evaluate", "hosts", path, "--json", "--artifacts", str(root))
+    rate = json.loads(report)["alarm_rates"]["0.05"]
+    assert rate > 0.8
+    warning = out.splitlines()[-1]
+    assert json.loads(report)["comments"] == [warning.removeprefix("warning: ")]
+    start = (
+        f"warning: {100 * rate:.3g} % of the {'normal ' if labelled else ''}rows of {path} are flagged at alpha 0.05"
+    )
+    assert warning.startswith(start)
+    assert "elbo calibrate hosts DATA" in warning
+    assert "train the model again" in warning
+    assert ("mark them with 1" in warning) is not labelled
+
+
+def test_evaluate_command_does_not_comment_on_alarm_rates_that_chance_explains(
+    root: Path, today: tuple[str, Rows], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (today[0], str(root / "train.csv")):
+        _, out, _ = in_process(capsys, "evaluate", "hosts", path, "--json", "--artifacts", str(root))
+        assert json.loads(out)["comments"] == []
+
+
 def test_score_command_prints_the_row_number_and_exits_with_2_if_a_score_overflows(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,6 @@
 """`elbo evaluate`: measure a published model on a table (errors, likelihood, alarm rates, ranking)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from models.artifact import Artifact
 from training.data.row_store import Floats
 from training.data.table import Table
+from training.evaluation.alarm_rates import AlarmRate, alarm_rate
 from training.evaluation.metrics import (
     BOUND_BATCH,
     BOUND_ROWS,
@@ -26,6 +27,7 @@ from training.progress import SlowProgress
 from training.reports.describe import against_pca
 
 ALPHAS = (0.1, 0.05, 0.01)
+USUAL_ALPHA = 0.05  # the default alpha of /anomaly and `elbo score`
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Evaluation:
     comparison: dict[str, dict[str, float]]  # by kind: metrics of other models on the held-out rows
     seen: bool  # whether the table is the one that the model was trained on
     calibrated: bool  # whether `elbo calibrate` used this table, so that alarm rates match alpha by construction
+    comments: list[str]  # what is wrong with these figures, and what to do
 
 
 class _RunningSums:
@@ -99,6 +102,11 @@ def evaluate(artifact: Artifact, table: Table, draws: int = BOUND_SAMPLES) -> Ev
     flagged = {str(alpha): _flagged(artifact, scores, alpha) for alpha in ALPHAS}
     auroc, precision = (None, None) if labels is None else _ranking(labels, scores)
     manifest = artifact.manifest
+    seen = table.fingerprint == manifest.data.fingerprint
+    counts = {alpha: int(rows[normal].sum()) for alpha, rows in flagged.items()}
+    rates = [
+        alarm_rate(count, int(normal.sum()), manifest.calibration.rows, float(alpha)) for alpha, count in counts.items()
+    ]
     return Evaluation(
         model=f"{manifest.name}@{artifact.path.parent.name}",
         source=table.source,
@@ -116,8 +124,9 @@ def evaluate(artifact: Artifact, table: Table, draws: int = BOUND_SAMPLES) -> Ev
         latents=manifest.latents,
         held_out=manifest.metrics,
         comparison=manifest.comparison,
-        seen=table.fingerprint == manifest.data.fingerprint,
+        seen=seen,
         calibrated=manifest.recalibration is not None and table.fingerprint == manifest.recalibration.fingerprint,
+        comments=list(_comments(rates, manifest.name, table.source, has_labels=labels is not None, seen=seen)),
     )
 
 
@@ -176,6 +185,30 @@ def _flagged(artifact: Artifact, scores: Floats, alpha: float) -> npt.NDArray[np
     return flagged
 
 
+def _comments(rates: Sequence[AlarmRate], model: str, source: str, *, has_labels: bool, seen: bool) -> Iterator[str]:
+    """Yield what to do about the alarm rate at one alpha that chance does not explain: at USUAL_ALPHA if possible."""
+    too_high = [rate for rate in rates if rate.is_too_high]
+    if not too_high:
+        return
+    rate = min(too_high, key=lambda rate: abs(rate.alpha - USUAL_ALPHA))
+    subject = "normal rows" if has_labels else "rows"
+    text = (
+        f"{100 * rate.share:.3g} % of the {subject} of {source} are flagged at alpha {rate.alpha:g}; chance explains at "
+        f"most {100 * rate.limit:.3g} %. These rows differ from the calibration rows, so the false-alarm rate of "
+        f"{100 * rate.alpha:g} % does not hold for them."
+    )
+    if not has_labels:
+        text += " If some rows are anomalies, mark them with 1 in a column y, and evaluate again."
+    if seen:
+        yield f"{text} The model was trained on these rows: train it again, and look at the rows that are flagged."
+        return
+    yield (
+        f"{text} If the rows are normal: recalibrate on other recent normal rows (elbo calibrate {model} DATA). If the "
+        "rate stays high on rows that you keep apart, the relations between the features have changed: train the model "
+        "again on recent rows."
+    )
+
+
 def _ranking(labels: npt.NDArray[np.int64], scores: Floats) -> tuple[float, float]:
     from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -188,7 +221,8 @@ def evaluation_text(evaluation: Evaluation) -> str:
     lines = [*_quality(evaluation), *_density_lines(evaluation), *_alarms(evaluation)]
     title += ", the rows it was trained on" if evaluation.seen else ""
     title += ", the rows it was calibrated on" if evaluation.calibrated else ""
-    return "\n".join([title] + [f"{label:<21}  {text}" for label, text in lines])
+    comments = [f"warning: {comment}" for comment in evaluation.comments]
+    return "\n".join([title, *(f"{label:<21}  {text}" for label, text in lines), *comments])
 
 
 def _quality(evaluation: Evaluation) -> Iterator[tuple[str, str]]:

@@ -21,14 +21,13 @@ from models.manifest import VERSION, CalibrationSize, Golden, Manifest, Recalibr
 from training.data.row_store import Floats
 from training.data.table import MAX_HELD_OUT_ROWS, Table
 from training.errors import DataError, FitError
+from training.evaluation.alarm_rates import alarm_rate
 from training.evaluation.score import batches, refuse_overflow
 from training.progress import SlowProgress
 from training.publishing.exhibits import calibration_json
 from training.publishing.publish import software_versions
 from training.reports.model_card import card
 from training.reports.run_report import write_card
-
-WARNING_PROBABILITY = 1e-3  # warn if the old calibration makes the observed number of alarms less probable than this
 
 
 @dataclass(frozen=True)
@@ -121,18 +120,12 @@ def _scores(parent: Artifact, table: Table) -> Floats:
 
 def _compare_with_old(parent: Artifact, table: Table, scores: Floats, alpha: float) -> Iterator[str]:
     """Yield what share of the scores the old calibration flags, and a warning if chance cannot explain that share."""
-    from scipy.stats import betabinom
-
     with torch.inference_mode():
         severity = parent.module.severity(torch.from_numpy(scores).to(parent.device), alpha).cpu().numpy()
     flagged = int((severity > 1).sum())
     share = 100 * flagged / len(scores)
     yield f"{_reference(parent)} flags {share:.3g} % of the rows of {table.source} at alpha {alpha:g}"
-    # If the rows are exchangeable with the n old calibration rows, the number of alarms is beta-binomial with
-    # parameters k and n + 1 - k, where k = floor(alpha (n + 1)).
-    n = parent.manifest.calibration.rows
-    k = math.floor(alpha * (n + 1) + 1e-6)
-    if k and betabinom(len(scores), k, n + 1 - k).sf(flagged - 1) < WARNING_PROBABILITY:
+    if alarm_rate(flagged, len(scores), parent.manifest.calibration.rows, alpha).is_too_high:
         yield (
             "warning: chance does not explain so many alarms. Either normal behaviour has changed, or the rows contain "
             "anomalies, which the new version treats as normal: check them with "
