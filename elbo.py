@@ -428,21 +428,35 @@ def score(
         int, typer.Option(min=0, help="number of features to report per row: those that contribute most")
     ] = 3,
     format_: Annotated[Format, typer.Option("--format", help="one JSON object per line, or CSV")] = Format.ndjson,
+    time: Annotated[
+        str | None, typer.Option(metavar="<column>", help="column with the time of the row; default: timestamp")
+    ] = None,
+    group: Annotated[
+        str | None, typer.Option(metavar="<column>", help="column with the group of the row; default: host")
+    ] = None,
     escape: EscapeOption = None,
     artifacts: ArtifactFolder = DEFAULT_ARTIFACTS,
 ) -> None:
     """Score every row of DATA for anomalies.
 
-    For each row, prints the score, whether the row is anomalous at alpha, and the features that contribute most. Rows
-    are numbered from 0.
+    For each row, prints the score, whether the row is anomalous at alpha, the features that contribute most, and the
+    time and the group if DATA has these columns. Rows are numbered from 0. A faulty row costs only its own score: its
+    line has the fault (detail) instead, and the exit code is 2.
     """
-    from training.evaluation.score import csv_lines, ndjson_lines
+    from models.artifact import load
+    from training.data.row_stream import stream_for_model
+    from training.evaluation.score import Tally, csv_lines, ndjson_lines
+    from training.progress import progress
 
-    artifact, table = _load(name, data, artifacts, escape)
-    lines = csv_lines if format_ is Format.csv else ndjson_lines
-    for text in lines(artifact, table, alpha, explain):
-        sys.stdout.write(text)
-        sys.stdout.flush()  # a closed pipe ends the command here; without a flush, Python would print an error at exit
+    artifact = load(_artifact_path(name, artifacts))
+    stream = stream_for_model(data, artifact.manifest, time=time, group=group, escape=escape)
+    lines, tally = csv_lines if format_ is Format.csv else ndjson_lines, Tally()
+    with progress(f"scoring {data}", stream.total) as bar:
+        for text in lines(artifact, stream, alpha, explain, tally):
+            sys.stdout.write(text)
+            sys.stdout.flush()  # a closed pipe ends the command here; else, Python would print an error at exit
+            bar.show(tally.rows)
+    tally.refuse_faulty(data)
 
 
 @app.command(epilog="Examples: elbo calibrate hosts lastweek.csv | elbo calibrate hosts@3 lastweek.csv --alpha 0.01")

@@ -30,10 +30,10 @@ MAY_IMPORT = {
     "service.errors": "models.errors",
     "service.settings": "",
     "service.shared_memory": "",
-    "service.codec": "models.columns models.errors errors",
+    "service.codec": "models.columns models.timestamps models.errors errors",
     "service.inference": "models.artifact models.manifest models.errors codec errors shared_memory",
     "service.schemas": "models.manifest inference",
-    "service.anomaly": "models.columns models.errors schemas inference codec errors",
+    "service.anomaly": "models.columns models.timestamps models.errors schemas inference codec errors",
     "service.monitoring": "models.errors anomaly inference codec settings shared_memory",
     "service.http": "monitoring inference errors shared_memory",
     "service.endpoints": (

@@ -3,11 +3,13 @@
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from rich.live import Live as Display
+    from rich.progress import Progress, TaskID
 
 LINES = 10  # number of plain progress lines per run
 STAGES = 6  # statistics, calibration, evaluation, ONNX twin, artifact, plots
@@ -181,6 +183,62 @@ class LiveReporter:
             self._display = None
         if result is not None:
             self.note(result)
+
+
+class RowProgress(Protocol):
+    """Shows how many rows are done."""
+
+    def show(self, done: int) -> None:
+        """Show that `done` rows are done."""
+
+
+@contextmanager
+def progress(title: str, total: int | None) -> Iterator[RowProgress]:
+    """Show the progress of work whose results go to standard output.
+
+    On a terminal, a bar is shown while the results go elsewhere. Otherwise, a line appears every few seconds.
+
+    Args:
+        title: name of the work.
+        total: number of rows, possibly estimated; None if unknown.
+    """
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb" or not total:
+        yield _RowLines(title, total or 0)
+        return
+    if sys.stdout.isatty():  # the results show the progress
+        yield _NoRowProgress()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), redirect_stdout=False) as bar:
+        yield _RowBar(bar, bar.add_task(title, total=total))
+
+
+class _NoRowProgress:
+    def show(self, done: int) -> None:
+        """Do nothing."""
+
+
+class _RowBar:
+    def __init__(self, bar: "Progress", task: "TaskID") -> None:
+        self._bar, self._task = bar, task
+
+    def show(self, done: int) -> None:
+        """Move the bar. Stretch it if the total was an underestimate."""
+        total = self._bar.tasks[0].total or 0
+        self._bar.update(self._task, completed=done, total=max(total, done))
+
+
+class _RowLines:
+    def __init__(self, title: str, total: int) -> None:
+        self._progress, self._done = SlowProgress(title, total), 0
+
+    def show(self, done: int) -> None:
+        """Print a line from time to time."""
+        self._progress.advance(done - self._done)
+        self._done = done
 
 
 class SlowProgress:

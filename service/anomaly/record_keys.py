@@ -10,10 +10,10 @@ from typing import Any
 
 from models.columns import parse_title
 from models.errors import join_names
+from models.timestamps import to_unix_seconds
 from service.codec.feature_names import closest
 from service.codec.row_errors import MalformedRow, not_a_timestamp
 from service.codec.row_schema import RowSchema
-from service.codec.timestamps import to_unix_seconds
 from service.errors import InvalidRows, escape
 
 MAX_QUOTED = 100  # characters of an unknown key that an error quotes

@@ -3,9 +3,9 @@
 import math
 from typing import Any
 
+from models.timestamps import to_unix_seconds
 from service.codec.feature_names import FeatureSelectors, FeatureTitles
 from service.codec.row_errors import MalformedRow, describe_value, not_a_timestamp
-from service.codec.timestamps import to_unix_seconds
 from service.errors import InvalidRows
 
 Record = dict[str, Any]

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from models.errors import join_names
 from training.data.copies import Copies, find_copies
 from training.data.ingest import ColumnStatistics, full_disk_as_data_error, ingest
-from training.data.readers import ReadOptions, format_option, load
+from training.data.readers import RawTable, ReadOptions, format_option, load
 from training.data.row_store import RowStore
 from training.data.series import SERIES_CORRELATION, neighbour_correlations
 from training.errors import DataError
@@ -207,6 +207,40 @@ def read_for_model(source: str, manifest: "Manifest", limit: int = MEMORY_BYTES,
     Raises:
         DataError: the source cannot be used. The message is one line that says what to do.
     """
+    raw = open_for_model(source, manifest, escape=escape)
+    names = [feature.name for feature in manifest.features]
+    rows, statistics, raw_labels = ingest(raw, source, limit)
+    statistics.refuse_infinite(source, names, raw.lines)
+    allowed = np.array([feature.missing > 0 for feature in manifest.features])
+    statistics.refuse_missing(source, names, raw.lines, allowed)
+    labels, label_notes = _integer_labels(raw_labels)
+    return Table(
+        x=rows,
+        shape=tuple(manifest.shape),
+        names=names,
+        units=[feature.unit for feature in manifest.features],
+        labels=labels,
+        pixel_range=manifest.pixel_range,
+        source=source,
+        notes=[*raw.notes, *label_notes],
+        missing=statistics.missing,
+        label_names=raw.label_names,
+    )
+
+
+def open_for_model(
+    source: str, manifest: "Manifest", *, escape: str | None = None, tolerant: bool = False, extra: Sequence[str] = ()
+) -> RawTable:
+    """Open `source` for the model of `manifest`: check its shape, columns and units, and read no rows yet.
+
+    Args:
+        escape: as for `read_for_model`.
+        tolerant: whether faulty rows are recorded instead of raising DataError.
+        extra: if tolerant: further columns whose cells are recorded.
+
+    Raises:
+        DataError: the source does not exist, or the model cannot take its rows.
+    """
     names = [feature.name for feature in manifest.features]
     units = [feature.unit for feature in manifest.features]
     shape = tuple(manifest.shape)
@@ -216,6 +250,8 @@ def read_for_model(source: str, manifest: "Manifest", limit: int = MEMORY_BYTES,
             shape=shape,
             pixel_range=manifest.pixel_range,
             escape=escape or manifest.training.get("escape"),
+            tolerant=tolerant,
+            extra=extra,
         )
         raw = load(source, options)
     width = math.prod(raw.shape)
@@ -227,23 +263,7 @@ def read_for_model(source: str, manifest: "Manifest", limit: int = MEMORY_BYTES,
     for name, expected, unit in zip(names, units, raw.units or units, strict=True):
         if expected and unit and expected != unit:
             raise DataError(f"{source}: column {name!r} is in {unit}, expected {expected}: convert it")
-    rows, statistics, raw_labels = ingest(raw, source, limit)
-    statistics.refuse_infinite(source, names, raw.lines)
-    allowed = np.array([feature.missing > 0 for feature in manifest.features])
-    statistics.refuse_missing(source, names, raw.lines, allowed)
-    labels, label_notes = _integer_labels(raw_labels)
-    return Table(
-        x=rows,
-        shape=shape,
-        names=names,
-        units=units,
-        labels=labels,
-        pixel_range=manifest.pixel_range,
-        source=source,
-        notes=[*raw.notes, *label_notes],
-        missing=statistics.missing,
-        label_names=raw.label_names,
-    )
+    return raw
 
 
 def _describe_copies(copies: Copies, rows: int) -> str:

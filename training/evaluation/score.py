@@ -3,18 +3,22 @@
 import csv
 import io
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 import torch
 
 from models.artifact import Artifact
 from training.data.row_store import Floats
+from training.data.row_stream import BATCH_ROWS, RowStream
 from training.data.table import DataError, Table
 
-BATCH_ROWS = 1024  # rows scored at once
+SCORE_OVERFLOW = "the score overflows float32: it is given as the largest float32"
+MAX_FLOAT32 = np.finfo(np.float32).max
+OVERFLOW = "the row is so far from the training data that the model's output for it overflows float32"
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,17 @@ class Scores:
     parts: Floats  # [B, P]
     contribution: Floats  # [B, D]
     expected: Floats  # [B, D], raw units
+
+    @property
+    def usable(self) -> npt.NDArray[np.bool_]:
+        """A mask [B] of the rows that get a verdict: no number is NaN, and all expected values are finite."""
+        numbers = np.column_stack((self.score, self.severity, self.parts, self.contribution))
+        return np.asarray(~np.isnan(numbers).any(axis=1) & np.isfinite(self.expected).all(axis=1))
+
+    def clipped(self) -> "Scores":
+        """Return the same scores with the largest float32 in place of infinity."""
+        names = ("score", "severity", "parts", "contribution")
+        return replace(self, **{name: np.clip(getattr(self, name), -MAX_FLOAT32, MAX_FLOAT32) for name in names})
 
 
 def score_rows(artifact: Artifact, x: Floats, alpha: float) -> Scores:
@@ -45,30 +60,62 @@ def score_rows(artifact: Artifact, x: Floats, alpha: float) -> Scores:
     )
 
 
-def ndjson_lines(artifact: Artifact, table: Table, alpha: float, explain: int) -> Iterator[str]:
-    """Yield NDJSON, several lines at a time. Each row is an object with the same fields as a result of /anomaly."""
+@dataclass
+class Tally:
+    """Counts of the rows that have been scored."""
+
+    rows: int = 0
+    faulty: int = 0
+    first_fault: str | None = None  # describes the first faulty row
+
+    def refuse_faulty(self, source: str) -> None:
+        """Raise DataError if there are faulty rows."""
+        if self.faulty:
+            verb = "rows is" if self.faulty == 1 else "rows are"
+            raise DataError(
+                f"{source}: {self.faulty:,} of {self.rows:,} {verb} faulty (the first is {self.first_fault}); "
+                "the other rows are scored"
+            )
+
+
+def ndjson_lines(artifact: Artifact, stream: RowStream, alpha: float, explain: int, tally: Tally) -> Iterator[str]:
+    """Yield NDJSON, several lines at a time. Each row is an object with the same fields as a result of /anomaly.
+
+    A row without a score has the fields `row` and `detail`, as an error of /anomaly. A row whose score is too large for
+    float32 has all fields.
+    """
     option = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
-    for results in _batches_of_results(artifact, table, alpha, explain):
+    for results in _batches_of_results(artifact, stream, alpha, explain, tally):
         yield b"".join(orjson.dumps(result, option=option) for result in results).decode()
 
 
-def csv_lines(artifact: Artifact, table: Table, alpha: float, explain: int) -> Iterator[str]:
-    """Yield CSV, several lines at a time: a header, then a line per row. Each explained feature takes four columns."""
-    explained = range(1, min(explain, len(table.names)) + 1)
+def csv_lines(artifact: Artifact, stream: RowStream, alpha: float, explain: int, tally: Tally) -> Iterator[str]:
+    """Yield CSV, several lines at a time: a header, then a line per row. Each explained feature takes four columns.
+
+    The last columns are the time and the group, if the source has them, and the fault of a faulty row.
+    """
+    explained = range(1, min(explain, len(stream.names)) + 1)
     columns = [f"{column}_{k}" for k in explained for column in ("feature", "value", "expected", "contribution")]
-    yield _csv([["row", "score", "p_value", "severity", "is_anomaly", *columns]])
-    for results in _batches_of_results(artifact, table, alpha, explain):
+    scored = ["score", "p_value", "severity", "is_anomaly"]
+    passed_on = [name for name, column in (("time", stream.time), ("group", stream.group)) if column is not None]
+    yield _csv([["row", *scored, *columns, *passed_on, "detail"]])
+    for results in _batches_of_results(artifact, stream, alpha, explain, tally):
         yield _csv(
             [
                 result["row"],
-                result["score"],
-                result["p_value"],
-                result["severity"],
-                int(result["is_anomaly"]),
-                *(cell for feature in result["features"] for cell in feature.values()),
+                *(_csv_cells(result, scored) if "score" in result else [""] * (len(scored) + len(columns))),
+                *(result.get(name, "") for name in passed_on),
+                result.get("detail", ""),
             ]
             for result in results
         )
+
+
+def _csv_cells(result: dict[str, Any], scored: Sequence[str]) -> Iterator[object]:
+    for name in scored:
+        yield int(result[name]) if name == "is_anomaly" else result[name]
+    for feature in result["features"]:
+        yield from feature.values()
 
 
 def _csv(lines: Iterable[Sequence[object]]) -> str:
@@ -79,36 +126,62 @@ def _csv(lines: Iterable[Sequence[object]]) -> str:
 
 # The fields are those of `results_and_errors` in service/anomaly/verdicts.py. No module can hold the code for both:
 # training must not import service, and service imports only the artifact, the manifest and the errors from models.
-def _batches_of_results(artifact: Artifact, table: Table, alpha: float, explain: int) -> Iterator[list[dict[str, Any]]]:
-    """Yield the results of the rows of `table` in order, a batch at a time.
+def _batches_of_results(
+    artifact: Artifact, stream: RowStream, alpha: float, explain: int, tally: Tally
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield the results of the rows of `stream` in order, a batch at a time. Count them in `tally`.
 
-    Raises:
-        DataError: a score is not finite.
+    As in responses of /anomaly, a number that is too large for float32 is given as the largest float32.
     """
-    for first, x in batches(table):
-        scores = score_rows(artifact, x, alpha)
-        refuse_overflow(scores.score, first, table.source)
+    for rows in stream.batches():
+        scores = score_rows(artifact, rows.x, alpha)
+        usable = scores.usable
+        overflows = ~np.isfinite(scores.score)
+        with np.errstate(invalid="ignore"):
+            scores = scores.clipped()
         top = np.argsort(-scores.contribution, axis=1, kind="stable")[:, :explain]  # [B, explain], largest first
-        yield [
+        results = []
+        for i in range(len(rows.x)):
+            fault = rows.faults.get(i)
+            result: dict[str, Any] = {"row": rows.first + i}
+            if fault is None and usable[i]:
+                result |= _verdict(artifact, stream, scores, rows.x, i, top[i])
+            for name, values in (("time", rows.time), ("group", rows.group)):
+                if values is not None and values[i] is not None:
+                    result[name] = values[i]
+            if fault is None and not usable[i]:
+                fault = OVERFLOW
+            elif fault is None and overflows[i]:
+                fault = SCORE_OVERFLOW
+            if fault is not None:
+                result["detail"] = fault
+                tally.faulty += 1
+                tally.first_fault = tally.first_fault or f"row {rows.first + i}: {fault}"
+            results.append(result)
+        tally.rows += len(results)
+        yield results
+
+
+def _verdict(
+    artifact: Artifact, stream: RowStream, scores: Scores, x: Floats, i: int, top: npt.NDArray[np.intp]
+) -> dict[str, Any]:
+    """Return the fields of the verdict on row i of x [B, D], whose largest contributions are those of columns `top`."""
+    return {
+        "score": scores.score[i],
+        "p_value": scores.p_value[i],
+        "severity": scores.severity[i],
+        "is_anomaly": bool(scores.severity[i] > 1),
+        "parts": dict(zip(artifact.manifest.parts, scores.parts[i], strict=True)),
+        "features": [
             {
-                "row": first + i,
-                "score": scores.score[i],
-                "p_value": scores.p_value[i],
-                "severity": scores.severity[i],
-                "is_anomaly": bool(scores.severity[i] > 1),
-                "parts": dict(zip(artifact.manifest.parts, scores.parts[i], strict=True)),
-                "features": [
-                    {
-                        "name": table.names[j],
-                        "value": x[i, j],
-                        "expected": scores.expected[i, j],
-                        "contribution": scores.contribution[i, j],
-                    }
-                    for j in top[i]
-                ],
+                "name": stream.names[j],
+                "value": x[i, j],
+                "expected": scores.expected[i, j],
+                "contribution": scores.contribution[i, j],
             }
-            for i in range(len(x))
-        ]
+            for j in top
+        ],
+    }
 
 
 def batches(table: Table) -> Iterator[tuple[int, Floats]]:

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models import timestamps
 from service.anomaly.smoothing import exponential_mean
 from service.app import create_app
-from service.codec import csv_rows, ndjson, timestamps
+from service.codec import csv_rows, ndjson
 from service.codec.feature_names import FeatureSelectors
 from service.codec.row_errors import MalformedRow
 from service.settings import Settings

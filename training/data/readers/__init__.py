@@ -11,10 +11,28 @@ from training.data.readers.arrays import read_digits, read_numpy
 from training.data.readers.csv_text import read_csv
 from training.data.readers.images import read_images
 from training.data.readers.parquet import read_parquet
-from training.data.readers.raw_table import Block, LineNumbers, RawTable, ReadOptions, describe_row, format_option
+from training.data.readers.raw_table import (
+    Block,
+    BlockDetails,
+    LineNumbers,
+    RawTable,
+    ReadOptions,
+    describe_row,
+    format_option,
+)
 from training.errors import DataError
 
-__all__ = ["READERS", "Block", "LineNumbers", "RawTable", "ReadOptions", "describe_row", "format_option", "load"]
+__all__ = [
+    "READERS",
+    "Block",
+    "BlockDetails",
+    "LineNumbers",
+    "RawTable",
+    "ReadOptions",
+    "describe_row",
+    "format_option",
+    "load",
+]
 
 DIGITS = "digits"
 READERS: dict[str, Callable[[Path, ReadOptions], RawTable]] = {

@@ -15,7 +15,15 @@ import numpy.typing as npt
 
 from models.columns import FALSE, MISSING, TRUE, parse_title
 from models.errors import join_names
-from training.data.readers.raw_table import Block, LineNumbers, RawTable, ReadOptions, describe_row, format_option
+from training.data.readers.raw_table import (
+    Block,
+    BlockDetails,
+    LineNumbers,
+    RawTable,
+    ReadOptions,
+    describe_row,
+    format_option,
+)
 from training.errors import DataError
 
 if TYPE_CHECKING:
@@ -91,6 +99,7 @@ class Column:
     non_numbers: int = 0  # number of cells that were neither numbers, booleans nor missing
     first_non_number: NonNumericCell | None = None
     first_boolean: NonNumericCell | None = None  # the first cell that was true, false, yes or no
+    other_cells: list[NonNumericCell] | None = None  # if a list: all cells that were not numbers are added
     binary: bool = True  # whether all numbers were 0 or 1
     identifier: IdentifierDetector = field(init=False)
 
@@ -130,6 +139,8 @@ class Column:
                 first = int(non_number[0])
                 kind = "dates" if DATE.fullmatch(text[first]) else "text"
                 self.first_non_number = self.first_non_number or NonNumericCell(row + first, text[first], kind)
+                if self.other_cells is not None:
+                    self.other_cells += [NonNumericCell(row + index, text[index], "text") for index in non_number]
         return number.fill_null(float("nan")).to_numpy()
 
     def _read_typed(self, cells: "pl.Series", row: int) -> Floats:
@@ -153,7 +164,7 @@ class Column:
 
 
 def choose_columns(header: Sequence[str], path: Path, options: ReadOptions, typed: bool) -> list[Column]:
-    """Return the columns to read. If `options.names` is given, a label column in the file comes last.
+    """Return the columns to read. If `options.names` is given, a label column or the extra columns come last.
 
     Args:
         header: the column names in the file, with units in brackets.
@@ -165,7 +176,11 @@ def choose_columns(header: Sequence[str], path: Path, options: ReadOptions, type
     columns = _parse_header(header, path, typed)
     names = [column.name for column in columns]
     if options.names is not None:
-        return [columns[index] for index in _find_columns(names, options.names, path)]
+        indices = _find_columns(names, options.names, path)
+        if options.tolerant:  # no labels
+            extra = [name for name in options.extra if name in names and name not in options.names]
+            indices = [*indices[: len(options.names)], *map(names.index, dict.fromkeys(extra))]
+        return [columns[index] for index in indices]
     for verb, listed in (("drop", options.drop), ("keep", options.keep)):
         if unknown := [name for name in listed if name not in names]:
             similar = difflib.get_close_matches(unknown[0], names, n=3)
@@ -214,6 +229,7 @@ def build_raw_table(
     rows: int | None,
     lines: LineNumbers | None = None,
     notes: list[str] | None = None,
+    details: BlockDetails | None = None,
 ) -> RawTable:
     """Return the table in `frames`. Each frame has exactly these `columns`.
 
@@ -221,17 +237,25 @@ def build_raw_table(
         rows: the number of rows, possibly estimated.
         lines: the lines of the rows, for text files; None for other files. Complete when `frames` is exhausted.
         notes: notes for the user; the list grows while `frames` is iterated.
+        details: where `frames` records faulty rows if `options.tolerant` is set.
     """
     features = columns if options.names is None else columns[: len(options.names)]
     notes = [] if notes is None else notes
     check = _ColumnCheck(path, options, lines, notes)
+    details = details or BlockDetails()
+    if options.tolerant:
+        blocks = _read_blocks_tolerantly(frames, columns, len(features), details, check)
+    else:
+        blocks = _read_blocks(frames, columns, len(features), check)
     return RawTable(
-        blocks=_read_blocks(frames, columns, len(features), check),
+        blocks=blocks,
         shape=(len(features),),
         rows=rows,
         names=[column.name for column in features],
         units=[column.unit for column in features],
         lines=lines,
+        extra=tuple(column.name for column in columns[len(features) :]) if options.tolerant else (),
+        details=details,
         notes=notes,
     )
 
@@ -250,6 +274,32 @@ def _read_blocks(
     check.finish(columns)
 
 
+def _read_blocks_tolerantly(
+    frames: "Iterator[pl.DataFrame]",
+    columns: list[Column],
+    width: int,
+    details: BlockDetails,
+    check: "_ColumnCheck",
+) -> Iterator[Block]:
+    """Yield the first `width` columns as features. Record faulty cells, and the cells of the other columns."""
+    row = 0
+    for frame in frames:
+        values = np.empty((frame.height, width))
+        for position, column in enumerate(columns[:width]):
+            column.other_cells = []
+            values[:, position] = column.read(frame.to_series(position), row)
+            if column.typed and column.first_non_number:
+                check.refuse_cell(column, column.first_non_number, "convert the column to numbers")
+            for cell in column.other_cells:
+                fault = f"column {column.name!r}: expected a number, got {_shorten(cell.value)}"
+                details.faults.setdefault(cell.row, fault)
+        for position in range(width, len(columns)):
+            details.cells[columns[position].name] = frame.to_series(position).to_list()
+        yield values, None
+        details.faults.clear()
+        row += frame.height
+
+
 @dataclass(frozen=True)
 class _ColumnCheck:
     """Refuses columns that are not measurements, and adds notes on boolean columns, after all rows have been read."""
@@ -264,15 +314,16 @@ class _ColumnCheck:
         for column in columns:
             mostly_numbers = column.numbers > column.non_numbers
             if column.first_non_number and (self.options.names is not None or mostly_numbers):
-                self._refuse_cell(column, column.first_non_number, "correct the cell, or drop the column")
+                self.refuse_cell(column, column.first_non_number, "correct the cell, or drop the column")
             if column.first_boolean and not column.binary:
-                self._refuse_cell(column, column.first_boolean, "write 0 and 1")
+                self.refuse_cell(column, column.first_boolean, "write 0 and 1")
         if self.options.names is None:
             self._refuse_other_columns(columns)
         if booleans := [column.name for column in columns if column.first_boolean]:
             self.notes.append(f"true and yes are read as 1, false and no as 0: {join_names(booleans)}")
 
-    def _refuse_cell(self, column: Column, cell: NonNumericCell, advice: str) -> None:
+    def refuse_cell(self, column: Column, cell: NonNumericCell, advice: str) -> None:
+        """Raise DataError for a cell that is not a number."""
         got = f"{_shorten(cell.value)} in {describe_row(cell.row, self.lines)}"
         if column.typed:
             got = f"{cell.kind} ({got})"

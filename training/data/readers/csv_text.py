@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from training.data.readers.columns import build_raw_table, choose_columns
-from training.data.readers.raw_table import LineNumbers, RawTable, ReadOptions
+from training.data.readers.raw_table import BlockDetails, LineNumbers, RawTable, ReadOptions
 from training.errors import DataError
 
 if TYPE_CHECKING:
@@ -38,12 +38,20 @@ def read_csv(path: Path, options: ReadOptions) -> RawTable:
     Raises:
         DataError: the file is not CSV in UTF-8 with a header, or its columns are not as the options require.
     """
-    reader = _CsvReader(path, options.escape)
+    details = BlockDetails()
+    reader = _CsvReader(path, options.escape, details.faults if options.tolerant else None)
     columns = choose_columns(reader.header, path, options, typed=False)
     indices = [column.index for column in columns]
     frames = (frame[:, indices] for frame in reader.frames())
     return build_raw_table(
-        frames, columns, options, path, reader.estimated_rows, lines=reader.lines, notes=reader.notes
+        frames,
+        columns,
+        options,
+        path,
+        reader.estimated_rows,
+        lines=reader.lines,
+        notes=reader.notes,
+        details=details,
     )
 
 
@@ -88,10 +96,11 @@ class _CsvReader:
 
     Args:
         escape: how a quotation mark inside a quoted cell is written; None if unknown.
+        faults: if given, a row with too many or too few values is recorded here by number, and read as missing values.
     """
 
-    def __init__(self, path: Path, escape: str | None) -> None:
-        self._path, self._escape = path, escape
+    def __init__(self, path: Path, escape: str | None, faults: dict[int, str] | None = None) -> None:
+        self._path, self._escape, self._faults = path, escape, faults
         self.lines = LineNumbers()  # complete when all frames have been read
         self.notes: list[str] = []  # likewise
         self._blank_lines = 0
@@ -126,9 +135,9 @@ class _CsvReader:
             line = self._header_lines + 1
             while piece := source.piece():
                 if b'"' in piece or (self._escape == "backslash" and b"\\" in piece):
-                    records = self._read_quoted(piece, source, line)
+                    records = self._read_quoted(piece, source, line, row)
                 else:
-                    records = self._read_plain(piece, line)
+                    records = self._read_plain(piece, line, row)
                 if len(records.lines):
                     self.lines.extend(row, records.lines)
                     self._blank_lines += blank_lines + records.blank_before
@@ -181,7 +190,7 @@ class _CsvReader:
         escaped = (escape or self._escape) == "backslash"
         return csv.reader(lines, strict=True, skipinitialspace=True, escapechar="\\" if escaped else None)
 
-    def _read_plain(self, piece: bytes, first_line: int) -> "_Records":
+    def _read_plain(self, piece: bytes, first_line: int, first_row: int) -> "_Records":
         """Read a piece without quotation marks."""
         import polars as pl
 
@@ -195,6 +204,8 @@ class _CsvReader:
             piece, lines = b"\n".join(text for text in texts if text.strip()), lines[filled]
         if not len(lines):
             return _Records.of([], lines, count, 0, count, len(self.header))
+        if self._faults is not None:
+            piece = self._replace_ragged(piece, first_row)
         names = ",".join(map(str, range(len(self.header)))).encode()
         try:
             frame = pl.read_csv(names + b"\n" + piece, infer_schema=False, quote_char=None)
@@ -208,7 +219,7 @@ class _CsvReader:
         blank_after = first_line + count - 1 - int(lines[-1])
         return _Records(frame, lines, count, count - len(lines) - blank_after, blank_after)
 
-    def _read_quoted(self, piece: bytes, source: _LineSource, first_line: int) -> "_Records":
+    def _read_quoted(self, piece: bytes, source: _LineSource, first_line: int, first_row: int) -> "_Records":
         """Read a piece with quotation marks, and further lines of `source` if its last record continues in them."""
         try:
             texts = list(io.StringIO(piece.decode(), newline=""))
@@ -226,7 +237,11 @@ class _CsvReader:
                 if _is_blank(record) and read - start == 1:
                     blank_after += 1
                     continue
-                self._refuse_width(len(record), first_line + start)
+                if self._faults is None:
+                    self._refuse_width(len(record), first_line + start)
+                elif len(record) != len(self.header):
+                    self._faults[first_row + len(cells)] = self._width_fault(len(record))
+                    record = self._filler()
                 if read - start > 1 and self._escape is None:
                     self._refuse_swallowed(record, texts[start:read], first_line + start)
                 cells.append(record)
@@ -275,6 +290,24 @@ class _CsvReader:
     def _refuse_ragged(self, piece: bytes, lines: npt.NDArray[np.int64]) -> None:
         for line, text in zip(lines.tolist(), piece.split(b"\n"), strict=False):
             self._refuse_width(text.count(b",") + 1, line)
+
+    def _replace_ragged(self, piece: bytes, first_row: int) -> bytes:
+        """Return `piece` with missing values in place of the lines with too many or too few values."""
+        assert self._faults is not None
+        lines = piece.split(b"\n")
+        for index, line in enumerate(lines):
+            width = line.count(b",") + 1
+            if line and width != len(self.header):
+                self._faults[first_row + index] = self._width_fault(width)
+                lines[index] = ",".join(self._filler()).encode()
+        return b"\n".join(lines)
+
+    def _filler(self) -> list[str]:
+        """Return the cells of a row without values. The first cell is not empty, so the row is not a blank line."""
+        return ["nan", *[""] * (len(self.header) - 1)]
+
+    def _width_fault(self, width: int) -> str:
+        return f"the line has {width} values, but the header has {len(self.header)}"
 
     def _refuse_width(self, width: int, line: int) -> None:
         if width != len(self.header):

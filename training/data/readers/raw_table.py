@@ -27,6 +27,8 @@ class ReadOptions:
     size: tuple[int, int] | None = None  # height and width to which images are resized
     shape: tuple[int, ...] | None = None  # shape of one row, if a model requires it
     pixel_range: tuple[float, float] | None = None  # values of black and white, if a model requires them
+    tolerant: bool = False  # whether faulty rows are recorded in `RawTable.details` instead of raising DataError
+    extra: Sequence[str] = ()  # if tolerant: further columns whose cells are recorded in `RawTable.details`
     escape: str | None = None  # how CSV writes a quotation mark inside a quoted cell: double or backslash
 
 
@@ -53,6 +55,14 @@ class LineNumbers:
         return self._lines[index] + row - self._rows[index]
 
 
+@dataclass
+class BlockDetails:
+    """What a tolerant reader records about the rows of the latest block, besides their numbers."""
+
+    faults: dict[int, str] = field(default_factory=dict)  # by row, counted from 0: why the row is faulty
+    cells: dict[str, list[Any]] = field(default_factory=dict)  # by name: the cells of an extra column
+
+
 @dataclass(frozen=True, kw_only=True)
 class RawTable:
     """An opened source. Its rows are read while `blocks` is iterated."""
@@ -66,6 +76,8 @@ class RawTable:
     pixel_range: tuple[float, float] | None = None
     lines: LineNumbers | None = None  # for text files; complete when all blocks have been read
     label_names: list[str] | None = None  # the meaning of labels 0, 1, ...
+    extra: tuple[str, ...] = ()  # the columns of `ReadOptions.extra` that the source has
+    details: BlockDetails = field(default_factory=BlockDetails)  # about the latest block of `blocks`
     notes: list[str] = field(default_factory=list)  # notes for the user; complete when all blocks have been read
     file_array: FileArray | None = None  # values [N, D] in the source file, if the rows can be read in any order
 

@@ -1,0 +1,180 @@
+"""`elbo score`: a faulty row costs only itself, rows are streamed, and times and groups are passed on."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from service.app import create_app
+from service.settings import Settings
+from tests.commands import HEADER, command, in_process, two_factor_rows, write
+from tests.service.running import running
+
+pytestmark = pytest.mark.slow
+
+Score = Callable[..., tuple[int, str, str]]
+NAMES = [title.partition(" [")[0] for title in HEADER.split(",")]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an artifact folder with hosts@1, a PCA with two latents."""
+    folder = tmp_path_factory.mktemp("artifacts")
+    data = write(folder / "train.csv", two_factor_rows(1000, seed=0))
+    arguments = ["--model", "pca", "--name", "hosts", "--latents", "2", "--artifacts", str(folder)]
+    run = command("train", data, *arguments, "--runs", str(folder / "runs"))
+    assert run.returncode == 0, run.stderr
+    return folder
+
+
+@pytest.fixture
+def score(root: Path, capsys: pytest.CaptureFixture[str]) -> Score:
+    """Return a function that runs `elbo score hosts` with the given arguments."""
+    return lambda *arguments: in_process(capsys, "score", "hosts", *arguments, "--artifacts", str(root))
+
+
+def save_csv(path: Path, rows: np.ndarray) -> str:
+    return write(path.with_suffix(".csv"), rows)
+
+
+def save_npy(path: Path, rows: np.ndarray) -> str:
+    np.save(path.with_suffix(".npy"), rows)
+    return str(path.with_suffix(".npy"))
+
+
+def save_parquet(path: Path, rows: np.ndarray) -> str:
+    pl.DataFrame(rows, schema=NAMES).write_parquet(path.with_suffix(".parquet"))
+    return str(path.with_suffix(".parquet"))
+
+
+@pytest.mark.parametrize("save", [save_csv, save_npy, save_parquet])
+@pytest.mark.parametrize(
+    ("value", "detail", "has_score"),
+    [
+        (1e20, "the score overflows float32: it is given as the largest float32", True),
+        (3e38, "the row is so far from the training data that the model's output for it overflows float32", False),
+        (-1e39, "column 'disk' has the value -1e+39, beyond the range of float32 (3.4e38)", False),
+        (np.inf, "column 'disk' has the value inf: expected a finite number", False),
+        (np.nan, "column 'disk' has no value: the model was trained without missing values", False),
+    ],
+)
+def test_faulty_cell_costs_only_its_row(
+    save: Callable[[Path, np.ndarray], str], value: float, detail: str, has_score: bool, tmp_path: Path, score: Score
+) -> None:
+    intact = two_factor_rows(2500, seed=1)
+    rows = intact.copy()
+    rows[1500, 2] = value
+    _, expected, _ = score(save(tmp_path / "intact", intact))
+    data = save(tmp_path / "faulty", rows)
+    code, out, err = score(data)
+    assert code == 2
+    lines, intact_lines = out.splitlines(), expected.splitlines()
+    faulty = json.loads(lines[1500])
+    assert faulty["row"] == 1500
+    assert faulty["detail"].startswith(detail)
+    assert (faulty.get("is_anomaly") is True) == has_score
+    assert err.startswith(f"elbo: error: {data}: 1 of 2,500 rows is faulty (the first is row 1500: {detail}")
+    assert err.count("\n") == 1
+    del lines[1500], intact_lines[1500]
+    assert lines == intact_lines
+
+
+FAULTY_LINES = [
+    ("1,2,x,4,5", "column 'disk': expected a number, got 'x'"),
+    ("1,2,3,4", "the line has 4 values, but the header has 5"),
+    ("1,2,3,4,5,6", "the line has 6 values, but the header has 5"),
+    ("1,2,,4,5", "column 'disk' has no value"),
+    (",,,,", "column 'cpu' has no value"),
+    ('"a,b",2,3,4,5', "column 'cpu': expected a number, got 'a,b'"),
+]
+
+
+@pytest.mark.parametrize("format_", ["ndjson", "csv"])
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_faulty_line_of_a_csv_file_costs_only_itself(format_: str, place: int, tmp_path: Path, score: Score) -> None:
+    good = [",".join(map(repr, row)) for row in two_factor_rows(3, seed=1).tolist()]
+    for line, detail in FAULTY_LINES:
+        lines = [*good[:place], line, *good[place:]]
+        if line == ",,,," and place == 3:
+            continue  # empty rows at the end of a file are not rows
+        (tmp_path / "a.csv").write_text("\n".join([HEADER, *lines]) + "\n")
+        code, out, err = score(str(tmp_path / "a.csv"), "--format", format_, "--explain", "1")
+        assert code == 2
+        assert f"1 of 4 rows is faulty (the first is row {place}: {detail}" in err
+        results: list[dict[str, Any]]
+        if format_ == "csv":
+            results = list(csv.DictReader(out.splitlines()))
+        else:
+            results = [json.loads(text) for text in out.splitlines()]
+        assert [int(result["row"]) for result in results] == [0, 1, 2, 3]
+        assert [number for number, result in enumerate(results) if not result.get("score")] == [place]
+        assert [number for number, result in enumerate(results) if result.get("detail")] == [place]
+        assert results[place]["detail"].startswith(detail)
+
+
+def test_first_rows_are_printed_before_the_end_of_the_file_is_read(tmp_path: Path, score: Score) -> None:
+    text = Path(write(tmp_path / "a.csv", two_factor_rows(90_000, seed=1))).read_text()
+    assert len(text) > 4 << 20  # more than one piece of the reader
+    (tmp_path / "a.csv").write_text(text + 'a quotation that does not end: "",1,"2\n')
+    code, out, err = score(str(tmp_path / "a.csv"), "--explain", "0")
+    assert code == 2
+    assert json.loads(out.splitlines()[0])["row"] == 0
+    assert len(out.splitlines()) > 30_000
+    assert "line 90002" in err
+
+
+def test_times_and_groups_are_those_of_the_service(root: Path, tmp_path: Path, score: Score) -> None:
+    times = ["2026-01-01T00:00:00Z", "1767225615", "1767225630000", "2026-01-01 00:00:45+00:00", ""]
+    hosts = ["web-1", "web-2", "web-1", "", "7"]
+    rows = two_factor_rows(5, seed=1).tolist()
+    lines = [f"{time},{host},{','.join(map(repr, row))}" for time, host, row in zip(times, hosts, rows, strict=True)]
+    body = "\n".join([f"timestamp,host,{HEADER}", *lines]) + "\n"
+    (tmp_path / "a.csv").write_text(body)
+    code, out, _ = score(str(tmp_path / "a.csv"))
+    assert code == 0
+    results = [json.loads(line) for line in out.splitlines()]
+    assert [result.get("time") for result in results] == [1767225600, 1767225615, 1767225630, 1767225645, None]
+    assert [result.get("group") for result in results] == ["web-1", "web-2", "web-1", None, "7"]
+    with running(create_app(Settings(artifacts=root, log_level="warning", backend="torchscript"))) as client:
+        response = client.post("/anomaly?explain=3", content=body, headers={"Content-Type": "text/csv"})
+    assert response.status_code == 200, response.text
+    for ours, theirs in zip(results, response.json()["results"], strict=True):
+        assert {name: ours.get(name) for name in ("row", "time", "is_anomaly")} == {
+            name: theirs.get(name) for name in ("row", "time", "is_anomaly")
+        }
+        assert ours.get("group") == (theirs.get("group") or None)
+        assert ours["score"] == pytest.approx(theirs["score"], rel=1e-4)
+
+
+def test_csv_output_ends_with_the_times_and_groups(tmp_path: Path, score: Score) -> None:
+    rows = two_factor_rows(2, seed=1).tolist()
+    lines = [f"{','.join(map(repr, row))},{when},db" for row, when in zip(rows, ("noon", "1767225600"), strict=True)]
+    (tmp_path / "a.csv").write_text("\n".join([f"{HEADER},when,name", *lines]) + "\n")
+    options = ["--format", "csv", "--explain", "0", "--time", "when", "--group", "name"]
+    code, out, _ = score(str(tmp_path / "a.csv"), *options)
+    assert code == 0
+    table = list(csv.reader(out.splitlines()))
+    assert table[0] == ["row", "score", "p_value", "severity", "is_anomaly", "time", "group", "detail"]
+    assert [line[-3:] for line in table[1:]] == [["noon", "db", ""], ["1767225600.0", "db", ""]]
+
+
+def test_times_of_a_parquet_file_are_passed_on(tmp_path: Path, score: Score) -> None:
+    frame = pl.DataFrame(two_factor_rows(2, seed=1), schema=NAMES)
+    moments = pl.Series("timestamp", ["2026-01-01T00:00:00", "2026-01-01T00:00:15"]).str.to_datetime()
+    frame.with_columns(moments, host=pl.Series(["a", "b"])).write_parquet(tmp_path / "a.parquet")
+    code, out, _ = score(str(tmp_path / "a.parquet"))
+    assert code == 0
+    results = [json.loads(line) for line in out.splitlines()]
+    assert [(result["time"], result["group"]) for result in results] == [(1767225600, "a"), (1767225615, "b")]
+
+
+def test_missing_column_of_times_is_refused(tmp_path: Path, score: Score) -> None:
+    data = write(tmp_path / "a.csv", two_factor_rows(2, seed=1))
+    code, out, err = score(data, "--time", "when")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"elbo: error: {data} has no column 'when' besides the features: correct --time")

@@ -1,0 +1,136 @@
+"""Rows for `elbo score`, read as a stream: a faulty row costs only itself, and the first rows come at once."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from models.manifest import Manifest
+from models.timestamps import to_unix_seconds
+from training.data.ingest import full_disk_as_data_error
+from training.data.readers import RawTable
+from training.data.row_store import Floats
+from training.data.table import open_for_model
+from training.errors import DataError
+
+BATCH_ROWS = 1024
+TIME, GROUP = "timestamp", "host"  # default names of the columns that are passed on, as in requests
+
+
+@dataclass(frozen=True)
+class StreamedRows:
+    """Up to BATCH_ROWS consecutive rows."""
+
+    first: int  # number of the first row
+    x: Floats  # [B, D], raw units; faulty rows have medians in place of faulty values
+    faults: dict[int, str]  # by position in x: why the row cannot be scored
+    time: list[float | str | None] | None  # [B] Unix seconds, or the text as it is if it is not a timestamp
+    group: list[str | None] | None  # [B]
+
+
+@dataclass(frozen=True)
+class RowStream:
+    """The rows of a source. They are read while `batches` is iterated."""
+
+    source: str
+    names: list[str]  # names of the D features
+    total: int | None  # number of rows, possibly estimated
+    time: str | None  # name of the column of times; None if the source has none
+    group: str | None  # name of the column of groups; None if the source has none
+    raw: RawTable = field(repr=False)
+    medians: Floats = field(repr=False)  # [D]
+    may_be_missing: npt.NDArray[np.bool_] = field(repr=False)  # [D] whether values were missing in training
+
+    def batches(self) -> Iterator[StreamedRows]:
+        """Yield all rows in order.
+
+        Raises:
+            DataError: the source is damaged, so that its further rows cannot be told apart.
+        """
+        row = 0
+        with full_disk_as_data_error(self.source):
+            for block, _ in self.raw.blocks:
+                for start in range(0, len(block), BATCH_ROWS):
+                    yield self._batch(block[start : start + BATCH_ROWS], row, start)
+                row += len(block)
+        if row == 0:
+            raise DataError(
+                f"{self.source} has no rows of numbers (shape [0, {len(self.names)}]): expected at least one"
+            )
+
+    def _batch(self, values: npt.NDArray[Any], row: int, start: int) -> StreamedRows:
+        """Return a batch of the block that begins at `row`. The batch begins at position `start` in the block."""
+        first, details = row + start, self.raw.details
+        with np.errstate(over="ignore", invalid="ignore"):
+            x = values.astype(np.float32)  # a copy
+        faults = {
+            number - first: fault for number, fault in details.faults.items() if first <= number < first + len(values)
+        }
+        infinite = np.isinf(x)
+        missing = np.isnan(x) & ~self.may_be_missing
+        for position, column in np.argwhere(infinite | missing).tolist():
+            faults.setdefault(position, self._fault(column, float(values[position, column])))
+        x = np.where(infinite | missing, self.medians, x)
+
+        def cells(name: str | None) -> list[Any] | None:
+            return None if name is None else details.cells[name][start : start + len(values)]
+
+        times, groups = cells(self.time), cells(self.group)
+        return StreamedRows(
+            first=first,
+            x=x,
+            faults=faults,
+            time=None if times is None else [_time(cell) for cell in times],
+            group=None if groups is None else [None if cell in (None, "") else str(cell) for cell in groups],
+        )
+
+    def _fault(self, column: int, value: float) -> str:
+        name = self.names[column]
+        if np.isnan(value):
+            return f"column {name!r} has no value: the model was trained without missing values in this column"
+        limit = ", beyond the range of float32 (3.4e38)" if np.isfinite(value) else ""
+        return f"column {name!r} has the value {value}{limit}: expected a finite number"
+
+
+def stream_for_model(
+    source: str, manifest: Manifest, *, time: str | None = None, group: str | None = None, escape: str | None = None
+) -> RowStream:
+    """Open the rows in `source` in the form that the model of `manifest` takes.
+
+    Args:
+        source: as for `read_for_model`.
+        manifest: the manifest of the model.
+        time: name of the column of times; by default TIME, if the source has this column.
+        group: name of the column of groups; by default GROUP, if the source has this column.
+        escape: as for `read_for_model`.
+
+    Raises:
+        DataError: the source cannot be used, or lacks the column `time` or `group`.
+    """
+    wanted = {"time": time or TIME, "group": group or GROUP}
+    raw = open_for_model(source, manifest, escape=escape, tolerant=True, extra=tuple(wanted.values()))
+    present = raw.extra
+    for option, name in (("--time", time), ("--group", group)):
+        if name is not None and name not in present:
+            raise DataError(f"{source} has no column {name!r} besides the features: correct {option}, or leave it out")
+    return RowStream(
+        source=source,
+        names=[feature.name for feature in manifest.features],
+        total=raw.rows,
+        time=wanted["time"] if wanted["time"] in present else None,
+        group=wanted["group"] if wanted["group"] in present else None,
+        raw=raw,
+        medians=np.array([feature.median for feature in manifest.features], np.float32),
+        may_be_missing=np.array([feature.missing > 0 for feature in manifest.features]),
+    )
+
+
+def _time(cell: Any) -> float | str | None:
+    """Return a time as Unix seconds. Return text that is not a timestamp as it is."""
+    if cell in (None, ""):
+        return None
+    value = cell if isinstance(cell, int | float | str) else str(cell)
+    seconds = to_unix_seconds(value)
+    return seconds if seconds == seconds else str(value)
