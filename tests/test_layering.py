@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "service.schemas": "models.manifest inference",
     "service.anomaly": "models.columns models.timestamps models.errors schemas inference codec errors",
     "service.monitoring": "models.errors anomaly inference codec settings shared_memory",
-    "service.http": "monitoring inference errors shared_memory",
+    "service.http": "monitoring inference codec errors shared_memory",
     "service.endpoints": (
         "models.artifact models.errors http monitoring anomaly schemas inference codec errors settings"
     ),

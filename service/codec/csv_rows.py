@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from models.columns import MISSING, parse_cell
-from models.errors import join_names
 from service.codec.request_body import RequestFields
 from service.codec.row_errors import MalformedRow
 from service.errors import InvalidCsv
@@ -52,7 +51,7 @@ def read_fields(body: bytes) -> RequestFields:
         raise InvalidCsv("the CSV has no header", expected="a first line that names the columns", got="none")
     header = [name.strip() for name in first]
     if any("\ufffd" in name for name in header):
-        raise InvalidCsv("the CSV header is not UTF-8", expected="CSV in UTF-8", got=join_names(header)[:200])
+        raise InvalidCsv("the CSV header is not UTF-8", expected="CSV in UTF-8", hint="save the file in UTF-8")
     duplicates = [name for name, count in Counter(header).items() if count > 1]
     if duplicates:
         raise InvalidCsv(

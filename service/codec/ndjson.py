@@ -2,7 +2,7 @@
 
 import orjson
 
-from service.codec.request_body import RequestFields, loads_value
+from service.codec.request_body import BYTE_ORDER_MARK, RequestFields, loads_value
 from service.codec.row_errors import MalformedRow
 from service.errors import InvalidJson
 
@@ -17,17 +17,24 @@ class NdjsonRows(list[object]):
 
 def read_fields(body: bytes) -> RequestFields:
     """Return the values of the lines as the field `records`. Blank lines are skipped."""
-    rows = NdjsonRows(parse_line(line) for line in body.split(b"\n") if line and not line.isspace())
+    rows = NdjsonRows(value for line in body.split(b"\n") for value in parse_line(line))
     return RequestFields({"records": rows} if rows else {}, may_contain_non_floats=True)
 
 
-def parse_line(line: bytes) -> object:
-    """Return the value of one line, or a `MalformedRow` if the line is not valid JSON."""
+def parse_line(line: bytes) -> list[object]:
+    """Return a list with the value of one line, or an empty list for a blank line.
+
+    The value of a line that is not valid JSON is a `MalformedRow`. A byte order mark before the line is ignored: it
+    stands before the first line of some files, and in the middle after such files have been concatenated.
+    """
+    line = line.removeprefix(BYTE_ORDER_MARK)
+    if not line or line.isspace():
+        return []
     try:
-        return loads_value(line)
+        return [loads_value(line)]
     except InvalidJson as error:
         got = line[:QUOTED_CHARACTERS].decode(errors="replace").strip()
-        return MalformedRow(error.detail, "a JSON object or list in UTF-8", got)
+        return [MalformedRow(error.detail, "a JSON object or list in UTF-8", got)]
 
 
 def dumps(value: object) -> bytes:
@@ -66,4 +73,4 @@ class LineSplitter:
             self._skipping = False
             limit = f"at most {self._max_line_bytes} bytes"
             return [MalformedRow(f"the line is too long: expected {limit}", limit, "a longer line")]
-        return [parse_line(line)] if line and not line.isspace() else []
+        return parse_line(line)

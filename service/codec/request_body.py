@@ -13,6 +13,7 @@ from service.codec.row_errors import describe_value
 from service.errors import InvalidJson, UnsupportedMediaType
 
 JSON = "application/json"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some programs write it before UTF-8 text; it is not part of the text
 ARRAY_MEDIA_TYPES = (npy.MEDIA_TYPE, safetensors.MEDIA_TYPE)  # types of bodies that hold arrays in binary form
 
 
@@ -100,6 +101,9 @@ def loads_value(text: bytes) -> Any:
 
 def _read_json(body: bytes) -> RequestFields:
     has_non_finite = False
+    body = body.removeprefix(BYTE_ORDER_MARK)
+    if not body:
+        return RequestFields({})
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:

@@ -1,5 +1,6 @@
 """Choose the format of a response by the Accept header, and write its fields as JSON."""
 
+import re
 from functools import lru_cache
 from typing import Any
 
@@ -7,15 +8,19 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from service.codec import png
+from service.codec import ndjson, png
 from service.codec.float32 import is_finite
-from service.codec.request_body import ARRAY_MEDIA_TYPES, JSON
+from service.codec.request_body import ARRAY_MEDIA_TYPES, JSON, media_type_of
 from service.errors import NotAcceptable, OverflowInModel
 
 # The formats that endpoints offer. The default is first.
 JSON_ONLY = (JSON,)
 ARRAY_FORMATS = (JSON, *ARRAY_MEDIA_TYPES)
 IMAGE_FORMATS = (*ARRAY_FORMATS, png.MEDIA_TYPE)
+
+
+_PART = re.compile(r'(?:[^,"]|"(?:\\.|[^"\\])*"?)+')  # one element of a list; commas in quotation marks do not end it
+_QUALITY = re.compile(r"\d+(?:\.\d*)?|\.\d+", re.ASCII)
 
 
 @lru_cache(maxsize=256)
@@ -25,7 +30,7 @@ def negotiate_media_type(accept: str, offered: tuple[str, ...]) -> str:
     If several have the highest quality, return the first of them. A specific media range takes precedence over a
     wildcard (RFC 9110, 12.5.1). Raises NotAcceptable.
     """
-    ranges = [_media_range(part) for part in accept.split(",") if part.strip()] or [("*/*", 1.0)]
+    ranges = _media_ranges(accept)
     qualities = [_quality(media_type, ranges) for media_type in offered]
     best = max(qualities)
     if best <= 0:
@@ -38,14 +43,37 @@ def negotiate_media_type(accept: str, offered: tuple[str, ...]) -> str:
     return offered[qualities.index(best)]
 
 
+@lru_cache(maxsize=256)
+def stream_media_type(content_type: str, accept: str) -> str | None:
+    """Return the media type of a streamed response, or None if the response is not streamed.
+
+    The response is streamed if the body is NDJSON, and if the Accept header names NDJSON and gives no higher quality to
+    any other format. A wildcard does not name NDJSON.
+    """
+    if media_type_of(content_type) not in ndjson.MEDIA_TYPES:
+        return None
+    ranges = _media_ranges(accept)
+    named = {name: quality for name, quality in ranges if name in ndjson.MEDIA_TYPES}
+    best = max(named, key=lambda name: named[name], default=None)
+    if best is None or named[best] <= 0:
+        return None
+    is_preferred = named[best] >= max(_quality(media_type, ranges) for media_type in ARRAY_FORMATS)
+    return best if is_preferred else None
+
+
+def _media_ranges(accept: str) -> list[tuple[str, float]]:
+    """Return the media ranges of an Accept header with their qualities. An empty header accepts everything."""
+    return [_media_range(part) for part in _PART.findall(accept) if part.strip()] or [("*/*", 1.0)]
+
+
 def _media_range(part: str) -> tuple[str, float]:
-    """Return the media range and the quality in one part of an Accept header."""
+    """Return the media range and the quality in one part of an Accept header.
+
+    A quality above 1 counts as 1, and a quality that is not a number counts as 0.
+    """
     name, *parameters = (piece.strip().lower() for piece in part.split(";"))
     weight = next((parameter[2:] for parameter in parameters if parameter.startswith("q=")), "1")
-    try:
-        return name, float(weight)
-    except ValueError:
-        return name, 0.0
+    return name, min(float(weight), 1.0) if _QUALITY.fullmatch(weight) else 0.0
 
 
 def _quality(media_type: str, ranges: list[tuple[str, float]]) -> float:

@@ -13,10 +13,11 @@ from starlette.requests import ClientDisconnect
 from service.anomaly.inputs import InputRows, parse_record_rows
 from service.anomaly.verdicts import Verdicts, parsing_errors, results_and_errors
 from service.codec import compression, ndjson
-from service.codec.request_body import media_type_of
+from service.codec.response_body import stream_media_type
 from service.endpoints import offload
 from service.endpoints.context import ServiceContext
 from service.endpoints.offload import run_in_thread_if_long
+from service.endpoints.query_options import read_options
 from service.endpoints.scoring import run_when_free, score_rows
 from service.endpoints.validation import merge, validate
 from service.errors import InvalidField
@@ -30,29 +31,28 @@ MAX_LINE_BYTES = 2**20
 MAX_NUMBER_BYTES = 32  # space for a JSON number and its comma
 
 
-def is_requested(request: RequestContext) -> bool:
-    """Return whether a request sends NDJSON and accepts NDJSON."""
-    return (
-        b"ndjson" in request.headers.get(b"accept", b"")
-        and media_type_of(request.header(b"content-type")) in ndjson.MEDIA_TYPES
-    )
+def media_type(request: RequestContext) -> str | None:
+    """Return the media type of the stream that `request` asks for, or None if it asks for a whole response."""
+    return stream_media_type(request.header(b"content-type"), request.header(b"accept"))
 
 
 class AnomalyStream:
-    """A request whose rows are scored as they arrive.
+    """A request whose rows are scored as they arrive, and whose response has the type `media_type`.
 
     The constructor raises a ServiceError if the query or a header is invalid.
     """
 
-    def __init__(self, service: ServiceContext, request: RequestContext) -> None:
+    def __init__(self, service: ServiceContext, request: RequestContext, media_type: str) -> None:
         self._service = service
+        self._media_type = media_type
         self._request = request
         self._record = request.record
         self._record.endpoint += ":stream"
         self._served = service.find(request.query.model)
         self._record.model = self._served.name
         self._record.version = self._served.version
-        self._body = validate(AnomalyBody, merge({}, request.query.options))
+        options = read_options(AnomalyBody, request.query.options)
+        self._body = validate(AnomalyBody, merge({}, options.values))
         is_gzip = compression.is_gzip(request.header(b"content-encoding"))
         self._gunzip = compression.GzipDecompressor() if is_gzip else None
         self._counts = {"rows": 0, "anomalies": 0, "failed": 0, "unknown_fields": 0}
@@ -68,7 +68,7 @@ class AnomalyStream:
 
     def response(self) -> HttpResponse:
         """Return a response whose content is produced while the request body arrives."""
-        return HttpResponse(self._lines(), ndjson.MEDIA_TYPE.encode(), self._served.headers)
+        return HttpResponse(self._lines(), self._media_type.encode(), self._served.headers)
 
     async def _lines(self) -> AsyncIterator[bytes]:
         """Yield the lines of the rows, in order. The last line has the counts, or the error that ended the stream."""

@@ -97,8 +97,9 @@ class InferenceEndpoints:
 
     async def anomaly(self, request: RequestContext) -> HttpResponse:
         """Score rows: return per row the score, the p-value, the verdict and the features that contribute most."""
-        if anomaly_stream.is_requested(request):
-            return anomaly_stream.AnomalyStream(self._service, request).response()
+        media_type = anomaly_stream.media_type(request)
+        if media_type:
+            return anomaly_stream.AnomalyStream(self._service, request, media_type).response()
         parsed = await parse_request(self._service, request, ANOMALY)
         run = partial(run_operation, self._service, parsed)
         verdicts = await score_rows(self._service, parsed.served, parsed.inputs, parsed.body, run)

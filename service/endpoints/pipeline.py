@@ -24,6 +24,7 @@ from service.codec.response_body import (
 from service.endpoints import offload
 from service.endpoints.context import ServiceContext
 from service.endpoints.offload import run_in_thread_if_long
+from service.endpoints.query_options import read_options
 from service.endpoints.validation import merge, validate
 from service.errors import ClientGone, InvalidField, TooManyRows
 from service.http.request import HttpResponse, RequestContext
@@ -102,9 +103,14 @@ async def parse_request(
         content = decompress_gzip(raw_body, request.max_body_bytes) if compressed else raw_body
         width = served.latent_schema.width if spec.array_field == "latents" else served.row_schema.width
         fields = read_fields(content_type, content, spec.array_field, width, spec.readers)
-        body = validate(spec.schema, merge(fields.values, query.options) if query.options else fields.values)
+        values, may_contain_non_floats = fields
+        if query.options:
+            options = read_options(spec.schema, query.options)
+            values = merge(values, options.values)
+            may_contain_non_floats = may_contain_non_floats or options.may_contain_non_floats
+        body = validate(spec.schema, values)
         _require_row_limit(spec, body, service.settings.max_rows)
-        return body, spec.read(served, body, fields.may_contain_non_floats)
+        return body, spec.read(served, body, may_contain_non_floats)
 
     if compressed:
         cost = offload.GZIP_BODY

@@ -10,6 +10,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from service.codec.response_body import stream_media_type
 from service.http.admission import TICKET, AdmissionControl, Refusal, Ticket
 from service.http.refusal import HeadRefusal
 
@@ -111,8 +112,13 @@ class Protocol(HttpToolsProtocol):
         cycle: Any = self.cycle  # None before the first request
         if (cycle and not cycle.response_complete) or self.expect_100_continue or self.flow.write_paused:
             return False
-        is_stream = any(name == b"accept" and b"ndjson" in value for name, value in self.headers)
-        return not is_stream and self._is_controlled(self._path())
+        return self._is_controlled(self._path()) and not self._is_stream()
+
+    def _is_stream(self) -> bool:
+        """Return whether the request streams rows and asks for a stream of verdicts."""
+        accept = b", ".join(value for name, value in self.headers if name == b"accept")
+        content_type = next((value for name, value in self.headers if name == b"content-type"), b"")
+        return stream_media_type(content_type.decode("latin-1"), accept.decode("latin-1")) is not None
 
     def _refuse(self, refusal: Refusal) -> None:
         self._is_refused = True

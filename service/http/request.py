@@ -2,21 +2,22 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import orjson
 from starlette.datastructures import QueryParams
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
-from service.errors import PROBLEM_JSON, BodyTooLarge, BodyTooSlow, ClientGone, ServiceError
+from service.errors import PROBLEM_JSON, BodyTooLarge, BodyTooSlow, ClientGone, InvalidField, ServiceError
 from service.http.admission import Ticket
 from service.monitoring.request_record import RequestRecord
 
 MAX_REQUEST_ID = 128  # characters
+LIST_HEADERS = (b"accept", b"content-encoding")  # their values are lists, which may span lines (RFC 9110, 5.3)
 MAX_CACHED_QUERY = 512  # bytes; the parsed forms of shorter queries are cached
 _REQUEST_KEY = "elbo.request"  # key of the RequestContext in an ASGI scope
 _SERVER_TIMING = b"parse;dur=%.3f, queue;dur=%.3f, compute;dur=%.3f, write;dur=%.3f, total;dur=%.3f"  # milliseconds
@@ -30,11 +31,11 @@ class Query:
 
     Args:
         model: the value of `model`, if given.
-        options: the other parameters, in order. A value that is valid JSON is parsed; any other value stays text.
+        options: the names and texts of the other parameters, in order.
     """
 
     model: str | None
-    options: tuple[tuple[str, Any], ...]
+    options: tuple[tuple[str, str], ...]
 
 
 class HttpResponse(NamedTuple):
@@ -73,7 +74,8 @@ class RequestContext:
         ticket: the resources of the request. The ticket counts the bytes of the body as held until `finish` is called.
 
     Attributes:
-        headers: the request headers by lower-case name. If a name occurs several times, the first header is kept.
+        headers: the request headers by lower-case name. If a name occurs several times, the lines of a header in
+            LIST_HEADERS are joined; of any other header, the first line is kept.
         record: the data about the request for the metrics and the access log.
         response_started: whether the head of the response has been sent.
     """
@@ -81,6 +83,8 @@ class RequestContext:
     def __init__(self, scope: Scope, receive: Receive, send: Send, limits: BodyLimits, ticket: Ticket) -> None:
         self.scope = scope
         self.headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))
+        if len(self.headers) < len(scope["headers"]):
+            _join_lists(self.headers, scope["headers"])
         self.record = new_record(scope, self.headers)
         self.response_started = False
         self.ticket = ticket
@@ -95,7 +99,7 @@ class RequestContext:
 
     @property
     def query(self) -> Query:
-        """The parsed query string."""
+        """The parsed query string. Raises InvalidField if it names two models."""
         text = self.scope["query_string"]
         return _parse_query_cached(text) if len(text) < MAX_CACHED_QUERY else _parse_query(text)
 
@@ -249,19 +253,22 @@ class RequestContext:
 
 
 def _parse_query(text: bytes) -> Query:
-    parameters = QueryParams(text)
-    options = [(name, _parse_value(value)) for name, value in parameters.multi_items() if name != "model"]
-    return Query(parameters.get("model"), tuple(options))
-
-
-def _parse_value(text: str) -> Any:
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
-        return text
+    parameters = QueryParams(text).multi_items()
+    models = [value for name, value in parameters if name == "model"]
+    if len(models) > 1:
+        raise InvalidField("model is given twice", pointer="/model", expected="each parameter once")
+    options = [(name, value) for name, value in parameters if name != "model"]
+    return Query(models[0] if models else None, tuple(options))
 
 
 _parse_query_cached = lru_cache(maxsize=1024)(_parse_query)
+
+
+def _join_lists(headers: dict[bytes, bytes], lines: Iterable[Header]) -> None:
+    """Join the lines of each header in LIST_HEADERS in `headers`. `lines`: all header lines of the request."""
+    for name in LIST_HEADERS:
+        if name in headers:
+            headers[name] = b", ".join(value for other, value in lines if other == name)
 
 
 def scope_with_request(request: RequestContext) -> Scope:

@@ -36,6 +36,12 @@ def test_npy_body_becomes_the_main_field() -> None:
         read_fields("application/x-npy", body, None)
 
 
+@pytest.mark.parametrize("body", ['{"inputs": [[1, 2]]}', '{"a": "b"}', '{"inputs": [[NaN]]}', "{}", ""])
+def test_byte_order_mark_is_not_part_of_the_json(body: str) -> None:
+    values = [read_fields("application/json", body.encode(code), "inputs", 2).values for code in ("utf-8", "utf-8-sig")]
+    np.testing.assert_equal(values[0], values[1])
+
+
 def test_empty_body_has_no_fields() -> None:
     assert read_fields("application/json", b"", "inputs").values == {}
 
@@ -44,8 +50,9 @@ def test_empty_body_has_no_fields() -> None:
     "body",
     [
         b"{", b"[1,]", b"{'a': 1}", b'{"a": 1,}', b'{"a": nan}', b'{"a": 01}', b'{"a": .5}', b'{"a": 0x1}',
-        b'{"a": 1} x',
-        b"\xff\xfe", b'{"a": "\xff"}', b"\xef\xbb\xbf{}", b'{"a": "\\ud800"}', b"[" * 100_000, b'{"a":' * 5000, b"\x00",
+        b'{"a": 1} x', b"\xff\xfe", b'{"a": "\xff"}', b"\xef\xbb\xbf\xef\xbb\xbf{}", b'{"a": "\\ud800"}',
+        b"[" * 100_000,
+        b'{"a":' * 5000, b"\x00",
         b'{"a": NaN', b'{"a": [NaN, "\\ud800"]}', b'{"a": Infinity, }', b"[" * 5000 + b"NaN" + b"]" * 5000,
         b'{"a": [NaN, ' + b"9" * 10_000 + b"]}",
     ],

@@ -219,13 +219,22 @@ def test_request_is_refused_before_its_body_arrives_and_may_be_repeated_if_the_q
     asyncio.run(scenario())
 
 
-def test_stream_of_rows_waits_instead_of_being_refused_if_the_queue_is_full(artifacts: Path) -> None:
+@pytest.mark.parametrize(
+    ("content_type", "accept"),
+    [
+        ("application/x-ndjson", ["application/x-ndjson"]),
+        ("application/jsonl; charset=utf-8", ["Application/JSONL"]),
+        ("application/x-ndjson", ["text/html", "application/x-ndjson, */*;q=0.1"]),
+    ],
+)
+def test_stream_of_rows_waits_instead_of_being_refused_if_the_queue_is_full(
+    artifacts: Path, content_type: str, accept: list[str]
+) -> None:
     async def scenario() -> None:
         async with serving(Settings(artifacts=artifacts, max_rows=3, queue_rows=3)) as (service, port):
             gate = Gate()
             held = await gate.hold(service.batcher, service.find(None), np.repeat(ROWS, 3, axis=0))
-            media_type = "application/x-ndjson"
-            headers = {"content-type": media_type, "accept": media_type}
+            headers = [("content-type", content_type), *(("accept", line) for line in accept)]
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
                 line = json.dumps(ROWS[0].tolist()).encode() + b"\n"
                 stream = asyncio.create_task(client.post("/anomaly", content=line, headers=headers))
