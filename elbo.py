@@ -427,6 +427,14 @@ def score(
     explain: Annotated[
         int, typer.Option(min=0, help="number of features to report per row: those that contribute most")
     ] = 3,
+    extrapolated: Annotated[
+        bool,
+        typer.Option(
+            "--extrapolated",
+            help="allow anomalies at an alpha below the smallest possible p-value, by a fitted tail and without a "
+            "guarantee; without this option, no row is anomalous at such an alpha",
+        ),
+    ] = False,
     format_: Annotated[Format, typer.Option("--format", help="one JSON object per line, or CSV")] = Format.ndjson,
     time: Annotated[
         str | None, typer.Option(metavar="<column>", help="column with the time of the row; default: timestamp")
@@ -447,12 +455,15 @@ def score(
     from training.data.row_stream import stream_for_model
     from training.evaluation.score import Tally, csv_lines, ndjson_lines
     from training.progress import progress
+    from training.reports.describe import few_calibration_rows
 
     artifact = load(_artifact_path(name, artifacts))
     stream = stream_for_model(data, artifact.manifest, time=time, group=group, escape=escape)
     lines, tally = csv_lines if format_ is Format.csv else ndjson_lines, Tally()
+    if not extrapolated and not artifact.manifest.calibration.reaches(alpha):
+        typer.echo(few_calibration_rows(artifact.manifest.calibration, alpha), err=True)
     with progress(f"scoring {data}", stream.total) as bar:
-        for text in lines(artifact, stream, alpha, explain, tally):
+        for text in lines(artifact, stream, alpha, explain, tally, extrapolated):
             sys.stdout.write(text)
             sys.stdout.flush()  # a closed pipe ends the command here; else, Python would print an error at exit
             bar.show(tally.rows)

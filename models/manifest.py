@@ -38,7 +38,13 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)  # valid as a fo
 UNREADABLE = (  # the exceptions that zipfile and json raise on damaged bytes
     zipfile.BadZipFile, zlib.error, struct.error, StopIteration, EOFError, OSError, KeyError, RuntimeError, ValueError,
 )  # fmt: skip
+FLOOR_TOLERANCE = 1e-6  # without it, rounding could make an alpha of 0.005 smaller than a floor of 1 / 200
 VERSION = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
+
+
+def reaches(floor: float, alpha: float) -> bool:
+    """Return whether `alpha` is at least `floor`, the smallest possible p-value, up to rounding."""
+    return alpha >= floor * (1 - FLOOR_TOLERANCE)
 
 
 class _Frozen(BaseModel):
@@ -75,6 +81,10 @@ class CalibrationSize(_Frozen):
 
     rows: int
     floor: float
+
+    def reaches(self, alpha: float) -> bool:
+        """Return whether a p-value can be as small as `alpha`. If not, any threshold at `alpha` is an extrapolation."""
+        return reaches(self.floor, alpha)
 
 
 class Recalibration(_Frozen):

@@ -143,6 +143,12 @@ class AnomalyBody(Body):
         description="false discovery rate: the accepted share of normal rows among those flagged, decided over the "
         "whole request (Benjamini-Hochberg) instead of per row by alpha",
     )
+    extrapolated: bool = Field(
+        False,
+        description="whether rows may be anomalous at an alpha below the smallest possible p-value: a tail fitted to "
+        "the largest calibration scores then gives the threshold, and the false-alarm rate is not guaranteed. If "
+        "false, no row is anomalous at such an alpha, and no severity is above 1",
+    )
     explain: int = Field(3, ge=0, description="number of features to report per row: those that contribute most")
     impute: bool = Field(
         True,
@@ -282,12 +288,16 @@ class AnomalyAnswer(ModelAnswer):
     unknown_fields: int = Field(description="values whose name is not a feature")
     alpha: float | None = None
     fdr: float | None = None
-    threshold: float | None = Field(None, description="the score above which a row is anomalous at alpha")
+    threshold: float | None = Field(
+        None,
+        description="the score above which a row is anomalous at alpha; null if alpha is below the smallest possible "
+        "p-value and `extrapolated` was not requested",
+    )
     calibration: Calibration | None = None
     extrapolated: bool | None = Field(
         None,
-        description="whether alpha is below the smallest possible p-value: threshold and severity then come from a "
-        "fitted tail; `fdr` still uses p-values only",
+        description="whether alpha is below the smallest possible p-value and `extrapolated` was requested: threshold "
+        "and severity then come from a fitted tail; `fdr` still uses p-values only",
     )
     results: list[Result] | None = None
     errors: list[RowProblem] | None = Field(None, description="rows that could not be scored")

@@ -22,6 +22,7 @@ from training.fitting.prepared_data import PreparedData, prepare_data
 from training.progress import Reporter, SilentReporter
 from training.publishing.compatibility import refuse_other_features
 from training.publishing.publish import publish
+from training.reports.describe import DEFAULT_ALPHA, few_calibration_rows
 from training.reports.history import HistoryRecorder
 from training.reports.run_report import write_run
 
@@ -178,6 +179,8 @@ def _finish(
     for warning in data.table.warnings:
         if warning.startswith("WARNING"):
             report.note(warning)  # again, because the progress of a long run has hidden the first
+    if not manifest.calibration.reaches(DEFAULT_ALPHA):
+        report.note(few_calibration_rows(manifest.calibration))
     return path
 
 

@@ -24,6 +24,9 @@ class SeriesMapping(BaseModel):
     )
     group: list[str] = Field(["instance"], min_length=1, description="the labels that distinguish groups (hosts)")
     alpha: float = Field(0.05, gt=0.0, lt=1.0, description="the false-alarm rate: the share of normal rows flagged")
+    extrapolated: bool = Field(
+        False, description="whether rows may be anomalous at an alpha below the model's smallest possible p-value"
+    )
     wait_seconds: float = Field(10.0, ge=0.0, le=3600.0, description="how long a row waits for its last sample")
 
 

@@ -29,9 +29,6 @@ from service.schemas import AnomalyBody, DecodeBody, EncodeBody, End, Interpolat
 
 Array = npt.NDArray[np.float32]
 MAX_STRIP_STEPS = 32  # for up to this many interpolation steps, the image is a single row of tiles
-# Relative tolerance for comparing alpha with the floor, the smallest possible p-value. Without the tolerance, rounding
-# could make an alpha of 0.005 smaller than a floor of 1 / 200.
-FLOOR_TOLERANCE = 1e-6
 
 
 class InferenceEndpoints:
@@ -196,14 +193,15 @@ def _anomaly_fields(parsed: ParsedRequest[AnomalyBody, InputRows], verdicts: Ver
     if body.detail == "none":
         return counts
     calibration = served.manifest.calibration
+    reached = calibration.reaches(body.alpha)
     scored, errors = results_and_errors(verdicts, body.explain, served.row_schema.names, served.manifest.parts)
     return {
         **counts,
         "alpha": body.alpha,
         "fdr": body.fdr,
-        "threshold": served.backend.calibration.threshold(body.alpha),
+        "threshold": served.backend.calibration.threshold(body.alpha) if reached or body.extrapolated else None,
         "calibration": {"rows": calibration.rows, "floor": calibration.floor},
-        "extrapolated": body.alpha < calibration.floor * (1 - FLOOR_TOLERANCE),
+        "extrapolated": body.extrapolated and not reached,
         "results": scored,
         "errors": errors,
     }

@@ -142,7 +142,7 @@ class RemoteWriteEndpoint:
             self._service.unknown_metrics.report(served, aligner.unknown_metrics)
             aligner.unknown_metrics.clear()
         due = aligner.pop_ready(monotonic(), flush=everything)
-        body = AnomalyBody(alpha=mapping.alpha, time=TIME, group=GROUP, observe=True)
+        body = AnomalyBody(alpha=mapping.alpha, extrapolated=mapping.extrapolated, time=TIME, group=GROUP, observe=True)
         run = partial(run_when_free, self._service, served)
         batch_rows = self._service.settings.max_rows
         for start in range(0, len(due), batch_rows):

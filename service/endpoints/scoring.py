@@ -38,7 +38,9 @@ async def score_rows(
     """
     verdicts = None
     if input_rows.parsed.rows:
-        outputs = await run(operations.anomaly(body.alpha), served.row_schema.impute(input_rows.parsed))
+        outputs = await run(
+            operations.anomaly(body.alpha, body.extrapolated), served.row_schema.impute(input_rows.parsed)
+        )
         verdicts = decide(input_rows, Scores(*outputs), body)
     if service.settings.observe if body.observe is None else body.observe:
         service.metrics.anomalies.count(served, input_rows, verdicts)

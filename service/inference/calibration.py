@@ -28,7 +28,13 @@ TOLERANCE = 1e-6  # maximum relative error of severities: the exponentials of Nu
 
 
 class Calibration(Protocol):
-    """The calibration methods of the artifact contract, on arrays."""
+    """The calibration methods of the artifact contract, on arrays.
+
+    Args:
+        floor: the smallest possible p-value.
+    """
+
+    floor: float
 
     def p_value(self, score: Array, /) -> Array:
         """Return the conformal p-values [B] of scores [B]."""
@@ -59,6 +65,7 @@ class NumpyCalibration:
         self._height = buffers["height"]
         self._slope = buffers["slope"]
         n = len(self._scores)
+        self.floor = 1 / (n + 1)
         # Index i holds the p-value of a score that exceeds i calibration scores.
         self._p_values = np.arange(n + 1, 0, -1).astype(np.float32) / np.float32(n + 1)
         self._module_threshold = threshold
@@ -129,9 +136,11 @@ class TorchScriptCalibration:
     Args:
         module: the module of the artifact.
         device: the device of `module`.
+        floor: the smallest possible p-value.
     """
 
-    def __init__(self, module: torch.jit.ScriptModule, device: torch.device) -> None:
+    def __init__(self, module: torch.jit.ScriptModule, device: torch.device, floor: float) -> None:
+        self.floor = floor
         self._module = module
         self._device = device
 
@@ -165,7 +174,7 @@ def load_calibration(artifact: Artifact) -> Calibration:
         calibration = NumpyCalibration(buffers, artifact.module.threshold)
         if agrees_with_module(calibration, artifact.module, buffers["scores"]):
             return calibration
-    return TorchScriptCalibration(artifact.module, artifact.device)
+    return TorchScriptCalibration(artifact.module, artifact.device, artifact.manifest.calibration.floor)
 
 
 def agrees_with_module(calibration: Calibration, module: torch.jit.ScriptModule, known: Array) -> bool:

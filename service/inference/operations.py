@@ -14,6 +14,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from models import artifact
+from models.manifest import reaches
 from service.inference.calibration import Calibration
 
 Tensors = tuple[Tensor, ...]  # each [B, ...]
@@ -49,14 +50,19 @@ class AnomalyOperation(Operation):
 
     Args:
         alpha: the false-alarm rate.
+        extrapolated: whether a row may be anomalous although alpha is below the smallest possible p-value.
     """
 
     alpha: float = 0.05
+    extrapolated: bool = False
 
     def finish(self, outputs: Arrays, calibration: Calibration) -> Arrays:
         """Insert p-values [B] and severities [B] after the scores [B]."""
         score, *explanation = outputs
-        return score, calibration.p_value(score), calibration.severity(score, self.alpha), *explanation
+        severity = calibration.severity(score, self.alpha)
+        if not self.extrapolated and not reaches(calibration.floor, self.alpha):
+            severity = np.minimum(severity, np.float32(1))  # no row is anomalous
+        return score, calibration.p_value(score), severity, *explanation
 
 
 def _encode(module: Any, x: Tensor) -> Tensors:
@@ -92,12 +98,15 @@ SAMPLE = Operation("sample", _sample, batched=False)  # noise [B, K], choice [B]
 
 
 @lru_cache(maxsize=64)  # requests share a batch only if their operation is the same object
-def anomaly(alpha: float) -> Operation:
+def anomaly(alpha: float, extrapolated: bool = False) -> Operation:
     """Return the operation that scores x [B, D]. The severities are for the false-alarm rate `alpha`.
+
+    If `alpha` is below the smallest possible p-value, severities are at most 1, so that no row is anomalous, unless
+    `extrapolated` is true.
 
     It returns six arrays: score [B], p_value [B], severity [B], parts [B, P], contribution [B, D], expected [B, D].
     """
-    return AnomalyOperation("anomaly", _score, onnx_method="score", alpha=alpha)
+    return AnomalyOperation("anomaly", _score, onnx_method="score", alpha=alpha, extrapolated=extrapolated)
 
 
 @lru_cache(maxsize=2)

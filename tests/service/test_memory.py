@@ -221,7 +221,7 @@ def test_body_is_not_copied_if_it_arrives_in_one_piece(artifacts: Path) -> None:
 
 def test_backend_remembers_the_smallest_batch_that_exceeded_memory() -> None:
     cpu = torch.device("cpu")
-    backend = TorchScriptBackend(None, cpu, TorchScriptCalibration(None, cpu))  # type: ignore[arg-type] # no model runs
+    backend = TorchScriptBackend(None, cpu, TorchScriptCalibration(None, cpu, 0.01))  # type: ignore[arg-type] # no model runs
     backend.limit_rows(64)
     backend.limit_rows(100)
     assert backend.max_rows == 32

@@ -21,7 +21,7 @@ from training.evaluation.metrics import (
     bits_per_dimension,
     importance_weighted,
 )
-from training.evaluation.score import batches, refuse_overflow
+from training.evaluation.score import batches, refuse_overflow, severity_at
 from training.fitting.latents import ACTIVE_VARIANCE
 from training.progress import SlowProgress
 from training.reports.describe import against_pca
@@ -180,7 +180,7 @@ def _density(artifact: Artifact, table: Table, draws: int) -> dict[str, Any]:
 
 def _flagged(artifact: Artifact, scores: Floats, alpha: float) -> npt.NDArray[np.bool_]:
     with torch.inference_mode():
-        severity = artifact.module.severity(torch.from_numpy(scores).to(artifact.device), alpha)
+        severity = severity_at(artifact, torch.from_numpy(scores).to(artifact.device), alpha)
     flagged: npt.NDArray[np.bool_] = (severity > 1).cpu().numpy()
     return flagged
 

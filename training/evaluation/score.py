@@ -44,12 +44,12 @@ class Scores:
         return replace(self, **{name: np.clip(getattr(self, name), -MAX_FLOAT32, MAX_FLOAT32) for name in names})
 
 
-def score_rows(artifact: Artifact, x: Floats, alpha: float) -> Scores:
-    """Return the scores of rows x [B, D] at `alpha`."""
+def score_rows(artifact: Artifact, x: Floats, alpha: float, extrapolated: bool = False) -> Scores:
+    """Return the scores of rows x [B, D] at `alpha`. See `severity_at` for `extrapolated`."""
     with torch.inference_mode():
         score, parts, contribution, expected = artifact.module.score(torch.from_numpy(x).to(artifact.device))
         p_value = artifact.module.p_value(score)
-        severity = artifact.module.severity(score, alpha)
+        severity = severity_at(artifact, score, alpha, extrapolated)
     return Scores(
         score=score.cpu().numpy(),
         p_value=p_value.cpu().numpy(),
@@ -58,6 +58,17 @@ def score_rows(artifact: Artifact, x: Floats, alpha: float) -> Scores:
         contribution=contribution.cpu().numpy(),
         expected=expected.cpu().numpy(),
     )
+
+
+def severity_at(artifact: Artifact, score: torch.Tensor, alpha: float, extrapolated: bool = False) -> torch.Tensor:
+    """Return the severities [B] of scores [B].
+
+    If `alpha` is below the smallest possible p-value, severities are at most 1, so that no row is anomalous, unless
+    `extrapolated` is true.
+    """
+    severity: torch.Tensor = artifact.module.severity(score, alpha)
+    reached = extrapolated or artifact.manifest.calibration.reaches(alpha)
+    return severity if reached else severity.clamp(max=1.0)
 
 
 @dataclass
@@ -78,18 +89,22 @@ class Tally:
             )
 
 
-def ndjson_lines(artifact: Artifact, stream: RowStream, alpha: float, explain: int, tally: Tally) -> Iterator[str]:
+def ndjson_lines(
+    artifact: Artifact, stream: RowStream, alpha: float, explain: int, tally: Tally, extrapolated: bool = False
+) -> Iterator[str]:
     """Yield NDJSON, several lines at a time. Each row is an object with the same fields as a result of /anomaly.
 
     A row without a score has the fields `row` and `detail`, as an error of /anomaly. A row whose score is too large for
     float32 has all fields.
     """
     option = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
-    for results in _batches_of_results(artifact, stream, alpha, explain, tally):
+    for results in _batches_of_results(artifact, stream, alpha, explain, tally, extrapolated):
         yield b"".join(orjson.dumps(result, option=option) for result in results).decode()
 
 
-def csv_lines(artifact: Artifact, stream: RowStream, alpha: float, explain: int, tally: Tally) -> Iterator[str]:
+def csv_lines(
+    artifact: Artifact, stream: RowStream, alpha: float, explain: int, tally: Tally, extrapolated: bool = False
+) -> Iterator[str]:
     """Yield CSV, several lines at a time: a header, then a line per row. Each explained feature takes four columns.
 
     The last columns are the time and the group, if the source has them, and the fault of a faulty row.
@@ -99,7 +114,7 @@ def csv_lines(artifact: Artifact, stream: RowStream, alpha: float, explain: int,
     scored = ["score", "p_value", "severity", "is_anomaly"]
     passed_on = [name for name, column in (("time", stream.time), ("group", stream.group)) if column is not None]
     yield _csv([["row", *scored, *columns, *passed_on, "detail"]])
-    for results in _batches_of_results(artifact, stream, alpha, explain, tally):
+    for results in _batches_of_results(artifact, stream, alpha, explain, tally, extrapolated):
         yield _csv(
             [
                 result["row"],
@@ -127,14 +142,14 @@ def _csv(lines: Iterable[Sequence[object]]) -> str:
 # The fields are those of `results_and_errors` in service/anomaly/verdicts.py. No module can hold the code for both:
 # training must not import service, and service imports only the artifact, the manifest and the errors from models.
 def _batches_of_results(
-    artifact: Artifact, stream: RowStream, alpha: float, explain: int, tally: Tally
+    artifact: Artifact, stream: RowStream, alpha: float, explain: int, tally: Tally, extrapolated: bool = False
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield the results of the rows of `stream` in order, a batch at a time. Count them in `tally`.
 
     As in responses of /anomaly, a number that is too large for float32 is given as the largest float32.
     """
     for rows in stream.batches():
-        scores = score_rows(artifact, rows.x, alpha)
+        scores = score_rows(artifact, rows.x, alpha, extrapolated)
         usable = scores.usable
         overflows = ~np.isfinite(scores.score)
         with np.errstate(invalid="ignore"):

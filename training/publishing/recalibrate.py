@@ -22,7 +22,7 @@ from training.data.row_store import Floats
 from training.data.table import MAX_HELD_OUT_ROWS, Table
 from training.errors import DataError, FitError
 from training.evaluation.alarm_rates import alarm_rate
-from training.evaluation.score import batches, refuse_overflow
+from training.evaluation.score import batches, refuse_overflow, severity_at
 from training.progress import SlowProgress
 from training.publishing.exhibits import calibration_json
 from training.publishing.publish import software_versions
@@ -121,7 +121,7 @@ def _scores(parent: Artifact, table: Table) -> Floats:
 def _compare_with_old(parent: Artifact, table: Table, scores: Floats, alpha: float) -> Iterator[str]:
     """Yield what share of the scores the old calibration flags, and a warning if chance cannot explain that share."""
     with torch.inference_mode():
-        severity = parent.module.severity(torch.from_numpy(scores).to(parent.device), alpha).cpu().numpy()
+        severity = severity_at(parent, torch.from_numpy(scores).to(parent.device), alpha).cpu().numpy()
     flagged = int((severity > 1).sum())
     share = 100 * flagged / len(scores)
     yield f"{_reference(parent)} flags {share:.3g} % of the rows of {table.source} at alpha {alpha:g}"

@@ -1,10 +1,11 @@
 """`elbo inspect`: describe an artifact in text. Needs no torch."""
 
+import math
 import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from models.manifest import Manifest
+from models.manifest import CalibrationSize, Manifest
 from training.config import TrainConfig
 
 KIND_NAMES = {
@@ -14,6 +15,7 @@ KIND_NAMES = {
     "ensemble": "ensemble of an autoencoder and nearest neighbours",
 }
 LINE_WIDTH = 100  # longer lists continue on further lines
+DEFAULT_ALPHA = 0.05
 FEATURES = 12  # number of features that are listed; further features are only counted
 
 
@@ -56,8 +58,26 @@ def _facts(manifest: Manifest, path: Path) -> Iterator[tuple[str, str]]:
     if origin := manifest.recalibration:
         rows = f"{calibration.rows:,} of {origin.rows:,} rows of {origin.source}, SHA-256 {origin.fingerprint[:12]}"
         yield "calibration", f"{rows}; the networks are those of {origin.parent}"
-    yield "p-value", f"at least {calibration.floor:.3g}: for a smaller alpha, severity follows a fitted tail"
+    yield (
+        "p-value",
+        f"at least {calibration.floor:.3g}: at a smaller alpha, no row is anomalous unless `extrapolated` is requested",
+    )
     yield "versions", _joined(manifest.versions)
+
+
+def few_calibration_rows(calibration: CalibrationSize, alpha: float = DEFAULT_ALPHA) -> str:
+    """Return the warning that there are too few calibration rows to call any row anomalous at `alpha`."""
+    warning = (
+        f"WARNING: no row is called anomalous at alpha {alpha:g}: the smallest possible p-value is "
+        f"{calibration.floor:.3g}, because there are only {calibration.rows} calibration rows"
+    )
+    if not alpha:
+        return f"{warning}; use an alpha above 0"
+    needed = math.ceil(1.0 / alpha - 1e-9) - 1
+    return (
+        f"{warning}, and this alpha needs at least {needed}. Train on at least {5 * needed} distinct rows, of which a "
+        f"fifth calibrates, or run elbo calibrate with at least {needed} new rows"
+    )
 
 
 def against_pca(metrics: dict[str, float]) -> str | None:

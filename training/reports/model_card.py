@@ -8,7 +8,7 @@ from models.manifest import Manifest
 from training.config import TrainConfig
 from training.data.series import SERIES_CORRELATION
 from training.fitting.defaults import resolved_config
-from training.reports.describe import KIND_NAMES, against_pca, latents_phrase
+from training.reports.describe import DEFAULT_ALPHA, KIND_NAMES, against_pca, few_calibration_rows, latents_phrase
 
 FEATURES = 40  # number of features that are listed; further features are only counted
 FEW_CALIBRATION_ROWS = 100
@@ -130,11 +130,14 @@ def _alarms(manifest: Manifest) -> Iterator[str]:
         yield f"are those of {origin.parent}. SHA-256 of the calibration rows: `{origin.fingerprint}`."
     else:
         yield f"It was calibrated on {rows:,} rows that were not used for training."
+    if not manifest.calibration.reaches(DEFAULT_ALPHA):
+        yield f"**{few_calibration_rows(manifest.calibration)}**"
     yield "At alpha 0.05, at most 5 % of the normal rows that are exchangeable with the calibration rows raise a false"
     yield "alarm, on average over calibration sets."
     if _is_series(manifest):
         yield "**Rows of other days are not exchangeable with these rows, which are a series: see below.**"
-    yield f"The smallest possible p-value is {floor:.3g}. For a smaller alpha, severity follows a fitted tail."
+    yield f"The smallest possible p-value is {floor:.3g}. At a smaller alpha, no row is anomalous"
+    yield "unless `extrapolated` is requested: the threshold then comes from a fitted tail, without a guarantee."
 
 
 DENOISING = (

@@ -1,6 +1,7 @@
 """Verdicts of /anomaly, compared with the artifact, SciPy's Benjamini-Hochberg and the definition of each field."""
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def mixed(digits: np.ndarray) -> np.ndarray:
 def test_every_field_of_the_response_matches_the_artifact(
     client: httpx.Client, vae: Artifact, mixed: np.ndarray, alpha: float
 ) -> None:
-    response = post(client, "/anomaly", {"inputs": mixed.tolist(), "alpha": alpha})
+    response = post(client, "/anomaly", {"inputs": mixed.tolist(), "alpha": alpha, "extrapolated": True})
     with torch.inference_mode():
         score, parts, _, _ = vae.module.score(torch.from_numpy(mixed))
         severity = vae.module.severity(score, alpha)
@@ -165,7 +166,8 @@ def test_control_of_the_false_discovery_rate_ignores_the_severity_of_an_extreme_
     """
     rows = host_table().x.read_range(0, 30).astype(float)
     rows[7] += 1e4
-    response = post(client, "/anomaly", {"inputs": rows.tolist(), "fdr": 0.1, "alpha": 1e-6}, params={"model": "hosts"})
+    body = {"inputs": rows.tolist(), "fdr": 0.1, "alpha": 1e-6, "extrapolated": True}
+    response = post(client, "/anomaly", body, params={"model": "hosts"})
     assert response["extrapolated"]
     assert response["results"][7]["severity"] > 100
     assert response["results"][7]["p_value"] == pytest.approx(1 / 81)  # larger than 0.1 / 30
@@ -176,10 +178,50 @@ def test_control_of_the_false_discovery_rate_ignores_the_severity_of_an_extreme_
 def test_threshold_is_extrapolated_only_if_alpha_is_below_the_smallest_p_value(
     client: httpx.Client, alpha: float
 ) -> None:
-    body = {"inputs": host_table().x.read_range(0, 1).astype(float).tolist(), "alpha": alpha}
+    body = {"inputs": host_table().x.read_range(0, 1).astype(float).tolist(), "alpha": alpha, "extrapolated": True}
     response = post(client, "/anomaly", body, params={"model": "hosts"})
     assert response["calibration"]["floor"] == pytest.approx(1 / 81)
     assert response["extrapolated"] == (alpha == 0.0123)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "options", "anomalous"),
+    [
+        (0.0124, {}, True),
+        (0.0123, {}, False),
+        (1e-6, {}, False),
+        (0.0123, {"half_life_rows": 0.1}, False),
+        (0.0123, {"extrapolated": True}, True),
+        (1e-6, {"extrapolated": True, "half_life_rows": 0.1}, True),
+    ],
+)
+def test_no_row_is_anomalous_below_the_smallest_p_value_unless_extrapolation_is_requested(
+    client: httpx.Client, alpha: float, options: dict[str, object], anomalous: bool
+) -> None:
+    rows = host_table().x.read_range(0, 3).astype(float)
+    rows[1:] += 1e4
+    body = {"inputs": rows.tolist(), "alpha": alpha, **options}
+    response = post(client, "/anomaly", body, params={"model": "hosts"})
+    assert response["anomalies"] == (2 if anomalous else 0)
+    assert column(response, "is_anomaly").tolist() == [False, anomalous, anomalous]
+    assert (column(response, "severity")[1:] > 1).all() == anomalous
+    assert column(response, "p_value")[1:].tolist() == pytest.approx([1 / 81, 1 / 81])
+    assert (response["threshold"] is None) == (not anomalous)
+
+
+@pytest.mark.parametrize(("query", "anomalies"), [("", 0), ("&extrapolated=true", 1)])
+def test_stream_calls_no_row_anomalous_below_the_smallest_p_value_unless_extrapolation_is_requested(
+    client: httpx.Client, query: str, anomalies: int
+) -> None:
+    record = dict.fromkeys(host_table().names, 1e4)
+    response = client.post(
+        f"/anomaly?model=hosts&alpha=0.001{query}",
+        content=json.dumps(record),
+        headers={"Content-Type": "application/x-ndjson", "Accept": "application/x-ndjson"},
+    )
+    verdict, counts = map(json.loads, response.text.splitlines())
+    assert verdict["is_anomaly"] == bool(anomalies)
+    assert counts["anomalies"] == anomalies
 
 
 FDR_TRIALS = 3_000

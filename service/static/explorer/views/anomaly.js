@@ -127,7 +127,7 @@ class AnomalyView {
     return histogram({
       values: scores,
       marks: [
-        { x: threshold, text: `threshold ${number(threshold)}`, series: 2 },
+        ...(threshold === null ? [] : [{ x: threshold, text: `threshold ${number(threshold)}`, series: 2 }]),
         { x: score, text: `this row ${number(score)}`, series: isAnomaly ? 5 : 1 },
       ],
       xLabel: `score of ${rows} normal rows`,
