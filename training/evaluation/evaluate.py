@@ -193,8 +193,8 @@ def _comments(rates: Sequence[AlarmRate], model: str, source: str, *, has_labels
     rate = min(too_high, key=lambda rate: abs(rate.alpha - USUAL_ALPHA))
     subject = "normal rows" if has_labels else "rows"
     text = (
-        f"{100 * rate.share:.3g} % of the {subject} of {source} are flagged at alpha {rate.alpha:g}; chance explains at "
-        f"most {100 * rate.limit:.3g} %. These rows differ from the calibration rows, so the false-alarm rate of "
+        f"{100 * rate.share:.3g} % of the {subject} of {source} are flagged at alpha {rate.alpha:g}; chance explains "
+        f"at most {100 * rate.limit:.3g} %. These rows differ from the calibration rows, so the false-alarm rate of "
         f"{100 * rate.alpha:g} % does not hold for them."
     )
     if not has_labels:
