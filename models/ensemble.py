@@ -5,8 +5,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from models.autoencoder import Autoencoder, Whitening
+from models.autoencoder import Autoencoder
 from models.core import Core
+from models.whitening import Whitening
 
 
 class Neighbours(nn.Module):

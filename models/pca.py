@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from models.core import Core
+from models.whitening import Whitening
 
 
 class PCA(Core):
@@ -24,6 +25,9 @@ class PCA(Core):
         shrinkage: rho in [0, 1], a scalar. The score uses the covariance (1 - rho) C + rho mean(diag C) I (Ledoit
             & Wolf 2004). If there are few rows, small eigenvalues are underestimated, and without shrinkage the score
             would be too high.
+        whitening: whitens x, [D]. Its first K coordinates whiten the latents. If it is given, the score uses it instead
+            of the shrunk covariance: for columns that nearly repeat each other, the noise outside the subspace is far
+            from isotropic, and s2 would hide a break of one column.
     """
 
     parts = ("t2", "q")
@@ -40,6 +44,7 @@ class PCA(Core):
         eigenvalues: Tensor,
         noise_variance: Tensor,
         shrinkage: Tensor | None = None,
+        whitening: Whitening | None = None,
     ) -> None:
         super().__init__()
         self.register_buffer("mean", mean)
@@ -47,6 +52,7 @@ class PCA(Core):
         self.register_buffer("eigenvalues", eigenvalues)
         self.register_buffer("noise_variance", noise_variance)
         self.register_buffer("shrinkage", torch.zeros_like(noise_variance) if shrinkage is None else shrinkage)
+        self.whitening: Whitening | None = whitening  # a class annotation would not compile
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return two arrays for x [B, D]: the principal scores [B, K], and the posterior standard deviations [B, K].
@@ -64,9 +70,15 @@ class PCA(Core):
     def score(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return three arrays for x [B, D]: the score [B], its two parts [B, 2], and the projection of x [B, D].
 
-        The parts are T2 and Q / s2. The score is their sum, the squared Mahalanobis distance under the shrunk
-        covariance.
+        The score is a squared Mahalanobis distance, under the covariance of the whitening or under the shrunk
+        covariance. T2 is the squared distance of the latents, and Q is the rest: by the chain rule for Gaussians, the
+        squared distance of the residual from its conditional mean given the latents.
         """
+        if self.whitening is not None:
+            squares = self.whitening(x).square()  # [B, D]
+            latents = self.eigenvalues.shape[0]
+            t2, q = squares[:, :latents].sum(dim=1), squares[:, latents:].sum(dim=1)  # [B], [B]
+            return t2 + q, torch.stack((t2, q), dim=1), self.decode(self.encode(x)[0])
         mean = self._mean_variance(x.shape[1])
         eigenvalues = self.eigenvalues + self.shrinkage * (mean - self.eigenvalues)  # [K]
         noise_variance = self.noise_variance + self.shrinkage * (mean - self.noise_variance)

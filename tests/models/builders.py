@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from models.autoencoder import Autoencoder, Whitening
+from models.autoencoder import Autoencoder
 from models.calibration import Calibration
 from models.core import Core
 from models.ensemble import Ensemble, Neighbours
@@ -17,6 +17,7 @@ from models.pipeline import Pipeline
 from models.prior import Prior, gaussian_prior
 from models.scaling import ImputingScaling, Scaling
 from models.vae import VAE
+from models.whitening import Whitening
 
 B, D, K = 6, 5, 2
 CORES = ("pca", "ae", "ae-diagonal", "ensemble", "vae-gaussian", "vae-per-feature", "vae-bernoulli")

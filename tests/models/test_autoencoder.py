@@ -4,10 +4,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from sklearn.covariance import LedoitWolf
 
-from models.autoencoder import Autoencoder, no_whitening
+from models.autoencoder import Autoencoder
 from models.networks import mlp
+from models.whitening import no_whitening
+from tests.models.covariances import regularised_covariance
 from training.fitting.score_statistics import LATENT_NOISE, ORDINARY_PERCENT, fit_score_statistics
 from training.fitting.whitening import PSEUDO_ROWS, fit_whitening
 
@@ -37,25 +38,13 @@ def vectors_of(model: Autoencoder, x: torch.Tensor) -> Doubles:
     return torch.cat((latents, x - model.decode(latents)), dim=1).double().numpy()
 
 
-def covariance_of(vectors: Doubles, usual: Doubles) -> Doubles:
-    """Compute the regularised covariance of joint vectors [N, K + D] with scikit-learn and numpy.
-
-    The variances of the vectors are shrunk towards the variances in `usual` [K + D].
-    """
-    rows, centred = len(vectors), vectors - vectors.mean(axis=0)
-    deviation = np.sqrt((rows * centred.var(axis=0) + PSEUDO_ROWS * usual) / (rows + PSEUDO_ROWS))
-    correlation = LedoitWolf(assume_centered=True).fit(centred / deviation).covariance_
-    np.fill_diagonal(correlation, np.maximum(correlation.diagonal(), 1.0))
-    correlation[:K, :K] += LATENT_NOISE * np.eye(K)
-    return np.asarray(correlation * np.outer(deviation, deviation))
-
-
 def test_score_is_the_mahalanobis_distance_of_latents_and_residual() -> None:
     model, x = autoencoder(), torch.randn(500, D) @ MIXING
     fit_score_statistics(model, x, x)
     vectors = vectors_of(model, x)
     usual = np.repeat([vectors[:, :K].var(axis=0).mean(), x.double().numpy().var(axis=0).mean()], [K, D])
-    covariance, centred = covariance_of(vectors, usual), vectors - vectors.mean(axis=0)
+    noise = np.repeat([LATENT_NOISE, 0.0], [K, D])
+    covariance, centred = regularised_covariance(vectors, usual, noise)[0], vectors - vectors.mean(axis=0)
     score, parts, x_hat = model.score(x)
     exact = np.einsum("nv,vw,nw->n", centred, np.linalg.inv(covariance), centred)
     assert score.numpy() == pytest.approx(exact, rel=1e-3)
@@ -87,15 +76,29 @@ def test_cluster_of_many_distant_rows_counts_as_normal() -> None:
     assert float(model.score(x)[0].mean()) == pytest.approx(K / (1 + LATENT_NOISE) + D, rel=0.3)
 
 
-def test_whitening_distance_is_the_mahalanobis_distance_under_the_shrunk_covariance() -> None:
-    vectors = torch.randn(400, D) @ torch.randn(D, D)
+@pytest.mark.parametrize("rows", [8, 30, 400])
+def test_whitening_distance_is_the_mahalanobis_distance_under_the_covariance_of_highest_likelihood(rows: int) -> None:
+    torch.manual_seed(rows)
+    vectors = torch.randn(rows, D) @ torch.randn(D, D)
+    vectors[:, 4] = torch.nn.functional.one_hot(torch.tensor(3), rows)  # only row 3 deviates in column 4
+    exact, weight = regularised_covariance(vectors.double().numpy(), 1.0)
     centred = (vectors - vectors.mean(dim=0)).double().numpy()
-    variance = (400 * centred.var(axis=0) + PSEUDO_ROWS) / (400 + PSEUDO_ROWS)
-    standard = centred / np.sqrt(variance)
-    correlation = LedoitWolf(assume_centered=True).fit(standard).covariance_
-    np.fill_diagonal(correlation, np.maximum(correlation.diagonal(), 1.0))
-    exact = np.einsum("nd,de,ne->n", standard, np.linalg.inv(correlation), standard)
-    assert fit_whitening(vectors, UNIT).distance(vectors).numpy() == pytest.approx(exact, rel=1e-3)
+    distance = np.einsum("nd,de,ne->n", centred, np.linalg.inv(exact), centred)
+    assert fit_whitening(vectors, UNIT).distance(vectors).numpy() == pytest.approx(distance, rel=1e-4)
+    assert (weight > 1e-3) is (rows < 100)
+
+
+@pytest.mark.parametrize("rows", [30, 100, 1000])
+def test_distance_of_a_break_approaches_the_exact_distance_as_the_rows_of_repeated_columns_grow(rows: int) -> None:
+    """Five columns repeat one load with noise of 0.001. In the broken row, column 2 deviates by 0.03."""
+    random, noise = np.random.RandomState(0), 1e-3
+    vectors = random.standard_normal((rows, 1)) + noise * random.standard_normal((rows, D))
+    broken = torch.from_numpy(vectors.mean(axis=0, keepdims=True))
+    broken[0, 2] += 30 * noise
+    truth = np.ones((D, D)) + noise**2 * np.eye(D)
+    exact = (30 * noise) ** 2 * np.linalg.inv(truth)[2, 2]
+    found = float(fit_whitening(torch.from_numpy(vectors), UNIT).distance(broken))
+    assert found == pytest.approx(exact, rel={30: 0.9, 100: 0.5, 1000: 0.15}[rows])
 
 
 def test_whitened_vectors_have_zero_mean_and_unit_covariance() -> None:

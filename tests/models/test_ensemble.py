@@ -5,12 +5,12 @@ import copy
 import numpy as np
 import pytest
 import torch
-from sklearn.covariance import LedoitWolf
 from sklearn.neighbors import NearestNeighbors
 
-from models.autoencoder import no_whitening
 from models.ensemble import Ensemble, Neighbours
+from models.whitening import no_whitening
 from tests.models.builders import D, batch, core, pipeline
+from tests.models.covariances import regularised_covariance
 from training.fitting.score_statistics import (
     MAX_NEIGHBOURS,
     NEIGHBOUR_NOISE,
@@ -18,7 +18,6 @@ from training.fitting.score_statistics import (
     fit_neighbours,
     fit_score_statistics,
 )
-from training.fitting.whitening import PSEUDO_ROWS
 
 
 def ensemble() -> Ensemble:
@@ -46,10 +45,9 @@ def test_fitted_neighbours_give_scaled_mahalanobis_distances() -> None:
     mixing = torch.randn(D, D)
     x, new_rows = torch.randn(200, D) @ mixing, torch.randn(50, D) @ mixing
     centred = x.double().numpy() - x.double().numpy().mean(axis=0)
-    deviation = np.sqrt((200 * centred.var(axis=0) + PSEUDO_ROWS * centred.var(axis=0).mean()) / (200 + PSEUDO_ROWS))
-    correlation = LedoitWolf(assume_centered=True).fit(centred / deviation).covariance_
-    np.fill_diagonal(correlation, np.maximum(correlation.diagonal(), 1.0) + NEIGHBOUR_NOISE)
-    precision = np.linalg.inv(correlation) / np.outer(deviation, deviation)
+    precision = np.linalg.inv(
+        regularised_covariance(x.double().numpy(), centred.var(axis=0).mean(), NEIGHBOUR_NOISE)[0]
+    )
     nearest = NearestNeighbors(metric="mahalanobis", metric_params={"VI": precision}, algorithm="brute").fit(x.numpy())
     own = nearest.kneighbors(x.numpy(), NEIGHBOUR_RANK + 1)[0][:, -1] ** 2
     distances, places = nearest.kneighbors(new_rows.numpy(), 200)

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from models.autoencoder import Autoencoder, no_whitening
+from models.autoencoder import Autoencoder
 from models.likelihood import BernoulliLikelihood, GaussianLikelihood, Likelihood, OptimalGaussianLikelihood
 from models.vae import VAE
+from models.whitening import no_whitening
 from training.config import TrainConfig
 from training.data.batches import Batches
 from training.errors import FitError

@@ -84,7 +84,7 @@ def fit_pipeline(
     if config.model == "ensemble":
         assert isinstance(core, Autoencoder)
         core = Ensemble(core, fit_neighbours(sample), torch.ones(len(Ensemble.parts)))
-    fit_score_statistics(core, held_out, sample, config.robust)
+    fit_score_statistics(core, held_out, sample, config.robust, data.images)
 
     prior = fit_prior(core, sample, latents, config.seed)
     reporter.stage("calibrating")

@@ -8,7 +8,8 @@ from models.calibration import Calibration
 from models.core import Core
 from models.ensemble import Ensemble, Neighbours
 from models.pca import PCA
-from training.fitting.whitening import KEPT_PERCENT, fit_whitening
+from models.whitening import Whitening
+from training.fitting.whitening import KEPT_PERCENT, MAX_FULL_WIDTH, SHRINKAGE_ROWS, fit_whitening
 
 # The encoder adapts the latents to an anomaly, so latents should count less in the score than residuals. The added
 # variance achieves this.
@@ -19,23 +20,28 @@ NEIGHBOUR_RANK = 5  # distances to a reference row are relative to that row's di
 NEIGHBOUR_NOISE = 0.1  # variance added to each feature, relative to the feature's own, to ignore small differences
 MAX_NEIGHBOURS = 2_048  # maximum number of reference rows; more rows would cost time and hardly change the score
 MAX_NEIGHBOUR_VALUES = 2 << 20  # maximum number of float32 values in all reference rows together
-SHRINKAGE_ROWS = 5_000  # shrinkage is estimated from at most this many rows
 MIN_VARIANCE = 1e-12  # in model units; a coordinate with less variance counts as constant
 MIN_SCALE = 1e-5  # minimum scale per feature: the float32 rounding error of a squared distance
 MIN_MEAN_DISTANCE = 1e-6
 BATCH = 4096  # rows per forward pass; limits the memory
 
 
-def fit_score_statistics(core: Core, held_out: Tensor, sample: Tensor, robust: bool = False) -> None:
+def fit_score_statistics(
+    core: Core, held_out: Tensor, sample: Tensor, robust: bool = False, images: bool = False
+) -> None:
     """Set the statistics that training leaves unset and the score of `core` needs. A VAE needs none.
 
     Args:
         held_out: rows [N, D] in model units, not used to train the networks.
         sample: rows [S, D] in model units, used to train the networks.
         robust: whether there may be anomalies among the rows.
+        images: whether the rows are images. The score of PCA treats the noise of images as isotropic.
     """
     if isinstance(core, PCA):
-        core.shrinkage = fit_shrinkage(sample, core.mean)
+        if images or sample.shape[1] > MAX_FULL_WIDTH or len(sample) == 1:
+            core.shrinkage = fit_shrinkage(sample, core.mean)
+        else:
+            core.whitening = _with_latents_first(fit_whitening(sample, _mean_variance(sample)), core.components)
     elif isinstance(core, Autoencoder):
         usual_variance = _mean_variance(sample)
         _fit_autoencoder(core, _without_outliers(core, held_out), usual_variance, robust)
@@ -60,6 +66,20 @@ def fit_shrinkage(x: Tensor, mean: Tensor) -> Tensor:
 
     some = (x[:SHRINKAGE_ROWS] - mean.to(x)).double().cpu().numpy()
     return torch.tensor(float(ledoit_wolf_shrinkage(some, assume_centered=True)) * len(some) / len(x)).to(mean)
+
+
+def _with_latents_first(whitening: Whitening, components: Tensor) -> Whitening:
+    """Return `whitening` with a rotated output, whose first K coordinates whiten the latents.
+
+    Args:
+        whitening: the whitening of rows, [D], with a full factor.
+        components: maps centred rows to latents, [K, D].
+    """
+    factor = whitening.factor.double()
+    # The latents are components @ inverse(factor) @ (the whitened row), so they depend on K directions of that row.
+    directions = torch.linalg.solve_triangular(factor, components.double(), upper=False, left=False).T  # [D, K]
+    rotation = torch.linalg.qr(directions, mode="complete").Q  # [D, D]
+    return Whitening(whitening.mean, (rotation.T @ factor).to(whitening.factor))
 
 
 def fit_neighbours(x: Tensor) -> Neighbours:

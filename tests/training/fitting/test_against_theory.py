@@ -14,10 +14,11 @@ from scipy.linalg import subspace_angles
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from models.autoencoder import Autoencoder, no_whitening
+from models.autoencoder import Autoencoder
 from models.likelihood import GaussianLikelihood, OptimalGaussianLikelihood
 from models.networks import mlp
 from models.vae import VAE, gaussian_kl
+from models.whitening import no_whitening
 from training.fitting.losses import (
     corrupt,
     elbo_terms,
