@@ -546,10 +546,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ElboError as error:
         _exit_with_error(str(error), 2 if error.code in USAGE_ERRORS else 1)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in OWN_PACKAGES:
+        package = (error.name or "").partition(".")[0]
+        if package in OWN_PACKAGES:
             raise
         _exit_with_error(
-            f"this command needs the package {error.name}: install Elbo with pip install 'elbo[train]', or use the "
+            f"this command needs the package {package}: install Elbo with pip install 'elbo[train]', or use the "
             "container image that trains",
             1,
         )

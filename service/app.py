@@ -33,7 +33,7 @@ from service.inference.batcher import Batcher
 from service.inference.model_loader import ModelLoader
 from service.inference.registry import ModelRegistry
 from service.monitoring.background import BackgroundMonitor
-from service.monitoring.logs import AccessLog
+from service.monitoring.logs import AccessLog, choose_format
 from service.monitoring.metrics import Metrics
 from service.monitoring.periodic import PeriodicTask
 from service.settings import Settings
@@ -67,7 +67,7 @@ def create_app(settings: Settings, counters: SharedCounters | None = None) -> Fa
     counters = counters or SharedCounters()
     metrics = Metrics(counters, settings.alert_half_life, settings.alert_max_age_seconds)
     access = AccessLog(
-        settings.log_format, enabled=settings.log_level in ("debug", "info"), lost=metrics.lost_log_lines
+        choose_format(settings.log_format), enabled=settings.log_level in ("debug", "info"), lost=metrics.lost_log_lines
     )
     loader = ModelLoader(
         device=choose_device(settings.device),

@@ -125,8 +125,10 @@ class Settings(BaseSettings):
         "feature of the same name",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="lowest level that is logged")
-    log_format: Literal["json", "text"] = Field(
-        "json", description="json writes one object per line; text is for reading in a terminal"
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto",
+        description="json writes one object per line, text is for people; auto writes text if standard output is a "
+        "terminal, otherwise json",
     )
 
     @classmethod

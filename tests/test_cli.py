@@ -112,6 +112,32 @@ def test_truncated_artifact_prints_one_line_and_exits_with_1(root: Path, tmp_pat
     assert run.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "package"),
+    [
+        ("demo --artifacts ARTIFACTS", "sklearn"),
+        ("train digits --model pca --name a --artifacts ARTIFACTS", "sklearn"),
+        ("train TABLE --model pca --name a --artifacts ARTIFACTS", "polars"),
+        ("score TABLE_MODEL TABLE", "polars"),
+        ("evaluate TABLE_MODEL TABLE", "polars"),
+        ("calibrate TABLE_MODEL TABLE --artifacts ARTIFACTS", "polars"),
+    ],
+)
+def test_command_without_the_packages_for_training_prints_one_line(
+    arguments: str, package: str, root: Path, tmp_path: Path
+) -> None:
+    places = {"ARTIFACTS": tmp_path, "TABLE": root / "train.csv", "TABLE_MODEL": root / "hosts/1/model.pt"}
+    words = [str(places.get(word, word)) for word in arguments.split()]
+    absent = ("polars", "sklearn", "scipy", "threadpoolctl", "matplotlib", "onnx")  # not in the image that serves
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import elbo; elbo.main({words})"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr == (
+        f"elbo: error: this command needs the package {package}: install Elbo with pip install 'elbo[train]', "
+        "or use the container image that trains\n"
+    )
+
+
 def test_unknown_option_is_a_usage_error() -> None:
     run = command("train", "digits", "--modle", "pca")
     assert run.returncode == 2

@@ -7,6 +7,7 @@ as lost. The server continues to serve, and to write later lines.
 import asyncio
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -16,7 +17,7 @@ from typing import Any
 import orjson
 
 from models.errors import printable
-from service.monitoring.log_output import Blocked, LogOutput
+from service.monitoring.log_output import STANDARD_OUTPUT, Blocked, LogOutput
 from service.monitoring.request_record import RequestRecord
 from service.shared_memory import SharedNumber
 
@@ -245,14 +246,21 @@ class LogHandler(logging.Handler):
             self.lost[0] += 1
 
 
+def choose_format(log_format: str) -> str:
+    """Return "json" or "text". If `log_format` is "auto", return "text" if standard output is a terminal."""
+    if log_format != "auto":
+        return log_format
+    return "text" if os.isatty(STANDARD_OUTPUT) else "json"
+
+
 def configure(level: str, log_format: str) -> None:
     """Send the log of this process to standard output.
 
     Args:
         level: the lowest level that is logged, as in ELBO_LOG_LEVEL.
-        log_format: "json" or "text".
+        log_format: "auto", "json" or "text", as in ELBO_LOG_FORMAT.
     """
-    handler = LogHandler(log_format, LogOutput())
+    handler = LogHandler(choose_format(log_format), LogOutput())
     logging.captureWarnings(True)
     for name in LOGGERS:
         logger = logging.getLogger(name)
