@@ -354,8 +354,9 @@ def test_evaluate_command_reports_whether_the_model_was_trained_on_the_rows(
 
 def shifted(root: Path, rows: int) -> Rows:
     """Return normal rows of the model `hosts`, all shifted by three standard deviations of each feature."""
-    normal = np.genfromtxt(root / "train.csv", delimiter=",", skip_header=1)[:rows]
-    return normal + 3 * normal.std(axis=0)
+    normal: Rows = np.genfromtxt(root / "train.csv", delimiter=",", skip_header=1)[:rows]
+    moved: Rows = normal + 3 * normal.std(axis=0)
+    return moved
 
 
 @pytest.mark.parametrize("labelled", [False, True])

@@ -1,7 +1,8 @@
 """Run the code blocks of a page against a real server.
 
-The `bash` and `python` blocks run in order, in one folder. A `json` block directly after one of them shows a part of
-the JSON that the code printed, and is compared with that output. The `console`, `sh` and `text` blocks do not run.
+The `bash`, `python` and `javascript` blocks run in order, in one folder. A `json` block directly after one of them
+shows a part of the JSON that the code printed, and is compared with that output. The `console`, `sh` and `text` blocks
+do not run.
 """
 
 import json
@@ -26,7 +27,11 @@ from tests.service.process import ServerProcess
 from tests.waiting import wait_until
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-RUN = ("bash", "python")
+RUN: dict[str, list[str]] = {  # by language: the command that runs a block
+    "bash": ["bash", "-euo", "pipefail", "-c"],
+    "python": [sys.executable, "-c"],
+    "javascript": ["node", "--input-type=module", "--eval"],
+}
 TOLERANCE = 0.1  # relative: pages round their numbers, and trained networks differ slightly between processors
 
 
@@ -116,13 +121,13 @@ def _run(language: str, code: str, servers: Servers, folder: Path) -> str:
     code = code.replace("127.0.0.1:8000", f"127.0.0.1:{servers.port}")
     code = code.replace("127.0.0.1:9093", f"127.0.0.1:{servers.alertmanager_port}")
     code = code.replace("curl -s", "curl -sS --fail-with-body")
-    command = [sys.executable, "-c", code] if language == "python" else ["bash", "-euo", "pipefail", "-c", code]
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "PYTHONWARNINGS": "ignore",
         "ELBO_ARTIFACTS": str(servers.artifacts),
     }
+    command = [*RUN[language], code]
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, f"{code}\n{result.stdout}\n{result.stderr}"
     return result.stdout

@@ -17,8 +17,9 @@ PAGES = sorted({*(DOCS / "tutorials").glob("*.md"), *(DOCS / "how-to").glob("*.m
 
 
 @pytest.fixture(autouse=True)
-def _curl() -> None:
+def _programs() -> None:
     require(shutil.which("curl"), "the examples use curl")
+    require(shutil.which("node"), "an example is in JavaScript (Debian package nodejs)")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

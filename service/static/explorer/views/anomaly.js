@@ -18,7 +18,7 @@ export const title = "Anomaly";
 const P_VALUE =
   "Split-conformal p-value: (1 + the number of calibration rows that score at least as high) / (calibration rows + " +
   "1). The model was not trained on the calibration rows. Whatever the model, on average at most a share α of normal " +
-  "rows gets a p-value of α or less.";
+  "rows gets a p-value of α or less, if these rows are exchangeable with the calibration rows.";
 const SEVERITY =
   "The surprisal of the row's score divided by the surprisal of the threshold. For every model, it is above 1 if and " +
   "only if the row is anomalous at α.";
