@@ -116,8 +116,8 @@ class TrainConfig(BaseModel):
         description="preprocessing: standardise (mean 0, variance 1 per feature), range (to [0, 1]) or none; "
         "auto: range for images and for bernoulli, standardise for tables",
     )
-    drop: tuple[str, ...] = Field((), description="columns to leave out: text, dates, identifiers")
-    keep: tuple[str, ...] = Field((), description="columns to train on even if they look like identifiers")
+    drop: tuple[str, ...] = Field((), description="columns to leave out: text, dates, times, counters, identifiers")
+    keep: tuple[str, ...] = Field((), description="columns to train on even if they look like identifiers or counters")
     size: tuple[int, int] | None = Field(
         None,
         description="<height>x<width>: crop each image of a folder around its centre, and resize it to this size",

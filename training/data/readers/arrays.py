@@ -9,13 +9,15 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 import numpy as np
 
+from training.data.readers.columns import refusal
 from training.data.readers.raw_table import Array, Block, RawTable, ReadOptions
+from training.data.readers.row_order import OrderDetector, describe_direction
 from training.data.row_store import FileArray, rows_per_block
 from training.errors import DataError
 
@@ -41,11 +43,35 @@ def read_numpy(path: Path, options: ReadOptions) -> RawTable:
     """
     with _damage_as_data_error(path), path.open("rb") as file:
         if file.read(2) == b"PK":
-            return _open_archive(path, options)
+            return _with_column_check(_open_archive(path, options), path, options)
         file.seek(0)
         header = _read_header(file)
         _refuse_other_arrays(header, str(path))
-        return _open_file(file, header, None, path, options, [])
+        return _with_column_check(_open_file(file, header, None, path, options, []), path, options)
+
+
+def _with_column_check(table: RawTable, path: Path, options: ReadOptions) -> RawTable:
+    """Return `table`, whose iteration now ends with a DataError if a column is a function of the row number.
+
+    Rows for an existing model are not checked, and neither are images.
+    """
+    if options.names is not None or len(table.shape) > 1:
+        return table
+    names = table.names or [f"x[{index}]" for index in range(table.shape[0])]
+    if unknown := [name for name in options.keep if name not in names]:
+        raise DataError(f"{path} has no column {unknown[0]!r} to keep: expected {names[0]} to {names[-1]}")
+    return replace(table, blocks=_checked_blocks(table.blocks, names, path, options))
+
+
+def _checked_blocks(blocks: Iterator[Block], names: list[str], path: Path, options: ReadOptions) -> Iterator[Block]:
+    order = OrderDetector(len(names))
+    for rows, labels in blocks:
+        order.add(rows)
+        yield rows, labels
+    directions = zip(names, order.directions().tolist(), strict=True)
+    ordered = {name: describe_direction(way) for name, way in directions if way and name not in options.keep}
+    if ordered:
+        raise refusal(path, ordered, list(ordered))
 
 
 @contextmanager

@@ -4,8 +4,9 @@ Columns are checked after all rows have been read, so that one message can name 
 """
 
 import difflib
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from training.data.readers.raw_table import (
     describe_row,
     format_option,
 )
+from training.data.readers.row_order import OrderDetector, describe_direction
 from training.errors import DataError
 
 if TYPE_CHECKING:
@@ -31,7 +33,17 @@ if TYPE_CHECKING:
 
 LABEL_COLUMNS = ("label", "y")
 DATE = re.compile(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([T ].*)?|\d{1,2}:\d{2}(:.*)?")
-IDENTIFIER_NAME = re.compile(r"(.*_)?id|uuid|index", re.IGNORECASE)
+# The case of the second alternative matters: it accepts CustomerId and rowNo, but not humid or volcano.
+IDENTIFIER_NAME = re.compile(
+    r"(?i:(.*[_\-. #])?(ids?|uuid|guid|index|idx|no|nr|num|number|key|pk|seq|sequence|serial|row|rownum|rowid)"
+    r"|unnamed: \d+|(customer|user|order|client|account|device|session|record|sample|event|transaction|item)(id|no))"
+    r"|.*[a-z0-9](Id|ID|No|Nr|Num|Number|Key|Index|Seq)"
+)
+TIME_NAME = re.compile(
+    r"(?i:(.*[_\-. ])?(time|timestamp|ts|epoch|date|datetime|unixtime|when))|.*[a-z](Time|Timestamp|Date)"
+)
+# Unix times from 2001 to 2100, in s, ms, us and ns
+UNIX_TIMES = tuple((1e9 * factor, 4.1e9 * factor) for factor in (1, 1e3, 1e6, 1e9))
 MIN_IDENTIFIER_ROWS = 10  # with fewer rows, consecutive integers may be a coincidence
 MAX_SHOWN = 40  # maximum number of characters of a cell in a message
 
@@ -57,14 +69,21 @@ class IdentifierDetector:
     """
 
     has_identifier_name: bool
+    has_time_name: bool = False
     rows: int = 0
     last: float = float("nan")
     consecutive: bool = True  # whether every value so far is the previous value plus 1
     integers: bool = True
     values: list[Floats] = field(default_factory=list)
+    order: OrderDetector = field(default_factory=lambda: OrderDetector(1))
+    low: float = math.inf
+    high: float = -math.inf
 
     def add(self, values: Floats) -> None:
         """Add the next values [n] of the column."""
+        self.order.add(values[:, None])
+        self.low = float(np.fmin.reduce(values, initial=self.low))
+        self.high = float(np.fmax.reduce(values, initial=self.high))
         if not len(values) or not (self.consecutive or (self.has_identifier_name and self.integers)):
             return
         with np.errstate(invalid="ignore"):  # infinity - infinity; infinite cells are refused later
@@ -78,13 +97,15 @@ class IdentifierDetector:
 
     def reason(self) -> str | None:
         """Return why the column is an identifier, or None if it is not one."""
-        if self.rows < MIN_IDENTIFIER_ROWS or not self.integers:
-            return None
-        if self.consecutive:
-            return "an identifier: it counts the rows"
-        if self.has_identifier_name and len(np.unique(np.concatenate(self.values))) == self.rows:
-            return "an identifier: a different integer in every row"
-        return None
+        if self.rows >= MIN_IDENTIFIER_ROWS and self.integers:
+            if self.consecutive:
+                return "an identifier: it counts the rows"
+            if self.has_identifier_name and len(np.unique(np.concatenate(self.values))) == self.rows:
+                return "an identifier: a different integer in every row"
+        if self.has_time_name and any(first <= self.low <= self.high <= last for first, last in UNIX_TIMES):
+            return "a time: Unix time"
+        direction = int(self.order.directions()[0])
+        return describe_direction(direction) if direction else None
 
 
 @dataclass
@@ -104,7 +125,9 @@ class Column:
     identifier: IdentifierDetector = field(init=False)
 
     def __post_init__(self) -> None:
-        self.identifier = IdentifierDetector(IDENTIFIER_NAME.fullmatch(self.name) is not None)
+        self.identifier = IdentifierDetector(
+            IDENTIFIER_NAME.fullmatch(self.name) is not None, TIME_NAME.fullmatch(self.name) is not None
+        )
 
     def read(self, cells: "pl.Series", row: int) -> Floats:
         """Return `cells` as numbers [n], with NaN for missing values and for cells that are not numbers.
@@ -346,16 +369,23 @@ class _ColumnCheck:
         reasons = texts | identifiers
         if not reasons:
             return
-        refused = [column.name for column in columns if column.name in reasons]
-        listed = ", ".join(f"{name!r} ({reasons[name]})" for name in refused)
-        subject = (
-            f"column {listed} is not a measurement" if len(refused) == 1 else f"columns {listed} are not measurements"
-        )
-        advice = f"add {format_option('--drop', refused)}"
-        if identifiers:
-            keep = list(identifiers)
-            advice += f", or {format_option('--keep', keep)} to learn from {join_names(keep)} anyway"
-        raise DataError(f"{self.path}: {subject}: {advice}")
+        refused = {column.name: reasons[column.name] for column in columns if column.name in reasons}
+        raise refusal(self.path, refused, list(identifiers))
+
+
+def refusal(path: Path, reasons: Mapping[str, str], keepable: Sequence[str]) -> DataError:
+    """Return the error that the columns in `reasons` are not measurements, and what to do.
+
+    Args:
+        reasons: why each column is refused, in the order of the columns.
+        keepable: the columns that --keep accepts.
+    """
+    listed = ", ".join(f"{name!r} ({reason})" for name, reason in reasons.items())
+    subject = f"column {listed} is not a measurement" if len(reasons) == 1 else f"columns {listed} are not measurements"
+    advice = f"add {format_option('--drop', list(reasons))}"
+    if keepable:
+        advice += f", or {format_option('--keep', keepable)} to learn from {join_names(keepable)} anyway"
+    return DataError(f"{path}: {subject}: {advice}")
 
 
 def _shorten(value: Any) -> str:
