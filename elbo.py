@@ -195,6 +195,14 @@ EscapeOption = Annotated[
         "--escape", help='quotation marks in quoted CSV cells: double ("") or backslash (\\"); default: as trained'
     ),
 ]
+NormalOption = Annotated[
+    str | None,
+    typer.Option(
+        "--normal",
+        metavar="LABEL,...",
+        help="labels that mean normal; default: recognised, such as good, ok, normal, 0, false",
+    ),
+]
 DEFAULT_ARTIFACTS = Path("artifacts")
 
 
@@ -401,18 +409,21 @@ def evaluate(
     data: Data,
     draws: Annotated[int, typer.Option(min=1, help="importance samples per row for the log-likelihood")] = 100,
     json: Json = False,
+    normal: NormalOption = None,
     escape: EscapeOption = None,
     artifacts: ArtifactFolder = DEFAULT_ARTIFACTS,
 ) -> None:
     """Evaluate a model on the rows of DATA.
 
-    Prints the reconstruction error, the log-likelihood and the false-alarm rates. Also prints the detection rates, the
-    AUROC and the average precision if DATA has a column y or label in which 0 marks normal rows and 1 marks anomalous
-    rows.
+    Prints the reconstruction error, the log-likelihood and the false-alarm rates. If DATA has labels (a column such as
+    label, y, class or anomaly, or the folders of images), also prints the detection rates, the AUROC and the average
+    precision.
     """
     from training.evaluation import evaluate
 
-    artifact, table = _load(name, data, artifacts, escape)
+    artifact, table = _load(name, data, artifacts, escape, normal)
+    for note in table.notes:
+        typer.echo(note, err=True)
     evaluation = evaluate.evaluate(artifact, table, draws)
     typer.echo(evaluate.evaluation_json(evaluation) if json else evaluate.evaluation_text(evaluation))
 
@@ -477,6 +488,7 @@ def calibrate(
     alpha: Annotated[
         float, typer.Option(min=1e-6, max=0.5, help="smallest alpha that you will use; needs at least 1/alpha - 1 rows")
     ] = 0.05,
+    normal: NormalOption = None,
     escape: EscapeOption = None,
     artifacts: ArtifactFolder = DEFAULT_ARTIFACTS,
     runs: Runs = Path("runs"),
@@ -484,26 +496,31 @@ def calibrate(
     """Recalibrate a model on recent normal rows, without training.
 
     Publishes a new version of the model, with the same networks and with p-values that are computed from DATA. If DATA
-    has a column y or label with 0 and 1, rows with label 1 are left out. A running server loads the new version by
-    itself.
+    has labels, only rows with a label that means normal are used. A running server loads the new version by itself.
     """
     from training.publishing.recalibrate import recalibrate
 
-    artifact, table = _load(name, data, artifacts, escape)
+    artifact, table = _load(name, data, artifacts, escape, normal)
+    for note in table.notes:
+        typer.echo(note, err=True)
     published = recalibrate(artifact, table, artifacts, alpha, runs)
     for note in published.notes:
-        typer.echo(note, err=True)
+        if note not in table.notes:  # those are shown already
+            typer.echo(note, err=True)
     typer.echo(f"published {published.manifest.name}@{published.path.parent.name}: {published.path}")
     calibration = published.manifest.calibration
     typer.echo(f"calibrated on {calibration.rows:,} rows: the smallest p-value is {calibration.floor:.3g}")
 
 
-def _load(reference: str, data: str, artifacts: Path, escape: Escape | None = None) -> "tuple[Artifact, Table]":
+def _load(
+    reference: str, data: str, artifacts: Path, escape: Escape | None, normal: str | None = None
+) -> "tuple[Artifact, Table]":
     from models.artifact import load
     from training.data.table import read_for_model
 
     artifact = load(_artifact_path(reference, artifacts))
-    return artifact, read_for_model(data, artifact.manifest, escape=escape)
+    labels = [] if normal is None else next(csv.reader([normal], skipinitialspace=True), [])
+    return artifact, read_for_model(data, artifact.manifest, escape=escape, normal=labels)
 
 
 def _artifact_path(reference: str, artifacts: Path) -> Path:

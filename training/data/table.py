@@ -18,6 +18,7 @@ import numpy.typing as npt
 from models.errors import join_names
 from training.data.copies import Copies, find_copies
 from training.data.ingest import ColumnStatistics, full_disk_as_data_error, ingest
+from training.data.labels import Labels, interpret
 from training.data.readers import RawTable, ReadOptions, format_option, load
 from training.data.row_store import RowStore
 from training.data.series import SERIES_CORRELATION, neighbour_correlations
@@ -47,12 +48,17 @@ class Table:
     shape: tuple[int, ...]  # shape of one row; the product is D
     names: list[str]  # names of the D features
     units: list[str | None]  # units of the D features; None where unknown
-    labels: npt.NDArray[np.int64] | None  # [N] if the source has labels; never used to train
+    labels: npt.NDArray[np.int64] | None  # [N] if every row has a label; never used to train
     pixel_range: tuple[float, float] | None  # images only: the raw values of black and white
     source: str  # as given by the user
     notes: list[str] = field(default_factory=list)  # what the user should know about the data
     missing: npt.NDArray[np.int64] = field(kw_only=True)  # [D] number of missing values
     label_names: list[str] | None = field(default=None, kw_only=True)  # the meaning of labels 0, 1, ..., if known
+    # [N] whether the label of a row means normal or anomalous. Both are false for a row without a label, and both are
+    # None if the source has no labels, or if it is unknown which labels mean normal.
+    normal: npt.NDArray[np.bool_] | None = field(default=None, kw_only=True)
+    anomalous: npt.NDArray[np.bool_] | None = field(default=None, kw_only=True)
+    present_labels: list[str] = field(default_factory=list, kw_only=True)  # the different labels of the source
 
     @cached_property
     def fingerprint(self) -> str:
@@ -174,7 +180,7 @@ def read_table(
     names = raw.names or _numbered_names(raw.shape)
     statistics.refuse_infinite(source, names, raw.lines)
     _refuse_empty_columns(source, names, statistics)
-    labels, label_notes = _integer_labels(raw_labels)
+    labels = interpret(raw_labels, raw.label_names, column=raw.label_column)
     _refuse_equal_rows(source, statistics)
     pixel_range = raw.pixel_range
     if pixel_range is None and len(raw.shape) > 1:
@@ -184,25 +190,35 @@ def read_table(
         shape=raw.shape,
         names=names,
         units=raw.units or [None] * len(names),
-        labels=labels,
+        labels=labels.values,
         pixel_range=pixel_range,
         source=source,
-        notes=[*raw.notes, *label_notes, *_notes(names, statistics)],
+        notes=[*raw.notes, *_training_notes(labels), *_notes(names, statistics)],
         missing=statistics.missing,
-        label_names=raw.label_names,
+        label_names=labels.names,
+        normal=labels.normal,
+        anomalous=labels.anomalous,
+        present_labels=labels.present,
     )
 
 
-def read_for_model(source: str, manifest: "Manifest", limit: int = MEMORY_BYTES, escape: str | None = None) -> Table:
+def read_for_model(
+    source: str,
+    manifest: "Manifest",
+    limit: int = MEMORY_BYTES,
+    escape: str | None = None,
+    normal: Sequence[str] = (),
+) -> Table:
     """Return the rows in `source` in the form that the model of `manifest` takes.
 
-    Columns of CSV and Parquet files are found by name, in any order. If a column called label or y is not a
-    feature, it contains the labels. All other columns are ignored. Images are resized to the model's shape. Values
-    may be missing only in columns where values were missing in the training data.
+    Columns of CSV and Parquet files are found by name, in any order. If a column has the name of a label column and is
+    not a feature, it contains the labels. All other columns are ignored. Images are resized to the model's shape.
+    Values may be missing only in columns where values were missing in the training data.
 
     Args:
         limit: as for `read_table`.
         escape: as for `read_table`; by default as in training.
+        normal: the labels that mean normal; empty to recognise them.
 
     Raises:
         DataError: the source cannot be used. The message is one line that says what to do.
@@ -213,18 +229,21 @@ def read_for_model(source: str, manifest: "Manifest", limit: int = MEMORY_BYTES,
     statistics.refuse_infinite(source, names, raw.lines)
     allowed = np.array([feature.missing > 0 for feature in manifest.features])
     statistics.refuse_missing(source, names, raw.lines, allowed)
-    labels, label_notes = _integer_labels(raw_labels)
+    labels = interpret(raw_labels, raw.label_names, normal, raw.label_column)
     return Table(
         x=rows,
         shape=tuple(manifest.shape),
         names=names,
         units=[feature.unit for feature in manifest.features],
-        labels=labels,
+        labels=labels.values,
         pixel_range=manifest.pixel_range,
         source=source,
-        notes=[*raw.notes, *label_notes],
+        notes=[*raw.notes, *labels.notes],
         missing=statistics.missing,
-        label_names=raw.label_names,
+        label_names=labels.names,
+        normal=labels.normal,
+        anomalous=labels.anomalous,
+        present_labels=labels.present,
     )
 
 
@@ -287,13 +306,17 @@ def _describe_series(names: Sequence[str], correlations: npt.NDArray[np.float64]
     )
 
 
-def _integer_labels(labels: npt.NDArray[Any] | None) -> tuple[npt.NDArray[np.int64] | None, list[str]]:
-    """Return the labels, or None if they are not integers, and notes for the user."""
-    if labels is None:
-        return None, []
-    if labels.dtype.kind not in "iub" and not (labels.dtype.kind == "f" and np.array_equal(labels, np.rint(labels))):
-        return None, [f"labels are ignored: expected integers, got {labels.dtype}"]
-    return labels.astype(np.int64), []
+def _training_notes(labels: Labels) -> list[str]:
+    """Return the notes on labels in training data. Labels whose meaning is unknown need none: training ignores them."""
+    if labels.anomalous is None:
+        return [note for note in labels.notes if "ignored" in note]
+    count = int(labels.anomalous.sum())
+    if not count:
+        return []
+    return [
+        labels.notes[-1].replace("; --normal LABEL changes this", ""),
+        f"the model also learns from the {count:,} anomalous rows: remove them, or add --robust",
+    ]
 
 
 def _numbered_names(shape: tuple[int, ...]) -> list[str]:

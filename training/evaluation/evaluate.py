@@ -1,5 +1,6 @@
 """`elbo evaluate`: measure a published model on a table (errors, likelihood, alarm rates, ranking)."""
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -28,6 +29,7 @@ from training.reports.describe import against_pca
 
 ALPHAS = (0.1, 0.05, 0.01)
 USUAL_ALPHA = 0.05  # the default alpha of /anomaly and `elbo score`
+SWAPPED_AUROC = 0.4  # chance gives 0.5; a lower AUROC than this suggests that the labels are swapped
 
 
 @dataclass(frozen=True)
@@ -90,17 +92,18 @@ class _RunningSums:
 
 
 def evaluate(artifact: Artifact, table: Table, draws: int = BOUND_SAMPLES) -> Evaluation:
-    """Evaluate `artifact` on `table`. Labels are used only if they are 0 (normal) and 1 (anomalous), and both occur.
+    """Evaluate `artifact` on `table`. Labels are used only if both normal and anomalous rows occur.
 
     Args:
         draws: importance samples per row for the log-likelihood, which is estimated on up to BOUND_ROWS random rows.
     """
     sums = _sum_over_rows(artifact, table)
     scores, (error, median_error, *mean_errors) = np.concatenate(sums.scores), sums.errors()
-    labels = table.labels if table.labels is not None and set(np.unique(table.labels)) == {0, 1} else None
-    normal = np.ones(len(scores), bool) if labels is None else labels == 0
+    normal, anomalous = np.ones(len(scores), bool), None
+    if table.normal is not None and table.anomalous is not None and table.normal.any() and table.anomalous.any():
+        normal, anomalous = table.normal, table.anomalous
     flagged = {str(alpha): _flagged(artifact, scores, alpha) for alpha in ALPHAS}
-    auroc, precision = (None, None) if labels is None else _ranking(labels, scores)
+    auroc, precision = (None, None) if anomalous is None else _ranking(normal, anomalous, scores)
     manifest = artifact.manifest
     seen = table.fingerprint == manifest.data.fingerprint
     counts = {alpha: int(rows[normal].sum()) for alpha, rows in flagged.items()}
@@ -116,7 +119,9 @@ def evaluate(artifact: Artifact, table: Table, draws: int = BOUND_SAMPLES) -> Ev
         median_error=median_error,
         mean_score=float(scores.mean(dtype=np.float64)),
         alarm_rates={alpha: float(rows[normal].mean()) for alpha, rows in flagged.items()},
-        detection_rates=None if labels is None else {a: float(rows[~normal].mean()) for a, rows in flagged.items()},
+        detection_rates=None
+        if anomalous is None
+        else {a: float(rows[anomalous].mean()) for a, rows in flagged.items()},
         auroc=auroc,
         average_precision=precision,
         **_density(artifact, table, draws),
@@ -126,7 +131,10 @@ def evaluate(artifact: Artifact, table: Table, draws: int = BOUND_SAMPLES) -> Ev
         comparison=manifest.comparison,
         seen=seen,
         calibrated=manifest.recalibration is not None and table.fingerprint == manifest.recalibration.fingerprint,
-        comments=list(_comments(rates, manifest.name, table.source, has_labels=labels is not None, seen=seen)),
+        comments=[
+            *_label_comments(table, auroc),
+            *_comments(rates, manifest.name, table.source, has_labels=anomalous is not None, seen=seen),
+        ],
     )
 
 
@@ -209,10 +217,23 @@ def _comments(rates: Sequence[AlarmRate], model: str, source: str, *, has_labels
     )
 
 
-def _ranking(labels: npt.NDArray[np.int64], scores: Floats) -> tuple[float, float]:
+def _ranking(normal: npt.NDArray[np.bool_], anomalous: npt.NDArray[np.bool_], scores: Floats) -> tuple[float, float]:
     from sklearn.metrics import average_precision_score, roc_auc_score
 
-    return float(roc_auc_score(labels, scores)), float(average_precision_score(labels, scores))
+    labelled = normal | anomalous
+    truth, scores = anomalous[labelled], scores[labelled]
+    return float(roc_auc_score(truth, scores)), float(average_precision_score(truth, scores))
+
+
+def _label_comments(table: Table, auroc: float | None) -> Iterator[str]:
+    if auroc is None or auroc >= SWAPPED_AUROC or table.anomalous is None or table.labels is None:
+        return
+    label = table.labels[int(table.anomalous.argmax())]
+    name = table.label_names[label] if table.label_names else str(label)
+    yield (
+        f"an AUROC of {auroc:.2f} means that anomalous rows score lower than normal rows, which suggests that the "
+        f"labels are swapped: if {name!r} means normal, add --normal {shlex.quote(name)}"
+    )
 
 
 def evaluation_text(evaluation: Evaluation) -> str:

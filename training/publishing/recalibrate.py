@@ -17,6 +17,7 @@ from torch import Tensor
 from models import artifact
 from models.artifact import Artifact
 from models.calibration import Calibration
+from models.errors import join_names
 from models.manifest import VERSION, CalibrationSize, Golden, Manifest, Recalibration
 from training.data.row_store import Floats
 from training.data.table import MAX_HELD_OUT_ROWS, Table
@@ -52,7 +53,7 @@ def recalibrate(parent: Artifact, table: Table, root: Path, alpha: float, runs: 
         runs: folder in which the card of the new version is written to <name>/<version>/card.md; None to write no card.
 
     Raises:
-        DataError: the model was trained on these rows, or there are too few normal rows.
+        DataError: the model was trained on these rows, too few rows are normal, or it is unknown which are normal.
         FitError: the artifact comes from a version of Elbo that calibrates differently.
         ArtifactUnwritable: the new version cannot be written to `root`.
     """
@@ -87,12 +88,26 @@ def _refuse_training_rows(parent: Artifact, table: Table) -> None:
 
 
 def _normal_rows(table: Table) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], list[str]]:
-    """Return the indices of the normal rows, and a note on anomalous rows if there are any."""
-    labels = table.labels
-    if labels is None or not set(np.unique(labels)) <= {0, 1}:
-        return np.arange(len(table.x)), []
-    anomalous = int(labels.sum())
-    return np.flatnonzero(labels == 0), [f"left out {anomalous:,} rows labelled 1"] if anomalous else []
+    """Return the indices of the normal rows, and notes on the rows that are left out.
+
+    Raises:
+        DataError: the rows have two labels, and it is unknown which of them means normal.
+    """
+    if table.normal is None:
+        if len(table.present_labels) == 2:
+            raise DataError(
+                f"{table.source} has the labels {' and '.join(sorted(table.present_labels))}, and it is unknown which "
+                "of them means normal: name it with --normal, because anomalous rows would spoil the calibration"
+            )
+        notes = ["all rows count as normal, whatever their labels"] if table.present_labels else []
+        return np.arange(len(table.x)), notes
+    left_out = len(table.x) - int(table.normal.sum())
+    which = "without a normal label"
+    if table.labels is not None:
+        names = table.label_names
+        values = np.unique(table.labels[~table.normal]).tolist()
+        which = "labelled " + join_names([names[value] if names else str(value) for value in values])
+    return np.flatnonzero(table.normal), [f"left out {left_out:,} rows {which}"] if left_out else []
 
 
 def _refuse_few(table: Table, rows: int, alpha: float) -> None:

@@ -104,7 +104,7 @@ def test_array_y_of_an_archive_is_read_as_labels(tmp_path: Path, key: str) -> No
     assert np.array_equal(table.labels, y)
 
 
-@pytest.mark.parametrize("y", [np.arange(9), np.full(10, 0.5), np.array(["a"] * 10)])
+@pytest.mark.parametrize("y", [np.arange(9), np.full(10, 0.5), np.array(["a"] * 10, dtype=object)])
 def test_labels_are_ignored_with_a_note_unless_there_is_one_integer_per_row(tmp_path: Path, y: np.ndarray) -> None:
     np.savez(tmp_path / "a.npz", x=RANDOM.standard_normal((10, 2)), y=y)
     table = read_table(str(tmp_path / "a.npz"))

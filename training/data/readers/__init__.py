@@ -46,7 +46,7 @@ READERS: dict[str, Callable[[Path, ReadOptions], RawTable]] = {
 def load(source: str, options: ReadOptions) -> RawTable:
     """Open `source`: "digits", a file, or a folder of images.
 
-    If `options.names` is given, a column called label or y that is not among these names is read as the labels.
+    If `options.names` is given, a label column that is not among these names is read as the labels.
 
     Raises:
         DataError: the source does not exist, has an unknown format, or cannot be read.

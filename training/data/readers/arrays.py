@@ -15,6 +15,7 @@ from typing import IO, Any, BinaryIO
 
 import numpy as np
 
+from training.data.labels import find_label_column
 from training.data.readers.columns import refusal
 from training.data.readers.raw_table import Array, Block, RawTable, ReadOptions
 from training.data.readers.row_order import OrderDetector, describe_direction
@@ -188,12 +189,13 @@ def _open_archive(path: Path, options: ReadOptions) -> RawTable:
         key = _find_rows(headers, path)
         header = headers[key]
         _refuse_other_arrays(header, str(path))
-        labels, notes = _read_labels(archive, headers, header.shape[0])
+        label_column, labels, notes = _read_labels(archive, headers, key)
         if header.fortran_order:  # rows cannot be streamed, so the member is unpacked
             with archive.open(f"{key}.npy") as member, tempfile.TemporaryFile() as copy:
                 shutil.copyfileobj(member, copy, 1 << 20)
                 copy.seek(0)
-                return _open_file(copy, _read_header(copy), labels, path, options, notes)
+                raw = _open_file(copy, _read_header(copy), labels, path, options, notes)
+                return replace(raw, label_column=label_column)
     columns = _kept_columns(header.shape, options, str(path))
     return RawTable(
         blocks=_stream_member(path, key, header, labels, columns),
@@ -201,6 +203,7 @@ def _open_archive(path: Path, options: ReadOptions) -> RawTable:
         dtype=_stored_dtype(header.dtype),
         rows=header.shape[0],
         names=_column_names(columns),
+        label_column=label_column,
         notes=notes,
     )
 
@@ -216,18 +219,25 @@ def _find_rows(headers: dict[str, _Header], path: Path) -> str:
     return (named or tables)[0]
 
 
-def _read_labels(archive: zipfile.ZipFile, headers: dict[str, _Header], rows: int) -> tuple[Array | None, list[str]]:
-    """Return the labels and a list of notes. The labels are the array y, or None if y is absent or unusable."""
-    if "y" not in headers:
-        return None, []
-    if headers["y"].shape != (rows,):
-        shape = list(headers["y"].shape)
-        return None, [f"labels are ignored: expected one per row, shape [{rows}], got shape {shape}"]
-    if headers["y"].dtype.hasobject:
-        return None, ["labels are ignored: expected integers, got object"]
-    with archive.open("y.npy") as file:
-        labels: Array = np.lib.format.read_array(file)
-    return labels, []
+def _read_labels(
+    archive: zipfile.ZipFile, headers: dict[str, _Header], key: str
+) -> tuple[str | None, Array | None, list[str]]:
+    """Return the name of the array of labels, the labels [N], and notes. Both are None without usable labels.
+
+    Args:
+        key: the name of the array of rows.
+    """
+    name = find_label_column([other for other in headers if other != key])
+    if name is None:
+        return None, None, []
+    rows, header = headers[key].shape[0], headers[name]
+    if header.shape not in ((rows,), (rows, 1)):
+        return None, None, [f"labels are ignored: expected one per row, shape [{rows}], got shape {list(header.shape)}"]
+    if header.dtype.hasobject:
+        return None, None, ["labels are ignored: expected integers or text, got Python objects; save y.astype(str)"]
+    with archive.open(f"{name}.npy") as file:
+        labels: Array = np.lib.format.read_array(file).reshape(-1)
+    return name, labels.astype(np.str_) if labels.dtype.kind == "S" else labels, []
 
 
 def _stream_member(

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 from models.columns import FALSE, MISSING, TRUE, parse_title
 from models.errors import join_names
+from training.data.labels import LabelReader, find_label_column, is_label_name, look_like_labels
 from training.data.readers.raw_table import (
     Block,
     BlockDetails,
@@ -31,7 +33,6 @@ from training.errors import DataError
 if TYPE_CHECKING:
     import polars as pl
 
-LABEL_COLUMNS = ("label", "y")
 DATE = re.compile(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([T ].*)?|\d{1,2}:\d{2}(:.*)?")
 # The case of the second alternative matters: it accepts CustomerId and rowNo, but not humid or volcano.
 IDENTIFIER_NAME = re.compile(
@@ -187,7 +188,7 @@ class Column:
 
 
 def choose_columns(header: Sequence[str], path: Path, options: ReadOptions, typed: bool) -> list[Column]:
-    """Return the columns to read. If `options.names` is given, a label column or the extra columns come last.
+    """Return the columns to read: the features, and if `options.tolerant` is set, the extra columns.
 
     Args:
         header: the column names in the file, with units in brackets.
@@ -200,9 +201,9 @@ def choose_columns(header: Sequence[str], path: Path, options: ReadOptions, type
     names = [column.name for column in columns]
     if options.names is not None:
         indices = _find_columns(names, options.names, path)
-        if options.tolerant:  # no labels
+        if options.tolerant:
             extra = [name for name in options.extra if name in names and name not in options.names]
-            indices = [*indices[: len(options.names)], *map(names.index, dict.fromkeys(extra))]
+            indices += map(names.index, dict.fromkeys(extra))
         return [columns[index] for index in indices]
     for verb, listed in (("drop", options.drop), ("keep", options.keep)):
         if unknown := [name for name in listed if name not in names]:
@@ -232,7 +233,7 @@ def _parse_header(header: Sequence[str], path: Path, typed: bool) -> list[Column
 
 
 def _find_columns(names: Sequence[str], wanted: Sequence[str], path: Path) -> list[int]:
-    """Return the indices of the wanted columns, followed by the index of the label column if there is one."""
+    """Return the indices of the wanted columns."""
     indices = {name: index for index, name in enumerate(names)}
     absent = [name for name in wanted if name not in indices]
     if absent:
@@ -240,13 +241,26 @@ def _find_columns(names: Sequence[str], wanted: Sequence[str], path: Path) -> li
             f"{path} lacks {len(absent)} of the model's {len(wanted)} columns (the first is {absent[0]!r}): "
             f"expected a column of that name, got {join_names(names)}"
         )
-    label = [name for name in LABEL_COLUMNS if name in indices and name not in wanted]
-    return [indices[name] for name in [*wanted, *label[:1]]]
+    return [indices[name] for name in wanted]
+
+
+def choose_label_column(header: Sequence[str], path: Path, options: ReadOptions) -> LabelReader | None:
+    """Return the column that has the name of a label column and that no option makes a feature; None if there is none.
+
+    In training, `build_raw_table` decides by the cells of the column whether it contains labels.
+    """
+    if options.tolerant:
+        return None
+    others = {*(options.names or ()), *options.drop, *options.keep}
+    names = [column.name for column in _parse_header(header, path, typed=False)]
+    name = find_label_column([name for name in names if name not in others])
+    return None if name is None else LabelReader(name, names.index(name))
 
 
 def build_raw_table(
     frames: "Iterator[pl.DataFrame]",
     columns: list[Column],
+    labels: LabelReader | None,
     options: ReadOptions,
     path: Path,
     rows: int | None,
@@ -254,22 +268,47 @@ def build_raw_table(
     notes: list[str] | None = None,
     details: BlockDetails | None = None,
 ) -> RawTable:
-    """Return the table in `frames`. Each frame has exactly these `columns`.
+    """Return the table in `frames`. Each frame has the columns of the file.
 
     Args:
+        columns: the result of `choose_columns`.
+        labels: the label column, if there is one. In training, it is a feature if its cells are no labels.
         rows: the number of rows, possibly estimated.
         lines: the lines of the rows, for text files; None for other files. Complete when `frames` is exhausted.
         notes: notes for the user; the list grows while `frames` is iterated.
         details: where `frames` records faulty rows if `options.tolerant` is set.
+
+    Raises:
+        DataError: no feature remains.
     """
     features = columns if options.names is None else columns[: len(options.names)]
     notes = [] if notes is None else notes
+    if labels is not None and options.names is None:
+        first = next(frames, None)
+        frames = frames if first is None else chain([first], frames)
+        cells = [] if first is None else first.to_series(labels.index).cast(str).unique().to_list()
+        if look_like_labels(labels.name, cells):
+            features = [column for column in features if column.name != labels.name]
+            notes.append(
+                f"column {labels.name!r} holds labels, so it is not a feature: "
+                f"add {format_option('--keep', [labels.name])} to learn from it"
+            )
+        else:
+            labels = None
+    if options.names is None:
+        if not features:
+            raise DataError(f"{path} has no column except labels: expected measurements to learn from")
+        notes += [
+            f"column {column.name!r} is a feature: if it holds labels, add {format_option('--drop', [column.name])}"
+            for column in features
+            if is_label_name(column.name) and column.name not in options.keep
+        ]
     check = _ColumnCheck(path, options, lines, notes)
     details = details or BlockDetails()
     if options.tolerant:
         blocks = _read_blocks_tolerantly(frames, columns, len(features), details, check)
     else:
-        blocks = _read_blocks(frames, columns, len(features), check)
+        blocks = _read_blocks(frames, features, labels, check)
     return RawTable(
         blocks=blocks,
         shape=(len(features),),
@@ -279,22 +318,23 @@ def build_raw_table(
         lines=lines,
         extra=tuple(column.name for column in columns[len(features) :]) if options.tolerant else (),
         details=details,
+        label_column=None if labels is None else labels.name,
+        label_names=None if labels is None else labels.texts,
         notes=notes,
     )
 
 
 def _read_blocks(
-    frames: "Iterator[pl.DataFrame]", columns: list[Column], width: int, check: "_ColumnCheck"
+    frames: "Iterator[pl.DataFrame]", features: list[Column], labels: LabelReader | None, check: "_ColumnCheck"
 ) -> Iterator[Block]:
-    """Yield the first `width` columns as features, and the column after them, if there is one, as labels."""
     row = 0
     for frame in frames:
-        values = np.empty((frame.height, len(columns)))
-        for position, column in enumerate(columns):
-            values[:, position] = column.read(frame.to_series(position), row)
-        yield values[:, :width], values[:, width] if len(columns) > width else None
+        values = np.empty((frame.height, len(features)))
+        for position, column in enumerate(features):
+            values[:, position] = column.read(frame.to_series(column.index), row)
+        yield values, None if labels is None else labels.read(frame.to_series(labels.index))
         row += frame.height
-    check.finish(columns)
+    check.finish(features)
 
 
 def _read_blocks_tolerantly(
@@ -310,14 +350,14 @@ def _read_blocks_tolerantly(
         values = np.empty((frame.height, width))
         for position, column in enumerate(columns[:width]):
             column.other_cells = []
-            values[:, position] = column.read(frame.to_series(position), row)
+            values[:, position] = column.read(frame.to_series(column.index), row)
             if column.typed and column.first_non_number:
                 check.refuse_cell(column, column.first_non_number, "convert the column to numbers")
             for cell in column.other_cells:
                 fault = f"column {column.name!r}: expected a number, got {_shorten(cell.value)}"
                 details.faults.setdefault(cell.row, fault)
         for position in range(width, len(columns)):
-            details.cells[columns[position].name] = frame.to_series(position).to_list()
+            details.cells[columns[position].name] = frame.to_series(columns[position].index).to_list()
         yield values, None
         details.faults.clear()
         row += frame.height

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from training.data.readers.columns import build_raw_table, choose_columns
+from training.data.readers.columns import build_raw_table, choose_columns, choose_label_column
 from training.data.readers.raw_table import BlockDetails, LineNumbers, RawTable, ReadOptions
 from training.errors import DataError
 
@@ -41,11 +41,11 @@ def read_csv(path: Path, options: ReadOptions) -> RawTable:
     details = BlockDetails()
     reader = _CsvReader(path, options.escape, details.faults if options.tolerant else None)
     columns = choose_columns(reader.header, path, options, typed=False)
-    indices = [column.index for column in columns]
-    frames = (frame[:, indices] for frame in reader.frames())
+    labels = choose_label_column(reader.header, path, options)
     return build_raw_table(
-        frames,
+        reader.frames(),
         columns,
+        labels,
         options,
         path,
         reader.estimated_rows,

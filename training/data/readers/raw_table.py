@@ -75,7 +75,10 @@ class RawTable:
     units: list[str | None] | None = None
     pixel_range: tuple[float, float] | None = None
     lines: LineNumbers | None = None  # for text files; complete when all blocks have been read
-    label_names: list[str] | None = None  # the meaning of labels 0, 1, ...
+    label_column: str | None = None  # the name of the column that holds the labels, if the source has columns
+    # The different labels: the labels of `blocks` are indices of this list, or -1 for a missing label. None if `blocks`
+    # contains the labels themselves. Complete when all blocks have been read.
+    label_names: list[str] | None = None
     extra: tuple[str, ...] = ()  # the columns of `ReadOptions.extra` that the source has
     details: BlockDetails = field(default_factory=BlockDetails)  # about the latest block of `blocks`
     notes: list[str] = field(default_factory=list)  # notes for the user; complete when all blocks have been read
