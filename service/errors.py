@@ -147,6 +147,12 @@ class InvalidSafetensors(ServiceError):
     status, code, title = 422, "invalid_safetensors", "Invalid safetensors"
 
 
+class InvalidPicture(ServiceError):
+    """The body is not a PNG or JPEG picture as its Content-Type states, is damaged, or has too many pixels."""
+
+    status, code, title = 422, "invalid_picture", "Invalid picture"
+
+
 class InvalidCsv(ServiceError):
     """The body is not CSV with a header line that names the columns."""
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from service.codec import npy, safetensors, simdjson_rows
+from service.codec import npy, pictures, safetensors, simdjson_rows
 from service.codec.row_errors import describe_value
 from service.errors import InvalidJson, UnsupportedMediaType
 
@@ -43,12 +43,19 @@ def is_array(content_type: str) -> bool:
     return media_type_of(content_type) in ARRAY_MEDIA_TYPES
 
 
+@lru_cache(maxsize=256)
+def is_picture(content_type: str) -> bool:
+    """Return whether a body with this Content-Type is a picture."""
+    return media_type_of(content_type) in pictures.MEDIA_TYPES
+
+
 def read_fields(
     content_type: str,
     body: bytes,
     main: str | None,
     width: int = 0,
     extra_readers: Mapping[str, BodyReader] = NO_EXTRA_READERS,
+    picture: pictures.PictureRow | None = None,
 ) -> RequestFields:
     """Return the fields of `body`. An empty body has no fields.
 
@@ -60,9 +67,11 @@ def read_fields(
             `width` numbers.
         width: the number of values per row.
         extra_readers: for each further media type, the function that reads its bodies.
+        picture: the row that a PNG or JPEG body becomes; None if the endpoint or the model takes no pictures.
 
     Raises:
-        UnsupportedMediaType, InvalidJson, InvalidNpy, InvalidSafetensors, and the errors of `extra_readers`.
+        UnsupportedMediaType, InvalidJson, InvalidNpy, InvalidSafetensors, InvalidPicture, and the errors of
+        `extra_readers`.
     """
     media_type = media_type_of(content_type)
     if not body:
@@ -76,7 +85,10 @@ def read_fields(
         return RequestFields({main: safetensors.loads(body, main)})
     if media_type in extra_readers:
         return extra_readers[media_type](body)
-    accepted = " or ".join([JSON, *(ARRAY_MEDIA_TYPES if main else ()), *extra_readers])
+    if picture and media_type in pictures.MEDIA_TYPES and main is not None:
+        return RequestFields({main: pictures.loads(body, media_type, picture)})
+    picture_types = pictures.MEDIA_TYPES if picture else ()
+    accepted = " or ".join([JSON, *(ARRAY_MEDIA_TYPES if main else ()), *picture_types, *extra_readers])
     raise UnsupportedMediaType(
         f"expected a body of type {accepted}, got {media_type}",
         expected=accepted,

@@ -168,13 +168,15 @@ def _read_end(served: ServedModel, end: End, name: str, may_contain_non_floats: 
     return _PathEnd(row, is_latent=False)
 
 
-ENCODE = RequestSpec(EncodeBody, _read_inputs, row_fields=("inputs",), array_field="inputs")
+ENCODE = RequestSpec(EncodeBody, _read_inputs, row_fields=("inputs",), array_field="inputs", pictures=True)
 DECODE = RequestSpec(DecodeBody, _read_latents, row_fields=("latents",), array_field="latents", png_output=True)
-RECONSTRUCT = RequestSpec(ReconstructBody, _read_inputs, row_fields=("inputs",), array_field="inputs", png_output=True)
+RECONSTRUCT = RequestSpec(
+    ReconstructBody, _read_inputs, row_fields=("inputs",), array_field="inputs", pictures=True, png_output=True
+)
 SAMPLE = RequestSpec(SampleBody, _read_nothing, count_field="n", png_output=True)
 INTERPOLATE = RequestSpec(InterpolateBody, _read_ends, count_field="steps", png_output=True)
 ANOMALY = RequestSpec(
-    AnomalyBody, parse_input_rows, row_fields=ROW_FIELDS, array_field="inputs", readers=RECORD_READERS
+    AnomalyBody, parse_input_rows, row_fields=ROW_FIELDS, array_field="inputs", pictures=True, readers=RECORD_READERS
 )
 
 

@@ -21,6 +21,7 @@ VERDICT = 400 * JSON_BYTE  # time to build and write the result of one row
 RECORD_BYTE = 8 * JSON_BYTE  # time to parse one byte of NDJSON
 RECORD_VALUE = 8 * JSON_BYTE  # time to assign one value of a record to its feature
 SNAPPY_BYTE = 16 * JSON_BYTE  # time to decompress and parse one byte of a remote-write body
+PICTURE_BYTE = math.inf  # a picture, too, may be far larger than its body
 GZIP_BODY = math.inf  # a gzip body counts as infinitely long work, because its decompressed size is unknown
 
 

@@ -4,6 +4,7 @@ import asyncio
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from service.codec import npy, png, safetensors
 from service.codec.compression import decompress_gzip, is_gzip
-from service.codec.request_body import JSON, NO_EXTRA_READERS, BodyReader, is_array, read_fields
+from service.codec.request_body import JSON, NO_EXTRA_READERS, BodyReader, is_array, is_picture, read_fields
 from service.codec.response_body import (
     ARRAY_FORMATS,
     IMAGE_FORMATS,
@@ -50,6 +51,7 @@ class RequestSpec(Generic[B, T]):
         count_field: the field that holds the number of rows to generate, which may be at most ELBO_MAX_ROWS.
         array_field: the field that holds the array of an npy or safetensors body; if None, such a body is refused.
         readers: for each further media type, the function that parses its bodies.
+        pictures: whether the body can be a PNG or JPEG picture if the model takes images.
         png_output: whether the response of an image model can be image/png.
     """
 
@@ -59,6 +61,7 @@ class RequestSpec(Generic[B, T]):
     count_field: str | None = None
     array_field: str | None = None
     readers: Mapping[str, BodyReader] = field(default_factory=lambda: NO_EXTRA_READERS)
+    pictures: bool = False
     png_output: bool = False
 
 
@@ -102,7 +105,8 @@ async def parse_request(
     def parse() -> tuple[B, T]:
         content = decompress_gzip(raw_body, request.max_body_bytes) if compressed else raw_body
         width = served.latent_schema.width if spec.array_field == "latents" else served.row_schema.width
-        fields = read_fields(content_type, content, spec.array_field, width, spec.readers)
+        picture = served.picture_row if spec.pictures else None
+        fields = read_fields(content_type, content, spec.array_field, width, spec.readers, picture)
         values, may_contain_non_floats = fields
         if query.options:
             options = read_options(spec.schema, query.options)
@@ -112,10 +116,7 @@ async def parse_request(
         _require_row_limit(spec, body, service.settings.max_rows)
         return body, spec.read(served, body, may_contain_non_floats)
 
-    if compressed:
-        cost = offload.GZIP_BODY
-    else:
-        cost = len(raw_body) * (offload.ARRAY_BYTE if is_array(content_type) else offload.JSON_BYTE)
+    cost = offload.GZIP_BODY if compressed else len(raw_body) * _cost_per_byte(content_type)
     started = perf_counter()
     body, inputs = await run_in_thread_if_long(parse, cost)
     record.parse += perf_counter() - started
@@ -139,6 +140,14 @@ async def _admit(service: ServiceContext, request: RequestContext, compressed: b
     ticket.acquire()
     await ticket.start(deadline)
     return body
+
+
+@lru_cache(maxsize=256)
+def _cost_per_byte(content_type: str) -> float:
+    """Return the estimated time to parse one byte of a body with this Content-Type, in nanoseconds."""
+    if is_picture(content_type):
+        return offload.PICTURE_BYTE
+    return offload.ARRAY_BYTE if is_array(content_type) else offload.JSON_BYTE
 
 
 def _deadline(service: ServiceContext, request: RequestContext) -> float:

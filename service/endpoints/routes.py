@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.codec import ndjson, remote_write
+from service.codec import ndjson, pictures, remote_write
 from service.codec.request_body import ARRAY_MEDIA_TYPES, JSON
 from service.codec.response_body import ARRAY_FORMATS, IMAGE_FORMATS
 from service.endpoints.context import ServiceContext
@@ -210,6 +210,8 @@ def _request_body(endpoint: Endpoint) -> dict[str, Any]:
     schema = {"$ref": f"#/components/schemas/{spec.schema.__name__}"}
     content: dict[str, Any] = {JSON: {"schema": schema, "examples": EXAMPLES[spec.schema]}}
     content |= {media_type: TEXTS[media_type] for media_type in spec.readers}
+    if spec.pictures:
+        content |= dict.fromkeys(pictures.MEDIA_TYPES, BINARY)
     if spec.array_field:
         content |= dict.fromkeys(ARRAY_MEDIA_TYPES, BINARY)
     needs_body = bool(spec.row_fields) or any(field.is_required() for field in spec.schema.model_fields.values())

@@ -8,6 +8,7 @@ from typing import Any
 from models.manifest import Manifest
 from service.codec import png
 from service.codec.feature_names import FeatureSelectors
+from service.codec.pictures import PictureRow
 from service.codec.row_schema import RowSchema
 from service.inference.backend_selection import Selection
 from service.inference.backends import Backend
@@ -74,6 +75,13 @@ class ServedModel:
     def selectors(self) -> FeatureSelectors:
         """The mapping from metric names and labels to features."""
         return FeatureSelectors({name: name for name in self.row_schema.names})
+
+    @cached_property
+    def picture_row(self) -> PictureRow | None:
+        """The row that a PNG or JPEG body becomes; None if rows are not images."""
+        if not self.has_png_output or self.manifest.pixel_range is None:
+            return None
+        return PictureRow(self.manifest.shape, self.manifest.pixel_range)
 
     @cached_property
     def has_png_output(self) -> bool:

@@ -62,7 +62,7 @@ def test_every_setting_is_listed_with_its_default_and_description() -> None:
 def test_bounds_and_choices_of_settings_are_listed() -> None:
     found = {row[0]: row[2] for row in rows(generate.settings())}
     assert found["`ELBO_PORT`"] == "≥ 0, ≤ 65535"
-    assert found["`ELBO_LOG_FORMAT`"] == "`json`, `text`"
+    assert found["`ELBO_LOG_FORMAT`"] == "`auto`, `json`, `text`"
 
 
 def test_every_error_code_is_listed_with_its_status_and_meaning() -> None:
