@@ -9,21 +9,23 @@ import numpy.typing as npt
 from models.errors import join_names
 from service.anomaly.record_keys import RecordKeys
 from service.codec import csv_rows, ndjson
-from service.codec.request_body import BodyReader
+from service.codec.request_body import BodyReader, read_json
 from service.codec.row_arrays import parse_valid_array_rows
 from service.codec.row_lists import parse_valid_rows
 from service.codec.row_records import max_missing, parse_valid_records
 from service.codec.row_schema import ParsedRows, RowSchema
-from service.codec.telegraf import TelegrafBatch
+from service.codec.telegraf import AmbiguousRow, TelegrafBatch
 from service.errors import InvalidField, InvalidRows
 from service.inference.served_model import ServedModel
 from service.schemas import AnomalyBody
 
 ROW_FIELDS = ("inputs", "records", "metrics")  # a request body must have exactly one of these fields
+PLAIN_TEXT = "text/plain"
 HEADER_HINT = "the first line must name the columns; GET /models/{name} lists the features"
-RECORD_READERS: Mapping[str, BodyReader] = {  # by media type; each reader returns the field `records`
+RECORD_READERS: Mapping[str, BodyReader] = {  # by media type
     **dict.fromkeys(ndjson.MEDIA_TYPES, ndjson.read_fields),
     csv_rows.MEDIA_TYPE: csv_rows.read_fields,
+    PLAIN_TEXT: read_json,  # Telegraf sends its JSON with this type, unless its configuration sets another
 }
 
 
@@ -52,7 +54,7 @@ def parse_input_rows(served: ServedModel, body: AnomalyBody, may_contain_non_flo
 
     Raises:
         InvalidField: `body` does not have exactly one of ROW_FIELDS, or some of its fields conflict.
-        InvalidRows: no row is valid.
+        InvalidRows: no row is valid. A batch of metrics may have no row.
     """
     given = [name for name in ROW_FIELDS if getattr(body, name) is not None]
     if len(given) != 1:
@@ -119,18 +121,41 @@ def parse_record_rows(
 
 
 def _parse_metrics(served: ServedModel, body: AnomalyBody) -> InputRows:
-    batch = TelegrafBatch(served.selectors, served.row_schema.titles, body.time, body.group)
+    """Return the rows in the field `metrics`. There may be none: see `_is_refused`.
+
+    Raises InvalidRows if no row is valid, and the client can mend the request.
+    """
+    schema = served.row_schema
+    batch = TelegrafBatch(served.selectors, schema.titles, body.time, body.group)
     batch.add(body.metrics)
-    try:
-        input_rows = parse_record_rows(
-            served.row_schema, body, batch.records, may_contain_non_floats=True, pointer="/metrics"
-        )
-    except InvalidRows as error:
-        error.pointer = batch.pointer(0)
-        raise
+    unknown_fields, unknown_metrics = batch.unknown_fields, list(batch.unknown_metrics)
+    records = batch.records
+    if not records:
+        no_rows = ParsedRows(np.empty((0, schema.width), np.float32), [], [], None)
+        return InputRows(no_rows, 0, unknown_fields, unknown_metrics=unknown_metrics)
+    input_rows = parse_record_rows(schema, body, records, may_contain_non_floats=True, pointer="/metrics", minimum=0)
     for row_error in input_rows.parsed.errors:
         row_error.error.pointer = batch.pointer(row_error.row)
-    return input_rows._replace(unknown_fields=batch.unknown_fields, unknown_metrics=list(batch.unknown_metrics))
+    refused = [failed.error for failed in input_rows.parsed.errors if _is_refused(schema, body, records[failed.row])]
+    if refused and not input_rows.parsed.rows:
+        raise refused[0]
+    return input_rows._replace(unknown_fields=unknown_fields, unknown_metrics=unknown_metrics)
+
+
+def _is_refused(schema: RowSchema, body: AnomalyBody, record: Any) -> bool:
+    """Return whether to refuse a batch of metrics in which no row is valid, because of the invalid row `record`.
+
+    Telegraf sends a refused batch again and again, and keeps all later metrics back. A row that lacks features is
+    normal, because a batch may end in the middle of a row. So is a row with several numbers for one feature, because a
+    metric may exist per core and in total. Such rows are only counted and listed. With `impute=false`, a row that lacks
+    features is refused.
+    """
+    if isinstance(record, AmbiguousRow):
+        return False
+    if not body.impute or type(record) is not dict:
+        return True
+    missing = sum(record.get(name) is None for name in schema.required_names)
+    return missing <= max_missing(schema, body.impute)
 
 
 def _validate_smoothing(body: AnomalyBody) -> None:

@@ -163,13 +163,13 @@ def results_and_errors(
     return results, _errors(parsed, scores)
 
 
-def score_array(verdicts: Verdicts) -> Array:
+def score_array(input_rows: InputRows, verdicts: Verdicts | None) -> Array:
     """Return score, p-value and severity of all N rows of the request as [N, 3]; NaN in rows without a verdict."""
-    parsed, scores = verdicts.input_rows.parsed, verdicts.scores
-    array = np.full((verdicts.input_rows.rows_received, 3), np.nan, np.float32)
-    usable, clipped = scores.usable, scores.clipped
-    columns = np.column_stack((clipped.score, clipped.p_value, clipped.severity))
-    array[np.array(parsed.rows)[usable]] = columns[usable]
+    array = np.full((input_rows.rows_received, 3), np.nan, np.float32)
+    if verdicts:
+        usable, clipped = verdicts.scores.usable, verdicts.scores.clipped
+        columns = np.column_stack((clipped.score, clipped.p_value, clipped.severity))
+        array[np.array(input_rows.parsed.rows)[usable]] = columns[usable]
     return array
 
 

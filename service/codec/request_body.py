@@ -78,7 +78,7 @@ def read_fields(
         return RequestFields({})
     if media_type in ("", JSON) or media_type.endswith("+json"):
         fields = simdjson_rows.read_fields(body, main, width) if main else None
-        return _read_json(body) if fields is None else RequestFields(fields)
+        return read_json(body) if fields is None else RequestFields(fields)
     if media_type == npy.MEDIA_TYPE and main is not None:
         return RequestFields({main: npy.loads(body)})
     if media_type == safetensors.MEDIA_TYPE and main is not None:
@@ -111,7 +111,8 @@ def loads_value(text: bytes) -> Any:
     return value
 
 
-def _read_json(body: bytes) -> RequestFields:
+def read_json(body: bytes) -> RequestFields:
+    """Return the fields of a JSON object. Raises InvalidJson."""
     has_non_finite = False
     body = body.removeprefix(BYTE_ORDER_MARK)
     if not body:

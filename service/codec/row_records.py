@@ -55,7 +55,7 @@ def max_missing(schema: RowSchema, impute: bool) -> int:
 
 def _values_in_order(schema: RowSchema, record: Any, impute: bool) -> list[Any]:
     """Return the D values of a record, with None for a missing value. Raises InvalidRows if too many are missing."""
-    if type(record) is MalformedRow:
+    if isinstance(record, MalformedRow):
         raise record.error()
     if type(record) is not dict:
         got = describe_value(record)

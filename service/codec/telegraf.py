@@ -13,8 +13,12 @@ MAX_UNKNOWN_METRICS = 1000  # maximum number of names remembered per batch
 METRIC_SHAPE = "an object with name, tags, fields and timestamp"
 
 
+class AmbiguousRow(MalformedRow):
+    """A row that has several numbers for one feature."""
+
+
 class TelegrafBatch:
-    """Groups metrics into records.
+    """Groups metrics into records. Metrics that have no feature form no record.
 
     Args:
         selectors: finds the feature for a field of a metric.
@@ -55,25 +59,35 @@ class TelegrafBatch:
             self._add(index, *parts)
 
     def _add(self, index: int, name: str, tags: Record, fields: Record, time: Any) -> None:
+        """Add the features of one metric to the record of its group and time. Without a feature, add no record."""
         key = (tags.get(self._group), time)
-        if key not in self._records:
-            self._first_metrics.append(index)
-            timestamp = {self._time: time} if time is not None else {}
-            host = {self._group: key[0]} if key[0] is not None else {}
-            self._records[key] = timestamp | host
-        record = self._records[key]
         for field, value in fields.items():
             try:
                 feature = self._feature(name, field, tags)
             except InvalidRows as error:
-                self._records[key] = record = MalformedRow(error.detail, error.expected or "", error.got or "")
+                self._record(index, key)
+                self._records[key] = MalformedRow(error.detail, error.expected or "", error.got or "")
                 continue
             if feature is None:
                 self.unknown_fields += 1
                 if len(self.unknown_metrics) < MAX_UNKNOWN_METRICS:
                     self.unknown_metrics[f"{name}_{field}" if name else field] = None
-            elif isinstance(record, dict) and not _is_same(record.setdefault(feature, value), value):
-                self._records[key] = record = _ambiguous(feature, record[feature], value)
+                continue
+            record = self._record(index, key)
+            if isinstance(record, dict) and not _is_same(record.setdefault(feature, value), value):
+                self._records[key] = _ambiguous(feature, record[feature], value)
+
+    def _record(self, index: int, key: tuple[str | None, Any]) -> Record | MalformedRow:
+        """Return the record of a group and time. If there is none yet, begin it at metric number `index`."""
+        record = self._records.get(key)
+        if record is None:
+            group, time = key
+            record = {self._time: time} if time is not None else {}
+            if group is not None:
+                record[self._group] = group
+            self._records[key] = record
+            self._first_metrics.append(index)
+        return record
 
     def _feature(self, name: str, field: str, tags: Record) -> str | None:
         """Return the feature for a field of the metric `name`, or None. Raises InvalidRows if its unit is wrong."""
@@ -102,7 +116,9 @@ def _is_same(first: Any, second: Any) -> bool:
 
 
 def _ambiguous(feature: str, first: Any, second: Any) -> MalformedRow:
-    return MalformedRow(
+    are_numbers = type(first) in (int, float) and type(second) in (int, float)
+    kind = AmbiguousRow if are_numbers else MalformedRow
+    return kind(
         f"several metrics of one host and timestamp have different values for {feature}: "
         f'name the feature {feature}{{tag="value"}}, or configure Telegraf to send one of them',
         expected="one value per feature",

@@ -4,6 +4,7 @@ from typing import Any
 
 import orjson
 
+from service.anomaly.inputs import PLAIN_TEXT
 from service.codec import csv_rows, ndjson
 from service.schemas import AnomalyBody, Body, DecodeBody, EncodeBody, InterpolateBody, ReconstructBody, SampleBody
 
@@ -106,9 +107,11 @@ NDJSON_EXAMPLE = "\n".join(orjson.dumps(_record(digit)).decode() for digit in (Z
 CSV_EXAMPLE = "\n".join(
     (",".join(f'"{name}"' for name in _record(ONE)), ",".join(str(value) for value in _record(ONE).values()))
 )
+TELEGRAF_EXAMPLE = orjson.dumps(EXAMPLES[AnomalyBody]["telegraf"]["value"]).decode()
 
 # The OpenAPI descriptions of request bodies in text formats, by media type.
 TEXTS: dict[str, dict[str, Any]] = {
     **{media_type: {"schema": {"type": "string"}, "example": NDJSON_EXAMPLE} for media_type in ndjson.MEDIA_TYPES},
     csv_rows.MEDIA_TYPE: {"schema": {"type": "string"}, "example": CSV_EXAMPLE},
+    PLAIN_TEXT: {"schema": {"type": "string"}, "example": TELEGRAF_EXAMPLE},
 }

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service.anomaly.inputs import RECORD_READERS, ROW_FIELDS, InputRows, parse_input_rows
-from service.anomaly.verdicts import Verdicts, results_and_errors, score_array
+from service.anomaly.verdicts import Verdicts, parsing_errors, results_and_errors, score_array
 from service.codec.request_body import JSON
 from service.codec.row_arrays import parse_array
 from service.codec.row_lists import parse_row, parse_rows
@@ -100,17 +100,16 @@ class InferenceEndpoints:
         parsed = await parse_request(self._service, request, ANOMALY)
         run = partial(run_operation, self._service, parsed)
         verdicts = await score_rows(self._service, parsed.served, parsed.inputs, parsed.body, run)
-        assert verdicts is not None  # `parse_request` has refused a request without a readable row
         parsed.record.rows = parsed.inputs.rows_received
         if parsed.media_type != JSON:
-            numbers = score_array(verdicts)
+            numbers = score_array(parsed.inputs, verdicts)
             columns = dict(zip(("score", "p_value", "severity"), numbers.T, strict=True))
             return await render_response(parsed, {**columns}, numbers, allow_nan=True)
         cost = offload.VERDICT * parsed.inputs.rows_received if parsed.body.detail == "full" else 0
         started = perf_counter()
         fields = await run_in_thread_if_long(partial(_anomaly_fields, parsed, verdicts), cost)
         parsed.record.write += perf_counter() - started
-        return await render_response(parsed, fields, verdicts.scores.expected)
+        return await render_response(parsed, fields, parsed.inputs.parsed.x)
 
 
 # The requests that each endpoint accepts
@@ -183,20 +182,26 @@ ANOMALY = RequestSpec(
 # The fields of the responses
 
 
-def _anomaly_fields(parsed: ParsedRequest[AnomalyBody, InputRows], verdicts: Verdicts) -> dict[str, Any]:
-    """Return the fields of an `AnomalyAnswer`, or only the counts if `detail` is "none"."""
+def _anomaly_fields(parsed: ParsedRequest[AnomalyBody, InputRows], verdicts: Verdicts | None) -> dict[str, Any]:
+    """Return the fields of an `AnomalyAnswer`, or only the counts if `detail` is "none".
+
+    `verdicts` is None if no row could be read.
+    """
     body, served, input_rows = parsed.body, parsed.served, parsed.inputs
     counts = {
         "rows": input_rows.rows_received,
-        "anomalies": sum(verdicts.is_anomaly),
-        "failed": input_rows.rows_received - verdicts.scores.usable_count,
+        "anomalies": sum(verdicts.is_anomaly) if verdicts else 0,
+        "failed": input_rows.rows_received - (verdicts.scores.usable_count if verdicts else 0),
         "unknown_fields": input_rows.unknown_fields,
     }
     if body.detail == "none":
         return counts
     calibration = served.manifest.calibration
     reached = calibration.reaches(body.alpha)
-    scored, errors = results_and_errors(verdicts, body.explain, served.row_schema.names, served.manifest.parts)
+    if verdicts:
+        scored, errors = results_and_errors(verdicts, body.explain, served.row_schema.names, served.manifest.parts)
+    else:
+        scored, errors = [], parsing_errors(input_rows.parsed)
     return {
         **counts,
         "alpha": body.alpha,

@@ -1,6 +1,7 @@
 """Rows for /anomaly in every format: equal rows get equal verdicts, and an invalid row affects no other row."""
 
 import csv
+import gzip
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from tests.service.hosts import (
     post_anomaly,
 )
 from tests.service.running import running
+from tests.service.scrape import increase, scrape
 
 CSV, NPY = "text/csv", "application/x-npy"
 
@@ -176,7 +178,12 @@ def test_one_bad_row_among_a_thousand_fails_alone(
         (b"\n\n", CSV, "invalid_csv", "no header"),
         (b"cpu,load\n", CSV, "invalid_field", "got none"),
         (b'{"metrics": {}}', JSON, "invalid_rows", "no metrics"),
-        (b'{"metrics": [{"fields": {"x": 1}}]}', JSON, "invalid_rows", "no value for"),
+        (
+            b'{"metrics": [{"fields": {"cpu": 1, "load": "1", "disk~io": 1}}]}',
+            JSON,
+            "invalid_rows",
+            "expected a number",
+        ),
         (b"<xml/>", "text/xml", "unsupported_media_type", "text/csv"),
     ],
 )
@@ -331,3 +338,97 @@ def test_ndjson_and_csv_readers_accept_any_bytes(body: bytes) -> None:
     except UnicodeDecodeError:
         pytest.fail("bytes that are not UTF-8 must be replaced")
     assert all(type(row) is MalformedRow or set(row) == {"a", "b"} for row in records)
+
+
+def telegraf_batch(*metrics: tuple[str, dict[str, str], dict[str, Any]]) -> bytes:
+    """Return the bytes that Telegraf's `http` output sends for `metrics`, each with name, tags and fields."""
+    listed = [
+        {"fields": fields, "name": name, "tags": {"host": "web-1", **tags}, "timestamp": 1767225600}
+        for name, tags, fields in metrics
+    ]
+    return json.dumps({"metrics": listed}, separators=(",", ":")).encode() + b"\n"
+
+
+KERNEL: tuple[str, dict[str, str], dict[str, Any]] = (
+    "kernel",
+    {},
+    {"boot_time": 1767000000, "context_switches": 123456, "entropy_avail": 256},
+)
+USELESS_BATCHES: dict[str, tuple[bytes, dict[str, int]]] = {  # with rows, failed and unknown_fields of the response
+    "no feature": (telegraf_batch(KERNEL), {"rows": 0, "failed": 0, "unknown_fields": 3}),
+    "no feature, several hosts": (
+        telegraf_batch(KERNEL, ("kernel", {"host": "web-2"}, {"entropy_avail": 1})),
+        {"rows": 0, "failed": 0, "unknown_fields": 4},
+    ),
+    "no field": (telegraf_batch(("empty", {}, {})), {"rows": 0, "failed": 0, "unknown_fields": 0}),
+    "the end of a row": (telegraf_batch(("x", {}, {"cpu": 1.5})), {"rows": 1, "failed": 1, "unknown_fields": 0}),
+    "two numbers for one feature": (
+        telegraf_batch(("x", {"cpu": "cpu0"}, {"cpu": 1.5}), ("x", {"cpu": "cpu-total"}, {"cpu": 2.5})),
+        {"rows": 1, "failed": 1, "unknown_fields": 0},
+    ),
+}
+
+
+@pytest.mark.parametrize("content_type", ["text/plain; charset=utf-8", "application/json"])
+@pytest.mark.parametrize("detail", ["full", "none"])
+@pytest.mark.parametrize("kind", USELESS_BATCHES)
+def test_batch_of_metrics_without_a_complete_row_is_accepted_and_counted(
+    hosts: httpx.Client, kind: str, detail: str, content_type: str
+) -> None:
+    """Telegraf would repeat a refused batch for ever. text/plain is the Content-Type of its default settings."""
+    body, counts = USELESS_BATCHES[kind]
+    before = scrape(hosts)
+    headers = {"content-type": content_type, "content-encoding": "gzip", "user-agent": "Telegraf/1.36.3 Go/1.25.1"}
+    response = hosts.post(f"/anomaly?model=hosts&detail={detail}", content=gzip.compress(body), headers=headers)
+    assert response.status_code == 200, response.text
+    fields = response.json()
+    assert {name: fields[name] for name in counts} == counts
+    assert fields["anomalies"] == 0
+    if detail == "full":
+        assert fields["results"] == []
+        assert len(fields["errors"]) == counts["failed"]
+    after = scrape(hosts)
+    labels = {"model": "hosts", "version": "1"}
+    assert increase(before, after, "elbo_unknown_fields_total", **labels) == counts["unknown_fields"]
+    assert increase(before, after, "elbo_unreadable_rows_total", **labels) == counts["failed"]
+    assert increase(before, after, "elbo_scored_rows_total", **labels) == 0
+
+
+def test_batch_of_metrics_without_a_complete_row_gives_an_array_without_verdicts(hosts: httpx.Client) -> None:
+    for kind, rows in (("no feature", 0), ("the end of a row", 1)):
+        headers = {"content-type": JSON, "accept": "application/x-npy"}
+        response = hosts.post("/anomaly", content=USELESS_BATCHES[kind][0], headers=headers)
+        array = np.load(io.BytesIO(response.content))
+        assert array.shape == (rows, 3)
+        assert np.isnan(array).all()
+
+
+def test_batch_of_metrics_with_and_without_features_gives_the_row_that_has_them(hosts: httpx.Client) -> None:
+    cpu, memory, disk, load = host_rows(1)[0]
+    body = telegraf_batch(
+        KERNEL,
+        ("sys", {}, {"cpu": cpu, "memory/used": memory}),
+        ("io", {}, {"disk~io": disk}),
+        ("sys", {}, {"load": load, "uptime_format": "1 day"}),
+    )
+    response = post_anomaly(hosts, (body, "text/plain"))
+    assert (response["rows"], response["failed"], response["unknown_fields"]) == (1, 0, 4)
+    assert response["results"][0]["group"] == "web-1"
+
+
+def test_text_that_is_no_json_is_refused_with_the_reason(hosts: httpx.Client) -> None:
+    line_protocol = b"cpu,host=web-1 usage_idle=98.3 1767225600000000000\n"
+    response = hosts.post("/anomaly", content=line_protocol, headers={"content-type": "text/plain; charset=utf-8"})
+    assert (response.status_code, response.json()["code"]) == (422, "invalid_json")
+
+
+def test_chunk_of_fluent_bit_is_scored_with_its_settings_of_the_documentation(hosts: httpx.Client) -> None:
+    """The body and the headers are those that Fluent Bit's `http` output sends with `Format json_lines`."""
+    lines = [{"date": 1767225600.25 + second} | record for second, record in enumerate(host_records(host_rows(3)))]
+    body = "\n".join(json.dumps(line, separators=(",", ":")) for line in lines).encode() + b"\n"
+    headers = {"content-type": "application/x-ndjson", "user-agent": "Fluent-Bit", "content-encoding": "gzip"}
+    response = hosts.post("/anomaly?model=hosts&detail=none&time=date", content=gzip.compress(body), headers=headers)
+    assert response.status_code == 200, response.text
+    assert response.json() | {"anomalies": 0} == {
+        "model": "hosts", "version": 1, "rows": 3, "anomalies": 0, "failed": 0, "unknown_fields": 0,
+    }  # fmt: skip
