@@ -1,6 +1,7 @@
-"""uvicorn's HTTP protocol with admission control, and with limits on the head of a request.
+"""uvicorn's HTTP protocol with admission control, with limits on what it waits for, and without upgrades.
 
-uvicorn itself limits neither the size of a head nor the time that a head takes to arrive.
+uvicorn limits neither the size of a head nor the time for which the server waits for bytes of a client. It loses the
+body of a request that offers an upgrade. It sends chunks to HTTP/1.0 clients, which cannot read chunks.
 """
 
 import asyncio
@@ -8,18 +9,29 @@ from collections.abc import Collection
 from time import perf_counter
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.codec.response_body import stream_media_type
 from service.http.admission import TICKET, AdmissionControl, Refusal, Ticket
+from service.http.lingering import LingeringTransport
 from service.http.refusal import HeadRefusal
 
 CONNECTION_CLOSE = (b"connection", b"close")  # header of every response once the server is shutting down
 MAX_HEAD = 64 * 1024  # bytes
+# What arrives of a request after its response is read and discarded, because many clients read no response before they
+# have sent everything. These are the limits: bytes, seconds, and seconds without a byte after the last response.
+MAX_DISCARDED_BYTES = 2**30
+MAX_DISCARDED_HEAD = 2**20  # bytes of a head that is too large: no client needs to send more of it
+MAX_DISCARDING_SECONDS = 30.0
+LINGER_SECONDS = 2.0
+UPGRADE_HEADERS = (b"upgrade", b"http2-settings")
 
 
 class Protocol(HttpToolsProtocol):
     """One HTTP connection.
+
+    The server never upgrades a connection: an offer of an upgrade is ignored (RFC 9110, section 7.8).
 
     Args:
         admission: decides which requests are accepted.
@@ -28,14 +40,22 @@ class Protocol(HttpToolsProtocol):
         options: uvicorn's own arguments.
 
     Attributes:
-        head_since: the time at which the connection began to wait for the end of a head, on the `perf_counter` clock;
-            None from the end of a head until the next head begins.
+        waiting_since: the time at which the connection began to wait for the rest of a head, or for the next bytes of
+            a body whose response is complete, on the `perf_counter` clock; None while the connection waits for neither.
+            The task of a request limits the wait for its body, and a timer of uvicorn the wait for the next request.
     """
 
-    head_since: float | None = None
+    waiting_since: float | None = None
     _head_bytes = 0  # number of bytes received so far of an incomplete head
+    _is_receiving = False  # whether a request has begun to arrive and is incomplete
     _is_refused = False  # whether the request whose body arrives now is refused
+    _offers_upgrade = False  # whether the parser is about to stop at a head that offers an upgrade
     _ticket: Ticket | None = None  # ticket of the request whose body arrives now
+    _discarded = 0  # bytes of the current request that arrived after its response
+    _is_head_too_large = False  # whether these bytes belong to a head of more than MAX_HEAD bytes
+    _discarding_since = 0.0  # when the first of these bytes arrived
+    _lingering_since: float | None = None  # since when nothing arrives, after the last response of the connection
+    _unsent = 0, 0.0  # bytes that wait to be sent, and since when their number has not changed
 
     def __init__(
         self, *, admission: AdmissionControl, head_refusal: HeadRefusal, paths: Collection[str], **options: Any
@@ -47,26 +67,55 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as in uvicorn
         """Begin to wait for the first head."""
-        super().connection_made(transport)
-        self.head_since = perf_counter()
+        lingering: Any = LingeringTransport(transport, self._linger_if_receiving)
+        super().connection_made(lingering)
+        self.waiting_since = perf_counter()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        transport: Any = self.transport
+        super().connection_lost(exc)
+        transport.detach()
 
     def data_received(self, data: bytes) -> None:
-        """Parse `data`, and refuse a head of more than MAX_HEAD bytes."""
-        super().data_received(data)
-        if self.head_since is not None:
+        """Parse `data`, and refuse a head of more than MAX_HEAD bytes. Discard `data` after the last response."""
+        if self._lingering_since is not None:
+            self._lingering_since = perf_counter()
+            self._discard(len(data))
+            return
+        self._unset_keepalive_if_required()
+        try:
+            self._parse(data)
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+            return
+        if self.waiting_since is not None:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD and not self.transport.is_closing():
+                self._is_head_too_large = True
                 self.send_400_response("The head of the request is too large.")
+
+    def send_400_response(self, msg: str) -> None:
+        """Respond to bytes that are not an HTTP request, and parse nothing more on this connection."""
+        self._is_receiving = True
+        super().send_400_response(msg)
 
     def on_message_begin(self) -> None:
         """Begin to wait for the end of a head."""
-        self.head_since = perf_counter()
+        self.waiting_since = perf_counter()
         self._head_bytes = 0
+        self._discarded = 0
+        self._is_receiving = True
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         """Refuse the request, or start its ASGI task with a ticket in its scope."""
-        self.head_since = None
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                raise httptools.HttpParserError("CONNECT is not supported")
+            self._offers_upgrade = True
+            return
+        self.waiting_since = None
         self._head_bytes = 0
         self._ticket = None
         refusal = self._admission.refusal(rows=1)
@@ -74,15 +123,22 @@ class Protocol(HttpToolsProtocol):
             self._refuse(refusal)
             return
         super().on_headers_complete()
-        if self._is_controlled(self.scope.get("path", "")):
-            scope: Any = self.scope
+        scope: Any = self.scope
+        if scope["http_version"] != "1.1":
+            self.cycle.__class__ = _Http10Cycle  # uvicorn creates the cycle, but its task has not run yet
+            self.cycle.waiting_for_100_continue = False
+        if self._is_controlled(scope["path"]):
             self._ticket = scope[TICKET] = self._admission.ticket()
 
     def on_body(self, body: bytes) -> None:
-        """Keep a piece of the body, or drop it if the request is refused."""
+        """Keep a piece of the body, or discard it if the request already has its response."""
         if self._is_refused:
+            self._discard(len(body))
             return
         cycle: Any = self.cycle
+        if cycle.response_complete:
+            self._discard(len(body))
+            return
         if not cycle.body:
             cycle.body = b""  # b"" + body does not copy the body; uvicorn's bytearray would copy the body twice
         elif type(cycle.body) is bytes:
@@ -90,16 +146,135 @@ class Protocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """Acquire the ticket of the complete request. If the request was refused, go on to the next request."""
+        """Acquire the ticket of the complete request. If the request has its response, go on to the next request."""
+        if self._offers_upgrade:
+            return
+        self._is_receiving = False
         if self._is_refused:
             self._is_refused = False
-            if not self.parser.should_keep_alive() or CONNECTION_CLOSE in self.server_state.default_headers:
+            if not self.parser.should_keep_alive() or self._is_draining():
                 self.transport.close()
             self.on_response_complete()
+            return
+        if self.cycle.response_complete:
+            self._wait_for_next_request()
             return
         super().on_message_complete()
         if self._ticket and not self.pipeline:  # a pipelined request acquires its ticket when its task starts
             self._ticket.acquire()
+
+    def shutdown(self) -> None:
+        """Close the connection after its last response: the server is shutting down.
+
+        A request that has begun to arrive is still served. Its response has the header `Connection: close`.
+        """
+        if not self._is_receiving or not self._is_idle():
+            super().shutdown()
+
+    def announce_close(self) -> None:
+        """Add the header `Connection: close` to the response in progress, unless its head has been sent."""
+        cycle: Any = self.cycle  # the newest request of the connection; None before the first
+        if cycle and not cycle.response_started:
+            cycle.keep_alive = False
+
+    def close_if_slow(self, now: float, seconds: float) -> None:
+        """Close the connection if the client has made no progress for more than `seconds`.
+
+        Args:
+            now: the time on the `perf_counter` clock.
+            seconds: the longest wait for the end of a head, for the next bytes of a body whose response is complete,
+                and for the client to read the next bytes of a response.
+        """
+        transport: Any = self.transport
+        unsent = transport.get_write_buffer_size()
+        if unsent != self._unsent[0]:
+            self._unsent = unsent, now
+        elif unsent and now - self._unsent[1] > seconds:
+            transport.abort()  # `close` would wait until the client has read everything
+            return
+        if self._lingering_since is not None:
+            if now - self._lingering_since > LINGER_SECONDS:
+                transport.close_now()
+        elif self.waiting_since is None:
+            if self._waits_for_bytes():
+                self.waiting_since = now
+        elif now - self.waiting_since > seconds:
+            transport.close_now()
+
+    def _waits_for_bytes(self) -> bool:
+        """Return whether only bytes of the client can continue this connection, and no timer limits that wait.
+
+        This is so in the middle of a request that already has its response, and after an empty line between requests.
+        """
+        return (self._is_receiving or self.timeout_keep_alive_task is None) and self._is_idle()
+
+    def _is_idle(self) -> bool:
+        """Return whether no request waits for its response."""
+        cycle: Any = self.cycle  # the newest request of the connection; None before the first
+        return cycle is None or cycle.response_complete
+
+    def _is_draining(self) -> bool:
+        return CONNECTION_CLOSE in self.server_state.default_headers
+
+    def _wait_for_next_request(self) -> None:
+        """Start the keep-alive timer after the end of a body that arrived after its response."""
+        self.waiting_since = None
+        self._unset_keepalive_if_required()
+        if self._is_draining():
+            self.transport.close()
+        else:
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+
+    def _linger_if_receiving(self) -> bool:
+        """Begin to discard what arrives if the client may still be sending a request. Return whether it may."""
+        if not self._is_receiving:
+            return False
+        self._lingering_since = perf_counter()
+        self.flow.resume_reading()
+        return True
+
+    def _discard(self, size: int) -> None:
+        """Count `size` bytes that arrived after the response, and close the connection at the limits."""
+        now = perf_counter()
+        self.waiting_since = None
+        if not self._discarded:
+            self._discarding_since = now
+        self._discarded += size
+        limit = MAX_DISCARDED_HEAD if self._is_head_too_large else MAX_DISCARDED_BYTES
+        if self._discarded > limit or now - self._discarding_since > MAX_DISCARDING_SECONDS:
+            transport: Any = self.transport
+            transport.close_now()
+
+    def _parse(self, data: bytes) -> None:
+        """Feed `data` to the parser. If the parser stops at a head that offers an upgrade, go on without the offer."""
+        rest: bytes | memoryview = data
+        while True:
+            try:
+                self.parser.feed_data(rest)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                rest = memoryview(rest)[upgrade.args[0] :]
+                head = self._head_without_upgrade()
+                self._offers_upgrade = False
+                # The parser has skipped the body of this request. Only a new parser can read it.
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as in uvicorn
+                self.parser.feed_data(head)
+
+    def _head_without_upgrade(self) -> bytes:
+        """Return the head of the current request as bytes, without the headers that offer an upgrade."""
+        request_line = self.parser.get_method(), self.url, self.parser.get_http_version().encode()
+        lines = [b"%b %b HTTP/%b\r\n" % request_line]
+        for name, value in self.headers:
+            if name == b"connection":
+                options = [option.strip() for option in value.split(b",")]
+                kept = [option for option in options if option.lower() not in UPGRADE_HEADERS]
+                lines.append(b"connection: %b\r\n" % b", ".join(kept))
+            elif name not in UPGRADE_HEADERS:
+                lines.append(b"%b: %b\r\n" % (name, value))
+        return b"".join([*lines, b"\r\n"])
 
     def _is_controlled(self, path: str) -> bool:
         return path in self._paths and self.parser.get_method() == b"POST"
@@ -108,11 +283,13 @@ class Protocol(HttpToolsProtocol):
         """Return whether the request is under admission control and the refusal can be written now.
 
         A request that streams rows is not refused, because the server reads its rows only as fast as the queue permits.
+        A request from a web page is refused later, so that the response has the headers for cross-origin requests.
         """
         cycle: Any = self.cycle  # None before the first request
         if (cycle and not cycle.response_complete) or self.expect_100_continue or self.flow.write_paused:
             return False
-        return self._is_controlled(self._path()) and not self._is_stream()
+        is_from_page = any(name == b"origin" for name, _ in self.headers)
+        return self._is_controlled(self._path()) and not is_from_page and not self._is_stream()
 
     def _is_stream(self) -> bool:
         """Return whether the request streams rows and asks for a stream of verdicts."""
@@ -130,13 +307,28 @@ class Protocol(HttpToolsProtocol):
     def _path(self) -> str:
         return self.url.partition(b"?")[0].decode("latin-1")
 
-    def close_if_slow(self, seconds: float) -> None:
-        """Close the connection if it has waited longer than `seconds` for the end of a head."""
-        if self.head_since is not None and perf_counter() - self.head_since > seconds:
-            self.transport.close()
 
-
-def close_slow(connections: set[Any], seconds: float) -> None:
-    """Close the connections that have waited longer than `seconds` for the end of a head."""
+def close_slow(connections: Collection[Any], seconds: float) -> None:
+    """Close the connections whose clients have made no progress for more than `seconds`."""
+    now = perf_counter()
     for connection in list(connections):
-        connection.close_if_slow(seconds)
+        connection.close_if_slow(now, seconds)
+
+
+class _Http10Cycle(RequestResponseCycle):
+    """A request from an HTTP/1.0 client, and its response, which ends with the connection if its length is unknown.
+
+    HTTP/1.0 has neither chunks nor 100 Continue (RFC 9112, section 6.1; RFC 9110, section 10.1.1).
+    """
+
+    _has_length = True  # whether the response has the header Content-Length
+
+    async def send(self, message: Any) -> None:
+        """Send a message of the response."""
+        if message["type"] == "http.response.start":
+            self._has_length = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+            if not self._has_length:
+                self.chunked_encoding = False
+        elif not self._has_length:
+            self.expected_content_length = len(message.get("body", b""))
+        await super().send(message)

@@ -120,25 +120,23 @@ class RequestContext:
         length = self.headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > self._limits.max_bytes:
             raise self._body_too_large(f"{int(length)} bytes")
-        message = await self.receive()
-        if message["type"] == "http.request" and not message.get("more_body"):
-            body: bytes = message.get("body", b"")
-            return body
+        if self.ticket.is_queued:  # the whole body has arrived: no timer is needed
+            return await self._read_body()
         try:
             async with asyncio.timeout(self._limits.seconds):
-                return await self._read_rest(message)
+                return await self._read_body()
         except TimeoutError:
             raise BodyTooSlow(
                 f"the request body had not arrived after {self._limits.seconds:g} s", headers={"Connection": "close"}
             ) from None
 
-    async def _read_rest(self, message: Message) -> bytes:
-        chunks = []
-        while message["type"] == "http.request":
-            chunks.append(message.get("body", b""))
+    async def _read_body(self) -> bytes:
+        chunks: list[bytes] = []
+        while (message := await self.receive())["type"] == "http.request":
+            body: bytes = message.get("body", b"")
             if not message.get("more_body"):
-                return b"".join(chunks)
-            message = await self.receive()
+                return b"".join([*chunks, body]) if chunks else body  # a body in one piece is not copied
+            chunks.append(body)
         raise ClientDisconnect
 
     async def stream(self) -> AsyncIterator[bytes]:
@@ -155,7 +153,10 @@ class RequestContext:
                 async with asyncio.timeout(self._limits.seconds):
                     message = await self._receive()
             except TimeoutError:
-                raise BodyTooSlow(f"no more of the request body arrived within {self._limits.seconds:g} s") from None
+                raise BodyTooSlow(
+                    f"no more of the request body arrived within {self._limits.seconds:g} s",
+                    headers={"Connection": "close"},
+                ) from None
             if message["type"] != "http.request":
                 raise ClientDisconnect
             self.ticket.hold(len(message["body"]))

@@ -5,9 +5,12 @@ connection, it sends CONNECTION and the file descriptor. Messages arrive in the 
 last connection, the supervisor ends the stream. The stream also ends when the supervisor dies.
 """
 
+import ctypes
 import select
 import socket
+import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 READY = b"R"
@@ -15,6 +18,15 @@ CONNECTION = b"c"
 DRAIN = b"d"
 BACKLOG = 2048  # maximum number of connections that the kernel keeps until they are accepted
 CLOSED_CONNECTIONS = ("connections_closed",)  # key under which a worker counts the connections it has closed
+HANDSHAKE_SECONDS = 0.1  # time for a handshake that has begun to complete, before the listener is closed
+_SO_ATTACH_FILTER = 26  # Linux, include/uapi/asm-generic/socket.h; Python has no name for it
+# Program of the classic Berkeley packet filter: drop each packet with the SYN flag, which begins a new connection.
+_DROP_SYN = (
+    (0x30, 0, 0, 13),  # load byte 13 of the TCP header, which holds the flags
+    (0x45, 0, 1, 0x02),  # skip one instruction unless SYN is set
+    (0x06, 0, 0, 0),  # drop the packet
+    (0x06, 0, 0, 0xFFFFFFFF),  # accept the packet
+)
 _MAX_MESSAGES = 256  # maximum number of messages that one call of `receive` reads
 
 
@@ -39,6 +51,20 @@ def accept_pending(listener: socket.socket) -> Iterator[socket.socket]:
         except OSError:  # no connection waits, a client has disconnected, or this process has too many open files
             return
         yield connection
+
+
+def stop_new_connections(listener: socket.socket) -> None:
+    """Let no new connection reach `listener`, which still accepts those whose handshake has begun. Linux only.
+
+    When a listener is closed, the kernel resets the connections that nobody has accepted yet. Without this filter a
+    client could connect and send a request between the last `accept` and the close, and the request would be lost. The
+    kernel of a client whose packet is dropped sends it again after a second, when the listener is closed: that client
+    is refused before it sends a request.
+    """
+    program = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *instruction) for instruction in _DROP_SYN))
+    with suppress(OSError):  # a system without this filter closes the listener, which rarely loses a connection
+        pointer = struct.pack("@HP", len(_DROP_SYN), ctypes.addressof(program))
+        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, pointer)
 
 
 def can_send(control: socket.socket) -> bool:

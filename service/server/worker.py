@@ -21,6 +21,7 @@ from service.shared_memory import SharedCounters, SharedNumber
 
 log = logging.getLogger("elbo.service")
 SWITCH_INTERVAL = 0.0005  # in seconds; with Python's default, the event loop may delay the inference thread by 5 ms
+TICK_SECONDS = 0.1  # interval between two checks for slow clients
 LINGER_SECONDS = 0.5  # when the server stops, open connections stay open for this time for one more request
 
 
@@ -72,7 +73,7 @@ class Server(uvicorn.Server):
         should_exit = await super().on_tick(counter)
         if self._service.draining:
             self._drain()
-        close_slow(self.server_state.connections, self._service.settings.request_timeout)
+        self._close_slow()
         return should_exit
 
     def handle_exit(self, sig: int, _: FrameType | None) -> None:
@@ -87,15 +88,24 @@ class Server(uvicorn.Server):
             self.force_exit = self.should_exit and sig == signal.SIGINT
             self.should_exit = True
         else:
-            asyncio.get_running_loop().call_later(drain_seconds, self._exit)
+            loop = asyncio.get_running_loop()
+            loop.call_later(drain_seconds, self._exit)
+            loop.call_soon_threadsafe(self._drain)  # not at once: a signal may interrupt any code
         self._signalled = True
-        self._drain()
+        self._service.draining = True
         fields = {"signal": signal.Signals(sig).name, "drain_seconds": drain_seconds}
         log.info("stopping", extra={"fields": fields})
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept the connections that have arrived, close the listener, and serve requests on open connections."""
         self._drain()
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + LINGER_SECONDS
+        closing_slow = loop.create_task(self._keep_closing_slow())  # uvicorn no longer calls `on_tick`
+        for listener in sockets or []:
+            fd_passing.stop_new_connections(listener)
+        if sockets:
+            await asyncio.sleep(fd_passing.HANDSHAKE_SECONDS)
         for listener in sockets or []:
             listener.setblocking(False)
             for connection in fd_passing.accept_pending(listener):
@@ -104,16 +114,29 @@ class Server(uvicorn.Server):
             server.close()
         if self._opening:
             await asyncio.wait(self._opening)
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + LINGER_SECONDS
         while self.server_state.connections and not self.force_exit and loop.time() < deadline:
             await asyncio.sleep(0.01)
-        await super().shutdown(sockets)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            closing_slow.cancel()
 
     def _drain(self) -> None:
+        """Announce on every connection that it closes after its response."""
         self._service.draining = True
         if CONNECTION_CLOSE not in self.server_state.default_headers:
             self.server_state.default_headers = [*self.server_state.default_headers, CONNECTION_CLOSE]
+        connections: list[Any] = list(self.server_state.connections)
+        for connection in connections:
+            connection.announce_close()
+
+    def _close_slow(self) -> None:
+        close_slow(self.server_state.connections, self._service.settings.request_timeout)
+
+    async def _keep_closing_slow(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            self._close_slow()
 
     def _exit(self) -> None:
         self.should_exit = True
