@@ -214,8 +214,13 @@ class Supervisor:
         self._state = State.STOPPING
         self._drain_deadline = None
         if self._listener in self._selector.get_map():
-            self._pass_connections()
             self._selector.unregister(self._listener)
+            fd_passing.stop_new_connections(self._listener)
+            deadline = monotonic() + fd_passing.HANDSHAKE_SECONDS
+            while monotonic() < deadline:
+                self._pass_connections()
+                sleep(0.01)
+            self._pass_connections()
         self._listener.close()
         for worker in self._workers.values():
             if worker.state is WorkerState.LOADING:

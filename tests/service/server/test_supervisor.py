@@ -108,6 +108,27 @@ def test_receive_returns_all_connections_that_were_sent() -> None:
     control_of_worker.close()
 
 
+def test_listener_that_is_about_to_close_keeps_the_connections_it_has_and_gets_no_new_ones() -> None:
+    require(sys.platform == "linux", "only Linux can filter the packets of a listener")
+    listener = socket.create_server(("127.0.0.1", 0))
+    earlier = socket.create_connection(listener.getsockname(), timeout=5)
+    fd_passing.stop_new_connections(listener)
+    with pytest.raises(TimeoutError):
+        socket.create_connection(listener.getsockname(), timeout=0.2)
+    listener.setblocking(False)
+    (accepted,) = fd_passing.accept_pending(listener)
+    earlier.sendall(b"request")
+    assert accepted.recv(7) == b"request"
+    accepted.sendall(b"response")
+    assert earlier.recv(8) == b"response"
+    address = listener.getsockname()
+    listener.close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address, timeout=5)
+    earlier.close()
+    accepted.close()
+
+
 def test_workers_get_equally_many_connections_and_export_the_sums_over_all_workers(
     start: Callable[..., ServerProcess], artifacts: Path
 ) -> None:
