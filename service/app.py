@@ -13,6 +13,8 @@ from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import RedirectResponse
 from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -47,12 +49,15 @@ other fields are then query parameters. A field must not be in the body and in t
 A response is JSON, application/x-npy, application/x-safetensors or, for images, image/png: the Accept header chooses.
 An error is application/problem+json with a stable `code`."""
 
+RESPONSE_HEADERS = ("Elbo-Model", "Elbo-Seed", "Retry-After", "Server-Timing", "X-Request-Id")  # for other origins
+
 
 def create_app(settings: Settings, counters: SharedCounters | None = None) -> FastAPI:
     """Return the application.
 
     `app.state.service` is its `ServiceContext`. `app.state.protocol` is uvicorn's HTTP protocol with admission control.
-    With another protocol the responses are the same, but a request is refused only after its task has started.
+    Another protocol refuses a request only after its task has started, does not limit every wait for a client, and may
+    lose the body of a request that offers an upgrade.
 
     `RequestMiddleware` replaces FastAPI's whole middleware stack. The outermost layer of that stack would turn errors
     into responses of its own format before `RequestMiddleware` could handle them.
@@ -120,19 +125,30 @@ def create_app(settings: Settings, counters: SharedCounters | None = None) -> Fa
     endpoints = routes.endpoints(service, receiver)
     routes.register(app, endpoints)
     app.mount("/static", StaticFiles(directory=STATIC))
-    app.middleware_stack = RequestMiddleware(
+    entry_point: ASGIApp = RequestMiddleware(
         _router_of(app),
         handlers=routes.handlers(endpoints),
         metrics=metrics,
         access=access,
         limits=BodyLimits(max_bytes=settings.max_body_bytes, seconds=settings.request_timeout),
         admission=admission,
+        root_path=settings.root_path,
     )
+    if settings.cors_origins:
+        entry_point = CORSMiddleware(
+            entry_point,
+            allow_origins=settings.cors_origins.split(","),
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=RESPONSE_HEADERS,
+        )
+    app.middleware_stack = entry_point
+    paths = routes.admission_paths(endpoints)
     app.state.protocol = partial(
         Protocol,
         admission=admission,
-        head_refusal=HeadRefusal(metrics, access),
-        paths=routes.admission_paths(endpoints),
+        head_refusal=HeadRefusal(metrics, access, settings.root_path),
+        paths=paths | {settings.root_path + path for path in paths},
     )
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign] # FastAPI's documented way
     return app
@@ -170,6 +186,10 @@ def _router_of(app: FastAPI) -> ASGIApp:
 
     async def route(scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = app
+        root_path = scope.get("root_path")
+        if root_path and scope["path"] == root_path:  # the page has relative links, which need a path that ends with /
+            await RedirectResponse(root_path + "/")(scope, receive, send)
+            return
         try:
             await router(scope, receive, send)
         except HTTPException as error:

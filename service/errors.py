@@ -2,6 +2,7 @@
 
 ElboError (models.errors)
 └── ServiceError
+    ├── BadRequest                          400
     ├── NotFound, ModelNotFound, NotShown   404
     ├── MethodNotAllowed                    405
     ├── NotAcceptable                       406
@@ -73,6 +74,12 @@ class ServiceError(ElboError):
             "request_id": request_id,
             **{key: value for key, value in optional.items() if value is not None},
         }
+
+
+class BadRequest(ServiceError):
+    """The request does not have exactly one Host header, or its body has a transfer encoding other than chunked."""
+
+    status, code, title = 400, "bad_request", "Bad request"
 
 
 class NotFound(ServiceError):
@@ -218,6 +225,7 @@ class DeadlineExceeded(ServiceError):
 
 
 ERRORS: tuple[type[ServiceError], ...] = (
+    BadRequest,
     NotFound,
     ModelNotFound,
     NotShown,

@@ -89,8 +89,24 @@ class Settings(BaseSettings):
         le=3600,
         description="seconds until a request fails with status 504; the header X-Request-Timeout overrides it",
     )
+    keep_alive_seconds: float = Field(
+        130.0,
+        gt=0,
+        le=86400,
+        description="seconds for which an idle connection stays open; a proxy must close its idle connections earlier",
+    )
     drain_seconds: float = Field(
         0.0, ge=0, le=600, description="seconds to keep serving after SIGTERM before the shutdown begins"
+    )
+    root_path: str = Field(
+        "",
+        description="path under which a proxy publishes the server, such as /elbo; the proxy may remove or keep this "
+        "path when it forwards a request",
+    )
+    cors_origins: str = Field(
+        "",
+        description="origins whose web pages may call the server, separated by commas, such as "
+        "https://app.example.com; * stands for every origin",
     )
     alertmanager_url: str = Field(
         "", description="Alertmanager to push alerts to, such as http://host:9093; empty pushes none"
@@ -149,6 +165,24 @@ class Settings(BaseSettings):
             for variable, value in os.environ.items()
             if _is_service_link(variables.get(variable.upper(), ""), value)
         }
+
+    @field_validator("root_path")
+    @classmethod
+    def _check_root_path(cls, value: str) -> str:
+        path = value.rstrip("/")
+        if path and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", path):
+            raise ValueError("expected a path such as /elbo, of letters, digits and the characters / . _ ~ -")
+        return path
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_cors_origins(cls, value: str) -> str:
+        origins = [origin.strip() for origin in value.split(",") if origin.strip()]
+        for origin in origins:
+            url = urlsplit(origin)
+            if origin != "*" and (not url.hostname or origin != f"{url.scheme}://{url.netloc}" or "@" in url.netloc):
+                raise ValueError("expected * or origins such as https://app.example.com, without a path")
+        return ",".join(origins)
 
     @field_validator("alertmanager_url")
     @classmethod

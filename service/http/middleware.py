@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.errors import ClientGone, InternalError, ServiceError
+from service.errors import BadRequest, ClientGone, InternalError, ServiceError
 from service.http.admission import TICKET, AdmissionControl
 from service.http.request import BodyLimits, HttpResponse, RequestContext, scope_with_request
 from service.monitoring.logs import AccessLog
@@ -29,6 +29,7 @@ class RequestMiddleware:
         access: logs the requests.
         limits: limits on request bodies.
         admission: issues the tickets of requests.
+        root_path: path under which a proxy publishes the server; empty for none.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class RequestMiddleware:
         access: AccessLog,
         limits: BodyLimits,
         admission: AdmissionControl,
+        root_path: str = "",
     ) -> None:
         self._app = app
         self._handlers = handlers
@@ -47,17 +49,24 @@ class RequestMiddleware:
         self._access = access
         self._limits = limits
         self._admission = admission
+        self._root_path = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request, as an ASGI application."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if self._root_path:
+            _set_root_path(scope, self._root_path)
         ticket = scope.get(TICKET) or self._admission.ticket()  # only `Protocol` adds a ticket to the scope
         request = RequestContext(scope, receive, send, self._limits, ticket)
         path = scope["path"].removeprefix(scope.get("root_path", ""))  # root_path: prefix at which the app is mounted
         handler = self._handlers.get(path) if scope["method"] == "POST" else None
         try:
+            headers = request.headers
+            # More headers than names: some name occurs twice.
+            if b"host" not in headers or b"transfer-encoding" in headers or len(headers) != len(scope["headers"]):
+                _check_head(scope)
             if handler:
                 request.record.endpoint = path
                 await request.respond(await _respond(handler, request))
@@ -78,6 +87,32 @@ class RequestMiddleware:
         if scope["method"] == "HEAD":  # handled like GET: the server omits the body
             scope["method"] = "GET"
         await self._app(scope, request.receive, request.send)
+
+
+def _set_root_path(scope: Scope, root_path: str) -> None:
+    """Set the root path of a request, and complete the path of a request from which the proxy has removed it."""
+    if scope.get("root_path"):  # another application has mounted this one
+        return
+    scope["root_path"] = root_path
+    if scope["path"] != root_path and not scope["path"].startswith(root_path + "/"):
+        scope["path"] = root_path + scope["path"]
+
+
+def _check_head(scope: Scope) -> None:
+    """Raise BadRequest if two servers could read the head of a request in different ways (RFC 9112, 3.2 and 6.1)."""
+    version = scope.get("http_version", "1.1")
+    hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+    if len(hosts) > 1 or (not hosts and version == "1.1"):
+        raise _bad_request("a request needs one Host header", "one Host header", ", ".join(hosts) or "none")
+    codings = [value.decode("latin-1") for name, value in scope["headers"] if name == b"transfer-encoding"]
+    coding = ", ".join(codings).strip().lower()
+    if codings and (coding != "chunked" or version == "1.0"):
+        expected = "Transfer-Encoding: chunked" if version != "1.0" else "no Transfer-Encoding in HTTP/1.0"
+        raise _bad_request("the server cannot read the transfer encoding of the body", expected, coding)
+
+
+def _bad_request(detail: str, expected: str, got: str) -> BadRequest:
+    return BadRequest(f"{detail}, got {got}", expected=expected, got=got, headers={"Connection": "close"})
 
 
 async def _respond(handler: Handler, request: RequestContext) -> HttpResponse:

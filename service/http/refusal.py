@@ -23,11 +23,18 @@ _REQUEST_HEADERS = b"x-request-id: %b\r\ncontent-length: %d\r\n\r\n"
 
 
 class HeadRefusal:
-    """Writes 429 responses, and counts and logs the refused requests."""
+    """Writes 429 responses, and counts and logs the refused requests.
 
-    def __init__(self, metrics: Metrics, access: AccessLog) -> None:
+    Args:
+        metrics: counts the requests.
+        access: logs the requests.
+        root_path: path under which a proxy publishes the server; empty for none.
+    """
+
+    def __init__(self, metrics: Metrics, access: AccessLog, root_path: str = "") -> None:
         self._metrics = metrics
         self._access = access
+        self._root_path = root_path
 
     def response(self, scope: Scope, refusal: Refusal, default_headers: list[Header]) -> bytes:
         """Return the whole response.
@@ -38,7 +45,7 @@ class HeadRefusal:
             default_headers: headers that the server adds to every response.
         """
         record = new_record(scope, dict(reversed(scope["headers"])))
-        record.endpoint = scope["path"]
+        record.endpoint = scope["path"].removeprefix(self._root_path)
         record.status = Overloaded.status
         record.problem = Overloaded.code
         head, body_start, body_end = _template(refusal)

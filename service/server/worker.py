@@ -219,6 +219,7 @@ def run_worker(
         access_log=False,
         server_header=False,
         http=app.state.protocol,
+        timeout_keep_alive=settings.keep_alive_seconds,  # type: ignore[arg-type] # uvicorn passes it to `call_later`
     )
     log.info("loading the models in %s", settings.artifacts)
     closed_connections = counters.local.array(fd_passing.CLOSED_CONNECTIONS, length=1, transient=True)

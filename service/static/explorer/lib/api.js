@@ -16,7 +16,7 @@ export async function request(path, options = {}) {
 
 async function fetchOrExplain(path, options) {
   try {
-    return await fetch(path, options);
+    return await fetch(`.${path}`, options); // relative to the page, which a proxy may publish under a prefix
   } catch (error) {
     if (isAbort(error)) throw error;
     throw new UserError(
