@@ -1,4 +1,4 @@
-"""Titles of columns, and cells that are text: one set of rules for training files and for requests.
+"""Titles, cells and quotations of CSV: one set of rules for training files and for requests.
 
 A title is a name, optionally followed by a unit in brackets: `temp [°C]`. The manifest of an artifact stores the two
 parts separately, so training and serving must take titles apart in the same way.
@@ -6,6 +6,7 @@ parts separately, so training and serving must take titles apart in the same way
 
 import math
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 # Cells in lower case, without the spaces around them.
@@ -48,3 +49,25 @@ def parse_cell(cell: str) -> float | bool | str:
         return word in TRUE if word in TRUE or word in FALSE else cell
     # Python reads 1_000 and digits of other scripts, but polars, which reads training files, does not.
     return value if text.isascii() and "_" not in text else cell
+
+
+def swallows_lines(record: Sequence[str], lines: Sequence[str]) -> bool:
+    """Return whether each of the `lines` that `record` was read from looks like a record of its own.
+
+    Then a quotation mark that is not doubled has probably opened a quotation in one line, and another one has closed it
+    in a later line. A line looks like a record if it has as many values as `record`, and numbers in the columns where
+    `record` has numbers.
+    """
+    numeric = [index for index, cell in enumerate(record) if is_number(cell)]
+    split = [line.split(",") for line in lines]
+    return bool(numeric) and all(
+        len(cells) == len(record) and all(is_number(cells[index]) for index in numeric) for cells in split
+    )
+
+
+def is_number(text: str) -> bool:
+    """Return whether Python reads `text` as a finite number."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False

@@ -3,10 +3,10 @@
 import csv
 import io
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
-from models.columns import MISSING, parse_cell
+from models.columns import MISSING, parse_cell, swallows_lines
 from service.codec.request_body import RequestFields
 from service.codec.row_errors import MalformedRow
 from service.errors import InvalidCsv
@@ -17,7 +17,7 @@ MEDIA_TYPE = "text/csv"
 class CsvRecords(list[Any]):
     """Records whose values are still text, and a `MalformedRow` for each line that does not fit the header."""
 
-    def __init__(self, records: Iterator[Any], header: list[str]) -> None:
+    def __init__(self, records: Iterable[Any], header: list[str]) -> None:
         super().__init__(records)
         self.header = header
 
@@ -40,16 +40,23 @@ class CsvRecords(list[Any]):
 
 
 def read_fields(body: bytes) -> RequestFields:
-    """Return the lines of `body` after the header as the field `records`.
+    """Return the lines of `body` after the header as the field `records`. Blank lines are skipped.
 
     Raises InvalidCsv if the header is missing or invalid.
     """
-    text = io.StringIO(body.decode("utf-8-sig", errors="replace"), newline="")
-    lines = _lines(csv.reader(text))
-    first = next((line for line in lines if line), None)
+    records = _records(body.decode("utf-8-sig", errors="replace"))
+    first = next(records, None)
     if first is None or isinstance(first, MalformedRow):
         raise InvalidCsv("the CSV has no header", expected="a first line that names the columns", got="none")
     header = [name.strip() for name in first]
+    _check_header(header)
+    rows = [_record(header, record) for record in records]
+    while rows and type(rows[-1]) is dict and not any(cell.strip() for cell in rows[-1].values()):
+        rows.pop()  # spreadsheets write lines of commas after the last row
+    return RequestFields({"records": CsvRecords(rows, header)} if rows else {}, may_contain_non_floats=True)
+
+
+def _check_header(header: list[str]) -> None:
     if any("\ufffd" in name for name in header):
         raise InvalidCsv("the CSV header is not UTF-8", expected="CSV in UTF-8", hint="save the file in UTF-8")
     duplicates = [name for name, count in Counter(header).items() if count > 1]
@@ -60,30 +67,81 @@ def read_fields(body: bytes) -> RequestFields:
             got=duplicates[0],
             hint="rename or remove one of the columns",
         )
-    records = CsvRecords((_record(header, line) for line in lines if line), header)
-    return RequestFields({"records": records} if records else {}, may_contain_non_floats=True)
 
 
-def _lines(reader: Iterator[list[str]]) -> Iterator[list[str] | MalformedRow]:
+class _Lines:
+    """An iterator over the lines of a text that can go back to an earlier line."""
+
+    def __init__(self, text: str) -> None:
+        self._lines = list(io.StringIO(text, newline=""))
+        self.position = 0  # index of the next line
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        if self.position == len(self._lines):
+            raise StopIteration
+        self.position += 1
+        return self._lines[self.position - 1]
+
+    def since(self, start: int) -> list[str]:
+        """Return the lines from `start` to the current position."""
+        return self._lines[start : self.position]
+
+
+def _records(text: str) -> Iterator[list[str] | MalformedRow]:
+    """Yield the cells of each record that is not blank, the header first.
+
+    If a quotation is invalid, or probably spans several records, the line where it opens becomes a `MalformedRow`, and
+    the next line is read as a new record. An invalid quotation therefore costs one row.
+    """
+    lines = _Lines(text)
+    reader = csv.reader(lines, strict=True, skipinitialspace=True)
+    width: int | None = None  # the number of values in the header
     while True:
+        start = lines.position
+        fault = None
         try:
-            yield next(reader)
+            record = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield MalformedRow(f"the line is not valid CSV: {error}", "values separated by commas", "an invalid line")
+            fault = _invalid_quotation(str(error))
+        else:
+            if lines.position - start > 1 and width is not None and _spans_records(record, lines.since(start), width):
+                fault = _invalid_quotation("a quotation spans several lines")
+        if fault:
+            lines.position = start + 1
+            reader = csv.reader(lines, strict=True, skipinitialspace=True)
+            yield fault
+        elif len(record) > 1 or (record and record[0].strip()):
+            width = width or len(record)
+            yield record
 
 
-def _record(header: list[str], line: list[str] | MalformedRow) -> dict[str, str] | MalformedRow:
-    if isinstance(line, MalformedRow):
-        return line
-    if len(line) != len(header):
+def _spans_records(record: list[str], lines: list[str], width: int) -> bool:
+    return len(record) != width or swallows_lines(record, lines)
+
+
+def _invalid_quotation(reason: str) -> MalformedRow:
+    return MalformedRow(
+        f"the line is not valid CSV: {reason}",
+        expected="values separated by commas; a quotation mark inside a quoted value is written twice",
+        got="an invalid line",
+    )
+
+
+def _record(header: list[str], record: list[str] | MalformedRow) -> dict[str, str] | MalformedRow:
+    if isinstance(record, MalformedRow):
+        return record
+    if len(record) != len(header):
         return MalformedRow(
-            f"the CSV header has {len(header)} columns, but the line has {len(line)} values",
+            f"the CSV header has {len(header)} columns, but the line has {len(record)} values",
             expected=f"{len(header)} values",
-            got=f"{len(line)} values",
+            got=f"{len(record)} values",
         )
-    return dict(zip(header, line, strict=True))
+    return dict(zip(header, record, strict=True))
 
 
 def _convert_booleans(records: list[dict[str, Any]]) -> None:

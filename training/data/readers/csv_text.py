@@ -6,7 +6,6 @@ reads the other pieces, because polars swallows lines without an error if a quot
 
 import csv
 import io
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from models.columns import is_number, swallows_lines
 from training.data.readers.columns import build_raw_table, choose_columns, choose_label_column
 from training.data.readers.raw_table import BlockDetails, LineNumbers, RawTable, ReadOptions
 from training.errors import DataError
@@ -173,12 +173,12 @@ class _CsvReader:
         Names may be numbers if they count up in steps of 1. pandas writes such names if the columns have none, and
         years can be names, too.
         """
-        numbers = [float(name) for name in header if _is_number(name)]
+        numbers = [float(name) for name in header if is_number(name)]
         counted = len(numbers) > 1 and all(b - a == 1 for a, b in pairwise(numbers))
         if len(numbers) == len(header):
             counted = header in [[str(start + i) for i in range(len(header))] for start in (0, 1)]
         if numbers and not counted:
-            number = next(name for name in header if _is_number(name))
+            number = next(name for name in header if is_number(name))
             where = "numbers" if len(numbers) == len(header) else f"the number {number.strip()}"
             raise DataError(
                 f"{self._path} has {where} in its first line: expected a header; put column names above the rows"
@@ -254,17 +254,8 @@ class _CsvReader:
         return _Records.of(cells, np.array(lines, np.int64), read, blank_before, blank_after, len(self.header))
 
     def _refuse_swallowed(self, record: list[str], texts: list[str], line: int) -> None:
-        """Raise DataError if each of the lines that `record` consists of looks like a record of its own.
-
-        Then a quotation mark that is not doubled has probably opened a quotation in one line, and another one has
-        closed it in a later line. A line looks like a record if it has as many values as the header, and numbers in the
-        columns where `record` has numbers.
-        """
-        numeric = [index for index, cell in enumerate(record) if _is_number(cell)]
-        split = [text.split(",") for text in texts]
-        if numeric and all(
-            len(cells) == len(record) and all(_is_number(cells[index]) for index in numeric) for cells in split
-        ):
+        """Raise DataError if each of the lines `texts` looks like a record of its own."""
+        if swallows_lines(record, texts):
             raise DataError(
                 f"{self._path}: the quotation that opens in line {line} ends in line {line + len(texts) - 1}, but each "
                 f"of these lines has {len(self.header)} values of its own: write a quotation mark inside a cell twice; "
@@ -360,10 +351,3 @@ def _decoded(lines: Iterator[bytes]) -> Iterator[str]:
 
 def _is_blank(record: list[str]) -> bool:
     return not record or (len(record) == 1 and not record[0].strip())
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
