@@ -21,6 +21,7 @@ from training.data.ingest import ColumnStatistics, full_disk_as_data_error, inge
 from training.data.labels import Labels, interpret
 from training.data.readers import RawTable, ReadOptions, format_option, load
 from training.data.row_store import RowStore
+from training.data.sentinels import describe_sentinels
 from training.data.series import SERIES_CORRELATION, neighbour_correlations
 from training.errors import DataError
 
@@ -36,6 +37,7 @@ MINIMUM_ROWS = 10  # with fewer rows, a part of the split would be empty
 MAX_HELD_OUT_ROWS = 50_000
 MAX_HELD_OUT_BYTES = 64 << 20
 MIN_DISTINCT = 256  # a note warns if float32 has fewer distinct values than this in the range of a column
+MAX_EXACT_INTEGER = 2.0**24  # float32 holds all integers up to this value
 LISTED_NAMES = 3  # number of features that a note lists before "and N more"
 PIXEL_RANGES = ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0))
 
@@ -193,7 +195,12 @@ def read_table(
         labels=labels.values,
         pixel_range=pixel_range,
         source=source,
-        notes=[*raw.notes, *_training_notes(labels), *_notes(names, statistics)],
+        notes=[
+            *raw.notes,
+            *_training_notes(labels),
+            *_notes(names, statistics),
+            *(describe_sentinels(rows, names) if pixel_range is None else []),
+        ],
         missing=statistics.missing,
         label_names=labels.names,
         normal=labels.normal,
@@ -333,6 +340,11 @@ def _refuse_empty_columns(source: str, names: Sequence[str], statistics: ColumnS
 
 def _refuse_equal_rows(source: str, statistics: ColumnStatistics) -> None:
     equal = statistics.low.astype(np.float32) == statistics.high.astype(np.float32)
+    if statistics.rows > 1 and equal.all() and (largest := np.abs(statistics.low).max()) >= MAX_EXACT_INTEGER:
+        raise DataError(
+            f"{source}: in float32, which holds 7 digits, all {statistics.rows} rows are equal, because values near "
+            f"{largest:.3g} differ too little: subtract a constant from each column, such as its smallest value"
+        )
     if statistics.rows > 1 and equal.all():
         exception = " except for missing values" if statistics.missing.any() else ""
         raise DataError(
@@ -355,12 +367,13 @@ def _notes(names: Sequence[str], statistics: ColumnStatistics) -> list[str]:
                 f"more than half of the values are missing in {join_names(sparse, LISTED_NAMES)}: "
                 f"consider {format_option('--drop', sparse)}"
             )
-    constant = [name for name, same in zip(names, low == high, strict=True) if same]
+    large = np.abs(low) >= 2.0**53  # integers that float64 rounds: values that are equal here may differ in the source
+    constant = [name for name, same in zip(names, (low == high) & ~large, strict=True) if same]
     if constant and statistics.rows > 1:
         listed = join_names(constant, LISTED_NAMES)
         notes.append(f"{len(constant)} of {len(names)} features are constant and carry no information: {listed}")
     step = np.spacing(np.maximum(np.abs(low), np.abs(high)).astype(np.float32))
-    too_coarse = (low < high) & (high - low < MIN_DISTINCT * step)
+    too_coarse = ((low < high) | large) & (high - low < MIN_DISTINCT * step)
     if coarse := [name for name, found in zip(names, too_coarse, strict=True) if found]:
         notes.append(
             "some features lose precision in float32, because their values are large compared with their spread: "

@@ -68,6 +68,30 @@ def test_csv_without_a_table_of_numbers_raises(tmp_path: Path, content: str, mes
 
 
 @pytest.mark.parametrize(
+    ("cell", "advice"),
+    [
+        ("45%", "write the number alone, and its unit in the header, as in 'load [%]'"),
+        ("12.5 ms", "write the number alone, and its unit in the header, as in 'load [%]'"),
+        ("-3GiB", "write the number alone, and its unit in the header, as in 'load [%]'"),
+        ("$ 4.20", "write the number alone, and its unit in the header, as in 'price [€]'"),
+        ('"2,5"', "write a decimal point instead of the decimal comma"),
+        ('"1.234,5"', "write a decimal point instead of the decimal comma"),
+        ('"1,234"', "write a decimal point instead of the comma, or no thousands separators"),
+        ('"1,234.5"', "write the number without thousands separators"),
+        ("1 234", "write the number without thousands separators"),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 30])
+def test_number_in_a_notation_that_is_not_read_raises_without_the_advice_to_drop_the_column(
+    tmp_path: Path, cell: str, advice: str, count: int
+) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("host,load,b\n" + f"x,{cell},2\n" * count + "y,7,3\n" * 5)
+    text = cell.strip('"')
+    assert refusal(str(path)) == (f"FILE: column 'load': expected numbers, got {text!r} in row 0 (line 2): {advice}")
+
+
+@pytest.mark.parametrize(
     "content", ["a,b\u00e9\n1,2\n".encode("latin-1"), "a,b\n1,2\n".encode("utf-16"), b"\x89PNG\xff"]
 )
 def test_csv_in_an_encoding_other_than_utf8_raises(tmp_path: Path, content: bytes) -> None:
@@ -111,6 +135,10 @@ def test_csv_is_accepted_if_the_header_consists_of_column_positions(tmp_path: Pa
             "column 'x[1]' has the value -1e+300, beyond the range of float32 (3.4e38), in row 1",
         ),
         (np.full((5, 2, 2), 3.0), "FILE: all 5 rows are equal"),
+        (
+            2**60 + np.arange(20).reshape(10, 2) % 7,
+            "FILE: in float32, which holds 7 digits, all 10 rows are equal, because values near 1.15e+18 differ too ",
+        ),
     ],
 )
 def test_array_without_rows_of_finite_numbers_raises(tmp_path: Path, array: Any, message: str) -> None:

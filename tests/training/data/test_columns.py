@@ -16,6 +16,7 @@ from training.data.row_store import RowStore, column_medians
 from training.data.table import DataError, read_for_model, read_table
 
 NAN = float("nan")
+RANDOM = np.random.RandomState(0)
 HOSTS = "host,time,id,cpu [%],disk\n" + "".join(
     f"web-{i % 3},2026-01-02 03:{i:02},{100 + i},{i * 7 % 11},{i * 5 % 13}\n" for i in range(12)
 )
@@ -155,6 +156,45 @@ def test_column_median_ignores_missing_values_and_is_nan_if_all_values_are_missi
     x = np.array([[1, NAN], [5, NAN], [NAN, NAN], [2, 4], [100, 100]], np.float32)
     assert column_medians(RowStore(x), np.array([0, 1, 2, 3])).tolist() == [2, 4]
     assert np.isnan(column_medians(RowStore(x), np.array([0, 1]))[1])
+
+
+@pytest.mark.parametrize(
+    ("ordinary", "sentinel", "count"),
+    [
+        (np.linspace(0.1, 11.9, 200), -200, 40),
+        (np.linspace(-20, 40, 200), -9999, 3),
+        (np.linspace(0, 300, 200), 999, 10),
+        (np.arange(1000) % 83, 65535, 3),
+        (np.linspace(5, 6, 100), -1, 5),
+        (np.linspace(0, 1, 100), 77.5, 5),
+    ],
+)
+def test_value_that_piles_up_far_from_the_other_values_of_its_column_gets_a_note(
+    tmp_path: Path, ordinary: np.ndarray, sentinel: float, count: int
+) -> None:
+    cells = RANDOM.permutation(np.concatenate([ordinary, np.full(count, sentinel)]))
+    np.save(tmp_path / "a.npy", np.stack([RANDOM.standard_normal(len(cells)), cells], axis=1))
+    (note,) = read_table(str(tmp_path / "a.npy")).notes
+    assert note == (
+        f"these values occur often, and far from all other values of their column: {sentinel:g} in x[1]; if they stand "
+        "for missing values, leave those cells empty"
+    )
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        np.arange(200) % 2,
+        np.arange(200) % 4 - 1,
+        np.concatenate([np.linspace(0, 1, 199), [-200]]),
+        np.concatenate([np.zeros(150), np.linspace(0.5, 3, 50)]),
+        np.minimum(np.linspace(0, 100, 200), 60),
+    ],
+    ids=["binary", "small integers from -1", "one outlier", "many zeros", "clipped"],
+)
+def test_ends_of_a_column_that_are_no_sentinels_get_no_note(tmp_path: Path, cells: np.ndarray) -> None:
+    np.save(tmp_path / "a.npy", np.stack([RANDOM.standard_normal(200), RANDOM.permutation(cells)], axis=1))
+    assert read_table(str(tmp_path / "a.npy")).notes == []
 
 
 def model_rows(tmp_path: Path, text: str) -> Any:

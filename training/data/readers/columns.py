@@ -48,6 +48,24 @@ UNIX_TIMES = tuple((1e9 * factor, 4.1e9 * factor) for factor in (1, 1e3, 1e6, 1e
 MIN_IDENTIFIER_ROWS = 10  # with fewer rows, consecutive integers may be a coincidence
 MAX_SHOWN = 40  # maximum number of characters of a cell in a message
 
+# Notations of numbers that are not read as numbers, and how to write them instead. The first that matches counts.
+DIGITS = r"[-+]?\d+(\.\d+)?"
+MEASURE = (
+    r"%|‰|°C?|°F|[nµum]?s|min|h|[kKMGT]i?B|[kKMGT]?bit|B|[kMG]?Hz|[mk]?V|[mµ]?A|[mkM]?W|kWh|[mcµk]?m|[mk]?g|m?l|[hkM]?Pa|bar"
+    r"|rpm|dBm?|ppm|[€$£]|EUR|USD"
+)
+NOTATIONS = (
+    (
+        re.compile(rf"{DIGITS}\s*({MEASURE})"),
+        "write the number without its unit, and the unit in the header: 'load [%]'",
+    ),
+    (re.compile(rf"[€$£]\s*{DIGITS}"), "write the number without its unit, and the unit in the header: 'price [€]'"),
+    (re.compile(r"[-+]?\d{1,3}([ '_]\d{3})+(\.\d+)?"), "write the number without thousands separators"),
+    (re.compile(r"[-+]?\d{1,3}(,\d{3})+\.\d+"), "write the number without thousands separators"),
+    (re.compile(r"[-+]?\d{1,3}(,\d{3})+"), "write a decimal point instead of the comma, or no thousands separators"),
+    (re.compile(r"[-+]?[\d.]*,\d+([eE][-+]?\d+)?"), "write a decimal point instead of the decimal comma"),
+)
+
 Floats = npt.NDArray[np.float64]
 
 
@@ -375,6 +393,8 @@ class _ColumnCheck:
     def finish(self, columns: Sequence[Column]) -> None:
         """Raise DataError if a column does not contain measurements."""
         for column in columns:
+            if column.first_non_number and (advice := _advice_on_notation(column.first_non_number.value)):
+                self.refuse_cell(column, column.first_non_number, advice)
             mostly_numbers = column.numbers > column.non_numbers
             if column.first_non_number and (self.options.names is not None or mostly_numbers):
                 self.refuse_cell(column, column.first_non_number, "correct the cell, or drop the column")
@@ -426,6 +446,13 @@ def refusal(path: Path, reasons: Mapping[str, str], keepable: Sequence[str]) -> 
     if keepable:
         advice += f", or {format_option('--keep', keepable)} to learn from {join_names(keepable)} anyway"
     return DataError(f"{path}: {subject}: {advice}")
+
+
+def _advice_on_notation(value: Any) -> str | None:
+    """Return how to write `value` as a number if it is one in a notation that is not read; None otherwise."""
+    if not isinstance(value, str):
+        return None
+    return next((advice for notation, advice in NOTATIONS if notation.fullmatch(value.strip())), None)
 
 
 def _shorten(value: Any) -> str:
