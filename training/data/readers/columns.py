@@ -57,9 +57,9 @@ MEASURE = (
 NOTATIONS = (
     (
         re.compile(rf"{DIGITS}\s*({MEASURE})"),
-        "write the number without its unit, and the unit in the header: 'load [%]'",
+        "write the number alone, and its unit in the header, as in 'load [%]'",
     ),
-    (re.compile(rf"[€$£]\s*{DIGITS}"), "write the number without its unit, and the unit in the header: 'price [€]'"),
+    (re.compile(rf"[€$£]\s*{DIGITS}"), "write the number alone, and its unit in the header, as in 'price [€]'"),
     (re.compile(r"[-+]?\d{1,3}([ '_]\d{3})+(\.\d+)?"), "write the number without thousands separators"),
     (re.compile(r"[-+]?\d{1,3}(,\d{3})+\.\d+"), "write the number without thousands separators"),
     (re.compile(r"[-+]?\d{1,3}(,\d{3})+"), "write a decimal point instead of the comma, or no thousands separators"),
