@@ -12,12 +12,12 @@ from service.anomaly.inputs import parse_record_rows
 from service.anomaly.series_mapping import SeriesMapping
 from service.anomaly.verdicts import Verdicts, results_and_errors
 from service.codec import remote_write
-from service.codec.feature_names import FeatureSelectors
+from service.codec.feature_names import FeatureSelectors, closest
 from service.endpoints import offload
 from service.endpoints.context import ServiceContext
 from service.endpoints.offload import run_in_thread_if_long
 from service.endpoints.scoring import run_when_free, score_rows
-from service.errors import ModelNotFound, NotReady, Overloaded, ServiceError
+from service.errors import InvalidRows, ModelNotFound, NotReady, Overloaded, ServiceError
 from service.http.request import HttpResponse, RequestContext
 from service.inference.served_model import ServedModel
 from service.monitoring.periodic import PeriodicTask
@@ -110,11 +110,9 @@ class RemoteWriteEndpoint:
                 not_served.append(error.detail)
                 continue
             if model.aligner is None or model.aligner.names != served.row_schema.names:
-                mapping = model.mapping
-                selectors = FeatureSelectors(
-                    {name: mapping.features.get(name, name) for name in served.row_schema.names}
-                )
-                model.aligner = SampleAligner(served.row_schema.names, selectors, mapping.group, mapping.wait_seconds)
+                mapping, names = model.mapping, served.row_schema.names
+                selectors = _selectors(served, mapping)
+                model.aligner = SampleAligner(names, selectors, mapping.group, mapping.wait_seconds)
         if len(not_served) == len(self._models):
             raise NotReady(
                 ", ".join(not_served), hint="publish the model with elbo train", headers={"Retry-After": "5"}
@@ -155,6 +153,24 @@ class RemoteWriteEndpoint:
                 aligner.requeue(due[start:])
                 return
             _log_anomalies(served, verdicts)
+
+
+def _selectors(served: ServedModel, mapping: SeriesMapping) -> FeatureSelectors:
+    """Return the selector of each feature. Log the names in `mapping` that are not features of the model."""
+    selectors = {name: name for name in served.row_schema.names}
+    for title, selector in mapping.features.items():
+        try:
+            feature = served.row_schema.titles.find(title)
+            problem = None if feature else "no such feature"
+        except InvalidRows as error:
+            feature, problem = None, error.detail
+        if feature:
+            selectors[feature] = selector
+        else:
+            similar = closest(title, served.row_schema.names)
+            fields = {"model": served.name, "name": title, "problem": problem, "similar_feature": similar}
+            log.warning("a name in the series mapping (ELBO_REMOTE_WRITE) is ignored", extra={"fields": fields})
+    return FeatureSelectors(selectors)
 
 
 def _record(row: AlignedRow) -> dict[str, Any]:

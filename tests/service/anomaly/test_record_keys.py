@@ -269,6 +269,25 @@ def test_remote_write_metrics_that_are_no_features_are_counted_and_each_name_is_
     assert 'outcome="unknown",version="1"} 6.0' in web.get("/metrics").text
 
 
+def test_series_mapping_may_name_features_with_their_units_and_other_names_in_it_are_logged(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "map.toml").write_text(
+        '[web.features]\n"temp [°C]" = "node_temp"\nlatncy = "node_latency"\n"cpu [%]" = "node_cpu"\n'
+    )
+    settings = Settings(artifacts=root / "artifacts", remote_write=tmp_path / "map.toml", log_level="warning")
+    headers = {"content-type": remote_write.MEDIA_TYPE, "content-encoding": remote_write.ENCODING}
+    names = ["node_temp", "node_cpu", "latency", "errors"]
+    samples = [(1_700_000_000_000, 1.0)]
+    body = remote_write.dumps([((("__name__", name), ("instance", "a")), samples) for name in names])
+    with running(create_app(settings)) as client:
+        assert client.post("/api/v1/write", content=body, headers=headers).status_code == 204
+        assert 'outcome="used",version="1"} 4.0' in client.get("/metrics").text
+    (record,) = [record for record in caplog.records if "series mapping" in record.message]
+    fields = record.fields  # type: ignore[attr-defined] # set by `extra`
+    assert (fields["name"], fields["similar_feature"]) == ("latncy", "latency")
+
+
 def test_feature_whose_name_contains_brackets_is_found_by_its_exact_name() -> None:
     titles = RowSchema([3], ["rate", "rate [x]", "pixel[0,1]"], units=["s", None, None]).titles
     assert [titles.find(name) for name in ("rate", "rate [x]", "rate [s]", "pixel[0,1]", "pixel[0,2]")] == [
@@ -310,6 +329,12 @@ def test_unreadable_timestamp_is_the_error_of_its_row(web: httpx.Client, time: s
     first, second, last = map(json.loads, response.text.splitlines())
     assert (first["row"], first["pointer"], second["row"]) == (0, "/0/timestamp", 1)
     assert (last["rows"], last["failed"]) == (2, 1)
+
+
+def test_titles_of_time_and_group_may_have_units(web: httpx.Client) -> None:
+    content = post(web, (b"cpu,latency,errors,temp,timestamp [s],host [name]\n50,200,3,40,1700000000,a\n", CSV)).json()
+    assert (content["results"][0]["time"], content["results"][0]["group"]) == (1_700_000_000, "a")
+    assert content["unknown_fields"] == 0
 
 
 def test_csv_row_has_no_time_if_the_cell_is_empty_and_is_an_error_if_the_cell_is_unreadable(web: httpx.Client) -> None:
