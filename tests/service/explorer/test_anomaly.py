@@ -1,5 +1,6 @@
 """The anomaly view: the verdict on a row, a varied feature, and a batch from a file."""
 
+import json
 import re
 from pathlib import Path
 
@@ -84,6 +85,20 @@ def test_csv_columns_are_matched_by_name(explorer: ExplorerPage, tmp_path: Path)
     (tmp_path / "short.csv").write_text("load,cpu\n0,0\n")
     page.get_by_label("file of rows to score").set_input_files(tmp_path / "short.csv")
     expect(page.get_by_role("alert")).to_have_text("The header lacks memory/used, disk~io.")
+
+
+def test_keys_of_json_records_may_have_units_and_must_be_known_if_a_feature_is_absent(
+    explorer: ExplorerPage, tmp_path: Path
+) -> None:
+    explorer.open("?view=anomaly&model=hosts")
+    record = {"load": 90, "cpu [%]": 0, "memory/used [MB]": 100, "disk~io": 0, "timestamp": 1, "rack": "a"}
+    (tmp_path / "rows.json").write_text(json.dumps([record, record | {"load": 0}]))
+    choose = explorer.page.get_by_label("file of rows to score").set_input_files
+    request = explorer.expect_request(lambda: choose(tmp_path / "rows.json"), "/anomaly")
+    assert request.json["inputs"] == [[0, 100, 0, 90], [0, 100, 0, 0]]
+    (tmp_path / "other.json").write_text(json.dumps([{"laod": 90, "cpu": 0, "memory/used": 100, "disk~io": 0}]))
+    choose(tmp_path / "other.json")
+    expect(explorer.page.get_by_role("alert")).to_have_text("A record lacks load, and laod is not a feature.")
 
 
 def test_only_the_first_5000_rows_of_a_long_file_are_scored_and_a_note_says_so(

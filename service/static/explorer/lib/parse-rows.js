@@ -47,10 +47,20 @@ function fromJson(text, model) {
   return rows.map((row) => (Array.isArray(row) ? row.flat(3) : fromRecord(row, model)));
 }
 
-/** The values of a record in the order of the features. A key may have a unit: "cpu [%]". */
+/**
+ * The values of a record in the order of the features; null for an absent key. A key may have a unit: "cpu [%]".
+ * Throws UserError if the record lacks a feature and has a key that is not a feature, as /anomaly does.
+ */
 function fromRecord(record, model) {
   const byName = Object.fromEntries(Object.entries(record).map(([key, value]) => [withoutUnit(key), value]));
-  return model.features.map(({ name }) => record[name] ?? byName[name] ?? null);
+  const features = model.features.map(({ name }) => name);
+  const known = new Set([...features, "timestamp", "host"]);
+  const unknown = Object.keys(record).filter((key) => !known.has(key) && !known.has(withoutUnit(key)));
+  const absent = features.filter((name) => !(name in record || name in byName));
+  if (absent.length && unknown.length) {
+    throw new UserError(`A record lacks ${summarize(absent)}, and ${summarize(unknown)} is not a feature.`);
+  }
+  return features.map((name) => record[name] ?? byName[name] ?? null);
 }
 
 function parseJson(text) {
