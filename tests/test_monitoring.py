@@ -338,7 +338,7 @@ def test_anomaly_in_node_metrics_raises_an_alert_that_ends_with_the_anomaly(tmp_
         (tmp_path / name).mkdir()
     mapping = tmp_path / "map.toml"
     features = "".join(f'{name} = "{name}"\n' for name in FEATURES)
-    mapping.write_text(f"[node]\nalpha = 0.001\nwait_seconds = 2\n[node.features]\n{features}")
+    mapping.write_text(f"[node]\nalpha = 0.001\nextrapolated = true\nwait_seconds = 2\n[node.features]\n{features}")
     local = "--web.listen-address=127.0.0.1:"
     with ExitStack() as stack:
         app = Application(tmp_path / "text")

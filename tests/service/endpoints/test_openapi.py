@@ -64,7 +64,8 @@ OPTIONS = {
     "/sample": {"n", "seed", "temperature"},
     "/interpolate": {"steps", "method"},
     "/anomaly": {
-        "alpha", "fdr", "explain", "impute", "half_life", "half_life_rows", "time", "group", "detail", "observe",
+        "alpha", "fdr", "explain", "extrapolated", "impute", "half_life", "half_life_rows", "time", "group", "detail",
+        "observe",
     },
 }  # fmt: skip
 VALUES: dict[str, Any] = {"boolean": True, "integer": 2, "number": 0.5, "string": "x"}

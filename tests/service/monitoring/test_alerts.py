@@ -206,9 +206,9 @@ def test_posted_abnormal_rows_raise_an_alert_that_is_resolved_later(
     settings = Settings(artifacts=artifacts, alert_calm_seconds=0.5, log_level="error", **options)  # type: ignore[arg-type] # values of several types
     with running(create_app(settings)) as client:
         normal = [record | {"host": "web2"} for record in host_records(host_rows(30))]
-        client.post("/anomaly?alpha=0.001", json={"records": normal})
+        client.post("/anomaly?alpha=0.001&extrapolated=true", json={"records": normal})
         abnormal = dict.fromkeys(host_records(host_rows(1))[0], 1e5) | {"host": "web1"}
-        client.post("/anomaly?alpha=0.001", json={"records": [abnormal] * 3})
+        client.post("/anomaly?alpha=0.001&extrapolated=true", json={"records": [abnormal] * 3})
         wait_until(lambda: len(alertmanager.accepted) >= 2)
     first, *_, last = [alert for batch in alertmanager.accepted for alert in batch]
     assert {alert["labels"]["severity"] for batch in alertmanager.accepted for alert in batch} == {"page"}

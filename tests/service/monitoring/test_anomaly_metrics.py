@@ -45,7 +45,7 @@ def test_request_increases_the_counts_of_rows_anomalies_p_values_and_missing_val
     records += [dict.fromkeys(HOST_FEATURES, 1e5) | {"host": "ill", "colour": 1}, {"cpu": "x"}]
     del records[0]["load"]
     before = scrape(hosts)
-    response = post_records(hosts, records, alpha=0.001)
+    response = post_records(hosts, records, alpha=0.001, extrapolated=True)
     after = scrape(hosts)
     results: list[dict[str, float]] = response["results"]  # type: ignore[assignment] # JSON
     assert increase(before, after, "elbo_scored_rows_total", **MODEL) == len(results) == count + 1
