@@ -38,6 +38,7 @@ MAX_HELD_OUT_ROWS = 50_000
 MAX_HELD_OUT_BYTES = 64 << 20
 MIN_DISTINCT = 256  # a note warns if float32 has fewer distinct values than this in the range of a column
 MAX_EXACT_INTEGER = 2.0**24  # float32 holds all integers up to this value
+FEW_VALUES = 10  # a note warns if a column has fewer values than this, and at least as many missing values
 LISTED_NAMES = 3  # number of features that a note lists before "and N more"
 PIXEL_RANGES = ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0))
 
@@ -362,6 +363,12 @@ def _notes(names: Sequence[str], statistics: ColumnStatistics) -> list[str]:
             f"{sum(counts.values()):,} missing values in {len(counts)} of {len(names)} columns ({listed}): "
             "they are replaced by the column's training median"
         )
+        if nearly_empty := [name for name in by_count if statistics.rows - counts[name] < FEW_VALUES <= counts[name]]:
+            notes.append(
+                f"WARNING: fewer than {FEW_VALUES} rows have a value in {join_names(nearly_empty, LISTED_NAMES)}: a "
+                f"model cannot learn from so few, add {format_option('--drop', nearly_empty)}"
+            )
+            by_count = [name for name in by_count if name not in nearly_empty]
         if sparse := [name for name in by_count if 2 * counts[name] > statistics.rows]:
             notes.append(
                 f"more than half of the values are missing in {join_names(sparse, LISTED_NAMES)}: "

@@ -79,7 +79,7 @@ def prepare_data(table: Table, split: Split, robust: bool = False) -> PreparedDa
         robust: use only the fit rows that `most_concentrated_rows` selects from at most MAX_HELD_OUT_ROWS fit rows.
     """
     x = table.x
-    medians = torch.from_numpy(column_medians(x, split.fit))
+    medians = torch.from_numpy(_medians(x, split.fit))
     fill = medians if table.missing.any() else None
     max_sample = min(MAX_HELD_OUT_ROWS, max(1, MAX_HELD_OUT_BYTES // (4 * x.width)))
     if robust:
@@ -95,6 +95,22 @@ def prepare_data(table: Table, split: Split, robust: bool = False) -> PreparedDa
         calibration=_read_rows(x, split.calibration),
         sample=_read_rows(x, split.fit[:max_sample]),
     )
+
+
+def _medians(x: RowStore, fit: npt.NDArray[np.int64]) -> Floats:
+    """Return the median of each column over the rows at `fit`, [D].
+
+    A nearly empty column may have no value in these rows. Its median is then that of its values in all rows.
+    """
+    medians = column_medians(x, fit)
+    empty = np.flatnonzero(np.isnan(medians))
+    if len(empty):
+        present: list[list[Floats]] = [[] for _ in empty]
+        for _, rows in x.blocks():
+            for values, column in zip(present, empty, strict=True):
+                values.append(rows[~np.isnan(rows[:, column]), column])
+        medians[empty] = [np.median(np.concatenate(values)) for values in present]
+    return medians
 
 
 def _fit_blocks(x: RowStore, fit: npt.NDArray[np.int64], fill: Floats | None) -> Iterator[Floats]:

@@ -279,8 +279,9 @@ def _image(axis: Axes, row: Floats, manifest: Manifest) -> None:
 def _observed_against_expected(model: FittedModel) -> Figure:
     """Plot one panel per feature, starting with the feature that the model explains worst."""
     x, x_hat = model.x.double().numpy(), model.x_hat
-    with np.errstate(invalid="ignore", divide="ignore"):
-        explained = 1.0 - np.nanmean(np.square(x - x_hat), axis=0) / np.nanvar(x, axis=0)
+    varying = np.flatnonzero(np.nan_to_num(np.fmax.reduce(x, axis=0) - np.fmin.reduce(x, axis=0)) > 0)
+    explained = np.full(x.shape[1], np.nan)
+    explained[varying] = 1.0 - np.nanmean(np.square(x - x_hat)[:, varying], axis=0) / np.nanvar(x[:, varying], axis=0)
     chosen = [int(index) for index in np.argsort(explained) if np.isfinite(explained[index])][:FEATURES]
     figure, axes = _panels(len(chosen))
     for axis, index in zip(axes, chosen, strict=False):
@@ -327,7 +328,8 @@ def _histograms(model: FittedModel) -> Figure:
         present = x[~np.isnan(x[:, index]), index]
         low, high = np.quantile(np.concatenate((present, sampled[:, index])), [0.002, 0.998])
         bins = np.linspace(low, high + 1e-9 * (1.0 + abs(high)), 31).tolist()
-        axis.hist(present, bins, density=True, color="#BBBBBB", label="held-out rows")
+        if len(present := present[(present >= bins[0]) & (present <= bins[-1])]):  # a nearly empty column may have none
+            axis.hist(present, bins, density=True, color="#BBBBBB", label="held-out rows")
         axis.hist(sampled[:, index], bins, density=True, histtype="step", color=ORANGE, linewidth=1.8, label="samples")
         axis.set_title(model.manifest.features[index].name, fontsize=11)
         axis.set_xlabel(_with_unit(model.manifest, index, "value"), fontsize=10)
