@@ -188,6 +188,9 @@ class InvalidRows(ServiceError):
     """Rows, latents or records do not have the model's shape, or hold a value that is not a finite number."""
 
     status, code, title = 422, "invalid_rows", "Invalid rows"
+    # Whether the row is readable, but lacks too many features although they may be imputed, or has several numbers for
+    # one feature.
+    is_partial = False
 
 
 class OverflowInModel(ServiceError):

@@ -14,7 +14,7 @@ from service.codec.row_arrays import parse_valid_array_rows
 from service.codec.row_lists import parse_valid_rows
 from service.codec.row_records import max_missing, parse_valid_records
 from service.codec.row_schema import ParsedRows, RowSchema
-from service.codec.telegraf import AmbiguousRow, TelegrafBatch
+from service.codec.telegraf import TelegrafBatch
 from service.errors import InvalidField, InvalidRows
 from service.inference.served_model import ServedModel
 from service.schemas import AnomalyBody
@@ -54,7 +54,7 @@ def parse_input_rows(served: ServedModel, body: AnomalyBody, may_contain_non_flo
 
     Raises:
         InvalidField: `body` does not have exactly one of ROW_FIELDS, or some of its fields conflict.
-        InvalidRows: no row is valid. A batch of metrics may have no row.
+        InvalidRows: no row is valid; see `_require_row` for the exceptions.
     """
     given = [name for name in ROW_FIELDS if getattr(body, name) is not None]
     if len(given) != 1:
@@ -70,7 +70,12 @@ def parse_input_rows(served: ServedModel, body: AnomalyBody, may_contain_non_flo
     if body.metrics is not None:
         return _parse_metrics(served, body)
     if body.records is not None:
-        return parse_record_rows(served.row_schema, body, body.records, may_contain_non_floats)
+        allows_partial = isinstance(body.records, ndjson.NdjsonRows) and _allows_unknown(body)
+        minimum = 0 if allows_partial else 1
+        input_rows = parse_record_rows(served.row_schema, body, body.records, may_contain_non_floats, minimum=minimum)
+        if allows_partial:
+            _require_row(input_rows)
+        return input_rows
     if isinstance(body.inputs, np.ndarray):
         parsed = parse_valid_array_rows(served.row_schema, body.inputs, "/inputs")
     else:
@@ -91,8 +96,7 @@ def parse_record_rows(
     Raises InvalidRows if fewer than `minimum` records are valid.
     """
     allow_lists = isinstance(records, ndjson.NdjsonRows)
-    allow_unknown = body.impute and "impute" in body.model_fields_set
-    keys = RecordKeys(schema, body.time, body.group, allow_unknown=allow_unknown)
+    keys = RecordKeys(schema, body.time, body.group, allow_unknown=_allows_unknown(body))
     if isinstance(records, csv_rows.CsvRecords):
         names = keys.names(records.header)
         _validate_header(schema, names, body.impute, pointer, keys)
@@ -120,11 +124,13 @@ def parse_record_rows(
     )
 
 
-def _parse_metrics(served: ServedModel, body: AnomalyBody) -> InputRows:
-    """Return the rows in the field `metrics`. There may be none: see `_is_refused`.
+def _allows_unknown(body: AnomalyBody) -> bool:
+    """Return whether the request says `impute=true`: a record may then lack a feature and have unknown names."""
+    return body.impute and "impute" in body.model_fields_set
 
-    Raises InvalidRows if no row is valid, and the client can mend the request.
-    """
+
+def _parse_metrics(served: ServedModel, body: AnomalyBody) -> InputRows:
+    """Return the rows in the field `metrics`. Raises InvalidRows if no row is valid, unless all rows are partial."""
     schema = served.row_schema
     batch = TelegrafBatch(served.selectors, schema.titles, body.time, body.group)
     batch.add(body.metrics)
@@ -136,26 +142,20 @@ def _parse_metrics(served: ServedModel, body: AnomalyBody) -> InputRows:
     input_rows = parse_record_rows(schema, body, records, may_contain_non_floats=True, pointer="/metrics", minimum=0)
     for row_error in input_rows.parsed.errors:
         row_error.error.pointer = batch.pointer(row_error.row)
-    refused = [failed.error for failed in input_rows.parsed.errors if _is_refused(schema, body, records[failed.row])]
-    if refused and not input_rows.parsed.rows:
-        raise refused[0]
+    _require_row(input_rows)
     return input_rows._replace(unknown_fields=unknown_fields, unknown_metrics=unknown_metrics)
 
 
-def _is_refused(schema: RowSchema, body: AnomalyBody, record: Any) -> bool:
-    """Return whether to refuse a batch of metrics in which no row is valid, because of the invalid row `record`.
+def _require_row(input_rows: InputRows) -> None:
+    """Raise InvalidRows if no row is valid, unless all rows are partial.
 
-    Telegraf sends a refused batch again and again, and keeps all later metrics back. A row that lacks features is
-    normal, because a batch may end in the middle of a row. So is a row with several numbers for one feature, because a
-    metric may exist per core and in total. Such rows are only counted and listed. With `impute=false`, a row that lacks
-    features is refused.
+    A collector such as Telegraf sends a refused batch again and again, and keeps all later metrics back. Partial rows
+    are normal in its batches: a batch may end in the middle of a row, and a metric may exist per core and in total.
+    Such rows are only counted and listed.
     """
-    if isinstance(record, AmbiguousRow):
-        return False
-    if not body.impute or type(record) is not dict:
-        return True
-    missing = sum(record.get(name) is None for name in schema.required_names)
-    return missing <= max_missing(schema, body.impute)
+    refused = [failed.error for failed in input_rows.parsed.errors if not failed.error.is_partial]
+    if refused and not input_rows.parsed.rows:
+        raise refused[0]
 
 
 def _validate_smoothing(body: AnomalyBody) -> None:

@@ -72,10 +72,12 @@ def _values_in_order(schema: RowSchema, record: Any, impute: bool) -> list[Any]:
     if len(missing) <= allowed:
         return values
     how_many = f"at least {len(required) - allowed} of the" if allowed else "all"
-    raise InvalidRows(
+    error = InvalidRows(
         f"the record has no value for {join_names(missing)}",
         pointer="",
         expected=f"numbers for {how_many} {len(required)} required features",
         got=f"{len(required) - len(missing)} of them",
         hint="GET /models/{name} lists the features",
     )
+    error.is_partial = impute
+    raise error

@@ -16,6 +16,12 @@ METRIC_SHAPE = "an object with name, tags, fields and timestamp"
 class AmbiguousRow(MalformedRow):
     """A row that has several numbers for one feature."""
 
+    def error(self) -> InvalidRows:
+        """Return the error to raise for the row."""
+        error = super().error()
+        error.is_partial = True
+        return error
+
 
 class TelegrafBatch:
     """Groups metrics into records. Metrics that have no feature form no record.

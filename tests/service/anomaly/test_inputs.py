@@ -432,3 +432,29 @@ def test_chunk_of_fluent_bit_is_scored_with_its_settings_of_the_documentation(ho
     assert response.json() | {"anomalies": 0} == {
         "model": "hosts", "version": 1, "rows": 3, "anomalies": 0, "failed": 0, "unknown_fields": 0,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lines", "rows", "unknown_fields"),
+    [
+        (b'{"date":1767225600.25,"Mem.total":8,"Mem.used":4}\n{"date":1767225601.25,"Mem.total":8}\n', 2, 3),
+        (b'{"date":1767225600.25,"cpu":1.5,"cpu0.p_cpu":2.0}\n', 1, 1),
+        (b'{"date":1767225600.25,"message":"started"}\n', 1, 1),
+    ],
+)
+def test_chunk_of_fluent_bit_without_a_complete_row_is_accepted_only_with_impute(
+    hosts: httpx.Client, lines: bytes, rows: int, unknown_fields: int
+) -> None:
+    headers = {"content-type": "application/x-ndjson", "user-agent": "Fluent-Bit"}
+    path = "/anomaly?model=hosts&detail=none&time=date"
+    accepted = hosts.post(f"{path}&impute=true", content=lines, headers=headers)
+    assert accepted.status_code == 200, accepted.text
+    counts = accepted.json()
+    assert (counts["rows"], counts["failed"], counts["unknown_fields"]) == (rows, rows, unknown_fields)
+    assert hosts.post(path, content=lines, headers=headers).status_code == 422
+
+
+def test_chunk_without_a_readable_line_is_refused_with_impute(hosts: httpx.Client) -> None:
+    for lines in (b"not json\n", b'["x"]\n', b'{"cpu":"x","load":1,"disk~io":1}\n'):
+        response = hosts.post("/anomaly?impute=true", content=lines, headers={"content-type": NDJSON})
+        assert (response.status_code, response.json()["code"]) == (422, "invalid_rows"), response.text
