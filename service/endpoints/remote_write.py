@@ -103,12 +103,15 @@ class RemoteWriteEndpoint:
         """
         not_served: list[str] = []
         for model in self._models:
+            served_before = model.served
             try:
                 model.served = served = self._service.find(model.reference)
             except ModelNotFound as error:
                 model.served = None
                 not_served.append(error.detail)
                 continue
+            if served is not served_before:
+                _warn_if_no_row_can_be_anomalous(served, model.mapping)
             if model.aligner is None or model.aligner.names != served.row_schema.names:
                 mapping, names = model.mapping, served.row_schema.names
                 selectors = _selectors(served, mapping)
@@ -171,6 +174,19 @@ def _selectors(served: ServedModel, mapping: SeriesMapping) -> FeatureSelectors:
             fields = {"model": served.name, "name": title, "problem": problem, "similar_feature": similar}
             log.warning("a name in the series mapping (ELBO_REMOTE_WRITE) is ignored", extra={"fields": fields})
     return FeatureSelectors(selectors)
+
+
+def _warn_if_no_row_can_be_anomalous(served: ServedModel, mapping: SeriesMapping) -> None:
+    """Warn if alpha is below the smallest p-value of a model that has just been loaded: no alert would ever begin."""
+    calibration = served.manifest.calibration
+    if calibration.reaches(mapping.alpha) or mapping.extrapolated:
+        return
+    log.warning(
+        "remote write can raise no alert for %s@%d: alpha is %g, but the smallest p-value of its %d calibration rows "
+        "is %.3g; raise alpha in the file of ELBO_REMOTE_WRITE, calibrate the model on more rows (elbo calibrate), or "
+        "set extrapolated = true, which gives no guarantee",
+        served.name, served.version, mapping.alpha, calibration.rows, calibration.floor,
+    )  # fmt: skip
 
 
 def _record(row: AlignedRow) -> dict[str, Any]:

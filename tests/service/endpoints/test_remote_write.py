@@ -297,3 +297,19 @@ def test_anomalous_rows_are_logged_with_their_causes(hosts: httpx.Client, caplog
     assert fields["severity"] > 1
     assert set(fields["causes"]) < set(HOST_FEATURES)
     assert re.fullmatch(r"[\d.]+", str(fields["time"]))
+
+
+@pytest.mark.parametrize(
+    ("extra", "warnings"), [("alpha = 0.001", 1), ("alpha = 0.001\nextrapolated = true", 0), ("", 0)]
+)
+def test_server_warns_once_if_alpha_is_so_small_that_no_row_can_be_anomalous(
+    artifacts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, extra: str, warnings: int
+) -> None:
+    mapping = tmp_path / "map.toml"
+    mapping.write_text(MAPPING.replace("wait_seconds = 0.5", f"wait_seconds = 0.5\n{extra}"))
+    with running(create_app(Settings(artifacts=artifacts, remote_write=mapping, log_level="warning"))) as client:
+        for second in range(3):
+            assert send(client, series([[1e3, 1e5, 1e3, 1e3]], first=START + 1000 * second)).status_code == 204
+    found = [record.getMessage() for record in caplog.records if "can raise no alert" in record.getMessage()]
+    assert len(found) == warnings
+    assert all("hosts@1: alpha is 0.001" in message for message in found)
