@@ -17,7 +17,7 @@ from service.codec.row_schema import RowSchema
 from service.errors import InvalidRows, escape
 
 MAX_QUOTED = 100  # characters of an unknown key that an error quotes
-MAX_SUGGESTIONS = 10  # maximum number of unknown keys per request for which a similar feature is searched
+MAX_SUGGESTIONS = 3  # maximum number of unknown keys per request for which a similar feature is searched
 
 
 class RecordKeys:
@@ -129,7 +129,7 @@ class RecordKeys:
             first = first_keys.setdefault(meaning, meaning if meaning in keys else key)
             if first != key:
                 raise InvalidRows(
-                    f"{first!r} and {key!r} both name {meaning}",
+                    f"{first[:MAX_QUOTED]!r} and {key[:MAX_QUOTED]!r} both name {meaning}",
                     pointer=f"/{escape(key)}",
                     expected=f"one value for {meaning}",
                     got="two values",

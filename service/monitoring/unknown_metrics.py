@@ -7,7 +7,7 @@ renamed, however, the log is where the operator finds out.
 import logging
 from collections.abc import Iterable
 
-from service.codec.feature_names import closest
+from service.codec.feature_names import containing
 from service.inference.served_model import ServedModel
 
 MAX_NAMES = 1000  # per model; further names are not logged, because clients may send any number of names
@@ -24,7 +24,7 @@ class UnknownMetricsLog:
         self._logged: dict[str, set[str]] = {}
 
     def report(self, served: ServedModel, names: Iterable[str]) -> None:
-        """Log the names that have not been logged for this model, and the most similar feature of each name."""
+        """Log the names that have not been logged for this model, and a feature whose name each of them contains."""
         logged = self._logged.setdefault(served.name, set())
         new: list[str] = []
         for name in names:
@@ -34,6 +34,6 @@ class UnknownMetricsLog:
                 new.append(short)
         for start in range(0, len(new), MAX_NAMES_PER_LINE):
             listed = new[start : start + MAX_NAMES_PER_LINE]
-            similar = {name: feature for name in listed if (feature := closest(name, served.row_schema.names))}
+            similar = containing(listed, served.row_schema.names)
             fields = {"model": served.name, "version": served.version, "names": listed, "similar_features": similar}
             log.info("metrics that are not features of the model are ignored", extra={"fields": fields})
