@@ -279,3 +279,13 @@ def test_source_that_is_not_a_data_file_raises(tmp_path: Path, name: str, messag
     (tmp_path / "a.xlsx").touch()
     (tmp_path / "bare").touch()
     assert refusal(str(tmp_path / name)) == message
+
+
+@pytest.mark.parametrize("shape", ["(-1, 4)", "(-1, -4)", "(True, 4)", "(1, True, 4)", "(" + "1, " * 70 + ")"])
+@pytest.mark.parametrize("data", [b"", b"\0" * 16])
+def test_npy_file_of_an_impossible_shape_is_damaged(tmp_path: Path, shape: str, data: bytes) -> None:
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}".encode()
+    path = tmp_path / "x.npy"
+    path.write_bytes(b"\x93NUMPY\x02\x00" + len(header).to_bytes(4, "little") + header + data)
+    with pytest.raises(DataError, match="is damaged or not a NumPy file"):
+        read_table(str(path))

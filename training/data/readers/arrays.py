@@ -22,6 +22,7 @@ from training.data.readers.row_order import OrderDetector, describe_direction
 from training.data.row_store import FileArray, rows_per_block
 from training.errors import DataError
 
+MAX_DIMENSIONS = 32
 # the exceptions that NumPy and zipfile raise for a damaged file
 DAMAGE = (ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError, NotImplementedError, UnicodeDecodeError)
 
@@ -95,7 +96,11 @@ class _Header:
 def _read_header(file: IO[bytes]) -> _Header:
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return _Header(*read(file))
+    header = _Header(*read(file))
+    # NumPy accepts any Python integers here: negative ones, True, and more lengths than an array can have.
+    if len(header.shape) > MAX_DIMENSIONS or not all(type(n) is int and n >= 0 for n in header.shape):
+        raise ValueError("impossible shape")
+    return header
 
 
 def _refuse_other_arrays(header: _Header, source: str) -> None:
