@@ -473,7 +473,7 @@ def score(
     lines, tally = csv_lines if format_ is Format.csv else ndjson_lines, Tally()
     if not extrapolated and not artifact.manifest.calibration.reaches(alpha):
         typer.echo(few_calibration_rows(artifact.manifest.calibration, alpha), err=True)
-    with progress(f"scoring {data}", stream.total) as bar:
+    with progress(f"scoring {Path(data).name}", stream.total) as bar:
         for text in lines(artifact, stream, alpha, explain, tally, extrapolated):
             sys.stdout.write(text)
             sys.stdout.flush()  # a closed pipe ends the command here; else, Python would print an error at exit

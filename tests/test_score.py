@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+from PIL import Image
 
 from service.app import create_app
 from service.settings import Settings
@@ -115,6 +116,28 @@ def test_faulty_line_of_a_csv_file_costs_only_itself(format_: str, place: int, t
         assert [number for number, result in enumerate(results) if not result.get("score")] == [place]
         assert [number for number, result in enumerate(results) if result.get("detail")] == [place]
         assert results[place]["detail"].startswith(detail)
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 20, 60])
+def test_damaged_picture_costs_only_itself(
+    kept_bytes: int, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pixels = np.random.RandomState(0).randint(0, 256, (100, 6, 5)).astype(np.uint8)
+    (tmp_path / "pictures").mkdir()
+    for number, picture in enumerate(pixels):
+        Image.fromarray(picture).save(tmp_path / "pictures" / f"{number:03}.png")
+    if not (root / "pictures").exists():
+        folders = ["--artifacts", str(root), "--runs", str(tmp_path / "runs")]
+        options = ["--model", "pca", "--name", "pictures", *folders]
+        assert in_process(capsys, "train", str(tmp_path / "pictures"), *options)[0] == 0
+    damaged = tmp_path / "pictures" / "070.png"
+    damaged.write_bytes(damaged.read_bytes()[:kept_bytes])
+    code, out, err = in_process(capsys, "score", "pictures", str(tmp_path / "pictures"), "--artifacts", str(root))
+    assert code == 2
+    assert f"1 of 100 rows is faulty (the first is row 70: {damaged} is damaged or not an image" in err
+    results = [json.loads(line) for line in out.splitlines()]
+    assert [result["row"] for result in results] == list(range(100))
+    assert [result["row"] for result in results if "score" not in result] == [70]
 
 
 def test_first_rows_are_printed_before_the_end_of_the_file_is_read(tmp_path: Path, score: Score) -> None:

@@ -7,11 +7,13 @@ import re
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 from pathlib import Path
 
 import pytest
 
+from tests.commands import command, two_factor_rows, write
 from tests.data import ROOT
 
 SCRIPT = """
@@ -32,15 +34,14 @@ TERMS = "reconstruction 23.46  kl 4.25  elbo 19.21 nats"
 
 
 def run_on_terminal(code: str, **environment: str) -> tuple[str, str]:
-    """Run `code` with standard error on an 80-column terminal and standard output on a pipe. Return both outputs."""
+    """Run `code` with standard error on an 80-column terminal and standard output in a file. Return both outputs."""
     parent, child = pty.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     environment = (
         {key: value for key, value in os.environ.items() if key != "NO_COLOR"} | {"TERM": "xterm"} | environment
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=child, env=environment, text=True
-    )
+    file = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed below
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=file, stderr=child, env=environment)
     os.close(child)
     error_output = b""
     try:
@@ -50,8 +51,10 @@ def run_on_terminal(code: str, **environment: str) -> tuple[str, str]:
         pass
     finally:
         os.close(parent)
-    output, _ = process.communicate(timeout=30)
-    return error_output.decode(), output
+    process.wait(timeout=30)
+    with file:
+        file.seek(0)
+        return error_output.decode(), file.read()
 
 
 def run_through_pipe(code: str) -> subprocess.CompletedProcess[str]:
@@ -134,6 +137,19 @@ def test_reporter_on_a_pipe_prints_the_stages_before_the_metrics(tmp_path: Path)
     lines = run.stderr.splitlines()
     assert lines[1:-1] == ["training m (pca)", *STAGES[:3]]  # the first line is a note on the data
     assert lines[-1].startswith("trained in ")
+
+
+@pytest.mark.slow
+def test_score_shows_its_progress_on_a_terminal_if_the_results_go_elsewhere(tmp_path: Path) -> None:
+    data = write(tmp_path / "a.csv", two_factor_rows(3000, seed=0))
+    folders = ["--artifacts", str(tmp_path), "--runs", str(tmp_path / "runs")]
+    assert command("train", data, "--model", "pca", "--name", "hosts", *folders).returncode == 0
+    screen, out = run_on_terminal(f"import elbo; elbo.main({['score', 'hosts', data, '--artifacts', str(tmp_path)]})")
+    assert len(out.splitlines()) == 3000
+    counts = [int(count) for count in re.findall(r"(\d+)/\d+", screen)]
+    assert counts == sorted(counts)
+    assert {0, 3000} <= set(counts)
+    assert "scoring" in screen
 
 
 def test_cursor_is_shown_again_after_a_failed_run() -> None:

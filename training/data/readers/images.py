@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from training.data.readers.raw_table import Array, Block, RawTable, ReadOptions
+from training.data.readers.raw_table import Array, Block, BlockDetails, RawTable, ReadOptions
 from training.data.row_store import rows_per_block
 from training.errors import DataError
 
@@ -36,8 +36,10 @@ def read_images(path: Path, options: ReadOptions) -> RawTable:
         raise DataError(f"{path} is a folder of images and has no columns to drop: leave --drop out")
     folder = _list_images(path)
     first = folder.files[0]
+    details = BlockDetails()
+    faults = details.faults if options.tolerant else None
     with ThreadPoolExecutor() as pool:
-        modes = set(pool.map(_has_colour_and_transparency, folder.files))
+        modes = set(pool.map(partial(_has_colour_and_transparency, tolerant=options.tolerant), folder.files))
     any_colour, any_transparency = any(colour for colour, _ in modes), any(transparent for _, transparent in modes)
     shape = _row_shape(first, options, any_colour)
     resize = options.size is not None or options.shape is not None
@@ -46,7 +48,8 @@ def read_images(path: Path, options: ReadOptions) -> RawTable:
         notes.append("some images are transparent: they are blended with a white background")
     black, white = options.pixel_range or (0.0, 255.0)
     unchanged = (black, white) == (0.0, 255.0)
-    blocks = _blocks(folder, partial(_read_pixels, first=first, shape=shape, resize=resize), math.prod(shape))
+    read_pixels = partial(_read_pixels, first=first, shape=shape, resize=resize)
+    blocks = _blocks(folder, read_pixels, math.prod(shape), faults)
     return RawTable(
         blocks=blocks if unchanged else _rescaled(blocks, black, white),
         shape=shape,
@@ -54,6 +57,7 @@ def read_images(path: Path, options: ReadOptions) -> RawTable:
         rows=len(folder.files),
         pixel_range=(black, white),
         label_names=folder.label_names,
+        details=details,
         notes=notes,
     )
 
@@ -116,9 +120,19 @@ def _damaged(path: Path) -> DataError:
     return DataError(f"{path} is damaged or not an image: remove it, or save it again")
 
 
-def _has_colour_and_transparency(path: Path) -> tuple[bool, bool]:
-    """Return whether the image at `path` has colour, and whether it has transparency. Only the header is read."""
-    with _open_image(path) as image:
+def _has_colour_and_transparency(path: Path, tolerant: bool) -> tuple[bool, bool]:
+    """Return whether the image at `path` has colour, and whether it has transparency. Only the header is read.
+
+    Args:
+        tolerant: whether an unreadable image counts as grey and opaque instead of raising DataError.
+    """
+    try:
+        image = _open_image(path)
+    except DataError:
+        if tolerant:
+            return False, False
+        raise
+    with image:
         if image.mode not in GREY_MODES | COLOUR_MODES:
             raise DataError(f"{path} has pixels of mode {image.mode}: expected 8 or 16 bits per channel; convert it")
         colour = image.mode in COLOUR_MODES
@@ -176,11 +190,33 @@ def _read_pixels(path: Path, first: Path, shape: tuple[int, ...] | None, resize:
     return np.asarray(upright)
 
 
-def _blocks(folder: _ImageFolder, read_pixels: "partial[Array]", width: int) -> Iterator[Block]:
+def _blocks(
+    folder: _ImageFolder, read_pixels: "partial[Array]", width: int, faults: dict[int, str] | None
+) -> Iterator[Block]:
+    """Yield the images in blocks.
+
+    Args:
+        faults: if given, an unreadable image is recorded here by row, and read as a black one. Each block replaces the
+            faults of the previous one.
+    """
     step = min(MAX_BLOCK_IMAGES, rows_per_block(width))
+
+    def read(path: Path) -> Array | DataError:
+        try:
+            return read_pixels(path)
+        except DataError as error:
+            return error
+
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(folder.files), step):
-            rows = list(pool.map(read_pixels, folder.files[start : start + step]))
+            read_rows = list(pool.map(read, folder.files[start : start + step]))
+            failed = {start + index: row for index, row in enumerate(read_rows) if isinstance(row, DataError)}
+            if faults is not None:
+                faults.clear()
+                faults.update({row: str(error) for row, error in failed.items()})
+            elif failed:
+                raise next(iter(failed.values()))
+            rows = [np.zeros(width, np.uint8) if isinstance(row, DataError) else row.reshape(-1) for row in read_rows]
             labels = None if folder.labels is None else np.array(folder.labels[start : start + step])
             yield np.stack(rows).reshape(len(rows), -1), labels
 
