@@ -232,7 +232,7 @@ def train(
     config = _train_config(context.obj)
     from training.data.table import read_table
 
-    table = read_table(data, config.drop, config.keep, config.size, escape=config.escape)
+    table = read_table(data, config.drop, config.keep, config.size, escape=config.escape, layout=config.layout)
     try:
         is_first_process = _train(
             config,

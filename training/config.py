@@ -122,6 +122,12 @@ class TrainConfig(BaseModel):
         None,
         description="<height>x<width>: crop each image of a folder around its centre, and resize it to this size",
     )
+    layout: Literal["nhwc", "nchw", "ntc", "flat"] | None = Field(
+        None,
+        description="what the dimensions of an array mean: nhwc (images, [N, H, W] or [N, H, W, C]), nchw (images, "
+        "[N, C, H, W]), ntc (series of measurements, [N, T, C]) or flat (measurements); default: recognised by the "
+        "shape and the values",
+    )
     escape: Literal["double", "backslash"] | None = Field(
         None,
         description='how a CSV file writes a quotation mark inside a quoted cell: double ("") or backslash (\\"); '

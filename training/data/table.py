@@ -19,6 +19,7 @@ from models.errors import join_names
 from training.data.copies import Copies, find_copies
 from training.data.ingest import ColumnStatistics, full_disk_as_data_error, ingest
 from training.data.labels import Labels, interpret
+from training.data.layout import Layout, recognise
 from training.data.readers import RawTable, ReadOptions, format_option, load
 from training.data.row_store import RowStore
 from training.data.sentinels import describe_sentinels
@@ -162,10 +163,11 @@ def read_table(
     size: tuple[int, int] | None = None,
     limit: int = MEMORY_BYTES,
     escape: str | None = None,
+    layout: Layout | None = None,
 ) -> Table:
     """Return the table in `source`: "digits", a .npy, .npz, .csv or .parquet file, or a folder of images.
 
-    Arrays with three or more dimensions are images, one per row.
+    The rows of an array with three or more dimensions are images, or series whose channels have ranges of their own.
 
     Args:
         drop: columns to leave out.
@@ -173,21 +175,29 @@ def read_table(
         size: height and width to which the images of a folder are resized.
         limit: maximum size of a table in memory, in bytes of float32 values. Larger tables stay on disk.
         escape: how CSV writes a quotation mark inside a quoted cell: "double" (two marks) or "backslash".
+        layout: what the dimensions of an array mean; None to recognise it by the shape and the values.
 
     Raises:
         DataError: the source cannot be used. The message is one line that says what to do.
     """
     with full_disk_as_data_error(source):
-        raw = load(source, ReadOptions(drop=drop, keep=keep, size=size, escape=escape))
+        raw = load(source, ReadOptions(drop=drop, keep=keep, size=size, escape=escape, layout=layout))
     rows, statistics, raw_labels = ingest(raw, source, limit)
-    names = raw.names or _numbered_names(raw.shape)
+    names = raw.names or _numbered_names(raw.shape, "x")
     statistics.refuse_infinite(source, names, raw.lines)
     _refuse_empty_columns(source, names, statistics)
     labels = interpret(raw_labels, raw.label_names, column=raw.label_column)
     _refuse_equal_rows(source, statistics)
-    pixel_range = raw.pixel_range
+    pixel_range, layout_notes = raw.pixel_range, []
     if pixel_range is None and len(raw.shape) > 1:
-        pixel_range = _guess_pixel_range(raw.dtype, statistics)
+        recognised = layout or recognise(raw.shape, raw.dtype, statistics.low, statistics.high)
+        if recognised == "nchw" and layout is None:
+            return read_table(source, drop, keep, size, limit, escape, recognised)
+        if recognised != "ntc":
+            pixel_range = _guess_pixel_range(raw.dtype, statistics)
+        layout_notes = [_describe_layout(raw.shape, pixel_range, recognised)]
+    if raw.names is None and pixel_range is not None:
+        names = _numbered_names(raw.shape, "pixel")
     return Table(
         x=rows,
         shape=raw.shape,
@@ -198,6 +208,7 @@ def read_table(
         source=source,
         notes=[
             *raw.notes,
+            *layout_notes,
             *_training_notes(labels),
             *_notes(names, statistics),
             *(describe_sentinels(rows, names) if pixel_range is None else []),
@@ -327,8 +338,22 @@ def _training_notes(labels: Labels) -> list[str]:
     ]
 
 
-def _numbered_names(shape: tuple[int, ...]) -> list[str]:
-    word = "x" if len(shape) == 1 else "pixel"
+def _describe_layout(shape: tuple[int, ...], pixel_range: tuple[float, float] | None, layout: Layout) -> str:
+    """Return what the dimensions of an array were taken for."""
+    text = " x ".join(map(str, shape))
+    if pixel_range is None:
+        return (
+            f"each row is read as {text} measurements, each with a range of its own; if the rows are images, add "
+            "--layout nhwc or --layout nchw"
+        )
+    where = ", whose channels come first in the file and last in the model" if layout == "nchw" else ""
+    return (
+        f"each row is read as an image of {text} pixels from {pixel_range[0]:g} to {pixel_range[1]:g}{where}; "
+        "if the rows are series or other measurements, add --layout ntc or --layout flat"
+    )
+
+
+def _numbered_names(shape: tuple[int, ...], word: str) -> list[str]:
     return [f"{word}[{','.join(map(str, index))}]" for index in np.ndindex(shape)]
 
 

@@ -41,6 +41,7 @@ READERS: dict[str, Callable[[Path, ReadOptions], RawTable]] = {
     ".csv": read_csv,
     ".parquet": read_parquet,
 }
+ARRAYS = [suffix for suffix, reader in READERS.items() if reader is read_numpy]
 
 
 def load(source: str, options: ReadOptions) -> RawTable:
@@ -54,6 +55,8 @@ def load(source: str, options: ReadOptions) -> RawTable:
     path = Path(source)
     if options.size and not path.is_dir():
         raise DataError(f"--size resizes the images of a folder, and {source} is not a folder: leave --size out")
+    if options.layout and path.suffix.lower() not in ARRAYS:
+        raise DataError(f"--layout is for arrays ({', '.join(ARRAYS)}), and {source} is none: leave --layout out")
     if source == DIGITS:
         return read_digits(options)
     suffixes = ", ".join(READERS)

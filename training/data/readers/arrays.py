@@ -16,6 +16,7 @@ from typing import IO, Any, BinaryIO
 import numpy as np
 
 from training.data.labels import find_label_column
+from training.data.layout import arrange
 from training.data.readers.columns import refusal
 from training.data.readers.raw_table import Array, Block, RawTable, ReadOptions
 from training.data.readers.row_order import OrderDetector, describe_direction
@@ -45,11 +46,29 @@ def read_numpy(path: Path, options: ReadOptions) -> RawTable:
     """
     with _damage_as_data_error(path), path.open("rb") as file:
         if file.read(2) == b"PK":
-            return _with_column_check(_open_archive(path, options), path, options)
+            return _with_column_check(_with_layout(_open_archive(path, options), path, options), path, options)
         file.seek(0)
         header = _read_header(file)
         _refuse_other_arrays(header, str(path))
-        return _with_column_check(_open_file(file, header, None, path, options, []), path, options)
+        raw = _open_file(file, header, None, path, options, [])
+        return _with_column_check(_with_layout(raw, path, options), path, options)
+
+
+def _with_layout(table: RawTable, path: Path, options: ReadOptions) -> RawTable:
+    """Return `table` in the layout that the options require.
+
+    A model whose rows are [H, W, C] also takes rows [C, H, W].
+    """
+    layout, shape = options.layout, table.shape
+    if options.shape is not None and len(shape) == 3 and shape != options.shape == (*shape[1:], shape[0]):
+        layout = "nchw"
+    arranged, axes = arrange(shape, layout, str(path))
+    if axes is None:
+        return replace(table, shape=arranged)
+    blocks = (
+        (rows.reshape(-1, *shape).transpose(axes).reshape(len(rows), -1), labels) for rows, labels in table.blocks
+    )
+    return replace(table, shape=arranged, blocks=blocks, file_array=None)
 
 
 def _with_column_check(table: RawTable, path: Path, options: ReadOptions) -> RawTable:

@@ -29,6 +29,7 @@ class ReadOptions:
     pixel_range: tuple[float, float] | None = None  # values of black and white, if a model requires them
     tolerant: bool = False  # whether faulty rows are recorded in `RawTable.details` instead of raising DataError
     extra: Sequence[str] = ()  # if tolerant: further columns whose cells are recorded in `RawTable.details`
+    layout: str | None = None  # what the dimensions of an array mean: nhwc, nchw, ntc or flat
     escape: str | None = None  # how CSV writes a quotation mark inside a quoted cell: double or backslash
 
 

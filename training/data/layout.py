@@ -1,0 +1,99 @@
+"""What the dimensions of an array [N, ...] mean: images, or series whose channels have ranges of their own.
+
+Images share one range of values, from black to white. If measurements of different scales shared one range, a fault in
+a channel with small values would be invisible.
+"""
+
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from training.errors import DataError
+
+Layout = Literal["nhwc", "nchw", "ntc", "flat"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+USUAL_RANGES = ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0))  # values of black and white
+COLOURS = (1, 3)  # number of channels of an image
+MIN_SIDE = 5  # a shorter side of [C, H, W] may be something else
+SMALL_RANGE = 0.1  # a channel is small if its range is at most this share of the range of all channels
+MAX_CHANNELS = 16  # a series with more channels is recognised only by small channels between large ones
+MANY_SMALL = 0.5  # from this share of small channels on, the channels are no columns of an image
+
+Doubles = npt.NDArray[np.float64]
+
+
+def arrange(shape: tuple[int, ...], layout: str | None, source: str) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Return the shape of a row in `layout`, and the order of the axes of [N, ...] if they must be moved.
+
+    Args:
+        shape: the shape of a row in the source.
+        layout: None to keep the shape.
+
+    Raises:
+        DataError: rows of this shape cannot have that layout.
+    """
+    if layout == "flat":
+        return (int(np.prod(shape)),), None
+    if layout is not None and (len(shape) < 2 or (layout == "nchw" and len(shape) != 3)):
+        expected = "[N, C, H, W]" if layout == "nchw" else "an array of three or more dimensions"
+        raise DataError(f"{source}: --layout {layout} needs {expected}, got {['N', *shape]}: leave --layout out")
+    if layout == "nchw":
+        return (*shape[1:], shape[0]), (0, 2, 3, 1)
+    return shape, None
+
+
+def recognise(shape: tuple[int, ...], dtype: np.dtype[np.generic], low: Doubles, high: Doubles) -> Layout:
+    """Return the layout of rows of `shape`, which has two or more dimensions.
+
+    Args:
+        dtype: the type of the values in the source.
+        low: the smallest value of each feature, [D].
+        high: the largest value of each feature, [D].
+    """
+    low, high = low.reshape(shape), high.reshape(shape)
+    if dtype != np.uint8:
+        different = any(
+            _have_different_ranges(low, high, axis, _may_be_side_of_image(shape, axis)) for axis in {0, len(shape) - 1}
+        )
+        if different or not _can_be_pixels(low, high):
+            return "ntc"
+    if len(shape) == 3 and shape[0] in COLOURS and shape[2] not in (*COLOURS, 4) and min(shape[1:]) >= MIN_SIDE:
+        return "nchw"
+    return "nhwc"
+
+
+def _may_be_side_of_image(shape: tuple[int, ...], axis: int) -> bool:
+    """Return whether `axis` may be the height or the width of an image: not few channels along a longer side."""
+    count, longest = shape[axis], max(shape)
+    if len(shape) > 2 and axis > 0:
+        return False
+    return count > MAX_CHANNELS or (count >= MIN_SIDE and longest <= 2 * count)
+
+
+def _can_be_pixels(low: Doubles, high: Doubles) -> bool:
+    """Return whether the values are in a usual range of pixels, not negative, or at least whole numbers."""
+    least, most = float(np.nanmin(low)), float(np.nanmax(high))
+    usual = any(black <= least and most <= white for black, white in USUAL_RANGES)
+    whole = bool(np.array_equal(low, np.rint(low)) and np.array_equal(high, np.rint(high)))
+    return usual or least >= 0 or whole
+
+
+def _have_different_ranges(low: Doubles, high: Doubles, axis: int, may_be_columns: bool) -> bool:
+    """Return whether the channels along `axis` are measurements of different scales.
+
+    Args:
+        may_be_columns: whether the channels may be the rows or columns of an image. The outer columns of an image often
+            are nearly empty, so small channels then count only between large ones.
+    """
+    others = tuple(other for other in range(low.ndim) if other != axis)
+    low, high = np.nanmin(low, axis=others), np.nanmax(high, axis=others)  # [C], [C]
+    varying = high > low
+    if varying.sum() < 2:
+        return False
+    small = (high - low <= SMALL_RANGE * (high[varying].max() - low[varying].min()))[varying]
+    if not may_be_columns:
+        return bool(small.any())
+    large = np.flatnonzero(~small)
+    between = small[large[0] : large[-1]].any() if len(large) else False
+    return bool(between) or float(small.mean()) >= MANY_SMALL
