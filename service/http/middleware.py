@@ -100,7 +100,7 @@ def _set_root_path(scope: Scope, root_path: str) -> None:
 
 def _check_head(scope: Scope) -> None:
     """Raise BadRequest if two servers could read the head of a request in different ways (RFC 9112, 3.2 and 6.1)."""
-    version = scope.get("http_version", "1.1")
+    version = scope.get("http_version")
     hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
     if len(hosts) > 1 or (not hosts and version == "1.1"):
         raise _bad_request("a request needs one Host header", "one Host header", ", ".join(hosts) or "none")

@@ -273,3 +273,10 @@ def test_chunked_body_is_read(server: ServerProcess, value: str) -> None:
     response = respond(server, "\r\n".join(lines).encode() + CHUNKED_SAMPLE)
     assert response.startswith(b"HTTP/1.1 200")
     assert json.loads(response.partition(b"\r\n\r\n")[2])["seed"] == 7
+
+
+def test_header_in_the_trailer_of_a_body_is_ignored(server: ServerProcess) -> None:
+    lines = ["POST /sample HTTP/1.1", "Host: elbo", "Transfer-Encoding: chunked", "Connection: close", "", ""]
+    trailer = b"Host: other\r\nX-Request-Timeout: never\r\nContent-Type: text/csv\r\n\r\n"
+    response = respond(server, "\r\n".join(lines).encode() + CHUNKED_SAMPLE.removesuffix(b"\r\n") + trailer)
+    assert response.startswith(b"HTTP/1.1 200")

@@ -68,6 +68,39 @@ def test_server_drains_after_sigterm_and_then_finishes_the_requests_in_progress(
     assert process.popen.wait(20) == 0
 
 
+def test_response_to_a_request_that_began_before_sigterm_announces_that_the_connection_closes(
+    start: Callable[..., ServerProcess], artifacts: Path
+) -> None:
+    process = start(artifacts)
+    body = json.dumps({"inputs": [ROW]}).encode()
+    with process.connect() as connection:
+        connection.sendall(request_head("/encode", f"Content-Length: {len(body)}") + body[:10])
+        wait_until(lambda: process.metric_total("elbo_pending_bytes") > 0)
+        process.popen.send_signal(signal.SIGTERM)
+        process.wait_for_log("Shutting down")
+        connection.sendall(body[10:])
+        head, _, _ = read_response(connection).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200")
+        assert b"connection: close" in head
+    assert process.popen.wait(20) == 0
+
+
+def test_request_whose_head_is_incomplete_when_the_server_stops_is_served(
+    start: Callable[..., ServerProcess], artifacts: Path
+) -> None:
+    process = start(artifacts)
+    body = json.dumps({"inputs": [ROW]}).encode()
+    request = request_head("/encode", f"Content-Length: {len(body)}") + body
+    with process.connect() as connection:
+        connection.sendall(request[:20])
+        time.sleep(0.2)
+        process.popen.send_signal(signal.SIGTERM)
+        process.wait_for_log("Waiting for connections to close")
+        connection.sendall(request[20:])
+        assert read_response(connection).startswith(b"HTTP/1.1 200")
+    assert process.popen.wait(20) == 0
+
+
 def test_server_exits_with_a_one_line_error_if_the_port_is_in_use(artifacts: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other_server:
         port = other_server.getsockname()[1]
