@@ -488,6 +488,9 @@ def calibrate(
     alpha: Annotated[
         float, typer.Option(min=1e-6, max=0.5, help="smallest alpha that you will use; needs at least 1/alpha - 1 rows")
     ] = 0.05,
+    force: Annotated[
+        bool, typer.Option("--force", help="calibrate even if the previous version flags all rows of DATA")
+    ] = False,
     normal: NormalOption = None,
     escape: EscapeOption = None,
     artifacts: ArtifactFolder = DEFAULT_ARTIFACTS,
@@ -503,7 +506,7 @@ def calibrate(
     artifact, table = _load(name, data, artifacts, escape, normal)
     for note in table.notes:
         typer.echo(note, err=True)
-    published = recalibrate(artifact, table, artifacts, alpha, runs)
+    published = recalibrate(artifact, table, artifacts, alpha, runs, force=force)
     for note in published.notes:
         if note not in table.notes:  # those are shown already
             typer.echo(note, err=True)

@@ -55,6 +55,7 @@ OPTIONAL_TWIN_METHODS = ("reconstruct",)  # twins written by earlier releases la
 TWIN_MEMBER, TWIN_WEIGHTS_MEMBER = "extra/twin/{}.onnx", "extra/twin/{}.json"
 # Exhibits are documents for people. No computation uses them, and an artifact may lack any of them.
 HELD_OUT, CALIBRATION, CARD = "held-out.json", "calibration.json", "card.md"
+TRAINED_ROWS = "trained-rows.bin"  # hashes of rows that trained the model; for `elbo calibrate`, never shown
 EXHIBIT_MEMBER = "extra/exhibits/{}"
 GOLDEN_ALPHA = 0.05
 TRIAL_BYTES = 1 << 20  # size of the file that `require_writable` writes: that of a typical artifact
@@ -185,7 +186,8 @@ def publish(
         manifest: the description of the model; `manifest.name` is the name of the model's folder.
         root: the artifact folder.
         twin: the ONNX twin, one graph per method in TWIN_METHODS.
-        exhibits: documents by name. The names are HELD_OUT, CALIBRATION and CARD; each is optional.
+        exhibits: documents by name. The names are HELD_OUT, CALIBRATION, CARD and TRAINED_ROWS; each is
+            optional.
 
     Raises:
         ArtifactUnwritable: the disk is full, or this user may not write to the folder.
@@ -242,6 +244,14 @@ def load(path: Path, device: str = "cpu") -> Artifact:
         exhibits=_read_exhibits(content, path),
         calibration={name.removeprefix(prefix): buffer for name, buffer in weights.items() if name.startswith(prefix)},
     )
+
+
+def read_trained_rows(artifact: Artifact) -> bytes | None:
+    """Return the document TRAINED_ROWS of `artifact`; None if there is none, as in artifacts of earlier releases."""
+    with zipfile.ZipFile(io.BytesIO(read_sealed(artifact.path))) as archive:
+        names = (name for name in archive.namelist() if name.partition("/")[2] == EXHIBIT_MEMBER.format(TRAINED_ROWS))
+        member = next(names, None)
+        return None if member is None else archive.read(member)
 
 
 def thaw(artifact: Artifact) -> torch.jit.ScriptModule:

@@ -6,9 +6,10 @@ import numpy as np
 import orjson
 import torch
 
-from models.artifact import CALIBRATION, CARD, HELD_OUT
+from models.artifact import CALIBRATION, CARD, HELD_OUT, TRAINED_ROWS
 from models.manifest import Manifest
 from models.pipeline import Pipeline
+from training.data.row_fingerprints import make_sketch
 from training.fitting.prepared_data import PreparedData
 from training.reports.model_card import card
 
@@ -20,12 +21,15 @@ MAX_SCORES = 2_000  # maximum number of calibration scores that are stored
 def make_exhibits(pipeline: Pipeline, manifest: Manifest, data: PreparedData, notes: Sequence[str]) -> dict[str, bytes]:
     """Return the exhibits by name, in the form that `models.artifact.publish` takes.
 
-    Models trained with the option `private` get no held-out rows and no latents.
+    Models trained with the option `private` get no held-out rows, no latents, and no hashes of training rows.
 
     Args:
         notes: messages about the data and the training, repeated in the card.
     """
-    exhibits = {} if manifest.training.get("private") else {HELD_OUT: _held_out_json(pipeline, data)}
+    exhibits = {}
+    if not manifest.training.get("private"):
+        exhibits[HELD_OUT] = _held_out_json(pipeline, data)
+        exhibits[TRAINED_ROWS] = make_sketch(data.table.x, np.concatenate((data.split.fit, data.split.held_out)))
     exhibits[CALIBRATION] = calibration_json(pipeline.calibration.scores)
     exhibits[CARD] = card(manifest, None, notes, ()).encode()
     return exhibits

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from models.artifact import Artifact
 from models.calibration import Calibration
 from models.errors import join_names
 from models.manifest import VERSION, CalibrationSize, Golden, Manifest, Recalibration
+from training.data.row_fingerprints import KnownRows, find_known_rows
 from training.data.row_store import Floats
 from training.data.table import MAX_HELD_OUT_ROWS, Table
 from training.errors import DataError, FitError
@@ -40,7 +42,9 @@ class Recalibrated:
     notes: list[str]  # messages for the user
 
 
-def recalibrate(parent: Artifact, table: Table, root: Path, alpha: float, runs: Path | None = None) -> Recalibrated:
+def recalibrate(
+    parent: Artifact, table: Table, root: Path, alpha: float, runs: Path | None = None, *, force: bool = False
+) -> Recalibrated:
     """Publish `parent` under `root` as the next version of its name, calibrated on the normal rows of `table`.
 
     Networks, weights and scores do not change. Calibration, golden answers and manifest are replaced. If the labels are
@@ -49,27 +53,34 @@ def recalibrate(parent: Artifact, table: Table, root: Path, alpha: float, runs: 
 
     Args:
         table: the result of `read_for_model` for the manifest of `parent`.
+        force: calibrate even if the old calibration flags all rows.
         alpha: the smallest alpha that you will use; it determines how many rows are needed.
         runs: folder in which the card of the new version is written to <name>/<version>/card.md; None to write no card.
 
     Raises:
-        DataError: the model was trained on these rows, too few rows are normal, or it is unknown which are normal.
+        DataError: the model was trained on some of these rows, it flags all of them, too few rows are normal, or it is
+            unknown which are normal.
         FitError: the artifact comes from a version of Elbo that calibrates differently.
         ArtifactUnwritable: the new version cannot be written to `root`.
     """
     artifact.require_writable(root, _name(parent))
-    _refuse_training_rows(parent, table)
     normal, notes = _normal_rows(table)
+    known_rows = artifact.read_trained_rows(parent)
+    notes += _refuse_training_rows(parent, table, normal, known_rows)
     normal = normal[np.sort(np.unique(table.copies.groups[normal], return_index=True)[1])]  # copies count once
     chosen = np.sort(np.random.RandomState(0).permutation(normal)[:MAX_HELD_OUT_ROWS])
     _refuse_few(table, len(chosen), alpha)
     scores = _scores(parent, table)[chosen]
     notes = [*table.notes, *table.warnings, *notes, *_compare_with_old(parent, table, scores, alpha)]
+    if not force:
+        _refuse_if_all_flagged(parent, table, scores, alpha)
     module = artifact.thaw(parent)
     _replace(module, parent, torch.from_numpy(scores))
     manifest = _manifest(parent, module, table, _name(parent), len(chosen))
     twin = None if parent.twin is None else parent.twin.graphs  # still valid: latents and scores do not change
     exhibits = {name: content for name, content in parent.exhibits.items() if name == artifact.HELD_OUT}
+    if known_rows is not None:
+        exhibits[artifact.TRAINED_ROWS] = known_rows
     exhibits[artifact.CALIBRATION] = calibration_json(module.calibration.scores)
     exhibits[artifact.CARD] = card(manifest, None, notes, ()).encode()
     path = artifact.publish(module, manifest, root, twin, exhibits)
@@ -79,12 +90,36 @@ def recalibrate(parent: Artifact, table: Table, root: Path, alpha: float, runs: 
     return Recalibrated(path, manifest, notes)
 
 
-def _refuse_training_rows(parent: Artifact, table: Table) -> None:
-    if table.fingerprint == parent.manifest.data.fingerprint:
+def _refuse_training_rows(
+    parent: Artifact, table: Table, normal: npt.NDArray[np.int64], sketch: bytes | None
+) -> Iterator[str]:
+    """Yield a note if a few of the `normal` rows trained the model. Raise DataError if many did."""
+    known = KnownRows(0.0, 0.0, significant=False) if sketch is None else find_known_rows(sketch, table.x, normal)
+    same_file = table.fingerprint == parent.manifest.data.fingerprint
+    if same_file or known.significant:
+        which = "the rows" if same_file else f"rows of which about {100 * known.share:.2g} % are among those"
         raise DataError(
-            f"{table.source} holds the rows that {_reference(parent)} was trained on, and scores of training rows "
+            f"{table.source} holds {which} that {_reference(parent)} was trained on, and scores of training rows "
             "are too low: expected rows that the model has not seen, such as those of the last days"
         )
+    if known.share > known.usual:
+        yield f"about {100 * known.share:.2g} % of the rows of {table.source} equal rows that trained the model"
+
+
+def _refuse_if_all_flagged(parent: Artifact, table: Table, scores: Floats, alpha: float) -> None:
+    if _count_flagged(parent, scores, alpha) == len(scores):
+        raise DataError(
+            f"{_reference(parent)} flags all rows of {table.source} at alpha {alpha:g}: calibrated on rows that are "
+            "nothing like the training rows, it would flag nothing; check the columns, their units and their scale, or "
+            "train a new model. If you know that the rows are normal, add --force"
+        )
+
+
+def _count_flagged(parent: Artifact, scores: Floats, alpha: float) -> int:
+    """Return how many of the scores [N] the calibration of `parent` flags."""
+    with torch.inference_mode():
+        severity = severity_at(parent, torch.from_numpy(scores).to(parent.device), alpha).cpu().numpy()
+    return int((severity > 1).sum())
 
 
 def _normal_rows(table: Table) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], list[str]]:
@@ -135,9 +170,7 @@ def _scores(parent: Artifact, table: Table) -> Floats:
 
 def _compare_with_old(parent: Artifact, table: Table, scores: Floats, alpha: float) -> Iterator[str]:
     """Yield what share of the scores the old calibration flags, and a warning if chance cannot explain that share."""
-    with torch.inference_mode():
-        severity = severity_at(parent, torch.from_numpy(scores).to(parent.device), alpha).cpu().numpy()
-    flagged = int((severity > 1).sum())
+    flagged = _count_flagged(parent, scores, alpha)
     share = 100 * flagged / len(scores)
     yield f"{_reference(parent)} flags {share:.3g} % of the rows of {table.source} at alpha {alpha:g}"
     if alarm_rate(flagged, len(scores), parent.manifest.calibration.rows, alpha).is_too_high:

@@ -23,7 +23,7 @@ Values = npt.NDArray[np.float64]
 def gaps() -> Values:
     values = 1.7e9 + 60.0 * NUMBER
     values[::7] = np.nan
-    return values
+    return np.asarray(values, np.float64)
 
 
 COLUMNS: list[tuple[str, Any, str]] = [
