@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "service.errors": "models.errors",
     "service.settings": "",
     "service.shared_memory": "",
-    "service.codec": "models.columns models.timestamps models.errors errors",
+    "service.codec": "models.columns models.pixels models.timestamps models.errors errors",
     "service.inference": "models.artifact models.manifest models.errors codec errors shared_memory",
     "service.schemas": "models.manifest inference",
     "service.anomaly": "models.columns models.timestamps models.errors schemas inference codec errors",

@@ -1,7 +1,8 @@
 """PNG and JPEG pictures in request bodies. A picture is one row of a model of images.
 
 A picture is converted like the images of a folder in training (training/data/readers/images.py): rotated as its EXIF
-data specify, blended with white where it is transparent, converted to grey or colour, cropped and resized.
+data specify, blended with white where it is transparent, converted to grey or colour, cropped and resized. For a model
+of images of more than 8 bits, a picture of 16 bits keeps its values.
 """
 
 import io
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from models.pixels import has_deep_pixels
 from service.errors import InvalidPicture
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG"}  # Pillow's name of each media type
 MEDIA_TYPES = tuple(FORMATS)
+DEEPEST = 65535  # the largest value of 16 bits
 MAX_PIXELS = 1 << 22  # a few hundred bytes can describe a picture of gigabytes
 
 
@@ -45,6 +48,7 @@ def loads(body: bytes, media_type: str, row: PictureRow) -> npt.NDArray[np.float
                         got=str(image.width * image.height),
                         hint=f"make the picture smaller: the model takes {row.shape[1]} x {row.shape[0]} pixels",
                     )
+                deep = image.mode.startswith("I")  # 16 bits per pixel
                 levels = _levels(image, row)  # [H, W] or [H, W, 3], from 0 to 1
     # Pillow raises these for damaged files and for damaged EXIF data.
     except (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, struct.error) as error:
@@ -52,6 +56,8 @@ def loads(body: bytes, media_type: str, row: PictureRow) -> npt.NDArray[np.float
     except Image.DecompressionBombError as error:
         raise InvalidPicture("the picture has too many pixels", expected=f"at most {MAX_PIXELS} pixels") from error
     black, white = row.pixel_range
+    if has_deep_pixels(row.pixel_range) and deep:
+        return np.asarray(levels.reshape(1, -1) * DEEPEST, np.float32)  # the values of the file
     return np.asarray(black + levels.reshape(1, -1) * (white - black), np.float32)
 
 
@@ -72,7 +78,7 @@ def _levels(image: "Image.Image", row: PictureRow) -> npt.NDArray[np.float64]:
     size = (row.shape[1], row.shape[0])
     upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith("I"):  # 16 bits per pixel
-        deep = Image.fromarray(np.asarray(upright, np.float32) / 65535)
+        deep = Image.fromarray(np.asarray(upright, np.float32) / DEEPEST)
         grey = np.asarray(_fit(deep, size), np.float64).clip(0, 1)
         return np.repeat(grey[:, :, None], 3, axis=2) if in_colour else grey
     if upright.has_transparency_data:

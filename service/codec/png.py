@@ -3,9 +3,12 @@
 import io
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from models.pixels import has_deep_pixels
 
 MEDIA_TYPE = "image/png"
 TILE = 64  # in pixels; a tile is magnified if its longer side is shorter than this
@@ -38,7 +41,8 @@ def dumps(
     line_count = math.ceil(len(rows) / columns)
     tiles = _tiles(rows, shape, pixel_range, columns)  # [N, h, w, C]
     missing = line_count * columns - len(tiles)
-    tiles = np.pad(tiles, ((0, missing), (0, GAP), (0, GAP), (0, 0)), constant_values=GAP_GREY)
+    gap = round(pixel_range[1] * GAP_GREY / 255) if tiles.dtype == np.uint16 else GAP_GREY
+    tiles = np.pad(tiles, ((0, missing), (0, GAP), (0, GAP), (0, 0)), constant_values=gap)
     _, height, width, channels = tiles.shape
     lines = tiles.reshape(line_count, columns, height, width, channels).swapaxes(1, 2)
     grid = lines.reshape(line_count * height, columns * width, channels)[:-GAP, :-GAP]
@@ -49,11 +53,17 @@ def dumps(
 
 def _tiles(
     rows: npt.NDArray[np.float32], shape: Sequence[int], pixel_range: tuple[float, float], columns: int
-) -> npt.NDArray[np.uint8]:
-    """Return the rows as magnified tiles, [N, h, w, C]."""
+) -> npt.NDArray[Any]:
+    """Return the rows as magnified tiles, [N, h, w, C].
+
+    Grey tiles of images of more than 8 bits have 16 bits and the values of the rows, so that no depth is lost and the
+    PNG can be sent back as a picture. Pillow cannot write colours of 16 bits.
+    """
     black, white = pixel_range
-    grey = ((rows - black) / (white - black)).clip(0.0, 1.0) * 255.0  # [N, D]
     height, width = shape[0], shape[1]
-    tiles = grey.round().astype(np.uint8).reshape(len(rows), height, width, -1)
+    deep = has_deep_pixels(pixel_range) and math.prod(shape) == height * width
+    largest, dtype = (white, np.dtype(np.uint16)) if deep else (255.0, np.dtype(np.uint8))
+    grey = ((rows - black) / (white - black)).clip(0.0, 1.0) * largest  # [N, D]
+    tiles = grey.round().astype(dtype).reshape(len(rows), height, width, -1)
     scale = max(1, min(math.ceil(TILE / max(height, width)), (MAX_WIDTH // columns - GAP) // width))
     return tiles.repeat(scale, axis=1).repeat(scale, axis=2)

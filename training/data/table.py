@@ -189,7 +189,10 @@ def read_table(
     labels = interpret(raw_labels, raw.label_names, column=raw.label_column)
     _refuse_equal_rows(source, statistics)
     pixel_range, layout_notes = raw.pixel_range, []
-    if pixel_range is None and len(raw.shape) > 1:
+    if raw.dtype == np.uint16:
+        pixel_range = (0.0, _white(float(np.nanmax(statistics.high))))
+        layout_notes = [f"the images have 16 bits: 0 is read as black and {pixel_range[1]:g} as white"]
+    elif pixel_range is None and len(raw.shape) > 1:
         recognised = layout or recognise(raw.shape, raw.dtype, statistics.low, statistics.high)
         if recognised == "nchw" and layout is None:
             return read_table(source, drop, keep, size, limit, escape, recognised)
@@ -412,6 +415,11 @@ def _notes(names: Sequence[str], statistics: ColumnStatistics) -> list[str]:
             f"{join_names(coarse, LISTED_NAMES)}; subtract a constant from them"
         )
     return notes
+
+
+def _white(largest: float) -> float:
+    """Return the largest value of images of 9 to 16 bits that contain the value `largest`: 2^bits - 1."""
+    return float(2 ** max(9, int(largest).bit_length()) - 1)
 
 
 def _guess_pixel_range(dtype: np.dtype[Any], statistics: ColumnStatistics) -> tuple[float, float]:

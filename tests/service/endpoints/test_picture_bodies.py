@@ -26,7 +26,8 @@ from tests.service.published import publish
 from tests.service.running import running
 from training.data.table import read_for_model
 
-SHAPES = {"grey": (6, 5), "colour": (6, 5, 3), "table": (4,)}
+SHAPES = {"grey": (6, 5), "deep": (6, 5), "colour": (6, 5, 3), "table": (4,)}
+WHITES = {"grey": 255.0, "deep": 4095.0, "colour": 255.0, "table": 255.0}
 K = 2
 
 
@@ -38,11 +39,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         width = int(np.prod(shape))
         networks = mlp((width, 8, 2 * K)), mlp((K, 8, width))
         core = VAE(*networks, BernoulliLikelihood())
-        scaling = Scaling(torch.zeros(width), torch.full((width,), 255.0))
+        scaling = Scaling(torch.zeros(width), torch.full((width,), WHITES[name]))
         model = Pipeline(scaling, core, gaussian_prior(torch.ones(K)), Calibration(torch.rand(99)))
-        x = 255 * torch.rand(7, width)
+        x = WHITES[name] * torch.rand(7, width)
         names = [f"pixel[{','.join(map(str, index))}]" for index in np.ndindex(shape)]
-        pixel_range = None if name == "table" else (0.0, 255.0)
+        pixel_range = None if name == "table" else (0.0, WHITES[name])
         publish(folder, name, model.eval().requires_grad_(False), x, names, shape, pixel_range)
     return folder
 
@@ -113,6 +114,31 @@ def test_picture_with_16_bits_per_pixel_keeps_its_depth(client: httpx.Client) ->
     expected = client.post("/reconstruct?model=grey", json={"inputs": rows}).json()
     response = client.post("/reconstruct?model=grey", content=body, headers={"content-type": "image/png"})
     np.testing.assert_allclose(response.json()["errors"], expected["errors"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("largest", [4095, 300, 60_000])
+def test_picture_with_16_bits_keeps_its_values_for_a_model_of_such_pictures(
+    largest: int, root: Path, client: httpx.Client, tmp_path: Path
+) -> None:
+    values = np.linspace(0, largest, 30).astype(np.uint16).reshape(6, 5)
+    body = saved(Image.fromarray(values), "PNG")
+    expected = client.post("/encode?model=deep", json={"inputs": [values.ravel().tolist()]}).json()
+    response = client.post("/encode?model=deep", content=body, headers={"content-type": "image/png"})
+    np.testing.assert_allclose(response.json()["latents"], expected["latents"], rtol=1e-4, atol=1e-5)
+    (tmp_path / "a.png").write_bytes(body)
+    table = read_for_model(str(tmp_path), read_manifest(root / "deep" / "1" / "model.pt"))
+    assert np.array_equal(table.x.read_range(0, 1)[0], values.ravel())
+
+
+@pytest.mark.parametrize("model", ["grey", "deep"])
+def test_reconstruction_as_a_picture_has_the_depth_of_the_model(model: str, client: httpx.Client) -> None:
+    levels = np.linspace(0, WHITES[model], 30).round().reshape(1, 30).tolist()
+    outputs = client.post(f"/reconstruct?model={model}", json={"inputs": levels}).json()["outputs"][0]
+    response = client.post(f"/reconstruct?model={model}", json={"inputs": levels}, headers={"accept": "image/png"})
+    picture = Image.open(io.BytesIO(response.content))
+    assert picture.mode == ("I;16" if model == "deep" else "L")
+    pixels = np.asarray(picture)[:: picture.height // 6, :: picture.width // 5]  # small pictures are magnified
+    assert np.abs(pixels.astype(float) - np.array(outputs).reshape(6, 5)).max() <= 0.51
 
 
 def test_reconstruction_of_a_picture_can_be_a_picture(client: httpx.Client) -> None:

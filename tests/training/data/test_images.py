@@ -132,9 +132,59 @@ def test_transparent_pixels_become_white_with_a_note(tmp_path: Path) -> None:
     assert table.notes[0] == "some images are transparent: they are blended with a white background"
 
 
-def test_images_of_16_bits_or_1_bit_are_converted_to_8_bits(tmp_path: Path) -> None:
-    deep = GREY.astype(np.uint16) * 256 + 77
-    assert np.array_equal(images_of(read_table(save_images(tmp_path / "deep", deep))), GREY)
+@pytest.mark.parametrize(("bits", "white"), [(8, 511), (10, 1023), (12, 4095), (14, 16383), (16, 65535)])
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_grey_images_of_16_bits_keep_every_level(tmp_path: Path, bits: int, white: int, suffix: str) -> None:
+    deep = RANDOM.randint(0, 2**bits, (40, 9, 8)).astype(np.uint16)
+    deep[0, 0, 0] = 2**bits - 1
+    table = read_table(save_images(tmp_path / "deep", deep, suffix))
+    assert np.array_equal(images_of(table), deep)
+    assert (table.shape, table.pixel_range) == ((9, 8), (0, white))
+    assert table.notes == [f"the images have 16 bits: 0 is read as black and {white} as white"]
+    again = read_for_model(str(tmp_path / "deep"), manifest_of(table))
+    assert again.fingerprint == table.fingerprint
+    shallow = read_for_model(save_images(tmp_path / "shallow", np.full((3, 9, 8), 255, np.uint8)), manifest_of(table))
+    assert (values(shallow) == white).all()
+
+
+def test_deep_images_on_disk_equal_images_in_memory(tmp_path: Path) -> None:
+    deep = RANDOM.randint(0, 4096, (70, 9, 8)).astype(np.uint16)
+    folder = save_images(tmp_path, deep)
+    on_disk = read_table(folder, limit=100)
+    assert on_disk.x.on_disk
+    assert np.array_equal(images_of(on_disk), deep)
+
+
+def test_deep_images_are_resized_without_loss_of_depth(tmp_path: Path) -> None:
+    deep = np.broadcast_to(np.linspace(0, 4000, 12)[:, None, None], (12, 18, 16)).astype(np.uint16)
+    table = read_table(save_images(tmp_path, deep), size=(9, 8))
+    assert table.shape == (9, 8)
+    assert np.array_equal(images_of(table), deep[:, :9, :8])
+
+
+def test_deep_images_are_scaled_to_the_range_of_the_model(tmp_path: Path) -> None:
+    deep = RANDOM.randint(0, 65536, (5, 8, 8)).astype(np.uint16)
+    source = save_images(tmp_path / "deep", deep)
+    fine = read_for_model(source, manifest_of(read_table("digits")))
+    assert np.abs(images_of(fine) - deep / 65535).max() < 1e-6
+    coarse = manifest_of(read_table(save_images(tmp_path / "grey", RANDOM.randint(0, 256, (9, 8, 8)).astype(np.uint8))))
+    table = read_for_model(source, coarse)
+    assert np.abs(images_of(table) - deep / 257).max() < 1e-4
+    assert table.notes == []
+
+
+def test_deep_images_among_other_images_are_read_with_8_bits_and_a_note(tmp_path: Path) -> None:
+    folder = save_images(tmp_path, GREY)
+    Image.fromarray(GREY[0].astype(np.uint16) * 256 + 77).save(tmp_path / "100.png")
+    table = read_table(folder)
+    assert np.array_equal(images_of(table)[12], GREY[0])
+    assert (table.pixel_range, table.notes) == (
+        (0, 255),
+        ["some images have 16 bits per channel: they are read with 8 bits"],
+    )
+
+
+def test_images_of_1_bit_are_black_and_white(tmp_path: Path) -> None:
     flat = read_table(save_images(tmp_path / "flat", GREY > 100))
     assert np.array_equal(images_of(flat), (GREY > 100) * 255)
 

@@ -1,4 +1,7 @@
-"""Read a folder of images, one per row, in grey or in colour, with values from 0 to 255."""
+"""Read a folder of images, one per row, in grey or in colour.
+
+Values are from 0 to 255. Grey images of 16 bits keep their values, from 0 to 65535.
+"""
 
 import math
 from collections.abc import Iterator
@@ -6,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from models.pixels import has_deep_pixels
 from training.data.readers.raw_table import Array, Block, BlockDetails, RawTable, ReadOptions
 from training.data.row_store import rows_per_block
 from training.errors import DataError
@@ -27,7 +31,11 @@ def read_images(path: Path, options: ReadOptions) -> RawTable:
     """Return the images in the folder `path`. If the images are in sub-folders, each sub-folder is a label.
 
     A row is [H, W] if all images are grey, else [H, W, 3]. Images are rotated as their EXIF data specify. For an
-    animation, the first frame is used. Transparent pixels are blended with white. 16-bit channels become 8-bit ones.
+    animation, the first frame is used. Transparent pixels are blended with white.
+
+    If all images are grey and have 16 bits, they keep their values. The range of pixels is then unknown, because many
+    cameras use fewer bits. For a model of such images, images of 8 bits are scaled to its range. In other cases, 16-bit
+    channels become 8-bit ones.
 
     Raises:
         DataError: the folder has no images, an image is damaged, or images differ in size and the options set no size.
@@ -39,23 +47,35 @@ def read_images(path: Path, options: ReadOptions) -> RawTable:
     details = BlockDetails()
     faults = details.faults if options.tolerant else None
     with ThreadPoolExecutor() as pool:
-        modes = set(pool.map(partial(_has_colour_and_transparency, tolerant=options.tolerant), folder.files))
-    any_colour, any_transparency = any(colour for colour, _ in modes), any(transparent for _, transparent in modes)
-    shape = _row_shape(first, options, any_colour)
+        modes = set(pool.map(partial(_read_mode, tolerant=options.tolerant), folder.files))
+    shape = _row_shape(first, options, any(mode.colour for mode in modes))
     resize = options.size is not None or options.shape is not None
     notes = [f"{folder.others} files are not images and are ignored"] if folder.others else []
-    if any_transparency:
+    if any(mode.transparent for mode in modes):
         notes.append("some images are transparent: they are blended with a white background")
-    black, white = options.pixel_range or (0.0, 255.0)
-    unchanged = (black, white) == (0.0, 255.0)
-    read_pixels = partial(_read_pixels, first=first, shape=shape, resize=resize)
+    pixel_range = options.pixel_range or (0.0, 255.0)
+    keeps_values = all(mode.deep for mode in modes) if options.pixel_range is None else has_deep_pixels(pixel_range)
+    keeps_values = keeps_values and len(shape) == 2
+    any_deep = any(mode.deep for mode in modes)
+    exact = keeps_values or pixel_range != (0.0, 255.0) or (options.pixel_range is not None and any_deep)
+    if any(mode.shallow_copy for mode in modes) or (any_deep and not exact):
+        notes.append("some images have 16 bits per channel: they are read with 8 bits")
+    white = pixel_range[1] if keeps_values else 255.0
+    read_pixels = partial(
+        _read_pixels, first=first, shape=shape, resize=resize, keeps_values=keeps_values, exact=exact, white=white
+    )
     blocks = _blocks(folder, read_pixels, math.prod(shape), faults)
+    dtype: np.dtype[Any] = np.dtype(np.float32 if exact else np.uint8)
+    if keeps_values and options.pixel_range is None:
+        dtype = np.dtype(np.uint16)
+    if exact and not keeps_values:
+        blocks = _rescaled(blocks, *pixel_range)
     return RawTable(
-        blocks=blocks if unchanged else _rescaled(blocks, black, white),
+        blocks=blocks,
         shape=shape,
-        dtype=np.dtype(np.uint8 if unchanged else np.float32),
+        dtype=dtype,
         rows=len(folder.files),
-        pixel_range=(black, white),
+        pixel_range=None if dtype == np.uint16 else pixel_range,
         label_names=folder.label_names,
         details=details,
         notes=notes,
@@ -120,8 +140,17 @@ def _damaged(path: Path) -> DataError:
     return DataError(f"{path} is damaged or not an image: remove it, or save it again")
 
 
-def _has_colour_and_transparency(path: Path, tolerant: bool) -> tuple[bool, bool]:
-    """Return whether the image at `path` has colour, and whether it has transparency. Only the header is read.
+class _Mode(NamedTuple):
+    """What the header of an image says about its pixels."""
+
+    colour: bool
+    transparent: bool
+    deep: bool  # grey, opaque, 16 bits
+    shallow_copy: bool  # 16 bits per channel, of which Pillow reads only 8
+
+
+def _read_mode(path: Path, tolerant: bool) -> _Mode:
+    """Return the mode of the image at `path`. Only the header is read.
 
     Args:
         tolerant: whether an unreadable image counts as grey and opaque instead of raising DataError.
@@ -130,7 +159,7 @@ def _has_colour_and_transparency(path: Path, tolerant: bool) -> tuple[bool, bool
         image = _open_image(path)
     except DataError:
         if tolerant:
-            return False, False
+            return _Mode(False, False, False, False)
         raise
     with image:
         if image.mode not in GREY_MODES | COLOUR_MODES:
@@ -138,7 +167,14 @@ def _has_colour_and_transparency(path: Path, tolerant: bool) -> tuple[bool, bool
         colour = image.mode in COLOUR_MODES
         if image.mode in ("P", "PA") and (palette := image.getpalette("RGB")):
             colour = not palette[0::3] == palette[1::3] == palette[2::3]
-        return colour, image.has_transparency_data
+        transparent = image.has_transparency_data
+        deep = image.mode.startswith("I;16") and not transparent
+        return _Mode(colour, transparent, deep, not deep and _has_16_bits(image))
+
+
+def _has_16_bits(image: "Image.Image") -> bool:
+    """Return whether the channels of the file have 16 bits, even if Pillow reads only 8 of them."""
+    return any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))  # the tile names the format in the file
 
 
 def _row_shape(first: Path, options: ReadOptions, any_colour: bool) -> tuple[int, ...]:
@@ -152,42 +188,66 @@ def _row_shape(first: Path, options: ReadOptions, any_colour: bool) -> tuple[int
     if options.size is not None:
         height, width = options.size
     else:
-        height, width = _read_pixels(first, first, None, resize=False).shape[:2]
+        height, width = _read_pixels(
+            first, first, None, resize=False, keeps_values=False, exact=False, white=255.0
+        ).shape[:2]
     return (height, width, 3) if any_colour else (height, width)
 
 
-def _read_pixels(path: Path, first: Path, shape: tuple[int, ...] | None, resize: bool) -> Array:
-    """Return the pixels of one image as uint8.
+def _read_pixels(
+    path: Path,
+    first: Path,
+    shape: tuple[int, ...] | None,
+    *,
+    resize: bool,
+    keeps_values: bool,
+    exact: bool,
+    white: float,
+) -> Array:
+    """Return the pixels of one image, from 0 to `white`.
 
     Args:
         first: the first image of the folder, for messages.
         shape: [H, W] or [H, W, 3]; None to return a grey image in its own size.
         resize: whether an image of another size is cropped and resized; if false, such an image raises DataError.
+        keeps_values: whether images of 16 bits keep their values.
+        exact: whether fractions are returned where images of 16 bits have them; if false, only integers.
+        white: the largest value of an image of 8 bits.
     """
     from PIL import Image, ImageOps
 
+    colour = shape is not None and len(shape) == 3
     with _open_image(path) as image:
         try:
             upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I;16"):
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            if upright.has_transparency_data:
+            deep = upright.mode.startswith("I;16") and not upright.has_transparency_data
+            if deep:
+                upright = Image.fromarray(np.asarray(upright).astype(np.float32))  # Pillow resizes no 16-bit integers
+            elif upright.has_transparency_data:
                 upright = upright.convert("RGBA")
                 upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-            upright = upright.convert("RGB" if shape is not None and len(shape) == 3 else "L")
+            if not deep:
+                upright = upright.convert("RGB" if colour else "L")
         except (OSError, SyntaxError, ValueError, EOFError) as error:
             raise _damaged(path) from error
-    if shape is None:
-        return np.asarray(upright)
-    size = (shape[1], shape[0])
-    if resize:
-        upright = ImageOps.fit(upright, size, Image.Resampling.LANCZOS)
-    elif upright.size != size:
-        raise DataError(
-            f"{path} is {upright.height}x{upright.width} (height x width), {first} is {shape[0]}x{shape[1]}: expected "
-            f"images of one size; add --size {min(shape[0], upright.height)}x{min(shape[1], upright.width)} to resize"
-        )
-    return np.asarray(upright)
+    if shape is not None:
+        size = (shape[1], shape[0])
+        if resize and upright.size != size:
+            upright = ImageOps.fit(upright, size, Image.Resampling.LANCZOS)
+        elif upright.size != size:
+            raise DataError(
+                f"{path} is {upright.height}x{upright.width} (height x width), {first} is {shape[0]}x{shape[1]}: "
+                "expected images of one size; "
+                f"add --size {min(shape[0], upright.height)}x{min(shape[1], upright.width)} to resize"
+            )
+    pixels: Array = np.asarray(upright)
+    if not deep:
+        return (pixels * (white / 255)).astype(np.float32) if keeps_values else pixels
+    pixels = np.rint(pixels).clip(0, 65535)
+    if keeps_values:
+        return pixels.astype(np.uint16)
+    pixels = pixels / np.float32(257) if exact else (pixels.astype(np.uint16) >> 8).astype(np.uint8)
+    return np.repeat(pixels[:, :, None], 3, axis=2) if colour else pixels
 
 
 def _blocks(
