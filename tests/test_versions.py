@@ -1,7 +1,10 @@
 """Versions: `elbo list`, `elbo rollback`, `elbo --version`, version numbers, and versions with other features."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 
 from models.manifest import names, versions
 from tests.commands import in_process, two_factor_rows, write
+from tests.data import ROOT
 from tests.models.publishing import publish
 
 
@@ -133,6 +137,21 @@ def test_list_shows_the_status_of_every_version(tmp_path: Path, capsys: pytest.C
         ("model", 1, "damaged", None),
         ("other", 1, "newest", "pca"),  # the manifests of `publish` always name this kind
     ]
+
+
+def test_list_names_a_model_whose_folder_cannot_be_read(tmp_path: Path) -> None:
+    for name in ("model", "private"):
+        publish(tmp_path, name=name)
+    (tmp_path / "private").chmod(0o000)
+    arguments = [sys.executable, "-m", "elbo", "list", "--artifacts", str(tmp_path)]
+    if os.geteuid() == 0:  # take away root's right to read everything
+        arguments = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *arguments]
+    run = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    (tmp_path / "private").chmod(0o755)
+    assert (run.returncode, run.stderr) == (0, "")
+    words = [line.split() for line in run.stdout.splitlines()]
+    assert [(line[0], line[2]) for line in words[1:3]] == [("model@1", "newest"), ("private", "damaged")]
+    assert run.stdout.splitlines()[3].startswith(f"private: cannot read {tmp_path}/private: Permission denied")
 
 
 def test_list_of_an_empty_folder_says_how_to_train_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

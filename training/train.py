@@ -166,7 +166,7 @@ def _finish(
 ) -> Path:
     """Publish the best candidate, write its report, and remove the checkpoints."""
     chosen, comparison = compare(candidates, data, report)
-    can_resume = any(store is not None and store.belongs_to_run() for store in stores)
+    can_resume = _are_networks_saved(candidates, stores)
     path, manifest = publish(chosen, comparison, data, artifacts, report, can_resume=can_resume)
     for candidate, store in zip(candidates, stores, strict=True):
         if store is None:
@@ -182,6 +182,13 @@ def _finish(
     if not manifest.calibration.reaches(DEFAULT_ALPHA):
         report.note(few_calibration_rows(manifest.calibration))
     return path
+
+
+def _are_networks_saved(candidates: Sequence[Candidate], stores: Sequence[CheckpointStore | None]) -> bool:
+    """Return whether a resumed run would train no network again. PCA has no checkpoint, because its fit is fast."""
+    pairs = zip(candidates, stores, strict=True)
+    networks = [store for candidate, store in pairs if candidate.config.model != "pca"]
+    return bool(networks) and all(store is not None and store.is_finished() for store in networks)
 
 
 def _write_report(folder: Path, manifest: Manifest, candidate: Candidate, data: PreparedData, report: Reporter) -> None:

@@ -18,15 +18,24 @@ from tests.data import ROOT
 pytestmark = pytest.mark.slow
 
 
-def start(*arguments: str, max_file_bytes: int | None = None, temporary: Path | None = None) -> subprocess.Popen[str]:
+def without_privileges(*arguments: str) -> list[str]:
+    """Return a command that runs without root's right to write everywhere."""
+    prefix = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+    return [*prefix, *arguments]
+
+
+def start(
+    *arguments: str, max_file_bytes: int | None = None, temporary: Path | None = None, as_root: bool = True
+) -> subprocess.Popen[str]:
     """Start `elbo`. A write beyond `max_file_bytes` fails, as on a full disk."""
+    command = [sys.executable, "-m", "elbo", *arguments]
 
     def limit() -> None:
         if max_file_bytes is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
 
     return subprocess.Popen(
-        [sys.executable, "-m", "elbo", *arguments],
+        command if as_root else without_privileges(*command),
         cwd=ROOT,
         env=dict(os.environ) | ({} if temporary is None else {"TMPDIR": str(temporary)}),
         stdout=subprocess.PIPE,
@@ -81,10 +90,9 @@ def test_training_into_an_unwritable_folder_fails_before_the_training(
 def test_training_into_a_read_only_folder_fails_before_the_training(tmp_path: Path) -> None:
     artifacts = tmp_path / "artifacts"
     artifacts.mkdir(mode=0o555)
-    arguments = [sys.executable, "-m", "elbo", "train", "digits", "--model", "pca", "--name", "a"]
-    if os.geteuid() == 0:  # take away root's right to write everywhere
-        arguments = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *arguments]
-    run = subprocess.run([*arguments, "--artifacts", str(artifacts)], cwd=ROOT, capture_output=True, text=True)
+    options = ["--model", "pca", "--name", "a", "--artifacts", str(artifacts)]
+    arguments = without_privileges(sys.executable, "-m", "elbo", "train", "digits", *options)
+    run = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1
     assert run.stderr.startswith(f"elbo: error: cannot write to the artifact folder {artifacts}/a (Permission denied")
     assert run.stderr.count("\n") == 1
@@ -132,6 +140,25 @@ def test_model_without_a_checkpoint_is_kept_if_its_publication_fails(tmp_path: P
     (tmp_path / "artifacts" / "hosts").unlink()
     subprocess.run(commands, shell=True, check=True)
     assert load(tmp_path / "artifacts" / "hosts" / "1" / "model.pt").manifest.name == "hosts"
+
+
+def test_model_is_kept_if_its_last_checkpoint_and_its_publication_fail(tmp_path: Path) -> None:
+    (tmp_path / "temporary").mkdir()
+    options = ["--model", "ae", "--name", "a", "--epochs", "100", "--checkpoint-seconds", "0", *folders(tmp_path)]
+    process = start("train", "digits", *options, temporary=tmp_path / "temporary", as_root=False)
+    checkpoint = tmp_path / "runs" / "a" / "checkpoint.pt"
+    while not checkpoint.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    for folder in (tmp_path / "runs" / "a", tmp_path / "artifacts" / "a"):
+        folder.chmod(0o555)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "no checkpoint was written" in err
+    commands = err.rstrip("\n").partition("The trained model is kept: publish it with ")[2]
+    (tmp_path / "artifacts" / "a").chmod(0o755)
+    subprocess.run(commands, shell=True, check=True)
+    assert load(tmp_path / "artifacts" / "a" / "1" / "model.pt").manifest.history[-1]["epoch"] == 100
 
 
 def test_full_disk_costs_the_checkpoint_but_not_the_run(tmp_path: Path) -> None:

@@ -47,6 +47,13 @@ class CheckpointStore:
             return False
         return True
 
+    def is_finished(self) -> bool:
+        """Return whether the checkpoint is the last one of this run: its networks are trained to the end."""
+        try:
+            return bool(self.load().get("finished"))
+        except FitError:
+            return False
+
     def save(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint atomically: a reader sees either the old or the new file, never a partial file.
 

@@ -126,7 +126,7 @@ class Trainer:
             self._reporter.start(f"{self._config.name} ({self._config.model})", self._steps)
             self._train_steps(interrupted)
         if self._checkpoints:  # the statistics that follow may take long, and the run may be killed meanwhile
-            self._save_checkpoint(self._checkpoints)
+            self._save_checkpoint(self._checkpoints, finished=True)
         if self._best is not None:
             self._model.load_state_dict(self._best)
         self._model.eval()
@@ -260,10 +260,14 @@ class Trainer:
             f"warning: {message}: training stopped, and the best model so far is kept; lower --learning-rate"
         )
 
-    def _save_checkpoint(self, checkpoints: CheckpointStore) -> None:
-        """Save the state of the run. A failure, such as a full disk, is reported and does not stop the training."""
+    def _save_checkpoint(self, checkpoints: CheckpointStore, *, finished: bool = False) -> None:
+        """Save the state of the run. A failure, such as a full disk, is reported and does not stop the training.
+
+        Args:
+            finished: whether the training is over.
+        """
         try:
-            checkpoints.save(self._state())
+            checkpoints.save(self._state() | {"finished": finished})
         except OSError as error:
             self._reporter.note(
                 f"warning: no checkpoint was written to {checkpoints.folder} ({error.strerror}): "

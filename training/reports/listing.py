@@ -4,8 +4,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from models.errors import ElboError
-from models.manifest import FILE_NAME, names, read_manifest, versions
+from models.errors import ArtifactUnreadable, ElboError
+from models.manifest import FILE_NAME, folders, read_manifest, versions
 from models.versions import WITHDRAWN, withdrawn_versions
 
 
@@ -14,7 +14,7 @@ class ListedVersion:
     """One version of a model. The fields from `kind` on are None if the artifact cannot be read."""
 
     name: str
-    version: int
+    version: int | None  # None if the folder of the model cannot be read
     status: str  # newest (requests for the name get this version), older, withdrawn, or damaged
     path: str
     kind: str | None = None
@@ -27,8 +27,12 @@ class ListedVersion:
 def list_versions(root: Path) -> list[ListedVersion]:
     """Return all versions under `root`, sorted by name, newest version first. Withdrawn versions are included."""
     found = []
-    for name in sorted({*names(root), *_names_of_withdrawn(root)}):
-        present = [(version, root / name / str(version)) for version in versions(root, name)]
+    for name in folders(root) if root.exists() else []:
+        try:
+            present = [(version, root / name / str(version)) for version in versions(root, name)]
+        except ArtifactUnreadable as error:
+            found.append(ListedVersion(name, None, "damaged", str(root / name), error=str(error)))
+            continue
         withdrawn = [(version, root / name / WITHDRAWN / str(version)) for version in withdrawn_versions(root, name)]
         newest = max(present, default=(0, root))[0]
         for version, folder in sorted(present + withdrawn, reverse=True):
@@ -37,11 +41,6 @@ def list_versions(root: Path) -> list[ListedVersion]:
                 status = "withdrawn"
             found.append(_read(name, version, status, folder / FILE_NAME))
     return found
-
-
-def _names_of_withdrawn(root: Path) -> list[str]:
-    """Return the names of the models under `root` that have a withdrawn version."""
-    return [path.parent.name for path in root.glob(f"*/{WITHDRAWN}") if withdrawn_versions(root, path.parent.name)]
 
 
 def _read(name: str, version: int, status: str, path: Path) -> ListedVersion:
@@ -66,17 +65,19 @@ def listing_json(found: list[ListedVersion]) -> str:
     return json.dumps([asdict(version) for version in found], indent=2)
 
 
+def _reference(each: ListedVersion) -> str:
+    return each.name if each.version is None else f"{each.name}@{each.version}"
+
+
 def listing_text(found: list[ListedVersion]) -> str:
     """Return the versions as a table, followed by the reasons why artifacts are damaged."""
     table = [("model", "kind", "status", "written", "features", "rows")]
     for each in found:
         features, rows = (f"{number:,}" if number is not None else "-" for number in (each.features, each.rows))
-        table.append(
-            (f"{each.name}@{each.version}", each.kind or "-", each.status, each.created or "-", features, rows)
-        )
+        table.append((_reference(each), each.kind or "-", each.status, each.created or "-", features, rows))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = []
     for *words, features, rows in table:
         padded = [word.ljust(width) for word, width in zip(words, widths, strict=False)]
         lines.append("  ".join([*padded, features.rjust(widths[-2]), rows.rjust(widths[-1])]))
-    return "\n".join(lines + [f"{each.name}@{each.version}: {each.error}" for each in found if each.error])
+    return "\n".join(lines + [f"{_reference(each)}: {each.error}" for each in found if each.error])
