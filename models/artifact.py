@@ -44,6 +44,7 @@ METHODS = (
     "encode",
     "decode",
     "draw",
+    "observe",
     "score",
     "log_weight",
     "p_value",
@@ -277,20 +278,27 @@ def compute_outputs(module: Any, x: Tensor, noise: Tensor, choice: Tensor) -> di
         score, parts, contribution, expected = module.score(x)
         # Artifacts of earlier releases lack log_weight.
         log_weight = {"log_weight": module.log_weight(x, noise)} if hasattr(module, "log_weight") else {}
-        return log_weight | {
-            "forward": module(x),
-            "encode.mean": mean,
-            "encode.std": std,
-            "decode": module.decode(mean),
-            "draw": module.draw(noise, choice),
-            "score": score,
-            "score.parts": parts,
-            "score.contribution": contribution,
-            "score.expected": expected,
-            "p_value": module.p_value(score),
-            "severity": module.severity(score, GOLDEN_ALPHA),
-            "threshold": module.threshold(GOLDEN_ALPHA),
-        }
+        # Artifacts of earlier releases also lack observe. The noise of a row repeats the noise of its latents.
+        row_noise = noise.repeat(1, -(-x.shape[1] // noise.shape[1]))[:, : x.shape[1]]  # [B, D]
+        observe = {"observe": module.observe(module.decode(mean), row_noise)} if hasattr(module, "observe") else {}
+        return (
+            log_weight
+            | observe
+            | {
+                "forward": module(x),
+                "encode.mean": mean,
+                "encode.std": std,
+                "decode": module.decode(mean),
+                "draw": module.draw(noise, choice),
+                "score": score,
+                "score.parts": parts,
+                "score.contribution": contribution,
+                "score.expected": expected,
+                "p_value": module.p_value(score),
+                "severity": module.severity(score, GOLDEN_ALPHA),
+                "threshold": module.threshold(GOLDEN_ALPHA),
+            }
+        )
 
 
 def reconstruct(module: Any, x: Tensor, gaps: bool) -> tuple[Tensor, Tensor]:

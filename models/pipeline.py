@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from models.calibration import Calibration
 from models.core import Core
 from models.explanation import Explanation
+from models.observation import Observation, no_observation_noise
 from models.prior import Prior
 from models.scaling import Scaling
 
@@ -21,6 +22,7 @@ class Pipeline(nn.Module):
         prior: generative prior over the latents.
         calibration: calibration of the score.
         explanation: contributions of the features to the score; by default, the reconstruction residuals.
+        observation: the noise of a row around the decoder's output; by default, there is no noise.
     """
 
     def __init__(
@@ -30,6 +32,7 @@ class Pipeline(nn.Module):
         prior: Prior,
         calibration: Calibration,
         explanation: Explanation | None = None,
+        observation: Observation | None = None,
     ) -> None:
         super().__init__()
         self.scaling = scaling
@@ -37,6 +40,7 @@ class Pipeline(nn.Module):
         self.prior = prior
         self.calibration = calibration
         self.explanation: Explanation = explanation or Explanation()
+        self.observation: Observation = observation or no_observation_noise(len(scaling.shift))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the reconstruction [B, D] of x [B, D], decoded from the posterior mean."""
@@ -54,6 +58,11 @@ class Pipeline(nn.Module):
         """Draw latents [B, K] from the prior. See `Prior.forward` for `noise` [B, K] and `choice` [B]."""
         latents: Tensor = self.prior(noise, choice)  # [B, K]
         return latents
+
+    def observe(self, x_hat: Tensor, noise: Tensor) -> Tensor:
+        """Draw rows [B, D] given decoded rows x_hat [B, D], with standard normal noise [B, D]."""
+        rows: Tensor = self.observation(x_hat, noise)  # [B, D]
+        return rows
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Score rows x [B, D]: a higher score is more anomalous.

@@ -90,6 +90,12 @@ class SampleBody(Body):
         le=100.0,
         description="factor of the noise; 0 gives the centre of a component of the prior",
     )
+    noise: bool | None = Field(
+        None,
+        description="whether the rows include observation noise; they then stay within the range of the training rows, "
+        "and whole-number features are rounded; false returns the mean of each row given its latents. By default true "
+        "for tables, false for images and for artifacts of earlier releases",
+    )
 
 
 class End(Body):

@@ -70,7 +70,16 @@ class InferenceEndpoints:
         seed = _seed(parsed.body.seed)
         normal, uniform = self._noise.draw(seed, parsed.body.n, parsed.served.manifest.latents)
         normal *= np.float32(parsed.body.temperature)
-        latents, outputs = await run_operation(self._service, parsed, operations.SAMPLE, normal, uniform)
+        if not _with_noise(parsed):
+            latents, outputs = await run_operation(self._service, parsed, operations.SAMPLE, normal, uniform)
+        else:
+            width = parsed.served.manifest.width
+            draw = partial(self._noise.draw_rows, seed, parsed.body.n, width)
+            row_noise = await run_in_thread_if_long(draw, parsed.body.n * width * offload.NORMAL)
+            row_noise *= np.float32(parsed.body.temperature)
+            latents, outputs = await run_operation(
+                self._service, parsed, operations.SAMPLE_ROWS, normal, uniform, row_noise
+            )
         return await render_response(parsed, {"latents": latents, "outputs": outputs, "seed": seed}, outputs)
 
     async def interpolate(self, request: RequestContext) -> HttpResponse:
@@ -221,6 +230,22 @@ def _imputed(served: ServedModel, *rows: Array) -> dict[str, int]:
     """
     count = sum(int(np.isnan(x).sum()) for x in rows) if served.row_schema.allows_missing else 0
     return {"imputed": count} if count else {}
+
+
+def _with_noise(parsed: ParsedRequest[SampleBody, None]) -> bool:
+    """Return whether samples include observation noise. Raise InvalidField if they cannot."""
+    served, requested = parsed.served, parsed.body.noise
+    if requested is None:
+        return served.has_observation_noise and not served.manifest.is_image
+    if requested and not served.has_observation_noise:
+        raise InvalidField(
+            f"{served.name}@{served.version} comes from a release of Elbo whose samples have no observation noise",
+            pointer="/noise",
+            expected="false",
+            got="true",
+            hint="train the model again, or send noise=false",
+        )
+    return requested
 
 
 def _seed(requested: int | None) -> int:

@@ -17,6 +17,7 @@ MAX_LOOP_NS = 2_000_000  # maximum time for which one request may block the even
 JSON_BYTE = 4  # time to parse one byte of JSON; 512 KiB take about 2 ms
 ARRAY_BYTE = JSON_BYTE / 8  # time to copy one byte of npy or safetensors
 NUMBER = 10 * JSON_BYTE  # time to write one number, as about 10 characters of JSON or as pixels
+NORMAL = 8 * JSON_BYTE  # time to draw one normal random number
 VERDICT = 400 * JSON_BYTE  # time to build and write the result of one row
 RECORD_BYTE = 8 * JSON_BYTE  # time to parse one byte of NDJSON
 RECORD_VALUE = 8 * JSON_BYTE  # time to assign one value of a record to its feature

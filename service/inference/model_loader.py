@@ -140,6 +140,9 @@ def _run_operations(served: ServedModel, rows: int) -> Array:
         operations.SAMPLE: (noise, choice),
         operations.DECODE: (noise,),
     }
+    if served.has_observation_noise:
+        row_noise = NoiseSource().draw_rows(0, rows, manifest.width)
+        inputs_by_operation = {operations.SAMPLE_ROWS: (noise, choice, row_noise), **inputs_by_operation}
     for operation, inputs in inputs_by_operation.items():
         started = backend.clock()
         outputs = backend.run(operation, inputs)

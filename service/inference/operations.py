@@ -87,6 +87,11 @@ def _sample(module: Any, noise: Tensor, choice: Tensor) -> Tensors:
     return z, module.decode(z)
 
 
+def _sample_rows(module: Any, noise: Tensor, choice: Tensor, row_noise: Tensor) -> Tensors:
+    z, x_hat = _sample(module, noise, choice)
+    return z, module.observe(x_hat, row_noise)
+
+
 def _score(module: Any, x: Tensor) -> Tensors:
     score, parts, contribution, expected = module.score(x)
     return score, parts, contribution, expected
@@ -95,6 +100,9 @@ def _score(module: Any, x: Tensor) -> Tensors:
 ENCODE = Operation("encode", _encode, onnx_method="encode")  # x [B, D] -> mean [B, K], std [B, K]
 DECODE = Operation("decode", _decode, onnx_method="decode")  # z [B, K] -> x_hat [B, D]
 SAMPLE = Operation("sample", _sample, batched=False)  # noise [B, K], choice [B] -> z [B, K], x_hat [B, D]
+
+# noise [B, K], choice [B], row_noise [B, D] -> z [B, K], x [B, D]
+SAMPLE_ROWS = Operation("sample", _sample_rows, batched=False)
 
 
 @lru_cache(maxsize=64)  # requests share a batch only if their operation is the same object

@@ -40,8 +40,19 @@ class NoiseSource:
             normal = self._random.standard_normal((rows, latents))
             self._random.seed([low, high, 1])
             uniform = self._random.random_sample(rows)
-        below_one = np.nextafter(np.float32(1), np.float32(0))  # rounding a choice to float32 can give 1
-        return normal.astype(np.float32), np.minimum(uniform.astype(np.float32), below_one)
+        return normal.astype(np.float32), _below_one(uniform)
+
+    def draw_rows(self, seed: int, rows: int, width: int) -> Array:
+        """Return standard normal noise [rows, width] for `seed`, from a third stream. See `draw`."""
+        with self._lock:
+            self._random.seed([seed & 0xFFFFFFFF, seed >> 32, 2])
+            normal = self._random.standard_normal((rows, width))
+        return normal.astype(np.float32)
+
+
+def _below_one(uniform: npt.NDArray[np.float64]) -> Array:
+    """Return `uniform` as float32. Rounding to float32 can give 1; such values are lowered below 1."""
+    return np.minimum(uniform.astype(np.float32), np.nextafter(np.float32(1), np.float32(0)))
 
 
 def interpolate(start: Array, end: Array, steps: int, method: str) -> Array:

@@ -84,6 +84,11 @@ class ServedModel:
         return PictureRow(self.manifest.shape, self.manifest.pixel_range)
 
     @cached_property
+    def has_observation_noise(self) -> bool:
+        """Whether samples can include observation noise. Artifacts of earlier releases lack the method."""
+        return hasattr(self.backend.module, "observe")
+
+    @cached_property
     def has_png_output(self) -> bool:
         """Whether outputs can be returned as image/png."""
         return png.is_image(self.manifest.shape, self.manifest.pixel_range)

@@ -1,42 +1,59 @@
-"""The regularised covariance of a whitening, computed with numpy in the most direct way."""
+"""The regularised covariance of a whitening, computed with numpy, SciPy and scikit-learn in the most direct way."""
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.covariance import ledoit_wolf_shrinkage
+from scipy.linalg import eigh
+from sklearn.covariance import LedoitWolf
 
-from training.fitting.whitening import MIN_EFFECTIVE_ROWS, MIN_ROWS, PSEUDO_ROWS, SHRINKAGES
+from training.fitting.whitening import (
+    HIDDEN_SHARE,
+    MIN_EFFECTIVE_ROWS,
+    MIN_ROWS,
+    ORDINARY_SHARE,
+    PSEUDO_ROWS,
+    SHRINKAGES,
+)
 
 Doubles = npt.NDArray[np.float64]
 
 
 def regularised_covariance(
     vectors: Doubles, usual: Doubles | float, noise: Doubles | float = 0.0
-) -> tuple[Doubles, float]:
-    """Return the regularised covariance [V, V] of vectors [N, V], and the weight of the identity in it.
+) -> tuple[Doubles, int]:
+    """Return the regularised covariance [V, V] of vectors [N, V], and the number of small variances that it reveals.
 
-    No two rows may be equal. `usual` is the usual variance, and `noise` the added variance relative to the variance of
-    a coordinate; each is a scalar, or has the shape [V].
+    No two rows may be equal, and no coordinate constant. `usual` is the usual variance, and `noise` the added variance
+    relative to the variance of a coordinate; each is a scalar, or has the shape [V].
     """
     rows, centred = len(vectors), vectors - vectors.mean(axis=0)
-    squares = centred**2
-    variance, effective = squares.mean(axis=0), squares.sum(axis=0) ** 2 / (squares**2).sum(axis=0)
-    prior = (rows * variance + PSEUDO_ROWS * usual) / (rows + PSEUDO_ROWS)
-    logarithm = (effective * np.log(variance) + PSEUDO_ROWS * np.log(prior)) / (effective + PSEUDO_ROWS)
-    certain = (effective >= MIN_EFFECTIVE_ROWS) & (rows >= MIN_ROWS)
-    deviation = np.exp(logarithm / 2) if rows >= MIN_ROWS else np.sqrt(prior)
-    standardised = centred / np.where(certain, np.sqrt(variance), deviation)
-    correlation = standardised.T @ standardised / rows
-    missing = np.diag(np.maximum(1.0 - correlation.diagonal(), 0.0))
-    identity = np.eye(len(correlation))
+    deviation = np.sqrt((rows * centred.var(axis=0) + PSEUDO_ROWS * usual) / (rows + PSEUDO_ROWS))
+    correlation = LedoitWolf(assume_centered=True).fit(centred / deviation).covariance_
+    np.fill_diagonal(correlation, np.maximum(correlation.diagonal(), 1.0))
+    covariance = correlation * np.outer(deviation, deviation)
+    revealed = 0
+    if rows >= MIN_ROWS:
+        # Each column v has v' covariance v = 1 and v' likely v = ratio.
+        ratios, directions = eigh(likely_covariance(centred), covariance)
+        squares = (centred @ directions) ** 2
+        effective = squares.sum(axis=0) ** 2 / (squares**2).sum(axis=0)
+        by_chance = max(0.0, 1.0 - np.sqrt(centred.shape[1] / rows)) ** 2
+        hidden = (ratios < HIDDEN_SHARE * by_chance) & (effective >= MIN_EFFECTIVE_ROWS)
+        basis = covariance @ directions
+        covariance, revealed = (basis * np.where(hidden, ratios, 1.0)) @ basis.T, int(hidden.sum())
+    return covariance + np.diag(noise * deviation**2), revealed
+
+
+def likely_covariance(centred: Doubles) -> Doubles:
+    """Return the covariance that is shrunk by the weight with the highest leave-one-out likelihood."""
+    rows, deviation = len(centred), centred.std(axis=0)
+    standardised = centred / deviation
+    outer = standardised[:, :, None] * standardised[:, None, :]  # [N, V, V]
+    whole, identity = outer.sum(axis=0), np.eye(len(deviation))
     likelihoods = []
     for weight in SHRINKAGES.numpy():
-        outer = standardised[:, :, None] * standardised[:, None, :]  # [N, V, V]
-        whole = outer.sum(axis=0) + rows * missing
         others = (1 - weight) * (whole - outer) / (rows - 1) + weight * identity  # [N, V, V], each without one row
         distances = np.einsum("nv,nvw,nw->n", standardised, np.linalg.inv(others), standardised)
-        likelihoods.append(-(np.linalg.slogdet(others)[1] + distances).mean())
+        by_row = -(np.linalg.slogdet(others)[1] + distances)
+        likelihoods.append(np.sort(by_row)[::-1][: int(np.ceil(ORDINARY_SHARE * rows))].mean())
     weight = float(SHRINKAGES[int(np.argmax(likelihoods))])
-    if rows < MIN_ROWS:
-        weight = float(ledoit_wolf_shrinkage(standardised, assume_centered=True))
-    shrunk = (1 - weight) * (correlation + missing) + (weight + np.asarray(noise)) * identity
-    return shrunk * np.outer(deviation, deviation), weight
+    return np.asarray(((1 - weight) * whole / rows + weight * identity) * np.outer(deviation, deviation))

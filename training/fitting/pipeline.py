@@ -17,6 +17,7 @@ from training.fitting.checkpoint import CheckpointStore
 from training.fitting.defaults import default_image_latents, default_table_latents, with_defaults
 from training.fitting.distributed import ProcessGroup
 from training.fitting.explanation import fit_explanation
+from training.fitting.observation import fit_observation
 from training.fitting.pca import fit_pca, pca_from_moments
 from training.fitting.prepared_data import MAX_COVARIANCE_FEATURES, PreparedData
 from training.fitting.prior import fit_prior
@@ -90,7 +91,8 @@ def fit_pipeline(
     reporter.stage("calibrating")
     calibration = fit_calibration(core, scaling(data.calibration))
     explanation = fit_explanation(data.moments, scaling, data.images)
-    return Pipeline(scaling, core, prior, calibration, explanation).eval()
+    observation = fit_observation(core, prior, scaling, data)
+    return Pipeline(scaling, core, prior, calibration, explanation, observation).eval()
 
 
 def _default_latents(kind: str, data: PreparedData, scaling: Scaling) -> int:

@@ -1,5 +1,7 @@
 """Fit whitenings whose means and covariances are stable even with few rows or with anomalies among the rows."""
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -8,12 +10,13 @@ from models.whitening import Whitening
 
 # For vectors wider than this, only variances are estimated: a covariance matrix would be larger than the network.
 MAX_FULL_WIDTH = 2048
-PSEUDO_ROWS = 3.0  # number of pseudo rows that contribute to each variance; see `_regularised_variance`
+PSEUDO_ROWS = 3.0  # number of pseudo rows that contribute to each variance; see `fit_whitening`
 MIN_RELATIVE_VARIANCE = 1e-12  # a coordinate with less variance than this share of the usual variance is constant
-MIN_EFFECTIVE_ROWS = 3.0  # with fewer effective rows, the correlations of a coordinate are uncertain
-MIN_ROWS = (
-    30  # with fewer rows, all coordinates are uncertain: the standard error of a variance exceeds a quarter of it
-)
+MIN_EFFECTIVE_ROWS = 10.0  # a small variance is trusted in a direction in which at least this many rows vary
+MIN_ROWS = 30  # with fewer rows, no small variance is trusted: its standard error exceeds a quarter of it
+ORDINARY_SHARE = 0.9  # the likelihood ignores the other rows, such as those in which a rare column deviates
+# A break of 30 standard deviations is at least 30 * sqrt(0.1) = 9.5 standard deviations in a hidden direction.
+HIDDEN_SHARE = 0.1
 # Candidates for the weight of the identity. The smallest one is far above the rounding errors of float32 rows: their
 # relative variance is about 1e-14.
 SHRINKAGES = torch.logspace(-8, 0, 33, dtype=torch.float64)
@@ -28,9 +31,13 @@ def fit_whitening(
 ) -> Whitening:
     """Return the whitening of vectors [N, V].
 
-    Each variance is regularised by `_regularised_variance`, because a coordinate that is constant over these N rows may
-    change in later rows. The correlation matrix is shrunk towards the identity by `choose_shrinkage`, because for few
-    rows it is singular.
+    The covariance is shrunk as in Ledoit & Wolf 2004, because for few rows it is singular. A coordinate that is
+    constant over these N rows may change in later rows. Each variance is therefore estimated as if there were
+    PSEUDO_ROWS more rows, each of them one usual standard deviation away from the mean.
+
+    Both are cautious: they hide the small variances of columns that nearly repeat each other. A second estimate
+    measures those by the likelihood of the rows (see `choose_shrinkage`). It replaces the first one in the directions
+    in which the first one overstates the variance by more than a factor of 1 / HIDDEN_SHARE.
 
     Args:
         usual_variance: the variance that is expected without data: a scalar, or one value per coordinate, [V].
@@ -72,18 +79,14 @@ def choose_shrinkage(vectors: Tensor, correlation: Tensor) -> float:
     eigenvalue. The Frobenius loss of Ledoit & Wolf 2004 does not: it depends on the large eigenvalues only, and so its
     weight hides the small ones, which columns that nearly repeat each other have.
 
-    With fewer than MIN_ROWS rows, that likelihood is a matter of chance, and the weight is that of Ledoit & Wolf.
-
     Args:
         vectors: centred rows, divided by the standard deviations, [N, V], N > 1.
         correlation: the sample correlation of all rows, [V, V].
     """
-    from sklearn.covariance import ledoit_wolf_shrinkage
-
     some = torch.from_numpy(np.unique(vectors[:SHRINKAGE_ROWS].numpy(), axis=0))  # a copy of a row would predict it
     rows = len(some)
     if rows < MIN_ROWS:
-        return float(ledoit_wolf_shrinkage(vectors.numpy(), assume_centered=True))
+        return 1.0
     eigenvalues, eigenvectors = torch.linalg.eigh(correlation)
     weights = (1.0 - SHRINKAGES) / (rows - 1)  # [S], the weight of one row in the matrix
     # [V, S], the eigenvalues for each candidate
@@ -91,32 +94,19 @@ def choose_shrinkage(vectors: Tensor, correlation: Tensor) -> float:
     distances = (some @ eigenvectors).square() @ (1.0 / shrunk)  # [N, S]
     # Sherman-Morrison: leaving out a row divides its distance by `left` and multiplies the determinant by `left`.
     left = (1.0 - weights * distances).clamp(min=1e-12)  # [N, S]
-    loss = shrunk.log().sum(dim=0) + (left.log() + distances / left).mean(dim=0)  # [S]
+    losses = (left.log() + distances / left).sort(dim=0).values[: math.ceil(ORDINARY_SHARE * rows)]
+    loss = shrunk.log().sum(dim=0) + losses.mean(dim=0)  # [S]
     return float(SHRINKAGES[loss.argmin()])
 
 
-def _effective_rows(centred: Tensor, usual_variance: Tensor) -> Tensor:
+def _effective_rows(vectors: Tensor) -> Tensor:
     """Return the effective number of rows [V] from which the variance of each coordinate of rows [N, V] is estimated.
 
-    This is (sum of squares)^2 / (sum of fourth powers) (Kish, "Survey sampling", 1965): 0 for a constant coordinate, 1
-    if a single row deviates, N / 3 for a Gaussian.
+    This is (sum of squares)^2 / (sum of fourth powers) (Kish, "Survey sampling", 1965): 1 if a single row deviates from
+    0, N / 3 for a Gaussian.
     """
-    squares = centred.square()
-    effective = squares.sum(dim=0).square() / squares.square().sum(dim=0)  # [V], NaN for a constant coordinate
-    return torch.where(squares.mean(dim=0) > MIN_RELATIVE_VARIANCE * usual_variance, effective, 0.0)
-
-
-def _regularised_variance(variance: Tensor, rows: int, effective: Tensor, usual_variance: Tensor) -> Tensor:
-    """Return the sample variance [V] of `rows` rows, regularised by pseudo rows.
-
-    With at least MIN_ROWS rows, the result is the weighted geometric mean of the sample variance, with the weight
-    `effective` [V], and of the variance with pseudo rows, with the weight PSEUDO_ROWS. The mean is geometric because
-    the error of a variance is relative: in an arithmetic mean, a small variance drowns in the usual variance even if
-    all rows confirm it. With fewer rows, the result is the variance with pseudo rows.
-    """
-    prior = _with_pseudo_rows(variance, rows, usual_variance)
-    share = effective / (effective + PSEUDO_ROWS)
-    return prior if rows < MIN_ROWS else prior * (variance / prior).clamp(min=MIN_RELATIVE_VARIANCE).pow(share)
+    squares = vectors.square()
+    return squares.sum(dim=0).square() / squares.square().sum(dim=0)
 
 
 def _with_pseudo_rows(variance: Tensor, rows: int, usual_variance: Tensor) -> Tensor:
@@ -126,20 +116,67 @@ def _with_pseudo_rows(variance: Tensor, rows: int, usual_variance: Tensor) -> Te
 
 def _fit(vectors: Tensor, usual_variance: Tensor, noise: Tensor | float = 0.0) -> Whitening:
     rows, width = vectors.shape
-    mean = vectors.mean(dim=0)  # [V]
-    variance, effective = vectors.var(dim=0, correction=0), _effective_rows(vectors - mean, usual_variance)
-    deviation = _regularised_variance(variance, rows, effective, usual_variance).sqrt()  # [V]
+    mean, variance = vectors.mean(dim=0), vectors.var(dim=0, correction=0)  # [V], [V]
+    cautious = _with_pseudo_rows(variance, rows, usual_variance)  # [V]
     if width > MAX_FULL_WIDTH or rows == 1:
-        return Whitening(mean, 1.0 / (deviation * torch.as_tensor(1.0 + noise).sqrt()))
-    is_certain = (effective >= MIN_EFFECTIVE_ROWS) & (rows >= MIN_ROWS)
-    standardised = (vectors - mean) / torch.where(is_certain, variance.sqrt(), deviation)
-    correlation = standardised.T @ standardised / rows
-    # The diagonal is below 1 only for uncertain coordinates. The rest is noise that no other coordinate predicts.
-    correlation.diagonal().clamp_(min=1.0)
+        return Whitening(mean, 1.0 / (cautious * torch.as_tensor(1.0 + noise)).sqrt())
+    covariance = _cautious_covariance(vectors - mean, cautious)
+    if rows >= MIN_ROWS:
+        covariance = _reveal_small_variances(covariance, vectors - mean, usual_variance)
+    covariance.diagonal().add_(noise * cautious)
+    factor = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(covariance), torch.eye(width, dtype=covariance.dtype), upper=False
+    )
+    return Whitening(mean, factor)
+
+
+def _cautious_covariance(centred: Tensor, variance: Tensor) -> Tensor:
+    """Return the covariance [V, V] of centred rows [N, V], shrunk as in Ledoit & Wolf 2004.
+
+    Args:
+        variance: the variance of each coordinate with pseudo rows, [V].
+    """
+    from sklearn.covariance import ledoit_wolf
+
+    deviation = variance.sqrt()
+    correlation = torch.from_numpy(ledoit_wolf((centred / deviation).numpy(), assume_centered=True)[0])
+    correlation.diagonal().clamp_(min=1.0)  # with pseudo rows, some variances are below 1
+    return correlation * torch.outer(deviation, deviation)
+
+
+def _likely_covariance(centred: Tensor, cautious: Tensor, usual_variance: Tensor) -> Tensor:
+    """Return the covariance [V, V] of centred rows [N, V], shrunk by `choose_shrinkage`.
+
+    Args:
+        cautious: the covariance from which constant coordinates take their variance, [V, V].
+    """
+    variance = centred.square().mean(dim=0)  # [V]
+    constant = variance <= MIN_RELATIVE_VARIANCE * usual_variance
+    deviation = torch.where(constant, cautious.diagonal(), variance).sqrt()  # [V]
+    standardised = centred / deviation
+    correlation = standardised.T @ standardised / len(centred)
+    correlation.diagonal().clamp_(min=1.0)  # the diagonal of a constant coordinate is 0
     shrinkage = choose_shrinkage(standardised, correlation)
     correlation = (1.0 - shrinkage) * correlation
-    correlation.diagonal().add_(shrinkage + noise)
-    inverse = torch.linalg.solve_triangular(
-        torch.linalg.cholesky(correlation), torch.diag(1.0 / deviation), upper=False
-    )
-    return Whitening(mean, inverse)
+    correlation.diagonal().add_(shrinkage)
+    return correlation * torch.outer(deviation, deviation)
+
+
+def _reveal_small_variances(cautious: Tensor, centred: Tensor, usual_variance: Tensor) -> Tensor:
+    """Return the covariance `cautious` [V, V] with smaller variances where it hides those of centred rows [N, V].
+
+    In coordinates in which `cautious` is the identity, the eigenvalues of the likely covariance are the ratios of the
+    two variances. A direction takes its likely variance if the ratio is below HIDDEN_SHARE times (1 - sqrt(V / N))^2,
+    and if enough rows vary in this direction. Even if all true ratios are 1, the ratios of N rows can be as small as
+    (1 - sqrt(V / N))^2 by chance (Marchenko & Pastur 1967).
+    """
+    rows, width = centred.shape
+    by_chance = max(0.0, 1.0 - math.sqrt(width / rows)) ** 2
+    root = torch.linalg.cholesky(cautious)
+    half = torch.linalg.solve_triangular(root, _likely_covariance(centred, cautious, usual_variance), upper=False)
+    ratios, directions = torch.linalg.eigh(torch.linalg.solve_triangular(root, half.T, upper=False))
+    projected = torch.linalg.solve_triangular(root, centred.T, upper=False).T @ directions  # [N, V]
+    is_hidden = (ratios < HIDDEN_SHARE * by_chance) & (_effective_rows(projected) >= MIN_EFFECTIVE_ROWS)
+    basis = root @ directions
+    revealed: Tensor = (basis * torch.where(is_hidden, ratios, 1.0)) @ basis.T
+    return revealed

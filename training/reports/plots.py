@@ -89,7 +89,10 @@ class FittedModel:
         with torch.inference_mode():
             noise = torch.randn(count, self.latents.shape[1], generator=random)
             choice = torch.rand(count, generator=random)
-            rows: Floats = self.pipeline.decode(self.pipeline.draw(noise, choice)).double().numpy()
+            x = self.pipeline.decode(self.pipeline.draw(noise, choice))
+            if not self.manifest.is_image:
+                x = self.pipeline.observe(x, torch.randn(x.shape, generator=random))
+            rows: Floats = x.double().numpy()
             return rows
 
 
@@ -335,7 +338,7 @@ def _histograms(model: FittedModel) -> Figure:
         axis.set_xlabel(_with_unit(model.manifest, index, "value"), fontsize=10)
         axis.set_yticks([])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.suptitle("samples from the prior (means, without observation noise) and held-out rows")
+    figure.suptitle("samples from the prior, with observation noise, and held-out rows")
     return figure
 
 

@@ -1,0 +1,72 @@
+"""Fit the observation noise: how rows scatter around the decoder's output."""
+
+import torch
+from torch import Tensor
+
+from models.core import Core
+from models.likelihood import BernoulliLikelihood, GaussianLikelihood
+from models.observation import BernoulliObservation, Observation
+from models.pca import PCA
+from models.prior import Prior
+from models.scaling import Scaling
+from models.vae import VAE
+from training.fitting.prepared_data import PreparedData
+from training.random_streams import VALIDATION, random_stream
+
+MAX_FULL_WIDTH = 512  # for more features, the noise of different features is independent
+PRIOR_ROWS = 4096  # number of decoded samples from which the variance of the decoder's output is estimated
+ROUNDING_VARIANCE = 1.0 / 12.0  # variance that rounding to whole numbers adds (Sheppard 1898)
+
+
+def fit_observation(core: Core, prior: Prior, scaling: Scaling, data: PreparedData) -> Observation:
+    """Return the observation noise of `core`.
+
+    A VAE has the noise of its likelihood. PCA has the covariance that its latents leave unexplained: samples then have
+    the covariance of the fit rows. An autoencoder has no likelihood. Its noise has the correlations of the residuals of
+    held-out rows, and the variances that the decoded samples lack: each feature of the samples then has the variance of
+    the fit rows.
+    """
+    low, high = data.moments.low, data.moments.high
+    if isinstance(core, VAE) and isinstance(core.likelihood, BernoulliLikelihood):
+        return BernoulliObservation(scaling.shift, scaling.shift + scaling.scale)
+    covariance = _noise_covariance(core, prior, scaling, data)  # [D, D] or [D], model units
+    scale = scaling.scale.double()
+    if covariance.dim() == 2:
+        values, vectors = torch.linalg.eigh(covariance)
+        factor = scale.unsqueeze(1) * vectors * values.clamp(min=0.0).sqrt()
+        variance = factor.square().sum(dim=1)
+    else:
+        factor = scale * covariance.sqrt()
+        variance = factor.square()
+    whole = ((data.sample == data.sample.round()) | data.sample.isnan()).all(dim=0)
+    kept = (1.0 - ROUNDING_VARIANCE / variance.clamp(min=1e-30)).clamp(min=0.0).sqrt()
+    kept = torch.where(whole, kept, 1.0)
+    factor = factor * (kept.unsqueeze(1) if factor.dim() == 2 else kept)
+    return Observation(factor.float(), low.float(), high.float(), whole)
+
+
+def _noise_covariance(core: Core, prior: Prior, scaling: Scaling, data: PreparedData) -> Tensor:
+    """Return the covariance [D, D] or the variances [D] of the noise in model units, float64."""
+    width = data.table.x.width
+    if isinstance(core, VAE):
+        assert isinstance(core.likelihood, GaussianLikelihood)
+        log_variance = core.likelihood.log_variance.detach().clamp(core.likelihood.low, core.likelihood.high)
+        return log_variance.double().exp().expand(width).clone()
+    moments = data.scaled_moments(scaling)
+    if isinstance(core, PCA):
+        if moments.covariance is None or width > MAX_FULL_WIDTH:
+            return core.noise_variance.double().expand(width).clone()
+        loadings = core.components.double().T * (core.eigenvalues - core.noise_variance).double().sqrt()  # [D, K]
+        return moments.covariance - loadings @ loadings.T
+    random = random_stream(0, VALIDATION)
+    with torch.no_grad():
+        noise = torch.randn(PRIOR_ROWS, prior.means.shape[1], generator=random)
+        decoded = core.decode(prior(noise, torch.rand(PRIOR_ROWS, generator=random))).double()
+        u = scaling(data.held_out)
+        residual = (u - core.decode(core.encode(u)[0])).double()  # [M, D]
+    lacking = (moments.variance - decoded.var(dim=0)).clamp(min=0.0)  # [D]
+    if width > MAX_FULL_WIDTH or len(residual) < 2:
+        return lacking
+    correlation = torch.corrcoef(residual.T).reshape(width, width).nan_to_num(0.0)
+    correlation.fill_diagonal_(1.0)
+    return correlation * torch.outer(lacking.sqrt(), lacking.sqrt())
