@@ -142,7 +142,8 @@ def test_server_and_health_check_use_the_default_port_if_kubernetes_has_set_the_
 ) -> None:
     address = "127.0.0.77"  # port 8000 of 127.0.0.1 may be in use
     variables = {"SERVICE_HOST": "10.96.12.3", "SERVICE_PORT": "80", "SERVICE_PORT_HTTP": "80"}
-    process = start(artifacts, PORT=SERVICE_LINK, HOST=address, PORT_80_TCP=SERVICE_LINK, **variables)
+    variables |= {"PORT_80_TCP": SERVICE_LINK, "BACKEND": "torchscript"}
+    process = start(artifacts, PORT=SERVICE_LINK, HOST=address, **variables)
     assert process.port == 8000
     (warning,) = [line for line in process.lines if line["level"] == "warning"]
     assert f"ignored ELBO_PORT={SERVICE_LINK}" in warning["message"]
