@@ -478,6 +478,8 @@ def score(
             sys.stdout.write(text)
             sys.stdout.flush()  # a closed pipe ends the command here; else, Python would print an error at exit
             bar.show(tally.rows)
+    if tally.pixel_warning:
+        typer.echo(f"WARNING: {data}: {tally.pixel_warning}", err=True)
     tally.refuse_faulty(data)
 
 

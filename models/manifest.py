@@ -38,6 +38,8 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)  # valid as a fo
 UNREADABLE = (  # the exceptions that zipfile and json raise on damaged bytes
     zipfile.BadZipFile, zlib.error, struct.error, StopIteration, EOFError, OSError, KeyError, RuntimeError, ValueError,
 )  # fmt: skip
+WIDE_SPAN = 8.0  # pixels are too dark only for models with at least this range, as 0 to 16 or 0 to 255
+DARK_SHARE = 128.0  # pixels are too dark if they lie in the lowest part, one in this many, of the range
 FLOOR_TOLERANCE = 1e-6  # without it, rounding could make an alpha of 0.005 smaller than a floor of 1 / 200
 VERSION = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
 
@@ -149,6 +151,24 @@ class Manifest(_Frozen):
     def is_image(self) -> bool:
         """Whether rows are images."""
         return self.pixel_range is not None
+
+    def pixel_warning(self, low: float, high: float) -> str | None:
+        """Return a warning if pixels from `low` to `high` are in another range than the model's; None otherwise.
+
+        They are if one lies outside of the range by more than half of its width, or if all lie in a small part of it.
+        """
+        if self.pixel_range is None:
+            return None
+        black, white = self.pixel_range
+        span = white - black
+        is_outside = low < black - span / 2 or high > white + span / 2
+        is_dark = span >= WIDE_SPAN and low < high <= max(1.0, black + span / DARK_SHARE) and low >= min(black, -1.0)
+        if not is_outside and not is_dark:
+            return None
+        return (
+            f"the pixels lie between {low:.6g} and {high:.6g}, but the model was trained on pixels from {black:g} "
+            f"(black) to {white:g} (white): scale them to that range"
+        )
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -186,6 +186,7 @@ class AnomalyBody(Body):
     )
 
 
+_WARNING = "models of images only: the pixels are in another range than those that the model was trained on"
 _IMPUTED = "number of missing values in the rows, replaced by training medians; absent if none was missing"
 
 
@@ -203,6 +204,7 @@ class EncodeAnswer(ModelAnswer):
     std: Vectors = Field(description="[N, K]: standard deviation of the posterior; zeros for an autoencoder")
     seed: int | None = Field(None, description="seed of the samples, if `sample` was true")
     imputed: int | None = Field(None, description=_IMPUTED)
+    warning: str | None = Field(None, description=_WARNING)
 
 
 class DecodeAnswer(ModelAnswer):
@@ -216,6 +218,7 @@ class ReconstructAnswer(DecodeAnswer):
 
     errors: Vector = Field(description="[N]: mean squared error per row over the values present, in raw units squared")
     imputed: int | None = Field(None, description=_IMPUTED)
+    warning: str | None = Field(None, description=_WARNING)
 
 
 class InterpolateAnswer(DecodeAnswer):
@@ -223,6 +226,7 @@ class InterpolateAnswer(DecodeAnswer):
 
     latents: Vectors = Field(description="[N, K]")
     imputed: int | None = Field(None, description=_IMPUTED)
+    warning: str | None = Field(None, description=_WARNING)
 
 
 class SampleAnswer(DecodeAnswer):
@@ -292,6 +296,7 @@ class AnomalyAnswer(ModelAnswer):
     anomalies: int = Field(description="rows flagged as anomalous")
     failed: int = Field(description="rows that could not be scored")
     unknown_fields: int = Field(description="values whose name is not a feature")
+    warning: str | None = Field(None, description=_WARNING)
     alpha: float | None = None
     fdr: float | None = None
     threshold: float | None = Field(

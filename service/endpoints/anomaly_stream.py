@@ -17,6 +17,7 @@ from service.codec.response_body import stream_media_type
 from service.endpoints import offload
 from service.endpoints.context import ServiceContext
 from service.endpoints.offload import run_in_thread_if_long
+from service.endpoints.pixel_warning import pixel_warning
 from service.endpoints.query_options import read_options
 from service.endpoints.scoring import run_when_free, score_rows
 from service.endpoints.validation import merge, validate
@@ -55,6 +56,7 @@ class AnomalyStream:
         self._body = validate(AnomalyBody, merge({}, options.values))
         is_gzip = compression.is_gzip(request.header(b"content-encoding"))
         self._gunzip = compression.GzipDecompressor() if is_gzip else None
+        self._warning: dict[str, str] = {}
         self._counts = {"rows": 0, "anomalies": 0, "failed": 0, "unknown_fields": 0}
         for name in ("fdr", "half_life", "half_life_rows"):
             if getattr(self._body, name) is not None:
@@ -81,7 +83,9 @@ class AnomalyStream:
                     yield await self._score(records)
             if rest := splitter.finish():
                 yield await self._score(rest)
-            yield ndjson.dumps({"model": self._served.name, "version": self._served.version, **self._counts})
+            yield ndjson.dumps(
+                {"model": self._served.name, "version": self._served.version, **self._counts, **self._warning}
+            )
         except ClientDisconnect:
             raise  # nobody reads another line
         except Exception as error:  # noqa: BLE001 - a client must not take a broken stream for a complete one
@@ -121,6 +125,8 @@ class AnomalyStream:
 
     def _count(self, input_rows: InputRows, verdicts: Verdicts | None) -> None:
         scored = verdicts.scores.usable_count if verdicts else 0
+        if not self._warning and (warning := pixel_warning(self._served, input_rows.parsed.x)):
+            self._warning = {"warning": warning}
         self._counts["rows"] += input_rows.rows_received
         self._counts["failed"] += input_rows.rows_received - scored
         self._counts["unknown_fields"] += input_rows.unknown_fields

@@ -19,6 +19,7 @@ from service.endpoints import anomaly_stream, offload
 from service.endpoints.context import ServiceContext
 from service.endpoints.offload import run_in_thread_if_long
 from service.endpoints.pipeline import ParsedRequest, RequestSpec, parse_request, render_response, run_operation
+from service.endpoints.pixel_warning import may_be_out_of_range, pixel_fields, pixel_warning
 from service.endpoints.scoring import score_rows
 from service.errors import InvalidField
 from service.http.request import HttpResponse, RequestContext
@@ -42,7 +43,7 @@ class InferenceEndpoints:
         """Encode rows: return the posterior mean or a posterior sample, and the posterior standard deviation."""
         parsed = await parse_request(self._service, request, ENCODE)
         mean, std = await run_operation(self._service, parsed, operations.ENCODE, parsed.inputs)
-        imputed = _imputed(parsed.served, parsed.inputs)
+        imputed = _imputed(parsed.served, parsed.inputs) | await pixel_fields(parsed.served, parsed.inputs)
         if not parsed.body.sample:
             return await render_response(parsed, {"latents": mean, "std": std, **imputed}, mean)
         seed = _seed(parsed.body.seed)
@@ -62,6 +63,8 @@ class InferenceEndpoints:
         operation = operations.reconstruct(parsed.served.row_schema.allows_missing)
         outputs, errors = await run_operation(self._service, parsed, operation, parsed.inputs)
         fields = {"outputs": outputs, "errors": errors, **_imputed(parsed.served, parsed.inputs)}
+        if may_be_out_of_range(parsed.served, parsed.inputs, errors):
+            fields |= await pixel_fields(parsed.served, parsed.inputs)
         return await render_response(parsed, fields, outputs)
 
     async def sample(self, request: RequestContext) -> HttpResponse:
@@ -88,7 +91,8 @@ class InferenceEndpoints:
         start, end = await self._end_latents(parsed)
         latents = interpolate(start, end, parsed.body.steps, parsed.body.method)
         (outputs,) = await run_operation(self._service, parsed, operations.DECODE, latents)
-        imputed = _imputed(parsed.served, *(point.values for point in parsed.inputs if not point.is_latent))
+        rows = [point.values for point in parsed.inputs if not point.is_latent]
+        imputed = _imputed(parsed.served, *rows) | await pixel_fields(parsed.served, *rows)
         columns = len(outputs) if len(outputs) <= MAX_STRIP_STEPS else None
         return await render_response(parsed, {"latents": latents, "outputs": outputs, **imputed}, outputs, columns)
 
@@ -112,8 +116,9 @@ class InferenceEndpoints:
         parsed.record.rows = parsed.inputs.rows_received
         if parsed.media_type != JSON:
             numbers = score_array(parsed.inputs, verdicts)
-            columns = dict(zip(("score", "p_value", "severity"), numbers.T, strict=True))
-            return await render_response(parsed, {**columns}, numbers, allow_nan=True)
+            fields = dict(zip(("score", "p_value", "severity"), numbers.T, strict=True))
+            fields |= await pixel_fields(parsed.served, parsed.inputs.parsed.x)
+            return await render_response(parsed, fields, numbers, allow_nan=True)
         cost = offload.VERDICT * parsed.inputs.rows_received if parsed.body.detail == "full" else 0
         started = perf_counter()
         fields = await run_in_thread_if_long(partial(_anomaly_fields, parsed, verdicts), cost)
@@ -197,12 +202,14 @@ def _anomaly_fields(parsed: ParsedRequest[AnomalyBody, InputRows], verdicts: Ver
     `verdicts` is None if no row could be read.
     """
     body, served, input_rows = parsed.body, parsed.served, parsed.inputs
-    counts = {
+    counts: dict[str, Any] = {
         "rows": input_rows.rows_received,
         "anomalies": sum(verdicts.is_anomaly) if verdicts else 0,
         "failed": input_rows.rows_received - (verdicts.scores.usable_count if verdicts else 0),
         "unknown_fields": input_rows.unknown_fields,
     }
+    if warning := pixel_warning(served, input_rows.parsed.x):
+        counts["warning"] = warning
     if body.detail == "none":
         return counts
     calibration = served.manifest.calibration
@@ -223,7 +230,7 @@ def _anomaly_fields(parsed: ParsedRequest[AnomalyBody, InputRows], verdicts: Ver
     }
 
 
-def _imputed(served: ServedModel, *rows: Array) -> dict[str, int]:
+def _imputed(served: ServedModel, *rows: Array) -> dict[str, Any]:
     """Return the field "imputed", which is the number of missing values in all `rows`, each [N, D].
 
     If no value is missing, the result is empty.

@@ -240,6 +240,8 @@ async def render_response(
     headers = parsed.served.headers
     if isinstance(fields.get("seed"), int):
         headers = (*headers, (b"elbo-seed", b"%d" % fields["seed"]))
+    if "warning" in fields:
+        headers = (*headers, (b"elbo-warning", fields["warning"].encode("ascii")))
 
     def write() -> bytes:
         served = parsed.served

@@ -62,6 +62,7 @@ class Table:
     # None if the source has no labels, or if it is unknown which labels mean normal.
     normal: npt.NDArray[np.bool_] | None = field(default=None, kw_only=True)
     anomalous: npt.NDArray[np.bool_] | None = field(default=None, kw_only=True)
+    pixel_warning: str | None = field(default=None, kw_only=True)  # rows for a model of images: in another pixel range
     present_labels: list[str] = field(default_factory=list, kw_only=True)  # the different labels of the source
 
     @cached_property
@@ -252,6 +253,8 @@ def read_for_model(
     allowed = np.array([feature.missing > 0 for feature in manifest.features])
     statistics.refuse_missing(source, names, raw.lines, allowed)
     labels = interpret(raw_labels, raw.label_names, normal, raw.label_column)
+    low, high = np.fmin.reduce(statistics.low), np.fmax.reduce(statistics.high)
+    pixel_warning = manifest.pixel_warning(float(low), float(high))
     return Table(
         x=rows,
         shape=tuple(manifest.shape),
@@ -260,7 +263,8 @@ def read_for_model(
         labels=labels.values,
         pixel_range=manifest.pixel_range,
         source=source,
-        notes=[*raw.notes, *labels.notes],
+        notes=[*raw.notes, *labels.notes, *([f"WARNING: {pixel_warning}"] if pixel_warning else [])],
+        pixel_warning=pixel_warning,
         missing=statistics.missing,
         label_names=labels.names,
         normal=labels.normal,

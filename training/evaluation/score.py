@@ -78,6 +78,7 @@ class Tally:
     rows: int = 0
     faulty: int = 0
     first_fault: str | None = None  # describes the first faulty row
+    pixel_warning: str | None = None  # models of images: the rows are in another pixel range
 
     def refuse_faulty(self, source: str) -> None:
         """Raise DataError if there are faulty rows."""
@@ -149,6 +150,8 @@ def _batches_of_results(
     As in responses of /anomaly, a number that is too large for float32 is given as the largest float32.
     """
     for rows in stream.batches():
+        low, high = np.fmin.reduce(rows.x, axis=None), np.fmax.reduce(rows.x, axis=None)
+        tally.pixel_warning = tally.pixel_warning or artifact.manifest.pixel_warning(float(low), float(high))
         scores = score_rows(artifact, rows.x, alpha, extrapolated)
         usable = scores.usable
         overflows = ~np.isfinite(scores.score)

@@ -58,12 +58,16 @@ def recalibrate(
         runs: folder in which the card of the new version is written to <name>/<version>/card.md; None to write no card.
 
     Raises:
-        DataError: the model was trained on some of these rows, it flags all of them, too few rows are normal, or it is
-            unknown which are normal.
+        DataError: the model was trained on some of these rows or flags all of them, too few rows are normal, it is
+            unknown which are normal, or the pixels of images are in another range.
         FitError: the artifact comes from a version of Elbo that calibrates differently.
         ArtifactUnwritable: the new version cannot be written to `root`.
     """
     artifact.require_writable(root, _name(parent))
+    if table.pixel_warning:
+        raise DataError(
+            f"{table.source}: {table.pixel_warning}; calibrated on these rows, the model would flag nothing"
+        )
     normal, notes = _normal_rows(table)
     known_rows = artifact.read_trained_rows(parent)
     notes += _refuse_training_rows(parent, table, normal, known_rows)
