@@ -388,8 +388,8 @@ def test_registry_loads_every_artifact_if_the_model_classes_and_training_are_abs
     """The test runs on a copy of `service` and of the modules of `models` that define the artifact contract."""
     shutil.copytree(ROOT / "service", tmp_path / "service", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "models").mkdir()
-    for name in ("__init__.py", "errors.py", "columns.py", "manifest.py", "versions.py", "artifact.py"):
-        shutil.copy(ROOT / "models" / name, tmp_path / "models")
+    for module in ("__init__", "errors", "columns", "pixels", "manifest", "versions", "artifact"):
+        shutil.copy(ROOT / "models" / f"{module}.py", tmp_path / "models")
     code = (
         "import asyncio, sys, numpy as np\n"
         "from pathlib import Path\n"
