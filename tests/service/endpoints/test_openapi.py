@@ -2,6 +2,7 @@
 
 import re
 from typing import Any
+from urllib.parse import urljoin
 
 import httpx
 import jsonschema  # type: ignore[import-untyped] # installed with check-jsonschema, has no types
@@ -181,10 +182,10 @@ def test_every_body_field_has_a_description(document: dict[str, Any]) -> None:
 def test_page_loads_only_files_of_this_server(client: httpx.Client, page: str) -> None:
     html = client.get(page).text
     assert not re.search(r"(src|href)\s*=\s*[\"'](https?:)?//", html)
-    links = re.findall(r"(?:src|href)=[\"'](/static/[^\"']+)[\"']", html)
+    links = re.findall(r"(?:src|href)=[\"']((?:/?|\./)static/[^\"']+)[\"']", html)
     assert links
     for link in links:
-        assert client.get(link).status_code == 200
+        assert client.get(urljoin(page, link)).status_code == 200
 
 
 def test_content_security_policy_of_the_explorer_forbids_inline_code(client: httpx.Client) -> None:
