@@ -398,7 +398,7 @@ def test_score_command_prints_the_row_number_and_exits_with_2_if_a_score_overflo
     code, out, err = in_process(capsys, "score", "hosts", data, "--artifacts", str(root))
     assert code == 2
     assert len(out.splitlines()) == 4
-    assert err.startswith(f"elbo: error: {data}: 1 of 4 rows is faulty (the first is row 3: the row is so far from")
+    assert err.startswith(f"elbo: error: {data}: 1 of 4 rows is faulty (the first is row 3: the score overflows")
 
 
 def test_repeated_training_publishes_the_next_version_with_the_same_weights(root: Path) -> None:
