@@ -1,4 +1,4 @@
-"""The figures that the page about alpha shows follow from theory and from a simulation."""
+"""The promise names its condition, and the figures about alpha follow from theory and from a simulation."""
 
 import math
 import re
@@ -11,6 +11,9 @@ from scipy.stats import beta
 from service.anomaly.smoothing import RunningMean
 from service.settings import Settings
 from tests.data import ROOT
+from tests.service.hosts import host_table
+from tests.training.manifests import manifest_of
+from training.reports.model_card import card
 
 PAGE = (ROOT / "docs" / "how-to" / "choose-alpha.md").read_text()
 DAY = 86_400
@@ -64,3 +67,14 @@ def test_ranges_of_the_false_alarm_rate_are_the_quantiles_of_a_beta_distribution
             continue
         low, high = (float(number) / 100 for number in re.fullmatch(r"(\S+) % to (\S+) %", cell).groups())  # type: ignore[union-attr] # a cell that does not match must fail
         assert (low, high) == pytest.approx(beta(k, rows + 1 - k).ppf([0.05, 0.95]), rel=0.06, abs=5e-5)
+
+
+def test_readme_and_card_state_the_false_alarm_rate_only_with_its_condition() -> None:
+    texts = {
+        "README": (ROOT / "README.md").read_text(),
+        "card": card(manifest_of(host_table()), 1, [], []).replace("\n", " "),
+    }
+    for name, text in texts.items():
+        promise = text[text.index("at most 5 %") - 100 :][:500]
+        assert "alpha 0.05" in promise, name
+        assert "exchangeable" in promise, name
