@@ -25,6 +25,7 @@ MAX_DISCARDED_BYTES = 2**30
 MAX_DISCARDED_HEAD = 2**20  # bytes of a head that is too large: no client needs to send more of it
 MAX_DISCARDING_SECONDS = 30.0
 LINGER_SECONDS = 2.0
+FIRST_REQUEST_SECONDS = 3.0  # when the server stops, a new connection stays open for this time for its first request
 UPGRADE_HEADERS = (b"upgrade", b"http2-settings")
 
 
@@ -175,9 +176,13 @@ class Protocol(HttpToolsProtocol):
     def shutdown(self) -> None:
         """Close the connection after its last response: the server is shutting down.
 
-        A request that has begun to arrive is still served. Its response has the header `Connection: close`.
+        A request that has begun to arrive is still served, and so is the first request of a new connection. Its
+        response has the header `Connection: close`. Call this method again later for the connections that stay open.
         """
-        if not self._is_receiving or not self._is_idle():
+        is_new = (
+            self.cycle is None and self.waiting_since and perf_counter() - self.waiting_since < FIRST_REQUEST_SECONDS
+        )
+        if not self._is_idle() or not (self._is_receiving or is_new):
             super().shutdown()
 
     def announce_close(self) -> None:

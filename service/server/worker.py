@@ -101,7 +101,7 @@ class Server(uvicorn.Server):
         self._drain()
         loop = asyncio.get_running_loop()
         deadline = loop.time() + LINGER_SECONDS
-        closing_slow = loop.create_task(self._keep_closing_slow())  # uvicorn no longer calls `on_tick`
+        closing = loop.create_task(self._keep_closing(deadline))  # uvicorn no longer calls `on_tick`
         for listener in sockets or []:
             fd_passing.stop_new_connections(listener)
         if sockets:
@@ -119,7 +119,7 @@ class Server(uvicorn.Server):
         try:
             await super().shutdown(sockets)
         finally:
-            closing_slow.cancel()
+            closing.cancel()
 
     def _drain(self) -> None:
         """Announce on every connection that it closes after its response."""
@@ -133,10 +133,14 @@ class Server(uvicorn.Server):
     def _close_slow(self) -> None:
         close_slow(self.server_state.connections, self._service.settings.request_timeout)
 
-    async def _keep_closing_slow(self) -> None:
+    async def _keep_closing(self, deadline: float) -> None:
+        """Close slow connections, and after `deadline`, on the clock of the event loop, idle connections too."""
         while True:
             await asyncio.sleep(TICK_SECONDS)
             self._close_slow()
+            if asyncio.get_running_loop().time() > deadline:
+                for connection in list(self.server_state.connections):
+                    connection.shutdown()
 
     def _exit(self) -> None:
         self.should_exit = True

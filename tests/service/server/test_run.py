@@ -85,20 +85,30 @@ def test_response_to_a_request_that_began_before_sigterm_announces_that_the_conn
     assert process.popen.wait(20) == 0
 
 
-def test_request_whose_head_is_incomplete_when_the_server_stops_is_served(
-    start: Callable[..., ServerProcess], artifacts: Path
+@pytest.mark.parametrize("sent", [0, 20])
+def test_first_request_of_a_connection_is_served_if_it_arrives_while_the_server_stops(
+    start: Callable[..., ServerProcess], artifacts: Path, sent: int
 ) -> None:
     process = start(artifacts)
     body = json.dumps({"inputs": [ROW]}).encode()
     request = request_head("/encode", f"Content-Length: {len(body)}") + body
     with process.connect() as connection:
-        connection.sendall(request[:20])
-        time.sleep(0.2)
+        connection.sendall(request[:sent])
+        time.sleep(0.1)
         process.popen.send_signal(signal.SIGTERM)
         process.wait_for_log("Waiting for connections to close")
-        connection.sendall(request[20:])
+        connection.sendall(request[sent:])
         assert read_response(connection).startswith(b"HTTP/1.1 200")
     assert process.popen.wait(20) == 0
+
+
+def test_server_stops_within_seconds_if_a_client_connects_and_sends_nothing(
+    start: Callable[..., ServerProcess], artifacts: Path
+) -> None:
+    process = start(artifacts)
+    with process.connect():
+        process.popen.send_signal(signal.SIGTERM)
+        assert process.popen.wait(10) == 0
 
 
 def test_server_exits_with_a_one_line_error_if_the_port_is_in_use(artifacts: Path) -> None:
