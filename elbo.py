@@ -223,6 +223,9 @@ def train(
         bool,
         typer.Option("--replace-features", help="publish even if the newest version of this name has other features"),
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="publish even if the model is worse than predicting the mean")
+    ] = False,
 ) -> None:
     """Train a model on DATA and publish it.
 
@@ -242,6 +245,7 @@ def train(
             resume=resume,
             checkpoint_seconds=checkpoint_seconds,
             tensorboard=tensorboard,
+            force=force,
             replace_features=replace_features,
         )
     except KeyboardInterrupt:
@@ -278,6 +282,7 @@ def _train(
     resume: bool = False,
     checkpoint_seconds: float = 30.0,
     tensorboard: bool = False,
+    force: bool = False,
     replace_features: bool = False,
 ) -> bool:
     """Train and publish a model. Return whether this process is the first of those that train together."""
@@ -297,6 +302,7 @@ def _train(
                 resume=resume,
                 checkpoint_seconds=checkpoint_seconds,
                 tensorboard=tensorboard,
+                force=force,
                 replace_features=replace_features,
                 processes=processes,
             )

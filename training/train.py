@@ -15,6 +15,7 @@ from training.data.table import Table, split_rows
 from training.errors import FitError
 from training.evaluation.metrics import held_out_metrics, pca_metrics
 from training.evaluation.model_selection import Candidate, compare
+from training.evaluation.worth import warnings
 from training.fitting.checkpoint import CheckpointStore
 from training.fitting.distributed import ProcessGroup
 from training.fitting.pipeline import fit_pipeline
@@ -37,6 +38,7 @@ def train(
     resume: bool = False,
     checkpoint_seconds: float = 30.0,
     tensorboard: bool = False,
+    force: bool = True,
     replace_features: bool = False,
     processes: ProcessGroup = ProcessGroup(),  # noqa: B008  # frozen
 ) -> Path:
@@ -54,12 +56,14 @@ def train(
         resume: continue from the checkpoint in `runs`.
         checkpoint_seconds: seconds between checkpoints.
         tensorboard: also write TensorBoard event files.
+        force: publish even if the model is worse than predicting the mean. `elbo train` sets it to false.
         replace_features: allow features that differ from those of the newest version of `config.name`.
         processes: processes that train together; each of them calls this function with the same arguments.
 
     Raises:
         DataError: the table cannot be used, or its features differ from those of the newest version.
-        FitError: the options do not fit the data, the fit failed, or there is nothing to resume.
+        FitError: the options do not fit the data, the fit failed, there is nothing to resume, or the model is worse
+            than predicting the mean and `force` is false.
         ArtifactUnwritable: the model cannot be written to `artifacts`. This is checked before the training.
     """
     if not replace_features:
@@ -78,7 +82,7 @@ def train(
             _fit_candidate(each, data, report, checkpoints=store, tensorboard=tensorboard, processes=processes)
             for each, store in zip(configs, stores, strict=True)
         ]
-        path = _finish(candidates, stores, data, artifacts, report) if processes.is_first else None
+        path = _finish(candidates, stores, data, artifacts, report, force=force) if processes.is_first else None
         return processes.broadcast_path(path)
 
 
@@ -150,11 +154,14 @@ def _fit_candidate(
         baseline_pca=baseline_pca,
         seed=config.seed,
     )
+    notes, is_worse_than_mean = warnings(pipeline, baseline_pca, data)
+    for note in notes:
+        recorder.note(note)
     # This must come last: `float` converts the PCA in place, and `held_out_metrics` needs the PCA in float64.
     if baseline_pca is not None:
         others["pca"] = pca_metrics(baseline_pca.float(), pipeline.scaling, data.held_out)
     recorder.done(metrics)
-    return Candidate(config, pipeline, metrics, others, recorder)
+    return Candidate(config, pipeline, metrics, others, recorder, is_worse_than_mean)
 
 
 def _finish(
@@ -163,9 +170,20 @@ def _finish(
     data: PreparedData,
     artifacts: Path,
     report: Reporter,
+    *,
+    force: bool,
 ) -> Path:
-    """Publish the best candidate, write its report, and remove the checkpoints."""
+    """Publish the best candidate, write its report, and remove the checkpoints.
+
+    Raises:
+        FitError: the best candidate is worse than predicting the mean, and `force` is false.
+    """
     chosen, comparison = compare(candidates, data, report)
+    if chosen.is_worse_than_mean and not force:
+        raise FitError(
+            f"{chosen.config.name} was not published: it reconstructs held-out rows worse than predicting the mean of "
+            "every column; change the options, or repeat the command with --force to publish it anyway"
+        )
     can_resume = _are_networks_saved(candidates, stores)
     path, manifest = publish(chosen, comparison, data, artifacts, report, can_resume=can_resume)
     for candidate, store in zip(candidates, stores, strict=True):

@@ -14,6 +14,7 @@ from models.pipeline import Pipeline
 from models.vae import VAE
 from training.config import TrainConfig
 from training.evaluation.metrics import count_latents, importance_weighted
+from training.evaluation.worth import trimmed_mean
 from training.fitting.prepared_data import PreparedData
 from training.progress import Reporter
 from training.reports.history import HistoryRecorder
@@ -22,8 +23,8 @@ SWAPPED_SHARE = 0.1  # share of the values of a row that `swap_values` replaces
 STANDARD_ERRORS = 2.0  # a difference between two models counts if it exceeds this many standard errors
 SAMPLES = 100  # importance samples per row
 MEANING = {
-    "reconstruction_error": "mean square per value, model units; lower is better",
-    "log_likelihood": "nats per row, model units; a lower bound for a VAE; higher is better",
+    "reconstruction_error": "mean square per value, model units, 10 % trimmed mean of rows; lower is better",
+    "log_likelihood": "nats per row, model units, 10 % trimmed mean of rows; a lower bound for a VAE; higher is better",
     "detection": "AUROC of the score: rows with a tenth of their values swapped against intact rows",
 }
 SIGN = {"reconstruction_error": -1.0, "log_likelihood": 1.0, "detection": 1.0}  # -1 if lower values are better
@@ -41,6 +42,7 @@ class Candidate:
     metrics: dict[str, float]
     others: dict[str, dict[str, float]]  # by kind: metrics of the models that this model was compared with
     recorder: HistoryRecorder
+    is_worse_than_mean: bool = False  # whether predicting the mean reconstructs held-out rows better
 
 
 def compare(
@@ -49,8 +51,8 @@ def compare(
     """Return the candidate to publish, and the metrics of all candidates by kind. The reasons go to `report`.
 
     A model beats another on a measure if it is better by more than STANDARD_ERRORS standard errors of the paired
-    difference. The candidate with the highest count of wins minus losses is published. Candidates are in order of
-    increasing complexity, and on a tie the first of the tied candidates is published.
+    difference; see `mean_of`. The candidate with the highest count of wins minus losses is published. Candidates are in
+    order of increasing complexity, and on a tie the first of the tied candidates is published.
     """
     if len(candidates) == 1:
         return candidates[0], candidates[0].others
@@ -59,9 +61,11 @@ def compare(
     scale = candidates[0].pipeline.scaling.scale  # all errors are in the model units of the first candidate
     measures: dict[str, Measures] = {c.config.model: _measure(c.pipeline, rows, scale, seed) for c in candidates}
     wins = significant_wins(measures)
-    best = max(candidates, key=lambda candidate: _wins_minus_losses(wins, candidate.config.model))
+    # A model that is worse than the mean is published only if all are.
+    best = max(candidates, key=lambda c: (not c.is_worse_than_mean, _wins_minus_losses(wins, c.config.model)))
     means: dict[str, dict[str, float]] = {
-        kind: {name: SIGN[name] * float(values.mean()) for name, values in m.items()} for kind, m in measures.items()
+        kind: {name: SIGN[name] * mean_of(name, values)[0] for name, values in m.items()}
+        for kind, m in measures.items()
     }
     for line in _table(means, len(rows)):
         report.note(line)
@@ -74,11 +78,21 @@ def significant_wins(measures: Mapping[str, Measures]) -> list[tuple[str, str, s
     found = []
     for one, other in combinations(measures, 2):
         for name in measures[one].keys() & measures[other].keys():
-            difference = (measures[one][name] - measures[other][name]).double()
-            error = float(difference.std()) / math.sqrt(len(difference))
-            if abs(float(difference.mean())) > STANDARD_ERRORS * error:
-                found.append((one, other, name) if difference.mean() > 0 else (other, one, name))
+            difference, error = mean_of(name, measures[one][name] - measures[other][name])
+            if abs(difference) > STANDARD_ERRORS * error:
+                found.append((one, other, name) if difference > 0 else (other, one, name))
     return sorted(found)
+
+
+def mean_of(name: str, values: Tensor) -> tuple[float, float]:
+    """Return the mean of the measure `name` over rows, values [M], and its standard error.
+
+    Errors and likelihoods have no bound, so one extreme row could outweigh all others: their means are trimmed.
+    """
+    if name != "detection":
+        return trimmed_mean(values)
+    error = float(values.double().std()) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return float(values.double().mean()), error
 
 
 def _wins_minus_losses(wins: Sequence[tuple[str, str, str]], kind: str) -> int:
