@@ -89,7 +89,7 @@ class Traced:
     [
         "score hosts {folder}/recent.csv",
         "calibrate hosts {folder}/recent.csv",
-        "train {folder}/data.csv --model ensemble --name deep --epochs 2 --hidden 8 --latents 2 --tensorboard",
+        "train {folder}/data.csv --model ensemble --name deep --epochs 2 --force --hidden 8 --latents 2 --tensorboard",
     ],
     ids=["score", "calibrate", "train an ensemble"],
 )

@@ -34,7 +34,7 @@ def test_training_on_a_nearly_empty_column_publishes_a_model_without_numpy_warni
 ) -> None:
     data = write_sparse(tmp_path / "a.csv", values)
     options = ["--artifacts", str(tmp_path), "--runs", str(tmp_path / "runs"), "--seed", str(seed)]
-    epochs = [] if kind == "pca" else ["--epochs", "3"]
+    epochs = [] if kind == "pca" else ["--epochs", "3", "--force"]
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         code, _, err = in_process(capsys, "train", data, "--model", kind, "--name", "m", *epochs, *options)

@@ -121,7 +121,7 @@ STAGES = [
 @pytest.mark.parametrize("kind", ["pca", "ae"])
 def test_bar_on_a_terminal_is_full_only_after_the_last_stage(kind: str, tmp_path: Path) -> None:
     options = ["--model", kind, "--name", "m", "--artifacts", str(tmp_path), "--runs", str(tmp_path / "runs")]
-    epochs = [] if kind == "pca" else ["--epochs", "10"]
+    epochs = [] if kind == "pca" else ["--epochs", "10", "--force"]
     screen, out = run_on_terminal(f"import elbo; elbo.main({['train', 'digits', *options, *epochs]})")
     assert out.startswith("published m@1")
     places = [screen.index(f"m ({kind}): {stage}") for stage in STAGES]

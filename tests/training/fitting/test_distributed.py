@@ -49,7 +49,8 @@ AE = ("--model", "ae", "--noise", "0.3", "--masking", "0.1", "--l2", "0.0001")
 
 @pytest.mark.parametrize("options", [VAE, AE], ids=["vae", "ae"])
 def test_two_processes_train_the_same_model_as_one_process(tmp_path: Path, options: tuple[str, ...]) -> None:
-    options = (*options, "--epochs", "4", "--batch-size", "101")  # the batch size is odd, and the last batch is smaller
+    # The batch size is odd, and the last batch is smaller.
+    options = (*options, "--epochs", "4", "--batch-size", "101", "--force")
     runs = [start_training(count, tmp_path / str(count), *options) for count in (1, 2)]
     outputs = [wait_for_output(run) for run in runs]
     for line in ("published", "next:"):

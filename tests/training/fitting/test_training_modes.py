@@ -114,7 +114,7 @@ def test_bfloat16_training_changes_the_reconstruction_error_by_at_most_10_percen
 
 def test_outputs_do_not_depend_on_whether_the_network_was_compiled_for_training(tmp_path: Path) -> None:
     require(shutil.which("c++") or shutil.which("g++"), "torch.compile needs a C++ compiler")
-    options = ["--model", "ae", "--name", "m", "--epochs", "2"]
+    options = ["--model", "ae", "--name", "m", "--epochs", "2", "--force"]
     options += ["--hidden", "8", "--latents", "4", "--batch-size", "629"]
     for name, extra in (("plain", []), ("compiled", ["--compile"])):
         folders = ["--artifacts", str(tmp_path / name), "--runs", str(tmp_path / "runs")]
