@@ -168,22 +168,10 @@ def test_inspect_command_describes_the_artifact(root: Path, capsys: pytest.Captu
 
 def test_inspect_command_breaks_long_lists_of_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write(tmp_path / "train.csv", two_factor_rows(1000, seed=0))
-    options = [
-        "--model",
-        "ae",
-        "--hidden",
-        "16",
-        "--epochs",
-        "2",
-        "--batch-size",
-        "64",
-        "--learning-rate",
-        "0.002",
-        "--force",
-    ]
+    options = ["--model", "ae", "--hidden", "16", "--epochs", "2", "--batch-size", "64", "--learning-rate", "0.002"]
     options += ["--l2", "1e-6", "--patience", "5", "--noise", "0.5", "--masking", "0.1", "--activation", "relu"]
     folders = ["--artifacts", str(tmp_path), "--runs", str(tmp_path / "runs")]
-    assert in_process(capsys, "train", data, "--name", "hosts", *options, *folders)[0] == 0
+    assert in_process(capsys, "train", data, "--name", "hosts", "--force", *options, *folders)[0] == 0
     _, out, _ = in_process(capsys, "inspect", "hosts", "--artifacts", str(tmp_path))
     lines = out.split("\n\n")[0].splitlines()
     first = next(number for number, line in enumerate(lines) if line.startswith("training "))
