@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from training.errors import FitError
 from training.evaluation.metrics import held_out_metrics, pca_metrics
 from training.evaluation.model_selection import Candidate, compare
 from training.evaluation.worth import warnings
-from training.fitting.checkpoint import CheckpointStore
+from training.fitting.checkpoint import CheckpointStore, claim
 from training.fitting.distributed import ProcessGroup
 from training.fitting.pipeline import fit_pipeline
 from training.fitting.prepared_data import PreparedData, prepare_data
@@ -73,22 +73,23 @@ def train(
     for note in [*table.notes, *table.warnings]:
         report.note(note)
     configs = _configs_per_kind(config)
-    stores = _checkpoint_stores(configs, table, runs, checkpoint_seconds)
-    if resume:
-        stores = _set_to_resume(stores)
-    with _one_thread():
+    reserved = claim(runs / config.name) if runs is not None and processes.is_first else nullcontext(enter_result=True)
+    with reserved as alone, _one_thread():
+        stores = _checkpoint_stores(configs, table, runs, checkpoint_seconds, resume=resume, alone=alone)
+        if resume:
+            stores = _set_to_resume(stores)
         data = prepare_data(table, split_rows(len(table.x), config.seed, table.x.width, table.copies), config.robust)
         candidates = [
             _fit_candidate(each, data, report, checkpoints=store, tensorboard=tensorboard, processes=processes)
             for each, store in zip(configs, stores, strict=True)
         ]
-        path = _finish(candidates, stores, data, artifacts, report, force=force) if processes.is_first else None
+        path = _finish(candidates, stores, data, artifacts, report, runs, force=force) if processes.is_first else None
         return processes.broadcast_path(path)
 
 
 def can_resume(config: TrainConfig, table: Table, runs: Path) -> bool:
     """Return whether `runs` has a checkpoint from which a run with these arguments can continue."""
-    stores = _checkpoint_stores(_configs_per_kind(config), table, runs, interval_seconds=0.0)
+    stores = _checkpoint_stores(_configs_per_kind(config), table, runs, interval_seconds=0.0, resume=True)
     return any(store is not None and store.belongs_to_run() for store in stores)
 
 
@@ -99,24 +100,40 @@ def _configs_per_kind(config: TrainConfig) -> list[TrainConfig]:
 
 
 def _checkpoint_stores(
-    configs: Sequence[TrainConfig], table: Table, runs: Path | None, interval_seconds: float
+    configs: Sequence[TrainConfig],
+    table: Table,
+    runs: Path | None,
+    interval_seconds: float,
+    *,
+    resume: bool,
+    alone: bool = True,
 ) -> list[CheckpointStore | None]:
-    several = len(configs) > 1
-    return [
-        _checkpoint_store(each, table, runs, folder_per_kind=several, interval_seconds=interval_seconds)
-        for each in configs
-    ]
-
-
-def _checkpoint_store(
-    config: TrainConfig, table: Table, runs: Path | None, *, folder_per_kind: bool, interval_seconds: float
-) -> CheckpointStore | None:
-    """Return the store for the checkpoints of a run, in runs/<name>/ or runs/<name>/<kind>/; None without `runs`."""
     if runs is None:
-        return None
-    folder = runs / config.name / config.model if folder_per_kind else runs / config.name
-    identity = f"{config.model_dump_json()} {table.fingerprint} {torch.__version__}"
-    return CheckpointStore(folder, hashlib.sha256(identity.encode()).hexdigest(), interval_seconds=interval_seconds)
+        return [None for _ in configs]
+    stores: list[CheckpointStore | None] = []
+    for config in configs:
+        identity = f"{config.model_dump_json()} {table.fingerprint} {torch.__version__}"
+        folder = runs / config.name / config.model if len(configs) > 1 else runs / config.name
+        store = CheckpointStore(
+            folder, hashlib.sha256(identity.encode()).hexdigest(), interval_seconds=interval_seconds
+        )
+        stores.append(_in_own_folder(store, runs / config.name, resume=resume, alone=alone))
+    return stores
+
+
+def _in_own_folder(store: CheckpointStore, run_folder: Path, *, resume: bool, alone: bool) -> CheckpointStore:
+    """Return `store`, in a folder of its own if its folder belongs to another run of the same name.
+
+    The other run is still training (`alone` is false), or it was interrupted and left a checkpoint.
+
+    Args:
+        run_folder: runs/<name>/. The folder of its own is runs/<name>/run-<start of the identity>/.
+    """
+    own = replace(store, folder=run_folder / f"run-{store.identity[:8]}")
+    if own.exists():
+        return own
+    belongs_to_another = not alone or (store.exists() and not store.belongs_to_run())
+    return own if belongs_to_another and not resume else store
 
 
 def _set_to_resume(stores: Sequence[CheckpointStore | None]) -> list[CheckpointStore | None]:
@@ -170,6 +187,7 @@ def _finish(
     data: PreparedData,
     artifacts: Path,
     report: Reporter,
+    runs: Path | None,
     *,
     force: bool,
 ) -> Path:
@@ -187,11 +205,11 @@ def _finish(
     can_resume = _are_networks_saved(candidates, stores)
     path, manifest = publish(chosen, comparison, data, artifacts, report, can_resume=can_resume)
     for candidate, store in zip(candidates, stores, strict=True):
-        if store is None:
+        if store is None or runs is None:
             continue
-        store.remove()
-        folder = (store.folder.parent if len(candidates) > 1 else store.folder) / path.parent.name
+        folder = runs / candidate.config.name / path.parent.name
         candidate.recorder.move(folder if candidate is chosen else folder / candidate.config.model)
+        store.remove()
         if candidate is chosen:
             _write_report(folder, manifest, candidate, data, report)
     for warning in data.table.warnings:

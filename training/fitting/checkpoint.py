@@ -1,8 +1,10 @@
 """Checkpoints: the state of a training run on disk, so that a killed run can resume."""
 
+import fcntl
 import io
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,3 +110,30 @@ class CheckpointStore:
                 path.unlink()
         with suppress(OSError):
             self.folder.rmdir()
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[bool]:
+    """Reserve `folder` for this process while the context lasts. Yield false if another process has reserved it.
+
+    The lock is on the folder itself and ends with the process. Yield true if the file system has no locks.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # `save` reports folders that are not writable
+        yield True
+        return
+    alone = True
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            alone = False
+        except OSError:
+            pass
+        yield alone
+    finally:
+        os.close(descriptor)
+        with suppress(OSError):
+            folder.rmdir()  # if it is empty
