@@ -38,6 +38,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)  # valid as a fo
 UNREADABLE = (  # the exceptions that zipfile and json raise on damaged bytes
     zipfile.BadZipFile, zlib.error, struct.error, StopIteration, EOFError, OSError, KeyError, RuntimeError, ValueError,
 )  # fmt: skip
+SERIES_CORRELATION = 0.5  # from this rank correlation between neighbouring rows on, the rows are a series
 WIDE_SPAN = 8.0  # pixels are too dark only for models with at least this range, as 0 to 16 or 0 to 255
 DARK_SHARE = 128.0  # pixels are too dark if they lie in the lowest part, one in this many, of the range
 FLOOR_TOLERANCE = 1e-6  # without it, rounding could make an alpha of 0.005 smaller than a floor of 1 / 200

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "service.monitoring": "models.errors anomaly inference codec settings shared_memory",
     "service.http": "monitoring inference codec errors shared_memory",
     "service.endpoints": (
-        "models.artifact models.errors http monitoring anomaly schemas inference codec errors settings"
+        "models.artifact models.manifest models.errors http monitoring anomaly schemas inference codec errors settings"
     ),
     "service.app": "models.artifact endpoints http monitoring anomaly inference errors settings shared_memory",
     "service.server": "models.errors app endpoints http monitoring settings shared_memory",

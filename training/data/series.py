@@ -8,7 +8,6 @@ from training.data.row_store import RowStore, column_medians
 MAX_PAIRS = 10_000  # the correlation is computed from at most this many pairs of neighbours
 MAX_PAIR_VALUES = 1 << 20  # and from pairs that together have at most twice this many values
 MIN_PAIRS = 20  # correlations of fewer pairs say nothing
-SERIES_CORRELATION = 0.5  # from this rank correlation on, the rows are a series
 SIGNIFICANCE = 5.0  # in standard errors: correlations below this may be a coincidence
 MIN_VARIATION = 0.14  # variance of the ranks of a column of which 95 % of the values are equal; 1 without equal values
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from models.errors import join_names
+from models.manifest import SERIES_CORRELATION
 from training.data.copies import Copies, find_copies
 from training.data.ingest import ColumnStatistics, full_disk_as_data_error, ingest
 from training.data.labels import Labels, interpret
@@ -23,7 +24,7 @@ from training.data.layout import Layout, recognise
 from training.data.readers import RawTable, ReadOptions, format_option, load
 from training.data.row_store import RowStore
 from training.data.sentinels import describe_sentinels
-from training.data.series import SERIES_CORRELATION, neighbour_correlations
+from training.data.series import neighbour_correlations
 from training.errors import DataError
 
 if TYPE_CHECKING:

@@ -4,9 +4,8 @@ import shlex
 from collections.abc import Iterator, Sequence
 
 from models.errors import join_names
-from models.manifest import Manifest
+from models.manifest import SERIES_CORRELATION, Manifest
 from training.config import TrainConfig
-from training.data.series import SERIES_CORRELATION
 from training.fitting.defaults import resolved_config
 from training.reports.describe import DEFAULT_ALPHA, KIND_NAMES, against_pca, few_calibration_rows, latents_phrase
 

@@ -4,9 +4,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from models.manifest import SERIES_CORRELATION
 from training.data.copies import find_copies
 from training.data.row_store import RowStore
-from training.data.series import SERIES_CORRELATION, neighbour_correlations
+from training.data.series import neighbour_correlations
 from training.data.table import DataError, split_rows
 
 Floats = npt.NDArray[np.float32]
