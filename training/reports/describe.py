@@ -60,7 +60,7 @@ def _facts(manifest: Manifest, path: Path) -> Iterator[tuple[str, str]]:
         yield "calibration", f"{rows}; the networks are those of {origin.parent}"
     yield (
         "p-value",
-        f"at least {calibration.floor:.3g}: at a smaller alpha, no row is anomalous unless `extrapolated` is requested",
+        f"at least {calibration.floor:.3g}; below this alpha, no row is anomalous without `extrapolated`",
     )
     yield "versions", _joined(manifest.versions)
 

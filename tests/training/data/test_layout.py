@@ -85,7 +85,7 @@ def test_mnist_as_floats_is_read_as_images(tmp_path: Path, black: float) -> None
 def test_images_with_channels_first_become_images_with_channels_last(
     tmp_path: Path, channels: int, dtype: type, layout: str | None
 ) -> None:
-    x = RANDOM.randint(0, 256, (30, channels, 9, 7)).astype(dtype)
+    x: np.ndarray = RANDOM.randint(0, 256, (30, channels, 9, 7)).astype(dtype)
     table = read_table(save(tmp_path / "a.npy", x), layout=layout)  # type: ignore[arg-type]
     assert (table.shape, table.pixel_range) == ((9, 7, channels), (0, 255))
     assert np.array_equal(values(table).reshape(30, 9, 7, channels), x.transpose(0, 2, 3, 1))

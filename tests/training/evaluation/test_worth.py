@@ -37,7 +37,18 @@ def test_train_command_refuses_a_model_that_is_worse_than_the_mean_unless_force_
 ) -> None:
     data = write(tmp_path / "rows.csv", two_factor_rows(400, 0))
     artifacts = tmp_path / "artifacts"
-    arguments = ("train", data, "--model", "ae", "--name", "m", "--epochs", "1", "--learning-rate", "1")
+    arguments: tuple[str, ...] = (
+        "train",
+        data,
+        "--model",
+        "ae",
+        "--name",
+        "m",
+        "--epochs",
+        "1",
+        "--learning-rate",
+        "1",
+    )
     arguments += ("--artifacts", str(artifacts), "--runs", str(tmp_path / "runs"))
     status, _, error = in_process(capsys, *arguments)
     assert status == 1
@@ -56,7 +67,15 @@ def test_train_command_warns_if_anomalies_among_the_calibration_rows_raise_the_t
 ) -> None:
     rows = two_factor_rows(1000, 0)
     rows[::10] += 1e4 * np.random.RandomState(1).standard_normal((100, 5))
-    arguments = ("train", write(tmp_path / "rows.csv", rows), "--model", "pca", "--name", "m", "--robust")
+    arguments: tuple[str, ...] = (
+        "train",
+        write(tmp_path / "rows.csv", rows),
+        "--model",
+        "pca",
+        "--name",
+        "m",
+        "--robust",
+    )
     arguments += ("--artifacts", str(tmp_path / "artifacts"), "--runs", str(tmp_path / "runs"))
     status, _, error = in_process(capsys, *arguments)
     assert status == 0
