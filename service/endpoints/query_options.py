@@ -89,7 +89,8 @@ def _value(name: str, text: str) -> Any:
     if word.lower() in ("true", "false"):
         return word.lower() == "true"
     if _INTEGER.fullmatch(word):
-        return int(word)
+        number = int(word)
+        return number if -(2**63) <= number < 2**64 else float(word)  # as in a JSON body
     if _NUMBER.fullmatch(word):
         return float(word)
     return _json(text)

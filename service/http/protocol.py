@@ -25,6 +25,10 @@ MAX_DISCARDED_BYTES = 2**30
 MAX_DISCARDED_HEAD = 2**20  # bytes of a head that is too large: no client needs to send more of it
 MAX_DISCARDING_SECONDS = 30.0
 LINGER_SECONDS = 2.0
+# A client that ends its side of the connection has closed it, or still waits for its responses: the server cannot tell
+# until it writes. A response that does not begin within this time is abandoned, so that the queue keeps no rows of
+# clients that have gone.
+HALF_CLOSED_SECONDS = 0.25
 FIRST_REQUEST_SECONDS = 3.0  # when the server stops, a new connection stays open for this time for its first request
 UPGRADE_HEADERS = (b"upgrade", b"http2-settings")
 
@@ -52,6 +56,7 @@ class Protocol(HttpToolsProtocol):
     _is_refused = False  # whether the request whose body arrives now is refused
     _offers_upgrade = False  # whether the parser is about to stop at a head that offers an upgrade
     _ticket: Ticket | None = None  # ticket of the request whose body arrives now
+    _discards_input = False  # whether all further bytes are discarded
     _discarded = 0  # bytes of the current request that arrived after its response
     _is_head_too_large = False  # whether these bytes belong to a head of more than MAX_HEAD bytes
     _discarding_since = 0.0  # when the first of these bytes arrived
@@ -79,9 +84,10 @@ class Protocol(HttpToolsProtocol):
         transport.detach()
 
     def data_received(self, data: bytes) -> None:
-        """Parse `data`, and refuse a head of more than MAX_HEAD bytes. Discard `data` after the last response."""
-        if self._lingering_since is not None:
-            self._lingering_since = perf_counter()
+        """Parse `data`, and refuse a head of more than MAX_HEAD bytes. Discard `data` that nobody will read."""
+        if self._discards_input:
+            if self._lingering_since is not None:
+                self._lingering_since = perf_counter()
             self._discard(len(data))
             return
         self._unset_keepalive_if_required()
@@ -96,10 +102,35 @@ class Protocol(HttpToolsProtocol):
                 self._is_head_too_large = True
                 self.send_400_response("The head of the request is too large.")
 
+    def eof_received(self) -> bool:
+        """Keep the connection open for responses to complete requests, although the client sends nothing more.
+
+        Return whether the connection stays open.
+        """
+        cycle: Any = self.cycle  # the newest request of the connection; None before the first
+        if self._is_idle() or cycle.more_body:
+            return False
+        cycle.keep_alive = False  # closes the connection after the last response
+        self.loop.call_later(HALF_CLOSED_SECONDS, self._close_if_no_response, cycle)
+        return True
+
     def send_400_response(self, msg: str) -> None:
-        """Respond to bytes that are not an HTTP request, and parse nothing more on this connection."""
+        """Respond to bytes that are not an HTTP request, and parse nothing more on this connection.
+
+        If other responses are due or in progress, only end the connection after them: between their bytes, a client
+        would take this response for one of them.
+        """
         self._is_receiving = True
-        super().send_400_response(msg)
+        cycle: Any = self.cycle  # the newest request of the connection; None before the first
+        if self._is_idle() or (cycle.more_body and not cycle.response_started and not self.pipeline):
+            super().send_400_response(msg)
+        elif cycle.more_body and cycle.response_started:
+            transport: Any = self.transport
+            transport.close_now()  # the rest of the body cannot be read
+        else:
+            self.waiting_since = None
+            self._discards_input = True
+            cycle.keep_alive = False  # closes the connection after the last response
 
     def on_message_begin(self) -> None:
         """Begin to wait for the end of a head."""
@@ -227,6 +258,10 @@ class Protocol(HttpToolsProtocol):
         cycle: Any = self.cycle  # the newest request of the connection; None before the first
         return cycle is None or cycle.response_complete
 
+    def _close_if_no_response(self, cycle: Any) -> None:
+        if not cycle.response_started:
+            self.transport.close()
+
     def _is_draining(self) -> bool:
         return CONNECTION_CLOSE in self.server_state.default_headers
 
@@ -246,6 +281,7 @@ class Protocol(HttpToolsProtocol):
         if not self._is_receiving:
             return False
         self._lingering_since = perf_counter()
+        self._discards_input = True
         self.flow.resume_reading()
         return True
 

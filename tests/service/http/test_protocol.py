@@ -236,6 +236,60 @@ def open_sockets(server: ServerProcess) -> int:
     return count
 
 
+# Clients that end their side of the connection, or send bytes that are not HTTP, before they have their responses
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_client_that_sends_nothing_more_after_its_requests_gets_every_response(
+    server: ServerProcess, count: int
+) -> None:
+    with server.connect() as connection:
+        connection.sendall(post("/sample", SAMPLE, JSON_TYPE) * count)
+        connection.shutdown(socket.SHUT_WR)
+        received = read_to_end(connection)
+    assert received.count(b"HTTP/1.1 200") == received.count(b'"seed":7') == count
+    assert received.count(b"connection: close") == 1
+
+
+def test_client_that_sends_nothing_more_after_its_rows_gets_the_whole_stream(server: ServerProcess) -> None:
+    rows = b"[%b]\n" % b",".join([b"0.1"] * 64) * 3000
+    with server.connect() as connection:
+        connection.sendall(post("/anomaly", rows, *NDJSON))
+        connection.shutdown(socket.SHUT_WR)
+        received = read_to_end(connection)
+    assert b'"rows":3000' in received
+    assert received.endswith(b"0\r\n\r\n")
+
+
+def test_request_whose_body_is_cut_off_by_the_end_of_the_connection_gets_no_response(server: ServerProcess) -> None:
+    with server.connect() as connection:
+        connection.sendall(post("/sample", SAMPLE, JSON_TYPE)[:-1])
+        connection.shutdown(socket.SHUT_WR)
+        assert read_to_end(connection) == b""
+
+
+@pytest.mark.parametrize("rest", [b"GARBAGE\r\n\r\n", b"GET / HTTP/1.1\r\nno colon\r\n\r\n", b"X" * 100_000])
+def test_requests_before_bytes_that_are_not_http_get_their_responses(server: ServerProcess, rest: bytes) -> None:
+    with server.connect() as connection:
+        connection.sendall(post("/sample", SAMPLE, JSON_TYPE) * 2 + rest)
+        received = read_to_end(connection)
+    assert received.count(b"HTTP/1.1 ") == received.count(b'"seed":7') == 2
+
+
+def test_stream_is_not_continued_by_another_response_if_a_chunk_of_the_request_is_malformed(
+    server: ServerProcess,
+) -> None:
+    row = b"[%b]\n" % b",".join([b"0.1"] * 64)
+    head = ["POST /anomaly HTTP/1.1", "Host: elbo", *NDJSON, "Transfer-Encoding: chunked", "", ""]
+    with server.connect() as connection:
+        connection.sendall("\r\n".join(head).encode() + b"%x\r\n%b\r\n" % (len(row), row))
+        received = connection.recv(65536)
+        connection.sendall(b"not a size\r\n")
+        received += read_to_end(connection)
+    assert received.count(b'"row":0') == 1
+    assert received.count(b"HTTP/1.1 ") == 1
+
+
 # Responses that are ready before the request has arrived
 
 
