@@ -1,4 +1,4 @@
-"""Warn a client that sends pixels in another range than the model's, such as 0 to 255 to a model of 0 to 1."""
+"""Warn a client whose pixels are in another range than the model's, such as 0 to 255 instead of 0 to 1."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ from service.endpoints import offload
 from service.inference.served_model import ServedModel
 
 Array = npt.NDArray[np.float32]
-LARGE_ERROR = 0.05  # mean squared error from which on the range of a row is checked, relative to the squared range
+LARGE_ERROR = 0.05  # pixels are checked if the mean squared error of a row exceeds this share of the squared range
 
 
 async def pixel_fields(served: ServedModel, *rows: Array) -> dict[str, str]:
@@ -34,7 +34,7 @@ def pixel_warning(served: ServedModel, *rows: Array) -> str | None:
 def may_be_out_of_range(served: ServedModel, x: Array, errors: Array) -> bool:
     """Return false if it is certain that `pixel_warning` has nothing to say about rows x [N, D].
 
-    This takes less than a microsecond for one row, whereas the smallest and the largest value take several.
+    This takes less than a microsecond for one row; finding the smallest and the largest value takes several.
 
     Args:
         errors: mean squared reconstruction errors, [N]. If pixels are far out of range, at least one is large.
@@ -46,5 +46,5 @@ def may_be_out_of_range(served: ServedModel, x: Array, errors: Array) -> bool:
     largest = errors[0] if len(errors) == 1 else errors.max(initial=0.0)
     if not largest <= LARGE_ERROR * span * span:
         return True
-    # Rows can be too dark only for a model with a wide range. Their mean square is then small.
+    # Pixels can be too dark only for a model with a wide range, and the mean square of dark pixels is small.
     return span >= WIDE_SPAN and float(np.vdot(x, x)) <= x.size * (abs(pixel_range[0]) + span / DARK_SHARE) ** 2

@@ -12,10 +12,13 @@ from models.whitening import Whitening
 MAX_FULL_WIDTH = 2048
 PSEUDO_ROWS = 3.0  # number of pseudo rows that contribute to each variance; see `fit_whitening`
 MIN_RELATIVE_VARIANCE = 1e-12  # a coordinate with less variance than this share of the usual variance is constant
-MIN_EFFECTIVE_ROWS = 10.0  # a small variance is trusted in a direction in which at least this many rows vary
-MIN_ROWS = 30  # with fewer rows, no small variance is trusted: its standard error exceeds a quarter of it
-ORDINARY_SHARE = 0.9  # the likelihood ignores the other rows, such as those in which a rare column deviates
-# A break of 30 standard deviations is at least 30 * sqrt(0.1) = 9.5 standard deviations in a hidden direction.
+MIN_EFFECTIVE_ROWS = 10.0  # a small variance is trusted only if at least this many rows vary in its direction
+MIN_ROWS = 30  # with fewer rows, the standard error of a variance exceeds a quarter of it, so no small one is trusted
+# The likelihood uses this share of the rows. It ignores the least likely ones, such as those in which a column that is
+# usually constant deviates.
+ORDINARY_SHARE = 0.9
+# An estimate that overstates the variance of a direction at most tenfold is kept: with it, a break of 30 true standard
+# deviations still appears as at least 30 * sqrt(0.1) = 9.5 standard deviations.
 HIDDEN_SHARE = 0.1
 # Candidates for the weight of the identity. The smallest one is far above the rounding errors of float32 rows: their
 # relative variance is about 1e-14.
@@ -35,9 +38,10 @@ def fit_whitening(
     constant over these N rows may change in later rows. Each variance is therefore estimated as if there were
     PSEUDO_ROWS more rows, each of them one usual standard deviation away from the mean.
 
-    Both are cautious: they hide the small variances of columns that nearly repeat each other. A second estimate
-    measures those by the likelihood of the rows (see `choose_shrinkage`). It replaces the first one in the directions
-    in which the first one overstates the variance by more than a factor of 1 / HIDDEN_SHARE.
+    Shrinkage and pseudo rows make this estimate cautious: it hides the small variances of columns that nearly repeat
+    each other. A second estimate is shrunk only as much as the likelihood of the rows suggests (see
+    `choose_shrinkage`). It replaces the cautious estimate in directions in which the cautious variance is too large by
+    more than a factor of 1 / HIDDEN_SHARE.
 
     Args:
         usual_variance: the variance that is expected without data: a scalar, or one value per coordinate, [V].
@@ -76,14 +80,15 @@ def choose_shrinkage(vectors: Tensor, correlation: Tensor) -> float:
     The likelihood is the Gaussian density of each row under the matrix that is estimated from all other rows (Theiler,
     "The incredible shrinking covariance estimator", 2012, section 2.3; Hoffbeck & Landgrebe, "Covariance matrix
     estimation and classification with limited training data", 1996). It depends on the relative error of each
-    eigenvalue. The Frobenius loss of Ledoit & Wolf 2004 does not: it depends on the large eigenvalues only, and so its
-    weight hides the small ones, which columns that nearly repeat each other have.
+    eigenvalue. The Frobenius loss of Ledoit & Wolf 2004, however, depends on the large eigenvalues only. The weight
+    that minimises it therefore hides small eigenvalues, which occur if columns nearly repeat each other.
 
     Args:
         vectors: centred rows, divided by the standard deviations, [N, V], N > 1.
         correlation: the sample correlation of all rows, [V, V].
     """
-    some = torch.from_numpy(np.unique(vectors[:SHRINKAGE_ROWS].numpy(), axis=0))  # a copy of a row would predict it
+    # Each row is predicted from the others, so a row must not have a copy among them.
+    some = torch.from_numpy(np.unique(vectors[:SHRINKAGE_ROWS].numpy(), axis=0))
     rows = len(some)
     if rows < MIN_ROWS:
         return 1.0
@@ -163,12 +168,12 @@ def _likely_covariance(centred: Tensor, cautious: Tensor, usual_variance: Tensor
 
 
 def _reveal_small_variances(cautious: Tensor, centred: Tensor, usual_variance: Tensor) -> Tensor:
-    """Return the covariance `cautious` [V, V] with smaller variances where it hides those of centred rows [N, V].
+    """Return the covariance `cautious` [V, V] with the small variances of centred rows [N, V] that it hides.
 
-    In coordinates in which `cautious` is the identity, the eigenvalues of the likely covariance are the ratios of the
-    two variances. A direction takes its likely variance if the ratio is below HIDDEN_SHARE times (1 - sqrt(V / N))^2,
-    and if enough rows vary in this direction. Even if all true ratios are 1, the ratios of N rows can be as small as
-    (1 - sqrt(V / N))^2 by chance (Marchenko & Pastur 1967).
+    In coordinates in which `cautious` is the identity, each eigenvalue of the likely covariance is the ratio of the
+    likely variance to the cautious variance in one direction. Even if all true ratios are 1, the ratios of N rows can
+    be as small as (1 - sqrt(V / N))^2 by chance (Marchenko & Pastur 1967). The likely variance therefore replaces the
+    cautious one only if the ratio is below HIDDEN_SHARE times this limit, and if enough rows vary in the direction.
     """
     rows, width = centred.shape
     by_chance = max(0.0, 1.0 - math.sqrt(width / rows)) ** 2

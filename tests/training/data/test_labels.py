@@ -17,7 +17,7 @@ RANDOM = np.random.RandomState(0)
 
 
 def labelled(path: Path, column: str, labels: list[Any], normal: tuple[str, ...] = ()) -> Table:
-    """Return the rows of a file with the features a and b and a column of labels, read for a model of a and b."""
+    """Write a table with the features a and b and a column of labels, and read it for a model trained on a and b."""
     trained = path.parent / "trained.csv"
     trained.write_text("a,b\n1,2\n3,4\n")
     frame = pl.DataFrame({"a": range(len(labels)), column: labels, "b": [i * i for i in range(len(labels))]})
@@ -181,7 +181,7 @@ def test_label_column_in_training_data_is_not_a_feature_and_a_note_says_so(
     assert read_table(str(path), keep=[column]).names == ["a", column, "b"]
 
 
-def test_column_with_the_name_of_labels_and_other_values_is_a_feature_with_a_note(tmp_path: Path) -> None:
+def test_column_named_like_labels_but_with_other_values_is_a_feature_and_a_note_says_so(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("x,y,z\n1,2.5,3\n5,1.5,6\n2,0.5,7\n")
     table = read_table(str(tmp_path / "a.csv"))
     assert table.names == ["x", "y", "z"]

@@ -35,7 +35,7 @@ def test_small_paired_difference_is_significant_if_the_models_share_the_noise() 
     assert significant_wins({"one": {"a": shared}, "two": {"a": shared + better}}) == [("two", "one", "a")]
 
 
-def test_swapped_rows_take_a_tenth_of_the_values_but_at_least_one_from_the_previous_row() -> None:
+def test_swapping_takes_a_tenth_of_the_values_and_at_least_one_from_the_previous_row() -> None:
     x = torch.arange(50.0).unsqueeze(1).expand(50, 20)
     swapped, previous_row = swap_values(x, seed=0), x.roll(1, dims=0)
     assert ((swapped != x).sum(dim=1) == 2).all()

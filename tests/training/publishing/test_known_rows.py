@@ -1,4 +1,4 @@
-"""`elbo calibrate` refuses rows that trained the model, and rows of which all are flagged."""
+"""`elbo calibrate` refuses rows that trained the model, and a table whose rows are all flagged."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +42,7 @@ def train(capsys: pytest.CaptureFixture[str], folder: Path, *options: str, rows:
         (lambda x: x, 6),  # saved again with fewer digits
     ],
 )
-def test_calibrate_refuses_rows_that_trained_the_model_in_any_order_or_part(
+def test_calibrate_refuses_training_rows_even_if_they_are_reordered_or_only_a_part(
     choose: Callable[[Rows], Rows], digits: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folders = train(capsys, tmp_path)
@@ -69,7 +69,7 @@ def test_calibrate_keeps_the_hashes_so_that_the_next_version_refuses_the_trainin
 
 
 @pytest.mark.slow
-def test_calibrate_accepts_new_rows_of_a_table_in_which_rows_repeat_by_themselves(
+def test_calibrate_accepts_new_rows_that_equal_training_rows_by_chance(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def counts(seed: int) -> Rows:
