@@ -67,7 +67,8 @@ def read_fields(
             `width` numbers.
         width: the number of values per row.
         extra_readers: for each further media type, the function that reads its bodies.
-        picture: the row that a PNG or JPEG body becomes; None if the endpoint or the model takes no pictures.
+        picture: the shape and pixel range of the row to make of a PNG or JPEG body; None if the endpoint or the model
+            takes no pictures.
 
     Raises:
         UnsupportedMediaType, InvalidJson, InvalidNpy, InvalidSafetensors, InvalidPicture, and the errors of
@@ -131,7 +132,7 @@ def read_json(body: bytes) -> RequestFields:
 
 def _may_nest_booleans(body: bytes, document: dict[str, Any]) -> bool:
     """Return whether a list or object in a field of `document` may contain a boolean."""
-    # A search for one byte is fast. A body without r contains no `true`, and a body without f contains no `false`.
+    # A search for one byte is fast, and without the letters r and f, the body contains neither `true` nor `false`.
     if b"r" not in body and b"f" not in body:
         return False
     top_level = sum(type(value) is bool for value in document.values())

@@ -17,7 +17,7 @@ from service.http.admission import Ticket
 from service.monitoring.request_record import RequestRecord
 
 MAX_REQUEST_ID = 128  # characters
-LIST_HEADERS = (b"accept", b"content-encoding")  # their values are lists, which may span lines (RFC 9110, 5.3)
+LIST_HEADERS = (b"accept", b"content-encoding")  # a request may split the list over several lines (RFC 9110, 5.3)
 MAX_CACHED_QUERY = 512  # bytes; the parsed forms of shorter queries are cached
 _REQUEST_KEY = "elbo.request"  # key of the RequestContext in an ASGI scope
 _SERVER_TIMING = b"parse;dur=%.3f, queue;dur=%.3f, compute;dur=%.3f, write;dur=%.3f, total;dur=%.3f"  # milliseconds
@@ -71,11 +71,11 @@ class RequestContext:
         receive: the ASGI callable that receives messages.
         send: the ASGI callable that sends messages.
         limits: limits on the bodies of the request and the response.
-        ticket: the resources of the request. The ticket counts the bytes of the body as held until `finish` is called.
+        ticket: the resources of the request. The bytes of the body count as held in memory until `finish` is called.
 
     Attributes:
-        headers: the request headers by lower-case name. If a name occurs several times, the lines of a header in
-            LIST_HEADERS are joined; of any other header, the first line is kept.
+        headers: the request headers by lower-case name. If several lines have the same name, their values are
+            joined for a header in LIST_HEADERS. For any other header, only the first value is kept.
         record: the data about the request for the metrics and the access log.
         response_started: whether the head of the response has been sent.
     """
@@ -266,7 +266,7 @@ _parse_query_cached = lru_cache(maxsize=1024)(_parse_query)
 
 
 def _join_lists(headers: dict[bytes, bytes], lines: Iterable[Header]) -> None:
-    """Join the lines of each header in LIST_HEADERS in `headers`. `lines`: all header lines of the request."""
+    """Set each list header in `headers` to the joined values of its lines. `lines`: all header lines of the request."""
     for name in LIST_HEADERS:
         if name in headers:
             headers[name] = b", ".join(value for other, value in lines if other == name)

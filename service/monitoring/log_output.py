@@ -36,7 +36,7 @@ class LogOutput:
 
         Args:
             lines: complete lines.
-            seconds: how long to wait, in total, while the reader reads nothing.
+            seconds: after this time, `write` no longer waits for a blocked reader.
 
         Raises:
             Blocked: the reader did not read the lines in time.
@@ -51,7 +51,7 @@ class LogOutput:
         try:
             while start < len(lines):
                 end = len(lines)
-                if end - start > max_bytes:  # write the lines that fit in max_bytes, or a part of one that is longer
+                if end - start > max_bytes:  # write the lines that fit, or only a part of the first if it is too long
                     end = lines.rfind(b"\n", start, start + max_bytes) + 1 or start + max_bytes
                 if not self._wait_until_writable(deadline):
                     raise Blocked(lines.count(b"\n", self._is_torn, start))
@@ -63,6 +63,5 @@ class LogOutput:
     def _wait_until_writable(self, deadline: float) -> bool:
         poll = select.poll()
         poll.register(self._descriptor, select.POLLOUT)
-        return bool(
-            poll.poll(max(0.0, deadline - monotonic()) * 1e3)
-        )  # true also after an error, which os.write raises
+        # `poll` also returns events if the descriptor has an error; os.write then raises the error.
+        return bool(poll.poll(max(0.0, deadline - monotonic()) * 1e3))

@@ -269,7 +269,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def test_every_worker_responds_with_the_output_of_the_module(
+def test_every_worker_reconstructs_rows_as_the_pytorch_module_does(
     start: Callable[..., ServerProcess], artifacts: Path, vae: Artifact, digits: np.ndarray
 ) -> None:
     import torch

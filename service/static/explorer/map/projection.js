@@ -7,7 +7,7 @@ export const PRINCIPAL_AXES = "pc";
 
 /**
  * The plane along two latents ("i,j"), or along the two principal components of `codes` ("pc"). The axes of the map
- * cross at latent 0, or, for principal components, at `centre`: the contours of the prior have the same centre.
+ * cross at latent 0. The axes of principal components cross at `centre` instead, the centre of the prior's contours.
  */
 export function createPlane(codes, axes, centre) {
   const size = centre.length;

@@ -1,4 +1,4 @@
-// Small maps of all models of the same rows, side by side.
+// Small maps side by side, one for each model that takes rows of the same shape.
 
 import { decode, describeModel } from "../../lib/api.js";
 import { isAbort } from "../../lib/errors.js";
