@@ -64,7 +64,7 @@ class RecordKeys:
         return record
 
     def names(self, titles: Sequence[str]) -> list[str]:
-        """Return the key for each title in the header of a CSV. A title that means nothing known stays as it is.
+        """Return the key for each title in the header of a CSV. A title without a known meaning is kept.
 
         Raises:
             InvalidRows: two titles mean the same feature, or the unit of a title is not the unit of its feature.
@@ -77,7 +77,7 @@ class RecordKeys:
         return [aliases.get(title, title) for title in titles]
 
     def mismatch(self, lacking: Sequence[str], keys: Collection[str]) -> str:
-        """Return a clause about the unknown names among `keys` if they forbid that features are missing, else "".
+        """Return a clause about the unknown names in `keys` if they make missing features an error, else "".
 
         `lacking`: the features without a key.
         """
@@ -119,7 +119,7 @@ class RecordKeys:
         return record
 
     def _aliases(self, extra: Sequence[str], keys: Collection[str]) -> dict[str, str]:
-        """Return, for each key in `extra` that means something known, what it means. `keys`: all keys of the record."""
+        """Return the meaning of each key in `extra` that has a known meaning. `keys`: all keys of the record."""
         aliases: dict[str, str] = {}
         first_keys: dict[str, str] = {}  # for each meaning, the first key that has it
         for key in extra:
@@ -139,7 +139,7 @@ class RecordKeys:
         return aliases
 
     def _meaning(self, key: str) -> str | None:
-        """Return the feature, or the key of the time or the group, that `key` means. Raises InvalidRows."""
+        """Return what `key` means: a feature, the key of the time, or the key of the group. Raises InvalidRows."""
         if key in self._meanings:
             return self._meanings[key]
         meaning = self._schema.titles.find(key)

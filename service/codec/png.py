@@ -56,8 +56,8 @@ def _tiles(
 ) -> npt.NDArray[Any]:
     """Return the rows as magnified tiles, [N, h, w, C].
 
-    Grey tiles of images of more than 8 bits have 16 bits and the values of the rows, so that no depth is lost and the
-    PNG can be sent back as a picture. Pillow cannot write colours of 16 bits.
+    If grey images have more than 8 bits, their tiles have 16 bits and keep the values of the rows. No depth is lost,
+    and the PNG can be sent back as a picture. Pillow cannot write colours of 16 bits.
     """
     black, white = pixel_range
     height, width = shape[0], shape[1]

@@ -94,7 +94,7 @@ def test_whitening_distance_is_the_mahalanobis_distance_under_the_regularised_co
 
 
 @pytest.mark.parametrize("rows", [30, 100, 1000])
-def test_distance_of_a_break_approaches_the_exact_distance_as_the_rows_of_repeated_columns_grow(rows: int) -> None:
+def test_distance_of_a_broken_row_approaches_the_exact_distance_as_rows_are_added(rows: int) -> None:
     """Five columns repeat one load with noise of 0.001. In the broken row, column 2 deviates by 0.03."""
     random, noise = np.random.RandomState(0), 1e-3
     vectors = random.standard_normal((rows, 1)) + noise * random.standard_normal((rows, D))

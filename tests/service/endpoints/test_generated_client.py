@@ -34,7 +34,7 @@ def document(client: httpx.Client) -> dict[str, Any]:
 def generator_config(document: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration of the generator.
 
-    The generator can send JSON, forms and octet streams. Its way to send another type is to read it as octet stream.
+    The generator can send JSON, forms and octet streams. The configuration makes it send other types as octet streams.
     """
     operations = [operation for path in document["paths"].values() for operation in path.values()]
     types = {name for operation in operations for name in operation.get("requestBody", {}).get("content", {})}
@@ -87,7 +87,8 @@ def body(name: str, **fields: Any) -> Any:
 ROW = [0.5] * 64
 LATENTS = [0.1] * 16
 ENDS = {"start": {"input": ROW}, "end": {"latent": LATENTS}}
-# By operation id: the tag, the schema and the fields of a JSON body, and the other arguments.
+# For each operation id: its tag, the schema of its JSON body ("" without one), the fields of this body, and the other
+# arguments of the call.
 CALLS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "encode": ("models", "EncodeBody", {"inputs": [ROW]}, {"model": "vae"}),
     "decode": ("models", "DecodeBody", {"latents": [LATENTS]}, {"model": "vae@1"}),
@@ -143,7 +144,7 @@ OPTIONS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("operation", "options", "expected"), OPTIONS)
-def test_generated_client_passes_options_in_the_query_beside_an_array(
+def test_generated_client_sends_options_in_the_query_if_the_body_is_not_json(
     api: Any, generated: ModuleType, operation: str, options: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     types = importlib.import_module(f"{generated.__name__}.types")
