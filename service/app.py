@@ -56,8 +56,8 @@ def create_app(settings: Settings, counters: SharedCounters | None = None) -> Fa
     """Return the application.
 
     `app.state.service` is its `ServiceContext`. `app.state.protocol` is uvicorn's HTTP protocol with admission control.
-    Another protocol refuses a request only after its task has started, does not limit every wait for a client, and may
-    lose the body of a request that offers an upgrade.
+    The application also runs under another protocol, with three drawbacks: a request is refused only after its task has
+    started, some waits for a client have no time limit, and the body of a request that offers an upgrade may be lost.
 
     `RequestMiddleware` replaces FastAPI's whole middleware stack. The outermost layer of that stack would turn errors
     into responses of its own format before `RequestMiddleware` could handle them.
@@ -172,7 +172,7 @@ def _lifespan(
         finally:
             service.draining = True
             await scanning.close()
-            await receiver.close()  # before the batcher, which scores the receiver's last rows
+            await receiver.close()  # while the batcher can still score the receiver's last rows
             await service.batcher.close()
             await monitor.close()
             await access.close()

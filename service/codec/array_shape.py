@@ -10,7 +10,8 @@ _MAX_NUMBERS = 2**60  # numpy counts bytes in signed 64-bit integers, and a numb
 def is_possible(shape: Sequence[object]) -> bool:
     """Return whether numpy can create an array of this shape.
 
-    Lengths must be possible together even if one of them is 0, although such an array has no numbers.
+    If one length is 0, the array has no numbers, but numpy still refuses it if the product of the other lengths is too
+    large.
     """
     lengths = [length for length in shape if type(length) is int and length >= 0]  # bool is a subclass of int
     is_valid = len(lengths) == len(shape) <= MAX_DIMENSIONS

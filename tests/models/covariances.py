@@ -32,7 +32,8 @@ def regularised_covariance(
     covariance = correlation * np.outer(deviation, deviation)
     revealed = 0
     if rows >= MIN_ROWS:
-        # Each column v has v' covariance v = 1 and v' likely v = ratio.
+        # For each column v of `directions`, v.T @ covariance @ v is 1 and v.T @ likely @ v is the ratio of v.
+        # Here `likely` is likely_covariance(centred).
         ratios, directions = eigh(likely_covariance(centred), covariance)
         squares = (centred @ directions) ** 2
         effective = squares.sum(axis=0) ** 2 / (squares**2).sum(axis=0)

@@ -15,10 +15,10 @@ Layout = Literal["nhwc", "nchw", "ntc", "flat"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 USUAL_RANGES = ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0))  # values of black and white
 COLOURS = (1, 3)  # number of channels of an image
-MIN_SIDE = 5  # a shorter side of [C, H, W] may be something else
+MIN_SIDE = 5  # a shorter axis may be something other than the height or the width of an image
 SMALL_RANGE = 0.1  # a channel is small if its range is at most this share of the range of all channels
-MAX_CHANNELS = 16  # a series with more channels is recognised only by small channels between large ones
-MANY_SMALL = 0.5  # from this share of small channels on, the channels are no columns of an image
+MAX_CHANNELS = 16  # more channels than this may instead be the rows or columns of an image
+MANY_SMALL = 0.5  # if at least this share of the channels is small, they are not the rows or columns of an image
 
 Doubles = npt.NDArray[np.float64]
 
@@ -64,7 +64,7 @@ def recognise(shape: tuple[int, ...], dtype: np.dtype[np.generic], low: Doubles,
 
 
 def _may_be_side_of_image(shape: tuple[int, ...], axis: int) -> bool:
-    """Return whether `axis` may be the height or the width of an image: not few channels along a longer side."""
+    """Return whether `axis` may be the height or width of an image. A short axis beside a much longer one cannot."""
     count, longest = shape[axis], max(shape)
     if len(shape) > 2 and axis > 0:
         return False
@@ -72,7 +72,7 @@ def _may_be_side_of_image(shape: tuple[int, ...], axis: int) -> bool:
 
 
 def _can_be_pixels(low: Doubles, high: Doubles) -> bool:
-    """Return whether the values are in a usual range of pixels, not negative, or at least whole numbers."""
+    """Return whether all values are in a usual range of pixels, or none is negative, or all are whole numbers."""
     least, most = float(np.nanmin(low)), float(np.nanmax(high))
     usual = any(black <= least and most <= white for black, white in USUAL_RANGES)
     whole = bool(np.array_equal(low, np.rint(low)) and np.array_equal(high, np.rint(high)))
@@ -83,8 +83,8 @@ def _have_different_ranges(low: Doubles, high: Doubles, axis: int, may_be_column
     """Return whether the channels along `axis` are measurements of different scales.
 
     Args:
-        may_be_columns: whether the channels may be the rows or columns of an image. The outer columns of an image often
-            are nearly empty, so small channels then count only between large ones.
+        may_be_columns: whether the channels may be the rows or columns of an image. If so, a few small channels
+            count only if they lie between large ones: the outer columns of an image are often nearly empty.
     """
     others = tuple(other for other in range(low.ndim) if other != axis)
     low, high = np.nanmin(low, axis=others), np.nanmax(high, axis=others)  # [C], [C]

@@ -40,7 +40,7 @@ MAX_HELD_OUT_ROWS = 50_000
 MAX_HELD_OUT_BYTES = 64 << 20
 MIN_DISTINCT = 256  # a note warns if float32 has fewer distinct values than this in the range of a column
 MAX_EXACT_INTEGER = 2.0**24  # float32 holds all integers up to this value
-FEW_VALUES = 10  # a note warns if a column has fewer values than this, and at least as many missing values
+FEW_VALUES = 10  # a note warns if a column has fewer values than this, and this many missing values or more
 LISTED_NAMES = 3  # number of features that a note lists before "and N more"
 PIXEL_RANGES = ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0))
 
@@ -63,7 +63,8 @@ class Table:
     # None if the source has no labels, or if it is unknown which labels mean normal.
     normal: npt.NDArray[np.bool_] | None = field(default=None, kw_only=True)
     anomalous: npt.NDArray[np.bool_] | None = field(default=None, kw_only=True)
-    pixel_warning: str | None = field(default=None, kw_only=True)  # rows for a model of images: in another pixel range
+    # A warning if the rows are for a model of images but their pixel range is not the model's.
+    pixel_warning: str | None = field(default=None, kw_only=True)
     present_labels: list[str] = field(default_factory=list, kw_only=True)  # the different labels of the source
 
     @cached_property
@@ -83,7 +84,7 @@ class Table:
 
     @cached_property
     def neighbour_correlations(self) -> npt.NDArray[np.float64]:
-        """For each column, the rank correlation between a distinct row and the next one in the file, [D]."""
+        """For each column, the rank correlation between a distinct row and the next distinct row in the file, [D]."""
         return neighbour_correlations(self.x, self.copies.first_rows, self.labels)
 
     @cached_property
@@ -112,9 +113,9 @@ class Split:
 def split_rows(count: int, seed: int, width: int = 1, copies: Copies | None = None) -> Split:
     """Split `count` rows at random: 70 % fit, 10 % held out, 20 % calibration, at least one row each.
 
-    Copies of a row stay together. The percentages are those of the distinct rows. The fit rows contain all copies of
-    their rows. Of a held-out row or a calibration row, only the first copy is used, because a calibration row counts
-    only once.
+    Copies of a row stay together. The percentages are those of the distinct rows. If a row is a fit row, all its copies
+    are fit rows. If it is a held-out row or a calibration row, its further copies are in none of the three sets,
+    because calibration counts a row only once.
 
     Held-out and calibration rows are kept in memory, so each of these sets has at most MAX_HELD_OUT_ROWS rows and
     MAX_HELD_OUT_BYTES bytes. All other rows are fit rows. The same arguments give the same split.
@@ -282,7 +283,7 @@ def open_for_model(
     Args:
         escape: as for `read_for_model`.
         tolerant: whether faulty rows are recorded instead of raising DataError.
-        extra: if tolerant: further columns whose cells are recorded.
+        extra: names of further columns whose cells are recorded; ignored unless `tolerant` is true.
 
     Raises:
         DataError: the source does not exist, or the model cannot take its rows.
@@ -347,7 +348,7 @@ def _training_notes(labels: Labels) -> list[str]:
 
 
 def _describe_layout(shape: tuple[int, ...], pixel_range: tuple[float, float] | None, layout: Layout) -> str:
-    """Return what the dimensions of an array were taken for."""
+    """Return a note that says how Elbo understood the dimensions of an array."""
     text = " x ".join(map(str, shape))
     if pixel_range is None:
         return (
@@ -423,7 +424,7 @@ def _notes(names: Sequence[str], statistics: ColumnStatistics) -> list[str]:
 
 
 def _white(largest: float) -> float:
-    """Return the largest value of images of 9 to 16 bits that contain the value `largest`: 2^bits - 1."""
+    """Return the value of white, 2^bits - 1, for the smallest number of bits, at least 9, that can hold `largest`."""
     return float(2 ** max(9, int(largest).bit_length()) - 1)
 
 

@@ -80,7 +80,7 @@ async def run_if_admitted(
     return await batcher.run(model, operation, x)
 
 
-def test_request_is_refused_with_a_retry_after_if_the_queue_is_full(vae: Artifact) -> None:
+def test_request_refused_because_the_queue_is_full_gets_a_retry_after_header(vae: Artifact) -> None:
     model = BareModel(select_backend(vae, requested="torchscript").backend)
     operation = reconstruct(gaps=False)
 
@@ -194,7 +194,7 @@ def test_flood_of_requests_gets_prompt_refusals_and_correct_responses(
     assert process.stop() == 0
 
 
-def test_request_is_refused_before_its_body_arrives_and_may_be_repeated_if_the_queue_is_full(artifacts: Path) -> None:
+def test_request_is_refused_before_its_body_arrives_if_the_queue_is_full_and_may_be_sent_again(artifacts: Path) -> None:
     async def scenario() -> None:
         async with serving(Settings(artifacts=artifacts, max_rows=3, queue_rows=3)) as (service, port):
             gate = Gate()
