@@ -87,6 +87,7 @@ def test_faulty_cell_costs_only_its_row(
 
 FAULTY_LINES = [
     ("1,2,x,4,5", "column 'disk': expected a number, got 'x'"),
+    ("1,2,true,4,5", "column 'disk': expected a number, got 'true'"),
     ("1,2,3,4", "the line has 4 values, but the header has 5"),
     ("1,2,3,4,5,6", "the line has 6 values, but the header has 5"),
     ("1,2,,4,5", "column 'disk' has no value"),

@@ -169,6 +169,8 @@ class Column:
         if number.null_count():
             lower = text.str.to_lowercase()
             boolean = lower.is_in(TRUE | FALSE)
+            if self.other_cells is not None and not self._is_binary_with(number):
+                boolean = pl.zeros(len(number), pl.Boolean, eager=True)  # each costs its row, as in a request
             non_number = (number.is_null() & ~(text.is_null() | lower.is_in(MISSING) | boolean)).arg_true()
             if boolean.any():
                 first = int(boolean.arg_true()[0])
@@ -184,6 +186,10 @@ class Column:
                 if self.other_cells is not None:
                     self.other_cells += [NonNumericCell(row + index, text[index], "text") for index in non_number]
         return number.fill_null(float("nan")).to_numpy()
+
+    def _is_binary_with(self, number: "pl.Series") -> bool:
+        """Return whether 0 and 1 are the only numbers among the cells read so far and in `number`."""
+        return self.binary and bool(number.drop_nulls().drop_nans().is_in([0.0, 1.0]).all())
 
     def _read_typed(self, cells: "pl.Series", row: int) -> Floats:
         import polars as pl
