@@ -74,9 +74,10 @@ class RequestMiddleware:
                 await self._pass_on(request)
         except Exception as error:
             problem = as_service_error(request, error)
-            if request.response_started:
-                raise
-            await request.respond_with_error(problem)
+            if not request.response_started:
+                await request.respond_with_error(problem)
+            elif not isinstance(error, ClientDisconnect):
+                raise  # closes the connection, so that the client does not take the response for a complete one
         finally:
             request.finish()
             self._metrics.count(request.record)

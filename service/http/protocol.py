@@ -102,7 +102,7 @@ class Protocol(HttpToolsProtocol):
                 self._is_head_too_large = True
                 self.send_400_response("The head of the request is too large.")
 
-    def eof_received(self) -> bool:
+    def eof_received(self) -> bool:  # type: ignore[override] # as in asyncio
         """Keep the connection open for responses to complete requests, although the client sends nothing more.
 
         Return whether the connection stays open.
@@ -111,7 +111,7 @@ class Protocol(HttpToolsProtocol):
         if self._is_idle() or cycle.more_body:
             return False
         cycle.keep_alive = False  # closes the connection after the last response
-        self.loop.call_later(HALF_CLOSED_SECONDS, self._close_if_no_response, cycle)
+        self.loop.call_later(HALF_CLOSED_SECONDS, self._close_if_no_response, cycle, bool(self.pipeline))
         return True
 
     def send_400_response(self, msg: str) -> None:
@@ -258,8 +258,18 @@ class Protocol(HttpToolsProtocol):
         cycle: Any = self.cycle  # the newest request of the connection; None before the first
         return cycle is None or cycle.response_complete
 
-    def _close_if_no_response(self, cycle: Any) -> None:
-        if not cycle.response_started:
+    def _close_if_no_response(self, cycle: Any, was_waiting: bool) -> None:
+        """Close the connection if the response to its last request has not begun.
+
+        Args:
+            cycle: the last request.
+            was_waiting: whether, a moment ago, the request still waited for the responses to earlier ones.
+        """
+        if cycle.response_started or self.transport.is_closing():
+            return
+        if was_waiting:
+            self.loop.call_later(HALF_CLOSED_SECONDS, self._close_if_no_response, cycle, bool(self.pipeline))
+        else:
             self.transport.close()
 
     def _is_draining(self) -> bool:

@@ -311,6 +311,16 @@ def test_request_is_logged_with_status_499_if_the_client_disconnects_while_it_se
     assert server.wait_for_log("request", request_id="half")["status"] == 499
 
 
+def test_client_that_disconnects_in_the_middle_of_a_stream_causes_no_error_in_the_log(server: ServerProcess) -> None:
+    types = "Content-Type: application/x-ndjson\r\nAccept: application/x-ndjson\r\nX-Request-Id: gone"
+    head = f"POST /anomaly HTTP/1.1\r\nHost: elbo\r\n{types}\r\nContent-Length: 100000\r\n\r\n"
+    with server.connect() as connection:
+        connection.sendall(head.encode() + json.dumps(ROW).encode() + b"\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+    server.wait_for_log("request", request_id="gone")
+    assert [line for line in server.lines if line["level"] == "error"] == []
+
+
 def test_stalled_clients_do_not_delay_other_requests(server: ServerProcess) -> None:
     stalled = [server.connect() for _ in range(50)]
     for connection in stalled:
