@@ -54,6 +54,11 @@ class LineSplitter:
         self._rest = b""
         self._skipping = False  # whether the current line is too long and is dropped up to its newline
 
+    @property
+    def has_incomplete_line(self) -> bool:
+        """Whether a line has begun that has not ended."""
+        return bool(self._rest) or self._skipping
+
     def feed(self, chunk: bytes) -> list[object]:
         """Parse the lines that end in `chunk`, and return one value per line that is not blank."""
         *lines, self._rest = (self._rest + chunk).split(b"\n")

@@ -7,6 +7,7 @@ while the client does not read the response, and stops scoring when the client d
 
 from collections.abc import AsyncIterator
 from functools import partial
+from time import perf_counter
 
 from starlette.requests import ClientDisconnect
 
@@ -21,7 +22,7 @@ from service.endpoints.pixel_warning import pixel_warning
 from service.endpoints.query_options import read_options
 from service.endpoints.scoring import run_when_free, score_rows
 from service.endpoints.validation import merge, validate
-from service.errors import InvalidField
+from service.errors import BodyTooSlow, InvalidField
 from service.http.middleware import as_service_error
 from service.http.request import HttpResponse, RequestContext
 from service.inference.served_model import ServedModel
@@ -76,11 +77,19 @@ class AnomalyStream:
         """Yield the lines of the rows, in order. The last line has the counts, or the error that ended the stream."""
         max_line_bytes = max(MAX_LINE_BYTES, MAX_NUMBER_BYTES * self._served.row_schema.width)
         splitter = ndjson.LineSplitter(max_line_bytes)
+        line_started = perf_counter()
         try:
             async for piece in self._unpacked_pieces():
                 records = await run_in_thread_if_long(partial(splitter.feed, piece), offload.RECORD_BYTE * len(piece))
                 if records:
                     yield await self._score(records)
+                if records or not splitter.has_incomplete_line:
+                    line_started = perf_counter()
+                elif perf_counter() - line_started > self._request.body_seconds:
+                    raise BodyTooSlow(
+                        f"a line had not arrived after {self._request.body_seconds:g} s",
+                        headers={"Connection": "close"},
+                    )
             if rest := splitter.finish():
                 yield await self._score(rest)
             yield ndjson.dumps(

@@ -108,6 +108,11 @@ class RequestContext:
         """The maximum size of a request body after decompression."""
         return self._limits.max_bytes
 
+    @property
+    def body_seconds(self) -> float:
+        """The time limit for a request body, or for one row of a stream, to arrive."""
+        return self._limits.seconds
+
     async def body(self) -> bytes:
         """Return the whole body.
 

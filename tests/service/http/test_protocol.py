@@ -236,6 +236,21 @@ def open_sockets(server: ServerProcess) -> int:
     return count
 
 
+def test_stream_ends_if_a_line_arrives_byte_by_byte_for_too_long(server: ServerProcess) -> None:
+    head = ["POST /anomaly HTTP/1.1", "Host: elbo", *NDJSON, "Content-Length: 100000", "", ""]
+    started = time.monotonic()
+    with server.connect() as connection:
+        connection.sendall("\r\n".join(head).encode())
+        connection.settimeout(0.1)
+        received = b""
+        while b"body_too_slow" not in received and time.monotonic() - started < 10:
+            connection.sendall(b" ")
+            with suppress(TimeoutError):
+                received += connection.recv(65536)
+    assert b"a line had not arrived after 1 s" in received
+    assert time.monotonic() - started >= TIMEOUT
+
+
 # Clients that end their side of the connection, or send bytes that are not HTTP, before they have their responses
 
 
