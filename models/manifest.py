@@ -142,6 +142,7 @@ class Manifest(_Frozen):
     log_scale: float = 0.0  # nats: log density in raw units = log density in model units - log_scale
     comparison: dict[str, dict[str, float]] = {}  # metrics of other models on the same held-out rows, by kind
     recalibration: Recalibration | None = None  # None if the model was not recalibrated
+    warnings: list[str] = []  # why the model may be of no use; see training.evaluation.worth
 
     @property
     def width(self) -> int:

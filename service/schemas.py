@@ -360,6 +360,10 @@ class ModelSummary(BaseModel):
         description="which of GET /models/{reference}/held-out, .../calibration and .../card are available"
     )
     metrics: dict[str, float] = Field(description="metrics on held-out rows")
+    warnings: list[str] = Field(
+        description="why the model may be of no use: it reconstructs worse than the mean or than PCA, or its threshold "
+        "flags almost nothing; empty for artifacts of earlier releases"
+    )
     calibration: Calibration
     device: str
     backend: BackendChoice

@@ -15,7 +15,7 @@ from training.data.table import Table, split_rows
 from training.errors import FitError
 from training.evaluation.metrics import held_out_metrics, pca_metrics
 from training.evaluation.model_selection import Candidate, compare
-from training.evaluation.worth import warnings
+from training.evaluation.worth import find_warnings
 from training.fitting.checkpoint import CheckpointStore, claim
 from training.fitting.distributed import ProcessGroup
 from training.fitting.pipeline import fit_pipeline
@@ -171,14 +171,14 @@ def _fit_candidate(
         baseline_pca=baseline_pca,
         seed=config.seed,
     )
-    notes, is_worse_than_mean = warnings(pipeline, baseline_pca, data)
-    for note in notes:
-        recorder.note(note)
+    warnings, is_worse_than_mean = find_warnings(pipeline, baseline_pca, data)
+    for warning in warnings:
+        report.note(warning)  # not to the recorder, because the manifest keeps the warnings
     # This must come last: `float` converts the PCA in place, and `held_out_metrics` needs the PCA in float64.
     if baseline_pca is not None:
         others["pca"] = pca_metrics(baseline_pca.float(), pipeline.scaling, data.held_out)
     recorder.done(metrics)
-    return Candidate(config, pipeline, metrics, others, recorder, is_worse_than_mean)
+    return Candidate(config, pipeline, metrics, others, recorder, warnings, is_worse_than_mean)
 
 
 def _finish(

@@ -110,6 +110,7 @@ def describe(served: ServedModel) -> dict[str, Any]:
         "pictures": served.has_png_output,
         "exhibits": [name.partition(".")[0] for name in served.exhibits],
         "metrics": manifest.metrics,
+        "warnings": manifest.warnings,
         "calibration": manifest.calibration.model_dump(),
         "device": str(served.backend.device),
         "backend": {

@@ -42,6 +42,7 @@ class Candidate:
     metrics: dict[str, float]
     others: dict[str, dict[str, float]]  # by kind: metrics of the models that this model was compared with
     recorder: HistoryRecorder
+    warnings: list[str]  # why the model may be of no use
     is_worse_than_mean: bool = False  # whether predicting the mean reconstructs held-out rows better
 
 

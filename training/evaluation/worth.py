@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from models.calibration import Calibration
 from models.pca import PCA
 from models.pipeline import Pipeline
 from training.fitting.prepared_data import PreparedData
@@ -13,9 +14,8 @@ TRIMMED_SHARE = 0.1  # share of the values that a trimmed mean ignores at each e
 STANDARD_ERRORS = 2.0  # a difference counts if it exceeds this many standard errors
 MIN_ROWS = 10  # with fewer held-out rows, nothing is said about reconstructions
 ALPHA = 0.05
-MAX_THRESHOLD = (
-    100.0  # in distances between the median and the lower quartile of the calibration scores; see `warnings`
-)
+MAX_THRESHOLD = 100.0  # in distances from the lower quartile to the median of the scores; see `threshold_warning`
+ABOUT_THRESHOLD = "WARNING: the threshold at alpha"  # how the text of `threshold_warning` starts
 BATCH = 4096  # rows per forward pass; limits the memory
 
 
@@ -40,7 +40,7 @@ def is_worse(errors: Tensor, baseline: Tensor) -> bool:
     return difference > STANDARD_ERRORS * error
 
 
-def warnings(pipeline: Pipeline, baseline_pca: PCA | None, data: PreparedData) -> tuple[list[str], bool]:
+def find_warnings(pipeline: Pipeline, baseline_pca: PCA | None, data: PreparedData) -> tuple[list[str], bool]:
     """Return warnings about a fitted model, and whether it reconstructs held-out rows worse than the mean does.
 
     Errors are compared row by row in model units, in which no column outweighs the others.
@@ -80,25 +80,25 @@ def warnings(pipeline: Pipeline, baseline_pca: PCA | None, data: PreparedData) -
                     "units). For a model that was trained to remove noise (--noise), this is expected; if "
                     "reconstructions matter, use --model pca"
                 )
-    if text := threshold_warning(pipeline):
+    if text := threshold_warning(pipeline.calibration):
         found.append(text)
     return found, worse_than_mean
 
 
-def threshold_warning(pipeline: Pipeline) -> str | None:
-    """Return a warning if the threshold at ALPHA is far above ordinary scores: the model then flags almost nothing.
+def threshold_warning(calibration: Calibration, alpha: float = ALPHA) -> str | None:
+    """Return a warning if the threshold at `alpha` is far above ordinary scores: the model then flags almost nothing.
 
     The scores of normal rows spread evenly: for a squared distance with one degree of freedom, the least even case,
     the threshold is 10 times as far above the median as the median is above the lower quartile.
     """
-    scores = pipeline.calibration.scores.double()
-    threshold = float(pipeline.calibration.threshold(ALPHA))
+    scores = calibration.scores.double()
+    threshold = float(calibration.threshold(alpha))
     quartile, median = scores.quantile(torch.tensor([0.25, 0.5], dtype=torch.float64)).tolist()
     spread = max(median - quartile, 1e-6 * max(1.0, abs(median)))
-    if len(scores) * ALPHA < 1 or threshold - median <= MAX_THRESHOLD * spread:
+    if len(scores) * alpha < 1 or threshold - median <= MAX_THRESHOLD * spread:
         return None
     return (
-        f"WARNING: the threshold at alpha {ALPHA:g} is {threshold:.3g}, but half of the calibration rows score below "
-        f"{median:.3g}: more than {ALPHA:.0%} of the calibration rows are extreme, so the model flags almost nothing; "
-        "calibrate it on normal rows with `elbo calibrate`"
+        f"{ABOUT_THRESHOLD} {alpha:g} is {threshold:.3g}, but half of the calibration rows score below "
+        f"{median:.3g}: about {100 * alpha:g} % of the calibration rows or more are extreme, so the model "
+        "flags almost nothing; calibrate it on normal rows with `elbo calibrate`"
     )

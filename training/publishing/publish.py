@@ -155,4 +155,5 @@ def _manifest(
         spectrum=data.spectrum(pipeline.scaling).tolist(),
         total_variance=float(scaled.variance.sum()),
         log_scale=density_scale(pipeline.core, pipeline.scaling),
+        warnings=chosen.warnings,
     )

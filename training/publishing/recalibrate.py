@@ -26,6 +26,7 @@ from training.data.table import MAX_HELD_OUT_ROWS, Table
 from training.errors import DataError, FitError
 from training.evaluation.alarm_rates import alarm_rate
 from training.evaluation.score import batches, refuse_overflow, severity_at
+from training.evaluation.worth import ABOUT_THRESHOLD, threshold_warning
 from training.progress import SlowProgress
 from training.publishing.exhibits import calibration_json
 from training.publishing.publish import software_versions
@@ -80,7 +81,8 @@ def recalibrate(
         _refuse_if_all_flagged(parent, table, scores, alpha)
     module = artifact.thaw(parent)
     _replace(module, parent, torch.from_numpy(scores))
-    manifest = _manifest(parent, module, table, _name(parent), len(chosen))
+    warning = threshold_warning(Calibration(torch.from_numpy(scores)), alpha)
+    manifest = _manifest(parent, module, table, _name(parent), len(chosen), warning)
     twin = None if parent.twin is None else parent.twin.graphs  # still valid: latents and scores do not change
     exhibits = {name: content for name, content in parent.exhibits.items() if name == artifact.HELD_OUT}
     if known_rows is not None:
@@ -91,6 +93,8 @@ def recalibrate(
     if runs is not None:
         folder = runs / manifest.name / path.parent.name
         notes += write_card(folder, manifest, int(path.parent.name), notes, [])
+    if warning is not None:
+        notes.append(warning)
     return Recalibrated(path, manifest, notes)
 
 
@@ -201,8 +205,12 @@ def _replace(module: torch.jit.ScriptModule, parent: Artifact, scores: Tensor) -
         raise FitError(f"{_reference(parent)} comes from a version of Elbo that calibrates differently: train it again")
 
 
-def _manifest(parent: Artifact, module: torch.jit.ScriptModule, table: Table, name: str, rows: int) -> Manifest:
+def _manifest(
+    parent: Artifact, module: torch.jit.ScriptModule, table: Table, name: str, rows: int, warning: str | None
+) -> Manifest:
+    """Return the manifest of the new version. `warning` is about its threshold, None if the threshold is fine."""
     old = parent.manifest
+    kept = [text for text in old.warnings if not text.startswith(ABOUT_THRESHOLD)]
     origin = Recalibration(
         parent=_reference(parent),
         parent_weights_sha256=old.weights_sha256,
@@ -220,6 +228,7 @@ def _manifest(parent: Artifact, module: torch.jit.ScriptModule, table: Table, na
             "golden": _golden(module, old.golden),
             "versions": software_versions(),
             "weights_sha256": artifact.weights_sha256(module),
+            "warnings": kept if warning is None else [*kept, warning],
         }
     )
 

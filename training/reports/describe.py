@@ -23,7 +23,7 @@ def describe(manifest: Manifest, path: Path) -> str:
     """Return about fifteen lines of text on the artifact at `path`. The caller must have verified the seal."""
     facts = list(_facts(manifest, path))
     width = max(len(label) for label, _ in facts)
-    lines = [f"{label:<{width}}  {text}" for label, text in _wrapped(facts, LINE_WIDTH - width)]
+    lines = [f"{label:<{width}}  {text}" for label, text in _wrapped(facts, LINE_WIDTH - width - 2)]
     return "\n".join(lines + ([] if manifest.is_image else ["", *_feature_table(manifest)]))
 
 
@@ -31,7 +31,7 @@ def _wrapped(facts: Iterable[tuple[str, str]], width: int) -> Iterator[tuple[str
     """Yield the facts with long lists on several lines."""
     for label, text in facts:
         lines = [text]
-        if label in ("training", "versions"):
+        if label in ("WARNING", "warning", "training", "versions"):
             lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
         yield from zip([label, *[""] * (len(lines) - 1)], lines, strict=True)
 
@@ -39,6 +39,9 @@ def _wrapped(facts: Iterable[tuple[str, str]], width: int) -> Iterator[tuple[str
 def _facts(manifest: Manifest, path: Path) -> Iterator[tuple[str, str]]:
     data, calibration = manifest.data, manifest.calibration
     yield "model", f"{manifest.name}, {KIND_NAMES.get(manifest.kind, manifest.kind)}"
+    for warning in manifest.warnings:
+        label, _, text = warning.partition(": ")
+        yield label, text
     yield "file", f"{path}, {path.stat().st_size / 1e6:.2f} MB, written {manifest.created}"
     yield "seal", "intact: the SHA-256 of the file is the one recorded at publication"
     yield "row", _row(manifest)

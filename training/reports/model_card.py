@@ -147,6 +147,7 @@ DENOISING = (
 
 def _limits(manifest: Manifest) -> Iterator[str]:
     """Yield when not to trust this model: first the limits of this model, then those of all models."""
+    yield from (f"**{warning}**" for warning in manifest.warnings)
     if _is_series(manifest):
         yield (
             "**The rows that trained it depend on each other: the rank correlation of a row and the next row is "

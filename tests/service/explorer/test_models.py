@@ -1,5 +1,8 @@
 """The start view: the served models and the links to the other views."""
 
+import re
+
+import httpx
 from playwright.sync_api import expect
 
 from tests.service.explorer.browser import ExplorerPage, click_button
@@ -33,6 +36,16 @@ def test_buttons_of_a_model_draw_new_samples_copy_a_command_and_open_a_view(expl
     expect(page.locator("#view h2")).to_have_text("Latent space")
     assert "model=ae" in page.url
     expect(page.locator("#model")).to_have_value("ae")
+
+
+def test_card_of_each_model_shows_its_warnings(explorer: ExplorerPage) -> None:
+    explorer.open()
+    models = httpx.get(f"{explorer.base_url}/models").json()["models"]
+    assert any("worse than PCA" in warning for model in models for warning in model["warnings"])
+    for model in models:
+        heading = explorer.page.get_by_role("heading", name=re.compile(f"^{model['name']} version"))
+        card = explorer.page.locator("article.model").filter(has=heading)
+        expect(card.locator("p.warning")).to_have_text(model["warnings"])
 
 
 def test_card_of_a_table_model_shows_sampled_rows_by_feature(explorer: ExplorerPage) -> None:

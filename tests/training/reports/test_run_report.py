@@ -92,9 +92,9 @@ def test_spectrum_in_the_manifest_sums_to_the_total_variance_of_the_fit_rows(tmp
 
 def test_manifest_of_an_earlier_release_loads_with_defaults_for_new_fields() -> None:
     fields = json.loads(manifest_of(read_table("digits")).model_dump_json())
-    added = {"history", "latent_report", "spectrum", "total_variance", "log_scale", "comparison"}
+    added = {"history", "latent_report", "spectrum", "total_variance", "log_scale", "comparison", "warnings"}
     old = Manifest.model_validate({name: value for name, value in fields.items() if name not in added})
-    assert (old.history, old.spectrum, old.comparison) == ([], [], {})
+    assert (old.history, old.spectrum, old.comparison, old.warnings) == ([], [], {}, [])
 
 
 @pytest.mark.parametrize(

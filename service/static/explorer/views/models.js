@@ -84,6 +84,7 @@ function modelCard(model, isDefault, navigate) {
     { class: "card model" },
     h("h3", {}, model.name, " ", h("small", {}, `version ${model.version}${isDefault ? ", default model" : ""}`)),
     h("p", { class: "muted" }, kindName(model)),
+    model.warnings.map((warning) => h("p", { class: "warning" }, warning)),
     samples?.element,
     h("dl", {}, facts(model)),
     h("pre", { tabindex: "0" }, h("code", {}, command)),
