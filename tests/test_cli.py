@@ -74,7 +74,7 @@ def today(tmp_path: Path) -> tuple[str, Rows]:
         ("train digits --model ae --name a --learning-rate -1", {}, "--learning-rate: input should be greater than 0"),
         ("train digits --model pca --name ../a", {}, "--name: string should match pattern"),
         ("inspect nobody", {"ELBO_ARTIFACTS": "nowhere"}, "no model 'nobody' in nowhere (available: none); train it"),
-        ("inspect gone/model.pt", {}, "cannot read gone/model.pt"),
+        ("inspect gone/model.pt", {}, "gone/model.pt does not exist"),
         ("serve --port 99999", {}, "--port: input should be less than or equal to 65535, got 99999"),
         ("serve", {"ELBO_PORT": "high"}, "ELBO_PORT: input should be a valid integer"),
     ],

@@ -173,7 +173,7 @@ def test_training_fails_with_one_line_and_writes_nothing_if_the_options_are_impo
     with pytest.raises(ElboError, match=message) as caught:
         train(TrainConfig(**options), table(200), tmp_path, RecordingReporter())
     assert "\n" not in str(caught.value)
-    assert not list(tmp_path.iterdir())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)

@@ -7,6 +7,7 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 from models import artifact
 from models.pipeline import Pipeline
@@ -49,6 +50,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(artifact, "METHODS", tuple(name for name in artifact.METHODS if name != "observe"))
         patch.delattr(Pipeline, "observe")
+        # TorchScript reuses the compiled methods of modules of the same type. An empty store makes it compile anew.
+        patch.setattr(torch.jit._recursive, "concrete_type_store", torch.jit._recursive.ConcreteTypeStore())
         publish(folder / "artifacts", "pca", "earlier")
     return folder / "artifacts"
 

@@ -23,6 +23,9 @@ def test_verdict_depends_on_alpha_on_the_row_and_on_a_varied_feature(explorer: E
     expect(page.locator("table.contributions tbody tr")).to_have_count(4)
     request = explorer.expect_request(lambda: explorer.set_slider("α", -2), "/anomaly")
     assert request.json["alpha"] == pytest.approx(0.01)
+    expect(page.locator(".view-anomaly")).to_contain_text("At this α, no row is called anomalous")  # 1/81 > 0.01
+    request = explorer.expect_request(lambda: explorer.set_slider("α", -1), "/anomaly")
+    assert request.json["alpha"] == pytest.approx(0.1)
     before = len(explorer.requests)
     page.locator("table.contributions").get_by_role("button", name="load").click()
     expect(page.get_by_role("img", name="score over values of load")).to_be_visible()

@@ -160,7 +160,7 @@ def test_run_gives_the_same_weights_if_it_is_killed_three_times_and_resumed(
     tmp_path: Path,
 ) -> None:
     options = ["--epochs", "25", "--hidden", "32", "--latents", "4", "--warm-up", "50", "--seed", "3"]
-    command = [sys.executable, "-m", "elbo", "train", "digits", "--model", "vae", "--name", "m", *options]
+    command = [sys.executable, "-m", "elbo", "train", "digits", "--model", "vae", "--name", "m", "--force", *options]
     command += ["--artifacts", str(tmp_path / "artifacts"), "--runs", str(tmp_path / "runs")]
     saved = tmp_path / "runs" / "m" / FILE_NAME
     for attempt in range(3):

@@ -159,13 +159,22 @@ function verdict(result, { threshold, calibration }) {
       "dl",
       {},
       definition("score", number(result.score)),
-      definition("threshold", number(threshold)),
+      threshold === null ? null : definition("threshold", number(threshold)),
       definition("p-value", pValue),
       definition(term("severity", SEVERITY), number(result.severity)),
     ),
+    threshold === null ? floorNote(calibration) : null,
     parts.length ? h("p", { class: "muted" }, `score = ${parts.join(" + ")}`) : null,
   ];
 }
+
+const floorNote = ({ rows, floor }) =>
+  h(
+    "p",
+    { class: "muted" },
+    `At this α, no row is called anomalous: with ${rows} calibration rows, the smallest possible p-value is `,
+    `${number(floor)}.`,
+  );
 
 function introduction(model) {
   const atLeastAsHigh = braces(mi("i"), mo(":"), sub(mi("s"), mi("i")), mo("≥"), mi("s"));
