@@ -68,6 +68,8 @@ def test_row_can_be_drawn_with_pointer_or_keyboard(explorer: ExplorerPage) -> No
     page = explorer.page
     page.get_by_role("radio", name="Draw").check()
     board = page.get_by_label("draw an image of 8 by 8 pixels")
+    explorer.wait_until_idle()  # the board moves when the figures above it are drawn
+    board.scroll_into_view_if_needed()
     box = board.bounding_box()
     assert box
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 20)
