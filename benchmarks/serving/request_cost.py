@@ -57,7 +57,9 @@ def create_plain_app(module: Any) -> FastAPI:
 
 async def post(app: Any, body: bytes) -> tuple[int, bytes]:
     """Send one request to /reconstruct; return the status and the body of the response."""
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers = [
+        (b"host", b"localhost"), (b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()),
+    ]  # fmt: skip
     scope = {
         "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
         "path": "/reconstruct", "raw_path": b"/reconstruct", "root_path": "", "query_string": b"",

@@ -262,7 +262,7 @@ def test_recalibrated_model_is_served_without_a_restart(
     folders = ["--artifacts", str(tmp_path / "models"), "--runs", str(tmp_path / "runs")]
     with process.client() as client:
         old = client.post("/anomaly", json={"inputs": rows[:5].tolist()}).json()
-        command = [sys.executable, "-m", "elbo", "calibrate", "hosts", str(recent), *folders]
+        command = [sys.executable, "-m", "elbo", "calibrate", "hosts", str(recent), "--force", *folders]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
         process.wait_for_log("serving hosts@2")
         new = client.post("/anomaly", json={"inputs": rows[:5].tolist()}).json()
