@@ -160,6 +160,7 @@ def test_loaded_convolutional_artifact_gives_equal_outputs_on_every_device(devic
         assert torch.allclose(outputs[name].cpu(), eager[name], rtol=1e-5, atol=1e-5), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(8, 8), (7, 5, 3)])
 def test_convolutions_give_equal_outputs_whether_eager_scripted_or_frozen(shape: tuple[int, ...]) -> None:
     model, given = pipeline(shape), inputs(shape)

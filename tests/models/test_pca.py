@@ -110,6 +110,7 @@ def test_pca_with_more_features_than_rows_agrees_with_scikit_learn() -> None:
     assert pca.eigenvalues.numpy() == pytest.approx(reference.explained_variance_)
 
 
+@pytest.mark.slow
 def test_mnist_reconstruction_error_with_32_components_equals_the_documented_value() -> None:
     train, test = mnist("train"), mnist("test")
     pca = fitted(train, 32)

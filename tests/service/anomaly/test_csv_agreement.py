@@ -47,6 +47,7 @@ BAD = [
 LINES = st.lists(st.sampled_from(GOOD), min_size=1, max_size=8) | st.lists(st.sampled_from(GOOD + BAD), max_size=8)
 
 
+@pytest.mark.slow
 @settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lines=LINES, end=st.sampled_from(["\n", "\r\n", "\r"]))
 def test_text_that_training_reads_gives_the_same_rows_over_http(

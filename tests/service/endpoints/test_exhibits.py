@@ -65,6 +65,7 @@ def test_model_card_is_markdown_with_the_training_command(client: httpx.Client) 
     assert "elbo train digits --model pca --name pca" in response.text
 
 
+@pytest.mark.slow
 def test_exhibits_of_a_large_training_set_have_a_limited_size(tmp_path: Path) -> None:
     rows = np.random.RandomState(0).normal(size=(26_000, 300)).astype(np.float32)
     names = [f"f{i}" for i in range(300)]

@@ -6,6 +6,7 @@ import pytest
 from training.evaluation.alarm_rates import MAX_PROBABILITY, alarm_rate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("calibration_rows", "rows", "alpha"), [(200, 300, 0.05), (1000, 50, 0.1), (99, 1000, 0.01)])
 def test_alarms_on_exchangeable_rows_rarely_exceed_the_limit(calibration_rows: int, rows: int, alpha: float) -> None:
     random = np.random.RandomState(0)

@@ -62,6 +62,7 @@ def test_bernoulli_log_likelihood_is_finite_for_any_logit(logit: float) -> None:
     assert torch.allclose(logits.grad, x - torch.sigmoid(logits.detach()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("likelihood", [BernoulliLikelihood(), GaussianLikelihood(torch.tensor([0.3, 0.1, 0.2]))])
 @pytest.mark.parametrize("draws", [1, 4])
 def test_doubly_reparameterised_gradient_is_unbiased(likelihood: Likelihood, draws: int) -> None:
