@@ -204,7 +204,8 @@ def test_connection_is_closed_after_the_request_timeout_if_the_client_does_not_r
     before = open_sockets(server)
     wait_until(lambda: open_sockets(server) < before, seconds=5 * TIMEOUT)
     assert open_sockets(server) == before - 1
-    head, _, body = read_to_end(connection).partition(b"\r\n\r\n")
+    with connection:
+        head, _, body = read_to_end(connection).partition(b"\r\n\r\n")
     stated = next(line for line in head.split(b"\r\n") if line.startswith(b"content-length: "))
     assert len(body) < int(stated.partition(b": ")[2])  # the server gave up before the end of the response
 
