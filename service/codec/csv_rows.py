@@ -12,6 +12,11 @@ from service.codec.row_errors import MalformedRow
 from service.errors import InvalidCsv
 
 MEDIA_TYPE = "text/csv"
+# After an invalid quotation, its lines are read again. The number of characters that are read again is limited to
+# FREE_REREAD + MAX_REREAD times the length of the body: otherwise, reading N lines could take N^2 / 2 steps.
+FREE_REREAD = 2**20
+MAX_REREAD = 4
+QUOTATION_RULE = "values separated by commas; a quotation mark inside a quoted value is written twice"
 
 
 class CsvRecords(list[Any]):
@@ -42,7 +47,7 @@ class CsvRecords(list[Any]):
 def read_fields(body: bytes) -> RequestFields:
     """Return the lines of `body` after the header as the field `records`. Blank lines are skipped.
 
-    Raises InvalidCsv if the header is missing or invalid.
+    Raises InvalidCsv if the header is missing or invalid, or if too many quotations are invalid.
     """
     records = _records(body.decode("utf-8-sig", errors="replace"))
     first = next(records, None)
@@ -95,8 +100,11 @@ def _records(text: str) -> Iterator[list[str] | MalformedRow]:
 
     If a quotation is invalid, or probably spans several records, the line where it opens becomes a `MalformedRow`, and
     the next line is read as a new record. An invalid quotation therefore costs one row.
+
+    Raises InvalidCsv if so many invalid quotations span so many lines that reading would take too long.
     """
     lines = _Lines(text)
+    may_reread = FREE_REREAD + MAX_REREAD * len(text)  # characters
     reader = csv.reader(lines, strict=True, skipinitialspace=True)
     width: int | None = None  # the number of values in the header
     while True:
@@ -112,6 +120,13 @@ def _records(text: str) -> Iterator[list[str] | MalformedRow]:
             if lines.position - start > 1 and width is not None and _spans_records(record, lines.since(start), width):
                 fault = _invalid_quotation("a quotation spans several lines")
         if fault:
+            may_reread -= sum(map(len, lines.since(start + 1)))
+            if may_reread < 0:
+                raise InvalidCsv(
+                    "too many quotations in the CSV are invalid",
+                    expected=QUOTATION_RULE,
+                    hint="write the file with a CSV library",
+                )
             lines.position = start + 1
             reader = csv.reader(lines, strict=True, skipinitialspace=True)
             yield fault
@@ -127,7 +142,7 @@ def _spans_records(record: list[str], lines: list[str], width: int) -> bool:
 def _invalid_quotation(reason: str) -> MalformedRow:
     return MalformedRow(
         f"the line is not valid CSV: {reason}",
-        expected="values separated by commas; a quotation mark inside a quoted value is written twice",
+        expected=QUOTATION_RULE,
         got="an invalid line",
     )
 

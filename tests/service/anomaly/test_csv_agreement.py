@@ -12,7 +12,7 @@ from service.anomaly.inputs import InputRows, parse_record_rows
 from service.codec import csv_rows
 from service.codec.row_errors import MalformedRow
 from service.codec.row_schema import RowSchema
-from service.errors import InvalidRows
+from service.errors import InvalidCsv, InvalidRows
 from service.schemas import AnomalyBody
 from tests.data import values
 from tests.training.manifests import manifest_of
@@ -100,6 +100,19 @@ def test_lines_of_commas_after_the_last_row_are_no_rows() -> None:
     assert read_as_service(HEADER + "1,2,x\n,,\n, ,\n").rows_received == 1
     with pytest.raises(InvalidRows, match="there are no records"):
         read_as_service(HEADER + ",,\n")
+
+
+def test_line_that_closes_one_quotation_and_opens_another_costs_one_row() -> None:
+    rows = read_as_service(HEADER + 'a",1,"x\n' * 200 + "1,2,x\n")
+    assert (rows.rows_received, rows.parsed.rows) == (201, [200])
+
+
+@pytest.mark.parametrize("last", ["", '"\n'])
+def test_large_body_whose_lines_close_one_quotation_and_open_another_is_refused(last: str) -> None:
+    """Without a limit, each of the 100,000 lines would be read to the end of the body, which takes many minutes."""
+    body = HEADER + 'a",1,"x\n' * 100_000 + last
+    with pytest.raises(InvalidCsv, match="too many quotations"):
+        csv_rows.read_fields(body.encode())
 
 
 def test_large_body_of_open_quotations_is_read_in_time() -> None:
