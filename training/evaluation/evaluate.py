@@ -44,7 +44,7 @@ class Evaluation:
     median_error: float  # error if every value is predicted by the training median of its column
     mean_score: float
     alarm_rates: dict[str, float]  # by alpha: share of the normal rows (without labels: all rows) that is flagged
-    detection_rates: dict[str, float] | None  # by alpha: share of the rows labelled 1 that is flagged
+    detection_rates: dict[str, float] | None  # by alpha: share of the anomalous rows that is flagged
     auroc: float | None
     average_precision: float | None
     elbo: float | None  # nats per row, model units; this field and the next four are None without a density

@@ -48,9 +48,9 @@ def recalibrate(
 ) -> Recalibrated:
     """Publish `parent` under `root` as the next version of its name, calibrated on the normal rows of `table`.
 
-    Networks, weights and scores do not change. Calibration, golden answers and manifest are replaced. If the labels are
-    0 and 1, the rows labelled 0 are normal. Otherwise all rows are normal. Of copies of a row, one is used. At most
-    MAX_HELD_OUT_ROWS normal rows, chosen at random, are used.
+    Networks, weights and scores do not change. Calibration, golden answers and manifest are replaced. A row is normal
+    if its label means normal. Without labels, or if it is unknown which labels mean normal, all rows count as normal.
+    Of copies of a row, one is used. At most MAX_HELD_OUT_ROWS normal rows, chosen at random, are used.
 
     Args:
         table: the result of `read_for_model` for the manifest of `parent`.
@@ -60,7 +60,7 @@ def recalibrate(
 
     Raises:
         DataError: the model was trained on some of these rows or flags all of them, too few rows are normal, it is
-            unknown which are normal, or the pixels of images are in another range.
+            unknown which of two labels means normal, or the pixels of images are in another range.
         FitError: the artifact comes from a version of Elbo that calibrates differently.
         ArtifactUnwritable: the new version cannot be written to `root`.
     """

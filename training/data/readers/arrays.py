@@ -72,7 +72,7 @@ def _with_layout(table: RawTable, path: Path, options: ReadOptions) -> RawTable:
 
 
 def _with_column_check(table: RawTable, path: Path, options: ReadOptions) -> RawTable:
-    """Return `table`, whose iteration now ends with a DataError if a column is a function of the row number.
+    """Return `table` with blocks that raise DataError after the last one if a column follows the row number.
 
     Rows for an existing model are not checked, and neither are images.
     """
