@@ -8,6 +8,7 @@ An artifact is a zip file. The manifest is the member `<archive>/extra/manifest.
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import stat
@@ -48,6 +49,11 @@ VERSION = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
 def reaches(floor: float, alpha: float) -> bool:
     """Return whether `alpha` is at least `floor`, the smallest possible p-value, up to rounding."""
     return alpha >= floor * (1 - FLOOR_TOLERANCE)
+
+
+def calibration_rows_needed(alpha: float) -> int:
+    """Return the smallest number n of calibration rows with 1 / (n + 1) <= `alpha`, where `alpha` is above 0."""
+    return math.ceil(1.0 / alpha - 1e-9) - 1
 
 
 class _Frozen(BaseModel):

@@ -13,7 +13,7 @@ from training.errors import DataError
 
 Layout = Literal["nhwc", "nchw", "ntc", "flat"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
-USUAL_RANGES = ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0))  # values of black and white
+PIXEL_RANGES = ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0))  # the usual values of black and white
 COLOURS = (1, 3)  # number of channels of an image
 MIN_SIDE = 5  # a shorter axis may be something other than the height or the width of an image
 SMALL_RANGE = 0.1  # a channel is small if its range is at most this share of the range of all channels
@@ -74,7 +74,7 @@ def _may_be_side_of_image(shape: tuple[int, ...], axis: int) -> bool:
 def _can_be_pixels(low: Doubles, high: Doubles) -> bool:
     """Return whether all values are in a usual range of pixels, or none is negative, or all are whole numbers."""
     least, most = float(np.nanmin(low)), float(np.nanmax(high))
-    usual = any(black <= least and most <= white for black, white in USUAL_RANGES)
+    usual = any(black <= least and most <= white for black, white in PIXEL_RANGES)
     whole = bool(np.array_equal(low, np.rint(low)) and np.array_equal(high, np.rint(high)))
     return usual or least >= 0 or whole
 

@@ -20,7 +20,7 @@ from models.manifest import SERIES_CORRELATION
 from training.data.copies import Copies, find_copies
 from training.data.ingest import ColumnStatistics, full_disk_as_data_error, ingest
 from training.data.labels import Labels, interpret
-from training.data.layout import Layout, recognise
+from training.data.layout import PIXEL_RANGES, Layout, recognise
 from training.data.readers import RawTable, ReadOptions, format_option, load
 from training.data.row_store import RowStore
 from training.data.sentinels import describe_sentinels
@@ -42,7 +42,6 @@ MIN_DISTINCT = 256  # a note warns if float32 has fewer distinct values than thi
 MAX_EXACT_INTEGER = 2.0**24  # float32 holds all integers up to this value
 FEW_VALUES = 10  # a note warns if a column has fewer values than this, and this many missing values or more
 LISTED_NAMES = 3  # number of features that a note lists before "and N more"
-PIXEL_RANGES = ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0))
 
 
 @dataclass(frozen=True)

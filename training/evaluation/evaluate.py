@@ -22,13 +22,12 @@ from training.evaluation.metrics import (
     bits_per_dimension,
     importance_weighted,
 )
-from training.evaluation.score import batches, refuse_overflow, severity_at
+from training.evaluation.score import batches, flagged_at, refuse_overflow
 from training.fitting.latents import ACTIVE_VARIANCE
 from training.progress import SlowProgress
-from training.reports.describe import against_pca
+from training.reports.describe import DEFAULT_ALPHA, against_pca
 
 ALPHAS = (0.1, 0.05, 0.01)
-USUAL_ALPHA = 0.05  # the default alpha of /anomaly and `elbo score`
 SWAPPED_AUROC = 0.4  # chance gives 0.5; a lower AUROC than this suggests that the labels are swapped
 
 
@@ -102,7 +101,7 @@ def evaluate(artifact: Artifact, table: Table, draws: int = BOUND_SAMPLES) -> Ev
     normal, anomalous = np.ones(len(scores), bool), None
     if table.normal is not None and table.anomalous is not None and table.normal.any() and table.anomalous.any():
         normal, anomalous = table.normal, table.anomalous
-    flagged = {str(alpha): _flagged(artifact, scores, alpha) for alpha in ALPHAS}
+    flagged = {str(alpha): flagged_at(artifact, scores, alpha) for alpha in ALPHAS}
     auroc, precision = (None, None) if anomalous is None else _ranking(normal, anomalous, scores)
     manifest = artifact.manifest
     seen = table.fingerprint == manifest.data.fingerprint
@@ -186,19 +185,12 @@ def _density(artifact: Artifact, table: Table, draws: int) -> dict[str, Any]:
     }
 
 
-def _flagged(artifact: Artifact, scores: Floats, alpha: float) -> npt.NDArray[np.bool_]:
-    with torch.inference_mode():
-        severity = severity_at(artifact, torch.from_numpy(scores).to(artifact.device), alpha)
-    flagged: npt.NDArray[np.bool_] = (severity > 1).cpu().numpy()
-    return flagged
-
-
 def _comments(rates: Sequence[AlarmRate], model: str, source: str, *, has_labels: bool, seen: bool) -> Iterator[str]:
-    """Yield what to do about the alarm rate at one alpha that chance does not explain: at USUAL_ALPHA if possible."""
+    """Yield what to do about the alarm rate at one alpha that chance does not explain: at DEFAULT_ALPHA if possible."""
     too_high = [rate for rate in rates if rate.is_too_high]
     if not too_high:
         return
-    rate = min(too_high, key=lambda rate: abs(rate.alpha - USUAL_ALPHA))
+    rate = min(too_high, key=lambda rate: abs(rate.alpha - DEFAULT_ALPHA))
     subject = "normal rows" if has_labels else "rows"
     text = (
         f"{100 * rate.share:.3g} % of the {subject} of {source} are flagged at alpha {rate.alpha:g}; chance explains "

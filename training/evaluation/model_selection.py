@@ -14,13 +14,12 @@ from models.pipeline import Pipeline
 from models.vae import VAE
 from training.config import TrainConfig
 from training.evaluation.metrics import count_latents, importance_weighted
-from training.evaluation.worth import trimmed_mean
+from training.evaluation.worth import STANDARD_ERRORS, trimmed_mean
 from training.fitting.prepared_data import PreparedData
 from training.progress import Reporter
 from training.reports.history import HistoryRecorder
 
 SWAPPED_SHARE = 0.1  # share of the values of a row that `swap_values` replaces
-STANDARD_ERRORS = 2.0  # a difference between two models counts if it exceeds this many standard errors
 SAMPLES = 100  # importance samples per row
 MEANING = {
     "reconstruction_error": "mean square per value, model units, 10 % trimmed mean of rows; lower is better",

@@ -71,6 +71,14 @@ def severity_at(artifact: Artifact, score: torch.Tensor, alpha: float, extrapola
     return severity if reached else severity.clamp(max=1.0)
 
 
+def flagged_at(artifact: Artifact, scores: Floats, alpha: float) -> npt.NDArray[np.bool_]:
+    """Return which of the scores [N] the calibration of `artifact` flags at `alpha`, [N]."""
+    with torch.inference_mode():
+        severity = severity_at(artifact, torch.from_numpy(scores).to(artifact.device), alpha)
+    flagged: npt.NDArray[np.bool_] = (severity > 1).cpu().numpy()
+    return flagged
+
+
 @dataclass
 class Tally:
     """Counts of the rows that have been scored."""

@@ -9,11 +9,11 @@ from models.calibration import Calibration
 from models.pca import PCA
 from models.pipeline import Pipeline
 from training.fitting.prepared_data import PreparedData
+from training.reports.describe import DEFAULT_ALPHA
 
 TRIMMED_SHARE = 0.1  # share of the values that a trimmed mean ignores at each end
 STANDARD_ERRORS = 2.0  # a difference counts if it exceeds this many standard errors
 MIN_ROWS = 10  # with fewer held-out rows, nothing is said about reconstructions
-ALPHA = 0.05
 MAX_THRESHOLD = 100.0  # in distances from the lower quartile to the median of the scores; see `threshold_warning`
 ABOUT_THRESHOLD = "WARNING: the threshold at alpha"  # how the text of `threshold_warning` starts
 BATCH = 4096  # rows per forward pass; limits the memory
@@ -85,7 +85,7 @@ def find_warnings(pipeline: Pipeline, baseline_pca: PCA | None, data: PreparedDa
     return found, worse_than_mean
 
 
-def threshold_warning(calibration: Calibration, alpha: float = ALPHA) -> str | None:
+def threshold_warning(calibration: Calibration, alpha: float = DEFAULT_ALPHA) -> str | None:
     """Return a warning if the threshold at `alpha` is far above ordinary scores: the model then flags almost nothing.
 
     The scores of normal rows spread evenly: for a squared distance with one degree of freedom, the least even case,

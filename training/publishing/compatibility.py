@@ -5,7 +5,8 @@ from pathlib import Path
 
 from models.errors import ArtifactError, join_names
 from models.manifest import FILE_NAME, Manifest, read_manifest, versions
-from training.data.table import PIXEL_RANGES, Table
+from training.data.layout import PIXEL_RANGES
+from training.data.table import Table
 from training.errors import DataError
 
 

@@ -4,7 +4,6 @@ After training, the score is a fixed function. It can therefore be calibrated on
 the model. The p-values are valid for rows that are exchangeable with the calibration rows.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,13 +18,13 @@ from models import artifact
 from models.artifact import Artifact
 from models.calibration import Calibration
 from models.errors import join_names
-from models.manifest import VERSION, CalibrationSize, Golden, Manifest, Recalibration
+from models.manifest import VERSION, CalibrationSize, Golden, Manifest, Recalibration, calibration_rows_needed
 from training.data.row_fingerprints import KnownRows, find_known_rows
 from training.data.row_store import Floats
 from training.data.table import MAX_HELD_OUT_ROWS, Table
 from training.errors import DataError, FitError
 from training.evaluation.alarm_rates import alarm_rate
-from training.evaluation.score import batches, refuse_overflow, severity_at
+from training.evaluation.score import batches, flagged_at, refuse_overflow
 from training.evaluation.worth import ABOUT_THRESHOLD, threshold_warning
 from training.progress import SlowProgress
 from training.publishing.exhibits import calibration_json
@@ -115,19 +114,12 @@ def _refuse_training_rows(
 
 
 def _refuse_if_all_flagged(parent: Artifact, table: Table, scores: Floats, alpha: float) -> None:
-    if _count_flagged(parent, scores, alpha) == len(scores):
+    if flagged_at(parent, scores, alpha).all():
         raise DataError(
             f"{_reference(parent)} flags all rows of {table.source} at alpha {alpha:g}: calibrated on rows that are "
             "nothing like the training rows, it would flag nothing; check the columns, their units and their scale, or "
             "train a new model. If you know that the rows are normal, add --force"
         )
-
-
-def _count_flagged(parent: Artifact, scores: Floats, alpha: float) -> int:
-    """Return how many of the scores [N] the calibration of `parent` flags."""
-    with torch.inference_mode():
-        severity = severity_at(parent, torch.from_numpy(scores).to(parent.device), alpha).cpu().numpy()
-    return int((severity > 1).sum())
 
 
 def _normal_rows(table: Table) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], list[str]]:
@@ -154,7 +146,7 @@ def _normal_rows(table: Table) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64
 
 
 def _refuse_few(table: Table, rows: int, alpha: float) -> None:
-    needed = math.ceil(1.0 / alpha - 1e-9) - 1  # the smallest n with 1 / (n + 1) <= alpha
+    needed = calibration_rows_needed(alpha)
     if rows < max(needed, 1):
         allowed = f", enough for alpha {1 / (rows + 1):.3g} or more" if rows else ""
         raise DataError(
@@ -178,7 +170,7 @@ def _scores(parent: Artifact, table: Table) -> Floats:
 
 def _compare_with_old(parent: Artifact, table: Table, scores: Floats, alpha: float) -> Iterator[str]:
     """Yield what share of the scores the old calibration flags, and a warning if chance cannot explain that share."""
-    flagged = _count_flagged(parent, scores, alpha)
+    flagged = int(flagged_at(parent, scores, alpha).sum())
     share = 100 * flagged / len(scores)
     yield f"{_reference(parent)} flags {share:.3g} % of the rows of {table.source} at alpha {alpha:g}"
     if alarm_rate(flagged, len(scores), parent.manifest.calibration.rows, alpha).is_too_high:

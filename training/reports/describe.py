@@ -1,11 +1,10 @@
 """`elbo inspect`: describe an artifact in text. Needs no torch."""
 
-import math
 import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from models.manifest import CalibrationSize, Manifest
+from models.manifest import CalibrationSize, Manifest, calibration_rows_needed
 from training.config import TrainConfig
 
 KIND_NAMES = {
@@ -15,7 +14,7 @@ KIND_NAMES = {
     "ensemble": "ensemble of an autoencoder and nearest neighbours",
 }
 LINE_WIDTH = 100  # longer lists continue on further lines
-DEFAULT_ALPHA = 0.05
+DEFAULT_ALPHA = 0.05  # of /anomaly and `elbo score`
 FEATURES = 12  # number of features that are listed; further features are only counted
 
 
@@ -76,7 +75,7 @@ def few_calibration_rows(calibration: CalibrationSize, alpha: float = DEFAULT_AL
     )
     if not alpha:
         return f"{warning}; use an alpha above 0"
-    needed = math.ceil(1.0 / alpha - 1e-9) - 1
+    needed = calibration_rows_needed(alpha)
     return (
         f"{warning}, and this alpha needs at least {needed}. Train on at least {5 * needed} distinct rows, of which a "
         f"fifth calibrates, or run elbo calibrate with at least {needed} new rows"
