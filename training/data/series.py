@@ -36,9 +36,10 @@ def neighbour_correlations(
     rows = np.nan_to_num(np.where(np.isnan(rows), column_medians(x, both), rows), nan=0.0)
     ranks = rankdata(rows, axis=0) - (len(both) + 1) / 2
     varying = np.square(ranks).mean(axis=0) >= MIN_VARIATION * len(both) ** 2 / 12
-    for label in np.unique(labels[both]) if labels is not None else ():
-        members = labels[both] == label if labels is not None else slice(None)
-        ranks[members] -= ranks[members].mean(axis=0)
+    if labels is not None:
+        for label in np.unique(labels[both]):
+            members = labels[both] == label
+            ranks[members] -= ranks[members].mean(axis=0)
     earlier, later = ranks[:pairs], ranks[pairs:]
     scale = np.sqrt(np.square(earlier).sum(axis=0) * np.square(later).sum(axis=0))  # [D]
     correlations = np.divide((earlier * later).sum(axis=0), scale, out=none, where=varying & (scale > 0))

@@ -12,8 +12,6 @@ from training.data.readers.csv_text import read_csv
 from training.data.readers.images import read_images
 from training.data.readers.parquet import read_parquet
 from training.data.readers.raw_table import (
-    Block,
-    BlockDetails,
     LineNumbers,
     RawTable,
     ReadOptions,
@@ -24,8 +22,6 @@ from training.errors import DataError
 
 __all__ = [
     "READERS",
-    "Block",
-    "BlockDetails",
     "LineNumbers",
     "RawTable",
     "ReadOptions",
