@@ -7,7 +7,7 @@ import cramjam
 
 from service.errors import BodyTooLarge, InvalidEncoding, UnsupportedMediaType
 
-CHUNK_BYTES = 64 * 1024  # maximum size of a decompressed chunk
+CHUNK_BYTES = 64 * 1024  # maximum size of a decompressed chunk, and of the input that zlib gets at once
 GZIP_NAMES = ("gzip", "x-gzip")
 _GZIP_WBITS = 31  # zlib's value for the gzip format: a window of 32 KiB, a gzip header and a gzip checksum
 
@@ -24,6 +24,11 @@ class GzipDecompressor:
 
     def feed(self, compressed: bytes) -> Iterator[bytes]:
         """Decompress `compressed`, the next part of the stream, and yield the chunks. Raises InvalidEncoding."""
+        # zlib copies the input that is left after each chunk, so a large input would be copied a thousand times.
+        for start in range(0, len(compressed), CHUNK_BYTES):
+            yield from self._feed_piece(compressed[start : start + CHUNK_BYTES])
+
+    def _feed_piece(self, compressed: bytes) -> Iterator[bytes]:
         while compressed:
             if self._member.eof:
                 self._member = zlib.decompressobj(_GZIP_WBITS)
