@@ -27,7 +27,7 @@ TIME_FORMATS = "Unix time in s, ms, us or ns, or ISO 8601"
 class MalformedRow:
     """The entry in a list of rows for a row that could not be read.
 
-    `pointer` is relative to the row.
+    `pointer` is relative to the row. For `is_partial`, see `InvalidRows`.
     """
 
     detail: str
@@ -35,15 +35,19 @@ class MalformedRow:
     got: str
     pointer: str = ""
     hint: str | None = None
+    is_partial: bool = False
 
     @classmethod
     def of(cls, error: InvalidRows) -> "MalformedRow":
         """Return the entry for a row that failed with `error`."""
-        return cls(error.detail, error.expected or "", error.got or "", error.pointer or "", error.hint)
+        expected, got, pointer = error.expected or "", error.got or "", error.pointer or ""
+        return cls(error.detail, expected, got, pointer, error.hint, error.is_partial)
 
     def error(self) -> InvalidRows:
         """Return the error to raise for the row."""
-        return InvalidRows(self.detail, pointer=self.pointer, expected=self.expected, got=self.got, hint=self.hint)
+        error = InvalidRows(self.detail, pointer=self.pointer, expected=self.expected, got=self.got, hint=self.hint)
+        error.is_partial = self.is_partial
+        return error
 
 
 def describe_value(value: Any) -> str:

@@ -13,16 +13,6 @@ MAX_UNKNOWN_METRICS = 1000  # maximum number of names remembered per batch
 METRIC_SHAPE = "an object with name, tags, fields and timestamp"
 
 
-class AmbiguousRow(MalformedRow):
-    """A row that has several numbers for one feature."""
-
-    def error(self) -> InvalidRows:
-        """Return the error to raise for the row."""
-        error = super().error()
-        error.is_partial = True
-        return error
-
-
 class TelegrafBatch:
     """Groups metrics into records. Metrics that have no feature form no record.
 
@@ -123,10 +113,10 @@ def _is_same(first: Any, second: Any) -> bool:
 
 def _ambiguous(feature: str, first: Any, second: Any) -> MalformedRow:
     are_numbers = type(first) in (int, float) and type(second) in (int, float)
-    kind = AmbiguousRow if are_numbers else MalformedRow
-    return kind(
+    return MalformedRow(
         f"several metrics of one host and timestamp have different values for {feature}: "
         f'name the feature {feature}{{tag="value"}}, or configure Telegraf to send one of them',
         expected="one value per feature",
         got=f"{describe_value(first)} and {describe_value(second)}",
+        is_partial=are_numbers,
     )
