@@ -104,6 +104,7 @@ def test_picture_body_gives_the_same_row_as_the_picture_in_a_folder(
                 np.testing.assert_allclose(response.json()[field], expected[field], rtol=1e-5, atol=1e-5)
     verdict = client.post(f"/anomaly?model={model}&explain=30", content=PICTURES[name], headers=headers).json()
     values = {feature["name"]: feature["value"] for feature in verdict["results"][0]["features"]}
+    assert len(values) == 30
     assert values == {feature: pytest.approx(rows[0][table.names.index(feature)]) for feature in values}
 
 
