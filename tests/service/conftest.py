@@ -63,6 +63,14 @@ def app(artifacts: Path) -> FastAPI:
     )
 
 
+@pytest.fixture(scope="module")
+def hosts(artifacts: Path) -> Iterator[httpx.Client]:
+    """Yield a client whose default model is `hosts`."""
+    options = Settings(artifacts=artifacts, default_model="hosts", log_level="warning", backend="torchscript")
+    with running(create_app(options)) as client:
+        yield client
+
+
 @pytest.fixture(scope="session")
 def client(app: FastAPI) -> Iterator[httpx.Client]:
     """Return a client of the running application."""

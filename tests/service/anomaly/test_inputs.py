@@ -4,8 +4,7 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -16,11 +15,9 @@ from hypothesis import strategies as st
 
 from models import timestamps
 from service.anomaly.smoothing import exponential_mean
-from service.app import create_app
 from service.codec import csv_rows, ndjson
 from service.codec.feature_names import FeatureSelectors
 from service.codec.row_errors import MalformedRow
-from service.settings import Settings
 from tests.service.hosts import (
     HOST_FEATURES,
     JSON,
@@ -33,18 +30,9 @@ from tests.service.hosts import (
     host_rows,
     post_anomaly,
 )
-from tests.service.running import running
 from tests.service.scrape import increase, scrape
 
 CSV, NPY = "text/csv", "application/x-npy"
-
-
-@pytest.fixture(scope="module")
-def hosts(artifacts: Path) -> Iterator[httpx.Client]:
-    """Yield a client whose default model is `hosts`."""
-    options = Settings(artifacts=artifacts, default_model="hosts", log_level="warning", backend="torchscript")
-    with running(create_app(options)) as client:
-        yield client
 
 
 def as_records(rows: RowList) -> Message:

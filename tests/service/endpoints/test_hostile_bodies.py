@@ -2,8 +2,7 @@
 
 import json
 import struct
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -11,24 +10,13 @@ import numpy as np
 import pytest
 
 from service.anomaly import inputs
-from service.app import create_app
 from service.endpoints import anomaly_stream
-from service.settings import Settings
 from tests.service.hosts import HOST_FEATURES, JSON, NDJSON
-from tests.service.running import running
 
 NPY, SAFETENSORS = "application/x-npy", "application/x-safetensors"
 RECORD = json.dumps(dict.fromkeys(HOST_FEATURES, 1.0))
 NUMBERS = "[1, 100, 1, 1]"
 DEPTHS = [200, 970, 985, 1000, 1015, 1023, 1024, 1025, 5000, 100_000]
-
-
-@pytest.fixture(scope="module")
-def hosts(artifacts: Path) -> Iterator[httpx.Client]:
-    """Yield a client whose default model is `hosts`."""
-    options = Settings(artifacts=artifacts, default_model="hosts", log_level="warning", backend="torchscript")
-    with running(create_app(options)) as client:
-        yield client
 
 
 def lists(depth: int) -> str:

@@ -1,7 +1,6 @@
 """What headers, byte order marks and query strings mean, tried over HTTP."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -10,10 +9,7 @@ import httpx
 import numpy as np
 import pytest
 
-from service.app import create_app
-from service.settings import Settings
 from tests.service.hosts import HOST_FEATURES, JSON, NDJSON
-from tests.service.running import running
 
 NPY = "application/x-npy"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -23,12 +19,10 @@ LINE = json.dumps(RECORD).encode() + b"\n"
 
 
 @pytest.fixture(scope="module")
-def hosts(artifacts: Path) -> Iterator[httpx.Client]:
-    """Yield a client whose default model is `hosts`, and which sends no Accept header of its own."""
-    options = Settings(artifacts=artifacts, default_model="hosts", log_level="warning", backend="torchscript")
-    with running(create_app(options)) as client:
-        del client.headers["accept"]
-        yield client
+def hosts(hosts: httpx.Client) -> httpx.Client:
+    """Return a client whose default model is `hosts`, and which sends no Accept header of its own."""
+    del hosts.headers["accept"]
+    return hosts
 
 
 # Accept
