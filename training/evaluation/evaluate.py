@@ -149,7 +149,7 @@ def _sum_over_rows(artifact: Artifact, table: Table) -> _RunningSums:
         for first, rows in batches(table):
             x = torch.from_numpy(rows).to(artifact.device)
             score = artifact.module.score(x)[0].cpu().numpy()
-            refuse_overflow(score, first, table.source)
+            refuse_overflow(score, np.arange(first, first + len(rows)), table.source)
             latents = artifact.module.encode(x)[0]
             sums.add(rows, score, latents.cpu().numpy(), artifact.module.decode(latents).cpu().numpy())
             progress.advance(len(rows))

@@ -217,8 +217,8 @@ def batches(table: Table) -> Iterator[tuple[int, Floats]]:
             yield start + first, block[first : first + BATCH_ROWS]
 
 
-def refuse_overflow(scores: Floats, first: int, source: str) -> None:
-    """Raise DataError if a score is not finite. `first` is the row number of scores[0]."""
+def refuse_overflow(scores: Floats, rows: npt.NDArray[np.int64], source: str) -> None:
+    """Raise DataError if one of the scores [B] is not finite. `rows` are the row numbers of the scores, [B]."""
     if not np.isfinite(scores).all():
-        row = first + int(np.argmin(np.isfinite(scores)))
+        row = rows[int(np.argmin(np.isfinite(scores)))]
         raise DataError(f"{source}: the score of row {row} overflows float32: expected values near the training data")

@@ -21,10 +21,11 @@ from models.errors import join_names
 from models.manifest import VERSION, CalibrationSize, Golden, Manifest, Recalibration, calibration_rows_needed
 from training.data.row_fingerprints import KnownRows, find_known_rows
 from training.data.row_store import Floats
+from training.data.row_stream import BATCH_ROWS
 from training.data.table import MAX_HELD_OUT_ROWS, Table
 from training.errors import DataError, FitError
 from training.evaluation.alarm_rates import alarm_rate
-from training.evaluation.score import batches, flagged_at, refuse_overflow
+from training.evaluation.score import flagged_at, refuse_overflow
 from training.evaluation.worth import ABOUT_THRESHOLD, threshold_warning
 from training.progress import SlowProgress
 from training.publishing.exhibits import calibration_json
@@ -74,7 +75,7 @@ def recalibrate(
     normal = normal[np.sort(np.unique(table.copies.groups[normal], return_index=True)[1])]  # copies count once
     chosen = np.sort(np.random.RandomState(0).permutation(normal)[:MAX_HELD_OUT_ROWS])
     _refuse_few(table, len(chosen), alpha)
-    scores = _scores(parent, table)[chosen]
+    scores = _scores(parent, table, chosen)
     notes = [*table.notes, *table.warnings, *notes, *_compare_with_old(parent, table, scores, alpha)]
     if not force:
         _refuse_if_all_flagged(parent, table, scores, alpha)
@@ -155,16 +156,17 @@ def _refuse_few(table: Table, rows: int, alpha: float) -> None:
         )
 
 
-def _scores(parent: Artifact, table: Table) -> Floats:
-    """Return the score of every row, [N]."""
-    scores = np.empty(len(table.x), np.float32)
-    progress = SlowProgress(f"scoring {table.source}", len(table.x))
+def _scores(parent: Artifact, table: Table, rows: npt.NDArray[np.int64]) -> Floats:
+    """Return the scores of the rows at `rows` [n], in that order."""
+    scores = np.empty(len(rows), np.float32)
+    progress = SlowProgress(f"scoring {table.source}", len(rows))
     with torch.inference_mode():
-        for first, rows in batches(table):
-            batch_scores = parent.module.score(torch.from_numpy(rows).to(parent.device))[0].cpu().numpy()
-            refuse_overflow(batch_scores, first, table.source)
-            scores[first : first + len(rows)] = batch_scores
-            progress.advance(len(rows))
+        for start in range(0, len(rows), BATCH_ROWS):
+            some = rows[start : start + BATCH_ROWS]
+            x = torch.from_numpy(table.x.take(some)).to(parent.device)
+            scores[start : start + len(some)] = parent.module.score(x)[0].cpu().numpy()
+            progress.advance(len(some))
+    refuse_overflow(scores, rows, table.source)
     return scores
 
 

@@ -159,6 +159,23 @@ def test_recalibration_leaves_out_rows_labelled_as_anomalies(root: Path, tmp_pat
     assert torch.equal(scores, expected)
 
 
+def test_row_whose_score_overflows_stops_a_recalibration_only_if_its_label_means_normal(
+    root: Path, tmp_path: Path
+) -> None:
+    rows = two_factor_rows(100, seed=4)
+    rows[7, 4] = 1e20
+    anomalous = np.isin(np.arange(100), (3, 7))
+    header = "cpu [%],memory [GB],disk,network,errors,label"
+    parent = load(root / "pca" / "1" / "model.pt")
+    source = write(tmp_path / "anomalous.csv", np.column_stack((rows, anomalous)), header)
+    manifest = recalibrate(parent, read_for_model(source, parent.manifest), root, 0.05).manifest
+    assert manifest.calibration.rows == 98
+    anomalous[7] = False
+    source = write(tmp_path / "normal.csv", np.column_stack((rows, anomalous)), header)
+    with pytest.raises(DataError, match="the score of row 7 overflows float32"):
+        recalibrate(parent, read_for_model(source, parent.manifest), root, 0.05)
+
+
 def test_recalibration_uses_a_sample_if_there_are_more_rows_than_the_maximum(root: Path, tmp_path: Path) -> None:
     parent = load(root / "pca" / "1" / "model.pt")
     path = tmp_path / "many.npy"
