@@ -50,6 +50,10 @@ class Protocol(HttpToolsProtocol):
             The task of a request limits the wait for its body, and a timer of uvicorn the wait for the next request.
     """
 
+    # uvicorn declares narrower types: a cycle that is never None, a scope without a ticket, a transport of asyncio.
+    cycle: Any  # the newest request of the connection, and its response; None before the first
+    scope: Any
+    transport: Any  # a `LingeringTransport`
     waiting_since: float | None = None
     _head_bytes = 0  # number of bytes received so far of an incomplete head
     _is_receiving = False  # whether a request has begun to arrive and is incomplete
@@ -79,9 +83,8 @@ class Protocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
-        transport: Any = self.transport
         super().connection_lost(exc)
-        transport.detach()
+        self.transport.detach()
 
     def data_received(self, data: bytes) -> None:
         """Parse `data`, and refuse a head of more than MAX_HEAD bytes. Discard `data` that nobody will read."""
@@ -107,11 +110,10 @@ class Protocol(HttpToolsProtocol):
 
         Return whether the connection stays open.
         """
-        cycle: Any = self.cycle  # the newest request of the connection; None before the first
-        if self._is_idle() or cycle.more_body:
+        if self._is_idle() or self.cycle.more_body:
             return False
-        cycle.keep_alive = False  # closes the connection after the last response
-        self.loop.call_later(HALF_CLOSED_SECONDS, self._close_if_no_response, cycle, bool(self.pipeline))
+        self.cycle.keep_alive = False  # closes the connection after the last response
+        self.loop.call_later(HALF_CLOSED_SECONDS, self._close_if_no_response, self.cycle, bool(self.pipeline))
         return True
 
     def send_400_response(self, msg: str) -> None:
@@ -121,16 +123,14 @@ class Protocol(HttpToolsProtocol):
         would take this response for one of them.
         """
         self._is_receiving = True
-        cycle: Any = self.cycle  # the newest request of the connection; None before the first
-        if self._is_idle() or (cycle.more_body and not cycle.response_started and not self.pipeline):
+        if self._is_idle() or (self.cycle.more_body and not self.cycle.response_started and not self.pipeline):
             super().send_400_response(msg)
-        elif cycle.more_body and cycle.response_started:
-            transport: Any = self.transport
-            transport.close_now()  # the rest of the body cannot be read
+        elif self.cycle.more_body and self.cycle.response_started:
+            self.transport.close_now()  # the rest of the body cannot be read
         else:
             self.waiting_since = None
             self._discards_input = True
-            cycle.keep_alive = False  # closes the connection after the last response
+            self.cycle.keep_alive = False  # closes the connection after the last response
 
     def on_message_begin(self) -> None:
         """Begin to wait for the end of a head."""
@@ -164,19 +164,18 @@ class Protocol(HttpToolsProtocol):
             self._refuse(refusal)
             return
         super().on_headers_complete()
-        scope: Any = self.scope
-        if scope["http_version"] != "1.1":
+        if self.scope["http_version"] != "1.1":
             self.cycle.__class__ = _Http10Cycle  # uvicorn creates the cycle, but its task has not run yet
             self.cycle.waiting_for_100_continue = False
-        if self._is_controlled(scope["path"]):
-            self._ticket = scope[TICKET] = self._admission.ticket()
+        if self._is_controlled(self.scope["path"]):
+            self._ticket = self.scope[TICKET] = self._admission.ticket()
 
     def on_body(self, body: bytes) -> None:
         """Keep a piece of the body, or discard it if the request already has its response."""
         if self._is_refused:
             self._discard(len(body))
             return
-        cycle: Any = self.cycle
+        cycle = self.cycle
         if cycle.response_complete:
             self._discard(len(body))
             return
@@ -218,9 +217,8 @@ class Protocol(HttpToolsProtocol):
 
     def announce_close(self) -> None:
         """Add the header `Connection: close` to the response in progress, unless its head has been sent."""
-        cycle: Any = self.cycle  # the newest request of the connection; None before the first
-        if cycle and not cycle.response_started:
-            cycle.keep_alive = False
+        if self.cycle and not self.cycle.response_started:
+            self.cycle.keep_alive = False
 
     def close_if_slow(self, now: float, seconds: float) -> None:
         """Close the connection if the client has made no progress for more than `seconds`.
@@ -230,21 +228,20 @@ class Protocol(HttpToolsProtocol):
             seconds: the longest wait for the end of a head, for the next bytes of a body whose response is complete,
                 and for the client to read the next bytes of a response.
         """
-        transport: Any = self.transport
-        unsent = transport.get_write_buffer_size()
+        unsent = self.transport.get_write_buffer_size()
         if unsent != self._unsent[0]:
             self._unsent = unsent, now
         elif unsent and now - self._unsent[1] > seconds:
-            transport.abort()  # `close` would wait until the client has read everything
+            self.transport.abort()  # `close` would wait until the client has read everything
             return
         if self._lingering_since is not None:
             if now - self._lingering_since > LINGER_SECONDS:
-                transport.close_now()
+                self.transport.close_now()
         elif self.waiting_since is None:
             if self._waits_for_bytes():
                 self.waiting_since = now
         elif now - self.waiting_since > seconds:
-            transport.close_now()
+            self.transport.close_now()
 
     def _waits_for_bytes(self) -> bool:
         """Return whether only bytes of the client can continue this connection, and no timer limits that wait.
@@ -255,8 +252,7 @@ class Protocol(HttpToolsProtocol):
 
     def _is_idle(self) -> bool:
         """Return whether no request waits for its response."""
-        cycle: Any = self.cycle  # the newest request of the connection; None before the first
-        return cycle is None or cycle.response_complete
+        return self.cycle is None or self.cycle.response_complete
 
     def _close_if_no_response(self, cycle: Any, was_waiting: bool) -> None:
         """Close the connection if the response to its last request has not begun.
@@ -304,8 +300,7 @@ class Protocol(HttpToolsProtocol):
         self._discarded += size
         limit = MAX_DISCARDED_HEAD if self._is_head_too_large else MAX_DISCARDED_BYTES
         if self._discarded > limit or now - self._discarding_since > MAX_DISCARDING_SECONDS:
-            transport: Any = self.transport
-            transport.close_now()
+            self.transport.close_now()
 
     def _parse(self, data: bytes) -> None:
         """Feed `data` to the parser. If the parser stops at a head that offers an upgrade, go on without the offer."""
@@ -345,8 +340,7 @@ class Protocol(HttpToolsProtocol):
         A request that streams rows is not refused, because the server reads its rows only as fast as the queue permits.
         A request from a web page is refused later, so that the response has the headers for cross-origin requests.
         """
-        cycle: Any = self.cycle  # None before the first request
-        if (cycle and not cycle.response_complete) or self.expect_100_continue or self.flow.write_paused:
+        if (self.cycle and not self.cycle.response_complete) or self.expect_100_continue or self.flow.write_paused:
             return False
         is_from_page = any(name == b"origin" for name, _ in self.headers)
         return self._is_controlled(self._path()) and not is_from_page and not self._is_stream()
@@ -359,10 +353,9 @@ class Protocol(HttpToolsProtocol):
 
     def _refuse(self, refusal: Refusal) -> None:
         self._is_refused = True
-        scope: Any = self.scope
-        scope["method"] = "POST"
-        scope["path"] = self._path()
-        self.transport.write(self._head_refusal.response(scope, refusal, self.server_state.default_headers))
+        self.scope["method"] = "POST"
+        self.scope["path"] = self._path()
+        self.transport.write(self._head_refusal.response(self.scope, refusal, self.server_state.default_headers))
 
     def _path(self) -> str:
         return self.url.partition(b"?")[0].decode("latin-1")
