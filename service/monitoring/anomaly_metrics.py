@@ -176,12 +176,12 @@ class AnomalyMetrics:
         model = served.metric_labels
         severities, groups = verdicts.scores.severity.tolist(), verdicts.input_rows.group
         rows = range(len(severities)) if rows is None else rows
-        rows_by_group: dict[str, Sequence[int]] = {"": rows}
+        rows_by_group: Mapping[str, Sequence[int]] = {"": rows}
         if groups is not None:
             lists: dict[str, list[int]] = {}
             for row in rows:
                 lists.setdefault(groups[row] or "", []).append(row)
-            rows_by_group = {**lists}
+            rows_by_group = lists
         for name, group_rows in rows_by_group.items():
             group = self._limited(model, "group", name)
             if alarms := self._mean(model, group).count_above_one([severities[row] for row in group_rows]):
@@ -191,9 +191,12 @@ class AnomalyMetrics:
     def _record_causes(self, labels: tuple[str, str, str], verdicts: Verdicts, rows: Sequence[int]) -> None:
         """Keep the causes of the most severe row of `rows` for the alert of a group, unless every row is normal."""
         scores = verdicts.scores
-        usable = [row for row in rows if scores.severity[row] > 1 and scores.usable[row]]
-        if usable:
-            row = max(usable, key=lambda row: float(scores.severity[row]))
+        candidates = np.asarray(rows)
+        candidates = candidates[scores.usable[candidates]]
+        if not len(candidates):
+            return
+        row = int(candidates[scores.severity[candidates].argmax()])
+        if scores.severity[row] > 1:
             self._alert_causes.record(labels, time.time(), _causes(scores, verdicts.input_rows.parsed.x[row], row))
 
     def causes_of_alert(self, catalogue: Catalogue, labels: tuple[str, ...]) -> list[str]:
