@@ -22,5 +22,13 @@ def read_response(connection: socket.socket) -> bytes:
     return response
 
 
+def read_to_end(connection: socket.socket) -> bytes:
+    """Return everything that arrives until the server ends the connection."""
+    received = b""
+    while piece := connection.recv(65536):
+        received += piece
+    return received
+
+
 def _content_length(head: bytes) -> int:
     return next(int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))

@@ -18,7 +18,7 @@ from service.settings import Settings
 from tests.conftest import require
 from tests.service.explorer.browser import chromium
 from tests.service.process import ServerProcess, server_starter
-from tests.service.raw_http import read_response
+from tests.service.raw_http import read_response, read_to_end
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
@@ -100,10 +100,7 @@ def respond(server: ServerProcess, request: bytes) -> bytes:
     """Send `request` and return everything that arrives until the server closes the connection."""
     with server.connect() as connection:
         connection.sendall(request)
-        received = b""
-        while piece := connection.recv(65536):
-            received += piece
-        return received
+        return read_to_end(connection)
 
 
 # Path prefixes
