@@ -3,13 +3,19 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 from fastapi import FastAPI
 
+from service.anomaly.inputs import InputRows
+from service.anomaly.verdicts import Scores, Verdicts
 from service.app import create_app
+from service.codec.row_schema import ParsedRows
+from service.inference.registry import Catalogue
 from service.monitoring.anomaly_metrics import MAX_LABELS, P_VALUE_BOUNDS
 from service.monitoring.metrics import Metrics
 from service.settings import Settings
@@ -106,3 +112,34 @@ def test_every_process_reports_the_sum_of_the_metrics_of_all_processes() -> None
     text = processes[2].exposition(processes[2]._catalogue).decode()
     assert 'elbo_alerts{model="m"} 1.0' in text
     assert 'elbo_alert_pushes_total{outcome="sent"} 2.0' in text
+
+
+def verdicts_of(severities: list[float], expected: list[list[float]]) -> Verdicts:
+    """Return verdicts on rows i with the values (10 i, 10 i + 1). Only the first feature contributes to the score."""
+    count = len(severities)
+    x = 10 * np.arange(count, dtype=np.float32)[:, None] + np.array([0, 1], np.float32)
+    scores = Scores(
+        score=np.array(severities, np.float32),
+        p_value=np.full(count, 0.5, np.float32),
+        severity=np.array(severities, np.float32),
+        parts=np.zeros((count, 1), np.float32),
+        contribution=np.tile(np.array([1, 0], np.float32), (count, 1)),
+        expected=np.array(expected, np.float32),
+    )
+    return Verdicts(InputRows(ParsedRows(x, list(range(count)), [], None), count), scores, [False] * count, None)
+
+
+def test_causes_of_an_alert_come_from_the_most_severe_row_with_a_verdict_and_stay_if_normal_rows_follow() -> None:
+    features = [SimpleNamespace(name="cpu", unit="%"), SimpleNamespace(name="load", unit=None)]
+    model: Any = SimpleNamespace(metric_labels=("m", "1"), manifest=SimpleNamespace(features=features))
+    catalogue = Catalogue({"m": {1: model}})
+    labels = ("m", "1", "")
+    metrics = Metrics(SharedCounters()).anomalies
+    # The expected values of row 3 overflow, so that this row gets no verdict although it is the most severe.
+    abnormal = verdicts_of([2.0, 5.0, 3.0, 9.0], [[0, 0], [7, 0], [0, 0], [np.inf, 0]])
+    metrics.count(model, abnormal.input_rows, abnormal)
+    assert metrics.causes_of_alert(catalogue, labels) == ["cpu 10 % (expected 7 %)"]
+    normal = verdicts_of([0.5], [[0, 0]])  # the mean severity of the group stays above 1
+    metrics.count(model, normal.input_rows, normal)
+    assert metrics.alarms.sums()[labels] == [5.0]
+    assert metrics.causes_of_alert(catalogue, labels) == ["cpu 10 % (expected 7 %)"]
