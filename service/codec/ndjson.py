@@ -51,7 +51,7 @@ class LineSplitter:
 
     def __init__(self, max_line_bytes: int) -> None:
         self._max_line_bytes = max_line_bytes
-        self._rest = b""
+        self._rest = bytearray()  # a bytearray, because `bytes` would copy the line for every chunk
         self._skipping = False  # whether the current line is too long and is dropped up to its newline
 
     @property
@@ -61,15 +61,18 @@ class LineSplitter:
 
     def feed(self, chunk: bytes) -> list[object]:
         """Parse the lines that end in `chunk`, and return one value per line that is not blank."""
-        *lines, self._rest = (self._rest + chunk).split(b"\n")
-        values = [value for line in lines for value in self._parse(line)]
+        values: list[object] = []
+        self._rest += chunk
+        if b"\n" in chunk:
+            *lines, self._rest = self._rest.split(b"\n")
+            values = [value for line in lines for value in self._parse(bytes(line))]
         if len(self._rest) > self._max_line_bytes:
-            self._rest, self._skipping = b"", True
+            self._rest, self._skipping = bytearray(), True
         return values
 
     def finish(self) -> list[object]:
         """Parse a last line that has no newline. Return a list with its value, or an empty list if there is none."""
-        last, self._rest = self._rest, b""
+        last, self._rest = bytes(self._rest), bytearray()
         return self._parse(last)
 
     def _parse(self, line: bytes) -> list[object]:
