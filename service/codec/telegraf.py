@@ -1,6 +1,7 @@
 """Telegraf's JSON format: turn a batch of metrics into one record per group and timestamp."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from models.timestamps import to_unix_seconds
@@ -62,7 +63,7 @@ class TelegrafBatch:
                 feature = self._feature(name, field, tags)
             except InvalidRows as error:
                 self._record(index, key)
-                self._records[key] = MalformedRow(error.detail, error.expected or "", error.got or "")
+                self._records[key] = replace(MalformedRow.of(error), pointer="")  # the pointer is not into a metric
                 continue
             if feature is None:
                 self.unknown_fields += 1

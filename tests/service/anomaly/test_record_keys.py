@@ -181,6 +181,7 @@ def test_value_in_another_unit_is_refused(
     response = post(web, encode(NORMAL | {"temp [°F]": 104.0}), query)
     assert response.status_code == 422
     assert response.json()["detail"] == "'temp [°F]' is in °F, but the model takes temp in °C: convert the values"
+    assert response.json()["hint"] == "GET /models/{name} lists the features and their units"
 
 
 @pytest.mark.parametrize("encode", FORMATS)
