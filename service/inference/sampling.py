@@ -34,20 +34,22 @@ class NoiseSource:
         RandomState. Noise and choices have separate streams, so that the numbers of the first rows are the same
         for any number of rows.
         """
-        low, high = seed & 0xFFFFFFFF, seed >> 32
         with self._lock:
-            self._random.seed([low, high])
+            self._start_stream(seed)
             normal = self._random.standard_normal((rows, latents))
-            self._random.seed([low, high, 1])
+            self._start_stream(seed, 1)
             uniform = self._random.random_sample(rows)
         return normal.astype(np.float32), _below_one(uniform)
 
     def draw_rows(self, seed: int, rows: int, width: int) -> Array:
         """Return standard normal noise [rows, width] for `seed`, from a third stream. See `draw`."""
         with self._lock:
-            self._random.seed([seed & 0xFFFFFFFF, seed >> 32, 2])
+            self._start_stream(seed, 2)
             normal = self._random.standard_normal((rows, width))
         return normal.astype(np.float32)
+
+    def _start_stream(self, seed: int, *stream: int) -> None:
+        self._random.seed([seed & 0xFFFFFFFF, seed >> 32, *stream])
 
 
 def _below_one(uniform: npt.NDArray[np.float64]) -> Array:
