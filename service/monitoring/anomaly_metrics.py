@@ -260,8 +260,8 @@ class AnomalyMetrics:
                 detector = DriftDetector(P_VALUE_BOUNDS, served.manifest.calibration.rows)
                 detector.update([0.0] * len(P_VALUE_BOUNDS))
                 self._detectors[model] = detector
-            old = history.get(model, [0.0] * len(buckets))
-            detector.update([count - count_of_old for count, count_of_old in zip(buckets, old, strict=False)])
+            *old, _, _ = history.get(model, [0.0] * (len(buckets) + 2))
+            detector.update([count - count_of_old for count, count_of_old in zip(buckets, old, strict=True)])
             self._evidence.local(model)[0] = detector.evidence
             self._stale.local(model)[0] = float(detector.alarm)
 
