@@ -30,7 +30,7 @@ TOLERANCE = 1e-6  # maximum relative error of severities: the exponentials of Nu
 class Calibration(Protocol):
     """The calibration methods of the artifact contract, on arrays.
 
-    Args:
+    Attributes:
         floor: the smallest possible p-value.
     """
 

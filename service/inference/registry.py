@@ -23,7 +23,7 @@ from service.inference.served_model import ServedModel
 
 log = logging.getLogger("elbo.registry")
 
-LOAD_FAILED = "load_failed"  # code of a failure that is not an ElboError
+LOAD_FAILED = "load_failed"  # code of a failure that is neither an ElboError nor an OSError
 FolderId = tuple[int, int]  # device and inode of a folder
 Signature = tuple[int, int, int]  # inode, size and modification time (nanoseconds) of a file
 
@@ -35,7 +35,7 @@ class Failure:
     Args:
         name: name of the model; None if the artifact folder itself cannot be read.
         version: version of the model; None if a folder cannot be read, so that its versions are unknown.
-        code: code of the error if it is an `ElboError`, otherwise LOAD_FAILED.
+        code: code of the error if it is an `ElboError`; artifact_unreadable for an OSError; otherwise LOAD_FAILED.
         detail: first line of the error's message.
     """
 
