@@ -47,6 +47,7 @@ def test_simulation_counts_the_same_rows_as_the_server() -> None:
     assert count == is_abnormal(severity).sum() > 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", table("alpha"), ids=lambda row: row[0])
 def test_flagged_rows_and_alerts_per_day_are_those_of_the_page(row: list[str]) -> None:
     alpha, *figures = (float(cell) for cell in row)

@@ -148,6 +148,7 @@ def inputs(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     return torch.rand(6, int(np.prod(shape))), torch.randn(6, K), torch.rand(6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
 def test_loaded_convolutional_artifact_gives_equal_outputs_on_every_device(device: str, tmp_path: Path) -> None:
     shape = (7, 5, 3)

@@ -27,6 +27,7 @@ def fitted(x: Array, latents: int) -> PCA:
     return fit_pca(torch.from_numpy(x), latents)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("latents", [1, 2, 16, 40, 60])
 def test_components_and_eigenvalues_agree_with_scikit_learn(latents: int) -> None:
     x = digits()
@@ -49,6 +50,7 @@ def test_log_likelihood_equals_the_gaussian_density(latents: int) -> None:
     assert np.abs(log_likelihood - Reference(latents, svd_solver="full").fit(x).score_samples(x[:200])).max() < 1e-6
 
 
+@pytest.mark.slow
 def test_score_is_the_mahalanobis_distance_and_equals_the_sum_of_its_parts() -> None:
     x = digits()
     pca = fitted(x, 10)

@@ -85,6 +85,7 @@ def expected_elbo(vae: VAE, x: Tensor) -> float:
     return sum(float(elbo_terms(vae, x, point.expand(B, K))["elbo"].detach()) for point in points) / (2 * K)
 
 
+@pytest.mark.slow
 def test_elbo_of_the_exact_posterior_is_the_log_likelihood() -> None:
     vae, x, marginal = linear_vae(posterior_scale=1.0)
     assert expected_elbo(vae, x) == pytest.approx(float(marginal.log_prob(x).mean()), abs=1e-6)

@@ -73,6 +73,7 @@ def test_time_to_decompress_empty_gzip_members_is_proportional_to_their_number()
     assert time.thread_time() - started < 5  # s; about 0.5 s, and about 12 s with copies of the rest
 
 
+@pytest.mark.slow
 def test_gzip_bomb_is_decompressed_only_up_to_the_limit() -> None:
     bomb = zlib.compressobj(9, zlib.DEFLATED, 31)
     compressed = b"".join(bomb.compress(bytes(2**20)) for _ in range(256)) + bomb.flush()

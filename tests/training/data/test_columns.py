@@ -218,6 +218,7 @@ TABLES = st.integers(1, 4).flatmap(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=TABLES)
 def test_all_formats_give_the_same_table_for_the_same_values(tmp_path: Path, rows: list[list[float | None]]) -> None:

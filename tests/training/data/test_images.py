@@ -212,6 +212,7 @@ def test_error_about_a_damaged_image_names_the_file(tmp_path: Path, content: byt
     assert refusal(folder) == "FOLDER/007.png is damaged or not an image: remove it, or save it again"
 
 
+@pytest.mark.slow
 def test_decompression_bomb_raises_before_it_is_decoded(tmp_path: Path) -> None:
     folder = save_images(tmp_path, GREY)
     Image.new("1", (20_000, 20_000)).save(tmp_path / "100.png")

@@ -59,6 +59,7 @@ def test_contribution_is_the_larger_of_two_squared_distances_each_scaled_to_a_me
     torch.testing.assert_close(((u - expected) / deviation).square()[clear], contribution[clear], rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", EVERY_KIND)
 def test_faulty_feature_has_the_largest_contribution(kind: str) -> None:
     """With three latents for five features, the reconstruction follows the fault. The explanation must not do so."""
