@@ -57,6 +57,13 @@ def create_workload(folder: Path) -> Workload:
     artifacts = folder / "artifacts"
     _train_vae(artifacts, "vae", FEATURES, hidden=(400, 400), latents=20)
     _train_vae(artifacts, "hosts", FEW_FEATURES, hidden=(64, 32), latents=4)
+    return open_workload(folder)
+
+
+def open_workload(folder: Path) -> Workload:
+    """Load the models that `create_workload` published under `folder`, and compute the expected outputs."""
+    torch.set_num_threads(1)
+    artifacts = folder / "artifacts"
     artifact = load(resolve(artifacts, "vae"))
     module = artifact.module
     rows = {count: _uniform(1, count, FEATURES) for count in BATCH_SIZES}
