@@ -2,10 +2,10 @@
 
 The folder is polled every few seconds, outside the event loop. Requests read an immutable `Catalogue`, and each poll
 replaces it by a new one. A version that fails to load does not affect other versions. The failure is logged once and
-listed in /models. The file is not loaded again until it changes.
+listed in /models. The version is loaded again when its file, or the owner or the permissions of its file, change.
 
-A file or folder that the operating system refuses to read is a failure too. It is tried again at every poll, because a
-change of permissions and the repair of a disk do not change the file. Meanwhile, what is already loaded stays served.
+A file or folder that the operating system refuses to read is a failure too. It is read again at every poll, because the
+repair of a disk or of a network does not change the file. Meanwhile, what is already loaded stays served.
 """
 
 import asyncio
@@ -25,7 +25,21 @@ log = logging.getLogger("elbo.registry")
 
 LOAD_FAILED = "load_failed"  # code of a failure that is neither an ElboError nor an OSError
 FolderId = tuple[int, int]  # device and inode of a folder
-Signature = tuple[int, int, int]  # inode, size and modification time (nanoseconds) of a file
+
+
+@dataclass(frozen=True)
+class FileState:
+    """What the operating system tells about the file of a version.
+
+    Args:
+        content: inode, size and modification time (nanoseconds). They change when the file is replaced or written to.
+        rights: device, time of the last change (nanoseconds), mode and owner of the file, and mode and owner of the
+            folders of its version and its model. The time changes even if a program such as `cp -p` or `rsync -t` sets
+            the modification time back.
+    """
+
+    content: tuple[int, ...]
+    rights: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -104,16 +118,23 @@ class _Entry:
     """The state of one model version in the artifact folder.
 
     Args:
-        signature: the signature of the file when it was last loaded; None if the operating system refused to read it.
-            The file is then loaded again at the next poll.
+        state: the state of the file just before it was last loaded; None if the operating system refused to tell.
         served: the last model of this version that has loaded; None if none has loaded. If the present file failed to
             load, this model is from an older file.
         failure: why the present file failed to load; None if it has loaded.
+        refused: whether the operating system refused to read the file. It is then read again at the next poll.
     """
 
-    signature: Signature | None
+    state: FileState | None
     served: ServedModel | None
     failure: Failure | None
+    refused: bool = False
+
+    def is_current(self, state: FileState) -> bool:
+        """Return whether the file need not be loaded again now that `state` is the state of the file."""
+        if self.failure is None:
+            return self.state is not None and self.state.content == state.content
+        return self.state == state and not self.refused
 
 
 class ModelRegistry:
@@ -223,26 +244,32 @@ class ModelRegistry:
     def _load_if_changed(self, name: str, version: int) -> _Entry:
         path = self._root / name / str(version) / FILE_NAME
         previous = self._entries.get((name, version))
-        signature = None
+        state = None
         try:
-            status = path.stat()
-            signature = (status.st_ino, status.st_size, status.st_mtime_ns)
-            if previous and previous.signature == signature:
+            state = _file_state(path)
+            if previous and previous.is_current(state):
                 return previous
-            return _Entry(signature, self._loader.load(path, name, version), None)
+            return _Entry(state, self._loader.load(path, name, version), None)
         except FileNotFoundError:
             raise
         except Exception as error:
-            if isinstance(error, OSError | ArtifactUnreadable | ArtifactMissing):
-                signature = None
-            failure = _failure(name, version, error)
-            if not isinstance(error, OSError | ElboError):
-                log.exception("%s", failure)
-            return _Entry(signature, previous.served if previous else None, failure)
+            refused = isinstance(error, OSError | ArtifactUnreadable | ArtifactMissing)
+            entry = _Entry(state, previous.served if previous else None, _failure(name, version, error), refused)
+            if previous is None or (entry.state, entry.failure) != (previous.state, previous.failure):
+                unexpected = not isinstance(error, OSError | ElboError)
+                log.error("%s", entry.failure, exc_info=error if unexpected else None)
+            return entry
 
     def _replace_catalogue(self, catalogue: Catalogue) -> None:
         previous, self.catalogue = self.catalogue, catalogue
         _log_changes(previous, catalogue)
+
+
+def _file_state(path: Path) -> FileState:
+    file = path.stat()
+    folders = path.parent.stat(), path.parents[1].stat()
+    rights = [number for each in (file, *folders) for number in (each.st_mode, each.st_uid, each.st_gid)]
+    return FileState((file.st_ino, file.st_size, file.st_mtime_ns), (file.st_dev, file.st_ctime_ns, *rights))
 
 
 def _failure(name: str, version: int, error: Exception) -> Failure:
@@ -254,7 +281,7 @@ def _failure(name: str, version: int, error: Exception) -> Failure:
 
 def _log_changes(before: Catalogue, after: Catalogue) -> None:
     for failure in after.failures:
-        if failure not in before.failures and failure.code != LOAD_FAILED:  # `_load_if_changed` has logged LOAD_FAILED
+        if failure.version is None and failure not in before.failures:  # `_load_if_changed` logs those of versions
             log.error("%s", failure)
     for failure in before.failures:
         if failure.version is None and failure not in after.failures:

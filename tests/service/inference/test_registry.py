@@ -1,6 +1,7 @@
 """The registry on real folders: artifacts are added, replaced, damaged and removed."""
 
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from service.errors import ModelNotFound, NotReady
 from service.inference.model_loader import ModelLoader
 from service.inference.registry import ModelRegistry
+from service.inference.served_model import ServedModel
 
 
 def publish(artifacts: Path, root: Path, name: str = "vae", version: int = 1) -> Path:
@@ -21,6 +23,16 @@ def publish(artifacts: Path, root: Path, name: str = "vae", version: int = 1) ->
 
 def create_registry(root: Path, keep_versions: int = 2) -> ModelRegistry:
     return ModelRegistry(root, ModelLoader(), default_model="vae", keep_versions=keep_versions)
+
+
+class CountingLoader(ModelLoader):
+    """A loader that counts its calls."""
+
+    loads = 0
+
+    def load(self, path: Path, name: str, version: int) -> ServedModel:
+        self.loads += 1
+        return super().load(path, name, version)
 
 
 def served(registry: ModelRegistry) -> list[str]:
@@ -107,6 +119,78 @@ def test_half_copied_file_is_served_as_soon_as_it_is_complete(artifacts: Path, t
     registry.refresh()
     assert served(registry) == ["vae@1"]
     assert not registry.catalogue.failures
+
+
+def with_flipped_bit(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def test_failed_version_is_loaded_when_its_content_is_repaired_with_the_same_size_and_modification_time(
+    artifacts: Path, tmp_path: Path
+) -> None:
+    path = publish(artifacts, tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(with_flipped_bit(whole))
+    os.utime(path, (1e9, 1e9))
+    registry = create_registry(tmp_path)
+    registry.refresh()
+    assert served(registry) == []
+    with path.open("r+b") as file:
+        file.write(whole)
+    os.utime(path, (1e9, 1e9))
+    registry.refresh()
+    assert served(registry) == ["vae@1"]
+
+
+@pytest.mark.parametrize("change", ["nothing", "mode", "owner", "modification time", "folder", "model folder", "read"])
+def test_failed_version_is_loaded_again_and_logged_once_per_change_of_its_file_or_its_rights(
+    artifacts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: str
+) -> None:
+    path = publish(artifacts, tmp_path)
+    path.write_bytes(with_flipped_bit(path.read_bytes()))
+    loader = CountingLoader()
+    registry = ModelRegistry(tmp_path, loader, default_model="vae", keep_versions=2)
+    for _ in range(3):
+        registry.refresh()
+    assert loader.loads == 1
+    match change:
+        case "mode":
+            path.chmod(0o600)
+        case "owner":
+            os.chown(path, os.getuid(), os.getgid())
+        case "modification time":
+            path.touch()
+        case "folder":
+            path.parent.chmod(0o700)
+        case "model folder":
+            path.parents[1].chmod(0o700)
+        case "read":
+            path.read_bytes()
+    for _ in range(3):
+        registry.refresh()
+    expected = 1 if change in ("nothing", "read") else 2
+    assert loader.loads == expected
+    assert sum("failed to load vae@1" in record.message for record in caplog.records) == expected
+
+
+@pytest.mark.parametrize("change", ["mode", "hard link", "folder"])
+def test_loaded_version_is_not_loaded_again_when_only_its_rights_change(
+    artifacts: Path, tmp_path: Path, change: str
+) -> None:
+    path = publish(artifacts, tmp_path)
+    loader = CountingLoader()
+    registry = ModelRegistry(tmp_path, loader, default_model="vae", keep_versions=2)
+    registry.refresh()
+    match change:
+        case "mode":
+            path.chmod(0o600)
+        case "hard link":
+            (tmp_path / "copy").hardlink_to(path)
+        case "folder":
+            path.parent.chmod(0o700)
+    registry.refresh()
+    assert (loader.loads, served(registry)) == (1, ["vae@1"])
 
 
 def test_unchanged_file_is_not_loaded_again(artifacts: Path, tmp_path: Path) -> None:
