@@ -229,8 +229,9 @@ class RequestContext:
         await self.respond(HttpResponse(content, PROBLEM_JSON.encode(), headers, error.status))
 
     def finish(self) -> None:
-        """Record the total time, and count the bytes of the body as freed."""
+        """Record the total time, and release the ticket: a request may have ended before its handler was called."""
         self.record.total = self.record.elapsed
+        self.ticket.release()
         self.ticket.release_bytes()
 
     def _start_response(self, status: int) -> None:

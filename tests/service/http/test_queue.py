@@ -136,3 +136,21 @@ def test_body_is_refused_while_other_bodies_fill_the_limit_on_held_bytes(artifac
             assert service.admission.body_bytes.amount == 0
 
     asyncio.run(scenario())
+
+
+def test_request_that_is_refused_before_its_handler_runs_leaves_no_place_in_the_queue_occupied(artifacts: Path) -> None:
+    """3,000 such requests once made the server refuse all others with 429 until it was restarted."""
+
+    async def scenario() -> None:
+        async with serving(Settings(artifacts=artifacts)) as (service, port):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            for _ in range(3):
+                writer.write(REQUEST.replace(b"Host: elbo\r\n", b""))
+                assert (await reader.readline()).startswith(b"HTTP/1.1 400")
+                await reader.read(65536)
+                writer.close()
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.close()
+            await until(lambda: service.admission.requests.amount == 0)
+
+    asyncio.run(scenario())
