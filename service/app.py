@@ -174,6 +174,7 @@ def _lifespan(
             await scanning.close()
             await receiver.close()  # while the batcher can still score the receiver's last rows
             await service.batcher.close()
+            service.readers.shutdown(wait=False, cancel_futures=True)
             await monitor.close()
             await access.close()
 

@@ -1,5 +1,6 @@
 """The components that all endpoints share."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from service.errors import NotReady
@@ -11,10 +12,15 @@ from service.monitoring.metrics import Metrics
 from service.monitoring.unknown_metrics import UnknownMetricsLog
 from service.settings import Settings
 
+READER_THREADS = 2  # each of them competes with the event loop for the interpreter lock
+
 
 @dataclass
 class ServiceContext:
-    """The components of one application. `draining` becomes true when the server begins to shut down."""
+    """The components of one application. `draining` becomes true when the server begins to shut down.
+
+    `readers` are the threads that read large request bodies.
+    """
 
     settings: Settings
     registry: ModelRegistry
@@ -23,6 +29,7 @@ class ServiceContext:
     admission: AdmissionControl
     draining: bool = False
     unknown_metrics: UnknownMetricsLog = field(default_factory=UnknownMetricsLog)
+    readers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(READER_THREADS, "reader"))
 
     def find(self, reference: str | None) -> ServedModel:
         """Return the model that `reference` names, or the default model. Raises NotReady, ModelNotFound."""

@@ -8,7 +8,10 @@ that takes long runs in another thread.
 import asyncio
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
+
+from service.codec.budget import Budget, TurnOver
 
 T = TypeVar("T")
 MAX_LOOP_NS = 2_000_000  # maximum time for which one request may block the event loop, in nanoseconds
@@ -31,3 +34,30 @@ async def run_in_thread_if_long(work: Callable[[], T], estimated_ns: float) -> T
     if estimated_ns > MAX_LOOP_NS:
         return await asyncio.to_thread(work)
     return work()
+
+
+async def read_within_budget(
+    readers: ThreadPoolExecutor, read: Callable[[], T], budget: Budget, estimated_ns: float
+) -> T:
+    """Return the result of `read`, which draws from `budget`.
+
+    `read` runs in a thread of `readers` if `estimated_ns` is above MAX_LOOP_NS. If it takes longer than the event loop
+    may be kept, it is called again in a thread.
+    """
+    if estimated_ns <= MAX_LOOP_NS:
+        budget.start(in_event_loop=True)
+        try:
+            return read()
+        except TurnOver:
+            pass
+        finally:
+            budget.stop()
+
+    def read_in_thread() -> T:
+        budget.start(in_event_loop=False)
+        try:
+            return read()
+        finally:
+            budget.stop()
+
+    return await asyncio.get_running_loop().run_in_executor(readers, read_in_thread)

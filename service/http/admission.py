@@ -6,9 +6,11 @@ writes the response.
 
 import asyncio
 import math
+from threading import Lock
 from time import perf_counter
 from typing import NamedTuple
 
+from service.codec.budget import Budget
 from service.errors import DeadlineExceeded, Overloaded
 from service.inference.backlog import Backlog
 from service.inference.batcher import Batcher
@@ -81,6 +83,7 @@ class AdmissionControl:
         self._batcher = batcher
         self._max_rows = max_rows
         self._max_wait = max_wait
+        self._bytes_lock = Lock()  # readers in threads draw memory from the budgets of their requests
 
     def ticket(self) -> "Ticket":
         """Return the ticket of a new request."""
@@ -121,16 +124,18 @@ class AdmissionControl:
 
     def hold_bytes(self, size: int) -> None:
         """Count `size` bytes of a request body as held in memory. Raises Overloaded if there is no room for them."""
-        refusal = self.refusal(body_bytes=size)
-        if refusal:
-            raise refusal.error()
-        self.body_bytes.add(size)
-        self._exported_bytes[0] = self.body_bytes.amount
+        with self._bytes_lock:
+            refusal = self.refusal(body_bytes=size)
+            if refusal:
+                raise refusal.error()
+            self.body_bytes.add(size)
+            self._exported_bytes[0] = self.body_bytes.amount
 
     def release_bytes(self, size: int) -> None:
         """Count `size` bytes of a request body as freed."""
-        self.body_bytes.finish(size)
-        self._exported_bytes[0] = self.body_bytes.amount
+        with self._bytes_lock:
+            self.body_bytes.finish(size)
+            self._exported_bytes[0] = self.body_bytes.amount
 
 
 class Ticket:
@@ -191,6 +196,17 @@ class Ticket:
         """Count `size` more bytes of the body as held in memory. Raises Overloaded if there is no room for them."""
         self._admission.hold_bytes(size)
         self.held_bytes += size
+
+    def budget(self, *, max_bytes: int, max_rows: int, deadline: float) -> Budget:
+        """Return a budget for reading the body; the arguments are those of `Budget`."""
+        admission = self._admission
+        return Budget(
+            max_bytes=max_bytes,
+            max_rows=max_rows,
+            deadline=deadline,
+            hold=admission.hold_bytes,
+            release=admission.release_bytes,
+        )
 
     def release_bytes(self) -> None:
         """Count the bytes of the body as freed."""

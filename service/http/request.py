@@ -12,6 +12,7 @@ from starlette.datastructures import QueryParams
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
+from service.codec.budget import Budget
 from service.errors import PROBLEM_JSON, BodyTooLarge, BodyTooSlow, ClientGone, InvalidField, ServiceError
 from service.http.admission import Ticket
 from service.monitoring.request_record import RequestRecord
@@ -88,6 +89,7 @@ class RequestContext:
         self.record = new_record(scope, self.headers)
         self.response_started = False
         self.ticket = ticket
+        self._budget: Budget | None = None
         self._receive = receive
         self._send = send
         self._limits = limits
@@ -112,6 +114,14 @@ class RequestContext:
     def body_seconds(self) -> float:
         """The time limit for a request body, or for one row of a stream, to arrive."""
         return self._limits.seconds
+
+    def budget(self, *, max_rows: int, deadline: float) -> Budget:
+        """Return the budget for reading the body. With the body, a request takes at most 3 times ELBO_MAX_BODY_BYTES.
+
+        The memory that readers draw from it counts against ELBO_HELD_BYTES until `finish` is called.
+        """
+        self._budget = self.ticket.budget(max_bytes=2 * self._limits.max_bytes, max_rows=max_rows, deadline=deadline)
+        return self._budget
 
     async def body(self) -> bytes:
         """Return the whole body.
@@ -233,6 +243,8 @@ class RequestContext:
         self.record.total = self.record.elapsed
         self.ticket.release()
         self.ticket.release_bytes()
+        if self._budget:
+            self._budget.close()
 
     def _start_response(self, status: int) -> None:
         self.response_started = True

@@ -1,0 +1,177 @@
+"""The budget of one request: what reading its body may cost in memory, rows and time.
+
+A body of a few bytes can describe gigabytes of objects, and hours of work. Every reader therefore draws from the budget
+of its request while it reads, not afterwards:
+
+- before it creates objects or unpacks bytes: `take_bytes`;
+- for each row, valid or not: `take_rows`;
+- at least once per millisecond of work: `check_time`. A call of a C library that holds the interpreter lock must end
+  within 20 ms: give the library at most PIECE_BYTES at once.
+
+The bytes count against ELBO_HELD_BYTES until the request ends.
+"""
+
+from collections.abc import Callable
+from threading import Lock
+from time import perf_counter, sleep, thread_time
+
+from service.errors import BodyTooLarge, ClientGone, DeadlineExceeded, TooManyRows
+
+PIECE_BYTES = 64 * 1024  # orjson needs up to 20 ms for 64 KiB of empty lists
+ROW_BYTES = 1024  # memory for what the server keeps about a row: its error, or its position, time and group
+TURN_SECONDS = 0.004  # longest time for which one request may keep the event loop
+SLICE_SECONDS = 0.002  # a reader in a thread pauses after this time, so that the event loop gets the interpreter lock
+PAUSE_SECONDS = 0.0001
+MAX_CPU_SECONDS = 20.0  # processor time; reading the largest body that the default settings allow takes 3 s
+_HOLD_STEP = 256 * 1024  # bytes; holding memory takes a lock, so it is not done for every few bytes
+
+
+class TurnOver(Exception):
+    """Reading took longer than the event loop may be kept: read the body again, in a thread."""
+
+
+class Budget:
+    """What reading the body of one request may cost.
+
+    Args:
+        max_bytes: the maximum memory beyond the body itself, for unpacked bytes and for objects.
+        max_rows: the maximum number of rows (ELBO_MAX_ROWS).
+        deadline: when the request times out, on the `perf_counter` clock.
+        hold: counts bytes against ELBO_HELD_BYTES; raises Overloaded if there is no room. Any thread may call it.
+        release: counts bytes as freed.
+
+    Attributes:
+        rows: the number of rows read so far.
+        held_bytes: the bytes counted against ELBO_HELD_BYTES.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_bytes: int,
+        max_rows: int,
+        deadline: float,
+        hold: Callable[[int], None],
+        release: Callable[[int], None],
+    ) -> None:
+        self.max_rows = max_rows
+        self.rows = 0
+        self.held_bytes = 0
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._deadline = deadline
+        self._hold = hold
+        self._release = release
+        self._lock = Lock()  # for the two attributes below: the request may end while a thread still reads its body
+        self._is_reading = False
+        self._is_closed = False
+        self._turn_end = 0.0  # when the event loop needs its turn; 0 in a thread
+        self._cpu_end = 0.0  # on the `thread_time` clock
+        self._next_check = 0.0
+
+    def take_bytes(self, size: int) -> None:
+        """Count `size` bytes of memory, before the memory is used.
+
+        Raises:
+            BodyTooLarge: the request would need more memory than a request may use.
+            Overloaded: the requests in memory leave no room.
+        """
+        self._bytes += size
+        if self._bytes <= self.held_bytes:
+            return
+        if self._bytes > self._max_bytes:
+            raise BodyTooLarge(
+                f"reading the body takes more than {self._max_bytes} bytes of memory",
+                expected=f"at most {self._max_bytes} bytes",
+                got="more",
+                hint="send fewer rows per request, or send them as application/x-npy",
+            )
+        step = max(self._bytes - self.held_bytes, _HOLD_STEP)
+        self._hold(step)
+        self.held_bytes += step
+
+    def give_back_bytes(self, size: int) -> None:
+        """Count `size` bytes as free again. They stay held until the request ends, for what is read next."""
+        self._bytes -= size
+
+    def take_rows(self, count: int, pointer: str = "") -> None:
+        """Count `count` more rows, valid or not, and their memory. Raises TooManyRows, BodyTooLarge, Overloaded."""
+        self.rows += count
+        if self.rows > self.max_rows:
+            raise TooManyRows(
+                f"a request may have at most {self.max_rows} rows (ELBO_MAX_ROWS), got more",
+                pointer=pointer,
+                expected=f"at most {self.max_rows} rows",
+                got="more",
+                hint="split the rows over several requests",
+            )
+        self.take_bytes(count * ROW_BYTES)
+
+    def check_time(self) -> None:
+        """Check that there is time left, and let other threads run.
+
+        Raises:
+            DeadlineExceeded: the request timed out.
+            BodyTooLarge: reading took more than MAX_CPU_SECONDS of processor time.
+            ClientGone: nobody waits for the response any more.
+            TurnOver: reading took too long for the event loop.
+        """
+        if perf_counter() >= self._next_check:
+            self._check_time()
+
+    def _check_time(self) -> None:
+        now = perf_counter()
+        if self._is_closed:
+            raise ClientGone("the client disconnected while its body was read")
+        if now > self._deadline:
+            raise DeadlineExceeded(
+                "the request timed out while its body was read", hint="send fewer rows, or allow more time"
+            )
+        if self._turn_end:
+            if now > self._turn_end:
+                raise TurnOver
+            self._next_check = min(self._turn_end, self._deadline)
+            return
+        if thread_time() > self._cpu_end:
+            raise BodyTooLarge(
+                f"reading the body takes more than {MAX_CPU_SECONDS:g} s of processor time",
+                expected=f"a body that is read within {MAX_CPU_SECONDS:g} s",
+                got="more",
+                hint="send fewer rows per request, or send them as application/x-npy",
+            )
+        sleep(PAUSE_SECONDS)
+        self._next_check = perf_counter() + SLICE_SECONDS
+
+    def start(self, *, in_event_loop: bool) -> None:
+        """Begin to read, or begin again: nothing has been drawn yet. Call this in the thread that reads.
+
+        Raises:
+            ClientGone: the request has ended.
+        """
+        with self._lock:
+            if self._is_closed:
+                raise ClientGone("the client disconnected before its body was read")
+            self._is_reading = True
+        self._bytes = self.rows = 0
+        self._turn_end = perf_counter() + TURN_SECONDS if in_event_loop else 0.0
+        self._cpu_end = thread_time() + MAX_CPU_SECONDS
+        self._next_check = 0.0
+
+    def stop(self) -> None:
+        """End reading. If the request has ended meanwhile, free its memory."""
+        with self._lock:
+            self._is_reading = False
+            if self._is_closed:
+                self._free()
+
+    def close(self) -> None:
+        """End the request. Its memory is freed now, or as soon as the thread that reads its body has ended."""
+        with self._lock:
+            self._is_closed = True
+            self._next_check = 0.0  # makes the thread end at its next check
+            if not self._is_reading:
+                self._free()
+
+    def _free(self) -> None:
+        self._release(self.held_bytes)
+        self.held_bytes = 0
