@@ -11,8 +11,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
@@ -38,6 +36,7 @@ from models.manifest import (
     read_sealed,
     seal,
 )
+from models.staging import staging_folder
 from models.versions import claim_version, unwritable_as_artifact_error
 
 METHODS = (
@@ -166,8 +165,8 @@ def require_writable(root: Path, name: str) -> None:
     folder = root / name
     with unwritable_as_artifact_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".trial-", dir=folder) as trial:
-            _write_synced(Path(trial) / FILE_NAME, bytes(TRIAL_BYTES))
+        with staging_folder(folder) as trial:
+            _write_synced(trial / FILE_NAME, bytes(TRIAL_BYTES))
 
 
 def publish(
@@ -197,13 +196,10 @@ def publish(
     folder = root / manifest.name
     with unwritable_as_artifact_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder))
-        try:
-            staging.chmod(0o755)  # mkdtemp's 0700 would lock out a server that runs as another user
+        with staging_folder(folder) as staging:
+            staging.chmod(0o755)  # whatever the umask: a server that runs as another user reads the folder
             _write_synced(staging / FILE_NAME, content)
             version = claim_version(staging, root, manifest.name)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)  # no effect if the rename succeeded
         _sync_folder(folder)
     return folder / str(version) / FILE_NAME
 

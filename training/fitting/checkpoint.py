@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from models.staging import PREFIX, staging_folder
 from training.errors import FitError
 
 FILE_NAME = "checkpoint.pt"
@@ -68,15 +69,13 @@ class CheckpointStore:
         content = io.BytesIO()  # torch.save turns the OSError of a full disk into a RuntimeError
         torch.save({"identity": self.identity, **state}, content)
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f"{FILE_NAME}.{os.getpid()}"
-        try:
-            with partial.open("wb") as file:
+        with staging_folder(self.folder) as staging:
+            complete = staging / FILE_NAME
+            with complete.open("wb") as file:
                 file.write(content.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
-            partial.replace(self.path)
-        finally:
-            partial.unlink(missing_ok=True)  # a part of a checkpoint; after the rename there is no such file
+            complete.replace(self.path)
 
     def load(self) -> dict[str, Any]:
         """Return the saved state. No code in the file is executed.
@@ -103,7 +102,7 @@ class CheckpointStore:
     def remove(self) -> None:
         """Delete the checkpoint, and its folder if empty. Errors are ignored: the published model needs neither.
 
-        Parts of checkpoints that killed processes left in the folder are deleted, too.
+        Parts of checkpoints that killed processes of earlier releases left in the folder are deleted, too.
         """
         for path in (self.path, *self.folder.glob(f"{FILE_NAME}.*")):
             with suppress(OSError):
@@ -116,7 +115,7 @@ class CheckpointStore:
 def claim(folder: Path) -> Iterator[bool]:
     """Reserve `folder` for this process while the context lasts. Yield false if another process has reserved it.
 
-    The lock is on the folder itself and ends with the process. Yield true if the file system has no locks.
+    Before that, delete the parts of checkpoints that killed runs left in `folder` and in the folders in it. The lock is on the folder itself and ends with the process. Yield true if the file system has no locks.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -126,6 +125,7 @@ def claim(folder: Path) -> Iterator[bool]:
         return
     alone = True
     try:
+        _remove_parts(folder)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -137,3 +137,15 @@ def claim(folder: Path) -> Iterator[bool]:
         os.close(descriptor)
         with suppress(OSError):
             folder.rmdir()  # if it is empty
+
+
+def _remove_parts(run_folder: Path) -> None:
+    """Delete the parts of checkpoints that killed runs left in `run_folder` and in the folders in it."""
+    for folder in (run_folder, *run_folder.glob("*/")):
+        if not any(folder.glob(f"{PREFIX}*")):
+            continue
+        with suppress(OSError), staging_folder(folder):
+            pass
+        if folder != run_folder:
+            with suppress(OSError):
+                folder.rmdir()  # if it is empty

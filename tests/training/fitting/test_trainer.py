@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from training.data.batches import Batches
 from training.data.row_store import RowStore
 from training.data.table import read_table
 from training.errors import FitError
-from training.fitting.checkpoint import FILE_NAME, CheckpointStore
+from training.fitting.checkpoint import FILE_NAME, CheckpointStore, claim
 from training.fitting.losses import LossTerms
 from training.fitting.trainer import Trainer
 from training.random_streams import NOISE, ORDER, epoch_order, random_stream
@@ -244,3 +245,31 @@ def test_checkpoint_is_complete_even_if_the_process_is_killed_while_saving(tmp_p
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert torch.equal(CheckpointStore(tmp_path, "x").load()["weights"], torch.ones(300_000))
+
+
+@pytest.mark.parametrize("folder", ["digits", "digits/run-12345678"])
+def test_next_run_of_the_name_removes_the_part_of_a_checkpoint_that_a_killed_run_left(
+    tmp_path: Path, folder: str
+) -> None:
+    program = (
+        "import sys, torch; from pathlib import Path; from training.fitting.checkpoint import CheckpointStore\n"
+        "store = CheckpointStore(Path(sys.argv[1]), 'x')\n"
+        "while True: store.save({'weights': torch.ones(3_000_000)})"
+    )
+    place = tmp_path / folder
+    process = subprocess.Popen([sys.executable, "-c", program, str(place)], cwd=ROOT, env=os.environ)
+    wait_until_newer(place / FILE_NAME, 0, process)
+    parts: list[Path] = []
+    while not parts:  # stop the process at random times, until it is saving at that time
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.01)
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        parts = list(place.glob(f".staging-*/{FILE_NAME}"))
+    with claim(tmp_path / "digits"):
+        assert parts[0].exists()  # it is in use
+    process.kill()
+    process.wait()
+    with claim(tmp_path / "digits"):
+        assert list(place.glob(".staging-*")) == []
+    assert CheckpointStore(place, "x").load()["identity"] == "x"
