@@ -52,7 +52,7 @@ def make_old(path: Path) -> None:
 
 
 def abandoned_elsewhere(parent: Path, owner: str | None, prefix: str = ".staging-") -> Path:
-    """Create a staging folder as another host leaves it. `owner` is the content of its lock file; None: no such file."""
+    """Create a staging folder as another host leaves it, with the lock file `owner`; None: without a lock file."""
     staging = parent / f"{prefix}0123"
     staging.mkdir()
     (staging / "model.pt").write_text("half")
@@ -170,7 +170,6 @@ def test_staging_folder_that_was_renamed_stays(tmp_path: Path) -> None:
 
 
 def test_error_while_a_staging_folder_is_in_use_removes_it(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="full"), staging_folder(tmp_path) as staging:
-        (staging / "file").write_text("content")
-        raise RuntimeError("full")
+    with pytest.raises(FileNotFoundError), staging_folder(tmp_path) as staging:
+        (staging / "file").rename(tmp_path / "absent" / "file")
     assert leftovers(tmp_path) == []

@@ -115,7 +115,8 @@ class CheckpointStore:
 def claim(folder: Path) -> Iterator[bool]:
     """Reserve `folder` for this process while the context lasts. Yield false if another process has reserved it.
 
-    Before that, delete the parts of checkpoints that killed runs left in `folder` and in the folders in it. The lock is on the folder itself and ends with the process. Yield true if the file system has no locks.
+    Before that, delete the parts of checkpoints that killed runs left in `folder` and in the folders in it. The lock is
+    on the folder itself and ends with the process. Yield true if the file system has no locks.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
