@@ -71,9 +71,8 @@ def create_app(settings: Settings, counters: SharedCounters | None = None) -> Fa
     """
     counters = counters or SharedCounters()
     metrics = Metrics(counters, settings.alert_half_life, settings.alert_max_age_seconds)
-    access = AccessLog(
-        choose_format(settings.log_format), enabled=settings.log_level in ("debug", "info"), lost=metrics.lost_log_lines
-    )
+    access = AccessLog(choose_format(settings.log_format), enabled=settings.log_level in ("debug", "info"))
+    access.lines.count_lost_in(metrics.lost_log_lines)
     loader = ModelLoader(
         device=choose_device(settings.device),
         backend=settings.backend,

@@ -17,7 +17,9 @@ _ENTRY_HEADER = struct.Struct("<IIQ")  # size of the key in bytes, length of the
 _USED_BYTES = struct.Struct("<Q")  # at the start of a segment: the total size of its entries
 _FLOAT_BYTES = 8
 
-RESTARTS = "elbo_worker_restarts"  # the only metric that the supervisor counts
+# The metrics that the supervisor counts.
+RESTARTS = "elbo_worker_restarts"
+LOST_LOG_LINES = "elbo_log_lines_lost"
 
 log = logging.getLogger("elbo.shared_memory")
 Key = tuple[str, ...]  # the family, such as the name of a metric, then the label values

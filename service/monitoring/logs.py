@@ -1,15 +1,17 @@
 """The log on standard output: one JSON object per line, or text for people.
 
 A line that cannot be written, because the disk is full, the reader is blocked or standard output is closed, is counted
-as lost. The server continues to serve, and to write later lines.
+as lost. The server continues to serve, and to write later lines: see `service/monitoring/log_output.py`.
 """
 
 import asyncio
+import atexit
 import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from time import perf_counter, time
 from typing import Any
@@ -17,17 +19,18 @@ from typing import Any
 import orjson
 
 from models.errors import printable
-from service.monitoring.log_output import STANDARD_OUTPUT, Blocked, LogOutput
+from service.monitoring.log_output import STANDARD_ERROR, STANDARD_OUTPUT, LogOutput, LogQueue, QueuedText
 from service.monitoring.request_record import RequestRecord
 from service.shared_memory import SharedNumber
 
 LOGGERS = ("elbo", "uvicorn.error", "py.warnings")
 ACCESS_LOGGER = "elbo.access"
 FORMAT_BATCH = 32  # number of access records that are formatted together
-FLUSH_SECONDS = 0.05  # access lines are collected for this time, then written together
-MAX_PENDING_LINES = 20_000  # maximum number of access lines that wait to be written; further lines are only counted
-MESSAGE_SECONDS = 0.1  # a message waits this long for a blocked reader, then it is lost; meanwhile no request is served
+COLLECT_SECONDS = 0.05  # access records are collected for this time, then formatted and queued together
 LOST_LINES = "log lines were lost because standard output was blocked or failed; check its reader and the disk"
+LOST_ON_STDERR = (
+    "elbo: %d lines were lost because standard error was blocked or failed; check its reader and the disk\n"
+)
 _QUOTED = re.compile(r'[\s"=\\]')  # text with one of these characters is quoted in the format "text"
 # Characters that JSON allows but that control a terminal, begin a line in some viewers, or reorder text.
 _UNSAFE_IN_JSON = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -76,34 +79,21 @@ def _text_value(value: Any) -> str:
 
 
 class AccessLog:
-    """The access log: one line per request, written by another thread, so that a slow reader delays no request.
-
-    Lines are formatted in batches, after the responses have been sent.
+    """The access log: one line per request. Lines are formatted in batches, after the responses have been sent.
 
     Args:
         log_format: "json" or "text".
         enabled: whether requests are logged.
-        write: a function that writes complete lines. It is called in another thread. The default writes to standard
+        lines: the queue of the lines; by default, the queue that `configure` has created, or a new one for standard
             output.
-        lost: array whose element 0 counts the lines that are lost.
     """
 
-    def __init__(
-        self,
-        log_format: str,
-        enabled: bool,
-        write: Callable[[bytes], object] | None = None,
-        lost: SharedNumber | None = None,
-    ) -> None:
+    def __init__(self, log_format: str, enabled: bool, lines: LogQueue | None = None) -> None:
         self._log_format = log_format
         self._enabled = enabled
-        self._write = write or _standard_output().write
-        self._all_lost: SharedNumber = [0.0] if lost is None else lost
+        self.lines = lines or _configured_queue() or standard_output_queue(log_format)
         self._records: list[RequestRecord] = []  # not formatted yet
-        self._lines: list[bytes] = []  # not written yet
-        self._lost = 0  # lines that are lost and not reported in the log yet
-        self._closing = False
-        self._writer: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None  # runs while records wait to be formatted
 
     def log(self, record: RequestRecord) -> None:
         """Log a request that has ended."""
@@ -111,56 +101,39 @@ class AccessLog:
             return
         self._records.append(record)
         if len(self._records) >= FORMAT_BATCH:
-            self._format_records()
-        if self._writer is None:
-            self._writer = asyncio.get_running_loop().create_task(self._write_pending())
+            self._queue_records()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(COLLECT_SECONDS, self._on_timer)
 
     async def close(self) -> None:
-        """Wait until everything is written, or until the reader of standard output has blocked one more write."""
-        self._closing = True
-        if self._writer:
-            await self._writer
-        self._closing = False
+        """Wait until everything is written. If the reader is blocked, wait only for a moment."""
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+        self._queue_records()
+        await asyncio.to_thread(self.lines.flush)
 
-    async def _write_pending(self) -> None:
-        try:
-            while self._records or self._lines:
-                await asyncio.sleep(FLUSH_SECONDS)
-                self._format_records()
-                lines, self._lines = self._lines, []
-                await self._write_lines(lines)
-        finally:
-            self._writer = None
+    def _on_timer(self) -> None:
+        self._timer = None
+        self._queue_records()
 
-    async def _write_lines(self, lines: list[bytes]) -> None:
-        """Write `lines` and the number of lost lines. If the reader is blocked, keep the rest of `lines` for later."""
-        lost = self._lost
-        notice = _lost_notice(self._log_format, lost) if lost else b""
-        try:
-            await asyncio.to_thread(self._write, b"".join([*lines, notice]))
-            self._lost -= lost
-        except Blocked as error:
-            rest = lines[error.lines_written :]
-            if self._closing:
-                self._lose(len(rest))
-            else:
-                self._lines = rest + self._lines
-        except (OSError, RuntimeError):  # the disk is full, the reader has gone, or no thread can be started
-            self._lose(len(lines))
-
-    def _lose(self, lines: int) -> None:
-        self._lost += lines
-        self._all_lost[0] += lines
-
-    def _format_records(self) -> None:
+    def _queue_records(self) -> None:
         records, self._records = self._records, []
-        room = MAX_PENDING_LINES - len(self._lines)
-        self._lose(len(records[room:]))
+        if not records:
+            return
         clock_offset = time() - perf_counter()  # the time of a record plus this offset is a Unix time
-        for record in records[:room]:
-            ended = clock_offset + record.started + record.total
-            fields = _access_fields(record)
-            self._lines.append(format_line(self._log_format, ended, "INFO", ACCESS_LOGGER, "request", fields))
+        lines = [
+            format_line(
+                self._log_format,
+                clock_offset + record.started + record.total,
+                "INFO",
+                ACCESS_LOGGER,
+                "request",
+                _access_fields(record),
+            )
+            for record in records
+        ]
+        self.lines.put(b"".join(lines), len(lines))
 
 
 def _access_fields(record: RequestRecord) -> dict[str, Any]:
@@ -212,38 +185,26 @@ class Formatter(logging.Formatter):
 
 
 class LogHandler(logging.Handler):
-    """Writes the records of `logging` to standard output. It blocks for at most MESSAGE_SECONDS, and never fails.
+    """Queues the records of `logging` as lines. It never blocks, and never fails.
 
     Args:
         log_format: "json" or "text".
-        output: where the lines are written.
-
-    Attributes:
-        lost: array whose element 0 counts the lines that are lost.
+        lines: the queue.
     """
 
-    def __init__(self, log_format: str, output: LogOutput) -> None:
+    def __init__(self, log_format: str, lines: LogQueue) -> None:
         super().__init__()
         self.setFormatter(Formatter(log_format))
-        self.lost: SharedNumber = [0.0]
-        self._log_format = log_format
-        self.output = output
-        self._unreported = 0  # lines that are lost and not reported in the log yet
+        self.lines = lines
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record, and before it the number of lines that were lost since the last one."""
+        """Queue a record."""
         try:
             line = f"{self.format(record)}\n".encode(errors="backslashreplace")
         except Exception:  # noqa: BLE001 - as in the handlers of `logging`, a wrong log call does not stop its caller
             self.handleError(record)
             return
-        notice = _lost_notice(self._log_format, self._unreported) if self._unreported else b""
-        try:
-            self.output.write(notice + line, 0.0 if self._unreported else MESSAGE_SECONDS)
-            self._unreported = 0
-        except OSError:
-            self._unreported += 1
-            self.lost[0] += 1
+        self.lines.put(line)
 
 
 def choose_format(log_format: str) -> str:
@@ -253,33 +214,79 @@ def choose_format(log_format: str) -> str:
     return "text" if os.isatty(STANDARD_OUTPUT) else "json"
 
 
+def standard_output_queue(log_format: str) -> LogQueue:
+    """Return a new queue in front of standard output. `log_format`: "json" or "text"."""
+
+    def notice(lost: int) -> bytes:
+        return format_line(log_format, time(), "WARNING", ACCESS_LOGGER, LOST_LINES, {"lost": lost})
+
+    return LogQueue(notice, LogOutput(STANDARD_OUTPUT).write)
+
+
 def configure(level: str, log_format: str) -> None:
-    """Send the log of this process to standard output.
+    """Send the log of this process to standard output, through a queue.
 
     Args:
-        level: the lowest level that is logged, as in ELBO_LOG_LEVEL.
+        level: the lowest level that is logged, as in ELBO_LOG_LEVEL. Libraries log only warnings and errors.
         log_format: "auto", "json" or "text", as in ELBO_LOG_FORMAT.
     """
-    handler = LogHandler(choose_format(log_format), LogOutput())
+    log_format = choose_format(log_format)
+    handler = LogHandler(log_format, standard_output_queue(log_format))
     logging.captureWarnings(True)
     for name in LOGGERS:
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.propagate = False
         logger.setLevel(level.upper())
+    libraries = logging.getLogger()
+    libraries.handlers = [other for other in libraries.handlers if not isinstance(other, LogHandler)]
+    libraries.addHandler(handler)
 
 
-def count_lost_messages(lost: SharedNumber) -> None:
-    """Count the messages that are lost in element 0 of `lost`, including those that are lost already."""
-    for handler in _log_handlers():
-        lost[0] += handler.lost[0]
-        handler.lost = lost
+def redirect_streams() -> None:
+    """Replace `sys.stdout` and `sys.stderr`, so that this process never waits for a reader of what it prints.
+
+    Tracebacks of a crash and the message of `sys.exit` pass through `sys.stderr`. What native code writes does not.
+    """
+    on_stdout = _configured_queue() or standard_output_queue("text")
+    on_stderr = LogQueue(lambda lost: (LOST_ON_STDERR % lost).encode(), LogOutput(STANDARD_ERROR).write)
+    sys.stdout = QueuedText(on_stdout, STANDARD_OUTPUT)
+    sys.stderr = QueuedText(on_stderr, STANDARD_ERROR)
+    atexit.register(flush)  # Python writes the message of `sys.exit` before it calls this
 
 
-def _standard_output() -> LogOutput:
-    """Return the output that the messages use, or a new one if `configure` was not called."""
-    return next((handler.output for handler in _log_handlers()), LogOutput())
+def flush() -> None:
+    """Wait until everything that was logged or printed is written. Wait only a moment for a blocked reader."""
+    for stream in _redirected_streams():
+        stream.finish()
+    for lines in _queues():
+        lines.flush()
 
 
-def _log_handlers() -> list[LogHandler]:
-    return [handler for handler in logging.getLogger(LOGGERS[0]).handlers if isinstance(handler, LogHandler)]
+def restart_after_fork() -> None:
+    """Log through new queues in a process that has just been forked. The parent writes the lines of the old queues."""
+    for stream in _redirected_streams():
+        stream.restart_after_fork()
+    for lines in _queues():
+        lines.restart_after_fork()
+
+
+def count_lost_lines(lost: SharedNumber) -> None:
+    """Count the lines that are lost in element 0 of `lost`, including those that are lost already."""
+    for lines in _queues():
+        lines.count_lost_in(lost)
+
+
+def _queues() -> list[LogQueue]:
+    queues = [_configured_queue(), *(stream.lines for stream in _redirected_streams())]
+    return [lines for index, lines in enumerate(queues) if lines and lines not in queues[:index]]
+
+
+def _redirected_streams() -> list[QueuedText]:
+    return [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, QueuedText)]
+
+
+def _configured_queue() -> LogQueue | None:
+    """Return the queue of the log, or None if `configure` was not called."""
+    handlers = logging.getLogger(LOGGERS[0]).handlers
+    return next((handler.lines for handler in handlers if isinstance(handler, LogHandler)), None)

@@ -25,7 +25,7 @@ from service.inference.registry import Catalogue
 from service.monitoring.anomaly_metrics import AnomalyMetrics
 from service.monitoring.metric_types import Counter, Gauge, Histogram, Labels, Values, observe
 from service.monitoring.request_record import RequestRecord
-from service.shared_memory import RESTARTS, SharedCounters
+from service.shared_memory import LOST_LOG_LINES, RESTARTS, SharedCounters
 
 LATENCY_BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # seconds
 ROW_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
@@ -82,7 +82,9 @@ class Metrics(Collector):
         self._pending_bytes = Gauge(counters, "elbo_pending_bytes", "Bytes of request bodies held in memory")
         self._restarts = Counter(counters, RESTARTS, "Worker processes that ended unexpectedly and were replaced")
         self._lost_log_lines = Counter(
-            counters, "elbo_log_lines_lost", "Log lines that were lost because standard output was blocked or failed"
+            counters,
+            LOST_LOG_LINES,
+            "Log lines that were lost because standard output or standard error was blocked or failed",
         )
         self.lost_log_lines = self._lost_log_lines.local(())
         self.pending_rows = self._pending_rows.local(())

@@ -22,6 +22,7 @@ def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. Raises ElboError if the address or the device is not available."""
     standard_streams.reserve()
     logs.configure(settings.log_level, settings.log_format)
+    logs.redirect_streams()
     for name, value in settings.ignored_variables().items():
         log.warning(
             "ignored %s=%s, which Kubernetes sets for a Service named elbo: the default is used; set "

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from typing import TextIO
 
 
 def reserve() -> None:
@@ -18,13 +17,3 @@ def reserve() -> None:
             os.open(os.devnull, flags)  # gets `number`, the lowest number that is free
     if sys.stderr is None:  # Python has found it closed
         sys.stderr = os.fdopen(2, "w", closefd=False)
-
-
-def flush(*streams: TextIO | None) -> None:
-    """Flush `streams`, and ignore those that are closed or cannot be written."""
-    for stream in streams:
-        try:
-            if stream:
-                stream.flush()
-        except (OSError, ValueError):
-            pass

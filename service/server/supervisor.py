@@ -5,8 +5,9 @@ the workers accepted connections themselves, the kernel would spread connections
 SO_REUSEPORT socket each, the connections in the queue of a killed worker would also be lost. Passing a connection takes
 time once per connection, not once per request.
 
-The supervisor imports the code that the workers need, starts no thread, and forks. A new worker therefore starts fast,
-shares the memory of the imported code, and inherits the shared counters.
+The supervisor imports the code that the workers need, and forks. A new worker therefore starts fast, shares the memory
+of the imported code, and inherits the shared counters. Only the thread that writes the log runs beside the supervisor's
+own thread.
 """
 
 import gc
@@ -16,6 +17,7 @@ import selectors
 import signal
 import socket
 import sys
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -23,9 +25,10 @@ from time import monotonic, sleep
 from typing import NoReturn
 
 from models.errors import ElboError, printable
-from service.server import fd_passing, standard_streams
+from service.monitoring import logs
+from service.server import fd_passing
 from service.settings import Settings
-from service.shared_memory import RESTARTS, Segment, SharedCounters
+from service.shared_memory import LOST_LOG_LINES, RESTARTS, Segment, SharedCounters
 
 MIN_RETRY_SECONDS = 0.5  # first pause before replacing a worker that never became ready; each failure doubles the pause
 MAX_RETRY_SECONDS = 30.0
@@ -103,6 +106,7 @@ class Supervisor:
         self._exit_code = 0
         self._segments = [Segment() for _ in range(settings.workers + 1)]  # the last is the supervisor's
         self._restarts = self._segments[-1].array((RESTARTS,), length=1)
+        logs.count_lost_lines(self._segments[-1].array((LOST_LOG_LINES,), length=1))
         self._selector = selectors.DefaultSelector()
         self._signal_reader, self._signal_writer = socket.socketpair()
 
@@ -259,7 +263,10 @@ class Supervisor:
         segment = self._segments[index]
         segment.reset_transient()
         control, control_of_worker = socket.socketpair()
-        pid = os.fork()
+        with warnings.catch_warnings():
+            # The only other thread writes the log; `restart_after_fork` replaces the locks that this thread may hold.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
         if pid == 0:
             control.close()
             self._run_worker_and_exit(index, control_of_worker)
@@ -272,6 +279,7 @@ class Supervisor:
         """Run a worker in the process that has just been forked, then exit."""
         code = 1
         try:
+            logs.restart_after_fork()
             signal.set_wakeup_fd(-1)
             # Ctrl-C in a terminal signals all server processes, but workers stop only when the supervisor requests it.
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -288,7 +296,7 @@ class Supervisor:
         except BaseException:
             log.exception("a worker failed with an unexpected error")
         finally:
-            standard_streams.flush(sys.stdout, sys.stderr)
+            logs.flush()
             os._exit(code)
 
     def _close_inherited_sockets(self) -> None:

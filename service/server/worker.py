@@ -214,7 +214,7 @@ def run_worker(
     counters = counters or SharedCounters()
     app = create_app(settings, counters)
     service: ServiceContext = app.state.service
-    logs.count_lost_messages(service.metrics.lost_log_lines)
+    logs.count_lost_lines(service.metrics.lost_log_lines)
     entry_point: Any = app.middleware_stack  # not `app`: its check for OpenTelemetry takes 5 µs per request
     config = uvicorn.Config(
         entry_point,

@@ -4,10 +4,12 @@ import ast
 import asyncio
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,6 +20,7 @@ from fastapi import FastAPI
 
 from service.app import create_app
 from service.monitoring import logs
+from service.monitoring.log_output import LogOutput, LogQueue, QueuedText
 from service.monitoring.request_record import RequestRecord
 from service.settings import Settings
 from tests.service.running import running
@@ -74,32 +77,34 @@ def ended_request(request_id: str) -> RequestRecord:
     return RequestRecord(request_id, "GET", "/a", None)
 
 
-def test_access_log_keeps_some_lines_and_counts_the_lost_lines_if_its_reader_is_blocked(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(logs, "MAX_PENDING_LINES", 5)
-    may_write = threading.Event()
+def json_queue(write: Callable[[bytes], object], **options: Any) -> LogQueue:
+    """Return a queue whose notice of lost lines is JSON."""
+    return LogQueue(lambda lost: json.dumps({"lost": lost}).encode() + b"\n", write, **options)
+
+
+def test_log_queue_keeps_the_lines_that_fit_and_counts_the_others_if_its_reader_is_blocked() -> None:
+    may_write, writing = threading.Event(), threading.Event()
     written: list[dict[str, Any]] = []
 
     def write(lines: bytes) -> None:
-        may_write.wait(20)
+        writing.set()
+        assert may_write.wait(20)
         written.extend(map(json.loads, lines.splitlines()))
 
-    async def scenario() -> None:
-        access_log = logs.AccessLog("json", True, write)
-        access_log.log(ended_request("first"))
-        await asyncio.sleep(2 * logs.FLUSH_SECONDS)  # `write` has been called and waits
-        for number in range(12):
-            access_log.log(ended_request(str(number)))
-        may_write.set()
-        await access_log.close()
+    lines = json_queue(write, max_bytes=40)
+    lines.put(b'{"id": "first"}\n')
+    assert writing.wait(20)
+    for number in range(6):
+        lines.put(b'{"id": %d}\n' % number)  # 10 bytes each, beside the 16 bytes of the first line
+    assert not lines.flush(0.01)
+    may_write.set()
+    assert lines.flush(20)
+    assert [line["id"] for line in written if "id" in line] == ["first", 0, 1]
+    assert [line["lost"] for line in written if "lost" in line] == [4]
+    assert lines.lost[0] == 4
 
-    asyncio.run(scenario())
-    assert [line["request_id"] for line in written if "request_id" in line] == ["first", "0", "1", "2", "3", "4"]
-    assert [line["lost"] for line in written if "lost" in line] == [7]
 
-
-def test_access_log_counts_lost_lines_while_the_disk_is_full_and_writes_later_lines() -> None:
+def test_log_queue_counts_lost_lines_while_the_disk_is_full_and_writes_later_lines() -> None:
     written: list[dict[str, Any]] = []
     full = True
 
@@ -108,22 +113,43 @@ def test_access_log_counts_lost_lines_while_the_disk_is_full_and_writes_later_li
             Path("/dev/full").write_bytes(lines)  # a full disk
         written.extend(map(json.loads, lines.splitlines()))
 
-    async def scenario() -> None:
-        nonlocal full
-        access_log = logs.AccessLog("json", True, write)
-        for requests in (3, 1):  # two writes that fail
-            for number in range(requests):
-                access_log.log(ended_request(str(number)))
-            await access_log.close()
-        full = False
-        access_log.log(ended_request("after"))
-        await access_log.close()
-        access_log.log(ended_request("later"))
-        await access_log.close()
+    lines = json_queue(write)
+    for count in (3, 1):  # two writes that fail
+        lines.put(b"{}\n" * count, count)
+        assert lines.flush(20)
+    full = False
+    for name in ("after", "later"):
+        lines.put(json.dumps({"id": name}).encode() + b"\n")
+        assert lines.flush(20)
+    assert written == [{"id": "after"}, {"lost": 4}, {"id": "later"}]
 
-    asyncio.run(scenario())
-    assert [line["request_id"] for line in written if "request_id" in line] == ["after", "later"]
-    assert [line["lost"] for line in written if "lost" in line] == [4]
+
+def test_log_queue_in_a_forked_process_writes_its_own_lines_only() -> None:
+    reader, writer = os.pipe()
+    lines = LogQueue(lambda lost: b"%d lost\n" % lost, LogOutput(writer).write)
+    lines.put(b"parent\n")
+    assert lines.flush(20)
+    child = os.fork()
+    if child == 0:
+        lines.restart_after_fork()
+        lines.put(b"child\n")
+        os._exit(0 if lines.flush(20) and lines.lost[0] == 0 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    os.close(writer)
+    with os.fdopen(reader, "rb") as written:
+        assert written.read() == b"parent\nchild\n"
+
+
+def test_text_stream_writes_whole_lines_and_completes_the_last_line_at_the_end() -> None:
+    written: list[bytes] = []
+    stream = QueuedText(json_queue(written.append), 2)
+    print("a\ud800", "b", sep=" ", end="", file=stream, flush=True)
+    assert stream.lines.flush(20)
+    assert written == []
+    print("c\nd", end="", file=stream)
+    stream.finish()
+    assert stream.lines.flush(20)
+    assert b"".join(written) == b"a\\ud800 bc\nd\n"
 
 
 WRITER = """
@@ -132,7 +158,7 @@ from service.monitoring.log_output import LogOutput
 print("ready", file=sys.stderr, flush=True)
 sys.stdin.read()
 for turn in range(50):
-    LogOutput().write(b"".join([b"%s %d %d\\n" % (b"NAME" * 100, turn, line) for line in range(400)]), seconds=60)
+    LogOutput().write(b"".join([b"%s %d %d\\n" % (b"NAME" * 100, turn, line) for line in range(400)]))
 """
 
 
@@ -164,7 +190,7 @@ def test_access_log_in_text_form_writes_key_value_pairs_and_a_disabled_log_write
 
     async def scenario() -> None:
         for form, enabled in (("text", True), ("text", False)):
-            access_log = logs.AccessLog(form, enabled, written.append)
+            access_log = logs.AccessLog(form, enabled, json_queue(written.append))
             access_log.log(ended_request("r"))
             await access_log.close()
 

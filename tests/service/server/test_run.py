@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -448,6 +449,39 @@ def test_large_bodies_do_not_delay_small_requests(server: ServerProcess) -> None
     assert sorted(durations)[15] < 0.25
 
 
+# A server with a library that logs, warns and prints, and whose threads die: 20 times, 5 KB each.
+NOISY_SERVER = """
+import logging, sys, threading, warnings
+from service.server import worker
+from service.__main__ import main
+
+create_app = worker.create_app
+
+def create_noisy_app(*arguments):
+    app = create_app(*arguments)
+    for _ in range(20):
+        logging.getLogger("a.library").error("x" * 5000)
+        warnings.warn("x" * 5000)
+        print("x" * 5000, file=sys.stderr, flush=True)
+        thread = threading.Thread(target=lambda: 1 / 0)
+        thread.start()
+        thread.join()
+    return app
+
+worker.create_app = create_noisy_app
+main()
+"""
+
+
+def fill(descriptor: int) -> None:
+    """Write to a pipe until it takes nothing more."""
+    os.set_blocking(descriptor, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(descriptor, b"x" * select.PIPE_BUF):
+            pass
+    os.set_blocking(descriptor, True)
+
+
 class UnwritableLog:
     """A standard output of a server that cannot be written.
 
@@ -514,6 +548,60 @@ def test_server_counts_lost_log_lines_and_stops_in_order_if_its_log_cannot_be_wr
         process.wait()
         log.close()
     assert (tmp_path / "stderr").read_text() == ""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_server_answers_and_stops_if_the_reader_of_both_its_streams_is_blocked(artifacts: Path, workers: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    log = UnwritableLog("blocked")
+    fill(log.descriptor)
+    variables = {"PORT": port, "ARTIFACTS": artifacts, "WORKERS": workers, "BACKEND": "torchscript"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", NOISY_SERVER],
+        cwd=ROOT,
+        env=os.environ | {f"ELBO_{key}": str(value) for key, value in variables.items()},
+        stdout=log.descriptor,
+        stderr=log.descriptor,
+    )
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+            wait_until(lambda: client.get("/readyz").status_code == 200, ignore=httpx.TransportError)
+            for _ in range(60):
+                with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+                    connection.sendall(request_head("/anomaly", "Transfer-Encoding: chunked") + b"not a size\r\n")
+                    read_response(connection)
+            started = time.perf_counter()
+            assert client.get("/livez").status_code == 200
+            assert time.perf_counter() - started < 1
+        started = time.perf_counter()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        assert time.perf_counter() - started < 10
+    finally:
+        process.kill()
+        process.wait()
+        log.close()
+
+
+def test_failed_start_ends_if_the_reader_of_standard_error_is_blocked(tmp_path: Path) -> None:
+    log = UnwritableLog("blocked")
+    fill(log.descriptor)
+    with socket.create_server(("127.0.0.1", 0)) as used:
+        variables = {"PORT": used.getsockname()[1], "ARTIFACTS": tmp_path}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "service"],
+            cwd=ROOT,
+            env=os.environ | {f"ELBO_{key}": str(value) for key, value in variables.items()},
+            stdout=log.descriptor,
+            stderr=log.descriptor,
+        )
+        try:
+            assert process.wait(30) == 1
+        finally:
+            process.kill()
+            process.wait()
+            log.close()
 
 
 def test_log_continues_with_the_number_of_lost_lines_when_the_disk_has_room_again(
