@@ -22,10 +22,11 @@ from models.artifact import choose_device
 from service.anomaly import series_mapping
 from service.endpoints import routes
 from service.endpoints.context import ServiceContext
-from service.endpoints.information import STATIC
+from service.endpoints.information import DOCS_STATIC, STATIC
 from service.endpoints.remote_write import RemoteWriteEndpoint
 from service.errors import from_http_exception
 from service.http.admission import AdmissionControl
+from service.http.cross_site import AllowedHosts
 from service.http.middleware import RequestMiddleware
 from service.http.protocol import Protocol
 from service.http.refusal import HeadRefusal
@@ -116,8 +117,9 @@ def create_app(settings: Settings, counters: SharedCounters | None = None) -> Fa
         version="1",
         lifespan=_lifespan(service, receiver, BackgroundMonitor(settings, metrics, registry), access),
         redirect_slashes=False,
+        docs_url=None,  # `InformationEndpoints.docs`, which has a Content-Security-Policy
         redoc_url=None,
-        static_url="/static/docs",
+        static_url=DOCS_STATIC,
         telemetry={"auto_configure": False, "tracing": False, "metrics": False, "logs": False},  # sends nothing
     )
     app.state.service = service
@@ -132,6 +134,7 @@ def create_app(settings: Settings, counters: SharedCounters | None = None) -> Fa
         limits=BodyLimits(max_bytes=settings.max_body_bytes, seconds=settings.request_timeout),
         admission=admission,
         root_path=settings.root_path,
+        allowed_hosts=AllowedHosts(settings.allowed_hosts.split(",")) if settings.allowed_hosts else None,
     )
     if settings.cors_origins:
         entry_point = CORSMiddleware(

@@ -108,6 +108,12 @@ class Settings(BaseSettings):
         description="origins whose web pages may call the server, separated by commas, such as "
         "https://app.example.com; * stands for every origin",
     )
+    allowed_hosts: str = Field(
+        "",
+        description="host names in the Host header of requests, separated by commas, such as elbo.example.com; "
+        "*.example.com stands for every name below example.com. Requests for other hosts get status 400, except those "
+        "for /livez and /readyz. Empty allows every host",
+    )
     alertmanager_url: str = Field(
         "", description="Alertmanager to push alerts to, such as http://host:9093; empty pushes none"
     )
@@ -183,6 +189,15 @@ class Settings(BaseSettings):
             if origin != "*" and (not url.hostname or origin != f"{url.scheme}://{url.netloc}" or "@" in url.netloc):
                 raise ValueError("expected * or origins such as https://app.example.com, without a path")
         return ",".join(origins)
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _check_allowed_hosts(cls, value: str) -> str:
+        hosts = [host.strip().lower() for host in value.split(",") if host.strip()]
+        for host in hosts:
+            if not re.fullmatch(r"(\*\.)?[a-z0-9_.-]+|\[[0-9a-f:.]+\]", host):
+                raise ValueError("expected host names such as elbo.example.com or *.example.com, without a port")
+        return ",".join(hosts)
 
     @field_validator("alertmanager_url")
     @classmethod

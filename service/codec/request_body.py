@@ -77,7 +77,7 @@ def read_fields(
     media_type = media_type_of(content_type)
     if not body:
         return RequestFields({})
-    if media_type in ("", JSON) or media_type.endswith("+json"):
+    if media_type == JSON or media_type.endswith("+json"):
         fields = simdjson_rows.read_fields(body, main, width) if main else None
         return read_json(body) if fields is None else RequestFields(fields)
     if media_type == npy.MEDIA_TYPE and main is not None:
@@ -90,10 +90,11 @@ def read_fields(
         return RequestFields({main: pictures.loads(body, media_type, picture)})
     picture_types = pictures.MEDIA_TYPES if picture else ()
     accepted = " or ".join([JSON, *(ARRAY_MEDIA_TYPES if main else ()), *picture_types, *extra_readers])
+    got = media_type or "no Content-Type"  # which a page of any other site can send without asking the server
     raise UnsupportedMediaType(
-        f"expected a body of type {accepted}, got {media_type}",
+        f"expected a body of type {accepted}, got {got}",
         expected=accepted,
-        got=media_type,
+        got=got,
         hint=f"send the header Content-Type: {JSON}",
     )
 

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import orjson
+from fastapi.openapi.docs import get_swagger_ui_html
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
@@ -12,13 +13,11 @@ from models.artifact import CALIBRATION, CARD, HELD_OUT
 from service.codec.request_body import JSON
 from service.endpoints.context import ServiceContext
 from service.errors import NotShown
+from service.http.security_headers import page_policy
 from service.inference.served_model import ServedModel, describe
 
 STATIC = Path(__file__).parents[1] / "static"
-PAGE_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
+DOCS_STATIC = "/static/docs"  # where fastapi-offline serves the files of Swagger UI
 DETAIL_FIELDS = {
     "features", "training", "data", "recalibration", "versions", "weights_sha256",
     "history", "latent_report", "spectrum", "total_variance", "comparison",
@@ -77,7 +76,21 @@ class InformationEndpoints:
 
     async def page(self, _: Request) -> Response:
         """Return the explorer page."""
-        return HTMLResponse(self._page, headers={"content-security-policy": PAGE_POLICY})
+        return HTMLResponse(self._page, headers={"content-security-policy": page_policy()})
+
+    async def docs(self, request: Request) -> Response:
+        """Return the page that shows the OpenAPI document and sends requests."""
+        root = request.scope.get("root_path", "")
+        static = root + DOCS_STATIC
+        page = get_swagger_ui_html(
+            openapi_url=f"{root}/openapi.json",
+            title="Elbo - HTTP reference",
+            swagger_js_url=f"{static}/swagger-ui-bundle.js",
+            swagger_css_url=f"{static}/swagger-ui.css",
+            swagger_favicon_url=f"{static}/favicon.png",
+        )
+        page.headers["content-security-policy"] = page_policy(bytes(page.body))
+        return page
 
     def _find(self, request: Request) -> ServedModel:
         return self._service.find(request.path_params["reference"])

@@ -126,6 +126,7 @@ def endpoints(service: ServiceContext, receiver: RemoteWriteEndpoint) -> list[En
         Endpoint("/readyz", inform.readyz, errors=(503,), response=Health),
         Endpoint("/metrics", inform.metrics, media_type="text/plain"),
         Endpoint("/", inform.page, media_type="text/html"),
+        Endpoint("/docs", inform.docs, media_type="text/html"),
     ]
 
 

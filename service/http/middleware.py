@@ -8,6 +8,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.errors import BadRequest, ClientGone, InternalError, ServiceError
 from service.http.admission import TICKET, AdmissionControl
+from service.http.cross_site import AllowedHosts, check_origin
 from service.http.request import BodyLimits, HttpResponse, RequestContext, scope_with_request
 from service.monitoring.logs import AccessLog
 from service.monitoring.metrics import Metrics
@@ -30,6 +31,7 @@ class RequestMiddleware:
         limits: limits on request bodies.
         admission: issues the tickets of requests.
         root_path: path under which a proxy publishes the server; empty for none.
+        allowed_hosts: the hosts that requests may be for; None for every host.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class RequestMiddleware:
         limits: BodyLimits,
         admission: AdmissionControl,
         root_path: str = "",
+        allowed_hosts: AllowedHosts | None = None,
     ) -> None:
         self._app = app
         self._handlers = handlers
@@ -50,6 +53,7 @@ class RequestMiddleware:
         self._limits = limits
         self._admission = admission
         self._root_path = root_path
+        self._allowed_hosts = allowed_hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request, as an ASGI application."""
@@ -67,6 +71,10 @@ class RequestMiddleware:
             # More headers than names: some name occurs twice.
             if b"host" not in headers or b"transfer-encoding" in headers or len(headers) != len(scope["headers"]):
                 _check_head(scope)
+            if b"origin" in headers:
+                check_origin(headers)
+            if self._allowed_hosts:
+                self._allowed_hosts.check(path, request.header(b"host"))
             if handler:
                 request.record.endpoint = path
                 await request.respond(await _respond(handler, request))

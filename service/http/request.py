@@ -14,6 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from service.codec.budget import Budget
 from service.errors import PROBLEM_JSON, BodyTooLarge, BodyTooSlow, ClientGone, InvalidField, ServiceError
+from service.http import security_headers
 from service.http.admission import Ticket
 from service.monitoring.request_record import RequestRecord
 
@@ -196,7 +197,8 @@ class RequestContext:
         """Send an ASGI message of a response from FastAPI, and add the headers that every response has."""
         if message["type"] == "http.response.start":
             self._start_response(message["status"])
-            message = {**message, "headers": [*message["headers"], *self._common_headers()]}
+            headers = security_headers.complete(message["headers"])
+            message = {**message, "headers": [*headers, *self._common_headers()]}
         await self._send(message)
 
     async def respond(self, response: HttpResponse) -> None:
@@ -234,9 +236,10 @@ class RequestContext:
 
     async def respond_with_error(self, error: ServiceError) -> None:
         """Send `error` as application/problem+json."""
-        headers = tuple((name.lower().encode(), value.encode("latin-1")) for name, value in error.headers.items())
+        headers = [(name.lower().encode(), value.encode("latin-1")) for name, value in error.headers.items()]
         content = orjson.dumps(error.problem(self.record.request_id))
-        await self.respond(HttpResponse(content, PROBLEM_JSON.encode(), headers, error.status))
+        complete = tuple(security_headers.complete(headers))
+        await self.respond(HttpResponse(content, PROBLEM_JSON.encode(), complete, error.status))
 
     def finish(self) -> None:
         """Record the total time, and release the ticket: a request may have ended before its handler was called."""
