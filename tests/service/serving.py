@@ -15,7 +15,8 @@ from service.settings import Settings
 
 ROWS = np.full((1, 64), 0.5, np.float32)
 BODY = json.dumps({"inputs": ROWS.tolist()}).encode()
-REQUEST = b"POST /encode HTTP/1.1\r\nHost: elbo\r\nContent-Length: %d\r\n\r\n%b" % (len(BODY), BODY)
+HEAD = b"POST /encode HTTP/1.1\r\nHost: elbo\r\nContent-Type: application/json\r\n"
+REQUEST = HEAD + b"Content-Length: %d\r\n\r\n%b" % (len(BODY), BODY)
 
 
 @asynccontextmanager

@@ -26,6 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.alone]
 SAMPLE = b'{"n": 1, "seed": 7}'
 CHUNKED_SAMPLE = b"%x\r\n%b\r\n0\r\n\r\n" % (len(SAMPLE), SAMPLE)
 ORIGIN = "https://app.example.com"
+HEADERS = ("Host: elbo", "Content-Type: application/json", "Connection: close")
 
 # With default settings, nginx forwards requests in HTTP/1.0. /elbo/ removes the prefix, /kept/ keeps it.
 NGINX = """
@@ -267,14 +268,14 @@ def test_body_with_a_transfer_encoding_other_than_chunked_gets_400(server: Serve
 
 @pytest.mark.parametrize("value", ["chunked", "Chunked", " chunked "])
 def test_chunked_body_is_read(server: ServerProcess, value: str) -> None:
-    lines = ["POST /sample HTTP/1.1", "Host: elbo", f"Transfer-Encoding: {value}", "Connection: close", "", ""]
+    lines = ["POST /sample HTTP/1.1", *HEADERS, f"Transfer-Encoding: {value}", "", ""]
     response = respond(server, "\r\n".join(lines).encode() + CHUNKED_SAMPLE)
     assert response.startswith(b"HTTP/1.1 200")
     assert json.loads(response.partition(b"\r\n\r\n")[2])["seed"] == 7
 
 
 def test_header_in_the_trailer_of_a_body_is_ignored(server: ServerProcess) -> None:
-    lines = ["POST /sample HTTP/1.1", "Host: elbo", "Transfer-Encoding: chunked", "Connection: close", "", ""]
+    lines = ["POST /sample HTTP/1.1", *HEADERS, "Transfer-Encoding: chunked", "", ""]
     trailer = b"Host: other\r\nX-Request-Timeout: never\r\nContent-Type: text/csv\r\n\r\n"
     response = respond(server, "\r\n".join(lines).encode() + CHUNKED_SAMPLE.removesuffix(b"\r\n") + trailer)
     assert response.startswith(b"HTTP/1.1 200")
