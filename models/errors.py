@@ -15,6 +15,7 @@ ElboError
 """
 
 from collections.abc import Sequence
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -116,6 +117,18 @@ def join_names(names: Sequence[str], limit: int = 5) -> str:
     """Return `names` as one string. If there are more than `limit` names, the string is like "a, b, c and 4 more"."""
     listed = ", ".join(names[:limit])
     return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"
+
+
+def shortened(text: str, limit: int) -> str:
+    """Return `text`, or its beginning and a hash of the whole if it has more than `limit` characters.
+
+    The hash tells two long texts with the same beginning apart. Without it, the rows of two hosts could be taken for
+    those of one. `limit` must be above 30.
+    """
+    if len(text) <= limit:
+        return text
+    digest = blake2b(text.encode(errors="surrogatepass"), digest_size=8).hexdigest()
+    return f"{text[: limit - len(digest) - 3]}...{digest}"
 
 
 def printable(text: str) -> str:

@@ -271,7 +271,11 @@ class Result(BaseModel):
     features: list[FeatureReport] = Field(description="the features that contribute most, largest contribution first")
     imputed: list[str] | None = Field(None, description="features whose value is missing, if any")
     time: float | None = Field(None, description="Unix time in seconds, if the row has a time")
-    group: str | None = Field(None, description="group of the row, if it has one")
+    group: str | None = Field(
+        None,
+        description="group of the row, if it has one; a name of more than 128 characters is replaced by its beginning "
+        "and a hash",
+    )
 
 
 class RowProblem(BaseModel):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from models.errors import join_names
+from models.errors import join_names, shortened
 from service.anomaly.record_keys import RecordKeys
 from service.codec import csv_rows, ndjson
 from service.codec.request_body import BodyReader, read_json
@@ -20,6 +20,7 @@ from service.inference.served_model import ServedModel
 from service.schemas import AnomalyBody
 
 ROW_FIELDS = ("inputs", "records", "metrics")  # a request body must have exactly one of these fields
+MAX_GROUP_NAME = 128  # characters
 PLAIN_TEXT = "text/plain"
 HEADER_HINT = "the first line must name the columns; GET /models/{name} lists the features"
 RECORD_READERS: Mapping[str, BodyReader] = {  # by media type
@@ -213,4 +214,9 @@ def _non_feature(schema: RowSchema, record: Any, name: str) -> Any:
 
 
 def _group_name(value: Any) -> str | None:
-    return None if value is None or type(value) in (list, dict) else str(value)
+    """Return the name of a group in at most MAX_GROUP_NAME characters.
+
+    A name may be a label of metrics and alerts, so it is shortened and not refused: collectors such as Telegraf send a
+    refused batch again and again.
+    """
+    return None if value is None or type(value) in (list, dict) else shortened(str(value), MAX_GROUP_NAME)

@@ -10,7 +10,7 @@ from service.errors import BadRequest, ClientGone, InternalError, ServiceError
 from service.http.admission import TICKET, AdmissionControl
 from service.http.cross_site import AllowedHosts, check_origin
 from service.http.request import BodyLimits, HttpResponse, RequestContext, scope_with_request
-from service.monitoring.logs import AccessLog
+from service.monitoring.logs import AccessLog, logged_path
 from service.monitoring.metrics import Metrics
 
 log = logging.getLogger("elbo.service")
@@ -141,7 +141,7 @@ def as_service_error(request: RequestContext, error: Exception) -> ServiceError:
     else:
         problem = InternalError("an error occurred in the server; its log has the details under this request id")
     if isinstance(problem, InternalError):
-        fields = {"request_id": request.record.request_id, "path": request.scope["path"]}
+        fields = {"request_id": request.record.request_id, "path": logged_path(request.scope["path"])}
         log.exception("unhandled error", extra={"fields": fields})
     request.record.problem = problem.code
     return problem

@@ -20,6 +20,7 @@ from service.monitoring.request_record import RequestRecord
 
 MAX_REQUEST_ID = 128  # characters
 LIST_HEADERS = (b"accept", b"content-encoding")  # a request may split the list over several lines (RFC 9110, 5.3)
+MAX_HEADER = 1024  # bytes that are read of one header; what they mean is cached for hundreds of different values
 MAX_CACHED_QUERY = 512  # bytes; the parsed forms of shorter queries are cached
 _REQUEST_KEY = "elbo.request"  # key of the RequestContext in an ASGI scope
 _SERVER_TIMING = b"parse;dur=%.3f, queue;dur=%.3f, compute;dur=%.3f, write;dur=%.3f, total;dur=%.3f"  # milliseconds
@@ -96,9 +97,9 @@ class RequestContext:
         self._limits = limits
 
     def header(self, name: bytes, default: str = "") -> str:
-        """Return the value of the header `name`, given in lower case."""
+        """Return the first MAX_HEADER bytes of the value of the header `name`, given in lower case."""
         value = self.headers.get(name)
-        return default if value is None else value.decode("latin-1")
+        return default if value is None else value[:MAX_HEADER].decode("latin-1")
 
     @property
     def query(self) -> Query:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from prometheus_client.core import Metric
 
-from models.errors import printable
+from models.errors import printable, shortened
 from service.anomaly.inputs import InputRows
 from service.anomaly.smoothing import RunningMean
 from service.anomaly.verdicts import Scores, Verdicts
@@ -29,6 +29,7 @@ _TOLERANT_BOUNDS_ARRAY = np.array(_TOLERANT_BOUNDS)
 MAX_LOOP_ROWS = 4  # for at most this many rows, a Python loop is faster than NumPy
 # Limit of the group labels, and of the feature labels, per model version. All further values are counted under OTHER.
 MAX_LABELS = 100
+MAX_LABEL = 128  # characters of a label value
 OTHER = "other"
 HISTORY_P_VALUES = "history_p_values"  # key in shared memory; no metric may have this name
 MODEL_LABELS = ("model", "version")
@@ -236,15 +237,17 @@ class AnomalyMetrics:
     def _limited(self, model: ModelLabels, label: str, value: str) -> str:
         """Return the label value for `value`, or OTHER if `value` is new and the label already has MAX_LABELS values.
 
-        The limit is needed because clients may send any number of different values. Control characters are escaped, so
-        that they reach neither Prometheus nor the people who read an alert.
+        The limit is needed because clients may send any number of different values. A value of more than MAX_LABEL
+        characters is shortened, because shared memory, every scrape and every alert contain it. Control characters are
+        escaped, so that they reach neither Prometheus nor the people who read an alert.
         """
+        value = shortened(value, MAX_LABEL)
         known = self._known_values.setdefault((*model, label), {})
         if value in known:
             return known[value]
         if len(known) >= MAX_LABELS:
             return OTHER
-        known[value] = printable(value)
+        known[value] = shortened(printable(value), MAX_LABEL)
         return known[value]
 
     def update_drift(self, catalogue: Catalogue) -> None:

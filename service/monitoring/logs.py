@@ -18,7 +18,7 @@ from typing import Any
 
 import orjson
 
-from models.errors import printable
+from models.errors import printable, shortened
 from service.monitoring.log_output import STANDARD_ERROR, STANDARD_OUTPUT, LogOutput, LogQueue, QueuedText
 from service.monitoring.request_record import RequestRecord
 from service.shared_memory import SharedNumber
@@ -26,6 +26,8 @@ from service.shared_memory import SharedNumber
 LOGGERS = ("elbo", "uvicorn.error", "py.warnings")
 ACCESS_LOGGER = "elbo.access"
 FORMAT_BATCH = 32  # number of access records that are formatted together
+MAX_LOGGED_PATH = 1000  # characters
+MAX_LOGGED_CLIENT = 100  # characters; a proxy may pass on any text in X-Forwarded-For
 COLLECT_SECONDS = 0.05  # access records are collected for this time, then formatted and queued together
 LOST_LINES = "log lines were lost because standard output was blocked or failed; check its reader and the disk"
 LOST_ON_STDERR = (
@@ -136,13 +138,18 @@ class AccessLog:
         self.lines.put(b"".join(lines), len(lines))
 
 
+def logged_path(path: str) -> str:
+    """Return the path of a request as log lines show it."""
+    return shortened(path, MAX_LOGGED_PATH)
+
+
 def _access_fields(record: RequestRecord) -> dict[str, Any]:
     fields = {
         "request_id": record.request_id,
         "method": record.method,
-        "path": record.path,
+        "path": logged_path(record.path),
         "status": record.status,
-        "client": record.client,
+        "client": record.client and shortened(record.client, MAX_LOGGED_CLIENT),
         "ms": round(record.total * 1e3, 3),
     }
     if record.model:

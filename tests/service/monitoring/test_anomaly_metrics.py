@@ -86,6 +86,39 @@ def test_groups_beyond_the_limit_are_counted_under_the_label_other(hosts: httpx.
     assert "other" in groups
 
 
+ABNORMAL = dict.fromkeys(HOST_FEATURES, 1e5)
+
+
+@pytest.mark.parametrize("form", ["records", "metrics", "ndjson", "csv"])
+def test_groups_with_names_of_100_kilobytes_are_labels_of_128_characters_that_differ(
+    artifacts: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    monkeypatch.setattr("service.monitoring.background.UPDATE_SECONDS", 3600.0)  # no update in the background
+    names = ["x" * 100_000 + end for end in "ab"]
+    app = create_app(Settings(artifacts=artifacts, default_model="hosts", log_level="error", backend="torchscript"))
+    with running(app) as client:
+        for name in names:
+            if form == "records":
+                response = client.post("/anomaly", json={"records": [ABNORMAL | {"host": name}]})
+            elif form == "metrics":
+                metric = {"name": "", "tags": {"host": name}, "fields": ABNORMAL, "timestamp": 1}
+                response = client.post("/anomaly", json={"metrics": [metric]})
+            elif form == "ndjson":
+                line = json.dumps(ABNORMAL | {"host": name})
+                response = client.post("/anomaly", content=line, headers={"content-type": "application/x-ndjson"})
+            else:
+                table = f"{','.join(ABNORMAL)},host\n{','.join(map(str, ABNORMAL.values()))},{name}\n"
+                response = client.post("/anomaly", content=table, headers={"content-type": "text/csv"})
+            assert response.status_code == 200, response.text[:500]
+            assert response.json()["anomalies"] == 1
+        samples = scrape(client)
+        size = len(client.get("/metrics").content)
+    groups = {dict(labels)["group"] for name, labels in samples if name == "elbo_anomalies_total"}
+    assert [len(group) for group in groups] == [128, 128]
+    assert all(group.startswith("xxx") for group in groups)
+    assert size < 100_000
+
+
 def test_drift_alarm_metric_is_1_after_the_rows_have_shifted(artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.monitoring.background.UPDATE_SECONDS", 3600.0)  # no update in the background
     app = create_app(Settings(artifacts=artifacts, default_model="hosts", log_level="error", backend="torchscript"))

@@ -198,6 +198,22 @@ def test_access_log_in_text_form_writes_key_value_pairs_and_a_disabled_log_write
     assert re.fullmatch(rb"\S+ \S+ INFO +request request_id=r method=GET path=/a .*\n", b"".join(written))
 
 
+def test_access_line_of_a_long_path_and_a_long_client_name_has_their_beginnings_and_hashes() -> None:
+    written: list[bytes] = []
+
+    async def scenario() -> None:
+        access_log = logs.AccessLog("json", True, json_queue(written.append))
+        for end in "ab":
+            access_log.log(RequestRecord("r", "GET", "/" + "p" * 60_000 + end, "c" * 60_000 + end))
+        await access_log.close()
+
+    asyncio.run(scenario())
+    lines = [json.loads(line) for line in b"".join(written).splitlines()]
+    for name, length in (("path", 1000), ("client", 100)):
+        assert [len(line[name]) for line in lines] == [length, length]
+        assert lines[0][name] != lines[1][name]
+
+
 def log_record(**fields: Any) -> logging.LogRecord:
     record = logging.LogRecord("elbo.x", logging.INFO, "file", 1, "loaded %s", ("pca",), None)
     record.fields = fields
