@@ -31,6 +31,7 @@ USAGE_ERRORS = {
     "data_error",
     "artifact_missing",
     "artifact_unreadable",
+    "key_file_error",
 }  # errors with these codes exit with status 2
 
 OWN_PACKAGES = {"models", "training", "service"}
@@ -72,6 +73,15 @@ class Escape(StrEnum):
 
     double = "double"
     backslash = "backslash"
+
+
+class KeyScope(StrEnum):
+    """The scopes of an API key, as in `service/access/scopes.py`."""
+
+    infer = "infer"
+    write = "write"
+    metrics = "metrics"
+    admin = "admin"
 
 
 class Format(StrEnum):
@@ -394,6 +404,7 @@ def serve(
     port: Annotated[int | None, typer.Option()] = None,
     artifacts: Annotated[Path | None, typer.Option()] = None,
     device: Annotated[str | None, typer.Option()] = None,
+    insecure: Annotated[bool | None, typer.Option("--insecure")] = None,
 ) -> None:
     """Serve the models in the artifact folder over HTTP.
 
@@ -407,6 +418,99 @@ def serve(
     from service.server.run import serve
 
     serve(settings)
+
+
+keys = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(
+    keys,
+    name="key",
+    help="Add, list and remove the API keys of the server.",
+    epilog="Example: elbo key add shop --scope infer && ELBO_API_KEYS_FILE=api-keys.toml elbo serve",
+)
+KeyFile = Annotated[
+    Path,
+    typer.Option("--file", metavar="FILE", envvar="ELBO_API_KEYS_FILE", help="file of API keys"),
+]
+KeyName = Annotated[str, typer.Argument(metavar="NAME", help="name of the key, which logs and metrics show")]
+DEFAULT_KEY_FILE = Path("api-keys.toml")
+
+
+@keys.command("add", epilog="Example: elbo key add prometheus --scope metrics --scope write")
+def add_key(
+    name: KeyName,
+    scope: Annotated[
+        list[KeyScope],
+        typer.Option(
+            "--scope",
+            help="what the key may do, once per scope. infer: run models; write: send rows that raise alerts; metrics: "
+            "read /metrics; admin: everything",
+        ),
+    ],
+    requests_per_second: Annotated[
+        float | None, typer.Option(metavar="<float>", help="limit on requests per second; default: none")
+    ] = None,
+    burst: Annotated[
+        int | None,
+        typer.Option(metavar="<int>", help="requests that may come at once; default: the requests of one second"),
+    ] = None,
+    rows_per_second: Annotated[
+        float | None, typer.Option(metavar="<float>", help="limit on rows per second; default: none")
+    ] = None,
+    concurrent_requests: Annotated[
+        int | None, typer.Option(metavar="<int>", help="limit on requests at the same time; default: none")
+    ] = None,
+    file: KeyFile = DEFAULT_KEY_FILE,
+) -> None:
+    """Make a random API key, print it once, and add its SHA-256 hash to the file.
+
+    The file does not contain the key: keep what is printed. A running server accepts the key within ELBO_POLL_SECONDS.
+    """
+    from pydantic import ValidationError
+
+    from service.access import key_file
+
+    value = key_file.new_value()
+    limits = {
+        "requests_per_second": requests_per_second,
+        "burst": burst,
+        "rows_per_second": rows_per_second,
+        "concurrent_requests": concurrent_requests,
+    }
+    try:
+        key = key_file.ApiKey(sha256=key_file.hash_of(value), scopes=scope, **limits)
+    except ValidationError as error:
+        fault = first_fault(error)
+        raise OptionError(f"--{fault.path[0].replace('_', '-')}: {fault.message}, got {fault.value!r}") from None
+    key_file.add(file, name, key)
+    typer.echo(value)
+    typer.echo(f"added {name} to {file}; the key is shown only now", err=True)
+
+
+@keys.command("list", epilog="Examples: elbo key list | elbo key list --json")
+def list_keys(json: Json = False, file: KeyFile = DEFAULT_KEY_FILE) -> None:
+    """List the names, scopes and limits of the API keys."""
+    from service.access import key_file
+
+    found = key_file.read(file)
+    if json:
+        from json import dumps
+
+        typer.echo(dumps({name: {"scopes": sorted(key.scopes), **key.limits} for name, key in found.items()}, indent=2))
+        return
+    for name, key in found.items():
+        limits = "".join(f"  {limit} {value:g}" for limit, value in key.limits.items())
+        typer.echo(f"{name}  {','.join(sorted(key.scopes))}{limits}")
+    if not found:
+        typer.echo(f"no keys in {file}: add one with elbo key add", err=True)
+
+
+@keys.command("remove", epilog="Example: elbo key remove shop")
+def remove_key(name: KeyName, file: KeyFile = DEFAULT_KEY_FILE) -> None:
+    """Remove an API key. A running server refuses it within ELBO_POLL_SECONDS."""
+    from service.access import key_file
+
+    key_file.remove(file, name)
+    typer.echo(f"removed {name} from {file}")
 
 
 @app.command(epilog="Example: elbo evaluate vae digits")

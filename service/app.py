@@ -19,6 +19,8 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from models.artifact import choose_device
+from service.access.control import AccessControl
+from service.access.limits import REFRESH_SECONDS
 from service.anomaly import series_mapping
 from service.endpoints import routes
 from service.endpoints.context import ServiceContext
@@ -50,7 +52,10 @@ other fields are then query parameters. A field must not be in the body and in t
 A response is JSON, application/x-npy, application/x-safetensors or, for images, image/png: the Accept header chooses.
 An error is application/problem+json with a stable `code`."""
 
-RESPONSE_HEADERS = ("Elbo-Model", "Elbo-Seed", "Retry-After", "Server-Timing", "X-Request-Id")  # for other origins
+RESPONSE_HEADERS = (  # that pages of other origins may read
+    "Elbo-Model", "Elbo-Seed", "RateLimit", "RateLimit-Policy", "Retry-After", "Server-Timing", "WWW-Authenticate",
+    "X-Request-Id",
+)  # fmt: skip
 
 
 def create_app(settings: Settings, counters: SharedCounters | None = None) -> FastAPI:
@@ -68,10 +73,15 @@ def create_app(settings: Settings, counters: SharedCounters | None = None) -> Fa
         counters: the counters that all workers share; by default, counters of this process alone.
 
     Raises:
-        ElboError: if the device is not available.
+        ElboError: if the device is not available, or the file of API keys is not valid.
     """
     counters = counters or SharedCounters()
-    metrics = Metrics(counters, settings.alert_half_life, settings.alert_max_age_seconds)
+    metrics = Metrics(
+        counters,
+        settings.alert_half_life,
+        settings.alert_max_age_seconds,
+        has_keys=settings.api_keys_file is not None,
+    )
     access = AccessLog(choose_format(settings.log_format), enabled=settings.log_level in ("debug", "info"))
     access.lines.count_lost_in(metrics.lost_log_lines)
     loader = ModelLoader(
@@ -110,12 +120,13 @@ def create_app(settings: Settings, counters: SharedCounters | None = None) -> Fa
         metrics=metrics,
         admission=admission,
     )
+    keys = AccessControl(settings.api_keys_file, counters) if settings.api_keys_file else None
     receiver = RemoteWriteEndpoint(service, series_mapping.read_mappings(settings.remote_write))
     app = FastAPIOffline(
         title="Elbo",
         description=DESCRIPTION,
         version="1",
-        lifespan=_lifespan(service, receiver, BackgroundMonitor(settings, metrics, registry), access),
+        lifespan=_lifespan(service, receiver, BackgroundMonitor(settings, metrics, registry), access, keys),
         redirect_slashes=False,
         docs_url=None,  # `InformationEndpoints.docs`, which has a Content-Security-Policy
         redoc_url=None,
@@ -124,7 +135,7 @@ def create_app(settings: Settings, counters: SharedCounters | None = None) -> Fa
     )
     app.state.service = service
     endpoints = routes.endpoints(service, receiver)
-    routes.register(app, endpoints)
+    routes.register(app, endpoints, has_keys=keys is not None)
     app.mount("/static", StaticFiles(directory=STATIC))
     entry_point: ASGIApp = RequestMiddleware(
         _router_of(app),
@@ -133,6 +144,7 @@ def create_app(settings: Settings, counters: SharedCounters | None = None) -> Fa
         access=access,
         limits=BodyLimits(max_bytes=settings.max_body_bytes, seconds=settings.request_timeout),
         admission=admission,
+        keys=keys,
         root_path=settings.root_path,
         allowed_hosts=AllowedHosts(settings.allowed_hosts.split(",")) if settings.allowed_hosts else None,
     )
@@ -149,17 +161,25 @@ def create_app(settings: Settings, counters: SharedCounters | None = None) -> Fa
     app.state.protocol = partial(
         Protocol,
         admission=admission,
-        head_refusal=HeadRefusal(metrics, access, settings.root_path),
+        head_refusal=HeadRefusal(metrics, access, settings.root_path, keys),
         paths=paths | {settings.root_path + path for path in paths},
     )
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign] # FastAPI's documented way
+    app.openapi = lambda: _openapi(app, keys is not None)  # type: ignore[method-assign] # FastAPI's documented way
     return app
 
 
 def _lifespan(
-    service: ServiceContext, receiver: RemoteWriteEndpoint, monitor: BackgroundMonitor, access: AccessLog
+    service: ServiceContext,
+    receiver: RemoteWriteEndpoint,
+    monitor: BackgroundMonitor,
+    access: AccessLog,
+    keys: AccessControl | None,
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     scanning = PeriodicTask(service.registry.poll, service.settings.poll_seconds, "failed to scan the artifact folder")
+    key_tasks = []
+    if keys:
+        key_tasks.append(PeriodicTask(keys.reload, service.settings.poll_seconds, "failed to read the API keys"))
+        key_tasks.append(PeriodicTask(keys.refresh_limits, REFRESH_SECONDS, "failed to count requests per API key"))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -169,11 +189,15 @@ def _lifespan(
         receiver.start()
         await monitor.start()
         scanning.start()
+        for task in key_tasks:
+            task.start()
         try:
             yield
         finally:
             service.draining = True
             await scanning.close()
+            for task in key_tasks:
+                await task.close()
             await receiver.close()  # while the batcher can still score the receiver's last rows
             await service.batcher.close()
             service.readers.shutdown(wait=False, cancel_futures=True)
@@ -209,7 +233,7 @@ def _allowed_methods(app: FastAPI, scope: Scope) -> list[str]:
     return sorted(methods | {"HEAD"} if "GET" in methods else methods)
 
 
-def _openapi(app: FastAPI) -> dict[str, Any]:
+def _openapi(app: FastAPI, has_keys: bool) -> dict[str, Any]:
     """Return the OpenAPI document, including the schemas that FastAPI cannot find in the handlers' signatures."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
@@ -219,5 +243,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             ref_template="#/components/schemas/{model}",
         )
         document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
+        if has_keys:
+            document["components"]["securitySchemes"] = routes.SECURITY_SCHEMES
         app.openapi_schema = document
     return app.openapi_schema

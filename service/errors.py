@@ -3,6 +3,8 @@
 ElboError (models.errors)
 └── ServiceError
     ├── BadRequest                          400
+    ├── Unauthorized                        401
+    ├── Forbidden                           403
     ├── NotFound, ModelNotFound, NotShown   404
     ├── MethodNotAllowed                    405
     ├── NotAcceptable                       406
@@ -11,7 +13,7 @@ ElboError (models.errors)
     ├── UnsupportedMediaType                415
     ├── InvalidJson, InvalidNpy, InvalidSafetensors, InvalidCsv,
     │   InvalidEncoding, InvalidProtobuf, InvalidField, InvalidRows, OverflowInModel   422
-    ├── Overloaded                          429
+    ├── Overloaded, RateLimited             429
     ├── ClientGone                          499, only in logs and metrics
     ├── InternalError                       500
     ├── NotReady                            503
@@ -80,6 +82,18 @@ class BadRequest(ServiceError):
     """The request does not have exactly one Host header, or its body has a transfer encoding other than chunked."""
 
     status, code, title = 400, "bad_request", "Bad request"
+
+
+class Unauthorized(ServiceError):
+    """The request has no valid API key, and the server requires one (ELBO_API_KEYS_FILE)."""
+
+    status, code, title = 401, "unauthorized", "API key required"
+
+
+class Forbidden(ServiceError):
+    """The API key does not have the scope that the request needs."""
+
+    status, code, title = 403, "forbidden", "Not allowed with this API key"
 
 
 class NotFound(ServiceError):
@@ -205,6 +219,12 @@ class Overloaded(ServiceError):
     status, code, title = 429, "overloaded", "Overloaded"
 
 
+class RateLimited(ServiceError):
+    """The API key has reached one of its limits; the Retry-After header says when to try again."""
+
+    status, code, title = 429, "rate_limited", "Limit of the API key reached"
+
+
 class ClientGone(ServiceError):
     """The client disconnected before the response was ready; the access log and the metrics record this status."""
 
@@ -229,6 +249,8 @@ class DeadlineExceeded(ServiceError):
 
 ERRORS: tuple[type[ServiceError], ...] = (
     BadRequest,
+    Unauthorized,
+    Forbidden,
     NotFound,
     ModelNotFound,
     NotShown,
@@ -248,6 +270,7 @@ ERRORS: tuple[type[ServiceError], ...] = (
     InvalidRows,
     OverflowInModel,
     Overloaded,
+    RateLimited,
     ClientGone,
     InternalError,
     NotReady,

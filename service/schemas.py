@@ -182,7 +182,8 @@ class AnomalyBody(Body):
     observe: bool | None = Field(
         None,
         description="whether the rows are live traffic. If false, they raise no alerts, are no evidence of drift, and "
-        "count only in `elbo_unobserved_rows_total`. By default ELBO_OBSERVE",
+        "count only in `elbo_unobserved_rows_total`. By default ELBO_OBSERVE; false if the request has an API key "
+        "without the scope `write`",
     )
 
 

@@ -141,6 +141,14 @@ class Settings(BaseSettings):
         description="whether rows sent to /anomaly are live traffic if the request does not have the option `observe`; "
         "other rows raise no alerts and are no evidence of drift. Remote write is always live traffic",
     )
+    api_keys_file: Path | None = Field(
+        None,
+        description="file of API keys, as `elbo key add` writes it; without it, requests need no key. The server reads "
+        "the file again when it changes",
+    )
+    insecure: bool = Field(
+        False, description="whether the server may listen on an address that other machines can reach without API keys"
+    )
     remote_write: Path | None = Field(
         None,
         description="TOML file that maps remote-write series to features; without it, each series is read as the "
@@ -171,6 +179,11 @@ class Settings(BaseSettings):
             for variable, value in os.environ.items()
             if _is_service_link(variables.get(variable.upper(), ""), value)
         }
+
+    @field_validator("api_keys_file", mode="before")
+    @classmethod
+    def _check_api_keys_file(cls, value: object) -> object:
+        return None if value == "" else value  # so that compose files can pass on a variable that is not set
 
     @field_validator("root_path")
     @classmethod

@@ -133,6 +133,16 @@ class SharedCounters:
                     arrays[tuple(labels)].append(entry.values)
         return arrays
 
+    def arrays_at(self, key: Key) -> list["memoryview[float]"]:
+        """Return the arrays at `key`: one per process that has created it."""
+        found = (segment.entries().get(key) for segment in self._segments)
+        return [entry.values for entry in found if entry]
+
+    @property
+    def has_other_processes(self) -> bool:
+        """Whether the numbers of other processes are counted, too."""
+        return len(self._segments) > 1
+
     def sums(self, family: str) -> dict[Key, list[float]]:
         """Return the arrays of `family` by label values, summed over the processes."""
         arrays = self.arrays(family)

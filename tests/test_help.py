@@ -61,7 +61,8 @@ def test_help_of_serve_lists_every_setting_with_its_default(capsys: pytest.Captu
     words = " ".join(out.split())
     for name, field in Settings.model_fields.items():
         assert f"--{name} " in words or f"ELBO_{name.upper()} " in words
-        assert f"{' '.join(str(field.description).split())} [default: {field.default}]" in words
+        default = "" if field.default is False else f" [default: {field.default}]"
+        assert f"{' '.join(str(field.description).split())}{default}" in words
 
 
 def test_help_of_python_m_training_equals_the_help_of_elbo_train() -> None:

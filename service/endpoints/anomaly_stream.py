@@ -20,7 +20,7 @@ from service.endpoints.context import ServiceContext
 from service.endpoints.offload import run_in_thread_if_long
 from service.endpoints.pixel_warning import pixel_warning
 from service.endpoints.query_options import read_options
-from service.endpoints.scoring import run_when_free, score_rows
+from service.endpoints.scoring import is_live_traffic, run_when_free, score_rows
 from service.endpoints.validation import merge, validate
 from service.errors import BodyTooSlow, InvalidField
 from service.http.middleware import as_service_error
@@ -55,6 +55,7 @@ class AnomalyStream:
         self._record.version = self._served.version
         options = read_options(AnomalyBody, request.query.options)
         self._body = validate(AnomalyBody, merge({}, options.values))
+        self._is_live = is_live_traffic(service, request, self._body)
         is_gzip = compression.is_gzip(request.header(b"content-encoding"))
         self._gunzip = compression.GzipDecompressor() if is_gzip else None
         self._warning: dict[str, str] = {}
@@ -83,6 +84,7 @@ class AnomalyStream:
                 records = await run_in_thread_if_long(partial(splitter.feed, piece), offload.RECORD_BYTE * len(piece))
                 if records:
                     yield await self._score(records)
+                    await self._request.charge_rows(len(records))
                 if records or not splitter.has_incomplete_line:
                     line_started = perf_counter()
                 elif perf_counter() - line_started > self._request.body_seconds:
@@ -126,7 +128,7 @@ class AnomalyStream:
         )
         input_rows = await run_in_thread_if_long(parse, offload.RECORD_VALUE * served.row_schema.width * len(records))
         verdicts = await score_rows(
-            self._service, served, input_rows, body, partial(run_when_free, self._service, served)
+            self._service, served, input_rows, body, partial(run_when_free, self._service, served), self._is_live
         )
         self._count(input_rows, verdicts)
         write = partial(_response_lines, served, body, input_rows, verdicts, first_row)

@@ -20,7 +20,7 @@ from service.endpoints.context import ServiceContext
 from service.endpoints.offload import run_in_thread_if_long
 from service.endpoints.pipeline import ParsedRequest, RequestSpec, parse_request, render_response, run_operation
 from service.endpoints.pixel_warning import may_be_out_of_range, pixel_fields, pixel_warning
-from service.endpoints.scoring import score_rows
+from service.endpoints.scoring import is_live_traffic, score_rows
 from service.errors import InvalidField
 from service.http.request import HttpResponse, RequestContext
 from service.inference import operations
@@ -112,7 +112,8 @@ class InferenceEndpoints:
             return anomaly_stream.AnomalyStream(self._service, request, media_type).response()
         parsed = await parse_request(self._service, request, ANOMALY)
         run = partial(run_operation, self._service, parsed)
-        verdicts = await score_rows(self._service, parsed.served, parsed.inputs, parsed.body, run)
+        is_live = is_live_traffic(self._service, request, parsed.body)
+        verdicts = await score_rows(self._service, parsed.served, parsed.inputs, parsed.body, run, is_live)
         parsed.record.rows = parsed.inputs.rows_received
         if parsed.media_type != JSON:
             numbers = score_array(parsed.inputs, verdicts)

@@ -150,7 +150,7 @@ class RemoteWriteEndpoint:
             records = [_record(row) for row in due[start : start + batch_rows]]
             input_rows = parse_record_rows(served.row_schema, body, records, may_contain_non_floats=True, minimum=0)
             try:
-                verdicts = await score_rows(self._service, served, input_rows, body, run)
+                verdicts = await score_rows(self._service, served, input_rows, body, run, is_live=True)
             except ServiceError as error:
                 log.warning("cannot score rows from remote write, will retry: %s", error.detail)
                 aligner.requeue(due[start:])

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
+from service.access.scopes import OPEN, ROUTES
 from service.codec import ndjson, pictures, remote_write
 from service.codec.request_body import ARRAY_MEDIA_TYPES, JSON
 from service.codec.response_body import ARRAY_FORMATS, IMAGE_FORMATS
@@ -49,6 +50,11 @@ Handler = Callable[[Any], Awaitable[Any]]
 MODEL_ERRORS = (404, 406, 408, 413, 415, 422, 429, 500, 503, 504)
 WRITE_ERRORS = (408, 413, 415, 422, 500, 503)
 LOOKUP_ERRORS = (404, 503)
+KEY_ERRORS = (401, 403, 429)  # of routes that need an API key
+SECURITY_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "an API key that `elbo key add` has made"},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "the same key in another header"},
+}
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 TEXT = {"schema": {"type": "string"}}
 STREAMED = (ndjson.MEDIA_TYPES[0],)  # media types of streamed responses
@@ -140,8 +146,14 @@ def admission_paths(found: Iterable[Endpoint]) -> frozenset[str]:
     return frozenset(endpoint.path for endpoint in found if endpoint.spec)
 
 
-def register(app: FastAPI, found: Iterable[Endpoint]) -> None:
-    """Add every endpoint to `app`, which calls the GET handlers but only documents the POST endpoints."""
+def register(app: FastAPI, found: Iterable[Endpoint], has_keys: bool) -> None:
+    """Add every endpoint to `app`, which calls the GET handlers but only documents the POST endpoints.
+
+    Args:
+        app: the application.
+        found: the endpoints.
+        has_keys: whether requests need an API key; if so, the document says which scope each endpoint needs.
+    """
     for endpoint in found:
         app.add_api_route(
             endpoint.path,
@@ -149,8 +161,12 @@ def register(app: FastAPI, found: Iterable[Endpoint]) -> None:
             methods=[endpoint.method],
             response_model=None,
             response_class=Response,  # otherwise the document would claim that every response can be JSON
-            responses=_responses(endpoint),
-            openapi_extra={**_request_body(endpoint), "parameters": _parameters(endpoint)},
+            responses=_responses(endpoint, has_keys),
+            openapi_extra={
+                **_request_body(endpoint),
+                "parameters": _parameters(endpoint),
+                **(_security(endpoint) if has_keys else {}),
+            },
             summary=(endpoint.handler.__doc__ or "").partition("\n")[0],
             description=getdoc(endpoint.handler),
             tags=["models" if endpoint.method == "POST" else "service"],
@@ -174,11 +190,18 @@ def _handler_with_label(endpoint: Endpoint) -> Callable[[Request], Awaitable[Res
     return handle
 
 
-def _responses(endpoint: Endpoint) -> dict[int | str, dict[str, Any]]:
+def _security(endpoint: Endpoint) -> dict[str, Any]:
+    """Return which scope the API key of a request needs; nothing for an endpoint that needs no key."""
+    scope = ROUTES[endpoint.path]
+    return {} if scope is OPEN else {"security": [{scheme: [str(scope)]} for scheme in SECURITY_SCHEMES]}
+
+
+def _responses(endpoint: Endpoint, has_keys: bool) -> dict[int | str, dict[str, Any]]:
     """Return the OpenAPI responses by status."""
     problem = {"schema": {"$ref": "#/components/schemas/Problem"}}
+    statuses = {*endpoint.errors, *(KEY_ERRORS if has_keys and ROUTES[endpoint.path] is not OPEN else ())}
     errors: dict[int | str, dict[str, Any]] = {
-        status: {"description": "an error", "content": {PROBLEM_JSON: problem}} for status in endpoint.errors
+        status: {"description": "an error", "content": {PROBLEM_JSON: problem}} for status in sorted(statuses)
     }
     if endpoint.reads:
         return {204: {"description": "the samples are accepted"}, **errors}

@@ -7,10 +7,12 @@ from time import perf_counter
 import numpy as np
 import numpy.typing as npt
 
+from service.access.scopes import Scope
 from service.anomaly.inputs import InputRows
 from service.anomaly.verdicts import Scores, Verdicts, decide
 from service.endpoints.context import ServiceContext
 from service.errors import Overloaded
+from service.http.request import RequestContext
 from service.inference import operations
 from service.inference.operations import Operation
 from service.inference.served_model import ServedModel
@@ -26,6 +28,7 @@ async def score_rows(
     input_rows: InputRows,
     body: AnomalyBody,
     run: Callable[[Operation, Array], Awaitable[tuple[Array, ...]]],
+    is_live: bool,
 ) -> Verdicts | None:
     """Return the verdicts on `input_rows`, or None if no row could be read.
 
@@ -35,6 +38,7 @@ async def score_rows(
         input_rows: the rows.
         body: alpha and the other options of /anomaly.
         run: runs an operation on rows [B, D] with `served`.
+        is_live: whether the rows are live traffic.
     """
     verdicts = None
     if input_rows.parsed.rows:
@@ -42,13 +46,29 @@ async def score_rows(
             operations.anomaly(body.alpha, body.extrapolated), served.row_schema.impute(input_rows.parsed)
         )
         verdicts = decide(input_rows, Scores(*outputs), body)
-    if service.settings.observe if body.observe is None else body.observe:
+    if is_live:
         service.metrics.anomalies.count(served, input_rows, verdicts)
     else:
         service.metrics.anomalies.count_unobserved(served, input_rows)
     if input_rows.unknown_metrics:
         service.unknown_metrics.report(served, input_rows.unknown_metrics)
     return verdicts
+
+
+def is_live_traffic(service: ServiceContext, request: RequestContext, body: AnomalyBody) -> bool:
+    """Return whether the rows of a request to /anomaly are live traffic.
+
+    Live traffic changes what the server remembers, so it needs an API key with the scope `write`. Without this scope,
+    the rows are live traffic neither by default nor by request.
+
+    Raises:
+        Forbidden: the request has `observe=true`, but its key does not have the scope `write`.
+    """
+    if request.key and Scope.WRITE not in request.key.scopes:
+        if body.observe:
+            request.key.require(Scope.WRITE)
+        return False
+    return service.settings.observe if body.observe is None else body.observe
 
 
 async def run_when_free(

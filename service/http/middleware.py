@@ -6,6 +6,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from service.access.control import NAMES_OF_HEADERS, AccessControl
+from service.access.scopes import OPEN, scope_of
 from service.errors import BadRequest, ClientGone, InternalError, ServiceError
 from service.http.admission import TICKET, AdmissionControl
 from service.http.cross_site import AllowedHosts, check_origin
@@ -30,6 +32,7 @@ class RequestMiddleware:
         access: logs the requests.
         limits: limits on request bodies.
         admission: issues the tickets of requests.
+        keys: the API keys of the server; None if requests need no key.
         root_path: path under which a proxy publishes the server; empty for none.
         allowed_hosts: the hosts that requests may be for; None for every host.
     """
@@ -43,6 +46,7 @@ class RequestMiddleware:
         access: AccessLog,
         limits: BodyLimits,
         admission: AdmissionControl,
+        keys: AccessControl | None = None,
         root_path: str = "",
         allowed_hosts: AllowedHosts | None = None,
     ) -> None:
@@ -52,6 +56,7 @@ class RequestMiddleware:
         self._access = access
         self._limits = limits
         self._admission = admission
+        self._keys = keys
         self._root_path = root_path
         self._allowed_hosts = allowed_hosts
 
@@ -67,16 +72,10 @@ class RequestMiddleware:
         path = scope["path"].removeprefix(scope.get("root_path", ""))  # root_path: prefix at which the app is mounted
         handler = self._handlers.get(path) if scope["method"] == "POST" else None
         try:
-            headers = request.headers
-            # More headers than names: some name occurs twice.
-            if b"host" not in headers or b"transfer-encoding" in headers or len(headers) != len(scope["headers"]):
-                _check_head(scope)
-            if b"origin" in headers:
-                check_origin(headers)
-            if self._allowed_hosts:
-                self._allowed_hosts.check(path, request.header(b"host"))
             if handler:
                 request.record.endpoint = path
+            self._check(request, path)
+            if handler:
                 await request.respond(await _respond(handler, request))
             else:
                 await self._pass_on(request)
@@ -90,6 +89,19 @@ class RequestMiddleware:
             request.finish()
             self._metrics.count(request.record)
             self._access.log(request.record)
+
+    def _check(self, request: RequestContext, path: str) -> None:
+        """Raise an error if the head of the request is not acceptable. The body is read only after this check."""
+        headers, lines = request.headers, request.scope["headers"]
+        # More headers than names: some name occurs twice.
+        if b"host" not in headers or b"transfer-encoding" in headers or len(headers) != len(lines):
+            _check_head(request.scope)
+        if b"origin" in headers:
+            check_origin(headers)
+        if self._allowed_hosts:
+            self._allowed_hosts.check(path, request.header(b"host"))
+        if self._keys:
+            _check_access(self._keys, request, path)
 
     async def _pass_on(self, request: RequestContext) -> None:
         scope = scope_with_request(request)
@@ -118,6 +130,31 @@ def _check_head(scope: Scope) -> None:
     if codings and (coding != "chunked" or version == "1.0"):
         expected = "Transfer-Encoding: chunked" if version != "1.0" else "no Transfer-Encoding in HTTP/1.0"
         raise _bad_request("the server cannot read the transfer encoding of the body", expected, coding)
+
+
+def _check_access(keys: AccessControl, request: RequestContext, path: str) -> None:
+    """Raise an error if the API key of the request does not permit it.
+
+    Raises:
+        BadRequest: the request has several headers with keys.
+        Unauthorized: the request has no valid key.
+        Forbidden: the key does not have the scope of the route.
+        RateLimited: the key has reached a limit.
+    """
+    scope = scope_of(path or "/")  # an empty path is redirected to the page
+    if scope is OPEN:
+        return
+    lines = request.scope["headers"]
+    if len(request.headers) != len(lines):  # another server could check another line than this one
+        for name in NAMES_OF_HEADERS:
+            count = sum(name == other for other, _ in lines)
+            if count > 1:
+                raise _bad_request(f"a request needs one {name.decode()} header", "one header", str(count))
+    key = keys.find(request.headers)
+    request.record.key = key.name
+    key.require(scope)
+    key.enter()
+    request.key = key
 
 
 def _bad_request(detail: str, expected: str, got: str) -> BadRequest:

@@ -160,8 +160,7 @@ class Protocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._ticket = None
         refusal = self._admission.refusal(rows=1)
-        if refusal and self._may_refuse():
-            self._refuse(refusal)
+        if refusal and self._may_refuse() and self._refuse(refusal):
             return
         super().on_headers_complete()
         if self.scope["http_version"] != "1.1":
@@ -351,11 +350,15 @@ class Protocol(HttpToolsProtocol):
         content_type = next((value for name, value in self.headers if name == b"content-type"), b"")
         return stream_media_type(content_type.decode("latin-1"), accept.decode("latin-1")) is not None
 
-    def _refuse(self, refusal: Refusal) -> None:
-        self._is_refused = True
+    def _refuse(self, refusal: Refusal) -> bool:
+        """Write the response to a refused request. Return false if its ASGI task must refuse it for another reason."""
         self.scope["method"] = "POST"
         self.scope["path"] = self._path()
-        self.transport.write(self._head_refusal.response(self.scope, refusal, self.server_state.default_headers))
+        response = self._head_refusal.response(self.scope, refusal, self.server_state.default_headers)
+        if response:
+            self._is_refused = True
+            self.transport.write(response)
+        return response is not None
 
     def _path(self) -> str:
         return self.url.partition(b"?")[0].decode("latin-1")

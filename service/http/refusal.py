@@ -8,7 +8,9 @@ from functools import lru_cache
 import orjson
 from starlette.types import Scope
 
-from service.errors import PROBLEM_JSON, Overloaded
+from service.access.control import AccessControl
+from service.access.scopes import scope_of
+from service.errors import PROBLEM_JSON, Forbidden, Overloaded, Unauthorized
 from service.http.admission import Refusal
 from service.http.request import Header, new_record
 from service.monitoring.logs import AccessLog
@@ -29,23 +31,37 @@ class HeadRefusal:
         metrics: counts the requests.
         access: logs the requests.
         root_path: path under which a proxy publishes the server; empty for none.
+        keys: the API keys of the server; None if requests need no key.
     """
 
-    def __init__(self, metrics: Metrics, access: AccessLog, root_path: str = "") -> None:
+    def __init__(
+        self, metrics: Metrics, access: AccessLog, root_path: str = "", keys: AccessControl | None = None
+    ) -> None:
         self._metrics = metrics
         self._access = access
         self._root_path = root_path
+        self._keys = keys
 
-    def response(self, scope: Scope, refusal: Refusal, default_headers: list[Header]) -> bytes:
-        """Return the whole response.
+    def response(self, scope: Scope, refusal: Refusal, default_headers: list[Header]) -> bytes | None:
+        """Return the whole response, or None if the API key of the request does not permit it.
+
+        `RequestMiddleware` then refuses the request: only clients with a key learn how busy the server is.
 
         Args:
             scope: the ASGI scope, with method, path and headers.
             refusal: why the request is refused.
             default_headers: headers that the server adds to every response.
         """
-        record = new_record(scope, dict(reversed(scope["headers"])))
+        headers_by_name = dict(reversed(scope["headers"]))
+        record = new_record(scope, headers_by_name)
         record.endpoint = scope["path"].removeprefix(self._root_path)
+        if self._keys:
+            try:
+                key = self._keys.find(headers_by_name)
+                key.require(scope_of(record.endpoint))
+            except (Unauthorized, Forbidden):
+                return None
+            record.key = key.name
         record.status = Overloaded.status
         record.problem = Overloaded.code
         head, body_start, body_end = _template(refusal)

@@ -12,6 +12,7 @@ from starlette.datastructures import QueryParams
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
+from service.access.control import GrantedKey
 from service.codec.budget import Budget
 from service.errors import PROBLEM_JSON, BodyTooLarge, BodyTooSlow, ClientGone, InvalidField, ServiceError
 from service.http import security_headers
@@ -19,6 +20,7 @@ from service.http.admission import Ticket
 from service.monitoring.request_record import RequestRecord
 
 MAX_REQUEST_ID = 128  # characters
+ROW_LIMIT_SECONDS = 0.05  # pause before a stream checks again whether its key may send more rows
 LIST_HEADERS = (b"accept", b"content-encoding")  # a request may split the list over several lines (RFC 9110, 5.3)
 MAX_HEADER = 1024  # bytes that are read of one header; what they mean is cached for hundreds of different values
 MAX_CACHED_QUERY = 512  # bytes; the parsed forms of shorter queries are cached
@@ -81,6 +83,7 @@ class RequestContext:
             joined for a header in LIST_HEADERS. For any other header, only the first value is kept.
         record: the data about the request for the metrics and the access log.
         response_started: whether the head of the response has been sent.
+        key: the API key of the request; None if the server has no keys, or if the route needs none.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, limits: BodyLimits, ticket: Ticket) -> None:
@@ -90,11 +93,13 @@ class RequestContext:
             _join_lists(self.headers, scope["headers"])
         self.record = new_record(scope, self.headers)
         self.response_started = False
+        self.key: GrantedKey | None = None
         self.ticket = ticket
         self._budget: Budget | None = None
         self._receive = receive
         self._send = send
         self._limits = limits
+        self._charged_rows = 0
 
     def header(self, name: bytes, default: str = "") -> str:
         """Return the first MAX_HEADER bytes of the value of the header `name`, given in lower case."""
@@ -124,6 +129,19 @@ class RequestContext:
         """
         self._budget = self.ticket.budget(max_bytes=2 * self._limits.max_bytes, max_rows=max_rows, deadline=deadline)
         return self._budget
+
+    async def charge_rows(self, rows: int) -> None:
+        """Count `rows` of a stream for the limits of the API key, and wait until the key may send more rows.
+
+        Raises:
+            Unauthorized: the key has been removed from the file of keys.
+        """
+        if self.key is None:
+            return
+        self._charged_rows += rows
+        self.key.count_rows(rows)
+        while self.key.must_wait():
+            await asyncio.sleep(ROW_LIMIT_SECONDS)
 
     async def body(self) -> bytes:
         """Return the whole body.
@@ -237,7 +255,7 @@ class RequestContext:
 
     async def respond_with_error(self, error: ServiceError) -> None:
         """Send `error` as application/problem+json."""
-        headers = [(name.lower().encode(), value.encode("latin-1")) for name, value in error.headers.items()]
+        headers = as_headers(error.headers)
         content = orjson.dumps(error.problem(self.record.request_id))
         complete = tuple(security_headers.complete(headers))
         await self.respond(HttpResponse(content, PROBLEM_JSON.encode(), complete, error.status))
@@ -245,6 +263,8 @@ class RequestContext:
     def finish(self) -> None:
         """Record the total time, and release the ticket: a request may have ended before its handler was called."""
         self.record.total = self.record.elapsed
+        if self.key:
+            self.key.leave(self.record.rows - self._charged_rows)
         self.ticket.release()
         self.ticket.release_bytes()
         if self._budget:
@@ -254,8 +274,11 @@ class RequestContext:
         self.response_started = True
         self.record.status = status
 
-    def _common_headers(self) -> tuple[Header, Header]:
-        """Return the headers that every response has: the request id, and Server-Timing in milliseconds."""
+    def _common_headers(self) -> tuple[Header, ...]:
+        """Return the headers that every response has: the request id, and Server-Timing in milliseconds.
+
+        If the API key of the request has limits, there are also headers that describe them.
+        """
         record = self.record
         total = record.elapsed * 1e3
         if record.compute:
@@ -263,7 +286,8 @@ class RequestContext:
             timing = _SERVER_TIMING % (*spans, total)
         else:
             timing = b"total;dur=%.3f" % total
-        return (b"x-request-id", record.request_id.encode()), (b"server-timing", timing)
+        headers = (b"x-request-id", record.request_id.encode()), (b"server-timing", timing)
+        return (*headers, *as_headers(self.key.headers())) if self.key and self.key.limits else headers
 
     def _body_too_large(self, got: str) -> BodyTooLarge:
         return BodyTooLarge(
@@ -273,6 +297,11 @@ class RequestContext:
             hint="send fewer rows per request, or send them as application/x-npy",
             headers={"Connection": "close"},  # otherwise the server would have to read the rest of the body
         )
+
+
+def as_headers(headers: Mapping[str, str]) -> list[Header]:
+    """Return `headers` as ASGI headers."""
+    return [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
 
 
 def _parse_query(text: bytes) -> Query:

@@ -152,6 +152,8 @@ def _access_fields(record: RequestRecord) -> dict[str, Any]:
         "client": record.client and shortened(record.client, MAX_LOGGED_CLIENT),
         "ms": round(record.total * 1e3, 3),
     }
+    if record.key:
+        fields["key"] = record.key
     if record.model:
         fields |= {"model": record.model, "version": record.version, "rows": record.rows}
     if record.compute:

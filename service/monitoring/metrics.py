@@ -40,6 +40,7 @@ class _RequestMetrics:
     """The numbers that a request changes. They are cached per label set, which saves a look-up in every metric."""
 
     endpoint_labels: Labels
+    key_labels: Labels
     requests: Values
     total: Values
     computed: tuple[Values, Values, Values] | None  # rows, queue, compute; None for requests without rows
@@ -52,18 +53,34 @@ class Metrics(Collector):
         counters: the counters of all processes.
         alert_half_life: half-life of the mean severity, in rows; see `AnomalyMetrics`.
         alert_max_age: age in seconds above which a row is history; see `AnomalyMetrics`.
+        has_keys: whether the server has API keys. The counters of requests then have a label for the name of the key.
+            Names come from the file of keys, never from a client, so the number of label sets is bounded.
     """
 
-    def __init__(self, counters: SharedCounters, alert_half_life: float = 3.0, alert_max_age: float = math.inf) -> None:
+    def __init__(
+        self,
+        counters: SharedCounters,
+        alert_half_life: float = 3.0,
+        alert_max_age: float = math.inf,
+        has_keys: bool = False,
+    ) -> None:
+        key_label = ("key",) if has_keys else ()
+        self._has_keys = has_keys
         self.is_leader = counters.is_leader
         self.registry = CollectorRegistry()
         self._requests = Counter(
-            counters, "elbo_requests", "Requests that have ended, by status code", (*ENDPOINT_LABELS, "status")
+            counters,
+            "elbo_requests",
+            "Requests that have ended, by status code",
+            (*ENDPOINT_LABELS, "status", *key_label),
         )
         self._problems = Counter(
-            counters, "elbo_problems", "Requests that ended with an error, by error code", (*ENDPOINT_LABELS, "code")
+            counters,
+            "elbo_problems",
+            "Requests that ended with an error, by error code",
+            (*ENDPOINT_LABELS, "code", *key_label),
         )
-        self._rows = Counter(counters, "elbo_rows", "Rows in successful requests", ENDPOINT_LABELS)
+        self._rows = Counter(counters, "elbo_rows", "Rows in successful requests", (*ENDPOINT_LABELS, *key_label))
         self._total = Histogram(
             counters,
             "elbo_request_seconds",
@@ -96,7 +113,9 @@ class Metrics(Collector):
 
     def count(self, record: RequestRecord) -> None:
         """Count a request that has ended, even if its client disconnected."""
-        metrics = self._request_metrics(record.endpoint, record.model, record.version, record.status, record.rows > 0)
+        metrics = self._request_metrics(
+            record.endpoint, record.model, record.version, record.status, record.rows > 0, record.key
+        )
         metrics.requests[0] += 1.0
         observe(metrics.total, LATENCY_BOUNDS, record.total)
         if metrics.computed:
@@ -105,21 +124,23 @@ class Metrics(Collector):
             observe(queue, LATENCY_BOUNDS, record.queue)
             observe(compute, LATENCY_BOUNDS, record.compute)
         if record.problem:
-            self._problems.add((*metrics.endpoint_labels, record.problem))
+            self._problems.add((*metrics.endpoint_labels, record.problem, *metrics.key_labels))
 
     def _find_request_metrics(
-        self, endpoint: str, model: str, version: int, status: int, has_rows: bool
+        self, endpoint: str, model: str, version: int, status: int, has_rows: bool, key: str
     ) -> _RequestMetrics:
         endpoint_labels = endpoint, model, str(version) if version else ""
         outcome = _OUTCOME_BY_STATUS.get(status) or _OUTCOME_BY_FIRST_DIGIT.get(status // 100, "abandoned")
         latency_labels = (*endpoint_labels, outcome)
+        key_labels = (key,) if self._has_keys else ()
         computed = None
         if has_rows:
-            rows = self._rows.local(endpoint_labels)
+            rows = self._rows.local((*endpoint_labels, *key_labels))
             computed = rows, self._queue.local(latency_labels), self._compute.local(latency_labels)
         return _RequestMetrics(
             endpoint_labels,
-            requests=self._requests.local((*endpoint_labels, str(status))),
+            key_labels,
+            requests=self._requests.local((*endpoint_labels, str(status), *key_labels)),
             total=self._total.local(latency_labels),
             computed=computed,
         )

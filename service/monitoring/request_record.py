@@ -19,6 +19,7 @@ class RequestRecord:
     rows: int = 0
     status: int = 0
     problem: str = ""  # error code, if the request failed
+    key: str = ""  # name of the API key of the request; empty if there is none
     parse: float = 0.0
     queue: float = 0.0
     compute: float = 0.0

@@ -1,5 +1,6 @@
 """Bind the address and serve: in this process, or in several workers under a supervisor."""
 
+import ipaddress
 import logging
 import resource
 import socket
@@ -33,6 +34,7 @@ def serve(settings: Settings) -> None:
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))  # every connection is an open file
     with bind(settings.host, settings.port) as listener:
+        require_keys_if_public(listener, settings)
         if settings.workers > 1:
             from service.server.supervisor import Supervisor
 
@@ -41,6 +43,22 @@ def serve(settings: Settings) -> None:
             from service.server.worker import run_worker
 
             run_worker(settings, listener=listener)
+
+
+def require_keys_if_public(listener: socket.socket, settings: Settings) -> None:
+    """Raise ServeError if other machines can reach `listener`, and the server has neither keys nor ELBO_INSECURE."""
+    if listener.family == socket.AF_UNIX or settings.api_keys_file:
+        return
+    address = ipaddress.ip_address(listener.getsockname()[0].partition("%")[0])  # without the zone of an IPv6 address
+    if (getattr(address, "ipv4_mapped", None) or address).is_loopback:
+        return
+    if not settings.insecure:
+        raise ServeError(
+            f"without API keys, the server does not listen on {address}, which other machines can reach: make a key "
+            "with elbo key add NAME --scope infer and set ELBO_API_KEYS_FILE, or listen on 127.0.0.1 (ELBO_HOST), or, "
+            "if everybody who can reach the address may use the server, add --insecure (ELBO_INSECURE=1)"
+        )
+    log.warning("everybody who can reach %s can use the server, because it has no API keys (ELBO_INSECURE)", address)
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -1,0 +1,152 @@
+"""The limits of one API key: requests per second, rows per second, and requests at once.
+
+All worker processes count into shared memory, and each follows the sum, so a limit holds for the whole server. A worker
+looks at the sum at each request of the key, and REFRESH_SECONDS after the last look. If the requests of a key change
+from one worker to another, the key may therefore exceed its rate by what it may send in REFRESH_SECONDS, and by one
+request per worker. A worker that has just started allows a full burst.
+"""
+
+import math
+from time import perf_counter
+
+from service.access.key_file import ApiKey
+from service.errors import RateLimited
+from service.shared_memory import SharedCounters
+
+REFRESH_SECONDS = 0.1
+_REQUESTS, _ROWS = range(2)  # elements of the array of counts
+Headers = dict[str, str]
+
+
+class Bucket:
+    """A token bucket: `rate` tokens per second flow into it, it holds at most `burst`, and each use takes tokens out.
+
+    The number of tokens may become negative: a request takes its rows out after they have been counted.
+
+    Args:
+        rate: tokens per second.
+        burst: most tokens in the bucket. It is full at first.
+        used: how many tokens all processes have taken out so far.
+        now: the time on the `perf_counter` clock.
+    """
+
+    __slots__ = ("_level", "_now", "_used", "burst", "rate")
+
+    def __init__(self, rate: float, burst: float, used: float, now: float) -> None:
+        self.rate = rate
+        self.burst = burst
+        self._level = burst
+        self._used = used
+        self._now = now
+
+    def level(self, used: float, now: float) -> float:
+        """Return the number of tokens; `used` and `now` are the present values of the arguments of `Bucket`."""
+        level = self._level + (now - self._now) * self.rate - (used - self._used)
+        self._level, self._used, self._now = min(self.burst, level), used, now
+        return self._level
+
+    def seconds_until(self, level: float) -> int:
+        """Return after how many seconds the bucket will hold `level` tokens: at least 1."""
+        return max(1, math.ceil((level - self._level) / self.rate))
+
+
+class KeyLimits:
+    """The limits of one key in one worker process.
+
+    Args:
+        name: the name of the key.
+        key: its limits.
+        counters: the counters of all processes.
+    """
+
+    def __init__(self, name: str, key: ApiKey, counters: SharedCounters) -> None:
+        self.key = key
+        self._counters = counters
+        self._counts_key = "key_usage", name
+        self._running_key = "key_running_requests", name
+        self._own_counts = counters.local.array(self._counts_key, length=2)
+        self._own_running = counters.local.array(self._running_key, length=1, transient=True)
+        self._find_arrays()
+        rate, now = key.requests_per_second, perf_counter()
+        self._requests = (
+            Bucket(rate, key.burst or max(1, math.ceil(rate)), self._used(_REQUESTS), now) if rate else None
+        )
+        rows = key.rows_per_second
+        self._rows = Bucket(rows, rows, self._used(_ROWS), now) if rows else None
+        self._policy = self._describe_policy()
+
+    def enter(self) -> None:
+        """Count a request. Raises RateLimited if the key has reached a limit."""
+        now = perf_counter()
+        if self.key.concurrent_requests and self._running() >= self.key.concurrent_requests:
+            self._refuse("concurrent_requests", f"{self.key.concurrent_requests} requests at once", 1)
+        if self._requests and self._requests.level(self._used(_REQUESTS), now) < 1:
+            limit = f"{self._requests.rate:g} requests per second"
+            self._refuse("requests_per_second", limit, self._requests.seconds_until(1))
+        if self._rows and not self.may_send_rows():
+            self._refuse("rows_per_second", f"{self._rows.rate:g} rows per second", self._rows.seconds_until(0))
+        self._own_counts[_REQUESTS] += 1
+        self._own_running[0] += 1
+
+    def leave(self) -> None:
+        """Count the end of a request that `enter` has counted."""
+        self._own_running[0] -= 1
+
+    def count_rows(self, rows: int) -> None:
+        """Count the rows of a request."""
+        self._own_counts[_ROWS] += rows
+
+    def may_send_rows(self) -> bool:
+        """Return whether the rows that the key has sent so far are within its limit."""
+        return self._rows is None or self._rows.level(self._used(_ROWS), perf_counter()) > 0
+
+    def refresh(self) -> None:
+        """Follow the counts of the other processes."""
+        self._find_arrays()
+        now = perf_counter()
+        for index, bucket in ((_REQUESTS, self._requests), (_ROWS, self._rows)):
+            if bucket:
+                bucket.level(self._used(index), now)
+
+    def headers(self) -> Headers:
+        """Return RateLimit-Policy and RateLimit, as in draft-ietf-httpapi-ratelimit-headers-11.
+
+        `t` is the time until the next request is added to the `r` requests that are left. The limit on rows is not
+        described, because the draft has no unit for rows.
+        """
+        if not self._policy:
+            return {}
+        left = []
+        if self._requests:
+            level = max(0.0, self._requests.level(self._used(_REQUESTS), perf_counter()))
+            left.append(f'"requests";r={int(level)};t={self._requests.seconds_until(int(level) + 1)}')
+        if self.key.concurrent_requests:
+            left.append(f'"concurrent";r={max(0, self.key.concurrent_requests - int(self._running()))}')
+        return {"RateLimit-Policy": self._policy, "RateLimit": ", ".join(left)}
+
+    def _describe_policy(self) -> str:
+        policies = []
+        if self._requests:
+            window = max(1, math.ceil(self._requests.burst / self._requests.rate))
+            policies.append(f'"requests";q={self._requests.burst};w={window}')
+        if self.key.concurrent_requests:
+            policies.append(f'"concurrent";q={self.key.concurrent_requests};qu="concurrent-requests"')
+        return ", ".join(policies)
+
+    def _refuse(self, setting: str, limit: str, seconds: int) -> None:
+        raise RateLimited(
+            f"the API key has reached its limit of {limit} ({setting})",
+            expected=f"at most {limit}",
+            hint=f"try again in {seconds} s",
+            headers={**self.headers(), "Retry-After": str(seconds)},
+        )
+
+    def _find_arrays(self) -> None:
+        self._counts = self._counters.arrays_at(self._counts_key)
+        self._all_running = self._counters.arrays_at(self._running_key)
+
+    def _used(self, index: int) -> float:
+        return sum([counts[index] for counts in self._counts])
+
+    def _running(self) -> float:
+        return sum([running[0] for running in self._all_running])

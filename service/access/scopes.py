@@ -1,0 +1,56 @@
+"""The table of all routes and of the scope that each route needs. It applies if the server has API keys."""
+
+from enum import StrEnum
+
+from starlette.routing import compile_path
+
+
+class Scope(StrEnum):
+    """What a key may do. A key with the scope `admin` may do everything."""
+
+    INFER = "infer"  # run models, and read what is known about them
+    WRITE = "write"  # change what the server remembers: rows that are live traffic, and so metrics, drift and alerts
+    METRICS = "metrics"  # read the metrics
+    ADMIN = "admin"  # everything, and also rows of the training data
+
+
+Required = Scope | frozenset[Scope] | None  # what a path needs
+OPEN = None  # needs no key
+ANY_KEY = frozenset(Scope)  # a path without a route: only a client with a key learns that it does not exist
+
+# The rows that /anomaly scores are live traffic only if the key has the scope `write`, see `endpoints/scoring.py`.
+ROUTES: dict[str, Scope | None] = {
+    "/anomaly": Scope.INFER,
+    "/reconstruct": Scope.INFER,
+    "/encode": Scope.INFER,
+    "/decode": Scope.INFER,
+    "/sample": Scope.INFER,
+    "/interpolate": Scope.INFER,
+    "/api/v1/write": Scope.WRITE,
+    "/models": Scope.INFER,
+    "/models/{reference}": Scope.INFER,
+    "/models/{reference}/calibration": Scope.INFER,
+    "/models/{reference}/card": Scope.INFER,
+    "/models/{reference}/held-out": Scope.ADMIN,  # rows of the training data
+    "/metrics": Scope.METRICS,
+    # Orchestrators probe without a key.
+    "/livez": OPEN,
+    "/readyz": OPEN,
+    # The page, its files and the reference are the same on every server. The page asks for a key.
+    "/": OPEN,
+    "/static/{path:path}": OPEN,
+    "/docs": OPEN,
+    "/openapi.json": OPEN,
+}
+
+# The router's own patterns. They also match `/metrics` followed by a newline, for example: with other patterns, such a
+# path would lead to a route whose scope was not checked.
+_PATTERNS = [(compile_path(route)[0], scope) for route, scope in ROUTES.items()]
+
+
+def scope_of(path: str) -> Required:
+    """Return the scope that `path` needs: OPEN for no key, and ANY_KEY for a path without a route."""
+    try:
+        return ROUTES[path]
+    except KeyError:
+        return next((scope for pattern, scope in _PATTERNS if pattern.match(path)), ANY_KEY)
