@@ -23,7 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.errors import ArtifactCorrupt, ArtifactMismatch, DeviceMissing
+from models.archive_check import open_archive
+from models.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactUnsafe, DeviceMissing
+from models.inspection import Inspected, inspect_artifact
 from models.manifest import (
     DIGEST_LENGTH,
     FILE_NAME,
@@ -61,6 +63,15 @@ GOLDEN_ALPHA = 0.05
 TRIAL_BYTES = 1 << 20  # size of the file that `require_writable` writes: that of a typical artifact
 # Largest allowed relative error of an output. The score divides by small variances, which amplifies rounding errors.
 GOLDEN_TOLERANCE = 1e-3
+ONNX_TYPES = {
+    1: torch.float32,
+    3: torch.int8,
+    6: torch.int32,
+    7: torch.int64,
+    9: torch.bool,
+    10: torch.float16,
+    11: torch.float64,
+}  # the types of weights, as ONNX numbers them
 
 
 @dataclass(frozen=True)
@@ -214,6 +225,7 @@ def load(path: Path, device: str = "cpu") -> Artifact:
         torch.backends.cudnn.allow_tf32 = False  # TF32 convolutions err by 1e-3; linear layers do not use TF32
     content = read_sealed(path)  # read once, so that the bytes that are loaded are the bytes that were verified
     manifest = parse(content, path)
+    inspected = inspect_artifact(content, path)
     try:
         with _deprecations_silenced():
             module = torch.jit.load(io.BytesIO(content), map_location=device)
@@ -226,7 +238,13 @@ def load(path: Path, device: str = "cpu") -> Artifact:
         )
     weights = module.state_dict()
     frozen = freeze(module)
-    if found := find_discrepancy(frozen, manifest.golden, device, GOLDEN_TOLERANCE):
+    try:
+        found = find_discrepancy(frozen, manifest.golden, device, GOLDEN_TOLERANCE)
+    except RuntimeError as error:
+        raise ArtifactMismatch(
+            f"{path}: the model cannot run on its golden inputs: {str(error).splitlines()[-1]}; publish the model again"
+        ) from error
+    if found:
         raise ArtifactMismatch(
             f"{path}: {found} on {device} with torch {torch.__version__}; "
             "train the model again on this machine, or install the versions that the manifest lists"
@@ -237,7 +255,7 @@ def load(path: Path, device: str = "cpu") -> Artifact:
         module=frozen,
         path=path,
         device=torch.device(device),
-        twin=_read_twin(content, weights, path),
+        twin=_read_twin(content, weights, path, inspected),
         exhibits=_read_exhibits(content, path),
         calibration={name.removeprefix(prefix): buffer for name, buffer in weights.items() if name.startswith(prefix)},
     )
@@ -245,7 +263,7 @@ def load(path: Path, device: str = "cpu") -> Artifact:
 
 def read_trained_rows(artifact: Artifact) -> bytes | None:
     """Return the document TRAINED_ROWS of `artifact`; None if there is none, as in artifacts of earlier releases."""
-    with zipfile.ZipFile(io.BytesIO(read_sealed(artifact.path))) as archive:
+    with open_archive(read_sealed(artifact.path)) as archive:
         names = (name for name in archive.namelist() if name.partition("/")[2] == EXHIBIT_MEMBER.format(TRAINED_ROWS))
         member = next(names, None)
         return None if member is None else archive.read(member)
@@ -253,8 +271,10 @@ def read_trained_rows(artifact: Artifact) -> bytes | None:
 
 def thaw(artifact: Artifact) -> torch.jit.ScriptModule:
     """Load the module of `artifact` on the CPU without freezing it, so that it can be changed and published again."""
+    content = read_sealed(artifact.path)
+    inspect_artifact(content, artifact.path)
     with _deprecations_silenced():
-        module: torch.jit.ScriptModule = torch.jit.load(io.BytesIO(read_sealed(artifact.path)), map_location="cpu")
+        module: torch.jit.ScriptModule = torch.jit.load(io.BytesIO(content), map_location="cpu")
     if weights_sha256(module) != artifact.manifest.weights_sha256:
         raise ArtifactCorrupt(f"{artifact.path} has changed since it was loaded: run the command again")
     return module
@@ -330,6 +350,8 @@ def find_discrepancy(
         if name not in golden.outputs or (only is not None and name not in only):
             continue
         expected = _tensor(golden.outputs[name], device)
+        if output.shape != expected.shape:
+            return f"{name} has the shape {list(output.shape)}, its golden answer has {list(expected.shape)}"
         scale = float(expected.abs().max())
         error = float((output - expected).abs().max())
         if not error <= tolerance * max(scale, 1e-3):  # `not <=` instead of `>`, so that NaN also differs
@@ -342,10 +364,17 @@ def _tensor(values: Any, device: str) -> Tensor:
     return torch.from_numpy(np.array(values, np.float32)).to(device)
 
 
-def _read_twin(content: bytes, weights: Mapping[str, Tensor], path: Path) -> Twin | None:
+def _read_twin(content: bytes, weights: Mapping[str, Tensor], path: Path, inspected: Inspected) -> Twin | None:
     """Return the ONNX twin in `content`, the bytes of the artifact at `path`; None if there is no twin."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        members = {name.partition("/")[2]: name for name in archive.namelist()}
+    for name, used in inspected.twin_weights.items():
+        for weight, (type_, shape) in used.items():
+            if weight not in weights or (ONNX_TYPES.get(type_), shape) != (
+                weights[weight].dtype,
+                weights[weight].shape,
+            ):
+                raise ArtifactUnsafe(f"{path}: the graph {name} has a weight {weight} that the module does not have")
+    members = inspected.members
+    with open_archive(content) as archive:
         if TWIN_MEMBER.format(TWIN_METHODS[0]) not in members:
             return None
         try:
@@ -364,7 +393,7 @@ def _read_twin(content: bytes, weights: Mapping[str, Tensor], path: Path) -> Twi
 
 def _read_exhibits(content: bytes, path: Path) -> dict[str, bytes]:
     """Return the exhibits in `content`, the bytes of the artifact at `path`, by name."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+    with open_archive(content) as archive:
         members = {name.partition("/")[2]: name for name in archive.namelist()}
         wanted = {name: EXHIBIT_MEMBER.format(name) for name in (HELD_OUT, CALIBRATION, CARD)}
         try:

@@ -6,6 +6,7 @@ ElboError
 │   ├── ArtifactUnreadable  the operating system refuses to read the file or folder
 │   ├── ArtifactForeign     the file was not written by Elbo
 │   ├── ArtifactCorrupt     truncated or altered after it was sealed
+│   ├── ArtifactUnsafe      intact, but it has something that could harm this machine; it was not run
 │   ├── ArtifactTooNew      a later format version than this release can read
 │   ├── ArtifactMismatch    intact, but its outputs differ from its golden answers on this machine
 │   └── ArtifactUnwritable  the artifact folder is full, or this user may not write to it
@@ -65,6 +66,12 @@ class ArtifactCorrupt(ArtifactError):
     """The file is truncated or was altered after it was sealed."""
 
     code = "artifact_corrupt"
+
+
+class ArtifactUnsafe(ArtifactError):
+    """The file is intact, but has something that no artifact needs and that could harm this machine. It was not run."""
+
+    code = "artifact_unsafe"
 
 
 class ArtifactTooNew(ArtifactError):

@@ -21,12 +21,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from models.archive_check import MAX_FILE_BYTES, MAX_MANIFEST_BYTES, open_archive
 from models.errors import (
     ArtifactCorrupt,
     ArtifactForeign,
     ArtifactMissing,
     ArtifactTooNew,
     ArtifactUnreadable,
+    ArtifactUnsafe,
     first_fault,
 )
 
@@ -205,8 +207,10 @@ def parse(content: bytes, path: Path) -> Manifest:
 def _fields(content: bytes) -> dict[str, Any] | None:
     """Return the manifest in the archive without validation; None if `content` is not an archive or has no manifest."""
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            member = next(name for name in archive.namelist() if name.partition("/")[2] == MEMBER)
+        with open_archive(content) as archive:
+            member = next(info for info in archive.infolist() if info.filename.partition("/")[2] == MEMBER)
+            if member.file_size > MAX_MANIFEST_BYTES:
+                return None
             fields = json.loads(archive.read(member))
     except UNREADABLE:
         return None
@@ -228,12 +232,7 @@ def read_sealed(path: Path) -> bytes:
     Raises:
         ArtifactError: ArtifactMissing, ArtifactUnreadable, ArtifactForeign, ArtifactCorrupt or ArtifactTooNew.
     """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise ArtifactMissing(f"{path} does not exist; create artifacts with `elbo train`") from error
-    except OSError as error:
-        raise _unreadable(path, error) from error
+    content = _read_file(path)
     body, digest = content[:-DIGEST_LENGTH], content[-DIGEST_LENGTH:]
     if body.endswith(SEAL) and hashlib.sha256(body).hexdigest().encode() == digest:
         return content
@@ -246,6 +245,23 @@ def read_sealed(path: Path) -> bytes:
     raise ArtifactCorrupt(
         f"{path} is truncated or was altered after it was written: copy it again, or train the model again"
     )
+
+
+def _read_file(path: Path) -> bytes:
+    """Return the bytes of the regular file at `path`, as many as the file had when it was opened."""
+    try:
+        # O_NONBLOCK: without it, opening a FIFO would wait for somebody who writes to it.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ArtifactForeign(f"{path} is not a regular file: expected an artifact written by `elbo train`")
+            if status.st_size > MAX_FILE_BYTES:
+                raise ArtifactUnsafe(f"{path} has {status.st_size:,} bytes, an artifact has at most {MAX_FILE_BYTES:,}")
+            return file.read(status.st_size)
+    except FileNotFoundError as error:
+        raise ArtifactMissing(f"{path} does not exist; create artifacts with `elbo train`") from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
 
 
 def seal(content: bytes) -> bytes:

@@ -1,0 +1,79 @@
+"""The names that the code in an artifact may use. `models.code_check` refuses every other name.
+
+The code of a model that Elbo trains needs the names in TRAINED, and no others: a test trains every kind of model and
+fails if one needs a name that is not here, or if a name here is needed by none. Before you add a name, make sure that
+the operator reads and writes nothing but its arguments: no file, no socket, no process, no memory by address, and no
+other state. An operator whose result can be much larger than its arguments needs sizes that are numbers (see `Rule`).
+"""
+
+from typing import NamedTuple
+
+
+class Rule(NamedTuple):
+    """What the arguments of an operator may be.
+
+    Args:
+        tensors: how many of the first arguments may be tensors, or lists of tensors. The others are numbers that do not
+            depend on the values of a row, so that the size of the result does not either.
+        numbers: whether the result is a number or a list of numbers: a size, not a value.
+        grows: whether the result can be larger than all arguments. Such an operator, and one with a costly result, may
+            not run in only some requests.
+    """
+
+    tensors: int
+    numbers: bool = False
+    grows: bool = True
+
+
+def _rules(names: str, tensors: int, numbers: bool = False, grows: bool = True) -> dict[str, Rule]:
+    return {f"torch.{name}": Rule(tensors, numbers, grows) for name in names.split()}
+
+
+TRAINED: dict[str, Rule] = {
+    # Arithmetic and comparison, number by number.
+    **_rules("add sub mul div eq ne gt ge lt maximum", 2, grows=False),
+    **_rules("neg exp log sqrt square round isnan", 1, grows=False),
+    **_rules("where", 3, grows=False),
+    **_rules("clamp hardtanh", 1, grows=False),
+    # Activations and the normal distribution function.
+    **_rules("relu sigmoid silu softplus special_ndtr tanh", 1, grows=False),
+    # Sums over a dimension.
+    **_rules("sum mean amin", 1, grows=False),
+    # Layers.
+    **_rules("matmul", 2),
+    **_rules("addmm linear conv2d conv_transpose2d", 3),
+    # Parts, shapes and types of tensors.
+    **_rules("select slice split squeeze detach contiguous numpy_T", 1, grows=False),
+    **_rules("reshape permute flatten unflatten unsqueeze cat stack zeros_like full_like", 1),
+    **_rules("expand_as", 2),
+    **_rules("to", 2, grows=False),
+    **_rules("tensor", 0, grows=False),
+    # Look-up of a place in a table, such as the calibration scores.
+    **_rules("searchsorted index", 2),
+    # Sizes, and the arithmetic of sizes.
+    **_rules("size dim len", 1, numbers=True, grows=False),
+    **_rules("floordiv __is__ __isnot__", 0, numbers=True, grows=False),
+    **_rules("append", 0, numbers=True, grows=False),
+    "ops.prim.dtype": Rule(1, numbers=True, grows=False),
+    "ops.prim.min": Rule(0, numbers=True, grows=False),
+    # Error messages of torch.nn.ConvTranspose2d.
+    "torch.format": Rule(0, numbers=True, grows=False),
+    "ops.prim.RaiseException": Rule(0, numbers=True, grows=False),
+}
+
+# Operators that change their first argument. torch.nn has them in branches that a served model never takes, such as
+# `if inplace` with the constant False, or `if self.training`. Code that reaches one of them is refused.
+NEVER_REACHED = frozenset({"torch.copy_", "torch.hardtanh_", "torch.relu_", "torch.silu_"})
+
+# Names for models that Elbo adopts from elsewhere. Each name needs a review; empty until Elbo can adopt models.
+ADOPTED: dict[str, Rule] = {}
+
+OPERATORS: dict[str, Rule] = TRAINED | ADOPTED
+
+# Words of the language, besides operators.
+WORDS = frozenset({"annotate", "getattr", "int", "range", "unchecked_cast"})
+CONSTANTS = frozenset({"inf", "nan"})
+TYPES = frozenset({"Tensor", "bool", "float", "int", "str", "NoneType"})
+GENERIC_TYPES = frozenset({"Final", "List", "Optional", "Tuple"})
+CLASS_FIELDS = frozenset({"__parameters__", "__buffers__"})
+SPECIAL_METHODS = frozenset({"__len__"})

@@ -1,0 +1,643 @@
+"""Check the code in an artifact before torch sees it. This module does not import torch.
+
+TorchScript code is a small part of Python. `check_code` parses it with `ast` and refuses everything that is not in
+`models.allowed_code`. It then follows the calls from the methods of the model, and checks that neither a branch nor a
+loop nor the size of a tensor depends on the values of a row. A model that has run in time and in memory for some rows
+therefore does so for all rows of the same number.
+
+torch has its own parser. Both read the code alike, because only the characters in CHARACTERS are allowed: the code has
+no comments, no escapes and no line continuations.
+"""
+
+import ast
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from models.allowed_code import (
+    CLASS_FIELDS,
+    CONSTANTS,
+    GENERIC_TYPES,
+    NEVER_REACHED,
+    OPERATORS,
+    SPECIAL_METHODS,
+    TYPES,
+    WORDS,
+)
+from models.errors import ArtifactUnsafe, printable
+
+CHARACTERS = re.compile(r'[A-Za-z0-9_ "(),.:=>\[\]{}\n-]*', re.ASCII)
+IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}", re.ASCII)
+MAX_DEPTH = 60  # levels of nested blocks and brackets; the parser of torch calls itself once for each
+MAX_CALLS = 20_000  # operators that one method of the model may run, without repetitions by loops
+MAX_LOOPS = 1  # loops within loops, including those of called functions
+TEXT_OPERATORS = frozenset({"torch.format", "ops.prim.RaiseException"})
+NODES = (
+    ast.Module, ast.ClassDef, ast.FunctionDef, ast.arguments, ast.arg, ast.Assign, ast.AnnAssign, ast.If, ast.For,
+    ast.Return, ast.Expr, ast.Pass, ast.Call, ast.keyword, ast.Attribute, ast.Subscript, ast.Name, ast.Constant,
+    ast.List, ast.Tuple, ast.UnaryOp, ast.USub, ast.Load, ast.Store,
+)  # fmt: skip
+
+# What a value depends on. A tuple of values is a tuple of these.
+FILE = 0  # on the artifact alone
+ROWS = 1  # on the artifact, the number of rows and alpha
+VALUES = 2  # on the values of the rows
+LIST = 4  # added to FILE or ROWS for a list of numbers
+Value = Any  # one of the above; True or False if known; a tuple; TEXT, an _Object or a _Function
+
+
+class _Text:
+    """A text. It may only become a part of an error message."""
+
+
+TEXT = _Text()
+
+
+class _Forbidden(Exception):
+    """The code does something that no artifact needs."""
+
+
+@dataclass(frozen=True)
+class _Class:
+    """A class in the archive: its attributes with their types, and its methods."""
+
+    name: str
+    attributes: dict[str, ast.expr] = field(default_factory=dict)
+    methods: dict[str, ast.FunctionDef] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Object:
+    """A module, whose class is in the archive."""
+
+    class_: str
+
+
+@dataclass(frozen=True)
+class _Function:
+    """A function in the archive, by its full name."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What a function returns, and its cost: the operators that it runs, and how deep its loops are nested."""
+
+    value: Value
+    calls: int
+    loops: int
+
+
+def check_code(sources: Mapping[str, bytes], path: Path) -> "Code":
+    """Parse the code members of an artifact, and check every name.
+
+    Args:
+        sources: the code by the name of the member, such as `code/__torch__/models/pca.py`.
+        path: the path of the artifact, for messages.
+
+    Raises:
+        ArtifactUnsafe: a name, an operator or a construct that no artifact has, with the name and the member.
+    """
+    code = Code(path)
+    for member, source in sources.items():
+        try:
+            code.add(member, source)
+        except _Forbidden as error:
+            _refuse(path, member, str(error))
+    for name in (*code.classes, *code.functions):
+        if name in code.classes and name in code.functions:
+            _refuse(path, code.members[name], f"defines {name} twice")
+    return code
+
+
+class Code:
+    """The parsed code of an artifact.
+
+    Attributes:
+        classes: the classes by full name, such as `__torch__.models.pca.PCA`.
+        functions: the functions by full name.
+        members: the member that contains each class and function.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.classes: dict[str, _Class] = {}
+        self.functions: dict[str, ast.FunctionDef] = {}
+        self.members: dict[str, str] = {}
+
+    def add(self, member: str, source: bytes) -> None:
+        """Parse and check one member. Raises _Forbidden."""
+        tree = _parse(source)
+        module = member.removeprefix("code/").removesuffix(".py").replace("/", ".")
+        if module == "__torch__.torch.classes" or module.startswith("__torch__.torch.classes."):
+            raise _Forbidden("defines a class of torch.classes, which torch implements itself")
+        for node in tree.body:
+            if not isinstance(node, ast.ClassDef | ast.FunctionDef):
+                raise _Forbidden(f"has the statement {_shown(node)} outside of a class")
+            _check_identifier(node.name)
+            name = f"{module}.{node.name}"
+            if name in self.members:
+                raise _Forbidden(f"defines {node.name} twice")
+            self.members[name] = member
+            if isinstance(node, ast.ClassDef):
+                self.classes[name] = _read_class(name, node)
+            else:
+                _check_function(node)
+                self.functions[name] = node
+
+    def check_methods(self, root: str, methods: Sequence[str]) -> None:
+        """Follow the calls from `methods` of the class `root`, the class of the model.
+
+        Raises:
+            ArtifactUnsafe: a call of something that is not there, a loop or branch or size that depends on the values
+                of a row, or too many calls.
+        """
+        if root not in self.classes:
+            _refuse(self._path, "data.pkl", f"has a model of the class {root}, which the code does not define")
+        walk = _Walk(self)
+        for method in methods:
+            definition = self.classes[root].methods.get(method)
+            if definition is None:
+                continue
+            arguments = [_entry_value(argument) for argument in definition.args.args[1:]]
+            try:
+                cost = walk.call(root, method, definition, [_Object(root), *arguments])
+            except _Forbidden as error:
+                _refuse(self._path, self.members[walk.place or root], str(error))
+            if cost.calls > MAX_CALLS or cost.loops > MAX_LOOPS:
+                _refuse(
+                    self._path,
+                    self.members[root],
+                    f"runs {cost.calls} operators in the method {method}, in loops {cost.loops} deep; {MAX_CALLS} "
+                    f"operators and {MAX_LOOPS} level of loops are allowed",
+                )
+
+
+def _parse(source: bytes) -> ast.Module:
+    try:
+        text = source.decode("ascii")
+    except UnicodeDecodeError as error:
+        raise _Forbidden("has characters outside of ASCII") from error
+    end = CHARACTERS.match(text)
+    if end is None or end.end() != len(text):
+        raise _Forbidden(f"has the character {text[end.end() if end else 0]!r}, which no code of an artifact has")
+    if '""' in text:
+        raise _Forbidden("has two quotation marks in a row")
+    _check_depth(text)
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise _Forbidden(f"cannot be parsed ({type(error).__name__})") from error
+    for node in ast.walk(tree):
+        if not isinstance(node, NODES):
+            raise _Forbidden(f"has {_shown(node)}, a {type(node).__name__}")
+        if isinstance(node, ast.Constant) and type(node.value) not in (int, float, str, bool, type(None)):
+            raise _Forbidden(f"has the constant {_shown(node)}")
+    return tree
+
+
+def _check_depth(text: str) -> None:
+    """Check that neither brackets nor blocks are nested deeply."""
+    depth = 0
+    for character in text:
+        if character in "([{":
+            depth += 1
+        elif character in ")]}":
+            depth -= 1
+        if depth > MAX_DEPTH:
+            raise _Forbidden(f"has brackets nested more than {MAX_DEPTH} deep")
+    if any(line.startswith(" " * (2 * MAX_DEPTH)) for line in text.splitlines()):
+        raise _Forbidden(f"has blocks nested more than {MAX_DEPTH} deep")
+
+
+def _read_class(name: str, node: ast.ClassDef) -> _Class:
+    bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
+    if bases != ["Module"] or len(node.bases) != 1 or node.keywords or node.decorator_list:
+        raise _Forbidden(f"has the class {node.name}, whose base is not Module")
+    found = _Class(name)
+    for statement in node.body:
+        match statement:
+            case ast.FunctionDef():
+                if statement.name in found.methods:
+                    raise _Forbidden(f"defines {node.name}.{statement.name} twice")
+                _check_function(statement)
+                found.methods[statement.name] = statement
+            case ast.AnnAssign(target=ast.Name(id=attribute)):
+                _add_attribute(found, attribute, statement.annotation)
+            case ast.Assign(
+                targets=[ast.Subscript(value=ast.Name(id="__annotations__"), slice=ast.Constant(value=str(attribute)))]
+            ):
+                _add_attribute(found, attribute, statement.value)
+            case ast.Assign(targets=[ast.Name(id=label)], value=ast.List()) if label in CLASS_FIELDS:
+                pass
+            case _:
+                raise _Forbidden(f"has the statement {_shown(statement)} in the class {node.name}")
+    return found
+
+
+def _add_attribute(found: _Class, attribute: str, annotation: ast.expr) -> None:
+    if attribute in found.attributes:
+        raise _Forbidden(f"declares the attribute {attribute} twice")
+    if attribute.startswith("__"):
+        raise _Forbidden(f"declares the attribute {attribute}")
+    _check_type(annotation)
+    found.attributes[attribute] = annotation
+
+
+def _check_identifier(name: str) -> None:
+    if not IDENTIFIER.fullmatch(name) or (name.startswith("__") and name not in SPECIAL_METHODS):
+        raise _Forbidden(f"defines {name}")
+
+
+def _check_function(node: ast.FunctionDef) -> None:
+    """Check every name in a function, whether it is reached or not."""
+    _check_identifier(node.name)
+    arguments = node.args
+    if node.decorator_list or arguments.vararg or arguments.kwarg or arguments.kwonlyargs or arguments.posonlyargs:
+        raise _Forbidden(f"has the function {node.name} with decorators or special arguments")
+    for argument in arguments.args:
+        if argument.annotation is not None:
+            _check_type(argument.annotation)
+    if node.returns is None:
+        raise _Forbidden(f"has the function {node.name} without a type of its result")
+    _check_type(node.returns)
+    for part in ast.walk(node):
+        if isinstance(part, ast.FunctionDef | ast.ClassDef) and part is not node:
+            raise _Forbidden(f"defines {part.name} inside of a function")
+        if isinstance(part, ast.Call):
+            _check_operator(part)
+        if isinstance(part, ast.AnnAssign):
+            _check_type(part.annotation)
+
+
+def _check_operator(call: ast.Call) -> None:
+    """Check the name of an operator or of a word of the language. `_Walk` checks calls of methods and functions."""
+    name = _dotted(call.func)
+    root = name.partition(".")[0] if name else ""
+    if root in ("torch", "ops"):
+        if name not in OPERATORS and name not in NEVER_REACHED:
+            raise _Forbidden(f"calls {name}")
+    elif isinstance(call.func, ast.Name) and not re.fullmatch(r"_[0-9]+", call.func.id) and call.func.id not in WORDS:
+        raise _Forbidden(f"calls {call.func.id}")
+
+
+def _check_type(annotation: ast.expr) -> None:
+    match annotation:
+        case ast.Constant(value=None):
+            return
+        case ast.Name(id=name) if name in TYPES:
+            return
+        case ast.Attribute() if (_dotted(annotation) or "").startswith("__torch__."):
+            return
+        case ast.Subscript(value=ast.Name(id=name), slice=inner) if name in GENERIC_TYPES:
+            for part in inner.elts if isinstance(inner, ast.Tuple) else [inner]:
+                _check_type(part)
+            return
+    raise _Forbidden(f"has the type {_shown(annotation)}")
+
+
+class _Walk:
+    """Follows the calls from the methods of the model, and finds what each value depends on.
+
+    Attributes:
+        place: the class or function that is being checked, or that was refused.
+    """
+
+    def __init__(self, code: Code) -> None:
+        self._code = code
+        self._results: dict[tuple[Any, ...], _Result] = {}
+        self._active: set[tuple[str, str]] = set()
+        self.place: str | None = None
+
+    def call(self, place: str, name: str, definition: ast.FunctionDef, arguments: list[Value]) -> _Result:
+        """Return the result of a function for `arguments`, by what they depend on."""
+        key = (place, name, tuple(arguments))
+        if key in self._results:
+            return self._results[key]
+        if (place, name) in self._active:
+            raise _Forbidden(f"calls {name} from itself")
+        if len(self._active) > MAX_DEPTH:
+            raise _Forbidden(f"nests calls more than {MAX_DEPTH} deep")
+        self._active.add((place, name))
+        caller, self.place = self.place, place
+        result = _Body(self, self._code, definition, arguments).run()
+        self.place = caller
+        self._active.discard((place, name))
+        self._results[key] = result
+        return result
+
+
+class _Body:
+    """One run through the body of a function."""
+
+    def __init__(self, walk: _Walk, code: Code, definition: ast.FunctionDef, arguments: list[Value]) -> None:
+        self._walk = walk
+        self._code = code
+        self._definition = definition
+        self._names = dict(zip(_parameters(definition), arguments, strict=True))
+        self._returned: list[Value] = []
+        self._calls = 0
+        self._loops = 0  # deepest nesting so far
+        self._depth = 0  # loops around the present statement
+        self._condition = FILE  # what decides whether the present statement runs
+
+    def run(self) -> _Result:
+        """Check every statement that is reached."""
+        self._block(self._definition.body)
+        value = self._returned[0] if len(self._returned) == 1 else max(map(_level, self._returned), default=FILE)
+        return _Result(value, self._calls, self._loops)
+
+    def _block(self, statements: Sequence[ast.stmt]) -> None:
+        for statement in statements:
+            self._statement(statement)
+
+    def _statement(self, statement: ast.stmt) -> None:
+        match statement:
+            case ast.Pass():
+                pass
+            case ast.Expr(value=value):
+                self._value(value)
+            case ast.Return(value=value):
+                if self._condition or self._depth:
+                    raise _Forbidden("returns from within a loop or a branch")
+                self._returned.append(FILE if value is None else self._value(value))
+            case ast.Assign(targets=[target], value=value) | ast.AnnAssign(target=target, value=ast.expr() as value):
+                self._bind(target, self._value(value))
+            case ast.If():
+                self._branch(statement)
+            case ast.For(target=ast.Name(), orelse=[]):
+                self._loop(statement)
+            case _:
+                raise _Forbidden(f"has the statement {_shown(statement)}")
+
+    def _bind(self, target: ast.expr, value: Value) -> None:
+        match target:
+            case ast.Name(id=name):
+                if not IDENTIFIER.fullmatch(name) or name in WORDS | CONSTANTS | {"self", "torch", "ops", "__torch__"}:
+                    raise _Forbidden(f"assigns to {name}")
+                self._names[name] = self._joined(name, value)
+            case ast.Tuple(elts=targets):
+                parts = value if isinstance(value, tuple) and len(value) == len(targets) else None
+                for index, one in enumerate(targets):
+                    self._bind(one, parts[index] if parts else _level(value))
+            case _:
+                raise _Forbidden(f"assigns to {_shown(target)}")
+
+    def _joined(self, name: str, value: Value) -> Value:
+        """Return what the variable `name` depends on after it is set to `value`, also if the statement may not run."""
+        if isinstance(value, _Object | _Function | _Text):
+            if (self._condition and value is not TEXT) or self._names.get(name, value) != value:
+                raise _Forbidden(f"assigns another module or function to {name}")
+            return value
+        previous = self._names.get(name)
+        if isinstance(previous, _Object | _Function | _Text):
+            raise _Forbidden(f"assigns a value to {name}, which is a module or a text")
+        if self._condition == FILE and previous in (None, value):
+            return value
+        joined = max(_level(value), FILE if previous is None else _level(previous), self._condition)
+        return joined | _list_flag(value, previous)
+
+    def _branch(self, statement: ast.If) -> None:
+        test = self._value(statement.test)
+        if isinstance(test, bool):
+            self._block(statement.body if test else statement.orelse)
+            return
+        self._block_if(test, f"if {_shown(statement.test)}", statement.body)
+        self._block_if(test, f"if {_shown(statement.test)}", statement.orelse)
+
+    def _loop(self, statement: ast.For) -> None:
+        match statement.iter:
+            case ast.Call(func=ast.Name(id="range"), args=[bound], keywords=[]):
+                count = self._value(bound)
+            case _:
+                raise _Forbidden(f"has a loop over {_shown(statement.iter)}")
+        is_length = isinstance(bound, ast.Call) and _dotted(bound.func) == "torch.len"  # never longer than a list
+        if _level(count) > (ROWS if is_length else FILE):
+            raise _Forbidden(f"has the loop over {_shown(statement.iter)}, whose length is not that of a weight")
+        self._depth += 1
+        self._loops = max(self._loops, self._depth)
+        for _ in range(3):  # what a variable depends on can grow from one repetition to the next, at most twice
+            self._bind(statement.target, _level(count))
+            self._block_if(_level(count), f"for {_shown(statement.iter)}", statement.body)
+        self._depth -= 1
+
+    def _block_if(self, test: Value, shown: str, statements: Sequence[ast.stmt]) -> None:
+        """Check statements that run only if `test` is true, or as often as it says."""
+        level = _level(test)
+        if level == VALUES:
+            raise _Forbidden(f"has the branch {shown}, which depends on the values of a row")
+        outer, self._condition = self._condition, max(self._condition, level)
+        self._block(statements)
+        self._condition = outer
+
+    def _value(self, node: ast.expr) -> Value:
+        match node:
+            case ast.Constant() | ast.Name() | ast.UnaryOp(operand=ast.Constant()):
+                return self._simple(node)
+            case ast.List(elts=elements):
+                return self._list(elements)
+            case ast.Tuple(elts=elements):
+                return tuple(self._value(element) for element in elements)
+            case ast.Subscript(value=value, slice=place):
+                return _element(self._value(value), place, self._value(place))
+            case ast.Attribute(value=ast.Name(id=name), attr=attribute) if name in self._names:
+                return self._attribute(self._names[name], attribute)
+            case ast.Attribute():
+                return self._function(node)
+            case ast.Call():
+                return self._call(node)
+        raise _Forbidden(f"has the expression {_shown(node)}")
+
+    def _simple(self, node: ast.expr) -> Value:
+        match node:
+            case ast.Constant(value=bool(value)):
+                return value
+            case ast.Constant(value=str()):
+                return TEXT
+            case ast.Name(id=name) if name in self._names:
+                return self._names[name]
+            case ast.Name(id=name) if name not in CONSTANTS:
+                raise _Forbidden(f"uses the name {name}")
+        return FILE
+
+    def _list(self, elements: Sequence[ast.expr]) -> Value:
+        if not elements:
+            return ROWS | LIST  # numbers may be added later, and they may depend on the number of rows
+        level = max(_level(self._value(element)) for element in elements)
+        return level if level == VALUES else level | LIST
+
+    def _attribute(self, owner: Value, attribute: str) -> Value:
+        class_ = self._class_of(owner, attribute)
+        annotation = class_.attributes.get(attribute)
+        if annotation is None:
+            raise _Forbidden(f"uses the attribute {attribute}, which {class_.name} does not declare")
+        if attribute == "training":
+            return False  # `models.artifact.load` switches training off
+        name = _dotted(annotation) or ""
+        if not name.startswith("__torch__."):
+            return _value_of_type(annotation)
+        if name not in self._code.classes:
+            raise _Forbidden(f"has the type {name}, which the code does not define")
+        return _Object(name)
+
+    def _class_of(self, owner: Value, attribute: str) -> _Class:
+        if not isinstance(owner, _Object):
+            raise _Forbidden(f"uses .{attribute} of something that is not a module")
+        return self._code.classes[owner.class_]
+
+    def _function(self, node: ast.expr) -> Value:
+        name = _dotted(node)
+        if name is None or name not in self._code.functions:
+            raise _Forbidden(f"uses {name or _shown(node)}")
+        return _Function(name)
+
+    def _call(self, node: ast.Call) -> Value:
+        name = _dotted(node.func) or ""
+        if name.partition(".")[0] in ("torch", "ops"):
+            return self._operator(name, node)
+        match node.func:
+            case ast.Name(id="getattr"):
+                return self._getattr(node)
+            case ast.Name(id=word) if word in WORDS:
+                return self._word(word, node)
+            case ast.Name(id=word) if word not in self._names:
+                raise _Forbidden(f"calls {word}")
+            case ast.Attribute(value=ast.Name(id=owner), attr=method) if owner in self._names:
+                return self._method(self._names[owner], method, node)
+        function = self._value(node.func)
+        if not isinstance(function, _Function):
+            raise _Forbidden(f"calls {_shown(node.func)}")
+        return self._own(function.name, function.name, self._code.functions[function.name], [], node)
+
+    def _getattr(self, node: ast.Call) -> Value:
+        match node.args:
+            case [ast.Name(id=owner), ast.Constant(value=str(attribute))] if owner in self._names:
+                return self._attribute(self._names[owner], attribute)
+        raise _Forbidden(f"calls {_shown(node)}")
+
+    def _word(self, word: str, node: ast.Call) -> Value:
+        if node.keywords or word == "range":
+            raise _Forbidden(f"calls {_shown(node)}")
+        if word in ("annotate", "unchecked_cast") and len(node.args) == 2:
+            _check_type(node.args[0])
+            return self._value(node.args[1])
+        if word == "int" and len(node.args) == 1 and _level(value := self._value(node.args[0])) < VALUES:
+            return _level(value)
+        raise _Forbidden(f"calls {_shown(node)}, which needs numbers that do not depend on the values of a row")
+
+    def _method(self, owner: Value, method: str, node: ast.Call) -> Value:
+        class_ = self._class_of(owner, method)
+        definition = class_.methods.get(method)
+        if definition is None:
+            raise _Forbidden(f"calls {method}, which {class_.name} does not define")
+        return self._own(class_.name, method, definition, [owner], node)
+
+    def _own(self, place: str, name: str, definition: ast.FunctionDef, first: list[Value], node: ast.Call) -> Value:
+        """Return the result of a function or method of the archive's code."""
+        if node.keywords or self._condition:
+            raise _Forbidden(f"calls {name} with named arguments, or in only some requests")
+        given = [*first, *map(self._value, node.args)]
+        count, defaults = len(definition.args.args), definition.args.defaults
+        missing = count - len(given)
+        if missing < 0 or missing > len(defaults):
+            raise _Forbidden(f"calls {name} with {len(given)} arguments, it has {count}")
+        given += [self._value(default) for default in defaults[len(defaults) - missing :] if missing]
+        for argument, value in list(zip(definition.args.args, given, strict=True))[len(first) :]:
+            if argument.annotation is not None and not _takes_tensor(argument.annotation) and _level(value) == VALUES:
+                raise _Forbidden(f"gives {name} the number {argument.arg}, which depends on the values of a row")
+        result = self._walk.call(place, name, definition, given)
+        self._calls += 1 + result.calls
+        if self._calls > 10 * MAX_CALLS:
+            raise _Forbidden(f"runs more than {MAX_CALLS} operators")
+        self._loops = max(self._loops, self._depth + result.loops)
+        return result.value
+
+    def _operator(self, name: str, node: ast.Call) -> Value:
+        if name in NEVER_REACHED:
+            raise _Forbidden(f"calls {name}, which would change a weight or a row")
+        rule = OPERATORS[name]
+        self._calls += 1
+        values = [self._value(argument) for argument in (*node.args, *(keyword.value for keyword in node.keywords))]
+        if name in TEXT_OPERATORS:
+            values = [value for value in values if value is not TEXT]
+        levels, has_list = list(map(_level, values)), any(map(_list_flag, values))
+        if self._condition and (rule.grows or (has_list and name in ("torch.add", "torch.mul"))):
+            raise _Forbidden(f"calls {_shown(node)} in only some requests")
+        if any(level == VALUES for level in (*levels[rule.tensors :], *levels[len(node.args) :])):
+            raise _Forbidden(f"calls {_shown(node)} with a size that depends on the values of a row")
+        if name == "torch.append" and not levels[0]:
+            raise _Forbidden(f"calls {_shown(node)} for a list that is not empty at first")
+        if name in TEXT_OPERATORS:
+            return TEXT
+        level = max(levels, default=FILE)
+        if rule.numbers:
+            return min(level, ROWS) | (LIST if name == "torch.size" and len(node.args) == 1 else FILE)
+        return level if level == VALUES or not has_list else level | LIST
+
+
+def _entry_value(argument: ast.arg) -> Value:
+    """Return what the argument of a method of the model depends on: rows and noise on values, alpha on the request."""
+    is_tensor = argument.annotation is None or _takes_tensor(argument.annotation)
+    return VALUES if is_tensor else ROWS
+
+
+def _takes_tensor(annotation: ast.expr) -> bool:
+    return any(isinstance(part, ast.Name) and part.id == "Tensor" for part in ast.walk(annotation))
+
+
+def _parameters(definition: ast.FunctionDef) -> Iterator[str]:
+    return (argument.arg for argument in definition.args.args)
+
+
+def _level(value: Value) -> int:
+    """Return what all parts of `value` depend on together."""
+    if isinstance(value, bool):
+        return FILE
+    if isinstance(value, tuple):
+        return max(map(_level, value), default=FILE)
+    if isinstance(value, int):
+        return value & ~LIST
+    raise _Forbidden("uses a module, a function or a text as a value")
+
+
+def _list_flag(*values: Value) -> int:
+    """Return LIST if one of `values` is a list of numbers."""
+    return LIST if any(type(value) is int and value & LIST for value in values) else FILE
+
+
+def _value_of_type(annotation: ast.expr) -> Value:
+    """Return what an attribute with a type depends on. The artifact alone decides its value."""
+    names = {part.id for part in ast.walk(annotation) if isinstance(part, ast.Name)}
+    if "str" in names:
+        return TEXT
+    return FILE | LIST if names & {"List", "Tuple"} and "Tensor" not in names else FILE
+
+
+def _element(value: Value, place: ast.expr, index: Value) -> Value:
+    if _level(index) == VALUES:
+        raise _Forbidden("takes an element at a place that depends on the values of a row")
+    if isinstance(value, tuple) and isinstance(place, ast.Constant) and type(place.value) is int:
+        if not 0 <= place.value < len(value):
+            raise _Forbidden(f"takes element {place.value} of {len(value)}")
+        return value[place.value]
+    return max(_level(value), _level(index))
+
+
+def _dotted(node: ast.expr) -> str | None:
+    """Return the name that `node` spells, such as `torch.add`; None if it is no name."""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else None
+
+
+def _shown(node: ast.AST) -> str:
+    return " ".join(ast.unparse(node).split())[:80]
+
+
+def _refuse(path: Path, member: str, reason: str) -> NoReturn:
+    raise ArtifactUnsafe(f"{path}: the code in {member} {printable(reason)}; no artifact of Elbo does")

@@ -1,0 +1,98 @@
+"""Inspect an artifact before torch reads it: the archive, the code, the pickles and the ONNX twin.
+
+`inspect_artifact` proves nothing about what a model computes. It makes sure that loading and running the model calls
+only operators that `models.allowed_code` lists, on memory that belongs to the model. This module does not import torch.
+"""
+
+import pickletools
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from models.archive_check import check_archive, open_archive
+from models.code_check import Code, check_code
+from models.errors import ArtifactUnsafe
+from models.onnx_check import TwinWeight, check_twin
+from models.pickle_check import INT_LIST, check_operations, check_pickle
+
+MAX_CODE_BYTES = 2 * 2**20  # the sum of all code members: that of a model with hundreds of layers
+ENTRY_METHODS = (
+    "forward", "encode", "decode", "draw", "observe", "score", "log_weight", "p_value", "severity", "threshold",
+)  # fmt: skip
+
+
+TWIN_FOLDER = "extra/twin/"
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """What `inspect_artifact` found.
+
+    Args:
+        members: the members of the archive by name, without the folder that all names begin with.
+        twin_weights: for each graph of the ONNX twin, by the name of its member: the type (as ONNX numbers it) and the
+            shape of each weight of the module that the graph uses.
+    """
+
+    members: Mapping[str, zipfile.ZipInfo]
+    twin_weights: Mapping[str, Mapping[str, TwinWeight]]
+
+
+def inspect_artifact(content: bytes, path: Path) -> Inspected:
+    """Refuse an artifact that could harm this machine.
+
+    Args:
+        content: the bytes of the artifact.
+        path: the path of the artifact, for messages.
+
+    Raises:
+        ArtifactUnsafe: the artifact has something that no artifact needs; the message says what and where.
+    """
+    try:
+        with open_archive(content) as archive:
+            return _inspect(archive, content, path)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        raise ArtifactUnsafe(f"{path}: the zip file cannot be unpacked: {error}") from error
+
+
+def _inspect(archive: zipfile.ZipFile, content: bytes, path: Path) -> Inspected:
+    members = check_archive(archive, content, path)
+    code = _check_code_members(archive, members, path)
+    for name in ("data", "constants"):
+        folder = f"{name}/"
+        sizes = {
+            member.removeprefix(folder): info.file_size for member, info in members.items() if member.startswith(folder)
+        }
+        check_pickle(_read(archive, members, f"{name}.pkl", path), f"{name}.pkl", path, code.classes, sizes)
+    code.check_methods(_class_of_model(archive.read(members["data.pkl"])), ENTRY_METHODS)
+    graphs = [name for name in members if name.startswith(TWIN_FOLDER) and name.endswith(".onnx")]
+    twin_weights = {}
+    for name in graphs:
+        listed = _read(archive, members, name.removesuffix(".onnx") + ".json", path)
+        twin_weights[name] = check_twin(archive.read(members[name]), listed, name, path)
+    return Inspected(members, twin_weights)
+
+
+def _check_code_members(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], path: Path) -> Code:
+    sources = {name: info for name, info in members.items() if name.startswith("code/")}
+    if (size := sum(info.file_size for info in sources.values())) > MAX_CODE_BYTES:
+        raise ArtifactUnsafe(f"{path}: the code has {size:,} bytes, at most {MAX_CODE_BYTES:,} are allowed")
+    for name, info in sources.items():
+        if name.endswith(".debug_pkl"):
+            check_operations(archive.read(info), name, path, {INT_LIST})
+    return check_code({name: archive.read(info) for name, info in sources.items() if name.endswith(".py")}, path)
+
+
+def _read(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], name: str, path: Path) -> bytes:
+    if name not in members:
+        raise ArtifactUnsafe(f"{path}: the member {name} is missing")
+    return archive.read(members[name])
+
+
+def _class_of_model(content: bytes) -> str:
+    """Return the class of the object in the pickle: the first class that it names."""
+    operations = pickletools.genops(content)
+    names = (str(argument).replace(" ", ".", 1) for opcode, argument, _ in operations if opcode.name == "GLOBAL")
+    return next(names, "")
