@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from models.archive_check import open_archive
-from models.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactUnsafe, DeviceMissing
+from models.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactUnsafe, DeviceMissing, printable
 from models.inspection import Inspected, inspect_artifact
 from models.manifest import (
     DIGEST_LENGTH,
@@ -240,9 +240,10 @@ def load(path: Path, device: str = "cpu") -> Artifact:
     frozen = freeze(module)
     try:
         found = find_discrepancy(frozen, manifest.golden, device, GOLDEN_TOLERANCE)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError, KeyError, OverflowError) as error:
+        reason = printable((str(error).splitlines() or [type(error).__name__])[-1][:200])
         raise ArtifactMismatch(
-            f"{path}: the model cannot run on its golden inputs: {str(error).splitlines()[-1]}; publish the model again"
+            f"{path}: the model cannot run on its golden inputs ({reason}); publish the model again"
         ) from error
     if found:
         raise ArtifactMismatch(

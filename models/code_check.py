@@ -130,7 +130,8 @@ class Code:
 
     def add(self, member: str, source: bytes) -> None:
         """Parse and check one member. Raises _Forbidden."""
-        tree = _parse(source)
+        text = _decode(source)
+        tree = _parse(text)
         module = member.removeprefix("code/").removesuffix(".py").replace("/", ".")
         if module == "__torch__.torch.classes" or module.startswith("__torch__.torch.classes."):
             raise _Forbidden("defines a class of torch.classes, which torch implements itself")
@@ -147,6 +148,7 @@ class Code:
             else:
                 _check_function(node)
                 self.functions[name] = node
+        _check_characters(text)  # last: a forbidden name is the better message
 
     def check_methods(self, root: str, methods: Sequence[str]) -> None:
         """Follow the calls from `methods` of the class `root`, the class of the model.
@@ -176,16 +178,23 @@ class Code:
                 )
 
 
-def _parse(source: bytes) -> ast.Module:
+def _decode(source: bytes) -> str:
     try:
-        text = source.decode("ascii")
+        return source.decode("ascii")
     except UnicodeDecodeError as error:
         raise _Forbidden("has characters outside of ASCII") from error
-    end = CHARACTERS.match(text)
-    if end is None or end.end() != len(text):
-        raise _Forbidden(f"has the character {text[end.end() if end else 0]!r}, which no code of an artifact has")
+
+
+def _check_characters(text: str) -> None:
+    found = CHARACTERS.match(text)
+    end = found.end() if found else 0
+    if end != len(text):
+        raise _Forbidden(f"has the character {text[end]!r}")
     if '""' in text:
         raise _Forbidden("has two quotation marks in a row")
+
+
+def _parse(text: str) -> ast.Module:
     _check_depth(text)
     try:
         tree = ast.parse(text)

@@ -17,9 +17,9 @@ import zipfile
 import zlib
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NoReturn, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.archive_check import MAX_FILE_BYTES, MAX_MANIFEST_BYTES, open_archive
 from models.errors import (
@@ -30,6 +30,7 @@ from models.errors import (
     ArtifactUnreadable,
     ArtifactUnsafe,
     first_fault,
+    printable,
 )
 
 FORMAT_VERSION = 2
@@ -45,6 +46,7 @@ SERIES_CORRELATION = 0.5  # from this rank correlation between neighbouring rows
 WIDE_SPAN = 8.0  # pixels are too dark only for models with at least this range, as 0 to 16 or 0 to 255
 DARK_SHARE = 128.0  # pixels are too dark if they lie in the lowest part, one in this many, of the range
 FLOOR_TOLERANCE = 1e-6  # without it, rounding could make an alpha of 0.005 smaller than a floor of 1 / 200
+MAX_TEXT = 10_000  # characters of one text in a manifest
 VERSION = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
 
 
@@ -59,7 +61,11 @@ def calibration_rows_needed(alpha: float) -> int:
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, str_max_length=MAX_TEXT)
+
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Length = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
 class Feature(_Frozen):
@@ -70,7 +76,7 @@ class Feature(_Frozen):
     median: float
     minimum: float
     maximum: float
-    missing: int = 0  # number of training rows without a value for the feature
+    missing: Count = 0  # number of training rows without a value for the feature
     mean: float | None = None  # None in artifacts of earlier releases
 
 
@@ -78,19 +84,19 @@ class Data(_Frozen):
     """The training data: source, SHA-256, and number of rows for each use."""
 
     source: str
-    rows: int
+    rows: Count
     fingerprint: str  # SHA-256
-    fit: int
-    held_out: int
-    calibration: int
-    distinct: int | None = None  # rows that remain if each row is kept once; None in artifacts of earlier releases
+    fit: Count
+    held_out: Count
+    calibration: Count
+    distinct: Count | None = None  # rows that remain if each row is kept once; None in artifacts of earlier releases
     neighbour_correlation: float | None = None  # largest rank correlation between a row and the next row in the source
 
 
 class CalibrationSize(_Frozen):
     """The number of calibration rows, and the smallest p-value that they can give: 1 / (rows + 1)."""
 
-    rows: int
+    rows: Count
     floor: float
 
     def reaches(self, alpha: float) -> bool:
@@ -105,7 +111,7 @@ class Recalibration(_Frozen):
     parent_weights_sha256: str
     trained: str  # when the networks were trained
     source: str
-    rows: int  # rows in the source; the model was calibrated on `Manifest.calibration.rows` of them
+    rows: Count  # rows in the source; the model was calibrated on `Manifest.calibration.rows` of them
     fingerprint: str  # SHA-256
 
 
@@ -128,13 +134,13 @@ class Manifest(_Frozen):
     """The description of an artifact: everything except the weights."""
 
     format_version: int
-    name: str
+    name: Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
     kind: str
     created: str
-    shape: list[int]
-    features: list[Feature]
-    latents: int
-    parts: list[str]
+    shape: Annotated[list[Length], Field(min_length=1, max_length=8)]
+    features: Annotated[list[Feature], Field(min_length=1)]
+    latents: Length
+    parts: Annotated[list[str], Field(max_length=64)]
     pixel_range: tuple[float, float] | None
     training: dict[str, Any]
     data: Data
@@ -151,6 +157,12 @@ class Manifest(_Frozen):
     comparison: dict[str, dict[str, float]] = {}  # metrics of other models on the same held-out rows, by kind
     recalibration: Recalibration | None = None  # None if the model was not recalibrated
     warnings: list[str] = []  # why the model may be of no use; see training.evaluation.worth
+
+    @model_validator(mode="after")
+    def _check_shape(self) -> Self:
+        if math.prod(self.shape) != len(self.features):
+            raise ValueError(f"expected {math.prod(self.shape)} features for shape {self.shape}, got {self.width}")
+        return self
 
     @property
     def width(self) -> int:
@@ -192,16 +204,21 @@ def read_manifest(path: Path) -> Manifest:
 
 def parse(content: bytes, path: Path) -> Manifest:
     """Return the manifest in `content`, the bytes that `read_sealed` returned for `path`."""
+    try:
+        open_archive(content).close()
+    except zipfile.BadZipFile as error:
+        raise ArtifactUnsafe(f"{path} is no zip file that Elbo writes: {error}") from error
     fields = _fields(content)
     if fields is None:
-        raise ArtifactForeign(f"{path} has no member {MEMBER}: it was not written by Elbo")
+        raise ArtifactForeign(f"{path} has no valid manifest in the member {MEMBER}: it was not written by Elbo")
     _refuse_newer(fields, path)
     try:
         return Manifest.model_validate(fields)
     except ValidationError as error:
         fault = first_fault(error)
         field = ".".join(fault.path)
-        raise ArtifactCorrupt(f"{path}: manifest field {field}: {fault.message}; publish the model again") from error
+        message = f"{path}: manifest field {printable(field[:100]) or 'shape'}: {printable(fault.message[:200])}"
+        raise ArtifactCorrupt(f"{message}; publish the model again") from error
 
 
 def _fields(content: bytes) -> dict[str, Any] | None:
@@ -211,10 +228,14 @@ def _fields(content: bytes) -> dict[str, Any] | None:
             member = next(info for info in archive.infolist() if info.filename.partition("/")[2] == MEMBER)
             if member.file_size > MAX_MANIFEST_BYTES:
                 return None
-            fields = json.loads(archive.read(member))
+            fields = json.loads(archive.read(member), parse_constant=_refuse_constant)
     except UNREADABLE:
         return None
     return fields if isinstance(fields, dict) else None
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number in JSON")
 
 
 def _refuse_newer(fields: dict[str, Any], path: Path) -> None:

@@ -123,7 +123,8 @@ def check_twin(graph: bytes, weights: bytes, name: str, path: Path) -> dict[str,
         if any(opset.get("domain") for opset in model.get("opset_import", ())):
             raise _Forbidden("uses operators of another domain than ONNX's own")
         found = model.get("graph", {})
-        used = {weight["name"]: _weight(weight) for weight in found.get("initializer", ())}
+        weights_of_graph = found.get("initializer", ())
+        used = {weight["name"]: _weight(weight) for weight in weights_of_graph if not _is_inside(weight)}
         if sorted(used) != sorted(names):
             raise _Forbidden("has weights that differ from those in its list")
         _check_nodes(found)
@@ -132,6 +133,11 @@ def check_twin(graph: bytes, weights: bytes, name: str, path: Path) -> dict[str,
     except (ValueError, KeyError, IndexError, RecursionError) as error:
         _refuse(path, name, f"is damaged ({type(error).__name__})", error)
     return used
+
+
+def _is_inside(tensor: Mapping[str, Any]) -> bool:
+    """Return whether the numbers of a tensor are in the graph itself."""
+    return "external_data" not in tensor and "data_location" not in tensor
 
 
 def _weight(tensor: Mapping[str, Any]) -> TwinWeight:
@@ -167,8 +173,7 @@ def _check_nodes(graph: Mapping[str, Any]) -> None:
 
 
 def _check_attribute(operator: str, attribute: Mapping[str, Any]) -> None:
-    tensor = attribute.get("t", {})
-    if "external_data" in tensor or "data_location" in tensor:
+    if not _is_inside(attribute.get("t", {})):
         raise _Forbidden(f"has the operator {operator} with data in a file")
 
 
@@ -212,6 +217,7 @@ def _read_fields(content: bytes) -> Iterator[tuple[int, int, Any]]:
     while position < len(content):
         key, position = _read_varint(content, position)
         wire = key & 7
+        value: int | bytes
         if wire == 0:
             value, position = _read_varint(content, position)
         else:

@@ -133,7 +133,7 @@ def check_operations(content: bytes, name: str, path: Path, names: Collection[st
                 _refuse(path, name, f"has the operation {opcode.name}")
             if opcode.name == "GLOBAL" and str(argument).replace(" ", ".", 1) not in names:
                 _refuse(path, name, f"names {str(argument).replace(' ', '.', 1)}")
-            if opcode.name == "LONG_BINPUT" and int(argument) > len(content):
+            if opcode.name == "LONG_BINPUT" and int(argument or 0) > len(content):
                 _refuse(path, name, "has a memo that is larger than the pickle")  # `pickle` would allocate it
             if opcode.name == "LONG1" and len(str(argument)) > MAX_LONG_DIGITS:
                 _refuse(path, name, "has a number of more than 64 bits")

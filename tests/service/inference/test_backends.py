@@ -1,8 +1,6 @@
 """Selection of the backend; agreement of TorchScript with the ONNX twin (a copy of the networks for ONNX Runtime)."""
 
-import re
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,12 +31,6 @@ def graphs(kind: str = "vae-gaussian") -> Graphs:
     return export(pipeline(kind), x, z)
 
 
-def truncated() -> Graphs:
-    """Return a twin whose decoder graph is truncated."""
-    twin = graphs()
-    return twin | {"decode": replace(twin["decode"], onnx=twin["decode"].onnx[:-300])}
-
-
 def tampered() -> Graphs:
     """Return a twin whose decoder graph contains a changed copy of a weight."""
     twin = graphs()
@@ -49,42 +41,26 @@ def tampered() -> Graphs:
     return twin | {"decode": artifact.Graph(model.SerializeToString(), names)}
 
 
-def misnamed() -> Graphs:
-    """Return a twin that uses a weight that the module does not have."""
-    twin = graphs()
-    return twin | {"encode": replace(twin["encode"], weights=("unknown", *twin["encode"].weights))}
-
-
-WRONG_TWINS: list[tuple[Callable[[], Graphs], str]] = [
-    (truncated, "cannot be run"),
-    (tampered, r"decode differs from its golden answer by 0\.001"),
-    (misnamed, "cannot be run"),
-]
-
-
-@pytest.mark.parametrize(("twin", "reason"), WRONG_TWINS, ids=["truncated", "tampered", "misnamed"])
 def test_auto_selects_torchscript_and_logs_the_reason_once_if_the_onnx_twin_is_wrong(
-    twin: Callable[[], Graphs], reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    publish_twin(tmp_path, "vae-gaussian", twin())
+    publish_twin(tmp_path, "vae-gaussian", tampered())
     registry = ModelRegistry(tmp_path, ModelLoader(backend="auto"), default_model="model", keep_versions=2)
     for _ in range(2):
         registry.refresh()
     served = registry.catalogue.find("model")
     assert served.backend.name == "torchscript"
-    assert re.search(reason, served.selection.reason)
+    assert "decode differs from its golden answer by 0.001" in served.selection.reason
     assert [record.levelname for record in caplog.records].count("WARNING") == 1
     expected = pipeline("vae-gaussian")(batch()[0]).numpy()
     outputs = served.backend.run(operations.reconstruct(False), (batch()[0].numpy(),))
     np.testing.assert_allclose(outputs[0], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(("twin", "reason"), WRONG_TWINS, ids=["truncated", "tampered", "misnamed"])
-def test_request_for_onnx_raises_artifact_mismatch_if_the_onnx_twin_is_wrong(
-    twin: Callable[[], Graphs], reason: str, tmp_path: Path
-) -> None:
-    loaded = artifact.load(publish_twin(tmp_path, "vae-gaussian", twin()))
-    with pytest.raises(ArtifactMismatch, match=f"{reason}.*ELBO_BACKEND=torchscript"):
+def test_request_for_onnx_raises_artifact_mismatch_if_the_onnx_twin_is_wrong(tmp_path: Path) -> None:
+    loaded = artifact.load(publish_twin(tmp_path, "vae-gaussian", tampered()))
+    reason = r"decode differs from its golden answer by 0\.001.*ELBO_BACKEND=torchscript"
+    with pytest.raises(ArtifactMismatch, match=reason):
         select_backend(loaded, requested="onnx")
     registry = ModelRegistry(tmp_path, ModelLoader(backend="onnx"), default_model="model", keep_versions=2)
     registry.refresh()
