@@ -170,7 +170,8 @@ class CallsProfiler(Pipeline):
 
 class CallsOtherLibrary(Pipeline):
     def decode(self, z: Tensor) -> Tensor:
-        return torch.ops.quantized.max_pool2d(z, [1], [1], [1], [1], False)
+        pooled: Tensor = torch.ops.quantized.max_pool2d(z, [1], [1], [1], [1], False)
+        return pooled
 
 
 class DrawsRandomNumbers(Pipeline):
@@ -445,7 +446,7 @@ def _external(model: Any) -> None:
 
 
 def _constant_in_file(model: Any) -> None:
-    tensor = onnx.TensorProto(name="t", data_type=1, dims=[1], data_location=1)
+    tensor = onnx.TensorProto(name="t", data_type=1, dims=[1], data_location="EXTERNAL")
     tensor.external_data.add(key="location", value="/etc/passwd")
     model.graph.node.append(onnx.helper.make_node("Constant", [], ["secret"], value=tensor))
 
