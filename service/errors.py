@@ -206,6 +206,16 @@ class InvalidRows(ServiceError):
     # one feature.
     is_partial = False
 
+    @property
+    def text_length(self) -> int:
+        """The number of characters of the texts, for the memory that the error takes."""
+        return sum(len(text) for text in (self.detail, self.pointer, self.expected, self.got, self.hint) if text)
+
+    def without_frames(self) -> "InvalidRows":
+        """Return this error without the traceback that it carries: its frames would keep the row in memory."""
+        self.__context__ = self.__cause__ = None
+        return self.with_traceback(None)
+
 
 class OverflowInModel(ServiceError):
     """The input values are finite but so extreme that the model's output overflows float32."""

@@ -9,6 +9,8 @@ import numpy.typing as npt
 from models.errors import join_names, shortened
 from service.anomaly.record_keys import RecordKeys
 from service.codec import csv_rows, ndjson
+from service.codec.budget import NO_LIMIT, Budget
+from service.codec.json_rows import JsonRows
 from service.codec.request_body import BodyReader, read_json
 from service.codec.row_arrays import parse_valid_array_rows
 from service.codec.row_lists import parse_valid_rows
@@ -50,8 +52,10 @@ class InputRows(NamedTuple):
     unknown_metrics: Sequence[str] = ()
 
 
-def parse_input_rows(served: ServedModel, body: AnomalyBody, may_contain_non_floats: bool) -> InputRows:
-    """Return the rows of `body`.
+def parse_input_rows(
+    served: ServedModel, body: AnomalyBody, may_contain_non_floats: bool, budget: Budget = NO_LIMIT
+) -> InputRows:
+    """Return the rows of `body`. `budget` counts the rows and their memory.
 
     Raises:
         InvalidField: `body` does not have exactly one of ROW_FIELDS, or some of its fields conflict.
@@ -69,19 +73,25 @@ def parse_input_rows(served: ServedModel, body: AnomalyBody, may_contain_non_flo
     if body.half_life is not None or body.half_life_rows is not None:
         _validate_smoothing(body)
     if body.metrics is not None:
-        return _parse_metrics(served, body)
+        return _parse_metrics(served, body, budget)
     if body.records is not None:
         allows_partial = isinstance(body.records, ndjson.NdjsonRows) and _allows_unknown(body)
-        minimum = 0 if allows_partial else 1
-        input_rows = parse_record_rows(served.row_schema, body, body.records, may_contain_non_floats, minimum=minimum)
+        input_rows = parse_record_rows(
+            served.row_schema,
+            body,
+            body.records,
+            may_contain_non_floats,
+            minimum=0 if allows_partial else 1,
+            budget=budget,
+        )
         if allows_partial:
             _require_row(input_rows)
         return input_rows
     if isinstance(body.inputs, np.ndarray):
         parsed = parse_valid_array_rows(served.row_schema, body.inputs, "/inputs")
     else:
-        parsed = parse_valid_rows(served.row_schema, body.inputs, "/inputs", may_contain_non_floats)
-    return InputRows(parsed, len(body.inputs))
+        parsed = parse_valid_rows(served.row_schema, body.inputs, "/inputs", may_contain_non_floats, budget)
+    return InputRows(parsed, len(parsed.rows) + len(parsed.errors))
 
 
 def parse_record_rows(
@@ -91,19 +101,27 @@ def parse_record_rows(
     may_contain_non_floats: bool,
     pointer: str = "/records",
     minimum: int = 1,
+    budget: Budget = NO_LIMIT,
 ) -> InputRows:
-    """Return the rows in `records`, which come from JSON, NDJSON or CSV.
+    """Return the rows in `records`, which come from JSON, NDJSON or CSV. `budget` counts the rows and their memory.
 
     Raises InvalidRows if fewer than `minimum` records are valid.
     """
     allow_lists = isinstance(records, ndjson.NdjsonRows)
-    keys = RecordKeys(schema, body.time, body.group, allow_unknown=_allows_unknown(body))
+    keys = RecordKeys(schema, body.time, body.group, allow_unknown=_allows_unknown(body), budget=budget)
+    groups: list[str | None] = []  # of each record
     if isinstance(records, csv_rows.CsvRecords):
         names = keys.names(records.header)
         _validate_header(schema, names, body.impute, pointer, keys)
         records = records.with_values(names, schema.name_set, body.time)
-    if isinstance(records, list):
-        records = [keys.read(record) for record in records]
+    elif isinstance(records, ndjson.NdjsonRows | JsonRows):
+        records = iter(records)
+
+    def read(record: Any) -> Any:
+        record = keys.read(record)
+        groups.append(_group_name(_non_feature(schema, record, body.group)))
+        return record
+
     parsed = parse_valid_records(
         schema,
         records,
@@ -112,13 +130,14 @@ def parse_record_rows(
         impute=body.impute,
         allow_lists=allow_lists,
         minimum=minimum,
+        read=read,
+        budget=budget,
     )
-    valid = [records[row] for row in parsed.rows]
     time = np.array([keys.times[row] for row in parsed.rows])
-    group = [_group_name(_non_feature(schema, record, body.group)) for record in valid]
+    group = [groups[row] for row in parsed.rows]
     return InputRows(
         parsed,
-        len(records),
+        len(groups),
         keys.unknown_fields,
         time=None if np.isnan(time).all() else time,
         group=group if any(name is not None for name in group) else None,
@@ -130,7 +149,7 @@ def _allows_unknown(body: AnomalyBody) -> bool:
     return body.impute and "impute" in body.model_fields_set
 
 
-def _parse_metrics(served: ServedModel, body: AnomalyBody) -> InputRows:
+def _parse_metrics(served: ServedModel, body: AnomalyBody, budget: Budget) -> InputRows:
     """Return the rows in the field `metrics`. Raises InvalidRows if no row is valid, unless all rows are partial."""
     schema = served.row_schema
     batch = TelegrafBatch(served.selectors, schema.titles, body.time, body.group)
@@ -140,7 +159,9 @@ def _parse_metrics(served: ServedModel, body: AnomalyBody) -> InputRows:
     if not records:
         no_rows = ParsedRows(np.empty((0, schema.width), np.float32), [], [], None)
         return InputRows(no_rows, 0, unknown_fields, unknown_metrics=unknown_metrics)
-    input_rows = parse_record_rows(schema, body, records, may_contain_non_floats=True, pointer="/metrics", minimum=0)
+    input_rows = parse_record_rows(
+        schema, body, records, may_contain_non_floats=True, pointer="/metrics", minimum=0, budget=budget
+    )
     for row_error in input_rows.parsed.errors:
         row_error.error.pointer = batch.pointer(row_error.row)
     _require_row(input_rows)

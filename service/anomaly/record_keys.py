@@ -11,12 +11,14 @@ from typing import Any
 from models.columns import parse_title
 from models.errors import join_names
 from models.timestamps import to_unix_seconds
+from service.codec.budget import NO_LIMIT, Budget
 from service.codec.feature_names import closest
 from service.codec.row_errors import MalformedRow, not_a_timestamp
 from service.codec.row_schema import RowSchema
 from service.errors import InvalidRows, escape
 
 MAX_QUOTED = 100  # characters of an unknown key that an error quotes
+KEY_BYTES = 200  # memory for the meaning of a key, beyond its characters
 MAX_SUGGESTIONS = 3  # maximum number of unknown keys per request for which a similar feature is searched
 
 
@@ -28,18 +30,22 @@ class RecordKeys:
         time: the key of the time.
         group: the key of the group.
         allow_unknown: whether a record that lacks a feature may have unknown keys.
+        budget: counts the time and the memory for the keys that are not names of features.
 
     Attributes:
         unknown_fields: the number of values read so far that belong to no feature.
         times: for each record read so far, its time in Unix seconds; NaN for a record without a time.
     """
 
-    def __init__(self, schema: RowSchema, time: str, group: str, *, allow_unknown: bool) -> None:
+    def __init__(
+        self, schema: RowSchema, time: str, group: str, *, allow_unknown: bool, budget: Budget = NO_LIMIT
+    ) -> None:
         self._schema = schema
         self._time = None if time in schema.name_set else time
         self._other = {name for name in (time, group) if name not in schema.name_set}
         self._known = schema.name_set | self._other
         self._allow_unknown = allow_unknown
+        self._budget = budget
         self._meanings: dict[str, str | None] = {}
         self._suggestions: dict[str, str | None] = {}
         self.unknown_fields = 0
@@ -142,6 +148,8 @@ class RecordKeys:
         """Return what `key` means: a feature, the key of the time, or the key of the group. Raises InvalidRows."""
         if key in self._meanings:
             return self._meanings[key]
+        self._budget.check_time()
+        self._budget.take_bytes(KEY_BYTES + 4 * len(key))
         meaning = self._schema.titles.find(key)
         if meaning is None and (name := parse_title(key).name) in self._other:
             meaning = name

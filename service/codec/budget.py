@@ -11,6 +11,8 @@ of its request while it reads, not afterwards:
 The bytes count against ELBO_HELD_BYTES until the request ends.
 """
 
+import math
+import sys
 from collections.abc import Callable
 from threading import Lock
 from time import perf_counter, sleep, thread_time
@@ -23,7 +25,9 @@ TURN_SECONDS = 0.004  # longest time for which one request may keep the event lo
 SLICE_SECONDS = 0.002  # a reader in a thread pauses after this time, so that the event loop gets the interpreter lock
 PAUSE_SECONDS = 0.0001
 MAX_CPU_SECONDS = 20.0  # processor time; reading the largest body that the default settings allow takes 3 s
-_HOLD_STEP = 256 * 1024  # bytes; holding memory takes a lock, so it is not done for every few bytes
+MAX_ROW_BYTES = 2**20  # longest row as text, for models of few features
+MAX_NUMBER_BYTES = 32  # space for a number, its comma and its name
+_HOLD_STEP = 64 * 1024  # bytes; holding memory takes a lock, so it is not done for every few bytes
 
 
 class TurnOver(Exception):
@@ -36,11 +40,14 @@ class Budget:
     Args:
         max_bytes: the maximum memory beyond the body itself, for unpacked bytes and for objects.
         max_rows: the maximum number of rows (ELBO_MAX_ROWS).
+        width: the number of values per row, which determines how long the text of a row may be.
         deadline: when the request times out, on the `perf_counter` clock.
         hold: counts bytes against ELBO_HELD_BYTES; raises Overloaded if there is no room. Any thread may call it.
         release: counts bytes as freed.
 
     Attributes:
+        width: the number of values per row.
+        max_row_bytes: the maximum length of one row as text: JSON, CSV or NDJSON.
         rows: the number of rows read so far.
         held_bytes: the bytes counted against ELBO_HELD_BYTES.
     """
@@ -50,11 +57,14 @@ class Budget:
         *,
         max_bytes: int,
         max_rows: int,
+        width: int = 0,
         deadline: float,
         hold: Callable[[int], None],
         release: Callable[[int], None],
     ) -> None:
         self.max_rows = max_rows
+        self.width = width
+        self.max_row_bytes = max_row_bytes(width)
         self.rows = 0
         self.held_bytes = 0
         self._max_bytes = max_bytes
@@ -91,7 +101,7 @@ class Budget:
         self.held_bytes += step
 
     def give_back_bytes(self, size: int) -> None:
-        """Count `size` bytes as free again. They stay held until the request ends, for what is read next."""
+        """Count `size` bytes as free again. They stay held until the request ends, for the next `take_bytes`."""
         self._bytes -= size
 
     def take_rows(self, count: int, pointer: str = "") -> None:
@@ -175,3 +185,41 @@ class Budget:
     def _free(self) -> None:
         self._release(self.held_bytes)
         self.held_bytes = 0
+
+
+class NoLimit(Budget):
+    """A budget without limits on memory, rows and time.
+
+    It serves bodies so small that reading them costs less than drawing from a budget, and streams, whose rows are
+    dropped after a moment.
+    """
+
+    def __init__(self, width: int = 0, max_row_bytes: int = sys.maxsize) -> None:
+        super().__init__(
+            max_bytes=0, max_rows=sys.maxsize, width=width, deadline=math.inf, hold=_ignore, release=_ignore
+        )
+        self.max_row_bytes = max_row_bytes
+
+    def take_bytes(self, size: int) -> None:
+        """Do nothing."""
+
+    def give_back_bytes(self, size: int) -> None:
+        """Do nothing."""
+
+    def take_rows(self, count: int, pointer: str = "") -> None:
+        """Do nothing."""
+
+    def check_time(self) -> None:
+        """Do nothing."""
+
+
+def max_row_bytes(width: int) -> int:
+    """Return the maximum length of a row of `width` values as text, in bytes."""
+    return max(MAX_ROW_BYTES, MAX_NUMBER_BYTES * width)
+
+
+def _ignore(size: int) -> None:
+    """Do nothing."""
+
+
+NO_LIMIT = NoLimit()

@@ -5,9 +5,16 @@ from collections.abc import Iterator
 
 import cramjam
 
+from service.codec.budget import NO_LIMIT, Budget
 from service.errors import BodyTooLarge, InvalidEncoding, UnsupportedMediaType
 
-CHUNK_BYTES = 64 * 1024  # maximum size of a decompressed chunk, and of the input that zlib gets at once
+CHUNK_BYTES = 64 * 1024  # maximum size of a decompressed chunk
+# zlib copies the rest of its input after each member. It gets little input at once, so that the time to decompress many
+# small members does not grow with the square of their number.
+INPUT_BYTES = 4 * 1024
+# A gzip file may consist of many members, but each costs 10 µs, even if it is empty.
+FREE_MEMBERS = 1000
+MIN_MEMBER_BYTES = 64  # mean decompressed size of the members beyond FREE_MEMBERS
 GZIP_NAMES = ("gzip", "x-gzip")
 _GZIP_WBITS = 31  # zlib's value for the gzip format: a window of 32 KiB, a gzip header and a gzip checksum
 
@@ -21,27 +28,55 @@ class GzipDecompressor:
     def __init__(self) -> None:
         self._member = zlib.decompressobj(_GZIP_WBITS)
         self._started = False
+        self._members = 0  # number of complete members
+        self._unpacked = 0  # bytes decompressed so far
 
     def feed(self, compressed: bytes) -> Iterator[bytes]:
-        """Decompress `compressed`, the next part of the stream, and yield the chunks. Raises InvalidEncoding."""
-        # zlib copies the input that is left after each chunk, so a large input would be copied a thousand times.
-        for start in range(0, len(compressed), CHUNK_BYTES):
-            yield from self._feed_piece(compressed[start : start + CHUNK_BYTES])
+        """Decompress `compressed`, the next part of the stream, and yield the chunks.
+
+        Raises:
+            InvalidEncoding: the data are not gzip, or they consist of too many small members.
+        """
+        chunks: list[bytes] = []
+        size = 0
+        for start in range(0, len(compressed), INPUT_BYTES):
+            for chunk in self._feed_piece(compressed[start : start + INPUT_BYTES]):
+                if size + len(chunk) > CHUNK_BYTES:
+                    yield b"".join(chunks)
+                    chunks, size = [], 0
+                chunks.append(chunk)
+                size += len(chunk)
+        if size:
+            yield b"".join(chunks)
 
     def _feed_piece(self, compressed: bytes) -> Iterator[bytes]:
         while compressed:
             if self._member.eof:
+                self._count_member()
                 self._member = zlib.decompressobj(_GZIP_WBITS)
             self._started = True
             try:
-                yield self._member.decompress(compressed, CHUNK_BYTES)
+                chunk = self._member.decompress(compressed, CHUNK_BYTES)
             except zlib.error as error:
                 raise InvalidEncoding(
                     f"the body is not valid gzip: {error}",
                     expected="gzip",
                     hint="compress the body, or leave out the header Content-Encoding",
                 ) from None
+            if chunk:
+                self._unpacked += len(chunk)
+                yield chunk
             compressed = self._member.unconsumed_tail or self._member.unused_data
+
+    def _count_member(self) -> None:
+        self._members += 1
+        if self._members > FREE_MEMBERS + self._unpacked // MIN_MEMBER_BYTES:
+            raise InvalidEncoding(
+                f"the gzip body consists of many small members: {self._members} with {self._unpacked} bytes in all",
+                expected=f"at most {FREE_MEMBERS} members, and one more for every {MIN_MEMBER_BYTES} bytes",
+                got=f"{self._members} members",
+                hint="compress the body as a whole",
+            )
 
     def finish(self) -> None:
         """Raise InvalidEncoding if the stream is incomplete."""
@@ -69,19 +104,27 @@ def is_gzip(content_encoding: str) -> bool:
     )
 
 
-def decompress_gzip(body: bytes, max_bytes: int) -> bytes:
+def decompress_gzip(body: bytes, max_bytes: int, budget: Budget = NO_LIMIT) -> bytes:
     """Return the decompressed `body`.
 
-    Raises InvalidEncoding, or BodyTooLarge as soon as the decompressed size exceeds `max_bytes`.
+    Raises:
+        InvalidEncoding: `body` is not gzip.
+        BodyTooLarge: the decompressed size exceeds `max_bytes`. The rest is then not decompressed.
+        BodyTooLarge, Overloaded, DeadlineExceeded: see `Budget`.
     """
     stream, chunks, size = GzipDecompressor(), [], 0
     for chunk in stream.feed(body):
-        chunks.append(chunk)
         size += len(chunk)
         if size > max_bytes:
             raise _too_large(max_bytes, f"more than {max_bytes} bytes")
+        budget.take_bytes(len(chunk))
+        budget.check_time()
+        chunks.append(chunk)
     stream.finish()
-    return b"".join(chunks)
+    budget.take_bytes(size)
+    content = b"".join(chunks)
+    budget.give_back_bytes(size)
+    return content
 
 
 def decompress_snappy(body: bytes, max_bytes: int) -> bytes:

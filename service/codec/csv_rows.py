@@ -1,13 +1,16 @@
 """CSV with a header line. Each further line is a record. An invalid line does not affect the other lines."""
 
+import codecs
 import csv
 import io
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Collection, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from models.columns import MISSING, parse_cell, swallows_lines
-from service.codec.request_body import RequestFields
+from service.codec.budget import NO_LIMIT, PIECE_BYTES, Budget
+from service.codec.request_body import BYTE_ORDER_MARK, RequestFields
 from service.codec.row_errors import MalformedRow
 from service.errors import InvalidCsv
 
@@ -16,49 +19,86 @@ MEDIA_TYPE = "text/csv"
 # FREE_REREAD + MAX_REREAD times the length of the body: otherwise, reading N lines could take N^2 / 2 steps.
 FREE_REREAD = 2**20
 MAX_REREAD = 4
+DECODED_BYTES = 16 * 1024  # how much of a line that is not UTF-8 is decoded at once
 QUOTATION_RULE = "values separated by commas; a quotation mark inside a quoted value is written twice"
 
 
-class CsvRecords(list[Any]):
-    """Records whose values are still text, and a `MalformedRow` for each line that does not fit the header."""
+class CsvRecords:
+    """The lines after the header: a record whose values are text, or a `MalformedRow` if the line does not fit.
 
-    def __init__(self, records: Iterable[Any], header: list[str]) -> None:
-        super().__init__(records)
+    The lines are parsed while the caller iterates, so that only a few of them are in memory at a time.
+    """
+
+    def __init__(self, body: bytes, header: list[str], budget: Budget) -> None:
         self.header = header
+        self._body = body
+        self._budget = budget
 
-    def with_values(self, keys: Sequence[str], features: Collection[str], time: str) -> list[Any]:
-        """Return the records with `keys` as keys, one per column, and with numbers in place of the text of features.
+    def __iter__(self) -> Iterator[dict[str, str] | MalformedRow]:
+        records = _records(self._body, self._budget)
+        next(records)  # the header
+        blank_lines = 0  # spreadsheets write lines of commas after the last row: these are not records
+        for cells in records:
+            record = _record(self.header, cells)
+            if type(record) is dict and not any(map(str.strip, record.values())):
+                blank_lines += 1
+                continue
+            for _ in range(blank_lines):
+                yield dict.fromkeys(self.header, "")
+            blank_lines = 0
+            yield record
+
+    def with_values(self, keys: Sequence[str], features: Collection[str], time: str) -> Iterator[Any]:
+        """Yield the records with `keys` as keys, one per column, and with numbers in place of the text of features.
 
         A missing value of a feature or of `time` becomes None. True, yes, false and no become 1 and 0 in a column whose
         other values are 0 and 1. Any other cell of a feature stays as it is. The record parser then reports its
         position.
         """
         readers = [_number if key in features else _none_if_missing if key == time else str for key in keys]
-        records = [
-            {key: read(cell) for key, read, cell in zip(keys, readers, record.values(), strict=True)}
-            if type(record) is dict
-            else record
-            for record in self
-        ]
-        _convert_booleans([record for record in records if type(record) is dict])
-        return records
+        columns: frozenset[str] | None = None  # the columns of booleans, searched when the first boolean is read
+        for record in self:
+            if type(record) is not dict:
+                yield record
+                continue
+            values = {key: read(cell) for key, read, cell in zip(keys, readers, record.values(), strict=True)}
+            booleans = {key: value for key, value in values.items() if type(value) is bool}
+            if booleans:
+                columns = self._boolean_columns(keys, features) if columns is None else columns
+                values |= {key: float(value) for key, value in booleans.items() if key in columns}
+            yield values
+
+    def _boolean_columns(self, keys: Sequence[str], features: Collection[str]) -> frozenset[str]:
+        """Return the features that contain no number except 0 and 1."""
+        others: set[str] = set()
+        columns = [(index, key) for index, key in enumerate(keys) if key in features]
+        for record in islice(self, self._budget.max_rows):
+            self._budget.check_time()
+            if type(record) is dict:
+                cells = list(record.values())
+                others |= {key for index, key in columns if _is_other_number(parse_cell(cells[index]))}
+        return frozenset(key for _, key in columns) - others
 
 
-def read_fields(body: bytes) -> RequestFields:
+def _is_other_number(value: float | bool | str) -> bool:
+    """Return whether `value` is a number, but neither missing nor 0 or 1."""
+    return type(value) is float and value == value and value not in (0.0, 1.0)
+
+
+def read_fields(body: bytes, budget: Budget = NO_LIMIT) -> RequestFields:
     """Return the lines of `body` after the header as the field `records`. Blank lines are skipped.
 
-    Raises InvalidCsv if the header is missing or invalid, or if too many quotations are invalid.
+    Raises InvalidCsv if the header is missing or invalid. While the records are read, InvalidCsv is raised if too many
+    quotations are invalid.
     """
-    records = _records(body.decode("utf-8-sig", errors="replace"))
-    first = next(records, None)
+    first = next(_records(body, budget), None)
     if first is None or isinstance(first, MalformedRow):
         raise InvalidCsv("the CSV has no header", expected="a first line that names the columns", got="none")
     header = [name.strip() for name in first]
     _check_header(header)
-    rows = [_record(header, record) for record in records]
-    while rows and type(rows[-1]) is dict and not any(cell.strip() for cell in rows[-1].values()):
-        rows.pop()  # spreadsheets write lines of commas after the last row
-    return RequestFields({"records": CsvRecords(rows, header)} if rows else {}, may_contain_non_floats=True)
+    records = CsvRecords(body, header, budget)
+    has_records = next(iter(records), None) is not None
+    return RequestFields({"records": records} if has_records else {}, may_contain_non_floats=True)
 
 
 def _check_header(header: list[str]) -> None:
@@ -75,27 +115,86 @@ def _check_header(header: list[str]) -> None:
 
 
 class _Lines:
-    """An iterator over the lines of a text that can go back to an earlier line."""
+    """An iterator over the lines of a body that can go back to an earlier line of the current record."""
 
-    def __init__(self, text: str) -> None:
-        self._lines = list(io.StringIO(text, newline=""))
-        self.position = 0  # index of the next line
+    def __init__(self, body: bytes, budget: Budget) -> None:
+        self._body = body
+        self._budget = budget
+        self._offset = len(BYTE_ORDER_MARK) if body.startswith(BYTE_ORDER_MARK) else 0  # in `body`, of the next piece
+        self._next: deque[str] = deque()  # decoded lines
+        self._is_too_long = False  # whether a line stands after those in `_next` that is too long, and was dropped
+        self.record: list[str] = []  # the lines of the current record
+        self._record_length = 0
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        if self.position == len(self._lines):
-            raise StopIteration
-        self.position += 1
-        return self._lines[self.position - 1]
+        if not self._next:
+            self._fill()
+        if not self._next:
+            if not self._is_too_long:
+                raise StopIteration
+            self._is_too_long = bool(self.record)  # a record that has begun fails first, then the line itself
+            raise _TooLong
+        self._record_length += len(self._next[0])
+        if self.record and self._record_length > self._budget.max_row_bytes:
+            raise _TooLong
+        self.record.append(self._next.popleft())
+        return self.record[-1]
 
-    def since(self, start: int) -> list[str]:
-        """Return the lines from `start` to the current position."""
-        return self._lines[start : self.position]
+    def begin_record(self) -> None:
+        """Begin a record at the next line."""
+        self.record = []
+        self._record_length = 0
+
+    def go_back(self) -> int:
+        """Go back to the second line of the current record. Return the number of characters to read again."""
+        again = self.record[1:]
+        self._next.extendleft(reversed(again))
+        return sum(map(len, again))
+
+    def _fill(self) -> None:
+        """Decode the next lines, at most PIECE_BYTES, or one line if it is longer."""
+        body, limit = self._body, self._budget.max_row_bytes
+        while not self._next and not self._is_too_long and self._offset < len(body):
+            self._budget.check_time()
+            start, piece_end = self._offset, self._offset + PIECE_BYTES
+            end = body.rfind(b"\n", start, piece_end) + 1
+            if not end:
+                end = body.rfind(b"\r", start, piece_end - 1) + 1
+            if not end:
+                end = body.find(b"\n", start, start + limit) + 1
+            if not end and len(body) - start <= limit:
+                end = len(body)
+            if not end:
+                self._is_too_long = True
+                self._offset = body.find(b"\n", start + limit) + 1 or len(body)
+                return
+            self._offset = end
+            piece = body[start:end]
+            if self.record or piece.strip(b"\r\n"):  # outside a quotation, a blank line is no record
+                self._next.extend(io.StringIO(self._decode(piece), newline=""))
+
+    def _decode(self, piece: bytes) -> str:
+        try:
+            return piece.decode()
+        except UnicodeDecodeError:
+            pass
+        # Each invalid byte takes 0.3 µs, so that a long line must be decoded in parts.
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        parts = []
+        for start in range(0, len(piece), DECODED_BYTES):
+            self._budget.check_time()
+            parts.append(decoder.decode(piece[start : start + DECODED_BYTES]))
+        return "".join([*parts, decoder.decode(b"", final=True)])
 
 
-def _records(text: str) -> Iterator[list[str] | MalformedRow]:
+class _TooLong(Exception):
+    """A record is longer than a row may be."""
+
+
+def _records(body: bytes, budget: Budget) -> Iterator[list[str] | MalformedRow]:
     """Yield the cells of each record that is not blank, the header first.
 
     If a quotation is invalid, or probably spans several records, the line where it opens becomes a `MalformedRow`, and
@@ -103,12 +202,13 @@ def _records(text: str) -> Iterator[list[str] | MalformedRow]:
 
     Raises InvalidCsv if so many invalid quotations span so many lines that reading would take too long.
     """
-    lines = _Lines(text)
-    may_reread = FREE_REREAD + MAX_REREAD * len(text)  # characters
+    lines = _Lines(body, budget)
+    may_reread = FREE_REREAD + MAX_REREAD * len(body)  # characters
     reader = csv.reader(lines, strict=True, skipinitialspace=True)
     width: int | None = None  # the number of values in the header
     while True:
-        start = lines.position
+        budget.check_time()
+        lines.begin_record()
         fault = None
         try:
             record = next(reader)
@@ -116,18 +216,19 @@ def _records(text: str) -> Iterator[list[str] | MalformedRow]:
             return
         except csv.Error as error:
             fault = _invalid_quotation(str(error))
+        except _TooLong:
+            fault = _too_long(budget.max_row_bytes)
         else:
-            if lines.position - start > 1 and width is not None and _spans_records(record, lines.since(start), width):
+            if len(lines.record) > 1 and width is not None and _spans_records(record, lines.record, width):
                 fault = _invalid_quotation("a quotation spans several lines")
         if fault:
-            may_reread -= sum(map(len, lines.since(start + 1)))
+            may_reread -= lines.go_back()
             if may_reread < 0:
                 raise InvalidCsv(
                     "too many quotations in the CSV are invalid",
                     expected=QUOTATION_RULE,
                     hint="write the file with a CSV library",
                 )
-            lines.position = start + 1
             reader = csv.reader(lines, strict=True, skipinitialspace=True)
             yield fault
         elif len(record) > 1 or (record and record[0].strip()):
@@ -147,6 +248,11 @@ def _invalid_quotation(reason: str) -> MalformedRow:
     )
 
 
+def _too_long(limit: int) -> MalformedRow:
+    expected = f"at most {limit} bytes"
+    return MalformedRow(f"the line is too long: expected {expected}", expected, "a longer line")
+
+
 def _record(header: list[str], record: list[str] | MalformedRow) -> dict[str, str] | MalformedRow:
     if isinstance(record, MalformedRow):
         return record
@@ -157,15 +263,6 @@ def _record(header: list[str], record: list[str] | MalformedRow) -> dict[str, st
             got=f"{len(record)} values",
         )
     return dict(zip(header, record, strict=True))
-
-
-def _convert_booleans(records: list[dict[str, Any]]) -> None:
-    """Replace booleans by 1 and 0 in every column that contains no number except 0 and 1."""
-    for key in {key for record in records for key, value in record.items() if type(value) is bool}:
-        if all(type(record[key]) is not float or record[key] in (0.0, 1.0) for record in records):
-            for record in records:
-                if type(record[key]) is bool:
-                    record[key] = float(record[key])
 
 
 def _number(cell: str) -> float | bool | str | None:

@@ -1,7 +1,12 @@
 """NDJSON: every line is a JSON value. An invalid line does not affect the other lines."""
 
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+
 import orjson
 
+from service.codec.budget import NO_LIMIT, PIECE_BYTES, Budget
+from service.codec.json_rows import require_few_values
 from service.codec.request_body import BYTE_ORDER_MARK, RequestFields, loads_value
 from service.codec.row_errors import MalformedRow
 from service.errors import InvalidJson
@@ -11,17 +16,35 @@ MEDIA_TYPES = (MEDIA_TYPE, "application/ndjson", "application/jsonl", "applicati
 QUOTED_CHARACTERS = 40  # an error quotes at most this many characters of an invalid line
 
 
-class NdjsonRows(list[object]):
-    """One value per line: a record, a row as a list, or a `MalformedRow` if the line is not valid JSON."""
+class NdjsonRows:
+    """One value per line: a record, a row as a list, or a `MalformedRow` if the line is not valid JSON.
+
+    The lines are parsed while the caller iterates, so that only one of them is in memory at a time.
+    """
+
+    def __init__(self, values: Callable[[], Iterable[object]]) -> None:
+        self._values = values
+
+    def __iter__(self) -> Iterator[object]:
+        return iter(self._values())
 
 
-def read_fields(body: bytes) -> RequestFields:
+def read_fields(body: bytes, budget: Budget = NO_LIMIT) -> RequestFields:
     """Return the values of the lines as the field `records`. Blank lines are skipped."""
-    rows = NdjsonRows(value for line in body.split(b"\n") for value in parse_line(line))
-    return RequestFields({"records": rows} if rows else {}, may_contain_non_floats=True)
+    is_blank = next(_values(body, budget), None) is None
+    fields = {} if is_blank else {"records": NdjsonRows(partial(_values, body, budget))}
+    return RequestFields(fields, may_contain_non_floats=True)
 
 
-def parse_line(line: bytes) -> list[object]:
+def _values(body: bytes, budget: Budget) -> Iterator[object]:
+    splitter = LineSplitter(budget)
+    for start in range(0, len(body), PIECE_BYTES):
+        budget.check_time()
+        yield from splitter.feed(body[start : start + PIECE_BYTES])
+    yield from splitter.finish()
+
+
+def parse_line(line: bytes, budget: Budget = NO_LIMIT) -> list[object]:
     """Return a list with the value of one line, or an empty list for a blank line.
 
     The value of a line that is not valid JSON is a `MalformedRow`. A byte order mark before the line is ignored: it
@@ -31,6 +54,7 @@ def parse_line(line: bytes) -> list[object]:
     if not line or line.isspace():
         return []
     try:
+        require_few_values(line, budget)
         return [loads_value(line)]
     except InvalidJson as error:
         got = line[:QUOTED_CHARACTERS].decode(errors="replace").strip()
@@ -46,11 +70,12 @@ class LineSplitter:
     """Splits a stream of bytes into lines. A line that is too long becomes a `MalformedRow` and is not kept in memory.
 
     Args:
-        max_line_bytes: the maximum length of a line.
+        budget: limits the length of a line and the number of its values.
     """
 
-    def __init__(self, max_line_bytes: int) -> None:
-        self._max_line_bytes = max_line_bytes
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._max_line_bytes = budget.max_row_bytes
         self._rest = bytearray()  # a bytearray, because `bytes` would copy the line for every chunk
         self._skipping = False  # whether the current line is too long and is dropped up to its newline
 
@@ -59,16 +84,16 @@ class LineSplitter:
         """Whether a line has begun that has not ended."""
         return bool(self._rest) or self._skipping
 
-    def feed(self, chunk: bytes) -> list[object]:
-        """Parse the lines that end in `chunk`, and return one value per line that is not blank."""
-        values: list[object] = []
+    def feed(self, chunk: bytes) -> Iterator[object]:
+        """Parse the lines that end in `chunk`, and yield one value per line that is not blank."""
         self._rest += chunk
         if b"\n" in chunk:
             *lines, self._rest = self._rest.split(b"\n")
-            values = [value for line in lines for value in self._parse(bytes(line))]
+            for line in lines:
+                if line or self._skipping:
+                    yield from self._parse(bytes(line))
         if len(self._rest) > self._max_line_bytes:
             self._rest, self._skipping = bytearray(), True
-        return values
 
     def finish(self) -> list[object]:
         """Parse a last line that has no newline. Return a list with its value, or an empty list if there is none."""
@@ -81,4 +106,4 @@ class LineSplitter:
             self._skipping = False
             limit = f"at most {self._max_line_bytes} bytes"
             return [MalformedRow(f"the line is too long: expected {limit}", limit, "a longer line")]
-        return parse_line(line)
+        return parse_line(line, self._budget)

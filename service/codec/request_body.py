@@ -9,11 +9,14 @@ from typing import Any, NamedTuple
 import orjson
 
 from service.codec import npy, pictures, safetensors, simdjson_rows
+from service.codec.budget import NO_LIMIT, PIECE_BYTES, Budget
+from service.codec.json_rows import require_few_values, take_apart
 from service.codec.row_errors import describe_value
 from service.errors import InvalidJson, UnsupportedMediaType
 
 JSON = "application/json"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some programs write it before UTF-8 text; it is not part of the text
+NON_FLOATS = (b"r", b"f", b"N", b"I", b"e", b"E")  # true, false, NaN, Infinity and 1e999 have one of these characters
 ARRAY_MEDIA_TYPES = (npy.MEDIA_TYPE, safetensors.MEDIA_TYPE)  # types of bodies that hold arrays in binary form
 
 
@@ -27,7 +30,7 @@ class RequestFields(NamedTuple):
     may_contain_non_floats: bool = False
 
 
-BodyReader = Callable[[bytes], RequestFields]
+BodyReader = Callable[[bytes, Budget], RequestFields]
 NO_EXTRA_READERS: Mapping[str, BodyReader] = {}
 
 
@@ -56,6 +59,7 @@ def read_fields(
     width: int = 0,
     extra_readers: Mapping[str, BodyReader] = NO_EXTRA_READERS,
     picture: pictures.PictureRow | None = None,
+    budget: Budget = NO_LIMIT,
 ) -> RequestFields:
     """Return the fields of `body`. An empty body has no fields.
 
@@ -69,23 +73,24 @@ def read_fields(
         extra_readers: for each further media type, the function that reads its bodies.
         picture: the shape and pixel range of the row to make of a PNG or JPEG body; None if the endpoint or the model
             takes no pictures.
+        budget: what reading may cost.
 
     Raises:
         UnsupportedMediaType, InvalidJson, InvalidNpy, InvalidSafetensors, InvalidPicture, and the errors of
-        `extra_readers`.
+        `extra_readers` and of `Budget`.
     """
     media_type = media_type_of(content_type)
     if not body:
         return RequestFields({})
     if media_type == JSON or media_type.endswith("+json"):
-        fields = simdjson_rows.read_fields(body, main, width) if main else None
-        return read_json(body) if fields is None else RequestFields(fields)
+        fields = simdjson_rows.read_fields(body, main, width, budget) if main else None
+        return read_json(body, budget) if fields is None else RequestFields(fields)
     if media_type == npy.MEDIA_TYPE and main is not None:
         return RequestFields({main: npy.loads(body)})
     if media_type == safetensors.MEDIA_TYPE and main is not None:
         return RequestFields({main: safetensors.loads(body, main)})
     if media_type in extra_readers:
-        return extra_readers[media_type](body)
+        return extra_readers[media_type](body, budget)
     if picture and media_type in pictures.MEDIA_TYPES and main is not None:
         return RequestFields({main: pictures.loads(body, media_type, picture)})
     picture_types = pictures.MEDIA_TYPES if picture else ()
@@ -113,10 +118,25 @@ def loads_value(text: bytes) -> Any:
     return value
 
 
-def read_json(body: bytes) -> RequestFields:
-    """Return the fields of a JSON object. Raises InvalidJson."""
-    has_non_finite = False
+def read_json(body: bytes, budget: Budget = NO_LIMIT) -> RequestFields:
+    """Return the fields of a JSON object. A large array becomes `JsonRows`. Raises InvalidJson."""
     body = body.removeprefix(BYTE_ORDER_MARK)
+    if len(body) <= PIECE_BYTES or budget is NO_LIMIT:
+        return _read_object(body)
+
+    def loads(text: bytes) -> Any:
+        require_few_values(text, budget)
+        return loads_value(text)
+
+    rest, arrays = take_apart(body, loads, budget)
+    require_few_values(rest, budget)
+    values, _ = _read_object(rest)
+    values = {name: arrays.get(value, value) if type(value) is str else value for name, value in values.items()}
+    return RequestFields(values, any(character in body for character in NON_FLOATS))
+
+
+def _read_object(body: bytes) -> RequestFields:
+    has_non_finite = False
     if not body:
         return RequestFields({})
     try:

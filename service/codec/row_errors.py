@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from service.codec.json_rows import JsonRows
 from service.codec.row_schema import RowSchema, flatten
 from service.errors import InvalidRows, escape
 
@@ -52,8 +53,8 @@ class MalformedRow:
 
 def describe_value(value: Any) -> str:
     """Return a short description of a JSON value for an error message."""
-    if isinstance(value, list):
-        return "an empty list" if not value else f"a list of {len(value)}"
+    if isinstance(value, list | JsonRows):
+        return f"a list of {len(value)}" if len(value) else "an empty list"
     if isinstance(value, dict):
         return "an object"
     text = json.dumps(value)

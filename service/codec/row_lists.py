@@ -11,12 +11,14 @@ the first invalid value.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from service.codec.budget import NO_LIMIT, Budget
 from service.codec.float32 import missing_mask
+from service.codec.json_rows import JsonRows
 from service.codec.row_errors import (
     PACKING_ERRORS,
     all_values_missing,
@@ -34,16 +36,15 @@ class RowPacker:
 
     Args:
         width: the number of values per row.
-        capacity: the number of rows that fit in the buffer.
         may_contain_non_floats: whether values may be true, false, NaN or infinite.
     """
 
     __slots__ = ("_buffer", "_may_contain_non_floats", "_row_count", "_width")
 
-    def __init__(self, width: int, capacity: int, may_contain_non_floats: bool) -> None:
+    def __init__(self, width: int, may_contain_non_floats: bool) -> None:
         self._width = width
         self._may_contain_non_floats = may_contain_non_floats
-        self._buffer = bytearray(4 * width * capacity)
+        self._buffer = bytearray()  # grows with the rows: many invalid rows of a wide model need no memory
         self._row_count = 0
 
     def append(self, row: Any, schema: RowSchema, keys: Sequence[str] = ()) -> None:
@@ -54,9 +55,8 @@ class RowPacker:
             schema: the schema that the row must follow.
             keys: the names of the values, if the row was sent as an object.
         """
-        offset = self._row_count * schema.packer.size
         try:
-            schema.packer.pack_into(self._buffer, offset, *row)
+            packed = schema.packer.pack(*row)
         except PACKING_ERRORS:
             values = schema.flatten(row)
             if values is None:
@@ -65,14 +65,20 @@ class RowPacker:
             if not present:
                 raise all_values_missing() from None
             try:
-                schema.packer.pack_into(self._buffer, offset, *_null_to_nan(values, schema))
+                packed = schema.packer.pack(*_null_to_nan(values, schema))
             except PACKING_ERRORS:
                 raise first_bad_value(schema, values, row, keys) from None
         else:
             values = present = row
         if self._may_contain_non_floats and (bool in set(map(type, present)) or not all(map(math.isfinite, present))):
             raise first_bad_value(schema, values, row, keys)
+        self._buffer += packed
         self._row_count += 1
+
+    @property
+    def row_bytes(self) -> int:
+        """The memory for one row, in bytes."""
+        return 4 * self._width
 
     def rows(self) -> Array:
         """Return the appended rows [N, D], without a copy."""
@@ -80,7 +86,9 @@ class RowPacker:
         return np.frombuffer(self._buffer, np.float32, count * self._width).reshape(count, self._width)
 
 
-def parse_rows(schema: RowSchema, rows: Any, pointer: str, may_contain_non_floats: bool) -> Array:
+def parse_rows(
+    schema: RowSchema, rows: Any, pointer: str, may_contain_non_floats: bool, budget: Budget = NO_LIMIT
+) -> Array:
     """Return all rows of `rows` as an array [N, D].
 
     Args:
@@ -88,17 +96,22 @@ def parse_rows(schema: RowSchema, rows: Any, pointer: str, may_contain_non_float
         rows: a JSON value, which should be a list of rows.
         pointer: the JSON pointer to `rows`.
         may_contain_non_floats: whether values may be true, false, NaN or infinite.
+        budget: counts the rows and their memory.
 
     Raises:
         InvalidRows: `rows` is not a list of rows, or a row is invalid. The error points to the first invalid row.
     """
-    packer = RowPacker(schema.width, count_rows(schema, rows, pointer), may_contain_non_floats)
+    require_rows(schema, rows, pointer)
+    packer = RowPacker(schema.width, may_contain_non_floats)
     for index, row in enumerate(rows):
+        budget.check_time()
+        budget.take_rows(1, pointer)
+        budget.take_bytes(packer.row_bytes)
         try:
             packer.append(row, schema)
         except InvalidRows as error:
-            if index == 0:
-                refuse_single_row(schema, rows, pointer)
+            if index == 0 and (type(rows) is list or rows.text_length <= budget.max_row_bytes):
+                refuse_single_row(schema, list(rows), pointer)
             error.pointer = f"{pointer}/{index}{error.pointer}"
             raise error
     return packer.rows()
@@ -106,7 +119,7 @@ def parse_rows(schema: RowSchema, rows: Any, pointer: str, may_contain_non_float
 
 def parse_row(schema: RowSchema, row: Any, pointer: str, may_contain_non_floats: bool) -> Array:
     """Return a single row as [1, D]; the arguments are those of `parse_rows`. Raises InvalidRows."""
-    packer = RowPacker(schema.width, 1, may_contain_non_floats)
+    packer = RowPacker(schema.width, may_contain_non_floats)
     try:
         packer.append(row, schema)
     except InvalidRows as error:
@@ -115,41 +128,55 @@ def parse_row(schema: RowSchema, row: Any, pointer: str, may_contain_non_floats:
     return packer.rows()
 
 
-def parse_valid_rows(schema: RowSchema, rows: Any, pointer: str, may_contain_non_floats: bool) -> ParsedRows:
+def parse_valid_rows(
+    schema: RowSchema, rows: Any, pointer: str, may_contain_non_floats: bool, budget: Budget = NO_LIMIT
+) -> ParsedRows:
     """Return the valid rows of `rows`, and an error for each invalid row; the arguments are those of `parse_rows`.
 
     Raises:
         InvalidRows: `rows` is not a list of rows, or no row is valid.
     """
-    packer = RowPacker(schema.width, count_rows(schema, rows, pointer), may_contain_non_floats)
-    return append_valid_rows(packer, rows, pointer, lambda row: packer.append(row, schema))
+    require_rows(schema, rows, pointer)
+    packer = RowPacker(schema.width, may_contain_non_floats)
+    return append_valid_rows(packer, rows, pointer, lambda row: packer.append(row, schema), budget=budget)
 
 
 def append_valid_rows(
-    packer: RowPacker, rows: Sequence[Any], pointer: str, append: Callable[[Any], None], minimum: int = 1
+    packer: RowPacker,
+    rows: Iterable[Any],
+    pointer: str,
+    append: Callable[[Any], None],
+    minimum: int = 1,
+    budget: Budget = NO_LIMIT,
 ) -> ParsedRows:
     """Call `append` with each row of `rows`. Return the valid rows, and an error for each invalid row.
 
     `append` appends a valid row to `packer`, and raises InvalidRows for an invalid row. If fewer than `minimum` rows
-    are valid, this function raises the error of the first invalid row.
+    are valid, this function raises the error of the first invalid row. `budget` counts the rows and their memory.
     """
     valid: list[int] = []
     errors: list[RowError] = []
     for index, row in enumerate(rows):
+        budget.check_time()
+        budget.take_rows(1, pointer)
         try:
             append(row)
             valid.append(index)
+            budget.take_bytes(packer.row_bytes)
         except InvalidRows as error:
             error.pointer = f"{pointer}/{index}{error.pointer}"
-            errors.append(RowError(index, error))
+            budget.take_bytes(error.text_length)
+            errors.append(RowError(index, error.without_frames()))
     if len(valid) < minimum:
         raise errors[0].error
     x = packer.rows()
     return ParsedRows(x, valid, errors, missing_mask(x))
 
 
-def count_rows(schema: RowSchema, rows: Any, pointer: str) -> int:
-    """Return the number of rows. Raises InvalidRows unless `rows` is a list of at least one row."""
+def require_rows(schema: RowSchema, rows: Any, pointer: str) -> None:
+    """Raise InvalidRows unless `rows` is a list of at least one row."""
+    if isinstance(rows, JsonRows):
+        return
     if type(rows) is not list:
         got = describe_value(rows)
         raise InvalidRows(f"expected a list of rows, got {got}", pointer=pointer, expected="a list of rows", got=got)
@@ -157,7 +184,6 @@ def count_rows(schema: RowSchema, rows: Any, pointer: str) -> int:
         raise InvalidRows("there are no rows", pointer=pointer, expected="at least one row", got="an empty list")
     if type(rows[0]) in (int, float):
         refuse_single_row(schema, rows, pointer)
-    return len(rows)
 
 
 def _null_to_nan(values: list[Any], schema: RowSchema) -> list[Any]:

@@ -1,8 +1,10 @@
 """Parse records into float32 arrays. A record maps feature names to values, and comes from JSON, NDJSON or CSV."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from models.errors import join_names
+from service.codec.budget import NO_LIMIT, Budget
 from service.codec.row_errors import MalformedRow, describe_value
 from service.codec.row_lists import RowPacker, append_valid_rows
 from service.codec.row_schema import ParsedRows, RowSchema
@@ -18,34 +20,40 @@ def parse_valid_records(
     impute: bool = False,
     allow_lists: bool = False,
     minimum: int = 1,
+    read: Callable[[Any], Any] = lambda record: record,
+    budget: Budget = NO_LIMIT,
 ) -> ParsedRows:
     """Return the rows in the valid records, and an error for each invalid record.
 
     Args:
         schema: the schema of a row.
-        records: a JSON value, which should be a list of objects. A `MalformedRow` may take the place of an object.
+        records: a JSON value, which should be a list of objects, or an iterator over the records of a body. A
+            `MalformedRow` may take the place of an object.
         pointer: the JSON pointer to `records`.
         may_contain_non_floats: whether values may be true, false, NaN or infinite.
         impute: whether up to half of the required values of a record may be missing.
         allow_lists: whether `records` may also contain lists. A list must contain every required value.
         minimum: the minimum number of valid records.
+        read: called once with each record, in order; returns the record with the names of features as keys.
+        budget: counts the records and their memory.
 
     Raises:
         InvalidRows: `records` is not a list of records, or fewer than `minimum` records are valid.
     """
-    if not isinstance(records, list) or not records:
+    if not (isinstance(records, Iterator) or (isinstance(records, list) and records)):
         got = describe_value(records)
         raise InvalidRows("there are no records", pointer=pointer, expected="a list of objects", got=got)
     record_schema = schema.all_optional if impute else schema
-    packer = RowPacker(schema.width, len(records), may_contain_non_floats)
+    packer = RowPacker(schema.width, may_contain_non_floats)
 
     def append(record: Any) -> None:
+        record = read(record)
         if allow_lists and type(record) is list:
             packer.append(record, schema)
         else:
             packer.append(_values_in_order(schema, record, impute), record_schema, keys=schema.names)
 
-    return append_valid_rows(packer, records, pointer, append, minimum)
+    return append_valid_rows(packer, records, pointer, append, minimum, budget)
 
 
 def max_missing(schema: RowSchema, impute: bool) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 from models.timestamps import to_unix_seconds
 from service.codec.feature_names import FeatureSelectors, FeatureTitles
+from service.codec.json_rows import JsonRows
 from service.codec.row_errors import MalformedRow, describe_value, not_a_timestamp
 from service.errors import InvalidRows
 
@@ -44,7 +45,7 @@ class TelegrafBatch:
 
     def add(self, metrics: Any) -> None:
         """Add a list of metrics. An invalid metric becomes a `MalformedRow`. Raises InvalidRows for an empty list."""
-        if type(metrics) is not list or not metrics:
+        if not isinstance(metrics, list | JsonRows) or not len(metrics):
             got = describe_value(metrics)
             raise InvalidRows("there are no metrics", pointer="/metrics", expected="a list of metrics", got=got)
         for index, metric in enumerate(metrics):

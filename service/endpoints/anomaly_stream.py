@@ -5,7 +5,8 @@ are scored, and their verdicts are sent, before the next piece is read. The serv
 while the client does not read the response, and stops scoring when the client disconnects.
 """
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from time import perf_counter
 
@@ -14,7 +15,9 @@ from starlette.requests import ClientDisconnect
 from service.anomaly.inputs import InputRows, parse_record_rows
 from service.anomaly.verdicts import Verdicts, parsing_errors, results_and_errors
 from service.codec import compression, ndjson
+from service.codec.budget import NoLimit, max_row_bytes
 from service.codec.response_body import stream_media_type
+from service.codec.row_errors import MalformedRow
 from service.endpoints import offload
 from service.endpoints.context import ServiceContext
 from service.endpoints.offload import run_in_thread_if_long
@@ -28,9 +31,8 @@ from service.http.request import HttpResponse, RequestContext
 from service.inference.served_model import ServedModel
 from service.schemas import AnomalyBody
 
-# The maximum length of a line is the larger of MAX_LINE_BYTES and MAX_NUMBER_BYTES times the number of features.
-MAX_LINE_BYTES = 2**20
-MAX_NUMBER_BYTES = 32  # space for a JSON number and its comma
+BATCH_COST = 1024  # maximum cost of the rows that are scored together: 1 for a row, MALFORMED_COST for an error
+MALFORMED_COST = 8
 
 
 def media_type(request: RequestContext) -> str | None:
@@ -76,16 +78,21 @@ class AnomalyStream:
 
     async def _lines(self) -> AsyncIterator[bytes]:
         """Yield the lines of the rows, in order. The last line has the counts, or the error that ended the stream."""
-        max_line_bytes = max(MAX_LINE_BYTES, MAX_NUMBER_BYTES * self._served.row_schema.width)
-        splitter = ndjson.LineSplitter(max_line_bytes)
+        width = self._served.row_schema.width
+        splitter = ndjson.LineSplitter(NoLimit(width, max_row_bytes(width)))
         line_started = perf_counter()
         try:
             async for piece in self._unpacked_pieces():
-                records = await run_in_thread_if_long(partial(splitter.feed, piece), offload.RECORD_BYTE * len(piece))
-                if records:
-                    yield await self._score(records)
-                    await self._request.charge_rows(len(records))
-                if records or not splitter.has_incomplete_line:
+                values, has_records, is_done = splitter.feed(piece), False, False
+                while not is_done:
+                    next_batch = partial(_next_batch, values)
+                    records, is_done = await run_in_thread_if_long(next_batch, offload.RECORD_BYTE * len(piece))
+                    if records:
+                        has_records = True
+                        yield await self._score(records)
+                        await self._request.charge_rows(len(records))
+                        await asyncio.sleep(0)  # other requests get a turn, although all work was short
+                if has_records or not splitter.has_incomplete_line:
                     line_started = perf_counter()
                 elif perf_counter() - line_started > self._request.body_seconds:
                     raise BodyTooSlow(
@@ -121,7 +128,7 @@ class AnomalyStream:
             parse_record_rows,
             served.row_schema,
             body,
-            ndjson.NdjsonRows(records),
+            ndjson.NdjsonRows(lambda: records),
             may_contain_non_floats=True,
             pointer="",
             minimum=0,
@@ -143,6 +150,18 @@ class AnomalyStream:
         self._counts["unknown_fields"] += input_rows.unknown_fields
         self._counts["anomalies"] += sum(verdicts.is_anomaly) if verdicts else 0
         self._record.rows = self._counts["rows"]
+
+
+def _next_batch(values: Iterator[object]) -> tuple[list[object], bool]:
+    """Return the next values, and whether there are no others. A piece of 64 KiB may have 32,768 invalid lines."""
+    batch: list[object] = []
+    cost = 0
+    for value in values:
+        batch.append(value)
+        cost += MALFORMED_COST if isinstance(value, MalformedRow) else 1
+        if cost >= BATCH_COST:
+            return batch, False
+    return batch, True
 
 
 def _response_lines(

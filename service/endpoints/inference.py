@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from service.anomaly.inputs import RECORD_READERS, ROW_FIELDS, InputRows, parse_input_rows
 from service.anomaly.verdicts import Verdicts, parsing_errors, results_and_errors, score_array
+from service.codec.budget import Budget
 from service.codec.request_body import JSON
 from service.codec.row_arrays import parse_array
 from service.codec.row_lists import parse_row, parse_rows
@@ -130,15 +131,17 @@ class InferenceEndpoints:
 # The requests that each endpoint accepts
 
 
-def _row_reader(field: str, schema_of: Callable[[ServedModel], RowSchema]) -> Callable[[ServedModel, Any, bool], Array]:
+def _row_reader(
+    field: str, schema_of: Callable[[ServedModel], RowSchema]
+) -> Callable[[ServedModel, Any, bool, Budget], Array]:
     """Return a function that reads the rows in `field` as float32 [B, ...] and raises an error if a row is invalid."""
     pointer = f"/{field}"
 
-    def read(served: ServedModel, body: Any, may_contain_non_floats: bool) -> Array:
+    def read(served: ServedModel, body: Any, may_contain_non_floats: bool, budget: Budget) -> Array:
         rows = getattr(body, field)
         if isinstance(rows, np.ndarray):
             return parse_array(schema_of(served), rows, pointer)
-        return parse_rows(schema_of(served), rows, pointer, may_contain_non_floats)
+        return parse_rows(schema_of(served), rows, pointer, may_contain_non_floats, budget)
 
     return read
 
@@ -147,7 +150,7 @@ _read_inputs = _row_reader("inputs", lambda served: served.row_schema)
 _read_latents = _row_reader("latents", lambda served: served.latent_schema)
 
 
-def _read_nothing(_served: ServedModel, _body: SampleBody, _may_contain_non_floats: bool) -> None:
+def _read_nothing(_served: ServedModel, _body: SampleBody, _may_contain_non_floats: bool, _budget: Budget) -> None:
     """Return no inputs: the request body of /sample has no rows."""
 
 
@@ -159,7 +162,9 @@ class _PathEnd:
     is_latent: bool
 
 
-def _read_ends(served: ServedModel, body: InterpolateBody, may_contain_non_floats: bool) -> list[_PathEnd]:
+def _read_ends(
+    served: ServedModel, body: InterpolateBody, may_contain_non_floats: bool, _budget: Budget
+) -> list[_PathEnd]:
     return [
         _read_end(served, body.start, "start", may_contain_non_floats),
         _read_end(served, body.end, "end", may_contain_non_floats),

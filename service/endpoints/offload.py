@@ -16,6 +16,7 @@ from service.codec.budget import Budget, TurnOver
 T = TypeVar("T")
 MAX_LOOP_NS = 2_000_000  # maximum time for which one request may block the event loop, in nanoseconds
 
+SMALL_BODY = 2048  # bytes; reading so small a body takes at most 2 ms, whatever it contains
 # Estimated times in nanoseconds.
 JSON_BYTE = 4  # time to parse one byte of JSON; 512 KiB take about 2 ms
 ARRAY_BYTE = JSON_BYTE / 8  # time to copy one byte of npy or safetensors

@@ -12,7 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from service.codec import npy, png, safetensors
+from service.codec.budget import NO_LIMIT, Budget
 from service.codec.compression import decompress_gzip, is_gzip
+from service.codec.json_rows import JsonRows
 from service.codec.request_body import JSON, NO_EXTRA_READERS, BodyReader, is_array, is_picture, read_fields
 from service.codec.response_body import (
     ARRAY_FORMATS,
@@ -24,7 +26,7 @@ from service.codec.response_body import (
 )
 from service.endpoints import offload
 from service.endpoints.context import ServiceContext
-from service.endpoints.offload import run_in_thread_if_long
+from service.endpoints.offload import read_within_budget, run_in_thread_if_long
 from service.endpoints.query_options import read_options
 from service.endpoints.validation import merge, validate
 from service.errors import ClientGone, InvalidField, TooManyRows
@@ -45,8 +47,8 @@ class RequestSpec(Generic[B, T]):
 
     Args:
         schema: the schema of the fields.
-        read: reads the model's inputs from the fields. Its arguments are the model, the fields, and whether the JSON
-            arrays may contain booleans, NaN or infinity.
+        read: reads the model's inputs from the fields. Its arguments are the model, the fields, whether the JSON
+            arrays may contain booleans, NaN or infinity, and the budget.
         row_fields: the fields that hold rows. Each may hold at most ELBO_MAX_ROWS rows.
         count_field: the field that holds the number of rows to generate, which may be at most ELBO_MAX_ROWS.
         array_field: the field that holds the array of an npy or safetensors body; if None, such a body is refused.
@@ -56,7 +58,7 @@ class RequestSpec(Generic[B, T]):
     """
 
     schema: type[B]
-    read: Callable[[ServedModel, B, bool], T]
+    read: Callable[[ServedModel, B, bool, Budget], T]
     row_fields: tuple[str, ...] = ()
     count_field: str | None = None
     array_field: str | None = None
@@ -99,14 +101,14 @@ async def parse_request(
     media_type = negotiate_media_type(request.header(b"accept", "*/*"), media_types)
     compressed = request.headers.get(b"content-encoding") is not None and is_gzip(request.header(b"content-encoding"))
     deadline = _deadline(service, request)
-    raw_body = await _admit(service, request, compressed, deadline)
+    raw_body = await _admit(service, request, deadline)
     content_type = request.header(b"content-type")
 
-    def parse() -> tuple[B, T]:
-        content = decompress_gzip(raw_body, request.max_body_bytes) if compressed else raw_body
-        width = served.latent_schema.width if spec.array_field == "latents" else served.row_schema.width
+    width = served.latent_schema.width if spec.array_field == "latents" else served.row_schema.width
+
+    def read(content: bytes, budget: Budget) -> tuple[B, T]:
         picture = served.picture_row if spec.pictures else None
-        fields = read_fields(content_type, content, spec.array_field, width, spec.readers, picture)
+        fields = read_fields(content_type, content, spec.array_field, width, spec.readers, picture, budget)
         values, may_contain_non_floats = fields
         if query.options:
             options = read_options(spec.schema, query.options)
@@ -114,16 +116,25 @@ async def parse_request(
             may_contain_non_floats = may_contain_non_floats or options.may_contain_non_floats
         body = validate(spec.schema, values)
         _require_row_limit(spec, body, service.settings.max_rows)
-        return body, spec.read(served, body, may_contain_non_floats)
+        return body, spec.read(served, body, may_contain_non_floats, budget)
 
-    cost = offload.GZIP_BODY if compressed else len(raw_body) * _cost_per_byte(content_type)
     started = perf_counter()
-    body, inputs = await run_in_thread_if_long(parse, cost)
+    if len(raw_body) <= offload.SMALL_BODY and not compressed:
+        body, inputs = read(raw_body, NO_LIMIT)
+    else:
+        budget = request.budget(max_rows=service.settings.max_rows, width=width, deadline=deadline)
+        max_bytes = request.max_body_bytes
+
+        def read_within() -> tuple[B, T]:
+            return read(decompress_gzip(raw_body, max_bytes, budget) if compressed else raw_body, budget)
+
+        cost = offload.GZIP_BODY if compressed else len(raw_body) * _cost_per_byte(content_type)
+        body, inputs = await read_within_budget(service.readers, read_within, budget, cost)
     record.parse += perf_counter() - started
     return ParsedRequest(request, record, served, media_type, deadline, body, inputs)
 
 
-async def _admit(service: ServiceContext, request: RequestContext, compressed: bool, deadline: float) -> bytes:
+async def _admit(service: ServiceContext, request: RequestContext, deadline: float) -> bytes:
     """Read the request body, wait for a work slot, and return the body.
 
     Raises:
@@ -134,9 +145,6 @@ async def _admit(service: ServiceContext, request: RequestContext, compressed: b
     ticket = request.ticket
     service.admission.check(rows=1, is_queued=ticket.is_queued)
     body = await request.body()
-    if compressed:
-        # The last 4 bytes of gzip data are the decompressed size modulo 2^32. If it is wrong, decompression fails.
-        ticket.hold(min(int.from_bytes(body[-4:], "little"), request.max_body_bytes))
     ticket.acquire()
     await ticket.start(deadline)
     return body
@@ -178,7 +186,7 @@ def _require_row_limit(spec: RequestSpec[Any, Any], body: Body, limit: int) -> N
     """
     for name in spec.row_fields:
         rows = getattr(body, name)
-        has_length = isinstance(rows, list) or (isinstance(rows, np.ndarray) and rows.ndim)
+        has_length = isinstance(rows, list | JsonRows) or (isinstance(rows, np.ndarray) and rows.ndim)
         if has_length and len(rows) > limit:
             raise TooManyRows(
                 f"a request may have at most {limit} rows (ELBO_MAX_ROWS), got {len(rows)}",

@@ -12,6 +12,7 @@ from service.errors import InvalidField, escape
 from service.schemas import Body
 
 B = TypeVar("B", bound=Body)
+MAX_NAME = 200  # characters of an unknown field that an error quotes
 
 
 def merge(fields: dict[str, Any], query: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -34,13 +35,27 @@ def validate(schema: type[B], fields: dict[str, Any]) -> B:
     Raises:
         InvalidField: for the first field that the schema rejects.
     """
+    _refuse_many_unknown_fields(schema, fields, ())
     try:
         return schema.model_validate(fields)
     except ValidationError as error:
         raise _invalid_field(first_fault(error), schema) from error
 
 
+def _refuse_many_unknown_fields(schema: type[Body], fields: dict[str, Any], path: tuple[str, ...]) -> None:
+    """Raise InvalidField if there are more fields than the schema has: pydantic takes 30 µs for each unknown field."""
+    if len(fields) > len(schema.model_fields):
+        unknown = next(name for name in fields if name not in schema.model_fields)
+        raise _invalid_field(FieldFault((*path, unknown), "extra_forbidden", "", None), schema)
+    for name, value in fields.items():
+        if type(value) is dict and name in schema.model_fields:
+            inner = schema.model_fields[name].annotation
+            if isinstance(inner, type) and issubclass(inner, Body):
+                _refuse_many_unknown_fields(inner, value, (*path, name))
+
+
 def _invalid_field(fault: FieldFault, schema: type[Body]) -> InvalidField:
+    fault = fault._replace(path=tuple(part[:MAX_NAME] for part in fault.path))
     pointer = "".join(f"/{escape(part)}" for part in fault.path)
     name = ".".join(fault.path)
     if fault.kind == "missing":

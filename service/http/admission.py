@@ -197,12 +197,13 @@ class Ticket:
         self._admission.hold_bytes(size)
         self.held_bytes += size
 
-    def budget(self, *, max_bytes: int, max_rows: int, deadline: float) -> Budget:
+    def budget(self, *, max_bytes: int, max_rows: int, width: int, deadline: float) -> Budget:
         """Return a budget for reading the body; the arguments are those of `Budget`."""
         admission = self._admission
         return Budget(
             max_bytes=max_bytes,
             max_rows=max_rows,
+            width=width,
             deadline=deadline,
             hold=admission.hold_bytes,
             release=admission.release_bytes,

@@ -122,12 +122,14 @@ class RequestContext:
         """The time limit for a request body, or for one row of a stream, to arrive."""
         return self._limits.seconds
 
-    def budget(self, *, max_rows: int, deadline: float) -> Budget:
+    def budget(self, *, max_rows: int, deadline: float, width: int = 0) -> Budget:
         """Return the budget for reading the body. With the body, a request takes at most 3 times ELBO_MAX_BODY_BYTES.
 
         The memory that readers draw from it counts against ELBO_HELD_BYTES until `finish` is called.
         """
-        self._budget = self.ticket.budget(max_bytes=2 * self._limits.max_bytes, max_rows=max_rows, deadline=deadline)
+        self._budget = self.ticket.budget(
+            max_bytes=2 * self._limits.max_bytes, max_rows=max_rows, width=width, deadline=deadline
+        )
         return self._budget
 
     async def charge_rows(self, rows: int) -> None:

@@ -16,9 +16,9 @@ import pytest
 from fastapi import FastAPI
 
 from service.app import create_app
+from service.codec.budget import MAX_ROW_BYTES, NoLimit
 from service.codec.ndjson import LineSplitter
 from service.codec.row_errors import MalformedRow
-from service.endpoints.anomaly_stream import MAX_LINE_BYTES
 from service.settings import Settings
 from tests.service.hosts import HOST_FEATURES, as_ndjson, host_records, host_rows
 from tests.service.running import running
@@ -204,17 +204,18 @@ def test_concurrent_streams_get_their_own_responses(hosts: httpx.Client) -> None
 
 def test_line_longer_than_the_limit_is_an_error_and_other_lines_are_scored(hosts: httpx.Client) -> None:
     good = json.dumps(dict.fromkeys(HOST_FEATURES, 1.0)).encode() + b"\n"
-    body = good + b'{"cpu": ' + b"1" * (4 * MAX_LINE_BYTES) + b"}\n" + good
+    body = good + b'{"cpu": ' + b"1" * (4 * MAX_ROW_BYTES) + b"}\n" + good
     *lines, last = response_lines(hosts.post("/anomaly", content=body, headers=HEADERS))
     assert [("detail" in line) for line in lines] == [False, True, False]
-    assert lines[1]["detail"] == f"the line is too long: expected at most {MAX_LINE_BYTES} bytes"
+    assert lines[1]["detail"] == f"the line is too long: expected at most {MAX_ROW_BYTES} bytes"
     assert last["rows"] == 3
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 50])
 def test_line_splitter_gives_the_same_lines_for_pieces_of_any_size(size: int) -> None:
     body = b'{"a": 1}\n\n[1, 2]\r\n' + b"9" * 30 + b"\nnull\n3"
-    splitter, lines = LineSplitter(20), []
+    splitter = LineSplitter(NoLimit(max_row_bytes=20))
+    lines: list[object] = []
     for start in range(0, len(body), size):
         lines += splitter.feed(body[start : start + size])
         assert len(splitter._rest) <= 20 + size
@@ -225,10 +226,10 @@ def test_line_splitter_gives_the_same_lines_for_pieces_of_any_size(size: int) ->
 
 
 def test_time_to_split_a_long_line_is_proportional_to_the_number_of_its_pieces() -> None:
-    splitter = LineSplitter(2**20)
+    splitter = LineSplitter(NoLimit(max_row_bytes=2**20))
     started = time.thread_time()
     for _ in range(2**20 // 64 - 1):
-        assert splitter.feed(b"9" * 64) == []
+        assert list(splitter.feed(b"9" * 64)) == []
     assert time.thread_time() - started < 2  # s; about 0.01 s, and about 9 s if every piece copies the line
-    splitter.feed(b"\n")
+    assert len(list(splitter.feed(b"\n"))) == 1
     assert not splitter.has_incomplete_line

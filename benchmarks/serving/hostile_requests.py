@@ -1,0 +1,308 @@
+"""Measure what requests that were made to hurt do to Elbo's server and to its other clients.
+
+    python benchmarks/serving/hostile_requests.py                     # all attacks
+    python benchmarks/serving/hostile_requests.py --only empty-lists  # one attack
+    python benchmarks/serving/hostile_requests.py --smoke             # small bodies, short pauses
+
+One process sends honest requests all the time: a row to score, 40 times per second, and `GET /livez`, 100 times per
+second. It runs apart from the process that sends the attacks, so that the attacks do not delay its clock. For each
+attack, the table shows:
+
+- the response of the attack, and after how many seconds it arrived;
+- how much the memory of the server rose meanwhile, in MiB and as a multiple of ELBO_MAX_BODY_BYTES. The size of the
+  attack itself stands in the column "sent";
+- the slowest answer of /livez, before and during the attack;
+- the 99th percentile of the latency of the honest requests, before and during the attack.
+
+The program exits with code 1 if an attack gets another response than expected, or if an honest request fails. The
+benchmark needs Linux. To add an attack, write a function that makes its body, and add it to ATTACKS.
+"""
+
+import argparse
+import asyncio
+import gzip
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter, sleep
+
+import numpy as np
+
+from benchmarks.data import ROOT, describe_machine
+from benchmarks.serving.checking_client import Connection
+from benchmarks.serving.server_process import ServerProcess, adopt_orphans, free_port
+from benchmarks.serving.workload import FEW_FEATURES, create_workload
+
+MIB = 2**20
+MAX_BODY = 64 * MIB  # the default of ELBO_MAX_BODY_BYTES
+RESPONSE_SECONDS = 120.0  # how long to wait for the response to an attack
+LIVEZ_SECONDS = 0.01  # interval between two requests for /livez
+HONEST_SECONDS = 0.025  # interval between two honest requests
+JSON, CSV, NDJSON = "application/json", "text/csv", "application/x-ndjson"
+RECORD = json.dumps({f"x{index}": 0.5 for index in range(FEW_FEATURES)}).encode()
+HONEST_BODY = b'{"records":[%b]}' % RECORD
+
+
+@dataclass(frozen=True)
+class Attack:
+    """A request, or several at once.
+
+    Args:
+        expected: the statuses with which the server may respond.
+        body: returns the body for a size in bytes, before compression.
+        content_type: the Content-Type.
+        gzipped: whether the body is sent compressed.
+        streams: whether the response is a stream of verdicts.
+        path: the path.
+        size: the size in bytes, before compression.
+        connections: how many connections send the request at once.
+    """
+
+    expected: tuple[int, ...]
+    body: Callable[[int], bytes]
+    content_type: str = JSON
+    gzipped: bool = False
+    streams: bool = False
+    path: str = "/anomaly"
+    size: int = 4 * MIB
+    connections: int = 1
+
+    def request(self, share: float) -> bytes:
+        """Return the bytes of the request; `share` of the size for a smoke test."""
+        body = self.body(int(self.size * share))
+        head = [f"POST {self.path}?model=hosts HTTP/1.1", "Host: elbo", f"Content-Type: {self.content_type}"]
+        if self.gzipped:
+            body = gzip.compress(body, 6)
+        if self.gzipped or body.startswith(b"\x1f\x8b"):
+            head.append("Content-Encoding: gzip")
+        if self.streams:
+            head.append(f"Accept: {NDJSON}")
+        return "\r\n".join([*head, f"Content-Length: {len(body)}", "Connection: close", "", ""]).encode() + body
+
+
+def repeated(piece: bytes, before: bytes = b"", after: bytes = b"") -> Callable[[int], bytes]:
+    """Return a function that makes a body: `before`, then `piece` up to the size, then `after`."""
+    return lambda size: before + piece * max(1, (size - len(before) - len(after)) // len(piece)) + after
+
+
+CSV_HEADER = ",".join(f"x{index}" for index in range(FEW_FEATURES)).encode() + b"\n"
+EMPTY_MEMBER = gzip.compress(b"")
+ATTACKS: dict[str, Attack] = {
+    "csv-short-lines": Attack((413,), repeated(b"x\n", CSV_HEADER), CSV),
+    "csv-blank-lines": Attack((413, 422), repeated(b"\n", CSV_HEADER), CSV, size=MAX_BODY),
+    "csv-one-line": Attack((413, 422), repeated(b"1,", CSV_HEADER), CSV, size=MAX_BODY),
+    "csv-not-utf-8": Attack((413, 422), repeated(b"\xff", CSV_HEADER), CSV, size=16 * MIB),
+    "csv-quotations": Attack((413, 422), repeated(b'"a\n', CSV_HEADER), CSV),
+    "ndjson-short-lines": Attack((413,), repeated(b"x\n"), NDJSON),
+    "ndjson-blank-lines": Attack((413, 422), repeated(b"\n"), NDJSON, size=MAX_BODY),
+    "ndjson-stream": Attack((200,), repeated(b"x\n"), NDJSON, streams=True),
+    "ndjson-gzip-3-gb": Attack((413,), repeated(b"x\n"), NDJSON, gzipped=True, size=MAX_BODY - 1024),
+    "empty-lists": Attack((413, 422), repeated(b"[],", b'{"inputs":[', b"[]]}")),
+    "empty-lists-gzip": Attack((413, 422), repeated(b"[],", b'{"inputs":[', b"[]]}"), gzipped=True, size=60 * MIB),
+    "empty-objects": Attack((413, 422), repeated(b"{},", b'{"records":[', b"{}]}"), size=MAX_BODY),
+    "lists-in-a-row": Attack((413, 422), repeated(b"[],", b'{"inputs":[[', b"[]]]}"), size=MAX_BODY),
+    "lists-in-a-field": Attack((413, 422), repeated(b"[],", b'{"x":[', b"[]]}"), size=MAX_BODY),
+    "one-row-of-numbers": Attack((413, 422), repeated(b"1,", b'{"inputs":[', b"1]}"), size=MAX_BODY),
+    "keys": Attack(
+        (413, 422), lambda size: b"{" + b",".join(b'"k%d":1' % i for i in range(size // 11)) + b"}", size=16 * MIB
+    ),
+    "keys-of-a-record": Attack(
+        (413, 422),
+        lambda size: b'{"records":[{' + b",".join(b'"k%d":1' % i for i in range(size // 11)) + b"}]}",
+        size=16 * MIB,
+    ),
+    "duplicate-keys": Attack((413, 422), repeated(b'{"a":1,"a":1},', b'{"records":[', b"{}]}"), size=16 * MIB),
+    "long-string": Attack((413, 422), repeated(b"x", b'{"records":[{"a":"', b'"}]}'), size=MAX_BODY),
+    "escapes": Attack((413, 422), repeated(rb"\"", b'{"records":[{"a":"', b'"}]}'), size=16 * MIB),
+    "strings": Attack((413, 422), repeated(b'"ab",', b'{"inputs":[', b'"ab"]}'), size=MAX_BODY),
+    "not-finite": Attack((413, 422), repeated(b"[NaN],", b'{"inputs":[', b"[NaN]]}"), size=16 * MIB),
+    "interpolate": Attack(
+        (413, 422), repeated(b"[],", b'{"start":{"input":[', b"[]]}}"), size=16 * MIB, path="/interpolate"
+    ),
+    "rows-of-numbers": Attack(
+        (413,), repeated(b"[" + b",".join([b"0.5"] * FEW_FEATURES) + b"],", b'{"inputs":[', b"[1]]}"), size=MAX_BODY
+    ),
+    "telegraf": Attack((413, 422), repeated(b"[],", b'{"metrics":[', b"[]]}"), size=16 * MIB),
+    "gzip-empty-members": Attack((413, 422), repeated(EMPTY_MEMBER), size=8 * MIB),
+    "gzip-empty-members-stream": Attack(
+        (200, 422), repeated(EMPTY_MEMBER), NDJSON, streams=True, size=266 * 1024
+    ),
+    "gzip-small-members": Attack((413, 422), repeated(gzip.compress(b"\n")), NDJSON, size=8 * MIB),
+    "empty-lists-16-at-once": Attack(
+        (413, 422, 429), repeated(b"[],", b'{"inputs":[', b"[]]}"), gzipped=True, size=60 * MIB, connections=16
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """Latencies in seconds by time of arrival: pairs of the `perf_counter` time and the latency."""
+
+    livez: list[tuple[float, float]]
+    honest: list[tuple[float, float]]
+    failed: list[tuple[float, int]]
+
+
+class HonestClients:
+    """A process that sends honest requests until `stop` is called."""
+
+    def __init__(self, port: int) -> None:
+        command = [sys.executable, "-m", "benchmarks.serving.hostile_requests", "--observe", str(port)]
+        self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+        assert self._process.stdout
+        self._process.stdout.readline()  # the process has begun to send
+
+    def stop(self) -> Latencies:
+        """Stop the requests and return their latencies."""
+        output, _ = self._process.communicate()
+        return Latencies(**json.loads(output))
+
+
+async def send_honest_requests(port: int) -> Latencies:
+    """Send honest requests until standard input ends."""
+    stopped = asyncio.Event()
+    found = Latencies([], [], [])
+    head = f"POST /anomaly?model=hosts HTTP/1.1\r\nHost: elbo\r\nContent-Type: {JSON}\r\n"
+    honest = f"{head}Content-Length: {len(HONEST_BODY)}\r\n\r\n".encode() + HONEST_BODY
+
+    async def repeat(request: bytes, interval: float, latencies: list[tuple[float, float]]) -> None:
+        connection = Connection(port)
+        while not stopped.is_set():
+            started = perf_counter()
+            status, _ = await connection.send(request)
+            latencies.append((perf_counter(), perf_counter() - started))
+            if status != 200:
+                found.failed.append((perf_counter(), status))
+            await asyncio.sleep(max(0.0, started + interval - perf_counter()))
+        connection.close()
+
+    def wait_for_end() -> None:
+        sys.stdin.read()
+        loop.call_soon_threadsafe(stopped.set)
+
+    print("ready", flush=True)
+    loop = asyncio.get_running_loop()
+    threading.Thread(target=wait_for_end, daemon=True).start()
+    await asyncio.gather(
+        repeat(b"GET /livez HTTP/1.1\r\nHost: elbo\r\n\r\n", LIVEZ_SECONDS, found.livez),
+        repeat(honest, HONEST_SECONDS, found.honest),
+    )
+    return found
+
+
+def send(port: int, request: bytes) -> int:
+    """Send `request`; return the status of the response, or 0 if there is none within RESPONSE_SECONDS."""
+    with socket.create_connection(("127.0.0.1", port), RESPONSE_SECONDS) as connection:
+        response = b""
+        with suppress(
+            OSError
+        ):  # the server may refuse the request, and close the connection before the end of the body
+            connection.sendall(request)
+        with suppress(OSError):
+            while piece := connection.recv(2**20):
+                response = response or piece
+        return int(response.split()[1]) if response else 0
+
+
+def reset_peak(pid: int) -> None:
+    """Let `peak` of a process count from now."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+def peak(pid: int) -> int:
+    """Return the largest resident memory of a process since `reset_peak`, in bytes."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def run(name: str, attack: Attack, port: int, pid: int, smoke: bool) -> bool:
+    """Run an attack, print its line of the table, and return whether the server behaved as expected."""
+    request = attack.request(1 / 16 if smoke else 1.0)
+    clients = HonestClients(port)
+    sleep(1.5 if smoke else 3.0)
+    reset_peak(pid)
+    memory = peak(pid)
+    started = perf_counter()
+    statuses: list[int] = []
+    threads = [threading.Thread(target=lambda: statuses.append(send(port, request))) for _ in range(attack.connections)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ended = perf_counter()
+    sleep(0.2)
+    rise = peak(pid) - memory
+    latencies = clients.stop()
+    livez = [max((seconds for at, seconds in latencies.livez if test(at)), default=0.0) for test in periods(started)]
+    honest = [percentile([s for at, s in latencies.honest if test(at)]) for test in periods(started)]
+    status = "/".join(map(str, sorted(set(statuses))))
+    sent = len(request) * attack.connections / MIB
+    cells = [
+        name,
+        f"{sent:.2f}",
+        status,
+        f"{ended - started:.2f}",
+        f"{rise / MIB:.0f} ({rise / MAX_BODY:.2f})",
+        f"{1e3 * livez[0]:.0f} / {1e3 * livez[1]:.0f}",
+        f"{1e3 * honest[0]:.1f} / {1e3 * honest[1]:.1f}",
+    ]
+    print(f"| {' | '.join(cells)} |", flush=True)
+    if latencies.failed:
+        print(f"honest requests failed: {latencies.failed[:3]}")
+    return set(statuses) <= set(attack.expected) and not latencies.failed
+
+
+def periods(started: float) -> list[Callable[[float], bool]]:
+    """Return tests for the time of a response: before the attack (after a moment of warm-up), and from then on."""
+    return [lambda at: started - 1.0 < at < started, lambda at: at >= started]
+
+
+def percentile(latencies: list[float]) -> float:
+    """Return the 99th percentile; 0 if there are none."""
+    return float(np.percentile(latencies, 99)) if latencies else 0.0
+
+
+def main() -> None:
+    """Start a server, and run the attacks one after another."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="bodies of a sixteenth of the size, and short pauses")
+    parser.add_argument("--only", default=",".join(ATTACKS), help="comma-separated names of attacks")
+    parser.add_argument("--artifacts", type=Path, help="artifact folder with a model `hosts`; by default it is trained")
+    parser.add_argument("--observe", type=int, metavar="PORT", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.observe:
+        found = asyncio.run(send_honest_requests(options.observe))
+        print(json.dumps({"livez": found.livez, "honest": found.honest, "failed": found.failed}))
+        return
+    adopt_orphans()
+    with tempfile.TemporaryDirectory(prefix="elbo-hostile-") as name:
+        folder = Path(name)
+        artifacts = options.artifacts
+        if not artifacts:
+            artifacts = create_workload(folder).folder / "artifacts"
+        port = free_port()
+        environment = {"OMP_NUM_THREADS": "1", "ELBO_PORT": str(port), "ELBO_ARTIFACTS": str(artifacts)}
+        with ServerProcess([sys.executable, "-m", "service"], environment, folder / "elbo.log") as server:
+            while "listening on" not in server.log.read_text():
+                server.require_alive()
+                sleep(0.1)
+            print(f"{describe_machine('torch', 'uvicorn')}; 1 worker; the body limit is {MAX_BODY // MIB} MiB\n")
+            print(
+                "| attack | sent, MiB | status | seconds | memory, MiB (of the body limit) "
+                "| slowest /livez before / during, ms | honest p99 before / during, ms |\n|---|---|---|---|---|---|---|"
+            )
+            names = options.only.split(",")
+            results = [run(name, ATTACKS[name], port, server.pid, options.smoke) for name in names]
+    sys.exit(0 if all(results) else 1)
+
+
+if __name__ == "__main__":
+    main()
