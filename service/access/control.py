@@ -175,9 +175,10 @@ def _stamp(path: Path) -> _Stamp:
 
 def _unauthorized(is_absent: bool) -> Unauthorized:
     challenge = 'Bearer realm="elbo"'
-    hint = "send the header Authorization: Bearer KEY, or X-API-Key: KEY"
     if is_absent:
         detail = "the request has no API key"
+        hint = "send the header Authorization: Bearer KEY, or X-API-Key: KEY"
     else:
         detail, challenge = "the API key is not valid", f'{challenge}, error="invalid_token"'
-    return Unauthorized(detail, expected="an API key", hint=hint, headers={"WWW-Authenticate": challenge})
+        hint = "check that it is complete, or ask whoever runs the server for a new one"
+    return Unauthorized(detail, expected="a valid API key", hint=hint, headers={"WWW-Authenticate": challenge})

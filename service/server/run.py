@@ -33,6 +33,9 @@ def serve(settings: Settings) -> None:
         )
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))  # every connection is an open file
+    if settings.api_keys_file:
+        _, hard_limit = resource.getrlimit(resource.RLIMIT_CORE)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, hard_limit))  # a core dump would contain keys of requests
     with bind(settings.host, settings.port) as listener:
         require_keys_if_public(listener, settings)
         if settings.workers > 1:

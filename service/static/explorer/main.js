@@ -2,9 +2,11 @@
 
 import { describeModel, listModels } from "./lib/api.js";
 import { UserError } from "./lib/errors.js";
+import { KEY_ERRORS } from "./lib/key.js";
 import { state } from "./lib/state.js";
 import { initTheme } from "./theme.js";
 import { announce, h } from "./ui/dom.js";
+import { initForgetButton, keyForm } from "./ui/key-form.js";
 import { emptyMessage, errorMessage } from "./ui/messages.js";
 
 const VIEWS = {
@@ -23,10 +25,12 @@ const modelSelect = document.getElementById("model");
 let served = { models: [], failures: [], default: null };
 let destroyView = null;
 let lastRender = 0; // the number of calls of render: only the latest call may show its view
+let asksForKey = false; // whether the page shows the form for an API key in place of a view
 let needsReload = false; // a browser does not load a module again after a failure: only a new page can show the view
 
 /** Show the view and the model that the address names. With `moveFocus`, move the focus to the heading of the view. */
 async function render(moveFocus = false) {
+  if (asksForKey) return;
   const thisRender = ++lastRender;
   const name = VIEWS[state.get("view")] ? state.get("view") : "models";
   destroyView?.();
@@ -152,11 +156,13 @@ async function loadModels() {
 /** Look for new models every POLL_INTERVAL, as long as the page is visible. */
 function pollModels() {
   setInterval(async () => {
-    if (document.hidden) return;
+    if (document.hidden || asksForKey) return;
     try {
       await takeUpNewModels();
     } catch (error) {
-      if (!(error instanceof UserError)) throw error; // an unreachable server is asked again at the next turn
+      if (!(error instanceof UserError)) throw error;
+      if (KEY_ERRORS.includes(error.code)) askForKey(error);
+      // An unreachable server is asked again at the next turn.
     }
   }, POLL_INTERVAL);
 }
@@ -178,12 +184,32 @@ async function takeUpNewModels() {
 
 const identity = ({ name, version }) => `${name}@${version}`;
 
-async function start() {
-  initTheme();
-  addListeners();
-  pollModels();
-  await loadModels();
-  await render();
+/** Show the form for an API key in place of the view. With the key, start again. */
+function askForKey(error) {
+  asksForKey = true;
+  destroyView?.();
+  destroyView = null;
+  lastRender++; // a view that is loading is not shown
+  document.title = "API key · Elbo";
+  main.replaceChildren(keyForm(error, show));
+  main.removeAttribute("aria-busy");
+  document.getElementById("api-key").focus();
 }
 
-start().catch((error) => main.replaceChildren(errorMessage(error)));
+/** Load the models and show the view; or ask for an API key if the server needs another one. */
+async function show() {
+  try {
+    await loadModels();
+    asksForKey = false;
+    await render();
+  } catch (error) {
+    if (KEY_ERRORS.includes(error.code)) askForKey(error);
+    else main.replaceChildren(errorMessage(error));
+  }
+}
+
+initTheme();
+initForgetButton();
+addListeners();
+pollModels();
+show();

@@ -1,6 +1,7 @@
 // Client of the service's public HTTP endpoints.
 
 import { isAbort, UserError } from "./errors.js";
+import { withKey } from "./key.js";
 import { fromNpy, toNpy } from "./npy.js";
 
 const NPY = "application/x-npy";
@@ -16,7 +17,8 @@ export async function request(path, options = {}) {
 
 async function fetchOrExplain(path, options) {
   try {
-    return await fetch(`.${path}`, options); // relative to the page, which a proxy may publish under a prefix
+    // The address is relative to the page, which a proxy may publish under a prefix.
+    return await fetch(`.${path}`, { ...options, headers: withKey(options.headers) });
   } catch (error) {
     if (isAbort(error)) throw error;
     throw new UserError(
@@ -123,8 +125,16 @@ export async function describeModel(model) {
   return { ...(await getCached(`/models/${reference(model)}`)), exhibits: model.exhibits };
 }
 
-/** The exhibit `name` of an artifact (held-out, calibration or card). Null if the artifact has no such exhibit. */
+/**
+ * The exhibit `name` of an artifact (held-out, calibration or card). Null if the artifact has no such exhibit, or if the
+ * API key may not read it.
+ */
 export async function getExhibit(model, name) {
   if (!model.exhibits?.includes(name)) return null;
-  return getCached(`/models/${reference(model)}/${name}`);
+  try {
+    return await getCached(`/models/${reference(model)}/${name}`);
+  } catch (error) {
+    if (error.code === "forbidden") return null;
+    throw error;
+  }
 }
