@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
     from models.artifact import Artifact
+    from models.keys import PrivateKey
+    from models.signatures import TrustedKeys
     from training.config import TrainConfig
     from training.data.table import Table
 
@@ -32,6 +34,7 @@ USAGE_ERRORS = {
     "artifact_missing",
     "artifact_unreadable",
     "key_file_error",
+    "key_invalid",
 }  # errors with these codes exit with status 2
 
 OWN_PACKAGES = {"models", "training", "service"}
@@ -213,6 +216,19 @@ NormalOption = Annotated[
         help="labels that mean normal; default: recognised, such as good, ok, normal, 0, false",
     ),
 ]
+SignOption = Annotated[
+    Path | None,
+    typer.Option("--sign", metavar="KEY", help="sign the new version with the private key in this file (elbo keygen)"),
+]
+TrustedKeysOption = Annotated[
+    str | None,
+    typer.Option(
+        "--trusted-keys",
+        envvar="ELBO_TRUSTED_KEYS",
+        metavar="KEYS",
+        help="file of public keys, or the keys themselves; accept only artifacts that one of these keys has signed",
+    ),
+]
 DEFAULT_ARTIFACTS = Path("artifacts")
 
 
@@ -236,6 +252,7 @@ def train(
     force: Annotated[
         bool, typer.Option("--force", help="publish even if the model is worse than predicting the mean")
     ] = False,
+    sign: SignOption = None,
 ) -> None:
     """Train a model on DATA and publish it.
 
@@ -243,6 +260,7 @@ def train(
     --resume and the same options.
     """
     config = _train_config(context.obj)
+    key = _private_key(sign)
     from training.data.table import read_table
 
     table = read_table(data, config.drop, config.keep, config.size, escape=config.escape, layout=config.layout)
@@ -257,6 +275,7 @@ def train(
             tensorboard=tensorboard,
             force=force,
             replace_features=replace_features,
+            key=key,
         )
     except KeyboardInterrupt:
         from training.train import can_resume
@@ -294,6 +313,7 @@ def _train(
     tensorboard: bool = False,
     force: bool = False,
     replace_features: bool = False,
+    key: "PrivateKey | None" = None,
 ) -> bool:
     """Train and publish a model. Return whether this process is the first of those that train together."""
     from training.fitting.distributed import join_process_group
@@ -315,16 +335,18 @@ def _train(
                 force=force,
                 replace_features=replace_features,
                 processes=processes,
+                key=key,
             )
     finally:
         report.close()
     if processes.is_first:
         typer.echo(f"published {config.name}@{path.parent.name}: {path}")
+        _note_missing_signature(path)
     return processes.is_first
 
 
 @app.command(epilog="Example: elbo demo && elbo serve")
-def demo(artifacts: ArtifactFolder = DEFAULT_ARTIFACTS, runs: Runs = Path("runs")) -> None:
+def demo(artifacts: ArtifactFolder = DEFAULT_ARTIFACTS, runs: Runs = Path("runs"), sign: SignOption = None) -> None:
     """Train the demonstration models that are not in the artifact folder yet.
 
     The models are pca, ae, vae and linear (an autoencoder without hidden layers). All are trained on scikit-learn's
@@ -337,11 +359,12 @@ def demo(artifacts: ArtifactFolder = DEFAULT_ARTIFACTS, runs: Runs = Path("runs"
     if not missing:
         typer.echo(f"nothing to do: {artifacts} has {', '.join(config.name for config in DEMONSTRATION)}")
         return
+    key = _private_key(sign)
     from training.data.table import read_table
 
     table = read_table("digits")
     for config in missing:
-        _train(config, table, artifacts, runs)
+        _train(config, table, artifacts, runs, key=key)
 
 
 @app.command(epilog="Examples: elbo inspect vae | elbo inspect vae@2 --json | elbo inspect artifacts/vae/2/model.pt")
@@ -356,15 +379,17 @@ def inspect(name: Name, json: Json = False, artifacts: ArtifactFolder = DEFAULT_
 
 
 @app.command("list", epilog="Examples: elbo list | elbo list --json")
-def list_(json: Json = False, artifacts: ArtifactFolder = DEFAULT_ARTIFACTS) -> None:
+def list_(
+    json: Json = False, artifacts: ArtifactFolder = DEFAULT_ARTIFACTS, trusted_keys: TrustedKeysOption = None
+) -> None:
     """List the versions of all models, newest first.
 
-    The status of a version is newest (requests for the name get this version), older, withdrawn (by elbo rollback) or
-    damaged.
+    The status of a version is newest (requests for the name get this version), older, withdrawn (by elbo rollback),
+    damaged, or untrusted (none of the trusted keys has signed it).
     """
     from training.reports.listing import list_versions, listing_json, listing_text
 
-    found = list_versions(artifacts)
+    found = list_versions(artifacts, _trusted_keys(trusted_keys))
     if json:
         typer.echo(listing_json(found))
     elif found:
@@ -393,6 +418,94 @@ def rollback(
     if done.withdrawn:
         typer.echo(f"withdrawn: {', '.join(f'{name}@{number}' for number in done.withdrawn)}")
     typer.echo(f"the newest version is {name}@{done.version}")
+
+
+@app.command(epilog="Example: elbo keygen release.key, then elbo sign hosts --key release.key")
+def keygen(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="new file for the private key")],
+    comment: Annotated[
+        str | None, typer.Option("--comment", help="what people call the key; default: the name of FILE")
+    ] = None,
+) -> None:
+    """Create a key for signing artifacts.
+
+    Writes the private key to FILE, which only you can read, and the public key to FILE.pub. Nothing is overwritten.
+    Give the public key to the servers in ELBO_TRUSTED_KEYS, and keep the private key away from them.
+    """
+    from models.keys import create_key
+
+    public = create_key(file, " ".join((comment or file.stem).split()))
+    typer.echo(f"private key: {file}")
+    typer.echo(f"public key: {file}.pub, fingerprint {public.fingerprint}")
+    typer.echo(public.line)
+
+
+@app.command(epilog="Examples: elbo sign hosts --key release.key | elbo sign hosts@3 vae@1 --key release.key")
+def sign(
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAME...", help="models: name (the newest version), name@version, or a path")
+    ],
+    key: Annotated[Path, typer.Option("--key", metavar="FILE", help="private key, as elbo keygen writes it")],
+    artifacts: ArtifactFolder = DEFAULT_ARTIFACTS,
+) -> None:
+    """Sign versions of models, so that servers with ELBO_TRUSTED_KEYS load them.
+
+    A signature is for one content, one name and one version: a renamed model must be signed again. Signatures by other
+    keys are kept. An artifact is a program: sign only versions that you have made, or whose SHA-256 you have compared.
+    """
+    from models.signatures import identify
+    from models.signatures import sign as sign_artifact
+
+    private = _private_key(key)
+    assert private is not None
+    for path in [_artifact_path(each, artifacts) for each in names]:
+        digest = sign_artifact(path, private)
+        name, version = identify(path)
+        typer.echo(f"signed {name}@{version} with {private.public}, SHA-256 {digest}")
+
+
+@app.command(
+    epilog="Examples: elbo verify --trusted-keys release.key.pub | elbo verify hosts@3 --trusted-keys keys.txt"
+)
+def verify(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME...]", help="models; default: all versions of all models")
+    ] = None,
+    artifacts: ArtifactFolder = DEFAULT_ARTIFACTS,
+    trusted_keys: TrustedKeysOption = None,
+) -> None:
+    """Verify that trusted keys have signed artifacts, and that the artifacts are intact.
+
+    The exit code is 1 if an artifact is not signed by a trusted key, or is damaged. No model is run.
+    """
+    from models.errors import ArtifactError
+    from models.manifest import FILE_NAME, parse, read_sealed, versions
+    from models.manifest import names as models_in
+    from models.signatures import identify
+
+    keys = _trusted_keys(trusted_keys)
+    if keys is None:
+        raise OptionError("--trusted-keys: expected a file of public keys, or set ELBO_TRUSTED_KEYS")
+    paths = [_artifact_path(each, artifacts) for each in names or ()]
+    if not names:
+        found = ((name, version) for name in models_in(artifacts) for version in versions(artifacts, name))
+        paths = [artifacts / name / str(version) / FILE_NAME for name, version in found]
+    failed = 0
+    for path in paths:
+        try:
+            content = read_sealed(path)
+            name, version = identify(path)
+            key = keys.verify(content, path, name, version)
+            parse(content, path)
+            typer.echo(f"{name}@{version}: signed by {key}")
+        except ArtifactError as error:
+            failed += 1
+            typer.echo(f"{error.code}: {printable(str(error))}")
+    if failed or not paths:
+        typer.echo(
+            f"{failed} of {len(paths)} artifacts are not trusted" if paths else f"no models in {artifacts}", err=True
+        )
+        raise typer.Exit(1)
 
 
 @app.command(
@@ -522,6 +635,7 @@ def evaluate(
     normal: NormalOption = None,
     escape: EscapeOption = None,
     artifacts: ArtifactFolder = DEFAULT_ARTIFACTS,
+    trusted_keys: TrustedKeysOption = None,
 ) -> None:
     """Evaluate a model on the rows of DATA.
 
@@ -531,7 +645,7 @@ def evaluate(
     """
     from training.evaluation import evaluate
 
-    artifact, table = _load(name, data, artifacts, escape, normal)
+    artifact, table = _load(name, data, artifacts, trusted_keys, escape, normal)
     for note in table.notes:
         typer.echo(note, err=True)
     evaluation = evaluate.evaluate(artifact, table, draws)
@@ -565,6 +679,7 @@ def score(
     ] = None,
     escape: EscapeOption = None,
     artifacts: ArtifactFolder = DEFAULT_ARTIFACTS,
+    trusted_keys: TrustedKeysOption = None,
 ) -> None:
     """Score every row of DATA for anomalies.
 
@@ -578,7 +693,7 @@ def score(
     from training.progress import progress
     from training.reports.describe import few_calibration_rows
 
-    artifact = load(_artifact_path(name, artifacts))
+    artifact = load(_artifact_path(name, artifacts), keys=_trusted_keys(trusted_keys))
     stream = stream_for_model(data, artifact.manifest, time=time, group=group, escape=escape)
     lines, tally = csv_lines if format_ is Format.csv else ndjson_lines, Tally()
     if not extrapolated and not artifact.manifest.calibration.reaches(alpha):
@@ -607,35 +722,79 @@ def calibrate(
     escape: EscapeOption = None,
     artifacts: ArtifactFolder = DEFAULT_ARTIFACTS,
     runs: Runs = Path("runs"),
+    sign: SignOption = None,
+    trusted_keys: TrustedKeysOption = None,
 ) -> None:
     """Recalibrate a model on recent normal rows, without training.
 
     Publishes a new version of the model, with the same networks and with p-values that are computed from DATA. If DATA
     has labels, only rows with a label that means normal are used. A running server loads the new version by itself.
+    The signature of the old version is not valid for the new one: use --sign, or sign it later with elbo sign.
     """
+    key = _private_key(sign)
     from training.publishing.recalibrate import recalibrate
 
-    artifact, table = _load(name, data, artifacts, escape, normal)
+    artifact, table = _load(name, data, artifacts, trusted_keys, escape, normal)
     for note in table.notes:
         typer.echo(note, err=True)
-    published = recalibrate(artifact, table, artifacts, alpha, runs, force=force)
+    published = recalibrate(artifact, table, artifacts, alpha, runs, force=force, key=key)
     for note in published.notes:
         if note not in table.notes:  # those are shown already
             typer.echo(note, err=True)
     typer.echo(f"published {published.manifest.name}@{published.path.parent.name}: {published.path}")
+    _note_missing_signature(published.path)
     calibration = published.manifest.calibration
     typer.echo(f"calibrated on {calibration.rows:,} rows: the smallest p-value is {calibration.floor:.3g}")
 
 
 def _load(
-    reference: str, data: str, artifacts: Path, escape: Escape | None, normal: str | None = None
+    reference: str,
+    data: str,
+    artifacts: Path,
+    trusted_keys: str | None,
+    escape: Escape | None,
+    normal: str | None = None,
 ) -> "tuple[Artifact, Table]":
     from models.artifact import load
     from training.data.table import read_for_model
 
-    artifact = load(_artifact_path(reference, artifacts))
+    artifact = load(_artifact_path(reference, artifacts), keys=_trusted_keys(trusted_keys))
     labels = [] if normal is None else next(csv.reader([normal], skipinitialspace=True), [])
     return artifact, read_for_model(data, artifact.manifest, escape=escape, normal=labels)
+
+
+def _trusted_keys(setting: str | None) -> "TrustedKeys | None":
+    """Return the keys in `setting`, a path or the keys themselves; None if it is not given."""
+    from models.signatures import trusted_keys
+
+    return trusted_keys(setting)
+
+
+def _private_key(path: Path | None) -> "PrivateKey | None":
+    """Return the private key in the file at `path`; None if no path is given. Warn if other users can read the file."""
+    from models.keys import read_private_key
+
+    if path is None:
+        return None
+    key = read_private_key(path)
+    if path.stat().st_mode & 0o077:
+        typer.echo(f"WARNING: other users can read or change {path}: protect it with chmod 600 {path}", err=True)
+    return key
+
+
+def _note_missing_signature(path: Path) -> None:
+    """Tell how to sign the new version at `path` if it is not signed, but an older version of the model is."""
+    from models.manifest import FILE_NAME, versions
+    from models.signatures import is_signed
+
+    folder, version = path.parents[1], path.parent.name
+    others = versions(folder.parent, folder.name)
+    if not is_signed(path) and any(is_signed(folder / str(other) / FILE_NAME) for other in others):
+        typer.echo(
+            f"{folder.name}@{version} is not signed, but an older version is: a server with ELBO_TRUSTED_KEYS does not "
+            f"load it before elbo sign {folder.name}@{version} --key FILE",
+            err=True,
+        )
 
 
 def _artifact_path(reference: str, artifacts: Path) -> Path:

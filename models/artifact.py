@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from models.archive_check import open_archive
 from models.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactUnsafe, DeviceMissing, printable
 from models.inspection import Inspected, inspect_artifact
+from models.keys import PrivateKey, PublicKey
 from models.manifest import (
     DIGEST_LENGTH,
     FILE_NAME,
@@ -38,6 +39,7 @@ from models.manifest import (
     read_sealed,
     seal,
 )
+from models.signatures import TrustedKeys, identify, signer
 from models.staging import staging_folder
 from models.versions import claim_version, unwritable_as_artifact_error
 
@@ -108,6 +110,8 @@ class Artifact:
     twin: Twin | None = None
     exhibits: Mapping[str, bytes] = field(default_factory=dict)  # by name: HELD_OUT, CALIBRATION, CARD
     calibration: Mapping[str, Tensor] = field(default_factory=dict)  # the buffers of the module's calibration, by name
+    sha256: str = ""  # of the file
+    signed_by: PublicKey | None = None  # None if no signature was needed
 
 
 def choose_device(requested: str) -> str:
@@ -186,6 +190,7 @@ def publish(
     root: Path,
     twin: Mapping[str, Graph] | None = None,
     exhibits: Mapping[str, bytes] | None = None,
+    key: PrivateKey | None = None,
 ) -> Path:
     """Write `module` (scripted, not frozen) as the next version of `manifest.name` under `root`. Return the path.
 
@@ -199,6 +204,7 @@ def publish(
         twin: the ONNX twin, one graph per method in TWIN_METHODS.
         exhibits: documents by name. The names are HELD_OUT, CALIBRATION, CARD and TRAINED_ROWS; each is
             optional.
+        key: signs the version. The signature is there as soon as the version is.
 
     Raises:
         ArtifactUnwritable: the disk is full, or this user may not write to the folder.
@@ -210,13 +216,18 @@ def publish(
         with staging_folder(folder) as staging:
             staging.chmod(0o755)  # whatever the umask: a server that runs as another user reads the folder
             _write_synced(staging / FILE_NAME, content)
-            version = claim_version(staging, root, manifest.name)
+            version = claim_version(staging, root, manifest.name, signer(content, manifest.name, key))
         _sync_folder(folder)
     return folder / str(version) / FILE_NAME
 
 
-def load(path: Path, device: str = "cpu") -> Artifact:
-    """Load the artifact at `path` and verify its seal, format version, weights and golden answers.
+def load(path: Path, device: str = "cpu", keys: TrustedKeys | None = None) -> Artifact:
+    """Load the artifact at `path` and verify its seal, signature, format version, weights and golden answers.
+
+    Args:
+        path: the artifact, `<name>/<version>/model.pt`.
+        device: "cpu" or "cuda".
+        keys: one of these keys must have signed the artifact as `<version>` of `<name>`; None: no signature is needed.
 
     Raises:
         ArtifactError: the file is missing or fails a verification. Each reason has a subclass in `models.errors`.
@@ -224,6 +235,7 @@ def load(path: Path, device: str = "cpu") -> Artifact:
     if device != "cpu":
         torch.backends.cudnn.allow_tf32 = False  # TF32 convolutions err by 1e-3; linear layers do not use TF32
     content = read_sealed(path)  # read once, so that the bytes that are loaded are the bytes that were verified
+    signed_by = None if keys is None else keys.verify(content, path, *identify(path))
     manifest = parse(content, path)
     inspected = inspect_artifact(content, path)
     try:
@@ -259,12 +271,14 @@ def load(path: Path, device: str = "cpu") -> Artifact:
         twin=_read_twin(content, weights, path, inspected),
         exhibits=_read_exhibits(content, path),
         calibration={name.removeprefix(prefix): buffer for name, buffer in weights.items() if name.startswith(prefix)},
+        sha256=hashlib.sha256(content).hexdigest(),
+        signed_by=signed_by,
     )
 
 
 def read_trained_rows(artifact: Artifact) -> bytes | None:
     """Return the document TRAINED_ROWS of `artifact`; None if there is none, as in artifacts of earlier releases."""
-    with open_archive(read_sealed(artifact.path)) as archive:
+    with open_archive(_read_again(artifact)) as archive:
         names = (name for name in archive.namelist() if name.partition("/")[2] == EXHIBIT_MEMBER.format(TRAINED_ROWS))
         member = next(names, None)
         return None if member is None else archive.read(member)
@@ -272,13 +286,19 @@ def read_trained_rows(artifact: Artifact) -> bytes | None:
 
 def thaw(artifact: Artifact) -> torch.jit.ScriptModule:
     """Load the module of `artifact` on the CPU without freezing it, so that it can be changed and published again."""
-    content = read_sealed(artifact.path)
+    content = _read_again(artifact)
     inspect_artifact(content, artifact.path)
     with _deprecations_silenced():
         module: torch.jit.ScriptModule = torch.jit.load(io.BytesIO(content), map_location="cpu")
-    if weights_sha256(module) != artifact.manifest.weights_sha256:
-        raise ArtifactCorrupt(f"{artifact.path} has changed since it was loaded: run the command again")
     return module
+
+
+def _read_again(artifact: Artifact) -> bytes:
+    """Return the bytes from which `artifact` was loaded. Raise ArtifactCorrupt if the file has changed since."""
+    content = read_sealed(artifact.path)
+    if hashlib.sha256(content).hexdigest() != artifact.sha256:
+        raise ArtifactCorrupt(f"{artifact.path} has changed since it was loaded: run the command again")
+    return content
 
 
 def compute_outputs(module: Any, x: Tensor, noise: Tensor, choice: Tensor) -> dict[str, Tensor]:

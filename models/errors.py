@@ -8,9 +8,11 @@ ElboError
 │   ├── ArtifactCorrupt     truncated or altered after it was sealed
 │   ├── ArtifactUnsafe      intact, but it has something that could harm this machine; it was not run
 │   ├── ArtifactTooNew      a later format version than this release can read
+│   ├── ArtifactUntrusted   no key that this machine trusts has signed it as this name and version
 │   ├── ArtifactMismatch    intact, but its outputs differ from its golden answers on this machine
 │   └── ArtifactUnwritable  the artifact folder is full, or this user may not write to it
 ├── DeviceMissing
+├── KeyInvalid              a key for signatures cannot be read or written
 ├── training.errors.DataError and training.errors.FitError
 └── the HTTP errors in service.errors
 """
@@ -36,6 +38,12 @@ class DeviceMissing(ElboError):
     """The requested device is not available."""
 
     code = "device_missing"
+
+
+class KeyInvalid(ElboError):
+    """A file of keys cannot be read, has no ed25519 key, or would be overwritten."""
+
+    code = "key_invalid"
 
 
 class ArtifactError(ElboError):
@@ -78,6 +86,12 @@ class ArtifactTooNew(ArtifactError):
     """The file has a later format version than this release can read."""
 
     code = "artifact_too_new"
+
+
+class ArtifactUntrusted(ArtifactError):
+    """ELBO_TRUSTED_KEYS is set, and none of its keys has signed the artifact as this version of this model."""
+
+    code = "artifact_untrusted"
 
 
 class ArtifactMismatch(ArtifactError):

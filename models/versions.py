@@ -7,7 +7,7 @@ artifact folder is not writable, this file is in the folder `.versions` of the m
 A roll-back moves the newer versions into the folder `.withdrawn` of the model's folder. They can be restored.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,10 +39,18 @@ def next_version(root: Path, name: str) -> int:
     return max([0, *versions(root, name), *withdrawn_versions(root, name), *numbers]) + 1
 
 
-def claim_version(staging: Path, root: Path, name: str) -> int:
+def claim_version(
+    staging: Path, root: Path, name: str, prepare: Callable[[Path, int], None] = lambda _staging, _version: None
+) -> int:
     """Rename the folder `staging` to the next version of model `name`, and return its number.
 
     Concurrent callers get different numbers.
+
+    Args:
+        staging: a folder with the files of the version.
+        root: the artifact folder.
+        name: name of the model.
+        prepare: called with `staging` and a number just before the folder may become the version with this number.
 
     Raises:
         OSError: the artifact folder is not writable.
@@ -50,6 +58,7 @@ def claim_version(staging: Path, root: Path, name: str) -> int:
     version = next_version(root, name)
     while True:
         _record(root, name, version)  # first, so that a crash wastes a number but never frees one
+        prepare(staging, version)
         try:
             staging.rename(root / name / str(version))
         except OSError:

@@ -19,6 +19,7 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from models.artifact import choose_device
+from models.signatures import TrustedKeySource
 from service.access.control import AccessControl
 from service.access.limits import REFRESH_SECONDS
 from service.anomaly import series_mapping
@@ -73,7 +74,8 @@ def create_app(settings: Settings, counters: SharedCounters | None = None) -> Fa
         counters: the counters that all workers share; by default, counters of this process alone.
 
     Raises:
-        ElboError: if the device is not available, or the file of API keys is not valid.
+        ElboError: if the device is not available, or if the file of API keys, ELBO_TRUSTED_KEYS or ELBO_REMOTE_WRITE is
+            not valid.
     """
     counters = counters or SharedCounters()
     metrics = Metrics(
@@ -98,6 +100,7 @@ def create_app(settings: Settings, counters: SharedCounters | None = None) -> Fa
         loader,
         default_model=settings.default_model,
         keep_versions=settings.keep_versions,
+        keys=TrustedKeySource(settings.trusted_keys) if settings.trusted_keys else None,
     )
     batcher = Batcher(
         max_batch_rows=settings.max_batch_rows,

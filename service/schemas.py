@@ -372,6 +372,9 @@ class ModelSummary(BaseModel):
     calibration: Calibration
     device: str
     backend: BackendChoice
+    signed_by: str | None = Field(
+        description="the trusted key that has signed the artifact; null if ELBO_TRUSTED_KEYS is not set"
+    )
     load_seconds: float = Field(description="time to load the artifact, verify it and choose the backend")
     warm_seconds: float = Field(description="time of the warm-up, which runs every operation at every batch size")
 

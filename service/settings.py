@@ -65,6 +65,11 @@ class Settings(BaseSettings):
         2.0, gt=0, le=3600, description="seconds between two scans of the artifact folder for new versions"
     )
     keep_versions: int = Field(2, ge=1, le=100, description="how many of the newest versions per model stay loaded")
+    trusted_keys: str = Field(
+        "",
+        description="file with one public key per line (elbo keygen), read again when it changes, or the keys "
+        "themselves, separated by commas; only artifacts that one of these keys has signed (elbo sign) are then loaded",
+    )
     max_body_bytes: int = Field(64 * 2**20, ge=1024, description="largest request body, in bytes")
     max_rows: int = Field(10_000, ge=1, description="most rows per request; also limits `n` and `steps`")
     max_batch_rows: int = Field(256, ge=1, description="most rows per batch")

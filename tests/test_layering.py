@@ -32,7 +32,9 @@ MAY_IMPORT = {
     "service.shared_memory": "",
     "service.access": "models.errors errors shared_memory",
     "service.codec": "models.columns models.pixels models.timestamps models.errors errors",
-    "service.inference": "models.artifact models.manifest models.errors codec errors shared_memory",
+    "service.inference": (
+        "models.artifact models.keys models.manifest models.signatures models.errors codec errors shared_memory"
+    ),
     "service.schemas": "models.manifest inference",
     "service.anomaly": "models.columns models.timestamps models.errors schemas inference codec errors",
     "service.monitoring": "models.errors anomaly inference codec settings shared_memory",
@@ -41,7 +43,10 @@ MAY_IMPORT = {
         "models.artifact models.manifest models.errors access http monitoring anomaly schemas inference codec errors "
         "settings"
     ),
-    "service.app": "models.artifact access endpoints http monitoring anomaly inference errors settings shared_memory",
+    "service.app": (
+        "models.artifact models.signatures access endpoints http monitoring anomaly inference errors settings "
+        "shared_memory"
+    ),
     "service.server": "models.errors app endpoints http monitoring settings shared_memory",
     "service.__main__": "models.errors server settings",
 }

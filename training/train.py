@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from models import artifact
+from models.keys import PrivateKey
 from models.manifest import Manifest
 from training.config import AUTO_KINDS, TrainConfig
 from training.data.table import Table, split_rows
@@ -41,6 +42,7 @@ def train(
     force: bool = True,
     replace_features: bool = False,
     processes: ProcessGroup = ProcessGroup(),  # noqa: B008  # frozen
+    key: PrivateKey | None = None,
 ) -> Path:
     """Fit, evaluate, calibrate and publish a model. Return the path of the new artifact.
 
@@ -59,6 +61,7 @@ def train(
         force: publish even if the model is worse than predicting the mean. `elbo train` sets it to false.
         replace_features: allow features that differ from those of the newest version of `config.name`.
         processes: processes that train together; each of them calls this function with the same arguments.
+        key: signs the artifact.
 
     Raises:
         DataError: the table cannot be used, or its features differ from those of the newest version.
@@ -83,7 +86,9 @@ def train(
             _fit_candidate(each, data, report, checkpoints=store, tensorboard=tensorboard, processes=processes)
             for each, store in zip(configs, stores, strict=True)
         ]
-        path = _finish(candidates, stores, data, artifacts, report, runs, force=force) if processes.is_first else None
+        path = None
+        if processes.is_first:
+            path = _finish(candidates, stores, data, artifacts, report, runs, force=force, key=key)
         return processes.broadcast_path(path)
 
 
@@ -190,6 +195,7 @@ def _finish(
     runs: Path | None,
     *,
     force: bool,
+    key: PrivateKey | None,
 ) -> Path:
     """Publish the best candidate, write its report, and remove the checkpoints.
 
@@ -203,7 +209,7 @@ def _finish(
             "every column; change the options, or repeat the command with --force to publish it anyway"
         )
     can_resume = _are_networks_saved(candidates, stores)
-    path, manifest = publish(chosen, comparison, data, artifacts, report, can_resume=can_resume)
+    path, manifest = publish(chosen, comparison, data, artifacts, report, can_resume=can_resume, key=key)
     for candidate, store in zip(candidates, stores, strict=True):
         if store is None or runs is None:
             continue

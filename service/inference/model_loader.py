@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from models.artifact import Artifact, load
+from models.signatures import TrustedKeys
 from service.codec import png
 from service.inference import operations
 from service.inference.backend_selection import BACKENDS, WARM_UP_ROUNDS, Selection, select_backend
@@ -55,14 +56,20 @@ class ModelLoader:
         self._max_batch_bytes = max_batch_bytes
         self._decisions = decisions or SharedDecisions(SharedCounters(), "backend", BACKENDS)
 
-    def load(self, path: Path, name: str, version: int) -> ServedModel:
+    def load(self, path: Path, name: str, version: int, keys: TrustedKeys | None = None) -> ServedModel:
         """Load the artifact at `path` as `name`@`version`, select its backend, and warm it up.
+
+        Args:
+            path: the artifact, `<name>/<version>/model.pt`.
+            name: name of the model.
+            version: version of the model.
+            keys: one of these keys must have signed the artifact; None: no signature is needed.
 
         Raises:
             ArtifactError: the artifact cannot be read or verified, or the requested backend cannot run it.
         """
         started = perf_counter()
-        artifact = load(path, self._device)
+        artifact = load(path, self._device, keys)
         selection = self._select_backend(artifact)
         loaded = perf_counter()
         served = ServedModel(
@@ -72,6 +79,7 @@ class ModelLoader:
             selection=selection,
             load_seconds=loaded - started,
             exhibits=artifact.exhibits,
+            signed_by=artifact.signed_by,
         )
         self._warm_up(served)
         return replace(served, warm_seconds=perf_counter() - loaded)

@@ -2,7 +2,8 @@
 
 The folder is polled every few seconds, outside the event loop. Requests read an immutable `Catalogue`, and each poll
 replaces it by a new one. A version that fails to load does not affect other versions. The failure is logged once and
-listed in /models. The version is loaded again when its file, or the owner or the permissions of its file, change.
+listed in /models. The version is loaded again when its file, its signature, the rights of its file or the trusted keys
+change.
 
 A file or folder that the operating system refuses to read is a failure too. It is read again at every poll, because the
 repair of a disk or of a network does not change the file. Meanwhile, what is already loaded stays served.
@@ -15,8 +16,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from models.errors import ArtifactMissing, ArtifactUnreadable, ElboError
+from models.errors import ArtifactMissing, ArtifactUnreadable, ElboError, KeyInvalid
 from models.manifest import FILE_NAME, folders, versions
+from models.signatures import SIGNATURE_NAME, TrustedKeys, TrustedKeySource
 from service.errors import ModelNotFound, NotReady
 from service.inference.model_loader import ModelLoader
 from service.inference.served_model import ServedModel
@@ -33,9 +35,9 @@ class FileState:
 
     Args:
         content: inode, size and modification time (nanoseconds). They change when the file is replaced or written to.
-        rights: device, time of the last change (nanoseconds), mode and owner of the file, and mode and owner of the
-            folders of its version and its model. The time changes even if a program such as `cp -p` or `rsync -t` sets
-            the modification time back.
+        rights: device, time of the last change (nanoseconds), mode and owner of the file, mode and owner of the folders
+            of its version and its model, and the state of its signature. The time changes even if a program such as
+            `cp -p` or `rsync -t` sets the modification time back.
     """
 
     content: tuple[int, ...]
@@ -119,6 +121,7 @@ class _Entry:
 
     Args:
         state: the state of the file just before it was last loaded; None if the operating system refused to tell.
+        keys: the keys that were trusted then; None if no signature is needed.
         served: the last model of this version that has loaded; None if none has loaded. If the present file failed to
             load, this model is from an older file.
         failure: why the present file failed to load; None if it has loaded.
@@ -126,15 +129,16 @@ class _Entry:
     """
 
     state: FileState | None
+    keys: TrustedKeys | None
     served: ServedModel | None
     failure: Failure | None
     refused: bool = False
 
-    def is_current(self, state: FileState) -> bool:
-        """Return whether the file need not be loaded again now that `state` is the state of the file."""
+    def is_current(self, state: FileState, keys: TrustedKeys | None) -> bool:
+        """Return whether the file need not be loaded again now that it is in `state` and `keys` are trusted."""
         if self.failure is None:
             return self.state is not None and self.state.content == state.content
-        return self.state == state and not self.refused
+        return (self.state, self.keys) == (state, keys) and not self.refused
 
 
 class ModelRegistry:
@@ -145,13 +149,23 @@ class ModelRegistry:
         loader: loads artifacts.
         default_model: name of the default model; if it is not served, the first model by name is the default.
         keep_versions: how many of the newest versions of each model are served.
+        keys: the keys of which one must have signed an artifact; None: no signature is needed.
     """
 
-    def __init__(self, root: Path, loader: ModelLoader, *, default_model: str, keep_versions: int) -> None:
+    def __init__(
+        self,
+        root: Path,
+        loader: ModelLoader,
+        *,
+        default_model: str,
+        keep_versions: int,
+        keys: TrustedKeySource | None = None,
+    ) -> None:
         self._root = root
         self._loader = loader
         self._default_model = default_model
         self._keep_versions = keep_versions
+        self._keys = keys
         self._entries: dict[tuple[str, int], _Entry] = {}
         self._folder_id: FolderId | None = None  # of the artifact folder, when a model was last found in it
         self.catalogue = Catalogue()
@@ -166,27 +180,50 @@ class ModelRegistry:
         If the artifact folder is missing or cannot be read, the loaded models stay served. The call blocks while models
         load: do not make it in the event loop.
         """
+        failures: tuple[Failure, ...] = self._read_keys()
         scanned = self._scan()
         if isinstance(scanned, Failure):
-            failures = (scanned, *(failure for failure in self.catalogue.failures if failure.name is not None))
-            self._replace_catalogue(Catalogue(self.catalogue.models, failures, self.catalogue.default))
+            of_models = [failure for failure in self.catalogue.failures if failure.name is not None]
+            models = {name: self._trusted_versions(name) for name in self.catalogue.models}
+            self._publish(models, (*failures, scanned, *of_models))
             return
         models = {}
         entries: dict[tuple[str, int], _Entry] = {}
-        failures = ()
         for name, found in scanned.items():
             if isinstance(found, Failure):
                 failures = (*failures, found)
                 entries |= {key: entry for key, entry in self._entries.items() if key[0] == name}
-                served = self.catalogue.models.get(name, {})
+                models[name] = self._trusted_versions(name)
             else:
-                served = self._load_newest(name, found, entries)
-            if served:
-                models[name] = served
+                models[name] = self._load_newest(name, found, entries)
         self._entries = entries
-        failures = (*failures, *(entry.failure for entry in entries.values() if entry.failure))
-        default = self._default_model if self._default_model in models else next(iter(models), None)
-        self._replace_catalogue(Catalogue(models, failures, default))
+        self._publish(models, (*failures, *(entry.failure for entry in entries.values() if entry.failure)))
+
+    def _publish(self, models: Mapping[str, Mapping[int, ServedModel]], failures: tuple[Failure, ...]) -> None:
+        """Replace the catalogue, and log what has changed. Models without versions are left out."""
+        served = {name: numbers for name, numbers in models.items() if numbers}
+        default = self._default_model if self._default_model in served else next(iter(served), None)
+        previous, self.catalogue = self.catalogue, Catalogue(served, failures, default)
+        _log_changes(previous, self.catalogue)
+
+    def _read_keys(self) -> tuple[Failure, ...]:
+        """Read the trusted keys again if their file has changed. If that fails, the keys stay as they are."""
+        if self._keys is None:
+            return ()
+        try:
+            self._keys.refresh()
+        except KeyInvalid as error:
+            return (Failure(None, None, error.code, f"{error}; the keys that were read before stay trusted"),)
+        return ()
+
+    def _is_trusted(self, served: ServedModel) -> bool:
+        """Return whether a loaded model may be served: its key is still trusted, or no signature is needed."""
+        return self._keys is None or served.signed_by in self._keys.keys.keys
+
+    def _trusted_versions(self, name: str) -> dict[int, ServedModel]:
+        """Return the loaded versions of `name` that may be served."""
+        versions_of_model = self.catalogue.models.get(name, {})
+        return {version: served for version, served in versions_of_model.items() if self._is_trusted(served)}
 
     def _scan(self) -> "dict[str, list[int] | Failure] | Failure":
         """Return the versions of each model, or a failure in place of the versions if the model's folder is unreadable.
@@ -244,31 +281,31 @@ class ModelRegistry:
     def _load_if_changed(self, name: str, version: int) -> _Entry:
         path = self._root / name / str(version) / FILE_NAME
         previous = self._entries.get((name, version))
+        older = previous.served if previous and previous.served and self._is_trusted(previous.served) else None
+        keys = None if self._keys is None else self._keys.keys
         state = None
         try:
             state = _file_state(path)
-            if previous and previous.is_current(state):
+            if previous and previous.served is older and previous.is_current(state, keys):
                 return previous
-            return _Entry(state, self._loader.load(path, name, version), None)
+            return _Entry(state, keys, self._loader.load(path, name, version, keys), None)
         except FileNotFoundError:
             raise
         except Exception as error:
             refused = isinstance(error, OSError | ArtifactUnreadable | ArtifactMissing)
-            entry = _Entry(state, previous.served if previous else None, _failure(name, version, error), refused)
-            if previous is None or (entry.state, entry.failure) != (previous.state, previous.failure):
+            entry = _Entry(state, keys, older, _failure(name, version, error), refused)
+            if previous is None or (state, keys, entry.failure) != (previous.state, previous.keys, previous.failure):
                 unexpected = not isinstance(error, OSError | ElboError)
                 log.error("%s", entry.failure, exc_info=error if unexpected else None)
             return entry
 
-    def _replace_catalogue(self, catalogue: Catalogue) -> None:
-        previous, self.catalogue = self.catalogue, catalogue
-        _log_changes(previous, catalogue)
-
 
 def _file_state(path: Path) -> FileState:
-    file = path.stat()
-    folders = path.parent.stat(), path.parents[1].stat()
+    file, folders = path.stat(), (path.parent.stat(), path.parents[1].stat())
     rights = [number for each in (file, *folders) for number in (each.st_mode, each.st_uid, each.st_gid)]
+    with suppress(OSError):
+        signature = path.with_name(SIGNATURE_NAME).stat()
+        rights += [signature.st_ino, signature.st_size, signature.st_ctime_ns]
     return FileState((file.st_ino, file.st_size, file.st_mtime_ns), (file.st_dev, file.st_ctime_ns, *rights))
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from models.keys import PublicKey
 from models.manifest import Manifest
 from service.codec import png
 from service.codec.feature_names import FeatureSelectors
@@ -26,6 +27,7 @@ class ServedModel:
         load_seconds: time to load and verify the artifact and to select the backend.
         warm_seconds: time of the warm-up.
         exhibits: documents for human readers, such as the model card, by file name.
+        signed_by: the trusted key that has signed the artifact; None if the server needs no signatures.
     """
 
     name: str
@@ -35,6 +37,7 @@ class ServedModel:
     load_seconds: float
     warm_seconds: float = 0.0
     exhibits: Mapping[str, bytes] = field(default_factory=dict)
+    signed_by: PublicKey | None = None
 
     @cached_property
     def backend(self) -> Backend:
@@ -119,6 +122,7 @@ def describe(served: ServedModel) -> dict[str, Any]:
             "precision": served.backend.precision,
             "errors": dict(served.selection.errors),
         },
+        "signed_by": None if served.signed_by is None else str(served.signed_by),
         "load_seconds": round(served.load_seconds, 3),
         "warm_seconds": round(served.warm_seconds, 3),
     }

@@ -12,6 +12,7 @@ import torch
 
 from models import artifact
 from models.errors import ArtifactUnwritable
+from models.keys import PrivateKey
 from models.manifest import FORMAT_VERSION, CalibrationSize, Data, Feature, Golden, Manifest
 from models.pipeline import Pipeline
 from models.versions import next_version
@@ -34,12 +35,14 @@ def publish(
     report: Reporter,
     *,
     can_resume: bool = False,
+    key: PrivateKey | None = None,
 ) -> tuple[Path, Manifest]:
     """Publish the model as the next version of its name under `artifacts`. Return the artifact's path and manifest.
 
     Args:
         can_resume: whether the trained networks are in a checkpoint. If they are not, and the model cannot be written
             to `artifacts`, the model is written to a new folder in TMPDIR.
+        key: signs the version.
 
     Raises:
         ArtifactUnwritable: the disk is full, or this user may not write to the folder. The message says where the
@@ -54,7 +57,7 @@ def publish(
     report.stage("writing the artifact")
     exhibits = make_exhibits(chosen.pipeline, manifest, data, notes)
     try:
-        return artifact.publish(module, manifest, artifacts, twin, exhibits), manifest
+        return artifact.publish(module, manifest, artifacts, twin, exhibits, key), manifest
     except ArtifactUnwritable as error:
         if can_resume:
             advice = "The trained networks are kept: repeat elbo train with --resume to publish them"
@@ -64,8 +67,9 @@ def publish(
         except (ArtifactUnwritable, OSError):
             raise error from None
         folder = artifacts / manifest.name / str(next_version(artifacts, manifest.name))
+        sign = "" if key is None else ", and then sign it with elbo sign"
         commands = f"mkdir -p {quote(str(folder.parent))} && mv {quote(str(kept.parent))} {quote(str(folder))}"
-        raise ArtifactUnwritable(f"{error}. The trained model is kept: publish it with {commands}") from error
+        raise ArtifactUnwritable(f"{error}. The trained model is kept: publish it with {commands}{sign}") from error
 
 
 def _twin(pipeline: Pipeline, rows: torch.Tensor, report: Reporter) -> dict[str, artifact.Graph] | None:

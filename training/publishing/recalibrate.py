@@ -18,6 +18,7 @@ from models import artifact
 from models.artifact import Artifact
 from models.calibration import Calibration
 from models.errors import join_names
+from models.keys import PrivateKey
 from models.manifest import VERSION, CalibrationSize, Golden, Manifest, Recalibration, calibration_rows_needed
 from training.data.row_fingerprints import KnownRows, find_known_rows
 from training.data.row_store import Floats
@@ -44,7 +45,14 @@ class Recalibrated:
 
 
 def recalibrate(
-    parent: Artifact, table: Table, root: Path, alpha: float, runs: Path | None = None, *, force: bool = False
+    parent: Artifact,
+    table: Table,
+    root: Path,
+    alpha: float,
+    runs: Path | None = None,
+    *,
+    force: bool = False,
+    key: PrivateKey | None = None,
 ) -> Recalibrated:
     """Publish `parent` under `root` as the next version of its name, calibrated on the normal rows of `table`.
 
@@ -56,6 +64,7 @@ def recalibrate(
         table: the result of `read_for_model` for the manifest of `parent`.
         force: calibrate even if the old calibration flags all rows.
         alpha: the smallest alpha that you will use; it determines how many rows are needed.
+        key: signs the new version. The signature of `parent` is not valid for it.
         runs: folder in which the card of the new version is written to <name>/<version>/card.md; None to write no card.
 
     Raises:
@@ -89,7 +98,7 @@ def recalibrate(
         exhibits[artifact.TRAINED_ROWS] = known_rows
     exhibits[artifact.CALIBRATION] = calibration_json(module.calibration.scores)
     exhibits[artifact.CARD] = card(manifest, None, notes, ()).encode()
-    path = artifact.publish(module, manifest, root, twin, exhibits)
+    path = artifact.publish(module, manifest, root, twin, exhibits, key)
     if runs is not None:
         folder = runs / manifest.name / path.parent.name
         notes += write_card(folder, manifest, int(path.parent.name), notes, [])

@@ -4,8 +4,9 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from models.errors import ArtifactUnreadable, ElboError
-from models.manifest import FILE_NAME, folders, read_manifest, versions
+from models.errors import ArtifactUnreadable, ArtifactUntrusted, ElboError
+from models.manifest import FILE_NAME, folders, parse, read_sealed, versions
+from models.signatures import TrustedKeys
 from models.versions import WITHDRAWN, withdrawn_versions
 
 
@@ -15,17 +16,21 @@ class ListedVersion:
 
     name: str
     version: int | None  # None if the folder of the model cannot be read
-    status: str  # newest (requests for the name get this version), older, withdrawn, or damaged
+    status: str  # newest (requests for the name get this version), older, withdrawn, damaged, or untrusted
     path: str
     kind: str | None = None
     created: str | None = None
     features: int | None = None
     rows: int | None = None  # rows of the training data
-    error: str | None = None  # why the artifact cannot be read
+    error: str | None = None  # why the artifact cannot be read or is not trusted
+    signed_by: str | None = None  # the trusted key that has signed the artifact; None if no keys were given
 
 
-def list_versions(root: Path) -> list[ListedVersion]:
-    """Return all versions under `root`, sorted by name, newest version first. Withdrawn versions are included."""
+def list_versions(root: Path, keys: TrustedKeys | None = None) -> list[ListedVersion]:
+    """Return all versions under `root`, sorted by name, newest version first. Withdrawn versions are included.
+
+    With `keys`, a version that none of these keys has signed is untrusted.
+    """
     found = []
     for name in folders(root) if root.exists() else []:
         try:
@@ -39,13 +44,17 @@ def list_versions(root: Path) -> list[ListedVersion]:
             status = "newest" if version == newest else "older"
             if (version, folder) in withdrawn:
                 status = "withdrawn"
-            found.append(_read(name, version, status, folder / FILE_NAME))
+            found.append(_read(name, version, status, folder / FILE_NAME, keys))
     return found
 
 
-def _read(name: str, version: int, status: str, path: Path) -> ListedVersion:
+def _read(name: str, version: int, status: str, path: Path, keys: TrustedKeys | None) -> ListedVersion:
     try:
-        manifest = read_manifest(path)
+        content = read_sealed(path)
+        signed_by = None if keys is None else str(keys.verify(content, path, name, version))
+        manifest = parse(content, path)
+    except ArtifactUntrusted as error:
+        return ListedVersion(name, version, "untrusted", str(path), error=" ".join(str(error).split()))
     except (ElboError, OSError) as error:
         return ListedVersion(name, version, "damaged", str(path), error=" ".join(str(error).split()))
     return ListedVersion(
@@ -57,6 +66,7 @@ def _read(name: str, version: int, status: str, path: Path) -> ListedVersion:
         created=manifest.created,
         features=manifest.width,
         rows=manifest.data.rows,
+        signed_by=signed_by,
     )
 
 
@@ -70,7 +80,7 @@ def _reference(each: ListedVersion) -> str:
 
 
 def listing_text(found: list[ListedVersion]) -> str:
-    """Return the versions as a table, followed by the reasons why artifacts are damaged."""
+    """Return the versions as a table, followed by the reasons why artifacts are damaged or untrusted."""
     table = [("model", "kind", "status", "written", "features", "rows")]
     for each in found:
         features, rows = (f"{number:,}" if number is not None else "-" for number in (each.features, each.rows))

@@ -1,0 +1,201 @@
+"""The registry with trusted keys: it serves what they have signed, and follows changes of keys and signatures."""
+
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from models.keys import PrivateKey
+from models.signatures import TrustedKeySource, sign
+from service.inference.model_loader import ModelLoader
+from service.inference.registry import Failure, ModelRegistry
+from tests.models.publishing import publish
+from tests.models.signing import CHANGES, new_key
+
+pytestmark = pytest.mark.slow
+
+
+class Site:
+    """An artifact folder with model@1, two keys, a file of trusted keys (first the key `first`), and a registry."""
+
+    def __init__(self, folder: Path, published: Path) -> None:
+        self.root, self.file = folder / "artifacts", folder / "trusted"
+        self.path = self.root / "model" / "1" / "model.pt"
+        shutil.copytree(published.parent, self.path.parent)
+        self.first, self.second = new_key(folder, "first"), new_key(folder, "second")
+        self.trust(self.first)
+
+    def trust(self, *keys: PrivateKey) -> None:
+        self.file.write_text("".join(f"{key.public.line}\n" for key in keys))
+
+    def start(self) -> None:
+        self.registry = ModelRegistry(
+            self.root, ModelLoader(), default_model="model", keep_versions=2, keys=TrustedKeySource(str(self.file))
+        )
+        self.registry.refresh()
+
+    def new_version(self, version: int) -> Path:
+        folder = self.root / "model" / str(version)
+        shutil.copytree(self.path.parent, folder)
+        return folder / "model.pt"
+
+    @property
+    def served(self) -> list[int]:
+        return list(self.registry.catalogue.models.get("model", {}))
+
+    @property
+    def failures(self) -> Sequence[Failure]:
+        return self.registry.catalogue.failures
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return publish(tmp_path_factory.mktemp("artifacts"))
+
+
+@pytest.fixture
+def site(tmp_path: Path, published: Path) -> Site:
+    return Site(tmp_path, published)
+
+
+def test_unsigned_version_is_served_as_soon_as_it_is_signed(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    site.start()
+    for _ in range(3):
+        site.registry.refresh()
+    assert site.served == []
+    (failure,) = site.failures
+    assert (failure.name, failure.version, failure.code) == ("model", 1, "artifact_untrusted")
+    assert "is not signed" in failure.detail
+    assert sum("failed to load model@1" in record.message for record in caplog.records) == 1
+    sign(site.path, site.second)
+    site.registry.refresh()
+    assert site.served == []
+    assert "is signed by SHA256:" in site.failures[0].detail
+    sign(site.path, site.first)
+    site.registry.refresh()
+    assert site.served == [1]
+    assert site.failures == ()
+    assert site.registry.catalogue.find(None).signed_by == site.first.public
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_old_version_stays_served_if_the_signature_of_the_new_one_is_missing_or_wrong(site: Site, change: str) -> None:
+    sign(site.path, site.first)
+    site.start()
+    new = site.new_version(2)
+    sign(new, site.first)
+    make, reason = CHANGES[change]
+    make(new)
+    site.registry.refresh()
+    assert site.served == [1]
+    assert [failure.version for failure in site.failures] == [2]
+    assert reason in site.failures[0].detail
+
+
+def test_copy_of_a_signed_version_under_the_next_number_is_not_served(site: Site) -> None:
+    sign(site.path, site.first)
+    site.start()
+    site.new_version(2)
+    site.registry.refresh()
+    assert site.served == [1]
+    assert "the signature is for model@1, not for model@2" in site.failures[0].detail
+
+
+@pytest.mark.parametrize("content", ["unsigned", "of an unknown key"])
+def test_loaded_model_stays_served_if_its_file_is_replaced_by_an_untrusted_one(
+    site: Site, tmp_path: Path, content: str
+) -> None:
+    sign(site.path, site.first)
+    site.start()
+    first = site.registry.catalogue.find(None)
+    other = publish(tmp_path / "more", kind="ae")
+    shutil.copy(other, site.path)
+    if content == "of an unknown key":
+        sign(site.path, new_key(tmp_path, "stranger"))
+    site.registry.refresh()
+    assert site.registry.catalogue.find(None) is first
+    assert [failure.code for failure in site.failures] == ["artifact_untrusted"]
+
+
+def test_model_is_no_longer_served_when_its_key_is_removed_and_returns_with_the_key(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    sign(site.path, site.first)
+    site.start()
+    site.trust(site.second)
+    for _ in range(3):
+        site.registry.refresh()
+    assert site.served == []
+    assert [failure.code for failure in site.failures] == ["artifact_untrusted"]
+    assert sum("failed to load model@1" in record.message for record in caplog.records) == 1
+    assert sum("no longer serving model@1" in record.message for record in caplog.records) == 1
+    site.trust(site.second, site.first)
+    site.registry.refresh()
+    assert site.served == [1]
+
+
+@pytest.mark.parametrize("unreadable", ["model folder", "artifact folder"])
+def test_model_is_no_longer_served_when_its_key_is_removed_while_its_folder_is_unreadable(
+    site: Site, unreadable: str
+) -> None:
+    sign(site.path, site.first)
+    site.start()
+    folder = site.root if unreadable == "artifact folder" else site.path.parents[1]
+    folder.rename(folder.with_name(".away"))
+    folder.symlink_to(folder)
+    site.registry.refresh()
+    assert site.served == [1]
+    site.trust(site.second)
+    site.registry.refresh()
+    assert site.served == []
+
+
+def test_model_with_two_signatures_stays_served_when_one_key_is_removed(site: Site) -> None:
+    sign(site.path, site.first)
+    sign(site.path, site.second)
+    site.trust(site.first, site.second)
+    site.start()
+    assert site.registry.catalogue.find(None).signed_by == site.first.public
+    site.trust(site.second)
+    site.registry.refresh()
+    assert site.registry.catalogue.find(None).signed_by == site.second.public
+    assert site.failures == ()
+
+
+def test_loaded_model_is_not_loaded_again_when_a_key_is_added(site: Site) -> None:
+    sign(site.path, site.first)
+    site.start()
+    first = site.registry.catalogue.find(None)
+    site.trust(site.second, site.first)
+    site.registry.refresh()
+    assert site.registry.catalogue.find(None) is first
+
+
+@pytest.mark.parametrize("content", ["", "nonsense", None])
+def test_models_stay_served_while_the_file_of_keys_is_invalid(
+    site: Site, caplog: pytest.LogCaptureFixture, content: str | None
+) -> None:
+    caplog.set_level(logging.INFO)
+    sign(site.path, site.first)
+    site.start()
+    first = site.registry.catalogue.find(None)
+    if content is None:
+        site.file.unlink()
+    else:
+        site.file.write_text(content)
+    unsigned = publish(site.root)
+    for _ in range(3):
+        site.registry.refresh()
+    assert site.registry.catalogue.find(None) is first
+    assert [failure.code for failure in site.failures] == ["key_invalid", "artifact_untrusted"]
+    assert str(site.file) in site.failures[0].detail
+    assert sum("the keys that were read before stay trusted" in record.message for record in caplog.records) == 1
+    sign(unsigned, site.first)
+    site.trust(site.first)
+    site.registry.refresh()
+    assert site.served == [1, 2]
+    assert site.failures == ()
+    assert "resolved: " in caplog.text
