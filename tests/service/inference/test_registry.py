@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from models.signatures import TrustedKeys
 from service.errors import ModelNotFound, NotReady
 from service.inference.model_loader import ModelLoader
 from service.inference.registry import ModelRegistry
@@ -30,9 +31,9 @@ class CountingLoader(ModelLoader):
 
     loads = 0
 
-    def load(self, path: Path, name: str, version: int) -> ServedModel:
+    def load(self, path: Path, name: str, version: int, keys: TrustedKeys | None = None) -> ServedModel:
         self.loads += 1
-        return super().load(path, name, version)
+        return super().load(path, name, version, keys)
 
 
 def served(registry: ModelRegistry) -> list[str]:
