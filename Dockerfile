@@ -30,12 +30,7 @@ COPY --from=packages /opt/elbo /opt/elbo
 ENV PYTHONPATH=/opt/source ELBO_HOST=0.0.0.0 ELBO_PORT=8000 ELBO_ARTIFACTS=/artifacts ELBO_RUNS=/artifacts/.runs
 VOLUME /artifacts
 EXPOSE 8000
-# http.client ignores proxy variables, urllib does not. Kubernetes sets ELBO_PORT=tcp://... for a Service named elbo; the
-# server then listens on its default port.
-HEALTHCHECK --interval=10s --timeout=5s --start-period=60s CMD ["python", "-c", "import http.client, os, sys; \
-port = os.environ.get('ELBO_PORT', '8000'); port = 8000 if '://' in port else int(port); \
-c = http.client.HTTPConnection('127.0.0.1', port, timeout=4); c.request('GET', '/readyz'); \
-sys.exit(c.getresponse().status != 200)"]
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s CMD ["python", "-m", "service.healthcheck"]
 ENTRYPOINT ["elbo"]
 CMD ["serve"]
 

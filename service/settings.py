@@ -41,6 +41,16 @@ class Settings(BaseSettings):
         description="port to listen on; 0 picks a free port. A value such as tcp://10.0.0.1:80, which Kubernetes sets "
         "for a Service named elbo, is ignored",
     )
+    tls_certificate: Path | None = Field(
+        None,
+        description="PEM file with the certificate of the server and the intermediate certificates; the server then "
+        "speaks HTTPS only. A renewed file is loaded without a restart",
+    )
+    tls_key: Path | None = Field(
+        None,
+        description="PEM file with the private key of ELBO_TLS_CERTIFICATE, without a password; by default, the key is "
+        "in the file of the certificate",
+    )
     artifacts: Path = Field(Path("artifacts"), description="artifact folder: `<name>/<version>/model.pt`")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="device that models run on; auto uses CUDA if it is available"
@@ -207,6 +217,13 @@ class Settings(BaseSettings):
             if origin != "*" and (not url.hostname or origin != f"{url.scheme}://{url.netloc}" or "@" in url.netloc):
                 raise ValueError("expected * or origins such as https://app.example.com, without a path")
         return ",".join(origins)
+
+    @field_validator("tls_key")
+    @classmethod
+    def _check_tls_key(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if value and not info.data.get("tls_certificate"):
+            raise ValueError("expected ELBO_TLS_CERTIFICATE too")
+        return value
 
     @field_validator("allowed_hosts")
     @classmethod

@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "training.__main__": "elbo",
     "service.errors": "models.errors",
     "service.settings": "",
+    "service.healthcheck": "",
     "service.shared_memory": "",
     "service.access": "models.errors errors shared_memory",
     "service.codec": "models.columns models.pixels models.timestamps models.errors errors",

@@ -35,7 +35,8 @@ class LingeringTransport:
             return
         if self._must_linger and self._must_linger():
             self.is_closing = _always
-            self._transport.write_eof()  # tells the client that the response has ended
+            if self._transport.can_write_eof():  # not with TLS
+                self._transport.write_eof()  # tells the client that the response has ended
         else:
             self._transport.close()
 

@@ -37,10 +37,11 @@ class Received(NamedTuple):
     connections: list[socket.socket]
 
 
-def url_of(listener: socket.socket) -> str:
+def url_of(listener: socket.socket, is_https: bool) -> str:
     """Return the URL at which `listener` is reached."""
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if is_https else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def accept_pending(listener: socket.socket) -> Iterator[socket.socket]:

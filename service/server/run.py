@@ -8,6 +8,7 @@ import socket
 from models.errors import ElboError
 from service.monitoring import logs
 from service.server import standard_streams
+from service.server.tls import Certificate
 from service.settings import Settings
 
 log = logging.getLogger("elbo.service")
@@ -36,6 +37,8 @@ def serve(settings: Settings) -> None:
     if settings.api_keys_file:
         _, hard_limit = resource.getrlimit(resource.RLIMIT_CORE)
         resource.setrlimit(resource.RLIMIT_CORE, (0, hard_limit))  # a core dump would contain keys of requests
+    if settings.tls_certificate:
+        Certificate(settings.tls_certificate, settings.tls_key)  # reports an error before the models are loaded
     with bind(settings.host, settings.port) as listener:
         require_keys_if_public(listener, settings)
         if settings.workers > 1:

@@ -199,7 +199,7 @@ class Supervisor:
         self._state = State.SERVING
         self._listener.listen(fd_passing.BACKLOG)
         self._selector.register(self._listener, selectors.EVENT_READ)
-        log.info("listening on %s", fd_passing.url_of(self._listener))
+        log.info("listening on %s", fd_passing.url_of(self._listener, self._settings.tls_certificate is not None))
         self._start_times = dict.fromkeys(range(1, self._settings.workers), monotonic())
 
     def _enter_draining(self, received: signal.Signals) -> None:

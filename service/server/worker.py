@@ -16,11 +16,14 @@ from service.endpoints.context import ServiceContext
 from service.http.protocol import CONNECTION_CLOSE, close_slow
 from service.monitoring import logs
 from service.server import fd_passing
+from service.server.tls import Certificate
 from service.settings import Settings
 from service.shared_memory import SharedCounters, SharedNumber
 
 log = logging.getLogger("elbo.service")
 SWITCH_INTERVAL = 0.0005  # in seconds; with Python's default, the event loop may delay the inference thread by 5 ms
+CERTIFICATE_TICKS = 20  # number of ticks between two checks for a renewed certificate
+TLS_CLOSE_SECONDS = 1.0  # time limit for the client to confirm the end of a TLS connection; few clients do
 TICK_SECONDS = 0.1  # interval between two checks for slow clients
 LINGER_SECONDS = 0.5  # when the server stops, open connections stay open for this time for one more request
 
@@ -40,6 +43,7 @@ class Server(uvicorn.Server):
         service: the service, whose `draining` is set when the server begins to drain.
         control: the socket to the supervisor; None without a supervisor.
         closed_connections: the shared number of closed connections, which the supervisor reads.
+        certificate: the certificate of an HTTPS server; None for HTTP.
     """
 
     def __init__(
@@ -48,29 +52,40 @@ class Server(uvicorn.Server):
         service: ServiceContext,
         control: socket.socket | None,
         closed_connections: SharedNumber,
+        certificate: Certificate | None,
     ) -> None:
         super().__init__(config)
         self.server_state.connections = _Connections(closed_connections)
         self._service = service
         self._control = control
+        self._certificate = certificate
+        self._tls_options = _tls_options(certificate, service.settings.request_timeout) if certificate else {}
         self._signalled = False
         self._opening: set[asyncio.Task[Any]] = set()  # accepted connections that uvicorn does not serve yet
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Load the models. Then listen, or, under a supervisor, report that this worker is ready."""
-        await super().startup(sockets)
+        await super().startup([])  # without sockets, which uvicorn would give no time limits for TLS
+        loop = asyncio.get_running_loop()
+        for listener in sockets or []:
+            server = await loop.create_server(
+                self._create_protocol, sock=listener, backlog=self.config.backlog, **self._tls_options
+            )
+            self.servers.append(server)
         # Exclude the objects that exist now from garbage collection: visiting them would pause all requests for 0.1 s.
         gc.freeze()
         if self._control:
             self._control.setblocking(False)
             self._control.send(fd_passing.READY)
-            asyncio.get_running_loop().add_reader(self._control, self._receive, self._control)
+            loop.add_reader(self._control, self._receive, self._control)
         for listener in sockets or []:
-            log.info("listening on %s", fd_passing.url_of(listener))
+            log.info("listening on %s", fd_passing.url_of(listener, self._certificate is not None))
 
     async def on_tick(self, counter: int) -> bool:
         """Do the work that uvicorn repeats ten times per second."""
         should_exit = await super().on_tick(counter)
+        if self._certificate and counter % CERTIFICATE_TICKS == 0:
+            self._certificate.refresh()
         if self._service.draining:
             self._drain()
         self._close_slow()
@@ -161,7 +176,8 @@ class Server(uvicorn.Server):
         """Serve an accepted connection."""
         connection.setblocking(False)
         loop = asyncio.get_running_loop()
-        task = loop.create_task(loop.connect_accepted_socket(self._create_protocol, connection))
+        opening = loop.connect_accepted_socket(self._create_protocol, connection, **self._tls_options)
+        task = loop.create_task(opening)
         self._opening.add(task)
         task.add_done_callback(self._opened)
 
@@ -176,6 +192,20 @@ class Server(uvicorn.Server):
             config=self.config, server_state=self.server_state, app_state=self.lifespan.state
         )
         return protocol
+
+
+def _tls_options(certificate: Certificate, seconds: float) -> dict[str, Any]:
+    """Return the arguments with which the event loop opens a TLS connection.
+
+    Args:
+        certificate: the certificate of the server.
+        seconds: time limit for the handshake.
+    """
+    return {
+        "ssl": certificate.context,
+        "ssl_handshake_timeout": seconds,
+        "ssl_shutdown_timeout": min(seconds, TLS_CLOSE_SECONDS),
+    }
 
 
 class _Connections(set[Any]):
@@ -216,6 +246,7 @@ def run_worker(
     service: ServiceContext = app.state.service
     logs.count_lost_lines(service.metrics.lost_log_lines)
     entry_point: Any = app.middleware_stack  # not `app`: its check for OpenTelemetry takes 5 µs per request
+    certificate = Certificate(settings.tls_certificate, settings.tls_key) if settings.tls_certificate else None
     config = uvicorn.Config(
         entry_point,
         loop="uvloop",
@@ -227,4 +258,4 @@ def run_worker(
     )
     log.info("loading the models in %s", settings.artifacts)
     closed_connections = counters.local.array(fd_passing.CLOSED_CONNECTIONS, length=1, transient=True)
-    Server(config, service, control, closed_connections).run([listener] if listener else [])
+    Server(config, service, control, closed_connections, certificate).run([listener] if listener else [])

@@ -143,9 +143,10 @@ def health_check(address: str, **variables: str) -> int:
     """Run the health check of the Dockerfile for a server at `address`, and return its exit status."""
     lines = (ROOT / "Dockerfile").read_text().replace("\\\n", "").splitlines()
     command = json.loads(next(line for line in lines if line.startswith("HEALTHCHECK")).partition("CMD ")[2])
-    code = command[2].replace("127.0.0.1", address)
+    assert command[0] == "python"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("ELBO_")}
-    return subprocess.run([sys.executable, "-c", code], env=environment | variables, capture_output=True).returncode
+    environment |= {"ELBO_HOST": address, **variables}
+    return subprocess.run([sys.executable, *command[1:]], cwd=ROOT, env=environment, capture_output=True).returncode
 
 
 def test_server_and_health_check_use_the_default_port_if_kubernetes_has_set_the_port_variable(
