@@ -52,17 +52,28 @@ def parse_cell(cell: str) -> float | bool | str:
 
 
 def swallows_lines(record: Sequence[str], lines: Sequence[str]) -> bool:
-    """Return whether each of the `lines` that `record` was read from looks like a record of its own.
+    """Return whether the `lines` that `record` was read from are probably several records.
 
-    Then a quotation mark that is not doubled has probably opened a quotation in one line, and another one has closed it
-    in a later line. A line looks like a record if it has as many values as `record`, and numbers in the columns where
-    `record` has numbers.
+    Then a quotation mark that is not doubled has opened a quotation in the first line, and another one has closed it in
+    the last line. Both of these lines look like records, or a line between them does. A line looks like a record if it
+    has as many values as `record`, and numbers or missing values in the columns where `record` has numbers. If `record`
+    has no numbers, the columns where its values are missing count instead.
     """
     numeric = [index for index, cell in enumerate(record) if is_number(cell)]
-    split = [line.split(",") for line in lines]
-    return bool(numeric) and all(
-        len(cells) == len(record) and all(is_number(cells[index]) for index in numeric) for cells in split
+    numeric = numeric or [index for index, cell in enumerate(record) if _is_missing(cell)]
+
+    def looks_like_record(line: str) -> bool:
+        cells = line.split(",")
+        return len(cells) == len(record) and all(is_number(cells[i]) or _is_missing(cells[i]) for i in numeric)
+
+    first, *between, last = lines
+    return bool(numeric) and (
+        (looks_like_record(first) and looks_like_record(last)) or any(map(looks_like_record, between))
     )
+
+
+def _is_missing(cell: str) -> bool:
+    return cell.strip().lower() in MISSING
 
 
 def is_number(text: str) -> bool:

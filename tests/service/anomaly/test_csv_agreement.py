@@ -91,6 +91,15 @@ def test_quotation_that_is_not_doubled_costs_only_its_own_rows(bad: str, count: 
     assert all("not valid CSV" in error.error.detail for error in rows.parsed.errors)
 
 
+@pytest.mark.parametrize("line", [",11,x", "nan,11,x", ",,"])
+def test_quotation_that_is_not_doubled_costs_only_its_own_rows_beside_a_row_with_missing_values(line: str) -> None:
+    lines = [f"{index},{index + 1},x" for index in range(40)]
+    lines[3], lines[10], lines[20] = '50,60,"x', line, '50,60,x"'
+    rows = read_as_service(HEADER + "\n".join(lines) + "\n")
+    assert rows.rows_received == 40
+    assert [error.row for error in rows.parsed.errors if "not valid CSV" in error.error.detail] == [3]
+
+
 def test_value_that_contains_line_ends_is_one_value() -> None:
     rows = read_as_service(HEADER + '1,2,"two\nlines"\n3,4,"a ""quoted""\nword"\n5,6,x\n')
     assert (rows.rows_received, rows.parsed.errors) == (3, [])

@@ -51,7 +51,7 @@ def refusal(source: str, **options: Any) -> str:
         (['"disk 5', "sda"], f"FILE: line 62 opens a quotation that does not end: {TWO_MARKS}"),
         (
             ['"disk 5', '5 disk"'],
-            "FILE: the quotation that opens in line 62 ends in line 302, but each of these lines has 2 values of",
+            "FILE: the quotation that opens in line 62 ends in line 302, but these lines look like rows of 2",
         ),
     ],
     ids=["backslash", "backslash at the end", "not doubled", "never closed", "closed by another cell"],
@@ -63,8 +63,40 @@ def test_csv_raises_and_names_the_line_if_a_quotation_would_swallow_lines(
 
 
 @pytest.mark.parametrize(
+    ("line", "text"),
+    [(100, ",sda"), (100, "nan,sda"), (100, "1.5,sda,7"), (100, "1.5"), (100, "inf,sda"), (60, ',"disk 5'), (61, "")],
+    ids=[
+        "empty cell",
+        "nan",
+        "too many values",
+        "too few values",
+        "infinity",
+        "no number where it opens",
+        "blank line",
+    ],
+)
+def test_csv_raises_for_a_swallowing_quotation_although_one_line_is_not_like_the_others(
+    tmp_path: Path, line: int, text: str
+) -> None:
+    lines = with_disks('"disk 5', '5 disk"').splitlines()
+    lines[line + 1] = text
+    message = refusal(write(tmp_path / "a.csv", "\n".join(lines)), drop=["disk"])
+    assert message.startswith("FILE: the quotation that opens in line 62 ends in line 302, but these lines look like")
+
+
+@pytest.mark.parametrize(
     "disk",
-    ['"disk 5"" x"', 'disk 5" x', '"C:\\"', '"sda, sdb"', '"two\nlines"', "'sda'", '""', '"""5"""'],
+    [
+        '"disk 5"" x"',
+        'disk 5" x',
+        '"C:\\"',
+        '"sda, sdb"',
+        '"two\nlines"',
+        '"Dear all,\n\nthe disks, 3, 5\nfail\n"',
+        "'sda'",
+        '""',
+        '"""5"""',
+    ],
 )
 def test_csv_keeps_every_row_for_valid_quotation_marks(tmp_path: Path, disk: str) -> None:
     table = read_table(write(tmp_path / "a.csv", with_disks(disk, disk)), drop=["disk"])

@@ -254,11 +254,11 @@ class _CsvReader:
         return _Records.of(cells, np.array(lines, np.int64), read, blank_before, blank_after, len(self.header))
 
     def _refuse_swallowed(self, record: list[str], texts: list[str], line: int) -> None:
-        """Raise DataError if each of the lines `texts` looks like a record of its own."""
+        """Raise DataError if the lines `texts` of `record` are probably several records."""
         if swallows_lines(record, texts):
             raise DataError(
-                f"{self._path}: the quotation that opens in line {line} ends in line {line + len(texts) - 1}, but each "
-                f"of these lines has {len(self.header)} values of its own: write a quotation mark inside a cell twice; "
+                f"{self._path}: the quotation that opens in line {line} ends in line {line + len(texts) - 1}, but "
+                f"these lines look like rows of {len(self.header)} values: write a quotation mark inside a cell twice; "
                 f"add --escape double if the cell does contain line ends{self._or_backslash(texts)}"
             )
 
