@@ -44,6 +44,7 @@ UNREADABLE = (  # the exceptions that zipfile and json raise on damaged bytes
 )  # fmt: skip
 SERIES_CORRELATION = 0.5  # from this rank correlation between neighbouring rows on, the rows are a series
 WIDE_SPAN = 8.0  # pixels are too dark only for models with at least this range, as 0 to 16 or 0 to 255
+ZERO_SHARE = 0.005  # pixels count as 0 up to this share of white
 DARK_SHARE = 128.0  # pixels are too dark if they lie in the lowest part, one in this many, of the range
 FLOOR_TOLERANCE = 1e-6  # without it, rounding could make an alpha of 0.005 smaller than a floor of 1 / 200
 MAX_TEXT = 10_000  # characters of one text in a manifest
@@ -178,6 +179,7 @@ class Manifest(_Frozen):
         """Return a warning if pixels from `low` to `high` are in another range than the model's; None otherwise.
 
         They are if one lies outside of the range by more than half of its width, or if all lie in a small part of it.
+        If black is negative, they also are if the darkest pixel is 0, as in images from 0 to 1 or from 0 to 255.
         """
         if self.pixel_range is None:
             return None
@@ -185,7 +187,8 @@ class Manifest(_Frozen):
         span = white - black
         is_outside = low < black - span / 2 or high > white + span / 2
         is_dark = span >= WIDE_SPAN and low < high <= max(1.0, black + span / DARK_SHARE) and low >= min(black, -1.0)
-        if not is_outside and not is_dark:
+        is_positive = black < 0 < white and 0 <= low <= ZERO_SHARE * white and low < high
+        if not is_outside and not is_dark and not is_positive:
             return None
         return (
             f"the pixels lie between {low:.6g} and {high:.6g}, but the model was trained on pixels from {black:g} "

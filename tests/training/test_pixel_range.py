@@ -11,20 +11,26 @@ from tests.commands import in_process
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(("trained", "sent"), [(1.0, 255.0), (255.0, 1.0)])
+@pytest.mark.parametrize(
+    ("trained", "sent"),
+    [((0, 1), (0, 255)), ((0, 255), (0, 1)), ((-1, 1), (0, 1)), ((-1, 1), (0, 255)), ((-2, 3), (0, 1))],
+)
 def test_commands_warn_about_another_pixel_range_and_calibrate_refuses_it(
-    trained: float, sent: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: tuple[int, int], sent: tuple[int, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = load_digits().images / 16
-    np.save(tmp_path / "train.npy", trained * images[:400])
-    np.save(tmp_path / "right.npy", trained * images[400:600])
-    np.save(tmp_path / "wrong.npy", sent * images[400:600])
+    np.save(tmp_path / "train.npy", np.interp(images[:400], (0, 1), trained))
+    np.save(tmp_path / "right.npy", np.interp(images[400:600], (0, 1), trained))
+    np.save(tmp_path / "wrong.npy", np.interp(images[400:600], (0, 1), sent))
     folders = ["--artifacts", str(tmp_path), "--runs", str(tmp_path / "runs")]
     data = str(tmp_path / "train.npy")
-    code, _, err = in_process(capsys, "train", data, "--model", "pca", "--name", "m", "--latents", "4", *folders)
+    code, _, err = in_process(
+        capsys, "train", data, "--model", "pca", "--name", "m", "--latents", "4", "--layout", "nhwc", *folders
+    )
     assert code == 0, err
     warning = (
-        f"the pixels lie between 0 and {sent:g}, but the model was trained on pixels from 0 (black) to {trained:g}"
+        f"the pixels lie between {sent[0]} and {sent[1]}, but the model was trained on pixels from {trained[0]} "
+        f"(black) to {trained[1]}"
     )
     for command in ("evaluate", "score"):
         _, _, err = in_process(capsys, command, "m", str(tmp_path / "wrong.npy"), "--artifacts", str(tmp_path))

@@ -14,7 +14,7 @@ from training.errors import DataError
 Layout = Literal["nhwc", "nchw", "ntc", "flat"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 PIXEL_RANGES = ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0))  # the usual values of black and white
-COLOURS = (1, 3)  # number of channels of an image
+CHANNELS = (1, 3, 4)  # usual numbers of channels of an image
 MIN_SIDE = 5  # a shorter axis may be something other than the height or the width of an image
 SMALL_RANGE = 0.1  # a channel is small if its range is at most this share of the range of all channels
 MAX_CHANNELS = 16  # more channels than this may instead be the rows or columns of an image
@@ -52,21 +52,30 @@ def recognise(shape: tuple[int, ...], dtype: np.dtype[np.generic], low: Doubles,
         high: the largest value of each feature, [D].
     """
     low, high = low.reshape(shape), high.reshape(shape)
+    if len(shape) == 2 and min(shape) < MIN_SIDE and max(shape) > 2 * min(shape):
+        return "ntc"  # no image is so narrow
+    channels_first = _may_have_channels_first(shape)
     if dtype != np.uint8:
         different = any(
-            _have_different_ranges(low, high, axis, _may_be_side_of_image(shape, axis)) for axis in {0, len(shape) - 1}
+            _have_different_ranges(low, high, axis, _may_be_side_of_image(shape, axis, channels_first))
+            for axis in {0, len(shape) - 1}
         )
         if different or not _can_be_pixels(low, high):
             return "ntc"
-    if len(shape) == 3 and shape[0] in COLOURS and shape[2] not in (*COLOURS, 4) and min(shape[1:]) >= MIN_SIDE:
-        return "nchw"
-    return "nhwc"
+    return "nchw" if channels_first else "nhwc"
 
 
-def _may_be_side_of_image(shape: tuple[int, ...], axis: int) -> bool:
+def _may_have_channels_first(shape: tuple[int, ...]) -> bool:
+    """Return whether `shape` may be [C, H, W] and is not the usual shape of an image with its channels last."""
+    if len(shape) != 3 or shape[2] in CHANNELS or shape[0] >= min(shape[1:]) or min(shape[1:]) < MIN_SIDE:
+        return False
+    return shape[0] in CHANNELS or (shape[0] <= MAX_CHANNELS and shape[1] == shape[2])
+
+
+def _may_be_side_of_image(shape: tuple[int, ...], axis: int, channels_first: bool) -> bool:
     """Return whether `axis` may be the height or width of an image. A short axis beside a much longer one cannot."""
     count, longest = shape[axis], max(shape)
-    if len(shape) > 2 and axis > 0:
+    if len(shape) > 2 and (axis == 0) == channels_first:
         return False
     return count > MAX_CHANNELS or (count >= MIN_SIDE and longest <= 2 * count)
 

@@ -40,6 +40,7 @@ MAX_HELD_OUT_ROWS = 50_000
 MAX_HELD_OUT_BYTES = 64 << 20
 MIN_DISTINCT = 256  # a note warns if float32 has fewer distinct values than this in the range of a column
 MAX_EXACT_INTEGER = 2.0**24  # float32 holds all integers up to this value
+FEW_GREYS = 16  # bytes up to this value are masks or images of few grey levels, and not dark images from 0 to 255
 FEW_VALUES = 10  # a note warns if a column has fewer values than this, and this many missing values or more
 LISTED_NAMES = 3  # number of features that a note lists before "and N more"
 
@@ -428,14 +429,14 @@ def _white(largest: float) -> float:
 
 
 def _guess_pixel_range(dtype: np.dtype[Any], statistics: ColumnStatistics) -> tuple[float, float]:
-    """Return the values that stand for black and white.
+    """Return the values that stand for black and white: 0 and 255 for bytes, unless the largest is FEW_GREYS or less.
 
-    Choose the first range in PIXEL_RANGES that contains all values and whose middle is below the largest value. If
-    there is no such range, return the smallest and the largest value, rounded.
+    For other types, choose the first range in PIXEL_RANGES that contains all values and whose middle is below the
+    largest value. If there is no such range, return the smallest and the largest value, rounded.
     """
-    if dtype == np.uint8:
-        return 0.0, 255.0
     low, high = float(np.nanmin(statistics.low)), float(np.nanmax(statistics.high))
+    if dtype == np.uint8 and high > FEW_GREYS:
+        return 0.0, 255.0
     for black, white in PIXEL_RANGES:
         if black <= low and (white + black) / 2 < high <= white:
             return black, white

@@ -5,7 +5,7 @@ which colour-blind people can tell apart.
 """
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -44,6 +44,7 @@ PLOTTED = 1_000  # number of held-out rows per scatter plot
 FEATURES = 12  # maximum number of features of a table that are plotted
 PAIRS = 10  # maximum number of images shown with their reconstructions
 CURVES = (BLUE, ORANGE, GREEN, GREY, "black")
+DRAWN_CHANNELS = (1, 3, 4)  # numbers of channels that matplotlib draws: grey, RGB, RGBA
 GRID = 8  # number of images per side of the grid of samples
 NAMES = {
     "reconstruction": "distortion: -E[log p(x|z)]",
@@ -263,7 +264,7 @@ def _image_pairs(model: FittedModel) -> Figure:
     for column in range(count):
         _image(axes[column], rows[column], model.manifest)
         _image(axes[count + column], x_hat[column], model.manifest)
-        image = residual[column].reshape(model.manifest.shape)
+        image = _picture(residual[column], model.manifest.shape)
         image = image.mean(axis=2) if image.ndim == 3 else image
         axes[2 * count + column].imshow(image, cmap="RdBu_r", vmin=-limit, vmax=limit)
         axes[2 * count + column].set_title(f"{np.nanmean(np.square(residual[column])):.2g}", fontsize=10, y=-0.28)
@@ -275,8 +276,17 @@ def _image_pairs(model: FittedModel) -> Figure:
 
 def _image(axis: Axes, row: Floats, manifest: Manifest) -> None:
     black, white = manifest.pixel_range or (0.0, 1.0)
-    image = np.clip((row.reshape(manifest.shape) - black) / (white - black), 0.0, 1.0)
-    axis.imshow(image, cmap="gray", vmin=0.0, vmax=1.0)
+    picture = np.clip((_picture(row, manifest.shape) - black) / (white - black), 0.0, 1.0)
+    axis.imshow(picture, cmap="gray", vmin=0.0, vmax=1.0)
+
+
+def _picture(row: Floats, shape: Sequence[int]) -> Floats:
+    """Return `row` as an image that matplotlib draws: [H, W], or [H, W, C] with 1, 3 or 4 channels.
+
+    Other numbers of channels are averaged. The frames of a film, [T, H, W, C], are put below each other.
+    """
+    image = row.reshape(-1, *shape[-2:]) if len(shape) > 3 else row.reshape(tuple(shape))
+    return image if image.ndim == 2 or image.shape[2] in DRAWN_CHANNELS else image.mean(axis=2)
 
 
 def _observed_against_expected(model: FittedModel) -> Figure:
@@ -315,11 +325,11 @@ def _image_samples(model: FittedModel) -> Figure:
 
 def _image_grid(axis: Axes, rows: Floats, manifest: Manifest) -> None:
     black, white = manifest.pixel_range or (0.0, 1.0)
-    height, width, *channels = manifest.shape
+    height, width, *channels = _picture(rows[0], manifest.shape).shape
     canvas = np.full((GRID * (height + 1) - 1, GRID * (width + 1) - 1, *channels), 0.6)
     for index, row in enumerate(rows):
         top, left = (index // GRID) * (height + 1), (index % GRID) * (width + 1)
-        image = np.nan_to_num((row.reshape(manifest.shape) - black) / (white - black))
+        image = np.nan_to_num((_picture(row, manifest.shape) - black) / (white - black))
         canvas[top : top + height, left : left + width] = np.clip(image, 0.0, 1.0)
     axis.imshow(canvas, cmap="gray", vmin=0.0, vmax=1.0)
 

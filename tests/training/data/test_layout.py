@@ -49,8 +49,11 @@ def digits() -> Array:
         series(60, [1, 500, 1, 20], [50, 900, 3, 400]).transpose(0, 2, 1),
         np.moveaxis(series(60, [1, 100, 10_000], [0, 0, 0], steps=36).reshape(60, 6, 6, 3), 3, 1),
         series(60, [1, 100], [0, 0], steps=36).reshape(60, 6, 6, 2),
+        series(60, [1, 3, 5], [2, 6, 10]),
+        (100 + series(60, [50, 50], [0, 0])).astype(np.uint8),
+        np.cumsum(series(60, [1], [2]), 1),
     ],
-    ids=["scales", "offsets", "within 0 to 1", "square", "negative", "NCT", "NCHW", "NHWC"],
+    ids=["scales", "offsets", "0 to 1", "square", "negative", "NCT", "NCHW", "NHWC", "positive", "bytes", "NT1"],
 )
 def test_channels_with_ranges_of_their_own_are_measurements_and_not_images(
     tmp_path: Path, suffix: str, x: Array
@@ -92,6 +95,25 @@ def test_images_with_channels_first_become_images_with_channels_last(
     assert f"9 x 7 x {channels} pixels from 0 to 255, whose channels come first in the file" in table.notes[0]
     again = read_for_model(str(tmp_path / "a.npy"), manifest_of(table))
     assert again.fingerprint == table.fingerprint
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 13])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_images_with_dark_borders_are_recognised_with_any_number_of_channels_first(
+    tmp_path: Path, channels: int, dtype: type
+) -> None:
+    x = np.zeros((30, channels, 16, 16), dtype)
+    x[:, :, 1:-1, 1:-1] = RANDOM.randint(0, 4, (30, channels, 14, 14))
+    x[:, :, 4:-4, 4:-4] = RANDOM.randint(0, 256, (30, channels, 8, 8))
+    table = read_table(save(tmp_path / "a.npy", x))
+    assert (table.shape, table.pixel_range) == ((16, 16, channels), (0, 255))
+    assert np.array_equal(values(table).reshape(30, 16, 16, channels), x.transpose(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("largest", [1, 15])
+def test_bytes_of_few_grey_levels_are_read_as_images_from_0_to_the_largest_value(tmp_path: Path, largest: int) -> None:
+    x = RANDOM.randint(0, largest + 1, (30, 8, 8)).astype(np.uint8)
+    assert read_table(save(tmp_path / "a.npy", x)).pixel_range == (0, largest)
 
 
 @pytest.mark.parametrize(

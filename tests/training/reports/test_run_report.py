@@ -66,6 +66,15 @@ def test_run_writes_a_card_with_metrics_and_plots_that_are_not_blank(kind: str, 
     assert f"{manifest.calibration.rows:,} rows that were not used for training" in text
 
 
+@pytest.mark.parametrize("shape", [(8, 8, 1), (8, 8, 2), (8, 8, 4), (8, 8, 13), (4, 8, 8, 3), (1, 8, 8, 3)])
+def test_run_draws_images_with_any_number_of_channels_and_frames(shape: tuple[int, ...], tmp_path: Path) -> None:
+    x = np.random.RandomState(0).randint(0, 256, (60, *shape)).astype(np.uint8)
+    np.save(tmp_path / "a.npy", x)
+    manifest, folder = train_and_report("pca", str(tmp_path / "a.npy"), tmp_path)
+    assert manifest.shape == list(shape)
+    assert {path.stem for path in folder.glob("*.png")} == PLOTS["pca"]
+
+
 @pytest.mark.parametrize("kind", ["ae", "vae"])
 def test_history_in_the_manifest_equals_the_history_on_disk(kind: str, tmp_path: Path) -> None:
     manifest, folder = train_and_report(kind, "digits", tmp_path)
