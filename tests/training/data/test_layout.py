@@ -102,7 +102,7 @@ def test_images_with_channels_first_become_images_with_channels_last(
 def test_images_with_dark_borders_are_recognised_with_any_number_of_channels_first(
     tmp_path: Path, channels: int, dtype: type
 ) -> None:
-    x = np.zeros((30, channels, 16, 16), dtype)
+    x: Array = np.zeros((30, channels, 16, 16), dtype)
     x[:, :, 1:-1, 1:-1] = RANDOM.randint(0, 4, (30, channels, 14, 14))
     x[:, :, 4:-4, 4:-4] = RANDOM.randint(0, 256, (30, channels, 8, 8))
     table = read_table(save(tmp_path / "a.npy", x))
