@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from pydantic.fields import FieldInfo
 
 import elbo
+from service.access.scopes import ROUTES
 from service.app import create_app
 from service.errors import ERRORS
 from service.settings import Settings
@@ -80,6 +81,13 @@ def endpoints() -> str:
     return "\n\n".join(parts)
 
 
+def scopes() -> str:
+    """Return a table of every route and the scope that it needs."""
+    rows = ((f"`{route.removesuffix(':path}').replace('{path', '…')}`", f"`{scope}`" if scope else "no key")
+            for route, scope in ROUTES.items())  # fmt: skip
+    return _table(("path", "scope"), rows)
+
+
 def schemas() -> str:
     """Return a section for every object that occurs inside a request or a response."""
     all_schemas = _application().openapi()["components"]["schemas"]
@@ -94,14 +102,21 @@ def commands() -> str:
     """Return the help of every command, as a terminal shows it."""
     group: Any = typer.main.get_command(elbo.app)
     context = typer.Context(group, info_name="elbo", terminal_width=HELP_COLUMNS, max_content_width=HELP_COLUMNS)
-    parts = [f"```text\n{group.get_help(context)}\n```"]
+    return "\n\n".join([f"```text\n{group.get_help(context)}\n```", *_help_of_commands(group, context)])
+
+
+def _help_of_commands(group: Any, context: typer.Context) -> list[str]:
+    """Return a section for each command of `group`, and for the commands of the groups in it."""
+    parts = []
     for name in group.list_commands(context):
         command = group.get_command(context, name)
         inner = typer.Context(
             command, info_name=name, parent=context, terminal_width=HELP_COLUMNS, max_content_width=HELP_COLUMNS
         )
-        parts.append(f"## elbo {name}\n\n```text\n{command.get_help(inner)}\n```")
-    return "\n\n".join(parts)
+        parts.append(f"## {inner.command_path}\n\n```text\n{command.get_help(inner)}\n```")
+        if hasattr(command, "list_commands"):
+            parts += _help_of_commands(command, inner)
+    return parts
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -110,6 +125,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "metrics": metrics,
     "endpoints": endpoints,
     "schemas": schemas,
+    "scopes": scopes,
     "commands": commands,
 }
 

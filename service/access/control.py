@@ -3,8 +3,8 @@
 The time that the check of a wrong key takes says nothing about the valid keys. The server computes the SHA-256 hash of
 the given value, and looks this hash up in a dictionary. A value that begins like a valid key has an unrelated hash. The
 dictionary compares the bytes of two hashes only if Python's own 64-bit hashes of them agree, and nobody can choose a
-value for which they agree without knowing the SHA-256 hash of a valid key. A request without a key is treated like one
-with an empty key. `benchmarks/serving/key_timing.py` measures this.
+value for which they agree without knowing the SHA-256 hash of a valid key. `benchmarks/serving/key_timing.py` measures
+the times.
 """
 
 import asyncio
@@ -24,6 +24,17 @@ log = logging.getLogger("elbo.access_control")
 MAX_VALUE_BYTES = 256  # of what is hashed: a longer value is no key
 NAMES_OF_HEADERS = (b"authorization", b"x-api-key")
 _BEARER = b"bearer "
+_NO_VALUE = bytes(48)  # is hashed if a request has no key, so that this takes as long as for a key
+_ABSENT = (
+    "the request has no API key",
+    "send the header Authorization: Bearer KEY, or X-API-Key: KEY",
+    'Bearer realm="elbo"',
+)
+_INVALID = (
+    "the API key is not valid",
+    "check that it is complete, or ask whoever runs the server for a new one",
+    'Bearer realm="elbo", error="invalid_token"',
+)
 _Stamp = tuple[int, int, int] | str  # what tells whether the file has changed: its stat, or why it has none
 
 
@@ -117,7 +128,7 @@ class AccessControl:
         value = headers.get(b"authorization", b"")
         value = value[len(_BEARER) :].strip() if value[: len(_BEARER)].lower() == _BEARER else b""
         value = value or headers.get(b"x-api-key", b"")
-        key = self._by_hash.get(hashlib.sha256(value[:MAX_VALUE_BYTES]).digest())
+        key = self._by_hash.get(hashlib.sha256(value[:MAX_VALUE_BYTES] or _NO_VALUE).digest())
         if key is None:
             raise _unauthorized(is_absent=not value)
         return key
@@ -174,11 +185,5 @@ def _stamp(path: Path) -> _Stamp:
 
 
 def _unauthorized(is_absent: bool) -> Unauthorized:
-    challenge = 'Bearer realm="elbo"'
-    if is_absent:
-        detail = "the request has no API key"
-        hint = "send the header Authorization: Bearer KEY, or X-API-Key: KEY"
-    else:
-        detail, challenge = "the API key is not valid", f'{challenge}, error="invalid_token"'
-        hint = "check that it is complete, or ask whoever runs the server for a new one"
+    detail, hint, challenge = _ABSENT if is_absent else _INVALID
     return Unauthorized(detail, expected="a valid API key", hint=hint, headers={"WWW-Authenticate": challenge})

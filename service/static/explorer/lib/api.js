@@ -126,8 +126,8 @@ export async function describeModel(model) {
 }
 
 /**
- * The exhibit `name` of an artifact (held-out, calibration or card). Null if the artifact has no such exhibit, or if the
- * API key may not read it.
+ * The exhibit `name` of an artifact (held-out, calibration or card). Null if the artifact has no such exhibit, or if
+ * the API key may not read it.
  */
 export async function getExhibit(model, name) {
   if (!model.exhibits?.includes(name)) return null;

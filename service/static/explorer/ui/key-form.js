@@ -20,7 +20,7 @@ function showForgetButton() {
   document.getElementById("raw-links").hidden = !forgetButton.hidden;
 }
 
-/** A form for a key. `error` says why the server refused the key before. After the user has typed a key, `onkey` is called. */
+/** A form for a key. `error` says why the server refused the last key. `onkey` is called when the user has typed one. */
 export function keyForm(error, onkey) {
   const input = h("input", {
     id: "api-key",
@@ -45,7 +45,7 @@ export function keyForm(error, onkey) {
     h(
       "p",
       {},
-      "This server needs an API key. The page sends the key to this server only, and keeps it until you close this tab.",
+      "This server needs an API key. The page sends it to this server only, and keeps it until you close this tab.",
     ),
     isFirst ? null : h("p", { class: "error", role: "alert" }, error.message),
     h("label", { for: "api-key" }, "API key"),

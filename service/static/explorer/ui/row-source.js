@@ -66,7 +66,7 @@ export class RowSource {
   medianRow() {
     this.emit(medians(this.model), "the row of medians");
     const text =
-      "This artifact has no held-out rows to show. The row shown has the median of each feature. Draw or paste another row.";
+      "This artifact has no held-out rows to show. The row has the median of each feature. Draw or paste another row.";
     return [h("p", { class: "muted" }, text)];
   }
 

@@ -196,6 +196,6 @@ function completeAxes([horizontal, vertical], wasPrincipal) {
 }
 
 const missingRowsText = (model) =>
-  `${model.name} has no held-out rows to show: it was trained with --private or by an older version of Elbo, or your API key ` +
-  "may not read them. " +
+  `${model.name} has no held-out rows to show: it was trained with --private or by an older version of Elbo, or ` +
+  "your API key may not read them. " +
   "The dots are samples from its prior.";
