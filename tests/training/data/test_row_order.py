@@ -14,6 +14,8 @@ from training.data.table import DataError, read_for_model, read_table
 ROWS = 500
 RANDOM = np.random.RandomState(0)
 NUMBER = np.arange(ROWS)
+SEQUENCES = "a time or a counter: it rises with the row number, but restarts or belongs to several sources"
+WRITTEN, DAYS = "a time, written as a number", "a date, as a number of days"
 TIME, UNIX_TIME, UNIQUE = "a time or a counter: it rises", "a time: Unix time", "an identifier: a different integer"
 FALLS, COUNTS = "a time or a counter: it falls", "an identifier: it counts the rows"
 
@@ -46,6 +48,23 @@ COLUMNS: list[tuple[str, Any, str]] = [
     ("remaining", 10_000 - 2.5 * NUMBER, FALLS),
     ("timestamp", RANDOM.permutation(1.7e9 + 60.0 * NUMBER), UNIX_TIME),  # shuffled
     ("startTime", RANDOM.permutation(1.7e12 + 60.0 * NUMBER), UNIX_TIME),
+    *(
+        (name, RANDOM.permutation(1.7e12 + 60.0 * NUMBER), UNIX_TIME)
+        for name in ("t", "created_at", "ts_ms", "time (ms)")
+    ),
+    ("updatedAt", RANDOM.permutation(1.7e9 + 60.0 * NUMBER), UNIX_TIME),
+    ("date", RANDOM.permutation(20240100 + 100 * (NUMBER % 12) + 1 + NUMBER % 28), WRITTEN),
+    ("timestamp", RANDOM.permutation(20240100_000000 + 1_000_000 * (1 + NUMBER % 28) + NUMBER), WRITTEN),
+    ("order_date", RANDOM.permutation(45_292 + NUMBER / 24), DAYS),
+    ("uptime", NUMBER * 10.0 % 1700, SEQUENCES),
+    ("requests_total", np.cumsum(RANDOM.poisson(20, ROWS)) % 6000, SEQUENCES),
+    ("x", 1.7e9 + NUMBER % 250 * 60.0, SEQUENCES),  # two hosts, one after the other
+    ("x", np.where(NUMBER % 2, 5e6, 0.0) + NUMBER * 7, SEQUENCES),  # two hosts, their rows alternate
+    ("x", RANDOM.randint(0, 3, ROWS) * 1e5 + NUMBER * 7, SEQUENCES),  # three hosts, their rows are mixed
+    ("remaining", -NUMBER * 10.0 % 3000, SEQUENCES.replace("rises", "falls")),
+    ("Unnamed: 0.1", RANDOM.permutation(NUMBER), UNIQUE),
+    ("__index_level_0__", RANDOM.permutation(NUMBER), UNIQUE),
+    ("id", np.where(NUMBER % 50 == 7, np.nan, RANDOM.permutation(NUMBER)), UNIQUE),
 ]
 
 
@@ -81,6 +100,12 @@ def test_column_that_is_a_time_a_counter_or_an_identifier_is_refused_with_advice
         ("trend", 0.02 * NUMBER + 5 * np.random.RandomState(1).standard_normal(ROWS)),
         ("minute", NUMBER % 60),
         ("switched", (NUMBER > 250).astype(float)),
+        ("hour", NUMBER % 24),
+        ("wear", NUMBER * 0.7 % 40),  # 8 tools
+        ("charge", np.abs(100 - NUMBER % 200)),
+        ("errors", np.where(NUMBER % 25 == 3, np.random.RandomState(1).exponential(30, ROWS), 0)),
+        ("day", np.sin(NUMBER / 80)),
+        ("response_at_load", np.random.RandomState(1).permutation(1.7e9 + NUMBER)),
         ("level", NUMBER // 100),  # sorted by one of five levels
         ("humid", np.random.RandomState(1).permutation(NUMBER)),
         ("volcano", np.random.RandomState(1).permutation(NUMBER)),
@@ -94,6 +119,15 @@ def test_measurement_is_accepted_although_it_drifts_repeats_or_has_a_similar_nam
 ) -> None:
     values = np.arange(19) * 1.5 if values is None else values  # too few rows to tell
     assert read_table(write_csv(tmp_path / "a.csv", name, values)).names == ["load", name, "temp"]
+
+
+def test_note_names_an_identifier_that_occurs_in_several_rows(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "a.csv", "customer_id", RANDOM.randint(0, 99, ROWS))
+    assert (
+        "customer_id is a feature: a model flags all rows with new identifiers, so if this is what they are, add "
+        "--drop customer_id"
+    ) in read_table(path).notes
+    assert not any("identifiers" in note for note in read_table(path, keep=["customer_id"]).notes)
 
 
 @pytest.mark.parametrize("suffix", ["npy", "npz", "parquet"])

@@ -6,7 +6,7 @@ Columns are checked after all rows have been read, so that one message can name 
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -37,14 +37,25 @@ DATE = re.compile(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([T ].*)?|\d{1,2}:\d{2}(:.*)?
 # The case of the second alternative matters: it accepts CustomerId and rowNo, but not humid or volcano.
 IDENTIFIER_NAME = re.compile(
     r"(?i:(.*[_\-. #])?(ids?|uuid|guid|index|idx|no|nr|num|number|key|pk|seq|sequence|serial|row|rownum|rowid)"
-    r"|unnamed: \d+|(customer|user|order|client|account|device|session|record|sample|event|transaction|item)(id|no))"
+    r"|unnamed: \d+(\.\d+)*|__index_level_\d+__|level_\d+"
+    r"|(customer|user|order|client|account|device|session|record|sample|event|transaction|item)(id|no))"
     r"|.*[a-z0-9](Id|ID|No|Nr|Num|Number|Key|Index|Seq)"
 )
-TIME_NAME = re.compile(
-    r"(?i:(.*[_\-. ])?(time|timestamp|ts|epoch|date|datetime|unixtime|when))|.*[a-z](Time|Timestamp|Date)"
+# An identifier may occur in several rows, as that of a customer. Its name is then the only sign.
+REPEATED_IDENTIFIER_NAME = re.compile(
+    r"(?i:(.*[_\-. #])?(ids?|uuid|guid)|(customer|user|client|account|device)id)|.*[a-z](Id|ID)"
 )
+TIME_NAME = re.compile(
+    r"(?i:t|(.*[_\-. ])?(time|timestamp|ts|epoch|date|datetime|unixtime|when|time_stamp)"
+    r"([_\-. ]?\(?(s|sec|secs|seconds|ms|us|µs|ns|utc|unix|local)\)?)?|.*[_\-. ]at)|.*[a-z](Time|Timestamp|Date|At|Ts)"
+)
+DATE_NAME = re.compile(r"(?i:(.*[_\-. ])?date)|.*[a-z]Date")
 # Unix times from 2001 to 2100, in s, ms, us and ns
 UNIX_TIMES = tuple((1e9 * factor, 4.1e9 * factor) for factor in (1, 1e3, 1e6, 1e9))
+# Times from 1970 to 2100 that are written as whole numbers, such as 20240131, 202401312359 and 20240131235959
+WRITTEN_TIMES = tuple((19700101 * factor, 21001232 * factor) for factor in (1, 1e4, 1e6))
+# Dates from 1990 to 2100 as days: as spreadsheets count them, and Julian days
+DAYS = ((32874, 73051), (2447892, 2488070))
 MIN_IDENTIFIER_ROWS = 10  # with fewer rows, consecutive integers may be a coincidence
 MAX_SHOWN = 40  # maximum number of characters of a cell in a message
 
@@ -89,6 +100,7 @@ class IdentifierDetector:
 
     has_identifier_name: bool
     has_time_name: bool = False
+    has_date_name: bool = False
     rows: int = 0
     last: float = float("nan")
     consecutive: bool = True  # whether every value so far is the previous value plus 1
@@ -103,13 +115,16 @@ class IdentifierDetector:
         self.order.add(values[:, None])
         self.low = float(np.fmin.reduce(values, initial=self.low))
         self.high = float(np.fmax.reduce(values, initial=self.high))
+        complete = len(values)
+        values = values[~np.isnan(values)]
+        self.consecutive = self.consecutive and len(values) == complete
         if not len(values) or not (self.consecutive or (self.has_identifier_name and self.integers)):
             return
         with np.errstate(invalid="ignore"):  # infinity - infinity; infinite cells are refused later
             steps = np.diff(values, prepend=self.last if self.rows else values[0] - 1)
         self.rows += len(values)
         self.last = float(values[-1])
-        self.integers = self.integers and bool((values == np.rint(values)).all())  # NaN is not an integer
+        self.integers = self.integers and bool((values == np.rint(values)).all())
         self.consecutive = self.consecutive and self.integers and bool((steps == 1).all())
         if self.has_identifier_name and self.integers:
             self.values.append(values)
@@ -121,10 +136,17 @@ class IdentifierDetector:
                 return "an identifier: it counts the rows"
             if self.has_identifier_name and len(np.unique(np.concatenate(self.values))) == self.rows:
                 return "an identifier: a different integer in every row"
-        if self.has_time_name and any(first <= self.low <= self.high <= last for first, last in UNIX_TIMES):
+        if self.has_time_name and self._is_within(UNIX_TIMES):
             return "a time: Unix time"
+        if self.has_time_name and self._is_within(WRITTEN_TIMES):
+            return "a time, written as a number"
+        if self.has_date_name and self._is_within(DAYS):
+            return "a date, as a number of days"
         direction = int(self.order.directions()[0])
         return describe_direction(direction) if direction else None
+
+    def _is_within(self, ranges: Iterable[tuple[float, float]]) -> bool:
+        return any(first <= self.low <= self.high <= last for first, last in ranges)
 
 
 @dataclass
@@ -145,7 +167,9 @@ class Column:
 
     def __post_init__(self) -> None:
         self.identifier = IdentifierDetector(
-            IDENTIFIER_NAME.fullmatch(self.name) is not None, TIME_NAME.fullmatch(self.name) is not None
+            IDENTIFIER_NAME.fullmatch(self.name) is not None,
+            TIME_NAME.fullmatch(self.name) is not None,
+            DATE_NAME.fullmatch(self.name) is not None,
         )
 
     def read(self, cells: "pl.Series", row: int) -> Floats:
@@ -408,8 +432,24 @@ class _ColumnCheck:
                 self.refuse_cell(column, column.first_boolean, "write 0 and 1")
         if self.options.names is None:
             self._refuse_other_columns(columns)
+            self._note_repeated_identifiers(columns)
         if booleans := [column.name for column in columns if column.first_boolean]:
             self.notes.append(f"true and yes are read as 1, false and no as 0: {join_names(booleans)}")
+
+    def _note_repeated_identifiers(self, columns: Sequence[Column]) -> None:
+        found = [
+            column.name
+            for column in columns
+            if REPEATED_IDENTIFIER_NAME.fullmatch(column.name)
+            and column.identifier.integers
+            and not column.binary
+            and column.name not in self.options.keep
+        ]
+        if found:
+            self.notes.append(
+                f"{join_names(found)} {'is a feature' if len(found) == 1 else 'are features'}: a model flags all rows "
+                f"with new identifiers, so if this is what they are, add {format_option('--drop', found)}"
+            )
 
     def refuse_cell(self, column: Column, cell: NonNumericCell, advice: str) -> None:
         """Raise DataError for a cell that is not a number."""

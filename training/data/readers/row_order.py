@@ -3,6 +3,7 @@
 A model of such a column flags all later rows, because their values lie beyond those of the training rows.
 """
 
+import bisect
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +14,13 @@ ORDERED_CORRELATION = 0.98  # rank correlation with the row number from which on
 MAX_SAMPLE_ROWS = 4_096  # a column is judged by at most twice this many evenly spaced rows
 MAX_SAMPLE_VALUES = 4 << 20  # and tables with many columns by fewer rows
 MIN_LEVELS = 10  # a column with fewer distinct values may be ordered because the file is sorted by class
+MAX_SOURCES = 10  # the rows of more sources are not recognised
+MAX_RESTARTS = 3  # a column with more restarts repeats the same values, as the wear of tools does
+MIXED_SHARE = 0.1  # rows of several sources are mixed if at least this share of the values is below the previous one
+SEQUENCE_LEVELS = 20  # distinct values per sequence; with fewer, the column may be the hour of a day
+COARSE_STEP = 8  # the second search for sequences takes every eighth row, in which small fluctuations are rarer
+MIN_COARSE_ROWS = 400
+RISES, FALLS, RISES_IN_SEQUENCES, FALLS_IN_SEQUENCES = 1, -1, 2, -2  # directions; 0 is none
 
 
 @dataclass
@@ -40,7 +48,7 @@ class OrderDetector:
             self._step *= 2
 
     def directions(self) -> npt.NDArray[np.int64]:
-        """Return, for each column, 1 if it rises with the row number, -1 if it falls, and 0 otherwise, [D]."""
+        """Return, for each column, RISES, FALLS, RISES_IN_SEQUENCES, FALLS_IN_SEQUENCES or 0, [D]."""
         result = np.zeros(self.width, np.int64)
         if self._rows < MIN_ORDERED_ROWS:
             return result
@@ -54,7 +62,7 @@ class OrderDetector:
 
 
 def _directions(values: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-    """Return, for each column of finite values [n, D], 1 or -1 if it rises or falls with the row, and 0 otherwise."""
+    """Return the direction of each column of finite values [n, D]."""
     from scipy.stats import rankdata
 
     result = np.zeros(values.shape[1], np.int64)
@@ -64,12 +72,49 @@ def _directions(values: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
     position = np.arange(len(values)) - (len(values) - 1) / 2
     scale = np.sqrt(np.square(ranks).sum(axis=0) * np.square(position).sum())  # [D], 0 for constant columns
     correlation = np.divide(position @ ranks, scale, out=np.zeros(len(result)), where=scale > 0)
-    for column in np.flatnonzero(np.abs(correlation) >= ORDERED_CORRELATION):
-        if len(np.unique(values[:, column])) >= MIN_LEVELS:
-            result[column] = np.sign(correlation[column])
+    for column in range(len(result)):
+        if abs(correlation[column]) >= ORDERED_CORRELATION:
+            if len(np.unique(values[:, column])) >= MIN_LEVELS:
+                result[column] = RISES if correlation[column] > 0 else FALLS
+        elif _is_in_sequences(values[:, column]):
+            result[column] = RISES_IN_SEQUENCES
+        elif _is_in_sequences(-values[:, column]):
+            result[column] = FALLS_IN_SEQUENCES
     return result
 
 
+def _is_in_sequences(values: npt.NDArray[np.float64]) -> bool:
+    """Return whether `values` [n] are a few rising sequences, one after the other or mixed.
+
+    Such are a counter that restarts, and the times of several hosts whose rows are mixed.
+    """
+    coarse = values[::COARSE_STEP]
+    return _are_few_sequences(values) or (len(coarse) >= MIN_COARSE_ROWS and _are_few_sequences(coarse))
+
+
+def _are_few_sequences(values: npt.NDArray[np.float64]) -> bool:
+    are_mixed = (np.diff(values) < 0).mean() >= MIXED_SHARE
+    most = min(MAX_SOURCES if are_mixed else 1 + MAX_RESTARTS, len(np.unique(values)) // SEQUENCE_LEVELS)
+    return most > 0 and _count_sequences(values, most) <= most
+
+
+def _count_sequences(values: npt.NDArray[np.float64], most: int) -> int:
+    """Return the smallest number of sequences that never fall and together are `values`; more than `most` if larger."""
+    ends: list[float] = []  # the last value of each sequence, ascending
+    for value in values.tolist():
+        index = bisect.bisect_right(ends, value)
+        if index:
+            ends[index - 1] = value
+        elif len(ends) < most:
+            ends.insert(0, value)
+        else:
+            return most + 1
+    return len(ends)
+
+
 def describe_direction(direction: int) -> str:
-    """Return why a column with `direction` 1 or -1 is not a measurement."""
-    return f"a time or a counter: it {'rises' if direction > 0 else 'falls'} with the row number"
+    """Return why a column with `direction`, which is not 0, is not a measurement."""
+    verb = "rises" if direction > 0 else "falls"
+    if direction in (RISES, FALLS):
+        return f"a time or a counter: it {verb} with the row number"
+    return f"a time or a counter: it {verb} with the row number, but restarts or belongs to several sources"
