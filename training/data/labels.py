@@ -7,6 +7,7 @@ out.
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,8 +28,12 @@ COLUMNS = (
     "label", "labels", "y", "class", "target", "isanomaly", "anomaly", "anomalous", "anomalylabel", "isanomalous",
     "isoutlier", "outlier", "isabnormal", "abnormal", "groundtruth", "isattack", "attack", "isfraud", "fraud",
     "isfault", "isfaulty", "faulty", "isdefect", "isdefective", "defective", "isnormal", "normal", "isinlier", "isok",
-    "isgood",
+    "isgood", "gt", "ytrue", "ytest", "ytrain", "yval", "passfail", "failure", "fault", "defect", "defects",
+    "anomalies", "outliers", "intrusion",
 )  # fmt: skip
+ENDINGS = ("label", "labels", "anomaly", "outlier", "failure", "fraud", "attack", "intrusion")  # machine_failure
+# Columns of these names, or with these endings, hold labels if one of their texts is a word such as normal.
+STATUS_NAMES = ("status", "state", "condition", "diagnosis", "outcome", "result")
 COLUMNS_OF_CLASSES = frozenset(
     {"label", "labels", "class", "groundtruth"}
 )  # other columns are labels if they are binary
@@ -36,14 +41,16 @@ COLUMNS_OF_NORMALITY = frozenset({"isnormal", "normal", "isinlier", "isok", "isg
 NORMAL_WORDS = """
     good ok okay normal nominal healthy benign negative neg pass passed inlier clean regular false no n none 0
     nonanomalous notanomalous noanomaly nonanomaly notabnormal nodefect nondefective defectfree nofault nofraud nonfraud
-    notfraud noattack undamaged intact legit legitimate genuine goodware
+    notfraud noattack testednegative undamaged intact legit legitimate genuine goodware
 """
 ANOMALOUS_WORDS = """
     bad nok notok ng notgood anomaly anomalous abnormal defect defective defects fault faulty fail failed failure
-    outlier broken damaged attack malicious malware fraud fraudulent positive pos true yes
+    outlier broken damaged attack malicious malware fraud fraudulent positive pos testedpositive true yes
 """
 NORMAL, ANOMALOUS = frozenset(NORMAL_WORDS.split()), frozenset(ANOMALOUS_WORDS.split())
 TRUE = frozenset({"1", "true", "yes"})
+FALSE = frozenset({"0", "false", "no", "n", "none"})
+BYTES = re.compile(r"b(?P<quote>['\"])(?P<text>.*)(?P=quote)")  # how Python prints the labels of an ARFF file
 
 Booleans = npt.NDArray[np.bool_]
 Codes = npt.NDArray[np.int64]
@@ -103,9 +110,16 @@ def normalise(text: str) -> str:
 
 
 def find_label_column(names: Sequence[str]) -> str | None:
-    """Return the name of the label column among `names`: the first in `COLUMNS`, or None."""
+    """Return the label column among `names`, or None: the first in `COLUMNS`, or one with such an ending."""
     simple = {_simplify(name): name for name in reversed(names)}
-    return next((simple[name] for name in COLUMNS if name in simple), None)
+    found = (simple[name] for name in COLUMNS if name in simple)
+    others = (name for endings in (ENDINGS, STATUS_NAMES) for name in names if _simplify(name).endswith(endings))
+    return next(chain(found, others), None)
+
+
+def is_status_name(name: str) -> bool:
+    """Return whether only the cells of a column of this name tell whether it holds labels."""
+    return find_label_column([name]) == name and not _simplify(name).endswith(ENDINGS) and not is_label_name(name)
 
 
 def is_label_name(name: str) -> bool:
@@ -119,6 +133,8 @@ def look_like_labels(name: str, texts: Iterable[str | None]) -> bool:
     if not present or len(present) > MAX_LABELS_IN_TRAINING:
         return False
     numbers = _integers(present)
+    if is_status_name(name):
+        return numbers is None and any(_simplify(text) in NORMAL - FALSE for text in present)
     if numbers is not None:
         binary = numbers <= {0, 1} or numbers <= {-1, 1} or numbers <= {1, 2}
         return binary or _simplify(name) in COLUMNS_OF_CLASSES
@@ -227,6 +243,8 @@ def _notes(names: list[str], codes: Codes, normal: set[str] | None) -> list[str]
 def _simplify(text: str) -> str:
     if normalise(text).lstrip("-").isdigit():
         return normalise(text)
+    if in_bytes := BYTES.fullmatch(text.strip()):
+        text = in_bytes["text"]
     return re.sub(r"[\W_]", "", text.lower())
 
 

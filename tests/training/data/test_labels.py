@@ -69,6 +69,50 @@ def test_labels_that_mean_normal_are_recognised_in_a_table(
     assert " normal (" in table.notes[-1]
 
 
+@pytest.mark.parametrize(
+    "column", ["Machine failure", "Normal/Attack", "Outlier_label", "class label", "gt", "y_true", "defects", "failure"]
+)
+@pytest.mark.parametrize("labels", [[0, 1, 0], ["b'normal.'", "b'smurf.'", "b'normal.'"], ["OK", "other", "OK"]])
+def test_more_names_of_label_columns_are_recognised_and_are_no_features(
+    tmp_path: Path, column: str, labels: list[Any]
+) -> None:
+    assert flags(labelled(tmp_path / "a.csv", column, labels)) == [0, 1, 0]
+    table = read_table(str(tmp_path / "a.csv"))
+    assert table.names == ["a", "b"]
+    assert any(note.startswith(f"column {column!r} holds labels, so it is not a feature") for note in table.notes)
+
+
+@pytest.mark.parametrize("column", ["machine_status", "Status", "condition"])
+def test_status_column_holds_labels_only_if_a_text_means_normal(tmp_path: Path, column: str) -> None:
+    texts = ["NORMAL", "BROKEN", "NORMAL", "RECOVERING"]
+    assert flags(labelled(tmp_path / "a.csv", column, texts)) == [0, 1, 0, 1]
+    assert read_table(str(tmp_path / "a.csv")).names == ["a", "b"]
+    assert labelled(tmp_path / "b.csv", column, ["up", "down", "up"]).normal is None
+    with pytest.raises(DataError, match=f"column '{column}' .text, 'up' in row 0"):
+        read_table(str(tmp_path / "b.csv"))
+    assert labelled(tmp_path / "c.csv", column, [0, 1, 0]).normal is None
+    assert read_table(str(tmp_path / "c.csv")).names == ["a", column, "b"]
+
+
+@pytest.mark.parametrize("column", ["time_since_failure", "attack", "defects"])
+def test_column_of_measurements_with_a_name_like_labels_stays_a_feature(tmp_path: Path, column: str) -> None:
+    frame = pl.DataFrame({"a": RANDOM.uniform(size=40), column: RANDOM.randint(0, 30, 40)})
+    frame.write_csv(tmp_path / "a.csv")
+    assert read_table(str(tmp_path / "a.csv")).names == ["a", column]
+
+
+def test_column_of_lists_that_is_called_label_is_refused_or_ignored_like_any_other(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pl.DataFrame({"a": [1.0, 2.0], "label": [[1], [2]], "b": [3.0, 5.0]}).write_parquet(path)
+    with pytest.raises(
+        DataError, match=r"column 'label' \(List\(Int64\), \[1\] in row 0\) is not a measurement: add --drop"
+    ):
+        read_table(str(path))
+    kept = read_table(str(path), drop=["label"])
+    table = read_for_model(str(path), manifest_of(kept))
+    assert (table.labels, table.normal, len(table.x)) == (None, None, 2)
+
+
 @pytest.mark.parametrize("column", ["normal", "is_normal", "Is OK", "is_good"])
 @pytest.mark.parametrize("labels", [[1, 0, 1], [True, False, True], ["yes", "no", "yes"]])
 def test_true_means_normal_in_a_column_that_is_called_normal(tmp_path: Path, column: str, labels: list[Any]) -> None:

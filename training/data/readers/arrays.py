@@ -15,7 +15,7 @@ from typing import IO, Any, BinaryIO
 
 import numpy as np
 
-from training.data.labels import find_label_column
+from training.data.labels import find_label_column, is_status_name
 from training.data.layout import arrange
 from training.data.readers.columns import refusal
 from training.data.readers.raw_table import Array, Block, RawTable, ReadOptions
@@ -251,7 +251,7 @@ def _read_labels(
     Args:
         key: the name of the array of rows.
     """
-    name = find_label_column([other for other in headers if other != key])
+    name = find_label_column([other for other in headers if other != key and not is_status_name(other)])
     if name is None:
         return None, None, []
     rows, header = headers[key].shape[0], headers[name]

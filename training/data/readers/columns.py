@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from models.columns import FALSE, MISSING, TRUE, parse_title
 from models.errors import join_names
-from training.data.labels import LabelReader, find_label_column, is_label_name, look_like_labels
+from training.data.labels import LabelReader, find_label_column, is_label_name, is_status_name, look_like_labels
 from training.data.readers.raw_table import (
     Block,
     BlockDetails,
@@ -331,18 +331,19 @@ def build_raw_table(
     """
     features = columns if options.names is None else columns[: len(options.names)]
     notes = [] if notes is None else notes
+    if labels is not None and (first := next(frames, None)) is not None:
+        frames = chain([first], frames)
+        cells = first.to_series(labels.index)
+        if cells.dtype.is_nested():
+            labels = None  # lists are no labels
+        elif options.names is None or is_status_name(labels.name):
+            labels = labels if look_like_labels(labels.name, cells.cast(str).unique().to_list()) else None
     if labels is not None and options.names is None:
-        first = next(frames, None)
-        frames = frames if first is None else chain([first], frames)
-        cells = [] if first is None else first.to_series(labels.index).cast(str).unique().to_list()
-        if look_like_labels(labels.name, cells):
-            features = [column for column in features if column.name != labels.name]
-            notes.append(
-                f"column {labels.name!r} holds labels, so it is not a feature: "
-                f"add {format_option('--keep', [labels.name])} to learn from it"
-            )
-        else:
-            labels = None
+        features = [column for column in features if column.name != labels.name]
+        notes.append(
+            f"column {labels.name!r} holds labels, so it is not a feature: "
+            f"add {format_option('--keep', [labels.name])} to learn from it"
+        )
     if options.names is None:
         if not features:
             raise DataError(f"{path} has no column except labels: expected measurements to learn from")
