@@ -74,6 +74,15 @@ def test_no_two_services_publish_the_same_port() -> None:
 
 
 @pytest.mark.parametrize("name", APIS)
+def test_service_may_be_insecure_only_because_its_ports_are_published_on_the_loopback_address(name: str) -> None:
+    assert SERVICES[name]["environment"]["ELBO_INSECURE"] == "1"
+    assert all(port.startswith("127.0.0.1:") for port in SERVICES[name]["ports"])
+    # Whoever runs the image without compose must choose: it listens on every interface.
+    assert "ELBO_HOST=0.0.0.0" in last_argument("serve", "ENV")
+    assert "ELBO_INSECURE" not in DOCKERFILE
+
+
+@pytest.mark.parametrize("name", APIS)
 def test_service_starts_after_the_demonstration_training_and_cannot_write_artifacts(name: str) -> None:
     assert SERVICES[name]["depends_on"] == {"train": {"condition": "service_completed_successfully"}}
     assert SERVICES[name]["volumes"][0] == "artifacts:/artifacts:ro"

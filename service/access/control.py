@@ -95,7 +95,7 @@ class GrantedKey:
 
     def headers(self) -> Headers:
         """Return the headers that describe the limits of this key, and what is left of them."""
-        return self.limits.headers() if self.limits else {}
+        return self.limits.headers() if self.limits else ()
 
 
 class AccessControl:

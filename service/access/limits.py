@@ -15,7 +15,8 @@ from service.shared_memory import SharedCounters
 
 REFRESH_SECONDS = 0.1
 _REQUESTS, _ROWS = range(2)  # elements of the array of counts
-Headers = dict[str, str]
+Header = tuple[bytes, bytes]
+Headers = tuple[Header, ...]
 
 
 class Bucket:
@@ -45,9 +46,20 @@ class Bucket:
         self._level, self._used, self._now = min(self.burst, level), used, now
         return self._level
 
+    def take_one(self) -> None:
+        """Take out one token that this process has just added to the number of used tokens."""
+        self._level -= 1
+        self._used += 1
+
     def seconds_until(self, level: float) -> int:
         """Return after how many seconds the bucket will hold `level` tokens: at least 1."""
-        return max(1, math.ceil((level - self._level) / self.rate))
+        missing = level - self._level
+        return 1 if missing <= self.rate else math.ceil(missing / self.rate)
+
+    @property
+    def last_level(self) -> float:
+        """The number of tokens after the last call."""
+        return self._level
 
 
 class KeyLimits:
@@ -73,20 +85,22 @@ class KeyLimits:
         )
         rows = key.rows_per_second
         self._rows = Bucket(rows, rows, self._used(_ROWS), now) if rows else None
+        self._most_running = key.concurrent_requests
         self._policy = self._describe_policy()
 
     def enter(self) -> None:
         """Count a request. Raises RateLimited if the key has reached a limit."""
-        now = perf_counter()
-        if self.key.concurrent_requests and self._running() >= self.key.concurrent_requests:
-            self._refuse("concurrent_requests", f"{self.key.concurrent_requests} requests at once", 1)
-        if self._requests and self._requests.level(self._used(_REQUESTS), now) < 1:
+        if self._most_running and self._running() >= self._most_running:
+            self._refuse("concurrent_requests", f"{self._most_running} requests at once", 1)
+        if self._requests and self._requests.level(self._used(_REQUESTS), perf_counter()) < 1:
             limit = f"{self._requests.rate:g} requests per second"
             self._refuse("requests_per_second", limit, self._requests.seconds_until(1))
         if self._rows and not self.may_send_rows():
             self._refuse("rows_per_second", f"{self._rows.rate:g} rows per second", self._rows.seconds_until(0))
         self._own_counts[_REQUESTS] += 1
         self._own_running[0] += 1
+        if self._requests:
+            self._requests.take_one()
 
     def leave(self) -> None:
         """Count the end of a request that `enter` has counted."""
@@ -109,36 +123,38 @@ class KeyLimits:
                 bucket.level(self._used(index), now)
 
     def headers(self) -> Headers:
-        """Return RateLimit-Policy and RateLimit, as in draft-ietf-httpapi-ratelimit-headers-11.
+        """Return RateLimit-Policy and RateLimit as in draft-ietf-httpapi-ratelimit-headers-11, after a call of `enter`.
 
         `t` is the time until the next request is added to the `r` requests that are left. The limit on rows is not
         described, because the draft has no unit for rows.
         """
-        if not self._policy:
-            return {}
-        left = []
         if self._requests:
-            level = max(0.0, self._requests.level(self._used(_REQUESTS), perf_counter()))
-            left.append(f'"requests";r={int(level)};t={self._requests.seconds_until(int(level) + 1)}')
-        if self.key.concurrent_requests:
-            left.append(f'"concurrent";r={max(0, self.key.concurrent_requests - int(self._running()))}')
-        return {"RateLimit-Policy": self._policy, "RateLimit": ", ".join(left)}
+            level = max(0, int(self._requests.last_level))
+            left = b'"requests";r=%d;t=%d' % (level, self._requests.seconds_until(level + 1))
+            if self._most_running:
+                left += b', "concurrent";r=%d' % max(0, self._most_running - self._running())
+        elif self._most_running:
+            left = b'"concurrent";r=%d' % max(0, self._most_running - self._running())
+        else:
+            return ()
+        return self._policy, (b"ratelimit", left)
 
-    def _describe_policy(self) -> str:
+    def _describe_policy(self) -> Header:
         policies = []
         if self._requests:
             window = max(1, math.ceil(self._requests.burst / self._requests.rate))
             policies.append(f'"requests";q={self._requests.burst};w={window}')
-        if self.key.concurrent_requests:
-            policies.append(f'"concurrent";q={self.key.concurrent_requests};qu="concurrent-requests"')
-        return ", ".join(policies)
+        if self._most_running:
+            policies.append(f'"concurrent";q={self._most_running};qu="concurrent-requests"')
+        return b"ratelimit-policy", ", ".join(policies).encode()
 
     def _refuse(self, setting: str, limit: str, seconds: int) -> None:
+        headers = {name.decode(): value.decode() for name, value in self.headers()}
         raise RateLimited(
             f"the API key has reached its limit of {limit} ({setting})",
             expected=f"at most {limit}",
             hint=f"try again in {seconds} s",
-            headers={**self.headers(), "Retry-After": str(seconds)},
+            headers={**headers, "retry-after": str(seconds)},
         )
 
     def _find_arrays(self) -> None:
@@ -146,7 +162,9 @@ class KeyLimits:
         self._all_running = self._counters.arrays_at(self._running_key)
 
     def _used(self, index: int) -> float:
-        return sum([counts[index] for counts in self._counts])
+        counts = self._counts
+        return counts[0][index] if len(counts) == 1 else sum([one[index] for one in counts])
 
     def _running(self) -> float:
-        return sum([running[0] for running in self._all_running])
+        running = self._all_running
+        return running[0][0] if len(running) == 1 else sum([one[0] for one in running])

@@ -289,7 +289,7 @@ class RequestContext:
         else:
             timing = b"total;dur=%.3f" % total
         headers = (b"x-request-id", record.request_id.encode()), (b"server-timing", timing)
-        return (*headers, *as_headers(self.key.headers())) if self.key and self.key.limits else headers
+        return headers + self.key.headers() if self.key else headers
 
     def _body_too_large(self, got: str) -> BodyTooLarge:
         return BodyTooLarge(
