@@ -687,13 +687,13 @@ def score(
     time and the group if DATA has these columns. Rows are numbered from 0. A faulty row costs only its own score: its
     line has the fault (detail) instead, and the exit code is 2.
     """
-    from models.artifact import load
+    from models.artifact import load_after_trial
     from training.data.row_stream import stream_for_model
     from training.evaluation.score import Tally, csv_lines, ndjson_lines
     from training.progress import progress
     from training.reports.describe import few_calibration_rows
 
-    artifact = load(_artifact_path(name, artifacts), keys=_trusted_keys(trusted_keys))
+    artifact = load_after_trial(_artifact_path(name, artifacts), keys=_trusted_keys(trusted_keys))
     stream = stream_for_model(data, artifact.manifest, time=time, group=group, escape=escape)
     lines, tally = csv_lines if format_ is Format.csv else ndjson_lines, Tally()
     if not extrapolated and not artifact.manifest.calibration.reaches(alpha):
@@ -755,10 +755,10 @@ def _load(
     escape: Escape | None,
     normal: str | None = None,
 ) -> "tuple[Artifact, Table]":
-    from models.artifact import load
+    from models.artifact import load_after_trial
     from training.data.table import read_for_model
 
-    artifact = load(_artifact_path(reference, artifacts), keys=_trusted_keys(trusted_keys))
+    artifact = load_after_trial(_artifact_path(reference, artifacts), keys=_trusted_keys(trusted_keys))
     labels = [] if normal is None else next(csv.reader([normal], skipinitialspace=True), [])
     return artifact, read_for_model(data, artifact.manifest, escape=escape, normal=labels)
 

@@ -4,6 +4,7 @@ Python's `zipfile` and the zip reader of torch must see the same members. This m
 zip files that `models.artifact.publish` writes. This module does not import torch.
 """
 
+import encodings.cp437  # noqa: F401 - zipfile uses it, and a trial (`models.trial`) cannot import modules
 import io
 import re
 import struct

@@ -15,7 +15,7 @@ import warnings
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,13 @@ from models.manifest import (
     Golden,
     Manifest,
     parse,
+    read_digest,
     read_sealed,
     seal,
 )
 from models.signatures import TrustedKeys, identify, signer
 from models.staging import staging_folder
+from models.trial import TrialLimits, Verdict, run_trial
 from models.versions import claim_version, unwritable_as_artifact_error
 
 METHODS = (
@@ -221,23 +223,61 @@ def publish(
     return folder / str(version) / FILE_NAME
 
 
-def load(path: Path, device: str = "cpu", keys: TrustedKeys | None = None) -> Artifact:
+def load(path: Path, device: str = "cpu", keys: TrustedKeys | None = None, digest: str | None = None) -> Artifact:
     """Load the artifact at `path` and verify its seal, signature, format version, weights and golden answers.
+
+    Before torch sees the artifact, `models.inspection` refuses it if it could harm this machine.
 
     Args:
         path: the artifact, `<name>/<version>/model.pt`.
         device: "cpu" or "cuda".
         keys: one of these keys must have signed the artifact as `<version>` of `<name>`; None: no signature is needed.
+        digest: the digest of the file that a trial process has inspected and tried out; None if none has. The file
+            must have this digest. It is then not inspected again.
 
     Raises:
         ArtifactError: the file is missing or fails a verification. Each reason has a subclass in `models.errors`.
     """
+    content = read_sealed(path)  # read once, so that the bytes that are loaded are the bytes that were verified
+    if digest is not None and not content.endswith(digest.encode()):
+        raise ArtifactCorrupt(f"{path} was changed while it was loaded: load it again")
+    signed_by = None if keys is None else keys.verify(content, path, *identify(path))
+    return replace(load_content(content, path, device, is_inspected=digest is not None), signed_by=signed_by)
+
+
+def load_after_trial(path: Path, keys: TrustedKeys | None = None, limits: TrialLimits | None = None) -> Artifact:
+    """Load the artifact at `path` on the CPU, after a child process has loaded it within `limits`. See `load`.
+
+    Call this before torch has computed anything: the child is forked from this process.
+    """
+    digest = read_digest(path)
+    if keys is not None:
+        keys.verify(read_sealed(path), path, *identify(path))  # nothing unsigned runs, not even in a trial
+
+    def read() -> bytes:
+        content = read_sealed(path)
+        if not content.endswith(digest.encode()):
+            raise ArtifactCorrupt(f"{path} was changed while it was loaded: run the command again")
+        return content
+
+    def work(content: bytes) -> Verdict:
+        torch.set_num_threads(1)  # no other thread runs in a process that was forked
+        load_content(content, path)
+        return {}
+
+    run_trial(path, read, work, limits or TrialLimits())
+    return load(path, keys=keys, digest=digest)
+
+
+def load_content(content: bytes, path: Path, device: str = "cpu", is_inspected: bool = False) -> Artifact:
+    """Load an artifact from `content`, the bytes that `read_sealed` returned for `path`. See `load`.
+
+    With `is_inspected`, the content was inspected and loaded before, in a trial process.
+    """
     if device != "cpu":
         torch.backends.cudnn.allow_tf32 = False  # TF32 convolutions err by 1e-3; linear layers do not use TF32
-    content = read_sealed(path)  # read once, so that the bytes that are loaded are the bytes that were verified
-    signed_by = None if keys is None else keys.verify(content, path, *identify(path))
     manifest = parse(content, path)
-    inspected = inspect_artifact(content, path)
+    inspected = None if is_inspected else inspect_artifact(content, path)
     try:
         with _deprecations_silenced():
             module = torch.jit.load(io.BytesIO(content), map_location=device)
@@ -249,6 +289,8 @@ def load(path: Path, device: str = "cpu", keys: TrustedKeys | None = None) -> Ar
             f"{path}: the SHA-256 of the weights differs from the one in the manifest; publish the model again"
         )
     weights = module.state_dict()
+    if inspected:
+        _check_twin_weights(inspected, weights, path)
     frozen = freeze(module)
     try:
         found = find_discrepancy(frozen, manifest.golden, device, GOLDEN_TOLERANCE)
@@ -268,11 +310,10 @@ def load(path: Path, device: str = "cpu", keys: TrustedKeys | None = None) -> Ar
         module=frozen,
         path=path,
         device=torch.device(device),
-        twin=_read_twin(content, weights, path, inspected),
+        twin=_read_twin(content, weights, path),
         exhibits=_read_exhibits(content, path),
         calibration={name.removeprefix(prefix): buffer for name, buffer in weights.items() if name.startswith(prefix)},
         sha256=hashlib.sha256(content).hexdigest(),
-        signed_by=signed_by,
     )
 
 
@@ -384,17 +425,19 @@ def _tensor(values: Any, device: str) -> Tensor:
     return torch.from_numpy(np.array(values, np.float32)).to(device)
 
 
-def _read_twin(content: bytes, weights: Mapping[str, Tensor], path: Path, inspected: Inspected) -> Twin | None:
-    """Return the ONNX twin in `content`, the bytes of the artifact at `path`; None if there is no twin."""
+def _check_twin_weights(inspected: Inspected, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Check that each weight that a graph of the twin uses is a weight of the module, of the same type and shape."""
     for name, used in inspected.twin_weights.items():
         for weight, (type_, shape) in used.items():
-            if weight not in weights or (ONNX_TYPES.get(type_), shape) != (
-                weights[weight].dtype,
-                weights[weight].shape,
-            ):
+            tensor = weights.get(weight)
+            if tensor is None or (ONNX_TYPES.get(type_), shape) != (tensor.dtype, tensor.shape):
                 raise ArtifactUnsafe(f"{path}: the graph {name} has a weight {weight} that the module does not have")
-    members = inspected.members
+
+
+def _read_twin(content: bytes, weights: Mapping[str, Tensor], path: Path) -> Twin | None:
+    """Return the ONNX twin in `content`, the bytes of the artifact at `path`; None if there is no twin."""
     with open_archive(content) as archive:
+        members = {name.partition("/")[2]: name for name in archive.namelist()}
         if TWIN_MEMBER.format(TWIN_METHODS[0]) not in members:
             return None
         try:

@@ -271,8 +271,17 @@ def read_sealed(path: Path) -> bytes:
     )
 
 
-def _read_file(path: Path) -> bytes:
-    """Return the bytes of the regular file at `path`, as many as the file had when it was opened."""
+def read_digest(path: Path) -> str:
+    """Return the digest that the seal of the artifact at `path` claims. `read_sealed` verifies it.
+
+    Raises:
+        ArtifactError: ArtifactMissing, ArtifactUnreadable, ArtifactForeign or ArtifactUnsafe.
+    """
+    return _read_file(path, DIGEST_LENGTH).decode("ascii", "replace")
+
+
+def _read_file(path: Path, last: int = MAX_FILE_BYTES) -> bytes:
+    """Return the `last` bytes of the regular file at `path`, as long as the file was when it was opened."""
     try:
         # O_NONBLOCK: without it, opening a FIFO would wait for somebody who writes to it.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
@@ -281,7 +290,8 @@ def _read_file(path: Path) -> bytes:
                 raise ArtifactForeign(f"{path} is not a regular file: expected an artifact written by `elbo train`")
             if status.st_size > MAX_FILE_BYTES:
                 raise ArtifactUnsafe(f"{path} has {status.st_size:,} bytes, an artifact has at most {MAX_FILE_BYTES:,}")
-            return file.read(status.st_size)
+            file.seek(max(0, status.st_size - last))
+            return file.read(min(last, status.st_size))
     except FileNotFoundError as error:
         raise ArtifactMissing(f"{path} does not exist; create artifacts with `elbo train`") from error
     except OSError as error:

@@ -38,6 +38,7 @@ from service.inference.backend_selection import BACKENDS
 from service.inference.batcher import Batcher
 from service.inference.model_loader import ModelLoader
 from service.inference.registry import ModelRegistry
+from service.inference.trial import TrialClient
 from service.monitoring.background import BackgroundMonitor
 from service.monitoring.logs import AccessLog, choose_format
 from service.monitoring.metrics import Metrics
@@ -59,7 +60,9 @@ RESPONSE_HEADERS = (  # that pages of other origins may read
 )  # fmt: skip
 
 
-def create_app(settings: Settings, counters: SharedCounters | None = None) -> FastAPI:
+def create_app(
+    settings: Settings, counters: SharedCounters | None = None, trials: TrialClient | None = None
+) -> FastAPI:
     """Return the application.
 
     `app.state.service` is its `ServiceContext`. `app.state.protocol` is uvicorn's HTTP protocol with admission control.
@@ -72,6 +75,8 @@ def create_app(settings: Settings, counters: SharedCounters | None = None) -> Fa
     Args:
         settings: the settings of the service.
         counters: the counters that all workers share; by default, counters of this process alone.
+        trials: tries artifacts out in another process before this one loads them, as `elbo serve` does; by default,
+            artifacts are inspected, but not tried out.
 
     Raises:
         ElboError: if the device is not available, or if the file of API keys, ELBO_TRUSTED_KEYS or ELBO_REMOTE_WRITE is
@@ -94,6 +99,7 @@ def create_app(settings: Settings, counters: SharedCounters | None = None) -> Fa
         max_batch_rows=settings.max_batch_rows,
         max_batch_bytes=settings.max_batch_bytes,
         decisions=SharedDecisions(counters, "backend", BACKENDS),
+        trials=trials,
     )
     registry = ModelRegistry(
         settings.artifacts,
@@ -123,6 +129,8 @@ def create_app(settings: Settings, counters: SharedCounters | None = None) -> Fa
         metrics=metrics,
         admission=admission,
     )
+    if trials:
+        trials.is_stopped = lambda: service.draining
     keys = AccessControl(settings.api_keys_file, counters) if settings.api_keys_file else None
     receiver = RemoteWriteEndpoint(service, series_mapping.read_mappings(settings.remote_write))
     app = FastAPIOffline(

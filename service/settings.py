@@ -80,6 +80,17 @@ class Settings(BaseSettings):
         description="file with one public key per line (elbo keygen), read again when it changes, or the keys "
         "themselves, separated by commas; only artifacts that one of these keys has signed (elbo sign) are then loaded",
     )
+    trial_seconds: float = Field(
+        30.0,
+        gt=0,
+        le=3600,
+        description="seconds that a new artifact may take in the process that tries it out before it is loaded",
+    )
+    trial_bytes: int = Field(
+        4 * 2**30,
+        ge=64 * 2**20,
+        description="bytes of memory that a new artifact may take in the process that tries it out",
+    )
     max_body_bytes: int = Field(64 * 2**20, ge=1024, description="largest request body, in bytes")
     max_rows: int = Field(10_000, ge=1, description="most rows per request; also limits `n` and `steps`")
     max_batch_rows: int = Field(256, ge=1, description="most rows per batch")

@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "service.access": "models.errors errors shared_memory",
     "service.codec": "models.columns models.pixels models.timestamps models.errors errors",
     "service.inference": (
-        "models.artifact models.keys models.manifest models.signatures models.errors codec errors shared_memory"
+        "models.artifact models.keys models.manifest models.signatures models.errors models.trial codec errors "
+        "shared_memory"
     ),
     "service.schemas": "models.manifest inference",
     "service.anomaly": "models.columns models.timestamps models.errors schemas inference codec errors",
@@ -48,7 +49,7 @@ MAY_IMPORT = {
         "models.artifact models.signatures access endpoints http monitoring anomaly inference errors settings "
         "shared_memory"
     ),
-    "service.server": "models.errors app endpoints http monitoring settings shared_memory",
+    "service.server": "models.errors models.trial app inference endpoints http monitoring settings shared_memory",
     "service.__main__": "models.errors server settings",
 }
 PACKAGES = ("models", "training", "service")

@@ -8,19 +8,25 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from models.artifact import Artifact, load
-from models.signatures import TrustedKeys
+from models.artifact import Artifact, load, load_content
+from models.errors import ArtifactMismatch
+from models.manifest import read_sealed
+from models.signatures import TrustedKeys, identify
+from models.trial import Verdict
 from service.codec import png
 from service.inference import operations
 from service.inference.backend_selection import BACKENDS, WARM_UP_ROUNDS, Selection, select_backend
-from service.inference.backends import Array, is_out_of_memory
+from service.inference.backends import OnnxBackend, TorchScriptBackend, is_out_of_memory
 from service.inference.sampling import NoiseSource
 from service.inference.served_model import ServedModel
+from service.inference.trial import TrialClient
 from service.shared_memory import SharedCounters, SharedDecisions
 
 log = logging.getLogger("elbo.registry")
 OPTIMISED_ROWS = (1, 16)  # the warm-up runs each of these batch sizes WARM_UP_ROUNDS times
 MAX_WARM_UP_SECONDS = 5.0
+MAX_TRIAL_SECONDS = 5.0  # a trial runs no batch that would take longer
+TRIAL_GROWTH = 16  # each batch of a trial is as many times as large as the one before
 
 
 class ModelLoader:
@@ -35,6 +41,7 @@ class ModelLoader:
         max_batch_bytes: maximum number of bytes per batch; each row counts as `ServedModel.row_bytes` bytes.
         decisions: the backend that workers of this server have already selected for a model, by the SHA-256 of the
             weights.
+        trials: tries artifacts out in another process before this one loads them; None loads them at once.
     """
 
     def __init__(
@@ -47,6 +54,7 @@ class ModelLoader:
         max_batch_rows: int = 1024,
         max_batch_bytes: int = 64 * 2**20,
         decisions: SharedDecisions | None = None,
+        trials: TrialClient | None = None,
     ) -> None:
         self._device = device
         self._backend = backend
@@ -54,6 +62,7 @@ class ModelLoader:
         self._precision = precision
         self._max_batch_rows = max_batch_rows
         self._max_batch_bytes = max_batch_bytes
+        self._trials = trials
         self._decisions = decisions or SharedDecisions(SharedCounters(), "backend", BACKENDS)
 
     def load(self, path: Path, name: str, version: int, keys: TrustedKeys | None = None) -> ServedModel:
@@ -69,7 +78,10 @@ class ModelLoader:
             ArtifactError: the artifact cannot be read or verified, or the requested backend cannot run it.
         """
         started = perf_counter()
-        artifact = load(path, self._device, keys)
+        if keys is not None and self._trials:
+            keys.verify(read_sealed(path), path, *identify(path))  # nothing unsigned runs, not even in a trial
+        verdict: Verdict = self._trials.try_out(path) if self._trials else {}
+        artifact = load(path, self._device, keys, verdict.get("digest"))
         selection = self._select_backend(artifact)
         loaded = perf_counter()
         served = ServedModel(
@@ -81,7 +93,13 @@ class ModelLoader:
             exhibits=artifact.exhibits,
             signed_by=artifact.signed_by,
         )
+        if rows := verdict.get("rows"):
+            served.backend.limit_rows(2 * rows)
         self._warm_up(served)
+        if served.has_png_output:
+            assert served.manifest.pixel_range is not None
+            row = np.zeros((1, served.manifest.width), np.float32)
+            png.dumps(row, served.manifest.shape, served.manifest.pixel_range)  # imports Pillow, which takes 0.2 s
         return replace(served, warm_seconds=perf_counter() - loaded)
 
     def _select_backend(self, artifact: Artifact) -> Selection:
@@ -99,6 +117,52 @@ class ModelLoader:
             return replace(selection, reason="selected when this server first loaded these weights")
         return selection
 
+    def try_out(self, content: bytes, path: Path) -> Verdict:
+        """Load the artifact in `content` on the CPU, and run all operations on both backends. See `TrialClient`.
+
+        Returns:
+            `rows`: the largest batch that fits in memory; None if all batches do.
+
+        Raises:
+            ArtifactError: the artifact cannot be verified or run.
+        """
+        torch.set_num_threads(1)  # no other thread runs in a process that was forked
+        artifact = load_content(content, path)
+        torchscript = TorchScriptBackend.name
+        requested = torchscript if self._backend == torchscript else OnnxBackend.name
+        try:
+            backend = select_backend(artifact, requested=requested).backend
+        except ArtifactMismatch:  # the server serves the model with TorchScript, or reports that the twin is wrong
+            backend = select_backend(artifact, requested=torchscript).backend
+        backends = [TorchScriptBackend(artifact.module, artifact.device, backend.calibration), backend]
+        served = [ServedModel("", 0, artifact.manifest, Selection(one, ""), 0.0) for one in backends]
+        rows = min(map(self._try_batches, served))
+        return {"rows": rows if rows < self._max_rows(served[0]) else None}
+
+    def _try_batches(self, served: ServedModel) -> int:
+        """Run all operations on larger and larger batches. Return how many rows the largest that fits in memory has.
+
+        A batch that would take longer than MAX_TRIAL_SECONDS is not tried, and counts as one that fits.
+        """
+        max_rows, rows, fitting = self._max_rows(served), 1, 0
+        while True:
+            started = perf_counter()
+            try:
+                _run_operations(served, rows)
+            except (RuntimeError, MemoryError) as error:
+                if not fitting or not is_out_of_memory(error):
+                    raise
+                return fitting
+            fitting = rows
+            if rows == max_rows or (perf_counter() - started) * TRIAL_GROWTH > MAX_TRIAL_SECONDS:
+                return max_rows
+            rows = min(rows * TRIAL_GROWTH, max_rows)
+
+    def _max_rows(self, served: ServedModel) -> int:
+        """Return the maximum number of rows per batch."""
+        limits = (self._max_batch_rows, self._max_batch_bytes // served.row_bytes, served.backend.max_rows)
+        return max(1, min(limits))
+
     def _warm_up(self, served: ServedModel) -> None:
         """Run all operations until TorchScript has optimised them, then run larger and larger batches.
 
@@ -108,12 +172,8 @@ class ModelLoader:
         torch.set_num_threads(self._threads)
         end = perf_counter() + MAX_WARM_UP_SECONDS
         for rows in OPTIMISED_ROWS * WARM_UP_ROUNDS:
-            outputs = _run_operations(served, rows)
-        if served.has_png_output:
-            assert served.manifest.pixel_range is not None
-            # The first call imports Pillow, which takes 0.2 s.
-            png.dumps(outputs[:1], served.manifest.shape, served.manifest.pixel_range)
-        max_rows = max(1, min(self._max_batch_rows, self._max_batch_bytes // served.row_bytes))
+            _run_operations(served, rows)
+        max_rows = self._max_rows(served)
         rows = 1
         while perf_counter() < end:
             try:
@@ -135,8 +195,8 @@ class ModelLoader:
         )
 
 
-def _run_operations(served: ServedModel, rows: int) -> Array:
-    """Run all operations on a batch of `rows` rows, and record their latencies. Return the decoded rows."""
+def _run_operations(served: ServedModel, rows: int) -> None:
+    """Run all operations on a batch of `rows` rows, and record their latencies."""
     manifest, backend = served.manifest, served.backend
     medians = np.array([[feature.median for feature in manifest.features]], np.float32)
     x = medians.repeat(rows, axis=0)
@@ -153,6 +213,5 @@ def _run_operations(served: ServedModel, rows: int) -> Array:
         inputs_by_operation = {operations.SAMPLE_ROWS: (noise, choice, row_noise), **inputs_by_operation}
     for operation, inputs in inputs_by_operation.items():
         started = backend.clock()
-        outputs = backend.run(operation, inputs)
+        backend.run(operation, inputs)
         backend.latency.record(operation.name, rows, backend.clock() - started)
-    return outputs[0]

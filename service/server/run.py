@@ -41,14 +41,17 @@ def serve(settings: Settings) -> None:
         Certificate(settings.tls_certificate, settings.tls_key)  # reports an error before the models are loaded
     with bind(settings.host, settings.port) as listener:
         require_keys_if_public(listener, settings)
+        from service.server.trials import start_trials
+
+        trials = start_trials(settings)  # before this process, or a worker that it forks, starts threads of torch
         if settings.workers > 1:
             from service.server.supervisor import Supervisor
 
-            Supervisor(settings, listener).run()
+            Supervisor(settings, listener, trials).run()
         else:
             from service.server.worker import run_worker
 
-            run_worker(settings, listener=listener)
+            run_worker(settings, listener=listener, trials=trials)
 
 
 def require_keys_if_public(listener: socket.socket, settings: Settings) -> None:

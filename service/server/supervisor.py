@@ -22,13 +22,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
 from time import monotonic, sleep
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from models.errors import ElboError, printable
 from service.monitoring import logs
 from service.server import fd_passing
 from service.settings import Settings
 from service.shared_memory import LOST_LOG_LINES, RESTARTS, Segment, SharedCounters
+
+if TYPE_CHECKING:
+    from service.inference.trial import TrialClient
 
 MIN_RETRY_SECONDS = 0.5  # first pause before replacing a worker that never became ready; each failure doubles the pause
 MAX_RETRY_SECONDS = 30.0
@@ -92,10 +95,12 @@ class Supervisor:
     Args:
         settings: the settings of the server.
         listener: a bound socket.
+        trials: tries artifacts out in another process before a worker loads them.
     """
 
-    def __init__(self, settings: Settings, listener: socket.socket) -> None:
+    def __init__(self, settings: Settings, listener: socket.socket, trials: "TrialClient | None" = None) -> None:
         self._settings = settings
+        self._trials = trials
         self._listener = listener
         self._state = State.STARTING
         self._workers: dict[int, Worker] = {}  # by index
@@ -287,7 +292,8 @@ class Supervisor:
             self._close_inherited_sockets()
             from service.server.worker import run_worker
 
-            run_worker(self._settings, control=control, counters=SharedCounters(self._segments, index))
+            counters = SharedCounters(self._segments, index)
+            run_worker(self._settings, control=control, counters=counters, trials=self._trials)
             code = 0
         except ElboError as error:
             print(f"elbo: {printable(str(error))}", file=sys.stderr)

@@ -14,6 +14,7 @@ import uvicorn
 from service.app import create_app
 from service.endpoints.context import ServiceContext
 from service.http.protocol import CONNECTION_CLOSE, close_slow
+from service.inference.trial import TrialClient
 from service.monitoring import logs
 from service.server import fd_passing
 from service.server.tls import Certificate
@@ -231,6 +232,7 @@ def run_worker(
     listener: socket.socket | None = None,
     control: socket.socket | None = None,
     counters: SharedCounters | None = None,
+    trials: TrialClient | None = None,
 ) -> None:
     """Serve until the server is stopped. Raises ElboError if the device is not available.
 
@@ -239,10 +241,11 @@ def run_worker(
         listener: the bound socket of a server with one process. The server stops on SIGTERM or SIGINT.
         control: the socket to the supervisor; None without one. The worker stops when the supervisor ends the stream.
         counters: the counters of all workers; by default, the counters of this process alone.
+        trials: tries artifacts out in another process before this one loads them.
     """
     sys.setswitchinterval(SWITCH_INTERVAL)
     counters = counters or SharedCounters()
-    app = create_app(settings, counters)
+    app = create_app(settings, counters, trials)
     service: ServiceContext = app.state.service
     logs.count_lost_lines(service.metrics.lost_log_lines)
     entry_point: Any = app.middleware_stack  # not `app`: its check for OpenTelemetry takes 5 µs per request

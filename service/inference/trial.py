@@ -1,0 +1,170 @@
+"""The trial process: it tries artifacts out, one after another, before a worker loads them.
+
+The trial process is forked from the server before torch has started threads, so that it can fork a child for each
+artifact in milliseconds. The child loads the artifact and runs every operation, within limits (`models.trial`). An
+artifact that reaches a limit ends the child alone.
+
+All workers share the trial process. A worker sends the path and the digest of an artifact, and a pipe for the answer.
+An artifact with a digest that has passed is not tried again until the server ends.
+"""
+
+import gc
+import importlib
+import json
+import logging
+import os
+import select
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from models.errors import ArtifactCorrupt, ArtifactError, ArtifactUnreadable
+from models.manifest import read_digest, read_sealed
+from models.trial import (
+    MAX_VERDICT_BYTES,
+    POLL_SECONDS,
+    TrialLimits,
+    TrialStopped,
+    Verdict,
+    close_files,
+    open_verdict,
+    run_trial,
+)
+
+log = logging.getLogger("elbo.registry")
+LATE_IMPORTS = (
+    "encodings.cp437",
+    "encodings.idna",
+    "numpy.random",
+    "onnxruntime",
+    "PIL.PngImagePlugin",
+)  # a trial cannot import
+MAX_REQUEST_BYTES = 16_384
+Work = Callable[[bytes, Path], Verdict]
+
+
+class TrialClient:
+    """Asks the trial process to try artifacts out. Several threads and processes may use it.
+
+    Args:
+        connection: the socket to the trial process.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self.is_stopped: Callable[[], bool] = lambda: False  # the server sets this, so that it can end during a trial
+
+    def close(self) -> None:
+        """Close this process's end of the connection. The trial process ends when nobody has it open."""
+        self._connection.close()
+
+    def try_out(self, path: Path) -> Verdict:
+        """Try the artifact at `path` out.
+
+        Returns:
+            `digest`, the digest of the file that was tried out, and `rows`, the largest batch that fit in memory, or
+            None if all did.
+
+        Raises:
+            ArtifactError: why the artifact was refused.
+        """
+        digest = read_digest(path)
+        reader, writer = os.pipe()
+        try:
+            try:
+                request = json.dumps({"path": str(path), "digest": digest}).encode()
+                socket.send_fds(self._connection, [request], [writer])
+            except OSError as error:
+                raise ArtifactUnreadable(
+                    f"{path} was not loaded: the process that tries artifacts out has ended; restart the server"
+                ) from error
+            finally:
+                os.close(writer)
+            return open_verdict(self._wait(reader, path), path)
+        finally:
+            os.close(reader)
+
+    def _wait(self, reader: int, path: Path) -> bytes:
+        answer = b""
+        while True:
+            if select.select([reader], [], [], POLL_SECONDS)[0]:
+                part = os.read(reader, MAX_VERDICT_BYTES)
+                if not part:
+                    return answer
+                answer += part
+            elif self.is_stopped():
+                raise TrialStopped(f"{path} was not loaded, because the server stops")
+
+
+def start_trial_process(work: Work, limits: TrialLimits) -> TrialClient:
+    """Fork the trial process. Call this before torch has started threads.
+
+    Args:
+        work: tries an artifact out, given its bytes and its path.
+        limits: the limits of each trial.
+    """
+    for module in LATE_IMPORTS:
+        importlib.import_module(module)
+    client, server = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if os.fork() == 0:
+        client.close()
+        _serve_and_exit(server, work, limits)
+    server.close()
+    return TrialClient(client)
+
+
+def _serve_and_exit(server: socket.socket, work: Work, limits: TrialLimits) -> NoReturn:
+    """Try artifacts out until no process of the server has the other end of `server` open."""
+    try:
+        logging.disable(logging.CRITICAL)  # the thread that writes the log does not run in this process
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # the server decides when to end
+        close_files(server.fileno())
+        gc.freeze()  # a garbage collection in a child would copy the memory that it shares
+        passed: dict[str, Verdict] = {}
+        while True:
+            request, descriptors, _, _ = socket.recv_fds(server, MAX_REQUEST_BYTES, 1)
+            if not request:
+                break
+            for descriptor in descriptors:
+                _answer(json.loads(request), descriptor, server, work, limits, passed)
+    finally:
+        os._exit(0)
+
+
+def _answer(
+    request: dict[str, str], descriptor: int, server: socket.socket, work: Work, limits: TrialLimits,
+    passed: dict[str, Verdict],
+) -> None:  # fmt: skip
+    """Try one artifact out, and write the verdict to `descriptor`."""
+    path, digest = Path(request["path"]), request["digest"]
+    verdict = passed.get(digest)
+    if verdict is None:
+        try:
+            found = run_trial(
+                path,
+                lambda: _read(path, digest),
+                lambda content: work(content, path),
+                limits,
+                lambda: _is_closed(server),
+            )
+            verdict = passed[digest] = {**found, "digest": digest}
+        except ArtifactError as error:
+            verdict = {"code": error.code, "detail": str(error)}
+    with os.fdopen(descriptor, "wb") as pipe:
+        pipe.write(json.dumps(verdict).encode())
+
+
+def _read(path: Path, digest: str) -> bytes:
+    content = read_sealed(path)
+    if not content.endswith(digest.encode()):
+        raise ArtifactCorrupt(f"{path} was changed while it was loaded: it is loaded again at the next poll")
+    return content
+
+
+def _is_closed(server: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(server, 0)
+    return bool(poll.poll(0))

@@ -1,0 +1,145 @@
+"""Artifacts are tried out in a child process before a server or a command loads them."""
+
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.artifact import load, load_after_trial
+from models.errors import ArtifactError, ArtifactUnsafe
+from models.pipeline import Pipeline
+from models.trial import TrialLimits, run_trial
+from tests.models import hostile
+from tests.models.builders import CORES
+from tests.models.publishing import GAPS, publish_twin
+from tests.service.process import ServerProcess, server_starter
+
+pytestmark = pytest.mark.slow
+
+
+class ComputesForHours(Pipeline):
+    def decode(self, z: Tensor) -> Tensor:
+        for _ in range(1_000_000_000_000):
+            z = z + 1
+        return self.scaling.inverse(self.core.decode(z))
+
+
+class TakesAllMemory(Pipeline):
+    def decode(self, z: Tensor) -> Tensor:
+        for _ in range(40):
+            z = torch.cat([z, z])
+        return self.scaling.inverse(self.core.decode(z))
+
+
+HOSTILE: dict[str, type[Pipeline]] = {"time": ComputesForHours, "memory": TakesAllMemory}
+REASONS = {"time": "the trial of the model took longer than 2 s", "memory": "can't allocate memory"}
+SECONDS = {"time": 2, "memory": 60}
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., ServerProcess]]:
+    with server_starter() as starter:
+        yield starter
+
+
+def publish_beside(root: Path, kind: str) -> None:
+    """Publish a harmless model as `other`, and a hostile one as `model`."""
+    publish_twin(root, "pca").parents[1].rename(root / "other")
+    hostile.publish_code(root, HOSTILE[kind])
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_load_after_trial_of_an_artifact_without_bound_is_refused_within_the_limits(kind: str, tmp_path: Path) -> None:
+    path = hostile.publish_code(tmp_path, HOSTILE[kind])
+    started = time.monotonic()
+    with pytest.raises(ArtifactError, match=REASONS[kind]):
+        load_after_trial(path, limits=TrialLimits(SECONDS[kind], memory_bytes=2**30))
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_server_refuses_an_artifact_without_bound_and_serves_the_others(
+    kind: str, workers: int, start: Callable[..., ServerProcess], tmp_path: Path
+) -> None:
+    publish_beside(tmp_path, kind)
+    server = start(tmp_path, TRIAL_SECONDS=SECONDS[kind], TRIAL_BYTES=2**30, WORKERS=workers)
+    with server.client() as client:
+        models = client.get("/models").json()
+        answer = client.post("/encode?model=other", json={"inputs": [[1, 2, 3, 4, 5]]})
+    assert answer.status_code == 200
+    (failure,) = models["failures"]
+    assert (failure["name"], failure["version"]) == ("model", 1)
+    assert re.search(REASONS[kind], failure["detail"])
+    assert server.stop() == 0
+
+
+def test_server_stops_at_once_on_sigterm_while_an_artifact_computes_for_hours(
+    start: Callable[..., ServerProcess], tmp_path: Path
+) -> None:
+    publish_twin(tmp_path, "pca").parents[1].rename(tmp_path / "other")
+    server = start(tmp_path, TRIAL_SECONDS=600, POLL_SECONDS=0.1)
+    hostile.publish_code(tmp_path, ComputesForHours)
+    time.sleep(1)  # the server finds the artifact and tries it out
+    with server.client() as client:
+        assert client.post("/encode?model=other", json={"inputs": [[1, 2, 3, 4, 5]]}).status_code == 200
+    started = time.monotonic()
+    assert server.stop(signal.SIGTERM) == 0
+    assert time.monotonic() - started < 10
+
+
+def test_server_serves_every_kind_of_model_after_its_trial(start: Callable[..., ServerProcess], tmp_path: Path) -> None:
+    for kind in CORES:
+        publish_twin(tmp_path, kind).parents[1].rename(tmp_path / kind)
+        publish_twin(tmp_path, f"{kind}-imputing", gaps=GAPS).parents[1].rename(tmp_path / f"{kind}-imputing")
+    with start(tmp_path).client() as client:
+        models = client.get("/models").json()
+    assert models["failures"] == []
+    assert {model["name"] for model in models["models"]} == {*CORES, *(f"{kind}-imputing" for kind in CORES)}
+
+
+def test_trial_can_neither_open_files_nor_sockets_nor_write(tmp_path: Path) -> None:
+    kept = (tmp_path / "kept").open("wb", buffering=0)
+
+    def attempt(action: Callable[[], object]) -> str:
+        try:
+            action()
+        except OSError as error:
+            return type(error).__name__
+        return "done"
+
+    def work(_: bytes) -> dict[str, Any]:
+        return {
+            "read": attempt(lambda: open("/etc/hostname")),  # noqa: PTH123
+            "socket": attempt(socket.socket),
+            "write": attempt(lambda: os.write(kept.fileno(), b"x")),
+            "pipe": attempt(os.pipe),
+        }
+
+    verdict = run_trial(tmp_path, lambda: b"", work, TrialLimits(seconds=20))
+    kept.close()
+    assert verdict == {"read": "OSError", "socket": "OSError", "write": "OSError", "pipe": "OSError"}
+    assert (tmp_path / "kept").read_bytes() == b""
+
+
+def test_trial_that_crashes_is_an_error_that_names_the_signal(tmp_path: Path) -> None:
+    def crash(_: bytes) -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGSEGV)
+        return {}
+
+    with pytest.raises(ArtifactUnsafe, match="signal SIGSEGV"):
+        run_trial(tmp_path, lambda: b"", crash, TrialLimits(seconds=20))
+
+
+def test_load_with_the_digest_of_another_file_is_refused(tmp_path: Path) -> None:
+    path = publish_twin(tmp_path, "pca")
+    with pytest.raises(ArtifactError, match="was changed while it was loaded"):
+        load(path, digest="0" * 64)
