@@ -9,13 +9,18 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from models.errors import shortened
+from service.anomaly.inputs import MAX_GROUP_NAME
 from service.codec.feature_names import FeatureSelectors
-from service.codec.remote_write import METRIC_NAME_LABEL, Series, is_stale
+from service.codec.remote_write import LABEL_BYTES, METRIC_NAME_LABEL, SERIES_BYTES, Series, is_stale
 
 MAX_INCOMPLETE_ROWS = 10_000  # beyond this number, the oldest row is completed with the samples that it has
+MAX_SORTED_ROWS = 2000  # maximum number of rows that are put in order of time at once, which takes about 4 ms
 MAX_SERIES = 100_000  # maximum number of label sets whose feature and group are cached
+MAX_SERIES_BYTES = 64 * 2**20  # maximum memory for these label sets
 MAX_GROUPS = 10_000  # maximum number of groups whose last completed times are remembered
 MAX_UNKNOWN_METRICS = 1000  # maximum number of unknown metric names that wait to be logged
+MAX_METRIC_NAME = 200  # characters of such a name
 REMEMBERED_TIMES = 64  # number of completed times remembered per group, so that repeated samples start no second row
 
 LabelSet = tuple[tuple[str, str], ...]
@@ -47,6 +52,7 @@ class SampleAligner:
         self.names = tuple(names)
         self._selectors, self._group_labels, self._wait_seconds = selectors, tuple(group), wait_seconds
         self._targets: dict[LabelSet, tuple[str, str] | None] = {}  # feature and group, cached per series
+        self._targets_bytes = 0  # memory for these
         self._incomplete: OrderedDict[tuple[str, int], AlignedRow] = OrderedDict()
         self._ready: list[AlignedRow] = []
         self._completed_times: OrderedDict[str, deque[int]] = OrderedDict()
@@ -71,19 +77,25 @@ class SampleAligner:
             for milliseconds, value in samples:
                 self.outcomes[self._add_sample(feature, group, milliseconds, value, now)] += 1
 
-    def pop_ready(self, now: float, flush: bool = False) -> list[AlignedRow]:
+    def pop_ready(self, now: float, flush: bool = False, limit: int = MAX_SORTED_ROWS) -> list[AlignedRow]:
         """Remove and return the rows that are complete or have waited long enough, in order of time.
 
-        `flush`: also return incomplete rows that have not waited long enough.
+        If more than MAX_SORTED_ROWS are due at once, only the rows that were seen first are in order of time.
+
+        Args:
+            now: the time on the clock of `add`.
+            flush: whether to return incomplete rows that have not waited long enough too.
+            limit: the maximum number of rows to return; the other rows remain.
         """
-        while self._incomplete:
+        while self._incomplete and len(self._ready) < MAX_SORTED_ROWS:
             row = next(iter(self._incomplete.values()))
             is_full = len(self._incomplete) > MAX_INCOMPLETE_ROWS
             if not (flush or is_full or now - row.first_seen >= self._wait_seconds):
                 break
             self._complete(row)
-        ready, self._ready = self._ready, []
-        return sorted(ready, key=lambda row: row.milliseconds)
+        ready = sorted(self._ready, key=lambda row: row.milliseconds)
+        self._ready = ready[limit:]
+        return ready[:limit]
 
     def requeue(self, rows: list[AlignedRow]) -> None:
         """Put back rows from `pop_ready` that could not be scored."""
@@ -123,11 +135,14 @@ class SampleAligner:
             return self._targets[labels]
         values = dict(labels)
         feature = self._selectors.find([values.get(METRIC_NAME_LABEL, "")], values)
-        group = ",".join(values.get(name, "") for name in self._group_labels)
+        group = shortened(",".join(values.get(name, "") for name in self._group_labels), MAX_GROUP_NAME)
         target = None if feature is None else (feature, group)
         if target is None and len(self.unknown_metrics) < MAX_UNKNOWN_METRICS:
-            self.unknown_metrics[values.get(METRIC_NAME_LABEL, "")] = None
-        if len(self._targets) >= MAX_SERIES:
+            self.unknown_metrics[values.get(METRIC_NAME_LABEL, "")[:MAX_METRIC_NAME]] = None
+        size = SERIES_BYTES + sum([LABEL_BYTES + len(name) + len(value) for name, value in labels])
+        if len(self._targets) >= MAX_SERIES or self._targets_bytes + size > MAX_SERIES_BYTES:
             self._targets.clear()
+            self._targets_bytes = 0
         self._targets[labels] = target
+        self._targets_bytes += size
         return target

@@ -152,7 +152,7 @@ def _allows_unknown(body: AnomalyBody) -> bool:
 def _parse_metrics(served: ServedModel, body: AnomalyBody, budget: Budget) -> InputRows:
     """Return the rows in the field `metrics`. Raises InvalidRows if no row is valid, unless all rows are partial."""
     schema = served.row_schema
-    batch = TelegrafBatch(served.selectors, schema.titles, body.time, body.group)
+    batch = TelegrafBatch(served.selectors, schema.titles, body.time, body.group, budget)
     batch.add(body.metrics)
     unknown_fields, unknown_metrics = batch.unknown_fields, list(batch.unknown_metrics)
     records = batch.records
@@ -163,7 +163,7 @@ def _parse_metrics(served: ServedModel, body: AnomalyBody, budget: Budget) -> In
         schema, body, records, may_contain_non_floats=True, pointer="/metrics", minimum=0, budget=budget
     )
     for row_error in input_rows.parsed.errors:
-        row_error.error.pointer = batch.pointer(row_error.row)
+        row_error.error.pointer = batch.pointer(row_error.row, records[row_error.row])
     _require_row(input_rows)
     return input_rows._replace(unknown_fields=unknown_fields, unknown_metrics=unknown_metrics)
 

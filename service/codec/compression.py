@@ -2,8 +2,10 @@
 
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import cramjam
+import numpy as np
 
 from service.codec.budget import NO_LIMIT, Budget
 from service.errors import BodyTooLarge, InvalidEncoding, UnsupportedMediaType
@@ -127,18 +129,24 @@ def decompress_gzip(body: bytes, max_bytes: int, budget: Budget = NO_LIMIT) -> b
     return content
 
 
-def decompress_snappy(body: bytes, max_bytes: int) -> bytes:
+def decompress_snappy(body: bytes, max_bytes: int, budget: Budget = NO_LIMIT) -> memoryview:
     """Return the decompressed content of a snappy block.
 
-    A block begins with its decompressed size. If that size is above `max_bytes`, the block is not decompressed.
+    A block begins with its decompressed size. If that size is above `max_bytes`, the block is not decompressed. cramjam
+    writes into an array of NumPy, because it would create and free its own buffers while it keeps the interpreter lock.
 
-    Raises InvalidEncoding, BodyTooLarge.
+    Raises InvalidEncoding, BodyTooLarge, and the errors of `Budget.take_bytes`.
     """
     try:
         size = cramjam.snappy.decompress_raw_len(body)
         if size > max_bytes:
             raise _too_large(max_bytes, f"{size} bytes")
-        return bytes(cramjam.snappy.decompress_raw(body))
+        budget.take_bytes(size)
+        if not size:
+            return memoryview(bytes(cramjam.snappy.decompress_raw(body)))
+        content: Any = np.empty(size, np.uint8)  # mypy knows no buffer protocol before Python 3.12
+        cramjam.snappy.decompress_raw_into(body, content)
+        return memoryview(content)
     except cramjam.DecompressionError as error:
         raise InvalidEncoding(
             f"the body is not a valid snappy block: {error}", expected="snappy, in its block format"

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from models.timestamps import to_unix_seconds
+from service.codec.budget import NO_LIMIT, Budget
 from service.codec.feature_names import FeatureSelectors, FeatureTitles
 from service.codec.json_rows import JsonRows
 from service.codec.row_errors import MalformedRow, describe_value, not_a_timestamp
@@ -12,6 +13,9 @@ from service.errors import InvalidRows
 
 Record = dict[str, Any]
 MAX_UNKNOWN_METRICS = 1000  # maximum number of names remembered per batch
+MAX_LOGGED_NAME = 200  # characters of such a name: of the metric, and of the field
+MAX_NAME = 4096  # characters; a longer name of a metric and a field is no name of a feature
+RECORD_BYTES = 1024  # memory for one record
 METRIC_SHAPE = "an object with name, tags, fields and timestamp"
 
 
@@ -23,10 +27,14 @@ class TelegrafBatch:
         titles: finds the feature for a field whose name contains a unit.
         time: the key of the timestamp in a record.
         group: the name of the tag that identifies the group, such as the host; also the key of the group in a record.
+        budget: limits the memory for the records, and the time.
     """
 
-    def __init__(self, selectors: FeatureSelectors, titles: FeatureTitles, time: str, group: str) -> None:
+    def __init__(
+        self, selectors: FeatureSelectors, titles: FeatureTitles, time: str, group: str, budget: Budget = NO_LIMIT
+    ) -> None:
         self._selectors, self._titles, self._time, self._group = selectors, titles, time, group
+        self._budget = budget
         self._records: dict[Any, Record | MalformedRow] = {}
         self._first_metrics: list[int] = []  # for each record, the index of its first metric in the batch
         self.unknown_fields = 0
@@ -37,9 +45,8 @@ class TelegrafBatch:
         """The records, in the order of their first metrics."""
         return list(self._records.values())
 
-    def pointer(self, row: int) -> str:
-        """Return the JSON pointer to the invalid part of record number `row`, or else to its first metric."""
-        record = list(self._records.values())[row]
+    def pointer(self, row: int, record: Record | MalformedRow) -> str:
+        """Return the JSON pointer to the invalid part of `record`, the record number `row`, or to its first metric."""
         inside = record.pointer if isinstance(record, MalformedRow) else ""
         return f"/metrics/{self._first_metrics[row]}{inside}"
 
@@ -49,8 +56,10 @@ class TelegrafBatch:
             got = describe_value(metrics)
             raise InvalidRows("there are no metrics", pointer="/metrics", expected="a list of metrics", got=got)
         for index, metric in enumerate(metrics):
+            self._budget.check_time()
             parts = _parts(metric)
             if isinstance(parts, MalformedRow):
+                self._budget.take_bytes(RECORD_BYTES)
                 self._records[index] = parts
                 self._first_metrics.append(index)
                 continue
@@ -60,6 +69,7 @@ class TelegrafBatch:
         """Add the features of one metric to the record of its group and time. Without a feature, add no record."""
         key = (tags.get(self._group), time)
         for field, value in fields.items():
+            self._budget.check_time()
             try:
                 feature = self._feature(name, field, tags)
             except InvalidRows as error:
@@ -69,7 +79,8 @@ class TelegrafBatch:
             if feature is None:
                 self.unknown_fields += 1
                 if len(self.unknown_metrics) < MAX_UNKNOWN_METRICS:
-                    self.unknown_metrics[f"{name}_{field}" if name else field] = None
+                    short_name, short_field = name[:MAX_LOGGED_NAME], field[:MAX_LOGGED_NAME]
+                    self.unknown_metrics[f"{short_name}_{short_field}" if name else short_field] = None
                 continue
             record = self._record(index, key)
             if isinstance(record, dict) and not _is_same(record.setdefault(feature, value), value):
@@ -79,6 +90,7 @@ class TelegrafBatch:
         """Return the record of a group and time. If there is none yet, begin it at metric number `index`."""
         record = self._records.get(key)
         if record is None:
+            self._budget.take_bytes(RECORD_BYTES)
             group, time = key
             record = {self._time: time} if time is not None else {}
             if group is not None:
@@ -89,6 +101,8 @@ class TelegrafBatch:
 
     def _feature(self, name: str, field: str, tags: Record) -> str | None:
         """Return the feature for a field of the metric `name`, or None. Raises InvalidRows if its unit is wrong."""
+        if len(name) + len(field) > MAX_NAME:  # a metric may have a long name and many fields: do not join the names
+            return None
         feature = self._selectors.find((f"{name}_{field}", f"{name}.{field}", f"{name}/{field}", field), tags)
         return self._titles.find(field) if feature is None else feature
 

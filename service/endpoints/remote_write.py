@@ -2,20 +2,22 @@
 
 import asyncio
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic
 from typing import Any
 
-from service.anomaly.alignment import AlignedRow, SampleAligner
+from service.anomaly.alignment import MAX_INCOMPLETE_ROWS, AlignedRow, SampleAligner
 from service.anomaly.inputs import parse_record_rows
 from service.anomaly.series_mapping import SeriesMapping
 from service.anomaly.verdicts import Verdicts, results_and_errors
 from service.codec import remote_write
 from service.codec.feature_names import FeatureSelectors, closest
+from service.codec.remote_write import Series
 from service.endpoints import offload
 from service.endpoints.context import ServiceContext
-from service.endpoints.offload import run_in_thread_if_long
+from service.endpoints.offload import read_within_budget
 from service.endpoints.scoring import run_when_free, score_rows
 from service.errors import InvalidRows, ModelNotFound, NotReady, Overloaded, ServiceError
 from service.http.request import HttpResponse, RequestContext
@@ -25,6 +27,8 @@ from service.schemas import AnomalyBody
 
 POLL_SECONDS = 1.0  # interval between two checks for rows that have waited long enough for missing samples
 MAX_WAITING_ROWS = 20_000  # maximum number of rows that wait to be scored; above it, requests are refused
+PART_SAMPLES = 500  # number of samples that are added at once; adding them takes about 1 ms
+SCORED_ROWS = 100  # number of rows that are scored at once; preparing them takes about 2 ms
 MAX_LOGGED_ROWS = 5  # maximum number of anomalous rows to log each time that rows are scored
 LOGGED_FEATURES = 3  # number of features to log per anomalous row
 TIME, GROUP = "\0time", "\0group"  # keys of the time and the group in a record; no feature can have such a name
@@ -76,16 +80,44 @@ class RemoteWriteEndpoint:
             body = await request.body()
         except Overloaded as error:
             raise _retry_later(error.detail) from None
+        self._require_room(aligners)
+        budget = request.budget(
+            max_rows=self._service.settings.max_rows,
+            deadline=request.record.started + self._service.settings.request_timeout,
+        )
+        reader = remote_write.SeriesReader(body, request.max_body_bytes, budget)
+        while reader.has_more:
+            try:
+                series = await read_within_budget(
+                    self._service.readers, reader.read, budget, offload.SNAPPY_BYTE * len(body)
+                )
+            except Overloaded as error:
+                raise _retry_later(error.detail) from None
+            await self._add(aligners, series)
+        await self._score_due()
+        return HttpResponse(b"", b"", status=204)
+
+    async def _add(self, aligners: list[SampleAligner], series: list[Series]) -> None:
+        """Add the samples of a request to all aligners, and let the event loop run between parts of the samples.
+
+        Raises:
+            NotReady: the rows cannot be scored as fast as the samples arrive. Prometheus sends the samples again, and
+                those that are already added are then duplicates.
+        """
+        for number, part in enumerate(_parts_of(series)):
+            if number:
+                await asyncio.sleep(0)
+            for aligner in aligners:
+                aligner.add(part, monotonic())
+            if sum(aligner.pending_rows for aligner in aligners) > MAX_INCOMPLETE_ROWS:
+                await self._score_due()
+                self._require_room(aligners)
+
+    def _require_room(self, aligners: list[SampleAligner]) -> None:
+        """Raise NotReady if too many rows wait to be scored."""
         waiting = sum(aligner.pending_rows for aligner in aligners)
         if waiting > MAX_WAITING_ROWS:
             raise _retry_later(f"{waiting} rows wait to be scored: expected at most {MAX_WAITING_ROWS}")
-        series = await run_in_thread_if_long(
-            lambda: list(remote_write.loads(body, request.max_body_bytes)), offload.SNAPPY_BYTE * len(body)
-        )
-        for aligner in aligners:
-            aligner.add(series, monotonic())
-        await self._score_due()
-        return HttpResponse(b"", b"", status=204)
 
     def start(self) -> None:
         """Start to check regularly for rows that have waited long enough, and to score them."""
@@ -142,20 +174,20 @@ class RemoteWriteEndpoint:
         if aligner.unknown_metrics:
             self._service.unknown_metrics.report(served, aligner.unknown_metrics)
             aligner.unknown_metrics.clear()
-        due = aligner.pop_ready(monotonic(), flush=everything)
         body = AnomalyBody(alpha=mapping.alpha, extrapolated=mapping.extrapolated, time=TIME, group=GROUP, observe=True)
         run = partial(run_when_free, self._service, served)
-        batch_rows = self._service.settings.max_rows
-        for start in range(0, len(due), batch_rows):
-            records = [_record(row) for row in due[start : start + batch_rows]]
+        limit = min(SCORED_ROWS, self._service.settings.max_rows)
+        while due := aligner.pop_ready(monotonic(), flush=everything, limit=limit):
+            records = [_record(row) for row in due]
             input_rows = parse_record_rows(served.row_schema, body, records, may_contain_non_floats=True, minimum=0)
             try:
                 verdicts = await score_rows(self._service, served, input_rows, body, run, is_live=True)
             except ServiceError as error:
                 log.warning("cannot score rows from remote write, will retry: %s", error.detail)
-                aligner.requeue(due[start:])
+                aligner.requeue(due)
                 return
             _log_anomalies(served, verdicts)
+            await asyncio.sleep(0)
 
 
 def _selectors(served: ServedModel, mapping: SeriesMapping) -> FeatureSelectors:
@@ -187,6 +219,22 @@ def _warn_if_no_row_can_be_anomalous(served: ServedModel, mapping: SeriesMapping
         "set extrapolated = true, which gives no guarantee",
         served.name, served.version, mapping.alpha, calibration.rows, calibration.floor,
     )  # fmt: skip
+
+
+def _parts_of(series: list[Series]) -> Iterator[list[Series]]:
+    """Yield the series in parts of at most PART_SAMPLES samples."""
+    part: list[Series] = []
+    room = PART_SAMPLES
+    for labels, samples in series:
+        for start in range(0, len(samples), PART_SAMPLES):
+            piece = samples[start : start + PART_SAMPLES]
+            if len(piece) > room:
+                yield part
+                part, room = [], PART_SAMPLES
+            part.append((labels, piece))
+            room -= len(piece)
+    if part:
+        yield part
 
 
 def _record(row: AlignedRow) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import math
 import re
 import struct
 import time
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ from service.anomaly.alignment import SampleAligner
 from service.anomaly.series_mapping import MappingError, read_mappings
 from service.app import create_app
 from service.codec import remote_write
+from service.codec.budget import NO_LIMIT
 from service.codec.feature_names import FeatureSelectors
 from service.codec.remote_write import METRIC_NAME_LABEL, STALE_BITS, Series
 from service.errors import BodyTooLarge, InvalidEncoding, InvalidProtobuf
@@ -83,6 +85,15 @@ def value(client: httpx.Client, name: str, **more: str) -> float:
     return scrape(client).get((name, frozenset(labels.items())), 0.0)
 
 
+def loads(body: bytes, max_bytes: int) -> list[Series]:
+    """Return all series of a request body."""
+    reader = remote_write.SeriesReader(body, max_bytes, NO_LIMIT)
+    found = []
+    while reader.has_more:
+        found += reader.read()
+    return found
+
+
 def test_message_encoded_by_hand_is_decoded() -> None:
     """The bytes follow prompb/types.proto: fields 1 and 2, with wire types 2 (length), 1 (fixed 64) and 0 (varint)."""
     label = b"\x0a\x08__name__\x12\x02up"
@@ -90,7 +101,7 @@ def test_message_encoded_by_hand_is_decoded() -> None:
     exemplar = b"\x1a\x02\x10\x01"  # a field that the receiver ignores
     one = b"\x0a" + bytes([len(label)]) + label + b"\x12" + bytes([len(sample)]) + sample + exemplar
     body = bytes(cramjam.snappy.compress_raw(b"\x0a" + bytes([len(one)]) + one))
-    assert list(remote_write.loads(body, 1000)) == [((("__name__", "up"),), [(1000, 1.5)])]
+    assert loads(body, 1000) == [((("__name__", "up"),), [(1000, 1.5)])]
 
 
 @given(
@@ -103,14 +114,93 @@ def test_message_encoded_by_hand_is_decoded() -> None:
     )
 )
 def test_series_are_the_same_after_encoding_and_decoding(found: list[Series]) -> None:
-    assert list(remote_write.loads(remote_write.dumps(found), 2**20)) == found
+    with_samples = [(labels, samples) for labels, samples in found if samples]
+    assert loads(remote_write.dumps(found), 2**20) == with_samples
+
+
+def test_series_of_a_megabyte_is_read_in_parts_with_the_same_labels_and_samples() -> None:
+    labels = (("__name__", "up"), ("instance", "a" * 40_000))
+    samples = [(moment, moment / 7) for moment in range(60_000)]
+    found = loads(remote_write.dumps([(labels, samples), ((("__name__", "down"),), [(1, 2.0)])]), 2**22)
+    assert len(found) > 2
+    assert {labels for labels, _ in found[:-1]} == {labels}
+    assert [sample for _, part in found[:-1] for sample in part] == samples
+    assert found[-1] == ((("__name__", "down"),), [(1, 2.0)])
+
+
+def field(number: int, value: bytes) -> bytes:
+    """Return a field of a protobuf message."""
+    length = len(value)
+    size = bytearray()
+    while length > 127:
+        size.append(length & 127 | 128)
+        length >>= 7
+    return bytes([number << 3 | 2, *size, length]) + value
+
+
+EMPTY_SAMPLE = field(2, b"")
+HOSTILE = {
+    "empty series": field(1, b"") * 2**20,
+    "series of one empty sample": field(1, EMPTY_SAMPLE) * 2**19,
+    "empty labels of one series": field(1, field(1, b"") * 2**20 + EMPTY_SAMPLE),
+    "empty samples of one series": field(1, EMPTY_SAMPLE * 2**20),
+    "300 empty labels per series": field(1, field(1, b"") * 300 + EMPTY_SAMPLE) * 2**12,
+    "exemplars of one series": field(1, field(3, b"") * 2**20),
+    "numbers that no version of the protocol has": b"\x18\x00" * 2**20,
+    "a label of 500 KB": field(1, field(1, field(2, b"x" * 500_000)) + EMPTY_SAMPLE),
+    "a label of 70 KB": field(1, field(1, field(2, b"x" * 70_000)) + EMPTY_SAMPLE),
+    "two labels of 40 KB": field(1, field(1, field(2, b"x" * 40_000)) * 2 + EMPTY_SAMPLE),
+}
+
+
+@pytest.mark.parametrize("attack", HOSTILE)
+def test_small_request_with_many_objects_or_long_labels_is_refused(artifacts: Path, attack: str) -> None:
+    settings = Settings(artifacts=artifacts, default_model="hosts", log_level="error", backend="torchscript")
+    body = bytes(cramjam.snappy.compress_raw(HOSTILE[attack]))
+    with running(create_app(settings)) as client:
+        response = client.post("/api/v1/write", content=body, headers=HEADERS)
+        assert (response.status_code, response.json()["code"]) == (413, "body_too_large")
+
+
+def test_label_sets_that_stay_in_memory_have_a_limit_in_bytes() -> None:
+    aligner = new_aligner()
+    tracemalloc.start()
+    try:
+        for number in range(3000):  # 150 MB
+            labels = (("__name__", f"m{number}"), ("text", f"{number:050000}"))
+            aligner.add([(labels, [(1, 1.0)])], 0.0)
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 80 * 2**20
+    assert aligner.outcomes["unknown"] == 3000
+
+
+def test_long_names_of_groups_and_unknown_metrics_are_shortened() -> None:
+    aligner = new_aligner()
+    for end in "ab":
+        name = "x" * 50_000 + end
+        aligner.add([((("__name__", "load"), ("instance", name)), [(1, 1.0)])], 0.0)
+        aligner.add([((("__name__", name),), [(1, 1.0)])], 0.0)
+    groups = [row.group for row in aligner.pop_ready(0.0, flush=True)]
+    assert len(set(groups)) == 2
+    assert max(map(len, groups)) == 128
+    assert max(map(len, aligner.unknown_metrics)) == 200
+
+
+def test_rows_are_returned_in_order_of_time_up_to_the_limit_and_the_others_later() -> None:
+    aligner = new_aligner()
+    for moment in (3, 1, 2):
+        aligner.add([((("__name__", "load"), ("instance", "a")), [(moment, 1.0)])], 0.0)
+    popped = [[row.milliseconds for row in aligner.pop_ready(0.0, flush=True, limit=2)] for _ in range(3)]
+    assert popped == [[1, 2], [3], []]
 
 
 @given(st.binary(max_size=60))
 def test_random_bytes_are_decoded_or_raise_a_service_error(body: bytes) -> None:
     for content in (body, bytes(cramjam.snappy.compress_raw(body))):
         with suppress(InvalidEncoding, InvalidProtobuf, BodyTooLarge):
-            for found, samples in remote_write.loads(content, 2**16):
+            for found, samples in loads(content, 2**16):
                 assert all(type(name) is str for pair in found for name in pair)
                 assert all(type(moment) is int for moment, _ in samples)
 
