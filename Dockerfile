@@ -9,11 +9,14 @@ ENV PATH=/opt/elbo/bin:/opt/source/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNB
 # Dependencies come before the source: they change rarely, so their layers stay cached.
 FROM base AS packages
 RUN python -m venv --without-pip /opt/elbo
-COPY requirements/serve.lock /
+COPY requirements/serve.lock requirements/torch-*.lock /
 RUN pip --python /opt/elbo/bin/python install --no-cache-dir --require-hashes -r /serve.lock
 ARG TORCH=cpu
-RUN pip --python /opt/elbo/bin/python install --no-cache-dir "torch==2.13.0+${TORCH}" \
-        --index-url "https://download.pytorch.org/whl/${TORCH}" \
+# The hashes of the CPU wheels of Python 3.11 are in torch-cpu.lock. A CUDA wheel has no lock file: it installs libraries of
+# NVIDIA whose versions differ between builds.
+RUN if [ -f "/torch-${TORCH}.lock" ]; then set -- --no-deps --require-hashes -r "/torch-${TORCH}.lock"; \
+    else echo "torch is installed without a hash: there is no requirements/torch-${TORCH}.lock"; set -- "torch==2.13.0+${TORCH}"; fi \
+    && pip --python /opt/elbo/bin/python install --no-cache-dir "$@" --index-url "https://download.pytorch.org/whl/${TORCH}" \
     # Remove headers, tests and tools, a fifth of the wheel, which nothing uses at run time.
     && cd /opt/elbo/lib/python3.11/site-packages/torch && rm -rf include test \
     && find bin -type f ! -name torch_shm_manager -delete

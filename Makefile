@@ -9,6 +9,8 @@ PEERS := .venv-peers
 PEER_PACKAGES := pythae==0.1.2 lightning==2.6.6 pyod==3.6.7
 # Generates a client from openapi.json for a test. It requires an older typer than Elbo, so it has its own environment.
 GENERATOR := .venv-openapi
+# Audits the locked packages, and lists them with their licences. Serving, training and the tests do not need it.
+AUDIT := .venv-audit
 GENERATOR_PACKAGE := openapi-python-client==0.29.1
 INSTALL := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check install
 PEER_INSTALL := $(PEERS)/bin/python -m pip --quiet --disable-pip-version-check install
@@ -25,7 +27,7 @@ PACKAGE_triton := nvidia-pytriton==0.7.0
 PYTHON_triton := /usr/bin/python3.11
 
 .DEFAULT_GOAL := help
-.PHONY: help run check docs test lint types format lock upgrade image bench-train bench-serve bench-anomaly clean
+.PHONY: help run check docs test lint types format lock upgrade audit sbom image pin-images bench-train bench-serve bench-anomaly clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +65,7 @@ lock: $(READY) ## Rewrite requirements/*.lock from pyproject.toml, keeping the v
 	@cp requirements/dev.lock requirements/serve.lock && $(call compile,serve,)
 	@cp requirements/dev.lock requirements/browser.lock && $(call compile,browser,--extra browser)
 	@cp requirements/dev.lock requirements/docs.lock && $(call compile,docs,--extra docs)
+	@$(call compile,audit,,requirements/audit.in)
 
 upgrade: UPGRADE := --upgrade
 upgrade: lock ## Rewrite requirements/*.lock with the newest versions
@@ -71,7 +74,7 @@ upgrade: lock ## Rewrite requirements/*.lock with the newest versions
 # the CPU wheels of torch, because the CUDA wheels would add NVIDIA's libraries.
 compile = echo "locking requirements/$(1).lock" && $(VENV)/bin/pip-compile --quiet $(2) \
 	$(if $(filter dev,$(1)),$(UPGRADE)) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
-	--output-file requirements/$(1).lock pyproject.toml \
+	--output-file requirements/$(1).lock $(or $(3),pyproject.toml) \
 	&& $(VENV)/bin/python -c '$(joined)' requirements/$(1).lock
 # Put all hashes of a package on one line, which keeps 2,500 lines out of git.
 joined = import pathlib, re, sys; lock = pathlib.Path(sys.argv[1]); \
@@ -86,8 +89,17 @@ node_modules/.ready: package.json package-lock.json
 	@npm ci --silent --no-audit --no-fund
 	@touch $@
 
+audit: $(READY) $(AUDIT)/.ready ## Look the locked packages up in the index of advisories
+	@$(VENV)/bin/python requirements/audit.py $(AUDIT)/bin/pip-audit
+
+sbom: $(READY) $(AUDIT)/.ready ## Write the bills of materials (CycloneDX), with licences, into build/sbom/
+	@$(VENV)/bin/python requirements/sbom.py $(AUDIT)/bin/cyclonedx-py $(VENV)/bin/python build/sbom
+
 image: ## Build the container image that trains and serves
 	@docker build --tag elbo .
+
+pin-images: ## Pin the base images to the digests that their tags have now; needs docker and the registry
+	@requirements/pin-images
 
 bench-train: $(READY) $(PEERS)/.ready ## Measure training against other libraries, as in benchmarks/*/results/*.md
 	@$(VENV)/bin/python benchmarks/training/pca_speed.py --large
@@ -119,6 +131,12 @@ $(PEERS)/.ready: $(READY)
 	@$(PEER_INSTALL) $(PEER_PACKAGES)
 	@touch $@
 
+$(AUDIT)/.ready: $(READY) requirements/audit.lock
+	@$(VENV)/bin/python -m venv $(AUDIT)
+	@echo "installing the tools of the audit"
+	@$(AUDIT)/bin/python -m pip --quiet --disable-pip-version-check install --require-hashes -r requirements/audit.lock
+	@touch $@
+
 $(GENERATOR)/.ready: $(READY)
 	@$(VENV)/bin/python -m venv $(GENERATOR)
 	@echo "installing $(GENERATOR_PACKAGE)"
@@ -126,7 +144,7 @@ $(GENERATOR)/.ready: $(READY)
 	@touch $@
 
 clean: ## Remove what the other targets made, except artifacts/
-	@rm -rf $(VENV) $(GENERATOR) $(PEERS) $(PEERS)-* build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis node_modules
+	@rm -rf $(VENV) $(GENERATOR) $(AUDIT) $(PEERS) $(PEERS)-* build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis node_modules
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The locked packages are installed first. They include torch's dependencies, and pip checks the hashes of all of them.

@@ -18,6 +18,7 @@ BUILT = {name: service for name, service in SERVICES.items() if "build" in servi
 PULLED = {name: service for name, service in SERVICES.items() if "build" not in service}
 APIS = sorted(name for name in SERVICES if name.startswith("api"))
 DOCKERFILE = (ROOT / "Dockerfile").read_text().replace("\\\n", "")
+DIGEST = r"(@sha256:[0-9a-f]{64})?"  # make pin-images adds it
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -58,7 +59,16 @@ def test_container_has_a_read_only_root_and_no_capabilities(name: str) -> None:
     assert service["read_only"] is True
     assert service["tmpfs"] == ["/tmp"]
     assert service["init"] is True
+    assert 0 < service["pids_limit"] <= 512
+    assert re.fullmatch(r"[1-8]g", service["mem_limit"])
     assert "privileged" not in service
+
+
+def test_cpu_wheel_of_torch_is_installed_by_its_hash() -> None:
+    install = next(argument for word, argument in instructions("packages") if "whl/${TORCH}" in argument)
+    assert '--require-hashes -r "/torch-${TORCH}.lock"' in install
+    lock = (ROOT / "requirements" / "torch-cpu.lock").read_text()
+    assert re.fullmatch(r"torch==[\d.]+\+cpu \\\n    --hash=sha256:[0-9a-f]{64} --hash=sha256:[0-9a-f]{64}\n", lock)
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -102,7 +112,7 @@ def test_gpu_service_is_opt_in_and_installs_cuda_wheels() -> None:
 def test_pulled_service_is_opt_in_and_pinned_and_mounts_only_folders_that_exist(name: str) -> None:
     service = PULLED[name]
     assert service["profiles"] == ["monitoring"]
-    assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+", service["image"])
+    assert re.fullmatch(rf"[\w./-]+:v?\d+\.\d+\.\d+{DIGEST}", service["image"])
     for volume in service["volumes"]:
         source, mode = volume.partition(":")[0], volume.rpartition(":")[2]
         if source.startswith("./"):
@@ -155,15 +165,15 @@ def test_health_check_of_an_image_requests_readyz(stage: str) -> None:
 
 
 def test_serving_image_installs_only_the_serving_lock_file() -> None:
-    locks = [lock for _, argument in instructions("packages") for lock in re.findall(r"\w+\.lock", argument)]
-    assert set(locks) == {"serve.lock"}
+    locks = [lock for _, argument in instructions("packages") for lock in re.findall(r"(\w+(?:-\*)?\.lock) ", argument)]
+    assert set(locks) == {"serve.lock", "torch-*.lock"}
     assert "lock" not in "".join(argument for _, argument in instructions("serve"))
 
 
 def test_torch_is_pinned_to_one_version_everywhere() -> None:
     pins = {
         name: set(re.findall(r"\btorch==([\d.]+\d)", (ROOT / name).read_text()))
-        for name in ("pyproject.toml", "Makefile", "Dockerfile")
+        for name in ("pyproject.toml", "Makefile", "Dockerfile", "requirements/torch-cpu.lock")
     }
     assert set(map(frozenset, pins.values())) == {frozenset({"2.13.0"})}, pins
 

@@ -21,6 +21,7 @@ LOCKED = {
     "browser": PROJECT["dependencies"]
     + EXTRAS["browser"],  # locked separately: dev.lock would become too large with these packages
     "docs": PROJECT["dependencies"] + EXTRAS["docs"],
+    "audit": [line.partition("#")[0] for line in (ROOT / "requirements" / "audit.in").read_text().splitlines()],
 }
 
 
