@@ -117,9 +117,14 @@ def find_label_column(names: Sequence[str]) -> str | None:
     return next(chain(found, others), None)
 
 
+def ends_like_label_name(name: str) -> bool:
+    """Return whether the name ends as those of label columns do, such as `attack label`."""
+    return _simplify(name).endswith(ENDINGS)
+
+
 def is_status_name(name: str) -> bool:
     """Return whether only the cells of a column of this name tell whether it holds labels."""
-    return find_label_column([name]) == name and not _simplify(name).endswith(ENDINGS) and not is_label_name(name)
+    return find_label_column([name]) == name and not ends_like_label_name(name) and not is_label_name(name)
 
 
 def is_label_name(name: str) -> bool:

@@ -82,6 +82,14 @@ def test_more_names_of_label_columns_are_recognised_and_are_no_features(
     assert any(note.startswith(f"column {column!r} holds labels, so it is not a feature") for note in table.notes)
 
 
+def test_note_names_a_second_column_of_labels(tmp_path: Path) -> None:
+    bits = [0, 1] * 20
+    pl.DataFrame({"a": range(1, 41), "label": bits, "attack_label": bits}).write_csv(tmp_path / "a.csv")
+    note = "column 'attack_label' is a feature: if it holds labels, add --drop attack_label"
+    assert note in read_table(str(tmp_path / "a.csv"), keep=["a"]).notes
+    assert note not in read_table(str(tmp_path / "a.csv"), keep=["a", "attack_label"]).notes
+
+
 @pytest.mark.parametrize("column", ["machine_status", "Status", "condition"])
 def test_status_column_holds_labels_only_if_a_text_means_normal(tmp_path: Path, column: str) -> None:
     texts = ["NORMAL", "BROKEN", "NORMAL", "RECOVERING"]

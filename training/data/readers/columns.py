@@ -17,7 +17,14 @@ import numpy.typing as npt
 
 from models.columns import FALSE, MISSING, TRUE, parse_title
 from models.errors import join_names
-from training.data.labels import LabelReader, find_label_column, is_label_name, is_status_name, look_like_labels
+from training.data.labels import (
+    LabelReader,
+    ends_like_label_name,
+    find_label_column,
+    is_label_name,
+    is_status_name,
+    look_like_labels,
+)
 from training.data.readers.raw_table import (
     Block,
     BlockDetails,
@@ -348,7 +355,7 @@ def build_raw_table(
         if not features:
             raise DataError(f"{path} has no column except labels: expected measurements to learn from")
         notes += [
-            f"column {column.name!r} is a feature: if it holds labels, add {format_option('--drop', [column.name])}"
+            _note_on_labels(column.name)
             for column in features
             if is_label_name(column.name) and column.name not in options.keep
         ]
@@ -371,6 +378,10 @@ def build_raw_table(
         label_names=None if labels is None else labels.texts,
         notes=notes,
     )
+
+
+def _note_on_labels(name: str) -> str:
+    return f"column {name!r} is a feature: if it holds labels, add {format_option('--drop', [name])}"
 
 
 def _read_blocks(
@@ -434,6 +445,12 @@ class _ColumnCheck:
         if self.options.names is None:
             self._refuse_other_columns(columns)
             self._note_repeated_identifiers(columns)
+            self.notes.extend(
+                _note_on_labels(column.name)
+                for column in columns
+                if column.binary and not is_label_name(column.name) and ends_like_label_name(column.name)
+                if column.name not in self.options.keep
+            )
         if booleans := [column.name for column in columns if column.first_boolean]:
             self.notes.append(f"true and yes are read as 1, false and no as 0: {join_names(booleans)}")
 

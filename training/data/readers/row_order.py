@@ -116,5 +116,5 @@ def describe_direction(direction: int) -> str:
     """Return why a column with `direction`, which is not 0, is not a measurement."""
     verb = "rises" if direction > 0 else "falls"
     if direction in (RISES, FALLS):
-        return f"a time or a counter: it {verb} with the row number"
+        return f"a time or a counter: it {verb} with the row number, or the file is sorted by it"
     return f"a time or a counter: it {verb} with the row number, but restarts or belongs to several sources"
