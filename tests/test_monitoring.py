@@ -26,6 +26,7 @@ from service.monitoring.metrics import Metrics
 from service.shared_memory import SharedCounters
 from tests.conftest import require
 from tests.data import ROOT
+from tests.service.access.keys import KeySet
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
@@ -408,3 +409,40 @@ def scored_rows(port: int) -> float:
     text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
     match = re.search(r"^elbo_scored_rows_total\{.*\} (\S+)", text, re.MULTILINE)
     return float(match[1]) if match else 0.0
+
+
+def test_prometheus_scrapes_and_sends_with_the_key_that_the_comments_of_its_configuration_describe(
+    tmp_path: Path,
+) -> None:
+    require_programs("prometheus")
+    keys = KeySet(tmp_path / "keys.toml")
+    (tmp_path / "elbo.key").write_text(keys.add("prometheus", "metrics", "write"))
+    prometheus, elbo = free_ports(2)
+    text = (DEPLOY / "prometheus" / "prometheus.yml").read_text()
+    text, uncommented = re.subn(r"# (authorization: .*)", r"\1", text)
+    assert uncommented == 2
+    config = yaml.safe_load(text.replace("/etc/prometheus", str(tmp_path)).replace("api:8000", f"127.0.0.1:{elbo}"))
+    config["global"] = {"scrape_interval": "200ms", "scrape_timeout": "200ms"}
+    config["rule_files"], config["alerting"] = [], {}
+    config["scrape_configs"] = [job for job in config["scrape_configs"] if job["job_name"] == "elbo"]
+    config["remote_write"][0]["write_relabel_configs"][0]["regex"] = "up"
+    path = tmp_path / "prometheus.yml"
+    path.write_text(yaml.safe_dump(config))
+
+    def counted(endpoint: str, status: int) -> bool:
+        headers = {"X-API-Key": keys.values["prometheus"]}
+        metrics = httpx.get(f"http://127.0.0.1:{elbo}/metrics", headers=headers).text
+        return f'endpoint="{endpoint}",key="prometheus",model="",status="{status}",version=""' in metrics
+
+    settings = {"ELBO_PORT": str(elbo), "ELBO_ARTIFACTS": str(tmp_path / "none"), "ELBO_API_KEYS_FILE": str(keys.path)}
+    storage = [f"--storage.tsdb.path={tmp_path}/tsdb", "--storage.remote.flush-deadline=1s"]
+    local = f"--web.listen-address=127.0.0.1:{prometheus}"
+    with ExitStack() as stack:
+        stack.enter_context(running_program(sys.executable, "-m", "service", **settings))
+        stack.enter_context(running_program("prometheus", f"--config.file={path}", *storage, local))
+        wait_until(lambda: counted("/metrics", 200), 60, httpx.TransportError)
+        # No model is served, so the samples are refused, but not because of the key.
+        wait_until(lambda: counted("/api/v1/write", 503), 60, httpx.TransportError)
+        assert not counted("/api/v1/write", 403)
+        query = httpx.get(f"http://127.0.0.1:{prometheus}/api/v1/query", params={"query": 'up{job="elbo"}'}).json()
+        assert query["data"]["result"][0]["value"][1] == "1"
