@@ -26,6 +26,7 @@ WORKDIR /source
 COPY . .
 RUN pip --python /opt/elbo/bin/python install --no-cache-dir --no-deps --target /opt/source .
 
+# The server listens on every interface, so it starts only with API keys (ELBO_API_KEYS_FILE) or with ELBO_INSECURE=1.
 # The user is numeric, so that an orchestrator can verify that it is not root. It can write to /artifacts only.
 FROM base AS serve-packages
 RUN useradd --uid 10001 --no-create-home --home-dir /tmp elbo && install --directory --owner elbo --group elbo /artifacts

@@ -127,7 +127,7 @@ class AccessControl:
         """
         value = headers.get(b"authorization", b"")
         value = value[len(_BEARER) :].strip() if value[: len(_BEARER)].lower() == _BEARER else b""
-        value = value or headers.get(b"x-api-key", b"")
+        value = value or headers.get(b"x-api-key", b"").strip()
         key = self._by_hash.get(hashlib.sha256(value[:MAX_VALUE_BYTES] or _NO_VALUE).digest())
         if key is None:
             raise _unauthorized(is_absent=not value)

@@ -395,6 +395,15 @@ def test_every_request_of_a_connection_is_checked(tmp_path: Path, keys: KeySet) 
     assert statuses == [b"200", b"401", b"200", b"401"]
 
 
+@pytest.mark.parametrize(
+    "line", ["X-API-Key:{}", "X-API-Key:   {}   ", "Authorization:\tBearer {}\t", "authorization: bearer  {} "]
+)
+def test_white_space_around_a_key_is_ignored(tmp_path: Path, keys: KeySet, line: str) -> None:
+    settings = Settings(artifacts=tmp_path, api_keys_file=keys.path, log_level="error")
+    request = f"GET /models HTTP/1.1\r\nHost: elbo\r\n{line.format(keys.values['infer'])}\r\n\r\n"
+    assert exchange(settings, request.encode()).startswith(b"HTTP/1.1 200 ")
+
+
 def test_key_in_the_trailer_of_a_body_is_ignored(tmp_path: Path, keys: KeySet) -> None:
     settings = Settings(artifacts=tmp_path, api_keys_file=keys.path, log_level="error")
     body = b"0\r\nX-API-Key: " + keys.values["infer"].encode() + b"\r\n\r\n"

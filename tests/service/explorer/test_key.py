@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, Request, expect
 
 from service.app import create_app
@@ -56,6 +57,7 @@ def test_page_asks_for_a_key_and_works_with_it_until_the_user_forgets_it(
         page.on("request", sent.append)
         page.goto(f"{guarded}?view=latent&model=vae")
         heading(page, "API key")
+        assert [fault["id"] for fault in Axe().run(page).response["violations"]] == []
         expect(page.get_by_role("alert")).to_have_count(0)
         expect(page.get_by_role("button", name="Forget key")).to_be_hidden()
         SCREENSHOTS.mkdir(exist_ok=True)
