@@ -53,8 +53,12 @@ def test_page_asks_for_a_key_and_works_with_it_until_the_user_forgets_it(
     browser: Browser, guarded: str, keys: KeySet
 ) -> None:
     sent: list[Request] = []
+
+    def record(request: Request) -> None:
+        sent.append(request)
+
     with page_of(browser) as page:
-        page.on("request", sent.append)
+        page.on("request", record)
         page.goto(f"{guarded}?view=latent&model=vae")
         heading(page, "API key")
         assert [fault["id"] for fault in Axe().run(page).response["violations"]] == []
