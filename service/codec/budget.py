@@ -4,7 +4,7 @@ A body of a few bytes can describe gigabytes of objects, and hours of work. Ever
 of its request while it reads, not afterwards:
 
 - before it creates objects or unpacks bytes: `take_bytes`;
-- for each row, valid or not: `take_rows`;
+- for each row, valid or not: `take_row` or `take_rows`;
 - at least once per millisecond of work: `check_time`. A call of a C library that holds the interpreter lock must end
   within 20 ms: give the library at most PIECE_BYTES at once.
 
@@ -104,13 +104,25 @@ class Budget:
         """Count `size` bytes as free again. They stay held until the request ends, for the next `take_bytes`."""
         self._bytes -= size
 
-    def take_rows(self, count: int, pointer: str = "") -> None:
+    def take_row(self, size: int) -> None:
+        """Count one more row, valid or not, and `size` bytes for its numbers; see `check_time` too.
+
+        Raises:
+            TooManyRows: the request has more rows than `max_rows`.
+            BodyTooLarge, Overloaded, DeadlineExceeded: see `take_bytes` and `check_time`.
+        """
+        self.rows += 1
+        self._bytes += size + ROW_BYTES
+        if self.rows > self.max_rows or self._bytes > self.held_bytes or perf_counter() >= self._next_check:
+            self.take_rows(0)
+            self._check_time()
+
+    def take_rows(self, count: int) -> None:
         """Count `count` more rows, valid or not, and their memory. Raises TooManyRows, BodyTooLarge, Overloaded."""
         self.rows += count
         if self.rows > self.max_rows:
             raise TooManyRows(
                 f"a request may have at most {self.max_rows} rows (ELBO_MAX_ROWS), got more",
-                pointer=pointer,
                 expected=f"at most {self.max_rows} rows",
                 got="more",
                 hint="split the rows over several requests",
@@ -206,7 +218,10 @@ class NoLimit(Budget):
     def give_back_bytes(self, size: int) -> None:
         """Do nothing."""
 
-    def take_rows(self, count: int, pointer: str = "") -> None:
+    def take_row(self, size: int) -> None:
+        """Do nothing."""
+
+    def take_rows(self, count: int) -> None:
         """Do nothing."""
 
     def check_time(self) -> None:

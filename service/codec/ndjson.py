@@ -88,10 +88,11 @@ class LineSplitter:
         """Parse the lines that end in `chunk`, and yield one value per line that is not blank."""
         self._rest += chunk
         if b"\n" in chunk:
-            *lines, self._rest = self._rest.split(b"\n")
+            *lines, rest = bytes(self._rest).split(b"\n")
+            self._rest = bytearray(rest)
             for line in lines:
                 if line or self._skipping:
-                    yield from self._parse(bytes(line))
+                    yield from self._parse(line)
         if len(self._rest) > self._max_line_bytes:
             self._rest, self._skipping = bytearray(), True
 

@@ -37,11 +37,15 @@ class RowPacker:
     Args:
         width: the number of values per row.
         may_contain_non_floats: whether values may be true, false, NaN or infinite.
+
+    Attributes:
+        row_bytes: the memory for one row, in bytes.
     """
 
-    __slots__ = ("_buffer", "_may_contain_non_floats", "_row_count", "_width")
+    __slots__ = ("_buffer", "_may_contain_non_floats", "_row_count", "_width", "row_bytes")
 
     def __init__(self, width: int, may_contain_non_floats: bool) -> None:
+        self.row_bytes = 4 * width
         self._width = width
         self._may_contain_non_floats = may_contain_non_floats
         self._buffer = bytearray()  # grows with the rows: many invalid rows of a wide model need no memory
@@ -75,11 +79,6 @@ class RowPacker:
         self._buffer += packed
         self._row_count += 1
 
-    @property
-    def row_bytes(self) -> int:
-        """The memory for one row, in bytes."""
-        return 4 * self._width
-
     def rows(self) -> Array:
         """Return the appended rows [N, D], without a copy."""
         count = self._row_count
@@ -104,9 +103,7 @@ def parse_rows(
     require_rows(schema, rows, pointer)
     packer = RowPacker(schema.width, may_contain_non_floats)
     for index, row in enumerate(rows):
-        budget.check_time()
-        budget.take_rows(1, pointer)
-        budget.take_bytes(packer.row_bytes)
+        budget.take_row(packer.row_bytes)
         try:
             packer.append(row, schema)
         except InvalidRows as error:
@@ -157,12 +154,10 @@ def append_valid_rows(
     valid: list[int] = []
     errors: list[RowError] = []
     for index, row in enumerate(rows):
-        budget.check_time()
-        budget.take_rows(1, pointer)
+        budget.take_row(packer.row_bytes)
         try:
             append(row)
             valid.append(index)
-            budget.take_bytes(packer.row_bytes)
         except InvalidRows as error:
             error.pointer = f"{pointer}/{index}{error.pointer}"
             budget.take_bytes(error.text_length)

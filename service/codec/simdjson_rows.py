@@ -64,7 +64,7 @@ def _read_large(body: bytes, main: str, width: int, budget: Budget) -> dict[str,
         array = _numbers(body[start:piece_end], width)
         if array is None:
             return None
-        budget.take_rows(len(array), f"/{main}")
+        budget.take_rows(len(array))
         x, finite = as_float32(array)
         if not finite:
             return None

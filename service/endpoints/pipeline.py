@@ -4,7 +4,7 @@ import asyncio
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
@@ -15,7 +15,16 @@ from service.codec import npy, png, safetensors
 from service.codec.budget import NO_LIMIT, Budget
 from service.codec.compression import decompress_gzip, is_gzip
 from service.codec.json_rows import JsonRows
-from service.codec.request_body import JSON, NO_EXTRA_READERS, BodyReader, is_array, is_picture, read_fields
+from service.codec.request_body import (
+    JSON,
+    NO_EXTRA_READERS,
+    BodyReader,
+    RequestFields,
+    is_array,
+    is_picture,
+    read_fields,
+    read_plain_rows,
+)
 from service.codec.response_body import (
     ARRAY_FORMATS,
     IMAGE_FORMATS,
@@ -106,9 +115,7 @@ async def parse_request(
 
     width = served.latent_schema.width if spec.array_field == "latents" else served.row_schema.width
 
-    def read(content: bytes, budget: Budget) -> tuple[B, T]:
-        picture = served.picture_row if spec.pictures else None
-        fields = read_fields(content_type, content, spec.array_field, width, spec.readers, picture, budget)
+    def read_inputs(fields: RequestFields, budget: Budget) -> tuple[B, T]:
         values, may_contain_non_floats = fields
         if query.options:
             options = read_options(spec.schema, query.options)
@@ -118,18 +125,24 @@ async def parse_request(
         _require_row_limit(spec, body, service.settings.max_rows)
         return body, spec.read(served, body, may_contain_non_floats, budget)
 
+    def read_body(budget: Budget) -> tuple[B, T]:
+        content = decompress_gzip(raw_body, request.max_body_bytes, budget) if compressed else raw_body
+        picture = served.picture_row if spec.pictures else None
+        fields = read_fields(content_type, content, spec.array_field, width, spec.readers, picture, budget)
+        return read_inputs(fields, budget)
+
     started = perf_counter()
-    if len(raw_body) <= offload.SMALL_BODY and not compressed:
-        body, inputs = read(raw_body, NO_LIMIT)
+    fields = None
+    if spec.array_field and not compressed:
+        fields = read_plain_rows(content_type, raw_body, spec.array_field, width)
+    if fields is not None:
+        body, inputs = read_inputs(fields, NO_LIMIT)
+    elif len(raw_body) <= offload.SMALL_BODY and not compressed:
+        body, inputs = read_body(NO_LIMIT)
     else:
         budget = request.budget(max_rows=service.settings.max_rows, width=width, deadline=deadline)
-        max_bytes = request.max_body_bytes
-
-        def read_within() -> tuple[B, T]:
-            return read(decompress_gzip(raw_body, max_bytes, budget) if compressed else raw_body, budget)
-
         cost = offload.GZIP_BODY if compressed else len(raw_body) * _cost_per_byte(content_type)
-        body, inputs = await read_within_budget(service.readers, read_within, budget, cost)
+        body, inputs = await read_within_budget(service.readers, partial(read_body, budget), budget, cost)
     record.parse += perf_counter() - started
     return ParsedRequest(request, record, served, media_type, deadline, body, inputs)
 
