@@ -1,5 +1,6 @@
 """Decompress request bodies up to a maximum size: gzip for every endpoint, snappy for Prometheus."""
 
+import io
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -114,19 +115,16 @@ def decompress_gzip(body: bytes, max_bytes: int, budget: Budget = NO_LIMIT) -> b
         BodyTooLarge: the decompressed size exceeds `max_bytes`. The rest is then not decompressed.
         BodyTooLarge, Overloaded, DeadlineExceeded: see `Budget`.
     """
-    stream, chunks, size = GzipDecompressor(), [], 0
+    stream, content, size = GzipDecompressor(), io.BytesIO(), 0
     for chunk in stream.feed(body):
         size += len(chunk)
         if size > max_bytes:
             raise _too_large(max_bytes, f"more than {max_bytes} bytes")
         budget.take_bytes(len(chunk))
         budget.check_time()
-        chunks.append(chunk)
+        content.write(chunk)
     stream.finish()
-    budget.take_bytes(size)
-    content = b"".join(chunks)
-    budget.give_back_bytes(size)
-    return content
+    return content.getvalue()  # not a copy
 
 
 def decompress_snappy(body: bytes, max_bytes: int, budget: Budget = NO_LIMIT) -> memoryview:

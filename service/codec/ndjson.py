@@ -1,5 +1,6 @@
 """NDJSON: every line is a JSON value. An invalid line does not affect the other lines."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
@@ -13,6 +14,7 @@ from service.errors import InvalidJson
 
 MEDIA_TYPE = "application/x-ndjson"
 MEDIA_TYPES = (MEDIA_TYPE, "application/ndjson", "application/jsonl", "application/x-jsonlines")
+_BLANK_LINES = re.compile(rb"\n[ \t\r\n]+")
 QUOTED_CHARACTERS = 40  # an error quotes at most this many characters of an invalid line
 
 
@@ -86,7 +88,7 @@ class LineSplitter:
 
     def feed(self, chunk: bytes) -> Iterator[object]:
         """Parse the lines that end in `chunk`, and yield one value per line that is not blank."""
-        self._rest += chunk
+        self._rest += _BLANK_LINES.sub(b"\n", chunk)
         if b"\n" in chunk:
             *lines, rest = bytes(self._rest).split(b"\n")
             self._rest = bytearray(rest)

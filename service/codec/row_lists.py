@@ -163,7 +163,9 @@ def append_valid_rows(
             budget.take_bytes(error.text_length)
             errors.append(RowError(index, error.without_frames()))
     if len(valid) < minimum:
-        raise errors[0].error
+        first = errors[:1]
+        errors.clear()
+        raise first.pop().error  # no variable keeps the error: it would keep its own traceback, and so the body, alive
     x = packer.rows()
     return ParsedRows(x, valid, errors, missing_mask(x))
 

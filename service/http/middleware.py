@@ -1,6 +1,7 @@
 """The HTTP entry point: calls inference handlers directly, and turns errors into responses, metrics and log lines."""
 
 import logging
+import traceback
 from collections.abc import Awaitable, Callable, Mapping
 
 from starlette.requests import ClientDisconnect
@@ -80,11 +81,15 @@ class RequestMiddleware:
             else:
                 await self._pass_on(request)
         except Exception as error:
-            problem = as_service_error(request, error)
-            if not request.response_started:
-                await request.respond_with_error(problem)
-            elif not isinstance(error, ClientDisconnect):
-                raise  # closes the connection, so that the client does not take the response for a complete one
+            if request.response_started:
+                as_service_error(request, error)
+                if not isinstance(error, ClientDisconnect):
+                    raise  # closes the connection, so that the client does not take the response for a complete one
+            else:
+                await request.respond_with_error(as_service_error(request, error))
+                # The frames of a traceback keep the body in memory, until the garbage collector runs if one of their
+                # variables is the error.
+                traceback.clear_frames(error.__traceback__)
         finally:
             request.finish()
             self._metrics.count(request.record)

@@ -1,6 +1,7 @@
 """One HTTP request in progress: its headers, query and body, and the response to it."""
 
 import asyncio
+import io
 import os
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
@@ -168,12 +169,16 @@ class RequestContext:
             ) from None
 
     async def _read_body(self) -> bytes:
-        chunks: list[bytes] = []
+        whole: io.BytesIO | None = None  # grows without copies; joining pieces of 64 MiB would block the event loop
         while (message := await self.receive())["type"] == "http.request":
             body: bytes = message.get("body", b"")
+            if whole is None:
+                if not message.get("more_body"):
+                    return body  # a body in one piece is not copied
+                whole = io.BytesIO()
+            whole.write(body)
             if not message.get("more_body"):
-                return b"".join([*chunks, body]) if chunks else body  # a body in one piece is not copied
-            chunks.append(body)
+                return whole.getvalue()
         raise ClientDisconnect
 
     async def stream(self) -> AsyncIterator[bytes]:
