@@ -76,7 +76,7 @@ class Budget:
         self._is_reading = False
         self._is_closed = False
         self._turn_end = 0.0  # when the event loop needs its turn; 0 in a thread
-        self._cpu_end = 0.0  # on the `thread_time` clock
+        self._cpu_end = math.inf  # on the `thread_time` clock
         self._next_check = 0.0
 
     def take_bytes(self, size: int) -> None:
@@ -96,7 +96,7 @@ class Budget:
                 got="more",
                 hint="send fewer rows per request, or send them as application/x-npy",
             )
-        step = max(self._bytes - self.held_bytes, _HOLD_STEP)
+        step = min(max(self._bytes - self.held_bytes, _HOLD_STEP), self._max_bytes - self.held_bytes)
         self._hold(step)
         self.held_bytes += step
 

@@ -5,7 +5,7 @@ import csv
 import io
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from models.columns import MISSING, parse_cell, swallows_lines
@@ -33,20 +33,30 @@ class CsvRecords:
         self.header = header
         self._body = body
         self._budget = budget
+        self._first_pass = self._read()
+        self._first = next(self._first_pass, None)
+
+    def __bool__(self) -> bool:
+        return self._first is not None
 
     def __iter__(self) -> Iterator[dict[str, str] | MalformedRow]:
+        if self._first is None:
+            return self._read()
+        first, self._first = self._first, None
+        return chain([first], self._first_pass)
+
+    def _read(self) -> Iterator[dict[str, str] | MalformedRow]:
         records = _records(self._body, self._budget)
         next(records)  # the header
         blank_lines = 0  # spreadsheets write lines of commas after the last row: these are not records
         for cells in records:
-            record = _record(self.header, cells)
-            if type(record) is dict and not any(map(str.strip, record.values())):
+            if type(cells) is list and len(cells) == len(self.header) and not "".join(cells).strip():
                 blank_lines += 1
                 continue
             for _ in range(blank_lines):
                 yield dict.fromkeys(self.header, "")
             blank_lines = 0
-            yield record
+            yield _record(self.header, cells)
 
     def with_values(self, keys: Sequence[str], features: Collection[str], time: str) -> Iterator[Any]:
         """Yield the records with `keys` as keys, one per column, and with numbers in place of the text of features.
@@ -97,8 +107,7 @@ def read_fields(body: bytes, budget: Budget = NO_LIMIT) -> RequestFields:
     header = [name.strip() for name in first]
     _check_header(header)
     records = CsvRecords(body, header, budget)
-    has_records = next(iter(records), None) is not None
-    return RequestFields({"records": records} if has_records else {}, may_contain_non_floats=True)
+    return RequestFields({"records": records} if records else {}, may_contain_non_floats=True)
 
 
 def _check_header(header: list[str]) -> None:

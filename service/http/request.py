@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from service.access.control import GrantedKey
-from service.codec.budget import Budget
+from service.codec.budget import ROW_BYTES, Budget
 from service.errors import PROBLEM_JSON, BodyTooLarge, BodyTooSlow, ClientGone, InvalidField, ServiceError
 from service.http import security_headers
 from service.http.admission import Ticket
@@ -124,12 +124,16 @@ class RequestContext:
         return self._limits.seconds
 
     def budget(self, *, max_rows: int, deadline: float, width: int = 0) -> Budget:
-        """Return the budget for reading the body. With the body, a request takes at most 3 times ELBO_MAX_BODY_BYTES.
+        """Return the budget for reading the body.
 
+        With the body, a request takes at most 3 times ELBO_MAX_BODY_BYTES, and ROW_BYTES for each row.
         The memory that readers draw from it counts against ELBO_HELD_BYTES until `finish` is called.
         """
         self._budget = self.ticket.budget(
-            max_bytes=2 * self._limits.max_bytes, max_rows=max_rows, width=width, deadline=deadline
+            max_bytes=2 * self._limits.max_bytes + max_rows * ROW_BYTES,
+            max_rows=max_rows,
+            width=width,
+            deadline=deadline,
         )
         return self._budget
 
