@@ -1,6 +1,5 @@
 """The file of API keys: one line per key, with its name, the SHA-256 hash of its value, its scopes and its limits.
 
-    # a TOML file
     prometheus = {sha256 = "9f86d081…", scopes = ["metrics", "write"]}
     shop = {sha256 = "60303ae2…", scopes = ["infer"], requests_per_second = 50, burst = 100, concurrent_requests = 8}
 
@@ -44,9 +43,9 @@ class ApiKey(BaseModel):
 
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     scopes: frozenset[Scope] = Field(min_length=1)
-    requests_per_second: float | None = Field(None, gt=0, le=1e6)
+    requests_per_second: float | None = Field(None, ge=0.001, le=1e6)
     burst: int | None = Field(None, ge=1, le=1_000_000)  # requests that may come at once; default: one second's worth
-    rows_per_second: float | None = Field(None, gt=0, le=1e9)
+    rows_per_second: float | None = Field(None, ge=0.001, le=1e9)
     concurrent_requests: int | None = Field(None, ge=1, le=1_000_000)
 
     @property

@@ -1,9 +1,9 @@
 """The limits of one API key: requests per second, rows per second, and requests at once.
 
-All worker processes count into shared memory, and each follows the sum, so a limit holds for the whole server. A worker
-looks at the sum at each request of the key, and REFRESH_SECONDS after the last look. If the requests of a key change
-from one worker to another, the key may therefore exceed its rate by what it may send in REFRESH_SECONDS, and by one
-request per worker. A worker that has just started allows a full burst.
+All worker processes count in shared memory, and each follows the sum, so a limit holds for the whole server. A worker
+reads the sum at each request of the key, and every REFRESH_SECONDS. No locks are used, so a limit may be exceeded in
+three cases: by one request per worker, if requests reach several workers at the same moment; by the requests of
+REFRESH_SECONDS, if the requests of a key move to another worker; and by one burst, when a worker has just started.
 """
 
 import math

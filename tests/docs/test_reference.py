@@ -130,6 +130,8 @@ def test_every_command_and_every_training_option_is_listed() -> None:
     for command in elbo.app.registered_commands:
         name = command.name or getattr(command.callback, "__name__", "")
         assert f"## elbo {name} " in text
+    for name in ("add", "list", "remove"):
+        assert f"## elbo key {name} " in text
     for option in TrainConfig.model_fields:
         assert f"--{option.replace('_', '-')} " in text
 
