@@ -94,8 +94,9 @@ def _is_in_sequences(values: npt.NDArray[np.float64]) -> bool:
 
 def _are_few_sequences(values: npt.NDArray[np.float64]) -> bool:
     are_mixed = (np.diff(values) < 0).mean() >= MIXED_SHARE
-    most = min(MAX_SOURCES if are_mixed else 1 + MAX_RESTARTS, len(np.unique(values)) // SEQUENCE_LEVELS)
-    return most > 0 and _count_sequences(values, most) <= most
+    most = MAX_SOURCES if are_mixed else 1 + MAX_RESTARTS
+    count = _count_sequences(values, most)
+    return count <= most and len(np.unique(values)) >= SEQUENCE_LEVELS * count
 
 
 def _count_sequences(values: npt.NDArray[np.float64], most: int) -> int:
