@@ -6,6 +6,7 @@ Each command imports the packages that it needs when it runs, so that `elbo --he
 import csv
 import importlib
 import inspect as introspection
+import os
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -832,6 +833,9 @@ def _exit_with_error(message: str, status: int) -> NoReturn:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line with `arguments`, by default the arguments of the process."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the descriptor is closed, as after >&-
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - open until the process ends
     try:
         app(args=arguments, prog_name="elbo")
     except ElboError as error:

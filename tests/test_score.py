@@ -2,6 +2,10 @@
 
 import csv
 import json
+import os
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ from PIL import Image
 from service.app import create_app
 from service.settings import Settings
 from tests.commands import HEADER, command, in_process, two_factor_rows, write
+from tests.data import ROOT
 from tests.service.running import running
 
 pytestmark = pytest.mark.slow
@@ -91,7 +96,13 @@ FAULTY_LINES = [
     ("1,2,3,4", "the line has 4 values, but the header has 5"),
     ("1,2,3,4,5,6", "the line has 6 values, but the header has 5"),
     ("1,2,,4,5", "column 'disk' has no value"),
-    (",,,,", "column 'cpu' has no value"),
+    (",,,,", "the row has no value in any column"),
+    (
+        '1,2,"3,5",4,5',
+        "column 'disk': expected a number, got '3,5': write a decimal point instead of the decimal comma",
+    ),
+    ('1,"2"3,3,4,5', "line {line} opens a quotation that does not end where a cell ends"),
+    ('1,"2,3,4,5', "line {line} opens a quotation that does not end"),
     ('"a,b",2,3,4,5', "column 'cpu': expected a number, got 'a,b'"),
 ]
 
@@ -107,7 +118,8 @@ def test_faulty_line_of_a_csv_file_costs_only_itself(format_: str, place: int, t
         (tmp_path / "a.csv").write_text("\n".join([HEADER, *lines]) + "\n")
         code, out, err = score(str(tmp_path / "a.csv"), "--format", format_, "--explain", "1")
         assert code == 2
-        assert f"1 of 4 rows is faulty (the first is row {place}: {detail}" in err
+        fault = detail.format(line=place + 2)
+        assert f"1 of 4 rows is faulty (the first is row {place}: {fault}" in err
         results: list[dict[str, Any]]
         if format_ == "csv":
             results = list(csv.DictReader(out.splitlines()))
@@ -116,7 +128,73 @@ def test_faulty_line_of_a_csv_file_costs_only_itself(format_: str, place: int, t
         assert [int(result["row"]) for result in results] == [0, 1, 2, 3]
         assert [number for number, result in enumerate(results) if not result.get("score")] == [place]
         assert [number for number, result in enumerate(results) if result.get("detail")] == [place]
-        assert results[place]["detail"].startswith(detail)
+        assert results[place]["detail"].startswith(fault)
+
+
+def test_quotation_that_swallows_lines_costs_only_the_lines_where_it_begins_and_ends(
+    tmp_path: Path, score: Score
+) -> None:
+    lines = [",".join(map(repr, row)) for row in two_factor_rows(3000, seed=1).tolist()]
+    lines[1000], lines[2900] = '1,"2,3,4,5', '1,2",3,4,5'
+    (tmp_path / "a.csv").write_text("\n".join([HEADER, *lines]) + "\n")
+    code, out, err = score(str(tmp_path / "a.csv"))
+    results = [json.loads(text) for text in out.splitlines()]
+    assert [result["row"] for result in results] == list(range(3000))
+    assert [result["row"] for result in results if "score" not in result] == [1000, 2900]
+    assert (code, "2 of 3,000 rows are faulty" in err) == (2, True)
+
+
+def test_text_in_another_encoding_costs_only_the_rows_that_have_it_in_a_feature(tmp_path: Path, score: Score) -> None:
+    lines = [",".join(map(repr, row)) + ",x" for row in two_factor_rows(100, seed=1).tolist()]
+    lines[10], lines[20] = lines[10][:-1] + "caf\xe9", "\xb5,2,3,4,5,x"
+    (tmp_path / "a.csv").write_bytes("\n".join([f"{HEADER},host", *lines]).encode("latin-1"))
+    code, out, _ = score(str(tmp_path / "a.csv"))
+    results = [json.loads(text) for text in out.splitlines()]
+    assert [result["row"] for result in results if "score" not in result] == [20]
+    assert (code, len(results)) == (2, 100)
+
+
+def test_file_of_faulty_rows_only_is_scored_without_the_claim_that_other_rows_have_scores(
+    tmp_path: Path, score: Score
+) -> None:
+    (tmp_path / "a.csv").write_text(f"{HEADER}\nx,1,2,3,4\ny,1,2,3,4\n")
+    code, out, err = score(str(tmp_path / "a.csv"))
+    assert (code, out.count("\n")) == (2, 2)
+    assert err.endswith("; no row is scored\n")
+
+
+def test_row_without_any_value_has_no_score_although_the_model_accepts_missing_values(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = two_factor_rows(500, seed=0)
+    rows[np.arange(5) * 7, np.arange(5)] = np.nan
+    np.save(tmp_path / "train.npy", rows)
+    folders = ["--artifacts", str(tmp_path / "artifacts"), "--runs", str(tmp_path / "runs")]
+    assert in_process(capsys, "train", str(tmp_path / "train.npy"), "--model", "pca", "--name", "m", *folders)[0] == 0
+    rows[3] = np.nan
+    np.save(tmp_path / "new.npy", rows[:10])
+    code, out, err = in_process(capsys, "score", "m", str(tmp_path / "new.npy"), *folders[:2])
+    assert [json.loads(line)["row"] for line in out.splitlines() if "score" not in json.loads(line)] == [3]
+    assert (code, "row 3: the row has no value in any column" in err) == (2, True)
+
+
+def test_pipe_as_data_is_refused_at_once(tmp_path: Path, score: Score) -> None:
+    os.mkfifo(tmp_path / "rows.csv")
+    code, out, err = score(str(tmp_path / "rows.csv"))
+    assert (code, out) == (2, "")
+    assert "rows.csv is a pipe or a device, and Elbo reads data twice: write the rows to a file first" in err
+
+
+@pytest.mark.parametrize(("closed", "output"), [("1", ""), ("2", '{"row":0,')])
+def test_score_with_a_closed_standard_stream_ends_without_a_traceback(
+    closed: str, output: str, root: Path, tmp_path: Path
+) -> None:
+    data = write(tmp_path / "a.csv", two_factor_rows(50, seed=1))
+    call = shlex.join([sys.executable, "-m", "elbo", "score", "hosts", data, "--artifacts", str(root)])
+    run = subprocess.run(f"{call} {closed}>&-", shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.startswith(output)
+    assert run.stdout.count("\n") == (50 if output else 0)
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 20, 60])

@@ -47,3 +47,16 @@ def test_training_on_a_nearly_empty_column_publishes_a_model_without_numpy_warni
     code, out, err = in_process(capsys, "score", "m", data, "--artifacts", str(tmp_path))
     assert code == 0, err
     assert all(math.isfinite(json.loads(line)["score"]) for line in out.splitlines())
+
+
+def test_training_with_a_cell_near_the_largest_float32_publishes_a_model_without_numpy_warnings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [f"{a},{b}" for a, b in np.random.RandomState(0).standard_normal((200, 2))]
+    lines[5] = "1e38,0"
+    (tmp_path / "a.csv").write_text("\n".join(["a,b", *lines]) + "\n")
+    options = ["--artifacts", str(tmp_path), "--runs", str(tmp_path / "runs"), "--force"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        code, _, err = in_process(capsys, "train", str(tmp_path / "a.csv"), "--model", "pca", "--name", "m", *options)
+    assert code == 0, err

@@ -32,38 +32,49 @@ class ColumnStatistics:
     """Range, missing values and infinite values of D columns, collected block by block."""
 
     def __init__(self, width: int) -> None:
-        self.rows = 0
+        self.rows = 0  # number of rows that have at least one value
+        self.empty_rows = 0  # number of rows without any value
         self.low = np.full(width, np.nan)  # [D] float64; NaN for a column without values
         self.high = np.full(width, np.nan)
         self.missing = np.zeros(width, np.int64)  # [D] number of missing values
         self.first_missing = np.full(width, -1)  # [D] row of the first missing value; -1 if there is none
         self.infinite: dict[int, InfiniteValues] = {}  # infinite values by column number
 
-    def add(self, block: Array) -> npt.NDArray[np.float32]:
-        """Update the statistics with rows [n, D] of any real dtype, and return the rows as float32."""
+    def add(self, block: Array) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_] | None]:
+        """Update the statistics with rows [n, D] of any real dtype.
+
+        Return the rows that have a value as float32, and the mask [n] of these rows; None if all rows have one.
+        """
         with np.errstate(over="ignore", invalid="ignore"):
             x = block.astype(np.float32)
             total = x.sum(dtype=np.float64)
         # The sum is finite unless a value is missing or infinite. One sum is cheaper than checking every value twice.
+        filled: npt.NDArray[np.bool_] | None = None
         if not np.isfinite(total):
-            self._count_missing(np.isnan(x))
+            missing = np.isnan(x)
+            if missing.all(axis=1).any():
+                filled = np.asarray(~missing.all(axis=1))
+                missing[~filled] = False
+            self._count_missing(missing)
             self._count_infinite(np.isinf(x), block)
         self.low = np.fmin(self.low, np.fmin.reduce(block, axis=0).astype(np.float64))
         self.high = np.fmax(self.high, np.fmax.reduce(block, axis=0).astype(np.float64))
-        self.rows += len(block)
-        return x
+        count = len(block) if filled is None else int(filled.sum())
+        self.rows += count
+        self.empty_rows += len(block) - count
+        return (x if filled is None else x[filled]), filled
 
     def _count_missing(self, missing: npt.NDArray[np.bool_]) -> None:
         counts = missing.sum(axis=0)
         new = (self.first_missing < 0) & (counts > 0)
-        self.first_missing[new] = self.rows + missing[:, new].argmax(axis=0)
+        self.first_missing[new] = self.rows + self.empty_rows + missing[:, new].argmax(axis=0)
         self.missing += counts
 
     def _count_infinite(self, infinite: npt.NDArray[np.bool_], block: Array) -> None:
         for column in np.flatnonzero(infinite.any(axis=0)).tolist():
             first = int(infinite[:, column].argmax())
             found = self.infinite.setdefault(
-                column, InfiniteValues(self.rows + first, float(block[first, column]), count=0)
+                column, InfiniteValues(self.rows + self.empty_rows + first, float(block[first, column]), count=0)
             )
             found.count += int(infinite[:, column].sum())
 
@@ -99,6 +110,9 @@ def _and_others(count: int) -> str:
 def ingest(raw: RawTable, source: str, limit: int) -> tuple[RowStore, ColumnStatistics, Array | None]:
     """Read `raw`. Return its rows, the statistics of its columns, and its labels [N] if there are any.
 
+    Rows without any value are left out, as blank lines are: replaced by medians, they would teach a model that such
+    rows are normal.
+
     Args:
         source: the name of the source, for messages.
         limit: maximum size of a table in memory, in bytes of float32 values. Larger tables stay on disk.
@@ -114,11 +128,16 @@ def ingest(raw: RawTable, source: str, limit: int) -> tuple[RowStore, ColumnStat
     needed = (raw.rows or 0) * width * raw.dtype.itemsize
     with full_disk_as_data_error(source, needed), closing(RowWriter(width, raw.dtype, limit)) as writer:
         for block, block_labels in raw.blocks:
-            x = statistics.add(block)
+            x, filled = statistics.add(block)
             if file_array is None:
                 writer.add(x)
+            elif filled is not None:
+                row = statistics.rows + statistics.empty_rows - len(block) + int(filled.argmin())
+                raise DataError(f"{source}: row {row} has no value: save the array without such rows")
             if block_labels is not None:
-                labels.append(block_labels)
+                labels.append(block_labels if filled is None else block_labels[filled])
+        if statistics.empty_rows:
+            raw.notes.append(f"rows without any value are left out: {statistics.empty_rows:,}")
         if statistics.rows == 0:
             raise DataError(f"{source} has no rows of numbers (shape [0, {width}]): expected at least one")
         rows = writer.rows() if file_array is None else RowStore(file_array)

@@ -164,6 +164,8 @@ def interpret(
         if normal:
             raise DataError(f"--normal {normal[0]}: the data have no labels: leave --normal out, or add a column label")
         return NO_LABELS
+    if names is not None and (raw < 0).all():
+        return _ignored("no row has one", normal)
     if names is None:
         different, raw = np.unique(raw, return_inverse=True)
         if different.dtype.kind == "f" and not np.array_equal(different, np.rint(different)):

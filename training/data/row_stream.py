@@ -69,6 +69,8 @@ class RowStream:
             number - first: fault for number, fault in details.faults.items() if first <= number < first + len(values)
         }
         infinite = np.isinf(x)
+        for position in np.flatnonzero(np.isnan(x).all(axis=1)).tolist():
+            faults.setdefault(position, "the row has no value in any column")
         missing = np.isnan(x) & ~self.may_be_missing
         for position, column in np.argwhere(infinite | missing).tolist():
             faults.setdefault(position, self._fault(column, float(values[position, column])))

@@ -8,8 +8,10 @@ import numpy.typing as npt
 from models.errors import join_names
 from training.data.row_store import MEDIAN_BYTES, MEDIAN_ROWS, RowStore
 
-USUAL = frozenset({-1, -9, -99, -200, -999, -9999, -99999, -32768, -2147483648, 99, 999, 9999, 99999, 999999, 32767,
-                   65535, 2147483647, 4294967295})  # fmt: skip
+WHOLE = {-1, -9, -99, -200, -888, -999, -8888, -9999, -99999, -32768, -2147483648, 99, 888, 999, 8888, 9999, 99999,
+         999999, 32767, 65535, 2147483647, 4294967295}  # fmt: skip
+NINES = {sign * value for sign in (-1, 1) for value in (99.9, 99.99, 999.9, 999.99, 9999.9, 9999.99)}
+USUAL = frozenset(float(np.float32(value)) for value in WHOLE | NINES)
 MIN_COUNT = 3  # a value that occurs less often is an outlier, which --robust and the scores are for
 MIN_DISTINCT = 3  # with fewer other values, the column is a category
 USUAL_GAP, OTHER_GAP = 0.5, 3.0  # distance to the other values, as a share of the range of the other values
@@ -37,21 +39,36 @@ def describe_sentinels(rows: RowStore, names: Sequence[str]) -> list[str]:
 
 
 def _sentinels(column: npt.NDArray[np.float32]) -> Iterator[float]:
-    values, counts = np.unique(column[~np.isnan(column)], return_counts=True)
-    values = values.astype(np.float64)
+    different, counts = np.unique(column[~np.isnan(column)], return_counts=True)
+    values = different.astype(np.float64)
     for _ in range(MAX_PER_COLUMN):
         if len(values) < MIN_DISTINCT + 2:
             return
-        between = values[1:-1]
-        spread = between[-1] - between[0]
-        ends = ((0, between[0] - values[0]), (-1, values[-1] - between[-1]))
-        far = [
-            end
-            for end, gap in ends
-            if counts[end] >= MIN_COUNT and gap > spread * (USUAL_GAP if values[end] in USUAL else OTHER_GAP)
-        ]
-        if not far:
+        low, high = _count_far(values, counts), _count_far(-values[::-1], counts[::-1], sign=-1)
+        if not low + high:
             return
-        yield from (float(values[end]) for end in far)
-        kept = slice(1 if 0 in far else 0, len(values) - 1 if -1 in far else len(values))
+        kept = slice(low, len(values) - high)
+        yield from (float(value) for value in np.delete(values, np.arange(len(values))[kept]))
         values, counts = values[kept], counts[kept]
+
+
+def _count_far(values: npt.NDArray[np.float64], counts: npt.NDArray[np.int64], sign: int = 1) -> int:
+    """Return how many of the smallest values occur often and lie far below all others; 0 if none do.
+
+    The largest value does not count, because it may be an outlier itself.
+
+    Args:
+        values: different values, ascending, [n].
+        counts: how often each of them occurs, [n].
+        sign: the factor from `values` to the values in the column.
+    """
+    for count in range(1, min(MAX_PER_COLUMN, len(values) - MIN_DISTINCT) + 1):
+        if counts[count - 1] < MIN_COUNT:
+            return 0
+        usual = all(float(np.float32(sign * value)) in USUAL for value in values[:count])
+        if count > 1 and not usual:
+            return 0
+        gap, spread = values[count] - values[count - 1], values[-2] - values[count]
+        if gap > spread * (USUAL_GAP if usual else OTHER_GAP):
+            return count
+    return 0

@@ -92,9 +92,9 @@ class Tally:
         """Raise DataError if there are faulty rows."""
         if self.faulty:
             verb = "rows is" if self.faulty == 1 else "rows are"
+            others = "no row is scored" if self.faulty == self.rows else "the other rows are scored"
             raise DataError(
-                f"{source}: {self.faulty:,} of {self.rows:,} {verb} faulty (the first is {self.first_fault}); "
-                "the other rows are scored"
+                f"{source}: {self.faulty:,} of {self.rows:,} {verb} faulty (the first is {self.first_fault}); {others}"
             )
 
 

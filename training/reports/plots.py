@@ -225,8 +225,9 @@ def latent_map(model: FittedModel) -> Figure | None:
         return figure
     with torch.inference_mode():
         score = model.pipeline.score(model.x)[0].numpy()
+    finite = score.astype(np.float64).clip(max=np.finfo(np.float32).max)
     dots = axis.scatter(
-        latents[:, 0], latents[:, 1], s=22, c=score, cmap="viridis", linewidths=0, vmax=np.quantile(score, 0.98)
+        latents[:, 0], latents[:, 1], s=22, c=score, cmap="viridis", linewidths=0, vmax=np.quantile(finite, 0.98)
     )
     figure.colorbar(dots, label="score, higher is more anomalous", extend="max")
     axis.set_title("latents of held-out rows, by score")

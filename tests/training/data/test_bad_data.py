@@ -34,7 +34,7 @@ def refusal(source: str) -> str:
         ("a,b\n", "FILE has no rows of numbers (shape [0, 2]): expected at least one"),
         (
             "a,b\n1,2\n3,x\n5,y\n7,8\n9,1\n",
-            "column 'b': expected numbers, got 'x' in row 1 (line 3): correct the cell, or drop the column",
+            "'b': expected numbers, got 'x' in row 1 (line 3): correct the cell (a missing value is an empty cell)",
         ),
         ("a,b\n1,true\n2,5\n", "column 'b': expected numbers, got 'true' in row 0 (line 2): write 0 and 1"),
         ('a,b\n1,"2,5"\n2,3\n3,4\n', "column 'b': expected numbers, got '2,5' in row 0 (line 2)"),
@@ -79,6 +79,10 @@ def test_csv_without_a_table_of_numbers_raises(tmp_path: Path, content: str, mes
         ('"1,234"', "write a decimal point instead of the comma, or no thousands separators"),
         ('"1,234.5"', "write the number without thousands separators"),
         ("1 234", "write the number without thousands separators"),
+        ("1.234.567", "write the number without thousands separators"),
+        ("\u22125", "write a negative number with a hyphen before it, as in -5"),
+        ("(5)", "write a negative number with a hyphen before it, as in -5"),
+        ("5-", "write a negative number with a hyphen before it, as in -5"),
     ],
 )
 @pytest.mark.parametrize("count", [1, 30])
@@ -92,7 +96,13 @@ def test_number_in_a_notation_that_is_not_read_raises_without_the_advice_to_drop
 
 
 @pytest.mark.parametrize(
-    "content", ["a,b\u00e9\n1,2\n".encode("latin-1"), "a,b\n1,2\n".encode("utf-16"), b"\x89PNG\xff"]
+    "content",
+    [
+        "a,b\u00e9\n1,2\n".encode("latin-1"),
+        "a,b\n1,2\n".encode("utf-16"),
+        "a,b\n1,2\n".encode("utf-16-le"),
+        b"\x89PNG\xff",
+    ],
 )
 def test_csv_in_an_encoding_other_than_utf8_raises(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.csv"
@@ -103,7 +113,7 @@ def test_csv_in_an_encoding_other_than_utf8_raises(tmp_path: Path, content: byte
 def test_csv_with_an_invalid_character_after_the_header_raises(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(b"a,b\n" + b"1,2\n" * 5000 + b"1,\xe9\n")
-    assert "FILE is not valid CSV in UTF-8" in refusal(str(path))
+    assert refusal(str(path)) == "FILE: line 5002 is not UTF-8 text: save the file as CSV in UTF-8"
 
 
 @pytest.mark.parametrize("header", ["0,1,2", "1,2,3"])

@@ -167,6 +167,7 @@ def test_column_median_ignores_missing_values_and_is_nan_if_all_values_are_missi
         (np.arange(1000) % 83, 65535, 3),
         (np.linspace(5, 6, 100), -1, 5),
         (np.linspace(0, 1, 100), 77.5, 5),
+        (np.linspace(0, 100, 200), -99.9, 5),
     ],
 )
 def test_value_that_piles_up_far_from_the_other_values_of_its_column_gets_a_note(
@@ -181,16 +182,24 @@ def test_value_that_piles_up_far_from_the_other_values_of_its_column_gets_a_note
     )
 
 
+def test_two_sentinels_beside_each_other_get_a_note(tmp_path: Path) -> None:
+    cells = RANDOM.permutation(np.concatenate([np.linspace(-20, 40, 200), np.repeat([-9999.0, -8888.0], 5)]))
+    np.save(tmp_path / "a.npy", np.stack([RANDOM.standard_normal(len(cells)), cells], axis=1))
+    (note,) = read_table(str(tmp_path / "a.npy")).notes
+    assert ": -9999 in x[1], -8888 in x[1]; if they stand" in note
+
+
 @pytest.mark.parametrize(
     "cells",
     [
         np.arange(200) % 2,
+        np.concatenate([np.arange(100) % 3, np.linspace(95, 105, 100)]),
         np.arange(200) % 4 - 1,
         np.concatenate([np.linspace(0, 1, 199), [-200]]),
         np.concatenate([np.zeros(150), np.linspace(0.5, 3, 50)]),
         np.minimum(np.linspace(0, 100, 200), 60),
     ],
-    ids=["binary", "small integers from -1", "one outlier", "many zeros", "clipped"],
+    ids=["binary", "off and on", "small integers from -1", "one outlier", "many zeros", "clipped"],
 )
 def test_ends_of_a_column_that_are_no_sentinels_get_no_note(tmp_path: Path, cells: np.ndarray) -> None:
     np.save(tmp_path / "a.npy", np.stack([RANDOM.standard_normal(200), RANDOM.permutation(cells)], axis=1))

@@ -168,3 +168,51 @@ def test_csv_without_header_raises_although_its_first_line_contains_text(tmp_pat
 
 def test_csv_header_may_contain_years(tmp_path: Path) -> None:
     assert read_table(write(tmp_path / "a.csv", "load,2019,2020\n1,2,3\n4,5,7\n")).names == ["load", "2019", "2020"]
+
+
+LINES = ["a,b", "1,2", "3,4", "5,7"]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [f"{line}," for line in LINES],
+        ["a,b", *(f"{line}," for line in LINES[1:])],
+        ["a,b,", *LINES[1:]],
+        ["a,b", "1,2", "3,4,", "5,7, "],
+        ['"a","b",', '"1",2,', "3,4,", "5,7,"],
+        ["sep=,", *LINES],
+        ["\ufeff\ufeffa,b", *LINES[1:]],
+    ],
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_csv_with_a_separator_at_the_end_of_lines_or_a_mark_at_its_start_is_read(
+    tmp_path: Path, lines: list[str], end: str
+) -> None:
+    table = read_table(write(tmp_path / "a.csv", end.join(lines) + end))
+    assert table.names == ["a", "b"]
+    assert values(table).tolist() == [[1, 2], [3, 4], [5, 7]]
+
+
+def test_csv_with_a_further_value_raises_although_other_lines_end_with_a_separator(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.csv", "a,b,\n1,2,\n3,4,9\n5,7,\n")
+    assert refusal(source) == "FILE: line 3 has 3 values, but the header has 2: correct the line"
+
+
+@pytest.mark.parametrize("empty", [",", " , ", '"",', "NaN,null"])
+def test_rows_without_any_value_are_left_out_with_a_note(tmp_path: Path, empty: str) -> None:
+    table = read_table(write(tmp_path / "a.csv", f"a,b\n1,2\n{empty}\n3,4\n{empty}\n5,6\n7,\n"))
+    assert values(table)[:3].tolist() == [[1, 2], [3, 4], [5, 6]]
+    assert table.missing.tolist() == [0, 1]
+    assert table.notes[0] == "rows without any value are left out: 2"
+
+
+def test_error_names_the_line_after_rows_without_any_value(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.csv", "a,b\n1,2\n,\n3,4\n5,inf\n")
+    assert "the value inf in row 3 (line 5)" in refusal(source)
+
+
+def test_labels_stay_with_their_rows_if_rows_without_any_value_are_left_out(tmp_path: Path) -> None:
+    table = read_table(write(tmp_path / "a.csv", "a,b,label\n1,2,good\n,,bad\n3,4,bad\n5,7,good\n"))
+    assert table.normal is not None
+    assert table.normal.tolist() == [True, False, True]

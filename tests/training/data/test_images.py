@@ -173,14 +173,17 @@ def test_deep_images_are_scaled_to_the_range_of_the_model(tmp_path: Path) -> Non
     assert table.notes == []
 
 
-def test_deep_images_among_other_images_are_read_with_8_bits_and_a_note(tmp_path: Path) -> None:
+def test_deep_images_among_other_images_are_scaled_to_255_and_keep_every_grey_level(tmp_path: Path) -> None:
     folder = save_images(tmp_path, GREY)
-    Image.fromarray(GREY[0].astype(np.uint16) * 256 + 77).save(tmp_path / "100.png")
+    deep = np.arange(GREY[0].size, dtype=np.uint16).reshape(GREY[0].shape) * 100  # 12 bits or so
+    Image.fromarray(deep).save(tmp_path / "100.png")
     table = read_table(folder)
-    assert np.array_equal(images_of(table)[12], GREY[0])
+    assert np.abs(images_of(table)[12] - deep / 257).max() < 1e-4
+    assert len(np.unique(images_of(table)[12])) == deep.size
+    assert np.array_equal(images_of(table)[:12], GREY)
     assert (table.pixel_range, table.notes) == (
         (0, 255),
-        ["some images have 16 bits per channel: they are read with 8 bits"],
+        ["some images have 16 bits and others 8: 65535 is read as 255, and fractions are kept"],
     )
 
 

@@ -310,3 +310,9 @@ def write_pictures(root: Path, counts: dict[str, int]) -> None:
             if name == "bad":
                 pixels[2] = 250
             Image.fromarray(pixels).save(root / name / f"{index:03}.png")
+
+
+def test_label_column_without_any_label_counts_as_no_labels(tmp_path: Path) -> None:
+    table = labelled(tmp_path / "a.csv", "label", [None] * 5)
+    assert (table.normal, table.labels, table.present_labels) == (None, None, [])
+    assert table.notes == ["labels are ignored: no row has one"]

@@ -58,6 +58,8 @@ def load(source: str, options: ReadOptions) -> RawTable:
     suffixes = ", ".join(READERS)
     if not path.exists():
         raise DataError(f"{source} does not exist: expected a file ({suffixes}), a folder of images, or {DIGITS!r}")
+    if not (path.is_file() or path.is_dir()):
+        raise DataError(f"{source} is a pipe or a device, and Elbo reads data twice: write the rows to a file first")
     reader = read_images if path.is_dir() else READERS.get(path.suffix.lower())
     if reader is None:
         got = f"the suffix {path.suffix!r}" if path.suffix else "no suffix"

@@ -64,6 +64,7 @@ WRITTEN_TIMES = tuple((19700101 * factor, 21001232 * factor) for factor in (1, 1
 # Dates from 1990 to 2100 as days: as spreadsheets count them, and Julian days
 DAYS = ((32874, 73051), (2447892, 2488070))
 MIN_IDENTIFIER_ROWS = 10  # with fewer rows, consecutive integers may be a coincidence
+CORRECTION = "correct the cell (a missing value is an empty cell), or drop the column"
 MAX_SHOWN = 40  # maximum number of characters of a cell in a message
 
 # Notations of numbers that are not read as numbers, and how to write them instead. The first that matches counts.
@@ -80,6 +81,11 @@ NOTATIONS = (
     (re.compile(rf"[€$£]\s*{DIGITS}"), "write the number alone, and its unit in the header, as in 'price [€]'"),
     (re.compile(r"[-+]?\d{1,3}([ '_]\d{3})+(\.\d+)?"), "write the number without thousands separators"),
     (re.compile(r"[-+]?\d{1,3}(,\d{3})+\.\d+"), "write the number without thousands separators"),
+    (re.compile(r"[-+]?\d{1,3}(\.\d{3}){2,}"), "write the number without thousands separators"),
+    (
+        re.compile(r"[−–]\s*\d+(\.\d+)?|\(\d+(\.\d+)?\)|\d+(\.\d+)?-"),
+        "write a negative number with a hyphen before it, as in -5",
+    ),
     (re.compile(r"[-+]?\d{1,3}(,\d{3})+"), "write a decimal point instead of the comma, or no thousands separators"),
     (re.compile(r"[-+]?[\d.]*,\d+([eE][-+]?\d+)?"), "write a decimal point instead of the decimal comma"),
 )
@@ -415,6 +421,8 @@ def _read_blocks_tolerantly(
                 check.refuse_cell(column, column.first_non_number, "convert the column to numbers")
             for cell in column.other_cells:
                 fault = f"column {column.name!r}: expected a number, got {_shorten(cell.value)}"
+                if advice := _advice_on_notation(cell.value):
+                    fault += f": {advice}"
                 details.faults.setdefault(cell.row, fault)
         for position in range(width, len(columns)):
             details.cells[columns[position].name] = frame.to_series(columns[position].index).to_list()
@@ -439,7 +447,7 @@ class _ColumnCheck:
                 self.refuse_cell(column, column.first_non_number, advice)
             mostly_numbers = column.numbers > column.non_numbers
             if column.first_non_number and (self.options.names is not None or mostly_numbers):
-                self.refuse_cell(column, column.first_non_number, "correct the cell, or drop the column")
+                self.refuse_cell(column, column.first_non_number, CORRECTION)
             if column.first_boolean and not column.binary:
                 self.refuse_cell(column, column.first_boolean, "write 0 and 1")
         if self.options.names is None:

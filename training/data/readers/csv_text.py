@@ -22,18 +22,23 @@ from training.data.readers.raw_table import BlockDetails, LineNumbers, RawTable,
 from training.errors import DataError
 
 if TYPE_CHECKING:
-    import _csv
+    from _csv import Reader
 
     import polars as pl
 
 PIECE_BYTES = 2 << 20
 MAX_LINE_BYTES = 64 << 20
+MAX_REREAD_LINES = 1_000_000  # limits the time for a file in which many quotations swallow many lines
+MAX_SHOWN_LINES = 100  # a record of more lines is judged by its first ones
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some programs write it before UTF-8 text
+SEPARATOR_LINE = ["sep=", ""]  # the line `sep=,`, from which Excel reads the separator
 
 
 def read_csv(path: Path, options: ReadOptions) -> RawTable:
     """Return the columns of a CSV file in UTF-8 with a header. Lines end in LF, CRLF or CR. Blank lines are skipped.
+
+    A line may end with a separator: a value more than the header has is ignored if it is empty.
 
     Raises:
         DataError: the file is not CSV in UTF-8 with a header, or its columns are not as the options require.
@@ -60,7 +65,9 @@ class _LineSource:
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file, self._path = file, path
-        self._content = file.read(PIECE_BYTES).removeprefix(BYTE_ORDER_MARK)
+        self._content = file.read(PIECE_BYTES)
+        while self._content.startswith(BYTE_ORDER_MARK):
+            self._content = self._content.removeprefix(BYTE_ORDER_MARK)
         self._newline = b"\r" if b"\n" not in self._content and b"\r" in self._content else b"\n"
 
     def line(self) -> bytes:
@@ -96,11 +103,13 @@ class _CsvReader:
 
     Args:
         escape: how a quotation mark inside a quoted cell is written; None if unknown.
-        faults: if given, a row with too many or too few values is recorded here by number, and read as missing values.
+        faults: if given, a row that cannot be read is recorded here by number, and read as missing values: one with
+            too many or too few values, or one whose quotation does not end where a cell ends. Such a row is one line.
     """
 
     def __init__(self, path: Path, escape: str | None, faults: dict[int, str] | None = None) -> None:
         self._path, self._escape, self._faults = path, escape, faults
+        self._reread_lines = 0  # number of lines that were read again after a faulty record
         self.lines = LineNumbers()  # complete when all frames have been read
         self.notes: list[str] = []  # likewise
         self._blank_lines = 0
@@ -153,13 +162,17 @@ class _CsvReader:
         """Return the column names and the number of the header's last line."""
         try:
             rows = self._csv(_decoded(iter(source.line, b"")))
-            header: list[str] = next((row for row in rows if not _is_blank(row)), [])
+            header: list[str] = next((row for row in rows if not _is_blank(row) and row != SEPARATOR_LINE), [])
         except UnicodeDecodeError as error:
             raise DataError(f"{self._path} is not UTF-8 text: save it as CSV in UTF-8") from error
         except csv.Error as error:
             raise DataError(f"{self._path}: the header is not valid CSV ({error}): correct the first line") from error
+        if any("\0" in name for name in header):  # UTF-16 without a mark, if all characters are ASCII
+            raise DataError(f"{self._path} is not UTF-8 text: save it as CSV in UTF-8")
         if not header:
             raise DataError(f"{self._path} is empty: expected a header line with column names, then rows of numbers")
+        if len(header) > 1 and not header[-1].strip():
+            header.pop()  # every line ends with a separator
         if len(header) == 1:
             for separator, word in SEPARATORS.items():
                 if separator in header[0]:
@@ -186,7 +199,7 @@ class _CsvReader:
 
     # Records
 
-    def _csv(self, lines: Iterator[str], escape: str | None = None) -> "_csv.Reader":
+    def _csv(self, lines: Iterator[str], escape: str | None = None) -> "Reader":
         escaped = (escape or self._escape) == "backslash"
         return csv.reader(lines, strict=True, skipinitialspace=True, escapechar="\\" if escaped else None)
 
@@ -205,13 +218,18 @@ class _CsvReader:
         if not len(lines):
             return _Records.of([], lines, count, 0, count, len(self.header))
         if self._faults is not None:
-            piece = self._replace_ragged(piece, first_row)
+            piece = self._replace_ragged(piece, first_row).decode(errors="replace").encode()
         names = ",".join(map(str, range(len(self.header)))).encode()
         try:
             frame = pl.read_csv(names + b"\n" + piece, infer_schema=False, quote_char=None)
         except pl.exceptions.PolarsError as error:
-            self._refuse_ragged(piece, lines)
-            raise self._invalid(str(error).splitlines()[0]) from error
+            self._refuse_other_encoding(piece, lines)
+            shorter = b"\n".join(self._without_last_separator(text) for text in piece.split(b"\n"))
+            self._refuse_ragged(shorter, lines)
+            try:
+                frame = pl.read_csv(names + b"\n" + shorter, infer_schema=False, quote_char=None)
+            except pl.exceptions.PolarsError:
+                raise self._invalid(str(error).splitlines()[0]) from error
         if len(frame) != len(lines) or any(column.null_count() for column in frame):
             self._refuse_ragged(piece, lines)
         if len(frame) != len(lines):
@@ -221,44 +239,85 @@ class _CsvReader:
 
     def _read_quoted(self, piece: bytes, source: _LineSource, first_line: int, first_row: int) -> "_Records":
         """Read a piece with quotation marks, and further lines of `source` if its last record continues in them."""
-        try:
-            texts = list(io.StringIO(piece.decode(), newline=""))
-        except UnicodeDecodeError as error:
-            raise self._invalid(str(error)) from error
+        if self._faults is None:
+            self._refuse_other_encoding(piece, range(first_line, first_line + piece.count(b"\n") + 1))
+        texts = list(io.StringIO(piece.decode(errors="replace"), newline=""))
         count = len(texts)
-        rest = _appended_to(texts, _decoded(iter(source.line, b"")))
-        records = self._csv(chain(texts[:], rest))
+        rest = _appended_to(texts, self._further_lines(source))
         cells: list[list[str]] = []
         lines: list[int] = []
-        blank_before = blank_after = read = 0
-        try:
-            while read < count and (record := next(records, None)) is not None:
-                start, read = read, records.line_num
-                if _is_blank(record) and read - start == 1:
-                    blank_after += 1
-                    continue
-                if self._faults is None:
-                    self._refuse_width(len(record), first_line + start)
-                elif len(record) != len(self.header):
-                    self._faults[first_row + len(cells)] = self._width_fault(len(record))
-                    record = self._filler()
-                if read - start > 1 and self._escape is None:
-                    self._refuse_swallowed(record, texts[start:read], first_line + start)
+        blank_before = blank_after = start = 0
+        records, origin = self._csv(chain(texts[:], rest)), 0  # the lines of `records` are counted from `origin`
+        while start < count:
+            line, end = first_line + start, start + 1
+            try:
+                record = self._next_record(records, texts[start : start + MAX_SHOWN_LINES], line)
+                end = origin + records.line_num
+            except DataError as error:
+                self._reread_lines += origin + records.line_num - end
+                if self._faults is None or self._reread_lines > MAX_REREAD_LINES:
+                    raise
+                # Only the line where the record starts is faulty: its quotation may have swallowed the lines after it.
+                self._faults[first_row + len(cells)] = str(error).removeprefix(f"{self._path}: ")
+                record, origin, count = self._filler(), end, len(texts)
+                records = self._csv(chain(map(texts.__getitem__, range(end, count)), rest))
+            if record:
                 cells.append(record)
-                lines.append(first_line + start)
+                lines.append(line)
                 blank_before, blank_after = blank_before + blank_after, 0
+            else:
+                blank_after += 1
+            start = end
+        return _Records.of(cells, np.array(lines, np.int64), start, blank_before, blank_after, len(self.header))
+
+    def _next_record(self, records: "Reader", texts: list[str], line: int) -> list[str]:
+        """Return the next record, or [] for a blank line.
+
+        Args:
+            texts: the line where the record starts, and lines after it.
+            line: the number of that line.
+
+        Raises:
+            DataError: the record is not valid CSV, or does not fit the header.
+        """
+        before = records.line_num
+        try:
+            record: list[str] = next(records, [])
         except csv.Error as error:
-            raise self._invalid_record(texts[read:], first_line + read, error) from error
+            raise self._invalid_record(texts, line, error) from error
+        count = records.line_num - before
+        if _is_blank(record) and count <= 1:
+            return []
+        if len(record) == len(self.header) + 1 and not record[-1].strip():
+            record.pop()  # every line ends with a separator
+        self._refuse_width(len(record), line)
+        if count > 1 and self._escape is None:
+            self._refuse_swallowed(record, texts[:count], count, line)
+        return record
+
+    def _further_lines(self, source: _LineSource) -> Iterator[str]:
+        """Yield the lines of `source` as text."""
+        errors = "strict" if self._faults is None else "replace"
+        try:
+            for line in iter(source.line, b""):
+                yield line.decode(errors=errors)
         except UnicodeDecodeError as error:
             raise self._invalid(str(error)) from error
-        return _Records.of(cells, np.array(lines, np.int64), read, blank_before, blank_after, len(self.header))
 
-    def _refuse_swallowed(self, record: list[str], texts: list[str], line: int) -> None:
-        """Raise DataError if the lines `texts` of `record` are probably several records."""
+    def _refuse_other_encoding(self, piece: bytes, lines: Sequence[int] | npt.NDArray[np.int64]) -> None:
+        """Raise DataError if `piece`, whose lines have the numbers `lines`, is not UTF-8."""
+        try:
+            piece.decode()
+        except UnicodeDecodeError as error:
+            line = lines[piece.count(b"\n", 0, error.start)]
+            raise DataError(f"{self._path}: line {line} is not UTF-8 text: save the file as CSV in UTF-8") from error
+
+    def _refuse_swallowed(self, record: list[str], texts: list[str], count: int, line: int) -> None:
+        """Raise DataError if the lines `texts`, the first of `count`, are probably several records."""
         if swallows_lines(record, texts):
             raise DataError(
-                f"{self._path}: the quotation that opens in line {line} ends in line {line + len(texts) - 1}, but "
-                f"these lines look like rows of {len(self.header)} values: write a quotation mark inside a cell twice; "
+                f"{self._path}: the quotation that opens in line {line} ends in line {line + count - 1}, but these "
+                f"lines look like rows of {len(self.header)} values: write a quotation mark inside a cell twice; "
                 f"add --escape double if the cell does contain line ends{self._or_backslash(texts)}"
             )
 
@@ -289,9 +348,17 @@ class _CsvReader:
         for index, line in enumerate(lines):
             width = line.count(b",") + 1
             if line and width != len(self.header):
-                self._faults[first_row + index] = self._width_fault(width)
-                lines[index] = ",".join(self._filler()).encode()
+                shorter = self._without_last_separator(line)
+                if shorter is line:
+                    self._faults[first_row + index] = self._width_fault(width)
+                    shorter = ",".join(self._filler()).encode()
+                lines[index] = shorter
         return b"\n".join(lines)
+
+    def _without_last_separator(self, line: bytes) -> bytes:
+        """Return `line` without the separator at its end if the line has one value more than the header."""
+        cells, _, last = line.rpartition(b",")
+        return line if last.strip() or line.count(b",") != len(self.header) else cells
 
     def _filler(self) -> list[str]:
         """Return the cells of a row without values. The first cell is not empty, so the row is not a blank line."""

@@ -34,8 +34,8 @@ def read_images(path: Path, options: ReadOptions) -> RawTable:
     animation, the first frame is used. Transparent pixels are blended with white.
 
     If all images are grey and have 16 bits, they keep their values. The range of pixels is then unknown, because many
-    cameras use fewer bits. For a model of such images, images of 8 bits are scaled to its range. In other cases, 16-bit
-    channels become 8-bit ones.
+    cameras use fewer bits. For a model of such images, images of 8 bits are scaled to its range. Among images
+    of 8 bits, those of 16 bits are scaled to 255 and keep fractions. Colour channels of 16 bits become 8-bit ones.
 
     Raises:
         DataError: the folder has no images, an image is damaged, or images differ in size and the options set no size.
@@ -57,13 +57,13 @@ def read_images(path: Path, options: ReadOptions) -> RawTable:
     keeps_values = all(mode.deep for mode in modes) if options.pixel_range is None else has_deep_pixels(pixel_range)
     keeps_values = keeps_values and len(shape) == 2
     any_deep = any(mode.deep for mode in modes)
-    exact = keeps_values or pixel_range != (0.0, 255.0) or (options.pixel_range is not None and any_deep)
-    if any(mode.shallow_copy for mode in modes) or (any_deep and not exact):
+    exact = keeps_values or pixel_range != (0.0, 255.0) or any_deep
+    if any(mode.shallow_copy for mode in modes):
         notes.append("some images have 16 bits per channel: they are read with 8 bits")
+    if any_deep and not keeps_values and options.pixel_range is None:
+        notes.append("some images have 16 bits and others 8: 65535 is read as 255, and fractions are kept")
     white = pixel_range[1] if keeps_values else 255.0
-    read_pixels = partial(
-        _read_pixels, first=first, shape=shape, resize=resize, keeps_values=keeps_values, exact=exact, white=white
-    )
+    read_pixels = partial(_read_pixels, first=first, shape=shape, resize=resize, keeps_values=keeps_values, white=white)
     blocks = _blocks(folder, read_pixels, math.prod(shape), faults)
     dtype: np.dtype[Any] = np.dtype(np.float32 if exact else np.uint8)
     if keeps_values and options.pixel_range is None:
@@ -188,9 +188,7 @@ def _row_shape(first: Path, options: ReadOptions, any_colour: bool) -> tuple[int
     if options.size is not None:
         height, width = options.size
     else:
-        height, width = _read_pixels(
-            first, first, None, resize=False, keeps_values=False, exact=False, white=255.0
-        ).shape[:2]
+        height, width = _read_pixels(first, first, None, resize=False, keeps_values=False, white=255.0).shape[:2]
     return (height, width, 3) if any_colour else (height, width)
 
 
@@ -201,7 +199,6 @@ def _read_pixels(
     *,
     resize: bool,
     keeps_values: bool,
-    exact: bool,
     white: float,
 ) -> Array:
     """Return the pixels of one image, from 0 to `white`.
@@ -211,7 +208,6 @@ def _read_pixels(
         shape: [H, W] or [H, W, 3]; None to return a grey image in its own size.
         resize: whether an image of another size is cropped and resized; if false, such an image raises DataError.
         keeps_values: whether images of 16 bits keep their values.
-        exact: whether fractions are returned where images of 16 bits have them; if false, only integers.
         white: the largest value of an image of 8 bits.
     """
     from PIL import Image, ImageOps
@@ -246,7 +242,7 @@ def _read_pixels(
     pixels = np.rint(pixels).clip(0, 65535)
     if keeps_values:
         return pixels.astype(np.uint16)
-    pixels = pixels / np.float32(257) if exact else (pixels.astype(np.uint16) >> 8).astype(np.uint8)
+    pixels = pixels / np.float32(257)
     return np.repeat(pixels[:, :, None], 3, axis=2) if colour else pixels
 
 
