@@ -480,7 +480,7 @@ def verify(
     The exit code is 1 if an artifact is not signed by a trusted key, or is damaged. No model is run.
     """
     from models.errors import ArtifactError
-    from models.manifest import FILE_NAME, parse, read_sealed, versions
+    from models.manifest import FILE_NAME, parse, read_sealed, version_folder, versions
     from models.manifest import names as models_in
     from models.signatures import identify
 
@@ -490,7 +490,7 @@ def verify(
     paths = [_artifact_path(each, artifacts) for each in names or ()]
     if not names:
         found = ((name, version) for name in models_in(artifacts) for version in versions(artifacts, name))
-        paths = [artifacts / name / str(version) / FILE_NAME for name, version in found]
+        paths = [version_folder(artifacts, name, version) / FILE_NAME for name, version in found]
     failed = 0
     for path in paths:
         try:

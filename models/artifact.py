@@ -35,6 +35,7 @@ from models.manifest import (
     UNREADABLE,
     Golden,
     Manifest,
+    model_folder,
     parse,
     read_digest,
     read_sealed,
@@ -179,7 +180,7 @@ def require_writable(root: Path, name: str) -> None:
     Raises:
         ArtifactUnwritable: the disk is full, or this user may not write to the folder.
     """
-    folder = root / name
+    folder = model_folder(root, name)
     with unwritable_as_artifact_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with staging_folder(folder) as trial:
@@ -212,7 +213,7 @@ def publish(
         ArtifactUnwritable: the disk is full, or this user may not write to the folder.
     """
     content = _archive(module, manifest, twin or {}, exhibits or {})
-    folder = root / manifest.name
+    folder = model_folder(root, manifest.name)
     with unwritable_as_artifact_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with staging_folder(folder) as staging:

@@ -3,6 +3,7 @@
 ElboError
 ├── ArtifactError
 │   ├── ArtifactMissing     no such model, version or file
+│   ├── ArtifactNameInvalid the name or the version of a model is not valid as the name of a folder
 │   ├── ArtifactUnreadable  the operating system refuses to read the file or folder
 │   ├── ArtifactForeign     the file was not written by Elbo
 │   ├── ArtifactCorrupt     truncated or altered after it was sealed
@@ -56,6 +57,12 @@ class ArtifactMissing(ArtifactError):
     """No such model, version or file."""
 
     code = "artifact_missing"
+
+
+class ArtifactNameInvalid(ArtifactError):
+    """The name or the version of a model is not valid as the name of a folder."""
+
+    code = "artifact_name_invalid"
 
 
 class ArtifactUnreadable(ArtifactError):

@@ -26,6 +26,7 @@ from models.errors import (
     ArtifactCorrupt,
     ArtifactForeign,
     ArtifactMissing,
+    ArtifactNameInvalid,
     ArtifactTooNew,
     ArtifactUnreadable,
     ArtifactUnsafe,
@@ -304,6 +305,27 @@ def seal(content: bytes) -> bytes:
     return body + hashlib.sha256(body).hexdigest().encode()
 
 
+def model_folder(root: Path, name: str) -> Path:
+    """Return the folder of model `name`. Every reader and writer that turns a name into a path calls this function.
+
+    Raises:
+        ArtifactNameInvalid: the name could lead out of `root`.
+    """
+    if not NAME.fullmatch(name):
+        raise ArtifactNameInvalid(
+            f"{printable(name[:100])!r} is no name of a model: expected 1 to 64 letters, digits, '.', '_' and '-', of "
+            "which the first is a letter or a digit"
+        )
+    return root / name
+
+
+def version_folder(root: Path, name: str, version: int) -> Path:
+    """Return the folder of one version of model `name`. Raises ArtifactNameInvalid."""
+    if not VERSION.fullmatch(str(version)):
+        raise ArtifactNameInvalid(f"{version} is no version of a model: expected a number from 1 to 999999999")
+    return model_folder(root, name) / str(version)
+
+
 def folders(root: Path) -> list[str]:
     """Return the names of the entries of `root` that can be the folder of a model, sorted.
 
@@ -384,4 +406,4 @@ def resolve(root: Path, reference: str) -> Path:
         raise ArtifactMissing(f"no model {name!r} in {root} (available: {available}); train it with `elbo train`")
     if at and version not in map(str, present):
         raise ArtifactMissing(f"model {name!r} has no version {version!r} (available: {present})")
-    return root / name / (version or str(present[-1])) / FILE_NAME
+    return version_folder(root, name, int(version or present[-1])) / FILE_NAME

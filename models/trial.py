@@ -25,6 +25,7 @@ from models.errors import ArtifactError, ArtifactUnsafe, printable
 POLL_SECONDS = 0.1  # interval of the calls of `is_stopped`
 MAX_VERDICT_BYTES = 65_536
 PR_SET_PDEATHSIG = 1
+PR_SET_NAME = 15
 TRIAL_SECONDS = 30.0
 TRIAL_BYTES = 4 * 2**30
 Verdict = dict[str, Any]
@@ -169,6 +170,11 @@ def _limit_time_and_memory(limits: TrialLimits) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, the kernel ends this process first
+
+
+def name_process(name: str) -> None:
+    """Give this process a name of at most 15 characters for `ps` and `top`."""
+    ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode())
 
 
 def close_files(kept: int) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.errors import ArtifactMissing, ArtifactUnwritable
-from models.manifest import FILE_NAME, VERSION, read_manifest, resolve, versions
+from models.manifest import FILE_NAME, VERSION, model_folder, read_manifest, resolve, version_folder, versions
 
 USED = ".versions"
 WITHDRAWN = ".withdrawn"
@@ -60,9 +60,9 @@ def claim_version(
         _record(root, name, version)  # first, so that a crash wastes a number but never frees one
         prepare(staging, version)
         try:
-            staging.rename(root / name / str(version))
+            staging.rename(version_folder(root, name, version))
         except OSError:
-            if not (root / name / str(version)).exists():
+            if not (version_folder(root, name, version)).exists():
                 raise
             version += 1  # another publisher has taken this version
         else:
@@ -71,7 +71,7 @@ def claim_version(
 
 def withdrawn_versions(root: Path, name: str) -> list[int]:
     """Return the withdrawn versions of model `name`, ascending."""
-    found = (path.parent.name for path in (root / name / WITHDRAWN).glob(f"*/{FILE_NAME}"))
+    found = (path.parent.name for path in (model_folder(root, name) / WITHDRAWN).glob(f"*/{FILE_NAME}"))
     return sorted(int(version) for version in found if VERSION.fullmatch(version))
 
 
@@ -98,7 +98,8 @@ def roll_back(root: Path, name: str, version: int | None = None) -> RollBack:
                 f"model {name!r} has no earlier version to roll back to (available: {_listed(present)}{others})"
             )
         version = present[-2]
-    folder, hidden = root / name, root / name / WITHDRAWN
+    folder = model_folder(root, name)
+    hidden = folder / WITHDRAWN
     restored = version not in present
     if restored and version not in withdrawn:
         available = _listed(sorted({*present, *withdrawn}))
@@ -130,7 +131,7 @@ def unwritable_as_artifact_error(folder: Path) -> Iterator[None]:
 
 def _records(root: Path, name: str) -> tuple[Path, Path]:
     """Return the folders that may have the record of the highest number. The first one that is writable has it."""
-    return root / USED, root / name / USED
+    return root / USED, model_folder(root, name) / USED
 
 
 def _record(root: Path, name: str, version: int) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from models.errors import ArtifactMissing, ArtifactUnreadable, ElboError, KeyInvalid
-from models.manifest import FILE_NAME, folders, versions
+from models.manifest import FILE_NAME, folders, version_folder, versions
 from models.signatures import SIGNATURE_NAME, TrustedKeys, TrustedKeySource
 from service.errors import ModelNotFound, NotReady
 from service.inference.model_loader import ModelLoader
@@ -279,7 +279,7 @@ class ModelRegistry:
         return dict(sorted(served.items()))
 
     def _load_if_changed(self, name: str, version: int) -> _Entry:
-        path = self._root / name / str(version) / FILE_NAME
+        path = version_folder(self._root, name, version) / FILE_NAME
         previous = self._entries.get((name, version))
         older = previous.served if previous and previous.served and self._is_trusted(previous.served) else None
         keys = None if self._keys is None else self._keys.keys

@@ -29,11 +29,13 @@ from models.trial import (
     TrialStopped,
     Verdict,
     close_files,
+    name_process,
     open_verdict,
     run_trial,
 )
 
 log = logging.getLogger("elbo.registry")
+PROCESS_NAME = "elbo-trial"
 LATE_IMPORTS = (
     "encodings.cp437",
     "encodings.idna",
@@ -122,6 +124,7 @@ def _serve_and_exit(server: socket.socket, work: Work, limits: TrialLimits) -> N
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)  # the server decides when to end
         close_files(server.fileno())
+        name_process(PROCESS_NAME)
         gc.freeze()  # a garbage collection in a child would copy the memory that it shares
         passed: dict[str, Verdict] = {}
         while True:

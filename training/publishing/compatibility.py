@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from models.errors import ArtifactError, join_names
-from models.manifest import FILE_NAME, Manifest, read_manifest, versions
+from models.manifest import FILE_NAME, Manifest, read_manifest, version_folder, versions
 from training.data.layout import PIXEL_RANGES
 from training.data.table import Table
 from training.errors import DataError
@@ -18,7 +18,7 @@ def refuse_other_features(table: Table, root: Path, name: str) -> None:
     """
     for version in reversed(versions(root, name)):
         try:
-            manifest = read_manifest(root / name / str(version) / FILE_NAME)
+            manifest = read_manifest(version_folder(root, name, version) / FILE_NAME)
         except ArtifactError:
             continue
         if differences := "; ".join(_differences(manifest, table)):

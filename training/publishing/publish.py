@@ -13,7 +13,7 @@ import torch
 from models import artifact
 from models.errors import ArtifactUnwritable
 from models.keys import PrivateKey
-from models.manifest import FORMAT_VERSION, CalibrationSize, Data, Feature, Golden, Manifest
+from models.manifest import FORMAT_VERSION, CalibrationSize, Data, Feature, Golden, Manifest, version_folder
 from models.pipeline import Pipeline
 from models.versions import next_version
 from training.evaluation.metrics import density_scale
@@ -66,7 +66,7 @@ def publish(
             kept = artifact.publish(module, manifest, Path(tempfile.mkdtemp(prefix="elbo-")), twin, exhibits)
         except (ArtifactUnwritable, OSError):
             raise error from None
-        folder = artifacts / manifest.name / str(next_version(artifacts, manifest.name))
+        folder = version_folder(artifacts, manifest.name, next_version(artifacts, manifest.name))
         sign = "" if key is None else ", and then sign it with elbo sign"
         commands = f"mkdir -p {quote(str(folder.parent))} && mv {quote(str(kept.parent))} {quote(str(folder))}"
         raise ArtifactUnwritable(f"{error}. The trained model is kept: publish it with {commands}{sign}") from error

@@ -19,7 +19,15 @@ from models.artifact import Artifact
 from models.calibration import Calibration
 from models.errors import join_names
 from models.keys import PrivateKey
-from models.manifest import VERSION, CalibrationSize, Golden, Manifest, Recalibration, calibration_rows_needed
+from models.manifest import (
+    VERSION,
+    CalibrationSize,
+    Golden,
+    Manifest,
+    Recalibration,
+    calibration_rows_needed,
+    version_folder,
+)
 from training.data.row_fingerprints import KnownRows, find_known_rows
 from training.data.row_store import Floats
 from training.data.row_stream import BATCH_ROWS
@@ -100,7 +108,7 @@ def recalibrate(
     exhibits[artifact.CARD] = card(manifest, None, notes, ()).encode()
     path = artifact.publish(module, manifest, root, twin, exhibits, key)
     if runs is not None:
-        folder = runs / manifest.name / path.parent.name
+        folder = version_folder(runs, manifest.name, int(path.parent.name))
         notes += write_card(folder, manifest, int(path.parent.name), notes, [])
     if warning is not None:
         notes.append(warning)

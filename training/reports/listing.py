@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from models.errors import ArtifactUnreadable, ArtifactUntrusted, ElboError
-from models.manifest import FILE_NAME, folders, parse, read_sealed, versions
+from models.manifest import FILE_NAME, folders, model_folder, parse, read_sealed, version_folder, versions
 from models.signatures import TrustedKeys
 from models.versions import WITHDRAWN, withdrawn_versions
 
@@ -34,11 +34,13 @@ def list_versions(root: Path, keys: TrustedKeys | None = None) -> list[ListedVer
     found = []
     for name in folders(root) if root.exists() else []:
         try:
-            present = [(version, root / name / str(version)) for version in versions(root, name)]
+            present = [(version, version_folder(root, name, version)) for version in versions(root, name)]
         except ArtifactUnreadable as error:
-            found.append(ListedVersion(name, None, "damaged", str(root / name), error=str(error)))
+            found.append(ListedVersion(name, None, "damaged", str(model_folder(root, name)), error=str(error)))
             continue
-        withdrawn = [(version, root / name / WITHDRAWN / str(version)) for version in withdrawn_versions(root, name)]
+        withdrawn = [
+            (version, model_folder(root, name) / WITHDRAWN / str(version)) for version in withdrawn_versions(root, name)
+        ]
         newest = max(present, default=(0, root))[0]
         for version, folder in sorted(present + withdrawn, reverse=True):
             status = "newest" if version == newest else "older"
