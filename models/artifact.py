@@ -251,9 +251,12 @@ def load_after_trial(path: Path, keys: TrustedKeys | None = None, limits: TrialL
 
     Call this before torch has computed anything: the child is forked from this process.
     """
-    digest = read_digest(path)
-    if keys is not None:
-        keys.verify(read_sealed(path), path, *identify(path))  # nothing unsigned runs, not even in a trial
+    if keys is None:
+        digest = read_digest(path)
+    else:  # nothing unsigned runs, not even in a trial, and not even if the file is replaced now
+        signed = read_sealed(path)
+        keys.verify(signed, path, *identify(path))
+        digest = signed[-DIGEST_LENGTH:].decode()
 
     def read() -> bytes:
         content = read_sealed(path)

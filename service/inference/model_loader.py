@@ -10,7 +10,7 @@ import torch
 
 from models.artifact import Artifact, load, load_content
 from models.errors import ArtifactMismatch
-from models.manifest import read_sealed
+from models.manifest import DIGEST_LENGTH, read_sealed
 from models.signatures import TrustedKeys, identify
 from models.trial import Verdict
 from service.codec import png
@@ -78,9 +78,7 @@ class ModelLoader:
             ArtifactError: the artifact cannot be read or verified, or the requested backend cannot run it.
         """
         started = perf_counter()
-        if keys is not None and self._trials:
-            keys.verify(read_sealed(path), path, *identify(path))  # nothing unsigned runs, not even in a trial
-        verdict: Verdict = self._trials.try_out(path) if self._trials else {}
+        verdict: Verdict = self._trials.try_out(path, _verified_digest(path, keys)) if self._trials else {}
         artifact = load(path, self._device, keys, verdict.get("digest"))
         selection = self._select_backend(artifact)
         loaded = perf_counter()
@@ -193,6 +191,18 @@ class ModelLoader:
             rows // 2,
             MAX_WARM_UP_SECONDS,
         )
+
+
+def _verified_digest(path: Path, keys: TrustedKeys | None) -> str | None:
+    """Return the digest of the artifact at `path` after its signature was verified; None if no signature is needed.
+
+    Nothing unsigned runs, not even in a trial, and not even if the file is replaced after its signature was verified.
+    """
+    if keys is None:
+        return None
+    content = read_sealed(path)
+    keys.verify(content, path, *identify(path))
+    return content[-DIGEST_LENGTH:].decode()
 
 
 def _run_operations(served: ServedModel, rows: int) -> None:

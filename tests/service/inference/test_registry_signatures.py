@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from models.keys import PrivateKey
-from models.signatures import TrustedKeySource, sign
+from models.artifact import load_after_trial
+from models.errors import ArtifactCorrupt, ArtifactUntrusted
+from models.keys import PrivateKey, PublicKey
+from models.signatures import TrustedKeys, TrustedKeySource, sign
+from models.trial import Verdict
 from service.inference.model_loader import ModelLoader
 from service.inference.registry import Failure, ModelRegistry
+from service.inference.trial import TrialClient
 from tests.models.publishing import publish
 from tests.models.signing import CHANGES, new_key
 
@@ -199,3 +203,43 @@ def test_models_stay_served_while_the_file_of_keys_is_invalid(
     assert site.served == [1, 2]
     assert site.failures == ()
     assert "resolved: " in caplog.text
+
+
+class RecordingTrials(TrialClient):
+    """Records the paths and digests that a loader asks for, and tries nothing out."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Path, str | None]] = []
+
+    def try_out(self, path: Path, digest: str | None = None) -> Verdict:
+        self.asked.append((path, digest))
+        return {"digest": digest}
+
+
+def test_trial_before_a_load_is_for_the_content_whose_signature_was_verified(site: Site) -> None:
+    """Without the digest, a file that replaces the artifact after the verification would run in the trial."""
+    trials = RecordingTrials()
+    keys = TrustedKeySource(str(site.file)).keys
+    with pytest.raises(ArtifactUntrusted):
+        ModelLoader(trials=trials).load(site.path, "model", 1, keys)
+    assert trials.asked == []
+    sign(site.path, site.first)
+    served = ModelLoader(trials=trials).load(site.path, "model", 1, keys)
+    assert served.signed_by == site.first.public
+    assert trials.asked == [(site.path, site.path.read_bytes()[-64:].decode())]
+
+
+class SwappingKeys(TrustedKeys):
+    """Keys with which somebody replaces the artifact by `path`.other as soon as its signature is verified."""
+
+    def verify(self, content: bytes, path: Path, name: str, version: int) -> PublicKey:
+        key = super().verify(content, path, name, version)
+        shutil.copy(f"{path}.other", path)
+        return key
+
+
+def test_artifact_that_is_swapped_after_its_signature_was_verified_is_refused(site: Site, tmp_path: Path) -> None:
+    sign(site.path, site.first)
+    shutil.copy(publish(tmp_path / "more", kind="ae"), f"{site.path}.other")
+    with pytest.raises(ArtifactCorrupt, match="was changed while it was loaded"):
+        load_after_trial(site.path, SwappingKeys((site.first.public,)))
