@@ -187,8 +187,10 @@ def _lifespan(
     keys: AccessControl | None,
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     scanning = PeriodicTask(service.registry.poll, service.settings.poll_seconds, "failed to scan the artifact folder")
+    service.on_reload.append(scanning.run_now)
     key_tasks = []
     if keys:
+        service.on_reload.append(partial(keys.reload, always=True))
         key_tasks.append(PeriodicTask(keys.reload, service.settings.poll_seconds, "failed to read the API keys"))
         key_tasks.append(PeriodicTask(keys.refresh_limits, REFRESH_SECONDS, "failed to count requests per API key"))
 

@@ -1,5 +1,7 @@
 """The components that all endpoints share."""
 
+import logging
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -12,6 +14,7 @@ from service.monitoring.metrics import Metrics
 from service.monitoring.unknown_metrics import UnknownMetricsLog
 from service.settings import Settings
 
+log = logging.getLogger("elbo.service")
 READER_THREADS = 2  # each of them competes with the event loop for the interpreter lock
 
 
@@ -19,7 +22,8 @@ READER_THREADS = 2  # each of them competes with the event loop for the interpre
 class ServiceContext:
     """The components of one application. `draining` becomes true when the server begins to shut down.
 
-    `readers` are the threads that read large request bodies.
+    `readers` are the threads that read large request bodies. `on_reload` are the functions that read configured files
+    again. To make SIGHUP read another file, append a function.
     """
 
     settings: Settings
@@ -30,6 +34,17 @@ class ServiceContext:
     draining: bool = False
     unknown_metrics: UnknownMetricsLog = field(default_factory=UnknownMetricsLog)
     readers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(READER_THREADS, "reader"))
+
+    on_reload: list[Callable[[], Awaitable[object]]] = field(default_factory=list)
+
+    async def reload(self) -> None:
+        """Call all functions of `on_reload`. An exception is logged and does not prevent the other calls."""
+        for read_again in self.on_reload:
+            try:
+                await read_again()
+            except Exception:
+                log.exception("failed to reload")
+        log.info("reloaded")
 
     def find(self, reference: str | None) -> ServedModel:
         """Return the model that `reference` names, or the default model. Raises NotReady, ModelNotFound."""

@@ -261,6 +261,7 @@ def redirect_streams() -> None:
     on_stderr = LogQueue(lambda lost: (LOST_ON_STDERR % lost).encode(), LogOutput(STANDARD_ERROR).write)
     sys.stdout = QueuedText(on_stdout, STANDARD_OUTPUT)
     sys.stderr = QueuedText(on_stderr, STANDARD_ERROR)
+    os.register_at_fork(after_in_child=restart_after_fork)
     atexit.register(flush)  # Python writes the message of `sys.exit` before it calls this
 
 

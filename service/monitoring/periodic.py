@@ -35,6 +35,11 @@ class PeriodicTask:
         """Schedule the first run, `seconds` from now."""
         self._task = asyncio.get_running_loop().create_task(self._repeat())
 
+    async def run_now(self) -> None:
+        """Run `work` once, after the present run has ended."""
+        async with self._running:
+            await self._run(self._work)
+
     async def close(self) -> None:
         """Wait until the current run of `work`, if any, has finished. Then stop repeating, and run `final`."""
         async with self._running:

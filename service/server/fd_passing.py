@@ -1,8 +1,9 @@
 """The protocol between the supervisor and a worker, over a Unix socket pair: one byte per message.
 
-The worker sends READY when it can serve. The supervisor sends DRAIN when the server begins to stop. With each accepted
-connection, it sends CONNECTION and the file descriptor. Messages arrive in the order in which they were sent. After the
-last connection, the supervisor ends the stream. The stream also ends when the supervisor dies.
+The worker sends READY when it can serve. The supervisor sends DRAIN when the server begins to stop, and RELOAD when it
+has received SIGHUP. With each accepted connection, it sends CONNECTION and the file descriptor. Messages arrive in the
+order in which they were sent. After the last connection, the supervisor ends the stream. The stream also ends when the
+supervisor dies.
 """
 
 import ctypes
@@ -16,6 +17,7 @@ from typing import NamedTuple
 READY = b"R"
 CONNECTION = b"c"
 DRAIN = b"d"
+RELOAD = b"r"
 BACKLOG = 2048  # maximum number of connections that the kernel keeps until they are accepted
 CLOSED_CONNECTIONS = ("connections_closed",)  # key under which a worker counts the connections it has closed
 HANDSHAKE_SECONDS = 0.1  # time for a handshake that has begun to complete, before the listener is closed

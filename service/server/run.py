@@ -8,6 +8,7 @@ import socket
 from models.errors import ElboError
 from service.monitoring import logs
 from service.server import standard_streams
+from service.server.hangup import Hangup
 from service.server.tls import Certificate
 from service.settings import Settings
 
@@ -23,6 +24,7 @@ class ServeError(ElboError):
 def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. Raises ElboError if the address or the device is not available."""
     standard_streams.reserve()
+    Hangup.handle(lambda: None)  # until the server can reload, SIGHUP does nothing
     logs.configure(settings.log_level, settings.log_format)
     logs.redirect_streams()
     for name, value in settings.ignored_variables().items():

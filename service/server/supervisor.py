@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, NoReturn
 from models.errors import ElboError, printable
 from service.monitoring import logs
 from service.server import fd_passing
+from service.server.hangup import Hangup
 from service.settings import Settings
 from service.shared_memory import LOST_LOG_LINES, RESTARTS, Segment, SharedCounters
 
@@ -107,6 +108,7 @@ class Supervisor:
         self._start_times: dict[int, float] = {}  # when to start a worker, by its index, on the `monotonic` clock
         self._retry_seconds = MIN_RETRY_SECONDS
         self._signals_received = 0
+        self._hangup = Hangup()
         self._drain_deadline: float | None = None  # on the `monotonic` clock; None unless DRAINING
         self._exit_code = 0
         self._segments = [Segment() for _ in range(settings.workers + 1)]  # the last is the supervisor's
@@ -153,6 +155,9 @@ class Supervisor:
 
         If the third or a later signal is SIGINT, kill the workers.
         """
+        if received == signal.SIGHUP and not self._hangup.terminal_has_closed():
+            self._reload()
+            return
         self._signals_received += 1
         if self._state in (State.STARTING, State.SERVING):
             self._enter_draining(received)
@@ -239,15 +244,24 @@ class Supervisor:
                 with suppress(OSError):  # the worker has ended
                     worker.control.shutdown(socket.SHUT_WR)
 
+    def _reload(self) -> None:
+        """Send RELOAD to the workers that serve. A worker that is loading reads everything anyway."""
+        log.info("reloading", extra={"fields": {"signal": signal.SIGHUP.name}})
+        for worker in self._workers.values():
+            if worker.state is WorkerState.READY:
+                with suppress(OSError):  # the worker has ended, or reads nothing
+                    worker.control.send(fd_passing.RELOAD, socket.MSG_DONTWAIT)
+
     # Signals and time
 
     def _watch_signals(self) -> None:
-        """Make SIGTERM and SIGINT readable from a socket, so that the selector reports them."""
+        """Make SIGTERM, SIGINT and SIGHUP readable from a socket, so that the selector reports them."""
         for end in (self._signal_reader, self._signal_writer, self._listener):
             end.setblocking(False)
         signal.set_wakeup_fd(self._signal_writer.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)  # Python writes to the wakeup fd only for signals with a handler
+        self._hangup.handle(lambda: None)
         self._selector.register(self._signal_reader, selectors.EVENT_READ)
 
     def _seconds_to_next_deadline(self) -> float | None:
@@ -269,7 +283,7 @@ class Supervisor:
         segment.reset_transient()
         control, control_of_worker = socket.socketpair()
         with warnings.catch_warnings():
-            # The only other thread writes the log; `restart_after_fork` replaces the locks that this thread may hold.
+            # The only other thread writes the log; `logs.restart_after_fork` replaces the locks that it may hold.
             warnings.simplefilter("ignore", DeprecationWarning)
             pid = os.fork()
         if pid == 0:
@@ -284,10 +298,9 @@ class Supervisor:
         """Run a worker in the process that has just been forked, then exit."""
         code = 1
         try:
-            logs.restart_after_fork()
             signal.set_wakeup_fd(-1)
             # Ctrl-C in a terminal signals all server processes, but workers stop only when the supervisor requests it.
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
             self._close_inherited_sockets()
             from service.server.worker import run_worker

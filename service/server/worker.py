@@ -6,17 +6,20 @@ import logging
 import signal
 import socket
 import sys
+import threading
 from types import FrameType
 from typing import Any
 
 import uvicorn
 
+from models.errors import ElboError
 from service.app import create_app
 from service.endpoints.context import ServiceContext
 from service.http.protocol import CONNECTION_CLOSE, close_slow
 from service.inference.trial import TrialClient
 from service.monitoring import logs
 from service.server import fd_passing
+from service.server.hangup import Hangup
 from service.server.tls import Certificate
 from service.settings import Settings
 from service.shared_memory import SharedCounters, SharedNumber
@@ -26,7 +29,14 @@ SWITCH_INTERVAL = 0.0005  # in seconds; with Python's default, the event loop ma
 CERTIFICATE_TICKS = 20  # number of ticks between two checks for a renewed certificate
 TLS_CLOSE_SECONDS = 1.0  # time limit for the client to confirm the end of a TLS connection; few clients do
 TICK_SECONDS = 0.1  # interval between two checks for slow clients
+MODELS = ("models_served",)  # key under which a worker counts the models that it serves; no metric may have this name
 LINGER_SECONDS = 0.5  # when the server stops, open connections stay open for this time for one more request
+
+
+class NoModels(ElboError):
+    """A worker that replaces another one has found no model."""
+
+    code = "no_models"
 
 
 class Server(uvicorn.Server):
@@ -43,6 +53,7 @@ class Server(uvicorn.Server):
         config: the configuration of uvicorn.
         service: the service, whose `draining` is set when the server begins to drain.
         control: the socket to the supervisor; None without a supervisor.
+        counters: the counters of all workers.
         closed_connections: the shared number of closed connections, which the supervisor reads.
         certificate: the certificate of an HTTPS server; None for HTTP.
     """
@@ -52,6 +63,7 @@ class Server(uvicorn.Server):
         config: uvicorn.Config,
         service: ServiceContext,
         control: socket.socket | None,
+        counters: SharedCounters,
         closed_connections: SharedNumber,
         certificate: Certificate | None,
     ) -> None:
@@ -61,6 +73,10 @@ class Server(uvicorn.Server):
         self._control = control
         self._certificate = certificate
         self._tls_options = _tls_options(certificate, service.settings.request_timeout) if certificate else {}
+        self._counters = counters
+        self._models = counters.local.array(MODELS, length=1, transient=True)
+        self._hangup = Hangup()
+        self._reloading: asyncio.Task[None] | None = None  # the event loop keeps no reference to a task
         self._signalled = False
         self._opening: set[asyncio.Task[Any]] = set()  # accepted connections that uvicorn does not serve yet
 
@@ -76,9 +92,12 @@ class Server(uvicorn.Server):
         # Exclude the objects that exist now from garbage collection: visiting them would pause all requests for 0.1 s.
         gc.freeze()
         if self._control:
+            self._require_models()
             self._control.setblocking(False)
             self._control.send(fd_passing.READY)
             loop.add_reader(self._control, self._receive, self._control)
+        elif threading.current_thread() is threading.main_thread():
+            self._hangup.handle(lambda: loop.call_soon_threadsafe(self._on_hangup))
         for listener in sockets or []:
             log.info("listening on %s", fd_passing.url_of(listener, self._certificate is not None))
 
@@ -90,6 +109,7 @@ class Server(uvicorn.Server):
         if self._service.draining:
             self._drain()
         self._close_slow()
+        self._models[0] = float(len(self._service.registry.catalogue.models))
         return should_exit
 
     def handle_exit(self, sig: int, _: FrameType | None) -> None:
@@ -111,6 +131,35 @@ class Server(uvicorn.Server):
         self._service.draining = True
         fields = {"signal": signal.Signals(sig).name, "drain_seconds": drain_seconds}
         log.info("stopping", extra={"fields": fields})
+
+    def _require_models(self) -> None:
+        """Raise NoModels if this worker has loaded no model and other workers serve models.
+
+        The artifact folder has then been removed since they started, or cannot be read. The supervisor starts this
+        worker again later, and until then the other workers serve all requests.
+        """
+        models = len(self._service.registry.catalogue.models)
+        others = sum(array[0] for arrays in self._counters.arrays(MODELS[0]).values() for array in arrays)
+        self._models[0] = float(models)
+        if others and not models:
+            failures = "; ".join(map(str, self._service.registry.catalogue.failures)) or "it has no models"
+            raise NoModels(
+                f"the other workers serve models, but this worker found none in {self._service.settings.artifacts}: "
+                f"{failures}; restore the artifact folder"
+            )
+
+    def _on_hangup(self) -> None:
+        """Reload, or begin to stop if the terminal has closed."""
+        if self._hangup.terminal_has_closed():
+            self.handle_exit(signal.SIGHUP, None)
+            return
+        log.info("reloading", extra={"fields": {"signal": signal.SIGHUP.name}})
+        self._reload()
+
+    def _reload(self) -> None:
+        if self._certificate:
+            self._certificate.refresh()
+        self._reloading = asyncio.get_running_loop().create_task(self._service.reload())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept the connections that have arrived, close the listener, and serve requests on open connections."""
@@ -172,6 +221,8 @@ class Server(uvicorn.Server):
             self._open(connection)
         if fd_passing.DRAIN in received.messages:
             self._drain()
+        if fd_passing.RELOAD in received.messages:
+            self._reload()
 
     def _open(self, connection: socket.socket) -> None:
         """Serve an accepted connection."""
@@ -261,4 +312,4 @@ def run_worker(
     )
     log.info("loading the models in %s", settings.artifacts)
     closed_connections = counters.local.array(fd_passing.CLOSED_CONNECTIONS, length=1, transient=True)
-    Server(config, service, control, closed_connections, certificate).run([listener] if listener else [])
+    Server(config, service, control, counters, closed_connections, certificate).run([listener] if listener else [])

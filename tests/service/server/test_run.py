@@ -22,6 +22,7 @@ import pytest
 from service.settings import Settings
 from tests.conftest import require
 from tests.data import ROOT
+from tests.service.access.keys import one_key_per_scope
 from tests.service.process import ServerProcess, background_threads, server_starter
 from tests.service.raw_http import read_response, request_head
 from tests.service.scrape import scrape, total
@@ -448,6 +449,53 @@ def test_large_bodies_do_not_delay_small_requests(server: ServerProcess) -> None
             assert client.get("/livez").status_code == 200
             durations.append(time.perf_counter() - started)
     assert sorted(durations)[15] < 0.25
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sighup_loads_new_artifacts_at_once_and_loses_no_request(
+    start: Callable[..., ServerProcess], artifacts: Path, tmp_path: Path, workers: int
+) -> None:
+    folder = tmp_path / "artifacts"
+    shutil.copytree(artifacts / "hosts", folder / "hosts")
+    process = start(folder, WORKERS=workers, POLL_SECONDS=3600)
+    if workers > 1:
+        process.wait_for_worker()
+    statuses: list[int] = []
+
+    def send(stop: threading.Event) -> None:
+        with process.client() as client:
+            while not stop.is_set():
+                statuses.append(client.get("/models/hosts").status_code)
+
+    with background_threads(send):
+        shutil.copytree(artifacts / "pca", folder / "pca")
+        process.popen.send_signal(signal.SIGHUP)
+        for _ in range(workers):
+            process.wait_for_log("serving pca@1")
+        for _ in range(5):
+            process.popen.send_signal(signal.SIGHUP)
+            process.wait_for_log("reloaded")
+    assert set(statuses) == {200}
+    assert process.stop() == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sighup_makes_all_workers_read_the_file_of_keys_again(
+    start: Callable[..., ServerProcess], tmp_path: Path, workers: int
+) -> None:
+    keys = one_key_per_scope(tmp_path / "keys.toml")
+    process = start(tmp_path / "none", WORKERS=workers, POLL_SECONDS=3600, API_KEYS_FILE=keys.path)
+    if workers > 1:
+        process.wait_for_worker()
+    keys.add("late", "admin")
+    with process.client() as client:
+        assert client.get("/models", headers=keys.headers("late")).status_code == 401
+    process.popen.send_signal(signal.SIGHUP)
+    for _ in range(workers):
+        process.wait_for_log("reloaded")
+    for _ in range(4 * workers):
+        with process.client() as client:
+            assert client.get("/models", headers=keys.headers("late")).status_code == 200
 
 
 # A server with a library that logs, warns and prints, and whose threads die: 20 times, 5 KB each.

@@ -3,6 +3,7 @@
 import itertools
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -226,6 +227,31 @@ def test_server_exits_without_an_error_if_a_worker_becomes_ready_while_the_serve
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result
     assert "worker 1 is ready" in result.stdout
+
+
+def test_worker_replaced_while_the_artifact_folder_is_missing_serves_only_when_the_folder_is_back(
+    start: Callable[..., ServerProcess], artifacts: Path, tmp_path: Path
+) -> None:
+    folder, aside = tmp_path / "artifacts", tmp_path / "aside"
+    shutil.copytree(artifacts / "hosts", folder / "hosts")
+    process = start(folder, WORKERS=2)
+    process.wait_for_worker()
+    folder.rename(aside)
+    process.wait_for_log("cannot read the artifact folder")
+    pids = [line["pid"] for line in process.lines if "is ready" in line["message"]]
+    os.kill(pids[-1], signal.SIGKILL)
+    process.wait_for_log("ended: killed by SIGKILL")
+    process.wait_for_log("ended: exit code 1")  # its replacement
+    for _ in range(20):
+        with process.client() as client:
+            assert client.get("/readyz").status_code == 200
+            assert client.get("/models/hosts").status_code == 200
+    assert "restore the artifact folder" in process.stderr()
+    aside.rename(folder)
+    process.wait_for_log("is ready")
+    with process.client() as client:
+        assert client.get("/readyz").status_code == 200
+    assert process.stop() == 0
 
 
 def test_worker_reports_that_it_is_not_ready_but_keeps_serving_while_it_drains(
