@@ -128,8 +128,10 @@ def _arrays(body: bytes, budget: Budget) -> list[_Array]:
     opened: list[tuple[int, bool]] = []  # for each field that is an array or object: its place, whether it is an array
     closed: list[int] = []
     ends: list[Positions] = []
-    count = depth = 0
-    for places, characters in _brackets(body, budget):
+    count = depth = last = 0
+    for part_end, places, characters in _brackets(body, budget):
+        if part_end - last > 2 * budget.max_row_bytes + SCAN_BYTES:
+            raise _too_long("a row or a field of the body has", budget.max_row_bytes)
         change = _DEPTH_CHANGE[characters]
         depths = depth + np.cumsum(change)
         if not len(depths):
@@ -144,10 +146,12 @@ def _arrays(body: bytes, budget: Budget) -> list[_Array]:
                 expected="an object",
                 got=f"more than {MAX_FIELDS} fields",
             )
+        ends_here = places[at_two & (change < 0)]
+        last = max([last, *(int(found[-1]) for found in (opening, closing, ends_here) if len(found))])
         opened += [(place, body[place] == ord("[")) for place in opening.tolist()]
         closed += closing.tolist()
-        ends.append(places[at_two & (change < 0)])
-        count += len(ends[-1])
+        ends.append(ends_here)
+        count += len(ends_here)
         if count > budget.max_rows + MAX_FIELDS:
             raise TooManyRows(
                 f"a request may have at most {budget.max_rows} rows (ELBO_MAX_ROWS), got at least {count}",
@@ -160,16 +164,16 @@ def _arrays(body: bytes, budget: Budget) -> list[_Array]:
     if depth or len(closed) != len(opened):
         raise _invalid("its brackets do not match")
     all_ends = np.concatenate(ends) if ends else np.empty(0, np.int64)
-    found = []
+    arrays = []
     for (start, is_array), end in zip(opened, closed, strict=True):
         if is_array:
-            first, last = np.searchsorted(all_ends, [start, end])
-            found.append(_Array(start + 1, end, all_ends[first:last] + 1))
-    return found
+            low, high = np.searchsorted(all_ends, [start, end])
+            arrays.append(_Array(start + 1, end, all_ends[low:high] + 1))
+    return arrays
 
 
-def _brackets(body: bytes, budget: Budget) -> Iterator[tuple[Positions, npt.NDArray[np.uint8]]]:
-    """Yield the places of the brackets outside of strings, and the brackets, for one part of `body` after another."""
+def _brackets(body: bytes, budget: Budget) -> Iterator[tuple[int, Positions, npt.NDArray[np.uint8]]]:
+    """Yield, for each part of `body`, its end, the places of the brackets outside of strings, and the brackets."""
     whole = np.frombuffer(body, np.uint8)
     in_string = 0  # 1 if the part begins inside a string
     is_escaped = False  # whether a backslash stands before the part that belongs to its first character
@@ -187,7 +191,7 @@ def _brackets(body: bytes, budget: Budget) -> Iterator[tuple[Positions, npt.NDAr
         quotes = in_string + np.cumsum(is_quote)
         outside = ~is_quote & (quotes % 2 == 0)
         in_string = int(quotes[-1]) % 2 if len(quotes) else in_string
-        yield places[outside] + start, characters[outside]
+        yield start + len(part), places[outside] + start, characters[outside]
 
 
 def _escaped(backslashes: Positions, length: int, is_escaped: bool) -> npt.NDArray[np.bool_]:
