@@ -173,7 +173,9 @@ def _reveal_small_variances(cautious: Tensor, centred: Tensor, usual_variance: T
     In coordinates in which `cautious` is the identity, each eigenvalue of the likely covariance is the ratio of the
     likely variance to the cautious variance in one direction. Even if all true ratios are 1, the ratios of N rows can
     be as small as (1 - sqrt(V / N))^2 by chance (Marchenko & Pastur 1967). The likely variance therefore replaces the
-    cautious one only if the ratio is below HIDDEN_SHARE times this limit, and if enough rows vary in the direction.
+    cautious one only if the ratio is below HIDDEN_SHARE times this limit, and if enough rows vary in the direction. It
+    is divided by this limit, because few rows understate the small variances most: without the division, fresh rows
+    would lie far outside in many directions at once, and this noise would hide anomalies.
     """
     rows, width = centred.shape
     by_chance = max(0.0, 1.0 - math.sqrt(width / rows)) ** 2
@@ -183,5 +185,6 @@ def _reveal_small_variances(cautious: Tensor, centred: Tensor, usual_variance: T
     projected = torch.linalg.solve_triangular(root, centred.T, upper=False).T @ directions  # [N, V]
     is_hidden = (ratios < HIDDEN_SHARE * by_chance) & (_effective_rows(projected) >= MIN_EFFECTIVE_ROWS)
     basis = root @ directions
-    revealed: Tensor = (basis * torch.where(is_hidden, ratios, 1.0)) @ basis.T
+    # The true ratio of a revealed direction may be as large as the ratio over the limit.
+    revealed: Tensor = (basis * torch.where(is_hidden, ratios / by_chance, 1.0)) @ basis.T
     return revealed
