@@ -20,7 +20,7 @@ function showForgetButton() {
   document.getElementById("raw-links").hidden = !forgetButton.hidden;
 }
 
-/** A form for a key. `error` says why the server refused the last key. `onkey` is called when the user has typed one. */
+/** A form for a key. `error` says why the last key was refused. `onkey` is called when the user has typed a key. */
 export function keyForm(error, onkey) {
   const input = h("input", {
     id: "api-key",
