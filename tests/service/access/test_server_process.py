@@ -1,6 +1,7 @@
-"""The value of a key is in nothing that the server writes: logs, errors, metrics, tracebacks, the process list."""
+"""API keys in a server process: nothing that it writes contains the value of a key, and its workers agree."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -141,6 +142,24 @@ def test_two_workers_share_the_limit_of_a_key_and_follow_the_file(
     keys.remove("infer")
     wait_until(
         lambda: all(client.get("/models", headers=keys.headers("infer")).status_code == 401 for client in clients), 20
+    )
+    for client in clients:
+        client.close()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_added_key_is_accepted_after_sighup_without_waiting_for_the_next_poll(
+    tmp_path: Path, keys: KeySet, start: Callable[..., ServerProcess], workers: int
+) -> None:
+    process = start(tmp_path / "none", API_KEYS_FILE=keys.path, POLL_SECONDS=3600, WORKERS=workers)
+    if workers > 1:
+        process.wait_for_worker()
+    keys.add("late", "infer")
+    clients = [process.client() for _ in range(2 * workers)]
+    assert {client.get("/models", headers=keys.headers("late")).status_code for client in clients} == {401}
+    process.popen.send_signal(signal.SIGHUP)
+    wait_until(
+        lambda: all(client.get("/models", headers=keys.headers("late")).status_code == 200 for client in clients), 20
     )
     for client in clients:
         client.close()
