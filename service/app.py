@@ -121,6 +121,7 @@ def create_app(
         max_wait=settings.queue_seconds,
         max_held_bytes=settings.held_bytes,
         exported_bytes=metrics.pending_bytes,
+        exported_unread=metrics.unread_bytes,
     )
     service = ServiceContext(
         settings=settings,
@@ -173,6 +174,7 @@ def create_app(
         Protocol,
         admission=admission,
         head_refusal=HeadRefusal(metrics, access, settings.root_path, keys),
+        count_closed=metrics.count_closed,
         paths=paths | {settings.root_path + path for path in paths},
     )
     app.openapi = lambda: _openapi(app, keys is not None)  # type: ignore[method-assign] # FastAPI's documented way

@@ -107,7 +107,14 @@ class Settings(BaseSettings):
     held_bytes: int = Field(
         256 * 2**20,
         ge=1024,
-        description="most bytes of request bodies held in memory at once; further requests get status 429",
+        description="most bytes of request bodies held in memory at once; further requests get status 429. Responses "
+        "that clients have not read take up to a quarter of these bytes",
+    )
+    max_connections: int | None = Field(
+        None,
+        ge=1,
+        description="most open connections per worker. At the limit, the server closes connections that wait for their "
+        "clients. By default 10,000, or 100 less than the limit on open files if that is less",
     )
     request_timeout: float = Field(
         30.0,

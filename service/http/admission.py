@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from service.codec.budget import Budget
 from service.errors import DeadlineExceeded, Overloaded
+from service.http.unread import UnreadResponses
 from service.inference.backlog import Backlog
 from service.inference.batcher import Batcher
 from service.shared_memory import SharedNumber
@@ -49,6 +50,7 @@ class AdmissionControl:
     - Its rows would raise the number of pending rows above `max_rows`.
     - Its body would raise the size of all request bodies in memory above `max_held_bytes`.
     - Its expected wait is longer than `max_wait` seconds.
+    - Its response would raise the size of all responses that clients have not read above a quarter of `max_held_bytes`.
 
     The expected wait is estimated twice: from the requests ahead, and from the rows ahead. The longer estimate is used,
     because either parsing JSON or running the model may be slower. Both estimates use recently measured rates.
@@ -59,10 +61,12 @@ class AdmissionControl:
         max_wait: maximum expected wait in seconds (ELBO_QUEUE_SECONDS).
         max_held_bytes: maximum number of bytes of request bodies in memory (ELBO_HELD_BYTES).
         exported_bytes: array for the metrics; its element 0 holds the bytes of request bodies in memory.
+        exported_unread: array for the metrics; its element 0 holds the bytes of responses that clients have not read.
 
     Attributes:
         requests: the requests that hold a place in the queue, including those with a work slot.
         body_bytes: the bytes of request bodies in memory.
+        unread: the responses that clients have not read. They take part of `max_held_bytes`.
         work_slots: semaphore of WORK_SLOTS; a request holds one slot while it is processed.
     """
 
@@ -74,10 +78,12 @@ class AdmissionControl:
         max_wait: float,
         max_held_bytes: int,
         exported_bytes: SharedNumber | None = None,
+        exported_unread: SharedNumber | None = None,
     ) -> None:
         self.max_held_bytes = max_held_bytes
         self.requests = Backlog()
         self.body_bytes = Backlog()
+        self.unread = UnreadResponses(max_held_bytes / 4, exported_unread)
         self.work_slots = asyncio.Semaphore(WORK_SLOTS)
         self._exported_bytes: SharedNumber = [0.0] if exported_bytes is None else exported_bytes
         self._batcher = batcher
@@ -110,7 +116,7 @@ class AdmissionControl:
             if wait > self._max_wait:
                 expected = f"an expected wait of at most {self._max_wait:g} s"
                 return Refusal("the queue is too long", expected, retry_after(wait - self._max_wait))
-        if body_bytes and self.body_bytes.amount + body_bytes > self.max_held_bytes:
+        if body_bytes and self.body_bytes.amount + self.unread.counted + body_bytes > self.max_held_bytes:
             seconds = self.body_bytes.seconds_for(body_bytes)
             expected = f"at most {self.max_held_bytes} bytes of request bodies in memory"
             return Refusal("request bodies take too much memory", expected, retry_after(seconds))
@@ -121,6 +127,15 @@ class AdmissionControl:
         refusal = self.refusal(rows=rows, is_queued=is_queued)
         if refusal:
             raise refusal.error()
+
+    def check_response(self, size: int) -> None:
+        """Raise Overloaded if the responses that clients have not read leave no room for another of `size` bytes."""
+        if not self.unread.has_room(size):
+            raise Refusal(
+                "responses that clients do not read take too much memory",
+                f"at most {self.unread.max_bytes:.0f} bytes of responses that wait for their clients",
+                1,
+            ).error()
 
     def hold_bytes(self, size: int) -> None:
         """Count `size` bytes of a request body as held in memory. Raises Overloaded if there is no room for them."""
@@ -191,6 +206,10 @@ class Ticket:
         if self._has_slot:
             self._has_slot = False
             self._admission.work_slots.release()
+
+    def check_response(self, size: int) -> None:
+        """Raise Overloaded if there is no room for a response of `size` bytes."""
+        self._admission.check_response(size)
 
     def hold(self, size: int) -> None:
         """Count `size` more bytes of the body as held in memory. Raises Overloaded if there is no room for them."""

@@ -1,8 +1,10 @@
-"""The transport that uvicorn writes to: it closes a connection without losing the response that was just written."""
+"""The transport that uvicorn writes to: it reports large responses, and closes connections without losing the last."""
 
 import asyncio
 from collections.abc import Callable
 from typing import Any
+
+from service.http.unread import SMALL_RESPONSE
 
 
 class LingeringTransport:
@@ -15,11 +17,15 @@ class LingeringTransport:
         transport: the transport of the connection.
         must_linger: returns whether the client may still be sending a request. `close` then only ends the
             response; the protocol discards what arrives, and calls `close_now`.
+        on_large_write: called with the size of each piece of a response above SMALL_RESPONSE bytes, once the piece has
+            been written. The transport keeps the whole piece in memory until the client has read the last byte of it.
     """
 
-    def __init__(self, transport: asyncio.Transport, must_linger: Callable[[], bool]) -> None:
+    def __init__(
+        self, transport: asyncio.Transport, must_linger: Callable[[], bool], on_large_write: Callable[[int], None]
+    ) -> None:
         # Bound once, so that requests pay for no additional call.
-        self.write = transport.write
+        self._write = transport.write
         self.pause_reading = transport.pause_reading
         self.resume_reading = transport.resume_reading
         self.get_extra_info = transport.get_extra_info
@@ -28,6 +34,13 @@ class LingeringTransport:
         self.is_closing: Callable[[], bool] = transport.is_closing
         self._transport: Any = transport
         self._must_linger: Callable[[], bool] | None = must_linger
+        self._on_large_write: Callable[[int], None] | None = on_large_write
+
+    def write(self, data: bytes) -> None:
+        """Send `data`."""
+        self._write(data)
+        if len(data) > SMALL_RESPONSE and self._on_large_write:
+            self._on_large_write(len(data))
 
     def close(self) -> None:
         """End the response. Close the connection, unless the client may still be sending."""
@@ -47,6 +60,7 @@ class LingeringTransport:
     def detach(self) -> None:
         """Break the reference cycle with the protocol, so that reference counting frees both."""
         self._must_linger = None
+        self._on_large_write = None
 
 
 def _always() -> bool:

@@ -1,24 +1,37 @@
 """uvicorn's HTTP protocol with admission control, with limits on what it waits for, and without upgrades.
 
-uvicorn limits neither the size of a head nor the time for which the server waits for bytes of a client. It loses the
-body of a request that offers an upgrade. It sends chunks to HTTP/1.0 clients, which cannot read chunks.
+uvicorn limits neither the bytes of a request besides its body, nor the requests that wait on one connection, nor the
+time for which the server waits for a client. It loses the body of a request that offers an upgrade. It sends chunks to
+HTTP/1.0 clients, which cannot read chunks.
 """
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from time import perf_counter
 from typing import Any
 
 import httptools
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.codec.response_body import stream_media_type
 from service.http.admission import TICKET, AdmissionControl, Refusal, Ticket
 from service.http.lingering import LingeringTransport
 from service.http.refusal import HeadRefusal
+from service.http.unread import SLOW_AFTER_SECONDS, SMALL_RESPONSE
 
 CONNECTION_CLOSE = (b"connection", b"close")  # header of every response once the server is shutting down
-MAX_HEAD = 64 * 1024  # bytes
+MAX_HEAD = 64 * 1024  # bytes of a head, of a trailer, or of a line that begins a chunk, that arrive in several reads
+MAX_HEADERS = 256  # headers of one request; each takes far more memory than its bytes
+# Bytes that a request may have besides its body, in addition to 1 byte for each byte of the body. The rule lets clients
+# send one JSON number per chunk, and stops those that send chunk extensions or chunks of one byte without end.
+MAX_OVERHEAD = 512 * 1024
+# A read has up to 256,000 bytes. If it has more than these, it is parsed in pieces of this size, and other connections
+# have their turn before the next read, so that no client keeps the event loop for more than a few ms.
+MAX_PIECE = 16 * 1024
+MAX_PIPELINED = 1024  # requests in one piece; the shortest request has 16 bytes
+PIPELINED_BYTES = 4096  # memory of a request that waits for the response to an earlier one
+MIN_BYTES_PER_SECOND = 4096  # speed below which a client makes no progress after the request timeout
 # What arrives of a request after its response is read and discarded, because many clients read no response before they
 # have sent everything. These are the limits: bytes, seconds, and seconds without a byte after the last response.
 MAX_DISCARDED_BYTES = 2**30
@@ -30,6 +43,7 @@ LINGER_SECONDS = 2.0
 # clients that have gone.
 HALF_CLOSED_SECONDS = 0.25
 FIRST_REQUEST_SECONDS = 3.0  # when the server stops, a new connection stays open for this time for its first request
+GRACE_SECONDS = 0.05  # time that every client has for its next request before its connection counts as waiting
 UPGRADE_HEADERS = (b"upgrade", b"http2-settings")
 
 
@@ -42,6 +56,7 @@ class Protocol(HttpToolsProtocol):
         admission: decides which requests are accepted.
         head_refusal: writes the responses to refused requests.
         paths: the paths whose POST requests are under admission control.
+        count_closed: counts a connection that the server closes because of its client; its argument is the reason.
         options: uvicorn's own arguments.
 
     Attributes:
@@ -50,12 +65,25 @@ class Protocol(HttpToolsProtocol):
             The task of a request limits the wait for its body, and a timer of uvicorn the wait for the next request.
     """
 
-    # uvicorn declares narrower types: a cycle that is never None, a scope without a ticket, a transport of asyncio.
+    # uvicorn declares narrower types: a cycle that is never None, a scope without a ticket, a transport of asyncio, ...
     cycle: Any  # the newest request of the connection, and its response; None before the first
     scope: Any
+    server_state: Any  # uvicorn's `ServerState`, or a `_ClosingState`
     transport: Any  # a `LingeringTransport`
+    flow: Any  # a `_ReadingControl`
     waiting_since: float | None = None
-    _head_bytes = 0  # number of bytes received so far of an incomplete head
+    _request_since = 0.0  # when the newest request began to arrive
+    _is_in_head = True  # whether the next bytes belong to a head, not to a body or its trailer
+    # Bytes since the last byte of a body, or since the request began. A negative number means that the last read had
+    # such a byte: the parser does not tell where in the read.
+    _bytes_without_data = 0
+    _overhead = 0  # bytes of the current request besides its body, less 1 for each byte of the body
+    _unparsed = b""  # received bytes behind pipelined requests that wait for their turn
+    _is_deferred = False  # whether the next request starts only when the client has read the last response
+    _large_unread = 0  # bytes of the large responses of which the client has not read everything
+    _unread_since: float | None = None  # when the newest response began to wait for its client
+    _unread_at_first = 0  # bytes that waited at that time
+    _memory = 0  # bytes that this connection holds for its client, as of the last count
     _is_receiving = False  # whether a request has begun to arrive and is incomplete
     _is_refused = False  # whether the request whose body arrives now is refused
     _offers_upgrade = False  # whether the parser is about to stop at a head that offers an upgrade
@@ -68,26 +96,39 @@ class Protocol(HttpToolsProtocol):
     _unsent = 0, 0.0  # bytes that wait to be sent, and since when their number has not changed
 
     def __init__(
-        self, *, admission: AdmissionControl, head_refusal: HeadRefusal, paths: Collection[str], **options: Any
+        self,
+        *,
+        admission: AdmissionControl,
+        head_refusal: HeadRefusal,
+        paths: Collection[str],
+        count_closed: Callable[[str], None],
+        **options: Any,
     ) -> None:
         super().__init__(**options)
         self._admission = admission
+        self._unread = admission.unread
         self._head_refusal = head_refusal
         self._paths = paths
+        self._count_closed = count_closed
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as in uvicorn
         """Begin to wait for the first head."""
-        lingering: Any = LingeringTransport(transport, self._linger_if_receiving)
+        # `resume_writing` is called when the client has read everything: until then, a response stays in memory.
+        transport.set_write_buffer_limits(high=SMALL_RESPONSE, low=0)
+        lingering: Any = LingeringTransport(transport, self._linger_if_receiving, self._on_large_write)
         super().connection_made(lingering)
+        self.flow = _ReadingControl(lingering)
         self.waiting_since = perf_counter()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
         super().connection_lost(exc)
         self.transport.detach()
+        self.pipeline.clear()
+        self._unread.set(self, 0)
 
     def data_received(self, data: bytes) -> None:
-        """Parse `data`, and refuse a head of more than MAX_HEAD bytes. Discard `data` that nobody will read."""
+        """Parse `data`, and limit what the client may send besides bodies. Discard `data` that nobody will read."""
         if self._discards_input:
             if self._lingering_since is not None:
                 self._lingering_since = perf_counter()
@@ -95,15 +136,15 @@ class Protocol(HttpToolsProtocol):
             return
         self._unset_keepalive_if_required()
         try:
-            self._parse(data)
+            if len(data) > MAX_PIECE:
+                self._parse_in_pieces(data)
+            else:
+                self._parse(data)
         except httptools.HttpParserError:
             self.send_400_response("Invalid HTTP request received.")
             return
-        if self.waiting_since is not None:
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD and not self.transport.is_closing():
-                self._is_head_too_large = True
-                self.send_400_response("The head of the request is too large.")
+        if self._is_receiving or self.pipeline or self.waiting_since is not None:
+            self._limit_input(len(data))
 
     def eof_received(self) -> bool:  # type: ignore[override] # as in asyncio
         """Keep the connection open for responses to complete requests, although the client sends nothing more.
@@ -134,15 +175,19 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """Begin to wait for the end of a head."""
-        self.waiting_since = perf_counter()
-        self._head_bytes = 0
+        if len(self.pipeline) > MAX_PIPELINED:
+            raise httptools.HttpParserError("too many pipelined requests in one read")
+        self.waiting_since = self._request_since = perf_counter()
+        self._is_in_head = True
+        self._bytes_without_data = -1
+        self._overhead = 0
         self._discarded = 0
         self._is_receiving = True
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Keep a header of the request, and drop a header of the trailer: nobody reads those (RFC 9110, 6.5.1)."""
-        if self.waiting_since is None:
+        if not self._is_in_head:
             return
         name = name.lower()  # the rest is uvicorn's: calling it would take 0.1 µs more per header
         if name == b"expect" and value.lower() == b"100-continue":
@@ -156,8 +201,10 @@ class Protocol(HttpToolsProtocol):
                 raise httptools.HttpParserError("CONNECT is not supported")
             self._offers_upgrade = True
             return
+        if len(self.headers) > MAX_HEADERS:
+            raise httptools.HttpParserError("too many headers")
         self.waiting_since = None
-        self._head_bytes = 0
+        self._is_in_head = False
         self._ticket = None
         refusal = self._admission.refusal(rows=1)
         if refusal and self._may_refuse() and self._refuse(refusal):
@@ -171,6 +218,8 @@ class Protocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """Keep a piece of the body, or discard it if the request already has its response."""
+        self._bytes_without_data = -1
+        self._overhead -= 2 * len(body)
         if self._is_refused:
             self._discard(len(body))
             return
@@ -219,6 +268,34 @@ class Protocol(HttpToolsProtocol):
         if self.cycle and not self.cycle.response_started:
             self.cycle.keep_alive = False
 
+    def close_after_response(self) -> None:
+        """Close the connection after its next response, which tells the client to open another connection."""
+        self.announce_close()
+        if not self._is_draining():
+            self.server_state = _ClosingState(self.server_state)
+
+    def waits_for_client(self, now: float) -> list[tuple[int, float]]:
+        """Return how long this connection has waited for its client, as [(rank, seconds)], or [] if it does not wait.
+
+        If the server has to close connections, it begins with the lowest rank and, within a rank, the longest wait. A
+        connection that has just been opened, or has just got its response, does not count as waiting.
+        """
+        if self._lingering_since is not None:
+            return [(0, now - self._lingering_since)]
+        if self.cycle is None:
+            rank, seconds, grace = 1, now - (self.waiting_since or now), GRACE_SECONDS
+        elif self._is_idle():
+            timer: Any = self.timeout_keep_alive_task
+            idle_seconds = self.timeout_keep_alive - (timer.when() - self.loop.time()) if timer else 0.0
+            rank, seconds, grace = 2, max(idle_seconds, now - (self.waiting_since or now)), GRACE_SECONDS
+        elif self._unread_since is not None:
+            rank, seconds, grace = 3, now - self._unread_since, SLOW_AFTER_SECONDS
+        elif self.cycle.more_body:
+            rank, seconds, grace = 4, now - self._request_since, SLOW_AFTER_SECONDS
+        else:
+            return []
+        return [(rank, seconds)] if seconds > grace else []
+
     def close_if_slow(self, now: float, seconds: float) -> None:
         """Close the connection if the client has made no progress for more than `seconds`.
 
@@ -227,20 +304,148 @@ class Protocol(HttpToolsProtocol):
             seconds: the longest wait for the end of a head, for the next bytes of a body whose response is complete,
                 and for the client to read the next bytes of a response.
         """
-        unsent = self.transport.get_write_buffer_size()
-        if unsent != self._unsent[0]:
-            self._unsent = unsent, now
-        elif unsent and now - self._unsent[1] > seconds:
-            self.transport.abort()  # `close` would wait until the client has read everything
-            return
-        if self._lingering_since is not None:
-            if now - self._lingering_since > LINGER_SECONDS:
+        if self._memory:
+            self._count_memory()
+        if self._is_reading_slowly(now, seconds):
+            self.drop("unread_response")
+        elif self._lingering_since is not None:
+            if now - self._lingering_since > LINGER_SECONDS or self._is_sending_slowly(now, seconds):
                 self.transport.close_now()
+        elif self._is_receiving and self._is_sending_slowly(now, seconds):
+            self._count_closed("slow_request")
+            self.transport.close_now()
         elif self.waiting_since is None:
             if self._waits_for_bytes():
                 self.waiting_since = now
         elif now - self.waiting_since > seconds:
+            self._count_closed("slow_request")
             self.transport.close_now()
+
+    def drop(self, reason: str) -> None:
+        """Close the connection at once, without the rest of a response, and count it under `reason`."""
+        self._count_closed(reason)
+        self.connections.discard(self)  # at once, so that another connection has room
+        self.transport.abort()
+
+    def pause_writing(self) -> None:
+        """Begin to count what the client does not read."""
+        super().pause_writing()
+        if self._unread_since is None:
+            self._begin_unread()
+
+    def resume_writing(self) -> None:
+        """Go on with the next request, because the client has read everything."""
+        super().resume_writing()
+        self._forget_unread()
+        if self._is_deferred:
+            self._is_deferred = False
+            if self.pipeline and not self.transport.is_closing():
+                self._start_asgi_task(*self.pipeline.pop())
+
+    def bytes_read_per_second(self, now: float) -> float:
+        """Return how fast the client reads a response; infinity if it has just begun, or if there is none."""
+        if self._unread_since is None or now - self._unread_since < SLOW_AFTER_SECONDS:
+            return float("inf")
+        bytes_read: int = self._unread_at_first - self.transport.get_write_buffer_size()
+        return bytes_read / (now - self._unread_since)
+
+    def _on_large_write(self, size: int) -> None:
+        """Count a response of `size` bytes as unread unless the kernel has taken all of it."""
+        if self.transport.get_write_buffer_size():
+            self._large_unread += size
+            self._begin_unread()
+
+    def _begin_unread(self) -> None:
+        self._unread_since = perf_counter()
+        self._unread_at_first = self.transport.get_write_buffer_size()
+        self._count_memory()
+
+    def _forget_unread(self) -> None:
+        self._unread_since = None
+        self._large_unread = 0
+        self._count_memory()
+
+    def _is_reading_slowly(self, now: float, seconds: float) -> bool:
+        """Return whether the client has read nothing for `seconds`, or very little during a longer time."""
+        unsent = self.transport.get_write_buffer_size()
+        if unsent != self._unsent[0]:
+            self._unsent = unsent, now
+            if not unsent and self._unread_since is not None:
+                self._forget_unread()
+        elif unsent and now - self._unsent[1] > seconds:
+            return True
+        if self._unread_since is None or now - self._unread_since <= seconds:
+            return False
+        return self.bytes_read_per_second(now) < MIN_BYTES_PER_SECOND
+
+    def _is_sending_slowly(self, now: float, seconds: float) -> bool:
+        """Return whether the client has sent very little for `seconds` of a body that nobody reads."""
+        age = now - self._discarding_since
+        return self._discarded > 0 and age > seconds and self._discarded < MIN_BYTES_PER_SECOND * age
+
+    def _count_memory(self) -> None:
+        """Record the memory that this connection holds for its client."""
+        size = len(self._unparsed)
+        if self._unread_since is not None:
+            size += max(self._large_unread, self._unread_at_first)
+        if self.pipeline:
+            size += PIPELINED_BYTES * len(self.pipeline) + len(self.cycle.body)
+        if self._is_receiving and self._bytes_without_data > 0:
+            size += self._bytes_without_data
+        self._memory = size
+        self._unread.set(self, size)
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        """Start a request, or let it wait until the client has read the last response."""
+        if self.flow.write_paused:
+            self._is_deferred = True
+            self.pipeline.append((cycle, app))
+            self.flow.block()
+            return
+        super()._start_asgi_task(cycle, app)
+        if self.flow.blocked and not self.pipeline:
+            self.loop.call_soon(self._continue)
+
+    def _continue(self) -> None:
+        """Parse the bytes that had to wait, then read on."""
+        if self.pipeline or self.transport.is_closing():
+            return
+        self.flow.unblock()
+        if self._unparsed:
+            data, self._unparsed = self._unparsed, b""
+            self.data_received(data)
+            self._count_memory()
+
+    def _limit_input(self, size: int) -> None:
+        """Limit what the client sends besides bodies, after a read of `size` bytes that leaves something incomplete."""
+        if self._bytes_without_data < 0:
+            self._bytes_without_data = 0  # some of this read belongs to a body or to an earlier request
+        else:
+            self._bytes_without_data += size
+        if size <= MAX_PIECE:
+            self._overhead = max(0, self._overhead + size)
+        if self.transport.is_closing():
+            return
+        has_many_headers = self._is_in_head and self._is_receiving and len(self.headers) > MAX_HEADERS
+        if self._bytes_without_data > MAX_HEAD or self._overhead > MAX_OVERHEAD or has_many_headers:
+            self._count_closed("large_head")
+            self._is_head_too_large = True
+            self.send_400_response(
+                "The head of the request is too large."
+                if self._is_in_head
+                else "The request has too many bytes besides its body."
+            )
+            return
+        if self.pipeline:
+            self.flow.block()
+        if self.pipeline or self._bytes_without_data:
+            self._count_memory()
+            if not self._unread.has_room():
+                self.drop("no_memory")
+                return
+        if size > MAX_PIECE and not self.flow.read_paused:
+            self.flow.block()
+            self.loop.call_soon(self._continue)
 
     def _waits_for_bytes(self) -> bool:
         """Return whether only bytes of the client can continue this connection, and no timer limits that wait.
@@ -287,7 +492,7 @@ class Protocol(HttpToolsProtocol):
             return False
         self._lingering_since = perf_counter()
         self._discards_input = True
-        self.flow.resume_reading()
+        self.flow.unblock()
         return True
 
     def _discard(self, size: int) -> None:
@@ -301,9 +506,25 @@ class Protocol(HttpToolsProtocol):
         if self._discarded > limit or now - self._discarding_since > MAX_DISCARDING_SECONDS:
             self.transport.close_now()
 
-    def _parse(self, data: bytes) -> None:
+    def _parse_in_pieces(self, data: bytes) -> None:
+        """Parse `data` up to the first request that has to wait for its turn, and keep the rest.
+
+        A piece of a body with many short chunks also has to wait, because parsing it takes long.
+        """
+        rest = memoryview(data)
+        while rest and not self.transport.is_closing():
+            is_body = self._is_receiving and not self._is_in_head
+            size = MAX_PIECE if not is_body or self._overhead > 0 else len(rest)
+            self._parse(rest[:size])
+            self._overhead = max(0, self._overhead + min(size, len(rest)))
+            rest = rest[size:]
+            if rest and (self.pipeline or (is_body and self._overhead > 0)):
+                self._unparsed = bytes(rest)
+                return
+
+    def _parse(self, data: bytes | memoryview) -> None:
         """Feed `data` to the parser. If the parser stops at a head that offers an upgrade, go on without the offer."""
-        rest: bytes | memoryview = data
+        rest = data
         while True:
             try:
                 self.parser.feed_data(rest)
@@ -369,6 +590,41 @@ def close_slow(connections: Collection[Any], seconds: float) -> None:
     now = perf_counter()
     for connection in list(connections):
         connection.close_if_slow(now, seconds)
+
+
+class _ClosingState:
+    """uvicorn's server state for one connection that closes after its next response."""
+
+    def __init__(self, state: Any) -> None:
+        self._state = state
+        self.total_requests = 0
+
+    @property
+    def default_headers(self) -> list[tuple[bytes, bytes]]:
+        """The headers that every response of this connection gets."""
+        headers: list[tuple[bytes, bytes]] = self._state.default_headers
+        return headers if CONNECTION_CLOSE in headers else [*headers, CONNECTION_CLOSE]
+
+
+class _ReadingControl(FlowControl):
+    """uvicorn's flow control. While `blocked` is set, nothing is read, although a request waits for its body."""
+
+    blocked = False
+
+    def block(self) -> None:
+        """Stop reading."""
+        self.blocked = True
+        self.pause_reading()
+
+    def unblock(self) -> None:
+        """Continue to read."""
+        self.blocked = False
+        self.resume_reading()
+
+    def resume_reading(self) -> None:
+        """Continue to read unless reading is blocked."""
+        if not self.blocked:
+            super().resume_reading()
 
 
 class _Http10Cycle(RequestResponseCycle):

@@ -18,6 +18,7 @@ from service.codec.budget import ROW_BYTES, Budget
 from service.errors import PROBLEM_JSON, BodyTooLarge, BodyTooSlow, ClientGone, InvalidField, ServiceError
 from service.http import security_headers
 from service.http.admission import Ticket
+from service.http.unread import SMALL_RESPONSE
 from service.monitoring.request_record import RequestRecord
 
 MAX_REQUEST_ID = 128  # characters
@@ -226,17 +227,27 @@ class RequestContext:
     async def send(self, message: Message) -> None:
         """Send an ASGI message of a response from FastAPI, and add the headers that every response has."""
         if message["type"] == "http.response.start":
+            size = next((int(value) for name, value in message["headers"] if name == b"content-length"), 0)
+            if size > SMALL_RESPONSE:
+                self.ticket.check_response(size)
             self._start_response(message["status"])
             headers = security_headers.complete(message["headers"])
             message = {**message, "headers": [*headers, *self._common_headers()]}
         await self._send(message)
 
     async def respond(self, response: HttpResponse) -> None:
-        """Send a whole response. Raises ClientGone if the client stops reading a streamed response."""
+        """Send a whole response.
+
+        Raises:
+            ClientGone: the client stopped reading a streamed response.
+            Overloaded: the responses that clients have not read leave no room for this response.
+        """
         content = response.content
         if not isinstance(content, bytes):
             await self._respond_in_chunks(response, content)
             return
+        if len(content) > SMALL_RESPONSE:
+            self.ticket.check_response(len(content))
         self._start_response(response.status)
         content_headers = (b"content-type", response.media_type), (b"content-length", b"%d" % len(content))
         headers = [*(content_headers if content else ()), *response.headers, *self._common_headers()]
@@ -260,6 +271,9 @@ class RequestContext:
                         ]
                         await self._send({"type": "http.response.start", "status": response.status, "headers": headers})
                     await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+                    # An empty chunk is not sent, but it waits until the client has read what was sent before. Only then
+                    # is the next chunk computed.
+                    await self._send({"type": "http.response.body", "body": b"", "more_body": True})
             await self._send({"type": "http.response.body", "body": b""})
         except TimeoutError:
             raise ClientGone(f"the client read nothing of the response for {self._limits.seconds:g} s") from None

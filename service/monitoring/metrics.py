@@ -97,6 +97,13 @@ class Metrics(Collector):
         self._batches = Histogram(counters, "elbo_batch_rows", "Rows per batch", ("operation",), ROW_BOUNDS)
         self._pending_rows = Gauge(counters, "elbo_pending_rows", "Rows admitted and not yet answered")
         self._pending_bytes = Gauge(counters, "elbo_pending_bytes", "Bytes of request bodies held in memory")
+        self._unread_bytes = Gauge(
+            counters, "elbo_unread_bytes", "Bytes of responses that clients have not read, and of requests behind them"
+        )
+        self._open_connections = Gauge(counters, "elbo_connections", "Open connections")
+        self._closed = Counter(
+            counters, "elbo_connections_closed", "Connections that the server closed because of the client", ("reason",)
+        )
         self._restarts = Counter(counters, RESTARTS, "Worker processes that ended unexpectedly and were replaced")
         self._lost_log_lines = Counter(
             counters,
@@ -106,6 +113,8 @@ class Metrics(Collector):
         self.lost_log_lines = self._lost_log_lines.local(())
         self.pending_rows = self._pending_rows.local(())
         self.pending_bytes = self._pending_bytes.local(())
+        self.open_connections = self._open_connections.local(())
+        self.unread_bytes = self._unread_bytes.local(())
         self.anomalies = AnomalyMetrics(counters, alert_half_life, alert_max_age)
         self._catalogue = Catalogue()
         self._request_metrics = lru_cache(maxsize=4096)(self._find_request_metrics)
@@ -145,6 +154,10 @@ class Metrics(Collector):
             computed=computed,
         )
 
+    def count_closed(self, reason: str) -> None:
+        """Count a connection that the server has closed because of its client."""
+        self._closed.add((reason,))
+
     def count_batch(self, operation: str, rows: int) -> None:
         """Count a batch that has run."""
         self._batches.observe((operation,), rows)
@@ -160,6 +173,9 @@ class Metrics(Collector):
         yield self._batches.metric()
         yield self._pending_rows.metric()
         yield self._pending_bytes.metric()
+        yield self._unread_bytes.metric()
+        yield self._open_connections.metric()
+        yield self._closed.metric()
         yield self._restarts.metric()
         yield self._lost_log_lines.metric()
         yield from self.anomalies.metrics()

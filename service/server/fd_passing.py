@@ -1,12 +1,13 @@
 """The protocol between the supervisor and a worker, over a Unix socket pair: one byte per message.
 
 The worker sends READY when it can serve. The supervisor sends DRAIN when the server begins to stop, and RELOAD when it
-has received SIGHUP. With each accepted connection, it sends CONNECTION and the file descriptor. Messages arrive in the
-order in which they were sent. After the last connection, the supervisor ends the stream. The stream also ends when the
-supervisor dies.
+has received SIGHUP. With each accepted connection, it sends CONNECTION and the file descriptor. With each SHED, it asks
+the worker to let one client reconnect. Messages arrive in the order in which they were sent. After the last connection,
+the supervisor ends the stream. The stream also ends when the supervisor dies.
 """
 
 import ctypes
+import errno
 import select
 import socket
 import struct
@@ -18,6 +19,7 @@ READY = b"R"
 CONNECTION = b"c"
 DRAIN = b"d"
 RELOAD = b"r"
+SHED = b"s"
 BACKLOG = 2048  # maximum number of connections that the kernel keeps until they are accepted
 CLOSED_CONNECTIONS = ("connections_closed",)  # key under which a worker counts the connections it has closed
 HANDSHAKE_SECONDS = 0.1  # time for a handshake that has begun to complete, before the listener is closed
@@ -29,6 +31,9 @@ _DROP_SYN = (
     (0x06, 0, 0, 0),  # drop the packet
     (0x06, 0, 0, 0xFFFFFFFF),  # accept the packet
 )
+# Errors of `accept` if the connection stays in the backlog, because the process or the machine has too few files or too
+# little memory. A caller that tried again at once would do nothing else.
+_SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _MAX_MESSAGES = 256  # maximum number of messages that one call of `receive` reads
 
 
@@ -38,6 +43,11 @@ class Received(NamedTuple):
     messages: bytes
     connections: list[socket.socket]
 
+    @property
+    def lost(self) -> int:
+        """The number of connections that the kernel has closed, because this process has too many open files."""
+        return self.messages.count(CONNECTION) - len(self.connections)
+
 
 def url_of(listener: socket.socket, is_https: bool) -> str:
     """Return the URL at which `listener` is reached."""
@@ -46,14 +56,30 @@ def url_of(listener: socket.socket, is_https: bool) -> str:
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-def accept_pending(listener: socket.socket) -> Iterator[socket.socket]:
-    """Yield the connections that wait in the backlog of a non-blocking listener."""
+def accept(listener: socket.socket) -> socket.socket | None:
+    """Return a connection that waits in the backlog of a non-blocking listener, or None if none waits.
+
+    Raises:
+        OSError: no file or memory is left for the connection. It stays in the backlog.
+    """
     while True:
         try:
-            connection, _ = listener.accept()
-        except OSError:  # no connection waits, a client has disconnected, or this process has too many open files
-            return
-        yield connection
+            return listener.accept()[0]
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            if error.errno in _SHORTAGES:
+                raise
+            if error.errno in (errno.EBADF, errno.EINVAL):  # the listener is closed or does not listen
+                return None
+            # Otherwise a client has disconnected before its connection was accepted.
+
+
+def accept_pending(listener: socket.socket) -> Iterator[socket.socket]:
+    """Yield the connections that wait in the backlog of a non-blocking listener, until no file is left for another."""
+    with suppress(OSError):
+        while connection := accept(listener):
+            yield connection
 
 
 def stop_new_connections(listener: socket.socket) -> None:

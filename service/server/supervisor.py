@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, NoReturn
 from models.errors import ElboError, printable
 from service.monitoring import logs
 from service.server import fd_passing
+from service.server.connections import connection_limit
 from service.server.hangup import Hangup
 from service.settings import Settings
 from service.shared_memory import LOST_LOG_LINES, RESTARTS, Segment, SharedCounters
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
 
 MIN_RETRY_SECONDS = 0.5  # first pause before replacing a worker that never became ready; each failure doubles the pause
 MAX_RETRY_SECONDS = 30.0
+SPARE_CONNECTIONS = 32  # connections that a worker gets above its limit while it closes others
 NO_WORKER_SECONDS = 0.001  # pause if connections wait and no worker can take one
+SHORTAGE_SECONDS = 0.05  # pause if no file is left for a connection that waits
 
 log = logging.getLogger("elbo.supervisor")
 
@@ -102,6 +105,8 @@ class Supervisor:
     def __init__(self, settings: Settings, listener: socket.socket, trials: "TrialClient | None" = None) -> None:
         self._settings = settings
         self._trials = trials
+        self._max_connections = connection_limit(settings.max_connections) + SPARE_CONNECTIONS  # per worker
+        self._is_short_of_files = False  # whether the last `accept` failed because no file is left
         self._listener = listener
         self._state = State.STARTING
         self._workers: dict[int, Worker] = {}  # by index
@@ -185,6 +190,8 @@ class Supervisor:
         self._retry_seconds = MIN_RETRY_SECONDS
         if self._state is State.STARTING:
             self._enter_serving()
+        elif self._state is State.SERVING:
+            self._share_connections()
 
     def _on_worker_end(self, worker: Worker) -> None:
         self._selector.unregister(worker.control)
@@ -345,7 +352,7 @@ class Supervisor:
         """Pass pending connections to workers. If no worker can take one, they stay in the kernel's backlog."""
         connection: socket.socket | None = None
         while worker := self._least_busy_worker():
-            connection = connection or next(fd_passing.accept_pending(self._listener), None)
+            connection = connection or self._accept()
             if connection is None:
                 return
             try:
@@ -359,8 +366,36 @@ class Supervisor:
             connection.close()
         sleep(NO_WORKER_SECONDS)
 
+    def _accept(self) -> socket.socket | None:
+        """Return a connection that waits, or None. If no file is left for it, log this once, and pause."""
+        try:
+            connection = fd_passing.accept(self._listener)
+        except OSError as error:
+            if not self._is_short_of_files:
+                log.error("cannot accept connections: %s; raise the limit on open files (ulimit -n)", error.strerror)
+            self._is_short_of_files = True
+            sleep(SHORTAGE_SECONDS)
+            return None
+        if connection:
+            self._is_short_of_files = False
+        return connection
+
+    def _share_connections(self) -> None:
+        """Let the clients of workers with more than their share reconnect: they then get the worker with the fewest.
+
+        A worker that has just become ready has no connection, and clients keep the ones that they have.
+        """
+        ready = [worker for worker in self._workers.values() if worker.state is WorkerState.READY]
+        share = sum(worker.connections for worker in ready) / len(ready)
+        for worker in ready:
+            excess = int(worker.connections - share)
+            if excess > 0 and fd_passing.can_send(worker.control):
+                with suppress(OSError):  # the worker has ended, or its socket is full
+                    worker.control.send(fd_passing.SHED * excess, socket.MSG_DONTWAIT)
+
     def _least_busy_worker(self) -> Worker | None:
         ready = [worker for worker in self._workers.values() if worker.state is WorkerState.READY]
+        ready = [worker for worker in ready if worker.connections < self._max_connections]
         able = [worker for worker in ready if fd_passing.can_send(worker.control)]
         return min(able, key=lambda worker: worker.connections, default=None)
 

@@ -15,10 +15,11 @@ import uvicorn
 from models.errors import ElboError
 from service.app import create_app
 from service.endpoints.context import ServiceContext
-from service.http.protocol import CONNECTION_CLOSE, close_slow
+from service.http.protocol import CONNECTION_CLOSE, GRACE_SECONDS, close_slow
 from service.inference.trial import TrialClient
 from service.monitoring import logs
 from service.server import fd_passing
+from service.server.connections import ConnectionLimit, connection_limit
 from service.server.hangup import Hangup
 from service.server.tls import Certificate
 from service.settings import Settings
@@ -30,6 +31,8 @@ CERTIFICATE_TICKS = 20  # number of ticks between two checks for a renewed certi
 TLS_CLOSE_SECONDS = 1.0  # time limit for the client to confirm the end of a TLS connection; few clients do
 TICK_SECONDS = 0.1  # interval between two checks for slow clients
 MODELS = ("models_served",)  # key under which a worker counts the models that it serves; no metric may have this name
+PAUSE_SECONDS = 0.02  # pause if no file is left for another connection
+MAX_ACCEPTED = 64  # connections that one pass of the event loop accepts
 LINGER_SECONDS = 0.5  # when the server stops, open connections stay open for this time for one more request
 
 
@@ -68,7 +71,10 @@ class Server(uvicorn.Server):
         certificate: Certificate | None,
     ) -> None:
         super().__init__(config)
-        self.server_state.connections = _Connections(closed_connections)
+        self.server_state.connections = _Connections(closed_connections, service.metrics.open_connections)
+        self._limit = ConnectionLimit(connection_limit(service.settings.max_connections), self.server_state.connections)
+        self._closing_excess: asyncio.TimerHandle | None = None  # the next time at which connections are closed
+        self._resuming: asyncio.TimerHandle | None = None  # the end of a pause in which no connection is accepted
         self._service = service
         self._control = control
         self._certificate = certificate
@@ -78,17 +84,16 @@ class Server(uvicorn.Server):
         self._hangup = Hangup()
         self._reloading: asyncio.Task[None] | None = None  # the event loop keeps no reference to a task
         self._signalled = False
-        self._opening: set[asyncio.Task[Any]] = set()  # accepted connections that uvicorn does not serve yet
+        # Accepted connections that uvicorn does not serve yet, and when they were accepted, on the clock of the loop
+        self._opening: dict[asyncio.Task[Any], float] = {}
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Load the models. Then listen, or, under a supervisor, report that this worker is ready."""
-        await super().startup([])  # without sockets, which uvicorn would give no time limits for TLS
+        """Load the models. Then listen, or, under a supervisor, report that this worker is ready.
+
+        This class accepts connections itself: without a free file, uvloop would reset them, or stop listening for ever.
+        """
+        await super().startup([])
         loop = asyncio.get_running_loop()
-        for listener in sockets or []:
-            server = await loop.create_server(
-                self._create_protocol, sock=listener, backlog=self.config.backlog, **self._tls_options
-            )
-            self.servers.append(server)
         # Exclude the objects that exist now from garbage collection: visiting them would pause all requests for 0.1 s.
         gc.freeze()
         if self._control:
@@ -99,6 +104,9 @@ class Server(uvicorn.Server):
         elif threading.current_thread() is threading.main_thread():
             self._hangup.handle(lambda: loop.call_soon_threadsafe(self._on_hangup))
         for listener in sockets or []:
+            listener.setblocking(False)
+            listener.listen(fd_passing.BACKLOG)
+            loop.add_reader(listener, self._accept, listener)
             log.info("listening on %s", fd_passing.url_of(listener, self._certificate is not None))
 
     async def on_tick(self, counter: int) -> bool:
@@ -172,11 +180,11 @@ class Server(uvicorn.Server):
         if sockets:
             await asyncio.sleep(fd_passing.HANDSHAKE_SECONDS)
         for listener in sockets or []:
-            listener.setblocking(False)
+            if self._resuming:
+                self._resuming.cancel()
+            loop.remove_reader(listener)
             for connection in fd_passing.accept_pending(listener):
                 self._open(connection)
-        for server in self.servers:
-            server.close()
         if self._opening:
             await asyncio.wait(self._opening)
         while self.server_state.connections and not self.force_exit and loop.time() < deadline:
@@ -219,10 +227,64 @@ class Server(uvicorn.Server):
             return
         for connection in received.connections:
             self._open(connection)
+        self._close_excess()
+        if received.lost:
+            self._limit.report("connections were lost because the worker has too many open files")
+            self.server_state.connections.count_closed(received.lost)  # type: ignore[attr-defined] # `_Connections`
+        if shed := received.messages.count(fd_passing.SHED):
+            open_connections: list[Any] = list(self.server_state.connections)
+            for protocol in open_connections[:shed]:
+                protocol.close_after_response()
         if fd_passing.DRAIN in received.messages:
             self._drain()
         if fd_passing.RELOAD in received.messages:
             self._reload()
+
+    def _close_excess(self) -> None:
+        """Close connections above the limit, now or as soon as they wait for their clients.
+
+        The supervisor passes a few connections above the limit: it cannot know which others can be closed.
+        """
+        if self._closing_excess:
+            self._closing_excess.cancel()
+            self._closing_excess = None
+        if not self._limit.has_room(len(self._opening)):
+            self._close_waiting()
+            self._closing_excess = asyncio.get_running_loop().call_later(PAUSE_SECONDS, self._close_excess)
+
+    def _close_waiting(self) -> bool:
+        """Close connections that wait for their clients, or else a TLS handshake. Return whether one was closed."""
+        if self._limit.close_waiting():
+            return True
+        latest = asyncio.get_running_loop().time() - GRACE_SECONDS
+        oldest = next(iter(self._opening), None)
+        if oldest is None or self._opening[oldest] > latest:
+            return False
+        del self._opening[oldest]
+        return oldest.cancel()
+
+    def _accept(self, listener: socket.socket) -> None:
+        """Accept connections. If there is no room for another, close those that wait for their clients."""
+        for _ in range(MAX_ACCEPTED):
+            if not self._limit.has_room(len(self._opening)) and not self._close_waiting():
+                self._pause(listener)
+                return
+            try:
+                connection = fd_passing.accept(listener)
+            except OSError as error:
+                self._limit.report(f"the server cannot accept connections ({error.strerror})")
+                self._close_waiting()
+                self._pause(listener)
+                return
+            if connection is None:
+                return
+            self._open(connection)
+
+    def _pause(self, listener: socket.socket) -> None:
+        """Leave connections in the backlog for a moment."""
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(listener)
+        self._resuming = loop.call_later(PAUSE_SECONDS, loop.add_reader, listener, self._accept, listener)
 
     def _open(self, connection: socket.socket) -> None:
         """Serve an accepted connection."""
@@ -230,12 +292,12 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         opening = loop.connect_accepted_socket(self._create_protocol, connection, **self._tls_options)
         task = loop.create_task(opening)
-        self._opening.add(task)
+        self._opening[task] = loop.time()
         task.add_done_callback(self._opened)
 
     def _opened(self, task: "asyncio.Task[Any]") -> None:
-        self._opening.discard(task)
-        if not task.cancelled() and task.exception():  # the client has disconnected in the meantime
+        self._opening.pop(task, None)
+        if task.cancelled() or task.exception():  # the client has disconnected in the meantime
             self.server_state.connections.count_closed()  # type: ignore[attr-defined] # `_Connections`, set in __init__
 
     def _create_protocol(self) -> asyncio.Protocol:
@@ -261,21 +323,33 @@ def _tls_options(certificate: Certificate, seconds: float) -> dict[str, Any]:
 
 
 class _Connections(set[Any]):
-    """uvicorn's set of open connections. It also counts closed connections, so that the supervisor knows the load."""
+    """uvicorn's set of open connections. It also counts closed connections, so that the supervisor knows the load.
 
-    def __init__(self, closed: SharedNumber) -> None:
+    Args:
+        closed: the shared number of closed connections.
+        exported: array for the metrics; its element 0 holds the number of open connections.
+    """
+
+    def __init__(self, closed: SharedNumber, exported: SharedNumber) -> None:
         super().__init__()
         self._closed = closed
+        self._exported = exported
+
+    def add(self, connection: Any) -> None:
+        """Add a connection that is open."""
+        super().add(connection)
+        self._exported[0] = len(self)
 
     def discard(self, connection: Any) -> None:
         """Remove a connection that is closed."""
         if connection in self:
             self.count_closed()
         super().discard(connection)
+        self._exported[0] = len(self)
 
-    def count_closed(self) -> None:
-        """Count a closed connection. Call it directly only for a connection that uvicorn never added to the set."""
-        self._closed[0] += 1
+    def count_closed(self, number: int = 1) -> None:
+        """Count closed connections. Call it directly only for connections that uvicorn never added to the set."""
+        self._closed[0] += number
 
 
 def run_worker(

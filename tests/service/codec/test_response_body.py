@@ -4,6 +4,7 @@ import io
 import json
 
 import numpy as np
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -119,3 +120,10 @@ def test_only_rows_with_an_image_shape_and_a_pixel_range_are_images(
     shape: list[int], pixel_range: tuple[float, float] | None, expected: bool
 ) -> None:
     assert png.is_image(shape, pixel_range) is expected
+
+
+@pytest.mark.parametrize("shape", [(100_000,), (5000, 64), (3, 40_000), (1, 70_000), (600, 8, 8)])
+def test_large_array_is_written_as_the_same_json_as_in_one_piece(shape: tuple[int, ...]) -> None:
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    fields = {"model": "vae", "outputs": x, "errors": x[:2].copy(), "seed": 7}
+    assert to_json(fields) == orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY)
