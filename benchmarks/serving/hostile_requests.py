@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter, sleep
 
+import cramjam
 import numpy as np
 
 from benchmarks.data import ROOT, describe_machine
@@ -46,6 +47,7 @@ RESPONSE_SECONDS = 120.0  # how long to wait for the response to an attack
 LIVEZ_SECONDS = 0.01  # interval between two requests for /livez
 HONEST_SECONDS = 0.025  # interval between two honest requests
 JSON, CSV, NDJSON = "application/json", "text/csv", "application/x-ndjson"
+PROTOBUF, WRITE = "application/x-protobuf", "/api/v1/write"
 RECORD = json.dumps({f"x{index}": 0.5 for index in range(FEW_FEATURES)}).encode()
 HONEST_BODY = b'{"records":[%b]}' % RECORD
 
@@ -59,6 +61,7 @@ class Attack:
         body: returns the body for a size in bytes, before compression.
         content_type: the Content-Type.
         gzipped: whether the body is sent compressed.
+        snappy: whether the body is sent as a snappy block, as remote write needs it.
         streams: whether the response is a stream of verdicts.
         path: the path.
         size: the size in bytes, before compression.
@@ -69,6 +72,7 @@ class Attack:
     body: Callable[[int], bytes]
     content_type: str = JSON
     gzipped: bool = False
+    snappy: bool = False
     streams: bool = False
     path: str = "/anomaly"
     size: int = 4 * MIB
@@ -80,7 +84,10 @@ class Attack:
         head = [f"POST {self.path}?model=hosts HTTP/1.1", "Host: elbo", f"Content-Type: {self.content_type}"]
         if self.gzipped:
             body = gzip.compress(body, 6)
-        if self.gzipped or body.startswith(b"\x1f\x8b"):
+        if self.snappy:
+            body = bytes(cramjam.snappy.compress_raw(body))
+            head.append("Content-Encoding: snappy")
+        elif self.gzipped or body.startswith(b"\x1f\x8b"):
             head.append("Content-Encoding: gzip")
         if self.streams:
             head.append(f"Accept: {NDJSON}")
@@ -90,6 +97,42 @@ class Attack:
 def repeated(piece: bytes, before: bytes = b"", after: bytes = b"") -> Callable[[int], bytes]:
     """Return a function that makes a body: `before`, then `piece` up to the size, then `after`."""
     return lambda size: before + piece * max(1, (size - len(before) - len(after)) // len(piece)) + after
+
+
+def field(number: int, value: bytes) -> bytes:
+    """Return a field of a protobuf message, for a value of less than 2 MiB."""
+    length = len(value)
+    return bytes([number << 3 | 2, length & 127 | 128, length >> 7 & 127 | 128, length >> 14]) + value
+
+
+def label(name: bytes, text: bytes) -> bytes:
+    """Return a label of a series of remote write."""
+    return field(1, field(1, name) + field(2, text))
+
+
+def series_of_500_kb(size: int) -> bytes:
+    """Return series with different label sets of 500 KB, each with one sample."""
+    return b"".join(field(1, label(b"a", b"%0500000d" % index) + field(2, b"")) for index in range(size // 500_000))
+
+
+def series_with_different_times(size: int) -> bytes:
+    """Return samples of one feature at different times: each is a row of its own, which lacks the other features."""
+    name = label(b"__name__", b"x0")
+    series = (
+        field(1, name + field(2, b"\x10" + bytes([i & 127 | 128, i >> 7 & 127 | 128, i >> 14])))
+        for i in range(size // 36)
+    )
+    return b"".join(series)
+
+
+def write_request(body: Callable[[int], bytes], *expected: int, size: int = 60 * MIB) -> Attack:
+    """Return an attack by remote write."""
+    return Attack(expected, body, PROTOBUF, snappy=True, path=WRITE, size=size)
+
+
+def record_of_a_long_host(size: int) -> bytes:
+    """Return an abnormal record whose host has a name of `size` bytes."""
+    return b'{"records":[{"host":"' + b"h" * size + b'",' + RECORD.replace(b"0.5", b"1e9")[1:] + b"]}"
 
 
 CSV_HEADER = ",".join(f"x{index}" for index in range(FEW_FEATURES)).encode() + b"\n"
@@ -135,6 +178,14 @@ ATTACKS: dict[str, Attack] = {
         (200, 422), repeated(EMPTY_MEMBER), NDJSON, streams=True, size=266 * 1024
     ),
     "gzip-small-members": Attack((413, 422), repeated(gzip.compress(b"\n")), NDJSON, size=8 * MIB),
+    "remote-write-empty-series": write_request(repeated(field(1, b"")), 413),
+    "remote-write-empty-samples": write_request(repeated(field(1, b"\x12\x00")), 413),
+    "remote-write-empty-labels": write_request(
+        lambda size: field(1, b"\x0a\x00" * (size // 2) + b"\x12\x00"), 413, size=2 * MIB - 16
+    ),
+    "remote-write-labels-of-500-kb": write_request(series_of_500_kb, 413),
+    "remote-write-rows": write_request(series_with_different_times, 413, size=4 * MIB),
+    "host-of-1.5-mb": Attack((200, 413, 422), record_of_a_long_host, size=1_500_000, connections=16),
     "empty-lists-16-at-once": Attack(
         (413, 422, 429), repeated(b"[],", b'{"inputs":[', b"[]]}"), gzipped=True, size=60 * MIB, connections=16
     ),

@@ -55,6 +55,7 @@ class SampleAligner:
         self._targets_bytes = 0  # memory for these
         self._incomplete: OrderedDict[tuple[str, int], AlignedRow] = OrderedDict()
         self._ready: list[AlignedRow] = []
+        self._rows_begun = 0
         self._completed_times: OrderedDict[str, deque[int]] = OrderedDict()
         # The number of samples by outcome. `RemoteWriteEndpoint` adds these numbers to the metrics, then clears them.
         self.outcomes: collections.Counter[str] = collections.Counter()
@@ -66,8 +67,12 @@ class SampleAligner:
         """The number of rows that wait for samples or for scoring."""
         return len(self._incomplete) + len(self._ready)
 
-    def add(self, series: Iterable[Series], now: float) -> None:
-        """Add samples that arrived at the time `now`, in seconds on a monotonic clock."""
+    def add(self, series: Iterable[Series], now: float) -> int:
+        """Add samples, and return the number of rows that they begin.
+
+        `now`: when the samples arrived, in seconds on a monotonic clock.
+        """
+        begun = self._rows_begun
         for labels, samples in series:
             target = self._target(labels)
             if target is None:
@@ -76,6 +81,7 @@ class SampleAligner:
             feature, group = target
             for milliseconds, value in samples:
                 self.outcomes[self._add_sample(feature, group, milliseconds, value, now)] += 1
+        return self._rows_begun - begun
 
     def pop_ready(self, now: float, flush: bool = False, limit: int = MAX_SORTED_ROWS) -> list[AlignedRow]:
         """Remove and return the rows that are complete or have waited long enough, in order of time.
@@ -113,6 +119,7 @@ class SampleAligner:
             if len(completed) == REMEMBERED_TIMES and milliseconds < min(completed):
                 return "late"
             row = self._incomplete[group, milliseconds] = AlignedRow(group, milliseconds, now)
+            self._rows_begun += 1
         if feature in row.values:
             return "duplicate" if row.values[feature] == value else "ambiguous"
         row.values[feature] = value

@@ -19,7 +19,7 @@ from service.endpoints import offload
 from service.endpoints.context import ServiceContext
 from service.endpoints.offload import read_within_budget
 from service.endpoints.scoring import run_when_free, score_rows
-from service.errors import InvalidRows, ModelNotFound, NotReady, Overloaded, ServiceError
+from service.errors import InvalidRows, ModelNotFound, NotReady, Overloaded, ServiceError, TooManyRows
 from service.http.request import HttpResponse, RequestContext
 from service.inference.served_model import ServedModel
 from service.monitoring.periodic import PeriodicTask
@@ -85,6 +85,7 @@ class RemoteWriteEndpoint:
             max_rows=self._service.settings.max_rows,
             deadline=request.record.started + self._service.settings.request_timeout,
         )
+        rows = 0  # that the samples of this request have begun, for the model with the most
         reader = remote_write.SeriesReader(body, request.max_body_bytes, budget)
         while reader.has_more:
             try:
@@ -93,25 +94,37 @@ class RemoteWriteEndpoint:
                 )
             except Overloaded as error:
                 raise _retry_later(error.detail) from None
-            await self._add(aligners, series)
+            rows += await self._add(aligners, series, limit=self._service.settings.max_rows - rows)
         await self._score_due()
         return HttpResponse(b"", b"", status=204)
 
-    async def _add(self, aligners: list[SampleAligner], series: list[Series]) -> None:
+    async def _add(self, aligners: list[SampleAligner], series: list[Series], limit: int) -> int:
         """Add the samples of a request to all aligners, and let the event loop run between parts of the samples.
 
+        Return the number of rows that the samples begin, for the model with the most.
+
         Raises:
+            TooManyRows: the samples begin more than `limit` rows.
             NotReady: the rows cannot be scored as fast as the samples arrive. Prometheus sends the samples again, and
                 those that are already added are then duplicates.
         """
+        rows = 0
         for number, part in enumerate(_parts_of(series)):
             if number:
                 await asyncio.sleep(0)
-            for aligner in aligners:
-                aligner.add(part, monotonic())
+            rows += max(aligner.add(part, monotonic()) for aligner in aligners)
+            if rows > limit:
+                raise TooManyRows(
+                    f"the samples of a request may form at most {self._service.settings.max_rows} rows "
+                    "(ELBO_MAX_ROWS), got more: each time of each group is a row",
+                    expected=f"at most {self._service.settings.max_rows} rows",
+                    got="more",
+                    hint="lower max_samples_per_send of remote_write in Prometheus",
+                )
             if sum(aligner.pending_rows for aligner in aligners) > MAX_INCOMPLETE_ROWS:
                 await self._score_due()
                 self._require_room(aligners)
+        return rows
 
     def _require_room(self, aligners: list[SampleAligner]) -> None:
         """Raise NotReady if too many rows wait to be scored."""

@@ -162,6 +162,18 @@ def test_small_request_with_many_objects_or_long_labels_is_refused(artifacts: Pa
         assert (response.status_code, response.json()["code"]) == (413, "body_too_large")
 
 
+def test_request_whose_samples_form_more_rows_than_allowed_is_refused(artifacts: Path) -> None:
+    settings = Settings(
+        artifacts=artifacts, default_model="hosts", log_level="error", backend="torchscript", max_rows=100
+    )
+    labels = (("__name__", "load"), ("instance", "a"))
+    with running(create_app(settings)) as client:
+        for first, count, status in ((0, 100, 204), (1000, 101, 413), (0, 100, 204)):
+            samples = [(START + first + index, 1.0) for index in range(count)]
+            body = remote_write.dumps([(labels, samples)])
+            assert client.post("/api/v1/write", content=body, headers=HEADERS).status_code == status
+
+
 def test_label_sets_that_stay_in_memory_have_a_limit_in_bytes() -> None:
     aligner = new_aligner()
     tracemalloc.start()
