@@ -12,6 +12,7 @@ import resource
 import select
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ POLL_SECONDS = 0.1  # interval of the calls of `is_stopped`
 MAX_VERDICT_BYTES = 65_536
 PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
+IS_POSSIBLE = sys.platform == "linux"  # other kernels lack these limits: artifacts are then inspected, not tried out
 TRIAL_SECONDS = 30.0
 TRIAL_BYTES = 4 * 2**30
 Verdict = dict[str, Any]
@@ -74,7 +76,7 @@ def run_trial(
     reader, writer = os.pipe()
     started = monotonic()
     sys.stdout.flush()  # otherwise the child would have a copy of what is not written yet
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
         _run_child(path, prepare, work, limits, writer)
     os.close(writer)
@@ -89,6 +91,14 @@ def run_trial(
         return open_verdict(answer, path)
     seconds = max(monotonic() - started, usage.ru_utime + usage.ru_stime)
     raise ArtifactUnsafe(f"{path}: {_describe_end(os.waitstatus_to_exitcode(status), seconds, limits)}")
+
+
+def fork() -> int:
+    """Fork this process. See `os.fork`."""
+    with warnings.catch_warnings():
+        # The child does not use what other threads may hold: they write the log, or wait for work.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
 
 
 def _read_answer(reader: int, path: Path, is_stopped: Callable[[], bool]) -> bytes:

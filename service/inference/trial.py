@@ -29,6 +29,7 @@ from models.trial import (
     TrialStopped,
     Verdict,
     close_files,
+    fork,
     name_process,
     open_verdict,
     run_trial,
@@ -114,7 +115,7 @@ def start_trial_process(work: Work, limits: TrialLimits) -> TrialClient:
     for module in LATE_IMPORTS:
         importlib.import_module(module)
     client, server = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    if os.fork() == 0:
+    if fork() == 0:
         client.close()
         _serve_and_exit(server, work, limits)
     server.close()
