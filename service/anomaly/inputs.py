@@ -88,7 +88,7 @@ def parse_input_rows(
             _require_row(input_rows)
         return input_rows
     if isinstance(body.inputs, np.ndarray):
-        parsed = parse_valid_array_rows(served.row_schema, body.inputs, "/inputs")
+        parsed = parse_valid_array_rows(served.row_schema, body.inputs, "/inputs", budget)
     else:
         parsed = parse_valid_rows(served.row_schema, body.inputs, "/inputs", may_contain_non_floats, budget)
     return InputRows(parsed, len(parsed.rows) + len(parsed.errors))

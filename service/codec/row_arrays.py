@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from service.codec.budget import NO_LIMIT, ROW_BYTES, Budget
 from service.codec.float32 import as_float32, missing_mask
 from service.codec.row_errors import first_bad_array_value
 from service.codec.row_schema import Array, ParsedRows, RowError, RowSchema
@@ -29,11 +30,14 @@ def parse_array(schema: RowSchema, array: npt.NDArray[Any], pointer: str) -> Arr
     return x
 
 
-def parse_valid_array_rows(schema: RowSchema, array: npt.NDArray[Any], pointer: str) -> ParsedRows:
+def parse_valid_array_rows(
+    schema: RowSchema, array: npt.NDArray[Any], pointer: str, budget: Budget = NO_LIMIT
+) -> ParsedRows:
     """Return the valid rows of an array, [N, D] or [N, *shape], and an error for each invalid row.
 
     Raises:
         InvalidRows: the shape is wrong, or no row is valid.
+        BodyTooLarge, Overloaded, DeadlineExceeded: see `Budget`.
     """
     x, finite = _to_float32(schema, array, pointer)
     if finite:
@@ -43,9 +47,13 @@ def parse_valid_array_rows(schema: RowSchema, array: npt.NDArray[Any], pointer: 
     if valid.all():
         return ParsedRows(x, list(range(len(x))), [], missing_mask(x))
     invalid = np.flatnonzero(~valid).tolist()
-    errors = [RowError(row, _row_error(schema, array, bad, row, pointer)) for row in invalid]
-    if len(errors) == len(x):
-        raise errors[0].error
+    if len(invalid) == len(x):
+        raise _row_error(schema, array, bad, 0, pointer)
+    errors = []
+    for row in invalid:
+        budget.take_bytes(ROW_BYTES)
+        budget.check_time()
+        errors.append(RowError(row, _row_error(schema, array, bad, row, pointer)))
     return ParsedRows(x[valid], np.flatnonzero(valid).tolist(), errors, missing_mask(x[valid]))
 
 

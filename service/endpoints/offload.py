@@ -17,6 +17,8 @@ T = TypeVar("T")
 MAX_LOOP_NS = 2_000_000  # maximum time for which one request may block the event loop, in nanoseconds
 
 SMALL_BODY = 2048  # bytes; reading so small a body takes at most 2 ms, whatever it contains
+FEW_ROWS = 64  # describing the errors of so few rows takes at most 3 ms
+
 # Estimated times in nanoseconds.
 JSON_BYTE = 4  # time to parse one byte of JSON; 512 KiB take about 2 ms
 ARRAY_BYTE = JSON_BYTE / 8  # time to copy one byte of npy or safetensors

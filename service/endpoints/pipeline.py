@@ -135,14 +135,15 @@ async def parse_request(
     fields = None
     if spec.array_field and not compressed:
         fields = read_plain_rows(content_type, raw_body, spec.array_field, width)
-    if fields is not None:
+    if fields is not None and spec.array_field and len(fields.values[spec.array_field]) <= offload.FEW_ROWS:
         body, inputs = read_inputs(fields, NO_LIMIT)
     elif len(raw_body) <= offload.SMALL_BODY and not compressed:
         body, inputs = read_body(NO_LIMIT)
     else:
         budget = request.budget(max_rows=service.settings.max_rows, width=width, deadline=deadline)
+        read = partial(read_body, budget) if fields is None else partial(read_inputs, fields, budget)
         cost = offload.GZIP_BODY if compressed else len(raw_body) * _cost_per_byte(content_type)
-        body, inputs = await read_within_budget(service.readers, partial(read_body, budget), budget, cost)
+        body, inputs = await read_within_budget(service.readers, read, budget, cost)
     record.parse += perf_counter() - started
     return ParsedRequest(request, record, served, media_type, deadline, body, inputs)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from service.codec.budget import Budget, TurnOver
 from service.codec.request_body import read_fields
 from service.codec.row_arrays import parse_array, parse_valid_array_rows
 from service.codec.row_lists import parse_rows, parse_valid_rows
@@ -227,3 +229,17 @@ def test_array_value_that_is_not_a_finite_float32_is_refused_with_its_pointer(va
     parsed = parse_valid_array_rows(NESTED, array, "/inputs")
     assert parsed.rows == [0, 1]
     assert parsed.errors[0].row == 2
+
+
+def test_describing_many_invalid_rows_of_an_array_moves_to_a_thread() -> None:
+    rows = np.full((20_000, 2), np.inf, np.float32)
+    rows[0] = 1
+    budget = Budget(
+        max_bytes=2**30, max_rows=10**6, deadline=perf_counter() + 60, hold=lambda _: None, release=lambda _: None
+    )
+    budget.start(in_event_loop=True)
+    with pytest.raises(TurnOver):
+        parse_valid_array_rows(RowSchema([2]), rows, "/inputs", budget)
+    budget.start(in_event_loop=False)
+    parsed = parse_valid_array_rows(RowSchema([2]), rows, "/inputs", budget)
+    assert (parsed.rows, len(parsed.errors)) == ([0], 19_999)
