@@ -66,6 +66,8 @@ class Attack:
         path: the path.
         size: the size in bytes, before compression.
         connections: how many connections send the request at once.
+        start: if not empty, these bytes are sent instead of a head, and the body has no end.
+        unread_seconds: how long to wait before the response is read.
     """
 
     expected: tuple[int, ...]
@@ -77,10 +79,14 @@ class Attack:
     path: str = "/anomaly"
     size: int = 4 * MIB
     connections: int = 1
+    start: bytes = b""
+    unread_seconds: float = 0.0
 
     def request(self, share: float) -> bytes:
         """Return the bytes of the request; `share` of the size for a smoke test."""
         body = self.body(int(self.size * share))
+        if self.start:
+            return self.start + body
         head = [f"POST {self.path}?model=hosts HTTP/1.1", "Host: elbo", f"Content-Type: {self.content_type}"]
         if self.gzipped:
             body = gzip.compress(body, 6)
@@ -136,6 +142,7 @@ def record_of_a_long_host(size: int) -> bytes:
 
 
 CSV_HEADER = ",".join(f"x{index}" for index in range(FEW_FEATURES)).encode() + b"\n"
+CHUNKED = b"POST /anomaly HTTP/1.1\r\nHost: elbo\r\nContent-Type: text/csv\r\nTransfer-Encoding: chunked\r\n\r\n"
 EMPTY_MEMBER = gzip.compress(b"")
 ATTACKS: dict[str, Attack] = {
     "csv-short-lines": Attack((413,), repeated(b"x\n", CSV_HEADER), CSV),
@@ -186,6 +193,15 @@ ATTACKS: dict[str, Attack] = {
     "remote-write-labels-of-500-kb": write_request(series_of_500_kb, 413),
     "remote-write-rows": write_request(series_with_different_times, 413, size=4 * MIB),
     "host-of-1.5-mb": Attack((200, 413, 422), record_of_a_long_host, size=1_500_000, connections=16),
+    # The server may close the connection before it has received everything: then the client gets no response (0).
+    "trailer": Attack((0, 400), repeated(b"y"), start=CHUNKED + b"1\r\n{\r\n0\r\nx: ", size=256 * MIB),
+    "trailer-lines": Attack((0, 400), repeated(b"x: y\r\n"), start=CHUNKED + b"1\r\n{\r\n0\r\n", size=256 * MIB),
+    "chunk-extension": Attack((0, 400), repeated(b"x"), start=CHUNKED + b"1;", size=256 * MIB),
+    "chunks-of-one-byte": Attack((0, 400), repeated(b"1\r\n \r\n"), start=CHUNKED, size=64 * MIB),
+    "empty-lines": Attack((0, 400), repeated(b"\r\n"), start=b"\r\n", size=64 * MIB),
+    "unread-responses": Attack(
+        (0, 200, 429), lambda _: b'{"n":10000}', path="/sample", connections=60, unread_seconds=5.0
+    ),
     "empty-lists-16-at-once": Attack(
         (413, 422, 429), repeated(b"[],", b'{"inputs":[', b"[]]}"), gzipped=True, size=60 * MIB, connections=16
     ),
@@ -249,14 +265,18 @@ async def send_honest_requests(port: int) -> Latencies:
     return found
 
 
-def send(port: int, request: bytes) -> int:
-    """Send `request`; return the status of the response, or 0 if there is none within RESPONSE_SECONDS."""
+def send(port: int, request: bytes, unread_seconds: float) -> int:
+    """Send `request`, and wait for `unread_seconds`. Return the status of the response.
+
+    The status is 0 if there is no response within RESPONSE_SECONDS, or if the server has ended the connection.
+    """
     with socket.create_connection(("127.0.0.1", port), RESPONSE_SECONDS) as connection:
         response = b""
         with suppress(
             OSError
         ):  # the server may refuse the request, and close the connection before the end of the body
             connection.sendall(request)
+        sleep(unread_seconds)
         with suppress(OSError):
             while piece := connection.recv(2**20):
                 response = response or piece
@@ -283,7 +303,10 @@ def run(name: str, attack: Attack, port: int, pid: int, smoke: bool) -> bool:
     memory = peak(pid)
     started = perf_counter()
     statuses: list[int] = []
-    threads = [threading.Thread(target=lambda: statuses.append(send(port, request))) for _ in range(attack.connections)]
+    threads = [
+        threading.Thread(target=lambda: statuses.append(send(port, request, attack.unread_seconds)))
+        for _ in range(attack.connections)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
