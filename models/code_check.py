@@ -234,14 +234,16 @@ def _read_class(name: str, node: ast.ClassDef) -> _Class:
                     raise _Forbidden(f"defines {node.name}.{statement.name} twice")
                 _check_function(statement)
                 found.methods[statement.name] = statement
-            case ast.AnnAssign(target=ast.Name(id=attribute)):
+            case ast.AnnAssign(target=ast.Name(id=attribute), value=value):
+                if value is not None:
+                    _check_literal(value)  # torch runs this code when it loads the class
                 _add_attribute(found, attribute, statement.annotation)
             case ast.Assign(
                 targets=[ast.Subscript(value=ast.Name(id="__annotations__"), slice=ast.Constant(value=str(attribute)))]
             ):
                 _add_attribute(found, attribute, statement.value)
-            case ast.Assign(targets=[ast.Name(id=label)], value=ast.List()) if label in CLASS_FIELDS:
-                pass
+            case ast.Assign(targets=[ast.Name(id=label)], value=ast.List() as names) if label in CLASS_FIELDS:
+                _check_literal(names)
             case _:
                 raise _Forbidden(f"has the statement {_shown(statement)} in the class {node.name}")
     return found
@@ -270,6 +272,8 @@ def _check_function(node: ast.FunctionDef) -> None:
     for argument in arguments.args:
         if argument.annotation is not None:
             _check_type(argument.annotation)
+    for default in arguments.defaults:
+        _check_literal(default)
     if node.returns is None:
         raise _Forbidden(f"has the function {node.name} without a type of its result")
     _check_type(node.returns)
@@ -291,6 +295,20 @@ def _check_operator(call: ast.Call) -> None:
             raise _Forbidden(f"calls {name}")
     elif isinstance(call.func, ast.Name) and not re.fullmatch(r"_[0-9]+", call.func.id) and call.func.id not in WORDS:
         raise _Forbidden(f"calls {call.func.id}")
+
+
+def _check_literal(node: ast.expr) -> None:
+    """Check that `node` is a number, a text, or a list or tuple of these: there is nothing to run."""
+    match node:
+        case ast.Constant() | ast.UnaryOp(operand=ast.Constant()):
+            return
+        case ast.Name(id=name) if name in CONSTANTS:
+            return
+        case ast.List(elts=elements) | ast.Tuple(elts=elements):
+            for element in elements:
+                _check_literal(element)
+            return
+    raise _Forbidden(f"has the value {_shown(node)} where only numbers and texts may stand")
 
 
 def _check_type(annotation: ast.expr) -> None:

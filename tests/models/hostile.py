@@ -343,6 +343,14 @@ EDITS: dict[str, tuple[Callable[[Members], None], str]] = {
         _code(ENCODE, ENCODE + "    y = torch.reshape(x, [torch.sum(x)])\n"),
         "with a size that depends on the values of a row",
     ),
+    "class runs code at load": (
+        _code("  mean : Tensor\n", '  mean : Tensor\n  a : Final[int] = torch.from_file("x")\n'),
+        "has the value torch.from_file",
+    ),
+    "default of an argument runs code": (
+        _code(ENCODE, ENCODE.replace("x: Tensor", "x: Tensor=torch.zeros_like(1)")),
+        "has the value torch.zeros_like(1)",
+    ),
     "code has a lambda": (_code(ENCODE, ENCODE + "    f = lambda: x\n"), "Lambda"),
     "code imports": (_append_code("import os\n"), "has import os"),
     "code has a named tuple": (_append_code("class T(NamedTuple):\n  a : Tensor\n"), "whose base is not Module"),
