@@ -501,7 +501,7 @@ class _Body:
         annotation = class_.attributes.get(attribute)
         if annotation is None:
             raise _Forbidden(f"uses the attribute {attribute}, which {class_.name} does not declare")
-        if attribute == "training":
+        if attribute == "training" and ast.unparse(annotation) == "bool":
             return False  # `models.artifact.load` switches training off
         name = _dotted(annotation) or ""
         if not name.startswith("__torch__."):
