@@ -13,13 +13,20 @@ import re
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from time import perf_counter, time
+from time import monotonic, perf_counter, time
 from typing import Any
 
 import orjson
 
 from models.errors import printable, shortened
-from service.monitoring.log_output import STANDARD_ERROR, STANDARD_OUTPUT, LogOutput, LogQueue, QueuedText
+from service.monitoring.log_output import (
+    FLUSH_SECONDS,
+    STANDARD_ERROR,
+    STANDARD_OUTPUT,
+    LogOutput,
+    LogQueue,
+    QueuedText,
+)
 from service.monitoring.request_record import RequestRecord
 from service.shared_memory import SharedNumber
 
@@ -269,8 +276,9 @@ def flush() -> None:
     """Wait until everything that was logged or printed is written. Wait only a moment for a blocked reader."""
     for stream in _redirected_streams():
         stream.finish()
+    deadline = monotonic() + FLUSH_SECONDS
     for lines in _queues():
-        lines.flush()
+        lines.flush(max(0.0, deadline - monotonic()))
 
 
 def restart_after_fork() -> None:
