@@ -177,7 +177,7 @@ def create_app(
         count_closed=metrics.count_closed,
         paths=paths | {settings.root_path + path for path in paths},
     )
-    app.openapi = lambda: _openapi(app, keys is not None)  # type: ignore[method-assign] # FastAPI's documented way
+    app.openapi = lambda: _openapi(app, endpoints, keys is not None)  # type: ignore[method-assign] # FastAPI's documented way
     return app
 
 
@@ -248,7 +248,7 @@ def _allowed_methods(app: FastAPI, scope: Scope) -> list[str]:
     return sorted(methods | {"HEAD"} if "GET" in methods else methods)
 
 
-def _openapi(app: FastAPI, has_keys: bool) -> dict[str, Any]:
+def _openapi(app: FastAPI, endpoints: list[routes.Endpoint], has_keys: bool) -> dict[str, Any]:
     """Return the OpenAPI document, including the schemas that FastAPI cannot find in the handlers' signatures."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
@@ -258,6 +258,7 @@ def _openapi(app: FastAPI, has_keys: bool) -> dict[str, Any]:
             ref_template="#/components/schemas/{model}",
         )
         document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
+        routes.state_row_limit(document, endpoints, app.state.service.settings.max_rows)
         if has_keys:
             document["components"]["securitySchemes"] = routes.SECURITY_SCHEMES
         app.openapi_schema = document

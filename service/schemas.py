@@ -5,7 +5,7 @@ Arrays have the type `Any`, so that pydantic does not visit every number. `servi
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator
 
 from service.inference.sampling import SEEDS
 
@@ -51,6 +51,12 @@ class Body(BaseModel):
     """Base class of all request bodies. Validation is strict: numbers in quotes and unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, json_schema_extra=_drop_null_defaults)
+
+    @field_validator("seed", "n", "steps", "explain", mode="before", check_fields=False)
+    @classmethod
+    def _as_integer(cls, value: Any) -> Any:
+        """Return 8 for 8.0. Both are integers in JSON Schema, and some programs write the second."""
+        return int(value) if type(value) is float and value.is_integer() else value
 
 
 class EncodeBody(Body):

@@ -74,7 +74,9 @@ def _means_of_group(values: Numbers, times: Numbers | None, half_life: float) ->
     steps = np.ones(count) if times is None else np.diff(times, prepend=times[0])
     total = weight = 0.0
     means: list[float] = []
-    for value, decay in zip(values.tolist(), np.exp2(-steps / half_life).tolist(), strict=True):
+    with np.errstate(over="ignore"):  # with a tiny half-life, only rows at the same time count
+        decays = np.exp2(-steps / half_life)
+    for value, decay in zip(values.tolist(), decays.tolist(), strict=True):
         total = decay * total + value
         weight = decay * weight + 1.0
         means.append(total / weight)

@@ -274,6 +274,20 @@ def _query_options(schema: type[Body]) -> list[dict[str, Any]]:
     return options
 
 
+def state_row_limit(document: dict[str, Any], found: Iterable[Endpoint], max_rows: int) -> None:
+    """Write ELBO_MAX_ROWS into the fields of an OpenAPI document that hold rows, or that ask for a number of rows."""
+    for endpoint in found:
+        if spec := endpoint.spec:
+            properties = document["components"]["schemas"][spec.schema.__name__]["properties"]
+            for name in spec.row_fields:
+                properties[name]["maxItems"] = max_rows
+            if spec.count_field:
+                properties[spec.count_field]["maximum"] = max_rows
+                for parameter in document["paths"][endpoint.path]["post"]["parameters"]:
+                    if parameter["name"] == spec.count_field:
+                        parameter["schema"]["maximum"] = max_rows
+
+
 def components() -> list[type[BaseModel]]:
     """Return the schemas that the OpenAPI document needs but FastAPI cannot find in the signatures of the handlers."""
     return [Problem, *EXAMPLES]

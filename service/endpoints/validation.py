@@ -35,23 +35,27 @@ def validate(schema: type[B], fields: dict[str, Any]) -> B:
     Raises:
         InvalidField: for the first field that the schema rejects.
     """
-    _refuse_many_unknown_fields(schema, fields, ())
+    if unknown := _surplus_field(schema, fields):
+        raise _invalid_field(FieldFault(unknown, "extra_forbidden", "", None), schema)
     try:
         return schema.model_validate(fields)
     except ValidationError as error:
         raise _invalid_field(first_fault(error), schema) from error
 
 
-def _refuse_many_unknown_fields(schema: type[Body], fields: dict[str, Any], path: tuple[str, ...]) -> None:
-    """Raise InvalidField if there are more fields than the schema has: pydantic takes 30 µs for each unknown field."""
+def _surplus_field(schema: type[Body], fields: dict[str, Any]) -> tuple[str, ...]:
+    """Return the path of an unknown field if an object has more fields than its schema; an empty path if none has.
+
+    pydantic would find it too, but takes 30 µs for each unknown field.
+    """
     if len(fields) > len(schema.model_fields):
-        unknown = next(name for name in fields if name not in schema.model_fields)
-        raise _invalid_field(FieldFault((*path, unknown), "extra_forbidden", "", None), schema)
+        return (next(name for name in fields if name not in schema.model_fields),)
     for name, value in fields.items():
         if type(value) is dict and name in schema.model_fields:
             inner = schema.model_fields[name].annotation
-            if isinstance(inner, type) and issubclass(inner, Body):
-                _refuse_many_unknown_fields(inner, value, (*path, name))
+            if isinstance(inner, type) and issubclass(inner, Body) and (path := _surplus_field(inner, value)):
+                return (name, *path)
+    return ()
 
 
 def _invalid_field(fault: FieldFault, schema: type[Body]) -> InvalidField:

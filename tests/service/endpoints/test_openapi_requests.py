@@ -1,0 +1,158 @@
+"""Requests that schemathesis makes from openapi.json: requests that fit the document, and requests that break it.
+
+No response may have status 5xx or differ from the document. A request that breaks the document must be refused. A
+request that fits the document must be accepted, unless it breaks one of the RULES, which OpenAPI cannot express.
+`make fuzz` sets ELBO_TEST_EXAMPLES to a larger number of requests per endpoint.
+"""
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cramjam
+import httpx
+import numpy as np
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
+from schemathesis import Case, GenerationMode, Response
+from schemathesis.checks import CheckContext
+from schemathesis.openapi import media_type
+from schemathesis.schemas import BaseSchema
+
+from service.app import create_app
+from service.codec import ndjson, npy, safetensors
+from service.settings import Settings
+from tests.service.hosts import HOST_FEATURES
+from tests.service.running import running
+
+MAX_ROWS = 50
+EXAMPLES = int(os.environ.get("ELBO_TEST_EXAMPLES", "20"))
+RULES = (
+    "is given twice",  # once in the body, once in the query
+    "give only one of",
+    "expected one of the fields",
+    "needs either input or latent",
+    "half_life is in seconds, and inputs have no timestamps",
+)
+WIDTHS = {"inputs": len(HOST_FEATURES), "input": len(HOST_FEATURES), "latents": 2, "latent": 2}
+
+
+def row_schemas(number: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the schema of one row in each field. The document cannot have it, because it depends on the model."""
+    rows = {
+        name: {"type": "array", "items": number, "minItems": width, "maxItems": width} for name, width in WIDTHS.items()
+    }
+    record = {"type": "object", "properties": dict.fromkeys(HOST_FEATURES, number), "required": HOST_FEATURES}
+    tags = {"type": "object", "additionalProperties": {"type": "string"}}
+    metric = {"type": "object", "properties": {"fields": record, "tags": tags}, "required": ["fields"]}
+    return {**rows, "records": record, "metrics": metric}
+
+
+def npy_bytes(rows: list[list[float]]) -> bytes:
+    content = io.BytesIO()
+    np.save(content, np.array(rows, np.float32))
+    return content.getvalue()
+
+
+def csv_bytes(rows: list[list[float]]) -> bytes:
+    return "\n".join([",".join(HOST_FEATURES), *(",".join(map(str, row)) for row in rows)]).encode()
+
+
+def ndjson_bytes(rows: list[list[float]]) -> bytes:
+    return "\n".join(map(str, rows)).encode()
+
+
+def rows_of(width: int) -> "st.SearchStrategy[list[list[float]]]":
+    return st.lists(st.lists(st.floats(-1e6, 1e6, width=32), min_size=width, max_size=width), min_size=1, max_size=9)
+
+
+ROWS = rows_of(len(HOST_FEATURES))
+for name, strategy in {
+    npy.MEDIA_TYPE: ROWS.map(npy_bytes),
+    safetensors.MEDIA_TYPE: ROWS.map(lambda rows: safetensors.dumps({"inputs": np.array(rows, np.float32)}, {})),
+    "text/csv": ROWS.map(csv_bytes),
+    ndjson.MEDIA_TYPES[0]: ROWS.map(ndjson_bytes),
+    "text/plain": ROWS.map(lambda rows: json.dumps({"inputs": rows}).encode()),
+    "application/x-protobuf": st.just(bytes(cramjam.snappy.compress_raw(b""))),  # a WriteRequest without series
+}.items():
+    media_type(name, strategy)
+
+
+def narrow(document: dict[str, Any], number: dict[str, Any]) -> dict[str, Any]:
+    """Return the document with the schemas of the rows and the media types of the model `hosts`."""
+    rows = row_schemas(number)
+    for schema in document["components"]["schemas"].values():
+        properties = schema.get("properties", {}) if schema.get("additionalProperties") is False else {}
+        for name in rows.keys() & properties.keys():
+            if name in ("input", "latent"):
+                properties[name] = rows[name]
+            else:
+                properties[name]["items"] = rows[name]
+    for path, operations in document["paths"].items():
+        content = operations.get("post", {}).get("requestBody", {}).get("content", {})
+        for name in [*content]:
+            is_array = name in (npy.MEDIA_TYPE, safetensors.MEDIA_TYPE)
+            if name.startswith("image/") or (is_array and path == "/decode"):
+                del content[name]
+        for operation in operations.values():
+            for parameter in operation.get("parameters", ()):
+                if parameter["name"] in ("model", "reference"):
+                    parameter["schema"] = {"enum": ["hosts", "hosts@1"]}
+    return document
+
+
+@pytest.fixture(scope="module")
+def server(artifacts: Path) -> Iterator[httpx.Client]:
+    """Yield a client of a server whose default model is `hosts`."""
+    options = Settings(
+        artifacts=artifacts, default_model="hosts", log_level="error", backend="torchscript", max_rows=MAX_ROWS
+    )
+    with running(create_app(options)) as client:
+        yield client
+
+
+def read_api(client: httpx.Client, number: dict[str, Any]) -> BaseSchema:
+    """Return the API of `client`. `number` is the schema of a number in a row."""
+    schema = schemathesis.openapi.from_dict(narrow(client.get("/openapi.json").json(), number))
+    schema.config.update(base_url=str(client.base_url))
+    schema.config.checks.negative_data_rejection.expected_statuses.append("413")  # too many rows
+    return schema
+
+
+@schemathesis.check
+def is_accepted_if_it_fits(_: CheckContext, response: Response, case: Case) -> None:
+    """Fail if a request that fits the document is refused, except by one of RULES."""
+    fits = case.meta is None or case.meta.generation.mode.is_positive
+    if fits and response.status_code in (400, 406, 413, 415, 422):
+        assert any(rule in response.text for rule in RULES), response.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["valid", "invalid"])
+def test_requests_made_from_the_openapi_document_get_the_responses_that_it_describes(
+    server: httpx.Client, mode: GenerationMode
+) -> None:
+    # Numbers far from those in the training rows overflow in float32, which is an error of the request.
+    bounds = {"minimum": -1e6, "maximum": 1e6} if mode.is_positive else {}
+    operations = [result.ok() for result in read_api(server, {"type": "number", **bounds}).get_all_operations()]
+    assert len(operations) > 15
+    for operation in operations:
+
+        @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+        @given(case=operation.as_strategy(generation_mode=mode))
+        def check(case: Case) -> None:
+            excluded = [schemathesis.checks.positive_data_acceptance]  # in its place: `is_accepted_if_it_fits`
+            if any(value in (None, "null") for value in case.query.values()):  # means that the option is not given
+                excluded.append(schemathesis.checks.negative_data_rejection)
+            case.call_and_validate(excluded_checks=excluded)
+
+        try:
+            check()
+        except Unsatisfiable:
+            assert not mode.is_positive  # an endpoint without parameters has no invalid requests
