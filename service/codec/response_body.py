@@ -19,7 +19,7 @@ ARRAY_FORMATS = (JSON, *ARRAY_MEDIA_TYPES)
 IMAGE_FORMATS = (*ARRAY_FORMATS, png.MEDIA_TYPE)
 
 
-_PIECE_NUMBERS = 2**15  # numbers of a response that are written at once, which takes 4 ms
+_PIECE_NUMBERS = 2**12  # numbers of a response that are written at once, which takes 0.5 ms
 _PART = re.compile(r'(?:[^,"]|"(?:\\.|[^"\\])*"?)+')  # one element of a list; commas in quotation marks do not end it
 _QUALITY = re.compile(r"\d+(?:\.\d*)?|\.\d+", re.ASCII)
 
