@@ -33,6 +33,7 @@ USAGE_ERRORS = {
     "option_error",
     "data_error",
     "artifact_missing",
+    "artifact_name_invalid",
     "artifact_unreadable",
     "key_file_error",
     "key_invalid",

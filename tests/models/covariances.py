@@ -40,7 +40,7 @@ def regularised_covariance(
         by_chance = max(0.0, 1.0 - np.sqrt(centred.shape[1] / rows)) ** 2
         hidden = (ratios < HIDDEN_SHARE * by_chance) & (effective >= MIN_EFFECTIVE_ROWS)
         basis = covariance @ directions
-        covariance, revealed = (basis * np.where(hidden, ratios, 1.0)) @ basis.T, int(hidden.sum())
+        covariance, revealed = (basis * np.where(hidden, ratios / by_chance, 1.0)) @ basis.T, int(hidden.sum())
     return covariance + np.diag(noise * deviation**2), revealed
 
 

@@ -23,7 +23,7 @@ from models.pipeline import Pipeline
 from tests.models.builders import batch, manifest, pipeline
 from tests.models.publishing import publish, publish_twin
 
-TARGET = "/tmp/elbo-hostile-artifact-was-here"  # what the artifacts try to write
+TARGET = "/var/tmp/elbo-hostile-artifact-was-here"  # what the artifacts try to write
 
 
 class ReadsFile(Pipeline):
@@ -33,7 +33,7 @@ class ReadsFile(Pipeline):
 
 class WritesFile(Pipeline):
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        torch.save(x, "/tmp/elbo-hostile-artifact-was-here")
+        torch.save(x, "/var/tmp/elbo-hostile-artifact-was-here")
         return self.core.encode(self.scaling(x))
 
 
@@ -44,7 +44,7 @@ class WritesFileAtLoad(Pipeline):
 
     @torch.jit.export
     def __setstate__(self, state: tuple[int, bool]) -> None:
-        torch.save(state[0], "/tmp/elbo-hostile-artifact-was-here")
+        torch.save(state[0], "/var/tmp/elbo-hostile-artifact-was-here")
         self.training = state[1]
 
 

@@ -12,7 +12,7 @@ from models.versions import WITHDRAWN, claim_version, next_version, roll_back, w
 from tests.models.builders import batch, manifest, pipeline
 from tests.models.publishing import publish
 
-NAMES = ("../escaped", "../../escaped", "/tmp/escaped", "..", ".", "", "a/b", "a\\b", ".hidden", "a\n", "a" * 65, "ä")
+NAMES = ("../escaped", "../../escaped", "/var/tmp/escaped", "..", ".", "", "a/b", "a\\b", ".hidden", "a\n", "a" * 65, "ä")
 
 
 def _publish(root: Path, name: str) -> object:
