@@ -126,7 +126,7 @@ def read_api(client: httpx.Client, number: dict[str, Any]) -> BaseSchema:
 
 
 @schemathesis.check
-def is_accepted_if_it_fits(_: CheckContext, response: Response, case: Case) -> None:
+def is_accepted_if_it_fits(_: CheckContext, response: Response, case: Case[Any]) -> None:
     """Fail if a request that fits the document is refused, except by one of RULES."""
     fits = case.meta is None or case.meta.generation.mode.is_positive
     if fits and response.status_code in (400, 406, 413, 415, 422):
@@ -140,13 +140,14 @@ def test_requests_made_from_the_openapi_document_get_the_responses_that_it_descr
 ) -> None:
     # Numbers far from those in the training rows overflow in float32, which is an error of the request.
     bounds = {"minimum": -1e6, "maximum": 1e6} if mode.is_positive else {}
-    operations = [result.ok() for result in read_api(server, {"type": "number", **bounds}).get_all_operations()]
+    found: Iterator[Any] = read_api(server, {"type": "number", **bounds}).get_all_operations()
+    operations = [result.ok() for result in found]
     assert len(operations) > 15
     for operation in operations:
 
         @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
         @given(case=operation.as_strategy(generation_mode=mode))
-        def check(case: Case) -> None:
+        def check(case: Case[Any]) -> None:
             excluded = [schemathesis.checks.positive_data_acceptance]  # in its place: `is_accepted_if_it_fits`
             if any(value in (None, "null") for value in case.query.values()):  # means that the option is not given
                 excluded.append(schemathesis.checks.negative_data_rejection)
