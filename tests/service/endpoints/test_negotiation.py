@@ -1,6 +1,7 @@
 """What headers, byte order marks and query strings mean, tried over HTTP."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -224,6 +225,13 @@ def test_number_in_a_query_may_be_spelt_in_any_usual_way(hosts: httpx.Client, va
         response = hosts.post(f"/anomaly?{field}={value}", json={"inputs": [ROW]})
         assert response.status_code == 200, response.text
         assert response.json()[field] == 0.05
+
+
+def test_long_text_of_digits_in_a_query_is_refused_without_a_stall(hosts: httpx.Client) -> None:
+    started = time.perf_counter()
+    response = hosts.post(f"/anomaly?alpha={'9' * 20_000}x", json={"inputs": [ROW]})
+    assert response.status_code == 422
+    assert time.perf_counter() - started < 1.0  # with a time that grows with the square of the length: 13 s
 
 
 @pytest.mark.parametrize("value", ["2", "02", "%2B2", "+2"])
