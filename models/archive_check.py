@@ -16,6 +16,8 @@ from models.errors import ArtifactUnsafe, printable
 MEBIBYTE = 2**20
 MAX_FILE_BYTES = 4 * 2**30 - 1  # a larger zip file needs zip64 records, which no artifact has
 MAX_MANIFEST_BYTES = 64 * MEBIBYTE
+# Lists, objects and commas in a manifest: a model has about 28 per feature, and each can take 100 bytes of memory.
+MAX_MANIFEST_VALUES = 4_000_000
 MAX_MEMBERS = 20_000
 MAX_DIRECTORY_BYTES = 4 * MEBIBYTE
 MAX_COMPRESSED_MEMBERS_BYTES = 512 * MEBIBYTE  # the sum of the unpacked sizes of all members that are compressed

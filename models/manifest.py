@@ -21,7 +21,7 @@ from typing import Annotated, Any, NoReturn, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from models.archive_check import MAX_FILE_BYTES, MAX_MANIFEST_BYTES, open_archive
+from models.archive_check import MAX_FILE_BYTES, MAX_MANIFEST_BYTES, MAX_MANIFEST_VALUES, open_archive
 from models.errors import (
     ArtifactCorrupt,
     ArtifactForeign,
@@ -226,13 +226,20 @@ def parse(content: bytes, path: Path) -> Manifest:
 
 
 def _fields(content: bytes) -> dict[str, Any] | None:
-    """Return the manifest in the archive without validation; None if `content` is not an archive or has no manifest."""
+    """Return the manifest in the archive without validation.
+
+    Return None if `content` is not an archive, if it has no manifest, or if the manifest is too large. The server calls
+    this function on files without a valid seal, and outside of a trial, so the memory for the values is limited.
+    """
     try:
         with open_archive(content) as archive:
             member = next(info for info in archive.infolist() if info.filename.partition("/")[2] == MEMBER)
             if member.file_size > MAX_MANIFEST_BYTES:
                 return None
-            fields = json.loads(archive.read(member), parse_constant=_refuse_constant)
+            text = archive.read(member)
+            if sum(map(text.count, (b"[", b"{", b","))) > MAX_MANIFEST_VALUES:
+                return None
+            fields = json.loads(text, parse_constant=_refuse_constant)
     except UNREADABLE:
         return None
     return fields if isinstance(fields, dict) else None

@@ -381,6 +381,10 @@ EDITS: dict[str, tuple[Callable[[Members], None], str]] = {
     "manifest with NaN": (_manifest(total_variance=float("nan")), "no valid manifest"),
     "manifest with a text of 1 MB": (_manifest(kind="k" * 10**6), "kind"),
     "manifest without golden inputs": (_manifest(golden={"inputs": {}, "outputs": {}}), "golden inputs"),
+    "manifest with 20 million lists": (
+        _set("extra/manifest.json", b'{"format_version":2,"a":[' + b"[]," * 20 * 2**20 + b"0]}"),
+        "no valid manifest",
+    ),
     "manifest with nested lists": (
         _set("extra/manifest.json", b"[" * 200_000 + b"]" * 200_000),
         "no valid manifest",
