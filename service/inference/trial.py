@@ -17,6 +17,7 @@ import select
 import signal
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -161,7 +162,11 @@ def _answer(
             verdict = passed[digest] = {**found, "digest": digest}
         except ArtifactError as error:
             verdict = {"code": error.code, "detail": str(error)}
-    with os.fdopen(descriptor, "wb") as pipe:
+        except OSError as error:  # such as no memory for a child: the next trial may succeed
+            detail = f"{path} cannot be tried out ({error.strerror}): it is tried again at the next poll"
+            verdict = {"code": ArtifactUnreadable.code, "detail": detail}
+    # A worker that has been killed does not read its answer. The process goes on, because the other workers need it.
+    with suppress(BrokenPipeError), os.fdopen(descriptor, "wb", buffering=0) as pipe:
         pipe.write(json.dumps(verdict).encode())
 
 

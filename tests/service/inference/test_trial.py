@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import time
@@ -94,6 +95,24 @@ def test_server_stops_at_once_on_sigterm_while_an_artifact_computes_for_hours(
     started = time.monotonic()
     assert server.stop(signal.SIGTERM) == 0
     assert time.monotonic() - started < 10
+
+
+def test_killed_worker_that_waited_for_a_trial_is_replaced_and_new_versions_still_load(
+    start: Callable[..., ServerProcess], tmp_path: Path
+) -> None:
+    other = publish_twin(tmp_path, "pca").parents[1].rename(tmp_path / "other")
+    server = start(tmp_path, TRIAL_SECONDS=3, POLL_SECONDS=0.1, WORKERS=2)
+    server.wait_for_worker()
+    victim = next(line["pid"] for line in server.lines if "is ready" in line["message"])
+    hostile.publish_code(tmp_path, ComputesForHours)
+    time.sleep(1)  # the workers find the artifact and wait for its trial
+    os.kill(victim, signal.SIGKILL)
+    server.wait_for_log("is ready")  # the replacement, after the trial that nobody waits for any more
+    shutil.copytree(other / "1", tmp_path / ".2")
+    (tmp_path / ".2").rename(other / "2")
+    for _ in range(2):
+        server.wait_for_log("serving other@2")
+    assert server.stop() == 0
 
 
 def test_server_serves_every_kind_of_model_after_its_trial(start: Callable[..., ServerProcess], tmp_path: Path) -> None:
