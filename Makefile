@@ -27,7 +27,7 @@ PACKAGE_triton := nvidia-pytriton==0.7.0
 PYTHON_triton := /usr/bin/python3.11
 
 .DEFAULT_GOAL := help
-.PHONY: help run check docs test lint types format lock upgrade audit sbom image pin-images bench-train bench-serve bench-anomaly clean
+.PHONY: help run check docs test lint types format lock upgrade audit sbom image pin-images bench-train bench-serve bench-anomaly soak clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -114,6 +114,9 @@ bench-anomaly: $(READY) $(PEERS)/.ready ## Measure anomaly scores, calibration a
 	@$(VENV)/bin/python benchmarks/anomaly/score_ranking.py --robust $(OPTIONS)
 	@$(VENV)/bin/python benchmarks/anomaly/calibration.py
 	@$(VENV)/bin/python benchmarks/anomaly/server_metrics.py
+
+soak: $(READY) ## Serve for half an hour while clients, disks, publishers and workers fail; OPTIONS='--minutes 5' is shorter
+	@$(VENV)/bin/python benchmarks/serving/soak.py $(OPTIONS)
 
 # A server that cannot be installed is skipped, and the benchmark reports that.
 $(PEERS)-%/.ready: $(READY)

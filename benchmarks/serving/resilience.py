@@ -206,7 +206,7 @@ async def run_kill(workload: Workload, options: argparse.Namespace) -> None:
         await asyncio.sleep(SETTLE_SECONDS)
         counted_before = elbo.metric("elbo_requests_total")
         killed = perf_counter()
-        os.kill(elbo.process.descendants()[0], signal.SIGKILL)
+        os.kill(elbo.process.workers()[0], signal.SIGKILL)
         await elbo.wait_for_ready_workers(options.workers + 1)
         recovery = perf_counter() - killed
         await asyncio.sleep(SETTLE_SECONDS)

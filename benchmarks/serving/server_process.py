@@ -20,6 +20,7 @@ PR_SET_CHILD_SUBREAPER = 36  # the value of this constant in linux/prctl.h
 STOP_SECONDS = 10.0  # seconds between SIGTERM and SIGKILL
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 IDLE_SHARE = 0.1  # a server is idle if it uses less processor time than this, in seconds per second
+TRIAL_PROCESS = "elbo-trial"  # `service.inference.trial.PROCESS_NAME`; this module imports nothing of the service
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -113,6 +114,31 @@ class ServerProcess:
     def memory(self) -> int:
         """Return the resident bytes of the server and its descendants. A shared page counts once per process."""
         return sum(_resident(pid) for pid in (self._process.pid, *_descendants(self._process.pid)))
+
+    def workers(self) -> list[int]:
+        """Return the process IDs of Elbo's workers: the children except the process that tries artifacts out."""
+        return [pid for pid in self.descendants() if process_name(pid) not in ("", TRIAL_PROCESS)]
+
+
+def process_name(pid: int) -> str:
+    """Return the name of a process, or "" if it has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
+
+
+def proportional_memory(pid: int) -> int:
+    """Return the bytes of a process (PSS): a page that n processes share counts 1/n. 0 if the process has ended."""
+    with suppress(OSError, IndexError):
+        return int(Path(f"/proc/{pid}/smaps_rollup").read_text().partition("\nPss:")[2].split()[0]) * 1024
+    return 0
+
+
+def open_files(pid: int) -> int:
+    """Return the number of open file descriptors of a process. 0 if the process has ended."""
+    with suppress(OSError):
+        return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    return 0
 
 
 def _ticks(pid: int) -> int:

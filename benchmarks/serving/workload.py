@@ -55,8 +55,8 @@ def create_workload(folder: Path) -> Workload:
     """
     torch.set_num_threads(1)
     artifacts = folder / "artifacts"
-    _train_vae(artifacts, "vae", FEATURES, hidden=(400, 400), latents=20)
-    _train_vae(artifacts, "hosts", FEW_FEATURES, hidden=(64, 32), latents=4)
+    train_vae(artifacts, "vae", FEATURES, hidden=(400, 400), latents=20)
+    train_vae(artifacts, "hosts", FEW_FEATURES, hidden=(64, 32), latents=4)
     return open_workload(folder)
 
 
@@ -80,12 +80,13 @@ def open_workload(folder: Path) -> Workload:
     )
 
 
-def _train_vae(artifacts: Path, name: str, features: int, hidden: tuple[int, ...], latents: int) -> None:
+def train_vae(artifacts: Path, name: str, features: int, hidden: tuple[int, ...], latents: int, seed: int = 0) -> None:
+    """Train a model on uniform noise for one epoch, and publish it as the next version of `name` in `artifacts`."""
     x = _uniform(0, 200, features)
     names = [f"x{index}" for index in range(features)]
     missing = np.zeros(features, np.int64)
     table = Table(RowStore(x), (features,), names, [None] * features, None, None, "uniform noise", missing=missing)
-    config = TrainConfig(model="vae", name=name, hidden=hidden, latents=latents, epochs=1)
+    config = TrainConfig(model="vae", name=name, hidden=hidden, latents=latents, epochs=1, seed=seed)
     train(config, table, artifacts, SilentReporter())
 
 
