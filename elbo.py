@@ -785,7 +785,7 @@ def _private_key(path: Path | None) -> "PrivateKey | None":
 
 
 def _note_missing_signature(path: Path) -> None:
-    """Tell how to sign the new version at `path` if it is not signed, but an older version of the model is."""
+    """Tell how to sign the new version at `path` if it has no signature, but an older version of the model has one."""
     from models.manifest import FILE_NAME, versions
     from models.signatures import is_signed
 
@@ -835,7 +835,7 @@ def _exit_with_error(message: str, status: int) -> NoReturn:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line with `arguments`, by default the arguments of the process."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # the descriptor is closed, as after >&-
+        if getattr(sys, name) is None:  # the shell has closed the descriptor (>&-)
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - open until the process ends
     try:
         app(args=arguments, prog_name="elbo")

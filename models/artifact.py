@@ -233,8 +233,8 @@ def load(path: Path, device: str = "cpu", keys: TrustedKeys | None = None, diges
         path: the artifact, `<name>/<version>/model.pt`.
         device: "cpu" or "cuda".
         keys: one of these keys must have signed the artifact as `<version>` of `<name>`; None: no signature is needed.
-        digest: the digest of the file that a trial process has inspected and tried out; None if none has. The file
-            must have this digest. It is then not inspected again.
+        digest: the digest of the file if a trial process has inspected it and tried it out. The file must have this
+            digest, and is not inspected again. None: there was no trial.
 
     Raises:
         ArtifactError: the file is missing or fails a verification. Each reason has a subclass in `models.errors`.
@@ -267,7 +267,7 @@ def load_after_trial(path: Path, keys: TrustedKeys | None = None, limits: TrialL
         return content
 
     def work(content: bytes) -> Verdict:
-        torch.set_num_threads(1)  # no other thread runs in a process that was forked
+        torch.set_num_threads(1)  # a forked process has only the thread that forked it
         load_content(content, path)
         return {}
 
@@ -432,7 +432,7 @@ def _tensor(values: Any, device: str) -> Tensor:
 
 
 def _check_twin_weights(inspected: Inspected, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Check that each weight that a graph of the twin uses is a weight of the module, of the same type and shape."""
+    """Check that each weight in the graphs of the ONNX twin is also in the module, with the same type and shape."""
     for name, used in inspected.twin_weights.items():
         for weight, (type_, shape) in used.items():
             tensor = weights.get(weight)

@@ -17,7 +17,7 @@ from models.errors import ArtifactUnsafe
 from models.onnx_check import TwinWeight, check_twin
 from models.pickle_check import INT_LIST, check_operations, check_pickle
 
-MAX_CODE_BYTES = 2 * 2**20  # the sum of all code members: that of a model with hundreds of layers
+MAX_CODE_BYTES = 2 * 2**20  # limit on the sum of all code members; enough for hundreds of layers
 ENTRY_METHODS = (
     "forward", "encode", "decode", "draw", "observe", "score", "log_weight", "p_value", "severity", "threshold",
 )  # fmt: skip
@@ -32,8 +32,8 @@ class Inspected:
 
     Args:
         members: the members of the archive by name, without the folder that all names begin with.
-        twin_weights: for each graph of the ONNX twin, by the name of its member: the type (as ONNX numbers it) and the
-            shape of each weight of the module that the graph uses.
+        twin_weights: for each graph of the ONNX twin, by the name of its member, the weights of the module that the
+            graph uses. Each weight has a name, a type (as ONNX numbers it) and a shape.
     """
 
     members: Mapping[str, zipfile.ZipInfo]

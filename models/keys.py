@@ -55,7 +55,7 @@ class PublicKey:
 
     @property
     def _blob(self) -> bytes:
-        """The key in the wire format of SSH (RFC 8709): each part after its length."""
+        """The key in the wire format of SSH (RFC 8709): the length of each part precedes the part."""
         return b"".join(len(part).to_bytes(4, "big") + part for part in (KEY_TYPE.encode(), self.raw))
 
     def verifies(self, signature: bytes, text: bytes) -> bool:
@@ -171,7 +171,7 @@ def create_key(path: Path, comment: str) -> PublicKey:
 
 
 def read_small_file(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
-    """Return the content of a regular file of at most `limit` bytes. A pipe or a device is not waited for.
+    """Return the content of a regular file of at most `limit` bytes. A pipe or a device is refused without waiting.
 
     Raises:
         KeyInvalid: the file is missing, larger or not regular, or this user may not read it.

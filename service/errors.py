@@ -208,7 +208,7 @@ class InvalidRows(ServiceError):
 
     @property
     def text_length(self) -> int:
-        """The number of characters of the texts, for the memory that the error takes."""
+        """The number of characters in the texts of the error, from which its memory is estimated."""
         return sum(len(text) for text in (self.detail, self.pointer, self.expected, self.got, self.hint) if text)
 
     def without_frames(self) -> "InvalidRows":

@@ -216,7 +216,7 @@ class Settings(BaseSettings):
     @field_validator("api_keys_file", mode="before")
     @classmethod
     def _check_api_keys_file(cls, value: object) -> object:
-        return None if value == "" else value  # so that compose files can pass on a variable that is not set
+        return None if value == "" else value  # a compose file passes a variable that is not set as an empty one
 
     @field_validator("root_path")
     @classmethod

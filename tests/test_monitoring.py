@@ -411,7 +411,7 @@ def scored_rows(port: int) -> float:
     return float(match[1]) if match else 0.0
 
 
-def test_prometheus_scrapes_and_sends_with_the_key_that_the_comments_of_its_configuration_describe(
+def test_prometheus_scrapes_and_sends_with_a_key_if_authorization_is_uncommented_in_its_configuration(
     tmp_path: Path,
 ) -> None:
     require_programs("prometheus")

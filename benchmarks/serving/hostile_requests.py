@@ -1,4 +1,4 @@
-"""Measure what requests that were made to hurt do to Elbo's server and to its other clients.
+"""Measure how hostile requests affect Elbo's server and its other clients.
 
     python benchmarks/serving/hostile_requests.py                     # all attacks
     python benchmarks/serving/hostile_requests.py --only empty-lists  # one attack
@@ -8,13 +8,13 @@ One process sends honest requests all the time: a row to score, 40 times per sec
 second. It runs apart from the process that sends the attacks, so that the attacks do not delay its clock. For each
 attack, the table shows:
 
-- the response of the attack, and after how many seconds it arrived;
-- how much the memory of the server rose meanwhile, in MiB and as a multiple of ELBO_MAX_BODY_BYTES. The size of the
-  attack itself stands in the column "sent";
+- the response to the attack, and after how many seconds it arrived;
+- how much the memory of the server rose meanwhile, in MiB and as a multiple of ELBO_MAX_BODY_BYTES. The column
+  "sent" has the size of the attack itself;
 - the slowest answer of /livez, before and during the attack;
 - the 99th percentile of the latency of the honest requests, before and during the attack.
 
-The program exits with code 1 if an attack gets another response than expected, or if an honest request fails. The
+The program exits with code 1 if an attack gets an unexpected response, or if an honest request fails. The
 benchmark needs Linux. To add an attack, write a function that makes its body, and add it to ATTACKS.
 """
 
@@ -66,7 +66,7 @@ class Attack:
         path: the path.
         size: the size in bytes, before compression.
         connections: how many connections send the request at once.
-        start: if not empty, these bytes are sent instead of a head, and the body has no end.
+        start: bytes that are sent in place of the head of the request; if they are given, the body has no end.
         unread_seconds: how long to wait before the response is read.
     """
 
@@ -83,7 +83,7 @@ class Attack:
     unread_seconds: float = 0.0
 
     def request(self, share: float) -> bytes:
-        """Return the bytes of the request; `share` of the size for a smoke test."""
+        """Return the bytes of the request. Its body has `share` times `size` bytes; smoke tests use a small share."""
         body = self.body(int(self.size * share))
         if self.start:
             return self.start + body
@@ -122,7 +122,7 @@ def series_of_500_kb(size: int) -> bytes:
 
 
 def series_with_different_times(size: int) -> bytes:
-    """Return samples of one feature at different times: each is a row of its own, which lacks the other features."""
+    """Return samples of one feature, each at another time: each becomes a row that lacks all other features."""
     name = label(b"__name__", b"x0")
     series = (
         field(1, name + field(2, b"\x10" + bytes([i & 127 | 128, i >> 7 & 127 | 128, i >> 14])))
@@ -272,9 +272,8 @@ def send(port: int, request: bytes, unread_seconds: float) -> int:
     """
     with socket.create_connection(("127.0.0.1", port), RESPONSE_SECONDS) as connection:
         response = b""
-        with suppress(
-            OSError
-        ):  # the server may refuse the request, and close the connection before the end of the body
+        # The server may refuse the request, and close the connection before the end of the body.
+        with suppress(OSError):
             connection.sendall(request)
         sleep(unread_seconds)
         with suppress(OSError):
@@ -335,12 +334,12 @@ def run(name: str, attack: Attack, port: int, pid: int, smoke: bool) -> bool:
 
 
 def periods(started: float) -> list[Callable[[float], bool]]:
-    """Return tests for the time of a response: before the attack (after a moment of warm-up), and from then on."""
+    """Return two tests for the time of a response: is it in the second before the attack, or is it later?"""
     return [lambda at: started - 1.0 < at < started, lambda at: at >= started]
 
 
 def percentile(latencies: list[float]) -> float:
-    """Return the 99th percentile; 0 if there are none."""
+    """Return the 99th percentile of the latencies; 0 if the list is empty."""
     return float(np.percentile(latencies, 99)) if latencies else 0.0
 
 

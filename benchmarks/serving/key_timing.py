@@ -5,12 +5,13 @@
 
 Three kinds of wrong keys are checked in random order: keys that begin like a valid key (all but the last character are
 right), keys with nothing right, and keys without the prefix elbo_. If the check compared characters one by one, the
-first kind would take longer. Each kind is compared with the second by the statistic of Mann and Whitney, which is the
-probability that a random check of one kind takes longer than one of the other. It is 0.5 if the kinds do not differ. A
-check that compares characters is measured as well, to show that the method would find a difference.
+first kind would take longer. The first and the third kind are compared with the second by the statistic of Mann and
+Whitney: the probability that a random check of the one kind takes longer than a random check of the other. It is 0.5 if
+the kinds do not differ. Two samples of the second kind are compared too. A check that compares characters is measured
+as well, to show that the method would find a difference.
 
 All guesses have one length, because the time to hash depends on the length of a guess, which the client knows. The last
-line has the median time of a check, of a valid key and of a request without a key too.
+line of the output has the median time of a check for each kind, for a valid key, and for a request without a key.
 """
 
 import argparse
@@ -54,7 +55,7 @@ def guesses(valid: list[str]) -> dict[str, list[dict[bytes, bytes]]]:
         "without elbo_": lambda: (key_file.new_value() + "x" * 5)[5:][:length],
     }
     pools: dict[str, list[dict[bytes, bytes]]] = {kind: [] for kind in makers}
-    for _ in range(POOL):  # the kinds take turns, so that their guesses are scattered alike over the memory
+    for _ in range(POOL):  # the kinds take turns, so that the guesses of no kind lie together in memory
         for kind, make in makers.items():
             pools[kind].append({b"host": b"elbo", b"x-api-key": make().encode()})
     return pools

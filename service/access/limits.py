@@ -1,9 +1,12 @@
 """The limits of one API key: requests per second, rows per second, and requests at once.
 
-All worker processes count in shared memory, and each follows the sum, so a limit holds for the whole server. A worker
-reads the sum at each request of the key, and every REFRESH_SECONDS. No locks are used, so a limit may be exceeded in
-three cases: by one request per worker, if requests reach several workers at the same moment; by the requests of
-REFRESH_SECONDS, if the requests of a key move to another worker; and by one burst, when a worker has just started.
+Each worker process counts in shared memory, and applies the limits to the sum of all counts, so a limit holds for the
+whole server. A worker reads the sum at each request of the key, and every REFRESH_SECONDS. No locks are used, so a
+limit may be exceeded:
+
+- by one request per worker, if requests reach several workers at the same moment;
+- by the requests of REFRESH_SECONDS, if the requests of a key move to another worker;
+- by one burst, if a worker has just started.
 """
 
 import math
@@ -22,7 +25,7 @@ Headers = tuple[Header, ...]
 class Bucket:
     """A token bucket: `rate` tokens per second flow into it, it holds at most `burst`, and each use takes tokens out.
 
-    The number of tokens may become negative: a request takes its rows out after they have been counted.
+    The number of tokens may become negative, because the rows of a request are counted after it was admitted.
 
     Args:
         rate: tokens per second.
@@ -41,13 +44,13 @@ class Bucket:
         self._now = now
 
     def level(self, used: float, now: float) -> float:
-        """Return the number of tokens; `used` and `now` are the present values of the arguments of `Bucket`."""
+        """Return the number of tokens at the time `now`, when all processes have taken out `used` tokens so far."""
         level = self._level + (now - self._now) * self.rate - (used - self._used)
         self._level, self._used, self._now = min(self.burst, level), used, now
         return self._level
 
     def take_one(self) -> None:
-        """Take out one token that this process has just added to the number of used tokens."""
+        """Take out one token. Call this after its use was counted in shared memory."""
         self._level -= 1
         self._used += 1
 
@@ -115,7 +118,7 @@ class KeyLimits:
         return self._rows is None or self._rows.level(self._used(_ROWS), perf_counter()) > 0
 
     def refresh(self) -> None:
-        """Follow the counts of the other processes."""
+        """Update the buckets with the counts of all processes."""
         self._find_arrays()
         now = perf_counter()
         for index, bucket in ((_REQUESTS, self._requests), (_ROWS, self._rows)):
@@ -125,7 +128,7 @@ class KeyLimits:
     def headers(self) -> Headers:
         """Return RateLimit-Policy and RateLimit as in draft-ietf-httpapi-ratelimit-headers-11, after a call of `enter`.
 
-        `t` is the time until the next request is added to the `r` requests that are left. The limit on rows is not
+        `r` is the number of requests that are left, and `t` the seconds until it grows by one. The limit on rows is not
         described, because the draft has no unit for rows.
         """
         if self._requests:

@@ -12,12 +12,12 @@ from service.codec.budget import NO_LIMIT, Budget
 from service.errors import BodyTooLarge, InvalidEncoding, UnsupportedMediaType
 
 CHUNK_BYTES = 64 * 1024  # maximum size of a decompressed chunk
-# zlib copies the rest of its input after each member. It gets little input at once, so that the time to decompress many
-# small members does not grow with the square of their number.
+# zlib copies the rest of its input after each member. With little input per call, the time to decompress many small
+# members does not grow with the square of their number.
 INPUT_BYTES = 4 * 1024
 # A gzip file may consist of many members, but each costs 10 µs, even if it is empty.
 FREE_MEMBERS = 1000
-MIN_MEMBER_BYTES = 64  # mean decompressed size of the members beyond FREE_MEMBERS
+MIN_MEMBER_BYTES = 64  # minimum of the mean decompressed size of the members beyond FREE_MEMBERS
 GZIP_NAMES = ("gzip", "x-gzip")
 _GZIP_WBITS = 31  # zlib's value for the gzip format: a window of 32 KiB, a gzip header and a gzip checksum
 

@@ -13,9 +13,9 @@ from service.errors import InvalidRows
 
 Record = dict[str, Any]
 MAX_UNKNOWN_METRICS = 1000  # maximum number of names remembered per batch
-MAX_LOGGED_NAME = 200  # characters of such a name: of the metric, and of the field
-MAX_NAME = 4096  # characters; a longer name of a metric and a field is no name of a feature
-RECORD_BYTES = 1024  # memory for one record
+MAX_LOGGED_NAME = 200  # characters remembered of the name of a metric, and of the name of its field
+MAX_NAME = 4096  # characters of the names of a metric and a field together; longer names match no feature
+RECORD_BYTES = 1024  # memory that is counted for one record
 METRIC_SHAPE = "an object with name, tags, fields and timestamp"
 
 
@@ -46,7 +46,7 @@ class TelegrafBatch:
         return list(self._records.values())
 
     def pointer(self, row: int, record: Record | MalformedRow) -> str:
-        """Return the JSON pointer to the invalid part of `record`, the record number `row`, or to its first metric."""
+        """Return the JSON pointer to the first metric of record number `row`, or to the invalid part of that metric."""
         inside = record.pointer if isinstance(record, MalformedRow) else ""
         return f"/metrics/{self._first_metrics[row]}{inside}"
 
@@ -101,7 +101,7 @@ class TelegrafBatch:
 
     def _feature(self, name: str, field: str, tags: Record) -> str | None:
         """Return the feature for a field of the metric `name`, or None. Raises InvalidRows if its unit is wrong."""
-        if len(name) + len(field) > MAX_NAME:  # a metric may have a long name and many fields: do not join the names
+        if len(name) + len(field) > MAX_NAME:  # do not copy a long name for each of many fields
             return None
         feature = self._selectors.find((f"{name}_{field}", f"{name}.{field}", f"{name}/{field}", field), tags)
         return self._titles.find(field) if feature is None else feature

@@ -147,7 +147,9 @@ def admission_paths(found: Iterable[Endpoint]) -> frozenset[str]:
 
 
 def register(app: FastAPI, found: Iterable[Endpoint], has_keys: bool) -> None:
-    """Add every endpoint to `app`, which calls the GET handlers but only documents the POST endpoints.
+    """Add every endpoint to `app`.
+
+    `app` calls the handlers of the GET endpoints. It only documents the POST endpoints: the middleware handles them.
 
     Args:
         app: the application.

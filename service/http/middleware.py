@@ -87,8 +87,8 @@ class RequestMiddleware:
                     raise  # closes the connection, so that the client does not take the response for a complete one
             else:
                 await request.respond_with_error(as_service_error(request, error))
-                # The frames of a traceback keep the body in memory, until the garbage collector runs if one of their
-                # variables is the error.
+                # Free the body now: the frames of the traceback refer to it. If a variable of a frame is the error,
+                # this is a reference cycle, which would stay until the garbage collector runs.
                 traceback.clear_frames(error.__traceback__)
         finally:
             request.finish()
@@ -150,7 +150,7 @@ def _check_access(keys: AccessControl, request: RequestContext, path: str) -> No
     if scope is OPEN:
         return
     lines = request.scope["headers"]
-    if len(request.headers) != len(lines):  # another server could check another line than this one
+    if len(request.headers) != len(lines):  # the check by a proxy and this check could read different lines
         for name in NAMES_OF_HEADERS:
             count = sum(name == other for other, _ in lines)
             if count > 1:

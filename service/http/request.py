@@ -24,7 +24,7 @@ from service.monitoring.request_record import RequestRecord
 MAX_REQUEST_ID = 128  # characters
 ROW_LIMIT_SECONDS = 0.05  # pause before a stream checks again whether its key may send more rows
 LIST_HEADERS = (b"accept", b"content-encoding")  # a request may split the list over several lines (RFC 9110, 5.3)
-MAX_HEADER = 1024  # bytes that are read of one header; what they mean is cached for hundreds of different values
+MAX_HEADER = 1024  # bytes that are read of one header; caches hold the parsed forms of hundreds of values
 MAX_CACHED_QUERY = 512  # bytes; the parsed forms of shorter queries are cached
 _REQUEST_KEY = "elbo.request"  # key of the RequestContext in an ASGI scope
 _SERVER_TIMING = b"parse;dur=%.3f, queue;dur=%.3f, compute;dur=%.3f, write;dur=%.3f, total;dur=%.3f"  # milliseconds
@@ -271,7 +271,7 @@ class RequestContext:
                         ]
                         await self._send({"type": "http.response.start", "status": response.status, "headers": headers})
                     await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
-                    # An empty chunk is not sent, but it waits until the client has read what was sent before. Only then
+                    # An empty chunk sends nothing, but waits until the client has read the chunks before it. Only then
                     # is the next chunk computed.
                     await self._send({"type": "http.response.body", "body": b"", "more_body": True})
             await self._send({"type": "http.response.body", "body": b""})
@@ -286,7 +286,10 @@ class RequestContext:
         await self.respond(HttpResponse(content, PROBLEM_JSON.encode(), complete, error.status))
 
     def finish(self) -> None:
-        """Record the total time, and release the ticket: a request may have ended before its handler was called."""
+        """Record the total time, and release the ticket.
+
+        The handler cannot release the ticket, because a request may end before its handler is called.
+        """
         self.record.total = self.record.elapsed
         if self.key:
             self.key.leave(self.record.rows - self._charged_rows)

@@ -7,8 +7,8 @@ from service.shared_memory import SharedNumber
 
 # The kernel accepts a response of up to this size at once, even if the client does not read it. Larger responses count.
 SMALL_RESPONSE = 16 * 1024
-# If there is no room for a response, the server drops the responses whose clients have read less than this many bytes
-# per second, for at least this many seconds, the slowest first.
+# If there is no room for a response, the server drops slow clients, the slowest first. A client is slow if it has read
+# less than this many bytes per second for at least this many seconds.
 SLOW_BYTES_PER_SECOND = 64 * 1024
 SLOW_AFTER_SECONDS = 1.0
 
@@ -51,7 +51,7 @@ class UnreadResponses:
 
     @property
     def counted(self) -> float:
-        """The bytes that leave less room for request bodies: the limit, if a single response exceeds it."""
+        """How many bytes reduce the room for request bodies: at most the limit, even if a single response is larger."""
         return min(self.amount, self.max_bytes)
 
     def has_room(self, size: int = 0) -> bool:
@@ -64,7 +64,10 @@ class UnreadResponses:
         return self.amount + size <= self.max_bytes or not self.amount
 
     def _drop_slowest(self, excess: float) -> None:
-        """Drop slow readers until `excess` bytes are free, and a tenth of the limit in addition: sorting takes time."""
+        """Drop slow readers until `excess` bytes are free, and a tenth of the limit in addition.
+
+        With the additional room, the readers are sorted less often.
+        """
         now = perf_counter()
         rates = [(reader.bytes_read_per_second(now), number, reader) for number, reader in enumerate(self._sizes)]
         target = self.amount - excess - self.max_bytes / 10

@@ -1,8 +1,8 @@
 """The trial process: it tries artifacts out, one after another, before a worker loads them.
 
 The trial process is forked from the server before torch has started threads, so that it can fork a child for each
-artifact in milliseconds. The child loads the artifact and runs every operation, within limits (`models.trial`). An
-artifact that reaches a limit ends the child alone.
+artifact in milliseconds. The child loads the artifact and runs every operation, within limits (`models.trial`). If an
+artifact reaches a limit, only the child ends.
 
 All workers share the trial process. A worker sends the path and the digest of an artifact, and a pipe for the answer.
 An artifact with a digest that has passed is not tried again until the server ends.
@@ -44,7 +44,7 @@ LATE_IMPORTS = (
     "numpy.random",
     "onnxruntime",
     "PIL.PngImagePlugin",
-)  # a trial cannot import
+)  # imported before the fork, because a trial cannot import
 MAX_REQUEST_BYTES = 16_384
 Work = Callable[[bytes, Path], Verdict]
 
@@ -61,7 +61,7 @@ class TrialClient:
         self.is_stopped: Callable[[], bool] = lambda: False  # the server sets this, so that it can end during a trial
 
     def close(self) -> None:
-        """Close this process's end of the connection. The trial process ends when nobody has it open."""
+        """Close this process's end of the connection. The trial process ends when no process has this end open."""
         self._connection.close()
 
     def try_out(self, path: Path, digest: str | None = None) -> Verdict:
@@ -72,8 +72,8 @@ class TrialClient:
             digest: the digest that the file must have; by default, the one that it claims.
 
         Returns:
-            `digest`, the digest of the file that was tried out, and `rows`, the largest batch that fit in memory, or
-            None if all did.
+            A verdict with two entries: `digest` is the digest of the file that was tried out; `rows` is the size of the
+            largest batch that fit in memory, or None if batches of all sizes did.
 
         Raises:
             ArtifactError: why the artifact was refused.

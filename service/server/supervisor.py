@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 MIN_RETRY_SECONDS = 0.5  # first pause before replacing a worker that never became ready; each failure doubles the pause
 MAX_RETRY_SECONDS = 30.0
-SPARE_CONNECTIONS = 32  # connections that a worker gets above its limit while it closes others
+SPARE_CONNECTIONS = 32  # connections above its limit that a worker may get while it closes others
 NO_WORKER_SECONDS = 0.001  # pause if connections wait and no worker can take one
 SHORTAGE_SECONDS = 0.05  # pause if no file is left for a connection that waits
 
@@ -252,7 +252,7 @@ class Supervisor:
                     worker.control.shutdown(socket.SHUT_WR)
 
     def _reload(self) -> None:
-        """Send RELOAD to the workers that serve. A worker that is loading reads everything anyway."""
+        """Send RELOAD to the workers that serve. A worker that is starting needs none: it reads all files anyway."""
         log.info("reloading", extra={"fields": {"signal": signal.SIGHUP.name}})
         for worker in self._workers.values():
             if worker.state is WorkerState.READY:
@@ -381,7 +381,7 @@ class Supervisor:
         return connection
 
     def _share_connections(self) -> None:
-        """Let the clients of workers with more than their share reconnect: they then get the worker with the fewest.
+        """Let clients of workers with more connections than their share reconnect, to the worker with the fewest.
 
         A worker that has just become ready has no connection, and clients keep the ones that they have.
         """

@@ -84,7 +84,7 @@ class Server(uvicorn.Server):
         self._hangup = Hangup()
         self._reloading: asyncio.Task[None] | None = None  # the event loop keeps no reference to a task
         self._signalled = False
-        # Accepted connections that uvicorn does not serve yet, and when they were accepted, on the clock of the loop
+        # Accepted connections that uvicorn does not serve yet, each with the time of the loop at which it was accepted
         self._opening: dict[asyncio.Task[Any], float] = {}
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -253,7 +253,10 @@ class Server(uvicorn.Server):
             self._closing_excess = asyncio.get_running_loop().call_later(PAUSE_SECONDS, self._close_excess)
 
     def _close_waiting(self) -> bool:
-        """Close connections that wait for their clients, or else a TLS handshake. Return whether one was closed."""
+        """Close connections that wait for their clients. If there are none, cancel the oldest slow TLS handshake.
+
+        Return whether a connection was closed.
+        """
         if self._limit.close_waiting():
             return True
         latest = asyncio.get_running_loop().time() - GRACE_SECONDS
@@ -264,7 +267,7 @@ class Server(uvicorn.Server):
         return oldest.cancel()
 
     def _accept(self, listener: socket.socket) -> None:
-        """Accept connections. If there is no room for another, close those that wait for their clients."""
+        """Accept connections. To make room for them, close connections that wait for their clients."""
         for _ in range(MAX_ACCEPTED):
             if not self._limit.has_room(len(self._opening)) and not self._close_waiting():
                 self._pause(listener)

@@ -267,7 +267,7 @@ def _name_class_of_torch(members: Members) -> None:
 
 
 def _change_number(content: bytes, before: str, after: str) -> bytes:
-    """Set the BININT1 that lies nearest to the first operation `before` or `after` to 255."""
+    """Set one BININT1 to 255: the last before the first operation `before`, or the second after the first `after`."""
     operations = list(pickletools.genops(content))
     if before:
         end = next(index for index, (opcode, _, _) in enumerate(operations) if opcode.name == before)
@@ -275,7 +275,7 @@ def _change_number(content: bytes, before: str, after: str) -> bytes:
     else:
         start = next(index for index, (opcode, _, _) in enumerate(operations) if opcode.name == after)
         numbers = [position for opcode, _, position in operations[start:] if opcode.name == "BININT1"]
-        place = numbers[1]  # the first is the offset
+        place = numbers[1]  # numbers[0] is the offset of the tensor
     assert place is not None
     return content[: place + 1] + b"\xff" + content[place + 2 :]
 

@@ -12,7 +12,20 @@ from models.versions import WITHDRAWN, claim_version, next_version, roll_back, w
 from tests.models.builders import batch, manifest, pipeline
 from tests.models.publishing import publish
 
-NAMES = ("../escaped", "../../escaped", "/var/tmp/escaped", "..", ".", "", "a/b", "a\\b", ".hidden", "a\n", "a" * 65, "ä")
+NAMES = (
+    "../escaped",
+    "../../escaped",
+    "/var/tmp/escaped",
+    "..",
+    ".",
+    "",
+    "a/b",
+    "a\\b",
+    ".hidden",
+    "a\n",
+    "a" * 65,
+    "ä",
+)
 
 
 def _publish(root: Path, name: str) -> object:
@@ -46,13 +59,13 @@ def test_name_that_leads_out_of_the_artifact_folder_is_refused_and_nothing_is_wr
 
 
 @pytest.mark.parametrize("version", [0, -1, 10**9])
-def test_version_that_is_no_positive_number_of_nine_digits_is_refused(version: int, tmp_path: Path) -> None:
+def test_version_below_1_or_above_999_999_999_is_refused(version: int, tmp_path: Path) -> None:
     with pytest.raises(ArtifactNameInvalid, match="is no version of a model"):
         version_folder(tmp_path, "model", version)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_resolve_of_a_name_that_leads_out_of_the_artifact_folder_is_refused(name: str, tmp_path: Path) -> None:
+def test_resolve_refuses_a_name_that_leads_out_of_the_artifact_folder(name: str, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError):
         resolve(tmp_path, name)
 

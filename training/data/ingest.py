@@ -43,7 +43,8 @@ class ColumnStatistics:
     def add(self, block: Array) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_] | None]:
         """Update the statistics with rows [n, D] of any real dtype.
 
-        Return the rows that have a value as float32, and the mask [n] of these rows; None if all rows have one.
+        Return the rows that have at least one value, as float32, and the mask [n] of these rows. The mask is None if
+        all rows have a value.
         """
         with np.errstate(over="ignore", invalid="ignore"):
             x = block.astype(np.float32)

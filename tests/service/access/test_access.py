@@ -148,7 +148,7 @@ def test_key_beside_credentials_for_a_proxy_is_accepted(empty: httpx.Client, key
 
 
 @pytest.mark.parametrize("name", ["Authorization", "X-API-Key"])
-def test_request_with_two_headers_with_keys_gets_400(empty: httpx.Client, keys: KeySet, name: str) -> None:
+def test_request_that_repeats_the_header_of_its_key_gets_400(empty: httpx.Client, keys: KeySet, name: str) -> None:
     value = keys.values["infer"] if name == "X-API-Key" else f"Bearer {keys.values['infer']}"
     response = empty.get("/models", headers=[(name, value), (name, value)])
     assert (response.status_code, response.json()["code"]) == (400, "bad_request")
@@ -163,7 +163,7 @@ def test_request_with_two_headers_with_keys_gets_400(empty: httpx.Client, keys: 
         "/models/../metrics", "/docs/../metrics",
     ],
 )  # fmt: skip
-def test_spelling_of_a_path_gives_access_to_nothing(empty: httpx.Client, keys: KeySet, path: str) -> None:
+def test_metrics_stay_closed_however_their_path_is_spelt(empty: httpx.Client, keys: KeySet, path: str) -> None:
     url = httpx.URL(empty.base_url).copy_with(raw_path=path.encode())
     for headers in ({}, keys.headers("infer"), keys.headers("write")):
         response = empty.get(url, headers=headers)
@@ -191,7 +191,7 @@ def test_only_a_client_with_a_key_learns_whether_a_path_exists(empty: httpx.Clie
     assert empty.head("/models", headers=keys.headers("infer")).status_code == 200
 
 
-def test_server_without_a_file_of_keys_needs_none_and_ignores_them(tmp_path: Path) -> None:
+def test_server_without_a_key_file_accepts_requests_and_ignores_their_keys(tmp_path: Path) -> None:
     with running(create_app(Settings(artifacts=tmp_path, log_level="error"))) as client:
         response = client.get("/models", headers=[("X-API-Key", WRONG), ("X-API-Key", WRONG)])
         assert response.status_code == 200
@@ -201,7 +201,7 @@ def test_server_without_a_file_of_keys_needs_none_and_ignores_them(tmp_path: Pat
         assert not any(labels for name, labels in scrape(client) if dict(labels).get("key") is not None)
 
 
-def test_proxy_prefix_changes_no_scope(tmp_path: Path, keys: KeySet) -> None:
+def test_route_needs_the_same_scope_with_and_without_the_prefix_of_a_proxy(tmp_path: Path, keys: KeySet) -> None:
     options = Settings(artifacts=tmp_path, api_keys_file=keys.path, root_path="/elbo", log_level="error")
     with running(create_app(options)) as client:
         for prefix in ("", "/elbo"):
@@ -214,9 +214,7 @@ def test_proxy_prefix_changes_no_scope(tmp_path: Path, keys: KeySet) -> None:
         assert client.get("/elbolivez/metrics").status_code == 401
 
 
-def test_page_of_another_origin_gets_401_with_headers_that_let_it_read_the_response(
-    tmp_path: Path, keys: KeySet
-) -> None:
+def test_page_of_an_allowed_origin_can_read_the_401_response(tmp_path: Path, keys: KeySet) -> None:
     options = Settings(artifacts=tmp_path, api_keys_file=keys.path, cors_origins="https://a.example", log_level="error")
     with running(create_app(options)) as client:
         preflight = {
@@ -284,7 +282,7 @@ def test_change_of_the_file_takes_effect_and_a_broken_file_changes_nothing(
                 keys.path.write_text(broken)
             else:
                 keys.path.write_bytes(b"\xff")
-            wait_for(lambda number=number: errors() == number)  # type: ignore[misc] # a default binds the loop variable
+            wait_for(lambda number=number: errors() == number)  # type: ignore[misc] # keeps the present number
             time.sleep(0.2)
             assert errors() == number  # logged once, not at every poll
             assert (status("first"), status("second")) == (200, 200)
@@ -330,7 +328,7 @@ def test_limits_that_have_not_changed_keep_their_count_when_the_file_is_read_aga
         assert client.get("/livez", headers=keys.headers("slow")).status_code == 200
 
 
-def test_metrics_count_requests_by_the_name_of_the_key_and_never_by_text_of_a_client(
+def test_metrics_label_requests_with_the_name_of_their_key_but_never_with_a_guessed_key(
     empty: httpx.Client, keys: KeySet
 ) -> None:
     empty.get("/models", headers=keys.headers("infer"))

@@ -81,7 +81,7 @@ def test_text_that_training_reads_gives_the_same_rows_over_http(
     ],
 )
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_quotation_that_is_not_doubled_costs_only_its_own_rows(bad: str, count: int) -> None:
+def test_stray_quotation_mark_costs_only_its_own_row(bad: str, count: int) -> None:
     lines = [f"{index},{index + 1},x" for index in range(40)]
     for place in (3, 20, 33)[:count]:
         lines[place] = bad
@@ -92,7 +92,7 @@ def test_quotation_that_is_not_doubled_costs_only_its_own_rows(bad: str, count: 
 
 
 @pytest.mark.parametrize("line", [",11,x", "nan,11,x", ",,"])
-def test_quotation_that_is_not_doubled_costs_only_its_own_rows_beside_a_row_with_missing_values(line: str) -> None:
+def test_stray_quotation_mark_costs_only_its_own_row_if_another_row_lacks_values(line: str) -> None:
     lines = [f"{index},{index + 1},x" for index in range(40)]
     lines[3], lines[10], lines[20] = '50,60,"x', line, '50,60,x"'
     rows = read_as_service(HEADER + "\n".join(lines) + "\n")

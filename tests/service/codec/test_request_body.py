@@ -21,7 +21,7 @@ def test_json_content_types_are_read_as_json(content_type: str) -> None:
     assert read_fields(content_type, b'{"a": 1}', None).values == {"a": 1}
 
 
-def test_body_without_content_type_is_refused_and_an_empty_body_is_read() -> None:
+def test_body_without_content_type_is_refused_unless_it_is_empty() -> None:
     with pytest.raises(UnsupportedMediaType, match="got no Content-Type"):
         read_fields("", b'{"a": 1}', "inputs")
     assert read_fields("", b"", "inputs").values == {}

@@ -123,7 +123,7 @@ def test_only_rows_with_an_image_shape_and_a_pixel_range_are_images(
 
 
 @pytest.mark.parametrize("shape", [(100_000,), (5000, 64), (3, 40_000), (1, 70_000), (600, 8, 8)])
-def test_large_array_is_written_as_the_same_json_as_in_one_piece(shape: tuple[int, ...]) -> None:
+def test_json_of_a_large_array_equals_the_json_that_orjson_writes(shape: tuple[int, ...]) -> None:
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     fields = {"model": "vae", "outputs": x, "errors": x[:2].copy(), "seed": 7}
     assert to_json(fields) == orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY)

@@ -145,7 +145,7 @@ def test_failed_version_is_loaded_when_its_content_is_repaired_with_the_same_siz
 
 
 @pytest.mark.parametrize("change", ["nothing", "mode", "owner", "modification time", "folder", "model folder", "read"])
-def test_failed_version_is_loaded_again_and_logged_once_per_change_of_its_file_or_its_rights(
+def test_failed_version_is_loaded_and_logged_again_only_after_its_file_or_its_permissions_change(
     artifacts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: str
 ) -> None:
     path = publish(artifacts, tmp_path)
@@ -176,7 +176,7 @@ def test_failed_version_is_loaded_again_and_logged_once_per_change_of_its_file_o
 
 
 @pytest.mark.parametrize("change", ["mode", "hard link", "folder"])
-def test_loaded_version_is_not_loaded_again_when_only_its_rights_change(
+def test_loaded_version_is_not_loaded_again_when_only_its_permissions_change(
     artifacts: Path, tmp_path: Path, change: str
 ) -> None:
     path = publish(artifacts, tmp_path)

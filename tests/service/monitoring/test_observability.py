@@ -198,7 +198,7 @@ def test_access_log_in_text_form_writes_key_value_pairs_and_a_disabled_log_write
     assert re.fullmatch(rb"\S+ \S+ INFO +request request_id=r method=GET path=/a .*\n", b"".join(written))
 
 
-def test_access_line_of_a_long_path_and_a_long_client_name_has_their_beginnings_and_hashes() -> None:
+def test_access_log_shortens_long_paths_and_client_names_but_keeps_them_distinct() -> None:
     written: list[bytes] = []
 
     async def scenario() -> None:

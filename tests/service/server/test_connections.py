@@ -66,7 +66,7 @@ def connect_strangers(process: ServerProcess, sent: bytes, count: int) -> list[s
 
 
 @pytest.mark.parametrize("sent", STRANGERS.values(), ids=[name.replace(" ", "-") for name in STRANGERS])
-def test_livez_answers_and_the_log_has_one_error_if_strangers_hold_more_connections_than_files(
+def test_server_answers_and_logs_one_error_if_strangers_open_too_many_connections(
     start: Callable[..., ServerProcess], artifacts: Path, sent: bytes
 ) -> None:
     process = start_with_few_files(start, artifacts)
@@ -89,10 +89,10 @@ def test_livez_answers_and_the_log_has_one_error_if_strangers_hold_more_connecti
     assert len(errors) == 1, errors
 
 
-def test_connections_wait_in_the_backlog_without_load_while_all_others_wait_for_no_client(
+def test_new_connection_waits_without_load_until_another_connection_may_be_closed(
     start: Callable[..., ServerProcess], artifacts: Path
 ) -> None:
-    """A body that has begun to arrive counts as slow only after a second."""
+    """No open connection may be closed at first: a body that has begun to arrive counts as slow after a second."""
     process = start(artifacts, MAX_CONNECTIONS=4, DEFAULT_MODEL="pca")
     strangers = connect_strangers(process, STRANGERS["half a body"], 4)
     time.sleep(0.1)
@@ -125,7 +125,7 @@ def test_idle_connections_are_closed_before_those_that_are_used(
         stranger.close()
 
 
-def test_server_with_fewer_files_than_its_setting_needs_says_so(
+def test_server_warns_if_it_may_open_fewer_files_than_max_connections_needs(
     start: Callable[..., ServerProcess], artifacts: Path
 ) -> None:
     process = start_with_few_files(start, artifacts, MAX_CONNECTIONS=1000)
@@ -153,7 +153,7 @@ def test_server_accepts_again_after_it_had_no_free_file(start: Callable[..., Ser
     assert process.stop() == 0
 
 
-def test_every_worker_keeps_the_limit(start: Callable[..., ServerProcess], artifacts: Path) -> None:
+def test_no_worker_exceeds_the_limit_on_connections(start: Callable[..., ServerProcess], artifacts: Path) -> None:
     process = start_with_few_files(start, artifacts, WORKERS=2)
     process.wait_for_worker()
     strangers = connect_strangers(process, b"", 3 * FILES)

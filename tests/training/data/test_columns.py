@@ -182,7 +182,7 @@ def test_value_that_piles_up_far_from_the_other_values_of_its_column_gets_a_note
     )
 
 
-def test_two_sentinels_beside_each_other_get_a_note(tmp_path: Path) -> None:
+def test_two_sentinels_at_the_same_end_of_a_column_get_one_note(tmp_path: Path) -> None:
     cells = RANDOM.permutation(np.concatenate([np.linspace(-20, 40, 200), np.repeat([-9999.0, -8888.0], 5)]))
     np.save(tmp_path / "a.npy", np.stack([RANDOM.standard_normal(len(cells)), cells], axis=1))
     (note,) = read_table(str(tmp_path / "a.npy")).notes

@@ -14,10 +14,10 @@ ORDERED_CORRELATION = 0.98  # rank correlation with the row number from which on
 MAX_SAMPLE_ROWS = 4_096  # a column is judged by at most twice this many evenly spaced rows
 MAX_SAMPLE_VALUES = 4 << 20  # and tables with many columns by fewer rows
 MIN_LEVELS = 10  # a column with fewer distinct values may be ordered because the file is sorted by class
-MAX_SOURCES = 10  # the rows of more sources are not recognised
-MAX_RESTARTS = 3  # a column with more restarts repeats the same values, as the wear of tools does
+MAX_SOURCES = 10  # mixed rows of more sources than this are not recognised
+MAX_RESTARTS = 3  # a column with more restarts is a measurement that repeats, such as the wear of tools
 MIXED_SHARE = 0.1  # rows of several sources are mixed if at least this share of the values is below the previous one
-SEQUENCE_LEVELS = 20  # distinct values per sequence; with fewer, the column may be the hour of a day
+SEQUENCE_LEVELS = 20  # minimum of distinct values per sequence; a column with fewer may be the hour of a day
 COARSE_STEP = 8  # the second search for sequences takes every eighth row, in which small fluctuations are rarer
 MIN_COARSE_ROWS = 400
 RISES, FALLS, RISES_IN_SEQUENCES, FALLS_IN_SEQUENCES = 1, -1, 2, -2  # directions; 0 is none
@@ -86,7 +86,7 @@ def _directions(values: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
 def _is_in_sequences(values: npt.NDArray[np.float64]) -> bool:
     """Return whether `values` [n] are a few rising sequences, one after the other or mixed.
 
-    Such are a counter that restarts, and the times of several hosts whose rows are mixed.
+    Examples: a counter that restarts; the times of several hosts whose rows are mixed.
     """
     coarse = values[::COARSE_STEP]
     return _are_few_sequences(values) or (len(coarse) >= MIN_COARSE_ROWS and _are_few_sequences(coarse))
@@ -100,7 +100,10 @@ def _are_few_sequences(values: npt.NDArray[np.float64]) -> bool:
 
 
 def _count_sequences(values: npt.NDArray[np.float64], most: int) -> int:
-    """Return the smallest number of sequences that never fall and together are `values`; more than `most` if larger."""
+    """Return the smallest number of sequences that never fall into which `values` can be split.
+
+    The result is `most` + 1 if the number is larger than `most`.
+    """
     ends: list[float] = []  # the last value of each sequence, ascending
     for value in values.tolist():
         index = bisect.bisect_right(ends, value)
