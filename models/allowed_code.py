@@ -1,9 +1,9 @@
 """The names that the code in an artifact may use. `models.code_check` refuses every other name.
 
-The code of a model that Elbo trains needs the names in TRAINED, and no others: a test trains every kind of model and
-fails if one needs a name that is not here, or if a name here is needed by none. Before you add a name, make sure that
-the operator reads and writes nothing but its arguments: no file, no socket, no process, no memory by address, and no
-other state. An operator whose result can be much larger than its arguments needs sizes that are numbers (see `Rule`).
+TRAINED has exactly the names that the code of Elbo's own models needs: a test trains every kind of model, and fails if
+a name is missing or is not needed. Before you add a name, make sure that the operator reads and writes nothing but its
+arguments: no file, no socket, no process, no memory by address, and no other state. If the result can be much larger
+than the arguments, the arguments that give its size must be numbers and not tensors (see `Rule`).
 """
 
 from typing import NamedTuple
@@ -13,11 +13,11 @@ class Rule(NamedTuple):
     """What the arguments of an operator may be.
 
     Args:
-        tensors: how many of the first arguments may be tensors, or lists of tensors. The others are numbers that do not
-            depend on the values of a row, so that the size of the result does not either.
-        numbers: whether the result is a number or a list of numbers: a size, not a value.
-        grows: whether the result can be larger than all arguments. Such an operator, and one with a costly result, may
-            not run in only some requests.
+        tensors: how many of the first arguments may be tensors, or lists of tensors. The other arguments are numbers
+            that do not depend on the values of a row, and neither does the size of the result.
+        numbers: whether the result is a size: a number or a list of numbers, independent of the values of a row.
+        grows: whether the result can be larger than every argument, or is costly to compute. Such an operator may not
+            stand in a branch or a loop that depends on the request.
     """
 
     tensors: int

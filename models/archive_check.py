@@ -4,7 +4,7 @@ Python's `zipfile` and the zip reader of torch must see the same members. This m
 zip files that `models.artifact.publish` writes. This module does not import torch.
 """
 
-import encodings.cp437  # noqa: F401 - zipfile uses it, and a trial (`models.trial`) cannot import modules
+import encodings.cp437  # noqa: F401 - zipfile imports it later, but a trial (`models.trial`) cannot import modules
 import io
 import re
 import struct
@@ -47,7 +47,7 @@ MAX_COMMENT_BYTES = 65_535
 _END_SIGNATURE = b"PK\x05\x06"
 _END = struct.Struct("<4s4H2LH")  # the end record of a zip file, without its comment
 _LOCAL = struct.Struct("<4s5H3L2H")  # the header before the bytes of a member
-_FLAGS = 0x8 | 0x800  # sizes after the bytes, and names in UTF-8; neither changes what a reader sees
+_FLAGS = 0x8 | 0x800  # 0x8: the sizes follow the bytes; 0x800: the name is in UTF-8; neither changes what a reader sees
 
 
 def open_archive(content: bytes) -> zipfile.ZipFile:

@@ -2,8 +2,8 @@
 
 TorchScript code is a small part of Python. `check_code` parses it with `ast` and refuses everything that is not in
 `models.allowed_code`. It then follows the calls from the methods of the model, and checks that neither a branch nor a
-loop nor the size of a tensor depends on the values of a row. A model that has run in time and in memory for some rows
-therefore does so for all rows of the same number.
+loop nor the size of a tensor depends on the values of a row. If a model has kept the limits on time and
+memory for some rows, it therefore keeps them for any other rows of the same number.
 
 torch has its own parser. Both read the code alike, because only the characters in CHARACTERS are allowed: the code has
 no comments, no escapes and no line continuations.
@@ -44,8 +44,8 @@ NODES = (
 FILE = 0  # on the artifact alone
 ROWS = 1  # on the artifact, the number of rows and alpha
 VALUES = 2  # on the values of the rows
-LIST = 4  # added to FILE or ROWS for a list of numbers
-Value = Any  # one of the above; True or False if known; a tuple; TEXT, an _Object or a _Function
+LIST = 4  # added to FILE or ROWS if the value is a list of numbers
+Value = Any  # one of these numbers; True or False, if known; a tuple of values; TEXT; an _Object; or a _Function
 
 
 class _Text:
@@ -148,7 +148,7 @@ class Code:
             else:
                 _check_function(node)
                 self.functions[name] = node
-        _check_characters(text)  # last: a forbidden name is the better message
+        _check_characters(text)  # last, because a message about a forbidden name says more
 
     def check_methods(self, root: str, methods: Sequence[str]) -> None:
         """Follow the calls from `methods` of the class `root`, the class of the model.
@@ -369,7 +369,7 @@ class _Body:
         self._calls = 0
         self._loops = 0  # deepest nesting so far
         self._depth = 0  # loops around the present statement
-        self._condition = FILE  # what decides whether the present statement runs
+        self._condition = FILE  # what the branches and loops around the present statement depend on
 
     def run(self) -> _Result:
         """Check every statement that is reached."""
@@ -414,7 +414,7 @@ class _Body:
                 raise _Forbidden(f"assigns to {_shown(target)}")
 
     def _joined(self, name: str, value: Value) -> Value:
-        """Return what the variable `name` depends on after it is set to `value`, also if the statement may not run."""
+        """Return what the variable `name` depends on after an assignment of `value` that some requests may skip."""
         if isinstance(value, _Object | _Function | _Text):
             if (self._condition and value is not TEXT) or self._names.get(name, value) != value:
                 raise _Forbidden(f"assigns another module or function to {name}")
@@ -441,18 +441,19 @@ class _Body:
                 count = self._value(bound)
             case _:
                 raise _Forbidden(f"has a loop over {_shown(statement.iter)}")
-        is_length = isinstance(bound, ast.Call) and _dotted(bound.func) == "torch.len"  # never longer than a list
+        # A loop over a length has at most one repetition per element.
+        is_length = isinstance(bound, ast.Call) and _dotted(bound.func) == "torch.len"
         if _level(count) > (ROWS if is_length else FILE):
             raise _Forbidden(f"has the loop over {_shown(statement.iter)}, whose length is not that of a weight")
         self._depth += 1
         self._loops = max(self._loops, self._depth)
-        for _ in range(3):  # what a variable depends on can grow from one repetition to the next, at most twice
+        for _ in range(3):  # repetitions can raise what a variable depends on twice: FILE, ROWS, VALUES
             self._bind(statement.target, _level(count))
             self._block_if(_level(count), f"for {_shown(statement.iter)}", statement.body)
         self._depth -= 1
 
     def _block_if(self, test: Value, shown: str, statements: Sequence[ast.stmt]) -> None:
-        """Check statements that run only if `test` is true, or as often as it says."""
+        """Check the body of a branch or a loop. `test` says what its condition or number of repetitions depends on."""
         level = _level(test)
         if level == VALUES:
             raise _Forbidden(f"has the branch {shown}, which depends on the values of a row")
@@ -492,7 +493,7 @@ class _Body:
 
     def _list(self, elements: Sequence[ast.expr]) -> Value:
         if not elements:
-            return ROWS | LIST  # numbers may be added later, and they may depend on the number of rows
+            return ROWS | LIST  # the code may append numbers later, and these may depend on the number of rows
         level = max(_level(self._value(element)) for element in elements)
         return level if level == VALUES else level | LIST
 
@@ -606,7 +607,7 @@ class _Body:
 
 
 def _entry_value(argument: ast.arg) -> Value:
-    """Return what the argument of a method of the model depends on: rows and noise on values, alpha on the request."""
+    """Return VALUES for an argument that is a tensor, such as the rows or the noise, and ROWS for one such as alpha."""
     is_tensor = argument.annotation is None or _takes_tensor(argument.annotation)
     return VALUES if is_tensor else ROWS
 
@@ -636,7 +637,7 @@ def _list_flag(*values: Value) -> int:
 
 
 def _value_of_type(annotation: ast.expr) -> Value:
-    """Return what an attribute with a type depends on. The artifact alone decides its value."""
+    """Return what is known of an attribute of the type `annotation`. Its value depends on the artifact alone."""
     names = {part.id for part in ast.walk(annotation) if isinstance(part, ast.Name)}
     if "str" in names:
         return TEXT

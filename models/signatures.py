@@ -46,7 +46,7 @@ class _Envelope(BaseModel):
 
 @dataclass(frozen=True)
 class TrustedKeys:
-    """The keys of which at least one must have signed an artifact.
+    """The trusted keys. At least one of them must have signed an artifact.
 
     Args:
         keys: the keys.
@@ -119,7 +119,7 @@ class TrustedKeySource:
         if self._inline is not None:
             source = "ELBO_TRUSTED_KEYS"
             return TrustedKeys(parse_public_keys(self._inline.replace(",", "\n").splitlines(), source), source)
-        self._state = None  # until the file was read completely
+        self._state = None  # if reading fails, `refresh` tries again
         state = _file_state(self._path)
         content = read_small_file(self._path).decode(errors="replace")
         source = str(self._path)
@@ -165,9 +165,9 @@ def sign(path: Path, key: PrivateKey) -> str:
 
 
 def signer(content: bytes, name: str, key: PrivateKey | None) -> Callable[[Path, int], None]:
-    """Return a function that signs `content` in a staging folder, as a version of model `name` that it gets.
+    """Return a function that writes a signature of `content` as a version of model `name`.
 
-    Without a key, the function does nothing.
+    The function is called with the staging folder and the version. Without a key, it does nothing.
     """
 
     def write(staging: Path, version: int) -> None:
@@ -194,7 +194,7 @@ def identify(path: Path) -> tuple[str, int]:
     Raises:
         ArtifactUntrusted: the folders have no such names.
     """
-    for place in (path.absolute(), path.resolve()):  # the second for paths such as vae/latest/model.pt
+    for place in (path.absolute(), path.resolve()):  # vae/latest/model.pt has a version only once resolved
         name, version = place.parents[1].name, place.parent.name
         if NAME.fullmatch(name) and VERSION.fullmatch(version):
             return name, int(version)
@@ -204,7 +204,7 @@ def identify(path: Path) -> tuple[str, int]:
 
 
 def is_signed(path: Path) -> bool:
-    """Return whether the artifact at `path` has a signature file. Says nothing about its content."""
+    """Return whether the artifact at `path` has a signature file, which may be invalid."""
     return path.with_name(SIGNATURE_NAME).exists()
 
 

@@ -5,8 +5,8 @@ place removes it. A staging folder `.staging-<token>` has a lock file `.staging-
 locked (flock). The kernel releases the lock when the owner ends, so process numbers do not matter.
 
 Several hosts may mount the folder, and then a lock may be invisible to the other hosts. The lock file therefore names
-the kernel and the file system of its owner. A folder of an owner elsewhere is removed only after ABANDONED_SECONDS, and
-so is a folder without a lock file, which earlier releases left behind.
+the kernel and the file system of its owner. A process with another kernel or file system removes the folder only after
+ABANDONED_SECONDS. The same holds for folders without a lock file, which earlier releases left behind.
 """
 
 import fcntl
@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PREFIX, LOCK = ".staging-", ".lock"
-EARLIER_PREFIX = ".trial-"  # of folders that earlier releases left behind
+EARLIER_PREFIX = ".trial-"  # the prefix in earlier releases, which left folders behind
 ABANDONED_SECONDS = 24 * 3600.0  # an artifact is written in seconds; a day is enough for the slowest disk
 
 
@@ -53,11 +53,12 @@ def _create_lock(parent: Path) -> tuple[Path, int]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.write(descriptor, _owner(descriptor))
-        except BlockingIOError:  # another process examines this file, so it may be about to remove it
+        except BlockingIOError:  # another process has locked the new file to examine it, and may remove it
             path.unlink(missing_ok=True)
             os.close(descriptor)
             continue
-        except OSError:  # the file system has no locks: the file names no owner. Or the disk is full: `mkdir` will tell
+        except OSError:
+            # The file system has no locks, so the file names no owner. Or the disk is full, and then `mkdir` fails.
             os.ftruncate(descriptor, 0)
         return path, descriptor
 
@@ -67,7 +68,7 @@ def _remove_abandoned(parent: Path, now: float) -> None:
 
     Args:
         parent: a folder.
-        now: the time on the clock of its file system, in seconds. The clocks of hosts differ.
+        now: the time in seconds, on the clock of the file system of `parent`, because the clocks of hosts differ.
     """
     entries = os.listdir(parent)  # noqa: PTH208 - needs only the names
     for token in sorted({entry.removesuffix(LOCK) for entry in entries if entry.startswith((PREFIX, EARLIER_PREFIX))}):

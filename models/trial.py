@@ -34,7 +34,7 @@ Verdict = dict[str, Any]
 
 
 class TrialStopped(ArtifactError):
-    """The process that asked for the trial ends, so the trial was stopped."""
+    """The trial was stopped, because the process that asked for it is about to end."""
 
     code = "trial_stopped"
 
@@ -44,7 +44,7 @@ class TrialLimits:
     """What a trial may use.
 
     Args:
-        seconds: time, on the clock and on the processors.
+        seconds: the elapsed time, and also the processor time.
         memory_bytes: memory, beyond that of the process that starts the trial.
     """
 
@@ -75,7 +75,7 @@ def run_trial(
     """
     reader, writer = os.pipe()
     started = monotonic()
-    sys.stdout.flush()  # otherwise the child would have a copy of what is not written yet
+    sys.stdout.flush()  # otherwise the child would get a copy of the text in the buffer
     pid = fork()
     if pid == 0:
         _run_child(path, prepare, work, limits, writer)
@@ -96,13 +96,14 @@ def run_trial(
 def fork() -> int:
     """Fork this process. See `os.fork`."""
     with warnings.catch_warnings():
-        # The child does not use what other threads may hold: they write the log, or wait for work.
+        # Python warns that the child could wait for a lock of another thread. The child needs no such lock, because the
+        # other threads only write the log or wait for work.
         warnings.simplefilter("ignore", DeprecationWarning)
         return os.fork()
 
 
 def _read_answer(reader: int, path: Path, is_stopped: Callable[[], bool]) -> bytes:
-    """Return what the child has written when it ends."""
+    """Wait until the child ends, and return what it has written."""
     answer = b""
     while True:
         if select.select([reader], [], [], POLL_SECONDS)[0]:
@@ -194,5 +195,5 @@ def close_files(kept: int) -> None:
         os.dup2(nowhere, standard)
     for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - needs only the names
         if int(name) > 2 and int(name) != kept:
-            with suppress(OSError):  # the descriptor of the list itself
+            with suppress(OSError):  # the names include the descriptor that `listdir` has closed
                 os.close(int(name))

@@ -25,7 +25,7 @@ def locked() -> dict[str, set[str]]:
 
 
 def look_up(pip_audit: str, pins: dict[str, set[str]]) -> tuple[list[dict[str, Any]], str]:
-    """Return what pip-audit says about each package, and why it failed; "" if it did not."""
+    """Return what pip-audit says about each package, and the reason if pip-audit failed, otherwise ""."""
     found: list[dict[str, Any]] = []
     versions = [f"{name}=={version}" for name, numbers in sorted(pins.items()) for version in sorted(numbers)]
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:

@@ -24,7 +24,7 @@ QUOTATION_RULE = "values separated by commas; a quotation mark inside a quoted v
 
 
 class CsvRecords:
-    """The lines after the header: a record whose values are text, or a `MalformedRow` if the line does not fit.
+    """The records after the header. Their values are text. An invalid line is a `MalformedRow`.
 
     The lines are parsed while the caller iterates, so that only a few of them are in memory at a time.
     """
@@ -59,7 +59,7 @@ class CsvRecords:
             yield _record(self.header, cells)
 
     def with_values(self, keys: Sequence[str], features: Collection[str], time: str) -> Iterator[Any]:
-        """Yield the records with `keys` as keys, one per column, and with numbers in place of the text of features.
+        """Yield the records with the new keys `keys`, one per column. The text of a feature becomes a number.
 
         A missing value of a feature or of `time` becomes None. True, yes, false and no become 1 and 0 in a column whose
         other values are 0 and 1. Any other cell of a feature stays as it is. The record parser then reports its
@@ -91,7 +91,7 @@ class CsvRecords:
 
 
 def _is_other_number(value: float | bool | str) -> bool:
-    """Return whether `value` is a number, but neither missing nor 0 or 1."""
+    """Return whether `value` is a number other than 0, 1 and NaN, which means a missing value."""
     return type(value) is float and value == value and value not in (0.0, 1.0)
 
 
@@ -129,9 +129,9 @@ class _Lines:
     def __init__(self, body: bytes, budget: Budget) -> None:
         self._body = body
         self._budget = budget
-        self._offset = len(BYTE_ORDER_MARK) if body.startswith(BYTE_ORDER_MARK) else 0  # in `body`, of the next piece
+        self._offset = len(BYTE_ORDER_MARK) if body.startswith(BYTE_ORDER_MARK) else 0  # where the next piece begins
         self._next: deque[str] = deque()  # decoded lines
-        self._is_too_long = False  # whether a line stands after those in `_next` that is too long, and was dropped
+        self._is_too_long = False  # whether the line after those in `_next` is too long and was dropped
         self.record: list[str] = []  # the lines of the current record
         self._record_length = 0
 
@@ -144,7 +144,7 @@ class _Lines:
         if not self._next:
             if not self._is_too_long:
                 raise StopIteration
-            self._is_too_long = bool(self.record)  # a record that has begun fails first, then the line itself
+            self._is_too_long = bool(self.record)  # a record that has begun fails now, and the line at the next call
             raise _TooLong
         self._record_length += len(self._next[0])
         if self.record and self._record_length > self._budget.max_row_bytes:

@@ -20,8 +20,8 @@ from service.errors import BodyTooLarge, InvalidJson, TooManyRows
 
 SCAN_BYTES = 128 * 1024  # how much of a document is searched at once, in about 1 ms
 MAX_FIELDS = 1000  # maximum number of fields of a large document that are arrays or objects
-# The most values and lists in one piece of JSON that cannot be divided, beyond those that a row needs. orjson and the
-# json module of Python read them within 50 ms.
+# A row or a field is parsed as a whole, so it may have at most this many values and lists, plus those that the width of
+# a row needs. orjson and the json module of Python parse this many within 50 ms.
 FREE_VALUES = 50_000
 FREE_LISTS = 20_000
 _QUOTE, _BACKSLASH = ord('"'), ord("\\")
@@ -68,7 +68,7 @@ class JsonRows:
             self._budget.check_time()
             text = self._body[piece].strip(_WHITE_SPACE)
             if index and not text:
-                continue  # the space before the end of the array
+                continue  # only white space is left before the end of the array
             if index:
                 if not text.startswith(b",") or len(text) == 1:
                     raise _invalid(f"expected a comma and a value at byte {piece.start}")
@@ -85,12 +85,12 @@ class _Array(NamedTuple):
 
 
 def take_apart(body: bytes, loads: Callable[[bytes], Any], budget: Budget) -> tuple[bytes, dict[str, JsonRows]]:
-    """Return the JSON object `body` with a string in place of each large array, and for each string the array.
+    """Return the JSON object `body` with a string in place of each large array, and a dict from string to array.
 
     Raises:
         InvalidJson: the brackets do not match. Other faults of the arrays are found while their rows are read.
         TooManyRows: an array has more rows than a request may have.
-        BodyTooLarge: a row, or all the rest of the document, is longer than a row may be.
+        BodyTooLarge: a row is too long, or the document without its large arrays is longer than two rows may be.
     """
     arrays = [array for array in _arrays(body, budget) if array.end - array.start > PIECE_BYTES]
     rest: list[bytes] = []
@@ -102,7 +102,7 @@ def take_apart(body: bytes, loads: Callable[[bytes], Any], budget: Budget) -> tu
         rest += [body[done : array.start - 1], f'"{name}"'.encode()]
         done = array.end + 1
     rest.append(body[done:])
-    if sum(map(len, rest)) > 2 * budget.max_row_bytes:  # an interpolation has two rows outside of arrays
+    if sum(map(len, rest)) > 2 * budget.max_row_bytes:  # an interpolation has two rows that are in no list
         raise _too_long("the fields of the body that are not lists of rows have", 2 * budget.max_row_bytes)
     return b"".join(rest), rows
 
@@ -176,7 +176,7 @@ def _brackets(body: bytes, budget: Budget) -> Iterator[tuple[int, Positions, npt
     """Yield, for each part of `body`, its end, the places of the brackets outside of strings, and the brackets."""
     whole = np.frombuffer(body, np.uint8)
     in_string = 0  # 1 if the part begins inside a string
-    is_escaped = False  # whether a backslash stands before the part that belongs to its first character
+    is_escaped = False  # whether the part before ends with a backslash that escapes the next character
     for start in range(0, len(body), SCAN_BYTES):
         budget.check_time()
         part = whole[start : start + SCAN_BYTES]
@@ -195,7 +195,7 @@ def _brackets(body: bytes, budget: Budget) -> Iterator[tuple[int, Positions, npt
 
 
 def _escaped(backslashes: Positions, length: int, is_escaped: bool) -> npt.NDArray[np.bool_]:
-    """Return a mask [length + 1] of the characters that a backslash escapes; the last one is after the part.
+    """Return a mask [length + 1] of the characters that a backslash escapes; the last element is for the next part.
 
     Args:
         backslashes: the places of the backslashes.
@@ -205,7 +205,7 @@ def _escaped(backslashes: Positions, length: int, is_escaped: bool) -> npt.NDArr
     index = np.arange(len(backslashes))
     begins_run = np.diff(backslashes, prepend=-2) != 1
     place_in_run = index - np.maximum.accumulate(np.where(begins_run, index, 0)) if len(index) else index
-    if is_escaped and len(index) and backslashes[0] == 0:  # the first run continues the one before the part
+    if is_escaped and len(index) and backslashes[0] == 0:  # the run began in the part before
         place_in_run[np.logical_and.accumulate(backslashes == index)] += 1
     mask = np.zeros(length + 1, np.bool_)
     mask[0] = is_escaped

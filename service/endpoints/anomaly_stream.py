@@ -91,7 +91,7 @@ class AnomalyStream:
                         has_records = True
                         yield await self._score(records)
                         await self._request.charge_rows(len(records))
-                        await asyncio.sleep(0)  # other requests get a turn, although all work was short
+                        await asyncio.sleep(0)  # let other requests run, even if no work was moved to a thread
                 if has_records or not splitter.has_incomplete_line:
                     line_started = perf_counter()
                 elif perf_counter() - line_started > self._request.body_seconds:
@@ -153,7 +153,7 @@ class AnomalyStream:
 
 
 def _next_batch(values: Iterator[object]) -> tuple[list[object], bool]:
-    """Return the next values, and whether there are no others. A piece of 64 KiB may have 32,768 invalid lines."""
+    """Return the next values, and whether no more will follow. A piece of 64 KiB may have 32,768 invalid lines."""
     batch: list[object] = []
     cost = 0
     for value in values:

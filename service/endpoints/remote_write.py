@@ -85,7 +85,7 @@ class RemoteWriteEndpoint:
             max_rows=self._service.settings.max_rows,
             deadline=request.record.started + self._service.settings.request_timeout,
         )
-        rows = 0  # that the samples of this request have begun, for the model with the most
+        rows = 0  # how many rows the samples of this request have begun; the largest number of all models
         reader = remote_write.SeriesReader(body, request.max_body_bytes, budget)
         while reader.has_more:
             try:
@@ -101,7 +101,7 @@ class RemoteWriteEndpoint:
     async def _add(self, aligners: list[SampleAligner], series: list[Series], limit: int) -> int:
         """Add the samples of a request to all aligners, and let the event loop run between parts of the samples.
 
-        Return the number of rows that the samples begin, for the model with the most.
+        Return how many rows the samples begin. The number can differ between models: return the largest.
 
         Raises:
             TooManyRows: the samples begin more than `limit` rows.

@@ -1,4 +1,4 @@
-"""The transport that uvicorn writes to: it reports large responses, and closes connections without losing the last."""
+"""The transport that uvicorn writes to. It reports large responses, and closes without losing the last response."""
 
 import asyncio
 from collections.abc import Callable
@@ -48,7 +48,7 @@ class LingeringTransport:
             return
         if self._must_linger and self._must_linger():
             self.is_closing = _always
-            if self._transport.can_write_eof():  # not with TLS
+            if self._transport.can_write_eof():  # not possible with TLS
                 self._transport.write_eof()  # tells the client that the response has ended
         else:
             self._transport.close()

@@ -31,8 +31,8 @@ _DROP_SYN = (
     (0x06, 0, 0, 0),  # drop the packet
     (0x06, 0, 0, 0xFFFFFFFF),  # accept the packet
 )
-# Errors of `accept` if the connection stays in the backlog, because the process or the machine has too few files or too
-# little memory. A caller that tried again at once would do nothing else.
+# Errors of `accept` when the process or the machine has too few files or too little memory. The connection stays in the
+# backlog. A caller must not try again at once, because that would be a busy loop.
 _SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _MAX_MESSAGES = 256  # maximum number of messages that one call of `receive` reads
 

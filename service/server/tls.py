@@ -67,7 +67,7 @@ class Certificate:
         return context
 
     def _read_state(self) -> tuple[object, ...]:
-        """Return what changes when one of the files is replaced, also through a symbolic link to it."""
+        """Return a value that changes when one of the files, or a symbolic link to it, is replaced."""
         return tuple(_file_state(path) for path in (self._certificate, self._key or self._certificate))
 
 

@@ -33,9 +33,7 @@ def reason_of_refusal(path: Path) -> str:
 
 
 @pytest.mark.parametrize("model", hostile.CODE, ids=lambda model: model.__name__)
-def test_load_of_an_artifact_with_hostile_code_is_refused_with_the_name_and_the_file(
-    model: type[Pipeline], tmp_path: Path
-) -> None:
+def test_refusal_of_hostile_code_names_the_code_and_its_file(model: type[Pipeline], tmp_path: Path) -> None:
     reason = reason_of_refusal(hostile.publish_code(tmp_path, model))
     assert hostile.CODE[model] in reason
     assert "the code in code/__torch__/" in reason
@@ -52,7 +50,9 @@ def test_load_of_an_artifact_with_a_hostile_zip_file_is_refused_with_the_reason(
 
 
 @pytest.mark.parametrize("edit", hostile.TWINS)
-def test_load_of_an_artifact_with_a_hostile_onnx_twin_is_refused_with_the_reason(edit: str, tmp_path: Path) -> None:
+def test_load_of_an_artifact_with_a_hostile_copy_for_onnx_runtime_is_refused_with_the_reason(
+    edit: str, tmp_path: Path
+) -> None:
     assert re.search(hostile.TWINS[edit][1], reason_of_refusal(hostile.publish_hostile_twin(tmp_path, edit)))
 
 

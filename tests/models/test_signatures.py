@@ -1,4 +1,4 @@
-"""Signatures: what a trusted key has signed loads as the same name and version, and nothing else does."""
+"""Signatures: an artifact loads only under the name and version for which a trusted key has signed it."""
 
 import os
 import shutil
@@ -58,7 +58,7 @@ def test_artifact_does_not_load_if_its_signature_is_missing_or_wrong(path: Path,
 
 
 @pytest.mark.parametrize("member", ["manifest.json", "data.pkl", "data/0", ".py", "version"])
-def test_artifact_does_not_load_if_a_byte_of_a_member_was_changed_and_the_file_sealed_again(
+def test_artifact_with_a_changed_member_does_not_load_even_if_the_file_was_sealed_again(
     path: Path, key: PrivateKey, member: str
 ) -> None:
     alter(path, member)
@@ -93,12 +93,12 @@ def test_older_version_cannot_be_passed_off_as_the_newest_one_by_a_symbolic_link
         artifact.load(path.parents[1] / "2" / path.name, keys=trust(key))
 
 
-def test_link_that_is_no_version_leads_to_the_version_that_it_names(path: Path, key: PrivateKey) -> None:
+def test_path_with_the_link_latest_loads_the_signed_version_behind_the_link(path: Path, key: PrivateKey) -> None:
     (path.parents[1] / "latest").symlink_to("1")
     assert artifact.load(path.parents[1] / "latest" / path.name, keys=trust(key)).signed_by == key.public
 
 
-def test_signature_of_another_version_of_the_same_content_is_no_replay(path: Path, key: PrivateKey) -> None:
+def test_signature_of_another_version_is_not_valid_even_if_the_content_is_the_same(path: Path, key: PrivateKey) -> None:
     copy = copy_version(path, "model", 2)
     sign(copy, key)
     shutil.copy(signature_of(copy), signature_of(path))
@@ -222,7 +222,7 @@ def test_fingerprint_and_public_key_are_those_of_ssh_keygen(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("tool", ["ssh-keygen", "openssl"])
-def test_keys_of_other_tools_sign(published: Path, tmp_path: Path, tool: str) -> None:
+def test_keys_that_other_tools_create_can_sign(published: Path, tmp_path: Path, tool: str) -> None:
     require(shutil.which(tool), f"{tool} is not installed")
     path, file = tmp_path / "model" / "1" / published.name, tmp_path / "key"
     shutil.copytree(published.parent, path.parent)
@@ -310,7 +310,7 @@ def test_message_about_a_file_of_keys_contains_no_part_of_a_private_key(tmp_path
         assert not any(line and line in str(caught.value) for line in text.splitlines())
 
 
-def test_trusted_keys_are_read_with_comments_from_a_file_or_inline() -> None:
+def test_list_of_trusted_keys_may_have_comments_commas_and_line_breaks() -> None:
     first, second = PublicKey(b"a" * 32, "ops team, night"), PublicKey(b"b" * 32)
     lines = ["# release keys", "", f"  {first.line}  ", second.line, first.line]
     assert parse_public_keys(lines, "x") == (first, second)

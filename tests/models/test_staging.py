@@ -145,7 +145,7 @@ def test_staging_folder_of_an_unknown_owner_is_removed_only_after_a_day(
     assert leftovers(tmp_path) == []
 
 
-def test_symbolic_links_and_pipes_in_the_place_of_staging_folders_and_lock_files_do_no_harm(tmp_path: Path) -> None:
+def test_symbolic_links_and_pipes_with_names_of_staging_files_do_no_harm(tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "file").write_text("content")
@@ -169,7 +169,7 @@ def test_staging_folder_that_was_renamed_stays(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == []
 
 
-def test_error_while_a_staging_folder_is_in_use_removes_it(tmp_path: Path) -> None:
+def test_staging_folder_is_removed_if_an_error_occurs_while_it_is_in_use(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), staging_folder(tmp_path) as staging:
         (staging / "file").rename(tmp_path / "absent" / "file")
     assert leftovers(tmp_path) == []

@@ -50,7 +50,7 @@ ANOMALOUS_WORDS = """
 NORMAL, ANOMALOUS = frozenset(NORMAL_WORDS.split()), frozenset(ANOMALOUS_WORDS.split())
 TRUE = frozenset({"1", "true", "yes"})
 FALSE = frozenset({"0", "false", "no", "n", "none"})
-BYTES = re.compile(r"b(?P<quote>['\"])(?P<text>.*)(?P=quote)")  # how Python prints the labels of an ARFF file
+BYTES = re.compile(r"b(?P<quote>['\"])(?P<text>.*)(?P=quote)")  # such as b'normal.', from a label in an ARFF file
 
 Booleans = npt.NDArray[np.bool_]
 Codes = npt.NDArray[np.int64]
@@ -123,7 +123,7 @@ def ends_like_label_name(name: str) -> bool:
 
 
 def is_status_name(name: str) -> bool:
-    """Return whether only the cells of a column of this name tell whether it holds labels."""
+    """Return whether a column of this name may hold labels, but only its cells can show whether it does."""
     return find_label_column([name]) == name and not ends_like_label_name(name) and not is_label_name(name)
 
 

@@ -431,8 +431,8 @@ def _white(largest: float) -> float:
 def _guess_pixel_range(dtype: np.dtype[Any], statistics: ColumnStatistics) -> tuple[float, float]:
     """Return the values that stand for black and white: 0 and 255 for bytes, unless the largest is FEW_GREYS or less.
 
-    For other types, choose the first range in PIXEL_RANGES that contains all values and whose middle is below the
-    largest value. If there is no such range, return the smallest and the largest value, rounded.
+    For other types, choose the first range in PIXEL_RANGES that contains all values and has the largest value in
+    its upper half. If there is no such range, return the smallest and the largest value, rounded.
     """
     low, high = float(np.nanmin(statistics.low)), float(np.nanmax(statistics.high))
     if dtype == np.uint8 and high > FEW_GREYS:

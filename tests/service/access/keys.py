@@ -32,7 +32,7 @@ class KeySet:
 
 
 def one_key_per_scope(path: Path) -> KeySet:
-    """Return a new file with one key for each scope, which has the name of the scope."""
+    """Return a new file with one key per scope. Each key is named after its scope."""
     keys = KeySet(path)
     for scope in ("infer", "write", "metrics", "admin"):
         keys.add(scope, scope)

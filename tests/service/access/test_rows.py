@@ -80,7 +80,7 @@ def test_observe_in_the_body_needs_the_scope_write(client: httpx.Client, keys: K
     assert client.post("/anomaly", json=body, headers=keys.headers("sender")).status_code == 200
 
 
-def test_rows_of_a_large_request_are_repaid_before_the_next_request(client: httpx.Client, keys: KeySet) -> None:
+def test_request_that_exceeds_the_limit_on_rows_delays_the_next_request(client: httpx.Client, keys: KeySet) -> None:
     keys.add("slow", "infer", rows_per_second=10)
     wait_for_status(client, keys, "slow", 200)
     accepted = client.post("/encode", json={"inputs": [ROW] * 100}, headers=keys.headers("slow"))

@@ -80,7 +80,7 @@ def test_reading_beyond_the_deadline_is_refused() -> None:
         budget.check_time()
 
 
-def test_long_work_in_the_event_loop_is_told_to_move_to_a_thread() -> None:
+def test_long_work_is_interrupted_in_the_event_loop_and_can_restart_in_a_thread() -> None:
     budget = budget_of(Account())
     budget.start(in_event_loop=True)
     budget.take_row(1)

@@ -75,7 +75,7 @@ def test_large_records_are_read_in_pieces(indent: int | None) -> None:
     assert read(b"\xef\xbb\xbf" + body) == document
 
 
-def test_rows_of_numbers_of_a_large_body_are_an_array() -> None:
+def test_large_body_with_rows_of_numbers_is_read_as_one_array() -> None:
     rows = np.random.default_rng(1).normal(size=(9000, 20)).astype(np.float32)
     body = orjson.dumps({"alpha": 0.1, "inputs": rows, "explain": 2}, option=orjson.OPT_SERIALIZE_NUMPY)
     assert len(body) > 2 * simdjson_rows.MAX_WHOLE_BYTES

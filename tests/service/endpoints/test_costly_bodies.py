@@ -1,4 +1,4 @@
-"""Small bodies that describe much work: refused in time and memory, while other clients are served."""
+"""Small bodies that cause much work are refused soon and with little memory, while other clients are served."""
 
 import gzip
 import threading
@@ -21,7 +21,7 @@ MAX_BODY = 8 * 2**20
 MAX_ROWS = 2000
 HEADER = ",".join(HOST_FEATURES).encode() + b"\n"
 NUMBERS = b"[%b]," % b",".join([b"1"] * len(HOST_FEATURES))
-STALL_SECONDS = 1.0  # on a machine with other work; benchmarks/serving/hostile_requests.py measures 50 ms
+STALL_SECONDS = 1.0  # the machine may have other work; benchmarks/serving/hostile_requests.py measures 50 ms
 
 
 def filled(piece: bytes, before: bytes = b"", after: bytes = b"") -> bytes:

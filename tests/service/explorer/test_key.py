@@ -33,7 +33,7 @@ def guarded(artifacts: Path, keys: KeySet) -> Iterator[str]:
 
 @contextmanager
 def page_of(browser: Browser) -> Iterator[Page]:
-    """Yield a page of a new browser context, whose API requests carry a key or get status 401 or 403."""
+    """Yield a page of a new browser context. Without a valid key, its API requests get status 401 or 403."""
     with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
         page = context.new_page()
         page.set_default_timeout(TIMEOUT)

@@ -1,4 +1,4 @@
-"""What a page of another site could make a browser send: other hosts, bodies without a type, text."""
+"""What a page of another site can make a browser send: requests for other hosts, untyped bodies, bodies of text."""
 
 import threading
 from collections.abc import Iterator
@@ -131,11 +131,11 @@ def test_text_is_read_unless_a_page_of_another_site_sends_it(
 
 @pytest.mark.slow
 def test_page_of_another_site_cannot_post_rows(server: ServerProcess) -> None:
-    """A real browser, on a page of another origin, with every body that it sends without asking the server."""
+    """A real browser, on a page of another origin, sends every type of body that needs no CORS preflight."""
     before = server.metric_total("elbo_rows_total")
     with chromium() as browser, _site() as evil:
         statuses = _send_from_another_origin(browser, evil, f"http://127.0.0.1:{server.port}")
-    assert statuses == ["opaque"] * 4  # the browser does send them
+    assert statuses == ["opaque"] * 4  # the browser has sent all four, and hides the responses
     assert server.metric_total("elbo_rows_total") == before
     refused = [server.wait_for_log("request", method="POST", path="/anomaly")["status"] for _ in range(4)]
     assert refused == [415] * 4

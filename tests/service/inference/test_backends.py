@@ -57,7 +57,7 @@ def test_auto_selects_torchscript_and_logs_the_reason_once_if_the_onnx_twin_is_w
     np.testing.assert_allclose(outputs[0], expected, atol=1e-5)
 
 
-def test_request_for_onnx_raises_artifact_mismatch_if_the_onnx_twin_is_wrong(tmp_path: Path) -> None:
+def test_backend_onnx_raises_artifact_mismatch_if_the_copy_for_onnx_runtime_is_wrong(tmp_path: Path) -> None:
     loaded = artifact.load(publish_twin(tmp_path, "vae-gaussian", tampered()))
     reason = r"decode differs from its golden answer by 0\.001.*ELBO_BACKEND=torchscript"
     with pytest.raises(ArtifactMismatch, match=reason):

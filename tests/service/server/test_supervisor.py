@@ -229,7 +229,7 @@ def test_server_exits_without_an_error_if_a_worker_becomes_ready_while_the_serve
     assert "worker 1 is ready" in result.stdout
 
 
-def test_worker_replaced_while_the_artifact_folder_is_missing_serves_only_when_the_folder_is_back(
+def test_new_worker_does_not_serve_while_the_artifact_folder_is_missing(
     start: Callable[..., ServerProcess], artifacts: Path, tmp_path: Path
 ) -> None:
     folder, aside = tmp_path / "artifacts", tmp_path / "aside"

@@ -73,7 +73,7 @@ def test_labels_that_mean_normal_are_recognised_in_a_table(
     "column", ["Machine failure", "Normal/Attack", "Outlier_label", "class label", "gt", "y_true", "defects", "failure"]
 )
 @pytest.mark.parametrize("labels", [[0, 1, 0], ["b'normal.'", "b'smurf.'", "b'normal.'"], ["OK", "other", "OK"]])
-def test_more_names_of_label_columns_are_recognised_and_are_no_features(
+def test_label_column_with_a_less_common_name_is_recognised_and_is_no_feature(
     tmp_path: Path, column: str, labels: list[Any]
 ) -> None:
     assert flags(labelled(tmp_path / "a.csv", column, labels)) == [0, 1, 0]
@@ -103,13 +103,13 @@ def test_status_column_holds_labels_only_if_a_text_means_normal(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("column", ["time_since_failure", "attack", "defects"])
-def test_column_of_measurements_with_a_name_like_labels_stays_a_feature(tmp_path: Path, column: str) -> None:
+def test_column_of_measurements_stays_a_feature_even_if_it_is_named_like_labels(tmp_path: Path, column: str) -> None:
     frame = pl.DataFrame({"a": RANDOM.uniform(size=40), column: RANDOM.randint(0, 30, 40)})
     frame.write_csv(tmp_path / "a.csv")
     assert read_table(str(tmp_path / "a.csv")).names == ["a", column]
 
 
-def test_column_of_lists_that_is_called_label_is_refused_or_ignored_like_any_other(tmp_path: Path) -> None:
+def test_column_of_lists_is_not_read_as_labels_even_if_it_is_called_label(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pl.DataFrame({"a": [1.0, 2.0], "label": [[1], [2]], "b": [3.0, 5.0]}).write_parquet(path)
     with pytest.raises(

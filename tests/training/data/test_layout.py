@@ -99,7 +99,7 @@ def test_images_with_channels_first_become_images_with_channels_last(
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 13])
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-def test_images_with_dark_borders_are_recognised_with_any_number_of_channels_first(
+def test_images_that_have_channels_first_and_dark_borders_are_recognised(
     tmp_path: Path, channels: int, dtype: type
 ) -> None:
     x: Array = np.zeros((30, channels, 16, 16), dtype)
@@ -111,7 +111,9 @@ def test_images_with_dark_borders_are_recognised_with_any_number_of_channels_fir
 
 
 @pytest.mark.parametrize("largest", [1, 15])
-def test_bytes_of_few_grey_levels_are_read_as_images_from_0_to_the_largest_value(tmp_path: Path, largest: int) -> None:
+def test_images_of_bytes_with_few_grey_levels_get_a_range_from_0_to_the_largest_value(
+    tmp_path: Path, largest: int
+) -> None:
     x = RANDOM.randint(0, largest + 1, (30, 8, 8)).astype(np.uint8)
     assert read_table(save(tmp_path / "a.npy", x)).pixel_range == (0, largest)
 

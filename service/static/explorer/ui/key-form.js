@@ -14,7 +14,7 @@ export function initForgetButton() {
   showForgetButton();
 }
 
-/** Links to JSON and metrics open without a key, so they work only if the server needs none. */
+/** Show the button if there is a key. Hide the links to JSON and metrics then, because a link cannot send the key. */
 function showForgetButton() {
   forgetButton.hidden = !apiKey.get();
   document.getElementById("raw-links").hidden = !forgetButton.hidden;
