@@ -54,10 +54,11 @@ def parse_cell(cell: str) -> float | bool | str:
 def swallows_lines(record: Sequence[str], lines: Sequence[str]) -> bool:
     """Return whether the `lines` that `record` was read from are probably several records.
 
-    Then a quotation mark that is not doubled has opened a quotation in the first line, and another one has closed it in
-    the last line. Both of these lines look like records, or a line between them does. A line looks like a record if it
-    has as many values as `record`, and numbers or missing values in the columns where `record` has numbers. If `record`
-    has no numbers, the columns where its values are missing count instead.
+    If they are, a quotation mark that is not doubled has opened a quotation in the first line, and another one has
+    closed it in the last line. The lines count as several records if the first and the last line look like records, or
+    if any line between them does. A line looks like a record if it has as many values as `record`, and numbers or
+    missing values in the columns where `record` has numbers. If `record` has no numbers, the columns in which its
+    values are missing are compared instead.
     """
     numeric = [index for index, cell in enumerate(record) if is_number(cell)]
     numeric = numeric or [index for index, cell in enumerate(record) if _is_missing(cell)]

@@ -53,7 +53,7 @@ class _Object:
     type = ""
 
     def __setstate__(self, state: Any) -> None:
-        """Forget the state: only its tensors are checked, while they are read."""
+        """Ignore `state`: only tensors are checked, and those of `state` were checked when they were read."""
 
 
 class _Reader(pickle.Unpickler):

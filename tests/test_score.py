@@ -131,9 +131,7 @@ def test_faulty_line_of_a_csv_file_costs_only_itself(format_: str, place: int, t
         assert results[place]["detail"].startswith(fault)
 
 
-def test_quotation_that_swallows_lines_costs_only_the_lines_where_it_begins_and_ends(
-    tmp_path: Path, score: Score
-) -> None:
+def test_quotation_that_swallows_lines_makes_only_its_first_and_last_line_faulty(tmp_path: Path, score: Score) -> None:
     lines = [",".join(map(repr, row)) for row in two_factor_rows(3000, seed=1).tolist()]
     lines[1000], lines[2900] = '1,"2,3,4,5', '1,2",3,4,5'
     (tmp_path / "a.csv").write_text("\n".join([HEADER, *lines]) + "\n")
@@ -144,7 +142,7 @@ def test_quotation_that_swallows_lines_costs_only_the_lines_where_it_begins_and_
     assert (code, "2 of 3,000 rows are faulty" in err) == (2, True)
 
 
-def test_text_in_another_encoding_costs_only_the_rows_that_have_it_in_a_feature(tmp_path: Path, score: Score) -> None:
+def test_text_that_is_not_utf_8_makes_a_row_faulty_only_if_it_is_in_a_feature(tmp_path: Path, score: Score) -> None:
     lines = [",".join(map(repr, row)) + ",x" for row in two_factor_rows(100, seed=1).tolist()]
     lines[10], lines[20] = lines[10][:-1] + "caf\xe9", "\xb5,2,3,4,5,x"
     (tmp_path / "a.csv").write_bytes("\n".join([f"{HEADER},host", *lines]).encode("latin-1"))
@@ -154,9 +152,7 @@ def test_text_in_another_encoding_costs_only_the_rows_that_have_it_in_a_feature(
     assert (code, len(results)) == (2, 100)
 
 
-def test_file_of_faulty_rows_only_is_scored_without_the_claim_that_other_rows_have_scores(
-    tmp_path: Path, score: Score
-) -> None:
+def test_message_does_not_say_that_other_rows_are_scored_if_all_rows_are_faulty(tmp_path: Path, score: Score) -> None:
     (tmp_path / "a.csv").write_text(f"{HEADER}\nx,1,2,3,4\ny,1,2,3,4\n")
     code, out, err = score(str(tmp_path / "a.csv"))
     assert (code, out.count("\n")) == (2, 2)

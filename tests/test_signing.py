@@ -187,7 +187,7 @@ def test_verify_without_trusted_keys_says_what_is_missing(site: Path, capsys: py
     assert "ELBO_TRUSTED_KEYS" in err
 
 
-def test_unsigned_training_is_not_announced_as_unsigned_if_no_version_is_signed(
+def test_training_prints_nothing_about_signatures_if_no_version_is_signed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write(tmp_path / "train.csv", two_factor_rows(300, seed=0))

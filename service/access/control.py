@@ -2,9 +2,9 @@
 
 The time that the check of a wrong key takes says nothing about the valid keys. The server computes the SHA-256 hash of
 the given value, and looks this hash up in a dictionary. A value that begins like a valid key has an unrelated hash. The
-dictionary compares the bytes of two hashes only if Python's own 64-bit hashes of them agree, and nobody can choose a
-value for which they agree without knowing the SHA-256 hash of a valid key. `benchmarks/serving/key_timing.py` measures
-the times.
+dictionary compares the bytes of two SHA-256 hashes only if Python's own 64-bit hashes of these bytes are equal. To
+choose a value for which they are equal, a client must know the SHA-256 hash of a valid key.
+`benchmarks/serving/key_timing.py` measures the times.
 """
 
 import asyncio
@@ -21,10 +21,10 @@ from service.errors import Forbidden, Unauthorized
 from service.shared_memory import SharedCounters
 
 log = logging.getLogger("elbo.access_control")
-MAX_VALUE_BYTES = 256  # of what is hashed: a longer value is no key
+MAX_VALUE_BYTES = 256  # number of bytes of a value that are hashed; no valid key is longer
 NAMES_OF_HEADERS = (b"authorization", b"x-api-key")
 _BEARER = b"bearer "
-_NO_VALUE = bytes(48)  # is hashed if a request has no key, so that this takes as long as for a key
+_NO_VALUE = bytes(48)  # hashed if a request has no key, so that its check takes as long as that of a key
 _ABSENT = (
     "the request has no API key",
     "send the header Authorization: Bearer KEY, or X-API-Key: KEY",
@@ -35,7 +35,7 @@ _INVALID = (
     "check that it is complete, or ask whoever runs the server for a new one",
     'Bearer realm="elbo", error="invalid_token"',
 )
-_Stamp = tuple[int, int, int] | str  # what tells whether the file has changed: its stat, or why it has none
+_Stamp = tuple[int, int, int] | str  # the file's inode, time and size, or why they cannot be read
 
 
 class GrantedKey:
@@ -134,7 +134,7 @@ class AccessControl:
         return key
 
     async def reload(self, always: bool = False) -> None:
-        """Read the file again if it has changed, or `always`. If it is not valid, keep the keys and log an error."""
+        """Read the file again if it has changed or `always` is set. Keep the keys and log an error if it is invalid."""
         try:
             keys = await asyncio.to_thread(self._read_if_changed, always)
         except KeyFileError as error:
@@ -145,7 +145,7 @@ class AccessControl:
             log.info("read the API keys again", extra={"fields": {"file": str(self._path), "keys": len(keys)}})
 
     async def refresh_limits(self) -> None:
-        """Follow the requests that other processes have counted."""
+        """Update the limits with the requests and rows that other processes have counted."""
         if self._counters.has_other_processes:
             for limits in self._limits:
                 limits.refresh()

@@ -68,7 +68,7 @@ class SampleAligner:
         return len(self._incomplete) + len(self._ready)
 
     def add(self, series: Iterable[Series], now: float) -> int:
-        """Add samples, and return the number of rows that they begin.
+        """Add samples, and return the number of rows that did not exist before.
 
         `now`: when the samples arrived, in seconds on a monotonic clock.
         """

@@ -18,7 +18,7 @@ from service.codec.row_schema import RowSchema
 from service.errors import InvalidRows, escape
 
 MAX_QUOTED = 100  # characters of an unknown key that an error quotes
-KEY_BYTES = 200  # memory for the meaning of a key, beyond its characters
+KEY_BYTES = 200  # memory to cache the meaning of one key, besides the memory for its characters
 MAX_SUGGESTIONS = 3  # maximum number of unknown keys per request for which a similar feature is searched
 
 

@@ -21,17 +21,17 @@ from service.errors import BodyTooLarge, ClientGone, DeadlineExceeded, TooManyRo
 
 PIECE_BYTES = 64 * 1024  # orjson needs up to 20 ms for 64 KiB of empty lists
 ROW_BYTES = 1024  # memory for what the server keeps about a row: its error, or its position, time and group
-TURN_SECONDS = 0.004  # longest time for which one request may keep the event loop
+TURN_SECONDS = 0.004  # longest time for which one request may block the event loop
 SLICE_SECONDS = 0.002  # a reader in a thread pauses after this time, so that the event loop gets the interpreter lock
 PAUSE_SECONDS = 0.0001
 MAX_CPU_SECONDS = 20.0  # processor time; reading the largest body that the default settings allow takes 3 s
 MAX_ROW_BYTES = 2**20  # longest row as text, for models of few features
 MAX_NUMBER_BYTES = 32  # space for a number, its comma and its name
-_HOLD_STEP = 64 * 1024  # bytes; holding memory takes a lock, so it is not done for every few bytes
+_HOLD_STEP = 64 * 1024  # bytes; fewer per call of `hold` would take its lock too often
 
 
 class TurnOver(Exception):
-    """Reading took longer than the event loop may be kept: read the body again, in a thread."""
+    """Reading has blocked the event loop for too long: read the body again, in a thread."""
 
 
 class Budget:
@@ -75,7 +75,7 @@ class Budget:
         self._lock = Lock()  # for the two attributes below: the request may end while a thread still reads its body
         self._is_reading = False
         self._is_closed = False
-        self._turn_end = 0.0  # when the event loop needs its turn; 0 in a thread
+        self._turn_end = 0.0  # when reading must stop blocking the event loop; 0 in a thread
         self._cpu_end = math.inf  # on the `thread_time` clock
         self._next_check = 0.0
 
@@ -136,7 +136,7 @@ class Budget:
             DeadlineExceeded: the request timed out.
             BodyTooLarge: reading took more than MAX_CPU_SECONDS of processor time.
             ClientGone: nobody waits for the response any more.
-            TurnOver: reading took too long for the event loop.
+            TurnOver: reading has blocked the event loop for too long.
         """
         if perf_counter() >= self._next_check:
             self._check_time()
@@ -165,7 +165,7 @@ class Budget:
         self._next_check = perf_counter() + SLICE_SECONDS
 
     def start(self, *, in_event_loop: bool) -> None:
-        """Begin to read, or begin again: nothing has been drawn yet. Call this in the thread that reads.
+        """Begin to read, or begin again: the counts of bytes and rows start at 0. Call this in the thread that reads.
 
         Raises:
             ClientGone: the request has ended.

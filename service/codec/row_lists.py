@@ -48,7 +48,7 @@ class RowPacker:
         self.row_bytes = 4 * width
         self._width = width
         self._may_contain_non_floats = may_contain_non_floats
-        self._buffer = bytearray()  # grows with the rows: many invalid rows of a wide model need no memory
+        self._buffer = bytearray()  # grows with each valid row, so that invalid rows take no memory here
         self._row_count = 0
 
     def append(self, row: Any, schema: RowSchema, keys: Sequence[str] = ()) -> None:
@@ -165,7 +165,7 @@ def append_valid_rows(
     if len(valid) < minimum:
         first = errors[:1]
         errors.clear()
-        raise first.pop().error  # no variable keeps the error: it would keep its own traceback, and so the body, alive
+        raise first.pop().error  # not kept in a variable: the error's traceback would keep the body in memory
     x = packer.rows()
     return ParsedRows(x, valid, errors, missing_mask(x))
 

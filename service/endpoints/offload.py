@@ -44,8 +44,8 @@ async def read_within_budget(
 ) -> T:
     """Return the result of `read`, which draws from `budget`.
 
-    `read` runs in a thread of `readers` if `estimated_ns` is above MAX_LOOP_NS. If it takes longer than the event loop
-    may be kept, it is called again in a thread.
+    `read` runs in a thread of `readers` if `estimated_ns` is above MAX_LOOP_NS. Otherwise it runs in the event loop.
+    If it blocks the event loop for too long, it stops and is called again in a thread.
     """
     if estimated_ns <= MAX_LOOP_NS:
         budget.start(in_event_loop=True)

@@ -23,11 +23,11 @@ from service.http.unread import SLOW_AFTER_SECONDS, SMALL_RESPONSE
 CONNECTION_CLOSE = (b"connection", b"close")  # header of every response once the server is shutting down
 MAX_HEAD = 64 * 1024  # bytes of a head, of a trailer, or of a line that begins a chunk, that arrive in several reads
 MAX_HEADERS = 256  # headers of one request; each takes far more memory than its bytes
-# Bytes that a request may have besides its body, in addition to 1 byte for each byte of the body. The rule lets clients
-# send one JSON number per chunk, and stops those that send chunk extensions or chunks of one byte without end.
+# A request may have this many bytes besides its body, and 1 more for each byte of the body. The rule lets clients send
+# one JSON number per chunk, and stops those that send chunk extensions or chunks of one byte without end.
 MAX_OVERHEAD = 512 * 1024
-# A read has up to 256,000 bytes. If it has more than these, it is parsed in pieces of this size, and other connections
-# have their turn before the next read, so that no client keeps the event loop for more than a few ms.
+# A read has up to 256,000 bytes. A read of more than MAX_PIECE bytes is parsed in pieces of this size, and other
+# connections have their turn before the next read, so that no client blocks the event loop for more than a few ms.
 MAX_PIECE = 16 * 1024
 MAX_PIPELINED = 1024  # requests in one piece; the shortest request has 16 bytes
 PIPELINED_BYTES = 4096  # memory of a request that waits for the response to an earlier one
@@ -74,11 +74,11 @@ class Protocol(HttpToolsProtocol):
     waiting_since: float | None = None
     _request_since = 0.0  # when the newest request began to arrive
     _is_in_head = True  # whether the next bytes belong to a head, not to a body or its trailer
-    # Bytes since the last byte of a body, or since the request began. A negative number means that the last read had
-    # such a byte: the parser does not tell where in the read.
+    # Bytes since the last byte of a body, or since the request began. Negative if that byte was in the newest read: the
+    # parser does not tell where in the read it was, so the count starts with the next read.
     _bytes_without_data = 0
-    _overhead = 0  # bytes of the current request besides its body, less 1 for each byte of the body
-    _unparsed = b""  # received bytes behind pipelined requests that wait for their turn
+    _overhead = 0  # bytes of the current request besides its body, minus 1 for each byte of the body
+    _unparsed = b""  # received bytes that are not parsed yet, because what arrived before them has to wait
     _is_deferred = False  # whether the next request starts only when the client has read the last response
     _large_unread = 0  # bytes of the large responses of which the client has not read everything
     _unread_since: float | None = None  # when the newest response began to wait for its client
@@ -343,7 +343,7 @@ class Protocol(HttpToolsProtocol):
                 self._start_asgi_task(*self.pipeline.pop())
 
     def bytes_read_per_second(self, now: float) -> float:
-        """Return how fast the client reads a response; infinity if it has just begun, or if there is none."""
+        """Return how fast the client reads; infinity if no response has been unread for SLOW_AFTER_SECONDS."""
         if self._unread_since is None or now - self._unread_since < SLOW_AFTER_SECONDS:
             return float("inf")
         bytes_read: int = self._unread_at_first - self.transport.get_write_buffer_size()
@@ -379,7 +379,7 @@ class Protocol(HttpToolsProtocol):
         return self.bytes_read_per_second(now) < MIN_BYTES_PER_SECOND
 
     def _is_sending_slowly(self, now: float, seconds: float) -> bool:
-        """Return whether the client has sent very little for `seconds` of a body that nobody reads."""
+        """Return whether the server has discarded input for more than `seconds`, and the client has sent it slowly."""
         age = now - self._discarding_since
         return self._discarded > 0 and age > seconds and self._discarded < MIN_BYTES_PER_SECOND * age
 
@@ -572,7 +572,7 @@ class Protocol(HttpToolsProtocol):
         return stream_media_type(content_type.decode("latin-1"), accept.decode("latin-1")) is not None
 
     def _refuse(self, refusal: Refusal) -> bool:
-        """Write the response to a refused request. Return false if its ASGI task must refuse it for another reason."""
+        """Write the response to a refused request. Return false if its API key does not permit the request."""
         self.scope["method"] = "POST"
         self.scope["path"] = self._path()
         response = self._head_refusal.response(self.scope, refusal, self.server_state.default_headers)

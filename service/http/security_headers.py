@@ -1,6 +1,6 @@
 """The headers that tell a browser what it may do with a page, a script or a file of the server.
 
-Every response has them, except the result of a model, which a browser has nothing to do with. The policy forbids
+Every response has them, except the results of models, which a browser does not show as pages. The policy forbids
 everything. The pages have policies of their own, which allow their scripts and styles.
 """
 

@@ -26,7 +26,7 @@ log = logging.getLogger("elbo.registry")
 OPTIMISED_ROWS = (1, 16)  # the warm-up runs each of these batch sizes WARM_UP_ROUNDS times
 MAX_WARM_UP_SECONDS = 5.0
 MAX_TRIAL_SECONDS = 5.0  # a trial runs no batch that would take longer
-TRIAL_GROWTH = 16  # each batch of a trial is as many times as large as the one before
+TRIAL_GROWTH = 16  # each batch of a trial is 16 times as large as the batch before it
 
 
 class ModelLoader:
@@ -138,7 +138,7 @@ class ModelLoader:
         return {"rows": rows if rows < self._max_rows(served[0]) else None}
 
     def _try_batches(self, served: ServedModel) -> int:
-        """Run all operations on larger and larger batches. Return how many rows the largest that fits in memory has.
+        """Run all operations on larger and larger batches. Return the rows of the largest batch that fits in memory.
 
         A batch that would take longer than MAX_TRIAL_SECONDS is not tried, and counts as one that fits.
         """

@@ -45,8 +45,9 @@ class ConnectionLimit:
     """Keeps the number of open connections of one process at most `limit`.
 
     Connections above the limit stay in the kernel's backlog, where they need no file and where clients need not retry,
-    until the server has closed connections that wait for their clients: first those whose client has not yet sent a
-    request, then idle ones, each time those that have waited longest. A request that is being computed is never closed.
+    until the server has closed connections that wait for their clients. `Protocol.waits_for_client` defines the order:
+    clients that have sent no request yet come before idle ones, and of each kind, the longest wait comes first. A
+    connection whose request is being computed is never closed.
 
     Args:
         limit: the largest number of open connections.

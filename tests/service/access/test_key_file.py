@@ -106,7 +106,7 @@ def test_command_that_cannot_be_carried_out_says_why_and_changes_nothing(
     assert file.read_bytes() == before
 
 
-def test_key_in_a_table_of_several_lines_is_not_removed_by_halves(tmp_path: Path) -> None:
+def test_removal_of_a_key_is_refused_if_its_table_has_several_lines(tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     file.write_text(f'[shop]\nsha256 = "{HASH}"\nscopes = ["infer"]\n')
     assert key_file.read(file)["shop"].scopes == {Scope.INFER}

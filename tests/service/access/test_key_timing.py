@@ -1,4 +1,4 @@
-"""The time of the check of a wrong key tells nothing about how much of it is right."""
+"""The time that the check of a wrong key takes does not tell how many of its characters are right."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ ATTEMPTS = 5  # a busy machine may disturb some of them, but a real difference s
 
 
 @pytest.mark.parametrize("kind", ["right prefix", "without elbo_", "wrong again"])
-def test_check_of_a_wrong_key_takes_as_long_as_that_of_any_other(tmp_path: Path, kind: str) -> None:
+def test_check_takes_equally_long_for_every_kind_of_wrong_key(tmp_path: Path, kind: str) -> None:
     keys, valid = create_keys(tmp_path)
     distances: list[float] = []
     while len(distances) < ATTEMPTS:
@@ -21,7 +21,7 @@ def test_check_of_a_wrong_key_takes_as_long_as_that_of_any_other(tmp_path: Path,
     raise AssertionError(f"expected a distance of at most {MAX_EFFECT} from 0.5, got {distances}")
 
 
-def test_same_method_finds_the_difference_in_a_check_that_compares_characters(tmp_path: Path) -> None:
+def test_measurement_finds_a_difference_if_the_check_compares_characters_one_by_one(tmp_path: Path) -> None:
     _, valid = create_keys(tmp_path)
     found = effects(character_check(valid), valid, SAMPLES)
     assert found["right prefix"] > 0.5 + 5 * MAX_EFFECT

@@ -138,7 +138,7 @@ def test_body_is_refused_while_other_bodies_fill_the_limit_on_held_bytes(artifac
     asyncio.run(scenario())
 
 
-def test_request_that_is_refused_before_its_handler_runs_leaves_no_place_in_the_queue_occupied(artifacts: Path) -> None:
+def test_request_that_is_refused_before_its_handler_runs_frees_its_place_in_the_queue(artifacts: Path) -> None:
     """3,000 such requests once made the server refuse all others with 429 until it was restarted."""
 
     async def scenario() -> None:

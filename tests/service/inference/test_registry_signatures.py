@@ -230,7 +230,7 @@ def test_trial_before_a_load_is_for_the_content_whose_signature_was_verified(sit
 
 
 class SwappingKeys(TrustedKeys):
-    """Keys with which somebody replaces the artifact by `path`.other as soon as its signature is verified."""
+    """Trusted keys that copy `path`.other over the artifact at `path` as soon as its signature is verified."""
 
     def verify(self, content: bytes, path: Path, name: str, version: int) -> PublicKey:
         key = super().verify(content, path, name, version)

@@ -58,7 +58,7 @@ def publish_beside(root: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_load_after_trial_of_an_artifact_without_bound_is_refused_within_the_limits(kind: str, tmp_path: Path) -> None:
+def test_artifact_that_needs_hours_or_all_memory_is_refused_by_its_trial(kind: str, tmp_path: Path) -> None:
     path = hostile.publish_code(tmp_path, HOSTILE[kind])
     started = time.monotonic()
     with pytest.raises(ArtifactError, match=REASONS[kind]):
@@ -68,7 +68,7 @@ def test_load_after_trial_of_an_artifact_without_bound_is_refused_within_the_lim
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_server_refuses_an_artifact_without_bound_and_serves_the_others(
+def test_server_still_serves_other_models_if_one_artifact_needs_hours_or_all_memory(
     kind: str, workers: int, start: Callable[..., ServerProcess], tmp_path: Path
 ) -> None:
     publish_beside(tmp_path, kind)
@@ -125,7 +125,7 @@ def test_server_serves_every_kind_of_model_after_its_trial(start: Callable[..., 
     assert {model["name"] for model in models["models"]} == {*CORES, *(f"{kind}-imputing" for kind in CORES)}
 
 
-def test_trial_can_neither_open_files_nor_sockets_nor_write(tmp_path: Path) -> None:
+def test_trial_cannot_open_files_or_sockets_and_cannot_write(tmp_path: Path) -> None:
     kept = (tmp_path / "kept").open("wb", buffering=0)
 
     def attempt(action: Callable[[], object]) -> str:

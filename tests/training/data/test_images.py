@@ -173,7 +173,7 @@ def test_deep_images_are_scaled_to_the_range_of_the_model(tmp_path: Path) -> Non
     assert table.notes == []
 
 
-def test_deep_images_among_other_images_are_scaled_to_255_and_keep_every_grey_level(tmp_path: Path) -> None:
+def test_image_of_16_bits_among_images_of_8_bits_is_scaled_to_255_and_keeps_every_grey_level(tmp_path: Path) -> None:
     folder = save_images(tmp_path, GREY)
     deep = np.arange(GREY[0].size, dtype=np.uint16).reshape(GREY[0].shape) * 100  # 12 bits or so
     Image.fromarray(deep).save(tmp_path / "100.png")

@@ -68,7 +68,7 @@ def test_every_kind_of_model_loads_and_no_allowed_name_is_unused(paths: list[Pat
     assert {*allowed_code.TRAINED, *allowed_code.NEVER_REACHED} - used == set()
 
 
-def test_no_name_is_allowed_for_adopted_models_yet() -> None:
+def test_list_of_names_that_adopted_models_may_use_is_still_empty() -> None:
     assert allowed_code.ADOPTED == {}
 
 

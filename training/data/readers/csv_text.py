@@ -247,7 +247,7 @@ class _CsvReader:
         cells: list[list[str]] = []
         lines: list[int] = []
         blank_before = blank_after = start = 0
-        records, origin = self._csv(chain(texts[:], rest)), 0  # the lines of `records` are counted from `origin`
+        records, origin = self._csv(chain(texts[:], rest)), 0  # origin: the line of `texts` where `records` starts
         while start < count:
             line, end = first_line + start, start + 1
             try:
@@ -313,7 +313,7 @@ class _CsvReader:
             raise DataError(f"{self._path}: line {line} is not UTF-8 text: save the file as CSV in UTF-8") from error
 
     def _refuse_swallowed(self, record: list[str], texts: list[str], count: int, line: int) -> None:
-        """Raise DataError if the lines `texts`, the first of `count`, are probably several records."""
+        """Raise DataError if `record`, whose first lines are `texts`, is probably several records."""
         if swallows_lines(record, texts):
             raise DataError(
                 f"{self._path}: the quotation that opens in line {line} ends in line {line + count - 1}, but these "
