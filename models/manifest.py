@@ -45,7 +45,7 @@ UNREADABLE = (  # the exceptions that zipfile and json raise on damaged bytes
 )  # fmt: skip
 SERIES_CORRELATION = 0.5  # from this rank correlation between neighbouring rows on, the rows are a series
 WIDE_SPAN = 8.0  # pixels are too dark only for models with at least this range, as 0 to 16 or 0 to 255
-ZERO_SHARE = 0.005  # pixels count as 0 up to this share of white
+ZERO_SHARE = 0.005  # pixels up to this share of the value of white count as 0
 DARK_SHARE = 128.0  # pixels are too dark if they lie in the lowest part, one in this many, of the range
 FLOOR_TOLERANCE = 1e-6  # without it, rounding could make an alpha of 0.005 smaller than a floor of 1 / 200
 MAX_TEXT = 10_000  # characters of one text in a manifest
@@ -91,7 +91,7 @@ class Data(_Frozen):
     fit: Count
     held_out: Count
     calibration: Count
-    distinct: Count | None = None  # rows that remain if each row is kept once; None in artifacts of earlier releases
+    distinct: Count | None = None  # groups of equal or nearly equal rows; None in artifacts of earlier releases
     neighbour_correlation: float | None = None  # largest rank correlation between a row and the next row in the source
 
 
@@ -289,7 +289,7 @@ def read_digest(path: Path) -> str:
 
 
 def _read_file(path: Path, last: int = MAX_FILE_BYTES) -> bytes:
-    """Return the `last` bytes of the regular file at `path`, as long as the file was when it was opened."""
+    """Return the final `last` bytes of the regular file at `path`. Bytes that are appended meanwhile are not read."""
     try:
         # O_NONBLOCK: without it, opening a FIFO would wait for somebody who writes to it.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:

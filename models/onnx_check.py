@@ -1,9 +1,9 @@
 """Check the ONNX twin of an artifact before ONNX Runtime sees it, with a small reader of ONNX's protobuf format.
 
-ONNX Runtime opens the files that a graph names as external data, so it must not see a graph that names one. The reader
-refuses every field that the twins of Elbo do not have: functions, graphs within nodes, other domains, sparse weights.
-As in `models.code_check`, the size of no result may depend on the values of a row. This module imports neither onnx nor
-torch.
+The twin is the copy of the networks for ONNX Runtime. ONNX Runtime opens every file that a graph names as external
+data, so a graph that names any other file than PLACEHOLDER is refused. The reader refuses every field that the twins of
+Elbo do not have: functions, graphs within nodes, other domains, sparse weights. As in `models.code_check`, the values
+of a row may not decide the size of any result. This module imports neither onnx nor torch.
 """
 
 import json
@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, NoReturn
 
 from models.errors import ArtifactUnsafe, printable
 
-# Every operator that a twin may have, and which of its inputs are sizes or places, not values.
+# Every operator that a twin may have, and the indices of those inputs that are sizes or positions instead of values.
 OPERATORS: dict[str, tuple[int, ...]] = {
-    # Arithmetic and comparison, number by number.
+    # Arithmetic and comparison, element by element.
     "Add": (), "Sub": (), "Mul": (), "Div": (), "Mod": (), "Neg": (), "Exp": (), "Log": (), "Sqrt": (), "Pow": (),
     "Abs": (), "Max": (), "Min": (), "Clip": (), "Greater": (), "Less": (), "Equal": (), "Not": (), "And": (), "Or": (),
     "Where": (), "IsNaN": (), "Cast": (), "Identity": (),
@@ -31,7 +31,7 @@ OPERATORS: dict[str, tuple[int, ...]] = {
     "Reshape": (1,), "Slice": (1, 2, 3, 4), "Split": (1,), "Squeeze": (1,), "Transpose": (), "Unsqueeze": (1,),
 }  # fmt: skip
 INPUT = "rows"
-PLACEHOLDER = "model.pt"  # the only file that a weight may name: the loader puts a weight of the module in its place
+PLACEHOLDER = "model.pt"  # the only file that a weight may name: the loader uses a weight of the module instead
 EXTERNAL = 1  # TensorProto.data_location
 MAX_NODES = 20_000
 FLOAT_BYTES, DOUBLE_BYTES = 4, 8
@@ -42,7 +42,7 @@ _TEXT, _INT, _FLOAT, _BYTES, _MESSAGE = "text", "int", "float", "bytes", "messag
 
 
 class _Field(NamedTuple):
-    """A field of a message: its name, its type, the fields of a message within, and whether it may be repeated."""
+    """A field of a protobuf message. If the field is a message itself, `fields` are the fields of that message."""
 
     name: str
     type: str

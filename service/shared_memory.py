@@ -134,7 +134,7 @@ class SharedCounters:
         return arrays
 
     def arrays_at(self, key: Key) -> list["memoryview[float]"]:
-        """Return the arrays at `key`: one per process that has created it."""
+        """Return the arrays at `key`, one for each process that has created such an array."""
         found = (segment.entries().get(key) for segment in self._segments)
         return [entry.values for entry in found if entry]
 

@@ -3,8 +3,8 @@
     prometheus = {sha256 = "9f86d081…", scopes = ["metrics", "write"]}
     shop = {sha256 = "60303ae2…", scopes = ["infer"], requests_per_second = 50, burst = 100, concurrent_requests = 8}
 
-The file has no values of keys, so whoever reads it cannot send requests. A plain SHA-256 hash is enough, because
-`elbo key add` draws the values at random: 256 bits cannot be guessed, unlike a password.
+The file does not contain the values of keys, so nobody can send requests with its content. A plain SHA-256 hash is
+enough, because `elbo key add` draws the values at random: 256 bits cannot be guessed, unlike a password.
 """
 
 import fcntl
@@ -69,7 +69,7 @@ def hash_of(value: str) -> str:
 
 
 def parse(text: str, path: Path) -> Keys:
-    """Return the keys by name. Raises KeyFileError if `text` is not a valid file of keys; `path` is its name."""
+    """Return the keys by name. Raises KeyFileError, which names `path`, if `text` is not a valid file of keys."""
     try:
         content = tomllib.loads(text)
         if any(name.startswith(PREFIX) for name in content):
@@ -179,7 +179,7 @@ def _change(path: Path, edit: Callable[[str], str], must_exist: bool) -> None:
 
 @contextmanager
 def _locked_folder(path: Path) -> Iterator[int]:
-    """Hold a lock on the folder of `path`, so that two commands at once do not lose one of their changes.
+    """Lock the folder of `path`, so that commands that run at the same time do not undo each other's changes.
 
     The block gets the descriptor of the folder.
     """

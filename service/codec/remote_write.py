@@ -27,7 +27,7 @@ SAMPLE_BYTES = 150
 MAX_OBJECTS = (
     500_000  # of one request; Prometheus sends at most 2,000 samples with their labels, unless it is configured
 )
-SMALL_PART_BYTES = 4096  # the text of the labels in a smaller part of a message is not measured
+SMALL_PART_BYTES = 4096  # in a part of a message of at most this size, the text of labels is not counted
 MAX_LABELS_BYTES = PIECE_BYTES  # of the labels of one series, as objects
 
 # The labels as pairs (name, value), and the samples as pairs (milliseconds, value).
@@ -111,9 +111,9 @@ class _LargeSeries:
 class SeriesReader:
     """Reads a request body in pieces, so that the objects of a large body are never all in memory.
 
-    protobuf parses at most PIECE_BYTES at once, because it keeps the interpreter lock, and because two bytes can
-    describe an object. Python objects are made only after `budget` has granted their memory. If a later piece is
-    invalid, the series of earlier pieces may already be in use: the protocol allows this.
+    protobuf parses at most PIECE_BYTES at once, for two reasons: it holds the interpreter lock meanwhile, and every two
+    bytes can become an object. Python objects are made only after `budget` has granted their memory. If a later piece
+    is invalid, the series of earlier pieces may already be in use: the protocol allows this.
 
     Args:
         body: a snappy block.
@@ -152,7 +152,7 @@ class SeriesReader:
             raise _invalid(str(error)) from None
 
     def _read_series(self) -> list[Series]:
-        """Return the next series. Before a series of more than PIECE_BYTES, return none, and begin to read it."""
+        """Return the next series. If the next one has more than PIECE_BYTES, begin to read it and return []."""
         assert self._content is not None
         content, start = self._content, self._position
         end, fields = _end_of_piece(content, start, len(content))
@@ -192,9 +192,9 @@ class SeriesReader:
         return [(series.labels, samples)] if samples else []
 
     def _count(self, more: int, objects: int | None = None) -> int:
-        """Return the number of objects after `more` of them. Raises BodyTooLarge if it is above MAX_OBJECTS.
+        """Return the number of objects with `more` new ones. Raises BodyTooLarge if it is above MAX_OBJECTS.
 
-        `objects`: the number so far, if it differs from that at the start of the piece.
+        `objects`: the number without the new ones; by default, the number at the start of the piece.
         """
         objects = (self._objects if objects is None else objects) + more
         if objects > MAX_OBJECTS:

@@ -42,7 +42,7 @@ def read_fields(body: bytes, main: str, width: int, budget: Budget = NO_LIMIT) -
 
 
 def _read_large(body: bytes, main: str, width: int, budget: Budget) -> dict[str, Any] | None:
-    """Return the fields of a large body. simdjson holds the interpreter lock, so it gets a few rows at once.
+    """Return the fields of a large body. simdjson holds the interpreter lock, so it gets only a few rows at a time.
 
     The result is float32, because float64 would take too much memory. Return None also if a number is beyond float32.
     """
@@ -76,9 +76,9 @@ def _read_large(body: bytes, main: str, width: int, budget: Budget) -> dict[str,
 
 
 def _start_of_next_row(body: bytes, start: int, end: int) -> int:
-    """Return where the row after a comma begins, or `end` if there is only white space before `end`.
+    """Return where the next row begins, after white space and a comma, or `end` if only white space is left.
 
-    Raises ValueError if neither is so, or if there is much white space.
+    Raises ValueError if there is neither, or if there is more white space than MAX_GAP_BYTES.
     """
     gap, comma, _ = body[start : min(end, start + MAX_GAP_BYTES)].partition(b",")
     if gap.strip(b" \t\r\n") or not (comma or start + len(gap) == end):

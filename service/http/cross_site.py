@@ -1,9 +1,10 @@
-"""Refuse what a page of another site could make a browser send to the server.
+"""Refuse requests that a page of another site could make a browser send to the server.
 
 - A page can let its own host name resolve to the address of the server (DNS rebinding). The browser then lets the page
-  read the responses. The Host header of its requests still has the name of the other site: see `AllowedHosts`.
-- A page can send a body without a Content-Type, or of type text/plain, and the browser does not ask the server before.
-  `read_fields` refuses a body without a Content-Type. See `check_origin` for text/plain, which Telegraf sends.
+  read the responses. The Host header of its requests contains the page's own name, so `AllowedHosts` can refuse them.
+- A page can send a body without a Content-Type, or of type text/plain: the browser does not first ask the server
+  whether it may. `read_fields` refuses a body without a Content-Type. `check_origin` refuses text/plain from pages of
+  other sites only, because Telegraf sends this type, too.
 """
 
 import re

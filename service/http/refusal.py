@@ -43,9 +43,10 @@ class HeadRefusal:
         self._keys = keys
 
     def response(self, scope: Scope, refusal: Refusal, default_headers: list[Header]) -> bytes | None:
-        """Return the whole response, or None if the API key of the request does not permit it.
+        """Return the whole response, or None if the request lacks an API key with the scope that it needs.
 
-        `RequestMiddleware` then refuses the request: only clients with a key learn how busy the server is.
+        If this returns None, `RequestMiddleware` refuses the request as unauthorized or forbidden, so that only clients
+        with a key learn how busy the server is.
 
         Args:
             scope: the ASGI scope, with method, path and headers.

@@ -31,13 +31,13 @@ FolderId = tuple[int, int]  # device and inode of a folder
 
 @dataclass(frozen=True)
 class FileState:
-    """What the operating system tells about the file of a version.
+    """What the operating system reports about the file of a version.
 
     Args:
         content: inode, size and modification time (nanoseconds). They change when the file is replaced or written to.
         rights: device, time of the last change (nanoseconds), mode and owner of the file, mode and owner of the folders
-            of its version and its model, and the state of its signature. The time changes even if a program such as
-            `cp -p` or `rsync -t` sets the modification time back.
+            of its version and its model, and the state of its signature. The time of the last change is new even
+            if a program such as `cp -p` or `rsync -t` sets the modification time back.
     """
 
     content: tuple[int, ...]
@@ -135,7 +135,7 @@ class _Entry:
     refused: bool = False
 
     def is_current(self, state: FileState, keys: TrustedKeys | None) -> bool:
-        """Return whether the file need not be loaded again now that it is in `state` and `keys` are trusted."""
+        """Return whether loading the version again is unnecessary if its file is in `state` and `keys` are trusted."""
         if self.failure is None:
             return self.state is not None and self.state.content == state.content
         return (self.state, self.keys) == (state, keys) and not self.refused
@@ -318,7 +318,7 @@ def _failure(name: str, version: int, error: Exception) -> Failure:
 
 def _log_changes(before: Catalogue, after: Catalogue) -> None:
     for failure in after.failures:
-        if failure.version is None and failure not in before.failures:  # `_load_if_changed` logs those of versions
+        if failure.version is None and failure not in before.failures:  # `_load_if_changed` logs failed versions
             log.error("%s", failure)
     for failure in before.failures:
         if failure.version is None and failure not in after.failures:

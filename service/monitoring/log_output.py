@@ -21,10 +21,10 @@ from service.shared_memory import SharedNumber
 STANDARD_OUTPUT = 1
 STANDARD_ERROR = 2
 MAX_QUEUED_BYTES = 8 * 2**20  # of the lines that wait in one queue; about 30,000 lines of the access log
-MAX_WRITE_BYTES = 256 * 1024  # lines that are written together; most sinks take them in one system call
+MAX_WRITE_BYTES = 256 * 1024  # of lines that are written together; most targets accept them in one system call
 FLUSH_SECONDS = 1.0  # a process that ends waits this long for a blocked reader; then it ends without the last lines
-MAX_INCOMPLETE = 65536  # characters of a line whose end a `QueuedText` waits for
-FULL_PIPE_SECONDS = 0.01  # pause if a descriptor that does not block has too little room for a line
+MAX_INCOMPLETE = 65536  # characters of an incomplete line in a `QueuedText`; a longer one is queued as a whole line
+FULL_PIPE_SECONDS = 0.01  # pause before the next attempt, if a non-blocking descriptor has too little room for a line
 
 
 class LogOutput:
@@ -117,7 +117,7 @@ class LogQueue:
             self._pending.put((lines, count))
 
     def count_lost_in(self, lost: SharedNumber) -> None:
-        """Count the lines that are lost in element 0 of `lost`, including those that are lost already."""
+        """Count lost lines in element 0 of `lost` from now on, and add the number of lines that are already lost."""
         with self._lock:
             if self.lost is not lost:
                 lost[0] += self.lost[0]

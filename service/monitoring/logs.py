@@ -262,14 +262,14 @@ def configure(level: str, log_format: str) -> None:
 def redirect_streams() -> None:
     """Replace `sys.stdout` and `sys.stderr`, so that this process never waits for a reader of what it prints.
 
-    Tracebacks of a crash and the message of `sys.exit` pass through `sys.stderr`. What native code writes does not.
+    Tracebacks of a crash and the message of `sys.exit` pass through `sys.stderr`. The output of native code does not.
     """
     on_stdout = _configured_queue() or standard_output_queue("text")
     on_stderr = LogQueue(lambda lost: (LOST_ON_STDERR % lost).encode(), LogOutput(STANDARD_ERROR).write)
     sys.stdout = QueuedText(on_stdout, STANDARD_OUTPUT)
     sys.stderr = QueuedText(on_stderr, STANDARD_ERROR)
     os.register_at_fork(after_in_child=restart_after_fork)
-    atexit.register(flush)  # Python writes the message of `sys.exit` before it calls this
+    atexit.register(flush)  # Python calls `flush` after it has written the message of `sys.exit`
 
 
 def flush() -> None:
@@ -290,7 +290,7 @@ def restart_after_fork() -> None:
 
 
 def count_lost_lines(lost: SharedNumber) -> None:
-    """Count the lines that are lost in element 0 of `lost`, including those that are lost already."""
+    """Count lost lines in element 0 of `lost` from now on, and add the number of lines that are already lost."""
     for lines in _queues():
         lines.count_lost_in(lost)
 

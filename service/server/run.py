@@ -45,7 +45,7 @@ def serve(settings: Settings) -> None:
         require_keys_if_public(listener, settings)
         from service.server.trials import start_trials
 
-        trials = start_trials(settings)  # before this process, or a worker that it forks, starts threads of torch
+        trials = start_trials(settings)  # before torch starts threads, here or in a worker
         if settings.workers > 1:
             from service.server.supervisor import Supervisor
 

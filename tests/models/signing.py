@@ -45,7 +45,7 @@ def alter(path: Path, member: str) -> None:
 
     Args:
         path: the artifact.
-        member: the end of the name of the member of the archive to change.
+        member: the last part of the name of the archive member in which a byte is changed.
     """
     content = bytearray(path.read_bytes())
     with zipfile.ZipFile(path) as archive:

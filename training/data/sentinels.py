@@ -60,7 +60,7 @@ def _count_far(values: npt.NDArray[np.float64], counts: npt.NDArray[np.int64], s
     Args:
         values: different values, ascending, [n].
         counts: how often each of them occurs, [n].
-        sign: the factor from `values` to the values in the column.
+        sign: 1 or -1; `values` times `sign` are the values in the column.
     """
     for count in range(1, min(MAX_PER_COLUMN, len(values) - MIN_DISTINCT) + 1):
         if counts[count - 1] < MIN_COUNT:

@@ -185,6 +185,6 @@ def _reveal_small_variances(cautious: Tensor, centred: Tensor, usual_variance: T
     projected = torch.linalg.solve_triangular(root, centred.T, upper=False).T @ directions  # [N, V]
     is_hidden = (ratios < HIDDEN_SHARE * by_chance) & (_effective_rows(projected) >= MIN_EFFECTIVE_ROWS)
     basis = root @ directions
-    # The true ratio of a revealed direction may be as large as the ratio over the limit.
+    # The ratio in a revealed direction may be too small by chance, by up to the factor `by_chance`: divide by it.
     revealed: Tensor = (basis * torch.where(is_hidden, ratios / by_chance, 1.0)) @ basis.T
     return revealed

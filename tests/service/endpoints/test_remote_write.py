@@ -174,7 +174,7 @@ def test_request_whose_samples_form_more_rows_than_allowed_is_refused(artifacts:
             assert client.post("/api/v1/write", content=body, headers=HEADERS).status_code == status
 
 
-def test_label_sets_that_stay_in_memory_have_a_limit_in_bytes() -> None:
+def test_label_sets_that_stay_in_memory_take_a_bounded_number_of_bytes() -> None:
     aligner = new_aligner()
     tracemalloc.start()
     try:
@@ -188,7 +188,7 @@ def test_label_sets_that_stay_in_memory_have_a_limit_in_bytes() -> None:
     assert aligner.outcomes["unknown"] == 3000
 
 
-def test_long_names_of_groups_and_unknown_metrics_are_shortened() -> None:
+def test_long_group_names_and_long_names_of_unknown_metrics_are_shortened() -> None:
     aligner = new_aligner()
     for end in "ab":
         name = "x" * 50_000 + end
@@ -200,7 +200,7 @@ def test_long_names_of_groups_and_unknown_metrics_are_shortened() -> None:
     assert max(map(len, aligner.unknown_metrics)) == 200
 
 
-def test_rows_are_returned_in_order_of_time_up_to_the_limit_and_the_others_later() -> None:
+def test_earliest_rows_are_returned_first_and_rows_above_the_limit_by_the_next_call() -> None:
     aligner = new_aligner()
     for moment in (3, 1, 2):
         aligner.add([((("__name__", "load"), ("instance", "a")), [(moment, 1.0)])], 0.0)

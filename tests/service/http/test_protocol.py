@@ -260,7 +260,7 @@ def test_client_that_sends_nothing_more_after_its_requests_gets_every_response(
         connection.shutdown(socket.SHUT_WR)
         received = read_to_end(connection)
     assert received.count(b"HTTP/1.1 200") == received.count(b'"seed":7') == count
-    assert received.count(b"connection: close") <= 1  # none if the response had begun when the end arrived
+    assert received.count(b"connection: close") <= 1  # 0 if the response began before the client ended its side
 
 
 def test_client_that_sends_nothing_more_after_its_rows_gets_the_whole_stream(server: ServerProcess) -> None:

@@ -87,7 +87,7 @@ def sample(body: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(("start", "piece"), ENDLESS.values(), ids=[name.replace(" ", "-") for name in ENDLESS])
-def test_connection_is_closed_if_something_besides_the_body_has_no_end(
+def test_connection_is_closed_if_the_client_sends_too_many_bytes_that_belong_to_no_body(
     server: ServerProcess, start: bytes, piece: bytes
 ) -> None:
     before = memory(server)
@@ -107,7 +107,7 @@ def test_request_with_too_many_headers_gets_400(server: ServerProcess) -> None:
 
 
 @pytest.mark.parametrize("repeats", [1, 4], ids=["one-request", "pipelined"])
-def test_memory_is_bounded_and_small_requests_are_answered_if_many_clients_do_not_read_large_responses(
+def test_server_answers_small_requests_in_bounded_memory_while_many_clients_do_not_read_large_responses(
     server: ServerProcess, repeats: int
 ) -> None:
     with server.client() as client:
@@ -127,8 +127,8 @@ def test_memory_is_bounded_and_small_requests_are_answered_if_many_clients_do_no
     close_all(connections)
 
 
-def test_large_response_is_refused_with_429_while_fast_readers_leave_no_room_for_it(artifacts: Path) -> None:
-    """Each response fits alone. The clients have read nothing for less time than after which they count as slow."""
+def test_large_response_gets_429_until_the_client_that_fills_the_memory_counts_as_slow(artifacts: Path) -> None:
+    """One such response fits, but not two. A client counts as slow when it has read nothing for one second."""
     with server_starter() as start_server:
         server = start_server(artifacts, MAX_BODY_BYTES=MIB, HELD_BYTES=MIB, DEFAULT_MODEL="pca")
         with connect_with_small_buffer(server) as first, server.client() as client:
@@ -185,7 +185,7 @@ def test_next_request_starts_when_the_client_has_read_the_last_large_response(se
     assert requests() == before + 3
 
 
-def test_every_pipelined_request_is_answered_in_order_and_their_memory_is_bounded(server: ServerProcess) -> None:
+def test_pipelined_requests_are_all_answered_in_order_and_in_bounded_memory(server: ServerProcess) -> None:
     count = 20_000
     before, peak = memory(server), 0
     with server.connect() as connection:
@@ -234,7 +234,7 @@ def test_pipelined_requests_of_clients_that_do_not_read_take_bounded_memory(serv
     ],
     ids=["404", "missing-model", "405", "413", "chunked", "GET"],
 )
-def test_connection_is_closed_after_the_request_timeout_if_the_rest_of_an_answered_request_arrives_byte_by_byte(
+def test_connection_is_closed_after_the_timeout_if_an_answered_request_still_arrives_byte_by_byte(
     server: ServerProcess, head: bytes
 ) -> None:
     with server.connect() as connection:
@@ -247,7 +247,7 @@ def test_connection_is_closed_after_the_request_timeout_if_the_rest_of_an_answer
     assert time.monotonic() - started < 4 * TIMEOUT
 
 
-def test_stream_computes_nothing_more_while_its_client_does_not_read(server: ServerProcess) -> None:
+def test_stream_stops_computing_while_its_client_does_not_read(server: ServerProcess) -> None:
     row = b'{"cpu [%]": 1, "memory/used [MB]": 2, "disk~io": 3, "load": 4}\n'
     chunk = b"%x\r\n%b\r\n" % (1000 * len(row), row * 1000)
     before = memory(server)

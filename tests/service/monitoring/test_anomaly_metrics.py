@@ -90,7 +90,7 @@ ABNORMAL = dict.fromkeys(HOST_FEATURES, 1e5)
 
 
 @pytest.mark.parametrize("form", ["records", "metrics", "ndjson", "csv"])
-def test_groups_with_names_of_100_kilobytes_are_labels_of_128_characters_that_differ(
+def test_two_groups_with_long_names_get_different_labels_of_128_characters(
     artifacts: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
     monkeypatch.setattr("service.monitoring.background.UPDATE_SECONDS", 3600.0)  # no update in the background

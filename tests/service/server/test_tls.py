@@ -79,7 +79,7 @@ def test_requests_are_answered_over_https(server: ServerProcess) -> None:
     assert any("listening on https://" in line["message"] for line in server.lines)
 
 
-def test_http_client_of_an_https_server_gets_an_end_and_harms_nobody(server: ServerProcess) -> None:
+def test_https_server_closes_a_plain_http_connection_and_still_serves_others(server: ServerProcess) -> None:
     with server.connect() as plain, server.connect() as silent, connect(server) as connection:
         plain.sendall(LIVEZ)
         with contextlib.suppress(ConnectionError):
@@ -102,7 +102,7 @@ def test_old_versions_of_tls_are_refused(server: ServerProcess) -> None:
         context.wrap_socket(connection)
 
 
-def test_client_that_sends_too_large_a_body_over_https_gets_the_response(server: ServerProcess) -> None:
+def test_https_client_whose_body_is_too_large_gets_the_response(server: ServerProcess) -> None:
     head = b"POST /encode HTTP/1.1\r\nHost: elbo\r\nContent-Type: application/json\r\nContent-Length: 999999999\r\n\r\n"
     with connect(server) as connection:
         connection.sendall(head)

@@ -75,7 +75,7 @@ def test_csv_raises_and_names_the_line_if_a_quotation_would_swallow_lines(
         "blank line",
     ],
 )
-def test_csv_raises_for_a_swallowing_quotation_although_one_line_is_not_like_the_others(
+def test_csv_raises_for_a_quotation_that_swallows_lines_even_if_one_of_them_is_unlike_the_others(
     tmp_path: Path, line: int, text: str
 ) -> None:
     lines = with_disks('"disk 5', '5 disk"').splitlines()
@@ -186,7 +186,7 @@ LINES = ["a,b", "1,2", "3,4", "5,7"]
     ],
 )
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_csv_with_a_separator_at_the_end_of_lines_or_a_mark_at_its_start_is_read(
+def test_separators_at_line_ends_and_marks_at_the_start_of_a_csv_file_are_ignored(
     tmp_path: Path, lines: list[str], end: str
 ) -> None:
     table = read_table(write(tmp_path / "a.csv", end.join(lines) + end))
@@ -194,7 +194,7 @@ def test_csv_with_a_separator_at_the_end_of_lines_or_a_mark_at_its_start_is_read
     assert values(table).tolist() == [[1, 2], [3, 4], [5, 7]]
 
 
-def test_csv_with_a_further_value_raises_although_other_lines_end_with_a_separator(tmp_path: Path) -> None:
+def test_csv_raises_for_a_line_with_too_many_values_even_if_other_lines_end_with_a_separator(tmp_path: Path) -> None:
     source = write(tmp_path / "a.csv", "a,b,\n1,2,\n3,4,9\n5,7,\n")
     assert refusal(source) == "FILE: line 3 has 3 values, but the header has 2: correct the line"
 

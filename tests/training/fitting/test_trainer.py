@@ -248,7 +248,7 @@ def test_checkpoint_is_complete_even_if_the_process_is_killed_while_saving(tmp_p
 
 
 @pytest.mark.parametrize("folder", ["digits", "digits/run-12345678"])
-def test_next_run_of_the_name_removes_the_part_of_a_checkpoint_that_a_killed_run_left(
+def test_next_run_removes_the_unfinished_checkpoint_that_a_killed_run_of_the_same_name_left(
     tmp_path: Path, folder: str
 ) -> None:
     program = (
@@ -260,7 +260,7 @@ def test_next_run_of_the_name_removes_the_part_of_a_checkpoint_that_a_killed_run
     process = subprocess.Popen([sys.executable, "-c", program, str(place)], cwd=ROOT, env=os.environ)
     wait_until_newer(place / FILE_NAME, 0, process)
     parts: list[Path] = []
-    while not parts:  # stop the process at random times, until it is saving at that time
+    while not parts:  # stop the process at random times, until it stops in the middle of a save
         process.send_signal(signal.SIGCONT)
         time.sleep(0.01)
         process.send_signal(signal.SIGSTOP)

@@ -48,7 +48,7 @@ IDENTIFIER_NAME = re.compile(
     r"|(customer|user|order|client|account|device|session|record|sample|event|transaction|item)(id|no))"
     r"|.*[a-z0-9](Id|ID|No|Nr|Num|Number|Key|Index|Seq)"
 )
-# An identifier may occur in several rows, as that of a customer. Its name is then the only sign.
+# An identifier, such as that of a customer, may occur in several rows. Only the column's name then shows what it is.
 REPEATED_IDENTIFIER_NAME = re.compile(
     r"(?i:(.*[_\-. #])?(ids?|uuid|guid)|(customer|user|client|account|device)id)|.*[a-z](Id|ID)"
 )
