@@ -25,6 +25,7 @@ from service.inference.served_model import ServedModel
 
 log = logging.getLogger("elbo.registry")
 
+MAX_LISTINGS = 5  # per poll, of the versions of a model that are removed while they load
 LOAD_FAILED = "load_failed"  # code of a failure that is neither an ElboError nor an OSError
 FolderId = tuple[int, int]  # device and inode of a folder
 
@@ -195,7 +196,7 @@ class ModelRegistry:
                 entries |= {key: entry for key, entry in self._entries.items() if key[0] == name}
                 models[name] = self._trusted_versions(name)
             else:
-                models[name] = self._load_newest(name, found, entries)
+                models[name] = self._load_while_replaced(name, found, entries)
         self._entries = entries
         self._publish(models, (*failures, *(entry.failure for entry in entries.values() if entry.failure)))
 
@@ -257,6 +258,28 @@ class ModelRegistry:
         stays = "; the loaded models stay served" if self.catalogue.models else ""
         detail = f"cannot read the artifact folder {self._root}: {reason}{stays}"
         return Failure(None, None, ArtifactUnreadable.code, detail)
+
+    def _load_while_replaced(
+        self, name: str, numbers: list[int], entries: dict[tuple[str, int], _Entry]
+    ) -> dict[int, ServedModel]:
+        """Call `_load_newest`, and again if all versions are removed while they load and newer ones take their place.
+
+        Otherwise a worker that loads more slowly than versions come and go would serve no version of the model.
+        """
+        for _ in range(MAX_LISTINGS):
+            found: dict[tuple[str, int], _Entry] = {}
+            served = self._load_newest(name, numbers, found)
+            if served:
+                break
+            try:
+                listed = versions(self._root, name)
+            except ArtifactUnreadable:
+                break  # the next poll reports it
+            if not listed or not set(numbers).isdisjoint(listed):
+                break
+            numbers = listed
+        entries |= found
+        return served
 
     def _load_newest(
         self, name: str, numbers: list[int], entries: dict[tuple[str, int], _Entry]

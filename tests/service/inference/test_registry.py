@@ -240,6 +240,34 @@ def test_removed_versions_and_models_are_no_longer_served(artifacts: Path, tmp_p
     assert registry.catalogue.find(None).version == 1
 
 
+class LateLoader(ModelLoader):
+    """A loader that finds the first version replaced by the next one whenever it begins to load."""
+
+    replacements = 3
+
+    def load(self, path: Path, name: str, version: int, keys: TrustedKeys | None = None) -> ServedModel:
+        if self.replacements:
+            self.replacements -= 1
+            path.parent.rename(path.parent.with_name(str(version + 1)))
+        return super().load(path, name, version, keys)
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_model_whose_versions_are_replaced_faster_than_they_load_stays_served(
+    artifacts: Path, tmp_path: Path, is_loaded: bool
+) -> None:
+    path = publish(artifacts, tmp_path)
+    registry = ModelRegistry(tmp_path, loader := LateLoader(), default_model="vae", keep_versions=2)
+    if is_loaded:
+        loader.replacements = 0
+        registry.refresh()
+        path.parent.rename(tmp_path / "vae" / "2")
+        loader.replacements = 3
+    registry.refresh()
+    assert served(registry) == ["vae@5" if is_loaded else "vae@4"]
+    assert registry.catalogue.failures == ()
+
+
 def test_limit_on_kept_versions_counts_only_versions_that_load(artifacts: Path, tmp_path: Path) -> None:
     for version in (1, 2, 3, 4):
         path = publish(artifacts, tmp_path, version=version)
