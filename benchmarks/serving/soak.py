@@ -40,6 +40,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import monotonic, time
@@ -69,6 +70,8 @@ PAUSE_SECONDS = 0.02  # between two requests of an honest client
 ANSWER_SECONDS = 40.0  # a request without a response after this time is lost; the server promises one in 30 s
 KILL_SECONDS = 2.0  # connections that end within this time after the kill of a worker belong to that worker
 KEPT_VERSIONS = 10  # versions of MODEL on the disk: a version stays longer than a worker needs to load it
+APPEAR_SECONDS = 60.0  # a new version must be served after this time, also on a busy machine
+PROCESSES = 3  # the two workers, and the process that tries versions out
 DISK_BYTES = 32 * MIB  # size of the small disk with the artifacts, and of the one with the log
 WARM_UP_SHARE = 0.2  # share of the time after which growth counts
 MAX_GROWTH = 0.02
@@ -280,6 +283,7 @@ class Soak:
                 numbers = sorted(int(path.name) for path in (self.artifacts / MODEL).iterdir() if path.name.isdigit())
                 for number in numbers[:-KEPT_VERSIONS]:
                     shutil.rmtree(self.artifacts / MODEL / str(number), ignore_errors=True)
+                await wait_for(self, partial(serves, MODEL, version), "/models", "the next version")
 
     async def check(self, title: str, condition: bool) -> None:
         """Note a fault of the server unless `condition` holds."""
@@ -440,7 +444,7 @@ async def kill_a_publisher(soak: Soak) -> None:
     await asyncio.to_thread(soak.variants[0].publish, soak.artifacts, DOOMED)  # removes what the dead one left
     await soak.check("the staging folder of a killed publisher stays", not list(folder.glob(".staging-*")))
     newest = max(int(path.name) for path in folder.iterdir() if path.name.isdigit())
-    await wait_for(soak, lambda text: f'"name":"{DOOMED}","version":{newest},' in text, "/models", "the next version")
+    await wait_for(soak, partial(serves, DOOMED, newest), "/models", "the version after a killed publisher")
     failures = [line for line in soak.fetch("/metrics").splitlines() if line.startswith("elbo_model_load_failures ")]
     await soak.check(f"a version of a killed publisher does not load: {failures}", failures[0].endswith(" 0.0"))
     shutil.rmtree(folder)
@@ -527,16 +531,21 @@ def reset_on_close(writer: asyncio.StreamWriter) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
+def serves(model: str, version: int, models: str) -> bool:
+    """Return whether the response of GET /models has `model` in `version`."""
+    return f'"name":"{model}","version":{version},' in models
+
+
 async def wait_for(soak: Soak, is_reached: Callable[[str], bool], path: str, title: str) -> None:
     """Wait until GET `path` gives a body for which `is_reached` is true, for each of ten requests in a row."""
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(APPEAR_SECONDS):
             in_a_row = 0
             while in_a_row < 10:  # each request may reach another worker
                 in_a_row = in_a_row + 1 if is_reached(await asyncio.to_thread(soak.fetch, path)) else 0
                 await asyncio.sleep(0.02)
     except TimeoutError:
-        soak.faults.append(f"{title} did not appear in {path} within 30 s")
+        soak.faults.append(f"{title} did not appear in {path} within {APPEAR_SECONDS:g} s")
 
 
 def faketime_library() -> Path | None:
@@ -579,7 +588,11 @@ class Measurement:
 async def measure(soak: Soak, started: float) -> Measurement:
     """Pause the swaps until the server has settled, and measure. Each figure is the median of five."""
     soak.swapping.clear()
-    await asyncio.sleep(1.5 if soak.smoke else 4.0)
+    settled = 0
+    async with asyncio.timeout(APPEAR_SECONDS):
+        while settled < (5 if soak.smoke else 20):  # each process that tries a version out is a further descendant
+            settled = settled + 1 if len(soak.process.descendants()) == PROCESSES else 0
+            await asyncio.sleep(0.2)
     samples = []
     for _ in range(5):
         processes = [soak.process.pid, *soak.process.descendants()]
@@ -664,7 +677,11 @@ async def run(soak: Soak, faults: dict[str, Callable[[Soak], Awaitable[None]]], 
             except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
                 soak.faults.append(f"{name}: {type(error).__name__} {error}")
             await asyncio.sleep(0.1 if soak.smoke else 1.0)
-        found.append(await measure(soak, started))
+        try:
+            found.append(await measure(soak, started))
+        except TimeoutError:
+            soak.faults.append(f"the server did not settle within {APPEAR_SECONDS:g} s")
+            break
         soak.read_log()
     soak.stopped = True
     await asyncio.gather(*tasks)
