@@ -11,6 +11,12 @@ PEER_PACKAGES := pythae==0.1.2 lightning==2.6.6 pyod==3.6.7
 GENERATOR := .venv-openapi
 # Audits the locked packages, and lists them with their licences. Serving, training and the tests do not need it.
 AUDIT := .venv-audit
+# Searches for inputs that the readers cannot take. It has wheels for x86-64 only, so it is not among the locked packages.
+FUZZER := .venv-fuzz
+FUZZER_PACKAGE := atheris==3.0.0
+FUZZ_SECONDS ?= 120
+# The targets of tests/fuzz/targets.py to search; by default all of them.
+FUZZ_TARGETS ?=
 GENERATOR_PACKAGE := openapi-python-client==0.29.1
 INSTALL := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check install
 PEER_INSTALL := $(PEERS)/bin/python -m pip --quiet --disable-pip-version-check install
@@ -27,7 +33,7 @@ PACKAGE_triton := nvidia-pytriton==0.7.0
 PYTHON_triton := /usr/bin/python3.11
 
 .DEFAULT_GOAL := help
-.PHONY: help run check docs test lint types format lock upgrade audit sbom image pin-images bench-train bench-serve bench-anomaly soak clean
+.PHONY: help run check docs test lint types format lock upgrade audit sbom image pin-images bench-train bench-serve bench-anomaly fuzz soak clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -118,6 +124,12 @@ bench-anomaly: $(READY) $(PEERS)/.ready ## Measure anomaly scores, calibration a
 soak: $(READY) ## Serve for half an hour while clients, disks, publishers and workers fail; OPTIONS='--minutes 5' is shorter
 	@$(VENV)/bin/python benchmarks/serving/soak.py $(OPTIONS)
 
+fuzz: $(READY) $(FUZZER)/.ready ## Fuzz every reader for FUZZ_SECONDS (default 120) each; FUZZ_TARGETS='csv query' for some
+	@failed=; for target in $(or $(FUZZ_TARGETS),$$($(VENV)/bin/python -m tests.fuzz)); do \
+		echo "fuzzing $$target for $(FUZZ_SECONDS) s"; \
+		PYTHONPATH=$(FUZZER) $(VENV)/bin/python -m tests.fuzz $$target --seconds $(FUZZ_SECONDS) || failed="$$failed $$target"; \
+	done; [ -z "$$failed" ] || { echo "failed:$$failed; the inputs are in build/fuzz/" >&2; exit 1; }
+
 # A server that cannot be installed is skipped, and the benchmark reports that.
 $(PEERS)-%/.ready: $(READY)
 	@rm -rf $(@D)
@@ -140,6 +152,12 @@ $(AUDIT)/.ready: $(READY) requirements/audit.lock
 	@$(AUDIT)/bin/python -m pip --quiet --disable-pip-version-check install --require-hashes -r requirements/audit.lock
 	@touch $@
 
+# A folder of packages, not an environment: the targets need the packages of .venv as well.
+$(FUZZER)/.ready: $(READY)
+	@echo "installing $(FUZZER_PACKAGE)"
+	@$(INSTALL) --no-deps --upgrade --target $(FUZZER) $(FUZZER_PACKAGE)
+	@touch $@
+
 $(GENERATOR)/.ready: $(READY)
 	@$(VENV)/bin/python -m venv $(GENERATOR)
 	@echo "installing $(GENERATOR_PACKAGE)"
@@ -147,7 +165,7 @@ $(GENERATOR)/.ready: $(READY)
 	@touch $@
 
 clean: ## Remove what the other targets made, except artifacts/
-	@rm -rf $(VENV) $(GENERATOR) $(AUDIT) $(PEERS) $(PEERS)-* build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis node_modules
+	@rm -rf $(VENV) $(GENERATOR) $(AUDIT) $(FUZZER) $(PEERS) $(PEERS)-* build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis node_modules
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The locked packages are installed first. They include torch's dependencies, and pip checks the hashes of all of them.

@@ -18,8 +18,8 @@ from service.schemas import Body
 
 MAX_CACHED_CHARACTERS = 512  # options that are longer together are not cached
 _INTEGER = re.compile(r"[+-]?[0-9]{1,400}", re.ASCII)
-# Digits after the first ones need a point. If the point were optional (`\.?`), the digits could be divided in many ways,
-# and the time would grow with the square of their number.
+# With `\.?` instead of the inner brackets, digits could be divided in many ways, and the time to match them would grow
+# with the square of their number.
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?", re.ASCII)
 
 Options = tuple[tuple[str, str], ...]
