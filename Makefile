@@ -33,7 +33,7 @@ PACKAGE_triton := nvidia-pytriton==0.7.0
 PYTHON_triton := /usr/bin/python3.11
 
 .DEFAULT_GOAL := help
-.PHONY: help run check docs test lint types format lock upgrade audit sbom image pin-images bench-train bench-serve bench-anomaly fuzz soak clean
+.PHONY: help run check docs test lint types format lock upgrade audit sbom image pin-images bench-train bench-serve bench-anomaly soak fuzz clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
