@@ -24,9 +24,8 @@ SERIES_FIELD = 1  # number of the field `timeseries` of a WriteRequest
 SERIES_BYTES = 400
 LABEL_BYTES = 200
 SAMPLE_BYTES = 150
-MAX_OBJECTS = (
-    500_000  # of one request; Prometheus sends at most 2,000 samples with their labels, unless it is configured
-)
+# Most series, labels and samples of one request. By default, Prometheus sends at most 2,000 samples with their labels.
+MAX_OBJECTS = 500_000
 SMALL_PART_BYTES = 4096  # in a part of a message of at most this size, the text of labels is not counted
 MAX_LABELS_BYTES = PIECE_BYTES  # of the labels of one series, as objects
 
