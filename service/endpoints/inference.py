@@ -1,5 +1,6 @@
 """The POST endpoints: encode, decode, reconstruct, sample, interpolate, anomaly."""
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +40,7 @@ class InferenceEndpoints:
     def __init__(self, service: ServiceContext) -> None:
         self._service = service
         self._noise = NoiseSource()
+        self._long_draw = asyncio.Lock()  # held while a thread draws noise
 
     async def encode(self, request: RequestContext) -> HttpResponse:
         """Encode rows: return the posterior mean or a posterior sample, and the posterior standard deviation."""
@@ -48,8 +50,12 @@ class InferenceEndpoints:
         if not parsed.body.sample:
             return await render_response(parsed, {"latents": mean, "std": std, **imputed}, mean)
         seed = _seed(parsed.body.seed)
-        noise, _ = self._noise.draw(seed, *mean.shape)
-        latents = mean + std * noise
+
+        def draw() -> Array:
+            noise, _ = self._noise.draw(seed, *mean.shape)
+            return mean + std * noise
+
+        latents = await run_in_thread_if_long(draw, mean.size * offload.NORMAL)
         return await render_response(parsed, {"latents": latents, "std": std, "seed": seed, **imputed}, latents)
 
     async def decode(self, request: RequestContext) -> HttpResponse:
@@ -72,25 +78,47 @@ class InferenceEndpoints:
         """Sample new rows from the prior. The same seed always gives the same bytes."""
         parsed = await parse_request(self._service, request, SAMPLE)
         seed = _seed(parsed.body.seed)
-        normal, uniform = self._noise.draw(seed, parsed.body.n, parsed.served.manifest.latents)
-        normal *= np.float32(parsed.body.temperature)
-        if not _with_noise(parsed):
-            latents, outputs = await run_operation(self._service, parsed, operations.SAMPLE, normal, uniform)
-        else:
-            width = parsed.served.manifest.width
-            draw = partial(self._noise.draw_rows, seed, parsed.body.n, width)
-            row_noise = await run_in_thread_if_long(draw, parsed.body.n * width * offload.NORMAL)
-            row_noise *= np.float32(parsed.body.temperature)
-            latents, outputs = await run_operation(
-                self._service, parsed, operations.SAMPLE_ROWS, normal, uniform, row_noise
-            )
+        noise = await self._draw(parsed, seed)
+        operation = operations.SAMPLE_ROWS if len(noise) == 3 else operations.SAMPLE
+        latents, outputs = await run_operation(self._service, parsed, operation, *noise)
         return await render_response(parsed, {"latents": latents, "outputs": outputs, "seed": seed}, outputs)
+
+    async def _draw(self, parsed: ParsedRequest[SampleBody, None], seed: int) -> tuple[Array, ...]:
+        """Return the inputs of `operations.SAMPLE`, or of SAMPLE_ROWS if the samples include observation noise.
+
+        Long draws run one at a time, and each begins only if the queue has room for its rows. If many large requests
+        arrive at once, most are refused before they cost time and memory.
+
+        Raises:
+            InvalidField: samples of this model cannot include observation noise.
+            Overloaded: admission control refuses the rows.
+        """
+        rows, manifest = parsed.body.n, parsed.served.manifest
+        with_row_noise = _with_noise(parsed)
+        temperature = np.float32(parsed.body.temperature)
+
+        def draw() -> tuple[Array, ...]:
+            normal, uniform = self._noise.draw(seed, rows, manifest.latents)
+            normal *= temperature
+            if not with_row_noise:
+                return normal, uniform
+            row_noise = self._noise.draw_rows(seed, rows, manifest.width)
+            row_noise *= temperature
+            return normal, uniform, row_noise
+
+        cost = rows * (manifest.latents + 1 + with_row_noise * manifest.width) * offload.NORMAL
+        if cost <= offload.MAX_LOOP_NS:
+            return await run_in_thread_if_long(draw, cost)
+        async with self._long_draw:
+            self._service.admission.check(rows=rows, is_queued=True)
+            return await run_in_thread_if_long(draw, cost)
 
     async def interpolate(self, request: RequestContext) -> HttpResponse:
         """Decode points on the path from one row or latent vector to another, both ends included."""
         parsed = await parse_request(self._service, request, INTERPOLATE)
         start, end = await self._end_latents(parsed)
-        latents = interpolate(start, end, parsed.body.steps, parsed.body.method)
+        path = partial(interpolate, start, end, parsed.body.steps, parsed.body.method)
+        latents = await run_in_thread_if_long(path, parsed.body.steps * len(start) * offload.NORMAL)
         (outputs,) = await run_operation(self._service, parsed, operations.DECODE, latents)
         rows = [point.values for point in parsed.inputs if not point.is_latent]
         imputed = _imputed(parsed.served, *rows) | await pixel_fields(parsed.served, *rows)

@@ -26,6 +26,7 @@ from service.inference.operations import Operation
 from service.shared_memory import SharedNumber
 
 MAX_INLINE_SECONDS = 0.002  # a batch runs in the event loop's thread if it is expected to take at most this long
+MAX_INLINE_BYTES = 2**20  # larger outputs are joined in another thread; 32 MiB would keep the event loop for 20 ms
 CHECK_SECONDS = 0.01  # interval between checks of deadlines; a job that has waited longer than this counts as delayed
 
 Outcome = tuple[Job, BatchResult | BaseException]
@@ -124,6 +125,8 @@ class Batcher:
                 piece = tuple(array[start : start + max_rows] for array in inputs)
                 job = Job(piece, self._loop.create_future(), deadline, None if start else on_delay)
                 results.append(await self._run_job(model, operation, job))
+            if sum(output.nbytes for result in results for output in result.outputs) > MAX_INLINE_BYTES:
+                return await asyncio.to_thread(_joined, results)
             return _joined(results)
         finally:
             self._add_pending(-rows)

@@ -1,6 +1,8 @@
 """Noise, compared with its distribution and with NumPy's stream; interpolation, compared with its formulas."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter, sleep
 
 import numpy as np
 import pytest
@@ -44,6 +46,19 @@ def test_fresh_seeds_are_distinct_and_exact_in_javascript() -> None:
 
 
 A, B = np.array([3, 0, 0], np.float32), np.array([0, 0.5, 0], np.float32)
+
+
+def test_draw_does_not_wait_while_another_thread_draws() -> None:
+    with ThreadPoolExecutor(1) as executor:
+        started = perf_counter()
+        other = executor.submit(NOISE.draw, 1, 10_000, 2000)
+        sleep(0.05)
+        drawn = NOISE.draw(2, 1, 4)[0]
+        waited = perf_counter() - started
+        noise = other.result()[0]
+    assert waited < (perf_counter() - started) / 2
+    np.testing.assert_array_equal(drawn, NOISE.draw(2, 1, 4)[0])
+    np.testing.assert_array_equal(noise[:3], NOISE.draw(1, 3, 2000)[0])
 
 
 @pytest.mark.parametrize("method", ["linear", "slerp"])
