@@ -47,12 +47,11 @@ def mutate_bytes(data: bytes, random: Random) -> bytes:
 
 def mutate_json(data: bytes, random: Random) -> bytes:
     """Change a value, a key or a count within a JSON document."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        return mutate_bytes(data, random)
     nests: dict[str, bytes] = {}
-    text = json.dumps(mutate_value(value, random, nests)).encode()
+    try:
+        text = json.dumps(mutate_value(json.loads(data), random, nests)).encode()
+    except (ValueError, RecursionError):  # no JSON, or nested deeply by an earlier change
+        return mutate_bytes(data, random)
     for mark, nest in nests.items():
         text = text.replace(f'"{mark}"'.encode(), nest)
     if random.random() < 0.1:  # the grammar itself: commas, duplicate keys, text after the end
