@@ -542,7 +542,10 @@ async def wait_for(soak: Soak, is_reached: Callable[[str], bool], path: str, tit
         async with asyncio.timeout(APPEAR_SECONDS):
             in_a_row = 0
             while in_a_row < 10:  # each request may reach another worker
-                in_a_row = in_a_row + 1 if is_reached(await asyncio.to_thread(soak.fetch, path)) else 0
+                reached = False
+                with suppress(OSError):  # the worker was killed
+                    reached = is_reached(await asyncio.to_thread(soak.fetch, path))
+                in_a_row = in_a_row + 1 if reached else 0
                 await asyncio.sleep(0.02)
     except TimeoutError:
         soak.faults.append(f"{title} did not appear in {path} within {APPEAR_SECONDS:g} s")
