@@ -20,7 +20,7 @@ T = TypeVar("T")
 MAX_LOOP_NS = 2_000_000  # maximum time for which requests may block one pass of the event loop, in nanoseconds
 SHORT_NS = MAX_LOOP_NS // 40  # work of at most this long is not counted: 64 requests at once take at most 3 ms
 
-SMALL_BODY = 2048  # bytes; reading so small a body takes at most 2 ms, whatever it contains
+SMALL_BODY = 2048  # bytes; reading so small a body takes at most 2 ms, unless it is compressed or a picture
 FEW_ROWS = 64  # describing the errors of so few rows takes at most 3 ms
 
 # Estimated times in nanoseconds.

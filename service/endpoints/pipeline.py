@@ -137,7 +137,7 @@ async def parse_request(
         fields = read_plain_rows(content_type, raw_body, spec.array_field, width)
     if fields is not None and spec.array_field and len(fields.values[spec.array_field]) <= offload.FEW_ROWS:
         body, inputs = read_inputs(fields, NO_LIMIT)
-    elif len(raw_body) <= offload.SMALL_BODY and not compressed:
+    elif len(raw_body) <= offload.SMALL_BODY and not compressed and not is_picture(content_type):
         body, inputs = read_body(NO_LIMIT)
     else:
         budget = request.budget(max_rows=service.settings.max_rows, width=width, deadline=deadline)

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from models.prior import gaussian_prior
 from models.scaling import Scaling
 from models.vae import VAE
 from service.app import create_app
+from service.codec import pictures
 from service.settings import Settings
 from tests.service.published import publish
 from tests.service.running import running
@@ -190,3 +192,21 @@ def test_picture_body_is_refused_if_the_model_or_the_endpoint_takes_no_pictures(
     response = client.post(path, content=PICTURES["grey.png"], headers={"content-type": "image/png"})
     assert response.status_code == 415
     assert "image/png" not in response.json()["expected"]
+
+
+def test_small_file_of_a_large_picture_is_decoded_outside_of_the_event_loop(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = io.BytesIO()
+    Image.new("1", (2048, 2048)).save(file, "PNG", optimize=True)
+    assert len(file.getvalue()) < 1000  # decoding it takes 60 ms
+    threads, loads = [], pictures.loads
+
+    def record_thread(body: bytes, media_type: str, row: pictures.PictureRow) -> object:
+        threads.append(threading.current_thread().name)
+        return loads(body, media_type, row)
+
+    monkeypatch.setattr(pictures, "loads", record_thread)
+    response = client.post("/encode?model=grey", content=file.getvalue(), headers={"content-type": "image/png"})
+    assert response.status_code == 200
+    assert [name.rpartition("_")[0] for name in threads] == ["reader"]
