@@ -434,8 +434,7 @@ async def kill_a_publisher(soak: Soak) -> None:
     try:
         async with asyncio.timeout(60):
             while not list(folder.glob(".staging-*/model.pt")):
-                await asyncio.sleep(0.001)
-        await asyncio.sleep(soak.random.uniform(0, 0.05))
+                await asyncio.sleep(0.0001)  # the file is there for a few milliseconds
     finally:
         publisher.kill()
         await publisher.wait()
