@@ -109,6 +109,7 @@ def parse_record_rows(
     """
     allow_lists = isinstance(records, ndjson.NdjsonRows)
     keys = RecordKeys(schema, body.time, body.group, allow_unknown=_allows_unknown(body), budget=budget)
+    has_group = body.group not in schema.name_set
     groups: list[str | None] = []  # of each record
     if isinstance(records, csv_rows.CsvRecords):
         names = keys.names(records.header)
@@ -119,7 +120,8 @@ def parse_record_rows(
 
     def read(record: Any) -> Any:
         record = keys.read(record)
-        groups.append(_group_name(_non_feature(schema, record, body.group)))
+        group = record.get(body.group) if has_group and type(record) is dict else None
+        groups.append(None if group is None else _group_name(group))
         return record
 
     parsed = parse_valid_records(
@@ -229,15 +231,10 @@ def _validate_header(schema: RowSchema, header: list[str], impute: bool, pointer
     )
 
 
-def _non_feature(schema: RowSchema, record: Any, name: str) -> Any:
-    """Return the value of `name` in a record; None if there is no value, or if `name` is the name of a feature."""
-    return record.get(name) if type(record) is dict and name not in schema.name_set else None
-
-
 def _group_name(value: Any) -> str | None:
     """Return the name of a group in at most MAX_GROUP_NAME characters.
 
     A name may be a label of metrics and alerts, so it is shortened and not refused: collectors such as Telegraf send a
     refused batch again and again.
     """
-    return None if value is None or type(value) in (list, dict) else shortened(str(value), MAX_GROUP_NAME)
+    return None if type(value) in (list, dict) else shortened(str(value), MAX_GROUP_NAME)

@@ -33,9 +33,9 @@ class NdjsonRows:
 
 def read_fields(body: bytes, budget: Budget = NO_LIMIT) -> RequestFields:
     """Return the values of the lines as the field `records`. Blank lines are skipped."""
-    is_blank = next(_values(body, budget), None) is None
-    fields = {} if is_blank else {"records": NdjsonRows(partial(_values, body, budget))}
-    return RequestFields(fields, may_contain_non_floats=True)
+    for _ in _values(body, budget):
+        return RequestFields({"records": NdjsonRows(partial(_values, body, budget))}, may_contain_non_floats=True)
+    return RequestFields({}, may_contain_non_floats=True)
 
 
 def _values(body: bytes, budget: Budget) -> Iterator[object]:
@@ -56,7 +56,8 @@ def parse_line(line: bytes, budget: Budget = NO_LIMIT) -> list[object]:
     if not line or line.isspace():
         return []
     try:
-        require_few_values(line, budget)
+        if len(line) > PIECE_BYTES:
+            require_few_values(line, budget)
         return [loads_value(line)]
     except InvalidJson as error:
         got = line[:QUOTED_CHARACTERS].decode(errors="replace").strip()

@@ -12,6 +12,7 @@ from service.codec import npy, pictures, safetensors, simdjson_rows
 from service.codec.budget import NO_LIMIT, PIECE_BYTES, Budget
 from service.codec.json_rows import require_few_values, take_apart
 from service.codec.row_errors import describe_value
+from service.codec.simdjson_rows import MAX_WHOLE_BYTES
 from service.errors import InvalidJson, UnsupportedMediaType
 
 JSON = "application/json"
@@ -52,12 +53,19 @@ def is_picture(content_type: str) -> bool:
     return media_type_of(content_type) in pictures.MEDIA_TYPES
 
 
+@lru_cache(maxsize=256)
+def is_json(content_type: str) -> bool:
+    """Return whether a body with this Content-Type is a JSON document."""
+    media_type = media_type_of(content_type)
+    return media_type == JSON or media_type.endswith("+json")
+
+
 def read_plain_rows(content_type: str, body: bytes, main: str, width: int) -> RequestFields | None:
-    """Return the fields of a small JSON body of rows of numbers, or None for any other body.
+    """Return the fields of a JSON body of at most MAX_WHOLE_BYTES with rows of numbers, or None for any other body.
 
     Such a body needs no budget: it takes a few milliseconds, and no objects are created.
     """
-    if len(body) > simdjson_rows.MAX_WHOLE_BYTES or media_type_of(content_type) != JSON:
+    if len(body) > MAX_WHOLE_BYTES or not is_json(content_type):
         return None
     fields = simdjson_rows.read_fields(body, main, width)
     return None if fields is None else RequestFields(fields)
@@ -80,7 +88,7 @@ def read_fields(
         main: the name of the field that holds the rows; None if the endpoint takes no rows. The array of an npy or
             safetensors body becomes this field. The rows of a JSON body become an array if each row has
             `width` numbers.
-        width: the number of values per row.
+        width: the number of values per row; 0 if `read_plain_rows` has found no such rows in `body`.
         extra_readers: for each further media type, the function that reads its bodies.
         picture: the shape and pixel range of the row to make of a PNG or JPEG body; None if the endpoint or the model
             takes no pictures.
@@ -93,8 +101,8 @@ def read_fields(
     media_type = media_type_of(content_type)
     if not body:
         return RequestFields({})
-    if media_type == JSON or media_type.endswith("+json"):
-        fields = simdjson_rows.read_fields(body, main, width, budget) if main else None
+    if is_json(content_type):
+        fields = simdjson_rows.read_fields(body, main, width, budget) if main and width else None
         return read_json(body, budget) if fields is None else RequestFields(fields)
     if media_type == npy.MEDIA_TYPE and main is not None:
         return RequestFields({main: npy.loads(body)})

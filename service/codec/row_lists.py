@@ -102,8 +102,10 @@ def parse_rows(
     """
     require_rows(schema, rows, pointer)
     packer = RowPacker(schema.width, may_contain_non_floats)
+    counted = 0  # rows that `budget` has counted
     for index, row in enumerate(rows):
-        budget.take_row(packer.row_bytes)
+        if index >= counted:
+            counted += budget.take_next_rows(packer.row_bytes)
         try:
             packer.append(row, schema)
         except InvalidRows as error:
@@ -153,8 +155,10 @@ def append_valid_rows(
     """
     valid: list[int] = []
     errors: list[RowError] = []
+    counted = 0  # rows that `budget` has counted
     for index, row in enumerate(rows):
-        budget.take_row(packer.row_bytes)
+        if index >= counted:
+            counted += budget.take_next_rows(packer.row_bytes)
         try:
             append(row)
             valid.append(index)

@@ -4,7 +4,7 @@ import asyncio
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
@@ -33,13 +33,14 @@ from service.codec.response_body import (
     require_finite,
     to_json,
 )
+from service.codec.simdjson_rows import MAX_WHOLE_BYTES
 from service.endpoints import offload
 from service.endpoints.context import ServiceContext
 from service.endpoints.offload import read_within_budget, run_in_thread_if_long
 from service.endpoints.query_options import read_options
 from service.endpoints.validation import merge, validate
 from service.errors import ClientGone, InvalidField, TooManyRows
-from service.http.request import HttpResponse, RequestContext
+from service.http.request import HttpResponse, Query, RequestContext
 from service.inference.operations import Operation
 from service.inference.served_model import ServedModel
 from service.monitoring.request_record import RequestRecord
@@ -108,44 +109,82 @@ async def parse_request(
     record.model, record.version = served.name, served.version
     media_types = IMAGE_FORMATS if spec.png_output and served.has_png_output else ARRAY_FORMATS
     media_type = negotiate_media_type(request.header(b"accept", "*/*"), media_types)
-    compressed = request.headers.get(b"content-encoding") is not None and is_gzip(request.header(b"content-encoding"))
+    compressed = b"content-encoding" in request.headers and is_gzip(request.header(b"content-encoding"))
     deadline = _deadline(service, request)
     raw_body = await _admit(service, request, deadline)
     content_type = request.header(b"content-type")
 
-    width = served.latent_schema.width if spec.array_field == "latents" else served.row_schema.width
-
-    def read_inputs(fields: RequestFields, budget: Budget) -> tuple[B, T]:
-        values, may_contain_non_floats = fields
-        if query.options:
-            options = read_options(spec.schema, query.options)
-            values = merge(values, options.values)
-            may_contain_non_floats = may_contain_non_floats or options.may_contain_non_floats
-        body = validate(spec.schema, values)
-        _require_row_limit(spec, body, service.settings.max_rows)
-        return body, spec.read(served, body, may_contain_non_floats, budget)
-
-    def read_body(budget: Budget) -> tuple[B, T]:
-        content = decompress_gzip(raw_body, request.max_body_bytes, budget) if compressed else raw_body
-        picture = served.picture_row if spec.pictures else None
-        fields = read_fields(content_type, content, spec.array_field, width, spec.readers, picture, budget)
-        return read_inputs(fields, budget)
-
     started = perf_counter()
-    fields = None
-    if spec.array_field and not compressed:
-        fields = read_plain_rows(content_type, raw_body, spec.array_field, width)
-    if fields is not None and spec.array_field and len(fields.values[spec.array_field]) <= offload.FEW_ROWS:
-        body, inputs = read_inputs(fields, NO_LIMIT)
-    elif len(raw_body) <= offload.SMALL_BODY and not compressed and not is_picture(content_type):
-        body, inputs = read_body(NO_LIMIT)
+    max_rows, main = service.settings.max_rows, spec.array_field
+    width = served.latent_schema.width if main == "latents" else served.row_schema.width
+    fields = read_plain_rows(content_type, raw_body, main, width) if main and not compressed else None
+    has_few_rows = fields is not None and main and len(fields.values[main]) <= offload.FEW_ROWS
+    if has_few_rows or (len(raw_body) <= offload.SMALL_BODY and not compressed and not is_picture(content_type)):
+        if fields is None:
+            picture = served.picture_row if spec.pictures else None
+            fields = read_fields(content_type, raw_body, main, 0, spec.readers, picture)
+        body, inputs = _read_inputs(spec, served, query, max_rows, fields, NO_LIMIT)
     else:
-        budget = request.budget(max_rows=service.settings.max_rows, width=width, deadline=deadline)
-        read = partial(read_body, budget) if fields is None else partial(read_inputs, fields, budget)
-        cost = offload.GZIP_BODY if compressed else len(raw_body) * _cost_per_byte(content_type)
-        body, inputs = await read_within_budget(service.readers, read, budget, cost)
+        budget = request.budget(max_rows=max_rows, width=width, deadline=deadline)
+        body, inputs = await _read_costly(service, request, spec, served, raw_body, fields, budget)
     record.parse += perf_counter() - started
     return ParsedRequest(request, record, served, media_type, deadline, body, inputs)
+
+
+def _read_inputs(
+    spec: RequestSpec[B, T], served: ServedModel, query: Query, max_rows: int, fields: RequestFields, budget: Budget
+) -> tuple[B, T]:
+    """Return the validated fields of a request, and the model's inputs in them."""
+    values, may_contain_non_floats = fields
+    if query.options:
+        options = read_options(spec.schema, query.options)
+        values = merge(values, options.values)
+        may_contain_non_floats = may_contain_non_floats or options.may_contain_non_floats
+    body = validate(spec.schema, values)
+    _require_row_limit(spec, body, max_rows)
+    return body, spec.read(served, body, may_contain_non_floats, budget)
+
+
+async def _read_costly(
+    service: ServiceContext,
+    request: RequestContext,
+    spec: RequestSpec[B, T],
+    served: ServedModel,
+    raw_body: bytes,
+    plain_fields: RequestFields | None,
+    budget: Budget,
+) -> tuple[B, T]:
+    """Return the validated fields of a request whose body may take long to read, and the model's inputs in them.
+
+    Args:
+        service: the components of the application.
+        request: the HTTP request.
+        spec: the request that the endpoint accepts.
+        served: the model.
+        raw_body: the body, which may be compressed.
+        plain_fields: what `read_plain_rows` has returned.
+        budget: what reading may cost.
+    """
+    content_type = request.header(b"content-type")
+    compressed = b"content-encoding" in request.headers and is_gzip(request.header(b"content-encoding"))
+    has_no_plain_rows = plain_fields is None and not compressed and len(raw_body) <= MAX_WHOLE_BYTES
+
+    def read() -> tuple[B, T]:
+        fields = plain_fields
+        if fields is None:
+            content = decompress_gzip(raw_body, request.max_body_bytes, budget) if compressed else raw_body
+            width = 0 if has_no_plain_rows else budget.width
+            picture = served.picture_row if spec.pictures else None
+            fields = read_fields(content_type, content, spec.array_field, width, spec.readers, picture, budget)
+        return _read_inputs(spec, served, request.query, service.settings.max_rows, fields, budget)
+
+    if compressed:
+        cost = offload.GZIP_BODY
+    elif plain_fields is None:
+        cost = len(raw_body) * _cost_per_byte(content_type)
+    else:
+        cost = len(raw_body) * offload.JSON_BYTE
+    return await read_within_budget(service.readers, read, budget, cost)
 
 
 async def _admit(service: ServiceContext, request: RequestContext, deadline: float) -> bytes:
@@ -166,10 +205,13 @@ async def _admit(service: ServiceContext, request: RequestContext, deadline: flo
 
 @lru_cache(maxsize=256)
 def _cost_per_byte(content_type: str) -> float:
-    """Return the estimated time to parse one byte of a body with this Content-Type, in nanoseconds."""
+    """Return the estimated time to read one byte of a body with this Content-Type, in nanoseconds.
+
+    Not for a JSON body of plain rows.
+    """
     if is_picture(content_type):
         return offload.PICTURE_BYTE
-    return offload.ARRAY_BYTE if is_array(content_type) else offload.JSON_BYTE
+    return offload.ARRAY_BYTE if is_array(content_type) else offload.RECORD_BYTE
 
 
 def _deadline(service: ServiceContext, request: RequestContext) -> float:

@@ -102,7 +102,8 @@ class AccessLog:
         self._enabled = enabled
         self.lines = lines or _configured_queue() or standard_output_queue(log_format)
         self._records: list[RequestRecord] = []  # not formatted yet
-        self._timer: asyncio.TimerHandle | None = None  # runs while records wait to be formatted
+        self._formatted: list[bytes] = []  # lines that are not queued yet: queueing wakes the thread of the queue
+        self._timer: asyncio.TimerHandle | None = None  # runs while records or lines wait to be queued
 
     def log(self, record: RequestRecord) -> None:
         """Log a request that has ended."""
@@ -110,8 +111,8 @@ class AccessLog:
             return
         self._records.append(record)
         if len(self._records) >= FORMAT_BATCH:
-            self._queue_records()
-        elif self._timer is None:
+            self._format_records()
+        if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(COLLECT_SECONDS, self._on_timer)
 
     async def close(self) -> None:
@@ -119,19 +120,23 @@ class AccessLog:
         if self._timer:
             self._timer.cancel()
             self._timer = None
-        self._queue_records()
+        self._queue_lines()
         await asyncio.to_thread(self.lines.flush)
 
     def _on_timer(self) -> None:
         self._timer = None
-        self._queue_records()
+        self._queue_lines()
 
-    def _queue_records(self) -> None:
+    def _queue_lines(self) -> None:
+        self._format_records()
+        lines, self._formatted = self._formatted, []
+        if lines:
+            self.lines.put(b"".join(lines), len(lines))
+
+    def _format_records(self) -> None:
         records, self._records = self._records, []
-        if not records:
-            return
         clock_offset = time() - perf_counter()  # the time of a record plus this offset is a Unix time
-        lines = [
+        self._formatted += [
             format_line(
                 self._log_format,
                 clock_offset + record.started + record.total,
@@ -142,7 +147,6 @@ class AccessLog:
             )
             for record in records
         ]
-        self.lines.put(b"".join(lines), len(lines))
 
 
 def logged_path(path: str) -> str:
@@ -154,11 +158,15 @@ def _access_fields(record: RequestRecord) -> dict[str, Any]:
     fields = {
         "request_id": record.request_id,
         "method": record.method,
-        "path": logged_path(record.path),
+        "path": record.path,
         "status": record.status,
-        "client": record.client and shortened(record.client, MAX_LOGGED_CLIENT),
+        "client": record.client,
         "ms": round(record.total * 1e3, 3),
     }
+    if len(record.path) > MAX_LOGGED_PATH:
+        fields["path"] = logged_path(record.path)
+    if record.client and len(record.client) > MAX_LOGGED_CLIENT:
+        fields["client"] = shortened(record.client, MAX_LOGGED_CLIENT)
     if record.key:
         fields["key"] = record.key
     if record.model:

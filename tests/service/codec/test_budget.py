@@ -1,7 +1,6 @@
 """What reading one request may cost, in the reader's thread and in the event loop."""
 
 import time
-from collections.abc import Callable
 from time import perf_counter
 
 import pytest
@@ -52,22 +51,40 @@ def test_bytes_beyond_the_room_of_all_requests_are_refused_as_overload() -> None
     assert account.held == 2**18
 
 
-@pytest.mark.parametrize("take", [lambda budget: budget.take_row(8), lambda budget: budget.take_rows(1)])
-def test_row_beyond_the_maximum_is_refused(take: Callable[[Budget], None]) -> None:
-    budget = budget_of(Account(), max_rows=10)
+def take_one_row(budget: Budget) -> int:
+    budget.take_rows(1)
+    return 1
+
+
+@pytest.mark.parametrize("size", [1, 2**14])
+@pytest.mark.parametrize("max_rows", [10, 16, 40])
+def test_row_beyond_the_maximum_is_refused(size: int, max_rows: int) -> None:
+    for take in (lambda budget: budget.take_next_rows(size), take_one_row):
+        budget = budget_of(Account(), max_rows=max_rows)
+        budget.start(in_event_loop=True)
+        taken = 0
+        while taken < max_rows:
+            taken += take(budget)
+        assert taken == max_rows
+        with pytest.raises(TooManyRows, match=f"at most {max_rows} rows"):
+            take(budget)
+
+
+def test_rows_that_need_much_memory_are_counted_one_by_one() -> None:
+    account = Account()
+    budget = budget_of(account)
     budget.start(in_event_loop=True)
-    for _ in range(10):
-        take(budget)
-    with pytest.raises(TooManyRows, match="at most 10 rows"):
-        take(budget)
+    assert budget.take_next_rows(2**16) == 1
+    assert account.held <= 2 * 2**16
 
 
 def test_rows_count_against_the_memory_of_all_requests() -> None:
     account = Account()
     budget = budget_of(account, max_rows=1000, max_bytes=2**22)
     budget.start(in_event_loop=False)
-    for _ in range(1000):
-        budget.take_row(100)
+    rows = 0
+    while rows < 1000:
+        rows += budget.take_next_rows(100)
     assert account.held >= 1000 * (ROW_BYTES + 100)
 
 
@@ -83,13 +100,23 @@ def test_reading_beyond_the_deadline_is_refused() -> None:
 def test_long_work_is_interrupted_in_the_event_loop_and_can_restart_in_a_thread() -> None:
     budget = budget_of(Account())
     budget.start(in_event_loop=True)
-    budget.take_row(1)
-    time.sleep(0.02)
+    budget.take_next_rows(1)
+    ended = time.thread_time() + 0.02
+    while time.thread_time() < ended:
+        pass
     with pytest.raises(TurnOver):
-        budget.take_row(1)
+        budget.take_next_rows(1)
     budget.start(in_event_loop=False)
     assert budget.rows == 0
-    budget.take_row(1)
+    budget.take_next_rows(1)
+
+
+def test_turn_in_the_event_loop_goes_on_after_another_program_had_the_processor() -> None:
+    budget = budget_of(Account())
+    budget.start(in_event_loop=True)
+    budget.take_next_rows(1)
+    time.sleep(0.02)  # as if another program ran
+    budget.take_next_rows(1)
 
 
 def test_memory_is_freed_only_when_the_thread_that_reads_has_ended() -> None:
@@ -122,6 +149,6 @@ def test_budget_without_limits_accepts_everything() -> None:
     budget = NoLimit()
     budget.take_bytes(2**50)
     budget.take_rows(2**40)
-    budget.take_row(2**40)
+    budget.take_next_rows(2**40)
     budget.check_time()
     assert budget.held_bytes == 0
