@@ -1,6 +1,7 @@
 """The GET endpoints: models and their exhibits, health probes, metrics, the explorer page."""
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import orjson
@@ -12,6 +13,7 @@ from starlette.responses import HTMLResponse, Response
 from models.artifact import CALIBRATION, CARD, HELD_OUT
 from service.codec.request_body import JSON
 from service.endpoints.context import ServiceContext
+from service.endpoints.offload import MAX_LOOP_NS, run_in_thread_if_long
 from service.errors import NotShown
 from service.http.security_headers import page_policy
 from service.inference.served_model import ServedModel, describe
@@ -71,7 +73,9 @@ class InformationEndpoints:
 
     async def metrics(self, _: Request) -> Response:
         """Return the metrics of all workers for Prometheus."""
-        text = self._service.metrics.exposition(self._service.registry.catalogue)
+        write = partial(self._service.metrics.exposition, self._service.registry.catalogue)
+        # In the event loop, which owns the metrics, and at most once per pass of the loop: it takes several ms.
+        text = await run_in_thread_if_long(write, MAX_LOOP_NS)
         return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def page(self, _: Request) -> Response:
