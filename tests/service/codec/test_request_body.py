@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.codec import npy
+from service.codec import ndjson, npy
 from service.codec.request_body import read_fields
 from service.errors import InvalidJson, UnsupportedMediaType
 
@@ -144,3 +144,12 @@ def test_result_for_any_object_equals_that_of_json_loads(document: dict[str, Any
 )
 def test_body_is_marked_if_it_may_contain_nested_booleans_or_non_finite_numbers(body: str, expected: bool) -> None:
     assert read_fields("application/json", body.encode(), "inputs").may_contain_non_floats is expected
+
+
+def test_ndjson_whose_first_line_is_null_keeps_all_lines() -> None:
+    fields = ndjson.read_fields(b'\nnull\n{"cpu":1}\n')
+    assert list(fields.values["records"]) == [None, {"cpu": 1}]
+
+
+def test_ndjson_of_blank_lines_has_no_fields() -> None:
+    assert ndjson.read_fields(b"\n \n").values == {}
