@@ -186,7 +186,7 @@ def test_flood_of_requests_gets_prompt_refusals_and_correct_responses(
             assert headers["content-type"] == "application/problem+json"
     assert max(seconds for _, seconds in refused) < 2
     with process.client() as client:
-        assert client.post("/encode", content=BODY).status_code == 200
+        assert client.post("/encode", content=BODY, headers={"content-type": "application/json"}).status_code == 200
         text = client.get("/metrics").text
     assert "elbo_pending_rows 0.0" in text
     problems = re.findall(r'^elbo_problems_total\{code="overloaded".*\} (\S+)$', text, re.MULTILINE)

@@ -124,7 +124,7 @@ def test_body_is_refused_while_other_bodies_fill_the_limit_on_held_bytes(artifac
             gate = Gate()
             held = await gate.hold(service.batcher, service.find(None), ROWS)
             url = f"http://127.0.0.1:{port}/encode"
-            async with httpx.AsyncClient(timeout=20) as client:
+            async with httpx.AsyncClient(timeout=20, headers={"content-type": "application/json"}) as client:
                 tasks = [asyncio.create_task(client.post(url, content=BODY)) for _ in range(capacity)]
                 await until(lambda: service.batcher.pending_rows == 1 + capacity)
                 refused = await client.post(url, content=BODY)

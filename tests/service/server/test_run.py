@@ -388,7 +388,7 @@ def test_response_does_not_depend_on_the_chunk_size_of_the_request_body(server: 
         connection.sendall(request_head("/encode", "Transfer-Encoding: chunked"))
         connection.sendall(b"".join([b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks]) + b"0\r\n\r\n")
         response = read_response(connection)
-        whole = client.post("/encode", content=body)
+        whole = client.post("/encode", content=body, headers={"content-type": "application/json"})
     assert response.startswith(b"HTTP/1.1 200")
     assert response.endswith(whole.content)
 
