@@ -67,6 +67,8 @@ def swallows_lines(record: Sequence[str], lines: Sequence[str]) -> bool:
         cells = line.split(",")
         return len(cells) == len(record) and all(is_number(cells[i]) or _is_missing(cells[i]) for i in numeric)
 
+    if len(lines) < 2:
+        return False
     first, *between, last = lines
     return bool(numeric) and (
         (looks_like_record(first) and looks_like_record(last)) or any(map(looks_like_record, between))

@@ -56,7 +56,8 @@ class Body(BaseModel):
     @classmethod
     def _as_integer(cls, value: Any) -> Any:
         """Return 8 for 8.0. Both are integers in JSON Schema, and some programs write the second."""
-        return int(value) if type(value) is float and value.is_integer() else value
+        is_whole = type(value) is float and value.is_integer() and abs(value) < 2**53
+        return int(value) if is_whole else value
 
 
 class EncodeBody(Body):

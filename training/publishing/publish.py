@@ -1,5 +1,6 @@
 """Write a fitted pipeline, with its manifest, ONNX twin and exhibits, as an artifact."""
 
+import math
 import platform
 import tempfile
 from datetime import UTC, datetime
@@ -131,6 +132,11 @@ def software_versions() -> dict[str, str]:
     }
 
 
+def _finite(metrics: dict[str, float]) -> dict[str, float]:
+    """Return the metrics that are finite: a manifest holds no others. One extreme cell makes a likelihood infinite."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
 def _manifest(
     chosen: Candidate, comparison: dict[str, dict[str, float]], data: PreparedData, golden: Golden
 ) -> Manifest:
@@ -148,8 +154,8 @@ def _manifest(
         pixel_range=table.pixel_range,
         training=chosen.config.model_dump(),
         data=_data(data),
-        metrics=chosen.metrics,
-        comparison=comparison,
+        metrics=_finite(chosen.metrics),
+        comparison={kind: _finite(metrics) for kind, metrics in comparison.items()},
         calibration=CalibrationSize(rows=calibration, floor=1.0 / (calibration + 1)),
         golden=golden,
         versions=software_versions(),

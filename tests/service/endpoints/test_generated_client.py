@@ -105,6 +105,7 @@ CALLS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "readyz": ("service", "", {}, {}),
     "metrics": ("service", "", {}, {}),
     "page": ("service", "", {}, {}),
+    "docs": ("service", "", {}, {}),
 }
 
 

@@ -150,7 +150,7 @@ def ask(client: httpx.Client, path: str, query: str) -> httpx.Response:
         ("/anomaly", "inputs", "[[1, 1, 1, true]]"),
         ("/anomaly", "records", json.dumps([RECORD | {"cpu": True}])),
         ("/anomaly", "records", '[{"cpu": 1, "cpu": 2}]'),
-        ("/sample", "n", "2.0"),
+        ("/sample", "n", "2.5"),
         ("/sample", "n", "true"),
         ("/sample", "n", "0"),
         ("/sample", "n", '"2"'),
