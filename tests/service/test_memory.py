@@ -176,7 +176,8 @@ def test_request_leaves_no_reference_cycles(artifacts: Path, digits: np.ndarray,
                 if number == 10:  # by now, caches and other lasting objects exist
                     gc.collect()
                     gc.disable()
-                scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": []}
+                headers = [(b"host", b"elbo"), (b"content-type", b"application/json")]
+                scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}
                 await app(scope, receive, send)
             return gc.collect()
 
