@@ -125,7 +125,7 @@ class Variant:
             return outputs.shape == self.outputs[rows].shape and np.allclose(
                 outputs, self.outputs[rows], atol=TOLERANCE
             )
-        results: list[dict[str, float]] = answer["results"]  # type: ignore[assignment]
+        results: list[dict[str, float]] = answer["results"]  # type: ignore[assignment] # parsed JSON
         if len(results) != len(rows) or answer["errors"]:
             return False
         one_rank = self.loaded.manifest.calibration.floor  # a score may tie with a calibration score

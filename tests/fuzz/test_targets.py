@@ -19,7 +19,9 @@ EXAMPLES = int(os.environ.get("ELBO_TEST_EXAMPLES", "10"))
 @pytest.mark.parametrize("name", TARGETS)
 def test_reader_takes_every_valid_input_of_its_fuzz_target(name: str) -> None:
     target = TARGETS[name]
-    for seed in target.seeds():
+    seeds = list(target.seeds())
+    assert seeds
+    for seed in seeds:
         target.read(seed, NO_LIMIT)
         check(target, seed)
 

@@ -117,6 +117,7 @@ def test_turn_in_the_event_loop_goes_on_after_another_program_had_the_processor(
     budget.take_next_rows(1)
     time.sleep(0.02)  # as if another program ran
     budget.take_next_rows(1)
+    assert budget.rows == 2
 
 
 def test_memory_is_freed_only_when_the_thread_that_reads_has_ended() -> None:
