@@ -288,6 +288,8 @@ class Supervisor:
     def _start_worker(self, index: int) -> None:
         segment = self._segments[index]
         segment.reset_transient()
+        # Only the worker adds to its segment once it runs, so this array must exist before.
+        closed_connections = segment.array(fd_passing.CLOSED_CONNECTIONS, length=1, transient=True)
         control, control_of_worker = socket.socketpair()
         with warnings.catch_warnings():
             # The only other thread writes the log; `logs.restart_after_fork` replaces the locks that it may hold.
@@ -297,7 +299,6 @@ class Supervisor:
             control.close()
             self._run_worker_and_exit(index, control_of_worker)
         control_of_worker.close()
-        closed_connections = segment.array(fd_passing.CLOSED_CONNECTIONS, length=1, transient=True)
         worker = self._workers[index] = Worker(index, pid, control, closed_connections)
         self._selector.register(control, selectors.EVENT_READ, worker)
 

@@ -229,6 +229,38 @@ def test_server_exits_without_an_error_if_a_worker_becomes_ready_while_the_serve
     assert "worker 1 is ready" in result.stdout
 
 
+REPORT_SHARED_ARRAYS = """
+import os, time
+from service import settings
+from service.server import run, supervisor
+
+fork = os.fork
+
+def fork_and_wait_in_the_parent():
+    pid = fork()
+    if pid:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    return pid
+
+class ReportingSupervisor(supervisor.Supervisor):
+    def _run_worker_and_exit(self, index, control):
+        print(index, *self._segments[index].entries(), flush=True)
+        os._exit(1)
+
+os.fork = fork_and_wait_in_the_parent
+options = settings.Settings()
+ReportingSupervisor(options, run.bind(options.host, options.port)).run()
+"""
+
+
+def test_supervisor_adds_its_array_to_the_segment_of_a_worker_before_the_worker_starts() -> None:
+    """Two processes that add arrays to one segment at the same time overwrite each other."""
+    environment = os.environ | {"ELBO_PORT": "0", "ELBO_WORKERS": "2"}
+    command = [sys.executable, "-c", REPORT_SHARED_ARRAYS]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.stdout.splitlines() == [f"0 {fd_passing.CLOSED_CONNECTIONS}"], result
+
+
 def test_new_worker_does_not_serve_while_the_artifact_folder_is_missing(
     start: Callable[..., ServerProcess], artifacts: Path, tmp_path: Path
 ) -> None:
