@@ -61,6 +61,12 @@ TRAINED: dict[str, Rule] = {
     "ops.prim.RaiseException": Rule(0, numbers=True, grows=False),
 }
 
+# The arguments that may be given by name. The argument `out` of many operators would change a weight.
+KEYWORDS: dict[str, frozenset[str]] = {
+    "torch.searchsorted": frozenset({"out_int32", "right"}),
+    "torch.tensor": frozenset({"dtype"}),
+}
+
 # Operators that change their first argument. torch.nn has them in branches that a served model never takes, such as
 # `if inplace` with the constant False, or `if self.training`. Code that reaches one of them is refused.
 NEVER_REACHED = frozenset({"torch.copy_", "torch.hardtanh_", "torch.relu_", "torch.silu_"})

@@ -20,6 +20,7 @@ from models.allowed_code import (
     CLASS_FIELDS,
     CONSTANTS,
     GENERIC_TYPES,
+    KEYWORDS,
     NEVER_REACHED,
     OPERATORS,
     SPECIAL_METHODS,
@@ -27,12 +28,17 @@ from models.allowed_code import (
     WORDS,
 )
 from models.errors import ArtifactUnsafe, printable
+from models.pickle_check import PickledObject, PickledTensor
 
+PYTHON_TYPES: dict[str, type] = {
+    "Tensor": PickledTensor, "int": int, "float": float, "bool": bool, "str": str, "NoneType": type(None),
+}  # fmt: skip
 CHARACTERS = re.compile(r'[A-Za-z0-9_ "(),.:=>\[\]{}\n-]*', re.ASCII)
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}", re.ASCII)
 MAX_DEPTH = 60  # levels of nested blocks and brackets; the parser of torch calls itself once for each
 MAX_CALLS = 20_000  # operators that one method of the model may run, without repetitions by loops
 MAX_LOOPS = 1  # loops within loops, including those of called functions
+CAST_TYPE = "List[int]"  # the only type that `unchecked_cast` may name
 TEXT_OPERATORS = frozenset({"torch.format", "ops.prim.RaiseException"})
 NODES = (
     ast.Module, ast.ClassDef, ast.FunctionDef, ast.arguments, ast.arg, ast.Assign, ast.AnnAssign, ast.If, ast.For,
@@ -44,15 +50,29 @@ NODES = (
 FILE = 0  # on the artifact alone
 ROWS = 1  # on the artifact, the number of rows and alpha
 VALUES = 2  # on the values of the rows
+LEVELS = 3  # mask for one of these three
 LIST = 4  # added to FILE or ROWS if the value is a list of numbers
-Value = Any  # one of these numbers; True or False, if known; a tuple of values; TEXT; an _Object; or a _Function
+NEW_LIST = 8  # added if the value is an empty list that this code has just made; only such a list may grow
+PLACES = 16  # added if the value has the places that `torch.searchsorted` returns, or is a list of them
+Value = Any  # one of these numbers, a tuple of values, a _Constant, a _Text, an _Object or a _Function
 
 
 class _Text:
     """A text. It may only become a part of an error message."""
 
 
-TEXT = _Text()
+TEXT = _Text()  # a text that stands in the code
+MESSAGE = _Text()  # the result of torch.format, which may be longer than the code
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """A value that the code states. It must not be equal to a number such as FILE, as Python's False is to 0."""
+
+    value: bool | None
+
+
+NONE = _Constant(None)
 
 
 class _Forbidden(Exception):
@@ -61,10 +81,11 @@ class _Forbidden(Exception):
 
 @dataclass(frozen=True)
 class _Class:
-    """A class in the archive: its attributes with their types, and its methods."""
+    """A class in the archive: its attributes with their types, those whose value is in the code, and its methods."""
 
     name: str
     attributes: dict[str, ast.expr] = field(default_factory=dict)
+    constants: set[str] = field(default_factory=set)
     methods: dict[str, ast.FunctionDef] = field(default_factory=dict)
 
 
@@ -149,6 +170,68 @@ class Code:
                 _check_function(node)
                 self.functions[name] = node
         _check_characters(text)  # last, because a message about a forbidden name says more
+
+    def check_attributes(self, model: Any) -> None:
+        """Check that every attribute in the pickle of the model has the type that its class declares.
+
+        torch does not check this, but believes the declared types: it would read behind a tuple or an object that is
+        shorter than declared.
+
+        Args:
+            model: the object in the pickle, as `models.pickle_check.check_pickle` returns it.
+
+        Raises:
+            ArtifactUnsafe: an attribute is missing or has another type.
+        """
+        name = model.type if isinstance(model, PickledObject) else ""
+        try:
+            self._check_value(model, ast.parse(name or "model", mode="eval").body, "model", set())
+        except (_Forbidden, RecursionError) as error:
+            _refuse(self._path, self.members.get(name, "data.pkl"), str(error))
+
+    def _check_value(self, value: Any, declared: ast.expr, place: str, checked: set[tuple[int, str]]) -> None:
+        """Check that `value` has the type `declared`.
+
+        Args:
+            value: a value in the pickle.
+            declared: a type.
+            place: the name of the value, for messages.
+            checked: the identities of the objects that have been checked, with the names of their classes.
+        """
+        parts: list[tuple[Any, ast.expr]] = []
+        match declared:
+            case ast.Name(id=name) if name in PYTHON_TYPES:
+                fits = type(value) is PYTHON_TYPES[name]
+            case ast.Constant(value=None):
+                fits = value is None
+            case ast.Subscript(value=ast.Name(id="Optional"), slice=inner):
+                fits, parts = True, [] if value is None else [(value, inner)]
+            case ast.Subscript(value=ast.Name(id="List"), slice=inner):
+                fits = type(value) is list
+                parts = [(element, inner) for element in value] if fits else []
+            case ast.Subscript(value=ast.Name(id="Tuple"), slice=inner):
+                types = inner.elts if isinstance(inner, ast.Tuple) else [inner]
+                fits = type(value) is tuple and len(value) == len(types)
+                parts = list(zip(value, types, strict=True)) if fits else []
+            case _:
+                name = _dotted(declared) or ""
+                fits = isinstance(value, PickledObject) and value.type == name and name in self.classes
+                if fits and (id(value), name) not in checked:
+                    checked.add((id(value), name))
+                    self._check_object(value, self.classes[name], checked)
+        if not fits:
+            raise _Forbidden(f"declares the type {_shown(declared)} for {place}, but the pickle has another type")
+        for part, type_ in parts:
+            self._check_value(part, type_, place, checked)
+
+    def _check_object(self, value: PickledObject, class_: _Class, checked: set[tuple[int, str]]) -> None:
+        state = value.state if isinstance(value.state, dict) else {}
+        for attribute, declared in class_.attributes.items():
+            if attribute in class_.constants:
+                continue
+            if attribute not in state:
+                raise _Forbidden(f"declares the attribute {attribute}, which the pickle lacks")
+            self._check_value(state[attribute], declared, f"{class_.name}.{attribute}", checked)
 
     def check_methods(self, root: str, methods: Sequence[str]) -> None:
         """Follow the calls from `methods` of the class `root`, the class of the model.
@@ -237,6 +320,7 @@ def _read_class(name: str, node: ast.ClassDef) -> _Class:
             case ast.AnnAssign(target=ast.Name(id=attribute), value=value):
                 if value is not None:
                     _check_literal(value)  # torch runs this code when it loads the class
+                    found.constants.add(attribute)
                 _add_attribute(found, attribute, statement.annotation)
             case ast.Assign(
                 targets=[ast.Subscript(value=ast.Name(id="__annotations__"), slice=ast.Constant(value=str(attribute)))]
@@ -416,7 +500,7 @@ class _Body:
     def _joined(self, name: str, value: Value) -> Value:
         """Return what the variable `name` depends on after an assignment of `value` that some requests may skip."""
         if isinstance(value, _Object | _Function | _Text):
-            if (self._condition and value is not TEXT) or self._names.get(name, value) != value:
+            if (self._condition and not isinstance(value, _Text)) or self._names.get(name, value) != value:
                 raise _Forbidden(f"assigns another module or function to {name}")
             return value
         previous = self._names.get(name)
@@ -425,12 +509,12 @@ class _Body:
         if self._condition == FILE and previous in (None, value):
             return value
         joined = max(_level(value), FILE if previous is None else _level(previous), self._condition)
-        return joined | _list_flag(value, previous)
+        return joined | (LIST if _has(LIST, value) or _has(LIST, previous) else 0)
 
     def _branch(self, statement: ast.If) -> None:
         test = self._value(statement.test)
-        if isinstance(test, bool):
-            self._block(statement.body if test else statement.orelse)
+        if isinstance(test, _Constant):
+            self._block(statement.body if test.value else statement.orelse)
             return
         self._block_if(test, f"if {_shown(statement.test)}", statement.body)
         self._block_if(test, f"if {_shown(statement.test)}", statement.orelse)
@@ -441,10 +525,10 @@ class _Body:
                 count = self._value(bound)
             case _:
                 raise _Forbidden(f"has a loop over {_shown(statement.iter)}")
-        # A loop over a length has at most one repetition per element.
-        is_length = isinstance(bound, ast.Call) and _dotted(bound.func) == "torch.len"
-        if _level(count) > (ROWS if is_length else FILE):
+        if _level(count) > FILE:
             raise _Forbidden(f"has the loop over {_shown(statement.iter)}, whose length is not that of a weight")
+        if self._condition:
+            raise _Forbidden(f"has the loop over {_shown(statement.iter)} in only some requests")
         self._depth += 1
         self._loops = max(self._loops, self._depth)
         for _ in range(3):  # repetitions can raise what a variable depends on twice: FILE, ROWS, VALUES
@@ -481,8 +565,8 @@ class _Body:
 
     def _simple(self, node: ast.expr) -> Value:
         match node:
-            case ast.Constant(value=bool(value)):
-                return value
+            case ast.Constant(value=bool() | None as value):
+                return _Constant(value)
             case ast.Constant(value=str()):
                 return TEXT
             case ast.Name(id=name) if name in self._names:
@@ -493,9 +577,11 @@ class _Body:
 
     def _list(self, elements: Sequence[ast.expr]) -> Value:
         if not elements:
-            return ROWS | LIST  # the code may append numbers later, and these may depend on the number of rows
-        level = max(_level(self._value(element)) for element in elements)
-        return level if level == VALUES else level | LIST
+            return ROWS | LIST | NEW_LIST  # the numbers that the code appends may depend on the number of rows
+        values = list(map(self._value, elements))
+        level = max(map(_level, values))
+        places = PLACES if all(_level(value) < VALUES or _has(PLACES, value) for value in values) else 0
+        return (level if level == VALUES else level | LIST) | places
 
     def _attribute(self, owner: Value, attribute: str) -> Value:
         class_ = self._class_of(owner, attribute)
@@ -503,7 +589,7 @@ class _Body:
         if annotation is None:
             raise _Forbidden(f"uses the attribute {attribute}, which {class_.name} does not declare")
         if attribute == "training" and ast.unparse(annotation) == "bool":
-            return False  # `models.artifact.load` switches training off
+            return _Constant(False)  # `models.artifact.load` switches training off
         name = _dotted(annotation) or ""
         if not name.startswith("__torch__."):
             return _value_of_type(annotation)
@@ -551,6 +637,9 @@ class _Body:
             raise _Forbidden(f"calls {_shown(node)}")
         if word in ("annotate", "unchecked_cast") and len(node.args) == 2:
             _check_type(node.args[0])
+            # torch compares no cast with the value. If the value were a shorter tuple, it would read behind the tuple.
+            if word == "unchecked_cast" and ast.unparse(node.args[0]) != CAST_TYPE:
+                raise _Forbidden(f"calls {_shown(node)}: only {CAST_TYPE} may follow unchecked_cast")
             return self._value(node.args[1])
         if word == "int" and len(node.args) == 1 and _level(value := self._value(node.args[0])) < VALUES:
             return _level(value)
@@ -589,21 +678,50 @@ class _Body:
         rule = OPERATORS[name]
         self._calls += 1
         values = [self._value(argument) for argument in (*node.args, *(keyword.value for keyword in node.keywords))]
+        self._check_arguments(name, node, values)
         if name in TEXT_OPERATORS:
-            values = [value for value in values if value is not TEXT]
-        levels, has_list = list(map(_level, values)), any(map(_list_flag, values))
+            values = [value for value in values if not isinstance(value, _Text)]
+        levels, has_list = list(map(_level, values)), any(_has(LIST, value) for value in values)
         if self._condition and (rule.grows or (has_list and name in ("torch.add", "torch.mul"))):
             raise _Forbidden(f"calls {_shown(node)} in only some requests")
         if any(level == VALUES for level in (*levels[rule.tensors :], *levels[len(node.args) :])):
             raise _Forbidden(f"calls {_shown(node)} with a size that depends on the values of a row")
-        if name == "torch.append" and not levels[0]:
-            raise _Forbidden(f"calls {_shown(node)} for a list that is not empty at first")
         if name in TEXT_OPERATORS:
-            return TEXT
+            return MESSAGE
         level = max(levels, default=FILE)
+        if name == "torch.searchsorted":
+            return level | PLACES
+        if name in ("torch.__is__", "torch.__isnot__") and values == [NONE, NONE]:
+            return _Constant(name == "torch.__is__")
         if rule.numbers:
             return min(level, ROWS) | (LIST if name == "torch.size" and len(node.args) == 1 else FILE)
         return level if level == VALUES or not has_list else level | LIST
+
+    def _check_arguments(self, name: str, node: ast.Call, values: list[Value]) -> None:
+        """Check what single operators need of their arguments."""
+        for keyword in node.keywords:
+            if keyword.arg not in KEYWORDS.get(name, ()):
+                raise _Forbidden(f"calls {_shown(node)} with the argument {keyword.arg}")
+        if not values:
+            raise _Forbidden(f"calls {_shown(node)} without arguments")
+        match name:
+            case "torch.format" if MESSAGE in values:
+                raise _Forbidden(f"calls {_shown(node)} with a text that torch.format has made")
+            case "torch.append" if not _has(NEW_LIST, values[0]):
+                raise _Forbidden(f"calls {_shown(node)} for a list that is not empty at first")
+            case "torch.where" if len(values) != 3:  # with one argument, it returns as many places as there are
+                raise _Forbidden(f"calls {_shown(node)} with a size that depends on the values of a row")
+            case "torch.index" if len(values) != 2 or (_level(values[1]) == VALUES and not _has(PLACES, values[1])):
+                # A mask instead of places would select as many numbers as it has ones.
+                raise _Forbidden(f"calls {_shown(node)} with places that are not those of torch.searchsorted")
+            case "torch.floordiv" if not node.args or not _is_positive(
+                node.args[-1]
+            ):  # -2^63 // -1 ends the process with SIGFPE
+                raise _Forbidden(f"calls {_shown(node)}, which does not divide by a positive number")
+
+
+def _is_positive(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and type(node.value) is int and node.value > 0
 
 
 def _entry_value(argument: ast.arg) -> Value:
@@ -622,18 +740,18 @@ def _parameters(definition: ast.FunctionDef) -> Iterator[str]:
 
 def _level(value: Value) -> int:
     """Return what all parts of `value` depend on together."""
-    if isinstance(value, bool):
+    if isinstance(value, _Constant):
         return FILE
     if isinstance(value, tuple):
         return max(map(_level, value), default=FILE)
     if isinstance(value, int):
-        return value & ~LIST
+        return value & LEVELS
     raise _Forbidden("uses a module, a function or a text as a value")
 
 
-def _list_flag(*values: Value) -> int:
-    """Return LIST if one of `values` is a list of numbers."""
-    return LIST if any(type(value) is int and value & LIST for value in values) else FILE
+def _has(flag: int, value: Value) -> bool:
+    """Return whether `flag`, such as LIST, was added to `value`."""
+    return type(value) is int and bool(value & flag)
 
 
 def _value_of_type(annotation: ast.expr) -> Value:

@@ -4,7 +4,6 @@
 only operators that `models.allowed_code` lists, on memory that belongs to the model. This module does not import torch.
 """
 
-import pickletools
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -60,13 +59,16 @@ def inspect_artifact(content: bytes, path: Path) -> Inspected:
 def _inspect(archive: zipfile.ZipFile, content: bytes, path: Path) -> Inspected:
     members = check_archive(archive, content, path)
     code = _check_code_members(archive, members, path)
+    pickled = {}
     for name in ("data", "constants"):
         folder = f"{name}/"
         sizes = {
             member.removeprefix(folder): info.file_size for member, info in members.items() if member.startswith(folder)
         }
-        check_pickle(_read(archive, members, f"{name}.pkl", path), f"{name}.pkl", path, code.classes, sizes)
-    code.check_methods(_class_of_model(archive.read(members["data.pkl"])), ENTRY_METHODS)
+        content = _read(archive, members, f"{name}.pkl", path)
+        pickled[name] = check_pickle(content, f"{name}.pkl", path, code.classes, sizes)
+    code.check_attributes(pickled["data"])
+    code.check_methods(pickled["data"].type, ENTRY_METHODS)
     graphs = [name for name in members if name.startswith(TWIN_FOLDER) and name.endswith(".onnx")]
     twin_weights = {}
     for name in graphs:
@@ -89,10 +91,3 @@ def _read(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], name
     if name not in members:
         raise ArtifactUnsafe(f"{path}: the member {name} is missing")
     return archive.read(members[name])
-
-
-def _class_of_model(content: bytes) -> str:
-    """Return the class of the object in the pickle: the first class that it names."""
-    operations = pickletools.genops(content)
-    names = (str(argument).replace(" ", ".", 1) for opcode, argument, _ in operations if opcode.name == "GLOBAL")
-    return next(names, "")

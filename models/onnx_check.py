@@ -35,6 +35,8 @@ PLACEHOLDER = "model.pt"  # the only file that a weight may name: the loader use
 EXTERNAL = 1  # TensorProto.data_location
 MAX_NODES = 20_000
 FLOAT_BYTES, DOUBLE_BYTES = 4, 8
+FLOAT, INT64, BOOL = 1, 7, 9  # types of tensors, as ONNX numbers them
+FLOATS = {FLOAT, 10, 11}  # 32, 16 and 64 bits
 
 TwinWeight = tuple[int, tuple[int, ...]]  # type, as ONNX numbers it, and shape
 
@@ -159,6 +161,7 @@ def _check_nodes(graph: Mapping[str, Any]) -> None:
     if inputs != [INPUT]:
         raise _Forbidden(f"has the inputs {inputs[:5]}, expected {[INPUT]}")
     of_values = {INPUT}  # the names of results that depend on the values of the rows
+    types = {INPUT: FLOAT} | {weight["name"]: weight["data_type"] for weight in graph.get("initializer", ())}
     for node in nodes:
         operator = node["op_type"]
         if operator not in OPERATORS or node.get("domain"):
@@ -168,8 +171,33 @@ def _check_nodes(graph: Mapping[str, Any]) -> None:
         given = node.get("input", [])
         if any(given[place] in of_values for place in OPERATORS[operator] if place < len(given)):
             raise _Forbidden(f"has the operator {operator} with a size that depends on the values of a row")
+        if operator == "Div" and types.get(given[0]) not in FLOATS:
+            # ONNX Runtime divides integers without a check: -2^63 / -1 ends the process with SIGFPE.
+            raise _Forbidden("has the operator Div for numbers that are not floats")
+        types.update(dict.fromkeys(node.get("output", ()), _type_of_result(node, types)))
         if operator != "Shape" and of_values.intersection(given):
             of_values.update(node.get("output", ()))
+
+
+def _type_of_result(node: Mapping[str, Any], types: Mapping[str, int]) -> int | None:
+    """Return the type of the results of `node`, given the types of earlier results; None if it is not known."""
+    attributes = {attribute["name"]: attribute for attribute in node.get("attribute", ())}
+    found: int | None
+    match node["op_type"]:
+        case "Cast":
+            found = attributes.get("to", {}).get("i")
+        case "Constant" | "ConstantOfShape":
+            tensor = attributes.get("value", {}).get("t")
+            found = FLOAT if tensor is None else tensor.get("data_type")
+        case "Shape":
+            found = INT64
+        case "Greater" | "Less" | "Equal" | "Not" | "And" | "Or" | "IsNaN":
+            found = BOOL
+        case "Where":
+            found = types.get(node["input"][1])
+        case _:
+            found = types.get(node["input"][0])
+    return found
 
 
 def _check_attribute(operator: str, attribute: Mapping[str, Any]) -> None:

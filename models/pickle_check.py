@@ -47,13 +47,24 @@ MAX_DIMENSIONS = 8
 MAX_LONG_DIGITS = 20  # decimal digits of a 64-bit number and its sign
 
 
-class _Object:
-    """Stands for an object of the archive's own code."""
+class PickledTensor:
+    """Stands for a tensor that has been checked."""
+
+
+class PickledObject:
+    """Stands for an object of the archive's own code.
+
+    Attributes:
+        type: full name of its class.
+        state: its attributes by name, unless the pickle is damaged.
+    """
 
     type = ""
+    state: Any = None
 
     def __setstate__(self, state: Any) -> None:
-        """Ignore `state`: only tensors are checked, and those of `state` were checked when they were read."""
+        """Keep `state`, so that `models.code_check` can compare it with the types that the class declares."""
+        self.state = state
 
 
 class _Reader(pickle.Unpickler):
@@ -74,13 +85,13 @@ class _Reader(pickle.Unpickler):
         """Return a harmless stand-in for a class or a function. Raises _Forbidden for all others."""
         full = f"{module}.{name}"
         if full in self._classes:
-            return type("Object", (_Object,), {"type": full})
+            return type("Object", (PickledObject,), {"type": full})
         if full in ITEM_BYTES:
             return full
         if full == REBUILD_TENSOR:
             return _check_tensor
         if full in FUNCTIONS:
-            return _return_arguments
+            return _return_argument
         raise _Forbidden(f"names {full}")
 
     def persistent_load(self, reference: Any) -> tuple[int, int]:
@@ -144,7 +155,7 @@ def check_operations(content: bytes, name: str, path: Path, names: Collection[st
         _refuse(path, name, "has bytes after its end")
 
 
-def _check_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> None:
+def _check_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> PickledTensor:
     """Check that a tensor lies within its storage, and has no more numbers than the storage."""
     if not (isinstance(storage, tuple) and _are_counts(size) and _are_counts(stride) and _are_counts((offset,))):
         raise _Forbidden("has a tensor without a valid size")
@@ -155,14 +166,15 @@ def _check_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) ->
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
     if numbers < 1 or numbers > items or last >= items:
         raise _Forbidden(f"has a tensor of size {list(size)} in a weight of {items} numbers")
+    return PickledTensor()
 
 
 def _are_counts(values: Any) -> bool:
     return isinstance(values, tuple) and all(type(value) is int and 0 <= value < 2**48 for value in values)
 
 
-def _return_arguments(*arguments: Any) -> Any:
-    return arguments
+def _return_argument(argument: Any = None) -> Any:
+    return argument
 
 
 def _refuse(path: Path, name: str, reason: str, error: Exception | None = None) -> NoReturn:

@@ -92,7 +92,10 @@ class ModelLoader:
             signed_by=artifact.signed_by,
         )
         if rows := verdict.get("rows"):
-            served.backend.limit_rows(2 * rows)
+            served.backend.max_rows = min(served.backend.max_rows, rows)
+            log.warning(
+                "%s@%d: batches have at most %d rows, because the trial ran no larger batch", name, version, rows
+            )
         self._warm_up(served)
         if served.has_png_output:
             assert served.manifest.pixel_range is not None
@@ -119,7 +122,7 @@ class ModelLoader:
         """Load the artifact in `content` on the CPU, and run all operations on both backends. See `TrialClient`.
 
         Returns:
-            `rows`: the largest batch that fits in memory; None if all batches do.
+            `rows`: the largest batch that was tried and fits in memory; None if batches of all sizes do.
 
         Raises:
             ArtifactError: the artifact cannot be verified or run.
@@ -140,7 +143,8 @@ class ModelLoader:
     def _try_batches(self, served: ServedModel) -> int:
         """Run all operations on larger and larger batches. Return the rows of the largest batch that fits in memory.
 
-        A batch that would take longer than MAX_TRIAL_SECONDS is not tried, and counts as one that fits.
+        A batch that would take longer than MAX_TRIAL_SECONDS is not tried. It counts as one that does not fit, because
+        its memory is unknown; smaller batches hardly slow down a model that needs so long.
         """
         max_rows, rows, fitting = self._max_rows(served), 1, 0
         while True:
@@ -153,7 +157,7 @@ class ModelLoader:
                 return fitting
             fitting = rows
             if rows == max_rows or (perf_counter() - started) * TRIAL_GROWTH > MAX_TRIAL_SECONDS:
-                return max_rows
+                return rows
             rows = min(rows * TRIAL_GROWTH, max_rows)
 
     def _max_rows(self, served: ServedModel) -> int:

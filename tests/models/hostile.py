@@ -8,6 +8,7 @@ import io
 import json
 import pickletools
 import struct
+import textwrap
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -320,7 +321,95 @@ def _chain(members: Members) -> None:
 
 
 ENCODE = "  def encode(self: __torch__.models.pca.PCA,\n    x: Tensor) -> Tuple[Tensor, Tensor]:\n"
+
+
+def _encode(lines: str) -> Callable[[Members], None]:
+    """Let the method `encode` begin with `lines`, which set k to a tensor. The result depends on k."""
+    lines += "x = torch.add(x, torch.mul(torch.sum(k), 0.))\n"
+    return _code(ENCODE, ENCODE + textwrap.indent(lines, "    "))
+
+
+def _ask_helper_twice(members: Members) -> None:
+    """Call a method with a branch that it never takes, and then with a number that decides the same branch."""
+    helper = (
+        "  def helper(self: __torch__.models.pca.PCA, x: Tensor, flag: bool) -> Tensor:\n    k = x\n    if flag:\n"
+        "      for i in range(int(torch.sum(x))):\n        k = torch.add(k, 1)\n    else:\n      pass\n    return k\n"
+    )
+    calls = "a = (self).helper(x, False, )\nk = (self).helper(a, torch.eq(torch.dim(self.mean), 1), )\n"
+    _encode(calls)(members)
+    members[PCA_CODE] = members[PCA_CODE].replace(ENCODE.encode(), (helper + ENCODE).encode(), 1)
+
+
+SCALING_CODE = "code/__torch__/models/scaling.py"
+
+
+def _pickle_smaller_object(members: Members) -> None:
+    """Let the pickle have an object without attributes in the place of the scaling."""
+    members[SCALING_CODE] += b"class Small(Module):\n  __parameters__ = []\n  __buffers__ = []\n  training : bool\n"
+    scaling, small = (f"c__torch__.models.scaling\n{name}\n".encode() for name in ("Scaling", "Small"))
+    members["data.pkl"] = members["data.pkl"].replace(scaling, small, 1)
+
+
+def _declare_tuple(members: Members) -> None:
+    """Let the class of the scaling declare three tensors where the pickle has one."""
+    members[SCALING_CODE] = members[SCALING_CODE].replace(
+        b"  shift : Tensor\n", b"  shift : Tuple[Tensor, Tensor, Tensor]\n", 1
+    )
+
+
+MASK = "m = torch.gt(x, 1000000.)\nk = torch.index(x, annotate(List[Optional[Tensor]], [m]))\n"
+FOR_777_ROWS = "k = x\nif torch.eq((torch.size(x))[0], 777):\n"
 EDITS: dict[str, tuple[Callable[[Members], None], str]] = {
+    "code selects numbers by a mask": (_encode(MASK), "with places that are not those of torch.searchsorted"),
+    "code selects numbers by a mask of whole numbers": (
+        _encode(MASK.replace("m = torch.gt(x, 1000000.)", "m = torch.to(torch.gt(x, 1000000.), 0)")),
+        "with places that are not those of torch.searchsorted",
+    ),
+    "code lists the places of large numbers": (
+        _encode("w = torch.where(torch.gt(x, 1000000.))\nk = torch.to(w[0], 6)\n"),
+        "with a size that depends on the values of a row",
+    ),
+    "code loops for one number of rows": (
+        _encode(FOR_777_ROWS + "  for i in range(1000000000000):\n    k = torch.add(k, 1)\nelse:\n  pass\n"),
+        "the loop over range(1000000000000) in only some requests",
+    ),
+    "code loops over the rows": (
+        _encode("k = x\nfor i in range(torch.len(x)):\n  k = torch.add(k, 1)\n"),
+        "whose length is not that of a weight",
+    ),
+    "code makes an endless text for one number of rows": (
+        _encode(
+            FOR_777_ROWS + '  a = torch.format("{}{}", "aaaa", "aaaa")\n  b = torch.format("{}{}", a, a)\n'
+            '  ops.prim.RaiseException(b, "builtins.ValueError")\nelse:\n  pass\n'
+        ),
+        "with a text that torch.format has made",
+    ),
+    "code divides by -1": (
+        _encode("n = (torch.size(x))[0]\nk = torch.mul(x, torch.floordiv(torch.sub(-9223372036854775031, n), -1))\n"),
+        "which does not divide by a positive number",
+    ),
+    "code writes to a weight by name": (_encode("c = self.mean\nk = torch.add(c, 1., out=c)\n"), "the argument out"),
+    "code takes a tuple for a longer one": (
+        _encode("t = (x,)\na, b, k = unchecked_cast(Tuple[Tensor, Tensor, Tensor], t)\n"),
+        "only List[int] may follow unchecked_cast",
+    ),
+    "code hides a branch behind a variable that may be False": (
+        _encode(
+            "flag = torch.eq(torch.dim(self.mean), 1)\nif torch.eq(torch.dim(self.mean), 2):\n  flag = False\nelse:\n"
+            "  pass\nk = x\nif flag:\n  for i in range(int(torch.sum(x))):\n    k = torch.add(k, 1)\nelse:\n  pass\n"
+        ),
+        "which needs numbers that do not depend on the values of a row",
+    ),
+    "code hides a branch behind an argument that may be False": (
+        _ask_helper_twice,
+        "which needs numbers that do not depend on the values of a row",
+    ),
+    "code lets a list of the model grow": (
+        _encode("s = [1]\nl = [[(torch.size(x))[0]], s]\n_9 = torch.append(l[1], 1)\nk = torch.mul(x, torch.len(s))\n"),
+        "for a list that is not empty at first",
+    ),
+    "pickle has a smaller object than the class declares": (_pickle_smaller_object, "but the pickle has another type"),
+    "pickle has a tensor where the class declares a tuple": (_declare_tuple, "but the pickle has another type"),
     "pickle names os.system": (_name_system, "data.pkl names os.system"),
     "pickle names a class of torch.classes": (_name_class_of_torch, "names __torch__.torch.classes.rnn"),
     "weight is longer than its member": (_enlarge_storage, "gives weight 0 255 numbers, but the member has"),
@@ -486,6 +575,14 @@ def _size_by_value(model: Any) -> None:
     model.graph.node.append(onnx.helper.make_node("ConstantOfShape", ["sizes"], ["y"]))
 
 
+def _integer_division(model: Any) -> None:
+    """Divide the rows as whole numbers by -1, which ends the process if one of them is -2^63."""
+    minus_one = onnx.helper.make_tensor("t", 7, [1], b"\xff" * 8, raw=True)
+    model.graph.node.append(onnx.helper.make_node("Cast", ["rows"], ["whole"], to=7))
+    model.graph.node.append(onnx.helper.make_node("Constant", [], ["minus_one"], value=minus_one))
+    model.graph.node.append(onnx.helper.make_node("Div", ["whole", "minus_one"], ["y"]))
+
+
 def _other_shape(model: Any) -> None:
     model.graph.initializer[0].dims[:] = [10**6]
 
@@ -502,6 +599,7 @@ TWINS: dict[str, tuple[Callable[[Any], None], str]] = {
     "operator of another domain": (_other_domain, "has the operator com.microsoftFusedGemm"),
     "other operator": (_other_operator, "has the operator RandomNormal"),
     "size that depends on the rows": (_size_by_value, "with a size that depends on the values of a row"),
+    "division of whole numbers": (_integer_division, "has the operator Div for numbers that are not floats"),
     "weight that the module does not have": (_other_shape, "that the module does not have"),
     "sparse weight": (_sparse, "has the field 15 in graph"),
 }

@@ -18,6 +18,7 @@ from models.artifact import load, load_after_trial
 from models.errors import ArtifactError, ArtifactUnsafe
 from models.pipeline import Pipeline
 from models.trial import TrialLimits, run_trial
+from service.inference.model_loader import ModelLoader
 from tests.models import hostile
 from tests.models.builders import CORES
 from tests.models.publishing import GAPS, publish_twin
@@ -37,6 +38,13 @@ class TakesAllMemory(Pipeline):
     def decode(self, z: Tensor) -> Tensor:
         for _ in range(40):
             z = torch.cat([z, z])
+        return self.scaling.inverse(self.core.decode(z))
+
+
+class ComputesForASecond(Pipeline):
+    def decode(self, z: Tensor) -> Tensor:
+        for _ in range(500_000):
+            z = z + 0
         return self.scaling.inverse(self.core.decode(z))
 
 
@@ -64,6 +72,13 @@ def test_artifact_that_needs_hours_or_all_memory_is_refused_by_its_trial(kind: s
     with pytest.raises(ArtifactError, match=REASONS[kind]):
         load_after_trial(path, limits=TrialLimits(SECONDS[kind], memory_bytes=2**30))
     assert time.monotonic() - started < 60
+
+
+def test_trial_of_a_slow_model_allows_no_batch_that_is_larger_than_those_it_has_run(tmp_path: Path) -> None:
+    path = hostile.publish_code(tmp_path, ComputesForASecond)
+    loader = ModelLoader(backend="torchscript")
+    verdict = run_trial(path, path.read_bytes, lambda content: loader.try_out(content, path), TrialLimits(60))
+    assert verdict["rows"] == 1
 
 
 @pytest.mark.parametrize("workers", [1, 2])
