@@ -265,7 +265,9 @@ def train(
     key = _private_key(sign)
     from training.data.table import read_table
 
-    table = read_table(data, config.drop, config.keep, config.size, escape=config.escape, layout=config.layout)
+    table = read_table(
+        data, config.drop, config.keep, config.size, escape=config.escape, layout=config.layout, label=config.label
+    )
     try:
         is_first_process = _train(
             config,
@@ -295,7 +297,7 @@ def _train_config(arguments: dict[str, Any]) -> "TrainConfig":
     from training.config import TrainConfig
 
     options = {key: value for key, value in arguments.items() if value is not None}
-    for key in {"hidden", "dense", "drop", "keep"} & options.keys():
+    for key in {"hidden", "dense", "drop", "keep", "label"} & options.keys():
         text = options[key]
         options[key] = [] if text == "none" else next(csv.reader([text], skipinitialspace=True), [])
     if "size" in options:

@@ -1,8 +1,14 @@
-"""Run the `elbo` command in a new process or in the process of the test, and write data files for the command."""
+"""Run the `elbo` command in a new process or in the process of the test, and write data files for the command.
 
+A new process imports torch, which takes seconds. A test needs one only for what a process alone can show: signals,
+kills, standard output that is a pipe or a terminal, limits, and libraries that are absent.
+"""
+
+import io
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -52,3 +58,12 @@ def in_process(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int
         elbo.main(arguments)
     printed = capsys.readouterr()
     return int(stop.value.code or 0), printed.out, printed.err
+
+
+def succeed(*arguments: str) -> CompletedCommand:
+    """Run `elbo` in this process. Assert that it exits with status 0. For fixtures, which cannot use `capsys`."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as stop:
+        elbo.main(arguments)
+    assert not stop.value.code, err.getvalue()
+    return CompletedCommand(arguments, 0, out.getvalue(), err.getvalue())

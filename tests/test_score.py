@@ -17,7 +17,7 @@ from PIL import Image
 
 from service.app import create_app
 from service.settings import Settings
-from tests.commands import HEADER, command, in_process, two_factor_rows, write
+from tests.commands import HEADER, in_process, succeed, two_factor_rows, write
 from tests.data import ROOT
 from tests.service.running import running
 
@@ -33,8 +33,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("artifacts")
     data = write(folder / "train.csv", two_factor_rows(1000, seed=0))
     arguments = ["--model", "pca", "--name", "hosts", "--latents", "2", "--artifacts", str(folder)]
-    run = command("train", data, *arguments, "--runs", str(folder / "runs"))
-    assert run.returncode == 0, run.stderr
+    succeed("train", data, *arguments, "--runs", str(folder / "runs"))
     return folder
 
 
@@ -66,7 +65,6 @@ def save_parquet(path: Path, rows: np.ndarray) -> str:
         (3e38, "the row is so far from the training data that the model's output for it overflows float32", False),
         (-1e39, "column 'disk' has the value -1e+39, beyond the range of float32 (3.4e38)", False),
         (np.inf, "column 'disk' has the value inf: expected a finite number", False),
-        (np.nan, "column 'disk' has no value: the model was trained without missing values", False),
     ],
 )
 def test_faulty_cell_costs_only_its_row(
@@ -90,12 +88,52 @@ def test_faulty_cell_costs_only_its_row(
     assert lines == intact_lines
 
 
+def test_missing_value_in_an_array_is_a_fault_if_none_was_missing_in_training(tmp_path: Path, score: Score) -> None:
+    rows = two_factor_rows(30, seed=1)
+    rows[7, 2] = np.nan
+    code, out, err = score(save_npy(tmp_path / "a", rows))
+    detail = "column 'disk' has no value: the model was trained without missing values in this column"
+    assert [json.loads(line).get("detail") for line in out.splitlines()] == [None] * 7 + [detail] + [None] * 22
+    assert (code, f"1 of 30 rows is faulty (the first is row 7: {detail})" in err) == (2, True)
+
+
+@pytest.mark.parametrize("save", [save_csv, save_parquet])
+def test_row_of_a_file_with_a_header_may_lack_values_as_in_a_request(
+    save: Callable[[Path, np.ndarray], str], root: Path, tmp_path: Path, score: Score
+) -> None:
+    rows = two_factor_rows(40, seed=1)
+    rows[3, 2] = rows[5, [0, 4]] = rows[8, [0, 1, 4]] = rows[9, 1:] = np.nan  # a row may lack half of five values
+    code, out, _ = score(save(tmp_path / "a", rows), "--explain", "5")
+    results = [json.loads(line) for line in out.splitlines()]
+    with running(create_app(Settings(artifacts=root, backend="torchscript", log_level="error"))) as client:
+        text = Path(save_csv(tmp_path / "b", rows)).read_text().replace("nan", "")
+        url = "/anomaly?model=hosts&explain=5"
+        response = client.post(url, content=text, headers={"content-type": "text/csv"}).json()
+    scored = [result for result in results if "score" in result]
+    assert code == 2
+    assert [result["row"] for result in results if "score" not in result] == [8, 9]
+    assert [error["row"] for error in response["errors"]] == [8, 9]
+    assert results[8]["detail"].startswith(
+        "the row has no value for cpu, memory, errors: expected numbers in at least 3"
+    )
+    assert [result.get("imputed") for result in scored] == [answer.get("imputed") for answer in response["results"]]
+    assert scored[3]["imputed"] == ["disk"]
+    for result, answer in zip(scored, response["results"], strict=True):
+        assert (result["row"], result["is_anomaly"]) == (answer["row"], answer["is_anomaly"])
+        assert result["score"] == pytest.approx(answer["score"], rel=1e-4)
+        seen, answered = ({each["name"]: each["value"] for each in one["features"]} for one in (result, answer))
+        assert [name for name, value in seen.items() if value is None] == [
+            name for name, value in answered.items() if value is None
+        ]
+        assert {name for name, value in seen.items() if value is None} == set(result.get("imputed", []))
+
+
 FAULTY_LINES = [
     ("1,2,x,4,5", "column 'disk': expected a number, got 'x'"),
     ("1,2,true,4,5", "column 'disk': expected a number, got 'true'"),
     ("1,2,3,4", "the line has 4 values, but the header has 5"),
     ("1,2,3,4,5,6", "the line has 6 values, but the header has 5"),
-    ("1,2,,4,5", "column 'disk' has no value"),
+    ("1,,,,5", "the row has no value for memory, disk, network: expected numbers in at least 3 of the 5 columns"),
     (",,,,", "the row has no value in any column"),
     (
         '1,2,"3,5",4,5',

@@ -118,6 +118,11 @@ class TrainConfig(BaseModel):
     )
     drop: tuple[str, ...] = Field((), description="columns to leave out: text, dates, times, counters, identifiers")
     keep: tuple[str, ...] = Field((), description="columns to train on even if they look like identifiers or counters")
+    label: tuple[str, ...] = Field(
+        (),
+        description="columns that hold labels although no name says so: they are no features, and the first one says "
+        "which rows are anomalous; without this option, a label column is found by its name",
+    )
     size: tuple[int, int] | None = Field(
         None,
         description="<height>x<width>: crop each image of a folder around its centre, and resize it to this size",

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from models.errors import join_names
 from models.manifest import Manifest
 from models.timestamps import to_unix_seconds
 from training.data.ingest import full_disk_as_data_error
@@ -24,7 +25,8 @@ class StreamedRows:
     """Up to BATCH_ROWS consecutive rows."""
 
     first: int  # number of the first row
-    x: Floats  # [B, D], raw units; faulty rows have medians in place of faulty values
+    x: Floats  # [B, D], raw units; medians replace faulty values, and missing ones that the model does not impute
+    missing: npt.NDArray[np.bool_]  # [B, D] whether the source has no value
     faults: dict[int, str]  # by position in x: why the row cannot be scored
     time: list[float | str | None] | None  # [B] Unix seconds, or the text as it is if it is not a timestamp
     group: list[str | None] | None  # [B]
@@ -42,6 +44,14 @@ class RowStream:
     raw: RawTable = field(repr=False)
     medians: Floats = field(repr=False)  # [D]
     may_be_missing: npt.NDArray[np.bool_] = field(repr=False)  # [D] whether values were missing in training
+
+    @property
+    def max_missing(self) -> int:
+        """The number of values that a row may lack among the features of which none was missing in training.
+
+        As in requests: up to half of them, if the source names its columns.
+        """
+        return int((~self.may_be_missing).sum()) // 2 if self.raw.has_header else 0
 
     def batches(self) -> Iterator[StreamedRows]:
         """Yield all rows in order.
@@ -68,13 +78,15 @@ class RowStream:
         faults = {
             number - first: fault for number, fault in details.faults.items() if first <= number < first + len(values)
         }
-        infinite = np.isinf(x)
-        for position in np.flatnonzero(np.isnan(x).all(axis=1)).tolist():
+        infinite, missing = np.isinf(x), np.isnan(x)
+        for position in np.flatnonzero(missing.all(axis=1)).tolist():
             faults.setdefault(position, "the row has no value in any column")
-        missing = np.isnan(x) & ~self.may_be_missing
-        for position, column in np.argwhere(infinite | missing).tolist():
-            faults.setdefault(position, self._fault(column, float(values[position, column])))
-        x = np.where(infinite | missing, self.medians, x)
+        imputed = missing & ~self.may_be_missing
+        for position in np.flatnonzero(imputed.sum(axis=1) > self.max_missing).tolist():
+            faults.setdefault(position, self._too_many_missing(imputed[position]))
+        for position, column in np.argwhere(infinite).tolist():
+            faults.setdefault(position, self._infinite(column, float(values[position, column])))
+        x = np.where(infinite | imputed, self.medians, x)
 
         def cells(name: str | None) -> list[Any] | None:
             return None if name is None else details.cells[name][start : start + len(values)]
@@ -83,17 +95,26 @@ class RowStream:
         return StreamedRows(
             first=first,
             x=x,
+            missing=missing,
             faults=faults,
             time=None if times is None else [_time(cell) for cell in times],
             group=None if groups is None else [None if cell in (None, "") else str(cell) for cell in groups],
         )
 
-    def _fault(self, column: int, value: float) -> str:
-        name = self.names[column]
-        if np.isnan(value):
-            return f"column {name!r} has no value: the model was trained without missing values in this column"
+    def _too_many_missing(self, imputed: npt.NDArray[np.bool_]) -> str:
+        """Return the fault of a row that has no value in the columns `imputed` [D], which were always complete."""
+        names = [self.names[column] for column in np.flatnonzero(imputed)]
+        if not self.max_missing:
+            return f"column {names[0]!r} has no value: the model was trained without missing values in this column"
+        required = int((~self.may_be_missing).sum())
+        return (
+            f"the row has no value for {join_names(names)}: expected numbers in at least "
+            f"{required - self.max_missing} of the {required} columns that always had a value in training"
+        )
+
+    def _infinite(self, column: int, value: float) -> str:
         limit = ", beyond the range of float32 (3.4e38)" if np.isfinite(value) else ""
-        return f"column {name!r} has the value {value}{limit}: expected a finite number"
+        return f"column {self.names[column]!r} has the value {value}{limit}: expected a finite number"
 
 
 def stream_for_model(

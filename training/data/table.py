@@ -167,6 +167,7 @@ def read_table(
     limit: int = MEMORY_BYTES,
     escape: str | None = None,
     layout: Layout | None = None,
+    label: Sequence[str] = (),
 ) -> Table:
     """Return the table in `source`: "digits", a .npy, .npz, .csv or .parquet file, or a folder of images.
 
@@ -179,12 +180,13 @@ def read_table(
         limit: maximum size of a table in memory, in bytes of float32 values. Larger tables stay on disk.
         escape: how CSV writes a quotation mark inside a quoted cell: "double" (two marks) or "backslash".
         layout: what the dimensions of an array mean; None to recognise it by the shape and the values.
+        label: columns of labels, which are no features; the first is read. Empty to find one by its name.
 
     Raises:
         DataError: the source cannot be used. The message is one line that says what to do.
     """
     with full_disk_as_data_error(source):
-        raw = load(source, ReadOptions(drop=drop, keep=keep, size=size, escape=escape, layout=layout))
+        raw = load(source, ReadOptions(drop=drop, keep=keep, size=size, escape=escape, layout=layout, label=label))
     rows, statistics, raw_labels = ingest(raw, source, limit)
     names = raw.names or _numbered_names(raw.shape, "x")
     statistics.refuse_infinite(source, names, raw.lines)
@@ -198,7 +200,7 @@ def read_table(
     elif pixel_range is None and len(raw.shape) > 1:
         recognised = layout or recognise(raw.shape, raw.dtype, statistics.low, statistics.high)
         if recognised == "nchw" and layout is None:
-            return read_table(source, drop, keep, size, limit, escape, recognised)
+            return read_table(source, drop, keep, size, limit, escape, recognised, label)
         if recognised != "ntc":
             pixel_range = _guess_pixel_range(raw.dtype, statistics)
         layout_notes = [_describe_layout(raw.shape, pixel_range, recognised)]
@@ -297,6 +299,7 @@ def open_for_model(
             shape=shape,
             pixel_range=manifest.pixel_range,
             escape=escape or manifest.training.get("escape"),
+            label=manifest.training.get("label") or (),
             tolerant=tolerant,
             extra=extra,
         )

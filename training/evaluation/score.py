@@ -166,12 +166,16 @@ def _batches_of_results(
         with np.errstate(invalid="ignore"):
             scores = scores.clipped()
         top = np.argsort(-scores.contribution, axis=1, kind="stable")[:, :explain]  # [B, explain], largest first
+        shown = np.where(rows.missing, np.float32(np.nan), rows.x)  # a missing value is null in NDJSON
+        lacks_values = np.asarray(rows.missing.any(axis=1))
         results = []
         for i in range(len(rows.x)):
             fault = rows.faults.get(i)
             result: dict[str, Any] = {"row": rows.first + i}
             if fault is None and usable[i]:
-                result |= _verdict(artifact, stream, scores, rows.x, i, top[i])
+                result |= _verdict(artifact, stream, scores, shown, i, top[i])
+                if lacks_values[i]:
+                    result["imputed"] = [stream.names[j] for j in np.flatnonzero(rows.missing[i])]
             for name, values in (("time", rows.time), ("group", rows.group)):
                 if values is not None and values[i] is not None:
                     result[name] = values[i]

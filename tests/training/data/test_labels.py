@@ -233,6 +233,65 @@ def test_label_column_in_training_data_is_not_a_feature_and_a_note_says_so(
     assert read_table(str(path), keep=[column]).names == ["a", column, "b"]
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_option_label_names_the_columns_that_hold_labels_whatever_their_names_are(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    frame = pl.DataFrame(
+        {"a": [1, 5, 2, 9], "event": ["ok", "ok", "broken", "ok"], "shift": [1, 2, 3, 4], "b": [3, 1, 4, 1]}
+    )
+    frame.write_csv(path) if suffix == ".csv" else frame.write_parquet(path)
+    with pytest.raises(DataError, match=r"'event' .text, 'ok' in row 0.* is not a measurement"):
+        read_table(str(path))
+    table = read_table(str(path), label=["event", "shift"])
+    assert table.names == ["a", "b"]
+    assert flags(table) == [0, 0, 1, 0]
+    assert "the model also learns from the 1 anomalous rows: remove them, or add --robust" in table.notes
+    assert not [note for note in table.notes if "--keep" in note]
+
+
+def test_option_label_takes_precedence_over_the_names_of_columns(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("a,label,score,b\n1,3.5,1,2\n5,2.5,0,1\n3,1.5,0,7\n")
+    table = read_table(str(path), label=["score"])
+    assert table.names == ["a", "label", "b"]
+    assert flags(table) == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("label", "options", "message"),
+    [
+        (["c"], {}, "a.csv has no column 'c' to read as labels: it has a, b"),
+        (["a", "b"], {}, "a.csv has no column except labels: expected measurements to learn from"),
+        (["a"], {"keep": ["a"]}, "--label and --keep both name 'a'"),
+        (["a"], {"drop": ["a"]}, "--label and --drop both name 'a'"),
+    ],
+)
+def test_option_label_that_cannot_be_followed_is_refused(
+    tmp_path: Path, label: list[str], options: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "a.csv").write_text("a,b\n1,2\n3,4\n")
+    with pytest.raises(DataError, match=message):
+        read_table(str(tmp_path / "a.csv"), label=label, **options)
+
+
+def test_option_label_for_lists_or_for_a_source_without_names_is_refused(tmp_path: Path) -> None:
+    pl.DataFrame({"a": [1, 2], "b": [[1], [2]]}).write_parquet(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="column 'b' holds lists: expected one label in each row"):
+        read_table(str(tmp_path / "a.parquet"), label=["b"])
+    np.save(tmp_path / "a.npy", RANDOM.standard_normal((20, 2)))
+    for source in (str(tmp_path / "a.npy"), "digits", picture_folders(tmp_path / "pictures", ["bad", "good"])):
+        with pytest.raises(DataError, match=r"--label names a column or an array of a file \(.csv, .parquet, .npz\)"):
+            read_table(source, label=["y"])
+
+
+def test_option_label_names_an_array_of_an_archive(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=RANDOM.standard_normal((3, 2)), kind=np.array(["ok", "bad", "ok"]))
+    assert read_table(str(tmp_path / "a.npz")).normal is None
+    assert flags(read_table(str(tmp_path / "a.npz"), label=["kind"])) == [0, 1, 0]
+    with pytest.raises(DataError, match="has no array 'sort' to read as labels: it has x, kind"):
+        read_table(str(tmp_path / "a.npz"), label=["sort"])
+
+
 def test_column_named_like_labels_but_with_other_values_is_a_feature_and_a_note_says_so(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("x,y,z\n1,2.5,3\n5,1.5,6\n2,0.5,7\n")
     table = read_table(str(tmp_path / "a.csv"))
@@ -278,6 +337,24 @@ def test_evaluate_and_calibrate_use_good_as_normal_and_say_so(
     assert code == 0, err
     assert "left out 30 rows labelled bad" in err
     assert "calibrated on 60 rows" in out
+
+
+@pytest.mark.slow
+def test_evaluate_finds_the_labels_in_the_column_that_training_was_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = RANDOM.standard_normal((300, 3))
+    lines = [f"{a},{b},{c},{'fine' if i % 3 else 'bad'}" for i, (a, b, c) in enumerate(rows)]
+    (tmp_path / "a.csv").write_text("a,b,c,verdict\n" + "\n".join(lines) + "\n")
+    options = ("--artifacts", str(tmp_path / "artifacts"))
+    train = ("train", str(tmp_path / "a.csv"), "--model", "pca", "--name", "m", "--runs", str(tmp_path / "runs"))
+    code, _, err = in_process(capsys, *train, "--label", "verdict", *options)
+    assert code == 0, err
+    code, _, err = in_process(capsys, "evaluate", "m", str(tmp_path / "a.csv"), *options)
+    assert "bad means anomalous (100 rows)" in err
+    (tmp_path / "b.csv").write_text("a,b,c\n1,2,3\n")
+    code, _, err = in_process(capsys, "evaluate", "m", str(tmp_path / "b.csv"), *options)
+    assert code == 0, err
 
 
 @pytest.mark.slow

@@ -37,6 +37,7 @@ READERS: dict[str, Callable[[Path, ReadOptions], RawTable]] = {
     ".csv": read_csv,
     ".parquet": read_parquet,
 }
+WITH_LABELS = (".csv", ".parquet", ".npz")  # files that name their columns or their arrays
 ARRAYS = [suffix for suffix, reader in READERS.items() if reader is read_numpy]
 
 
@@ -53,6 +54,9 @@ def load(source: str, options: ReadOptions) -> RawTable:
         raise DataError(f"--size resizes the images of a folder, and {source} is not a folder: leave --size out")
     if options.layout and path.suffix.lower() not in ARRAYS:
         raise DataError(f"--layout is for arrays ({', '.join(ARRAYS)}), and {source} is none: leave --layout out")
+    if options.label and options.names is None and path.suffix.lower() not in WITH_LABELS:
+        formats = ", ".join(WITH_LABELS)
+        raise DataError(f"--label names a column or an array of a file ({formats}), and {source} is none of these")
     if source == DIGITS:
         return read_digits(options)
     suffixes = ", ".join(READERS)

@@ -15,6 +15,7 @@ from typing import IO, Any, BinaryIO
 
 import numpy as np
 
+from models.errors import join_names
 from training.data.labels import find_label_column, is_status_name
 from training.data.layout import arrange
 from training.data.readers.columns import refusal
@@ -213,7 +214,7 @@ def _open_archive(path: Path, options: ReadOptions) -> RawTable:
         key = _find_rows(headers, path)
         header = headers[key]
         _refuse_other_arrays(header, str(path))
-        label_column, labels, notes = _read_labels(archive, headers, key)
+        label_column, labels, notes = _read_labels(archive, headers, key, path, options)
         if header.fortran_order:  # rows cannot be streamed, so the member is unpacked
             with archive.open(f"{key}.npy") as member, tempfile.TemporaryFile() as copy:
                 shutil.copyfileobj(member, copy, 1 << 20)
@@ -244,14 +245,18 @@ def _find_rows(headers: dict[str, _Header], path: Path) -> str:
 
 
 def _read_labels(
-    archive: zipfile.ZipFile, headers: dict[str, _Header], key: str
+    archive: zipfile.ZipFile, headers: dict[str, _Header], key: str, path: Path, options: ReadOptions
 ) -> tuple[str | None, Array | None, list[str]]:
     """Return the name of the array of labels, the labels [N], and notes. Both are None without usable labels.
 
     Args:
         key: the name of the array of rows.
     """
-    name = find_label_column([other for other in headers if other != key and not is_status_name(other)])
+    others = [other for other in headers if other != key]
+    if unknown := [name for name in options.label if name not in others] if options.names is None else []:
+        raise DataError(f"{path} has no array {unknown[0]!r} to read as labels: it has {join_names(list(headers))}")
+    given = [name for name in options.label if name in others]
+    name = given[0] if given else find_label_column([other for other in others if not is_status_name(other)])
     if name is None:
         return None, None, []
     rows, header = headers[key].shape[0], headers[name]

@@ -266,12 +266,17 @@ def choose_columns(header: Sequence[str], path: Path, options: ReadOptions, type
             extra = [name for name in options.extra if name in names and name not in options.names]
             indices += map(names.index, dict.fromkeys(extra))
         return [columns[index] for index in indices]
-    for verb, listed in (("drop", options.drop), ("keep", options.keep)):
+    for purpose, listed in (("drop", options.drop), ("keep", options.keep), ("read as labels", options.label)):
         if unknown := [name for name in listed if name not in names]:
             similar = difflib.get_close_matches(unknown[0], names, n=3)
             hint = f"did you mean {' or '.join(map(repr, similar))}?" if similar else f"it has {join_names(names)}"
-            raise DataError(f"{path} has no column {unknown[0]!r} to {verb}: {hint}")
-    kept = [column for column in columns if column.name not in options.drop]
+            raise DataError(f"{path} has no column {unknown[0]!r} to {purpose}: {hint}")
+    if both := [name for name in options.label if name in {*options.drop, *options.keep}]:
+        other = "--keep" if both[0] in options.keep else "--drop"
+        raise DataError(f"{path}: --label and {other} both name {both[0]!r}: a label is no feature, so leave one out")
+    kept = [column for column in columns if column.name not in {*options.drop, *options.label}]
+    if not kept and options.label:
+        raise DataError(f"{path} has no column except labels: expected measurements to learn from")
     if not kept:
         raise DataError(f"{path}: all {len(names)} columns are dropped: keep at least one to learn from")
     return kept
@@ -306,15 +311,17 @@ def _find_columns(names: Sequence[str], wanted: Sequence[str], path: Path) -> li
 
 
 def choose_label_column(header: Sequence[str], path: Path, options: ReadOptions) -> LabelReader | None:
-    """Return the column that has the name of a label column and that no option makes a feature; None if there is none.
+    """Return the first column of `options.label`, or else one that has the name of a label column and is no feature.
 
-    In training, `build_raw_table` decides by the cells of the column whether it contains labels.
+    Return None if there is none. In training, `build_raw_table` decides by the cells of a column that was found by its
+    name whether it contains labels.
     """
     if options.tolerant:
         return None
     others = {*(options.names or ()), *options.drop, *options.keep}
     names = [column.name for column in _parse_header(header, path, typed=False)]
-    name = find_label_column([name for name in names if name not in others])
+    given = [name for name in options.label if name in names and name not in others]
+    name = given[0] if given else find_label_column([name for name in names if name not in others])
     return None if name is None else LabelReader(name, names.index(name))
 
 
@@ -348,10 +355,14 @@ def build_raw_table(
         frames = chain([first], frames)
         cells = first.to_series(labels.index)
         if cells.dtype.is_nested():
+            if labels.name in options.label:
+                raise DataError(f"{path}: column {labels.name!r} holds lists: expected one label in each row")
             labels = None  # lists are no labels
+        elif labels.name in options.label:
+            pass  # the user says that these are labels
         elif options.names is None or is_status_name(labels.name):
             labels = labels if look_like_labels(labels.name, cells.cast(str).unique().to_list()) else None
-    if labels is not None and options.names is None:
+    if labels is not None and options.names is None and labels.name not in options.label:
         features = [column for column in features if column.name != labels.name]
         notes.append(
             f"column {labels.name!r} holds labels, so it is not a feature: "
@@ -377,6 +388,7 @@ def build_raw_table(
         rows=rows,
         names=[column.name for column in features],
         units=[column.unit for column in features],
+        has_header=True,
         lines=lines,
         extra=tuple(column.name for column in columns[len(features) :]) if options.tolerant else (),
         details=details,
