@@ -13,7 +13,7 @@ import json
 import os
 import warnings
 import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -317,7 +317,7 @@ def load_content(content: bytes, path: Path, device: str = "cpu", is_inspected: 
         path=path,
         device=torch.device(device),
         twin=_read_twin(content, weights, path),
-        exhibits=_read_exhibits(content, path),
+        exhibits=_read_exhibits(content, path, (HELD_OUT, CALIBRATION, CARD)),
         calibration={name.removeprefix(prefix): buffer for name, buffer in weights.items() if name.startswith(prefix)},
         sha256=hashlib.sha256(content).hexdigest(),
     )
@@ -325,10 +325,7 @@ def load_content(content: bytes, path: Path, device: str = "cpu", is_inspected: 
 
 def read_trained_rows(artifact: Artifact) -> bytes | None:
     """Return the document TRAINED_ROWS of `artifact`; None if there is none, as in artifacts of earlier releases."""
-    with open_archive(_read_again(artifact)) as archive:
-        names = (name for name in archive.namelist() if name.partition("/")[2] == EXHIBIT_MEMBER.format(TRAINED_ROWS))
-        member = next(names, None)
-        return None if member is None else archive.read(member)
+    return _read_exhibits(_read_again(artifact), artifact.path, (TRAINED_ROWS,)).get(TRAINED_ROWS)
 
 
 def thaw(artifact: Artifact) -> torch.jit.ScriptModule:
@@ -460,11 +457,11 @@ def _read_twin(content: bytes, weights: Mapping[str, Tensor], path: Path) -> Twi
     return Twin(graphs, weights)
 
 
-def _read_exhibits(content: bytes, path: Path) -> dict[str, bytes]:
-    """Return the exhibits in `content`, the bytes of the artifact at `path`, by name."""
+def _read_exhibits(content: bytes, path: Path, names: Sequence[str]) -> dict[str, bytes]:
+    """Return those of the exhibits `names` that are in `content`, the bytes of the artifact at `path`, by name."""
     with open_archive(content) as archive:
         members = {name.partition("/")[2]: name for name in archive.namelist()}
-        wanted = {name: EXHIBIT_MEMBER.format(name) for name in (HELD_OUT, CALIBRATION, CARD)}
+        wanted = {name: EXHIBIT_MEMBER.format(name) for name in names}
         try:
             return {name: archive.read(members[member]) for name, member in wanted.items() if member in members}
         except UNREADABLE as error:
