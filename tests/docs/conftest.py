@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.commands import command, write
+from tests.commands import succeed, write
 from tests.docs.snippets import Servers, serving
 
 HEADER = "cpu [%],latency [ms],errors,memory [GB]"
@@ -53,7 +53,6 @@ def servers(demonstration: Path, files: Path, tmp_path_factory: pytest.TempPathF
     artifacts = tmp_path_factory.mktemp("served") / "artifacts"
     shutil.copytree(demonstration, artifacts)
     folders = "--artifacts", str(artifacts), "--runs", str(artifacts.parent / "runs")
-    trained = command("train", str(files / "metrics.csv"), "--model", "pca", "--name", "web", *folders)
-    assert trained.returncode == 0, trained.stderr
+    succeed("train", str(files / "metrics.csv"), "--model", "pca", "--name", "web", *folders)
     with serving(artifacts) as servers:
         yield servers

@@ -6,13 +6,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from models.artifact import load
-from tests.commands import command, in_process, two_factor_rows, write
+from tests.commands import in_process, succeed, two_factor_rows, write
 from tests.data import ROOT
 
 pytestmark = pytest.mark.slow
@@ -98,18 +99,31 @@ def test_training_into_a_read_only_folder_fails_before_the_training(tmp_path: Pa
     assert run.stderr.count("\n") == 1
 
 
+@contextmanager
+def full_disk(max_file_bytes: int) -> Iterator[None]:
+    """Let each write of this process beyond `max_file_bytes` fail until the block ends."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 @pytest.mark.parametrize("kind", ["pca", "vae"])
-def test_training_with_a_full_artifact_folder_fails_before_the_training(kind: str, tmp_path: Path) -> None:
+def test_training_with_a_full_artifact_folder_fails_before_the_training(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--model", kind, "--name", "a", *folders(tmp_path)]
-    process = start("train", "digits", *options, max_file_bytes=200_000)
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode, out) == (1, "")
+    with full_disk(200_000):
+        code, out, err = in_process(capsys, "train", "digits", *options)
+    assert (code, out) == (1, "")
     assert err.startswith(f"elbo: error: cannot write to the artifact folder {tmp_path}/artifacts/a (File too large")
     assert err.count("\n") == 1
     assert list((tmp_path / "artifacts" / "a").iterdir()) == []
 
 
-def test_run_can_be_resumed_if_its_publication_fails(tmp_path: Path) -> None:
+def test_run_can_be_resumed_if_its_publication_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--model", "ae", "--name", "a", "--epochs", "60", *folders(tmp_path)]
     process = start("train", "digits", *options)
     replace_model_folder_by_file(process, tmp_path / "artifacts" / "a")
@@ -120,11 +134,11 @@ def test_run_can_be_resumed_if_its_publication_fails(tmp_path: Path) -> None:
     assert message.startswith(f"elbo: error: cannot write to the artifact folder {tmp_path}/artifacts/a (File exists")
     assert message.endswith("The trained networks are kept: repeat elbo train with --resume to publish them")
     (tmp_path / "artifacts" / "a").unlink()
-    resumed = command("train", "digits", *options, "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    step, total = resumed.stderr.partition("resumed at step ")[2].split()[:3:2]
+    code, out, err = in_process(capsys, "train", "digits", *options, "--resume")
+    assert code == 0, err
+    step, total = err.partition("resumed at step ")[2].split()[:3:2]
     assert step == total
-    assert resumed.stdout.startswith("published a@1")
+    assert out.startswith("published a@1")
 
 
 def test_model_without_a_checkpoint_is_kept_if_its_publication_fails(tmp_path: Path) -> None:
@@ -144,7 +158,8 @@ def test_model_without_a_checkpoint_is_kept_if_its_publication_fails(tmp_path: P
 
 def test_model_is_kept_if_its_last_checkpoint_and_its_publication_fail(tmp_path: Path) -> None:
     (tmp_path / "temporary").mkdir()
-    options = ["--model", "ae", "--name", "a", "--epochs", "100", "--checkpoint-seconds", "0", *folders(tmp_path)]
+    options = ["--model", "ae", "--name", "a", "--epochs", "100", "--batch-size", "629"]
+    options += ["--checkpoint-seconds", "0", *folders(tmp_path)]
     process = start("train", "digits", *options, temporary=tmp_path / "temporary", as_root=False)
     checkpoint = tmp_path / "runs" / "a" / "checkpoint.pt"
     while not checkpoint.exists():
@@ -171,13 +186,19 @@ def test_full_disk_costs_the_checkpoint_but_not_the_run(tmp_path: Path) -> None:
     assert list((tmp_path / "runs" / "a").glob("checkpoint*")) == []
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with train.csv and with the model `hosts` in artifacts/."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = write(folder / "train.csv", two_factor_rows(1000, seed=0))
+    succeed("train", data, "--model", "pca", "--name", "hosts", *folders(folder))
+    return folder
+
+
 def test_calibration_into_an_unwritable_folder_prints_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = write(tmp_path / "train.csv", two_factor_rows(1000, seed=0))
-    options = ["--model", "pca", "--name", "hosts", *folders(tmp_path)]
-    assert in_process(capsys, "train", data, *options)[0] == 0
-    model = shutil.copy(tmp_path / "artifacts" / "hosts" / "1" / "model.pt", tmp_path / "model.pt")
+    model = shutil.copy(trained / "artifacts" / "hosts" / "1" / "model.pt", tmp_path / "model.pt")
     new = write(tmp_path / "new.csv", two_factor_rows(100, seed=1))
     code, out, err = in_process(capsys, "calibrate", str(model), new, "--artifacts", "/sys/elbo")
     assert (code, out) == (1, "")
@@ -186,14 +207,11 @@ def test_calibration_into_an_unwritable_folder_prints_one_line(
 
 
 @pytest.mark.parametrize("arguments", ["score hosts DATA", "evaluate hosts DATA", "inspect hosts"])
-def test_command_whose_output_goes_to_a_full_disk_prints_one_line(arguments: str, tmp_path: Path) -> None:
-    data = write(tmp_path / "train.csv", two_factor_rows(1000, seed=0))
-    options = ["--model", "pca", "--name", "hosts", *folders(tmp_path)]
-    assert command("train", data, *options).returncode == 0
-    words = [data if word == "DATA" else word for word in arguments.split()]
+def test_command_whose_output_goes_to_a_full_disk_prints_one_line(arguments: str, trained: Path) -> None:
+    words = [str(trained / "train.csv") if word == "DATA" else word for word in arguments.split()]
     with Path("/dev/full").open("w") as full:
         run = subprocess.run(
-            [sys.executable, "-m", "elbo", *words, "--artifacts", str(tmp_path / "artifacts")],
+            [sys.executable, "-m", "elbo", *words, "--artifacts", str(trained / "artifacts")],
             cwd=ROOT,
             stdout=full,
             stderr=subprocess.PIPE,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import command, two_factor_rows, write
+from tests.commands import in_process, succeed, two_factor_rows, write
 from tests.data import ROOT
 
 SCRIPT = """
@@ -33,7 +33,7 @@ print("rich" in sys.modules)
 TERMS = "reconstruction 23.46  kl 4.25  elbo 19.21 nats"
 
 
-def run_on_terminal(code: str, **environment: str) -> tuple[str, str]:
+def run_on_terminal(code: str, *arguments: str, **environment: str) -> tuple[str, str]:
     """Run `code` with standard error on an 80-column terminal and standard output in a file. Return both outputs."""
     parent, child = pty.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
@@ -41,7 +41,8 @@ def run_on_terminal(code: str, **environment: str) -> tuple[str, str]:
         {key: value for key, value in os.environ.items() if key != "NO_COLOR"} | {"TERM": "xterm"} | environment
     )
     file = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed below
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=file, stderr=child, env=environment)
+    command = [sys.executable, "-c", code, *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=child, env=environment)
     os.close(child)
     error_output = b""
     try:
@@ -117,24 +118,36 @@ STAGES = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["pca", "ae"])
-def test_bar_on_a_terminal_is_full_only_after_the_last_stage(kind: str, tmp_path: Path) -> None:
-    options = ["--model", kind, "--name", "m", "--artifacts", str(tmp_path), "--runs", str(tmp_path / "runs")]
-    epochs = [] if kind == "pca" else ["--epochs", "10", "--force"]
-    screen, out = run_on_terminal(f"import elbo; elbo.main({['train', 'digits', *options, *epochs]})")
-    assert out.startswith("published m@1")
-    places = [screen.index(f"m ({kind}): {stage}") for stage in STAGES]
-    assert places == sorted(places)
-    assert "100%" not in screen[: places[-1]]
-    assert "100%" in screen[places[-1] :]
+TWO_RUNS = """
+import sys, elbo
+for options in (["--model", "pca", "--name", "a"], ["--model", "ae", "--name", "b", "--epochs", "10", "--force"]):
+    try:
+        elbo.main(["train", "digits", *options, *sys.argv[1:]])
+    except SystemExit as end:
+        assert not end.code
+    print("the end of a run", file=sys.stderr)
+"""
 
 
 @pytest.mark.slow
-def test_reporter_on_a_pipe_prints_the_stages_before_the_metrics(tmp_path: Path) -> None:
+def test_bar_on_a_terminal_is_full_only_after_the_last_stage(tmp_path: Path) -> None:
+    screen, out = run_on_terminal(TWO_RUNS, "--artifacts", str(tmp_path), "--runs", str(tmp_path / "runs"))
+    assert re.findall("published [^:]*", out) == ["published a@1", "published b@1"]
+    for title, part in zip(("a (pca)", "b (ae)"), screen.split("the end of a run")[:2], strict=True):
+        places = [part.index(f"{title}: {stage}") for stage in STAGES]
+        assert places == sorted(places)
+        assert "100%" not in part[: places[-1]]
+        assert "100%" in part[places[-1] :]
+
+
+@pytest.mark.slow
+def test_reporter_that_writes_to_no_terminal_prints_the_stages_before_the_metrics(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--model", "pca", "--name", "m", "--artifacts", str(tmp_path), "--runs", str(tmp_path / "runs")]
-    run = run_through_pipe(f"import elbo; elbo.main({['train', 'digits', *options]})")
-    lines = run.stderr.splitlines()
+    code, _, err = in_process(capsys, "train", "digits", *options)
+    assert code == 0
+    lines = err.splitlines()
     assert lines[1:-1] == ["training m (pca)", *STAGES[:3]]  # the first line is a note on the data
     assert lines[-1].startswith("trained in ")
 
@@ -143,7 +156,7 @@ def test_reporter_on_a_pipe_prints_the_stages_before_the_metrics(tmp_path: Path)
 def test_score_shows_its_progress_on_a_terminal_if_the_results_go_elsewhere(tmp_path: Path) -> None:
     data = write(tmp_path / "a.csv", two_factor_rows(3000, seed=0))
     folders = ["--artifacts", str(tmp_path), "--runs", str(tmp_path / "runs")]
-    assert command("train", data, "--model", "pca", "--name", "hosts", *folders).returncode == 0
+    succeed("train", data, "--model", "pca", "--name", "hosts", *folders)
     screen, out = run_on_terminal(f"import elbo; elbo.main({['score', 'hosts', data, '--artifacts', str(tmp_path)]})")
     assert len(out.splitlines()) == 3000
     counts = [int(count) for count in re.findall(r"(\d+)/\d+", screen)]
