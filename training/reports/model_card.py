@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from models.errors import join_names
 from models.manifest import SERIES_CORRELATION, Manifest
 from training.config import TrainConfig
+from training.data.readers.raw_table import list_value
 from training.fitting.defaults import resolved_config
 from training.reports.describe import DEFAULT_ALPHA, KIND_NAMES, against_pca, few_calibration_rows, latents_phrase
 
@@ -201,7 +202,7 @@ def _changed_options(manifest: Manifest) -> Iterator[tuple[str, str]]:
         if name == "size" and isinstance(value, tuple):
             yield name, "x".join(map(str, value))
         elif isinstance(value, tuple):
-            yield name, ",".join(map(str, value)) or "none"
+            yield name, list_value(value) or "none"
         else:
             yield name, str(value)
 
