@@ -1,5 +1,6 @@
 """Artifacts are tried out in a child process before a server or a command loads them."""
 
+import importlib
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from models.errors import ArtifactError, ArtifactUnsafe
 from models.pipeline import Pipeline
 from models.trial import TrialLimits, run_trial
 from service.inference.model_loader import ModelLoader
+from service.inference.trial import LATE_IMPORTS
 from tests.models import hostile
 from tests.models.builders import CORES
 from tests.models.publishing import GAPS, publish_twin
@@ -44,7 +46,7 @@ class TakesAllMemory(Pipeline):
 class ComputesForASecond(Pipeline):
     def decode(self, z: Tensor) -> Tensor:
         for _ in range(500_000):
-            z = z + 0
+            z = -z
         return self.scaling.inverse(self.core.decode(z))
 
 
@@ -77,6 +79,8 @@ def test_artifact_that_needs_hours_or_all_memory_is_refused_by_its_trial(kind: s
 def test_trial_of_a_slow_model_allows_no_batch_that_is_larger_than_those_it_has_run(tmp_path: Path) -> None:
     path = hostile.publish_code(tmp_path, ComputesForASecond)
     loader = ModelLoader(backend="torchscript")
+    for module in LATE_IMPORTS:
+        importlib.import_module(module)
     verdict = run_trial(path, path.read_bytes, lambda content: loader.try_out(content, path), TrialLimits(60))
     assert verdict["rows"] == 1
 
