@@ -246,6 +246,15 @@ def load(path: Path, device: str = "cpu", keys: TrustedKeys | None = None, diges
     return replace(load_content(content, path, device, is_inspected=digest is not None), signed_by=signed_by)
 
 
+def prepare_trials() -> None:
+    """Let torch examine the processor now. Call this in the process from which trials are forked.
+
+    torch examines the processor when it first needs to, and reads /proc/cpuinfo for that. A trial cannot open files.
+    torch would then choose another algorithm for convolutions, whose results differ from the golden answers.
+    """
+    torch.backends.nnpack.is_available()
+
+
 def load_after_trial(path: Path, keys: TrustedKeys | None = None, limits: TrialLimits | None = None) -> Artifact:
     """Load the artifact at `path` on the CPU, after a child process has loaded it within `limits`. See `load`.
 
@@ -271,6 +280,7 @@ def load_after_trial(path: Path, keys: TrustedKeys | None = None, limits: TrialL
         load_content(content, path)
         return {}
 
+    prepare_trials()
     run_trial(path, read, work, limits or TrialLimits())
     return load(path, keys=keys, digest=digest)
 

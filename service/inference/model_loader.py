@@ -8,7 +8,7 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from models.artifact import Artifact, load, load_content
+from models.artifact import Artifact, load, load_content, prepare_trials
 from models.errors import ArtifactMismatch
 from models.manifest import DIGEST_LENGTH, read_sealed
 from models.signatures import TrustedKeys, identify
@@ -117,6 +117,10 @@ class ModelLoader:
         if decided:
             return replace(selection, reason="selected when this server first loaded these weights")
         return selection
+
+    def prepare_trials(self) -> None:
+        """Prepare this process, from which the trial process is forked. See `models.artifact.prepare_trials`."""
+        prepare_trials()
 
     def try_out(self, content: bytes, path: Path) -> Verdict:
         """Load the artifact in `content` on the CPU, and run all operations on both backends. See `TrialClient`.

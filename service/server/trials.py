@@ -21,4 +21,5 @@ def start_trials(settings: Settings) -> TrialClient | None:
         max_batch_rows=settings.max_batch_rows,
         max_batch_bytes=settings.max_batch_bytes,
     )
+    loader.prepare_trials()
     return start_trial_process(loader.try_out, TrialLimits(settings.trial_seconds, settings.trial_bytes))

@@ -1,6 +1,8 @@
 """The list of allowed names fits exactly what training writes: every kind of model loads, and no name is unused."""
 
 import ast
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,15 @@ def test_every_kind_of_model_loads_and_no_allowed_name_is_unused(paths: list[Pat
     used = {name for name in used if name.startswith(("torch.", "ops."))}
     assert used - {*allowed_code.TRAINED, *allowed_code.NEVER_REACHED} == set()
     assert {*allowed_code.TRAINED, *allowed_code.NEVER_REACHED} - used == set()
+
+
+def test_convolutional_models_load_after_a_trial_in_a_new_process(paths: list[Path]) -> None:
+    convolutional = [path for path, options in zip(paths, DIGITS, strict=False) if options.get("network") == "conv"]
+    assert len(convolutional) == 4
+    code = "import sys; from pathlib import Path; from models.artifact import load_after_trial\n"
+    code += "for path in sys.argv[1:]: load_after_trial(Path(path))"
+    done = subprocess.run([sys.executable, "-c", code, *map(str, convolutional)], capture_output=True, text=True)
+    assert done.stderr == ""
 
 
 def test_list_of_names_that_adopted_models_may_use_is_still_empty() -> None:
