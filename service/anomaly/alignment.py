@@ -15,7 +15,7 @@ from service.codec.feature_names import FeatureSelectors
 from service.codec.remote_write import LABEL_BYTES, METRIC_NAME_LABEL, SERIES_BYTES, Series, is_stale
 
 MAX_INCOMPLETE_ROWS = 10_000  # beyond this number, the oldest row is completed with the samples that it has
-MAX_SORTED_ROWS = 2000  # maximum number of rows that are put in order of time at once, which takes about 4 ms
+MAX_SORTED_ROWS = 2000  # maximum number of rows that are put in order of time in one pass of the event loop
 MAX_SERIES = 100_000  # maximum number of label sets whose feature and group are cached
 MAX_SERIES_BYTES = 64 * 2**20  # maximum memory for these label sets
 MAX_GROUPS = 10_000  # maximum number of groups whose last completed times are remembered

@@ -15,7 +15,7 @@ CHUNK_BYTES = 64 * 1024  # maximum size of a decompressed chunk
 # zlib copies the rest of its input after each member. With little input per call, the time to decompress many small
 # members does not grow with the square of their number.
 INPUT_BYTES = 4 * 1024
-# A gzip file may consist of many members, but each costs 10 µs, even if it is empty.
+# A gzip file may consist of many members, but each costs time, even if it is empty.
 FREE_MEMBERS = 1000
 MIN_MEMBER_BYTES = 64  # minimum of the mean decompressed size of the members beyond FREE_MEMBERS
 GZIP_NAMES = ("gzip", "x-gzip")

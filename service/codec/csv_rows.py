@@ -190,7 +190,7 @@ class _Lines:
             return piece.decode()
         except UnicodeDecodeError:
             pass
-        # Each invalid byte takes 0.3 µs, so that a long line must be decoded in parts.
+        # Python replaces invalid bytes one by one, so a long line is decoded in parts: each holds the lock briefly.
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         parts = []
         for start in range(0, len(piece), DECODED_BYTES):

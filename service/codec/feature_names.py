@@ -108,7 +108,7 @@ def closest(title: str, features: Iterable[str]) -> str | None:
     """Return the feature whose name is most similar to `title`, or None if no name is similar.
 
     Upper and lower case, and a unit in the title, make no difference. At most MAX_COMPARED features are compared. The
-    similarity of two names takes 0.1 ms to compute, so a quick comparison of their letters selects a few names first.
+    similarity of two names is slow to compute, so a quick comparison of their letters selects a few names first.
     """
     features = list(islice(features, MAX_COMPARED))
     name, by_name = _comparable(title), {_comparable(feature): feature for feature in reversed(features)}

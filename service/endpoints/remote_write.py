@@ -27,8 +27,8 @@ from service.schemas import AnomalyBody
 
 POLL_SECONDS = 1.0  # interval between two checks for rows that have waited long enough for missing samples
 MAX_WAITING_ROWS = 20_000  # maximum number of rows that wait to be scored; above it, requests are refused
-PART_SAMPLES = 500  # number of samples that are added at once; adding them takes about 1 ms
-SCORED_ROWS = 100  # number of rows that are scored at once; preparing them takes about 2 ms
+PART_SAMPLES = 500  # number of samples that are added in one pass of the event loop
+SCORED_ROWS = 100  # number of rows that are scored in one pass of the event loop
 MAX_LOGGED_ROWS = 5  # maximum number of anomalous rows to log each time that rows are scored
 LOGGED_FEATURES = 3  # number of features to log per anomalous row
 TIME, GROUP = "\0time", "\0group"  # keys of the time and the group in a record; no feature can have such a name

@@ -47,7 +47,7 @@ def validate(schema: type[B], fields: dict[str, Any]) -> B:
 def _surplus_field(schema: type[Body], fields: dict[str, Any]) -> tuple[str, ...]:
     """Return the path of an unknown field if an object has more fields than its schema; an empty path if none has.
 
-    pydantic would find it too, but takes 30 µs for each unknown field.
+    pydantic would find it too, but slowly: a body may have thousands of unknown fields.
     """
     names, objects = _fields_of(schema)
     if len(fields) > len(names):

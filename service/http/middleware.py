@@ -23,8 +23,9 @@ Handler = Callable[[RequestContext], Awaitable[HttpResponse]]
 class RequestMiddleware:
     """The ASGI middleware that every request passes through.
 
-    It calls the `handlers` of POST requests directly, without FastAPI. FastAPI would take 50 µs per request for its
-    middleware stack, router, dependency resolution and response validation. Inference uses none of these four.
+    It calls the `handlers` of POST requests directly, without FastAPI. FastAPI would spend time on its middleware
+    stack, router, dependency resolution and response validation, and inference uses none of these four. What a request
+    costs: benchmarks/serving/request_cost.py.
 
     Args:
         app: the application that handles all requests without an entry in `handlers`.
