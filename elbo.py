@@ -266,7 +266,15 @@ def train(
     from training.data.table import read_table
 
     table = read_table(
-        data, config.drop, config.keep, config.size, escape=config.escape, layout=config.layout, label=config.label
+        data,
+        config.drop,
+        config.keep,
+        config.size,
+        escape=config.escape,
+        layout=config.layout,
+        label=config.label,
+        time=config.time,
+        group=config.group,
     )
     try:
         is_first_process = _train(
@@ -676,10 +684,12 @@ def score(
     ] = False,
     format_: Annotated[Format, typer.Option("--format", help="one JSON object per line, or CSV")] = Format.ndjson,
     time: Annotated[
-        str | None, typer.Option(metavar="<column>", help="column with the time of the row; default: timestamp")
+        str | None,
+        typer.Option(metavar="<column>", help="column with the time of the row; default: as trained, or timestamp"),
     ] = None,
     group: Annotated[
-        str | None, typer.Option(metavar="<column>", help="column with the group of the row; default: host")
+        str | None,
+        typer.Option(metavar="<column>", help="column with the group of the row; default: as trained, or host"),
     ] = None,
     escape: EscapeOption = None,
     artifacts: ArtifactFolder = DEFAULT_ARTIFACTS,

@@ -19,7 +19,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from models.archive_check import MAX_FILE_BYTES, MAX_MANIFEST_BYTES, MAX_MANIFEST_VALUES, open_archive
 from models.errors import (
@@ -92,7 +100,7 @@ class Data(_Frozen):
     held_out: Count
     calibration: Count
     distinct: Count | None = None  # groups of equal or nearly equal rows; None in artifacts of earlier releases
-    neighbour_correlation: float | None = None  # largest rank correlation between a row and the next row in the source
+    neighbour_correlation: float | None = None  # largest rank correlation between a row and a row near it
 
 
 class CalibrationSize(_Frozen):
@@ -123,6 +131,26 @@ class Latent(_Frozen):
     kl: float | None  # mean KL divergence over the rows, in nats; None unless the model is a VAE
     variance: float  # variance of the posterior mean over the rows
     active: bool
+
+
+class Period(_Frozen):
+    """A period, both ends included, in ISO 8601 and UTC."""
+
+    first: str
+    last: str
+
+
+class Timeline(_Frozen):
+    """The times of the training rows, and how they were split by time."""
+
+    time_column: str
+    group_column: str | None  # the column of the group of a row, such as its host
+    groups: Count  # number of groups; 1 without a column of groups
+    usual_step_seconds: float | None  # the usual time between two rows of a group; None if it is unknown
+    gap_rows: Count  # rows of each group that are left out before the held-out rows and before the calibration rows
+    fit: Period
+    held_out: Period
+    calibration: Period | None  # None if the model was recalibrated on rows without times
 
 
 class Golden(_Frozen):
@@ -159,12 +187,21 @@ class Manifest(_Frozen):
     comparison: dict[str, dict[str, float]] = {}  # metrics of other models on the same held-out rows, by kind
     recalibration: Recalibration | None = None  # None if the model was not recalibrated
     warnings: list[str] = []  # why the model may be of no use; see training.evaluation.worth
+    timeline: Timeline | None = None  # None if the model was trained without times
 
     @model_validator(mode="after")
     def _check_shape(self) -> Self:
         if math.prod(self.shape) != len(self.features):
             raise ValueError(f"expected {math.prod(self.shape)} features for shape {self.shape}, got {self.width}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out_absent_timeline(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Return the fields. Releases without time refuse the field `timeline`, but can read all other models."""
+        fields: dict[str, Any] = serialise(self)
+        if self.timeline is None:
+            fields.pop("timeline", None)
+        return fields
 
     @property
     def width(self) -> int:

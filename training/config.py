@@ -1,8 +1,16 @@
 """Options of a training run, with their defaults. The module imports no torch, so that `elbo train --help` is fast."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
 
 from models.manifest import NAME
 
@@ -123,6 +131,14 @@ class TrainConfig(BaseModel):
         description="columns that hold labels although no name says so: they are no features, and the first one says "
         "which rows are anomalous; without this option, a label column is found by its name",
     )
+    time: str | None = Field(
+        None,
+        description="column with the time of each row (ISO 8601, or Unix time in s, ms, us or ns): split the rows by "
+        "time, and calibrate on the newest; default: split them at random",
+    )
+    group: str | None = Field(
+        None, description="column with the group of each row, such as its host; needs --time; default: one group"
+    )
     size: tuple[int, int] | None = Field(
         None,
         description="<height>x<width>: crop each image of a folder around its centre, and resize it to this size",
@@ -149,6 +165,23 @@ class TrainConfig(BaseModel):
     )
     compile: bool = Field(False, description="compile the networks with torch.compile: slower start, faster steps")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device on which the networks train")
+
+    @field_validator("group")
+    @classmethod
+    def _check_group(cls, group: str | None, info: ValidationInfo) -> str | None:
+        time = info.data.get("time")
+        if group is not None and time is None:
+            raise ValueError("expected --time too, because rows are put in order within a group")
+        if group is not None and group == time:
+            raise ValueError("expected another column than that of --time")
+        return group
+
+    @model_serializer(mode="wrap")
+    def _leave_out_absent_columns(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Return the options. Releases without time refuse `time` and `group`, but can read all other artifacts."""
+        options: dict[str, Any] = serialise(self)
+        absent = {name for name in ("time", "group") if options.get(name, "") is None}
+        return {name: value for name, value in options.items() if name not in absent}
 
     @property
     def widths(self) -> tuple[int, ...]:

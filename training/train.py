@@ -12,7 +12,8 @@ from models import artifact
 from models.keys import PrivateKey
 from models.manifest import Manifest
 from training.config import AUTO_KINDS, TrainConfig
-from training.data.table import Table, split_rows
+from training.data.table import Table
+from training.data.time_split import split_table
 from training.errors import FitError
 from training.evaluation.metrics import held_out_metrics, pca_metrics
 from training.evaluation.model_selection import Candidate, compare
@@ -73,6 +74,7 @@ def train(
         refuse_other_features(table, artifacts, config.name)
     artifact.require_writable(artifacts, config.name)
     report = report if processes.is_first else SilentReporter()
+    _refuse_other_columns(config, table)
     for note in [*table.notes, *table.warnings]:
         report.note(note)
     configs = _configs_per_kind(config)
@@ -81,7 +83,9 @@ def train(
         stores = _checkpoint_stores(configs, table, runs, checkpoint_seconds, resume=resume, alone=alone)
         if resume:
             stores = _set_to_resume(stores)
-        data = prepare_data(table, split_rows(len(table.x), config.seed, table.x.width, table.copies), config.robust)
+        data = prepare_data(table, split_table(table, config.seed), config.robust)
+        for note in data.split_notes:
+            report.note(note)
         candidates = [
             _fit_candidate(each, data, report, checkpoints=store, tensorboard=tensorboard, processes=processes)
             for each, store in zip(configs, stores, strict=True)
@@ -90,6 +94,17 @@ def train(
         if processes.is_first:
             path = _finish(candidates, stores, data, artifacts, report, runs, force=force, key=key)
         return processes.broadcast_path(path)
+
+
+def _refuse_other_columns(config: TrainConfig, table: Table) -> None:
+    """Raise FitError if `table` was read with other columns of times and groups than those of `config`."""
+    timeline = table.timeline
+    read = (None, None) if timeline is None else (timeline.time_column, timeline.group_column)
+    if (config.time, config.group) != read:
+        raise FitError(
+            f"the table was read with time={read[0]!r} and group={read[1]!r}, but the options are time={config.time!r} "
+            f"and group={config.group!r}: give read_table and TrainConfig the same columns"
+        )
 
 
 def can_resume(config: TrainConfig, table: Table, runs: Path) -> bool:
@@ -218,7 +233,7 @@ def _finish(
         store.remove()
         if candidate is chosen:
             _write_report(folder, manifest, candidate, data, report)
-    for warning in data.table.warnings:
+    for warning in data.notes:
         if warning.startswith("WARNING"):
             report.note(warning)  # again, because the progress of a long run has hidden the first
     if not manifest.calibration.reaches(DEFAULT_ALPHA):
@@ -244,7 +259,7 @@ def _write_report(folder: Path, manifest: Manifest, candidate: Candidate, data: 
         held_out=data.held_out,
         labels=None if labels is None else labels[data.split.held_out],
         label_names=data.table.label_names,
-        notes=[*data.table.notes, *data.table.warnings, *candidate.recorder.notes],
+        notes=[*data.notes, *candidate.recorder.notes],
         report=report,
     )
 

@@ -36,6 +36,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"web-{index % 3},2026-01-01T00:00:00Z,{index},{','.join(map(str, row))}" for index, row in enumerate(rows)
     ]
     (folder / "hosts.csv").write_text("\n".join([f"host,time,rack,{HEADER}", *lines]) + "\n")
+    times = [f"2026-01-{1 + index // 3 // 24:02}T{index // 3 % 24:02}:00:00Z" for index in range(len(rows))]
+    lines = [f"{time},web-{index % 3},{','.join(map(str, rows[index]))}" for index, time in enumerate(times)]
+    (folder / "fleet.csv").write_text("\n".join([f"ts,host,{HEADER}", *lines]) + "\n")
     gaps = [",".join("" if column == 1 else f"{value:.4f}" for column, value in enumerate(row)) for row in rows[:40]]
     whole = [",".join(f"{value:.4f}" for value in row) for row in rows[40:]]
     (folder / "gaps.csv").write_text("\n".join([HEADER, *gaps, *whole]) + "\n")

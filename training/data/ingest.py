@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from training.data.readers import LineNumbers, RawTable, describe_row
+from training.data.line_numbers import LineNumbers, describe_row
+from training.data.readers import RawTable
 from training.data.row_store import RowStore, RowWriter, fits_in_memory
 from training.errors import DataError
 
@@ -39,6 +40,7 @@ class ColumnStatistics:
         self.missing = np.zeros(width, np.int64)  # [D] number of missing values
         self.first_missing = np.full(width, -1)  # [D] row of the first missing value; -1 if there is none
         self.infinite: dict[int, InfiniteValues] = {}  # infinite values by column number
+        self._empty: list[npt.NDArray[np.int64]] = []  # numbers of the rows without any value
 
     def add(self, block: Array) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_] | None]:
         """Update the statistics with rows [n, D] of any real dtype.
@@ -61,9 +63,16 @@ class ColumnStatistics:
         self.low = np.fmin(self.low, np.fmin.reduce(block, axis=0).astype(np.float64))
         self.high = np.fmax(self.high, np.fmax.reduce(block, axis=0).astype(np.float64))
         count = len(block) if filled is None else int(filled.sum())
+        if filled is not None:
+            self._empty.append(self.rows + self.empty_rows + np.flatnonzero(~filled))
         self.rows += count
         self.empty_rows += len(block) - count
         return (x if filled is None else x[filled]), filled
+
+    def filled_rows(self) -> npt.NDArray[np.int64]:
+        """Return the numbers of the rows of the source that have at least one value, ascending."""
+        numbers = np.arange(self.rows + self.empty_rows)
+        return np.delete(numbers, np.concatenate(self._empty)) if self._empty else numbers
 
     def _count_missing(self, missing: npt.NDArray[np.bool_]) -> None:
         counts = missing.sum(axis=0)

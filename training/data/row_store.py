@@ -4,6 +4,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Iterator
+from contextlib import closing
 from io import BytesIO
 from typing import Any, BinaryIO, cast
 
@@ -158,6 +159,25 @@ class RowWriter:
         """Close the temporary file. The result of `rows` stays readable, because it has a descriptor of its own."""
         if not isinstance(self._file, BytesIO):  # a BytesIO must stay open: the returned rows use its memory
             self._file.close()
+
+
+def reorder(rows: RowStore, order: npt.NDArray[np.int64], limit: int) -> RowStore:
+    """Return the rows at `order`, in that order.
+
+    Args:
+        limit: maximum size of a table in memory, as for `RowWriter`.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    if np.array_equal(order, np.arange(len(rows))):
+        return rows
+    if not rows.on_disk:
+        return RowStore(rows.take(order))
+    with closing(RowWriter(rows.width, np.float32, limit)) as writer:
+        for start in range(0, len(order), rows.block_rows):
+            writer.add(rows.take(order[start : start + rows.block_rows]))
+        return writer.rows()
 
 
 def _write_all(file: BytesIO | BinaryIO, content: memoryview) -> None:

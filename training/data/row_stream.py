@@ -125,15 +125,19 @@ def stream_for_model(
     Args:
         source: as for `read_for_model`.
         manifest: the manifest of the model.
-        time: name of the column of times; by default TIME, if the source has this column.
-        group: name of the column of groups; by default GROUP, if the source has this column.
+        time: name of the column of times; by default that of the training rows, or TIME, if the source has it.
+        group: name of the column of groups; by default that of the training rows, or GROUP, if the source has it.
         escape: as for `read_for_model`.
 
     Raises:
         DataError: the source cannot be used, or lacks the column `time` or `group`.
     """
-    wanted = {"time": time or TIME, "group": group or GROUP}
-    raw = open_for_model(source, manifest, escape=escape, tolerant=True, extra=tuple(wanted.values()))
+    trained = manifest.timeline
+    times = [time] if time else [TIME] if trained is None else [trained.time_column, TIME]
+    groups = (
+        [group] if group else [GROUP] if trained is None or not trained.group_column else [trained.group_column, GROUP]
+    )
+    raw = open_for_model(source, manifest, escape=escape, tolerant=True, extra=(*times, *groups))
     present = raw.extra
     for option, name in (("--time", time), ("--group", group)):
         if name is not None and name not in present:
@@ -142,8 +146,8 @@ def stream_for_model(
         source=source,
         names=[feature.name for feature in manifest.features],
         total=raw.rows,
-        time=wanted["time"] if wanted["time"] in present else None,
-        group=wanted["group"] if wanted["group"] in present else None,
+        time=next((name for name in times if name in present), None),
+        group=next((name for name in groups if name in present), None),
         raw=raw,
         medians=np.array([feature.median for feature in manifest.features], np.float32),
         may_be_missing=np.array([feature.missing > 0 for feature in manifest.features]),

@@ -8,8 +8,9 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,9 +23,12 @@ from training.data.ingest import ColumnStatistics, full_disk_as_data_error, inge
 from training.data.labels import Labels, interpret
 from training.data.layout import PIXEL_RANGES, Layout, recognise
 from training.data.readers import RawTable, ReadOptions, format_option, load
-from training.data.row_store import RowStore
+from training.data.readers.columns import refusal
+from training.data.readers.row_order import RISES, OrderDetector
+from training.data.row_store import RowStore, reorder
 from training.data.sentinels import describe_sentinels
-from training.data.series import neighbour_correlations
+from training.data.series import Resemblance, find_resemblance, neighbour_correlations
+from training.data.timeline import Timeline
 from training.errors import DataError
 
 if TYPE_CHECKING:
@@ -41,8 +45,16 @@ MAX_HELD_OUT_BYTES = 64 << 20
 MIN_DISTINCT = 256  # a note warns if float32 has fewer distinct values than this in the range of a column
 MAX_EXACT_INTEGER = 2.0**24  # float32 holds all integers up to this value
 FEW_GREYS = 16  # bytes up to this value are masks or images of few grey levels, and not dark images from 0 to 255
+CHECKED_GROUPS = 5  # a column is a counter if it rises with the time in each of so many groups, the largest
 FEW_VALUES = 10  # a note warns if a column has fewer values than this, and this many missing values or more
 LISTED_NAMES = 3  # number of features that a note lists before "and N more"
+SERIES_ADVICE = (
+    "The false-alarm rate is promised only for rows exchangeable with the calibration rows, and rows of other days are "
+    "not: expect many more false alarms on them. If the file has a column with the time of the rows, train with --time "
+    "COLUMN (and --group COLUMN if it has rows of several hosts): the rows are then split by time, and the newest "
+    "calibrate. Otherwise take days that are not in the file, measure the rate on them with elbo evaluate, and "
+    "calibrate on them with elbo calibrate"
+)
 
 
 @dataclass(frozen=True)
@@ -66,15 +78,24 @@ class Table:
     # A warning if the rows are for a model of images but their pixel range is not the model's.
     pixel_warning: str | None = field(default=None, kw_only=True)
     present_labels: list[str] = field(default_factory=list, kw_only=True)  # the different labels of the source
+    # When each row was measured, and its group. The rows are then sorted by group and time. None if it is unknown.
+    timeline: Timeline | None = field(default=None, kw_only=True)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the row shape, the feature names and the values, as hexadecimal digits."""
+        """SHA-256 of the row shape, the feature names, the values, and the times and groups if they are known.
+
+        The digits are hexadecimal.
+        """
         digest = hashlib.sha256(json.dumps([self.shape, self.names]).encode())
         for _, rows in self.x.blocks():
             values = np.ascontiguousarray(rows, dtype="<f4")
             values[np.isnan(values)] = np.nan  # NaN has many bit patterns: give every NaN the same one
             digest.update(values.data)
+        if self.timeline is not None:
+            digest.update(np.ascontiguousarray(self.timeline.time, "<i8").data)
+            digest.update(np.ascontiguousarray(self.timeline.group, "<i4").data)
+            digest.update(json.dumps(self.timeline.groups).encode())
         return digest.hexdigest()
 
     @cached_property
@@ -88,14 +109,30 @@ class Table:
         return neighbour_correlations(self.x, self.copies.first_rows, self.labels)
 
     @cached_property
+    def resemblance(self) -> Resemblance:
+        """How much rows near each other in the file resemble each other in a principal component."""
+        if self.timeline is not None or self.neighbour_correlations.max() >= SERIES_CORRELATION:
+            return Resemblance(0.0, 0)  # it is known already
+        return find_resemblance(self.x, self.copies.first_rows, self.labels)
+
+    @cached_property
     def warnings(self) -> list[str]:
         """What the user should know about rows that depend on each other, because the false-alarm rate suffers."""
         warnings = []
         if self.copies.distinct < len(self.x):
-            warnings.append(_describe_copies(self.copies, len(self.x)))
+            warnings.append(_describe_copies(self.copies, len(self.x), self.timeline is not None))
+        if self.timeline is not None:
+            return warnings  # the rows are a series, and split as one
         if self.neighbour_correlations.max() >= SERIES_CORRELATION:
             warnings.append(_describe_series(self.names, self.neighbour_correlations))
+        elif self.resemblance.correlation >= SERIES_CORRELATION:
+            warnings.append(_describe_resemblance(self.resemblance))
         return warnings
+
+    @property
+    def series_correlation(self) -> float:
+        """The largest rank correlation between a row and a row near it in the file; 0 if it may be a coincidence."""
+        return max(float(self.neighbour_correlations.max()), self.resemblance.correlation)
 
 
 @dataclass(frozen=True)
@@ -140,7 +177,7 @@ def split_rows(count: int, seed: int, width: int = 1, copies: Copies | None = No
         )
     random = np.random.RandomState(seed)  # NumPy may change the numbers of Generator, never those of RandomState
     order = random.permutation(distinct)
-    most = min(MAX_HELD_OUT_ROWS, max(MINIMUM_ROWS, MAX_HELD_OUT_BYTES // (4 * width)))
+    most = most_kept_rows(width)
     held_out, calibration = min(round(0.1 * distinct), most), min(round(0.2 * distinct), most)
     split = Split(
         fit=order[held_out + calibration :],
@@ -159,6 +196,11 @@ def split_rows(count: int, seed: int, width: int = 1, copies: Copies | None = No
     )
 
 
+def most_kept_rows(width: int) -> int:
+    """Return the largest number of held-out rows or of calibration rows, for rows of `width` values."""
+    return min(MAX_HELD_OUT_ROWS, max(MINIMUM_ROWS, MAX_HELD_OUT_BYTES // (4 * width)))
+
+
 def read_table(
     source: str,
     drop: Sequence[str] = (),
@@ -168,6 +210,9 @@ def read_table(
     escape: str | None = None,
     layout: Layout | None = None,
     label: Sequence[str] = (),
+    *,
+    time: str | None = None,
+    group: str | None = None,
 ) -> Table:
     """Return the table in `source`: "digits", a .npy, .npz, .csv or .parquet file, or a folder of images.
 
@@ -181,12 +226,17 @@ def read_table(
         escape: how CSV writes a quotation mark inside a quoted cell: "double" (two marks) or "backslash".
         layout: what the dimensions of an array mean; None to recognise it by the shape and the values.
         label: columns of labels, which are no features; the first is read. Empty to find one by its name.
+        time: column with the time of each row. The rows are then sorted by group and, within a group, by time.
+        group: column with the group of each row, such as its host.
 
     Raises:
         DataError: the source cannot be used. The message is one line that says what to do.
     """
     with full_disk_as_data_error(source):
-        raw = load(source, ReadOptions(drop=drop, keep=keep, size=size, escape=escape, layout=layout, label=label))
+        options = ReadOptions(
+            drop=drop, keep=keep, size=size, escape=escape, layout=layout, label=label, time=time, group=group
+        )
+        raw = load(source, options)
     rows, statistics, raw_labels = ingest(raw, source, limit)
     names = raw.names or _numbered_names(raw.shape, "x")
     statistics.refuse_infinite(source, names, raw.lines)
@@ -200,13 +250,13 @@ def read_table(
     elif pixel_range is None and len(raw.shape) > 1:
         recognised = layout or recognise(raw.shape, raw.dtype, statistics.low, statistics.high)
         if recognised == "nchw" and layout is None:
-            return read_table(source, drop, keep, size, limit, escape, recognised, label)
+            return read_table(source, drop, keep, size, limit, escape, recognised, label, time=time, group=group)
         if recognised != "ntc":
             pixel_range = _guess_pixel_range(raw.dtype, statistics)
         layout_notes = [_describe_layout(raw.shape, pixel_range, recognised)]
     if raw.names is None and pixel_range is not None:
         names = _numbered_names(raw.shape, "pixel")
-    return Table(
+    table = Table(
         x=rows,
         shape=raw.shape,
         names=names,
@@ -227,6 +277,75 @@ def read_table(
         anomalous=labels.anomalous,
         present_labels=labels.present,
     )
+    table = _in_order_of_time(table, raw, statistics, limit)
+    _refuse_counters(table, keep)
+    return table
+
+
+def _refuse_counters(table: Table, keep: Sequence[str]) -> None:
+    """Raise DataError if a column rises, or falls, with the time in each of the largest groups, as counters do.
+
+    The readers have refused columns that do so with the row number, but the rows of a file may be in any order.
+    """
+    if table.timeline is None:
+        return
+    starts = table.timeline.starts
+    largest = np.argsort(-np.diff(starts), kind="stable")[:CHECKED_GROUPS]
+    directions = np.zeros((len(largest), table.x.width), np.int64)
+    for index, group in enumerate(largest):
+        order = OrderDetector(table.x.width)
+        for start in range(starts[group], starts[group + 1], table.x.block_rows):
+            order.add(table.x.read_range(start, min(start + table.x.block_rows, int(starts[group + 1]))))
+        directions[index] = order.directions()
+    same = (directions == directions[0]).all(axis=0) & (np.abs(directions[0]) == RISES)
+    found = {
+        table.names[column]: f"a counter: it {'rises' if directions[0, column] == RISES else 'falls'} with the time"
+        for column in np.flatnonzero(same)
+        if table.names[column] not in keep
+    }
+    if found:
+        raise refusal(Path(table.source), found, list(found))
+
+
+def _in_order_of_time(table: Table, raw: RawTable, statistics: ColumnStatistics, limit: int) -> Table:
+    """Return `table` with a timeline, and its rows in the order of the timeline, if `raw` has times.
+
+    A row that repeats the previous row of its group, with the same time and the same values, is left out.
+
+    Args:
+        table: the rows that `raw` contained, in the order of the source.
+        limit: as for `read_table`.
+
+    Raises:
+        DataError: the times or the groups cannot be used.
+    """
+    if raw.timeline is None:
+        return table
+    timeline, order, notes = raw.timeline.finish(statistics.filled_rows(), raw.lines)
+    repeated = np.flatnonzero(timeline.steps == 0)  # the same group and time as the row before
+    later, earlier = table.x.take(order[repeated]), table.x.take(order[repeated - 1])
+    repeated = repeated[((later == earlier) | (np.isnan(later) & np.isnan(earlier))).all(axis=1)]
+    missing = table.missing
+    if len(repeated):
+        missing = missing - np.isnan(table.x.take(order[repeated])).sum(axis=0)
+        timeline, order = timeline.without(repeated), np.delete(order, repeated)
+        notes.append(f"rows that repeat a row of the same time and group are left out: {len(repeated):,}")
+
+    def ordered(values: npt.NDArray[Any] | None) -> npt.NDArray[Any] | None:
+        return None if values is None else values[order]
+
+    with full_disk_as_data_error(table.source, 4 * len(order) * table.x.width):
+        rows = reorder(table.x, order, limit)
+    return replace(
+        table,
+        x=rows,
+        labels=ordered(table.labels),
+        normal=ordered(table.normal),
+        anomalous=ordered(table.anomalous),
+        missing=missing,
+        timeline=timeline,
+        notes=[*notes, *timeline.notes(), *table.notes],
+    )
 
 
 def read_for_model(
@@ -240,7 +359,8 @@ def read_for_model(
 
     Columns of CSV and Parquet files are found by name, in any order. If a column has the name of a label column and is
     not a feature, it contains the labels. All other columns are ignored. Images are resized to the model's shape.
-    Values may be missing only in columns where values were missing in the training data.
+    Values may be missing only in columns where values were missing in the training data. If the model was trained with
+    times and the source has this column, the rows are in the order of their times, as in `read_table`.
 
     Args:
         limit: as for `read_table`.
@@ -259,7 +379,7 @@ def read_for_model(
     labels = interpret(raw_labels, raw.label_names, normal, raw.label_column)
     low, high = np.fmin.reduce(statistics.low), np.fmax.reduce(statistics.high)
     pixel_warning = manifest.pixel_warning(float(low), float(high))
-    return Table(
+    table = Table(
         x=rows,
         shape=tuple(manifest.shape),
         names=names,
@@ -275,6 +395,7 @@ def read_for_model(
         anomalous=labels.anomalous,
         present_labels=labels.present,
     )
+    return _in_order_of_time(table, raw, statistics, limit)
 
 
 def open_for_model(
@@ -302,6 +423,9 @@ def open_for_model(
             label=manifest.training.get("label") or (),
             tolerant=tolerant,
             extra=extra,
+            time=None if tolerant or manifest.timeline is None else manifest.timeline.time_column,
+            group=None if tolerant or manifest.timeline is None else manifest.timeline.group_column,
+            timeline_optional=True,
         )
         raw = load(source, options)
     width = math.prod(raw.shape)
@@ -316,11 +440,16 @@ def open_for_model(
     return raw
 
 
-def _describe_copies(copies: Copies, rows: int) -> str:
+def _describe_copies(copies: Copies, rows: int, have_times: bool) -> str:
     near = "" if copies.equal == copies.distinct else " or nearly equal"
+    effect = (
+        "each counts at its own time"
+        if have_times
+        else "copies of a row are never both trained on and calibrated on, and the calibration counts them once"
+    )
     return (
         f"only {copies.distinct:,} of the {rows:,} rows are distinct, and the others are equal{near} to one of them: "
-        "copies of a row are never both trained on and calibrated on, and the calibration counts them once"
+        f"{effect}"
     )
 
 
@@ -331,9 +460,17 @@ def _describe_series(names: Sequence[str], correlations: npt.NDArray[np.float64]
     listed = join_names([f"{names[index]} {correlations[index]:.2f}" for index in strongest], LISTED_NAMES)
     return (
         f"WARNING: rows that follow each other in the file resemble each other (rank correlation: {listed}), as in a "
-        "time series. The false-alarm rate is promised only for rows exchangeable with the calibration rows, and rows "
-        "of other days are not: expect many more false alarms on them. Take days that are not in the file, measure the "
-        "rate on them with elbo evaluate, and calibrate on them with elbo calibrate"
+        f"time series. {SERIES_ADVICE}"
+    )
+
+
+def _describe_resemblance(resemblance: Resemblance) -> str:
+    lag = resemblance.lag
+    which = "the row before them" if lag == 1 else f"the row {lag} rows before them"
+    hosts = "" if lag == 1 else f" of {lag} hosts whose rows alternate"
+    return (
+        f"WARNING: rows in the file resemble {which} (rank correlation of a column or a principal component: "
+        f"{resemblance.correlation:.2f}), as in time series{hosts}. {SERIES_ADVICE}"
     )
 
 

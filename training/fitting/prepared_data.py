@@ -13,6 +13,7 @@ from models.scaling import Scaling, standardise
 from training.data.moments import Moments, compute_moments
 from training.data.row_store import Floats, RowStore, column_medians
 from training.data.table import MAX_HELD_OUT_BYTES, MAX_HELD_OUT_ROWS, Split, Table
+from training.data.time_split import TimeSplit, describe_split
 from training.fitting.pca import pca_from_moments, spectrum_from_moments
 from training.fitting.whitening import most_concentrated_rows
 
@@ -42,6 +43,18 @@ class PreparedData:
     held_out: Tensor
     calibration: Tensor
     sample: Tensor
+
+    @property
+    def split_notes(self) -> list[str]:
+        """What the user should know about a split by time: the periods, and groups that are not in all parts."""
+        if self.table.timeline is None or not isinstance(self.split, TimeSplit):
+            return []
+        return describe_split(self.table.timeline, self.split)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know about the rows."""
+        return [*self.table.notes, *self.table.warnings, *self.split_notes]
 
     @property
     def images(self) -> bool:

@@ -14,9 +14,10 @@ import torch
 from models import artifact
 from models.errors import ArtifactUnwritable
 from models.keys import PrivateKey
-from models.manifest import FORMAT_VERSION, CalibrationSize, Data, Feature, Golden, Manifest, version_folder
+from models.manifest import FORMAT_VERSION, CalibrationSize, Data, Feature, Golden, Manifest, Timeline, version_folder
 from models.pipeline import Pipeline
 from models.versions import next_version
+from training.data.time_split import TimeSplit, summarise
 from training.evaluation.metrics import density_scale
 from training.evaluation.model_selection import Candidate
 from training.fitting.latents import describe_latents
@@ -54,7 +55,7 @@ def publish(
     manifest = _manifest(chosen, comparison, data, _golden(module, rows, chosen.config.seed))
     report.stage("exporting the ONNX twin")
     twin = _twin(chosen.pipeline, rows, report)
-    notes = [*data.table.notes, *data.table.warnings, *chosen.recorder.notes]
+    notes = [*data.notes, *chosen.recorder.notes]
     report.stage("writing the artifact")
     exhibits = make_exhibits(chosen.pipeline, manifest, data, notes)
     try:
@@ -118,8 +119,14 @@ def _data(data: PreparedData) -> Data:
         held_out=len(data.split.held_out),
         calibration=len(data.split.calibration),
         distinct=data.table.copies.distinct,
-        neighbour_correlation=float(data.table.neighbour_correlations.max()),
+        neighbour_correlation=data.table.series_correlation,
     )
+
+
+def _timeline(data: PreparedData) -> Timeline | None:
+    if data.table.timeline is None or not isinstance(data.split, TimeSplit):
+        return None
+    return summarise(data.table.timeline, data.split)
 
 
 def software_versions() -> dict[str, str]:
@@ -166,4 +173,5 @@ def _manifest(
         total_variance=float(scaled.variance.sum()),
         log_scale=density_scale(pipeline.core, pipeline.scaling),
         warnings=chosen.warnings,
+        timeline=_timeline(data),
     )

@@ -24,6 +24,7 @@ from models.manifest import (
     CalibrationSize,
     Golden,
     Manifest,
+    Period,
     Recalibration,
     calibration_rows_needed,
     version_folder,
@@ -32,6 +33,7 @@ from training.data.row_fingerprints import KnownRows, find_known_rows
 from training.data.row_store import Floats
 from training.data.row_stream import BATCH_ROWS
 from training.data.table import MAX_HELD_OUT_ROWS, Table
+from training.data.time_split import period_of
 from training.errors import DataError, FitError
 from training.evaluation.alarm_rates import alarm_rate
 from training.evaluation.score import flagged_at, refuse_overflow
@@ -66,7 +68,7 @@ def recalibrate(
 
     Networks, weights and scores do not change. Calibration, golden answers and manifest are replaced. A row is normal
     if its label means normal. Without labels, or if it is unknown which labels mean normal, all rows count as normal.
-    Of copies of a row, one is used. At most MAX_HELD_OUT_ROWS normal rows, chosen at random, are used.
+    Of copies of a row without a time, one is used. At most MAX_HELD_OUT_ROWS normal rows, chosen at random, are used.
 
     Args:
         table: the result of `read_for_model` for the manifest of `parent`.
@@ -89,7 +91,8 @@ def recalibrate(
     normal, notes = _normal_rows(table)
     known_rows = artifact.read_trained_rows(parent)
     notes += _refuse_training_rows(parent, table, normal, known_rows)
-    normal = normal[np.sort(np.unique(table.copies.groups[normal], return_index=True)[1])]  # copies count once
+    if table.timeline is None:  # rows with times count as often as they occur, as in training
+        normal = normal[np.sort(np.unique(table.copies.groups[normal], return_index=True)[1])]  # copies count once
     chosen = np.sort(np.random.RandomState(0).permutation(normal)[:MAX_HELD_OUT_ROWS])
     _refuse_few(table, len(chosen), alpha)
     scores = _scores(parent, table, chosen)
@@ -99,7 +102,7 @@ def recalibrate(
     module = artifact.thaw(parent)
     _replace(module, parent, torch.from_numpy(scores))
     warning = threshold_warning(Calibration(torch.from_numpy(scores)), alpha)
-    manifest = _manifest(parent, module, table, _name(parent), len(chosen), warning)
+    manifest = _manifest(parent, module, table, _name(parent), chosen, warning)
     twin = None if parent.twin is None else parent.twin.graphs  # still valid: latents and scores do not change
     exhibits = {name: content for name, content in parent.exhibits.items() if name == artifact.HELD_OUT}
     if known_rows is not None:
@@ -217,10 +220,20 @@ def _replace(module: torch.jit.ScriptModule, parent: Artifact, scores: Tensor) -
 
 
 def _manifest(
-    parent: Artifact, module: torch.jit.ScriptModule, table: Table, name: str, rows: int, warning: str | None
+    parent: Artifact,
+    module: torch.jit.ScriptModule,
+    table: Table,
+    name: str,
+    chosen: npt.NDArray[np.int64],
+    warning: str | None,
 ) -> Manifest:
-    """Return the manifest of the new version. `warning` is about its threshold, None if the threshold is fine."""
-    old = parent.manifest
+    """Return the manifest of the new version.
+
+    Args:
+        chosen: the calibration rows, as row numbers of `table`.
+        warning: a warning about the threshold; None if the threshold is fine.
+    """
+    old, rows = parent.manifest, len(chosen)
     kept = [text for text in old.warnings if not text.startswith(ABOUT_THRESHOLD)]
     origin = Recalibration(
         parent=_reference(parent),
@@ -239,9 +252,17 @@ def _manifest(
             "golden": _golden(module, old.golden),
             "versions": software_versions(),
             "weights_sha256": artifact.weights_sha256(module),
+            "timeline": old.timeline and old.timeline.model_copy(update={"calibration": _period(table, chosen)}),
             "warnings": kept if warning is None else [*kept, warning],
         }
     )
+
+
+def _period(table: Table, rows: npt.NDArray[np.int64]) -> Period | None:
+    """Return the period of the rows at `rows`; None if `table` has no times."""
+    if table.timeline is None:
+        return None
+    return period_of(table.timeline, rows)
 
 
 def _golden(module: torch.jit.ScriptModule, old: Golden) -> Golden:

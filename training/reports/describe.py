@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from models.manifest import CalibrationSize, Manifest, calibration_rows_needed
+from models.manifest import CalibrationSize, Manifest, Period, Timeline, calibration_rows_needed
 from training.config import TrainConfig
 
 KIND_NAMES = {
@@ -48,6 +48,8 @@ def _facts(manifest: Manifest, path: Path) -> Iterator[tuple[str, str]]:
     yield "latents", latents_phrase(manifest) if has_report else str(manifest.latents)
     yield "data", f"{data.source}: {data.rows:,} rows, SHA-256 {data.fingerprint[:12]}"
     yield "split", f"{data.fit:,} fit, {data.held_out:,} held out, {data.calibration:,} calibration"
+    if manifest.timeline is not None:
+        yield from _split_by_time(manifest.timeline)
     yield "training", _joined(_given_options(manifest.training))
     for index, (name, value) in enumerate(manifest.metrics.items()):
         yield "" if index else "held out", f"{name} {value:.6g}"
@@ -65,6 +67,25 @@ def _facts(manifest: Manifest, path: Path) -> Iterator[tuple[str, str]]:
         f"at least {calibration.floor:.3g}; below this alpha, no row is anomalous without `extrapolated`",
     )
     yield "versions", _joined(manifest.versions)
+
+
+def _split_by_time(timeline: Timeline) -> Iterator[tuple[str, str]]:
+    """Yield the columns of times and groups, and the period of each part of the rows."""
+    group = "" if timeline.group_column is None else f", {timeline.groups:,} groups by {timeline.group_column!r}"
+    step = timeline.usual_step_seconds
+    yield "time", f"{timeline.time_column!r}{'' if step is None else f', a row every {step:g} s'}{group}"
+    yield "", f"fit {period(timeline.fit)}"
+    yield "", f"held out {period(timeline.held_out)}"
+    if timeline.calibration is not None:
+        yield "", f"calibration {period(timeline.calibration)}"
+
+
+def period(times: Period) -> str:
+    """Return a period of the manifest in text, to the minute: `2024-01-01 00:00 to 2024-01-20 23:59 UTC`."""
+    first, last = (moment.replace("T", " ").removesuffix("+00:00") for moment in (times.first, times.last))
+    minutes = len("2024-01-01 00:00")
+    is_short = first[:minutes] == last[:minutes]
+    return f"{first} to {last} UTC" if is_short else f"{first[:minutes]} to {last[:minutes]} UTC"
 
 
 def few_calibration_rows(calibration: CalibrationSize, alpha: float = DEFAULT_ALPHA) -> str:

@@ -4,11 +4,18 @@ import shlex
 from collections.abc import Iterator, Sequence
 
 from models.errors import join_names
-from models.manifest import SERIES_CORRELATION, Manifest
+from models.manifest import SERIES_CORRELATION, Manifest, Timeline
 from training.config import TrainConfig
 from training.data.readers.raw_table import list_value
 from training.fitting.defaults import resolved_config
-from training.reports.describe import DEFAULT_ALPHA, KIND_NAMES, against_pca, few_calibration_rows, latents_phrase
+from training.reports.describe import (
+    DEFAULT_ALPHA,
+    KIND_NAMES,
+    against_pca,
+    few_calibration_rows,
+    latents_phrase,
+    period,
+)
 
 FEATURES = 40  # number of features that are listed; further features are only counted
 FEW_CALIBRATION_ROWS = 100
@@ -82,6 +89,8 @@ def _data(manifest: Manifest, notes: Sequence[str]) -> Iterator[str]:
     if data.distinct is not None and data.distinct < data.rows:
         yield f"- distinct rows: {data.distinct:,}"
     yield f"- split: {data.fit:,} rows to fit, {data.held_out:,} held out, {data.calibration:,} to calibrate"
+    if manifest.timeline is not None:
+        yield from (f"- {line}" for line in _periods(manifest.timeline))
     yield from (f"- {note}" for note in notes)
     if manifest.is_image:
         return
@@ -94,6 +103,19 @@ def _data(manifest: Manifest, notes: Sequence[str]) -> Iterator[str]:
     if len(manifest.features) > FEATURES:
         yield ""
         yield f"and {len(manifest.features) - FEATURES} more: `elbo inspect --json` lists all."
+
+
+def _periods(timeline: Timeline) -> Iterator[str]:
+    yield f"fit: {period(timeline.fit)}"
+    yield f"held out: {period(timeline.held_out)}"
+    if timeline.calibration is not None:
+        yield f"calibration: {period(timeline.calibration)}"
+    rows = "1 row" if timeline.gap_rows == 1 else f"{timeline.gap_rows:,} rows"
+    yield (
+        f"between two parts, {rows} of each group left out"
+        if timeline.group_column
+        else f"between two parts, {rows} left out"
+    )
 
 
 def _quality(manifest: Manifest) -> Iterator[str]:
@@ -134,7 +156,11 @@ def _alarms(manifest: Manifest) -> Iterator[str]:
         yield f"**{few_calibration_rows(manifest.calibration)}**"
     yield "At alpha 0.05, at most 5 % of the normal rows that are exchangeable with the calibration rows raise a false"
     yield "alarm, on average over calibration sets."
-    if _is_series(manifest):
+    timeline = manifest.timeline
+    if timeline is not None and timeline.calibration is not None:
+        yield f"The calibration rows are from {period(timeline.calibration)}. Rows that follow each other resemble each"
+        yield "other, so the share of false alarms differs from day to day."
+    elif _is_series(manifest):
         yield "**Rows of other days are not exchangeable with these rows, which are a series: see below.**"
     yield f"The smallest possible p-value is {floor:.3g}. At a smaller alpha, no row is anomalous"
     yield "unless `extrapolated` is requested: the threshold then comes from a fitted tail, without a guarantee."
@@ -149,12 +175,7 @@ DENOISING = (
 def _limits(manifest: Manifest) -> Iterator[str]:
     """Yield when not to trust this model: first the limits of this model, then those of all models."""
     yield from (f"**{warning}**" for warning in manifest.warnings)
-    if _is_series(manifest):
-        yield (
-            "**The rows that trained it depend on each other: the rank correlation of a row and the next row is "
-            f"{manifest.data.neighbour_correlation:.2f}. The false-alarm rate does not hold for rows of other days: "
-            "measure it with `elbo evaluate`, and calibrate on other days with `elbo calibrate`.**"
-        )
+    yield from _series_limits(manifest)
     error, pca_error = manifest.metrics.get("reconstruction_error"), manifest.metrics.get("pca_error")
     if manifest.kind != "pca" and error is not None and pca_error is not None and error >= pca_error:
         if _denoises(manifest):
@@ -180,6 +201,22 @@ def _limits(manifest: Manifest) -> Iterator[str]:
     yield "It treats anomalies in the training data as normal."
     if manifest.kind != "pca" and resolved_config(manifest).kept == "best":
         yield "The held-out rows also served to choose the epoch, so metrics on them are slightly optimistic."
+
+
+def _series_limits(manifest: Manifest) -> Iterator[str]:
+    """Yield when the false-alarm rate does not hold, if the training rows depend on each other."""
+    if manifest.timeline is not None:
+        yield (
+            "Its rows are a series: the false-alarm rate holds only while new rows behave as in the period of the "
+            "calibration rows. Measure it on later rows with `elbo evaluate`, and calibrate on them with "
+            "`elbo calibrate`."
+        )
+    elif _is_series(manifest):
+        yield (
+            "**The rows that trained it depend on each other: the rank correlation of a row and a row near it is "
+            f"{manifest.data.neighbour_correlation:.2f}. The false-alarm rate does not hold for rows of other days: "
+            "measure it with `elbo evaluate`, and calibrate on other days with `elbo calibrate`.**"
+        )
 
 
 def _is_series(manifest: Manifest) -> bool:

@@ -42,7 +42,7 @@ def test_one_message_names_all_columns_of_text_dates_or_identifiers_and_suggests
     assert refusal(write(tmp_path / "a.csv", HOSTS)) == (
         "FILE: columns 'host' (text, 'web-0' in row 0 (line 2)), 'time' (dates, '2026-01-02 03:00' in row 0 (line 2)), "
         "'id' (an identifier: it counts the rows) are not measurements: add --drop host,time,id, "
-        "or --keep id to learn from id anyway"
+        "or --keep id to learn from id anyway; if 'time' is the time of a row, use it with --time time"
     )
 
 

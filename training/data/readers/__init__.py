@@ -11,21 +11,13 @@ from training.data.readers.arrays import read_digits, read_numpy
 from training.data.readers.csv_text import read_csv
 from training.data.readers.images import read_images
 from training.data.readers.parquet import read_parquet
-from training.data.readers.raw_table import (
-    LineNumbers,
-    RawTable,
-    ReadOptions,
-    describe_row,
-    format_option,
-)
+from training.data.readers.raw_table import RawTable, ReadOptions, format_option
 from training.errors import DataError
 
 __all__ = [
     "READERS",
-    "LineNumbers",
     "RawTable",
     "ReadOptions",
-    "describe_row",
     "format_option",
     "load",
 ]
@@ -39,6 +31,7 @@ READERS: dict[str, Callable[[Path, ReadOptions], RawTable]] = {
 }
 WITH_LABELS = (".csv", ".parquet", ".npz")  # files that name their columns or their arrays
 ARRAYS = [suffix for suffix, reader in READERS.items() if reader is read_numpy]
+TABLES = [suffix for suffix in READERS if suffix not in ARRAYS]
 
 
 def load(source: str, options: ReadOptions) -> RawTable:
@@ -50,13 +43,7 @@ def load(source: str, options: ReadOptions) -> RawTable:
         DataError: the source does not exist, has an unknown format, or cannot be read.
     """
     path = Path(source)
-    if options.size and not path.is_dir():
-        raise DataError(f"--size resizes the images of a folder, and {source} is not a folder: leave --size out")
-    if options.layout and path.suffix.lower() not in ARRAYS:
-        raise DataError(f"--layout is for arrays ({', '.join(ARRAYS)}), and {source} is none: leave --layout out")
-    if options.label and options.names is None and path.suffix.lower() not in WITH_LABELS:
-        formats = ", ".join(WITH_LABELS)
-        raise DataError(f"--label names a column or an array of a file ({formats}), and {source} is none of these")
+    _refuse_other_options(path, source, options)
     if source == DIGITS:
         return read_digits(options)
     suffixes = ", ".join(READERS)
@@ -74,3 +61,16 @@ def load(source: str, options: ReadOptions) -> RawTable:
         raise DataError(f"{source} cannot be read ({error.strerror}): check its permissions") from error
     except ModuleNotFoundError as error:
         raise DataError(f"reading {source} needs the package {error.name}: pip install 'elbo[train]'") from error
+
+
+def _refuse_other_options(path: Path, source: str, options: ReadOptions) -> None:
+    """Raise DataError for an option that is not for this kind of source."""
+    if options.size and not path.is_dir():
+        raise DataError(f"--size resizes the images of a folder, and {source} is not a folder: leave --size out")
+    if options.layout and path.suffix.lower() not in ARRAYS:
+        raise DataError(f"--layout is for arrays ({', '.join(ARRAYS)}), and {source} is none: leave --layout out")
+    if options.label and options.names is None and path.suffix.lower() not in WITH_LABELS:
+        formats = ", ".join(WITH_LABELS)
+        raise DataError(f"--label names a column or an array of a file ({formats}), and {source} is none of these")
+    if options.time and not options.timeline_optional and path.suffix.lower() not in TABLES:
+        raise DataError(f"--time names a column, and {source} has no named columns: expected {' or '.join(TABLES)}")

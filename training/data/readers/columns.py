@@ -25,16 +25,10 @@ from training.data.labels import (
     is_status_name,
     look_like_labels,
 )
-from training.data.readers.raw_table import (
-    Block,
-    BlockDetails,
-    LineNumbers,
-    RawTable,
-    ReadOptions,
-    describe_row,
-    format_option,
-)
+from training.data.line_numbers import LineNumbers, describe_row
+from training.data.readers.raw_table import Block, BlockDetails, RawTable, ReadOptions, format_option
 from training.data.readers.row_order import OrderDetector, describe_direction
+from training.data.readers.time_columns import GroupColumn, TimeColumn, TimelineReader
 from training.errors import DataError
 
 if TYPE_CHECKING:
@@ -268,18 +262,50 @@ def choose_columns(header: Sequence[str], path: Path, options: ReadOptions, type
         return [columns[index] for index in indices]
     for purpose, listed in (("drop", options.drop), ("keep", options.keep), ("read as labels", options.label)):
         if unknown := [name for name in listed if name not in names]:
-            similar = difflib.get_close_matches(unknown[0], names, n=3)
-            hint = f"did you mean {' or '.join(map(repr, similar))}?" if similar else f"it has {join_names(names)}"
-            raise DataError(f"{path} has no column {unknown[0]!r} to {purpose}: {hint}")
+            raise DataError(f"{path} has no column {unknown[0]!r} to {purpose}: {_similar_names(unknown[0], names)}")
     if both := [name for name in options.label if name in {*options.drop, *options.keep}]:
         other = "--keep" if both[0] in options.keep else "--drop"
         raise DataError(f"{path}: --label and {other} both name {both[0]!r}: a label is no feature, so leave one out")
-    kept = [column for column in columns if column.name not in {*options.drop, *options.label}]
+    others = {*options.drop, *options.label, options.time, options.group}
+    kept = [column for column in columns if column.name not in others]
     if not kept and options.label:
         raise DataError(f"{path} has no column except labels: expected measurements to learn from")
     if not kept:
-        raise DataError(f"{path}: all {len(names)} columns are dropped: keep at least one to learn from")
+        reason = "are dropped" if options.time is None else "are dropped, or are times and groups"
+        raise DataError(f"{path}: all {len(names)} columns {reason}: keep at least one to learn from")
     return kept
+
+
+def _similar_names(name: str, names: Sequence[str]) -> str:
+    """Return a hint which of the columns `names` the user may have meant by `name`."""
+    similar = difflib.get_close_matches(name, names, n=3)
+    return f"did you mean {' or '.join(map(repr, similar))}?" if similar else f"it has {join_names(names)}"
+
+
+def choose_timeline_columns(header: Sequence[str], path: Path, options: ReadOptions) -> TimelineReader | None:
+    """Return a reader of the columns that hold the time and the group of a row; None if no option names them.
+
+    Raises:
+        DataError: a column does not exist although it must, or options contradict each other.
+    """
+    if options.time is None:
+        return None
+    names = [column.name for column in _parse_header(header, path, typed=False)]
+    wanted = [("--time", options.time)] + ([] if options.group is None else [("--group", options.group)])
+    for option, name in wanted:
+        if name not in names and not options.timeline_optional:
+            raise DataError(f"{path} has no column {name!r} for {option}: {_similar_names(name, names)}")
+        for other, listed in (("--keep", options.keep), ("--label", options.label)):
+            if name in listed:
+                raise DataError(f"{path}: {option} and {other} both name {name!r}: leave one out")
+    if options.time not in names:
+        return None
+    group = options.group if options.group in names else None
+    return TimelineReader(
+        path,
+        TimeColumn(options.time, names.index(options.time)),
+        None if group is None else GroupColumn(group, names.index(group)),
+    )
 
 
 def _parse_header(header: Sequence[str], path: Path, typed: bool) -> list[Column]:
@@ -318,7 +344,7 @@ def choose_label_column(header: Sequence[str], path: Path, options: ReadOptions)
     """
     if options.tolerant:
         return None
-    others = {*(options.names or ()), *options.drop, *options.keep}
+    others = {*(options.names or ()), *options.drop, *options.keep, options.time, options.group}
     names = [column.name for column in _parse_header(header, path, typed=False)]
     given = [name for name in options.label if name in names and name not in others]
     name = given[0] if given else find_label_column([name for name in names if name not in others])
@@ -335,6 +361,7 @@ def build_raw_table(
     lines: LineNumbers | None = None,
     notes: list[str] | None = None,
     details: BlockDetails | None = None,
+    timeline: TimelineReader | None = None,
 ) -> RawTable:
     """Return the table in `frames`. Each frame has the columns of the file.
 
@@ -345,6 +372,7 @@ def build_raw_table(
         lines: the lines of the rows, for text files; None for other files. Complete when `frames` is exhausted.
         notes: notes for the user; the list grows while `frames` is iterated.
         details: where `frames` records faulty rows if `options.tolerant` is set.
+        timeline: the columns of times and groups, if there are any.
 
     Raises:
         DataError: no feature remains.
@@ -381,7 +409,7 @@ def build_raw_table(
     if options.tolerant:
         blocks = _read_blocks_tolerantly(frames, columns, len(features), details, check)
     else:
-        blocks = _read_blocks(frames, features, labels, check)
+        blocks = _read_blocks(frames, features, labels, timeline, check)
     return RawTable(
         blocks=blocks,
         shape=(len(features),),
@@ -394,6 +422,7 @@ def build_raw_table(
         details=details,
         label_column=None if labels is None else labels.name,
         label_names=None if labels is None else labels.texts,
+        timeline=timeline,
         notes=notes,
     )
 
@@ -403,13 +432,19 @@ def _note_on_labels(name: str) -> str:
 
 
 def _read_blocks(
-    frames: "Iterator[pl.DataFrame]", features: list[Column], labels: LabelReader | None, check: "_ColumnCheck"
+    frames: "Iterator[pl.DataFrame]",
+    features: list[Column],
+    labels: LabelReader | None,
+    timeline: TimelineReader | None,
+    check: "_ColumnCheck",
 ) -> Iterator[Block]:
     row = 0
     for frame in frames:
         values = np.empty((frame.height, len(features)))
         for position, column in enumerate(features):
             values[:, position] = column.read(frame.to_series(column.index), row)
+        if timeline is not None:
+            timeline.read(frame)
         yield values, None if labels is None else labels.read(frame.to_series(labels.index))
         row += frame.height
     check.finish(features)
@@ -514,7 +549,26 @@ class _ColumnCheck:
         if not reasons:
             return
         refused = {column.name: reasons[column.name] for column in columns if column.name in reasons}
-        raise refusal(self.path, refused, list(identifiers))
+        error = refusal(self.path, refused, list(identifiers))
+        hint = self._hint_at_timeline([column for column in columns if column.name in refused])
+        raise DataError(f"{error}; {hint}") if hint else error
+
+    def _hint_at_timeline(self, columns: Sequence[Column]) -> str | None:
+        """Return which option uses one of the refused `columns` as a time or a group; None if it is unlikely."""
+        texts = [column for column in columns if column.first_non_number and column.first_non_number.kind == "text"]
+        if self.options.time is None:
+            times = [
+                column
+                for column in columns
+                if (column.first_non_number and column.first_non_number.kind == "dates")
+                or (column.identifier.has_time_name and not column.first_non_number)
+            ]
+            option = format_option("--time", [times[0].name]) if times else ""
+            return f"if {times[0].name!r} is the time of a row, use it with {option}" if times else None
+        if self.options.group is None and texts:
+            option = format_option("--group", [texts[0].name])
+            return f"if {texts[0].name!r} names the host of a row, use it with {option}"
+        return None
 
 
 def refusal(path: Path, reasons: Mapping[str, str], keepable: Sequence[str]) -> DataError:

@@ -17,8 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from models.columns import is_number, swallows_lines
-from training.data.readers.columns import build_raw_table, choose_columns, choose_label_column
-from training.data.readers.raw_table import BlockDetails, LineNumbers, RawTable, ReadOptions
+from training.data.line_numbers import LineNumbers
+from training.data.readers.columns import (
+    build_raw_table,
+    choose_columns,
+    choose_label_column,
+    choose_timeline_columns,
+)
+from training.data.readers.raw_table import BlockDetails, RawTable, ReadOptions
 from training.errors import DataError
 
 if TYPE_CHECKING:
@@ -57,6 +63,7 @@ def read_csv(path: Path, options: ReadOptions) -> RawTable:
         lines=reader.lines,
         notes=reader.notes,
         details=details,
+        timeline=choose_timeline_columns(reader.header, path, options),
     )
 
 

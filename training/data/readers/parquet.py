@@ -5,7 +5,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training.data.readers.columns import build_raw_table, choose_columns, choose_label_column
+from training.data.readers.columns import (
+    build_raw_table,
+    choose_columns,
+    choose_label_column,
+    choose_timeline_columns,
+)
 from training.data.readers.raw_table import RawTable, ReadOptions
 from training.data.row_store import rows_per_block
 from training.errors import DataError
@@ -28,14 +33,14 @@ def read_parquet(path: Path, options: ReadOptions) -> RawTable:
         rows = int(scan.select(pl.len()).collect().item())
     columns = choose_columns(header, path, options, typed=True)
     labels = choose_label_column(header, path, options)
-    used = sorted({column.index for column in columns} | ({labels.index} if labels else set()))
-    for column in columns:
+    timeline = choose_timeline_columns(header, path, options)
+    read = [*columns, *([labels] if labels else []), *(timeline.columns if timeline else [])]
+    used = sorted({column.index for column in read})
+    for column in read:
         column.index = used.index(column.index)  # the position in the frames, which contain only the used columns
-    if labels:
-        labels.index = used.index(labels.index)
     wanted = scan.select(pl.nth(used))
     frames = _slices(wanted, rows, rows_per_block(len(columns)), path)
-    return build_raw_table(frames, columns, labels, options, path, rows)
+    return build_raw_table(frames, columns, labels, options, path, rows, timeline=timeline)
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Every reader takes `ReadOptions` and returns a `RawTable`, whose numbers are not checked yet."""
 
-import bisect
 import csv
 import io
 import shlex
@@ -9,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from training.data.line_numbers import LineNumbers
+from training.data.readers.time_columns import TimelineReader
 from training.data.row_store import FileArray
 
 Array = np.ndarray[Any, Any]
@@ -32,29 +32,9 @@ class ReadOptions:
     extra: Sequence[str] = ()  # if tolerant: further columns whose cells are recorded in `RawTable.details`
     layout: str | None = None  # what the dimensions of an array mean: nhwc, nchw, ntc or flat
     escape: str | None = None  # how CSV writes a quotation mark inside a quoted cell: double or backslash
-
-
-class LineNumbers:
-    """The line of a text file where each row starts, both counted as they are read: rows from 0, lines from 1.
-
-    Only the rows are stored whose line is not the line after that of the previous row.
-    """
-
-    def __init__(self) -> None:
-        self._rows: list[int] = []
-        self._lines: list[int] = []
-
-    def extend(self, first_row: int, lines: npt.NDArray[np.int64]) -> None:
-        """Add the lines of the rows from `first_row` on."""
-        previous = self.of(first_row - 1) if self._rows else -1
-        jumps = np.flatnonzero(np.diff(lines, prepend=previous) != 1)
-        self._rows += (first_row + jumps).tolist()
-        self._lines += lines[jumps].tolist()
-
-    def of(self, row: int) -> int:
-        """Return the line where `row` starts."""
-        index = bisect.bisect_right(self._rows, row) - 1
-        return self._lines[index] + row - self._rows[index]
+    time: str | None = None  # column with the time of each row
+    group: str | None = None  # column with the group of each row, such as its host
+    timeline_optional: bool = False  # whether the source may lack these two columns
 
 
 @dataclass
@@ -85,12 +65,8 @@ class RawTable:
     extra: tuple[str, ...] = ()  # the columns of `ReadOptions.extra` that the source has
     details: BlockDetails = field(default_factory=BlockDetails)  # about the latest block of `blocks`
     notes: list[str] = field(default_factory=list)  # notes for the user; complete when all blocks have been read
+    timeline: TimelineReader | None = None  # reads the times and groups of the rows of `blocks`
     file_array: FileArray | None = None  # values [N, D] in the source file, if the rows can be read in any order
-
-
-def describe_row(row: int, lines: LineNumbers | None) -> str:
-    """Return how a message refers to `row`, counted from 0: `row 3`, or `row 3 (line 5)` for a text file."""
-    return f"row {row}" if lines is None else f"row {row} (line {lines.of(row)})"
 
 
 def format_option(option: str, columns: Sequence[str]) -> str:
