@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Union, get_
 import typer
 from typer.core import TyperCommand, TyperOption
 
-from models.errors import ElboError, first_fault, printable
+from models.errors import ElboError, first_fault, printable, printable_lines
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -387,7 +387,7 @@ def inspect(name: Name, json: Json = False, artifacts: ArtifactFolder = DEFAULT_
 
     path = _artifact_path(name, artifacts)
     manifest = read_manifest(path)
-    typer.echo(manifest.model_dump_json(indent=2) if json else describe(manifest, path))
+    typer.echo(manifest.model_dump_json(indent=2) if json else printable_lines(describe(manifest, path)))
 
 
 @app.command("list", epilog="Examples: elbo list | elbo list --json")
@@ -405,7 +405,7 @@ def list_(
     if json:
         typer.echo(listing_json(found))
     elif found:
-        typer.echo(listing_text(found))
+        typer.echo(printable_lines(listing_text(found)))
     else:
         typer.echo(f"no models in {artifacts}: train one with elbo demo or elbo train", err=True)
 
@@ -661,7 +661,7 @@ def evaluate(
     for note in table.notes:
         typer.echo(note, err=True)
     evaluation = evaluate.evaluate(artifact, table, draws)
-    typer.echo(evaluate.evaluation_json(evaluation) if json else evaluate.evaluation_text(evaluation))
+    typer.echo(evaluate.evaluation_json(evaluation) if json else printable_lines(evaluate.evaluation_text(evaluation)))
 
 
 @app.command(epilog="Examples: elbo score hosts today.csv --alpha 0.01 | elbo score hosts today.csv --format csv")

@@ -167,3 +167,8 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join([char if char.isprintable() else char.encode("unicode_escape").decode() for char in text])
+
+
+def printable_lines(text: str) -> str:
+    """Return `text` as `printable` does, but keep its line breaks. For reports with names from an artifact."""
+    return "\n".join(map(printable, text.split("\n")))

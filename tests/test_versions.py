@@ -14,6 +14,7 @@ import pytest
 from models.manifest import names, versions
 from tests.commands import in_process, two_factor_rows, write
 from tests.data import ROOT
+from tests.models.hostile import edit_manifest, rewrite
 from tests.models.publishing import publish
 
 
@@ -60,6 +61,18 @@ def test_records_of_models_whose_names_are_similar_are_independent(tmp_path: Pat
     assert publish(tmp_path, name="we").parent.name == "1"
     assert publish(tmp_path, name="web").parent.name == "3"
     assert sorted(path.name for path in (tmp_path / ".versions").iterdir()) == ["we@1", "web.2@1", "web@3"]
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["inspect", "model"]])
+def test_report_on_an_artifact_with_control_characters_shows_them_as_escapes(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "\x1b]0;title\x07\u202e[/bold]"
+    rewrite(publish(tmp_path), edit_manifest(kind=text, created=text, warnings=[text]))
+    code, output, _ = in_process(capsys, *arguments, "--artifacts", str(tmp_path))
+    assert code == 0
+    assert r"\x1b]0;title\x07\u202e[/bold]" in output
+    assert output.replace("\n", "").isprintable()
 
 
 def test_rollback_withdraws_the_newest_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

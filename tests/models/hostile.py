@@ -300,7 +300,9 @@ def _set(name: str, content: bytes) -> Callable[[Members], None]:
     return change
 
 
-def _manifest(**fields: Any) -> Callable[[Members], None]:
+def edit_manifest(**fields: Any) -> Callable[[Members], None]:
+    """Return a change for `rewrite` that sets fields of the manifest."""
+
     def change(members: Members) -> None:
         content = json.loads(members["extra/manifest.json"]) | fields
         members["extra/manifest.json"] = json.dumps(content).encode()
@@ -459,17 +461,17 @@ EDITS: dict[str, tuple[Callable[[Members], None], str]] = {
         lambda members: members.update({f"data/{n}": b"" for n in range(100, 20_100)}),
         "which is too much",
     ),
-    "manifest with another name": (_manifest(name="../../escaped"), "name: string should match pattern"),
-    "manifest with negative rows": (_manifest(calibration={"rows": -5, "floor": 0.1}), "calibration.rows"),
-    "manifest with a fraction of a latent": (_manifest(latents=1.5), "latents"),
-    "manifest with a huge number": (_manifest(latents=10**300), "latents"),
+    "manifest with another name": (edit_manifest(name="../../escaped"), "name: string should match pattern"),
+    "manifest with negative rows": (edit_manifest(calibration={"rows": -5, "floor": 0.1}), "calibration.rows"),
+    "manifest with a fraction of a latent": (edit_manifest(latents=1.5), "latents"),
+    "manifest with a huge number": (edit_manifest(latents=10**300), "latents"),
     "manifest with a shape that does not fit": (
-        _manifest(shape=[10**9, 10**9]),
+        edit_manifest(shape=[10**9, 10**9]),
         "1000000000000000000 features",
     ),
-    "manifest with NaN": (_manifest(total_variance=float("nan")), "no valid manifest"),
-    "manifest with a text of 1 MB": (_manifest(kind="k" * 10**6), "kind"),
-    "manifest without golden inputs": (_manifest(golden={"inputs": {}, "outputs": {}}), "golden inputs"),
+    "manifest with NaN": (edit_manifest(total_variance=float("nan")), "no valid manifest"),
+    "manifest with a text of 1 MB": (edit_manifest(kind="k" * 10**6), "kind"),
+    "manifest without golden inputs": (edit_manifest(golden={"inputs": {}, "outputs": {}}), "golden inputs"),
     "manifest with 20 million lists": (
         _set("extra/manifest.json", b'{"format_version":2,"a":[' + b"[]," * 20 * 2**20 + b"0]}"),
         "no valid manifest",

@@ -31,7 +31,7 @@ def _wrapped(facts: Iterable[tuple[str, str]], width: int) -> Iterator[tuple[str
     for label, text in facts:
         lines = [text]
         if label in ("WARNING", "warning", "training", "versions"):
-            lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+            lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
         yield from zip([label, *[""] * (len(lines) - 1)], lines, strict=True)
 
 
