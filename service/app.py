@@ -1,6 +1,5 @@
 """Build the ASGI application from the components of the service."""
 
-import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
@@ -34,7 +33,7 @@ from service.http.middleware import RequestMiddleware
 from service.http.protocol import Protocol
 from service.http.refusal import HeadRefusal
 from service.http.request import BodyLimits
-from service.inference.backend_selection import BACKENDS
+from service.inference.backend_selection import BACKENDS, DECISIONS
 from service.inference.batcher import Batcher
 from service.inference.model_loader import ModelLoader
 from service.inference.registry import ModelRegistry
@@ -43,6 +42,7 @@ from service.monitoring.background import BackgroundMonitor
 from service.monitoring.logs import AccessLog, choose_format
 from service.monitoring.metrics import Metrics
 from service.monitoring.periodic import PeriodicTask
+from service.monitoring.unserved_series import RENEWAL_SECONDS
 from service.settings import Settings
 from service.shared_memory import SharedCounters, SharedDecisions
 
@@ -98,7 +98,7 @@ def create_app(
         precision=settings.precision,
         max_batch_rows=settings.max_batch_rows,
         max_batch_bytes=settings.max_batch_bytes,
-        decisions=SharedDecisions(counters, "backend", BACKENDS),
+        decisions=SharedDecisions(counters, DECISIONS, BACKENDS),
         trials=trials,
     )
     registry = ModelRegistry(
@@ -190,6 +190,11 @@ def _lifespan(
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     scanning = PeriodicTask(service.registry.poll, service.settings.poll_seconds, "failed to scan the artifact folder")
     service.on_reload.append(scanning.run_now)
+
+    async def free_unserved_series() -> None:
+        service.metrics.free_unserved(service.registry.catalogue)
+
+    freeing = PeriodicTask(free_unserved_series, RENEWAL_SECONDS, "failed to free the metrics of removed versions")
     key_tasks = []
     if keys:
         service.on_reload.append(partial(keys.reload, always=True))
@@ -199,11 +204,13 @@ def _lifespan(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         """Load and warm every model before the first request; finish every request before the process ends."""
-        await asyncio.to_thread(service.registry.refresh)
+        await service.registry.poll()
         service.batcher.start()
         receiver.start()
         await monitor.start()
         scanning.start()
+        await free_unserved_series()
+        freeing.start()
         for task in key_tasks:
             task.start()
         try:
@@ -211,6 +218,7 @@ def _lifespan(
         finally:
             service.draining = True
             await scanning.close()
+            await freeing.close()
             for task in key_tasks:
                 await task.close()
             await receiver.close()  # while the batcher can still score the receiver's last rows

@@ -22,6 +22,25 @@ class NotConnected(ConnectionError):
     """The connection was refused, so nothing was sent."""
 
 
+def request_bytes(path: str, body: bytes, content_type: str = "application/json", host: str = "elbo") -> bytes:
+    """Return the bytes of a POST request."""
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+def rows_request(path: str, x: Array) -> bytes:
+    """Return the bytes of a POST request with the rows x [B, D] as JSON."""
+    return request_bytes(path, orjson.dumps({"inputs": x}, option=orjson.OPT_SERIALIZE_NUMPY))
+
+
+def is_near(outputs: object, expected: Array) -> bool:
+    """Return whether `outputs`, parsed JSON, is the array `expected`, apart from TOLERANCE."""
+    found = np.asarray(outputs, np.float32)
+    return found.shape == expected.shape and np.allclose(found, expected, atol=TOLERANCE)
+
+
 @dataclass
 class RowPool:
     """The rows from which requests are made, and the expected outputs.
@@ -36,15 +55,11 @@ class RowPool:
 
     def create_request(self, model: str, rows: Sequence[int]) -> bytes:
         """Return the bytes of a request for the reconstruction of the rows with indices `rows`."""
-        body = orjson.dumps({"inputs": self.x[rows]}, option=orjson.OPT_SERIALIZE_NUMPY)
-        head = f"POST /reconstruct?model={model} HTTP/1.1\r\nHost: elbo\r\nContent-Type: application/json\r\n"
-        return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+        return rows_request(f"/reconstruct?model={model}", self.x[rows])
 
     def is_correct(self, body: bytes, rows: Sequence[int]) -> bool:
         """Return whether a response body holds the reconstructions of the rows with indices `rows`."""
-        outputs = np.asarray(orjson.loads(body)["outputs"], np.float32)
-        expected = self.outputs[rows]
-        return outputs.shape == expected.shape and np.allclose(outputs, expected, atol=TOLERANCE)
+        return is_near(orjson.loads(body)["outputs"], self.outputs[rows])
 
 
 @dataclass

@@ -127,10 +127,15 @@ def process_name(pid: int) -> str:
     return ""
 
 
-def proportional_memory(pid: int) -> int:
-    """Return the bytes of a process (PSS): a page that n processes share counts 1/n. 0 if the process has ended."""
-    with suppress(OSError, IndexError):
-        return int(Path(f"/proc/{pid}/smaps_rollup").read_text().partition("\nPss:")[2].split()[0]) * 1024
+def own_memory(pid: int) -> int:
+    """Return the bytes of a process without pages of files. 0 if the process has ended.
+
+    A page that n processes share counts 1/n. Pages of files are the code of libraries: how many other programs of this
+    machine share them changes all the time.
+    """
+    with suppress(OSError):
+        fields = (line.split() for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines())
+        return sum(int(field[1]) for field in fields if field[0] in ("Pss_Anon:", "Pss_Shmem:")) * 1024
     return 0
 
 

@@ -8,7 +8,7 @@ Honest clients send rows to a server with two workers. Each response is compared
 names. Meanwhile a publisher adds a version of the model every few seconds and removes old ones, and FAULTS happen in
 turn. After each round of faults, the server gets a pause with honest load only, and then the benchmark measures:
 
-- the memory (PSS) of all processes, and that of the oldest worker, which is never killed;
+- the memory of all processes without pages of files, and that of the oldest worker, which is never killed;
 - the open file descriptors of all processes;
 - the number of metric series.
 
@@ -50,13 +50,13 @@ import orjson
 import torch
 
 from benchmarks.data import ROOT, describe_machine
-from benchmarks.serving.checking_client import TOLERANCE, Array, Connection
+from benchmarks.serving.checking_client import TOLERANCE, Array, Connection, is_near, request_bytes, rows_request
 from benchmarks.serving.server_process import (
     ServerProcess,
     adopt_orphans,
     free_port,
     open_files,
-    proportional_memory,
+    own_memory,
 )
 from benchmarks.serving.workload import FEW_FEATURES, train_vae
 from models import artifact
@@ -121,10 +121,7 @@ class Variant:
     def is_correct(self, path: str, answer: dict[str, object], rows: list[int]) -> bool:
         """Return whether `answer` is right for the rows with indices `rows`."""
         if path == "/reconstruct":
-            outputs = np.asarray(answer["outputs"], np.float32)
-            return outputs.shape == self.outputs[rows].shape and np.allclose(
-                outputs, self.outputs[rows], atol=TOLERANCE
-            )
+            return is_near(answer["outputs"], self.outputs[rows])
         results: list[dict[str, float]] = answer["results"]  # type: ignore[assignment] # parsed JSON
         if len(results) != len(rows) or answer["errors"]:
             return False
@@ -144,14 +141,6 @@ def load_variant(root: Path) -> Variant:
         scores = loaded.module.score(rows)[0]
         outputs = artifact.reconstruct(loaded.module, rows, gaps=False)[0]
         return Variant(loaded, x, outputs.numpy(), scores.numpy(), loaded.module.p_value(scores).numpy())
-
-
-def request_bytes(path: str, body: bytes, content_type: str = "application/json", host: str = "elbo") -> bytes:
-    """Return the bytes of a POST request."""
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    return head.encode() + body
 
 
 class Soak:
@@ -223,9 +212,7 @@ class Soak:
 
     async def send(self, connection: Connection, path: str, rows: list[int]) -> None:
         """Send an honest request, and count its response."""
-        inputs = self.variants[0].x[rows]
-        body = orjson.dumps({"inputs": inputs}, option=orjson.OPT_SERIALIZE_NUMPY)
-        request = request_bytes(f"{path}?model={MODEL}", body)
+        request = rows_request(f"{path}?model={MODEL}", self.variants[0].x[rows])
         started = monotonic()
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
@@ -322,9 +309,9 @@ async def half_close(soak: Soak) -> None:
     """Clients close their half of the connection after a request, and must still get the response."""
     for _ in range(20):
         rows = [soak.random.randrange(256) for _ in range(8)]
-        body = orjson.dumps({"inputs": soak.variants[0].x[rows]}, option=orjson.OPT_SERIALIZE_NUMPY)
+        request = rows_request(f"/reconstruct?model={MODEL}", soak.variants[0].x[rows])
         reader, writer = await asyncio.open_connection("127.0.0.1", soak.port)
-        writer.write(request_bytes(f"/reconstruct?model={MODEL}", body))
+        writer.write(request)
         writer.write_eof()
         started = monotonic()
         response = await reader.read()
@@ -598,8 +585,8 @@ async def measure(soak: Soak, started: float) -> Measurement:
     samples = []
     for _ in range(5):
         processes = [soak.process.pid, *soak.process.descendants()]
-        memory = sum(map(proportional_memory, processes))
-        samples.append((memory, proportional_memory(soak.process.workers()[0]), sum(map(open_files, processes))))
+        memory = sum(map(own_memory, processes))
+        samples.append((memory, own_memory(soak.process.workers()[0]), sum(map(open_files, processes))))
         await asyncio.sleep(0.2)
     text = await asyncio.to_thread(soak.fetch, "/metrics")
     series = sum(1 for line in text.splitlines() if line and line[0] != "#")

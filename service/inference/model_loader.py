@@ -15,7 +15,7 @@ from models.signatures import TrustedKeys, identify
 from models.trial import Verdict
 from service.codec import png
 from service.inference import operations
-from service.inference.backend_selection import BACKENDS, WARM_UP_ROUNDS, Selection, select_backend
+from service.inference.backend_selection import BACKENDS, DECISIONS, WARM_UP_ROUNDS, Selection, select_backend
 from service.inference.backends import OnnxBackend, TorchScriptBackend, is_out_of_memory
 from service.inference.sampling import NoiseSource
 from service.inference.served_model import ServedModel
@@ -63,7 +63,7 @@ class ModelLoader:
         self._max_batch_rows = max_batch_rows
         self._max_batch_bytes = max_batch_bytes
         self._trials = trials
-        self._decisions = decisions or SharedDecisions(SharedCounters(), "backend", BACKENDS)
+        self._decisions = decisions or SharedDecisions(SharedCounters(), DECISIONS, BACKENDS)
 
     def load(self, path: Path, name: str, version: int, keys: TrustedKeys | None = None) -> ServedModel:
         """Load the artifact at `path` as `name`@`version`, select its backend, and warm it up.

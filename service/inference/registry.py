@@ -12,6 +12,7 @@ repair of a disk or of a network does not change the file. Meanwhile, what is al
 import asyncio
 import logging
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,11 +170,15 @@ class ModelRegistry:
         self._keys = keys
         self._entries: dict[tuple[str, int], _Entry] = {}
         self._folder_id: FolderId | None = None  # of the artifact folder, when a model was last found in it
+        self._thread = ThreadPoolExecutor(1, "registry")
         self.catalogue = Catalogue()
 
     async def poll(self) -> None:
-        """Refresh the catalogue in a thread."""
-        await asyncio.to_thread(self.refresh)
+        """Refresh the catalogue in the registry's own thread.
+
+        The allocator (glibc) keeps up to 20 MiB for each thread that has loaded models, so all loads share one thread.
+        """
+        await asyncio.get_running_loop().run_in_executor(self._thread, self.refresh)
 
     def refresh(self) -> None:
         """Scan the artifact folder: load new artifacts, drop removed ones, and replace the catalogue.

@@ -5,11 +5,10 @@ import math
 import time
 from bisect import bisect_left
 from collections import Counter as Tally
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from prometheus_client.core import Metric
 
 from models.errors import printable, shortened
 from service.anomaly.inputs import InputRows
@@ -99,6 +98,13 @@ class AnomalyMetrics:
         self._counted_pushes = dict.fromkeys(("sent", "refused", "retried"), 0)
         # The p-values of history, which the drift statistic subtracts from `elbo_p_value`.
         self._history_p_values = Histogram(counters, HISTORY_P_VALUES, "", MODEL_LABELS, P_VALUE_BOUNDS)
+        self.exported = (
+            self._scored, self._anomalies, self.alarms, self.causes, self._unobserved, self._history, self._failed,
+            self._unknown, self._missing,
+            self._p_values, self._evidence, self._stale, self._samples,
+            self._waiting, self._alerts, self._undelivered, self._pushes,
+        )  # fmt: skip
+        self.all = (*self.exported, self._history_p_values)
         self._alert_causes = AlertCauses(counters)
         self._half_life = half_life
         self._max_age = max_age
@@ -284,16 +290,12 @@ class AnomalyMetrics:
             self._pushes.add((outcome,), count - self._counted_pushes[outcome])
             self._counted_pushes[outcome] = count
 
-    def metrics(self) -> Iterator[Metric]:
-        """Yield every metric of this class."""
-        families = (
-            self._scored, self._anomalies, self.alarms, self.causes, self._unobserved, self._history, self._failed,
-            self._unknown, self._missing,
-            self._p_values, self._evidence, self._stale, self._samples,
-            self._waiting, self._alerts, self._undelivered, self._pushes,
-        )  # fmt: skip
-        for family in families:
-            yield family.metric()
+    def forget(self, versions: Collection[tuple[str, ...]]) -> None:
+        """Forget what this process knows of versions that are no longer served, each as the labels of `ModelLabels`."""
+        self._models_with_history.difference_update(versions)
+        self._means = {key: mean for key, mean in self._means.items() if key[0] not in versions}
+        self._known_values = {key: known for key, known in self._known_values.items() if key[:2] not in versions}
+        self._detectors = {model: detector for model, detector in self._detectors.items() if model not in versions}
 
 
 def _count_p_values(buckets: Values, p_values: npt.NDArray[np.float32]) -> None:

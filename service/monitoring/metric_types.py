@@ -60,6 +60,10 @@ class Family:
             values = self._local[labels] = self._counters.local.array(key, self._size, self._transient)
         return values
 
+    def forget(self, labels: Labels) -> None:
+        """Forget this process's numbers for one label set, because their memory is freed."""
+        self._local.pop(labels, None)
+
     def sums(self) -> dict[Labels, list[float]]:
         """Return the numbers per label set, summed over all processes."""
         return self._counters.sums(self.name)

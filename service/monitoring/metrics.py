@@ -1,6 +1,6 @@
 """The metrics of the service, in a registry that belongs to the app.
 
-To add a metric, create a `Counter`, `Gauge` or `Histogram` in `Metrics.__init__` and yield its `metric()` in `collect`.
+To add a metric, create a `Counter`, `Gauge` or `Histogram` in `Metrics.__init__` and list it in `_exported`.
 For example:
 
     self._images = Counter(counters, "elbo_images", "Responses in image/png", ("model", "version"))
@@ -22,9 +22,11 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from service.inference.registry import Catalogue
+from service.monitoring import alert_causes
 from service.monitoring.anomaly_metrics import AnomalyMetrics
 from service.monitoring.metric_types import Counter, Gauge, Histogram, Labels, Values, observe
 from service.monitoring.request_record import RequestRecord
+from service.monitoring.unserved_series import UnservedSeries
 from service.shared_memory import LOST_LOG_LINES, RESTARTS, SharedCounters
 
 LATENCY_BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # seconds
@@ -116,6 +118,16 @@ class Metrics(Collector):
         self.open_connections = self._open_connections.local(())
         self.unread_bytes = self._unread_bytes.local(())
         self.anomalies = AnomalyMetrics(counters, alert_half_life, alert_max_age)
+        self._exported: tuple[Counter | Gauge | Histogram, ...] = (
+            self._requests, self._problems, self._rows, self._total, self._queue, self._compute, self._batches,
+            self._pending_rows, self._pending_bytes, self._unread_bytes, self._open_connections, self._closed,
+            self._restarts, self._lost_log_lines, *self.anomalies.exported,
+        )  # fmt: skip
+        self._unserved = UnservedSeries(
+            counters,
+            (*self._exported, *self.anomalies.all),
+            {alert_causes.FAMILY: slice(1, 3)},
+        )
         self._catalogue = Catalogue()
         self._request_metrics = lru_cache(maxsize=4096)(self._find_request_metrics)
         self.registry.register(self)
@@ -163,27 +175,34 @@ class Metrics(Collector):
         self._batches.observe((operation,), rows)
 
     def collect(self) -> Iterator[Metric]:
-        """Yield every metric."""
-        yield self._requests.metric()
-        yield self._problems.metric()
-        yield self._rows.metric()
-        yield self._total.metric()
-        yield self._queue.metric()
-        yield self._compute.metric()
-        yield self._batches.metric()
-        yield self._pending_rows.metric()
-        yield self._pending_bytes.metric()
-        yield self._unread_bytes.metric()
-        yield self._open_connections.metric()
-        yield self._closed.metric()
-        yield self._restarts.metric()
-        yield self._lost_log_lines.metric()
-        yield from self.anomalies.metrics()
+        """Yield every metric, without the series of versions that are no longer served."""
+        hidden = self._unserved.hidden()
+        for family in self._exported:
+            metric = family.metric()
+            if hidden and "version" in family.labels:
+                metric.samples = [
+                    sample
+                    for sample in metric.samples
+                    if (sample.labels["model"], sample.labels["version"]) not in hidden
+                ]
+            yield metric
         yield from _model_metrics(self._catalogue)
+
+    def free_unserved(self, catalogue: Catalogue) -> None:
+        """Renew the leases of the versions in `catalogue`, and free the numbers of versions that are no longer served.
+
+        Call this every RENEWAL_SECONDS, in every process.
+        """
+        self._unserved.renew(catalogue)
+        freed = self._unserved.free()
+        if freed:
+            self._request_metrics.cache_clear()
+            self.anomalies.forget(freed)
 
     def exposition(self, catalogue: Catalogue) -> bytes:
         """Return the text that Prometheus scrapes. `catalogue` holds the models that this process has loaded."""
         self._catalogue = catalogue
+        self._unserved.renew(catalogue)
         return generate_latest(self.registry)
 
 

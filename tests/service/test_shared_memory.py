@@ -132,3 +132,97 @@ def test_process_warns_once_and_keeps_counting_when_its_segment_is_full(caplog: 
 
     run_in_child(count)
     assert 10 < len(SharedCounters(segments, 0).sums("n")) < 40
+
+
+def test_freed_memory_is_used_again_so_that_new_keys_never_fill_a_segment(caplog: pytest.LogCaptureFixture) -> None:
+    segment = Segment(16_384)
+    for version in range(5000):
+        array = segment.array(("rows", "hosts", str(version)), 16)
+        assert list(array) == [0.0] * 16
+        array[15] = version
+        if version >= 10:
+            segment.free([("rows", "hosts", str(version - 10))])
+    assert caplog.records == []
+    kept = {("rows", "hosts", str(version)): float(version) for version in range(4990, 5000)}
+    assert {key: entry.values[15] for key, entry in segment.entries().items()} == kept
+
+
+def test_freeing_a_key_that_is_absent_changes_nothing() -> None:
+    segment = Segment(1024)
+    segment.array(("a",), 1)[0] = 1
+    segment.free([("b",)])
+    assert {key: list(entry.values) for key, entry in segment.entries().items()} == {("a",): [1.0]}
+
+
+def test_other_processes_see_neither_a_freed_array_nor_the_old_key_of_its_memory() -> None:
+    segments = [Segment(), Segment()]
+    reader = SharedCounters(segments, 0)
+
+    def change(*steps: Callable[[Segment], object]) -> None:
+        def run_steps() -> None:
+            for step in steps:
+                step(segments[1])
+
+        run_in_child(run_steps)
+
+    def write(key: str, value: float) -> Callable[[Segment], object]:
+        return lambda segment: segment.array(("n", key), 1).__setitem__(0, value)
+
+    change(write("1", 1), write("2", 2))
+    assert reader.sums("n") == {("1",): [1.0], ("2",): [2.0]}
+    change(lambda segment: segment.free([("n", "1")]))
+    assert reader.sums("n") == {("2",): [2.0]}
+    change(write("3", 3))
+    assert reader.sums("n") == {("2",): [2.0], ("3",): [3.0]}
+    change(lambda segment: exit_unless(list(segment.entries()) == [("n", "3"), ("n", "2")]))
+
+
+@pytest.mark.slow
+def test_lasting_array_never_falls_while_its_process_replaces_other_arrays_and_is_killed() -> None:
+    segments = [Segment(65_536), Segment(65_536)]
+    reader, rng = SharedCounters(segments, 0), random.Random(0)
+    last = 0.0
+    for _ in range(30):
+        pid = os.fork()
+        if not pid:
+            replace_forever(segments[1])
+        try:
+            for _ in range(rng.randrange(20, 200)):
+                lasting = reader.sums("lasting").get((), [0.0])[0]
+                assert lasting >= last
+                last = lasting
+                for number, padding in reader.sums("n"):
+                    assert padding == "x" * (int(number) % 3 * 40), "parts of two keys"
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        segments[1].reset_transient()
+        numbers = {int(key[1]): entry.values[0] for key, entry in segments[1].entries().items() if key[0] == "n"}
+        assert len(numbers) <= 22
+        assert all(value in (0.0, number) for number, value in numbers.items())
+    assert last > 1000
+
+
+def replace_forever(segment: Segment) -> NoReturn:
+    """Replace one array after another in `segment`. The number in an array is that in its key."""
+    lasting = segment.array(("lasting",), 1)
+    number = max((int(key[1]) for key in segment.entries() if key[0] == "n"), default=0)
+    while True:
+        number += 1
+        lasting[0] += 1
+        kept = [key for key in segment.entries() if key[0] == "n"]
+        segment.free(kept[:-20])
+        segment.array(("n", str(number), "x" * (number % 3 * 40)), 2)[0] = number
+
+
+def test_lease_is_as_old_as_its_last_renewal_in_any_process() -> None:
+    segments = [Segment(), Segment()]
+    first, second = (SharedCounters(segments, index).leases for index in range(2))
+    first.renew([("hosts", "1")])
+    second.renew([("hosts", "2")])
+    before = first.ages()
+    second.renew([("hosts", "1")])
+    after = first.ages()
+    assert set(before) == set(after) == {("hosts", "1"), ("hosts", "2")}
+    assert after["hosts", "1"] <= before["hosts", "1"]
+    assert after["hosts", "1"] < after["hosts", "2"]
