@@ -20,7 +20,8 @@ PR_SET_CHILD_SUBREAPER = 36  # the value of this constant in linux/prctl.h
 STOP_SECONDS = 10.0  # seconds between SIGTERM and SIGKILL
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 IDLE_SHARE = 0.1  # a server is idle if it uses less processor time than this, in seconds per second
-TRIAL_PROCESS = "elbo-trial"  # `service.inference.trial.PROCESS_NAME`; this module imports nothing of the service
+# `PROCESS_NAME` and `TRIAL_NAME` of `service.inference.trial`; this module imports nothing of the service
+TRIAL_PROCESSES = ("elbo-trial", "elbo-trial-run")
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -116,8 +117,8 @@ class ServerProcess:
         return sum(_resident(pid) for pid in (self._process.pid, *_descendants(self._process.pid)))
 
     def workers(self) -> list[int]:
-        """Return the process IDs of Elbo's workers: the children except the process that tries artifacts out."""
-        return [pid for pid in self.descendants() if process_name(pid) not in ("", TRIAL_PROCESS)]
+        """Return the process IDs of Elbo's workers: the descendants except those that try artifacts out."""
+        return [pid for pid in self.descendants() if process_name(pid) not in ("", *TRIAL_PROCESSES)]
 
 
 def process_name(pid: int) -> str:

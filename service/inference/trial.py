@@ -5,7 +5,11 @@ artifact in milliseconds. The child loads the artifact and runs every operation,
 artifact reaches a limit, only the child ends.
 
 All workers share the trial process. A worker sends the path and the digest of an artifact, and a pipe for the answer.
-An artifact with a digest that has passed is not tried again until the server ends.
+An artifact with a digest that has passed is not tried again until the trial process ends.
+
+A process between the server and the trial process, the keeper, starts the trial process again if it is killed. The
+server cannot do so itself, because its threads could hold locks at the time of the fork. Requests that wait in the
+socket are answered by the new trial process. The artifact that was being tried out is tried again at the next poll.
 """
 
 import gc
@@ -19,6 +23,7 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from time import monotonic, sleep
 from typing import NoReturn
 
 from models.errors import ArtifactCorrupt, ArtifactError, ArtifactUnreadable
@@ -37,7 +42,9 @@ from models.trial import (
 )
 
 log = logging.getLogger("elbo.registry")
-PROCESS_NAME = "elbo-trial"
+PROCESS_NAME = "elbo-trial"  # the keeper
+TRIAL_NAME = "elbo-trial-run"  # the trial process
+RESTART_SECONDS = (0.1, 10.0)  # pauses before the trial process is started again: the first, and the longest
 LATE_IMPORTS = (
     "encodings.cp437",
     "encodings.idna",
@@ -90,7 +97,13 @@ class TrialClient:
                 ) from error
             finally:
                 os.close(writer)
-            return open_verdict(self._wait(reader, path), path)
+            answer = self._wait(reader, path)
+            if not answer:
+                raise ArtifactUnreadable(
+                    f"{path} was not loaded: the process that tries artifacts out was killed during the trial; the "
+                    "artifact is tried again at the next poll"
+                )
+            return open_verdict(answer, path)
         finally:
             os.close(reader)
 
@@ -107,7 +120,7 @@ class TrialClient:
 
 
 def start_trial_process(work: Work, limits: TrialLimits) -> TrialClient:
-    """Fork the trial process. Call this before torch has started threads.
+    """Fork the keeper, which starts the trial process. Call this before torch has started threads.
 
     Args:
         work: tries an artifact out, given its bytes and its path.
@@ -118,13 +131,13 @@ def start_trial_process(work: Work, limits: TrialLimits) -> TrialClient:
     client, server = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if fork() == 0:
         client.close()
-        _serve_and_exit(server, work, limits)
+        _keep_and_exit(server, work, limits)
     server.close()
     return TrialClient(client)
 
 
-def _serve_and_exit(server: socket.socket, work: Work, limits: TrialLimits) -> NoReturn:
-    """Try artifacts out until no process of the server has the other end of `server` open."""
+def _keep_and_exit(server: socket.socket, work: Work, limits: TrialLimits) -> NoReturn:
+    """Run the trial process, and start it again if it is killed, until no process of the server has the other end."""
     try:
         logging.disable(logging.CRITICAL)  # the thread that writes the log does not run in this process
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -132,6 +145,25 @@ def _serve_and_exit(server: socket.socket, work: Work, limits: TrialLimits) -> N
         close_files(server.fileno())
         name_process(PROCESS_NAME)
         gc.freeze()  # a garbage collection in a child would copy the memory that it shares
+        first_pause, longest_pause = RESTART_SECONDS
+        pause = first_pause
+        while not _is_closed(server):
+            started = monotonic()
+            pid = fork()
+            if pid == 0:
+                _serve_and_exit(server, work, limits)
+            os.waitpid(pid, 0)
+            pause = first_pause if monotonic() - started > longest_pause else min(2 * pause, longest_pause)
+            if not _is_closed(server):
+                sleep(pause)
+    finally:
+        os._exit(0)
+
+
+def _serve_and_exit(server: socket.socket, work: Work, limits: TrialLimits) -> NoReturn:
+    """Try artifacts out until no process of the server has the other end of `server` open."""
+    try:
+        name_process(TRIAL_NAME)
         passed: dict[str, Verdict] = {}
         while True:
             request, descriptors, _, _ = socket.recv_fds(server, MAX_REQUEST_BYTES, 1)

@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from models.errors import ArtifactError, ArtifactUnsafe
 from models.pipeline import Pipeline
 from models.trial import TrialLimits, run_trial
 from service.inference.model_loader import ModelLoader
-from service.inference.trial import LATE_IMPORTS
+from service.inference.trial import LATE_IMPORTS, PROCESS_NAME, TRIAL_NAME
 from tests.models import hostile
 from tests.models.builders import CORES
 from tests.models.publishing import GAPS, publish_twin
 from tests.service.process import ServerProcess, server_starter
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -132,6 +134,85 @@ def test_killed_worker_that_waited_for_a_trial_is_replaced_and_new_versions_stil
     for _ in range(2):
         server.wait_for_log("serving other@2")
     assert server.stop() == 0
+
+
+def trial_processes(server: ServerProcess) -> dict[str, int]:
+    """Return the keeper and the trial process of `server` by name; a trial process that computes has a child."""
+    found: dict[str, int] = {}
+    parents = {server.popen.pid}
+    for process in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
+        with suppress(OSError):
+            name, _, rest = (process / "stat").read_text().partition("(")[2].rpartition(")")
+            if int(rest.split()[1]) in parents and name in (PROCESS_NAME, TRIAL_NAME) and name not in found:
+                found[name] = int(process.name)
+                parents.add(int(process.name))
+    return found
+
+
+def publish_copy(version: Path, number: int) -> None:
+    """Publish a copy of the folder `version` as version `number` of the same model."""
+    shutil.copytree(version, version.parents[1] / f".{number}")
+    (version.parents[1] / f".{number}").rename(version.parent / str(number))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_trial_process_is_started_again_and_new_versions_still_load(
+    workers: int, start: Callable[..., ServerProcess], tmp_path: Path
+) -> None:
+    first = publish_twin(tmp_path, "pca").parent
+    server = start(tmp_path, POLL_SECONDS=0.1, WORKERS=workers)
+    for _ in range(workers - 1):
+        server.wait_for_worker()
+    for number in (2, 3, 4):
+        os.kill(trial_processes(server)[TRIAL_NAME], signal.SIGKILL)
+        publish_copy(first, number)
+        for _ in range(workers):
+            server.wait_for_log(f"@{number} with")
+    assert server.stop() == 0
+
+
+def test_artifact_whose_trial_process_is_killed_during_the_trial_is_tried_again(
+    start: Callable[..., ServerProcess], tmp_path: Path
+) -> None:
+    first = publish_twin(tmp_path, "pca").parents[1].rename(tmp_path / "other") / "1"
+    server = start(tmp_path, POLL_SECONDS=0.1, TRIAL_SECONDS=8)
+    hostile.publish_code(tmp_path, ComputesForHours)
+    time.sleep(1)  # the server finds the artifact and tries it out
+    os.kill(trial_processes(server)[TRIAL_NAME], signal.SIGKILL)
+    server.wait_for_log("was killed during the trial")
+    server.wait_for_log("the trial of the model took longer than 8 s")
+    publish_copy(first, 2)
+    server.wait_for_log("serving other@2")
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_trial_process_goes_on_if_its_keeper_is_killed_and_ends_with_the_server(
+    workers: int, start: Callable[..., ServerProcess], tmp_path: Path
+) -> None:
+    first = publish_twin(tmp_path, "pca").parent
+    server = start(tmp_path, POLL_SECONDS=0.1, WORKERS=workers)
+    for _ in range(workers - 1):
+        server.wait_for_worker()
+    processes = trial_processes(server)
+    os.kill(processes[PROCESS_NAME], signal.SIGKILL)
+    publish_copy(first, 2)
+    for _ in range(workers):
+        server.wait_for_log("@2 with")
+    assert server.stop() == 0
+    wait_until(lambda: not Path(f"/proc/{processes[TRIAL_NAME]}").exists())
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGKILL])
+def test_keeper_and_trial_process_end_with_the_server(
+    sig: signal.Signals, start: Callable[..., ServerProcess], tmp_path: Path
+) -> None:
+    publish_twin(tmp_path, "pca")
+    server = start(tmp_path)
+    processes = trial_processes(server)
+    assert set(processes) == {PROCESS_NAME, TRIAL_NAME}
+    server.stop(sig)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in processes.values()))
 
 
 def test_server_serves_every_kind_of_model_after_its_trial(start: Callable[..., ServerProcess], tmp_path: Path) -> None:
