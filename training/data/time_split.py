@@ -91,9 +91,9 @@ def _moments(timeline: Timeline) -> tuple[int, int]:
 def _refuse(timeline: Timeline, gap_rows: int) -> None:
     gap = f" and {gap_rows} row{'s' * (gap_rows != 1)} of each group between two parts" if gap_rows else ""
     raise DataError(
-        f"{len(timeline):,} rows at {len(np.unique(timeline.time)):,} moments in {len(timeline.groups):,} groups are "
-        f"too few to split by time: expected at least {MINIMUM_ROWS} rows at different moments, enough for 70 % that "
-        f"fit, 10 % held out and 20 % that calibrate{gap}; add rows"
+        f"too few rows to split by time (rows: {len(timeline):,}, different times: {len(np.unique(timeline.time)):,}, "
+        f"groups: {len(timeline.groups):,}): expected at least {MINIMUM_ROWS} rows at different times, enough for 70 % "
+        f"that fit, 10 % held out and 20 % that calibrate{gap}; add rows"
     )
 
 

@@ -316,3 +316,14 @@ def test_nanoseconds_of_text_decide_the_order(tmp_path: Path) -> None:
     assert timeline.source_rows.tolist() == list(range(29, -1, -1))
     first = int(datetime(2024, 1, 1, tzinfo=UTC).timestamp()) * NANOSECOND
     assert (timeline.time - first).tolist() == list(range(970, 1000))
+
+
+def test_numbers_that_count_from_a_start_are_ordered_and_a_note_says_that_their_dates_mean_nothing(
+    tmp_path: Path,
+) -> None:
+    seconds = [f"{index / 10:.1f}" for index in range(29, -1, -1)]
+    table = read_table(csv_of_times(tmp_path / "a.csv", seconds), time="ts")
+    assert timeline_of(table).time.tolist() == [index * NANOSECOND // 10 for index in range(30)]
+    assert any("the times in 'ts' lie before 1980: if they count from a start" in note for note in table.notes)
+    recent = read_table(csv_of_times(tmp_path / "b.csv", UNIX), time="ts")
+    assert not any("before 1980" in note for note in recent.notes)

@@ -26,6 +26,7 @@ EXPECTED = (
 MIN_ROWS_PER_GROUP = 2  # on average; columns with fewer hold identifiers of rows, not groups
 NANOSECONDS_PER_DAY = 86_400 * 10**9
 UNITS = {"ms": 10**6, "us": 10**3, "ns": 1}
+EARLY = 315_532_800 * 10**9  # 1980, in nanoseconds: earlier numbers are probably not Unix times
 MAX_SHOWN = 40  # maximum number of characters of a cell in a message
 WRITTEN_DATES = {8: "%Y%m%d", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}  # by number of digits
 
@@ -197,6 +198,11 @@ class TimeColumn:
             f"{_describe(other)}: {advice}"
         )
 
+    @property
+    def has_numbers(self) -> bool:
+        """Whether times were written as numbers."""
+        return not self.first_of_form.keys() & {"zone", "no zone"}
+
     def notes(self) -> list[str]:
         """Return what was assumed about the times."""
         if "no zone" in self.first_of_form:
@@ -291,7 +297,13 @@ class TimelineReader:
             source_rows=source_rows[order],
             lines=lines,
         )
-        return timeline, order, self._time.notes()
+        notes = self._time.notes()
+        if self._time.has_numbers and time.max() < EARLY:
+            notes.append(
+                f"the times in {self._time.name!r} lie before 1980: if they count from a start and not from 1970, the "
+                "order and the split are right, but the dates in messages mean nothing"
+            )
+        return timeline, order, notes
 
     def _refuse_missing(
         self,
