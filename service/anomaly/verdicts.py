@@ -1,6 +1,6 @@
 """Decide verdicts from scores: which rows are anomalous, how severely, and which features contribute most."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
@@ -17,6 +17,7 @@ from service.schemas import AnomalyBody
 Array = npt.NDArray[np.float32]
 T = TypeVar("T")
 OVERFLOW_DETAIL = "the row is so far from the training data that the model's output for it overflows float32"
+PART_ROWS = 128  # rows whose results are made and written at once, which takes 1 ms
 MAX_SORTED_FEATURES = 64  # with more features than this, the largest contributions are selected before sorting
 _MAX_FLOAT32 = np.finfo(np.float32).max
 
@@ -39,6 +40,17 @@ class Scores:
     def __post_init__(self) -> None:
         arrays = (self.score, self.severity, self.parts, self.contribution, self.expected)
         self.all_finite = all(map(is_finite, arrays))
+
+    def part(self, part: slice) -> "Scores":
+        """Return the scores of some of the rows."""
+        return Scores(
+            self.score[part],
+            self.p_value[part],
+            self.severity[part],
+            self.parts[part],
+            self.contribution[part],
+            self.expected[part],
+        )
 
     @cached_property
     def usable(self) -> npt.NDArray[np.bool_]:
@@ -92,6 +104,18 @@ class Verdicts(NamedTuple):
     scores: Scores
     is_anomaly: list[bool]  # [G]
     smoothed: npt.NDArray[np.float64] | None  # [G]: the smoothed severity, if requested
+
+    def part(self, part: slice) -> "Verdicts":
+        """Return the verdicts on some of the valid rows, without the errors of the invalid rows."""
+        parsed, time, group = self.input_rows.parsed, self.input_rows.time, self.input_rows.group
+        missing = None if parsed.missing is None else parsed.missing[part]
+        input_rows = self.input_rows._replace(
+            parsed=ParsedRows(parsed.x[part], parsed.rows[part], [], missing),
+            time=None if time is None else time[part],
+            group=None if group is None else group[part],
+        )
+        smoothed = None if self.smoothed is None else self.smoothed[part]
+        return Verdicts(input_rows, self.scores.part(part), self.is_anomaly[part], smoothed)
 
 
 def decide(input_rows: InputRows, scores: Scores, body: AnomalyBody) -> Verdicts:
@@ -161,6 +185,20 @@ def results_and_errors(
     if not scores.all_finite:
         results = [result for result, usable in zip(results, scores.usable.tolist(), strict=True) if usable]
     return results, _errors(parsed, scores)
+
+
+def results_in_parts(
+    verdicts: Verdicts, explain: int, names: Sequence[str], parts: Sequence[str]
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield the response's `results` in lists of at most PART_ROWS; the arguments are those of `results_and_errors`."""
+    for start in range(0, len(verdicts.is_anomaly), PART_ROWS):
+        results, _ = results_and_errors(verdicts.part(slice(start, start + PART_ROWS)), explain, names, parts)
+        yield results
+
+
+def all_errors(verdicts: Verdicts) -> list[dict[str, Any]]:
+    """Return the response's `errors`, in the order of the request's rows."""
+    return _errors(verdicts.input_rows.parsed, verdicts.scores)
 
 
 def score_array(input_rows: InputRows, verdicts: Verdicts | None) -> Array:

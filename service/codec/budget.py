@@ -15,15 +15,14 @@ import math
 import sys
 from collections.abc import Callable
 from threading import Lock
-from time import perf_counter, sleep, thread_time
+from time import perf_counter, thread_time
 
+from service.codec.long_work import SLICE_SECONDS, pause_if_due
 from service.errors import BodyTooLarge, ClientGone, DeadlineExceeded, TooManyRows
 
 PIECE_BYTES = 64 * 1024  # orjson needs up to 20 ms for 64 KiB of empty lists
 ROW_BYTES = 1024  # memory for what the server keeps about a row: its error, or its position, time and group
 TURN_SECONDS = 0.004  # longest processor time for which one request may block the event loop
-SLICE_SECONDS = 0.002  # a reader in a thread pauses after this time, so that the event loop gets the interpreter lock
-PAUSE_SECONDS = 0.0001
 MAX_CPU_SECONDS = 20.0  # processor time; reading the largest body that the default settings allow takes 3 s
 MAX_ROW_BYTES = 2**20  # longest row as text, for models of few features
 MAX_NUMBER_BYTES = 32  # space for a number, its comma and its name
@@ -106,6 +105,15 @@ class Budget:
         """Count `size` bytes as free again. They stay held until the request ends, for the next `take_bytes`."""
         self._bytes -= size
 
+    @property
+    def counted(self) -> tuple[int, int]:
+        """The rows and the bytes that have been counted, for `return_to`."""
+        return self.rows, self._bytes
+
+    def return_to(self, counted: tuple[int, int]) -> None:
+        """Forget what has been counted since then: another reader begins with the same text."""
+        self.rows, self._bytes = counted
+
     def take_next_rows(self, size: int) -> int:
         """Count the next rows, valid or not, and `size` bytes for the numbers of each. Return how many rows these are.
 
@@ -170,7 +178,7 @@ class Budget:
                 got="more",
                 hint="send fewer rows per request, or send them as application/x-npy",
             )
-        sleep(PAUSE_SECONDS)
+        pause_if_due()
         self._next_check = perf_counter() + SLICE_SECONDS
 
     def start(self, *, in_event_loop: bool) -> None:

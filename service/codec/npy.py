@@ -45,11 +45,16 @@ def loads(body: bytes) -> npt.NDArray[Any]:
 
 def dumps(array: npt.NDArray[np.float32]) -> bytes:
     """Return `array` as an .npy file of version 1.0."""
+    return b"".join(parts(array))
+
+
+def parts(array: npt.NDArray[np.float32]) -> tuple[bytes | memoryview, ...]:
+    """Return the parts of which `dumps` makes the file: the header, and the numbers without a copy."""
     if array.flags.c_contiguous and array.size:
-        return b"".join((_header_for(array.shape, array.dtype.str), array.data.cast("B")))
+        return _header_for(array.shape, array.dtype.str), array.data.cast("B")
     file = io.BytesIO()
     npy_format.write_array(file, array, version=(1, 0), allow_pickle=False)
-    return file.getvalue()
+    return (file.getvalue(),)
 
 
 @lru_cache(maxsize=256)

@@ -66,15 +66,21 @@ def loads(body: bytes, name: str) -> npt.NDArray[Any]:
 
 def dumps(arrays: Mapping[str, npt.NDArray[np.float32]], metadata: Mapping[str, str]) -> bytes:
     """Return a safetensors file that contains `metadata`, and `arrays` as F32 tensors."""
+    return b"".join(parts(arrays, metadata))
+
+
+def parts(arrays: Mapping[str, npt.NDArray[np.float32]], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
+    """Return the parts of which `dumps` makes the file: the header, and the tensors without a copy."""
     header: dict[str, Any] = {_METADATA: dict(metadata)}
-    parts, end = [], 0
+    tensors: list[bytes | memoryview] = []
+    end = 0
     for name, array in arrays.items():
         start, end = end, end + array.nbytes
         header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": (start, end)}
-        parts.append(np.ascontiguousarray(array, "<f4").data)
+        tensors.append(np.ascontiguousarray(array, "<f4").data)
     text = orjson.dumps(header)
     text += b" " * (-len(text) % 8)  # align the tensors, so that readers need not copy them
-    return b"".join([_SIZE.pack(len(text)), text, *parts])
+    return [_SIZE.pack(len(text)), text, *tensors]
 
 
 def _parse_header(body: bytes) -> tuple[dict[str, Any], int]:

@@ -33,12 +33,19 @@ def read_fields(body: bytes, main: str, width: int, budget: Budget = NO_LIMIT) -
     Raises:
         TooManyRows, BodyTooLarge, Overloaded, DeadlineExceeded: see `Budget`.
     """
+    if len(body) <= MAX_WHOLE_BYTES:
+        try:
+            return _read_fields(body, main, width)
+        except _PARSING_ERRORS:
+            return None
+    counted = budget.counted
     try:
-        return (
-            _read_fields(body, main, width) if len(body) <= MAX_WHOLE_BYTES else _read_large(body, main, width, budget)
-        )
+        fields = _read_large(body, main, width, budget)
     except _PARSING_ERRORS:
-        return None
+        fields = None
+    if fields is None:
+        budget.return_to(counted)
+    return fields
 
 
 def _read_large(body: bytes, main: str, width: int, budget: Budget) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """The POST endpoints: encode, decode, reconstruct, sample, interpolate, anomaly."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -11,7 +11,15 @@ import numpy as np
 import numpy.typing as npt
 
 from service.anomaly.inputs import RECORD_READERS, ROW_FIELDS, InputRows, parse_input_rows
-from service.anomaly.verdicts import Verdicts, parsing_errors, results_and_errors, score_array
+from service.anomaly.verdicts import (
+    PART_ROWS,
+    Verdicts,
+    all_errors,
+    parsing_errors,
+    results_and_errors,
+    results_in_parts,
+    score_array,
+)
 from service.codec.budget import Budget
 from service.codec.request_body import JSON
 from service.codec.row_arrays import parse_array
@@ -55,7 +63,7 @@ class InferenceEndpoints:
             noise, _ = self._noise.draw(seed, *mean.shape)
             return mean + std * noise
 
-        latents = await run_in_thread_if_long(draw, mean.size * offload.NORMAL)
+        latents = await run_in_thread_if_long(draw, mean.size * offload.NORMAL, frees_lock=True)
         return await render_response(parsed, {"latents": latents, "std": std, "seed": seed, **imputed}, latents)
 
     async def decode(self, request: RequestContext) -> HttpResponse:
@@ -109,9 +117,10 @@ class InferenceEndpoints:
         cost = rows * (manifest.latents + 1 + with_row_noise * manifest.width) * offload.NORMAL
         if cost <= offload.MAX_LOOP_NS:
             return await run_in_thread_if_long(draw, cost)
+        parsed.request.ticket.mark_large()
         async with self._long_draw:
             self._service.admission.check(rows=rows, is_queued=True)
-            return await run_in_thread_if_long(draw, cost)
+            return await run_in_thread_if_long(draw, cost, frees_lock=True)
 
     async def interpolate(self, request: RequestContext) -> HttpResponse:
         """Decode points on the path from one row or latent vector to another, both ends included."""
@@ -153,7 +162,7 @@ class InferenceEndpoints:
         started = perf_counter()
         fields = await run_in_thread_if_long(partial(_anomaly_fields, parsed, verdicts), cost)
         parsed.record.write += perf_counter() - started
-        return await render_response(parsed, fields, parsed.inputs.parsed.x)
+        return await render_response(parsed, fields, parsed.inputs.parsed.x, write_ns=cost)
 
 
 # The requests that each endpoint accepts
@@ -233,7 +242,8 @@ ANOMALY = RequestSpec(
 def _anomaly_fields(parsed: ParsedRequest[AnomalyBody, InputRows], verdicts: Verdicts | None) -> dict[str, Any]:
     """Return the fields of an `AnomalyAnswer`, or only the counts if `detail` is "none".
 
-    `verdicts` is None if no row could be read.
+    `verdicts` is None if no row could be read. The results of many rows are an iterator over parts, which makes them
+    while they are written.
     """
     body, served, input_rows = parsed.body, parsed.served, parsed.inputs
     counts: dict[str, Any] = {
@@ -248,10 +258,14 @@ def _anomaly_fields(parsed: ParsedRequest[AnomalyBody, InputRows], verdicts: Ver
         return counts
     calibration = served.manifest.calibration
     reached = calibration.reaches(body.alpha)
-    if verdicts:
-        scored, errors = results_and_errors(verdicts, body.explain, served.row_schema.names, served.manifest.parts)
+    names, parts = served.row_schema.names, served.manifest.parts
+    scored: list[dict[str, Any]] | Iterator[list[dict[str, Any]]] = []
+    if not verdicts:
+        errors = parsing_errors(input_rows.parsed)
+    elif len(verdicts.is_anomaly) <= PART_ROWS:
+        scored, errors = results_and_errors(verdicts, body.explain, names, parts)
     else:
-        scored, errors = [], parsing_errors(input_rows.parsed)
+        scored, errors = results_in_parts(verdicts, body.explain, names, parts), all_errors(verdicts)
     return {
         **counts,
         "alpha": body.alpha,

@@ -12,9 +12,11 @@ import asyncio
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 from service.codec.budget import Budget, TurnOver
+from service.codec.long_work import long_work
 
 T = TypeVar("T")
 MAX_LOOP_NS = 2_000_000  # maximum time for which requests may block one pass of the event loop, in nanoseconds
@@ -29,6 +31,8 @@ ARRAY_BYTE = JSON_BYTE / 8  # time to copy one byte of npy or safetensors
 NUMBER = 10 * JSON_BYTE  # time to write one number, as about 10 characters of JSON or as pixels
 NORMAL = 8 * JSON_BYTE  # time to draw one normal random number
 VERDICT = 400 * JSON_BYTE  # time to build and write the result of one row
+DECISION = 2 * JSON_BYTE  # time to decide a row, per feature
+SMOOTHED_ROW = 500 * JSON_BYTE  # time to smooth the severity of a row, which may be the only one of its group
 RECORD_BYTE = 8 * JSON_BYTE  # time to read one byte of records or of CSV, or of JSON rows that are not plain numbers
 RECORD_VALUE = 8 * JSON_BYTE  # time to assign one value of a record to its feature
 SNAPPY_BYTE = 16 * JSON_BYTE  # time to decompress and parse one byte of a remote-write body
@@ -61,25 +65,41 @@ class _LoopPass:
 _loop_pass = _LoopPass()
 
 
-async def run_in_thread_if_long(work: Callable[[], T], estimated_ns: float) -> T:
+async def run_in_thread_if_long(work: Callable[[], T], estimated_ns: float, *, frees_lock: bool = False) -> T:
     """Return the result of `work`, which runs in another thread if `estimated_ns` is above MAX_LOOP_NS.
 
     Otherwise `work` runs in the event loop, in a pass of the loop in which there is time for it.
+
+    Args:
+        work: a function without arguments. If it takes more than a few milliseconds, it calls `pause_if_due`.
+        estimated_ns: the estimated time, in nanoseconds.
+        frees_lock: whether `work` spends almost all of its time in calls that free the interpreter lock. Such work
+            delays no other thread, and waits for none.
     """
     if estimated_ns > MAX_LOOP_NS:
-        return await asyncio.to_thread(work)
+        return await asyncio.to_thread(work if frees_lock else partial(_run_as_long_work, work))
     if estimated_ns > SHORT_NS:
         await _loop_pass.wait(estimated_ns)
     return work()
 
 
+def _run_as_long_work(work: Callable[[], T]) -> T:
+    with long_work():
+        return work()
+
+
 async def read_within_budget(
-    readers: ThreadPoolExecutor, read: Callable[[], T], budget: Budget, estimated_ns: float
+    readers: ThreadPoolExecutor,
+    read: Callable[[], T],
+    budget: Budget,
+    estimated_ns: float,
+    on_long: Callable[[], None] = lambda: None,
 ) -> T:
     """Return the result of `read`, which draws from `budget`.
 
     `read` runs in a thread of `readers` if `estimated_ns` is above MAX_LOOP_NS. Otherwise it runs in the event loop.
-    If it blocks the event loop for too long, it stops and is called again in a thread.
+    If it blocks the event loop for too long, it stops and is called again in a thread. `on_long` is called before
+    `read` is called in a thread.
     """
     if estimated_ns <= MAX_LOOP_NS:
         if estimated_ns > SHORT_NS:
@@ -92,11 +112,14 @@ async def read_within_budget(
         finally:
             budget.stop()
 
+    on_long()
+
     def read_in_thread() -> T:
-        budget.start(in_event_loop=False)
-        try:
-            return read()
-        finally:
-            budget.stop()
+        with long_work():
+            budget.start(in_event_loop=False)
+            try:
+                return read()
+            finally:
+                budget.stop()
 
     return await asyncio.get_running_loop().run_in_executor(readers, read_in_thread)

@@ -15,6 +15,7 @@ from service.codec import npy, png, safetensors
 from service.codec.budget import NO_LIMIT, Budget
 from service.codec.compression import decompress_gzip, is_gzip
 from service.codec.json_rows import JsonRows
+from service.codec.long_work import join
 from service.codec.request_body import (
     JSON,
     NO_EXTRA_READERS,
@@ -184,7 +185,7 @@ async def _read_costly(
         cost = len(raw_body) * _cost_per_byte(content_type)
     else:
         cost = len(raw_body) * offload.JSON_BYTE
-    return await read_within_budget(service.readers, read, budget, cost)
+    return await read_within_budget(service.readers, read, budget, cost, on_long=request.ticket.mark_large)
 
 
 async def _admit(service: ServiceContext, request: RequestContext, deadline: float) -> bytes:
@@ -264,7 +265,10 @@ async def run_operation(
     service: ServiceContext, parsed: ParsedRequest[Any, Any], operation: Operation, *inputs: Array
 ) -> tuple[Array, ...]:
     """Run `operation` on `inputs` with the model of `parsed`. Raises ClientGone if the client disconnects meanwhile."""
-    service.admission.check(rows=len(inputs[0]), is_queued=True)
+    rows = len(inputs[0])
+    if rows > service.admission.max_small_rows:
+        parsed.request.ticket.mark_large()
+    service.admission.check(rows=rows, is_queued=True)
     watch = _DisconnectWatch(parsed.request)
     try:
         result = await service.batcher.run(
@@ -275,7 +279,7 @@ async def run_operation(
         raise
     finally:
         watch.stop()
-    parsed.record.rows = len(inputs[0])
+    parsed.record.rows = rows
     parsed.record.queue += result.queued
     parsed.record.compute += result.computed
     return result.outputs
@@ -287,6 +291,7 @@ async def render_response(
     main: Array,
     columns: int | None = None,
     allow_nan: bool = False,
+    write_ns: float = 0.0,
 ) -> HttpResponse:
     """Return the response in the media type of `parsed`.
 
@@ -297,6 +302,7 @@ async def render_response(
         main: the array of an npy or image/png response.
         columns: tiles per line of the image; by default the image is about square.
         allow_nan: whether an npy or safetensors response may contain NaN, which marks rows without a verdict.
+        write_ns: the estimated time to write the fields that are not arrays, in nanoseconds.
 
     Raises:
         OverflowInModel: if a number of the response is not finite.
@@ -307,7 +313,7 @@ async def render_response(
     if "warning" in fields:
         headers = (*headers, (b"elbo-warning", fields["warning"].encode("ascii")))
 
-    def write() -> bytes:
+    def write() -> bytes | memoryview:
         served = parsed.served
         if parsed.media_type == JSON:
             return to_json({"model": served.name, "version": served.version, **fields})
@@ -317,17 +323,17 @@ async def render_response(
             tensors = array_fields(fields)
             for name, tensor in tensors.items():
                 require_finite(name, tensor, allow_nan)
-            return safetensors.dumps(tensors, metadata)
+            return join(safetensors.parts(tensors, metadata))
         require_finite("outputs", main, allow_nan)
         if parsed.media_type == npy.MEDIA_TYPE:
-            return npy.dumps(main)
+            return join(npy.parts(main))
         assert parsed.media_type == png.MEDIA_TYPE
         assert served.manifest.pixel_range is not None
         return png.dumps(main, served.manifest.shape, served.manifest.pixel_range, columns)
 
     cost = main.nbytes * offload.ARRAY_BYTE if is_array(parsed.media_type) else main.size * offload.NUMBER
     started = perf_counter()
-    content = await run_in_thread_if_long(write, cost)
+    content = await run_in_thread_if_long(write, cost + write_ns)
     parsed.record.write += perf_counter() - started
     return HttpResponse(content, parsed.media_type.encode(), headers)
 

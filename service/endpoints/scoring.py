@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -10,7 +11,9 @@ import numpy.typing as npt
 from service.access.scopes import Scope
 from service.anomaly.inputs import InputRows
 from service.anomaly.verdicts import Scores, Verdicts, decide
+from service.endpoints import offload
 from service.endpoints.context import ServiceContext
+from service.endpoints.offload import run_in_thread_if_long
 from service.errors import Overloaded
 from service.http.request import RequestContext
 from service.inference import operations
@@ -42,12 +45,18 @@ async def score_rows(
     """
     verdicts = None
     if input_rows.parsed.rows:
-        outputs = await run(
-            operations.anomaly(body.alpha, body.extrapolated), served.row_schema.impute(input_rows.parsed)
-        )
-        verdicts = decide(input_rows, Scores(*outputs), body)
+        rows = input_rows.parsed.x
+        if input_rows.parsed.missing is not None:
+            impute = partial(served.row_schema.impute, input_rows.parsed)
+            rows = await run_in_thread_if_long(impute, rows.size * offload.DECISION)
+        outputs = await run(operations.anomaly(body.alpha, body.extrapolated), rows)
+        cost = rows.size * offload.DECISION
+        if body.half_life or body.half_life_rows:
+            cost += len(rows) * offload.SMOOTHED_ROW
+        verdicts = await run_in_thread_if_long(lambda: decide(input_rows, Scores(*outputs), body), cost)
     if is_live:
-        service.metrics.anomalies.count(served, input_rows, verdicts)
+        for _ in service.metrics.anomalies.count_in_steps(served, input_rows, verdicts):
+            await asyncio.sleep(0)
     else:
         service.metrics.anomalies.count_unobserved(served, input_rows)
     if input_rows.unknown_metrics:

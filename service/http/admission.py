@@ -12,11 +12,13 @@ from typing import NamedTuple
 
 from service.codec.budget import Budget
 from service.errors import DeadlineExceeded, Overloaded
+from service.http.large_reads import LargeReads
 from service.http.unread import UnreadResponses
 from service.inference.backlog import Backlog
 from service.inference.batcher import Batcher
 from service.shared_memory import SharedNumber
 
+LARGE_REQUESTS = 16  # from this many large requests on, another one is refused if its expected wait is too long
 WORK_SLOTS = 64  # maximum number of requests processed at once, so that a pass of the event loop takes a few ms
 MAX_RETRY_AFTER = 60  # seconds
 TICKET = "elbo.ticket"  # key of a request's ticket in its ASGI scope
@@ -45,15 +47,19 @@ class Refusal(NamedTuple):
 class AdmissionControl:
     """The admission control of one process.
 
-    A request is refused in three cases:
+    A request is refused in these cases:
 
-    - Its rows would raise the number of pending rows above `max_rows`.
+    - Its rows would raise the number of pending rows above `max_rows`. A request of more rows than one batch leaves a
+      quarter of `max_rows` free for smaller requests, unless it needs more than three quarters itself.
     - Its body would raise the size of all request bodies in memory above `max_held_bytes`.
     - Its expected wait is longer than `max_wait` seconds.
     - Its response would raise the size of all responses that clients have not read above a quarter of `max_held_bytes`.
 
     The expected wait is estimated twice: from the requests ahead, and from the rows ahead. The longer estimate is used,
     because either parsing JSON or running the model may be slower. Both estimates use recently measured rates.
+
+    A large request is one whose rows fill more than one batch, or whose body is read in another thread. Large requests
+    need no work slot and have an expected wait of their own, so that they do not delay small requests.
 
     Args:
         batcher: reports the pending rows and how long they are expected to take.
@@ -65,8 +71,11 @@ class AdmissionControl:
 
     Attributes:
         requests: the requests that hold a place in the queue, including those with a work slot.
+        large_requests: the large requests that are being processed.
+        max_small_rows: maximum number of rows of a request that is not large.
         body_bytes: the bytes of request bodies in memory.
         unread: the responses that clients have not read. They take part of `max_held_bytes`.
+        large_reads: the connections that wait for their turn to read on.
         work_slots: semaphore of WORK_SLOTS; a request holds one slot while it is processed.
     """
 
@@ -82,12 +91,16 @@ class AdmissionControl:
     ) -> None:
         self.max_held_bytes = max_held_bytes
         self.requests = Backlog()
+        self.large_requests = Backlog()
+        self.max_small_rows = batcher.max_batch_rows
         self.body_bytes = Backlog()
+        self.large_reads = LargeReads()
         self.unread = UnreadResponses(max_held_bytes / 4, exported_unread)
         self.work_slots = asyncio.Semaphore(WORK_SLOTS)
         self._exported_bytes: SharedNumber = [0.0] if exported_bytes is None else exported_bytes
         self._batcher = batcher
         self._max_rows = max_rows
+        self._max_rows_of_large = max_rows - max_rows // 4
         self._max_wait = max_wait
         self._bytes_lock = Lock()  # readers in threads draw memory from the budgets of their requests
 
@@ -105,22 +118,34 @@ class AdmissionControl:
                 of the request determine the expected wait.
         """
         if rows:
-            excess = self._batcher.pending_rows + rows - self._max_rows
+            limit = self._max_rows
+            if self.max_small_rows < rows <= self._max_rows_of_large:
+                limit = self._max_rows_of_large
+            excess = self._batcher.pending_rows + rows - limit
             if excess > 0:
                 seconds = self._batcher.backlog.seconds_for(excess)
-                expected = f"at most {self._max_rows} pending rows"
+                expected = f"at most {limit} pending rows"
                 return Refusal("too many rows are pending", expected, retry_after(seconds))
             wait = self._batcher.expected_wait
             if not is_queued and self.requests.amount >= WORK_SLOTS:
                 wait = max(wait, self.requests.expected_wait)
             if wait > self._max_wait:
-                expected = f"an expected wait of at most {self._max_wait:g} s"
-                return Refusal("the queue is too long", expected, retry_after(wait - self._max_wait))
+                return self._too_long(wait)
         if body_bytes and self.body_bytes.amount + self.unread.counted + body_bytes > self.max_held_bytes:
             seconds = self.body_bytes.seconds_for(body_bytes)
             expected = f"at most {self.max_held_bytes} bytes of request bodies in memory"
             return Refusal("request bodies take too much memory", expected, retry_after(seconds))
         return None
+
+    def _too_long(self, wait: float) -> Refusal:
+        expected = f"an expected wait of at most {self._max_wait:g} s"
+        return Refusal("the queue is too long", expected, retry_after(wait - self._max_wait))
+
+    def check_large(self) -> None:
+        """Raise Overloaded if the expected wait of another large request is too long."""
+        wait = self.large_requests.expected_wait
+        if self.large_requests.amount >= LARGE_REQUESTS and wait > self._max_wait:
+            raise self._too_long(wait).error()
 
     def check(self, *, rows: int, is_queued: bool) -> None:
         """Raise Overloaded if the server refuses `rows` more rows."""
@@ -160,11 +185,12 @@ class Ticket:
     downloads therefore delay no other request.
     """
 
-    __slots__ = ("_admission", "_has_slot", "_is_released", "held_bytes", "is_queued")
+    __slots__ = ("_admission", "_has_slot", "_is_large", "_is_released", "held_bytes", "is_queued")
 
     def __init__(self, admission: AdmissionControl) -> None:
         self._admission = admission
         self._has_slot = False
+        self._is_large = False
         self._is_released = False
         self.is_queued = False
         self.held_bytes = 0
@@ -200,6 +226,24 @@ class Ticket:
     def release(self) -> None:
         """Give up the place in the queue and the work slot. A second call does nothing."""
         self._is_released = True
+        if self._is_large:
+            self._is_large = False
+            self._admission.large_requests.finish(1)
+        self._leave_queue()
+
+    def mark_large(self) -> None:
+        """Go on as a large request, which keeps no place in the queue and no work slot from small requests.
+
+        Raises Overloaded if the expected wait of large requests is too long.
+        """
+        if self._is_large or self._is_released:
+            return
+        self._admission.check_large()
+        self._is_large = True
+        self._admission.large_requests.add(1)
+        self._leave_queue()
+
+    def _leave_queue(self) -> None:
         if self.is_queued:
             self.is_queued = False
             self._admission.requests.finish(1)

@@ -36,7 +36,7 @@ class LingeringTransport:
         self._must_linger: Callable[[], bool] | None = must_linger
         self._on_large_write: Callable[[int], None] | None = on_large_write
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Send `data`."""
         self._write(data)
         if len(data) > SMALL_RESPONSE and self._on_large_write:

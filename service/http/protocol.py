@@ -404,9 +404,9 @@ class Protocol(HttpToolsProtocol):
             return
         super()._start_asgi_task(cycle, app)
         if self.flow.blocked and not self.pipeline:
-            self.loop.call_soon(self._continue)
+            self.loop.call_soon(self.continue_reading)
 
-    def _continue(self) -> None:
+    def continue_reading(self) -> None:
         """Parse the bytes that had to wait, then read on."""
         if self.pipeline or self.transport.is_closing():
             return
@@ -445,7 +445,7 @@ class Protocol(HttpToolsProtocol):
                 return
         if size > MAX_PIECE and not self.flow.read_paused:
             self.flow.block()
-            self.loop.call_soon(self._continue)
+            self._admission.large_reads.put(self)
 
     def _waits_for_bytes(self) -> bool:
         """Return whether only bytes of the client can continue this connection, and no timer limits that wait.

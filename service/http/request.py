@@ -51,7 +51,7 @@ class HttpResponse(NamedTuple):
     If the content is an iterator, each chunk is sent as soon as it is ready, and there is no content-length.
     """
 
-    content: bytes | AsyncIterator[bytes]
+    content: bytes | memoryview | AsyncIterator[bytes]
     media_type: bytes
     headers: tuple[Header, ...] = ()
     status: int = 200
@@ -243,7 +243,7 @@ class RequestContext:
             Overloaded: the responses that clients have not read leave no room for this response.
         """
         content = response.content
-        if not isinstance(content, bytes):
+        if not isinstance(content, bytes | memoryview):
             await self._respond_in_chunks(response, content)
             return
         if len(content) > SMALL_RESPONSE:

@@ -2,6 +2,9 @@
 
 Jobs for the same model version and operation share a batch, in their order of arrival. The next batch is the one that
 contains the job with the longest wait. A batch does not wait for further jobs to arrive.
+
+The pieces of a large request have batches of their own, and let other jobs pass that arrive within PIECE_SECONDS after
+them. A small request therefore waits for one batch, however many large requests are in the queue.
 """
 
 import asyncio
@@ -14,6 +17,8 @@ from typing import Protocol
 from service.errors import DeadlineExceeded
 from service.inference.backends import Array, Backend
 from service.inference.operations import Operation
+
+PIECE_SECONDS = 0.1  # pieces let other jobs pass that arrive within this time after them
 
 
 class Model(Protocol):
@@ -54,12 +59,14 @@ class Job:
         result: the future that the request waits for. It completes early if the request is cancelled or times out.
         deadline: when the request times out, on the `perf_counter` clock.
         on_delay: called at most once, when `check_delay` finds that the job has waited too long.
+        is_piece: whether the rows are a piece of a request that does not fit into one batch.
     """
 
     inputs: tuple[Array, ...]
     result: "asyncio.Future[BatchResult]"
     deadline: float
     on_delay: Callable[[], None] | None
+    is_piece: bool = False
     queued_at: float = field(default_factory=perf_counter)
     rows: int = field(init=False)  # B
 
@@ -81,13 +88,23 @@ class Batch:
         return sum([job.rows for job in self.jobs])
 
 
+_LaneKey = tuple[int, Operation, bool]  # the id of the model, the operation, and whether the jobs are pieces
+
+
 @dataclass(eq=False, slots=True)
 class _Lane:
     """Waiting jobs that may share a batch, in their order of arrival."""
 
+    key: "_LaneKey"
     model: Model
     operation: Operation
     jobs: deque[Job] = field(default_factory=deque)
+
+    @property
+    def turn(self) -> float:
+        """The time that decides which lane is next, on the `perf_counter` clock."""
+        job = self.jobs[0]
+        return job.queued_at + PIECE_SECONDS if job.is_piece else job.queued_at
 
 
 class BatchQueue:
@@ -101,7 +118,7 @@ class BatchQueue:
     def __init__(self, max_batch_rows: int, max_batch_bytes: int) -> None:
         self._max_batch_rows = max_batch_rows
         self._max_batch_bytes = max_batch_bytes
-        self._lanes: dict[tuple[int, Operation], _Lane] = {}  # the key is the id of the model and the operation
+        self._lanes: dict[_LaneKey, _Lane] = {}
 
     @property
     def is_empty(self) -> bool:
@@ -119,19 +136,19 @@ class BatchQueue:
 
     def put(self, model: Model, operation: Operation, job: Job) -> None:
         """Append a job."""
-        key = id(model), operation
+        key = id(model), operation, job.is_piece
         lane = self._lanes.get(key)
         if lane is None:
-            lane = self._lanes[key] = _Lane(model, operation)
+            lane = self._lanes[key] = _Lane(key, model, operation)
         lane.jobs.append(job)
 
     def take(self) -> Batch | None:
         """Remove and return the next batch, or return None if every waiting job has been cancelled or has timed out."""
         while self._lanes:
-            lane = min(self._lanes.values(), key=lambda lane: lane.jobs[0].queued_at)
+            lane = min(self._lanes.values(), key=lambda lane: lane.turn)
             jobs = self._take_jobs(lane)
             if not lane.jobs:
-                del self._lanes[id(lane.model), lane.operation]
+                del self._lanes[lane.key]
             if jobs:
                 return Batch(lane.model, lane.operation, jobs)
         return None

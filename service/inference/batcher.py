@@ -4,9 +4,9 @@ One batch runs at a time. A batch that is expected to be short runs in the event
 to another thread and back takes longer than running a small model. The warm-up measures how long batches of each size
 take.
 
-A large request is split into pieces. Each piece joins the end of the queue after the previous piece has finished, so
-that a large request delays other requests by at most one batch. A job does not run if its request is cancelled or times
-out before the job starts. A job that fails does not fail the other jobs of its batch.
+A large request is split into pieces. Each piece joins the queue after the previous piece has finished, and lets small
+requests pass, so that large requests delay small ones by at most one batch. A job does not run if its request is
+cancelled or times out before the job starts. A job that fails does not fail the other jobs of its batch.
 """
 
 import asyncio
@@ -44,8 +44,9 @@ class Batcher:
 
     Attributes:
         pending_rows: the number of rows of all unfinished requests.
-        backlog: the rows that run before a new job. Of a large request, only the current piece counts, because a new
-            job runs before the next piece.
+        max_batch_rows: maximum number of rows per batch.
+        backlog: the rows that run before a new job. The pieces of large requests do not count, because a new job
+            usually runs before them.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Batcher:
     ) -> None:
         self.pending_rows = 0
         self.backlog = Backlog()
-        self._max_batch_rows = max_batch_rows
+        self.max_batch_rows = max_batch_rows
         self._queue = BatchQueue(max_batch_rows, max_batch_bytes)
         self._threads = threads
         self._on_batch = on_batch
@@ -73,7 +74,7 @@ class Batcher:
     @property
     def expected_wait(self) -> float:
         """Expected seconds until a new job runs; 0 if the rows ahead of it fit into one batch."""
-        return self.backlog.expected_wait if self.backlog.amount >= self._max_batch_rows else 0.0
+        return self.backlog.expected_wait if self.backlog.amount >= self.max_batch_rows else 0.0
 
     def start(self) -> None:
         """Prepare to run jobs. Call this method in the event loop in which `run` will be called."""
@@ -123,7 +124,7 @@ class Batcher:
             results = []
             for start in range(0, rows, max_rows):
                 piece = tuple(array[start : start + max_rows] for array in inputs)
-                job = Job(piece, self._loop.create_future(), deadline, None if start else on_delay)
+                job = Job(piece, self._loop.create_future(), deadline, None if start else on_delay, is_piece=True)
                 results.append(await self._run_job(model, operation, job))
             if sum(output.nbytes for result in results for output in result.outputs) > MAX_INLINE_BYTES:
                 return await asyncio.to_thread(_joined, results)
@@ -138,7 +139,8 @@ class Batcher:
     async def _run_job(self, model: Model, operation: Operation, job: Job) -> BatchResult:
         if self._is_closing:
             raise NotReady("the server is shutting down")
-        self.backlog.add(job.rows)
+        if not job.is_piece:
+            self.backlog.add(job.rows)
         try:
             self._queue.put(model, operation, job)
             self._schedule_step()
@@ -147,7 +149,8 @@ class Batcher:
                 self._loop.call_later(CHECK_SECONDS, self._check_delays)
             return await job.result
         finally:
-            self.backlog.finish(job.rows)
+            if not job.is_piece:
+                self.backlog.finish(job.rows)
 
     def _schedule_step(self) -> None:
         """Schedule the next batch to start as soon as all requests that have already arrived are in the queue."""

@@ -25,6 +25,9 @@ P_VALUE_BOUNDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5
 # Bucket bounds, each slightly above the exact value, because float32 may round a p-value up.
 _TOLERANT_BOUNDS = tuple(bound * (1 + 1e-6) for bound in P_VALUE_BOUNDS)
 _TOLERANT_BOUNDS_ARRAY = np.array(_TOLERANT_BOUNDS)
+# Counting yields to the event loop after this many rows, or groups. A group with alarms takes up to 50 µs.
+STEP_ROWS = 1000
+STEP_GROUPS = 32
 MAX_LOOP_ROWS = 4  # for at most this many rows, a Python loop is faster than NumPy
 # Limit of the group labels, and of the feature labels, per model version. All further values are counted under OTHER.
 MAX_LABELS = 100
@@ -116,6 +119,11 @@ class AnomalyMetrics:
 
     def count(self, served: ServedModel, input_rows: InputRows, verdicts: Verdicts | None) -> None:
         """Count the rows of `input_rows`, which are live traffic. `verdicts` is None if no row could be read."""
+        for _ in self.count_in_steps(served, input_rows, verdicts):
+            pass
+
+    def count_in_steps(self, served: ServedModel, input_rows: InputRows, verdicts: Verdicts | None) -> Iterator[None]:
+        """Count as `count` does. Yield after each step, so that other requests have their turn."""
         model = served.metric_labels
         scored = 0
         if verdicts is not None:
@@ -123,9 +131,9 @@ class AnomalyMetrics:
             scores = verdicts.scores
             p_values = scores.p_value if scores.all_finite else scores.p_value[scores.usable]
             _count_p_values(self._p_values.local(model), p_values)
-            self._count_alarms(served, verdicts, self._live_rows(model, verdicts))
+            yield from self._count_alarms(served, verdicts, self._live_rows(model, verdicts))
             if True in verdicts.is_anomaly:
-                self._count_anomalies(served, verdicts)
+                yield from self._count_anomalies(served, verdicts)
         self._scored.add(model, scored)
         if input_rows.unknown_fields:
             self._unknown.add(model, input_rows.unknown_fields)
@@ -175,10 +183,10 @@ class AnomalyMetrics:
                 extra={"fields": {"model": model[0], "version": model[1], "rows": int(is_history.sum())}},
             )
 
-    def _count_alarms(self, served: ServedModel, verdicts: Verdicts, rows: Sequence[int] | None) -> None:
+    def _count_alarms(self, served: ServedModel, verdicts: Verdicts, rows: Sequence[int] | None) -> Iterator[None]:
         """Update the mean severity of each group, row by row. Count the rows where the mean exceeds 1.
 
-        `rows`: the rows to use, in order; None for all rows.
+        Yield after each step. `rows`: the rows to use, in order; None for all rows.
         """
         model = served.metric_labels
         severities, groups = verdicts.scores.severity.tolist(), verdicts.input_rows.group
@@ -189,7 +197,11 @@ class AnomalyMetrics:
             for row in rows:
                 lists.setdefault(groups[row] or "", []).append(row)
             rows_by_group = lists
-        for name, group_rows in rows_by_group.items():
+        if len(rows) > STEP_ROWS:
+            yield
+        for number, (name, group_rows) in enumerate(rows_by_group.items(), 1):
+            if number % STEP_GROUPS == 0:
+                yield
             group = self._limited(model, "group", name)
             if alarms := self._mean(model, group).count_above_one([severities[row] for row in group_rows]):
                 self._record_causes((*model, group), verdicts, group_rows)
@@ -227,16 +239,22 @@ class AnomalyMetrics:
             mean = self._means[model, group] = RunningMean(self._half_life)
         return mean
 
-    def _count_anomalies(self, served: ServedModel, verdicts: Verdicts) -> None:
-        """Count the flagged rows by group, and by the feature that contributed most."""
+    def _count_anomalies(self, served: ServedModel, verdicts: Verdicts) -> Iterator[None]:
+        """Count the flagged rows by group, and by the feature that contributed most. Yield after each step."""
         model = served.metric_labels
         rows = [row for row, flag in enumerate(verdicts.is_anomaly) if flag]
         groups = verdicts.input_rows.group
         rows_by_group = Tally(groups[row] for row in rows) if groups else {None: len(rows)}
-        for name, count in rows_by_group.items():
+        for number, (name, count) in enumerate(rows_by_group.items(), 1):
+            if number % STEP_GROUPS == 0:
+                yield
             self._anomalies.add((*model, self._limited(model, "group", name or "")), count)
-        columns = verdicts.scores.contribution[rows].argmax(axis=1)
-        for column, count in Tally(columns.tolist()).items():
+        columns: Tally[int] = Tally()
+        for start in range(0, len(rows), STEP_ROWS):
+            if start:
+                yield
+            columns.update(verdicts.scores.contribution[rows[start : start + STEP_ROWS]].argmax(axis=1).tolist())
+        for column, count in columns.items():
             feature = self._limited(model, "feature", served.row_schema.names[column])
             self.causes.add((*model, feature), count)
 

@@ -15,6 +15,8 @@ from service.codec import json_rows, simdjson_rows
 from service.codec.budget import PIECE_BYTES, Budget
 from service.codec.json_rows import JsonRows
 from service.codec.request_body import read_fields, read_json
+from service.codec.row_lists import parse_valid_rows
+from service.codec.row_schema import RowSchema
 from service.errors import BodyTooLarge, InvalidJson, TooManyRows
 
 SPACE = " " * 50
@@ -170,3 +172,14 @@ def test_small_array_of_a_large_body_is_a_list() -> None:
     fields = read_json(body, budget_of(max_rows=10**6)).values
     assert fields["inputs"] == [[1, 2]]
     assert isinstance(fields["records"], JsonRows)
+
+
+def test_row_that_the_fast_reader_cannot_read_does_not_count_the_rows_before_it_twice() -> None:
+    row = b"[" + b",".join([b"0.123456"] * 20) + b"]"
+    body = b'{"inputs":[' + b",".join([row] * 9999 + [b'["x"]']) + b"]}"
+    budget = budget_of(max_rows=10_000, width=20)
+    rows = read_fields("application/json", body, "inputs", 20, budget=budget).values["inputs"]
+    parsed = parse_valid_rows(RowSchema([20]), rows, "/inputs", False, budget)
+    assert len(parsed.rows) == 9999
+    assert [error.row for error in parsed.errors] == [9999]
+    assert budget.rows == 10_000

@@ -67,7 +67,7 @@ def test_array_formats_do_not_include_png() -> None:
 )
 def test_float32_values_are_exact_after_conversion_to_json_and_back(array: np.ndarray) -> None:
     for text in (to_json({"a": array}), to_json({"a": [list(row) for row in array]})):
-        np.testing.assert_array_equal(np.array(json.loads(text)["a"], np.float32), array)
+        np.testing.assert_array_equal(np.array(json.loads(bytes(text))["a"], np.float32), array)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -52,6 +52,22 @@ def test_every_field_of_the_response_matches_the_artifact(
     np.testing.assert_array_equal(column(response, "is_anomaly"), column(response, "severity") > 1)
 
 
+def test_verdicts_on_many_rows_are_those_on_few_rows(client: httpx.Client, mixed: np.ndarray) -> None:
+    rows = np.tile(mixed, (10, 1)).tolist()
+    rows[7] = rows[133] = rows[299] = [1.0]  # 300 rows, some of them invalid
+    whole = post(client, "/anomaly", {"inputs": rows, "explain": 2})
+    parts = [post(client, "/anomaly", {"inputs": rows[start : start + 100], "explain": 2}) for start in (0, 100, 200)]
+    for name in ("results", "errors"):
+        entries = [entry | {"row": entry["row"] + 100 * i} for i, part in enumerate(parts) for entry in part[name]]
+        for found, expected in zip(whole[name], entries, strict=True):
+            assert found.keys() == expected.keys()
+            assert [found["row"], found.get("is_anomaly")] == [expected["row"], expected.get("is_anomaly")]
+            assert found.get("score", 0.0) == pytest.approx(expected.get("score", 0.0), rel=1e-4)
+    assert whole["rows"] == 300
+    assert whole["failed"] == 3
+    assert whole["anomalies"] == sum(part["anomalies"] for part in parts)
+
+
 @pytest.mark.parametrize("model", ["pca", "ae", "vae"])
 def test_row_is_anomalous_if_and_only_if_its_p_value_is_at_most_alpha(
     client: httpx.Client, mixed: np.ndarray, model: str

@@ -27,7 +27,7 @@ STALL_SECONDS = 0.25  # on a machine with other work; benchmarks/serving/hostile
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """Yield a server whose queue has room for one request of ROWS rows."""
+    """Yield a server whose queue has room for three requests of ROWS rows, and for small requests."""
     root = tmp_path_factory.mktemp("artifacts")
     x = np.random.default_rng(0).normal(size=(400, FEATURES)).astype(np.float32)
     names = [f"x{index}" for index in range(FEATURES)]
@@ -35,7 +35,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     table = Table(RowStore(x), (FEATURES,), names, [None] * FEATURES, None, None, "made up", missing=missing)
     train(TrainConfig(model="pca", name="wide", latents=2), table, root, RecordingReporter())
     with server_starter() as start:
-        yield start(root, QUEUE_ROWS=ROWS, DEFAULT_MODEL="wide")
+        yield start(root, QUEUE_ROWS=4 * ROWS, DEFAULT_MODEL="wide")
 
 
 REQUEST = (
@@ -55,8 +55,13 @@ def read_answer(connection: socket.socket) -> tuple[int, bytes]:
 
 
 def answers_while_livez_is_served(server: ServerProcess, request: bytes, count: int) -> list[tuple[int, bytes]]:
-    """Send `request` `count` times at once, and return the answers. Assert that no other client waits long."""
+    """Send `request` `count` times at once, and return the answers.
+
+    Assert that no other client waits long, and that one who scores a row is never refused.
+    """
     waits: list[float] = []
+    statuses: list[int] = []
+    row = {"inputs": [[0.0] * FEATURES]}
 
     def ask_livez(stop: threading.Event) -> None:
         with server.client() as client:
@@ -64,6 +69,7 @@ def answers_while_livez_is_served(server: ServerProcess, request: bytes, count: 
                 started = perf_counter()
                 client.get("/livez")
                 waits.append(perf_counter() - started)
+                statuses.append(client.post("/anomaly", json=row).status_code)
                 sleep(0.01)
 
     with background_threads(ask_livez), ThreadPoolExecutor(count) as clients:
@@ -73,6 +79,7 @@ def answers_while_livez_is_served(server: ServerProcess, request: bytes, count: 
             connection.sendall(request)
         answers = list(clients.map(read_answer, connections))
     assert max(waits) < STALL_SECONDS
+    assert set(statuses) == {200}
     return answers
 
 

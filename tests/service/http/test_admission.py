@@ -165,6 +165,48 @@ def test_ticket_counts_once_if_it_is_acquired_or_released_twice() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize(("rows", "is_refused"), [(9, False), (10, True)])
+def test_large_requests_leave_a_quarter_of_the_queue_to_small_requests(
+    vae: Artifact, rows: int, is_refused: bool
+) -> None:
+    """The queue has room for 100 rows, a batch for 9, and 75 rows are pending."""
+    model = BareModel(select_backend(vae, requested="torchscript").backend)
+
+    async def scenario() -> None:
+        async with running_batcher(max_batch_rows=9) as batcher:
+            admission = admission_for(batcher, max_rows=100)
+            gate = Gate()
+            held = await gate.hold(batcher, model, random_rows(1))
+            large = asyncio.create_task(batcher.run(model, reconstruct(gaps=False), random_rows(74)))
+            await asyncio.sleep(0)
+            assert batcher.pending_rows == 75
+            assert (admission.refusal(rows=rows, is_queued=True) is not None) == is_refused
+            gate.open.set()
+            await asyncio.gather(held, large)
+
+    asyncio.run(scenario())
+
+
+def test_large_requests_hold_no_work_slot_and_no_place_in_the_queue_of_small_requests() -> None:
+    async def scenario() -> None:
+        async with running_batcher() as batcher:
+            admission = admission_for(batcher)
+            tickets = [admission.ticket() for _ in range(WORK_SLOTS)]
+            for ticket in tickets:
+                ticket.acquire()
+                await ticket.start(perf_counter() + 1)
+                ticket.mark_large()
+                ticket.mark_large()
+            assert not admission.work_slots.locked()
+            assert (admission.requests.amount, admission.large_requests.amount) == (0, WORK_SLOTS)
+            for ticket in tickets:
+                ticket.release()
+                ticket.release()
+            assert (admission.requests.amount, admission.large_requests.amount) == (0, 0)
+
+    asyncio.run(scenario())
+
+
 def test_flood_of_requests_gets_prompt_refusals_and_correct_responses(
     start: Callable[..., ServerProcess], artifacts: Path, vae: Artifact
 ) -> None:

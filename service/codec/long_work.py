@@ -1,0 +1,102 @@
+"""Long work in threads: of all threads that do long work, only one works at a time.
+
+Whenever the event loop waits for the network, it gives up Python's interpreter lock, and needs it again for its next
+step. If several threads want the lock at that time, each of them may get it before the event loop. With ten such
+threads, a request for /livez took 140 ms. With the lock in this module, the event loop competes with one thread.
+
+A thread works for about SLICE_SECONDS, and then another thread may work. In between, the event loop gets the
+interpreter lock. A single call of a C library should not hold the interpreter lock for more than a few milliseconds.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from time import perf_counter, sleep
+from typing import Any
+
+import numpy as np
+
+SLICE_SECONDS = 0.001
+PAUSE_SECONDS = 0.0001
+COPIED_BYTES = 512 * 1024  # most bytes that are copied with the interpreter lock, which takes 0.2 ms
+FIRST_BYTES = 16 * 1024  # first size of a large response
+
+_lock = threading.Lock()  # held by the thread that works
+
+
+class _Thread(threading.local):
+    """The end of this thread's time slice on the `perf_counter` clock; infinity if the thread does no long work."""
+
+    slice_end = float("inf")
+
+
+_this_thread = _Thread()
+
+
+@contextmanager
+def long_work() -> Iterator[None]:
+    """Wait until this thread may work. Until the end of the block, other threads work only during `pause_if_due`."""
+    with _lock:
+        _this_thread.slice_end = perf_counter() + SLICE_SECONDS
+        try:
+            yield
+        finally:
+            _this_thread.slice_end = float("inf")
+
+
+def pause_if_due() -> None:
+    """Let other threads work if the time slice of this thread is over. Without long work, do nothing."""
+    if perf_counter() < _this_thread.slice_end:
+        return
+    _lock.release()
+    try:
+        sleep(PAUSE_SECONDS)
+    finally:
+        _lock.acquire()
+    _this_thread.slice_end = perf_counter() + SLICE_SECONDS
+
+
+class LargeContent:
+    """The content of a large response, which grows while it is written.
+
+    It is an array of NumPy, which frees the interpreter lock while it copies. `bytes.join` and `BytesIO` would hold the
+    lock for up to 40 ms, and freeing 80 MB of `bytes` for 8 ms.
+    """
+
+    def __init__(self) -> None:
+        self._array = np.empty(FIRST_BYTES, np.uint8)
+        self._size = 0
+
+    def reserve(self, size: int) -> None:
+        """Make room for `size` more bytes, so that writing them copies nothing that is already written."""
+        needed = self._size + size
+        if needed > len(self._array):
+            grown = np.empty(needed, np.uint8)
+            grown[: self._size] = self._array[: self._size]
+            self._array = grown
+
+    def write(self, data: Any) -> None:
+        """Append `data`, which is bytes or a buffer."""
+        size = len(data) if type(data) is bytes else memoryview(data).nbytes
+        if not size:
+            return
+        end = self._size + size
+        if end > len(self._array):
+            self.reserve(max(size, len(self._array) // 2))
+        self._array[self._size : end] = np.frombuffer(data, np.uint8)
+        self._size = end
+
+    def view(self) -> memoryview:
+        """Return all bytes, without a copy."""
+        return self._array[: self._size].data
+
+
+def join(parts: Sequence[bytes | memoryview]) -> bytes | memoryview:
+    """Return the bytes of all `parts`, which are in C order."""
+    if sum(memoryview(part).nbytes for part in parts) <= COPIED_BYTES:
+        return b"".join(parts)
+    content = LargeContent()
+    content.reserve(sum(memoryview(part).nbytes for part in parts))
+    for part in parts:
+        content.write(part)
+    return content.view()
