@@ -68,6 +68,7 @@ class Attack:
         connections: how many connections send the request at once.
         start: bytes that are sent in place of the head of the request; if they are given, the body has no end.
         unread_seconds: how long to wait before the response is read.
+        model: the model that the request is for.
     """
 
     expected: tuple[int, ...]
@@ -81,13 +82,14 @@ class Attack:
     connections: int = 1
     start: bytes = b""
     unread_seconds: float = 0.0
+    model: str = "hosts"
 
     def request(self, share: float) -> bytes:
         """Return the bytes of the request. Its body has `share` times `size` bytes; smoke tests use a small share."""
         body = self.body(int(self.size * share))
         if self.start:
             return self.start + body
-        head = [f"POST {self.path}?model=hosts HTTP/1.1", "Host: elbo", f"Content-Type: {self.content_type}"]
+        head = [f"POST {self.path}?model={self.model} HTTP/1.1", "Host: elbo", f"Content-Type: {self.content_type}"]
         if self.gzipped:
             body = gzip.compress(body, 6)
         if self.snappy:
@@ -139,6 +141,19 @@ def write_request(body: Callable[[int], bytes], *expected: int, size: int = 60 *
 def record_of_a_long_host(size: int) -> bytes:
     """Return an abnormal record whose host has a name of `size` bytes."""
     return b'{"records":[{"host":"' + b"h" * size + b'",' + RECORD.replace(b"0.5", b"1e9")[1:] + b"]}"
+
+
+def many_rows(size: int) -> bytes:
+    """Return rows of numbers that a model accepts: 10,000 rows in 1.2 MB."""
+    row = b"[" + b",".join([b"0.123"] * FEW_FEATURES) + b"]"
+    return b'{"inputs":[' + b",".join([row] * min(10_000, size // len(row))) + b"]}"
+
+
+def many_groups(size: int) -> bytes:
+    """Return abnormal records, each of another group: 10,000 records in 2.5 MB."""
+    record = RECORD.replace(b"0.5", b"1e6")
+    records = [b'{"host":"h%d",' % index + record[1:] for index in range(min(10_000, size // (len(record) + 16)))]
+    return b'{"records":[' + b",".join(records) + b"]}"
 
 
 CSV_HEADER = ",".join(f"x{index}" for index in range(FEW_FEATURES)).encode() + b"\n"
@@ -202,6 +217,13 @@ ATTACKS: dict[str, Attack] = {
     "unread-responses": Attack(
         (0, 200, 429), lambda _: b'{"n":10000}', path="/sample", connections=60, unread_seconds=5.0
     ),
+    "samples-of-a-wide-model": Attack(
+        (200, 429), lambda _: b'{"n":10000}', path="/sample", connections=60, model="vae"
+    ),
+    "reconstructions": Attack((200, 429), many_rows, path="/reconstruct", size=1_400_000, connections=60),
+    "verdicts": Attack((200, 429), many_rows, size=1_400_000, connections=60),
+    "verdicts-of-one-client": Attack((200,), many_rows, size=1_400_000),
+    "verdicts-of-many-groups": Attack((200, 429), many_groups, size=4_000_000, connections=20),
     "empty-lists-16-at-once": Attack(
         (413, 422, 429), repeated(b"[],", b'{"inputs":[', b"[]]}"), gzipped=True, size=60 * MIB, connections=16
     ),

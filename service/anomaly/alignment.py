@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from models.errors import shortened
-from service.anomaly.inputs import MAX_GROUP_NAME
+from service.anomaly.record_keys import MAX_GROUP_NAME
 from service.codec.feature_names import FeatureSelectors
 from service.codec.remote_write import LABEL_BYTES, METRIC_NAME_LABEL, SERIES_BYTES, Series, is_stale
 

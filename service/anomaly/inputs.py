@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from models.errors import join_names, shortened
+from models.errors import join_names
 from service.anomaly.record_keys import RecordKeys
 from service.codec import csv_rows, ndjson
 from service.codec.budget import NO_LIMIT, Budget
@@ -22,7 +22,6 @@ from service.inference.served_model import ServedModel
 from service.schemas import AnomalyBody
 
 ROW_FIELDS = ("inputs", "records", "metrics")  # a request body must have exactly one of these fields
-MAX_GROUP_NAME = 128  # characters
 PLAIN_TEXT = "text/plain"
 HEADER_HINT = "the first line must name the columns; GET /models/{name} lists the features"
 RECORD_READERS: Mapping[str, BodyReader] = {  # by media type
@@ -109,20 +108,12 @@ def parse_record_rows(
     """
     allow_lists = isinstance(records, ndjson.NdjsonRows)
     keys = RecordKeys(schema, body.time, body.group, allow_unknown=_allows_unknown(body), budget=budget)
-    has_group = body.group not in schema.name_set
-    groups: list[str | None] = []  # of each record
     if isinstance(records, csv_rows.CsvRecords):
         names = keys.names(records.header)
         _validate_header(schema, names, body.impute, pointer, keys)
         records = records.with_values(names, schema.name_set, body.time)
     elif isinstance(records, ndjson.NdjsonRows | JsonRows):
         records = iter(records)
-
-    def read(record: Any) -> Any:
-        record = keys.read(record)
-        group = record.get(body.group) if has_group and type(record) is dict else None
-        groups.append(None if group is None else _group_name(group))
-        return record
 
     parsed = parse_valid_records(
         schema,
@@ -132,14 +123,14 @@ def parse_record_rows(
         impute=body.impute,
         allow_lists=allow_lists,
         minimum=minimum,
-        read=read,
+        read=keys.read,
         budget=budget,
     )
     time = np.array([keys.times[row] for row in parsed.rows])
-    group = [groups[row] for row in parsed.rows]
+    group = [keys.groups[row] for row in parsed.rows]
     return InputRows(
         parsed,
-        len(groups),
+        len(keys.groups),
         keys.unknown_fields,
         time=None if np.isnan(time).all() else time,
         group=group if any(name is not None for name in group) else None,
@@ -229,12 +220,3 @@ def _validate_header(schema: RowSchema, header: list[str], impute: bool, pointer
         got=join_names(header),
         hint=f"{HEADER_HINT}; {mismatch}" if mismatch else HEADER_HINT,
     )
-
-
-def _group_name(value: Any) -> str | None:
-    """Return the name of a group in at most MAX_GROUP_NAME characters.
-
-    A name may be a label of metrics and alerts, so it is shortened and not refused: collectors such as Telegraf send a
-    refused batch again and again.
-    """
-    return None if type(value) in (list, dict) else shortened(str(value), MAX_GROUP_NAME)

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from models.columns import parse_title
-from models.errors import join_names
+from models.errors import join_names, shortened
 from models.timestamps import to_unix_seconds
 from service.codec.budget import NO_LIMIT, Budget
 from service.codec.feature_names import closest
@@ -18,6 +18,7 @@ from service.codec.row_schema import RowSchema
 from service.errors import InvalidRows, escape
 
 MAX_QUOTED = 100  # characters of an unknown key that an error quotes
+MAX_GROUP_NAME = 128  # characters
 KEY_BYTES = 200  # memory to cache the meaning of one key, besides the memory for its characters
 MAX_SUGGESTIONS = 3  # maximum number of unknown keys per request for which a similar feature is searched
 
@@ -35,6 +36,7 @@ class RecordKeys:
     Attributes:
         unknown_fields: the number of values read so far that belong to no feature.
         times: for each record read so far, its time in Unix seconds; NaN for a record without a time.
+        groups: for each record read so far, the name of its group; None for a record without a group.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class RecordKeys:
     ) -> None:
         self._schema = schema
         self._time = None if time in schema.name_set else time
+        self._group = None if group in schema.name_set else group
         self._other = {name for name in (time, group) if name not in schema.name_set}
         self._known = schema.name_set | self._other
         self._allow_unknown = allow_unknown
@@ -50,6 +53,7 @@ class RecordKeys:
         self._suggestions: dict[str, str | None] = {}
         self.unknown_fields = 0
         self.times: list[float] = []
+        self.groups: list[str | None] = []
 
     def read(self, record: Any) -> Any:
         """Return `record` with the names of features as keys. Return a `MalformedRow` if a key is not understood.
@@ -57,16 +61,18 @@ class RecordKeys:
         A value that is not an object is returned as it is: the record parser reports it.
         """
         self.times.append(math.nan)
+        self.groups.append(None)
         if type(record) is not dict:
             return record
         try:
-            extra = record.keys() - self._known
-            if extra:
-                record = self._rename(record, [key for key in record if key in extra])
+            if not record.keys() <= self._known:
+                record = self._rename(record, [key for key in record if key not in self._known])
             if self._time is not None and record.get(self._time) is not None:
                 self._read_time(self._time, record[self._time])
         except InvalidRows as error:
             return MalformedRow.of(error)
+        if self._group is not None and (group := record.get(self._group)) is not None:
+            self.groups[-1] = _group_name(group)
         return record
 
     def names(self, titles: Sequence[str]) -> list[str]:
@@ -162,3 +168,12 @@ class RecordKeys:
                 return None
             self._suggestions[key] = closest(key, lacking)
         return self._suggestions[key]
+
+
+def _group_name(value: Any) -> str | None:
+    """Return the name of a group in at most MAX_GROUP_NAME characters.
+
+    A name may be a label of metrics and alerts, so it is shortened and not refused: collectors such as Telegraf send a
+    refused batch again and again.
+    """
+    return None if type(value) in (list, dict) else shortened(str(value), MAX_GROUP_NAME)

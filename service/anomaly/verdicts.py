@@ -17,7 +17,7 @@ from service.schemas import AnomalyBody
 Array = npt.NDArray[np.float32]
 T = TypeVar("T")
 OVERFLOW_DETAIL = "the row is so far from the training data that the model's output for it overflows float32"
-PART_ROWS = 128  # rows whose results are made and written at once, which takes 1 ms
+PART_ROWS = 512  # rows whose results are made and written at once, of which orjson takes 0.5 ms
 MAX_SORTED_FEATURES = 64  # with more features than this, the largest contributions are selected before sorting
 _MAX_FLOAT32 = np.finfo(np.float32).max
 

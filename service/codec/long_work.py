@@ -4,24 +4,59 @@ Whenever the event loop waits for the network, it gives up Python's interpreter 
 step. If several threads want the lock at that time, each of them may get it before the event loop. With ten such
 threads, a request for /livez took 140 ms. With the lock in this module, the event loop competes with one thread.
 
-A thread works for about SLICE_SECONDS, and then another thread may work. In between, the event loop gets the
-interpreter lock. A single call of a C library should not hold the interpreter lock for more than a few milliseconds.
+A thread works for about SLICE_SECONDS, and then another thread may work. The event loop gets the interpreter lock
+within SWITCH_INTERVAL of service/server/worker.py, or after the current call of a C library. Such a call should
+therefore not hold the interpreter lock for more than a few milliseconds.
 """
 
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from time import perf_counter, sleep
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 
 SLICE_SECONDS = 0.001
-PAUSE_SECONDS = 0.0001
 COPIED_BYTES = 512 * 1024  # most bytes that are copied with the interpreter lock, which takes 0.2 ms
 FIRST_BYTES = 16 * 1024  # first size of a large response
 
-_lock = threading.Lock()  # held by the thread that works
+
+class _WorkLock:
+    """A lock that threads get in the order in which they ask for it. A `threading.Lock` may go to the last one."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._is_held = False
+        self._gates: deque[threading.Lock] = deque()  # of the threads that wait
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether a thread waits for the lock."""
+        return bool(self._gates)
+
+    def acquire(self) -> None:
+        """Wait until this thread has the lock."""
+        with self._mutex:
+            if not self._is_held:
+                self._is_held = True
+                return
+            gate = threading.Lock()
+            gate.acquire()
+            self._gates.append(gate)
+        gate.acquire()
+
+    def release(self) -> None:
+        """Hand the lock to the thread that has waited longest."""
+        with self._mutex:
+            if self._gates:
+                self._gates.popleft().release()
+            else:
+                self._is_held = False
+
+
+_lock = _WorkLock()
 
 
 class _Thread(threading.local):
@@ -36,22 +71,21 @@ _this_thread = _Thread()
 @contextmanager
 def long_work() -> Iterator[None]:
     """Wait until this thread may work. Until the end of the block, other threads work only during `pause_if_due`."""
-    with _lock:
-        _this_thread.slice_end = perf_counter() + SLICE_SECONDS
-        try:
-            yield
-        finally:
-            _this_thread.slice_end = float("inf")
+    _lock.acquire()
+    _this_thread.slice_end = perf_counter() + SLICE_SECONDS
+    try:
+        yield
+    finally:
+        _this_thread.slice_end = float("inf")
+        _lock.release()
 
 
 def pause_if_due() -> None:
     """Let other threads work if the time slice of this thread is over. Without long work, do nothing."""
     if perf_counter() < _this_thread.slice_end:
         return
-    _lock.release()
-    try:
-        sleep(PAUSE_SECONDS)
-    finally:
+    if _lock.is_wanted:  # the event loop needs no pause: Python makes this thread give up the interpreter lock
+        _lock.release()
         _lock.acquire()
     _this_thread.slice_end = perf_counter() + SLICE_SECONDS
 

@@ -18,6 +18,7 @@ from service.errors import InvalidJson, UnsupportedMediaType
 JSON = "application/json"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some programs write it before UTF-8 text; it is not part of the text
 NON_FLOATS = (b"r", b"f", b"N", b"I", b"e", b"E")  # true, false, NaN, Infinity and 1e999 have one of these characters
+_WITHOUT_STRINGS = frozenset((float, int, bool, type(None)))  # types of values that contain no strings
 ARRAY_MEDIA_TYPES = (npy.MEDIA_TYPE, safetensors.MEDIA_TYPE)  # types of bodies that hold arrays in binary form
 
 
@@ -210,7 +211,8 @@ def _count_strings(value: Any) -> int:
             count += 1
         elif type(value) is dict:
             count += len(value)
-            pending.extend(value.values())
+            if not _WITHOUT_STRINGS.issuperset(map(type, value.values())):
+                pending.extend(value.values())
         elif type(value) is list and value and type(value[0]) is dict:
             pending.extend(value)
     return count

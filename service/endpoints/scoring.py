@@ -50,10 +50,13 @@ async def score_rows(
             impute = partial(served.row_schema.impute, input_rows.parsed)
             rows = await run_in_thread_if_long(impute, rows.size * offload.DECISION)
         outputs = await run(operations.anomaly(body.alpha, body.extrapolated), rows)
-        cost = rows.size * offload.DECISION
-        if body.half_life or body.half_life_rows:
-            cost += len(rows) * offload.SMOOTHED_ROW
-        verdicts = await run_in_thread_if_long(lambda: decide(input_rows, Scores(*outputs), body), cost)
+        if len(rows) <= offload.FEW_ROWS:
+            verdicts = decide(input_rows, Scores(*outputs), body)
+        else:
+            cost = rows.size * offload.DECISION
+            if body.half_life or body.half_life_rows:
+                cost += len(rows) * offload.SMOOTHED_ROW
+            verdicts = await run_in_thread_if_long(partial(_decide, input_rows, outputs, body), cost)
     if is_live:
         for _ in service.metrics.anomalies.count_in_steps(served, input_rows, verdicts):
             await asyncio.sleep(0)
@@ -62,6 +65,10 @@ async def score_rows(
     if input_rows.unknown_metrics:
         service.unknown_metrics.report(served, input_rows.unknown_metrics)
     return verdicts
+
+
+def _decide(input_rows: InputRows, outputs: tuple[Array, ...], body: AnomalyBody) -> Verdicts:
+    return decide(input_rows, Scores(*outputs), body)
 
 
 def is_live_traffic(service: ServiceContext, request: RequestContext, body: AnomalyBody) -> bool:

@@ -27,7 +27,7 @@ STALL_SECONDS = 0.25  # on a machine with other work; benchmarks/serving/hostile
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """Yield a server whose queue has room for three requests of ROWS rows, and for small requests."""
+    """Yield a server whose queue has room for one request of ROWS rows, and for small requests."""
     root = tmp_path_factory.mktemp("artifacts")
     x = np.random.default_rng(0).normal(size=(400, FEATURES)).astype(np.float32)
     names = [f"x{index}" for index in range(FEATURES)]
@@ -35,7 +35,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     table = Table(RowStore(x), (FEATURES,), names, [None] * FEATURES, None, None, "made up", missing=missing)
     train(TrainConfig(model="pca", name="wide", latents=2), table, root, RecordingReporter())
     with server_starter() as start:
-        yield start(root, QUEUE_ROWS=4 * ROWS, DEFAULT_MODEL="wide")
+        yield start(root, QUEUE_ROWS=2 * ROWS, DEFAULT_MODEL="wide")
 
 
 REQUEST = (
