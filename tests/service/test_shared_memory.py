@@ -3,7 +3,9 @@
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn
 
 import pytest
@@ -226,3 +228,17 @@ def test_lease_is_as_old_as_its_last_renewal_in_any_process() -> None:
     assert set(before) == set(after) == {("hosts", "1"), ("hosts", "2")}
     assert after["hosts", "1"] <= before["hosts", "1"]
     assert after["hosts", "1"] < after["hosts", "2"]
+
+
+def test_threads_that_create_arrays_at_once_get_an_array_for_each_key() -> None:
+    segment = Segment()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            for array in threads.map(lambda number: segment.array(("n", str(number)), 1), range(500)):
+                array[0] += 1
+    finally:
+        sys.setswitchinterval(interval)
+    expected = {("n", str(number)): [1.0] for number in range(500)}
+    assert {key: list(entry.values) for key, entry in segment.entries().items()} == expected
