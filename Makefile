@@ -17,6 +17,16 @@ FUZZER_PACKAGE := atheris==3.0.0
 FUZZ_SECONDS ?= 120
 # The targets of tests/fuzz/targets.py to search; by default all of them.
 FUZZ_TARGETS ?=
+# Measures which branches the tests reach, also in the processes that they start. Nothing else needs it.
+COVERAGE := .venv-coverage
+COVERAGE_PACKAGE := coverage==7.17.5
+# The tests of which `make coverage` measures the coverage; by default all of them.
+TESTS ?= tests
+# Makes the mutants of `make mutants`: a folder of packages, like that of the fuzzer.
+MUTATOR := .venv-mutants
+MUTATOR_PACKAGES := mutmut==3.8.1 libcst==1.9.0
+# The options of tests/mutation; by default a sample of 30 mutants of every file.
+MUTANTS ?=
 GENERATOR_PACKAGE := openapi-python-client==0.29.1
 INSTALL := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check install
 PEER_INSTALL := $(PEERS)/bin/python -m pip --quiet --disable-pip-version-check install
@@ -33,7 +43,7 @@ PACKAGE_triton := nvidia-pytriton==0.7.0
 PYTHON_triton := /usr/bin/python3.11
 
 .DEFAULT_GOAL := help
-.PHONY: help run check docs test lint types format lock upgrade audit sbom image pin-images bench-train bench-serve bench-anomaly soak fuzz clean
+.PHONY: help run check docs test lint types format lock upgrade audit sbom image pin-images bench-train bench-serve bench-anomaly soak fuzz coverage mutants clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -130,6 +140,14 @@ fuzz: $(READY) $(FUZZER)/.ready ## Fuzz every reader for FUZZ_SECONDS (default 1
 		PYTHONPATH=$(FUZZER) $(VENV)/bin/python -m tests.fuzz $$target --seconds $(FUZZ_SECONDS) || failed="$$failed $$target"; \
 	done; [ -z "$$failed" ] || { echo "failed:$$failed; the inputs are in build/fuzz/" >&2; exit 1; }
 
+coverage: $(READY) $(GENERATOR)/.ready $(COVERAGE)/.ready ## List the branches that no test reaches; TESTS='tests/models' for some tests
+	@$(COVERAGE)/bin/python -m coverage erase
+	@$(COVERAGE)/bin/python -m coverage run -m pytest -n 0 $(TESTS); status=$$?; \
+		$(COVERAGE)/bin/python -m coverage combine --quiet && $(COVERAGE)/bin/python -m coverage report && exit $$status
+
+mutants: $(READY) $(MUTATOR)/.ready ## Count the small changes of the code that no test notices; MUTANTS='--count 10 models/pca.py' for some
+	@PYTHONPATH=$(MUTATOR) $(VENV)/bin/python -m tests.mutation $(MUTANTS)
+
 # A server that cannot be installed is skipped, and the benchmark reports that.
 $(PEERS)-%/.ready: $(READY)
 	@rm -rf $(@D)
@@ -158,6 +176,22 @@ $(FUZZER)/.ready: $(READY)
 	@$(INSTALL) --no-deps --upgrade --target $(FUZZER) $(FUZZER_PACKAGE)
 	@touch $@
 
+# An environment of its own, which also has the packages of .venv: only an environment can start the measurement in the
+# processes that the tests start.
+$(COVERAGE)/.ready: $(READY)
+	@$(VENV)/bin/python -m venv $(COVERAGE)
+	@echo "installing $(COVERAGE_PACKAGE)"
+	@$(COVERAGE)/bin/python -m pip --quiet --disable-pip-version-check install $(COVERAGE_PACKAGE)
+	@packages='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+		echo "import site; site.addsitedir('$$($(VENV)/bin/python -c "$$packages")')" \
+		> "$$($(COVERAGE)/bin/python -c "$$packages")/packages_of_venv.pth"
+	@touch $@
+
+$(MUTATOR)/.ready: $(READY)
+	@echo "installing $(MUTATOR_PACKAGES)"
+	@$(INSTALL) --no-deps --upgrade --target $(MUTATOR) $(MUTATOR_PACKAGES)
+	@touch $@
+
 $(GENERATOR)/.ready: $(READY)
 	@$(VENV)/bin/python -m venv $(GENERATOR)
 	@echo "installing $(GENERATOR_PACKAGE)"
@@ -165,7 +199,7 @@ $(GENERATOR)/.ready: $(READY)
 	@touch $@
 
 clean: ## Remove what the other targets made, except artifacts/
-	@rm -rf $(VENV) $(GENERATOR) $(AUDIT) $(FUZZER) $(PEERS) $(PEERS)-* build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis node_modules
+	@rm -rf $(VENV) $(GENERATOR) $(AUDIT) $(FUZZER) $(COVERAGE) $(MUTATOR) $(PEERS) $(PEERS)-* build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* node_modules
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The locked packages are installed first. They include torch's dependencies, and pip checks the hashes of all of them.

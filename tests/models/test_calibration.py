@@ -142,3 +142,43 @@ def test_rounding_does_not_change_the_p_value_of_a_score_that_equals_a_calibrati
     expected = 1.0 - (scores.argsort().argsort()) / 301  # of the 300 scores, 300 minus the rank are as large or larger
     for rounded in (scores, scores * (1 + 2e-6), scores * (1 - 2e-6)):
         assert torch.allclose(model.p_value(rounded), expected, atol=1.5 / 301 * 1e-3)
+
+
+@pytest.mark.parametrize("n", [1, 5, 40, 359])
+@pytest.mark.parametrize("alpha", [0.5, 0.05, 1e-5])
+def test_severity_is_the_surprisal_of_the_score_divided_by_that_of_the_threshold(n: int, alpha: float) -> None:
+    """The expected values follow from the definition, in NumPy and float64.
+
+    The surprisal of the i-th largest calibration score is -log(i / (n + 1)). It is linear in between, has the slope
+    1 / mean excess of the largest tenth above all, and falls exponentially below all.
+    """
+    scores = np.sort(np.random.RandomState(n).gamma(2.0, size=n))
+    raised = scores + 1e-5 * (np.abs(scores) + torch.from_numpy(np.abs(scores)).median().item())
+    surprisals = -np.log(np.arange(n, 0, -1) / (n + 1))
+    tenth = max(1, round(0.1 * n))
+    excess = max(np.mean(raised[-tenth:] - raised[-min(tenth + 1, n)]), 1e-6 * max(1.0, raised[-1]))
+
+    def surprisal(score: np.ndarray) -> np.ndarray:
+        inside = np.interp(score, raised, surprisals)
+        above = surprisals[-1] + (score - raised[-1]) / excess
+        below = surprisals[0] * np.exp(np.minimum(0.0, (score - raised[0]) / excess))
+        return np.asarray(np.where(score > raised[-1], above, np.where(score < raised[0], below, inside)))
+
+    allowed = int(alpha * (n + 1) + 1e-6) - 1  # number of calibration scores that may be at least as large
+    reached = raised[-1] + excess * (-np.log(alpha) - surprisals[-1])
+    threshold = raised[n - 1 - min(allowed, n - 1)] if allowed >= 0 else reached
+    model = Calibration(torch.from_numpy(scores.astype(np.float32)))
+    assert float(model.threshold(alpha)) == pytest.approx(threshold, rel=1e-5)
+    new = np.concatenate((np.linspace(raised[0] - 1, raised[-1] + 3 * max(excess, 0.1), 301), raised))
+    new = new[np.abs(new - threshold) > 1e-4]  # rounding decides on which side of the threshold these scores are
+    expected = surprisal(new) / surprisal(np.array([threshold]))
+    severity = model.severity(torch.from_numpy(new.astype(np.float32)), alpha).numpy()
+    np.testing.assert_allclose(severity, expected, rtol=2e-3, atol=1e-6)
+
+
+def test_p_values_have_the_number_type_of_the_scores() -> None:
+    model = Calibration(torch.arange(5.0))
+    for number_type in (torch.float32, torch.float64):
+        p_value = model.p_value(torch.tensor([2.5], dtype=number_type))
+        assert p_value.dtype == number_type
+        assert p_value.item() == pytest.approx(3 / 6)

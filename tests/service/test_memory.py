@@ -27,7 +27,7 @@ from service.inference.model_loader import ModelLoader
 from service.inference.operations import Operation, reconstruct
 from service.inference.registry import ModelRegistry
 from service.settings import Settings
-from tests.service.batching import BareModel, Batches, random_rows, reconstruction, running_batcher
+from tests.service.batching import BareModel, random_rows, reconstruction, running_batcher
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
@@ -100,20 +100,6 @@ def test_row_that_exceeds_device_memory_does_not_make_other_requests_fail(vae: A
             np.testing.assert_allclose(result.outputs[0], reconstruction(model, x), atol=1e-6)
 
     asyncio.run(with_batcher(scenario))
-
-
-def test_batches_do_not_exceed_the_maximum_number_of_bytes(vae: Artifact) -> None:
-    model = BareModel(select_backend(vae, requested="torchscript").backend, row_bytes=256)
-    batches: Batches = []
-
-    async def scenario() -> None:
-        async with running_batcher(batches, max_batch_bytes=5 * 256) as batcher:
-            operation = reconstruct(gaps=False)
-            await asyncio.gather(*[batcher.run(model, operation, random_rows(n)) for n in (2, 2, 2, 12)])
-
-    asyncio.run(scenario())
-    assert max(size for _, size in batches) <= 5
-    assert sum(size for _, size in batches) == 18
 
 
 def test_bfloat16_backend_reports_how_far_its_outputs_differ_from_float32(vae: Artifact, digits: np.ndarray) -> None:

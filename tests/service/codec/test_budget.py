@@ -1,12 +1,14 @@
 """What reading one request may cost, in the reader's thread and in the event loop."""
 
 import time
+from collections.abc import Callable
 from time import perf_counter
 
 import pytest
 
+from service.codec import budget as budget_module
 from service.codec.budget import ROW_BYTES, Budget, NoLimit, TurnOver
-from service.errors import BodyTooLarge, ClientGone, DeadlineExceeded, Overloaded, TooManyRows
+from service.errors import BodyTooLarge, ClientGone, DeadlineExceeded, Overloaded, ServiceError, TooManyRows
 
 
 class Account:
@@ -89,10 +91,10 @@ def test_rows_count_against_the_memory_of_all_requests() -> None:
 
 
 def test_reading_beyond_the_deadline_is_refused() -> None:
-    budget = budget_of(Account(), seconds=0.05)
+    budget = budget_of(Account(), seconds=1.0)
     budget.start(in_event_loop=False)
     budget.check_time()
-    time.sleep(0.06)
+    time.sleep(1.01)
     with pytest.raises(DeadlineExceeded):
         budget.check_time()
 
@@ -155,3 +157,94 @@ def test_budget_without_limits_accepts_everything() -> None:
     budget.take_next_rows(2**40)
     budget.check_time()
     assert budget.held_bytes == 0
+
+
+def take_too_many_bytes(budget: Budget) -> None:
+    budget.take_bytes(1001)
+
+
+def take_too_many_rows(budget: Budget) -> None:
+    budget.take_rows(8)
+
+
+def read_for_too_long(budget: Budget) -> None:
+    budget.start(in_event_loop=False)
+    ended = time.thread_time() + 0.05
+    while time.thread_time() < ended:
+        pass
+    budget.check_time()
+
+
+def check_time(budget: Budget) -> None:
+    budget.check_time()
+
+
+@pytest.mark.parametrize(
+    ("read", "seconds", "kind", "detail", "expected", "hint"),
+    [
+        (take_too_many_bytes, 60.0, BodyTooLarge, "more than 1000 bytes of memory", "at most 1000 bytes", "fewer rows"),
+        (
+            take_too_many_rows,
+            60.0,
+            TooManyRows,
+            r"at most 7 rows \(ELBO_MAX_ROWS\)",
+            "at most 7 rows",
+            "split the rows",
+        ),
+        (read_for_too_long, 60.0, BodyTooLarge, "more than 0.02 s of processor", "read within 0.02 s", "fewer rows"),
+        (check_time, -1.0, DeadlineExceeded, "timed out while its body was read", None, "allow more time"),
+    ],
+)
+def test_refusal_of_a_costly_body_says_what_is_allowed_and_what_to_do(
+    read: Callable[[Budget], None],
+    seconds: float,
+    kind: type[ServiceError],
+    detail: str,
+    expected: str | None,
+    hint: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(budget_module, "MAX_CPU_SECONDS", 0.02)
+    with pytest.raises(kind, match=detail) as caught:
+        read(budget_of(Account(), max_bytes=1000, max_rows=7, seconds=seconds))
+    assert hint in (caught.value.hint or "")
+    if expected is not None:
+        assert expected in (caught.value.expected or "")
+        assert caught.value.got == "more"
+
+
+def test_bytes_that_were_given_back_can_be_taken_again_without_holding_more() -> None:
+    account = Account()
+    budget = budget_of(account, max_bytes=1000)
+    for _ in range(3):
+        budget.take_bytes(900)
+        budget.give_back_bytes(900)
+    assert account.held == 1000
+    with pytest.raises(BodyTooLarge):
+        budget.take_bytes(1001)
+
+
+def test_bytes_are_held_in_steps_of_64_kib_up_to_the_limit_of_the_request() -> None:
+    account = Account()
+    budget = budget_of(account, max_bytes=100 * 1024)
+    held = []
+    for size in (1, 64 * 1024 - 1, 1, 36 * 1024 - 1):
+        budget.take_bytes(size)
+        held.append(account.held)
+    assert held == [64 * 1024, 64 * 1024, 100 * 1024, 100 * 1024]
+
+
+def test_budget_without_limits_can_end_like_any_other() -> None:
+    budget = NoLimit()
+    budget.start(in_event_loop=True)
+    budget.stop()
+    budget.close()
+    assert budget.held_bytes == 0
+
+
+def test_rows_of_16_are_counted_together_up_to_the_maximum() -> None:
+    budget = budget_of(Account(), max_rows=20)
+    budget.start(in_event_loop=True)
+    assert [budget.take_next_rows(4096), budget.take_next_rows(1)] == [16, 4]
+    budget.start(in_event_loop=True)
+    assert budget.take_next_rows(4097) == 1

@@ -84,6 +84,18 @@ def test_batches_respect_their_maximum_size_and_the_order_of_arrival(vae: BareMo
     run(scenario)
 
 
+def test_batches_do_not_exceed_the_maximum_number_of_bytes(vae: BareModel) -> None:
+    batches: Batches = []
+
+    async def scenario() -> None:
+        async with running_batcher(batches, max_batch_bytes=5 * vae.row_bytes) as batcher:
+            await asyncio.gather(*[batcher.run(vae, RECONSTRUCT, random_rows(n)) for n in (2, 2, 2, 12)])
+
+    run(scenario)
+    assert max(size for _, size in batches) <= 5
+    assert sum(size for _, size in batches) == 18
+
+
 def test_large_request_runs_in_pieces_with_other_requests_in_between(vae: BareModel) -> None:
     batches: Batches = []
 
@@ -169,6 +181,26 @@ def test_cancelled_request_never_runs(vae: BareModel) -> None:
         assert cancelled.cancelled()
         assert batches == [("gate", 1), ("reconstruct", 3)]
         np.testing.assert_allclose(result.outputs[0], reconstruction(vae, random_rows(3)), atol=1e-6)
+
+    run(scenario)
+
+
+def test_job_that_was_cancelled_does_not_split_the_batch_around_it(vae: BareModel) -> None:
+    batches: Batches = []
+
+    async def scenario() -> None:
+        async with running_batcher(batches) as batcher:
+            gate = Gate()
+            held = await gate.hold(batcher, vae, random_rows(1))
+            first, cancelled, last = [
+                asyncio.create_task(batcher.run(vae, RECONSTRUCT, random_rows(rows))) for rows in (2, 4, 3)
+            ]
+            await asyncio.sleep(0)
+            cancelled.cancel()
+            await asyncio.sleep(0)
+            gate.open.set()
+            await asyncio.gather(held, first, last)
+        assert batches == [("gate", 1), ("reconstruct", 5)]
 
     run(scenario)
 
