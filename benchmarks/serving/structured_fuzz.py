@@ -18,7 +18,7 @@ The server has low limits, MAX_ROWS and MAX_BODY_BYTES, so that small requests r
 requests at the limits of the default settings.
 
 The report has the number of responses by status, the waits of /livez and of the control process, and the memory
-(PSS) of the server's processes after each tenth of the requests and at the end.
+of all processes of the server, without pages of files, after each tenth of the requests and at the end.
 
 The program exits with code 1 if a response has status 500, if the server ends a connection without a response, or if
 /livez fails. Unless --smoke is given, it also exits with 1 if memory grows by MAX_GROWTH or more after the first fifth.
@@ -48,7 +48,7 @@ import httptools
 import numpy as np
 
 from benchmarks.data import ROOT, describe_machine
-from benchmarks.serving.server_process import ServerProcess, adopt_orphans, free_port, proportional_memory
+from benchmarks.serving.server_process import ServerProcess, adopt_orphans, free_port, own_memory
 from service.codec import ndjson, npy, safetensors
 from tests.fuzz import mutations
 from tests.fuzz.oracle import MAX_BODY_BYTES, MAX_ROWS
@@ -338,7 +338,7 @@ def observe(processes: tuple[tuple[int, int], ...], stop: Connection) -> None:
 
 def memory_of(server: ServerProcess) -> float:
     """Return the memory of all processes of the server, in MiB."""
-    return sum(map(proportional_memory, (server.pid, *server.descendants()))) / MIB
+    return sum(map(own_memory, (server.pid, *server.descendants()))) / MIB
 
 
 @dataclass(frozen=True)
