@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models.manifest import read_manifest
+from tests.commands import in_process
 from tests.data import ROOT
 from tests.training.reporters import RecordingReporter
 from tests.training.waiting import wait_until_newer
@@ -158,21 +159,21 @@ def test_run_raises_if_the_loss_is_nan_in_the_first_epoch() -> None:
 
 
 def test_run_gives_the_same_weights_if_it_is_killed_three_times_and_resumed(
-    tmp_path: Path,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--epochs", "25", "--hidden", "32", "--latents", "4", "--warm-up", "50", "--seed", "3"]
-    command = [sys.executable, "-m", "elbo", "train", "digits", "--model", "vae", "--name", "m", "--force", *options]
-    command += ["--artifacts", str(tmp_path / "artifacts"), "--runs", str(tmp_path / "runs")]
+    arguments = ["train", "digits", "--model", "vae", "--name", "m", "--force", *options]
+    arguments += ["--artifacts", str(tmp_path / "artifacts"), "--runs", str(tmp_path / "runs")]
     saved = tmp_path / "runs" / "m" / FILE_NAME
     for attempt in range(3):
-        killed = [*command, "--checkpoint-seconds", "0", *(["--resume"] if attempt else [])]
-        process = subprocess.Popen(killed, cwd=ROOT, stderr=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "elbo", *arguments, "--checkpoint-seconds", "0"]
+        process = subprocess.Popen([*command, *(["--resume"] if attempt else [])], cwd=ROOT, stderr=subprocess.DEVNULL)
         previous = saved.stat().st_mtime_ns if attempt else 0
         wait_until_newer(saved, previous, process)
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert torch.load(saved, weights_only=True)["step"] > 3
-    subprocess.run([*command, "--resume"], cwd=ROOT, check=True, capture_output=True)
+    assert in_process(capsys, *arguments, "--resume")[0] == 0
     assert not saved.exists()
     resumed = read_manifest(tmp_path / "artifacts" / "m" / "1" / "model.pt")
     settings = TrainConfig.model_validate(resumed.training)
@@ -181,7 +182,9 @@ def test_run_gives_the_same_weights_if_it_is_killed_three_times_and_resumed(
     assert resumed.metrics == whole.metrics
 
 
-def test_run_gives_the_same_weights_if_ctrl_c_stops_it_and_it_is_resumed(tmp_path: Path) -> None:
+def test_run_gives_the_same_weights_if_ctrl_c_stops_it_and_it_is_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--epochs", "40", "--hidden", "32", "--latents", "4", "--seed", "3", "--checkpoint-seconds", "1000"]
     arguments = ["train", "digits", "--model", "vae", "--name", "m", *options]
     arguments += ["--artifacts", str(tmp_path / "artifacts"), "--runs", str(tmp_path / "runs")]
@@ -198,7 +201,7 @@ def test_run_gives_the_same_weights_if_ctrl_c_stops_it_and_it_is_resumed(tmp_pat
     hint = "the run is saved: to continue it, repeat the command with --resume"
     assert rest.splitlines()[-2:] == [hint, "elbo: interrupted"]
     assert torch.load(tmp_path / "runs" / "m" / FILE_NAME, weights_only=True)["step"] > 3
-    subprocess.run([sys.executable, "-m", "elbo", *arguments, "--resume"], cwd=ROOT, check=True, capture_output=True)
+    assert in_process(capsys, *arguments, "--resume")[0] == 0
     resumed = read_manifest(tmp_path / "artifacts" / "m" / "1" / "model.pt")
     settings = TrainConfig.model_validate(resumed.training)
     whole = read_manifest(train(settings, read_table("digits"), tmp_path / "whole", RecordingReporter()))
