@@ -1,6 +1,7 @@
 """Training with two processes, started by torchrun with gloo, compared with training in one process."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,25 +14,27 @@ import torch
 
 from models.artifact import load
 from models.manifest import resolve, versions
+from tests.commands import in_process
 from tests.data import ROOT
 from training.fitting.distributed import ProcessGroup
 
 pytestmark = pytest.mark.slow
 
 
-def start_training(processes: int, folder: Path, *options: str) -> "subprocess.Popen[str]":
-    """Start training on the digits with `processes` processes that write all files to `folder`."""
-    options = ("--name", "m", "--artifacts", str(folder / "artifacts"), "--runs", str(folder / "runs"), *options)
-    return start_python(processes, "-m", "training", "digits", *options)
+def start_training(folder: Path, *options: str) -> "subprocess.Popen[str]":
+    """Start training on the digits with two processes that write all files to `folder`."""
+    return start_python("-m", "training", "digits", *written_to(folder), *options)
 
 
-def start_python(processes: int, *program: str) -> "subprocess.Popen[str]":
-    """Start Python with `program` in `processes` processes."""
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    )
+def written_to(folder: Path) -> list[str]:
+    """Return the options that write all files of the model `m` to `folder`."""
+    return ["--name", "m", "--artifacts", str(folder / "artifacts"), "--runs", str(folder / "runs")]
+
+
+def start_python(*program: str) -> "subprocess.Popen[str]":
+    """Start Python with `program` in two processes."""
     return subprocess.Popen(
-        [sys.executable, *launcher, *program],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
@@ -48,13 +51,17 @@ AE = ("--model", "ae", "--noise", "0.3", "--masking", "0.1", "--l2", "0.0001")
 
 
 @pytest.mark.parametrize("options", [VAE, AE], ids=["vae", "ae"])
-def test_two_processes_train_the_same_model_as_one_process(tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_two_processes_train_the_same_model_as_one_process(
+    tmp_path: Path, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
     # The batch size is odd, and the last batch is smaller.
     options = (*options, "--epochs", "4", "--batch-size", "101", "--force")
-    runs = [start_training(count, tmp_path / str(count), *options) for count in (1, 2)]
-    outputs = [wait_for_output(run) for run in runs]
+    run = start_training(tmp_path / "2", *options)
+    code, _, err = in_process(capsys, "train", "digits", *written_to(tmp_path / "1"), *options)
+    assert code == 0, err
+    output = wait_for_output(run)
     for line in ("published", "next:"):
-        assert outputs[1].count(line) == 1, "only the first process publishes and reports"
+        assert output.count(line) == 1, "only the first process publishes and reports"
     one, two = (load(resolve(tmp_path / str(count) / "artifacts", "m")) for count in (1, 2))
     rows = torch.from_numpy(np.random.RandomState(0).uniform(size=(50, 64)).astype(np.float32))
     for method in ("forward", "score"):
@@ -68,9 +75,11 @@ def test_two_processes_train_the_same_model_as_one_process(tmp_path: Path, optio
     assert versions(tmp_path / "2" / "artifacts", "m") == [1]
 
 
-def test_run_can_be_resumed_in_one_process_after_one_of_two_processes_is_killed(tmp_path: Path) -> None:
+def test_run_can_be_resumed_in_one_process_after_one_of_two_processes_is_killed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = (*VAE, "--epochs", "30", "--checkpoint-seconds", "0")
-    run = start_training(2, tmp_path, *options)
+    run = start_training(tmp_path, *options)
     checkpoint = tmp_path / "runs" / "m" / "checkpoint.pt"
     for _ in range(600):
         if checkpoint.exists() or run.poll() is not None:
@@ -81,18 +90,32 @@ def test_run_can_be_resumed_in_one_process_after_one_of_two_processes_is_killed(
     output, _ = run.communicate(timeout=120)
     assert run.returncode != 0
     assert "published" not in output
-    assert "resumed at step" in wait_for_output(start_training(1, tmp_path, *options, "--resume"))
+    code, _, err = in_process(capsys, "train", "digits", *written_to(tmp_path), *options, "--resume")
+    assert code == 0, err
+    assert "resumed at step" in err
     load(resolve(tmp_path / "artifacts", "m"))
 
 
-@pytest.mark.parametrize("options", [("--variance", "optimal"), ("--free-bits", "0.1")])
-def test_training_in_two_processes_fails_if_an_option_needs_the_whole_batch(
-    tmp_path: Path, options: tuple[str, ...]
-) -> None:
-    run = start_training(2, tmp_path, "--model", "vae", *options)
-    output, _ = run.communicate(timeout=120)
-    assert run.returncode != 0
-    assert "train without torchrun" in output
+WHOLE_BATCH = [("--variance", "optimal"), ("--free-bits", "0.1")]
+TRAIN_EACH = """
+import sys
+from elbo import main
+
+for options in sys.argv[1].split(","):
+    try:
+        main(["train", "digits", "--model", "vae", *options.split(), *sys.argv[2:]])
+    except SystemExit as end:
+        sys.stdout.write(f"status {end.code}\\n")  # one write, so that the lines of two processes do not mix
+"""
+
+
+def test_training_in_two_processes_fails_if_an_option_needs_the_whole_batch(tmp_path: Path) -> None:
+    script = tmp_path / "train_each.py"
+    script.write_text(TRAIN_EACH)
+    options = ",".join(map(" ".join, WHOLE_BATCH))
+    output = wait_for_output(start_python(str(script), options, *written_to(tmp_path)))
+    assert re.findall("status (.*)", output) == ["1"] * 2 * len(WHOLE_BATCH)
+    assert output.count("need the whole batch in one process: train without torchrun") >= len(WHOLE_BATCH)
 
 
 @pytest.mark.parametrize(("rows", "count"), [(10, 3), (2, 3), (1, 2), (128, 2), (7, 7)])
@@ -124,5 +147,5 @@ def test_process_has_no_gloo_threads_after_it_has_left_the_process_group(tmp_pat
     """A thread that frees a tensor while the interpreter exits would abort the process."""
     script = tmp_path / "leave_group.py"
     script.write_text(LEAVE_GROUP)
-    run = start_python(2, str(script))
+    run = start_python(str(script))
     assert wait_for_output(run).count("[]\n") == 2
