@@ -103,13 +103,15 @@ def test_training_on_one_row_reports_how_many_rows_are_needed(
     assert err == "elbo: error: expected at least 10 rows to fit, validate and calibrate a model, got 1: add rows\n"
 
 
-def test_truncated_artifact_prints_one_line_and_exits_with_1(root: Path, tmp_path: Path) -> None:
+def test_truncated_artifact_prints_one_line_and_exits_with_1(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "model.pt"
     path.write_bytes((root / "hosts/1/model.pt").read_bytes()[:-1000])
-    run = command("inspect", str(path))
-    assert run.returncode == 1
-    assert run.stderr.startswith(f"elbo: error: {path} ")
-    assert run.stderr.count("\n") == 1
+    code, _, err = in_process(capsys, "inspect", str(path))
+    assert code == 1
+    assert err.startswith(f"elbo: error: {path} ")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -401,23 +403,28 @@ def test_score_command_prints_the_row_number_and_exits_with_2_if_a_score_overflo
     assert err.startswith(f"elbo: error: {data}: 1 of 4 rows is faulty (the first is row 3: the score overflows")
 
 
-def test_repeated_training_publishes_the_next_version_with_the_same_weights(root: Path) -> None:
+def test_repeated_training_publishes_the_next_version_with_the_same_weights(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = load(root / "hosts/1/model.pt").manifest
     arguments = ["--model", "pca", "--name", "hosts", "--latents", "2", "--seed", "3", "--artifacts", str(root)]
-    run = command("train", str(root / "train.csv"), *arguments)
-    assert run.stdout.startswith(f"published hosts@2: {root}/hosts/2/model.pt\n")
+    _, out, _ = in_process(capsys, "train", str(root / "train.csv"), *arguments)
+    assert out.startswith(f"published hosts@2: {root}/hosts/2/model.pt\n")
     second = load(root / "hosts/2/model.pt").manifest
     assert second.weights_sha256 == first.weights_sha256
     assert second.metrics == first.metrics
 
 
-def test_demo_trains_only_missing_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_trains_only_missing_models(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for config in DEMONSTRATION[1:]:
         (tmp_path / config.name / "1").mkdir(parents=True)
         (tmp_path / config.name / "1" / "model.pt").touch()
-    first = command("demo", environment={"ELBO_ARTIFACTS": str(tmp_path)})
-    assert first.returncode == 0, first.stderr
-    assert first.stdout == f"published {AUTO_KINDS[0]}@1: {tmp_path}/{AUTO_KINDS[0]}/1/model.pt\n"
+    monkeypatch.setenv("ELBO_ARTIFACTS", str(tmp_path))
+    code, out, err = in_process(capsys, "demo")
+    assert code == 0, err
+    assert out == f"published {AUTO_KINDS[0]}@1: {tmp_path}/{AUTO_KINDS[0]}/1/model.pt\n"
     manifest = load(tmp_path / AUTO_KINDS[0] / "1" / "model.pt").manifest
     assert manifest.training == TrainConfig(model=AUTO_KINDS[0], name=AUTO_KINDS[0]).model_dump(mode="json")
     assert manifest.data.source == "digits"

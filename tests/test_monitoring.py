@@ -26,6 +26,7 @@ from service.monitoring.metrics import Metrics
 from service.shared_memory import SharedCounters
 from tests.conftest import require
 from tests.data import ROOT
+from tests.ports import free_port, free_ports
 from tests.service.access.keys import KeySet
 from tests.waiting import wait_until
 
@@ -200,7 +201,7 @@ def test_failure_alert_does_not_fire_for_one_error_in_a_thousand_requests(tmp_pa
 def running_alertmanager(folder: Path) -> Iterator[httpx.Client]:
     """Run the real Alertmanager with the configuration of deploy/, and yield a client of its API."""
     require_programs("prometheus-alertmanager")
-    (port,) = free_ports(1)
+    port = free_port()
     command = [
         "prometheus-alertmanager", f"--config.file={DEPLOY}/alertmanager/alertmanager.yml", "--cluster.listen-address=",
         f"--storage.path={folder}/am", f"--web.listen-address=127.0.0.1:{port}",
@@ -294,14 +295,6 @@ def running_program(*command: str, **environment: str) -> Iterator[None]:
         reader.join()
         assert program.stdout
         program.stdout.close()
-
-
-def free_ports(count: int) -> list[int]:
-    import socket
-
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [probe.getsockname()[1] for probe in probes]
 
 
 def is_up(port: int, path: str) -> Callable[[], bool]:

@@ -9,7 +9,7 @@ import pytest
 
 from models.manifest import versions
 from models.signatures import is_signed
-from tests.commands import command, in_process, two_factor_rows, write
+from tests.commands import in_process, succeed, two_factor_rows, write
 from tests.models.publishing import publish
 from tests.models.signing import CHANGES, new_key, signature_of
 from tests.service.process import ServerProcess
@@ -24,8 +24,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     new_key(folder)
     data = write(folder / "train.csv", two_factor_rows(600, seed=0))
     options = ["--model", "pca", "--name", "hosts", "--latents", "2", "--sign", str(folder / "release")]
-    result = command("train", data, *options, "--artifacts", str(folder / "a"), "--runs", str(folder / "runs"))
-    assert result.returncode == 0, result.stderr
+    succeed("train", data, *options, "--artifacts", str(folder / "a"), "--runs", str(folder / "runs"))
     return folder
 
 
@@ -143,12 +142,15 @@ def test_command_that_runs_a_model_refuses_one_that_is_not_trusted(
     assert versions(site / "a", "hosts")[-1] == (1 if state == "unsigned" else 2)
 
 
-def test_trusted_keys_come_from_the_environment_too(site: Path) -> None:
+def test_trusted_keys_come_from_the_environment_too(
+    site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     signature_of(site / "a" / "hosts" / "1" / "model.pt").unlink()
-    environment = {"ELBO_TRUSTED_KEYS": str(site / "release.pub"), "ELBO_ARTIFACTS": str(site / "a")}
-    result = command("score", "hosts", str(site / "train.csv"), environment=environment)
-    assert (result.returncode, result.stdout) == (1, "")
-    assert "is not signed" in result.stderr
+    monkeypatch.setenv("ELBO_TRUSTED_KEYS", str(site / "release.pub"))
+    monkeypatch.setenv("ELBO_ARTIFACTS", str(site / "a"))
+    code, out, err = in_process(capsys, "score", "hosts", str(site / "train.csv"))
+    assert (code, out) == (1, "")
+    assert "is not signed" in err
 
 
 @pytest.mark.parametrize("is_signed_again", [False, True])
@@ -224,11 +226,14 @@ def test_server_loads_a_version_when_it_is_signed_and_drops_it_when_the_key_is_r
 
 
 @pytest.mark.parametrize("setting", ["absent", "train.csv", "release", "ssh-ed25519 AAAA"])
-def test_server_does_not_start_if_the_trusted_keys_cannot_be_read(site: Path, setting: str) -> None:
+def test_server_does_not_start_if_the_trusted_keys_cannot_be_read(
+    site: Path, setting: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     value = setting if setting.startswith("ssh") else str(site / setting)
-    environment = {"ELBO_TRUSTED_KEYS": value, "ELBO_ARTIFACTS": str(site / "a"), "ELBO_PORT": "0"}
-    result = command("serve", environment=environment)
-    assert result.returncode == 2
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("elbo: error")]
-    assert "PRIVATE" not in result.stderr + result.stdout
+    monkeypatch.setenv("ELBO_TRUSTED_KEYS", value)
+    monkeypatch.setenv("ELBO_PORT", "0")
+    code, out, err = run(capsys, site, "serve")
+    assert code == 2
+    (line,) = [line for line in err.splitlines() if line.startswith("elbo: error")]
+    assert "PRIVATE" not in err + out
     assert (value if setting != "ssh-ed25519 AAAA" else "ELBO_TRUSTED_KEYS") in line

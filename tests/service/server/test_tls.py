@@ -4,7 +4,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pytest
 
 from tests.conftest import require
 from tests.data import ROOT
+from tests.ports import free_port
 from tests.service.process import ServerProcess, server_starter
 from tests.service.raw_http import read_response
 from tests.waiting import wait_until
@@ -207,8 +207,7 @@ def test_health_check_tells_whether_the_server_is_ready(artifacts: Path, tmp_pat
         server = start_server(artifacts, ALLOWED_HOSTS="elbo.example.com", **options)
         environment["ELBO_PORT"] = str(server.port)
         assert subprocess.run(command, cwd=ROOT, env=environment, timeout=60).returncode == 0
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        environment["ELBO_PORT"] = str(listener.getsockname()[1])
+    environment["ELBO_PORT"] = str(free_port())
     run = subprocess.run(command, cwd=ROOT, env=environment, timeout=60, capture_output=True, text=True)
     assert run.returncode == 1
     assert "does not answer" in run.stderr

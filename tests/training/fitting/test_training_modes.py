@@ -1,7 +1,6 @@
 """Training from disk, with convolutions, in bfloat16 and with torch.compile gives good models."""
 
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from models.artifact import load
 from models.manifest import Manifest, read_manifest
+from tests.commands import command, succeed
 from tests.conftest import require
 from tests.data import ROOT
 from tests.training.reporters import RecordingReporter
@@ -75,24 +75,23 @@ from training.data.table import read_table
 from training.progress import SilentReporter
 from training.train import train
 
-digits, root, resume = sys.argv[1], Path(sys.argv[2]), "resume" in sys.argv
-config = TrainConfig(model="ae", name="m", epochs=25, hidden=(32,), latents=4, noise=0.2)
-table = read_table(digits, limit=0)
-train(config, table, root, SilentReporter(), runs=root / "runs", resume=resume, checkpoint_seconds=0.0)
+table, root, config = read_table(sys.argv[1], limit=0), Path(sys.argv[2]), TrainConfig.model_validate_json(sys.argv[3])
+train(config, table, root, SilentReporter(), runs=root / "runs", checkpoint_seconds=0.0)
 """
 
 
 def test_training_from_disk_gives_the_same_weights_if_it_is_killed_and_resumed(
     digits_file: Path, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-c", TRAIN_FROM_DISK, str(digits_file)]
-    killed_run = [*command, str(tmp_path / "killed")]
-    process = subprocess.Popen(killed_run, cwd=ROOT)
+    config = TrainConfig(model="ae", name="m", epochs=25, hidden=(32,), latents=4, noise=0.2)
+    arguments = [str(digits_file), str(tmp_path / "killed"), config.model_dump_json()]
+    process = subprocess.Popen([sys.executable, "-c", TRAIN_FROM_DISK, *arguments], cwd=ROOT)
     wait_until_newer(tmp_path / "killed" / "runs" / "m" / FILE_NAME, 0, process)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
-    subprocess.run([*killed_run, "resume"], cwd=ROOT, check=True)
-    subprocess.run([*command, str(tmp_path / "whole")], cwd=ROOT, check=True)
+    table = read_on_disk(digits_file)
+    train(config, table, tmp_path / "killed", RecordingReporter(), runs=tmp_path / "killed" / "runs", resume=True)
+    train(config, table, tmp_path / "whole", RecordingReporter())
     killed, whole = (read_manifest(tmp_path / name / "m" / "1" / "model.pt") for name in ("killed", "whole"))
     assert killed.weights_sha256 == whole.weights_sha256
 
@@ -116,11 +115,10 @@ def test_outputs_do_not_depend_on_whether_the_network_was_compiled_for_training(
     require(shutil.which("c++") or shutil.which("g++"), "torch.compile needs a C++ compiler")
     options = ["--model", "ae", "--name", "m", "--epochs", "2", "--force"]
     options += ["--hidden", "8", "--latents", "4", "--batch-size", "629"]
-    for name, extra in (("plain", []), ("compiled", ["--compile"])):
-        folders = ["--artifacts", str(tmp_path / name), "--runs", str(tmp_path / "runs")]
-        command = [sys.executable, "-m", "elbo", "train", "digits", *options, *extra, *folders]
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
+    runs = ["--runs", str(tmp_path / "runs")]
+    succeed("train", "digits", *options, "--artifacts", str(tmp_path / "plain"), *runs)
+    compiled = command("train", "digits", *options, "--compile", "--artifacts", str(tmp_path / "compiled"), *runs)
+    assert compiled.returncode == 0, compiled.stderr
     rows = torch.from_numpy(np.random.RandomState(0).uniform(size=(50, 64)).astype(np.float32))
     outputs = [load(tmp_path / name / "m" / "1" / "model.pt").module(rows) for name in ("plain", "compiled")]
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
