@@ -1,7 +1,8 @@
-"""Fixtures for all tests, and `require`, which skips a test on machines that lack what the test needs."""
+"""Fixtures for all tests, folders that several processes share, and `require`, which skips a test on some machines."""
 
 import fcntl
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,25 +37,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow_files)  # a stable sort: the tests of a file stay together
 
 
+def made_once(name: str, make: Callable[[Path], None], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder that `make` has filled. If several processes run the tests, they share the folder `name`.
+
+    The first process fills the folder, and the others wait for it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # all workers have the same base.parent
+    folder = shared / name
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            unfinished = tmp_path_factory.mktemp(f"unfinished-{name}")
+            make(unfinished)
+            unfinished.rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def demonstration(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return an artifact folder with the models that `elbo demo` trains on the digits.
-
-    If several processes run the tests, they share the folder: the first trains the models, and the others wait for it.
-    """
+    """Return an artifact folder with the models that `elbo demo` trains on the digits."""
     from tests.training.reporters import RecordingReporter
     from training.config import DEMONSTRATION
     from training.data.table import read_table
     from training.train import train
 
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # all workers have the same base.parent
-    root = shared / "demonstration"
-    with (shared / "demonstration.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not root.exists():
-            unfinished = tmp_path_factory.mktemp("artifacts")
-            for config in DEMONSTRATION:
-                train(config, read_table("digits"), unfinished, RecordingReporter())
-            unfinished.rename(root)
-    return root
+    def make(root: Path) -> None:
+        for config in DEMONSTRATION:
+            train(config, read_table("digits"), root, RecordingReporter())
+
+    return made_once("demonstration", make, tmp_path_factory)

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from models.artifact import Artifact, load
 from service.app import create_app
 from service.settings import Settings
+from tests.conftest import made_once
 from tests.data import values
 from tests.service.hosts import host_table
 from tests.service.running import running
@@ -27,12 +28,14 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     pca, ae and vae are trained briefly on digits. hosts is a PCA of a table.
     """
-    root = tmp_path_factory.mktemp("artifacts")
-    digits = read_table("digits")
-    for kind in AUTO_KINDS:
-        train(TrainConfig(model=kind, name=kind, epochs=15, hidden=(48,)), digits, root, RecordingReporter())
-    train(TrainConfig(model="pca", name="hosts", latents=2), host_table(), root, RecordingReporter())
-    return root
+
+    def make(root: Path) -> None:
+        digits = read_table("digits")
+        for kind in AUTO_KINDS:
+            train(TrainConfig(model=kind, name=kind, epochs=15, hidden=(48,)), digits, root, RecordingReporter())
+        train(TrainConfig(model="pca", name="hosts", latents=2), host_table(), root, RecordingReporter())
+
+    return made_once("artifacts-of-service", make, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

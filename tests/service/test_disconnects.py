@@ -14,7 +14,7 @@ from tests.service.process import ServerProcess, server_starter
 from tests.service.scrape import scrape, total
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from service.inference.registry import ModelRegistry
 from service.settings import Settings
 from tests.service.batching import BareModel, random_rows, reconstruction, running_batcher
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 
 def reconstruction_with_small_memory(

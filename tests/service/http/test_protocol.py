@@ -23,7 +23,7 @@ from tests.service.raw_http import read_to_end
 from tests.service.serving import serving
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 TIMEOUT = 1.0  # seconds; ELBO_REQUEST_TIMEOUT of the server
 MAX_BODY = 2**20

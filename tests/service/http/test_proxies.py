@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -16,12 +15,13 @@ from pydantic import ValidationError
 
 from service.settings import Settings
 from tests.conftest import require
+from tests.ports import free_port
 from tests.service.explorer.browser import chromium
 from tests.service.process import ServerProcess, server_starter
 from tests.service.raw_http import read_response, read_to_end
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 SAMPLE = b'{"n": 1, "seed": 7}'
 CHUNKED_SAMPLE = b"%x\r\n%b\r\n0\r\n\r\n" % (len(SAMPLE), SAMPLE)
@@ -83,12 +83,6 @@ def proxy(
     finally:
         nginx.terminate()
         nginx.wait()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def links(page: httpx.Response) -> set[str]:

@@ -22,7 +22,7 @@ from tests.service.running import running
 from tests.service.scrape import scrape
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 RESOLVE_SECONDS = 60.0
 A: Labels = ("m", "1", "a")
@@ -178,6 +178,7 @@ def slow_alertmanager(alertmanager: Alertmanager, monkeypatch: pytest.MonkeyPatc
     return alertmanager
 
 
+@pytest.mark.alone
 def test_requests_do_not_wait_for_alertmanager_if_it_is_slow(slow_alertmanager: Alertmanager, artifacts: Path) -> None:
     options = {
         "alertmanager_url": f"http://127.0.0.1:{slow_alertmanager.port}",

@@ -35,9 +35,7 @@ def first_log_line(artifacts: Path, *, on_terminal: bool, log_format: str | None
     ("on_terminal", "log_format", "expected"),
     [
         (True, None, "text"),
-        (True, "auto", "text"),
         (True, "json", "json"),
-        (False, None, "json"),
         (False, "auto", "json"),
         (False, "text", "text"),
     ],

@@ -22,13 +22,14 @@ import pytest
 from service.settings import Settings
 from tests.conftest import require
 from tests.data import ROOT
+from tests.ports import free_port
 from tests.service.access.keys import one_key_per_scope
 from tests.service.process import ServerProcess, background_threads, server_starter
 from tests.service.raw_http import read_response, request_head
 from tests.service.scrape import scrape, total
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 ROW = [0.5] * 64
 FILE_LIMIT = 16_384  # bytes
@@ -324,6 +325,7 @@ def test_client_that_disconnects_in_the_middle_of_a_stream_causes_no_error_in_th
     assert [line for line in server.lines if line["level"] == "error"] == []
 
 
+@pytest.mark.alone
 def test_stalled_clients_do_not_delay_other_requests(server: ServerProcess) -> None:
     stalled = [server.connect() for _ in range(50)]
     for connection in stalled:
@@ -435,6 +437,7 @@ def test_registry_loads_every_artifact_if_the_model_classes_and_training_are_abs
     assert result.stdout == "['ae', 'hosts', 'pca', 'vae'] []\n"
 
 
+@pytest.mark.alone
 def test_large_bodies_do_not_delay_small_requests(server: ServerProcess) -> None:
     rows = np.random.default_rng(0).random((1500, 64)).round(4).tolist()
     large = json.dumps({"inputs": rows}).encode()
@@ -567,8 +570,7 @@ class UnwritableLog:
 def test_server_counts_lost_log_lines_and_stops_in_order_if_its_log_cannot_be_written(
     artifacts: Path, tmp_path: Path, kind: str, workers: int
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     log = UnwritableLog(kind)
     variables = {
         "PORT": port,
@@ -601,10 +603,10 @@ def test_server_counts_lost_log_lines_and_stops_in_order_if_its_log_cannot_be_wr
     assert (tmp_path / "stderr").read_text() == ""
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("workers", [1, 2])
 def test_server_answers_and_stops_if_the_reader_of_both_its_streams_is_blocked(artifacts: Path, workers: int) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     log = UnwritableLog("blocked")
     fill(log.descriptor)
     variables = {"PORT": port, "ARTIFACTS": artifacts, "WORKERS": workers, "BACKEND": "torchscript"}
@@ -659,8 +661,7 @@ def test_log_continues_with_the_number_of_lost_lines_when_the_disk_has_room_agai
     artifacts: Path, tmp_path: Path
 ) -> None:
     """A size limit of the log file stands in for the full disk: writes beyond it fail until the file is emptied."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     variables = {"PORT": port, "ARTIFACTS": artifacts, "BACKEND": "torchscript"}
     path = tmp_path / "log"
     with path.open("ab") as log:

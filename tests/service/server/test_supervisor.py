@@ -28,7 +28,7 @@ from tests.service.process import ServerProcess, background_threads, server_star
 from tests.service.raw_http import read_response, request_head
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 BODY = b'{"inputs": [[' + b", ".join([b"0.5"] * 64) + b"]]}"
 
