@@ -1,8 +1,9 @@
 """Choose the format of a response by the Accept header, and write its fields as JSON."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
+from types import GeneratorType
 from typing import Any
 
 import numpy as np
@@ -89,13 +90,16 @@ def _quality(media_type: str, ranges: list[tuple[str, float]]) -> float:
 
 
 def to_json(fields: dict[str, Any]) -> bytes | memoryview:
-    """Return `fields` as JSON. Raises OverflowInModel if an array is not finite: JSON has neither NaN nor infinity."""
+    """Return `fields` as JSON. A field may be a generator that yields the parts of a list, which are lists.
+
+    Raises OverflowInModel if an array is not finite: JSON has neither NaN nor infinity.
+    """
     is_large = False
     for name, value in fields.items():
         if type(value) is np.ndarray:
             require_finite(name, value)
             is_large = is_large or value.size > _PIECE_NUMBERS
-        elif _is_long_list(value):
+        elif (type(value) is list and len(value) > _PIECE_ELEMENTS) or type(value) is GeneratorType:
             is_large = True
     return _write_in_pieces(fields) if is_large else orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY)
 
@@ -113,7 +117,7 @@ def _write_in_pieces(fields: dict[str, Any]) -> bytes | memoryview:
         before = b","
         if type(value) is np.ndarray and value.size > _PIECE_NUMBERS:
             _write_array(value, written)
-        elif _is_long_list(value):
+        elif type(value) in (list, GeneratorType):
             _write_list(value, written)
         else:
             written.write(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY))
@@ -135,13 +139,9 @@ def _write_array(array: npt.NDArray[Any], written: LargeContent) -> None:
     written.write(b"]")
 
 
-def _is_long_list(value: object) -> bool:
-    return (type(value) is list and len(value) > _PIECE_ELEMENTS) or isinstance(value, Iterator)
-
-
 def _write_list(lists: list[Any] | Iterator[list[Any]], written: LargeContent) -> None:
-    """Write a list as JSON in pieces. An iterator yields these pieces, which are lists, and may be empty."""
-    pieces: Iterable[list[Any]] = lists if isinstance(lists, Iterator) else _pieces(lists)
+    """Write a list as JSON in pieces. A generator yields these pieces, which are lists, and may be empty."""
+    pieces = _pieces(lists) if isinstance(lists, list) else lists
     before = b"["
     for piece in pieces:
         if piece:

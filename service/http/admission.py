@@ -131,7 +131,9 @@ class AdmissionControl:
                 wait = max(wait, self.requests.expected_wait)
             if wait > self._max_wait:
                 return self._too_long(wait)
-        if body_bytes and self.body_bytes.amount + self.unread.counted + body_bytes > self.max_held_bytes:
+        if body_bytes and self.body_bytes.amount + self.unread.amount + body_bytes > self.max_held_bytes:
+            if self.body_bytes.amount + self.unread.counted + body_bytes <= self.max_held_bytes:
+                return None
             seconds = self.body_bytes.seconds_for(body_bytes)
             expected = f"at most {self.max_held_bytes} bytes of request bodies in memory"
             return Refusal("request bodies take too much memory", expected, retry_after(seconds))
@@ -229,7 +231,8 @@ class Ticket:
         if self._is_large:
             self._is_large = False
             self._admission.large_requests.finish(1)
-        self._leave_queue()
+        if self.is_queued or self._has_slot:
+            self._leave_queue()
 
     def mark_large(self) -> None:
         """Go on as a large request, which keeps no place in the queue and no work slot from small requests.

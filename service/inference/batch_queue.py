@@ -145,7 +145,8 @@ class BatchQueue:
     def take(self) -> Batch | None:
         """Remove and return the next batch, or return None if every waiting job has been cancelled or has timed out."""
         while self._lanes:
-            lane = min(self._lanes.values(), key=lambda lane: lane.turn)
+            lanes = self._lanes.values()
+            lane = next(iter(lanes)) if len(lanes) == 1 else min(lanes, key=lambda lane: lane.turn)
             jobs = self._take_jobs(lane)
             if not lane.jobs:
                 del self._lanes[lane.key]
