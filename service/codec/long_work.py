@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-SLICE_SECONDS = 0.001
+SLICE_SECONDS = 0.01  # shorter slices would cost much on a busy machine, where the next thread waits for a processor
 COPIED_BYTES = 512 * 1024  # most bytes that are copied with the interpreter lock, which takes 0.2 ms
 FIRST_BYTES = 16 * 1024  # first size of a large response
 
