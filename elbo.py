@@ -848,7 +848,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line with `arguments`, by default the arguments of the process."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the shell has closed the descriptor (>&-)
-            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - open until the process ends
+            # closefd: the number stays occupied when the server replaces the stream. A socket that got the number would
+            # receive what the process prints.
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", closefd=False))
     try:
         app(args=arguments, prog_name="elbo")
     except ElboError as error:

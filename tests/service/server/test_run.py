@@ -564,6 +564,22 @@ class UnwritableLog:
             os.close(descriptor)
 
 
+def test_server_without_standard_output_and_error_gives_their_numbers_to_no_socket(artifacts: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shell = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh"]
+    options = ["--port", str(port), "--artifacts", str(artifacts)]
+    process = subprocess.Popen([*shell, sys.executable, "-m", "elbo", "serve", *options], cwd=ROOT)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+            wait_until(lambda: client.get("/readyz").status_code == 200, ignore=httpx.TransportError)
+        descriptors = Path(f"/proc/{process.pid}/fd")
+        assert [str((descriptors / number).readlink()) for number in ("1", "2")] == [os.devnull, os.devnull]
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
 @pytest.mark.parametrize(
     ("kind", "workers"), [("closed", 1), ("closed", 2), ("full", 1), ("full", 2), ("reader gone", 1), ("blocked", 1)]
 )
