@@ -1,12 +1,13 @@
 """The model card in Markdown: what to know about a published model before trusting it. Needs no torch."""
 
+import csv
+import io
 import shlex
 from collections.abc import Iterator, Sequence
 
 from models.errors import join_names
 from models.manifest import SERIES_CORRELATION, Manifest, Timeline
 from training.config import TrainConfig
-from training.data.readers.raw_table import list_value
 from training.fitting.defaults import resolved_config
 from training.reports.describe import (
     DEFAULT_ALPHA,
@@ -239,9 +240,16 @@ def _changed_options(manifest: Manifest) -> Iterator[tuple[str, str]]:
         if name == "size" and isinstance(value, tuple):
             yield name, "x".join(map(str, value))
         elif isinstance(value, tuple):
-            yield name, list_value(value) or "none"
+            yield name, _as_list(value) or "none"
         else:
             yield name, str(value)
+
+
+def _as_list(cells: Sequence[object]) -> str:
+    """Return the value of an option that takes a list: a line of CSV."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="").writerow(cells)
+    return text.getvalue()
 
 
 def _commands(manifest: Manifest) -> Iterator[str]:

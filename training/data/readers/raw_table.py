@@ -71,11 +71,6 @@ class RawTable:
 
 def format_option(option: str, columns: Sequence[str]) -> str:
     """Return the command-line option for these columns, quoted for a shell, such as --drop 'b c,d'."""
-    return f"{option} {shlex.quote(list_value(columns))}"
-
-
-def list_value(cells: Sequence[object]) -> str:
-    """Return the value of a command-line option that takes a list: a line of CSV."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="").writerow(cells)
-    return text.getvalue()
+    csv.writer(text, lineterminator="").writerow(columns)
+    return f"{option} {shlex.quote(text.getvalue())}"
