@@ -16,12 +16,12 @@ from typing import NamedTuple, Protocol
 
 SEGMENT_BYTES = 16 * 2**20  # room for about 20,000 histograms; the kernel allocates only the pages that are written
 _WORD = 8  # bytes
-_USED, _CHANGES = 0, 1  # the words at the start of a segment: the bytes that its entries take, the number of changes
+_USED, _CHANGES = 0, 1  # words at the start of a segment: the bytes taken by entries, and the number of changes
 _FIRST_ENTRY = 2 * _WORD
-_KEY_BYTES, _LENGTH, _STATE = 0, 1, 2  # the words at the start of an entry
+_KEY_BYTES, _LENGTH, _STATE = 0, 1, 2  # words at the start of an entry
 _ENTRY_HEADER = 3 * _WORD
 _TRANSIENT, _FREE = 1, 2  # bits of the state of an entry
-_KEY_STEP = 32  # keys are padded to a multiple of this, so that the entry of one version fits the next version
+_KEY_STEP = 32  # keys are padded to a multiple of this, so that a new version fits into the freed entry of an old one
 _MAX_READS = 10  # attempts to read a segment that its process is changing
 
 # The metrics that the supervisor counts.
@@ -69,7 +69,7 @@ class Segment:
         self._memory = mmap.mmap(-1, size)  # shared with the processes that are forked later
         self._bytes = memoryview(self._memory)
         self._words = self._bytes.cast("Q")
-        self._lock = Lock()  # between the threads of this process
+        self._lock = Lock()  # excludes other threads of this process; other processes have locks of their own
         self._parsed_bytes = 0
         self._parsed_changes = 0
         self._entries: dict[Key, Entry] = {}
@@ -99,7 +99,7 @@ class Segment:
     def free(self, keys: Iterable[Key]) -> None:
         """Remove the arrays at `keys`, so that their memory is used for other keys.
 
-        Only the process that writes this segment may call it. It must no longer use the arrays.
+        Only the process that writes this segment may call this method, and it must no longer use the arrays.
         """
         with self._lock:
             self._parse()
@@ -159,7 +159,7 @@ class Segment:
         return Entry(values, bool(state & _TRANSIENT), start)
 
     def _create(self, key: Key, length: int, transient: bool) -> Entry:
-        """Write an entry with zeros, in the place of an entry that is free or behind the last one."""
+        """Write an entry with zeros: over a free entry of the same size, or else after the last entry."""
         encoded = json.dumps(key).encode()
         encoded = encoded.ljust(-(-len(encoded) // _KEY_STEP) * _KEY_STEP)
         key_bytes = len(encoded)
@@ -181,7 +181,7 @@ class Segment:
         at = start // _WORD
         self._words[at + _KEY_BYTES], self._words[at + _LENGTH] = key_bytes, length
         self._words[at + _STATE] = _TRANSIENT if transient else 0
-        # Write the next word last: when other processes see it, the entry must be complete.
+        # The entry must be complete before the next word is written, because that word shows it to other processes.
         if end - _FIRST_ENTRY <= self._parsed_bytes:
             self._count_change()
         else:
@@ -249,7 +249,7 @@ class Leases:
             self._counters.local.array((LEASE, *subject), length=1)[0] = now
 
     def ages(self) -> dict[Key, float]:
-        """Return the seconds since a process has last renewed the lease of each subject."""
+        """Return the age of the lease of each subject: the seconds since a process last renewed it."""
         now = monotonic()
         leases = self._counters.arrays(LEASE)
         return {subject: now - max(array[0] for array in arrays) for subject, arrays in leases.items()}

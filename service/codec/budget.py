@@ -107,11 +107,11 @@ class Budget:
 
     @property
     def counted(self) -> tuple[int, int]:
-        """The rows and the bytes that have been counted, for `return_to`."""
+        """The numbers of rows and bytes that have been counted so far. `return_to` can restore them."""
         return self.rows, self._bytes
 
     def return_to(self, counted: tuple[int, int]) -> None:
-        """Forget what has been counted since then: another reader begins with the same text."""
+        """Restore numbers that `counted` has returned, so that another reader can begin again with the same text."""
         self.rows, self._bytes = counted
 
     def take_next_rows(self, size: int) -> int:

@@ -49,7 +49,7 @@ def dumps(array: npt.NDArray[np.float32]) -> bytes:
 
 
 def parts(array: npt.NDArray[np.float32]) -> tuple[bytes | memoryview, ...]:
-    """Return the parts of which `dumps` makes the file: the header, and the numbers without a copy."""
+    """Return the parts of the file that `dumps` returns. The numbers of a C-ordered array are not copied."""
     if array.flags.c_contiguous and array.size:
         return _header_for(array.shape, array.dtype.str), array.data.cast("B")
     file = io.BytesIO()

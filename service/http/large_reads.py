@@ -1,4 +1,4 @@
-"""Turns for connections that read much: if 60 clients upload at once, one read of each blocks the loop for 35 ms."""
+"""Let connections take turns with large reads: one read from each of 60 connections blocks the event loop for 35 ms."""
 
 import asyncio
 from collections import deque

@@ -3,8 +3,8 @@
 Jobs for the same model version and operation share a batch, in their order of arrival. The next batch is the one that
 contains the job with the longest wait. A batch does not wait for further jobs to arrive.
 
-The pieces of a large request have batches of their own, and let other jobs pass that arrive within PIECE_SECONDS after
-them. A small request therefore waits for one batch, however many large requests are in the queue.
+The pieces of a large request have batches of their own. A small request that arrives within PIECE_SECONDS after a piece
+runs before the piece. A small request therefore waits for one batch, however many large requests are in the queue.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from service.errors import DeadlineExceeded
 from service.inference.backends import Array, Backend
 from service.inference.operations import Operation
 
-PIECE_SECONDS = 0.1  # pieces let other jobs pass that arrive within this time after them
+PIECE_SECONDS = 0.1  # a small request that arrives within this time after a piece runs before the piece
 
 
 class Model(Protocol):

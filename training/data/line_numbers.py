@@ -7,9 +7,9 @@ import numpy.typing as npt
 
 
 class LineNumbers:
-    """The line of a text file where each row starts, both counted as they are read: rows from 0, lines from 1.
+    """The line of a text file where each row starts. Rows are counted from 0, and lines from 1, as they are read.
 
-    Only the rows are stored whose line is not the line after that of the previous row.
+    A row is stored only if its line does not directly follow the line of the previous row.
     """
 
     def __init__(self) -> None:

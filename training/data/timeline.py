@@ -11,8 +11,8 @@ import numpy.typing as npt
 from models.errors import join_names
 from training.data.line_numbers import LineNumbers, describe_row
 
-GAP_STEPS = 1.5  # a longer step than so many usual steps of the group is a gap: at least one row is missing
-MAX_GAP_SHARE = 0.1  # if a larger share of the steps are gaps, the rows are irregular, and gaps mean nothing
+GAP_STEPS = 1.5  # a step longer than this many usual steps of its group is a gap: at least one row is missing
+MAX_GAP_SHARE = 0.1  # if more than this share of the steps are gaps, the rows are irregular, and gaps mean nothing
 LISTED_NAMES = 3  # number of groups that a note lists before "and N more"
 SECOND = 10**9  # nanoseconds
 UNITS = (
@@ -36,7 +36,7 @@ class Timeline:
 
     time: Nanoseconds  # [N] since 1970 in UTC
     group: npt.NDArray[np.int32]  # [N] index of `groups`
-    groups: tuple[str, ...]  # names of the G groups, sorted; a single empty name without a column of groups
+    groups: tuple[str, ...]  # names of the G groups, sorted; one empty name if there is no column of groups
     time_column: str
     group_column: str | None
     source_rows: npt.NDArray[np.int64]  # [N] number of the row in the source, counted from 0
@@ -75,13 +75,13 @@ class Timeline:
 
     @cached_property
     def after_gap(self) -> npt.NDArray[np.bool_]:
-        """Whether a row comes more than GAP_STEPS usual steps of its group after the previous row of the group, [N]."""
+        """Whether a row follows a gap, [N]: a step longer than GAP_STEPS usual steps of its group."""
         usual = self.usual_steps[self.group]
         return np.asarray((usual > 0) & (self.steps > GAP_STEPS * usual))
 
     @cached_property
     def begins_stretch(self) -> npt.NDArray[np.bool_]:
-        """Whether a row is the first of its group or follows a gap, [N]. Rows up to the next such row have no gap."""
+        """Whether a row is the first of its group or follows a gap, [N]: it begins a stretch without gaps."""
         return np.asarray(self.after_gap | (self.steps < 0))
 
     def where(self, row: int) -> str:
@@ -89,7 +89,7 @@ class Timeline:
         return describe_row(int(self.source_rows[row]), self.lines)
 
     def name(self, row: int) -> str:
-        """Return the group of `row` for a message: ` of 'web-1'`; empty without a column of groups."""
+        """Return the group of `row` for a message: ` of 'web-1'`; empty if there is no column of groups."""
         return "" if self.group_column is None else f" of {self.groups[self.group[row]]!r}"
 
     def without(self, rows: npt.NDArray[np.int64]) -> "Timeline":

@@ -205,7 +205,7 @@ def _limits(manifest: Manifest) -> Iterator[str]:
 
 
 def _series_limits(manifest: Manifest) -> Iterator[str]:
-    """Yield when the false-alarm rate does not hold, if the training rows depend on each other."""
+    """If the training rows depend on each other, yield when the false-alarm rate does not hold."""
     if manifest.timeline is not None:
         yield (
             "Its rows are a series: the false-alarm rate holds only while new rows behave as in the period of the "

@@ -213,7 +213,7 @@ def test_refusal_of_a_costly_body_says_what_is_allowed_and_what_to_do(
         assert caught.value.got == "more"
 
 
-def test_bytes_that_were_given_back_can_be_taken_again_without_holding_more() -> None:
+def test_bytes_that_are_given_back_and_taken_again_are_held_only_once() -> None:
     account = Account()
     budget = budget_of(account, max_bytes=1000)
     for _ in range(3):
@@ -234,7 +234,7 @@ def test_bytes_are_held_in_steps_of_64_kib_up_to_the_limit_of_the_request() -> N
     assert held == [64 * 1024, 64 * 1024, 100 * 1024, 100 * 1024]
 
 
-def test_budget_without_limits_can_end_like_any_other() -> None:
+def test_budget_without_limits_can_be_started_stopped_and_closed() -> None:
     budget = NoLimit()
     budget.start(in_event_loop=True)
     budget.stop()
@@ -242,7 +242,7 @@ def test_budget_without_limits_can_end_like_any_other() -> None:
     assert budget.held_bytes == 0
 
 
-def test_rows_of_16_are_counted_together_up_to_the_maximum() -> None:
+def test_rows_are_counted_16_at_a_time_up_to_the_maximum() -> None:
     budget = budget_of(Account(), max_rows=20)
     budget.start(in_event_loop=True)
     assert [budget.take_next_rows(4096), budget.take_next_rows(1)] == [16, 4]

@@ -57,7 +57,8 @@ def read_answer(connection: socket.socket) -> tuple[int, bytes]:
 def answers_while_livez_is_served(server: ServerProcess, request: bytes, count: int) -> list[tuple[int, bytes]]:
     """Send `request` `count` times at once, and return the answers.
 
-    Assert that no other client waits long, and that one who scores a row is never refused.
+    Meanwhile, another client asks for /livez and scores single rows. Assert that it never waits long for /livez, and
+    that none of its rows is refused.
     """
     waits: list[float] = []
     statuses: list[int] = []

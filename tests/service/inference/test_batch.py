@@ -1,4 +1,4 @@
-"""A batch that exceeds the device's memory, with an untrained model and an operation that refuses many rows."""
+"""A batch that exceeds the device's memory, simulated by an operation that raises an error if it gets many rows."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ def backend(tmp_path: Path) -> Backend:
 
 
 def operation_for_at_most(max_rows: int, error: Exception) -> tuple[Operation, list[int]]:
-    """Return a reconstruction that raises `error` above `max_rows` rows, and the list of its batch sizes."""
+    """Return an operation that raises `error` if it gets more than `max_rows` rows, and the list of its batch sizes."""
     tried: list[int] = []
 
     def run(module: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -31,7 +31,7 @@ def minutes(rows: Timeline, part: np.ndarray[tuple[int], np.dtype[np.int64]], gr
     return found
 
 
-def test_two_hosts_are_split_at_the_same_moments_with_a_row_of_each_between_the_parts() -> None:
+def test_two_hosts_are_split_at_the_same_moments_with_a_gap_of_one_row() -> None:
     rows = timeline({"a": list(range(100)), "b": list(range(50, 100))})
     split = split_by_time(rows, seed=0)
     # 105 of the 150 rows come before minute 78 (78 + 28 = 106), and 120 before minute 85 (85 + 35)
@@ -47,7 +47,7 @@ def test_two_hosts_are_split_at_the_same_moments_with_a_row_of_each_between_the_
 
 
 @pytest.mark.parametrize("gap_rows", [0, 1, 7])
-def test_gap_leaves_out_so_many_rows_of_each_group_after_each_moment(gap_rows: int) -> None:
+def test_given_number_of_rows_of_each_group_is_left_out_after_each_moment(gap_rows: int) -> None:
     rows = timeline({"a": list(range(100)), "b": list(range(100))})
     split = split_by_time(rows, seed=0, gap_rows=gap_rows)
     for group in (0, 1):
@@ -59,7 +59,7 @@ def test_gap_leaves_out_so_many_rows_of_each_group_after_each_moment(gap_rows: i
 @given(
     st.lists(st.lists(st.integers(0, 500), min_size=1, max_size=60), min_size=1, max_size=5), st.integers(0, 2**32 - 1)
 )
-def test_parts_of_any_rows_are_disjoint_and_ordered_or_the_rows_are_refused(groups: list[list[int]], seed: int) -> None:
+def test_parts_are_disjoint_and_in_time_order_unless_the_rows_are_refused(groups: list[list[int]], seed: int) -> None:
     rows = timeline({f"h{index}": each for index, each in enumerate(groups)})
     try:
         split = split_by_time(rows, seed)
@@ -74,7 +74,7 @@ def test_parts_of_any_rows_are_disjoint_and_ordered_or_the_rows_are_refused(grou
     assert all(np.array_equal(a, b) for a, b in zip(vars(split).values(), vars(again).values(), strict=True))
 
 
-def test_large_parts_are_random_samples_of_their_whole_period_and_no_row_of_theirs_fits() -> None:
+def test_part_above_the_maximum_size_is_a_random_sample_of_its_whole_period() -> None:
     rows = timeline({"a": list(range(1_000_000))})
     split = split_by_time(rows, seed=0)
     assert len(split.calibration) == len(split.held_out) == MAX_HELD_OUT_ROWS

@@ -47,7 +47,7 @@ def test_rows_in_any_order_are_sorted_by_group_and_time_with_their_values(suffix
     assert "the rows of the source are not in the order of their times: they were put in order" in table.notes
 
 
-def test_order_of_the_file_does_not_change_the_fingerprint_but_a_time_does(tmp_path: Path) -> None:
+def test_fingerprint_depends_on_the_times_but_not_on_the_order_of_the_file(tmp_path: Path) -> None:
     frame = host_metrics(40)
     late = frame.with_columns(pl.col("ts") + pl.duration(hours=1))
     shuffled = frame.sample(fraction=1.0, shuffle=True, seed=1)
@@ -57,7 +57,7 @@ def test_order_of_the_file_does_not_change_the_fingerprint_but_a_time_does(tmp_p
     assert read_table(sources[0], drop=["ts", "host"]).fingerprint != first
 
 
-def test_table_on_disk_is_sorted_as_a_table_in_memory_is(tmp_path: Path) -> None:
+def test_table_on_disk_is_sorted_like_a_table_in_memory(tmp_path: Path) -> None:
     path = save(tmp_path / "a.csv", host_metrics(60).sample(fraction=1.0, shuffle=True, seed=1))
     in_memory = read_table(path, time="ts", group="host")
     on_disk = read_table(path, time="ts", group="host", limit=100)
@@ -149,7 +149,7 @@ def test_time_that_cannot_be_used_is_refused_with_its_line(times: list[Any], mes
     assert message in found
 
 
-def test_blank_lines_and_quoted_cells_do_not_move_the_line_in_a_message(tmp_path: Path) -> None:
+def test_message_names_the_right_line_after_blank_lines_and_quoted_cells(tmp_path: Path) -> None:
     lines = ["ts,cpu", "", *(f'"{time}",{index * 7 % 11}' for index, time in enumerate(ISO)), "", "never,1"]
     (tmp_path / "a.csv").write_text("\n".join(lines) + "\n")
     assert "'never' in row 30 (line 34) is not a time" in refusal(str(tmp_path / "a.csv"), time="ts")
@@ -174,7 +174,7 @@ def test_group_that_is_missing_is_refused_with_its_line(tmp_path: Path) -> None:
     assert "column 'host' has no group in row 9 (line 11): fill in" in refusal(source, time="ts", group="host")
 
 
-def test_column_with_a_value_of_its_own_in_each_row_is_no_column_of_groups(tmp_path: Path) -> None:
+def test_group_column_with_a_different_value_in_each_row_is_refused(tmp_path: Path) -> None:
     source = csv_of_times(tmp_path / "a.csv", ISO, [f"request-{index}" for index in range(30)])
     assert "column 'host' has 30 groups in 30 rows: expected a column that names the host" in refusal(
         source, time="ts", group="host"
@@ -230,7 +230,7 @@ def test_row_that_repeats_a_row_exactly_is_left_out(tmp_path: Path) -> None:
     assert "rows that repeat a row of the same time and group are left out: 5" in table.notes
 
 
-def test_rows_at_the_same_time_with_other_values_stay_in_order_and_give_a_warning_with_their_lines(
+def test_rows_with_equal_times_and_different_values_keep_their_order_and_give_a_warning(
     tmp_path: Path,
 ) -> None:
     times = [*ISO[:10], ISO[9], *ISO[10:]]
@@ -273,7 +273,7 @@ def test_gaps_are_measured_in_usual_steps_of_their_group(tmp_path: Path) -> None
     ) in table.notes
 
 
-def test_rows_that_are_not_evenly_spaced_give_their_steps_instead_of_gaps(tmp_path: Path) -> None:
+def test_irregular_rows_give_a_note_about_their_steps_and_none_about_gaps(tmp_path: Path) -> None:
     seconds = np.cumsum(np.random.RandomState(0).exponential(600, 300)).round(3) + START_SECONDS
     table = read_table(csv_of_times(tmp_path / "a.csv", seconds.tolist()), time="ts")
     assert any(note.startswith("the rows are not evenly spaced in time: eight of ten") for note in table.notes)
@@ -310,7 +310,7 @@ def test_duration_is_described_in_its_largest_units(nanoseconds: int, text: str)
     assert describe_duration(nanoseconds) == text
 
 
-def test_nanoseconds_of_text_decide_the_order(tmp_path: Path) -> None:
+def test_text_times_that_differ_by_one_nanosecond_are_put_in_order(tmp_path: Path) -> None:
     times = [f"2024-01-01T00:00:00.{999 - index:09d}Z" for index in range(30)]
     timeline = timeline_of(read_table(csv_of_times(tmp_path / "a.csv", times), time="ts"))
     assert timeline.source_rows.tolist() == list(range(29, -1, -1))
@@ -318,7 +318,7 @@ def test_nanoseconds_of_text_decide_the_order(tmp_path: Path) -> None:
     assert (timeline.time - first).tolist() == list(range(970, 1000))
 
 
-def test_numbers_that_count_from_a_start_are_ordered_and_a_note_says_that_their_dates_mean_nothing(
+def test_times_that_count_seconds_from_zero_are_sorted_and_give_a_note(
     tmp_path: Path,
 ) -> None:
     seconds = [f"{index / 10:.1f}" for index in range(29, -1, -1)]

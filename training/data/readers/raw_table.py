@@ -24,7 +24,7 @@ class ReadOptions:
     names: Sequence[str] | None = None  # columns to read, in this order; None for all; ignored by sources without names
     drop: Sequence[str] = ()  # columns to leave out
     keep: Sequence[str] = ()  # columns to accept even if they look like identifiers
-    label: Sequence[str] = ()  # columns of labels, the first of which is read; empty to find one by its name
+    label: Sequence[str] = ()  # columns of labels: the first is read; if empty, one is found by its name
     size: tuple[int, int] | None = None  # height and width to which images are resized
     shape: tuple[int, ...] | None = None  # shape of one row, if a model requires it
     pixel_range: tuple[float, float] | None = None  # values of black and white, if a model requires them
@@ -55,7 +55,7 @@ class RawTable:
     rows: int | None = None  # number of rows N, if known in advance; an estimate for CSV
     names: list[str] | None = None  # names of the D columns, if the source has names
     units: list[str | None] | None = None
-    has_header: bool = False  # whether the file names its columns, so that a row lacks a value only by name
+    has_header: bool = False  # whether the file names its columns; `RowStream.max_missing` depends on it
     pixel_range: tuple[float, float] | None = None
     lines: LineNumbers | None = None  # for text files; complete when all blocks have been read
     label_column: str | None = None  # the name of the column that holds the labels, if the source has columns
