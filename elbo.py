@@ -848,8 +848,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line with `arguments`, by default the arguments of the process."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the shell has closed the descriptor (>&-)
-            # closefd: the number stays occupied when the server replaces the stream. A socket that got the number would
-            # receive what the process prints.
+            # closefd=False: the descriptor stays open when the server replaces the stream. If it were closed, a socket
+            # could get its number, and would receive what the process prints.
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", closefd=False))
     try:
         app(args=arguments, prog_name="elbo")

@@ -170,5 +170,5 @@ def printable(text: str) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """Return `text` as `printable` does, but keep its line breaks. For reports with names from an artifact."""
+    """Return `text` as `printable` does, but keep its line breaks. Use it for reports with names from an artifact."""
     return "\n".join(map(printable, text.split("\n")))

@@ -56,7 +56,7 @@ class PickledObject:
 
     Attributes:
         type: full name of its class.
-        state: its attributes by name, unless the pickle is damaged.
+        state: its attributes by name; in a damaged pickle, it may be anything.
     """
 
     type = ""

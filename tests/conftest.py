@@ -38,12 +38,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def made_once(name: str, make: Callable[[Path], None], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder that `make` has filled. If several processes run the tests, they share the folder `name`.
+    """Return the folder `name`, which the function `make` has filled.
 
-    The first process fills the folder, and the others wait for it.
+    If several processes run the tests, they share the folder. The first process fills it, and the others wait.
     """
     base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # all workers have the same base.parent
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # base.parent is the same for all workers
     folder = shared / name
     with (shared / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

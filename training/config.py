@@ -178,7 +178,7 @@ class TrainConfig(BaseModel):
 
     @model_serializer(mode="wrap")
     def _leave_out_absent_columns(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Return the options. Releases without time refuse `time` and `group`, but can read all other artifacts."""
+        """Return the options, but omit `time` or `group` if it is None: older releases refuse artifacts with them."""
         options: dict[str, Any] = serialise(self)
         absent = {name for name in ("time", "group") if options.get(name, "") is None}
         return {name: value for name, value in options.items() if name not in absent}

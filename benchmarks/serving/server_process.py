@@ -129,10 +129,10 @@ def process_name(pid: int) -> str:
 
 
 def own_memory(pid: int) -> int:
-    """Return the bytes of a process without pages of files. 0 if the process has ended.
+    """Return the memory of a process in bytes, without the pages of files. 0 if the process has ended.
 
-    A page that n processes share counts 1/n. Pages of files are the code of libraries: how many other programs of this
-    machine share them changes all the time.
+    A page that n processes share counts 1/n. The pages of files, which hold the code of libraries, are left out:
+    their n changes as other programs on this machine start and end.
     """
     with suppress(OSError):
         fields = (line.split() for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines())

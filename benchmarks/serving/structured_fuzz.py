@@ -5,24 +5,28 @@
     python benchmarks/serving/structured_fuzz.py --smoke            # 600 requests
 
 Each request begins as a valid one: a path, a query, headers, and a body in one of the formats that the server reads.
-Most requests are then changed in ways that know the format, by `tests/fuzz/mutations.py`. The processes of the clients
-send them over keep-alive connections, one request at a time per connection. The same seed gives the same requests.
+`tests/fuzz/mutations.py` then changes most requests, with changes for each format. Client processes send the requests
+over keep-alive connections, one request at a time per connection. The same seed gives the same requests.
 
-Meanwhile another process, the observer, asks for /livez 50 times per second. It asks a control process as often, which
-does nothing but respond. On a busy machine both responses are late, because the processes wait for a processor. The
-kernel counts this time per thread (/proc/PID/schedstat). The observer subtracts the time for which it and the thread
-of the server's event loop waited for a processor: the rest is due to the server, or to a thread of the server that
-holds Python's interpreter lock while it waits for a processor.
+Meanwhile another process, the observer, asks the server for /livez 50 times per second. As often, it sends a request to
+a control process, which does nothing but respond. On a busy machine both respond late, because processes wait for a
+processor. The kernel counts this time for each thread (/proc/PID/schedstat). From each response time, the observer
+subtracts the time for which its own thread or the thread of the event loop waited for a processor. The rest is due to
+the server, or to another thread of the server that holds Python's interpreter lock while it waits for a processor.
 
 The server has low limits, MAX_ROWS and MAX_BODY_BYTES, so that small requests reach them. `hostile_requests.py` has the
 requests at the limits of the default settings.
 
-The report has the number of responses by status, the waits of /livez and of the control process, and the memory
-of all processes of the server, without pages of files, after each tenth of the requests and at the end.
+The report has these parts:
+
+- the number of responses by status;
+- how long the responses of /livez and of the control process took;
+- the memory of all processes of the server, without the pages of files, after each tenth of the requests and at the
+  end.
 
 The program exits with code 1 if a response has status 500, if the server ends a connection without a response, or if
-/livez fails. Unless --smoke is given, it also exits with 1 if memory grows by MAX_GROWTH or more after the first fifth.
-A request that failed is written to build/fuzz/. The benchmark needs Linux.
+/livez fails. Unless --smoke is given, it also exits with 1 if memory grows by MAX_GROWTH or more after the first fifth
+of the requests. A request that failed is written to build/fuzz/. The benchmark needs Linux.
 """
 
 import argparse
@@ -60,7 +64,7 @@ from training.progress import SilentReporter
 from training.train import train
 
 MIB = 2**20
-PROCESSES = 2  # processes of clients
+PROCESSES = 2  # number of client processes
 CONNECTIONS = 4  # connections per process
 VALID_SHARE = 0.2  # share of the requests that stay valid
 LARGE_SHARE = 0.05  # share of the requests that begin with a large body, if the format has one
@@ -81,7 +85,7 @@ OPTIONS = {  # the query options of each path, with a valid text
     "/interpolate": ("steps=3", "method=slerp"),
     "/api/v1/write": (),
 }
-OBJECTS: dict[str, tuple[object, ...]] = {  # valid JSON bodies of the endpoints that the fuzz targets do not read
+OBJECTS: dict[str, tuple[object, ...]] = {  # valid JSON bodies for the endpoints whose JSON no fuzz target reads
     "/reconstruct": ({"inputs": [[1.0, 2.0, 3.0, 4.0]]},),
     "/decode": ({"latents": [[0.5, -0.5]]}, {"latents": [[0.0, 0.0]] * 3, "observe": True, "seed": 4}),
     "/sample": ({"n": 3, "seed": 1, "temperature": 1.0}, {}),
@@ -111,7 +115,7 @@ class Format:
 
 
 def _of_target(name: str, path: str, *headers: str, model: str = "hosts") -> list[Format]:
-    """Return the formats of a fuzz target: as it is, and compressed with gzip if there is such a target."""
+    """Return the formats of a fuzz target: uncompressed, and compressed with gzip if there is a target for that too."""
     plain = TARGETS[name]
     formats = [Format(path, headers, cache(plain.seeds), plain.mutate, model)]
     if gzipped := TARGETS.get(f"{name}-gzip"):
@@ -239,7 +243,10 @@ class Outcomes:
 def send_requests(
     port: int, seed: str, count: int, seconds: float, progress: "Synchronized[int]", results: Connection
 ) -> None:
-    """Send `count` requests over CONNECTIONS connections, then the outcomes through `results`; stop after `seconds`."""
+    """Send `count` requests over CONNECTIONS connections, but stop after `seconds`.
+
+    Then send the outcomes through `results`.
+    """
     outcomes = Outcomes()
     end = perf_counter() + seconds
 
@@ -349,7 +356,7 @@ class Run:
         outcomes: the responses.
         seconds: the duration.
         memory: the memory of the server after each tenth of the requests and at the end, in MiB.
-        waits: the waits for /livez of the server, and for the control process.
+        waits: how long the responses of /livez took, and those of the control process.
     """
 
     outcomes: Outcomes
@@ -423,7 +430,7 @@ def wait_for_port(port: int) -> None:
 
 
 def report(found: Run) -> bool:
-    """Print the report, and return whether no request failed."""
+    """Print the report. Return False if a request failed, or if /livez failed."""
     print(f"{found.outcomes.statuses.total()} requests in {found.seconds:.0f} s\n\n| status | responses |\n|---|---|")
     for status, count in sorted(found.outcomes.statuses.items()):
         print(f"| {status or 'none'} | {count} |")

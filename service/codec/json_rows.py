@@ -18,7 +18,7 @@ import numpy.typing as npt
 from service.codec.budget import PIECE_BYTES, Budget
 from service.errors import BodyTooLarge, InvalidJson, TooManyRows
 
-SCAN_BYTES = 128 * 1024  # how much of a document is searched between two checks of the time
+SCAN_BYTES = 128 * 1024  # number of bytes of a document that are scanned between two checks of the time limit
 MAX_FIELDS = 1000  # maximum number of fields of a large document that are arrays or objects
 # A row or a field is parsed as a whole, so it may have at most this many values and lists, plus those that the width of
 # a row needs. orjson holds Python's lock while it parses them.

@@ -18,7 +18,7 @@ from service.inference.backlog import Backlog
 from service.inference.batcher import Batcher
 from service.shared_memory import SharedNumber
 
-LARGE_REQUESTS = 16  # from this many large requests on, another one is refused if its expected wait is too long
+LARGE_REQUESTS = 16  # beside this many large requests, another one is refused if its expected wait is too long
 WORK_SLOTS = 64  # maximum number of requests processed at once, so that a pass of the event loop takes a few ms
 MAX_RETRY_AFTER = 60  # seconds
 TICKET = "elbo.ticket"  # key of a request's ticket in its ASGI scope
@@ -235,7 +235,7 @@ class Ticket:
             self._leave_queue()
 
     def mark_large(self) -> None:
-        """Go on as a large request, which keeps no place in the queue and no work slot from small requests.
+        """Go on as a large request: free the place in the queue and the work slot for small requests.
 
         Raises Overloaded if the expected wait of large requests is too long.
         """

@@ -22,7 +22,7 @@ from service.inference.backends import Array, Backend, OnnxBackend, OnnxModule, 
 from service.inference.calibration import Calibration, load_calibration
 
 log = logging.getLogger("elbo.backends")
-DECISIONS = "backend"  # family of the selected backends in shared memory; no metric may have this name
+DECISIONS = "backend"  # the selected backends are stored in shared memory under this name; no metric may have it
 BACKENDS = (TorchScriptBackend.name, OnnxBackend.name)
 TOLERANCE = 1e-5  # maximum error of a twin's output, relative to the largest number in the golden answer
 TWIN_OUTPUTS = (

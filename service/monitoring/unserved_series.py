@@ -6,8 +6,8 @@ processes the same time at which the version was last served:
 - after HIDDEN_SECONDS, no process exports the series of the version;
 - after FREED_SECONDS, each process frees its own numbers, so that new versions can use the memory.
 
-A series is hidden in all processes before the first process frees its numbers. A counter therefore never falls: its
-series ends.
+A series is hidden in all processes before the first process frees its numbers. Prometheus therefore never sees a
+counter fall: the series of the counter ends.
 """
 
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ from service.shared_memory import LEASE, Key, SharedCounters
 RENEWAL_SECONDS = 5.0  # interval between two calls of `UnservedSeries.free`
 HIDDEN_SECONDS = 180.0  # longer than usual scrape intervals: Prometheus must get the last numbers
 FREED_SECONDS = 240.0
-ENDED_SECONDS = 300.0  # then the lease itself is freed
+ENDED_SECONDS = 300.0  # after this time, the lease itself is freed
 
 
 class UnservedSeries:
@@ -28,8 +28,9 @@ class UnservedSeries:
 
     Args:
         counters: the counters of all processes.
-        families: the metrics of versions of models.
-        others: other families of arrays in shared memory, each with the place of its subject in the key.
+        families: the metrics; those without the label `version` are ignored.
+        others: for each other family of arrays in shared memory, the part of its keys that holds the model and the
+            version.
     """
 
     def __init__(self, counters: SharedCounters, families: Iterable[Family], others: dict[str, slice]) -> None:
@@ -43,7 +44,7 @@ class UnservedSeries:
         self._seen = 0  # number of arrays of this process at the last call of `free`
 
     def renew(self, catalogue: Catalogue) -> None:
-        """Renew the leases of the versions that this process serves, and of the backends selected for their weights."""
+        """Renew the leases of the versions that this process serves, and of the selected backends of these versions."""
         served = [one for versions in catalogue.models.values() for one in versions.values()]
         self._leases.renew([one.metric_labels for one in served])
         self._leases.renew([(DECISIONS, one.manifest.weights_sha256) for one in served])
@@ -69,7 +70,7 @@ class UnservedSeries:
                 continue
             subject = key[place]
             if subject not in ages:
-                without_lease.add(subject)  # a request that began before its version was removed has ended
+                without_lease.add(subject)  # for example, a request has ended long after its version was removed
             elif subject in expired and (key[0] != LEASE or ages[subject] > ENDED_SECONDS):
                 freed.append(key)
         self._leases.renew(without_lease)

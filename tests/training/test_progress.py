@@ -141,7 +141,7 @@ def test_bar_on_a_terminal_is_full_only_after_the_last_stage(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_reporter_that_writes_to_no_terminal_prints_the_stages_before_the_metrics(
+def test_reporter_prints_the_stages_before_the_metrics_if_the_output_is_not_a_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--model", "pca", "--name", "m", "--artifacts", str(tmp_path), "--runs", str(tmp_path / "runs")]

@@ -45,7 +45,7 @@ MAX_HELD_OUT_BYTES = 64 << 20
 MIN_DISTINCT = 256  # a note warns if float32 has fewer distinct values than this in the range of a column
 MAX_EXACT_INTEGER = 2.0**24  # float32 holds all integers up to this value
 FEW_GREYS = 16  # bytes up to this value are masks or images of few grey levels, and not dark images from 0 to 255
-CHECKED_GROUPS = 5  # a column is a counter if it rises with the time in each of so many groups, the largest
+CHECKED_GROUPS = 5  # a column that rises, or falls, with the time in each of this many largest groups is a counter
 FEW_VALUES = 10  # a note warns if a column has fewer values than this, and this many missing values or more
 LISTED_NAMES = 3  # number of features that a note lists before "and N more"
 SERIES_ADVICE = (
@@ -78,7 +78,8 @@ class Table:
     # A warning if the rows are for a model of images but their pixel range is not the model's.
     pixel_warning: str | None = field(default=None, kw_only=True)
     present_labels: list[str] = field(default_factory=list, kw_only=True)  # the different labels of the source
-    # When each row was measured, and its group. The rows are then sorted by group and time. None if it is unknown.
+    # When each row was measured, and its group; None if the times are unknown. If there is a timeline, the rows are
+    # sorted by group and time.
     timeline: Timeline | None = field(default=None, kw_only=True)
 
     @cached_property
@@ -110,9 +111,9 @@ class Table:
 
     @cached_property
     def resemblance(self) -> Resemblance:
-        """How much rows near each other in the file resemble each other in a principal component."""
+        """How much rows resemble rows shortly before them in the file; 0 if the rows are known to be a series."""
         if self.timeline is not None or self.neighbour_correlations.max() >= SERIES_CORRELATION:
-            return Resemblance(0.0, 0)  # it is known already
+            return Resemblance(0.0, 0)  # known to be a series
         return find_resemblance(self.x, self.copies.first_rows, self.labels)
 
     @cached_property
@@ -122,7 +123,7 @@ class Table:
         if self.copies.distinct < len(self.x):
             warnings.append(_describe_copies(self.copies, len(self.x), self.timeline is not None))
         if self.timeline is not None:
-            return warnings  # the rows are a series, and split as one
+            return warnings  # no further warning: the rows are split as a series should be
         if self.neighbour_correlations.max() >= SERIES_CORRELATION:
             warnings.append(_describe_series(self.names, self.neighbour_correlations))
         elif self.resemblance.correlation >= SERIES_CORRELATION:
@@ -197,7 +198,7 @@ def split_rows(count: int, seed: int, width: int = 1, copies: Copies | None = No
 
 
 def most_kept_rows(width: int) -> int:
-    """Return the largest number of held-out rows or of calibration rows, for rows of `width` values."""
+    """Return the maximum size of the held-out set, and of the calibration set, in rows of `width` values."""
     return min(MAX_HELD_OUT_ROWS, max(MINIMUM_ROWS, MAX_HELD_OUT_BYTES // (4 * width)))
 
 
@@ -285,7 +286,8 @@ def read_table(
 def _refuse_counters(table: Table, keep: Sequence[str]) -> None:
     """Raise DataError if a column rises, or falls, with the time in each of the largest groups, as counters do.
 
-    The readers have refused columns that do so with the row number, but the rows of a file may be in any order.
+    The readers have refused only columns that rise or fall with the row number, but the rows of a file may be in any
+    order.
     """
     if table.timeline is None:
         return

@@ -10,15 +10,16 @@ from training.data.table import MINIMUM_ROWS, Split, Table, most_kept_rows, spli
 from training.data.timeline import Timeline, describe_period, format_moment, list_groups, to_iso
 from training.errors import DataError
 
-# Rows of each group between two parts. A model that judges a row by itself, a window of one row, needs one: the rows
-# on both sides of a gap as long as the window share no row of their windows.
+# Number of rows of each group that are left out between two parts. If a gap is as long as the window of rows that a
+# model judges, the windows on both sides of the gap share no row. For a model that judges each row alone, the window is
+# one row.
 GAP_ROWS = 1
-BEFORE_HELD_OUT, BEFORE_CALIBRATION = 0.7, 0.8  # shares of the rows before the two moments that divide the parts
+BEFORE_HELD_OUT, BEFORE_CALIBRATION = 0.7, 0.8  # share of the rows that are older than the part
 
 
 @dataclass(frozen=True)
 class TimeSplit(Split):
-    """A split by time: all fit rows are older than all held-out rows, and these older than all calibration rows.
+    """A split by time: all fit rows are older than all held-out rows, which are older than all calibration rows.
 
     Rows of the gaps are in none of the three sets. If a set is too large to be kept in memory, it is a random sample of
     its period.
@@ -47,8 +48,8 @@ def split_table(table: Table, seed: int, gap_rows: int = GAP_ROWS) -> Split:
 def split_by_time(timeline: Timeline, seed: int, width: int = 1, gap_rows: int = GAP_ROWS) -> TimeSplit:
     """Split rows by time: about the oldest 70 % fit, the next 10 % are held out, and the newest 20 % calibrate.
 
-    Two moments divide the parts, the same for all groups. Copies of a row count where they lie: a value that normally
-    returns every day must count as often as it returns.
+    Two moments divide the parts, the same for all groups. Each copy of a row counts at its own time, because a value
+    that normally returns every day must count as often as it returns.
 
     Args:
         seed: determines the order of the rows within each part.
@@ -112,7 +113,7 @@ def summarise(timeline: Timeline, split: TimeSplit) -> manifest.Timeline:
 
 
 def period_of(timeline: Timeline, rows: npt.NDArray[np.int64]) -> manifest.Period:
-    """Return the period that the rows at `rows` cover."""
+    """Return the period that the rows with the indices `rows` cover."""
     times = timeline.time[rows]
     return manifest.Period(first=to_iso(int(times.min())), last=to_iso(int(times.max())))
 

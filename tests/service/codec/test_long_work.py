@@ -22,7 +22,7 @@ def test_only_one_of_several_threads_works_at_a_time() -> None:
             while perf_counter() < ended:
                 working.append(number)
                 order.append(number)
-                for _ in range(1000):  # long enough for another thread to come in between
+                for _ in range(1000):  # long enough for another thread to interrupt this one
                     overlaps += [list(working)] * (len(working) > 1)
                 working.remove(number)
                 pause_if_due()
@@ -35,10 +35,10 @@ def test_only_one_of_several_threads_works_at_a_time() -> None:
     assert not overlaps
     changes = sum(a != b for a, b in pairwise(order))
     assert set(order) == {0, 1, 2}
-    assert changes > 2  # the threads did not just work one after another
+    assert changes > 2  # the threads took turns
 
 
-def test_thread_without_long_work_does_not_pause_for_one_that_works() -> None:
+def test_thread_without_long_work_does_not_wait_for_a_thread_with_long_work() -> None:
     with long_work():
         thread = threading.Thread(target=pause_if_due)
         thread.start()
@@ -52,7 +52,7 @@ def test_joined_parts_are_the_bytes_of_all_parts(size: int) -> None:
     assert bytes(join((b"head", array.data))) == b"head" + array.tobytes()
 
 
-def test_content_that_grows_beyond_its_reserve_keeps_all_bytes() -> None:
+def test_large_content_keeps_all_bytes_if_it_grows_beyond_the_reserved_size() -> None:
     rng = np.random.default_rng(0)
     parts = [rng.bytes(int(size)) for size in rng.integers(0, 50_000, 40)]
     content = LargeContent()

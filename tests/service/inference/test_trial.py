@@ -78,7 +78,7 @@ def test_artifact_that_needs_hours_or_all_memory_is_refused_by_its_trial(kind: s
     assert time.monotonic() - started < 60
 
 
-def test_trial_of_a_slow_model_allows_no_batch_that_is_larger_than_those_it_has_run(tmp_path: Path) -> None:
+def test_slow_model_may_get_no_batch_larger_than_the_largest_batch_of_its_trial(tmp_path: Path) -> None:
     path = hostile.publish_code(tmp_path, ComputesForASecond)
     loader = ModelLoader(backend="torchscript")
     for module in LATE_IMPORTS:
@@ -137,7 +137,7 @@ def test_killed_worker_that_waited_for_a_trial_is_replaced_and_new_versions_stil
 
 
 def trial_processes(server: ServerProcess) -> dict[str, int]:
-    """Return the keeper and the trial process of `server` by name; a trial process that computes has a child."""
+    """Return the process IDs of the keeper and of the trial process of `server`, by name, without further children."""
     found: dict[str, int] = {}
     parents = {server.popen.pid}
     for process in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
@@ -187,7 +187,7 @@ def test_artifact_whose_trial_process_is_killed_during_the_trial_is_tried_again(
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_trial_process_goes_on_if_its_keeper_is_killed_and_ends_with_the_server(
+def test_trial_process_outlives_a_killed_keeper_but_not_the_server(
     workers: int, start: Callable[..., ServerProcess], tmp_path: Path
 ) -> None:
     first = publish_twin(tmp_path, "pca").parent

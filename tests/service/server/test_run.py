@@ -564,7 +564,7 @@ class UnwritableLog:
             os.close(descriptor)
 
 
-def test_server_without_standard_output_and_error_gives_their_numbers_to_no_socket(artifacts: Path) -> None:
+def test_server_replaces_closed_standard_output_and_error_by_the_null_device(artifacts: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     shell = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh"]

@@ -24,7 +24,7 @@ def random_walk(rows: int, seed: int) -> Rows:
     return np.cumsum(np.random.RandomState(seed).standard_normal(rows))
 
 
-def test_many_noisy_columns_that_follow_one_load_are_in_order_although_no_column_shows_it() -> None:
+def test_series_is_found_in_many_noisy_columns_of_which_none_alone_shows_it() -> None:
     load = random_walk(2000, 0)
     rows = load[:, None] / load.std() + 2 * np.random.RandomState(1).standard_normal((2000, 40))
     assert largest_of_a_column(rows) < SERIES_CORRELATION
@@ -33,7 +33,7 @@ def test_many_noisy_columns_that_follow_one_load_are_in_order_although_no_column
 
 
 @pytest.mark.parametrize("hosts", [2, 3, 7, 10])
-def test_rows_of_hosts_that_alternate_resemble_the_row_of_the_same_host(hosts: int) -> None:
+def test_row_resembles_the_previous_row_of_its_host_if_hosts_alternate(hosts: int) -> None:
     rows = np.column_stack([random_walk(400, seed) - random_walk(400, seed).mean() for seed in range(hosts)]).reshape(
         -1
     )
@@ -57,13 +57,13 @@ def independent(kind: str, random: np.random.RandomState) -> Rows:
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "heavy tails", "few values", "correlated", "mostly zero"])
-def test_independent_rows_resemble_nothing_in_forty_tables(kind: str) -> None:
+def test_no_resemblance_is_found_in_forty_tables_of_independent_rows(kind: str) -> None:
     random = np.random.RandomState(0)
     found = [resemblance(independent(kind, random)).correlation for _ in range(40)]
     assert found == [0.0] * 40
 
 
-def test_standardised_correlations_of_independent_rows_are_gaussian_so_that_five_is_improbable(
+def test_correlations_of_independent_rows_are_gaussian_in_units_of_the_standard_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("training.data.series.SIGNIFICANCE", 0.0)
@@ -72,7 +72,7 @@ def test_standardised_correlations_of_independent_rows_are_gaussian_so_that_five
     for _ in range(100):
         rows = random.standard_normal((200, 5))
         largest.append(resemblance(rows).correlation * np.sqrt(190))
-    # The largest of 100 independent standard Gaussian values: 90 % are below 3.08.
+    # The largest of 100 independent standard Gaussian values is below 3.08 with a probability of 90 %.
     assert 0.8 < np.mean(np.array(largest) < 3.08) < 0.98
     assert np.max(largest) < 5
 
