@@ -247,10 +247,11 @@ def load(path: Path, device: str = "cpu", keys: TrustedKeys | None = None, diges
 
 
 def prepare_trials() -> None:
-    """Let torch examine the processor now. Call this in the process from which trials are forked.
+    """Make torch examine the processor now. Call this in the process from which trials are forked.
 
-    torch examines the processor when it first needs to, and reads /proc/cpuinfo for that. A trial cannot open files.
-    torch would then choose another algorithm for convolutions, whose results differ from the golden answers.
+    Without this call, torch examines the processor when it first needs to. It reads /proc/cpuinfo, but a trial
+    cannot open files. In a trial, torch would then choose another algorithm for convolutions, whose results differ from
+    the golden answers.
     """
     torch.backends.nnpack.is_available()
 
@@ -468,7 +469,11 @@ def _read_twin(content: bytes, weights: Mapping[str, Tensor], path: Path) -> Twi
 
 
 def _read_exhibits(content: bytes, path: Path, names: Sequence[str]) -> dict[str, bytes]:
-    """Return those of the exhibits `names` that are in `content`, the bytes of the artifact at `path`, by name."""
+    """Return the bytes of each exhibit in `names` that the artifact has, by name.
+
+    Args:
+        content: the bytes of the artifact at `path`.
+    """
     with open_archive(content) as archive:
         members = {name.partition("/")[2]: name for name in archive.namelist()}
         wanted = {name: EXHIBIT_MEMBER.format(name) for name in names}

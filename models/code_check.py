@@ -50,10 +50,10 @@ NODES = (
 FILE = 0  # on the artifact alone
 ROWS = 1  # on the artifact, the number of rows and alpha
 VALUES = 2  # on the values of the rows
-LEVELS = 3  # mask for one of these three
+LEVELS = 3  # bit mask that selects FILE, ROWS or VALUES from a value
 LIST = 4  # added to FILE or ROWS if the value is a list of numbers
-NEW_LIST = 8  # added if the value is an empty list that this code has just made; only such a list may grow
-PLACES = 16  # added if the value has the places that `torch.searchsorted` returns, or is a list of them
+NEW_LIST = 8  # added if the value is a list that the code has created empty; only such a list may grow
+PLACES = 16  # added if the value is a result of `torch.searchsorted`, or a list of such results
 Value = Any  # one of these numbers, a tuple of values, a _Constant, a _Text, an _Object or a _Function
 
 
@@ -67,7 +67,7 @@ MESSAGE = _Text()  # the result of torch.format, which may be longer than the co
 
 @dataclass(frozen=True)
 class _Constant:
-    """A value that the code states. It must not be equal to a number such as FILE, as Python's False is to 0."""
+    """True, False or None, if the check knows which. It has its own class, because Python's False is equal to FILE."""
 
     value: bool | None
 
@@ -81,11 +81,11 @@ class _Forbidden(Exception):
 
 @dataclass(frozen=True)
 class _Class:
-    """A class in the archive: its attributes with their types, those whose value is in the code, and its methods."""
+    """A class in the archive."""
 
     name: str
-    attributes: dict[str, ast.expr] = field(default_factory=dict)
-    constants: set[str] = field(default_factory=set)
+    attributes: dict[str, ast.expr] = field(default_factory=dict)  # the types of the attributes, by name
+    constants: set[str] = field(default_factory=set)  # the names of the attributes whose values are in the code
     methods: dict[str, ast.FunctionDef] = field(default_factory=dict)
 
 
@@ -174,8 +174,7 @@ class Code:
     def check_attributes(self, model: Any) -> None:
         """Check that every attribute in the pickle of the model has the type that its class declares.
 
-        torch does not check this, but believes the declared types: it would read behind a tuple or an object that is
-        shorter than declared.
+        torch does not check this. If a tuple or an object were shorter than declared, torch would read beyond its end.
 
         Args:
             model: the object in the pickle, as `models.pickle_check.check_pickle` returns it.
@@ -637,7 +636,7 @@ class _Body:
             raise _Forbidden(f"calls {_shown(node)}")
         if word in ("annotate", "unchecked_cast") and len(node.args) == 2:
             _check_type(node.args[0])
-            # torch compares no cast with the value. If the value were a shorter tuple, it would read behind the tuple.
+            # torch does not check the type of the value, and would read beyond the end of a tuple that is too short.
             if word == "unchecked_cast" and ast.unparse(node.args[0]) != CAST_TYPE:
                 raise _Forbidden(f"calls {_shown(node)}: only {CAST_TYPE} may follow unchecked_cast")
             return self._value(node.args[1])
@@ -698,7 +697,7 @@ class _Body:
         return level if level == VALUES or not has_list else level | LIST
 
     def _check_arguments(self, name: str, node: ast.Call, values: list[Value]) -> None:
-        """Check what single operators need of their arguments."""
+        """Check that the operator `name` may be called with these arguments."""
         for keyword in node.keywords:
             if keyword.arg not in KEYWORDS.get(name, ()):
                 raise _Forbidden(f"calls {_shown(node)} with the argument {keyword.arg}")
@@ -709,10 +708,11 @@ class _Body:
                 raise _Forbidden(f"calls {_shown(node)} with a text that torch.format has made")
             case "torch.append" if not _has(NEW_LIST, values[0]):
                 raise _Forbidden(f"calls {_shown(node)} for a list that is not empty at first")
-            case "torch.where" if len(values) != 3:  # with one argument, it returns as many places as there are
+            case "torch.where" if len(values) != 3:
+                # With one argument, the size of the result is the number of true elements.
                 raise _Forbidden(f"calls {_shown(node)} with a size that depends on the values of a row")
             case "torch.index" if len(values) != 2 or (_level(values[1]) == VALUES and not _has(PLACES, values[1])):
-                # A mask instead of places would select as many numbers as it has ones.
+                # With a mask as the index, the size of the result would be the number of true elements in the mask.
                 raise _Forbidden(f"calls {_shown(node)} with places that are not those of torch.searchsorted")
             case "torch.floordiv" if not node.args or not _is_positive(
                 node.args[-1]

@@ -10,15 +10,15 @@ from typing import Any, Literal, NamedTuple
 # determines the unit of the timestamp: s, ms, us or ns. The unit is unambiguous for every moment from March 1973 to the
 # year 5138. A number above all limits is not a timestamp.
 _UNITS = ((1e11, 1.0), (1e14, 1e3), (1e17, 1e6), (1e20, 1e9))
-# The same limits for exact times: the unit, and its length in nanoseconds
+# The same limits for exact times, each with the unit and the length of the unit in nanoseconds
 NUMBER_UNITS: "tuple[tuple[int, NumberForm, int], ...]" = (
     (10**11, "s", 10**9),
     (10**14, "ms", 10**6),
     (10**17, "us", 10**3),
     (10**20, "ns", 1),
 )
-MAX_NANOSECONDS = 2**63 - 1  # in the year 2262; earlier than -MAX_NANOSECONDS, in 1677, is not a moment either
-_BEYOND_MICROSECONDS = re.compile(r"[.,]\d{6}(\d{1,3})")  # `datetime` drops these digits of a second
+MAX_NANOSECONDS = 2**63 - 1  # largest distance from 1970: a moment lies between the years 1677 and 2262
+_BEYOND_MICROSECONDS = re.compile(r"[.,]\d{6}(\d{1,3})")  # `datetime` drops the seventh to ninth decimal of a second
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 NumberForm = Literal["s", "ms", "us", "ns"]

@@ -1,4 +1,4 @@
-"""Find ports for servers that cannot choose a port themselves and tell it."""
+"""Find free ports, for servers that must be told their port."""
 
 import socket
 from contextlib import ExitStack

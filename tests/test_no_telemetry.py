@@ -58,7 +58,7 @@ class Traced:
         environment = {key: value for key, value in os.environ.items() if key != "CI" and not key.startswith(dropped)}
         environment |= {"HOME": str(self._home), "ELBO_ARTIFACTS": str(folder / "artifacts"), "ELBO_PORT": "0"}
         environment |= {"ELBO_RUNS": str(folder / "runs"), "PYTHONUNBUFFERED": "1", **variables}
-        strace = ["strace", "--follow-forks", "--seccomp-bpf"]  # with seccomp, strace stops no other system call
+        strace = ["strace", "--follow-forks", "--seccomp-bpf"]  # with seccomp, only traced calls stop the process
         strace += ["--quiet=all", f"--trace={SENDING_CALLS}", "--signal=none"]
         with self._output.open("wb") as output:
             self.popen = subprocess.Popen(

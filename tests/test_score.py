@@ -98,11 +98,11 @@ def test_missing_value_in_an_array_is_a_fault_if_none_was_missing_in_training(tm
 
 
 @pytest.mark.parametrize("save", [save_csv, save_parquet])
-def test_row_of_a_file_with_a_header_may_lack_values_as_in_a_request(
+def test_row_of_a_file_with_a_header_may_lack_as_many_values_as_a_row_of_a_request(
     save: Callable[[Path, np.ndarray], str], root: Path, tmp_path: Path, score: Score
 ) -> None:
     rows = two_factor_rows(40, seed=1)
-    rows[3, 2] = rows[5, [0, 4]] = rows[8, [0, 1, 4]] = rows[9, 1:] = np.nan  # a row may lack half of five values
+    rows[3, 2] = rows[5, [0, 4]] = rows[8, [0, 1, 4]] = rows[9, 1:] = np.nan  # a row may lack 2 of 5 values
     code, out, _ = score(save(tmp_path / "a", rows), "--explain", "5")
     results = [json.loads(line) for line in out.splitlines()]
     with running(create_app(Settings(artifacts=root, backend="torchscript", log_level="error"))) as client:

@@ -97,7 +97,7 @@ def train(
 
 
 def _refuse_other_columns(config: TrainConfig, table: Table) -> None:
-    """Raise FitError if `table` was read with other columns of times and groups than those of `config`."""
+    """Raise FitError if `table` and `config` have different columns of times or groups."""
     timeline = table.timeline
     read = (None, None) if timeline is None else (timeline.time_column, timeline.group_column)
     if (config.time, config.group) != read:

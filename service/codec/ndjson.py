@@ -15,7 +15,7 @@ from service.errors import InvalidJson
 MEDIA_TYPE = "application/x-ndjson"
 MEDIA_TYPES = (MEDIA_TYPE, "application/ndjson", "application/jsonl", "application/x-jsonlines")
 _BLANK_LINES = re.compile(rb"\n[ \t\r\n]+")
-SHORT_LINE = 8  # bytes; if the lines of a chunk are shorter, most of them may be blank
+SHORT_LINE = 8  # bytes; if the lines of a chunk are shorter on average, most of them may be blank
 _OBJECT = ord("{")
 QUOTED_CHARACTERS = 40  # an error quotes at most this many characters of an invalid line
 
@@ -91,14 +91,15 @@ class LineSplitter:
 
     def feed(self, chunk: bytes) -> Iterator[object]:
         """Parse the lines that end in `chunk`, and yield one value per line that is not blank."""
-        if chunk.count(b"\n") * SHORT_LINE > len(chunk):  # the pattern takes as long as reading a row
+        # Other chunks skip the substitution, because it takes as long as reading a row.
+        if chunk.count(b"\n") * SHORT_LINE > len(chunk):
             chunk = _BLANK_LINES.sub(b"\n", chunk)
         self._rest += chunk
         if b"\n" in chunk:
             *lines, rest = bytes(self._rest).split(b"\n")
             self._rest = bytearray(rest)
             for line in lines:
-                if 0 < len(line) <= PIECE_BYTES and not self._skipping and line[0] == _OBJECT:  # almost every line
+                if 0 < len(line) <= PIECE_BYTES and not self._skipping and line[0] == _OBJECT:  # almost always
                     try:
                         yield loads_value(line)
                     except InvalidJson:

@@ -373,14 +373,14 @@ def _log_changes(before: Catalogue, after: Catalogue) -> None:
 
 
 def _identities(catalogue: Catalogue) -> set[int]:
-    """Return what tells whether other models are served, without a reference to the models."""
+    """Return the ids of the served models. Ids can be compared later, but do not keep a removed model in memory."""
     return {id(served) for served in _served_models(catalogue)}
 
 
 def _return_free_memory() -> None:
-    """Return memory that removed models have freed to the operating system, where the C library can do so (glibc).
+    """Give the memory of removed models back to the operating system, if the C library is glibc.
 
-    glibc keeps it otherwise. The call takes 2 to 4 ms, in which other threads may wait for memory.
+    Without this call, glibc keeps that memory. The call takes 2 to 4 ms, in which other threads may wait for memory.
     """
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)

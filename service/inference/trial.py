@@ -137,7 +137,10 @@ def start_trial_process(work: Work, limits: TrialLimits) -> TrialClient:
 
 
 def _keep_and_exit(server: socket.socket, work: Work, limits: TrialLimits) -> NoReturn:
-    """Run the trial process, and start it again if it is killed, until no process of the server has the other end."""
+    """Run the trial process, and start it again if it is killed.
+
+    Stop when no process of the server has its end of the connection open. `server` is the end of the trial process.
+    """
     try:
         logging.disable(logging.CRITICAL)  # the thread that writes the log does not run in this process
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -161,7 +164,7 @@ def _keep_and_exit(server: socket.socket, work: Work, limits: TrialLimits) -> No
 
 
 def _serve_and_exit(server: socket.socket, work: Work, limits: TrialLimits) -> NoReturn:
-    """Try artifacts out until no process of the server has the other end of `server` open."""
+    """Try artifacts out until no process of the server has its end of the connection open."""
     try:
         name_process(TRIAL_NAME)
         passed: dict[str, Verdict] = {}

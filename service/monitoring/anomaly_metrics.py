@@ -309,7 +309,7 @@ class AnomalyMetrics:
             self._counted_pushes[outcome] = count
 
     def forget(self, versions: Collection[tuple[str, ...]]) -> None:
-        """Forget what this process knows of versions that are no longer served, each as the labels of `ModelLabels`."""
+        """Forget what this process knows of `versions`, which are no longer served. Each is given as `ModelLabels`."""
         self._models_with_history.difference_update(versions)
         self._means = {key: mean for key, mean in self._means.items() if key[0] not in versions}
         self._known_values = {key: known for key, known in self._known_values.items() if key[:2] not in versions}

@@ -288,7 +288,7 @@ class Supervisor:
     def _start_worker(self, index: int) -> None:
         segment = self._segments[index]
         segment.reset_transient()
-        # Only the worker adds to its segment once it runs, so this array must exist before.
+        # This array must exist before the worker runs, because from then on only the worker may add arrays.
         closed_connections = segment.array(fd_passing.CLOSED_CONNECTIONS, length=1, transient=True)
         control, control_of_worker = socket.socketpair()
         with warnings.catch_warnings():

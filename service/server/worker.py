@@ -376,7 +376,7 @@ def run_worker(
     app = create_app(settings, counters, trials)
     service: ServiceContext = app.state.service
     logs.count_lost_lines(service.metrics.lost_log_lines)
-    entry_point: Any = app.middleware_stack  # not `app`, which looks for OpenTelemetry on every request
+    entry_point: Any = app.middleware_stack  # `app` itself would look for OpenTelemetry on every request
     certificate = Certificate(settings.tls_certificate, settings.tls_key) if settings.tls_certificate else None
     config = uvicorn.Config(
         entry_point,

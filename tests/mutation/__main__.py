@@ -1,4 +1,6 @@
-"""Count the mutants that the tests kill: small changes of the code after which a test must fail (`make mutants`).
+"""Count the mutants that the tests kill (`make mutants`).
+
+A mutant is the code with one small change, after which a test should fail.
 
     python -m tests.mutation --count 30 --seed 0             a sample from every file of TESTS
     python -m tests.mutation service/codec/budget.py         a sample from one file
@@ -69,7 +71,7 @@ class TrainedModels:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any], request: Any) -> Path | None:
-        """Return the models of an earlier run as the value of the fixture `artifacts`; None lets pytest go on."""
+        """Return the models of an earlier run as the value of the fixture `artifacts`, or None if it must be set up."""
         if fixturedef.argname != "artifacts":
             return None
         if not self._folder.exists():
@@ -171,7 +173,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=30, help="mutants per file")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     options = parser.parse_args()
-    sys.dont_write_bytecode = True  # a mutant is as long and as old as the code before it: Python would not notice it
+    # Python would use the old bytecode for a mutant that has the same size and time as the code before it.
+    sys.dont_write_bytecode = True
     import fastapi  # noqa: F401 - children inherit imported libraries
     import hypothesis  # noqa: F401
     import scipy.stats  # noqa: F401

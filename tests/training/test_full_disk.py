@@ -101,7 +101,7 @@ def test_training_into_a_read_only_folder_fails_before_the_training(tmp_path: Pa
 
 @contextmanager
 def full_disk(max_file_bytes: int) -> Iterator[None]:
-    """Let each write of this process beyond `max_file_bytes` fail until the block ends."""
+    """Until the block ends, make each write of this process fail that goes beyond `max_file_bytes` of a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, before[1]))
     try:

@@ -162,7 +162,7 @@ class RowWriter:
 
 
 def reorder(rows: RowStore, order: npt.NDArray[np.int64], limit: int) -> RowStore:
-    """Return the rows at `order`, in that order.
+    """Return the rows at the positions `order`, in that order.
 
     Args:
         limit: maximum size of a table in memory, as for `RowWriter`.

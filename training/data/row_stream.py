@@ -25,7 +25,7 @@ class StreamedRows:
     """Up to BATCH_ROWS consecutive rows."""
 
     first: int  # number of the first row
-    x: Floats  # [B, D], raw units; medians replace faulty values, and missing ones that the model does not impute
+    x: Floats  # [B, D], raw units; medians replace faulty values, and missing values that the model cannot impute
     missing: npt.NDArray[np.bool_]  # [B, D] whether the source has no value
     faults: dict[int, str]  # by position in x: why the row cannot be scored
     time: list[float | str | None] | None  # [B] Unix seconds, or the text as it is if it is not a timestamp
@@ -47,9 +47,10 @@ class RowStream:
 
     @property
     def max_missing(self) -> int:
-        """The number of values that a row may lack among the features of which none was missing in training.
+        """The number of values that a row may lack among the features that always had a value in training.
 
-        As in requests: up to half of them, if the source names its columns.
+        If the source names its columns, the number is half of these features, rounded down, as in requests. Otherwise
+        it is 0.
         """
         return int((~self.may_be_missing).sum()) // 2 if self.raw.has_header else 0
 
@@ -102,7 +103,7 @@ class RowStream:
         )
 
     def _too_many_missing(self, imputed: npt.NDArray[np.bool_]) -> str:
-        """Return the fault of a row that has no value in the columns `imputed` [D], which were always complete."""
+        """Return the fault of a row that lacks values in the columns `imputed` [D], which were complete in training."""
         names = [self.names[column] for column in np.flatnonzero(imputed)]
         if not self.max_missing:
             return f"column {names[0]!r} has no value: the model was trained without missing values in this column"

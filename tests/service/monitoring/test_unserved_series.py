@@ -1,4 +1,4 @@
-"""The metric series of versions that are no longer served end, and their memory is used again."""
+"""When a version is no longer served, its metric series end, and their memory is used again."""
 
 import random
 import shutil
@@ -26,7 +26,7 @@ Clock = list[float]
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The present time on the clock of leases, in seconds; tests change its only element."""
+    """Return a list with the present time in seconds, as `service.shared_memory` reads it. Tests change this time."""
     now = [1000.0]
     monkeypatch.setattr("service.shared_memory.monotonic", lambda: now[0])
     return now
@@ -130,7 +130,7 @@ def test_counter_never_falls_while_processes_drop_a_version_and_free_it_at_diffe
     assert exported(processes[0], catalogue_of(2), 2) is not None
 
 
-def test_thousand_versions_take_no_more_memory_than_those_of_the_last_minutes(clock: Clock) -> None:
+def test_memory_stops_growing_while_a_thousand_versions_are_served_one_after_another(clock: Clock) -> None:
     segments = [Segment(2**18), Segment(2**18)]
     processes = [Metrics(SharedCounters(segments, index)) for index in range(2)]
     decisions = [SharedDecisions(SharedCounters(segments, index), "backend", ("a", "b")) for index in range(2)]
@@ -150,7 +150,7 @@ def test_thousand_versions_take_no_more_memory_than_those_of_the_last_minutes(cl
     assert decisions[0].choice("weights 1") is None
 
 
-def test_request_that_ends_after_its_version_was_freed_is_counted_and_freed_again(clock: Clock) -> None:
+def test_request_that_ends_after_its_version_was_freed_is_counted_until_the_next_freeing(clock: Clock) -> None:
     metrics = Metrics(SharedCounters())
     metrics.free_unserved(catalogue_of(1, 2))
     count_requests(metrics, 1)
@@ -166,7 +166,7 @@ def test_request_that_ends_after_its_version_was_freed_is_counted_and_freed_agai
     assert [key for key in metrics._requests._counters.local.entries() if "1" in key[1:]] == []
 
 
-def test_version_that_is_served_again_continues_from_its_numbers_or_from_zero(clock: Clock) -> None:
+def test_version_that_is_served_again_continues_its_counters_unless_they_were_freed(clock: Clock) -> None:
     metrics = Metrics(SharedCounters())
     for pause, expected in ((HIDDEN_SECONDS + 1, 5.0), (FREED_SECONDS + 1, 1.0)):
         metrics.free_unserved(catalogue_of(1))

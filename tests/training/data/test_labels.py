@@ -234,7 +234,7 @@ def test_label_column_in_training_data_is_not_a_feature_and_a_note_says_so(
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
-def test_option_label_names_the_columns_that_hold_labels_whatever_their_names_are(tmp_path: Path, suffix: str) -> None:
+def test_label_option_makes_columns_labels_whatever_their_names_are(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
     frame = pl.DataFrame(
         {"a": [1, 5, 2, 9], "event": ["ok", "ok", "broken", "ok"], "shift": [1, 2, 3, 4], "b": [3, 1, 4, 1]}
@@ -249,7 +249,7 @@ def test_option_label_names_the_columns_that_hold_labels_whatever_their_names_ar
     assert not [note for note in table.notes if "--keep" in note]
 
 
-def test_option_label_takes_precedence_over_the_names_of_columns(tmp_path: Path) -> None:
+def test_label_option_takes_precedence_over_the_names_of_columns(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("a,label,score,b\n1,3.5,1,2\n5,2.5,0,1\n3,1.5,0,7\n")
     table = read_table(str(path), label=["score"])
@@ -266,7 +266,7 @@ def test_option_label_takes_precedence_over_the_names_of_columns(tmp_path: Path)
         (["a"], {"drop": ["a"]}, "--label and --drop both name 'a'"),
     ],
 )
-def test_option_label_that_cannot_be_followed_is_refused(
+def test_label_option_that_contradicts_the_file_or_another_option_is_refused(
     tmp_path: Path, label: list[str], options: dict[str, Any], message: str
 ) -> None:
     (tmp_path / "a.csv").write_text("a,b\n1,2\n3,4\n")
@@ -274,7 +274,7 @@ def test_option_label_that_cannot_be_followed_is_refused(
         read_table(str(tmp_path / "a.csv"), label=label, **options)
 
 
-def test_option_label_for_lists_or_for_a_source_without_names_is_refused(tmp_path: Path) -> None:
+def test_label_option_is_refused_for_a_column_of_lists_and_for_a_source_without_names(tmp_path: Path) -> None:
     pl.DataFrame({"a": [1, 2], "b": [[1], [2]]}).write_parquet(tmp_path / "a.parquet")
     with pytest.raises(DataError, match="column 'b' holds lists: expected one label in each row"):
         read_table(str(tmp_path / "a.parquet"), label=["b"])
@@ -284,7 +284,7 @@ def test_option_label_for_lists_or_for_a_source_without_names_is_refused(tmp_pat
             read_table(source, label=["y"])
 
 
-def test_option_label_names_an_array_of_an_archive(tmp_path: Path) -> None:
+def test_label_option_can_select_an_array_of_an_archive(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=RANDOM.standard_normal((3, 2)), kind=np.array(["ok", "bad", "ok"]))
     assert read_table(str(tmp_path / "a.npz")).normal is None
     assert flags(read_table(str(tmp_path / "a.npz"), label=["kind"])) == [0, 1, 0]
@@ -340,7 +340,7 @@ def test_evaluate_and_calibrate_use_good_as_normal_and_say_so(
 
 
 @pytest.mark.slow
-def test_evaluate_finds_the_labels_in_the_column_that_training_was_told(
+def test_evaluate_reads_the_labels_from_the_column_that_was_chosen_in_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = RANDOM.standard_normal((300, 3))

@@ -277,7 +277,7 @@ def choose_columns(header: Sequence[str], path: Path, options: ReadOptions, type
 
 
 def _similar_names(name: str, names: Sequence[str]) -> str:
-    """Return a hint which of the columns `names` the user may have meant by `name`."""
+    """Return a hint for a user who gave `name`: the columns in `names` that are called similarly, or else `names`."""
     similar = difflib.get_close_matches(name, names, n=3)
     return f"did you mean {' or '.join(map(repr, similar))}?" if similar else f"it has {join_names(names)}"
 
@@ -337,10 +337,11 @@ def _find_columns(names: Sequence[str], wanted: Sequence[str], path: Path) -> li
 
 
 def choose_label_column(header: Sequence[str], path: Path, options: ReadOptions) -> LabelReader | None:
-    """Return the first column of `options.label`, or else one that has the name of a label column and is no feature.
+    """Return a reader of the label column, or None if there is none.
 
-    Return None if there is none. In training, `build_raw_table` decides by the cells of a column that was found by its
-    name whether it contains labels.
+    The label column is the first column of `options.label` that the file has. If the file has none of these, the label
+    column is one that is named like labels and is not a feature. In training, `build_raw_table` then examines its
+    cells: if they do not look like labels, the column is a feature.
     """
     if options.tolerant:
         return None
@@ -554,7 +555,7 @@ class _ColumnCheck:
         raise DataError(f"{error}; {hint}") if hint else error
 
     def _hint_at_timeline(self, columns: Sequence[Column]) -> str | None:
-        """Return which option uses one of the refused `columns` as a time or a group; None if it is unlikely."""
+        """Return a hint to use one of the refused `columns` as time or group, or None if none looks like one."""
         texts = [column for column in columns if column.first_non_number and column.first_non_number.kind == "text"]
         if self.options.time is None:
             times = [

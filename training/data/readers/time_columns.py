@@ -1,4 +1,4 @@
-"""Read the columns of a CSV or Parquet file that tell when a row was measured and which group it belongs to."""
+"""Read the columns of a CSV or Parquet file that hold the time and the group of each row."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ NO_GROUP = -1
 EXPECTED = (
     "expected ISO 8601, such as 2024-01-31T12:00:00Z, or Unix time in s, ms, us or ns, between the years 1678 and 2261"
 )
-MIN_ROWS_PER_GROUP = 2  # on average; columns with fewer hold identifiers of rows, not groups
+MIN_ROWS_PER_GROUP = 2  # on average; a column with fewer holds identifiers of rows, not groups
 NANOSECONDS_PER_DAY = 86_400 * 10**9
 UNITS = {"ms": 10**6, "us": 10**3, "ns": 1}
 EARLY = 315_532_800 * 10**9  # 1980, in nanoseconds: earlier numbers are probably not Unix times
@@ -49,16 +49,16 @@ class TimeColumn:
     index: int  # position in the file
     blocks: list[Nanoseconds] = field(default_factory=list)
     first_of_form: dict[Form, Cell] = field(default_factory=dict)
-    faults: list[Cell] = field(default_factory=list)  # the cells that are not times; of each block, the first
+    faults: list[Cell] = field(default_factory=list)  # one per block: the first cell that is not a time
     fault_count: int = 0
-    other_than_date: bool = False  # whether a number cannot be a date such as 20240131
+    other_than_date: bool = False  # whether a number was read that is not a date such as 20240131
     rows: int = 0
 
     def read(self, cells: "pl.Series") -> None:
         """Read the next cells of the column.
 
         Raises:
-            DataError: the type of the column is not one that times can have.
+            DataError: the column has a type that cannot hold times.
         """
         import polars as pl
 
@@ -92,14 +92,15 @@ class TimeColumn:
         )
 
     def _read_integers(self, numbers: "pl.Series", cells: "pl.Series") -> Nanoseconds:
-        """Read whole numbers. `cells` are the same values as they are in the file."""
+        """Read whole numbers. `cells` holds the same values in the form that they have in the file, for messages."""
         import polars as pl
 
         present = cells.is_not_null().to_numpy()
-        values = numbers.cast(pl.Int64, strict=False).fill_null(NO_TIME).to_numpy()  # unsigned ones may be too large
+        # `strict=False` makes unsigned numbers null if they are too large for 64 bits with a sign.
+        values = numbers.cast(pl.Int64, strict=False).fill_null(NO_TIME).to_numpy()
         self._note_other_than_date(values[present])
         size = np.abs(values)
-        size[values == NO_TIME] = MAX_NANOSECONDS  # its absolute value is too large for 64 bits
+        size[values == NO_TIME] = MAX_NANOSECONDS  # the absolute value of NO_TIME is too large for 64 bits
         times = np.full(len(values), NO_TIME)
         unread = present.copy()
         for limit, form, length in NUMBER_UNITS:
@@ -129,7 +130,7 @@ class TimeColumn:
         return times
 
     def _read_distinct(self, cells: "pl.Series") -> Nanoseconds:
-        """Read text or fractions: each different value once."""
+        """Read text or fractions. Each distinct value is parsed only once."""
         import polars as pl
 
         distinct = cells.drop_nulls().unique(maintain_order=True)
@@ -213,15 +214,18 @@ class TimeColumn:
 
 @dataclass
 class GroupColumn:
-    """A column of groups, such as hosts, and what has been read of it. Groups are counted as they appear."""
+    """A column of groups, such as hosts, and what has been read of it.
+
+    Groups are numbered in the order in which they appear.
+    """
 
     name: str
     index: int
-    codes: dict[str, int] = field(default_factory=dict)  # index of each group
+    codes: dict[str, int] = field(default_factory=dict)  # number of each group, by name
     blocks: list[npt.NDArray[np.int64]] = field(default_factory=list)
 
     def read(self, cells: "pl.Series") -> None:
-        """Read the next cells of the column. Raise DataError if it holds lists or the like."""
+        """Read the next cells of the column. Raise DataError if it holds lists, structs or bytes."""
         import polars as pl
 
         if cells.dtype.is_nested() or cells.dtype == pl.Binary:
@@ -247,7 +251,7 @@ class TimelineReader:
 
     @property
     def columns(self) -> Sequence[TimeColumn | GroupColumn]:
-        """The columns that are read: of times, and of groups if there is one."""
+        """The columns that are read: the column of times, and the column of groups if there is one."""
         return [self._time] if self._group is None else [self._time, self._group]
 
     def read(self, frame: "pl.DataFrame") -> None:
@@ -261,13 +265,14 @@ class TimelineReader:
     def finish(
         self, source_rows: npt.NDArray[np.int64], lines: LineNumbers | None
     ) -> tuple[Timeline, npt.NDArray[np.int64], list[str]]:
-        """Return the timeline of the rows, their order, and notes.
+        """Return the timeline of the rows, the order of its rows, and notes for the user.
 
         Args:
-            source_rows: numbers of the N rows of the source that are rows of the table, ascending, [N].
+            source_rows: [N] the rows of the source that are rows of the table, as ascending row numbers.
 
         Returns:
-            The timeline of these rows, the position of each of its rows in `source_rows`, [N], and notes.
+            Three values: the timeline; an array [N] with the position in `source_rows` of each row of the timeline; the
+            notes.
 
         Raises:
             DataError: a row has no time or no group, the times have different forms, or the column of groups
