@@ -61,7 +61,8 @@ TRAINED: dict[str, Rule] = {
     "ops.prim.RaiseException": Rule(0, numbers=True, grows=False),
 }
 
-# The arguments that may be given by name. The argument `out` of many operators would change a weight.
+# The arguments that may be given by name. `out` is not allowed: many operators write their result to the tensor that is
+# given as `out`, which may be a weight.
 KEYWORDS: dict[str, frozenset[str]] = {
     "torch.searchsorted": frozenset({"out_int32", "right"}),
     "torch.tensor": frozenset({"dtype"}),

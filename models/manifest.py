@@ -144,7 +144,7 @@ class Timeline(_Frozen):
     """The times of the training rows, and how they were split by time."""
 
     time_column: str
-    group_column: str | None  # the column of the group of a row, such as its host
+    group_column: str | None  # the column that names the group of each row, such as its host
     groups: Count  # number of groups; 1 without a column of groups
     usual_step_seconds: float | None  # the usual time between two rows of a group; None if it is unknown
     gap_rows: Count  # rows of each group that are left out before the held-out rows and before the calibration rows
@@ -197,7 +197,7 @@ class Manifest(_Frozen):
 
     @model_serializer(mode="wrap")
     def _leave_out_absent_timeline(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Return the fields. Releases without time refuse the field `timeline`, but can read all other models."""
+        """Return the fields. Leave out `timeline` if it is None: earlier releases refuse manifests with this field."""
         fields: dict[str, Any] = serialise(self)
         if self.timeline is None:
             fields.pop("timeline", None)

@@ -1,7 +1,7 @@
 """Run the `elbo` command in a new process or in the process of the test, and write data files for the command.
 
-A new process imports torch, which takes seconds. A test needs one only for what a process alone can show: signals,
-kills, standard output that is a pipe or a terminal, limits, and libraries that are absent.
+A new process imports torch, which takes seconds. A test needs a new process only to check signals, kills, standard
+output that is a pipe or a terminal, limits, and libraries that are absent.
 """
 
 import io

@@ -190,7 +190,8 @@ class _Lines:
             return piece.decode()
         except UnicodeDecodeError:
             pass
-        # Python replaces invalid bytes one by one, so a long line is decoded in parts: each holds the lock briefly.
+        # Python replaces invalid bytes one by one. A long line is decoded in parts, so that no part holds the
+        # interpreter lock for long.
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         parts = []
         for start in range(0, len(piece), DECODED_BYTES):

@@ -1,12 +1,12 @@
 """Long work in threads: of all threads that do long work, only one works at a time.
 
 Whenever the event loop waits for the network, it gives up Python's interpreter lock, and needs it again for its next
-step. If several threads want the lock at that time, each of them may get it before the event loop. With ten such
-threads, a request for /livez took 140 ms. With the lock in this module, the event loop competes with one thread.
+step. If several other threads want it at that time, all of them may get it before the event loop. With ten such
+threads, a request for /livez took 140 ms. This module lets only one of them compete with the event loop.
 
 A thread works for about SLICE_SECONDS, and then another thread may work. The event loop gets the interpreter lock
-within SWITCH_INTERVAL of service/server/worker.py, or after the current call of a C library. Such a call should
-therefore not hold the interpreter lock for more than a few milliseconds.
+after SWITCH_INTERVAL, which is set in service/server/worker.py, or when the current call of a C library ends, if that
+is later. Calls of C libraries should therefore not hold the interpreter lock for more than a few milliseconds.
 """
 
 import threading
@@ -19,17 +19,17 @@ from typing import Any
 import numpy as np
 
 SLICE_SECONDS = 0.01  # shorter slices would cost much on a busy machine, where the next thread waits for a processor
-COPIED_BYTES = 512 * 1024  # most bytes that are copied with the interpreter lock, which takes 0.2 ms
+COPIED_BYTES = 512 * 1024  # maximum number of bytes to copy while holding the interpreter lock; this takes 0.2 ms
 FIRST_BYTES = 16 * 1024  # first size of a large response
 
 
 class _WorkLock:
-    """A lock that threads get in the order in which they ask for it. A `threading.Lock` may go to the last one."""
+    """A lock that threads get in the order in which they ask for it. `threading.Lock` keeps no such order."""
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()
         self._is_held = False
-        self._gates: deque[threading.Lock] = deque()  # of the threads that wait
+        self._gates: deque[threading.Lock] = deque()  # one for each thread that waits
 
     @property
     def is_wanted(self) -> bool:
@@ -81,7 +81,7 @@ def long_work() -> Iterator[None]:
 
 
 def pause_if_due() -> None:
-    """Let other threads work if the time slice of this thread is over. Without long work, do nothing."""
+    """Let other threads work if the time slice of this thread is over. Do nothing if the thread does no long work."""
     if perf_counter() < _this_thread.slice_end:
         return
     if _lock.is_wanted:  # the event loop needs no pause: Python makes this thread give up the interpreter lock
@@ -93,8 +93,8 @@ def pause_if_due() -> None:
 class LargeContent:
     """The content of a large response, which grows while it is written.
 
-    It is an array of NumPy, which frees the interpreter lock while it copies. `bytes.join` and `BytesIO` would hold the
-    lock for up to 40 ms, and freeing 80 MB of `bytes` for 8 ms.
+    It is kept in a NumPy array, because NumPy frees the interpreter lock while it copies. `bytes.join` and `BytesIO`
+    would hold the lock for up to 40 ms, and freeing 80 MB of `bytes` would hold it for 8 ms.
     """
 
     def __init__(self) -> None:
@@ -126,7 +126,7 @@ class LargeContent:
 
 
 def join(parts: Sequence[bytes | memoryview]) -> bytes | memoryview:
-    """Return the bytes of all `parts`, which are in C order."""
+    """Return the bytes of all `parts`, joined. Each part is contiguous, in C order."""
     if sum(memoryview(part).nbytes for part in parts) <= COPIED_BYTES:
         return b"".join(parts)
     content = LargeContent()

@@ -90,7 +90,7 @@ def _quality(media_type: str, ranges: list[tuple[str, float]]) -> float:
 
 
 def to_json(fields: dict[str, Any]) -> bytes | memoryview:
-    """Return `fields` as JSON. A field may be a generator that yields the parts of a list, which are lists.
+    """Return `fields` as JSON. A field may be a generator of lists, which are written as one list.
 
     Raises OverflowInModel if an array is not finite: JSON has neither NaN nor infinity.
     """
@@ -107,8 +107,8 @@ def to_json(fields: dict[str, Any]) -> bytes | memoryview:
 def _write_in_pieces(fields: dict[str, Any]) -> bytes | memoryview:
     """Return `fields` as JSON. Large arrays and long lists are written in pieces.
 
-    orjson holds Python's global lock, and so does copying bytes. Writing 600,000 numbers at once would stop every other
-    thread for 80 ms, and joining 100 MB of pieces for as long.
+    orjson holds Python's interpreter lock, and so does copying bytes. Writing 600,000 numbers at once would stop every
+    other thread for 80 ms, and so would joining 100 MB of pieces.
     """
     written = LargeContent()
     before = b"{"
@@ -140,7 +140,7 @@ def _write_array(array: npt.NDArray[Any], written: LargeContent) -> None:
 
 
 def _write_list(lists: list[Any] | Iterator[list[Any]], written: LargeContent) -> None:
-    """Write a list as JSON in pieces. A generator yields these pieces, which are lists, and may be empty."""
+    """Write a list as JSON in pieces. The lists of a generator are written as one list; any of them may be empty."""
     pieces = _pieces(lists) if isinstance(lists, list) else lists
     before = b"["
     for piece in pieces:

@@ -70,7 +70,7 @@ def dumps(arrays: Mapping[str, npt.NDArray[np.float32]], metadata: Mapping[str, 
 
 
 def parts(arrays: Mapping[str, npt.NDArray[np.float32]], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
-    """Return the parts of which `dumps` makes the file: the header, and the tensors without a copy."""
+    """Return the parts of the file that `dumps` returns: the header, and the tensors, which are not copied."""
     header: dict[str, Any] = {_METADATA: dict(metadata)}
     tensors: list[bytes | memoryview] = []
     end = 0

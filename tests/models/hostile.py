@@ -332,7 +332,7 @@ def _encode(lines: str) -> Callable[[Members], None]:
 
 
 def _ask_helper_twice(members: Members) -> None:
-    """Call a method with a branch that it never takes, and then with a number that decides the same branch."""
+    """Call a method twice: with False, which skips its loop, and with a computed flag, which may enter the loop."""
     helper = (
         "  def helper(self: __torch__.models.pca.PCA, x: Tensor, flag: bool) -> Tensor:\n    k = x\n    if flag:\n"
         "      for i in range(int(torch.sum(x))):\n        k = torch.add(k, 1)\n    else:\n      pass\n    return k\n"

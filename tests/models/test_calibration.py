@@ -149,8 +149,9 @@ def test_rounding_does_not_change_the_p_value_of_a_score_that_equals_a_calibrati
 def test_severity_is_the_surprisal_of_the_score_divided_by_that_of_the_threshold(n: int, alpha: float) -> None:
     """The expected values follow from the definition, in NumPy and float64.
 
-    The surprisal of the i-th largest calibration score is -log(i / (n + 1)). It is linear in between, has the slope
-    1 / mean excess of the largest tenth above all, and falls exponentially below all.
+    The surprisal of the i-th largest calibration score is -log(i / (n + 1)). Between two calibration scores, it is
+    linear. Above all of them, its slope is 1 / mean excess of the largest tenth. Below all of them, it falls
+    exponentially.
     """
     scores = np.sort(np.random.RandomState(n).gamma(2.0, size=n))
     raised = scores + 1e-5 * (np.abs(scores) + torch.from_numpy(np.abs(scores)).median().item())
@@ -164,13 +165,13 @@ def test_severity_is_the_surprisal_of_the_score_divided_by_that_of_the_threshold
         below = surprisals[0] * np.exp(np.minimum(0.0, (score - raised[0]) / excess))
         return np.asarray(np.where(score > raised[-1], above, np.where(score < raised[0], below, inside)))
 
-    allowed = int(alpha * (n + 1) + 1e-6) - 1  # number of calibration scores that may be at least as large
+    allowed = int(alpha * (n + 1) + 1e-6) - 1  # maximum number of calibration scores at or above an anomalous score
     reached = raised[-1] + excess * (-np.log(alpha) - surprisals[-1])
     threshold = raised[n - 1 - min(allowed, n - 1)] if allowed >= 0 else reached
     model = Calibration(torch.from_numpy(scores.astype(np.float32)))
     assert float(model.threshold(alpha)) == pytest.approx(threshold, rel=1e-5)
     new = np.concatenate((np.linspace(raised[0] - 1, raised[-1] + 3 * max(excess, 0.1), 301), raised))
-    new = new[np.abs(new - threshold) > 1e-4]  # rounding decides on which side of the threshold these scores are
+    new = new[np.abs(new - threshold) > 1e-4]  # nearer scores may round to the other side of the threshold
     expected = surprisal(new) / surprisal(np.array([threshold]))
     severity = model.severity(torch.from_numpy(new.astype(np.float32)), alpha).numpy()
     np.testing.assert_allclose(severity, expected, rtol=2e-3, atol=1e-6)

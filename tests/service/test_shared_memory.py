@@ -156,7 +156,7 @@ def test_freeing_a_key_that_is_absent_changes_nothing() -> None:
     assert {key: list(entry.values) for key, entry in segment.entries().items()} == {("a",): [1.0]}
 
 
-def test_other_processes_see_neither_a_freed_array_nor_the_old_key_of_its_memory() -> None:
+def test_other_processes_no_longer_see_an_array_after_it_is_freed_or_replaced() -> None:
     segments = [Segment(), Segment()]
     reader = SharedCounters(segments, 0)
 
@@ -180,7 +180,7 @@ def test_other_processes_see_neither_a_freed_array_nor_the_old_key_of_its_memory
 
 
 @pytest.mark.slow
-def test_lasting_array_never_falls_while_its_process_replaces_other_arrays_and_is_killed() -> None:
+def test_value_never_falls_when_a_process_is_killed_while_it_replaces_other_arrays() -> None:
     segments = [Segment(65_536), Segment(65_536)]
     reader, rng = SharedCounters(segments, 0), random.Random(0)
     last = 0.0
@@ -206,7 +206,7 @@ def test_lasting_array_never_falls_while_its_process_replaces_other_arrays_and_i
 
 
 def replace_forever(segment: Segment) -> NoReturn:
-    """Replace one array after another in `segment`. The number in an array is that in its key."""
+    """Replace one array after another in `segment`. Each array contains the number in its key."""
     lasting = segment.array(("lasting",), 1)
     number = max((int(key[1]) for key in segment.entries() if key[0] == "n"), default=0)
     while True:

@@ -87,13 +87,11 @@ def test_newest_rows_calibrate_and_only_the_oldest_fit(tmp_path: Path, capsys: p
     p_values = artifact.module.p_value(artifact.module.score(torch.from_numpy(rows))[0]).sort().values
     count = manifest.data.calibration
     assert count == len(rows)
-    ranks = [(rank + 2) / (count + 1) for rank in range(count)]  # each calibration row is one of those above itself
+    ranks = [(rank + 2) / (count + 1) for rank in range(count)]  # + 2, because the row itself is one of them
     assert p_values.tolist() == pytest.approx(ranks, abs=2.1 / count)  # rounding may swap two scores
 
 
-def test_card_and_inspect_say_over_which_days_each_part_lies(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_card_and_inspect_say_which_period_each_part_covers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     frame = host_metrics(400).filter(~((pl.col("host") == "web-1") & pl.int_range(pl.len()).is_between(300, 330)))
     train_hosts(capsys, tmp_path, save(tmp_path / "a.csv", frame))
     card = (tmp_path / "runs" / "hosts" / "1" / "card.md").read_text()
@@ -114,7 +112,7 @@ def test_card_and_inspect_say_over_which_days_each_part_lies(
     assert "calibration 2024-01-03 05:40 to 2024-01-03 18:30 UTC" in out
 
 
-def test_score_passes_on_the_time_and_group_of_the_training_columns_and_needs_neither(
+def test_score_passes_on_times_and_groups_if_the_file_has_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     frame = host_metrics(400)
@@ -133,7 +131,7 @@ def test_score_passes_on_the_time_and_group_of_the_training_columns_and_needs_ne
     assert json.loads(out.splitlines()[0])["time"] == results[0]["time"]
 
 
-def test_calibrate_records_the_days_of_its_rows_if_they_have_times(
+def test_calibrate_records_the_period_of_the_rows_if_they_have_times(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, first = train_hosts(capsys, tmp_path, save(tmp_path / "a.csv", host_metrics(400)))
@@ -171,7 +169,7 @@ def test_calibrate_refuses_a_faulty_time_with_its_line(tmp_path: Path, capsys: p
     assert "column 'ts': 'soon' in row 6 (line 8) is not a time" in err
 
 
-def test_manifest_of_a_model_without_times_has_no_new_fields(
+def test_manifest_has_no_fields_about_times_if_the_rows_have_no_times(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = save(tmp_path / "a.csv", host_metrics(100).drop("ts", "host"))
@@ -183,8 +181,8 @@ def test_manifest_of_a_model_without_times_has_no_new_fields(
     assert not {"time", "group"} & fields["training"].keys()
 
 
-def test_copies_of_rows_stay_at_their_times(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    idle = pl.int_range(pl.len()) // 3 % 4 != 0  # three of four rows of each host are those of an idle host
+def test_each_copy_of_a_row_counts_at_its_own_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    idle = pl.int_range(pl.len()) // 3 % 4 != 0  # each host is idle in three of four rows
     frame = host_metrics(400).with_columns(
         pl.when(idle).then(0.0).otherwise(pl.col(name)).alias(name) for name in ("cpu", "mem", "disk")
     )
@@ -241,7 +239,7 @@ def test_interrupted_run_with_times_resumes_to_the_same_weights(tmp_path: Path) 
     assert one == other
 
 
-def test_library_refuses_a_table_that_was_read_without_the_times_of_the_options(tmp_path: Path) -> None:
+def test_train_refuses_a_table_without_times_if_the_config_names_a_column_of_times(tmp_path: Path) -> None:
     source = save(tmp_path / "a.csv", host_metrics(100))
     config = TrainConfig(model="pca", name="m", time="ts", group="host")
     with pytest.raises(FitError, match=r"read with time=None and group=None, but the options are time='ts' and group"):
@@ -251,7 +249,7 @@ def test_library_refuses_a_table_that_was_read_without_the_times_of_the_options(
 
 
 @pytest.mark.parametrize("server", ["omi-4", "machine-2-1"])
-def test_server_metrics_are_split_by_time_and_warn_without_it(
+def test_training_on_server_metrics_warns_unless_they_are_split_by_time(
     server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if str(DATA_FOLDER) == "none":

@@ -13,9 +13,9 @@ MIN_PAIRS = 20  # correlations of fewer pairs say nothing
 SIGNIFICANCE = 5.0  # in standard errors: correlations below this may be a coincidence
 MAX_LAG = 10  # rows of up to this many hosts may alternate in a file
 MAX_COMPONENTS = 5  # principal components that are compared
-SAME_SHARE = 0.9  # the smallest lag counts that reaches this share of the largest correlation
-MAX_STARTS = 1_000  # components are compared from at most this many rows with the MAX_LAG rows after them
-MAX_START_VALUES = 1 << 19  # and from rows that together have at most this many values
+SAME_SHARE = 0.9  # the lag is the smallest whose correlation reaches this share of the largest correlation
+MAX_STARTS = 1_000  # at most this many rows are compared, each with the MAX_LAG rows after it
+MAX_START_VALUES = 1 << 19  # maximum number of values in all these rows and the rows after them
 MIN_VARIATION = 0.14  # variance of the ranks of a column of which 95 % of the values are equal; 1 without equal values
 
 
@@ -54,13 +54,16 @@ class Resemblance(NamedTuple):
 def find_resemblance(
     x: RowStore, distinct: npt.NDArray[np.int64], labels: npt.NDArray[np.int64] | None = None
 ) -> Resemblance:
-    """Return how much rows resemble rows near them, in the ranks of a column or in a principal component of the ranks.
+    """Return the largest rank correlation between rows and the rows up to MAX_LAG rows before them, and a lag.
 
     This finds series that `neighbour_correlations` misses: many noisy columns that follow one load, and rows of several
-    hosts that alternate. Of all columns, the first MAX_COMPONENTS components, and the lags up to MAX_LAG, the
-    largest rank correlation counts. A correlation r of m pairs counts only if r sqrt(m) is at least SIGNIFICANCE. In a
-    table of independent rows, r sqrt(m) is about Gaussian, so the probability that one of the 10 (D + 5) values reaches
-    5 is at most 2.9e-6 (D + 5).
+    hosts that alternate. A correlation is computed for each lag and for each of the D columns and MAX_COMPONENTS
+    principal components of their ranks. Only the largest of these 10 (D + 5) correlations is returned, with the
+    smallest lag that gives nearly as large a correlation.
+
+    A correlation r of m pairs counts only if r sqrt(m) is at least SIGNIFICANCE, which is 5. If the rows are
+    independent, r sqrt(m) is about Gaussian, and the probability that any of the correlations counts is at most
+    2.9e-6 (D + 5).
 
     Args:
         distinct: as for `neighbour_correlations`.
@@ -84,14 +87,14 @@ def find_resemblance(
     values = np.column_stack((ranks, components)).reshape(starts, length, -1)
     correlations = (values[:, :1] * values[:, 1:]).mean(axis=0).max(axis=1)  # [MAX_LAG]
     largest = float(correlations.max())
-    lag = int((correlations >= SAME_SHARE * largest).argmax())  # a lag of 2 resembles those of 4, 6, ... as much
+    lag = int((correlations >= SAME_SHARE * largest).argmax())  # rows alike at lag 2 are as much alike at 4, 6, ...
     return Resemblance(largest, lag + 1) if largest * np.sqrt(starts) >= SIGNIFICANCE else Resemblance(0.0, 0)
 
 
 def _ranks(
     x: RowStore, rows: npt.NDArray[np.int64], labels: npt.NDArray[np.int64] | None
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-    """Return the ranks of the values in each column of `rows` [n, D], centred, and which columns vary enough, [D]."""
+    """Return the centred ranks of the values in each column of `rows` [n, D], and whether each column varies, [D]."""
     from scipy.stats import rankdata
 
     values = x.take(rows)

@@ -91,7 +91,7 @@ def recalibrate(
     normal, notes = _normal_rows(table)
     known_rows = artifact.read_trained_rows(parent)
     notes += _refuse_training_rows(parent, table, normal, known_rows)
-    if table.timeline is None:  # rows with times count as often as they occur, as in training
+    if table.timeline is None:  # if the rows have times, each copy counts, as in training
         normal = normal[np.sort(np.unique(table.copies.groups[normal], return_index=True)[1])]  # copies count once
     chosen = np.sort(np.random.RandomState(0).permutation(normal)[:MAX_HELD_OUT_ROWS])
     _refuse_few(table, len(chosen), alpha)
@@ -259,7 +259,7 @@ def _manifest(
 
 
 def _period(table: Table, rows: npt.NDArray[np.int64]) -> Period | None:
-    """Return the period of the rows at `rows`; None if `table` has no times."""
+    """Return the period that the rows at `rows` cover; None if `table` has no times."""
     if table.timeline is None:
         return None
     return period_of(table.timeline, rows)

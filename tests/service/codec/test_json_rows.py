@@ -174,7 +174,7 @@ def test_small_array_of_a_large_body_is_a_list() -> None:
     assert isinstance(fields["records"], JsonRows)
 
 
-def test_row_that_the_fast_reader_cannot_read_does_not_count_the_rows_before_it_twice() -> None:
+def test_rows_count_once_if_the_fast_reader_fails_at_the_last_row() -> None:
     row = b"[" + b",".join([b"0.123456"] * 20) + b"]"
     body = b'{"inputs":[' + b",".join([row] * 9999 + [b'["x"]']) + b"]}"
     budget = budget_of(max_rows=10_000, width=20)

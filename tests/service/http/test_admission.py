@@ -169,7 +169,7 @@ def test_ticket_counts_once_if_it_is_acquired_or_released_twice() -> None:
 def test_large_requests_leave_a_quarter_of_the_queue_to_small_requests(
     vae: Artifact, rows: int, is_refused: bool
 ) -> None:
-    """The queue has room for 100 rows, a batch for 9, and 75 rows are pending."""
+    """The queue has room for 100 rows, and 75 are pending. A request is large if it exceeds a batch: 9 rows."""
     model = BareModel(select_backend(vae, requested="torchscript").backend)
 
     async def scenario() -> None:
@@ -187,7 +187,7 @@ def test_large_requests_leave_a_quarter_of_the_queue_to_small_requests(
     asyncio.run(scenario())
 
 
-def test_large_requests_hold_no_work_slot_and_no_place_in_the_queue_of_small_requests() -> None:
+def test_large_requests_take_neither_work_slots_nor_queue_places_from_small_requests() -> None:
     async def scenario() -> None:
         async with running_batcher() as batcher:
             admission = admission_for(batcher)
