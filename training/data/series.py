@@ -8,7 +8,7 @@ import numpy.typing as npt
 from training.data.row_store import RowStore, column_medians
 
 MAX_PAIRS = 10_000  # the correlation is computed from at most this many pairs of neighbours
-MAX_PAIR_VALUES = 1 << 20  # and from pairs that together have at most twice this many values
+MAX_PAIR_VALUES = 1 << 20  # maximum number of pairs, times the number of columns
 MIN_PAIRS = 20  # correlations of fewer pairs say nothing
 SIGNIFICANCE = 5.0  # in standard errors: correlations below this may be a coincidence
 MAX_LAG = 10  # rows of up to this many hosts may alternate in a file
