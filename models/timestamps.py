@@ -47,7 +47,8 @@ def to_unix_seconds(value: Any) -> float:
 def to_moment(value: Any) -> Moment | None:
     """Return the moment of a timestamp, exact to the nanosecond. Return None if `value` is not a timestamp.
 
-    The forms are those of `to_unix_seconds`. A moment before 1678 or after 2261 is not a timestamp.
+    The forms are those of `to_unix_seconds`. A moment more than MAX_NANOSECONDS from 1970 is not a
+    timestamp.
     """
     if isinstance(value, str):
         number = _parse_exact_number(value)

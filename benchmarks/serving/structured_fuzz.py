@@ -8,11 +8,12 @@ Each request begins as a valid one: a path, a query, headers, and a body in one 
 `tests/fuzz/mutations.py` then changes most requests, with changes for each format. Client processes send the requests
 over keep-alive connections, one request at a time per connection. The same seed gives the same requests.
 
-Meanwhile another process, the observer, asks the server for /livez 50 times per second. As often, it sends a request to
-a control process, which does nothing but respond. On a busy machine both respond late, because processes wait for a
-processor. The kernel counts this time for each thread (/proc/PID/schedstat). From each response time, the observer
-subtracts the time for which its own thread or the thread of the event loop waited for a processor. The rest is due to
-the server, or to another thread of the server that holds Python's interpreter lock while it waits for a processor.
+Meanwhile another process, the observer, asks the server for /livez up to 50 times per second. As often, it sends a
+request to a control process, which does nothing but respond. On a busy machine both respond late, because processes
+wait for a processor. The kernel counts this time for each thread (/proc/PID/schedstat). From each response time, the
+observer subtracts the time for which its own thread or the thread of the event loop waited for a processor. The rest is
+due to the server, or to another thread of the server that holds Python's interpreter lock while it waits for a
+processor.
 
 The server has low limits, MAX_ROWS and MAX_BODY_BYTES, so that small requests reach them. `hostile_requests.py` has the
 requests at the limits of the default settings.
@@ -24,9 +25,10 @@ The report has these parts:
 - the memory of all processes of the server, without the pages of files, after each tenth of the requests and at the
   end.
 
-The program exits with code 1 if a response has status 500, if the server ends a connection without a response, or if
-/livez fails. Unless --smoke is given, it also exits with 1 if memory grows by MAX_GROWTH or more after the first fifth
-of the requests. A request that failed is written to build/fuzz/. The benchmark needs Linux.
+The program exits with code 1 if a response has status 500, if a request gets no complete response within 60 s, if the
+server logs a traceback, or if /livez fails. Unless --smoke is given, it also exits with 1 if memory grows by MAX_GROWTH
+or more after the first fifth of the requests. A request that failed is written to build/fuzz/. The benchmark needs
+Linux.
 """
 
 import argparse

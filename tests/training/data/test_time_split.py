@@ -34,7 +34,8 @@ def minutes(rows: Timeline, part: np.ndarray[tuple[int], np.dtype[np.int64]], gr
 def test_two_hosts_are_split_at_the_same_moments_with_a_gap_of_one_row() -> None:
     rows = timeline({"a": list(range(100)), "b": list(range(50, 100))})
     split = split_by_time(rows, seed=0)
-    # 105 of the 150 rows come before minute 78 (78 + 28 = 106), and 120 before minute 85 (85 + 35)
+    # 70 % of the 150 rows are 105. 104 rows come before minute 77 (77 + 27), and 106 before minute 78 (78 + 28).
+    # 80 % are 120, and so many come before minute 85 (85 + 35).
     for group, start in ((0, 0), (1, 50)):
         fit, held_out, calibration = (
             minutes(rows, part, group) for part in (split.fit, split.held_out, split.calibration)
