@@ -87,7 +87,7 @@ class ReconstructBody(Body):
 class SampleBody(Body):
     """A request for new rows from the model's prior."""
 
-    n: int = Field(1, ge=1, description="number of rows; at most ELBO_MAX_ROWS")
+    n: int = Field(1, ge=1, lt=SEEDS, description="number of rows; at most ELBO_MAX_ROWS")
     seed: Seed | None = Field(
         None, description="seed of the noise; by default a random seed, which the response contains"
     )
@@ -117,7 +117,7 @@ class InterpolateBody(Body):
 
     start: End
     end: End
-    steps: int = Field(8, ge=2, description="number of points, both ends included; at most ELBO_MAX_ROWS")
+    steps: int = Field(8, ge=2, lt=SEEDS, description="number of points, both ends included; at most ELBO_MAX_ROWS")
     method: Literal["linear", "slerp"] = Field(
         "linear",
         description="path between the latents: a straight line, or spherical linear interpolation (slerp), which falls "
@@ -162,7 +162,9 @@ class AnomalyBody(Body):
         "the largest calibration scores then gives the threshold, and the false-alarm rate is not guaranteed. If "
         "false, no row is anomalous at such an alpha, and no severity is above 1",
     )
-    explain: int = Field(3, ge=0, description="number of features to report per row: those that contribute most")
+    explain: int = Field(
+        3, ge=0, lt=SEEDS, description="number of features to report per row: those that contribute most"
+    )
     impute: bool = Field(
         True,
         description="whether a row in `records`, `metrics`, NDJSON or CSV may lack up to half of the features that "

@@ -9,7 +9,7 @@ import pytest
 
 from models.manifest import versions
 from models.signatures import is_signed
-from tests.commands import in_process, succeed, two_factor_rows, write
+from tests.commands import command, in_process, succeed, two_factor_rows, write
 from tests.models.publishing import publish
 from tests.models.signing import CHANGES, new_key, signature_of
 from tests.service.process import ServerProcess
@@ -226,14 +226,11 @@ def test_server_loads_a_version_when_it_is_signed_and_drops_it_when_the_key_is_r
 
 
 @pytest.mark.parametrize("setting", ["absent", "train.csv", "release", "ssh-ed25519 AAAA"])
-def test_server_does_not_start_if_the_trusted_keys_cannot_be_read(
-    site: Path, setting: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_server_does_not_start_if_the_trusted_keys_cannot_be_read(site: Path, setting: str) -> None:
     value = setting if setting.startswith("ssh") else str(site / setting)
-    monkeypatch.setenv("ELBO_TRUSTED_KEYS", value)
-    monkeypatch.setenv("ELBO_PORT", "0")
-    code, out, err = run(capsys, site, "serve")
-    assert code == 2
-    (line,) = [line for line in err.splitlines() if line.startswith("elbo: error")]
-    assert "PRIVATE" not in err + out
+    environment = {"ELBO_TRUSTED_KEYS": value, "ELBO_ARTIFACTS": str(site / "a"), "ELBO_PORT": "0"}
+    result = command("serve", environment=environment)
+    assert result.returncode == 2
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("elbo: error")]
+    assert "PRIVATE" not in result.stderr + result.stdout
     assert (value if setting != "ssh-ed25519 AAAA" else "ELBO_TRUSTED_KEYS") in line

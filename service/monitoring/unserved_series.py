@@ -66,7 +66,7 @@ class UnservedSeries:
         freed, without_lease = [], set()
         for key in list(entries):
             place = self._subject_places.get(key[0])
-            if place is None:
+            if place is None or not all(key[place]):  # a series without a version counts requests without a model
                 continue
             subject = key[place]
             if subject not in ages:

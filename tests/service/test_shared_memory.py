@@ -11,6 +11,7 @@ from typing import NoReturn
 import pytest
 
 from service.shared_memory import Segment, SharedCounters, SharedDecisions
+from tests.waiting import wait_until
 
 # Forking is safe although libraries have started threads: the children only count and exit.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -189,6 +190,7 @@ def test_value_never_falls_when_a_process_is_killed_while_it_replaces_other_arra
         if not pid:
             replace_forever(segments[1])
         try:
+            wait_until(lambda before=last: reader.sums("lasting").get((), [0.0])[0] > before)  # type: ignore[misc]
             for _ in range(rng.randrange(20, 200)):
                 lasting = reader.sums("lasting").get((), [0.0])[0]
                 assert lasting >= last
@@ -202,7 +204,7 @@ def test_value_never_falls_when_a_process_is_killed_while_it_replaces_other_arra
         numbers = {int(key[1]): entry.values[0] for key, entry in segments[1].entries().items() if key[0] == "n"}
         assert len(numbers) <= 22
         assert all(value in (0.0, number) for number, value in numbers.items())
-    assert last > 1000
+    assert last >= 30
 
 
 def replace_forever(segment: Segment) -> NoReturn:

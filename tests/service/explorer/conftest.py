@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser
 
+from models.manifest import names
 from service.app import create_app
 from service.settings import Settings
 from tests.service.explorer.browser import ExplorerPage, chromium
@@ -31,8 +32,8 @@ def browser() -> Iterator[Browser]:
 def site_url(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Yield the URL of a service with the session's models, a linear autoencoder and a private model."""
     root = tmp_path_factory.mktemp("explorer")
-    for folder in artifacts.iterdir():
-        (root / folder.name).symlink_to(folder)
+    for name in names(artifacts):  # not `.versions`, which the new models would change
+        (root / name).symlink_to(artifacts / name)
     train(TrainConfig(model="ae", name="linear", hidden=(), epochs=15), read_table("digits"), root, RecordingReporter())
     train(
         TrainConfig(model="ae", name="secret", latents=2, epochs=2, private=True),

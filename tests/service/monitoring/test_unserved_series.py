@@ -166,6 +166,19 @@ def test_request_that_ends_after_its_version_was_freed_is_counted_until_the_next
     assert [key for key in metrics._requests._counters.local.entries() if "1" in key[1:]] == []
 
 
+def test_series_of_requests_without_a_model_never_ends(clock: Clock) -> None:
+    metrics = Metrics(SharedCounters())
+    series = 'elbo_requests_total{endpoint="other",model="",status="404",version=""} '
+    for requests in range(1, 4):
+        record = RequestRecord("", "GET", "/some/where", None)
+        record.endpoint, record.status = "other", 404
+        metrics.count(record)
+        metrics.free_unserved(catalogue_of(1))
+        clock[0] += ENDED_SECONDS + 1
+        metrics.free_unserved(catalogue_of(1))
+        assert f"{series}{float(requests)}" in metrics.exposition(catalogue_of(1)).decode()
+
+
 def test_version_that_is_served_again_continues_its_counters_unless_they_were_freed(clock: Clock) -> None:
     metrics = Metrics(SharedCounters())
     for pause, expected in ((HIDDEN_SECONDS + 1, 5.0), (FREED_SECONDS + 1, 1.0)):
