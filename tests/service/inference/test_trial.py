@@ -155,14 +155,20 @@ def publish_copy(version: Path, number: int) -> None:
     (version.parents[1] / f".{number}").rename(version.parent / str(number))
 
 
+def serve_first_version(start: Callable[..., ServerProcess], root: Path, workers: int) -> tuple[Path, ServerProcess]:
+    """Publish a PCA under `root` and serve it. Return the folder of its version, and the server, fully started."""
+    version = publish_twin(root, "pca").parent
+    server = start(root, POLL_SECONDS=0.1, WORKERS=workers)
+    for _ in range(workers - 1):
+        server.wait_for_worker()
+    return version, server
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_trial_process_is_started_again_and_new_versions_still_load(
     workers: int, start: Callable[..., ServerProcess], tmp_path: Path
 ) -> None:
-    first = publish_twin(tmp_path, "pca").parent
-    server = start(tmp_path, POLL_SECONDS=0.1, WORKERS=workers)
-    for _ in range(workers - 1):
-        server.wait_for_worker()
+    first, server = serve_first_version(start, tmp_path, workers)
     for number in (2, 3, 4):
         os.kill(trial_processes(server)[TRIAL_NAME], signal.SIGKILL)
         publish_copy(first, number)
@@ -190,10 +196,7 @@ def test_artifact_whose_trial_process_is_killed_during_the_trial_is_tried_again(
 def test_trial_process_outlives_a_killed_keeper_but_not_the_server(
     workers: int, start: Callable[..., ServerProcess], tmp_path: Path
 ) -> None:
-    first = publish_twin(tmp_path, "pca").parent
-    server = start(tmp_path, POLL_SECONDS=0.1, WORKERS=workers)
-    for _ in range(workers - 1):
-        server.wait_for_worker()
+    first, server = serve_first_version(start, tmp_path, workers)
     processes = trial_processes(server)
     os.kill(processes[PROCESS_NAME], signal.SIGKILL)
     publish_copy(first, 2)
