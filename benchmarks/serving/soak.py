@@ -5,8 +5,9 @@
     python benchmarks/serving/soak.py --smoke        # one round of faults, under 30 s
 
 Honest clients send rows to a server with two workers. Each response is compared with the output of the version that it
-names. Meanwhile a publisher adds a version of the model every few seconds and removes old ones, and FAULTS happen in
-turn. After each round of faults, the server gets a pause with honest load only, and then the benchmark measures:
+names. The clock jumps for a second server, which serves the same models with one worker. Meanwhile a publisher adds a
+version of the model every few seconds and removes old ones, and FAULTS happen in turn. After each round of faults, the
+server gets a pause with honest load only, and then the benchmark measures:
 
 - the memory of all processes without pages of files, and that of the oldest worker, which is never killed;
 - the open file descriptors of all processes;
@@ -35,12 +36,13 @@ import sys
 import tempfile
 import urllib.request
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from statistics import median
 from time import monotonic, time
@@ -168,23 +170,41 @@ class Soak:
         self.stopped = False
         self.read_bytes = 0  # of the log
         self.killed = -1e9  # time of the last kill of a worker
+        self.process = self._start_server(self.port, log, workers=2)
         self.clock = folder / "clock"
         self.clock.write_text("+0")
-        environment = {
+        self.clock_port = free_port()
+        self.clock_process = self._start_server_with_jumping_clock()
+
+    def _start_server(
+        self, port: int, log: Path, workers: int, environment: Mapping[str, str] | None = None
+    ) -> ServerProcess:
+        variables = {
             "OMP_NUM_THREADS": "1",
-            "ELBO_PORT": str(self.port),
-            "ELBO_ARTIFACTS": str(artifacts),
-            "ELBO_WORKERS": "2",
+            "ELBO_PORT": str(port),
+            "ELBO_ARTIFACTS": str(self.artifacts),
+            "ELBO_WORKERS": str(workers),
             "ELBO_POLL_SECONDS": "0.5",
+            **(environment or {}),
         }
-        if library := faketime_library():
-            environment |= {
-                "LD_PRELOAD": str(library),
-                "FAKETIME_TIMESTAMP_FILE": str(self.clock),
-                "FAKETIME_CACHE_DURATION": "1",
-                "FAKETIME_DONT_FAKE_MONOTONIC": "1",  # as on a machine whose clock is set: only the wall clock jumps
-            }
-        self.process = ServerProcess([sys.executable, "-m", "service"], environment, log)
+        return ServerProcess([sys.executable, "-m", "service"], variables, log)
+
+    def _start_server_with_jumping_clock(self) -> ServerProcess | None:
+        """Start a second server, whose wall clock follows the file `clock`. Return None without libfaketime.
+
+        The server has one worker, so it never forks while its log thread runs. With libfaketime 0.9.10, such a fork
+        hangs for ever if the log thread holds the lock of libfaketime at that moment.
+        """
+        library = faketime_library()
+        if library is None:
+            return None
+        environment = {
+            "LD_PRELOAD": str(library),
+            "FAKETIME_TIMESTAMP_FILE": str(self.clock),
+            "FAKETIME_CACHE_DURATION": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",  # as on a machine whose clock is set: only the wall clock jumps
+        }
+        return self._start_server(self.clock_port, self.folder / "clock.log", workers=1, environment=environment)
 
     def fetch(self, path: str) -> str:
         """Return the body of a GET."""
@@ -196,13 +216,17 @@ class Soak:
         """Wait until the log, from byte `offset`, says of `count` workers that they are ready.
 
         Raises:
-            TimeoutError: this takes longer than 60 s.
+            TimeoutError: this takes longer than 60 s. The message has the end of the log.
             RuntimeError: the server has exited.
         """
-        async with asyncio.timeout(60):
-            while self.log_after(offset).count(b" is ready") < count:
-                self.process.require_alive()
-                await asyncio.sleep(0.1)
+        try:
+            async with asyncio.timeout(APPEAR_SECONDS):
+                while self.log_after(offset).count(b" is ready") < count:
+                    self.process.require_alive()
+                    await asyncio.sleep(0.1)
+        except TimeoutError:
+            end = self.log_after(offset).decode(errors="replace")[-1000:]
+            raise TimeoutError(f"expected {count} ready workers; the log ends with {end!r}") from None
 
     def log_after(self, offset: int) -> bytes:
         """Return the log from byte `offset`."""
@@ -478,18 +502,22 @@ async def expect_unwritable(soak: Soak, state: str) -> None:
 
 
 async def let_the_clock_jump(soak: Soak) -> None:
-    """Let the wall clock of the server jump: an hour forward, an hour back, a day forward, and to the true time."""
+    """Let the wall clock of a server jump: an hour forward, an hour back, a day forward, and to the true time."""
+    await wait_until_listening(soak.clock_port)
+    connection = Connection(soak.clock_port)
     for shift in CLOCK_SHIFTS:
         soak.clock.write_text(shift)
         await asyncio.sleep(0.5 if soak.smoke else 2.0)  # libfaketime reads the file once a second
         jumped = False
         for _ in range(20):
-            drift = (await asyncio.to_thread(server_time, soak.port)) - time() - int(shift.rstrip("s"))
+            drift = (await asyncio.to_thread(server_time, soak.clock_port)) - time() - int(shift.rstrip("s"))
+            await soak.send(connection, "/anomaly", [soak.random.randrange(256) for _ in range(8)])
             if jumped := abs(drift) < 3:
                 break
             await asyncio.sleep(0.5)
         await soak.check(f"the clock of the server did not jump by {shift}", jumped)
         soak.events["clock jumps"] += 1
+    connection.close()
 
 
 FAULTS: dict[str, Callable[[Soak], Awaitable[None]]] = {
@@ -503,6 +531,19 @@ FAULTS: dict[str, Callable[[Soak], Awaitable[None]]] = {
     "read-only folder": make_artifacts_read_only,
     "clock jumps": let_the_clock_jump,
 }
+
+
+async def wait_until_listening(port: int) -> None:
+    """Wait until a server accepts connections at `port`. Raises TimeoutError if this takes longer than 60 s."""
+    async with asyncio.timeout(APPEAR_SECONDS):
+        while True:
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+            except OSError:
+                await asyncio.sleep(0.1)
+            else:
+                writer.close()
+                return
 
 
 def server_time(port: int) -> float:
@@ -529,7 +570,7 @@ async def wait_for(soak: Soak, is_reached: Callable[[str], bool], path: str, tit
             in_a_row = 0
             while in_a_row < 10:  # each request may reach another worker
                 reached = False
-                with suppress(OSError):  # the worker was killed
+                with suppress(OSError, HTTPException):  # the worker was killed
                     reached = is_reached(await asyncio.to_thread(soak.fetch, path))
                 in_a_row = in_a_row + 1 if reached else 0
                 await asyncio.sleep(0.02)
