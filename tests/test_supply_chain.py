@@ -34,11 +34,12 @@ LOCKED = re.findall(r"^([\w.-]+)==", (REQUIREMENTS / "serve.lock").read_text(), 
 def licences(name: str) -> set[str]:
     """Return the SPDX identifiers of the licences of an installed package; an empty set if they are unknown."""
     metadata = distribution(name).metadata
-    if expression := metadata["License-Expression"]:
+    if "License-Expression" in metadata:
+        expression = metadata["License-Expression"]
         return {part.strip("() ") for part in re.split(r" AND | OR ", expression)}
     classifiers = [text for text in metadata.get_all("Classifier") or [] if text.startswith("License ::")]
-    if not classifiers and (text := metadata["License"]) in PERMITTED:
-        return {text}
+    if not classifiers and "License" in metadata and metadata["License"] in PERMITTED:
+        return {metadata["License"]}
     return {CLASSIFIERS.get(text, text) for text in classifiers}
 
 

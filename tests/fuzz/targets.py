@@ -3,7 +3,6 @@
 import gzip
 import io
 import json
-import tempfile
 import zipfile
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -35,7 +34,7 @@ from service.errors import ServiceError
 from service.inference.served_model import ServedModel
 from tests.fuzz import mutations
 from tests.fuzz.oracle import MAX_BODY_BYTES, Target
-from tests.models.publishing import publish, publish_twin
+from tests.models.publishing import pca_artifacts
 from tests.service.hosts import HOST_FEATURES, JSON, NDJSON, as_inputs, as_ndjson, host_records, host_rows
 
 PATH = Path("model.pt")  # for messages: no target reads a file
@@ -159,11 +158,8 @@ def _query_seeds() -> list[bytes]:
     ]
 
 
-@lru_cache(maxsize=1)
 def _artifacts() -> list[bytes]:
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [publish_twin(Path(folder, "twin"), "pca"), publish(Path(folder, "plain"), "pca")]
-        return [path.read_bytes() for path in paths]
+    return list(pca_artifacts())
 
 
 def _members(start: str, end: str) -> dict[str, bytes]:

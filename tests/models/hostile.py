@@ -22,7 +22,7 @@ from models import artifact
 from models.manifest import DIGEST_LENGTH, SEAL, seal
 from models.pipeline import Pipeline
 from tests.models.builders import batch, manifest, pipeline
-from tests.models.publishing import publish, publish_twin
+from tests.models.publishing import publish_copy
 
 TARGET = "/var/tmp/elbo-hostile-artifact-was-here"  # what the artifacts try to write
 
@@ -486,7 +486,7 @@ DEFLATED = {"weights are compressed": ("data/0", "data/3"), "member unpacks to 6
 
 def publish_edited(root: Path, edit: str) -> Path:
     """Publish a PCA as model@1 under `root`, with the change EDITS[edit]; return the path of the artifact."""
-    path = publish_twin(root, "pca") if edit.startswith("twin") else publish(root)
+    path = publish_copy(root, twin=edit.startswith("twin"))
     rewrite(path, EDITS[edit][0], DEFLATED.get(edit, ()))
     return path
 
@@ -539,7 +539,7 @@ BYTES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 
 def publish_bytes(root: Path, edit: str) -> Path:
     """Publish a PCA as model@1 under `root`, with the change BYTES[edit]; return the path of the artifact."""
-    path = publish(root)
+    path = publish_copy(root)
     reseal(path, BYTES[edit][0](path.read_bytes()))
     return path
 
@@ -623,7 +623,7 @@ EDITS |= {
 
 def publish_hostile_twin(root: Path, edit: str) -> Path:
     """Publish a PCA with an ONNX twin as model@1 under `root`, with the change TWINS[edit] to the graph `encode`."""
-    path = publish_twin(root, "pca")
+    path = publish_copy(root, twin=True)
 
     def change(members: Members) -> None:
         model = onnx.load_from_string(members["extra/twin/encode.onnx"])

@@ -1,10 +1,15 @@
 """Publish the models of `builders`, with or without an ONNX twin (the copy of the networks for ONNX Runtime)."""
 
+import subprocess
+import sys
+import tempfile
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from models import artifact
 from models.manifest import FORMAT_VERSION
+from tests.data import ROOT
 from tests.models.builders import batch, manifest, pipeline
 from training.publishing.onnx_export import export
 
@@ -33,3 +38,31 @@ def publish_twin(
     module = artifact.script(model)
     description = manifest("model", artifact.weights_sha256(model), artifact.record_golden(module, *inputs))
     return artifact.publish(module, description, root, twin or export(model, x, noise))
+
+
+@lru_cache(maxsize=1)
+def pca_artifacts() -> tuple[bytes, bytes]:
+    """Return two artifacts of a PCA, with and without an ONNX twin, from a new process.
+
+    The names of their code members are always the same. In a process that has scripted other models, torch may rename
+    `code/__torch__/models/pca.py` to `code/__torch__/models/___torch_mangle_0/pca.py`.
+    """
+    program = """
+import sys
+from pathlib import Path
+from tests.models.publishing import publish, publish_twin
+publish_twin(Path(sys.argv[1]), "pca")
+publish(Path(sys.argv[1]))
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, "-c", program, folder], cwd=ROOT, check=True, timeout=300)
+        twin, plain = (Path(folder, "model", version, "model.pt").read_bytes() for version in "12")
+    return twin, plain
+
+
+def publish_copy(root: Path, twin: bool = False) -> Path:
+    """Copy an artifact of `pca_artifacts` to model@1 under `root`; return its path."""
+    path = root / "model" / "1" / "model.pt"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(pca_artifacts()[0 if twin else 1])
+    return path
