@@ -130,6 +130,8 @@ bench-anomaly: $(READY) $(PEERS)/.ready ## Measure anomaly scores, calibration a
 	@$(VENV)/bin/python benchmarks/anomaly/score_ranking.py --robust $(OPTIONS)
 	@$(VENV)/bin/python benchmarks/anomaly/calibration.py
 	@$(VENV)/bin/python benchmarks/anomaly/server_metrics.py
+	@$(VENV)/bin/python benchmarks/anomaly/false_alarm_rate.py
+	@$(VENV)/bin/python benchmarks/anomaly/simulated_hosts.py
 
 soak: $(READY) ## Serve for half an hour while clients, disks, publishers and workers fail; OPTIONS='--minutes 5' is shorter
 	@$(VENV)/bin/python benchmarks/serving/soak.py $(OPTIONS)
