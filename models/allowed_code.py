@@ -32,13 +32,13 @@ def _rules(names: str, tensors: int, numbers: bool = False, grows: bool = True) 
 TRAINED: dict[str, Rule] = {
     # Arithmetic and comparison, number by number.
     **_rules("add sub mul div eq ne gt ge lt maximum", 2, grows=False),
-    **_rules("neg exp log sqrt square round isnan", 1, grows=False),
+    **_rules("neg exp log log1p sqrt square round isnan", 1, grows=False),
     **_rules("where", 3, grows=False),
     **_rules("clamp hardtanh", 1, grows=False),
     # Activations and the normal distribution function.
     **_rules("relu sigmoid silu softplus special_ndtr tanh", 1, grows=False),
     # Sums over a dimension.
-    **_rules("sum mean amin", 1, grows=False),
+    **_rules("sum mean amin amax", 1, grows=False),
     # Layers.
     **_rules("matmul", 2),
     **_rules("addmm linear conv2d conv_transpose2d", 3),

@@ -57,6 +57,7 @@ METHODS = (
     "severity",
     "threshold",
 )  # the exported methods, besides `forward`
+WINDOW_METHODS = ("summarise", "score_summaries")  # further exported methods of a model with a window
 TWIN_METHODS = ("encode", "decode", "score", "reconstruct")  # the methods of an ONNX twin (see `Twin`)
 OPTIONAL_TWIN_METHODS = ("reconstruct",)  # twins written by earlier releases lack these methods
 TWIN_MEMBER, TWIN_WEIGHTS_MEMBER = "extra/twin/{}.onnx", "extra/twin/{}.json"
@@ -102,6 +103,9 @@ class Twin:
 class Artifact:
     """A loaded and verified model. `module` has the methods of `models.pipeline.Pipeline`.
 
+    If the manifest has a window, x is [B, N, D] instead of [B, D], and `module` also has WINDOW_METHODS: see
+    `models.windowed.Windowed`.
+
     `load` does not verify the twin. Before you use the twin, compare its outputs with the golden answers
     (`find_discrepancy`).
     """
@@ -131,8 +135,9 @@ def choose_device(requested: str) -> str:
 
 def script(model: nn.Module) -> torch.jit.ScriptModule:
     """Compile `model` for inference, and export `forward` and METHODS. Afterwards, `model` tracks no gradients."""
-    for method in METHODS:
-        torch.jit.export(getattr(type(model), method))
+    for method in (*METHODS, *WINDOW_METHODS):
+        if hasattr(type(model), method):
+            torch.jit.export(getattr(type(model), method))
     with _deprecations_silenced():
         scripted: torch.jit.ScriptModule = torch.jit.script(model.eval().requires_grad_(False))
     return scripted
@@ -141,7 +146,7 @@ def script(model: nn.Module) -> torch.jit.ScriptModule:
 def freeze(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
     """Return `module` with its weights as constants. The methods that METHODS lists can still be called."""
     # Artifacts of earlier releases lack some of the methods.
-    present = [method for method in METHODS if hasattr(module, method)]
+    present = [method for method in (*METHODS, *WINDOW_METHODS) if hasattr(module, method)]
     with _deprecations_silenced():
         frozen: torch.jit.ScriptModule = torch.jit.freeze(module.eval(), preserved_attrs=present)
     return frozen
@@ -321,7 +326,7 @@ def load_content(content: bytes, path: Path, device: str = "cpu", is_inspected: 
             f"{path}: {found} on {device} with torch {torch.__version__}; "
             "train the model again on this machine, or install the versions that the manifest lists"
         )
-    prefix = "calibration."
+    prefix = calibration_prefix(manifest)
     return Artifact(
         manifest=manifest,
         module=frozen,
@@ -332,6 +337,11 @@ def load_content(content: bytes, path: Path, device: str = "cpu", is_inspected: 
         calibration={name.removeprefix(prefix): buffer for name, buffer in weights.items() if name.startswith(prefix)},
         sha256=hashlib.sha256(content).hexdigest(),
     )
+
+
+def calibration_prefix(manifest: Manifest) -> str:
+    """Return what the names of the calibration's buffers begin with in the module of an artifact."""
+    return "calibration." if manifest.window is None else "pipeline.calibration."
 
 
 def read_trained_rows(artifact: Artifact) -> bytes | None:
@@ -360,7 +370,7 @@ def compute_outputs(module: Any, x: Tensor, noise: Tensor, choice: Tensor) -> di
 
     Args:
         module: a Pipeline that is eager, scripted or frozen.
-        x: rows [B, D].
+        x: rows [B, D], or windows [B, N, D] if the model has a window.
         noise: standard normal numbers, [B, K].
         choice: uniform numbers in [0, 1), [B].
     """
@@ -370,7 +380,7 @@ def compute_outputs(module: Any, x: Tensor, noise: Tensor, choice: Tensor) -> di
         # Artifacts of earlier releases lack log_weight.
         log_weight = {"log_weight": module.log_weight(x, noise)} if hasattr(module, "log_weight") else {}
         # Artifacts of earlier releases also lack observe. The noise of a row repeats the noise of its latents.
-        row_noise = noise.repeat(1, -(-x.shape[1] // noise.shape[1]))[:, : x.shape[1]]  # [B, D]
+        row_noise = noise.repeat(1, -(-x.shape[-1] // noise.shape[1]))[:, : x.shape[-1]]  # [B, D]
         observe = {"observe": module.observe(module.decode(mean), row_noise)} if hasattr(module, "observe") else {}
         return (
             log_weight
@@ -395,9 +405,12 @@ def compute_outputs(module: Any, x: Tensor, noise: Tensor, choice: Tensor) -> di
 def reconstruct(module: Any, x: Tensor, gaps: bool) -> tuple[Tensor, Tensor]:
     """Return two arrays for rows x [B, D]: the reconstruction [B, D], and its mean squared error per row, [B].
 
-    With `gaps`, x may contain NaN, and the error is the mean over the values that are present.
+    With `gaps`, x may contain NaN, and the error is the mean over the values that are present. For windows x [B, N, D],
+    the results are those of the newest rows.
     """
     x_hat = module(x)
+    if x.dim() == 3:
+        x = x[:, -1]
     if not gaps:
         return x_hat, (x_hat - x).square().mean(dim=1)
     present = ~x.isnan()  # [B, D]

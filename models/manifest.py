@@ -57,6 +57,9 @@ ZERO_SHARE = 0.005  # pixels up to this share of the value of white count as 0
 DARK_SHARE = 128.0  # pixels are too dark if they lie in the lowest part, one in this many, of the range
 FLOOR_TOLERANCE = 1e-6  # without it, rounding could make an alpha of 0.005 smaller than a floor of 1 / 200
 MAX_TEXT = 10_000  # characters of one text in a manifest
+MIN_WINDOW_ROWS, MAX_WINDOW_ROWS = 2, 1_000
+WARM_SHARE = 3  # a row is judged once a third of its window is there; a gap of more than a third ends the window
+NEW_FIELDS = ("timeline", "window")  # fields of a manifest that earlier releases do not know
 VERSION = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
 
 
@@ -153,6 +156,28 @@ class Timeline(_Frozen):
     calibration: Period | None  # None if the model was recalibrated on rows without times
 
 
+class Window(_Frozen):
+    """The rows that a model judges together: a row and those before it, of the same group and without a gap."""
+
+    rows: Annotated[int, Field(ge=MIN_WINDOW_ROWS, le=MAX_WINDOW_ROWS)]  # N, with the newest row
+    scales: Annotated[list[Length], Field(min_length=1, max_length=8)]  # how many of the newest rows are summarised
+
+    @model_validator(mode="after")
+    def _check_scales(self) -> Self:
+        if self.scales != sorted(set(self.scales)) or self.scales[-1] != self.rows:
+            raise ValueError(f"expected ascending scales that end with {self.rows}, got {self.scales}")
+        return self
+
+    @property
+    def least_rows(self) -> int:
+        """How many rows of a window must be there before its newest row is judged."""
+        return max(1, round(self.rows / WARM_SHARE))
+
+    def longest_gap_seconds(self, usual_step_seconds: float | None) -> float:
+        """Return the longest time between two rows of a window; infinity if the usual step is unknown."""
+        return self.rows / WARM_SHARE * usual_step_seconds if usual_step_seconds else math.inf
+
+
 class Golden(_Frozen):
     """Golden answers: inputs, and the model's outputs at publication. `load` checks that the outputs still agree."""
 
@@ -188,6 +213,7 @@ class Manifest(_Frozen):
     recalibration: Recalibration | None = None  # None if the model was not recalibrated
     warnings: list[str] = []  # why the model may be of no use; see training.evaluation.worth
     timeline: Timeline | None = None  # None if the model was trained without times
+    window: Window | None = None  # None if the model judges each row alone
 
     @model_validator(mode="after")
     def _check_shape(self) -> Self:
@@ -196,12 +222,11 @@ class Manifest(_Frozen):
         return self
 
     @model_serializer(mode="wrap")
-    def _leave_out_absent_timeline(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Return the fields. Leave out `timeline` if it is None: earlier releases refuse manifests with this field."""
+    def _leave_out_absent_fields(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Return the fields, but leave out those in NEW_FIELDS that are None: earlier releases refuse them."""
         fields: dict[str, Any] = serialise(self)
-        if self.timeline is None:
-            fields.pop("timeline", None)
-        return fields
+        absent = {name for name in NEW_FIELDS if getattr(self, name) is None}
+        return {name: value for name, value in fields.items() if name not in absent}
 
     @property
     def width(self) -> int:

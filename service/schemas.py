@@ -355,6 +355,13 @@ class BackendChoice(BaseModel):
     )
 
 
+class WindowInfo(BaseModel):
+    """The rows that a model judges together: a row, and the rows before it in its group."""
+
+    rows: int = Field(description="N: rows of a window, its newest row included; `inputs` are [B, N, D]")
+    scales: list[int] = Field(description="over how many of the newest rows the model takes means and deviations")
+
+
 class ModelSummary(BaseModel):
     """One loaded version."""
 
@@ -368,6 +375,9 @@ class ModelSummary(BaseModel):
     parts: list[str] = Field(description="names of the parts of the score")
     pixel_range: tuple[float, float] | None = Field(
         description="raw values of black and white; null unless rows are images"
+    )
+    window: WindowInfo | None = Field(
+        None, description="the rows that the model judges together; absent if it judges each row alone"
     )
     pictures: bool = Field(description="whether outputs are available as image/png")
     exhibits: list[str] = Field(

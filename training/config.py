@@ -12,11 +12,12 @@ from pydantic import (
     model_serializer,
 )
 
-from models.manifest import NAME
+from models.manifest import MAX_WINDOW_ROWS, MIN_WINDOW_ROWS, NAME
 
 Kind = Literal["pca", "ae", "vae", "ensemble"]
 EVERY_KIND: tuple[Kind, ...] = get_args(Kind)
 AUTO_KINDS: tuple[Kind, ...] = ("pca", "ae", "vae")  # the kinds that auto compares and that `elbo demo` trains
+NEW_OPTIONS = ("time", "group", "window")  # options that earlier releases do not know
 WIDTHS = {"mlp": (256, 128), "conv": (32, 64)}  # default hidden widths; for tables, see fitting/defaults.py
 
 
@@ -139,6 +140,12 @@ class TrainConfig(BaseModel):
     group: str | None = Field(
         None, description="column with the group of each row, such as its host; needs --time; default: one group"
     )
+    window: Literal["auto"] | int | None = Field(
+        None,
+        description="judge each row together with the rows before it in its group, this many rows in all (2 to 1000), "
+        "by their means and deviations; needs --time; auto: 30 rows, or 10 if there are too few rows for 30, or none; "
+        "default: judge each row alone",
+    )
     size: tuple[int, int] | None = Field(
         None,
         description="<height>x<width>: crop each image of a folder around its centre, and resize it to this size",
@@ -176,11 +183,20 @@ class TrainConfig(BaseModel):
             raise ValueError("expected another column than that of --time")
         return group
 
+    @field_validator("window")
+    @classmethod
+    def _check_window(cls, window: str | int | None, info: ValidationInfo) -> str | int | None:
+        if window is not None and info.data.get("time") is None:
+            raise ValueError("expected --time too, because a window holds the rows before a row in time")
+        if isinstance(window, int) and not MIN_WINDOW_ROWS <= window <= MAX_WINDOW_ROWS:
+            raise ValueError(f"expected auto, or {MIN_WINDOW_ROWS} to {MAX_WINDOW_ROWS} rows")
+        return window
+
     @model_serializer(mode="wrap")
     def _leave_out_absent_columns(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Return the options, but omit `time` or `group` if it is None: older releases refuse artifacts with them."""
+        """Return the options, but omit those in NEW_OPTIONS that are None: older releases refuse them."""
         options: dict[str, Any] = serialise(self)
-        absent = {name for name in ("time", "group") if options.get(name, "") is None}
+        absent = {name for name in NEW_OPTIONS if options.get(name, "") is None}
         return {name: value for name, value in options.items() if name not in absent}
 
     @property

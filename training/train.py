@@ -13,7 +13,6 @@ from models.keys import PrivateKey
 from models.manifest import Manifest
 from training.config import AUTO_KINDS, TrainConfig
 from training.data.table import Table
-from training.data.time_split import split_table
 from training.errors import FitError
 from training.evaluation.metrics import held_out_metrics, pca_metrics
 from training.evaluation.model_selection import Candidate, compare
@@ -21,7 +20,8 @@ from training.evaluation.worth import find_warnings
 from training.fitting.checkpoint import CheckpointStore, claim
 from training.fitting.distributed import ProcessGroup
 from training.fitting.pipeline import fit_pipeline
-from training.fitting.prepared_data import PreparedData, prepare_data
+from training.fitting.prepared_data import PreparedData
+from training.fitting.windows import prepare
 from training.progress import Reporter, SilentReporter
 from training.publishing.compatibility import refuse_other_features
 from training.publishing.publish import publish
@@ -83,8 +83,8 @@ def train(
         stores = _checkpoint_stores(configs, table, runs, checkpoint_seconds, resume=resume, alone=alone)
         if resume:
             stores = _set_to_resume(stores)
-        data = prepare_data(table, split_table(table, config.seed), config.robust)
-        for note in data.split_notes:
+        data, window_notes = prepare(config, table)
+        for note in [*window_notes, *data.split_notes]:
             report.note(note)
         candidates = [
             _fit_candidate(each, data, report, checkpoints=store, tensorboard=tensorboard, processes=processes)
@@ -184,19 +184,21 @@ def _fit_candidate(
     others = {}
     if config.model != "pca":
         baseline_pca = data.pca(pipeline.scaling, pipeline.prior.means.shape[1])
+    row_scaling = None if data.windows is None else data.windows.scaling
     metrics = held_out_metrics(
         pipeline,
         data.held_out,
         centre=data.moments.mean.float(),
         baseline_pca=baseline_pca,
         seed=config.seed,
+        row_scaling=row_scaling,
     )
     warnings, is_worse_than_mean = find_warnings(pipeline, baseline_pca, data)
     for warning in warnings:
         report.note(warning)  # not to the recorder, because the manifest keeps the warnings
     # This must come last: `float` converts the PCA in place, and `held_out_metrics` needs the PCA in float64.
     if baseline_pca is not None:
-        others["pca"] = pca_metrics(baseline_pca.float(), pipeline.scaling, data.held_out)
+        others["pca"] = pca_metrics(baseline_pca.float(), pipeline.scaling, data.held_out, row_scaling)
     recorder.done(metrics)
     return Candidate(config, pipeline, metrics, others, recorder, warnings, is_worse_than_mean)
 
@@ -250,14 +252,14 @@ def _are_networks_saved(candidates: Sequence[Candidate], stores: Sequence[Checkp
 
 def _write_report(folder: Path, manifest: Manifest, candidate: Candidate, data: PreparedData, report: Reporter) -> None:
     """Write the model card and the plots into `folder`, whose name is the version."""
-    labels = data.table.labels
+    labels, rows = data.table.labels, data.split.held_out
     write_run(
         folder,
         manifest,
         candidate.pipeline,
         version=int(folder.name),
         held_out=data.held_out,
-        labels=None if labels is None else labels[data.split.held_out],
+        labels=None if labels is None else labels[rows],
         label_names=data.table.label_names,
         notes=[*data.notes, *candidate.recorder.notes],
         report=report,

@@ -218,6 +218,8 @@ def _run_operations(served: ServedModel, rows: int) -> None:
     manifest, backend = served.manifest, served.backend
     medians = np.array([[feature.median for feature in manifest.features]], np.float32)
     x = medians.repeat(rows, axis=0)
+    if manifest.window is not None:
+        x = np.repeat(x[:, None], manifest.window.rows, axis=1)
     noise, choice = NoiseSource().draw(0, rows, manifest.latents)
     inputs_by_operation = {
         operations.ENCODE: (x,),

@@ -1,7 +1,8 @@
 """The operations that the endpoints run on a model.
 
 The first dimension of every tensor counts rows, so that the rows of several requests can share a batch. The letters in
-shapes mean: B rows, D features, K latents, P parts of the score.
+shapes mean: B rows, D features, K latents, P parts of the score. A model with a window takes windows [B, N, D] in place
+of rows x [B, D]; its outputs have the same shapes, for the newest row of each window.
 """
 
 from collections.abc import Callable

@@ -71,8 +71,9 @@ class ServedModel:
 
     @cached_property
     def row_bytes(self) -> int:
-        """Size of one row or of its latents, whichever is larger, in bytes."""
-        return 4 * max(self.manifest.width, self.manifest.latents)
+        """Size of one row, or of its window if the model has one, or of its latents, whichever is largest, in bytes."""
+        window = self.manifest.window
+        return 4 * max(self.manifest.width * (window.rows if window else 1), self.manifest.latents)
 
     @cached_property
     def selectors(self) -> FeatureSelectors:
@@ -100,6 +101,7 @@ class ServedModel:
 def describe(served: ServedModel) -> dict[str, Any]:
     """Return the entry of `served` in GET /models: everything that a client must know before its first request."""
     manifest = served.manifest
+    window = {} if manifest.window is None else {"window": manifest.window.model_dump()}
     return {
         "name": served.name,
         "version": served.version,
@@ -110,6 +112,7 @@ def describe(served: ServedModel) -> dict[str, Any]:
         "latents": manifest.latents,
         "parts": manifest.parts,
         "pixel_range": manifest.pixel_range,
+        **window,
         "pictures": served.has_png_output,
         "exhibits": [name.partition(".")[0] for name in served.exhibits],
         "metrics": manifest.metrics,

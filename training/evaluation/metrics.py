@@ -37,7 +37,12 @@ class Bound(NamedTuple):
 
 
 def held_out_metrics(
-    pipeline: Pipeline, held_out: Tensor, centre: Tensor, baseline_pca: PCA | None, seed: int
+    pipeline: Pipeline,
+    held_out: Tensor,
+    centre: Tensor,
+    baseline_pca: PCA | None,
+    seed: int,
+    row_scaling: Scaling | None = None,
 ) -> dict[str, float]:
     """Return the metrics of a model on its held-out rows.
 
@@ -58,29 +63,49 @@ def held_out_metrics(
     - `elbo` (VAE): `reconstruction` minus `kl`.
     - `active_latents` (VAE): the number of latents that carry information.
 
+    A model with a window is a model of summaries. Its errors are those of the newest rows of the windows. It has no
+    log-likelihood, because that of the summaries is not one of rows; the parts of the ELBO are those of the summaries.
+
     Args:
         pipeline: the model.
         held_out: rows [M, D], raw units, NaN where a value is missing.
         centre: mean of the fit rows [D], raw units.
         baseline_pca: PCA with the same number of latents, in the model units of `pipeline`, or None.
         seed: seed of the posterior samples.
+        row_scaling: converts rows from raw units to the units in which they are summarised; None without a window.
     """
     with torch.inference_mode():
         x_hat = torch.cat([pipeline(rows) for rows in held_out.split(BATCH)])
         metrics = {
-            "reconstruction_error": squared_error(held_out, x_hat),
-            "baseline_error": squared_error(held_out, centre),
+            "reconstruction_error": _row_error(held_out, x_hat, row_scaling),
+            "baseline_error": _row_error(held_out, centre, row_scaling),
         }
         if baseline_pca is not None:
-            metrics["pca_error"] = pca_metrics(baseline_pca, pipeline.scaling, held_out)["reconstruction_error"]
-        return metrics | core_metrics(pipeline.core, pipeline.scaling, pipeline.scaling(held_out), seed)
+            of_pca = pca_metrics(baseline_pca, pipeline.scaling, held_out, row_scaling)
+            metrics["pca_error"] = of_pca["reconstruction_error"]
+        u = pipeline.scaling(held_out)
+        if row_scaling is None:
+            return metrics | core_metrics(pipeline.core, pipeline.scaling, u, seed)
+        return metrics | (vae_metrics(pipeline.core, u, seed) if isinstance(pipeline.core, VAE) else {})
 
 
-def pca_metrics(pca: PCA, scaling: Scaling, held_out: Tensor) -> dict[str, float]:
-    """Return the metrics of `pca` on rows held_out [M, D] in raw units. `scaling` maps them to the units of `pca`."""
+def pca_metrics(pca: PCA, scaling: Scaling, held_out: Tensor, row_scaling: Scaling | None = None) -> dict[str, float]:
+    """Return the metrics of `pca` on rows held_out [M, D] in raw units. `scaling` maps them to the units of `pca`.
+
+    For `row_scaling`, see `held_out_metrics`.
+    """
     u = scaling(held_out)
     x_hat = torch.cat([scaling.inverse(pca.decode(pca.encode(rows)[0])) for rows in u.split(BATCH)])
-    return {"reconstruction_error": squared_error(held_out, x_hat)} | core_metrics(pca, scaling, u, seed=0)
+    metrics = {"reconstruction_error": _row_error(held_out, x_hat, row_scaling)}
+    return metrics if row_scaling else metrics | core_metrics(pca, scaling, u, seed=0)
+
+
+def _row_error(x: Tensor, x_hat: Tensor, row_scaling: Scaling | None) -> float:
+    """Return the `squared_error` of rows. If x [M, V] are summaries, it is that of the newest rows, in raw units."""
+    if row_scaling is None:
+        return squared_error(x, x_hat)
+    width = len(row_scaling.shift)
+    return squared_error(row_scaling.inverse(x[:, :width]), row_scaling.inverse(x_hat[..., :width]))
 
 
 def squared_error(x: Tensor, x_hat: Tensor) -> float:

@@ -26,10 +26,30 @@ def fit_observation(core: Core, prior: Prior, scaling: Scaling, data: PreparedDa
     held-out rows, and the variances that the decoded samples lack: each feature of the samples then has the variance of
     the fit rows.
     """
+    return _observation(core, _noise_covariance(core, prior, scaling, data), scaling, data)
+
+
+def fit_row_observation(
+    core: Core, prior: Prior, scaling: Scaling, data: PreparedData, row_scaling: Scaling
+) -> Observation:
+    """Return the noise of the newest rows of windows, for `core`, a model of their summaries.
+
+    Args:
+        scaling: converts summaries to the units of `core`.
+        data: the summaries, with their windows.
+        row_scaling: converts rows from raw units to the units of `core`, [D].
+    """
+    width = len(row_scaling.shift)
+    covariance = _noise_covariance(core, prior, scaling, data)  # [V, V] or [V]
+    covariance = covariance[:width, :width] if covariance.dim() == 2 else covariance[:width]
+    return _observation(core, covariance, row_scaling, data.rows)
+
+
+def _observation(core: Core, covariance: Tensor, scaling: Scaling, data: PreparedData) -> Observation:
+    """Return the noise with `covariance` [D, D], or with these variances [D], in model units, for rows like `data`."""
     low, high = data.moments.low, data.moments.high
     if isinstance(core, VAE) and isinstance(core.likelihood, BernoulliLikelihood):
         return BernoulliObservation(scaling.shift, scaling.shift + scaling.scale)
-    covariance = _noise_covariance(core, prior, scaling, data)  # [D, D] or [D], model units
     scale = scaling.scale.double()
     if covariance.dim() == 2:
         values, vectors = torch.linalg.eigh(covariance)
@@ -49,6 +69,8 @@ def _noise_covariance(core: Core, prior: Prior, scaling: Scaling, data: Prepared
     """Return the covariance [D, D] or the variances [D] of the noise in model units, float64."""
     width = data.table.x.width
     if isinstance(core, VAE):
+        if isinstance(core.likelihood, BernoulliLikelihood):
+            return torch.zeros(width)  # the draw of a Bernoulli needs no noise
         assert isinstance(core.likelihood, GaussianLikelihood)
         log_variance = core.likelihood.log_variance.detach().clamp(core.likelihood.low, core.likelihood.high)
         return log_variance.double().exp().expand(width).clone()

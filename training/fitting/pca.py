@@ -102,6 +102,11 @@ def _largest_eigenpairs(symmetric: Doubles, count: int) -> tuple[Tensor, Tensor]
     return torch.from_numpy(values[::-1].copy()), torch.from_numpy(vectors.T[::-1].copy())
 
 
+def eigenpairs(symmetric: Doubles) -> tuple[Tensor, Tensor]:
+    """Return all eigenvalues of a symmetric matrix, descending, and their eigenvectors as rows. Both are float64."""
+    return _largest_eigenpairs(symmetric, len(symmetric))
+
+
 def _eigenvalues(symmetric: Doubles) -> Tensor:
     from scipy.linalg import eigvalsh
 

@@ -6,6 +6,7 @@ from models import artifact
 from models.autoencoder import Autoencoder
 from models.core import Core
 from models.ensemble import Ensemble
+from models.heavy_tailed import HeavyTailedAutoencoder
 from models.pca import PCA
 from models.pipeline import Pipeline
 from models.scaling import Scaling
@@ -17,8 +18,9 @@ from training.fitting.checkpoint import CheckpointStore
 from training.fitting.defaults import default_image_latents, default_table_latents, with_defaults
 from training.fitting.distributed import ProcessGroup
 from training.fitting.explanation import fit_explanation
+from training.fitting.heavy_tailed import count_axes, fit_heavy_tailed_ensemble, fit_heavy_tailed_pca, with_heavy_tails
 from training.fitting.observation import fit_observation
-from training.fitting.pca import fit_pca, pca_from_moments
+from training.fitting.pca import fit_pca, pca_from_moments, spectrum_from_moments
 from training.fitting.prepared_data import MAX_COVARIANCE_FEATURES, PreparedData
 from training.fitting.prior import fit_prior
 from training.fitting.scaling import fit_scaling, scaling_method
@@ -34,7 +36,7 @@ def fit_pipeline(
     checkpoints: CheckpointStore | None = None,
     processes: ProcessGroup = ProcessGroup(),  # noqa: B008  # frozen
 ) -> Pipeline:
-    """Return the fitted pipeline, on the CPU.
+    """Return the fitted pipeline, on the CPU. If `data` has windows, it is the model of their summaries.
 
     Networks and PCA are fitted to the fit rows. Score statistics of networks are fitted to the held-out rows, and those
     of PCA to the fit rows. The calibration is fitted to the calibration rows.
@@ -81,17 +83,21 @@ def fit_pipeline(
             case kind:
                 raise NotImplementedError(f"no fit is defined for the kind {kind!r}")
     reporter.stage("computing the score statistics")
-    core = core.cpu().float().eval()
-    if config.model == "ensemble":
-        assert isinstance(core, Autoencoder)
-        core = Ensemble(core, fit_neighbours(sample), torch.ones(len(Ensemble.parts)))
-    fit_score_statistics(core, held_out, sample, config.robust, data.images)
+    if data.windows is None:
+        core = core.cpu().float().eval()
+        if config.model == "ensemble":
+            assert isinstance(core, Autoencoder)
+            core = Ensemble(core, fit_neighbours(sample), torch.ones(len(Ensemble.parts)))
+        fit_score_statistics(core, held_out, sample, config.robust, data.images)
+    else:
+        core = _with_window_score(core.cpu().eval(), config, data, scaling)
 
     prior = fit_prior(core, sample, latents, config.seed)
     reporter.stage("calibrating")
     calibration = fit_calibration(core, scaling(data.calibration))
     explanation = fit_explanation(data.moments, scaling, data.images)
-    observation = fit_observation(core, prior, scaling, data)
+    # Samples of a model with a window are rows, not summaries: see `fit_windowed`.
+    observation = None if data.windows else fit_observation(core, prior, scaling, data)
     return Pipeline(scaling, core, prior, calibration, explanation, observation).eval()
 
 
@@ -99,9 +105,23 @@ def _default_latents(kind: str, data: PreparedData, scaling: Scaling) -> int:
     width = data.table.x.width
     if data.images or data.moments.covariance is None:
         return default_image_latents(width)
+    if data.windows is not None and kind == "pca":
+        return count_axes(spectrum_from_moments(data.scaled_moments(scaling)), len(data.split.fit))
     total = data.scaled_moments(scaling).variance.sum()
     variance_shares = (data.spectrum(scaling) / total).tolist()
     return default_table_latents(kind, variance_shares, len(data.split.fit), width)
+
+
+def _with_window_score(core: Core, config: TrainConfig, data: PreparedData, scaling: Scaling) -> Core:
+    """Return the model of summaries that has the networks of `core`, with its score statistics."""
+    moments, held_out = data.scaled_moments(scaling), scaling(data.held_out)
+    if isinstance(core, PCA):
+        return fit_heavy_tailed_pca(moments, len(core.eigenvalues)).eval()
+    core = with_heavy_tails(core.float(), held_out, scaling(data.sample), config.robust)
+    if config.model == "ensemble":
+        assert isinstance(core, HeavyTailedAutoencoder)
+        core = fit_heavy_tailed_ensemble(core, moments, held_out, config.robust)
+    return core.eval()
 
 
 def _fit_pca(data: PreparedData, scaling: Scaling, latents: int) -> PCA:

@@ -8,17 +8,46 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from models.manifest import Window
 from models.pca import PCA
 from models.scaling import Scaling, standardise
 from training.data.moments import Moments, compute_moments
 from training.data.row_store import Floats, RowStore, column_medians
 from training.data.table import MAX_HELD_OUT_BYTES, MAX_HELD_OUT_ROWS, Split, Table
 from training.data.time_split import TimeSplit, describe_split
+from training.data.windows import take_table_windows
 from training.fitting.pca import pca_from_moments, spectrum_from_moments
 from training.fitting.whitening import most_concentrated_rows
 
 SPECTRUM_SIZE = 256  # `PreparedData.spectrum` returns at most this many eigenvalues
 MAX_COVARIANCE_FEATURES = 4096  # with more features, computing the covariance's eigenvectors would take hours
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """The windows whose summaries are the rows of a `PreparedData`.
+
+    Args:
+        window: how many rows a window has, and how they are summarised.
+        rows: the rows themselves, with the same split as the summaries.
+        scaling: converts the rows from raw units to model units, in which they are summarised.
+        earlier: how many rows of its stretch precede each row, [N].
+        notes: what the user should know about the windows.
+    """
+
+    window: Window
+    rows: "PreparedData"
+    scaling: Scaling
+    earlier: npt.NDArray[np.int64]
+    notes: list[str]
+
+    def take(self, positions: npt.NDArray[np.int64]) -> Tensor:
+        """Return the windows [B, N, D] that end at the rows at `positions` [B], in raw units, oldest row first."""
+        return torch.from_numpy(
+            np.concatenate(
+                [take_table_windows(self.rows.table.x, at, at + 1, self.earlier, self.window.rows) for at in positions]
+            )
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +62,7 @@ class PreparedData:
         held_out: held-out rows [M, D] in raw units, NaN where a value is missing.
         calibration: calibration rows [C, D], in the same form as `held_out`.
         sample: all fit rows, or as many as may be kept in memory, [S, D], in the same form as `held_out`.
+        windows: the windows whose summaries are the rows of `table`; None if the model judges each row alone.
     """
 
     table: Table
@@ -43,10 +73,18 @@ class PreparedData:
     held_out: Tensor
     calibration: Tensor
     sample: Tensor
+    windows: Windows | None = None
+
+    @property
+    def rows(self) -> "PreparedData":
+        """The rows of the source: those that the windows consist of, if there are windows."""
+        return self if self.windows is None else self.windows.rows
 
     @property
     def split_notes(self) -> list[str]:
         """What the user should know about a split by time: the periods, and groups that are not in all parts."""
+        if self.windows is not None:
+            return [*self.windows.notes, *self.windows.rows.split_notes]
         if self.table.timeline is None or not isinstance(self.split, TimeSplit):
             return []
         return describe_split(self.table.timeline, self.split)
@@ -54,7 +92,8 @@ class PreparedData:
     @property
     def notes(self) -> list[str]:
         """What the user should know about the rows."""
-        return [*self.table.notes, *self.table.warnings, *self.split_notes]
+        table = self.rows.table
+        return [*table.notes, *table.warnings, *self.split_notes]
 
     @property
     def images(self) -> bool:

@@ -6,6 +6,7 @@ from torch import Tensor
 from models.autoencoder import Autoencoder
 from models.core import Core
 from models.ensemble import Ensemble
+from models.heavy_tailed import HeavyTailedEnsemble
 from models.pca import PCA
 from models.prior import Prior, gaussian_prior
 from models.vae import VAE
@@ -25,7 +26,7 @@ def fit_prior(core: Core, u: Tensor, latents: int, seed: int) -> Prior:
         return gaussian_prior((core.eigenvalues - core.noise_variance).clamp(min=0.0).sqrt())
     if isinstance(core, VAE):
         return gaussian_prior(torch.ones(latents))
-    if isinstance(core, Autoencoder | Ensemble):
+    if isinstance(core, Autoencoder | Ensemble | HeavyTailedEnsemble):
         return _fit_mixture(core, u, seed)
     raise NotImplementedError(f"no prior is defined for {type(core).__name__}")
 

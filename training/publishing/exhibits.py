@@ -26,10 +26,10 @@ def make_exhibits(pipeline: Pipeline, manifest: Manifest, data: PreparedData, no
     Args:
         notes: messages about the data and the training, repeated in the card.
     """
-    exhibits = {}
+    exhibits, rows = {}, data.rows
     if not manifest.training.get("private"):
         exhibits[HELD_OUT] = _held_out_json(pipeline, data)
-        exhibits[TRAINED_ROWS] = make_sketch(data.table.x, np.concatenate((data.split.fit, data.split.held_out)))
+        exhibits[TRAINED_ROWS] = make_sketch(rows.table.x, np.concatenate((rows.split.fit, rows.split.held_out)))
     exhibits[CALIBRATION] = calibration_json(pipeline.calibration.scores)
     exhibits[CARD] = card(manifest, None, notes, ()).encode()
     return exhibits
@@ -40,7 +40,7 @@ def _held_out_json(pipeline: Pipeline, data: PreparedData) -> bytes:
 
     The JSON also contains the first R of these rows, as `inputs` [R, D].
     """
-    rows = data.held_out[:MAX_LATENT_ROWS]
+    rows, inputs = data.held_out[:MAX_LATENT_ROWS], data.rows.held_out[:MAX_LATENT_ROWS]
     with torch.inference_mode():
         latents = pipeline.encode(rows)[0]
     labels = data.table.labels
@@ -49,7 +49,7 @@ def _held_out_json(pipeline: Pipeline, data: PreparedData) -> bytes:
         "labels": None if labels is None else labels[data.split.held_out[: len(rows)]],
         "label_names": data.table.label_names,
         "latents": latents.contiguous().numpy(),
-        "inputs": rows[: max(1, MAX_VALUES // rows.shape[1])].numpy(),
+        "inputs": inputs[: max(1, MAX_VALUES // inputs.shape[1])].numpy(),
     }
     return orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY)
 

@@ -19,16 +19,17 @@ from torch.jit._trace import TracerWarning
 from models.artifact import TWIN_METHODS, Graph, reconstruct
 from models.pipeline import Pipeline
 from models.scaling import ImputingScaling
+from models.windowed import Windowed
 
 OPSET = 18
 
 
-def export(pipeline: Pipeline, x: Tensor, z: Tensor) -> dict[str, Graph]:
+def export(pipeline: Pipeline | Windowed, x: Tensor, z: Tensor) -> dict[str, Graph]:
     """Return the graphs of TWIN_METHODS by method name. Each graph takes any number of rows.
 
     Args:
         pipeline: the pipeline to export, on the CPU and in evaluation mode.
-        x: rows [B, D] to trace with, which may contain NaN if the model imputes missing values.
+        x: rows [B, D], or windows [B, N, D], to trace with, which may contain NaN if the model imputes missing values.
         z: latents [B, K] to trace with.
 
     Raises:
@@ -38,7 +39,7 @@ def export(pipeline: Pipeline, x: Tensor, z: Tensor) -> dict[str, Graph]:
     return {method: _graph(pipeline, method, z if method == "decode" else x) for method in TWIN_METHODS}
 
 
-def _graph(pipeline: Pipeline, method: str, rows: Tensor) -> Graph:
+def _graph(pipeline: Pipeline | Windowed, method: str, rows: Tensor) -> Graph:
     import onnx
 
     traced = copy.copy(pipeline)  # shares the weights, under the same names
@@ -65,7 +66,7 @@ def _graph(pipeline: Pipeline, method: str, rows: Tensor) -> Graph:
     return Graph(model.SerializeToString(deterministic=True), names)
 
 
-def _reconstruct(pipeline: Pipeline, x: Tensor) -> tuple[Tensor, Tensor]:
+def _reconstruct(pipeline: Pipeline | Windowed, x: Tensor) -> tuple[Tensor, Tensor]:
     return reconstruct(pipeline, x, isinstance(pipeline.scaling, ImputingScaling))
 
 

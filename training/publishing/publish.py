@@ -17,11 +17,13 @@ from models.keys import PrivateKey
 from models.manifest import FORMAT_VERSION, CalibrationSize, Data, Feature, Golden, Manifest, Timeline, version_folder
 from models.pipeline import Pipeline
 from models.versions import next_version
+from models.windowed import Windowed
 from training.data.time_split import TimeSplit, summarise
 from training.evaluation.metrics import density_scale
 from training.evaluation.model_selection import Candidate
 from training.fitting.latents import describe_latents
 from training.fitting.prepared_data import PreparedData
+from training.fitting.windows import with_window
 from training.progress import Reporter
 from training.publishing.exhibits import make_exhibits
 from training.publishing.onnx_export import export
@@ -50,11 +52,13 @@ def publish(
         ArtifactUnwritable: the disk is full, or this user may not write to the folder. The message says where the
             trained model is.
     """
-    module = artifact.script(chosen.pipeline)
-    rows = data.fill_missing(data.held_out[:GOLDEN_ROWS])
-    manifest = _manifest(chosen, comparison, data, _golden(module, rows, chosen.config.seed))
+    pipeline = with_window(chosen.pipeline, data)
+    module = artifact.script(pipeline)
+    rows = _golden_inputs(data)
+    golden = _golden(module, rows, chosen.config.seed)
+    manifest = _manifest(chosen, comparison, data, golden, artifact.weights_sha256(pipeline))
     report.stage("exporting the ONNX twin")
-    twin = _twin(chosen.pipeline, rows, report)
+    twin = _twin(pipeline, rows, report)
     notes = [*data.notes, *chosen.recorder.notes]
     report.stage("writing the artifact")
     exhibits = make_exhibits(chosen.pipeline, manifest, data, notes)
@@ -74,7 +78,16 @@ def publish(
         raise ArtifactUnwritable(f"{error}. The trained model is kept: publish it with {commands}{sign}") from error
 
 
-def _twin(pipeline: Pipeline, rows: torch.Tensor, report: Reporter) -> dict[str, artifact.Graph] | None:
+def _golden_inputs(data: PreparedData) -> torch.Tensor:
+    """Return held-out rows [GOLDEN_ROWS, D], or windows [GOLDEN_ROWS, N, D] of which the last one is short."""
+    if data.windows is None:
+        return data.fill_missing(data.held_out[:GOLDEN_ROWS])
+    windows = data.windows.take(data.rows.split.held_out[:GOLDEN_ROWS])
+    windows[-1, : -data.windows.window.least_rows] = torch.nan
+    return windows
+
+
+def _twin(pipeline: Pipeline | Windowed, rows: torch.Tensor, report: Reporter) -> dict[str, artifact.Graph] | None:
     try:
         return export(pipeline, rows, pipeline.encode(rows)[0])
     except Exception as error:  # noqa: BLE001 - the exporter raises many types, and the twin is optional
@@ -94,6 +107,7 @@ def _golden(module: torch.jit.ScriptModule, rows: torch.Tensor, seed: int) -> Go
 
 
 def _features(data: PreparedData) -> list[Feature]:
+    """Return the features of the rows in `data`."""
     table, moments = data.table, data.moments
     columns = table.names, table.units, data.medians, moments.low, moments.high, table.missing, moments.mean
     return [
@@ -145,9 +159,13 @@ def _finite(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def _manifest(
-    chosen: Candidate, comparison: dict[str, dict[str, float]], data: PreparedData, golden: Golden
+    chosen: Candidate,
+    comparison: dict[str, dict[str, float]],
+    data: PreparedData,
+    golden: Golden,
+    weights_sha256: str,
 ) -> Manifest:
-    table, pipeline, calibration = data.table, chosen.pipeline, len(data.split.calibration)
+    table, pipeline, calibration = data.rows.table, chosen.pipeline, len(data.split.calibration)
     scaled = data.moments.scaled(pipeline.scaling.shift, pipeline.scaling.scale)
     return Manifest(
         format_version=FORMAT_VERSION,
@@ -155,23 +173,24 @@ def _manifest(
         kind=chosen.config.model,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         shape=list(table.shape),
-        features=_features(data),
+        features=_features(data.rows),
         latents=len(golden.outputs["draw"][0]),
         parts=list(pipeline.core.parts),
         pixel_range=table.pixel_range,
         training=chosen.config.model_dump(),
-        data=_data(data),
+        data=_data(data.rows),
         metrics=_finite(chosen.metrics),
         comparison={kind: _finite(metrics) for kind, metrics in comparison.items()},
         calibration=CalibrationSize(rows=calibration, floor=1.0 / (calibration + 1)),
         golden=golden,
         versions=software_versions(),
-        weights_sha256=artifact.weights_sha256(pipeline),
+        weights_sha256=weights_sha256,
         history=chosen.recorder.history,
         latent_report=describe_latents(pipeline.core, pipeline.scaling(data.held_out)),
         spectrum=data.spectrum(pipeline.scaling).tolist(),
         total_variance=float(scaled.variance.sum()),
-        log_scale=density_scale(pipeline.core, pipeline.scaling),
+        log_scale=0.0 if data.windows else density_scale(pipeline.core, pipeline.scaling),
         warnings=chosen.warnings,
-        timeline=_timeline(data),
+        timeline=_timeline(data.rows),
+        window=data.windows and data.windows.window,
     )

@@ -107,7 +107,7 @@ def recalibrate(
     exhibits = {name: content for name, content in parent.exhibits.items() if name == artifact.HELD_OUT}
     if known_rows is not None:
         exhibits[artifact.TRAINED_ROWS] = known_rows
-    exhibits[artifact.CALIBRATION] = calibration_json(module.calibration.scores)
+    exhibits[artifact.CALIBRATION] = calibration_json(_calibration_of(module, parent).scores)
     exhibits[artifact.CARD] = card(manifest, None, notes, ()).encode()
     path = artifact.publish(module, manifest, root, twin, exhibits, key)
     if runs is not None:
@@ -203,13 +203,20 @@ def _compare_with_old(parent: Artifact, table: Table, scores: Floats, alpha: flo
         )
 
 
+def _calibration_of(module: torch.jit.ScriptModule, parent: Artifact) -> torch.jit.ScriptModule:
+    """Return the part of `module`, the module of `parent`, that holds the calibration."""
+    found: torch.jit.ScriptModule = (module if parent.manifest.window is None else module.pipeline).calibration
+    return found
+
+
 def _replace(module: torch.jit.ScriptModule, parent: Artifact, scores: Tensor) -> None:
     """Replace the calibration of `module` by one computed from `scores` [n]. Raise FitError if that is impossible."""
     fresh = Calibration(scores)
-    new, old = dict(fresh.named_buffers()), dict(module.calibration.named_buffers())
+    calibration = _calibration_of(module, parent)
+    new, old = dict(fresh.named_buffers()), dict(calibration.named_buffers())
     same = new.keys() == old.keys()
     for key in new if same else ():
-        setattr(module.calibration, key, new[key])
+        setattr(calibration, key, new[key])
     alpha = artifact.GOLDEN_ALPHA
     if not (
         same

@@ -1,0 +1,182 @@
+"""Prepare the windows of a table for fitting, and join the fitted model of their summaries with the summaries."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from models.manifest import Window
+from models.observation import Observation
+from models.pipeline import Pipeline
+from models.scaling import Scaling
+from models.windowed import Summaries, Windowed
+from models.windows import default_scales, summary_names, summary_width
+from training.config import TrainConfig
+from training.data.ingest import full_disk_as_data_error
+from training.data.row_store import Floats
+from training.data.table import MEMORY_BYTES, Split, Table
+from training.data.time_split import BEFORE_HELD_OUT, split_table
+from training.data.timeline import list_groups
+from training.data.windows import find_earlier_rows, summarise_table
+from training.errors import FitError
+from training.fitting.explanation import MAX_EXPLAINED_FEATURES
+from training.fitting.observation import fit_row_observation
+from training.fitting.prepared_data import PreparedData, Windows, prepare_data
+from training.fitting.scaling import fit_scaling
+from training.fitting.whitening import MAX_FULL_WIDTH
+
+AUTO_ROWS = (30, 10)  # the windows that --window auto considers; see benchmarks/anomaly/results/server_metrics.md
+MIN_WINDOWS = 10  # a group carries a window if it has at least this many times as many fit rows
+MIN_GROUPS = 0.9  # share of the groups that must carry the window
+MIN_ROWS_PER_SUMMARY = 20  # fit rows per summary
+
+
+def choose_window(config: TrainConfig, table: Table) -> tuple[Window | None, list[str]]:
+    """Return the window that `config` asks for, and notes for the user. None: the model judges each row alone.
+
+    `auto` does not compare windows on held-out rows. Measured on nine servers, no criterion without labels chose
+    better than the fixed 30 rows.
+
+    Raises:
+        FitError: the rows cannot have windows.
+    """
+    if config.window is None or table.timeline is None:
+        return None, []
+    if len(table.shape) > 1:
+        raise FitError(f"--window needs rows of features, got rows of the shape {list(table.shape)}")
+    if config.window != "auto":
+        return _window(config.window, table.x.width)
+    width = table.x.width
+    groups = BEFORE_HELD_OUT * np.diff(table.timeline.starts)  # fit rows of each group
+    for rows in AUTO_ROWS:
+        window, notes = _window(rows, width)
+        summaries = summary_width(width, window.scales)
+        has_groups = (groups >= MIN_WINDOWS * rows).mean() >= MIN_GROUPS
+        if has_groups and groups.sum() >= MIN_ROWS_PER_SUMMARY * summaries:
+            least = f"at least {MIN_WINDOWS * rows:,} fit rows in nine of ten groups, and {summaries:,} summaries"
+            return window, [f"--window auto chose {rows} rows: there are {least}", *notes]
+    refusal = (
+        f"--window auto chose no window: {AUTO_ROWS[-1]} rows need at least {MIN_WINDOWS * AUTO_ROWS[-1]} fit rows in "
+        f"nine of ten groups, and {MIN_ROWS_PER_SUMMARY} fit rows for each of "
+        f"{summary_width(width, default_scales(AUTO_ROWS[-1])):,} summaries; add rows, or give --window a number"
+    )
+    return None, [refusal]
+
+
+def _window(rows: int, width: int) -> tuple[Window, list[str]]:
+    """Return the window of `rows` rows of `width` features, with as many scales as its explanation allows."""
+    scales = default_scales(rows)
+    kept = scales
+    while len(kept) > 1 and summary_width(width, kept) > MAX_EXPLAINED_FEATURES:
+        kept = kept[1:]
+    if summary_width(width, kept) > MAX_FULL_WIDTH:
+        raise FitError(
+            f"--window summarises each of the {width:,} features, and a model takes at most {MAX_FULL_WIDTH:,} "
+            f"summaries: expected at most {MAX_FULL_WIDTH // summary_width(1, kept):,} features; drop some with --drop"
+        )
+    notes = []
+    if kept != scales:
+        listed = " and ".join(map(str, kept))
+        notes.append(f"with {width:,} features, a window is summarised over {listed} rows only, to limit the width")
+    return Window(rows=rows, scales=list(kept)), notes
+
+
+def prepare(config: TrainConfig, table: Table) -> tuple[PreparedData, list[str]]:
+    """Split and prepare `table` for the options `config`. Return also notes on the choice of the window.
+
+    Raises:
+        DataError: there are too few rows.
+        FitError: the rows cannot have the window that `config` asks for.
+    """
+    window, notes = choose_window(config, table)
+    if window is None:
+        return prepare_data(table, split_table(table, config.seed), config.robust), notes
+    return _prepare_windows(config, table, window, notes), []
+
+
+def _prepare_windows(config: TrainConfig, table: Table, window: Window, notes: list[str]) -> PreparedData:
+    """Return the summaries of the windows of `table`, prepared for fitting.
+
+    Rows whose window has less than a third of its rows are left out.
+    """
+    assert table.timeline is not None
+    earlier = find_earlier_rows(table.timeline, window, table.timeline.usual_step / 1e9 or None)
+    usable = earlier >= window.least_rows - 1  # [N]
+    split = split_table(table, config.seed, window.rows)
+    split = replace(
+        split,
+        fit=split.fit[usable[split.fit]],
+        held_out=split.held_out[usable[split.held_out]],
+        calibration=split.calibration[usable[split.calibration]],
+    )
+    if not len(split.fit) or not len(split.held_out) or not len(split.calibration):
+        raise FitError(
+            f"too few windows of {window.rows} rows: {len(split.fit):,} to fit, {len(split.held_out):,} held out and "
+            f"{len(split.calibration):,} to calibrate; a window begins anew after a gap of more than {window.rows}/3 "
+            "usual steps; add rows, or lower --window"
+        )
+    rows = prepare_data(table, split, config.robust)
+    scaling = fit_scaling(rows.moments, config, None, rows.fill)
+
+    def to_model_units(x: Floats) -> Floats:
+        u: Floats = scaling(torch.from_numpy(x)).numpy()
+        return u
+
+    with full_disk_as_data_error(table.source, 4 * len(table.x) * summary_width(table.x.width, window.scales)):
+        x = summarise_table(table.x, to_model_units, earlier, window.scales, window.least_rows, MEMORY_BYTES)
+    names = summary_names(table.names, window.scales)
+    summaries = Table(
+        x=x,
+        shape=(x.width,),
+        names=names,
+        units=[None] * len(names),
+        labels=None if table.labels is None else table.labels[usable],
+        pixel_range=None,
+        source=table.source,
+        missing=np.zeros(len(names), np.int64),
+        label_names=table.label_names,
+    )
+    place = np.cumsum(usable) - 1  # [N], index of each usable row among the usable rows
+    split = Split(
+        fit=place[rows.split.fit], held_out=place[rows.split.held_out], calibration=place[rows.split.calibration]
+    )
+    notes = [*notes, *_notes(table, window, usable)]
+    windows = Windows(window=window, rows=rows, scaling=scaling, earlier=earlier, notes=notes)
+    return replace(prepare_data(summaries, split), windows=windows)
+
+
+def _notes(table: Table, window: Window, usable: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> list[str]:
+    assert table.timeline is not None
+    scales = ", ".join(map(str, window.scales))
+    what = (
+        f"each row is judged with up to {window.rows - 1} rows before it: by its values, and by their means and "
+        f"deviations over {scales} rows. {int((~usable).sum()):,} rows with fewer than {window.least_rows} rows in "
+        "their window are left out"
+    )
+    notes = [what]
+    absent = np.setdiff1d(np.arange(len(table.timeline.groups)), np.unique(table.timeline.group[usable]))
+    if len(absent):
+        notes.append(
+            f"WARNING: {len(absent):,} of {len(table.timeline.groups):,} groups have no window of "
+            f"{window.least_rows} rows without a gap: {list_groups(table.timeline, absent)}"
+        )
+    return notes
+
+
+def with_window(pipeline: Pipeline, data: PreparedData) -> Pipeline | Windowed:
+    """Return the whole model that judges rows in raw units: `pipeline`, after the summaries if `data` has windows."""
+    if data.windows is None:
+        return pipeline
+    windows = data.windows
+    observation = _fit_row_observation(pipeline, data, windows)
+    return Windowed(windows.scaling, Summaries(tuple(windows.window.scales)), pipeline, observation).eval()
+
+
+def _fit_row_observation(pipeline: Pipeline, data: PreparedData, windows: Windows) -> Observation:
+    """Return the noise of the newest row around the decoder's output, in raw units."""
+    width = windows.rows.table.x.width
+    both = Scaling(  # from raw units to the units of the core
+        windows.scaling.shift + windows.scaling.scale * pipeline.scaling.shift[:width],
+        windows.scaling.scale * pipeline.scaling.scale[:width],
+    )
+    return fit_row_observation(pipeline.core, pipeline.prior, pipeline.scaling, data, both)
