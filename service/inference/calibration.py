@@ -24,6 +24,7 @@ MAX_CACHED_ALPHAS = 64  # maximum number of cached thresholds; needed because cl
 COMPARED_SCORES = 2000  # maximum number of calibration scores at which the two implementations are compared
 # The last alpha is smaller than the smallest p-value that any calibration set can give.
 COMPARED_ALPHAS = (0.5, 0.05, 0.001, 1e-9)
+COMPARED_DISTANCES = 128  # distances from the outermost calibration scores: each is about twice the one before
 TOLERANCE = 1e-6  # maximum relative error of severities: the exponentials of NumPy and torch differ in the last bit
 
 
@@ -181,7 +182,8 @@ def agrees_with_module(calibration: Calibration, module: torch.jit.ScriptModule,
     """Return whether `calibration` gives the same p-values and verdicts as `module`, and severities within TOLERANCE.
 
     The compared scores are calibration scores, the float32 numbers next to these scores, the midpoints between
-    these scores, and scores far from all calibration scores.
+    these scores, and scores outside of all calibration scores. The distances of the latter rise from the spacing of
+    float32 to the largest float32, so that some are of the scale of the tail, whatever this scale is.
 
     Args:
         calibration: the calibration to test.
@@ -191,10 +193,11 @@ def agrees_with_module(calibration: Calibration, module: torch.jit.ScriptModule,
     at = known[np.linspace(0, len(known) - 1, min(len(known), COMPARED_SCORES)).astype(int)]
     far = np.array([-np.inf, -3e38, 0.0, 3e38, np.inf, np.nan], np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        beyond = at[-1:] + (at[-1] - at[0]) * np.array([0.1, 1.0, 10.0], np.float32)
+        smallest = np.spacing(np.abs(at[[0, -1]])).max()
+        distances = np.geomspace(smallest, 3e38, COMPARED_DISTANCES, dtype=np.float64).astype(np.float32)
         neighbours = [np.nextafter(at, np.float32(side)) for side in (-np.inf, np.inf)]
         between = (at[1:] + at[:-1]) / 2
-        score = np.concatenate((far, beyond, 2 * at[:1] - beyond, at, *neighbours, between))
+        score = np.concatenate((far, at[-1] + distances, at[0] - distances, at, *neighbours, between))
         return all(_agree_at(calibration, module, score, alpha) for alpha in COMPARED_ALPHAS)
 
 

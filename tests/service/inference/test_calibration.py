@@ -129,6 +129,16 @@ def incomplete(buffers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in buffers.items() if name != "knot"}
 
 
+@pytest.mark.parametrize("case", SCORES)
+def test_a_difference_above_the_largest_calibration_score_is_found_at_every_scale_of_the_scores(case: str) -> None:
+    model = pipeline("pca")
+    model.calibration = Reference(torch.from_numpy(SCORES[case]))
+    module = artifact.freeze(artifact.script(model))
+    buffers = {name: buffer.numpy() for name, buffer in steeper(dict(model.calibration.named_buffers())).items()}
+    other = calibration.NumpyCalibration(buffers, module.threshold)
+    assert not calibration.agrees_with_module(other, module, buffers["scores"])
+
+
 @pytest.mark.parametrize("backend", ["torchscript", "onnx"])
 @pytest.mark.parametrize("change", [shifted, steeper, incomplete])
 def test_torchscript_calibration_is_used_if_the_buffers_disagree_with_the_module(
