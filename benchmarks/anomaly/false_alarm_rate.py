@@ -1,6 +1,7 @@
 """Measure the false-alarm rate on the metrics of nine real servers, with the fixed and with the online calibration.
 
     python benchmarks/anomaly/false_alarm_rate.py                  # pca, each row judged alone
+    python benchmarks/anomaly/false_alarm_rate.py --window 30
     python benchmarks/anomaly/false_alarm_rate.py --kind ensemble
     python benchmarks/anomaly/false_alarm_rate.py --smoke          # a synthetic server
 
@@ -27,14 +28,14 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from benchmarks.anomaly.one_class import KINDS, OneClass, servers
 from benchmarks.data import describe_machine
 from models.calibration import Calibration
+from models.windows import summarise
 from service.anomaly.online_calibration import OnlineCalibration
 from training.config import TrainConfig
 from training.data.row_store import RowStore
 from training.data.table import Table
-from training.data.time_split import split_table
 from training.data.timeline import Timeline
 from training.fitting.pipeline import fit_pipeline
-from training.fitting.prepared_data import prepare_data
+from training.fitting.windows import prepare
 from training.progress import SilentReporter
 
 ALPHA = 0.05
@@ -103,7 +104,7 @@ def incidents(labels: Flags) -> list[tuple[int, int]]:
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
-def score_server(kind: str, data: OneClass, smoke: bool) -> tuple[Scores, Scores]:
+def score_server(kind: str, window: int, data: OneClass, smoke: bool) -> tuple[Scores, Scores]:
     """Train a model of `kind`, and return the scores of its calibration rows, oldest first, and of the test rows."""
     rows, width = data.train.shape
     timeline = Timeline(
@@ -118,24 +119,32 @@ def score_server(kind: str, data: OneClass, smoke: bool) -> tuple[Scores, Scores
         RowStore(data.train), (width,), [f"x{i}" for i in range(width)], [None] * width, None, None, data.name,
         missing=np.zeros(width, np.int64), timeline=timeline,
     )  # fmt: skip
-    options: dict[str, object] = {"model": kind, "name": "bench", "seed": 0}
+    options: dict[str, object] = {"model": kind, "name": "bench", "seed": 0, "time": "time"}
+    if window > 1:
+        options["window"] = window
     if smoke and kind != "pca":
         options["epochs"] = 3
-    split = split_table(table, seed=0)
-    pipeline = fit_pipeline(TrainConfig.model_validate(options), prepare_data(table, split), SilentReporter())
-    calibration, test = data.train[np.sort(split.calibration)], data.test
+    config = TrainConfig.model_validate(options)
+    prepared, _ = prepare(config, table)
+    pipeline = fit_pipeline(config, prepared, SilentReporter())
+    calibration = prepared.table.x.take(np.sort(prepared.split.calibration))
     with torch.no_grad():
+        test = torch.from_numpy(data.test)
+        if prepared.windows is not None:  # the first test rows have training rows before them
+            all_rows = prepared.windows.scaling(torch.from_numpy(np.concatenate((data.train, data.test)))).numpy()
+            summaries = summarise(all_rows, np.arange(len(all_rows)), prepared.windows.window.scales)
+            test = torch.from_numpy(summaries[rows:])
         return tuple(  # type: ignore[return-value] # mypy does not count the elements
-            torch.cat([pipeline.score(part)[0] for part in torch.from_numpy(x).split(4096)]).numpy()
-            for x in (calibration, test)
+            torch.cat([pipeline.score(part)[0] for part in x.split(4096)]).numpy()
+            for x in (torch.from_numpy(calibration), test)
         )
 
 
-def judge(kind: str, data: OneClass, smoke: bool) -> Server:
+def judge(kind: str, window: int, data: OneClass, smoke: bool) -> Server:
     """Judge the test rows of a server with the fixed and the online calibration."""
-    calibration_scores, scores = score_server(kind, data, smoke)
+    calibration_scores, scores = score_server(kind, window, data, smoke)
     labels = data.labels == 1
-    online = OnlineCalibration(calibration_scores)
+    online = OnlineCalibration(calibration_scores, window)
     fixed_severity = Calibration(torch.from_numpy(calibration_scores)).severity(torch.from_numpy(scores), ALPHA)
     online_severity = np.empty(len(scores))
     for row, score in enumerate(scores.tolist()):
@@ -215,9 +224,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a synthetic server, few epochs")
     parser.add_argument("--kind", default="pca", choices=KINDS, help="kind of model (default pca)")
+    parser.add_argument("--window", type=int, default=1, help="rows in the model's window (default 1: none)")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    results = [judge(options.kind, data, options.smoke) for data in servers(options.smoke)]
+    results = [judge(options.kind, options.window, data, options.smoke) for data in servers(options.smoke)]
     print(describe_machine("torch"), end="\n\n")
     print(*table(results), "", *targets(results), sep="\n")
 

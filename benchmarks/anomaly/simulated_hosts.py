@@ -163,7 +163,7 @@ def remove_season(score: Floats, fit: npt.NDArray[np.intp]) -> Floats:
 
 def _ridge(encodings: Floats, values: Floats, penalty: float) -> Floats:
     penalties = penalty * np.diag([0.0] + [1.0] * (encodings.shape[1] - 1))
-    solution: Floats = np.linalg.solve(encodings.T @ encodings + penalties, encodings.T @ values)
+    solution: Floats = np.asarray(np.linalg.solve(encodings.T @ encodings + penalties, encodings.T @ values), float)
     return solution
 
 
