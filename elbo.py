@@ -176,6 +176,9 @@ def _metavar(field: "FieldInfo") -> str:
             words += get_args(kind)
         elif get_origin(kind) is tuple:
             first, *others = get_args(kind)
+            if get_origin(first) is Literal:
+                words.append(f"{'|'.join(get_args(first))},...")
+                continue
             words.append(f"{first.__name__},..." if Ellipsis in others else f"{first.__name__}>x<{first.__name__}")
         elif kind is not NoneType:
             words.append(kind.__name__)
@@ -305,7 +308,7 @@ def _train_config(arguments: dict[str, Any]) -> "TrainConfig":
     from training.config import TrainConfig
 
     options = {key: value for key, value in arguments.items() if value is not None}
-    for key in {"hidden", "dense", "drop", "keep", "label"} & options.keys():
+    for key in {"hidden", "dense", "drop", "keep", "label", "season"} & options.keys():
         text = options[key]
         options[key] = [] if text == "none" else next(csv.reader([text], skipinitialspace=True), [])
     if "size" in options:

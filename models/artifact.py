@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from models.archive_check import open_archive
+from models.baseline import Baseline
 from models.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactUnsafe, DeviceMissing, printable
 from models.inspection import Inspected, inspect_artifact
 from models.keys import PrivateKey, PublicKey
@@ -117,6 +118,7 @@ class Artifact:
     twin: Twin | None = None
     exhibits: Mapping[str, bytes] = field(default_factory=dict)  # by name: HELD_OUT, CALIBRATION, CARD
     calibration: Mapping[str, Tensor] = field(default_factory=dict)  # the buffers of the module's calibration, by name
+    baseline: Baseline | None = None  # what score is usual for a group and a time; None without times
     sha256: str = ""  # of the file
     signed_by: PublicKey | None = None  # None if no signature was needed
 
@@ -326,7 +328,7 @@ def load_content(content: bytes, path: Path, device: str = "cpu", is_inspected: 
             f"{path}: {found} on {device} with torch {torch.__version__}; "
             "train the model again on this machine, or install the versions that the manifest lists"
         )
-    prefix = calibration_prefix(manifest)
+    prefix = part_prefix(manifest)
     return Artifact(
         manifest=manifest,
         module=frozen,
@@ -334,14 +336,32 @@ def load_content(content: bytes, path: Path, device: str = "cpu", is_inspected: 
         device=torch.device(device),
         twin=_read_twin(content, weights, path),
         exhibits=_read_exhibits(content, path, (HELD_OUT, CALIBRATION, CARD)),
-        calibration={name.removeprefix(prefix): buffer for name, buffer in weights.items() if name.startswith(prefix)},
+        calibration=_buffers_of(weights, f"{prefix}calibration."),
+        baseline=_read_baseline(manifest, _buffers_of(weights, f"{prefix}baseline."), path),
         sha256=hashlib.sha256(content).hexdigest(),
     )
 
 
-def calibration_prefix(manifest: Manifest) -> str:
-    """Return what the names of the calibration's buffers begin with in the module of an artifact."""
-    return "calibration." if manifest.window is None else "pipeline.calibration."
+def part_prefix(manifest: Manifest) -> str:
+    """Return what the names of the buffers of the calibration and of the baseline begin with in a module."""
+    return "" if manifest.window is None else "pipeline."
+
+
+def _buffers_of(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the weights whose names begin with `prefix`, by the rest of their names."""
+    return {name.removeprefix(prefix): buffer for name, buffer in weights.items() if name.startswith(prefix)}
+
+
+def _read_baseline(manifest: Manifest, buffers: Mapping[str, Tensor], path: Path) -> Baseline | None:
+    if not buffers and not manifest.groups and manifest.season is None:
+        return None
+    periods = manifest.season.periods if manifest.season else []
+    try:
+        return Baseline(manifest.groups, periods, {name: buffer.cpu().numpy() for name, buffer in buffers.items()})
+    except ValueError as error:
+        raise ArtifactCorrupt(
+            f"{path}: the baseline does not fit the manifest ({error}); publish the model again"
+        ) from error
 
 
 def read_trained_rows(artifact: Artifact) -> bytes | None:

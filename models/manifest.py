@@ -17,7 +17,7 @@ import zipfile
 import zlib
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, Self
+from typing import Annotated, Any, Literal, NoReturn, Self
 
 from pydantic import (
     BaseModel,
@@ -59,7 +59,9 @@ FLOOR_TOLERANCE = 1e-6  # without it, rounding could make an alpha of 0.005 smal
 MAX_TEXT = 10_000  # characters of one text in a manifest
 MIN_WINDOW_ROWS, MAX_WINDOW_ROWS = 2, 1_000
 WARM_SHARE = 3  # a row is judged once a third of its window is there; a gap of more than a third ends the window
-NEW_FIELDS = ("timeline", "window")  # fields of a manifest that earlier releases do not know
+NEW_FIELDS = ("timeline", "window", "groups", "season")  # fields of a manifest that earlier releases do not know
+MAX_GROUPS = 100_000  # groups that a manifest names
+MAX_GROUP_NAME = 256  # characters of the name of a group
 VERSION = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
 
 
@@ -71,6 +73,11 @@ def reaches(floor: float, alpha: float) -> bool:
 def calibration_rows_needed(alpha: float) -> int:
     """Return the smallest number n of calibration rows with 1 / (n + 1) <= `alpha`, where `alpha` is above 0."""
     return math.ceil(1.0 / alpha - 1e-9) - 1
+
+
+def is_group_name(name: str) -> bool:
+    """Return whether a manifest may name a group `name`: 1 to MAX_GROUP_NAME characters, which all print."""
+    return 0 < len(name) <= MAX_GROUP_NAME and name.isprintable()
 
 
 class _Frozen(BaseModel):
@@ -178,6 +185,19 @@ class Window(_Frozen):
         return self.rows / WARM_SHARE * usual_step_seconds if usual_step_seconds else math.inf
 
 
+class Season(_Frozen):
+    """The periods in which the usual score returns, and the time zone of their hours."""
+
+    periods: Annotated[list[Literal["day", "week"]], Field(min_length=1, max_length=2)]
+    time_zone: Annotated[str, Field(min_length=1, max_length=MAX_GROUP_NAME)]
+
+    @model_validator(mode="after")
+    def _check_periods(self) -> Self:
+        if self.periods != sorted(set(self.periods)):
+            raise ValueError(f"expected day, week, or both in this order, got {', '.join(self.periods)}")
+        return self
+
+
 class Golden(_Frozen):
     """Golden answers: inputs, and the model's outputs at publication. `load` checks that the outputs still agree."""
 
@@ -214,6 +234,9 @@ class Manifest(_Frozen):
     warnings: list[str] = []  # why the model may be of no use; see training.evaluation.worth
     timeline: Timeline | None = None  # None if the model was trained without times
     window: Window | None = None  # None if the model judges each row alone
+    # The groups with a baseline of their own: group i has the coefficients i of the baseline in the artifact.
+    groups: Annotated[list[str], Field(max_length=MAX_GROUPS)] = []
+    season: Season | None = None  # None if the baseline does not depend on the time
 
     @model_validator(mode="after")
     def _check_shape(self) -> Self:
@@ -221,11 +244,22 @@ class Manifest(_Frozen):
             raise ValueError(f"expected {math.prod(self.shape)} features for shape {self.shape}, got {self.width}")
         return self
 
+    @model_validator(mode="after")
+    def _check_groups(self) -> Self:
+        for name in self.groups:
+            if not is_group_name(name):
+                raise ValueError(
+                    f"expected names of groups with 1 to {MAX_GROUP_NAME} characters that print, got {name[:100]!r}"
+                )
+        if len(set(self.groups)) < len(self.groups):
+            raise ValueError("expected different names of groups, got a name twice")
+        return self
+
     @model_serializer(mode="wrap")
     def _leave_out_absent_fields(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Return the fields, but leave out those in NEW_FIELDS that are None: earlier releases refuse them."""
+        """Return the fields, but leave out those in NEW_FIELDS that are absent: earlier releases refuse them."""
         fields: dict[str, Any] = serialise(self)
-        absent = {name for name in NEW_FIELDS if getattr(self, name) is None}
+        absent = {name for name in NEW_FIELDS if not getattr(self, name)}
         return {name: value for name, value in fields.items() if name not in absent}
 
     @property

@@ -23,6 +23,9 @@ class Pipeline(nn.Module):
         calibration: calibration of the score.
         explanation: contributions of the features to the score; by default, the reconstruction residuals.
         observation: the noise of a row around the decoder's output; by default, there is no noise.
+
+    The pipeline of a model that was trained with times also has the module `baseline`, a
+    `models.baseline.BaselineBuffers`. No method uses it.
     """
 
     def __init__(

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator
 
+from models.manifest import Season
 from service.inference.sampling import SEEDS
 
 _NUMBERS = {"type": "array", "items": {"type": "number"}}
@@ -396,6 +397,16 @@ class ModelSummary(BaseModel):
     )
     load_seconds: float = Field(description="time to load the artifact, verify it and choose the backend")
     warm_seconds: float = Field(description="time of the warm-up, which runs every operation at every batch size")
+    groups: int | None = Field(
+        None,
+        description="number of groups, such as hosts, with a baseline of their own; rows of other groups are compared "
+        "with all groups together. Absent if there are none",
+    )
+    season: Season | None = Field(
+        None,
+        description="the periods, day or week, in which the usual score returns, and the time zone of their hours. "
+        "Absent if the model was trained without `--season`",
+    )
 
 
 class FailedVersion(BaseModel):

@@ -16,7 +16,7 @@ from tests.data import ROOT
 # models or elbo, else names within the key's package. Files of one folder may import each other, but not in a cycle.
 MAY_IMPORT = {
     "models": "",
-    "training.config": "models.manifest",
+    "training.config": "models.manifest models.season",
     "training.errors": "models.errors",
     "training.progress": "",
     "training.random_streams": "",
@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "training.fitting": "models data config errors progress random_streams",
     "training.reports": "models fitting data config errors progress random_streams",
     "training.evaluation": "models reports fitting data config progress random_streams",
-    "training.publishing": "models evaluation reports fitting data errors progress",
+    "training.publishing": "models evaluation reports fitting data config errors progress",
     "training.train": "models publishing evaluation reports fitting data config errors progress",
     "training.__main__": "elbo",
     "service.errors": "models.errors",
@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "service.access": "models.errors errors shared_memory",
     "service.codec": "models.columns models.pixels models.timestamps models.errors errors",
     "service.inference": (
-        "models.artifact models.keys models.manifest models.signatures models.errors models.trial codec errors "
+        "models.artifact models.baseline models.keys models.manifest models.signatures models.errors models.trial "
+        "codec errors "
         "shared_memory"
     ),
     "service.schemas": "models.manifest inference",

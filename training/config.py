@@ -13,11 +13,12 @@ from pydantic import (
 )
 
 from models.manifest import MAX_WINDOW_ROWS, MIN_WINDOW_ROWS, NAME
+from models.season import PERIODS, Period
 
 Kind = Literal["pca", "ae", "vae", "ensemble"]
 EVERY_KIND: tuple[Kind, ...] = get_args(Kind)
 AUTO_KINDS: tuple[Kind, ...] = ("pca", "ae", "vae")  # the kinds that auto compares and that `elbo demo` trains
-NEW_OPTIONS = ("time", "group", "window")  # options that earlier releases do not know
+NEW_OPTIONS = ("time", "group", "window", "season", "time_zone")  # options that earlier releases do not know
 WIDTHS = {"mlp": (256, 128), "conv": (32, 64)}  # default hidden widths; for tables, see fitting/defaults.py
 
 
@@ -146,6 +147,15 @@ class TrainConfig(BaseModel):
         "by their means and deviations; needs --time; auto: 30 rows, or 10 if there are too few rows for 30, or none; "
         "default: judge each row alone",
     )
+    season: tuple[Period, ...] = Field(
+        (),
+        description="judge a row by the scores that are usual at its hour of the day (day), at its hour and day of the "
+        "week (day,week), or at its place in the week (week); needs --time and at least two such periods of rows; "
+        "default: at all hours alike",
+    )
+    time_zone: str = Field(
+        "UTC", description="time zone of the hours of --season, such as Europe/Berlin, with its summer time"
+    )
     size: tuple[int, int] | None = Field(
         None,
         description="<height>x<width>: crop each image of a folder around its centre, and resize it to this size",
@@ -192,11 +202,18 @@ class TrainConfig(BaseModel):
             raise ValueError(f"expected auto, or {MIN_WINDOW_ROWS} to {MAX_WINDOW_ROWS} rows")
         return window
 
+    @field_validator("season")
+    @classmethod
+    def _check_season(cls, season: tuple[Period, ...], info: ValidationInfo) -> tuple[Period, ...]:
+        if season and info.data.get("time") is None:
+            raise ValueError("expected --time too, because the season of a row depends on its time")
+        return tuple(period for period in PERIODS if period in season)
+
     @model_serializer(mode="wrap")
-    def _leave_out_absent_columns(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Return the options, but omit those in NEW_OPTIONS that are None: older releases refuse them."""
+    def _leave_out_absent_options(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Return the options, but omit those in NEW_OPTIONS that have their defaults: older releases refuse them."""
         options: dict[str, Any] = serialise(self)
-        absent = {name for name in NEW_OPTIONS if options.get(name, "") is None}
+        absent = {name for name in NEW_OPTIONS if getattr(self, name) == type(self).model_fields[name].default}
         return {name: value for name, value in options.items() if name not in absent}
 
     @property

@@ -17,6 +17,7 @@ from training.errors import FitError
 from training.evaluation.metrics import held_out_metrics, pca_metrics
 from training.evaluation.model_selection import Candidate, compare
 from training.evaluation.worth import find_warnings
+from training.fitting.baseline import refuse_short_history
 from training.fitting.checkpoint import CheckpointStore, claim
 from training.fitting.distributed import ProcessGroup
 from training.fitting.pipeline import fit_pipeline
@@ -84,6 +85,7 @@ def train(
         if resume:
             stores = _set_to_resume(stores)
         data, window_notes = prepare(config, table)
+        refuse_short_history(config, data.rows)
         for note in [*window_notes, *data.split_notes]:
             report.note(note)
         candidates = [

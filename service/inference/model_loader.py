@@ -90,6 +90,7 @@ class ModelLoader:
             load_seconds=loaded - started,
             exhibits=artifact.exhibits,
             signed_by=artifact.signed_by,
+            baseline=artifact.baseline,
         )
         if rows := verdict.get("rows"):
             served.backend.max_rows = min(served.backend.max_rows, rows)

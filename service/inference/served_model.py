@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from models.baseline import Baseline
 from models.keys import PublicKey
 from models.manifest import Manifest
 from service.codec import png
@@ -28,6 +29,7 @@ class ServedModel:
         warm_seconds: time of the warm-up.
         exhibits: documents for human readers, such as the model card, by file name.
         signed_by: the trusted key that has signed the artifact; None if the server needs no signatures.
+        baseline: what score is usual for a group and a time; None if the model was trained without times.
     """
 
     name: str
@@ -38,6 +40,7 @@ class ServedModel:
     warm_seconds: float = 0.0
     exhibits: Mapping[str, bytes] = field(default_factory=dict)
     signed_by: PublicKey | None = None
+    baseline: Baseline | None = None
 
     @cached_property
     def backend(self) -> Backend:
@@ -128,4 +131,6 @@ def describe(served: ServedModel) -> dict[str, Any]:
         "signed_by": None if served.signed_by is None else str(served.signed_by),
         "load_seconds": round(served.load_seconds, 3),
         "warm_seconds": round(served.warm_seconds, 3),
+        **({"groups": len(manifest.groups)} if manifest.groups else {}),
+        **({"season": manifest.season.model_dump()} if manifest.season else {}),
     }

@@ -26,6 +26,8 @@ class TimeSplit(Split):
     """
 
     gap_rows: int  # rows of each group that are left out before the held-out rows and before the calibration rows
+    held_out_period: npt.NDArray[np.int64]  # all rows of the period of the held-out rows, ascending
+    calibration_period: npt.NDArray[np.int64]  # all rows of the period of the calibration rows, ascending
 
 
 def split_table(table: Table, seed: int, gap_rows: int = GAP_ROWS) -> Split:
@@ -67,11 +69,14 @@ def split_by_time(timeline: Timeline, seed: int, width: int = 1, gap_rows: int =
         calibration.append(np.arange(middle + gap_rows, end))
     random = np.random.RandomState(seed)  # NumPy may change the numbers of Generator, never those of RandomState
     most = most_kept_rows(width)
+    held_out_period, calibration_period = np.concatenate(held_out), np.concatenate(calibration)
     split = TimeSplit(
         fit=random.permutation(np.flatnonzero(timeline.time < first)),
-        held_out=random.permutation(np.concatenate(held_out))[:most],
-        calibration=random.permutation(np.concatenate(calibration))[:most],
+        held_out=random.permutation(held_out_period)[:most],
+        calibration=random.permutation(calibration_period)[:most],
         gap_rows=gap_rows,
+        held_out_period=held_out_period,
+        calibration_period=calibration_period,
     )
     if not len(split.fit) or not len(split.held_out) or not len(split.calibration):
         _refuse(timeline, gap_rows)

@@ -12,15 +12,28 @@ import numpy as np
 import torch
 
 from models import artifact
+from models.baseline import Baseline, BaselineBuffers
 from models.errors import ArtifactUnwritable
 from models.keys import PrivateKey
-from models.manifest import FORMAT_VERSION, CalibrationSize, Data, Feature, Golden, Manifest, Timeline, version_folder
+from models.manifest import (
+    FORMAT_VERSION,
+    CalibrationSize,
+    Data,
+    Feature,
+    Golden,
+    Manifest,
+    Season,
+    Timeline,
+    version_folder,
+)
 from models.pipeline import Pipeline
 from models.versions import next_version
 from models.windowed import Windowed
+from training.config import TrainConfig
 from training.data.time_split import TimeSplit, summarise
 from training.evaluation.metrics import density_scale
 from training.evaluation.model_selection import Candidate
+from training.fitting.baseline import describe_groups, fit_baseline
 from training.fitting.latents import describe_latents
 from training.fitting.prepared_data import PreparedData
 from training.fitting.windows import with_window
@@ -52,11 +65,13 @@ def publish(
         ArtifactUnwritable: the disk is full, or this user may not write to the folder. The message says where the
             trained model is.
     """
+    report.stage("fitting the baseline")
+    baseline = _add_baseline(chosen, data)
     pipeline = with_window(chosen.pipeline, data)
     module = artifact.script(pipeline)
     rows = _golden_inputs(data)
     golden = _golden(module, rows, chosen.config.seed)
-    manifest = _manifest(chosen, comparison, data, golden, artifact.weights_sha256(pipeline))
+    manifest = _manifest(chosen, comparison, data, golden, artifact.weights_sha256(pipeline), baseline)
     report.stage("exporting the ONNX twin")
     twin = _twin(pipeline, rows, report)
     notes = [*data.notes, *chosen.recorder.notes]
@@ -85,6 +100,17 @@ def _golden_inputs(data: PreparedData) -> torch.Tensor:
     windows = data.windows.take(data.rows.split.held_out[:GOLDEN_ROWS])
     windows[-1, : -data.windows.window.least_rows] = torch.nan
     return windows
+
+
+def _add_baseline(chosen: Candidate, data: PreparedData) -> Baseline | None:
+    """Add the baseline of the groups and the seasons to the pipeline, if the rows have times, and return it."""
+    pipeline = chosen.pipeline
+    baseline, timeline = fit_baseline(chosen.config, pipeline, data), data.rows.table.timeline
+    if baseline is not None and timeline is not None:
+        pipeline.add_module("baseline", BaselineBuffers(baseline.arrays))
+        for note in describe_groups(baseline, timeline):
+            chosen.recorder.note(note)
+    return baseline
 
 
 def _twin(pipeline: Pipeline | Windowed, rows: torch.Tensor, report: Reporter) -> dict[str, artifact.Graph] | None:
@@ -143,6 +169,10 @@ def _timeline(data: PreparedData) -> Timeline | None:
     return summarise(data.table.timeline, data.split)
 
 
+def _season(config: TrainConfig) -> Season | None:
+    return Season(periods=list(config.season), time_zone=config.time_zone) if config.season else None
+
+
 def software_versions() -> dict[str, str]:
     """Return the versions of the software that writes the artifact."""
     return {
@@ -164,6 +194,7 @@ def _manifest(
     data: PreparedData,
     golden: Golden,
     weights_sha256: str,
+    baseline: Baseline | None,
 ) -> Manifest:
     table, pipeline, calibration = data.rows.table, chosen.pipeline, len(data.split.calibration)
     scaled = data.moments.scaled(pipeline.scaling.shift, pipeline.scaling.scale)
@@ -193,4 +224,6 @@ def _manifest(
         warnings=chosen.warnings,
         timeline=_timeline(data.rows),
         window=data.windows and data.windows.window,
+        groups=[] if baseline is None else list(baseline.groups),
+        season=_season(chosen.config),
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from models import artifact
 from models.artifact import Artifact
+from models.baseline import BaselineBuffers
 from models.calibration import Calibration
 from models.errors import join_names
 from models.keys import PrivateKey
@@ -38,6 +39,7 @@ from training.errors import DataError, FitError
 from training.evaluation.alarm_rates import alarm_rate
 from training.evaluation.score import flagged_at, refuse_overflow
 from training.evaluation.worth import ABOUT_THRESHOLD, threshold_warning
+from training.fitting.baseline import describe_groups, fit_start_sets
 from training.progress import SlowProgress
 from training.publishing.exhibits import calibration_json
 from training.publishing.publish import software_versions
@@ -101,6 +103,7 @@ def recalibrate(
         _refuse_if_all_flagged(parent, table, scores, alpha)
     module = artifact.thaw(parent)
     _replace(module, parent, torch.from_numpy(scores))
+    notes += _replace_start_sets(module, parent, table, normal)
     warning = threshold_warning(Calibration(torch.from_numpy(scores)), alpha)
     manifest = _manifest(parent, module, table, _name(parent), chosen, warning)
     twin = None if parent.twin is None else parent.twin.graphs  # still valid: latents and scores do not change
@@ -224,6 +227,21 @@ def _replace(module: torch.jit.ScriptModule, parent: Artifact, scores: Tensor) -
         and torch.equal(module.severity(scores, alpha), fresh.severity(scores, alpha))
     ):
         raise FitError(f"{_reference(parent)} comes from a version of Elbo that calibrates differently: train it again")
+
+
+def _replace_start_sets(
+    module: torch.jit.ScriptModule, parent: Artifact, table: Table, normal: npt.NDArray[np.int64]
+) -> list[str]:
+    """Replace the start sets of the groups by those of the `normal` rows of `table`. Return notes for the user."""
+    if parent.baseline is None:
+        return []
+    if table.timeline is None:
+        return ["the start sets of the groups stay as they were, because the rows have no times"]
+    baseline = fit_start_sets(parent.baseline, table.timeline, normal, lambda rows: _scores(parent, table, rows))
+    buffers = (module if parent.manifest.window is None else module.pipeline).baseline
+    for name, buffer in BaselineBuffers(baseline.arrays).named_buffers():
+        setattr(buffers, name, buffer)
+    return list(describe_groups(baseline, table.timeline))
 
 
 def _manifest(

@@ -50,6 +50,10 @@ def _facts(manifest: Manifest, path: Path) -> Iterator[tuple[str, str]]:
     yield "split", f"{data.fit:,} fit, {data.held_out:,} held out, {data.calibration:,} calibration"
     if manifest.timeline is not None:
         yield from _split_by_time(manifest.timeline)
+        if manifest.groups:
+            yield "baseline", f"{len(manifest.groups):,} groups have their own; other groups have that of all together"
+        if manifest.season:
+            yield "season", f"{' and '.join(manifest.season.periods)}, time zone {manifest.season.time_zone}"
     yield "training", _joined(_given_options(manifest.training))
     for index, (name, value) in enumerate(manifest.metrics.items()):
         yield "" if index else "held out", f"{name} {value:.6g}"

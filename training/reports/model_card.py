@@ -161,10 +161,21 @@ def _alarms(manifest: Manifest) -> Iterator[str]:
     if timeline is not None and timeline.calibration is not None:
         yield f"The calibration rows are from {period(timeline.calibration)}. Rows that follow each other resemble each"
         yield "other, so the share of false alarms differs from day to day."
+        yield from _baseline(manifest)
     elif _is_series(manifest):
         yield "**Rows of other days are not exchangeable with these rows, which are a series: see below.**"
     yield f"The smallest possible p-value is {floor:.3g}. At a smaller alpha, no row is anomalous"
     yield "unless `extrapolated` is requested: the threshold then comes from a fitted tail, without a guarantee."
+
+
+def _baseline(manifest: Manifest) -> Iterator[str]:
+    if manifest.groups:
+        yield f"{len(manifest.groups):,} groups have a baseline of their own, which is the location and the scale of"
+        yield "their scores. Other groups have that of all groups together."
+    if season := manifest.season:
+        hours = "time of day" if season.periods == ["day"] else "time of the week"
+        yield f"The baseline depends on the {hours} in the time zone {season.time_zone}. For a row without a time, it"
+        yield "is the mean over all hours."
 
 
 DENOISING = (
