@@ -28,7 +28,14 @@ from service.codec.row_schema import RowSchema
 from service.endpoints import anomaly_stream, offload
 from service.endpoints.context import ServiceContext
 from service.endpoints.offload import run_in_thread_if_long
-from service.endpoints.pipeline import ParsedRequest, RequestSpec, parse_request, render_response, run_operation
+from service.endpoints.pipeline import (
+    ParsedRequest,
+    RequestSpec,
+    parse_request,
+    render_response,
+    run_operation,
+    take_turn,
+)
 from service.endpoints.pixel_warning import may_be_out_of_range, pixel_fields, pixel_warning
 from service.endpoints.scoring import is_live_traffic, score_rows
 from service.errors import InvalidField
@@ -117,7 +124,7 @@ class InferenceEndpoints:
         cost = rows * (manifest.latents + 1 + with_row_noise * manifest.width) * offload.NORMAL
         if cost <= offload.MAX_LOOP_NS:
             return await run_in_thread_if_long(draw, cost)
-        parsed.request.ticket.mark_large()
+        await take_turn(parsed, rows)
         async with self._long_draw:
             self._service.admission.check(rows=rows, is_queued=True)
             return await run_in_thread_if_long(draw, cost, frees_lock=True)

@@ -267,7 +267,7 @@ async def run_operation(
     """Run `operation` on `inputs` with the model of `parsed`. Raises ClientGone if the client disconnects meanwhile."""
     rows = len(inputs[0])
     if rows > service.admission.max_small_rows:
-        parsed.request.ticket.mark_large()
+        await take_turn(parsed, rows)
     service.admission.check(rows=rows, is_queued=True)
     watch = _DisconnectWatch(parsed.request)
     try:
@@ -283,6 +283,19 @@ async def run_operation(
     parsed.record.queue += result.queued
     parsed.record.compute += result.computed
     return result.outputs
+
+
+async def take_turn(parsed: ParsedRequest[Any, Any], rows: int) -> None:
+    """Wait for the turn to compute `rows` rows. Raises ClientGone if the client disconnects meanwhile."""
+    watch = _DisconnectWatch(parsed.request)
+    watch.start()
+    try:
+        await parsed.request.ticket.take_turn(rows, parsed.deadline)
+    except asyncio.CancelledError:
+        watch.raise_if_disconnected()
+        raise
+    finally:
+        watch.stop()
 
 
 async def render_response(

@@ -59,7 +59,8 @@ class AdmissionControl:
     because either parsing JSON or running the model may be slower. Both estimates use recently measured rates.
 
     A large request is one whose rows fill more than one batch, or whose body is read in another thread. Large requests
-    need no work slot and have an expected wait of their own, so that they do not delay small requests.
+    need no work slot and have an expected wait of their own, so that they do not delay small requests. Those with the
+    rows of more than one batch take turns, because each may take 150 MB of memory until its response is written.
 
     Args:
         batcher: reports the pending rows and how long they are expected to take.
@@ -77,6 +78,8 @@ class AdmissionControl:
         unread: the responses that clients have not read. They take part of `max_held_bytes`.
         large_reads: the connections that wait for their turn to read on.
         work_slots: semaphore of WORK_SLOTS; a request holds one slot while it is processed.
+        turn: lock that a request with the rows of more than one batch holds from its computation until its response
+            is written.
     """
 
     def __init__(
@@ -97,6 +100,8 @@ class AdmissionControl:
         self.large_reads = LargeReads()
         self.unread = UnreadResponses(max_held_bytes / 4, exported_unread)
         self.work_slots = asyncio.Semaphore(WORK_SLOTS)
+        self.turn = asyncio.Lock()
+        self._rows_without_turn = 0  # rows of the requests that wait for `turn`
         self._exported_bytes: SharedNumber = [0.0] if exported_bytes is None else exported_bytes
         self._batcher = batcher
         self._max_rows = max_rows
@@ -121,7 +126,7 @@ class AdmissionControl:
             limit = self._max_rows
             if self.max_small_rows < rows <= self._max_rows_of_large:
                 limit = self._max_rows_of_large
-            excess = self._batcher.pending_rows + rows - limit
+            excess = self._batcher.pending_rows + self._rows_without_turn + rows - limit
             if excess > 0:
                 seconds = self._batcher.backlog.seconds_for(excess)
                 expected = f"at most {limit} pending rows"
@@ -148,6 +153,23 @@ class AdmissionControl:
         wait = self.large_requests.expected_wait
         if self.large_requests.amount >= LARGE_REQUESTS and wait > self._max_wait:
             raise self._too_long(wait).error()
+
+    async def acquire_turn(self, rows: int, deadline: float) -> None:
+        """Acquire `turn` for a request of `rows` rows, which count as pending while they wait.
+
+        Raises:
+            Overloaded: the server refuses `rows` more rows.
+            DeadlineExceeded: the turn did not come before `deadline`.
+        """
+        self.check(rows=rows, is_queued=True)
+        self._rows_without_turn += rows
+        try:
+            async with asyncio.timeout(max(0.0, deadline - perf_counter())):
+                await self.turn.acquire()
+        except TimeoutError:
+            raise _timed_out() from None
+        finally:
+            self._rows_without_turn -= rows
 
     def check(self, *, rows: int, is_queued: bool) -> None:
         """Raise Overloaded if the server refuses `rows` more rows."""
@@ -187,11 +209,12 @@ class Ticket:
     downloads therefore delay no other request.
     """
 
-    __slots__ = ("_admission", "_has_slot", "_is_large", "_is_released", "held_bytes", "is_queued")
+    __slots__ = ("_admission", "_has_slot", "_has_turn", "_is_large", "_is_released", "held_bytes", "is_queued")
 
     def __init__(self, admission: AdmissionControl) -> None:
         self._admission = admission
         self._has_slot = False
+        self._has_turn = False
         self._is_large = False
         self._is_released = False
         self.is_queued = False
@@ -220,14 +243,30 @@ class Ticket:
                 async with asyncio.timeout(max(0.0, deadline - perf_counter())):
                     await slots.acquire()
             except TimeoutError:
-                raise DeadlineExceeded(
-                    "the request timed out while it waited in the queue", hint="try again later, or allow more time"
-                ) from None
+                raise _timed_out() from None
         self._has_slot = True
 
+    async def take_turn(self, rows: int, deadline: float) -> None:
+        """Go on as a large request, and wait for the turn to compute `rows` rows. A second call does nothing.
+
+        Raises:
+            Overloaded: the server refuses the rows, or the expected wait of large requests is too long.
+            DeadlineExceeded: the turn did not come before `deadline`.
+        """
+        if self._has_turn or self._is_released:
+            return
+        self.mark_large()
+        await self._admission.acquire_turn(rows, deadline)
+        self._has_turn = True
+        if self._is_released:  # meanwhile
+            self.release()
+
     def release(self) -> None:
-        """Give up the place in the queue and the work slot. A second call does nothing."""
+        """Give up the place in the queue, the work slot and the turn. A second call does nothing."""
         self._is_released = True
+        if self._has_turn:
+            self._has_turn = False
+            self._admission.turn.release()
         if self._is_large:
             self._is_large = False
             self._admission.large_requests.finish(1)
@@ -279,6 +318,12 @@ class Ticket:
         """Count the bytes of the body as freed."""
         self._admission.release_bytes(self.held_bytes)
         self.held_bytes = 0
+
+
+def _timed_out() -> DeadlineExceeded:
+    return DeadlineExceeded(
+        "the request timed out while it waited in the queue", hint="try again later, or allow more time"
+    )
 
 
 def retry_after(seconds: float) -> int:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from models.artifact import Artifact
-from service.errors import Overloaded
+from service.errors import DeadlineExceeded, Overloaded
 from service.http.admission import WORK_SLOTS, AdmissionControl
 from service.inference.backend_selection import select_backend
 from service.inference.batch_queue import BatchResult
@@ -203,6 +203,71 @@ def test_large_requests_take_neither_work_slots_nor_queue_places_from_small_requ
                 ticket.release()
                 ticket.release()
             assert (admission.requests.amount, admission.large_requests.amount) == (0, 0)
+
+    asyncio.run(scenario())
+
+
+def test_requests_with_many_rows_take_turns_in_order_of_arrival() -> None:
+    async def scenario() -> None:
+        async with running_batcher() as batcher:
+            admission = admission_for(batcher)
+            order: list[int] = []
+
+            async def compute(number: int) -> None:
+                ticket = admission.ticket()
+                await ticket.take_turn(9, perf_counter() + 10)
+                await ticket.take_turn(9, perf_counter() + 10)  # does nothing
+                order.append(number)
+                await asyncio.sleep(0)
+                order.append(number)
+                ticket.release()
+
+            await asyncio.gather(*map(compute, range(4)))
+            assert order == [0, 0, 1, 1, 2, 2, 3, 3]
+            assert not admission.turn.locked()
+
+    asyncio.run(scenario())
+
+
+def test_rows_that_wait_for_their_turn_count_as_pending() -> None:
+    """The queue has room for 100 rows, of which requests with many rows may take 75."""
+
+    async def scenario() -> None:
+        async with running_batcher(max_batch_rows=8) as batcher:
+            admission = admission_for(batcher, max_rows=100)
+            first, second, third = (admission.ticket() for _ in range(3))
+            await first.take_turn(70, perf_counter() + 10)
+            turn = asyncio.create_task(second.take_turn(70, perf_counter() + 10))
+            await asyncio.sleep(0)
+            with pytest.raises(Overloaded, match="too many rows are pending"):
+                await third.take_turn(9, perf_counter() + 10)
+            assert admission.refusal(rows=8, is_queued=True) is None
+            first.release()
+            await turn
+            second.release()
+            await third.take_turn(75, perf_counter() + 10)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("end", ["cancelled", "timed out"])
+def test_request_that_ends_while_it_waits_for_its_turn_leaves_the_turn_to_the_next(end: str) -> None:
+    async def scenario() -> None:
+        async with running_batcher() as batcher:
+            admission = admission_for(batcher)
+            first, second, third = (admission.ticket() for _ in range(3))
+            await first.take_turn(9, perf_counter() + 10)
+            turn = asyncio.create_task(second.take_turn(9, perf_counter() + (10 if end == "cancelled" else 0.01)))
+            await asyncio.sleep(0)
+            if end == "cancelled":
+                turn.cancel()
+            with pytest.raises(asyncio.CancelledError if end == "cancelled" else DeadlineExceeded):
+                await turn
+            first.release()
+            second.release()
+            await third.take_turn(9, perf_counter() + 10)
+            third.release()
+            assert (admission.large_requests.amount, admission.turn.locked()) == (0, False)
 
     asyncio.run(scenario())
 
