@@ -17,7 +17,7 @@ from service.access import key_file
 from service.access.key_file import ApiKey, KeyFileError, Keys
 from service.access.limits import Headers, KeyLimits
 from service.access.scopes import ANY_KEY, OPEN, Required, Scope
-from service.errors import Forbidden, Unauthorized
+from service.errors import BadRequest, Forbidden, Unauthorized
 from service.shared_memory import SharedCounters
 
 log = logging.getLogger("elbo.access_control")
@@ -120,14 +120,28 @@ class AccessControl:
             log.warning("%s has no API keys: all requests except probes are refused; add one with elbo key add", path)
 
     def find(self, headers: Mapping[bytes, bytes]) -> GrantedKey:
-        """Return the key of a request. Raises Unauthorized if the request has no valid key.
+        """Return the key of a request.
 
         Args:
             headers: the headers of the request by lower-case name.
+
+        Raises:
+            BadRequest: the request has two different keys (RFC 6750, section 3.1).
+            Unauthorized: the request has no valid key.
         """
         value = headers.get(b"authorization", b"")
         value = value[len(_BEARER) :].strip() if value[: len(_BEARER)].lower() == _BEARER else b""
-        value = value or headers.get(b"x-api-key", b"").strip()
+        if b"x-api-key" in headers:
+            other = headers[b"x-api-key"].strip()
+            if value and other and value != other:
+                raise BadRequest(
+                    "the headers Authorization and X-API-Key of the request have different API keys",
+                    expected="one API key",
+                    got="two",
+                    hint="send the key in one header",
+                    headers={"WWW-Authenticate": 'Bearer realm="elbo", error="invalid_request"'},
+                )
+            value = value or other
         key = self._by_hash.get(hashlib.sha256(value[:MAX_VALUE_BYTES] or _NO_VALUE).digest())
         if key is None:
             raise _unauthorized(is_absent=not value)

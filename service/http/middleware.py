@@ -142,7 +142,7 @@ def _check_access(keys: AccessControl, request: RequestContext, path: str) -> No
     """Raise an error if the API key of the request does not permit it.
 
     Raises:
-        BadRequest: the request has several headers with keys.
+        BadRequest: the request has two keys, or two lines of one header with a key.
         Unauthorized: the request has no valid key.
         Forbidden: the key does not have the scope of the route.
         RateLimited: the key has reached a limit.

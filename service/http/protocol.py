@@ -6,6 +6,7 @@ HTTP/1.0 clients, which cannot read chunks.
 """
 
 import asyncio
+import re
 from collections.abc import Callable, Collection
 from time import perf_counter
 from typing import Any
@@ -206,6 +207,8 @@ class Protocol(HttpToolsProtocol):
         self.waiting_since = None
         self._is_in_head = False
         self._ticket = None
+        if not self.url.startswith(b"/"):
+            self._take_host_from_url()
         refusal = self._admission.refusal(rows=1)
         if refusal and self._may_refuse() and self._refuse(refusal):
             return
@@ -215,6 +218,19 @@ class Protocol(HttpToolsProtocol):
             self.cycle.waiting_for_100_continue = False
         if self._is_controlled(self.scope["path"]):
             self._ticket = self.scope[TICKET] = self._admission.ticket()
+
+    def _take_host_from_url(self) -> None:
+        """If the request line has a whole URL, replace the Host header by the host in it (RFC 9112, section 3.2.2).
+
+        A request of HTTP/1.1 without a Host header, or with several, stays invalid (RFC 9112, section 3.2).
+        """
+        rest = self.url.partition(b"://")[2]
+        host = (b"host", re.split(rb"[/?#]", rest, maxsplit=1)[0].rpartition(b"@")[2])
+        places = [place for place, (name, _) in enumerate(self.headers) if name == b"host"]
+        if rest and len(places) == 1:
+            self.headers[places[0]] = host
+        elif rest and not places and self.parser.get_http_version() == "1.0":
+            self.headers.append(host)
 
     def on_body(self, body: bytes) -> None:
         """Keep a piece of the body, or discard it if the request already has its response."""

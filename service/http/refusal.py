@@ -10,7 +10,7 @@ from starlette.types import Scope
 
 from service.access.control import AccessControl
 from service.access.scopes import scope_of
-from service.errors import PROBLEM_JSON, Forbidden, Overloaded, Unauthorized
+from service.errors import PROBLEM_JSON, BadRequest, Forbidden, Overloaded, Unauthorized
 from service.http.admission import Refusal
 from service.http.request import Header, new_record
 from service.monitoring.logs import AccessLog
@@ -45,8 +45,8 @@ class HeadRefusal:
     def response(self, scope: Scope, refusal: Refusal, default_headers: list[Header]) -> bytes | None:
         """Return the whole response, or None if the request lacks an API key with the scope that it needs.
 
-        If this returns None, `RequestMiddleware` refuses the request as unauthorized or forbidden, so that only clients
-        with a key learn how busy the server is.
+        If this returns None, `RequestMiddleware` refuses the request because of its key, so that only clients with a
+        key learn how busy the server is.
 
         Args:
             scope: the ASGI scope, with method, path and headers.
@@ -60,7 +60,7 @@ class HeadRefusal:
             try:
                 key = self._keys.find(headers_by_name)
                 key.require(scope_of(record.endpoint))
-            except (Unauthorized, Forbidden):
+            except (BadRequest, Unauthorized, Forbidden):
                 return None
             record.key = key.name
         record.status = Overloaded.status

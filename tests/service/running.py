@@ -12,10 +12,14 @@ from starlette.types import ASGIApp
 
 
 @contextmanager
-def running(app: ASGIApp) -> Iterator[httpx.Client]:
-    """Serve `app` until the block ends. Yield an HTTP client of the server."""
+def running(app: ASGIApp, protocol: Any = "auto") -> Iterator[httpx.Client]:
+    """Serve `app` until the block ends. Yield an HTTP client of the server.
+
+    Args:
+        protocol: the class that reads HTTP: by default uvicorn's, otherwise `app.state.protocol`.
+    """
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+    server = uvicorn.Server(uvicorn.Config(app, http=protocol, log_config=None, access_log=False))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:

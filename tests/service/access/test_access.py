@@ -155,6 +155,18 @@ def test_request_that_repeats_the_header_of_its_key_gets_400(empty: httpx.Client
     assert keys.values["infer"] not in response.text
 
 
+@pytest.mark.parametrize(("bearer", "other"), [("infer", "admin"), ("admin", "infer"), ("infer", ""), ("", "infer")])
+def test_request_with_two_different_keys_gets_400(empty: httpx.Client, keys: KeySet, bearer: str, other: str) -> None:
+    first, second = keys.values.get(bearer, WRONG), keys.values.get(other, WRONG)
+    response = empty.get("/models", headers={"Authorization": f"Bearer {first}", "X-API-Key": second})
+    assert (response.status_code, response.json()["code"]) == (400, "bad_request")
+    assert response.headers["www-authenticate"] == 'Bearer realm="elbo", error="invalid_request"'
+    assert not any(value in response.text for value in (first, second))
+    assert empty.get("/models", headers={"Authorization": f"Bearer {first}", "X-API-Key": first}).status_code == (
+        200 if bearer else 401
+    )
+
+
 @pytest.mark.parametrize(
     "path",
     [

@@ -1,5 +1,6 @@
 """What a page of another site can make a browser send: requests for other hosts, untyped bodies, bodies of text."""
 
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,8 @@ POLICIES = {"x-content-type-options": "nosniff", "x-frame-options": "DENY", "ref
 def named(artifacts: Path) -> Iterator[httpx.Client]:
     """Yield a client of a server that allows some hosts."""
     hosts = "elbo.example.com, *.internal.example, [::1]"
-    with running(create_app(Settings(artifacts=artifacts, log_level="error", allowed_hosts=hosts))) as client:
+    app = create_app(Settings(artifacts=artifacts, log_level="error", allowed_hosts=hosts))
+    with running(app, app.state.protocol) as client:
         yield client
 
 
@@ -81,6 +83,38 @@ def test_post_for_another_host_is_refused_and_probes_are_answered(named: httpx.C
     assert response.status_code == 400
     for path in ("/livez", "/readyz"):
         assert named.get(path, headers={"host": "10.0.0.7:8000"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "status"),
+    [
+        ("http://evil.example/models", "Host: elbo.example.com", 400),
+        ("http://evil.example:80/models", "Host: elbo.example.com", 400),
+        ("http://elbo.example.com@evil.example/models", "Host: elbo.example.com", 400),
+        ("http://evil.example?/elbo.example.com", "Host: elbo.example.com", 400),
+        ("http://elbo.example.com/models", "Host: evil.example", 200),
+        ("HTTP://user@ELBO.example.com:8000/models?a=b://evil.example", "Host: evil.example", 200),
+        ("http://[::1]:8000/models", "Host: evil.example", 200),
+        ("/models?url=http://evil.example/", "Host: elbo.example.com", 200),
+        ("http://elbo.example.com/models", "Accept: */*", 400),
+        ("http://elbo.example.com/models", "Host: elbo.example.com\r\nHost: elbo.example.com", 400),
+    ],
+)
+def test_request_for_a_whole_url_is_judged_by_the_host_in_the_url(
+    named: httpx.Client, url: str, host: str, status: int
+) -> None:
+    with socket.create_connection(("127.0.0.1", named.base_url.port or 0), timeout=20) as connection:
+        connection.sendall(f"GET {url} HTTP/1.1\r\n{host}\r\nConnection: close\r\n\r\n".encode())
+        response = read_response(connection)
+    assert response.startswith(f"HTTP/1.1 {status} ".encode()), response
+    assert (b'"models":' in response) == (status == 200)
+
+
+@pytest.mark.parametrize(("name", "status"), [("elbo.example.com", 200), ("evil.example", 400)])
+def test_request_for_a_whole_url_in_http_1_0_needs_no_host_header(named: httpx.Client, name: str, status: int) -> None:
+    with socket.create_connection(("127.0.0.1", named.base_url.port or 0), timeout=20) as connection:
+        connection.sendall(f"GET http://{name}/models HTTP/1.0\r\n\r\n".encode())
+        assert read_response(connection).startswith(f"HTTP/1.1 {status} ".encode())
 
 
 @pytest.mark.parametrize("hosts", ["https://elbo.example.com", "elbo.example.com:8000", "*", "a b", "*.", "a/b"])
