@@ -1,8 +1,10 @@
 """Build the ASGI application from the components of the service."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -22,6 +24,7 @@ from models.signatures import TrustedKeySource
 from service.access.control import AccessControl
 from service.access.limits import REFRESH_SECONDS
 from service.anomaly import series_mapping
+from service.anomaly.group_memory import GroupMemory
 from service.endpoints import routes
 from service.endpoints.context import ServiceContext
 from service.endpoints.information import DOCS_STATIC, STATIC
@@ -61,7 +64,10 @@ RESPONSE_HEADERS = (  # that pages of other origins may read
 
 
 def create_app(
-    settings: Settings, counters: SharedCounters | None = None, trials: TrialClient | None = None
+    settings: Settings,
+    counters: SharedCounters | None = None,
+    trials: TrialClient | None = None,
+    temporary_folder: Path | None = None,
 ) -> FastAPI:
     """Return the application.
 
@@ -77,10 +83,12 @@ def create_app(
         counters: the counters that all workers share; by default, counters of this process alone.
         trials: tries artifacts out in another process before this one loads them, as `elbo serve` does; by default,
             artifacts are inspected, but not tried out.
+        temporary_folder: the folder of the memory of groups if ELBO_STATE is not set; by default, the application makes
+            one when it first needs it.
 
     Raises:
-        ElboError: if the device is not available, or if the file of API keys, ELBO_TRUSTED_KEYS or ELBO_REMOTE_WRITE is
-            not valid.
+        ElboError: if the device is not available, if the file of API keys, ELBO_TRUSTED_KEYS or ELBO_REMOTE_WRITE is
+            not valid, or if the folder ELBO_STATE cannot be used.
     """
     counters = counters or SharedCounters()
     metrics = Metrics(
@@ -129,6 +137,12 @@ def create_app(
         batcher=batcher,
         metrics=metrics,
         admission=admission,
+        groups=GroupMemory(
+            settings.state or temporary_folder,
+            settings.max_groups,
+            has_calibration=settings.online_calibration,
+            is_temporary=settings.state is None,
+        ),
     )
     if trials:
         trials.is_stopped = lambda: service.draining
@@ -193,7 +207,11 @@ def _lifespan(
 
     async def free_unserved_series() -> None:
         service.metrics.free_unserved(service.registry.catalogue)
+        service.groups.close_unserved(service.registry.catalogue)
+        if service.metrics.is_leader:
+            await asyncio.to_thread(service.groups.remove_unserved, service.registry.catalogue)
 
+    counting = PeriodicTask(service.count_groups, RENEWAL_SECONDS, "failed to count the groups that are remembered")
     freeing = PeriodicTask(free_unserved_series, RENEWAL_SECONDS, "failed to free the metrics of removed versions")
     key_tasks = []
     if keys:
@@ -211,6 +229,9 @@ def _lifespan(
         scanning.start()
         await free_unserved_series()
         freeing.start()
+        if service.metrics.is_leader:
+            await service.count_groups()
+            counting.start()
         for task in key_tasks:
             task.start()
         try:
@@ -219,10 +240,13 @@ def _lifespan(
             service.draining = True
             await scanning.close()
             await freeing.close()
+            if service.metrics.is_leader:
+                await counting.close()
             for task in key_tasks:
                 await task.close()
             await receiver.close()  # while the batcher can still score the receiver's last rows
             await service.batcher.close()
+            service.groups.close()
             service.readers.shutdown(wait=False, cancel_futures=True)
             await monitor.close()
             await access.close()

@@ -174,6 +174,24 @@ class Settings(BaseSettings):
         description="whether rows sent to /anomaly are live traffic if the request does not have the option `observe`; "
         "other rows raise no alerts and are no evidence of drift. Remote write is always live traffic",
     )
+    state: Path | None = Field(
+        None,
+        description="folder of the memory of groups (hosts), for models that were trained with times: their last rows "
+        "and their calibration. All workers share it, and it survives a restart. By default a temporary folder, which "
+        "is removed when the server stops",
+    )
+    max_groups: int = Field(
+        10_000,
+        ge=1,
+        le=1_000_000,
+        description="most groups that are remembered per model version; beyond it, the group that was not seen for "
+        "longest is forgotten",
+    )
+    online_calibration: bool = Field(
+        True,
+        description="whether rows with a time are judged by a calibration that follows their group, for models that "
+        "were trained with times; if false, by the fixed calibration of the model",
+    )
     api_keys_file: Path | None = Field(
         None,
         description="file of API keys, as `elbo key add` writes it; without it, requests need no key. The server reads "
@@ -213,9 +231,9 @@ class Settings(BaseSettings):
             if _is_service_link(variables.get(variable.upper(), ""), value)
         }
 
-    @field_validator("api_keys_file", mode="before")
+    @field_validator("api_keys_file", "state", mode="before")
     @classmethod
-    def _check_api_keys_file(cls, value: object) -> object:
+    def _check_path(cls, value: object) -> object:
         return None if value == "" else value  # a compose file passes a variable that is not set as an empty one
 
     @field_validator("root_path")

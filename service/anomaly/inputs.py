@@ -51,6 +51,17 @@ class InputRows(NamedTuple):
     unknown_metrics: Sequence[str] = ()
 
 
+def with_timeline_keys(served: ServedModel, body: AnomalyBody) -> AnomalyBody:
+    """Return `body` with the columns of the training data as the keys of time and group, unless it names others."""
+    timeline = served.manifest.timeline
+    if timeline is None:
+        return body
+    columns = {"time": timeline.time_column, "group": timeline.group_column}
+    given = body.model_fields_set
+    update = {name: column for name, column in columns.items() if name not in given and column is not None}
+    return body.model_copy(update=update) if update else body
+
+
 def parse_input_rows(
     served: ServedModel, body: AnomalyBody, may_contain_non_floats: bool, budget: Budget = NO_LIMIT
 ) -> InputRows:
@@ -71,6 +82,7 @@ def parse_input_rows(
         )
     if body.half_life is not None or body.half_life_rows is not None:
         _validate_smoothing(body)
+    body = with_timeline_keys(served, body)
     if body.metrics is not None:
         return _parse_metrics(served, body, budget)
     if body.records is not None:

@@ -97,6 +97,35 @@ def benjamini_hochberg(p_value: Array, q: float) -> npt.NDArray[np.bool_]:
     return np.asarray(p_value <= ordered[passing[-1]])
 
 
+class Past(NamedTuple):
+    """How the past of the groups took part in the verdicts on G rows.
+
+    Args:
+        window_rows: [G]: how many rows of its window each row has; None for a model without a window.
+        full_window: N, the rows of a whole window.
+        has_own_calibration: [G]: whether a row is judged by scores of its own group; None without online calibration.
+        states: [G]: the state of the group after each row; None without online calibration.
+        incidents: the groups whose incidents began, each as often as one began.
+        changes: the groups whose incidents became changes.
+    """
+
+    window_rows: list[int] | None
+    full_window: int
+    has_own_calibration: list[bool] | None
+    states: Sequence[str] | None
+    incidents: Sequence[str] = ()
+    changes: Sequence[str] = ()
+
+    def part(self, part: slice) -> "Past":
+        """Return the past of some rows, without incidents and changes."""
+        return Past(
+            None if self.window_rows is None else self.window_rows[part],
+            self.full_window,
+            None if self.has_own_calibration is None else self.has_own_calibration[part],
+            None if self.states is None else self.states[part],
+        )
+
+
 class Verdicts(NamedTuple):
     """The verdicts on the G valid rows of a request."""
 
@@ -104,6 +133,7 @@ class Verdicts(NamedTuple):
     scores: Scores
     is_anomaly: list[bool]  # [G]
     smoothed: npt.NDArray[np.float64] | None  # [G]: the smoothed severity, if requested
+    past: Past | None = None  # None if the rows were judged without the past of their groups
 
     def part(self, part: slice) -> "Verdicts":
         """Return the verdicts on some of the valid rows, without the errors of the invalid rows."""
@@ -115,7 +145,8 @@ class Verdicts(NamedTuple):
             group=None if group is None else group[part],
         )
         smoothed = None if self.smoothed is None else self.smoothed[part]
-        return Verdicts(input_rows, self.scores.part(part), self.is_anomaly[part], smoothed)
+        past = None if self.past is None else self.past.part(part)
+        return Verdicts(input_rows, self.scores.part(part), self.is_anomaly[part], smoothed, past)
 
 
 def decide(input_rows: InputRows, scores: Scores, body: AnomalyBody) -> Verdicts:
@@ -275,3 +306,17 @@ def _add_optional_fields(results: list[dict[str, Any]], verdicts: Verdicts, name
             for result, value in zip(results, values, strict=True):
                 if value is not None and value == value:
                     result[name] = value
+    if verdicts.past is not None:
+        _add_past(results, verdicts.past)
+
+
+def _add_past(results: list[dict[str, Any]], past: Past) -> None:
+    """Add the fields about the past of the group of each row."""
+    if past.window_rows is not None:
+        for result, rows in zip(results, past.window_rows, strict=True):
+            result["window_rows"] = rows
+            result["warming_up"] = rows < past.full_window
+    if past.states is not None and past.has_own_calibration is not None:
+        for result, state, is_own in zip(results, past.states, past.has_own_calibration, strict=True):
+            result["calibration"] = "group" if is_own else "pool"
+            result["state"] = state

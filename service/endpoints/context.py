@@ -1,10 +1,13 @@
 """The components that all endpoints share."""
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 
+from service.anomaly.group_memory import GroupMemory
 from service.errors import NotReady
 from service.http.admission import AdmissionControl
 from service.inference.batcher import Batcher
@@ -31,6 +34,7 @@ class ServiceContext:
     batcher: Batcher
     metrics: Metrics
     admission: AdmissionControl
+    groups: GroupMemory
     draining: bool = False
     unknown_metrics: UnknownMetricsLog = field(default_factory=UnknownMetricsLog)
     readers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(READER_THREADS, "reader"))
@@ -45,6 +49,16 @@ class ServiceContext:
             except Exception:
                 log.exception("failed to reload")
         log.info("reloaded")
+
+    async def count_groups(self) -> None:
+        """Update the metric of the groups that are remembered. Only the leader process may call it."""
+        for versions in self.registry.catalogue.models.values():
+            for served in versions.values():
+                if served.has_past:
+                    with suppress(NotReady):  # requests report it
+                        memory = await self.groups.of(served)
+                        tally = await asyncio.to_thread(memory.file.tally)
+                        self.metrics.anomalies.set_groups(served, tally)
 
     def find(self, reference: str | None) -> ServedModel:
         """Return the model that `reference` names, or the default model. Raises NotReady, ModelNotFound."""

@@ -158,7 +158,9 @@ class InferenceEndpoints:
         parsed = await parse_request(self._service, request, ANOMALY)
         run = partial(run_operation, self._service, parsed)
         is_live = is_live_traffic(self._service, request, parsed.body)
-        verdicts = await score_rows(self._service, parsed.served, parsed.inputs, parsed.body, run, is_live)
+        verdicts = await score_rows(
+            self._service, parsed.served, parsed.inputs, parsed.body, run, is_live, parsed.deadline
+        )
         parsed.record.rows = parsed.inputs.rows_received
         if parsed.media_type != JSON:
             numbers = score_array(parsed.inputs, verdicts)
@@ -277,12 +279,21 @@ def _anomaly_fields(parsed: ParsedRequest[AnomalyBody, InputRows], verdicts: Ver
         **counts,
         "alpha": body.alpha,
         "fdr": body.fdr,
-        "threshold": served.backend.calibration.threshold(body.alpha) if reached or body.extrapolated else None,
+        "threshold": _threshold(served, body, verdicts),
         "calibration": {"rows": calibration.rows, "floor": calibration.floor},
         "extrapolated": body.extrapolated and not reached,
         "results": scored,
         "errors": errors,
     }
+
+
+def _threshold(served: ServedModel, body: AnomalyBody, verdicts: Verdicts | None) -> np.float32 | None:
+    """Return the score above which a row is anomalous; None if there is no such score, or no single one."""
+    if not (served.manifest.calibration.reaches(body.alpha) or body.extrapolated):
+        return None
+    if verdicts is not None and verdicts.past is not None and verdicts.past.states is not None:
+        return None  # each group has its own threshold, which moves
+    return served.backend.calibration.threshold(body.alpha)
 
 
 def _imputed(served: ServedModel, *rows: Array) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from service.anomaly.inputs import InputRows
 from service.anomaly.verdicts import Scores, Verdicts, decide
 from service.endpoints import offload
 from service.endpoints.context import ServiceContext
+from service.endpoints.group_scoring import score_with_past
 from service.endpoints.offload import run_in_thread_if_long
 from service.errors import Overloaded
 from service.http.request import RequestContext
@@ -32,6 +33,7 @@ async def score_rows(
     body: AnomalyBody,
     run: Callable[[Operation, Array], Awaitable[tuple[Array, ...]]],
     is_live: bool,
+    deadline: float | None = None,
 ) -> Verdicts | None:
     """Return the verdicts on `input_rows`, or None if no row could be read.
 
@@ -42,6 +44,7 @@ async def score_rows(
         body: alpha and the other options of /anomaly.
         run: runs an operation on rows [B, D] with `served`.
         is_live: whether the rows are live traffic.
+        deadline: when the request times out, on the `perf_counter` clock; by default ELBO_REQUEST_TIMEOUT from now.
     """
     verdicts = None
     if input_rows.parsed.rows:
@@ -49,14 +52,11 @@ async def score_rows(
         if input_rows.parsed.missing is not None:
             impute = partial(served.row_schema.impute, input_rows.parsed)
             rows = await run_in_thread_if_long(impute, rows.size * offload.DECISION)
-        outputs = await run(operations.anomaly(body.alpha, body.extrapolated), rows)
-        if len(rows) <= offload.FEW_ROWS:
-            verdicts = decide(input_rows, Scores(*outputs), body)
+        if served.has_past and service.groups.concerns(served, input_rows):
+            deadline = deadline or perf_counter() + service.settings.request_timeout
+            verdicts = await score_with_past(service, served, input_rows, rows, body, run, is_live, deadline)
         else:
-            cost = rows.size * offload.DECISION
-            if body.half_life or body.half_life_rows:
-                cost += len(rows) * offload.SMOOTHED_ROW
-            verdicts = await run_in_thread_if_long(partial(_decide, input_rows, outputs, body), cost)
+            verdicts = await _score(input_rows, rows, body, run)
     if is_live:
         for _ in service.metrics.anomalies.count_in_steps(served, input_rows, verdicts):
             await asyncio.sleep(0)
@@ -65,6 +65,22 @@ async def score_rows(
     if input_rows.unknown_metrics:
         service.unknown_metrics.report(served, input_rows.unknown_metrics)
     return verdicts
+
+
+async def _score(
+    input_rows: InputRows,
+    rows: Array,
+    body: AnomalyBody,
+    run: Callable[[Operation, Array], Awaitable[tuple[Array, ...]]],
+) -> Verdicts:
+    """Return the verdicts on rows that are judged alone."""
+    outputs = await run(operations.anomaly(body.alpha, body.extrapolated), rows)
+    if len(rows) <= offload.FEW_ROWS:
+        return decide(input_rows, Scores(*outputs), body)
+    cost = rows.size * offload.DECISION
+    if body.half_life or body.half_life_rows:
+        cost += len(rows) * offload.SMOOTHED_ROW
+    return await run_in_thread_if_long(partial(_decide, input_rows, outputs, body), cost)
 
 
 def _decide(input_rows: InputRows, outputs: tuple[Array, ...], body: AnomalyBody) -> Verdicts:

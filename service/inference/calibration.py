@@ -18,6 +18,7 @@ from models.artifact import Artifact
 
 Array = npt.NDArray[np.float32]
 BUFFERS = ("scores", "surprisal", "tail", "knot", "height", "slope")
+NO_SCORES: Array = np.empty(0, np.float32)
 ONE = np.float32(1)
 NEXT_AFTER_ONE = np.nextafter(ONE, np.float32(2))
 MAX_CACHED_ALPHAS = 64  # maximum number of cached thresholds; needed because clients choose alpha
@@ -33,9 +34,11 @@ class Calibration(Protocol):
 
     Attributes:
         floor: the smallest possible p-value.
+        scores: the calibration scores, ascending; none if they are unknown.
     """
 
     floor: float
+    scores: Array
 
     def p_value(self, score: Array, /) -> Array:
         """Return the conformal p-values [B] of scores [B]."""
@@ -59,13 +62,13 @@ class NumpyCalibration:
     """
 
     def __init__(self, buffers: Mapping[str, Array], threshold: Callable[[float], Tensor]) -> None:
-        self._scores = buffers["scores"]
+        self.scores = buffers["scores"]
         self._surprisal = buffers["surprisal"]
         self._tail = buffers["tail"]
         self._knot = buffers["knot"]
         self._height = buffers["height"]
         self._slope = buffers["slope"]
-        n = len(self._scores)
+        n = len(self.scores)
         self.floor = 1 / (n + 1)
         # Index i holds the p-value of a score that exceeds i calibration scores.
         self._p_values = np.arange(n + 1, 0, -1).astype(np.float32) / np.float32(n + 1)
@@ -75,7 +78,7 @@ class NumpyCalibration:
 
     def p_value(self, score: Array) -> Array:
         """Return the conformal p-values [B] of scores [B]."""
-        p_values: Array = self._p_values.take(self._scores.searchsorted(score))
+        p_values: Array = self._p_values.take(self.scores.searchsorted(score))
         return p_values
 
     def severity(self, score: Array, alpha: float) -> Array:
@@ -93,7 +96,7 @@ class NumpyCalibration:
 
     def _severity_of_one(self, score: np.float32, threshold: np.float32, threshold_surprisal: np.float32) -> Array:
         """Return the severity [1] of one score."""
-        place = self._scores.searchsorted(score, "right")
+        place = self.scores.searchsorted(score, "right")
         if place:
             ratio = (self._height[place] + self._slope[place] * (score - self._knot[place])) / threshold_surprisal
         else:
@@ -122,7 +125,7 @@ class NumpyCalibration:
 
     def _surprisal_at(self, score: Array) -> Array:
         """Return the surprisals [B] of scores [B]: minus the log of the probability that a normal row scores higher."""
-        place = self._scores.searchsorted(score, "right")
+        place = self.scores.searchsorted(score, "right")
         above = score - self._knot[place]
         surprisal = self._height[place] + self._slope[place] * above
         if place.all():
@@ -138,10 +141,14 @@ class TorchScriptCalibration:
         module: the module of the artifact.
         device: the device of `module`.
         floor: the smallest possible p-value.
+        scores: the calibration scores, ascending; none if they are unknown.
     """
 
-    def __init__(self, module: torch.jit.ScriptModule, device: torch.device, floor: float) -> None:
+    def __init__(
+        self, module: torch.jit.ScriptModule, device: torch.device, floor: float, scores: Array = NO_SCORES
+    ) -> None:
         self.floor = floor
+        self.scores = scores
         self._module = module
         self._device = device
 
@@ -175,7 +182,8 @@ def load_calibration(artifact: Artifact) -> Calibration:
         calibration = NumpyCalibration(buffers, artifact.module.threshold)
         if agrees_with_module(calibration, artifact.module, buffers["scores"]):
             return calibration
-    return TorchScriptCalibration(artifact.module, artifact.device, artifact.manifest.calibration.floor)
+    scores = artifact.calibration["scores"].cpu().numpy() if "scores" in artifact.calibration else NO_SCORES
+    return TorchScriptCalibration(artifact.module, artifact.device, artifact.manifest.calibration.floor, scores)
 
 
 def agrees_with_module(calibration: Calibration, module: torch.jit.ScriptModule, known: Array) -> bool:

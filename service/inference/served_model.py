@@ -53,6 +53,11 @@ class ServedModel:
         return self.name, str(self.version)
 
     @cached_property
+    def has_past(self) -> bool:
+        """Whether the past of a row's group can matter for its verdict: the model has times or a window."""
+        return self.manifest.timeline is not None or getattr(self.manifest, "window", None) is not None
+
+    @cached_property
     def headers(self) -> tuple[tuple[bytes, bytes], ...]:
         """The headers that every response computed by this model has."""
         return ((b"elbo-model", f"{self.name}@{self.version}".encode()),)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from models.errors import printable, shortened
 from service.anomaly.inputs import InputRows
 from service.anomaly.smoothing import RunningMean
+from service.anomaly.streams import STATES, JoinedRows, Outcome
 from service.anomaly.verdicts import Scores, Verdicts
 from service.inference.registry import Catalogue
 from service.inference.served_model import ServedModel
@@ -53,6 +54,7 @@ class AnomalyMetrics:
     def __init__(self, counters: SharedCounters, half_life: float, max_age: float = math.inf) -> None:
         by_group = (*MODEL_LABELS, "group")
         by_feature = (*MODEL_LABELS, "feature")
+        by_state = (*MODEL_LABELS, "state")
         by_outcome = (*MODEL_LABELS, "outcome")
         self._scored = Counter(counters, "elbo_scored_rows", "Rows scored by /anomaly and remote write", MODEL_LABELS)
         self._anomalies = Counter(counters, "elbo_anomalies", "Rows flagged as anomalous, by group", by_group)
@@ -94,6 +96,25 @@ class AnomalyMetrics:
         self._samples = Counter(
             counters, "elbo_remote_samples", "Samples received by remote write, by outcome", by_outcome
         )
+        self._incidents = Counter(
+            counters, "elbo_incidents", "Incidents begun: alarms of a group outnumbered its other rows", by_group
+        )
+        self._changes = Counter(
+            counters, "elbo_changes", "Incidents that lasted so long that their rows became the new normal", by_group
+        )
+        self._groups = Gauge(
+            counters, "elbo_groups", "Groups that are remembered, by the state of their calibration", by_state
+        )
+        self._forgotten = Counter(
+            counters, "elbo_forgotten_groups", "Groups forgotten because ELBO_MAX_GROUPS was reached", MODEL_LABELS
+        )
+        self._warming_up = Counter(counters, "elbo_warming_up_rows", "Rows whose window was not full yet", MODEL_LABELS)
+        self._repeated = Counter(
+            counters, "elbo_repeated_rows", "Rows whose group already had a row of the same time", MODEL_LABELS
+        )
+        self._late = Counter(
+            counters, "elbo_late_rows", "Rows that were older than the newest row of their group", MODEL_LABELS
+        )
         self._waiting = Gauge(counters, "elbo_remote_waiting_rows", "Remote-write rows that wait for more samples")
         self._alerts = Gauge(counters, "elbo_alerts", "Alerts that are not resolved", ("model",))
         self._undelivered = Gauge(counters, "elbo_alerts_waiting", "Alerts not yet delivered to Alertmanager")
@@ -105,6 +126,7 @@ class AnomalyMetrics:
             self._scored, self._anomalies, self.alarms, self.causes, self._unobserved, self._history, self._failed,
             self._unknown, self._missing,
             self._p_values, self._evidence, self._stale, self._samples,
+            self._incidents, self._changes, self._groups, self._forgotten, self._warming_up, self._repeated, self._late,
             self._waiting, self._alerts, self._undelivered, self._pushes,
         )  # fmt: skip
         self.all = (*self.exported, self._history_p_values)
@@ -144,6 +166,36 @@ class AnomalyMetrics:
             for column in np.flatnonzero(missing_per_column):
                 feature = self._limited(model, "feature", served.row_schema.names[column])
                 self._missing.add((*model, feature), float(missing_per_column[column]))
+
+    def count_past(self, served: ServedModel, joined: JoinedRows, verdicts: Verdicts, forgotten: int) -> None:
+        """Count what the past of the groups says about live rows.
+
+        Args:
+            served: the model.
+            joined: the rows with their pasts.
+            verdicts: the verdicts on them.
+            forgotten: how many groups were forgotten meanwhile.
+        """
+        model, past = served.metric_labels, verdicts.past
+        if past is None:
+            return
+        numbers = (
+            (self._repeated, joined.outcomes.count(Outcome.REPEATED)),
+            (self._late, joined.outcomes.count(Outcome.LATE)),
+            (self._forgotten, forgotten),
+            (self._warming_up, sum(rows < past.full_window for rows in past.window_rows or ())),
+        )
+        for counter, number in numbers:
+            if number:
+                counter.add(model, number)
+        for counter, groups in ((self._incidents, past.incidents), (self._changes, past.changes)):
+            for group in groups:
+                counter.add((*model, self._limited(model, "group", group)), 1)
+
+    def set_groups(self, served: ServedModel, tally: Mapping[int, int]) -> None:
+        """Set the number of groups that are remembered, by index of their state. Only the leader may call it."""
+        for index, state in enumerate(STATES):
+            self._groups.local((*served.metric_labels, state))[0] = float(tally.get(index, 0))
 
     def count_unobserved(self, served: ServedModel, input_rows: InputRows) -> None:
         """Count the rows of a request that is not live traffic. They count in no other metric of this class."""

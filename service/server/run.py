@@ -4,6 +4,10 @@ import ipaddress
 import logging
 import resource
 import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from models.errors import ElboError
 from service.monitoring import logs
@@ -46,14 +50,29 @@ def serve(settings: Settings) -> None:
         from service.server.trials import start_trials
 
         trials = start_trials(settings)  # before torch starts threads, here or in a worker
-        if settings.workers > 1:
-            from service.server.supervisor import Supervisor
+        with temporary_folder(settings) as folder:
+            if settings.workers > 1:
+                from service.server.supervisor import Supervisor
 
-            Supervisor(settings, listener, trials).run()
-        else:
-            from service.server.worker import run_worker
+                Supervisor(settings, listener, trials, folder).run()
+            else:
+                from service.server.worker import run_worker
 
-            run_worker(settings, listener=listener, trials=trials)
+                run_worker(settings, listener=listener, trials=trials, temporary_folder=folder)
+
+
+@contextmanager
+def temporary_folder(settings: Settings) -> Iterator[Path | None]:
+    """Yield a folder that all workers share if ELBO_STATE is not set, and remove it at the end of the block.
+
+    Yield None if ELBO_STATE is set, or if no folder can be created: most models need none.
+    """
+    with ExitStack() as stack:
+        folder = None
+        if settings.state is None:
+            with suppress(OSError):
+                folder = Path(stack.enter_context(TemporaryDirectory(prefix="elbo-state-", ignore_cleanup_errors=True)))
+        yield folder
 
 
 def require_keys_if_public(listener: socket.socket, settings: Settings) -> None:

@@ -21,6 +21,7 @@ import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
+from pathlib import Path
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, NoReturn
 
@@ -100,11 +101,19 @@ class Supervisor:
         settings: the settings of the server.
         listener: a bound socket.
         trials: tries artifacts out in another process before a worker loads them.
+        temporary_folder: see `create_app`; the workers share it.
     """
 
-    def __init__(self, settings: Settings, listener: socket.socket, trials: "TrialClient | None" = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        listener: socket.socket,
+        trials: "TrialClient | None" = None,
+        temporary_folder: Path | None = None,
+    ) -> None:
         self._settings = settings
         self._trials = trials
+        self._temporary_folder = temporary_folder
         self._max_connections = connection_limit(settings.max_connections) + SPARE_CONNECTIONS  # per worker
         self._is_short_of_files = False  # whether the last `accept` failed because no file is left
         self._listener = listener
@@ -314,7 +323,13 @@ class Supervisor:
             from service.server.worker import run_worker
 
             counters = SharedCounters(self._segments, index)
-            run_worker(self._settings, control=control, counters=counters, trials=self._trials)
+            run_worker(
+                self._settings,
+                control=control,
+                counters=counters,
+                trials=self._trials,
+                temporary_folder=self._temporary_folder,
+            )
             code = 0
         except ElboError as error:
             print(f"elbo: {printable(str(error))}", file=sys.stderr)

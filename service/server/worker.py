@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -361,6 +362,7 @@ def run_worker(
     control: socket.socket | None = None,
     counters: SharedCounters | None = None,
     trials: TrialClient | None = None,
+    temporary_folder: Path | None = None,
 ) -> None:
     """Serve until the server is stopped. Raises ElboError if the device is not available.
 
@@ -370,10 +372,11 @@ def run_worker(
         control: the socket to the supervisor; None without one. The worker stops when the supervisor ends the stream.
         counters: the counters of all workers; by default, the counters of this process alone.
         trials: tries artifacts out in another process before this one loads them.
+        temporary_folder: see `create_app`.
     """
     sys.setswitchinterval(SWITCH_INTERVAL)
     counters = counters or SharedCounters()
-    app = create_app(settings, counters, trials)
+    app = create_app(settings, counters, trials, temporary_folder)
     service: ServiceContext = app.state.service
     logs.count_lost_lines(service.metrics.lost_log_lines)
     entry_point: Any = app.middleware_stack  # `app` itself would look for OpenTelemetry on every request

@@ -1,0 +1,429 @@
+"""Join the rows of a request to the past of their groups: windows, repeated rows, late rows, gaps, and calibration.
+
+Rows of a group are handled in order of time; rows without a time come after the row that the request has before them.
+Everything here is computed in memory, and depends on the rows and their order only: it does not matter in how many
+requests the rows arrive.
+
+- A new row is later than all rows before it. It is added to the history of its group.
+- A repeated row has the time of a row in the history. It is judged with the rows before that time, and changes nothing.
+- A late row is earlier than the newest row. It is judged with the rows before it that the history has, and is inserted
+  if the history still has its place. It does not change the calibration.
+- After a gap, a window begins anew. A gap is a step longer than a third of the window, in usual steps.
+- If RESTART_ROWS rows in a row are late, the clock that gave the newest row was wrong, or the sender replays an earlier
+  time: the later rows are forgotten, and the group goes on from the present row.
+"""
+
+import math
+import struct
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from service.anomaly.online_calibration import MAX_BYTES, CorruptRecordError, OnlineCalibration, State
+from service.codec.long_work import pause_if_due
+
+Array = npt.NDArray[np.float32]
+REMEMBERED_TIMES = 64  # times that a group of a model without a window remembers, to recognise repeated rows
+HISTORY_WINDOWS = 2  # windows that the history of a group holds, so that late and repeated rows have whole windows
+REMEMBERED_STEPS = 9  # steps of which the usual step of a group is the median
+MIN_STEPS = 5  # with fewer known steps, the usual step is that of the training rows
+GAP_SHARE = 3  # a step of more than a window's rows / GAP_SHARE usual steps is a gap
+RESTART_ROWS = 100
+STATES: tuple[State, ...] = ("usual", "incident", "changed")
+_HEAD = struct.Struct("<HBH")  # rows, steps, late rows in a row
+_LENGTH = struct.Struct("<I")
+
+
+class Outcome(IntEnum):
+    """What a row is to the history of its group."""
+
+    NEW = 0
+    REPEATED = 1
+    LATE = 2
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How rows of a model are joined.
+
+    Args:
+        rows: N, the rows of a window; 1 for a model without a window.
+        least_rows: how many rows of a window must be there before its newest row can be anomalous.
+        width: D, the number of features.
+        usual_step: the usual time between two rows of a group in the training data, in seconds; None if it is unknown.
+    """
+
+    rows: int
+    least_rows: int
+    width: int
+    usual_step: float | None
+
+    @property
+    def has_window(self) -> bool:
+        """Whether a row is judged together with rows before it."""
+        return self.rows > 1
+
+    @property
+    def capacity(self) -> int:
+        """The number of rows in the history of a group."""
+        return HISTORY_WINDOWS * self.rows if self.has_window else REMEMBERED_TIMES
+
+    @property
+    def history_bytes(self) -> int:
+        """The largest size of a history, in bytes."""
+        row = 8 + 1 + 4 * self.width if self.has_window else 8 + 1
+        return _HEAD.size + 8 * REMEMBERED_STEPS + self.capacity * row
+
+    @property
+    def payload_bytes(self) -> int:
+        """The largest size of what is stored about a group, in bytes."""
+        return _LENGTH.size + self.history_bytes + MAX_BYTES
+
+
+class History:
+    """The last rows of one group, in order of time.
+
+    Args:
+        rules: how rows are joined.
+        payload: what `dump` has returned; no bytes for a new group.
+
+    Attributes:
+        x: the values of the stored rows, [H, D]; H is 0 for a model without a window.
+
+    Raises:
+        ValueError: `payload` is not a history for these rules.
+    """
+
+    def __init__(self, rules: Rules, payload: bytes = b"") -> None:
+        self._rules = rules
+        self._times: list[float] = []
+        self._begins: list[bool] = []  # whether a row begins a window
+        self._sources: list[int] = []  # where the values of a row are: see `join`
+        self._steps: list[float] = []  # the last steps between new rows, in seconds
+        self._late_rows = 0  # late rows since the last new row
+        self.x: Array = np.empty((0, rules.width), np.float32)
+        if payload:
+            self._load(payload)
+
+    def _load(self, payload: bytes) -> None:
+        try:
+            rows, steps, self._late_rows = _HEAD.unpack_from(payload)
+            numbers = np.frombuffer(payload, "<f8", steps + rows, _HEAD.size).tolist()
+            begins_at = _HEAD.size + 8 * (steps + rows)
+            self._steps, self._times = numbers[:steps], numbers[steps:]
+            self._begins = np.frombuffer(payload, np.bool_, rows, begins_at).tolist()
+            if self._rules.has_window:
+                values = np.frombuffer(payload, "<f4", rows * self._rules.width, begins_at + rows)
+                self.x = values.reshape(rows, self._rules.width)
+        except (ValueError, struct.error) as error:
+            raise ValueError(f"the history of a group is not valid: {error}") from error
+        self._sources = list(range(rows))
+
+    def dump(self, pool: Array) -> bytes:
+        """Return the history as bytes. `pool` has the values of the rows, by source: see `join`."""
+        times, steps = self._times, self._steps
+        parts = [
+            _HEAD.pack(len(times), len(steps), min(self._late_rows, 65535)),
+            np.array(steps + times, "<f8").tobytes(),
+            np.array(self._begins, np.bool_).tobytes(),
+        ]
+        if self._rules.has_window:
+            parts.append(pool[self._sources].astype("<f4", copy=False).tobytes())
+        return b"".join(parts)
+
+    def place(self, offset: int) -> None:
+        """Note that the stored rows have the sources `offset`, `offset` + 1, ..."""
+        self._sources = [source + offset for source in self._sources]
+
+    def join(self, source: int, time: float) -> tuple[Outcome, list[int]]:
+        """Add a row, and return what it is and the sources of the rows of its window, oldest first.
+
+        Args:
+            source: where the values of the row are. A source is any number, for example an index of an array.
+            time: the time of the row in seconds; NaN if it has none.
+        """
+        times = self._times
+        newest = times[-1] if times else None
+        if time != time:
+            time = 0.0 if newest is None else math.nextafter(newest, math.inf)
+            return self._append(source, time, begins=newest is None)
+        if newest is None or time > newest:
+            step = None if newest is None else time - newest
+            begins = step is None or self._is_gap(step)
+            if step is not None and self._rules.has_window:
+                self._steps = [*self._steps[1 - REMEMBERED_STEPS :], step]
+            return self._append(source, time, begins=begins)
+        place = bisect_left(times, time)
+        if times[place] == time:
+            return Outcome.REPEATED, [*self._window(place)[:-1], source]
+        if self._late_rows >= RESTART_ROWS:
+            del times[place:], self._begins[place:], self._sources[place:]
+            begins = not times or self._is_gap(time - times[-1])
+            return self._append(source, time, begins=begins)
+        self._late_rows += 1
+        times.insert(place, time)
+        self._sources.insert(place, source)
+        self._begins.insert(place, place == 0 or self._is_gap(time - times[place - 1]))
+        self._begins[place + 1] = self._is_gap(times[place + 1] - time)
+        window = self._window(place)
+        self._drop_oldest()
+        return Outcome.LATE, window
+
+    def _append(self, source: int, time: float, *, begins: bool) -> tuple[Outcome, list[int]]:
+        self._late_rows = 0
+        self._times.append(time)
+        self._begins.append(begins)
+        self._sources.append(source)
+        window = self._window(len(self._times) - 1)
+        self._drop_oldest()
+        return Outcome.NEW, window
+
+    def _drop_oldest(self) -> None:
+        if len(self._times) > self._rules.capacity:
+            del self._times[0], self._begins[0], self._sources[0]
+
+    def _window(self, place: int) -> list[int]:
+        """Return the sources of the rows of the window that ends at `place`."""
+        first = place
+        last_possible = max(0, place - self._rules.rows + 1)
+        while first > last_possible and not self._begins[first]:
+            first -= 1
+        return self._sources[first : place + 1]
+
+    def _is_gap(self, step: float) -> bool:
+        if not self._rules.has_window:
+            return False
+        usual = sorted(self._steps)[len(self._steps) // 2] if len(self._steps) >= MIN_STEPS else self._rules.usual_step
+        return usual is not None and step > self._rules.rows / GAP_SHARE * usual
+
+
+class StartSet(NamedTuple):
+    """Scores of normal rows, with which the calibration of a group begins.
+
+    `is_own`: whether they are scores of the group itself, and not of all groups.
+    """
+
+    scores: Sequence[float]
+    is_own: bool
+
+
+class Group:
+    """What the service knows of one group: its history and, if it has one, its online calibration.
+
+    Args:
+        rules: how rows are joined.
+        payload: what `dump` has returned; no bytes for a new group. A payload that is not valid counts as none.
+        start: the start set of the online calibration; None if the model has no online calibration.
+    """
+
+    def __init__(self, rules: Rules, payload: bytes, start: StartSet | None) -> None:
+        self.calibration: OnlineCalibration | None = None
+        self._unused = b""  # the stored calibration, if the rows of this request do not use it
+        self._has_own_start = start is not None and start.is_own
+        try:
+            (length,) = _LENGTH.unpack_from(payload) if payload else (0,)
+            rest = payload[_LENGTH.size + length :]
+            self.history = History(rules, payload[_LENGTH.size : _LENGTH.size + length])
+            if start is None:
+                self._unused = rest
+            elif rest:
+                self.calibration = OnlineCalibration.load(rest)
+        except (ValueError, struct.error, CorruptRecordError):
+            self.history = History(rules)
+        if start is not None and self.calibration is None:
+            self.calibration = OnlineCalibration(start.scores, rules.rows)
+
+    def dump(self, pool: Array) -> bytes:
+        """Return the group as bytes. `pool`: see `History.dump`."""
+        history = self.history.dump(pool)
+        calibration = self._unused if self.calibration is None else self.calibration.dump()
+        return b"".join((_LENGTH.pack(len(history)), history, calibration))
+
+    @property
+    def tag(self) -> int:
+        """The index in STATES of the state of the calibration."""
+        return 0 if self.calibration is None else STATES.index(self.calibration.state)
+
+    @property
+    def has_own_calibration(self) -> bool:
+        """Whether most scores of the calibration set are the group's own."""
+        calibration = self.calibration
+        return calibration is not None and (self._has_own_start or 2 * calibration.own_rows >= calibration.set_rows)
+
+
+@dataclass(eq=False)
+class JoinedRows:
+    """The rows of a request with their windows, in the order of the request. In shapes: G rows, N rows of a window.
+
+    Args:
+        groups: the groups by name.
+        order: for each group, its rows in the order in which they are handled.
+        outcomes: what each row is, [G].
+        window_rows: how many rows of its window each row has, itself included, [G].
+        pool: the values of the rows of the request, then those of the histories, then one row of NaN.
+        windows: for each row of each window, its index in `pool`, oldest first, [G, N]; None without windows.
+    """
+
+    groups: dict[str, Group]
+    order: dict[str, list[int]]
+    outcomes: list[Outcome]
+    window_rows: list[int]
+    pool: Array
+    windows: npt.NDArray[np.int32] | None
+
+    def inputs(self, part: slice) -> Array:
+        """Return the model's inputs for some rows: windows [B, N, D] with NaN for absent rows, or rows [B, D]."""
+        if self.windows is None:
+            return self.pool[part]
+        return self.pool[self.windows[part]]
+
+    @property
+    def has_calibration(self) -> bool:
+        """Whether the groups have online calibrations: either all of them have one, or none."""
+        return next(iter(self.groups.values())).calibration is not None
+
+    def changed_groups(self) -> list[str]:
+        """Return the names of the groups that have changed."""
+        repeated = Outcome.REPEATED
+        return [name for name, rows in self.order.items() if any(self.outcomes[row] != repeated for row in rows)]
+
+
+def join_rows(
+    rules: Rules,
+    x: Array,
+    time: npt.NDArray[np.float64] | None,
+    names: Sequence[str | None] | None,
+    groups: dict[str, Group],
+) -> JoinedRows:
+    """Return the rows x [G, D] of a request, joined to their groups.
+
+    Args:
+        rules: how rows are joined.
+        x: the rows.
+        time: [G] in seconds, NaN for rows without a time; None if no row has a time.
+        names: [G] the groups; None stands for the group without a name.
+        groups: the groups by name. They are changed.
+    """
+    count = len(x)
+    order = _order(time, names, count)
+    outcomes = [Outcome.NEW] * count
+    window_rows = [1] * count
+    pool = x
+    windows: npt.NDArray[np.int32] | None = None
+    if rules.has_window:
+        pool = np.concatenate(
+            (x, *(groups[name].history.x for name in order), np.full((1, rules.width), np.nan, np.float32))
+        )
+        windows = np.full((count, rules.rows), len(pool) - 1, np.int32)
+    times = [math.nan] * count if time is None else time.tolist()
+    offset = count
+    for name, rows in order.items():
+        history = groups[name].history
+        history.place(offset)
+        offset += len(history.x)
+        for row in rows:
+            pause_if_due()
+            outcomes[row], window = history.join(row, times[row])
+            if windows is not None:
+                window_rows[row] = len(window)
+                windows[row, -len(window) :] = window
+    return JoinedRows(groups, order, outcomes, window_rows, pool, windows)
+
+
+def _order(
+    time: npt.NDArray[np.float64] | None, names: Sequence[str | None] | None, count: int
+) -> dict[str, list[int]]:
+    """Return the rows of each group in order of time. Rows without a time follow the row before them."""
+    rows: dict[str, list[int]] = {}
+    if names is None:
+        rows[""] = list(range(count))
+    else:
+        for row, name in enumerate(names):
+            rows.setdefault(name or "", []).append(row)
+    if time is None:
+        return rows
+    times = time.tolist()
+    for name, of_group in rows.items():
+        if len(of_group) > 1:
+            keys: list[float] = []
+            for row in of_group:
+                keys.append(times[row] if times[row] == times[row] else keys[-1] if keys else -math.inf)
+            rows[name] = [row for _, row in sorted(zip(keys, of_group, strict=True))]
+    return rows
+
+
+@dataclass(eq=False)
+class Judgements:
+    """The verdicts of the online calibrations on G rows, and what has happened to the groups meanwhile.
+
+    Args:
+        p_value: [G].
+        severity: [G].
+        states: the state of the group's calibration after each row, [G].
+        has_own_calibration: whether most of the scores that each row was compared with are of its group, [G].
+        incidents: the groups whose incidents began, each as often as one began.
+        changes: the groups whose incidents became changes.
+    """
+
+    p_value: Array
+    severity: Array
+    states: list[State]
+    has_own_calibration: list[bool]
+    incidents: list[str]
+    changes: list[str]
+
+
+def judge(
+    joined: JoinedRows,
+    rules: Rules,
+    score: Array,
+    usable: npt.NDArray[np.bool_],
+    time: npt.NDArray[np.float64] | None,
+    fixed: tuple[Array, Array],
+    alpha: float,
+    extrapolated: bool,
+) -> Judgements:
+    """Judge each row by the calibration of its group, and let new rows change the calibration.
+
+    Args:
+        joined: the rows; their groups have calibrations, which are changed.
+        rules: how rows are joined.
+        score: the scores, [G].
+        usable: whether a row can get a verdict, [G].
+        time: [G] in seconds, or None.
+        fixed: the p-values and the severities by the calibration of the artifact, for rows that are not usable.
+        alpha: the false-alarm rate.
+        extrapolated: see `OnlineCalibration.judge`.
+    """
+    count = len(score)
+    p_values, severities = fixed[0].tolist(), fixed[1].tolist()
+    states: list[State] = ["usual"] * count
+    own = [False] * count
+    incidents: list[str] = []
+    changes: list[str] = []
+    scores, is_usable = score.tolist(), usable.tolist()
+    times = None if time is None else time.tolist()
+    for name, rows in joined.order.items():
+        group = joined.groups[name]
+        calibration = group.calibration
+        assert calibration is not None
+        for row in rows:
+            pause_if_due()
+            own[row] = group.has_own_calibration
+            if is_usable[row]:
+                p_values[row], severities[row] = calibration.judge(scores[row], alpha, extrapolated)
+                if joined.outcomes[row] == Outcome.NEW and joined.window_rows[row] >= rules.least_rows:
+                    before = calibration.incidents, calibration.changes
+                    calibration.step(scores[row], math.nan if times is None else times[row])
+                    if calibration.incidents != before[0]:
+                        incidents.append(name)
+                    if calibration.changes != before[1]:
+                        changes.append(name)
+            states[row] = calibration.state
+    p_value, severity = np.array(p_values, np.float32), np.array(severities, np.float32)
+    return Judgements(p_value, severity, states, own, incidents, changes)

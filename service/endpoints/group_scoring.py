@@ -1,0 +1,183 @@
+"""Score rows together with the past of their groups, in a transaction that commits only if everything succeeds.
+
+A transaction locks the groups of the request, reads their records, scores the windows, and steps the calibrations. Then
+it writes the record of each group at once, and unlocks the groups. A request that fails, times out or loses its client
+before the commit changes nothing. Rows that are not live traffic are judged with the same past, and change nothing.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from service.anomaly.group_memory import ModelMemory
+from service.anomaly.group_state import Record, Transaction
+from service.anomaly.inputs import InputRows
+from service.anomaly.streams import Group, JoinedRows, Judgements, join_rows, judge
+from service.anomaly.verdicts import Past, Scores, Verdicts, decide
+from service.codec.long_work import pause_if_due
+from service.endpoints import offload
+from service.endpoints.context import ServiceContext
+from service.endpoints.offload import run_in_thread_if_long
+from service.inference import operations
+from service.inference.operations import Operation
+from service.inference.served_model import ServedModel
+from service.schemas import AnomalyBody
+
+Array = npt.NDArray[np.float32]
+T = TypeVar("T")
+PART_BYTES = 2**20  # windows are scored in parts of about this size, because a request may have 10,000 of them
+
+# Estimated times in nanoseconds.
+LOADED_GROUP = 100_000  # time to read the record of a group
+STORED_GROUP = 50_000  # time to write the record of a group
+JOINED_ROW = 8_000
+JUDGED_ROW = 20_000
+
+
+async def score_with_past(
+    service: ServiceContext,
+    served: ServedModel,
+    input_rows: InputRows,
+    rows: Array,
+    body: AnomalyBody,
+    run: Callable[[Operation, Array], Awaitable[tuple[Array, ...]]],
+    is_live: bool,
+    deadline: float,
+) -> Verdicts:
+    """Return the verdicts on rows [G, D] of groups.
+
+    Args:
+        service: the service.
+        served: the model that scores the rows.
+        input_rows: the times and the groups of the rows. There is at least one row.
+        rows: the rows, in which a missing value that the model cannot impute is replaced.
+        body: alpha and the other options of /anomaly.
+        run: runs an operation on the model's inputs.
+        is_live: whether the rows are live traffic, and therefore remembered.
+        deadline: when to give up waiting for groups that other requests use, on the `perf_counter` clock.
+
+    Raises:
+        Overloaded: other requests kept a group locked until the deadline.
+        NotReady: the records cannot be read or written.
+    """
+    memory = await service.groups.of(served)
+    if body.inputs is not None:  # rows without times and groups: they are joined with each other only
+        joined = await _run_to_end(partial(_join, memory, input_rows, rows, None), JOINED_ROW * len(rows))
+        return await _judge_rows(memory, joined, input_rows, body, run)
+    names = list(dict.fromkeys(name or "" for name in input_rows.group or ("",)))
+    transaction = await memory.file.begin(names, deadline)
+    try:
+        work = partial(_join, memory, input_rows, rows, transaction)
+        joined = await _run_to_end(work, LOADED_GROUP * len(names) + JOINED_ROW * len(rows))
+        if not is_live:
+            transaction.end()
+        verdicts = await _judge_rows(memory, joined, input_rows, body, run)
+        if is_live:
+            await _commit(transaction, joined, deadline)
+    finally:
+        transaction.end()
+    if is_live:
+        service.metrics.anomalies.count_past(served, joined, verdicts, memory.file.take_forgotten())
+    return verdicts
+
+
+def _join(memory: ModelMemory, input_rows: InputRows, rows: Array, transaction: Transaction | None) -> JoinedRows:
+    """Return the rows, joined to the groups that `transaction` reads; without a transaction, to new groups."""
+    groups: dict[str, Group] = {}
+    for group in input_rows.group or ("",):
+        name = group or ""
+        if name not in groups:
+            pause_if_due()
+            payload = b"" if transaction is None else transaction.read(name)
+            start = None if input_rows.time is None else memory.start_set(name)
+            groups[name] = Group(memory.rules, payload, start)
+    return join_rows(memory.rules, rows, input_rows.time, input_rows.group, groups)
+
+
+async def _judge_rows(
+    memory: ModelMemory,
+    joined: JoinedRows,
+    input_rows: InputRows,
+    body: AnomalyBody,
+    run: Callable[[Operation, Array], Awaitable[tuple[Array, ...]]],
+) -> Verdicts:
+    """Score the rows, step the calibrations of their groups in memory, and return the verdicts."""
+    rules, count = memory.rules, len(joined.outcomes)
+    part_rows = count if joined.windows is None else max(1, PART_BYTES // (4 * rules.rows * rules.width))
+    operation = operations.anomaly(body.alpha, body.extrapolated)
+    starts = range(0, count, part_rows)
+    parts = [await run(operation, joined.inputs(slice(start, start + part_rows))) for start in starts]
+    outputs = parts[0] if len(parts) == 1 else tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    cost = JUDGED_ROW * count + offload.DECISION * count * rules.width
+    if body.half_life or body.half_life_rows:
+        cost += count * offload.SMOOTHED_ROW
+    return await _run_to_end(partial(_decide, memory, joined, input_rows, body, Scores(*outputs)), cost)
+
+
+def _decide(
+    memory: ModelMemory, joined: JoinedRows, input_rows: InputRows, body: AnomalyBody, scores: Scores
+) -> Verdicts:
+    rules = memory.rules
+    judgements: Judgements | None = None
+    if joined.has_calibration:
+        judgements = judge(
+            joined, rules, scores.score, scores.usable, input_rows.time, (scores.p_value, scores.severity),
+            body.alpha, body.extrapolated,
+        )  # fmt: skip
+        scores = replace(scores, p_value=judgements.p_value, severity=judgements.severity)
+    window_rows, is_short = None, None
+    if rules.has_window:
+        window_rows = joined.window_rows
+        is_short = np.array(window_rows) < rules.least_rows
+        severity = np.where(is_short, np.minimum(scores.severity, np.float32(1)), scores.severity)
+        scores = replace(scores, severity=severity)
+    past = Past(
+        window_rows,
+        rules.rows,
+        None if judgements is None else judgements.has_own_calibration,
+        None if judgements is None else judgements.states,
+        () if judgements is None else judgements.incidents,
+        () if judgements is None else judgements.changes,
+    )
+    verdicts = decide(input_rows, scores, body)._replace(past=past)
+    if is_short is not None and is_short.any():
+        is_anomaly = (np.array(verdicts.is_anomaly) & ~is_short).tolist()
+        return verdicts._replace(is_anomaly=is_anomaly)
+    return verdicts
+
+
+async def _commit(transaction: Transaction, joined: JoinedRows, deadline: float) -> None:
+    """Store the groups that have changed. Raises NotReady, Overloaded."""
+    changed = joined.changed_groups()
+    await transaction.reserve(changed, deadline)
+
+    def commit() -> None:
+        for name in changed:
+            pause_if_due()
+            group = joined.groups[name]
+            transaction.commit(name, Record(group.dump(joined.pool), group.tag))
+
+    await _run_to_end(commit, STORED_GROUP * len(changed))
+
+
+async def _run_to_end(work: Callable[[], T], estimated_ns: float) -> T:
+    """Return the result of `work`, as `run_in_thread_if_long` does.
+
+    If this call is cancelled, it ends when the thread has ended, so that the caller does not unlock groups that the
+    thread still writes.
+    """
+    if estimated_ns <= offload.MAX_LOOP_NS:
+        return await run_in_thread_if_long(work, estimated_ns)
+    task = asyncio.ensure_future(run_in_thread_if_long(work, estimated_ns))
+    try:
+        return await asyncio.shield(task)
+    finally:
+        while not task.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([task])
