@@ -160,14 +160,14 @@ class GroupMemory:
 
 def rows_of_window(served: ServedModel) -> int:
     """Return the number of rows in a window of a model; 1 for a model without a window."""
-    window = getattr(served.manifest, "window", None)
-    return 1 if window is None else int(window.rows)
+    window = served.manifest.window
+    return 1 if window is None else window.rows
 
 
 def rules_of(served: ServedModel) -> Rules:
     """Return how the rows of a model are joined."""
     manifest = served.manifest
-    window, timeline = getattr(manifest, "window", None), manifest.timeline
+    window, timeline = manifest.window, manifest.timeline
     return Rules(
         rows=rows_of_window(served),
         least_rows=1 if window is None else window.least_rows,

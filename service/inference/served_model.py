@@ -55,7 +55,7 @@ class ServedModel:
     @cached_property
     def has_past(self) -> bool:
         """Whether the past of a row's group can matter for its verdict: the model has times or a window."""
-        return self.manifest.timeline is not None or getattr(self.manifest, "window", None) is not None
+        return self.manifest.timeline is not None or self.manifest.window is not None
 
     @cached_property
     def headers(self) -> tuple[tuple[bytes, bytes], ...]:
