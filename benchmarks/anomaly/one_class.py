@@ -5,21 +5,30 @@ files, the metrics of a synthetic server are used. They only show that the bench
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from benchmarks.anomaly.datasets import labelled_splits
 from benchmarks.data import DATA
 from models.pipeline import Pipeline
+from models.windowed import Windowed
+from models.windows import summarise
 from training.config import TrainConfig
 from training.data.row_store import RowStore
 from training.data.table import Split, Table, split_rows
+from training.data.time_split import split_table
+from training.data.timeline import SECOND, Timeline
 from training.fitting.pipeline import fit_pipeline
 from training.fitting.prepared_data import prepare_data
+from training.fitting.windows import choose_window, prepare_windows, with_window
 from training.progress import SilentReporter
 
+BLOCKS = 8  # of a series, whose parts `_split_in_blocks` splits
 KINDS = ("pca", "ae", "vae", "ensemble")
 
 Floats = npt.NDArray[np.float32]
@@ -99,13 +108,68 @@ def train_model(kind: str, data: OneClass, seed: int, smoke: bool = False) -> tu
 
     Return the model, and the split of the training rows.
     """
+    rows = split_rows(len(data.train), seed, data.train.shape[1])
+    config = _config(kind, seed, smoke)
+    return fit_pipeline(config, prepare_data(_table(data), rows), SilentReporter()), rows
+
+
+def train_windowed(kind: str, data: OneClass, rows: int, seed: int, smoke: bool, in_blocks: bool) -> Windowed:
+    """Train a model of `kind` with a window of `rows` rows, as `elbo train --time --window` does.
+
+    Args:
+        in_blocks: whether the parts of the split are spread over the whole period, and not the newest rows last.
+    """
+    count = len(data.train)
+    timeline = Timeline(
+        time=np.arange(count) * 60 * SECOND,
+        group=np.zeros(count, np.int32),
+        groups=("",),
+        time_column="time",
+        group_column=None,
+        source_rows=np.arange(count),
+    )
+    table = replace(_table(data), timeline=timeline)
+    config = _config(kind, seed, smoke, time="time", window=rows)
+    window, _ = choose_window(config, table)
+    assert window is not None
+    split = _split_in_blocks(count, rows, seed) if in_blocks else split_table(table, seed, rows)
+    prepared = prepare_windows(config, table, window, split)
+    model = with_window(fit_pipeline(config, prepared, SilentReporter()), prepared)
+    assert isinstance(model, Windowed)
+    return model
+
+
+def score_series(model: Windowed, x: Floats) -> tuple[torch.Tensor, Floats]:
+    """Return the scores [M] and the contributions [M, D] of rows x [M, D], each judged with the rows before it."""
+    scales = model.summaries.averages.sum(dim=1).long().tolist()
+    with torch.no_grad():
+        u = model.scaling(torch.from_numpy(x)).numpy()
+        z = torch.from_numpy(summarise(u, np.arange(len(x)), scales))
+        scored = [model.score_summaries(part) for part in z.split(4096)]
+    return torch.cat([part[0] for part in scored]), torch.cat([part[2] for part in scored]).numpy()
+
+
+def _split_in_blocks(count: int, gap: int, seed: int) -> Split:
+    """Split `count` rows in order of time: of each of BLOCKS blocks, the parts are 70 %, 10 % and 20 %, with gaps."""
+    edges = np.linspace(0, count, BLOCKS + 1).astype(int)
+    parts: list[list[npt.NDArray[np.int64]]] = [[], [], []]
+    for start, end in pairwise(edges.tolist()):
+        held_out, calibration = start + int(0.7 * (end - start)), start + int(0.8 * (end - start))
+        parts[0].append(np.arange(start + (gap if start else 0), held_out))
+        parts[1].append(np.arange(held_out + gap, calibration))
+        parts[2].append(np.arange(calibration + gap, end))
+    random = np.random.RandomState(seed)
+    return Split(*(random.permutation(np.concatenate(part)) for part in parts))
+
+
+def _table(data: OneClass) -> Table:
     width = data.train.shape[1]
     names = [f"x{i}" for i in range(width)]
     missing = np.zeros(width, np.int64)
-    table = Table(RowStore(data.train), (width,), names, [None] * width, None, None, data.name, missing=missing)
-    rows = split_rows(len(data.train), seed, width)
-    options = {"model": kind, "name": "bench", "seed": seed}
+    return Table(RowStore(data.train), (width,), names, [None] * width, None, None, data.name, missing=missing)
+
+
+def _config(kind: str, seed: int, smoke: bool, **options: Any) -> TrainConfig:
     if smoke and kind != "pca":
         options["epochs"] = 3
-    config = TrainConfig.model_validate(options)
-    return fit_pipeline(config, prepare_data(table, rows), SilentReporter()), rows
+    return TrainConfig.model_validate({"model": kind, "name": "bench", "seed": seed, **options})

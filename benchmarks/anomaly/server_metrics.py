@@ -7,6 +7,8 @@ Each server has training rows and later test rows. The test rows have labelled i
 detectors are:
 
 - Elbo's models with the defaults of `elbo train`;
+- Elbo's models with a window of WINDOW rows, which judge each row together with the rows before it. Their training rows
+  are split by time. For "blocks", the parts of the split are spread over the whole period;
 - kNN: the distance to the fifth nearest training row;
 - z²: the squared deviation from the training mean;
 - PyOD's detectors with default options.
@@ -32,6 +34,7 @@ Without the servers' files the benchmark uses a synthetic server. It prints Mark
 
 import argparse
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -43,13 +46,24 @@ import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
-from benchmarks.anomaly.one_class import KINDS, OneClass, servers, standardise, train_model
+from benchmarks.anomaly.one_class import (
+    KINDS,
+    OneClass,
+    score_series,
+    servers,
+    standardise,
+    train_model,
+    train_windowed,
+)
 from benchmarks.data import ROOT, describe_machine
 from models.calibration import Calibration
+from models.pipeline import Pipeline
+from models.windowed import Windowed
 from service.anomaly.smoothing import exponential_mean
 
 ALPHA = 0.05
 NEIGHBOURS = 5
+WINDOW = 30  # rows; what `elbo train --window auto` chooses for these servers
 HALF_LIFE = 3.0  # half-life of a row's weight in the smoothed score, in rows
 RECALIBRATION_SHARE = 0.25  # recalibration uses this share of the normal test rows, the earliest ones
 
@@ -85,7 +99,20 @@ def measure_elbo(kind: str, data: OneClass, smoke: bool) -> Measures:
     pipeline, _ = train_model(kind, data, seed=0, smoke=smoke)
     with torch.no_grad():
         score, _, contribution, _ = pipeline.score(torch.from_numpy(data.test))
-        severity = pipeline.severity(score, ALPHA).double().numpy()
+    return _measures(data, pipeline, score, contribution.numpy())
+
+
+def measure_windowed(kind: str, data: OneClass, smoke: bool, in_blocks: bool) -> Measures:
+    """Train a model of `kind` with a window, and measure the same as `measure_elbo`."""
+    model = train_windowed(kind, data, WINDOW, seed=0, smoke=smoke, in_blocks=in_blocks)
+    return _measures(data, model, *score_series(model, data.test))
+
+
+def _measures(
+    data: OneClass, model: Pipeline | Windowed, score: torch.Tensor, contribution: npt.NDArray[np.floating]
+) -> Measures:
+    with torch.no_grad():
+        severity = model.severity(score, ALPHA).double().numpy()
         normal = score[torch.from_numpy(data.labels == 0)]
         earlier = round(RECALIBRATION_SHARE * len(normal))
         recalibrated = Calibration(normal[:earlier]).severity(normal[earlier:], ALPHA)
@@ -93,7 +120,7 @@ def measure_elbo(kind: str, data: OneClass, smoke: bool) -> Measures:
         "false": float((severity[data.labels == 0] > 1).mean()),
         "false later": float((severity[data.labels == 0][earlier:] > 1).mean()),
         "false recalibrated": float((recalibrated > 1).double().mean()),
-        "hits": hit_rate(contribution.numpy(), data),
+        "hits": hit_rate(contribution, data),
     }
 
 
@@ -183,6 +210,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a synthetic server, few epochs")
     parser.add_argument("--kinds", default=",".join(KINDS), help="kinds of Elbo's models, comma-separated")
+    parser.add_argument("--windows", default=",".join(KINDS), help="kinds that are also trained with a window")
+    parser.add_argument("--blocks", default="", help="kinds that are also trained with a window and split in blocks")
+    parser.add_argument("--servers", default="", help="names of servers, comma-separated; default: all")
     parser.add_argument(
         "--peers",
         default=str(ROOT / ".venv-peers" / "bin" / "python"),
@@ -193,8 +223,15 @@ def main() -> None:
     torch.set_num_threads(1)
     results: dict[str, dict[str, Measures]] = {}
     for data in servers(options.smoke):
-        for kind in options.kinds.split(","):
+        if options.servers and data.name not in options.servers.split(","):
+            continue
+        for kind in filter(None, options.kinds.split(",")):
             results.setdefault(f"Elbo {kind}", {})[data.name] = measure_elbo(kind, data, options.smoke)
+        for kinds, suffix, in_blocks in ((options.windows, "", False), (options.blocks, ", blocks", True)):
+            for kind in filter(None, kinds.split(",")):
+                measures = measure_windowed(kind, data, options.smoke, in_blocks)
+                results.setdefault(f"Elbo {kind}, window{suffix}", {})[data.name] = measures
+                print(data.name, kind, suffix, {k: round(v, 3) for k, v in measures.items()}, file=sys.stderr)
         results.setdefault("kNN", {})[data.name] = measure_nearest_neighbours(data)
         results.setdefault("z²", {})[data.name] = measure_squared_deviation(data)
         for name, measures in () if options.smoke else measure_pyod(options.peers, data):

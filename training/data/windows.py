@@ -2,71 +2,121 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-from models.manifest import Window
+from models.manifest import Manifest, Window
 from models.windows import count_earlier_rows, summarise, summary_width, take_windows
 from training.data.row_store import Floats, RowStore, RowWriter
 from training.data.timeline import SECOND, Timeline
+from training.errors import DataError
 
 SUMMARISED_VALUES = 1 << 18  # values that are summarised at once; more would leave the processor's cache
 
 
-def find_earlier_rows(timeline: Timeline, window: Window, usual_step_seconds: float | None) -> npt.NDArray[np.int64]:
-    """Return how many rows precede each row in its stretch: since its group began, and since the last gap, [N].
+@dataclass(frozen=True)
+class TableWindows:
+    """The windows of the N rows of a table, which is sorted by group and time.
 
     Args:
-        timeline: the times and groups of the rows.
-        window: the window, whose length says what a gap is.
-        usual_step_seconds: the usual time between two rows of a group; None if it is unknown.
+        x: the rows, in raw units.
+        window: how many rows a window has.
+        earlier: how many rows of its stretch precede each row, [N]. A stretch begins with a group and after a gap.
+    """
+
+    x: RowStore
+    window: Window
+    earlier: npt.NDArray[np.int64]
+
+    @property
+    def judged(self) -> npt.NDArray[np.bool_]:
+        """Whether the window of each row has enough rows to judge it, [N]."""
+        return np.asarray(self.earlier >= self.window.least_rows - 1)
+
+    def take(self, positions: npt.NDArray[np.int64]) -> Floats:
+        """Return the windows [B, N, D] of the rows at `positions` [B], oldest row first. Absent rows are NaN."""
+        ages = np.arange(self.window.rows)
+        needed = np.unique(np.maximum(positions[:, None] - ages, 0))  # [R]
+        places = np.searchsorted(needed, positions)
+        # Rows that follow each other in the table do so in `needed`, at least as far back as a window reaches.
+        return take_windows(self.x.take(needed), places, self.earlier[needed], self.window.rows)
+
+
+def windows_of_timeline(
+    x: RowStore, timeline: Timeline, window: Window, usual_step_seconds: float | None
+) -> TableWindows:
+    """Return the windows of rows with these times and groups.
+
+    Args:
+        usual_step_seconds: the usual time between two rows of a group, which says what a gap is; None if unknown.
     """
     longest = window.longest_gap_seconds(usual_step_seconds) * SECOND
-    return count_earlier_rows((timeline.steps < 0) | (timeline.steps > longest))
+    return TableWindows(x, window, count_earlier_rows((timeline.steps < 0) | (timeline.steps > longest)))
 
 
-def take_table_windows(x: RowStore, start: int, stop: int, earlier: npt.NDArray[np.int64], rows: int) -> Floats:
-    """Return the windows [B, N, D] that end at the rows `start` up to, not including, `stop`. See `take_windows`."""
-    first = max(0, start - rows + 1)
-    block = x.read_range(first, stop)
-    return take_windows(block, np.arange(start - first, stop - first), earlier[first:stop], rows)
+def windows_for_model(x: RowStore, timeline: Timeline | None, manifest: Manifest, source: str) -> TableWindows | None:
+    """Return the windows that the model of `manifest` judges; None if it judges each row alone.
+
+    Raises:
+        DataError: the model judges windows, but the rows have no times.
+    """
+    if manifest.window is None:
+        return None
+    if timeline is None:
+        refuse_rows_without_times(manifest, source)
+    usual = manifest.timeline.usual_step_seconds if manifest.timeline else None
+    return windows_of_timeline(x, timeline, manifest.window, usual)
+
+
+def refuse_rows_without_times(manifest: Manifest, source: str) -> NoReturn:
+    """Raise DataError: a model with a window needs the time of every row."""
+    column = manifest.timeline.time_column if manifest.timeline else "time"
+    rows = manifest.window.rows if manifest.window else 1
+    raise DataError(
+        f"{source} has no column {column!r} with the time of each row: {manifest.name} judges a row together with the "
+        f"{rows - 1} rows before it, so it needs times to put the rows in order; add this column"
+    )
+
+
+def refuse_short_windows(windows: TableWindows, source: str) -> NoReturn:
+    """Raise DataError: no window has enough rows."""
+    raise DataError(
+        f"{source}: no row has {windows.window.least_rows - 1} rows before it, in its group and without a gap, which "
+        "the model needs to judge a row; add earlier rows"
+    )
 
 
 def summarise_table(
-    x: RowStore,
-    to_model_units: Callable[[Floats], Floats],
-    earlier: npt.NDArray[np.int64],
-    scales: Sequence[int],
-    least: int,
-    limit: int,
+    windows: TableWindows, to_model_units: Callable[[Floats], Floats], scales: Sequence[int], limit: int
 ) -> RowStore:
-    """Return the summaries [M, V] of the windows of a table that have at least `least` rows.
+    """Return the summaries [M, V] of those windows of a table that have enough rows.
 
     Args:
-        x: the rows in raw units, sorted by group and time.
+        windows: the windows.
         to_model_units: converts rows [n, D], and replaces missing values.
-        earlier: the result of `find_earlier_rows`.
         scales: the scales of the window.
-        least: the smallest number of rows that a window must have.
         limit: maximum size of a table in memory, as for `RowWriter`.
 
     Raises:
         OSError: the disk is full.
     """
-    with closing(RowWriter(summary_width(x.width, scales), np.float32, limit)) as writer:
-        for start, summaries in _summaries(x, to_model_units, earlier, scales):
-            writer.add(summaries[earlier[start : start + len(summaries)] >= least - 1])
+    judged = windows.judged
+    with closing(RowWriter(summary_width(windows.x.width, scales), np.float32, limit)) as writer:
+        for start, summaries in _summaries(windows, to_model_units, scales):
+            writer.add(summaries[judged[start : start + len(summaries)]])
         return writer.rows()
 
 
 def _summaries(
-    x: RowStore, to_model_units: Callable[[Floats], Floats], earlier: npt.NDArray[np.int64], scales: Sequence[int]
+    windows: TableWindows, to_model_units: Callable[[Floats], Floats], scales: Sequence[int]
 ) -> Iterator[tuple[int, Floats]]:
     """Yield the summaries of all rows in blocks, each with the index of its first row."""
-    past = scales[-1] - 1
+    x, past = windows.x, scales[-1] - 1
     size = max(past + 1, SUMMARISED_VALUES // x.width)
     for start in range(0, len(x), size):
         first, stop = max(0, start - past), min(start + size, len(x))
         u = to_model_units(x.read_range(first, stop))
-        yield start, summarise(u, earlier[first:stop], scales)[start - first :]
+        yield start, summarise(u, windows.earlier[first:stop], scales)[start - first :]

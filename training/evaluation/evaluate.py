@@ -14,6 +14,7 @@ from torch import Tensor
 from models.artifact import Artifact
 from training.data.row_store import Floats
 from training.data.table import Table
+from training.data.windows import TableWindows, refuse_short_windows, windows_for_model
 from training.evaluation.alarm_rates import AlarmRate, alarm_rate
 from training.evaluation.metrics import (
     BOUND_BATCH,
@@ -93,14 +94,18 @@ class _RunningSums:
 def evaluate(artifact: Artifact, table: Table, draws: int = BOUND_SAMPLES) -> Evaluation:
     """Evaluate `artifact` on `table`. Labels are used only if both normal and anomalous rows occur.
 
+    If the model has a window, rows whose windows have too few rows are left out.
+
     Args:
         draws: importance samples per row for the log-likelihood, which is estimated on up to BOUND_ROWS random rows.
     """
-    sums = _sum_over_rows(artifact, table)
+    windows = windows_for_model(table.x, table.timeline, artifact.manifest, table.source)
+    sums = _sum_over_rows(artifact, table, windows)
     scores, (error, median_error, *mean_errors) = np.concatenate(sums.scores), sums.errors()
     normal, anomalous = np.ones(len(scores), bool), None
     if table.normal is not None and table.anomalous is not None and table.normal.any() and table.anomalous.any():
-        normal, anomalous = table.normal, table.anomalous
+        judged = slice(None) if windows is None else windows.judged
+        normal, anomalous = table.normal[judged], table.anomalous[judged]
     flagged = {str(alpha): flagged_at(artifact, scores, alpha) for alpha in ALPHAS}
     auroc, precision = (None, None) if anomalous is None else _ranking(normal, anomalous, scores)
     manifest = artifact.manifest
@@ -112,7 +117,7 @@ def evaluate(artifact: Artifact, table: Table, draws: int = BOUND_SAMPLES) -> Ev
     return Evaluation(
         model=f"{manifest.name}@{artifact.path.parent.name}",
         source=table.source,
-        rows=len(table.x),
+        rows=len(scores),
         reconstruction_error=error,
         mean_error=mean_errors[0] if mean_errors else None,
         median_error=median_error,
@@ -137,7 +142,12 @@ def evaluate(artifact: Artifact, table: Table, draws: int = BOUND_SAMPLES) -> Ev
     )
 
 
-def _sum_over_rows(artifact: Artifact, table: Table) -> _RunningSums:
+def _sum_over_rows(artifact: Artifact, table: Table, windows: TableWindows | None) -> _RunningSums:
+    """Return the sums over the rows that the model judges.
+
+    Raises:
+        DataError: there are no such rows, or a score overflows.
+    """
     manifest = artifact.manifest
     constants = [[feature.median for feature in manifest.features]]
     means = [feature.mean for feature in manifest.features if feature.mean is not None]
@@ -146,24 +156,27 @@ def _sum_over_rows(artifact: Artifact, table: Table) -> _RunningSums:
     sums = _RunningSums(np.array(constants), manifest.latents)
     progress = SlowProgress(f"evaluating {table.source}", len(table.x))
     with torch.inference_mode():
-        for first, rows in batches(table):
-            x = torch.from_numpy(rows).to(artifact.device)
+        for numbers, rows, inputs in batches(table, windows):
+            x = torch.from_numpy(inputs).to(artifact.device)
             score = artifact.module.score(x)[0].cpu().numpy()
-            refuse_overflow(score, np.arange(first, first + len(rows)), table.source)
+            refuse_overflow(score, numbers, table.source)
             latents = artifact.module.encode(x)[0]
             sums.add(rows, score, latents.cpu().numpy(), artifact.module.decode(latents).cpu().numpy())
             progress.advance(len(rows))
+    if windows is not None and not sums.scores:
+        refuse_short_windows(windows, table.source)
     return sums
 
 
 def _density(artifact: Artifact, table: Table, draws: int) -> dict[str, Any]:
     """Return the fields of Evaluation that need a density.
 
-    The fields are None if the model has no density, or if its artifact was written before `log_weight` existed.
+    The fields are None if the model has no density of rows, or if its artifact was written before `log_weight` existed.
+    A model with a window has a density of the summaries only.
     """
     manifest = artifact.manifest
     log_weight = getattr(artifact.module, "log_weight", None)
-    if log_weight is None or manifest.kind not in ("pca", "vae"):
+    if log_weight is None or manifest.window is not None or manifest.kind not in ("pca", "vae"):
         return dict.fromkeys(("elbo", "log_likelihood", "log_likelihood_se", "bits_per_dimension", "draws"))
     draws = 1 if manifest.kind == "pca" else draws  # PCA's posterior is exact, so one sample is enough
     chosen = np.random.RandomState(0).permutation(len(table.x))[:BOUND_ROWS]

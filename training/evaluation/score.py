@@ -4,7 +4,7 @@ import csv
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +12,14 @@ import orjson
 import torch
 
 from models.artifact import Artifact
+from models.manifest import Window
 from training.data.row_store import Floats
 from training.data.row_stream import BATCH_ROWS, RowStream
 from training.data.table import DataError, Table
+from training.data.windowed_stream import judged_batches
+from training.data.windows import TableWindows
+
+Counts = npt.NDArray[np.int64]
 
 SCORE_OVERFLOW = "the score overflows float32: it is given as the largest float32"
 MAX_FLOAT32 = np.finfo(np.float32).max
@@ -45,7 +50,10 @@ class Scores:
 
 
 def score_rows(artifact: Artifact, x: Floats, alpha: float, extrapolated: bool = False) -> Scores:
-    """Return the scores of rows x [B, D] at `alpha`. See `severity_at` for `extrapolated`."""
+    """Return the scores of rows x [B, D], or of windows x [B, N, D], at `alpha`.
+
+    See `severity_at` for `extrapolated`.
+    """
     with torch.inference_mode():
         score, parts, contribution, expected = artifact.module.score(torch.from_numpy(x).to(artifact.device))
         p_value = artifact.module.p_value(score)
@@ -116,18 +124,22 @@ def csv_lines(
 ) -> Iterator[str]:
     """Yield CSV, several lines at a time: a header, then a line per row. Each explained feature takes four columns.
 
-    The last columns are the time and the group, if the source has them, and the fault of a faulty row.
+    If the model has a window, there are also columns that say how many rows the window of a row has, and whether these
+    are too few to judge the row. The last columns are the time and the group, if the source has them, and the fault of
+    a faulty row.
     """
     explained = range(1, min(explain, len(stream.names)) + 1)
     columns = [f"{column}_{k}" for k in explained for column in ("feature", "value", "expected", "contribution")]
     scored = ["score", "p_value", "severity", "is_anomaly"]
+    window = [] if artifact.manifest.window is None else ["window_rows", "warming_up"]
     passed_on = [name for name, column in (("time", stream.time), ("group", stream.group)) if column is not None]
-    yield _csv([["row", *scored, *columns, *passed_on, "detail"]])
+    yield _csv([["row", *scored, *columns, *window, *passed_on, "detail"]])
     for results in _batches_of_results(artifact, stream, alpha, explain, tally, extrapolated):
         yield _csv(
             [
                 result["row"],
                 *(_csv_cells(result, scored) if "score" in result else [""] * (len(scored) + len(columns))),
+                *(int(result[name]) if name in result else "" for name in window),
                 *(result.get(name, "") for name in passed_on),
                 result.get("detail", ""),
             ]
@@ -155,12 +167,16 @@ def _batches_of_results(
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield the results of the rows of `stream` in order, a batch at a time. Count them in `tally`.
 
+    If the model has a window, the result of a row also says how many rows its window has, and whether these are too few
+    to judge the row. Such a row is never anomalous.
+
     As in responses of /anomaly, a number that is too large for float32 is given as the largest float32.
     """
-    for rows in stream.batches():
+    window = artifact.manifest.window
+    for rows, inputs, counts in judged_batches(stream, artifact.manifest):
         low, high = np.fmin.reduce(rows.x, axis=None), np.fmax.reduce(rows.x, axis=None)
         tally.pixel_warning = tally.pixel_warning or artifact.manifest.pixel_warning(float(low), float(high))
-        scores = score_rows(artifact, rows.x, alpha, extrapolated)
+        scores = _without_short_windows(score_rows(artifact, inputs, alpha, extrapolated), counts, window)
         usable = scores.usable
         overflows = ~np.isfinite(scores.score)
         with np.errstate(invalid="ignore"):
@@ -176,6 +192,7 @@ def _batches_of_results(
                 result |= _verdict(artifact, stream, scores, shown, i, top[i])
                 if lacks_values[i]:
                     result["imputed"] = [stream.names[j] for j in np.flatnonzero(rows.missing[i])]
+                result |= _window_fields(counts, window, i)
             for name, values in (("time", rows.time), ("group", rows.group)):
                 if values is not None and values[i] is not None:
                     result[name] = values[i]
@@ -190,6 +207,21 @@ def _batches_of_results(
             results.append(result)
         tally.rows += len(results)
         yield results
+
+
+def _without_short_windows(scores: Scores, counts: Counts | None, window: Window | None) -> Scores:
+    """Return `scores` with a severity of at most 1 where a window has too few rows to judge its row."""
+    if counts is None or window is None:
+        return scores
+    severity = np.where(counts < window.least_rows, np.minimum(scores.severity, 1), scores.severity)
+    return replace(scores, severity=severity)
+
+
+def _window_fields(counts: Counts | None, window: Window | None, i: int) -> dict[str, Any]:
+    """Return the fields on the window of row i: `counts` [B] says how many rows each window has."""
+    if counts is None or window is None:
+        return {}
+    return {"window_rows": int(counts[i]), "warming_up": bool(counts[i] < window.least_rows)}
 
 
 def _verdict(
@@ -214,11 +246,32 @@ def _verdict(
     }
 
 
-def batches(table: Table) -> Iterator[tuple[int, Floats]]:
-    """Yield the rows of `table` in order, in batches [B, D]. Each batch comes with the number of its first row."""
+class JudgedRows(NamedTuple):
+    """Rows of a table that a model judges, and its inputs for them: the rows, or their windows."""
+
+    numbers: npt.NDArray[np.int64]  # [B], row numbers
+    rows: Floats  # [B, D]
+    inputs: Floats  # [B, D] or [B, N, D]
+
+
+def batches(table: Table, windows: TableWindows | None) -> Iterator[JudgedRows]:
+    """Yield the rows of `table` in order, in batches of at most BATCH_ROWS rows.
+
+    Args:
+        windows: the windows of the rows; None if the model judges each row alone. Rows whose windows have too few rows
+            are left out, because the model does not judge them.
+    """
+    judged = None if windows is None else windows.judged
     for start, block in table.x.blocks():
         for first in range(0, len(block), BATCH_ROWS):
-            yield start + first, block[first : first + BATCH_ROWS]
+            rows = block[first : first + BATCH_ROWS]
+            numbers = np.arange(start + first, start + first + len(rows))
+            if windows is None or judged is None:
+                yield JudgedRows(numbers, rows, rows)
+                continue
+            numbers, rows = numbers[judged[numbers]], rows[judged[numbers]]
+            if len(rows):
+                yield JudgedRows(numbers, rows, windows.take(numbers))
 
 
 def refuse_overflow(scores: Floats, rows: npt.NDArray[np.int64], source: str) -> None:

@@ -15,7 +15,7 @@ from training.data.moments import Moments, compute_moments
 from training.data.row_store import Floats, RowStore, column_medians
 from training.data.table import MAX_HELD_OUT_BYTES, MAX_HELD_OUT_ROWS, Split, Table
 from training.data.time_split import TimeSplit, describe_split
-from training.data.windows import take_table_windows
+from training.data.windows import TableWindows
 from training.fitting.pca import pca_from_moments, spectrum_from_moments
 from training.fitting.whitening import most_concentrated_rows
 
@@ -28,26 +28,21 @@ class Windows:
     """The windows whose summaries are the rows of a `PreparedData`.
 
     Args:
-        window: how many rows a window has, and how they are summarised.
         rows: the rows themselves, with the same split as the summaries.
+        in_table: the windows of the rows, in raw units.
         scaling: converts the rows from raw units to model units, in which they are summarised.
-        earlier: how many rows of its stretch precede each row, [N].
         notes: what the user should know about the windows.
     """
 
-    window: Window
     rows: "PreparedData"
+    in_table: TableWindows
     scaling: Scaling
-    earlier: npt.NDArray[np.int64]
     notes: list[str]
 
-    def take(self, positions: npt.NDArray[np.int64]) -> Tensor:
-        """Return the windows [B, N, D] that end at the rows at `positions` [B], in raw units, oldest row first."""
-        return torch.from_numpy(
-            np.concatenate(
-                [take_table_windows(self.rows.table.x, at, at + 1, self.earlier, self.window.rows) for at in positions]
-            )
-        )
+    @property
+    def window(self) -> Window:
+        """How many rows a window has, and how they are summarised."""
+        return self.in_table.window
 
 
 @dataclass(frozen=True, kw_only=True)

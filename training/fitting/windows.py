@@ -1,5 +1,6 @@
 """Prepare the windows of a table for fitting, and join the fitted model of their summaries with the summaries."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from training.data.row_store import Floats
 from training.data.table import MEMORY_BYTES, Split, Table
 from training.data.time_split import BEFORE_HELD_OUT, split_table
 from training.data.timeline import list_groups
-from training.data.windows import find_earlier_rows, summarise_table
+from training.data.windows import summarise_table, windows_of_timeline
 from training.errors import FitError
 from training.fitting.explanation import MAX_EXPLAINED_FEATURES
 from training.fitting.observation import fit_row_observation
@@ -91,18 +92,29 @@ def prepare(config: TrainConfig, table: Table) -> tuple[PreparedData, list[str]]
     window, notes = choose_window(config, table)
     if window is None:
         return prepare_data(table, split_table(table, config.seed), config.robust), notes
-    return _prepare_windows(config, table, window, notes), []
+    split = split_table(table, config.seed, window.rows)
+    return prepare_windows(config, table, window, split, notes), []
 
 
-def _prepare_windows(config: TrainConfig, table: Table, window: Window, notes: list[str]) -> PreparedData:
+def prepare_windows(
+    config: TrainConfig, table: Table, window: Window, split: Split, notes: Sequence[str] = ()
+) -> PreparedData:
     """Return the summaries of the windows of `table`, prepared for fitting.
 
     Rows whose window has less than a third of its rows are left out.
+
+    Args:
+        split: the split of the rows of `table`. Between two of its parts, a gap of as many rows as a window keeps the
+            windows of the parts apart.
+        notes: notes that `PreparedData.notes` repeats.
+
+    Raises:
+        DataError: the disk is full.
+        FitError: too few windows have enough rows.
     """
     assert table.timeline is not None
-    earlier = find_earlier_rows(table.timeline, window, table.timeline.usual_step / 1e9 or None)
-    usable = earlier >= window.least_rows - 1  # [N]
-    split = split_table(table, config.seed, window.rows)
+    in_table = windows_of_timeline(table.x, table.timeline, window, table.timeline.usual_step / 1e9 or None)
+    usable = in_table.judged  # [N]
     split = replace(
         split,
         fit=split.fit[usable[split.fit]],
@@ -123,7 +135,7 @@ def _prepare_windows(config: TrainConfig, table: Table, window: Window, notes: l
         return u
 
     with full_disk_as_data_error(table.source, 4 * len(table.x) * summary_width(table.x.width, window.scales)):
-        x = summarise_table(table.x, to_model_units, earlier, window.scales, window.least_rows, MEMORY_BYTES)
+        x = summarise_table(in_table, to_model_units, window.scales, MEMORY_BYTES)
     names = summary_names(table.names, window.scales)
     summaries = Table(
         x=x,
@@ -141,7 +153,7 @@ def _prepare_windows(config: TrainConfig, table: Table, window: Window, notes: l
         fit=place[rows.split.fit], held_out=place[rows.split.held_out], calibration=place[rows.split.calibration]
     )
     notes = [*notes, *_notes(table, window, usable)]
-    windows = Windows(window=window, rows=rows, scaling=scaling, earlier=earlier, notes=notes)
+    windows = Windows(rows=rows, in_table=in_table, scaling=scaling, notes=notes)
     return replace(prepare_data(summaries, split), windows=windows)
 
 

@@ -97,7 +97,7 @@ def _golden_inputs(data: PreparedData) -> torch.Tensor:
     """Return held-out rows [GOLDEN_ROWS, D], or windows [GOLDEN_ROWS, N, D] of which the last one is short."""
     if data.windows is None:
         return data.fill_missing(data.held_out[:GOLDEN_ROWS])
-    windows = data.windows.take(data.rows.split.held_out[:GOLDEN_ROWS])
+    windows = torch.from_numpy(data.windows.in_table.take(data.rows.split.held_out[:GOLDEN_ROWS]))
     windows[-1, : -data.windows.window.least_rows] = torch.nan
     return windows
 

@@ -35,6 +35,7 @@ from training.data.row_store import Floats
 from training.data.row_stream import BATCH_ROWS
 from training.data.table import MAX_HELD_OUT_ROWS, Table
 from training.data.time_split import period_of
+from training.data.windows import TableWindows, refuse_short_windows, windows_for_model
 from training.errors import DataError, FitError
 from training.evaluation.alarm_rates import alarm_rate
 from training.evaluation.score import flagged_at, refuse_overflow
@@ -70,7 +71,8 @@ def recalibrate(
 
     Networks, weights and scores do not change. Calibration, golden answers and manifest are replaced. A row is normal
     if its label means normal. Without labels, or if it is unknown which labels mean normal, all rows count as normal.
-    Of copies of a row without a time, one is used. At most MAX_HELD_OUT_ROWS normal rows, chosen at random, are used.
+    Of copies of a row without a time, one is used. If the model has a window, rows with too few rows before them are
+    left out. At most MAX_HELD_OUT_ROWS normal rows, chosen at random, are used.
 
     Args:
         table: the result of `read_for_model` for the manifest of `parent`.
@@ -93,11 +95,16 @@ def recalibrate(
     normal, notes = _normal_rows(table)
     known_rows = artifact.read_trained_rows(parent)
     notes += _refuse_training_rows(parent, table, normal, known_rows)
+    windows = windows_for_model(table.x, table.timeline, parent.manifest, table.source)
+    if windows is not None:
+        if not windows.judged.any():
+            refuse_short_windows(windows, table.source)
+        normal = normal[windows.judged[normal]]
     if table.timeline is None:  # if the rows have times, each copy counts, as in training
         normal = normal[np.sort(np.unique(table.copies.groups[normal], return_index=True)[1])]  # copies count once
     chosen = np.sort(np.random.RandomState(0).permutation(normal)[:MAX_HELD_OUT_ROWS])
     _refuse_few(table, len(chosen), alpha)
-    scores = _scores(parent, table, chosen)
+    scores = _scores(parent, table, windows, chosen)
     notes = [*table.notes, *table.warnings, *notes, *_compare_with_old(parent, table, scores, alpha)]
     if not force:
         _refuse_if_all_flagged(parent, table, scores, alpha)
@@ -179,14 +186,14 @@ def _refuse_few(table: Table, rows: int, alpha: float) -> None:
         )
 
 
-def _scores(parent: Artifact, table: Table, rows: npt.NDArray[np.int64]) -> Floats:
+def _scores(parent: Artifact, table: Table, windows: TableWindows | None, rows: npt.NDArray[np.int64]) -> Floats:
     """Return the scores of the rows at `rows` [n], in that order."""
     scores = np.empty(len(rows), np.float32)
     progress = SlowProgress(f"scoring {table.source}", len(rows))
     with torch.inference_mode():
         for start in range(0, len(rows), BATCH_ROWS):
             some = rows[start : start + BATCH_ROWS]
-            x = torch.from_numpy(table.x.take(some)).to(parent.device)
+            x = torch.from_numpy((table.x if windows is None else windows).take(some)).to(parent.device)
             scores[start : start + len(some)] = parent.module.score(x)[0].cpu().numpy()
             progress.advance(len(some))
     refuse_overflow(scores, rows, table.source)

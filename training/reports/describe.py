@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from models.manifest import CalibrationSize, Manifest, Period, Timeline, calibration_rows_needed
+from models.manifest import CalibrationSize, Manifest, Period, Timeline, Window, calibration_rows_needed
 from training.config import TrainConfig
 
 KIND_NAMES = {
@@ -45,6 +45,8 @@ def _facts(manifest: Manifest, path: Path) -> Iterator[tuple[str, str]]:
     yield "seal", "intact: the SHA-256 of the file is the one recorded at publication"
     yield "row", _row(manifest)
     has_report = manifest.latent_report and manifest.kind != "pca"  # all latents of PCA are active
+    if manifest.window is not None:
+        yield "window", window_phrase(manifest.window)
     yield "latents", latents_phrase(manifest) if has_report else str(manifest.latents)
     yield "data", f"{data.source}: {data.rows:,} rows, SHA-256 {data.fingerprint[:12]}"
     yield "split", f"{data.fit:,} fit, {data.held_out:,} held out, {data.calibration:,} calibration"
@@ -71,6 +73,12 @@ def _facts(manifest: Manifest, path: Path) -> Iterator[tuple[str, str]]:
         f"at least {calibration.floor:.3g}; below this alpha, no row is anomalous without `extrapolated`",
     )
     yield "versions", _joined(manifest.versions)
+
+
+def window_phrase(window: Window) -> str:
+    """Return how many rows a model judges together, and how it summarises them."""
+    scales = ", ".join(map(str, window.scales))
+    return f"{window.rows} rows: each row, and its means and deviations over {scales} rows, from {window.least_rows} on"
 
 
 def _split_by_time(timeline: Timeline) -> Iterator[tuple[str, str]]:

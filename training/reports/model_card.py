@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 
 from models.errors import join_names
-from models.manifest import SERIES_CORRELATION, Manifest, Timeline
+from models.manifest import SERIES_CORRELATION, Manifest, Timeline, Window
 from training.config import TrainConfig
 from training.fitting.defaults import resolved_config
 from training.reports.describe import (
@@ -77,10 +77,19 @@ def _summary(manifest: Manifest) -> Iterator[str]:
     yield f"It is {kind} with {manifest.latents} latents, trained {when}."
     shape = " x ".join(map(str, manifest.shape))
     yield f"A row has {shape} {'pixels' if manifest.is_image else 'features'}."
+    if manifest.window is not None:
+        yield from _window(manifest.window)
     if changed := list(_changed_options(manifest)):
         yield "Options that differ from the defaults: " + ", ".join(f"{name} {text}" for name, text in changed) + "."
     else:
         yield "All options have their default values."
+
+
+def _window(window: Window) -> Iterator[str]:
+    scales = join_names([str(scale) for scale in window.scales])
+    yield f"It judges each row together with up to {window.rows - 1} rows before it in its group: by the values of the"
+    yield f"row, and by their means and standard deviations over the last {scales} rows. A row with fewer than"
+    yield f"{window.least_rows - 1} rows before it is not judged. The latents and the score are those of these summaries."
 
 
 def _data(manifest: Manifest, notes: Sequence[str]) -> Iterator[str]:
