@@ -4,6 +4,7 @@ import ipaddress
 import logging
 import resource
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -26,7 +27,11 @@ class ServeError(ElboError):
 
 
 def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT. Raises ElboError if the address or the device is not available."""
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        ElboError: the address or the device is not available, or the artifact folder is a file.
+    """
     standard_streams.reserve()
     Hangup.handle(lambda: None)  # until the server can reload, SIGHUP does nothing
     logs.configure(settings.log_level, settings.log_format)
@@ -45,6 +50,7 @@ def serve(settings: Settings) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, hard_limit))  # a core dump would contain keys of requests
     if settings.tls_certificate:
         Certificate(settings.tls_certificate, settings.tls_key)  # reports an error before the models are loaded
+    require_folder(settings.artifacts)
     with bind(settings.host, settings.port) as listener:
         require_keys_if_public(listener, settings)
         from service.server.trials import start_trials
@@ -73,6 +79,20 @@ def temporary_folder(settings: Settings) -> Iterator[Path | None]:
             with suppress(OSError):
                 folder = Path(stack.enter_context(TemporaryDirectory(prefix="elbo-state-", ignore_cleanup_errors=True)))
         yield folder
+
+
+def require_folder(path: Path) -> None:
+    """Raise ServeError if `path` is a file or is below a file. It need not exist yet, because models may come later."""
+    for part in (path, *path.parents):
+        try:
+            is_folder = stat.S_ISDIR(part.stat().st_mode)
+        except OSError:  # absent, or not readable: the scans of the folder report it
+            continue
+        if not is_folder:
+            hint = ", which contains NAME/VERSION/model.pt" if part.suffix == ".pt" else ""
+            raise ServeError(
+                f"{part} is not a folder: give the artifact folder{hint}, with --artifacts or ELBO_ARTIFACTS"
+            )
 
 
 def require_keys_if_public(listener: socket.socket, settings: Settings) -> None:

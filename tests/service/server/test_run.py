@@ -127,6 +127,17 @@ def test_server_exits_with_a_one_line_error_if_the_port_is_in_use(artifacts: Pat
     assert "ELBO_PORT" in result.stderr
 
 
+@pytest.mark.parametrize("below", ["", "models"])
+def test_server_exits_with_a_one_line_error_if_the_artifact_folder_is_a_file(below: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    path.touch()
+    command = [sys.executable, "-m", "elbo", "serve", "--artifacts", str(path / below), "--port", "0"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    expected = f"elbo: error: {path} is not a folder: give the artifact folder, which contains NAME/VERSION/model.pt"
+    assert result.stderr == f"{expected}, with --artifacts or ELBO_ARTIFACTS\n"
+
+
 @pytest.mark.parametrize(("name", "value"), [("ELBO_PORT", "http"), ("ELBO_DEVICE", "tpu"), ("ELBO_QUEUE_ROWS", "5")])
 def test_server_exits_with_a_one_line_error_if_a_setting_is_invalid(name: str, value: str) -> None:
     result = subprocess.run(
