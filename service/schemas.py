@@ -184,15 +184,24 @@ class AnomalyBody(Body):
         lt=1e12,
         description="half-life in rows: like `half_life`, for rows without timestamps",
     )
-    time: str = Field("timestamp", description="key of the time in records: Unix time in s, ms, us or ns, or ISO 8601")
-    group: str = Field("host", description="key of the group in records; in `metrics` the name of a tag")
+    time: str = Field(
+        "timestamp",
+        description="key of the time in records: Unix time in s, ms, us or ns, or ISO 8601. For a model that was "
+        "trained with times, the default is the column of its training data",
+    )
+    group: str = Field(
+        "host",
+        description="key of the group in records; in `metrics` the name of a tag. For a model that was trained with "
+        "groups, the default is the column of its training data",
+    )
     detail: Literal["full", "none"] = Field(
         "full", description="none responds with counts only, for clients that do not read verdicts"
     )
     observe: bool | None = Field(
         None,
-        description="whether the rows are live traffic. If false, they raise no alerts, are no evidence of drift, and "
-        "count only in `elbo_unobserved_rows_total`. By default ELBO_OBSERVE; false if the request has an API key "
+        description="whether the rows are live traffic. If false, they raise no alerts, are no evidence of drift, do "
+        "not change what is remembered of their groups, and count only in `elbo_unobserved_rows_total`. By default "
+        "ELBO_OBSERVE; false if the request has an API key "
         "without the scope `write`",
     )
 
@@ -268,7 +277,8 @@ class Result(BaseModel):
     row: int = Field(description="index of the row in the request, from 0")
     score: float = Field(description="higher is more anomalous; a score beyond float32 is given as the largest float32")
     p_value: float = Field(
-        description="conformal p-value: (1 + calibration rows that score at least as high) / (1 + calibration rows)"
+        description="conformal p-value: (1 + calibration rows that score at least as high) / (1 + calibration rows); "
+        "for rows with a time and a model with times, corrected for the recent false-alarm rate of the group"
     )
     severity: float = Field(
         description="-log p of the score divided by -log p of the threshold; > 1 means anomalous at alpha"
@@ -286,6 +296,22 @@ class Result(BaseModel):
         None,
         description="group of the row, if it has one; a name of more than 128 characters is replaced by its beginning "
         "and a hash",
+    )
+    window_rows: int | None = Field(
+        None,
+        description="models with a window only: how many rows of the window are there, this row included. With less "
+        "than a third of the window, the row is never anomalous",
+    )
+    warming_up: bool | None = Field(None, description="models with a window only: whether the window is not full yet")
+    calibration: Literal["group", "pool"] | None = Field(
+        None,
+        description="models with times only, for rows with a time: whether most of the scores that give the p-value "
+        "are of the row's own group, or of all groups of the training data",
+    )
+    state: Literal["usual", "incident", "changed"] | None = Field(
+        None,
+        description="models with times only, for rows with a time: the state of the group after the row. `incident`: "
+        "alarms have outnumbered other rows; `changed`: an incident has lasted so long that it is now judged as usual",
     )
 
 
@@ -317,7 +343,8 @@ class AnomalyAnswer(ModelAnswer):
     threshold: float | None = Field(
         None,
         description="the score above which a row is anomalous at alpha; null if alpha is below the smallest possible "
-        "p-value and `extrapolated` was not requested",
+        "p-value and `extrapolated` was not requested, and if each group has its own threshold, because its model was "
+        "trained with times",
     )
     calibration: Calibration | None = None
     extrapolated: bool | None = Field(

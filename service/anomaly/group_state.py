@@ -71,6 +71,15 @@ class Record(NamedTuple):
     tag: int = 0
 
 
+class Stamp(NamedTuple):
+    """Identifies one version of the record of a group. Another version has another stamp."""
+
+    file: bytes
+    slot: int
+    change: int
+    sequence: int
+
+
 class GroupFile:
     """The records of the groups of one model version.
 
@@ -203,14 +212,20 @@ class GroupFile:
         """Lock `stripes`, which ascend, so that no two transactions wait for each other."""
         held: list[int] = []
         try:
-            async with asyncio.timeout(max(0.0, deadline - perf_counter())):
-                for stripe in stripes:
-                    await self._local[stripe].acquire()
-                    held.append(stripe)
-                    pause = FIRST_PAUSE
-                    while not _lock_byte(self._fd, LOCKS_AT + stripe):
-                        await asyncio.sleep(pause)
-                        pause = min(2 * pause, LAST_PAUSE)
+            for stripe in stripes:
+                local = self._local[stripe]
+                if local.locked():  # without this, each lock would cost a timer
+                    async with asyncio.timeout(max(0.0, deadline - perf_counter())):
+                        await local.acquire()
+                else:
+                    await local.acquire()
+                held.append(stripe)
+                pause = FIRST_PAUSE
+                while not _lock_byte(self._fd, LOCKS_AT + stripe):
+                    if perf_counter() > deadline:
+                        raise TimeoutError
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, LAST_PAUSE)
         except BaseException as error:
             self._unlock(held)
             if isinstance(error, TimeoutError):
@@ -219,6 +234,8 @@ class GroupFile:
                     hint="send the rows of a group over one connection, or allow more time",
                     headers={"Retry-After": "1"},
                 ) from None
+            if isinstance(error, OSError):
+                raise self._unusable(error) from error
             raise
 
     def _try_lock(self, stripe: int) -> bool:
@@ -318,6 +335,17 @@ class GroupFile:
         if len(payload) < head.payload_bytes or zlib.crc32(payload) != head.checksum:
             return None
         return head.sequence, payload
+
+    def stamp(self, name: str) -> "Stamp | None":
+        """Return the stamp of the record of a group; None if it is new or damaged.
+
+        Its stripe must be locked. It may be called in a thread. Raises OSError.
+        """
+        slot = self._index.get(name)
+        sequence = None if slot is None else self._read_entry(slot)
+        if slot is None or sequence is None:
+            return None
+        return Stamp(self._changes[:8], slot, int(self._entry_changes[slot]), sequence)
 
     def read(self, name: str) -> tuple[int, bytes]:
         """Return the sequence number and the payload of a group: 0 and no bytes if it is new or was damaged.
@@ -505,6 +533,22 @@ class Transaction:
             raise self._file._unusable(error) from error
         self.names.add(name)
         return payload
+
+    def stamp(self, name: str) -> Stamp | None:
+        """Return the stamp of the record of a group; None if it is new or damaged. It may be called in a thread.
+
+        Raises:
+            NotReady: the file cannot be read.
+        """
+        try:
+            return self._file.stamp(name)
+        except OSError as error:
+            raise self._file._unusable(error) from error
+
+    def use(self, name: str, stamp: Stamp) -> None:
+        """Note that the caller knows the record with this stamp, so that it need not be read."""
+        self._sequences[name] = stamp.sequence
+        self.names.add(name)
 
     async def reserve(self, names: Iterable[str], deadline: float) -> None:
         """Give each group of `names` that is new a place in the file.

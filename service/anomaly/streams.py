@@ -125,7 +125,10 @@ class History:
         self._sources = list(range(rows))
 
     def dump(self, pool: Array) -> bytes:
-        """Return the history as bytes. `pool` has the values of the rows, by source: see `join`."""
+        """Return the history as bytes. `pool` has the values of the rows, by source: see `join`.
+
+        The history can then take the rows of another request.
+        """
         times, steps = self._times, self._steps
         parts = [
             _HEAD.pack(len(times), len(steps), min(self._late_rows, 65535)),
@@ -133,7 +136,9 @@ class History:
             np.array(self._begins, np.bool_).tobytes(),
         ]
         if self._rules.has_window:
-            parts.append(pool[self._sources].astype("<f4", copy=False).tobytes())
+            self.x = pool[self._sources]
+            self._sources = list(range(len(times)))
+            parts.append(self.x.astype("<f4", copy=False).tobytes())
         return b"".join(parts)
 
     def place(self, offset: int) -> None:

@@ -68,18 +68,18 @@ async def score_with_past(
     """
     memory = await service.groups.of(served)
     if body.inputs is not None:  # rows without times and groups: they are joined with each other only
-        joined = await _run_to_end(partial(_join, memory, input_rows, rows, None), JOINED_ROW * len(rows))
+        joined = await _run_to_end(partial(_join, memory, input_rows, rows, None, is_live), JOINED_ROW * len(rows))
         return await _judge_rows(memory, joined, input_rows, body, run)
     names = list(dict.fromkeys(name or "" for name in input_rows.group or ("",)))
     transaction = await memory.file.begin(names, deadline)
     try:
-        work = partial(_join, memory, input_rows, rows, transaction)
+        work = partial(_join, memory, input_rows, rows, transaction, is_live)
         joined = await _run_to_end(work, LOADED_GROUP * len(names) + JOINED_ROW * len(rows))
         if not is_live:
             transaction.end()
         verdicts = await _judge_rows(memory, joined, input_rows, body, run)
         if is_live:
-            await _commit(transaction, joined, deadline)
+            await _commit(memory, transaction, joined, deadline)
     finally:
         transaction.end()
     if is_live:
@@ -87,16 +87,22 @@ async def score_with_past(
     return verdicts
 
 
-def _join(memory: ModelMemory, input_rows: InputRows, rows: Array, transaction: Transaction | None) -> JoinedRows:
-    """Return the rows, joined to the groups that `transaction` reads; without a transaction, to new groups."""
+def _join(
+    memory: ModelMemory, input_rows: InputRows, rows: Array, transaction: Transaction | None, is_live: bool
+) -> JoinedRows:
+    """Return the rows, joined to the groups that `transaction` has locked; without a transaction, to new groups."""
     groups: dict[str, Group] = {}
     for group in input_rows.group or ("",):
         name = group or ""
         if name not in groups:
             pause_if_due()
-            payload = b"" if transaction is None else transaction.read(name)
-            start = None if input_rows.time is None else memory.start_set(name)
-            groups[name] = Group(memory.rules, payload, start)
+            if transaction is None:
+                groups[name] = Group(memory.rules, b"", None)
+            elif is_live:
+                groups[name] = memory.take(name, transaction, input_rows.time is not None)
+            else:
+                start = None if input_rows.time is None else memory.start_set(name)
+                groups[name] = Group(memory.rules, transaction.read(name), start)
     return join_rows(memory.rules, rows, input_rows.time, input_rows.group, groups)
 
 
@@ -152,7 +158,7 @@ def _decide(
     return verdicts
 
 
-async def _commit(transaction: Transaction, joined: JoinedRows, deadline: float) -> None:
+async def _commit(memory: ModelMemory, transaction: Transaction, joined: JoinedRows, deadline: float) -> None:
     """Store the groups that have changed. Raises NotReady, Overloaded."""
     changed = joined.changed_groups()
     await transaction.reserve(changed, deadline)
@@ -162,6 +168,7 @@ async def _commit(transaction: Transaction, joined: JoinedRows, deadline: float)
             pause_if_due()
             group = joined.groups[name]
             transaction.commit(name, Record(group.dump(joined.pool), group.tag))
+            memory.keep(name, transaction, group)
 
     await _run_to_end(commit, STORED_GROUP * len(changed))
 
