@@ -111,8 +111,8 @@ class Past(NamedTuple):
 
     window_rows: list[int] | None
     full_window: int
-    has_own_calibration: list[bool] | None
-    states: Sequence[str] | None
+    has_own_calibration: list[bool] | None = None
+    states: Sequence[str] | None = None
     incidents: Sequence[str] = ()
     changes: Sequence[str] = ()
 

@@ -8,7 +8,6 @@ before the commit changes nothing. Rows that are not live traffic are judged wit
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -131,31 +130,30 @@ def _decide(
 ) -> Verdicts:
     rules = memory.rules
     judgements: Judgements | None = None
+    p_value, severity = scores.p_value, scores.severity
     if joined.has_calibration:
         judgements = judge(
-            joined, rules, scores.score, scores.usable, input_rows.time, (scores.p_value, scores.severity),
-            body.alpha, body.extrapolated,
+            joined, rules, scores.score, scores.usable, input_rows.time, (p_value, severity), body.alpha,
+            body.extrapolated,
         )  # fmt: skip
-        scores = replace(scores, p_value=judgements.p_value, severity=judgements.severity)
-    window_rows, is_short = None, None
-    if rules.has_window:
-        window_rows = joined.window_rows
-        is_short = np.array(window_rows) < rules.least_rows
-        severity = np.where(is_short, np.minimum(scores.severity, np.float32(1)), scores.severity)
-        scores = replace(scores, severity=severity)
-    past = Past(
-        window_rows,
-        rules.rows,
-        None if judgements is None else judgements.has_own_calibration,
-        None if judgements is None else judgements.states,
-        () if judgements is None else judgements.incidents,
-        () if judgements is None else judgements.changes,
-    )
-    verdicts = decide(input_rows, scores, body)._replace(past=past)
-    if is_short is not None and is_short.any():
-        is_anomaly = (np.array(verdicts.is_anomaly) & ~is_short).tolist()
-        return verdicts._replace(is_anomaly=is_anomaly)
-    return verdicts
+        p_value, severity = judgements.p_value, judgements.severity
+    is_short = [rows < rules.least_rows for rows in joined.window_rows]
+    if True in is_short:  # such a row is never anomalous
+        severity = np.where(is_short, np.minimum(severity, np.float32(1)), severity)
+    judged = Scores(scores.score, p_value, severity, scores.parts, scores.contribution, scores.expected)
+    verdicts = decide(input_rows, judged, body)
+    is_anomaly = verdicts.is_anomaly
+    if True in is_short:
+        is_anomaly = [flag and not short for flag, short in zip(is_anomaly, is_short, strict=True)]
+    past = Past(joined.window_rows if rules.has_window else None, rules.rows)
+    if judgements is not None:
+        past = past._replace(
+            has_own_calibration=judgements.has_own_calibration,
+            states=judgements.states,
+            incidents=judgements.incidents,
+            changes=judgements.changes,
+        )
+    return verdicts._replace(is_anomaly=is_anomaly, past=past)
 
 
 async def _commit(memory: ModelMemory, transaction: Transaction, joined: JoinedRows, deadline: float) -> None:
