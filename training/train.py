@@ -22,13 +22,13 @@ from training.fitting.checkpoint import CheckpointStore, claim
 from training.fitting.distributed import ProcessGroup
 from training.fitting.pipeline import fit_pipeline
 from training.fitting.prepared_data import PreparedData
-from training.fitting.windows import prepare
+from training.fitting.windows import prepare, with_window
 from training.progress import Reporter, SilentReporter
 from training.publishing.compatibility import refuse_other_features
 from training.publishing.publish import publish
 from training.reports.describe import DEFAULT_ALPHA, few_calibration_rows
 from training.reports.history import HistoryRecorder
-from training.reports.run_report import write_run
+from training.reports.run_report import PLOTTED_ROWS, write_run
 
 
 def train(
@@ -254,13 +254,16 @@ def _are_networks_saved(candidates: Sequence[Candidate], stores: Sequence[Checkp
 
 def _write_report(folder: Path, manifest: Manifest, candidate: Candidate, data: PreparedData, report: Reporter) -> None:
     """Write the model card and the plots into `folder`, whose name is the version."""
-    labels, rows = data.table.labels, data.split.held_out
+    labels, rows = data.table.labels, data.split.held_out[:PLOTTED_ROWS]
+    held_out = data.held_out
+    if data.windows is not None:
+        held_out = torch.from_numpy(data.windows.in_table.take(data.rows.split.held_out[:PLOTTED_ROWS]))
     write_run(
         folder,
         manifest,
-        candidate.pipeline,
+        with_window(candidate.pipeline, data),
         version=int(folder.name),
-        held_out=data.held_out,
+        held_out=held_out,
         labels=None if labels is None else labels[rows],
         label_names=data.table.label_names,
         notes=[*data.notes, *candidate.recorder.notes],

@@ -167,7 +167,7 @@ def _places(data: PreparedData) -> Indices:
     """
     if data.windows is None:
         return np.arange(len(data.table.x))
-    usable = data.windows.earlier >= data.windows.window.least_rows - 1
+    usable = data.windows.in_table.judged
     return np.where(usable, np.cumsum(usable) - 1, -1)
 
 

@@ -110,7 +110,7 @@ def recalibrate(
         _refuse_if_all_flagged(parent, table, scores, alpha)
     module = artifact.thaw(parent)
     _replace(module, parent, torch.from_numpy(scores))
-    notes += _replace_start_sets(module, parent, table, normal)
+    notes += _replace_start_sets(module, parent, table, windows, normal)
     warning = threshold_warning(Calibration(torch.from_numpy(scores)), alpha)
     manifest = _manifest(parent, module, table, _name(parent), chosen, warning)
     twin = None if parent.twin is None else parent.twin.graphs  # still valid: latents and scores do not change
@@ -237,14 +237,20 @@ def _replace(module: torch.jit.ScriptModule, parent: Artifact, scores: Tensor) -
 
 
 def _replace_start_sets(
-    module: torch.jit.ScriptModule, parent: Artifact, table: Table, normal: npt.NDArray[np.int64]
+    module: torch.jit.ScriptModule,
+    parent: Artifact,
+    table: Table,
+    windows: TableWindows | None,
+    normal: npt.NDArray[np.int64],
 ) -> list[str]:
     """Replace the start sets of the groups by those of the `normal` rows of `table`. Return notes for the user."""
     if parent.baseline is None:
         return []
     if table.timeline is None:
         return ["the start sets of the groups stay as they were, because the rows have no times"]
-    baseline = fit_start_sets(parent.baseline, table.timeline, normal, lambda rows: _scores(parent, table, rows))
+    baseline = fit_start_sets(
+        parent.baseline, table.timeline, normal, lambda rows: _scores(parent, table, windows, rows)
+    )
     buffers = (module if parent.manifest.window is None else module.pipeline).baseline
     for name, buffer in BaselineBuffers(baseline.arrays).named_buffers():
         setattr(buffers, name, buffer)

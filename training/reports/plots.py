@@ -20,10 +20,12 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from models.core import Core
 from models.likelihood import GaussianLikelihood
 from models.manifest import Manifest
 from models.pipeline import Pipeline
 from models.vae import VAE
+from models.windowed import Windowed
 from training.fitting.defaults import resolved_config
 from training.random_streams import VALIDATION, random_stream
 
@@ -66,22 +68,32 @@ class FittedModel:
     """A fitted model with its held-out rows, latents and reconstructions."""
 
     manifest: Manifest
-    pipeline: Pipeline
-    x: Tensor  # held-out rows [M, D], raw units, NaN where a value is missing
+    pipeline: Pipeline | Windowed
+    inputs: Tensor  # held-out rows [M, D], raw units, NaN where a value is missing; or windows [M, N, D]
     labels: npt.NDArray[Any] | None  # [M]
     label_names: list[str] | None = None
+
+    @property
+    def core(self) -> Core:
+        """Return the core of the pipeline."""
+        return self.pipeline.core if isinstance(self.pipeline, Pipeline) else self.pipeline.pipeline.core
+
+    @property
+    def x(self) -> Tensor:
+        """Return the held-out rows [M, D]: the newest row of each window."""
+        return self.inputs if self.inputs.ndim == 2 else self.inputs[:, -1]
 
     @cached_property
     def latents(self) -> Floats:
         """Return posterior means [M, K]."""
         with torch.inference_mode():
-            return self.pipeline.encode(self.x)[0].double().numpy()
+            return self.pipeline.encode(self.inputs)[0].double().numpy()
 
     @cached_property
     def x_hat(self) -> Floats:
         """Return reconstructions [M, D]."""
         with torch.inference_mode():
-            x_hat: Floats = self.pipeline(self.x).double().numpy()
+            x_hat: Floats = self.pipeline(self.inputs).double().numpy()
             return x_hat
 
     def sample(self, count: int) -> Floats:
@@ -194,7 +206,7 @@ def scree(model: FittedModel) -> Figure | None:
 
 def _activity_threshold(model: FittedModel) -> float | None:
     """Return beta times the variance of the Gaussian likelihood of a VAE, in model units; None for other models."""
-    core = model.pipeline.core
+    core = model.core
     if not isinstance(core, VAE) or not isinstance(core.likelihood, GaussianLikelihood):
         return None
     return float(model.manifest.training.get("beta", 1.0)) * float(core.likelihood.log_variance.detach().exp().mean())
@@ -224,7 +236,7 @@ def latent_map(model: FittedModel) -> Figure | None:
         axis.set_title("latents of held-out rows, by label")
         return figure
     with torch.inference_mode():
-        score = model.pipeline.score(model.x)[0].numpy()
+        score = model.pipeline.score(model.inputs)[0].numpy()
     finite = score.astype(np.float64).clip(max=np.finfo(np.float32).max)
     dots = axis.scatter(
         latents[:, 0], latents[:, 1], s=22, c=score, cmap="viridis", linewidths=0, vmax=np.quantile(finite, 0.98)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.manifest import Manifest
 from models.pipeline import Pipeline
+from models.windowed import Windowed
 from training.progress import Reporter
 from training.reports.model_card import card
 
@@ -22,7 +23,7 @@ PLOTTED_ROWS = 5_000  # maximum number of held-out rows to plot; more rows make 
 def write_run(
     folder: Path,
     manifest: Manifest,
-    pipeline: Pipeline,
+    pipeline: Pipeline | Windowed,
     *,
     version: int,
     held_out: Tensor,
@@ -37,7 +38,7 @@ def write_run(
 
     Args:
         version: the published version of the model.
-        held_out: rows [M, D], raw units, NaN where a value is missing.
+        held_out: rows [M, D], raw units, NaN where a value is missing; or windows [M, N, D].
         labels: labels [M] of the held-out rows; they set the colours in the map of latents.
         label_names: the names of labels 0, 1, ..., if known.
         notes: messages about the data and the training, repeated in the card.
@@ -52,7 +53,7 @@ def write_run(
         model = FittedModel(
             manifest=manifest,
             pipeline=pipeline,
-            x=held_out[:PLOTTED_ROWS],
+            inputs=held_out[:PLOTTED_ROWS],
             labels=None if labels is None else labels[:PLOTTED_ROWS],
             label_names=label_names,
         )
