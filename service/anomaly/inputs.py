@@ -16,6 +16,7 @@ from service.codec.row_arrays import parse_valid_array_rows
 from service.codec.row_lists import parse_valid_rows
 from service.codec.row_records import max_missing, parse_valid_records
 from service.codec.row_schema import ParsedRows, RowSchema
+from service.codec.row_windows import are_windows, parse_valid_windows
 from service.codec.telegraf import TelegrafBatch
 from service.errors import InvalidField, InvalidRows
 from service.inference.served_model import ServedModel
@@ -41,6 +42,7 @@ class InputRows(NamedTuple):
         unknown_metrics: the names of metrics that belong to no feature, each once.
         time: [G], Unix seconds, with NaN for a row without a timestamp; None if no row has a timestamp.
         group: [G], with None for a row without a group; None instead of the list if no row has a group.
+        windows: [G, N, D], the windows of the rows; None unless the request has windows.
     """
 
     parsed: ParsedRows
@@ -49,6 +51,7 @@ class InputRows(NamedTuple):
     time: npt.NDArray[np.float64] | None = None
     group: list[str | None] | None = None
     unknown_metrics: Sequence[str] = ()
+    windows: npt.NDArray[np.float32] | None = None
 
 
 def with_timeline_keys(served: ServedModel, body: AnomalyBody) -> AnomalyBody:
@@ -98,6 +101,10 @@ def parse_input_rows(
         if allows_partial:
             _require_row(input_rows)
         return input_rows
+    if served.window_schema is not None and are_windows(body.inputs):
+        schema = served.window_schema
+        parsed, windows = parse_valid_windows(schema, body.inputs, "/inputs", may_contain_non_floats, budget)
+        return InputRows(parsed, len(parsed.rows) + len(parsed.errors), windows=windows)
     if isinstance(body.inputs, np.ndarray):
         parsed = parse_valid_array_rows(served.row_schema, body.inputs, "/inputs", budget)
     else:

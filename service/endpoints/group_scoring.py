@@ -8,6 +8,7 @@ before the commit changes nothing. Rows that are not live traffic are judged wit
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ from service.anomaly.inputs import InputRows
 from service.anomaly.streams import Group, JoinedRows, Judgements, join_rows, judge
 from service.anomaly.verdicts import Past, Scores, Verdicts, decide
 from service.codec.long_work import pause_if_due
+from service.codec.row_windows import count_rows
 from service.endpoints import offload
 from service.endpoints.context import ServiceContext
 from service.endpoints.offload import run_in_thread_if_long
@@ -137,14 +139,7 @@ def _decide(
             body.extrapolated,
         )  # fmt: skip
         p_value, severity = judgements.p_value, judgements.severity
-    is_short = [rows < rules.least_rows for rows in joined.window_rows]
-    if True in is_short:  # such a row is never anomalous
-        severity = np.where(is_short, np.minimum(severity, np.float32(1)), severity)
     judged = Scores(scores.score, p_value, severity, scores.parts, scores.contribution, scores.expected)
-    verdicts = decide(input_rows, judged, body)
-    is_anomaly = verdicts.is_anomaly
-    if True in is_short:
-        is_anomaly = [flag and not short for flag, short in zip(is_anomaly, is_short, strict=True)]
     past = Past(joined.window_rows if rules.has_window else None, rules.rows)
     if judgements is not None:
         past = past._replace(
@@ -153,7 +148,46 @@ def _decide(
             incidents=judgements.incidents,
             changes=judgements.changes,
         )
+    return _decide_with_past(input_rows, judged, body, past, rules.least_rows)
+
+
+def _decide_with_past(
+    input_rows: InputRows, scores: Scores, body: AnomalyBody, past: Past, least_rows: int
+) -> Verdicts:
+    """Return the verdicts. A row whose window has fewer than `least_rows` rows is never anomalous."""
+    is_short = [rows < least_rows for rows in past.window_rows or ()]
+    if True not in is_short:
+        return decide(input_rows, scores, body)._replace(past=past)
+    severity = np.where(is_short, np.minimum(scores.severity, np.float32(1)), scores.severity)
+    verdicts = decide(input_rows, replace(scores, severity=severity), body)
+    is_anomaly = [flag and not short for flag, short in zip(verdicts.is_anomaly, is_short, strict=True)]
     return verdicts._replace(is_anomaly=is_anomaly, past=past)
+
+
+async def score_windows(
+    served: ServedModel,
+    input_rows: InputRows,
+    body: AnomalyBody,
+    run: Callable[[Operation, Array], Awaitable[tuple[Array, ...]]],
+) -> Verdicts:
+    """Return the verdicts on windows that the request brings along. Nothing is remembered of them.
+
+    Args:
+        served: the model, which has a window.
+        input_rows: the windows and their newest rows. There is at least one.
+        body: alpha and the other options of /anomaly.
+        run: runs an operation on the model's inputs.
+    """
+    window, windows = served.manifest.window, input_rows.windows
+    assert window is not None
+    assert windows is not None
+    outputs = await run(operations.anomaly(body.alpha, body.extrapolated), windows)
+
+    def decide_windows() -> Verdicts:
+        past = Past(count_rows(windows).tolist(), window.rows)
+        return _decide_with_past(input_rows, Scores(*outputs), body, past, window.least_rows)
+
+    return await run_in_thread_if_long(decide_windows, windows.size * offload.DECISION)
 
 
 async def _commit(memory: ModelMemory, transaction: Transaction, joined: JoinedRows, deadline: float) -> None:

@@ -25,6 +25,7 @@ from service.codec.request_body import JSON
 from service.codec.row_arrays import parse_array
 from service.codec.row_lists import parse_row, parse_rows
 from service.codec.row_schema import RowSchema
+from service.codec.row_windows import count_missing, parse_window, parse_windows
 from service.endpoints import anomaly_stream, offload
 from service.endpoints.context import ServiceContext
 from service.endpoints.offload import run_in_thread_if_long
@@ -192,8 +193,17 @@ def _row_reader(
     return read
 
 
-_read_inputs = _row_reader("inputs", lambda served: served.row_schema)
+_read_rows = _row_reader("inputs", lambda served: served.row_schema)
 _read_latents = _row_reader("latents", lambda served: served.latent_schema)
+
+
+def _read_inputs(
+    served: ServedModel, body: EncodeBody | ReconstructBody, may_contain_non_floats: bool, budget: Budget
+) -> Array:
+    """Return the rows in `inputs` as float32 [B, D], or the windows [B, N, D] if the model has a window."""
+    if served.window_schema is None:
+        return _read_rows(served, body, may_contain_non_floats, budget)
+    return parse_windows(served.window_schema, body.inputs, "/inputs", may_contain_non_floats, budget)
 
 
 def _read_nothing(_served: ServedModel, _body: SampleBody, _may_contain_non_floats: bool, _budget: Budget) -> None:
@@ -202,7 +212,7 @@ def _read_nothing(_served: ServedModel, _body: SampleBody, _may_contain_non_floa
 
 @dataclass(frozen=True)
 class _PathEnd:
-    """One end of an interpolation: a row [1, D] or a latent vector [1, K]."""
+    """One end of an interpolation: a row [1, D], a window [1, N, D] or a latent vector [1, K]."""
 
     values: Array
     is_latent: bool
@@ -229,7 +239,10 @@ def _read_end(served: ServedModel, end: End, name: str, may_contain_non_floats: 
     if end.latent is not None:
         latents = parse_row(served.latent_schema, end.latent, f"/{name}/latent", may_contain_non_floats)
         return _PathEnd(latents, is_latent=True)
-    row = parse_row(served.row_schema, end.input, f"/{name}/input", may_contain_non_floats)
+    pointer = f"/{name}/input"
+    if served.window_schema is not None:
+        return _PathEnd(parse_window(served.window_schema, end.input, pointer, may_contain_non_floats), is_latent=False)
+    row = parse_row(served.row_schema, end.input, pointer, may_contain_non_floats)
     return _PathEnd(row, is_latent=False)
 
 
@@ -297,11 +310,13 @@ def _threshold(served: ServedModel, body: AnomalyBody, verdicts: Verdicts | None
 
 
 def _imputed(served: ServedModel, *rows: Array) -> dict[str, Any]:
-    """Return the field "imputed", which is the number of missing values in all `rows`, each [N, D].
+    """Return the field "imputed", which is the number of missing values in all `rows`, each [B, D] or [B, N, D].
 
-    If no value is missing, the result is empty.
+    If no value is missing, the result is empty. In windows, rows that are not there do not count.
     """
-    count = sum(int(np.isnan(x).sum()) for x in rows) if served.row_schema.allows_missing else 0
+    if not served.row_schema.allows_missing:
+        return {}
+    count = sum(int(np.isnan(x).sum()) if x.ndim == 2 else count_missing(x) for x in rows)
     return {"imputed": count} if count else {}
 
 

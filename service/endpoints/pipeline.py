@@ -126,8 +126,9 @@ async def parse_request(
             fields = read_fields(content_type, raw_body, main, 0, spec.readers, picture)
         body, inputs = _read_inputs(spec, served, query, max_rows, fields, NO_LIMIT)
     else:
-        budget = request.budget(max_rows=max_rows, width=width, deadline=deadline)
-        body, inputs = await _read_costly(service, request, spec, served, raw_body, fields, budget)
+        longest = max(width, served.input_width) if served.window_schema else width
+        budget = request.budget(max_rows=max_rows, width=longest, deadline=deadline)
+        body, inputs = await _read_costly(service, request, spec, served, raw_body, fields, width, budget)
     record.parse += perf_counter() - started
     return ParsedRequest(request, record, served, media_type, deadline, body, inputs)
 
@@ -153,6 +154,7 @@ async def _read_costly(
     served: ServedModel,
     raw_body: bytes,
     plain_fields: RequestFields | None,
+    width: int,
     budget: Budget,
 ) -> tuple[B, T]:
     """Return the validated fields of a request whose body may take long to read, and the model's inputs in them.
@@ -164,6 +166,7 @@ async def _read_costly(
         served: the model.
         raw_body: the body, which may be compressed.
         plain_fields: what `read_plain_rows` has returned.
+        width: the number of values per row.
         budget: what reading may cost.
     """
     content_type = request.header(b"content-type")
@@ -174,9 +177,9 @@ async def _read_costly(
         fields = plain_fields
         if fields is None:
             content = decompress_gzip(raw_body, request.max_body_bytes, budget) if compressed else raw_body
-            width = 0 if has_no_plain_rows else budget.width
             picture = served.picture_row if spec.pictures else None
-            fields = read_fields(content_type, content, spec.array_field, width, spec.readers, picture, budget)
+            row_width = 0 if has_no_plain_rows else width
+            fields = read_fields(content_type, content, spec.array_field, row_width, spec.readers, picture, budget)
         return _read_inputs(spec, served, request.query, service.settings.max_rows, fields, budget)
 
     if compressed:

@@ -13,7 +13,7 @@ from service.anomaly.inputs import InputRows
 from service.anomaly.verdicts import Scores, Verdicts, decide
 from service.endpoints import offload
 from service.endpoints.context import ServiceContext
-from service.endpoints.group_scoring import score_with_past
+from service.endpoints.group_scoring import score_windows, score_with_past
 from service.endpoints.offload import run_in_thread_if_long
 from service.errors import Overloaded
 from service.http.request import RequestContext
@@ -52,7 +52,9 @@ async def score_rows(
         if input_rows.parsed.missing is not None:
             impute = partial(served.row_schema.impute, input_rows.parsed)
             rows = await run_in_thread_if_long(impute, rows.size * offload.DECISION)
-        if served.has_past and service.groups.concerns(served, input_rows):
+        if input_rows.windows is not None:
+            verdicts = await score_windows(served, input_rows, body, run)
+        elif served.has_past and service.groups.concerns(served, input_rows):
             deadline = deadline or perf_counter() + service.settings.request_timeout
             verdicts = await score_with_past(service, served, input_rows, rows, body, run, is_live, deadline)
         else:

@@ -12,6 +12,7 @@ from service.codec import png
 from service.codec.feature_names import FeatureSelectors
 from service.codec.pictures import PictureRow
 from service.codec.row_schema import RowSchema
+from service.codec.row_windows import WindowSchema
 from service.inference.backend_selection import Selection
 from service.inference.backends import Backend
 
@@ -71,6 +72,17 @@ class ServedModel:
         medians = [feature.median for feature in features]
         units = [feature.unit for feature in features]
         return RowSchema(self.manifest.shape, names, optional, medians, units)
+
+    @cached_property
+    def window_schema(self) -> WindowSchema | None:
+        """The schema of windows; None if the model judges each row alone."""
+        window = self.manifest.window
+        return None if window is None else WindowSchema(window.rows, self.row_schema)
+
+    @cached_property
+    def input_width(self) -> int:
+        """The number of values of one input: of a row, or of a window if the model has one."""
+        return self.row_schema.width if self.window_schema is None else self.window_schema.width
 
     @cached_property
     def latent_schema(self) -> RowSchema:

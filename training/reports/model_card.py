@@ -89,7 +89,7 @@ def _window(window: Window) -> Iterator[str]:
     scales = join_names([str(scale) for scale in window.scales])
     yield f"It judges each row together with up to {window.rows - 1} rows before it in its group: by the values of the"
     yield f"row, and by their means and standard deviations over the last {scales} rows. A row with fewer than"
-    yield f"{window.least_rows - 1} rows before it is not judged. The latents and the score are those of these summaries."
+    yield f"{window.least_rows - 1} rows before it is not judged. Latents and score are those of these summaries."
 
 
 def _data(manifest: Manifest, notes: Sequence[str]) -> Iterator[str]:
