@@ -37,6 +37,7 @@ USAGE_ERRORS = {
     "artifact_unreadable",
     "key_file_error",
     "key_invalid",
+    "incidents_invalid",
 }  # errors with these codes exit with status 2
 
 OWN_PACKAGES = {"models", "training", "service"}
@@ -725,6 +726,102 @@ def score(
     tally.refuse_faulty(data)
 
 
+@app.command(
+    epilog="Examples: elbo backtest hosts lastmonth.csv | elbo backtest hosts lastmonth.csv --labels incidents.csv "
+    "--alpha 0.01 --alpha 0.001 --html report.html"
+)
+def backtest(
+    name: Name,
+    data: Annotated[str, typer.Argument(metavar="HISTORY", help="a file of rows with times (.csv, .parquet)")],
+    alpha: Annotated[
+        list[float],
+        typer.Option(
+            min=0, max=1, help="false-alarm rate; repeat it to compare several. Details of the report are for the first"
+        ),
+    ] = [0.05, 0.01, 0.001],  # noqa: B006 - typer copies it
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="INCIDENTS", help="CSV file of known incidents: start,end or start,end,group; times as in HISTORY"
+        ),
+    ] = None,
+    time: Annotated[
+        str | None,
+        typer.Option(metavar="<column>", help="column with the time of the row; default: as trained, or timestamp"),
+    ] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(metavar="<column>", help="column with the group of the row; default: as trained, or host"),
+    ] = None,
+    half_life_rows: Annotated[
+        float, typer.Option(min=0, help="half-life in rows of the smoothed severity that decides; 0: no smoothing")
+    ] = 0.0,
+    extrapolated: Annotated[
+        bool,
+        typer.Option(
+            "--extrapolated",
+            help="allow anomalies at an alpha below the smallest possible p-value, without a guarantee",
+        ),
+    ] = False,
+    fixed: Annotated[
+        bool, typer.Option("--fixed", help="judge by the fixed calibration, as with ELBO_ONLINE_CALIBRATION=false")
+    ] = False,
+    json: Json = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="also write a page with the severities and the alarms drawn")
+    ] = None,
+    escape: EscapeOption = None,
+    artifacts: ArtifactFolder = DEFAULT_ARTIFACTS,
+    trusted_keys: TrustedKeysOption = None,
+) -> None:
+    """Rehearse alarms: judge HISTORY as the server would have judged it, row by row in order of time.
+
+    Prints the alarms a day and group at each alpha, the worst alarms with the features that caused them, and, with
+    --labels, which incidents were found and after how long. An alarm is a run of anomalous rows of one group. The
+    windows, the online calibration and the smoothing are those of POST /models/NAME/anomaly on a server that starts
+    with the first row.
+    """
+    from models.artifact import load_after_trial
+    from service.backtest.history import sort_history
+    from service.backtest.incidents import read_incidents
+    from service.backtest.page import make_page
+    from service.backtest.replay import Options, replay
+    from service.backtest.report import make_report
+    from service.backtest.text import format_report
+    from service.inference.model_loader import ModelLoader
+    from training.data.history import read_history
+    from training.data.row_stream import stream_for_model
+    from training.progress import progress
+
+    if not alpha or not all(0 < rate < 1 for rate in alpha):
+        raise OptionError(f"--alpha: expected numbers above 0 and below 1, got {', '.join(map(str, alpha))}")
+    if html is not None and not html.parent.is_dir():
+        raise OptionError(f"--html: there is no folder {html.parent}")
+    path = _artifact_path(name, artifacts)
+    artifact = load_after_trial(path, keys=_trusted_keys(trusted_keys))
+    stream = stream_for_model(data, artifact.manifest, time=time, group=group, escape=escape)
+    incidents = None if labels is None else read_incidents(labels, stream.group)
+    with progress(f"reading {Path(data).name}", stream.total) as bar:
+        rows = read_history(stream, bar.show)
+    if rows.first_fault:
+        typer.echo(f"WARNING: {data}: {rows.faulty:,} rows cannot be judged; {rows.first_fault}", err=True)
+    history = sort_history(rows.x, rows.time, rows.group, rows.source_rows)
+    version = path.parent.name
+    served = ModelLoader().load(path, artifact.manifest.name, int(version) if version.isdecimal() else 1)
+    options = Options(tuple(alpha), extrapolated, half_life_rows, online=not fixed)
+    with progress(f"replaying {Path(data).name}", len(history)) as bar:
+        judged = replay(served, history, options, bar.show)
+    report = make_report(judged, incidents, f"{served.name}@{served.version}", data, rows.faulty)
+    if html is not None:
+        _write(html, make_page(report, judged, incidents or []))
+    if json:
+        from json import dumps
+
+        typer.echo(dumps(report.to_json(), indent=2))
+    else:
+        typer.echo(printable_lines(format_report(report)))
+
+
 @app.command(epilog="Examples: elbo calibrate hosts lastweek.csv | elbo calibrate hosts@3 lastweek.csv --alpha 0.01")
 def calibrate(
     name: Name,
@@ -762,6 +859,14 @@ def calibrate(
     _note_missing_signature(published.path)
     calibration = published.manifest.calibration
     typer.echo(f"calibrated on {calibration.rows:,} rows: the smallest p-value is {calibration.floor:.3g}")
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file for the user."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OptionError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _load(

@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "service.anomaly": "models.columns models.timestamps models.errors schemas inference codec errors",
     "service.monitoring": "models.errors anomaly inference codec settings shared_memory",
     "service.http": "access monitoring inference codec errors shared_memory",
+    "service.backtest": "models.errors models.timestamps anomaly inference",
     "service.endpoints": (
         "models.artifact models.manifest models.errors access http monitoring anomaly schemas inference codec errors "
         "settings"

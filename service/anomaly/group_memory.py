@@ -184,7 +184,7 @@ class GroupMemory:
                 "the memory of groups is in a temporary folder, and ends with the server: set ELBO_STATE to keep it",
                 extra={"fields": {"folder": str(self._folder)}},
             )
-        return ModelMemory(rules, file, _start_set(served) if self._has_calibration else None)
+        return ModelMemory(rules, file, start_set_of(served) if self._has_calibration else None)
 
 
 def rows_of_window(served: ServedModel) -> int:
@@ -205,7 +205,7 @@ def rules_of(served: ServedModel) -> Rules:
     )
 
 
-def _start_set(served: ServedModel) -> StartSet | None:
+def start_set_of(served: ServedModel) -> StartSet | None:
     """Return the calibration scores of a model as the start set of its groups; None if they are unknown.
 
     The artifact has the scores in ascending order, not in order of time. They are shuffled, because the oldest scores

@@ -369,6 +369,7 @@ class Judgements:
     Args:
         p_value: [G].
         severity: [G].
+        more_severities: the severities at further alphas, each [G].
         states: the state of the group's calibration after each row, [G].
         has_own_calibration: whether most of the scores that each row was compared with are of its group, [G].
         incidents: the groups whose incidents began, each as often as one began.
@@ -377,6 +378,7 @@ class Judgements:
 
     p_value: Array
     severity: Array
+    more_severities: list[Array]
     states: list[State]
     has_own_calibration: list[bool]
     incidents: list[str]
@@ -392,6 +394,7 @@ def judge(
     fixed: tuple[Array, Array],
     alpha: float,
     extrapolated: bool,
+    more_alphas: Sequence[float] = (),
 ) -> Judgements:
     """Judge each row by the calibration of its group, and let new rows change the calibration.
 
@@ -404,9 +407,11 @@ def judge(
         fixed: the p-values and the severities by the calibration of the artifact, for rows that are not usable.
         alpha: the false-alarm rate.
         extrapolated: see `OnlineCalibration.judge`.
+        more_alphas: further alphas at which severities are wanted.
     """
     count = len(score)
     p_values, severities = fixed[0].tolist(), fixed[1].tolist()
+    more_severities = [severities.copy() for _ in more_alphas]
     states: list[State] = ["usual"] * count
     own = [False] * count
     incidents: list[str] = []
@@ -422,6 +427,8 @@ def judge(
             own[row] = group.has_own_calibration
             if is_usable[row]:
                 p_values[row], severities[row] = calibration.judge(scores[row], alpha, extrapolated)
+                for at, of_alpha in zip(more_alphas, more_severities, strict=True):
+                    of_alpha[row] = calibration.judge(scores[row], at, extrapolated)[1]
                 if joined.outcomes[row] == Outcome.NEW and joined.window_rows[row] >= rules.least_rows:
                     before = calibration.incidents, calibration.changes
                     calibration.step(scores[row], math.nan if times is None else times[row])
@@ -431,4 +438,5 @@ def judge(
                         changes.append(name)
             states[row] = calibration.state
     p_value, severity = np.array(p_values, np.float32), np.array(severities, np.float32)
-    return Judgements(p_value, severity, states, own, incidents, changes)
+    more = [np.array(of_alpha, np.float32) for of_alpha in more_severities]
+    return Judgements(p_value, severity, more, states, own, incidents, changes)

@@ -261,7 +261,7 @@ def _largest_contributions(
     """Return, for each row of x [G, D], the `explain` features with the largest contributions, largest first."""
     contribution = scores.contribution
     count, width = contribution.shape
-    top = _largest(contribution, explain)
+    top = largest(contribution, explain)
     # Indices into the flattened arrays.
     positions = (top if count == 1 else top + width * np.arange(count)[:, None]).ravel()
     columns = zip(
@@ -283,7 +283,7 @@ def _split(values: list[T], width: int, count: int) -> list[list[T]]:
     return [values[start : start + width] for start in range(0, width * count, width)] if width else [[]] * count
 
 
-def _largest(array: Array, count: int) -> npt.NDArray[np.intp]:
+def largest(array: Array, count: int) -> npt.NDArray[np.intp]:
     """Return, for each row of `array` [G, D], the columns of the `count` largest values, largest first.
 
     Equal values are in column order.

@@ -1,0 +1,1 @@
+"""Rehearse alarms: judge the history of groups as the service would have judged it."""

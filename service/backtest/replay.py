@@ -1,0 +1,213 @@
+"""Judge a history as the service judges the same rows if they arrive one after the other, in order of time.
+
+The rows of a group pass through the code of /anomaly: `service.anomaly.streams` joins them to the past of their group,
+the model's backend scores them, and the online calibration of the group judges them. Groups do not influence each
+other, so one group is replayed after the other. Every group begins without a past, as after a server's first start.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from service.anomaly.group_memory import rules_of, start_set_of
+from service.anomaly.smoothing import exponential_mean
+from service.anomaly.streams import Group, JoinedRows, Rules, join_rows, judge
+from service.anomaly.verdicts import Scores, largest
+from service.backtest.history import History
+from service.inference import operations
+from service.inference.served_model import ServedModel
+
+CHUNK_ROWS = 4096  # rows that are replayed at once
+PART_BYTES = 2**20  # windows are scored in parts of about this size, as in the service
+CAUSES = 3  # features that are remembered of an anomalous row: those that contribute most
+
+MAX_FLOAT32 = np.finfo(np.float32).max
+
+Array = npt.NDArray[np.float32]
+Flags = npt.NDArray[np.bool_]
+
+
+class Cause(NamedTuple):
+    """A feature that contributes to the score of a row."""
+
+    name: str
+    value: float
+    expected: float
+    contribution: float
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the rows are judged.
+
+    Args:
+        alphas: K false-alarm rates.
+        extrapolated: whether rows may be anomalous at an alpha below the smallest possible p-value.
+        half_life_rows: half-life in rows of the smoothed severity that decides; 0 decides by each row's severity.
+        online: whether rows are judged by the online calibration of their group, if the model was trained with times.
+    """
+
+    alphas: tuple[float, ...] = (0.05, 0.01, 0.001)
+    extrapolated: bool = False
+    half_life_rows: float = 0.0
+    online: bool = True
+
+
+@dataclass(eq=False)
+class Replay:
+    """The verdicts on the M rows of a history, at K alphas.
+
+    Args:
+        history: the rows.
+        alphas: the K alphas.
+        severity: severities, smoothed if the options say so, [K, M]. A row without a verdict has 0.
+        p_value: [M]. A row without a verdict has 1.
+        is_warming_up: whether a row has too few rows before it to be anomalous, [M].
+        states: the state of the group's online calibration after each row, [M]; None without online calibration.
+        causes_rows: rows whose causes are known: those that are anomalous at the first alpha, ascending, [A].
+        causes_features: their CAUSES features with the largest contributions, as indices, [A, C].
+        causes_numbers: value, expected value and contribution of these features, [A, C, 3].
+        names: names of the D features.
+    """
+
+    history: History
+    alphas: tuple[float, ...]
+    severity: Array
+    p_value: Array
+    is_warming_up: Flags
+    states: list[str] | None
+    causes_rows: npt.NDArray[np.int64]
+    causes_features: npt.NDArray[np.intp]
+    causes_numbers: Array
+    names: list[str]
+
+    @property
+    def is_anomaly(self) -> Flags:
+        """Which rows are anomalous, [K, M]."""
+        return np.asarray(self.severity > 1)
+
+    def causes_of(self, row: int) -> tuple[Cause, ...]:
+        """Return the features that contribute most to the score of an anomalous row; none if they are unknown."""
+        place = int(np.searchsorted(self.causes_rows, row))
+        if place == len(self.causes_rows) or self.causes_rows[place] != row:
+            return ()
+        pairs = zip(self.causes_features[place].tolist(), self.causes_numbers[place].tolist(), strict=True)
+        return tuple(Cause(self.names[feature], *numbers) for feature, numbers in pairs)
+
+
+def replay(
+    served: ServedModel, history: History, options: Options, report: Callable[[int], None] = lambda _: None
+) -> Replay:
+    """Return the verdicts on all rows of a history.
+
+    Args:
+        served: the model.
+        history: the rows.
+        options: alphas and how the rows are judged.
+        report: is called with the number of rows that are judged so far.
+    """
+    rules = rules_of(served)
+    start = start_set_of(served) if options.online and served.manifest.timeline is not None else None
+    rows = len(history)
+    result = Replay(
+        history=history,
+        alphas=options.alphas,
+        severity=np.zeros((len(options.alphas), rows), np.float32),
+        p_value=np.ones(rows, np.float32),
+        is_warming_up=np.zeros(rows, bool),
+        states=None if start is None else [],
+        causes_rows=np.empty(0, np.int64),
+        causes_features=np.empty((0, CAUSES), np.intp),
+        causes_numbers=np.empty((0, CAUSES, 3), np.float32),
+        names=[feature.name for feature in served.manifest.features],
+    )
+    causes: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.intp], Array]] = []
+    payloads: dict[int, bytes] = {}  # the last group of the previous chunk, as it is stored between two requests
+    for first in range(0, rows, CHUNK_ROWS):
+        part = slice(first, min(first + CHUNK_ROWS, rows))
+        index = history.group[part]
+        names = [history.groups[number] for number in index.tolist()]
+        groups = {
+            history.groups[number]: Group(rules, payloads.get(number, b""), start)
+            for number in np.unique(index).tolist()
+        }
+        joined = join_rows(rules, history.x[part], history.time[part], names, groups)
+        scores = _score(served, rules, joined, options)
+        _judge(result, part, joined, rules, scores, served, options)
+        causes.append(_find_causes(result, part, joined, scores))
+        last = int(index[-1])
+        payloads = {last: groups[history.groups[last]].dump(joined.pool)}
+        report(part.stop)
+    if options.half_life_rows:
+        _smooth(result, options.half_life_rows)
+    result.causes_rows, result.causes_features, result.causes_numbers = (
+        np.concatenate(arrays) for arrays in zip(*causes, strict=True)
+    )
+    return result
+
+
+def _score(served: ServedModel, rules: Rules, joined: JoinedRows, options: Options) -> Scores:
+    """Return the model's outputs for the rows, with the severities of the fixed calibration at the first alpha."""
+    count = len(joined.outcomes)
+    size = count if joined.windows is None else max(1, PART_BYTES // (4 * rules.rows * rules.width))
+    operation = operations.anomaly(options.alphas[0], options.extrapolated)
+    with np.errstate(over="ignore", invalid="ignore"):
+        parts = [
+            served.backend.run(operation, (joined.inputs(slice(start, start + size)),))
+            for start in range(0, count, size)
+        ]
+    return Scores(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def _judge(
+    result: Replay,
+    part: slice,
+    joined: JoinedRows,
+    rules: Rules,
+    scores: Scores,
+    served: ServedModel,
+    options: Options,
+) -> None:
+    """Write the verdicts on the rows in `part` into `result`."""
+    usable = scores.usable
+    if result.states is not None:
+        judgements = judge(
+            joined, rules, scores.score, usable, result.history.time[part], (scores.p_value, scores.severity),
+            options.alphas[0], options.extrapolated, options.alphas[1:],
+        )  # fmt: skip
+        result.states += judgements.states
+        p_value, severities = judgements.p_value, [judgements.severity, *judgements.more_severities]
+    else:
+        p_value, calibration = scores.p_value, served.backend.calibration
+        severities = [
+            operations.anomaly(alpha, options.extrapolated).finish((scores.score,), calibration)[2]
+            for alpha in options.alphas
+        ]
+    is_short = np.array(joined.window_rows) < rules.least_rows
+    result.is_warming_up[part] = is_short
+    result.p_value[part] = np.where(usable, p_value, 1)
+    for index, severity in enumerate(severities):
+        most = np.where(is_short, np.float32(1), MAX_FLOAT32)
+        result.severity[index, part] = np.where(usable, np.minimum(severity, most), 0)
+
+
+def _find_causes(
+    result: Replay, part: slice, joined: JoinedRows, scores: Scores
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.intp], Array]:
+    """Return the anomalous rows in `part`, and the features that contribute most to their scores."""
+    rows = np.flatnonzero(result.severity[0, part] > 1)
+    features = largest(scores.contribution[rows], CAUSES)  # [A, C]
+    numbers = [
+        np.take_along_axis(values[rows], features, axis=1)
+        for values in (joined.pool, scores.expected, scores.contribution)
+    ]
+    return rows + part.start, features, np.stack(numbers, axis=2).astype(np.float32)
+
+
+def _smooth(result: Replay, half_life_rows: float) -> None:
+    """Replace severities by their means over the past, as /anomaly does if one request has the whole history."""
+    for severity in result.severity:
+        severity[:] = exponential_mean(severity, half_life_rows, None, result.history.group, by_rows=True)

@@ -1,0 +1,142 @@
+"""The report of a backtest as text for a terminal."""
+
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+
+from service.backtest.replay import Cause
+from service.backtest.report import Alarm, AlphaSummary, GroupSummary, IncidentSummary, Report
+
+LISTED = 20  # groups and incidents that are listed
+UNITS = (("d", 86_400.0), ("h", 3600.0), ("min", 60.0))
+
+
+def format_report(report: Report) -> str:
+    """Return the report as lines of text."""
+    return "\n".join(_lines(report))
+
+
+def format_time(seconds: float) -> str:
+    """Return Unix seconds as date and time in UTC, to the second."""
+    try:
+        return datetime.fromtimestamp(round(seconds), UTC).strftime("%Y-%m-%d %H:%M:%S")
+    except (OverflowError, ValueError, OSError):  # a year before 1 or after 9999
+        return f"{seconds:.0f}"
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration in the largest unit that gives at least one: `2.5 h`."""
+    unit, length = next(((unit, length) for unit, length in UNITS if seconds >= length), ("s", 1.0))
+    return f"{seconds / length:.3g} {unit}"
+
+
+def format_cause(cause: Cause) -> str:
+    """Return a feature with its value and the expected one."""
+    return f"{cause.name} {cause.value:.4g} (expected {cause.expected:.4g})"
+
+
+def _lines(report: Report) -> Iterator[str]:
+    faulty = f", {report.faulty_rows:,} faulty rows left out" if report.faulty_rows else ""
+    groups = f" of {len(report.groups):,} groups" if len(report.groups) > 1 else ""
+    yield f"{report.model} on {report.source}: {report.rows:,} rows{groups}{faulty}"
+    yield f"{format_time(report.first)} to {format_time(report.last)} UTC"
+    if report.warming_up_rows:
+        yield f"{report.warming_up_rows:,} rows have too short a window to be anomalous"
+    yield ""
+    yield from _alphas(report)
+    if len(report.groups) > 1:
+        yield ""
+        yield from _groups(report.groups, report.alphas[0].alpha)
+    if report.incidents:
+        yield ""
+        yield from _incidents(report.incidents, report.alphas)
+    yield ""
+    yield from _worst(report)
+
+
+def _alphas(report: Report) -> Iterator[str]:
+    has_incidents = report.alphas[0].incidents_found is not None
+    header = ["alpha", "anomalous rows", "alarms", "a day and group"]
+    header += ["false alarms", "false-alarm rate", "incidents found", "median delay"] if has_incidents else []
+    rows = []
+    for summary in report.alphas:
+        row = [
+            f"{summary.alpha:g}",
+            f"{summary.anomalous_rows:,} ({summary.anomalous_share:.2%})",
+            f"{summary.alarms:,}",
+            f"{summary.alarms_per_day:.3g}",
+        ]
+        if has_incidents:
+            delay = summary.median_delay_seconds
+            row += [
+                f"{summary.false_alarms:,}",
+                f"{summary.false_rate:.2%}",
+                f"{summary.incidents_found} of {len(report.incidents)}",
+                "" if delay is None else format_duration(delay),
+            ]
+        rows.append(row)
+    yield from _table(header, rows)
+
+
+def _groups(groups: Sequence[GroupSummary], alpha: float) -> Iterator[str]:
+    yield f"groups with most alarms at alpha {alpha:g}:"
+    rows = [
+        [
+            group.group or "(no group)",
+            f"{group.rows:,}",
+            f"{group.alarms[0]:,}",
+            f"{group.alarms_per_day[0]:.3g}",
+            f"{group.false_rate[0]:.2%}",
+            group.state or "",
+        ]
+        for group in groups[:LISTED]
+    ]
+    yield from _table(["group", "rows", "alarms", "a day", "false-alarm rate", "state at the end"], rows)
+    if len(groups) > LISTED:
+        yield f"and {len(groups) - LISTED:,} more groups: see --json"
+
+
+def _incidents(incidents: Sequence[IncidentSummary], alphas: Sequence[AlphaSummary]) -> Iterator[str]:
+    yield "incidents, and how long after their start they were found:"
+    rows = []
+    for incident in incidents[:LISTED]:
+        delays = [
+            "no rows" if not incident.rows else "not found" if delay is None else format_duration(delay)
+            for delay in incident.delay_seconds
+        ]
+        rows.append([format_time(incident.start), format_time(incident.end), incident.group or "", *delays])
+    yield from _table(["start", "end", "group", *(f"alpha {summary.alpha:g}" for summary in alphas)], rows)
+    if len(incidents) > LISTED:
+        yield f"and {len(incidents) - LISTED:,} more incidents: see --json"
+
+
+def _worst(report: Report) -> Iterator[str]:
+    alpha = report.alphas[0].alpha
+    kind = "alarms" if report.alphas[0].incidents_found is None else "false alarms"
+    if not report.worst_false_alarms:
+        yield f"no {kind} at alpha {alpha:g}"
+        return
+    yield f"worst {kind} at alpha {alpha:g}:"
+    rows = [
+        [
+            format_time(alarm.start),
+            alarm.group,
+            f"{alarm.rows:,} row{'s' * (alarm.rows != 1)}",
+            f"severity {alarm.severity:.3g}",
+            describe_causes(alarm),
+        ]
+        for alarm in report.worst_false_alarms
+    ]
+    yield from _table([], rows)
+
+
+def describe_causes(alarm: Alarm) -> str:
+    """Return the causes of an alarm on one line."""
+    return ", ".join(format_cause(cause) for cause in alarm.causes)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield the lines of a table with aligned columns."""
+    lines = [list(header), *rows] if header else list(rows)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

@@ -1,0 +1,175 @@
+"""`elbo backtest`: its verdicts are those of the service, row by row, and the command reports them."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from service.app import create_app
+from service.backtest.history import History, sort_history
+from service.backtest.replay import Options, Replay, replay
+from service.inference.model_loader import ModelLoader
+from service.settings import Settings
+from tests.commands import in_process
+from tests.service.running import post, running
+from training.config import TrainConfig
+from training.data.table import read_table
+from training.progress import SilentReporter
+from training.train import train
+
+pytestmark = pytest.mark.slow
+
+NAMES = ["cpu", "disk", "load"]
+HOSTS = ["a", "b", "c"]
+START = 1_767_225_600  # 2026-01-01
+ALPHAS = (0.05, 0.01)
+
+
+def table(rows: int, start: int, seed: int) -> list[dict[str, Any]]:
+    """Return rows of three hosts, a row a minute, in order of time. Host b has an incident in its last third.
+
+    In the history (seed 1), host c has a gap, and one row of host b is repeated with another value.
+    """
+    random = np.random.default_rng(seed)
+    found = []
+    for minute in range(rows):
+        for number, host in enumerate(HOSTS):
+            x = random.normal(size=3) + np.array([number, 0, 0])
+            x[2] += x[0]
+            if seed and host == "b" and 2 * rows / 3 < minute < 2 * rows / 3 + 40:
+                x[1] += 6
+            record = dict(zip(NAMES, x.round(4).tolist(), strict=True))
+            found.append({"ts": start + 60 * minute, "host": host, **record})
+    if seed:
+        found = [row for row in found if row["host"] != "c" or not 100 <= (row["ts"] - start) // 60 < 130]
+        found.insert(197, {**found[196], "cpu": 9.0})
+    return found
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> str:
+    lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an artifact folder with the models `rows` and `windows`, and the file of their history."""
+    folder = tmp_path_factory.mktemp("backtest")
+    data = read_table(write_csv(folder / "train.csv", table(900, START - 10**6, seed=0)), time="ts", group="host")
+    write_csv(folder / "history.csv", table(300, START, seed=1))
+    for name, window in (("rows", None), ("windows", 9)):
+        config = TrainConfig(model="pca", name=name, latents=2, time="ts", group="host", window=window)
+        train(config, data, folder, SilentReporter())
+    return folder
+
+
+def history() -> tuple[History, list[dict[str, Any]]]:
+    rows = table(300, START, seed=1)
+    x = np.array([[row[name] for name in NAMES] for row in rows], np.float32)
+    time = np.array([row["ts"] for row in rows], np.float64)
+    return sort_history(x, time, [row["host"] for row in rows], np.arange(len(rows))), rows
+
+
+def replayed(root: Path, name: str, **options: Any) -> Replay:
+    served = ModelLoader(backend="torchscript").load(root / name / "1" / "model.pt", name, 1)
+    return replay(served, history()[0], Options(ALPHAS, **options))
+
+
+@pytest.mark.parametrize(("name", "online"), [("rows", True), ("windows", True), ("windows", False)])
+def test_verdicts_of_a_replay_equal_the_served_ones_row_by_row(root: Path, name: str, online: bool) -> None:
+    judged = replayed(root, name, online=online)
+    place = np.argsort(judged.history.source_rows)  # of each row of the source, its place in the replay
+    rows = history()[1]
+    live, others = ALPHAS
+    served: dict[float, list[dict[str, Any]]] = {live: [], others: []}
+    settings = Settings(
+        artifacts=root, default_model=name, backend="torchscript", log_level="warning", online_calibration=online
+    )
+    with running(create_app(settings)) as client:
+        for start in range(0, len(rows), 37):  # a request ends in the middle of a minute
+            body = {"records": rows[start : start + 37]}
+            served[others] += post(client, "/anomaly", {**body, "alpha": others, "observe": False})["results"]
+            served[live] += post(client, "/anomaly", {**body, "alpha": live})["results"]
+    for index, alpha in enumerate(ALPHAS):
+        assert len(served[alpha]) == len(rows)
+        assert [row["is_anomaly"] for row in served[alpha]] == judged.is_anomaly[index, place].tolist()
+        np.testing.assert_allclose([row["p_value"] for row in served[alpha]], judged.p_value[place], rtol=1e-5)
+        severities = [row["severity"] for row in served[alpha]]
+        np.testing.assert_allclose(severities, judged.severity[index, place], rtol=1e-3)
+    if online:
+        assert judged.states is not None
+        assert [row["state"] for row in served[live]] == np.array(judged.states)[place].tolist()
+    assert judged.is_anomaly[1].any()
+    assert not judged.is_anomaly[0].all()
+
+
+def test_replay_in_chunks_of_any_size_gives_the_same_verdicts(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = replayed(root, "windows")
+    monkeypatch.setattr("service.backtest.replay.CHUNK_ROWS", 53)
+    parts = replayed(root, "windows")
+    np.testing.assert_array_equal(parts.is_anomaly, whole.is_anomaly)
+    np.testing.assert_allclose(parts.p_value, whole.p_value, rtol=1e-5)
+    assert parts.states == whole.states
+    np.testing.assert_array_equal(parts.causes_rows, whole.causes_rows)
+
+
+def test_smoothed_replay_equals_one_request_with_the_whole_history(root: Path) -> None:
+    judged = replayed(root, "rows", half_life_rows=3.0)
+    place = np.argsort(judged.history.source_rows)
+    settings = Settings(artifacts=root, default_model="rows", backend="torchscript", log_level="warning")
+    with running(create_app(settings)) as client:
+        body = {"records": history()[1], "alpha": ALPHAS[0], "half_life_rows": 3.0}
+        served = post(client, "/anomaly", body)["results"]
+    assert [row["is_anomaly"] for row in served] == judged.is_anomaly[0, place].tolist()
+
+
+def test_command_reports_alarms_incidents_and_causes(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    incidents = root / "incidents.csv"
+    incidents.write_text(f"start,end,host\n{START + 60 * 201},{START + 60 * 240},b\n")
+    page = root / "page.html"
+    arguments = ["rows", str(root / "history.csv"), "--labels", str(incidents), "--artifacts", str(root)]
+    status, out, _ = in_process(capsys, "backtest", *arguments, "--html", str(page))
+    assert status == 0
+    assert re.search(r"0\.05 .* 1 of 1 +0 s", out)
+    assert "disk" in page.read_text()
+    status, out, _ = in_process(capsys, "backtest", *arguments, "--alpha", "0.05", "--json")
+    report = json.loads(out)
+    judged = replayed(root, "rows")
+    assert status == 0
+    assert report["rows"] == len(judged.history)
+    assert report["alphas"][0]["anomalous_rows"] == int(judged.is_anomaly[0].sum())
+    assert {group["group"]: group["rows"] for group in report["groups"]} == {"a": 300, "b": 301, "c": 270}
+    assert report["incidents"][0]["delay_seconds"] == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        ("cpu,disk,load\n1,2,3\n", [], "has no column of times: .* --time"),
+        ("ts,cpu,disk,load\nnow,1,2,3\n", [], "no row can be judged .*'ts' has 'now', which is not a timestamp"),
+        ("ts,cpu,disk,load\n1,1,2,3\n", ["--alpha", "0"], "--alpha: expected numbers above 0 and below 1, got 0.0"),
+        ("ts,cpu,disk,load\n1,1,2,3\n", ["--labels", "none.csv"], "cannot read the incidents in none.csv"),
+        ("ts,cpu,disk,load\n1,1,2,3\n", ["--html", "/none/page.html"], "--html: there is no folder /none"),
+    ],
+)
+def test_history_or_option_that_cannot_be_used_exits_with_status_2(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, arguments: list[str], message: str
+) -> None:
+    path = tmp_path / "history.csv"
+    path.write_text(content)
+    status, _, err = in_process(capsys, "backtest", "rows", str(path), *arguments, "--artifacts", str(root))
+    assert status == 2
+    assert re.search(f"elbo: error: .*{message}", err)
+
+
+def test_faulty_rows_cost_only_themselves(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "history.csv"
+    path.write_text("ts,host,cpu,disk,load\n60,a,1,2,3\nlater,a,1,2,3\n120,a,1,x,3\n180,a,1,2,3\n")
+    status, out, err = in_process(capsys, "backtest", "rows", str(path), "--json", "--artifacts", str(root))
+    assert status == 0
+    assert (json.loads(out)["rows"], json.loads(out)["faulty_rows"]) == (2, 2)
+    assert "2 rows cannot be judged; row 1: 'ts' has 'later', which is not a timestamp" in err

@@ -1,0 +1,75 @@
+"""Read the rows of a table that has times, for `elbo backtest`. A faulty row costs only itself."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from training.data.row_store import Floats
+from training.data.row_stream import RowStream
+from training.errors import DataError
+
+
+@dataclass(frozen=True)
+class HistoryRows:
+    """The M rows of a source that can be judged, in the order of the source.
+
+    Args:
+        x: [M, D], raw units; NaN for a missing value that the model can impute.
+        time: [M], Unix seconds.
+        group: [M]; None if the source has no column of groups.
+        source_rows: [M], number of the row in the source, from 0.
+        faulty: number of rows that cannot be judged.
+        first_fault: why the first of them cannot be judged; None if there is none.
+    """
+
+    x: Floats
+    time: npt.NDArray[np.float64]
+    group: list[str | None] | None
+    source_rows: npt.NDArray[np.int64]
+    faulty: int
+    first_fault: str | None
+
+
+def read_history(stream: RowStream, report: Callable[[int], None] = lambda _: None) -> HistoryRows:
+    """Return the rows of `stream`. `report` is called with the number of rows read so far.
+
+    Raises:
+        DataError: the source has no column of times, or no row can be judged.
+    """
+    if stream.time is None:
+        raise DataError(
+            f"{stream.source} has no column of times: a backtest replays rows in order of time; name the column with "
+            "--time"
+        )
+    blocks, times, rows = [], [], []
+    groups: list[str | None] = []
+    faulty, first_fault = 0, None
+    for batch in stream.batches():
+        assert batch.time is not None
+        time = np.array([cell if isinstance(cell, float) else np.nan for cell in batch.time])
+        valid = np.isfinite(time)
+        valid[list(batch.faults)] = False
+        if not valid.all():
+            faulty += int((~valid).sum())
+            place = int(np.flatnonzero(~valid)[0])
+            fault = batch.faults.get(place, f"{stream.time!r} has {batch.time[place]!r}, which is not a timestamp")
+            first_fault = first_fault or f"row {batch.first + place}: {fault}"
+        blocks.append(batch.x[valid])
+        times.append(time[valid])
+        rows.append(batch.first + np.flatnonzero(valid))
+        if batch.group is not None:
+            groups += batch.group if valid.all() else [batch.group[place] for place in np.flatnonzero(valid).tolist()]
+        report(batch.first + len(valid))
+    x = np.concatenate(blocks)
+    if not len(x):
+        raise DataError(f"{stream.source}: no row can be judged ({first_fault}): correct the rows")
+    return HistoryRows(
+        x=x,
+        time=np.concatenate(times),
+        group=None if stream.group is None else groups,
+        source_rows=np.concatenate(rows),
+        faulty=faulty,
+        first_fault=first_fault,
+    )
