@@ -129,13 +129,6 @@ class GroupFile:
                     raise TimeoutError(errno.ETIMEDOUT, "another process keeps the file locked")
                 sleep(LAST_PAUSE)
             try:
-                content = os.pread(self._fd, HEADER_BYTES, 0)
-                if content[: len(self._header)] != self._header or len(content) < HEADER_BYTES:
-                    if content:
-                        log.warning(
-                            "%s is damaged, or belongs to another release of Elbo: its groups begin anew", self.path
-                        )
-                    self._begin()
                 self._read_names()
             finally:
                 _unlock_byte(self._fd, LOCKS_AT + DIRECTORY)
@@ -161,6 +154,7 @@ class GroupFile:
             NotReady: the file cannot be read.
         """
         stripes = sorted({stripe_of(name) for name in names})
+        self._reopen_if_removed()
         await self._lock(stripes, deadline)
         try:
             if os.pread(self._fd, CHANGES.size, CHANGES_AT) != self._changes:
@@ -176,6 +170,16 @@ class GroupFile:
             self._unlock(stripes)
             raise
         return Transaction(self, stripes)
+
+    def _reopen_if_removed(self) -> None:
+        """Create the file again if somebody has removed it, so that what is stored from now on survives a restart."""
+        try:
+            if os.fstat(self._fd).st_nlink == 0 and self.is_idle:
+                self.close()
+                self._changes = b""
+                self.open()
+        except OSError as error:
+            raise self._unusable(error) from error
 
     def tally(self) -> Counter[int]:
         """Return the number of groups for each tag. It reads without a lock, so a group may be missed that changes now.
@@ -198,8 +202,16 @@ class GroupFile:
         header = HEADER.pack(MAGIC, self._payload_bytes, self._chunk_slots, self._identity)
         return header + CRC.pack(zlib.crc32(header))
 
-    def _begin(self) -> None:
-        """Empty the file. Other processes notice it by the random number."""
+    def _require_header(self) -> None:
+        """Begin the file anew if its header is not valid. The directory must be locked.
+
+        Other processes notice it by the random number.
+        """
+        content = os.pread(self._fd, HEADER_BYTES, 0)
+        if content[: len(self._header)] == self._header and len(content) == HEADER_BYTES:
+            return
+        if content:
+            log.warning("%s is damaged, or belongs to another release of Elbo: its groups begin anew", self.path)
         os.ftruncate(self._fd, 0)
         _reserve(self._fd, 0, HEADER_BYTES)
         changes = CHANGES.pack(int.from_bytes(os.urandom(8), "little"), 0)
@@ -267,6 +279,9 @@ class GroupFile:
     def _read_names(self) -> None:
         """Bring the index up to date. The directory must be locked."""
         changes = os.pread(self._fd, CHANGES.size, CHANGES_AT)
+        if changes[:8] != self._changes[:8] or not self._changes:
+            self._require_header()
+            changes = os.pread(self._fd, CHANGES.size, CHANGES_AT)
         slots = self._chunks * self._chunk_slots
         if changes == self._changes and slots == len(self._names):
             return
@@ -361,13 +376,17 @@ class GroupFile:
             if found and found[0] == sequence:
                 return found
         copies = [found for copy in (0, 1) if (found := self._read_copy(slot, copy, name))]
+        found = max(copies, default=(0, b""))
         if not self._is_damage_logged:
             self._is_damage_logged = True
+            consequence = "its former copy is used" if found[1] else "the group begins anew"
             log.warning(
-                "%s is damaged: the record of %r %s. Check the disk; further damage of this file is not logged",
-                self.path, name, "is read from its former copy" if copies else "is lost, and the group begins anew",
+                "the record of %r in %s is damaged: %s. Check the disk; further damage of this file is not logged",
+                name, self.path, consequence,
             )  # fmt: skip
-        return max(copies, default=(0, b""))
+        if not copies:
+            self._set_name(slot, None)  # the group gets a slot like a new group
+        return found
 
     def write(self, name: str, sequence: int, record: Record) -> None:
         """Write the record of a group that has a slot. Its stripe must be locked. It may be called in a thread.
