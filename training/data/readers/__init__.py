@@ -1,4 +1,4 @@
-"""Readers of raw numbers from the bundled digits, NumPy files, CSV, Parquet and folders of images.
+"""Readers of raw numbers from the bundled digits and hosts, NumPy files, CSV, Parquet and folders of images.
 
 Messages count rows from 0, as the service does. Messages about CSV files also name the line. Each reader imports its
 library (polars, scikit-learn or Pillow) when it is called, so importing this package is cheap.
@@ -12,6 +12,8 @@ from training.data.readers.csv_text import read_csv
 from training.data.readers.images import read_images
 from training.data.readers.parquet import read_parquet
 from training.data.readers.raw_table import RawTable, ReadOptions, format_option
+from training.data.readers.simulated_hosts import SOURCES as SIMULATED
+from training.data.readers.simulated_hosts import read_simulated_hosts
 from training.errors import DataError
 
 __all__ = [
@@ -35,7 +37,7 @@ TABLES = [suffix for suffix in READERS if suffix not in ARRAYS]
 
 
 def load(source: str, options: ReadOptions) -> RawTable:
-    """Open `source`: "digits", a file, or a folder of images.
+    """Open `source`: "digits", "simulated-hosts", "simulated-hosts-later", a file, or a folder of images.
 
     If `options.names` is given, a label column that is not among these names is read as the labels.
 
@@ -46,6 +48,8 @@ def load(source: str, options: ReadOptions) -> RawTable:
     _refuse_other_options(path, source, options)
     if source == DIGITS:
         return read_digits(options)
+    if source in SIMULATED:
+        return read_simulated_hosts(source, options)
     suffixes = ", ".join(READERS)
     if not path.exists():
         raise DataError(f"{source} does not exist: expected a file ({suffixes}), a folder of images, or {DIGITS!r}")
@@ -69,8 +73,8 @@ def _refuse_other_options(path: Path, source: str, options: ReadOptions) -> None
         raise DataError(f"--size resizes the images of a folder, and {source} is not a folder: leave --size out")
     if options.layout and path.suffix.lower() not in ARRAYS:
         raise DataError(f"--layout is for arrays ({', '.join(ARRAYS)}), and {source} is none: leave --layout out")
-    if options.label and options.names is None and path.suffix.lower() not in WITH_LABELS:
+    if options.label and options.names is None and path.suffix.lower() not in WITH_LABELS and source not in SIMULATED:
         formats = ", ".join(WITH_LABELS)
         raise DataError(f"--label names a column or an array of a file ({formats}), and {source} is none of these")
-    if options.time and not options.timeline_optional and path.suffix.lower() not in TABLES:
+    if options.time and not options.timeline_optional and path.suffix.lower() not in TABLES and source not in SIMULATED:
         raise DataError(f"--time names a column, and {source} has no named columns: expected {' or '.join(TABLES)}")
