@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from models.artifact import Artifact
     from models.keys import PrivateKey
+    from models.policy_rules import Policy
     from models.signatures import TrustedKeys
     from training.config import TrainConfig
     from training.data.table import Table
@@ -226,6 +227,15 @@ SignOption = Annotated[
     Path | None,
     typer.Option("--sign", metavar="KEY", help="sign the new version with the private key in this file (elbo keygen)"),
 ]
+PolicyOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--policy",
+        metavar="FILE",
+        help="TOML file with the policy of the model: which deviations matter, valid ranges, silences, and how many "
+        "alarms there may be",
+    ),
+]
 TrustedKeysOption = Annotated[
     str | None,
     typer.Option(
@@ -259,6 +269,7 @@ def train(
         bool, typer.Option("--force", help="publish even if the model is worse than predicting the mean")
     ] = False,
     sign: SignOption = None,
+    policy: PolicyOption = None,
 ) -> None:
     """Train a model on DATA and publish it.
 
@@ -280,6 +291,7 @@ def train(
         time=config.time,
         group=config.group,
     )
+    rules = _policy(policy, table.names, table.units)
     try:
         is_first_process = _train(
             config,
@@ -292,6 +304,7 @@ def train(
             force=force,
             replace_features=replace_features,
             key=key,
+            policy=rules,
         )
     except KeyboardInterrupt:
         from training.train import can_resume
@@ -330,6 +343,7 @@ def _train(
     force: bool = False,
     replace_features: bool = False,
     key: "PrivateKey | None" = None,
+    policy: "Policy | None" = None,
 ) -> bool:
     """Train and publish a model. Return whether this process is the first of those that train together."""
     from training.fitting.distributed import join_process_group
@@ -352,6 +366,7 @@ def _train(
                 replace_features=replace_features,
                 processes=processes,
                 key=key,
+                policy=policy,
             )
     finally:
         report.close()
@@ -837,13 +852,15 @@ def calibrate(
     artifacts: ArtifactFolder = DEFAULT_ARTIFACTS,
     runs: Runs = Path("runs"),
     sign: SignOption = None,
+    policy: PolicyOption = None,
     trusted_keys: TrustedKeysOption = None,
 ) -> None:
     """Recalibrate a model on recent normal rows, without training.
 
     Publishes a new version of the model, with the same networks and with p-values that are computed from DATA. If DATA
     has labels, only rows with a label that means normal are used. A running server loads the new version by itself.
-    The signature of the old version is not valid for the new one: use --sign, or sign it later with elbo sign.
+    The signature of the old version is not valid for the new one: use --sign, or sign it later with elbo sign. The
+    policy of the model stays, unless --policy names another; an empty file removes it.
     """
     key = _private_key(sign)
     from training.publishing.recalibrate import recalibrate
@@ -851,7 +868,9 @@ def calibrate(
     artifact, table = _load(name, data, artifacts, trusted_keys, escape, normal)
     for note in table.notes:
         typer.echo(note, err=True)
-    published = recalibrate(artifact, table, artifacts, alpha, runs, force=force, key=key)
+    features = artifact.manifest.features
+    rules = _policy(policy, [feature.name for feature in features], [feature.unit for feature in features])
+    published = recalibrate(artifact, table, artifacts, alpha, runs, force=force, key=key, policy=rules)
     for note in published.notes:
         if note not in table.notes:  # those are shown already
             typer.echo(note, err=True)
@@ -890,6 +909,13 @@ def _trusted_keys(setting: str | None) -> "TrustedKeys | None":
     from models.signatures import trusted_keys
 
     return trusted_keys(setting)
+
+
+def _policy(path: Path | None, names: Sequence[str], units: Sequence[str | None]) -> "Policy | None":
+    """Return the policy in the file at `path`, for features with these names and units; None if no path is given."""
+    from training.data.policy_file import read_policy
+
+    return None if path is None else read_policy(path, names, units)
 
 
 def _private_key(path: Path | None) -> "PrivateKey | None":

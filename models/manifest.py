@@ -41,6 +41,7 @@ from models.errors import (
     first_fault,
     printable,
 )
+from models.policy_rules import AppliedPolicy
 
 FORMAT_VERSION = 2
 FILE_NAME = "model.pt"
@@ -59,7 +60,7 @@ FLOOR_TOLERANCE = 1e-6  # without it, rounding could make an alpha of 0.005 smal
 MAX_TEXT = 10_000  # characters of one text in a manifest
 MIN_WINDOW_ROWS, MAX_WINDOW_ROWS = 2, 1_000
 WARM_SHARE = 3  # a row is judged once a third of its window is there; a gap of more than a third ends the window
-NEW_FIELDS = ("timeline", "window", "groups", "season")  # fields of a manifest that earlier releases do not know
+NEW_FIELDS = ("timeline", "window", "groups", "season", "policy")  # fields that earlier releases do not know
 MAX_GROUPS = 100_000  # groups that a manifest names
 MAX_GROUP_NAME = 256  # characters of the name of a group
 VERSION = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
@@ -237,6 +238,7 @@ class Manifest(_Frozen):
     # The groups with a baseline of their own: group i has the coefficients i of the baseline in the artifact.
     groups: Annotated[list[str], Field(max_length=MAX_GROUPS)] = []
     season: Season | None = None  # None if the baseline does not depend on the time
+    policy: AppliedPolicy | None = None  # None if every deviation matters, and alarms are not limited
 
     @model_validator(mode="after")
     def _check_shape(self) -> Self:

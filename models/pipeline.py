@@ -1,11 +1,13 @@
 """The complete model, which takes and returns raw units: scaling, core, prior, calibration and explanation."""
 
+import torch
 from torch import Tensor, nn
 
 from models.calibration import Calibration
 from models.core import Core
 from models.explanation import Explanation
 from models.observation import Observation, no_observation_noise
+from models.policy import PolicyModule
 from models.prior import Prior
 from models.scaling import Scaling
 
@@ -23,6 +25,8 @@ class Pipeline(nn.Module):
         calibration: calibration of the score.
         explanation: contributions of the features to the score; by default, the reconstruction residuals.
         observation: the noise of a row around the decoder's output; by default, there is no noise.
+        policy: the deviations that do not matter, which are taken out of rows before they are scored; by default, every
+            deviation matters.
 
     The pipeline of a model that was trained with times also has the module `baseline`, a
     `models.baseline.BaselineBuffers`. No method uses it.
@@ -36,6 +40,7 @@ class Pipeline(nn.Module):
         calibration: Calibration,
         explanation: Explanation | None = None,
         observation: Observation | None = None,
+        policy: PolicyModule | None = None,
     ) -> None:
         super().__init__()
         self.scaling = scaling
@@ -44,6 +49,7 @@ class Pipeline(nn.Module):
         self.calibration = calibration
         self.explanation: Explanation = explanation or Explanation()
         self.observation: Observation = observation or no_observation_noise(len(scaling.shift))
+        self.policy: PolicyModule | None = policy  # a class annotation would not compile
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the reconstruction [B, D] of x [B, D], decoded from the posterior mean."""
@@ -72,14 +78,48 @@ class Pipeline(nn.Module):
 
         Returns:
             score: [B].
-            parts: the parts of the score, [B, P]. Their sum is the score.
+            parts: the parts of the score, [B, P]. Their sum is the score. With valid ranges, the last part is what a
+                value outside of its range adds.
             contribution: squared distance of each feature from its expected value, [B, D]; a missing value counts as
                 the value that replaces it. See `models.explanation`.
             expected: expected value of each feature in raw units, [B, D].
         """
         u = self.scaling(x)  # [B, D]
+        if self.policy is not None:
+            return self._score_under_policy(x, u)
         score, parts, u_hat = self.core.score(u)
         contribution, expected = self.explanation(u, u_hat)  # [B, D], [B, D]
+        return score, parts, contribution, self.scaling.inverse(expected)
+
+    def _score_under_policy(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return what `score` returns for rows x [B, D] in raw units, which are u [B, D] in model units.
+
+        A neutral feature has the contribution 0, and its prediction by the other features is its expected value.
+        """
+        assert self.policy is not None
+        outside = self.policy.outside(x)  # [B, D]
+        judged, neutral = self.policy(u, outside)  # [B, D], [B, D]
+        score, parts, u_hat = self.core.score(judged)
+        if self.policy.has_companions:
+            # A row that is usual without the companions gets its score without them.
+            fewer, more_neutral = self.policy(u, self.policy.companions(outside))
+            other_score, other_parts, other_u_hat = self.core.score(fewer)
+            is_unusual = other_score > self.policy.usual  # [B]
+            score = torch.where(is_unusual, score, other_score)
+            is_unusual = is_unusual.unsqueeze(1)  # [B, 1]
+            parts, u_hat = torch.where(is_unusual, parts, other_parts), torch.where(is_unusual, u_hat, other_u_hat)
+            judged, neutral = torch.where(is_unusual, judged, fewer), torch.where(is_unusual, neutral, more_neutral)
+        contribution, expected = self.explanation(judged, u_hat)  # [B, D], [B, D]
+        contribution = torch.where(neutral > 0.0, 0.0, contribution)
+        expected = torch.where(neutral > 0.0, judged, expected)
+        if self.policy.has_ranges:
+            # A value outside of its range contributes more than every value inside of its range.
+            largest = contribution.amax(dim=1, keepdim=True)  # [B, 1]
+            squares = self.policy.squares(u, judged)  # [B, D]
+            contribution = torch.where(outside > 0.0, largest + squares, contribution)
+            excess = (self.policy.ceiling - score).clamp(min=0.0)  # [B]
+            excess = torch.where(outside.amax(dim=1) > 0.0, excess, 0.0)
+            score, parts = score + excess, torch.cat((parts, excess.unsqueeze(1)), dim=1)
         return score, parts, contribution, self.scaling.inverse(expected)
 
     def log_weight(self, x: Tensor, noise: Tensor) -> Tensor:

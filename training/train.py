@@ -11,6 +11,7 @@ import torch
 from models import artifact
 from models.keys import PrivateKey
 from models.manifest import Manifest
+from models.policy_rules import Policy
 from training.config import AUTO_KINDS, TrainConfig
 from training.data.table import Table
 from training.errors import FitError
@@ -18,6 +19,7 @@ from training.evaluation.metrics import held_out_metrics, pca_metrics
 from training.evaluation.model_selection import Candidate, compare
 from training.evaluation.worth import find_warnings
 from training.fitting.baseline import refuse_short_history
+from training.fitting.budget import allowed_alarms, step_of
 from training.fitting.checkpoint import CheckpointStore, claim
 from training.fitting.distributed import ProcessGroup
 from training.fitting.pipeline import fit_pipeline
@@ -45,6 +47,7 @@ def train(
     replace_features: bool = False,
     processes: ProcessGroup = ProcessGroup(),  # noqa: B008  # frozen
     key: PrivateKey | None = None,
+    policy: Policy | None = None,
 ) -> Path:
     """Fit, evaluate, calibrate and publish a model. Return the path of the new artifact.
 
@@ -64,9 +67,12 @@ def train(
         replace_features: allow features that differ from those of the newest version of `config.name`.
         processes: processes that train together; each of them calls this function with the same arguments.
         key: signs the artifact.
+        policy: which deviations matter, when no row is anomalous, and how many alarms there may be; by default, every
+            deviation matters.
 
     Raises:
-        DataError: the table cannot be used, or its features differ from those of the newest version.
+        DataError: the table cannot be used, its features differ from those of the newest version, or the policy leaves
+            no calibration row.
         FitError: the options do not fit the data, the fit failed, there is nothing to resume, or the model is worse
             than predicting the mean and `force` is false.
         ArtifactUnwritable: the model cannot be written to `artifacts`. This is checked before the training.
@@ -84,8 +90,10 @@ def train(
         stores = _checkpoint_stores(configs, table, runs, checkpoint_seconds, resume=resume, alone=alone)
         if resume:
             stores = _set_to_resume(stores)
-        data, window_notes = prepare(config, table)
+        data, window_notes = prepare(config, table, policy)
         refuse_short_history(config, data.rows)
+        if policy is not None and policy.alarms.per_day is not None:
+            allowed_alarms(policy.alarms, len(data.split.calibration), step_of(table.timeline))  # before the long fit
         for note in [*window_notes, *data.split_notes]:
             report.note(note)
         candidates = [

@@ -21,6 +21,7 @@ from training.fitting.explanation import fit_explanation
 from training.fitting.heavy_tailed import count_axes, fit_heavy_tailed_ensemble, fit_heavy_tailed_pca, with_heavy_tails
 from training.fitting.observation import fit_observation
 from training.fitting.pca import fit_pca, pca_from_moments, spectrum_from_moments
+from training.fitting.policy import fit_policy, fit_usual_score, score_rows, set_calibration
 from training.fitting.prepared_data import MAX_COVARIANCE_FEATURES, PreparedData
 from training.fitting.prior import fit_prior
 from training.fitting.scaling import fit_scaling, scaling_method
@@ -98,7 +99,12 @@ def fit_pipeline(
     explanation = fit_explanation(data.moments, scaling, data.images)
     # Samples of a model with a window are rows, not summaries: see `fit_windowed`.
     observation = None if data.windows else fit_observation(core, prior, scaling, data)
-    return Pipeline(scaling, core, prior, calibration, explanation, observation).eval()
+    policy = None if data.policy is None else fit_policy(data.policy.rules, data.table.names, scaling, explanation)
+    pipeline = Pipeline(scaling, core, prior, calibration, explanation, observation, policy).eval()
+    if policy is not None:
+        fit_usual_score(pipeline, data.held_out)
+        set_calibration(pipeline, score_rows(pipeline, data.calibration))
+    return pipeline
 
 
 def _default_latents(kind: str, data: PreparedData, scaling: Scaling) -> int:

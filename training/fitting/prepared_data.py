@@ -10,6 +10,7 @@ from torch import Tensor
 
 from models.manifest import Window
 from models.pca import PCA
+from models.policy_rules import AppliedPolicy
 from models.scaling import Scaling, standardise
 from training.data.moments import Moments, compute_moments
 from training.data.row_store import Floats, RowStore, column_medians
@@ -58,6 +59,7 @@ class PreparedData:
         calibration: calibration rows [C, D], in the same form as `held_out`.
         sample: all fit rows, or as many as may be kept in memory, [S, D], in the same form as `held_out`.
         windows: the windows whose summaries are the rows of `table`; None if the model judges each row alone.
+        policy: the policy, which has chosen the calibration rows; None if there is none.
     """
 
     table: Table
@@ -69,6 +71,7 @@ class PreparedData:
     calibration: Tensor
     sample: Tensor
     windows: Windows | None = None
+    policy: AppliedPolicy | None = None
 
     @property
     def rows(self) -> "PreparedData":
@@ -119,11 +122,12 @@ class PreparedData:
         return spectrum_from_moments(self.scaled_moments(scaling))[:SPECTRUM_SIZE]
 
 
-def prepare_data(table: Table, split: Split, robust: bool = False) -> PreparedData:
+def prepare_data(table: Table, split: Split, robust: bool = False, policy: AppliedPolicy | None = None) -> PreparedData:
     """Read `table`: compute the moments in one pass, and keep held-out, calibration and sample rows in memory.
 
     Args:
         robust: use only the fit rows that `most_concentrated_rows` selects from at most MAX_HELD_OUT_ROWS fit rows.
+        policy: the policy, which has chosen the calibration rows of `split`; None if there is none.
     """
     x = table.x
     medians = torch.from_numpy(_medians(x, split.fit))
@@ -141,6 +145,7 @@ def prepare_data(table: Table, split: Split, robust: bool = False) -> PreparedDa
         held_out=_read_rows(x, split.held_out),
         calibration=_read_rows(x, split.calibration),
         sample=_read_rows(x, split.fit[:max_sample]),
+        policy=policy,
     )
 
 

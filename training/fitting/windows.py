@@ -9,6 +9,7 @@ import torch
 from models.manifest import Window
 from models.observation import Observation
 from models.pipeline import Pipeline
+from models.policy_rules import Policy
 from models.scaling import Scaling
 from models.windowed import Summaries, Windowed
 from models.windows import default_scales, summary_names, summary_width
@@ -22,6 +23,7 @@ from training.data.windows import summarise_table, windows_of_timeline
 from training.errors import FitError
 from training.fitting.explanation import MAX_EXPLAINED_FEATURES
 from training.fitting.observation import fit_row_observation
+from training.fitting.policy import WINDOW_REFUSAL, apply_to_split
 from training.fitting.prepared_data import PreparedData, Windows, prepare_data
 from training.fitting.scaling import fit_scaling
 from training.fitting.whitening import MAX_FULL_WIDTH
@@ -82,18 +84,21 @@ def _window(rows: int, width: int) -> tuple[Window, list[str]]:
     return Window(rows=rows, scales=list(kept)), notes
 
 
-def prepare(config: TrainConfig, table: Table) -> tuple[PreparedData, list[str]]:
-    """Split and prepare `table` for the options `config`. Return also notes on the choice of the window.
+def prepare(config: TrainConfig, table: Table, policy: Policy | None = None) -> tuple[PreparedData, list[str]]:
+    """Split and prepare `table` for the options `config`. Return also notes on the choice of the window and the policy.
 
     Raises:
-        DataError: there are too few rows.
-        FitError: the rows cannot have the window that `config` asks for.
+        DataError: there are too few rows, or the policy leaves no calibration row.
+        FitError: the rows cannot have the window that `config` asks for, or the policy does not allow a window.
     """
     window, notes = choose_window(config, table)
     if window is None:
-        return prepare_data(table, split_table(table, config.seed), config.robust), notes
-    split = split_table(table, config.seed, window.rows)
-    return prepare_windows(config, table, window, split, notes), []
+        split, applied, left_out = apply_to_split(policy, table, split_table(table, config.seed))
+        return prepare_data(table, split, config.robust, applied), [*notes, *left_out]
+    if policy is not None and policy.changes_scores:
+        raise FitError(WINDOW_REFUSAL)
+    split, applied, left_out = apply_to_split(policy, table, split_table(table, config.seed, window.rows))
+    return replace(prepare_windows(config, table, window, split, notes), policy=applied), left_out
 
 
 def prepare_windows(

@@ -5,23 +5,22 @@ module, so each weight is stored only once. torch's tracing exporter makes the g
 `torch.export` takes 10 s per graph and gives the same nodes.
 """
 
-import copy
 import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.jit._trace import TracerWarning
 
 from models.artifact import TWIN_METHODS, Graph, reconstruct
 from models.pipeline import Pipeline
-from models.scaling import ImputingScaling
 from models.windowed import Windowed
 
 OPSET = 18
+PREFIX = "pipeline_of_method."
 
 
 def export(pipeline: Pipeline | Windowed, x: Tensor, z: Tensor) -> dict[str, Graph]:
@@ -42,11 +41,12 @@ def export(pipeline: Pipeline | Windowed, x: Tensor, z: Tensor) -> dict[str, Gra
 def _graph(pipeline: Pipeline | Windowed, method: str, rows: Tensor) -> Graph:
     import onnx
 
-    traced = copy.copy(pipeline)  # shares the weights, under the same names
-    function = partial(_reconstruct, pipeline) if method == "reconstruct" else getattr(pipeline, method)
-    traced.forward = function  # type: ignore[assignment, method-assign] # the exporter traces only forward
     buffer = io.BytesIO()
     with torch.inference_mode(), _ignore_warnings():
+        traced: nn.Module = _Method(pipeline, method)
+        if any(isinstance(part, torch.jit.ScriptModule) for part in pipeline.modules()):
+            # The exporter cannot trace modules that come from an artifact, but it can export what torch.jit traced.
+            traced = torch.jit.trace(traced, (rows,), check_trace=False)
         torch.onnx.export(
             traced,
             (rows,),
@@ -62,12 +62,36 @@ def _graph(pipeline: Pipeline | Windowed, method: str, rows: Tensor) -> Graph:
         tensor.ClearField("raw_data")
         tensor.data_location = onnx.TensorProto.EXTERNAL
         tensor.external_data.add(key="location", value="model.pt")  # placeholder: the loader takes the module's weights
+    _remove_prefix(model.graph)
     names = tuple(tensor.name for tensor in model.graph.initializer)
     return Graph(model.SerializeToString(deterministic=True), names)
 
 
+class _Method(nn.Module):
+    """One method of a pipeline as a module. The names of its weights begin with PREFIX."""
+
+    def __init__(self, pipeline: Pipeline | Windowed, method: str) -> None:
+        super().__init__()
+        self.pipeline_of_method = pipeline
+        self._method = method
+
+    def forward(self, rows: Tensor) -> Any:
+        """Return the results of the method for rows [B, ...]."""
+        pipeline = self.pipeline_of_method
+        return _reconstruct(pipeline, rows) if self._method == "reconstruct" else getattr(pipeline, self._method)(rows)
+
+
+def _remove_prefix(graph: Any) -> None:
+    """Remove PREFIX from the names of the weights, so that they have the names that they have in the artifact."""
+    for tensor in graph.initializer:
+        tensor.name = tensor.name.removeprefix(PREFIX)
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = name.removeprefix(PREFIX)
+
+
 def _reconstruct(pipeline: Pipeline | Windowed, x: Tensor) -> tuple[Tensor, Tensor]:
-    return reconstruct(pipeline, x, isinstance(pipeline.scaling, ImputingScaling))
+    return reconstruct(pipeline, x, hasattr(pipeline.scaling, "fill"))
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from models.manifest import (
     version_folder,
 )
 from models.pipeline import Pipeline
+from models.policy_rules import AppliedPolicy
 from models.versions import next_version
 from models.windowed import Windowed
 from training.config import TrainConfig
@@ -34,7 +35,9 @@ from training.data.time_split import TimeSplit, summarise
 from training.evaluation.metrics import density_scale
 from training.evaluation.model_selection import Candidate
 from training.fitting.baseline import describe_groups, fit_baseline
+from training.fitting.budget import alpha_of_budget
 from training.fitting.latents import describe_latents
+from training.fitting.policy import score_rows
 from training.fitting.prepared_data import PreparedData
 from training.fitting.windows import with_window
 from training.progress import Reporter
@@ -173,6 +176,17 @@ def _season(config: TrainConfig) -> Season | None:
     return Season(periods=list(config.season), time_zone=config.time_zone) if config.season else None
 
 
+def _policy(pipeline: Pipeline, data: PreparedData) -> AppliedPolicy | None:
+    """Return the policy, with the alpha that keeps its budget of alarms."""
+    if data.policy is None:
+        return None
+    rule, alpha = data.policy.rules.alarms, None
+    if rule.per_day is not None:
+        scores = score_rows(pipeline, data.calibration).numpy()
+        alpha = alpha_of_budget(rule, scores, data.rows.table.timeline, data.rows.split.calibration)
+    return data.policy.model_copy(update={"alpha": alpha})
+
+
 def software_versions() -> dict[str, str]:
     """Return the versions of the software that writes the artifact."""
     return {
@@ -206,7 +220,7 @@ def _manifest(
         shape=list(table.shape),
         features=_features(data.rows),
         latents=len(golden.outputs["draw"][0]),
-        parts=list(pipeline.core.parts),
+        parts=list(pipeline.core.parts) if data.policy is None else data.policy.rules.parts(pipeline.core.parts),
         pixel_range=table.pixel_range,
         training=chosen.config.model_dump(),
         data=_data(data.rows),
@@ -226,4 +240,5 @@ def _manifest(
         window=data.windows and data.windows.window,
         groups=[] if baseline is None else list(baseline.groups),
         season=_season(chosen.config),
+        policy=_policy(pipeline, data),
     )

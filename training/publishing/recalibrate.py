@@ -4,10 +4,13 @@ After training, the score is a fixed function. It can therefore be calibrated on
 the model. The p-values are valid for rows that are exchangeable with the calibration rows.
 """
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +33,9 @@ from models.manifest import (
     calibration_rows_needed,
     version_folder,
 )
+from models.pipeline import Pipeline
+from models.policy_rules import AppliedPolicy, FeatureRule, Policy
+from training.data.policy_file import Kept, keep_calibration_rows
 from training.data.row_fingerprints import KnownRows, find_known_rows
 from training.data.row_store import Floats
 from training.data.row_stream import BATCH_ROWS
@@ -41,8 +47,11 @@ from training.evaluation.alarm_rates import alarm_rate
 from training.evaluation.score import flagged_at, refuse_overflow
 from training.evaluation.worth import ABOUT_THRESHOLD, threshold_warning
 from training.fitting.baseline import describe_groups, fit_start_sets
+from training.fitting.budget import alpha_of_budget
+from training.fitting.policy import WINDOW_REFUSAL, ceiling, fit_policy, fit_usual_score, set_calibration
 from training.progress import SlowProgress
 from training.publishing.exhibits import calibration_json
+from training.publishing.onnx_export import export
 from training.publishing.publish import software_versions
 from training.reports.model_card import card
 from training.reports.run_report import write_card
@@ -66,19 +75,22 @@ def recalibrate(
     *,
     force: bool = False,
     key: PrivateKey | None = None,
+    policy: Policy | None = None,
 ) -> Recalibrated:
     """Publish `parent` under `root` as the next version of its name, calibrated on the normal rows of `table`.
 
-    Networks, weights and scores do not change. Calibration, golden answers and manifest are replaced. A row is normal
-    if its label means normal. Without labels, or if it is unknown which labels mean normal, all rows count as normal.
-    Of copies of a row without a time, one is used. If the model has a window, rows with too few rows before them are
-    left out. At most MAX_HELD_OUT_ROWS normal rows, chosen at random, are used.
+    Networks and weights do not change, and scores only with a new policy. Calibration, golden answers and manifest are
+    replaced. A row is normal if its label means normal. Without labels, or if it is unknown which labels mean normal,
+    all rows count as normal. Of copies of a row without a time, one is used. If the model has a window, rows with too
+    few rows before them are left out. At most MAX_HELD_OUT_ROWS normal rows, chosen at random, are used.
 
     Args:
         table: the result of `read_for_model` for the manifest of `parent`.
         force: calibrate even if the old calibration flags all rows.
         alpha: the smallest alpha that you will use; it determines how many rows are needed.
         key: signs the new version. The signature of `parent` is not valid for it.
+        policy: the new policy, which replaces that of `parent`; without rules, the new version has no policy. None: the
+            policy stays.
         runs: folder in which the card of the new version is written to <name>/<version>/card.md; None to write no card.
 
     Raises:
@@ -93,27 +105,35 @@ def recalibrate(
             f"{table.source}: {table.pixel_warning}; calibrated on these rows, the model would flag nothing"
         )
     normal, notes = _normal_rows(table)
+    kept = _keep(policy or _policy_of(parent), table, normal)
+    if kept is not None:
+        normal, notes = kept.rows, [*notes, *kept.notes(table)]
     known_rows = artifact.read_trained_rows(parent)
     notes += _refuse_training_rows(parent, table, normal, known_rows)
     windows = windows_for_model(table.x, table.timeline, parent.manifest, table.source)
-    if windows is not None:
-        if not windows.judged.any():
-            refuse_short_windows(windows, table.source)
-        normal = normal[windows.judged[normal]]
-    if table.timeline is None:  # if the rows have times, each copy counts, as in training
-        normal = normal[np.sort(np.unique(table.copies.groups[normal], return_index=True)[1])]  # copies count once
+    normal = _judged_once(table, windows, normal)
     chosen = np.sort(np.random.RandomState(0).permutation(normal)[:MAX_HELD_OUT_ROWS])
     _refuse_few(table, len(chosen), alpha)
-    scores = _scores(parent, table, windows, chosen)
+    scores = _scores(parent.module, parent.device, table, windows, chosen)
     notes = [*table.notes, *table.warnings, *notes, *_compare_with_old(parent, table, scores, alpha)]
     if not force:
         _refuse_if_all_flagged(parent, table, scores, alpha)
     module = artifact.thaw(parent)
-    _replace(module, parent, torch.from_numpy(scores))
-    notes += _replace_start_sets(module, parent, table, windows, normal)
+    twin = None if parent.twin is None else parent.twin.graphs
+    if kept is None or kept.policy.features == _features_of(parent):
+        _replace(module, parent, torch.from_numpy(scores))  # latents and scores stay, so the twin is still valid
+        rescore = partial(_scores, parent.module, parent.device, table, windows)
+    else:
+        pipeline = _with_policy(module, parent, kept.policy)
+        rescore = partial(_scores, pipeline, torch.device("cpu"), table, windows)
+        scores = rescore(chosen)
+        set_calibration(pipeline, torch.from_numpy(scores))
+        module = artifact.script(pipeline)
+        twin = twin and _new_twin(pipeline, parent, notes)
+    notes += _replace_start_sets(module, parent, table, normal, rescore)
     warning = threshold_warning(Calibration(torch.from_numpy(scores)), alpha)
-    manifest = _manifest(parent, module, table, _name(parent), chosen, warning)
-    twin = None if parent.twin is None else parent.twin.graphs  # still valid: latents and scores do not change
+    applied = _apply(kept, scores, parent, table, chosen)
+    manifest = _manifest(parent, module, table, _name(parent), chosen, warning, applied)
     exhibits = {name: content for name, content in parent.exhibits.items() if name == artifact.HELD_OUT}
     if known_rows is not None:
         exhibits[artifact.TRAINED_ROWS] = known_rows
@@ -126,6 +146,17 @@ def recalibrate(
     if warning is not None:
         notes.append(warning)
     return Recalibrated(path, manifest, notes)
+
+
+def _judged_once(table: Table, windows: TableWindows | None, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return `rows` without those that the model does not judge, and without further copies of rows without a time."""
+    if windows is not None:
+        if not windows.judged.any():
+            refuse_short_windows(windows, table.source)
+        rows = rows[windows.judged[rows]]
+    if table.timeline is None:  # if the rows have times, each copy counts, as in training
+        rows = rows[np.sort(np.unique(table.copies.groups[rows], return_index=True)[1])]  # copies count once
+    return rows
 
 
 def _refuse_training_rows(
@@ -186,18 +217,86 @@ def _refuse_few(table: Table, rows: int, alpha: float) -> None:
         )
 
 
-def _scores(parent: Artifact, table: Table, windows: TableWindows | None, rows: npt.NDArray[np.int64]) -> Floats:
-    """Return the scores of the rows at `rows` [n], in that order."""
+def _scores(
+    model: Any, device: torch.device, table: Table, windows: TableWindows | None, rows: npt.NDArray[np.int64]
+) -> Floats:
+    """Return the scores of the rows at `rows` [n], in that order, by `model`, a pipeline on `device`."""
     scores = np.empty(len(rows), np.float32)
     progress = SlowProgress(f"scoring {table.source}", len(rows))
     with torch.inference_mode():
         for start in range(0, len(rows), BATCH_ROWS):
             some = rows[start : start + BATCH_ROWS]
-            x = torch.from_numpy((table.x if windows is None else windows).take(some)).to(parent.device)
-            scores[start : start + len(some)] = parent.module.score(x)[0].cpu().numpy()
+            x = torch.from_numpy((table.x if windows is None else windows).take(some)).to(device)
+            scores[start : start + len(some)] = model.score(x)[0].cpu().numpy()
             progress.advance(len(some))
     refuse_overflow(scores, rows, table.source)
     return scores
+
+
+def _with_policy(module: torch.jit.ScriptModule, parent: Artifact, rules: Policy) -> Pipeline:
+    """Return a pipeline of the parts of `module`, the module of `parent`, under a new policy. Raise FitError."""
+    if parent.manifest.window is not None:
+        raise FitError(WINDOW_REFUSAL)
+    if not hasattr(module, "observation"):
+        raise FitError(f"{_reference(parent)} comes from a release of Elbo without policies: train it again")
+    names = [feature.name for feature in parent.manifest.features]
+    policy = fit_policy(rules, names, module.scaling, module.explanation)
+    pipeline = Pipeline(
+        module.scaling, module.core, module.prior, module.calibration, module.explanation, module.observation, policy
+    ).eval()
+    if hasattr(module, "baseline"):
+        pipeline.add_module("baseline", module.baseline)
+    if policy is not None and policy.has_companions:
+        held_out = parent.exhibits.get(artifact.HELD_OUT)
+        if held_out is None:
+            raise FitError(
+                f"{_reference(parent)} has no held-out rows in its artifact, and alone=false of the policy needs them: "
+                "train it again without --private and with --policy"
+            )
+        rows = np.array(json.loads(held_out)["inputs"], np.float32).reshape(-1, parent.manifest.width)
+        fit_usual_score(pipeline, torch.from_numpy(rows))
+    return pipeline
+
+
+def _new_twin(pipeline: Pipeline, parent: Artifact, notes: list[str]) -> dict[str, artifact.Graph] | None:
+    """Return the ONNX twin of `pipeline`, whose policy is not that of `parent`. Add a note if that is impossible."""
+    rows = torch.from_numpy(np.array(parent.manifest.golden.inputs["x"], np.float32))
+    try:
+        return export(pipeline, rows, pipeline.encode(rows)[0])
+    except Exception as error:  # noqa: BLE001 - the exporter raises many types, and the twin is optional
+        reason = " ".join(str(error).split())[:200]
+        notes.append(f"note: the ONNX export failed ({reason}): the artifact has no ONNX twin, so serving is slower")
+        return None
+
+
+def _policy_of(parent: Artifact) -> Policy | None:
+    return None if parent.manifest.policy is None else parent.manifest.policy.rules
+
+
+def _features_of(parent: Artifact) -> dict[str, FeatureRule]:
+    policy = _policy_of(parent)
+    return {} if policy is None else policy.features
+
+
+def _keep(policy: Policy | None, table: Table, normal: npt.NDArray[np.int64]) -> Kept | None:
+    return None if policy is None else keep_calibration_rows(policy, table, normal)
+
+
+def _apply(
+    kept: Kept | None, scores: Floats, parent: Artifact, table: Table, rows: npt.NDArray[np.int64]
+) -> AppliedPolicy | None:
+    """Return the policy for the manifest, with the alpha that keeps its budget; None if there are no rules.
+
+    Raises:
+        FitError: no alpha keeps the budget.
+    """
+    if kept is None or kept.policy == Policy():
+        return None
+    alpha, rule, timeline = None, kept.policy.alarms, parent.manifest.timeline
+    if rule.per_day is not None:
+        step = None if timeline is None else timeline.usual_step_seconds
+        alpha = alpha_of_budget(rule, scores, table.timeline, rows, step)
+    return AppliedPolicy(rules=kept.policy, alpha=alpha, outside=kept.outside, silenced=kept.silenced)
 
 
 def _compare_with_old(parent: Artifact, table: Table, scores: Floats, alpha: float) -> Iterator[str]:
@@ -227,6 +326,8 @@ def _replace(module: torch.jit.ScriptModule, parent: Artifact, scores: Tensor) -
     same = new.keys() == old.keys()
     for key in new if same else ():
         setattr(calibration, key, new[key])
+    if same and getattr(module, "policy", None) is not None:
+        module.policy.ceiling = ceiling(fresh)
     alpha = artifact.GOLDEN_ALPHA
     if not (
         same
@@ -240,17 +341,19 @@ def _replace_start_sets(
     module: torch.jit.ScriptModule,
     parent: Artifact,
     table: Table,
-    windows: TableWindows | None,
     normal: npt.NDArray[np.int64],
+    rescore: Callable[[npt.NDArray[np.int64]], Floats],
 ) -> list[str]:
-    """Replace the start sets of the groups by those of the `normal` rows of `table`. Return notes for the user."""
+    """Replace the start sets of the groups by those of the `normal` rows of `table`. Return notes for the user.
+
+    Args:
+        rescore: returns the scores of rows of `table` by the new version.
+    """
     if parent.baseline is None:
         return []
     if table.timeline is None:
         return ["the start sets of the groups stay as they were, because the rows have no times"]
-    baseline = fit_start_sets(
-        parent.baseline, table.timeline, normal, lambda rows: _scores(parent, table, windows, rows)
-    )
+    baseline = fit_start_sets(parent.baseline, table.timeline, normal, rescore)
     buffers = (module if parent.manifest.window is None else module.pipeline).baseline
     for name, buffer in BaselineBuffers(baseline.arrays).named_buffers():
         setattr(buffers, name, buffer)
@@ -264,12 +367,14 @@ def _manifest(
     name: str,
     chosen: npt.NDArray[np.int64],
     warning: str | None,
+    policy: AppliedPolicy | None,
 ) -> Manifest:
     """Return the manifest of the new version.
 
     Args:
         chosen: the calibration rows, as row numbers of `table`.
         warning: a warning about the threshold; None if the threshold is fine.
+        policy: the policy of the new version; None if it has none.
     """
     old, rows = parent.manifest, len(chosen)
     kept = [text for text in old.warnings if not text.startswith(ABOUT_THRESHOLD)]
@@ -291,6 +396,8 @@ def _manifest(
             "versions": software_versions(),
             "weights_sha256": artifact.weights_sha256(module),
             "timeline": old.timeline and old.timeline.model_copy(update={"calibration": _period(table, chosen)}),
+            "parts": (policy.rules if policy else Policy()).parts(old.parts),
+            "policy": policy,
             "warnings": kept if warning is None else [*kept, warning],
         }
     )

@@ -11,6 +11,7 @@ import pytest
 
 from models import allowed_code, onnx_check
 from models.artifact import load
+from models.policy_rules import FeatureRule, Policy
 from tests.models.builders import CORES
 from tests.models.publishing import GAPS, publish_twin
 from tests.service.hosts import host_table
@@ -40,6 +41,13 @@ HOSTS: list[dict[str, Any]] = [
     {"model": "ensemble", "masking": 0.1},
     {"model": "vae", "likelihood": "bernoulli"},
 ]
+POLICY = Policy(
+    features={
+        "cpu": FeatureRule(direction="high", least=0.1),
+        "load": FeatureRule(minimum=-1e6),
+        "disk~io": FeatureRule(alone=False),
+    }
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +58,8 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         for options in all_options:
             config = TrainConfig(name="m", epochs=1, **options)
             found.append(train(config, table, root, RecordingReporter(), force=True, replace_features=True))
+    config, hosts = TrainConfig(name="policy", model="pca"), host_table()
+    found.append(train(config, hosts, root, RecordingReporter(), policy=POLICY))
     for kind in CORES:
         found.append(publish_twin(root / kind, kind))
         found.append(publish_twin(root / f"{kind}-imputing", f"{kind}-imputing", gaps=GAPS))

@@ -1,0 +1,105 @@
+"""Find the rows for which a silence of the policy holds. This module does not import torch."""
+
+from collections.abc import Sequence
+from datetime import UTC, date, datetime, time
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from zoneinfo import ZoneInfo
+
+import numpy as np
+import numpy.typing as npt
+
+from models.policy_rules import DAYS, Silence
+
+BLOCK = 900  # seconds; no time zone changes its offset within a quarter of an hour
+DAY = 86_400
+Mask = npt.NDArray[np.bool_]
+_EPOCH = date(1970, 1, 1)
+_EPOCH_WEEKDAY = 3  # 1 January 1970 was a Thursday
+
+
+class Silences:
+    """The silences of one model. A silence holds while a clock on the wall in its time zone shows one of its times.
+
+    If the clock is set forward past the start, the silence begins at the new time. If it is set back, a silence holds
+    in both of the repeated hours.
+
+    Raises:
+        ZoneInfoNotFoundError: this machine does not know a time zone.
+    """
+
+    def __init__(self, silences: Sequence[Silence]) -> None:
+        self._silences = [_Clock(silence) for silence in silences]
+
+    def __bool__(self) -> bool:
+        return bool(self._silences)
+
+    def hold(
+        self, times: npt.NDArray[np.float64] | None, groups: Sequence[str | None] | None, rows: int, now: float
+    ) -> Mask:
+        """Return for which rows a silence holds, [N].
+
+        Args:
+            times: [N] in Unix seconds; a row whose time is NaN, or every row if there are no times, is of `now`.
+            groups: [N], with None for a row without a group; None if no row has one.
+            rows: the number N.
+            now: Unix seconds.
+        """
+        seconds = np.full(rows, now) if times is None else np.where(np.isnan(times), now, times)
+        held = np.zeros(rows, bool)
+        for silence in self._silences:
+            held |= silence.hold(seconds, groups)
+        return held
+
+
+class _Clock:
+    """One silence, with its times as numbers."""
+
+    def __init__(self, silence: Silence) -> None:
+        self._zone = ZoneInfo(silence.zone)
+        self._patterns = None if silence.groups is None else tuple(silence.groups)
+        self._days = np.array([day in silence.days for day in DAYS])
+        self._start = 0 if silence.start is None else _seconds(silence.start)
+        self._end = DAY if silence.end is None or silence.end == time() else _seconds(silence.end)
+        self._first = -np.inf if silence.first is None else (silence.first - _EPOCH).days
+        self._last = np.inf if silence.last is None else (silence.last - _EPOCH).days
+
+    def hold(self, seconds: npt.NDArray[np.float64], groups: Sequence[str | None] | None) -> Mask:
+        blocks, places = np.unique(seconds // BLOCK, return_inverse=True)
+        offsets = np.array([_offset_in_block(self._zone, block) for block in blocks.tolist()])
+        local = seconds + offsets[places]
+        day = np.floor(local / DAY)
+        of_day = local - day * DAY
+        if self._start < self._end:
+            held = self._is_on(day) & (of_day >= self._start) & (of_day < self._end)
+        else:  # past midnight
+            held = (self._is_on(day) & (of_day >= self._start)) | (self._is_on(day - 1) & (of_day < self._end))
+        if self._patterns is not None:
+            if groups is None:
+                return np.zeros(len(seconds), bool)
+            held &= np.array([group is not None and _matches(self._patterns, group) for group in groups], bool)
+        return np.asarray(held)
+
+    def _is_on(self, day: npt.NDArray[np.float64]) -> Mask:
+        """Return whether the silence can begin on these days [N], counted from 1 January 1970."""
+        weekday = ((day + _EPOCH_WEEKDAY) % 7).astype(np.intp)
+        return np.asarray(self._days[weekday] & (day >= self._first) & (day <= self._last))
+
+
+@lru_cache(maxsize=10_000)
+def _offset_in_block(zone: ZoneInfo, block: float) -> float:
+    """Return the offset of the zone from UTC, in seconds, in a quarter of an hour."""
+    try:
+        offset = datetime.fromtimestamp(block * BLOCK, UTC).astimezone(zone).utcoffset()
+    except (ValueError, OverflowError, OSError):  # before the year 1 or after the year 9999
+        return 0.0
+    return 0.0 if offset is None else offset.total_seconds()
+
+
+@lru_cache(maxsize=10_000)
+def _matches(patterns: tuple[str, ...], group: str) -> bool:
+    return any(fnmatchcase(group, pattern) for pattern in patterns)
+
+
+def _seconds(moment: time) -> int:
+    return moment.hour * 3600 + moment.minute * 60 + moment.second

@@ -1,0 +1,140 @@
+"""Fit what a policy needs to judge a row: how the features predict each other, and which scores are usual."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.calibration import Calibration
+from models.pipeline import Pipeline
+from models.policy import CEILING_SURPRISE, PolicyModule
+from models.policy_rules import AppliedPolicy, FeatureRule, Policy
+from models.scaling import Scaling
+from training.data.policy_file import keep_calibration_rows, value_bounds
+from training.data.table import Split, Table
+from training.errors import FitError
+from training.fitting.explanation import EXPLANATION_NOISE, MAX_EXPLAINED_FEATURES
+
+NOISE = 1e-3  # variance added to each feature, relative to its own: columns that repeat each other can be inverted
+USUAL_SHARE = 0.9  # a row is usual without some features if it scores at most as this share of the held-out rows do
+TOLERANCE = 1e-2  # largest error of a correlation that is computed from the weights of an explanation in float32
+WINDOW_REFUSAL = (
+    "the policy has rules for features, which models with a window cannot have yet: train without --window, or leave "
+    "[features] out of the policy"
+)
+BATCH = 4096  # rows per forward pass; limits the memory
+
+
+def apply_to_split(policy: Policy | None, table: Table, split: Split) -> tuple[Split, AppliedPolicy | None, list[str]]:
+    """Return `split` without the calibration rows for which the policy decides, and notes for the user.
+
+    The second result is the policy for the manifest, still without the alpha of its budget; None if it has no rules.
+
+    Raises:
+        DataError: no calibration row is left.
+    """
+    if policy is None or policy == Policy():
+        return split, None, []
+    kept = keep_calibration_rows(policy, table, split.calibration)
+    applied = AppliedPolicy(rules=policy, outside=kept.outside, silenced=kept.silenced)
+    return replace(split, calibration=kept.rows), applied, kept.notes(table)
+
+
+def fit_policy(rules: Policy, names: Sequence[str], scaling: Scaling, explanation: nn.Module) -> PolicyModule | None:
+    """Return the module that applies `rules`; None if no rule changes a score.
+
+    Args:
+        names: names of the D features.
+        scaling: converts raw units to model units.
+        explanation: the explanation of the model, `models.explanation.Expectations` or a compiled copy. Its weights
+            contain the correlations of the features.
+
+    Raises:
+        FitError: the model has no such explanation.
+    """
+    if not rules.changes_scores:
+        return None
+    buffers = {name: buffer.cpu().double() for name, buffer in explanation.named_buffers()}
+    if not {"weights", "mean", "deviation"} <= buffers.keys():
+        raise FitError(
+            f"a policy for features needs a model of a table with at most {MAX_EXPLAINED_FEATURES} features: models of "
+            "images and of wider tables do not know how the features predict each other"
+        )
+    deviation = buffers["deviation"]
+    correlation = _correlation(buffers["weights"], deviation)
+    precision = torch.linalg.inv(correlation + NOISE * torch.eye(len(names)).double())
+    precision = (precision + precision.T) / 2.0
+    residual = precision.diagonal().rsqrt()  # [D], in standard deviations
+    each = [rules.features.get(name, FeatureRule()) for name in names]
+    unit = scaling.scale.cpu().double() * deviation * residual  # [D], raw units
+    least = torch.tensor([rule.least for rule in each]).double() / unit
+    low, high = value_bounds(rules, names)
+    return PolicyModule(
+        mean=buffers["mean"],
+        residual=deviation * residual,
+        precision=precision * torch.outer(residual, residual),
+        below=torch.where(torch.tensor([rule.direction == "high" for rule in each]), np.inf, least),
+        above=torch.where(torch.tensor([rule.direction == "low" for rule in each]), np.inf, least),
+        low=torch.from_numpy(low),
+        high=torch.from_numpy(high),
+        companion=torch.tensor([not rule.alone for rule in each]),
+    )
+
+
+def fit_usual_score(pipeline: Pipeline, rows: Tensor) -> None:
+    """Set the score up to which a row is usual without the features that never raise an alarm alone.
+
+    Args:
+        pipeline: the model with its policy.
+        rows: rows [N, D] in raw units that calibrate nothing, so that the scores of calibration rows are exchangeable
+            with those of new rows.
+    """
+    policy = pipeline.policy
+    if policy is None or not policy.has_companions:
+        return
+    scores = []
+    with torch.no_grad():
+        for x in rows.split(BATCH):
+            judged, _ = policy(pipeline.scaling(x), policy.companions(policy.outside(x)))
+            scores.append(pipeline.core.score(judged)[0])
+    policy.usual.copy_(torch.cat(scores).double().quantile(USUAL_SHARE))
+
+
+def score_rows(pipeline: Pipeline, rows: Tensor) -> Tensor:
+    """Return the scores [N] of rows [N, D] in raw units."""
+    with torch.no_grad():
+        return torch.cat([pipeline.score(x)[0] for x in rows.split(BATCH)])
+
+
+def set_calibration(pipeline: Pipeline, scores: Tensor) -> None:
+    """Calibrate a model by the scores [N] of calibration rows, and set its score of values outside of valid ranges."""
+    pipeline.calibration = Calibration(scores)
+    if pipeline.policy is not None:
+        pipeline.policy.ceiling.copy_(ceiling(pipeline.calibration))
+
+
+def ceiling(calibration: Calibration) -> Tensor:
+    """Return the score of a row with a value outside of its valid range, a scalar above every calibration score."""
+    return torch.as_tensor(calibration.scores[-1] + CEILING_SURPRISE * calibration.tail)
+
+
+def _correlation(weights: Tensor, deviation: Tensor) -> Tensor:
+    """Return the correlation matrix [D, D] from which `fit_explanation` computed `weights` [D, D], up to rounding.
+
+    Off the diagonal, the weights are -P_ij / P_ii, where P is the inverse of the correlation matrix plus noise on the
+    diagonal. So the inverse of these weights is this matrix with scaled columns, and its diagonal is known.
+    """
+    ratios = -weights * torch.outer(1.0 / deviation, deviation)  # [D, D]
+    ratios.fill_diagonal_(1.0)
+    scaled = torch.linalg.inv(ratios)  # [D, D]
+    noisy = scaled * ((1.0 + EXPLANATION_NOISE) / scaled.diagonal())
+    if not float((noisy - noisy.T).abs().max()) < TOLERANCE:  # `not <`, so that NaN is refused too
+        raise FitError(
+            "the artifact comes from a release of Elbo that explains scores differently: train the model again"
+        )
+    correlation = (noisy + noisy.T) / 2.0 - EXPLANATION_NOISE * torch.eye(len(weights)).double()
+    values, vectors = torch.linalg.eigh(correlation)
+    positive: Tensor = vectors @ torch.diag(values.clamp(min=0.0)) @ vectors.T
+    return positive
