@@ -39,7 +39,7 @@ MAY_IMPORT = {
         "shared_memory"
     ),
     "service.schemas": "models.manifest inference",
-    "service.anomaly": "models.columns models.timestamps models.errors schemas inference codec errors",
+    "service.anomaly": "models.baseline models.columns models.timestamps models.errors schemas inference codec errors",
     "service.monitoring": "models.errors anomaly inference codec settings shared_memory",
     "service.http": "access monitoring inference codec errors shared_memory",
     "service.backtest": "models.errors models.timestamps anomaly inference",

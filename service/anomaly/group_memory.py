@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from models.baseline import START_ROWS
 from models.errors import ElboError
 from service.anomaly.group_state import GroupFile, Stamp, Transaction, layout_of
 from service.anomaly.inputs import InputRows
@@ -41,19 +42,19 @@ class ModelMemory:
     Args:
         rules: how rows are joined.
         file: the records of the groups.
-        start: the scores with which the calibration of a group begins; None without online calibration.
+        starts: the scores with which the calibrations of groups begin; None without online calibration.
     """
 
-    def __init__(self, rules: Rules, file: GroupFile, start: StartSet | None) -> None:
+    def __init__(self, rules: Rules, file: GroupFile, starts: "StartSets | None") -> None:
         self.rules = rules
         self.file = file
-        self._start = start
+        self._starts = starts
         self._groups: OrderedDict[str, tuple[Stamp, Group]] = OrderedDict()
         self._max_groups = max(1, CACHED_BYTES // rules.payload_bytes)
 
-    def start_set(self, group: str) -> StartSet | None:  # noqa: ARG002 - every group begins with the same scores
+    def start_set(self, group: str) -> StartSet | None:
         """Return the scores with which the calibration of a group begins; None without online calibration."""
-        return self._start
+        return None if self._starts is None else self._starts.of(group)
 
     def take(self, name: str, transaction: Transaction, has_times: bool) -> Group:
         """Return a group that `transaction` has locked, to be changed. It may be called in a thread.
@@ -184,7 +185,7 @@ class GroupMemory:
                 "the memory of groups is in a temporary folder, and ends with the server: set ELBO_STATE to keep it",
                 extra={"fields": {"folder": str(self._folder)}},
             )
-        return ModelMemory(rules, file, start_set_of(served) if self._has_calibration else None)
+        return ModelMemory(rules, file, StartSets(served) if self._has_calibration else None)
 
 
 def rows_of_window(served: ServedModel) -> int:
@@ -202,23 +203,41 @@ def rules_of(served: ServedModel) -> Rules:
         least_rows=1 if window is None else window.least_rows,
         width=manifest.width,
         usual_step=None if timeline is None else timeline.usual_step_seconds,
+        baseline=served.baseline,
     )
 
 
-def start_set_of(served: ServedModel) -> StartSet | None:
-    """Return the calibration scores of a model as the start set of its groups; None if they are unknown.
+class StartSets:
+    """The scores with which the calibrations of the groups of a model begin.
 
-    The artifact has the scores in ascending order, not in order of time. They are shuffled, because the oldest scores
+    An artifact has these scores in ascending order, not in order of time. They are shuffled, because the oldest scores
     leave the calibration first.
     """
-    scores = served.backend.calibration.scores
-    if not len(scores):
-        return None
-    timeline = served.manifest.timeline
-    is_own = timeline is not None and timeline.group_column is None  # the model was trained on one group
-    count = min(len(scores), SET_ROWS if is_own else POOL_ROWS)
-    chosen = scores[np.round((np.arange(count) + 0.5) / count * len(scores) - 0.5).astype(int)]
-    return StartSet(np.random.default_rng(0).permutation(chosen).tolist(), is_own)
+
+    def __init__(self, served: ServedModel) -> None:
+        timeline, baseline = served.manifest.timeline, served.baseline
+        self._is_one_group = timeline is not None and timeline.group_column is None
+        self._baseline = baseline
+        self._order = np.random.default_rng(0).permutation(START_ROWS)
+        self._all: StartSet | None = None  # for every group
+        scores = served.backend.calibration.scores
+        if baseline is not None and (baseline.groups or baseline.periods):
+            return  # the artifact has a start set for each group
+        if not len(scores):
+            return
+        if baseline is not None:
+            scores = baseline.adjust(scores, np.full(len(scores), baseline.pool), np.full(len(scores), np.nan))
+        count = min(len(scores), SET_ROWS if self._is_one_group else POOL_ROWS)
+        chosen = scores[np.round((np.arange(count) + 0.5) / count * len(scores) - 0.5).astype(int)]
+        self._baseline = None
+        self._all = StartSet(np.random.default_rng(0).permutation(chosen).tolist(), self._is_one_group)
+
+    def of(self, group: str) -> StartSet | None:
+        """Return the start set of a group; None if the scores are unknown."""
+        if self._baseline is None:
+            return self._all
+        scores, origin = self._baseline.start_set(self._baseline.find(group))
+        return StartSet(scores[self._order].tolist(), self._is_one_group or origin == "group")
 
 
 def _require_writable(folder: Path) -> None:

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from models.baseline import Baseline
 from service.anomaly.online_calibration import MAX_BYTES, CorruptRecordError, OnlineCalibration, State
 from service.codec.long_work import pause_if_due
 
@@ -56,12 +57,15 @@ class Rules:
         least_rows: how many rows of a window must be there before its newest row can be anomalous.
         width: D, the number of features.
         usual_step: the usual time between two rows of a group in the training data, in seconds; None if it is unknown.
+        baseline: what score is usual for a group and a time, so that calibrations compare adjusted scores; None: they
+            compare scores.
     """
 
     rows: int
     least_rows: int
     width: int
     usual_step: float | None
+    baseline: Baseline | None = None
 
     @property
     def has_window(self) -> bool:
@@ -416,7 +420,7 @@ def judge(
     own = [False] * count
     incidents: list[str] = []
     changes: list[str] = []
-    scores, is_usable = score.tolist(), usable.tolist()
+    scores, is_usable = _adjust(joined, rules, score, time).tolist(), usable.tolist()
     times = None if time is None else time.tolist()
     for name, rows in joined.order.items():
         group = joined.groups[name]
@@ -440,3 +444,14 @@ def judge(
     p_value, severity = np.array(p_values, np.float32), np.array(severities, np.float32)
     more = [np.array(of_alpha, np.float32) for of_alpha in more_severities]
     return Judgements(p_value, severity, more, states, own, incidents, changes)
+
+
+def _adjust(joined: JoinedRows, rules: Rules, score: Array, time: npt.NDArray[np.float64] | None) -> Array:
+    """Return the scores [G] that calibrations compare: adjusted by the baseline of the group and the time."""
+    baseline = rules.baseline
+    if baseline is None:
+        return score
+    index = np.empty(len(score), np.intp)
+    for name, rows in joined.order.items():
+        index[rows] = baseline.find(name)
+    return baseline.adjust(score, index, np.full(len(score), np.nan) if time is None else time)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from service.anomaly.group_memory import rules_of, start_set_of
+from service.anomaly.group_memory import StartSets, rules_of
 from service.anomaly.smoothing import exponential_mean
 from service.anomaly.streams import Group, JoinedRows, Rules, join_rows, judge
 from service.anomaly.verdicts import Scores, largest
@@ -110,7 +110,9 @@ def replay(
         report: is called with the number of rows that are judged so far.
     """
     rules = rules_of(served)
-    start = start_set_of(served) if options.online and served.manifest.timeline is not None else None
+    starts = StartSets(served) if options.online and served.manifest.timeline is not None else None
+    if starts is not None and starts.of("") is None:
+        starts = None  # the scores of the calibration rows are unknown
     rows = len(history)
     result = Replay(
         history=history,
@@ -118,7 +120,7 @@ def replay(
         severity=np.zeros((len(options.alphas), rows), np.float32),
         p_value=np.ones(rows, np.float32),
         is_warming_up=np.zeros(rows, bool),
-        states=None if start is None else [],
+        states=None if starts is None else [],
         causes_rows=np.empty(0, np.int64),
         causes_features=np.empty((0, CAUSES), np.intp),
         causes_numbers=np.empty((0, CAUSES, 3), np.float32),
@@ -131,7 +133,9 @@ def replay(
         index = history.group[part]
         names = [history.groups[number] for number in index.tolist()]
         groups = {
-            history.groups[number]: Group(rules, payloads.get(number, b""), start)
+            history.groups[number]: Group(
+                rules, payloads.get(number, b""), None if starts is None else starts.of(history.groups[number])
+            )
             for number in np.unique(index).tolist()
         }
         joined = join_rows(rules, history.x[part], history.time[part], names, groups)

@@ -1,9 +1,7 @@
 """`elbo train --group --season`: the false-alarm rate of simulated hosts by hour, and the baseline of their groups."""
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,34 +12,12 @@ import torch
 from models.artifact import Artifact, load
 from models.baseline import Baseline
 from tests.commands import in_process
-from tests.training.reporters import RecordingReporter
-from training.config import TrainConfig
-from training.data.readers.simulated_hosts import HOSTS, METRICS, ZONE, simulate
-from training.data.table import read_table
-from training.train import train as publish
+from tests.seasonal_hosts import FEW, NEW, Rows, rows_of, seasonal_artifacts
+from training.data.readers.simulated_hosts import HOSTS, ZONE, simulate
 
 pytestmark = pytest.mark.slow
 
-FEW = "few-rows"  # a host with enough rows for a baseline, but with few calibration rows
-NEW = "new"  # a host that first appears among the calibration rows
 LATER_WEEKS = 6
-
-
-@dataclass(frozen=True)
-class Rows:
-    x: torch.Tensor  # [B, D]
-    time: npt.NDArray[np.float64]  # [B] Unix seconds
-    group: list[str]  # [B]
-
-    @property
-    def hour(self) -> npt.NDArray[np.int64]:
-        """The hour on a clock in ZONE, [B]; the later weeks lie in summer time."""
-        return ((self.time + 7200) // 3600 % 24).astype(int)
-
-
-def rows_of(frame: pl.DataFrame) -> Rows:
-    x = torch.from_numpy(frame.select(METRICS).to_numpy().astype(np.float32))
-    return Rows(x, frame["time"].dt.epoch("s").to_numpy().astype(float), frame["host"].to_list())
 
 
 @pytest.fixture(scope="module")
@@ -50,33 +26,14 @@ def later() -> Rows:
     return rows_of(simulate(5, LATER_WEEKS))
 
 
-def history() -> pl.DataFrame:
-    """Return five weeks of rows of ten hosts, and of two hosts with few rows."""
-    frame = simulate(0, 5)
-    own = frame.filter(pl.col("host") == "web-1")
-    few = own.head(2000).with_columns(host=pl.lit(FEW))  # they end before the calibration rows
-    few = pl.concat([few, own.tail(50).with_columns(host=pl.lit(FEW))])
-    new = own.tail(300).with_columns(host=pl.lit(NEW))
-    return pl.concat([frame, few, new])
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return seasonal_artifacts(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, RecordingReporter]]:
-    """Train the models seasonal and plain. Return the artifact folder and the notes of each training."""
-    folder = tmp_path_factory.mktemp("seasons")
-    history().write_parquet(folder / "history.parquet")
-    reports = {"seasonal": RecordingReporter(), "plain": RecordingReporter()}
-    for name, report in reports.items():
-        season: dict[str, Any] = {"season": ("day", "week"), "time_zone": ZONE} if name == "seasonal" else {}
-        config = TrainConfig(model="pca", name=name, time="time", group="host", **season)
-        table = read_table(str(folder / "history.parquet"), time="time", group="host")
-        publish(config, table, folder / "a", report)
-    return folder / "a", reports
-
-
-@pytest.fixture(scope="module")
-def seasonal(trained: tuple[Path, dict[str, RecordingReporter]]) -> Artifact:
-    return load(trained[0] / "seasonal/1/model.pt")
+def seasonal(artifacts: Path) -> Artifact:
+    return load(artifacts / "seasonal/1/model.pt")
 
 
 def baseline_of(artifact: Artifact) -> Baseline:
@@ -111,10 +68,8 @@ def test_false_alarm_rate_of_every_hour_and_host_is_near_alpha_with_seasons_and_
     np.testing.assert_allclose(rates_by_host(alarm, later), 0.05, atol=0.03)
 
 
-def test_false_alarm_rate_of_the_hours_is_far_from_alpha_without_seasons(
-    trained: tuple[Path, dict[str, RecordingReporter]], later: Rows
-) -> None:
-    artifact = load(trained[0] / "plain/1/model.pt")
+def test_false_alarm_rate_of_the_hours_is_far_from_alpha_without_seasons(artifacts: Path, later: Rows) -> None:
+    artifact = load(artifacts / "plain/1/model.pt")
     assert artifact.manifest.season is None
     hours = rates_by_hour(alarms(artifact, later), later)
     assert hours.min() < 0.005
@@ -133,7 +88,7 @@ def test_false_alarm_rate_is_near_alpha_for_the_pool_but_far_from_it_for_single_
 
 
 def test_group_with_few_calibration_rows_and_new_group_are_judged_by_the_pool_and_training_says_so(
-    seasonal: Artifact, trained: tuple[Path, dict[str, RecordingReporter]]
+    seasonal: Artifact,
 ) -> None:
     baseline = baseline_of(seasonal)
     assert seasonal.manifest.groups == [FEW, *(f"web-{host}" for host in range(HOSTS))]
@@ -141,7 +96,7 @@ def test_group_with_few_calibration_rows_and_new_group_are_judged_by_the_pool_an
     assert baseline.start_set(baseline.find(FEW))[1] == "pool"
     assert baseline.find(NEW) == baseline.find("never seen") == baseline.pool
     assert baseline.start_set(baseline.pool)[1] == "pool"
-    notes = "\n".join(trained[1]["seasonal"].notes)
+    notes = seasonal.exhibits["card.md"].decode()
     assert "1 of 12 groups have no baseline of their own" in notes
     assert f"all groups together ({NEW}): a baseline needs 50 rows" in notes
     assert "1 of 12 groups have fewer than 100 calibration rows" in notes
