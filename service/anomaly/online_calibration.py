@@ -289,13 +289,23 @@ class OnlineCalibration:
             alpha: the false-alarm rate, between 0 and 1, both excluded.
             extrapolated: whether a row may be anomalous although alpha is below the floor.
         """
+        p_value, (severity,) = self.judge_at(score, (alpha,), extrapolated)
+        return p_value, severity
+
+    def judge_at(self, score: float, alphas: Iterable[float], extrapolated: bool = False) -> tuple[float, list[float]]:
+        """Return the p-value of a row and its severity at each alpha, and change nothing. See `judge`."""
         score = _float32(score)
         p_value = self._corrected(self._set.p_value(score))
-        threshold = self.threshold(alpha)
-        severity = self._surprisal(score) / max(self._surprisal(threshold), 1e-9)
-        if score <= threshold or not (extrapolated or self._reaches(alpha)):
-            return p_value, min(severity, 1.0)
-        return p_value, max(severity, NEXT_AFTER_ONE)
+        surprisal = self._surprisal(score)
+        severities = []
+        for alpha in alphas:
+            threshold = self.threshold(alpha)
+            severity = surprisal / max(self._surprisal(threshold), 1e-9)
+            if score <= threshold or not (extrapolated or self._reaches(alpha)):
+                severities.append(min(severity, 1.0))
+            else:
+                severities.append(max(severity, NEXT_AFTER_ONE))
+        return p_value, severities
 
     def step(self, score: float, time: float = math.nan) -> None:
         """Take in a row of the group: the next one in order of time, after it was judged.

@@ -415,6 +415,7 @@ def judge(
     """
     count = len(score)
     p_values, severities = fixed[0].tolist(), fixed[1].tolist()
+    alphas = (alpha, *more_alphas)
     more_severities = [severities.copy() for _ in more_alphas]
     states: list[State] = ["usual"] * count
     own = [False] * count
@@ -430,9 +431,9 @@ def judge(
             pause_if_due()
             own[row] = group.has_own_calibration
             if is_usable[row]:
-                p_values[row], severities[row] = calibration.judge(scores[row], alpha, extrapolated)
-                for at, of_alpha in zip(more_alphas, more_severities, strict=True):
-                    of_alpha[row] = calibration.judge(scores[row], at, extrapolated)[1]
+                p_values[row], (severities[row], *others) = calibration.judge_at(scores[row], alphas, extrapolated)
+                for of_alpha, severity_at in zip(more_severities, others, strict=True):
+                    of_alpha[row] = severity_at
                 if joined.outcomes[row] == Outcome.NEW and joined.window_rows[row] >= rules.least_rows:
                     before = calibration.incidents, calibration.changes
                     calibration.step(scores[row], math.nan if times is None else times[row])
