@@ -145,13 +145,19 @@ class _CalibrationSet:
         n = len(self._ordered)
         return (1 + n - bisect_left(self._ordered, score)) / (n + 1)
 
-    def threshold(self, alpha: float) -> float:
-        """Return the score above which p <= alpha. Below the smallest p-value, it comes from the fitted tail."""
-        n = len(self._ordered)
+    def threshold(self, alpha: float) -> tuple[float, float, bool]:
+        """Return the score above which p <= alpha, the share of rows above it, and whether a p-value can be as small.
+
+        If no p-value is as small as alpha, the threshold comes from the fitted tail, and the share is alpha.
+        """
+        ordered = self._ordered
+        n = len(ordered)
         allowed = int(alpha * (n + 1) + 1e-6) - 1  # p <= alpha if at most this many scores are >= the score
-        if allowed >= 0:
-            return self._ordered[n - 1 - min(allowed, n - 1)]
-        return self._ordered[-1] + self._tail() * (-math.log(alpha) - math.log(n + 1))
+        if allowed < 0:
+            return ordered[-1] + self._tail() * (-math.log(alpha) - math.log(n + 1)), alpha, False
+        place = n - 1 - min(allowed, n - 1)
+        threshold = ordered[place]
+        return threshold, (n + 1 - bisect_right(ordered, threshold, place)) / (n + 1), True
 
     def surprisal(self, score: float) -> float:
         """Return minus the log of the probability that a normal row scores higher: see `models.calibration`."""
@@ -275,7 +281,7 @@ class OnlineCalibration:
 
     def threshold(self, alpha: float) -> float:
         """Return the score above which a row is anomalous at alpha; below the floor, it is extrapolated."""
-        return self._set.threshold(-math.expm1(math.exp(-self.correction) * math.log1p(-alpha)))
+        return self._set.threshold(self._raw(alpha))[0]
 
     def judge(self, score: float, alpha: float, extrapolated: bool = False) -> tuple[float, float]:
         """Return the p-value and the severity of a row, and change nothing.
@@ -299,9 +305,9 @@ class OnlineCalibration:
         surprisal = self._surprisal(score)
         severities = []
         for alpha in alphas:
-            threshold = self.threshold(alpha)
-            severity = surprisal / max(self._surprisal(threshold), 1e-9)
-            if score <= threshold or not (extrapolated or self._reaches(alpha)):
+            threshold, share, is_reached = self._set.threshold(self._raw(alpha))
+            severity = surprisal / max(-math.log(self._corrected(share)), 1e-9)
+            if score <= threshold or not (extrapolated or is_reached):
                 severities.append(min(severity, 1.0))
             else:
                 severities.append(max(severity, NEXT_AFTER_ONE))
@@ -401,6 +407,10 @@ class OnlineCalibration:
     def _corrected(self, p_value: float) -> float:
         return 1.0 if p_value >= 1.0 else -math.expm1(math.exp(self.correction) * math.log1p(-p_value))
 
+    def _raw(self, alpha: float) -> float:
+        """Return the raw p-value that is corrected to alpha."""
+        return -math.expm1(math.exp(-self.correction) * math.log1p(-alpha))
+
     def _surprisal(self, score: float) -> float:
         """Return the surprisal of a score, corrected like the p-values."""
         surprisal = max(self._set.surprisal(score), 0.0)
@@ -409,11 +419,6 @@ class OnlineCalibration:
         if surprisal > 30.0:  # the corrected probability is exp(correction) times as large, up to rounding
             return surprisal - self.correction
         return -math.log(self._corrected(math.exp(-surprisal)))
-
-    def _reaches(self, alpha: float) -> bool:
-        """Return whether a p-value can be as small as alpha, up to rounding."""
-        raw_alpha = -math.expm1(math.exp(-self.correction) * math.log1p(-alpha))
-        return int(raw_alpha * (len(self._set) + 1) + 1e-6) >= 1
 
     def _learn(self) -> None:
         """Add the held rows to the calibration set."""
