@@ -8,9 +8,10 @@ from functools import lru_cache
 from pathlib import Path
 
 from models import artifact
-from models.manifest import FORMAT_VERSION
+from models.manifest import FORMAT_VERSION, Window
 from tests.data import ROOT
 from tests.models.builders import batch, manifest, pipeline
+from tests.models.windows import SCALES, N, windowed, windows
 from training.publishing.onnx_export import export
 
 GAPS = ((0, 1), (2, 0), (2, 4))
@@ -66,3 +67,20 @@ def publish_copy(root: Path, twin: bool = False) -> Path:
     path.parent.mkdir(parents=True)
     path.write_bytes(pca_artifacts()[0 if twin else 1])
     return path
+
+
+def publish_windowed(root: Path, kind: str, name: str = "model") -> Path:
+    """Publish the model of `kind` with a window and a twin as `name`@1 under `root`; return the path of the artifact.
+
+    If the model imputes missing values, its features x0 and x1 may lack them.
+    """
+    imputes = kind.endswith("imputing")
+    model, inputs = windowed(kind), windows(gaps=imputes)
+    module = artifact.script(model)
+    description = manifest(name, artifact.weights_sha256(model), artifact.record_golden(module, *inputs))
+    features = [
+        feature.model_copy(update={"missing": int(imputes and index < 2)})
+        for index, feature in enumerate(description.features)
+    ]
+    update = {"window": Window(rows=N, scales=list(SCALES)), "features": features}
+    return artifact.publish(module, description.model_copy(update=update), root, export(model, *inputs[:2]))

@@ -13,8 +13,10 @@ from torch import Tensor
 from models import artifact
 from models.manifest import Window
 from models.windows import summarise, take_windows
-from tests.models.builders import B, D, manifest
-from tests.models.publishing import publish
+from service.inference import operations
+from service.inference.backend_selection import select_backend
+from tests.models.builders import B, D
+from tests.models.publishing import publish, publish_windowed
 from tests.models.windows import CORES, SCALES, N, V, windowed, windows
 
 KINDS = [*CORES, *(f"{kind}-imputing" for kind in CORES)]
@@ -109,15 +111,6 @@ def test_missing_value_counts_as_its_replacement_before_the_summaries() -> None:
         torch.testing.assert_close(found, expected)
 
 
-def publish_windowed(root: Path, kind: str) -> Path:
-    """Publish the model of `kind`, with golden windows of which one is short, and return the path."""
-    model, inputs = windowed(kind), windows(gaps=kind.endswith("imputing"))
-    module = artifact.script(model)
-    description = manifest("model", artifact.weights_sha256(model), artifact.record_golden(module, *inputs))
-    description = description.model_copy(update={"window": Window(rows=N, scales=list(SCALES))})
-    return artifact.publish(module, description, root)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_artifact_loads_with_its_window_and_answers_as_before(tmp_path: Path, kind: str) -> None:
     loaded = artifact.load(publish_windowed(tmp_path, kind))
@@ -127,6 +120,19 @@ def test_artifact_loads_with_its_window_and_answers_as_before(tmp_path: Path, ki
     assert torch.equal(loaded.calibration["scores"], windowed(kind).pipeline.calibration.scores)
     z = loaded.module.summarise(x)
     torch.testing.assert_close(loaded.module.score_summaries(z), loaded.module.score(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_onnx_twin_gives_the_golden_answers_and_reconstructs_the_newest_rows(tmp_path: Path, kind: str) -> None:
+    loaded = artifact.load(publish_windowed(tmp_path, kind))
+    selection = select_backend(loaded, requested="onnx")
+    assert selection.backend.name == "onnx"
+    x = windows(gaps=kind.endswith("imputing"))[0]
+    has_gaps = kind.endswith("imputing")
+    x_hat, errors = selection.backend.run(operations.reconstruct(has_gaps), (x.numpy(),))
+    np.testing.assert_allclose(x_hat, loaded.module(x), rtol=1e-4, atol=1e-4)
+    expected = np.nanmean((x_hat.astype(np.float64) - x[:, -1].numpy()) ** 2, axis=1)
+    np.testing.assert_allclose(errors, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["pca", "ae", "vae-gaussian", "ensemble"])

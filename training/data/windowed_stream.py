@@ -28,8 +28,9 @@ class JudgedBatch(NamedTuple):
 def judged_batches(stream: RowStream, manifest: Manifest) -> Iterator[JudgedBatch]:
     """Yield all rows of `stream` in their order, with what the model of `manifest` takes for each of them.
 
-    In a window, rows are in the order of their times. Faulty rows are in no window. A row that repeats another row,
-    with the same group, time and values, has the same window and is in it once.
+    In a window, rows are in the order of their times. Faulty rows are in no window. A row with the group and the time
+    of an earlier row of the source repeats it, as in the service: it is judged with the same past, and is in no other
+    window.
 
     Raises:
         DataError: the source is damaged, or it has no times although the model has a window.
@@ -47,6 +48,7 @@ def judged_batches(stream: RowStream, manifest: Manifest) -> Iterator[JudgedBatc
         inputs = np.full((len(at), manifest.window.rows, rows.x.shape[1]), np.nan, np.float32)
         found = np.flatnonzero(at >= 0)
         inputs[found] = windows.take(at[found])
+        inputs[found, -1] = rows.x[found]
         counts = np.where(at >= 0, np.minimum(windows.earlier[at] + 1, manifest.window.rows), 0)
         yield JudgedBatch(rows, inputs, counts)
         first += len(at)
@@ -73,8 +75,7 @@ def _windows(batches: list[StreamedRows], manifest: Manifest) -> tuple[TableWind
     x, time, group = x[order], time[order], group[order]
     is_first = np.append(True, group[1:] != group[:-1])[: len(x)]  # also for no rows
     steps = np.diff(time, prepend=time[:1])
-    same = (x[1:] == x[:-1]) | (np.isnan(x[1:]) & np.isnan(x[:-1]))
-    repeats = ~is_first & (steps == 0) & np.append(False, same.all(axis=1))[: len(x)]
+    repeats = ~is_first & (steps == 0)
     longest = manifest.window.longest_gap_seconds(manifest.timeline.usual_step_seconds if manifest.timeline else None)
     earlier = count_earlier_rows((is_first | (steps > longest))[~repeats])
     places = np.full(len(valid), -1)

@@ -13,7 +13,8 @@ from models import allowed_code, onnx_check
 from models.artifact import load
 from models.policy_rules import FeatureRule, Policy
 from tests.models.builders import CORES
-from tests.models.publishing import GAPS, publish_twin
+from tests.models.publishing import GAPS, publish_twin, publish_windowed
+from tests.models.windows import CORES as WINDOWED
 from tests.service.hosts import host_table
 from tests.training.reporters import RecordingReporter
 from training.config import TrainConfig
@@ -60,6 +61,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
             found.append(train(config, table, root, RecordingReporter(), force=True, replace_features=True))
     config, hosts = TrainConfig(name="policy", model="pca"), host_table()
     found.append(train(config, hosts, root, RecordingReporter(), policy=POLICY))
+    found += [publish_windowed(root / f"{kind}-window", kind) for kind in WINDOWED]
     for kind in CORES:
         found.append(publish_twin(root / kind, kind))
         found.append(publish_twin(root / f"{kind}-imputing", f"{kind}-imputing", gaps=GAPS))
