@@ -20,7 +20,7 @@ PR_SET_CHILD_SUBREAPER = 36  # the value of this constant in linux/prctl.h
 STOP_SECONDS = 10.0  # seconds between SIGTERM and SIGKILL
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 IDLE_SHARE = 0.1  # a server is idle if it uses less processor time than this, in seconds per second
-# `PROCESS_NAME` and `TRIAL_NAME` of `service.inference.trial`; this module imports nothing of the service
+# KEEPER_PROCESS_NAME and TRIAL_PROCESS_NAME of `service.inference.trial`; this module imports nothing of the service
 TRIAL_PROCESSES = ("elbo-trial", "elbo-trial-run")
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 

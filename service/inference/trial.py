@@ -8,8 +8,11 @@ All workers share the trial process. A worker sends the path and the digest of a
 An artifact with a digest that has passed is not tried again until the trial process ends.
 
 A process between the server and the trial process, the keeper, starts the trial process again if it is killed. The
-server cannot do so itself, because its threads could hold locks at the time of the fork. Requests that wait in the
+server cannot fork it itself, because its threads could hold locks at the time of the fork. Requests that wait in the
 socket are answered by the new trial process. The artifact that was being tried out is tried again at the next poll.
+
+If both processes are killed, each worker that needs them starts a keeper of its own. It runs the program anew, which
+takes seconds, but is safe for a process with threads.
 """
 
 import gc
@@ -23,6 +26,7 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from time import monotonic, sleep
 from typing import NoReturn
 
@@ -42,9 +46,10 @@ from models.trial import (
 )
 
 log = logging.getLogger("elbo.registry")
-PROCESS_NAME = "elbo-trial"  # the keeper
-TRIAL_NAME = "elbo-trial-run"  # the trial process
+KEEPER_PROCESS_NAME = "elbo-trial"
+TRIAL_PROCESS_NAME = "elbo-trial-run"
 RESTART_SECONDS = (0.1, 10.0)  # pauses before the trial process is started again: the first, and the longest
+START_SECONDS = 10.0  # shortest time between two starts of a new keeper by one worker
 LATE_IMPORTS = (
     "encodings.cp437",
     "encodings.idna",
@@ -61,10 +66,14 @@ class TrialClient:
 
     Args:
         connection: the socket to the trial process.
+        start_keeper: starts a new keeper and trial process, and returns the socket to them; None if that is impossible.
     """
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, start_keeper: Callable[[], socket.socket] | None = None) -> None:
         self._connection = connection
+        self._start_keeper = start_keeper
+        self._next_start = 0.0  # on the `monotonic` clock
+        self._lock = Lock()  # for the two attributes that change at a start
         self.is_stopped: Callable[[], bool] = lambda: False  # the server sets this, so that it can end during a trial
 
     def close(self) -> None:
@@ -89,11 +98,11 @@ class TrialClient:
         reader, writer = os.pipe()
         try:
             try:
-                request = json.dumps({"path": str(path), "digest": digest}).encode()
-                socket.send_fds(self._connection, [request], [writer])
+                self._send(json.dumps({"path": str(path), "digest": digest}).encode(), writer)
             except OSError as error:
                 raise ArtifactUnreadable(
-                    f"{path} was not loaded: the process that tries artifacts out has ended; restart the server"
+                    f"{path} was not loaded: the process that tries artifacts out has ended and cannot be started "
+                    f"again ({error.strerror}): it is started at a later poll"
                 ) from error
             finally:
                 os.close(writer)
@@ -107,6 +116,26 @@ class TrialClient:
         finally:
             os.close(reader)
 
+    def _send(self, request: bytes, writer: int) -> None:
+        """Send a request to the trial process. If this and the keeper have been killed, start new ones. Raises OSError.
+
+        Args:
+            request: the request, as JSON.
+            writer: descriptor of the pipe for the answer.
+        """
+        with self._lock:
+            try:
+                socket.send_fds(self._connection, [request], [writer])
+            except OSError:
+                if self._start_keeper is None or monotonic() < self._next_start:
+                    raise
+                log.warning("the processes that try artifacts out have been killed: starting new ones")
+                self._next_start = monotonic() + START_SECONDS
+                connection = self._start_keeper()
+                self._connection.close()
+                self._connection = connection
+                socket.send_fds(connection, [request], [writer])
+
     def _wait(self, reader: int, path: Path) -> bytes:
         answer = b""
         while True:
@@ -119,24 +148,35 @@ class TrialClient:
                 raise TrialStopped(f"{path} was not loaded, because the server stops")
 
 
-def start_trial_process(work: Work, limits: TrialLimits) -> TrialClient:
+def start_trial_process(work: Work, limits: TrialLimits, start_keeper: Callable[[], socket.socket]) -> TrialClient:
     """Fork the keeper, which starts the trial process. Call this before torch has started threads.
 
     Args:
         work: tries an artifact out, given its bytes and its path.
         limits: the limits of each trial.
+        start_keeper: see `TrialClient`.
     """
-    for module in LATE_IMPORTS:
-        importlib.import_module(module)
-    client, server = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    import_early()
+    client, server = connected_sockets()
     if fork() == 0:
         client.close()
-        _keep_and_exit(server, work, limits)
+        keep_and_exit(server, work, limits)
     server.close()
-    return TrialClient(client)
+    return TrialClient(client, start_keeper)
 
 
-def _keep_and_exit(server: socket.socket, work: Work, limits: TrialLimits) -> NoReturn:
+def import_early() -> None:
+    """Import what a trial needs and cannot import."""
+    for module in LATE_IMPORTS:
+        importlib.import_module(module)
+
+
+def connected_sockets() -> tuple[socket.socket, socket.socket]:
+    """Return the two ends of a new connection: the end of the server, and the end of the trial process."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def keep_and_exit(server: socket.socket, work: Work, limits: TrialLimits) -> NoReturn:
     """Run the trial process, and start it again if it is killed.
 
     Stop when no process of the server has its end of the connection open. `server` is the end of the trial process.
@@ -146,7 +186,7 @@ def _keep_and_exit(server: socket.socket, work: Work, limits: TrialLimits) -> No
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)  # the server decides when to end
         close_files(server.fileno())
-        name_process(PROCESS_NAME)
+        name_process(KEEPER_PROCESS_NAME)
         gc.freeze()  # a garbage collection in a child would copy the memory that it shares
         first_pause, longest_pause = RESTART_SECONDS
         pause = first_pause
@@ -166,7 +206,7 @@ def _keep_and_exit(server: socket.socket, work: Work, limits: TrialLimits) -> No
 def _serve_and_exit(server: socket.socket, work: Work, limits: TrialLimits) -> NoReturn:
     """Try artifacts out until no process of the server has its end of the connection open."""
     try:
-        name_process(TRIAL_NAME)
+        name_process(TRIAL_PROCESS_NAME)
         passed: dict[str, Verdict] = {}
         while True:
             request, descriptors, _, _ = socket.recv_fds(server, MAX_REQUEST_BYTES, 1)

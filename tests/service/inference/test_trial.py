@@ -21,7 +21,7 @@ from models.errors import ArtifactError, ArtifactUnsafe
 from models.pipeline import Pipeline
 from models.trial import TrialLimits, run_trial
 from service.inference.model_loader import ModelLoader
-from service.inference.trial import LATE_IMPORTS, PROCESS_NAME, TRIAL_NAME
+from service.inference.trial import KEEPER_PROCESS_NAME, LATE_IMPORTS, TRIAL_PROCESS_NAME
 from tests.models import hostile
 from tests.models.builders import CORES
 from tests.models.publishing import GAPS, publish_twin
@@ -137,13 +137,18 @@ def test_killed_worker_that_waited_for_a_trial_is_replaced_and_new_versions_stil
 
 
 def trial_processes(server: ServerProcess) -> dict[str, int]:
-    """Return the process IDs of the keeper and of the trial process of `server`, by name, without further children."""
+    """Return the process IDs of the keeper and of the trial process of `server`, by name, without further children.
+
+    A killed process that its parent has not waited for is left out.
+    """
     found: dict[str, int] = {}
     parents = {server.popen.pid}
     for process in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
         with suppress(OSError):
             name, _, rest = (process / "stat").read_text().partition("(")[2].rpartition(")")
-            if int(rest.split()[1]) in parents and name in (PROCESS_NAME, TRIAL_NAME) and name not in found:
+            state, parent, *_ = rest.split()
+            is_wanted = name in (KEEPER_PROCESS_NAME, TRIAL_PROCESS_NAME) and name not in found and state != "Z"
+            if int(parent) in parents and is_wanted:
                 found[name] = int(process.name)
                 parents.add(int(process.name))
     return found
@@ -170,7 +175,7 @@ def test_killed_trial_process_is_started_again_and_new_versions_still_load(
 ) -> None:
     first, server = serve_first_version(start, tmp_path, workers)
     for number in (2, 3, 4):
-        os.kill(trial_processes(server)[TRIAL_NAME], signal.SIGKILL)
+        os.kill(trial_processes(server)[TRIAL_PROCESS_NAME], signal.SIGKILL)
         publish_copy(first, number)
         for _ in range(workers):
             server.wait_for_log(f"@{number} with")
@@ -184,7 +189,7 @@ def test_artifact_whose_trial_process_is_killed_during_the_trial_is_tried_again(
     server = start(tmp_path, POLL_SECONDS=0.1, TRIAL_SECONDS=8)
     hostile.publish_code(tmp_path, ComputesForHours)
     time.sleep(1)  # the server finds the artifact and tries it out
-    os.kill(trial_processes(server)[TRIAL_NAME], signal.SIGKILL)
+    os.kill(trial_processes(server)[TRIAL_PROCESS_NAME], signal.SIGKILL)
     server.wait_for_log("was killed during the trial")
     server.wait_for_log("the trial of the model took longer than 8 s")
     publish_copy(first, 2)
@@ -198,12 +203,28 @@ def test_trial_process_outlives_a_killed_keeper_but_not_the_server(
 ) -> None:
     first, server = serve_first_version(start, tmp_path, workers)
     processes = trial_processes(server)
-    os.kill(processes[PROCESS_NAME], signal.SIGKILL)
+    os.kill(processes[KEEPER_PROCESS_NAME], signal.SIGKILL)
     publish_copy(first, 2)
     for _ in range(workers):
         server.wait_for_log("@2 with")
     assert server.stop() == 0
-    wait_until(lambda: not Path(f"/proc/{processes[TRIAL_NAME]}").exists())
+    wait_until(lambda: not Path(f"/proc/{processes[TRIAL_PROCESS_NAME]}").exists())
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_new_versions_still_load_after_keeper_and_trial_process_are_killed(
+    workers: int, start: Callable[..., ServerProcess], tmp_path: Path
+) -> None:
+    first, server = serve_first_version(start, tmp_path, workers)
+    for pid in trial_processes(server).values():  # the keeper first, so that it starts no other trial process
+        os.kill(pid, signal.SIGKILL)
+    publish_copy(first, 2)
+    for _ in range(workers):
+        server.wait_for_log("@2 with")
+    new = trial_processes(server)
+    assert set(new) == ({KEEPER_PROCESS_NAME, TRIAL_PROCESS_NAME} if workers == 1 else set())
+    assert server.stop() == 0
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in new.values()))
 
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGKILL])
@@ -213,7 +234,7 @@ def test_keeper_and_trial_process_end_with_the_server(
     publish_twin(tmp_path, "pca")
     server = start(tmp_path)
     processes = trial_processes(server)
-    assert set(processes) == {PROCESS_NAME, TRIAL_NAME}
+    assert set(processes) == {KEEPER_PROCESS_NAME, TRIAL_PROCESS_NAME}
     server.stop(sig)
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in processes.values()))
 

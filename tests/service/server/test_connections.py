@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from service.inference.trial import PROCESS_NAME
+from service.inference.trial import KEEPER_PROCESS_NAME
 from tests.conftest import require
 from tests.service.process import ServerProcess, server_starter
 from tests.service.raw_http import read_response, request_head
@@ -203,7 +203,7 @@ def worker_pids(process: ServerProcess) -> list[int]:
     children = Path(f"/proc/{pid}/task/{pid}/children")
     require(children.is_file(), "the test reads /proc")
     names = {child: Path(f"/proc/{child}/comm").read_text().strip() for child in children.read_text().split()}
-    return [int(child) for child, name in names.items() if name != PROCESS_NAME]  # without the trial process
+    return [int(child) for child, name in names.items() if name != KEEPER_PROCESS_NAME]  # without the trial process
 
 
 def sockets_to_clients(pid: int, port: int) -> int:

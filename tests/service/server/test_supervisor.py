@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from models.artifact import Artifact
-from service.inference.trial import PROCESS_NAME
+from service.inference.trial import KEEPER_PROCESS_NAME
 from service.server import fd_passing
 from tests.conftest import require
 from tests.data import ROOT
@@ -43,7 +43,7 @@ def start() -> Iterator[Callable[..., ServerProcess]]:
 def worker_pids(process: ServerProcess) -> list[int]:
     pid = process.popen.pid
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in children if Path(f"/proc/{child}/comm").read_text() != f"{PROCESS_NAME}\n"]
+    return [int(child) for child in children if Path(f"/proc/{child}/comm").read_text() != f"{KEEPER_PROCESS_NAME}\n"]
 
 
 def count_open_sockets(pid: int) -> int:
