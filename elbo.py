@@ -688,8 +688,14 @@ def score(
     name: Name,
     data: Data,
     alpha: Annotated[
-        float, typer.Option(min=0, max=1, help="false-alarm rate: accepted share of normal rows that are flagged")
-    ] = 0.05,
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="false-alarm rate: accepted share of normal rows that are flagged; default: 0.05, or the alpha that "
+            "keeps the budget of the model's policy",
+        ),
+    ] = None,
     explain: Annotated[
         int, typer.Option(min=0, help="number of features to report per row: those that contribute most")
     ] = 3,
@@ -724,11 +730,13 @@ def score(
     from training.data.row_stream import stream_for_model
     from training.evaluation.score import Tally, csv_lines, ndjson_lines
     from training.progress import progress
-    from training.reports.describe import few_calibration_rows
+    from training.reports.describe import DEFAULT_ALPHA, few_calibration_rows
 
     artifact = load_after_trial(_artifact_path(name, artifacts), keys=_trusted_keys(trusted_keys))
     stream = stream_for_model(data, artifact.manifest, time=time, group=group, escape=escape)
     lines, tally = csv_lines if format_ is Format.csv else ndjson_lines, Tally()
+    if alpha is None:
+        alpha = (artifact.manifest.policy and artifact.manifest.policy.alpha) or DEFAULT_ALPHA
     if not extrapolated and not artifact.manifest.calibration.reaches(alpha):
         typer.echo(few_calibration_rows(artifact.manifest.calibration, alpha), err=True)
     with progress(f"scoring {Path(data).name}", stream.total) as bar:

@@ -11,7 +11,7 @@ Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
 DAYS: tuple[Day, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 ZONE = re.compile(r"[A-Za-z][A-Za-z0-9_+-]*(/[A-Za-z0-9_+-]+){0,2}", re.ASCII)
 MAX_RULES = 10_000  # features with a rule
-MAX_SILENCES = 1000
+MAX_SILENCES = 200
 MAX_GROUPS = 1000  # patterns of one silence
 RANGE_PART = "range"  # the part of the score that a value outside of its valid range adds
 Text = Annotated[str, Field(min_length=1, max_length=200)]

@@ -148,7 +148,8 @@ class AnomalyBody(Body):
         0.05,
         gt=0.0,
         lt=1.0,
-        description="false-alarm rate: the accepted share of normal rows that are flagged as anomalous",
+        description="false-alarm rate: the accepted share of normal rows that are flagged as anomalous; a model with a "
+        "budget of alarms (`policy.alpha` of GET /models/{reference}) has a default of its own",
     )
     fdr: float | None = Field(
         None,
@@ -286,7 +287,10 @@ class Result(BaseModel):
     smoothed: float | None = Field(None, description="mean severity over the group's past, if a half-life was given")
     is_anomaly: bool = Field(
         description="whether severity > 1; with a half-life, whether smoothed > 1; with `fdr`, whether "
-        "Benjamini-Hochberg rejects the p-value"
+        "Benjamini-Hochberg rejects the p-value; false if `silenced`"
+    )
+    silenced: bool | None = Field(
+        None, description="true if a silence of the model's policy holds for the row, which is then never anomalous"
     )
     parts: dict[str, float] = Field(description="parts of the score by name; their sum is the score")
     features: list[FeatureReport] = Field(description="the features that contribute most, largest contribution first")
@@ -478,6 +482,11 @@ class ModelDetail(ModelSummary):
     features: list[FeatureInfo]
     training: dict[str, Any] = Field(description="configuration of the training run")
     data: dict[str, Any] = Field(description="source of the training rows, and how they were split")
+    policy: dict[str, Any] | None = Field(
+        None,
+        description="the policy of the model: its `rules`, the `alpha` that keeps its budget of alarms, and how many "
+        "rows it left out of the calibration; absent if the model has no policy",
+    )
     recalibration: dict[str, Any] | None = Field(
         description="source of the rows that `elbo calibrate` used, and the version with the same networks; null if "
         "the model was not recalibrated"

@@ -34,12 +34,14 @@ MAY_IMPORT = {
     "service.access": "models.errors errors shared_memory",
     "service.codec": "models.columns models.pixels models.timestamps models.errors errors",
     "service.inference": (
-        "models.artifact models.baseline models.keys models.manifest models.signatures models.errors models.trial "
-        "codec errors "
+        "models.artifact models.baseline models.keys models.manifest models.signatures models.errors models.silences "
+        "models.trial codec errors "
         "shared_memory"
     ),
     "service.schemas": "models.manifest inference",
-    "service.anomaly": "models.baseline models.columns models.timestamps models.errors schemas inference codec errors",
+    "service.anomaly": (
+        "models.baseline models.columns models.silences models.timestamps models.errors schemas inference codec errors"
+    ),
     "service.monitoring": "models.errors anomaly inference codec settings shared_memory",
     "service.http": "access monitoring inference codec errors shared_memory",
     "service.backtest": "models.errors models.timestamps anomaly inference",

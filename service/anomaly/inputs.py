@@ -43,6 +43,7 @@ class InputRows(NamedTuple):
         time: [G], Unix seconds, with NaN for a row without a timestamp; None if no row has a timestamp.
         group: [G], with None for a row without a group; None instead of the list if no row has a group.
         windows: [G, N, D], the windows of the rows; None unless the request has windows.
+        silenced: [G], whether a silence of the policy holds for the row; None if the policy has no silences.
     """
 
     parsed: ParsedRows
@@ -52,6 +53,14 @@ class InputRows(NamedTuple):
     group: list[str | None] | None = None
     unknown_metrics: Sequence[str] = ()
     windows: npt.NDArray[np.float32] | None = None
+    silenced: npt.NDArray[np.bool_] | None = None
+
+
+def with_default_alpha(served: ServedModel, body: AnomalyBody) -> AnomalyBody:
+    """Return `body` with the alpha that keeps the budget of the model's policy, unless it has an alpha."""
+    if served.default_alpha is None or "alpha" in body.model_fields_set:
+        return body
+    return body.model_copy(update={"alpha": served.default_alpha})
 
 
 def with_timeline_keys(served: ServedModel, body: AnomalyBody) -> AnomalyBody:

@@ -23,7 +23,13 @@ class SeriesMapping(BaseModel):
         {}, description="a selector per feature; by default the feature's name is the metric's name"
     )
     group: list[str] = Field(["instance"], min_length=1, description="the labels that distinguish groups (hosts)")
-    alpha: float = Field(0.05, gt=0.0, lt=1.0, description="the false-alarm rate: the share of normal rows flagged")
+    alpha: float = Field(
+        0.05,
+        gt=0.0,
+        lt=1.0,
+        description="the false-alarm rate: the share of normal rows flagged; for a model with a budget of alarms, the "
+        "default is the alpha that keeps it",
+    )
     extrapolated: bool = Field(
         False, description="whether rows may be anomalous at an alpha below the model's smallest possible p-value"
     )

@@ -119,3 +119,39 @@ class RunningMean:
                 count += total > weight
         self._total, self._weight = total, weight
         return count
+
+
+class LastingAlarm:
+    """The stretch of a stream of values in which their running mean is above 1.
+
+    Args:
+        mean: the running mean.
+        rows: an alarm needs this many values in one stretch.
+        seconds: and this much time from the first of them.
+    """
+
+    __slots__ = ("_mean", "_rows", "_seconds", "_since", "_values")
+
+    def __init__(self, mean: RunningMean, rows: int, seconds: float) -> None:
+        self._mean, self._rows, self._seconds = mean, rows, seconds
+        self._values, self._since = 0, 0.0
+
+    def count(self, values: list[float], times: list[float]) -> int:
+        """Add `values` one by one, and return after how many of them there is an alarm. NaN is skipped.
+
+        Args:
+            values: the values.
+            times: their times in seconds.
+        """
+        alarms = 0
+        for value, time in zip(values, times, strict=True):
+            if value != value:
+                continue
+            if not self._mean.count_above_one([value]):
+                self._values = 0
+                continue
+            if not self._values:
+                self._since = time
+            self._values += 1
+            alarms += self._values >= self._rows and time - self._since >= self._seconds
+        return alarms

@@ -399,6 +399,7 @@ def judge(
     alpha: float,
     extrapolated: bool,
     more_alphas: Sequence[float] = (),
+    silenced: npt.NDArray[np.bool_] | None = None,
 ) -> Judgements:
     """Judge each row by the calibration of its group, and let new rows change the calibration.
 
@@ -412,6 +413,7 @@ def judge(
         alpha: the false-alarm rate.
         extrapolated: see `OnlineCalibration.judge`.
         more_alphas: further alphas at which severities are wanted.
+        silenced: whether a silence holds for a row, which then changes no calibration, [G]; None: for no row.
     """
     count = len(score)
     p_values, severities = fixed[0].tolist(), fixed[1].tolist()
@@ -423,6 +425,7 @@ def judge(
     changes: list[str] = []
     scores, is_usable = _adjust(joined, rules, score, time).tolist(), usable.tolist()
     times = None if time is None else time.tolist()
+    is_silenced = [False] * count if silenced is None else silenced.tolist()
     for name, rows in joined.order.items():
         group = joined.groups[name]
         calibration = group.calibration
@@ -434,7 +437,8 @@ def judge(
                 p_values[row], (severities[row], *others) = calibration.judge_at(scores[row], alphas, extrapolated)
                 for of_alpha, severity_at in zip(more_severities, others, strict=True):
                     of_alpha[row] = severity_at
-                if joined.outcomes[row] == Outcome.NEW and joined.window_rows[row] >= rules.least_rows:
+                is_counted = joined.outcomes[row] == Outcome.NEW and not is_silenced[row]
+                if is_counted and joined.window_rows[row] >= rules.least_rows:
                     before = calibration.incidents, calibration.changes
                     calibration.step(scores[row], math.nan if times is None else times[row])
                     if calibration.incidents != before[0]:

@@ -1,5 +1,6 @@
 """Decide verdicts from scores: which rows are anomalous, how severely, and which features contribute most."""
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from models.silences import Silences
 from service.anomaly.inputs import InputRows
 from service.anomaly.smoothing import exponential_mean
 from service.codec.float32 import is_finite
@@ -143,14 +145,21 @@ class Verdicts(NamedTuple):
             parsed=ParsedRows(parsed.x[part], parsed.rows[part], [], missing),
             time=None if time is None else time[part],
             group=None if group is None else group[part],
+            silenced=None if self.input_rows.silenced is None else self.input_rows.silenced[part],
         )
         smoothed = None if self.smoothed is None else self.smoothed[part]
         past = None if self.past is None else self.past.part(part)
         return Verdicts(input_rows, self.scores.part(part), self.is_anomaly[part], smoothed, past)
 
 
+def find_silenced_rows(silences: Silences, input_rows: InputRows) -> InputRows:
+    """Return `input_rows` with the rows for which one of the silences holds. A row without a time is of now."""
+    rows = len(input_rows.parsed.rows)
+    return input_rows._replace(silenced=silences.hold(input_rows.time, input_rows.group, rows, time.time()))
+
+
 def decide(input_rows: InputRows, scores: Scores, body: AnomalyBody) -> Verdicts:
-    """Decide the verdicts on the rows.
+    """Decide the verdicts on the rows. A silenced row is never anomalous, and does not influence other verdicts.
 
     The verdicts follow from the smoothed severity if `body` has a half-life, from Benjamini-Hochberg if `body` has
     `fdr`, and otherwise from the severity.
@@ -158,12 +167,12 @@ def decide(input_rows: InputRows, scores: Scores, body: AnomalyBody) -> Verdicts
     smoothed = None
     half_life = body.half_life or body.half_life_rows
     if half_life:
-        severity = np.where(scores.usable, scores.clipped.severity, np.nan)
+        severity = np.where(_heard(input_rows, scores.usable), scores.clipped.severity, np.nan)
         by_rows = body.half_life is None
         smoothed = exponential_mean(severity, half_life, input_rows.time, input_rows.group, by_rows=by_rows)
         is_anomaly = smoothed > 1  # False for NaN
     elif body.fdr is not None:
-        usable = scores.usable
+        usable = _heard(input_rows, scores.usable)
         is_anomaly = np.zeros(len(scores.score), bool)
         if usable.any():
             is_anomaly[usable] = benjamini_hochberg(scores.p_value[usable], body.fdr)
@@ -171,7 +180,14 @@ def decide(input_rows: InputRows, scores: Scores, body: AnomalyBody) -> Verdicts
         is_anomaly = scores.severity > 1
         if not scores.all_finite:
             is_anomaly &= scores.usable
+        if input_rows.silenced is not None:
+            is_anomaly &= ~input_rows.silenced
     return Verdicts(input_rows, scores, is_anomaly.tolist(), smoothed)
+
+
+def _heard(input_rows: InputRows, usable: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Return which of the usable rows are not silenced, [G]."""
+    return usable if input_rows.silenced is None else usable & ~input_rows.silenced
 
 
 # A result has the same fields as a result of `elbo score` (training/evaluation/score.py). The two writers share no
@@ -306,6 +322,9 @@ def _add_optional_fields(results: list[dict[str, Any]], verdicts: Verdicts, name
             for result, value in zip(results, values, strict=True):
                 if value is not None and value == value:
                     result[name] = value
+    if input_rows.silenced is not None:
+        for row in np.flatnonzero(input_rows.silenced).tolist():
+            results[row]["silenced"] = True
     if verdicts.past is not None:
         _add_past(results, verdicts.past)
 

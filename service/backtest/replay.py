@@ -177,10 +177,14 @@ def _judge(
 ) -> None:
     """Write the verdicts on the rows in `part` into `result`."""
     usable = scores.usable
+    silenced = None
+    if served.silences is not None:
+        groups = [result.history.groups[number] for number in result.history.group[part].tolist()]
+        silenced = served.silences.hold(result.history.time[part], groups, len(groups), now=0.0)
     if result.states is not None:
         judgements = judge(
             joined, rules, scores.score, usable, result.history.time[part], (scores.p_value, scores.severity),
-            options.alphas[0], options.extrapolated, options.alphas[1:],
+            options.alphas[0], options.extrapolated, options.alphas[1:], silenced,
         )  # fmt: skip
         result.states += judgements.states
         p_value, severities = judgements.p_value, [judgements.severity, *judgements.more_severities]
@@ -193,6 +197,8 @@ def _judge(
     is_short = np.array(joined.window_rows) < rules.least_rows
     result.is_warming_up[part] = is_short
     result.p_value[part] = np.where(usable, p_value, 1)
+    if silenced is not None:
+        usable = usable & ~silenced  # as a row without a verdict: it is not anomalous
     for index, severity in enumerate(severities):
         most = np.where(is_short, np.float32(1), MAX_FLOAT32)
         result.severity[index, part] = np.where(usable, np.minimum(severity, most), 0)

@@ -12,7 +12,7 @@ from time import perf_counter
 
 from starlette.requests import ClientDisconnect
 
-from service.anomaly.inputs import InputRows, parse_record_rows, with_timeline_keys
+from service.anomaly.inputs import InputRows, parse_record_rows, with_default_alpha, with_timeline_keys
 from service.anomaly.verdicts import Verdicts, parsing_errors, results_and_errors
 from service.codec import compression, ndjson
 from service.codec.budget import NoLimit, max_row_bytes
@@ -56,7 +56,8 @@ class AnomalyStream:
         self._record.model = self._served.name
         self._record.version = self._served.version
         options = read_options(AnomalyBody, request.query.options)
-        self._body = with_timeline_keys(self._served, validate(AnomalyBody, merge({}, options.values)))
+        body = with_timeline_keys(self._served, validate(AnomalyBody, merge({}, options.values)))
+        self._body = with_default_alpha(self._served, body)
         self._is_live = is_live_traffic(service, request, self._body)
         is_gzip = compression.is_gzip(request.header(b"content-encoding"))
         self._gunzip = compression.GzipDecompressor() if is_gzip else None

@@ -136,7 +136,7 @@ def _decide(
     if joined.has_calibration:
         judgements = judge(
             joined, rules, scores.score, scores.usable, input_rows.time, (p_value, severity), body.alpha,
-            body.extrapolated,
+            body.extrapolated, silenced=input_rows.silenced,
         )  # fmt: skip
         p_value, severity = judgements.p_value, judgements.severity
     judged = Scores(scores.score, p_value, severity, scores.parts, scores.contribution, scores.expected)

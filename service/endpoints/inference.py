@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from service.anomaly.inputs import RECORD_READERS, ROW_FIELDS, InputRows, parse_input_rows
+from service.anomaly.inputs import RECORD_READERS, ROW_FIELDS, InputRows, parse_input_rows, with_default_alpha
 from service.anomaly.verdicts import (
     PART_ROWS,
     Verdicts,
@@ -157,6 +157,8 @@ class InferenceEndpoints:
         if media_type:
             return anomaly_stream.AnomalyStream(self._service, request, media_type).response()
         parsed = await parse_request(self._service, request, ANOMALY)
+        if parsed.served.default_alpha is not None:
+            parsed.body = with_default_alpha(parsed.served, parsed.body)
         run = partial(run_operation, self._service, parsed)
         is_live = is_live_traffic(self._service, request, parsed.body)
         verdicts = await score_rows(

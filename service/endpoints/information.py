@@ -21,7 +21,7 @@ from service.inference.served_model import ServedModel, describe
 STATIC = Path(__file__).parents[1] / "static"
 DOCS_STATIC = "/static/docs"  # where fastapi-offline serves the files of Swagger UI
 DETAIL_FIELDS = {
-    "features", "training", "data", "recalibration", "versions", "weights_sha256",
+    "features", "policy", "training", "data", "recalibration", "versions", "weights_sha256",
     "history", "latent_report", "spectrum", "total_variance", "comparison",
 }  # fmt: skip
 

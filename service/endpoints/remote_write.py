@@ -187,7 +187,8 @@ class RemoteWriteEndpoint:
         if aligner.unknown_metrics:
             self._service.unknown_metrics.report(served, aligner.unknown_metrics)
             aligner.unknown_metrics.clear()
-        body = AnomalyBody(alpha=mapping.alpha, extrapolated=mapping.extrapolated, time=TIME, group=GROUP, observe=True)
+        alpha = _alpha(served, mapping)
+        body = AnomalyBody(alpha=alpha, extrapolated=mapping.extrapolated, time=TIME, group=GROUP, observe=True)
         run = partial(run_when_free, self._service, served)
         limit = min(SCORED_ROWS, self._service.settings.max_rows)
         while due := aligner.pop_ready(monotonic(), flush=everything, limit=limit):
@@ -221,16 +222,23 @@ def _selectors(served: ServedModel, mapping: SeriesMapping) -> FeatureSelectors:
     return FeatureSelectors(selectors)
 
 
+def _alpha(served: ServedModel, mapping: SeriesMapping) -> float:
+    """Return the alpha of the mapping; if it has none, the alpha that keeps the budget of the model's policy."""
+    if served.default_alpha is None or "alpha" in mapping.model_fields_set:
+        return mapping.alpha
+    return served.default_alpha
+
+
 def _warn_if_no_row_can_be_anomalous(served: ServedModel, mapping: SeriesMapping) -> None:
     """Warn if alpha is below the smallest p-value of a model that has just been loaded: no alert would ever begin."""
     calibration = served.manifest.calibration
-    if calibration.reaches(mapping.alpha) or mapping.extrapolated:
+    if calibration.reaches(_alpha(served, mapping)) or mapping.extrapolated:
         return
     log.warning(
         "remote write can raise no alert for %s@%d: alpha is %g, but the smallest p-value of its %d calibration rows "
         "is %.3g; raise alpha in the file of ELBO_REMOTE_WRITE, calibrate the model on more rows (elbo calibrate), or "
         "set extrapolated = true, which gives no guarantee",
-        served.name, served.version, mapping.alpha, calibration.rows, calibration.floor,
+        served.name, served.version, _alpha(served, mapping), calibration.rows, calibration.floor,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from service.access.scopes import Scope
 from service.anomaly.inputs import InputRows
-from service.anomaly.verdicts import Scores, Verdicts, decide
+from service.anomaly.verdicts import Scores, Verdicts, decide, find_silenced_rows
 from service.endpoints import offload
 from service.endpoints.context import ServiceContext
 from service.endpoints.group_scoring import score_windows, score_with_past
@@ -52,6 +52,9 @@ async def score_rows(
         if input_rows.parsed.missing is not None:
             impute = partial(served.row_schema.impute, input_rows.parsed)
             rows = await run_in_thread_if_long(impute, rows.size * offload.DECISION)
+        if served.silences is not None:
+            find = partial(find_silenced_rows, served.silences, input_rows)
+            input_rows = await run_in_thread_if_long(find, served.silences.estimate_ns(len(rows)))
         if input_rows.windows is not None:
             verdicts = await score_windows(served, input_rows, body, run)
         elif served.has_past and service.groups.concerns(served, input_rows):

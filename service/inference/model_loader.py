@@ -92,6 +92,7 @@ class ModelLoader:
             signed_by=artifact.signed_by,
             baseline=artifact.baseline,
         )
+        _ = served.silences  # raises ArtifactMismatch now, not when the first row comes
         if rows := verdict.get("rows"):
             served.backend.max_rows = min(served.backend.max_rows, rows)
             log.warning(

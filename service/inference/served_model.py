@@ -4,10 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+from zoneinfo import ZoneInfoNotFoundError
 
 from models.baseline import Baseline
+from models.errors import ArtifactMismatch
 from models.keys import PublicKey
 from models.manifest import Manifest
+from models.silences import Silences
 from service.codec import png
 from service.codec.feature_names import FeatureSelectors
 from service.codec.pictures import PictureRow
@@ -57,6 +60,26 @@ class ServedModel:
     def has_past(self) -> bool:
         """Whether the past of a row's group can matter for its verdict: the model has times or a window."""
         return self.manifest.timeline is not None or self.manifest.window is not None
+
+    @cached_property
+    def default_alpha(self) -> float | None:
+        """The alpha that keeps the budget of alarms of the policy; None if there is no budget."""
+        policy = self.manifest.policy
+        return None if policy is None else policy.alpha
+
+    @cached_property
+    def silences(self) -> Silences | None:
+        """When no row is anomalous; None if the policy has no silences. Raises ArtifactMismatch."""
+        policy = self.manifest.policy
+        if policy is None or not policy.rules.silences:
+            return None
+        try:
+            return Silences(policy.rules.silences)
+        except (ZoneInfoNotFoundError, ValueError) as error:
+            raise ArtifactMismatch(
+                f"this machine does not know a time zone of the policy of {self.name}@{self.version} ({error}): "
+                "install the time zones, such as Debian's package tzdata"
+            ) from error
 
     @cached_property
     def headers(self) -> tuple[tuple[bytes, bytes], ...]:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from models.errors import printable, shortened
 from service.anomaly.inputs import InputRows
-from service.anomaly.smoothing import RunningMean
+from service.anomaly.smoothing import LastingAlarm, RunningMean
 from service.anomaly.streams import STATES, JoinedRows, Outcome
 from service.anomaly.verdicts import Scores, Verdicts
 from service.inference.registry import Catalogue
@@ -135,6 +135,7 @@ class AnomalyMetrics:
         self._max_age = max_age
         self._models_with_history: set[ModelLabels] = set()  # models whose history has been logged
         self._means: dict[tuple[ModelLabels, str], RunningMean] = {}  # by model and group label
+        self._lasting: dict[tuple[ModelLabels, str], LastingAlarm] = {}  # of models whose alarms must last
         # Label values by the values that clients have sent, by model, version and label name.
         self._known_values: dict[tuple[str, str, str], dict[str, str]] = {}
         self._detectors: dict[ModelLabels, DriftDetector] = {}
@@ -150,8 +151,10 @@ class AnomalyMetrics:
         scored = 0
         if verdicts is not None:
             scored = verdicts.scores.usable_count
-            scores = verdicts.scores
+            scores, silenced = verdicts.scores, verdicts.input_rows.silenced
             p_values = scores.p_value if scores.all_finite else scores.p_value[scores.usable]
+            if silenced is not None:  # silenced rows are no evidence of drift
+                p_values = scores.p_value[scores.usable & ~silenced]
             _count_p_values(self._p_values.local(model), p_values)
             yield from self._count_alarms(served, verdicts, self._live_rows(model, verdicts))
             if True in verdicts.is_anomaly:
@@ -218,14 +221,21 @@ class AnomalyMetrics:
         order = np.argsort(times, kind="stable")
         is_history = times < time.time() - self._max_age  # False for a row without a timestamp
         if is_history.any():
-            self._count_history(model, verdicts.scores, is_history)
+            self._count_history(model, verdicts.scores, is_history, verdicts.input_rows.silenced)
             order = order[~is_history[order]]
         rows: list[int] = order.tolist()
         return rows
 
-    def _count_history(self, model: ModelLabels, scores: Scores, is_history: npt.NDArray[np.bool_]) -> None:
+    def _count_history(
+        self,
+        model: ModelLabels,
+        scores: Scores,
+        is_history: npt.NDArray[np.bool_],
+        silenced: npt.NDArray[np.bool_] | None,
+    ) -> None:
         self._history.add(model, float(is_history.sum()))
-        _count_p_values(self._history_p_values.local(model), scores.p_value[is_history & scores.usable])
+        counted = is_history & scores.usable if silenced is None else is_history & scores.usable & ~silenced
+        _count_p_values(self._history_p_values.local(model), scores.p_value[counted])
         if model not in self._models_with_history:
             self._models_with_history.add(model)
             log.warning(
@@ -242,6 +252,8 @@ class AnomalyMetrics:
         """
         model = served.metric_labels
         severities, groups = verdicts.scores.severity.tolist(), verdicts.input_rows.group
+        if verdicts.input_rows.silenced is not None:
+            severities = np.where(verdicts.input_rows.silenced, np.nan, verdicts.scores.severity).tolist()
         rows = range(len(severities)) if rows is None else rows
         rows_by_group: Mapping[str, Sequence[int]] = {"": rows}
         if groups is not None:
@@ -255,7 +267,9 @@ class AnomalyMetrics:
             if number % STEP_GROUPS == 0:
                 yield
             group = self._limited(model, "group", name)
-            if alarms := self._mean(model, group).count_above_one([severities[row] for row in group_rows]):
+            if alarms := self._count_lasting(
+                served, group, verdicts, [severities[row] for row in group_rows], group_rows
+            ):
                 self._record_causes((*model, group), verdicts, group_rows)
                 self.alarms.add((*model, group), alarms)
 
@@ -284,6 +298,20 @@ class AnomalyMetrics:
         features = served.manifest.features
         causes = [(features[cause.column], cause) for cause in self._alert_causes.latest(labels)]
         return [format_cause(feature.name, feature.unit, cause) for feature, cause in causes]
+
+    def _count_lasting(
+        self, served: ServedModel, group: str, verdicts: Verdicts, severities: list[float], rows: Sequence[int]
+    ) -> int:
+        """Add the severities of `rows` to the mean of their group. Return after how many of them there is an alarm."""
+        mean, policy = self._mean(served.metric_labels, group), served.manifest.policy
+        if policy is None or (policy.rules.alarms.rows == 1 and not policy.rules.alarms.seconds):
+            return mean.count_above_one(severities)
+        rule, key = policy.rules.alarms, (served.metric_labels, group)
+        if key not in self._lasting:
+            self._lasting[key] = LastingAlarm(mean, rule.rows, rule.seconds)
+        now, given = time.time(), verdicts.input_rows.time
+        times = [now] * len(rows) if given is None else np.where(np.isnan(given), now, given)[rows].tolist()
+        return self._lasting[key].count(severities, times)
 
     def _mean(self, model: ModelLabels, group: str) -> RunningMean:
         mean = self._means.get((model, group))
@@ -364,6 +392,7 @@ class AnomalyMetrics:
         """Forget what this process knows of `versions`, which are no longer served. Each is given as `ModelLabels`."""
         self._models_with_history.difference_update(versions)
         self._means = {key: mean for key, mean in self._means.items() if key[0] not in versions}
+        self._lasting = {key: alarm for key, alarm in self._lasting.items() if key[0] not in versions}
         self._known_values = {key: known for key, known in self._known_values.items() if key[:2] not in versions}
         self._detectors = {model: detector for model, detector in self._detectors.items() if model not in versions}
 

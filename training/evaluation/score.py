@@ -12,7 +12,8 @@ import orjson
 import torch
 
 from models.artifact import Artifact
-from models.manifest import Window
+from models.manifest import Manifest, Window
+from models.silences import Silences
 from training.data.row_store import Floats
 from training.data.row_stream import BATCH_ROWS, RowStream
 from training.data.table import DataError, Table
@@ -23,6 +24,7 @@ Counts = npt.NDArray[np.int64]
 
 SCORE_OVERFLOW = "the score overflows float32: it is given as the largest float32"
 MAX_FLOAT32 = np.finfo(np.float32).max
+SILENCED: dict[str, Any] = {"is_anomaly": False, "silenced": True}  # fields of a row for which a silence holds
 OVERFLOW = "the row is so far from the training data that the model's output for it overflows float32"
 
 
@@ -184,6 +186,7 @@ def _batches_of_results(
         top = np.argsort(-scores.contribution, axis=1, kind="stable")[:, :explain]  # [B, explain], largest first
         shown = np.where(rows.missing, np.float32(np.nan), rows.x)  # a missing value is null in NDJSON
         lacks_values = np.asarray(rows.missing.any(axis=1))
+        silenced = _silenced(artifact.manifest, rows.time, rows.group, len(rows.x))
         results = []
         for i in range(len(rows.x)):
             fault = rows.faults.get(i)
@@ -192,7 +195,7 @@ def _batches_of_results(
                 result |= _verdict(artifact, stream, scores, shown, i, top[i])
                 if lacks_values[i]:
                     result["imputed"] = [stream.names[j] for j in np.flatnonzero(rows.missing[i])]
-                result |= _window_fields(counts, window, i)
+                result |= _window_fields(counts, window, i) | (SILENCED if silenced[i] else {})
             for name, values in (("time", rows.time), ("group", rows.group)):
                 if values is not None and values[i] is not None:
                     result[name] = values[i]
@@ -215,6 +218,17 @@ def _without_short_windows(scores: Scores, counts: Counts | None, window: Window
         return scores
     severity = np.where(counts < window.least_rows, np.minimum(scores.severity, 1), scores.severity)
     return replace(scores, severity=severity)
+
+
+def _silenced(
+    manifest: Manifest, times: Sequence[Any] | None, groups: Sequence[str | None] | None, rows: int
+) -> npt.NDArray[np.bool_]:
+    """Return for which rows a silence of the policy holds, [B]. It holds for no row whose time is unknown."""
+    if times is None or manifest.policy is None or not manifest.policy.rules.silences:
+        return np.zeros(rows, bool)
+    seconds = np.array([time if isinstance(time, float) else np.nan for time in times])
+    held = Silences(manifest.policy.rules.silences).hold(seconds, groups, rows, now=0.0)
+    return np.asarray(held & ~np.isnan(seconds))
 
 
 def _window_fields(counts: Counts | None, window: Window | None, i: int) -> dict[str, Any]:

@@ -2,9 +2,12 @@
 
 import textwrap
 from collections.abc import Iterable, Iterator
+from datetime import time
+from itertools import chain, repeat
 from pathlib import Path
 
 from models.manifest import CalibrationSize, Manifest, Period, Timeline, Window, calibration_rows_needed
+from models.policy_rules import DAYS, Silence
 from training.config import TrainConfig
 
 KIND_NAMES = {
@@ -30,7 +33,7 @@ def _wrapped(facts: Iterable[tuple[str, str]], width: int) -> Iterator[tuple[str
     """Yield the facts with long lists on several lines."""
     for label, text in facts:
         lines = [text]
-        if label in ("WARNING", "warning", "training", "versions"):
+        if label in ("WARNING", "warning", "training", "versions", "policy"):
             lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
         yield from zip([label, *[""] * (len(lines) - 1)], lines, strict=True)
 
@@ -68,6 +71,7 @@ def _facts(manifest: Manifest, path: Path) -> Iterator[tuple[str, str]]:
     if origin := manifest.recalibration:
         rows = f"{calibration.rows:,} of {origin.rows:,} rows of {origin.source}, SHA-256 {origin.fingerprint[:12]}"
         yield "calibration", f"{rows}; the networks are those of {origin.parent}"
+    yield from zip(chain(["policy"], repeat("")), policy_lines(manifest), strict=False)
     yield (
         "p-value",
         f"at least {calibration.floor:.3g}; below this alpha, no row is anomalous without `extrapolated`",
@@ -98,6 +102,46 @@ def period(times: Period) -> str:
     minutes = len("2024-01-01 00:00")
     is_short = first[:minutes] == last[:minutes]
     return f"{first} to {last} UTC" if is_short else f"{first[:minutes]} to {last[:minutes]} UTC"
+
+
+def policy_lines(manifest: Manifest) -> Iterator[str]:
+    """Yield the rules of the policy, one a line: features, silences, alarms, and the rows that did not calibrate."""
+    policy = manifest.policy
+    if policy is None:
+        return
+    units = {feature.name: f" {feature.unit}" if feature.unit else "" for feature in manifest.features}
+    for name, rule in policy.rules.features.items():
+        parts = [] if rule.direction == "both" else [f"only {rule.direction} values matter"]
+        parts += [f"deviations from {rule.least:g}{units[name]} matter"] if rule.least else []
+        parts += [] if rule.minimum is None else [f"at least {rule.minimum:g}{units[name]} is valid"]
+        parts += [] if rule.maximum is None else [f"at most {rule.maximum:g}{units[name]} is valid"]
+        parts += [] if rule.alone else ["never raises an alarm alone"]
+        if parts:
+            yield f"{name}: {', '.join(parts)}"
+    for silence in policy.rules.silences:
+        yield f"silence{f' {silence.name!r}' if silence.name else ''}: {_silence(silence)}"
+    alarms = policy.rules.alarms
+    if alarms.rows > 1 or alarms.seconds:
+        seconds = f" over {alarms.seconds:g} s" if alarms.seconds else ""
+        yield f"an alert needs {alarms.rows} anomalous row{'s' * (alarms.rows != 1)} in a row{seconds}"
+    if policy.alpha is not None:
+        yield f"at most {alarms.per_day:g} false alarms a day and group, so the default alpha is {policy.alpha:.3g}"
+    if policy.outside or policy.silenced:
+        yield (
+            f"left out of the calibration: {policy.outside:,} rows with a value outside of its valid range, and "
+            f"{policy.silenced:,} silenced rows"
+        )
+
+
+def _silence(silence: Silence) -> str:
+    words = [] if len(silence.days) == len(DAYS) else [f"on {', '.join(silence.days)}"]
+    if silence.start is not None or silence.end is not None:
+        start, end = (f"{moment or time():%H:%M}" for moment in (silence.start, silence.end))
+        words.append(f"from {start} to {end}")
+    words += [] if silence.first is None else [f"from {silence.first}"]
+    words += [] if silence.last is None else [f"until {silence.last}"]
+    words += [] if silence.groups is None else [f"for {', '.join(silence.groups)}"]
+    return " ".join([*words, f"({silence.zone})"])
 
 
 def few_calibration_rows(calibration: CalibrationSize, alpha: float = DEFAULT_ALPHA) -> str:

@@ -16,6 +16,7 @@ from training.reports.describe import (
     few_calibration_rows,
     latents_phrase,
     period,
+    policy_lines,
 )
 
 FEATURES = 40  # number of features that are listed; further features are only counted
@@ -162,6 +163,11 @@ def _alarms(manifest: Manifest) -> Iterator[str]:
         yield f"are those of {origin.parent}. SHA-256 of the calibration rows: `{origin.fingerprint}`."
     else:
         yield f"It was calibrated on {rows:,} rows that were not used for training."
+    if lines := list(policy_lines(manifest)):
+        yield "A policy applies before the score is computed, so the rate of false alarms holds for these rules:"
+        yield ""
+        yield from (f"- {line}" for line in lines)
+        yield ""
     if not manifest.calibration.reaches(DEFAULT_ALPHA):
         yield f"**{few_calibration_rows(manifest.calibration)}**"
     yield "At alpha 0.05, at most 5 % of the normal rows that are exchangeable with the calibration rows raise a false"
