@@ -164,7 +164,7 @@ def verdicts_of(severities: list[float], expected: list[list[float]]) -> Verdict
 
 def test_causes_of_an_alert_come_from_the_most_severe_row_with_a_verdict_and_stay_if_normal_rows_follow() -> None:
     features = [SimpleNamespace(name="cpu", unit="%"), SimpleNamespace(name="load", unit=None)]
-    model: Any = SimpleNamespace(metric_labels=("m", "1"), manifest=SimpleNamespace(features=features))
+    model: Any = SimpleNamespace(metric_labels=("m", "1"), manifest=SimpleNamespace(features=features, policy=None))
     catalogue = Catalogue({"m": {1: model}})
     labels = ("m", "1", "")
     metrics = Metrics(SharedCounters()).anomalies
