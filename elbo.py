@@ -201,7 +201,12 @@ ArtifactFolder = Annotated[
     Path, typer.Option("--artifacts", envvar="ELBO_ARTIFACTS", help="artifact folder: <name>/<version>/model.pt")
 ]
 Data = Annotated[
-    str, typer.Argument(metavar="DATA", help='"digits", a file (.npy, .npz, .csv, .parquet) or a folder of images')
+    str,
+    typer.Argument(
+        metavar="DATA",
+        help='a file (.npy, .npz, .csv, .parquet), a folder of images, or bundled data: "digits", "simulated-hosts" '
+        '(five normal weeks of ten hosts) or "simulated-hosts-later" (the next week, with labelled incidents)',
+    ),
 ]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="a model (name or name@version), or the path of a model.pt")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
@@ -380,22 +385,26 @@ def _train(
 def demo(artifacts: ArtifactFolder = DEFAULT_ARTIFACTS, runs: Runs = Path("runs"), sign: SignOption = None) -> None:
     """Train the demonstration models that are not in the artifact folder yet.
 
-    The models are pca, ae, vae and linear (an autoencoder without hidden layers). All are trained on scikit-learn's
-    digits.
+    The models pca, ae, vae and linear (an autoencoder without hidden layers) are trained on scikit-learn's digits. The
+    model hosts is trained on simulated metrics of ten hosts (simulated-hosts).
     """
     from models.manifest import versions
-    from training.config import DEMONSTRATION
+    from training.config import DEMONSTRATIONS
 
-    missing = [config for config in DEMONSTRATION if not versions(artifacts, config.name)]
+    names = [config.name for configs in DEMONSTRATIONS.values() for config in configs]
+    missing = [name for name in names if not versions(artifacts, name)]
     if not missing:
-        typer.echo(f"nothing to do: {artifacts} has {', '.join(config.name for config in DEMONSTRATION)}")
+        typer.echo(f"nothing to do: {artifacts} has {', '.join(names)}")
         return
     key = _private_key(sign)
     from training.data.table import read_table
 
-    table = read_table("digits")
-    for config in missing:
-        _train(config, table, artifacts, runs, key=key)
+    for source, configs in DEMONSTRATIONS.items():
+        wanted = [config for config in configs if config.name in missing]
+        if wanted:
+            table = read_table(source, time=wanted[0].time, group=wanted[0].group)
+            for config in wanted:
+                _train(config, table, artifacts, runs, key=key)
 
 
 @app.command(epilog="Examples: elbo inspect vae | elbo inspect vae@2 --json | elbo inspect artifacts/vae/2/model.pt")

@@ -18,7 +18,7 @@ from models.artifact import load
 from models.manifest import read_manifest
 from tests.commands import HEADER, Rows, command, in_process, two_factor_rows, write
 from tests.data import ROOT
-from training.config import AUTO_KINDS, DEMONSTRATION, TrainConfig
+from training.config import AUTO_KINDS, DEMONSTRATION, DEMONSTRATION_OF_HOSTS, TrainConfig
 from training.data.table import split_rows
 
 pytestmark = pytest.mark.slow
@@ -418,7 +418,7 @@ def test_repeated_training_publishes_the_next_version_with_the_same_weights(
 def test_demo_trains_only_missing_models(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for config in DEMONSTRATION[1:]:
+    for config in (*DEMONSTRATION[1:], DEMONSTRATION_OF_HOSTS):
         (tmp_path / config.name / "1").mkdir(parents=True)
         (tmp_path / config.name / "1" / "model.pt").touch()
     monkeypatch.setenv("ELBO_ARTIFACTS", str(tmp_path))
@@ -429,7 +429,26 @@ def test_demo_trains_only_missing_models(
     assert manifest.training == TrainConfig(model=AUTO_KINDS[0], name=AUTO_KINDS[0]).model_dump(mode="json")
     assert manifest.data.source == "digits"
     again = in_process(capsys, "demo", "--artifacts", str(tmp_path))
-    assert again == (0, f"nothing to do: {tmp_path} has pca, ae, vae, linear\n", "")
+    assert again == (0, f"nothing to do: {tmp_path} has pca, ae, vae, linear, hosts\n", "")
+
+
+def test_demo_trains_the_model_of_hosts_on_times_groups_and_seasons(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for config in DEMONSTRATION:
+        (tmp_path / config.name / "1").mkdir(parents=True)
+        (tmp_path / config.name / "1" / "model.pt").touch()
+    code, out, err = in_process(capsys, "demo", "--artifacts", str(tmp_path), "--runs", str(tmp_path / "runs"))
+    assert code == 0, err
+    assert out == f"published hosts@1: {tmp_path}/hosts/1/model.pt\n"
+    manifest = load(tmp_path / "hosts/1/model.pt").manifest
+    assert manifest.groups == [f"web-{host}" for host in range(10)]
+    assert manifest.season is not None
+    code, out, err = in_process(
+        capsys, "evaluate", "hosts", "simulated-hosts-later", "--json", "--artifacts", str(tmp_path)
+    )
+    assert code == 0, err
+    assert json.loads(out)["auroc"] > 0.8  # a leak begins slowly
 
 
 @pytest.fixture

@@ -228,3 +228,11 @@ DEMONSTRATION: tuple[TrainConfig, ...] = (
     *(TrainConfig(model=kind, name=kind) for kind in AUTO_KINDS),
     TrainConfig(model="ae", name="linear", hidden=(), learning_rate=0.03),  # a rate of 0.001 converges too slowly
 )
+# The model that `elbo demo` trains on the simulated hosts: times, groups and seasons.
+DEMONSTRATION_OF_HOSTS = TrainConfig(
+    model="pca", name="hosts", time="time", group="host", season=("day", "week"), time_zone="Europe/Berlin"
+)
+DEMONSTRATIONS: dict[str, tuple[TrainConfig, ...]] = {
+    "digits": DEMONSTRATION,
+    "simulated-hosts": (DEMONSTRATION_OF_HOSTS,),
+}  # by source

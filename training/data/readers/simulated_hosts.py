@@ -23,7 +23,7 @@ STEP = timedelta(minutes=15)
 WEEK_ROWS = timedelta(weeks=1) // STEP
 HISTORY_WEEKS, LATER_WEEKS = 5, 1
 HOSTS = 10
-ZONE = "Europe/Berlin"
+ZONE = "Europe/Berlin"  # that of the model hosts, see `training.config`
 METRICS = (
     "cpu [%]", "memory [GB]", "requests [1/s]", "latency [ms]", "errors [1/min]", "disk [MB/s]", "network [MB/s]",
 )  # fmt: skip
