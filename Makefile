@@ -132,6 +132,7 @@ bench-anomaly: $(READY) $(PEERS)/.ready ## Measure anomaly scores, calibration a
 	@$(VENV)/bin/python benchmarks/anomaly/server_metrics.py
 	@$(VENV)/bin/python benchmarks/anomaly/false_alarm_rate.py
 	@$(VENV)/bin/python benchmarks/anomaly/simulated_hosts.py
+	@$(VENV)/bin/python benchmarks/anomaly/backtest_speed.py
 
 soak: $(READY) ## Serve for half an hour while clients, disks, publishers and workers fail; OPTIONS='--minutes 5' is shorter
 	@$(VENV)/bin/python benchmarks/serving/soak.py $(OPTIONS)

@@ -57,13 +57,16 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> str:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return an artifact folder with the models `rows` and `windows`, and the file of their history."""
+    """Return an artifact folder with the models `rows`, `windows` and `plain` (without times), and their history."""
     folder = tmp_path_factory.mktemp("backtest")
-    data = read_table(write_csv(folder / "train.csv", table(900, START - 10**6, seed=0)), time="ts", group="host")
+    path = write_csv(folder / "train.csv", table(900, START - 10**6, seed=0))
+    data = read_table(path, time="ts", group="host")
     write_csv(folder / "history.csv", table(300, START, seed=1))
     for name, window in (("rows", None), ("windows", 9)):
         config = TrainConfig(model="pca", name=name, latents=2, time="ts", group="host", window=window)
         train(config, data, folder, SilentReporter())
+    plain = read_table(path, drop=("ts", "host"))
+    train(TrainConfig(model="pca", name="plain", latents=2, drop=("ts", "host")), plain, folder, SilentReporter())
     return folder
 
 
@@ -79,7 +82,7 @@ def replayed(root: Path, name: str, **options: Any) -> Replay:
     return replay(served, history()[0], Options(ALPHAS, **options))
 
 
-@pytest.mark.parametrize(("name", "online"), [("rows", True), ("windows", True), ("windows", False)])
+@pytest.mark.parametrize(("name", "online"), [("rows", True), ("windows", True), ("windows", False), ("plain", True)])
 def test_verdicts_of_a_replay_equal_the_served_ones_row_by_row(root: Path, name: str, online: bool) -> None:
     judged = replayed(root, name, online=online)
     place = np.argsort(judged.history.source_rows)  # of each row of the source, its place in the replay
@@ -100,8 +103,8 @@ def test_verdicts_of_a_replay_equal_the_served_ones_row_by_row(root: Path, name:
         np.testing.assert_allclose([row["p_value"] for row in served[alpha]], judged.p_value[place], rtol=1e-5)
         severities = [row["severity"] for row in served[alpha]]
         np.testing.assert_allclose(severities, judged.severity[index, place], rtol=1e-3)
-    if online:
-        assert judged.states is not None
+    assert (judged.states is not None) == (online and name != "plain")
+    if judged.states is not None:
         assert [row["state"] for row in served[live]] == np.array(judged.states)[place].tolist()
     assert judged.is_anomaly[1].any()
     assert not judged.is_anomaly[0].all()

@@ -17,7 +17,8 @@ from service.backtest.text import describe_causes, format_cause, format_duration
 DRAWN_GROUPS = 24  # groups that are drawn: those with most alarms; the page stays below 1 MB
 POINTS = 600  # points of a line; of the rows behind a point, the largest severity is drawn
 CONTEXT_ROWS = 120  # rows that are drawn before and after an alarm
-WIDTH, HEIGHT = 900, 90  # of a drawing, in pixels
+WIDTH, HEIGHT = 900, 96  # of a drawing, in pixels
+BOTTOM = HEIGHT - 20  # lower end of the series; the marks of alarms and the times are below it
 LOWEST, HIGHEST = 0.01, 100.0  # severities outside these are drawn at these
 STYLE = """
 :root { color-scheme: light dark; --line: #3b5bdb; --alarm: #e03131; --known: #ffd43b66; --rule: #8888; }
@@ -87,17 +88,17 @@ def _severity_drawing(replay: Replay, rows: slice, alarms: npt.NDArray[np.intp],
 
     def y(values: npt.ArrayLike) -> Doubles:
         share = np.log(np.clip(values, LOWEST, HIGHEST) / LOWEST) / np.log(HIGHEST / LOWEST)
-        return np.asarray(HEIGHT - 12 - share * (HEIGHT - 16))
+        return np.asarray(BOTTOM - share * (BOTTOM - 4))
 
     largest = _largest_per_point(severity)
     bands = "".join(
-        _rectangle("known", float(x(incident.start)), float(x(incident.end)), 0, HEIGHT - 12)
+        _rectangle("known", float(x(incident.start)), float(x(incident.end)), 0, BOTTOM)
         for incident in incidents
         if incident.end >= first and incident.start <= last
     )
     starts, ends = x(replay.history.time[alarms[:, 0]]), x(replay.history.time[alarms[:, 1] - 1])
     marks = "".join(
-        _rectangle("alarm", start, end, HEIGHT - 11, 4) for start, end in _joined(starts.tolist(), ends.tolist())
+        _rectangle("alarm", start, end, BOTTOM + 2, 4) for start, end in _joined(starts.tolist(), ends.tolist())
     )
     line = f"<path class='line' d='{_path(x(time[largest]), y(severity[largest]))}'/>"
     limit = f"<line class='limit' x1='0' x2='{WIDTH}' y1='{float(y(1.0)):.1f}' y2='{float(y(1.0)):.1f}'/>"
@@ -137,10 +138,10 @@ def _feature_drawing(replay: Replay, alarm: Alarm, feature: int) -> str:
     kept = np.unique(np.linspace(0, len(values) - 1, min(len(values), POINTS)).astype(int))
     scale = WIDTH / max(last - first, 1e-9)  # pixels per second
     x = (time[kept] - first) * scale
-    y = HEIGHT - 14 - (values[kept] - low) / max(high - low, 1e-30) * (HEIGHT - 28)
+    y = BOTTOM - 2 - (values[kept] - low) / max(high - low, 1e-30) * (BOTTOM - 16)
     left, right = ((float(np.clip(edge, first, last)) - first) * scale for edge in (alarm.start, alarm.end))
-    mark = _rectangle("alarm", left, right, HEIGHT - 11, 4)
-    limits = f"<text x='2' y='9'>{high:.4g}</text><text x='2' y='{HEIGHT - 16}'>{low:.4g}</text>"
+    mark = _rectangle("alarm", left, right, BOTTOM + 2, 4)
+    limits = f"<text x='2' y='9'>{high:.4g}</text><text x='2' y='{BOTTOM - 4}'>{low:.4g}</text>"
     return _svg(
         f"{mark}<path class='line' d='{_path(x, y)}'/>{limits}{_time_labels(first, last)}",
         f"{format_cause(alarm.causes[0])} around the alarm",
@@ -183,8 +184,8 @@ def _rectangle(kind: str, left: float, right: float, top: float, height: float) 
 
 def _time_labels(first: float, last: float) -> str:
     return (
-        f"<text x='0' y='{HEIGHT - 1}'>{format_time(first)}</text>"
-        f"<text x='{WIDTH}' y='{HEIGHT - 1}' text-anchor='end'>{format_time(last)}</text>"
+        f"<text x='0' y='{HEIGHT - 3}'>{format_time(first)}</text>"
+        f"<text x='{WIDTH}' y='{HEIGHT - 3}' text-anchor='end'>{format_time(last)}</text>"
     )
 
 
