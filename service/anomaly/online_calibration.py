@@ -69,6 +69,7 @@ RETURN_ALARM = 9  # so the former set returns only if it alarms on fewer than on
 # Slower than the calibration set is renewed, so that the two do not work against each other.
 CORRECTION_STEP = 5 / SET_ROWS
 MAX_CORRECTION = math.log(2)  # the correction at most halves or doubles small p-values
+ROUNDING = 1e-5  # as in `models.calibration`: largest relative difference between the scores of one row in two batches
 TAIL_SHARE = 0.1  # share of the calibration set, the largest scores, to which the exponential tail is fitted
 NEXT_AFTER_ONE = 1 + 1.2e-7  # rounds to the next float32 after 1
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
@@ -184,7 +185,8 @@ class _CalibrationSet:
 class OnlineCalibration:
     """The calibration of one group. See the module's docstring for the rule and its guarantee.
 
-    Scores are rounded to float32. A score that is not a finite number counts as the largest float32.
+    Scores have a spread of about 1, as adjusted scores have (`models.baseline`). They are rounded to float32. A score
+    that is not a finite number counts as the largest float32.
 
     Attributes:
         window_rows, incident_rows: the arguments.
@@ -326,7 +328,7 @@ class OnlineCalibration:
         self.alarms += alarm
         if not self._held:
             self._held_since = time
-        self._held.append(score)
+        self._held.append(_raised(score))
         self._held_alarms += alarm
         self._count = min(self._count + 1, self.incident_alarms) if alarm else max(self._count - 1, 0)
         if self._count == self.incident_alarms and not self._incident:
@@ -481,6 +483,14 @@ def _float32(score: float) -> float:
     if -MAX_FLOAT32 <= score <= MAX_FLOAT32:
         return array("f", (score,))[0]
     return MAX_FLOAT32
+
+
+def _raised(score: float) -> float:
+    """Return a score raised by the largest rounding error, as `models.calibration` raises calibration scores.
+
+    A host whose rows stay the same would otherwise raise alarms because of rounding.
+    """
+    return min(score + ROUNDING * (1.0 + abs(score)), MAX_FLOAT32)
 
 
 def _checked_body(record: bytes | memoryview) -> memoryview:

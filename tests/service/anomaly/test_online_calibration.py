@@ -263,6 +263,17 @@ def test_since_is_the_time_of_the_first_row_of_an_incident_and_of_the_change_tha
     assert OnlineCalibration.load(calibration.dump()).since == 100.0
 
 
+@pytest.mark.parametrize("rare", [0.5, 0.01, 0.002])
+@pytest.mark.parametrize("level", [-7.0, 0.0, 3.7, 1e4])
+def test_equal_rows_whose_scores_differ_by_rounding_raise_no_alarm(level: float, rare: float) -> None:
+    calibration = OnlineCalibration(level + normal_scores(200) - 2)
+    random = np.random.default_rng(0)
+    error = 5e-6 * (abs(level) + 1) * (random.random(5000) < rare)
+    scores = (level + error).astype(np.float32)
+    feed(calibration, scores[:1500])
+    assert max(severity for _, severity in feed(calibration, scores[1500:])) <= 1
+
+
 def test_own_rows_replace_the_start_set_one_by_one() -> None:
     calibration = OnlineCalibration(normal_scores(50))
     assert (calibration.set_rows, calibration.own_rows) == (50, 0)
