@@ -54,12 +54,22 @@ export async function postJson(endpoint, model, body, signal) {
 /** The response of /anomaly. The rows are not live traffic: a visitor who looks at rows must not raise an alert. */
 export const scoreRows = (model, body, signal) => postJson("/anomaly", model, { ...body, observe: false }, signal);
 
-/** POST rows of numbers as npy and return the rows of the response, each a Float32Array. */
-async function postNpy(endpoint, model, rows, signal) {
+/** `rows` as JSON inputs of `model`. If the model has a window, each row is the only one in its window. */
+export function toInputs(model, rows) {
+  if (!model.window) return rows;
+  const absent = Array.from({ length: model.window.rows - 1 }, () => Array(model.width).fill(null));
+  return rows.map((row) => [...absent, Array.from(row)]);
+}
+
+/**
+ * POST rows of numbers as npy and return the rows of the response, each a Float32Array. `windowRows` is the number of
+ * rows of a window, in which each row is the only one.
+ */
+async function postNpy(endpoint, model, rows, signal, windowRows = 1) {
   const response = await request(`${endpoint}?model=${reference(model)}`, {
     method: "POST",
     headers: { "Content-Type": NPY, Accept: NPY },
-    body: toNpy(rows),
+    body: toNpy(rows, windowRows),
     signal,
   });
   return fromNpy(await response.arrayBuffer());
@@ -76,7 +86,7 @@ export async function encodeInBatches(model, rows, onProgress) {
     onProgress(latents.length);
     const batch = rows.slice(latents.length, latents.length + batchSize);
     try {
-      for (const z of await postNpy("/encode", model, batch)) latents.push(z);
+      for (const z of await postNpy("/encode", model, batch, undefined, model.window?.rows)) latents.push(z);
     } catch (error) {
       if (!TOO_LARGE.includes(error.code) || batchSize === 1) throw error;
       batchSize = Math.ceil(batch.length / 2);

@@ -15,24 +15,30 @@ const READERS = {
   u4: ["getUint32", 4],
 };
 
-/** Rows of numbers as a .npy file of float32; null becomes NaN. */
-export function toNpy(rows) {
+/**
+ * Rows of numbers as a .npy file of float32; null becomes NaN. If `windowRows` is above 1, each row becomes a window of
+ * that many rows, of which the others are NaN.
+ */
+export function toNpy(rows, windowRows = 1) {
   const width = rows[0].length;
-  const header = paddedHeader(rows.length, width);
+  const header = paddedHeader(windowRows > 1 ? [rows.length, windowRows, width] : [rows.length, width]);
   const start = PREAMBLE + header.length;
-  const bytes = new Uint8Array(start + 4 * rows.length * width);
+  const bytes = new Uint8Array(start + 4 * rows.length * windowRows * width);
   bytes.set([...MAGIC, 1, 0, header.length & 255, header.length >> 8]);
   bytes.set(new TextEncoder().encode(header), PREAMBLE);
   const view = new DataView(bytes.buffer, start);
+  const absent = (windowRows - 1) * width; // the numbers of a window before its newest row
   rows.forEach((row, i) => {
-    for (let j = 0; j < width; j++) view.setFloat32(4 * (i * width + j), row[j] ?? Number.NaN, true);
+    const place = i * windowRows * width;
+    for (let j = 0; j < absent; j++) view.setFloat32(4 * (place + j), Number.NaN, true);
+    for (let j = 0; j < width; j++) view.setFloat32(4 * (place + absent + j), row[j] ?? Number.NaN, true);
   });
   return bytes;
 }
 
 /** The header, padded so that the data start at a multiple of 64 bytes. */
-function paddedHeader(count, width) {
-  const header = `{'descr': '<f4', 'fortran_order': False, 'shape': (${count}, ${width}), }`;
+function paddedHeader(shape) {
+  const header = `{'descr': '<f4', 'fortran_order': False, 'shape': (${shape.join(", ")}), }`;
   const total = Math.ceil((PREAMBLE + header.length + 1) / 64) * 64;
   return `${header.padEnd(total - PREAMBLE - 1)}\n`;
 }

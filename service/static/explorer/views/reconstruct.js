@@ -1,6 +1,6 @@
 // The reconstruction view: the path of a row through the encoder, the latents and the decoder.
 
-import { decode, getExhibit, postJson } from "../lib/api.js";
+import { decode, getExhibit, postJson, toInputs } from "../lib/api.js";
 import { percent } from "../lib/format.js";
 import { sameShape } from "../lib/model.js";
 import { state } from "../lib/state.js";
@@ -143,9 +143,10 @@ class ReconstructView {
 
   async encodeAndDecode(input, signal) {
     const { model, seed } = this;
-    const code = await postJson("/encode", model, { inputs: [input] }, signal);
+    const inputs = toInputs(model, [input]);
+    const code = await postJson("/encode", model, { inputs }, signal);
     const sampled = this.isSampling
-      ? await postJson("/encode", model, { inputs: [input], sample: true, seed }, signal)
+      ? await postJson("/encode", model, { inputs, sample: true, seed }, signal)
       : code;
     const [output] = await decode(model, sampled.latents, signal);
     return this.stages({ input, mean: code.latents[0], std: code.std[0], z: sampled.latents[0], output });

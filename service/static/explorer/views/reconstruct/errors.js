@@ -1,6 +1,6 @@
 // The reconstruction errors of all models of the same rows.
 
-import { postJson } from "../../lib/api.js";
+import { postJson, toInputs } from "../../lib/api.js";
 import { isAbort } from "../../lib/errors.js";
 import { number } from "../../lib/format.js";
 import { fillMissing } from "../../lib/model.js";
@@ -12,7 +12,7 @@ import { thumbnail } from "../../ui/row-figure.js";
 export function reconstructWithAll(models, input, signal) {
   const reconstruct = async (model) => {
     try {
-      const { outputs } = await postJson("/reconstruct", model, { inputs: [input] }, signal);
+      const { outputs } = await postJson("/reconstruct", model, { inputs: toInputs(model, [input]) }, signal);
       return { row: outputs[0] };
     } catch (error) {
       if (isAbort(error)) throw error;
