@@ -1,4 +1,5 @@
-"""Export recorded Prometheus series as a training CSV: one row per host and time, one column per feature.
+"""Export recorded Prometheus series as a training CSV: one row per host and time, with the columns time and host
+and one column per feature.
 
 python deploy/history.py deploy/elbo/remote-write.toml node --url http://127.0.0.1:9090 --hours 24 > node.csv
 """
@@ -50,8 +51,12 @@ def main() -> None:
             host = ",".join(series["metric"].get(label, "") for label in group_labels)
             for timestamp, value in series["values"]:
                 rows.setdefault((host, timestamp), {})[feature] = value
-    complete = [row for _, row in sorted(rows.items()) if len(row) == len(features)]
-    writer = csv.DictWriter(sys.stdout, list(features))
+    complete = [
+        {"time": timestamp, "host": host, **row}
+        for (host, timestamp), row in sorted(rows.items(), key=lambda item: (item[0][1], item[0][0]))
+        if len(row) == len(features)
+    ]
+    writer = csv.DictWriter(sys.stdout, ["time", "host", *features])
     writer.writeheader()
     writer.writerows(complete)
     print(f"{len(complete)} complete rows of {len({host for host, _ in rows})} hosts", file=sys.stderr)

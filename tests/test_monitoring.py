@@ -391,9 +391,10 @@ def train_on_history(folder: Path, mapping: Path, prometheus: int) -> None:
         subprocess.run(history, stdout=file, check=True)
     rows = list(csv.DictReader(table.read_text().splitlines()))
     assert len(rows) > 40
-    assert tuple(rows[0]) == FEATURES
+    assert tuple(rows[0]) == ("time", "host", *FEATURES)
     folders = {"ELBO_ARTIFACTS": str(folder / "artifacts"), "ELBO_RUNS": str(folder / "runs")}
-    result = command("train", str(table), "--model", "pca", "--latents", "1", "--name", "node", environment=folders)
+    options = ["--model", "pca", "--latents", "1", "--name", "node", "--time", "time", "--group", "host"]
+    result = command("train", str(table), *options, environment=folders)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
