@@ -126,8 +126,8 @@ def csv_lines(
 ) -> Iterator[str]:
     """Yield CSV, several lines at a time: a header, then a line per row. Each explained feature takes four columns.
 
-    If the model has a window, there are also columns that say how many rows the window of a row has, and whether these
-    are too few to judge the row. The last columns are the time and the group, if the source has them, and the fault of
+    If the model has a window, there are also columns that say how many rows the window of a row has, and whether it is
+    not full yet. The last columns are the time and the group, if the source has them, and the fault of
     a faulty row.
     """
     explained = range(1, min(explain, len(stream.names)) + 1)
@@ -169,8 +169,8 @@ def _batches_of_results(
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield the results of the rows of `stream` in order, a batch at a time. Count them in `tally`.
 
-    If the model has a window, the result of a row also says how many rows its window has, and whether these are too few
-    to judge the row. Such a row is never anomalous.
+    If the model has a window, the result of a row also says how many rows its window has, and whether it is not full
+    yet. A row whose window has less than a third of its rows is never anomalous.
 
     As in responses of /anomaly, a number that is too large for float32 is given as the largest float32.
     """
@@ -235,7 +235,7 @@ def _window_fields(counts: Counts | None, window: Window | None, i: int) -> dict
     """Return the fields on the window of row i: `counts` [B] says how many rows each window has."""
     if counts is None or window is None:
         return {}
-    return {"window_rows": int(counts[i]), "warming_up": bool(counts[i] < window.least_rows)}
+    return {"window_rows": int(counts[i]), "warming_up": bool(counts[i] < window.rows)}
 
 
 def _verdict(
