@@ -766,11 +766,14 @@ def backtest(
     name: Name,
     data: Annotated[str, typer.Argument(metavar="HISTORY", help="a file of rows with times (.csv, .parquet)")],
     alpha: Annotated[
-        list[float],
+        list[float] | None,
         typer.Option(
-            min=0, max=1, help="false-alarm rate; repeat it to compare several. Details of the report are for the first"
+            min=0,
+            max=1,
+            help="false-alarm rate; repeat it to compare several, the details are for the first; default: the alpha "
+            "that keeps the budget of the model's policy, if it has one, 0.05, 0.01 and 0.001",
         ),
-    ] = [0.05, 0.01, 0.001],  # noqa: B006 - typer copies it
+    ] = None,
     labels: Annotated[
         Path | None,
         typer.Option(
@@ -817,7 +820,7 @@ def backtest(
     from service.backtest.history import sort_history
     from service.backtest.incidents import read_incidents
     from service.backtest.page import make_page
-    from service.backtest.replay import Options, replay
+    from service.backtest.replay import DEFAULT_ALPHAS, Options, replay
     from service.backtest.report import make_report
     from service.backtest.text import format_report
     from service.inference.model_loader import ModelLoader
@@ -825,8 +828,8 @@ def backtest(
     from training.data.row_stream import stream_for_model
     from training.progress import progress
 
-    if not alpha or not all(0 < rate < 1 for rate in alpha):
-        raise OptionError(f"--alpha: expected numbers above 0 and below 1, got {', '.join(map(str, alpha))}")
+    if not all(0 < rate < 1 for rate in alpha or ()):
+        raise OptionError(f"--alpha: expected numbers above 0 and below 1, got {', '.join(map(str, alpha or ()))}")
     if html is not None and not html.parent.is_dir():
         raise OptionError(f"--html: there is no folder {html.parent}")
     path = _artifact_path(name, artifacts)
@@ -840,7 +843,8 @@ def backtest(
     history = sort_history(rows.x, rows.time, rows.group, rows.source_rows)
     version = path.parent.name
     served = ModelLoader().load(path, artifact.manifest.name, int(version) if version.isdecimal() else 1)
-    options = Options(tuple(alpha), extrapolated, half_life_rows, online=not fixed)
+    alphas = alpha or [rate for rate in (served.default_alpha, *DEFAULT_ALPHAS) if rate is not None]
+    options = Options(tuple(alphas), extrapolated, half_life_rows, online=not fixed)
     with progress(f"replaying {Path(data).name}", len(history)) as bar:
         judged = replay(served, history, options, bar.show)
     report = make_report(judged, incidents, f"{served.name}@{served.version}", data, rows.faulty)

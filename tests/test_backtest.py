@@ -120,10 +120,11 @@ def test_replay_in_chunks_of_any_size_gives_the_same_verdicts(root: Path, monkey
     np.testing.assert_array_equal(parts.causes_rows, whole.causes_rows)
 
 
-def test_smoothed_replay_equals_one_request_with_the_whole_history(root: Path) -> None:
-    judged = replayed(root, "rows", half_life_rows=3.0)
+@pytest.mark.parametrize("name", ["rows", "windows"])
+def test_smoothed_replay_equals_one_request_with_the_whole_history(root: Path, name: str) -> None:
+    judged = replayed(root, name, half_life_rows=3.0)
     place = np.argsort(judged.history.source_rows)
-    settings = Settings(artifacts=root, default_model="rows", backend="torchscript", log_level="warning")
+    settings = Settings(artifacts=root, default_model=name, backend="torchscript", log_level="warning")
     with running(create_app(settings)) as client:
         body = {"records": history()[1], "alpha": ALPHAS[0], "half_life_rows": 3.0}
         served = post(client, "/anomaly", body)["results"]

@@ -22,6 +22,7 @@ from service.inference.served_model import ServedModel
 
 CHUNK_ROWS = 4096  # rows that are replayed at once
 PART_BYTES = 2**20  # windows are scored in parts of about this size, as in the service
+DEFAULT_ALPHAS = (0.05, 0.01, 0.001)
 CAUSES = 3  # features that are remembered of an anomalous row: those that contribute most
 
 MAX_FLOAT32 = np.finfo(np.float32).max
@@ -50,7 +51,7 @@ class Options:
         online: whether rows are judged by the online calibration of their group, if the model was trained with times.
     """
 
-    alphas: tuple[float, ...] = (0.05, 0.01, 0.001)
+    alphas: tuple[float, ...] = DEFAULT_ALPHAS
     extrapolated: bool = False
     half_life_rows: float = 0.0
     online: bool = True
@@ -67,7 +68,7 @@ class Replay:
         p_value: [M]. A row without a verdict has 1.
         is_warming_up: whether a row has too few rows before it to be anomalous, [M].
         states: the state of the group's online calibration after each row, [M]; None without online calibration.
-        causes_rows: rows whose causes are known: those that are anomalous at the first alpha, ascending, [A].
+        causes_rows: rows whose causes are known: those whose own severity at the first alpha is above 1, [A].
         causes_features: their CAUSES features with the largest contributions, as indices, [A, C].
         causes_numbers: value, expected value and contribution of these features, [A, C, 3].
         names: names of the D features.
@@ -88,6 +89,14 @@ class Replay:
     def is_anomaly(self) -> Flags:
         """Which rows are anomalous, [K, M]."""
         return np.asarray(self.severity > 1)
+
+    def causes_before(self, row: int, rows: int) -> tuple[Cause, ...]:
+        """Return the causes of the last of some rows whose causes are known: `rows` rows, of which `row` is the last.
+
+        The smoothed severity of a row can be above 1 although its own is not.
+        """
+        found = (self.causes_of(earlier) for earlier in range(row, row - rows, -1))
+        return next((causes for causes in found if causes), ())
 
     def causes_of(self, row: int) -> tuple[Cause, ...]:
         """Return the features that contribute most to the score of an anomalous row; none if they are unknown."""
@@ -145,8 +154,7 @@ def replay(
         last = int(index[-1])
         payloads = {last: groups[history.groups[last]].dump(joined.pool)}
         report(part.stop)
-    if options.half_life_rows:
-        _smooth(result, options.half_life_rows)
+    _finish(result, options.half_life_rows)
     result.causes_rows, result.causes_features, result.causes_numbers = (
         np.concatenate(arrays) for arrays in zip(*causes, strict=True)
     )
@@ -201,7 +209,7 @@ def _judge(
         usable = usable & ~silenced  # as a row without a verdict: it is not anomalous
     for index, severity in enumerate(severities):
         most = np.where(is_short, np.float32(1), MAX_FLOAT32)
-        result.severity[index, part] = np.where(usable, np.minimum(severity, most), 0)
+        result.severity[index, part] = np.where(usable, np.minimum(severity, most), np.nan)  # see `_finish`
 
 
 def _find_causes(
@@ -217,7 +225,13 @@ def _find_causes(
     return rows + part.start, features, np.stack(numbers, axis=2).astype(np.float32)
 
 
-def _smooth(result: Replay, half_life_rows: float) -> None:
-    """Replace severities by their means over the past, as /anomaly does if one request has the whole history."""
+def _finish(result: Replay, half_life_rows: float) -> None:
+    """Smooth the severities as /anomaly does if one request has the whole history, and let no NaN remain.
+
+    A row without a verdict has NaN so far, so that it does not count for other rows.
+    """
     for severity in result.severity:
-        severity[:] = exponential_mean(severity, half_life_rows, None, result.history.group, by_rows=True)
+        if half_life_rows:
+            smoothed = exponential_mean(severity, half_life_rows, None, result.history.group, by_rows=True)
+            severity[:] = np.where(result.is_warming_up, np.minimum(smoothed, 1), smoothed)
+        severity[np.isnan(severity)] = 0

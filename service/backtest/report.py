@@ -29,7 +29,8 @@ class Alarm:
         end: Unix seconds of the last row.
         rows: number of rows.
         is_false: whether none of the rows lies in a known incident.
-        worst_row: index of the row with the largest severity, in order of group and time.
+        first_row: index of the first row, in order of group and time.
+        worst_row: index of the row with the largest severity.
         worst: time of this row.
         severity: its severity.
         p_value: its p-value.
@@ -41,6 +42,7 @@ class Alarm:
     end: float
     rows: int
     is_false: bool
+    first_row: int
     worst_row: int
     worst: float
     severity: float
@@ -172,7 +174,10 @@ def make_report(replay: Replay, incidents: Sequence[Incident] | None, model: str
 def _worst(replay: Replay, alarms: Sequence[Alarm]) -> list[Alarm]:
     """Return the most severe false alarms, with their causes."""
     false = sorted((alarm for alarm in alarms if alarm.is_false), key=lambda alarm: -alarm.severity)
-    return [replace(alarm, causes=replay.causes_of(alarm.worst_row)) for alarm in false[:WORST_ALARMS]]
+    return [
+        replace(alarm, causes=replay.causes_before(alarm.worst_row, alarm.worst_row - alarm.first_row + 1))
+        for alarm in false[:WORST_ALARMS]
+    ]
 
 
 def _find(replay: Replay, incident: Incident, inside: npt.NDArray[np.bool_]) -> IncidentSummary:
@@ -221,6 +226,7 @@ def find_alarms(replay: Replay, index: int, inside: npt.NDArray[np.bool_]) -> li
                 end=float(history.time[end - 1]),
                 rows=end - start,
                 is_false=not inside[start:end].any(),
+                first_row=start,
                 worst_row=worst,
                 worst=float(history.time[worst]),
                 severity=float(severity[worst]),
