@@ -2,7 +2,7 @@
 
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -35,6 +35,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
     slow_files = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow_files)  # a stable sort: the tests of a file stay together
+
+
+@pytest.fixture(autouse=True, scope="module")
+def plots_only_if_marked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let `elbo train` in the process of the test draw no plots, unless the module has the mark `plots`.
+
+    Drawing takes longer than training a small model. Only modules with slow tests train.
+    """
+    items = [item for item in request.session.items if item.path == request.path]
+    if request.node.get_closest_marker("plots") or not any(item.get_closest_marker("slow") for item in items):
+        yield
+        return
+    from training.reports import plots
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "PLOTS", {})
+        yield
 
 
 def made_once(name: str, make: Callable[[Path], None], tmp_path_factory: pytest.TempPathFactory) -> Path:

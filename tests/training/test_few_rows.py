@@ -9,7 +9,7 @@ import pytest
 from models.manifest import CalibrationSize
 from tests.commands import in_process, two_factor_rows, write
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.plots]
 
 ROWS = 30  # 6 calibration rows: the smallest possible p-value is 1 / 7
 

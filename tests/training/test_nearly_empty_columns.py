@@ -12,7 +12,7 @@ from models.manifest import read_manifest
 from tests.commands import in_process
 from training.config import EVERY_KIND
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.plots]
 
 
 def write_sparse(path: Path, values: int, rows: int = 200) -> str:

@@ -27,6 +27,7 @@ from training.fitting.windows import choose_window, prepare
 from training.train import train
 
 ROWS, HOSTS = 400, 3
+pytestmark = pytest.mark.plots  # no other tests draw the plots of a model with a window
 FEATURES = ["cpu", "mem", "disk"]
 TIMES = {"time": "ts", "group": "host"}
 

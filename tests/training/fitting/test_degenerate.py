@@ -14,7 +14,7 @@ from training.fitting.pipeline import fit_pipeline
 from training.fitting.prepared_data import prepare_data
 from training.progress import SilentReporter
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.plots]
 
 ALPHA = 0.05
 CONSTANT_COLUMNS = {4: 0.0, 5: 100.0, 6: -1e-4}  # the value of each constant column

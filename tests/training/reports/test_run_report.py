@@ -23,7 +23,7 @@ from training.reports.describe import KIND_NAMES
 from training.reports.model_card import MEASURES, card, command_of
 from training.train import train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.plots]
 
 SMALL = {"hidden": (16,), "epochs": 6, "latents": 4}
 PLOTS = {
