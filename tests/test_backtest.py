@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from models.manifest import read_manifest
+from models.policy_rules import Policy
 from service.app import create_app
 from service.backtest.history import History, sort_history
-from service.backtest.replay import Options, Replay, replay
+from service.backtest.replay import DEFAULT_ALPHAS, Options, Replay, replay
 from service.inference.model_loader import ModelLoader
 from service.settings import Settings
 from tests.commands import in_process
@@ -26,6 +28,9 @@ NAMES = ["cpu", "disk", "load"]
 HOSTS = ["a", "b", "c"]
 START = 1_767_225_600  # 2026-01-01
 ALPHAS = (0.05, 0.01)
+POLICY = Policy.model_validate(
+    {"alarms": {"per_day": 36}, "silences": [{"start": "02:30", "end": "03:30", "groups": ["a", "b"]}]}
+)
 
 
 def table(rows: int, start: int, seed: int) -> list[dict[str, Any]]:
@@ -57,14 +62,17 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> str:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return an artifact folder with the models `rows`, `windows` and `plain` (without times), and their history."""
+    """Return an artifact folder with the models `rows`, `windows` and `plain`, and the file of their history.
+
+    `windows` has a policy. `plain` was trained without times.
+    """
     folder = tmp_path_factory.mktemp("backtest")
     path = write_csv(folder / "train.csv", table(900, START - 10**6, seed=0))
     data = read_table(path, time="ts", group="host")
     write_csv(folder / "history.csv", table(300, START, seed=1))
     for name, window in (("rows", None), ("windows", 9)):
         config = TrainConfig(model="pca", name=name, latents=2, time="ts", group="host", window=window)
-        train(config, data, folder, SilentReporter())
+        train(config, data, folder, SilentReporter(), policy=POLICY if window else None)
     plain = read_table(path, drop=("ts", "host"))
     train(TrainConfig(model="pca", name="plain", latents=2, drop=("ts", "host")), plain, folder, SilentReporter())
     return folder
@@ -82,7 +90,7 @@ def replayed(root: Path, name: str, **options: Any) -> Replay:
     return replay(served, history()[0], Options(ALPHAS, **options))
 
 
-@pytest.mark.parametrize(("name", "online"), [("rows", True), ("windows", True), ("windows", False), ("plain", True)])
+@pytest.mark.parametrize(("name", "online"), [("rows", True), ("rows", False), ("windows", True), ("plain", True)])
 def test_verdicts_of_a_replay_equal_the_served_ones_row_by_row(root: Path, name: str, online: bool) -> None:
     judged = replayed(root, name, online=online)
     place = np.argsort(judged.history.source_rows)  # of each row of the source, its place in the replay
@@ -97,12 +105,14 @@ def test_verdicts_of_a_replay_equal_the_served_ones_row_by_row(root: Path, name:
             body = {"records": rows[start : start + 37]}
             served[others] += post(client, "/anomaly", {**body, "alpha": others, "observe": False})["results"]
             served[live] += post(client, "/anomaly", {**body, "alpha": live})["results"]
+    silent = np.array([row.get("silenced", False) for row in served[live]])
+    assert silent.sum() == (120 if name == "windows" else 0)
     for index, alpha in enumerate(ALPHAS):
         assert len(served[alpha]) == len(rows)
         assert [row["is_anomaly"] for row in served[alpha]] == judged.is_anomaly[index, place].tolist()
         np.testing.assert_allclose([row["p_value"] for row in served[alpha]], judged.p_value[place], rtol=1e-5)
-        severities = [row["severity"] for row in served[alpha]]
-        np.testing.assert_allclose(severities, judged.severity[index, place], rtol=1e-3)
+        severities = np.array([row["severity"] for row in served[alpha]])
+        np.testing.assert_allclose(severities[~silent], judged.severity[index, place][~silent], rtol=1e-3)
     assert (judged.states is not None) == (online and name != "plain")
     if judged.states is not None:
         assert [row["state"] for row in served[live]] == np.array(judged.states)[place].tolist()
@@ -168,6 +178,17 @@ def test_history_or_option_that_cannot_be_used_exits_with_status_2(
     status, _, err = in_process(capsys, "backtest", "rows", str(path), *arguments, "--artifacts", str(root))
     assert status == 2
     assert re.search(f"elbo: error: .*{message}", err)
+
+
+def test_command_begins_with_the_alpha_that_keeps_the_budget_of_the_policy(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = read_manifest(root / "windows" / "1" / "model.pt")
+    assert manifest.policy is not None
+    arguments = ["windows", str(root / "history.csv"), "--json", "--artifacts", str(root)]
+    status, out, _ = in_process(capsys, "backtest", *arguments)
+    assert status == 0
+    assert [summary["alpha"] for summary in json.loads(out)["alphas"]] == [manifest.policy.alpha, *DEFAULT_ALPHAS]
 
 
 def test_faulty_rows_cost_only_themselves(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
