@@ -265,8 +265,10 @@ def _fit_scale(encodings: Floats, residual: Floats, centre: Floats, *, is_pool: 
 
 def _ridge(encodings: Floats, values: Floats, centre: Floats, weights: Floats) -> Floats:
     """Return the coefficients c [E] with the smallest |values - encodings c|^2 + sum of weights (c - centre)^2."""
-    gram = encodings.T @ encodings + np.diag(weights)
-    found: Floats = centre + np.linalg.solve(gram, encodings.T @ (values - encodings @ centre))
+    # einsum and not @, which would start threads for each of thousands of small products.
+    gram = np.einsum("ni,nj->ij", encodings, encodings) + np.diag(weights)
+    residual = values - np.einsum("ni,i->n", encodings, centre)
+    found: Floats = centre + np.linalg.solve(gram, np.einsum("ni,n->i", encodings, residual))
     return found
 
 
