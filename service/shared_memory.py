@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 
 SEGMENT_BYTES = 16 * 2**20  # room for about 20,000 histograms; the kernel allocates only the pages that are written
 _WORD = 8  # bytes
-_USED, _CHANGES = 0, 1  # words at the start of a segment: the bytes taken by entries, and the number of changes
+_SIZE_WORD, _CHANGES_WORD = 0, 1  # places of two words: the bytes taken by entries, and the number of changes
 _FIRST_ENTRY = 2 * _WORD
 _KEY_BYTES, _LENGTH, _STATE = 0, 1, 2  # words at the start of an entry
 _ENTRY_HEADER = 3 * _WORD
@@ -57,7 +57,7 @@ class Entry(NamedTuple):
 class Segment:
     """The arrays of one process by key, in memory that the other processes can read.
 
-    Layout: two words (`_USED` and `_CHANGES`), then the entries one after another. An entry is three words
+    Layout: two words (`_SIZE_WORD` and `_CHANGES_WORD`), then the entries one after another. An entry is three words
     (`_KEY_BYTES`, `_LENGTH` and `_STATE`), the key as JSON padded with spaces, and the numbers as float64. A word has
     8 bytes, and is written at once.
 
@@ -114,7 +114,7 @@ class Segment:
     def reset_transient(self) -> None:
         """Set the transient numbers to zero, after the process that wrote this segment has ended."""
         with self._lock:
-            self._words[_CHANGES] += 1  # the process may have been killed before it had counted its last change
+            self._words[_CHANGES_WORD] += 1  # the process may have been killed before it had counted its last change
             self._parse()
             for values, transient, _ in self._entries.values():
                 if transient:
@@ -124,7 +124,7 @@ class Segment:
     def _parse(self) -> None:
         """Update `_entries`."""
         for _ in range(_MAX_READS):
-            changes = self._words[_CHANGES]
+            changes = self._words[_CHANGES_WORD]
             if changes != self._parsed_changes:
                 self._entries = {key: entry for key, entry in self._entries.items() if entry.start is None}
                 self._free.clear()
@@ -132,13 +132,13 @@ class Segment:
             try:
                 self._parse_added()
             except ValueError:  # the key of an entry that is being replaced
-                if self._words[_CHANGES] == changes:
+                if self._words[_CHANGES_WORD] == changes:
                     raise
-            if self._words[_CHANGES] == changes:
+            if self._words[_CHANGES_WORD] == changes:
                 return
 
     def _parse_added(self) -> None:
-        while self._parsed_bytes < self._words[_USED]:
+        while self._parsed_bytes < self._words[_SIZE_WORD]:
             start = _FIRST_ENTRY + self._parsed_bytes
             at = start // _WORD
             key_bytes, length, state = self._words[at : at + 3]
@@ -185,11 +185,11 @@ class Segment:
         if end - _FIRST_ENTRY <= self._parsed_bytes:
             self._count_change()
         else:
-            self._words[_USED] = self._parsed_bytes = end - _FIRST_ENTRY
+            self._words[_SIZE_WORD] = self._parsed_bytes = end - _FIRST_ENTRY
         return self._entry(start)
 
     def _count_change(self) -> None:
-        self._words[_CHANGES] = self._parsed_changes = self._parsed_changes + 1
+        self._words[_CHANGES_WORD] = self._parsed_changes = self._parsed_changes + 1
 
 
 class SharedCounters:

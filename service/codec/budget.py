@@ -20,13 +20,13 @@ from time import perf_counter, thread_time
 from service.codec.long_work import SLICE_SECONDS, pause_if_due
 from service.errors import BodyTooLarge, ClientGone, DeadlineExceeded, TooManyRows
 
-PIECE_BYTES = 64 * 1024  # orjson needs up to 20 ms for 64 KiB of empty lists
+PIECE_BYTES = 64 * 1024  # orjson keeps the interpreter lock while it parses a piece, such as one of empty lists
 ROW_BYTES = 1024  # memory for what the server keeps about a row: its error, or its position, time and group
 TURN_SECONDS = 0.004  # longest processor time for which one request may block the event loop
-MAX_CPU_SECONDS = 20.0  # processor time; reading the largest body that the default settings allow takes 3 s
+MAX_CPU_SECONDS = 20.0  # processor time; several times what the largest body of the default settings needs
 MAX_ROW_BYTES = 2**20  # longest row as text, for models of few features
 MAX_NUMBER_BYTES = 32  # space for a number, its comma and its name
-NEXT_ROWS = 16  # rows that are counted together, because counting takes a fifth as long as reading a short row
+NEXT_ROWS = 16  # rows that are counted together, because counting each alone would slow down the reading of short rows
 MAX_NEXT_BYTES = 64 * 1024  # most memory for the numbers of these rows; a row that needs more is counted alone
 _HOLD_STEP = 64 * 1024  # bytes; fewer per call of `hold` would take its lock too often
 
@@ -106,13 +106,13 @@ class Budget:
         self._bytes -= size
 
     @property
-    def counted(self) -> tuple[int, int]:
-        """The numbers of rows and bytes that have been counted so far. `return_to` can restore them."""
+    def usage(self) -> tuple[int, int]:
+        """The numbers of rows and bytes that have been counted so far. `restore_usage` can restore them."""
         return self.rows, self._bytes
 
-    def return_to(self, counted: tuple[int, int]) -> None:
-        """Restore numbers that `counted` has returned, so that another reader can begin again with the same text."""
-        self.rows, self._bytes = counted
+    def restore_usage(self, usage: tuple[int, int]) -> None:
+        """Restore numbers that `usage` has returned, so that another reader can begin again with the same text."""
+        self.rows, self._bytes = usage
 
     def take_next_rows(self, size: int) -> int:
         """Count the next rows, valid or not, and `size` bytes for the numbers of each. Return how many rows these are.

@@ -1,8 +1,8 @@
 """Long work in threads: of all threads that do long work, only one works at a time.
 
 Whenever the event loop waits for the network, it gives up Python's interpreter lock, and needs it again for its next
-step. If several other threads want it at that time, all of them may get it before the event loop. With ten such
-threads, a request for /livez took 140 ms. This module lets only one of them compete with the event loop.
+step. If several other threads want it at that time, all of them may get it before the event loop. This module lets
+only one of them compete with the event loop.
 
 A thread works for about SLICE_SECONDS, and then another thread may work. The event loop gets the interpreter lock
 after SWITCH_INTERVAL, which is set in service/server/worker.py, or when the current call of a C library ends, if that
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 SLICE_SECONDS = 0.01  # shorter slices would cost much on a busy machine, where the next thread waits for a processor
-COPIED_BYTES = 512 * 1024  # maximum number of bytes to copy while holding the interpreter lock; this takes 0.2 ms
+COPIED_BYTES = 512 * 1024  # maximum number of bytes to copy while holding the interpreter lock
 FIRST_BYTES = 16 * 1024  # first size of a large response
 
 
@@ -94,7 +94,7 @@ class LargeContent:
     """The content of a large response, which grows while it is written.
 
     It is kept in a NumPy array, because NumPy frees the interpreter lock while it copies. `bytes.join` and `BytesIO`
-    would hold the lock for up to 40 ms, and freeing 80 MB of `bytes` would hold it for 8 ms.
+    would hold the lock for the whole copy, and so would freeing many MB of `bytes`.
     """
 
     def __init__(self) -> None:

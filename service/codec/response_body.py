@@ -22,7 +22,7 @@ ARRAY_FORMATS = (JSON, *ARRAY_MEDIA_TYPES)
 IMAGE_FORMATS = (*ARRAY_FORMATS, png.MEDIA_TYPE)
 
 
-_PIECE_NUMBERS = 2**12  # numbers of a response that are written at once, which takes 0.5 ms
+_PIECE_NUMBERS = 2**12  # numbers of a response that are written at once, while the interpreter lock is held
 _PIECE_ELEMENTS = 256  # elements of a list that are written at once
 _PART = re.compile(r'(?:[^,"]|"(?:\\.|[^"\\])*"?)+')  # one element of a list; commas in quotation marks do not end it
 _QUALITY = re.compile(r"\d+(?:\.\d*)?|\.\d+", re.ASCII)
@@ -107,8 +107,8 @@ def to_json(fields: dict[str, Any]) -> bytes | memoryview:
 def _write_in_pieces(fields: dict[str, Any]) -> bytes | memoryview:
     """Return `fields` as JSON. Large arrays and long lists are written in pieces.
 
-    orjson holds Python's interpreter lock, and so does copying bytes. Writing 600,000 numbers at once would stop every
-    other thread for 80 ms, and so would joining 100 MB of pieces.
+    orjson holds Python's interpreter lock, and so does copying bytes. Writing a large array at once would stop every
+    other thread meanwhile, and so would joining large pieces.
     """
     written = LargeContent()
     before = b"{"

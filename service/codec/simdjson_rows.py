@@ -17,7 +17,7 @@ from service.codec.budget import NO_LIMIT, Budget
 from service.codec.float32 import as_float32
 
 MAX_WHOLE_BYTES = 512 * 1024  # a larger body is read in pieces
-LARGE_PIECE_BYTES = 256 * 1024  # simdjson needs up to 5 ms
+LARGE_PIECE_BYTES = 256 * 1024  # simdjson keeps the interpreter lock while it parses a piece
 MAX_REST_BYTES = 4096  # of a large body, outside of its rows
 MAX_GAP_BYTES = 100  # longest white space between two rows of a large body
 MAX_SEARCHES = 64  # `_occurs` calls find() repeatedly for up to this many occurrences, and bytes.count for more
@@ -38,13 +38,13 @@ def read_fields(body: bytes, main: str, width: int, budget: Budget = NO_LIMIT) -
             return _read_fields(body, main, width)
         except _PARSING_ERRORS:
             return None
-    counted = budget.counted
+    usage = budget.usage
     try:
         fields = _read_large(body, main, width, budget)
     except _PARSING_ERRORS:
         fields = None
     if fields is None:
-        budget.return_to(counted)
+        budget.restore_usage(usage)
     return fields
 
 

@@ -26,7 +26,7 @@ from service.inference.operations import Operation
 from service.shared_memory import SharedNumber
 
 MAX_INLINE_SECONDS = 0.002  # a batch runs in the event loop's thread if it is expected to take at most this long
-MAX_INLINE_BYTES = 2**20  # larger outputs are joined in another thread; 32 MiB would keep the event loop for 20 ms
+MAX_INLINE_BYTES = 2**20  # larger outputs are joined in another thread, because joining would block the event loop
 CHECK_SECONDS = 0.01  # interval between checks of deadlines; a job that has waited longer than this counts as delayed
 
 Outcome = tuple[Job, BatchResult | BaseException]

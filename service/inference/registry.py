@@ -185,7 +185,7 @@ class ModelRegistry:
         before = _identities(self.catalogue)
         self.refresh()
         if _identities(self.catalogue) != before:
-            _return_free_memory()
+            _return_freed_memory_to_the_system()
 
     def refresh(self) -> None:
         """Scan the artifact folder: load new artifacts, drop removed ones, and replace the catalogue.
@@ -377,7 +377,7 @@ def _identities(catalogue: Catalogue) -> set[int]:
     return {id(served) for served in _served_models(catalogue)}
 
 
-def _return_free_memory() -> None:
+def _return_freed_memory_to_the_system() -> None:
     """Give the memory of removed models back to the operating system, if the C library is glibc.
 
     Without this call, glibc keeps that memory. The call takes 2 to 4 ms, in which other threads may wait for memory.
