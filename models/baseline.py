@@ -23,7 +23,6 @@ from models.season import Floats, Period, columns, encode, to_local
 
 START_ROWS = 100  # adjusted scores in a start set, and the calibration rows that a group needs for a set of its own
 MIN_SCALE_SHARE = 0.25  # the scale is at least this share of its mean over the week
-SMALLEST_SHARE = 1e-6  # scores are raised to this share of the typical score, because the logarithm of 0 is infinite
 BUFFERS = (
     "coefficients", "start_sets", "has_start_set", "moments", "offsets", "shift", "smallest",
 )  # fmt: skip
@@ -154,4 +153,4 @@ def choose_start_set(adjusted: npt.NDArray[np.float32]) -> npt.NDArray[np.float3
     n = len(adjusted)
     ranks = np.ceil(np.arange(1, START_ROWS + 1) * (n + 1) / (START_ROWS + 1) - 1e-9).astype(int)
     chosen: npt.NDArray[np.float32] = np.sort(adjusted)[np.minimum(ranks, n) - 1]
-    return chosen
+    return np.nan_to_num(chosen)  # a score that overflows counts as the largest number

@@ -125,6 +125,12 @@ def test_start_set_of_n_rows_gives_p_values_that_are_valid_at_every_level(rows: 
     assert share[4] > levels[4] - 1.01 / (rows + 1)  # and hardly stricter than necessary
 
 
+def test_start_set_of_scores_that_overflow_is_finite() -> None:
+    chosen = choose_start_set(np.append(np.arange(99), np.inf).astype(np.float32))
+    assert chosen[-1] == np.finfo(np.float32).max
+    assert chosen[-2] == 98
+
+
 def test_artifact_with_5000_groups_is_loaded_and_finds_every_group(tmp_path: Path) -> None:
     arrays = arrays_of(5000, ("day", "week"))
     season = Season(periods=["day", "week"], time_zone="UTC")

@@ -33,6 +33,7 @@ BLOCK_VALUES = 1 << 22  # float32 values that are read and scored at once
 # Each group is fitted as if it had this many rows more, which behave as the pool does. The scale is harder to estimate.
 LOCATION_ROWS, SCALE_ROWS = (5.0, 30.0), (30.0, 300.0)  # for the constant, and for each other column
 CLIP = 4.0  # residuals beyond this many scales are clipped, so that incidents hardly change the coefficients
+SMALLEST_SHARE = 1e-6  # scores are raised to this share of their median, because the logarithm of 0 is infinite
 TYPICAL_SHIFT = 2.0  # scores that can be negative are raised by this many times the distance from minimum to median
 
 Indices = npt.NDArray[np.int64]
@@ -190,7 +191,7 @@ def _shift(scores: Floats) -> tuple[float, float]:
     scores = scores[np.isfinite(scores)]
     median, low = float(np.median(scores)), float(scores.min())
     shift = 0.0 if low >= 0.0 else TYPICAL_SHIFT * (median - low) - median
-    return shift, max(1e-30, 1e-6 * (median + shift))
+    return shift, max(1e-30, SMALLEST_SHARE * (median + shift))
 
 
 def _groups_with_coefficients(timeline: Timeline, rows: Indices) -> Indices:
