@@ -30,7 +30,7 @@ that affects fewer than half of its rows is not recognised, and is learnt.
 Guarantee
 ---------
 (i) Without any assumption: `counted_alarms` is REFERENCE_ALPHA * `counted_rows` + `correction` / CORRECTION_STEP +
-    `lost`, where `counted` means learnt. While `lost` is 0, the false-alarm rate of n learnt rows lies within
+    `lost`, where `counted` means learnt. While `lost` is 0, the share of alarms among n learnt rows lies within
     MAX_CORRECTION / CORRECTION_STEP / n = 139 / n of 5 %: 1.4 percentage points after 10,000 rows. This is the argument
     of adaptive conformal inference (Gibbs & Candès, "Adaptive conformal inference under distribution shift", NeurIPS
     2021; Angelopoulos, Barber & Bates, "Online conformal prediction with decaying step sizes", ICML 2024). Discarded
