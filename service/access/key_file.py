@@ -5,6 +5,9 @@
 
 The file does not contain the values of keys, so nobody can send requests with its content. A plain SHA-256 hash is
 enough, because `elbo key add` draws the values at random: 256 bits cannot be guessed, unlike a password.
+
+If such a file is cut off, the line that is cut is invalid, and lines that are missing grant nothing. A key that an
+editor has written as a TOML table of several lines has no such protection: without its last lines, it may lack limits.
 """
 
 import fcntl

@@ -50,6 +50,22 @@ def test_added_key_is_printed_once_and_only_its_hash_is_in_the_file(
     assert len(text.splitlines()) == 1
 
 
+def test_file_that_is_cut_off_anywhere_grants_no_key_more_than_the_whole_file(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    key_file.add(file, "first", ApiKey(sha256=HASH, scopes={Scope.INFER}, requests_per_second=25, burst=100))
+    key_file.add(file, "second", ApiKey(sha256="0" * 64, scopes={Scope.ADMIN, Scope.METRICS}, concurrent_requests=12))
+    text, whole = file.read_text(), key_file.read(file)
+    found = set()
+    for end in range(len(text)):
+        try:
+            keys = key_file.parse(text[:end], file)
+        except KeyFileError:
+            continue
+        assert keys.items() <= whole.items()
+        found.add(len(keys))
+    assert found == {0, 1, 2}
+
+
 def test_limits_of_an_added_key_are_read_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "keys.toml"
     limits = ["--requests-per-second", "2.5", "--burst", "7", "--rows-per-second", "90", "--concurrent-requests", "3"]
