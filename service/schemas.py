@@ -64,7 +64,7 @@ class Body(BaseModel):
 class EncodeBody(Body):
     """Rows to encode."""
 
-    inputs: Rows = Field(description="N rows in raw units")
+    inputs: Rows = Field(description="N rows in raw units; windows of rows for a model with a window")
     sample: bool = Field(
         False, description="whether to sample latents from the posterior; false returns the posterior mean"
     )
@@ -82,7 +82,7 @@ class DecodeBody(Body):
 class ReconstructBody(Body):
     """Rows to reconstruct."""
 
-    inputs: Rows = Field(description="N rows in raw units")
+    inputs: Rows = Field(description="N rows in raw units; windows of rows for a model with a window")
 
 
 class SampleBody(Body):
@@ -132,7 +132,7 @@ class AnomalyBody(Body):
     The rows are in exactly one of the fields `inputs`, `records` and `metrics`.
     """
 
-    inputs: Rows = Field(None, description="N rows in raw units")
+    inputs: Rows = Field(None, description="N rows in raw units, or windows of rows for a model with a window")
     records: Records = Field(
         None,
         description="N objects with a number per feature name, which may be followed by the feature's unit: "

@@ -56,8 +56,11 @@ def choose_window(config: TrainConfig, table: Table) -> tuple[Window | None, lis
         summaries = summary_width(width, window.scales)
         has_groups = (groups >= MIN_WINDOWS * rows).mean() >= MIN_GROUPS
         if has_groups and groups.sum() >= MIN_ROWS_PER_SUMMARY * summaries:
-            least = f"at least {MIN_WINDOWS * rows:,} fit rows in nine of ten groups, and {summaries:,} summaries"
-            return window, [f"--window auto chose {rows} rows: there are {least}", *notes]
+            reason = (
+                f"nine of ten groups have at least {MIN_WINDOWS * rows:,} fit rows, and there are at least "
+                f"{MIN_ROWS_PER_SUMMARY} fit rows for each of {summaries:,} summaries"
+            )
+            return window, [f"--window auto chose {rows} rows: {reason}", *notes]
     refusal = (
         f"--window auto chose no window: {AUTO_ROWS[-1]} rows need at least {MIN_WINDOWS * AUTO_ROWS[-1]} fit rows in "
         f"nine of ten groups, and {MIN_ROWS_PER_SUMMARY} fit rows for each of "
