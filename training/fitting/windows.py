@@ -32,6 +32,7 @@ AUTO_ROWS = (30, 10)  # the windows that --window auto considers; see benchmarks
 MIN_WINDOWS = 10  # a group carries a window if it has at least this many times as many fit rows
 MIN_GROUPS = 0.9  # share of the groups that must carry the window
 MIN_ROWS_PER_SUMMARY = 20  # fit rows per summary
+MAX_FEATURES = MAX_FULL_WIDTH // summary_width(1, (1,))  # with a single scale
 
 
 def choose_window(config: TrainConfig, table: Table) -> tuple[Window | None, list[str]]:
@@ -51,7 +52,7 @@ def choose_window(config: TrainConfig, table: Table) -> tuple[Window | None, lis
         return _window(config.window, table.x.width)
     width = table.x.width
     groups = BEFORE_HELD_OUT * np.diff(table.timeline.starts)  # fit rows of each group
-    for rows in AUTO_ROWS:
+    for rows in AUTO_ROWS if width <= MAX_FEATURES else ():
         window, notes = _window(rows, width)
         summaries = summary_width(width, window.scales)
         has_groups = (groups >= MIN_WINDOWS * rows).mean() >= MIN_GROUPS
@@ -64,7 +65,8 @@ def choose_window(config: TrainConfig, table: Table) -> tuple[Window | None, lis
     refusal = (
         f"--window auto chose no window: {AUTO_ROWS[-1]} rows need at least {MIN_WINDOWS * AUTO_ROWS[-1]} fit rows in "
         f"nine of ten groups, and {MIN_ROWS_PER_SUMMARY} fit rows for each of "
-        f"{summary_width(width, default_scales(AUTO_ROWS[-1])):,} summaries; add rows, or give --window a number"
+        f"{summary_width(width, default_scales(AUTO_ROWS[-1])):,} summaries, of at most {MAX_FEATURES} features; "
+        "add rows, or give --window a number"
     )
     return None, [refusal]
 
@@ -75,10 +77,10 @@ def _window(rows: int, width: int) -> tuple[Window, list[str]]:
     kept = scales
     while len(kept) > 1 and summary_width(width, kept) > MAX_EXPLAINED_FEATURES:
         kept = kept[1:]
-    if summary_width(width, kept) > MAX_FULL_WIDTH:
+    if width > MAX_FEATURES:
         raise FitError(
             f"--window summarises each of the {width:,} features, and a model takes at most {MAX_FULL_WIDTH:,} "
-            f"summaries: expected at most {MAX_FULL_WIDTH // summary_width(1, kept):,} features; drop some with --drop"
+            f"summaries: expected at most {MAX_FEATURES:,} features; drop some with --drop"
         )
     notes = []
     if kept != scales:
