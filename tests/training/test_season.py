@@ -11,9 +11,13 @@ import torch
 
 from models.artifact import Artifact, load
 from models.baseline import Baseline
+from models.policy_rules import FeatureRule, Policy
 from tests.commands import in_process
 from tests.seasonal_hosts import FEW, NEW, Rows, rows_of, seasonal_artifacts
 from training.data.readers.simulated_hosts import HOSTS, ZONE, simulate
+from training.data.table import read_table
+from training.data.time_split import TimeSplit, split_table
+from training.fitting.policy import apply_to_split
 
 pytestmark = pytest.mark.slow
 
@@ -132,6 +136,18 @@ def test_calibrate_replaces_the_start_sets_and_keeps_the_coefficients(
     assert "the start sets of the groups stay as they were, because the rows have no times" in err
     newest = baseline_of(load(tmp_path / "a/seasonal/3/model.pt"))
     np.testing.assert_array_equal(newest.arrays["start_sets"], new.arrays["start_sets"])
+
+
+def test_start_sets_have_no_rows_for_which_the_policy_decides() -> None:
+    table = read_table("simulated-hosts", time="time", group="host")
+    split = split_table(table, 0)
+    policy = Policy(features={"cpu": FeatureRule(maximum=30.0)})
+    found, _, _ = apply_to_split(policy, table, split)
+    assert isinstance(split, TimeSplit)
+    assert isinstance(found, TimeSplit)
+    cpu = table.x.take(split.calibration_period)[:, 0]
+    np.testing.assert_array_equal(found.calibration_period, split.calibration_period[cpu <= 30.0])
+    assert 0 < len(found.calibration_period) < len(split.calibration_period)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from models.policy_rules import AppliedPolicy, FeatureRule, Policy
 from models.scaling import Scaling
 from training.data.policy_file import keep_calibration_rows, value_bounds
 from training.data.table import Split, Table
+from training.data.time_split import TimeSplit
 from training.errors import FitError
 from training.fitting.explanation import EXPLANATION_NOISE, MAX_EXPLAINED_FEATURES
 
@@ -39,6 +40,9 @@ def apply_to_split(policy: Policy | None, table: Table, split: Split) -> tuple[S
         return split, None, []
     kept = keep_calibration_rows(policy, table, split.calibration)
     applied = AppliedPolicy(rules=policy, outside=kept.outside, silenced=kept.silenced)
+    if isinstance(split, TimeSplit):
+        period = keep_calibration_rows(policy, table, split.calibration_period).rows
+        split = replace(split, calibration_period=period)
     return replace(split, calibration=kept.rows), applied, kept.notes(table)
 
 
