@@ -27,9 +27,9 @@ COPY . .
 RUN pip --python /opt/elbo/bin/python install --no-cache-dir --no-deps --target /opt/source .
 
 # The server listens on every interface, so it starts only with API keys (ELBO_API_KEYS_FILE) or with ELBO_INSECURE=1.
-# The user is numeric, so that an orchestrator can verify that it is not root. It can write to /artifacts only.
+# The user is numeric, so that an orchestrator can verify that it is not root. It can write to /artifacts and /state only.
 FROM base AS serve-packages
-RUN useradd --uid 10001 --no-create-home --home-dir /tmp elbo && install --directory --owner elbo --group elbo /artifacts
+RUN useradd --uid 10001 --no-create-home --home-dir /tmp elbo && install --directory --owner elbo --group elbo /artifacts /state
 COPY --from=packages /opt/elbo /opt/elbo
 ENV PYTHONPATH=/opt/source ELBO_HOST=0.0.0.0 ELBO_PORT=8000 ELBO_ARTIFACTS=/artifacts ELBO_RUNS=/artifacts/.runs
 VOLUME /artifacts
