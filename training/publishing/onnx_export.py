@@ -86,8 +86,8 @@ def _remove_prefix(graph: Any) -> None:
     for tensor in graph.initializer:
         tensor.name = tensor.name.removeprefix(PREFIX)
     for node in graph.node:
-        for index, name in enumerate(node.input):
-            node.input[index] = name.removeprefix(PREFIX)
+        for names in (node.input, node.output):  # an output has such a name if two weights are equal
+            names[:] = [name.removeprefix(PREFIX) for name in names]
 
 
 def _reconstruct(pipeline: Pipeline | Windowed, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,4 +100,6 @@ def _ignore_warnings() -> Iterator[None]:
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # the exporter is deprecated
         # The tracer warns that Python numbers become constants of the graph. These numbers are the same for all rows.
         warnings.filterwarnings("ignore", category=TracerWarning)
+        # A traced module has no signature, by which the exporter would check the number of the inputs.
+        warnings.filterwarnings("ignore", message="no signature found", category=UserWarning)
         yield

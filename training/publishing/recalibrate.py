@@ -33,6 +33,7 @@ from models.manifest import (
     calibration_rows_needed,
     version_folder,
 )
+from models.onnx_check import check_twin
 from models.pipeline import Pipeline
 from models.policy_rules import AppliedPolicy, FeatureRule, Policy
 from training.data.policy_file import Kept, keep_calibration_rows
@@ -262,7 +263,10 @@ def _new_twin(pipeline: Pipeline, parent: Artifact, notes: list[str]) -> dict[st
     """Return the ONNX twin of `pipeline`, whose policy is not that of `parent`. Add a note if that is impossible."""
     rows = torch.from_numpy(np.array(parent.manifest.golden.inputs["x"], np.float32))
     try:
-        return export(pipeline, rows, pipeline.encode(rows)[0])
+        twin = export(pipeline, rows, pipeline.encode(rows)[0])
+        for method, graph in twin.items():  # the compiled code of a VAE divides sizes, which no twin may
+            check_twin(graph.onnx, json.dumps(graph.weights).encode(), method, parent.path)
+        return twin
     except Exception as error:  # noqa: BLE001 - the exporter raises many types, and the twin is optional
         reason = " ".join(str(error).split())[:200]
         notes.append(f"note: the ONNX export failed ({reason}): the artifact has no ONNX twin, so serving is slower")
