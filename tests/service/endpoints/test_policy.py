@@ -48,7 +48,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     table = replace(host_table(), timeline=timeline)
     train(config, table, root, RecordingReporter(), policy=Policy(alarms=AlarmRule(per_day=20.0)))
     settings = Settings(
-        artifacts=root, poll_seconds=3600, log_level="warning", alert_half_life=0, alert_max_age_seconds=1e12
+        artifacts=root, poll_seconds=3600, log_level="warning", alert_half_life=0, alert_max_age_seconds=1e9
     )
     with running(create_app(settings)) as found:
         yield found
@@ -89,13 +89,14 @@ def alarms(client: httpx.Client, host: str) -> float:
 
 
 def test_alarm_needs_as_many_anomalous_rows_in_a_row_as_the_policy_says(client: httpx.Client) -> None:
+    at = datetime(2024, 5, 3, 12, tzinfo=UTC)
+
     def send(values: list[float], count: int) -> None:
         nonlocal at
         times = [(at + timedelta(seconds=i)).isoformat() for i in range(count)]
         at += timedelta(seconds=count)
         post(client, "/anomaly?model=hosts", records(values, times, "web-9"))
 
-    at = datetime(2024, 5, 3, 12, tzinfo=UTC)
     send(BROKEN, 2)
     send(host_rows(1)[0], 1)
     send(BROKEN, 2)
