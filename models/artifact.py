@@ -137,9 +137,13 @@ def choose_device(requested: str) -> str:
 
 def script(model: nn.Module) -> torch.jit.ScriptModule:
     """Compile `model` for inference, and export `forward` and METHODS. Afterwards, `model` tracks no gradients."""
-    for method in (*METHODS, *WINDOW_METHODS):
-        if hasattr(type(model), method):
-            torch.jit.export(getattr(type(model), method))
+    # Also those of the pipeline inside a model with a window. torch compiles equal modules only once per process, so the
+    # exported methods of a class must not depend on the model that was compiled first.
+    for kind in {type(module) for module in model.modules()}:
+        if all(hasattr(kind, method) for method in METHODS):
+            for method in (*METHODS, *WINDOW_METHODS):
+                if hasattr(kind, method):
+                    torch.jit.export(getattr(kind, method))
     with _deprecations_silenced():
         scripted: torch.jit.ScriptModule = torch.jit.script(model.eval().requires_grad_(False))
     return scripted

@@ -15,7 +15,7 @@ from models.manifest import Window
 from models.windows import summarise, take_windows
 from service.inference import operations
 from service.inference.backend_selection import select_backend
-from tests.models.builders import B, D
+from tests.models.builders import B, D, pipeline
 from tests.models.publishing import publish, publish_windowed
 from tests.models.windows import CORES, SCALES, N, V, windowed, windows
 
@@ -29,6 +29,12 @@ def test_compiled_and_frozen_modules_give_the_outputs_of_the_eager_module(kind: 
     for module in (artifact.script(model), artifact.freeze(artifact.script(model))):
         for name, output in artifact.compute_outputs(module, *inputs).items():
             torch.testing.assert_close(output, expected[name], equal_nan=True, msg=f"{name} of {kind}")
+
+
+def test_models_compile_in_any_order_with_and_without_a_window() -> None:
+    for model in (windowed("ae", seed=1), pipeline("ae"), windowed("ae", seed=2), pipeline("pca"), windowed("pca")):
+        module = artifact.script(model)
+        assert module.observe(torch.zeros(1, D), torch.zeros(1, D)).shape == (1, D)
 
 
 @pytest.mark.parametrize("kind", CORES)
