@@ -137,7 +137,7 @@ def choose_device(requested: str) -> str:
 
 def script(model: nn.Module) -> torch.jit.ScriptModule:
     """Compile `model` for inference, and export `forward` and METHODS. Afterwards, `model` tracks no gradients."""
-    # Also those of the pipeline inside a model with a window. torch compiles equal modules only once per process, so the
+    # Also those of the pipeline inside a model with a window. torch compiles equal modules once per process, so the
     # exported methods of a class must not depend on the model that was compiled first.
     for kind in {type(module) for module in model.modules()}:
         if all(hasattr(kind, method) for method in METHODS):
