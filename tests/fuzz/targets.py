@@ -48,7 +48,11 @@ def _served() -> ServedModel:
     """Return what readers ask of a model of four features: its names, units and shape. No reader runs the model."""
     schema = RowSchema((4,), HOST_FEATURES, medians=(0.0,) * 4, units=UNITS)
     selectors = FeatureSelectors({name: name for name in HOST_FEATURES})
-    return cast(ServedModel, SimpleNamespace(row_schema=schema, selectors=selectors))
+    without_times = SimpleNamespace(timeline=None)
+    return cast(
+        ServedModel,
+        SimpleNamespace(row_schema=schema, window_schema=None, selectors=selectors, manifest=without_times),
+    )
 
 
 def _read_request(

@@ -124,13 +124,14 @@ def test_command_in_the_card_repeats_the_run_with_the_same_options(
     options: dict[str, object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TrainConfig.model_validate(options | {"name": "m"})
-    manifest = manifest_of(read_table("digits")).model_copy(update={"training": config.model_dump(mode="json")})
+    digits = read_table("digits")
+    manifest = manifest_of(digits).model_copy(update={"training": config.model_dump(mode="json")})
     text = card(manifest, 3, ["a note"], [])
     command_line = text.split("```")[1].strip()
     assert command_line == command_of(manifest)
     trained: list[TrainConfig] = []
     monkeypatch.setattr(elbo, "_train", lambda config, *_, **__: trained.append(config))
-    monkeypatch.setattr("training.data.table.read_table", lambda *_, **__: None)
+    monkeypatch.setattr("training.data.table.read_table", lambda *_, **__: digits)
     words = subprocess.run(["bash", "-c", f'printf "%s\\n" {command_line}'], capture_output=True, text=True, check=True)
     with pytest.raises(SystemExit) as end:
         elbo.main(words.stdout.splitlines()[1:])
