@@ -145,9 +145,7 @@ class ReconstructView {
     const { model, seed } = this;
     const inputs = toInputs(model, [input]);
     const code = await postJson("/encode", model, { inputs }, signal);
-    const sampled = this.isSampling
-      ? await postJson("/encode", model, { inputs, sample: true, seed }, signal)
-      : code;
+    const sampled = this.isSampling ? await postJson("/encode", model, { inputs, sample: true, seed }, signal) : code;
     const [output] = await decode(model, sampled.latents, signal);
     return this.stages({ input, mean: code.latents[0], std: code.std[0], z: sampled.latents[0], output });
   }
