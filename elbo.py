@@ -214,6 +214,14 @@ Runs = Annotated[
     Path,
     typer.Option("--runs", envvar="ELBO_RUNS", help="folder for checkpoints and reports of training runs: <name>/"),
 ]
+ScoredTimeOption = Annotated[
+    str | None,
+    typer.Option(metavar="<column>", help="column with the time of the row; default: as trained, or timestamp"),
+]
+ScoredGroupOption = Annotated[
+    str | None,
+    typer.Option(metavar="<column>", help="column with the group of the row; default: as trained, or host"),
+]
 EscapeOption = Annotated[
     Escape | None,
     typer.Option(
@@ -717,14 +725,8 @@ def score(
         ),
     ] = False,
     format_: Annotated[Format, typer.Option("--format", help="one JSON object per line, or CSV")] = Format.ndjson,
-    time: Annotated[
-        str | None,
-        typer.Option(metavar="<column>", help="column with the time of the row; default: as trained, or timestamp"),
-    ] = None,
-    group: Annotated[
-        str | None,
-        typer.Option(metavar="<column>", help="column with the group of the row; default: as trained, or host"),
-    ] = None,
+    time: ScoredTimeOption = None,
+    group: ScoredGroupOption = None,
     escape: EscapeOption = None,
     artifacts: ArtifactFolder = DEFAULT_ARTIFACTS,
     trusted_keys: TrustedKeysOption = None,
@@ -780,14 +782,8 @@ def backtest(
             metavar="INCIDENTS", help="CSV file of known incidents: start,end or start,end,group; times as in HISTORY"
         ),
     ] = None,
-    time: Annotated[
-        str | None,
-        typer.Option(metavar="<column>", help="column with the time of the row; default: as trained, or timestamp"),
-    ] = None,
-    group: Annotated[
-        str | None,
-        typer.Option(metavar="<column>", help="column with the group of the row; default: as trained, or host"),
-    ] = None,
+    time: ScoredTimeOption = None,
+    group: ScoredGroupOption = None,
     half_life_rows: Annotated[
         float, typer.Option(min=0, help="half-life in rows of the smoothed severity that decides; 0: no smoothing")
     ] = 0.0,

@@ -137,8 +137,8 @@ def choose_device(requested: str) -> str:
 
 def script(model: nn.Module) -> torch.jit.ScriptModule:
     """Compile `model` for inference, and export `forward` and METHODS. Afterwards, `model` tracks no gradients."""
-    # Also those of the pipeline inside a model with a window. torch compiles equal modules once per process, so the
-    # exported methods of a class must not depend on the model that was compiled first.
+    # The methods of the pipeline inside a model with a window are exported too, although nobody calls them there: torch
+    # compiles a class once per process, and the next model may be such a pipeline without a window.
     for kind in {type(module) for module in model.modules()}:
         if all(hasattr(kind, method) for method in METHODS):
             for method in (*METHODS, *WINDOW_METHODS):

@@ -214,3 +214,16 @@ async def send_with_disconnects(
 def _random_rows(generator: np.random.Generator, pool: RowPool) -> list[int]:
     indices: list[int] = generator.integers(0, len(pool.x), generator.integers(1, 9)).tolist()
     return indices
+
+
+async def wait_until_listening(port: int, seconds: float) -> None:
+    """Wait until a server accepts connections at `port`. Raises TimeoutError after `seconds`."""
+    async with asyncio.timeout(seconds):
+        while True:
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+            except OSError:
+                await asyncio.sleep(0.1)
+            else:
+                writer.close()
+                return

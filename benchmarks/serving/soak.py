@@ -52,7 +52,15 @@ import orjson
 import torch
 
 from benchmarks.data import ROOT, describe_machine
-from benchmarks.serving.checking_client import TOLERANCE, Array, Connection, is_near, request_bytes, rows_request
+from benchmarks.serving.checking_client import (
+    TOLERANCE,
+    Array,
+    Connection,
+    is_near,
+    request_bytes,
+    rows_request,
+    wait_until_listening,
+)
 from benchmarks.serving.server_process import (
     ServerProcess,
     adopt_orphans,
@@ -503,7 +511,7 @@ async def expect_unwritable(soak: Soak, state: str) -> None:
 
 async def let_the_clock_jump(soak: Soak) -> None:
     """Let the wall clock of a server jump: an hour forward, an hour back, a day forward, and to the true time."""
-    await wait_until_listening(soak.clock_port)
+    await wait_until_listening(soak.clock_port, APPEAR_SECONDS)
     connection = Connection(soak.clock_port)
     for shift in CLOCK_SHIFTS:
         soak.clock.write_text(shift)
@@ -531,19 +539,6 @@ FAULTS: dict[str, Callable[[Soak], Awaitable[None]]] = {
     "read-only folder": make_artifacts_read_only,
     "clock jumps": let_the_clock_jump,
 }
-
-
-async def wait_until_listening(port: int) -> None:
-    """Wait until a server accepts connections at `port`. Raises TimeoutError if this takes longer than 60 s."""
-    async with asyncio.timeout(APPEAR_SECONDS):
-        while True:
-            try:
-                _, writer = await asyncio.open_connection("127.0.0.1", port)
-            except OSError:
-                await asyncio.sleep(0.1)
-            else:
-                writer.close()
-                return
 
 
 def server_time(port: int) -> float:

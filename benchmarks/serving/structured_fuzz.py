@@ -54,6 +54,7 @@ import httptools
 import numpy as np
 
 from benchmarks.data import ROOT, describe_machine
+from benchmarks.serving.checking_client import wait_until_listening
 from benchmarks.serving.server_process import ServerProcess, adopt_orphans, free_port, own_memory
 from service.codec import ndjson, npy, safetensors
 from tests.fuzz import mutations
@@ -373,7 +374,7 @@ def run(server: ServerProcess, port: int, requests: int, minutes: float, seed: i
     control_port = free_port()
     control = context.Process(target=serve_control, args=(control_port,), daemon=True)
     control.start()
-    wait_for_port(control_port)
+    asyncio.run(wait_until_listening(control_port, 120))
     assert control.pid
     processes = ((port, server.pid), (control_port, control.pid))
     ours, theirs = context.Pipe()
@@ -413,22 +414,6 @@ def run(server: ServerProcess, port: int, requests: int, minutes: float, seed: i
     waits = ours.recv()
     control.terminate()
     return Run(outcomes, seconds, memory, waits)
-
-
-def wait_for_port(port: int) -> None:
-    """Wait until the control process listens."""
-
-    async def connect() -> None:
-        while True:
-            try:
-                _, writer = await asyncio.open_connection("127.0.0.1", port)
-            except OSError:
-                await asyncio.sleep(0.1)
-            else:
-                writer.close()
-                return
-
-    asyncio.run(asyncio.wait_for(connect(), 120))
 
 
 def report(found: Run) -> bool:

@@ -195,7 +195,7 @@ def rows_of_window(served: ServedModel) -> int:
 
 
 def rules_of(served: ServedModel) -> Rules:
-    """Return how the rows of a model are joined."""
+    """Return the rules by which the rows of a model are joined to the past of their group."""
     manifest = served.manifest
     window, timeline = manifest.window, manifest.timeline
     return Rules(
