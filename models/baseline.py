@@ -11,6 +11,7 @@ baseline was not fitted to, then P(p <= alpha) <= alpha within that group. The s
 on average over groups, for a group that is drawn like the groups in training.
 """
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -19,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from models.season import Floats, Period, columns, encode, to_local
+from models.season import Floats, Period, columns, encode, encode_one, to_local
 
 START_ROWS = 100  # adjusted scores in a start set, and the calibration rows that a group needs for a set of its own
 MIN_SCALE_SHARE = 0.25  # the scale is at least this share of its mean over the week
@@ -71,6 +72,7 @@ class Baseline:
         self._start_sets = self.arrays["start_sets"].astype(np.float32)
         self._has_start_set = self.arrays["has_start_set"].tolist()
         self._moments, self._offsets = self.arrays["moments"], self.arrays["offsets"]
+        self._moment_list, self._offset_list = self._moments.tolist(), self._offsets.tolist()  # for single rows
         self._shift, self._smallest = float(self.arrays["shift"]), float(self.arrays["smallest"])
         self._index = {name: index for index, name in enumerate(self.groups)}
         self.pool = len(self.groups)  # index of the pool
@@ -113,9 +115,22 @@ class Baseline:
             group: results of `find`, [B].
             time: Unix times in seconds, [B]; NaN if the time is unknown, which stands for the mean of the seasons.
         """
+        if len(score) == 1:
+            return self._adjust_one(float(score[0]), int(group[0]), float(time[0]))
         location, scale = self.location_and_scale(group, time)
         adjusted: npt.NDArray[np.float32] = ((self.logarithm(score) - location) / scale).astype(np.float32)
         return adjusted
+
+    def _adjust_one(self, score: float, group: int, time: float) -> npt.NDArray[np.float32]:
+        """Return what `adjust` returns for one row, [1]: the same number, in a third of the time."""
+        logarithm = np.log(max(score + self._shift, self._smallest))
+        own = self._coefficients[group]  # [2, E]
+        location, scale = own[0, 0], own[1, 0]
+        if self.periods:
+            local = time + self._offset_list[bisect_right(self._moment_list, time)]
+            location, seasonal = (own * encode_one(local, self.periods)).sum(axis=1)
+            scale = max(seasonal, MIN_SCALE_SHARE * scale)
+        return np.array([(logarithm - location) / scale], np.float32)
 
     def logarithm(self, score: npt.NDArray[np.float32]) -> Floats:
         """Return log(score + shift), [B], for scores [B]."""

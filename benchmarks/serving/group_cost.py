@@ -2,10 +2,14 @@
 
     python -m benchmarks.serving.group_cost ARTIFACTS NAME [--hosts 1000] [--rows 40]
 
-The model NAME is served in this process and without a network. Each request has one row of one host, in order of time,
-as Telegraf and remote write send them. The command prints the CPU time of a request, all included, and for comparison
-that of a request with the same row and `inputs` in place of `records`, which needs no past. It also prints how much the
-memory of the process has grown, and the size of the files.
+The model NAME is served in this process and without a network. The rows of a host come in order of time, the last one
+now. The command prints the CPU time of requests, all included:
+
+- requests with one row of one host, as a Telegraf agent on each host sends them;
+- requests with one row of each of 100 hosts, as a central collector or remote write sends them: the time of one row;
+- both with `inputs` in place of `records`, which need no past.
+
+It also prints how much the memory of the process has grown, and the size of the files.
 """
 
 import argparse
@@ -15,7 +19,7 @@ import os
 import statistics
 import tempfile
 from pathlib import Path
-from time import process_time
+from time import process_time, time
 from typing import Any
 
 import numpy as np
@@ -25,6 +29,7 @@ from service.app import create_app
 from service.settings import Settings
 
 STEP = 10.0  # seconds between two rows of a host
+ROWS_PER_REQUEST = (1, 100)
 
 
 async def post(app: Any, query: str, body: bytes) -> float:
@@ -72,27 +77,32 @@ async def measure(artifacts: Path, name: str, hosts: int, rows: int) -> None:
         app = create_app(settings.model_copy(update={"log_level": "warning"}))
         async with app.router.lifespan_context(app):
             entry = app.middleware_stack
-            before = resident_bytes()
-            times: list[float] = []
-            for row in range(rows):
-                values = centre + spread * random.standard_normal((hosts, len(features)))
-                seconds = []
-                for host in range(hosts):
-                    record = dict(zip(features, values[host].tolist(), strict=True))
-                    record |= {time_column: 1.7e9 + STEP * row, group_column: f"host-{host}"}
-                    body = json.dumps({"records": [record]}).encode()
-                    seconds.append(await post(entry, "explain=3", body))
-                times.append(statistics.median(seconds))
+            before, first = resident_bytes(), time() - STEP * rows * len(ROWS_PER_REQUEST)
+            lines = []
+            for number, count in enumerate(ROWS_PER_REQUEST):
+                for row in range(number * rows, (number + 1) * rows):
+                    values = centre + spread * random.standard_normal((hosts, len(features)))
+                    times: list[float] = []
+                    alone: list[float] = []  # the figures are those of the last row, when the memory is full
+                    for start in range(0, hosts, count):
+                        part = values[start : start + count].tolist()
+                        keys = {time_column: first + STEP * row}
+                        records = [
+                            {**dict(zip(features, one, strict=True)), **keys, group_column: f"host-{start + index}"}
+                            for index, one in enumerate(part)
+                        ]
+                        seconds = await post(entry, "explain=3", json.dumps({"records": records}).encode())
+                        times.append(seconds / len(part))
+                        seconds = await post(entry, "explain=3", json.dumps({"inputs": part}).encode())
+                        alone.append(seconds / len(part))
+                lines.append(
+                    f"{count} | {1e6 * statistics.median(times):.0f} us | {1e6 * statistics.median(alone):.0f} us"
+                )
             grown = resident_bytes() - before
-            alone = []
-            for host in range(min(hosts, 300)):
-                body = json.dumps({"inputs": [values[host].tolist()]}).encode()
-                alone.append(await post(entry, "explain=3", body))
             size = sum(path.stat().st_size for path in Path(folder).iterdir())
     window = manifest.window.rows if manifest.window else 1
     print(f"{name}: {len(features)} features, window of {window} rows, {hosts} hosts, {rows} rows each")
-    print(f"CPU time of a request with one row, with its past: {1e6 * statistics.median(times[-5:]):.0f} us")
-    print(f"CPU time of a request with one row in `inputs`:    {1e6 * statistics.median(alone):.0f} us")
+    print("rows of a request | CPU time of one row with its past | of one row in `inputs`", *lines, sep="\n")
     print(f"memory grown by {grown / 1e6:.0f} MB, files of {size / 1e6:.0f} MB")
 
 

@@ -73,9 +73,15 @@ class ModelMemory:
                 return group
         return Group(self.rules, transaction.read(name), start)
 
-    def keep(self, name: str, transaction: Transaction, group: Group) -> None:
-        """Keep a group that was stored, until another process changes it. It may be called in a thread."""
-        stamp = transaction.stamp(name)
+    def has(self, name: str) -> bool:
+        """Return whether a group is in memory, so that `take` need not load its record."""
+        return name in self._groups
+
+    def keep(self, name: str, stamp: Stamp | None, group: Group) -> None:
+        """Keep a group that was stored with `stamp`, until another process changes it. It may be called in a thread.
+
+        A group without a stamp is not kept.
+        """
         if stamp is not None:
             self._groups[name] = stamp, group
             if len(self._groups) > self._max_groups:

@@ -360,6 +360,9 @@ class GroupFile:
         sequence = None if slot is None else self._read_entry(slot)
         if slot is None or sequence is None:
             return None
+        return self._stamp(slot, sequence)
+
+    def _stamp(self, slot: int, sequence: int) -> "Stamp":
         return Stamp(self._changes[:8], slot, int(self._entry_changes[slot]), sequence)
 
     def read(self, name: str) -> tuple[int, bytes]:
@@ -388,12 +391,16 @@ class GroupFile:
             self._set_name(slot, None)  # the group gets a slot like a new group
         return found
 
-    def write(self, name: str, sequence: int, record: Record) -> None:
-        """Write the record of a group that has a slot. Its stripe must be locked. It may be called in a thread.
+    def write(self, name: str, sequence: int, record: Record) -> "Stamp":
+        """Write the record of a group that has a slot, and return its new stamp.
+
+        Its stripe must be locked. It may be called in a thread.
 
         `sequence`: the number that `read` has returned. Raises OSError.
         """
-        self._write_copy(self._index[name], name, sequence + 1, record)
+        slot = self._index[name]
+        self._write_copy(slot, name, sequence + 1, record)
+        return self._stamp(slot, sequence + 1)
 
     def _write_copy(self, slot: int, name: str, sequence: int, record: Record, change: int | None = None) -> None:
         """Write the copy `sequence`, and then make it the current one. `change`: the number of a change of the name."""
@@ -586,18 +593,22 @@ class Transaction:
         except OSError as error:
             raise self._file._unusable(error) from error
 
-    def commit(self, name: str, record: Record) -> None:
-        """Write the record of a group. It is left out if it has no place in the file. It may be called in a thread.
+    def commit(self, name: str, record: Record) -> Stamp | None:
+        """Write the record of a group, and return its new stamp. It may be called in a thread.
+
+        A record without a place in the file is left out, and has no stamp.
 
         Raises:
             NotReady: the record cannot be written.
         """
         try:
-            if self._file.has_slot(name):
-                self._file.write(name, self._sequences[name], record)
-                self._sequences[name] += 1
+            if not self._file.has_slot(name):
+                return None
+            stamp = self._file.write(name, self._sequences[name], record)
         except OSError as error:
             raise self._file._unusable(error) from error
+        self._sequences[name] = stamp.sequence
+        return stamp
 
     def end(self) -> None:
         """Unlock the records. A second call does nothing."""

@@ -15,6 +15,7 @@ requests the rows arrive.
 
 import math
 import struct
+from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -136,8 +137,8 @@ class History:
         times, steps = self._times, self._steps
         parts = [
             _HEAD.pack(len(times), len(steps), min(self._late_rows, 65535)),
-            np.array(steps + times, "<f8").tobytes(),
-            np.array(self._begins, np.bool_).tobytes(),
+            array("d", steps + times).tobytes(),
+            bytes(self._begins),
         ]
         if self._rules.has_window:
             self.x = pool[self._sources]
@@ -456,6 +457,10 @@ def _adjust(joined: JoinedRows, rules: Rules, score: Array, time: npt.NDArray[np
     baseline = rules.baseline
     if baseline is None:
         return score
+    if len(score) == 1:
+        (name,) = joined.order
+        index = np.array([baseline.find(name)])
+        return baseline.adjust(score, index, np.array([np.nan]) if time is None else time)
     index = np.empty(len(score), np.intp)
     for name, rows in joined.order.items():
         index[rows] = baseline.find(name)

@@ -1,5 +1,6 @@
 """Decide verdicts from scores: which rows are anomalous, how severely, and which features contribute most."""
 
+import copy
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,14 @@ class Scores:
             self.contribution[part],
             self.expected[part],
         )
+
+    def judged(self, p_value: Array, severity: Array) -> "Scores":
+        """Return the same scores with other p-values and severities."""
+        found = copy.copy(self)
+        found.p_value, found.severity = p_value, severity
+        found.all_finite = self.all_finite and is_finite(severity)
+        found.__dict__.pop("usable", None)
+        return found
 
     @cached_property
     def usable(self) -> npt.NDArray[np.bool_]:

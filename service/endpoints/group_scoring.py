@@ -36,6 +36,7 @@ PART_BYTES = 2**20  # windows are scored in parts of about this size, because a 
 
 # Estimated times in nanoseconds.
 LOADED_GROUP = 100_000  # time to read the record of a group
+TAKEN_GROUP = 10_000  # time to take a group that is in memory
 STORED_GROUP = 50_000  # time to write the record of a group
 JOINED_ROW = 8_000
 JUDGED_ROW = 20_000
@@ -75,7 +76,9 @@ async def score_with_past(
     transaction = await memory.file.begin(names, deadline)
     try:
         work = partial(_join, memory, input_rows, rows, transaction, is_live)
-        joined = await _run_to_end(work, LOADED_GROUP * len(names) + JOINED_ROW * len(rows))
+        loaded = sum(not memory.has(name) for name in names)
+        cost = LOADED_GROUP * loaded + TAKEN_GROUP * (len(names) - loaded) + JOINED_ROW * len(rows)
+        joined = await _run_to_end(work, cost)
         if not is_live:
             transaction.end()
         verdicts = await _judge_rows(memory, joined, input_rows, body, run)
@@ -117,14 +120,22 @@ async def _judge_rows(
     """Score the rows, step the calibrations of their groups in memory, and return the verdicts."""
     rules, count = memory.rules, len(joined.outcomes)
     part_rows = count if joined.windows is None else max(1, PART_BYTES // (4 * rules.rows * rules.width))
-    operation = operations.anomaly(body.alpha, body.extrapolated)
+    operation = operations.SCORE if joined.has_calibration else operations.anomaly(body.alpha, body.extrapolated)
     starts = range(0, count, part_rows)
     parts = [await run(operation, joined.inputs(slice(start, start + part_rows))) for start in starts]
     outputs = parts[0] if len(parts) == 1 else tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    if joined.has_calibration:
+        score, *explanation = outputs
+        outputs = (score, *_no_verdict(count), *explanation)
     cost = JUDGED_ROW * count + offload.DECISION * count * rules.width
     if body.half_life or body.half_life_rows:
         cost += count * offload.SMOOTHED_ROW
     return await _run_to_end(partial(_decide, memory, joined, input_rows, body, Scores(*outputs)), cost)
+
+
+def _no_verdict(count: int) -> tuple[Array, Array]:
+    """Return the p-values and the severities of rows that have no verdict, each [B]."""
+    return np.ones(count, np.float32), np.zeros(count, np.float32)
 
 
 def _decide(
@@ -132,14 +143,13 @@ def _decide(
 ) -> Verdicts:
     rules = memory.rules
     judgements: Judgements | None = None
-    p_value, severity = scores.p_value, scores.severity
+    judged = scores
     if joined.has_calibration:
         judgements = judge(
-            joined, rules, scores.score, scores.usable, input_rows.time, (p_value, severity), body.alpha,
+            joined, rules, scores.score, scores.usable, input_rows.time, (scores.p_value, scores.severity), body.alpha,
             body.extrapolated, silenced=input_rows.silenced,
         )  # fmt: skip
-        p_value, severity = judgements.p_value, judgements.severity
-    judged = Scores(scores.score, p_value, severity, scores.parts, scores.contribution, scores.expected)
+        judged = scores.judged(judgements.p_value, judgements.severity)
     past = Past(joined.window_rows if rules.has_window else None, rules.rows)
     if judgements is not None:
         past = past._replace(
@@ -199,8 +209,8 @@ async def _commit(memory: ModelMemory, transaction: Transaction, joined: JoinedR
         for name in changed:
             pause_if_due()
             group = joined.groups[name]
-            transaction.commit(name, Record(group.dump(joined.pool), group.tag))
-            memory.keep(name, transaction, group)
+            stamp = transaction.commit(name, Record(group.dump(joined.pool), group.tag))
+            memory.keep(name, stamp, group)
 
     await _run_to_end(commit, STORED_GROUP * len(changed))
 

@@ -106,6 +106,11 @@ SAMPLE = Operation("sample", _sample, batched=False)  # noise [B, K], choice [B]
 SAMPLE_ROWS = Operation("sample", _sample_rows, batched=False)
 
 
+# For rows that are judged by an online calibration.
+# x [B, D] -> score [B], parts [B, P], contribution [B, D], expected [B, D]
+SCORE = Operation("anomaly", _score, onnx_method="score")
+
+
 @lru_cache(maxsize=64)  # requests share a batch only if their operation is the same object
 def anomaly(alpha: float, extrapolated: bool = False) -> Operation:
     """Return the operation that scores x [B, D]. The severities are for the false-alarm rate `alpha`.

@@ -16,7 +16,7 @@ from models.artifact import Artifact, load
 from models.baseline import BUFFERS, START_ROWS, Baseline, BaselineBuffers, choose_start_set
 from models.errors import ArtifactCorrupt
 from models.manifest import MAX_GROUPS, Golden, Manifest, Season
-from models.season import Period, columns, offsets_of_zone
+from models.season import PERIODS, Period, columns, offsets_of_zone
 from tests.models import builders
 
 HOUR = 3600.0
@@ -215,3 +215,15 @@ def test_every_buffer_of_the_module_is_an_array_of_the_baseline() -> None:
     assert tuple(buffers) == BUFFERS
     for name, buffer in buffers.items():
         np.testing.assert_array_equal(buffer.numpy(), arrays[name])
+
+
+@pytest.mark.parametrize("periods", [(), ("day",), PERIODS])
+def test_adjusted_score_of_one_row_equals_that_in_a_batch_bit_for_bit(periods: tuple[Period, ...]) -> None:
+    baseline = Baseline(names(5), periods, arrays_of(5, periods, "Europe/Berlin"))
+    random = np.random.RandomState(1)
+    score = np.append(random.exponential(3.0, 300), [0.0, np.inf, np.nan, 3e38]).astype(np.float32)
+    group = random.randint(0, 6, len(score))
+    time = np.where(random.random_sample(len(score)) < 0.1, np.nan, random.uniform(-1e9, 5e9, len(score)))
+    rows = [slice(row, row + 1) for row in range(len(score))]
+    single = np.concatenate([baseline.adjust(score[row], group[row], time[row]) for row in rows])
+    np.testing.assert_array_equal(single, baseline.adjust(score, group, time))

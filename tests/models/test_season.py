@@ -1,12 +1,13 @@
 """Encodings of the time, and the offsets of time zones."""
 
+import math
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
 import numpy as np
 import pytest
 
-from models.season import columns, encode, offsets_of_zone, to_local
+from models.season import PERIODS, Period, columns, encode, encode_one, offsets_of_zone, to_local
 
 HOUR, DAY = 3600.0, 86_400.0
 ZONES = ["UTC", "Europe/Berlin", "America/St_Johns", "Australia/Lord_Howe", "Asia/Kathmandu", "Africa/Casablanca"]
@@ -64,3 +65,10 @@ def test_encodings_of_an_unknown_time_are_the_mean_over_the_week(time: float) ->
 def test_offsets_of_a_zone_that_does_not_exist_raise_an_error_that_names_it(name: str) -> None:
     with pytest.raises(ValueError, match="expected a time zone of the IANA database"):
         offsets_of_zone(name)
+
+
+@pytest.mark.parametrize("periods", [("day",), ("week",), PERIODS])
+def test_encodings_of_one_time_equal_those_of_many_times_bit_for_bit(periods: tuple[Period, ...]) -> None:
+    times = np.append(np.random.RandomState(0).uniform(-1e9, 4e9, 500), [0.0, math.nan, math.inf])
+    single = np.array([encode_one(time, periods) for time in times.tolist()])
+    np.testing.assert_array_equal(single, encode(times, periods))
