@@ -7,43 +7,54 @@
 A host has a row every 30 minutes with six metrics. Each metric has its own level and scale. The load has a daily shape,
 lower weekends and, on half of the hosts, another time zone. Noise grows with the load, depends on the noise before it
 and has heavy tails. Levels drift slowly. There are gaps, incidents of 3 to 300 rows, and on one host in five a change
-that stays. Six weeks fit the model, two weeks calibrate it, and the rest of the year is judged at ALPHA.
+that stays.
 
-The score is the squared Mahalanobis distance. Four ways to compare it:
+One model is trained on the first eight weeks of all hosts, as `elbo train --model pca --time time --group host --season
+day,week` trains it. The rest of the year is judged at ALPHA, in four ways that use more and more of Elbo:
 
-- one model for all hosts, one fixed threshold;
-- a model per host, a fixed threshold per host;
-- one model for all hosts, an online calibration per host;
-- a model per host, the location and scale of log scores by season, an online calibration per host.
+- the threshold of the model, the same for all hosts;
+- the online calibration of each host, which compares scores;
+- the start set of each host, which compares scores adjusted by the host and the season, and never changes;
+- the online calibration of each host, which compares adjusted scores: what the service does.
 
 It prints a Markdown table, the cost of one row, and the memory of the calibrations of all hosts.
 """
 
 import argparse
 import math
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import polars as pl
+import torch
 from scipy.signal import lfilter
 
 from benchmarks.data import describe_machine
+from models.artifact import Artifact, load
 from service.anomaly.online_calibration import MAX_BYTES, OnlineCalibration
+from training.config import TrainConfig
+from training.data.table import read_table
+from training.progress import SilentReporter
+from training.train import train
 
 ALPHA = 0.05
 MARGIN = 0.02  # the target: the rate of each host lies within ALPHA +- MARGIN
 PER_DAY, DAYS, METRICS = 48, 365, 6
-ROWS, FIT, JUDGED = PER_DAY * DAYS, 42 * PER_DAY, 56 * PER_DAY  # rows in all, rows that fit, first judged row
-OTHER_HOSTS = 30  # the model for all hosts is fitted to these many other hosts
+ROWS, JUDGED = PER_DAY * DAYS, 56 * PER_DAY  # rows in all, first judged row
+FIRST, STEP = 1_704_067_200, 86_400 // PER_DAY  # Unix seconds of the first row, a Monday, and between two rows
 
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
-FIXED_POOL, FIXED_HOST = "one model and threshold", "fixed, per host"
-ONLINE_POOL, ONLINE_SEASON = "one model, online per host", "per host, season, online"
-WAYS = (FIXED_POOL, FIXED_HOST, ONLINE_POOL, ONLINE_SEASON)
+FIXED, ONLINE = "threshold of the model", "online, scores"
+SEASON, SEASON_ONLINE = "host and season", "host and season, online"
+WAYS = (FIXED, ONLINE, SEASON, SEASON_ONLINE)
 
 
 @dataclass(frozen=True)
@@ -118,88 +129,67 @@ def _noise(random: np.random.Generator, memory: float) -> Floats:
     return noise
 
 
-def encode_season() -> Floats:
-    """Return a constant, three harmonics of day and week, and products of both, [ROWS, 21]."""
-    day = 2 * np.pi * np.arange(ROWS) / PER_DAY
-    columns = [np.ones(ROWS)]
-    for turn in (day, day / 7):
-        columns += [function(harmonic * turn) for harmonic in (1, 2, 3) for function in (np.cos, np.sin)]
-    columns += [columns[1 + i] * columns[7 + j] for i in range(2) for j in range(4)]
-    return np.column_stack(columns)
+def train_model(hosts: int, seed: int, folder: Path, processes: ProcessPoolExecutor) -> Path:
+    """Return the artifact of a model that is trained on the first weeks of all hosts."""
+    tasks = [(seed, number) for number in range(hosts)]
+    history = folder / "history.parquet"
+    pl.concat(list(processes.map(history_of, tasks, chunksize=20))).write_parquet(history)
+    config = TrainConfig(model="pca", name="hosts", time="time", group="host", season=("day", "week"))
+    return train(config, read_table(str(history), time="time", group="host"), folder, SilentReporter())
 
 
-SEASON = encode_season()
-
-
-@dataclass(frozen=True)
-class Mahalanobis:
-    """Squared Mahalanobis distance from the mean of fit rows."""
-
-    mean: Floats
-    scale: Floats
-    whitening: Floats
-
-    @classmethod
-    def fit(cls, x: Floats) -> "Mahalanobis":
-        """Fit the distance to rows x."""
-        mean, scale = x.mean(axis=0), x.std(axis=0)
-        covariance = np.cov(((x - mean) / scale).T) + 1e-6 * np.eye(x.shape[1])
-        return cls(mean, scale, np.linalg.cholesky(np.linalg.inv(covariance)))
-
-    def score(self, x: Floats) -> Floats:
-        """Return the scores of rows x."""
-        scores: Floats = ((((x - self.mean) / self.scale) @ self.whitening) ** 2).sum(axis=1)
-        return scores
-
-
-def remove_season(score: Floats, fit: npt.NDArray[np.intp]) -> Floats:
-    """Return (log score - location) / scale, which ridge regressions on the season predict."""
-    log_score = np.log(score + 1e-6)
-    residual = log_score - SEASON @ _ridge(SEASON[fit], log_score[fit], 30.0)
-    scale = SEASON @ _ridge(SEASON[fit], np.abs(residual[fit]), 300.0)
-    adjusted: Floats = np.asarray(residual / np.maximum(scale, 0.2), np.float64)
-    return adjusted
-
-
-def _ridge(encodings: Floats, values: Floats, penalty: float) -> Floats:
-    penalties = penalty * np.diag([0.0] + [1.0] * (encodings.shape[1] - 1))
-    solution: Floats = np.asarray(np.linalg.solve(encodings.T @ encodings + penalties, encodings.T @ values), float)
-    return solution
-
-
-def fit_for_all(seed: int) -> tuple[Mahalanobis, Floats]:
-    """Return the model for all hosts, and its scores of calibration rows. Both come from other hosts."""
-    others = [simulate(seed, 10**6 + number).x[:JUDGED] for number in range(OTHER_HOSTS)]
-    model = Mahalanobis.fit(np.vstack([x[:FIT] for x in others]))
-    return model, np.concatenate([model.score(x[FIT:]) for x in others])
-
-
-def judge_host(task: tuple[int, int, Mahalanobis, Floats]) -> Result:
-    """Judge the year of one host in all ways."""
-    seed, number, for_all, scores_for_all = task
+def history_of(task: tuple[int, int]) -> pl.DataFrame:
+    """Return the rows of one host before the judged rows."""
+    seed, number = task
     host = simulate(seed, number)
-    present = np.flatnonzero(~host.is_missing)
-    fit, calibration = present[present < FIT], present[(present >= FIT) & (present < JUDGED)]
-    judged = present[present >= JUDGED]
-    pooled = for_all.score(host.x)
-    own = Mahalanobis.fit(host.x[fit]).score(host.x)
-    seasonless = remove_season(own, fit)
+    rows = np.flatnonzero(~host.is_missing[:JUDGED])
+    columns = {f"metric {metric}": host.x[rows, metric].astype(np.float32) for metric in range(METRICS)}
+    return pl.DataFrame({"time": FIRST + STEP * rows, "host": np.full(len(rows), name_of(number)), **columns})
+
+
+def name_of(number: int) -> str:
+    """Return the name of a host."""
+    return f"host-{number:04}"
+
+
+@cache
+def load_once(path: Path) -> Artifact:
+    """Return the artifact at `path`."""
+    torch.set_num_threads(1)
+    return load(path)
+
+
+def judge_host(task: tuple[int, int, Path]) -> Result:
+    """Judge the year of one host in all ways."""
+    seed, number, path = task
+    artifact, host = load_once(path), simulate(seed, number)
+    baseline = artifact.baseline
+    assert baseline is not None
+    judged = np.flatnonzero(~host.is_missing)
+    judged = judged[judged >= JUDGED]
+    with torch.inference_mode():
+        scores = artifact.module.score(torch.from_numpy(host.x[judged].astype(np.float32)))[0].numpy()
+        fixed = artifact.module.severity(torch.from_numpy(scores), ALPHA).numpy() > 1
+    calibration = artifact.calibration["scores"].numpy()
+    group = baseline.find(name_of(number))
+    adjusted = baseline.adjust(scores, np.full(len(judged), group), FIRST + STEP * judged.astype(np.float64))
+    start = baseline.start_set(group)[0]
     result = Result()
     alarms = {
-        FIXED_POOL: pooled[judged] > np.quantile(scores_for_all, 1 - ALPHA),
-        FIXED_HOST: own[judged] > np.quantile(own[calibration], 1 - ALPHA),
-        ONLINE_POOL: judge_online(pooled[calibration], pooled[judged], result),
-        ONLINE_SEASON: judge_online(seasonless[calibration], seasonless[judged], result),
+        FIXED: fixed,
+        ONLINE: judge_online(np.quantile(calibration, np.linspace(0, 1, len(start))), scores, result),
+        SEASON: adjusted > start[-int(ALPHA * (len(start) + 1))],
+        SEASON_ONLINE: judge_online(start, adjusted, result),
     }
     for way, found in alarms.items():
         result.measures[way] = measure(host, judged, found)
     return result
 
 
-def judge_online(calibration: Floats, scores: Floats, result: Result) -> Flags:
+def judge_online(start_set: npt.NDArray[np.floating], scores: npt.NDArray[np.float32], result: Result) -> Flags:
     """Return which scores raise an alarm, and note how long it took."""
     start = time.process_time()
-    online = OnlineCalibration(calibration)
+    online = OnlineCalibration(np.random.default_rng(0).permutation(start_set).tolist())
     alarms = []
     for score in scores.tolist():
         before = online.alarms
@@ -254,11 +244,11 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="3 hosts")
     options = parser.parse_args()
     hosts = 3 if options.smoke else options.hosts
-    for_all, scores = fit_for_all(options.seed)
-    tasks = [(options.seed, number, for_all, scores) for number in range(hosts)]
-    with ProcessPoolExecutor(options.processes) as pool:
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(options.processes) as pool:
+        path = train_model(hosts, options.seed, Path(folder), pool)
+        tasks = [(options.seed, number, path) for number in range(hosts)]
         results = list(pool.map(judge_host, tasks, chunksize=max(1, min(20, hosts // options.processes))))
-    print(describe_machine("numpy", "scipy"), end="\n\n")
+    print(describe_machine("numpy", "scipy", "torch"), end="\n\n")
     print_table(results)
 
 

@@ -64,13 +64,14 @@ class ModelMemory:
         Raises:
             NotReady: the record cannot be read.
         """
-        start = self.start_set(name) if has_times else None
+        has_calibration = has_times and self._starts is not None and self._starts.are_known
         cached = self._groups.pop(name, None)
         if cached is not None:
             stamp, group = cached
-            if transaction.stamp(name) == stamp and (group.calibration is None) == (start is None):
+            if transaction.stamp(name) == stamp and (group.calibration is not None) == has_calibration:
                 transaction.use(name, stamp)
                 return group
+        start = self.start_set(name) if has_calibration else None
         return Group(self.rules, transaction.read(name), start)
 
     def has(self, name: str) -> bool:
@@ -237,6 +238,11 @@ class StartSets:
         chosen = scores[np.round((np.arange(count) + 0.5) / count * len(scores) - 0.5).astype(int)]
         self._baseline = None
         self._all = StartSet(np.random.default_rng(0).permutation(chosen).tolist(), self._is_one_group)
+
+    @property
+    def are_known(self) -> bool:
+        """Whether `of` returns a start set."""
+        return self._baseline is not None or self._all is not None
 
     def of(self, group: str) -> StartSet | None:
         """Return the start set of a group; None if the scores are unknown."""

@@ -218,6 +218,8 @@ class AnomalyMetrics:
         times = verdicts.input_rows.time
         if times is None:
             return None
+        if len(times) == 1 and not times[0] < time.time() - self._max_age:
+            return [0]
         order = np.argsort(times, kind="stable")
         is_history = times < time.time() - self._max_age  # False for a row without a timestamp
         if is_history.any():
