@@ -1,6 +1,7 @@
 """Load an artifact, select its backend, and warm it up."""
 
 import logging
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 
 from models.artifact import Artifact, load, load_content, prepare_trials
-from models.errors import ArtifactMismatch
+from models.errors import ArtifactError, ArtifactMismatch
 from models.manifest import DIGEST_LENGTH, read_sealed
 from models.signatures import TrustedKeys, identify
 from models.trial import Verdict
@@ -65,7 +66,9 @@ class ModelLoader:
         self._trials = trials
         self._decisions = decisions or SharedDecisions(SharedCounters(), DECISIONS, BACKENDS)
 
-    def load(self, path: Path, name: str, version: int, keys: TrustedKeys | None = None) -> ServedModel:
+    def load(
+        self, path: Path, name: str, version: int, keys: TrustedKeys | None = None, next_path: Path | None = None
+    ) -> ServedModel:
         """Load the artifact at `path` as `name`@`version`, select its backend, and warm it up.
 
         Args:
@@ -73,12 +76,15 @@ class ModelLoader:
             name: name of the model.
             version: version of the model.
             keys: one of these keys must have signed the artifact; None: no signature is needed.
+            next_path: the artifact that is loaded next. The trial process tries it out while this one loads.
 
         Raises:
             ArtifactError: the artifact cannot be read or verified, or the requested backend cannot run it.
         """
         started = perf_counter()
         verdict: Verdict = self._trials.try_out(path, _verified_digest(path, keys)) if self._trials else {}
+        if next_path:
+            self.begin_trial(next_path, keys)
         artifact = load(path, self._device, keys, verdict.get("digest"))
         selection = self._select_backend(artifact)
         loaded = perf_counter()
@@ -119,6 +125,12 @@ class ModelLoader:
         if decided:
             return replace(selection, reason="selected when this server first loaded these weights")
         return selection
+
+    def begin_trial(self, path: Path, keys: TrustedKeys | None) -> None:
+        """Let the trial process try the artifact at `path` out. If it cannot, `load` reports the reason later."""
+        if self._trials:
+            with suppress(OSError, ArtifactError):
+                self._trials.begin(path, _verified_digest(path, keys))
 
     def prepare_trials(self) -> None:
         """Prepare this process, from which the trial process is forked. See `models.artifact.prepare_trials`."""

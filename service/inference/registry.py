@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from models.errors import ArtifactMissing, ArtifactUnreadable, ElboError, KeyInvalid
-from models.manifest import FILE_NAME, folders, version_folder, versions
-from models.signatures import SIGNATURE_NAME, TrustedKeys, TrustedKeySource
+from models.manifest import FILE_NAME, folders, names, version_folder, versions
+from models.signatures import SIGNATURE_NAME, TrustedKeys, TrustedKeySource, trusted_keys
 from service.errors import ModelNotFound, NotReady
 from service.inference.model_loader import ModelLoader
 from service.inference.served_model import ServedModel
@@ -170,6 +170,7 @@ class ModelRegistry:
         self._keep_versions = keep_versions
         self._keys = keys
         self._entries: dict[tuple[str, int], _Entry] = {}
+        self._next_path: Path | None = None  # the artifact that `refresh` will probably load next
         self._folder_id: FolderId | None = None  # of the artifact folder, when a model was last found in it
         self._thread = ThreadPoolExecutor(1, "registry")
         self.catalogue = Catalogue()
@@ -202,7 +203,10 @@ class ModelRegistry:
             return
         models = {}
         entries: dict[tuple[str, int], _Entry] = {}
+        later = list(scanned)
         for name, found in scanned.items():
+            later.remove(name)
+            self._next_path = self._first_new(later, scanned)
             if isinstance(found, Failure):
                 failures = (*failures, found)
                 entries |= {key: entry for key, entry in self._entries.items() if key[0] == name}
@@ -211,6 +215,14 @@ class ModelRegistry:
                 models[name] = self._load_while_replaced(name, found, entries)
         self._entries = entries
         self._publish(models, (*failures, *(entry.failure for entry in entries.values() if entry.failure)))
+
+    def _first_new(self, later: list[str], scanned: "Mapping[str, list[int] | Failure]") -> Path | None:
+        """Return the newest version of the first model in `later` whose newest version was not loaded yet, or None."""
+        for name in later:
+            found = scanned[name]
+            if not isinstance(found, Failure) and (name, found[-1]) not in self._entries:
+                return version_folder(self._root, name, found[-1]) / FILE_NAME
+        return None
 
     def _publish(self, models: Mapping[str, Mapping[int, ServedModel]], failures: tuple[Failure, ...]) -> None:
         """Replace the catalogue, and log what has changed. Models without versions are left out."""
@@ -323,7 +335,7 @@ class ModelRegistry:
             state = _file_state(path)
             if previous and previous.served is older and previous.is_current(state, keys):
                 return previous
-            return _Entry(state, keys, self._loader.load(path, name, version, keys), None)
+            return _Entry(state, keys, self._loader.load(path, name, version, keys, self._next_path), None)
         except FileNotFoundError:
             raise
         except Exception as error:
@@ -333,6 +345,22 @@ class ModelRegistry:
                 unexpected = not isinstance(error, OSError | ElboError)
                 log.error("%s", entry.failure, exc_info=error if unexpected else None)
             return entry
+
+
+def begin_first_trial(root: Path, loader: ModelLoader, trusted: str | None) -> None:
+    """Let the trial process try out the model that a registry will load first, while the server is still starting.
+
+    If that fails, the registry reports the reason when it loads the model.
+
+    Args:
+        root: the artifact folder.
+        loader: a loader with a trial process.
+        trusted: the value of ELBO_TRUSTED_KEYS.
+    """
+    with suppress(ElboError, OSError):
+        for name in names(root)[:1]:
+            newest = version_folder(root, name, versions(root, name)[-1]) / FILE_NAME
+            loader.begin_trial(newest, trusted_keys(trusted))
 
 
 def _file_state(path: Path) -> FileState:

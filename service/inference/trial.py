@@ -28,7 +28,7 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from time import monotonic, sleep
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from models.errors import ArtifactCorrupt, ArtifactError, ArtifactUnreadable
 from models.manifest import read_digest, read_sealed
@@ -98,7 +98,7 @@ class TrialClient:
         reader, writer = os.pipe()
         try:
             try:
-                self._send(json.dumps({"path": str(path), "digest": digest}).encode(), writer)
+                self._send(_request(path, digest), writer)
             except OSError as error:
                 raise ArtifactUnreadable(
                     f"{path} was not loaded: the process that tries artifacts out has ended and cannot be started "
@@ -115,6 +115,18 @@ class TrialClient:
             return open_verdict(answer, path)
         finally:
             os.close(reader)
+
+    def begin(self, path: Path, digest: str | None = None) -> None:
+        """Let the trial process try the artifact at `path` out now, so that `try_out` gets the verdict at once later.
+
+        `try_out` reports all errors: this method raises none. See `try_out` for the arguments.
+        """
+        reader, writer = os.pipe()
+        os.close(reader)  # the trial process keeps the verdict, so nobody has to read it here
+        with suppress(OSError, ArtifactError):
+            request = _request(path, digest or read_digest(path), is_early=True)
+            socket.send_fds(self._connection, [request], [writer])
+        os.close(writer)
 
     def _send(self, request: bytes, writer: int) -> None:
         """Send a request to the trial process. If this and the keeper have been killed, start new ones. Raises OSError.
@@ -146,6 +158,10 @@ class TrialClient:
                 answer += part
             elif self.is_stopped():
                 raise TrialStopped(f"{path} was not loaded, because the server stops")
+
+
+def _request(path: Path, digest: str, is_early: bool = False) -> bytes:
+    return json.dumps({"path": str(path), "digest": digest, "is_early": is_early}).encode()
 
 
 def start_trial_process(work: Work, limits: TrialLimits, start_keeper: Callable[[], socket.socket]) -> TrialClient:
@@ -207,24 +223,35 @@ def _serve_and_exit(server: socket.socket, work: Work, limits: TrialLimits) -> N
     """Try artifacts out until no process of the server has its end of the connection open."""
     try:
         name_process(TRIAL_PROCESS_NAME)
-        passed: dict[str, Verdict] = {}
+        verdicts: dict[str, Verdict] = {}
         while True:
             request, descriptors, _, _ = socket.recv_fds(server, MAX_REQUEST_BYTES, 1)
             if not request:
                 break
             for descriptor in descriptors:
-                _answer(json.loads(request), descriptor, server, work, limits, passed)
+                _answer(json.loads(request), descriptor, server, work, limits, verdicts)
     finally:
         os._exit(0)
 
 
 def _answer(
-    request: dict[str, str], descriptor: int, server: socket.socket, work: Work, limits: TrialLimits,
-    passed: dict[str, Verdict],
+    request: dict[str, Any], descriptor: int, server: socket.socket, work: Work, limits: TrialLimits,
+    verdicts: dict[str, Verdict],
 ) -> None:  # fmt: skip
-    """Try one artifact out, and write the verdict to `descriptor`."""
+    """Try one artifact out, and write the verdict to `descriptor`.
+
+    Args:
+        request: the path and digest of the artifact, and whether another request for the verdict follows.
+        descriptor: the pipe for the answer.
+        server: the socket to the server.
+        work: see `start_trial_process`.
+        limits: the limits of the trial.
+        verdicts: the verdicts that are known: by digest if the artifact passed, and by path and digest if it was
+            refused. A refusal is kept only until the request that follows an early one.
+    """
     path, digest = Path(request["path"]), request["digest"]
-    verdict = passed.get(digest)
+    refused = f"{path} {digest}"
+    verdict = verdicts.get(digest) or verdicts.pop(refused, None)
     if verdict is None:
         try:
             found = run_trial(
@@ -234,9 +261,11 @@ def _answer(
                 limits,
                 lambda: _is_closed(server),
             )
-            verdict = passed[digest] = {**found, "digest": digest}
+            verdict = verdicts[digest] = {**found, "digest": digest}
         except ArtifactError as error:
             verdict = {"code": error.code, "detail": str(error)}
+            if request["is_early"]:
+                verdicts[refused] = verdict
         except OSError as error:  # such as no memory for a child: the next trial may succeed
             detail = f"{path} cannot be tried out ({error.strerror}): it is tried again at the next poll"
             verdict = {"code": ArtifactUnreadable.code, "detail": detail}

@@ -5,9 +5,9 @@ the workers accepted connections themselves, the kernel would spread connections
 SO_REUSEPORT socket each, the connections in the queue of a killed worker would also be lost. Passing a connection takes
 time once per connection, not once per request.
 
-The supervisor imports the code that the workers need, and forks. A new worker therefore starts fast, shares the memory
-of the imported code, and inherits the shared counters. Only the thread that writes the log runs beside the supervisor's
-own thread.
+This module imports the code that the workers need, and the supervisor forks. A new worker therefore starts fast, shares
+the memory of the imported code, and inherits the shared counters. Only the thread that writes the log runs beside the
+supervisor's own thread.
 """
 
 import gc
@@ -23,18 +23,17 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from models.errors import ElboError, printable
+from service.inference.trial import TrialClient
 from service.monitoring import logs
 from service.server import fd_passing
 from service.server.connections import connection_limit
 from service.server.hangup import Hangup
+from service.server.worker import run_worker
 from service.settings import Settings
 from service.shared_memory import LOST_LOG_LINES, RESTARTS, Segment, SharedCounters
-
-if TYPE_CHECKING:
-    from service.inference.trial import TrialClient
 
 MIN_RETRY_SECONDS = 0.5  # first pause before replacing a worker that never became ready; each failure doubles the pause
 MAX_RETRY_SECONDS = 30.0
@@ -108,7 +107,7 @@ class Supervisor:
         self,
         settings: Settings,
         listener: socket.socket,
-        trials: "TrialClient | None" = None,
+        trials: TrialClient | None = None,
         temporary_folder: Path | None = None,
     ) -> None:
         self._settings = settings
@@ -137,8 +136,6 @@ class Supervisor:
         If the first worker cannot start, exit with its exit code. If a worker dies while the server stops, exit with 1.
         """
         self._watch_signals()
-        import service.server.worker  # noqa: F401 - imported before the fork, so that workers start fast
-
         gc.freeze()  # without this, a garbage collection in a worker would write to the shared pages and so copy them
         log.info("starting %d workers for the models in %s", self._settings.workers, self._settings.artifacts)
         # The other workers start when the first is ready: workers that load at the same time slow each other down.
@@ -320,8 +317,6 @@ class Supervisor:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
             self._close_inherited_sockets()
-            from service.server.worker import run_worker
-
             counters = SharedCounters(self._segments, index)
             run_worker(
                 self._settings,

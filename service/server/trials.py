@@ -17,6 +17,7 @@ from typing import Any
 
 from models.trial import IS_POSSIBLE, TrialLimits
 from service.inference.model_loader import ModelLoader
+from service.inference.registry import begin_first_trial
 from service.inference.trial import TrialClient, connected_sockets, import_early, keep_and_exit, start_trial_process
 from service.settings import Settings
 
@@ -35,7 +36,9 @@ def start_trials(settings: Settings) -> TrialClient | None:
     if not IS_POSSIBLE:
         return None
     values = settings.model_dump(include={*SETTINGS_OF_LOADER, *SETTINGS_OF_TRIALS})
-    return start_trial_process(_loader(values).try_out, _limits(values), lambda: _start_keeper(values))
+    trials = start_trial_process(_loader(values).try_out, _limits(values), lambda: _start_keeper(values))
+    begin_first_trial(settings.artifacts, ModelLoader(trials=trials), settings.trusted_keys)
+    return trials
 
 
 def _loader(values: Mapping[str, Any]) -> ModelLoader:

@@ -31,9 +31,11 @@ class CountingLoader(ModelLoader):
 
     loads = 0
 
-    def load(self, path: Path, name: str, version: int, keys: TrustedKeys | None = None) -> ServedModel:
+    def load(
+        self, path: Path, name: str, version: int, keys: TrustedKeys | None = None, next_path: Path | None = None
+    ) -> ServedModel:
         self.loads += 1
-        return super().load(path, name, version, keys)
+        return super().load(path, name, version, keys, next_path)
 
 
 def served(registry: ModelRegistry) -> list[str]:
@@ -245,11 +247,13 @@ class LateLoader(ModelLoader):
 
     replacements = 3
 
-    def load(self, path: Path, name: str, version: int, keys: TrustedKeys | None = None) -> ServedModel:
+    def load(
+        self, path: Path, name: str, version: int, keys: TrustedKeys | None = None, next_path: Path | None = None
+    ) -> ServedModel:
         if self.replacements:
             self.replacements -= 1
             path.parent.rename(path.parent.with_name(str(version + 1)))
-        return super().load(path, name, version, keys)
+        return super().load(path, name, version, keys, next_path)
 
 
 @pytest.mark.parametrize("is_loaded", [False, True])

@@ -10,6 +10,7 @@ import pytest
 from models.artifact import load_after_trial
 from models.errors import ArtifactCorrupt, ArtifactUntrusted
 from models.keys import PrivateKey, PublicKey
+from models.manifest import FILE_NAME
 from models.signatures import TrustedKeys, TrustedKeySource, sign
 from models.trial import Verdict
 from service.inference.model_loader import ModelLoader
@@ -210,6 +211,10 @@ class RecordingTrials(TrialClient):
 
     def __init__(self) -> None:
         self.asked: list[tuple[Path, str | None]] = []
+        self.begun: list[tuple[Path, str | None]] = []
+
+    def begin(self, path: Path, digest: str | None = None) -> None:
+        self.begun.append((path, digest))
 
     def try_out(self, path: Path, digest: str | None = None) -> Verdict:
         self.asked.append((path, digest))
@@ -227,6 +232,23 @@ def test_trial_before_a_load_is_for_the_content_whose_signature_was_verified(sit
     served = ModelLoader(trials=trials).load(site.path, "model", 1, keys)
     assert served.signed_by == site.first.public
     assert trials.asked == [(site.path, site.path.read_bytes()[-64:].decode())]
+
+
+def test_trial_begins_while_the_model_before_it_loads_but_only_if_its_artifact_is_signed(site: Site) -> None:
+    trials = RecordingTrials()
+    keys = TrustedKeySource(str(site.file))
+    sign(site.path, site.first)
+    for name in ("model-2", "model-3"):  # a copy has no valid signature, because the signature contains the name
+        shutil.copytree(site.root / "model", site.root / name)
+    sign(site.root / "model-2" / "1" / FILE_NAME, site.first)
+    loader = ModelLoader(trials=trials)
+    registry = ModelRegistry(site.root, loader, default_model="model", keep_versions=2, keys=keys)
+    registry.refresh()
+    digest = site.path.read_bytes()[-64:].decode()
+    assert trials.begun == [(site.root / "model-2" / "1" / FILE_NAME, digest)]
+    assert sorted(registry.catalogue.models) == ["model", "model-2"]
+    registry.refresh()
+    assert len(trials.begun) == 1
 
 
 class SwappingKeys(TrustedKeys):

@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from models.errors import ArtifactError, ArtifactUnsafe
 from models.pipeline import Pipeline
 from models.trial import TrialLimits, run_trial
 from service.inference.model_loader import ModelLoader
-from service.inference.trial import KEEPER_PROCESS_NAME, LATE_IMPORTS, TRIAL_PROCESS_NAME
+from service.inference.trial import KEEPER_PROCESS_NAME, LATE_IMPORTS, TRIAL_PROCESS_NAME, start_trial_process
 from tests.models import hostile
 from tests.models.builders import CORES
 from tests.models.publishing import GAPS, publish_twin
@@ -271,6 +271,32 @@ def test_trial_cannot_open_files_or_sockets_and_cannot_write(tmp_path: Path) -> 
     kept.close()
     assert verdict == {"read": "OSError", "socket": "OSError", "write": "OSError", "pipe": "OSError"}
     assert (tmp_path / "kept").read_bytes() == b""
+
+
+def test_trial_that_was_begun_early_is_not_repeated_but_its_refusal_is_given_only_once(tmp_path: Path) -> None:
+    good, bad, other = (publish_twin(tmp_path / kind, kind) for kind in ("pca", "ae", "vae-gaussian"))
+
+    def work(_: bytes, path: Path) -> dict[str, Any]:
+        if path == bad:
+            raise ArtifactUnsafe(f"refused at {time.monotonic_ns()}")
+        return {"at": time.monotonic_ns()}
+
+    def start_keeper() -> socket.socket:
+        raise OSError
+
+    def refusal() -> int:
+        with pytest.raises(ArtifactUnsafe) as caught:
+            client.try_out(bad)
+        return int(str(caught.value).split()[-1])
+
+    client = start_trial_process(work, TrialLimits(seconds=20), start_keeper)
+    with closing(client):
+        for path in (bad, good):
+            client.begin(path)
+        last = client.try_out(other)["at"]
+        assert client.try_out(good)["at"] < last
+        assert refusal() < last
+        assert refusal() > last
 
 
 def test_trial_that_crashes_is_an_error_that_names_the_signal(tmp_path: Path) -> None:
