@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from models.archive_check import open_archive
 from models.baseline import Baseline
 from models.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactUnsafe, DeviceMissing, printable
+from models.explanation import correlation_of
 from models.inspection import Inspected, inspect_artifact
 from models.keys import PrivateKey, PublicKey
 from models.manifest import (
@@ -42,6 +43,7 @@ from models.manifest import (
     read_sealed,
     seal,
 )
+from models.onset import UsualCourse, describe_course
 from models.signatures import TrustedKeys, identify, signer
 from models.staging import staging_folder
 from models.trial import IS_POSSIBLE, TrialLimits, Verdict, run_trial
@@ -119,6 +121,7 @@ class Artifact:
     exhibits: Mapping[str, bytes] = field(default_factory=dict)  # by name: HELD_OUT, CALIBRATION, CARD
     calibration: Mapping[str, Tensor] = field(default_factory=dict)  # the buffers of the module's calibration, by name
     baseline: Baseline | None = None  # what score is usual for a group and a time; None without times
+    course: UsualCourse | None = None  # how features vary within a window; None if this is unknown
     sha256: str = ""  # of the file
     signed_by: PublicKey | None = None  # None if no signature was needed
 
@@ -342,6 +345,7 @@ def load_content(content: bytes, path: Path, device: str = "cpu", is_inspected: 
         exhibits=_read_exhibits(content, path, (HELD_OUT, CALIBRATION, CARD)),
         calibration=_buffers_of(weights, f"{prefix}calibration."),
         baseline=_read_baseline(manifest, _buffers_of(weights, f"{prefix}baseline."), path),
+        course=None if manifest.window is None else _read_course(manifest, weights),
         sha256=hashlib.sha256(content).hexdigest(),
     )
 
@@ -366,6 +370,23 @@ def _read_baseline(manifest: Manifest, buffers: Mapping[str, Tensor], path: Path
         raise ArtifactCorrupt(
             f"{path}: the baseline does not fit the manifest ({error}); publish the model again"
         ) from error
+
+
+def _read_course(manifest: Manifest, weights: Mapping[str, Tensor]) -> UsualCourse | None:
+    """Return how the features vary within windows; None if the explanation of the model does not contain it."""
+    double = {name: weight.detach().cpu().double() for name, weight in weights.items() if weight.is_floating_point()}
+    mean, deviation = double.get("pipeline.explanation.mean"), double.get("pipeline.explanation.deviation")
+    if mean is None or deviation is None or not bool((deviation > 0).all()):
+        return None
+    try:
+        correlation = correlation_of(double["pipeline.explanation.weights"], deviation)
+    except ValueError:
+        return None
+    copies = len(mean) // manifest.width
+    row_scale, row_shift = double["scaling.scale"].repeat(copies), double["scaling.shift"].repeat(copies)
+    level = (double["pipeline.scaling.shift"] + double["pipeline.scaling.scale"] * mean) * row_scale + row_shift
+    deviation = deviation * double["pipeline.scaling.scale"] * row_scale
+    return describe_course(level.numpy(), deviation.numpy(), correlation.numpy(), manifest.width)
 
 
 def read_trained_rows(artifact: Artifact) -> bytes | None:

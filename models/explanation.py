@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+NOISE = 1.0  # variance of the noise added to each feature, divided by the variance of the feature
+TOLERANCE = 1e-2  # largest error of a correlation that is computed from the weights of an explanation in float32
+
 
 class Explanation(nn.Module):
     """Explanation by the reconstruction, used for images and very wide rows."""
@@ -57,3 +60,28 @@ class Expectations(Explanation):
         from_conditional = ((centred - conditional) / self.residual).square()  # [B, D]
         expected = self.mean + torch.where(from_conditional > from_mean, conditional, 0.0)
         return torch.maximum(from_mean, from_conditional), expected
+
+
+def correlation_of(weights: Tensor, deviation: Tensor) -> Tensor:
+    """Return the correlation matrix [D, D] from which the weights of `Expectations` were computed, up to rounding.
+
+    Off the diagonal, the weights are -P_ij / P_ii, where P is the inverse of the correlation matrix plus noise on the
+    diagonal. So the inverse of these weights is this matrix with scaled columns, and its diagonal is known.
+
+    Args:
+        weights: the weights, float64 [D, D].
+        deviation: the standard deviations of the features, float64 [D].
+
+    Raises:
+        ValueError: the weights were computed in another way, as by an earlier release.
+    """
+    ratios = -weights * torch.outer(1.0 / deviation, deviation)  # [D, D]
+    ratios.fill_diagonal_(1.0)
+    scaled, failure = torch.linalg.inv_ex(ratios)  # [D, D], and 0 if the inverse exists
+    noisy = scaled * ((1.0 + NOISE) / scaled.diagonal())
+    if int(failure) or not float((noisy - noisy.T).abs().max()) < TOLERANCE:  # `not <`, so that NaN is refused too
+        raise ValueError("the weights are not those of a correlation matrix")
+    correlation = (noisy + noisy.T) / 2.0 - NOISE * torch.eye(len(weights)).double()
+    values, vectors = torch.linalg.eigh(correlation)
+    positive: Tensor = vectors @ torch.diag(values.clamp(min=0.0)) @ vectors.T
+    return positive

@@ -270,6 +270,15 @@ class FeatureReport(BaseModel):
         description="squared distance from the expected value, in standard deviations of normal rows (for images in "
         "the model's units); for a missing value the distance of the median that replaces it"
     )
+    lag: int | None = Field(
+        None,
+        description="anomalous rows of models with a window only, for features that contribute at least a tenth of "
+        "the largest contribution: how many rows before this row the deviation of the feature probably began, 0 if "
+        "with this row. The largest possible value is window_rows - 1, and then it may have begun earlier",
+    )
+    since: float | None = Field(
+        None, description="Unix time in seconds of the row with which the deviation began, if the rows have times"
+    )
 
 
 class Result(BaseModel):

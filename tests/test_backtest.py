@@ -114,6 +114,13 @@ def test_verdicts_of_a_replay_equal_the_served_ones_row_by_row(root: Path, name:
         severities = np.array([row["severity"] for row in served[alpha]])
         np.testing.assert_allclose(severities[~silent], judged.severity[index, place][~silent], rtol=1e-3)
     assert (judged.states is not None) == (online and name != "plain")
+    onsets = 0
+    for row, judged_row in zip(served[live], place.tolist(), strict=True):
+        if row["is_anomaly"]:
+            since = [cause.since for cause in judged.causes_of(judged_row)]
+            assert since == [feature.get("since") for feature in row["features"][: len(since)]]
+            onsets += sum(time is not None for time in since)
+    assert (onsets > 0) == (name == "windows")
     if judged.states is not None:
         assert [row["state"] for row in served[live]] == np.array(judged.states)[place].tolist()
     assert judged.is_anomaly[1].any()

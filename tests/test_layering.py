@@ -34,20 +34,20 @@ MAY_IMPORT = {
     "service.access": "models.errors errors shared_memory",
     "service.codec": "models.columns models.pixels models.timestamps models.errors errors",
     "service.inference": (
-        "models.artifact models.baseline models.keys models.manifest models.signatures models.errors models.silences "
-        "models.trial codec errors "
-        "shared_memory"
+        "models.artifact models.baseline models.keys models.manifest models.onset models.signatures models.errors "
+        "models.silences models.trial codec errors shared_memory"
     ),
     "service.schemas": "models.manifest inference",
     "service.anomaly": (
-        "models.baseline models.columns models.silences models.timestamps models.errors schemas inference codec errors"
+        "models.baseline models.columns models.onset models.silences models.timestamps models.errors schemas inference "
+        "codec errors"
     ),
     "service.monitoring": "models.errors anomaly inference codec settings shared_memory",
     "service.http": "access monitoring inference codec errors shared_memory",
     "service.backtest": "models.errors models.timestamps anomaly inference",
     "service.endpoints": (
-        "models.artifact models.manifest models.errors access http monitoring anomaly schemas inference codec errors "
-        "settings"
+        "models.artifact models.manifest models.onset models.errors access http monitoring anomaly schemas inference "
+        "codec errors settings"
     ),
     "service.app": (
         "models.artifact models.signatures access endpoints http monitoring anomaly inference errors settings "

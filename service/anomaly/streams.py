@@ -146,6 +146,11 @@ class History:
             parts.append(self.x.astype("<f4", copy=False).tobytes())
         return b"".join(parts)
 
+    @property
+    def times(self) -> list[float]:
+        """A copy of the times of the stored rows."""
+        return self._times.copy()
+
     def place(self, offset: int) -> None:
         """Note that the stored rows have the sources `offset`, `offset` + 1, ..."""
         self._sources = [source + offset for source in self._sources]
@@ -277,6 +282,7 @@ class JoinedRows:
         window_rows: how many rows of its window each row has, itself included, [G].
         pool: the values of the rows of the request, then those of the histories, then one row of NaN.
         windows: for each row of each window, its index in `pool`, oldest first, [G, N]; None without windows.
+        pool_times: the times of the rows of `pool` but the last one, in parts; none if a row has no time.
     """
 
     groups: dict[str, Group]
@@ -285,6 +291,17 @@ class JoinedRows:
     window_rows: list[int]
     pool: Array
     windows: npt.NDArray[np.int32] | None
+    pool_times: list[Sequence[float]]
+
+    def windows_of(self, rows: npt.NDArray[np.intp]) -> Array:
+        """Return the windows [A, N, D] of some rows [A], with NaN for absent rows. The model has windows."""
+        assert self.windows is not None
+        return self.pool[self.windows[rows]]
+
+    def times_of(self, rows: npt.NDArray[np.intp]) -> npt.NDArray[np.float64]:
+        """Return the times [A, N] of the rows of the windows of some rows [A]; NaN for absent rows."""
+        assert self.windows is not None
+        return np.concatenate((*self.pool_times, [np.nan]))[self.windows[rows]]
 
     def inputs(self, part: slice) -> Array:
         """Return the model's inputs for some rows: windows [B, N, D] with NaN for absent rows, or rows [B, D]."""
@@ -331,18 +348,22 @@ def join_rows(
         )
         windows = np.full((count, rules.rows), len(pool) - 1, np.int32)
     times = [math.nan] * count if time is None else time.tolist()
+    has_times = rules.has_window and time is not None and not np.isnan(time).any()
+    pool_times: list[Sequence[float]] = [times] if has_times else []
     offset = count
     for name, rows in order.items():
         history = groups[name].history
         history.place(offset)
         offset += len(history.x)
+        if has_times:
+            pool_times.append(history.times)
         for row in rows:
             pause_if_due()
             outcomes[row], window = history.join(row, times[row])
             if windows is not None:
                 window_rows[row] = len(window)
                 windows[row, -len(window) :] = window
-    return JoinedRows(groups, order, outcomes, window_rows, pool, windows)
+    return JoinedRows(groups, order, outcomes, window_rows, pool, windows, pool_times)
 
 
 def _order(

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from models.silences import Silences
 from service.anomaly.inputs import InputRows
+from service.anomaly.onsets import Onsets
 from service.anomaly.smoothing import exponential_mean
 from service.codec.float32 import is_finite
 from service.codec.row_schema import ParsedRows
@@ -118,6 +119,7 @@ class Past(NamedTuple):
         states: [G]: the state of the group after each row; None without online calibration.
         incidents: the groups whose incidents began, each as often as one began.
         changes: the groups whose incidents became changes.
+        onsets: finds since when features deviate; None if this is unknown.
     """
 
     window_rows: list[int] | None
@@ -126,6 +128,7 @@ class Past(NamedTuple):
     states: Sequence[str] | None = None
     incidents: Sequence[str] = ()
     changes: Sequence[str] = ()
+    onsets: Onsets | None = None
 
     def part(self, part: slice) -> "Past":
         """Return the past of some rows, without incidents and changes."""
@@ -134,6 +137,7 @@ class Past(NamedTuple):
             self.full_window,
             None if self.has_own_calibration is None else self.has_own_calibration[part],
             None if self.states is None else self.states[part],
+            onsets=None if self.onsets is None else self.onsets._replace(first=self.onsets.first + (part.start or 0)),
         )
 
 
@@ -145,6 +149,11 @@ class Verdicts(NamedTuple):
     is_anomaly: list[bool]  # [G]
     smoothed: npt.NDArray[np.float64] | None  # [G]: the smoothed severity, if requested
     past: Past | None = None  # None if the rows were judged without the past of their groups
+
+    @property
+    def explained_rows(self) -> int:
+        """The number of rows whose features have onsets, which take long to find."""
+        return sum(self.is_anomaly) if self.past is not None and self.past.onsets is not None else 0
 
     def part(self, part: slice) -> "Verdicts":
         """Return the verdicts on some of the valid rows, without the errors of the invalid rows."""
@@ -238,6 +247,8 @@ def results_and_errors(
         for row, score, p_value, severity, is_anomaly, values, features in columns
     ]
     _add_optional_fields(results, verdicts, names)
+    if verdicts.past is not None and verdicts.past.onsets is not None and explain:
+        _add_onsets(results, verdicts, verdicts.past.onsets, explain)
     if not scores.all_finite:
         results = [result for result, usable in zip(results, scores.usable.tolist(), strict=True) if usable]
     return results, _errors(parsed, scores)
@@ -336,6 +347,22 @@ def _add_optional_fields(results: list[dict[str, Any]], verdicts: Verdicts, name
             results[row]["silenced"] = True
     if verdicts.past is not None:
         _add_past(results, verdicts.past)
+
+
+def _add_onsets(results: list[dict[str, Any]], verdicts: Verdicts, onsets: Onsets, explain: int) -> None:
+    """Add to the features of anomalous rows since when they deviate."""
+    rows = np.flatnonzero(verdicts.is_anomaly)
+    if not len(rows):
+        return
+    contribution = verdicts.scores.clipped.contribution[rows]
+    top = largest(contribution, explain)
+    for row, columns, found in zip(rows.tolist(), top.tolist(), onsets.find(rows, top, contribution), strict=True):
+        for column, feature in zip(columns, results[row]["features"], strict=True):
+            if column in found:
+                lag, since = found[column]
+                feature["lag"] = lag
+                if since is not None:
+                    feature["since"] = since
 
 
 def _add_past(results: list[dict[str, Any]], past: Past) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service.anomaly.group_memory import StartSets, rules_of
+from service.anomaly.onsets import Onsets
 from service.anomaly.smoothing import exponential_mean
 from service.anomaly.streams import Group, JoinedRows, Rules, join_rows, judge
 from service.anomaly.verdicts import Scores, largest
@@ -28,16 +29,22 @@ CAUSES = 3  # features that are remembered of an anomalous row: those that contr
 MAX_FLOAT32 = np.finfo(np.float32).max
 
 Array = npt.NDArray[np.float32]
+Times = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
+_Causes = tuple[npt.NDArray[np.int64], npt.NDArray[np.intp], Array, Times]  # see `Replay`
 
 
 class Cause(NamedTuple):
-    """A feature that contributes to the score of a row."""
+    """A feature that contributes to the score of a row.
+
+    `since`: when its deviation began, in Unix seconds; None if this is unknown, as for a model without a window.
+    """
 
     name: str
     value: float
     expected: float
     contribution: float
+    since: float | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,7 @@ class Replay:
         causes_rows: rows whose causes are known: those whose own severity at the first alpha is above 1, [A].
         causes_features: their CAUSES features with the largest contributions, as indices, [A, C].
         causes_numbers: value, expected value and contribution of these features, [A, C, 3].
+        causes_since: when the deviations of these features began, in Unix seconds; NaN if this is unknown, [A, C].
         names: names of the D features.
     """
 
@@ -83,6 +91,7 @@ class Replay:
     causes_rows: npt.NDArray[np.int64]
     causes_features: npt.NDArray[np.intp]
     causes_numbers: Array
+    causes_since: Times
     names: list[str]
 
     @property
@@ -103,8 +112,13 @@ class Replay:
         place = int(np.searchsorted(self.causes_rows, row))
         if place == len(self.causes_rows) or self.causes_rows[place] != row:
             return ()
-        pairs = zip(self.causes_features[place].tolist(), self.causes_numbers[place].tolist(), strict=True)
-        return tuple(Cause(self.names[feature], *numbers) for feature, numbers in pairs)
+        columns = self.causes_features[place].tolist(), self.causes_numbers[place].tolist()
+        return tuple(
+            Cause(self.names[feature], value, expected, contribution, since if since == since else None)
+            for feature, (value, expected, contribution), since in zip(
+                *columns, self.causes_since[place].tolist(), strict=True
+            )
+        )
 
 
 def replay(
@@ -133,9 +147,10 @@ def replay(
         causes_rows=np.empty(0, np.int64),
         causes_features=np.empty((0, CAUSES), np.intp),
         causes_numbers=np.empty((0, CAUSES, 3), np.float32),
+        causes_since=np.empty((0, CAUSES)),
         names=[feature.name for feature in served.manifest.features],
     )
-    causes: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.intp], Array]] = []
+    causes: list[_Causes] = []
     payloads: dict[int, bytes] = {}  # the last group of the previous chunk, as it is stored between two requests
     for first in range(0, rows, CHUNK_ROWS):
         part = slice(first, min(first + CHUNK_ROWS, rows))
@@ -150,12 +165,12 @@ def replay(
         joined = join_rows(rules, history.x[part], history.time[part], names, groups)
         scores = _score(served, rules, joined, options)
         _judge(result, part, joined, rules, scores, served, options)
-        causes.append(_find_causes(result, part, joined, scores))
+        causes.append(_find_causes(result, part, joined, scores, served))
         last = int(index[-1])
         payloads = {last: groups[history.groups[last]].dump(joined.pool)}
         report(part.stop)
     _finish(result, options.half_life_rows)
-    result.causes_rows, result.causes_features, result.causes_numbers = (
+    result.causes_rows, result.causes_features, result.causes_numbers, result.causes_since = (
         np.concatenate(arrays) for arrays in zip(*causes, strict=True)
     )
     return result
@@ -212,9 +227,7 @@ def _judge(
         result.severity[index, part] = np.where(usable, np.minimum(severity, most), np.nan)  # see `_finish`
 
 
-def _find_causes(
-    result: Replay, part: slice, joined: JoinedRows, scores: Scores
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.intp], Array]:
+def _find_causes(result: Replay, part: slice, joined: JoinedRows, scores: Scores, served: ServedModel) -> _Causes:
     """Return the anomalous rows in `part`, and the features that contribute most to their scores."""
     rows = np.flatnonzero(result.severity[0, part] > 1)
     features = largest(scores.contribution[rows], CAUSES)  # [A, C]
@@ -222,7 +235,12 @@ def _find_causes(
         np.take_along_axis(values[rows], features, axis=1)
         for values in (joined.pool, scores.expected, scores.contribution)
     ]
-    return rows + part.start, features, np.stack(numbers, axis=2).astype(np.float32)
+    since = np.full(features.shape, np.nan)
+    if served.course is not None:
+        onsets = Onsets(served.course, joined.windows_of, joined.times_of)
+        for place, found in enumerate(onsets.find(rows, features, scores.contribution[rows])):
+            since[place] = [found[feature].since if feature in found else None for feature in features[place].tolist()]
+    return rows + part.start, features, np.stack(numbers, axis=2).astype(np.float32), since
 
 
 def _finish(result: Replay, half_life_rows: float) -> None:

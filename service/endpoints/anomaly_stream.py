@@ -140,7 +140,8 @@ class AnomalyStream:
         )
         self._count(input_rows, verdicts)
         write = partial(_response_lines, served, body, input_rows, verdicts, first_row)
-        return await run_in_thread_if_long(write, offload.VERDICT * len(records))
+        onsets = offload.ONSET * verdicts.explained_rows if verdicts else 0
+        return await run_in_thread_if_long(write, offload.VERDICT * len(records) + onsets)
 
     def _count(self, input_rows: InputRows, verdicts: Verdicts | None) -> None:
         scored = verdicts.scores.usable_count if verdicts else 0

@@ -15,9 +15,11 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from models.onset import UsualCourse
 from service.anomaly.group_memory import ModelMemory
 from service.anomaly.group_state import Record, Transaction
 from service.anomaly.inputs import InputRows
+from service.anomaly.onsets import Onsets
 from service.anomaly.streams import Group, JoinedRows, Judgements, join_rows, judge
 from service.anomaly.verdicts import Past, Scores, Verdicts, decide
 from service.codec.long_work import pause_if_due
@@ -71,7 +73,7 @@ async def score_with_past(
     memory = await service.groups.of(served)
     if body.inputs is not None:  # rows without times and groups: they are joined with each other only
         joined = await _run_to_end(partial(_join, memory, input_rows, rows, None, is_live), JOINED_ROW * len(rows))
-        return await _judge_rows(memory, joined, input_rows, body, run)
+        return await _judge_rows(memory, joined, input_rows, body, run, served.course)
     names = list(dict.fromkeys(name or "" for name in input_rows.group or ("",)))
     transaction = await memory.file.begin(names, deadline)
     try:
@@ -81,7 +83,7 @@ async def score_with_past(
         joined = await _run_to_end(work, cost)
         if not is_live:
             transaction.end()
-        verdicts = await _judge_rows(memory, joined, input_rows, body, run)
+        verdicts = await _judge_rows(memory, joined, input_rows, body, run, served.course)
         if is_live:
             await _commit(memory, transaction, joined, deadline)
     finally:
@@ -116,6 +118,7 @@ async def _judge_rows(
     input_rows: InputRows,
     body: AnomalyBody,
     run: Callable[[Operation, Array], Awaitable[tuple[Array, ...]]],
+    course: UsualCourse | None,
 ) -> Verdicts:
     """Score the rows, step the calibrations of their groups in memory, and return the verdicts."""
     rules, count = memory.rules, len(joined.outcomes)
@@ -130,7 +133,7 @@ async def _judge_rows(
     cost = JUDGED_ROW * count + offload.DECISION * count * rules.width
     if body.half_life or body.half_life_rows:
         cost += count * offload.SMOOTHED_ROW
-    return await _run_to_end(partial(_decide, memory, joined, input_rows, body, Scores(*outputs)), cost)
+    return await _run_to_end(partial(_decide, memory, joined, input_rows, body, Scores(*outputs), course), cost)
 
 
 def _no_verdict(count: int) -> tuple[Array, Array]:
@@ -139,7 +142,12 @@ def _no_verdict(count: int) -> tuple[Array, Array]:
 
 
 def _decide(
-    memory: ModelMemory, joined: JoinedRows, input_rows: InputRows, body: AnomalyBody, scores: Scores
+    memory: ModelMemory,
+    joined: JoinedRows,
+    input_rows: InputRows,
+    body: AnomalyBody,
+    scores: Scores,
+    course: UsualCourse | None,
 ) -> Verdicts:
     rules = memory.rules
     judgements: Judgements | None = None
@@ -151,6 +159,8 @@ def _decide(
         )  # fmt: skip
         judged = scores.judged(judgements.p_value, judgements.severity)
     past = Past(joined.window_rows if rules.has_window else None, rules.rows)
+    if course is not None:
+        past = past._replace(onsets=Onsets(course, joined.windows_of, joined.times_of if joined.pool_times else None))
     if judgements is not None:
         past = past._replace(
             has_own_calibration=judgements.has_own_calibration,
@@ -195,6 +205,8 @@ async def score_windows(
 
     def decide_windows() -> Verdicts:
         past = Past(count_rows(windows).tolist(), window.rows)
+        if served.course is not None:
+            past = past._replace(onsets=Onsets(served.course, windows.__getitem__))
         return _decide_with_past(input_rows, Scores(*outputs), body, past, window.least_rows)
 
     return await run_in_thread_if_long(decide_windows, windows.size * offload.DECISION)

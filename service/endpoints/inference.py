@@ -171,6 +171,8 @@ class InferenceEndpoints:
             fields |= await pixel_fields(parsed.served, parsed.inputs.parsed.x)
             return await render_response(parsed, fields, numbers, allow_nan=True)
         cost = offload.VERDICT * parsed.inputs.rows_received if parsed.body.detail == "full" else 0
+        if cost and verdicts:
+            cost += offload.ONSET * verdicts.explained_rows
         started = perf_counter()
         fields = await run_in_thread_if_long(partial(_anomaly_fields, parsed, verdicts), cost)
         parsed.record.write += perf_counter() - started

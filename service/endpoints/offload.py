@@ -31,6 +31,7 @@ ARRAY_BYTE = JSON_BYTE / 8  # time to copy one byte of npy or safetensors
 NUMBER = 10 * JSON_BYTE  # time to write one number, as about 10 characters of JSON or as pixels
 NORMAL = 8 * JSON_BYTE  # time to draw one normal random number
 VERDICT = 400 * JSON_BYTE  # time to build and write the result of one row
+ONSET = 20_000 * JSON_BYTE  # time to find since when the features of an anomalous row deviate
 DECISION = 2 * JSON_BYTE  # time to decide a row, per feature
 SMOOTHED_ROW = 500 * JSON_BYTE  # time to smooth the severity of a row, if each row has a group of its own
 RECORD_BYTE = 8 * JSON_BYTE  # time to read one byte of records or of CSV, or of JSON rows that are not plain numbers

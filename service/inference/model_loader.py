@@ -97,6 +97,7 @@ class ModelLoader:
             exhibits=artifact.exhibits,
             signed_by=artifact.signed_by,
             baseline=artifact.baseline,
+            course=artifact.course,
         )
         _ = served.silences  # raises ArtifactMismatch now, not when the first row comes
         if rows := verdict.get("rows"):

@@ -10,6 +10,7 @@ from models.baseline import Baseline
 from models.errors import ArtifactMismatch
 from models.keys import PublicKey
 from models.manifest import Manifest
+from models.onset import UsualCourse
 from models.silences import Silences
 from service.codec import png
 from service.codec.feature_names import FeatureSelectors
@@ -34,6 +35,7 @@ class ServedModel:
         exhibits: documents for human readers, such as the model card, by file name.
         signed_by: the trusted key that has signed the artifact; None if the server needs no signatures.
         baseline: what score is usual for a group and a time; None if the model was trained without times.
+        course: how features vary within a window; None if the model has no window, or if this is unknown.
     """
 
     name: str
@@ -45,6 +47,7 @@ class ServedModel:
     exhibits: Mapping[str, bytes] = field(default_factory=dict)
     signed_by: PublicKey | None = None
     baseline: Baseline | None = None
+    course: UsualCourse | None = None
 
     @cached_property
     def backend(self) -> Backend:

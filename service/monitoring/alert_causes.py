@@ -6,6 +6,7 @@ alert. Only the causes of the latest abnormal row per model version and group ar
 
 import math
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import NamedTuple
 
 from service.shared_memory import SharedCounters
@@ -15,18 +16,22 @@ MAX_CAUSES = 3  # maximum number of features that an alert names
 MIN_SHARE = 0.1  # a feature is a cause only if it contributes at least this share of the largest contribution
 # Layout of an array: a counter that is odd while the array is being written, the time of the row in Unix seconds, the
 # number of causes, then the numbers of each cause.
-_HEAD, _PER_CAUSE = 3, 3
+_HEAD, _PER_CAUSE = 3, 4
 _MAX_READS = 100  # attempts to read an array that another process is writing
 
 Labels = tuple[str, ...]
 
 
 class Cause(NamedTuple):
-    """A feature by its column, the value in the row (NaN if it is missing), and the value expected, in raw units."""
+    """A feature by its column, the value in the row (NaN if it is missing), and the value expected, in raw units.
+
+    `since`: when the deviation began, in Unix seconds; NaN if this is unknown.
+    """
 
     column: int
     value: float
     expected: float
+    since: float = math.nan
 
 
 class AlertCauses:
@@ -55,7 +60,7 @@ class AlertCauses:
             return []
         _, count, *numbers = max(_read(array) for array in arrays)
         starts = range(0, _PER_CAUSE * int(count), _PER_CAUSE)
-        return [Cause(int(numbers[at]), numbers[at + 1], numbers[at + 2]) for at in starts]
+        return [Cause(int(numbers[at]), *numbers[at + 1 : at + _PER_CAUSE]) for at in starts]
 
 
 def _read(array: "memoryview[float]") -> list[float]:
@@ -68,7 +73,15 @@ def _read(array: "memoryview[float]") -> list[float]:
 
 
 def format_cause(name: str, unit: str | None, cause: Cause) -> str:
-    """Return a cause as text, such as "latency 900 ms (expected 195 ms)"."""
+    """Return a cause as text, such as "latency 900 ms (expected 195 ms) since 2025-03-03T10:15:00Z"."""
     suffix = f" {unit}" if unit else ""
     value = "is missing" if math.isnan(cause.value) else f"{cause.value:.6g}{suffix}"
-    return f"{name} {value} (expected {cause.expected:.6g}{suffix})"
+    since = "" if math.isnan(cause.since) else f" since {_utc(cause.since)}"
+    return f"{name} {value} (expected {cause.expected:.6g}{suffix}){since}"
+
+
+def _utc(seconds: float) -> str:
+    try:
+        return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%SZ}"
+    except (OverflowError, ValueError, OSError):  # a year before 1 or after 9999
+        return f"{seconds:.0f}"

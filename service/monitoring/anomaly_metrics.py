@@ -28,7 +28,7 @@ _TOLERANT_BOUNDS = tuple(bound * (1 + 1e-6) for bound in P_VALUE_BOUNDS)
 _TOLERANT_BOUNDS_ARRAY = np.array(_TOLERANT_BOUNDS)
 # Counting yields to the event loop after this many rows, or groups. A group with alarms takes up to 50 µs.
 STEP_ROWS = 1000
-STEP_GROUPS = 32
+STEP_GROUPS = 16
 MAX_LOOP_ROWS = 4  # for at most this many rows, a Python loop is faster than NumPy
 # Limit of the group labels, and of the feature labels, per model version. All further values are counted under OTHER.
 MAX_LABELS = 100
@@ -284,7 +284,7 @@ class AnomalyMetrics:
             return
         row = int(candidates[scores.severity[candidates].argmax()])
         if scores.severity[row] > 1:
-            self._alert_causes.record(labels, time.time(), _causes(scores, verdicts.input_rows.parsed.x[row], row))
+            self._alert_causes.record(labels, time.time(), _causes(verdicts, row))
 
     def causes_of_alert(self, catalogue: Catalogue, labels: tuple[str, ...]) -> list[str]:
         """Return the causes of the latest abnormal row of a group as text, largest contribution first.
@@ -414,9 +414,17 @@ def _count_p_values(buckets: Values, p_values: npt.NDArray[np.float32]) -> None:
     buckets[-1] += float(p_values.sum())
 
 
-def _causes(scores: Scores, x: npt.NDArray[np.float32], row: int) -> list[Cause]:
-    """Return the features that contribute most to the score of a row x [D], largest contribution first."""
-    contribution, expected = scores.contribution[row], scores.expected[row]
+def _causes(verdicts: Verdicts, row: int) -> list[Cause]:
+    """Return the features that contribute most to the score of a row, largest contribution first."""
+    contribution, expected = verdicts.scores.contribution[row], verdicts.scores.expected[row]
+    x = verdicts.input_rows.parsed.x[row]
     columns = np.argsort(-contribution, kind="stable")[:MAX_CAUSES]
     columns = columns[contribution[columns] >= MIN_SHARE * contribution[columns[0]]]
-    return [Cause(column, float(x[column]), float(expected[column])) for column in columns.tolist()]
+    causes = [Cause(column, float(x[column]), float(expected[column])) for column in columns.tolist()]
+    if verdicts.past is None or verdicts.past.onsets is None or verdicts.past.onsets.times_of is None:
+        return causes
+    (found,) = verdicts.past.onsets.find(np.array([row]), columns[None], contribution[None])
+    return [
+        cause._replace(since=onset.since) if (onset := found.get(cause.column)) and onset.since is not None else cause
+        for cause in causes
+    ]

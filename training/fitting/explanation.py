@@ -2,13 +2,12 @@
 
 import torch
 
-from models.explanation import Expectations, Explanation
+from models.explanation import NOISE, Expectations, Explanation
 from models.scaling import Scaling
 from training.data.moments import Moments
 from training.fitting.scaling import NEGLIGIBLE_DEVIATION
 
 MAX_EXPLAINED_FEATURES = 512  # wider rows are explained by their reconstruction, because the weights are a D x D matrix
-EXPLANATION_NOISE = 1.0  # variance of the noise added to each feature, divided by the variance of the feature
 
 
 def fit_explanation(moments: Moments, scaling: Scaling, images: bool) -> Explanation:
@@ -22,7 +21,7 @@ def fit_explanation(moments: Moments, scaling: Scaling, images: bool) -> Explana
     deviation = torch.where(constant, 1.0, deviation)
     correlation = moments.covariance / torch.outer(deviation, deviation)  # [D, D]
     correlation[constant, :] = correlation[:, constant] = 0.0
-    precision = torch.linalg.inv(correlation + EXPLANATION_NOISE * torch.eye(len(deviation)).double())
+    precision = torch.linalg.inv(correlation + NOISE * torch.eye(len(deviation)).double())
     residual_map = precision / precision.diagonal().unsqueeze(1)  # [D, D], maps x - mean to x - E[x | others]
     residual_variance = torch.einsum("ij,jk,ik->i", residual_map, correlation, residual_map)  # [D]
     residual = torch.where(constant, 1.0, residual_variance.sqrt())

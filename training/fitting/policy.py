@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models.calibration import Calibration
+from models.explanation import correlation_of
 from models.pipeline import Pipeline
 from models.policy import CEILING_SURPRISE, PolicyModule
 from models.policy_rules import AppliedPolicy, FeatureRule, Policy
@@ -16,11 +17,10 @@ from training.data.policy_file import keep_calibration_rows, value_bounds
 from training.data.table import Split, Table
 from training.data.time_split import TimeSplit
 from training.errors import FitError
-from training.fitting.explanation import EXPLANATION_NOISE, MAX_EXPLAINED_FEATURES
+from training.fitting.explanation import MAX_EXPLAINED_FEATURES
 
 NOISE = 1e-3  # variance added to each feature, relative to its own: columns that repeat each other can be inverted
 USUAL_SHARE = 0.9  # a row is usual without some features if it scores at most as this share of the held-out rows do
-TOLERANCE = 1e-2  # largest error of a correlation that is computed from the weights of an explanation in float32
 WINDOW_REFUSAL = (
     "the policy has rules for features, which models with a window cannot have yet: train without --window, or leave "
     "[features] out of the policy"
@@ -67,7 +67,12 @@ def fit_policy(rules: Policy, names: Sequence[str], scaling: Scaling, explanatio
             "images and of wider tables do not know how the features predict each other"
         )
     deviation = buffers["deviation"]
-    correlation = _correlation(buffers["weights"], deviation)
+    try:
+        correlation = correlation_of(buffers["weights"], deviation)
+    except ValueError as error:
+        raise FitError(
+            "the artifact comes from a release of Elbo that explains scores differently: train the model again"
+        ) from error
     precision = torch.linalg.inv(correlation + NOISE * torch.eye(len(names)).double())
     precision = (precision + precision.T) / 2.0
     residual = precision.diagonal().rsqrt()  # [D], in standard deviations
@@ -122,23 +127,3 @@ def set_calibration(pipeline: Pipeline, scores: Tensor) -> None:
 def ceiling(calibration: Calibration) -> Tensor:
     """Return the score of a row with a value outside of its valid range, a scalar above every calibration score."""
     return torch.as_tensor(calibration.scores[-1] + CEILING_SURPRISE * calibration.tail)
-
-
-def _correlation(weights: Tensor, deviation: Tensor) -> Tensor:
-    """Return the correlation matrix [D, D] from which `fit_explanation` computed `weights` [D, D], up to rounding.
-
-    Off the diagonal, the weights are -P_ij / P_ii, where P is the inverse of the correlation matrix plus noise on the
-    diagonal. So the inverse of these weights is this matrix with scaled columns, and its diagonal is known.
-    """
-    ratios = -weights * torch.outer(1.0 / deviation, deviation)  # [D, D]
-    ratios.fill_diagonal_(1.0)
-    scaled = torch.linalg.inv(ratios)  # [D, D]
-    noisy = scaled * ((1.0 + EXPLANATION_NOISE) / scaled.diagonal())
-    if not float((noisy - noisy.T).abs().max()) < TOLERANCE:  # `not <`, so that NaN is refused too
-        raise FitError(
-            "the artifact comes from a release of Elbo that explains scores differently: train the model again"
-        )
-    correlation = (noisy + noisy.T) / 2.0 - EXPLANATION_NOISE * torch.eye(len(weights)).double()
-    values, vectors = torch.linalg.eigh(correlation)
-    positive: Tensor = vectors @ torch.diag(values.clamp(min=0.0)) @ vectors.T
-    return positive

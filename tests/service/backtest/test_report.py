@@ -38,6 +38,7 @@ def replayed(severities: dict[str, list[float]], step: float = 3600.0) -> Replay
         causes_rows=rows,
         causes_features=np.tile([1, 0], (len(rows), 1)),
         causes_numbers=np.tile(np.array([[5, 1, 3], [4, 4, 0]], np.float32), (len(rows), 1, 1)),
+        causes_since=np.tile([3600.0, np.nan], (len(rows), 1)),
         names=["cpu", "disk"],
     )
 
@@ -94,7 +95,7 @@ def test_worst_false_alarms_are_sorted_and_name_the_features_that_caused_them() 
         ("a", 3600.0, 2, 5.0),
         ("b", 0.0, 1, 3.0),
     ]
-    assert report.worst_false_alarms[0].causes == (Cause("disk", 5.0, 1.0, 3.0), Cause("cpu", 4.0, 4.0, 0.0))
+    assert report.worst_false_alarms[0].causes == (Cause("disk", 5.0, 1.0, 3.0, 3600.0), Cause("cpu", 4.0, 4.0, 0.0))
 
 
 def test_report_as_text_and_as_json_has_the_same_figures() -> None:
@@ -106,7 +107,7 @@ def test_report_as_text_and_as_json_has_the_same_figures() -> None:
     assert "disk 5 (expected 1), cpu 4 (expected 4)" in text
     found = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert found["alphas"][0]["false_alarms"] == 2
-    assert found["worst_false_alarms"][0]["causes"][0] == ["disk", 5.0, 1.0, 3.0]
+    assert found["worst_false_alarms"][0]["causes"][0] == ["disk", 5.0, 1.0, 3.0, 3600.0]
 
 
 @pytest.mark.parametrize(

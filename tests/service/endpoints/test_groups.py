@@ -129,6 +129,34 @@ def csv(rows: list[Record]) -> bytes:
     return pl.DataFrame(rows).write_csv().encode()
 
 
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_explanation_says_since_when_a_feature_deviates(models: Path, tmp_path: Path, one_by_one: bool) -> None:
+    rows = host_metrics(40, 1, seed=9).with_columns(pl.col("ts").dt.epoch("s")).to_dicts()
+    start, rows_of_window = 30, 6
+    for row in rows[start:]:
+        row["cpu"] += 8.0
+    with running(create_app(options(models, tmp_path))) as client:
+        parts = [[row] for row in rows] if one_by_one else [rows]
+        results = [result for part in parts for result in send(client, part, "windows")]
+        windows = [[[row[name] for name in FEATURES] for row in rows[end - 6 : end]] for end in (start, start + 3)]
+        body = {"inputs": windows}
+        usual, anomalous = client.post("/anomaly", params={"model": "windows"}, json=body).json()["results"]
+    for age, result in enumerate(results[start:]):
+        causes = {feature["name"]: feature for feature in result["features"]}
+        assert result["is_anomaly"]
+        if age < rows_of_window:
+            assert causes["cpu"]["lag"] == age
+            assert causes["cpu"]["since"] == rows[start]["ts"]
+        else:  # every row of the window deviates
+            assert causes["cpu"]["lag"] <= rows_of_window - 1
+    assert not any("lag" in feature for feature in usual["features"])
+    assert {feature["name"]: feature.get("lag") for feature in anomalous["features"]}["cpu"] == 2
+    assert not any("since" in feature for feature in anomalous["features"])
+    for result in results:
+        if not result["is_anomaly"]:
+            assert not any("lag" in feature or "since" in feature for feature in result["features"])
+
+
 def test_verdicts_of_the_uninterrupted_stream_show_windows_incidents_and_calibrations(
     expected: dict[str, list[Record]],
 ) -> None:

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from fastapi import FastAPI
 
+from models.onset import UsualCourse
 from service.anomaly.inputs import InputRows
-from service.anomaly.verdicts import Scores, Verdicts
+from service.anomaly.onsets import Onsets
+from service.anomaly.verdicts import Past, Scores, Verdicts
 from service.app import create_app
 from service.codec.row_schema import ParsedRows
 from service.inference.registry import Catalogue
@@ -160,6 +162,21 @@ def verdicts_of(severities: list[float], expected: list[list[float]]) -> Verdict
         expected=np.array(expected, np.float32),
     )
     return Verdicts(InputRows(ParsedRows(x, list(range(count)), [], None), count), scores, [False] * count, None)
+
+
+def test_causes_of_an_alert_say_since_when_they_deviate_if_the_model_has_a_window() -> None:
+    features = [SimpleNamespace(name="cpu", unit="%"), SimpleNamespace(name="load", unit=None)]
+    model: Any = SimpleNamespace(metric_labels=("m", "1"), manifest=SimpleNamespace(features=features, policy=None))
+    metrics = Metrics(SharedCounters()).anomalies
+    x = np.zeros((2, 5, 2), np.float32)
+    x[:, -3:, 0] = 10.0  # cpu deviates in three rows
+    course = UsualCourse(np.zeros(2), np.stack([np.eye(2)] * 2), np.ones((2, 2)), np.ones((2, 2)))
+    onsets = Onsets(course, x.__getitem__, np.tile(1.7e9 + 60 * np.arange(5.0), (2, 1)).__getitem__)
+    verdicts = verdicts_of([0.5, 5.0], [[0, 0], [7, 0]])._replace(past=Past([5, 5], 5, onsets=onsets))
+    metrics.count(model, verdicts.input_rows, verdicts)
+    assert metrics.causes_of_alert(Catalogue({"m": {1: model}}), ("m", "1", "")) == [
+        "cpu 10 % (expected 7 %) since 2023-11-14T22:15:20Z"
+    ]
 
 
 def test_causes_of_an_alert_come_from_the_most_severe_row_with_a_verdict_and_stay_if_normal_rows_follow() -> None:

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from models.explanation import Expectations
+from models.explanation import NOISE, Expectations
 from models.scaling import standardise
 from training.config import EVERY_KIND, TrainConfig
 from training.data.moments import compute_moments
 from training.data.row_store import RowStore
 from training.data.table import Table, split_rows
-from training.fitting.explanation import EXPLANATION_NOISE, MAX_EXPLAINED_FEATURES, fit_explanation
+from training.fitting.explanation import MAX_EXPLAINED_FEATURES, fit_explanation
 from training.fitting.pipeline import fit_pipeline
 from training.fitting.prepared_data import prepare_data
 from training.progress import SilentReporter
@@ -35,7 +35,7 @@ def expectations(x: np.ndarray) -> Expectations:
 def test_expected_value_is_the_conditional_mean_of_a_gaussian() -> None:
     x = correlated()
     u = standardise(torch.from_numpy(x))(torch.from_numpy(x)).double().numpy()
-    noisy = np.corrcoef(u.T) + EXPLANATION_NOISE * np.eye(5)
+    noisy = np.corrcoef(u.T) + NOISE * np.eye(5)
     model = expectations(x)
     conditional = torch.from_numpy(u).float() @ model.weights.T
     for i in range(5):

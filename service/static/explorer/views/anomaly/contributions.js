@@ -23,7 +23,8 @@ export function contributions(model, row, result, onselect) {
 function contributionTable(model, result, onselect) {
   const listed = result.features.slice(0, MAX_LISTED);
   const largest = Math.max(1e-12, ...listed.map((feature) => Math.abs(feature.contribution)));
-  const tableRow = ({ name, value, expected, contribution }) => {
+  const hasOnsets = listed.some(({ lag }) => lag !== undefined);
+  const tableRow = ({ name, value, expected, contribution, lag, since }) => {
     const index = model.features.findIndex((feature) => feature.name === name);
     const unit = model.features[index]?.unit;
     const share = Math.abs(contribution) / largest;
@@ -38,11 +39,20 @@ function contributionTable(model, result, onselect) {
       h("td", { class: "num" }, withUnit(value === null ? "missing" : number(value), unit)),
       h("td", { class: "num" }, withUnit(number(expected), unit)),
       h("td", { class: "bar-cell" }, bar(share, "positive"), h("small", {}, number(contribution))),
+      hasOnsets && h("td", {}, onset(lag, since)),
     );
   };
-  const head = tableHead(["feature", "actual", "expected", "contribution"]);
+  const titles = ["feature", "actual", "expected", "contribution"];
+  const head = tableHead(hasOnsets ? [...titles, "since"] : titles);
   const table = h("table", { class: "contributions" }, head, h("tbody", {}, listed.map(tableRow)));
   return scrollable("contributions", table);
+}
+
+/** Since when a feature deviates: how many rows ago, and at which time if the rows have times. */
+function onset(lag, since) {
+  if (lag === undefined) return "";
+  const rows = lag === 0 ? "this row" : `${lag} ${lag === 1 ? "row" : "rows"} before`;
+  return since === undefined ? rows : `${rows}, ${new Date(1000 * since).toISOString().replace(".000Z", "Z")}`;
 }
 
 function contributionImages(model, row, features, onselect) {
