@@ -128,9 +128,6 @@ def check_code(sources: Mapping[str, bytes], path: Path) -> "Code":
             code.add(member, source)
         except _Forbidden as error:
             _refuse(path, member, str(error))
-    for name in (*code.classes, *code.functions):
-        if name in code.classes and name in code.functions:
-            _refuse(path, code.members[name], f"defines {name} twice")
     return code
 
 
