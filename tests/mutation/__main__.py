@@ -13,6 +13,8 @@ another into a copy of the repository. It changes no strings, because most strin
 import argparse
 import ast
 import difflib
+import importlib
+import itertools
 import os
 import shutil
 import signal
@@ -29,8 +31,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CORES = [f"tests/models/test_{name}.py" for name in ("pca", "autoencoder", "ensemble", "vae", "log_weight", "networks")]
-BATCHING = ["tests/service/inference/test_batcher.py"]
-OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+BATCHING = [f"tests/service/inference/test_{name}.py" for name in ("batch", "batcher")]
+OPTIONS = ["-xq", "-pno:cacheprovider", "-pno:schemathesis", "-Wignore::pytest.PytestAssertRewriteWarning"]
+# Libraries that the tests import. The runner imports them once, because importing them for every mutant would take
+# half of the time.
+LIBRARIES = [
+    "fastapi", "httpx", "hypothesis", "onnxruntime", "orjson", "prometheus_client", "pydantic_settings", "scipy.stats",
+    "simdjson", "sklearn.datasets", "torch", "typer",
+]  # fmt: skip
+SECONDS = itertools.count(1_000_000_000)  # the times of the mutants, see `write`
 TESTS = {  # the mutated files, each with the tests of its code
     "models/calibration.py": ["tests/models/test_calibration.py", "tests/service/inference/test_calibration.py"],
     "models/whitening.py": CORES,
@@ -134,6 +143,16 @@ def run_tests(tests: list[str], log: Path, seconds: float) -> bool:
     return False
 
 
+def write(path: Path, source: str) -> None:
+    """Write `source` to `path`, with a time that no other mutant has.
+
+    Python uses the old bytecode of a file if its size and its time, in whole seconds, are the same.
+    """
+    path.write_text(source)
+    second = next(SECONDS)
+    os.utime(path, (second, second))
+
+
 def copy_repository(folder: Path) -> None:
     """Copy the files that git knows into `folder`."""
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True)
@@ -155,13 +174,13 @@ def sample(name: str, count: int, seed: int, log: Path) -> tuple[int, int]:
     chosen = Random(seed).sample(everything, min(count, len(everything)))
     killed = 0
     for mutant in chosen:
-        path.write_text(mutant)
+        write(path, mutant)
         if run_tests(TESTS[name], log, limit):
             lines = difflib.unified_diff(source.splitlines(), mutant.splitlines(), name, "survivor", lineterm="", n=1)
             print("\n".join(lines), flush=True)
         else:
             killed += 1
-    path.write_text(source)
+    write(path, source)
     print(f"{name}: {killed} of {len(chosen)} killed ({len(everything)} mutants in all)", flush=True)
     return killed, len(chosen)
 
@@ -173,13 +192,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=30, help="mutants per file")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     options = parser.parse_args()
-    # Python would use the old bytecode for a mutant that has the same size and time as the code before it.
-    sys.dont_write_bytecode = True
-    import fastapi  # noqa: F401 - children inherit imported libraries
-    import hypothesis  # noqa: F401
-    import scipy.stats  # noqa: F401
-    import torch  # noqa: F401
-
+    for library in LIBRARIES:
+        importlib.import_module(library)
     with tempfile.TemporaryDirectory() as folder:
         copy_repository(Path(folder))
         os.chdir(folder)
