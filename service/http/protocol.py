@@ -631,16 +631,18 @@ class _ReadingControl(FlowControl):
         """Stop reading."""
         self.blocked = True
         self.pause_reading()
+        self.resume_reading = _do_nothing  # type: ignore[method-assign] # costs requests without a block nothing
 
     def unblock(self) -> None:
         """Continue to read."""
-        self.blocked = False
+        if self.blocked:
+            self.blocked = False
+            del self.resume_reading
         self.resume_reading()
 
-    def resume_reading(self) -> None:
-        """Continue to read unless reading is blocked."""
-        if not self.blocked:
-            super().resume_reading()
+
+def _do_nothing() -> None:
+    """Do nothing."""
 
 
 class _Http10Cycle(RequestResponseCycle):

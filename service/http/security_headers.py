@@ -17,12 +17,15 @@ HEADERS = (
     (b"referrer-policy", b"no-referrer"),  # other sites learn nothing about the address of the server
     (b"x-frame-options", b"DENY"),  # for browsers that do not know frame-ancestors
 )
+_NO_PAGE = (POLICY, _NOTHING)
 
 
 def complete(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     """Return `headers` with the security headers. A policy in `headers` stays; without one, nothing may be loaded."""
-    has_policy = any(name == POLICY for name, _ in headers)
-    return [*headers, *HEADERS, *(() if has_policy else ((POLICY, _NOTHING),))]
+    for name, _ in headers:
+        if name == POLICY:
+            return [*headers, *HEADERS]
+    return [*headers, *HEADERS, _NO_PAGE]
 
 
 def page_policy(html: bytes = b"") -> str:
