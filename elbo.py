@@ -785,8 +785,25 @@ def backtest(
     time: ScoredTimeOption = None,
     group: ScoredGroupOption = None,
     half_life_rows: Annotated[
-        float, typer.Option(min=0, help="half-life in rows of the smoothed severity that decides; 0: no smoothing")
+        float,
+        typer.Option(
+            min=0, help="half-life in rows of the smoothed severity that makes rows anomalous; 0: no smoothing"
+        ),
     ] = 0.0,
+    alert_half_life: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            envvar="ELBO_ALERT_HALF_LIFE",
+            help="half-life in rows of the mean severity that raises an alert; 0 uses each row's own severity",
+        ),
+    ] = 3.0,
+    calm_seconds: Annotated[
+        float,
+        typer.Option(
+            min=0, envvar="ELBO_ALERT_CALM_SECONDS", help="seconds that a group must be normal before its alert ends"
+        ),
+    ] = 120.0,
     extrapolated: Annotated[
         bool,
         typer.Option(
@@ -799,18 +816,18 @@ def backtest(
     ] = False,
     json: Json = False,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="also write a page with the severities and the alarms drawn")
+        Path | None, typer.Option(metavar="FILE", help="also write a page with the severities and the alerts drawn")
     ] = None,
     escape: EscapeOption = None,
     artifacts: ArtifactFolder = DEFAULT_ARTIFACTS,
     trusted_keys: TrustedKeysOption = None,
 ) -> None:
-    """Rehearse alarms: judge HISTORY as the server would have judged it, row by row in order of time.
+    """Rehearse alerts: judge HISTORY as the server would have judged it, row by row in order of time.
 
-    Prints the alarms a day and group at each alpha, the worst alarms with the features that caused them, and, with
-    --labels, which incidents were found and after how long. An alarm is a run of anomalous rows of one group. The
-    windows, the online calibration and the smoothing are those of POST /models/NAME/anomaly on a server that starts
-    with the first row.
+    Prints the alerts a day and group at each alpha, the worst alerts with the features that caused them, and, with
+    --labels, which incidents were found and after how long. The windows, the online calibration and the policy are
+    those of POST /anomaly on a server that starts with the first row, and the alerts are those that its only worker
+    would send to Alertmanager if each row arrived at its time.
     """
     from models.artifact import load_after_trial
     from service.backtest.history import sort_history
@@ -840,7 +857,14 @@ def backtest(
     version = path.parent.name
     served = ModelLoader().load(path, artifact.manifest.name, int(version) if version.isdecimal() else 1)
     alphas = alpha or [rate for rate in (served.default_alpha, *DEFAULT_ALPHAS) if rate is not None]
-    options = Options(tuple(alphas), extrapolated, half_life_rows, online=not fixed)
+    options = Options(
+        tuple(alphas),
+        extrapolated,
+        half_life_rows,
+        online=not fixed,
+        alert_half_life=alert_half_life,
+        calm_seconds=calm_seconds,
+    )
     with progress(f"replaying {Path(data).name}", len(history)) as bar:
         judged = replay(served, history, options, bar.show)
     report = make_report(judged, incidents, f"{served.name}@{served.version}", data, rows.faulty)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from models.policy_rules import Policy
 from service.app import create_app
 from service.backtest.history import History, sort_history
 from service.backtest.replay import DEFAULT_ALPHAS, Options, Replay, replay
+from service.backtest.report import list_alerts
 from service.inference.model_loader import ModelLoader
+from service.monitoring.alerts import AlertState
+from service.monitoring.background import find_usual_step
 from service.settings import Settings
 from tests.commands import in_process
 from tests.service.running import post, running
@@ -29,7 +33,10 @@ HOSTS = ["a", "b", "c"]
 START = 1_767_225_600  # 2026-01-01
 ALPHAS = (0.05, 0.01)
 POLICY = Policy.model_validate(
-    {"alarms": {"per_day": 36}, "silences": [{"start": "02:30", "end": "03:30", "groups": ["a", "b"]}]}
+    {
+        "alarms": {"rows": 3, "seconds": 150, "per_day": 36},
+        "silences": [{"start": "02:30", "end": "03:30", "groups": ["a", "b"]}],
+    }
 )
 
 
@@ -127,6 +134,79 @@ def test_verdicts_of_a_replay_equal_the_served_ones_row_by_row(root: Path, name:
     assert not judged.is_anomaly[0].all()
 
 
+def is_open(state: AlertState, group: str, started: float) -> bool:
+    """Return whether the alert of a group that began at `started` is active."""
+    return any(name == group and alert.started == started for (_, name), alert in state.active.items())
+
+
+def rows_with_an_incident_and_a_change() -> list[dict[str, Any]]:
+    """Return rows of the three hosts, a row a minute. Host b has an incident, and later changes for good.
+
+    The incident begins before a silence of the model `windows`, and goes on after it.
+    """
+    rows = table(460, START, seed=0)
+    for row in rows:
+        minute = (row["ts"] - START) // 60
+        if row["host"] == "b" and (110 <= minute < 185 or minute >= 270):
+            row["disk"] += 6
+    return rows
+
+
+@pytest.mark.parametrize(("name", "half_life", "calm_seconds"), [("rows", 3.0, 1.0), ("windows", 0.0, 300.0)])
+def test_alerts_of_a_replay_equal_those_that_the_service_sends_for_the_same_rows(
+    root: Path, name: str, half_life: float, calm_seconds: float
+) -> None:
+    rows = rows_with_an_incident_and_a_change()
+    settings = Settings(
+        artifacts=root,
+        default_model=name,
+        backend="torchscript",
+        log_level="warning",
+        alert_half_life=half_life,
+        alert_max_age_seconds=1e9,
+    )
+    app = create_app(settings)
+    state = AlertState(calm_seconds)
+    open_alerts: dict[str, tuple[float, float]] = {}
+    sent: list[tuple[str, float, float]] = []
+    states: dict[str, list[str | None]] = {}
+    with running(app) as client:
+        anomalies = app.state.service.metrics.anomalies
+        step_of = partial(find_usual_step, app.state.service.registry.catalogue)
+
+        def update(now: float) -> None:
+            state.update(now, anomalies.alarms.sums(), lambda _: [], anomalies.alert_states.latest, step_of)
+
+        update(START - 60)
+        for start in range(0, len(rows), len(HOSTS)):
+            post(client, "/anomaly", {"records": rows[start : start + len(HOSTS)]})
+            now = float(rows[start]["ts"])
+            update(now)
+            ended = [group for group, (started, _) in open_alerts.items() if not is_open(state, group, started)]
+            sent += [(group, *open_alerts.pop(group)) for group in ended]
+            for (_, group), alert in state.active.items():
+                states.setdefault(group, []).append(alert.state)
+                if alert.rule.last_abnormal == now:
+                    open_alerts[group] = alert.started, now
+            update(now + 59)
+    sent += [(group, *times) for group, times in open_alerts.items()]
+    x = np.array([[row[feature] for feature in NAMES] for row in rows], np.float32)
+    times = np.array([row["ts"] for row in rows], np.float64)
+    rehearsed = sort_history(x, times, [row["host"] for row in rows], np.arange(len(rows)))
+    served = ModelLoader(backend="torchscript").load(root / name / "1" / "model.pt", name, 1)
+    alpha = served.default_alpha or 0.05
+    options = Options((alpha, 0.01), alert_half_life=half_life, calm_seconds=calm_seconds)
+    judged = replay(served, rehearsed, options)
+    found = list_alerts(judged, 0, np.zeros(len(rows), bool))
+    assert sorted(sent) == sorted((alert.group, alert.start, alert.end) for alert in found)
+    assert judged.calm_seconds == max(calm_seconds, 90.0)
+    assert len(found) >= 2
+    assert {"incident", "changed"} <= set(states["b"])
+    assert {alert.state for alert in found if alert.group == "b"} >= {"changed"}
+    anomalous_runs = np.flatnonzero(np.diff(judged.is_anomaly[0].astype(int), prepend=0) == 1)
+    assert [alert.first_row for alert in found] != anomalous_runs.tolist()
+
+
 def test_replay_in_chunks_of_any_size_gives_the_same_verdicts(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = replayed(root, "windows")
     monkeypatch.setattr("service.backtest.replay.CHUNK_ROWS", 53)
@@ -153,6 +233,7 @@ def test_command_reports_alarms_incidents_and_causes(root: Path, capsys: pytest.
     incidents.write_text(f"start,end,host\n{START + 60 * 201},{START + 60 * 240},b\n")
     page = root / "page.html"
     arguments = ["rows", str(root / "history.csv"), "--labels", str(incidents), "--artifacts", str(root)]
+    arguments += ["--alert-half-life", "0"]
     status, out, _ = in_process(capsys, "backtest", *arguments, "--html", str(page))
     assert status == 0
     assert re.search(r"0\.05 .* 1 of 1 +0 s", out)

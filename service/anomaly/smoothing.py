@@ -107,18 +107,24 @@ class RunningMean:
         self._total = self._weight = 0.0
 
     def count_above_one(self, values: list[float]) -> int:
-        """Add `values` one by one, and return after how many of them the mean is above 1.
+        """Add `values` one by one, and return after how many of them the mean is above 1. See `find_above_one`."""
+        return len(self.find_above_one(values))
+
+    def find_above_one(self, values: list[float]) -> list[int]:
+        """Add `values` one by one, and return the places of those after which the mean is above 1.
 
         NaN is skipped. Infinity counts as the largest float32, so that its effect decays.
         """
-        decay, total, weight, count = self._decay, self._total, self._weight, 0
-        for value in values:
+        decay, total, weight = self._decay, self._total, self._weight
+        places: list[int] = []
+        for place, value in enumerate(values):
             if value == value:
                 total = decay * total + (value if value < MAX_FLOAT32 else MAX_FLOAT32)
                 weight = decay * weight + 1.0
-                count += total > weight
+                if total > weight:
+                    places.append(place)
         self._total, self._weight = total, weight
-        return count
+        return places
 
 
 class LastingAlarm:
@@ -136,22 +142,25 @@ class LastingAlarm:
         self._mean, self._rows, self._seconds = mean, rows, seconds
         self._values, self._since = 0, 0.0
 
-    def count(self, values: list[float], times: list[float]) -> int:
-        """Add `values` one by one, and return after how many of them there is an alarm. NaN is skipped.
+    def find_alarms(self, values: list[float], times: list[float]) -> list[int]:
+        """Add `values` one by one, and return the places of those after which there is an alarm. NaN is skipped.
 
         Args:
             values: the values.
             times: their times in seconds.
         """
-        alarms = 0
-        for value, time in zip(values, times, strict=True):
+        if self._rows == 1 and not self._seconds:
+            return self._mean.find_above_one(values)
+        alarms: list[int] = []
+        for place, (value, time) in enumerate(zip(values, times, strict=True)):
             if value != value:
                 continue
-            if not self._mean.count_above_one([value]):
+            if not self._mean.find_above_one([value]):
                 self._values = 0
                 continue
             if not self._values:
                 self._since = time
             self._values += 1
-            alarms += self._values >= self._rows and time - self._since >= self._seconds
+            if self._values >= self._rows and time - self._since >= self._seconds:
+                alarms.append(place)
         return alarms

@@ -1,24 +1,30 @@
 """Judge a history as the service judges the same rows if they arrive one after the other, in order of time.
 
 The rows of a group pass through the code of /anomaly: `service.anomaly.streams` joins them to the past of their group,
-the model's backend scores them, and the online calibration of the group judges them. Groups do not influence each
-other, so one group is replayed after the other. Every group begins without a past, as after a server's first start.
+the model scores them, and the online calibration of the group judges them. The code of the alerts then finds the alarms
+among them. Groups do not influence each other, so one group is replayed after the other. Every group begins without a
+past, as after a server's first start.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from models.policy_rules import AlarmRule
+from service.anomaly.alert_rule import calm_for_step
 from service.anomaly.group_memory import StartSets, rules_of
 from service.anomaly.onsets import Onsets
-from service.anomaly.smoothing import exponential_mean
-from service.anomaly.streams import Group, JoinedRows, Rules, join_rows, judge
+from service.anomaly.smoothing import LastingAlarm, RunningMean, exponential_mean
+from service.anomaly.streams import Group, JoinedRows, join_rows, judge
 from service.anomaly.verdicts import Scores, largest
 from service.backtest.history import History
+from service.codec.long_work import pause_if_due
 from service.inference import operations
+from service.inference.operations import Operation
 from service.inference.served_model import ServedModel
 
 CHUNK_ROWS = 4096  # rows that are replayed at once
@@ -56,12 +62,18 @@ class Options:
         extrapolated: whether rows may be anomalous at an alpha below the smallest possible p-value.
         half_life_rows: half-life in rows of the smoothed severity that decides; 0 decides by each row's severity.
         online: whether rows are judged by the online calibration of their group, if the model was trained with times.
+        alert_half_life: half-life in rows of the mean severity that raises an alert (ELBO_ALERT_HALF_LIFE).
+        calm_seconds: time without an alarm after which an alert ends (ELBO_ALERT_CALM_SECONDS); see `calm_for_step`.
+        incident_seconds: how long after its last row an incident keeps an alert open (ELBO_ALERT_MAX_AGE_SECONDS).
     """
 
     alphas: tuple[float, ...] = DEFAULT_ALPHAS
     extrapolated: bool = False
     half_life_rows: float = 0.0
     online: bool = True
+    alert_half_life: float = 3.0
+    calm_seconds: float = 120.0
+    incident_seconds: float = 3600.0
 
 
 @dataclass(eq=False)
@@ -70,9 +82,13 @@ class Replay:
 
     Args:
         history: the rows.
-        alphas: the K alphas.
+        options: the K alphas, and how the rows are judged.
+        alarm_rule: what the policy of the model demands of an alert.
+        calm_seconds: time without an alarm after which an alert ends.
         severity: severities, smoothed if the options say so, [K, M]. A row without a verdict has 0.
         p_value: [M]. A row without a verdict has 1.
+        is_alarm: whether a row opens an alert or keeps it open, [K, M].
+        is_incident: whether the group is in an incident after a row that is not silenced, [M].
         is_warming_up: whether a row has too few rows before it to be anomalous, [M].
         states: the state of the group's online calibration after each row, [M]; None without online calibration.
         causes_rows: rows whose causes are known: those whose own severity at the first alpha is above 1, [A].
@@ -83,9 +99,13 @@ class Replay:
     """
 
     history: History
-    alphas: tuple[float, ...]
+    options: Options
+    alarm_rule: AlarmRule
+    calm_seconds: float
     severity: Array
     p_value: Array
+    is_alarm: Flags
+    is_incident: Flags
     is_warming_up: Flags
     states: list[str] | None
     causes_rows: npt.NDArray[np.int64]
@@ -95,16 +115,21 @@ class Replay:
     names: list[str]
 
     @property
+    def alphas(self) -> tuple[float, ...]:
+        """The K alphas."""
+        return self.options.alphas
+
+    @property
     def is_anomaly(self) -> Flags:
         """Which rows are anomalous, [K, M]."""
         return np.asarray(self.severity > 1)
 
-    def causes_before(self, row: int, rows: int) -> tuple[Cause, ...]:
-        """Return the causes of the last of some rows whose causes are known: `rows` rows, of which `row` is the last.
+    def causes_before(self, row: int, first: int) -> tuple[Cause, ...]:
+        """Return the causes of `row`, or else of the row before it whose causes are known, down to the row `first`.
 
         The smoothed severity of a row can be above 1 although its own is not.
         """
-        found = (self.causes_of(earlier) for earlier in range(row, row - rows, -1))
+        found = (self.causes_of(earlier) for earlier in range(row, first - 1, -1))
         return next((causes for causes in found if causes), ())
 
     def causes_of(self, row: int) -> tuple[Cause, ...]:
@@ -121,6 +146,144 @@ class Replay:
         )
 
 
+class Replayer:
+    """Judges a history part by part: for each of `parts`, call `join`, score the inputs, and call `judge`.
+
+    Args:
+        served: the model.
+        history: the rows.
+        options: alphas and how the rows are judged.
+    """
+
+    def __init__(self, served: ServedModel, history: History, options: Options) -> None:
+        self._served = served
+        self._rules = rules_of(served)
+        starts = StartSets(served) if options.online and served.manifest.timeline is not None else None
+        if starts is not None and starts.of("") is None:
+            starts = None  # the scores of the calibration rows are unknown
+        self._starts = starts
+        self._payloads: dict[int, bytes] = {}  # the last group of the last part, as it is stored between two requests
+        self._alarms: tuple[int, list[LastingAlarm]] = (-1, [])  # of the same group, for each alpha
+        self._causes: list[_Causes] = []
+        rows, policy = len(history), served.manifest.policy
+        self._result = Replay(
+            history=history,
+            options=options,
+            alarm_rule=AlarmRule() if policy is None else policy.rules.alarms,
+            calm_seconds=calm_for_step(options.calm_seconds, self._rules.usual_step),
+            severity=np.zeros((len(options.alphas), rows), np.float32),
+            p_value=np.ones(rows, np.float32),
+            is_alarm=np.zeros((len(options.alphas), rows), bool),
+            is_incident=np.zeros(rows, bool),
+            is_warming_up=np.zeros(rows, bool),
+            states=None if starts is None else [],
+            causes_rows=np.empty(0, np.int64),
+            causes_features=np.empty((0, CAUSES), np.intp),
+            causes_numbers=np.empty((0, CAUSES, 3), np.float32),
+            causes_since=np.empty((0, CAUSES)),
+            names=[feature.name for feature in served.manifest.features],
+        )
+
+    @property
+    def operation(self) -> Operation:
+        """The operation that scores the inputs."""
+        options = self._result.options
+        return operations.anomaly(options.alphas[0], options.extrapolated)
+
+    def parts(self) -> Iterator[slice]:
+        """Yield the parts of the rows, in order."""
+        rows = len(self._result.history)
+        for first in range(0, rows, CHUNK_ROWS):
+            yield slice(first, min(first + CHUNK_ROWS, rows))
+
+    def join(self, part: slice) -> JoinedRows:
+        """Return the rows in `part`, joined to the past of their groups."""
+        history, index = self._result.history, self._result.history.group[part]
+        groups = {
+            history.groups[number]: Group(
+                self._rules,
+                self._payloads.get(number, b""),
+                None if self._starts is None else self._starts.of(history.groups[number]),
+            )
+            for number in np.unique(index).tolist()
+        }
+        names = [history.groups[number] for number in index.tolist()]
+        return join_rows(self._rules, history.x[part], history.time[part], names, groups)
+
+    def inputs(self, joined: JoinedRows) -> Iterator[Array]:
+        """Yield the model's inputs for the rows, in pieces of about PART_BYTES if these are windows."""
+        count = len(joined.outcomes)
+        size = count if joined.windows is None else max(1, PART_BYTES // (4 * self._rules.rows * self._rules.width))
+        for start in range(0, count, size):
+            yield joined.inputs(slice(start, start + size))
+
+    def judge(self, part: slice, joined: JoinedRows, outputs: Sequence[tuple[Array, ...]]) -> None:
+        """Judge the rows in `part`. `outputs`: what `operation` returned for each of `inputs`."""
+        scores = Scores(*(np.concatenate(arrays) for arrays in zip(*outputs, strict=True)))
+        self._judge(part, joined, scores)
+        self._causes.append(_find_causes(self._result, part, joined, scores, self._served))
+        last = int(self._result.history.group[part.stop - 1])
+        self._payloads = {last: joined.groups[self._result.history.groups[last]].dump(joined.pool)}
+
+    def finish(self) -> Replay:
+        """Return the verdicts, after `judge` was called for each part."""
+        result = self._result
+        _finish(result, result.options.half_life_rows)
+        result.causes_rows, result.causes_features, result.causes_numbers, result.causes_since = (
+            np.concatenate(arrays) for arrays in zip(*self._causes, strict=True)
+        )
+        return result
+
+    def _judge(self, part: slice, joined: JoinedRows, scores: Scores) -> None:
+        """Write the verdicts on the rows in `part` into the result."""
+        result, served, rules = self._result, self._served, self._rules
+        options, time, usable = result.options, result.history.time[part], scores.usable
+        silenced = None
+        if served.silences is not None:
+            groups = [result.history.groups[number] for number in result.history.group[part].tolist()]
+            silenced = served.silences.hold(time, groups, len(groups), now=0.0)
+        if result.states is not None:
+            judgements = judge(
+                joined, rules, scores.score, usable, time, (scores.p_value, scores.severity),
+                options.alphas[0], options.extrapolated, options.alphas[1:], silenced,
+            )  # fmt: skip
+            result.states += judgements.states
+            result.is_incident[part] = [state == "incident" for state in judgements.states]
+            p_value, severities = judgements.p_value, [judgements.severity, *judgements.more_severities]
+        else:
+            p_value, calibration = scores.p_value, served.backend.calibration
+            severities = [
+                operations.anomaly(alpha, options.extrapolated).finish((scores.score,), calibration)[2]
+                for alpha in options.alphas
+            ]
+        is_short = np.array(joined.window_rows) < rules.least_rows
+        severities = [np.where(is_short, np.minimum(severity, 1), severity) for severity in severities]
+        result.is_warming_up[part] = is_short
+        result.p_value[part] = np.where(usable, p_value, 1)
+        if silenced is not None:
+            usable = usable & ~silenced  # as a row without a verdict: it is not anomalous
+            result.is_incident[part] &= ~silenced
+            severities = [np.where(silenced, np.nan, severity) for severity in severities]
+        self._find_alarms(part, severities)
+        for index, severity in enumerate(severities):
+            result.severity[index, part] = np.where(usable, np.minimum(severity, MAX_FLOAT32), np.nan)  # see `_finish`
+
+    def _find_alarms(self, part: slice, severities: Sequence[Array]) -> None:
+        """Find the alarms among the rows in `part`. `severities`: for each alpha; NaN for silenced rows."""
+        result, options, rule = self._result, self._result.options, self._result.alarm_rule
+        for group in np.unique(result.history.group[part]).tolist():
+            pause_if_due()
+            if self._alarms[0] != group:
+                mean = partial(RunningMean, options.alert_half_life)
+                self._alarms = group, [LastingAlarm(mean(), rule.rows, rule.seconds) for _ in options.alphas]
+            rows = result.history.rows_of(group)
+            rows = slice(max(rows.start, part.start), min(rows.stop, part.stop))
+            times = result.history.time[rows].tolist()
+            for index, alarms in enumerate(self._alarms[1]):
+                own = severities[index][rows.start - part.start : rows.stop - part.start].tolist()
+                result.is_alarm[index, rows.start + np.array(alarms.find_alarms(own, times), np.intp)] = True
+
+
 def replay(
     served: ServedModel, history: History, options: Options, report: Callable[[int], None] = lambda _: None
 ) -> Replay:
@@ -132,99 +295,14 @@ def replay(
         options: alphas and how the rows are judged.
         report: is called with the number of rows that are judged so far.
     """
-    rules = rules_of(served)
-    starts = StartSets(served) if options.online and served.manifest.timeline is not None else None
-    if starts is not None and starts.of("") is None:
-        starts = None  # the scores of the calibration rows are unknown
-    rows = len(history)
-    result = Replay(
-        history=history,
-        alphas=options.alphas,
-        severity=np.zeros((len(options.alphas), rows), np.float32),
-        p_value=np.ones(rows, np.float32),
-        is_warming_up=np.zeros(rows, bool),
-        states=None if starts is None else [],
-        causes_rows=np.empty(0, np.int64),
-        causes_features=np.empty((0, CAUSES), np.intp),
-        causes_numbers=np.empty((0, CAUSES, 3), np.float32),
-        causes_since=np.empty((0, CAUSES)),
-        names=[feature.name for feature in served.manifest.features],
-    )
-    causes: list[_Causes] = []
-    payloads: dict[int, bytes] = {}  # the last group of the previous chunk, as it is stored between two requests
-    for first in range(0, rows, CHUNK_ROWS):
-        part = slice(first, min(first + CHUNK_ROWS, rows))
-        index = history.group[part]
-        names = [history.groups[number] for number in index.tolist()]
-        groups = {
-            history.groups[number]: Group(
-                rules, payloads.get(number, b""), None if starts is None else starts.of(history.groups[number])
-            )
-            for number in np.unique(index).tolist()
-        }
-        joined = join_rows(rules, history.x[part], history.time[part], names, groups)
-        scores = _score(served, rules, joined, options)
-        _judge(result, part, joined, rules, scores, served, options)
-        causes.append(_find_causes(result, part, joined, scores, served))
-        last = int(index[-1])
-        payloads = {last: groups[history.groups[last]].dump(joined.pool)}
+    replayer = Replayer(served, history, options)
+    for part in replayer.parts():
+        joined = replayer.join(part)
+        with np.errstate(over="ignore", invalid="ignore"):
+            outputs = [served.backend.run(replayer.operation, (inputs,)) for inputs in replayer.inputs(joined)]
+        replayer.judge(part, joined, outputs)
         report(part.stop)
-    _finish(result, options.half_life_rows)
-    result.causes_rows, result.causes_features, result.causes_numbers, result.causes_since = (
-        np.concatenate(arrays) for arrays in zip(*causes, strict=True)
-    )
-    return result
-
-
-def _score(served: ServedModel, rules: Rules, joined: JoinedRows, options: Options) -> Scores:
-    """Return the model's outputs for the rows, with the severities of the fixed calibration at the first alpha."""
-    count = len(joined.outcomes)
-    size = count if joined.windows is None else max(1, PART_BYTES // (4 * rules.rows * rules.width))
-    operation = operations.anomaly(options.alphas[0], options.extrapolated)
-    with np.errstate(over="ignore", invalid="ignore"):
-        parts = [
-            served.backend.run(operation, (joined.inputs(slice(start, start + size)),))
-            for start in range(0, count, size)
-        ]
-    return Scores(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-
-
-def _judge(
-    result: Replay,
-    part: slice,
-    joined: JoinedRows,
-    rules: Rules,
-    scores: Scores,
-    served: ServedModel,
-    options: Options,
-) -> None:
-    """Write the verdicts on the rows in `part` into `result`."""
-    usable = scores.usable
-    silenced = None
-    if served.silences is not None:
-        groups = [result.history.groups[number] for number in result.history.group[part].tolist()]
-        silenced = served.silences.hold(result.history.time[part], groups, len(groups), now=0.0)
-    if result.states is not None:
-        judgements = judge(
-            joined, rules, scores.score, usable, result.history.time[part], (scores.p_value, scores.severity),
-            options.alphas[0], options.extrapolated, options.alphas[1:], silenced,
-        )  # fmt: skip
-        result.states += judgements.states
-        p_value, severities = judgements.p_value, [judgements.severity, *judgements.more_severities]
-    else:
-        p_value, calibration = scores.p_value, served.backend.calibration
-        severities = [
-            operations.anomaly(alpha, options.extrapolated).finish((scores.score,), calibration)[2]
-            for alpha in options.alphas
-        ]
-    is_short = np.array(joined.window_rows) < rules.least_rows
-    result.is_warming_up[part] = is_short
-    result.p_value[part] = np.where(usable, p_value, 1)
-    if silenced is not None:
-        usable = usable & ~silenced  # as a row without a verdict: it is not anomalous
-    for index, severity in enumerate(severities):
-        most = np.where(is_short, np.float32(1), MAX_FLOAT32)
-        result.severity[index, part] = np.where(usable, np.minimum(severity, most), np.nan)  # see `_finish`
+    return replayer.finish()
 
 
 def _find_causes(result: Replay, part: slice, joined: JoinedRows, scores: Scores, served: ServedModel) -> _Causes:

@@ -1,8 +1,8 @@
-"""Summarise a replay: alarms a day by group, which incidents were found and after how long, the worst false alarms.
+"""Summarise a replay: alerts a day by group, which incidents were found and after how long, the worst false alerts.
 
-An alarm is a run of anomalous rows of one group. It begins with an anomalous row after one that is not anomalous, and
-ends before the next row that is not. If incidents are known, an alarm is false if none of its rows lies in an incident
-of its group. Without known incidents, every alarm may be a false one.
+An alert is what the server sends to Alertmanager as one alert: see `service.anomaly.alert_rule`. If incidents are
+known, an alert is false if none of its rows lies in an incident of its group. Without known incidents, every alert may
+be a false one.
 """
 
 from collections.abc import Sequence
@@ -12,66 +12,74 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from service.anomaly.alert_rule import find_alerts
 from service.backtest.incidents import Incident
 from service.backtest.replay import Cause, Replay
+from service.codec.long_work import pause_if_due
 
 DAY = 86_400.0  # seconds
-WORST_ALARMS = 10
+WORST_ALERTS = 10
 
 
 @dataclass(frozen=True)
-class Alarm:
-    """A run of anomalous rows of one group.
+class Alert:
+    """An alert of one group.
 
     Args:
         group: name of the group; empty if the rows have no groups.
-        start: Unix seconds of the first row.
-        end: Unix seconds of the last row.
-        rows: number of rows.
+        start: Unix seconds of the row that opens it.
+        end: Unix seconds of the last row that keeps it open.
+        rows: number of rows from the one to the other.
+        anomalous_rows: how many of them are anomalous.
         is_false: whether none of the rows lies in a known incident.
         first_row: index of the first row, in order of group and time.
-        worst_row: index of the row with the largest severity.
+        worst_row: index of the row with the largest severity: one of the alert, or of the anomalous rows right before.
         worst: time of this row.
         severity: its severity.
         p_value: its p-value.
-        causes: the features that contribute most to its score; empty unless the alarm is one of the worst.
+        state: state of the group after the last row: "changed" if the rows became the new normal. None without online
+            calibration.
+        causes: the features that contribute most to the score of the worst row; empty unless the alert is one of the
+            worst.
     """
 
     group: str
     start: float
     end: float
     rows: int
+    anomalous_rows: int
     is_false: bool
     first_row: int
     worst_row: int
     worst: float
     severity: float
     p_value: float
+    state: str | None
     causes: tuple[Cause, ...] = ()
 
 
 @dataclass(frozen=True)
 class AlphaSummary:
-    """The alarms at one alpha.
+    """The alerts at one alpha.
 
     Args:
         alpha: the false-alarm rate.
         anomalous_rows: number of anomalous rows.
         anomalous_share: their share of all rows.
-        alarms: number of alarms.
-        false_alarms: number of alarms outside incidents.
-        alarms_per_day: alarms of one group in one day, on average over groups.
+        alerts: number of alerts.
+        false_alerts: number of alerts outside incidents.
+        alerts_per_day: alerts of one group in one day, on average over groups.
         false_rate: share of the rows outside incidents that are anomalous.
-        incidents_found: number of incidents with an anomalous row; None if no incidents are known.
-        median_delay_seconds: median time from the start of a found incident to its first anomalous row.
+        incidents_found: number of incidents that were found; None if no incidents are known.
+        median_delay_seconds: median time from the start of a found incident to its alert.
     """
 
     alpha: float
     anomalous_rows: int
     anomalous_share: float
-    alarms: int
-    false_alarms: int
-    alarms_per_day: float
+    alerts: int
+    false_alerts: int
+    alerts_per_day: float
     false_rate: float
     incidents_found: int | None
     median_delay_seconds: float | None
@@ -79,14 +87,14 @@ class AlphaSummary:
 
 @dataclass(frozen=True)
 class GroupSummary:
-    """The alarms of one group. Lists have one number per alpha.
+    """The alerts of one group. Lists have one number per alpha.
 
     Args:
         group: name of the group; empty if the rows have no groups.
         rows: number of rows.
         days: time that the rows cover.
-        alarms: number of alarms.
-        alarms_per_day: alarms divided by days.
+        alerts: number of alerts.
+        alerts_per_day: alerts divided by days.
         false_rate: share of the rows outside incidents that are anomalous.
         state: the state of the online calibration after the last row; None without online calibration.
     """
@@ -94,20 +102,20 @@ class GroupSummary:
     group: str
     rows: int
     days: float
-    alarms: list[int]
-    alarms_per_day: list[float]
+    alerts: list[int]
+    alerts_per_day: list[float]
     false_rate: list[float]
     state: str | None
 
 
 @dataclass(frozen=True)
 class IncidentSummary:
-    """Whether an incident was found.
+    """Whether an incident was found: whether an alert was opened or kept open by a row in it.
 
     Args:
         start, end, group: as in `Incident`.
         rows: number of rows in it. An incident without rows cannot be found.
-        delay_seconds: for each alpha, the time from its start to its first anomalous row; None if there is none.
+        delay_seconds: for each alpha, the time from its start to the first such row; None if there is none.
     """
 
     start: float
@@ -118,8 +126,27 @@ class IncidentSummary:
 
 
 @dataclass(frozen=True)
+class AlertRules:
+    """When an alert opens and ends.
+
+    Args:
+        half_life_rows: half-life in rows of the mean severity of a group.
+        rows: an alert opens when this mean has been above 1 for this many rows,
+        seconds: and for this time.
+        calm_seconds: time after which an alert without further such rows ends.
+        per_day: the budget of the policy: accepted false alerts for each day and group; None without a budget.
+    """
+
+    half_life_rows: float
+    rows: int
+    seconds: float
+    calm_seconds: float
+    per_day: float | None
+
+
+@dataclass(frozen=True)
 class Report:
-    """The result of a backtest. The lists of groups and alarms are sorted by the number of alarms and by severity."""
+    """The result of a backtest. The lists of groups and alerts are sorted by the number of alerts and by severity."""
 
     model: str
     source: str
@@ -128,10 +155,11 @@ class Report:
     warming_up_rows: int
     first: float
     last: float
+    rules: AlertRules
     alphas: list[AlphaSummary]
     groups: list[GroupSummary]
     incidents: list[IncidentSummary]
-    worst_false_alarms: list[Alarm]  # at the first alpha
+    worst_false_alerts: list[Alert]  # at the first alpha
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values."""
@@ -151,7 +179,7 @@ def make_report(replay: Replay, incidents: Sequence[Incident] | None, model: str
     history = replay.history
     inside = np.zeros(len(history), bool)
     found = [_find(replay, incident, inside) for incident in incidents or ()]
-    alarms = [find_alarms(replay, index, inside) for index in range(len(replay.alphas))]
+    alerts = [list_alerts(replay, index, inside) for index in range(len(replay.alphas))]
     days = group_days(replay)
     return Report(
         model=model,
@@ -161,22 +189,28 @@ def make_report(replay: Replay, incidents: Sequence[Incident] | None, model: str
         warming_up_rows=int(replay.is_warming_up.sum()),
         first=float(history.time.min()),
         last=float(history.time.max()),
+        rules=_rules_of(replay),
         alphas=[
-            _summarise_alpha(replay, index, alarms[index], inside, days, found if incidents is not None else None)
+            _summarise_alpha(replay, index, alerts[index], inside, days, found if incidents is not None else None)
             for index in range(len(replay.alphas))
         ],
-        groups=_summarise_groups(replay, alarms, inside, days),
+        groups=_summarise_groups(replay, alerts, inside, days),
         incidents=found,
-        worst_false_alarms=_worst(replay, alarms[0]),
+        worst_false_alerts=_worst(replay, alerts[0]),
     )
 
 
-def _worst(replay: Replay, alarms: Sequence[Alarm]) -> list[Alarm]:
-    """Return the most severe false alarms, with their causes."""
-    false = sorted((alarm for alarm in alarms if alarm.is_false), key=lambda alarm: -alarm.severity)
+def _rules_of(replay: Replay) -> AlertRules:
+    options, rule = replay.options, replay.alarm_rule
+    return AlertRules(options.alert_half_life, rule.rows, rule.seconds, replay.calm_seconds, rule.per_day)
+
+
+def _worst(replay: Replay, alerts: Sequence[Alert]) -> list[Alert]:
+    """Return the most severe false alerts, with their causes."""
+    false = sorted((alert for alert in alerts if alert.is_false), key=lambda alert: -alert.severity)
     return [
-        replace(alarm, causes=replay.causes_before(alarm.worst_row, alarm.worst_row - alarm.first_row + 1))
-        for alarm in false[:WORST_ALARMS]
+        replace(alert, causes=replay.causes_before(alert.worst_row, _first_anomalous_row(replay, 0, alert.first_row)))
+        for alert in false[:WORST_ALERTS]
     ]
 
 
@@ -191,24 +225,36 @@ def _find(replay: Replay, incident: Incident, inside: npt.NDArray[np.bool_]) -> 
             rows[:] = False
     inside |= rows
     delays: list[float | None] = []
-    for anomalous in replay.is_anomaly:
-        times = history.time[rows & anomalous]
+    for is_alarm in replay.is_alarm:
+        times = history.time[rows & is_alarm]
         delays.append(float(times.min() - incident.start) if len(times) else None)
     return IncidentSummary(incident.start, incident.end, incident.group, int(rows.sum()), delays)
 
 
-def runs(replay: Replay, index: int) -> npt.NDArray[np.intp]:
-    """Return the first row of each alarm at alpha number `index`, and the row after its last, [A, 2]."""
-    anomalous = replay.is_anomaly[index]
-    group = replay.history.group
-    before = np.concatenate(([False], anomalous[:-1] & (group[1:] == group[:-1])))
-    after = np.concatenate((anomalous[1:] & (group[1:] == group[:-1]), [False]))
-    starts, ends = np.flatnonzero(anomalous & ~before), np.flatnonzero(anomalous & ~after) + 1
-    return np.column_stack((starts, ends))
+def find_alert_rows(replay: Replay, index: int) -> npt.NDArray[np.intp]:
+    """Return the first row of each alert at alpha number `index`, and the row after its last, [A, 2]."""
+    history, options = replay.history, replay.options
+    found: list[tuple[int, int]] = []
+    for group in range(len(history.groups)):
+        pause_if_due()
+        rows = history.rows_of(group)
+        alarms = np.flatnonzero(replay.is_alarm[index, rows])
+        if not len(alarms):
+            continue
+        incidents = np.flatnonzero(replay.is_incident[rows])
+        alerts = find_alerts(
+            history.time[rows].tolist(),
+            alarms.tolist(),
+            incidents.tolist(),
+            replay.calm_seconds,
+            options.incident_seconds,
+        )
+        found += [(rows.start + first, rows.start + last + 1) for first, last in alerts]
+    return np.array(found, np.intp).reshape(-1, 2)
 
 
-def find_alarms(replay: Replay, index: int, inside: npt.NDArray[np.bool_]) -> list[Alarm]:
-    """Return the alarms at alpha number `index`.
+def list_alerts(replay: Replay, index: int, inside: npt.NDArray[np.bool_]) -> list[Alert]:
+    """Return the alerts at alpha number `index`.
 
     Args:
         replay: the judged history.
@@ -216,24 +262,35 @@ def find_alarms(replay: Replay, index: int, inside: npt.NDArray[np.bool_]) -> li
         inside: which rows lie in a known incident.
     """
     history, severity = replay.history, replay.severity[index]
-    alarms = []
-    for start, end in runs(replay, index).tolist():
-        worst = start + int(severity[start:end].argmax())
-        alarms.append(
-            Alarm(
+    alerts = []
+    for start, end in find_alert_rows(replay, index).tolist():
+        begin = _first_anomalous_row(replay, index, start)
+        worst = begin + int(severity[begin:end].argmax())
+        alerts.append(
+            Alert(
                 group=history.groups[history.group[start]],
                 start=float(history.time[start]),
                 end=float(history.time[end - 1]),
                 rows=end - start,
+                anomalous_rows=int((severity[start:end] > 1).sum()),
                 is_false=not inside[start:end].any(),
                 first_row=start,
                 worst_row=worst,
                 worst=float(history.time[worst]),
                 severity=float(severity[worst]),
                 p_value=float(replay.p_value[worst]),
+                state=None if replay.states is None else replay.states[end - 1],
             )
         )
-    return alarms
+    return alerts
+
+
+def _first_anomalous_row(replay: Replay, index: int, row: int) -> int:
+    """Return the first of the anomalous rows right before `row` in its group; `row` if there are none."""
+    severity, first = replay.severity[index], replay.history.starts[replay.history.group[row]]
+    while row > first and severity[row - 1] > 1:
+        row -= 1
+    return row
 
 
 def group_days(replay: Replay) -> npt.NDArray[np.float64]:
@@ -251,7 +308,7 @@ def group_days(replay: Replay) -> npt.NDArray[np.float64]:
 def _summarise_alpha(
     replay: Replay,
     index: int,
-    alarms: Sequence[Alarm],
+    alerts: Sequence[Alert],
     inside: npt.NDArray[np.bool_],
     days: npt.NDArray[np.float64],
     incidents: Sequence[IncidentSummary] | None,
@@ -267,9 +324,9 @@ def _summarise_alpha(
         alpha=replay.alphas[index],
         anomalous_rows=int(anomalous.sum()),
         anomalous_share=float(anomalous.mean()),
-        alarms=len(alarms),
-        false_alarms=sum(alarm.is_false for alarm in alarms),
-        alarms_per_day=_per_day(len(alarms), float(days.sum())),
+        alerts=len(alerts),
+        false_alerts=sum(alert.is_false for alert in alerts),
+        alerts_per_day=_per_day(len(alerts), float(days.sum())),
         false_rate=_share(anomalous, ~inside),
         incidents_found=found,
         median_delay_seconds=delay,
@@ -278,16 +335,16 @@ def _summarise_alpha(
 
 def _summarise_groups(
     replay: Replay,
-    alarms: Sequence[Sequence[Alarm]],
+    alerts: Sequence[Sequence[Alert]],
     inside: npt.NDArray[np.bool_],
     days: npt.NDArray[np.float64],
 ) -> list[GroupSummary]:
     history = replay.history
     counts: list[dict[str, int]] = []
-    for of_alpha in alarms:
+    for of_alpha in alerts:
         count: dict[str, int] = dict.fromkeys(history.groups, 0)
-        for alarm in of_alpha:
-            count[alarm.group] += 1
+        for alert in of_alpha:
+            count[alert.group] += 1
         counts.append(count)
     summaries = []
     for index, name in enumerate(history.groups):
@@ -298,13 +355,13 @@ def _summarise_groups(
                 group=name,
                 rows=rows.stop - rows.start,
                 days=float(days[index]),
-                alarms=own,
-                alarms_per_day=[_per_day(count, float(days[index])) for count in own],
+                alerts=own,
+                alerts_per_day=[_per_day(count, float(days[index])) for count in own],
                 false_rate=[_share(anomalous[rows], ~inside[rows]) for anomalous in replay.is_anomaly],
                 state=None if replay.states is None else replay.states[rows.stop - 1],
             )
         )
-    return sorted(summaries, key=lambda summary: (-summary.alarms[0], summary.group))
+    return sorted(summaries, key=lambda summary: (-summary.alerts[0], summary.group))
 
 
 def _per_day(count: int, days: float) -> float:

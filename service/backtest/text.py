@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
 from service.backtest.replay import Cause
-from service.backtest.report import Alarm, AlphaSummary, GroupSummary, IncidentSummary, Report
+from service.backtest.report import Alert, AlertRules, AlphaSummary, GroupSummary, IncidentSummary, Report
 
 LISTED = 20  # groups and incidents that are listed
 UNITS = (("d", 86_400.0), ("h", 3600.0), ("min", 60.0))
@@ -42,6 +42,7 @@ def _lines(report: Report) -> Iterator[str]:
     yield f"{format_time(report.first)} to {format_time(report.last)} UTC"
     if report.warming_up_rows:
         yield f"{report.warming_up_rows:,} rows have too short a window to be anomalous"
+    yield describe_rules(report.rules)
     yield ""
     yield from _alphas(report)
     if len(report.groups) > 1:
@@ -56,20 +57,20 @@ def _lines(report: Report) -> Iterator[str]:
 
 def _alphas(report: Report) -> Iterator[str]:
     has_incidents = report.alphas[0].incidents_found is not None
-    header = ["alpha", "anomalous rows", "alarms", "a day and group"]
-    header += ["false alarms", "false-alarm rate", "incidents found", "median delay"] if has_incidents else []
+    header = ["alpha", "anomalous rows", "alerts", "a day and group"]
+    header += ["false alerts", "false-alarm rate", "incidents found", "median delay"] if has_incidents else []
     rows = []
     for summary in report.alphas:
         row = [
             f"{summary.alpha:g}",
             f"{summary.anomalous_rows:,} ({summary.anomalous_share:.2%})",
-            f"{summary.alarms:,}",
-            f"{summary.alarms_per_day:.3g}",
+            f"{summary.alerts:,}",
+            f"{summary.alerts_per_day:.3g}",
         ]
         if has_incidents:
             delay = summary.median_delay_seconds
             row += [
-                f"{summary.false_alarms:,}",
+                f"{summary.false_alerts:,}",
                 f"{summary.false_rate:.2%}",
                 f"{summary.incidents_found} of {len(report.incidents)}",
                 "" if delay is None else format_duration(delay),
@@ -79,19 +80,19 @@ def _alphas(report: Report) -> Iterator[str]:
 
 
 def _groups(groups: Sequence[GroupSummary], alpha: float) -> Iterator[str]:
-    yield f"groups with most alarms at alpha {alpha:g}:"
+    yield f"groups with most alerts at alpha {alpha:g}:"
     rows = [
         [
             group.group or "(no group)",
             f"{group.rows:,}",
-            f"{group.alarms[0]:,}",
-            f"{group.alarms_per_day[0]:.3g}",
+            f"{group.alerts[0]:,}",
+            f"{group.alerts_per_day[0]:.3g}",
             f"{group.false_rate[0]:.2%}",
             group.state or "",
         ]
         for group in groups[:LISTED]
     ]
-    yield from _table(["group", "rows", "alarms", "a day", "false-alarm rate", "state at the end"], rows)
+    yield from _table(["group", "rows", "alerts", "a day", "false-alarm rate", "state at the end"], rows)
     if len(groups) > LISTED:
         yield f"and {len(groups) - LISTED:,} more groups: see --json"
 
@@ -112,27 +113,40 @@ def _incidents(incidents: Sequence[IncidentSummary], alphas: Sequence[AlphaSumma
 
 def _worst(report: Report) -> Iterator[str]:
     alpha = report.alphas[0].alpha
-    kind = "alarms" if report.alphas[0].incidents_found is None else "false alarms"
-    if not report.worst_false_alarms:
+    kind = "alerts" if report.alphas[0].incidents_found is None else "false alerts"
+    if not report.worst_false_alerts:
         yield f"no {kind} at alpha {alpha:g}"
         return
     yield f"worst {kind} at alpha {alpha:g}:"
     rows = [
         [
-            format_time(alarm.start),
-            alarm.group,
-            f"{alarm.rows:,} row{'s' * (alarm.rows != 1)}",
-            f"severity {alarm.severity:.3g}",
-            describe_causes(alarm),
+            format_time(alert.start),
+            alert.group,
+            f"{alert.rows:,} row{'s' * (alert.rows != 1)}",
+            f"severity {alert.severity:.3g}",
+            describe_causes(alert),
         ]
-        for alarm in report.worst_false_alarms
+        for alert in report.worst_false_alerts
     ]
     yield from _table([], rows)
 
 
-def describe_causes(alarm: Alarm) -> str:
-    """Return the causes of an alarm on one line."""
-    return ", ".join(format_cause(cause) for cause in alarm.causes)
+def describe_causes(alert: Alert) -> str:
+    """Return the causes of an alert on one line, and whether its rows became the new normal."""
+    causes = ", ".join(format_cause(cause) for cause in alert.causes)
+    return f"{causes}; these rows became the new normal" if alert.state == "changed" else causes
+
+
+def describe_rules(rules: AlertRules) -> str:
+    """Return on one line when an alert opens and ends."""
+    half_life = f" of half-life {rules.half_life_rows:g} rows" if rules.half_life_rows else ""
+    rows = f" for {rules.rows:,} rows" if rules.rows > 1 else ""
+    seconds = f"{' and' if rows else ' for'} {format_duration(rules.seconds)}" if rules.seconds else ""
+    budget = "" if rules.per_day is None else f"; the policy accepts {rules.per_day:g} a day and group"
+    return (
+        f"an alert opens when the mean severity{half_life} is above 1{rows}{seconds}, and ends after "
+        f"{format_duration(rules.calm_seconds)} without such a row{budget}"
+    )
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

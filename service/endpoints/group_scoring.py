@@ -86,10 +86,10 @@ async def score_with_past(
         verdicts = await _judge_rows(memory, joined, input_rows, body, run, served.course)
         if is_live:
             await _commit(memory, transaction, joined, deadline)
+            # While the groups are locked, so that no other process reports a later state of them before.
+            service.metrics.anomalies.count_past(served, joined, verdicts, memory.file.take_forgotten())
     finally:
         transaction.end()
-    if is_live:
-        service.metrics.anomalies.count_past(served, joined, verdicts, memory.file.take_forgotten())
     return verdicts
 
 

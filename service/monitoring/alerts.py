@@ -18,6 +18,9 @@ from urllib.parse import unquote, urlsplit
 
 import orjson
 
+from service.anomaly.alert_rule import AlertRule, calm_for_step
+from service.anomaly.online_calibration import State
+
 log = logging.getLogger("elbo.alerts")
 RESEND_SECONDS = 30.0  # an active alert is sent again after this time
 EXPIRY_SECONDS = 180.0  # Alertmanager resolves an alert that is not sent again within this time
@@ -25,6 +28,10 @@ RETRY_SECONDS = (1.0, 60.0)  # pauses after a failed attempt to send: the first,
 TIMEOUT_SECONDS = 5.0  # time limit of one attempt to send alerts
 MAX_BATCH = 100  # maximum number of alerts per request
 API_PATH = "/api/v2/alerts"
+STATE_TEXTS: dict[State | None, str] = {
+    "incident": "; the incident goes on",
+    "changed": "; the group has changed for so long that its present rows are judged as its new normal",
+}
 ALERT_NAME = "ElboAnomaly"
 
 Key = tuple[str, str]  # model, group
@@ -38,24 +45,26 @@ class ActiveAlert:
     """An alert that is not resolved. Times are Unix seconds.
 
     `causes`: the features that explain the latest abnormal row, with the values seen and expected.
+    `state`: the state of the group's online calibration; None without online calibration.
     """
 
+    rule: AlertRule
     started: float
-    last_abnormal: float
     version: str
     causes: Sequence[str] = ()
     rows: float = 0.0
+    state: State | None = None
     last_sent: float = -math.inf
 
 
 class AlertState:
     """Decides which alerts are active, from counters of abnormal rows. It does no I/O and reads no clock.
 
-    An alert begins when the counter of its group grows. The alert is resolved when the counter has not grown for
-    `resolve_seconds`.
+    An alert begins when the counter of its group grows. The alert is resolved when, for `resolve_seconds`, the counter
+    has not grown and the group has not been in an incident: see `AlertRule`.
 
     Args:
-        resolve_seconds: time without an abnormal row after which an alert is resolved.
+        resolve_seconds: time without an abnormal row after which an alert is resolved; see `calm_for_step`.
         severity: the value of the label `severity`.
     """
 
@@ -65,8 +74,15 @@ class AlertState:
         self._counts_before: dict[Labels, float] | None = None
         self.active: dict[Key, ActiveAlert] = {}
 
-    def update(self, now: float, alarms: Counts, causes_of: Callable[[Labels], Sequence[str]]) -> dict[Key, Alert]:
-        """Return the alerts to send now: those that have begun, are due again, or are resolved.
+    def update(
+        self,
+        now: float,
+        alarms: Counts,
+        causes_of: Callable[[Labels], Sequence[str]],
+        state_of: Callable[[Labels], State | None] = lambda _: None,
+        step_of: Callable[[Labels], float | None] = lambda _: None,
+    ) -> dict[Key, Alert]:
+        """Return the alerts to send now: those that have begun, are due again, have changed state, or are resolved.
 
         The first call returns no alerts: it only records the counters.
 
@@ -74,29 +90,41 @@ class AlertState:
             now: Unix seconds.
             alarms: counters of abnormal rows by model, version and group.
             causes_of: returns the features that explain the latest abnormal row of a model, version and group, as text.
+            state_of: returns the state of the online calibration of a model, version and group, if it has one.
+            step_of: returns the usual time in seconds between two rows of a model, version and group, if it is known.
         """
         counts = {labels: values[0] for labels, values in alarms.items()}
         counts_before = counts if self._counts_before is None else self._counts_before
         self._counts_before = counts
+        abnormal: set[Key] = set()
         for labels, count in counts.items():
             new_rows = count - counts_before.get(labels, 0.0)
             if new_rows > 0:
                 model, version, group = labels
-                alert = self.active.setdefault((model, group), ActiveAlert(now, now, version))
-                alert.last_abnormal = now
+                key = model, group
+                if key not in self.active:
+                    calm_seconds = calm_for_step(self._resolve_seconds, step_of(labels))
+                    self.active[key] = ActiveAlert(AlertRule(calm_seconds), now, version)
+                alert = self.active[key]
                 alert.version = version
                 alert.causes = causes_of(labels)
                 alert.rows += new_rows
-        due = {key: self._due(now, key) for key in list(self.active)}
+                abnormal.add(key)
+        due = {
+            key: self._due(now, key, key in abnormal, state_of((key[0], alert.version, key[1])))
+            for key, alert in list(self.active.items())
+        }
         return {key: alert for key, alert in due.items() if alert is not None}
 
-    def _due(self, now: float, key: Key) -> Alert | None:
+    def _due(self, now: float, key: Key, is_abnormal: bool, state: State | None) -> Alert | None:
         """Return the alert of `key` if it must be sent now, else None. Remove the alert if it is resolved."""
         alert = self.active[key]
-        if now - alert.last_abnormal >= self._resolve_seconds:
+        has_changed = alert.state != state
+        alert.state = state
+        if not alert.rule.update(now, is_abnormal, state == "incident"):
             del self.active[key]
             return _payload(key, alert, self._severity, ends=now)
-        if now - alert.last_sent < RESEND_SECONDS:
+        if now - alert.last_sent < RESEND_SECONDS and not has_changed:
             return None
         alert.last_sent = now
         return _payload(key, alert, self._severity, ends=now + EXPIRY_SECONDS)
@@ -221,9 +249,10 @@ def _payload(key: Key, alert: ActiveAlert, severity: str, ends: float) -> Alert:
         "annotations": {
             "summary": f"model {model} finds rows{where} abnormal",
             "description": (
-                f"{alert.rows:.0f} abnormal rows since {_iso(alert.started)}{main_causes} (model version "
-                f"{alert.version})"
+                f"{alert.rows:.0f} abnormal rows since {_iso(alert.started)}{main_causes}"
+                f"{STATE_TEXTS.get(alert.state, '')} (model version {alert.version})"
             ),
+            **({"state": alert.state} if alert.state else {}),
         },
         "startsAt": _iso(alert.started),
         "endsAt": _iso(ends),

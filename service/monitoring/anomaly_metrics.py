@@ -5,19 +5,21 @@ import math
 import time
 from bisect import bisect_left
 from collections import Counter as Tally
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from models.errors import printable, shortened
 from service.anomaly.inputs import InputRows
+from service.anomaly.online_calibration import State
 from service.anomaly.smoothing import LastingAlarm, RunningMean
 from service.anomaly.streams import STATES, JoinedRows, Outcome
 from service.anomaly.verdicts import Scores, Verdicts
 from service.inference.registry import Catalogue
 from service.inference.served_model import ServedModel
 from service.monitoring.alert_causes import MAX_CAUSES, MIN_SHARE, AlertCauses, Cause, format_cause
+from service.monitoring.alert_states import AlertStates
 from service.monitoring.drift import DriftDetector
 from service.monitoring.metric_types import Counter, Gauge, Histogram, Values
 from service.shared_memory import SharedCounters
@@ -117,6 +119,12 @@ class AnomalyMetrics:
         )
         self._waiting = Gauge(counters, "elbo_remote_waiting_rows", "Remote-write rows that wait for more samples")
         self._alerts = Gauge(counters, "elbo_alerts", "Alerts that are not resolved", ("model",))
+        self._alerts_by_state = Gauge(
+            counters,
+            "elbo_alerts_by_state",
+            "Alerts that are not resolved, by the state of the calibration of their group",
+            ("model", "state"),
+        )
         self._undelivered = Gauge(counters, "elbo_alerts_waiting", "Alerts not yet delivered to Alertmanager")
         self._pushes = Counter(counters, "elbo_alert_pushes", "Alerts posted to Alertmanager, by outcome", ("outcome",))
         self._counted_pushes = dict.fromkeys(("sent", "refused", "retried"), 0)
@@ -127,10 +135,11 @@ class AnomalyMetrics:
             self._unknown, self._missing,
             self._p_values, self._evidence, self._stale, self._samples,
             self._incidents, self._changes, self._groups, self._forgotten, self._warming_up, self._repeated, self._late,
-            self._waiting, self._alerts, self._undelivered, self._pushes,
+            self._waiting, self._alerts, self._alerts_by_state, self._undelivered, self._pushes,
         )  # fmt: skip
         self.all = (*self.exported, self._history_p_values)
         self._alert_causes = AlertCauses(counters)
+        self.alert_states = AlertStates(counters, max_age)
         self._half_life = half_life
         self._max_age = max_age
         self._models_with_history: set[ModelLabels] = set()  # models whose history has been logged
@@ -191,9 +200,32 @@ class AnomalyMetrics:
         for counter, number in numbers:
             if number:
                 counter.add(model, number)
+        if joined.has_calibration:
+            self._record_states(model, joined, verdicts.input_rows)
         for counter, groups in ((self._incidents, past.incidents), (self._changes, past.changes)):
             for group in groups:
                 counter.add((*model, self._limited(model, "group", group)), 1)
+
+    def _record_states(self, model: ModelLabels, joined: JoinedRows, input_rows: InputRows) -> None:
+        """Record for the alerts in which state the live rows have left their groups.
+
+        A group without a row that is recent and not silenced counts as usual: no row of it may keep an alert open.
+        Groups that share the label OTHER have no common state.
+        """
+        oldest = time.time() - self._max_age
+        times, silenced = input_rows.time, input_rows.silenced
+        for name, rows in joined.order.items():
+            group = self._limited(model, "group", name)
+            calibration = joined.groups[name].calibration
+            if calibration is None or group == OTHER:
+                continue
+            state = calibration.state
+            if state != "usual":
+                is_live = np.ones(len(rows), bool) if times is None else ~(times[rows] < oldest)
+                if silenced is not None:
+                    is_live &= ~silenced[rows]
+                state = state if is_live.any() else "usual"
+            self.alert_states.record((*model, group), state)
 
     def set_groups(self, served: ServedModel, tally: Mapping[int, int]) -> None:
         """Set the number of groups that are remembered, by index of their state. Only the leader may call it."""
@@ -313,7 +345,7 @@ class AnomalyMetrics:
             self._lasting[key] = LastingAlarm(mean, rule.rows, rule.seconds)
         now, given = time.time(), verdicts.input_rows.time
         times = [now] * len(rows) if given is None else np.where(np.isnan(given), now, given)[rows].tolist()
-        return self._lasting[key].count(severities, times)
+        return len(self._lasting[key].find_alarms(severities, times))
 
     def _mean(self, model: ModelLabels, group: str) -> RunningMean:
         mean = self._means.get((model, group))
@@ -374,17 +406,25 @@ class AnomalyMetrics:
             self._evidence.local(model)[0] = detector.evidence
             self._stale.local(model)[0] = float(detector.alarm)
 
-    def update_alerts(self, active: Iterable[tuple[str, str]], pending: int, outcomes: Mapping[str, int]) -> None:
+    def update_alerts(
+        self, active: Sequence[tuple[str, State | None]], pending: int, outcomes: Mapping[str, int]
+    ) -> None:
         """Update the metrics of alerts. Only the leader may call it.
 
         Args:
-            active: the model and the group of each alert that is not resolved.
+            active: the model of each alert that is not resolved, and the state of its group if it has one.
             pending: the number of alerts that are not yet delivered.
             outcomes: the number of alerts since the start by outcome: sent, refused or retried.
         """
         active_per_model = Tally(model for model, _ in active)
         for model in {*active_per_model, *(labels[0] for labels in self._alerts.sums())}:
             self._alerts.local((model,))[0] = float(active_per_model[model])
+        per_state = Tally(active)
+        for model in {model for model, state in active if state} | {
+            labels[0] for labels in self._alerts_by_state.sums()
+        }:
+            for state in STATES:
+                self._alerts_by_state.local((model, state))[0] = float(per_state[model, state])
         self._undelivered.local(())[0] = float(pending)
         for outcome, count in dict(outcomes).items():
             self._pushes.add((outcome,), count - self._counted_pushes[outcome])

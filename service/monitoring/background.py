@@ -2,9 +2,10 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
 from functools import partial
 
-from service.inference.registry import ModelRegistry
+from service.inference.registry import Catalogue, ModelRegistry
 from service.monitoring.alerts import AlertSender, AlertState
 from service.monitoring.metrics import Metrics
 from service.monitoring.periodic import PeriodicTask
@@ -53,6 +54,23 @@ class BackgroundMonitor:
         anomalies.update_drift(self._registry.catalogue)
         if self._sender:
             causes_of = partial(anomalies.causes_of_alert, self._registry.catalogue)
-            due = self._alerts.update(time.time(), anomalies.alarms.sums(), causes_of)
+            step_of = partial(find_usual_step, self._registry.catalogue)
+            due = self._alerts.update(
+                time.time(), anomalies.alarms.sums(), causes_of, anomalies.alert_states.latest, step_of
+            )
             self._sender.enqueue(due)
-            anomalies.update_alerts(self._alerts.active, self._sender.pending, self._sender.outcomes)
+            states = [(model, alert.state) for (model, _), alert in self._alerts.active.items()]
+            anomalies.update_alerts(states, self._sender.pending, self._sender.outcomes)
+
+
+def find_usual_step(catalogue: Catalogue, labels: Sequence[str]) -> float | None:
+    """Return the usual time in seconds between two rows of a group in the training data; None if it is unknown.
+
+    Args:
+        catalogue: the models that this process has loaded.
+        labels: model, version and group.
+    """
+    name, version, _ = labels
+    served = catalogue.models.get(name, {}).get(int(version))
+    timeline = None if served is None else served.manifest.timeline
+    return None if timeline is None else timeline.usual_step_seconds

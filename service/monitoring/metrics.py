@@ -22,7 +22,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from service.inference.registry import Catalogue
-from service.monitoring import alert_causes
+from service.monitoring import alert_causes, alert_states
 from service.monitoring.anomaly_metrics import AnomalyMetrics
 from service.monitoring.metric_types import Counter, Gauge, Histogram, Labels, Values, observe
 from service.monitoring.request_record import RequestRecord
@@ -126,7 +126,7 @@ class Metrics(Collector):
         self._unserved = UnservedSeries(
             counters,
             (*self._exported, *self.anomalies.all),
-            {alert_causes.FAMILY: slice(1, 3)},
+            {alert_causes.FAMILY: slice(1, 3), alert_states.FAMILY: slice(1, 3)},
         )
         self._catalogue = Catalogue()
         self._request_metrics = lru_cache(maxsize=4096)(self._find_request_metrics)

@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 
+from service.anomaly.online_calibration import State
 from service.app import create_app
 from service.monitoring import alerts, background
+from service.monitoring.alert_states import AlertStates
 from service.monitoring.alerts import EXPIRY_SECONDS, RESEND_SECONDS, AlertSender, AlertState, Labels
 from service.settings import Settings
+from service.shared_memory import Segment, SharedCounters
 from tests.service.hosts import host_records, host_rows
 from tests.service.process import server_starter
 from tests.service.running import running
@@ -73,6 +76,48 @@ def test_alert_keeps_the_causes_of_the_latest_abnormal_row_until_it_is_resolved(
     state.update(1, {A: [1.0]}, lambda _: ["x 1 (expected 2)", "y 3 (expected 4)"])
     ended = state.update(1 + RESOLVE_SECONDS, {A: [1.0]}, no_causes)["m", "a"]
     assert "main causes: x 1 (expected 2), y 3 (expected 4) (" in ended["annotations"]["description"]
+
+
+def test_incident_keeps_its_alert_open_and_the_alert_says_that_the_group_has_changed() -> None:
+    states: dict[Labels, State | None] = {A: "incident"}
+    state = AlertState(RESOLVE_SECONDS)
+    state.update(0, {}, no_causes, states.get)
+    begun = state.update(1, {A: [1.0], B: [1.0]}, no_causes, states.get)
+    assert begun["m", "a"]["annotations"]["state"] == "incident"
+    assert "the incident goes on (" in begun["m", "a"]["annotations"]["description"]
+    assert "state" not in begun["m", ""]["annotations"]
+    later = 1 + 10 * RESOLVE_SECONDS
+    assert set(state.update(later, {A: [1.0], B: [1.0]}, no_causes, states.get)) == {("m", "a"), ("m", "")}
+    assert set(state.active) == {("m", "a")}  # no alarm for ten times the calm, but the incident goes on
+    states[A] = "changed"
+    changed = state.update(later + 1, {A: [1.0]}, no_causes, states.get)["m", "a"]  # at once, not at the next interval
+    assert changed["labels"] == begun["m", "a"]["labels"]
+    assert changed["startsAt"] == begun["m", "a"]["startsAt"]
+    assert changed["annotations"]["state"] == "changed"
+    assert "present rows are judged as its new normal (" in changed["annotations"]["description"]
+    ended = state.update(later + RESOLVE_SECONDS, {A: [1.0]}, no_causes, states.get)["m", "a"]
+    assert seconds(ended["endsAt"]) == later + RESOLVE_SECONDS
+    assert ended["annotations"]["state"] == "changed"
+    assert state.active == {}
+
+
+def test_incident_without_an_alarm_begins_no_alert() -> None:
+    state = AlertState(RESOLVE_SECONDS)
+    state.update(0, {A: [1.0]}, no_causes, lambda _: "incident")
+    assert state.update(1, {A: [1.0]}, no_causes, lambda _: "incident") == {}
+
+
+def test_latest_state_of_any_process_counts_until_it_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    segments = [Segment(4096), Segment(4096)]
+    first, second = (AlertStates(SharedCounters(segments, index), max_age=60.0) for index in range(2))
+    assert first.latest(A) is None
+    first.record(A, "incident")
+    assert (first.latest(A), second.latest(A), second.latest(B)) == ("incident", "incident", None)
+    second.record(A, "changed")
+    assert (first.latest(A), second.latest(A)) == ("changed", "changed")
+    now = time.monotonic()
+    monkeypatch.setattr("service.monitoring.alert_states.monotonic", lambda: now + 61)
+    assert first.latest(A) is None
 
 
 class Alertmanager:

@@ -143,7 +143,7 @@ def test_every_process_reports_the_sum_of_the_metrics_of_all_processes() -> None
     for metrics in processes:
         metrics.anomalies.alarms.add(("m", "1", "a"), 2)
     assert processes[0].anomalies.alarms.sums() == {("m", "1", "a"): [6.0]}
-    processes[0].anomalies.update_alerts([("m", "a")], 1, {"sent": 2, "refused": 0, "retried": 0})
+    processes[0].anomalies.update_alerts([("m", "incident")], 1, {"sent": 2, "refused": 0, "retried": 0})
     text = processes[2].exposition(processes[2]._catalogue).decode()
     assert 'elbo_alerts{model="m"} 1.0' in text
     assert 'elbo_alert_pushes_total{outcome="sent"} 2.0' in text
