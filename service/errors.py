@@ -5,10 +5,11 @@ ElboError (models.errors)
     ├── BadRequest                          400
     ├── Unauthorized                        401
     ├── Forbidden                           403
-    ├── NotFound, ModelNotFound, NotShown   404
+    ├── NotFound, ModelNotFound, NotShown, NotRemembered   404
     ├── MethodNotAllowed                    405
     ├── NotAcceptable                       406
     ├── BodyTooSlow                         408
+    ├── NoOnlineCalibration                 409
     ├── BodyTooLarge, TooManyRows           413
     ├── UnsupportedMediaType                415
     ├── InvalidJson, InvalidNpy, InvalidSafetensors, InvalidCsv,
@@ -114,6 +115,12 @@ class NotShown(ServiceError):
     status, code, title = 404, "not_shown", "Not in the artifact"
 
 
+class NotRemembered(ServiceError):
+    """The server does not remember the group, or not its rows of that time, to which feedback refers."""
+
+    status, code, title = 404, "not_remembered", "Not remembered"
+
+
 class MethodNotAllowed(ServiceError):
     """The path does not support this method; the Allow header lists the methods that it supports."""
 
@@ -130,6 +137,12 @@ class BodyTooSlow(ServiceError):
     """The body did not arrive within ELBO_REQUEST_TIMEOUT."""
 
     status, code, title = 408, "body_too_slow", "Body too slow"
+
+
+class NoOnlineCalibration(ServiceError):
+    """The groups of the model have no calibration of their own, so feedback cannot change it."""
+
+    status, code, title = 409, "no_online_calibration", "No online calibration"
 
 
 class BodyTooLarge(ServiceError):
@@ -264,9 +277,11 @@ ERRORS: tuple[type[ServiceError], ...] = (
     NotFound,
     ModelNotFound,
     NotShown,
+    NotRemembered,
     MethodNotAllowed,
     NotAcceptable,
     BodyTooSlow,
+    NoOnlineCalibration,
     BodyTooLarge,
     TooManyRows,
     UnsupportedMediaType,

@@ -207,6 +207,34 @@ class AnomalyBody(Body):
     )
 
 
+class FeedbackBody(Body):
+    """What a person knows about rows that the service has judged: they were normal, or they were an incident.
+
+    The rows are in `records` or `metrics`. Or they are remembered rows of a group: those from `since` to `until`, or
+    the latest ones, if both are absent.
+    """
+
+    verdict: Literal["normal", "incident"] = Field(
+        description="`normal`: the scores of the rows enter the calibration of their group. `incident`: they leave it"
+    )
+    group_name: str | None = Field(
+        None,
+        max_length=1000,
+        description="name of a group, without `records` and `metrics`; absent for rows that have no group",
+    )
+    since: float | str | None = Field(
+        None,
+        description="time of the first row, as Unix time in s, ms, us or ns, or ISO 8601. If `since` and `until` are "
+        "absent, the feedback is about the state of the group: its present incident or change, or its latest alarms",
+    )
+    until: float | str | None = Field(None, description="time of the last row; by default the newest row")
+    records: Records = Field(None, description="rows as in /anomaly")
+    metrics: Metrics = Field(None, description="rows as in /anomaly, in Telegraf's JSON format")
+    impute: bool = Field(True, description="as in /anomaly")
+    time: str = Field("timestamp", description="key of the time in the rows, as in /anomaly")
+    group: str = Field("host", description="key of the group in the rows, as in /anomaly")
+
+
 _WARNING = "models of images only: the pixels are in another range than those that the model was trained on"
 _IMPUTED = "number of missing values in the rows, replaced by training medians; absent if none was missing"
 
@@ -367,6 +395,34 @@ class AnomalyAnswer(ModelAnswer):
     )
     results: list[Result] | None = None
     errors: list[RowProblem] | None = Field(None, description="rows that could not be scored")
+
+
+class GroupFeedback(BaseModel):
+    """What feedback has changed in one group."""
+
+    group: str | None = Field(description="name of the group; null for rows that have no group")
+    rows: int = Field(
+        description="rows that the feedback is about. If it is about the state of the group: the rows that the group "
+        "had neither learnt nor discarded"
+    )
+    added: int = Field(description="scores that the calibration set has now, and did not have before")
+    removed: int = Field(
+        description="scores that the calibration set no longer has; the oldest leave it if it has more than 1000"
+    )
+    calibration_rows: int = Field(description="scores in the calibration set")
+    state: Literal["usual", "incident", "changed"] = Field(description="the state of the group now, as in /anomaly")
+
+
+class FeedbackAnswer(ModelAnswer):
+    """What feedback has changed."""
+
+    verdict: Literal["normal", "incident"]
+    groups: list[GroupFeedback] = Field(description="the groups of the rows, by name")
+    unused: int = Field(
+        description="rows of the request without effect: they could not be scored, their window has too few rows, or a "
+        "silence of the policy holds for them"
+    )
+    errors: list[RowProblem] = Field(description="rows of the request that could not be scored")
 
 
 class Problem(BaseModel):

@@ -9,7 +9,9 @@ class Scope(StrEnum):
     """What a key may do. A key with the scope `admin` may do everything."""
 
     INFER = "infer"  # run models, and read what is known about them
-    WRITE = "write"  # change what the server remembers: rows that are live traffic, and so metrics, drift and alerts
+    WRITE = (
+        "write"  # change what the server remembers: send feedback, and rows that raise alerts and are evidence of drift
+    )
     METRICS = "metrics"  # read the metrics
     ADMIN = "admin"  # everything, and also rows of the training data
 
@@ -27,6 +29,7 @@ ROUTES: dict[str, Scope | None] = {
     "/sample": Scope.INFER,
     "/interpolate": Scope.INFER,
     "/api/v1/write": Scope.WRITE,
+    "/feedback": Scope.WRITE,
     "/models": Scope.INFER,
     "/models/{reference}": Scope.INFER,
     "/models/{reference}/calibration": Scope.INFER,

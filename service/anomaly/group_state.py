@@ -26,7 +26,7 @@ import os
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter, sleep, time
 from typing import NamedTuple
@@ -142,12 +142,15 @@ class GroupFile:
             os.close(self._fd)
             self._fd = -1
 
-    async def begin(self, names: Iterable[str], deadline: float) -> "Transaction":
+    async def begin(
+        self, names: Iterable[str], deadline: float, on_wait: Callable[[], None] | None = None
+    ) -> "Transaction":
         """Lock the records of the groups `names`, and return the transaction, whose `end` must be called.
 
         Args:
             names: the names of the groups.
             deadline: when to give up, on the `perf_counter` clock.
+            on_wait: is called once if somebody else has locked a record.
 
         Raises:
             Overloaded: other requests or processes kept a record locked until the deadline.
@@ -155,7 +158,7 @@ class GroupFile:
         """
         stripes = sorted({stripe_of(name) for name in names})
         self._reopen_if_removed()
-        await self._lock(stripes, deadline)
+        await self._lock(stripes, deadline, on_wait)
         try:
             if os.pread(self._fd, CHANGES.size, CHANGES_AT) != self._changes:
                 await self._lock([DIRECTORY], deadline)
@@ -220,13 +223,16 @@ class GroupFile:
 
     # Locks
 
-    async def _lock(self, stripes: Sequence[int], deadline: float) -> None:
-        """Lock `stripes`, which ascend, so that no two transactions wait for each other."""
+    async def _lock(self, stripes: Sequence[int], deadline: float, on_wait: Callable[[], None] | None = None) -> None:
+        """Lock `stripes`, which ascend, so that no two transactions wait for each other. `on_wait`: see `begin`."""
         held: list[int] = []
         try:
             for stripe in stripes:
                 local = self._local[stripe]
                 if local.locked():  # without this, each lock would cost a timer
+                    if on_wait is not None:
+                        on_wait()
+                        on_wait = None
                     async with asyncio.timeout(max(0.0, deadline - perf_counter())):
                         await local.acquire()
                 else:
@@ -234,6 +240,9 @@ class GroupFile:
                 held.append(stripe)
                 pause = FIRST_PAUSE
                 while not _lock_byte(self._fd, LOCKS_AT + stripe):
+                    if on_wait is not None:
+                        on_wait()
+                        on_wait = None
                     if perf_counter() > deadline:
                         raise TimeoutError
                     await asyncio.sleep(pause)

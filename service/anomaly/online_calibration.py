@@ -24,8 +24,8 @@ Each score is first judged by the state before it (`judge`), and then changes th
 
 Assumption: an incident is over within `incident_rows` rows after it began, and a change is not. A level shift that will
 stay and an incident that has lasted for `incident_rows` rows look the same, so that no rule without labels can be quick
-about the one and blind to the other. A person who knows better can say so: see `normal` and `incident`. An incident
-that affects fewer than half of its rows is not recognised, and is learnt.
+about the one and blind to the other. A person who knows better can say so: see `normal`, `incident`, `add` and
+`remove`. An incident that affects fewer than half of its rows is not recognised, and is learnt.
 
 Guarantee
 ---------
@@ -34,7 +34,7 @@ Guarantee
     MAX_CORRECTION / CORRECTION_STEP / n = 139 / n of 5 %: 1.4 percentage points after 10,000 rows. This is the argument
     of adaptive conformal inference (Gibbs & Candès, "Adaptive conformal inference under distribution shift", NeurIPS
     2021; Angelopoulos, Barber & Bates, "Online conformal prediction with decaying step sizes", ICML 2024). Discarded
-    and held rows are outside this sum; they are counted separately.
+    and held rows are outside this sum; they are counted separately. So are scores that `add` and `remove` change.
 (ii) If a row is exchangeable with the calibration set, the probability that its raw p-value is at most alpha is at most
     alpha, for every alpha (Vovk, Gammerman & Shafer, "Algorithmic learning in a random world", 2005, prop. 2.4). The
     correction can at most double alpha, and does so only after too few alarms.
@@ -56,6 +56,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 State = Literal["usual", "incident", "changed"]
 
@@ -74,20 +75,24 @@ TAIL_SHARE = 0.1  # share of the calibration set, the largest scores, to which t
 NEXT_AFTER_ONE = 1 + 1.2e-7  # rounds to the next float32 after 1
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
 MIN_ROWS_AFTER_INCIDENT = 80  # an incident is this many rows old, or older, before it becomes a change
+RECENT_ROWS = 240  # rows whose times and scores are remembered, for feedback: four hours with a row a minute
+MIN_SET_ROWS = 20  # `remove` leaves at least so many scores: 19 are needed for a p-value of 5 %
 
-# A record: magic; CRC-32 of all bytes after it; header; scores.
-# - The header: the numbers of scores in the calibration set, in the former set and in the held rows; how many scores of
-#   the first two are the group's own; whether the held rows are an incident; the integers and the floats named below.
-# - The scores: the calibration set, the former set and the held rows, each oldest first, as float32.
-_MAGIC = b"EOC1"
+# A record: magic; CRC-32 of all bytes after it; header; times; scores.
+# - The header: the numbers of scores in the calibration set, in the former set, in the held rows and in the recent
+#   rows; how many scores of the first two are the group's own; whether the held rows are an incident; the integers and
+#   the floats named below.
+# - The times of the recent rows, oldest first, as float64.
+# - The scores: the calibration set, the former set, the held rows and the recent rows, each oldest first, as float32.
+_MAGIC = b"EOC2"
 _CHECKED = struct.Struct("<4sI")
 _INTEGERS = (
     "window_rows", "incident_rows", "rows", "alarms", "counted_rows", "counted_alarms", "discarded_rows",
     "discarded_alarms", "incidents", "changes", "returns", "_count", "_held_alarms", "_quiet", "_rows_since_change",
 )  # fmt: skip
 _FLOATS = ("correction", "lost", "_held_since", "_changed_since")
-_HEADER = struct.Struct(f"<5H?{len(_INTEGERS)}q{len(_FLOATS)}d")
-MAX_BYTES = _CHECKED.size + _HEADER.size + 4 * 3 * SET_ROWS
+_HEADER = struct.Struct(f"<6H?{len(_INTEGERS)}q{len(_FLOATS)}d")
+MAX_BYTES = _CHECKED.size + _HEADER.size + 4 * 3 * SET_ROWS + 12 * RECENT_ROWS
 
 
 class CorruptRecordError(ValueError):
@@ -141,6 +146,12 @@ class _CalibrationSet:
             self._oldest = (self._oldest + 1) % SET_ROWS
         ordered.insert(bisect_right(ordered, score), score)
         self.own = min(self.own + 1, SET_ROWS)
+
+    def without(self, is_removed: npt.NDArray[np.bool_]) -> "_CalibrationSet":
+        """Return a set without some scores. `is_removed`: which, oldest first."""
+        kept = np.frombuffer(self.oldest_first(), np.float32)[~is_removed]
+        own = int((~is_removed[len(is_removed) - self.own :]).sum())
+        return _CalibrationSet(array("f", kept.tobytes()), own)
 
     def p_value(self, score: float) -> float:
         n = len(self._ordered)
@@ -212,9 +223,9 @@ class OnlineCalibration:
 
     __slots__ = (
         "_changed_since", "_count", "_former", "_held", "_held_alarms", "_held_since", "_incident", "_quiet",
-        "_rows_since_change", "_set", "alarms", "changes", "correction", "counted_alarms", "counted_rows",
-        "discarded_alarms", "discarded_rows", "incident_alarms", "incident_rows", "incidents", "lost", "returns",
-        "rows", "window_rows",
+        "_recent_scores", "_recent_times", "_rows_since_change", "_set", "alarms", "changes", "correction",
+        "counted_alarms", "counted_rows", "discarded_alarms", "discarded_rows", "incident_alarms", "incident_rows",
+        "incidents", "lost", "returns", "rows", "window_rows",
     )  # fmt: skip
 
     def __init__(self, start: Iterable[float], window_rows: int = 1, *, incident_rows: int | None = None) -> None:
@@ -241,6 +252,7 @@ class OnlineCalibration:
         self._held = array("f")
         self._held_alarms = 0
         self._held_since = self._changed_since = math.nan
+        self._recent_scores, self._recent_times = array("f"), array("d")
 
     @property
     def state(self) -> State:
@@ -265,6 +277,11 @@ class OnlineCalibration:
     def own_rows(self) -> int:
         """The number of scores in the calibration set that are the group's own, and not of the start set."""
         return self._set.own
+
+    @property
+    def scores(self) -> npt.NDArray[np.float32]:
+        """The scores in the calibration set, oldest first."""
+        return np.array(self._set.oldest_first(), np.float32)
 
     @property
     def held_rows(self) -> int:
@@ -330,6 +347,10 @@ class OnlineCalibration:
             self._held_since = time
         self._held.append(_raised(score))
         self._held_alarms += alarm
+        self._recent_scores.append(score)
+        self._recent_times.append(time)
+        if len(self._recent_times) > RECENT_ROWS:
+            del self._recent_scores[0], self._recent_times[0]
         self._count = min(self._count + 1, self.incident_alarms) if alarm else max(self._count - 1, 0)
         if self._count == self.incident_alarms and not self._incident:
             self._incident = True
@@ -368,6 +389,58 @@ class OnlineCalibration:
         else:
             self._discard()
 
+    @property
+    def remembered_since(self) -> float:
+        """The time since which `recent` knows all rows; minus infinity if it has forgotten none.
+
+        It is infinity if no remembered row has a time.
+        """
+        if len(self._recent_times) == self.rows:
+            return -math.inf
+        return min((time for time in self._recent_times if time == time), default=math.inf)
+
+    def recent(self, since: float, until: float) -> npt.NDArray[np.float32]:
+        """Return the scores of the remembered rows from `since` to `until`, both included, in the unit of `step`."""
+        times = np.array(self._recent_times, np.float64)
+        return np.array(self._recent_scores, np.float32)[(times >= since) & (times <= until)]
+
+    def add(self, scores: npt.NDArray[np.float32]) -> None:
+        """Take in that rows with these scores, oldest first, were normal: "this was normal".
+
+        They enter the calibration set, unless it has them already. So nothing changes if they are added once more.
+        Scores of held rows do not enter it alone: if at least half of the held rows are among them, `normal` is called,
+        otherwise the end of the held rows decides.
+        """
+        scores = _raised_all(scores)
+        is_held, held = _match(scores, np.array(self._held, np.float32))
+        if len(held) and 2 * held.sum() >= len(held):
+            self.normal()
+        rest = scores[~is_held]
+        is_known, _ = _match(rest, self.scores)
+        for score in rest[~is_known].tolist():
+            self._set.add(score)
+
+    def remove(self, scores: npt.NDArray[np.float32]) -> None:
+        """Take in that rows with these scores were an incident: "this was an incident".
+
+        Held rows are discarded if at least half of them are among the scores. If at least half of the calibration set
+        is among them, and it has a former set, the former set returns. Otherwise the scores leave the calibration set,
+        the oldest first, as long as it has more than MIN_SET_ROWS scores. Rows are recognised by their scores: if a
+        group has other rows with the same score, scores of those rows may leave in their place.
+        """
+        scores = _raised_all(scores)
+        is_held, held = _match(scores, np.array(self._held, np.float32))
+        if len(held) and 2 * held.sum() >= len(held):
+            self._discard()
+        _, is_removed = _match(scores[~is_held], self.scores)
+        if self._former is not None and 2 * is_removed.sum() >= len(is_removed):
+            self._return(self._former)
+            return
+        allowed = max(0, len(is_removed) - MIN_SET_ROWS)
+        is_removed[np.flatnonzero(is_removed)[allowed:]] = False
+        if is_removed.any():
+            self._set = self._set.without(is_removed)
+
     def dump(self) -> bytes:
         """Return the state as at most MAX_BYTES bytes, from which `load` makes an equal object."""
         former = array("f") if self._former is None else self._former.oldest_first()
@@ -375,13 +448,15 @@ class OnlineCalibration:
             len(self._set),
             len(former),
             len(self._held),
+            len(self._recent_times),
             self._set.own,
             0 if self._former is None else self._former.own,
             self._incident,
             *(getattr(self, name) for name in _INTEGERS),
             *(getattr(self, name) for name in _FLOATS),
         )
-        body = b"".join((header, self._set.oldest_first(), former, self._held))
+        scores = (self._set.oldest_first(), former, self._held, self._recent_scores)
+        body = b"".join((header, self._recent_times, *scores))
         return _CHECKED.pack(_MAGIC, zlib.crc32(body)) + body
 
     @classmethod
@@ -392,9 +467,10 @@ class OnlineCalibration:
             CorruptRecordError: the record is cut off, altered or of another format.
         """
         body = _checked_body(record)
-        rows, former_rows, _, own, former_own, incident, *numbers = _HEADER.unpack_from(body)
-        scores = array("f")
-        scores.frombytes(body[_HEADER.size :])
+        rows, former_rows, held_rows, recent_rows, own, former_own, incident, *numbers = _HEADER.unpack_from(body)
+        times, scores = array("d"), array("f")
+        times.frombytes(body[_HEADER.size : _HEADER.size + 8 * recent_rows])
+        scores.frombytes(body[_HEADER.size + 8 * recent_rows :])
         loaded = cls.__new__(cls)
         for name, value in zip(_INTEGERS + _FLOATS, numbers, strict=True):
             setattr(loaded, name, value)
@@ -403,7 +479,8 @@ class OnlineCalibration:
         loaded._set = _CalibrationSet(scores[:rows], own)
         former = scores[rows : rows + former_rows]
         loaded._former = _CalibrationSet(former, former_own) if former else None
-        loaded._held = scores[rows + former_rows :]
+        loaded._held = scores[rows + former_rows : rows + former_rows + held_rows]
+        loaded._recent_times, loaded._recent_scores = times, scores[rows + former_rows + held_rows :]
         return loaded
 
     def _corrected(self, p_value: float) -> float:
@@ -493,6 +570,42 @@ def _raised(score: float) -> float:
     return min(score + ROUNDING * (1.0 + abs(score)), MAX_FLOAT32)
 
 
+def _raised_all(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    return np.array([_raised(_float32(score)) for score in scores.tolist()], np.float32)
+
+
+def _match(
+    scores: npt.NDArray[np.float32], others: npt.NDArray[np.float32]
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Pair equal scores, and return which of the first and which of the second have a partner.
+
+    Scores are equal if they differ by at most twice the largest rounding error, because one of them may be raised. Each
+    has at most one partner. Of several equal scores, the oldest, which come first, have one.
+    """
+    is_matched, is_other_matched = np.zeros(len(scores), bool), np.zeros(len(others), bool)
+    order, other_order = np.argsort(scores, kind="stable").tolist(), np.argsort(others, kind="stable").tolist()
+    values, other_values = scores.tolist(), others.tolist()
+    i = j = 0
+    while i < len(order) and j < len(other_order):
+        value, other = values[order[i]], other_values[other_order[j]]
+        if abs(value - other) <= 2 * ROUNDING * (1.0 + abs(value)):
+            is_matched[order[i]] = is_other_matched[other_order[j]] = True
+            i, j = i + 1, j + 1
+        elif value < other:
+            i += 1
+        else:
+            j += 1
+    return is_matched, is_other_matched
+
+
+def count_differences(before: npt.NDArray[np.float32], after: npt.NDArray[np.float32]) -> tuple[int, int]:
+    """Return how many of the scores after a change were not there before it, and how many of those before are gone."""
+    changes = np.unique(np.concatenate((before, after)), return_inverse=True)[1]
+    counts = np.bincount(changes[len(before) :], minlength=changes.max() + 1)
+    counts -= np.bincount(changes[: len(before)], minlength=len(counts))
+    return int(counts.clip(min=0).sum()), int(-counts.clip(max=0).sum())
+
+
 def _checked_body(record: bytes | memoryview) -> memoryview:
     """Return a record without magic and checksum."""
     if len(record) < _CHECKED.size + _HEADER.size:
@@ -503,15 +616,18 @@ def _checked_body(record: bytes | memoryview) -> memoryview:
     if magic != _MAGIC:
         raise CorruptRecordError(f"expected online calibration that begins with {_MAGIC!r}, got {magic!r}")
     body = memoryview(record)[_CHECKED.size :]
-    size, former, held = _HEADER.unpack_from(body)[:3]
-    length = _HEADER.size + 4 * (size + former + held)
+    size, former, held, recent = _HEADER.unpack_from(body)[:4]
+    length = _HEADER.size + 4 * (size + former + held) + 12 * recent
     if len(body) != length:
         raise CorruptRecordError(
-            f"expected {_CHECKED.size + length} bytes of online calibration with {size} + {former} + {held} scores, "
-            f"got {len(record)}"
+            f"expected {_CHECKED.size + length} bytes of online calibration with {size} + {former} + {held} scores "
+            f"and {recent} recent rows, got {len(record)}"
         )
     if zlib.crc32(body) != checksum:
         raise CorruptRecordError("the checksum of the online calibration does not match its bytes: they were altered")
-    if not (1 <= size <= SET_ROWS and former <= SET_ROWS and held <= SET_ROWS):
-        raise CorruptRecordError(f"expected 1 to {SET_ROWS} scores, got {size}, {former} former and {held} held ones")
+    if not (1 <= size <= SET_ROWS and former <= SET_ROWS and held <= SET_ROWS and recent <= RECENT_ROWS):
+        raise CorruptRecordError(
+            f"expected 1 to {SET_ROWS} scores and at most {RECENT_ROWS} recent rows, got {size}, {former} former and "
+            f"{held} held scores, and {recent} recent rows"
+        )
     return body

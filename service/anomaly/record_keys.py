@@ -72,7 +72,7 @@ class RecordKeys:
         except InvalidRows as error:
             return MalformedRow.of(error)
         if self._group is not None and (group := record.get(self._group)) is not None:
-            self.groups[-1] = _group_name(group)
+            self.groups[-1] = group_name(group)
         return record
 
     def names(self, titles: Sequence[str]) -> list[str]:
@@ -170,7 +170,7 @@ class RecordKeys:
         return self._suggestions[key]
 
 
-def _group_name(value: Any) -> str | None:
+def group_name(value: Any) -> str | None:
     """Return the name of a group in at most MAX_GROUP_NAME characters.
 
     A name may be a label of metrics and alerts, so it is shortened and not refused: collectors such as Telegraf send a

@@ -129,6 +129,11 @@ class History:
             raise ValueError(f"the history of a group is not valid: {error}") from error
         self._sources = list(range(rows))
 
+    @property
+    def oldest(self) -> float:
+        """The time of the oldest stored row in seconds; infinity if no row is stored."""
+        return self._times[0] if self._times else math.inf
+
     def dump(self, pool: Array) -> bytes:
         """Return the history as bytes. `pool` has the values of the rows, by source: see `join`.
 
@@ -258,6 +263,10 @@ class Group:
         history = self.history.dump(pool)
         calibration = self._unused if self.calibration is None else self.calibration.dump()
         return b"".join((_LENGTH.pack(len(history)), history, calibration))
+
+    def dump_unchanged(self) -> bytes:
+        """Return the group as bytes if no row was joined to its history."""
+        return self.dump(self.history.x)
 
     @property
     def tag(self) -> int:
@@ -445,7 +454,7 @@ def judge(
     own = [False] * count
     incidents: list[str] = []
     changes: list[str] = []
-    scores, is_usable = _adjust(joined, rules, score, time).tolist(), usable.tolist()
+    scores, is_usable = adjust(joined, rules, score, time).tolist(), usable.tolist()
     times = None if time is None else time.tolist()
     is_silenced = [False] * count if silenced is None else silenced.tolist()
     for name, rows in joined.order.items():
@@ -473,7 +482,7 @@ def judge(
     return Judgements(p_value, severity, more, states, own, incidents, changes)
 
 
-def _adjust(joined: JoinedRows, rules: Rules, score: Array, time: npt.NDArray[np.float64] | None) -> Array:
+def adjust(joined: JoinedRows, rules: Rules, score: Array, time: npt.NDArray[np.float64] | None) -> Array:
     """Return the scores [G] that calibrations compare: adjusted by the baseline of the group and the time."""
     baseline = rules.baseline
     if baseline is None:

@@ -251,7 +251,7 @@ def results_and_errors(
         _add_onsets(results, verdicts, verdicts.past.onsets, explain)
     if not scores.all_finite:
         results = [result for result, usable in zip(results, scores.usable.tolist(), strict=True) if usable]
-    return results, _errors(parsed, scores)
+    return results, row_errors(parsed, scores)
 
 
 def results_in_parts(
@@ -265,7 +265,7 @@ def results_in_parts(
 
 def all_errors(verdicts: Verdicts) -> list[dict[str, Any]]:
     """Return the response's `errors`, in the order of the request's rows."""
-    return _errors(verdicts.input_rows.parsed, verdicts.scores)
+    return row_errors(verdicts.input_rows.parsed, verdicts.scores)
 
 
 def score_array(input_rows: InputRows, verdicts: Verdicts | None) -> Array:
@@ -283,7 +283,8 @@ def parsing_errors(parsed: ParsedRows) -> list[dict[str, Any]]:
     return [{"row": e.row, "detail": e.error.detail, "pointer": e.error.pointer} for e in parsed.errors]
 
 
-def _errors(parsed: ParsedRows, scores: Scores) -> list[dict[str, Any]]:
+def row_errors(parsed: ParsedRows, scores: Scores) -> list[dict[str, Any]]:
+    """Return the response's `errors`: the rows that could not be parsed, and those that could not be scored."""
     if scores.all_finite:
         return parsing_errors(parsed)
     unusable = np.flatnonzero(~scores.usable)

@@ -18,8 +18,9 @@ from service.errors import NotAcceptable, OverflowInModel
 
 # The formats that endpoints offer. The default is first.
 JSON_ONLY = (JSON,)
-ARRAY_FORMATS = (JSON, *ARRAY_MEDIA_TYPES)
-IMAGE_FORMATS = (*ARRAY_FORMATS, png.MEDIA_TYPE)
+JSON_FORMATS: tuple[str, ...] = (JSON,)
+ARRAY_FORMATS: tuple[str, ...] = (JSON, *ARRAY_MEDIA_TYPES)
+IMAGE_FORMATS: tuple[str, ...] = (*ARRAY_FORMATS, png.MEDIA_TYPE)
 
 
 _PIECE_NUMBERS = 2**12  # numbers of a response that are written at once, while the interpreter lock is held

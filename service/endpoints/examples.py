@@ -6,7 +6,16 @@ import orjson
 
 from service.anomaly.inputs import PLAIN_TEXT
 from service.codec import csv_rows, ndjson
-from service.schemas import AnomalyBody, Body, DecodeBody, EncodeBody, InterpolateBody, ReconstructBody, SampleBody
+from service.schemas import (
+    AnomalyBody,
+    Body,
+    DecodeBody,
+    EncodeBody,
+    FeedbackBody,
+    InterpolateBody,
+    ReconstructBody,
+    SampleBody,
+)
 
 # Images of two digits. Each string is a line of pixels, and each character is the grey value of a pixel, from 0 to 9.
 ZERO = ("00598100", "03920930", "06600650", "08400580", "08400580", "06600740", "02930910", "00598200")
@@ -100,6 +109,24 @@ EXAMPLES: dict[type[Body], dict[str, dict[str, Any]]] = {
                 "half_life": 60.0, "detail": "none",
             },
         },
+    },
+}  # fmt: skip
+
+EXAMPLES[FeedbackBody] = {
+    "remembered": {
+        "summary": "remembered rows of a host were normal",
+        "value": {
+            "verdict": "normal", "group_name": "web-4",
+            "since": "2025-04-09T08:00:00Z", "until": "2025-04-09T08:30:00Z",
+        },
+    },
+    "state": {
+        "summary": "what the host is doing now is an incident, although it has lasted long",
+        "value": {"verdict": "incident", "group_name": "web-4"},
+    },
+    "records": {
+        "summary": "rows that are no longer remembered were normal",
+        "value": {"verdict": "normal", "records": [_record(ONE) | {"host": "web-4", "timestamp": 1.7e9}]},
     },
 }  # fmt: skip
 

@@ -6,7 +6,7 @@ before the commit changes nothing. Rows that are not live traffic are judged wit
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -20,12 +20,13 @@ from service.anomaly.group_memory import ModelMemory
 from service.anomaly.group_state import Record, Transaction
 from service.anomaly.inputs import InputRows
 from service.anomaly.onsets import Onsets
-from service.anomaly.streams import Group, JoinedRows, Judgements, join_rows, judge
+from service.anomaly.streams import Group, JoinedRows, Judgements, Rules, join_rows, judge
 from service.anomaly.verdicts import Past, Scores, Verdicts, decide
 from service.codec.long_work import pause_if_due
 from service.codec.row_windows import count_rows
 from service.endpoints import offload
 from service.endpoints.context import ServiceContext
+from service.endpoints.disconnects import DisconnectWatch
 from service.endpoints.offload import run_in_thread_if_long
 from service.inference import operations
 from service.inference.operations import Operation
@@ -53,6 +54,7 @@ async def score_with_past(
     run: Callable[[Operation, Array], Awaitable[tuple[Array, ...]]],
     is_live: bool,
     deadline: float,
+    watch: DisconnectWatch | None,
 ) -> Verdicts:
     """Return the verdicts on rows [G, D] of groups.
 
@@ -65,22 +67,24 @@ async def score_with_past(
         run: runs an operation on the model's inputs.
         is_live: whether the rows are live traffic, and therefore remembered.
         deadline: when to give up waiting for groups that other requests use, on the `perf_counter` clock.
+        watch: notices that the client disconnects while the request waits for groups; None if nobody can disconnect.
 
     Raises:
+        ClientGone: the client disconnected while the request waited for groups.
         Overloaded: other requests kept a group locked until the deadline.
         NotReady: the records cannot be read or written.
     """
     memory = await service.groups.of(served)
     if body.inputs is not None:  # rows without times and groups: they are joined with each other only
-        joined = await _run_to_end(partial(_join, memory, input_rows, rows, None, is_live), JOINED_ROW * len(rows))
+        joined = await run_to_end(partial(_join, memory, input_rows, rows, None, is_live), JOINED_ROW * len(rows))
         return await _judge_rows(memory, joined, input_rows, body, run, served.course)
     names = list(dict.fromkeys(name or "" for name in input_rows.group or ("",)))
-    transaction = await memory.file.begin(names, deadline)
+    transaction = await lock_groups(memory, names, deadline, watch)
     try:
         work = partial(_join, memory, input_rows, rows, transaction, is_live)
         loaded = sum(not memory.has(name) for name in names)
         cost = LOADED_GROUP * loaded + TAKEN_GROUP * (len(names) - loaded) + JOINED_ROW * len(rows)
-        joined = await _run_to_end(work, cost)
+        joined = await run_to_end(work, cost)
         if not is_live:
             transaction.end()
         verdicts = await _judge_rows(memory, joined, input_rows, body, run, served.course)
@@ -91,6 +95,21 @@ async def score_with_past(
     finally:
         transaction.end()
     return verdicts
+
+
+async def lock_groups(
+    memory: ModelMemory, names: Sequence[str], deadline: float, watch: DisconnectWatch | None
+) -> Transaction:
+    """Lock groups, and return the transaction. See `score_with_past` for the arguments and the errors."""
+    if watch is None:
+        return await memory.file.begin(names, deadline)
+    try:
+        return await memory.file.begin(names, deadline, on_wait=watch.start)
+    except asyncio.CancelledError:
+        watch.raise_if_disconnected()
+        raise
+    finally:
+        watch.stop()
 
 
 def _join(
@@ -122,21 +141,32 @@ async def _judge_rows(
 ) -> Verdicts:
     """Score the rows, step the calibrations of their groups in memory, and return the verdicts."""
     rules, count = memory.rules, len(joined.outcomes)
-    part_rows = count if joined.windows is None else max(1, PART_BYTES // (4 * rules.rows * rules.width))
     operation = operations.SCORE if joined.has_calibration else operations.anomaly(body.alpha, body.extrapolated)
-    starts = range(0, count, part_rows)
-    parts = [await run(operation, joined.inputs(slice(start, start + part_rows))) for start in starts]
-    outputs = parts[0] if len(parts) == 1 else tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    outputs = await run_in_parts(rules, joined, operation, run)
     if joined.has_calibration:
         score, *explanation = outputs
-        outputs = (score, *_no_verdict(count), *explanation)
+        outputs = (score, *no_verdict(count), *explanation)
     cost = JUDGED_ROW * count + offload.DECISION * count * rules.width
     if body.half_life or body.half_life_rows:
         cost += count * offload.SMOOTHED_ROW
-    return await _run_to_end(partial(_decide, memory, joined, input_rows, body, Scores(*outputs), course), cost)
+    return await run_to_end(partial(_decide, memory, joined, input_rows, body, Scores(*outputs), course), cost)
 
 
-def _no_verdict(count: int) -> tuple[Array, Array]:
+async def run_in_parts(
+    rules: Rules,
+    joined: JoinedRows,
+    operation: Operation,
+    run: Callable[[Operation, Array], Awaitable[tuple[Array, ...]]],
+) -> tuple[Array, ...]:
+    """Return the outputs of `operation` for joined rows."""
+    count = len(joined.outcomes)
+    part_rows = count if joined.windows is None else max(1, PART_BYTES // (4 * rules.rows * rules.width))
+    starts = range(0, count, part_rows)
+    parts = [await run(operation, joined.inputs(slice(start, start + part_rows))) for start in starts]
+    return parts[0] if len(parts) == 1 else tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+
+
+def no_verdict(count: int) -> tuple[Array, Array]:
     """Return the p-values and the severities of rows that have no verdict, each [B]."""
     return np.ones(count, np.float32), np.zeros(count, np.float32)
 
@@ -224,10 +254,10 @@ async def _commit(memory: ModelMemory, transaction: Transaction, joined: JoinedR
             stamp = transaction.commit(name, Record(group.dump(joined.pool), group.tag))
             memory.keep(name, stamp, group)
 
-    await _run_to_end(commit, STORED_GROUP * len(changed))
+    await run_to_end(commit, STORED_GROUP * len(changed))
 
 
-async def _run_to_end(work: Callable[[], T], estimated_ns: float) -> T:
+async def run_to_end(work: Callable[[], T], estimated_ns: float) -> T:
     """Return the result of `work`, as `run_in_thread_if_long` does.
 
     If this call is cancelled, it ends when the thread has ended, so that the caller does not unlock groups that the

@@ -162,7 +162,7 @@ class InferenceEndpoints:
         run = partial(run_operation, self._service, parsed)
         is_live = is_live_traffic(self._service, request, parsed.body)
         verdicts = await score_rows(
-            self._service, parsed.served, parsed.inputs, parsed.body, run, is_live, parsed.deadline
+            self._service, parsed.served, parsed.inputs, parsed.body, run, is_live, parsed.deadline, request
         )
         parsed.record.rows = parsed.inputs.rows_received
         if parsed.media_type != JSON:

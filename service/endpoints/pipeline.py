@@ -29,6 +29,7 @@ from service.codec.request_body import (
 from service.codec.response_body import (
     ARRAY_FORMATS,
     IMAGE_FORMATS,
+    JSON_FORMATS,
     array_fields,
     negotiate_media_type,
     require_finite,
@@ -37,10 +38,11 @@ from service.codec.response_body import (
 from service.codec.simdjson_rows import MAX_WHOLE_BYTES
 from service.endpoints import offload
 from service.endpoints.context import ServiceContext
+from service.endpoints.disconnects import DisconnectWatch
 from service.endpoints.offload import read_within_budget, run_in_thread_if_long
 from service.endpoints.query_options import read_options
 from service.endpoints.validation import merge, validate
-from service.errors import ClientGone, InvalidField, TooManyRows
+from service.errors import InvalidField, TooManyRows
 from service.http.request import HttpResponse, Query, RequestContext
 from service.inference.operations import Operation
 from service.inference.served_model import ServedModel
@@ -66,6 +68,7 @@ class RequestSpec(Generic[B, T]):
         readers: for each further media type, the function that parses its bodies.
         pictures: whether the body can be a PNG or JPEG picture if the model takes images.
         png_output: whether the response of an image model can be image/png.
+        json_output: whether the response is always JSON.
     """
 
     schema: type[B]
@@ -76,6 +79,7 @@ class RequestSpec(Generic[B, T]):
     readers: Mapping[str, BodyReader] = field(default_factory=lambda: NO_EXTRA_READERS)
     pictures: bool = False
     png_output: bool = False
+    json_output: bool = False
 
 
 @dataclass(slots=True)
@@ -109,6 +113,8 @@ async def parse_request(
     served = service.find(query.model)
     record.model, record.version = served.name, served.version
     media_types = IMAGE_FORMATS if spec.png_output and served.has_png_output else ARRAY_FORMATS
+    if spec.json_output:
+        media_types = JSON_FORMATS
     media_type = negotiate_media_type(request.header(b"accept", "*/*"), media_types)
     compressed = b"content-encoding" in request.headers and is_gzip(request.header(b"content-encoding"))
     deadline = _deadline(service, request)
@@ -272,7 +278,7 @@ async def run_operation(
     if rows > service.admission.max_small_rows:
         await take_turn(parsed, rows)
     service.admission.check(rows=rows, is_queued=True)
-    watch = _DisconnectWatch(parsed.request)
+    watch = DisconnectWatch(parsed.request)
     try:
         result = await service.batcher.run(
             parsed.served, operation, *inputs, deadline=parsed.deadline, on_delay=watch.start
@@ -290,7 +296,7 @@ async def run_operation(
 
 async def take_turn(parsed: ParsedRequest[Any, Any], rows: int) -> None:
     """Wait for the turn to compute `rows` rows. Raises ClientGone if the client disconnects meanwhile."""
-    watch = _DisconnectWatch(parsed.request)
+    watch = DisconnectWatch(parsed.request)
     watch.start()
     try:
         await parsed.request.ticket.take_turn(rows, parsed.deadline)
@@ -352,37 +358,3 @@ async def render_response(
     content = await run_in_thread_if_long(write, cost + write_ns)
     parsed.record.write += perf_counter() - started
     return HttpResponse(content, parsed.media_type.encode(), headers)
-
-
-class _DisconnectWatch:
-    """Cancels the current task when the client disconnects.
-
-    The watch starts only if a request waits long, so that most requests avoid the cost of a second task.
-    """
-
-    def __init__(self, request: RequestContext) -> None:
-        self._request = request
-        self._watched = asyncio.current_task()
-        self._watcher: asyncio.Task[None] | None = None
-        self._is_disconnected = False
-
-    def start(self) -> None:
-        """Start watching in another task."""
-        self._watcher = asyncio.get_running_loop().create_task(self._cancel_on_disconnect())
-
-    def stop(self) -> None:
-        """Stop watching."""
-        if self._watcher:
-            self._watcher.cancel()
-
-    def raise_if_disconnected(self) -> None:
-        """Raise ClientGone if the disconnect is the only reason why the task was cancelled."""
-        if self._is_disconnected and self._watched and self._watched.uncancel() == 0:
-            raise ClientGone("the client disconnected before its response was ready")
-
-    async def _cancel_on_disconnect(self) -> None:
-        while (await self._request.receive())["type"] != "http.disconnect":
-            pass
-        self._is_disconnected = True
-        if self._watched:
-            self._watched.cancel()

@@ -16,6 +16,7 @@ from service.codec.request_body import ARRAY_MEDIA_TYPES, JSON
 from service.codec.response_body import ARRAY_FORMATS, IMAGE_FORMATS
 from service.endpoints.context import ServiceContext
 from service.endpoints.examples import EXAMPLES, TEXTS
+from service.endpoints.feedback import FEEDBACK, FeedbackEndpoint
 from service.endpoints.inference import (
     ANOMALY,
     DECODE,
@@ -36,6 +37,7 @@ from service.schemas import (
     CalibrationScores,
     DecodeAnswer,
     EncodeAnswer,
+    FeedbackAnswer,
     Health,
     HeldOut,
     InterpolateAnswer,
@@ -48,6 +50,7 @@ from service.schemas import (
 
 Handler = Callable[[Any], Awaitable[Any]]
 MODEL_ERRORS = (404, 406, 408, 413, 415, 422, 429, 500, 503, 504)
+FEEDBACK_ERRORS = (*MODEL_ERRORS, 409)
 WRITE_ERRORS = (408, 413, 415, 422, 500, 503)
 LOOKUP_ERRORS = (404, 503)
 KEY_ERRORS = (401, 403, 429)  # of routes that need an API key
@@ -122,6 +125,7 @@ def endpoints(service: ServiceContext, receiver: RemoteWriteEndpoint) -> list[En
         Endpoint("/decode", infer.decode, MODEL_ERRORS, DecodeAnswer, spec=DECODE),
         Endpoint("/sample", infer.sample, MODEL_ERRORS, SampleAnswer, spec=SAMPLE),
         Endpoint("/interpolate", infer.interpolate, MODEL_ERRORS, InterpolateAnswer, spec=INTERPOLATE),
+        Endpoint("/feedback", FeedbackEndpoint(service).feedback, FEEDBACK_ERRORS, FeedbackAnswer, spec=FEEDBACK),
         Endpoint("/api/v1/write", receiver.write, WRITE_ERRORS, reads=(remote_write.MEDIA_TYPE,)),
         Endpoint("/models", inform.models, response=ModelList),
         Endpoint(model, inform.model, LOOKUP_ERRORS, ModelDetail),
@@ -214,9 +218,10 @@ def _responses(endpoint: Endpoint, has_keys: bool) -> dict[int | str, dict[str, 
     else:
         success["content"][endpoint.media_type] = TEXT
     if endpoint.spec:
-        binary_formats = (IMAGE_FORMATS if endpoint.spec.png_output else ARRAY_FORMATS)[1:]  # without JSON
-        success["content"] |= dict.fromkeys(binary_formats, BINARY)
-        success["content"] |= {name: TEXT for name in endpoint.spec.readers if name in STREAMED}
+        if not endpoint.spec.json_output:
+            binary_formats = (IMAGE_FORMATS if endpoint.spec.png_output else ARRAY_FORMATS)[1:]  # without JSON
+            success["content"] |= dict.fromkeys(binary_formats, BINARY)
+            success["content"] |= {name: TEXT for name in endpoint.spec.readers if name in STREAMED}
         success["headers"] = {
             "Elbo-Model": {
                 "schema": {"type": "string"},

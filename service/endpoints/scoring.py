@@ -13,6 +13,7 @@ from service.anomaly.inputs import InputRows
 from service.anomaly.verdicts import Scores, Verdicts, decide, find_silenced_rows
 from service.endpoints import offload
 from service.endpoints.context import ServiceContext
+from service.endpoints.disconnects import DisconnectWatch
 from service.endpoints.group_scoring import score_windows, score_with_past
 from service.endpoints.offload import run_in_thread_if_long
 from service.errors import Overloaded
@@ -34,6 +35,7 @@ async def score_rows(
     run: Callable[[Operation, Array], Awaitable[tuple[Array, ...]]],
     is_live: bool,
     deadline: float | None = None,
+    request: RequestContext | None = None,
 ) -> Verdicts | None:
     """Return the verdicts on `input_rows`, or None if no row could be read.
 
@@ -45,6 +47,8 @@ async def score_rows(
         run: runs an operation on rows [B, D] with `served`.
         is_live: whether the rows are live traffic.
         deadline: when the request times out, on the `perf_counter` clock; by default ELBO_REQUEST_TIMEOUT from now.
+        request: the request whose client may disconnect while its rows wait for their groups; None if its body is still
+            being read, or if there is none.
     """
     verdicts = None
     if input_rows.parsed.rows:
@@ -59,7 +63,8 @@ async def score_rows(
             verdicts = await score_windows(served, input_rows, body, run)
         elif served.has_past and service.groups.concerns(served, input_rows):
             deadline = deadline or perf_counter() + service.settings.request_timeout
-            verdicts = await score_with_past(service, served, input_rows, rows, body, run, is_live, deadline)
+            watch = None if request is None else DisconnectWatch(request)
+            verdicts = await score_with_past(service, served, input_rows, rows, body, run, is_live, deadline, watch)
         else:
             verdicts = await _score(input_rows, rows, body, run)
     if is_live:

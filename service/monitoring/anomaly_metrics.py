@@ -117,6 +117,12 @@ class AnomalyMetrics:
         self._late = Counter(
             counters, "elbo_late_rows", "Rows that were older than the newest row of their group", MODEL_LABELS
         )
+        self._silenced = Counter(
+            counters, "elbo_silenced_rows", "Rows for which a silence of the model's policy held", MODEL_LABELS
+        )
+        self._feedback = Counter(
+            counters, "elbo_feedback_rows", "Rows of POST /feedback, by verdict", (*MODEL_LABELS, "verdict")
+        )
         self._waiting = Gauge(counters, "elbo_remote_waiting_rows", "Remote-write rows that wait for more samples")
         self._alerts = Gauge(counters, "elbo_alerts", "Alerts that are not resolved", ("model",))
         self._alerts_by_state = Gauge(
@@ -135,7 +141,8 @@ class AnomalyMetrics:
             self._unknown, self._missing,
             self._p_values, self._evidence, self._stale, self._samples,
             self._incidents, self._changes, self._groups, self._forgotten, self._warming_up, self._repeated, self._late,
-            self._waiting, self._alerts, self._alerts_by_state, self._undelivered, self._pushes,
+            self._silenced, self._feedback, self._waiting, self._alerts, self._alerts_by_state, self._undelivered,
+            self._pushes,
         )  # fmt: skip
         self.all = (*self.exported, self._history_p_values)
         self._alert_causes = AlertCauses(counters)
@@ -163,6 +170,8 @@ class AnomalyMetrics:
             scores, silenced = verdicts.scores, verdicts.input_rows.silenced
             p_values = scores.p_value if scores.all_finite else scores.p_value[scores.usable]
             if silenced is not None:  # silenced rows are no evidence of drift
+                if count := int((scores.usable & silenced).sum()):
+                    self._silenced.add(model, count)
                 p_values = scores.p_value[scores.usable & ~silenced]
             _count_p_values(self._p_values.local(model), p_values)
             yield from self._count_alarms(served, verdicts, self._live_rows(model, verdicts))
@@ -226,6 +235,10 @@ class AnomalyMetrics:
                     is_live &= ~silenced[rows]
                 state = state if is_live.any() else "usual"
             self.alert_states.record((*model, group), state)
+
+    def count_feedback(self, served: ServedModel, verdict: str, rows: int) -> None:
+        """Count the rows that feedback was about."""
+        self._feedback.add((*served.metric_labels, verdict), rows)
 
     def set_groups(self, served: ServedModel, tally: Mapping[int, int]) -> None:
         """Set the number of groups that are remembered, by index of their state. Only the leader may call it."""

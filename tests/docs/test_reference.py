@@ -89,7 +89,19 @@ def test_every_metric_is_listed_with_the_name_and_the_labels_that_prometheus_scr
 
 def test_every_label_with_fixed_values_is_explained() -> None:
     page = built("metrics")
-    for value in ("ok", "refused", "shed", "abandoned", "failed", "used", "late", "sent", "retried"):
+    for value in (
+        "ok",
+        "refused",
+        "shed",
+        "abandoned",
+        "failed",
+        "used",
+        "late",
+        "sent",
+        "retried",
+        "normal",
+        "incident",
+    ):
         assert f"`{value}`" in page
 
 
@@ -107,7 +119,9 @@ def test_every_endpoint_is_listed(document: dict[str, Any]) -> None:
     assert "`/openapi.json`" in page
 
 
-@pytest.mark.parametrize("path", ["/encode", "/decode", "/reconstruct", "/sample", "/interpolate", "/anomaly"])
+@pytest.mark.parametrize(
+    "path", ["/encode", "/decode", "/reconstruct", "/sample", "/interpolate", "/anomaly", "/feedback"]
+)
 def test_every_field_of_request_and_response_is_listed(document: dict[str, Any], path: str) -> None:
     operation = document["paths"][path]["post"]
     contents = operation["requestBody"]["content"], operation["responses"]["200"]["content"]

@@ -14,6 +14,7 @@ from service.app import create_app
 from service.settings import Settings
 from tests.conftest import made_once
 from tests.data import values
+from tests.service.groups import train_group_models
 from tests.service.hosts import host_table
 from tests.service.running import running
 from tests.training.reporters import RecordingReporter
@@ -36,6 +37,12 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train(TrainConfig(model="pca", name="hosts", latents=2), host_table(), root, RecordingReporter())
 
     return made_once("artifacts-of-service", make, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def group_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an artifact folder with the models of `train_group_models`."""
+    return made_once("artifacts-of-groups", train_group_models, tmp_path_factory) / "artifacts"
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,9 @@ def concrete(route: str) -> str:
 
 
 def send(client: httpx.Client, route: str, headers: Headers | None = None) -> httpx.Response:
-    is_post = route.startswith(("/api", "/anomaly", "/reconstruct", "/encode", "/decode", "/sample", "/interpolate"))
+    is_post = route.startswith(
+        ("/api", "/anomaly", "/feedback", "/reconstruct", "/encode", "/decode", "/sample", "/interpolate")
+    )
     return client.request("POST" if is_post else "GET", concrete(route), headers=headers)
 
 

@@ -1,6 +1,7 @@
 """Online calibration: its guarantees, an independent implementation of its p-values, its rules, and its records."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -17,10 +18,13 @@ from service.anomaly.online_calibration import (
     INCIDENT_ROWS,
     MAX_BYTES,
     MAX_CORRECTION,
+    MIN_SET_ROWS,
+    RECENT_ROWS,
     REFERENCE_ALPHA,
     SET_ROWS,
     CorruptRecordError,
     OnlineCalibration,
+    count_differences,
     default_incident_rows,
 )
 
@@ -247,6 +251,133 @@ def test_incident_feedback_during_an_incident_discards_its_rows() -> None:
     assert state_of(calibration) == "usual"
     assert calibration.held_rows == 0
     assert calibration.discarded_rows == 60
+
+
+def as_scores(values: npt.ArrayLike) -> Scores:
+    return np.asarray(values, np.float32)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_normal_feedback_that_is_sent_again_changes_nothing_more(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    names = random.choice([name for name in sorted(PIECES) if name != "not finite"], 3)
+    scores = as_scores(stream([(name, int(random.integers(1, 300)), seed) for name in names]))
+    calibration = OnlineCalibration(normal_scores(300))
+    feed(calibration, scores)
+    again = np.concatenate((scores[-30:], 20 + normal_scores(30, seed)))
+    calibration.add(again)
+    expected, state = calibration.scores, state_of(calibration)
+    calibration.add(again * as_scores(1 + 3e-7))  # as if the rows were scored in another batch
+    np.testing.assert_array_equal(calibration.scores, expected)
+    assert state_of(calibration) == state
+
+
+def test_incident_feedback_that_is_sent_again_changes_nothing_more() -> None:
+    calibration = OnlineCalibration(normal_scores(500))
+    strange = 50 + normal_scores(60, 2)
+    calibration.add(strange)
+    calibration.remove(strange)
+    expected = calibration.scores
+    calibration.remove(strange)
+    np.testing.assert_array_equal(calibration.scores, expected)
+
+
+def test_added_scores_lower_the_p_values_by_their_share() -> None:
+    calibration = OnlineCalibration(normal_scores(900))
+    assert calibration.judge(40.0, 0.05)[0] == pytest.approx(1 / 901)
+    calibration.add(as_scores(np.linspace(40, 50, 60)))
+    assert calibration.set_rows == 960
+    assert calibration.judge(40.0, 0.05)[0] == pytest.approx(61 / 961)
+    assert calibration.own_rows == 60
+    assert (calibration.rows, calibration.correction) == (0, 0.0)  # feedback is no evidence of the false-alarm rate
+
+
+def test_added_scores_of_equal_rows_count_as_often_as_the_rows() -> None:
+    calibration = OnlineCalibration(normal_scores(900))
+    calibration.add(as_scores(np.full(30, 40.0)))
+    assert calibration.set_rows == 930
+    calibration.add(as_scores(np.full(50, 40.0)))
+    assert calibration.set_rows == 950
+
+
+def test_rows_of_an_incident_that_has_ended_are_learnt_when_they_are_added() -> None:
+    calibration = fresh()
+    incident = 50 + normal_scores(60, 2)
+    feed(calibration, incident)
+    feed(calibration, normal_scores(100, 3))
+    assert (state_of(calibration), calibration.incidents) == ("usual", 1)
+    assert calibration.judge(50.5, REFERENCE_ALPHA)[1] > 1
+    calibration.add(incident)
+    assert calibration.judge(50.5, REFERENCE_ALPHA)[1] <= 1
+    assert calibration.set_rows == SET_ROWS
+
+
+def test_rows_of_an_incident_that_goes_on_become_the_calibration_set_when_they_are_added() -> None:
+    calibration = fresh()
+    feed(calibration, normal_scores(50, 1))
+    incident = 50 + normal_scores(40, 2)
+    feed(calibration, incident)
+    calibration.add(incident[:10])  # too few to decide about the incident
+    assert state_of(calibration) == "incident"
+    calibration.add(incident)
+    assert state_of(calibration) == "changed"
+    assert calibration.judge(51.0, REFERENCE_ALPHA)[1] <= 1
+
+
+def test_removed_rows_leave_the_calibration_set_and_are_anomalous_again() -> None:
+    calibration = OnlineCalibration(normal_scores(500))
+    strange = 50 + normal_scores(60, 2)
+    calibration.add(strange)
+    assert calibration.judge(51.0, REFERENCE_ALPHA)[1] <= 1
+    calibration.remove(strange)
+    assert (calibration.set_rows, calibration.own_rows) == (500, 0)
+    assert calibration.judge(51.0, REFERENCE_ALPHA)[1] > 1
+    np.testing.assert_array_equal(np.sort(calibration.scores), np.sort(normal_scores(500)))
+
+
+def test_removed_rows_of_a_change_bring_the_former_set_back() -> None:
+    calibration = fresh()
+    feed(calibration, normal_scores(50, 1))
+    incident = 50 + normal_scores(INCIDENT_ROWS, 2)
+    feed(calibration, incident)
+    assert state_of(calibration) == "changed"
+    calibration.remove(incident)
+    assert state_of(calibration) == "usual"
+    assert calibration.set_rows == SET_ROWS
+    assert calibration.judge(51.0, REFERENCE_ALPHA)[1] > 1
+
+
+def test_removal_of_all_scores_leaves_enough_for_a_p_value_of_five_percent() -> None:
+    calibration = OnlineCalibration(normal_scores(200))
+    feed(calibration, normal_scores(100, 1))
+    calibration.remove(calibration.scores)
+    assert calibration.set_rows == MIN_SET_ROWS
+    assert calibration.floor <= 0.05
+    assert calibration.judge(1e6, 0.05)[1] > 1
+
+
+def test_recent_rows_are_found_by_time_until_newer_rows_displace_them() -> None:
+    calibration = fresh()
+    scores = normal_scores(RECENT_ROWS + 50, 1)
+    for time, score in enumerate(scores[:100].tolist()):
+        calibration.step(score, float(time))
+    assert calibration.remembered_since == -math.inf
+    calibration = OnlineCalibration.load(calibration.dump())
+    assert calibration.recent(-math.inf, 9).tolist() == scores[:10].tolist()
+    calibration.step(99.0)  # a row without a time belongs to no period
+    for time, score in enumerate(scores.tolist()[100:], 100):
+        calibration.step(score, float(time))
+    assert calibration.remembered_since == 50 + 1
+    assert calibration.recent(0, 60).tolist() == scores[51:61].tolist()
+    assert calibration.recent(200, math.inf).tolist() == scores[200:].tolist()
+    assert len(calibration.recent(1e9, 2e9)) == 0
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.lists(st.integers(0, 9), min_size=1, max_size=30))
+def test_differences_between_sets_count_equal_scores(before: list[int], after: list[int]) -> None:
+    one, other = Counter(before), Counter(after)
+    expected = ((other - one).total(), (one - other).total())
+    assert count_differences(as_scores(before), as_scores(after)) == expected
 
 
 def test_since_is_the_time_of_the_first_row_of_an_incident_and_of_the_change_that_it_becomes() -> None:

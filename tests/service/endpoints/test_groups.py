@@ -9,7 +9,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import numpy as np
@@ -18,46 +17,16 @@ import pytest
 
 from service.anomaly.group_memory import StateUnusable
 from service.app import create_app
-from service.settings import Settings
-from tests.conftest import made_once
 from tests.service.gate import Gate
+from tests.service.groups import FEATURES, Record, records, send, settings_of
 from tests.service.process import ServerProcess, server_starter
 from tests.service.running import running
 from tests.service.serving import serving, until
-from tests.training.reporters import RecordingReporter
-from tests.training.series import host_metrics, save
 from tests.waiting import wait_until
-from training.config import TrainConfig
-from training.data.table import read_table
-from training.train import train
 
 pytestmark = pytest.mark.slow
-FEATURES = ["cpu", "mem", "disk"]
 VERDICT = ["score", "p_value", "severity", "is_anomaly", "time", "group", "calibration", "state"]
 WINDOW = ["window_rows", "warming_up"]
-Record = dict[str, Any]
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return an artifact folder with two models of the metrics of three hosts: `rows`, and `windows` of six rows."""
-
-    def make(root: Path) -> None:
-        table = read_table(save(root / "metrics.csv", host_metrics(400)), time="ts", group="host")
-        for name, window in (("rows", None), ("windows", 6)):
-            config = TrainConfig(model="pca", name=name, time="ts", group="host", window=window, latents=2)
-            train(config, table, root / "artifacts", RecordingReporter())
-
-    return made_once("artifacts-of-groups", make, tmp_path_factory) / "artifacts"
-
-
-def records(rows: int = 40, hosts: int = 3) -> list[Record]:
-    """Return new rows of the hosts in order of time, with an incident in the middle."""
-    frame = host_metrics(rows, hosts, seed=9).with_columns(pl.col("ts").dt.epoch("s"))
-    found: list[Record] = frame.to_dicts()
-    for row in found[len(found) // 2 : len(found) // 2 + 12]:
-        row["cpu"] += 8.0
-    return found
 
 
 def verdicts(results: list[Record], model: str) -> list[Record]:
@@ -77,24 +46,11 @@ def assert_same_verdicts(found: list[Record], expected: list[Record]) -> None:
             assert one[name] == pytest.approx(other[name], rel=tolerance, abs=tolerance)
 
 
-def options(models: Path, state: Path, **more: Any) -> Settings:
-    values = {"artifacts": models, "state": state, "log_level": "warning", "default_model": "windows", **more}
-    return Settings(**values)
-
-
-def send(client: httpx.Client, rows: list[Record], model: str, **query: Any) -> list[Record]:
-    """Send rows in one request, and return the results."""
-    response = client.post("/anomaly", params={"model": model, **query}, json={"records": rows})
-    assert response.status_code == 200, response.text
-    results: list[Record] = response.json()["results"]
-    return results
-
-
 @pytest.fixture(scope="session")
-def expected(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Record]]:
+def expected(group_models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Record]]:
     """Return, for each model, the verdicts on `records()` that were sent one by one to one process."""
     found = {}
-    with running(create_app(options(models, tmp_path_factory.mktemp("state")))) as client:
+    with running(create_app(settings_of(group_models, tmp_path_factory.mktemp("state")))) as client:
         for model in ("rows", "windows"):
             results = [send(client, [row], model)[0] for row in records()]
             found[model] = verdicts(results, model)
@@ -102,10 +58,10 @@ def expected(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 @pytest.fixture
-def start(models: Path) -> Iterator[Callable[..., ServerProcess]]:
-    """Yield a function that starts a server of `models`."""
+def start(group_models: Path) -> Iterator[Callable[..., ServerProcess]]:
+    """Yield a function that starts a server of `group_models`."""
     with server_starter() as start_server:
-        yield lambda **settings: start_server(models, DEFAULT_MODEL="windows", POLL_SECONDS=30, **settings)
+        yield lambda **settings: start_server(group_models, DEFAULT_MODEL="windows", POLL_SECONDS=30, **settings)
 
 
 def ndjson(rows: list[Record]) -> bytes:
@@ -183,7 +139,7 @@ def test_verdicts_of_the_uninterrupted_stream_show_windows_incidents_and_calibra
     ids=["telegraf", "csv", "ndjson", "records"],
 )
 def test_every_format_gives_the_verdicts_of_single_rows(
-    models: Path,
+    group_models: Path,
     tmp_path: Path,
     expected: dict[str, list[Record]],
     model: str,
@@ -192,7 +148,7 @@ def test_every_format_gives_the_verdicts_of_single_rows(
 ) -> None:
     rows = records()
     found = []
-    with running(create_app(options(models, tmp_path))) as client:
+    with running(create_app(settings_of(group_models, tmp_path))) as client:
         for part in (rows[:1], rows[1:70], rows[70:]):
             headers = {"content-type": media_type, "accept": "application/json"}
             answer = client.post("/anomaly", params={"model": model}, content=body(part), headers=headers)
@@ -203,9 +159,9 @@ def test_every_format_gives_the_verdicts_of_single_rows(
 
 
 def test_streamed_lines_have_the_verdicts_of_single_rows(
-    models: Path, tmp_path: Path, expected: dict[str, list[Record]]
+    group_models: Path, tmp_path: Path, expected: dict[str, list[Record]]
 ) -> None:
-    with running(create_app(options(models, tmp_path))) as client:
+    with running(create_app(settings_of(group_models, tmp_path))) as client:
         headers = {"content-type": "application/x-ndjson", "accept": "application/x-ndjson"}
         answer = client.post("/anomaly", params={"model": "windows"}, content=ndjson(records()), headers=headers)
         lines = [json.loads(line) for line in answer.text.splitlines()]
@@ -245,11 +201,11 @@ def test_two_workers_with_alternating_connections_judge_like_one_process(
 
 
 def test_late_and_repeated_rows_change_no_other_verdict(
-    models: Path, tmp_path: Path, expected: dict[str, list[Record]]
+    group_models: Path, tmp_path: Path, expected: dict[str, list[Record]]
 ) -> None:
     rows = [row for row in records() if row["host"] == "web-0"]
     wanted = [row for row in expected["windows"] if row["group"] == "web-0"]
-    with running(create_app(options(models, tmp_path))) as client:
+    with running(create_app(settings_of(group_models, tmp_path))) as client:
         found = [send(client, [row], "windows")[0] for row in rows[:10]]
         again = send(client, rows[5:10], "windows")  # the client did not get the response
         late = send(client, [rows[11]], "windows") + send(client, [rows[10]], "windows")
@@ -269,10 +225,10 @@ def test_late_and_repeated_rows_change_no_other_verdict(
 
 @pytest.mark.parametrize(("query", "status"), [({"observe": "false"}, 200), ({"alpha": "2"}, 422)])
 def test_rows_that_are_not_live_or_fail_change_nothing(
-    models: Path, tmp_path: Path, expected: dict[str, list[Record]], query: dict[str, str], status: int
+    group_models: Path, tmp_path: Path, expected: dict[str, list[Record]], query: dict[str, str], status: int
 ) -> None:
     rows = records()
-    with running(create_app(options(models, tmp_path))) as client:
+    with running(create_app(settings_of(group_models, tmp_path))) as client:
         found = []
         for number, row in enumerate(rows):
             if number % 20 == 10:
@@ -287,10 +243,10 @@ def test_rows_that_are_not_live_or_fail_change_nothing(
 
 
 def test_client_that_leaves_while_it_sends_changes_nothing(
-    models: Path, tmp_path: Path, expected: dict[str, list[Record]]
+    group_models: Path, tmp_path: Path, expected: dict[str, list[Record]]
 ) -> None:
     rows, choices = records(), random.Random(0)
-    with running(create_app(options(models, tmp_path))) as client:
+    with running(create_app(settings_of(group_models, tmp_path))) as client:
         found = []
         for number, row in enumerate(rows):
             if number % 30 == 10:
@@ -303,14 +259,14 @@ def test_client_that_leaves_while_it_sends_changes_nothing(
 
 @pytest.mark.parametrize("reason", ["client leaves", "time is over"])
 def test_request_that_ends_while_its_rows_wait_for_the_model_changes_nothing(
-    models: Path, tmp_path: Path, expected: dict[str, list[Record]], reason: str
+    group_models: Path, tmp_path: Path, expected: dict[str, list[Record]], reason: str
 ) -> None:
     rows = records()
 
     async def check() -> list[Record]:
         found: list[Record] = []
         async with (
-            serving(options(models, tmp_path)) as (service, port),
+            serving(settings_of(group_models, tmp_path)) as (service, port),
             httpx.AsyncClient(timeout=20) as client,
         ):
             for number, row in enumerate(rows):
@@ -374,9 +330,9 @@ def test_killed_worker_releases_its_groups_and_what_is_sent_again_is_judged_as_b
     assert sum(one != row["is_anomaly"] for one, row in zip(flags, expected["windows"], strict=True)) <= 1
 
 
-def test_calibration_is_that_of_the_artifact_if_online_calibration_is_off(models: Path, tmp_path: Path) -> None:
+def test_calibration_is_that_of_the_artifact_if_online_calibration_is_off(group_models: Path, tmp_path: Path) -> None:
     rows = records()
-    with running(create_app(options(models, tmp_path, online_calibration=False))) as client:
+    with running(create_app(settings_of(group_models, tmp_path, online_calibration=False))) as client:
         found = send(client, rows, "rows")
         inputs = [[row[name] for name in FEATURES] for row in rows]
         answer = client.post("/anomaly", params={"model": "rows"}, json={"inputs": inputs}).json()
@@ -385,10 +341,10 @@ def test_calibration_is_that_of_the_artifact_if_online_calibration_is_off(models
     assert answer["threshold"] is not None
 
 
-def test_requests_with_many_groups_leave_the_server_responsive(models: Path, tmp_path: Path) -> None:
+def test_requests_with_many_groups_leave_the_server_responsive(group_models: Path, tmp_path: Path) -> None:
     rows = [{**row, "host": f"host-{number}"} for number, row in enumerate(records(800, 5))]
     slowest = 0.0
-    with running(create_app(options(models, tmp_path, max_groups=2000))) as client:
+    with running(create_app(settings_of(group_models, tmp_path, max_groups=2000))) as client:
 
         async def probe() -> httpx.Response:
             nonlocal slowest
@@ -413,11 +369,11 @@ def test_requests_with_many_groups_leave_the_server_responsive(models: Path, tmp
 
 
 @pytest.mark.parametrize("problem", ["file", "forbidden"])
-def test_unusable_folder_is_reported_at_the_start(models: Path, tmp_path: Path, problem: str) -> None:
+def test_unusable_folder_is_reported_at_the_start(group_models: Path, tmp_path: Path, problem: str) -> None:
     state = Path("/proc/elbo-state")  # nobody can create it
     if problem == "file":
         state = tmp_path / "state"
         state.write_text("")
     with pytest.raises(StateUnusable, match="cannot use the folder of ELBO_STATE") as refused:
-        create_app(options(models, state))
+        create_app(settings_of(group_models, state))
     assert str(state) in str(refused.value)

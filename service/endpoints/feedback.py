@@ -1,0 +1,331 @@
+"""POST /feedback: a person says that rows were normal, or an incident, and the calibration of their group changes.
+
+A request locks the groups that it names, as /anomaly does, and writes the record of each group at once. A request that
+fails or whose client leaves before that changes nothing. Feedback about rows that is sent again changes nothing more.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from models.timestamps import to_unix_seconds
+from service.anomaly.group_memory import ModelMemory
+from service.anomaly.group_state import Record, Transaction
+from service.anomaly.inputs import RECORD_READERS, InputRows, parse_input_rows
+from service.anomaly.online_calibration import OnlineCalibration, count_differences
+from service.anomaly.record_keys import group_name
+from service.anomaly.streams import Group, History, JoinedRows, adjust, join_rows
+from service.anomaly.verdicts import Scores, find_silenced_rows, parsing_errors, row_errors
+from service.codec.budget import Budget
+from service.codec.long_work import pause_if_due
+from service.codec.row_errors import describe_value
+from service.endpoints import offload
+from service.endpoints.context import ServiceContext
+from service.endpoints.disconnects import DisconnectWatch
+from service.endpoints.group_scoring import (
+    JOINED_ROW,
+    LOADED_GROUP,
+    lock_groups,
+    no_verdict,
+    run_in_parts,
+    run_to_end,
+)
+from service.endpoints.offload import run_in_thread_if_long
+from service.endpoints.pipeline import ParsedRequest, RequestSpec, parse_request, render_response, run_operation
+from service.errors import InvalidField, NoOnlineCalibration, NotRemembered
+from service.http.request import HttpResponse, RequestContext
+from service.inference import operations
+from service.inference.served_model import ServedModel
+from service.schemas import AnomalyBody, FeedbackBody
+
+Array = npt.NDArray[np.float32]
+ROW_FIELDS = ("records", "metrics")
+GROUP_FIELDS = ("group_name", "since", "until")  # fields that name remembered rows
+CHANGED_GROUP = 2_000_000  # estimated time to change and write the calibration of a group, in nanoseconds
+
+log = logging.getLogger("elbo.feedback")
+
+
+@dataclass(frozen=True)
+class Period:
+    """Which remembered rows of a group feedback is about.
+
+    Args:
+        group: the name of the group; empty for rows without a group.
+        since: the time of the first row in seconds.
+        until: the time of the last row in seconds.
+        is_state: whether the feedback is about the state of the group, and not about the rows of a time.
+    """
+
+    group: str
+    since: float
+    until: float
+    is_state: bool
+
+
+class Answer(NamedTuple):
+    """The fields of a `FeedbackAnswer`."""
+
+    groups: list[dict[str, Any]]
+    unused: int
+    errors: list[dict[str, Any]]
+
+
+Parsed = ParsedRequest[FeedbackBody, InputRows | Period]
+Change = Callable[
+    [str, OnlineCalibration, str], int
+]  # changes the calibration of a group; returns how many rows say so
+
+
+def read_feedback(
+    served: ServedModel, body: FeedbackBody, may_contain_non_floats: bool, budget: Budget
+) -> InputRows | Period:
+    """Return the rows of `body`, or which remembered rows it names.
+
+    Raises:
+        InvalidField: the body has rows and also names remembered rows, or a time is not valid.
+        InvalidRows: no row is valid, or no row has a time.
+    """
+    named = [name for name in GROUP_FIELDS if getattr(body, name) is not None]
+    given = [name for name in ROW_FIELDS if getattr(body, name) is not None]
+    if not given:
+        since, until = _time(body.since, "since", -math.inf), _time(body.until, "until", math.inf)
+        if since > until:
+            raise InvalidField(
+                f"since should not be after until, got {body.since} and {body.until}",
+                pointer="/since",
+                expected="a time before until",
+                got=str(body.since),
+            )
+        is_state = body.since is None and body.until is None
+        return Period(group_name(body.group_name or "") or "", since, until, is_state)
+    if named:
+        raise InvalidField(
+            f"the rows in {given[0]} have their own times and groups: expected no {named[0]}, got {named[0]}",
+            pointer=f"/{named[0]}",
+            expected=f"{given[0]}, or group_name with since and until",
+            got=f"{given[0]} and {named[0]}",
+        )
+    fields = {name: getattr(body, name) for name in AnomalyBody.model_fields if name in body.model_fields_set}
+    input_rows = parse_input_rows(served, AnomalyBody(**fields), may_contain_non_floats, budget)
+    if input_rows.time is None and input_rows.parsed.rows:
+        raise InvalidField(
+            "no row has a time: feedback needs the time of each row, because the calibration follows the time",
+            pointer=f"/{given[0]}",
+            expected="rows with a time",
+            got="rows without a time",
+            hint="name the key of the time in the field time",
+        )
+    return input_rows
+
+
+def _time(value: float | str | None, name: str, default: float) -> float:
+    """Return a time in Unix seconds. Raises InvalidField."""
+    if value is None:
+        return default
+    seconds = to_unix_seconds(value)
+    if not math.isfinite(seconds):
+        expected = "Unix time in s, ms, us or ns, or ISO 8601"
+        got = describe_value(value)
+        raise InvalidField(f"{name} should be {expected}, got {got}", pointer=f"/{name}", expected=expected, got=got)
+    return seconds
+
+
+FEEDBACK = RequestSpec(FeedbackBody, read_feedback, row_fields=ROW_FIELDS, readers=RECORD_READERS, json_output=True)
+
+
+class FeedbackEndpoint:
+    """The handler of POST /feedback."""
+
+    def __init__(self, service: ServiceContext) -> None:
+        self._service = service
+
+    async def feedback(self, request: RequestContext) -> HttpResponse:
+        """Say that rows were normal, or an incident: their scores enter or leave the calibration of their group."""
+        parsed = await parse_request(self._service, request, FEEDBACK)
+        memory = await self._memory(parsed.served)
+        answer = await (
+            self._on_period(parsed, memory, parsed.inputs)
+            if isinstance(parsed.inputs, Period)
+            else self._on_rows(parsed, memory, parsed.inputs)
+        )
+        served, verdict = parsed.served, parsed.body.verdict
+        rows = sum(group["rows"] for group in answer.groups)
+        self._service.metrics.anomalies.count_feedback(served, verdict, rows)
+        fields = {"model": served.name, "version": served.version, "verdict": verdict, "rows": rows}
+        fields |= {name: sum(group[name] for group in answer.groups) for name in ("added", "removed")}
+        fields |= {"groups": len(answer.groups), "request_id": parsed.record.request_id}
+        log.info("feedback has changed calibrations", extra={"fields": fields})
+        content = {"verdict": verdict, **answer._asdict()}
+        cost = offload.VERDICT * (len(answer.groups) + len(answer.errors))
+        return await render_response(parsed, content, np.empty(0, np.float32), write_ns=cost)
+
+    async def _memory(self, served: ServedModel) -> ModelMemory:
+        """Return the memory of the groups of a model. Raises NoOnlineCalibration."""
+        if not self._service.settings.online_calibration:
+            raise NoOnlineCalibration(
+                "the server judges all rows by the calibration of the model (ELBO_ONLINE_CALIBRATION=0)",
+                hint=f"give the rows to elbo calibrate {served.name}, or set ELBO_ONLINE_CALIBRATION=1",
+            )
+        memory = await self._service.groups.of(served) if served.has_past else None
+        if memory is None or memory.start_set("") is None:
+            raise NoOnlineCalibration(
+                f"{served.name}@{served.version} was trained without times: all rows are judged by the calibration of "
+                "the model",
+                hint=f"give the rows to elbo calibrate {served.name}, or train the model with --time",
+            )
+        return memory
+
+    async def _on_period(self, parsed: Parsed, memory: ModelMemory, period: Period) -> Answer:
+        """Change the calibration of the group of a period.
+
+        Raises:
+            NotRemembered: the group is not remembered, or not all of its rows in the period.
+        """
+        watch = DisconnectWatch(parsed.request)
+        transaction = await lock_groups(memory, [period.group], parsed.deadline, watch)
+        try:
+            if not memory.file.has_slot(period.group):
+                raise _not_remembered(
+                    f"{parsed.served.name}@{parsed.served.version} remembers no rows of {_named(period.group)}"
+                )
+            change = partial(_change_by_period, period)
+            return Answer(await _commit(parsed, memory, transaction, [period.group], change), 0, [])
+        finally:
+            transaction.end()
+
+    async def _on_rows(self, parsed: Parsed, memory: ModelMemory, input_rows: InputRows) -> Answer:
+        """Score the rows of a request, and change the calibrations of their groups."""
+        parsed.record.rows = input_rows.rows_received
+        if not input_rows.parsed.rows:
+            return Answer([], input_rows.rows_received, parsing_errors(input_rows.parsed))
+        served, rows = parsed.served, input_rows.parsed.x
+        if input_rows.parsed.missing is not None:
+            impute = partial(served.row_schema.impute, input_rows.parsed)
+            rows = await run_in_thread_if_long(impute, rows.size * offload.DECISION)
+        if served.silences is not None:
+            find = partial(find_silenced_rows, served.silences, input_rows)
+            input_rows = await run_in_thread_if_long(find, served.silences.estimate_ns(len(rows)))
+        names = sorted({name or "" for name in input_rows.group or ("",)})
+        watch = DisconnectWatch(parsed.request)
+        transaction = await lock_groups(memory, names, parsed.deadline, watch)
+        try:
+            join = partial(_join, memory, input_rows, rows, transaction)
+            joined = await run_to_end(join, LOADED_GROUP * len(names) + JOINED_ROW * len(rows))
+            run = partial(run_operation, self._service, parsed)
+            score, *explanation = await run_in_parts(memory.rules, joined, operations.SCORE, run)
+            scores = Scores(score, *no_verdict(len(score)), *explanation)
+            select = partial(_scores_by_group, memory, joined, input_rows, scores)
+            by_group = await run_to_end(select, offload.DECISION * scores.contribution.size + JOINED_ROW * len(rows))
+            changes = await _commit(parsed, memory, transaction, list(by_group), partial(_change_by_scores, by_group))
+        finally:
+            transaction.end()
+        used = sum(map(len, by_group.values()))
+        return Answer(changes, input_rows.rows_received - used, row_errors(input_rows.parsed, scores))
+
+
+def _join(memory: ModelMemory, input_rows: InputRows, rows: Array, transaction: Transaction) -> JoinedRows:
+    """Return the rows, joined to copies of their groups.
+
+    Rows that begin before the history of their group are joined with each other only.
+    """
+    assert input_rows.time is not None
+    first: dict[str, float] = {}
+    names = input_rows.group or [None] * len(rows)
+    for name, time in zip(names, input_rows.time.tolist(), strict=True):
+        first[name or ""] = min(first.get(name or "", math.inf), math.inf if time != time else time)
+    groups = {}
+    for name, time in first.items():
+        pause_if_due()
+        groups[name] = Group(memory.rules, transaction.read(name), memory.start_set(name))
+        if time < groups[name].history.oldest:
+            groups[name].history = History(memory.rules)
+    return join_rows(memory.rules, rows, input_rows.time, input_rows.group, groups)
+
+
+def _scores_by_group(
+    memory: ModelMemory, joined: JoinedRows, input_rows: InputRows, scores: Scores
+) -> dict[str, Array]:
+    """Return the adjusted scores of the rows that calibrations may learn, oldest first, by group."""
+    adjusted = adjust(joined, memory.rules, scores.score, input_rows.time)
+    is_used = scores.usable & (np.array(joined.window_rows) >= memory.rules.least_rows)
+    if input_rows.silenced is not None:
+        is_used &= ~input_rows.silenced
+    by_group = {name: adjusted[[row for row in rows if is_used[row]]] for name, rows in joined.order.items()}
+    return {name: by_group[name] for name in sorted(by_group) if len(by_group[name])}
+
+
+async def _commit(
+    parsed: Parsed, memory: ModelMemory, transaction: Transaction, names: list[str], change: Change
+) -> list[dict[str, Any]]:
+    """Change the calibrations of locked groups, store them, and return what has changed."""
+    await transaction.reserve(names, parsed.deadline)
+
+    def commit() -> list[dict[str, Any]]:
+        changes = []
+        for name in names:
+            pause_if_due()
+            group = Group(memory.rules, transaction.read(name), memory.start_set(name))
+            calibration = group.calibration
+            assert calibration is not None
+            before = calibration.scores
+            rows = change(name, calibration, parsed.body.verdict)
+            transaction.commit(name, Record(group.dump_unchanged(), group.tag))
+            added, removed = count_differences(before, calibration.scores)
+            numbers = {"rows": rows, "added": added, "removed": removed, "calibration_rows": calibration.set_rows}
+            changes.append({"group": name or None, **numbers, "state": calibration.state})
+        return changes
+
+    return await run_to_end(commit, CHANGED_GROUP * len(names))
+
+
+def _change_by_period(period: Period, _name: str, calibration: OnlineCalibration, verdict: str) -> int:
+    """Change a calibration by feedback on remembered rows, and return the number of rows. Raises NotRemembered."""
+    if period.is_state:
+        rows = calibration.held_rows
+        calibration.normal() if verdict == "normal" else calibration.incident()
+        return rows
+    scores = calibration.recent(period.since, period.until)
+    if period.since < calibration.remembered_since:
+        begin = calibration.remembered_since
+        known = f"only those since {_as_text(begin)} are" if math.isfinite(begin) else "none is"
+        raise _not_remembered(f"not all rows of {_named(period.group)} in this time are remembered: {known}")
+    if not len(scores):
+        raise _not_remembered(f"{_named(period.group)} has no row in this time")
+    return _change_by_scores({period.group: scores}, period.group, calibration, verdict)
+
+
+def _change_by_scores(scores: dict[str, Array], name: str, calibration: OnlineCalibration, verdict: str) -> int:
+    """Change a calibration by feedback on rows with these scores, and return their number."""
+    if verdict == "normal":
+        calibration.add(scores[name])
+    else:
+        calibration.remove(scores[name])
+    return len(scores[name])
+
+
+def _not_remembered(detail: str) -> NotRemembered:
+    return NotRemembered(
+        detail,
+        hint="check group_name, since and until, or send the rows themselves in records; with a window, send also the "
+        "rows before them",
+    )
+
+
+def _named(group: str) -> str:
+    return repr(group) if group else "the group without a name"
+
+
+def _as_text(seconds: float) -> str:
+    """Return a time for an error message."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).isoformat()
+    except (OverflowError, ValueError, OSError):
+        return f"{seconds:g}"
