@@ -7,7 +7,6 @@ fails or whose client leaves before that changes nothing. Feedback about rows th
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,17 +14,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from models.timestamps import to_unix_seconds
+from service.anomaly.feedback_inputs import ROW_FIELDS, Period, read_feedback
 from service.anomaly.group_memory import ModelMemory
 from service.anomaly.group_state import Record, Transaction
-from service.anomaly.inputs import RECORD_READERS, InputRows, parse_input_rows
+from service.anomaly.inputs import RECORD_READERS, InputRows
 from service.anomaly.online_calibration import OnlineCalibration, count_differences
-from service.anomaly.record_keys import group_name
 from service.anomaly.streams import Group, History, JoinedRows, adjust, join_rows
 from service.anomaly.verdicts import Scores, find_silenced_rows, parsing_errors, row_errors
-from service.codec.budget import Budget
 from service.codec.long_work import pause_if_due
-from service.codec.row_errors import describe_value
 from service.endpoints import offload
 from service.endpoints.context import ServiceContext
 from service.endpoints.disconnects import DisconnectWatch
@@ -39,35 +35,16 @@ from service.endpoints.group_scoring import (
 )
 from service.endpoints.offload import run_in_thread_if_long
 from service.endpoints.pipeline import ParsedRequest, RequestSpec, parse_request, render_response, run_operation
-from service.errors import InvalidField, NoOnlineCalibration, NotRemembered
+from service.errors import NoOnlineCalibration, NotRemembered
 from service.http.request import HttpResponse, RequestContext
 from service.inference import operations
 from service.inference.served_model import ServedModel
-from service.schemas import AnomalyBody, FeedbackBody
+from service.schemas import FeedbackBody
 
 Array = npt.NDArray[np.float32]
-ROW_FIELDS = ("records", "metrics")
-GROUP_FIELDS = ("group_name", "since", "until")  # fields that name remembered rows
 CHANGED_GROUP = 2_000_000  # estimated time to change and write the calibration of a group, in nanoseconds
 
 log = logging.getLogger("elbo.feedback")
-
-
-@dataclass(frozen=True)
-class Period:
-    """Which remembered rows of a group feedback is about.
-
-    Args:
-        group: the name of the group; empty for rows without a group.
-        since: the time of the first row in seconds.
-        until: the time of the last row in seconds.
-        is_state: whether the feedback is about the state of the group, and not about the rows of a time.
-    """
-
-    group: str
-    since: float
-    until: float
-    is_state: bool
 
 
 class Answer(NamedTuple):
@@ -82,60 +59,6 @@ Parsed = ParsedRequest[FeedbackBody, InputRows | Period]
 Change = Callable[
     [str, OnlineCalibration, str], int
 ]  # changes the calibration of a group; returns how many rows say so
-
-
-def read_feedback(
-    served: ServedModel, body: FeedbackBody, may_contain_non_floats: bool, budget: Budget
-) -> InputRows | Period:
-    """Return the rows of `body`, or which remembered rows it names.
-
-    Raises:
-        InvalidField: the body has rows and also names remembered rows, or a time is not valid.
-        InvalidRows: no row is valid, or no row has a time.
-    """
-    named = [name for name in GROUP_FIELDS if getattr(body, name) is not None]
-    given = [name for name in ROW_FIELDS if getattr(body, name) is not None]
-    if not given:
-        since, until = _time(body.since, "since", -math.inf), _time(body.until, "until", math.inf)
-        if since > until:
-            raise InvalidField(
-                f"since should not be after until, got {body.since} and {body.until}",
-                pointer="/since",
-                expected="a time before until",
-                got=str(body.since),
-            )
-        is_state = body.since is None and body.until is None
-        return Period(group_name(body.group_name or "") or "", since, until, is_state)
-    if named:
-        raise InvalidField(
-            f"the rows in {given[0]} have their own times and groups: expected no {named[0]}, got {named[0]}",
-            pointer=f"/{named[0]}",
-            expected=f"{given[0]}, or group_name with since and until",
-            got=f"{given[0]} and {named[0]}",
-        )
-    fields = {name: getattr(body, name) for name in AnomalyBody.model_fields if name in body.model_fields_set}
-    input_rows = parse_input_rows(served, AnomalyBody(**fields), may_contain_non_floats, budget)
-    if input_rows.time is None and input_rows.parsed.rows:
-        raise InvalidField(
-            "no row has a time: feedback needs the time of each row, because the calibration follows the time",
-            pointer=f"/{given[0]}",
-            expected="rows with a time",
-            got="rows without a time",
-            hint="name the key of the time in the field time",
-        )
-    return input_rows
-
-
-def _time(value: float | str | None, name: str, default: float) -> float:
-    """Return a time in Unix seconds. Raises InvalidField."""
-    if value is None:
-        return default
-    seconds = to_unix_seconds(value)
-    if not math.isfinite(seconds):
-        expected = "Unix time in s, ms, us or ns, or ISO 8601"
-        got = describe_value(value)
-        raise InvalidField(f"{name} should be {expected}, got {got}", pointer=f"/{name}", expected=expected, got=got)
-    return seconds
 
 
 FEEDBACK = RequestSpec(FeedbackBody, read_feedback, row_fields=ROW_FIELDS, readers=RECORD_READERS, json_output=True)
