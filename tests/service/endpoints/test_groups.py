@@ -22,6 +22,7 @@ from tests.service.groups import FEATURES, Record, records, send, settings_of
 from tests.service.process import ServerProcess, server_starter
 from tests.service.running import running
 from tests.service.serving import serving, until
+from tests.training.series import host_metrics
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
@@ -86,12 +87,12 @@ def csv(rows: list[Record]) -> bytes:
 
 
 @pytest.mark.parametrize("one_by_one", [True, False])
-def test_explanation_says_since_when_a_feature_deviates(models: Path, tmp_path: Path, one_by_one: bool) -> None:
+def test_explanation_says_since_when_a_feature_deviates(group_models: Path, tmp_path: Path, one_by_one: bool) -> None:
     rows = host_metrics(40, 1, seed=9).with_columns(pl.col("ts").dt.epoch("s")).to_dicts()
     start, rows_of_window = 30, 6
     for row in rows[start:]:
         row["cpu"] += 8.0
-    with running(create_app(options(models, tmp_path))) as client:
+    with running(create_app(settings_of(group_models, tmp_path))) as client:
         parts = [[row] for row in rows] if one_by_one else [rows]
         results = [result for part in parts for result in send(client, part, "windows")]
         windows = [[[row[name] for name in FEATURES] for row in rows[end - 6 : end]] for end in (start, start + 3)]
