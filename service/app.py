@@ -30,6 +30,7 @@ from service.endpoints.context import ServiceContext
 from service.endpoints.information import DOCS_STATIC, STATIC
 from service.endpoints.remote_write import RemoteWriteEndpoint
 from service.errors import from_http_exception
+from service.freed_memory import RETURN_SECONDS, return_freed_memory
 from service.http.admission import AdmissionControl
 from service.http.cross_site import AllowedHosts
 from service.http.middleware import RequestMiddleware
@@ -212,6 +213,9 @@ def _lifespan(
             await asyncio.to_thread(service.groups.remove_unserved, service.registry.catalogue)
 
     counting = PeriodicTask(service.count_groups, RENEWAL_SECONDS, "failed to count the groups that are remembered")
+    returning = PeriodicTask(
+        partial(asyncio.to_thread, return_freed_memory), RETURN_SECONDS, "failed to return free memory"
+    )
     freeing = PeriodicTask(free_unserved_series, RENEWAL_SECONDS, "failed to free the metrics of removed versions")
     key_tasks = []
     if keys:
@@ -229,6 +233,7 @@ def _lifespan(
         scanning.start()
         await free_unserved_series()
         freeing.start()
+        returning.start()
         if service.metrics.is_leader:
             await service.count_groups()
             counting.start()
@@ -240,6 +245,7 @@ def _lifespan(
             service.draining = True
             await scanning.close()
             await freeing.close()
+            await returning.close()
             if service.metrics.is_leader:
                 await counting.close()
             for task in key_tasks:

@@ -31,11 +31,12 @@ MAY_IMPORT = {
     "service.settings": "",
     "service.healthcheck": "",
     "service.shared_memory": "",
+    "service.freed_memory": "",
     "service.access": "models.errors errors shared_memory",
     "service.codec": "models.columns models.pixels models.timestamps models.errors errors",
     "service.inference": (
         "models.artifact models.baseline models.keys models.manifest models.onset models.signatures models.errors "
-        "models.silences models.trial codec errors shared_memory"
+        "models.silences models.trial codec errors freed_memory shared_memory"
     ),
     "service.schemas": "models.manifest inference",
     "service.anomaly": (
@@ -51,9 +52,11 @@ MAY_IMPORT = {
     ),
     "service.app": (
         "models.artifact models.signatures access endpoints http monitoring anomaly inference errors settings "
-        "shared_memory"
+        "freed_memory shared_memory"
     ),
-    "service.server": "models.errors models.trial app inference endpoints http monitoring settings shared_memory",
+    "service.server": (
+        "models.errors models.trial app inference endpoints http monitoring settings freed_memory shared_memory"
+    ),
     "service.__main__": "models.errors server settings",
 }
 PACKAGES = ("models", "training", "service")

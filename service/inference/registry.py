@@ -10,7 +10,6 @@ repair of a disk or of a network does not change the file. Meanwhile, what is al
 """
 
 import asyncio
-import ctypes
 import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from models.errors import ArtifactMissing, ArtifactUnreadable, ElboError, KeyInv
 from models.manifest import FILE_NAME, folders, names, version_folder, versions
 from models.signatures import SIGNATURE_NAME, TrustedKeys, TrustedKeySource, trusted_keys
 from service.errors import ModelNotFound, NotReady
+from service.freed_memory import return_freed_memory
 from service.inference.model_loader import ModelLoader
 from service.inference.served_model import ServedModel
 
@@ -186,7 +186,7 @@ class ModelRegistry:
         before = _identities(self.catalogue)
         self.refresh()
         if _identities(self.catalogue) != before:
-            _return_freed_memory_to_the_system()
+            return_freed_memory()
 
     def refresh(self) -> None:
         """Scan the artifact folder: load new artifacts, drop removed ones, and replace the catalogue.
@@ -403,15 +403,6 @@ def _log_changes(before: Catalogue, after: Catalogue) -> None:
 def _identities(catalogue: Catalogue) -> set[int]:
     """Return the ids of the served models. Ids can be compared later, but do not keep a removed model in memory."""
     return {id(served) for served in _served_models(catalogue)}
-
-
-def _return_freed_memory_to_the_system() -> None:
-    """Give the memory of removed models back to the operating system, if the C library is glibc.
-
-    Without this call, glibc keeps that memory. The call takes 2 to 4 ms, in which other threads may wait for memory.
-    """
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _served_models(catalogue: Catalogue) -> set[ServedModel]:

@@ -16,6 +16,7 @@ import uvicorn
 from models.errors import ElboError
 from service.app import create_app
 from service.endpoints.context import ServiceContext
+from service.freed_memory import unmap_large_blocks
 from service.http.protocol import CONNECTION_CLOSE, GRACE_SECONDS, close_slow
 from service.inference.trial import TrialClient
 from service.monitoring import logs
@@ -375,6 +376,7 @@ def run_worker(
         temporary_folder: see `create_app`.
     """
     sys.setswitchinterval(SWITCH_INTERVAL)
+    unmap_large_blocks()
     counters = counters or SharedCounters()
     app = create_app(settings, counters, trials, temporary_folder)
     service: ServiceContext = app.state.service
