@@ -79,11 +79,6 @@ class Timeline:
         usual = self.usual_steps[self.group]
         return np.asarray((usual > 0) & (self.steps > GAP_STEPS * usual))
 
-    @cached_property
-    def begins_stretch(self) -> npt.NDArray[np.bool_]:
-        """Whether a row is the first of its group or follows a gap, [N]: it begins a stretch without gaps."""
-        return np.asarray(self.after_gap | (self.steps < 0))
-
     def where(self, row: int) -> str:
         """Return how a message refers to `row` of the sorted rows: by its place in the source."""
         return describe_row(int(self.source_rows[row]), self.lines)

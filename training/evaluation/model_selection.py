@@ -105,9 +105,8 @@ def _measure(pipeline: Pipeline, x: Tensor, scale: Tensor, seed: int) -> Measure
     core = pipeline.core
     with torch.inference_mode():
         for rows, swapped in zip(x.split(BATCH), swap_values(x, seed).split(BATCH), strict=True):
-            score, _, _, expected = pipeline.score(rows)
-            errors.append(((rows - expected) / scale).double().square().mean(dim=1))
-            intact_scores.append(score)
+            errors.append(((rows - pipeline(rows)) / scale).double().square().mean(dim=1))
+            intact_scores.append(pipeline.score(rows)[0])
             swapped_scores.append(pipeline.score(swapped)[0])
         ranks = torch.searchsorted(torch.cat(intact_scores).sort().values, torch.cat(swapped_scores))
         # `detection` is the share of intact rows that score lower than the swapped row. The mean is the AUROC.

@@ -59,6 +59,12 @@ def table(x: np.ndarray, source: str) -> Table:
     )
 
 
+def line_of(report: RecordingReporter, name: str) -> list[float]:
+    """Return the numbers of the line `name` of the table of `--model auto`, one for each kind."""
+    (line,) = [note for note in report.notes if note.startswith(f"{name} ")]
+    return [float(value) for value in line.split()[1:4]]
+
+
 @pytest.mark.parametrize("curved", [False, True])
 def test_auto_publishes_a_network_on_curved_data_and_pca_on_a_plane(tmp_path: Path, curved: bool) -> None:
     """PCA describes a plane well. One latent of a network can follow the curve, but one latent of PCA cannot."""
@@ -79,6 +85,9 @@ def test_auto_publishes_a_network_on_curved_data_and_pca_on_a_plane(tmp_path: Pa
     assert any(note.startswith(f"publishing {manifest.kind}: ") for note in report.notes)
     errors = {kind: measures["reconstruction_error"] for kind, measures in manifest.comparison.items()}
     assert (min(errors.values()) < 0.7 * errors["pca"]) is curved
+    compared = dict(zip(manifest.comparison, line_of(report, "reconstruction_error"), strict=True))
+    assert (min(compared.values()) < 0.7 * compared["pca"]) is curved
+    assert len(set(compared.values())) == 3
     assert not list((tmp_path / "runs").rglob("checkpoint.pt"))
 
 
