@@ -74,12 +74,12 @@ def test_batches_respect_their_maximum_size_and_the_order_of_arrival(vae: BareMo
                 await batcher.run(vae, RECONSTRUCT, random_rows(count))
                 finished.append(number)
 
-            tasks = [asyncio.create_task(run_numbered(i, count)) for i, count in enumerate([3, 4, 2, 8, 1])]
+            tasks = [asyncio.create_task(run_numbered(i, count)) for i, count in enumerate([3, 4, 2, 6, 8, 1])]
             await asyncio.sleep(0)
             gate.open.set()
             await asyncio.gather(held, *tasks)
-        assert [size for _, size in batches] == [1, 7, 2, 8, 1]
-        assert finished == [0, 1, 2, 3, 4]
+        assert [size for _, size in batches] == [1, 7, 8, 8, 1]
+        assert finished == [0, 1, 2, 3, 4, 5]
 
     run(scenario)
 
