@@ -24,18 +24,16 @@ class Prior(nn.Module):
         self.register_buffer("factors", factors)
 
     def forward(self, noise: Tensor, choice: Tensor) -> Tensor:
-        """Draw latents [B, K].
+        """Draw latents [B, K]. The draw needs memory for B K K numbers.
 
         Args:
             noise: standard normal numbers, [B, K].
             choice: uniform numbers in [0, 1), which select the Gaussian of each row, [B].
         """
         component = torch.searchsorted(self.cumulative[:-1].contiguous(), choice, right=True)  # [B]
-        latents = torch.zeros_like(noise)  # [B, K]
-        for index in range(self.means.shape[0]):
-            drawn = noise @ self.factors[index].T + self.means[index]  # [B, K]
-            latents = torch.where((component == index).unsqueeze(1), drawn, latents)
-        return latents
+        factors = self.factors[component]  # [B, K, K]
+        # A sum, unlike a matrix product, has the same bits for any number of rows.
+        return (factors * noise.unsqueeze(1)).sum(dim=2) + self.means[component]
 
 
 def gaussian_prior(std: Tensor) -> Prior:

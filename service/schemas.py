@@ -98,6 +98,11 @@ class SampleBody(Body):
         le=100.0,
         description="factor of the noise; 0 gives the centre of a component of the prior",
     )
+    prior: Literal["fitted", "standard"] = Field(
+        "fitted",
+        description="distribution of the latents: fitted (a mixture of Gaussians that is fitted to the latents of the "
+        "training rows; N(0, I) for a VAE of an earlier release) or standard (N(0, I), only for a VAE)",
+    )
     noise: bool | None = Field(
         None,
         description="whether the rows include observation noise; they then stay within the range of the training rows, "

@@ -64,6 +64,10 @@ EXAMPLES: dict[type[Body], dict[str, dict[str, Any]]] = {
         "one": {"summary": "one sample", "value": {"n": 1}},
         "seeded": {"summary": "sixteen samples, the same every time", "value": {"n": 16, "seed": 42}},
         "calm": {"summary": "samples near the mean of the prior", "value": {"n": 4, "seed": 42, "temperature": 0.5}},
+        "standard": {
+            "summary": "samples from the prior N(0, I), which a VAE has",
+            "value": {"n": 4, "seed": 42, "prior": "standard"},
+        },
     },
     InterpolateBody: {
         "rows": {

@@ -94,8 +94,12 @@ class InferenceEndpoints:
         """Sample new rows from the prior. The same seed always gives the same bytes."""
         parsed = await parse_request(self._service, request, SAMPLE)
         seed = _seed(parsed.body.seed)
+        is_standard = _is_standard(parsed)
         noise = await self._draw(parsed, seed)
-        operation = operations.SAMPLE_ROWS if len(noise) == 3 else operations.SAMPLE
+        if is_standard:
+            operation = operations.SAMPLE_STANDARD_ROWS if len(noise) == 3 else operations.SAMPLE_STANDARD
+        else:
+            operation = operations.SAMPLE_ROWS if len(noise) == 3 else operations.SAMPLE
         latents, outputs = await run_operation(self._service, parsed, operation, *noise)
         return await render_response(parsed, {"latents": latents, "outputs": outputs, "seed": seed}, outputs)
 
@@ -338,6 +342,23 @@ def _with_noise(parsed: ParsedRequest[SampleBody, None]) -> bool:
             hint="train the model again, or send noise=false",
         )
     return requested
+
+
+def _is_standard(parsed: ParsedRequest[SampleBody, None]) -> bool:
+    """Return whether the latents come from N(0, I). Raise InvalidField if this is not a prior of the model."""
+    served = parsed.served
+    if parsed.body.prior == "fitted":
+        return False
+    if served.manifest.kind != "vae":
+        raise InvalidField(
+            f"{served.name}@{served.version} is of the kind {served.manifest.kind}, and only a VAE has the prior "
+            "N(0, I)",
+            pointer="/prior",
+            expected="fitted",
+            got="standard",
+            hint="leave out prior, or ask a VAE",
+        )
+    return True
 
 
 def _seed(requested: int | None) -> int:

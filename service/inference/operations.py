@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from models import artifact
 from models.manifest import reaches
 from service.inference.calibration import Calibration
 
+MAX_DRAW_VALUES = 1 << 20  # numbers that one call of `draw` may need memory for: 4 MB
 Tensors = tuple[Tensor, ...]  # each [B, ...]
 Arrays = tuple[npt.NDArray[np.float32], ...]  # each [B, ...]
 
@@ -84,12 +86,31 @@ def _reconstruct_gaps(module: Any, x: Tensor) -> Tensors:
 
 
 def _sample(module: Any, noise: Tensor, choice: Tensor) -> Tensors:
-    z = module.draw(noise, choice)
+    z = _draw(module, noise, choice)
     return z, module.decode(z)
+
+
+def _draw(module: Any, noise: Tensor, choice: Tensor) -> Tensor:
+    """Draw latents [B, K] in parts, because `draw` needs memory for K x K numbers per row."""
+    rows, latents = noise.shape
+    if rows * latents * latents <= MAX_DRAW_VALUES:
+        return module.draw(noise, choice)
+    most = max(1, MAX_DRAW_VALUES // (latents * latents))
+    parts = zip(noise.split(most), choice.split(most), strict=True)
+    return torch.cat([module.draw(*part) for part in parts])
 
 
 def _sample_rows(module: Any, noise: Tensor, choice: Tensor, row_noise: Tensor) -> Tensors:
     z, x_hat = _sample(module, noise, choice)
+    return z, module.observe(x_hat, row_noise)
+
+
+def _sample_standard(module: Any, noise: Tensor, choice: Tensor) -> Tensors:  # noqa: ARG001 - inputs of SAMPLE
+    return noise, module.decode(noise)
+
+
+def _sample_standard_rows(module: Any, noise: Tensor, choice: Tensor, row_noise: Tensor) -> Tensors:
+    z, x_hat = _sample_standard(module, noise, choice)
     return z, module.observe(x_hat, row_noise)
 
 
@@ -104,6 +125,10 @@ SAMPLE = Operation("sample", _sample, batched=False)  # noise [B, K], choice [B]
 
 # noise [B, K], choice [B], row_noise [B, D] -> z [B, K], x [B, D]
 SAMPLE_ROWS = Operation("sample", _sample_rows, batched=False)
+
+# Samples from N(0, I), with the same inputs and outputs as SAMPLE and SAMPLE_ROWS. Only a VAE has this prior.
+SAMPLE_STANDARD = Operation("sample", _sample_standard, batched=False)
+SAMPLE_STANDARD_ROWS = Operation("sample", _sample_standard_rows, batched=False)
 
 
 # For rows that are judged by an online calibration.

@@ -42,6 +42,22 @@ def test_samples_have_the_weights_means_and_covariances_of_the_mixture() -> None
         assert torch.allclose(own.T.cov(), factors[index] @ factors[index].T, atol=0.1)
 
 
+def test_a_large_draw_equals_the_draws_of_its_rows_to_the_last_bit() -> None:
+    torch.manual_seed(0)
+    count, latents = 3, 16
+    prior = Prior(torch.full((count,), 1 / 3), torch.randn(count, latents), torch.randn(count, latents, latents).tril())
+    noise, choice = torch.randn(150, latents), torch.rand(150)
+    alone = torch.cat([prior(noise[row : row + 1], choice[row : row + 1]) for row in range(150)])
+    assert torch.equal(prior(noise, choice), alone)
+    by_product = torch.stack(
+        [
+            prior.factors[index].double() @ row.double() + prior.means[index].double()
+            for index, row in zip((choice * count).long().tolist(), noise, strict=True)
+        ]
+    )
+    assert torch.allclose(alone.double(), by_product, atol=1e-4)
+
+
 def test_choice_near_0_selects_the_first_component_and_near_1_the_last() -> None:
     prior = Prior(torch.full((3,), 1 / 3), torch.arange(3.0).unsqueeze(1), torch.zeros(3, 1, 1))
     latents = prior(torch.zeros(3, 1), torch.tensor([0.0, 0.5, 0.99999994]))

@@ -11,6 +11,7 @@ from models.prior import Prior
 from models.scaling import Scaling
 from models.vae import VAE
 from training.fitting.prepared_data import PreparedData
+from training.fitting.prior import covariance_of
 from training.random_streams import VALIDATION, random_stream
 
 MAX_FULL_WIDTH = 512  # for more features, the noise of different features is independent
@@ -76,10 +77,11 @@ def _noise_covariance(core: Core, prior: Prior, scaling: Scaling, data: Prepared
         return log_variance.double().exp().expand(width).clone()
     moments = data.scaled_moments(scaling)
     if isinstance(core, PCA):
+        components = core.components.double()  # [K, D]
+        spread = covariance_of(prior) @ components  # [K, D]
         if moments.covariance is None or width > MAX_FULL_WIDTH:
-            return core.noise_variance.double().expand(width).clone()
-        loadings = core.components.double().T * (core.eigenvalues - core.noise_variance).double().sqrt()  # [D, K]
-        return moments.covariance - loadings @ loadings.T
+            return (moments.variance - (components * spread).sum(dim=0)).clamp(min=0.0)
+        return moments.covariance - components.T @ spread
     random = random_stream(0, VALIDATION)
     with torch.no_grad():
         noise = torch.randn(PRIOR_ROWS, prior.means.shape[1], generator=random)

@@ -93,7 +93,7 @@ def fit_pipeline(
     else:
         core = _with_window_score(core.cpu().eval(), config, data, scaling)
 
-    prior = fit_prior(core, sample, latents, config.seed)
+    prior = fit_prior(core, sample, held_out, config.seed, with_spread=not data.images)
     reporter.stage("calibrating")
     calibration = fit_calibration(core, scaling(data.calibration))
     explanation = fit_explanation(data.moments, scaling, data.images)

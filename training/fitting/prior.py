@@ -1,45 +1,143 @@
 """Fit the prior: the distribution from which the latents of new rows are sampled."""
 
+import math
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from models.autoencoder import Autoencoder
 from models.core import Core
-from models.ensemble import Ensemble
-from models.heavy_tailed import HeavyTailedEnsemble
-from models.pca import PCA
-from models.prior import Prior, gaussian_prior
-from models.vae import VAE
+from models.prior import Prior
+from training.random_streams import PRIOR, random_stream
 
-MAX_COMPONENTS = 10
-ROWS_PER_COMPONENT = 50  # the mixture has at most one component per this many rows
+MAX_COMPONENTS = 64
+ROWS_PER_COMPONENT = 30  # the mixture has at most one component per this many rows, so that none is a copy of a row
 MIXTURE_ROWS = 10_000  # the mixture is fitted to the latents of at most this many rows
+SHRINKAGE = 0.5  # rows per latent that each component borrows from all components together
+MAX_ITERATIONS = 100
 BATCH = 4096  # rows per forward pass; limits the memory
+Array = npt.NDArray[np.float64]
 
 
-def fit_prior(core: Core, u: Tensor, latents: int, seed: int) -> Prior:
+class Mixture(NamedTuple):
+    """A mixture of M Gaussians over K latents: weights [M], means [M, K], lower Cholesky factors [M, K, K]."""
+
+    weights: Array
+    means: Array
+    factors: Array
+
+    def log_density(self, z: Array) -> Array:
+        """Return the log-density in nats, [N], at z [N, K]."""
+        from scipy.linalg import solve_triangular
+        from scipy.special import logsumexp
+
+        terms = [
+            math.log(weight)
+            - 0.5 * np.square(solve_triangular(factor, (z - mean).T, lower=True)).sum(axis=0)
+            - np.log(np.diag(factor)).sum()
+            for weight, mean, factor in zip(self.weights, self.means, self.factors, strict=True)
+        ]
+        density: Array = logsumexp(terms, axis=0) - 0.5 * z.shape[1] * math.log(2.0 * math.pi)
+        return density
+
+
+def fit_prior(core: Core, u: Tensor, held_out: Tensor, seed: int, *, with_spread: bool) -> Prior:
     """Return the prior. Its samples decode to rows that resemble the fit rows u [N, D].
 
-    PCA has the prior of probabilistic PCA, a VAE has N(0, I), and an autoencoder has a mixture fitted to its latents.
+    It is a mixture of Gaussians that is fitted to the latents of u after training (Ghosh et al. 2020, "From variational
+    to deterministic autoencoders", section 4). The likelihood of the held-out rows determines the number of
+    components. A VAE has the prior N(0, I) too, but its latents do not fill it.
+
+    Args:
+        core: the fitted model.
+        u: fit rows in model units.
+        held_out: rows [M, D] to which neither the model nor the mixture is fitted.
+        seed: seed of the posterior samples and of the start of the fit.
+        with_spread: whether the latents are samples from the posterior instead of its mean. Rows that get observation
+            noise need it: without it, they would vary less than the fit rows. Without observation noise, as for images,
+            the spread blurs the samples.
     """
-    if isinstance(core, PCA):
-        return gaussian_prior((core.eigenvalues - core.noise_variance).clamp(min=0.0).sqrt())
-    if isinstance(core, VAE):
-        return gaussian_prior(torch.ones(latents))
-    if isinstance(core, Autoencoder | Ensemble | HeavyTailedEnsemble):
-        return _fit_mixture(core, u, seed)
-    raise NotImplementedError(f"no prior is defined for {type(core).__name__}")
+    fit, validation = (
+        _encode(core, rows[:MIXTURE_ROWS], seed, index, with_spread) for index, rows in enumerate((u, held_out))
+    )
+    weights, means, factors = (torch.from_numpy(part).float() for part in fit_mixture(fit, validation, seed))
+    return Prior(weights, means, factors)
 
 
-def _fit_mixture(core: Core, u: Tensor, seed: int) -> Prior:
+def fit_mixture(z: Array, held_out: Array, seed: int) -> Mixture:
+    """Return a mixture that is fitted to latents z [N, K], and under which `held_out` [M, K] are likely.
+
+    The number of components doubles until the likelihood falls. The result is the simplest mixture that is worse than
+    the best one by at most one standard error.
+    """
+    from threadpoolctl import threadpool_limits
+
+    mixtures, densities = [], []
+    with threadpool_limits(1):  # the matrices are small: several threads would take ten times as long on a busy machine
+        for count in _counts(len(z)):
+            mixtures.append(_fit_components(z, count, seed))
+            densities.append(mixtures[-1].log_density(held_out))  # [M]
+            if count > 1 and not densities[-1].mean() > densities[-2].mean():
+                break
+    best = max(densities, key=lambda density: float(density.mean()))  # [M]
+    losses = [best - density for density in densities]  # each [M]
+    errors = [float(loss.std()) / math.sqrt(len(loss)) for loss in losses]
+    return next(m for m, loss, error in zip(mixtures, losses, errors, strict=True) if not loss.mean() > error)
+
+
+def covariance_of(prior: Prior) -> Tensor:
+    """Return the covariance [K, K] of the latents that `prior` draws, float64."""
+    weights = prior.cumulative.double().diff(prepend=prior.cumulative.new_zeros(1).double())  # [M]
+    means, factors = prior.means.double(), prior.factors.double()
+    deviations = means - weights @ means  # [M, K]
+    within = torch.einsum("m,mij,mkj->ik", weights, factors, factors)
+    return within + torch.einsum("m,mi,mk->ik", weights, deviations, deviations)
+
+
+def _encode(core: Core, u: Tensor, seed: int, index: int, with_spread: bool) -> Array:
+    """Return the latents [N, K] of rows u [N, D]: the posterior means, or samples from the posterior."""
+    random = random_stream(seed, PRIOR, index)
+    latents = []
+    with torch.no_grad():
+        for rows in u.split(BATCH):
+            mean, std = core.encode(rows)  # [B, K], [B, K]
+            if with_spread:
+                mean = mean + std * torch.randn(mean.shape, generator=random)
+            latents.append(mean.double())
+    array: Array = torch.cat(latents).numpy()
+    return array
+
+
+def _counts(rows: int) -> Iterator[int]:
+    count = 1
+    while count == 1 or (count <= MAX_COMPONENTS and count * ROWS_PER_COMPONENT <= rows):
+        yield count
+        count *= 2
+
+
+def _fit_components(z: Array, count: int, seed: int) -> Mixture:
+    """Return a mixture of `count` components that is fitted to latents z [N, K].
+
+    The covariance of each component is shrunk towards the mean covariance of all components: a component of few rows
+    underestimates its small eigenvalues, and would not cover other rows of its kind.
+    """
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 
-    with torch.no_grad():
-        latents = torch.cat([core.encode(rows)[0] for rows in u[:MIXTURE_ROWS].split(BATCH)]).double().numpy()
-    components = min(MAX_COMPONENTS, max(1, len(latents) // ROWS_PER_COMPONENT))
-    spread = float(latents.var(axis=0).mean())
-    mixture = GaussianMixture(components, random_state=seed, reg_covar=1e-4 * spread + 1e-12, max_iter=300)
-    mixture.fit(latents)
-    parameters = mixture.weights_, mixture.means_, mixture.covariances_
-    weights, means, covariances = (torch.from_numpy(value).float() for value in parameters)
-    return Prior(weights, means, torch.linalg.cholesky(covariances))
+    centre = z.mean(axis=0)
+    scale = math.sqrt(float(z.var(axis=0).mean())) or 1e-6
+    rows, latents = z.shape
+    mixture = GaussianMixture(count, random_state=seed, reg_covar=1e-6, max_iter=MAX_ITERATIONS)
+    with warnings.catch_warnings():
+        # The held-out likelihood judges a fit that has not converged, or that has fewer clusters than components.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        mixture.fit((z - centre) / scale)
+    weights, covariances = mixture.weights_, mixture.covariances_
+    pooled = np.einsum("m,mij->ij", weights, covariances)
+    own, borrowed = (rows * weights)[:, None, None], SHRINKAGE * latents
+    shrunk = (own * covariances + borrowed * pooled) / (own + borrowed)
+    return Mixture(weights, centre + scale * mixture.means_, scale * np.linalg.cholesky(shrunk))

@@ -95,10 +95,32 @@ def test_sample_endpoint_returns_samples_from_the_prior_of_the_artifact(
     assert response["seed"] == 2**40 + 3
 
 
-def test_sample_endpoint_at_temperature_zero_returns_the_mean_of_the_prior(client: httpx.Client, vae: Artifact) -> None:
-    response = post(client, "/sample", {"n": 2, "temperature": 0})
-    assert (np.array(response["latents"]) == 0).all()
-    np.testing.assert_allclose(response["outputs"], call(vae, "decode", np.zeros((2, 16), np.float32))[0], atol=1e-6)
+def test_sample_endpoint_at_temperature_zero_returns_the_centres_of_the_components(
+    client: httpx.Client, vae: Artifact
+) -> None:
+    response = post(client, "/sample", {"n": 5, "seed": 3, "temperature": 0})
+    latents = np.float32(response["latents"])
+    centres = dict(vae.module.named_buffers())["prior.means"].numpy()
+    assert np.abs(latents[:, None] - centres).max(axis=2).min(axis=1).max() < 1e-6
+    np.testing.assert_allclose(response["outputs"], call(vae, "decode", latents)[0], atol=1e-6)
+
+
+def test_sample_endpoint_with_the_standard_prior_returns_decoded_standard_normal_noise(
+    client: httpx.Client, vae: Artifact
+) -> None:
+    body = {"n": 5, "seed": 3, "temperature": 0.5, "prior": "standard"}
+    response = post(client, "/sample", body, params={"model": "vae"})
+    noise = np.float32(0.5) * NoiseSource().draw(3, 5, 16)[0]
+    np.testing.assert_allclose(response["latents"], noise, atol=1e-6)
+    np.testing.assert_allclose(response["outputs"], call(vae, "decode", noise)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("model", ["pca", "ae"])
+def test_sample_endpoint_refuses_the_standard_prior_for_other_kinds_with_422(client: httpx.Client, model: str) -> None:
+    response = client.post("/sample", json={"prior": "standard"}, params={"model": model})
+    assert response.status_code == 422
+    assert response.json()["pointer"] == "/prior"
+    assert f"{model}@1 is of the kind {model}, and only a VAE has the prior N(0, I)" in response.json()["detail"]
 
 
 def test_first_samples_of_a_seed_are_the_same_for_any_number_of_samples(client: httpx.Client) -> None:

@@ -62,7 +62,7 @@ OPTIONS = {
     "/encode": {"sample", "seed"},
     "/decode": set(),
     "/reconstruct": set(),
-    "/sample": {"n", "noise", "seed", "temperature"},
+    "/sample": {"n", "noise", "prior", "seed", "temperature"},
     "/interpolate": {"steps", "method"},
     "/anomaly": {
         "alpha", "fdr", "explain", "extrapolated", "impute", "half_life", "half_life_rows", "time", "group", "detail",

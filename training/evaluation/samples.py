@@ -1,0 +1,177 @@
+"""Measures of samples: how well they resemble held-out rows, and whether they copy training rows.
+
+Rows of images are compared in their own units. The columns of other rows are first divided by their standard deviations
+over the real rows.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from training.random_streams import SAMPLES, random_stream
+
+DRAWS = 1_000  # samples that are drawn, and at most as many real rows are compared with them
+NEIGHBOURS = 5  # k of density and coverage, as in the experiments of Naeem et al. 2020
+PERMUTATIONS = 200
+TEST_ROWS = 500  # rows and samples, each, of the two-sample test
+CONFIDENT = 0.9
+CLASSIFIER_ROWS = 10_000  # labelled rows of the classifier at most, and of its test
+VOTES = 10  # the classifier asks this many nearest rows for their labels
+Rows = npt.NDArray[np.float64]
+Labels = npt.NDArray[Any]
+
+
+class Likeness(NamedTuple):
+    """Density and coverage (Naeem et al. 2020, "Reliable fidelity and diversity metrics for generative models").
+
+    A ball around each real row reaches to the k-th nearest other real row.
+
+    Args:
+        density: mean number of balls that contain a sample, divided by k. Low if samples lie far from real rows; about
+            1 for samples of the distribution of the rows; above 1 if samples are more typical than rows.
+        coverage: share of the balls that contain a sample. Low if kinds of rows are missing among the samples.
+    """
+
+    density: float
+    coverage: float
+
+
+@dataclass(frozen=True)
+class SampleQuality:
+    """Measures of samples against real rows that did not train the model."""
+
+    draws: int
+    rows: int
+    density: float
+    coverage: float
+    expected_coverage: float  # mean coverage by as many samples of the distribution of the rows
+    two_sample_p_value: float  # small if the samples do not have the distribution of the rows
+    confident: float | None  # share of the samples that the classifier is sure of; None without labels
+    confident_rows: float | None  # the same share of labelled rows on which the classifier was not trained
+    classifier_accuracy: float | None  # on these rows
+    distance_to_training: float | None  # median distance of a sample to the nearest training row; None without them
+    distance_of_rows: float | None  # the same for real rows, as the model gives them back
+    copy_p_value: float | None  # small if samples are nearer to training rows than real rows are
+
+
+def likeness(real: Rows, drawn: Rows, neighbours: int = NEIGHBOURS) -> Likeness:
+    """Return density and coverage of samples drawn [M, D] against real rows [N, D]; N is above `neighbours`."""
+    from sklearn.metrics import euclidean_distances
+
+    among = euclidean_distances(real)  # [N, N]
+    np.fill_diagonal(among, 0.0)
+    radius = np.partition(among, neighbours, axis=1)[:, neighbours]  # [N]; the 0-th nearest is the row itself
+    inside = euclidean_distances(real, drawn) <= radius[:, None]  # [N, M]
+    return Likeness(float(inside.sum(axis=0).mean() / neighbours), float(inside.any(axis=1).mean()))
+
+
+def expected_coverage(rows: int, draws: int, neighbours: int = NEIGHBOURS) -> float:
+    """Return the mean coverage of `rows` real rows by `draws` samples of the same distribution.
+
+    Seen from a row, the other rows and the samples are exchangeable. No sample is in the ball if the k nearest of them
+    are all rows (Naeem et al. 2020, lemma 2, for any number of samples).
+    """
+    places = np.arange(neighbours)
+    return float(1.0 - np.prod((rows - 1 - places) / (rows + draws - 1 - places)))
+
+
+def squared_mmd(kernel: Rows, is_sample: npt.NDArray[np.bool_]) -> Rows:
+    """Return the unbiased estimates of the squared maximum mean discrepancy, [P]: Gretton et al. 2012, eq. 3.
+
+    Args:
+        kernel: values of the kernel, [N, N].
+        is_sample: which of the N rows belong to the first of the two sets, for each of P divisions, [N, P].
+    """
+    first, off_diagonal = is_sample.astype(float), kernel - np.diag(np.diag(kernel))
+    second = 1.0 - first
+    m, n = first.sum(axis=0), second.sum(axis=0)  # [P], [P]
+    of_first, of_second = off_diagonal @ first, off_diagonal @ second  # [N, P], [N, P]
+    within = (first * of_first).sum(axis=0) / (m * (m - 1)) + (second * of_second).sum(axis=0) / (n * (n - 1))
+    estimate: Rows = within - 2.0 * (first * of_second).sum(axis=0) / (m * n)
+    return estimate
+
+
+def two_sample_p_value(real: Rows, drawn: Rows, random: np.random.RandomState) -> float:
+    """Return the p-value of the hypothesis that real [N, D] and drawn [M, D] have one distribution.
+
+    A permutation test with the maximum mean discrepancy of a Gaussian kernel, whose width is the median distance
+    (Gretton et al. 2012, "A kernel two-sample test"). Permutations make the p-value valid for any number of rows.
+    """
+    from sklearn.metrics import euclidean_distances
+
+    both = np.concatenate((real, drawn))
+    squares = euclidean_distances(both, squared=True)
+    width = np.median(squares[np.triu_indices(len(both), 1)])
+    kernel = np.exp(-squares / max(float(width), 1e-300))
+    is_sample = np.arange(len(both)) >= len(real)
+    divisions = [is_sample, *(random.permutation(is_sample) for _ in range(PERMUTATIONS))]
+    observed, *others = squared_mmd(kernel, np.stack(divisions, axis=1))
+    return float((1 + np.sum(others >= observed)) / (1 + PERMUTATIONS))
+
+
+def nearest_distances(rows: Rows, training: Rows) -> Rows:
+    """Return the distance of each of rows [N, D] to the nearest of training [T, D], [N]."""
+    from sklearn.metrics import pairwise_distances_argmin_min
+
+    distances: Rows = pairwise_distances_argmin_min(rows, training)[1]
+    return distances
+
+
+def copy_p_value(of_samples: Rows, of_rows: Rows) -> float:
+    """Return the p-value of the hypothesis that samples are no nearer to training rows than real rows are.
+
+    A one-sided rank test of the distances to the nearest training row (Meehan, Chaudhuri & Dasgupta 2020, "A
+    non-parametric test to detect data-copying in generative models").
+    """
+    from scipy.stats import mannwhitneyu
+
+    return float(mannwhitneyu(of_samples, of_rows, alternative="less").pvalue)
+
+
+def classify(
+    rows: Rows, labels: Labels, drawn: Rows, random: np.random.RandomState
+) -> tuple[float, float, float] | None:
+    """Return how sure a classifier is of samples drawn [M, D], how sure it is of rows, and its accuracy on rows.
+
+    The classifier has one half of the labelled rows [N, D]. It is sure of a row if its VOTES nearest rows have one
+    label. Between two kinds of rows, where many poor samples lie, the labels differ. The figures for rows are those of
+    the other half. The result is None if a class has fewer than 2 x VOTES rows, or if there is only one class.
+    """
+    from sklearn.neighbors import KNeighborsClassifier
+
+    classes, counts = np.unique(labels, return_counts=True)
+    if len(classes) < 2 or counts.min() < 2 * VOTES:
+        return None
+    order = random.permutation(len(rows))[: 2 * CLASSIFIER_ROWS]
+    fit, other = order[::2], order[1::2]
+    classifier = KNeighborsClassifier(VOTES).fit(rows[fit], labels[fit])
+    of_rows, of_samples = classifier.predict_proba(rows[other]), classifier.predict_proba(drawn)
+    accuracy = float((classifier.classes_[of_rows.argmax(axis=1)] == labels[other]).mean())
+    return float((of_samples.max(axis=1) > CONFIDENT).mean()), float((of_rows.max(axis=1) > CONFIDENT).mean()), accuracy
+
+
+def draw_rows(module: Any, latents: int, width: int, draws: int, *, with_noise: bool) -> npt.NDArray[np.float32]:
+    """Return samples [draws, width] in raw units, as `/sample` gives them by default.
+
+    Args:
+        module: the module of an artifact, or a pipeline.
+        with_noise: whether to add observation noise.
+    """
+    random, parts = random_stream(0, SAMPLES), []
+    with torch.inference_mode():
+        for count in [128] * (draws // 128) + [draws % 128]:
+            noise, choice = torch.randn(count, latents, generator=random), torch.rand(count, generator=random)
+            row_noise = torch.randn(count, width, generator=random)
+            rows = module.decode(module.draw(noise, choice))
+            parts.append(module.observe(rows, row_noise) if with_noise else rows)
+    drawn: npt.NDArray[np.float32] = torch.cat(parts).cpu().numpy()
+    return drawn
+
+
+def column_scale(real: Rows, *, is_image: bool) -> Rows:
+    """Return the divisor of each column, [D]: 1 for images, else the standard deviation of real rows [N, D]."""
+    deviation: Rows = real.std(axis=0)
+    return np.ones_like(deviation) if is_image else np.where(deviation > 0.0, deviation, 1.0)
