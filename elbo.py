@@ -679,6 +679,9 @@ def evaluate(
     name: Name,
     data: Data,
     draws: Annotated[int, typer.Option(min=1, help="importance samples per row for the log-likelihood")] = 100,
+    samples: Annotated[
+        bool, typer.Option("--samples", help="measure samples of the model too: do they resemble rows, or copy them?")
+    ] = False,
     json: Json = False,
     normal: NormalOption = None,
     escape: EscapeOption = None,
@@ -689,14 +692,14 @@ def evaluate(
 
     Prints the reconstruction error, the log-likelihood and the false-alarm rates. If DATA has labels (a column such as
     label, y, class or anomaly, or the folders of images), also prints the detection rates, the AUROC and the average
-    precision.
+    precision. With --samples, also compares samples of the model with the rows.
     """
     from training.evaluation import evaluate
 
     artifact, table = _load(name, data, artifacts, trusted_keys, escape, normal)
     for note in table.notes:
         typer.echo(note, err=True)
-    evaluation = evaluate.evaluate(artifact, table, draws)
+    evaluation = evaluate.evaluate(artifact, table, draws, samples=samples)
     typer.echo(evaluate.evaluation_json(evaluation) if json else printable_lines(evaluate.evaluation_text(evaluation)))
 
 

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "training.data": "models errors random_streams",
     "training.fitting": "models data config errors progress random_streams",
     "training.reports": "models fitting data config errors progress random_streams",
-    "training.evaluation": "models reports fitting data config progress random_streams",
+    "training.evaluation": "models reports fitting data config errors progress random_streams",
     "training.publishing": "models evaluation reports fitting data config errors progress",
     "training.train": "models publishing evaluation reports fitting data config errors progress",
     "training.__main__": "elbo",

@@ -23,6 +23,7 @@ from training.evaluation.metrics import (
     bits_per_dimension,
     importance_weighted,
 )
+from training.evaluation.samples import SampleQuality, measure_samples
 from training.evaluation.score import batches, flagged_at, refuse_overflow
 from training.fitting.latents import ACTIVE_VARIANCE
 from training.progress import SlowProgress
@@ -59,6 +60,7 @@ class Evaluation:
     seen: bool  # whether the table is the one that the model was trained on
     calibrated: bool  # whether `elbo calibrate` used this table, so that alarm rates match alpha by construction
     comments: list[str]  # what is wrong with these figures, and what to do
+    samples: SampleQuality | None = None  # measures of samples, if asked for
 
 
 class _RunningSums:
@@ -91,13 +93,14 @@ class _RunningSums:
         return int((variance > ACTIVE_VARIANCE).sum())
 
 
-def evaluate(artifact: Artifact, table: Table, draws: int = BOUND_SAMPLES) -> Evaluation:
+def evaluate(artifact: Artifact, table: Table, draws: int = BOUND_SAMPLES, *, samples: bool = False) -> Evaluation:
     """Evaluate `artifact` on `table`. Labels are used only if both normal and anomalous rows occur.
 
     If the model has a window, rows whose windows have too few rows are left out.
 
     Args:
         draws: importance samples per row for the log-likelihood, which is estimated on up to BOUND_ROWS random rows.
+        samples: whether to measure samples too.
     """
     windows = windows_for_model(table.x, table.timeline, artifact.manifest, table.source)
     sums = _sum_over_rows(artifact, table, windows)
@@ -139,6 +142,7 @@ def evaluate(artifact: Artifact, table: Table, draws: int = BOUND_SAMPLES) -> Ev
             *_label_comments(table, auroc),
             *_comments(rates, manifest.name, table.source, has_labels=anomalous is not None, seen=seen),
         ],
+        samples=measure_samples(artifact, table) if samples else None,
     )
 
 
@@ -245,6 +249,7 @@ def evaluation_text(evaluation: Evaluation) -> str:
     """Return `evaluation` as a few lines of text."""
     title = f"{evaluation.model} on {evaluation.source}: {evaluation.rows:,} rows"
     lines = [*_quality(evaluation), *_density_lines(evaluation), *_alarms(evaluation)]
+    lines += [] if evaluation.samples is None else _sample_lines(evaluation.samples)
     title += ", the rows it was trained on" if evaluation.seen else ""
     title += ", the rows it was calibrated on" if evaluation.calibrated else ""
     comments = [f"warning: {comment}" for comment in evaluation.comments]
@@ -272,6 +277,19 @@ def _density_lines(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
     yield "bits per dimension", f"{evaluation.bits_per_dimension:.4g}"
     if evaluation.active_latents is not None:
         yield "active latents", f"{evaluation.active_latents} of {evaluation.latents}"
+
+
+def _sample_lines(quality: SampleQuality) -> Iterator[tuple[str, str]]:
+    yield "samples", f"{quality.draws:,}, compared with {quality.rows:,} rows"
+    yield "density", f"{quality.density:.3f}  (about 1 for rows of the same kind)"
+    yield "coverage", f"{quality.coverage:.3f}  (about {quality.expected_coverage:.3f} for rows of the same kind)"
+    yield "same distribution", f"p = {quality.two_sample_p_value:.3g}  (two-sample test)"
+    if quality.confident is not None:
+        rows = f"{quality.confident_rows:.3f} for rows, of which it classifies {quality.classifier_accuracy:.3f} right"
+        yield "classifier is sure", f"{quality.confident:.3f}  ({rows})"
+    if quality.copy_p_value is not None:
+        distances = f"{quality.distance_to_training:.4g} from the nearest training row; rows: "
+        yield "copies", f"p = {quality.copy_p_value:.3g}  ({distances}{quality.distance_of_rows:.4g})"
 
 
 def _alarms(evaluation: Evaluation) -> Iterator[tuple[str, str]]:

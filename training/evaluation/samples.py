@@ -11,9 +11,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from models.artifact import Artifact
+from training.data.row_store import Floats
+from training.data.table import Split, Table
+from training.data.time_split import split_table
+from training.errors import DataError
 from training.random_streams import SAMPLES, random_stream
 
 DRAWS = 1_000  # samples that are drawn, and at most as many real rows are compared with them
+MIN_ROWS = 20
+TRAINING_ROWS = 20_000  # training rows, at most, among which the nearest one is looked for
+BATCH = 128  # samples that are drawn at once; limits the memory
 NEIGHBOURS = 5  # k of density and coverage, as in the experiments of Naeem et al. 2020
 PERMUTATIONS = 200
 TEST_ROWS = 500  # rows and samples, each, of the two-sample test
@@ -55,6 +63,84 @@ class SampleQuality:
     distance_to_training: float | None  # median distance of a sample to the nearest training row; None without them
     distance_of_rows: float | None  # the same for real rows, as the model gives them back
     copy_p_value: float | None  # small if samples are nearer to training rows than real rows are
+
+
+def measure_samples(artifact: Artifact, table: Table) -> SampleQuality:
+    """Measure samples of `artifact` against rows of `table`.
+
+    If the model was trained on the table, the rows are its held-out and calibration rows, and the samples are compared
+    with its fit rows too.
+
+    Raises:
+        DataError: there are too few rows.
+    """
+    manifest, random = artifact.manifest, np.random.RandomState(0)
+    split = _split_of_training(artifact, table)
+    unseen = np.arange(len(table.x)) if split is None else np.concatenate((split.held_out, split.calibration))
+    if len(unseen) < MIN_ROWS:
+        raise DataError(f"--samples compares samples with at least {MIN_ROWS} rows, got {len(unseen)}: give more rows")
+    medians = np.array([feature.median for feature in manifest.features])
+
+    def read(indices: npt.NDArray[np.int64]) -> Rows:
+        rows = table.x.take(np.sort(indices)).astype(np.float64)
+        return np.where(np.isnan(rows), medians, rows)
+
+    chosen = np.sort(random.permutation(unseen)[:DRAWS])
+    rows = read(chosen)
+    scale = column_scale(rows, is_image=manifest.is_image)
+    with_noise = not manifest.is_image and hasattr(artifact.module, "observe")
+    drawn = draw_rows(artifact, DRAWS, with_noise=with_noise).astype(np.float64) / scale
+    real = rows / scale
+    found = likeness(real, drawn)
+    labelled = None
+    if table.labels is not None:
+        every = np.sort(random.permutation(len(table.x))[: 2 * CLASSIFIER_ROWS])
+        labelled = classify(read(every) / scale, table.labels[every], drawn, random)
+    confident, confident_rows, accuracy = labelled or (None, None, None)
+    copies = (None, None, None)
+    if split is not None:
+        # Without noise, samples are means and lie nearer to every row than rows do. Reconstructions are means too.
+        given_back = real if with_noise else _reconstruct(artifact, rows) / scale
+        copies = _compare_distances(drawn, given_back, read(random.permutation(split.fit)[:TRAINING_ROWS]) / scale)
+    return SampleQuality(
+        draws=len(drawn),
+        rows=len(real),
+        density=found.density,
+        coverage=found.coverage,
+        expected_coverage=expected_coverage(len(real), len(drawn)),
+        two_sample_p_value=two_sample_p_value(real[:TEST_ROWS], drawn[:TEST_ROWS], random),
+        confident=confident,
+        confident_rows=confident_rows,
+        classifier_accuracy=accuracy,
+        distance_to_training=copies[0],
+        distance_of_rows=copies[1],
+        copy_p_value=copies[2],
+    )
+
+
+def _split_of_training(artifact: Artifact, table: Table) -> Split | None:
+    """Return the split with which the model was trained on `table`; None if it was trained on other rows.
+
+    It is also None for a model with a window, whose rows overlap, and for one that was trained on some of the fit rows.
+    """
+    manifest = artifact.manifest
+    if table.fingerprint != manifest.data.fingerprint or manifest.window is not None:
+        return None
+    split = split_table(table, int(manifest.training.get("seed", 0)))
+    sizes = len(split.fit), len(split.held_out)
+    return split if sizes == (manifest.data.fit, manifest.data.held_out) else None
+
+
+def _reconstruct(artifact: Artifact, rows: Rows) -> Rows:
+    with torch.inference_mode():
+        x = torch.from_numpy(rows.astype(np.float32)).to(artifact.device)
+        x_hat: Rows = artifact.module(x).cpu().numpy().astype(np.float64)
+    return x_hat
+
+
+def _compare_distances(drawn: Rows, real: Rows, training: Rows) -> tuple[float, float, float]:
+    of_samples, of_rows = nearest_distances(drawn, training), nearest_distances(real, training)
+    return float(np.median(of_samples)), float(np.median(of_rows)), copy_p_value(of_samples, of_rows)
 
 
 def likeness(real: Rows, drawn: Rows, neighbours: int = NEIGHBOURS) -> Likeness:
@@ -153,21 +239,18 @@ def classify(
     return float((of_samples.max(axis=1) > CONFIDENT).mean()), float((of_rows.max(axis=1) > CONFIDENT).mean()), accuracy
 
 
-def draw_rows(module: Any, latents: int, width: int, draws: int, *, with_noise: bool) -> npt.NDArray[np.float32]:
-    """Return samples [draws, width] in raw units, as `/sample` gives them by default.
-
-    Args:
-        module: the module of an artifact, or a pipeline.
-        with_noise: whether to add observation noise.
-    """
+def draw_rows(artifact: Artifact, draws: int, *, with_noise: bool) -> Floats:
+    """Return samples [draws, D] in raw units, with observation noise if `with_noise`."""
     random, parts = random_stream(0, SAMPLES), []
+    latents, width, device = artifact.manifest.latents, artifact.manifest.width, artifact.device
     with torch.inference_mode():
-        for count in [128] * (draws // 128) + [draws % 128]:
+        for start in range(0, draws, BATCH):
+            count = min(BATCH, draws - start)
             noise, choice = torch.randn(count, latents, generator=random), torch.rand(count, generator=random)
-            row_noise = torch.randn(count, width, generator=random)
-            rows = module.decode(module.draw(noise, choice))
-            parts.append(module.observe(rows, row_noise) if with_noise else rows)
-    drawn: npt.NDArray[np.float32] = torch.cat(parts).cpu().numpy()
+            rows = artifact.module.decode(artifact.module.draw(noise.to(device), choice.to(device)))
+            row_noise = torch.randn(count, width, generator=random).to(device)
+            parts.append(artifact.module.observe(rows, row_noise) if with_noise else rows)
+    drawn: Floats = torch.cat(parts).cpu().numpy()
     return drawn
 
 

@@ -23,7 +23,7 @@ export class SamplingCard {
     this.panel = new AsyncPanel("strip samples");
     this.seed = state.number("seed", 7);
     this.temperature = state.number("t", 1);
-    this.element = card("Samples from the prior", this.controls(), this.panel.element);
+    this.element = card("Samples", this.controls(), this.panel.element);
   }
 
   controls() {
