@@ -94,7 +94,8 @@ def _draw(module: Any, noise: Tensor, choice: Tensor) -> Tensor:
     """Draw latents [B, K] in parts, because `draw` needs memory for K x K numbers per row."""
     rows, latents = noise.shape
     if rows * latents * latents <= MAX_DRAW_VALUES:
-        return module.draw(noise, choice)
+        drawn: Tensor = module.draw(noise, choice)
+        return drawn
     most = max(1, MAX_DRAW_VALUES // (latents * latents))
     parts = zip(noise.split(most), choice.split(most), strict=True)
     return torch.cat([module.draw(*part) for part in parts])

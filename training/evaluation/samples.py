@@ -97,7 +97,7 @@ def measure_samples(artifact: Artifact, table: Table) -> SampleQuality:
         every = np.sort(random.permutation(len(table.x))[: 2 * CLASSIFIER_ROWS])
         labelled = classify(read(every) / scale, table.labels[every], drawn, random)
     confident, confident_rows, accuracy = labelled or (None, None, None)
-    copies = (None, None, None)
+    copies: tuple[float, float, float] | tuple[None, None, None] = (None, None, None)
     if split is not None:
         # Without noise, samples are means and lie nearer to every row than rows do. Reconstructions are means too.
         given_back = real if with_noise else _reconstruct(artifact, rows) / scale

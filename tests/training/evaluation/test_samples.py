@@ -93,7 +93,7 @@ def test_copy_p_value_is_uniform_without_copies_and_small_if_a_fifth_of_the_samp
     assert kstest(values, "uniform").pvalue > 0.01
     training, real, drawn = normal(300, 0), normal(300, 1), normal(300, 2)
     drawn[:60] = training[:60] + 1e-3
-    assert copy_p_value(nearest_distances(drawn, training), nearest_distances(real, training)) < 1e-4
+    assert copy_p_value(nearest_distances(drawn, training), nearest_distances(real, training)) < 1e-3
 
 
 def test_classifier_is_sure_of_rows_of_one_kind_and_unsure_between_the_kinds() -> None:
