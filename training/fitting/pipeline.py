@@ -10,6 +10,7 @@ from models.heavy_tailed import HeavyTailedAutoencoder
 from models.pca import PCA
 from models.pipeline import Pipeline
 from models.scaling import Scaling
+from models.vae import VAE
 from training.config import TrainConfig
 from training.data.batches import Batches
 from training.errors import FitError
@@ -93,7 +94,8 @@ def fit_pipeline(
     else:
         core = _with_window_score(core.cpu().eval(), config, data, scaling)
 
-    prior = fit_prior(core, sample, held_out, config.seed, with_spread=not data.images)
+    with_spread = isinstance(core, VAE) and not data.images  # the latents of other kinds are exact
+    prior = fit_prior(core, sample, held_out, config.seed, with_spread=with_spread)
     reporter.stage("calibrating")
     calibration = fit_calibration(core, scaling(data.calibration))
     explanation = fit_explanation(data.moments, scaling, data.images)
