@@ -365,11 +365,14 @@ def _read_baseline(manifest: Manifest, buffers: Mapping[str, Tensor], path: Path
         return None
     periods = manifest.season.periods if manifest.season else []
     try:
-        return Baseline(manifest.groups, periods, {name: buffer.cpu().numpy() for name, buffer in buffers.items()})
+        baseline = Baseline(manifest.groups, periods, {name: buffer.cpu().numpy() for name, buffer in buffers.items()})
+        if baseline.features is not None and baseline.features.width != manifest.width:
+            raise ValueError(f"expected {manifest.width} features, got {baseline.features.width}")
     except ValueError as error:
         raise ArtifactCorrupt(
             f"{path}: the baseline does not fit the manifest ({error}); publish the model again"
         ) from error
+    return baseline
 
 
 def _read_course(manifest: Manifest, weights: Mapping[str, Tensor]) -> UsualCourse | None:

@@ -4,6 +4,8 @@ The adjusted score of a row is u = (log(score + shift) - location) / scale. Loca
 the encodings of the time (`models.season`), with coefficients of the group. A group without coefficients of its own has
 those of the pool, which is all groups together. Models that were trained without times have no baseline.
 
+With `--scale-by-group`, the model sees the rows of a group in the units of the pool (`models.feature_baseline`).
+
 A start set is a set of adjusted scores with which the calibration of a group begins. The adjusted scores of a group are
 compared with those of the same group: Mondrian conformal prediction (Vovk, Gammerman & Shafer, "Algorithmic learning in
 a random world", 2005, section 4.5). If the rows of a group are exchangeable with its calibration rows, which the
@@ -20,6 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from models.feature_baseline import FEATURE_BUFFERS, FeatureBaseline
 from models.season import Floats, Period, columns, encode, encode_one, to_local
 
 START_ROWS = 100  # adjusted scores in a start set, and the calibration rows that a group needs for a set of its own
@@ -35,12 +38,12 @@ class BaselineBuffers(nn.Module):
     """The arrays of a `Baseline` in an artifact.
 
     Args:
-        arrays: the arrays by name, one for each of BUFFERS.
+        arrays: the arrays by name: one for each of BUFFERS, and perhaps of FEATURE_BUFFERS.
     """
 
     def __init__(self, arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
         super().__init__()
-        for name in BUFFERS:
+        for name in (*BUFFERS, *(name for name in FEATURE_BUFFERS if name in arrays)):
             self.register_buffer(name, torch.from_numpy(np.array(arrays[name])))
 
 
@@ -56,6 +59,10 @@ class Baseline:
             has_start_set: [G + 1] bool, whether a group has a start set of its own.
             moments, offsets: of the time zone, see `models.season.offsets_of_zone`.
             shift, smallest: scalars; the logarithm is that of max(score + shift, smallest).
+            feature_location, feature_scale: see `models.feature_baseline`; absent if rows are not scaled by group.
+
+    Attributes:
+        features: converts rows of groups into the units of the pool; None if the model sees rows as they are.
 
     Raises:
         ValueError: the arrays do not fit together.
@@ -64,7 +71,7 @@ class Baseline:
     def __init__(
         self, groups: Sequence[str], periods: Sequence[Period], arrays: Mapping[str, npt.NDArray[np.generic]]
     ) -> None:
-        self.arrays = {name: np.asarray(arrays[name]) for name in BUFFERS if name in arrays}
+        self.arrays = {name: np.asarray(arrays[name]) for name in (*BUFFERS, *FEATURE_BUFFERS) if name in arrays}
         self.groups = tuple(groups)
         self.periods = tuple(periods)
         self._check()
@@ -76,6 +83,7 @@ class Baseline:
         self._shift, self._smallest = float(self.arrays["shift"]), float(self.arrays["smallest"])
         self._index = {name: index for index, name in enumerate(self.groups)}
         self.pool = len(self.groups)  # index of the pool
+        self.features = self._read_features()
 
     def _check(self) -> None:
         count, width = len(self.groups), columns(self.periods)
@@ -100,6 +108,14 @@ class Baseline:
             raise ValueError("expected moments and start_sets in ascending order")
         if self.arrays["smallest"] <= 0 or (self.arrays["coefficients"][:, 1, 0] <= 0).any():
             raise ValueError("expected a positive smallest score and positive scales")
+
+    def _read_features(self) -> FeatureBaseline | None:
+        found = [self.arrays[name] for name in FEATURE_BUFFERS if name in self.arrays]
+        if not found:
+            return None
+        if len(found) != len(FEATURE_BUFFERS) or len(found[1]) != self.pool + 1:
+            raise ValueError(f"expected {' and '.join(FEATURE_BUFFERS)} of {self.pool + 1} groups")
+        return FeatureBaseline(found[0], found[1], self.periods, self._moments, self._offsets)
 
     def find(self, group: str | None) -> int:
         """Return the index of a group; that of the pool if the group is unknown or has no coefficients of its own."""

@@ -69,9 +69,9 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> str:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return an artifact folder with the models `rows`, `windows` and `plain`, and the file of their history.
+    """Return an artifact folder with the models `rows`, `windows`, `scaled` and `plain`, and the file of their history.
 
-    `windows` has a policy. `plain` was trained without times.
+    `windows` has a policy. `scaled` has a window, and its rows are scaled by group. `plain` was trained without times.
     """
     folder = tmp_path_factory.mktemp("backtest")
     path = write_csv(folder / "train.csv", table(900, START - 10**6, seed=0))
@@ -80,6 +80,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, window in (("rows", None), ("windows", 9)):
         config = TrainConfig(model="pca", name=name, latents=2, time="ts", group="host", window=window)
         train(config, data, folder, SilentReporter(), policy=POLICY if window else None)
+    scaled = TrainConfig(model="pca", name="scaled", latents=2, time="ts", group="host", window=9, scale_by_group=True)
+    train(scaled, data, folder, SilentReporter())
     plain = read_table(path, drop=("ts", "host"))
     train(TrainConfig(model="pca", name="plain", latents=2, drop=("ts", "host")), plain, folder, SilentReporter())
     return folder
@@ -97,7 +99,10 @@ def replayed(root: Path, name: str, **options: Any) -> Replay:
     return replay(served, history()[0], Options(ALPHAS, **options))
 
 
-@pytest.mark.parametrize(("name", "online"), [("rows", True), ("rows", False), ("windows", True), ("plain", True)])
+@pytest.mark.parametrize(
+    ("name", "online"),
+    [("rows", True), ("rows", False), ("windows", True), ("scaled", True), ("scaled", False), ("plain", True)],
+)
 def test_verdicts_of_a_replay_equal_the_served_ones_row_by_row(root: Path, name: str, online: bool) -> None:
     judged = replayed(root, name, online=online)
     place = np.argsort(judged.history.source_rows)  # of each row of the source, its place in the replay
@@ -127,7 +132,7 @@ def test_verdicts_of_a_replay_equal_the_served_ones_row_by_row(root: Path, name:
             since = [cause.since for cause in judged.causes_of(judged_row)]
             assert since == [feature.get("since") for feature in row["features"][: len(since)]]
             onsets += sum(time is not None for time in since)
-    assert (onsets > 0) == (name == "windows")
+    assert (onsets > 0) == (name in ("windows", "scaled"))
     if judged.states is not None:
         assert [row["state"] for row in served[live]] == np.array(judged.states)[place].tolist()
     assert judged.is_anomaly[1].any()

@@ -40,8 +40,8 @@ MAY_IMPORT = {
     ),
     "service.schemas": "models.manifest inference",
     "service.anomaly": (
-        "models.baseline models.columns models.onset models.silences models.timestamps models.errors schemas inference "
-        "codec errors"
+        "models.baseline models.columns models.feature_baseline models.onset models.silences models.timestamps "
+        "models.errors schemas inference codec errors"
     ),
     "service.monitoring": "models.errors anomaly inference codec settings shared_memory",
     "service.http": "access monitoring inference codec errors shared_memory",

@@ -263,9 +263,10 @@ def _are_networks_saved(candidates: Sequence[Candidate], stores: Sequence[Checkp
 def _write_report(folder: Path, manifest: Manifest, candidate: Candidate, data: PreparedData, report: Reporter) -> None:
     """Write the model card and the plots into `folder`, whose name is the version."""
     labels, rows = data.table.labels, data.split.held_out[:PLOTTED_ROWS]
-    held_out = data.held_out
+    held_out = data.source_rows.held_out
     if data.windows is not None:
-        held_out = torch.from_numpy(data.windows.in_table.take(data.rows.split.held_out[:PLOTTED_ROWS]))
+        in_table = replace(data.windows.in_table, x=data.source_rows.table.x)
+        held_out = torch.from_numpy(in_table.take(data.rows.split.held_out[:PLOTTED_ROWS]))
     write_run(
         folder,
         manifest,

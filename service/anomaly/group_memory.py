@@ -56,6 +56,13 @@ class ModelMemory:
         """Return the scores with which the calibration of a group begins; None without online calibration."""
         return None if self._starts is None else self._starts.of(group)
 
+    def needs_calibration(self, has_times: bool) -> bool:
+        """Return whether the online calibration judges the rows of a request, which may have no times.
+
+        Rows that are scaled by group need it even then: the calibration of the artifact is for rows as they are.
+        """
+        return (has_times or self.rules.features is not None) and self._starts is not None and self._starts.are_known
+
     def take(self, name: str, transaction: Transaction, has_times: bool) -> Group:
         """Return a group that `transaction` has locked, to be changed. It may be called in a thread.
 
@@ -64,7 +71,7 @@ class ModelMemory:
         Raises:
             NotReady: the record cannot be read.
         """
-        has_calibration = has_times and self._starts is not None and self._starts.are_known
+        has_calibration = self.needs_calibration(has_times)
         cached = self._groups.pop(name, None)
         if cached is not None:
             stamp, group = cached
@@ -170,8 +177,10 @@ class GroupMemory:
             self._temporary = None
 
     def _open(self, served: ServedModel) -> ModelMemory:
-        rules = rules_of(served)
+        rules = rules_of(served, has_calibration=self._has_calibration)
         identity = f"{served.name}@{served.version} {served.manifest.weights_sha256}"
+        if rules.features is not None:
+            identity += " in the units of the pool"  # without online calibration, the rows are stored as they are
         digest = hashlib.sha256(f"{identity} {layout_of(rules.payload_bytes)}".encode()).hexdigest()
         try:
             if self._folder is None:
@@ -201,16 +210,20 @@ def rows_of_window(served: ServedModel) -> int:
     return 1 if window is None else window.rows
 
 
-def rules_of(served: ServedModel) -> Rules:
-    """Return the rules by which the rows of a model are joined to the past of their group."""
-    manifest = served.manifest
+def rules_of(served: ServedModel, *, has_calibration: bool) -> Rules:
+    """Return the rules by which the rows of a model are joined to the past of their group.
+
+    Without online calibration, rows are not scaled by group: the calibration of the artifact is for rows as they are.
+    """
+    manifest, baseline = served.manifest, served.baseline
     window, timeline = manifest.window, manifest.timeline
     return Rules(
         rows=rows_of_window(served),
         least_rows=1 if window is None else window.least_rows,
         width=manifest.width,
         usual_step=None if timeline is None else timeline.usual_step_seconds,
-        baseline=served.baseline,
+        baseline=baseline,
+        features=baseline.features if baseline is not None and has_calibration else None,
     )
 
 

@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from models.baseline import Baseline
+from models.feature_baseline import FeatureBaseline
 from service.anomaly.online_calibration import MAX_BYTES, CorruptRecordError, OnlineCalibration, State
 from service.codec.long_work import pause_if_due
 
@@ -60,6 +61,8 @@ class Rules:
         usual_step: the usual time between two rows of a group in the training data, in seconds; None if it is unknown.
         baseline: what score is usual for a group and a time, so that calibrations compare adjusted scores; None: they
             compare scores.
+        features: converts rows into the units of the pool before the model sees them; None: the model sees them as they
+            are.
     """
 
     rows: int
@@ -67,6 +70,7 @@ class Rules:
     width: int
     usual_step: float | None
     baseline: Baseline | None = None
+    features: FeatureBaseline | None = None
 
     @property
     def has_window(self) -> bool:
@@ -292,6 +296,7 @@ class JoinedRows:
         pool: the values of the rows of the request, then those of the histories, then one row of NaN.
         windows: for each row of each window, its index in `pool`, oldest first, [G, N]; None without windows.
         pool_times: the times of the rows of `pool` but the last one, in parts; none if a row has no time.
+        units: how the values were converted; None if the model sees rows as they are.
     """
 
     groups: dict[str, Group]
@@ -301,6 +306,7 @@ class JoinedRows:
     pool: Array
     windows: npt.NDArray[np.int32] | None
     pool_times: list[Sequence[float]]
+    units: "GroupUnits | None" = None
 
     def windows_of(self, rows: npt.NDArray[np.intp]) -> Array:
         """Return the windows [A, N, D] of some rows [A], with NaN for absent rows. The model has windows."""
@@ -329,12 +335,40 @@ class JoinedRows:
         return [name for name, rows in self.order.items() if any(self.outcomes[row] != repeated for row in rows)]
 
 
+@dataclass(frozen=True, eq=False)
+class GroupUnits:
+    """Converts G rows between the raw units of their groups and the units of the pool: see `models.feature_baseline`.
+
+    Args:
+        features: the baseline of the features.
+        index: the index of each row's group in the baseline, [G].
+        time: [G] in seconds, NaN for rows without a time.
+    """
+
+    features: FeatureBaseline
+    index: npt.NDArray[np.intp]
+    time: npt.NDArray[np.float64]
+
+    def to_pool(self, x: Array, missing: npt.NDArray[np.bool_] | None) -> Array:
+        """Return rows x [G, D] in the units of the pool. A replaced value is already what is usual in the pool.
+
+        `missing`: which values were missing and replaced, [G, D]; None: none.
+        """
+        converted = self.features.to_pool(x, self.index, self.time)
+        return converted if missing is None else np.where(missing, x, converted)
+
+    def from_pool(self, x: Array) -> Array:
+        """Return rows x [G, D] in the raw units of their groups."""
+        return self.features.from_pool(x, self.index, self.time)
+
+
 def join_rows(
     rules: Rules,
     x: Array,
     time: npt.NDArray[np.float64] | None,
     names: Sequence[str | None] | None,
     groups: dict[str, Group],
+    missing: npt.NDArray[np.bool_] | None = None,
 ) -> JoinedRows:
     """Return the rows x [G, D] of a request, joined to their groups.
 
@@ -344,9 +378,13 @@ def join_rows(
         time: [G] in seconds, NaN for rows without a time; None if no row has a time.
         names: [G] the groups; None stands for the group without a name.
         groups: the groups by name. They are changed.
+        missing: which values of `x` are replacements of missing ones, [G, D]; None: none.
     """
     count = len(x)
     order = _order(time, names, count)
+    units = _units(rules, order, time, count)
+    if units is not None:
+        x = units.to_pool(x, missing)
     outcomes = [Outcome.NEW] * count
     window_rows = [1] * count
     pool = x
@@ -372,7 +410,24 @@ def join_rows(
             if windows is not None:
                 window_rows[row] = len(window)
                 windows[row, -len(window) :] = window
-    return JoinedRows(groups, order, outcomes, window_rows, pool, windows, pool_times)
+    return JoinedRows(groups, order, outcomes, window_rows, pool, windows, pool_times, units)
+
+
+def _units(
+    rules: Rules, order: dict[str, list[int]], time: npt.NDArray[np.float64] | None, count: int
+) -> GroupUnits | None:
+    if rules.features is None or rules.baseline is None:
+        return None
+    index = _find_rows(rules.baseline, order, count)
+    return GroupUnits(rules.features, index, np.full(count, np.nan) if time is None else time)
+
+
+def _find_rows(baseline: Baseline, order: dict[str, list[int]], count: int) -> npt.NDArray[np.intp]:
+    """Return the index of the group of each row in the baseline, [G]."""
+    index = np.empty(count, np.intp)
+    for name, rows in order.items():
+        index[rows] = baseline.find(name)
+    return index
 
 
 def _order(
@@ -491,7 +546,5 @@ def adjust(joined: JoinedRows, rules: Rules, score: Array, time: npt.NDArray[np.
         (name,) = joined.order
         index = np.array([baseline.find(name)])
         return baseline.adjust(score, index, np.array([np.nan]) if time is None else time)
-    index = np.empty(len(score), np.intp)
-    for name, rows in joined.order.items():
-        index[rows] = baseline.find(name)
+    index = _find_rows(baseline, joined.order, len(score)) if joined.units is None else joined.units.index
     return baseline.adjust(score, index, np.full(len(score), np.nan) if time is None else time)

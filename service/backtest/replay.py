@@ -7,7 +7,7 @@ past, as after a server's first start.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -157,11 +157,11 @@ class Replayer:
 
     def __init__(self, served: ServedModel, history: History, options: Options) -> None:
         self._served = served
-        self._rules = rules_of(served)
         starts = StartSets(served) if options.online and served.manifest.timeline is not None else None
         if starts is not None and starts.of("") is None:
             starts = None  # the scores of the calibration rows are unknown
         self._starts = starts
+        self._rules = rules_of(served, has_calibration=starts is not None)
         self._payloads: dict[int, bytes] = {}  # the last group of the last part, as it is stored between two requests
         self._alarms: tuple[int, list[LastingAlarm]] = (-1, [])  # of the same group, for each alpha
         self._causes: list[_Causes] = []
@@ -220,6 +220,8 @@ class Replayer:
     def judge(self, part: slice, joined: JoinedRows, outputs: Sequence[tuple[Array, ...]]) -> None:
         """Judge the rows in `part`. `outputs`: what `operation` returned for each of `inputs`."""
         scores = Scores(*(np.concatenate(arrays) for arrays in zip(*outputs, strict=True)))
+        if joined.units is not None:
+            scores = replace(scores, expected=joined.units.from_pool(scores.expected))
         self._judge(part, joined, scores)
         self._causes.append(_find_causes(self._result, part, joined, scores, self._served))
         last = int(self._result.history.group[part.stop - 1])
@@ -311,7 +313,7 @@ def _find_causes(result: Replay, part: slice, joined: JoinedRows, scores: Scores
     features = largest(scores.contribution[rows], CAUSES)  # [A, C]
     numbers = [
         np.take_along_axis(values[rows], features, axis=1)
-        for values in (joined.pool, scores.expected, scores.contribution)
+        for values in (result.history.x[part], scores.expected, scores.contribution)
     ]
     since = np.full(features.shape, np.nan)
     if served.course is not None:

@@ -126,9 +126,10 @@ def _join(
             elif is_live:
                 groups[name] = memory.take(name, transaction, input_rows.time is not None)
             else:
-                start = None if input_rows.time is None else memory.start_set(name)
+                has_times = input_rows.time is not None
+                start = memory.start_set(name) if memory.needs_calibration(has_times) else None
                 groups[name] = Group(memory.rules, transaction.read(name), start)
-    return join_rows(memory.rules, rows, input_rows.time, input_rows.group, groups)
+    return join_rows(memory.rules, rows, input_rows.time, input_rows.group, groups, input_rows.parsed.missing)
 
 
 async def _judge_rows(
@@ -181,6 +182,8 @@ def _decide(
 ) -> Verdicts:
     rules = memory.rules
     judgements: Judgements | None = None
+    if joined.units is not None:
+        scores = replace(scores, expected=joined.units.from_pool(scores.expected))
     judged = scores
     if joined.has_calibration:
         judgements = judge(

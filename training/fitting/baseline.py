@@ -7,7 +7,6 @@ shifts the start set by as much, so the p-values stay the same.
 """
 
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from models.baseline import START_ROWS, Baseline, choose_start_set
-from models.manifest import MAX_GROUP_NAME, MAX_GROUPS, is_group_name
+from models.manifest import MAX_GROUP_NAME, MAX_GROUPS
 from models.pipeline import Pipeline
 from models.season import SECONDS, Floats, encode, offsets_of_zone, to_local
 from training.config import TrainConfig
@@ -23,12 +22,11 @@ from training.data.row_store import RowStore
 from training.data.time_split import TimeSplit
 from training.data.timeline import Nanoseconds, Timeline, describe_duration, list_groups
 from training.errors import FitError
+from training.fitting.feature_baseline import inputs_of_pool
+from training.fitting.group_rows import MIN_GROUP_ROWS, Indices, groups_with_coefficients, some_per_group
 from training.fitting.prepared_data import PreparedData
 
 MIN_PERIODS = 2  # a season is fitted if the rows before the calibration rows cover this many of its periods
-MIN_GROUP_ROWS = 50  # a group with fewer scored rows before the calibration rows has the coefficients of the pool
-MAX_ROWS = 200_000  # rows that are scored to fit the coefficients, and as many again for the start sets
-MAX_GROUP_ROWS, FEWEST_GROUP_ROWS = 5_000, 250  # bounds of the number of scored rows per group; see `_some_per_group`
 BLOCK_VALUES = 1 << 22  # float32 values that are read and scored at once
 # Each group is fitted as if it had this many rows more, which behave as the pool does. The scale is harder to estimate.
 LOCATION_ROWS, SCALE_ROWS = (5.0, 30.0), (30.0, 300.0)  # for the constant, and for each other column
@@ -36,7 +34,6 @@ CLIP = 4.0  # residuals beyond this many scales are clipped, so that incidents h
 SMALLEST_SHARE = 1e-6  # scores are raised to this share of their median, because the logarithm of 0 is infinite
 TYPICAL_SHIFT = 2.0  # scores that can be negative are raised by this many times the distance from minimum to median
 
-Indices = npt.NDArray[np.int64]
 Score = Callable[[Indices], npt.NDArray[np.floating[Any]]]  # returns the scores [n] of the rows [n] of a table
 
 
@@ -76,14 +73,27 @@ def fit_baseline(config: TrainConfig, pipeline: Pipeline, data: PreparedData) ->
     def score(rows: Indices) -> Floats:
         return _scores(pipeline, data.table.x, place[rows])
 
+    def score_as_pool(rows: Indices) -> Floats:
+        return _scores_as_pool(pipeline, data, rows)
+
     before = np.concatenate((split.fit, split.held_out_period))
-    rows = _some_per_group(timeline, before[place[before] >= 0], random)
+    rows = some_per_group(timeline, before[place[before] >= 0], random)
     scores = score(rows)
-    shift, smallest = _shift(scores)
+    by_group = data.rows.by_group
+    as_pool = scores if by_group is None else score_as_pool(rows)
+    shift, smallest = _shift(np.concatenate((scores, as_pool)))
     values = np.log(np.maximum(scores + shift, smallest))
     encodings = encode(to_local(_seconds(timeline.time[rows]), moments, offsets), config.season)
-    own = _groups_with_coefficients(timeline, rows)
+    own = groups_with_coefficients(timeline, rows)
+    features: dict[str, npt.NDArray[np.generic]] = {}
+    if by_group is not None:
+        own = np.intersect1d(own, by_group.own)
+        of_own = by_group.features.select(np.searchsorted(by_group.own, own))
+        features = {"feature_location": of_own.location, "feature_scale": of_own.scale}
     coefficients = _fit_coefficients(values, encodings, timeline.group[rows], own)
+    if by_group is not None:
+        values = np.log(np.maximum(as_pool + shift, smallest))
+        coefficients[-1] = _fit_coefficients(values, encodings, timeline.group[rows], own[:0])[-1]
     arrays: dict[str, npt.NDArray[np.generic]] = {
         "coefficients": coefficients.astype(np.float32),
         "start_sets": np.zeros((len(own) + 2, START_ROWS), np.float32),
@@ -92,26 +102,32 @@ def fit_baseline(config: TrainConfig, pipeline: Pipeline, data: PreparedData) ->
         "offsets": offsets,
         "shift": np.array(shift),
         "smallest": np.array(smallest),
+        **features,
     }
     baseline = Baseline([timeline.groups[group] for group in own], config.season, arrays)
     calibration = split.calibration_period[place[split.calibration_period] >= 0]
-    return fit_start_sets(baseline, timeline, calibration, score)
+    return fit_start_sets(baseline, timeline, calibration, score, score_as_pool if features else score)
 
 
-def fit_start_sets(baseline: Baseline, timeline: Timeline, calibration: Indices, score: Score) -> Baseline:
+def fit_start_sets(
+    baseline: Baseline, timeline: Timeline, calibration: Indices, score: Score, score_as_pool: Score
+) -> Baseline:
     """Return `baseline` with start sets from calibration rows.
 
     Args:
         timeline: the times and groups of the rows of a table.
         calibration: which of these rows calibrate, by their numbers.
         score: scores rows of the table.
+        score_as_pool: scores them as rows of an unknown group; only a model that is scaled by group scores them
+            otherwise.
     """
-    rows = _some_per_group(timeline, calibration, np.random.RandomState(0))  # [n]
+    rows = some_per_group(timeline, calibration, np.random.RandomState(0))  # [n]
     scores = score(rows).astype(np.float32)
     index = np.array([baseline.find(name) for name in timeline.groups])[timeline.group[rows]]  # [n]
     time = _seconds(timeline.time[rows])
     sets = np.empty((baseline.pool + 2, START_ROWS), np.float32)
-    sets[baseline.pool] = choose_start_set(baseline.adjust(scores, np.full(len(rows), baseline.pool), time))
+    as_pool = scores if score_as_pool == score else score_as_pool(rows).astype(np.float32)
+    sets[baseline.pool] = choose_start_set(baseline.adjust(as_pool, np.full(len(rows), baseline.pool), time))
     has_own = index < baseline.pool
     adjusted = baseline.adjust(scores, index, time)
     sets[-1] = choose_start_set(adjusted[has_own]) if has_own.any() else sets[baseline.pool]
@@ -149,18 +165,6 @@ def describe_groups(baseline: Baseline, timeline: Timeline) -> Iterator[str]:
         )
 
 
-def _some_per_group(timeline: Timeline, rows: Indices, random: np.random.RandomState) -> Indices:
-    """Return some of `rows`, at random and ascending: about MAX_ROWS, of each group about as many.
-
-    Rows at equal distances would not do, because they could all have the same hour.
-    """
-    rows = np.sort(rows)
-    most = int(np.clip(MAX_ROWS // len(timeline.groups), FEWEST_GROUP_ROWS, MAX_GROUP_ROWS))
-    bounds = np.searchsorted(rows, timeline.starts)
-    chosen = [rows[start + np.sort(random.permutation(end - start)[:most])] for start, end in pairwise(bounds)]
-    return np.concatenate(chosen)
-
-
 def _places(data: PreparedData) -> Indices:
     """Return where the row of `data.table` for each of the N rows of the source is, [N]; -1 if it has none.
 
@@ -183,6 +187,17 @@ def _scores(pipeline: Pipeline, x: RowStore, rows: Indices) -> Floats:
     return found
 
 
+def _scores_as_pool(pipeline: Pipeline, data: PreparedData, rows: Indices) -> Floats:
+    """Return the scores of rows of the source as rows of an unknown group, [n]. Their windows must be usable."""
+    found = np.empty(len(rows))
+    block = max(1, BLOCK_VALUES // data.table.x.width)
+    with torch.inference_mode():
+        for start in range(0, len(rows), block):
+            inputs = inputs_of_pool(data, rows[start : start + block])
+            found[start : start + block] = pipeline.score(inputs)[0].double().numpy()
+    return found
+
+
 def _shift(scores: Floats) -> tuple[float, float]:
     """Return `shift` and `smallest` of the baseline (see `models.baseline`) for finite scores [n].
 
@@ -192,16 +207,6 @@ def _shift(scores: Floats) -> tuple[float, float]:
     median, low = float(np.median(scores)), float(scores.min())
     shift = 0.0 if low >= 0.0 else TYPICAL_SHIFT * (median - low) - median
     return shift, max(1e-30, SMALLEST_SHARE * (median + shift))
-
-
-def _groups_with_coefficients(timeline: Timeline, rows: Indices) -> Indices:
-    """Return the groups that get coefficients of their own, ascending: at most MAX_GROUPS, those with most rows."""
-    if timeline.group_column is None:
-        return np.zeros(0, np.int64)
-    counts = np.bincount(timeline.group[rows], minlength=len(timeline.groups))
-    is_valid = np.array([is_group_name(name) for name in timeline.groups])
-    able = np.flatnonzero((counts >= MIN_GROUP_ROWS) & is_valid)
-    return np.sort(able[np.argsort(-counts[able], kind="stable")[:MAX_GROUPS]])
 
 
 def _fit_coefficients(values: Floats, encodings: Floats, group: npt.NDArray[np.int32], own: Indices) -> Floats:

@@ -25,6 +25,10 @@ WINDOW_REFUSAL = (
     "the policy has rules for features, which models with a window cannot have yet: train without --window, or leave "
     "[features] out of the policy"
 )
+SCALING_REFUSAL = (
+    "the policy has rules for features in raw units, which models that are scaled by group cannot have: train without "
+    "--scale-by-group, or leave [features] out of the policy"
+)
 BATCH = 4096  # rows per forward pass; limits the memory
 
 

@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from models.feature_baseline import FeatureBaseline
 from models.manifest import Window
 from models.pca import PCA
 from models.policy_rules import AppliedPolicy
@@ -47,6 +48,21 @@ class Windows:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScaledByGroup:
+    """How the rows of a `PreparedData` were converted into the units of the pool.
+
+    Args:
+        source: the rows in raw units, with the same split.
+        features: the baseline that has converted them.
+        own: the groups in `features`, as indices of the groups of the timeline, ascending.
+    """
+
+    source: "PreparedData"
+    features: FeatureBaseline
+    own: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreparedData:
     """A table, with the rows and statistics that all kinds of models need.
 
@@ -60,6 +76,8 @@ class PreparedData:
         sample: all fit rows, or as many as may be kept in memory, [S, D], in the same form as `held_out`.
         windows: the windows whose summaries are the rows of `table`; None if the model judges each row alone.
         policy: the policy, which has chosen the calibration rows; None if there is none.
+        by_group: the rows in raw units, if those here are in the units of the pool. The rows in `calibration` are then
+            as the model gets them if their group is unknown: the calibration of the artifact is for rows without one.
     """
 
     table: Table
@@ -72,11 +90,17 @@ class PreparedData:
     sample: Tensor
     windows: Windows | None = None
     policy: AppliedPolicy | None = None
+    by_group: ScaledByGroup | None = None
 
     @property
     def rows(self) -> "PreparedData":
         """The rows of the source: those that the windows consist of, if there are windows."""
         return self if self.windows is None else self.windows.rows
+
+    @property
+    def source_rows(self) -> "PreparedData":
+        """The rows of the source in raw units."""
+        return self.rows if self.rows.by_group is None else self.rows.by_group.source
 
     @property
     def split_notes(self) -> list[str]:

@@ -17,13 +17,14 @@ from training.config import TrainConfig
 from training.data.ingest import full_disk_as_data_error
 from training.data.row_store import Floats
 from training.data.table import MEMORY_BYTES, Split, Table
-from training.data.time_split import BEFORE_HELD_OUT, split_table
+from training.data.time_split import BEFORE_HELD_OUT, GAP_ROWS, split_table
 from training.data.timeline import list_groups
 from training.data.windows import summarise_table, windows_of_timeline
 from training.errors import FitError
 from training.fitting.explanation import MAX_EXPLAINED_FEATURES
+from training.fitting.feature_baseline import scale_by_group, with_source
 from training.fitting.observation import fit_row_observation
-from training.fitting.policy import WINDOW_REFUSAL, apply_to_split
+from training.fitting.policy import SCALING_REFUSAL, WINDOW_REFUSAL, apply_to_split
 from training.fitting.prepared_data import PreparedData, Windows, prepare_data
 from training.fitting.scaling import fit_scaling
 from training.fitting.whitening import MAX_FULL_WIDTH
@@ -97,13 +98,18 @@ def prepare(config: TrainConfig, table: Table, policy: Policy | None = None) -> 
         FitError: the rows cannot have the window that `config` asks for, or the policy does not allow a window.
     """
     window, notes = choose_window(config, table)
+    if policy is not None and policy.changes_scores and (window is not None or config.scale_by_group):
+        raise FitError(SCALING_REFUSAL if window is None else WINDOW_REFUSAL)
+    gap_rows = GAP_ROWS if window is None else window.rows
+    split, applied, left_out = apply_to_split(policy, table, split_table(table, config.seed, gap_rows))
+    scaled, converted = table, None
+    if config.scale_by_group:
+        scaled, converted = scale_by_group(config, table, split)
     if window is None:
-        split, applied, left_out = apply_to_split(policy, table, split_table(table, config.seed))
-        return prepare_data(table, split, config.robust, applied), [*notes, *left_out]
-    if policy is not None and policy.changes_scores:
-        raise FitError(WINDOW_REFUSAL)
-    split, applied, left_out = apply_to_split(policy, table, split_table(table, config.seed, window.rows))
-    return replace(prepare_windows(config, table, window, split, notes), policy=applied), left_out
+        data, notes = prepare_data(scaled, split, config.robust, applied), [*notes, *left_out]
+    else:
+        data, notes = replace(prepare_windows(config, scaled, window, split, notes), policy=applied), left_out
+    return (data if converted is None else with_source(data, table, *converted)), notes
 
 
 def prepare_windows(

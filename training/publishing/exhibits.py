@@ -10,6 +10,7 @@ from models.artifact import CALIBRATION, CARD, HELD_OUT, TRAINED_ROWS
 from models.manifest import Manifest
 from models.pipeline import Pipeline
 from training.data.row_fingerprints import make_sketch
+from training.fitting.feature_baseline import inputs_of_pool
 from training.fitting.prepared_data import PreparedData
 from training.reports.model_card import card
 
@@ -26,7 +27,7 @@ def make_exhibits(pipeline: Pipeline, manifest: Manifest, data: PreparedData, no
     Args:
         notes: messages about the data and the training, repeated in the card.
     """
-    exhibits, rows = {}, data.rows
+    exhibits, rows = {}, data.source_rows
     if not manifest.training.get("private"):
         exhibits[HELD_OUT] = _held_out_json(pipeline, data)
         exhibits[TRAINED_ROWS] = make_sketch(rows.table.x, np.concatenate((rows.split.fit, rows.split.held_out)))
@@ -40,7 +41,11 @@ def _held_out_json(pipeline: Pipeline, data: PreparedData) -> bytes:
 
     The JSON also contains the first R of these rows, as `inputs` [R, D].
     """
-    rows, inputs = data.held_out[:MAX_LATENT_ROWS], data.rows.held_out[:MAX_LATENT_ROWS]
+    source = data.source_rows
+    inputs = source.held_out[:MAX_LATENT_ROWS]
+    rows = data.held_out[:MAX_LATENT_ROWS]
+    if data.rows.by_group is not None:
+        rows = inputs_of_pool(data, source.split.held_out[:MAX_LATENT_ROWS])
     with torch.inference_mode():
         latents = pipeline.encode(rows)[0]
     labels = data.table.labels

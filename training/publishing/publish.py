@@ -111,6 +111,11 @@ def _add_baseline(chosen: Candidate, data: PreparedData) -> Baseline | None:
     baseline, timeline = fit_baseline(chosen.config, pipeline, data), data.rows.table.timeline
     if baseline is not None and timeline is not None:
         pipeline.add_module("baseline", BaselineBuffers(baseline.arrays))
+        if baseline.features is not None:
+            chosen.recorder.note(
+                f"rows of {len(baseline.groups):,} groups are converted into common units before the model sees them; "
+                "rows without a group, or of another group, are judged as they are, by a calibration of such rows"
+            )
         for note in describe_groups(baseline, timeline):
             chosen.recorder.note(note)
     return baseline
@@ -218,12 +223,12 @@ def _manifest(
         kind=chosen.config.model,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         shape=list(table.shape),
-        features=_features(data.rows),
+        features=_features(data.source_rows),
         latents=len(golden.outputs["draw"][0]),
         parts=list(pipeline.core.parts) if data.policy is None else data.policy.rules.parts(pipeline.core.parts),
         pixel_range=table.pixel_range,
         training=chosen.config.model_dump(),
-        data=_data(data.rows),
+        data=_data(data.source_rows),
         metrics=_finite(chosen.metrics),
         comparison={kind: _finite(metrics) for kind, metrics in comparison.items()},
         calibration=CalibrationSize(rows=calibration, floor=1.0 / (calibration + 1)),

@@ -6,7 +6,7 @@ the model. The p-values are valid for rows that are exchangeable with the calibr
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,7 @@ from training.evaluation.score import flagged_at, refuse_overflow
 from training.evaluation.worth import ABOUT_THRESHOLD, threshold_warning
 from training.fitting.baseline import describe_groups, fit_start_sets
 from training.fitting.budget import alpha_of_budget
+from training.fitting.feature_baseline import scale_for_baseline
 from training.fitting.policy import WINDOW_REFUSAL, ceiling, fit_policy, fit_usual_score, set_calibration
 from training.progress import SlowProgress
 from training.publishing.exhibits import calibration_json
@@ -123,15 +124,15 @@ def recalibrate(
     twin = None if parent.twin is None else parent.twin.graphs
     if kept is None or kept.policy.features == _features_of(parent):
         _replace(module, parent, torch.from_numpy(scores))  # latents and scores stay, so the twin is still valid
-        rescore = partial(_scores, parent.module, parent.device, table, windows)
+        rescore = partial(_scores, parent.module, parent.device)
     else:
         pipeline = _with_policy(module, parent, kept.policy)
-        rescore = partial(_scores, pipeline, torch.device("cpu"), table, windows)
-        scores = rescore(chosen)
+        rescore = partial(_scores, pipeline, torch.device("cpu"))
+        scores = rescore(table, windows, chosen)
         set_calibration(pipeline, torch.from_numpy(scores))
         module = artifact.script(pipeline)
         twin = twin and _new_twin(pipeline, parent, notes)
-    notes += _replace_start_sets(module, parent, table, normal, rescore)
+    notes += _replace_start_sets(module, parent, table, windows, normal, rescore)
     warning = threshold_warning(Calibration(torch.from_numpy(scores)), alpha)
     applied = _apply(kept, scores, parent, table, chosen)
     manifest = _manifest(parent, module, table, _name(parent), chosen, warning, applied)
@@ -345,19 +346,25 @@ def _replace_start_sets(
     module: torch.jit.ScriptModule,
     parent: Artifact,
     table: Table,
+    windows: TableWindows | None,
     normal: npt.NDArray[np.int64],
-    rescore: Callable[[npt.NDArray[np.int64]], Floats],
+    rescore: Callable[[Table, TableWindows | None, npt.NDArray[np.int64]], Floats],
 ) -> list[str]:
     """Replace the start sets of the groups by those of the `normal` rows of `table`. Return notes for the user.
 
     Args:
-        rescore: returns the scores of rows of `table` by the new version.
+        windows: the windows of the rows; None if the model judges each row alone.
+        rescore: returns the scores of rows of a table by the new version.
     """
     if parent.baseline is None:
         return []
     if table.timeline is None:
         return ["the start sets of the groups stay as they were, because the rows have no times"]
-    baseline = fit_start_sets(parent.baseline, table.timeline, normal, rescore)
+    score_as_pool = score = partial(rescore, table, windows)
+    if parent.baseline.features is not None:
+        scaled = scale_for_baseline(table, parent.baseline)
+        score = partial(rescore, scaled, windows and replace(windows, x=scaled.x))
+    baseline = fit_start_sets(parent.baseline, table.timeline, normal, score, score_as_pool)
     buffers = (module if parent.manifest.window is None else module.pipeline).baseline
     for name, buffer in BaselineBuffers(baseline.arrays).named_buffers():
         setattr(buffers, name, buffer)

@@ -187,6 +187,9 @@ def _baseline(manifest: Manifest) -> Iterator[str]:
     if manifest.groups:
         yield f"{len(manifest.groups):,} groups have a baseline of their own, which is the location and the scale of"
         yield "their scores. Other groups have that of all groups together."
+        if manifest.training.get("scale_by_group"):
+            yield "Rows of these groups are converted into common units before the model sees them. Others are judged"
+            yield "as they are."
     if season := manifest.season:
         hours = "time of day" if season.periods == ["day"] else "time of the week"
         yield f"The baseline depends on the {hours} in the time zone {season.time_zone}. For a row without a time, it"
