@@ -240,6 +240,31 @@ class FeedbackBody(Body):
     group: str = Field("host", description="key of the group in the rows, as in /anomaly")
 
 
+class BacktestBody(Body):
+    """The history to judge, and options that determine which rows are anomalous.
+
+    The rows are in exactly one of the fields `records` and `metrics`. Each has a time.
+    """
+
+    records: Records = Field(None, description="N objects as for /anomaly, with a time and perhaps a group")
+    metrics: Metrics = Field(None, description="a batch in Telegraf's JSON format, as for /anomaly")
+    alphas: list[Annotated[float, Field(gt=0.0, lt=1.0)]] | None = Field(
+        None,
+        min_length=1,
+        max_length=8,
+        description="false-alarm rates to compare; the details of the report are for the first. By default the alpha "
+        "that keeps the budget of the model's policy, if it has one, 0.05, 0.01 and 0.001",
+    )
+    extrapolated: bool = Field(
+        False,
+        description="whether rows may be anomalous at an alpha below the smallest possible p-value, as for /anomaly",
+    )
+    impute: bool = Field(True, description="whether a row may lack features, as for /anomaly")
+    time: str = Field("timestamp", description="key of the time, as for /anomaly")
+    group: str = Field("host", description="key of the group, as for /anomaly")
+    drawings: bool = Field(False, description="whether the response has drawings of the groups and the worst alerts")
+
+
 _WARNING = "models of images only: the pixels are in another range than those that the model was trained on"
 _IMPUTED = "number of missing values in the rows, replaced by training medians; absent if none was missing"
 

@@ -1,19 +1,22 @@
-"""`elbo backtest`: its verdicts are those of the service, row by row, and the command reports them."""
+"""`elbo backtest` and POST /backtest: verdicts and alerts are those of the service, and both report the same."""
 
 import json
 import re
 from functools import partial
 from pathlib import Path
+from time import sleep
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
 from models.manifest import read_manifest
 from models.policy_rules import Policy
+from service.anomaly.streams import JoinedRows
 from service.app import create_app
 from service.backtest.history import History, sort_history
-from service.backtest.replay import DEFAULT_ALPHAS, Options, Replay, replay
+from service.backtest.replay import DEFAULT_ALPHAS, Options, Replay, Replayer, replay
 from service.backtest.report import list_alerts
 from service.inference.model_loader import ModelLoader
 from service.monitoring.alerts import AlertState
@@ -21,6 +24,8 @@ from service.monitoring.background import find_usual_step
 from service.settings import Settings
 from tests.commands import in_process
 from tests.service.running import post, running
+from tests.service.scrape import scrape
+from tests.waiting import wait_until
 from training.config import TrainConfig
 from training.data.table import read_table
 from training.progress import SilentReporter
@@ -291,3 +296,87 @@ def test_faulty_rows_cost_only_themselves(root: Path, tmp_path: Path, capsys: py
     assert status == 0
     assert (json.loads(out)["rows"], json.loads(out)["faulty_rows"]) == (2, 2)
     assert "2 rows cannot be judged; row 1: 'ts' has 'later', which is not a timestamp" in err
+
+
+def settings_of(root: Path, **options: Any) -> Settings:
+    return Settings(artifacts=root, default_model="rows", backend="torchscript", log_level="warning", **options)
+
+
+def backtest_csv(client: httpx.Client, content: str, **options: Any) -> httpx.Response:
+    return client.post("/backtest", params=options, content=content, headers={"Content-Type": "text/csv"})
+
+
+@pytest.mark.parametrize("name", ["rows", "windows"])
+def test_endpoint_reports_what_the_command_reports_and_remembers_nothing(
+    root: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    status, out, _ = in_process(capsys, "backtest", name, str(root / "history.csv"), "--json", "--artifacts", str(root))
+    assert status == 0
+    expected = json.loads(out)
+    with running(create_app(settings_of(root))) as client:
+        response = backtest_csv(client, (root / "history.csv").read_text(), model=name, drawings=True)
+        metrics = scrape(client)
+    assert response.status_code == 200, response.text
+    answer = response.json()
+    assert (answer["model"], answer["version"], answer["errors"]) == (name, 1, [])
+    report = answer["report"]
+    for key in ("rows", "rules", "first", "last", "warming_up_rows"):
+        assert report[key] == expected[key]
+    assert [(group["group"], group["alerts"], group["state"]) for group in report["groups"]] == [
+        (group["group"], group["alerts"], group["state"]) for group in expected["groups"]
+    ]
+    assert [alpha["anomalous_rows"] for alpha in report["alphas"]] == [a["anomalous_rows"] for a in expected["alphas"]]
+    assert [alert["start"] for alert in report["worst_false_alerts"]] == [
+        alert["start"] for alert in expected["worst_false_alerts"]
+    ]
+    assert len(answer["drawings"]["groups"]) == 3
+    assert len(answer["drawings"]["alerts"]) == len(report["worst_false_alerts"]) > 0
+    labels = frozenset({("model", name), ("version", "1")})
+    assert metrics["elbo_unobserved_rows_total", labels] == len(history()[0])
+    assert ("elbo_scored_rows_total", labels) not in metrics
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "status", "message"),
+    [
+        ("cpu,disk,load\n1,2,3\n", {}, 422, "no row has a time: .* looked for the times under 'ts'"),
+        ("ts,cpu,disk,load\n1,1,2,3\n", {"time": "when"}, 422, "no row has a time: .*'when'"),
+        ("ts,memory\n1,2\n", {}, 422, "missing from the CSV header"),
+        ("ts,cpu,disk,load\n" + "1,1,2,3\n" * 400, {}, 413, "at most 50 rows"),
+        ("ts,cpu,disk,load\n1,1,2,3\n", {"alphas": "[0.05,1]"}, 422, "alphas.1 should be less than 1"),
+    ],
+)
+def test_endpoint_says_why_it_cannot_replay_a_history(
+    root: Path, content: str, options: dict[str, str], status: int, message: str
+) -> None:
+    with running(create_app(settings_of(root, max_rows=50))) as client:
+        response = backtest_csv(client, content, **options)
+    assert response.status_code == status
+    assert re.search(message, response.json()["detail"])
+
+
+def test_rows_without_a_time_cost_only_themselves(root: Path) -> None:
+    content = "ts,host,cpu,disk,load\n60,a,1,2,3\n,a,1,2,3\n120,a,1,x,3\n180,a,1,2,3\n"
+    with running(create_app(settings_of(root))) as client:
+        answer = backtest_csv(client, content).json()
+    assert (answer["report"]["rows"], answer["report"]["faulty_rows"], answer["drawings"]) == (2, 2, None)
+    assert [error["row"] for error in answer["errors"]] == [1, 2]
+
+
+def test_replay_ends_when_its_client_leaves(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    joined: list[slice] = []
+    join = Replayer.join
+
+    def join_slowly(self: Replayer, part: slice) -> JoinedRows:
+        joined.append(part)
+        sleep(0.05)
+        return join(self, part)
+
+    monkeypatch.setattr("service.backtest.replay.CHUNK_ROWS", 5)
+    monkeypatch.setattr(Replayer, "join", join_slowly)
+    with running(create_app(settings_of(root))) as client:
+        with pytest.raises(httpx.ReadTimeout), httpx.Client(base_url=client.base_url, timeout=1.0) as leaving:
+            backtest_csv(leaving, (root / "history.csv").read_text())
+        labels = {("endpoint", "/backtest"), ("model", "rows"), ("version", "1"), ("status", "499")}
+        wait_until(lambda: scrape(client).get(("elbo_requests_total", frozenset(labels))) == 1)
+        assert 0 < len(joined) < len(history()[0]) / 5

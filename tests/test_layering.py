@@ -45,7 +45,7 @@ MAY_IMPORT = {
     ),
     "service.monitoring": "models.errors anomaly inference codec settings shared_memory",
     "service.http": "access monitoring inference codec errors shared_memory",
-    "service.backtest": "models.errors models.policy_rules models.timestamps anomaly codec inference",
+    "service.backtest": "models.errors models.policy_rules models.timestamps schemas anomaly codec inference",
     "service.endpoints": (
         "models.artifact models.manifest models.onset models.errors access http monitoring anomaly schemas inference "
         "codec errors settings"

@@ -28,6 +28,7 @@ ROUTES: dict[str, Scope | None] = {
     "/decode": Scope.INFER,
     "/sample": Scope.INFER,
     "/interpolate": Scope.INFER,
+    "/backtest": Scope.INFER,
     "/api/v1/write": Scope.WRITE,
     "/feedback": Scope.WRITE,
     "/models": Scope.INFER,

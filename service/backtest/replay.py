@@ -9,7 +9,6 @@ past, as after a server's first start.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -40,14 +39,16 @@ Flags = npt.NDArray[np.bool_]
 _Causes = tuple[npt.NDArray[np.int64], npt.NDArray[np.intp], Array, Times]  # see `Replay`
 
 
-class Cause(NamedTuple):
+@dataclass(frozen=True)
+class Cause:
     """A feature that contributes to the score of a row.
 
-    `since`: when its deviation began, in Unix seconds; None if this is unknown, as for a model without a window.
+    `value`: None if it is missing. `since`: when its deviation began, in Unix seconds; None if this is unknown, as for
+    a model without a window.
     """
 
     name: str
-    value: float
+    value: float | None
     expected: float
     contribution: float
     since: float | None = None
@@ -139,11 +140,21 @@ class Replay:
             return ()
         columns = self.causes_features[place].tolist(), self.causes_numbers[place].tolist()
         return tuple(
-            Cause(self.names[feature], value, expected, contribution, since if since == since else None)
+            Cause(
+                self.names[feature],
+                value if value == value else None,
+                expected,
+                contribution,
+                since if since == since else None,
+            )
             for feature, (value, expected, contribution), since in zip(
                 *columns, self.causes_since[place].tolist(), strict=True
             )
         )
+
+
+def _known(number: float) -> float | None:
+    return number if number == number else None
 
 
 class Replayer:

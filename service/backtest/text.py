@@ -32,7 +32,8 @@ def format_duration(seconds: float) -> str:
 def format_cause(cause: Cause) -> str:
     """Return a feature with its value and the expected one, and since when it deviates."""
     since = "" if cause.since is None else f" since {format_time(cause.since)}"
-    return f"{cause.name} {cause.value:.4g} (expected {cause.expected:.4g}){since}"
+    value = "is missing" if cause.value is None else f"{cause.value:.4g}"
+    return f"{cause.name} {value} (expected {cause.expected:.4g}){since}"
 
 
 def _lines(report: Report) -> Iterator[str]:

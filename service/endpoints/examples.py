@@ -8,6 +8,7 @@ from service.anomaly.inputs import PLAIN_TEXT
 from service.codec import csv_rows, ndjson
 from service.schemas import (
     AnomalyBody,
+    BacktestBody,
     Body,
     DecodeBody,
     EncodeBody,
@@ -111,6 +112,18 @@ EXAMPLES: dict[type[Body], dict[str, dict[str, Any]]] = {
             "value": {
                 "records": [_record(ZERO) | {"host": "a", "timestamp": 1.7e9 + 30 * i} for i in range(3)],
                 "half_life": 60.0, "detail": "none",
+            },
+        },
+    },
+    BacktestBody: {
+        "records": {
+            "summary": "rows of two hosts over time",
+            "value": {
+                "records": [
+                    _record(digit) | {"host": host, "timestamp": 1.7e9 + 60 * i}
+                    for i in range(3) for host, digit in (("a", ZERO), ("b", ONE))
+                ],
+                "alphas": [0.05, 0.01],
             },
         },
     },

@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from time import perf_counter
@@ -296,10 +296,15 @@ async def run_operation(
 
 async def take_turn(parsed: ParsedRequest[Any, Any], rows: int) -> None:
     """Wait for the turn to compute `rows` rows. Raises ClientGone if the client disconnects meanwhile."""
+    await run_while_connected(parsed, parsed.request.ticket.take_turn(rows, parsed.deadline))
+
+
+async def run_while_connected(parsed: ParsedRequest[Any, Any], work: Awaitable[T]) -> T:
+    """Return the result of `work`, which is cancelled if the client disconnects. Raises ClientGone."""
     watch = DisconnectWatch(parsed.request)
     watch.start()
     try:
-        await parsed.request.ticket.take_turn(rows, parsed.deadline)
+        return await work
     except asyncio.CancelledError:
         watch.raise_if_disconnected()
         raise

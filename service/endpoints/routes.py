@@ -11,9 +11,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.access.scopes import OPEN, ROUTES
+from service.backtest.answer import BacktestAnswer
 from service.codec import ndjson, pictures, remote_write
 from service.codec.request_body import ARRAY_MEDIA_TYPES, JSON
 from service.codec.response_body import ARRAY_FORMATS, IMAGE_FORMATS
+from service.endpoints.backtest import BACKTEST, BacktestEndpoint
 from service.endpoints.context import ServiceContext
 from service.endpoints.examples import EXAMPLES, TEXTS
 from service.endpoints.feedback import FEEDBACK, FeedbackEndpoint
@@ -116,7 +118,7 @@ class Endpoint:
 
 def endpoints(service: ServiceContext, receiver: RemoteWriteEndpoint) -> list[Endpoint]:
     """Return all endpoints."""
-    infer, inform = InferenceEndpoints(service), InformationEndpoints(service)
+    infer, inform, rehearse = InferenceEndpoints(service), InformationEndpoints(service), BacktestEndpoint(service)
     model = "/models/{reference}"
     return [
         Endpoint("/anomaly", infer.anomaly, MODEL_ERRORS, AnomalyAnswer, spec=ANOMALY),
@@ -125,6 +127,7 @@ def endpoints(service: ServiceContext, receiver: RemoteWriteEndpoint) -> list[En
         Endpoint("/decode", infer.decode, MODEL_ERRORS, DecodeAnswer, spec=DECODE),
         Endpoint("/sample", infer.sample, MODEL_ERRORS, SampleAnswer, spec=SAMPLE),
         Endpoint("/interpolate", infer.interpolate, MODEL_ERRORS, InterpolateAnswer, spec=INTERPOLATE),
+        Endpoint("/backtest", rehearse.backtest, MODEL_ERRORS, BacktestAnswer, spec=BACKTEST),
         Endpoint("/feedback", FeedbackEndpoint(service).feedback, FEEDBACK_ERRORS, FeedbackAnswer, spec=FEEDBACK),
         Endpoint("/api/v1/write", receiver.write, WRITE_ERRORS, reads=(remote_write.MEDIA_TYPE,)),
         Endpoint("/models", inform.models, response=ModelList),

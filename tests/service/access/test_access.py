@@ -40,10 +40,18 @@ def concrete(route: str) -> str:
 
 
 def send(client: httpx.Client, route: str, headers: Headers | None = None) -> httpx.Response:
-    is_post = route.startswith(
-        ("/api", "/anomaly", "/feedback", "/reconstruct", "/encode", "/decode", "/sample", "/interpolate")
+    posts = (
+        "/api",
+        "/anomaly",
+        "/backtest",
+        "/feedback",
+        "/reconstruct",
+        "/encode",
+        "/decode",
+        "/sample",
+        "/interpolate",
     )
-    return client.request("POST" if is_post else "GET", concrete(route), headers=headers)
+    return client.request("POST" if route.startswith(posts) else "GET", concrete(route), headers=headers)
 
 
 def test_table_of_scopes_lists_every_route_of_the_application(tmp_path: Path) -> None:

@@ -113,7 +113,9 @@ def test_report_as_text_and_as_json_has_the_same_figures() -> None:
     assert "disk 5 (expected 1) since 1970-01-01 01:00:00, cpu 4 (expected 4)" in text
     found = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert found["alphas"][0]["false_alerts"] == 2
-    assert found["worst_false_alerts"][0]["causes"][0] == ["disk", 5.0, 1.0, 3.0, 3600.0]
+    assert found["worst_false_alerts"][0]["causes"][0] == {
+        "name": "disk", "value": 5.0, "expected": 1.0, "contribution": 3.0, "since": 3600.0,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

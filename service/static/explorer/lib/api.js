@@ -54,6 +54,19 @@ export async function postJson(endpoint, model, body, signal) {
 /** The response of /anomaly. The rows are not live traffic: a visitor who looks at rows must not raise an alert. */
 export const scoreRows = (model, body, signal) => postJson("/anomaly", model, { ...body, observe: false }, signal);
 
+/** The response of /backtest for a file of rows with times. An option that is empty is left to the server. */
+export async function rehearse(model, file, type, options, signal) {
+  const given = Object.entries(options).filter(([, value]) => value);
+  const query = new URLSearchParams([["drawings", "true"], ...given]);
+  const response = await request(`/backtest?model=${reference(model)}&${query}`, {
+    method: "POST",
+    headers: { "Content-Type": type },
+    body: file,
+    signal,
+  });
+  return response.json();
+}
+
 /** `rows` as JSON inputs of `model`. If the model has a window, each row is the only one in its window. */
 export function toInputs(model, rows) {
   if (!model.window) return rows;

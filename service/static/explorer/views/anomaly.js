@@ -2,6 +2,7 @@
 
 import { getExhibit, scoreRows } from "../lib/api.js";
 import { number } from "../lib/format.js";
+import { isImage } from "../lib/model.js";
 import { state } from "../lib/state.js";
 import { LatestTask } from "../lib/tasks.js";
 import { histogram } from "../ui/charts.js";
@@ -13,6 +14,7 @@ import { RowSource } from "../ui/row-source.js";
 import { BatchCard } from "./anomaly/batch-card.js";
 import { contributions } from "./anomaly/contributions.js";
 import { FeatureCard } from "./anomaly/feature-card.js";
+import { RehearsalCard } from "./anomaly/rehearsal-card.js";
 
 export const title = "Anomaly";
 const P_VALUE =
@@ -50,7 +52,9 @@ class AnomalyView {
     this.source = new RowSource({ model, heldOut: this.heldOut, onrow, onreject: () => this.clear() });
     this.feature = new FeatureCard({ model, alpha, onchange: (row) => this.score(row) });
     this.batch = new BatchCard({ model, alpha, heldOut: this.heldOut, oninspect: (row) => this.inspect(row) });
+    this.rehearsal = isImage(model) ? null : new RehearsalCard({ model });
     container.append(this.rowAndVerdict(), this.feature.element, this.batch.element);
+    if (this.rehearsal) container.append(this.rehearsal.element);
     this.source.start();
   }
 
@@ -145,6 +149,7 @@ class AnomalyView {
     this.scoring.stop();
     this.feature?.stop();
     this.batch?.stop();
+    this.rehearsal?.stop();
   }
 }
 
