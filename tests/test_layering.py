@@ -47,8 +47,8 @@ MAY_IMPORT = {
     "service.http": "access monitoring inference codec errors shared_memory",
     "service.backtest": "models.errors models.policy_rules models.timestamps schemas anomaly codec inference",
     "service.endpoints": (
-        "models.artifact models.manifest models.onset models.errors access backtest http monitoring anomaly schemas inference "
-        "codec errors settings"
+        "models.artifact models.manifest models.onset models.errors access backtest http monitoring anomaly schemas "
+        "inference codec errors settings"
     ),
     "service.app": (
         "models.artifact models.signatures access endpoints http monitoring anomaly inference errors settings "
