@@ -71,8 +71,8 @@ def fit_prior(core: Core, u: Tensor, held_out: Tensor, seed: int, *, with_spread
 def fit_mixture(z: Array, held_out: Array, seed: int) -> Mixture:
     """Return a mixture that is fitted to latents z [N, K], and under which `held_out` [M, K] are likely.
 
-    The number of components doubles until the likelihood falls. The result is the simplest mixture that is worse than
-    the best one by at most one standard error.
+    The number of components doubles until two numbers in a row give no higher likelihood. The result is the simplest
+    mixture that is worse than the best one by at most one standard error.
     """
     from threadpoolctl import threadpool_limits
 
@@ -81,7 +81,8 @@ def fit_mixture(z: Array, held_out: Array, seed: int) -> Mixture:
         for count in _counts(len(z)):
             mixtures.append(_fit_components(z, count, seed))
             densities.append(mixtures[-1].log_density(held_out))  # [M]
-            if count > 1 and not densities[-1].mean() > densities[-2].mean():
+            means = [float(density.mean()) for density in densities]
+            if len(means) > 2 and not max(means[-2:]) > max(means[:-2]):
                 break
     best = max(densities, key=lambda density: float(density.mean()))  # [M]
     losses = [best - density for density in densities]  # each [M]
