@@ -1,7 +1,7 @@
 """Run the `elbo` command in a new process or in the process of the test, and write data files for the command.
 
-A new process imports torch, which takes seconds. A test needs a new process only to check signals, kills, standard
-output that is a pipe or a terminal, limits, and libraries that are absent.
+A new process imports torch, which takes seconds, unless `tests.preloaded` starts it. A test needs a new process only to
+check signals, kills, standard output that is a pipe or a terminal, limits, and libraries that are absent.
 """
 
 import io
@@ -17,6 +17,7 @@ import pytest
 
 import elbo
 from tests.data import ROOT
+from tests.preloaded import run_preloaded
 
 CompletedCommand = subprocess.CompletedProcess[str]
 Rows = npt.NDArray[np.float64]
@@ -25,13 +26,11 @@ HEADER = "cpu [%],memory [GB],disk,network,errors"
 
 def command(*arguments: str, environment: dict[str, str] | None = None) -> CompletedCommand:
     """Run `elbo` in a new process, in which only the ELBO_* variables in `environment` are set."""
-    return subprocess.run(
+    return run_preloaded(
         [sys.executable, "-m", "elbo", *arguments],
         cwd=ROOT,
         env={key: value for key, value in os.environ.items() if not key.startswith("ELBO_")} | (environment or {}),
-        capture_output=True,
         text=True,
-        timeout=120,
     )
 
 

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes: their threads would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 settings.register_profile("elbo", deadline=None)  # no time limit: a busy machine must not fail a test
 settings.load_profile("elbo")
 

@@ -18,6 +18,7 @@ from models.artifact import load
 from models.manifest import read_manifest
 from tests.commands import HEADER, Rows, command, in_process, two_factor_rows, write
 from tests.data import ROOT
+from tests.preloaded import PreloadedProcess
 from training.config import AUTO_KINDS, DEMONSTRATION, DEMONSTRATION_OF_HOSTS, TrainConfig
 from training.data.table import split_rows
 
@@ -262,7 +263,7 @@ def test_score_of_a_row_does_not_depend_on_the_other_rows_of_the_file(
 
 def test_score_command_prints_no_error_if_the_output_pipe_is_closed(root: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "a.csv", two_factor_rows(5000, seed=2))
-    process = subprocess.Popen(
+    process = PreloadedProcess(
         [sys.executable, "-m", "elbo", "score", "hosts", data, "--artifacts", str(root)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -458,7 +459,7 @@ def long_training(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     code = (  # background jobs of a shell ignore SIGINT, so restore the default handler
         f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nimport elbo; elbo.main({arguments})"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = PreloadedProcess([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     yield process
     process.kill()
     process.wait()

@@ -27,6 +27,7 @@ from service.shared_memory import SharedCounters
 from tests.conftest import require
 from tests.data import ROOT
 from tests.ports import free_port, free_ports
+from tests.preloaded import PreloadedProcess
 from tests.service.access.keys import KeySet
 from tests.waiting import wait_until
 
@@ -274,8 +275,13 @@ class Application:
 @contextmanager
 def running_program(*command: str, **environment: str) -> Iterator[None]:
     """Run a program until the block ends."""
-    program = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    program = PreloadedProcess(
+        list(command),
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     output: list[str] = []
     reader = threading.Thread(target=lambda: output.extend(program.stdout or ()))

@@ -29,6 +29,7 @@ from models.pipeline import Pipeline
 from models.scaling import ImputingScaling
 from tests.models.builders import CORES, batch, manifest, pipeline
 from tests.models.publishing import GAPS, publish
+from tests.preloaded import PreloadedProcess
 
 pytestmark = pytest.mark.slow
 
@@ -95,7 +96,7 @@ def test_killing_a_publisher_leaves_only_complete_versions(tmp_path: Path) -> No
     )
     for delay in (0.0, 0.013):
         before = len(versions(tmp_path, "model"))
-        process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT)
+        process = PreloadedProcess([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT)
         deadline = time.monotonic() + 60
         while len(versions(tmp_path, "model")) == before and time.monotonic() < deadline:
             time.sleep(0.002)

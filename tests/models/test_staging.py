@@ -14,6 +14,7 @@ import pytest
 from models.staging import ABANDONED_SECONDS, staging_folder
 from tests.data import ROOT
 from tests.models.publishing import publish
+from tests.preloaded import PreloadedProcess
 
 HOLD = """
 import sys, time
@@ -69,7 +70,7 @@ def test_next_publisher_removes_the_staging_folder_of_a_killed_one(tmp_path: Pat
     )
     model = tmp_path / "model"
     for _ in range(20):
-        process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT)
+        process = PreloadedProcess([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT)
         while not (model.exists() and any(path.is_dir() for path in model.glob(".staging-*"))):
             assert process.poll() is None
         process.kill()

@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 
 from tests.data import ROOT
+from tests.preloaded import PreloadedProcess
 from tests.service.scrape import scrape, total
 
 
@@ -33,7 +34,7 @@ class ServerProcess:
         options = {"ARTIFACTS": artifacts, "PORT": 0, "POLL_SECONDS": 0.1, **settings}
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("ELBO_")}
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `close`
-        self.popen = subprocess.Popen(
+        self.popen: subprocess.Popen[str] = PreloadedProcess(
             [*prefix, sys.executable, "-m", "service"],
             cwd=ROOT,
             env=inherited | {f"ELBO_{key}": str(value) for key, value in options.items()},
@@ -59,7 +60,7 @@ class ServerProcess:
     def wait_for_log(self, message: str, **fields: Any) -> dict[str, Any]:
         """Return the next log line whose message contains `message` and whose fields have the values in `fields`."""
         while True:
-            line = self._unread_lines.get(timeout=20)
+            line = self._unread_lines.get(timeout=60)
             assert line is not None, f"the server ended before it logged {message!r}"
             self.lines.append(line)
             if message in line["message"] and all(line.get(key) == value for key, value in fields.items()):
@@ -97,7 +98,7 @@ class ServerProcess:
         self.popen.kill()
         self.popen.wait()
         with suppress(queue.Empty):
-            while line := self._unread_lines.get(timeout=1):
+            while line := self._unread_lines.get(timeout=5):
                 self.lines.append(line)
         print(*(line for line in self.lines if "status" not in line), self.stderr(), sep="\n")
         self._stderr.close()

@@ -15,6 +15,7 @@ import pytest
 from models.artifact import load
 from tests.commands import in_process, succeed, two_factor_rows, write
 from tests.data import ROOT
+from tests.preloaded import PreloadedProcess, run_preloaded
 
 pytestmark = pytest.mark.slow
 
@@ -29,20 +30,15 @@ def start(
     *arguments: str, max_file_bytes: int | None = None, temporary: Path | None = None, as_root: bool = True
 ) -> subprocess.Popen[str]:
     """Start `elbo`. A write beyond `max_file_bytes` fails, as on a full disk."""
-    command = [sys.executable, "-m", "elbo", *arguments]
-
-    def limit() -> None:
-        if max_file_bytes is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
-
-    return subprocess.Popen(
+    limit = [] if max_file_bytes is None else ["prlimit", f"--fsize={max_file_bytes}"]
+    command = [*limit, sys.executable, "-m", "elbo", *arguments]
+    return PreloadedProcess(
         command if as_root else without_privileges(*command),
         cwd=ROOT,
         env=dict(os.environ) | ({} if temporary is None else {"TMPDIR": str(temporary)}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=limit,  # noqa: PLW1509  # this test starts no threads
     )
 
 
@@ -210,11 +206,10 @@ def test_calibration_into_an_unwritable_folder_prints_one_line(
 def test_command_whose_output_goes_to_a_full_disk_prints_one_line(arguments: str, trained: Path) -> None:
     words = [str(trained / "train.csv") if word == "DATA" else word for word in arguments.split()]
     with Path("/dev/full").open("w") as full:
-        run = subprocess.run(
+        run = run_preloaded(
             [sys.executable, "-m", "elbo", *words, "--artifacts", str(trained / "artifacts")],
             cwd=ROOT,
             stdout=full,
-            stderr=subprocess.PIPE,
             text=True,
         )
     assert run.returncode == 1

@@ -10,6 +10,7 @@ import pytest
 from models.manifest import read_manifest
 from tests.commands import two_factor_rows, write
 from tests.data import ROOT
+from tests.preloaded import PreloadedProcess
 from tests.training.reporters import RecordingReporter
 from training.config import TrainConfig
 from training.data.table import Table, read_table
@@ -86,7 +87,7 @@ def test_two_commands_that_train_one_name_at_once_publish_two_versions(tmp_path:
         [sys.executable, "-m", "elbo", "train", source, *options, "--runs", str(tmp_path / "runs"), "--seed", str(seed)]
         for seed in (1, 2)
     ]
-    processes = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for command in commands]
+    processes = [PreloadedProcess(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for command in commands]
     for process in processes:
         _, err = process.communicate(timeout=200)
         assert process.returncode == 0, err

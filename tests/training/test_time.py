@@ -19,6 +19,7 @@ from models.manifest import Manifest, read_manifest
 from tests.commands import in_process
 from tests.conftest import require
 from tests.data import DATA_FOLDER, ROOT
+from tests.preloaded import PreloadedProcess
 from tests.training.reporters import RecordingReporter
 from tests.training.series import START, STEP, host_metrics, save
 from training.config import TrainConfig
@@ -219,7 +220,7 @@ def test_interrupted_run_with_times_resumes_to_the_same_weights(tmp_path: Path) 
     def start(folder: str, *more: str) -> "subprocess.Popen[str]":
         places = ["--artifacts", str(tmp_path / folder / "a"), "--runs", str(tmp_path / folder / "runs")]
         command = [sys.executable, "-m", "elbo", "train", source, *options, *places, "--checkpoint-seconds", "0", *more]
-        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True)
+        return PreloadedProcess(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True)
 
     with start("whole") as whole:
         assert whole.wait(timeout=300) == 0

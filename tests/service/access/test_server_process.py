@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ import httpx
 import pytest
 
 from tests.data import ROOT
+from tests.preloaded import PreloadedProcess
 from tests.service.access.keys import KeySet, one_key_per_scope
 from tests.service.process import ServerProcess, server_starter
 from tests.service.raw_http import read_response
@@ -54,7 +54,7 @@ def test_value_of_a_key_is_in_nothing_that_the_server_writes(
 ) -> None:
     secret = keys.values["admin"]
     wrong = "elbo_" + 43 * "W"
-    process = start(tmp_path / "none", API_KEYS_FILE=keys.path, LOG_LEVEL="debug")
+    process = start(tmp_path / "none", prefix=["env"], API_KEYS_FILE=keys.path, LOG_LEVEL="debug")
     answers: list[bytes] = []
     with process.client() as client:
         for value in (secret, wrong):
@@ -99,7 +99,7 @@ def test_traceback_of_a_request_names_the_key_without_its_value(tmp_path: Path, 
     settings = {"ARTIFACTS": str(tmp_path / "none"), "PORT": "0", "API_KEYS_FILE": str(keys.path)}
     output = tmp_path / "log"
     with output.open("wb") as log:
-        process = subprocess.Popen(
+        process = PreloadedProcess(
             [sys.executable, "-c", FAILING],
             cwd=ROOT,
             env=inherited | {f"ELBO_{name}": value for name, value in settings.items()},

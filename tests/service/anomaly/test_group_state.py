@@ -17,6 +17,7 @@ from service.anomaly.group_state import ENTRY, HEADER_BYTES, GroupFile, Record, 
 from service.errors import NotReady, Overloaded
 from tests.conftest import require
 from tests.data import ROOT
+from tests.preloaded import PreloadedProcess
 from tests.service.group_writer import MAX_GROUPS, NAMES, PAYLOAD_BYTES, number_of
 
 
@@ -268,7 +269,7 @@ def test_damage_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture)
 def writer(path: Path) -> Iterator[subprocess.Popen[str]]:
     """Start a process that commits for ever, and kill it at the end of the block."""
     command = [sys.executable, "-m", "tests.service.group_writer", str(path)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = PreloadedProcess(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         yield process
     finally:

@@ -23,6 +23,7 @@ from service.monitoring import logs
 from service.monitoring.log_output import LogOutput, LogQueue, QueuedText
 from service.monitoring.request_record import RequestRecord
 from service.settings import Settings
+from tests.preloaded import PreloadedProcess
 from tests.service.running import running
 from tests.service.scrape import increase, scrape
 
@@ -169,7 +170,7 @@ def test_log_lines_stay_whole_if_workers_write_at_the_same_time(kind: str, tmp_p
         reader = subprocess.Popen(["cat"], stdin=pipe, stdout=file)
         output = reader.stdin if kind == "pipe" else file
         programs = [[sys.executable, "-c", WRITER.replace("NAME", name)] for name in names]
-        workers = [subprocess.Popen(program, stdin=pipe, stdout=output, stderr=pipe) for program in programs]
+        workers = [PreloadedProcess(program, stdin=pipe, stdout=output, stderr=pipe) for program in programs]
         for worker in workers:
             assert worker.stderr
             assert worker.stderr.readline() == b"ready\n"

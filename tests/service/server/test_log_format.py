@@ -4,13 +4,13 @@ import json
 import os
 import pty
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests.data import ROOT
+from tests.preloaded import PreloadedProcess
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +21,7 @@ def first_log_line(artifacts: Path, *, on_terminal: bool, log_format: str | None
     environment = {key: value for key, value in os.environ.items() if not key.startswith("ELBO_")}
     environment |= {"ELBO_ARTIFACTS": str(artifacts), "ELBO_PORT": "0"}
     environment |= {} if log_format is None else {"ELBO_LOG_FORMAT": log_format}
-    process = subprocess.Popen([sys.executable, "-m", "elbo", "serve"], cwd=ROOT, stdout=writer, env=environment)
+    process = PreloadedProcess([sys.executable, "-m", "elbo", "serve"], cwd=ROOT, stdout=writer, env=environment)
     os.close(writer)
     try:
         with os.fdopen(reader, encoding="utf-8") as log:

@@ -1,7 +1,6 @@
 """The server does not listen on an address that other machines can reach, unless it has keys or may be insecure."""
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from service.server.run import ServeError, bind, require_keys_if_public
 from service.settings import Settings
 from tests.conftest import require
 from tests.data import ROOT
+from tests.preloaded import run_preloaded
 from tests.service.access.keys import one_key_per_scope
 from tests.service.process import ServerProcess, server_starter
 
@@ -56,9 +56,7 @@ def test_loopback_address_needs_no_keys(host: str) -> None:
 def test_server_exits_before_it_listens_on_a_public_address(tmp_path: Path, command: list[str], workers: int) -> None:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("ELBO_")}
     settings = {"ELBO_HOST": "0.0.0.0", "ELBO_PORT": "0", "ELBO_ARTIFACTS": str(tmp_path), "ELBO_WORKERS": str(workers)}
-    result = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=inherited | settings, capture_output=True, text=True, timeout=60
-    )
+    result = run_preloaded([sys.executable, *command], cwd=ROOT, env=inherited | settings, text=True)
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
     assert "the server does not listen on 0.0.0.0" in result.stderr

@@ -23,6 +23,7 @@ from service.settings import Settings
 from tests.conftest import require
 from tests.data import ROOT
 from tests.ports import free_port
+from tests.preloaded import PreloadedProcess, run_preloaded
 from tests.service.access.keys import one_key_per_scope
 from tests.service.process import ServerProcess, background_threads, server_starter
 from tests.service.raw_http import read_response, request_head
@@ -118,9 +119,7 @@ def test_server_exits_with_a_one_line_error_if_the_port_is_in_use(artifacts: Pat
     with socket.create_server(("127.0.0.1", 0)) as other_server:
         port = other_server.getsockname()[1]
         environment = os.environ | {"ELBO_PORT": str(port), "ELBO_ARTIFACTS": str(artifacts)}
-        result = subprocess.run(
-            [sys.executable, "-m", "service"], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
+        result = run_preloaded([sys.executable, "-m", "service"], cwd=ROOT, env=environment, text=True)
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
     assert f"cannot listen on 127.0.0.1 port {port}" in result.stderr
@@ -278,7 +277,7 @@ def test_recalibrated_model_is_served_without_a_restart(
     with process.client() as client:
         old = client.post("/anomaly", json={"inputs": rows[:5].tolist()}).json()
         command = [sys.executable, "-m", "elbo", "calibrate", "hosts", str(recent), "--force", *folders]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        assert run_preloaded(command, cwd=ROOT).returncode == 0
         process.wait_for_log("serving hosts@2")
         new = client.post("/anomaly", json={"inputs": rows[:5].tolist()}).json()
         assert (old["version"], old["calibration"]["rows"]) == (1, 80)
@@ -608,7 +607,7 @@ def test_server_counts_lost_log_lines_and_stops_in_order_if_its_log_cannot_be_wr
         "BACKEND": "torchscript",
     }
     with (tmp_path / "stderr").open("wb") as stderr:
-        process = subprocess.Popen(
+        process = PreloadedProcess(
             [*log.shell, sys.executable, "-m", "service"],
             cwd=ROOT,
             env=os.environ | {f"ELBO_{key}": str(value) for key, value in variables.items()},
@@ -638,7 +637,7 @@ def test_server_answers_and_stops_if_the_reader_of_both_its_streams_is_blocked(a
     log = UnwritableLog("blocked")
     fill(log.descriptor)
     variables = {"PORT": port, "ARTIFACTS": artifacts, "WORKERS": workers, "BACKEND": "torchscript"}
-    process = subprocess.Popen(
+    process = PreloadedProcess(
         [sys.executable, "-c", NOISY_SERVER],
         cwd=ROOT,
         env=os.environ | {f"ELBO_{key}": str(value) for key, value in variables.items()},
@@ -670,7 +669,7 @@ def test_failed_start_ends_if_the_reader_of_standard_error_is_blocked(tmp_path: 
     fill(log.descriptor)
     with socket.create_server(("127.0.0.1", 0)) as used:
         variables = {"PORT": used.getsockname()[1], "ARTIFACTS": tmp_path}
-        process = subprocess.Popen(
+        process = PreloadedProcess(
             [sys.executable, "-m", "service"],
             cwd=ROOT,
             env=os.environ | {f"ELBO_{key}": str(value) for key, value in variables.items()},

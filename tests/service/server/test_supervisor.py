@@ -6,7 +6,6 @@ import select
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -24,6 +23,7 @@ from service.inference.trial import KEEPER_PROCESS_NAME
 from service.server import fd_passing
 from tests.conftest import require
 from tests.data import ROOT
+from tests.preloaded import run_preloaded
 from tests.service.process import ServerProcess, background_threads, server_starter
 from tests.service.raw_http import read_response, request_head
 from tests.waiting import wait_until
@@ -224,7 +224,7 @@ def test_server_exits_without_an_error_if_a_worker_becomes_ready_while_the_serve
         "ELBO_PORT": "0", "ELBO_WORKERS": "2", "ELBO_DRAIN_SECONDS": "0", "ELBO_ARTIFACTS": str(artifacts),
     }  # fmt: skip
     command = [sys.executable, "-c", STOP_WHILE_LOADING]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    result = run_preloaded(command, cwd=ROOT, env=environment, text=True)
     assert result.returncode == 0, result
     assert "worker 1 is ready" in result.stdout
 
@@ -257,7 +257,7 @@ def test_supervisor_adds_its_array_to_the_segment_of_a_worker_before_the_worker_
     """Two processes that add arrays to one segment at the same time overwrite each other."""
     environment = os.environ | {"ELBO_PORT": "0", "ELBO_WORKERS": "2"}
     command = [sys.executable, "-c", REPORT_SHARED_ARRAYS]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    result = run_preloaded(command, cwd=ROOT, env=environment, text=True)
     assert result.stdout.splitlines() == [f"0 {fd_passing.CLOSED_CONNECTIONS}"], result
 
 
@@ -307,7 +307,7 @@ def test_server_exits_with_an_error_if_the_first_worker_cannot_start(artifacts: 
         "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
     command = [sys.executable, "-m", "service"]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    result = run_preloaded(command, cwd=ROOT, env=environment, text=True)
     assert result.returncode == 1
     assert "cuda was requested" in result.stderr
 

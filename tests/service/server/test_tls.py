@@ -16,6 +16,7 @@ import pytest
 from tests.conftest import require
 from tests.data import ROOT
 from tests.ports import free_port
+from tests.preloaded import run_preloaded
 from tests.service.process import ServerProcess, server_starter
 from tests.service.raw_http import read_response
 from tests.waiting import wait_until
@@ -180,7 +181,7 @@ def test_server_does_not_start_with_a_certificate_that_cannot_be_loaded(
     options = {"ARTIFACTS": artifacts, "PORT": 0, "TLS_CERTIFICATE": certificate, "TLS_KEY": key}
     environment = os.environ | {f"ELBO_{name}": str(value) for name, value in options.items()}
     command = [sys.executable, "-m", "service"]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    run = run_preloaded(command, cwd=ROOT, env=environment, text=True)
     assert run.returncode == 1
     assert run.stderr.startswith("elbo: cannot load the certificate")
     assert "ELBO_TLS_CERTIFICATE" in run.stderr
@@ -190,7 +191,7 @@ def test_server_does_not_start_with_a_certificate_that_cannot_be_loaded(
 def test_key_without_a_certificate_is_refused(tmp_path: Path) -> None:
     environment = os.environ | {"ELBO_TLS_KEY": str(tmp_path / "key.pem")}
     command = [sys.executable, "-m", "service"]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    run = run_preloaded(command, cwd=ROOT, env=environment, text=True)
     assert run.returncode == 1
     assert "ELBO_TLS_KEY: expected ELBO_TLS_CERTIFICATE too" in run.stderr
 

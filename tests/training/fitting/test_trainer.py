@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from models.manifest import read_manifest
 from tests.commands import in_process
 from tests.data import ROOT
+from tests.preloaded import PreloadedProcess
 from tests.training.reporters import RecordingReporter
 from tests.training.waiting import wait_until_newer
 from training.config import TrainConfig
@@ -167,7 +168,7 @@ def test_run_gives_the_same_weights_if_it_is_killed_three_times_and_resumed(
     saved = tmp_path / "runs" / "m" / FILE_NAME
     for attempt in range(3):
         command = [sys.executable, "-m", "elbo", *arguments, "--checkpoint-seconds", "0"]
-        process = subprocess.Popen([*command, *(["--resume"] if attempt else [])], cwd=ROOT, stderr=subprocess.DEVNULL)
+        process = PreloadedProcess([*command, *(["--resume"] if attempt else [])], cwd=ROOT, stderr=subprocess.DEVNULL)
         previous = saved.stat().st_mtime_ns if attempt else 0
         wait_until_newer(saved, previous, process)
         process.send_signal(signal.SIGKILL)
@@ -191,7 +192,7 @@ def test_run_gives_the_same_weights_if_ctrl_c_stops_it_and_it_is_resumed(
     code = (  # background jobs of a shell ignore SIGINT, so restore the default handler
         f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nimport elbo; elbo.main({arguments})"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = PreloadedProcess([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     while not process.stderr.readline().startswith(" 10 %"):
         assert process.poll() is None
@@ -243,7 +244,7 @@ def test_checkpoint_is_complete_even_if_the_process_is_killed_while_saving(tmp_p
         "store = CheckpointStore(Path(sys.argv[1]), 'x')\n"
         "while True: store.save({'weights': torch.ones(300_000)})"
     )
-    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, env=os.environ)
+    process = PreloadedProcess([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, env=os.environ)
     wait_until_newer(tmp_path / FILE_NAME, 0, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -260,7 +261,7 @@ def test_next_run_removes_the_unfinished_checkpoint_that_a_killed_run_of_the_sam
         "while True: store.save({'weights': torch.ones(3_000_000)})"
     )
     place = tmp_path / folder
-    process = subprocess.Popen([sys.executable, "-c", program, str(place)], cwd=ROOT, env=os.environ)
+    process = PreloadedProcess([sys.executable, "-c", program, str(place)], cwd=ROOT, env=os.environ)
     wait_until_newer(place / FILE_NAME, 0, process)
     parts: list[Path] = []
     while not parts:  # stop the process at random times, until it stops in the middle of a save

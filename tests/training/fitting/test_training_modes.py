@@ -1,7 +1,6 @@
 """Training from disk, with convolutions, in bfloat16 and with torch.compile gives good models."""
 
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from models.manifest import Manifest, read_manifest
 from tests.commands import command, succeed
 from tests.conftest import require
 from tests.data import ROOT
+from tests.preloaded import PreloadedProcess
 from tests.training.reporters import RecordingReporter
 from tests.training.waiting import wait_until_newer
 from training.config import TrainConfig
@@ -85,7 +85,7 @@ def test_training_from_disk_gives_the_same_weights_if_it_is_killed_and_resumed(
 ) -> None:
     config = TrainConfig(model="ae", name="m", epochs=25, hidden=(32,), latents=4, noise=0.2)
     arguments = [str(digits_file), str(tmp_path / "killed"), config.model_dump_json()]
-    process = subprocess.Popen([sys.executable, "-c", TRAIN_FROM_DISK, *arguments], cwd=ROOT)
+    process = PreloadedProcess([sys.executable, "-c", TRAIN_FROM_DISK, *arguments], cwd=ROOT)
     wait_until_newer(tmp_path / "killed" / "runs" / "m" / FILE_NAME, 0, process)
     process.kill()
     process.wait()

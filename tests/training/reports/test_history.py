@@ -15,6 +15,7 @@ import pytest
 
 from tests.conftest import require
 from tests.data import ROOT
+from tests.preloaded import PreloadedProcess
 from tests.training.reporters import RecordingReporter
 from training.reports.history import FILE_NAME, POINTS, HistoryRecorder, thin
 
@@ -130,7 +131,7 @@ for epoch in range(1, 1_000_000):
 
 
 def test_history_resumed_after_sigkill_has_every_epoch_once(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", ENDLESS_RUN, str(tmp_path)], cwd=ROOT)
+    process = PreloadedProcess([sys.executable, "-c", ENDLESS_RUN, str(tmp_path)], cwd=ROOT)
     path, deadline = tmp_path / FILE_NAME, time.monotonic() + 60
     while not (path.exists() and path.stat().st_size > 20_000):
         assert time.monotonic() < deadline

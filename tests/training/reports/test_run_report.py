@@ -15,6 +15,7 @@ import elbo
 from models.manifest import Manifest, read_manifest
 from tests.commands import in_process, two_factor_rows, write
 from tests.data import ROOT
+from tests.preloaded import PreloadedProcess
 from tests.training.manifests import manifest_of
 from tests.training.reporters import RecordingReporter
 from training.config import EVERY_KIND, TrainConfig
@@ -189,7 +190,7 @@ def test_history_has_the_same_epochs_and_losses_if_the_run_is_killed_and_resumed
     options += ["--checkpoint-seconds", "0.05", "--artifacts", str(tmp_path / "artifacts")]
     command = [sys.executable, "-m", "elbo", "train", "digits", *options, "--runs", str(tmp_path / "runs")]
     path = tmp_path / "runs" / "m" / "metrics.jsonl"
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = PreloadedProcess(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     while not (path.exists() and path.read_bytes().count(b"\n") >= 5 and path.with_name("checkpoint.pt").exists()):
         assert process.poll() is None
         time.sleep(0.005)
