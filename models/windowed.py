@@ -45,7 +45,68 @@ class Summaries(nn.Module):
         return torch.cat((newest, mean + newest, deviation), dim=1).flatten(1)
 
 
-class Windowed(nn.Module):
+class ValidRange(nn.Module):
+    """Takes values outside of their valid ranges out of the rows of windows, as if they had not been measured.
+
+    Args:
+        low: lower end of the valid range of each feature in raw units, [D]; minus infinity if there is none.
+        high: upper end, [D]; infinity if there is none.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, low: Tensor, high: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("low", low)
+        self.register_buffer("high", high)
+
+    def forward(self, x: Tensor, u: Tensor, present: Tensor) -> Tensor:
+        """Return u [B, N, D], with the mean of the valid values of a window in place of those outside of the range.
+
+        If a window has no valid value of a feature, the result is 0.
+
+        Args:
+            x: windows in raw units, [B, N, D]. A missing value is not outside of its range.
+            u: the same windows in model units, with missing values replaced.
+            present: 1 for each row that is there, otherwise 0, [B, N].
+        """
+        outside = torch.where(torch.maximum(x - self.high, self.low - x) > 0.0, 1.0, torch.zeros_like(x))  # [B, N, D]
+        valid = present.unsqueeze(2) - outside  # [B, N, D], 1 for valid values; at most 0 for others
+        total = torch.where(valid > 0.0, u, 0.0).sum(dim=1, keepdim=True)  # [B, 1, D]
+        mean = total / valid.clamp(min=0.0).sum(dim=1, keepdim=True).clamp(min=1.0)  # [B, 1, D]
+        return torch.where(outside > 0.0, mean, u)
+
+
+class WindowSummaries(nn.Module):
+    """Summarises windows in raw units.
+
+    Args:
+        scaling: converts rows from raw units to model units.
+        summaries: summarises windows in model units.
+        valid_range: takes values outside of their valid ranges out of the means and deviations; by default, every value
+            is valid. The newest row keeps such values, because the policy of the model judges them.
+    """
+
+    def __init__(self, scaling: Scaling, summaries: Summaries, valid_range: ValidRange | None = None) -> None:
+        super().__init__()
+        self.scaling = scaling
+        self.summaries = summaries
+        self.valid_range: ValidRange | None = valid_range
+        self.width = len(scaling.shift)
+
+    def summarise(self, x: Tensor) -> Tensor:
+        """Return the summaries [B, V] of windows x [B, N, D], in model units."""
+        present = 1.0 - x.isnan().to(x.dtype).amin(dim=2)  # [B, N]
+        u = self.scaling(x)  # [B, N, D]
+        if self.valid_range is None:
+            summaries: Tensor = self.summaries(u, present)  # [B, V]
+            return summaries
+        others = self.summaries(self.valid_range(x, u, present), present)[:, self.width :]  # [B, V - D]
+        return torch.cat((u[:, -1], others), dim=1)
+
+
+class Windowed(WindowSummaries):
     """The module of an artifact whose model has a window. Its methods are those of `models.pipeline.Pipeline`.
 
     In shapes: B windows of N rows, D features, V summaries, K latents, P parts of the score. A window is [N, D] in raw
@@ -60,21 +121,20 @@ class Windowed(nn.Module):
         summaries: summarises windows in model units.
         pipeline: the model of the summaries [B, V], whose first D columns are the newest row.
         observation: the noise of a row around the decoder's output, in raw units.
+        valid_range: see `WindowSummaries`.
     """
 
-    def __init__(self, scaling: Scaling, summaries: Summaries, pipeline: Pipeline, observation: Observation) -> None:
-        super().__init__()
-        self.scaling = scaling
-        self.summaries = summaries
+    def __init__(
+        self,
+        scaling: Scaling,
+        summaries: Summaries,
+        pipeline: Pipeline,
+        observation: Observation,
+        valid_range: ValidRange | None = None,
+    ) -> None:
+        super().__init__(scaling, summaries, valid_range)
         self.pipeline = pipeline
         self.observation = observation
-        self.width = len(scaling.shift)
-
-    def summarise(self, x: Tensor) -> Tensor:
-        """Return the summaries [B, V] of windows x [B, N, D], in model units."""
-        present = 1.0 - x.isnan().to(x.dtype).amin(dim=2)  # [B, N]
-        summaries: Tensor = self.summaries(self.scaling(x), present)  # [B, V]
-        return summaries
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the reconstruction [B, D] of the newest row of windows x [B, N, D], from the posterior mean."""

@@ -3,6 +3,7 @@
 The rows are of five features: cpu and load depend on each other, so do latency and errors, and io depends on both.
 """
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from training.data.row_store import RowStore
 from training.data.table import Table
 from training.data.timeline import Timeline
 from training.errors import DataError, FitError
+from training.fitting.windows import prepare
 from training.publishing.recalibrate import recalibrate
 from training.train import train
 
@@ -248,3 +250,110 @@ def test_least_deviation_is_in_the_units_of_the_feature(tmp_path: Path) -> None:
     artifact = trained(tmp_path, policy=Policy(features={"cpu": FeatureRule(least=60.0)}))
     assert not is_anomaly(artifact, cpu=2.8)  # 56 %
     assert is_anomaly(artifact, cpu=3.3)  # 66 %
+
+
+WINDOW = 9  # rows
+
+
+def trained_on_windows(root: Path, policy: Policy | None, kind: str = "pca", rows: int = ROWS) -> Artifact:
+    config = TrainConfig(model=kind, name="m", epochs=3, time="time", window=WINDOW)
+    return load(train(config, table(values(rows, 0), timeline_of(rows)), root, RecordingReporter(), policy=policy))
+
+
+def windows_of(x: np.ndarray) -> np.ndarray:
+    """Return the windows [B, N, 5] of rows [B N, 5] that share no row."""
+    return x[: len(x) // WINDOW * WINDOW].reshape(-1, WINDOW, 5)
+
+
+def usual_window(newest_rows: int = WINDOW, **changes: float) -> np.ndarray:
+    """Return a normal window [1, N, 5] in whose newest rows features deviate by so many standard deviations."""
+    window = windows_of(values(WINDOW, 7)).copy()
+    for name, deviation in changes.items():
+        column = NAMES.index(name)
+        window[0, -newest_rows:, column] += deviation * SCALES[column]
+    return window
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.slow
+def test_false_alarm_rate_of_windows_holds_under_each_rule(tmp_path: Path, name: str) -> None:
+    """Windows of calibration rows overlap, so they tell no more than those of them that share no row."""
+    artifact, new = trained_on_windows(tmp_path, RULES[name], rows=30_000), windows_of(values(30_000, 1))
+    new = new[is_inside(RULES[name], new[:, -1])]
+    count = artifact.manifest.calibration.rows // WINDOW
+    allowed = int(ALPHA * (count + 1))
+    low, high = betabinom(len(new), allowed, count + 1 - allowed).interval(0.999)
+    assert low <= int((severities(artifact, new) > 1).sum()) <= high
+
+
+@pytest.mark.slow
+def test_rules_hold_for_rows_and_means_of_windows(tmp_path: Path) -> None:
+    artifact, without = trained_on_windows(tmp_path, EVERYTHING), trained_on_windows(tmp_path, None)
+    for rows in (1, WINDOW):
+        for changes in ({"cpu": -2.4}, {"latency": -8.0}, {"io": 4.0}, {"errors": 8.0}):
+            window = usual_window(rows, **changes)
+            assert severities(without, window)[0] > 1, (rows, changes)
+            assert severities(artifact, window)[0] <= 1, (rows, changes)
+        for changes in ({"load": 8.0}, {"latency": 8.0}, {"io": -8.0}, {"load": 8.0, "errors": 8.0}):
+            assert severities(artifact, usual_window(rows, **changes))[0] > 1, (rows, changes)
+    new = torch.from_numpy(windows_of(values(1800, 1)))
+    assert artifact.twin is not None
+    for own, of_twin in zip(
+        artifact.module.score(new), OnnxModule(artifact.twin, artifact.module, 1).score(new), strict=True
+    ):
+        torch.testing.assert_close(of_twin, own, rtol=1e-4, atol=1e-4 * float(own.abs().max()))
+
+
+def test_values_outside_of_their_ranges_are_not_part_of_the_means_and_deviations_of_windows() -> None:
+    x, policy = values(400, 0), Policy(features={"cpu": FeatureRule(minimum=20.0), "io": FeatureRule(maximum=30.0)})
+    x[100:115, 0] = 0.0  # windows without a valid value of cpu
+    config = TrainConfig(model="pca", name="m", time="time", window=WINDOW)
+    data, _ = prepare(config, table(x, timeline_of(400)), policy)
+    assert data.windows is not None
+    scaling, window = data.windows.scaling, data.windows.window
+    u = ((x - scaling.shift.numpy()) / scaling.scale.numpy()).astype(float)
+    valid = (x >= [20.0, -np.inf, -np.inf, -np.inf, -np.inf]) & (x <= [np.inf, np.inf, np.inf, np.inf, 30.0])
+    assert 0.1 < (~valid).any(axis=1).mean() < 0.5
+    found = data.table.x.take(np.arange(len(data.table.x)))
+    for place, row in enumerate(range(window.least_rows - 1, 400)):
+        part = slice(max(0, row - WINDOW + 1), row + 1)
+        count = valid[part].sum(axis=0)
+        mean = (u[part] * valid[part]).sum(axis=0) / np.maximum(count, 1)
+        repaired = np.where(valid[part], u[part], mean)
+        last = [repaired[-scale:] for scale in window.scales]
+        expected = [u[row], *(rows.mean(axis=0) for rows in last), *(rows.std(axis=0) for rows in last)]
+        np.testing.assert_allclose(found[place], np.concatenate(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_value_outside_of_its_range_raises_an_alarm_as_the_newest_row_only(tmp_path: Path) -> None:
+    artifact, without = trained_on_windows(tmp_path, EVERYTHING), trained_on_windows(tmp_path, None)
+    for age in range(WINDOW):
+        window = usual_window(0)
+        window[0, -1 - age, NAMES.index("cpu")] = -999.0
+        assert severities(without, window)[0] > 1
+        assert (severities(artifact, window, 0.01)[0] > 1) == (age == 0)
+        _, parts, contribution, _ = artifact.module.score(torch.from_numpy(window))
+        assert (float(parts[0, -1]) > 0) == (age == 0)
+        assert (int(contribution[0].argmax()) == NAMES.index("cpu")) == (age == 0)
+
+
+@pytest.mark.slow
+def test_recalibration_gives_a_model_with_a_window_a_policy_and_removes_it(tmp_path: Path) -> None:
+    policy = Policy(features={name: rule for name, rule in EVERYTHING.features.items() if rule.alone})
+    first = trained_on_windows(tmp_path, None)
+    later = timeline_of(ROWS)
+    later = replace(later, time=later.time + 10**9 * 600 * ROWS)
+
+    def again(parent: Artifact, new: Policy | None) -> Artifact:
+        return load(recalibrate(parent, table(values(ROWS, 3), later), tmp_path, ALPHA, policy=new).path)
+
+    for artifact in (second := again(first, policy), again(second, None)):
+        assert artifact.twin is not None
+        assert severities(artifact, usual_window(latency=-8.0))[0] <= 1
+        assert severities(artifact, usual_window(latency=8.0))[0] > 1
+        assert severities(artifact, usual_window(1, cpu=-6.0))[0] > 1  # no valid value
+    last, x = again(second, Policy()), torch.from_numpy(windows_of(values(900, 1)))
+    torch.testing.assert_close(last.module.score(x)[0], first.module.score(x)[0])
+    with pytest.raises(FitError, match="no held-out windows in its artifact, and alone=false"):
+        again(first, EVERYTHING)

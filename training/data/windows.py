@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from training.data.row_store import Floats, RowStore, RowWriter
 from training.data.timeline import SECOND, Timeline
 from training.errors import DataError
 
+REPAIRED_WINDOWS = 1024  # windows that are summarised at once one by one, which limits the memory
 SUMMARISED_VALUES = 1 << 18  # values that are summarised at once; more would leave the processor's cache
 
 
@@ -89,8 +90,24 @@ def refuse_short_windows(windows: TableWindows, source: str) -> NoReturn:
     )
 
 
+class Repair(NamedTuple):
+    """How windows are summarised that have values outside of their valid ranges.
+
+    Args:
+        is_outside: returns which rows [n, D], in raw units, have such a value, [n].
+        summarise: returns the summaries [B, V] of windows [B, N, D], in raw units, without these values.
+    """
+
+    is_outside: Callable[[Floats], npt.NDArray[np.bool_]]
+    summarise: Callable[[Floats], Floats]
+
+
 def summarise_table(
-    windows: TableWindows, to_model_units: Callable[[Floats], Floats], scales: Sequence[int], limit: int
+    windows: TableWindows,
+    to_model_units: Callable[[Floats], Floats],
+    scales: Sequence[int],
+    limit: int,
+    repair: Repair | None = None,
 ) -> RowStore:
     """Return the summaries [M, V] of those windows of a table that have enough rows.
 
@@ -99,24 +116,32 @@ def summarise_table(
         to_model_units: converts rows [n, D], and replaces missing values.
         scales: the scales of the window.
         limit: maximum size of a table in memory, as for `RowWriter`.
+        repair: summarises windows with values outside of their valid ranges; by default, every value is valid.
 
     Raises:
         OSError: the disk is full.
     """
     judged = windows.judged
     with closing(RowWriter(summary_width(windows.x.width, scales), np.float32, limit)) as writer:
-        for start, summaries in _summaries(windows, to_model_units, scales):
+        for start, summaries in _summaries(windows, to_model_units, scales, repair):
             writer.add(summaries[judged[start : start + len(summaries)]])
         return writer.rows()
 
 
 def _summaries(
-    windows: TableWindows, to_model_units: Callable[[Floats], Floats], scales: Sequence[int]
+    windows: TableWindows, to_model_units: Callable[[Floats], Floats], scales: Sequence[int], repair: Repair | None
 ) -> Iterator[tuple[int, Floats]]:
     """Yield the summaries of all rows in blocks, each with the index of its first row."""
     x, past = windows.x, scales[-1] - 1
     size = max(past + 1, SUMMARISED_VALUES // x.width)
     for start in range(0, len(x), size):
         first, stop = max(0, start - past), min(start + size, len(x))
-        u = to_model_units(x.read_range(first, stop))
-        yield start, summarise(u, windows.earlier[first:stop], scales)[start - first :]
+        rows = x.read_range(first, stop)
+        summaries = summarise(to_model_units(rows), windows.earlier[first:stop], scales)[start - first :]
+        if repair is not None:
+            outside = repair.is_outside(rows).cumsum()
+            before = np.concatenate(([0], outside))[np.maximum(np.arange(len(rows)) - past, 0)]
+            affected = np.flatnonzero((outside > before)[start - first :])  # some also have an earlier stretch's value
+            for part in np.split(affected, range(REPAIRED_WINDOWS, len(affected), REPAIRED_WINDOWS)):
+                summaries[part] = repair.summarise(windows.take(part + start))
+        yield start, summaries

@@ -101,7 +101,10 @@ def fit_pipeline(
     explanation = fit_explanation(data.moments, scaling, data.images)
     # Samples of a model with a window are rows, not summaries: see `fit_windowed`.
     observation = None if data.windows else fit_observation(core, prior, scaling, data)
-    policy = None if data.policy is None else fit_policy(data.policy.rules, data.table.names, scaling, explanation)
+    policy = None
+    if data.policy is not None:
+        row_scaling = None if data.windows is None else data.windows.scaling
+        policy = fit_policy(data.policy.rules, data.rows.table.names, scaling, explanation, row_scaling)
     pipeline = Pipeline(scaling, core, prior, calibration, explanation, observation, policy).eval()
     if policy is not None:
         fit_usual_score(pipeline, data.held_out)

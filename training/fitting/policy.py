@@ -13,6 +13,8 @@ from models.pipeline import Pipeline
 from models.policy import CEILING_SURPRISE, PolicyModule
 from models.policy_rules import AppliedPolicy, FeatureRule, Policy
 from models.scaling import Scaling
+from models.windowed import ValidRange
+from models.windows import SUMMARIES_PER_SCALE
 from training.data.policy_file import keep_calibration_rows, value_bounds
 from training.data.table import Split, Table
 from training.data.time_split import TimeSplit
@@ -21,10 +23,6 @@ from training.fitting.explanation import MAX_EXPLAINED_FEATURES
 
 NOISE = 1e-3  # variance added to each feature, relative to its own: columns that repeat each other can be inverted
 USUAL_SHARE = 0.9  # a row is usual without some features if it scores at most as this share of the held-out rows do
-WINDOW_REFUSAL = (
-    "the policy has rules for features, which models with a window cannot have yet: train without --window, or leave "
-    "[features] out of the policy"
-)
 SCALING_REFUSAL = (
     "the policy has rules for features in raw units, which models that are scaled by group cannot have: train without "
     "--scale-by-group, or leave [features] out of the policy"
@@ -50,14 +48,22 @@ def apply_to_split(policy: Policy | None, table: Table, split: Split) -> tuple[S
     return replace(split, calibration=kept.rows), applied, kept.notes(table)
 
 
-def fit_policy(rules: Policy, names: Sequence[str], scaling: Scaling, explanation: nn.Module) -> PolicyModule | None:
+def fit_policy(
+    rules: Policy, names: Sequence[str], scaling: Scaling, explanation: nn.Module, row_scaling: nn.Module | None = None
+) -> PolicyModule | None:
     """Return the module that applies `rules`; None if no rule changes a score.
+
+    For a model with a window, it judges the summaries of a window: the newest row, and means and standard deviations of
+    each feature. The direction and the least deviation of the feature hold for each of them. If all rows of a window
+    change by less than the least deviation, so does each summary. If only one direction matters, then no standard
+    deviation does, because values above and below the mean raise it alike.
 
     Args:
         names: names of the D features.
-        scaling: converts raw units to model units.
+        scaling: converts raw units to model units; for a model with a window, those of the summaries.
         explanation: the explanation of the model, `models.explanation.Expectations` or a compiled copy. Its weights
             contain the correlations of the features.
+        row_scaling: for a model with a window, converts rows to the units in which they are summarised.
 
     Raises:
         FitError: the model has no such explanation.
@@ -77,23 +83,41 @@ def fit_policy(rules: Policy, names: Sequence[str], scaling: Scaling, explanatio
         raise FitError(
             "the artifact comes from a release of Elbo that explains scores differently: train the model again"
         ) from error
-    precision = torch.linalg.inv(correlation + NOISE * torch.eye(len(names)).double())
+    precision = torch.linalg.inv(correlation + NOISE * torch.eye(len(deviation)).double())
     precision = (precision + precision.T) / 2.0
     residual = precision.diagonal().rsqrt()  # [D], in standard deviations
-    each = [rules.features.get(name, FeatureRule()) for name in names]
-    unit = scaling.scale.cpu().double() * deviation * residual  # [D], raw units
+    unit = scaling.scale.cpu().double() * deviation * residual  # [V], raw units without a window
+    width, copies = len(names), len(deviation) // len(names)
+    each = [rules.features.get(name, FeatureRule()) for name in names] * copies  # [V]
+    low, high = map(torch.from_numpy, value_bounds(rules, names))
+    is_spread = torch.zeros(len(deviation), dtype=torch.bool)
+    if row_scaling is not None:
+        of_rows = {name: buffer.cpu() for name, buffer in row_scaling.named_buffers()}
+        shift, scale = of_rows["shift"], of_rows["scale"]
+        unit = unit * scale.double().repeat(copies)
+        is_spread[width * (1 + copies // SUMMARIES_PER_SCALE) :] = True
+        # The range of the newest row. Rounding keeps the order of numbers, so no valid value is outside.
+        without = torch.full((len(deviation) - width,), np.inf)
+        low, high = torch.cat(((low - shift) / scale, -without)), torch.cat(((high - shift) / scale, without))
     least = torch.tensor([rule.least for rule in each]).double() / unit
-    low, high = value_bounds(rules, names)
+    only_high, only_low = (
+        torch.tensor([rule.direction == direction for rule in each]) for direction in ("high", "low")
+    )
     return PolicyModule(
         mean=buffers["mean"],
         residual=deviation * residual,
         precision=precision * torch.outer(residual, residual),
-        below=torch.where(torch.tensor([rule.direction == "high" for rule in each]), np.inf, least),
-        above=torch.where(torch.tensor([rule.direction == "low" for rule in each]), np.inf, least),
-        low=torch.from_numpy(low),
-        high=torch.from_numpy(high),
+        below=torch.where(only_high | (is_spread & only_low), np.inf, least),
+        above=torch.where(only_low | (is_spread & only_high), np.inf, least),
+        low=low,
+        high=high,
         companion=torch.tensor([not rule.alone for rule in each]),
     )
+
+
+def valid_range(rules: Policy, names: Sequence[str]) -> ValidRange | None:
+    """Return the module that takes invalid values out of windows; None if no feature has a valid range."""
+    return ValidRange(*map(torch.from_numpy, value_bounds(rules, names))) if rules.has_ranges else None
 
 
 def fit_usual_score(pipeline: Pipeline, rows: Tensor) -> None:

@@ -11,7 +11,7 @@ from models.observation import Observation
 from models.pipeline import Pipeline
 from models.policy_rules import Policy
 from models.scaling import Scaling
-from models.windowed import Summaries, Windowed
+from models.windowed import Summaries, Windowed, WindowSummaries
 from models.windows import default_scales, summary_names, summary_width
 from training.config import TrainConfig
 from training.data.ingest import full_disk_as_data_error
@@ -19,12 +19,12 @@ from training.data.row_store import Floats
 from training.data.table import MEMORY_BYTES, Split, Table
 from training.data.time_split import BEFORE_HELD_OUT, GAP_ROWS, split_table
 from training.data.timeline import list_groups
-from training.data.windows import summarise_table, windows_of_timeline
+from training.data.windows import Repair, summarise_table, windows_of_timeline
 from training.errors import FitError
 from training.fitting.explanation import MAX_EXPLAINED_FEATURES
 from training.fitting.feature_baseline import scale_by_group, with_source
 from training.fitting.observation import fit_row_observation
-from training.fitting.policy import SCALING_REFUSAL, WINDOW_REFUSAL, apply_to_split
+from training.fitting.policy import SCALING_REFUSAL, apply_to_split, valid_range
 from training.fitting.prepared_data import PreparedData, Windows, prepare_data
 from training.fitting.scaling import fit_scaling
 from training.fitting.whitening import MAX_FULL_WIDTH
@@ -98,8 +98,8 @@ def prepare(config: TrainConfig, table: Table, policy: Policy | None = None) -> 
         FitError: the rows cannot have the window that `config` asks for, or the policy does not allow a window.
     """
     window, notes = choose_window(config, table)
-    if policy is not None and policy.changes_scores and (window is not None or config.scale_by_group):
-        raise FitError(SCALING_REFUSAL if window is None else WINDOW_REFUSAL)
+    if policy is not None and policy.changes_scores and config.scale_by_group:
+        raise FitError(SCALING_REFUSAL)
     gap_rows = GAP_ROWS if window is None else window.rows
     split, applied, left_out = apply_to_split(policy, table, split_table(table, config.seed, gap_rows))
     scaled, converted = table, None
@@ -108,12 +108,17 @@ def prepare(config: TrainConfig, table: Table, policy: Policy | None = None) -> 
     if window is None:
         data, notes = prepare_data(scaled, split, config.robust, applied), [*notes, *left_out]
     else:
-        data, notes = replace(prepare_windows(config, scaled, window, split, notes), policy=applied), left_out
+        data, notes = replace(prepare_windows(config, scaled, window, split, notes, policy), policy=applied), left_out
     return (data if converted is None else with_source(data, table, *converted)), notes
 
 
 def prepare_windows(
-    config: TrainConfig, table: Table, window: Window, split: Split, notes: Sequence[str] = ()
+    config: TrainConfig,
+    table: Table,
+    window: Window,
+    split: Split,
+    notes: Sequence[str] = (),
+    policy: Policy | None = None,
 ) -> PreparedData:
     """Return the summaries of the windows of `table`, prepared for fitting.
 
@@ -123,6 +128,7 @@ def prepare_windows(
         split: the split of the rows of `table`. Between two of its parts, a gap of as many rows as a window keeps the
             windows of the parts apart.
         notes: notes that `PreparedData.notes` repeats.
+        policy: its valid ranges say which values are left out of means and deviations.
 
     Raises:
         DataError: the disk is full.
@@ -150,8 +156,9 @@ def prepare_windows(
         u: Floats = scaling(torch.from_numpy(x)).numpy()
         return u
 
+    repair = None if policy is None else _repair(policy, table.names, scaling, window)
     with full_disk_as_data_error(table.source, 4 * len(table.x) * summary_width(table.x.width, window.scales)):
-        x = summarise_table(in_table, to_model_units, window.scales, MEMORY_BYTES)
+        x = summarise_table(in_table, to_model_units, window.scales, MEMORY_BYTES, repair)
     names = summary_names(table.names, window.scales)
     summaries = Table(
         x=x,
@@ -171,6 +178,24 @@ def prepare_windows(
     notes = [*notes, *_notes(table, window, usable)]
     windows = Windows(rows=rows, in_table=in_table, scaling=scaling, notes=notes)
     return replace(prepare_data(summaries, split), windows=windows)
+
+
+def _repair(policy: Policy, names: Sequence[str], scaling: Scaling, window: Window) -> Repair | None:
+    """Return how windows with values outside of their valid ranges are summarised; None if every value is valid."""
+    ranges = valid_range(policy, names)
+    if ranges is None:
+        return None
+    low, high = ranges.low.numpy(), ranges.high.numpy()
+
+    def is_outside(x: Floats) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        return np.asarray((np.maximum(x - high, low - x) > 0).any(axis=1))
+
+    def summarise(windows: Floats) -> Floats:
+        z: Floats = of_windows.summarise(torch.from_numpy(windows)).numpy()
+        return z
+
+    of_windows = WindowSummaries(scaling, Summaries(tuple(window.scales)), ranges)
+    return Repair(is_outside, summarise)
 
 
 def _notes(table: Table, window: Window, usable: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> list[str]:
@@ -197,7 +222,8 @@ def with_window(pipeline: Pipeline, data: PreparedData) -> Pipeline | Windowed:
         return pipeline
     windows = data.windows
     observation = _fit_row_observation(pipeline, data, windows)
-    return Windowed(windows.scaling, Summaries(tuple(windows.window.scales)), pipeline, observation).eval()
+    ranges = None if data.policy is None else valid_range(data.policy.rules, windows.rows.table.names)
+    return Windowed(windows.scaling, Summaries(tuple(windows.window.scales)), pipeline, observation, ranges).eval()
 
 
 def _fit_row_observation(pipeline: Pipeline, data: PreparedData, windows: Windows) -> Observation:

@@ -36,6 +36,7 @@ from models.manifest import (
 from models.onnx_check import check_twin
 from models.pipeline import Pipeline
 from models.policy_rules import AppliedPolicy, FeatureRule, Policy
+from models.windowed import Windowed
 from training.data.policy_file import Kept, keep_calibration_rows
 from training.data.row_fingerprints import KnownRows, find_known_rows
 from training.data.row_store import Floats
@@ -50,7 +51,7 @@ from training.evaluation.worth import ABOUT_THRESHOLD, threshold_warning
 from training.fitting.baseline import describe_groups, fit_start_sets
 from training.fitting.budget import alpha_of_budget
 from training.fitting.feature_baseline import scale_for_baseline
-from training.fitting.policy import WINDOW_REFUSAL, ceiling, fit_policy, fit_usual_score, set_calibration
+from training.fitting.policy import ceiling, fit_policy, fit_usual_score, set_calibration, valid_range
 from training.progress import SlowProgress
 from training.publishing.exhibits import calibration_json
 from training.publishing.onnx_export import export
@@ -126,12 +127,12 @@ def recalibrate(
         _replace(module, parent, torch.from_numpy(scores))  # latents and scores stay, so the twin is still valid
         rescore = partial(_scores, parent.module, parent.device)
     else:
-        pipeline = _with_policy(module, parent, kept.policy)
-        rescore = partial(_scores, pipeline, torch.device("cpu"))
+        model = _with_policy(module, parent, kept.policy)
+        rescore = partial(_scores, model, torch.device("cpu"))
         scores = rescore(table, windows, chosen)
-        set_calibration(pipeline, torch.from_numpy(scores))
-        module = artifact.script(pipeline)
-        twin = twin and _new_twin(pipeline, parent, notes)
+        set_calibration(model.pipeline if isinstance(model, Windowed) else model, torch.from_numpy(scores))
+        module = artifact.script(model)
+        twin = twin and _new_twin(model, parent, notes)
     notes += _replace_start_sets(module, parent, table, windows, normal, rescore)
     warning = threshold_warning(Calibration(torch.from_numpy(scores)), alpha)
     applied = _apply(kept, scores, parent, table, chosen)
@@ -235,36 +236,47 @@ def _scores(
     return scores
 
 
-def _with_policy(module: torch.jit.ScriptModule, parent: Artifact, rules: Policy) -> Pipeline:
-    """Return a pipeline of the parts of `module`, the module of `parent`, under a new policy. Raise FitError."""
-    if parent.manifest.window is not None:
-        raise FitError(WINDOW_REFUSAL)
+def _with_policy(module: torch.jit.ScriptModule, parent: Artifact, rules: Policy) -> Pipeline | Windowed:
+    """Return a model of the parts of `module`, the module of `parent`, under a new policy. Raise FitError."""
     if not hasattr(module, "observation"):
         raise FitError(f"{_reference(parent)} comes from a release of Elbo without policies: train it again")
     names = [feature.name for feature in parent.manifest.features]
-    policy = fit_policy(rules, names, module.scaling, module.explanation)
+    window = parent.manifest.window
+    of_rows = module if window is None else module.pipeline
+    policy = fit_policy(rules, names, of_rows.scaling, of_rows.explanation, None if window is None else module.scaling)
     pipeline = Pipeline(
-        module.scaling, module.core, module.prior, module.calibration, module.explanation, module.observation, policy
+        of_rows.scaling,
+        of_rows.core,
+        of_rows.prior,
+        of_rows.calibration,
+        of_rows.explanation,
+        of_rows.observation,
+        policy,
     ).eval()
-    if hasattr(module, "baseline"):
-        pipeline.add_module("baseline", module.baseline)
+    if hasattr(of_rows, "baseline"):
+        pipeline.add_module("baseline", of_rows.baseline)
+    model: Pipeline | Windowed = pipeline
+    if window is not None:
+        ranges = valid_range(rules, names)
+        model = Windowed(module.scaling, module.summaries, pipeline, module.observation, ranges).eval()
     if policy is not None and policy.has_companions:
         held_out = parent.exhibits.get(artifact.HELD_OUT)
-        if held_out is None:
+        if held_out is None or window is not None:
+            kind = "rows" if window is None else "windows"
             raise FitError(
-                f"{_reference(parent)} has no held-out rows in its artifact, and alone=false of the policy needs them: "
-                "train it again without --private and with --policy"
+                f"{_reference(parent)} has no held-out {kind} in its artifact, and alone=false of the policy needs "
+                f"them: train it again with --policy{'' if window else ' and without --private'}"
             )
         rows = np.array(json.loads(held_out)["inputs"], np.float32).reshape(-1, parent.manifest.width)
         fit_usual_score(pipeline, torch.from_numpy(rows))
-    return pipeline
+    return model
 
 
-def _new_twin(pipeline: Pipeline, parent: Artifact, notes: list[str]) -> dict[str, artifact.Graph] | None:
-    """Return the ONNX twin of `pipeline`, whose policy is not that of `parent`. Add a note if that is impossible."""
+def _new_twin(model: Pipeline | Windowed, parent: Artifact, notes: list[str]) -> dict[str, artifact.Graph] | None:
+    """Return the ONNX twin of `model`, whose policy is not that of `parent`. Add a note if that is impossible."""
     rows = torch.from_numpy(np.array(parent.manifest.golden.inputs["x"], np.float32))
     try:
-        twin = export(pipeline, rows, pipeline.encode(rows)[0])
+        twin = export(model, rows, model.encode(rows)[0])
         for method, graph in twin.items():  # the compiled code of a VAE divides sizes, which no twin may
             check_twin(graph.onnx, json.dumps(graph.weights).encode(), method, parent.path)
         return twin
@@ -331,8 +343,9 @@ def _replace(module: torch.jit.ScriptModule, parent: Artifact, scores: Tensor) -
     same = new.keys() == old.keys()
     for key in new if same else ():
         setattr(calibration, key, new[key])
-    if same and getattr(module, "policy", None) is not None:
-        module.policy.ceiling = ceiling(fresh)
+    of_rows = module if parent.manifest.window is None else module.pipeline
+    if same and getattr(of_rows, "policy", None) is not None:
+        of_rows.policy.ceiling = ceiling(fresh)
     alpha = artifact.GOLDEN_ALPHA
     if not (
         same
