@@ -249,6 +249,15 @@ PolicyOption = Annotated[
         "alarms there may be",
     ),
 ]
+IncidentRowsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=30,
+        max=1000,
+        help="after so many rows of a group in a row, an incident counts as a change, whose rows are judged as usual "
+        "from then on; default: as the model says (elbo train --incident-rows)",
+    ),
+]
 TrustedKeysOption = Annotated[
     str | None,
     typer.Option(
@@ -817,6 +826,7 @@ def backtest(
     fixed: Annotated[
         bool, typer.Option("--fixed", help="judge by the fixed calibration, as with ELBO_ONLINE_CALIBRATION=false")
     ] = False,
+    incident_rows: IncidentRowsOption = None,
     json: Json = False,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="also write a page with the severities and the alerts drawn")
@@ -865,6 +875,7 @@ def backtest(
         extrapolated,
         half_life_rows,
         online=not fixed,
+        incident_rows=incident_rows,
         alert_half_life=alert_half_life,
         calm_seconds=calm_seconds,
     )
@@ -897,6 +908,7 @@ def calibrate(
     runs: Runs = Path("runs"),
     sign: SignOption = None,
     policy: PolicyOption = None,
+    incident_rows: IncidentRowsOption = None,
     trusted_keys: TrustedKeysOption = None,
 ) -> None:
     """Recalibrate a model on recent normal rows, without training.
@@ -914,7 +926,9 @@ def calibrate(
         typer.echo(note, err=True)
     features = artifact.manifest.features
     rules = _policy(policy, [feature.name for feature in features], [feature.unit for feature in features])
-    published = recalibrate(artifact, table, artifacts, alpha, runs, force=force, key=key, policy=rules)
+    published = recalibrate(
+        artifact, table, artifacts, alpha, runs, force=force, key=key, policy=rules, incident_rows=incident_rows
+    )
     for note in published.notes:
         if note not in table.notes:  # those are shown already
             typer.echo(note, err=True)

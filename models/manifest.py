@@ -60,7 +60,15 @@ FLOOR_TOLERANCE = 1e-6  # without it, rounding could make an alpha of 0.005 smal
 MAX_TEXT = 10_000  # characters of one text in a manifest
 MIN_WINDOW_ROWS, MAX_WINDOW_ROWS = 2, 1_000
 WARM_SHARE = 3  # a row is judged once a third of its window is there; a gap of more than a third ends the window
-NEW_FIELDS = ("timeline", "window", "groups", "season", "policy")  # fields that earlier releases do not know
+NEW_FIELDS = (
+    "timeline",
+    "window",
+    "groups",
+    "season",
+    "policy",
+    "incident_rows",
+)  # fields that earlier releases do not know
+MIN_INCIDENT_ROWS, MAX_INCIDENT_ROWS = 30, 1000  # see `service.anomaly.online_calibration`
 MAX_GROUPS = 100_000  # groups that a manifest names
 MAX_GROUP_NAME = 256  # characters of the name of a group
 VERSION = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
@@ -238,6 +246,8 @@ class Manifest(_Frozen):
     # The groups with a baseline of their own: group i has the coefficients i of the baseline in the artifact.
     groups: Annotated[list[str], Field(max_length=MAX_GROUPS)] = []
     season: Season | None = None  # None if the baseline does not depend on the time
+    # After how many rows an incident of a group counts as a change; None: as many as the service uses by default.
+    incident_rows: Annotated[int, Field(ge=MIN_INCIDENT_ROWS, le=MAX_INCIDENT_ROWS)] | None = None
     policy: AppliedPolicy | None = None  # None if every deviation matters, and alarms are not limited
 
     @model_validator(mode="after")

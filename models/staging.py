@@ -24,19 +24,24 @@ ABANDONED_SECONDS = 24 * 3600.0  # an artifact is written in seconds; a day is e
 
 
 @contextmanager
-def staging_folder(parent: Path) -> Iterator[Path]:
+def staging_folder(parent: Path, prefix: str = PREFIX, mode: int = 0o777) -> Iterator[Path]:
     """Create an empty folder in `parent`, and delete it at the end unless it was renamed.
 
     Before that, remove the staging folders in `parent` that their owners have abandoned.
 
+    Args:
+        parent: a folder.
+        prefix: the beginning of the folder's name. Only folders with the same beginning are removed.
+        mode: the permissions of the folder, from which the umask is subtracted.
+
     Raises:
         OSError: this user may not write to `parent`, or the disk is full.
     """
-    lock, descriptor = _create_lock(parent)
+    lock, descriptor = _create_lock(parent, prefix)
     staging = lock.with_name(lock.name.removesuffix(LOCK))
     try:
-        _remove_abandoned(parent, os.fstat(descriptor).st_mtime)
-        staging.mkdir()
+        _remove_abandoned(parent, prefix, os.fstat(descriptor).st_mtime)
+        staging.mkdir(mode)
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)  # no effect if the folder was renamed
@@ -45,10 +50,10 @@ def staging_folder(parent: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def _create_lock(parent: Path) -> tuple[Path, int]:
+def _create_lock(parent: Path, prefix: str) -> tuple[Path, int]:
     """Create a lock file in `parent` and lock it. Return its path and its open descriptor."""
     while True:
-        path = parent / f"{PREFIX}{secrets.token_hex(8)}{LOCK}"
+        path = parent / f"{prefix}{secrets.token_hex(8)}{LOCK}"
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -63,15 +68,19 @@ def _create_lock(parent: Path) -> tuple[Path, int]:
         return path, descriptor
 
 
-def _remove_abandoned(parent: Path, now: float) -> None:
+def _remove_abandoned(parent: Path, prefix: str, now: float) -> None:
     """Remove the staging folders in `parent` that their owners have abandoned, as far as this user may.
 
     Args:
         parent: a folder.
+        prefix: the beginning of their names.
         now: the time in seconds, on the clock of the file system of `parent`, because the clocks of hosts differ.
     """
+    prefixes = (PREFIX, EARLIER_PREFIX) if prefix == PREFIX else (prefix,)
     entries = os.listdir(parent)  # noqa: PTH208 - needs only the names
-    for token in sorted({entry.removesuffix(LOCK) for entry in entries if entry.startswith((PREFIX, EARLIER_PREFIX))}):
+    if prefix != PREFIX:  # earlier releases create such folders without a lock file, and may use them for long
+        entries = [entry for entry in entries if entry.endswith(LOCK)]
+    for token in sorted({entry.removesuffix(LOCK) for entry in entries if entry.startswith(prefixes)}):
         with suppress(OSError):  # another process was faster, or the folder belongs to another user
             _remove_if_abandoned(parent / token, now)
 

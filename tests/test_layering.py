@@ -55,7 +55,8 @@ MAY_IMPORT = {
         "freed_memory shared_memory"
     ),
     "service.server": (
-        "models.errors models.trial app inference endpoints http monitoring settings freed_memory shared_memory"
+        "models.errors models.staging models.trial app inference endpoints http monitoring settings freed_memory "
+        "shared_memory"
     ),
     "service.__main__": "models.errors server settings",
 }

@@ -12,13 +12,15 @@ from pydantic import (
     model_serializer,
 )
 
-from models.manifest import MAX_WINDOW_ROWS, MIN_WINDOW_ROWS, NAME
+from models.manifest import MAX_INCIDENT_ROWS, MAX_WINDOW_ROWS, MIN_INCIDENT_ROWS, MIN_WINDOW_ROWS, NAME
 from models.season import PERIODS, Period
 
 Kind = Literal["pca", "ae", "vae", "ensemble"]
 EVERY_KIND: tuple[Kind, ...] = get_args(Kind)
 AUTO_KINDS: tuple[Kind, ...] = ("pca", "ae", "vae")  # the kinds that auto compares and that `elbo demo` trains
-NEW_OPTIONS = ("time", "group", "window", "season", "time_zone", "scale_by_group")  # earlier releases do not know them
+NEW_OPTIONS = (  # earlier releases do not know them
+    "time", "group", "window", "season", "time_zone", "scale_by_group", "incident_rows",
+)  # fmt: skip
 WIDTHS = {"mlp": (256, 128), "conv": (32, 64)}  # default hidden widths; for tables, see fitting/defaults.py
 
 
@@ -162,6 +164,13 @@ class TrainConfig(BaseModel):
         "--season, the time, before the model sees them: finds small incidents although hosts differ much; needs "
         "--group; default: the model sees the rows as they are",
     )
+    incident_rows: int | None = Field(
+        None,
+        ge=MIN_INCIDENT_ROWS,
+        le=MAX_INCIDENT_ROWS,
+        description="after so many rows of a group in a row, an incident counts as a change, whose rows are judged as "
+        "usual from then on; needs --time; default: 120, or more with a window of more than 10 rows",
+    )
     size: tuple[int, int] | None = Field(
         None,
         description="<height>x<width>: crop each image of a folder around its centre, and resize it to this size",
@@ -207,6 +216,13 @@ class TrainConfig(BaseModel):
         if isinstance(window, int) and not MIN_WINDOW_ROWS <= window <= MAX_WINDOW_ROWS:
             raise ValueError(f"expected auto, or {MIN_WINDOW_ROWS} to {MAX_WINDOW_ROWS} rows")
         return window
+
+    @field_validator("incident_rows")
+    @classmethod
+    def _check_incident_rows(cls, rows: int | None, info: ValidationInfo) -> int | None:
+        if rows is not None and info.data.get("time") is None:
+            raise ValueError("expected --time too, because only rows with a time have incidents")
+        return rows
 
     @field_validator("season")
     @classmethod

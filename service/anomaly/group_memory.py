@@ -224,6 +224,7 @@ def rules_of(served: ServedModel, *, has_calibration: bool) -> Rules:
         usual_step=None if timeline is None else timeline.usual_step_seconds,
         baseline=baseline,
         features=baseline.features if baseline is not None and has_calibration else None,
+        incident_rows=manifest.incident_rows,
     )
 
 

@@ -63,6 +63,7 @@ class Rules:
             compare scores.
         features: converts rows into the units of the pool before the model sees them; None: the model sees them as they
             are.
+        incident_rows: after how many rows an incident is a change; None: `default_incident_rows`.
     """
 
     rows: int
@@ -71,6 +72,7 @@ class Rules:
     usual_step: float | None
     baseline: Baseline | None = None
     features: FeatureBaseline | None = None
+    incident_rows: int | None = None
 
     @property
     def has_window(self) -> bool:
@@ -260,7 +262,7 @@ class Group:
         except (ValueError, struct.error, CorruptRecordError):
             self.history = History(rules)
         if start is not None and self.calibration is None:
-            self.calibration = OnlineCalibration(start.scores, rules.rows)
+            self.calibration = OnlineCalibration(start.scores, rules.rows, incident_rows=rules.incident_rows)
 
     def dump(self, pool: Array) -> bytes:
         """Return the group as bytes. `pool`: see `History.dump`."""

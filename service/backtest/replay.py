@@ -63,6 +63,7 @@ class Options:
         extrapolated: whether rows may be anomalous at an alpha below the smallest possible p-value.
         half_life_rows: half-life in rows of the smoothed severity that decides; 0 decides by each row's severity.
         online: whether rows are judged by the online calibration of their group, if the model was trained with times.
+        incident_rows: after how many rows an incident counts as a change; None: as the manifest of the model says.
         alert_half_life: half-life in rows of the mean severity that raises an alert (ELBO_ALERT_HALF_LIFE).
         calm_seconds: time without an alarm after which an alert ends (ELBO_ALERT_CALM_SECONDS); see `calm_for_step`.
         incident_seconds: how long after its last row an incident keeps an alert open (ELBO_ALERT_MAX_AGE_SECONDS).
@@ -72,6 +73,7 @@ class Options:
     extrapolated: bool = False
     half_life_rows: float = 0.0
     online: bool = True
+    incident_rows: int | None = None
     alert_half_life: float = 3.0
     calm_seconds: float = 120.0
     incident_seconds: float = 3600.0
@@ -173,6 +175,8 @@ class Replayer:
             starts = None  # the scores of the calibration rows are unknown
         self._starts = starts
         self._rules = rules_of(served, has_calibration=starts is not None)
+        if options.incident_rows is not None:
+            self._rules = replace(self._rules, incident_rows=options.incident_rows)
         self._payloads: dict[int, bytes] = {}  # the last group of the last part, as it is stored between two requests
         self._alarms: tuple[int, list[LastingAlarm]] = (-1, [])  # of the same group, for each alpha
         self._causes: list[_Causes] = []

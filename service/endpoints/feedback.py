@@ -170,7 +170,7 @@ def _join(memory: ModelMemory, input_rows: InputRows, rows: Array, transaction: 
         groups[name] = Group(memory.rules, transaction.read(name), memory.start_set(name))
         if time < groups[name].history.oldest:
             groups[name].history = History(memory.rules)
-    return join_rows(memory.rules, rows, input_rows.time, input_rows.group, groups)
+    return join_rows(memory.rules, rows, input_rows.time, input_rows.group, groups, input_rows.parsed.missing)
 
 
 def _scores_by_group(

@@ -9,14 +9,17 @@ import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 
 from models.errors import ElboError
+from models.staging import staging_folder
 from service.monitoring import logs
 from service.server import standard_streams
 from service.server.hangup import Hangup
 from service.server.tls import Certificate
 from service.settings import Settings
+
+STATE_PREFIX = "elbo-state-"
 
 log = logging.getLogger("elbo.service")
 
@@ -86,13 +89,15 @@ def without_collection() -> Iterator[None]:
 def temporary_folder(settings: Settings) -> Iterator[Path | None]:
     """Yield a folder that all workers share if ELBO_STATE is not set, and remove it at the end of the block.
 
+    Before that, remove the folders that killed servers have left.
+
     Yield None if ELBO_STATE is set, or if no folder can be created: most models need none.
     """
     with ExitStack() as stack:
         folder = None
         if settings.state is None:
             with suppress(OSError):
-                folder = Path(stack.enter_context(TemporaryDirectory(prefix="elbo-state-", ignore_cleanup_errors=True)))
+                folder = stack.enter_context(staging_folder(Path(gettempdir()), STATE_PREFIX, mode=0o700))
         yield folder
 
 

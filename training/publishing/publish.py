@@ -245,5 +245,6 @@ def _manifest(
         window=data.windows and data.windows.window,
         groups=[] if baseline is None else list(baseline.groups),
         season=_season(chosen.config),
+        incident_rows=chosen.config.incident_rows,
         policy=_policy(pipeline, data),
     )

@@ -79,6 +79,7 @@ def recalibrate(
     force: bool = False,
     key: PrivateKey | None = None,
     policy: Policy | None = None,
+    incident_rows: int | None = None,
 ) -> Recalibrated:
     """Publish `parent` under `root` as the next version of its name, calibrated on the normal rows of `table`.
 
@@ -94,6 +95,7 @@ def recalibrate(
         key: signs the new version. The signature of `parent` is not valid for it.
         policy: the new policy, which replaces that of `parent`; without rules, the new version has no policy. None: the
             policy stays.
+        incident_rows: after how many rows an incident counts as a change; None: as before.
         runs: folder in which the card of the new version is written to <name>/<version>/card.md; None to write no card.
 
     Raises:
@@ -106,6 +108,11 @@ def recalibrate(
     if table.pixel_warning:
         raise DataError(
             f"{table.source}: {table.pixel_warning}; calibrated on these rows, the model would flag nothing"
+        )
+    if incident_rows is not None and parent.manifest.timeline is None:
+        raise DataError(
+            f"{_reference(parent)} was trained without --time: expected a model with times, because only their rows "
+            "have incidents; leave out --incident-rows, or train with --time"
         )
     normal, notes = _normal_rows(table)
     kept = _keep(policy or _policy_of(parent), table, normal)
@@ -137,6 +144,8 @@ def recalibrate(
     warning = threshold_warning(Calibration(torch.from_numpy(scores)), alpha)
     applied = _apply(kept, scores, parent, table, chosen)
     manifest = _manifest(parent, module, table, _name(parent), chosen, warning, applied)
+    if incident_rows is not None:
+        manifest = manifest.model_copy(update={"incident_rows": incident_rows})
     exhibits = {name: content for name, content in parent.exhibits.items() if name == artifact.HELD_OUT}
     if known_rows is not None:
         exhibits[artifact.TRAINED_ROWS] = known_rows

@@ -17,10 +17,12 @@ import pytest
 
 from service.anomaly.group_memory import StateUnusable
 from service.app import create_app
+from service.codec import remote_write
 from tests.service.gate import Gate
 from tests.service.groups import FEATURES, Record, records, send, settings_of
 from tests.service.process import ServerProcess, server_starter
 from tests.service.running import running
+from tests.service.scrape import scrape
 from tests.service.serving import serving, until
 from tests.training.series import host_metrics
 from tests.waiting import wait_until
@@ -378,3 +380,31 @@ def test_unusable_folder_is_reported_at_the_start(group_models: Path, tmp_path: 
     with pytest.raises(StateUnusable, match="cannot use the folder of ELBO_STATE") as refused:
         create_app(settings_of(group_models, state))
     assert str(state) in str(refused.value)
+
+
+@pytest.mark.parametrize("model", ["rows", "windows"])
+def test_rows_of_remote_write_leave_the_same_past_as_rows_of_anomaly(
+    group_models: Path, tmp_path: Path, expected: dict[str, list[Record]], model: str
+) -> None:
+    mapping = tmp_path / "map.toml"
+    mapping.write_text(f'[{model}]\ngroup = ["host"]\nalpha = 0.05\n')
+    app = create_app(settings_of(group_models, tmp_path / "remote", remote_write=mapping))
+    other = create_app(settings_of(group_models, tmp_path / "state"))
+    headers = {"content-type": "application/x-protobuf", "content-encoding": "snappy"}
+    rows = records()
+    with running(app) as client, running(other) as direct:
+        for row in rows:
+            found: list[remote_write.Series] = [
+                ((("__name__", name), ("host", str(row["host"]))), [(1000 * row["ts"], row[name])])
+                for name in sorted(FEATURES)
+            ]
+            answer = client.post("/api/v1/write", content=remote_write.dumps(found), headers=headers)
+            assert answer.status_code == 204, answer.text
+            send(direct, [row], model)
+        pasts = []
+        for service in (app.state.service, other.state.service):
+            (memory,) = (memory for served, memory in service.groups.opened() if served.name == model)
+            pasts.append({name: memory.file.read(name)[1] for name in ("web-0", "web-1", "web-2")})
+        assert pasts[0] == pasts[1]
+        anomalies = sum(value for (name, _), value in scrape(client).items() if name == "elbo_anomalies_total")
+    assert anomalies == sum(row["is_anomaly"] for row in expected[model])
