@@ -94,6 +94,8 @@ def test_leak_on_one_of_hosts_that_differ_much_is_found_only_if_rows_are_scaled_
             cause = judged.causes_of(last)[0]
             assert cause.name == "memory"
             assert cause.value == history.x[last, MEMORY]
+            assert cause.value is not None
+            assert cause.expected is not None
             assert cause.value - cause.expected == pytest.approx(6, abs=1)  # GB of this host
     assert found["plain"] < 0.1
     assert min(found["scaled"], found["windows"]) > 0.85

@@ -99,8 +99,9 @@ def test_sample_endpoint_at_temperature_zero_returns_the_centres_of_the_componen
     client: httpx.Client, vae: Artifact
 ) -> None:
     response = post(client, "/sample", {"n": 5, "seed": 3, "temperature": 0})
-    latents = np.float32(response["latents"])
-    (centres,) = call(vae, "draw", np.zeros((5, 16), np.float32), NoiseSource().draw(3, 5, 16)[1])
+    latents = np.array(response["latents"], np.float32)
+    _, choices = NoiseSource().draw(3, 5, 16)
+    (centres,) = call(vae, "draw", np.zeros((5, 16), np.float32), choices)
     np.testing.assert_allclose(latents, centres, atol=1e-6)
     np.testing.assert_allclose(response["outputs"], call(vae, "decode", latents)[0], atol=1e-6)
 

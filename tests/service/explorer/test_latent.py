@@ -204,7 +204,9 @@ def test_samples_use_the_chosen_seed_and_temperature(explorer: ExplorerPage) -> 
     assert request.json["temperature"] == 0
     explorer.wait_for("document.querySelectorAll('.samples canvas').length === 16")
     explorer.expect_request(lambda: click_button(page, "go to sample 1"), "/decode")
-    assert request.sent.response().json()["latents"][0] in explorer.requests_to("/decode")[-1].json["latents"]
+    response = request.sent.response()
+    assert response is not None
+    assert response.json()["latents"][0] in explorer.requests_to("/decode")[-1].json["latents"]
 
 
 def test_models_are_shown_side_by_side(explorer: ExplorerPage) -> None:
