@@ -65,8 +65,9 @@ class Expectations(Explanation):
 def correlation_of(weights: Tensor, deviation: Tensor) -> Tensor:
     """Return the correlation matrix [D, D] from which the weights of `Expectations` were computed, up to rounding.
 
-    Off the diagonal, the weights are -P_ij / P_ii, where P is the inverse of the correlation matrix plus noise on the
-    diagonal. So the inverse of these weights is this matrix with scaled columns, and its diagonal is known.
+    Let C be the correlation matrix with NOISE added to its diagonal, and P the inverse of C. In standard deviations,
+    the weights are -P_ij / P_ii off the diagonal. The inverse of the matrix of P_ij / P_ii is therefore C with scaled
+    columns. The diagonal of C is 1 + NOISE, which gives the factor of each column.
 
     Args:
         weights: the weights, float64 [D, D].
@@ -77,7 +78,7 @@ def correlation_of(weights: Tensor, deviation: Tensor) -> Tensor:
     """
     ratios = -weights * torch.outer(1.0 / deviation, deviation)  # [D, D]
     ratios.fill_diagonal_(1.0)
-    scaled, failure = torch.linalg.inv_ex(ratios)  # [D, D], and 0 if the inverse exists
+    scaled, failure = torch.linalg.inv_ex(ratios)  # the inverse [D, D]; `failure` is 0 if it exists
     noisy = scaled * ((1.0 + NOISE) / scaled.diagonal())
     if int(failure) or not float((noisy - noisy.T).abs().max()) < TOLERANCE:  # `not <`, so that NaN is refused too
         raise ValueError("the weights are not those of a correlation matrix")

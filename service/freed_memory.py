@@ -1,4 +1,4 @@
-"""Give memory that is free again back to the operating system, if the C library is glibc.
+"""Return freed memory to the operating system, if the C library is glibc.
 
 glibc keeps what a program frees, for its next allocations. Free pieces between used ones add up: 80,000 random requests
 raised the memory of a server by 5 %, although the memory in use stayed the same.
@@ -16,7 +16,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # the values of these constants in 
 def unmap_large_blocks() -> None:
     """Let this process return large blocks, such as bodies and responses, as soon as it frees them.
 
-    By default, glibc no longer maps blocks alone that are smaller than the largest one that was freed, up to 32 MiB.
+    By default, glibc raises the size from which it maps a block alone: to the largest such block that was freed, up to
+    32 MiB. It then keeps smaller blocks.
     """
     with suppress(AttributeError, OSError):
         library = ctypes.CDLL(None)

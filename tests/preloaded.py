@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-# None of Elbo's modules, and no library that has threads, except those that it starts again after a fork.
+# Elbo's modules are not here. A library with threads is here only if it starts its threads again after a fork.
 LIBRARIES = (
     "numpy", "torch", "fastapi", "uvicorn", "uvloop", "httptools", "orjson", "simdjson",
     "prometheus_client", "google.protobuf", "cramjam", "typer", "pydantic_settings", "fastapi_offline", "rich.progress",
@@ -42,11 +42,12 @@ class PreloadedProcess(subprocess.Popen[Any]):
     """`subprocess.Popen` for `python -m MODULE ...` and `python -c CODE ...`, without the import of the libraries.
 
     The program runs in a process of its own, which is a child of the process of the test. It has the given arguments,
-    environment, folder and standard streams, imports Elbo's modules itself, and ends like any program. It does not
-    start the interpreter or import the libraries. /proc/PID/cmdline and /proc/PID/environ are not those of the program.
+    environment, folder and standard streams, imports Elbo's modules itself, and ends like any program. It is a fork
+    of a process that has started the interpreter and imported the libraries. So /proc/PID/cmdline and /proc/PID/environ
+    do not show the arguments and the environment of the program.
 
-    Python is started as usual for all that a fork cannot give: other options of `Popen` or of Python, a command that
-    starts Python, and other values of the variables `READ_AT_START`.
+    `Popen` starts the program as usual if a fork cannot run it: with other options of `Popen` or of Python, with a
+    command that is not this Python, and with other values of the variables `READ_AT_START`.
     """
 
     def __init__(self, arguments: list[str], **options: Any) -> None:
@@ -58,13 +59,11 @@ class PreloadedProcess(subprocess.Popen[Any]):
         super().__init__(arguments, **options)
 
     def _execute_child(self, *arguments: Any) -> None:
-        """Start the program; replaces the method of `Popen` that starts it, but not the methods that wait for it."""
+        """Start the program. This replaces one method of `Popen`; its methods that wait for the program stay."""
         if self._request is None:
             super()._execute_child(*arguments)  # type: ignore[misc]
             return
-        pipes = arguments[
-            10:16
-        ]  # standard input, output and error, for each the end that is read and the end that is written
+        pipes = arguments[10:16]  # the read end and the write end for standard input, then for output, then for error
         streams = pipes[0], pipes[3], pipes[5]
         files = [number if stream == -1 else stream for number, stream in enumerate(streams)]
         self.pid = forked(json.dumps(self._request).encode(), files)

@@ -9,7 +9,7 @@ import hashlib
 
 import torch
 
-ORDER, NOISE, VALIDATION, SHUFFLE, PRIOR, SAMPLES = range(6)  # values of `purpose`
+ORDER, NOISE, VALIDATION, SHUFFLE, PRIOR, SAMPLES = range(6)  # the values of the argument `purpose`
 
 
 def random_stream(seed: int, purpose: int, index: int = 0) -> torch.Generator:

@@ -47,7 +47,7 @@ ALPHA = 0.05
 MARGIN = 0.02  # the target: the rate of each host lies within ALPHA +- MARGIN
 PER_DAY, DAYS, METRICS = 48, 365, 6
 ROWS, JUDGED = PER_DAY * DAYS, 56 * PER_DAY  # rows in all, first judged row
-FIRST, STEP = 1_704_067_200, 86_400 // PER_DAY  # Unix seconds of the first row, a Monday, and between two rows
+FIRST, STEP = 1_704_067_200, 86_400 // PER_DAY  # Unix time of the first row (a Monday), and seconds between two rows
 
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]

@@ -9,9 +9,7 @@ class Scope(StrEnum):
     """What a key may do. A key with the scope `admin` may do everything."""
 
     INFER = "infer"  # run models, and read what is known about them
-    WRITE = (
-        "write"  # change what the server remembers: send feedback, and rows that raise alerts and are evidence of drift
-    )
+    WRITE = "write"  # change what the server remembers: send feedback, and rows that can raise alerts and drift alarms
     METRICS = "metrics"  # read the metrics
     ADMIN = "admin"  # everything, and also rows of the training data
 

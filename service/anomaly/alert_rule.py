@@ -3,16 +3,17 @@
 import math
 from collections.abc import Sequence
 
-CALM_STEPS = 1.5  # an alert ends at the earliest after one usual row, with half a step for late rows
+CALM_STEPS = 1.5  # wait for the next row before an alert ends, and half a step more because it may be late
 
 
 def calm_for_step(calm_seconds: float, usual_step: float | None) -> float:
     """Return the time without an alarm after which an alert ends, for groups with a row every `usual_step` seconds.
 
-    Otherwise, with rows every 15 minutes and the default calm of 2 minutes, each row of an incident would be an alert.
+    It is at least CALM_STEPS steps. Otherwise, with rows every 15 minutes and the default calm of 2 minutes, each row
+    of an incident would be an alert of its own.
 
     Args:
-        calm_seconds: ELBO_ALERT_CALM_SECONDS, which a shorter step does not change.
+        calm_seconds: the value of ELBO_ALERT_CALM_SECONDS. The result is never shorter.
         usual_step: the usual time between two rows of a group in the training data; None if it is unknown.
     """
     return max(calm_seconds, CALM_STEPS * (usual_step or 0.0))
@@ -21,9 +22,10 @@ def calm_for_step(calm_seconds: float, usual_step: float | None) -> float:
 class AlertRule:
     """Whether the alert of one group is open.
 
-    An alert opens at an alarm: a row at which the running mean severity of the group is above 1, for as long as the
-    policy demands. It stays open while alarms follow, and while the online calibration of the group is in the state
-    "incident", although the severities may fall meanwhile. It ends when neither was the case for `calm_seconds`.
+    An alert opens at an alarm: a row at which the running mean severity of the group has been above 1 for as long as
+    the policy demands. The alert stays open while more alarms follow, and while the online calibration of the group is
+    in the state "incident", even if the severities fall meanwhile. It ends after `calm_seconds` without an alarm and
+    without an incident.
 
     Args:
         calm_seconds: time without an alarm and without an incident after which the alert ends.
@@ -71,7 +73,7 @@ def find_alerts(
         alarms: the rows with an alarm, in order.
         incidents: the rows after which the group is in an incident, in order.
         calm_seconds: see `AlertRule`.
-        incident_seconds: an incident keeps the alert open for at most this long after the last row.
+        incident_seconds: how long an incident keeps the alert open if no more rows arrive.
     """
     alerts: list[tuple[int, int]] = []
     rule = AlertRule(calm_seconds)

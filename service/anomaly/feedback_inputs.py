@@ -24,7 +24,7 @@ class Period:
         group: the name of the group; empty for rows without a group.
         since: the time of the first row in seconds.
         until: the time of the last row in seconds.
-        is_state: whether the feedback is about the state of the group, and not about the rows of a time.
+        is_state: whether the feedback is about what the group is doing now, and names no time.
     """
 
     group: str

@@ -107,11 +107,11 @@ class RunningMean:
         self._total = self._weight = 0.0
 
     def count_above_one(self, values: list[float]) -> int:
-        """Add `values` one by one, and return after how many of them the mean is above 1. See `find_above_one`."""
+        """Add `values` one by one. Return how many of them leave the mean above 1. See `find_above_one`."""
         return len(self.find_above_one(values))
 
     def find_above_one(self, values: list[float]) -> list[int]:
-        """Add `values` one by one, and return the places of those after which the mean is above 1.
+        """Add `values` one by one. Return the index of each value after which the mean is above 1.
 
         NaN is skipped. Infinity counts as the largest float32, so that its effect decays.
         """
@@ -143,7 +143,7 @@ class LastingAlarm:
         self._values, self._since = 0, 0.0
 
     def find_alarms(self, values: list[float], times: list[float]) -> list[int]:
-        """Add `values` one by one, and return the places of those after which there is an alarm. NaN is skipped.
+        """Add `values` one by one. Return the index of each value at which there is an alarm. NaN is skipped.
 
         Args:
             values: the values.

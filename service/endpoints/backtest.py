@@ -37,8 +37,8 @@ ParsedBacktest = ParsedRequest[BacktestBody, InputRows]
 class BacktestEndpoint:
     """The handler of /backtest.
 
-    The rows are never live traffic. The work runs in threads and in the batcher, a part of the rows at a time, and ends
-    after the present part if the client disconnects or the request times out.
+    The rows are never live traffic. The work runs in threads and in the batcher, one part of the rows after the
+    other. If the client disconnects or the request times out, no further part begins.
     """
 
     def __init__(self, service: ServiceContext) -> None:

@@ -217,7 +217,7 @@ class ModelRegistry:
         self._publish(models, (*failures, *(entry.failure for entry in entries.values() if entry.failure)))
 
     def _first_new(self, later: list[str], scanned: "Mapping[str, list[int] | Failure]") -> Path | None:
-        """Return the newest version of the first model in `later` whose newest version was not loaded yet, or None."""
+        """Find the first model in `later` whose newest version was not loaded yet. Return this version, or None."""
         for name in later:
             found = scanned[name]
             if not isinstance(found, Failure) and (name, found[-1]) not in self._entries:

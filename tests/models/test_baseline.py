@@ -218,7 +218,7 @@ def test_every_buffer_of_the_module_is_an_array_of_the_baseline() -> None:
 
 
 @pytest.mark.parametrize("periods", [(), ("day",), PERIODS])
-def test_adjusted_score_of_one_row_equals_that_in_a_batch_bit_for_bit(periods: tuple[Period, ...]) -> None:
+def test_adjusting_rows_one_by_one_gives_the_same_bits_as_in_a_batch(periods: tuple[Period, ...]) -> None:
     baseline = Baseline(names(5), periods, arrays_of(5, periods, "Europe/Berlin"))
     random = np.random.RandomState(1)
     score = np.append(random.exponential(3.0, 300), [0.0, np.inf, np.nan, 3e38]).astype(np.float32)

@@ -18,7 +18,7 @@ Record = dict[str, Any]
 
 
 def train_group_models(root: Path) -> None:
-    """Train the models `rows` and `windows`, which has a window of six rows, in the folder `artifacts` of `root`."""
+    """Train two models in the folder `artifacts` of `root`: `rows`, and `windows` with a window of six rows."""
     table = read_table(save(root / "metrics.csv", host_metrics(400)), time="ts", group="host")
     for name, window in (("rows", None), ("windows", 6)):
         config = TrainConfig(model="pca", name=name, time="ts", group="host", window=window, latents=2)

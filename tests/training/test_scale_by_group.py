@@ -34,7 +34,7 @@ OPTIONS: dict[str, Any] = {**GROUPS, "season": ("day", "week"), "time_zone": ZON
 
 
 def differ(frame: pl.DataFrame) -> pl.DataFrame:
-    """Return rows of hosts that differ much: by factors, and by up to 200 GB of memory."""
+    """Return `frame` with the memory of each host raised by up to 200 GB, and its other metrics scaled at random."""
     random = np.random.RandomState(2)
     factors, level = np.exp(random.standard_normal((HOSTS, len(METRICS)))), random.uniform(0, 200, HOSTS)
     factors[:, MEMORY] = 1
@@ -78,7 +78,7 @@ def replayed(artifacts: Path, name: str, history: History) -> Replay:
     return replay(served, history, Options(alphas=(0.05,)))
 
 
-def test_leak_on_one_of_hosts_that_differ_much_is_found_only_if_rows_are_scaled_by_group(
+def test_memory_leak_is_found_on_very_different_hosts_only_if_rows_are_scaled_by_group(
     artifacts: Path, later: tuple[History, npt.NDArray[np.object_]]
 ) -> None:
     history, labels = later
@@ -102,7 +102,7 @@ def test_leak_on_one_of_hosts_that_differ_much_is_found_only_if_rows_are_scaled_
 
 
 @pytest.mark.parametrize("name", ["scaled", "windows"])
-def test_rows_without_a_group_are_judged_by_a_calibration_of_such_rows(artifacts: Path, name: str) -> None:
+def test_false_alarm_rate_of_rows_without_a_group_is_alpha(artifacts: Path, name: str) -> None:
     frame = differ(simulate(7, 1))
     x = torch.from_numpy(frame.sort("host", "time").select(METRICS).to_numpy().astype(np.float32))
     if name == "windows":

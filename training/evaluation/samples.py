@@ -18,16 +18,16 @@ from training.data.time_split import split_table
 from training.errors import DataError
 from training.random_streams import SAMPLES, random_stream
 
-DRAWS = 1_000  # samples that are drawn, and at most as many real rows are compared with them
+DRAWS = 1_000  # number of samples; they are compared with at most as many real rows
 MIN_ROWS = 20
-TRAINING_ROWS = 20_000  # training rows, at most, among which the nearest one is looked for
+TRAINING_ROWS = 20_000  # the nearest training row is sought among at most this many
 BATCH = 128  # samples that are drawn at once; limits the memory
 NEIGHBOURS = 5  # k of density and coverage, as in the experiments of Naeem et al. 2020
 PERMUTATIONS = 200
-TEST_ROWS = 500  # rows and samples, each, of the two-sample test
+TEST_ROWS = 500  # the two-sample test uses at most this many rows, and as many samples
 CONFIDENT = 0.9
-CLASSIFIER_ROWS = 10_000  # labelled rows of the classifier at most, and of its test
-VOTES = 10  # the classifier asks this many nearest rows for their labels
+CLASSIFIER_ROWS = 10_000  # the classifier is fitted to at most this many labelled rows, and tested on as many
+VOTES = 10  # the classifier looks at the labels of this many nearest rows
 Rows = npt.NDArray[np.float64]
 Labels = npt.NDArray[Any]
 
@@ -55,13 +55,13 @@ class SampleQuality:
     rows: int
     density: float
     coverage: float
-    expected_coverage: float  # mean coverage by as many samples of the distribution of the rows
+    expected_coverage: float  # mean coverage if as many samples came from the distribution of the rows
     two_sample_p_value: float  # small if the samples do not have the distribution of the rows
     confident: float | None  # share of the samples that the classifier is sure of; None without labels
     confident_rows: float | None  # the same share of labelled rows on which the classifier was not trained
-    classifier_accuracy: float | None  # on these rows
-    distance_to_training: float | None  # median distance of a sample to the nearest training row; None without them
-    distance_of_rows: float | None  # the same for real rows, as the model gives them back
+    classifier_accuracy: float | None  # on the rows of `confident_rows`
+    distance_to_training: float | None  # median from a sample to the nearest training row; None without training rows
+    distance_of_rows: float | None  # from a real row, or from its reconstruction if samples have no noise
     copy_p_value: float | None  # small if samples are nearer to training rows than real rows are
 
 
@@ -99,7 +99,7 @@ def measure_samples(artifact: Artifact, table: Table) -> SampleQuality:
     confident, confident_rows, accuracy = labelled or (None, None, None)
     copies: tuple[float, float, float] | tuple[None, None, None] = (None, None, None)
     if split is not None:
-        # Without noise, samples are means and lie nearer to every row than rows do. Reconstructions are means too.
+        # Samples without noise are means, which lie nearer to every row than rows do. Compare them with other means.
         given_back = real if with_noise else _reconstruct(artifact, rows) / scale
         copies = _compare_distances(drawn, given_back, read(random.permutation(split.fit)[:TRAINING_ROWS]) / scale)
     return SampleQuality(
@@ -119,9 +119,10 @@ def measure_samples(artifact: Artifact, table: Table) -> SampleQuality:
 
 
 def _split_of_training(artifact: Artifact, table: Table) -> Split | None:
-    """Return the split with which the model was trained on `table`; None if it was trained on other rows.
+    """Return the split with which the model was trained on `table`.
 
-    It is also None for a model with a window, whose rows overlap, and for one that was trained on some of the fit rows.
+    Return None if the model was trained on other rows, or on only some of the fit rows. Return None also for a model
+    with a window, because windows overlap.
     """
     manifest = artifact.manifest
     if table.fingerprint != manifest.data.fingerprint or manifest.window is not None:
@@ -157,19 +158,21 @@ def likeness(real: Rows, drawn: Rows, neighbours: int = NEIGHBOURS) -> Likeness:
 def expected_coverage(rows: int, draws: int, neighbours: int = NEIGHBOURS) -> float:
     """Return the mean coverage of `rows` real rows by `draws` samples of the same distribution.
 
-    Seen from a row, the other rows and the samples are exchangeable. No sample is in the ball if the k nearest of them
-    are all rows (Naeem et al. 2020, lemma 2, for any number of samples).
+    For any one row, the other rows and the samples are exchangeable. The ball of the row contains no sample if the k
+    nearest of these are all rows (Naeem et al. 2020, lemma 2, for any number of samples).
     """
     places = np.arange(neighbours)
     return float(1.0 - np.prod((rows - 1 - places) / (rows + draws - 1 - places)))
 
 
 def squared_mmd(kernel: Rows, is_sample: npt.NDArray[np.bool_]) -> Rows:
-    """Return the unbiased estimates of the squared maximum mean discrepancy, [P]: Gretton et al. 2012, eq. 3.
+    """Return the squared maximum mean discrepancy of two sets of rows, for P divisions of the same N rows, [P].
+
+    The estimates are unbiased (Gretton et al. 2012, eq. 3).
 
     Args:
         kernel: values of the kernel, [N, N].
-        is_sample: which of the N rows belong to the first of the two sets, for each of P divisions, [N, P].
+        is_sample: for each division, which of the rows belong to the first set, [N, P].
     """
     first, off_diagonal = is_sample.astype(float), kernel - np.diag(np.diag(kernel))
     second = 1.0 - first
@@ -199,7 +202,7 @@ def two_sample_p_value(real: Rows, drawn: Rows, random: np.random.RandomState) -
 
 
 def nearest_distances(rows: Rows, training: Rows) -> Rows:
-    """Return the distance of each of rows [N, D] to the nearest of training [T, D], [N]."""
+    """Return the distances [N] of rows [N, D] to their nearest neighbours in training [T, D]."""
     from sklearn.metrics import pairwise_distances_argmin_min
 
     distances: Rows = pairwise_distances_argmin_min(rows, training)[1]
@@ -220,11 +223,12 @@ def copy_p_value(of_samples: Rows, of_rows: Rows) -> float:
 def classify(
     rows: Rows, labels: Labels, drawn: Rows, random: np.random.RandomState
 ) -> tuple[float, float, float] | None:
-    """Return how sure a classifier is of samples drawn [M, D], how sure it is of rows, and its accuracy on rows.
+    """Return the shares of samples drawn [M, D] and of rows that a classifier is sure of, and its accuracy on rows.
 
-    The classifier has one half of the labelled rows [N, D]. It is sure of a row if its VOTES nearest rows have one
-    label. Between two kinds of rows, where many poor samples lie, the labels differ. The figures for rows are those of
-    the other half. The result is None if a class has fewer than 2 x VOTES rows, or if there is only one class.
+    The classifier is fitted to one half of the labelled rows [N, D]. Both numbers for rows come from the other half.
+    The classifier is sure of a row or sample whose VOTES nearest rows all have the same label. Many poor samples lie
+    between two kinds of rows, where the labels differ. Return None if a class has fewer than 2 x VOTES rows, or if
+    there is only one class.
     """
     from sklearn.neighbors import KNeighborsClassifier
 

@@ -188,7 +188,7 @@ def _scores(pipeline: Pipeline, x: RowStore, rows: Indices) -> Floats:
 
 
 def _scores_as_pool(pipeline: Pipeline, data: PreparedData, rows: Indices) -> Floats:
-    """Return the scores of rows of the source as rows of an unknown group, [n]. Their windows must be usable."""
+    """Return the scores [n] that rows of the source get if their group is unknown. Their windows must be usable."""
     found = np.empty(len(rows))
     block = max(1, BLOCK_VALUES // data.table.x.width)
     with torch.inference_mode():

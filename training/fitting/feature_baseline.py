@@ -25,12 +25,12 @@ from training.errors import FitError
 from training.fitting.group_rows import MIN_GROUP_ROWS, groups_with_coefficients, some_per_group
 from training.fitting.prepared_data import PreparedData, ScaledByGroup, prepare_data
 
-PRIOR_ROWS = 30.0  # the season and the scale of a group are fitted as if it had this many rows more, usual in the pool
+PRIOR_ROWS = 30.0  # fit the season and the scale of a group as if it had this many more rows, all usual for the pool
 CLIP = 4.0  # residuals beyond this many scales are clipped, so that incidents hardly change the coefficients
-ROUNDS = 3  # fits, each to values that are clipped around the last fit; the first one, around the median
+ROUNDS = 3  # number of fits; each clips the values around the fit before it, the first one around the median
 TO_DEVIATION = 1.2533  # the standard deviation of normal values is this many times their mean absolute deviation
 LEAST_SCALE = 1e-3  # a scale is at least this share of that of the pool: a metric that stood still may begin to move
-ROUNDING = 1e-6  # and at least this share of the values, because they are float32
+ROUNDING = 1e-6  # a scale is also at least this share of the level, because values are float32
 PART_WINDOWS = 1024  # windows that are summarised at once
 MAX_VALUES = 1 << 24  # coefficients; they take 64 MiB
 
@@ -103,7 +103,7 @@ def _ridge(encodings: Floats, values: Floats, prior: Floats) -> Floats:
     Args:
         encodings: [n, E].
         values: [n, D].
-        prior: what the coefficients are if there are no rows, [E, D]. The constant is not drawn to it.
+        prior: the coefficients [E, D] towards which the fit is shrunk, except the first one, which is the constant.
     """
     weights = np.full(encodings.shape[1], PRIOR_ROWS)
     weights[0] = 1e-9
@@ -118,7 +118,7 @@ def _ridge(encodings: Floats, values: Floats, prior: Floats) -> Floats:
     for _ in range(ROUNDS):
         residual = values - expected
         most = CLIP * TO_DEVIATION * np.median(np.abs(residual), axis=0)
-        most[most == 0] = np.inf  # most rows are equal, which says nothing about the others
+        most[most == 0] = np.inf  # most rows are equal, so the median gives no limit for the others
         found = solve(expected + np.clip(residual, -most, most))
         expected = level + encodings @ found
     found[0] += level
@@ -135,12 +135,12 @@ def _scale(residual: Floats) -> Floats:
 
 
 def _shrunk_scale(scale: Floats, rows: Floats, spread: Floats, level: Floats) -> Floats:
-    """Return positive scales [G, D], drawn to their geometric mean over the groups.
+    """Return positive scales [G, D], shrunk towards their geometric mean over the groups.
 
     Args:
         scale: [G, D].
         rows: how many rows each group has, [G, 1].
-        spread: the deviation of all groups together, [D], for a feature that stands still in every group.
+        spread: the deviation of all groups together, [D]. It is used if a feature stands still in every group.
         level: absolute values of the locations, [G, D].
     """
     moving = scale > ROUNDING * level
@@ -153,7 +153,7 @@ def _shrunk_scale(scale: Floats, rows: Floats, spread: Floats, level: Floats) ->
 
 
 def _shrunk_level(level: Floats, scale: Floats, rows: Floats) -> Floats:
-    """Return locations [G, D], drawn to their mean as far as the groups differ by chance only (empirical Bayes).
+    """Return locations [G, D], shrunk towards their mean as far as the groups differ only by chance (empirical Bayes).
 
     Args:
         level: [G, D].
@@ -173,7 +173,7 @@ def scale_table(table: Table, features: FeatureBaseline, group: npt.NDArray[np.i
     Args:
         table: a table with times, in raw units.
         features: the baseline of the features.
-        group: the index in `features` of each group of the table's timeline, or that of the pool, [G].
+        group: for each group of the table's timeline, its index in `features` or the index of the pool, [G].
 
     Raises:
         DataError: the disk is full.
@@ -192,7 +192,7 @@ def scale_table(table: Table, features: FeatureBaseline, group: npt.NDArray[np.i
 
 
 def scale_for_baseline(table: Table, baseline: Baseline) -> Table:
-    """Return `table` in the units of the pool, for a model with this baseline; as it is if the model does not scale."""
+    """Return `table` in the units of the pool if the model of `baseline` scales by group, and else unchanged."""
     if baseline.features is None or table.timeline is None:
         return table
     group = np.array([baseline.find(name) for name in table.timeline.groups], np.intp)
@@ -200,7 +200,7 @@ def scale_for_baseline(table: Table, baseline: Baseline) -> Table:
 
 
 def scale_by_group(config: TrainConfig, table: Table, split: Split) -> tuple[Table, tuple[FeatureBaseline, Indices]]:
-    """Return `table` in the units of the pool, and the baseline of its features with the groups that it has.
+    """Return `table` in the units of the pool, and the pair (baseline of its features, groups in this baseline).
 
     Raises:
         FitError: no group has enough fit rows, or the baseline would be too large.
@@ -220,7 +220,7 @@ def scale_by_group(config: TrainConfig, table: Table, split: Split) -> tuple[Tab
 
 
 def with_source(data: PreparedData, table: Table, features: FeatureBaseline, own: Indices) -> PreparedData:
-    """Return `data` with its rows in raw units, and with calibration rows as of no group.
+    """Add the rows in raw units to `data`, and treat its calibration rows as rows of an unknown group.
 
     Args:
         data: rows in the units of the pool.
@@ -239,7 +239,7 @@ def inputs_of_pool(data: PreparedData, rows: Indices) -> Tensor:
 
     Args:
         data: rows that are scaled by group.
-        rows: numbers of rows of the source, [n]. If there are windows, they must have enough rows.
+        rows: numbers of rows of the source, [n]. In a model with a window, their windows must have enough rows.
     """
     source = data.source_rows.table.x
     if data.windows is None:
@@ -253,7 +253,7 @@ def inputs_of_pool(data: PreparedData, rows: Indices) -> Tensor:
 
 
 def groups_of(timeline: Timeline, own: Indices) -> npt.NDArray[np.intp]:
-    """Return the index of each group in a baseline of the groups `own`; that of the pool for other groups, [G]."""
+    """Return the index of each group in a baseline of the groups `own`, [G]. Other groups have that of the pool."""
     index = np.full(len(timeline.groups), len(own), np.intp)
     index[own] = np.arange(len(own))
     return index

@@ -96,7 +96,7 @@ def fit_policy(
         shift, scale = of_rows["shift"], of_rows["scale"]
         unit = unit * scale.double().repeat(copies)
         is_spread[width * (1 + copies // SUMMARIES_PER_SCALE) :] = True
-        # The range of the newest row. Rounding keeps the order of numbers, so no valid value is outside.
+        # Only the newest row has a range. Rounding keeps the order of numbers, so no valid value falls outside.
         without = torch.full((len(deviation) - width,), np.inf)
         low, high = torch.cat(((low - shift) / scale, -without)), torch.cat(((high - shift) / scale, without))
     least = torch.tensor([rule.least for rule in each]).double() / unit

@@ -17,7 +17,7 @@ from training.random_streams import PRIOR, random_stream
 MAX_COMPONENTS = 64
 ROWS_PER_COMPONENT = 30  # the mixture has at most one component per this many rows, so that none is a copy of a row
 MIXTURE_ROWS = 10_000  # the mixture is fitted to the latents of at most this many rows
-SHRINKAGE = 0.5  # rows per latent that each component borrows from all components together
+SHRINKAGE = 0.5  # each component borrows this many rows per latent from all components together
 MAX_ITERATIONS = 100
 BATCH = 4096  # rows per forward pass; limits the memory
 Array = npt.NDArray[np.float64]
@@ -71,7 +71,7 @@ def fit_prior(core: Core, u: Tensor, held_out: Tensor, seed: int, *, with_spread
 def fit_mixture(z: Array, held_out: Array, seed: int) -> Mixture:
     """Return a mixture that is fitted to latents z [N, K], and under which `held_out` [M, K] are likely.
 
-    The number of components doubles until two numbers in a row give no higher likelihood. The result is the simplest
+    The number of components doubles until two doublings in a row give no higher likelihood. The result is the simplest
     mixture that is worse than the best one by at most one standard error.
     """
     from threadpoolctl import threadpool_limits

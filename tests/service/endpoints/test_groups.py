@@ -333,7 +333,7 @@ def test_killed_worker_releases_its_groups_and_what_is_sent_again_is_judged_as_b
     assert sum(one != row["is_anomaly"] for one, row in zip(flags, expected["windows"], strict=True)) <= 1
 
 
-def test_calibration_is_that_of_the_artifact_if_online_calibration_is_off(group_models: Path, tmp_path: Path) -> None:
+def test_p_values_are_those_of_the_artifact_if_online_calibration_is_off(group_models: Path, tmp_path: Path) -> None:
     rows = records()
     with running(create_app(settings_of(group_models, tmp_path, online_calibration=False))) as client:
         found = send(client, rows, "rows")
@@ -383,7 +383,7 @@ def test_unusable_folder_is_reported_at_the_start(group_models: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("model", ["rows", "windows"])
-def test_rows_of_remote_write_leave_the_same_past_as_rows_of_anomaly(
+def test_remote_write_remembers_groups_as_the_anomaly_endpoint_does(
     group_models: Path, tmp_path: Path, expected: dict[str, list[Record]], model: str
 ) -> None:
     mapping = tmp_path / "map.toml"

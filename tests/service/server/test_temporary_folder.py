@@ -1,4 +1,4 @@
-"""The temporary folder of the memory of groups: a server that starts removes those of killed servers."""
+"""The temporary folder for the memory of groups. A server that starts removes the folders of killed servers."""
 
 import os
 import signal
@@ -41,7 +41,7 @@ def other_server() -> Iterator[tuple[Path, "subprocess.Popen[str]"]]:
             process.kill()
 
 
-def test_folder_of_a_killed_server_is_removed_at_the_next_start_and_that_of_a_running_one_stays(
+def test_starting_server_removes_the_folders_of_killed_servers_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -66,7 +66,7 @@ def test_folder_of_a_killed_server_is_removed_at_the_next_start_and_that_of_a_ru
         assert not running.exists()
 
 
-def test_no_folder_is_made_if_the_state_has_one_or_none_can_be_made(
+def test_there_is_no_temporary_folder_if_elbo_state_is_set_or_no_folder_can_be_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))

@@ -48,7 +48,7 @@ def test_samples_of_the_same_distribution_have_density_1_and_the_expected_covera
     assert coverage == pytest.approx(expected_coverage(100, draws), abs=0.01)
 
 
-def test_samples_of_one_of_two_kinds_of_rows_cover_half_of_the_rows() -> None:
+def test_coverage_is_one_half_if_samples_resemble_only_half_of_the_rows() -> None:
     real = np.concatenate((normal(200, 0), normal(200, 1) + 50.0))
     assert likeness(real, normal(2000, 2)).coverage == pytest.approx(0.5, abs=0.02)
 

@@ -47,15 +47,15 @@ def test_density_of_a_mixture_is_that_of_scipy() -> None:
     assert np.exp(mixture.log_density(z)) == pytest.approx(expected, rel=1e-9)
 
 
-def test_no_component_is_a_copy_of_a_row_although_every_held_out_row_is_a_fit_row() -> None:
+def test_no_component_copies_a_row_even_if_the_held_out_rows_are_the_fit_rows() -> None:
     z = np.repeat(np.random.RandomState(0).standard_normal((60, K)), 2, axis=0)
     mixture = fit_mixture(z, z, seed=0)
     assert len(mixture.weights) <= len(z) // ROWS_PER_COMPONENT
     deviations = np.sqrt(np.einsum("mij,mij->mi", mixture.factors, mixture.factors))
-    assert deviations.min() > 0.1  # that of the rows is 1; a copy would have about 0.001
+    assert deviations.min() > 0.1  # it is 1 for the rows, and would be about 0.001 for a component that copies a row
 
 
-def test_too_few_rows_for_two_components_give_the_gaussian_with_the_moments_of_the_rows() -> None:
+def test_mixture_is_one_gaussian_with_the_moments_of_the_rows_if_there_are_too_few_rows_for_two() -> None:
     z = clusters(2, 2 * ROWS_PER_COMPONENT - 1, seed=0)
     mixture = fit_mixture(z, z, seed=0)
     assert mixture.means[0] == pytest.approx(z.mean(axis=0))
@@ -63,7 +63,7 @@ def test_too_few_rows_for_two_components_give_the_gaussian_with_the_moments_of_t
 
 
 @pytest.mark.parametrize("value", [0.0, 7.0, 1e12])
-def test_latents_without_variance_give_draws_that_equal_them(value: float) -> None:
+def test_mixture_is_a_point_if_the_latents_have_no_variance(value: float) -> None:
     z = np.full((200, K), value)
     mixture = fit_mixture(z, z, seed=0)
     assert len(mixture.weights) == 1
@@ -71,7 +71,7 @@ def test_latents_without_variance_give_draws_that_equal_them(value: float) -> No
     assert mixture.factors.max() < 1e-6
 
 
-def test_prior_with_spread_has_the_covariance_of_posterior_samples_and_without_it_that_of_the_means() -> None:
+def test_prior_has_the_covariance_of_posterior_samples_with_spread_and_of_posterior_means_without() -> None:
     x = torch.from_numpy(clusters(4, 2000, seed=0)).float()
     held_out = torch.from_numpy(clusters(4, 400, seed=1)).float()
     of_means = torch.from_numpy(np.cov(x.T.double().numpy(), ddof=0))
