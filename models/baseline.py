@@ -79,7 +79,7 @@ class Baseline:
         self._start_sets = self.arrays["start_sets"].astype(np.float32)
         self._has_start_set = self.arrays["has_start_set"].tolist()
         self._moments, self._offsets = self.arrays["moments"], self.arrays["offsets"]
-        self._moment_list, self._offset_list = self._moments.tolist(), self._offsets.tolist()  # for single rows
+        self._moment_list, self._offset_list = self._moments.tolist(), self._offsets.tolist()  # quicker for one row
         self._shift, self._smallest = float(self.arrays["shift"]), float(self.arrays["smallest"])
         self._index = {name: index for index, name in enumerate(self.groups)}
         self.pool = len(self.groups)  # index of the pool

@@ -1,12 +1,12 @@
-"""Which values of the features are usual for a group at an hour of the week, and rows in the units of the pool.
+"""Convert rows to the units of the pool, by what is usual for a group at an hour of the week.
 
 Hosts differ: 20 GB of memory may be usual on one host and 200 GB on another, so a model of all hosts would see these
 differences, and not a leak of 6 GB. A row of a group is therefore converted before the model sees it:
 
     x' = (x - location of the group and the time) * scale of the pool / scale of the group + location of the pool
 
-A row of the pool, which is all groups together, stays as it is. A group without a baseline of its own counts as the
-pool.
+The pool is all groups together. Rows of the pool are not converted. Rows of a group without a baseline of its own are
+treated as rows of the pool.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from models.season import Floats, Period, columns, encode, to_local
 
 FEATURE_BUFFERS = ("feature_location", "feature_scale")
-PART_VALUES = 1 << 21  # values of location coefficients that are gathered at once
+PART_VALUES = 1 << 21  # location coefficients that are copied at once, to limit memory
 
 Array = npt.NDArray[np.float32]
 Index = npt.NDArray[np.intp]
@@ -27,9 +27,9 @@ class FeatureBaseline:
     """The baseline of the features of all groups. In shapes: G groups, D features, E encodings, B rows.
 
     Args:
-        location: coefficients of the location, [G + 1, D, E] float32, in raw units. The last are those of the pool, of
-            which only the constant counts.
-        scale: positive, [G + 1, D] float32, in raw units. The last are those of the pool.
+        location: coefficients of the location, [G + 1, D, E] float32, in raw units. The last entry is for the
+            pool, of which only the constant is used.
+        scale: positive, [G + 1, D] float32, in raw units. The last entry is for the pool.
         periods: the periods of the seasons.
         moments, offsets: of the time zone, see `models.season.offsets_of_zone`.
 
@@ -70,17 +70,17 @@ class FeatureBaseline:
         return FeatureBaseline(self.location[kept], self.scale[kept], self.periods, self._moments, self._offsets)
 
     def to_pool(self, x: Array, group: Index, time: Floats) -> Array:
-        """Return rows x [B, D] of groups in the units of the pool. NaN stays NaN.
+        """Return the rows x [B, D] converted to the units of the pool. NaN stays NaN.
 
         Args:
             x: rows in raw units, [B, D].
             group: the index of each row's group, or that of the pool, [B].
-            time: Unix times in seconds, [B]; NaN if the time is unknown, which stands for the mean of the seasons.
+            time: Unix times in seconds, [B]; NaN if unknown: the row is then compared with the mean over the week.
         """
         return self._convert(x, group, time, is_inverse=False)
 
     def from_pool(self, x: Array, group: Index, time: Floats) -> Array:
-        """Return rows x [B, D] in the raw units of their groups. The inverse of `to_pool`."""
+        """Return the rows x [B, D] converted back to the raw units of their groups; the inverse of `to_pool`."""
         return self._convert(x, group, time, is_inverse=True)
 
     def _convert(self, x: Array, group: Index, time: Floats, *, is_inverse: bool) -> Array:

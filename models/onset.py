@@ -2,13 +2,13 @@
 
 The estimate is the most probable change point of a series of rows (Samuel, Pignatiello & Calvin, "Identifying the time
 of a step change with X-bar control charts", 1998), here for a change of the mean, of the deviation, or of both. Before
-the change, the mean of the series in a window is that of one of many groups: normally distributed with the variance
+the change, the mean of the series over a window may differ between groups: it is normally distributed with the variance
 `between`, as in an analysis of variance with random effects. So a group whose level always differs from that of others
 does not count as changed. After the change, the mean is unknown, and the variance is at least `within`.
 
 Two series are examined for each feature: its deviation from its usual level, and its deviation from its prediction by
-the other features of the same row. The second one does not have the course that all features share, such as that of a
-day. The series with the clearer change decides.
+the other features of the same row. The second series does not contain what all features share, such as
+the cycle of a day. The series with the clearer change decides.
 """
 
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ import numpy.typing as npt
 
 from models.windows import SUMMARIES_PER_SCALE
 
-NOISE = 0.01  # variance added to each feature, relative to its own: columns that repeat each other can be inverted
-MIN_VARIANCE = 1e-4  # smallest variance of a series, in variances of the feature
-MAX_DEVIATION = 1e6  # larger deviations, in standard deviations, count as this, so that squares stay finite
+NOISE = 0.01  # added to each variance, as a share of it: makes the matrix invertible if columns are copies
+MIN_VARIANCE = 1e-4  # smallest variance of a series, as a share of the variance of the feature
+MAX_DEVIATION = 1e6  # in standard deviations; larger ones are clipped, so that squares stay finite
 
 Doubles = npt.NDArray[np.float64]
 
@@ -44,10 +44,10 @@ class UsualCourse:
     def find_onsets(self, windows: npt.NDArray[np.float32], features: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
         """Return how many rows before the newest row the deviation of each feature began, [A, E]: 0 for the newest row.
 
-        If all rows of the window deviate, the result is that of the oldest row. A missing value counts as usual.
+        If all rows of the window deviate, the oldest row is the start. A missing value counts as the usual level.
 
         Args:
-            windows: windows of rows in raw units, oldest row first, [A, N, D]. A row of NaN only is not there.
+            windows: windows of rows in raw units, oldest row first, [A, N, D]. A row of nothing but NaN is absent.
             features: the features to examine, [A, E].
         """
         rows, count = features.shape
@@ -67,7 +67,7 @@ class UsualCourse:
 
 
 def describe_course(level: Doubles, deviation: Doubles, correlation: Doubles, features: int) -> UsualCourse:
-    """Return the course of D features, from the moments of the V summaries of their windows.
+    """Return the usual course of D features, computed from statistics of the V summaries of their windows.
 
     Args:
         level: the mean of each summary in raw units, [V], in the order of `models.windows.summarise`.
@@ -91,16 +91,16 @@ def describe_course(level: Doubles, deviation: Doubles, correlation: Doubles, fe
 
 
 def _find_changes(y: Doubles, is_there: npt.NDArray[np.bool_], ratio: Doubles) -> tuple[npt.NDArray[np.intp], Doubles]:
-    """Return how many rows before the newest one the most probable change is, [S], and how clear it is, [S].
+    """Return how many rows before the newest row each series most probably changed, [S], and how clearly, [S].
 
-    Costs are -2 log likelihoods up to a constant. `clear` is the cost without a change, minus that of the best change.
+    How clearly is the cost without a change minus the cost with it. Costs are -2 log likelihoods up to a constant.
 
     Args:
         y: S series in usual standard deviations within a window, newest row first, [S, N]; 0 where there is no row.
-        is_there: which rows are there, [S, N]. The rows of a window are next to each other, and the newest is there.
+        is_there: which rows are not absent, [S, N]: the newest row, and an unbroken run of rows before it.
         ratio: `between` divided by `within`, [S, 1].
     """
-    sums, squares = y.cumsum(axis=1), np.square(y).cumsum(axis=1)  # of the rows after a change
+    sums, squares = y.cumsum(axis=1), np.square(y).cumsum(axis=1)  # over the rows from each row to the newest
     after = is_there.cumsum(axis=1)  # their number
     before = after[:, -1:] - after
     variance = np.maximum(squares / after - np.square(sums / after), 0.0)
@@ -114,7 +114,7 @@ def _find_changes(y: Doubles, is_there: npt.NDArray[np.bool_], ratio: Doubles) -
 
 
 def _usual_cost(sums: Doubles, squares: Doubles, count: npt.NDArray[np.intp], ratio: Doubles) -> Doubles:
-    """Return the cost of rows before a change, of which only sums are given; 0 if there are none."""
+    """Return the cost of the rows before a change, from their sum, sum of squares and number; 0 without rows."""
     some = np.maximum(count, 1)
     mean = sums / some
     cost = np.maximum(squares - sums * mean, 0.0) + np.square(mean) / (ratio + 1.0 / some) + np.log1p(count * ratio)

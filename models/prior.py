@@ -24,7 +24,7 @@ class Prior(nn.Module):
         self.register_buffer("factors", factors)
 
     def forward(self, noise: Tensor, choice: Tensor) -> Tensor:
-        """Draw latents [B, K]. The draw needs memory for B K K numbers.
+        """Draw latents [B, K]. The draw needs memory for B x K x K numbers.
 
         Args:
             noise: standard normal numbers, [B, K].

@@ -46,7 +46,7 @@ class Summaries(nn.Module):
 
 
 class ValidRange(nn.Module):
-    """Takes values outside of their valid ranges out of the rows of windows, as if they had not been measured.
+    """Replaces the values of a window that are outside of their valid ranges, as if they had not been measured.
 
     Args:
         low: lower end of the valid range of each feature in raw units, [D]; minus infinity if there is none.
@@ -62,9 +62,9 @@ class ValidRange(nn.Module):
         self.register_buffer("high", high)
 
     def forward(self, x: Tensor, u: Tensor, present: Tensor) -> Tensor:
-        """Return u [B, N, D], with the mean of the valid values of a window in place of those outside of the range.
+        """Return u [B, N, D], where the mean of the window's valid values replaces each value outside of its range.
 
-        If a window has no valid value of a feature, the result is 0.
+        If a window has no valid value of a feature, 0 replaces the values of that feature.
 
         Args:
             x: windows in raw units, [B, N, D]. A missing value is not outside of its range.
@@ -84,8 +84,8 @@ class WindowSummaries(nn.Module):
     Args:
         scaling: converts rows from raw units to model units.
         summaries: summarises windows in model units.
-        valid_range: takes values outside of their valid ranges out of the means and deviations; by default, every value
-            is valid. The newest row keeps such values, because the policy of the model judges them.
+        valid_range: excludes values outside of their valid ranges from the means and deviations; by default, every
+            value is valid. The newest row keeps such values, because the policy of the model judges them.
     """
 
     def __init__(self, scaling: Scaling, summaries: Summaries, valid_range: ValidRange | None = None) -> None:

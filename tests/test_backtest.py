@@ -1,4 +1,4 @@
-"""`elbo backtest` and POST /backtest: verdicts and alerts are those of the service, and both report the same."""
+"""`elbo backtest` and POST /backtest give the same report, with the verdicts and alerts of the service."""
 
 import json
 import re
@@ -145,7 +145,7 @@ def test_verdicts_of_a_replay_equal_the_served_ones_row_by_row(root: Path, name:
 
 
 def is_open(state: AlertState, group: str, started: float) -> bool:
-    """Return whether the alert of a group that began at `started` is active."""
+    """Return whether a group has an active alert that began at `started`."""
     return any(name == group and alert.started == started for (_, name), alert in state.active.items())
 
 
@@ -163,7 +163,7 @@ def rows_with_an_incident_and_a_change() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("name", "half_life", "calm_seconds"), [("rows", 3.0, 1.0), ("windows", 0.0, 300.0)])
-def test_alerts_of_a_replay_equal_those_that_the_service_sends_for_the_same_rows(
+def test_replay_gives_the_alerts_that_the_service_sends_for_the_same_rows(
     root: Path, name: str, half_life: float, calm_seconds: float
 ) -> None:
     rows = rows_with_an_incident_and_a_change()
@@ -355,7 +355,7 @@ def test_endpoint_says_why_it_cannot_replay_a_history(
     assert re.search(message, response.json()["detail"])
 
 
-def test_rows_without_a_time_cost_only_themselves(root: Path) -> None:
+def test_faulty_rows_of_a_history_are_reported_and_left_out(root: Path) -> None:
     content = "ts,host,cpu,disk,load\n60,a,1,2,3\n,a,1,2,3\n120,a,1,x,3\n180,a,1,2,3\n"
     with running(create_app(settings_of(root))) as client:
         answer = backtest_csv(client, content).json()
@@ -363,7 +363,7 @@ def test_rows_without_a_time_cost_only_themselves(root: Path) -> None:
     assert [error["row"] for error in answer["errors"]] == [1, 2]
 
 
-def test_replay_ends_when_its_client_leaves(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replay_stops_when_its_client_disconnects(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     joined: list[slice] = []
     join = Replayer.join
 

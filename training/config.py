@@ -18,7 +18,7 @@ from models.season import PERIODS, Period
 Kind = Literal["pca", "ae", "vae", "ensemble"]
 EVERY_KIND: tuple[Kind, ...] = get_args(Kind)
 AUTO_KINDS: tuple[Kind, ...] = ("pca", "ae", "vae")  # the kinds that auto compares and that `elbo demo` trains
-NEW_OPTIONS = (  # earlier releases do not know them
+NEW_OPTIONS = (  # options that earlier releases do not know
     "time", "group", "window", "season", "time_zone", "scale_by_group", "incident_rows",
 )  # fmt: skip
 WIDTHS = {"mlp": (256, 128), "conv": (32, 64)}  # default hidden widths; for tables, see fitting/defaults.py

@@ -83,7 +83,7 @@ async def measure(artifacts: Path, name: str, hosts: int, rows: int) -> None:
                 for row in range(number * rows, (number + 1) * rows):
                     values = centre + spread * random.standard_normal((hosts, len(features)))
                     times: list[float] = []
-                    alone: list[float] = []  # the figures are those of the last row, when the memory is full
+                    alone: list[float] = []  # only the last row is reported: the memory is full by then
                     for start in range(0, hosts, count):
                         part = values[start : start + count].tolist()
                         keys = {time_column: first + STEP * row}

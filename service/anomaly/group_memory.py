@@ -57,9 +57,10 @@ class ModelMemory:
         return None if self._starts is None else self._starts.of(group)
 
     def needs_calibration(self, has_times: bool) -> bool:
-        """Return whether the online calibration judges the rows of a request, which may have no times.
+        """Return whether the online calibration judges the rows of a request.
 
-        Rows that are scaled by group need it even then: the calibration of the artifact is for rows as they are.
+        `has_times`: whether the rows have times. Rows that are scaled by group need the online calibration even without
+        times, because the calibration of the artifact is for rows that are not scaled.
         """
         return (has_times or self.rules.features is not None) and self._starts is not None and self._starts.are_known
 
@@ -86,9 +87,9 @@ class ModelMemory:
         return name in self._groups
 
     def keep(self, name: str, stamp: Stamp | None, group: Group) -> None:
-        """Keep a group that was stored with `stamp`, until another process changes it. It may be called in a thread.
+        """Keep a group that was stored with `stamp`, until another process changes it; do nothing if `stamp` is None.
 
-        A group without a stamp is not kept.
+        It may be called in a thread.
         """
         if stamp is not None:
             self._groups[name] = stamp, group
@@ -180,7 +181,7 @@ class GroupMemory:
         rules = rules_of(served, has_calibration=self._has_calibration)
         identity = f"{served.name}@{served.version} {served.manifest.weights_sha256}"
         if rules.features is not None:
-            identity += " in the units of the pool"  # without online calibration, the rows are stored as they are
+            identity += " in the units of the pool"  # rows are scaled only with online calibration
         digest = hashlib.sha256(f"{identity} {layout_of(rules.payload_bytes)}".encode()).hexdigest()
         try:
             if self._folder is None:
@@ -213,7 +214,8 @@ def rows_of_window(served: ServedModel) -> int:
 def rules_of(served: ServedModel, *, has_calibration: bool) -> Rules:
     """Return the rules by which the rows of a model are joined to the past of their group.
 
-    Without online calibration, rows are not scaled by group: the calibration of the artifact is for rows as they are.
+    Without online calibration, rows are not scaled by group, because the calibration of the artifact is for rows that
+    are not scaled.
     """
     manifest, baseline = served.manifest, served.baseline
     window, timeline = manifest.window, manifest.timeline
@@ -255,7 +257,7 @@ class StartSets:
 
     @property
     def are_known(self) -> bool:
-        """Whether `of` returns a start set."""
+        """Whether the scores are known, so that `of` returns a start set."""
         return self._baseline is not None or self._all is not None
 
     def of(self, group: str) -> StartSet | None:

@@ -75,8 +75,8 @@ TAIL_SHARE = 0.1  # share of the calibration set, the largest scores, to which t
 NEXT_AFTER_ONE = 1 + 1.2e-7  # rounds to the next float32 after 1
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
 MIN_ROWS_AFTER_INCIDENT = 80  # an incident is this many rows old, or older, before it becomes a change
-RECENT_ROWS = 240  # rows whose times and scores are remembered, for feedback: four hours with a row a minute
-MIN_SET_ROWS = 20  # `remove` leaves at least so many scores: 19 are needed for a p-value of 5 %
+RECENT_ROWS = 240  # rows whose times and scores are remembered for feedback: four hours at one row a minute
+MIN_SET_ROWS = 20  # scores that `remove` leaves at least; a p-value of 5 % needs 19
 
 # A record: magic; CRC-32 of all bytes after it; header; times; scores.
 # - The header: the numbers of scores in the calibration set, in the former set, in the held rows and in the recent
@@ -148,7 +148,7 @@ class _CalibrationSet:
         self.own = min(self.own + 1, SET_ROWS)
 
     def without(self, is_removed: npt.NDArray[np.bool_]) -> "_CalibrationSet":
-        """Return a set without some scores. `is_removed`: which, oldest first."""
+        """Return a set without the scores for which `is_removed`, oldest first, is true."""
         kept = np.frombuffer(self.oldest_first(), np.float32)[~is_removed]
         own = int((~is_removed[len(is_removed) - self.own :]).sum())
         return _CalibrationSet(array("f", kept.tobytes()), own)
@@ -391,9 +391,9 @@ class OnlineCalibration:
 
     @property
     def remembered_since(self) -> float:
-        """The time since which `recent` knows all rows; minus infinity if it has forgotten none.
+        """The time from which on all rows are remembered: that of the oldest remembered row.
 
-        It is infinity if no remembered row has a time.
+        It is minus infinity if no row has been forgotten yet, and infinity if no remembered row has a time.
         """
         if len(self._recent_times) == self.rows:
             return -math.inf
@@ -405,11 +405,11 @@ class OnlineCalibration:
         return np.array(self._recent_scores, np.float32)[(times >= since) & (times <= until)]
 
     def add(self, scores: npt.NDArray[np.float32]) -> None:
-        """Take in that rows with these scores, oldest first, were normal: "this was normal".
+        """Obey the feedback that the rows with these scores, oldest first, were normal.
 
-        They enter the calibration set, unless it has them already. So nothing changes if they are added once more.
-        Scores of held rows do not enter it alone: if at least half of the held rows are among them, `normal` is called,
-        otherwise the end of the held rows decides.
+        Scores that the calibration set does not have yet are added to it, so adding the same scores again changes
+        nothing. Scores of held rows are not added one by one: if at least half of the held rows are among the scores,
+        `normal` is called; otherwise the held rows stay held.
         """
         scores = _raised_all(scores)
         is_held, held = _match(scores, np.array(self._held, np.float32))
@@ -421,12 +421,12 @@ class OnlineCalibration:
             self._set.add(score)
 
     def remove(self, scores: npt.NDArray[np.float32]) -> None:
-        """Take in that rows with these scores were an incident: "this was an incident".
+        """Obey the feedback that the rows with these scores were an incident.
 
-        Held rows are discarded if at least half of them are among the scores. If at least half of the calibration set
-        is among them, and it has a former set, the former set returns. Otherwise the scores leave the calibration set,
-        the oldest first, as long as it has more than MIN_SET_ROWS scores. Rows are recognised by their scores: if a
-        group has other rows with the same score, scores of those rows may leave in their place.
+        All held rows are discarded if at least half of them are among the scores. If there is a former set, and at
+        least half of the calibration set is among the scores, the former set returns. Otherwise the scores are removed
+        from the calibration set, oldest first, as long as it has more than MIN_SET_ROWS scores. Rows are recognised by
+        their scores: if two rows of a group have the same score, that of the wrong row may be removed.
         """
         scores = _raised_all(scores)
         is_held, held = _match(scores, np.array(self._held, np.float32))
@@ -577,10 +577,10 @@ def _raised_all(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 def _match(
     scores: npt.NDArray[np.float32], others: npt.NDArray[np.float32]
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Pair equal scores, and return which of the first and which of the second have a partner.
+    """Pair equal scores, and return which of `scores` and which of `others` have a partner.
 
-    Scores are equal if they differ by at most twice the largest rounding error, because one of them may be raised. Each
-    has at most one partner. Of several equal scores, the oldest, which come first, have one.
+    Each score has at most one partner. If several are equal, the oldest, which come first, are paired first. Scores
+    count as equal if they differ by at most twice the largest rounding error, because `_raised` may have changed one.
     """
     is_matched, is_other_matched = np.zeros(len(scores), bool), np.zeros(len(others), bool)
     order, other_order = np.argsort(scores, kind="stable").tolist(), np.argsort(others, kind="stable").tolist()

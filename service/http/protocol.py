@@ -631,7 +631,7 @@ class _ReadingControl(FlowControl):
         """Stop reading."""
         self.blocked = True
         self.pause_reading()
-        self.resume_reading = _do_nothing  # type: ignore[method-assign] # costs requests without a block nothing
+        self.resume_reading = _do_nothing  # type: ignore[method-assign] # no cost for requests never blocked
 
     def unblock(self) -> None:
         """Continue to read."""

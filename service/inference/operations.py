@@ -19,7 +19,7 @@ from models import artifact
 from models.manifest import reaches
 from service.inference.calibration import Calibration
 
-MAX_DRAW_VALUES = 1 << 20  # numbers that one call of `draw` may need memory for: 4 MB
+MAX_DRAW_VALUES = 1 << 20  # numbers for which one call of `draw` may allocate memory: 4 MB
 Tensors = tuple[Tensor, ...]  # each [B, ...]
 Arrays = tuple[npt.NDArray[np.float32], ...]  # each [B, ...]
 
@@ -132,7 +132,7 @@ SAMPLE_STANDARD = Operation("sample", _sample_standard, batched=False)
 SAMPLE_STANDARD_ROWS = Operation("sample", _sample_standard_rows, batched=False)
 
 
-# For rows that are judged by an online calibration.
+# For rows that the online calibration of their group judges.
 # x [B, D] -> score [B], parts [B, P], contribution [B, D], expected [B, D]
 SCORE = Operation("anomaly", _score, onnx_method="score")
 

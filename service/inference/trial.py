@@ -117,9 +117,9 @@ class TrialClient:
             os.close(reader)
 
     def begin(self, path: Path, digest: str | None = None) -> None:
-        """Let the trial process try the artifact at `path` out now, so that `try_out` gets the verdict at once later.
+        """Let the trial process try out the artifact at `path` now, so that a later `try_out` gets the verdict at once.
 
-        `try_out` reports all errors: this method raises none. See `try_out` for the arguments.
+        This method raises no errors, because `try_out` reports them all. See `try_out` for the arguments.
         """
         reader, writer = os.pipe()
         os.close(reader)  # the trial process keeps the verdict, so nobody has to read it here
@@ -247,7 +247,7 @@ def _answer(
         work: see `start_trial_process`.
         limits: the limits of the trial.
         verdicts: the verdicts that are known: by digest if the artifact passed, and by path and digest if it was
-            refused. A refusal is kept only until the request that follows an early one.
+            refused. A refusal is kept only after an early request, until the request that follows it.
     """
     path, digest = Path(request["path"]), request["digest"]
     refused = f"{path} {digest}"

@@ -23,7 +23,7 @@ Labels = tuple[str, ...]
 
 
 class Cause(NamedTuple):
-    """A feature by its column, the value in the row (NaN if it is missing), and the value expected, in raw units.
+    """A feature that contributed to an alert, with its value (NaN if missing) and expected value in raw units.
 
     `since`: when the deviation began, in Unix seconds; NaN if this is unknown.
     """

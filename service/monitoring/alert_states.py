@@ -1,4 +1,4 @@
-"""The states of the groups' online calibrations, which alerts follow.
+"""The state of each group's online calibration, on which the alerts of the group depend.
 
 The process that has judged the rows of a group writes the state to shared memory while it still has the group locked,
 and the leader process reads it when it decides on the alert.
@@ -21,7 +21,7 @@ class AlertStates:
 
     Args:
         counters: the shared memory of all processes.
-        max_age: age in seconds above which a state is unknown again: the group sends no rows any more.
+        max_age: age in seconds above which a state is unknown, because the group has stopped sending rows.
     """
 
     def __init__(self, counters: SharedCounters, max_age: float) -> None:
@@ -30,8 +30,8 @@ class AlertStates:
 
     def record(self, labels: Labels, state: State) -> None:
         """Keep `state` as the latest state of a group."""
-        # One number, so that no reader sees the time of one row with the state of another. The clock is the same in all
-        # processes.
+        # Time and state are one number, so that no reader combines the time of one row with the state of another. The
+        # clock is the same in all processes.
         moment = int(monotonic() * _PER_SECOND)
         self._counters.local.array((FAMILY, *labels), 1)[0] = float(moment * len(STATES) + STATES.index(state))
 

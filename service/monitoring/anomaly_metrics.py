@@ -216,10 +216,10 @@ class AnomalyMetrics:
                 counter.add((*model, self._limited(model, "group", group)), 1)
 
     def _record_states(self, model: ModelLabels, joined: JoinedRows, input_rows: InputRows) -> None:
-        """Record for the alerts in which state the live rows have left their groups.
+        """Record for the alerts the state of each group after its live rows.
 
-        A group without a row that is recent and not silenced counts as usual: no row of it may keep an alert open.
-        Groups that share the label OTHER have no common state.
+        Rows that are old or silenced must not keep an alert open: a group that has no other rows counts as usual.
+        Groups that share the label OTHER get no state, because they have none in common.
         """
         oldest = time.time() - self._max_age
         times, silenced = input_rows.time, input_rows.silenced

@@ -17,7 +17,7 @@ from models.errors import ArtifactUnsafe
 from models.pickle_check import PickledTensor, check_pickle
 
 PATH = Path("model.pt")
-SIZES = {"packed": 20, "unpacked": 24}  # places of fields in an entry of the directory
+SIZES = {"packed": 20, "unpacked": 24}  # offsets of fields in an entry of the directory
 
 
 def zipped(names: tuple[str, ...] = ("a/version", "a/byteorder")) -> bytearray:
@@ -29,7 +29,7 @@ def zipped(names: tuple[str, ...] = ("a/version", "a/byteorder")) -> bytearray:
 
 
 def with_entry(place: int, format_: str, value: int) -> bytes:
-    """Return a zip file whose last directory entry has `value` at `place`."""
+    """Return a zip file whose last directory entry has `value` at the offset `place`."""
     content = zipped()
     struct.pack_into(format_, content, content.rindex(b"PK\x01\x02") + place, value)
     return bytes(content)

@@ -91,7 +91,7 @@ def test_definition_that_no_artifact_has_is_refused(source: str, reason: str) ->
     assert str(refusal.value).startswith("model.pt: the code in code/__torch__/models/m.py ")
 
 
-def test_class_in_the_place_of_a_class_of_torch_is_refused() -> None:
+def test_class_that_replaces_a_class_of_torch_is_refused() -> None:
     for member in ("code/__torch__/torch/classes.py", "code/__torch__/torch/classes/rnn.py"):
         with pytest.raises(ArtifactUnsafe, match=r"defines a class of torch\.classes"):
             check(INNER, member)
@@ -141,7 +141,7 @@ def test_statement_that_no_artifact_has_is_refused(lines: str, reason: str) -> N
     assert reason in str(refusal.value)
 
 
-def test_attribute_of_a_class_that_the_code_lacks_is_refused() -> None:
+def test_attribute_whose_class_is_not_in_the_code_is_refused() -> None:
     source = HEAD + "  inner : __torch__.models.other.Other\n" + ENCODE + "    k = self.inner\n    return x\n"
     with pytest.raises(
         ArtifactUnsafe, match=r"the type __torch__\.models\.other\.Other, which the code does not define"
@@ -149,13 +149,13 @@ def test_attribute_of_a_class_that_the_code_lacks_is_refused() -> None:
         check(source)
 
 
-def test_model_of_a_class_that_the_code_lacks_is_refused() -> None:
+def test_model_whose_class_is_not_in_the_code_is_refused() -> None:
     with pytest.raises(ArtifactUnsafe, match=r"has a model of the class __torch__\.models\.m\.M, which the code does"):
         check(INNER)
 
 
 @pytest.mark.parametrize(("depth", "is_allowed"), [(MAX_DEPTH - 1, True), (MAX_DEPTH + 2, False)])
-def test_calls_nested_too_deep_are_refused(depth: int, is_allowed: bool) -> None:
+def test_too_deeply_nested_calls_are_refused(depth: int, is_allowed: bool) -> None:
     methods = f"  def f0(self: {MODULE}.M, x: Tensor) -> Tensor:\n    return x\n" + "".join(
         f"  def f{n}(self: {MODULE}.M, x: Tensor) -> Tensor:\n    return (self).f{n - 1}(x, )\n"
         for n in range(1, depth)

@@ -1,4 +1,4 @@
-"""Since when a feature deviates: against the likelihood, and against simulated incidents whose start is known."""
+"""Check the start of a deviation against the likelihood, and against simulated incidents with a known start."""
 
 from functools import cache
 
@@ -16,13 +16,13 @@ from training.data.readers.simulated_hosts import HOSTS, METRICS, simulate
 from training.fitting.explanation import fit_explanation
 
 N, D = 30, len(METRICS)
-# Deviation of the noise of each metric in `simulate`.
+# Standard deviation of the noise of each metric in `simulate`.
 NOISE = np.array([2.0, 0.15, 8.0, 3.0, 0.8, 1.5, 0.6])
 ONE = UsualCourse(np.zeros(1), np.ones((2, 1, 1)), np.ones((2, 1)), np.full((2, 1), 3.0))
 
 
 def negative_log_likelihood(y: np.ndarray, lag: int, between: float) -> float:
-    """Return the cost of a change `lag` rows before the newest row of y [N], oldest row first."""
+    """Return the cost if y [N], oldest row first, changes `lag` rows before its newest row."""
     before, after = y[: len(y) - 1 - lag], y[len(y) - 1 - lag :]
     cost = -float(norm(after.mean(), max(1.0, after.std())).logpdf(after).sum())
     if len(before):
@@ -51,7 +51,7 @@ def test_absent_rows_and_missing_values_do_not_count() -> None:
     assert ONE.find_onsets(y[:, -1:], np.zeros((1, 1), int)).tolist() == [[0]]
     two = UsualCourse(np.zeros(2), np.stack([np.eye(2)] * 2), np.ones((2, 2)), np.ones((2, 2)))
     x = np.concatenate((y, np.where(np.isnan(y), np.nan, 1.0)), axis=2)
-    x[0, -1, 0] = np.nan  # a missing value of a row that is there
+    x[0, -1, 0] = np.nan  # a missing value in a row that is not absent
     assert two.find_onsets(x, np.array([[1]])).shape == (1, 1)
 
 
@@ -70,7 +70,7 @@ def hosts(first_week: int, weeks: int) -> np.ndarray:
 
 @cache
 def course_of_hosts() -> UsualCourse:
-    """Return the course of the hosts, by way of the weights of an explanation, as a loaded artifact has it."""
+    """Return the usual course of the hosts, computed from the weights of an explanation, as for a loaded artifact."""
     rows = hosts(0, 3)
     begins = np.zeros(len(rows), bool)
     begins[0] = True
@@ -84,7 +84,7 @@ def course_of_hosts() -> UsualCourse:
 
 
 def incident(kind: str, rows: int, random: np.random.RandomState) -> np.ndarray:
-    """Return what an incident of a kind adds to a metric in its `rows` rows, in deviations of the noise."""
+    """Return what an incident of `rows` rows adds to a metric in each row, in standard deviations of the noise."""
     match kind:
         case "step":
             return np.full(rows, 16.0)
@@ -99,7 +99,7 @@ def incident(kind: str, rows: int, random: np.random.RandomState) -> np.ndarray:
 
 
 def onset_errors(kind: str, rows: int, trials: int = 200) -> np.ndarray:
-    """Return found minus true onset in rows, where positive is too early, [trials]."""
+    """Return by how many rows each onset is found too early, [trials]; negative if too late."""
     random, x = np.random.RandomState(0), hosts(4, 2)
     windows, features = [], []
     for _ in range(trials):
@@ -120,7 +120,7 @@ def onset_errors(kind: str, rows: int, trials: int = 200) -> np.ndarray:
         ("step", 25, 0, 0.95),
         ("step", 45, 0, 0.9),  # the whole window deviates
         ("small step", 8, 0, 0.8),
-        ("ramp", 20, 4, 0.0),  # its beginning hides in the noise
+        ("ramp", 20, 4, 0.0),  # the noise hides the beginning of a ramp
         ("spread", 8, 1, 0.75),
         ("spread", 20, 0, 0.85),
     ],
@@ -128,7 +128,7 @@ def onset_errors(kind: str, rows: int, trials: int = 200) -> np.ndarray:
 def test_onset_of_a_simulated_incident_is_found_within_a_few_rows(
     kind: str, rows: int, median: float, near: float
 ) -> None:
-    """`near`: the least share of the incidents whose start is found within two rows."""
+    """`near`: at least this share of the starts must be found within two rows."""
     errors = np.abs(onset_errors(kind, rows))
     assert np.median(errors) <= median
     assert (errors <= 2).mean() >= near

@@ -42,7 +42,7 @@ def test_samples_have_the_weights_means_and_covariances_of_the_mixture() -> None
         assert torch.allclose(own.T.cov(), factors[index] @ factors[index].T, atol=0.1)
 
 
-def test_a_large_draw_equals_the_draws_of_its_rows_to_the_last_bit() -> None:
+def test_rows_of_a_large_draw_are_bit_identical_to_rows_drawn_alone() -> None:
     torch.manual_seed(0)
     count, latents = 3, 16
     prior = Prior(torch.full((count,), 1 / 3), torch.randn(count, latents), torch.randn(count, latents, latents).tril())

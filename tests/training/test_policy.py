@@ -261,12 +261,12 @@ def trained_on_windows(root: Path, policy: Policy | None, kind: str = "pca", row
 
 
 def windows_of(x: np.ndarray) -> np.ndarray:
-    """Return the windows [B, N, 5] of rows [B N, 5] that share no row."""
+    """Return x [B x N, 5] split into windows [B, N, 5] that share no row."""
     return x[: len(x) // WINDOW * WINDOW].reshape(-1, WINDOW, 5)
 
 
 def usual_window(newest_rows: int = WINDOW, **changes: float) -> np.ndarray:
-    """Return a normal window [1, N, 5] in whose newest rows features deviate by so many standard deviations."""
+    """Return a normal window [1, N, 5] plus `changes`, in standard deviations, in its newest rows."""
     window = windows_of(values(WINDOW, 7)).copy()
     for name, deviation in changes.items():
         column = NAMES.index(name)
@@ -277,7 +277,7 @@ def usual_window(newest_rows: int = WINDOW, **changes: float) -> np.ndarray:
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.slow
 def test_false_alarm_rate_of_windows_holds_under_each_rule(tmp_path: Path, name: str) -> None:
-    """Windows of calibration rows overlap, so they tell no more than those of them that share no row."""
+    """Windows of calibration rows overlap, so only the number of windows that share no row counts."""
     artifact, new = trained_on_windows(tmp_path, RULES[name], rows=30_000), windows_of(values(30_000, 1))
     new = new[is_inside(RULES[name], new[:, -1])]
     count = artifact.manifest.calibration.rows // WINDOW
@@ -304,9 +304,9 @@ def test_rules_hold_for_rows_and_means_of_windows(tmp_path: Path) -> None:
         torch.testing.assert_close(of_twin, own, rtol=1e-4, atol=1e-4 * float(own.abs().max()))
 
 
-def test_values_outside_of_their_ranges_are_not_part_of_the_means_and_deviations_of_windows() -> None:
+def test_values_outside_of_their_ranges_do_not_enter_the_means_and_deviations_of_windows() -> None:
     x, policy = values(400, 0), Policy(features={"cpu": FeatureRule(minimum=20.0), "io": FeatureRule(maximum=30.0)})
-    x[100:115, 0] = 0.0  # windows without a valid value of cpu
+    x[100:115, 0] = 0.0  # some windows have no valid value of cpu
     config = TrainConfig(model="pca", name="m", time="time", window=WINDOW)
     data, _ = prepare(config, table(x, timeline_of(400)), policy)
     assert data.windows is not None
@@ -326,7 +326,7 @@ def test_values_outside_of_their_ranges_are_not_part_of_the_means_and_deviations
 
 
 @pytest.mark.slow
-def test_value_outside_of_its_range_raises_an_alarm_as_the_newest_row_only(tmp_path: Path) -> None:
+def test_value_outside_of_its_range_raises_an_alarm_only_while_its_row_is_the_newest(tmp_path: Path) -> None:
     artifact, without = trained_on_windows(tmp_path, EVERYTHING), trained_on_windows(tmp_path, None)
     for age in range(WINDOW):
         window = usual_window(0)
@@ -339,7 +339,7 @@ def test_value_outside_of_its_range_raises_an_alarm_as_the_newest_row_only(tmp_p
 
 
 @pytest.mark.slow
-def test_recalibration_gives_a_model_with_a_window_a_policy_and_removes_it(tmp_path: Path) -> None:
+def test_recalibration_adds_a_policy_to_a_model_with_a_window_and_removes_it(tmp_path: Path) -> None:
     policy = Policy(features={name: rule for name, rule in EVERYTHING.features.items() if rule.alone})
     first = trained_on_windows(tmp_path, None)
     later = timeline_of(ROWS)
@@ -352,7 +352,7 @@ def test_recalibration_gives_a_model_with_a_window_a_policy_and_removes_it(tmp_p
         assert artifact.twin is not None
         assert severities(artifact, usual_window(latency=-8.0))[0] <= 1
         assert severities(artifact, usual_window(latency=8.0))[0] > 1
-        assert severities(artifact, usual_window(1, cpu=-6.0))[0] > 1  # no valid value
+        assert severities(artifact, usual_window(1, cpu=-6.0))[0] > 1  # below the minimum of cpu
     last, x = again(second, Policy()), torch.from_numpy(windows_of(values(900, 1)))
     torch.testing.assert_close(last.module.score(x)[0], first.module.score(x)[0])
     with pytest.raises(FitError, match="no held-out windows in its artifact, and alone=false"):

@@ -94,7 +94,7 @@ def fit_pipeline(
     else:
         core = _with_window_score(core.cpu().eval(), config, data, scaling)
 
-    with_spread = isinstance(core, VAE) and not data.images  # the latents of other kinds are exact
+    with_spread = isinstance(core, VAE) and not data.images  # only a VAE of tables: see `fit_prior`
     prior = fit_prior(core, sample, held_out, config.seed, with_spread=with_spread)
     reporter.stage("calibrating")
     calibration = fit_calibration(core, scaling(data.calibration))

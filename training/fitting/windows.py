@@ -181,7 +181,7 @@ def prepare_windows(
 
 
 def _repair(policy: Policy, names: Sequence[str], scaling: Scaling, window: Window) -> Repair | None:
-    """Return how windows with values outside of their valid ranges are summarised; None if every value is valid."""
+    """Return how to summarise windows with values outside of their valid ranges; None if the policy has no ranges."""
     ranges = valid_range(policy, names)
     if ranges is None:
         return None

@@ -111,7 +111,7 @@ def test_seed_gives_the_same_noisy_samples_and_the_same_first_samples_for_any_nu
     assert not np.array_equal(sample(client, "ae", n=5, seed=4), five)
 
 
-def test_temperature_zero_gives_the_centres_of_components_with_noise_too(client: httpx.Client) -> None:
+def test_temperature_zero_gives_the_centres_of_components_even_if_noise_is_on(client: httpx.Client) -> None:
     drawn, centres = sample(client, "pca", n=4, temperature=0), sample(client, "pca", n=4, temperature=0, noise=False)
     assert drawn[:, :3] == pytest.approx(centres[:, :3], rel=1e-6)
     assert np.array_equal(drawn[:, 3], centres[:, 3].round())

@@ -78,7 +78,7 @@ def test_alert_keeps_the_causes_of_the_latest_abnormal_row_until_it_is_resolved(
     assert "main causes: x 1 (expected 2), y 3 (expected 4) (" in ended["annotations"]["description"]
 
 
-def test_incident_keeps_its_alert_open_and_the_alert_says_that_the_group_has_changed() -> None:
+def test_alert_stays_open_during_an_incident_and_then_says_that_the_group_has_changed() -> None:
     states: dict[Labels, State | None] = {A: "incident"}
     state = AlertState(RESOLVE_SECONDS)
     state.update(0, {}, no_causes, states.get)
@@ -88,7 +88,7 @@ def test_incident_keeps_its_alert_open_and_the_alert_says_that_the_group_has_cha
     assert "state" not in begun["m", ""]["annotations"]
     later = 1 + 10 * RESOLVE_SECONDS
     assert set(state.update(later, {A: [1.0], B: [1.0]}, no_causes, states.get)) == {("m", "a"), ("m", "")}
-    assert set(state.active) == {("m", "a")}  # no alarm for ten times the calm, but the incident goes on
+    assert set(state.active) == {("m", "a")}  # no alarm for 10 * RESOLVE_SECONDS, but the incident goes on
     states[A] = "changed"
     changed = state.update(later + 1, {A: [1.0]}, no_causes, states.get)["m", "a"]  # at once, not at the next interval
     assert changed["labels"] == begun["m", "a"]["labels"]

@@ -164,7 +164,7 @@ def verdicts_of(severities: list[float], expected: list[list[float]]) -> Verdict
     return Verdicts(InputRows(ParsedRows(x, list(range(count)), [], None), count), scores, [False] * count, None)
 
 
-def test_causes_of_an_alert_say_since_when_they_deviate_if_the_model_has_a_window() -> None:
+def test_causes_of_an_alert_say_when_the_deviation_began_if_the_model_has_a_window() -> None:
     features = [SimpleNamespace(name="cpu", unit="%"), SimpleNamespace(name="load", unit=None)]
     model: Any = SimpleNamespace(metric_labels=("m", "1"), manifest=SimpleNamespace(features=features, policy=None))
     metrics = Metrics(SharedCounters()).anomalies
