@@ -78,7 +78,7 @@ def _remove_abandoned(parent: Path, prefix: str, now: float) -> None:
     """
     prefixes = (PREFIX, EARLIER_PREFIX) if prefix == PREFIX else (prefix,)
     entries = os.listdir(parent)  # noqa: PTH208 - needs only the names
-    if prefix != PREFIX:  # earlier releases create such folders without a lock file, and may use them for long
+    if prefix != PREFIX:  # a folder without a lock file may be one that an earlier release still uses
         entries = [entry for entry in entries if entry.endswith(LOCK)]
     for token in sorted({entry.removesuffix(LOCK) for entry in entries if entry.startswith(prefixes)}):
         with suppress(OSError):  # another process was faster, or the folder belongs to another user

@@ -116,7 +116,7 @@ class NotShown(ServiceError):
 
 
 class NotRemembered(ServiceError):
-    """The server does not remember the group, or not its rows of that time, to which feedback refers."""
+    """Feedback refers to a group, or to rows of a group, that the server does not remember."""
 
     status, code, title = 404, "not_remembered", "Not remembered"
 
@@ -140,7 +140,7 @@ class BodyTooSlow(ServiceError):
 
 
 class NoOnlineCalibration(ServiceError):
-    """The groups of the model have no calibration of their own, so feedback cannot change it."""
+    """The groups of the model have no calibrations of their own that feedback could change."""
 
     status, code, title = 409, "no_online_calibration", "No online calibration"
 

@@ -215,8 +215,8 @@ class AnomalyBody(Body):
 class FeedbackBody(Body):
     """What a person knows about rows that the service has judged: they were normal, or they were an incident.
 
-    The rows are in `records` or `metrics`. Or they are remembered rows of a group: those from `since` to `until`, or
-    the latest ones, if both are absent.
+    The rows are in `records` or `metrics`. Without these fields, they are rows of a group that the service remembers:
+    those from `since` to `until`, or the latest ones if both are absent.
     """
 
     verdict: Literal["normal", "incident"] = Field(

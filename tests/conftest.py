@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # several processes: their threads would wait for each other
+if "PYTEST_XDIST_WORKER" in os.environ:  # the threads of several processes would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("elbo", deadline=None)  # no time limit: a busy machine must not fail a test

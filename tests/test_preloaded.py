@@ -40,24 +40,24 @@ def report(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_program_gets_its_arguments_environment_folder_and_streams_and_a_child_of_the_test(tmp_path: Path) -> None:
+def test_program_is_a_child_of_the_test_and_gets_its_arguments_environment_folder_and_streams(tmp_path: Path) -> None:
     found, other = report(tmp_path), report(tmp_path)
     assert found.pop("random") != other.pop("random")
-    assert found.pop("files") == ["0", "1", "2", "3"]  # 3 lists the folder
+    assert found.pop("files") == ["0", "1", "2", "3"]  # 3 is open while `listdir` reads the folder
     assert found == {
         "arguments": ["a", "b c"], "folder": str(tmp_path), "value": "1", "home": None, "parent": os.getpid(),
         "input": "typed", "name": "__main__", "models": False, "torch": True,
     }  # fmt: skip
 
 
-def test_module_runs_with_the_modules_of_its_folder_first(tmp_path: Path) -> None:
+def test_module_imports_from_its_own_folder_first(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text("import sys, helper\nprint(__name__, sys.argv[1:], helper.__file__)")
     (tmp_path / "helper.py").touch()
     run = run_preloaded([sys.executable, "-m", "program", "x"], cwd=tmp_path, text=True)
     assert run.stdout == f"__main__ ['x'] {tmp_path / 'helper.py'}\n"
 
 
-def test_killed_program_ends_with_the_signal_and_an_uncaught_error_with_status_1() -> None:
+def test_status_is_the_signal_if_a_program_was_killed_and_1_if_it_raised_an_error() -> None:
     with PreloadedProcess([sys.executable, "-c", "import time; time.sleep(60)"], cwd=ROOT) as process:
         process.send_signal(signal.SIGKILL)
         assert process.wait(20) == -signal.SIGKILL
@@ -75,7 +75,7 @@ def test_killed_program_ends_with_the_signal_and_an_uncaught_error_with_status_1
         (["-c", "pass"], {"PYTHONHASHSEED": "7"}),
     ],
 )
-def test_program_that_needs_another_start_of_python_is_not_forked(
+def test_program_that_needs_a_fresh_start_of_python_is_not_forked(
     arguments: list[str], variables: dict[str, str]
 ) -> None:
     assert not is_forkable([sys.executable, *arguments], dict(os.environ) | variables)

@@ -224,7 +224,7 @@ class GroupFile:
     # Locks
 
     async def _lock(self, stripes: Sequence[int], deadline: float, on_wait: Callable[[], None] | None = None) -> None:
-        """Lock `stripes`, which ascend, so that no two transactions wait for each other. `on_wait`: see `begin`."""
+        """Lock `stripes`. They ascend, so that no two transactions wait for each other. `on_wait`: see `begin`."""
         held: list[int] = []
         try:
             for stripe in stripes:
@@ -403,9 +403,9 @@ class GroupFile:
     def write(self, name: str, sequence: int, record: Record) -> "Stamp":
         """Write the record of a group that has a slot, and return its new stamp.
 
-        Its stripe must be locked. It may be called in a thread.
+        The stripe of the group must be locked. This method may be called in a thread.
 
-        `sequence`: the number that `read` has returned. Raises OSError.
+        `sequence`: the sequence number of the group that `read` has returned. Raises OSError.
         """
         slot = self._index[name]
         self._write_copy(slot, name, sequence + 1, record)
@@ -603,9 +603,9 @@ class Transaction:
             raise self._file._unusable(error) from error
 
     def commit(self, name: str, record: Record) -> Stamp | None:
-        """Write the record of a group, and return its new stamp. It may be called in a thread.
+        """Write the record of a group, and return its new stamp. This method may be called in a thread.
 
-        A record without a place in the file is left out, and has no stamp.
+        If the file has no place for the record, write nothing and return None.
 
         Raises:
             NotReady: the record cannot be written.

@@ -20,8 +20,8 @@ Indices = npt.NDArray[np.intp]
 class Onset(NamedTuple):
     """When the deviation of a feature began.
 
-    `lag`: how many rows before the judged row; 0 if it began with the judged row.
-    `since`: the time of the row, in Unix seconds; None if the rows have no times.
+    `lag`: how many rows before the judged row it began; 0 if it began with the judged row.
+    `since`: the time of the row with which it began, in Unix seconds; None if the rows have no times.
     """
 
     lag: int
@@ -33,9 +33,10 @@ class Onsets(NamedTuple):
 
     Args:
         course: how the features vary in normal windows.
-        windows_of: returns the windows [A, N, D] of the rows with these numbers [A].
-        times_of: returns the times [A, N] of the rows of these windows; None if the rows have no times.
-        first: number of the first of the G rows among those that the functions know.
+        windows_of: takes the numbers [A] of some rows, and returns their windows [A, N, D].
+        times_of: takes the same numbers, and returns the times [A, N] of the rows in these windows; None if the rows
+            have no times.
+        first: what number the two functions give to the first of the G rows.
     """
 
     course: UsualCourse
@@ -44,10 +45,10 @@ class Onsets(NamedTuple):
     first: int = 0
 
     def find(self, rows: Indices, features: Indices, contribution: Array) -> list[dict[int, Onset]]:
-        """Return for each of A rows the onsets of some features, by the index of the feature.
+        """Return for each of A rows a dictionary from the index of a feature to its onset.
 
         Args:
-            rows: numbers of the rows, [A].
+            rows: the A rows, as indices of the G rows, [A].
             features: the features with the largest contributions, largest first, [A, E].
             contribution: contributions of all features to the scores of the rows, [A, D].
         """

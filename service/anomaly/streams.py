@@ -271,7 +271,7 @@ class Group:
         return b"".join((_LENGTH.pack(len(history)), history, calibration))
 
     def dump_unchanged(self) -> bytes:
-        """Return the group as bytes if no row was joined to its history."""
+        """Return the group as bytes. No row may have been joined to its history."""
         return self.dump(self.history.x)
 
     @property
@@ -344,7 +344,7 @@ class GroupUnits:
     Args:
         features: the baseline of the features.
         index: the index of each row's group in the baseline, [G].
-        time: [G] in seconds, NaN for rows without a time.
+        time: the time of each row in seconds, NaN for rows without a time, [G].
     """
 
     features: FeatureBaseline
@@ -352,7 +352,7 @@ class GroupUnits:
     time: npt.NDArray[np.float64]
 
     def to_pool(self, x: Array, missing: npt.NDArray[np.bool_] | None) -> Array:
-        """Return rows x [G, D] in the units of the pool. A replaced value is already what is usual in the pool.
+        """Return rows x [G, D] in the units of the pool. Replaced values stay, because they are in these units already.
 
         `missing`: which values were missing and replaced, [G, D]; None: none.
         """

@@ -152,7 +152,7 @@ class Verdicts(NamedTuple):
 
     @property
     def explained_rows(self) -> int:
-        """The number of rows whose features have onsets, which take long to find."""
+        """The number of rows for which onsets of features are searched. The search takes long."""
         return sum(self.is_anomaly) if self.past is not None and self.past.onsets is not None else 0
 
     def part(self, part: slice) -> "Verdicts":
@@ -351,7 +351,7 @@ def _add_optional_fields(results: list[dict[str, Any]], verdicts: Verdicts, name
 
 
 def _add_onsets(results: list[dict[str, Any]], verdicts: Verdicts, onsets: Onsets, explain: int) -> None:
-    """Add to the features of anomalous rows since when they deviate."""
+    """Add `lag` and `since` to the features of anomalous rows: since when they deviate."""
     rows = np.flatnonzero(verdicts.is_anomaly)
     if not len(rows):
         return

@@ -43,8 +43,8 @@ _Causes = tuple[npt.NDArray[np.int64], npt.NDArray[np.intp], Array, Times]  # se
 class Cause:
     """A feature that contributes to the score of a row.
 
-    `value`: None if it is missing. `since`: when its deviation began, in Unix seconds; None if this is unknown, as for
-    a model without a window.
+    `value`: None if the value is missing. `since`: when the deviation of the feature began, in Unix seconds; None if
+    this is unknown. It is always unknown for a model without a window.
     """
 
     name: str
@@ -128,9 +128,9 @@ class Replay:
         return np.asarray(self.severity > 1)
 
     def causes_before(self, row: int, first: int) -> tuple[Cause, ...]:
-        """Return the causes of `row`, or else of the row before it whose causes are known, down to the row `first`.
+        """Return the causes of the latest row with known causes among the rows from `first` to `row`.
 
-        The smoothed severity of a row can be above 1 although its own is not.
+        The causes of `row` itself are unknown if only its smoothed severity is above 1, and not its own severity.
         """
         found = (self.causes_of(earlier) for earlier in range(row, first - 1, -1))
         return next((causes for causes in found if causes), ())
@@ -178,7 +178,7 @@ class Replayer:
         if options.incident_rows is not None:
             self._rules = replace(self._rules, incident_rows=options.incident_rows)
         self._payloads: dict[int, bytes] = {}  # the last group of the last part, as it is stored between two requests
-        self._alarms: tuple[int, list[LastingAlarm]] = (-1, [])  # of the same group, for each alpha
+        self._alarms: tuple[int, list[LastingAlarm]] = (-1, [])  # the same group, and its alarms for each alpha
         self._causes: list[_Causes] = []
         rows, policy = len(history), served.manifest.policy
         self._result = Replay(
@@ -278,7 +278,7 @@ class Replayer:
         result.is_warming_up[part] = is_short
         result.p_value[part] = np.where(usable, p_value, 1)
         if silenced is not None:
-            usable = usable & ~silenced  # as a row without a verdict: it is not anomalous
+            usable = usable & ~silenced  # a silenced row counts as a row without a verdict: it is not anomalous
             result.is_incident[part] &= ~silenced
             severities = [np.where(silenced, np.nan, severity) for severity in severities]
         self._find_alarms(part, severities)
@@ -286,7 +286,7 @@ class Replayer:
             result.severity[index, part] = np.where(usable, np.minimum(severity, MAX_FLOAT32), np.nan)  # see `_finish`
 
     def _find_alarms(self, part: slice, severities: Sequence[Array]) -> None:
-        """Find the alarms among the rows in `part`. `severities`: for each alpha; NaN for silenced rows."""
+        """Find the alarms among the rows in `part`. `severities`: an array per alpha, with NaN for silenced rows."""
         result, options, rule = self._result, self._result.options, self._result.alarm_rule
         for group in np.unique(result.history.group[part]).tolist():
             pause_if_due()

@@ -29,14 +29,15 @@ class Alert:
         group: name of the group; empty if the rows have no groups.
         start: Unix seconds of the row that opens it.
         end: Unix seconds of the last row that keeps it open.
-        rows: number of rows from the one to the other.
-        anomalous_rows: how many of them are anomalous.
+        rows: number of rows from `start` to `end`.
+        anomalous_rows: how many of these rows are anomalous.
         is_false: whether none of the rows lies in a known incident.
-        first_row: index of the first row, in order of group and time.
-        worst_row: index of the row with the largest severity: one of the alert, or of the anomalous rows right before.
-        worst: time of this row.
-        severity: its severity.
-        p_value: its p-value.
+        first_row: index of the row at `start` if rows are ordered by group and time.
+        worst_row: index of the row with the largest severity, among the rows of the alert and the anomalous rows right
+            before it.
+        worst: time of the worst row, in Unix seconds.
+        severity: severity of the worst row.
+        p_value: p-value of the worst row.
         state: state of the group after the last row: "changed" if the rows became the new normal. None without online
             calibration.
         causes: the features that contribute most to the score of the worst row; empty unless the alert is one of the
@@ -65,7 +66,7 @@ class AlphaSummary:
     Args:
         alpha: the false-alarm rate.
         anomalous_rows: number of anomalous rows.
-        anomalous_share: their share of all rows.
+        anomalous_share: share of all rows that are anomalous.
         alerts: number of alerts.
         false_alerts: number of alerts outside incidents.
         alerts_per_day: alerts of one group in one day, on average over groups.
@@ -110,12 +111,13 @@ class GroupSummary:
 
 @dataclass(frozen=True)
 class IncidentSummary:
-    """Whether an incident was found: whether an alert was opened or kept open by a row in it.
+    """Whether an incident was found: whether one of its rows is an alarm, which opens an alert or keeps one open.
 
     Args:
         start, end, group: as in `Incident`.
-        rows: number of rows in it. An incident without rows cannot be found.
-        delay_seconds: for each alpha, the time from its start to the first such row; None if there is none.
+        rows: number of rows in the incident. An incident without rows cannot be found.
+        delay_seconds: for each alpha, the time from the start of the incident to the first alarm in it; None if
+            there is none.
     """
 
     start: float
@@ -130,10 +132,10 @@ class AlertRules:
     """When an alert opens and ends.
 
     Args:
-        half_life_rows: half-life in rows of the mean severity of a group.
-        rows: an alert opens when this mean has been above 1 for this many rows,
-        seconds: and for this time.
-        calm_seconds: time after which an alert without further such rows ends.
+        half_life_rows: half-life, in rows, of the running mean of the severity of a group.
+        rows: how many rows the running mean must be above 1 before an alert opens.
+        seconds: how long it must be above 1 before an alert opens.
+        calm_seconds: an alert ends after this time without an alarm and without an incident, see `AlertRule`.
         per_day: the budget of the policy: accepted false alerts for each day and group; None without a budget.
     """
 
@@ -146,7 +148,7 @@ class AlertRules:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of a backtest. The lists of groups and alerts are sorted by the number of alerts and by severity."""
+    """The result of a backtest. The groups with the most alerts come first, and the most severe alerts."""
 
     model: str
     source: str
@@ -232,7 +234,7 @@ def _find(replay: Replay, incident: Incident, inside: npt.NDArray[np.bool_]) -> 
 
 
 def find_alert_rows(replay: Replay, index: int) -> npt.NDArray[np.intp]:
-    """Return the first row of each alert at alpha number `index`, and the row after its last, [A, 2]."""
+    """Return for each of A alerts its first row and the row after its last row, [A, 2]. `index`: index of the alpha."""
     history, options = replay.history, replay.options
     found: list[tuple[int, int]] = []
     for group in range(len(history.groups)):
@@ -254,7 +256,7 @@ def find_alert_rows(replay: Replay, index: int) -> npt.NDArray[np.intp]:
 
 
 def list_alerts(replay: Replay, index: int, inside: npt.NDArray[np.bool_]) -> list[Alert]:
-    """Return the alerts at alpha number `index`.
+    """Return the alerts at one alpha.
 
     Args:
         replay: the judged history.

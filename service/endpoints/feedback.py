@@ -1,7 +1,8 @@
 """POST /feedback: a person says that rows were normal, or an incident, and the calibration of their group changes.
 
-A request locks the groups that it names, as /anomaly does, and writes the record of each group at once. A request that
-fails or whose client leaves before that changes nothing. Feedback about rows that is sent again changes nothing more.
+A request locks the groups that it names, as /anomaly does, and writes their records in one uninterrupted step at the
+end. A request that fails or whose client disconnects before this step changes nothing. Feedback that is sent a second
+time changes nothing more.
 """
 
 import logging
@@ -58,7 +59,7 @@ class Answer(NamedTuple):
 Parsed = ParsedRequest[FeedbackBody, InputRows | Period]
 Change = Callable[
     [str, OnlineCalibration, str], int
-]  # changes the calibration of a group; returns how many rows say so
+]  # changes the calibration of a group, and returns the number of rows that the feedback is about
 
 
 FEEDBACK = RequestSpec(FeedbackBody, read_feedback, row_fields=ROW_FIELDS, readers=RECORD_READERS, json_output=True)
@@ -107,10 +108,10 @@ class FeedbackEndpoint:
         return memory
 
     async def _on_period(self, parsed: Parsed, memory: ModelMemory, period: Period) -> Answer:
-        """Change the calibration of the group of a period.
+        """Change the calibration of one group by feedback about its remembered rows in a period.
 
         Raises:
-            NotRemembered: the group is not remembered, or not all of its rows in the period.
+            NotRemembered: the group is not remembered, has no row in the period, or has rows there that are forgotten.
         """
         watch = DisconnectWatch(parsed.request)
         transaction = await lock_groups(memory, [period.group], parsed.deadline, watch)
@@ -157,7 +158,8 @@ class FeedbackEndpoint:
 def _join(memory: ModelMemory, input_rows: InputRows, rows: Array, transaction: Transaction) -> JoinedRows:
     """Return the rows, joined to copies of their groups.
 
-    Rows that begin before the history of their group are joined with each other only.
+    If the first row of a group is older than the history that the server remembers, the rows are joined only with each
+    other.
     """
     assert input_rows.time is not None
     first: dict[str, float] = {}
@@ -176,7 +178,7 @@ def _join(memory: ModelMemory, input_rows: InputRows, rows: Array, transaction: 
 def _scores_by_group(
     memory: ModelMemory, joined: JoinedRows, input_rows: InputRows, scores: Scores
 ) -> dict[str, Array]:
-    """Return the adjusted scores of the rows that calibrations may learn, oldest first, by group."""
+    """Return for each group the adjusted scores of the rows that its calibration may learn, oldest first."""
     adjusted = adjust(joined, memory.rules, scores.score, input_rows.time)
     is_used = scores.usable & (np.array(joined.window_rows) >= memory.rules.least_rows)
     if input_rows.silenced is not None:

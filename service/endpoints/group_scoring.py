@@ -90,7 +90,7 @@ async def score_with_past(
         verdicts = await _judge_rows(memory, joined, input_rows, body, run, served.course)
         if is_live:
             await _commit(memory, transaction, joined, deadline)
-            # While the groups are locked, so that no other process reports a later state of them before.
+            # Report before the groups are unlocked: otherwise, another process could report a later state first.
             service.metrics.anomalies.count_past(served, joined, verdicts, memory.file.take_forgotten())
     finally:
         transaction.end()
@@ -168,7 +168,7 @@ async def run_in_parts(
 
 
 def no_verdict(count: int) -> tuple[Array, Array]:
-    """Return the p-values and the severities of rows that have no verdict, each [B]."""
+    """Return p-values [B] and severities [B] that stand for rows without a verdict."""
     return np.ones(count, np.float32), np.zeros(count, np.float32)
 
 

@@ -1,4 +1,4 @@
-"""Rows of groups in the units of the pool."""
+"""The conversion of rows between the raw units of their groups and the units of the pool."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def rows(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("periods", [(), ("day",), ("day", "week")])
-def test_row_of_a_group_in_units_of_the_pool_follows_the_formula(periods: tuple[Period, ...]) -> None:
+def test_conversion_to_units_of_the_pool_follows_the_formula(periods: tuple[Period, ...]) -> None:
     found, (x, group, time) = baseline(periods), rows(200)
     encodings = encode(to_local(time, *offsets_of_zone("Europe/Berlin")), periods)
     usual = np.einsum("bde,be->bd", found.location[group].astype(float), encodings)
@@ -39,14 +39,14 @@ def test_row_of_the_pool_stays_as_it_is_bit_for_bit() -> None:
     np.testing.assert_array_equal(baseline().to_pool(x, np.full(50, POOL), time), x)
 
 
-def test_row_converted_to_the_pool_and_back_is_the_row_and_missing_values_stay_missing() -> None:
+def test_conversion_to_the_pool_and_back_returns_the_row_and_keeps_missing_values() -> None:
     found, (x, group, time) = baseline(), rows(200)
     x[::7, 1] = np.nan
     back = found.from_pool(found.to_pool(x, group, time), group, time)
     np.testing.assert_allclose(back, x, rtol=1e-4, atol=1e-3)
 
 
-def test_row_alone_is_converted_as_in_a_batch_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_row_is_converted_exactly_as_in_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     found, (x, group, time) = baseline(), rows(100)
     together = found.to_pool(x, group, time)
     parts = [slice(row, row + 1) for row in range(len(x))]

@@ -1,4 +1,4 @@
-"""Memory that is free again goes back to the operating system."""
+"""Freed memory goes back to the operating system."""
 
 import platform
 import subprocess
@@ -54,7 +54,7 @@ print(resident() - before)
 
 
 @pytest.mark.parametrize(("program", "mebibytes"), [(BLOCKS, 8), (PAGES, 4)], ids=["large blocks", "pages between"])
-def test_freed_memory_goes_back_although_memory_behind_it_is_in_use(program: str, mebibytes: int) -> None:
+def test_freed_memory_is_returned_while_memory_behind_it_is_in_use(program: str, mebibytes: int) -> None:
     command = [sys.executable, "-c", program]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert int(found.stdout) < (mebibytes + 2) * 2**20

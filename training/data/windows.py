@@ -14,7 +14,7 @@ from training.data.row_store import Floats, RowStore, RowWriter
 from training.data.timeline import SECOND, Timeline
 from training.errors import DataError
 
-REPAIRED_WINDOWS = 1024  # windows that are summarised at once one by one, which limits the memory
+REPAIRED_WINDOWS = 1024  # windows that are repaired at once, which limits the memory
 SUMMARISED_VALUES = 1 << 18  # values that are summarised at once; more would leave the processor's cache
 
 
@@ -91,11 +91,11 @@ def refuse_short_windows(windows: TableWindows, source: str) -> NoReturn:
 
 
 class Repair(NamedTuple):
-    """How windows are summarised that have values outside of their valid ranges.
+    """How to summarise windows with values outside of the valid ranges.
 
     Args:
-        is_outside: returns which rows [n, D], in raw units, have such a value, [n].
-        summarise: returns the summaries [B, V] of windows [B, N, D], in raw units, without these values.
+        is_outside: takes rows [n, D] in raw units, and returns which have a value outside of its range, [n].
+        summarise: takes windows [B, N, D] in raw units, and returns their summaries [B, V] without such values.
     """
 
     is_outside: Callable[[Floats], npt.NDArray[np.bool_]]
@@ -141,7 +141,8 @@ def _summaries(
         if repair is not None:
             outside = repair.is_outside(rows).cumsum()
             before = np.concatenate(([0], outside))[np.maximum(np.arange(len(rows)) - past, 0)]
-            affected = np.flatnonzero((outside > before)[start - first :])  # some also have an earlier stretch's value
+            # Some windows are repaired needlessly: the value is in an earlier stretch, outside of the window.
+            affected = np.flatnonzero((outside > before)[start - first :])
             for part in np.split(affected, range(REPAIRED_WINDOWS, len(affected), REPAIRED_WINDOWS)):
                 summaries[part] = repair.summarise(windows.take(part + start))
         yield start, summaries

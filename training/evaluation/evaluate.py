@@ -60,7 +60,7 @@ class Evaluation:
     seen: bool  # whether the table is the one that the model was trained on
     calibrated: bool  # whether `elbo calibrate` used this table, so that alarm rates match alpha by construction
     comments: list[str]  # what is wrong with these figures, and what to do
-    samples: SampleQuality | None = None  # measures of samples, if asked for
+    samples: SampleQuality | None = None  # measures of samples; None without --samples
 
 
 class _RunningSums:

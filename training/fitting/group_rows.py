@@ -1,4 +1,4 @@
-"""Which rows of which groups a baseline is fitted to."""
+"""Choose the groups that get a baseline of their own, and the rows that baselines are fitted to."""
 
 from itertools import pairwise
 
@@ -8,17 +8,17 @@ import numpy.typing as npt
 from models.manifest import MAX_GROUPS, is_group_name
 from training.data.timeline import Timeline
 
-MIN_GROUP_ROWS = 50  # a group with fewer rows before the calibration rows has the coefficients of the pool
-MAX_ROWS = 200_000  # rows to which coefficients are fitted, and as many again for the start sets
+MIN_GROUP_ROWS = 50  # a group with fewer rows before the calibration rows uses the coefficients of the pool
+MAX_ROWS = 200_000  # rows, about, to which coefficients are fitted; the start sets use as many more
 MAX_GROUP_ROWS, FEWEST_GROUP_ROWS = 5_000, 250  # bounds of the number of rows per group; see `some_per_group`
 
 Indices = npt.NDArray[np.int64]
 
 
 def some_per_group(timeline: Timeline, rows: Indices, random: np.random.RandomState) -> Indices:
-    """Return some of `rows`, at random and ascending: about MAX_ROWS, of each group about as many.
+    """Return a random part of `rows`, ascending: of each group at most MAX_ROWS / number of groups, within the bounds.
 
-    Rows at equal distances would not do, because they could all have the same hour.
+    Every n-th row would not do, because all of these rows could have the same hour.
     """
     rows = np.sort(rows)
     most = int(np.clip(MAX_ROWS // len(timeline.groups), FEWEST_GROUP_ROWS, MAX_GROUP_ROWS))
@@ -28,7 +28,7 @@ def some_per_group(timeline: Timeline, rows: Indices, random: np.random.RandomSt
 
 
 def groups_with_coefficients(timeline: Timeline, rows: Indices) -> Indices:
-    """Return the groups that get coefficients of their own, ascending: at most MAX_GROUPS, those with most rows."""
+    """Return the at most MAX_GROUPS groups with the most rows, ascending. They get coefficients of their own."""
     if timeline.group_column is None:
         return np.zeros(0, np.int64)
     counts = np.bincount(timeline.group[rows], minlength=len(timeline.groups))

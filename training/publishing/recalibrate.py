@@ -246,7 +246,7 @@ def _scores(
 
 
 def _with_policy(module: torch.jit.ScriptModule, parent: Artifact, rules: Policy) -> Pipeline | Windowed:
-    """Return a model of the parts of `module`, the module of `parent`, under a new policy. Raise FitError."""
+    """Return a model with a new policy and the other parts of `module`, the module of `parent`. Raise FitError."""
     if not hasattr(module, "observation"):
         raise FitError(f"{_reference(parent)} comes from a release of Elbo without policies: train it again")
     names = [feature.name for feature in parent.manifest.features]
@@ -282,7 +282,7 @@ def _with_policy(module: torch.jit.ScriptModule, parent: Artifact, rules: Policy
 
 
 def _new_twin(model: Pipeline | Windowed, parent: Artifact, notes: list[str]) -> dict[str, artifact.Graph] | None:
-    """Return the ONNX twin of `model`, whose policy is not that of `parent`. Add a note if that is impossible."""
+    """Return the ONNX twin of `model`, which has another policy than `parent`. If there is none, add a note."""
     rows = torch.from_numpy(np.array(parent.manifest.golden.inputs["x"], np.float32))
     try:
         twin = export(model, rows, model.encode(rows)[0])

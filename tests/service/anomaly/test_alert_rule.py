@@ -1,4 +1,4 @@
-"""When an alert opens and ends, compared with a server that looks at each row when it arrives, and every second."""
+"""When an alert opens and ends, compared with a server that updates the rule with each row and every second."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def alerts_by_the_second(
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("calm", [20.0, 60.0, 150.0])
-def test_alerts_of_rows_equal_those_of_a_server_that_looks_every_second(seed: int, calm: float) -> None:
+def test_alerts_found_from_rows_equal_those_of_a_rule_that_is_updated_every_second(seed: int, calm: float) -> None:
     random = np.random.default_rng(seed)
     steps = random.choice([10, 20, 60, 61, 400], 120, p=[0.2, 0.2, 0.3, 0.2, 0.1])
     times = np.cumsum(steps)
@@ -48,7 +48,7 @@ def test_alerts_of_rows_equal_those_of_a_server_that_looks_every_second(seed: in
     assert len(found) > 1
 
 
-def test_alert_ends_when_the_calm_has_passed_and_an_incident_alone_opens_none() -> None:
+def test_alert_opens_at_an_alarm_but_not_at_an_incident_and_ends_after_the_calm_time() -> None:
     rule = AlertRule(60.0)
     assert not rule.update(0, has_alarm=False, is_incident=True)
     assert rule.update(1, has_alarm=True, is_incident=False)

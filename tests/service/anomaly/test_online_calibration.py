@@ -267,7 +267,8 @@ def test_normal_feedback_that_is_sent_again_changes_nothing_more(seed: int) -> N
     again = np.concatenate((scores[-30:], 20 + normal_scores(30, seed)))
     calibration.add(again)
     expected, state = calibration.scores, state_of(calibration)
-    calibration.add(again * as_scores(1 + 3e-7))  # as if the rows were scored in another batch
+    # Rounding differs a little if the same rows are scored in another batch.
+    calibration.add(again * as_scores(1 + 3e-7))
     np.testing.assert_array_equal(calibration.scores, expected)
     assert state_of(calibration) == state
 
@@ -292,7 +293,7 @@ def test_added_scores_lower_the_p_values_by_their_share() -> None:
     assert (calibration.rows, calibration.correction) == (0, 0.0)  # feedback is no evidence of the false-alarm rate
 
 
-def test_added_scores_of_equal_rows_count_as_often_as_the_rows() -> None:
+def test_score_that_is_added_for_n_equal_rows_is_in_the_set_n_times() -> None:
     calibration = OnlineCalibration(normal_scores(900))
     calibration.add(as_scores(np.full(30, 40.0)))
     assert calibration.set_rows == 930
@@ -300,7 +301,7 @@ def test_added_scores_of_equal_rows_count_as_often_as_the_rows() -> None:
     assert calibration.set_rows == 950
 
 
-def test_rows_of_an_incident_that_has_ended_are_learnt_when_they_are_added() -> None:
+def test_rows_of_an_ended_incident_are_learnt_when_they_are_added() -> None:
     calibration = fresh()
     incident = 50 + normal_scores(60, 2)
     feed(calibration, incident)
@@ -312,7 +313,7 @@ def test_rows_of_an_incident_that_has_ended_are_learnt_when_they_are_added() -> 
     assert calibration.set_rows == SET_ROWS
 
 
-def test_rows_of_an_incident_that_goes_on_become_the_calibration_set_when_they_are_added() -> None:
+def test_rows_of_an_ongoing_incident_become_the_calibration_set_when_they_are_added() -> None:
     calibration = fresh()
     feed(calibration, normal_scores(50, 1))
     incident = 50 + normal_scores(40, 2)
@@ -335,7 +336,7 @@ def test_removed_rows_leave_the_calibration_set_and_are_anomalous_again() -> Non
     np.testing.assert_array_equal(np.sort(calibration.scores), np.sort(normal_scores(500)))
 
 
-def test_removed_rows_of_a_change_bring_the_former_set_back() -> None:
+def test_removal_of_the_rows_of_a_change_restores_the_former_set() -> None:
     calibration = fresh()
     feed(calibration, normal_scores(50, 1))
     incident = 50 + normal_scores(INCIDENT_ROWS, 2)
@@ -347,7 +348,7 @@ def test_removed_rows_of_a_change_bring_the_former_set_back() -> None:
     assert calibration.judge(51.0, REFERENCE_ALPHA)[1] > 1
 
 
-def test_removal_of_all_scores_leaves_enough_for_a_p_value_of_five_percent() -> None:
+def test_removal_of_all_scores_keeps_enough_of_them_for_a_p_value_of_five_percent() -> None:
     calibration = OnlineCalibration(normal_scores(200))
     feed(calibration, normal_scores(100, 1))
     calibration.remove(calibration.scores)
@@ -374,7 +375,7 @@ def test_recent_rows_are_found_by_time_until_newer_rows_displace_them() -> None:
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.lists(st.integers(0, 9), min_size=1, max_size=30))
-def test_differences_between_sets_count_equal_scores(before: list[int], after: list[int]) -> None:
+def test_equal_scores_are_counted_one_by_one_in_differences_between_sets(before: list[int], after: list[int]) -> None:
     one, other = Counter(before), Counter(after)
     expected = ((other - one).total(), (one - other).total())
     assert count_differences(as_scores(before), as_scores(after)) == expected

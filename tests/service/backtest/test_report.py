@@ -62,14 +62,14 @@ def test_history_is_sorted_by_group_and_time() -> None:
     np.testing.assert_array_equal(history.x, x[[3, 2, 1, 4, 0]])
 
 
-def test_alert_is_a_run_of_alarms_and_ends_with_its_group() -> None:
+def test_alert_is_a_run_of_alarms_of_one_group() -> None:
     replay = replayed({"a": [2, 0, 2, 2], "b": [2, 2, 0, 0]})
     assert find_alert_rows(replay, 0).tolist() == [[0, 1], [2, 4], [4, 6]]
     assert find_alert_rows(replay, 1).tolist() == []
     assert find_alert_rows(replayed({"a": [0, 0]}), 0).tolist() == []
 
 
-def test_alerts_a_day_are_counted_by_group_over_the_time_that_its_rows_cover() -> None:
+def test_alerts_per_day_of_a_group_are_its_alerts_divided_by_the_days_that_its_rows_cover() -> None:
     report = report_of(replayed({"a": [0.0] * 48, "b": [*[0.0] * 10, 3.0, *[0.0] * 5, 4.0, *[0.0] * 7]}))
     first, second = report.groups
     assert (first.group, first.days, first.alerts, first.alerts_per_day) == ("b", 1.0, [2, 2], [2.0, 2.0])
@@ -80,7 +80,7 @@ def test_alerts_a_day_are_counted_by_group_over_the_time_that_its_rows_cover() -
     assert report.alphas[0].incidents_found is None
 
 
-def test_incident_is_found_at_its_first_alarm_and_its_alerts_are_not_false() -> None:
+def test_incident_is_found_at_the_first_alarm_in_it_and_alerts_in_it_are_not_false() -> None:
     replay = replayed({"a": [0, 0, 0, 1.5, 1.5, 0, 0, 3, 0], "b": [0] * 9})
     incidents = [Incident(2 * 3600, 4 * 3600, "a"), Incident(5 * 3600, 8 * 3600), Incident(0, 1e6, "b")]
     report = report_of(replay, [*incidents, Incident(0, 1e6, "c"), Incident(1e7, 1e8)])
@@ -125,7 +125,7 @@ def test_duration_is_written_in_the_largest_unit(seconds: float, text: str) -> N
     assert format_duration(seconds) == text
 
 
-def test_page_draws_series_alerts_and_incidents_in_valid_svg_and_loads_nothing() -> None:
+def test_page_shows_alerts_and_incidents_in_valid_svg_and_loads_no_other_files() -> None:
     replay = replayed({"<web> & 'co'": [0, 2, 5, 0, 9, 0], "b": [3, 0, 0, 0, 0, 0]})
     incidents = [Incident(4 * 3600, 4 * 3600, "b")]
     page = make_page(report_of(replay, incidents), replay, incidents)

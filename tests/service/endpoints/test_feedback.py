@@ -1,4 +1,4 @@
-"""POST /feedback: the scores of rows that a person knows to be normal, or an incident, change their calibration."""
+"""POST /feedback: a person says that rows were normal, or an incident, and their scores change the calibration."""
 
 import asyncio
 import json
@@ -52,7 +52,7 @@ def period(rows: list[Record]) -> dict[str, Any]:
 
 
 def probe(client: httpx.Client, model: str, host: str) -> dict[str, Any]:
-    """Return the verdict on a row of a new incident, which is not remembered."""
+    """Return the verdict on a row of a new incident. The server does not remember the rows that this function sends."""
     rows = stream(host, 400)[-10:]
     for row in rows:
         row["cpu"] += 8.0
@@ -67,7 +67,7 @@ def client(group_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture
 def host(client: httpx.Client, request: pytest.FixtureRequest) -> str:
-    """Return a new host whose `stream` the server has received, for the model of the test."""
+    """Return the name of a new host, whose `stream` was sent to the model of the test."""
     name = f"host-{next(NUMBERS)}"
     model = request.node.callspec.params.get("model", "rows") if hasattr(request.node, "callspec") else "rows"
     states = [result["state"] for result in send(client, stream(name), model)]
@@ -77,7 +77,7 @@ def host(client: httpx.Client, request: pytest.FixtureRequest) -> str:
 
 
 @MODELS
-def test_incident_that_was_normal_raises_no_alarm_when_it_comes_again(
+def test_incident_that_was_declared_normal_raises_no_alarm_when_it_recurs(
     client: httpx.Client, host: str, model: str
 ) -> None:
     incident = stream(host)[BEGIN:END]
@@ -98,7 +98,7 @@ def test_incident_that_was_normal_raises_no_alarm_when_it_comes_again(
 
 @MODELS
 @pytest.mark.parametrize("form", ["records", "csv", "ndjson"])
-def test_rows_in_the_request_have_the_effect_of_the_same_remembered_rows(
+def test_feedback_with_rows_has_the_effect_of_feedback_on_the_same_remembered_rows(
     client: httpx.Client, host: str, model: str, form: str
 ) -> None:
     rows, before = stream(host)[BEGIN:END], probe(client, model, host)["p_value"]
@@ -120,17 +120,18 @@ def test_rows_in_the_request_have_the_effect_of_the_same_remembered_rows(
 
 
 @MODELS
-def test_rows_of_a_group_that_is_not_remembered_begin_its_calibration(client: httpx.Client, model: str) -> None:
+def test_feedback_with_rows_of_an_unknown_group_begins_a_calibration(client: httpx.Client, model: str) -> None:
     rows = stream(f"new-{model}")
     given = give(client, model, verdict="normal", records=rows[:BEGIN])
-    unused = 0 if model == "rows" else 1  # a row is judged with a third of a window
+    unused = 0 if model == "rows" else 1  # a row needs at least a third of a window, so the first row is not judged
     assert (given["rows"], given["added"], given["unused"]) == (BEGIN - unused, BEGIN - unused, unused)
-    assert send(client, rows[:1], model)[0].get("window_rows", 1) == 1  # feedback is no past of later rows
+    # The rows of feedback are not in the windows of later rows.
+    assert send(client, rows[:1], model)[0].get("window_rows", 1) == 1
     assert probe(client, model, f"new-{model}")["is_anomaly"]
 
 
 @MODELS
-def test_rows_that_are_in_the_window_of_their_group_are_judged_with_it(client: httpx.Client, model: str) -> None:
+def test_latest_rows_get_the_same_scores_if_they_are_sent_again_with_feedback(client: httpx.Client, model: str) -> None:
     rows = stream(f"late-{model}")
     send(client, rows, model)
     give(client, model, verdict="incident", **period(rows[-4:]))
@@ -140,7 +141,7 @@ def test_rows_that_are_in_the_window_of_their_group_are_judged_with_it(client: h
 
 
 @MODELS
-def test_feedback_on_the_state_ends_an_incident_at_once_and_takes_a_change_back(
+def test_feedback_on_the_state_of_a_group_ends_an_incident_at_once_and_reverts_a_change(
     client: httpx.Client, model: str
 ) -> None:
     rows = stream(f"state-{model}")
@@ -154,7 +155,7 @@ def test_feedback_on_the_state_ends_an_incident_at_once_and_takes_a_change_back(
     assert probe(client, model, f"state-{model}")["is_anomaly"]
 
 
-def test_feedback_reaches_other_processes_and_later_ones(group_models: Path, tmp_path: Path) -> None:
+def test_feedback_reaches_running_processes_and_later_ones(group_models: Path, tmp_path: Path) -> None:
     rows = stream("web-0")
     settings = settings_of(group_models, tmp_path)  # each application opens the files anew, as another worker does
     with running(create_app(settings)) as one, running(create_app(settings)) as other:
@@ -163,7 +164,7 @@ def test_feedback_reaches_other_processes_and_later_ones(group_models: Path, tmp
         assert probe(other, "windows", "web-0")["is_anomaly"]
         give(one, "windows", verdict="normal", **period(rows[BEGIN:END]))
         p_values = {probe(client, "windows", "web-0")["p_value"] for client in (other, one)}
-        with running(create_app(settings)) as later:  # the others have not closed their files, as if they were killed
+        with running(create_app(settings)) as later:  # the files are still open, as after a kill
             p_values.add(probe(later, "windows", "web-0")["p_value"])
     assert len(p_values) == 1
     assert min(p_values) > 0.05
@@ -186,7 +187,7 @@ def test_rows_of_several_groups_change_each_group_and_unreadable_rows_are_listed
     assert scrape(client)["elbo_feedback_rows_total", labels] == before + 79
 
 
-def test_rows_of_a_model_without_groups_are_found_without_a_name(client: httpx.Client) -> None:
+def test_feedback_on_a_model_without_groups_needs_no_group_name(client: httpx.Client) -> None:
     rows = [{name: value for name, value in row.items() if name != "host"} for row in stream("")]
     send(client, rows, "rows")
     since, until = rows[BEGIN]["ts"], rows[END - 1]["ts"]
@@ -225,7 +226,7 @@ def test_feedback_that_cannot_be_used_is_refused_and_changes_nothing(
     assert probe(client, "rows", "known") == before
 
 
-def test_period_whose_rows_are_partly_forgotten_is_refused_with_the_time_since_which_they_are_known(
+def test_period_that_is_partly_forgotten_is_refused_with_the_time_of_the_first_remembered_row(
     client: httpx.Client,
 ) -> None:
     rows = stream("web-2", RECENT_ROWS + 30)
@@ -238,7 +239,7 @@ def test_period_whose_rows_are_partly_forgotten_is_refused_with_the_time_since_w
 
 
 @pytest.mark.parametrize(("model", "online"), [("hosts", True), ("rows", False)])
-def test_model_without_online_calibration_is_a_conflict_that_says_what_to_do(
+def test_feedback_on_a_model_without_online_calibration_is_refused_with_a_hint(
     artifacts: Path, group_models: Path, tmp_path: Path, model: str, online: bool
 ) -> None:
     folder = artifacts if model == "hosts" else group_models
@@ -268,7 +269,7 @@ def test_feedback_needs_a_key_with_the_scope_write(group_models: Path, tmp_path:
 
 
 @pytest.mark.parametrize("path", ["/anomaly", "/feedback"])
-def test_request_whose_client_leaves_while_it_waits_for_a_group_ends_and_changes_nothing(
+def test_request_that_waits_for_a_group_ends_and_changes_nothing_if_the_client_disconnects(
     group_models: Path, tmp_path: Path, path: str
 ) -> None:
     body = json.dumps(
@@ -286,7 +287,7 @@ def test_request_whose_client_leaves_while_it_waits_for_a_group_ends_and_changes
             writer.write(request)
             await until(lambda: service.admission.body_bytes.amount > 0)
             await asyncio.sleep(0.05)
-            assert service.admission.body_bytes.amount > 0  # it waits for the group
+            assert service.admission.body_bytes.amount > 0  # the request waits for the group
             writer.close()
             await until(lambda: service.admission.body_bytes.amount == 0)
             transaction.end()

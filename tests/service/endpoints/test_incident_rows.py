@@ -1,4 +1,6 @@
-"""`--incident-rows`: after how many rows an incident is a change in the service, a backtest and a new calibration."""
+"""`--incident-rows`: the number of rows after which an incident counts as a change.
+
+The service, a backtest and a new calibration obey it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +49,7 @@ def replayed_states(path: Path, incident_rows: int | None = None) -> Sequence[st
     return replay(served, history, Options(incident_rows=incident_rows)).states
 
 
-def test_incident_rows_decide_when_an_incident_is_a_change_in_service_and_backtest(tmp_path: Path) -> None:
+def test_service_and_backtest_count_an_incident_as_a_change_after_the_chosen_number_of_rows(tmp_path: Path) -> None:
     table, artifacts = save(tmp_path / "metrics.csv", host_metrics(400)), tmp_path / "artifacts"
 
     def run(*arguments: str) -> str:
@@ -60,7 +62,7 @@ def test_incident_rows_decide_when_an_incident_is_a_change_in_service_and_backte
     assert load(path).manifest.incident_rows == 40
     served = served_states(artifacts, tmp_path / "state")
     changed = served.index("changed")
-    assert changed == served.index("incident") - 21 + 40 - 1  # an incident begins with the 22nd alarm
+    assert changed == served.index("incident") - 21 + 40 - 1  # the state is "incident" from the 22nd alarm on
     assert changed == INCIDENT_AT + 39
     assert replayed_states(path) == served
     assert list(replayed_states(path, 90) or ()).index("changed") == INCIDENT_AT + 89

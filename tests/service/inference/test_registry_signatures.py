@@ -234,11 +234,12 @@ def test_trial_before_a_load_is_for_the_content_whose_signature_was_verified(sit
     assert trials.asked == [(site.path, site.path.read_bytes()[-64:].decode())]
 
 
-def test_trial_begins_while_the_model_before_it_loads_but_only_if_its_artifact_is_signed(site: Site) -> None:
+def test_trial_of_an_artifact_begins_while_another_model_loads_but_only_if_the_artifact_is_signed(site: Site) -> None:
     trials = RecordingTrials()
     keys = TrustedKeySource(str(site.file))
     sign(site.path, site.first)
-    for name in ("model-2", "model-3"):  # a copy has no valid signature, because the signature contains the name
+    # The signature of a copy is not valid, because it contains the name of the original.
+    for name in ("model-2", "model-3"):
         shutil.copytree(site.root / "model", site.root / name)
     sign(site.root / "model-2" / "1" / FILE_NAME, site.first)
     loader = ModelLoader(trials=trials)

@@ -273,7 +273,7 @@ def test_trial_cannot_open_files_or_sockets_and_cannot_write(tmp_path: Path) -> 
     assert (tmp_path / "kept").read_bytes() == b""
 
 
-def test_trial_that_was_begun_early_is_not_repeated_but_its_refusal_is_given_only_once(tmp_path: Path) -> None:
+def test_result_of_an_early_trial_is_used_but_a_refusal_only_once(tmp_path: Path) -> None:
     good, bad, other = (publish_twin(tmp_path / kind, kind) for kind in ("pca", "ae", "vae-gaussian"))
 
     def work(_: bytes, path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The fit of the baseline of the features: what is usual for groups that differ much."""
+"""Fitting the baseline of the features, which says what is usual for each group."""
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +37,7 @@ def table(x: npt.NDArray[np.floating], rows: list[int]) -> Table:
 
 
 def hosts(count: int = 2000) -> Table:
-    """Return rows of three hosts: a season of the day, of 3 scales, and noise of one scale, with a few incidents."""
+    """Return rows of three hosts: a daily season with an amplitude of 3 scales, noise of 1 scale, and incidents."""
     random = np.random.RandomState(0)
     season = 3 * encode(np.arange(count, dtype=np.float64) * 3600, ("day",))[:, 1]
     x = np.concatenate(
@@ -57,17 +57,17 @@ def test_level_scale_and_season_of_each_group_are_found_despite_incidents_and_mi
     np.testing.assert_allclose(found.location[:3, 0, 1] / SCALES, 3, rtol=0.1)
 
 
-def test_scaled_rows_of_all_groups_have_one_level_and_one_deviation() -> None:
+def test_scaled_rows_have_the_same_level_and_the_same_deviation_in_all_groups() -> None:
     data = hosts()
     found = fit_feature_baseline(CONFIG, data, np.arange(len(data.x)), np.arange(3))
     scaled = scale_table(data, found, np.arange(3)).x.take(np.arange(len(data.x))).reshape(3, -1)
     pool, deviation = found.location[3, 0, 0], found.scale[3, 0]
     np.testing.assert_allclose((np.nanmedian(scaled, axis=1) - pool) / deviation, 0, atol=0.2)
-    spread = np.subtract(*np.nanquantile(scaled, [0.75, 0.25], axis=1)) / 1.349  # of normal noise, the deviation
+    spread = np.subtract(*np.nanquantile(scaled, [0.75, 0.25], axis=1)) / 1.349  # the deviation of normal noise
     np.testing.assert_allclose(spread / deviation, 1, rtol=0.2)
 
 
-def test_small_group_is_drawn_to_the_others_where_groups_hardly_differ() -> None:
+def test_baseline_of_a_small_group_is_near_that_of_the_others_if_groups_hardly_differ() -> None:
     random = np.random.RandomState(0)
     counts = [2000] * 9 + [50]
     x = random.standard_normal((sum(counts), 1))
@@ -79,7 +79,7 @@ def test_small_group_is_drawn_to_the_others_where_groups_hardly_differ() -> None
     assert found.scale[9, 0] == pytest.approx(1, abs=0.15)
 
 
-def test_metric_that_stands_still_in_one_group_or_in_all_groups_gets_a_positive_scale() -> None:
+def test_metric_that_is_constant_in_one_group_or_in_all_groups_gets_a_positive_scale() -> None:
     random = np.random.RandomState(0)
     x = np.column_stack((random.standard_normal(600), np.full(600, 7.0)))
     x[:300, 0] = 5.0
