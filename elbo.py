@@ -254,8 +254,8 @@ IncidentRowsOption = Annotated[
     typer.Option(
         min=30,
         max=1000,
-        help="after so many rows of a group in a row, an incident counts as a change, whose rows are judged as usual "
-        "from then on; default: as the model says (elbo train --incident-rows)",
+        help="after this many consecutive rows of a group, an incident counts as a change: from then on, such rows are "
+        "judged as usual; default: as the model says (elbo train --incident-rows)",
     ),
 ]
 TrustedKeysOption = Annotated[
@@ -799,7 +799,7 @@ def backtest(
     half_life_rows: Annotated[
         float,
         typer.Option(
-            min=0, help="half-life in rows of the smoothed severity that makes rows anomalous; 0: no smoothing"
+            min=0, help="half-life, in rows, of the smoothed severity by which rows are anomalous; 0: no smoothing"
         ),
     ] = 0.0,
     alert_half_life: Annotated[
@@ -807,7 +807,7 @@ def backtest(
         typer.Option(
             min=0,
             envvar="ELBO_ALERT_HALF_LIFE",
-            help="half-life in rows of the mean severity that raises an alert; 0 uses each row's own severity",
+            help="half-life, in rows, of the mean severity that raises an alert; 0 uses each row's own severity",
         ),
     ] = 3.0,
     calm_seconds: Annotated[
@@ -837,7 +837,7 @@ def backtest(
 ) -> None:
     """Rehearse alerts: judge HISTORY as the server would have judged it, row by row in order of time.
 
-    Prints the alerts a day and group at each alpha, the worst alerts with the features that caused them, and, with
+    Prints the alerts per day and group at each alpha, the worst alerts with the features that caused them, and, with
     --labels, which incidents were found and after how long. The windows, the online calibration and the policy are
     those of POST /anomaly on a server that starts with the first row, and the alerts are those that its only worker
     would send to Alertmanager if each row arrived at its time.

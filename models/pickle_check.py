@@ -100,9 +100,9 @@ class _Reader(pickle.Unpickler):
             case ("storage", str(kind), str(key), str(), int(items)) if kind in ITEM_BYTES:
                 size = self._members.get(key)
                 if size is None or items < 1 or items * ITEM_BYTES[kind] != size:
-                    raise _Forbidden(f"gives weight {key} {items} numbers, but the member has {size} bytes")
+                    raise _Forbidden(f"has {items} numbers in weight {key!r}, but {size} bytes in its member")
                 return items, ITEM_BYTES[kind]
-        raise _Forbidden("has a weight that is none of the archive")
+        raise _Forbidden("has a weight that the archive does not contain")
 
 
 class _Forbidden(Exception):

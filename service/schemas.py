@@ -220,7 +220,7 @@ class FeedbackBody(Body):
     """
 
     verdict: Literal["normal", "incident"] = Field(
-        description="`normal`: the scores of the rows enter the calibration of their group. `incident`: they leave it"
+        description="`normal` adds the scores of the rows to the calibration of their group. `incident` removes them"
     )
     group_name: str | None = Field(
         None,
@@ -331,8 +331,8 @@ class FeatureReport(BaseModel):
     lag: int | None = Field(
         None,
         description="anomalous rows of models with a window only, for features that contribute at least a tenth of "
-        "the largest contribution: how many rows before this row the deviation of the feature probably began, 0 if "
-        "with this row. The largest possible value is window_rows - 1, and then it may have begun earlier",
+        "the largest contribution: how many rows before this row the deviation of the feature probably began. 0: it "
+        "began with this row. window_rows - 1: it began with the oldest row of the window, or earlier",
     )
     since: float | None = Field(
         None, description="Unix time in seconds of the row with which the deviation began, if the rows have times"
@@ -432,8 +432,8 @@ class GroupFeedback(BaseModel):
 
     group: str | None = Field(description="name of the group; null for rows that have no group")
     rows: int = Field(
-        description="rows that the feedback is about. If it is about the state of the group: the rows that the group "
-        "had neither learnt nor discarded"
+        description="rows that the feedback is about. If it is about the present state of the group, these are the "
+        "anomalous rows of which it was not yet decided whether they are an incident"
     )
     added: int = Field(description="scores that the calibration set has now, and did not have before")
     removed: int = Field(

@@ -160,16 +160,16 @@ class TrainConfig(BaseModel):
     )
     scale_by_group: bool = Field(
         False,
-        description="convert the rows of each group into common units by what is usual for the group and, with "
-        "--season, the time, before the model sees them: finds small incidents although hosts differ much; needs "
-        "--group; default: the model sees the rows as they are",
+        description="convert the rows of each group into common units before the model sees them: a feature then says "
+        "how far it is from what is usual for the group (with --season, also at that time). This finds small "
+        "incidents although hosts differ much; needs --group; default: the model sees the rows as they are",
     )
     incident_rows: int | None = Field(
         None,
         ge=MIN_INCIDENT_ROWS,
         le=MAX_INCIDENT_ROWS,
-        description="after so many rows of a group in a row, an incident counts as a change, whose rows are judged as "
-        "usual from then on; needs --time; default: 120, or more with a window of more than 10 rows",
+        description="after this many consecutive rows of a group, an incident counts as a change: from then on, such "
+        "rows are judged as usual; needs --time; default: 120, or more with a window of more than 10 rows",
     )
     size: tuple[int, int] | None = Field(
         None,

@@ -220,7 +220,7 @@ def _change_by_period(period: Period, _name: str, calibration: OnlineCalibration
     scores = calibration.recent(period.since, period.until)
     if period.since < calibration.remembered_since:
         begin = calibration.remembered_since
-        known = f"only those since {_as_text(begin)} are" if math.isfinite(begin) else "none is"
+        known = f"only rows since {_as_text(begin)} are remembered" if math.isfinite(begin) else "no row is remembered"
         raise _not_remembered(f"not all rows of {_named(period.group)} in this time are remembered: {known}")
     if not len(scores):
         raise _not_remembered(f"{_named(period.group)} has no row in this time")

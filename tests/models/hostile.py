@@ -414,7 +414,7 @@ EDITS: dict[str, tuple[Callable[[Members], None], str]] = {
     "pickle has a tensor where the class declares a tuple": (_declare_tuple, "but the pickle has another type"),
     "pickle names os.system": (_name_system, "data.pkl names os.system"),
     "pickle names a class of torch.classes": (_name_class_of_torch, "names __torch__.torch.classes.rnn"),
-    "weight is longer than its member": (_enlarge_storage, "gives weight 0 255 numbers, but the member has"),
+    "weight is longer than its member": (_enlarge_storage, "has 255 numbers in weight '0', but"),
     "tensor is longer than its weight": (_enlarge_tensor, "has a tensor of size [255]"),
     "debug pickle names os.system": (_debug_system, "debug_pkl names os.system"),
     "code calls itself": (_code("return (self).log_likelihood(x, )", "return (self).log_weight(x, noise, )"), "itself"),

@@ -285,7 +285,7 @@ def _sample_lines(quality: SampleQuality) -> Iterator[tuple[str, str]]:
     yield "coverage", f"{quality.coverage:.3f}  (about {quality.expected_coverage:.3f} for rows of the same kind)"
     yield "same distribution", f"p = {quality.two_sample_p_value:.3g}  (two-sample test)"
     if quality.confident is not None:
-        rows = f"{quality.confident_rows:.3f} for rows, of which it classifies {quality.classifier_accuracy:.3f} right"
+        rows = f"for rows {quality.confident_rows:.3f}; accuracy {quality.classifier_accuracy:.3f}"
         yield "classifier is sure", f"{quality.confident:.3f}  ({rows})"
     if quality.copy_p_value is not None:
         distances = f"{quality.distance_to_training:.4g} from the nearest training row; rows: "

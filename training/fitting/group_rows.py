@@ -9,7 +9,7 @@ from models.manifest import MAX_GROUPS, is_group_name
 from training.data.timeline import Timeline
 
 MIN_GROUP_ROWS = 50  # a group with fewer rows before the calibration rows uses the coefficients of the pool
-MAX_ROWS = 200_000  # rows, about, to which coefficients are fitted; the start sets use as many more
+MAX_ROWS = 200_000  # coefficients are fitted to about this many rows (more with many groups), start sets to as many
 MAX_GROUP_ROWS, FEWEST_GROUP_ROWS = 5_000, 250  # bounds of the number of rows per group; see `some_per_group`
 
 Indices = npt.NDArray[np.int64]

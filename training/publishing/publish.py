@@ -114,7 +114,7 @@ def _add_baseline(chosen: Candidate, data: PreparedData) -> Baseline | None:
         if baseline.features is not None:
             chosen.recorder.note(
                 f"rows of {len(baseline.groups):,} groups are converted into common units before the model sees them; "
-                "rows without a group, or of another group, are judged as they are, by a calibration of such rows"
+                "rows without a group, or of another group, are not converted, and have a calibration of their own"
             )
         for note in describe_groups(baseline, timeline):
             chosen.recorder.note(note)

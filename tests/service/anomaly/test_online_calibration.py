@@ -283,7 +283,7 @@ def test_incident_feedback_that_is_sent_again_changes_nothing_more() -> None:
     np.testing.assert_array_equal(calibration.scores, expected)
 
 
-def test_added_scores_lower_the_p_values_by_their_share() -> None:
+def test_added_scores_raise_the_p_values_by_their_share() -> None:
     calibration = OnlineCalibration(normal_scores(900))
     assert calibration.judge(40.0, 0.05)[0] == pytest.approx(1 / 901)
     calibration.add(as_scores(np.linspace(40, 50, 60)))

@@ -233,7 +233,7 @@ def test_period_that_is_partly_forgotten_is_refused_with_the_time_of_the_first_r
     send(client, rows, "rows")
     answer = client.post("/feedback", params={"model": "rows"}, json={"verdict": "normal", **period(rows[:60])})
     assert (answer.status_code, answer.json()["code"]) == (404, "not_remembered")
-    assert "only those since 2024-01-01T05:00:00+00:00 are" in answer.json()["detail"]
+    assert "only rows since 2024-01-01T05:00:00+00:00 are remembered" in answer.json()["detail"]
     assert "records" in answer.json()["hint"]
     assert give(client, "rows", verdict="normal", **period(rows[30:60]))["rows"] == 30
 
